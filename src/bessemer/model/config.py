@@ -1,0 +1,166 @@
+"""The shape of a network of the DeepSeek V2/V3 family, with the names of the published inference code.
+
+Every number that a count, a kernel or a checkpoint needs is a function of this object. Disk uses Hugging Face names;
+`hub.py` holds the one table between the two.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from bessemer.errors import UserError
+
+
+class ModelConfig(BaseModel):
+    """Sizes and routing rules of one network (V3 4.2). Defaults are DeepSeek-V3's rules, not its sizes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    vocab_size: int
+    """Rows of the embedding and of the output head."""
+    dim: int
+    """Hidden size d."""
+    n_layers: int
+    """Transformer layers, MTP modules not counted."""
+    n_dense_layers: int = 1
+    """Leading layers with a dense FFN instead of experts."""
+    inter_dim: int
+    """Inner width of a dense FFN."""
+    moe_inter_dim: int
+    """Inner width of one expert."""
+
+    n_heads: int
+    """Attention heads n_h."""
+    q_lora_rank: int = 0
+    """Rank of the query latent d_c'; 0 = no query compression (V2-Lite, Moonlight)."""
+    kv_lora_rank: int
+    """Rank of the key-value latent d_c."""
+    qk_nope_head_dim: int
+    """Per-head query/key dimension without rotation d_h."""
+    qk_rope_head_dim: int
+    """Per-head rotary query dimension and width of the one shared rotary key d_h^R."""
+    v_head_dim: int
+    """Per-head value dimension."""
+
+    n_routed_experts: int
+    """Routed experts N_r per MoE layer."""
+    n_shared_experts: int = 1
+    """Shared experts N_s, always active, ungated."""
+    n_activated_experts: int
+    """Routed experts per token K_r."""
+    n_expert_groups: int = 1
+    """Groups of consecutive experts; in training one group lives on one node."""
+    n_limited_groups: int = 1
+    """Groups a token may use, M."""
+    score_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Gate scoring: sigmoid in V3, softmax in V2."""
+    topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
+    """noaux_tc (V3): biased scores choose, groups are rated by their two best; group_limited_greedy (V2): by their best."""
+    norm_topk_prob: bool = True
+    """Divide the chosen gates by their sum."""
+    route_scale: float = 1.0
+    """Factor on the routed output (2.5 in V3)."""
+
+    n_mtp: int = 0
+    """Multi-token prediction modules D."""
+
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    max_seq_len: int = 4096
+    """Longest sequence, in tokens, this model is meant for."""
+    rope_factor: float = 1.0
+    """YaRN factor s; 1 = plain RoPE, as in the whole short-context stage (V3 4.3)."""
+    original_seq_len: int = 4096
+    """Context length before YaRN extension."""
+    beta_fast: float = 32.0
+    """YaRN beta: rotations above which a frequency is kept."""
+    beta_slow: float = 1.0
+    """YaRN alpha: rotations below which a frequency is divided by the factor."""
+    mscale: float = 1.0
+    """YaRN mscale."""
+    mscale_all_dim: float = 1.0
+    """YaRN mscale for the softmax scale; 0 = none."""
+
+    norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    init_std: float = 0.006
+    """Standard deviation of the initial weights (V3 4.2)."""
+    tie_embeddings: bool = False
+    """Share the embedding and the output head."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "kv_lora_rank", "v_head_dim", "qk_nope_head_dim"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, is {getattr(self, name)}")
+        if self.qk_rope_head_dim <= 0 or self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim must be even and positive, is {self.qk_rope_head_dim}")
+        if not 0 <= self.n_dense_layers <= self.n_layers:
+            raise ValueError(f"n_dense_layers {self.n_dense_layers} is not between 0 and n_layers {self.n_layers}")
+        if self.rope_factor < 1.0:
+            raise ValueError(f"rope_factor must be at least 1, is {self.rope_factor}")
+        if self.n_dense_layers == self.n_layers and not self.n_mtp:
+            return self
+        experts, groups, limit = self.n_routed_experts, self.n_expert_groups, self.n_limited_groups
+        if groups < 1 or experts % groups:
+            raise ValueError(f"n_routed_experts {experts} is not a multiple of n_expert_groups {groups}")
+        if groups > 1 and experts // groups < 2:
+            raise ValueError(
+                f"{experts} experts in {groups} groups leave {experts // groups} per group; a group is rated by its two "
+                f"best experts, so set n_expert_groups to at most {experts // 2}"
+            )
+        if not 1 <= limit <= groups:
+            raise ValueError(f"n_limited_groups {limit} is not between 1 and n_expert_groups {groups}")
+        available = limit * (experts // groups)
+        if not 1 <= self.n_activated_experts <= available:
+            raise ValueError(
+                f"n_activated_experts {self.n_activated_experts} is not between 1 and the {available} experts of "
+                f"{limit} groups; lower it or raise n_limited_groups"
+            )
+        return self
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def yarn(self) -> bool:
+        return self.rope_factor > 1.0
+
+    @property
+    def softmax_scale(self) -> float:
+        """1/sqrt(d_h + d_h^R), times m^2 once the context is extended (V3 4.3 and released code): m = 0.1 mscale ln s + 1."""
+        scale = self.qk_head_dim**-0.5
+        if self.yarn and self.mscale_all_dim:
+            scale *= yarn_mscale(self.rope_factor, self.mscale_all_dim) ** 2
+        return scale
+
+    @classmethod
+    def make(cls, values: dict[str, Any], where: str = "model") -> ModelConfig:
+        """Validated config from plain values; every problem becomes one UserError that names key and fix."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise UserError("; ".join(_explain(item, where) for item in error.errors())) from None
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN temperature 0.1 * mscale * ln(factor) + 1 (V3 4.3)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+
+def _explain(item: dict[str, Any], where: str) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, ModelConfig.model_fields, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        return f"{where}: unknown key '{key}'{hint}"
+    if item["type"] == "missing":
+        return f"{where}: key '{key}' is missing"
+    if not key:
+        return f"{where}: {item['msg'].removeprefix('Value error, ')}"
+    return f"{where}: {key}: {item['msg']}, got {item['input']!r}"

@@ -1,0 +1,218 @@
+"""The network on disk: plain Hugging Face model directories, read and written without loss.
+
+    load(dir)          a Transformer, from BF16, F32 or block-FP8 weights
+    save(model, dir)   config.json, generation_config.json, safetensors, tokenizer files
+    convert(src, dst)  one directory into another, a tensor at a time: FP8 to plain, another dtype, without MTP
+    read_config, write_config
+
+Invariants
+- Strict in both directions: a missing, unknown, misshapen, doubled or unreadable tensor is a UserError that names
+  tensor and file. The only absences allowed are stated: copies of shared tensors, and all MTP layers at once.
+- Every export is read back and compared before it takes the place of an older one.
+- A checkpoint never has to fit in memory to be converted.
+
+Names: `hub_names`. Configs: `hub_config`. Files: `hub_reader`, `hub_writer`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bessemer.errors import UserError
+from bessemer.model import hub_config
+from bessemer.model.config import ModelConfig
+from bessemer.model.hub_names import Slot, is_mtp_key, slots
+from bessemer.model.hub_reader import INDEX, PICKLES, Checkpoint, read_json
+from bessemer.model.hub_writer import Planned, replacing, verify, write_json, write_tensors
+from bessemer.model.transformer import Transformer
+
+SHARD_BYTES = 5e9
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+EMBEDDING, TIED_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+DEFAULT_IDS = {"bos_token_id": 0, "eos_token_id": 1}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def read_config(directory: str | Path) -> ModelConfig:
+    """The config of a model directory."""
+    path = Path(directory) / "config.json"
+    return hub_config.from_hf(read_json(path), str(path))
+
+
+def write_config(cfg: ModelConfig, directory: str | Path, *, dtype: torch.dtype = torch.float32, bos: int = 0,
+                 eos: int | list[int] = 1) -> None:  # fmt: skip
+    """config.json and generation_config.json (the sampling that R1 advises)."""
+    directory = Path(directory)
+    write_json(directory / "config.json", hub_config.to_hf(cfg, dtype, bos, eos))
+    generation = {"bos_token_id": bos, "eos_token_id": eos, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
+    write_json(directory / "generation_config.json", generation)
+
+
+def load(
+    directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", mtp: bool = True
+) -> Transformer:
+    """The model of a directory. dtype: of the matrices (None: as stored, BF16 for FP8); norm gains, gates and routing
+    biases are always float32. mtp=False leaves the MTP layers on the disk."""
+    checkpoint, cfg, layout = _open(Path(directory), mtp)
+    model = _allocate(cfg, _dtype(dtype) or checkpoint.stored_dtype(EMBEDDING), device)
+    state = model.state_dict()
+    with torch.no_grad():
+        for slot in layout:
+            target = slot.of(state)
+            if not slot.copy:
+                target.copy_(checkpoint.read(slot.key, target.dtype))
+            elif slot.key in checkpoint.entries:
+                _compare_copy(checkpoint, slot, target.cpu())
+    return model
+
+
+def save(
+    model: Transformer, directory: str | Path, *, mtp: bool = True, dtype: str | torch.dtype | None = None,
+    max_shard_bytes: float = SHARD_BYTES, tokenizer_dir: str | Path | None = None, files: dict[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Writes a model directory in one step, verified by reading it back.
+
+    dtype: of every tensor but the routing biases, which stay float32 (None: each as it is in the model). mtp=False
+    drops the MTP layers, for programs that do not know them. tokenizer_dir: where to copy the tokenizer from. files:
+    further text files by name. Other files of a directory that is replaced stay.
+    """
+    cfg = model.cfg if mtp else _without_mtp(model.cfg)
+    forced = _dtype(dtype)
+    state = model.state_dict()
+    layout = [slot for slot in slots(cfg) if slot.key != TIED_HEAD or not cfg.tie_embeddings]
+    plan = [Planned(slot.key, _target_dtype(slot, slot.of(state).dtype, forced), slot.shape) for slot in layout]
+    with replacing(Path(directory)) as fresh:
+        bos, eos = 0, 1
+        if tokenizer_dir is not None:
+            _copy(Path(tokenizer_dir), fresh, TOKENIZER_FILES)
+            bos, eos = _token_id(fresh, "bos_token"), _token_id(fresh, "eos_token")
+        write_config(cfg, fresh, dtype=forced or model.embed.weight.dtype, bos=bos, eos=eos)
+        for name, text in (files or {}).items():
+            (fresh / name).write_text(text, "utf-8")
+        verify(fresh, plan, write_tensors(fresh, plan, (slot.of(state) for slot in layout), max_shard_bytes))
+
+
+def convert(
+    src: str | Path, dst: str | Path, *, mtp: bool = True, dtype: str | torch.dtype | None = None,
+    max_shard_bytes: float = SHARD_BYTES,
+) -> None:  # fmt: skip
+    """Rewrites a model directory, one tensor in memory at a time, verified by reading it back.
+
+    FP8 becomes BF16 or `dtype`; dtype None otherwise keeps each tensor as stored. Everything beside config and weights
+    is copied.
+    """
+    src = Path(src)
+    checkpoint, cfg, layout = _open(src, mtp)
+    forced = _dtype(dtype)
+    main = {slot.name: slot.key for slot in layout if not slot.copy and not slot.index}
+    layout = [slot for slot in layout if slot.key != TIED_HEAD or not cfg.tie_embeddings]
+    keys = [main[slot.name] if slot.copy else slot.key for slot in layout]
+    for slot in slots(cfg):
+        if slot.copy and slot.key in checkpoint.entries:
+            _compare_copy(checkpoint, slot, checkpoint.read(main[slot.name]))
+    plan = [
+        Planned(slot.key, _target_dtype(slot, checkpoint.stored_dtype(key), forced), slot.shape)
+        for slot, key in zip(layout, keys, strict=True)
+    ]
+    values = read_json(src / "config.json")
+    bos, eos = (default if values.get(k) is None else values[k] for k, default in DEFAULT_IDS.items())
+    with replacing(Path(dst)) as fresh:
+        write_config(cfg, fresh, dtype=forced or checkpoint.stored_dtype(EMBEDDING), bos=bos, eos=eos)
+        _copy(src, fresh, [path.name for path in src.iterdir() if _is_companion(path)])
+        tensors = (checkpoint.read(key, item.dtype) for key, item in zip(keys, plan, strict=True))
+        verify(fresh, plan, write_tensors(fresh, plan, tensors, max_shard_bytes))
+
+
+def _open(directory: Path, mtp: bool) -> tuple[Checkpoint, ModelConfig, list[Slot]]:
+    """The checked checkpoint, the config of what will be read from it, and where each tensor goes."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory; name the folder that holds config.json")
+    cfg = read_config(directory)
+    checkpoint = Checkpoint(directory, _block(read_json(directory / "config.json"), directory))
+    stored = {key for key in checkpoint.entries if is_mtp_key(key, cfg.n_layers)}
+    if mtp and cfg.n_mtp and not stored:
+        warnings.warn(f"{directory} announces {cfg.n_mtp} MTP layers but has none; read without MTP", stacklevel=3)
+    if not mtp or not stored:
+        cfg = _without_mtp(cfg)
+    layout = slots(cfg)
+    checkpoint.check(layout, others=set() if mtp else stored)
+    return checkpoint, cfg, layout
+
+
+def _allocate(cfg: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> Transformer:
+    """A model with memory but no values: every parameter is about to be read, so none is initialised."""
+    with torch.device("meta"):
+        model = Transformer(cfg).to_compute(dtype)
+    model.to_empty(device=device)
+    if cfg.tie_embeddings:
+        model.head.weight = model.embed.weight  # to_empty made two of the one
+    state = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name not in state:
+            buffer.zero_()  # counters, which no checkpoint holds
+    return model
+
+
+def _block(values: dict[str, Any], directory: Path) -> int:
+    """Tile width of FP8 weights; UserError for any other quantisation."""
+    quantisation = values.get("quantization_config") or {}
+    method, fmt = quantisation.get("quant_method", "fp8"), quantisation.get("fmt", "e4m3")
+    rows, columns = quantisation.get("weight_block_size") or (128, 128)
+    if method != "fp8" or fmt != "e4m3" or rows != columns:
+        raise UserError(
+            f"{directory / 'config.json'}: quantisation {method} {fmt} in blocks {rows} x {columns} is not supported; "
+            "only fp8 e4m3 in square blocks is. Take the original weights"
+        )
+    return rows
+
+
+def _compare_copy(checkpoint: Checkpoint, slot: Slot, main: Tensor) -> None:
+    if not torch.equal(checkpoint.read(slot.key, main.dtype), main):
+        raise UserError(
+            f"{checkpoint.entries[slot.key].file}: tensor {slot.key} differs from the main model's, which it must copy "
+            "(embedding and head are shared); mend the file, or leave the MTP layers out"
+        )
+
+
+def _without_mtp(cfg: ModelConfig) -> ModelConfig:
+    return cfg.model_copy(update={"n_mtp": 0})
+
+
+def _target_dtype(slot: Slot, stored: torch.dtype, forced: torch.dtype | None) -> torch.dtype:
+    return torch.float32 if slot.name.endswith("bias_E") else forced or stored
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _is_companion(path: Path) -> bool:
+    weights = path.name == INDEX or path.suffix in (".safetensors", *PICKLES)
+    return path.is_file() and path.name != "config.json" and not weights
+
+
+def _copy(source: Path, target: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _token_id(directory: Path, which: str) -> int:
+    """Id of bos_token or eos_token of the tokenizer in the directory."""
+    name = read_json(directory / "tokenizer_config.json").get(which)
+    name = name.get("content") if isinstance(name, dict) else name
+    for token in read_json(directory / "tokenizer.json").get("added_tokens", []):
+        if token["content"] == name:
+            return token["id"]
+    raise UserError(f"the tokenizer has no {which}; save it again with one")

@@ -1,0 +1,80 @@
+"""One decoder layer, cut into the five phases that everything else is built on.
+
+    attend    attention, residual, norm and the routing decision
+    dispatch  tokens to their experts
+    experts   the routed experts (or the dense FFN)
+    combine   expert outputs back to their tokens
+    finish    shared expert and residual
+
+`forward` is their composition. Expert parallelism, pipeline overlap, recomputation and profiling cut nowhere else.
+A dense layer has nothing to exchange: its dispatch and combine pass the tokens through.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from bessemer.model import moe
+from bessemer.model.config import ModelConfig
+from bessemer.model.mla import MLA
+from bessemer.model.norm import RMSNorm
+
+
+class Attended(NamedTuple):
+    """What `attend` hands on: residual stream h [B, T, D], normalised FFN input u [N, D], routing (None if dense)."""
+
+    h_BTD: Tensor
+    u_ND: Tensor
+    routing: moe.Routing | None
+
+
+class Layer(nn.Module):
+    """x + Attn(norm(x)), then h + FFN(norm(h)) (V3 2.1)."""
+
+    def __init__(self, cfg: ModelConfig, dense: bool):
+        super().__init__()
+        self.cfg = cfg
+        self.dense = dense
+        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attn = MLA(cfg)
+        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.ffn = moe.FFN(cfg.dim, cfg.inter_dim) if dense else moe.MoE(cfg)
+
+    def attend(self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None) -> Attended:
+        return self.route(x_BTD + self.attn(self.attn_norm(x_BTD), rope, segments_BT))
+
+    def route(self, h_BTD: Tensor) -> Attended:
+        """The second half of `attend`, for callers that computed the attention themselves (decode)."""
+        u_ND = self.ffn_norm(h_BTD).flatten(0, 1)
+        return Attended(h_BTD, u_ND, None if self.dense else self.ffn.gate(u_ND, h_BTD.shape[0]))
+
+    def dispatch(self, attended: Attended) -> Tensor | moe.Dispatched:
+        if attended.routing is None:
+            return attended.u_ND
+        return moe.dispatch(attended.u_ND, attended.routing, self.cfg.n_routed_experts)
+
+    def experts(self, sent: Tensor | moe.Dispatched) -> Tensor:
+        if self.dense:
+            return self.ffn(sent)
+        return self.ffn.experts(sent.rows_MD, sent.weight_M, sent.count_E)
+
+    def combine(self, rows: Tensor, sent: Tensor | moe.Dispatched) -> Tensor:
+        return rows if self.dense else moe.combine(rows, sent.slot_NK)
+
+    def finish(self, attended: Attended, routed_ND: Tensor) -> Tensor:
+        if not self.dense and self.ffn.shared is not None:
+            routed_ND = routed_ND + self.ffn.shared(attended.u_ND)
+        return attended.h_BTD + routed_ND.view_as(attended.h_BTD)
+
+    def feed_forward(self, attended: Attended) -> Tensor:
+        """The four phases after `attend`."""
+        sent = self.dispatch(attended)
+        return self.finish(attended, self.combine(self.experts(sent), sent))
+
+    def forward(self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Returns the new residual stream and the balance term (None if dense)."""
+        attended = self.attend(x_BTD, rope, segments_BT)
+        balance = None if attended.routing is None else attended.routing.balance
+        return self.feed_forward(attended), balance

@@ -1,0 +1,39 @@
+"""Multi-token prediction (V3 2.2): module k predicts token i+k+1 from h^{k-1}_i and the embedding of token i+k.
+
+    h'_i = M_k [RMSNorm_e(Emb(t_{i+k})) ; RMSNorm_h(h^{k-1}_i)]      embedding first, as the released eh_proj expects
+    h^k  = Block_k(h')                                               one full MLA + MoE layer
+    P^k  = softmax(W_head RMSNorm_out(h^k))                          embedding and head shared with the main model
+
+h^0 is the main model's output after its final norm, as released weights expect (the paper leaves it open).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bessemer.model.config import ModelConfig
+from bessemer.model.layer import Layer
+from bessemer.model.norm import RMSNorm
+
+
+class MTPModule(nn.Module):
+    """One prediction depth."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.enorm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.hnorm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.eh_proj = nn.Linear(2 * cfg.dim, cfg.dim, bias=False)  # M_k
+        self.layer = Layer(cfg, dense=False)
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)  # shared_head.norm on disk: its own gain despite the name
+
+    def join(self, h_BTD: Tensor, embedded_BTD: Tensor) -> Tensor:
+        """Input of the block; position i holds h^{k-1}_i and the embedding of token i+k."""
+        return self.eh_proj(torch.cat((self.enorm(embedded_BTD), self.hnorm(h_BTD)), -1))
+
+    def forward(
+        self, h_BTD: Tensor, embedded_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(h^k [B, T, D] before the output norm, balance term)."""
+        return self.layer(self.join(h_BTD, embedded_BTD), rope, segments_BT)

@@ -1,0 +1,124 @@
+"""The whole network: embedding, layers, final norm, head, MTP modules (V3 2).
+
+Plain math on one device. `model(tokens)` gives logits; `train_outputs` gives what the objectives need without ever
+materialising all logits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bessemer.model import rope
+from bessemer.model.config import ModelConfig
+from bessemer.model.layer import Layer
+from bessemer.model.moe import Gate
+from bessemer.model.mtp import MTPModule
+from bessemer.model.norm import RMSNorm
+
+
+class TrainOutputs(NamedTuple):
+    """Hidden states ready for the head, and the balance term."""
+
+    hidden_BTD: Tensor
+    """After the final norm; position t predicts token t+1."""
+    mtp_hidden: list[Tensor]
+    """Entry k-1 is [B, T-k, D], after that module's own norm; position t predicts token t+1+k."""
+    balance: Tensor
+    """Sum over MoE layers (MTP included) and sequences of sum_i f_i P_i."""
+
+
+class Transformer(nn.Module):
+    """A network of the DeepSeek V2/V3 family."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.layers = nn.ModuleList(Layer(cfg, dense=i < cfg.n_dense_layers) for i in range(cfg.n_layers))
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        if cfg.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.mtp = nn.ModuleList(MTPModule(cfg) for _ in range(cfg.n_mtp))
+        self._rope: Tensor | None = None
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> Transformer:
+        """Normal(0, init_std) for every matrix, ones for norms, zeros for routing biases; the same on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        done: set[int] = set()
+        for parameter in self.parameters():
+            if parameter.dim() >= 2 and id(parameter) not in done:
+                done.add(id(parameter))
+                fresh = torch.empty(parameter.shape, dtype=torch.float32)
+                parameter.copy_(fresh.normal_(0.0, self.cfg.init_std, generator=generator))
+        return self
+
+    def to_compute(self, dtype: torch.dtype) -> Transformer:
+        """Matrices in the compute dtype; norm gains, gates and routing biases stay float32 (V3 3.3.1)."""
+        for module in self.modules():
+            if isinstance(module, (RMSNorm, Gate)):
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+        return self
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.head.weight
+
+    def gates(self) -> dict[str, Gate]:
+        """Every gate by the name of its layer: '3' for layer 3, 'mtp0' for the first MTP module."""
+        found = {str(i): layer.ffn.gate for i, layer in enumerate(self.layers) if not layer.dense}
+        found.update({f"mtp{k}": module.layer.ffn.gate for k, module in enumerate(self.mtp)})
+        return found
+
+    def rope_table(self, length: int) -> Tensor:
+        """[length, R/2, 2] on the model's device; grown on demand."""
+        device = self.embed.weight.device
+        if self._rope is None or self._rope.shape[0] < length or self._rope.device != device:
+            self._rope = rope.table(self.cfg, max(length, min(self.cfg.max_seq_len, 4096)), device)
+        return self._rope[:length]
+
+    def hidden(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
+        """Residual stream after the last layer, before the final norm, [B, T, D]."""
+        return self._run(tokens_BT, segments_BT)[0]
+
+    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
+        """Logits of the next token, [B, T, V]."""
+        return self.head(self.norm(self.hidden(tokens_BT, segments_BT)))
+
+    def _run(self, tokens_BT: Tensor, segments_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+        table = self.rope_table(tokens_BT.shape[1])
+        x = self.embed(tokens_BT)
+        balance = torch.zeros((), dtype=torch.float32, device=x.device)
+        for layer in self.layers:
+            x, term = layer(x, table, segments_BT)
+            if term is not None:
+                balance = balance + term
+        return x, balance
+
+    def train_outputs(self, tokens_BT: Tensor, segments_BT: Tensor | None = None, mtp: bool = True) -> TrainOutputs:
+        """Main and MTP hidden states of a batch."""
+        x, balance = self._run(tokens_BT, segments_BT)
+        hidden = self.norm(x)
+        h, depths = hidden, []
+        for k, module in enumerate(self.mtp if mtp else (), start=1):
+            T = tokens_BT.shape[1] - k
+            embedded = F.embedding(tokens_BT[:, k:], self.embed.weight)
+            segments = None if segments_BT is None else segments_BT[:, :T]
+            h, term = module(h[:, :T], embedded, self.rope_table(T), segments)
+            balance = balance + term
+            depths.append(module.norm(h))
+        return TrainOutputs(hidden, depths, balance)
+
+    def save(self, directory: str | Path, **options) -> None:
+        """Writes a Hugging Face model directory; see `hub.save`."""
+        from bessemer.model import hub
+
+        hub.save(self, directory, **options)

@@ -1,0 +1,55 @@
+"""What this machine's matrix units really do: measured GEMM rates, and the compute dtype that follows.
+
+A CPU may list BF16 instructions and still multiply FP32 matrices faster (no AMX: 87 against 170 GFLOPS per core were
+measured on one), so the choice is measured at start, never assumed.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+
+SIZE = 1024
+"""Matrices are SIZE x SIZE: large enough to be bound by arithmetic, small enough to take milliseconds."""
+
+
+class Choice(NamedTuple):
+    """The compute dtype and the sentence that explains it."""
+
+    dtype: torch.dtype
+    why: str
+
+
+def gemm_rate(dtype: torch.dtype, device: torch.device | str = "cpu", seconds: float = 0.15, size: int = SIZE) -> float:
+    """GFLOPS of y = x w^T, the best of as many runs as fit into `seconds`."""
+    x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    on_gpu = torch.device(device).type == "cuda"
+
+    def once() -> float:
+        start = time.perf_counter()
+        torch.mm(x, w.t())
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    once(), once()
+    best, until = once(), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        best = min(best, once())
+    return 2 * size**3 / best / 1e9
+
+
+def gemm_rates(device: torch.device | str = "cpu", seconds: float = 0.15) -> dict[str, float]:
+    """GFLOPS of float32 and bfloat16 GEMMs on all threads torch has."""
+    return {name: gemm_rate(getattr(torch, name), device, seconds) for name in ("float32", "bfloat16")}
+
+
+def compute_dtype(rates: dict[str, float]) -> Choice:
+    """BF16 where it is clearly faster (1.2x, else its rounding buys nothing), float32 otherwise."""
+    full, half = rates["float32"], rates["bfloat16"]
+    measured = f"measured GEMM: float32 {full:.0f}, bfloat16 {half:.0f} GFLOPS"
+    if half > 1.2 * full:
+        return Choice(torch.bfloat16, f"bfloat16 with float32 masters ({measured})")
+    return Choice(torch.float32, f"float32 ({measured})")
