@@ -1,0 +1,82 @@
+"""Batch: what every objective receives.
+
+Legend: B rows, T tokens per row.
+
+Invariants
+- Everything is aligned with the token that is *predicted*: `loss_BT[b, t]` weighs the prediction of `tokens_BT[b, t]`
+  from the tokens before it, so no separate target tensor exists. Nothing precedes token 0, hence `loss_BT[:, 0] ==
+  0`.
+- Padding has weight 0.
+- `segments_BT` is None in pre-training (no cross-document mask, V3 4.1); in SFT a token attends only inside its
+  segment.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    tokens_BT: Tensor
+    """int64."""
+    loss_BT: Tensor
+    """float32; 0 where a token is not trained on."""
+    segments_BT: Tensor | None = None
+    """Integer; None when every token of a row may attend to every earlier one."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """Per-token tensors aligned with `tokens_BT`, such as `advantage_BT`, `old_logp_BT`, `ref_logp_BT`."""
+
+    def __post_init__(self) -> None:
+        shape = self.tokens_BT.shape
+        assert len(shape) == 2, f"tokens_BT must be [B, T], not {tuple(shape)}"
+        assert self.tokens_BT.dtype == torch.int64, f"tokens_BT must be int64, not {self.tokens_BT.dtype}"
+        assert self.loss_BT.dtype == torch.float32, f"loss_BT must be float32, not {self.loss_BT.dtype}"
+        for name, tensor in self._named():
+            assert tensor.shape == shape, f"{name} is {tuple(tensor.shape)}, tokens_BT is {tuple(shape)}"
+        # On an accelerator this check would wait for the device, and the batch was checked when it was made.
+        if self.loss_BT.device.type == "cpu" and shape[1]:
+            assert not self.loss_BT[:, 0].any(), "loss_BT[:, 0] must be 0: nothing precedes the first token"
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        yield "loss_BT", self.loss_BT
+        if self.segments_BT is not None:
+            yield "segments_BT", self.segments_BT
+        yield from self.extras.items()
+
+    @property
+    def n_rows(self) -> int:
+        return self.tokens_BT.shape[0]
+
+    @property
+    def n_loss_tokens(self) -> int:
+        """Number of predictions that count: tokens with a non-zero weight."""
+        return int(torch.count_nonzero(self.loss_BT))
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """The rows `start:stop`, as views."""
+        return replace(
+            self,
+            tokens_BT=self.tokens_BT[start:stop],
+            loss_BT=self.loss_BT[start:stop],
+            segments_BT=None if self.segments_BT is None else self.segments_BT[start:stop],
+            extras={name: tensor[start:stop] for name, tensor in self.extras.items()},
+        )
+
+    def micro(self, n_rows: int) -> Iterator["Batch"]:
+        """Consecutive micro-batches of at most `n_rows` rows; the last may be smaller, none is empty."""
+        assert n_rows > 0, "a micro-batch needs at least one row"
+        for start in range(0, self.n_rows, n_rows):
+            yield self.rows(start, start + n_rows)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
+        return replace(
+            self,
+            tokens_BT=self.tokens_BT.to(device),
+            loss_BT=self.loss_BT.to(device),
+            segments_BT=None if self.segments_BT is None else self.segments_BT.to(device),
+            extras={name: tensor.to(device) for name, tensor in self.extras.items()},
+        )

