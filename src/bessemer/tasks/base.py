@@ -1,0 +1,176 @@
+"""The Task contract, its registry, and the stable randomness every task draws from.
+
+Invariants: whatever a task returns is a pure function of (task, settings, split, index, seed, language), the same in
+every process and on every machine; and the train and test sets are disjoint because a problem's split is a hash of
+its numbers (`split_of`), one rule shared by all tasks, so one task's training pages cannot leak another's test set.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from hashlib import blake2b
+from importlib import import_module
+from typing import Any, ClassVar
+
+from bessemer.errors import UserError
+from bessemer.tasks.answer import NO_ANSWER, parse_reply
+
+SPLITS = ("train", "test")
+TEST_SHARE = 0.10
+CORRECT, WRONG_VALUE, WRONG_NUMBERS, UNPARSABLE = "correct", "wrong-value", "wrong-numbers", "unparsable"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question. `prompt` is the question alone, without a chat template; `meta` is what the verifier needs."""
+
+    id: str
+    prompt: str
+    language: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judgement. `answer` is canonical, for voting, and None when no answer could be read."""
+
+    correct: bool
+    formatted: bool
+    reason: str
+    answer: str | None
+
+
+class Task:
+    """Base class. A subclass sets the class attributes and writes `make`, `grade` and `written`."""
+
+    name: ClassVar[str]
+    all_languages: ClassVar[tuple[str, ...]] = ("en", "zh")
+    Mix: ClassVar[type]
+    """Dataclass with the knobs of the task's pre-training documents."""
+
+    def __init__(self, languages: Sequence[str] | None = None, phrasing: str = "seen", **mix: Any):
+        """`languages` narrows the task; `phrasing="held-out"` asks in words no document uses; the rest sets `Mix`."""
+        self.languages = tuple(languages or self.all_languages)
+        for language in self.languages:
+            _known(language, self.all_languages, f"task {self.name!r} has no language")
+        self.phrasing = _known(phrasing, ("seen", "held-out"), f"task {self.name!r} has no phrasing")
+        settings = [f.name for f in fields(self.Mix)]
+        for key in mix:
+            _known(key, settings, f"task {self.name!r} has no setting")
+        self.mix = self.Mix(**mix)
+
+    def problem(self, split: str, index: int, seed: int = 0, language: str | None = None) -> Problem:
+        """Problem number `index` of a split. `language=None` draws one of `self.languages`."""
+        _known(split, SPLITS, "there is no split")
+        if index < 0:
+            raise UserError(f"there is no problem {index}; count from 0")
+        language = self._language(language, split, index, seed)
+        return self.make(split, index, seed, language, self.phrasing)
+
+    def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
+        """`problem`, with language and phrasing settled."""
+        raise NotImplementedError
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        """Judge the text that follows `Assistant:`; a template that already wrote `<think>` must put it back first.
+
+        Correct means: well-formed tags (see answer.py) and the right answer. The reason names the first thing wrong:
+        no-answer, bad-tags, no-think, then whatever `grade` says.
+        """
+        reply = parse_reply(completion)
+        reason, answer = (NO_ANSWER, None) if reply.answer is None else self.grade(problem, reply.answer)
+        reason = reply.problem or reason
+        return Verdict(reason == CORRECT, reply.formatted, reason, answer)
+
+    def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
+        """The reason code of the text inside the answer tags ("correct" pays), and its canonical form."""
+        raise NotImplementedError
+
+    def document(self, index: int, seed: int = 0, language: str | None = None) -> str:
+        """Pre-training document number `index`, about problems of the train split only, in the seen phrasings."""
+        return self.written(index, seed, language).text
+
+    def written(self, index: int, seed: int = 0, language: str | None = None) -> "Written":
+        """The problem page of a document index, with its author named."""
+        raise NotImplementedError
+
+    def train_problem(self, index: int, seed: int, language: str | None) -> Problem:
+        """The problem of a document: an order of its own, so that document i is not about RL's problem i."""
+        language = self._language(language, "document", index, seed)
+        return self.make("train", index, stable_hash("documents", seed), language, "seen")
+
+    def rng(self, *parts: object) -> random.Random:
+        return stable_random(self.name, *parts)
+
+    def _language(self, language: str | None, *parts: object) -> str:
+        if language is None:
+            return self.languages[stable_hash(self.name, "language", *parts) % len(self.languages)]
+        return _known(language, self.languages, f"task {self.name!r} has no language")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A document before it becomes text: `response` is what `author` wrote after `Assistant:`."""
+
+    problem: Problem
+    author: str
+    response: str
+
+    @property
+    def text(self) -> str:
+        return page(self.problem.prompt, self.response)
+
+
+def page(prompt: str, response: str) -> str:
+    """R1-Zero's plain-text form: what pre-training documents look like, and what the `zero` chat template renders."""
+    return f"User: {prompt}\nAssistant:{response}"
+
+
+def stable_hash(*parts: object) -> int:
+    """64 bits that depend on the parts alone. Python's own hash() changes with PYTHONHASHSEED."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def stable_random(*parts: object) -> random.Random:
+    return random.Random(stable_hash(*parts))
+
+
+def split_of(numbers: Sequence[int]) -> str:
+    """The split a multiset of operands belongs to, whatever the task and the order they are written in."""
+    return "test" if stable_hash("split", *sorted(numbers)) < TEST_SHARE * 2**64 else "train"
+
+
+def check_shares(mix: object, rates: Sequence[str], sums_to_one: Sequence[str] = ()) -> None:
+    """Refuse a rate outside 0..1, or shares of a whole that do not add up."""
+    kind = type(mix).__name__
+    for name in rates:
+        if not 0.0 <= getattr(mix, name) <= 1.0:
+            raise UserError(f"{kind}.{name} is {getattr(mix, name)}; set it between 0 and 1")
+    total = sum(getattr(mix, name) for name in sums_to_one)
+    if sums_to_one and abs(total - 1.0) > 1e-6:
+        raise UserError(f"{kind}: {' + '.join(sums_to_one)} is {total:.4g}; make these shares add up to 1")
+
+
+_REGISTRY = {
+    "arithmetic": ("bessemer.tasks.arithmetic", "Arithmetic"),
+    "countdown": ("bessemer.tasks.countdown", "Countdown"),
+}
+
+
+def names() -> list[str]:
+    return sorted(_REGISTRY)
+
+
+def get(name: str, **settings: Any) -> Task:
+    """The task called `name`; settings are `languages`, `phrasing` and the knobs of its `Mix`."""
+    module, attribute = _REGISTRY[_known(name, names(), "there is no task")]
+    return getattr(import_module(module), attribute)(**settings)
+
+
+def _known(value: str, allowed: Sequence[str], complaint: str) -> str:
+    if value in allowed:
+        return value
+    nearest = get_close_matches(str(value), allowed, n=1, cutoff=0.0)[0]
+    raise UserError(f"{complaint} {value!r}; did you mean {nearest!r}? Known: {', '.join(allowed)}")

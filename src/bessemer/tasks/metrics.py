@@ -1,0 +1,99 @@
+"""Scores over k samples per problem: pass@k, maj@k (the paper's cons@k), and a mean with its 95 % interval.
+
+maj@k, exactly: draw k of the n samples without replacement, give each answer one vote (None abstains), and let the
+answer with most votes win. A tie is settled by a fair coin, and the coin's expectation is taken in place of a toss:
+when t answers tie, each counts 1/t. So the score is deterministic and favours neither the first nor the right answer.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from math import comb
+
+import numpy as np
+
+from bessemer.errors import UserError
+from bessemer.tasks.base import Verdict
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Chance that k of n samples, drawn without replacement, contain one of the `correct` (Chen et al. 2021)."""
+    _check_k(n, k)
+    return 1.0 - comb(n - correct, k) / comb(n, k)
+
+
+def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int | None = None) -> float:
+    """Expected accuracy of the majority over all k-subsets of the samples; k=None takes all of them.
+
+    An answer counts as right when any sample giving it was judged correct. No vote at all counts as wrong.
+    """
+    n = len(answers)
+    k = n if k is None else k
+    _check_k(n, k)
+    votes = Counter(answer for answer in answers if answer is not None)
+    right = {answer for answer, ok in zip(answers, correct, strict=True) if ok and answer is not None}
+    abstain = n - votes.total()
+    wins = sum(_wins(votes, answer, abstain, k) for answer in right)
+    return float(wins / comb(n, k))
+
+
+def _wins(votes: Counter, answer: str, abstain: int, k: int) -> Fraction:
+    """Number of k-subsets that `answer` wins, a t-way tie counting 1/t.
+
+    For each number of votes r it can get: ways[used, tied] counts how the other answers can take `used` seats with at
+    most r each, `tied` of them with exactly r; abstentions fill the rest.
+    """
+    total = Fraction(0)
+    others = [count for other, count in votes.items() if other != answer]
+    for r in range(1, min(votes[answer], k) + 1):
+        ways = {(0, 0): comb(votes[answer], r)}
+        for count in others:
+            grown: dict[tuple[int, int], int] = {}
+            for (used, tied), number in ways.items():
+                for take in range(min(count, r, k - r - used) + 1):
+                    key = (used + take, tied + (take == r))
+                    grown[key] = grown.get(key, 0) + number * comb(count, take)
+            ways = grown
+        for (used, tied), number in ways.items():
+            total += Fraction(number * comb(abstain, k - r - used), 1 + tied)
+    return total
+
+
+def mean_interval(values: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
+    """(mean, low, high): 95 % percentile bootstrap over problems, seeded; blind to spread when all values are equal."""
+    if not len(values):
+        raise UserError("there is nothing to average; score at least one problem")
+    sample = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(len(sample), size=(draws, len(sample)))
+    low, high = np.quantile(sample[picks].mean(axis=1), [0.025, 0.975])
+    return float(sample.mean()), float(low), float(high)
+
+
+def score(verdicts: Sequence[Sequence[Verdict]], k: int | None = None, seed: int = 0) -> dict[str, float]:
+    """One row of an evaluation from the verdicts of every problem: pass@1 with its interval, pass@k, maj@k, formatted.
+
+    k=None takes the number of samples of the problem with the fewest.
+    """
+    k = min(map(len, verdicts), default=0) if k is None else k
+    rights = [sum(v.correct for v in samples) for samples in verdicts]
+    mean, low, high = mean_interval([c / len(s) for c, s in zip(rights, verdicts, strict=True)], seed)
+    majority = [maj_at_k([v.answer for v in s], [v.correct for v in s], k) for s in verdicts]
+    return {
+        "pass@1": mean,
+        "pass@1_low": low,
+        "pass@1_high": high,
+        f"pass@{k}": float(np.mean([pass_at_k(len(s), c, k) for c, s in zip(rights, verdicts, strict=True)])),
+        f"maj@{k}": float(np.mean(majority)),
+        "formatted": float(np.mean([v.formatted for s in verdicts for v in s])),
+    }
+
+
+def reasons(verdicts: Iterable[Sequence[Verdict]]) -> dict[str, int]:
+    """Histogram of reason codes, commonest first."""
+    return dict(Counter(v.reason for samples in verdicts for v in samples).most_common())
+
+
+def _check_k(n: int, k: int) -> None:
+    if not 1 <= k <= n:
+        raise UserError(f"k is {k} but there are {n} samples per problem; choose k between 1 and {n}")

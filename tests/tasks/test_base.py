@@ -1,0 +1,90 @@
+"""Registry, settings, and the promise that a task is the same in every process."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bessemer.errors import UserError
+from bessemer.tasks import get, names
+from bessemer.tasks.base import split_of, stable_hash
+
+DIGEST = """
+from bessemer.tasks import get, names
+from bessemer.tasks.base import stable_hash
+for name in names():
+    task = get(name)
+    problems = [task.problem(split, i, seed) for split in ("train", "test") for seed in (0, 3) for i in range(150)]
+    documents = [task.document(i, seed, language) for seed in (0, 3) for language in (None, "en") for i in range(150)]
+    print(name, stable_hash(*problems, *documents))
+"""
+
+
+def test_names_and_get():
+    assert names() == ["arithmetic", "countdown"]
+    assert all(get(name).name == name for name in names())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda: get("countdwon"), "countdown"),
+        (lambda: get("countdown", slopy=0.5), "sloppy"),
+        (lambda: get("countdown", languages=["ja"]), "zh"),
+        (lambda: get("countdown", phrasing="heldout"), "held-out"),
+        (lambda: get("countdown", direct=1.5), "between 0 and 1"),
+        (lambda: get("countdown", sloppy=0.9), "add up to 1"),
+        (lambda: get("countdown", max_tries=0), "at least 1"),
+        (lambda: get("arithmetic", slip=-0.1), "between 0 and 1"),
+        (lambda: get("countdown").problem("valid", 0), "train"),
+        (lambda: get("countdown").problem("train", -1), "from 0"),
+        (lambda: get("countdown", languages=["en"]).problem("train", 0, language="zh"), "en"),
+    ],
+)
+def test_a_mistake_names_its_cure(wrong, hint):
+    with pytest.raises(UserError, match=hint):
+        wrong()
+
+
+def test_same_in_every_process():
+    out = [
+        subprocess.run(
+            [sys.executable, "-c", DIGEST],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for hash_seed in ("0", "1", "random")
+    ]
+    assert out[0] and out[0] == out[1] == out[2]
+
+
+def test_order_of_calls_does_not_matter():
+    forwards, backwards = get("countdown"), get("countdown")
+    ahead = [forwards.document(i) for i in range(50)]
+    assert ahead == [backwards.document(i) for i in reversed(range(50))][::-1]
+
+
+def test_stable_hash_is_pinned():
+    assert stable_hash("countdown", 1, (2, 3)) == 17681817526729451208
+    assert stable_hash("a", "b") != stable_hash("ab")
+
+
+def test_split_ignores_order_and_gives_about_a_tenth():
+    assert split_of([3, 1, 2]) == split_of([1, 2, 3])
+    share = sum(split_of([a, b, c]) == "test" for a in range(30) for b in range(a) for c in range(b)) / 4060
+    assert 0.08 < share < 0.12
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "countdown"])
+def test_languages_and_phrasings(name):
+    task, held = get(name), get(name, phrasing="held-out")
+    problems = [task.problem("train", i) for i in range(400)]
+    assert 0.4 < sum(p.language == "zh" for p in problems) / 400 < 0.6
+    assert {get(name, languages=["zh"]).problem("train", i).language for i in range(20)} == {"zh"}
+    assert all(p.prompt.isascii() == (p.language == "en") for p in problems)
+    assert not {p.prompt for p in problems} & {held.problem("train", i).prompt for i in range(400)}
+    assert [held.document(i) for i in range(100)] == [task.document(i) for i in range(100)]
+    assert len({p.id for p in problems}) == 400

@@ -1,0 +1,140 @@
+"""The corpus is what TraceMix says: shares, correctness, lengths; careful authors never claim a falsehood."""
+
+import re
+from collections import Counter, defaultdict
+
+import pytest
+
+from bessemer.tasks import get
+from bessemer.tasks.diagnose import diagnose, rates
+
+N = 6000
+TASK = get("countdown")
+PAGES = [TASK.written(i) for i in range(N)]
+
+
+def right(task, page):
+    """Whether the page's answer is right, thinking or not."""
+    problem, response = page.problem, page.response
+    return task.verify(problem, response if page.author != "direct" else "<think>t</think>" + response).correct
+
+
+def by_author(pages):
+    groups = defaultdict(list)
+    for page in pages:
+        groups[page.author].append(page)
+    return groups
+
+
+GROUPS = by_author(PAGES)
+
+
+def board(pages):
+    return rates(diagnose(page.problem, page.response) for page in pages)
+
+
+def test_shares_of_authors():
+    share = {author: len(pages) / N for author, pages in GROUPS.items()}
+    # four standard deviations of a share of 6000 are at most 0.026
+    expected = {"direct": 0.12, "sloppy": 0.44, "average": 0.264, "careful": 0.097, "systematic": 0.079}
+    assert share == pytest.approx(expected, abs=0.026)
+
+
+def test_correct_share_is_low_but_rises_with_care():
+    assert 0.25 < sum(right(TASK, page) for page in PAGES) / N < 0.33
+    assert 0.20 < sum(TASK.verify(p.problem, p.response).correct for p in PAGES) / N < 0.26  # paid: thinking and right
+    rate = {author: sum(right(TASK, p) for p in pages) / len(pages) for author, pages in GROUPS.items()}
+    assert rate["sloppy"] < rate["average"] < rate["careful"] < rate["systematic"]
+
+
+def test_documents_are_short():
+    lengths = [len(page.text) for page in PAGES]
+    assert 90 < sum(lengths) / N < 140
+    assert max(lengths) < 700
+
+
+def test_every_claim_of_careful_authors_is_true():
+    for author in ("careful", "systematic"):
+        rate = board(GROUPS[author])
+        always = ("step_right", "linked", "right_numbers", "right_target", "yes_given_hit", "low_high_given_miss")
+        assert all(rate[name] == 1.0 for name in always), rate
+        assert rate["yes_given_miss"] == rate["repeated"] == rate["unread"] == 0.0
+        for page in GROUPS[author]:
+            if page.response.endswith("</answer>") and diagnose(page.problem, page.response).said_yes:
+                assert TASK.verify(page.problem, page.response).correct
+
+
+def test_sloppy_authors_are_sloppy_as_announced():
+    rate = board(GROUPS["sloppy"])
+    assert 0.87 < rate["step_right"] < 0.93
+    assert 0.03 < rate["yes_given_miss"] < 0.07
+    assert rate["yes_given_hit"] == 1.0 and rate["linked"] == 1.0
+    assert 0.03 < rate["repeated"] < 0.12
+    assert rate["waits"] == 0.0
+
+
+def test_traces_say_wait_only_before_another_try():
+    waits = 0
+    for page in PAGES:
+        lines = page.response.removeprefix("<think>").partition("</think>")[0].split("\n")
+        waits += sum("wait" in line or "等等" in line for line in lines)
+        closed = "</think>" in page.response
+        assert not closed or not lines[-1].endswith(("wait", "等等"))
+    assert 0.05 * N < waits < 0.3 * N
+
+
+def test_form_of_the_text():
+    for page in PAGES[:2000]:
+        assert re.match("User: .+\nAssistant:<(think|answer)>", page.text)
+        assert (page.author == "direct") == page.response.startswith("<answer>")
+        assert not re.search(r" \d", page.response)  # a space before a digit costs a token
+        assert all(int(n) <= 199 for n in re.findall(r"\d+", page.response))
+    thinking = [page for page in PAGES if page.author != "direct"]
+    cut = sum(not page.response.endswith("</answer>") for page in thinking) / len(thinking)
+    assert 0.03 < cut < 0.07
+
+
+def test_the_other_language_appears_only_as_often_as_set():
+    english = [page for page in PAGES if page.problem.language == "en" and page.author != "direct"]
+    assert 0.07 < sum(not page.response.isascii() for page in english) / len(english) < 0.13
+    alone = get("countdown", languages=["en"])
+    assert all(alone.document(i).isascii() for i in range(300))
+
+
+def test_drills_are_true_and_have_their_share():
+    drills = [TASK.drill(i) for i in range(N)]
+    assert 0.11 < sum("Assistant:" not in TASK.document(i) for i in range(N)) / N < 0.15
+    verdicts = Counter()
+    for line in "\n".join(drills).split("\n"):
+        if fact := re.fullmatch(r"(\d+)([+*-])(\d+)=(\d+)", line):
+            assert eval(f"{fact[1]}{fact[2]}{fact[3]}") == int(fact[4]) <= 199
+        elif claim := re.fullmatch(r"(\d+):(\d+) ?(low|high|yes|小|大|对)", line):
+            value, target = int(claim[1]), int(claim[2])
+            verdicts[claim[3]] += 1
+            truth = ("yes", "对") if value == target else ("low", "小") if value < target else ("high", "大")
+            assert claim[3] in truth
+        else:
+            assert line in ("Drill:", "练习:")
+    assert min(verdicts.values()) > 1000
+
+
+def test_knobs_turn():
+    task = get("countdown", direct=0.0, sloppy=0.0, average=0.0, careful=0.0, systematic=1.0, give_up_systematic=0.0)
+    pages = [task.written(i) for i in range(500)]
+    rate = sum(right(task, page) for page in pages) / 500
+    assert 0.91 < rate < 0.99  # all but the truncated ones
+    assert board(pages)["systematic"] == 1.0
+
+
+def test_arithmetic_pages():
+    task = get("arithmetic")
+    groups = by_author(task.written(i) for i in range(3000))
+    rate = {author: sum(right(task, page) for page in pages) / len(pages) for author, pages in groups.items()}
+    assert 0.22 < rate["direct"] < 0.38
+    assert 0.45 < rate["sloppy"] < 0.70
+    assert 0.91 < rate["careful"] < 0.99  # all but the truncated ones
+    for page in groups["careful"]:
+        for left, op, other, value in re.findall(r"(\d+)([+*-])(\d+)=(\d+)", page.response):
+            assert eval(f"{left}{op}{other}") == int(value)
+        if page.response.endswith("</answer>"):
+            assert task.verify(page.problem, page.response).correct

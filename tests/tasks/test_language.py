@@ -1,0 +1,28 @@
+"""Shares of words by language."""
+
+import pytest
+
+from bessemer.errors import UserError
+from bessemer.tasks.language import share
+
+
+@pytest.mark.parametrize(
+    ("text", "english"),
+    [
+        ("low high yes", 1.0),
+        ("小大对", 0.0),
+        ("low 小", 0.5),
+        ("<think>3*7=21:27小\n21+6=27 yes</think><answer>27</answer>", 0.5),
+        ("wait 等等 wait", 0.5),
+        ("3*7=21", None),
+        ("", None),
+    ],
+)
+def test_share(text, english):
+    assert share(text, "en") == (1.0 if english is None else english)
+    assert share(text, "zh") == (1.0 if english is None else 1.0 - english)
+
+
+def test_unknown_language():
+    with pytest.raises(UserError):
+        share("x", "fr")
