@@ -1,0 +1,57 @@
+"""Auxiliary-loss-free load balancing: the bias of every gate after every step (V3 2.1.2, LFB).
+
+    b_i <- b_i + gamma * sign(mean load - load_i)
+
+with the loads of the whole finished step, MTP layers included. A gate offers `load_E` (float32, counted by its
+training-mode forward) and `bias_E` (float32, or None where the model balances by loss alone).
+MaxVio = (max load - mean load) / mean load is the published measure of imbalance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Gate(Protocol):
+    load_E: Tensor
+    bias_E: Tensor | None
+
+
+@contextmanager
+def counted_once(gates: dict[str, Gate]) -> Iterator[None]:
+    """Around a backward pass: recomputed forwards count their tokens again, so the loads from before are put back."""
+    before = [gate.load_E.clone() for gate in gates.values()]
+    yield
+    for gate, load_E in zip(gates.values(), before, strict=True):
+        gate.load_E.copy_(load_E)
+
+
+def clear(gates: dict[str, Gate]) -> None:
+    """Forgets the loads of a step that was not applied."""
+    for gate in gates.values():
+        gate.load_E.zero_()
+
+
+@torch.no_grad()
+def update(gates: dict[str, Gate], gamma: float) -> dict[str, Tensor]:
+    """One bias step for every gate; returns MaxVio per gate name and clears the loads.
+
+    A gate that saw no token (an MTP module in a stage without MTP) keeps its bias and reports nothing.
+    """
+    violation: dict[str, Tensor] = {}
+    mean_of = {name: gate.load_E.mean() for name, gate in gates.items()}
+    used = torch.stack(list(mean_of.values())).tolist() if gates else []
+    for (name, gate), mean_load in zip(gates.items(), used, strict=True):
+        if mean_load == 0:
+            continue
+        mean = mean_of[name]
+        if gate.bias_E is not None:
+            gate.bias_E += gamma * torch.sign(mean - gate.load_E)  # b_i, V3 2.1.2
+        violation[name] = (gate.load_E.max() - mean) / mean
+    clear(gates)
+    return violation

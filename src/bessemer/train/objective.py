@@ -1,0 +1,67 @@
+"""The pre-training and SFT objective (V3 2.2, A.9): L_main + L_MTP + L_Bal.
+
+An objective is `objective(model, batch, **terms) -> Loss`. Everything it returns is a *sum* over the tokens of its
+micro-batch; the trainer adds the micro-batches of a step and divides once by the step's `tokens`. So a step's result
+does not depend on how it was cut, and L_MTP is averaged like L_main (never per micro-batch, never not at all).
+`terms` are schedules of the recipe, evaluated by the trainer at the step (lambda and alpha here).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from bessemer.train.loss import cross_entropy
+
+if TYPE_CHECKING:
+    from bessemer.data.batch import Batch
+
+
+@dataclass
+class Loss:
+    """Sums over one micro-batch."""
+
+    total: Tensor
+    """What is differentiated."""
+    tokens: Tensor
+    """The divisor: sum of loss weights (an objective with a constant divisor returns that)."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """More sums, divided by the same `tokens` and logged."""
+
+
+Objective = Callable[..., Loss]
+
+
+def next_token(model: nn.Module, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
+    """Cross entropy of every token of positive weight, plus lambda/D sum_k L^k, plus alpha * balance.
+
+    Depth k predicts token t from position t-1-k, and is divided like the main loss by the number of all loss tokens
+    (the paper's 1/T, not 1/(T-k)). With segments, a depth that would look across a segment border is left out.
+
+    The balance term should end as alpha * sum over layers * mean over sequences. The trainer divides by tokens, so it
+    is multiplied by tokens / sequences here; where micro-batches carry unequal loss weight that is a mean over
+    sequences weighted by the loss tokens of their micro-batch.
+    """
+    tokens_BT, loss_BT = batch.tokens_BT, batch.loss_BT
+    out = model.train_outputs(tokens_BT, batch.segments_BT, mtp=mtp_lambda > 0)
+    weight_VD = model.head_weight
+    main = cross_entropy(out.hidden_BTD[:, :-1], weight_VD, tokens_BT[:, 1:], loss_BT[:, 1:])
+    tokens = loss_BT.sum()
+    metrics = {"loss": main.detach()}
+    total = main
+    for k, hidden in enumerate(out.mtp_hidden, start=1):
+        ahead = 1 + k
+        weight = loss_BT[:, ahead:]
+        if batch.segments_BT is not None:
+            weight = weight * (batch.segments_BT[:, ahead:] == batch.segments_BT[:, :-ahead])
+        depth = cross_entropy(hidden[:, :-1], weight_VD, tokens_BT[:, ahead:], weight)
+        metrics[f"mtp_{k}"] = depth.detach()
+        total = total + mtp_lambda / len(out.mtp_hidden) * depth
+    balance = out.balance * (tokens / tokens_BT.shape[0])
+    metrics["balance"] = balance.detach()
+    total = total + balance_alpha * balance
+    metrics["total"] = total.detach()
+    return Loss(total, tokens, metrics)

@@ -1,0 +1,192 @@
+"""AdamW on flat vectors (V3 4.2: beta 0.9/0.95, weight decay 0.1, gradient-norm clip 1.0; D.4: FP32 masters).
+
+Parameters of one kind (decayed or not, compute dtype) lie one after another in one vector. The module's parameters and
+their gradients are views into it, so a step is a handful of vector operations, however many parameters there are:
+
+    compute   what forward reads; in float32 compute it *is* the master
+    grad      what backward adds to; in bfloat16 compute it is added to `grad32` after every micro-batch
+    master, grad32, m, v   float32 (m and v bfloat16 on request, as in V3 3.3.2)
+
+Invariants: gradients are accumulated in float32; a tied parameter exists once; padding between parameters stays zero;
+whoever replaces a parameter or a gradient (zero_grad(set_to_none=True), model.to(device)) breaks the views and is
+caught at the next step. A parameter that received no gradient counts as gradient zero: it decays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bessemer.errors import UserError
+from bessemer.train.adamw import adamw_
+
+ALIGN = 64
+"""Every parameter starts at a multiple of this many elements: whole cache lines, and what GEMM kernels like."""
+NORM_BLOCK = 4096
+"""Vectors are padded to this; norms are summed per block. One long float32 sum was off by 1e-3 at 20M elements."""
+
+
+@dataclass
+class Slot:
+    """Where one parameter lies in its group."""
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.start : self.start + self.parameter.numel()].view(self.parameter.shape)
+
+
+class Group:
+    """Parameters that share weight decay and compute dtype, as flat vectors."""
+
+    def __init__(self, members: list[tuple[str, nn.Parameter, Tensor]], decay: float, moments: torch.dtype):
+        self.decay = decay
+        self.slots: list[Slot] = []
+        size = 0
+        for name, parameter, _ in members:
+            self.slots.append(Slot(name, parameter, size))
+            size += -(-parameter.numel() // ALIGN) * ALIGN
+        size = -(-size // NORM_BLOCK) * NORM_BLOCK
+        first = members[0][1]
+        self.master = torch.zeros(size, dtype=torch.float32, device=first.device)
+        for slot, (_, _, value) in zip(self.slots, members, strict=True):
+            slot.of(self.master).copy_(value)
+        self.grad32 = torch.zeros_like(self.master)
+        self.m = torch.zeros(size, dtype=moments, device=first.device)
+        self.v = torch.zeros_like(self.m)
+        if first.dtype == torch.float32:
+            self.compute, self.grad = self.master, self.grad32
+        else:
+            self.compute = self.master.to(first.dtype)
+            self.grad = torch.zeros_like(self.compute)
+        self.grad_views = [slot.of(self.grad) for slot in self.slots]
+        for slot, view in zip(self.slots, self.grad_views, strict=True):
+            slot.parameter.data = slot.of(self.compute)
+            slot.parameter.grad = view
+
+    def check_views(self) -> None:
+        for slot, view in zip(self.slots, self.grad_views, strict=True):
+            inside = slot.parameter.data_ptr() == self.compute.data_ptr() + slot.start * self.compute.element_size()
+            assert slot.parameter.grad is view and inside, (
+                f"{slot.name} or its gradient was replaced after the optimizer was made "
+                "(zero_grad(set_to_none=True), model.to(...)); make the optimizer last and use its zero_grad()"
+            )
+
+    def accumulate(self) -> None:
+        if self.grad is not self.grad32:
+            self.grad32 += self.grad
+            self.grad.zero_()
+
+
+class FlatAdamW:
+    """AdamW over all trainable parameters of a model.
+
+    `compute_dtype` other than the model's own: the masters are taken first, then `model.to_compute(dtype)` decides
+    which parameters change (gates and norms stay float32). 1-D parameters (norms, biases) are exempt from decay.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        moments_dtype: torch.dtype = torch.float32,
+    ):
+        self.betas, self.eps = betas, eps
+        self.steps = 0
+        """Steps applied; skipped ones do not count."""
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.names = [name for name, _ in named]
+        masters = [p.detach().float() for _, p in named]
+        if compute_dtype != torch.float32:
+            model.to_compute(compute_dtype)
+        kinds: dict[tuple, list[tuple[str, nn.Parameter, Tensor]]] = {}
+        for (name, parameter), master in zip(named, masters, strict=True):
+            decay = weight_decay if parameter.dim() >= 2 else 0.0
+            kinds.setdefault((decay, parameter.dtype, parameter.device), []).append((name, parameter, master))
+        self.groups = [Group(members, kind[0], moments_dtype) for kind, members in kinds.items()]
+
+    def zero_grad(self) -> None:
+        for group in self.groups:
+            group.grad32.zero_()
+            if group.grad is not group.grad32:
+                group.grad.zero_()
+
+    def accumulate(self) -> None:
+        """After every micro-batch's backward: adds its gradients in float32."""
+        for group in self.groups:
+            group.accumulate()
+
+    def grad_norm(self) -> Tensor:
+        """2-norm of all accumulated gradients, float64 scalar; not finite if any gradient is not."""
+        squares = [
+            torch.linalg.vector_norm(g.grad32.view(-1, NORM_BLOCK), dim=1).double().square().sum() for g in self.groups
+        ]
+        return torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
+
+    @torch.no_grad()
+    def step(self, lr: float, divisor: float, norm: float, clip: float) -> None:
+        """One update with gradient / divisor, clipped to 2-norm `clip`; `norm` is `grad_norm()`. Clears gradients."""
+        self.steps += 1
+        if norm / divisor > clip:
+            divisor = norm / clip
+        for group in self.groups:
+            group.check_views()
+            adamw_(
+                group.master, group.grad32, group.m, group.v,
+                step=self.steps, lr=lr, betas=self.betas, eps=self.eps, decay=group.decay, divisor=divisor,
+            )  # fmt: skip
+            if group.compute is not group.master:
+                group.compute.copy_(group.master)
+        self.zero_grad()
+
+    def nonfinite_gradients(self) -> list[str]:
+        """Names of parameters whose accumulated gradient holds inf or NaN, in the model's order."""
+        bad = {s.name for g in self.groups for s in g.slots if not s.of(g.grad32).isfinite().all()}
+        return [name for name in self.names if name in bad]
+
+    def masters(self) -> dict[str, Tensor]:
+        """Float32 weights by parameter name; views, so writing into them needs `refresh()`."""
+        return {slot.name: slot.of(group.master) for group in self.groups for slot in group.slots}
+
+    def refresh(self) -> None:
+        """Rounds the masters into what forward reads."""
+        for group in self.groups:
+            if group.compute is not group.master:
+                group.compute.copy_(group.master)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Moments as `m/NAME` and `v/NAME` (views) and `steps`; independent of grouping. Weights: `masters()`."""
+        state = {"steps": torch.tensor(self.steps)}
+        for group in self.groups:
+            for slot in group.slots:
+                state[f"m/{slot.name}"] = slot.of(group.m)
+                state[f"v/{slot.name}"] = slot.of(group.v)
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Exact inverse of `state_dict`; a missing, unexpected or misshapen tensor is a UserError."""
+        load_exactly(self.state_dict(), state, "optimizer")
+        self.steps = int(state["steps"])
+
+
+@torch.no_grad()
+def load_exactly(into: dict[str, Tensor], state: dict[str, Tensor], what: str) -> None:
+    """Copies `state` into the tensors of the same name; names, shapes and dtypes must agree completely."""
+    for name in [*into, *state]:
+        if name not in state or name not in into:
+            side = "lacks" if name not in state else "has an unknown"
+            raise UserError(f"the checkpoint {side} {what} tensor {name!r}; it belongs to another model or settings")
+        for kind in ("shape", "dtype"):
+            ours, theirs = getattr(into[name], kind), getattr(state[name], kind)
+            if ours != theirs:
+                raise UserError(f"{what} tensor {name!r}: {kind} {theirs} in the checkpoint, {ours} in this run")
+    for name, tensor in into.items():
+        tensor.copy_(state[name])

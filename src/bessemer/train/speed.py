@@ -1,0 +1,49 @@
+"""How to make the same computation faster on this machine: allocator settings and compiled layers."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import sys
+from typing import Literal
+
+import torch
+from torch import nn
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+
+def keep_memory() -> bool:
+    """Tells glibc to keep freed memory. A training step allocates the same large tensors again and again; by default
+    each comes from a fresh mapping whose pages the kernel has to clear first. Returns whether it took effect."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return bool(
+            libc.mallopt(M_MMAP_MAX, 0)
+            and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+            and libc.mallopt(M_TOP_PAD, 256 << 20)
+        )
+    except (OSError, AttributeError):  # another C library
+        return False
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler torch.compile would use on a CPU."""
+    return next((found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
+
+
+def want_compile(setting: Literal["auto", "on", "off"]) -> bool:
+    """auto: where compiled code can be made, that is with a GPU or a C++ compiler."""
+    if setting == "auto":
+        return torch.cuda.is_available() or cpp_compiler() is not None
+    return setting == "on"
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compiles the blocks in place; names, parameters and results stay (to rounding)."""
+    for layer in model.layers:
+        layer.compile(dynamic=False)
+    for module in model.mtp:
+        module.compile(dynamic=False)

@@ -1,0 +1,274 @@
+"""The one training loop: pre-training, SFT, distillation and RL are objectives for it (V3 4.2).
+
+`update` makes exactly one optimizer step from given micro-batches:
+
+    for every micro-batch: forward, backward, add gradients in float32      sums, nothing is averaged
+    gradient / (loss tokens of the whole step), clip, AdamW
+    routing bias from the loads of the whole step
+
+`run` is the loop around it for data that is index arithmetic: schedules in consumed tokens, log, hooks, checkpoints.
+Stopping and running again gives bitwise the run that was never stopped: weights, moments, biases, random states,
+counters and the data cursor are all in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bessemer.errors import UserError
+from bessemer.train import balance, checkpoint, guard, rng
+from bessemer.train.objective import Loss, Objective
+from bessemer.train.optim import FlatAdamW, load_exactly
+from bessemer.train.settings import Settings
+
+if TYPE_CHECKING:
+    from bessemer.data.batch import Batch
+
+
+_COUNTERS = ("step", "tokens", "rows", "skipped")
+
+
+class Trainer:
+    """Owns optimizer, counters and checkpoints of one model.
+
+    `batches(first_row, n_rows) -> Batch`; None when the caller brings its own micro-batches to `update` (RL).
+    `log(step, tokens, values)` after every step; `on_step` hooks get the trainer; `stop()` is polled between steps.
+    `config` is stored and must be equal on resume. `extras` (JSON) and `extra_tensors` travel with the checkpoints.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        batches: Callable[[int, int], Batch] | None,
+        settings: Settings,
+        state_dir: str | Path | None = None,
+        log: Callable[[int, int, dict[str, float]], None] = lambda step, tokens, values: None,
+        stop: Callable[[], bool] = lambda: False,
+        *,
+        on_step: Sequence[Callable[[Trainer], None]] = (),
+        config: dict[str, Any] | None = None,
+        generators: dict[str, np.random.Generator] | None = None,
+        warn: Callable[[str], None] = warnings.warn,
+    ):
+        self.model, self.objective, self.batches, self.settings = model, objective, batches, settings
+        self.state_dir = None if state_dir is None else Path(state_dir)
+        self.log, self.stop, self.on_step, self.warn = log, stop, on_step, warn
+        self.config, self.generators = config or {}, generators or {}
+        self.optimizer = FlatAdamW(
+            model, compute_dtype=settings.compute_dtype, betas=settings.betas, eps=settings.eps,
+            weight_decay=settings.weight_decay, moments_dtype=settings.moments_dtype,
+        )  # fmt: skip
+        self.gates: dict[str, balance.Gate] = model.gates()
+        self.guard = guard.Guard(settings.failures, settings.rollbacks)
+        self.step = self.tokens = self.rows = self.skipped = 0
+        self.loads: dict[str, Tensor] = {}
+        """Tokens per expert of the last step, by gate."""
+        self.extras: dict[str, Any] = {}
+        self.extra_tensors: dict[str, Tensor] = {}
+        self._loss = torch.compile(objective) if settings.compile else objective
+        self._device = next(model.parameters()).device
+        self._saved_at, self._saved_step = time.monotonic(), -1
+        if settings.gamma(0, 0) and not any(gate.bias_E is not None for gate in self.gates.values()):
+            self.warn("gamma has no effect: no layer of this model has a routing bias (set gamma to 0)")
+
+    def run(self) -> bool:
+        """Trains to the end (True) or until `stop` (False); resumes from the newest checkpoint if there is one."""
+        assert self.batches is not None, "run() needs batches; without them call update()"
+        self.start()
+        while self.tokens < self.settings.tokens:
+            values = self.update(self._micro_batches())
+            self.log(self.step, self.tokens, values)
+            for hook in self.on_step:
+                hook(self)
+            if self.stop():
+                self.save()
+                return False
+            self.save_if_due()
+        self.save()
+        return True
+
+    def start(self) -> bool:
+        """Resumes (True), or writes the first checkpoint, so that there is always one to go back to."""
+        if self.state_dir is not None:
+            found = checkpoint.latest(self.state_dir, self.config, self.warn)
+            if found is not None:
+                self._restore(found[1])
+                self._saved_step = self.step
+                return True
+            self.save()
+        return False
+
+    def _micro_batches(self) -> Iterable[Batch]:
+        rows = int(self.settings.batch_rows(self.tokens, self.step))
+        if rows < 1 or self.settings.micro_rows < 1:
+            raise UserError(f"batch_rows is {rows}, micro_rows {self.settings.micro_rows}: both must be at least 1")
+        for done in range(0, rows, self.settings.micro_rows):
+            yield self.batches(self.rows + done, min(self.settings.micro_rows, rows - done))
+
+    def update(self, micro_batches: Iterable[Batch]) -> dict[str, float]:
+        """One optimizer step; returns what to log. A non-finite step is skipped and may roll the run back (`guard`)."""
+        began = time.monotonic()
+        at = (self.tokens, self.step)
+        terms = {name: schedule(*at) for name, schedule in self.settings.terms.items()}
+        batches, losses = [], []
+        self.model.train()
+        for batch in micro_batches:
+            batch = batch.to(self._device)
+            loss = self._loss(self.model, batch, **terms)
+            with balance.counted_once(self.gates):
+                loss.total.backward()
+            self.optimizer.accumulate()
+            batches.append(batch)
+            losses.append(Loss(loss.total.detach(), loss.tokens, loss.metrics))
+        divisor = float(torch.stack([loss.tokens for loss in losses]).double().sum())
+        norm = float(self.optimizer.grad_norm())
+        n_tokens = sum(batch.tokens_BT.numel() for batch in batches)
+        self.step += 1
+        self.tokens += n_tokens
+        self.rows += sum(batch.n_rows for batch in batches)
+        totals = torch.stack([loss.total.float() for loss in losses])
+        if divisor <= 0:
+            self._discard()
+            self.warn(f"step {self.step}: no token of the step carries loss weight; nothing learnt")
+            return {"train/skipped": self.skipped}
+        if not (math.isfinite(norm) and bool(totals.isfinite().all())):
+            return self._bad_step(batches, totals, terms)
+        lr, gamma = self.settings.lr(*at), self.settings.gamma(*at)
+        self.optimizer.step(lr, divisor, norm, self.settings.clip)
+        self.loads = {name: gate.load_E.clone() for name, gate in self.gates.items()}
+        violation = balance.update(self.gates, gamma)
+        self.guard.good()
+        seconds = time.monotonic() - began
+        return {
+            **_means(losses, divisor),
+            **_max_violation(violation),
+            **{f"train/{name}": value for name, value in terms.items()},
+            "train/lr": lr,
+            "train/gamma": gamma,
+            "train/grad_norm": norm / divisor,
+            "train/tokens_per_second": n_tokens / seconds,
+            "train/skipped": self.skipped,
+        }
+
+    def _discard(self) -> None:
+        self.skipped += 1
+        self.optimizer.zero_grad()
+        balance.clear(self.gates)
+
+    def _bad_step(self, batches: list[Batch], totals: Tensor, terms: dict[str, float]) -> dict[str, float]:
+        """Explains and skips the step; goes back to the last checkpoint if the guard says so."""
+        bad_loss = (~totals.isfinite()).nonzero().flatten().tolist()
+        if bad_loss:
+            batch = batches[bad_loss[0]]
+            with torch.no_grad():
+                where = guard.nonfinite_activation(self.model, lambda: self.objective(self.model, batch, **terms))
+            what = f"loss of micro-batch {bad_loss[0]} is {totals[bad_loss[0]].item()}"
+            what += f", first in the output of {where}" if where else ", though every module's output is finite"
+        else:
+            names = self.optimizer.nonfinite_gradients()
+            # Backward runs from the last parameter to the first: the last bad one is where it began.
+            where = names[-1] if names else "none (their norm overflows)"
+            what = f"loss is finite but {len(names)} gradients are not, beginning at {where}"
+        self._discard()
+        first = self.rows - sum(batch.n_rows for batch in batches)
+        what += f" (step {self.step}, rows {first} to {self.rows - 1})"
+        self.warn(f"step skipped: {what}")
+        if self.guard.bad(what) == guard.ROLL_BACK:
+            self._roll_back(what)
+        return {"train/skipped": self.skipped}
+
+    def _roll_back(self, what: str) -> None:
+        found = None if self.state_dir is None else checkpoint.latest(self.state_dir, self.config, self.warn)
+        if found is None:
+            raise UserError(f"{self.guard.failures} non-finite steps in a row and no checkpoint to go back to: {what}")
+        path, state = found
+        rows, skipped = self.rows, self.skipped
+        self._restore(state)
+        self.rows, self.skipped = rows, skipped
+        self._write()  # the new cursor: a kill now must not lead to the same rows again
+        self.warn(
+            f"{self.guard.failures} non-finite steps in a row: back to {path.name}, going on with row {rows} "
+            f"(rollback {self.guard.rolled_back} of {self.guard.rollbacks})"
+        )
+
+    def save_if_due(self) -> None:
+        """Checkpoints by the settings' steps and seconds; never in the middle of a bad streak."""
+        steps, seconds = self.settings.save_steps, self.settings.save_seconds
+        by_steps = steps is not None and self.step % steps == 0
+        by_time = seconds is not None and time.monotonic() - self._saved_at >= seconds
+        if (by_steps or by_time) and self.guard.streak == 0:
+            self.save()
+
+    def save(self) -> Path | None:
+        """Writes a checkpoint of this step unless it exists already."""
+        if self.state_dir is None or self._saved_step == self.step:
+            return None
+        self.guard.saved()
+        return self._write()
+
+    def _write(self) -> Path:
+        path = checkpoint.save(self.state_dir, self.step, self._state(), self.settings.keep)
+        self._saved_at, self._saved_step = time.monotonic(), self.step
+        return path
+
+    def _state(self) -> checkpoint.State:
+        random_tensors, random_values = rng.capture(self.generators)
+        return checkpoint.State(
+            tensors={
+                "model": self.optimizer.masters() | self._buffers(),
+                "optimizer": self.optimizer.state_dict(),
+                "gates": self._gate_tensors(),
+                "rng": random_tensors,
+                "extras": self.extra_tensors,
+            },
+            counters={name: getattr(self, name) for name in _COUNTERS} | {"rng": random_values, "extras": self.extras},
+            config=self.config,
+        )
+
+    def _restore(self, state: checkpoint.State) -> None:
+        load_exactly(self.optimizer.masters() | self._buffers(), state.tensors["model"], "model")
+        self.optimizer.refresh()
+        self.optimizer.load_state_dict(state.tensors["optimizer"])
+        load_exactly(self._gate_tensors(), state.tensors["gates"], "gate")
+        rng.restore(state.tensors["rng"], state.counters["rng"], self.generators)
+        self.extra_tensors, self.extras = state.tensors["extras"], state.counters["extras"]
+        for name in _COUNTERS:
+            setattr(self, name, state.counters[name])
+
+    def _gate_tensors(self) -> dict[str, Tensor]:
+        tensors = {f"load/{name}": gate.load_E for name, gate in self.gates.items()}
+        return tensors | {f"bias/{name}": g.bias_E for name, g in self.gates.items() if g.bias_E is not None}
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Persistent buffers that are not the gates'."""
+        kept, gates = self.model.state_dict().keys(), {id(tensor) for tensor in self._gate_tensors().values()}
+        return {name: b for name, b in self.model.named_buffers() if name in kept and id(b) not in gates}
+
+
+def _means(losses: list[Loss], divisor: float) -> dict[str, float]:
+    """Summed metrics over the step's divisor."""
+    names = list(losses[0].metrics)
+    if not names:
+        return {}
+    sums = torch.stack([torch.stack([loss.metrics[name].float() for name in names]) for loss in losses]).sum(0).tolist()
+    return {f"train/{name}": value / divisor for name, value in zip(names, sums, strict=True)}
+
+
+def _max_violation(violation: dict[str, Tensor]) -> dict[str, float]:
+    """MaxVio per gate and the worst of them."""
+    if not violation:
+        return {}
+    values = torch.stack(list(violation.values())).tolist()
+    return {f"moe/max_vio/{name}": value for name, value in zip(violation, values, strict=True)} | {
+        "train/max_vio": max(values)
+    }

@@ -1,0 +1,92 @@
+"""The routing bias moves by gamma towards the mean, in every gate, from the loads of the whole step."""
+
+import torch
+from tiny_run import ROWS, T, batches, model, trainer
+from torch.utils.checkpoint import checkpoint
+
+from bessemer.train import balance
+from bessemer.train.schedule import Points
+
+
+class Gate:
+    def __init__(self, load, bias=True):
+        self.load_E = torch.tensor(load, dtype=torch.float32)
+        self.bias_E = torch.zeros(len(load)) if bias else None
+
+
+def test_sign_of_the_distance_to_the_mean():
+    gates = {"1": Gate([6, 2, 4, 4]), "mtp0": Gate([0, 0, 0, 16])}
+    violation = balance.update(gates, gamma=0.25)
+    assert gates["1"].bias_E.tolist() == [-0.25, 0.25, 0, 0], "overloaded goes down; exactly average stays"
+    assert gates["mtp0"].bias_E.tolist() == [0.25, 0.25, 0.25, -0.25]
+    assert violation["1"] == 0.5 and violation["mtp0"] == 3.0
+    assert all(gate.load_E.sum() == 0 for gate in gates.values())
+
+
+def test_idle_gate_and_gate_without_bias():
+    gates = {"idle": Gate([0, 0]), "loss": Gate([3, 1], bias=False)}
+    assert list(balance.update(gates, gamma=0.1)) == ["loss"]
+    assert gates["idle"].bias_E.tolist() == [0, 0]
+
+
+def test_every_gate_of_a_run_moves_mtp_included():
+    run = trainer(steps=1)
+    run.run()
+    assert set(run.gates) == {"1", "mtp0"}
+    for name, gate in run.gates.items():
+        moved = gate.bias_E.abs()
+        assert moved.max() == 0.01 and ((moved == 0.01) | (moved == 0)).all(), name
+
+
+def test_update_uses_the_counts_of_the_whole_step():
+    """The bias after one step in 4 micro-batches is that of the loads of all rows routed with the initial weights."""
+    run = trainer(steps=1, micro_rows=2)
+    with torch.enable_grad():
+        fresh = model().train()
+        fresh.train_outputs(batches(0, ROWS).tokens_BT)
+    for name, gate in fresh.gates().items():
+        expected = 0.01 * torch.sign(gate.load_E.mean() - gate.load_E)
+        assert gate.load_E.sum() == ROWS * (T - name.startswith("mtp")) * 2
+        gate.expected = expected
+    run.run()
+    for name, gate in run.gates.items():
+        assert torch.equal(gate.bias_E, fresh.gates()[name].expected)
+
+
+def test_recomputation_does_not_count_twice():
+    seen = {}
+
+    def recomputing(network):
+        for layer in network.layers:
+            layer.forward = lambda *a, f=layer.forward: checkpoint(f, *a, use_reentrant=False)
+        return network
+
+    def counted(run, key):
+        original = balance.update
+        balance.update = lambda gates, gamma: (
+            seen.update({key: {name: g.load_E.clone() for name, g in gates.items()}}) or original(gates, gamma)
+        )
+        try:
+            run.run()
+        finally:
+            balance.update = original
+
+    counted(trainer(steps=1), "plain")
+    counted(trainer(recomputing(model()), steps=1), "recomputed")
+    assert seen["plain"]["1"].sum() > 0
+    for name, load in seen["plain"].items():
+        assert torch.equal(load, seen["recomputed"][name]), name
+
+
+def test_bias_evens_out_a_skewed_gate():
+    """With a strong preference in the scores, a hundred bias steps bring MaxVio down (LFB: 0.7 -> 0.04)."""
+    network = model()
+    with torch.no_grad():
+        network.layers[1].ffn.gate.weight[0] += 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(1))
+    log = []
+    run = trainer(
+        network, steps=100, lr=Points.constant(1e-5), gamma=Points([[0, 0.02], [100 * ROWS * T, 0.001]]),
+        log=lambda step, tokens, values: log.append(values["moe/max_vio/1"]),
+    )  # fmt: skip
+    run.run()
+    assert sum(log[-10:]) < 0.6 * sum(log[:10])

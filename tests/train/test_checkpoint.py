@@ -1,0 +1,210 @@
+"""Every way a checkpoint can go wrong."""
+
+import ctypes
+import errno
+import json
+import os
+import random
+import resource
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from bessemer.errors import UserError
+from bessemer.train import checkpoint, rng
+from bessemer.train.checkpoint import State, latest, load, save, steps
+
+CONFIG = {"model": {"dim": 32, "experts": [8, 2]}, "seed": 7}
+
+
+def state(value=1.0, size=1000):
+    tensors = {
+        "model": {"a/b": torch.full((size,), value), "scalar": torch.tensor(3), "half": torch.randn(3, 5).bfloat16()},
+        "extras": {},
+        "odd": {"bytes": torch.arange(7, dtype=torch.uint8), "view": torch.arange(12.0).view(3, 4).T},
+    }
+    return State(tensors, {"step": 1, "nested": {"x": [1, 2.5]}}, CONFIG)
+
+
+def same(a: State, b: State):
+    assert a.counters == b.counters and a.config == b.config and a.tensors.keys() == b.tensors.keys()
+    for stem, tensors in a.tensors.items():
+        assert tensors.keys() == b.tensors[stem].keys()
+        for name, tensor in tensors.items():
+            other = b.tensors[stem][name]
+            assert tensor.dtype == other.dtype and torch.equal(tensor, other), name
+
+
+def test_round_trip_is_exact_and_readable_by_the_library(tmp_path):
+    path = save(tmp_path / "state", 123, original := state())
+    assert path.name == "step-00000123"
+    same(load(path), original)
+    same(latest(tmp_path / "state", CONFIG)[1], original)
+    assert safetensors.torch.load_file(path / "odd.safetensors")["view"].shape == (4, 3)
+    assert latest(tmp_path / "nothing here") is None
+
+
+def test_keeps_the_newest(tmp_path):
+    for step in (1, 2, 30, 100):
+        save(tmp_path, step, state(step), keep=2)
+    assert [p.name for p in steps(tmp_path)] == ["step-00000030", "step-00000100"]
+    assert latest(tmp_path)[1].tensors["model"]["a/b"][0] == 100
+
+
+def test_same_step_again_replaces(tmp_path):
+    save(tmp_path, 5, state(1.0))
+    save(tmp_path, 5, state(2.0))
+    assert latest(tmp_path)[1].tensors["model"]["a/b"][0] == 2 and os.listdir(tmp_path) == ["step-00000005"]
+
+
+def truncate(file):
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+FILES = ["model.safetensors", "odd.safetensors", "counters.json", "config.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, os.remove])
+@pytest.mark.parametrize("name", FILES)
+def test_damage_is_told_and_passed_over(tmp_path, damage, name):
+    good, bad = save(tmp_path, 1, state(1.0)), save(tmp_path, 2, state(2.0))
+    damage(bad / name)
+    told = []
+    path, found = latest(tmp_path, CONFIG, told.append)
+    assert path == good and found.tensors["model"]["a/b"][0] == 1
+    assert len(told) == 1 and name in told[0] and "step-00000002" in told[0]
+    damage(good / name)
+    with pytest.raises(UserError, match="none of the 2 checkpoints"):
+        latest(tmp_path, CONFIG, told.append)
+
+
+def test_every_single_bit_of_the_manifest_matters(tmp_path):
+    manifest = save(tmp_path, 1, state(size=1)) / "manifest.json"
+    data, random_bits = manifest.read_bytes(), random.Random(0)
+    for _ in range(100):
+        broken = bytearray(data)
+        broken[random_bits.randrange(len(data))] ^= 1 << random_bits.randrange(8)
+        manifest.write_bytes(broken)
+        try:
+            same_meaning = json.loads(broken) == json.loads(data)
+        except ValueError:
+            same_meaning = False
+        if not same_meaning:  # a flip in white space changes nothing
+            with pytest.raises(checkpoint.Damaged):
+                load(manifest.parent)
+
+
+def test_newer_format_is_refused(tmp_path, monkeypatch):
+    save(tmp_path, 1, state())
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    save(tmp_path, 2, state())
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    with pytest.raises(UserError, match=r"newer Bessemer.*format 2.*up to 1"):
+        latest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": {"dim": 64, "experts": [8, 2]}, "seed": 7}, "model.dim is 64 in this run but 32"),
+        ({"model": {"dim": 32, "experts": [8, 4]}, "seed": 7}, "model.experts"),
+        ({"model": {"dim": 32, "experts": [8, 2]}}, r"seed is '\(not set\)'"),
+        ({**CONFIG, "mtp": 1}, "mtp is 1"),
+    ],
+)
+def test_other_config_is_named(tmp_path, change, words):
+    save(tmp_path, 1, state())
+    with pytest.raises(UserError, match=words):
+        latest(tmp_path, change)
+    assert latest(tmp_path, {"seed": 7, "model": {"experts": (8, 2), "dim": 32}}) is not None, (
+        "order, tuples: no matter"
+    )
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A real file system that is really full: a small tmpfs, or the file size limit where mounting is not allowed."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", str(directory).encode(), b"tmpfs", 0, b"size=64k") == 0:
+        yield directory
+        libc.umount(str(directory).encode())
+        return
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, limits[1]))
+    yield directory
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_full_disk(full_disk):
+    save(full_disk, 1, state(1.0, size=1000))
+    with pytest.raises(UserError, match=r"cannot save step 2.*Earlier checkpoints are intact") as caught:
+        save(full_disk, 2, state(2.0, size=100_000))
+    assert caught.value.__cause__.errno in (errno.ENOSPC, errno.EFBIG)
+    assert os.listdir(full_disk) == ["step-00000001"], "nothing half-written stays"
+    assert latest(full_disk)[1].tensors["model"]["a/b"][0] == 1
+    save(full_disk, 3, state(3.0, size=1000))
+    assert latest(full_disk)[0].name == "step-00000003", "with a smaller state it goes on"
+
+
+@pytest.mark.parametrize("failing", range(1, 12))
+def test_crash_at_any_file_operation_leaves_a_checkpoint(tmp_path, monkeypatch, failing):
+    """Stops dead at the n-th sync or rename of a save that replaces step 1; afterwards step 1 or 0 is whole."""
+    save(tmp_path, 0, state(0.0))
+    save(tmp_path, 1, state(1.0))
+
+    class Killed(BaseException):
+        pass
+
+    calls = 0
+
+    def dying(function):
+        def call(*args):
+            nonlocal calls
+            calls += 1
+            if calls == failing:
+                raise Killed
+            return function(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", dying(os.fsync))
+        patch.setattr(checkpoint.Path, "rename", dying(checkpoint.Path.rename))
+        try:
+            save(tmp_path, 1, state(2.0))
+            finished = True
+        except Killed:
+            finished = False
+    told = []
+    path, found = latest(tmp_path, CONFIG, told.append)
+    assert path.name == "step-00000001" and found.tensors["model"]["a/b"][0] in (1, 2) and not told
+    if finished:
+        assert found.tensors["model"]["a/b"][0] == 2 and calls < failing
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "leftovers are swept"
+
+
+def test_random_states_come_back():
+    own = {"mix": np.random.default_rng(3), "mt": np.random.Generator(np.random.MT19937(5))}
+
+    def draw():
+        legacy = [np.random.randn(), np.random.rand(), random.gauss(0, 1), random.random()]
+        return torch.randn(3).tolist(), legacy, [g.random() for g in own.values()]
+
+    np.random.seed(0), random.seed(0)
+    draw()  # one Gaussian each: the other half of the pair waits in the state
+    tensors, values = rng.capture(own)
+    values = json.loads(json.dumps(values))
+    expected = draw()
+    draw()
+    rng.restore(tensors, values, own)
+    assert draw() == expected

@@ -1,0 +1,109 @@
+"""Chunked cross entropy and token log-probabilities against the plain formulas."""
+
+import pytest
+import torch
+
+from bessemer.train import logprob, loss
+from bessemer.train.logprob import token_logprobs, token_logprobs_reference
+from bessemer.train.loss import cross_entropy, cross_entropy_reference
+
+N, D, V = 70, 24, 50
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks, the last one ragged."""
+    monkeypatch.setattr(loss, "chunk_rows", lambda n_vocabulary, device: 16)
+    monkeypatch.setattr(logprob, "chunk_rows", lambda n_vocabulary, device: 16)
+
+
+def inputs(dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, D, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(V, D, generator=g).to(dtype).requires_grad_()
+    target = torch.randint(V, (N,), generator=g)
+    weights = torch.rand(N, generator=g)
+    weights[::3] = 0
+    return hidden, weight, target, weights
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-7), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_cross_entropy_equals_reference(dtype, bound):
+    """Bounds: sums are float32 throughout; bfloat16 carries 8 bits in logits and gradients."""
+    hidden, weight, target, weights = inputs(dtype)
+    ours = cross_entropy(hidden, weight, target, weights)
+    (ours * 0.7).backward()
+    grads, hidden.grad, weight.grad = (hidden.grad, weight.grad), None, None
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    theirs = (torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, target, reduction="none") * weights).sum()
+    (theirs * 0.7).backward()
+    assert relative(ours, theirs) < bound
+    for a, b in zip(grads, exact, strict=True):
+        assert a.dtype == dtype and relative(a, b.grad) < bound
+
+
+def test_reference_is_the_plain_formula():
+    hidden, weight, target, weights = inputs()
+    assert (
+        relative(
+            cross_entropy(hidden, weight, target, weights), cross_entropy_reference(hidden, weight, target, weights)
+        )
+        < 1e-6
+    )
+
+
+def test_cross_entropy_takes_any_leading_shape_and_zero_tokens():
+    hidden, weight, target, weights = inputs()
+    folded = cross_entropy(hidden.view(7, 10, D), weight, target.view(7, 10), weights.view(7, 10))
+    assert torch.equal(folded, cross_entropy(hidden, weight, target, weights))
+    nothing = cross_entropy(hidden, weight, target, weights * 0)
+    nothing.backward()
+    assert nothing == 0 and hidden.grad.abs().sum() == 0
+
+
+def test_never_all_logits_at_once():
+    hidden, weight, target, weights = inputs()
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dim() == 2 and out.shape[1] == V:
+                largest = max(largest, out.shape[0])
+            return out
+
+    with Watch():
+        cross_entropy(hidden, weight, target, weights + 1).backward()
+        token_logprobs(hidden, weight, target, entropy=True).logp.sum().backward()
+    assert 0 < largest <= D, "only [chunk, V] and views of the [V, D] weight"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_logprobs_equal_reference(temperature, entropy):
+    hidden, weight, target, _ = inputs()
+    g = torch.Generator().manual_seed(1)
+    a, b = torch.randn(N, generator=g), torch.randn(N, generator=g)
+    results = []
+    for function in (token_logprobs, token_logprobs_reference):
+        hidden.grad = weight.grad = None
+        out = function(hidden, weight, target, temperature=temperature, entropy=entropy)
+        total = (out.logp * a).sum() + ((out.entropy * b).sum() if entropy else 0)
+        total.backward()
+        results.append([out.logp, *([out.entropy] if entropy else []), hidden.grad, weight.grad])
+        assert (out.entropy is not None) == entropy
+    for ours, theirs in zip(*results, strict=True):
+        assert relative(ours, theirs) < 2e-6
+
+
+def test_logprobs_pass_gradcheck_like_differences():
+    hidden, weight, target, _ = inputs()
+    out = token_logprobs(hidden, weight, target)
+    assert torch.allclose(-out.logp.sum(), cross_entropy(hidden, weight, target, torch.ones(N)), rtol=1e-6)
+    with torch.no_grad():
+        assert not token_logprobs(hidden, weight, target).logp.requires_grad
