@@ -1,0 +1,72 @@
+"""The recipe's keys as text, from the docstrings beside the settings."""
+
+import json
+import textwrap
+from typing import Any, get_args
+
+from pydantic import BaseModel, BeforeValidator
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
+
+from bessemer.recipe.schema import Head, Layout
+from bessemer.recipe.settings import StageSettings
+from bessemer.recipe.stage import find_kind, load_kinds
+from bessemer.recipe.values import parse_seconds, parse_tokens
+
+
+def describe_keys(kind: str | None = None) -> str:
+    """All tables of a recipe, or the one of a stage kind (UserError when there is no such kind)."""
+    if kind is not None:
+        return _table(f'[[stage]] kind = "{kind}"', find_kind(kind, "keys").Settings)
+    tables = [_table("top level", Head), _table("[layout]", Layout)]
+    tables += [_table(f'[[stage]] kind = "{name}"', stage.Settings) for name, stage in sorted(load_kinds().items())]
+    return "\n\n".join(tables)
+
+
+def _table(title: str, table: type[BaseModel]) -> str:
+    lines = [title]
+    for name, field in table.model_fields.items():
+        if issubclass(table, StageSettings) and name == "kind":
+            continue
+        lines.append(f"  {field.alias or name} ({_type(field)}{_default(field)})")
+        lines += textwrap.wrap(field.description or "", 100, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return ", required"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    return "" if value in (None, "") else f", default {json.dumps(_plain(value), ensure_ascii=False)}"
+
+
+def _plain(value: Any) -> Any:
+    return value.plain() if hasattr(value, "plain") else to_jsonable_python(value)
+
+
+def _type(field: FieldInfo) -> str:
+    quantities = {parse_tokens: "tokens", parse_seconds: "duration"}
+    for item in field.metadata:
+        if isinstance(item, BeforeValidator) and item.func in quantities:
+            return quantities[item.func]
+    return _name(field.annotation)
+
+
+def _name(annotation: Any) -> str:
+    plain = {int: "whole number", float: "number", str: "string", bool: "true or false", type(None): ""}
+    if annotation in plain:
+        return plain[annotation]
+    if hasattr(annotation, "__metadata__"):  # Annotated: the only one inside other types is StageRef
+        return "earlier stage"
+    parts = get_args(annotation)
+    if not parts:
+        return "schedule" if annotation.__name__ == "Points" else annotation.__name__
+    origin = getattr(annotation, "__origin__", None)
+    if origin is list:
+        return f"list of {_name(parts[0])}s"
+    if origin is dict:
+        return "table"
+    if origin is not None and all(isinstance(part, str | int | float) for part in parts):
+        return "one of " + ", ".join(map(str, parts))
+    named = [_name(part) for part in parts if isinstance(part, type) or get_args(part)]
+    return " or ".join(name for name in named if name)

@@ -1,0 +1,42 @@
+"""What the stages share about models: the recipe's config, the compute dtype, loading with its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+from bessemer.model import hub
+from bessemer.model.config import ModelConfig
+from bessemer.model.presets import preset
+from bessemer.model.transformer import Transformer
+from bessemer.precision import probe
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def model_config(recipe: Any) -> ModelConfig:
+    """The recipe's [model] table as a config."""
+    values = dict(recipe.model)
+    return preset(values.pop("preset", "tiny"), **values)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_precision(precision: Precision) -> probe.Choice:
+    """The compute dtype: as named, or the faster one by measurement."""
+    if precision != "auto":
+        return probe.Choice(getattr(torch, precision), f"{precision} (set by the recipe)")
+    return probe.compute_dtype(probe.gemm_rates(device()))
+
+
+def load_model(directory: Path) -> tuple[Transformer, Tokenizer]:
+    """A model directory on this machine's device, in float32."""
+    if not directory.is_dir():
+        raise UserError(f"no model directory at {directory}")
+    return hub.load(directory, dtype=torch.float32, device=device()), Tokenizer.load(directory)

@@ -1,0 +1,62 @@
+"""Scoring a model on a task's held-out problems: pass@1 as a mean over samples, pass@k, maj@k (R1 3, G.9)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bessemer.errors import UserError
+from bessemer.infer.engine import Engine
+from bessemer.tasks import metrics
+from bessemer.tasks.base import Problem, Task, stable_hash
+
+
+def evaluate(
+    engine: Engine,
+    encode: Callable[[Problem], list[int]],
+    task: Task,
+    *,
+    problems: int,
+    samples: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 160,
+    seed: int = 0,
+    k: int | None = None,
+) -> dict[str, Any]:
+    """One row of results over problems 0..problems-1 of the test split.
+
+    Keys: n, samples, k, pass_at_1, pass_at_1_interval (95 %), pass_at_k, maj_at_k, mean_length (tokens), formatted,
+    truncated, reasons (histogram of verdicts).
+    """
+    k = samples if k is None else k
+    if not 1 <= k <= samples:
+        raise UserError(f"k is {k}: choose between 1 and the {samples} samples per problem")
+    chosen = [task.problem("test", i, seed=0) for i in range(problems)]
+    seeds = [stable_hash("eval", seed, task.name, i) & (2**62 - 1) for i in range(problems)]
+    groups = engine.generate(
+        [encode(problem) for problem in chosen], samples=samples, seeds=seeds, temperature=temperature, top_p=top_p,
+        max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    verdicts = [
+        [task.verify(problem, completion.text) for completion in group]
+        for problem, group in zip(chosen, groups, strict=True)
+    ]
+    score = metrics.score(verdicts, k, seed)
+    completions = [completion for group in groups for completion in group]
+    return {
+        "task": task.name,
+        "language": "+".join(task.languages),
+        "n": problems,
+        "samples": samples,
+        "k": k,
+        "temperature": temperature,
+        "pass_at_1": score["pass@1"],
+        "pass_at_1_interval": [score["pass@1_low"], score["pass@1_high"]],
+        "pass_at_k": score[f"pass@{k}"],
+        "maj_at_k": score[f"maj@{k}"],
+        "mean_length": sum(len(c.tokens) for c in completions) / len(completions),
+        "formatted": score["formatted"],
+        "truncated": sum(c.finish_reason == "length" for c in completions) / len(completions),
+        "reasons": metrics.reasons(verdicts),
+    }

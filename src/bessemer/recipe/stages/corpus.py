@@ -1,0 +1,110 @@
+"""Stage "corpus": fetch documents, train a tokenizer, pack rows (V3 4.1).
+
+Output: tokenizer/ and one folder of packed rows per part. A part's text comes from a source (registry name, path,
+hf://owner/name) or, as "task:NAME", from the pre-training documents of a task, which exist for its train split only.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import Field
+
+from bessemer import tasks
+from bessemer.data import corpus, sources
+from bessemer.data.document import Document
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+from bessemer.recipe.modelling import model_config
+from bessemer.recipe.settings import StageSettings
+from bessemer.recipe.stage import Stage, StageContext, register
+from bessemer.recipe.values import Tokens, show_tokens
+
+TASK = "task:"
+
+
+@register
+class Corpus(Stage):
+    kind = "corpus"
+
+    class Settings(StageSettings):
+        parts: dict[str, str] = Field(default_factory=dict)
+        """Part name = where its text comes from: a source, a path, hf://owner/name, or task:NAME."""
+        limits: dict[str, Tokens] = Field(default_factory=dict)
+        """Part name = most tokens to keep of it. Task parts are endless and need one."""
+        row_length: int = Field(256, ge=8)
+        """Tokens per packed row: the sequence length of pre-training."""
+        vocab_sample: int = Field(4_000_000, ge=10_000)
+        """Characters of each part the tokenizer is trained on."""
+        heldout: float = Field(0.02, ge=0, lt=0.5)
+        """Share of documents, chosen by hash, kept for validation."""
+        fim_rate: float = Field(0.1, ge=0, le=1)
+        """Share of training documents of `fim_parts` in prefix-suffix-middle order (V3 4.1: 0.1)."""
+        fim_parts: list[str] = Field(default_factory=list)
+        """Parts that FIM applies to; the paper applies it to all."""
+        boundary_split_rate: float = Field(0.05, ge=0, le=1)
+        """Share of "punctuation + line break" tokens split in two (V3 4.1 leaves the share open)."""
+
+    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+        if not settings.parts:
+            raise UserError(f'stage "{settings.name}": parts is empty; name at least one source')
+        for key in (*settings.limits, *settings.fim_parts):
+            if key not in settings.parts:
+                raise UserError(f'stage "{settings.name}": "{key}" is not one of its parts ({", ".join(settings.parts)})')
+        for part, spec in settings.parts.items():
+            if spec.startswith(TASK):
+                tasks.get(spec.removeprefix(TASK))
+                if part not in settings.limits:
+                    raise UserError(f'stage "{settings.name}": part "{part}" is endless; give it a limit in tokens')
+        return {"vocab_size": model_config(recipe).vocab_size}
+
+    def estimate(self, settings: Settings, recipe: Any) -> float:
+        return 45.0
+
+    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+        ctx.rewind(-1)
+        vocab_size = model_config(ctx.recipe).vocab_size
+        ctx.progress.total(len(settings.parts) + 1, "parts")
+        tokenizer = Tokenizer.train(self._sample(settings, ctx), vocab_size, chat_style="zero")
+        tokenizer.save(ctx.dir / "tokenizer")
+        ctx.progress.advance(1, "tokenizer")
+        facts: dict[str, Any] = {}
+        for name in settings.parts:
+            if ctx.stop:
+                ctx.interrupt()
+            built = corpus.build(
+                self._documents(settings, name, ctx),
+                tokenizer,
+                settings.row_length,
+                ctx.dir / name,
+                heldout=settings.heldout,
+                limit_tokens=settings.limits.get(name),
+                fim_rate=settings.fim_rate if name in settings.fim_parts else 0.0,
+                boundary_split_rate=settings.boundary_split_rate,
+                seed=ctx.seed,
+            )
+            counts = built.meta["parts"]["train"]
+            per_token = counts["bytes"] / max(1, counts["tokens"])
+            facts[name] = {"tokens": counts["tokens"], "bytes_per_token": round(per_token, 3), "rows": counts["rows"]}
+            ctx.say(f"{name}: {show_tokens(counts['tokens'])} tokens, {per_token:.2f} bytes per token")
+            ctx.progress.advance(1, name)
+        (ctx.dir / "parts.json").write_text(json.dumps(facts, indent=1))
+        return {"tokens": sum(part["tokens"] for part in facts.values()), "parts": len(facts)}
+
+    def _documents(self, settings: Settings, name: str, ctx: StageContext) -> Iterator[Document]:
+        spec = settings.parts[name]
+        if not spec.startswith(TASK):
+            return iter(sources.documents(spec, ctx.cache, domain=name))
+        task = tasks.get(spec.removeprefix(TASK))
+        return (Document(task.document(i, ctx.seed), task.name) for i in itertools.count())
+
+    def _sample(self, settings: Settings, ctx: StageContext) -> Iterator[str]:
+        """The first characters of every part, for the tokenizer."""
+        for name in settings.parts:
+            left = settings.vocab_sample
+            for document in self._documents(settings, name, ctx):
+                yield document.text
+                left -= len(document.text)
+                if left <= 0:
+                    break

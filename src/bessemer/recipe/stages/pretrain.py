@@ -1,0 +1,215 @@
+"""Stage "pretrain": next-token training with MTP and bias balancing on a mixture of packed rows (V3 4.2).
+
+Every schedule is a function of consumed tokens. Output: model/ (a Hugging Face directory) with its tokenizer.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from bessemer.data.mixture import Mixture
+from bessemer.data.rows import Rows, open_rows
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+from bessemer.infer.engine import Engine
+from bessemer.model.transformer import Transformer
+from bessemer.recipe import modelling
+from bessemer.recipe.settings import StageSettings
+from bessemer.recipe.stage import Stage, StageContext, register
+from bessemer.recipe.values import Points, Seconds, Tokens, show_tokens
+from bessemer.train import objective, speed
+from bessemer.train.loss import cross_entropy
+from bessemer.train.settings import Settings as TrainSettings
+from bessemer.train.trainer import Trainer
+
+
+@register
+class Pretrain(Stage):
+    kind = "pretrain"
+
+    class Settings(StageSettings):
+        free = frozenset({"save_seconds", "micro_rows"})
+
+        tokens: Tokens = 8_000_000
+        """Tokens to train on, padding included."""
+        mixture: dict[str, float] = Field(default_factory=dict)
+        """Part of the corpus = its share of the rows."""
+        lr: Points
+        """Learning rate over consumed tokens (V3: 0 -> 2.2e-4 in 2000 steps, constant to 10T, cosine to 2.2e-5)."""
+        batch_rows: Points = Points(64)
+        """Rows per optimizer step over consumed tokens (V3: 3072 -> 15360)."""
+        micro_rows: int = Field(32, ge=1)
+        """Rows per forward; changes memory and speed only."""
+        gamma: Points = Points(0.001)
+        """Speed of the routing bias (V3: 0.001, 0 for the last 500B of 14.8T)."""
+        mtp_lambda: Points = Points([["0", 0.3]])
+        """Weight of the MTP loss (V3: 0.3, then 0.1 from 10T)."""
+        balance_alpha: float = Field(1e-4, ge=0)
+        """Weight of the sequence-wise balance loss (V3: 1e-4)."""
+        weight_decay: float = Field(0.1, ge=0)
+        """AdamW decay of matrices (V3: 0.1)."""
+        clip: float = Field(1.0, gt=0)
+        """Largest gradient norm (V3: 1.0)."""
+        validate_every: Tokens = 1_000_000
+        """Held-out bits per byte of every part, this often."""
+        sample_every: Tokens = 1_000_000
+        """Continue the prompts below, this often."""
+        first_sample: Tokens = 400_000
+        """The first sample comes this early."""
+        prompts: list[str] = Field(default_factory=list)
+        """Texts to continue, for people to read."""
+        precision: modelling.Precision = "auto"
+        """Compute dtype; auto measures which is faster here. Masters are float32 always."""
+        compile: Literal["auto", "on", "off"] = "auto"
+        """torch.compile the layers; auto does where a C++ compiler or a GPU is found."""
+        save_seconds: Seconds = 60.0
+        """Checkpoint this often."""
+
+    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+        cfg = modelling.model_config(recipe)
+        if not settings.mixture:
+            raise UserError(f'stage "{settings.name}": mixture is empty; give every part of the corpus a share')
+        corpus = next((s for s in recipe.stages if s.name == settings.source), None)
+        if corpus is not None and corpus.kind == "corpus":
+            unknown = [part for part in settings.mixture if part not in corpus.parts]
+            if unknown:
+                raise UserError(
+                    f'stage "{settings.name}": mixture names "{unknown[0]}", the corpus has {", ".join(corpus.parts)}'
+                )
+        return {"model": cfg.model_dump()}
+
+    def estimate(self, settings: Settings, recipe: Any) -> float:
+        return settings.tokens / 18_000
+
+    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+        if ctx.source is None:
+            raise UserError(f'stage "{ctx.name}" needs a corpus stage before it')
+        tokenizer = Tokenizer.load(ctx.source / "tokenizer")
+        cfg = modelling.model_config(ctx.recipe)
+        if tokenizer.vocab_size > cfg.vocab_size:
+            raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {cfg.vocab_size}")
+        parts = {name: open_rows(ctx.source / name) for name in settings.mixture}
+        mixture = Mixture(parts, settings.mixture, ctx.seed)
+        heldout = {name: open_rows(ctx.source / name, "heldout") for name in settings.mixture}
+        choice = modelling.choose_precision(settings.precision)
+        ctx.say(f"compute in {choice.why}")
+        speed.keep_memory()
+        model = Transformer(cfg).initialise(ctx.seed).to(modelling.device())
+        if speed.want_compile(settings.compile):
+            ctx.say("compiling the layers (about a minute, once per machine)")
+            speed.compile_layers(model)
+        watch = _Watch(settings, ctx, tokenizer, mixture, heldout)
+        trainer = Trainer(
+            model, objective.next_token, mixture.batch, _train_settings(settings, choice.dtype), ctx.state,
+            log=watch.log, stop=lambda: ctx.stop, on_step=[watch], config=cfg.model_dump(), warn=ctx.say,
+        )  # fmt: skip
+        resumed = trainer.start()
+        if resumed:
+            ctx.say(f"going on from step {trainer.step}, {show_tokens(trainer.tokens)} tokens")
+        ctx.rewind(trainer.step if resumed else -1)
+        ctx.progress.total(settings.tokens, "tokens", done=trainer.tokens)
+        watch.begin(trainer)
+        if not trainer.run():
+            ctx.interrupt()
+        last = watch.validate(trainer)
+        model.save(ctx.dir / "model", tokenizer_dir=ctx.source / "tokenizer")
+        return {"tokens": trainer.tokens, "steps": trainer.step, **{f"bpb_{k}": round(v, 4) for k, v in last.items()}}
+
+
+def _train_settings(settings: Pretrain.Settings, dtype: torch.dtype) -> TrainSettings:
+    def over_tokens(points: Points):
+        return lambda tokens, step: points(tokens)
+
+    return TrainSettings(
+        tokens=settings.tokens,
+        lr=over_tokens(settings.lr),
+        gamma=over_tokens(settings.gamma),
+        batch_rows=over_tokens(settings.batch_rows),
+        micro_rows=settings.micro_rows,
+        terms={
+            "mtp_lambda": over_tokens(settings.mtp_lambda),
+            "balance_alpha": lambda tokens, step: settings.balance_alpha,
+        },
+        clip=settings.clip,
+        weight_decay=settings.weight_decay,
+        compute_dtype=dtype,
+        save_seconds=settings.save_seconds,
+    )
+
+
+class _Watch:
+    """What a person sees of the training: metrics, held-out bits per byte, samples."""
+
+    def __init__(
+        self, settings: Pretrain.Settings, ctx: StageContext, tokenizer: Tokenizer, mixture: Mixture,
+        heldout: dict[str, Rows],
+    ) -> None:  # fmt: skip
+        self.settings, self.ctx, self.tokenizer = settings, ctx, tokenizer
+        self.mixture, self.heldout = mixture, heldout
+        self.tokens = 0
+
+    def begin(self, trainer: Trainer) -> None:
+        self.tokens = trainer.tokens
+
+    def log(self, step: int, tokens: int, values: dict[str, Any]) -> None:
+        self.ctx.metrics.write(step, tokens, values)
+        loss = values.get("train/loss", math.nan)
+        rate = values.get("train/tokens_per_second", 0.0)
+        self.ctx.progress.advance(tokens - self.tokens, f"loss {loss:.3f}, {rate:,.0f} tokens/s")
+        self.tokens = tokens
+
+    def __call__(self, trainer: Trainer) -> None:
+        before = trainer.tokens - trainer.settings.batch_rows(trainer.tokens, trainer.step) * self.mixture.row_length
+        if self._passed(before, trainer.tokens, self.settings.validate_every):
+            self.validate(trainer)
+        first = before < self.settings.first_sample <= trainer.tokens
+        if first or self._passed(before, trainer.tokens, self.settings.sample_every):
+            self.samples(trainer)
+
+    @staticmethod
+    def _passed(before: float, now: int, every: int) -> bool:
+        return every > 0 and now // every > max(0, int(before)) // every
+
+    @torch.no_grad()
+    def validate(self, trainer: Trainer) -> dict[str, float]:
+        """Held-out bits per byte of every part (at most 64 rows each)."""
+        found = {}
+        for name, rows in self.heldout.items():
+            if rows.n_rows:
+                found[name] = bits_per_byte(trainer.model, rows, max_rows=64)
+        values: dict[str, Any] = {f"val/bpb/{name}": value for name, value in found.items()}
+        values.update({f"moe/load/{name}": load / load.sum() for name, load in trainer.loads.items() if load.any()})
+        self.ctx.metrics.write(trainer.step, trainer.tokens, values)
+        return found
+
+    def samples(self, trainer: Trainer) -> None:
+        if not self.settings.prompts:
+            return
+        engine = Engine(trainer.model, self.tokenizer)
+        prompts = [[self.tokenizer.bos_id, *self.tokenizer.encode(text)] for text in self.settings.prompts]
+        answers = engine.generate(prompts, max_new_tokens=80, temperature=0.8, top_p=0.95, seed=self.ctx.seed)
+        for text, (answer,) in zip(self.settings.prompts, answers, strict=True):
+            self.ctx.sample(trainer.step, trainer.tokens, text + answer.text)
+            shown = (text + answer.text).replace("\n", " / ")
+            self.ctx.say(f"sample at {show_tokens(trainer.tokens)} tokens: {shown[:160]}")
+
+
+@torch.no_grad()
+def bits_per_byte(model: Transformer, rows: Rows, max_rows: int) -> float:
+    """Cross entropy of held-out rows in bits, over the bytes of the text they hold."""
+    training = model.training
+    model.eval()
+    nats, tokens = 0.0, 0.0
+    for start in range(0, min(max_rows, rows.n_rows), 16):
+        batch = rows.batch(range(start, min(start + 16, max_rows, rows.n_rows))).to(model.embed.weight.device)
+        out = model.train_outputs(batch.tokens_BT, mtp=False)
+        nats += float(
+            cross_entropy(out.hidden_BTD[:, :-1], model.head_weight, batch.tokens_BT[:, 1:], batch.loss_BT[:, 1:])
+        )
+        tokens += float(batch.loss_BT.sum())
+    model.train(training)
+    return nats / tokens / math.log(2) / rows.bytes_per_token
+
+

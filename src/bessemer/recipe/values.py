@@ -1,0 +1,146 @@
+"""Quantities as people write them: token counts ("8M"), durations ("90s"), schedules in consumed tokens.
+
+    Tokens    "200K", "8M", "1.5B", "14.8T" or a whole number        -> int
+    Seconds   "90s", "8m", "1h30m", "2d" or a number of seconds      -> float
+    Points    [["0", 0.0], ["200K", 3e-3], ["8M", 3e-4]] or a number -> a callable on tokens
+
+`Tokens` and `Seconds` are pydantic annotations; `Points` is a type of its own. Suffixes are decimal (1K = 1000), as in
+the paper. Decimal arithmetic keeps "1.1B" exact.
+"""
+
+import re
+from bisect import bisect_right
+from decimal import Decimal, InvalidOperation
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from bessemer.errors import UserError
+
+_COUNT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_TIME = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+TOKENS_HELP = 'a whole number of tokens such as 200000, "200K", "8M" or "1.5B"'
+SECONDS_HELP = 'a duration such as "90s", "8m", "1h30m", or a number of seconds'
+POINTS_HELP = 'a number, or points in consumed tokens such as [["0", 0.0], ["200K", 3e-3], ["8M", 3e-4]]'
+
+
+def parse_tokens(value: Any) -> int:
+    """ "8M" -> 8_000_000. Raises UserError for anything that is not a whole, non-negative count."""
+    wrong = UserError(f"expected {TOKENS_HELP}")
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise wrong
+    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([KMBT]?)\s*", str(value), re.IGNORECASE)
+    if not match:
+        raise wrong
+    try:
+        count = Decimal(match[1].replace("_", "")) * _COUNT[match[2].upper()]
+    except InvalidOperation:
+        raise wrong from None
+    if count != int(count):
+        raise UserError(f"expected {TOKENS_HELP}; this is not a whole number")
+    return int(count)
+
+
+def parse_seconds(value: Any) -> float:
+    """ "1h30m" -> 5400.0. A bare number is seconds."""
+    wrong = UserError(f"expected {SECONDS_HELP}")
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise wrong
+    text = str(value).replace(" ", "")
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+        return float(text)
+    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise wrong
+    return sum(float(number) * _TIME[unit] for number, unit in parts)
+
+
+def show_tokens(count: float) -> str:
+    """8_000_000 -> "8M"; three significant digits, for people."""
+    for suffix, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g}{suffix}" if count / size < 1000 else f"{count / size:.0f}{suffix}"
+    return f"{count:.3g}" if count < 1000 else f"{count:.0f}"
+
+
+def show_seconds(seconds: float) -> str:
+    """95 -> "1m 35s", for people."""
+    whole = round(max(0.0, seconds))
+    if whole < 60:
+        return f"{seconds:.1f}s" if seconds < 10 else f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+class Points:
+    """A piecewise-linear function of consumed tokens; constant before the first point and after the last.
+
+    Two points at the same count are a jump: the value there and after is the second one.
+    """
+
+    def __init__(self, points: "Points | float | list[Any]") -> None:
+        if isinstance(points, Points):
+            self.tokens, self.values = points.tokens, points.values
+            return
+        if isinstance(points, int | float) and not isinstance(points, bool):
+            points = [[0, points]]
+        if not isinstance(points, list | tuple) or not points:
+            raise UserError(f"expected {POINTS_HELP}")
+        self.tokens: list[int] = []
+        self.values: list[float] = []
+        for number, point in enumerate(points, start=1):
+            self._add(number, point)
+
+    def _add(self, number: int, point: Any) -> None:
+        if not isinstance(point, list | tuple) or len(point) != 2:
+            raise UserError(f"point {number} is {point!r}, expected a pair [tokens, value]; write {POINTS_HELP}")
+        try:
+            at = parse_tokens(point[0])
+        except UserError as error:
+            raise UserError(f"point {number}: tokens are {point[0]!r}, {error}") from None
+        value = point[1]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"point {number}: value is {value!r}, expected a number")
+        if self.tokens and at < self.tokens[-1]:
+            raise UserError(
+                f"point {number} is at {at:,} tokens, before point {number - 1} at {self.tokens[-1]:,}; sort the points"
+            )
+        if self.tokens[-2:] == [at, at]:
+            raise UserError(f"three points at {at:,} tokens; a jump needs two")
+        self.tokens.append(at)
+        self.values.append(float(value))
+
+    def __call__(self, tokens: float) -> float:
+        after = bisect_right(self.tokens, tokens)
+        if after == 0:
+            return self.values[0]
+        if after == len(self.tokens):
+            return self.values[-1]
+        left, right = self.tokens[after - 1], self.tokens[after]
+        share = (tokens - left) / (right - left)
+        return self.values[after - 1] + share * (self.values[after] - self.values[after - 1])
+
+    def plain(self) -> list[list[float]]:
+        """The points as lists, as they are written to JSON and TOML."""
+        return [[at, value] for at, value in zip(self.tokens, self.values, strict=True)]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Points) and self.plain() == other.plain()
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.tokens), tuple(self.values)))
+
+    def __repr__(self) -> str:
+        return f"Points({[[show_tokens(at), value] for at, value in self.plain()]})"
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls, serialization=core_schema.plain_serializer_function_ser_schema(lambda points: points.plain())
+        )
+
+
+Tokens = Annotated[int, BeforeValidator(parse_tokens)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds)]

@@ -1,0 +1,79 @@
+"""A small recipe and a way to run it in a process of its own, so tests can kill it."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RECIPE = """
+name = "toy"
+seed = {seed}
+[[stage]]
+kind = "count"
+name = "first"
+steps = {steps}
+pause = {pause}
+[[stage]]
+kind = "count"
+name = "second"
+steps = {second}
+pause = {pause}
+fill_disk = {fill}
+[[stage]]
+kind = "compare"
+models = ["first", "second"]
+"""
+
+
+class Toy:
+    """A recipe file and its run directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.out = folder / "toy.toml", folder / "run"
+        self.write()
+
+    def write(self, seed=7, steps=20, second=20, pause=0.0, fill="false", name="toy") -> None:
+        text = RECIPE.format(seed=seed, steps=steps, second=second, pause=pause, fill=fill)
+        self.path.write_text(text.replace('"toy"', f'"{name}"', 1))
+
+    def start(self, *until: str, **kwargs) -> subprocess.Popen:
+        command = [sys.executable, str(Path(__file__).parent / "toy_stage.py"), str(self.path), str(self.out), *until]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, **kwargs)
+
+    def run(self, *until: str, **kwargs) -> tuple[int, dict[str, str], str]:
+        """(exit status, status of each stage, what was said)."""
+        process = self.start(*until, **kwargs)
+        out, said = process.communicate(timeout=60)
+        return process.returncode, json.loads(out) if out.strip() else {}, said
+
+    def lines(self) -> list[dict]:
+        return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+
+    def wait_for(self, condition, seconds=20.0) -> None:
+        until = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < until, "waited in vain"
+            time.sleep(0.01)
+
+    def result(self) -> dict[str, bytes]:
+        """Everything a run leaves that must not depend on how often it was killed."""
+        kept = [path for path in self.out.rglob("*") if path.is_file() and path.parent.name != "state"]
+        kept = [path for path in kept if path.suffix != ".json" or path.parent.name == "model"]
+        files = {str(path.relative_to(self.out)): path.read_bytes() for path in kept if path.name != ".lock"}
+        plain = [{key: line[key] for key in ("stage", "step", "tokens", "values")} for line in self.lines()]
+        return files | {"metrics.jsonl": json.dumps(plain).encode()}
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return Toy(tmp_path)
+
+
+@pytest.fixture
+def other_toy(tmp_path):
+    (tmp_path / "other").mkdir()
+    return Toy(tmp_path / "other")
