@@ -1,0 +1,147 @@
+"""Curves and heat maps as inline SVG: drawn by matplotlib, coloured by the page.
+
+Colours in the drawing are stand-ins that become CSS variables, so one SVG serves light and dark; text stays text and
+takes the page's font. Charts carry no titles and no names: those are HTML beside them, where escaping is in one place.
+"""
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+SERIES = 6  # hues; more lines than that are drawn in a ramp of one
+_STAND_INS = {"ink": "#010201", "muted": "#010202", "line": "#010203"}
+_STAND_INS |= {f"s{number}": f"#0103{number:02x}" for number in range(1, SERIES + 1)}
+_STAND_INS |= {f"r{number}": f"#0104{number:02x}" for number in range(1, SERIES + 1)}
+_MOST_POINTS = 240  # per line: more than the chart has pixels to show
+_SMOOTH_FROM = 60  # points from which a noisy line is drawn faint, with its smoothed self on top
+# idle - even - overloaded; the middle is a grey that stands on white and on black
+_LOAD_COLOURS = LinearSegmentedColormap.from_list("load", ["#2a6fb0", "#b9bab6", "#d4641c"])
+
+
+def colours(count: int, ordered: bool) -> list[str]:
+    """CSS variable names for `count` lines: distinct hues, or a ramp for things with an order such as layers."""
+    if not ordered and count <= SERIES:
+        return [f"s{number}" for number in range(1, count + 1)]
+    return [f"r{1 + round(place * (SERIES - 1) / max(1, count - 1))}" for place in range(count)]
+
+
+def lines(
+    curves: Sequence[tuple[Sequence[float], Sequence[float], str]], salt: str, floor: float | None = None,
+    ceiling: float | None = None, log: bool = False,
+) -> str:  # fmt: skip
+    """SVG of curves (x, y, colour name). `salt` keeps the ids of several SVGs on one page apart."""
+    with rc_context(_style(salt)):
+        figure, axes = _canvas(2.3)
+        for x, y, colour in curves:
+            x, y = _thin(x, y)
+            smooth = _smooth(y)
+            if len(y) >= _SMOOTH_FROM:
+                axes.plot(x, y, color=_STAND_INS[colour], linewidth=0.8, alpha=0.28)
+            mark = "o" if len(y) == 1 else None
+            axes.plot(x, smooth, color=_STAND_INS[colour], linewidth=1.7, marker=mark, markersize=4)
+        if log and _wide(value for _, y, _ in curves for value in y):
+            axes.set_yscale("log")
+            axes.minorticks_off()
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+            low, high = axes.get_ylim()
+            axes.set_ylim(low if floor is None else min(floor, low), high if ceiling is None else max(ceiling, high))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.grid(axis="y", color=_STAND_INS["line"], linewidth=0.7)
+        _finish(axes)
+        return _svg(figure)
+
+
+def heat(x: Sequence[float], loads: Sequence[Sequence[float]], salt: str) -> str:
+    """SVG of experts (down) over time (across); a load of 1 is an even share, 2 and above the full colour."""
+    with rc_context(_style(salt)):
+        figure, axes = _canvas(1.7)
+        step = max(1, len(loads) // _MOST_POINTS)
+        shares = []
+        for row in loads[::step]:
+            mean = sum(row) / len(row)
+            shares.append([value / mean if mean else 0.0 for value in row])
+        across = list(zip(*shares, strict=True))  # experts by time
+        extent = (min(x), max(x) if max(x) > min(x) else min(x) + 1, len(across) - 0.5, -0.5)
+        axes.imshow(
+            across, aspect="auto", cmap=_LOAD_COLOURS, vmin=0.0, vmax=2.0, extent=extent, interpolation="nearest"
+        )
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        _finish(axes)
+        return _svg(figure)
+
+
+def _wide(values: Iterable[float]) -> bool:
+    """Whether numbers span enough, and are positive enough, for a logarithmic axis to help."""
+    found = list(values)
+    return min(found) > 0 and max(found) / min(found) > 30
+
+
+def short(value: float) -> str:
+    """1234567 -> "1.2M"; for axes and headlines."""
+    size = abs(value)
+    for suffix, unit in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if size >= unit:
+            return f"{value / unit:.3g}{suffix}"
+    if size != 0 and size < 0.001:
+        return f"{value:.2g}".replace("e-0", "e-")
+    return f"{value:.3g}"
+
+
+def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Means of equal runs of points, so a long run stays a small file."""
+    size = -(-len(y) // _MOST_POINTS)
+    if size == 1:
+        return list(x), list(y)
+    groups = range(0, len(y), size)
+    return (
+        [sum(x[start : start + size]) / len(x[start : start + size]) for start in groups],
+        [sum(y[start : start + size]) / len(y[start : start + size]) for start in groups],
+    )
+
+
+def _smooth(y: list[float]) -> list[float]:
+    """A centred mean over about a thirtieth of the line; short lines are left alone."""
+    if len(y) < _SMOOTH_FROM:
+        return y
+    reach = max(1, len(y) // 60)
+    windows = [y[max(0, place - reach) : place + reach + 1] for place in range(len(y))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _style(salt: str) -> dict[str, Any]:
+    return {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, "axes.linewidth": 0.7, "path.simplify": True}
+
+
+def _canvas(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.4, height), layout="constrained")
+    figure.patch.set_alpha(0.0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0.0)
+    return figure, axes
+
+
+def _finish(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.tick_params(colors=_STAND_INS["muted"], length=0, pad=5)
+    axes.margins(x=0.01)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(_STAND_INS["line"])
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]  # without the XML prologue, whose DOCTYPE names a remote file
+    for name, stand_in in _STAND_INS.items():
+        text = text.replace(stand_in, f"var(--{name})")
+    return text.replace("<svg ", '<svg role="img" aria-hidden="true" ', 1)

@@ -1,0 +1,175 @@
+"""`bessemer doctor`: what this machine has, measured, and what will be slow on it and why.
+
+`examine` gathers facts (plain JSON), each judgement a note with a level: ok, slow (it works, and this is what it costs)
+or bad (it will not work until mended). `describe` is the text for a person.
+"""
+
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bessemer import __version__
+from bessemer.precision import probe
+
+_GB = 1e9
+_NEED_DISK_GB = 2.0  # packages, packed rows and the checkpoints of the tiny recipe, with room to spare
+_NEED_MEMORY_GB = 4.0
+_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16")  # the last is arm's name
+
+
+def examine(folder: Path) -> dict[str, Any]:
+    """Facts about this machine; `folder` is where runs would be kept. Takes a second or two: it measures."""
+    rates = {name: round(float(rate), 1) for name, rate in probe.gemm_rates().items()}
+    choice = probe.compute_dtype(rates)
+    total, available = _memory()
+    facts: dict[str, Any] = {
+        "bessemer": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "flags": _flags(),
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "gemm_gflops": rates,
+        "dtype": str(choice.dtype).removeprefix("torch."),
+        "dtype_reason": choice.why,
+        "compiler": next((found for name in _compilers() if (found := shutil.which(name))), None),
+        "memory_gb": total,
+        "memory_available_gb": available,
+        "folder": str(folder),
+        "disk_free_gb": _disk(folder),
+        "writable": os.access(_existing(folder), os.W_OK),
+    }
+    facts["notes"] = [{"about": about, "level": level, "text": text} for about, level, text in _judge(facts)]
+    return facts
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """One line a note: mark, subject, what is here and what it means."""
+    marks = {"ok": "ok  ", "slow": "slow", "bad": "BAD "}
+    lines = [f"{marks[note['level']]}  {note['about']:<9} {note['text']}" for note in facts["notes"]]
+    bad = sum(note["level"] == "bad" for note in facts["notes"])
+    lines.append(f"{bad} thing{'s' * (bad != 1)} to mend before a run" if bad else "ready to run")
+    return "\n".join(lines)
+
+
+def _judge(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        ("torch", "ok", f"bessemer {facts['bessemer']}, torch {facts['torch']}, python {facts['python']}"),
+        _about_device(facts),
+        _about_threads(facts),
+        _about_numbers(facts),
+        _about_compiler(facts),
+        _about_memory(facts),
+        _about_disk(facts),
+    ]
+
+
+def _about_device(facts: dict[str, Any]) -> tuple[str, str, str]:
+    if facts["gpus"]:
+        return "GPU", "ok", ", ".join(facts["gpus"])
+    text = "none: models past some ten million active parameters take days here; recipes/tiny.toml is made for this"
+    return "GPU", "slow", text
+
+
+def _about_threads(facts: dict[str, Any]) -> tuple[str, str, str]:
+    cores, threads = facts["cores"], facts["threads"]
+    text = f"{facts['cpu']}: {cores} cores, torch uses {threads} thread{'s' * (threads != 1)}"
+    if threads > cores:
+        return "CPU", "slow", f"{text}: more threads than cores wait for each other; set OMP_NUM_THREADS={cores}"
+    if threads < cores // 2:
+        return "CPU", "slow", f"{text}: the other cores are idle; unset OMP_NUM_THREADS"
+    return "CPU", "ok", text
+
+
+def _about_numbers(facts: dict[str, Any]) -> tuple[str, str, str]:
+    flags = facts["flags"]
+    has = ", ".join(flags) or "no vector instructions that matter"
+    text = f"CPU has {has}; training computes in {facts['dtype_reason']}"
+    if facts["gpus"] or facts["dtype"] != "float32":
+        return "numbers", "ok", text
+    has_bf16 = bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+    lacking = "" if has_bf16 else "; this CPU has no BF16 instructions"
+    return "numbers", "slow", text + lacking
+
+
+def _about_compiler(facts: dict[str, Any]) -> tuple[str, str, str]:
+    if facts["compiler"]:
+        return "compiler", "ok", f"{facts['compiler']}: torch.compile works"
+    return (
+        "compiler",
+        "slow",
+        "no C++ compiler: torch.compile is off, everything runs eagerly; install g++ to change it",
+    )
+
+
+def _about_memory(facts: dict[str, Any]) -> tuple[str, str, str]:
+    total, available = facts["memory_gb"], facts["memory_available_gb"]
+    if total is None:
+        return "memory", "ok", "not known on this system"
+    text = f"{available:.1f} of {total:.1f} GB free"
+    if available < _NEED_MEMORY_GB:
+        return "memory", "bad", f"{text}: less than the {_NEED_MEMORY_GB:.0f} GB a run needs; close something"
+    return "memory", "ok", text
+
+
+def _about_disk(facts: dict[str, Any]) -> tuple[str, str, str]:
+    text = f"{facts['disk_free_gb']:.1f} GB free for {facts['folder']}"
+    if not facts["writable"]:
+        return "disk", "bad", f"{facts['folder']} cannot be written; change its owner or give run --out another folder"
+    if facts["disk_free_gb"] < _NEED_DISK_GB:
+        return "disk", "bad", f"{text}: less than the {_NEED_DISK_GB:.0f} GB a run needs; free some, or use --out"
+    return "disk", "ok", text
+
+
+def _compilers() -> list[str]:
+    given = os.environ.get("CXX")  # what torch.compile itself asks first
+    return [*([given] if given else []), "g++", "clang++", "c++"]
+
+
+def _cpuinfo(key: str) -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    except OSError:
+        pass
+    return ""
+
+
+def _cpu_name() -> str:
+    name = _cpuinfo("model name")
+    return name if name not in ("", "unknown") else platform.processor() or platform.machine()
+
+
+def _flags() -> list[str]:
+    present = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
+    return [flag for flag in _FLAGS if flag in present]
+
+
+def _memory() -> tuple[float | None, float | None]:
+    """(total, available) in GB, from the kernel; None where it does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        total, available = (int(lines[key].split()[0]) * 1024 / _GB for key in ("MemTotal", "MemAvailable"))
+    except (OSError, KeyError, ValueError):
+        return None, None
+    return round(total, 1), round(available, 1)
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder upwards that exists: where `folder` would be made."""
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _disk(folder: Path) -> float:
+    return round(shutil.disk_usage(_existing(folder)).free / _GB, 1)

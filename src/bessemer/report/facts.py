@@ -1,0 +1,128 @@
+"""What a run directory says, read once for every view: stages, metrics as series, evaluations, samples, rollouts.
+
+Nothing here computes a new figure and nothing is guessed: what a run did not record is absent. A run may be unfinished
+or running while it is read.
+"""
+
+import json
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bessemer.errors import UserError
+from bessemer.recipe.metrics import read_lines
+from bessemer.recipe.record import read_json
+from bessemer.recipe.rundir import stage_folders
+
+_SAMPLE_HEADING = re.compile(r"^## ", re.MULTILINE)
+
+
+@dataclass
+class Series:
+    """One metric of one stage over time. `values` are numbers, or lists of numbers (expert loads)."""
+
+    steps: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class StageFacts:
+    """One stage's folder."""
+
+    name: str
+    kind: str
+    folder: Path
+    finished: bool
+    seconds: float
+    summary: dict[str, Any]
+    series: dict[str, Series] = field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[tuple[str, str]] = field(default_factory=list)
+    """(heading, text) in the order they were written."""
+    rollouts: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class RunFacts:
+    """A run directory."""
+
+    root: Path
+    recipe: dict[str, Any]
+    recipe_text: str
+    stages: list[StageFacts]
+    conformance: list[dict[str, Any]]
+    finished_at: float
+    """Unix time of the last thing the run recorded; 0 when it recorded nothing."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [row for stage in self.stages for row in stage.evaluations]
+
+
+def read(root: Path) -> RunFacts:
+    """Facts of the run in `root`; UserError when it is no run, or a file in it is damaged."""
+    try:
+        text = (root / "recipe.toml").read_text(encoding="utf-8")
+        recipe = tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{root} is not a run directory: recipe.toml cannot be read ({error})") from None
+    kinds = {table.get("name", table.get("kind")): table.get("kind", "") for table in recipe.get("stage", [])}
+    stages = [_stage(name, kinds.get(name, ""), folder) for _, name, folder in stage_folders(root)]
+    by_name = {stage.name: stage for stage in stages}
+    last = 0.0
+    for line in read_lines(root / "metrics.jsonl"):
+        last = max(last, line.get("time") or 0.0)
+        stage = by_name.get(line.get("stage", ""))
+        for name, value in (line.get("values") or {}).items():
+            if stage is not None and value is not None:
+                series = stage.series.setdefault(name, Series())
+                series.steps.append(line.get("step", 0))
+                series.tokens.append(line.get("tokens", 0))
+                series.values.append(value)
+    return RunFacts(root, recipe, text, stages, _rows(root / "conformance.json"), last)
+
+
+def _stage(name: str, kind: str, folder: Path) -> StageFacts:
+    done = read_json(folder / "done.json")
+    wall = done or read_json(folder / "wall.json") or {}
+    return StageFacts(
+        name=name, kind=kind, folder=folder, finished=done is not None, seconds=wall.get("seconds", 0.0),
+        summary=(done or {}).get("summary", {}), evaluations=_rows(folder / "results.json"),
+        samples=_samples(folder / "samples.md"), rollouts=list(read_lines(folder / "rollouts.jsonl")),
+    )  # fmt: skip
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """A list of tables, bare or as "rows"; also {"before": {...}, "after": {...}}, whose keys name the model."""
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        raise UserError(f"{path} is not valid JSON; delete it and run the recipe again") from None
+    if isinstance(found, dict) and isinstance(found.get("rows"), list):
+        found = found["rows"]
+    elif isinstance(found, dict):
+        found = [{"model": name, **row} for name, row in found.items() if isinstance(row, dict)]
+    return [row for row in found if isinstance(row, dict)]
+
+
+def _samples(path: Path) -> list[tuple[str, str]]:
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not _SAMPLE_HEADING.search(text):
+        return [("samples.md", text)]
+    found = []
+    for part in _SAMPLE_HEADING.split(text)[1:]:
+        heading, _, body = part.partition("\n")
+        lines = [line.removeprefix("    ") for line in body.strip("\n").split("\n")]
+        found.append((heading.strip(), "\n".join(lines)))
+    return found

@@ -1,0 +1,205 @@
+"""The report card: everything a run recorded is on it, nothing a model wrote gets out of its box."""
+
+import html.parser
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import fake_run
+import pytest
+
+from bessemer.errors import UserError
+from bessemer.report import card, charts, curves, facts, page
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags nest, and keeps what there is."""
+
+    EMPTY = ("meta", "br", "img", "link", "input", "path", "use", "image")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attributes]
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attributes]
+
+    def handle_endtag(self, tag):
+        if tag not in self.EMPTY:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return fake_run.make(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def text(root):
+    return card.write(root).read_text(encoding="utf-8")
+
+
+def test_the_page_holds_everything(text, root):
+    seen = " ".join(" ".join(Page(text).text).split())
+    for section in card.SECTIONS:
+        assert section.title in seen
+    assert "Left out" not in seen and "Not finished" not in seen
+    for words in (
+        "pass@1, countdown en", "18 % → 57 %", "14.9–21.5", "+38.8", "99.2", "39.7",
+        "200 held-out problems, 8 samples each", "12.8 min", "MaxVio", "chinese 1.94", "layer 3", "16 experts",
+        "step 500 · 8000K tokens", "Use 3, 8, 2 to make 19.", "in the group correct", "FP8 training",
+        "bessemer chat", "Also in metrics.jsonl: guard/skipped", "狐狸",
+    ):  # fmt: skip
+        assert words in seen, words
+    assert root.joinpath("recipe.toml").read_text() in "".join(Page(text).text)
+
+
+def test_one_file_that_asks_for_nothing(text):
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)
+    for tag, name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "action", "data"):
+            assert value.startswith(("#", "data:image/png;base64,")), (tag, name, value)
+        assert not name.startswith("on")
+    assert "url(http" not in text and "@import" not in text and "<!DOCTYPE svg" not in text
+    assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in page.attributes
+    assert len(text) < 600_000  # small enough to mail
+
+
+def test_charts_take_the_colours_of_the_page(text):
+    svgs = re.findall(r"<svg .*?</svg>", text, re.DOTALL)
+    assert len(svgs) > 15
+    for svg in svgs:
+        ElementTree.fromstring(svg)
+        # stand-ins are all replaced, and no black or white was left to vanish on one of the two themes
+        assert "var(--" in svg and "#010" not in svg and "#000000" not in svg and "#ffffff" not in svg
+        assert "<text" in svg  # text stays text
+    ids = [re.findall(r'<clipPath id="([^"]+)"', svg) for svg in svgs]
+    flat = [found for svg in ids for found in svg]
+    assert len(flat) == len(set(flat))  # one chart's clip must not cut another's lines
+    css = text.split("<style>")[1].split("</style>")[0]
+    used = set(re.findall(r"var\(--([a-z0-9-]+)\)", text))
+    light, dark = css.split("prefers-color-scheme: dark")
+    assert all(f"--{name}:" in light for name in used) and all(f"--{name}:" in dark.split("}")[0] for name in used)
+
+
+def test_hostile_output_stays_text(tmp_path):
+    root = fake_run.make(tmp_path / "run", hostile=True)
+    (root / "02-pretrain" / "samples.md").write_text(
+        f"## step 1 {fake_run.HOSTILE[:60]}\n\n    {fake_run.HOSTILE[:60]}\n"
+    )
+    evil = {"task": "<b>", "model": "<i>", "n": "<u>", "samples": 8, "pass_at_1": 0.5, "language": "<s>"}
+    (root / "05-after" / "results.json").write_text(json.dumps([evil]))
+    (root / "conformance.json").write_text(json.dumps([{"item": "<h5>", "on": True}]))
+    with open(root / "metrics.jsonl", "a") as file:
+        values = {"val/bpb/<a href=x>$\\frac{$": 1.0, "guard/<h1>": 2.0}
+        file.write(json.dumps({"stage": "zero", "step": 1, "tokens": 1, "values": values}) + "\n")
+    (root / "recipe.toml").write_text(
+        'name = "<title>"\n[[stage]]\nkind = "<hr>"\nname="zero"\n[model]\npreset="<p>"\n'
+    )
+    shown = card.write(root).read_text(encoding="utf-8")
+    page = Page(shown)
+    assert not {"script", "img", "u", "s", "h5", "h6", "hr"} & set(page.tags)
+    assert page.tags.count("title") == 1 and page.tags.count("h1") == 1 and "a" in page.tags
+    assert all(value.startswith("#") for tag, name, value in page.attributes if tag == "a")
+    assert shown.count("&lt;script&gt;") > 10
+    assert "\x00" not in shown and "\x1b" not in shown and "\u2400\u241b[31m" in shown
+
+
+def test_an_empty_run_says_what_is_missing(tmp_path):
+    (tmp_path / "recipe.toml").write_text('name = "new"\n[[stage]]\nkind = "pretrain"\nname = "pretrain"\n')
+    seen = " ".join(Page(card.write(tmp_path).read_text()).text)
+    assert "Left out, since the run recorded nothing for it: before and after (no results.json in a stage)" in seen
+    assert "rollouts (no rollouts.jsonl in a stage)" in seen and "Not finished yet: pretrain" in seen
+    with pytest.raises(UserError, match="not a run directory"):
+        card.write(tmp_path / "nowhere")
+
+
+def test_a_run_in_progress_can_be_read(root, tmp_path):
+    run = fake_run.make(tmp_path / "run")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"time": 1, "sta')
+    (run / "04-zero" / "done.json").unlink()
+    (run / "04-zero" / "wall.json").write_text('{"seconds": 60.0}')
+    seen = " ".join(Page(card.write(run).read_text()).text)
+    assert "Not finished yet: zero" in seen and "9.0 min" in seen
+
+
+def test_results_in_all_spellings_and_what_may_be_compared(tmp_path):
+    row = {"task": "t", "language": "en", "samples": 4, "pass_at_1": 0.25, "n": 10}
+    (tmp_path / "recipe.toml").write_text('name = "x"\n')
+    for number, found in enumerate(
+        [
+            {"rows": [{"model": "a", **row}]},
+            {"before": row, "after": row | {"temperature": 0.6}},
+            [{"model": "c", **row}],
+        ],
+        1,
+    ):
+        (tmp_path / f"0{number}-e{number}").mkdir()
+        (tmp_path / f"0{number}-e{number}" / "results.json").write_text(json.dumps(found))
+    groups = card._by_task(facts.read(tmp_path))
+    assert [[row["model"] for row in rows] for rows in groups.values()] == [["a", "before", "c"], ["after"]]
+    (tmp_path / "01-e1" / "results.json").write_text("{")
+    with pytest.raises(UserError, match=r"results.json is not valid JSON"):
+        facts.read(tmp_path)
+
+
+def test_rollouts_that_never_repeat_a_prompt_are_spread_over_training(tmp_path):
+    run = fake_run.make(tmp_path / "run")
+    lines = [
+        {"step": s, "id": f"p{s}", "prompt": f"prompt number {s}.", "completion": f"c{s}-{m}"}
+        for s in range(100)
+        for m in range(2)
+    ]
+    (run / "04-zero" / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = " ".join(Page(card.write(run).read_text()).text)
+    assert "prompt number 0." in seen and "prompt number 99." in seen and "c99-0" in seen and "c99-1" in seen
+    assert "8 of 100 prompts" in seen
+
+
+def test_curves_stay_small_and_true():
+    _, y = charts._thin(list(range(10_000)), [float(value) for value in range(10_000)])
+    assert len(y) <= charts._MOST_POINTS and y == sorted(y) and abs(sum(y) / len(y) - 4999.5) < 25
+    assert charts._smooth([1.0, 9.0]) == [1.0, 9.0]  # a few points are shown as they are
+    flat = charts._smooth([5.0] * 200)
+    assert flat == [5.0] * 200
+    assert [charts.short(v) for v in (0, 0.00022, 3e-3, 1.5, 21400, 8e6, -0.5)] == [
+        "0", "0.00022", "0.003", "1.5", "21.4K", "8M", "-0.5"
+    ]  # fmt: skip
+
+
+def test_heat_map_means_shares_not_counts():
+    one = charts.heat([1, 2], [[1.0, 3.0], [2.0, 2.0]], "a")
+    assert (
+        one.split("base64,")[1][:2000]
+        == charts.heat([1, 2], [[10.0, 30.0], [20.0, 20.0]], "a").split("base64,")[1][:2000]
+    )
+    assert "base64," in charts.heat([5], [[0.0, 0.0]], "b")  # nothing routed yet: no division by zero
+
+
+def test_layers_are_in_order_and_nan_is_skipped(tmp_path):
+    (tmp_path / "recipe.toml").write_text('name = "x"\n')
+    (tmp_path / "01-p").mkdir()
+    names = [f"balance/layers.{layer}.mlp.gate" for layer in (10, 2, 1)]
+    lines = [{"stage": "p", "step": s, "tokens": s, "values": {n: 0.5 if s else None for n in names}} for s in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = curves.curves(facts.read(tmp_path))
+    assert re.findall(r"layer \d+", shown) == ["layer 1", "layer 2", "layer 10"]
+
+
+def test_long_output_is_cut():
+    shown = page.block("x" * 10_000)
+    assert "6,000 more characters" in shown and len(shown) < 4200

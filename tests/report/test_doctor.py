@@ -1,0 +1,49 @@
+"""The doctor's judgements, on machines that are not here."""
+
+import json
+
+import pytest
+
+from bessemer.report import doctor
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor.probe, "gemm_rates", lambda: {"float32": 60.0, "bfloat16": 240.0})
+    return doctor.examine(tmp_path / "runs" / "deep")
+
+
+def note(facts, about):
+    return next((level, text) for found, level, text in doctor._judge(facts) if found == about)
+
+
+def test_facts_are_json_and_every_one_is_here(machine):
+    facts = json.loads(json.dumps(machine))
+    assert facts["gemm_gflops"]["bfloat16"] == 240.0 and facts["dtype"] == "bfloat16"
+    assert facts["cores"] >= 1 and facts["disk_free_gb"] > 0 and facts["writable"] is True
+    text = doctor.describe(facts)
+    assert "bfloat16 with float32 masters (measured GEMM: float32 60, bfloat16 240 GFLOPS)" in text
+    assert len(text.splitlines()) == len(facts["notes"]) + 1
+
+
+@pytest.mark.parametrize(
+    ("about", "change", "level", "words"),
+    [("GPU", {"gpus": []}, "slow", "tiny.toml"), ("GPU", {"gpus": ["H100"]}, "ok", "H100"),
+     ("CPU", {"cores": 2, "threads": 8}, "slow", "OMP_NUM_THREADS=2"),
+     ("CPU", {"cores": 64, "threads": 1}, "slow", "idle"),
+     ("CPU", {"cores": 2, "threads": 1}, "ok", "1 thread"),
+     ("numbers", {"dtype": "float32", "gpus": [], "flags": ["avx2"]}, "slow", "no BF16 instructions"),
+     ("compiler", {"compiler": None}, "slow", "g++"), ("compiler", {"compiler": "/usr/bin/g++"}, "ok", "works"),
+     ("memory", {"memory_gb": 2.0, "memory_available_gb": 1.0}, "bad", "close something"),
+     ("memory", {"memory_gb": None, "memory_available_gb": None}, "ok", "not known"),
+     ("disk", {"writable": False}, "bad", "cannot be written"), ("disk", {"disk_free_gb": 0.1}, "bad", "--out")],
+)  # fmt: skip
+def test_judgements(machine, about, change, level, words):
+    found_level, text = note(machine | change, about)
+    assert found_level == level and words in text
+
+
+def test_the_last_line_counts_what_is_to_mend(machine):
+    bad = {"about": "disk", "level": "bad", "text": "full"}
+    assert doctor.describe(machine | {"notes": [bad]}).endswith("1 thing to mend before a run")
+    assert doctor.describe(machine | {"notes": []}) == "ready to run"
