@@ -1,0 +1,170 @@
+"""A conversation with a model in the terminal.
+
+The directory's own template makes the prompt, so the model sees what it was trained on: R1's prompt opens the thinking
+itself (reference B.7), R1-Zero's leaves that to the model. Thinking is shown dim. Ctrl-C ends the answer, never the
+session; whatever is typed, the session goes on.
+"""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from bessemer.data.chat import Message, render_ids
+from bessemer.data.special import USER
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+from bessemer.infer.engine import Engine
+from bessemer.infer.generate import load_engine
+
+HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends an answer"
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+def chat(
+    model_dir: str | Path,
+    *,
+    temperature: float = 0.6,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    input: Callable[[str], str] = builtins.input,
+    output: TextIO | None = None,
+) -> None:
+    """Talks until /exit or the end of the input. `input` takes the text to ask with, as the builtin does."""
+    talk = Conversation(load_engine(model_dir), output or sys.stdout, temperature, max_new_tokens, seed)
+    talk.show(HELP + "\n")
+    while True:
+        try:
+            line = input("\n> ").strip()
+            if line == "/exit":
+                break
+            if line == "/reset":
+                talk.messages.clear()
+                talk.show("forgotten\n")
+            elif line.startswith("/"):
+                talk.show(HELP + "\n")
+            elif line:
+                talk.answer(line)
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            talk.show("\n" + HELP + "\n")
+        except UnicodeDecodeError:
+            talk.show("that was not UTF-8; please type it again\n")
+
+
+class Conversation:
+    """The turns so far, and how an answer gets onto the screen."""
+
+    def __init__(self, engine: Engine, output: TextIO, temperature: float, max_new_tokens: int, seed: int):
+        self.engine = engine
+        self.style = template_style(engine.tokenizer)
+        self.output = output
+        self.dim = output.isatty()
+        self.options = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        self.seed = seed
+        self.messages: list[Message] = []
+
+    def answer(self, line: str) -> None:
+        """One turn; a turn that fails leaves the conversation as it was."""
+        # A terminal hands on bytes that are not UTF-8 as lone surrogates, which no tokenizer takes.
+        line = line.encode("utf-8", "replace").decode()
+        before = list(self.messages)
+        self.messages.append({"role": "user", "content": line})
+        try:
+            prompt = self._prompt()
+            screen = Screen(self.engine.tokenizer, self.show, self.dim, prompt)
+            self.seed += 1  # the same question again gets another answer
+            try:
+                self.engine.generate([prompt], seed=self.seed, on_tokens=screen.take, **self.options)
+            except KeyboardInterrupt:
+                screen.interrupted = True
+            screen.close()
+            self.messages.append({"role": "assistant", "content": screen.content(self.style)})
+        except UserError as error:
+            self.messages = before
+            self.show(f"error: {error}\n")
+
+    def _prompt(self) -> list[int]:
+        """The conversation as ids; the oldest turns are forgotten when it leaves too little room for an answer."""
+        longest = self.engine.model.cfg.max_seq_len
+        room = min(self.options["max_new_tokens"], longest // 2)
+        while True:
+            ids = render_ids(self.engine.tokenizer, self.messages, self.style)
+            if len(ids) + room <= longest or len(self.messages) < 3:
+                return ids
+            del self.messages[:2]
+
+    def show(self, text: str) -> None:
+        """Writes at once, with what the output cannot encode replaced."""
+        encoding = getattr(self.output, "encoding", None) or "utf-8"
+        self.output.write(text.encode(encoding, "replace").decode(encoding))
+        self.output.flush()
+
+
+class Screen:
+    """One answer as it comes in: whole characters, thinking dim, nothing that steers the terminal."""
+
+    def __init__(self, tokenizer: Tokenizer, show: Callable[[str], None], dim: bool, prompt: list[int]):
+        self.tokenizer = tokenizer
+        self.show = show
+        self.dim = dim
+        self.decoder = tokenizer.stream()
+        self.text = ""
+        self.interrupted = False
+        self.think, self.think_end = think_ids(tokenizer)
+        marks = [i for i in prompt if i in (self.think, self.think_end)]
+        self.thinking = bool(marks) and marks[-1] == self.think
+        self._style(self.thinking)
+
+    def take(self, drawn: list[tuple[int, int, int]]) -> None:
+        for _, _, token in drawn:
+            if token == self.think:
+                self.thinking = True
+                self._style(True)
+            self._put(self.decoder.push(token))
+            if token == self.think_end:
+                self.thinking = False
+                self._style(False)
+
+    def close(self) -> None:
+        self._put(self.decoder.flush())
+        self._style(False)
+        self.show(" [stopped]\n" if self.interrupted else "\n")
+
+    def content(self, style: str) -> str:
+        """The answer as a message. The template puts the blank before a plain answer, and drops R1's thinking: of a
+        thought that never ended nothing is left."""
+        if style == "r1":
+            return "" if self.thinking else self.text
+        return self.text.removeprefix(" ")
+
+    def _put(self, text: str) -> None:
+        self.text += text
+        self.show("".join(c for c in text if c.isprintable() or c in "\n\t"))
+
+    def _style(self, thinking: bool) -> None:
+        if self.dim:
+            self.show(DIM if thinking else PLAIN)
+
+
+def think_ids(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
+    """The ids of <think> and </think>; None for a model that never learned to think."""
+    try:
+        return tokenizer.think_id, tokenizer.think_end_id
+    except UserError:
+        return None, None
+
+
+def template_style(tokenizer: Tokenizer) -> str:
+    """The template a directory was trained with. A foreign one cannot be told apart: R1's where its tokens exist."""
+    if tokenizer.chat_style:
+        return tokenizer.chat_style
+    try:
+        tokenizer.special_id(USER)
+    except UserError:
+        return "zero"
+    return "r1"

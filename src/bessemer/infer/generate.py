@@ -1,0 +1,21 @@
+"""Completions from a model directory in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.infer.engine import Engine, Prompt
+from bessemer.model import hub
+
+
+def load_engine(model_dir: str | Path) -> Engine:
+    """Model and tokenizer of a Hugging Face directory. The MTP layers stay on the disk: nothing here uses them."""
+    return Engine(hub.load(model_dir, mtp=False), Tokenizer.load(model_dir))
+
+
+def generate_texts(model_dir: str | Path, prompts: Sequence[Prompt], **sampling: Any) -> list[str]:
+    """One continuation of each prompt; `sampling` as in `Engine.generate`."""
+    return [completions[0].text for completions in load_engine(model_dir).generate(prompts, samples=1, **sampling)]
