@@ -1,0 +1,99 @@
+"""The GRPO objective (DeepSeekMath 4.1, R1 2.2.1), per token:
+
+    J = sum_t w_t { min(rho_t A, clip(rho_t, 1 - eps_low, 1 + eps_high) A) - beta (pi_ref/pi - log(pi_ref/pi) - 1) }
+
+rho_t = pi(o_t) / pi_old(o_t). The weights w live in the batch: 1/|o| per output makes the paper's mean over outputs of
+means over tokens ("sequence"), 1 per token the mean over all tokens of the step ("token"); the trainer divides by their
+sum. The KL term is the k3 estimator, inside the loss and not in the reward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bessemer.data.batch import Batch
+from bessemer.train.logprob import token_logprobs
+from bessemer.train.objective import Loss
+
+LOG_RATIO_LIMIT = 20.0
+"""exp() of more than this says nothing but that the policies parted; it keeps the ratio finite."""
+
+
+class TokenTerms(NamedTuple):
+    """Per-token parts of the objective, before weighting."""
+
+    surrogate: Tensor
+    kl: Tensor
+    clipped: Tensor
+    """1 where the clip binds, that is, where the gradient of the surrogate is cut."""
+    ratio: Tensor
+
+
+def grpo_terms(
+    logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage: Tensor, clip_low: float, clip_high: float
+) -> TokenTerms:
+    """Surrogate and k3 divergence of every token; all arguments of one shape."""
+    ratio = (logp - old_logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    surrogate = torch.minimum(ratio * advantage, bounded * advantage)
+    clipped = (ratio * advantage > bounded * advantage).float()
+    if ref_logp is None:
+        return TokenTerms(surrogate, torch.zeros_like(surrogate), clipped, ratio)
+    gap = (ref_logp - logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return TokenTerms(surrogate, gap.exp() - gap - 1.0, clipped, ratio)
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """The objective with its dials; `GRPO(...)(model, batch)` is what the trainer calls.
+
+    Batch extras, aligned with the tokens they belong to: `advantage_BT`, `old_logp_BT` and, when `kl` > 0, `ref_logp_BT`.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl: float = 0.001
+    temperature: float = 1.0
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+        tokens_BT, weight_BT = batch.tokens_BT[:, 1:], batch.loss_BT[:, 1:]
+        out = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=False)
+        # Only the positions that are trained on go through the head: prompts and padding cost nothing there.
+        keep = weight_BT.flatten().nonzero().squeeze(1)
+        hidden_ND = out.hidden_BTD[:, :-1].flatten(0, 1)[keep]
+        logp, entropy = token_logprobs(
+            hidden_ND, model.head_weight, tokens_BT.flatten()[keep], self.temperature, entropy=True
+        )
+
+        def extra(name: str) -> Tensor:
+            return batch.extras[name][:, 1:].flatten()[keep]
+
+        ref = extra("ref_logp_BT") if self.kl > 0 else None
+        terms = grpo_terms(logp, extra("old_logp_BT"), ref, extra("advantage_BT"), self.clip_low, self.clip_high)
+        weight = weight_BT.flatten()[keep]
+        total = -(weight * (terms.surrogate - self.kl * terms.kl)).sum()
+        metrics = {
+            "kl": (weight * terms.kl).sum(),
+            "entropy": (weight * entropy).sum(),
+            "clip_share": (weight * terms.clipped).sum(),
+            "ratio": (weight * terms.ratio).sum(),
+            # of the first update after a rollout this is the gap between sampler and trainer
+            "logp_gap": (weight * (logp - extra("old_logp_BT")).abs()).sum(),
+        }
+        return Loss(total, weight.sum(), {name: value.detach() for name, value in metrics.items()})
+
+
+@torch.no_grad()
+def reference_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
+    """log pi_ref of every trained token, [B, T], 0 elsewhere."""
+    weight = batch.loss_BT[:, 1:].flatten()
+    keep = weight.nonzero().squeeze(1)
+    hidden = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=False).hidden_BTD[:, :-1].flatten(0, 1)[keep]
+    logp = token_logprobs(hidden, model.head_weight, batch.tokens_BT[:, 1:].flatten()[keep], temperature).logp
+    flat = torch.zeros_like(weight)
+    flat[keep] = logp
+    return torch.nn.functional.pad(flat.view(batch.tokens_BT.shape[0], -1), (1, 0))

@@ -1,0 +1,109 @@
+"""One rollout: P prompts, G samples each, judged, and laid out as training batches (R1 2.2).
+
+The prompt of rollout r is found by arithmetic, and a sample's seed from (run seed, rollout, prompt, sample), so a
+resumed run samples what the uninterrupted one would have sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bessemer.data.batch import Batch
+from bessemer.infer.engine import Completion, Engine
+from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
+
+
+@dataclass
+class Sampled:
+    """One judged completion."""
+
+    problem: Problem
+    prompt_tokens: list[int]
+    completion: Completion
+    verdict: Verdict
+    reward: float
+    advantage: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reward:
+    """R = R_accuracy + format * R_format (R1 2.2.2; the paper adds them with equal weight)."""
+
+    format: float = 1.0
+
+    def __call__(self, verdict: Verdict) -> float:
+        return float(verdict.correct) + self.format * float(verdict.formatted)
+
+
+def problems_of(tasks: Sequence[Task], split: str, first: int, count: int, seed: int) -> list[tuple[Task, Problem]]:
+    """Problems first..first+count-1 of the endless list that takes the tasks in turn."""
+    found = []
+    for n in range(first, first + count):
+        task = tasks[n % len(tasks)]
+        found.append((task, task.problem(split, n // len(tasks), seed)))
+    return found
+
+
+def sample(
+    engine: Engine,
+    chosen: Sequence[tuple[Task, Problem]],
+    encode: Callable[[Problem], list[int]],
+    reward: Reward,
+    *,
+    samples: int,
+    seed: int,
+    **sampling,
+) -> list[list[Sampled]]:
+    """G judged completions of every problem, prompt by prompt."""
+    prompts = [encode(problem) for _, problem in chosen]
+    seeds = [stable_hash("rollout", seed, p) & (2**62 - 1) for p in range(len(prompts))]
+    groups = engine.generate(prompts, samples=samples, seeds=seeds, **sampling)
+    judged = []
+    for (task, problem), prompt, group in zip(chosen, prompts, groups, strict=True):
+        rows = []
+        for completion in group:
+            verdict = task.verify(problem, completion.text)
+            rows.append(Sampled(problem, prompt, completion, verdict, reward(verdict)))
+        judged.append(rows)
+    return judged
+
+
+def rewards(groups: Sequence[Sequence[Sampled]]) -> Tensor:
+    """[P, G]."""
+    return torch.tensor([[row.reward for row in group] for group in groups], dtype=torch.float32)
+
+
+def batches(rows: Sequence[Sampled], pad_id: int, max_tokens: int, normalise: str) -> list[Batch]:
+    """Rows of similar length together, each batch at most `max_tokens` padded tokens (at least one row).
+
+    normalise "sequence": every output counts 1 (the paper); "token": every token counts 1 (DAPO).
+    """
+    ordered = sorted(rows, key=_length, reverse=True)
+    out, start = [], 0
+    while start < len(ordered):
+        width = _length(ordered[start])
+        stop = min(len(ordered), start + max(1, max_tokens // width))
+        out.append(_batch(ordered[start:stop], width, pad_id, normalise))
+        start = stop
+    return out
+
+
+def _length(row: Sampled) -> int:
+    return len(row.prompt_tokens) + len(row.completion.tokens)
+
+
+def _batch(rows: Sequence[Sampled], width: int, pad_id: int, normalise: str) -> Batch:
+    shape = (len(rows), width)
+    tokens = torch.full(shape, pad_id, dtype=torch.int64)
+    loss, advantage, old_logp = (torch.zeros(shape) for _ in range(3))
+    for i, row in enumerate(rows):
+        start, stop = len(row.prompt_tokens), _length(row)
+        tokens[i, :stop] = torch.tensor(row.prompt_tokens + row.completion.tokens)
+        loss[i, start:stop] = 1.0 / (stop - start) if normalise == "sequence" else 1.0
+        advantage[i, start:stop] = row.advantage
+        old_logp[i, start:stop] = torch.tensor(row.completion.logprobs)
+    return Batch(tokens, loss, extras={"advantage_BT": advantage, "old_logp_BT": old_logp})
