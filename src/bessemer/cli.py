@@ -1,0 +1,218 @@
+"""The command line: one verb per thing a user wants.
+
+Nothing heavy is imported before a command has its arguments, so `bessemer --help` is instant. Figures go to standard
+output (as JSON with --json), everything else to standard error. Exit status: 0 done, 2 a mistake the user can mend
+(`error: ...`), 130 stopped by a signal with everything saved.
+"""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bessemer import __version__
+from bessemer.errors import UserError
+
+app = typer.Typer(
+    help="From documents to a reasoning model: DeepSeek-V3 pre-training and R1-Zero in one run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or a run: its last finished model.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same text.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
+
+
+class YesNo(StrEnum):
+    yes = "yes"
+    no = "no"
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def main() -> None:
+    """The program `bessemer`."""
+    try:
+        app()
+    except UserError as error:
+        print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
+        sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"bessemer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/tiny.toml.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="STAGE.KEY=VALUE", help="Override a key; may be repeated.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's directory. Default: runs/NAME.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe; what is finished is skipped, what was interrupted goes on."""
+    from bessemer.recipe import conformance
+    from bessemer.recipe.runner import run as run_recipe
+    from bessemer.recipe.schema import Recipe
+    from bessemer.recipe.stage import Interrupted
+    from bessemer.recipe.values import show_seconds
+    from bessemer.report import card
+
+    loaded = Recipe.load(recipe, set_ or [])
+    root = out or Path("runs") / loaded.name
+    try:
+        results = run_recipe(loaded, out, until, conformance=conformance.rows)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(130)
+    report = card.write(root)
+    if as_json:
+        stages = [
+            {"name": result.name, "kind": result.kind, "status": result.status, "seconds": result.seconds,
+             "summary": result.summary, "directory": str(result.folder)}
+            for result in results
+        ]  # fmt: skip
+        _print_json({"name": loaded.name, "directory": str(root), "report": str(report), "stages": stages})
+        return
+    print(f"{loaded.name}: {show_seconds(sum(result.seconds for result in results))} in all; report: {report}")
+    if any(result.status != "waiting" and (result.folder / "model").is_dir() for result in results):
+        print(f"talk to it: bessemer chat {root}")
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or its name under runs/.")],
+    open_: Annotated[YesNo, typer.Option("--open", help="Show it in the browser.")] = YesNo.no,
+) -> None:
+    """Write the run's report card, one HTML file."""
+    from bessemer.recipe.rundir import run_dir
+    from bessemer.report import card
+
+    path = card.write(run_dir(run))
+    print(path)
+    if open_ is YesNo.yes:
+        typer.launch(str(path))
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option("--folder", help="Where runs would be kept.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """What this machine is good for, and what will be slow on it."""
+    from bessemer.report import doctor as machine
+
+    facts = machine.examine(folder)
+    if as_json:
+        _print_json(facts)
+    else:
+        print(machine.describe(facts))
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    task: Annotated[str, typer.Option(help="The task, such as countdown.")],
+    samples: Annotated[int, typer.Option(min=1, help="Answers per problem.")] = 8,
+    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 100,
+    temperature: Temperature = 1.0,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """pass@1, pass@k and maj@k on held-out problems, with 95 % intervals."""
+    from bessemer.recipe.evaluate import evaluate as run_evaluation
+    from bessemer.recipe.rundir import model_dir
+
+    facts = run_evaluation(
+        model_dir(model), task=task, samples=samples, problems=problems, temperature=temperature, seed=seed
+    )
+    if as_json:
+        _print_json(facts)
+        return
+    for key, value in facts.items():
+        print(f"{key:<24} {json.dumps(value) if isinstance(value, list | dict) else value}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Texts to go on from.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens each.")] = 128,
+    temperature: Temperature = 1.0,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Continue texts."""
+    from bessemer.infer.generate import generate_texts
+    from bessemer.recipe.rundir import model_dir
+
+    texts = generate_texts(model_dir(model), prompts, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    if as_json:
+        _print_json([{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)])
+        return
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(prompt + text + "\n")
+
+
+@app.command()
+def chat(
+    model: Model,
+    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens per answer.")] = 256,
+    temperature: Temperature = 0.6,
+    seed: Seed = 0,
+) -> None:
+    """Talk to a model."""
+    from bessemer.infer.chat import chat as talk
+    from bessemer.recipe.rundir import model_dir
+
+    talk(model_dir(model), max_tokens=max_tokens, temperature=temperature, seed=seed)
+
+
+@app.command()
+def convert(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face model directory.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="Where to write the new one.")],
+    mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="Keep the multi-token-prediction layers.")] = True,
+    dtype: Annotated[Dtype | None, typer.Option(help="Number format. Default: as it is.")] = None,
+) -> None:
+    """Rewrite a model directory: FP8 to plain, with or without MTP, another dtype."""
+    from bessemer.model.hub import convert as rewrite
+
+    rewrite(src, dst, mtp=mtp, dtype=dtype.value if dtype else None)
+    print(dst)
+
+
+@app.command()
+def keys(
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="One stage kind. Default: all.")] = None,
+) -> None:
+    """Every key a recipe may have, its default and what it does."""
+    from bessemer.recipe.help import describe_keys
+
+    print(describe_keys(kind))
+
+
+def _print_json(facts: Any) -> None:
+    print(json.dumps(facts, ensure_ascii=False, indent=1))
