@@ -2,18 +2,19 @@
 
 from bessemer.tasks import Problem
 from bessemer.tasks.diagnose import Diagnosis, diagnose, rates
+from bessemer.tasks.tries import all_tries
 
 PROBLEM = Problem("p", "", "en", {"numbers": [3, 7, 6], "target": 27})
 
 
 def test_a_trace_with_every_kind_of_event():
     trace = (
-        "3+7=10,10+6=16:27 low wait\n"  # a right miss
-        "7+3=10,10+6=16:27 high\n"  # repeated, wrong verdict
-        "3*6=18,18+7=26:27 yes;"  # slip, false yes
+        "(3+7)+6=10+6=16:27 low wait\n"  # a right miss
+        "(7+3)+6=10+6=16:27 high\n"  # repeated, wrong verdict
+        "(3*6)+7=18+7=26:27 yes;"  # slip, false yes
         "hmm\n"
-        "7-3=4,6-4=2:26 low\n"  # another target
-        "3*7=21,21+6=27:27 yes"
+        "6-(7-3)=6-4=2:26 low\n"  # another target
+        "(3*7)+6=21+6=27:27 yes"
     )
     got = diagnose(PROBLEM, f"<think>{trace}</think><answer>6+7*3</answer>")
     assert got == Diagnosis(
@@ -40,7 +41,7 @@ def test_a_trace_with_every_kind_of_event():
 
 
 def test_giving_up_and_breaking_off_differ():
-    line = "3+7=10,10+6=16:27小"
+    line = "(3+7)+6=10+6=16:27小"
     assert diagnose(PROBLEM, f"<think>{line}</think><answer>3</answer>").gave_up == 1
     assert diagnose(PROBLEM, f"<think>{line}\n{line},等等\n").gave_up == 0
     assert diagnose(PROBLEM, f"<think>{line}\n{line},等等\n").waits == 1
@@ -48,16 +49,79 @@ def test_giving_up_and_breaking_off_differ():
 
 
 def test_the_systematic_opening():
-    got = diagnose(PROBLEM, "<think>order:7,6,3\n7+6=13,13+3=16:27 low</think><answer>7+6+3</answer>")
+    got = diagnose(PROBLEM, "<think>order:7,6,3\n(7+6)+3=13+3=16:27 low</think><answer>7+6+3</answer>")
     assert (got.systematic, got.unread, got.tries, got.gave_up) == (1, 0, 1, 1)
 
 
 def test_unlinked_steps_and_wrong_numbers_are_seen():
-    got = diagnose(PROBLEM, "<think>3+7=10,11+6=17:27 low\n3+8=11,11+6=17:27 low</think>")
-    assert (got.tries, got.linked, got.right_numbers) == (2, 1, 0)
+    got = diagnose(PROBLEM, "<think>(3+7)+6=10+5=15:27 low\n(3+8)+6=11+6=17:27 low</think>")
+    assert (got.tries, got.linked, got.right_numbers, got.steps_right) == (2, 1, 0, 4)
+    for line in ("(3+7)+6=10-6=4", "6+(3+7)=10+6=16", "6-(7-3)=4-6=0"):  # another operator; the operands exchanged
+        got = diagnose(PROBLEM, f"<think>{line}:27 low</think>")
+        assert (got.tries, got.linked, got.right_numbers) == (1, 0, 0), line
+
+
+def test_the_number_in_front_is_read_with_every_operator():
+    for line in ("6+(3*7)=6+21=27", "6*(7-3)=6*4=24", "6-(7-3)=6-4=2"):
+        got = diagnose(PROBLEM, f"<think>{line}:27 low</think>")
+        assert (got.tries, got.linked, got.right_numbers, got.steps_right) == (1, 1, 1, 2), line
+
+
+def test_each_step_is_judged_by_itself():
+    for line, right in (("(3*7)+6=20+6=26", 1), ("(3*7)+6=21+6=28", 1), ("(3*7)+6=20+6=27", 0), ("7-(6-3)=7-3=3", 1)):
+        assert diagnose(PROBLEM, f"<think>{line}:27 low</think>").steps_right == right, line
+
+
+def test_only_the_written_form_is_a_try():
+    for line in (
+        "3*7=21,21+6=27:27 yes",  # the form of earlier corpora
+        "3*7+6=21+6=27:27 yes",
+        "(3*7+6)=21+6=27:27 yes",
+        "(3*7)+6=27:27 yes",
+        "(03*7)+6=21+6=27:27 yes",
+        "(3*7)+6=21+6=27:27",
+        "(3/7)+6=21+6=27:27 yes",
+        "x(3*7)+6=21+6=27:27 yes",
+    ):
+        got = diagnose(PROBLEM, f"<think>{line}</think><answer>(3*7)+6</answer>")
+        assert (got.tries, got.unread, got.said_yes, got.answered_yes) == (0, 1, 0, 0), line
+
+
+def test_the_answer_is_compared_with_the_last_yes():
+    first, last = "(3*7)+6=21+6=27:27 yes", "(9*9)+9=81+9=90:27 yes"
+    for trace, answer, same in (
+        (first, "6+7*3", 1),
+        (first, "3*7", 0),
+        (first, "nothing", 0),
+        (f"{first}\n{last}", "(3*7)+6", 0),
+        (f"{first}\n{last}", "9*9+9", 1),
+    ):
+        got = diagnose(PROBLEM, f"<think>{trace}</think><answer>{answer}</answer>")
+        assert (got.said_yes, got.answered_yes) == (1, same), (trace, answer)
+    assert diagnose(PROBLEM, f"<think>{first}</think>").answered_yes == 0
+    assert diagnose(PROBLEM, f"<think>{first}\n(3+7)+6=10+6=16:27 low</think><answer>3*7+6</answer>").said_yes == 0
+
+
+def test_everything_a_try_writes_is_read_back():
+    for numbers in ((3, 6, 7), (1, 1, 1), (2, 9, 15), (15, 15, 15)):
+        problem = Problem("p", "", "en", {"numbers": list(numbers), "target": 27})
+        for attempt in (t for each in all_tries(numbers) for t in (each, each.turned())):
+            steps, claimed, _ = attempt.write()
+            got = diagnose(problem, f"<think>{steps}:27{' low' if claimed < 27 else ' high'}</think>")
+            assert (got.tries, got.linked, got.right_numbers, got.steps_right) == (1, 1, 1, 2), steps
 
 
 def test_hostile_traces_are_quick_and_harmless():
-    for text in ["", "<think>", "<think>" + "3+" * 300_000, "<think>" + "\n" * 300_000, "1" * 10**6, "<think>٣+٤=٧"]:
+    for text in [
+        "",
+        "<think>",
+        "<think>" + "3+" * 300_000,
+        "<think>" + "(3+7)+6=" * 100_000,
+        "<think>" + "\n" * 300_000,
+        "1" * 10**6,
+        "<think>٣+٤=٧",
+    ]:
         assert diagnose(PROBLEM, text).tries == 0
+    endless = "(9999*9999)*9999=9999+0=0:9999 yes" + "!" * 1000
+    assert diagnose(PROBLEM, f"<think>{endless}</think>").tries == 1
     assert rates([])["tries"] is None

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from bessemer.tasks import get
+from bessemer.tasks.base import split_of
 from bessemer.tasks.diagnose import diagnose, rates
 
 N = 6000
@@ -104,18 +105,72 @@ def test_the_other_language_appears_only_as_often_as_set():
 def test_drills_are_true_and_have_their_share():
     drills = [TASK.drill(i) for i in range(N)]
     assert 0.11 < sum("Assistant:" not in TASK.document(i) for i in range(N)) / N < 0.15
-    verdicts = Counter()
-    for line in "\n".join(drills).split("\n"):
-        if fact := re.fullmatch(r"(\d+)([+*-])(\d+)=(\d+)", line):
-            assert eval(f"{fact[1]}{fact[2]}{fact[3]}") == int(fact[4]) <= 199
-        elif claim := re.fullmatch(r"(\d+):(\d+) ?(low|high|yes|小|大|对)", line):
-            value, target = int(claim[1]), int(claim[2])
-            verdicts[claim[3]] += 1
-            truth = ("yes", "对") if value == target else ("low", "小") if value < target else ("high", "大")
-            assert claim[3] in truth
-        else:
-            assert line in ("Drill:", "练习:")
+    verdicts, kinds = Counter(), Counter()
+    for page in drills:
+        head, *lines = page.split("\n")
+        assert head in ("Drill:", "练习:") and 8 <= len(lines) <= 16
+        for line in lines:
+            if claim := re.fullmatch(r"(\d+):(\d+) ?(low|high|yes|小|大|对)", line):
+                kinds["comparison"] += 1
+                value, target = int(claim[1]), int(claim[2])
+                verdicts[claim[3]] += 1
+                truth = ("yes", "对") if value == target else ("low", "小") if value < target else ("high", "大")
+                assert claim[3] in truth
+                continue
+            written, *steps = line.split("=")
+            chain = re.fullmatch(r"\(\d+[+*-]\d+\)[+*-]\d+|\d+-\(\d+[+*-]\d+\)", written)
+            assert re.fullmatch(r"\d+[+*-]\d+", written) or chain, line
+            kinds["chain" if chain else "fact"] += 1
+            assert len(steps) == (2 if chain else 1), line
+            assert all(eval(step) == eval(written) for step in steps), line
+            assert re.fullmatch(r"\d+", steps[-1]) and all(int(n) <= 199 for n in re.findall(r"\d+", line)), line
     assert min(verdicts.values()) > 1000
+    share = {kind: count / kinds.total() for kind, count in kinds.items()}
+    assert share == pytest.approx({"comparison": 0.25, "chain": 0.40, "fact": 0.35}, abs=0.01)
+
+
+def test_no_page_works_on_numbers_of_the_test_split():
+    """Neither the question, nor a try, a guess or a drill: whatever puts three numbers into one expression."""
+    expression = re.compile(r"\((\d+)[+*-](\d+)\)[+*-](\d+)|(\d+)[+*-]\((\d+)[+*-](\d+)\)")
+    chains = re.compile(r"\d+(?:[+*-]\d+){2,}")
+    found = Counter()
+    pages = [("drill", TASK.drill(i)) for i in range(N)] + [("page", page.text) for page in PAGES]
+    pages += [("arithmetic", get("arithmetic").document(i)) for i in range(1000)]
+    for kind, text in pages:
+        groups = [[int(n) for n in found if n] for found in expression.findall(text)]
+        groups += [[int(n) for n in re.findall(r"\d+", chain)] for chain in chains.findall(text)]
+        assert all(split_of(numbers) == "train" for numbers in groups), text
+        found[kind] += len(groups)
+    assert all(split_of(page.problem.meta["numbers"]) == "train" for page in PAGES)
+    assert found["drill"] > 2 * N and found["page"] > N and found["arithmetic"] > 900
+
+
+def test_who_gives_up_answers_with_the_last_try_as_often_as_set():
+    def copied(share):
+        task = get("countdown", direct=0.0, truncated=0.0, give_up_last=share)
+        same = []
+        for page in (task.written(i) for i in range(1500)):
+            think, _, answer = page.response.removesuffix("</answer>").partition("</think><answer>")
+            last = think.removeprefix("<think>").split("\n")[-1]
+            if not last.endswith((" yes", "对")):
+                same.append(last.startswith(answer + "="))
+        return sum(same) / len(same)
+
+    assert copied(1.0) == 1.0
+    chance = copied(0.0)  # a random expression of at most 27 may be the last try too
+    assert chance < 0.1
+    assert copied(0.6) == pytest.approx(0.6 + 0.4 * chance, abs=0.06)
+
+
+def test_an_answer_after_yes_is_a_literal_copy_of_the_try():
+    said = 0
+    for page in PAGES:
+        think, closed, rest = page.response.partition("</think><answer>")
+        last = think.split("\n")[-1].removeprefix("<think>")
+        if closed and last.endswith((" yes", "对")):
+            said += 1
+            assert last.startswith(rest.removesuffix("</answer>") + "="), page.response
+    assert said > 500
 
 
 def test_knobs_turn():

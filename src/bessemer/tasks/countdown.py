@@ -1,4 +1,4 @@
-"""Countdown with three numbers 1..15 and a target of at most 100: the search task of the R1-Zero demonstration.
+"""Countdown with three numbers 1..10 and a target of at most 60: the search task of the R1-Zero demonstration.
 
 Use each number exactly once with + - * / and parentheses to make the target. Verifying is easy and finding is not,
 which is where reflection pays (rl.md 1 and 7). Every problem has a solution in + - *; the verifier also takes exact
@@ -25,8 +25,8 @@ from bessemer.tasks.expression import Unparsable, parse_expression
 from bessemer.tasks.traces import WORDS, TraceMix, respond
 from bessemer.tasks.tries import all_tries
 
-NUMBERS = range(1, 16)
-MAX_TARGET = 100
+NUMBERS = range(1, 11)
+MAX_TARGET = 60
 
 TEMPLATES = {
     ("en", "seen"): (

@@ -14,12 +14,17 @@ from bessemer.tasks.expression import Unparsable, parse_expression
 from bessemer.tasks.traces import WORDS
 from bessemer.tasks.tries import apply
 
-_NUMBER, _OP = "([0-9]{1,6})", r"([+\-*])"
-_TRY = re.compile(
-    rf"(\(?{_NUMBER}{_OP}\(?{_NUMBER}\)?{_OP}{_NUMBER}\)?)={_NUMBER}{_OP}{_NUMBER}={_NUMBER}:{_NUMBER}"
-    r" ?(low|high|yes|小|大|对)(.*)"
+_N, _OP = "(?:0|[1-9][0-9]{0,3})", r"[+\-*]"  # four digits keep every expression within parse_expression's bounds
+_PAIR = rf"\((?P<x>{_N})(?P<op>{_OP})(?P<y>{_N})\)"
+_REST = rf"=(?P<claimed>{_N}):(?P<target>{_N}) ?(?P<verdict>low|high|yes|小|大|对)(?P<tail>.*)"
+_FORMS = tuple(
+    re.compile(form + _REST)
+    for form in (
+        rf"(?P<expression>{_PAIR}(?P<then>{_OP})(?P<z>{_N}))=(?P<middle>{_N})(?P<step>{_OP})(?P<kept>{_N})",
+        rf"(?P<expression>(?P<z>{_N})(?P<then>{_OP}){_PAIR})=(?P<kept>{_N})(?P<step>{_OP})(?P<middle>{_N})",
+    )
 )
-# (whole (first) op (second) op (third)) = (left) op (right) = (claimed) : (target) verdict tail
+"""(x op y)then z=middle step kept=claimed:target verdict tail, and the same with z in front."""
 _MEANING = {words[key].strip(): key for words in WORDS.values() for key in ("low", "high", "yes")}
 _WAIT = {words["wait"] for words in WORDS.values()}
 _ORDER = tuple(words["order"] for words in WORDS.values())
@@ -36,9 +41,9 @@ class Diagnosis:
     steps: int = 0
     steps_right: int = 0
     linked: int = 0
-    """Tries whose second step goes on from the first one's result."""
+    """Tries whose second step is the one their expression leaves to do: after (3*7)+6 comes 21+6."""
     right_numbers: int = 0
-    """Tries that use each number of the problem once."""
+    """Linked tries that use each number of the problem once."""
     right_target: int = 0
     """Tries compared with the target of the problem."""
     hits: int = 0
@@ -69,58 +74,50 @@ def diagnose(problem: Problem, completion: str) -> Diagnosis:
     think = reply.think if closed else completion.partition("<think>")[2]
     seen: set[str] = set()
     count = dict.fromkeys((f.name for f in fields(Diagnosis)), 0) | {"responses": 1}
-    last_yes, last_key = None, None
+    last_key, last_yes = None, None
     for number, line in enumerate(think.strip().replace(";", "\n").split("\n")):
-        match = _TRY.fullmatch(line.strip()) if len(line) < 100 else None
+        match = next((m for form in _FORMS if (m := form.fullmatch(line.strip()))), None)
         if match is None:
             opening = number == 0 and line.startswith(_ORDER)
             count["systematic"] += opening
             count["unread"] += bool(line.strip()) and not opening
             continue
         last_key, last_yes = _count_try(problem, match, seen, count)
-    count["said_yes"] = int(bool(last_yes))
+    count["said_yes"] = int(last_yes is True)
     count["gave_up"] = int(closed and last_yes is False)
-    count["answered_yes"] = int(bool(last_yes) and _key(reply.answer) == last_key)
+    count["answered_yes"] = int(last_yes is True and _key(reply.answer) == last_key)
     return Diagnosis(**count)
 
 
-def _count_try(problem: Problem, match: re.Match, seen: set[str], count: dict[str, int]) -> tuple[str | None, bool]:
+def _count_try(problem: Problem, match: re.Match, seen: set[str], count: dict[str, int]) -> tuple[str, bool]:
     """Add one try to `count`; returns its canonical expression and whether it says yes."""
-    expression = match[1]
-    left, right, claimed, target = (int(match[i]) for i in (7, 9, 10, 11))
-    verdict, tail = _MEANING[match[12]], match[13]
-    # z-(x op y) or (x op y) then z; a line with its brackets elsewhere is an unlinked try
-    if re.fullmatch(r"[0-9]+-\([0-9]+.[0-9]+\)", expression):
-        (z, x, y), op, then, middle, kept = _ints(match, 2, 4, 6), match[5], match[3], right, left
-    else:
-        (x, y, z), op, then, middle, kept = _ints(match, 2, 4, 6), match[3], match[5], left, right
-    bracketed = re.fullmatch(r"\([0-9]+.[0-9]+\).[0-9]+|[0-9]+-\([0-9]+.[0-9]+\)", expression) is not None
-    linked = bracketed and kept == z and match[8] == then
-    key = _key(expression)
+    numbers, goal = sorted(problem.meta["numbers"]), problem.meta["target"]
+    expression, op, then, step, verdict = match.group("expression", "op", "then", "step", "verdict")
+    x, y, z, middle, kept, claimed, target = map(int, match.group("x", "y", "z", "middle", "kept", "claimed", "target"))
+    left, right = (middle, kept) if expression.startswith("(") else (kept, middle)
+    linked, verdict, key = (then, z) == (step, kept), _MEANING[verdict], _key(expression)
+    assert key is not None, expression
     count["tries"] += 1
     count["repeated"] += key in seen
     seen.add(key)
     count["steps"] += 2
-    count["steps_right"] += (apply(x, op, y) == middle) + (apply(left, match[8], right) == claimed)
+    count["steps_right"] += (apply(x, op, y) == middle) + (apply(left, step, right) == claimed)
     count["linked"] += linked
-    count["right_numbers"] += linked and sorted((x, y, z)) == sorted(problem.meta["numbers"])
-    count["right_target"] += target == problem.meta["target"]
-    if claimed == problem.meta["target"]:
+    count["right_numbers"] += linked and sorted((x, y, z)) == numbers
+    count["right_target"] += target == goal
+    if claimed == goal:
         count["hits"] += 1
         count["yes_on_hit"] += verdict == "yes"
     else:
         count["misses"] += 1
         count["yes_on_miss"] += verdict == "yes"
-        count["low_high_right"] += verdict == ("low" if claimed < problem.meta["target"] else "high")
-    count["waits"] += tail in _WAIT
+        count["low_high_right"] += verdict == ("low" if claimed < goal else "high")
+    count["waits"] += match["tail"] in _WAIT
     return key, verdict == "yes"
 
 
-def _ints(match: re.Match, *groups: int) -> tuple[int, ...]:
-    return tuple(int(match[i]) for i in groups)
-
-
 def _key(expression: str | None) -> str | None:
+    """Canonical form; None for what is no expression."""
     try:
         return None if expression is None else parse_expression(expression).canonical
     except Unparsable:

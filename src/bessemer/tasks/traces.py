@@ -33,13 +33,13 @@ class TraceMix:
     """Problem pages that answer without thinking."""
     direct_right: float = 0.5
     """Of those, the part whose author happens to know a right answer; the others write a random expression."""
-    sloppy: float = 0.50
+    sloppy: float = 0.45
     """Thinking pages by authors who draw tries at random, slip, give up soon and sometimes see a hit where none is."""
     average: float = 0.30
-    """Thinking pages by authors who draw tries at random but calculate well."""
-    careful: float = 0.11
+    """Thinking pages by authors who do not repeat themselves and calculate well, but give up soon."""
+    careful: float = 0.13
     """Thinking pages by authors who neither slip nor repeat themselves."""
-    systematic: float = 0.09
+    systematic: float = 0.12
     """Thinking pages by authors who walk through all tries in a fixed order."""
     slip_sloppy: float = 0.10
     """Chance that a step's result is wrong, per step."""
@@ -101,9 +101,9 @@ class Author:
             yield from ordered_tries(numbers)
             return
         pool, keys, seen = all_tries(numbers), canonicals(numbers), set()
-        order = rng.sample(range(len(pool)), len(pool)) if self.kind == "careful" else _endless(len(pool), rng)
+        order = _endless(len(pool), rng) if self.kind == "sloppy" else rng.sample(range(len(pool)), len(pool))
         for i in order:
-            if self.kind == "careful" and keys[i] in seen:
+            if self.kind != "sloppy" and keys[i] in seen:
                 continue
             seen.add(keys[i])
             yield pool[i].turned() if rng.random() < 0.5 else pool[i]
