@@ -1,0 +1,200 @@
+"""Training tokens/s of Bessemer against transformers' DeepseekV3ForCausalLM: same config, batch, optimizer and machine.
+
+    python bench/train_speed.py --preset tiny --threads 1
+    python bench/train_speed.py --preset small --threads 2 --json bench/results/train_speed_small_2.json
+
+One step is forward, backward, clipping and AdamW. The peer is given its best of: eager or compiled; float32, autocast
+or bfloat16; every experts implementation; with and without the allocator setting that we use. Neither side trains MTP
+(the peer cannot); ours is also measured with it. Routing is real (random initial weights, random tokens). Each case runs
+in a process of its own; the figure is the median of the timed steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+ROWS, LENGTH = 16, 256
+
+
+def measure(step, steps: int) -> dict[str, float]:
+    """Median and best tokens/s after two warm-up steps."""
+    begin = time.perf_counter()
+    step()
+    first = time.perf_counter() - begin
+    step()
+    seconds = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - begin)
+    tokens = ROWS * LENGTH
+    return {
+        "tokens_per_second": tokens / statistics.median(seconds),
+        "best": tokens / min(seconds),
+        "worst": tokens / max(seconds),
+        "first_step_seconds": first,
+    }
+
+
+def ours(preset_name: str, case: dict, steps: int) -> dict:
+    import torch
+
+    from bessemer.data.batch import Batch
+    from bessemer.model.counts import flops_per_token
+    from bessemer.model.presets import preset
+    from bessemer.model.transformer import Transformer
+    from bessemer.precision import probe
+    from bessemer.train import objective, speed
+    from bessemer.train.settings import Settings
+    from bessemer.train.trainer import Trainer
+
+    speed.keep_memory()
+    cfg = preset(preset_name, n_mtp=1 if case["mtp"] else 0)
+    model = Transformer(cfg).initialise(0)
+    if case["compile"]:
+        speed.compile_layers(model)
+    rates = probe.gemm_rates()
+    dtype = probe.compute_dtype(rates).dtype if case["dtype"] == "auto" else getattr(torch, case["dtype"])
+
+    def constant(value):
+        return lambda tokens, step: value
+
+    trainer = Trainer(
+        model, objective.next_token, None,
+        Settings(
+            tokens=1, lr=constant(1e-3), gamma=constant(1e-3), batch_rows=constant(ROWS), micro_rows=ROWS,
+            terms={"mtp_lambda": constant(0.3 if case["mtp"] else 0.0), "balance_alpha": constant(1e-4)},
+            compute_dtype=dtype,
+        ),
+    )  # fmt: skip
+    tokens = torch.randint(0, cfg.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    weight = torch.ones(ROWS, LENGTH)
+    weight[:, 0] = 0
+    batch = Batch(tokens, weight)
+    found = measure(lambda: trainer.update([batch]), steps)
+    flops = flops_per_token(cfg, LENGTH, mtp=case["mtp"]).training
+    return found | {
+        "gflops": flops * found["tokens_per_second"] / 1e9,
+        "gemm": rates,
+        "dtype": str(dtype).removeprefix("torch."),
+        "share_of_bf16_gemm": flops * found["tokens_per_second"] / 1e9 / rates["bfloat16"],
+    }
+
+
+def peer(preset_name: str, case: dict, steps: int) -> dict:
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    from bessemer.model.presets import preset
+    from bessemer.train import speed
+
+    if case["allocator"]:
+        speed.keep_memory()
+    c = preset(preset_name)
+    config = DeepseekV3Config(
+        vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.inter_dim,
+        moe_intermediate_size=c.moe_inter_dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_heads, n_shared_experts=c.n_shared_experts, n_routed_experts=c.n_routed_experts,
+        routed_scaling_factor=c.route_scale, kv_lora_rank=c.kv_lora_rank, q_lora_rank=c.q_lora_rank,
+        qk_rope_head_dim=c.qk_rope_head_dim, v_head_dim=c.v_head_dim, qk_nope_head_dim=c.qk_nope_head_dim,
+        n_group=c.n_expert_groups, topk_group=c.n_limited_groups, num_experts_per_tok=c.n_activated_experts,
+        first_k_dense_replace=c.n_dense_layers, max_position_embeddings=c.max_seq_len, initializer_range=c.init_std,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM._from_config(
+        config, attn_implementation="sdpa", experts_implementation=case["experts"]
+    )
+    if case["dtype"] == "bfloat16":
+        model = model.bfloat16()
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens = torch.randint(0, c.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+
+    def loss_of(tokens):
+        return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    call = torch.compile(loss_of, dynamic=False) if case["compile"] else loss_of
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case["dtype"] == "autocast"):
+            loss = call(tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return measure(step, steps)
+
+
+def cases(quick: bool) -> list[dict]:
+    mine = [
+        {"side": "ours", "compile": c, "mtp": m, "dtype": "auto"} for c, m in ((True, False), (False, False), (True, True))
+    ]
+    grid = itertools.product(("float32", "autocast", "bfloat16"), ("grouped_mm", "eager", "batched_mm"), (True, False))
+    theirs = [
+        {"side": "peer", "dtype": d, "experts": e, "compile": c, "allocator": a}
+        for d, e, c in grid
+        for a in (False, True)
+        if e != "batched_mm" or (d == "float32" and not a)  # 20x slower than the others; measured once
+    ]
+    if quick:
+        theirs = [c for c in theirs if c["dtype"] == "float32" and c["experts"] == "grouped_mm"]
+    return mine + theirs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="only the peer's usual best case")
+    parser.add_argument("--json", help="write the results here")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        case = json.loads(args.case)
+        print(json.dumps((ours if case["side"] == "ours" else peer)(args.preset, case, args.steps)))
+        return
+    environment = dict(os.environ, OMP_NUM_THREADS=str(args.threads), MKL_NUM_THREADS=str(args.threads))
+    results = []
+    for case in cases(args.quick):
+        command = [sys.executable, __file__, "--preset", args.preset, "--steps", str(args.steps)]
+        done = subprocess.run(
+            [*command, "--case", json.dumps(case)], env=environment, capture_output=True, text=True, timeout=600
+        )
+        if done.returncode:
+            result = {"error": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else "failed"}
+        else:
+            result = json.loads(done.stdout.strip().splitlines()[-1])
+        results.append({"case": case, **result})
+        shown = f"{result['tokens_per_second']:9.0f} tokens/s" if "error" not in result else f"error: {result['error']}"
+        print(f"{shown}  {case}", flush=True)
+    best_peer = max((r for r in results if r["case"]["side"] == "peer" and "error" not in r), key=_rate)
+    best_ours = max((r for r in results if r["case"]["side"] == "ours" and not r["case"]["mtp"]), key=_rate)
+    summary = {
+        "preset": args.preset, "threads": args.threads, "rows": ROWS, "length": LENGTH, "routing": "real",
+        "machine": platform.processor() or platform.machine(), "ours": _rate(best_ours), "peer": _rate(best_peer),
+        "ratio": _rate(best_ours) / _rate(best_peer), "peer_case": best_peer["case"],
+        "gemm_gflops": best_ours["gemm"], "dtype": best_ours["dtype"], "gflops": best_ours["gflops"],
+        "share_of_bf16_gemm": best_ours["share_of_bf16_gemm"],
+    }  # fmt: skip
+    print(json.dumps(summary, indent=1))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"summary": summary, "cases": results}, file, indent=1)
+
+
+def _rate(result: dict) -> float:
+    return result["tokens_per_second"]
+
+
+if __name__ == "__main__":
+    main()
