@@ -168,7 +168,7 @@ def generate(
     from bessemer.infer.generate import generate_texts
     from bessemer.recipe.rundir import model_dir
 
-    texts = generate_texts(model_dir(model), prompts, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    texts = generate_texts(model_dir(model), prompts, max_new_tokens=max_tokens, temperature=temperature, seed=seed)
     if as_json:
         _print_json([{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)])
         return
@@ -187,7 +187,7 @@ def chat(
     from bessemer.infer.chat import chat as talk
     from bessemer.recipe.rundir import model_dir
 
-    talk(model_dir(model), max_tokens=max_tokens, temperature=temperature, seed=seed)
+    talk(model_dir(model), max_new_tokens=max_tokens, temperature=temperature, seed=seed)
 
 
 @app.command()

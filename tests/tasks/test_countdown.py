@@ -66,7 +66,7 @@ def test_tries_are_true_and_the_ordered_walk_misses_nothing(numbers):
             Problem("p", "", "en", {"numbers": list(numbers), "target": claimed}),
             f"<think>{steps}</think><answer>{expression}</answer>",
         )
-        assert verdict.correct and claimed in reachable and 0 <= claimed <= 199
+        assert verdict.correct and claimed in reachable and 0 <= claimed <= 120
     # a difference of zero can be written both ways round; no target is zero
     assert {t.canonical for t in walk if t.value} == {t.canonical for t in all_tries(numbers) if t.value}
     assert len({t.canonical for t in walk}) == len(walk) <= 17
@@ -93,13 +93,13 @@ def test_every_reason(completion, reason):
 
 
 def test_problems_are_solvable_different_and_as_announced():
-    for split in ("train", "test"):
+    for split, least in (("train", 1500), ("test", 200)):
         problems = [TASK.problem(split, i, language="en") for i in range(TASK.size(split))]
         keys = {(*sorted(p.meta["numbers"]), p.meta["target"]) for p in problems}
-        assert len(keys) == TASK.size(split) > 500
+        assert len(keys) == TASK.size(split) > least
         for problem in problems[:400]:
             *numbers, target = [*sorted(problem.meta["numbers"]), problem.meta["target"]]
-            assert 1 <= target <= 100 and all(1 <= n <= 15 for n in numbers)
+            assert 1 <= target <= 60 and all(1 <= n <= 10 for n in numbers)
             assert target in {value for _, value in brute_force(numbers)}
             assert sorted(map(int, re.findall(r"\d+", problem.prompt))) == sorted([*numbers, target])
 

@@ -8,6 +8,7 @@ import pytest
 from bessemer.tasks import get
 from bessemer.tasks.base import split_of
 from bessemer.tasks.diagnose import diagnose, rates
+from bessemer.tasks.tries import LARGEST
 
 N = 6000
 TASK = get("countdown")
@@ -37,7 +38,9 @@ def board(pages):
 def test_shares_of_authors():
     share = {author: len(pages) / N for author, pages in GROUPS.items()}
     # four standard deviations of a share of 6000 are at most 0.026
-    expected = {"direct": 0.12, "sloppy": 0.44, "average": 0.264, "careful": 0.097, "systematic": 0.079}
+    mix, thinking = TASK.mix, 1 - TASK.mix.direct
+    expected = {author: thinking * getattr(mix, author) for author in ("sloppy", "average", "careful", "systematic")}
+    expected["direct"] = mix.direct
     assert share == pytest.approx(expected, abs=0.026)
 
 
@@ -72,6 +75,7 @@ def test_sloppy_authors_are_sloppy_as_announced():
     assert rate["yes_given_hit"] == 1.0 and rate["linked"] == 1.0
     assert 0.03 < rate["repeated"] < 0.12
     assert rate["waits"] == 0.0
+    assert board(GROUPS["average"])["repeated"] == 0.0
 
 
 def test_traces_say_wait_only_before_another_try():
@@ -89,7 +93,7 @@ def test_form_of_the_text():
         assert re.match("User: .+\nAssistant:<(think|answer)>", page.text)
         assert (page.author == "direct") == page.response.startswith("<answer>")
         assert not re.search(r" \d", page.response)  # a space before a digit costs a token
-        assert all(int(n) <= 199 for n in re.findall(r"\d+", page.response))
+        assert all(int(n) <= LARGEST for n in re.findall(r"\d+", page.response))
     thinking = [page for page in PAGES if page.author != "direct"]
     cut = sum(not page.response.endswith("</answer>") for page in thinking) / len(thinking)
     assert 0.03 < cut < 0.07
@@ -123,7 +127,7 @@ def test_drills_are_true_and_have_their_share():
             kinds["chain" if chain else "fact"] += 1
             assert len(steps) == (2 if chain else 1), line
             assert all(eval(step) == eval(written) for step in steps), line
-            assert re.fullmatch(r"\d+", steps[-1]) and all(int(n) <= 199 for n in re.findall(r"\d+", line)), line
+            assert re.fullmatch(r"\d+", steps[-1]) and all(int(n) <= LARGEST for n in re.findall(r"\d+", line)), line
     assert min(verdicts.values()) > 1000
     share = {kind: count / kinds.total() for kind, count in kinds.items()}
     assert share == pytest.approx({"comparison": 0.25, "chain": 0.40, "fact": 0.35}, abs=0.01)

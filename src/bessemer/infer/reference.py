@@ -19,11 +19,11 @@ def next_logits(model: Transformer, rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.stack([model(torch.tensor([list(row)], device=device))[0, -1].float() for row in rows])
 
 
-def greedy(model: Transformer, prompt: Sequence[int], new_tokens: int) -> list[int]:
-    """The most likely continuation, token by token."""
+def greedy(model: Transformer, prompt: Sequence[int], new_tokens: int, vocab: int | None = None) -> list[int]:
+    """The most likely continuation by ids below `vocab`, token by token."""
     row = list(prompt)
     for _ in range(new_tokens):
-        row.append(int(next_logits(model, [row])[0].argmax()))
+        row.append(int(next_logits(model, [row])[0, :vocab].argmax()))
     return row[len(prompt) :]
 
 

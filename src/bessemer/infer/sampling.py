@@ -116,7 +116,7 @@ def inverse_cdf(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
     block_B, rest_B = _search(p_Bbw.sum(-1), uniform_B)
     chosen_Bw = p_Bbw[torch.arange(len(block_B), device=block_B.device), block_B]
     offset_B, _ = _search(chosen_Bw, rest_B)
-    return block_B * BLOCK + offset_B
+    return (block_B * BLOCK + offset_B).clamp_(max=p_BV.shape[1] - 1)  # only a row of NaN gets there
 
 
 def stream_key(*parts: int) -> int:

@@ -2,9 +2,9 @@
 
 `attention_reference` is the equation. `causal_attention` picks the backend that serves the call:
 
-    CPU, one segment, T <= LONGEST   blocked: only the lower triangle is computed, in blocks of queries; probabilities
-                                     are kept for backward (3.3x torch's fused kernel at T = 256, see bench/)
-    everything else                  torch's scaled_dot_product_attention
+    CPU, T <= LONGEST   blocked: only the lower triangle is computed, in blocks of queries; probabilities are kept for
+                        backward (3.3x torch's fused kernel at T = 256, see docs/log.md)
+    everything else     torch's scaled_dot_product_attention
 
 Layout everywhere: q, k [B, H, T, N + R], v [B, H, T, V] -> [B, H, T, V].
 """
@@ -38,12 +38,12 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, segments_
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segments_BT: Tensor | None = None) -> Tensor:
     """`attention_reference`, fast; same arguments and result."""
-    if segments_BT is not None:
-        mask = causal_mask(q.shape[-2], segments_BT, q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if q.device.type == "cpu" and q.shape[-2] <= LONGEST:
-        return _blocked(q.contiguous(), k.contiguous(), v.contiguous(), scale)[0]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return _blocked(q.contiguous(), k.contiguous(), v.contiguous(), segments_BT, scale)[0]
+    if segments_BT is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    mask = causal_mask(q.shape[-2], segments_BT, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def _blocks(T: int) -> list[tuple[int, int, int]]:
@@ -69,7 +69,7 @@ def _probability(kept: Tensor, n: int, block: tuple[int, int, int]) -> Tensor:
 
 
 @torch.library.custom_op("bessemer::blocked_attention", mutates_args=())
-def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _blocked(q: Tensor, k: Tensor, v: Tensor, segments_BT: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Returns (output, probabilities); scores, softmax and sums in float32."""
     T, n = q.shape[2], q.shape[0] * q.shape[1]
     qf, kf, vf = (x.flatten(0, 1).float() for x in (q, k, v))
@@ -82,13 +82,16 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
         torch.bmm(qf[:, first:end], kf[:, :end].transpose(1, 2), out=score)
         score.mul_(scale)
         score[:, :, first:end] += above[: end - first, : end - first]
+        if segments_BT is not None:
+            other = segments_BT[:, first:end, None] != segments_BT[:, None, :end]
+            score.view(*q.shape[:2], end - first, end).masked_fill_(other.unsqueeze(1), float("-inf"))
         score.copy_(score.softmax(-1))
         out[:, first:end] = torch.bmm(score, vf[:, :end])
     return out.view(*v.shape).to(q.dtype), kept
 
 
 @_blocked.register_fake
-def _(q, k, v, scale):
+def _(q, k, v, segments_BT, scale):
     T, n = q.shape[2], q.shape[0] * q.shape[1]
     return torch.empty_like(v), v.new_empty(n * _kept(T), dtype=torch.float32)
 
@@ -117,12 +120,12 @@ def _(dout, q, k, v, out, kept, scale):
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, ctx.scale = inputs
+    q, k, v, _, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output)
 
 
 def _grad(ctx, dout, _dkept):
-    return *_blocked_backward(dout.contiguous(), *ctx.saved_tensors, ctx.scale), None
+    return *_blocked_backward(dout.contiguous(), *ctx.saved_tensors, ctx.scale), None, None
 
 
 _blocked.register_autograd(_grad, setup_context=_setup)

@@ -115,7 +115,8 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, causal: bool = True, mtp: bo
     weights = active_params(cfg, tables=False) - gains + embedding_params(cfg)
     if mtp:
         layers += cfg.n_mtp
-        one = attention_params(cfg) - cfg.kv_lora_rank - cfg.q_lora_rank + moe_ffn_params(cfg, active_only=True)
+        gains = cfg.kv_lora_rank + cfg.q_lora_rank + gate_biases(cfg)
+        one = attention_params(cfg) + moe_ffn_params(cfg, active_only=True) - gains
         weights += cfg.n_mtp * (one + 2 * cfg.dim * cfg.dim + embedding_params(cfg))
     span = (seq_len + 1) / 2 if causal else seq_len
     attention = 2 * span * cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim) * layers

@@ -112,6 +112,7 @@ def replacing(target: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
         if old.exists() and not target.exists():
             os.rename(old, target)
+        shutil.rmtree(old, ignore_errors=True)
         fresh.mkdir()
         yield fresh
         if target.is_dir():

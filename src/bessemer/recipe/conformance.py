@@ -27,6 +27,11 @@ class Facts:
         """Settings of the first stage of a kind."""
         return next((stage for stage in self.recipe.stages if stage.kind == kind), None)
 
+    def masked(self) -> bool:
+        """Whether pre-training hides the other documents of a row."""
+        pretrain = self.stage("pretrain")
+        return pretrain is not None and pretrain.document_mask
+
 
 Here = tuple[str, bool]
 ABSENT: Here = ("no such stage", False)
@@ -107,7 +112,8 @@ ITEMS: tuple[Item, ...] = (
     Item("Initialisation", "V3 4.2", "std 0.006 at width 7168", _model(lambda m: f"std {m.init_std:g} at width {m.dim}"),
          "model/transformer.py", "model/test_init.py"),
     Item("Packing without cross-document mask", "V3 4.1", "rows of 4096",
-         _of("corpus", lambda s: f"rows of {s.row_length}"), "data/packing.py", "data/test_data_corpus.py"),
+         lambda f: (f"rows of {f.stage('corpus').row_length}" + (", masked" if f.masked() else ""), not f.masked())
+         if f.stage("corpus") else ABSENT, "data/packing.py", "data/test_data_corpus.py"),
     Item("Fill-in-the-middle", "V3 4.1", "rate 0.1, PSM",
          _of("corpus", lambda s: f"rate {s.fim_rate:g} on {', '.join(s.fim_parts) or 'no part'}",
              lambda s: s.fim_rate > 0 and bool(s.fim_parts)), "data/augment.py", "data/test_data_augment.py"),

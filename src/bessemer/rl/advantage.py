@@ -2,7 +2,7 @@
 
     A_i = (r_i - mean(r)) / std(r)
 
-The reports do not say which std; the population std is used. A group whose rewards are all equal teaches nothing: A = 0.
+The reports do not say which std; the population std is used. A group of equal rewards teaches nothing: A = 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def group_advantages(reward_PG: Tensor, scale_by_std: bool = True) -> Tensor:
         raise UserError(f"a group needs at least 2 samples to compare, got rewards of shape {tuple(reward_PG.shape)}")
     if not reward_PG.isfinite().all():
         bad = (~reward_PG.isfinite()).nonzero()[0].tolist()
-        raise UserError(f"reward of prompt {bad[0]}, sample {bad[1]} is {reward_PG[tuple(bad)].item()}; fix the verifier")
+        raise UserError(
+            f"reward of prompt {bad[0]}, sample {bad[1]} is {reward_PG[tuple(bad)].item()}; fix the verifier"
+        )
     centred = reward_PG.double() - reward_PG.double().mean(1, keepdim=True)
     if scale_by_std:
         std = centred.square().mean(1, keepdim=True).sqrt()

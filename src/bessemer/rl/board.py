@@ -10,10 +10,13 @@ from bessemer.tasks.answer import parse_reply
 
 REFLECTIVE = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check", "等等")
 """The paper's ten words (R1, Nature Methods), and the Chinese "wait"."""
-_REFLECTIVE = re.compile("|".join(f"\\b{word}\\b" if word.isascii() else word for word in REFLECTIVE))
+# ASCII: a Chinese neighbour must not count as a letter of the word.
+_REFLECTIVE = re.compile(
+    "|".join(f"\\b{word}\\b" if word.isascii() else word for word in REFLECTIVE), re.ASCII | re.IGNORECASE
+)
 
 
-def of_rollout(groups: Sequence[Sequence[Sampled]], max_new_tokens: int) -> dict[str, float]:
+def of_rollout(groups: Sequence[Sequence[Sampled]]) -> dict[str, float]:
     """Means over all samples of a rollout."""
     rows = [row for group in groups for row in group]
     count = len(rows)

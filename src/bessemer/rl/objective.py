@@ -20,7 +20,7 @@ from bessemer.train.logprob import token_logprobs
 from bessemer.train.objective import Loss
 
 LOG_RATIO_LIMIT = 20.0
-"""exp() of more than this says nothing but that the policies parted; it keeps the ratio finite."""
+"""exp() of more than this says nothing but that the policies parted; it keeps ratio and divergence finite."""
 
 
 class TokenTerms(NamedTuple):
@@ -37,13 +37,13 @@ def grpo_terms(
     logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage: Tensor, clip_low: float, clip_high: float
 ) -> TokenTerms:
     """Surrogate and k3 divergence of every token; all arguments of one shape."""
-    ratio = (logp - old_logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    ratio = (logp - old_logp).clamp(max=LOG_RATIO_LIMIT).exp()
     bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     surrogate = torch.minimum(ratio * advantage, bounded * advantage)
     clipped = (ratio * advantage > bounded * advantage).float()
     if ref_logp is None:
         return TokenTerms(surrogate, torch.zeros_like(surrogate), clipped, ratio)
-    gap = (ref_logp - logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    gap = (ref_logp - logp).clamp(max=LOG_RATIO_LIMIT)
     return TokenTerms(surrogate, gap.exp() - gap - 1.0, clipped, ratio)
 
 
@@ -51,7 +51,7 @@ def grpo_terms(
 class GRPO:
     """The objective with its dials; `GRPO(...)(model, batch)` is what the trainer calls.
 
-    Batch extras, aligned with the tokens they belong to: `advantage_BT`, `old_logp_BT` and, when `kl` > 0, `ref_logp_BT`.
+    Batch extras, aligned with the tokens they belong to: `advantage_BT`, `old_logp_BT` and, if `kl` > 0, `ref_logp_BT`.
     """
 
     clip_low: float = 0.2

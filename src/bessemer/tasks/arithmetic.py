@@ -2,7 +2,7 @@
 
 A task where thinking pays but searching does not: RL removes slips and direct guesses and is done in a few steps, so
 this is the regression demonstration beside countdown (rl.md 1, probe A). At least three operands, so that no problem is
-a single fact that a drill page could give away; every value on the way lies in 0..199.
+a single fact that a drill page could give away; every value on the way lies in 0..120 (LARGEST).
 """
 
 import math

@@ -2,7 +2,9 @@
 
 A try is written `(3*7)+6=21+6=27`: the expression first, then one step a time. So what is answered later is a literal
 copy of how the try began, and the model need not rewrite steps as an expression (a base trained on `3*7=21,21+6=27`
-copied the right answer in 15 % of the cases). Subtraction puts the larger number first, so nothing is ever negative, and no step passes LARGEST: such a try cannot reach a target of at most 60, and small numbers keep the arithmetic learnable.
+copied the right answer in 15 % of the cases). Subtraction puts the larger number first, so nothing is ever negative,
+and no step passes LARGEST: such a try cannot reach a target of at most 60, and small numbers keep the arithmetic
+learnable.
 The form is frugal: in V3's pre-split a number of up to three digits is one token, and a space before it would be
 another.
 """

@@ -24,6 +24,9 @@ from bessemer.train import speed
 from bessemer.train.settings import Settings as TrainSettings
 from bessemer.train.trainer import Trainer
 
+PROBES = 6
+"""Held-out problems whose answers are kept every evaluation."""
+
 
 @register
 class RL(Stage):
@@ -176,6 +179,7 @@ class _Run:
             for task in self.tasks
         ]  # fmt: skip
         keys = ("pass_at_1", "pass_at_k", "maj_at_k", "mean_length")
+        self._probe()
         mean = {key: sum(row[key] for row in rows) / len(rows) for key in keys}
         names = {"pass_at_1": "rl/heldout_pass_at_1", "pass_at_k": "rl/heldout_pass_at_4", "maj_at_k": "rl/heldout_maj_at_4"}
         self.ctx.metrics.write(trainer.step, trainer.tokens, {names[key]: mean[key] for key in names})
@@ -200,13 +204,12 @@ class _Run:
                 sampled.advantage = value
         rows = [sampled for group in groups for sampled in group]
         updates = self._updates(rows, number)
-        values = {**board.of_rollout(groups, settings.max_new_tokens), "rl/dead_groups": advantage.dead_groups(reward)}
+        values = {**board.of_rollout(groups), "rl/dead_groups": advantage.dead_groups(reward)}
         gap = updates[0].get("train/logp_gap", 0.0)
         for name in ("kl", "entropy", "clip_share", "grad_norm"):
             values[f"rl/{name}"] = float(np.mean([update.get(f"train/{name}", 0.0) for update in updates]))
         values["rl/sampler_gap"] = gap
         values["rl/lr"] = updates[-1].get("train/lr", 0.0)
-        self._show(number, groups)
         return values
 
     def _updates(self, rows: list[rollout.Sampled], number: int) -> list[dict[str, float]]:
@@ -244,21 +247,25 @@ class _Run:
         kept = self.reference.state_dict()
         self.trainer.extra_tensors = {f"reference/{name}": value.clone() for name, value in kept.items()}
 
-    def _show(self, number: int, groups: list[list[rollout.Sampled]]) -> None:
-        """Samples of the first prompt for people, and whole rollouts of two prompts for the report."""
+    def _probe(self) -> None:
+        """The same few held-out problems again and again: how the answers change is the story of the run."""
+        chosen = rollout.problems_of(self.tasks, "test", 0, PROBES, self.ctx.seed)
+        groups = rollout.sample(
+            self.engine, chosen, self.encode, rollout.Reward(self.settings.format_reward), samples=2,
+            seed=self.ctx.seed, temperature=self.settings.temperature, max_new_tokens=self.settings.max_new_tokens,
+        )  # fmt: skip
         step = self.trainer.step
-        lines = [
-            {
-                "step": step, "id": row.problem.id, "prompt": row.problem.prompt, "completion": row.completion.text,
-                "reward": row.reward, "correct": row.verdict.correct, "formatted": row.verdict.formatted,
-                "reason": row.verdict.reason, "length": len(row.completion.tokens),
-            }
-            for group in groups[:2]
-            for row in group[:2]
-        ]  # fmt: skip
-        self.ctx.rollouts(lines)
-        if number % self.settings.eval_every == 0:
-            row = groups[0][0]
-            text = f"User: {row.problem.prompt}\nAssistant:{row.completion.text}"
-            self.ctx.sample(step, self.trainer.tokens, text, title=f"reward {row.reward:.1f}, {row.verdict.reason}")
-
+        self.ctx.rollouts(
+            [
+                {
+                    "step": step, "id": row.problem.id, "prompt": row.problem.prompt, "completion": row.completion.text,
+                    "reward": row.reward, "correct": row.verdict.correct, "formatted": row.verdict.formatted,
+                    "reason": row.verdict.reason, "length": len(row.completion.tokens),
+                }
+                for group in groups
+                for row in group
+            ]
+        )  # fmt: skip
+        for group in groups[:2]:
+            text = f"User: {group[0].problem.prompt}\nAssistant:{group[0].completion.text}"
+            self.ctx.sample(step, self.trainer.tokens, text, title=group[0].verdict.reason)

@@ -1,0 +1,10 @@
+"""No test here touches a network, and none uses more than one core."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+import torch
+
+torch.set_num_threads(1)

@@ -1,0 +1,289 @@
+"""Writing: what lands on disk, when, and what happens when it cannot.
+
+The crash test kills a forked process before its n-th file operation, for every n, and looks at what a reader finds.
+"""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from model_cases import random_model, tiny
+from safetensors.torch import load_file, save_file
+
+from bessemer.errors import UserError
+from bessemer.model import hub, hub_writer
+from bessemer.model.hub_names import slots
+
+SPECIAL = [{"content": "<s>", "id": 3}, {"content": "</s>", "id": 4}]
+
+
+def same(a, b) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def model():
+    return random_model(tiny())
+
+
+def tokenizer(directory):
+    directory.mkdir()
+    (directory / "tokenizer.json").write_text(json.dumps({"added_tokens": SPECIAL}))
+    names = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(names))
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    return directory
+
+
+def test_the_files_of_a_model_directory(model, tmp_path):
+    model.save(tmp_path / "m", tokenizer_dir=tokenizer(tmp_path / "t"), files={"README.md": "# card\n"})
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "README.md",
+    }  # fmt: skip
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((tmp_path / "m" / name).read_text())
+        assert (values["bos_token_id"], values["eos_token_id"]) == (3, 4)
+    assert load_file(tmp_path / "m" / "model.safetensors").keys() == {slot.key for slot in slots(model.cfg)}
+
+
+@pytest.mark.parametrize("limit", [1, 9_000, 50_000])
+def test_shards(model, tmp_path, limit):
+    model.save(tmp_path, max_shard_bytes=limit)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    assert set(index["weight_map"].values()) == set(files)
+    total = 0
+    for file in files:
+        tensors = load_file(tmp_path / file)
+        assert {key for key, name in index["weight_map"].items() if name == file} == tensors.keys()
+        used = sum(tensor.nbytes for tensor in tensors.values())
+        assert used <= limit or len(tensors) == 1
+        total += used
+    assert index["metadata"]["total_size"] == total
+    assert same(hub.load(tmp_path), model)
+
+
+def test_dtypes(model, tmp_path):
+    """Forced: all but the routing biases. By default: as each parameter is."""
+    model.save(tmp_path / "forced", dtype="bfloat16")
+    stored = load_file(tmp_path / "forced" / "model.safetensors")
+    wide = {key for key, tensor in stored.items() if tensor.dtype == torch.float32}
+    assert wide == {key for key in stored if key.endswith("e_score_correction_bias")}
+    model.to_compute(torch.bfloat16).save(tmp_path / "default")
+    stored = load_file(tmp_path / "default" / "model.safetensors")
+    assert stored["model.norm.weight"].dtype == stored["model.layers.1.mlp.gate.weight"].dtype == torch.float32
+    assert stored["lm_head.weight"].dtype == torch.bfloat16
+    assert json.loads((tmp_path / "default" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert same(hub.load(tmp_path / "default"), model)
+
+
+def test_tied_head_is_shared_after_loading(tmp_path):
+    model = random_model(tiny(tie_embeddings=True))
+    model.save(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    found = hub.load(tmp_path)
+    assert found.head.weight is found.embed.weight and same(found, model)
+    hub.convert(tmp_path, tmp_path / "again")
+    assert same(hub.load(tmp_path / "again"), model)
+
+
+def test_loaded_counters_start_at_zero(model, tmp_path):
+    model.save(tmp_path)
+    for gate in hub.load(tmp_path).gates().values():
+        assert not gate.load_E.any()
+
+
+def test_replacing_keeps_what_is_not_ours(model, tmp_path):
+    model.save(tmp_path / "m", max_shard_bytes=9_000)
+    (tmp_path / "m" / "notes.md").write_text("mine")
+    (tmp_path / "m" / "logs").mkdir()
+    (tmp_path / "m" / "logs" / "a").write_text("b")
+    other = random_model(tiny(), seed=4)
+    other.save(tmp_path / "m")
+    names = {path.name for path in (tmp_path / "m").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "notes.md", "logs"}
+    assert (tmp_path / "m" / "logs" / "a").read_text() == "b"
+    assert same(hub.load(tmp_path / "m"), other)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_directory_of_other_things_is_never_replaced(model, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="is no model directory"):
+        model.save(tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        model.save(tmp_path / "thesis.tex")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_full_disk_leaves_the_old_directory(model, tmp_path, monkeypatch):
+    model.save(tmp_path / "m")
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device", file.name)
+
+    monkeypatch.setattr(hub_writer, "_sync", full)
+    with pytest.raises(UserError, match=r"cannot write .*No space left on device; .*m is as it was"):
+        random_model(tiny(), seed=4).save(tmp_path / "m")
+    assert same(hub.load(tmp_path / "m"), model)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_write_the_system_really_refuses(model, tmp_path):
+    """A file-size limit in a forked child: write() fails half way through the shard."""
+    model.save(tmp_path / "m")
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            random_model(tiny(), seed=4).save(tmp_path / "m")
+        except UserError as error:
+            code = 7 if "File too large" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert same(hub.load(tmp_path / "m"), model)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def _die_before(step: int) -> None:
+    """From now on the process kills itself before its file operation number `step`, reading not counted."""
+    changes = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+    done = 0
+
+    def hook(event, arguments):
+        nonlocal done
+        if event in changes or (event == "open" and arguments[2] & os.O_CREAT):
+            if done == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done += 1
+
+    sys.addaudithook(hook)
+
+
+def test_killed_at_any_moment(tmp_path):
+    old, new = random_model(tiny()), random_model(tiny(), seed=4)
+    target, finished = tmp_path / "m", False
+    for step in range(300):
+        old.save(target)
+        child = os.fork()
+        if not child:
+            _die_before(step)
+            new.save(target, max_shard_bytes=50_000)
+            os._exit(0)
+        finished = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        if not target.exists():  # the instant between two renames: the next writer brings the old one back first
+            with pytest.raises(ZeroDivisionError), hub_writer.replacing(target):
+                raise ZeroDivisionError
+        found = hub.load(target)
+        assert same(found, new) if finished else same(found, old) or same(found, new)
+        if finished:
+            break
+    assert finished and step > 20
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:-8]])
+def test_damage_between_writing_and_reading_back_is_found(model, tmp_path, monkeypatch, damage):
+    model.save(tmp_path / "m")
+    original = hub_writer.write_tensors
+
+    def damaged(directory, *args):
+        sums = original(directory, *args)
+        file = directory / "model.safetensors"
+        file.write_bytes(damage(file.read_bytes()))
+        return sums
+
+    monkeypatch.setattr(hub, "write_tensors", damaged)
+    for write in (lambda: model.save(tmp_path / "m"), lambda: hub.convert(tmp_path / "m", tmp_path / "n")):
+        with pytest.raises(UserError, match=r"model\.safetensors"):
+            write()
+    assert same(hub.load(tmp_path / "m"), model) and not (tmp_path / "n").exists()
+
+
+def test_convert_copies_the_rest(model, tmp_path):
+    src, dst = tmp_path / "a", tmp_path / "b"
+    model.save(src, tokenizer_dir=tokenizer(tmp_path / "t"), files={"README.md": "card"})
+    (src / "generation_config.json").write_text('{"top_p": 0.5}')
+    hub.convert(src, dst, mtp=False, dtype="bfloat16", max_shard_bytes=20_000)
+    assert (dst / "README.md").read_text() == "card" and (dst / "tokenizer.json").exists()
+    assert json.loads((dst / "generation_config.json").read_text()) == {"top_p": 0.5}
+    config = json.loads((dst / "config.json").read_text())
+    assert (config["eos_token_id"], config["torch_dtype"], config["num_nextn_predict_layers"]) == (4, "bfloat16", 0)
+    found, wanted = hub.load(dst).state_dict(), hub.load(src, dtype="bfloat16", mtp=False).state_dict()
+    for name, tensor in wanted.items():
+        stored = tensor if name.endswith("bias_E") else tensor.to(torch.bfloat16)
+        assert torch.equal(found[name], stored.to(tensor.dtype)), name
+
+
+def test_convert_in_place_and_without_loss(model, tmp_path):
+    model.save(tmp_path)
+    hub.convert(tmp_path, tmp_path, max_shard_bytes=9_000)
+    assert same(hub.load(tmp_path), model)
+
+
+def test_convert_refuses_a_copy_that_is_none(model, tmp_path):
+    model.save(tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    tensors["model.layers.3.embed_tokens.weight"] += 1
+    save_file(tensors, tmp_path / "a" / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.layers\.3\.embed_tokens.weight differs"):
+        hub.convert(tmp_path / "a", tmp_path / "b")
+    hub.convert(tmp_path / "a", tmp_path / "b", mtp=False)
+    assert hub.load(tmp_path / "b").cfg.n_mtp == 0
+
+
+MEMORY = """
+import sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from bessemer.model import hub
+from bessemer.model.hub_names import slots
+from bessemer.model.hub_writer import Planned, write_tensors
+from bessemer.model.presets import preset
+
+def memory(which):
+    line = next(line for line in open("/proc/self/status") if line.startswith(which))
+    return int(line.split()[1]) / 1024
+
+def peak(work):
+    start = memory("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # forget the high-water mark of the imports
+    done = work()
+    return memory("VmHWM") - start, done
+
+root = Path(sys.argv[1])
+cfg = preset("tiny", vocab_size=512, dim=256, n_layers=8, moe_inter_dim=256, n_routed_experts=32, n_mtp=0)
+layout = slots(cfg)
+plan = [Planned(slot.key, torch.bfloat16, slot.shape) for slot in layout]
+torch.randn(1000, 1000).to(torch.bfloat16)
+(root / "a").mkdir()
+hub.write_config(cfg, root / "a")
+write_tensors(root / "a", plan, (torch.randn(slot.shape) for slot in layout), 4e6)
+converted, _ = peak(lambda: hub.convert(root / "a", root / "b", dtype="float32", max_shard_bytes=8e6))
+loaded, model = peak(lambda: hub.load(root / "b"))
+size = sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
+print(converted, size, loaded, len(list((root / "b").glob("*.safetensors"))))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
+def test_memory_stays_that_of_one_tensor(tmp_path):
+    """A checkpoint of 20 and more shards: converting it takes a small part of its size, loading it its size once."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    converted, size, loaded, shards = map(float, done.stdout.split())
+    print(f"{size:.0f} MiB in {shards:.0f} shards: {converted:.1f} MiB to convert, {loaded:.1f} to load")
+    assert shards > 20 and size > 150
+    assert converted < 12
+    assert 0.95 * size < loaded < size + 12

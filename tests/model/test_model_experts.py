@@ -1,0 +1,87 @@
+"""The grouped SwiGLU: reference, hand-written backward and float64 agree, empty experts included."""
+
+import pytest
+import torch
+from model_cases import relative
+
+from bessemer.model.experts import expert_ffn, expert_ffn_reference
+
+COUNTS = [[3, 2, 4], [0, 9, 0], [0, 0, 0, 5], [1, 0, 3, 0, 0], [0, 0]]
+
+
+def case(counts, dtype, D=6, inner=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    E, M = len(counts), sum(counts)
+    return draw(M, D), draw(M), torch.tensor(counts), draw(E, 2 * inner, D), draw(E, D, inner)
+
+
+def in_float64(arguments):
+    return [a.detach().double().requires_grad_() if a.is_floating_point() else a for a in arguments]
+
+
+def run(function, arguments):
+    """Output and the gradients of rows, weights, w13, w2 under a fixed random cotangent."""
+    out = function(*arguments)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out.dtype)
+    wanted = [argument for argument in arguments if argument.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, wanted, cotangent)]
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_reference_is_the_equation(counts):
+    """Row by row in float64: y = weight * W2 (silu(W1 x) * W3 x)."""
+    rows, weights, count, w13, w2 = case(counts, torch.float64)
+    expert = [e for e, n in enumerate(counts) for _ in range(n)]
+    found = expert_ffn_reference(rows, weights, count, w13, w2)
+    for m, e in enumerate(expert):
+        gate, up = w13[e, :5] @ rows[m], w13[e, 5:] @ rows[m]
+        wanted = weights[m] * (w2[e] @ (gate / (1 + torch.exp(-gate)) * up))
+        torch.testing.assert_close(found[m], wanted)
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_fast_equals_reference_in_value_and_gradient(counts, dtype, bound):
+    """Against the reference in float64; bounds are a few roundings of the dtype."""
+    exact = run(expert_ffn_reference, in_float64(case(counts, dtype)))
+    for found, wanted in zip(run(expert_ffn, case(counts, dtype)), exact, strict=True):
+        assert found.shape == wanted.shape and found.dtype == dtype
+        if wanted.norm():
+            assert relative(found, wanted) < bound
+        else:
+            assert not found.any()
+
+
+@pytest.mark.parametrize("counts", COUNTS[:4], ids=str)
+def test_gradcheck(counts):
+    rows, weights, count, w13, w2 = case(counts, torch.float64, D=3, inner=2)
+    assert torch.autograd.gradcheck(lambda a, b, c, d: expert_ffn(a, b, count, c, d), (rows, weights, w13, w2))
+
+
+def test_an_empty_expert_gets_zero_gradient():
+    out = run(expert_ffn, case([4, 0, 2], torch.float32))
+    dw13, dw2 = out[3], out[4]
+    assert not dw13[1].any() and not dw2[1].any() and dw13[0].any() and dw2[2].any()
+
+
+def test_mixed_dtypes_as_in_training():
+    """Rows in BF16, gates in float32: the gradient of the gate stays float32."""
+    rows, weights, count, w13, w2 = case([3, 2, 4], torch.bfloat16)
+    weights = weights.detach().float().requires_grad_()
+    expert_ffn(rows, weights, count, w13, w2).float().sum().backward()
+    assert weights.grad.dtype == torch.float32 and rows.grad.dtype == torch.bfloat16
+    exact = in_float64((rows, weights, count, w13, w2))
+    expert_ffn_reference(*exact).sum().backward()
+    assert relative(weights.grad, exact[1].grad) < 3e-2
+
+
+def test_custom_op_is_registered_properly():
+    """Schema, fake tensors and autograd registration, as torch.compile needs them."""
+    from bessemer.model import experts
+
+    rows, weights, count, w13, w2 = case([3, 2, 4], torch.float32)
+    torch.library.opcheck(experts._forward, (rows, weights, count, w13, w2))

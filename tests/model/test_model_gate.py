@@ -1,0 +1,178 @@
+"""Routing: the check of Z.1, group limits with negative biases, balance, dispatch; each against a loop over tokens."""
+
+import itertools
+
+import pytest
+import torch
+from model_cases import V2, tiny
+
+from bessemer.model import moe
+from bessemer.model.moe import Gate
+from bessemer.model.presets import preset
+
+GREEDY = {**V2, "topk_method": "group_limited_greedy", "n_expert_groups": 4, "n_limited_groups": 2}
+
+
+def gate_of(cfg, bias=(-1.6, -1.0), seed=0):
+    gate = Gate(cfg)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        gate.weight.normal_(0, 0.5, generator=generator)
+        if gate.bias_E is not None:
+            gate.bias_E.uniform_(*bias, generator=generator)
+    return gate
+
+
+def inputs(cfg, n=60, seed=3):
+    return torch.randn(n, cfg.dim, generator=torch.Generator().manual_seed(seed))
+
+
+def naive(gate, x):
+    """One token in float64 as in reference A.8: {expert: weight}."""
+    cfg = gate.cfg
+    logit = (gate.weight.detach().double() @ x.double()).tolist()
+    if cfg.score_func == "sigmoid":
+        s = torch.tensor(logit).double().sigmoid().tolist()
+    else:
+        s = torch.tensor(logit).double().softmax(0).tolist()
+    b = [0.0] * len(s) if gate.bias_E is None else gate.bias_E.tolist()
+    z = [score + bias for score, bias in zip(s, b, strict=True)]
+    size = cfg.n_routed_experts // cfg.n_expert_groups
+    best = 2 if cfg.topk_method == "noaux_tc" else 1
+    rating = [sum(sorted(z[g * size : (g + 1) * size], reverse=True)[:best]) for g in range(cfg.n_expert_groups)]
+    groups = range(cfg.n_expert_groups)
+    if cfg.topk_method != "greedy":
+        groups = sorted(groups, key=lambda g: -rating[g])[: cfg.n_limited_groups]
+    allowed = [e for e in range(len(z)) if e // size in groups]
+    chosen = sorted(allowed, key=lambda e: -z[e])[: cfg.n_activated_experts]
+    total = sum(s[e] for e in chosen) if cfg.norm_topk_prob else 1.0
+    return {e: cfg.route_scale * s[e] / total for e in chosen}
+
+
+@pytest.mark.parametrize("bias", [(-1.6, -1.0), (-0.3, 0.3), (1.0, 1.5)], ids=["negative", "mixed", "positive"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(n_limited_groups=4), dict(n_expert_groups=1, n_limited_groups=1), dict(norm_topk_prob=False), V2, GREEDY],
+    ids=["groups", "all-groups", "one-group", "plain-gates", "v2-greedy", "v2-groups"],
+)
+def test_gate_equals_a_loop(changes, bias):
+    cfg = tiny(**changes)
+    gate = gate_of(cfg, bias)
+    x = inputs(cfg)
+    routing = gate(x, 1)
+    for n in range(len(x)):
+        wanted = naive(gate, x[n])
+        found = dict(zip(routing.expert_NK[n].tolist(), routing.weight_NK[n].tolist(), strict=True))
+        assert found.keys() == wanted.keys()
+        assert [found[e] for e in wanted] == pytest.approx(list(wanted.values()), rel=1e-5)
+
+
+def test_published_check():
+    """Z.1: equal logits, no bias: 8 weights of 2.5 / 8; at most 4 groups; weights always sum to 2.5."""
+    cfg = preset("v3", dim=64)
+    gate = Gate(cfg)
+    torch.nn.init.zeros_(gate.weight)
+    routing = gate(inputs(cfg, 5), 1)
+    assert torch.equal(routing.weight_NK, torch.full((5, 8), 0.3125))
+    gate = gate_of(cfg)
+    routing = gate(inputs(cfg, 200), 1)
+    torch.testing.assert_close(routing.weight_NK.sum(-1), torch.full((200,), 2.5))
+    assert max(len(set((row // 32).tolist())) for row in routing.expert_NK) <= 4
+    assert all(len(set(row.tolist())) == 8 for row in routing.expert_NK)
+
+
+def test_bias_chooses_and_nothing_more():
+    """A bias changes who is chosen, never the weight of a given choice, and no gradient reaches it."""
+    cfg = tiny(n_expert_groups=1, n_limited_groups=1)
+    gate, x = gate_of(cfg, (0, 0)), inputs(cfg)
+    before = gate(x, 1)
+    gate.bias_E[5] = 9.0
+    after = gate(x, 1)
+    assert (after.expert_NK == 5).any(-1).all() and not (before.expert_NK == 5).any(-1).all()
+    score = gate.scores(x).gather(-1, after.expert_NK)
+    torch.testing.assert_close(after.weight_NK, cfg.route_scale * score / score.sum(-1, keepdim=True))
+    assert not gate.bias_E.requires_grad and "bias_E" in gate.state_dict()
+    after.weight_NK[:, 0].sum().backward()
+    assert gate.weight.grad.abs().sum() > 0
+
+
+def test_adding_the_same_bias_everywhere_changes_nothing():
+    cfg = tiny()
+    gate, x = gate_of(cfg), inputs(cfg)
+    first = gate(x, 1)
+    gate.bias_E -= 3.0
+    second = gate(x, 1)
+    assert torch.equal(first.expert_NK.sort(-1).values, second.expert_NK.sort(-1).values)
+
+
+def test_gate_computes_in_float32():
+    cfg = tiny()
+    gate, x = gate_of(cfg), inputs(cfg).to(torch.bfloat16)
+    assert gate.weight.dtype == gate(x, 1).weight_NK.dtype == torch.float32
+    assert torch.equal(gate(x, 1).weight_NK, gate(x.float(), 1).weight_NK)
+
+
+def test_balance_equals_a_loop():
+    """V3 eq. 17-20 per sequence, counting real selections; the scores are normalised sigmoids."""
+    cfg = tiny()
+    gate, S, T = gate_of(cfg, (-0.3, 0.3)), 3, 7
+    x = inputs(cfg, S * T)
+    routing = gate.train()(x, S)
+    wanted = 0.0
+    for s in range(S):
+        for i in range(cfg.n_routed_experts):
+            f = p = 0.0
+            for t in range(s * T, (s + 1) * T):
+                score = torch.sigmoid(x[t].double() @ gate.weight.detach().double().T)
+                p += (score[i] / score.sum()).item() / T
+                f += (routing.expert_NK[t] == i).any().item() * cfg.n_routed_experts / (cfg.n_activated_experts * T)
+            wanted += f * p
+    assert routing.balance.item() == pytest.approx(wanted, rel=1e-5)
+    assert wanted != pytest.approx(S, rel=1e-3)  # and is not trivially balanced
+    assert torch.equal(gate.load_E, torch.bincount(routing.expert_NK.flatten(), minlength=12).float())
+
+
+def test_balance_of_a_balanced_gate_is_one_per_sequence():
+    score = torch.full((8, 4), 0.5)
+    count = torch.full((2, 4), 2.0)  # 4 tokens x 2 choices over 4 experts
+    assert moe.sequence_balance(score, count, 2).item() == pytest.approx(2.0)
+
+
+def test_balance_gradient_lowers_crowded_experts():
+    """f carries no gradient, P does: descent takes score from the expert that has all tokens."""
+    score = torch.full((6, 4), 0.5, requires_grad=True)
+    moe.sequence_balance(score, torch.tensor([[6.0, 0.0, 0.0, 0.0]]), 1).backward()
+    assert (score.grad[:, 0] > 0).all() and (score.grad[:, 1:] < 0).all()
+
+
+def test_load_is_counted_only_while_training():
+    """Not in eval, not under no_grad: recomputation or sampling must not count tokens twice."""
+    cfg = tiny()
+    gate, x = gate_of(cfg), inputs(cfg)
+    gate.eval()(x, 1)
+    with torch.no_grad():
+        gate.train()(x, 1)
+    assert not gate.load_E.any() and "load_E" not in gate.state_dict()
+    gate(x, 1)
+    gate(x, 1)
+    assert gate.load_E.sum() == 2 * 60 * cfg.n_activated_experts
+
+
+def test_dispatch_and_combine_equal_a_loop():
+    cfg = tiny()
+    x = inputs(cfg, 9)
+    routing = gate_of(cfg)(x, 1)
+    sent = moe.dispatch(x, routing, cfg.n_routed_experts)
+    rows, weights = [], []
+    for e in range(cfg.n_routed_experts):
+        hits = [(n, k) for n, k in itertools.product(range(9), range(3)) if routing.expert_NK[n, k] == e]
+        assert sent.count_E[e] == len(hits)
+        rows += [x[n] for n, _ in hits]
+        weights += [routing.weight_NK[n, k] for n, k in hits]
+    assert torch.equal(sent.rows_MD, torch.stack(rows))
+    assert torch.equal(sent.weight_M, torch.stack(weights))
+    out = torch.randn(27, cfg.dim)
+    wanted = torch.stack([sum(out[sent.slot_NK[n, k]] for k in range(3)) for n in range(9)])
+    torch.testing.assert_close(moe.combine(out, sent.slot_NK), wanted)
+    for n, k in itertools.product(range(9), range(3)):
+        assert torch.equal(sent.rows_MD[sent.slot_NK[n, k]], x[n])

@@ -1,0 +1,63 @@
+"""Group-relative advantages: reference Z.1, dead groups, broken rewards, Dr. GRPO's form."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bessemer.errors import UserError
+from bessemer.rl.advantage import dead_groups, group_advantages
+
+
+def test_the_published_vector_with_the_population_std():
+    """Z.1: rewards (1, 0, 0, 0); the sample std would give (1.5, -0.5, -0.5, -0.5)."""
+    got = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    assert got.tolist()[0] == pytest.approx([1.7321, -0.5774, -0.5774, -0.5774], abs=1e-4)
+    assert got.dtype == torch.float32
+
+
+def test_each_prompt_is_compared_with_its_own_samples():
+    rewards = torch.tensor([[1.0, 0.0], [5.0, 1.0], [0.1, 1.1]])
+    assert group_advantages(rewards).tolist() == [pytest.approx(row, abs=1e-4) for row in ([1, -1], [1, -1], [-1, 1])]
+
+
+def test_without_the_std_only_the_mean_is_taken_away():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [3.0, 1.0, 2.0, 2.0]])
+    expected = [[0.75, -0.25, -0.25, -0.25], [1.0, -1.0, 0.0, 0.0]]
+    assert group_advantages(rewards, scale_by_std=False).tolist() == expected
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_equal_rewards_teach_exactly_nothing(scale):
+    """0.1 has no exact binary form: rounding of the mean must not become an advantage of one."""
+    rewards = torch.tensor([[1.0] * 7, [0.0] * 7, [0.1] * 7, [1.1] * 7])
+    assert group_advantages(rewards, scale).abs().max() < 1e-7
+    assert not group_advantages(rewards, True).any()
+    assert dead_groups(rewards) == 1.0
+
+
+def test_dead_groups_are_counted():
+    assert dead_groups(torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.1, 0.1]])) == 0.75
+    assert dead_groups(torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])) == 0.0
+
+
+@given(st.lists(st.sampled_from([0.0, 0.1, 1.0, 1.1]), min_size=2, max_size=16))
+def test_mean_zero_and_variance_one_or_nothing(rewards):
+    got = group_advantages(torch.tensor([rewards])).double()[0]
+    assert got.mean().abs() < 1e-6
+    variance = got.square().mean()
+    assert variance == 0 if len(set(rewards)) == 1 else abs(variance - 1) < 1e-4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_reward_that_is_no_number_is_named(bad):
+    rewards = torch.zeros(3, 4)
+    rewards[1, 2] = bad
+    with pytest.raises(UserError, match=r"reward of prompt 1, sample 2 is (nan|-?inf); fix the verifier"):
+        group_advantages(rewards)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4,), (1, 2, 2)])
+def test_a_group_needs_two(shape):
+    with pytest.raises(UserError, match="at least 2 samples"):
+        group_advantages(torch.zeros(shape))

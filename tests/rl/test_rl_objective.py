@@ -1,0 +1,221 @@
+"""The objective against brute force: every sequence of a table policy enumerated, in float64 where that is possible.
+
+The policy writes two tokens over three letters: logits[0] for the first, logits[1 + first] for the second.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from bessemer.data.batch import Batch
+from bessemer.model.transformer import TrainOutputs
+from bessemer.rl.advantage import group_advantages
+from bessemer.rl.objective import GRPO, grpo_terms, reference_logprobs
+
+LETTERS = 3
+SEQUENCES = list(itertools.product(range(LETTERS), repeat=2))
+REWARD = torch.tensor([1.0, 0.0, 0.3, -0.7, 2.0, 0.1, 0.0, -1.0, 0.5], dtype=torch.float64)
+
+
+def table(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1 + LETTERS, LETTERS, dtype=torch.float64, generator=generator)
+
+
+def token_logp(logits, temperature=1.0):
+    """[9, 2]: log pi of each token of each sequence."""
+    logp = (logits / temperature).log_softmax(-1)
+    return torch.stack([torch.stack((logp[0, a], logp[1 + a, b])) for a, b in SEQUENCES])
+
+
+def gradient(value, logits):
+    return torch.autograd.grad(value, logits)[0]
+
+
+def policy_gradient(logits, reward=REWARD):
+    """d/d logits of the expected reward."""
+    logits = logits.clone().requires_grad_()
+    return gradient((token_logp(logits).sum(1).exp() * reward).sum(), logits)
+
+
+def apart(got, expected):
+    return float((got - expected).norm() / expected.norm())
+
+
+def test_the_surrogate_gradient_is_the_policy_gradient_at_ratio_one():
+    logits = table(0).requires_grad_()
+    logp = token_logp(logits)
+    old = logp.detach()
+    advantage = (REWARD - 0.37)[:, None].expand(9, 2)  # any constant may be subtracted
+    terms = grpo_terms(logp, old, None, advantage, 0.2, 0.2)
+    assert torch.equal(terms.ratio, torch.ones_like(old)) and not terms.clipped.any() and not terms.kl.any()
+    expected = (old.sum(1).exp()[:, None] * terms.surrogate).sum()
+    assert apart(gradient(expected, logits), policy_gradient(logits.detach())) < 1e-12
+
+
+def test_the_mean_over_all_groups_is_the_policy_gradient():
+    """All 81 groups of two. A mean that holds the sample itself costs the factor 1 - 1/G (Dr. GRPO's form)."""
+    logits = table(1).requires_grad_()
+    logp = token_logp(logits)
+    old, total = logp.detach(), 0.0
+    for pair in itertools.product(range(9), repeat=2):
+        rewards = torch.stack([REWARD[i] for i in pair])[None]
+        advantage = group_advantages(rewards, scale_by_std=False)[0].double()
+        mine = logp[list(pair)]
+        terms = grpo_terms(mine, mine.detach(), None, advantage[:, None].expand(2, 2), 0.2, 0.2)
+        total = total + old[list(pair)].sum().exp() * terms.surrogate.sum() / 2
+    assert apart(gradient(total, logits), policy_gradient(logits.detach()) / 2) < 1e-6  # advantages are float32
+
+
+def test_k3_is_unbiased_and_never_negative():
+    for seed in range(5):
+        old, ref = token_logp(table(seed)), token_logp(table(seed + 10))
+        kl = grpo_terms(old, old, ref, torch.zeros_like(old), 0.2, 0.2).kl
+        assert (kl >= 0).all() and (kl > 0).any()
+        weight = old.sum(1).exp()
+        divergence = (weight * (old - ref).sum(1)).sum()  # of whole sequences, by the chain rule
+        assert float((weight[:, None] * kl).sum()) == pytest.approx(float(divergence), rel=1e-12)
+    assert not grpo_terms(old, old, old, torch.zeros_like(old), 0.2, 0.2).kl.any()
+
+
+def test_the_divergence_pulls_towards_the_reference():
+    """Gradient descent on k3 alone ends at the reference, whatever the sampler."""
+    ref = table(3)
+    logits = table(2).requires_grad_()
+    optimizer = torch.optim.SGD([logits], lr=4.0)
+    for _ in range(1000):
+        logp = token_logp(logits)
+        kl = grpo_terms(logp, logp.detach(), token_logp(ref), torch.zeros(9, 2), 0.2, 0.2).kl
+        optimizer.zero_grad()
+        (logp.detach().sum(1).exp()[:, None] * kl).sum().backward()
+        optimizer.step()
+    assert (token_logp(logits) - token_logp(ref)).abs().max() < 1e-3
+
+
+def cut(ratio, advantage, low, high):
+    """(is the gradient cut, surrogate, clipped) of one token."""
+    logp = torch.tensor(ratio, dtype=torch.float64).log().requires_grad_()
+    zero = torch.zeros((), dtype=torch.float64)
+    terms = grpo_terms(logp, zero, None, torch.tensor(advantage, dtype=torch.float64), low, high)
+    grad = float(gradient(terms.surrogate, logp))
+    assert grad == 0.0 or grad == pytest.approx(ratio * advantage), "either nothing or all of it"
+    return grad == 0.0, float(terms.surrogate.detach()), bool(terms.clipped)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.2, 0.28), (10.0, 10.0)])
+@pytest.mark.parametrize("advantage", [1.5, -1.5])
+@pytest.mark.parametrize("ratio", [1e-4, 0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.27, 1.29, 5.0, 10.9, 11.1, 100.0])
+def test_the_clip_cuts_exactly_where_it_should(ratio, advantage, low, high):
+    """Better already than the clip allows, or worse already: only there. Moves back are never cut."""
+    is_cut, surrogate, clipped = cut(ratio, advantage, low, high)
+    should = ratio > 1 + high if advantage > 0 else ratio < 1 - low
+    assert is_cut == clipped == should
+    assert surrogate == pytest.approx(min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage))
+
+
+def test_r1_s_clip_binds_on_the_upper_side_only():
+    """eps = 10: the range is [-9, 11], and no ratio is negative."""
+    for ratio in (1e-8, 0.01, 1.0, 10.0, 11.5, 1e6):
+        assert not cut(ratio, -1.0, 10.0, 10.0)[0]
+        assert cut(ratio, 1.0, 10.0, 10.0)[0] == (ratio > 11)
+
+
+def test_policies_that_parted_stay_finite_and_are_pulled_back():
+    logp = torch.tensor([-0.1, -500.0, -0.1], requires_grad=True)
+    terms = grpo_terms(
+        logp, torch.tensor([-500.0, -0.1, -0.1]), torch.tensor([-0.1, -0.1, -500.0]), -torch.ones(3), 0.2, 0.2
+    )
+    assert all(value.isfinite().all() for value in terms)
+    terms.kl.sum().backward()
+    # a token the reference would never write: dk3/dlogp = 1 - pi_ref/pi
+    assert logp.grad.tolist() == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)
+
+
+class Table(nn.Module):
+    """The table policy in the trainer's clothes: the hidden state of a context is its one-hot vector."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits.float())
+
+    @property
+    def head_weight(self):
+        return self.logits.T
+
+    def train_outputs(self, tokens_BT, segments_BT, mtp):
+        context_BT = torch.cat((torch.zeros_like(tokens_BT[:, :1]), 1 + tokens_BT[:, 1:]), 1)
+        hidden = nn.functional.one_hot(context_BT.clamp(max=LETTERS), 1 + LETTERS).float()
+        return TrainOutputs(hidden, [], torch.zeros(()))
+
+
+def enumerated(sampler, reference, temperature):
+    """A prompt token and all nine sequences, each weighted by its probability under the sampler."""
+    tokens = torch.tensor([[0, a, b] for a, b in SEQUENCES])
+    old, ref = token_logp(sampler, temperature), token_logp(reference, temperature)
+    weight = old.sum(1).exp()[:, None].expand(9, 2)
+
+    def aligned(values):
+        return nn.functional.pad(values.float(), (1, 0))
+
+    extras = {"advantage_BT": aligned(REWARD[:, None].expand(9, 2)), "old_logp_BT": aligned(old)}
+    return Batch(tokens, aligned(weight), extras=extras | {"ref_logp_BT": aligned(ref)})
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("kl", [0.0, 0.05])
+@pytest.mark.parametrize("start", [4, 6])
+def test_the_whole_objective_against_enumeration(start, kl, temperature):
+    """start 4 is the sampler's own table: ratio 1; start 6 is far from it, and the clip cuts somewhere."""
+    sampler, reference, logits = table(4), table(5), table(start).requires_grad_()
+    batch = enumerated(sampler, reference, temperature)
+    model = Table(logits.detach())
+    loss = GRPO(0.2, 0.28, kl, temperature)(model, batch)
+    loss.total.backward()
+    # the formula, sequence by sequence and token by token, in float64
+    total, sums, cuts = 0.0, dict.fromkeys(("kl", "entropy", "clip_share", "ratio", "logp_gap"), 0.0), 0
+    logp, old, ref = (token_logp(t, temperature) for t in (logits, sampler, reference))
+    for o, (a, _) in enumerate(SEQUENCES):
+        probability = old[o].sum().exp()
+        for t, context in enumerate((0, 1 + a)):
+            ratio, advantage = (logp[o, t] - old[o, t]).exp(), REWARD[o]
+            bound = min(max(float(ratio.detach()), 0.8), 1.28)
+            clipped = bound * float(advantage) < float((ratio * advantage).detach())
+            surrogate = torch.as_tensor(bound * advantage) if clipped else ratio * advantage
+            k3 = (ref[o, t] - logp[o, t]).exp() - (ref[o, t] - logp[o, t]) - 1 if kl else torch.zeros(())
+            total = total - probability * (surrogate - kl * k3)
+            full = (logits[context] / temperature).log_softmax(-1)
+            values = (k3, -(full.exp() * full).sum(), clipped, ratio, (logp[o, t] - old[o, t]).abs())
+            for name, value in zip(sums, values, strict=True):
+                sums[name] += float(probability) * float(torch.as_tensor(value).detach())
+            cuts += clipped
+    assert (cuts > 0) == (start != 4)
+    assert loss.total.item() == pytest.approx(total.item(), rel=1e-5, abs=1e-6)
+    assert apart(model.logits.grad.double(), gradient(total, logits)) < 1e-5
+    assert float(loss.tokens) == pytest.approx(2.0, rel=1e-6)  # two tokens a sequence, probabilities sum to 1
+    assert {name: float(value) for name, value in loss.metrics.items()} == pytest.approx(sums, rel=1e-5, abs=1e-6)
+    assert not any(value.requires_grad for value in loss.metrics.values())
+
+
+def test_the_whole_objective_climbs_the_expected_reward():
+    """At the sampler's own table its gradient is the policy gradient, by float32's rounding."""
+    sampler = table(4)
+    model = Table(sampler)
+    GRPO(kl=0.0)(model, enumerated(sampler, sampler, 1.0)).total.backward()
+    assert apart(-model.logits.grad.double(), policy_gradient(sampler)) < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_reference_logprobs_against_the_full_softmax(model, temperature):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, model.cfg.vocab_size, (3, 11), generator=generator)
+    loss = torch.zeros(3, 11)
+    loss[0, 4:9], loss[1, 1:], loss[2, 10] = 0.2, 1.0, 0.5
+    got = reference_logprobs(model.eval(), Batch(tokens, loss), temperature)
+    with torch.no_grad():
+        full = (model(tokens).double() / temperature).log_softmax(-1)
+    for b, t in itertools.product(range(3), range(11)):
+        expected = float(full[b, t - 1, tokens[b, t]]) if loss[b, t] else 0.0
+        assert float(got[b, t]) == pytest.approx(expected, abs=1e-5)
+    assert not got.requires_grad

@@ -1,0 +1,161 @@
+"""Which problems, which samples, and how they lie in a batch."""
+
+import pytest
+import torch
+
+from bessemer import tasks
+from bessemer.data.chat import render_ids
+from bessemer.infer.engine import Completion
+from bessemer.rl import rollout
+from bessemer.rl.rollout import Reward, Sampled
+from bessemer.tasks.base import Verdict
+
+TASKS = [tasks.get("countdown"), tasks.get("arithmetic")]
+PAD = 2
+
+
+def row(prompt, answer, advantage=0.0, logprobs=None):
+    logprobs = [-0.5] * len(answer) if logprobs is None else logprobs
+    completion = Completion(answer, "", logprobs, logprobs, "stop", len(prompt))
+    return Sampled(TASKS[0].problem("train", 0), prompt, completion, Verdict(True, True, "", None), 1.0, advantage)
+
+
+def some_rows(count=17, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(3, 99, (length,), generator=generator).tolist()
+
+    rows = []
+    for number in range(count):
+        prompt, answer = ids(1, 9), ids(1, 14)
+        rows.append(row(prompt, answer, 0.25 * number - 1, (-torch.rand(len(answer), generator=generator)).tolist()))
+    return rows
+
+
+def test_problems_take_the_tasks_in_turn_and_follow_from_their_number():
+    got = rollout.problems_of(TASKS, "train", 5, 6, seed=3)
+    assert [(task.name, problem.id) for task, problem in got] == [
+        (TASKS[n % 2].name, TASKS[n % 2].problem("train", n // 2, 3).id) for n in range(5, 11)
+    ]
+    assert got == rollout.problems_of(TASKS, "train", 5, 6, seed=3)
+    assert got[2:] == rollout.problems_of(TASKS, "train", 7, 4, seed=3), "rollouts are windows of one endless list"
+    assert [p.prompt for _, p in got] != [p.prompt for _, p in rollout.problems_of(TASKS, "train", 5, 6, seed=4)]
+    assert all("/train/" in problem.id for _, problem in got)
+    assert all("/test/" in problem.id for _, problem in rollout.problems_of(TASKS, "test", 0, 2, seed=3))
+
+
+@pytest.mark.parametrize("normalise", ["sequence", "token"])
+def test_a_batch_holds_every_token_where_it_belongs(normalise):
+    rows = some_rows()
+    found = []
+    for batch in rollout.batches(rows, PAD, 60, normalise):
+        for b in range(batch.n_rows):
+            found.append([values[b].tolist() for values in (batch.tokens_BT, batch.loss_BT, *batch.extras.values())])
+            assert list(batch.extras) == ["advantage_BT", "old_logp_BT"]
+    expected = []
+    for one in rows:
+        before, after = len(one.prompt_tokens), len(one.completion.tokens)
+        weight = 1 / after if normalise == "sequence" else 1.0
+        expected.append((
+            one.prompt_tokens + one.completion.tokens,
+            [0.0] * before + [weight] * after,
+            [0.0] * before + [one.advantage] * after,
+            [0.0] * before + one.completion.logprobs,
+        ))  # fmt: skip
+    for line in found:
+        match = [
+            want for want in expected if line[0][: len(want[0])] == want[0] and set(line[0][len(want[0]) :]) <= {PAD}
+        ]
+        assert len(match) == 1
+        length = len(match[0][0])
+        for got, want in zip(line[1:], match[0][1:], strict=True):
+            assert got[:length] == pytest.approx(want) and not any(got[length:]), "padding carries nothing"
+        expected.remove(match[0])
+    assert not expected, "every row once"
+
+
+@pytest.mark.parametrize("max_tokens", [1, 20, 45, 200, 10_000])
+def test_rows_of_like_length_share_a_batch_of_bounded_size(max_tokens):
+    rows = some_rows(40)
+    lengths = sorted((len(r.prompt_tokens) + len(r.completion.tokens) for r in rows), reverse=True)
+    made = rollout.batches(rows, PAD, max_tokens, "token")
+    start = 0
+    for batch in made:
+        assert batch.n_rows == 1 or batch.tokens_BT.numel() <= max_tokens
+        assert batch.tokens_BT.shape[1] == lengths[start], "no wider than its longest row"
+        start += batch.n_rows
+        room = max_tokens // batch.tokens_BT.shape[1]
+        assert batch.n_rows == max(1, room) or batch is made[-1], "and as many rows as fit"
+    assert start == len(rows)
+    assert (len(made) == len(rows)) == (max_tokens == 1) and (len(made) == 1) == (max_tokens == 10_000)
+
+
+def test_no_rows_make_no_batch():
+    assert rollout.batches([], PAD, 100, "token") == []
+
+
+def test_rewards_keep_prompts_and_samples_apart():
+    groups = [[row([1], [5]) for _ in range(3)] for _ in range(2)]
+    groups[1][2].reward = 0.25
+    assert rollout.rewards(groups).tolist() == [[1.0, 1.0, 1.0], [1.0, 1.0, 0.25]]
+
+
+def test_accuracy_and_format_are_added():
+    verdict = [Verdict(c, f, "", None) for c, f in ((True, True), (True, False), (False, True), (False, False))]
+    assert [Reward()(v) for v in verdict] == [2.0, 1.0, 1.0, 0.0]  # the paper: equal weight
+    assert [Reward(0.1)(v) for v in verdict] == [1.1, 1.0, 0.1, 0.0]
+
+
+@pytest.fixture
+def draw(engine, tokenizer):
+    def encode(problem):
+        return render_ids(tokenizer, [{"role": "user", "content": problem.prompt}])
+
+    def draw(seed=1, first=0, count=3, task_list=TASKS[1:], samples=3, **options):
+        chosen = rollout.problems_of(task_list, "train", first, count, seed=0)
+        options = dict(temperature=1.0, max_new_tokens=12) | options
+        return rollout.sample(engine, chosen, encode, Reward(0.1), samples=samples, seed=seed, **options)
+
+    return draw
+
+
+def written(groups):
+    return [[sampled.completion.tokens for sampled in group] for group in groups]
+
+
+def test_samples_follow_from_seed_prompt_and_number_alone(draw):
+    first = written(draw())
+    assert first == written(draw())
+    assert first[:2] == written(draw(count=2)), "whatever else is in the rollout"
+    assert [group[:2] for group in first] == written(draw(samples=2)), "and however many samples there are"
+    assert first == written(draw(batch_rows=2))
+    assert first != written(draw(seed=2))
+    texts = [tuple(tokens) for group in first for tokens in group]
+    assert len(set(texts)) == len(texts), "nine different samples"
+
+
+def test_a_problem_that_comes_twice_is_sampled_twice(engine, draw):
+    once = TASKS[1].problem("train", 0)
+    chosen = [(TASKS[1], once)] * 2
+    one, two = rollout.sample(engine, chosen, lambda p: [0, 5, 6], Reward(), samples=2, seed=1, max_new_tokens=12)
+    assert written([one]) != written([two])
+
+
+def test_every_sample_is_judged_by_the_task_of_its_prompt(draw, monkeypatch):
+    judged = []
+
+    def verify(self, problem, text):
+        judged.append((self.name, problem.id, text))
+        return Verdict(len(judged) % 2 == 0, len(judged) % 3 == 0, "", None)
+
+    monkeypatch.setattr(tasks.Task, "verify", verify)
+    groups = draw(count=4, task_list=TASKS, samples=2)
+    flat = [sampled for group in groups for sampled in group]
+    assert [(problem, text) for _, problem, text in judged] == [(s.problem.id, s.completion.text) for s in flat]
+    assert all(problem.startswith(f"{name}/") for name, problem, _ in judged)
+    for number, sampled in enumerate(flat, start=1):
+        assert sampled.reward == pytest.approx((number % 2 == 0) + 0.1 * (number % 3 == 0))
+        assert sampled.completion.prompt_tokens == len(sampled.prompt_tokens)
+        assert len(sampled.completion.logprobs) == len(sampled.completion.tokens) <= 12

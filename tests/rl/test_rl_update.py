@@ -1,0 +1,212 @@
+"""GRPO through the real trainer and network: what an update depends on, and what it must not depend on."""
+
+import itertools
+
+import pytest
+import torch
+
+from bessemer.data.batch import Batch
+from bessemer.infer.engine import Completion
+from bessemer.rl import rollout
+from bessemer.rl.advantage import group_advantages
+from bessemer.rl.objective import GRPO, reference_logprobs
+from bessemer.rl.rollout import Sampled
+from bessemer.tasks.base import Problem, Verdict
+from bessemer.train.schedule import Points
+from bessemer.train.settings import Settings
+from bessemer.train.trainer import Trainer
+
+PROMPTS, SAMPLES, PAD = 3, 4, 2
+LR = 1e-3
+
+
+def trainer(model, objective=None, eps=1e-4):
+    """eps: Adam divides a gradient by its own size, so with the usual 1e-8 an entry that should be zero moves its
+    weight by the whole learning rate, in the direction of a rounding error."""
+    zero = Points.constant(0.0)
+    settings = Settings(
+        tokens=0, lr=Points.constant(LR), gamma=zero, batch_rows=zero, micro_rows=1, terms={}, eps=eps,
+        weight_decay=0.0,
+    )  # fmt: skip
+    return Trainer(model, objective or GRPO(0.2, 0.28, 0.001), None, settings)
+
+
+@pytest.fixture
+def rows(engine, tokenizer):
+    """A rollout of the true Engine with made-up rewards; its advantages differ within every group."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(3, 290, (n,), generator=generator).tolist() for n in (3, 9, 6)]
+    limits = itertools.cycle((2, 9, 15))
+    groups = [
+        engine.generate([prompt], samples=SAMPLES, max_new_tokens=limit, seed=7)[0]
+        for prompt, limit in zip(prompts, limits, strict=False)
+    ]
+    advantage = group_advantages(torch.rand(PROMPTS, SAMPLES, generator=generator)).tolist()
+    problem, verdict = Problem("p", "", "en"), Verdict(True, True, "", None)
+    return [
+        Sampled(problem, prompt, completion, verdict, 1.0, value)
+        for prompt, group, values in zip(prompts, groups, advantage, strict=True)
+        for completion, value in zip(group, values, strict=True)
+    ]
+
+
+def with_reference(batches, model, temperature=1.0):
+    for batch in batches:
+        batch.extras["ref_logp_BT"] = reference_logprobs(model, batch, temperature)
+    return batches
+
+
+def weights(model):
+    return torch.cat([parameter.detach().flatten().double() for parameter in model.parameters()])
+
+
+@pytest.fixture
+def update(make_model):
+    """Two updates from the same batches (the second at ratios other than 1) of a fresh copy of the policy."""
+    reference = make_model(8).eval()
+
+    def update(batches):
+        run = trainer(make_model(3))
+        before = weights(run.model)
+        logged = [run.update(with_reference(batches, reference)) for _ in range(2)]
+        return weights(run.model) - before, before, logged
+
+    return update
+
+
+def close(got, expected):
+    """The weights agree to 1e-6, and the change of the weights, about a thousandth of them, to 1e-3."""
+    (change, before, logged), (change_0, before_0, logged_0) = got, expected
+    assert torch.equal(before, before_0)
+    assert float(change_0.norm() / before.norm()) > 1e-4, "something was learnt"
+    assert float((change - change_0).norm() / before.norm()) < 1e-6
+    assert float((change - change_0).norm() / change_0.norm()) < 1e-3
+    for values, values_0 in zip(logged, logged_0, strict=True):
+        for name in ("train/kl", "train/entropy", "train/clip_share", "train/ratio", "train/grad_norm"):
+            assert values[name] == pytest.approx(values_0[name], rel=1e-4, abs=1e-7), name
+
+
+@pytest.mark.parametrize("normalise", ["sequence", "token"])
+def test_an_update_does_not_depend_on_how_its_rows_were_cut(rows, update, normalise):
+    whole = update(rollout.batches(rows, PAD, 10_000, normalise))
+    assert whole[2][1]["train/ratio"] != pytest.approx(1.0, abs=1e-4), "the second update is off policy"
+    for max_tokens in (1, 50):
+        cut = rollout.batches(rows, PAD, max_tokens, normalise)
+        assert len(cut) > 2
+        close(update(cut), whole)
+
+
+@pytest.mark.parametrize("normalise", ["sequence", "token"])
+def test_an_update_does_not_depend_on_padding(rows, update, normalise):
+    plain = rollout.batches(rows, PAD, 60, normalise)
+
+    def wider(values, fill):
+        return torch.nn.functional.pad(values, (0, 13), value=fill)
+
+    padded = [
+        Batch(wider(b.tokens_BT, 17), wider(b.loss_BT, 0.0), extras={k: wider(v, 9.0) for k, v in b.extras.items()})
+        for b in plain
+    ]
+    close(update(padded), update(plain))
+
+
+def test_an_update_does_not_depend_on_the_order_of_rows(rows, update):
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = update(rollout.batches(rows, PAD, 60, "sequence"))
+    close(update(rollout.batches([rows[i] for i in order], PAD, 60, "sequence")), expected)
+    backwards = [
+        Batch(b.tokens_BT.flip(0), b.loss_BT.flip(0), extras={name: value.flip(0) for name, value in b.extras.items()})
+        for b in reversed(rollout.batches(rows, PAD, 60, "sequence"))
+    ]
+    close(update(backwards), expected)
+
+
+@pytest.mark.parametrize("normalise", ["sequence", "token"])
+def test_both_normalisations_against_a_loop(rows, make_model, normalise):
+    """Outputs one at a time, unpadded, in float64: the mean over outputs of means, or the mean over all tokens."""
+    policy, reference = make_model(4), make_model(8)
+    objective = GRPO(0.2, 0.28, 0.05, 0.9)
+    batches = with_reference(rollout.batches(rows, PAD, 60, normalise), reference, 0.9)
+    losses = [objective(policy, batch) for batch in batches]
+    got = float(sum(loss.total.detach() for loss in losses) / sum(loss.tokens for loss in losses))
+    per_output, clipped, tokens = [], 0, 0
+    for row in rows:
+        ids = torch.tensor([row.prompt_tokens + row.completion.tokens])
+        start, values = len(row.prompt_tokens), []
+        with torch.no_grad():
+            logp, ref = ((m(ids).double() / 0.9).log_softmax(-1)[0] for m in (policy, reference))
+        for t in range(start, ids.shape[1]):
+            token = ids[0, t]
+            ratio = (logp[t - 1, token] - row.completion.logprobs[t - start]).exp()
+            gap = ref[t - 1, token] - logp[t - 1, token]
+            surrogate = min(ratio * row.advantage, ratio.clamp(0.8, 1.28) * row.advantage)
+            clipped += bool(surrogate < ratio * row.advantage)
+            values.append(float(surrogate - 0.05 * (gap.exp() - gap - 1)))
+        per_output.append(values)
+        tokens += len(values)
+    if normalise == "sequence":
+        expected = sum(sum(values) / len(values) for values in per_output) / len(rows)
+    else:
+        expected = sum(map(sum, per_output)) / tokens
+    assert 0 < clipped < tokens
+    assert got == pytest.approx(-expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_and_trainer_agree_on_the_first_update(engine, model, tokenizer, temperature):
+    """The ratio of a policy that just sampled is 1: what the Engine reports is what the trainer computes."""
+    groups = engine.generate([[0, 9, 8], [0, 40]], samples=6, max_new_tokens=40, temperature=temperature, seed=2)
+    problem, verdict = Problem("p", "", "en"), Verdict(True, True, "", None)
+    rows = [
+        Sampled(problem, prompt, completion, verdict, 1.0, (-1.0) ** k)
+        for prompt, group in zip(([0, 9, 8], [0, 40]), groups, strict=True)
+        for k, completion in enumerate(group)
+    ]
+    batches = rollout.batches(rows, tokenizer.pad_id, 10_000, "token")
+    for batch in batches:
+        got = reference_logprobs(model, batch, temperature)
+        assert (got - batch.extras["old_logp_BT"]).abs().max() < 1e-5
+    logged = trainer(model, GRPO(0.2, 0.28, 0.0, temperature)).update(batches)
+    assert logged["train/ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert logged["train/logp_gap"] < 1e-5 and logged["train/clip_share"] == 0.0 and logged["train/kl"] == 0.0
+    logged = trainer(model, GRPO(0.2, 0.28, 0.0, temperature * 1.5)).update(batches)
+    assert logged["train/logp_gap"] > 0.05, "the wrong temperature shows"
+
+
+def test_rewarded_tokens_become_likelier_and_the_others_less_likely(rows, make_model):
+    model = make_model(3)
+    batches = rollout.batches(rows, PAD, 10_000, "sequence")
+    run = trainer(model, GRPO(kl=0.0), eps=1e-8)
+    for _ in range(5):
+        run.update(batches)
+    (batch,) = batches
+    # mean change of log pi per output, against the advantage of the output
+    change = (reference_logprobs(model, batch, 1.0) - batch.extras["old_logp_BT"]) * batch.loss_BT
+    moved = change.sum(1)
+    advantage = batch.extras["advantage_BT"].gather(1, batch.loss_BT.argmax(1, keepdim=True)).squeeze(1)
+    assert torch.corrcoef(torch.stack((moved, advantage)))[0, 1] > 0.7
+
+
+def test_equal_rewards_change_nothing(rows, make_model):
+    for row in rows:
+        row.advantage = 0.0
+    run = trainer(make_model(3), GRPO(kl=0.0))
+    before = weights(run.model)
+    logged = run.update(rollout.batches(rows, PAD, 10_000, "sequence"))
+    assert logged["train/grad_norm"] == 0.0 and torch.equal(weights(run.model), before)
+
+
+def test_prompts_and_padding_get_no_gradient(make_model):
+    """A batch whose only trained token follows token 5: no other embedding of its future may move."""
+    model = make_model(3)
+    completion = Completion([7], "", [-1.0], [-1.0], "stop", 2)
+    row = Sampled(Problem("p", "", "en"), [4, 5], completion, Verdict(True, True, "", None), 1.0, 1.0)
+    (batch,) = rollout.batches([row], PAD, 100, "token")
+    batch = Batch(
+        torch.nn.functional.pad(batch.tokens_BT, (0, 3), value=PAD), torch.nn.functional.pad(batch.loss_BT, (0, 3)),
+        extras={name: torch.nn.functional.pad(value, (0, 3)) for name, value in batch.extras.items()},
+    )  # fmt: skip
+    loss = GRPO(kl=0.0)(model, batch)
+    loss.total.backward()
+    moved = model.embed.weight.grad.abs().sum(1).nonzero().flatten().tolist()
+    assert moved == [4, 5] and float(loss.tokens) == 1.0
