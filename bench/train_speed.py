@@ -136,7 +136,8 @@ def peer(preset_name: str, case: dict, steps: int) -> dict:
 
 def cases(quick: bool) -> list[dict]:
     mine = [
-        {"side": "ours", "compile": c, "mtp": m, "dtype": "auto"} for c, m in ((True, False), (False, False), (True, True))
+        {"side": "ours", "compile": c, "mtp": m, "dtype": "auto"}
+        for c, m in ((True, False), (False, False), (True, True))
     ]
     grid = itertools.product(("float32", "autocast", "bfloat16"), ("grouped_mm", "eager", "batched_mm"), (True, False))
     theirs = [

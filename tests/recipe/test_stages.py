@@ -84,7 +84,8 @@ def test_every_stage_is_done(whole):
 def test_the_corpus_has_its_parts_and_limits(whole):
     parts = json.loads(whole.text("01-corpus/parts.json"))
     assert list(parts) == ["english", "countdown", "arithmetic"]
-    assert 3_000 < parts["countdown"]["tokens"] <= 6_000 < 40_000 < parts["arithmetic"]["tokens"] <= 50_000
+    for name, limit in (("countdown", 6_000), ("arithmetic", 50_000)):  # a limit ends with the document that reaches it
+        assert limit <= parts[name]["tokens"] < limit + 300
     tokenizer = bessemer.Tokenizer.load(whole.out / "01-corpus" / "tokenizer")
     assert tokenizer.vocab_size == 512 and tokenizer.chat_style == "zero"
 
@@ -179,7 +180,7 @@ def test_killed_and_stopped_in_every_stage_it_ends_the_same_bit_for_bit(whole, t
         patch.setattr(StageMetrics, "write", stages_run.send_at(signal.SIGTERM, "zero", 2))
         with pytest.raises(Interrupted, match='stopped in stage "zero", nothing is lost'):
             run()
-    run.killed_at("zero", 4)
+    run.killed_at("zero", 6)  # goes on from step 4, with the reference of step 3
     run.killed_at("eval", 3)
     results = run()
     assert [result.status for result in results.values()] == ["skipped", "skipped", "skipped", "done"]

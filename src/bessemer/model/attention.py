@@ -57,8 +57,8 @@ def _blocks(T: int) -> list[tuple[int, int, int]]:
 
 
 def _kept(T: int) -> int:
-    first, end, start = _blocks(T)[-1]
-    return start + (end - first) * end
+    """Probabilities of one head."""
+    return sum((end - first) * end for first, end, _ in _blocks(T))
 
 
 def _probability(kept: Tensor, n: int, block: tuple[int, int, int]) -> Tensor:

@@ -1,7 +1,7 @@
 """The paper's recipe item by item: the published value, the value of this run, and where it is built and tested.
 
-`rows(recipe)` is printed when a run starts and kept in conformance.json; `markdown()` is docs/conformance.md, and a test
-fails when that file differs or an entry points nowhere. "off" is stated as plainly as "on".
+`rows(recipe)` is printed when a run starts and kept in conformance.json; `markdown()` is docs/conformance.md, and a
+test fails when that file differs or an entry points nowhere. "off" is stated as plainly as "on".
 """
 
 from __future__ import annotations
@@ -66,6 +66,10 @@ def _of(kind: str, show: Callable[[Any], Any], on: Callable[[Any], bool] = lambd
     return here
 
 
+def _not_built(facts: Facts) -> Here:
+    return "not built yet", False
+
+
 def _sparse(m: ModelConfig) -> bool:
     return m.n_dense_layers < m.n_layers
 
@@ -73,22 +77,24 @@ def _sparse(m: ModelConfig) -> bool:
 ITEMS: tuple[Item, ...] = (
     Item("Multi-head latent attention", "V3 2.1.1", "latent 512 + 64, 128 heads",
          _model(lambda m: f"latent {m.kv_lora_rank} + {m.qk_rope_head_dim}, {m.n_heads} heads"),
-         "model/mla.py", "model/test_attention.py"),
+         "model/mla.py", "model/test_model_attention.py"),
     Item("Query compression", "V3 4.2", "rank 1536",
-         _model(lambda m: f"rank {m.q_lora_rank}", lambda m: m.q_lora_rank > 0), "model/mla.py", "model/test_parity_v3.py"),
+         _model(lambda m: f"rank {m.q_lora_rank}", lambda m: m.q_lora_rank > 0),
+         "model/mla.py", "model/test_hub_parity.py"),
     Item("Interleaved RoPE, YaRN off in the short stage", "V3 4.2-4.3", "theta 10000, plain at 4K",
-         _model(lambda m: f"theta {m.rope_theta:g}, " + (f"YaRN {m.rope_factor:g}" if m.yarn else "plain")),
-         "model/rope.py", "model/test_rope.py"),
+         _model(lambda m: f"theta {m.rope_theta:g}, " + (f"YaRN {m.rope_factor:g}" if m.yarn else "plain"),
+                lambda m: not m.yarn),
+         "model/rope.py", "model/test_model_rope.py"),
     Item("DeepSeekMoE", "V3 2.1.2", "256 routed + 1 shared, top-8",
          _model(lambda m: f"{m.n_routed_experts} routed + {m.n_shared_experts} shared, top-{m.n_activated_experts}",
-                _sparse), "model/moe.py", "model/test_moe.py"),
+                _sparse), "model/moe.py", "model/test_model_network.py"),
     Item("Sigmoid gate, normalised, scaled", "V3 2.1.2", "sigmoid, x 2.5",
-         _model(lambda m: f"{m.score_func}, x {m.route_scale:g}", _sparse), "model/moe.py", "model/test_gate.py"),
+         _model(lambda m: f"{m.score_func}, x {m.route_scale:g}", _sparse), "model/moe.py", "model/test_model_gate.py"),
     Item("Group-limited routing", "V3 2.1.2", "4 of 8 groups",
          _model(lambda m: f"{m.n_limited_groups} of {m.n_expert_groups} groups", lambda m: m.n_expert_groups > 1),
-         "model/moe.py", "model/test_gate.py"),
+         "model/moe.py", "model/test_model_gate.py"),
     Item("Leading dense layers", "V3 4.2", "3 of 61", _model(lambda m: f"{m.n_dense_layers} of {m.n_layers}"),
-         "model/layer.py", "model/test_phases.py"),
+         "model/layer.py", "model/test_model_network.py"),
     Item("Bias balancing, MTP layers included", "V3 2.1.2, 4.2", "gamma 0.001, 0 at the end",
          _of("pretrain", lambda s: f"gamma {_points(s.gamma)}", lambda s: max(s.gamma.values) > 0),
          "train/balance.py", "train/test_balance.py"),
@@ -96,21 +102,22 @@ ITEMS: tuple[Item, ...] = (
          _of("pretrain", lambda s: f"alpha {s.balance_alpha:g}", lambda s: s.balance_alpha > 0),
          "train/objective.py", "train/test_objective.py"),
     Item("No token dropping", "V3 2.1.2", "none dropped", _model(lambda m: "none dropped"),
-         "model/moe.py", "model/test_moe.py"),
+         "model/moe.py", "model/test_model_gate.py"),
     Item("Multi-token prediction", "V3 2.2", "depth 1, lambda 0.3 then 0.1",
          lambda f: (f"depth {f.model.n_mtp}" + (
              f", lambda {_points(f.stage('pretrain').mtp_lambda)}" if f.stage("pretrain") else ""), f.model.n_mtp > 0),
-         "model/mtp.py", "model/test_mtp.py"),
+         "model/mtp.py", "model/test_hub_mtp.py"),
     Item("AdamW, FP32 masters", "V3 4.2, 3.3.2", "0.9 / 0.95, decay 0.1, clip 1.0",
          _of("pretrain", lambda s: f"0.9 / 0.95, decay {s.weight_decay:g}, clip {s.clip:g}"),
          "train/optim.py", "train/test_optim.py"),
     Item("Learning rate over consumed tokens", "V3 4.2", "warm-up, constant, cosine, two steps",
-         _of("pretrain", lambda s: _points(s.lr)), "recipe/values.py", "recipe/test_values.py"),
+         _of("pretrain", lambda s: _points(s.lr)), "recipe/values.py", "recipe/test_recipe_values.py"),
     Item("Batch size over consumed tokens", "V3 4.2", "3072 -> 15360 rows",
          _of("pretrain", lambda s: f"{_points(s.batch_rows)} rows", lambda s: len(set(s.batch_rows.values)) > 1),
          "train/trainer.py", "train/test_trainer.py"),
-    Item("Initialisation", "V3 4.2", "std 0.006 at width 7168", _model(lambda m: f"std {m.init_std:g} at width {m.dim}"),
-         "model/transformer.py", "model/test_init.py"),
+    Item("Initialisation", "V3 4.2", "std 0.006 at width 7168",
+         _model(lambda m: f"std {m.init_std:g} at width {m.dim}"),
+         "model/transformer.py", "model/test_model_network.py"),
     Item("Packing without cross-document mask", "V3 4.1", "rows of 4096",
          lambda f: (f"rows of {f.stage('corpus').row_length}" + (", masked" if f.masked() else ""), not f.masked())
          if f.stage("corpus") else ABSENT, "data/packing.py", "data/test_data_corpus.py"),
@@ -122,24 +129,24 @@ ITEMS: tuple[Item, ...] = (
          "data/augment.py", "data/test_data_augment.py"),
     Item("Byte-level BPE with V3's pre-split", "V3 4.1", "128K entries",
          _model(lambda m: f"{m.vocab_size} entries"), "data/tokenizer.py", "data/test_data_tokenizer.py"),
-    Item("FP8 training", "V3 3.3", "E4M3, 1x128 and 128x128", lambda f: ("not built yet", False),
+    Item("FP8 training", "V3 3.3", "E4M3, 1x128 and 128x128", _not_built,
          "precision/block_fp8.py", "precision/test_block_fp8.py"),
-    Item("Long-context extension", "V3 4.3", "4K -> 32K -> 128K", lambda f: ("not built yet", False),
-         "model/rope.py", "model/test_rope.py"),
+    Item("Long-context extension", "V3 4.3", "4K -> 32K -> 128K", _not_built,
+         "model/rope.py", "model/test_model_rope.py"),
     Item("R1-Zero: RL from the base, no SFT", "R1 2.2", "rule rewards only",
-         _of("rl", lambda s: "tasks: " + ", ".join(s.tasks)), "recipe/stages/rl.py", "recipe/test_rl_stage.py"),
+         _of("rl", lambda s: "tasks: " + ", ".join(s.tasks)), "recipe/stages/rl.py", "recipe/test_stages.py"),
     Item("GRPO groups", "R1 2.2.1", "16 samples, 512 prompts a rollout",
          _of("rl", lambda s: f"{s.samples} samples, {s.prompts_per_rollout} prompts a rollout"),
-         "rl/advantage.py", "rl/test_advantage.py"),
+         "rl/advantage.py", "rl/test_rl_advantage.py"),
     Item("Clip", "R1-Nature B", "eps 10", _of("rl", lambda s: f"-{s.clip_low:g} / +{s.clip_high:g}"),
-         "rl/objective.py", "rl/test_objective.py"),
+         "rl/objective.py", "rl/test_rl_objective.py"),
     Item("KL to the reference (k3, in the loss)", "R1-Nature B", "0.001, refreshed every 400 steps",
          _of("rl", lambda s: f"{s.kl:g}, refreshed every {s.reference_every} steps", lambda s: s.kl > 0),
-         "rl/objective.py", "rl/test_objective.py"),
+         "rl/objective.py", "rl/test_rl_objective.py"),
     Item("Mini-batches per rollout", "R1-Nature B", "16, one epoch",
-         _of("rl", lambda s: f"{s.updates_per_rollout}, one epoch"), "recipe/stages/rl.py", "recipe/test_rl_stage.py"),
+         _of("rl", lambda s: f"{s.updates_per_rollout}, one epoch"), "recipe/stages/rl.py", "recipe/test_stages.py"),
     Item("Rewards", "R1 2.2.2", "accuracy + format, equal weight",
-         _of("rl", lambda s: f"accuracy + {s.format_reward:g} x format"), "rl/rollout.py", "rl/test_rollout.py"),
+         _of("rl", lambda s: f"accuracy + {s.format_reward:g} x format"), "rl/rollout.py", "rl/test_rl_rollout.py"),
     Item("Evaluation by sampling", "R1 3", "pass@1 over k samples, T 0.6, and cons@k",
          _of("eval", lambda s: f"{s.samples} samples, T {', '.join(f'{t:g}' for t in s.temperatures)}"),
          "tasks/metrics.py", "tasks/test_metrics.py"),
@@ -168,9 +175,10 @@ def markdown() -> str:
         "|---|---|---|---|---|",
     ]
     for item in ITEMS:
-        lines.append(
-            f"| {item.item} | {item.section} | {item.paper} | `src/bessemer/{item.code}` | `tests/{item.test}` |"
-        )
+        code = f"`src/bessemer/{item.code}`"
+        if item.here is _not_built:
+            code = f"not built yet; begun in {code}"
+        lines.append(f"| {item.item} | {item.section} | {item.paper} | {code} | `tests/{item.test}` |")
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,6 @@ The reports do not say which std; the population std is used. A group of equal r
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from bessemer.errors import UserError
@@ -28,7 +27,7 @@ def group_advantages(reward_PG: Tensor, scale_by_std: bool = True) -> Tensor:
     centred = reward_PG.double() - reward_PG.double().mean(1, keepdim=True)
     if scale_by_std:
         std = centred.square().mean(1, keepdim=True).sqrt()
-        centred = torch.where(std > EPSILON, centred / (std + EPSILON), torch.zeros_like(centred))
+        centred = centred / (std + EPSILON)
     return centred.float()
 
 

@@ -51,7 +51,8 @@ class Corpus(Stage):
             raise UserError(f'stage "{settings.name}": parts is empty; name at least one source')
         for key in (*settings.limits, *settings.fim_parts):
             if key not in settings.parts:
-                raise UserError(f'stage "{settings.name}": "{key}" is not one of its parts ({", ".join(settings.parts)})')
+                known = ", ".join(settings.parts)
+                raise UserError(f'stage "{settings.name}": "{key}" is not one of its parts ({known})')
         for part, spec in settings.parts.items():
             if spec.startswith(TASK):
                 tasks.get(spec.removeprefix(TASK))

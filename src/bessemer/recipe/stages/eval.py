@@ -77,7 +77,8 @@ class Eval(Stage):
             rows.append({"model": model, **row})
             write_atomic(path, json.dumps(rows))
             tag = f"eval/{model}/{name}/{language}/T{temperature:g}"
-            ctx.metrics.write(len(rows), 0, {f"{tag}/{key}": row[key] for key in ("pass_at_1", "pass_at_k", "maj_at_k")})
+            keys = ("pass_at_1", "pass_at_k", "maj_at_k")
+            ctx.metrics.write(len(rows), 0, {f"{tag}/{key}": row[key] for key in keys})
             ctx.progress.advance(1, f"{model} {name} {language}: pass@1 {row['pass_at_1']:.3f}")
             if ctx.stop:
                 ctx.interrupt()

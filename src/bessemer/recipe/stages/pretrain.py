@@ -108,7 +108,8 @@ class Pretrain(Stage):
             speed.compile_layers(model)
         watch = _Watch(settings, ctx, tokenizer, mixture, heldout)
         trainer = Trainer(
-            model, objective.next_token, self._batches(settings, mixture, tokenizer), _train_settings(settings, choice.dtype), ctx.state,
+            model, objective.next_token, self._batches(settings, mixture, tokenizer),
+            _train_settings(settings, choice.dtype), ctx.state,
             log=watch.log, stop=lambda: ctx.stop, on_step=[watch], config=cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         resumed = trainer.start()
@@ -228,5 +229,3 @@ def bits_per_byte(model: Transformer, rows: Rows, max_rows: int) -> float:
         tokens += float(batch.loss_BT.sum())
     model.train(training)
     return nats / tokens / math.log(2) / rows.bytes_per_token
-
-

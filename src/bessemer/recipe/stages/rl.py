@@ -111,21 +111,18 @@ class _Run:
         self.model, self.tokenizer = modelling.load_model(ctx.source / "model")
         self.tasks = [tasks.get(name) for name in settings.tasks]
         self.objective = GRPO(settings.clip_low, settings.clip_high, settings.kl, settings.temperature)
-        steps = settings.rollouts * settings.updates_per_rollout
         self.trainer = Trainer(
             self.model, self.objective, None, self._train_settings(), ctx.state, stop=lambda: ctx.stop,
             config=self.model.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
-        self.total_steps = steps
         self.engine = Engine(self.model, self.tokenizer)
         self.reference: Transformer | None = None
-        self.pending: dict[str, float] = {}
 
     def _train_settings(self) -> TrainSettings:
         zero = lambda tokens, step: 0.0  # noqa: E731 (three schedules that are zero)
         return TrainSettings(
-            tokens=0, lr=lambda tokens, step: self.settings.lr(step), gamma=zero, batch_rows=zero, micro_rows=1, terms={},
-            clip=self.settings.clip_norm, weight_decay=self.settings.weight_decay,
+            tokens=0, lr=lambda tokens, step: self.settings.lr(step), gamma=zero, batch_rows=zero, micro_rows=1,
+            terms={}, clip=self.settings.clip_norm, weight_decay=self.settings.weight_decay,
             save_seconds=self.settings.save_seconds,
         )  # fmt: skip
 
@@ -136,18 +133,17 @@ class _Run:
         settings, ctx, trainer = self.settings, self.ctx, self.trainer
         resumed = trainer.start()
         first = trainer.step // settings.updates_per_rollout
-        ctx.rewind(trainer.step if resumed else -1)
+        ctx.rewind(trainer.step or -1)  # at step 0 the gate writes its lines anew
         ctx.progress.total(settings.rollouts, "rollouts", done=first)
         if settings.kl > 0:
             self._restore_reference(resumed)
-        if not resumed or trainer.step == 0:
+        if trainer.step == 0:
             self._gate()
         for number in range(first, settings.rollouts):
             values = self._rollout(number)
             ctx.metrics.write(trainer.step, trainer.tokens, values)
-            ctx.progress.advance(
-                1, f"accuracy {values['rl/accuracy']:.3f}, length {values['rl/length']:.0f}, tries {values['rl/tries']:.1f}"
-            )
+            accuracy, length, tries = (values[f"rl/{name}"] for name in ("accuracy", "length", "tries"))
+            ctx.progress.advance(1, f"accuracy {accuracy:.3f}, length {length:.0f}, tries {tries:.1f}")
             if (number + 1) % settings.eval_every == 0 or number + 1 == settings.rollouts:
                 self._evaluate()
             if ctx.stop:
@@ -156,7 +152,8 @@ class _Run:
             trainer.save_if_due()
         trainer.save()
         self.model.save(ctx.dir / "model", tokenizer_dir=ctx.source / "model")
-        return {"steps": trainer.step, "accuracy": round(values["rl/accuracy"], 4)} if first < settings.rollouts else {}
+        done = {"steps": trainer.step}
+        return done | {"accuracy": round(values["rl/accuracy"], 4)} if first < settings.rollouts else done
 
     def _gate(self) -> None:
         """The base must solve something, or every group is dead and only the format can be learnt."""
@@ -164,8 +161,8 @@ class _Run:
         if row["pass_at_1"] < self.settings.minimum_pass:
             raise UserError(
                 f"the base solves {row['pass_at_1']:.1%} of held-out problems (pass@4 {row['pass_at_k']:.1%}), below "
-                f"minimum_pass {self.settings.minimum_pass:.1%}: RL has nothing to amplify. Pre-train longer, raise the "
-                "share of the task's documents, or choose an easier task"
+                f"minimum_pass {self.settings.minimum_pass:.1%}: RL has nothing to amplify. Pre-train longer, raise "
+                "the share of the task's documents, or choose an easier task"
             )
 
     def _evaluate(self) -> dict[str, Any]:
@@ -178,11 +175,11 @@ class _Run:
             )
             for task in self.tasks
         ]  # fmt: skip
-        keys = ("pass_at_1", "pass_at_k", "maj_at_k", "mean_length")
         self._probe()
+        keys = ("pass_at_1", "pass_at_k", "maj_at_k", "mean_length")
         mean = {key: sum(row[key] for row in rows) / len(rows) for key in keys}
-        names = {"pass_at_1": "rl/heldout_pass_at_1", "pass_at_k": "rl/heldout_pass_at_4", "maj_at_k": "rl/heldout_maj_at_4"}
-        self.ctx.metrics.write(trainer.step, trainer.tokens, {names[key]: mean[key] for key in names})
+        values = {f"rl/heldout_{key.replace('_k', '_4')}": mean[key] for key in keys[:3]}
+        self.ctx.metrics.write(trainer.step, trainer.tokens, values)
         self.ctx.say(
             f"step {trainer.step}: held-out pass@1 {mean['pass_at_1']:.3f}, pass@4 {mean['pass_at_k']:.3f}, "
             f"maj@4 {mean['maj_at_k']:.3f}, length {mean['mean_length']:.0f}"
@@ -190,7 +187,7 @@ class _Run:
         return mean
 
     def _rollout(self, number: int) -> dict[str, float]:
-        settings, trainer = self.settings, self.trainer
+        settings = self.settings
         first = number * settings.prompts_per_rollout
         chosen = rollout.problems_of(self.tasks, "train", first, settings.prompts_per_rollout, self.ctx.seed)
         groups = rollout.sample(
