@@ -3,10 +3,10 @@
     python bench/train_speed.py --preset tiny --threads 1
     python bench/train_speed.py --preset small --threads 2 --json bench/results/train_speed_small_2.json
 
-One step is forward, backward, clipping and AdamW. The peer is given its best of: eager or compiled; float32, autocast
-or bfloat16; every experts implementation; with and without the allocator setting that we use. Neither side trains MTP
-(the peer cannot); ours is also measured with it. Routing is real (random initial weights, random tokens). Each case runs
-in a process of its own; the figure is the median of the timed steps.
+One step is forward, backward, clipping and AdamW. The peer is given its best of: eager or compiled; float32,
+autocast or bfloat16; every experts implementation; with and without the allocator setting that we use. Neither side
+trains MTP (the peer cannot); ours is also measured with it. Routing is real (random weights, random tokens). Each case
+runs in a process of its own; the figure is the median of the timed steps.
 """
 
 from __future__ import annotations

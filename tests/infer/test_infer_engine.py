@@ -150,7 +150,9 @@ def test_the_model_is_left_as_it_was(engine, prompts):
     model.train()
     model.layers[1].ffn.eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    engine.generate(prompts, max_new_tokens=5)
+    modes = set()
+    engine.generate(prompts, max_new_tokens=5, on_tokens=lambda _: modes.update(m.training for m in model.modules()))
+    assert modes == {False}
     assert model.training and not model.layers[1].ffn.training and model.layers[1].attn.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(not gate.load_E.any() for gate in model.gates().values())

@@ -59,7 +59,7 @@ class ModelConfig(BaseModel):
     score_func: Literal["sigmoid", "softmax"] = "sigmoid"
     """Gate scoring: sigmoid in V3, softmax in V2."""
     topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
-    """noaux_tc (V3): biased scores choose, groups are rated by their two best; group_limited_greedy (V2): by their best."""
+    """noaux_tc (V3): biased scores, a group is rated by its two best; group_limited_greedy (V2): by its best one."""
     norm_topk_prob: bool = True
     """Divide the chosen gates by their sum."""
     route_scale: float = 1.0
@@ -110,8 +110,8 @@ class ModelConfig(BaseModel):
             raise ValueError(f"n_routed_experts {experts} is not a multiple of n_expert_groups {groups}")
         if groups > 1 and experts // groups < 2:
             raise ValueError(
-                f"{experts} experts in {groups} groups leave {experts // groups} per group; a group is rated by its two "
-                f"best experts, so set n_expert_groups to at most {experts // 2}"
+                f"{experts} experts in {groups} groups leave {experts // groups} per group; a group is rated by its "
+                f"two best experts, so set n_expert_groups to at most {experts // 2}"
             )
         if not 1 <= limit <= groups:
             raise ValueError(f"n_limited_groups {limit} is not between 1 and n_expert_groups {groups}")
@@ -133,7 +133,7 @@ class ModelConfig(BaseModel):
 
     @property
     def softmax_scale(self) -> float:
-        """1/sqrt(d_h + d_h^R), times m^2 once the context is extended (V3 4.3 and released code): m = 0.1 mscale ln s + 1."""
+        """1/sqrt(d_h + d_h^R), times m^2 with YaRN, m = 0.1 mscale ln s + 1 (V3 4.3, released code)."""
         scale = self.qk_head_dim**-0.5
         if self.yarn and self.mscale_all_dim:
             scale *= yarn_mscale(self.rope_factor, self.mscale_all_dim) ** 2

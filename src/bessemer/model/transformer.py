@@ -64,7 +64,7 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, (RMSNorm, Gate)):
                 continue
-            for name, parameter in module.named_parameters(recurse=False):
+            for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
         return self
 
