@@ -66,10 +66,10 @@ class Corpus(Stage):
     def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
         ctx.rewind(-1)
         vocab_size = model_config(ctx.recipe).vocab_size
-        ctx.progress.total(len(settings.parts) + 1, "parts")
+        ctx.progress.total(2 * len(settings.parts), "parts")  # the tokenizer takes about as long as all of them
         tokenizer = Tokenizer.train(self._sample(settings, ctx), vocab_size, chat_style="zero")
         tokenizer.save(ctx.dir / "tokenizer")
-        ctx.progress.advance(1, "tokenizer")
+        ctx.progress.advance(len(settings.parts), "tokenizer")
         facts: dict[str, Any] = {}
         for name in settings.parts:
             if ctx.stop:
