@@ -27,7 +27,7 @@ from bessemer.model.transformer import Transformer
 def prefill(model: Transformer, tokens_BT: Tensor, length_B: Tensor) -> tuple[Tensor, LatentCache]:
     """(logits after each prompt [B, V], cache). Prompts stand left; length_B >= 1 tokens of each count."""
     B, T = tokens_BT.shape
-    rope = _rope(model, T)
+    rope = model.rope_table(T)
     last_B = length_B - 1
     row_B = torch.arange(B, device=last_B.device)
     real_N = (torch.arange(T, device=last_B.device) <= last_B[:, None]).flatten().nonzero().squeeze(-1)
@@ -50,7 +50,7 @@ def step(model: Transformer, token_B: Tensor, position_B: Tensor, cache: LatentC
     low, high = (int(x) for x in position_B.aminmax())
     S = high + 1
     cache.reserve(S)
-    rope = _rope(model, S)[position_B].unsqueeze(1)
+    rope = model.rope_table(S)[position_B].unsqueeze(1)
     bias_BS = None
     if low < high:
         unseen = torch.arange(S, device=position_B.device) > position_B[:, None]
@@ -100,9 +100,3 @@ def _feed_forward(layer: Layer, h_BTD: Tensor, real_N: Tensor) -> Tensor:
 def _logits(model: Transformer, x_BTD: Tensor) -> Tensor:
     """Head over one position per row, float32 [B, V]."""
     return model.head(model.norm(x_BTD.squeeze(1))).float()
-
-
-def _rope(model: Transformer, length: int) -> Tensor:
-    """The model's rotary table. It is made outside inference mode: the model keeps it, and training saves it."""
-    with torch.inference_mode(False):
-        return model.rope_table(length)

@@ -22,6 +22,7 @@ from bessemer.infer import loop
 from bessemer.infer.sampling import Sampling, stream_key
 from bessemer.infer.stop import StopStrings, check_strings, cut
 from bessemer.model.transformer import Transformer
+from bessemer.threads import Workers
 
 Prompt = str | Sequence[int]
 OnTokens = Callable[[list[tuple[int, int, int]]], None]
@@ -57,7 +58,7 @@ class _Row:
 class Engine:
     """Generates with a model and its tokenizer. No state outlives a call, so the model may be trained in between."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, workers: Workers | None = None):
         if tokenizer.vocab_size > model.cfg.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.cfg.vocab_size}; they do "
@@ -65,6 +66,8 @@ class Engine:
             )
         self.model = model
         self.tokenizer = tokenizer
+        self.workers = workers
+        """CPU threads that run batches side by side. The cut into batches, hence the result, is the same for any number."""
 
     def generate(
         self,
@@ -99,9 +102,14 @@ class Engine:
         stop_ids = [self.tokenizer.eos_id] if stop_ids is None else list(stop_ids)
         rows = self._rows(self._encode(prompts), samples, seed, seeds)
         results: list[list[Completion | None]] = [[None] * samples for _ in prompts]
-        with evaluating(self.model), torch.inference_mode():
-            for batch in _batches(rows, batch_rows):
-                written = self._run(batch, max_new_tokens, sampling, stop_ids, strings, on_tokens)
+
+        def one(batch: list[_Row]) -> tuple[list[_Row], loop.Written]:
+            with torch.inference_mode():  # a mode of the thread
+                return batch, self._run(batch, max_new_tokens, sampling, stop_ids, strings, on_tokens)
+
+        side_by_side = self.workers.map if self.workers is not None and on_tokens is None else map
+        with evaluating(self.model):
+            for batch, written in side_by_side(one, _batches(rows, batch_rows)):
                 for i, row in enumerate(batch):
                     results[row.prompt][row.sample] = self._completion(row, written, i, strings)
         return results

@@ -8,6 +8,7 @@ Shapes: N tokens, D hidden, E experts, K experts per token, F expert inner width
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from bessemer.model.config import ModelConfig
 from bessemer.model.experts import expert_ffn
+
+_COUNTING = Lock()
+"""Micro-batches may run side by side in threads; their counts must not be lost."""
 
 
 class Routing(NamedTuple):
@@ -88,7 +92,8 @@ class Gate(nn.Module):
         balance = score_NE.new_zeros(())
         if self.training and torch.is_grad_enabled():
             count_SE = selections(expert_NK, n_sequences, cfg.n_routed_experts)
-            self.load_E += count_SE.sum(0)
+            with _COUNTING:
+                self.load_E += count_SE.sum(0)
             balance = sequence_balance(score_NE, count_SE, cfg.n_activated_experts)
         return Routing(expert_NK, weight_NK, balance)
 

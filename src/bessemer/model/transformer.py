@@ -82,7 +82,8 @@ class Transformer(nn.Module):
         """[length, R/2, 2] on the model's device; grown on demand."""
         device = self.embed.weight.device
         if self._rope is None or self._rope.shape[0] < length or self._rope.device != device:
-            self._rope = rope.table(self.cfg, max(length, min(self.cfg.max_seq_len, 4096)), device)
+            with torch.inference_mode(False):  # the table outlives the caller's mode, and training saves it
+                self._rope = rope.table(self.cfg, max(length, min(self.cfg.max_seq_len, 4096)), device)
         return self._rope[:length]
 
     def hidden(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:

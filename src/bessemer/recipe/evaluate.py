@@ -31,6 +31,6 @@ def evaluate(
         return render_ids(tokenizer, [{"role": "user", "content": problem.prompt}])
 
     return scoring.evaluate(
-        Engine(model, tokenizer), encode, chosen, problems=problems, samples=samples, temperature=temperature,
-        max_new_tokens=max_new_tokens, seed=seed,
+        Engine(model, tokenizer, modelling.workers()), encode, chosen, problems=problems, samples=samples,
+        temperature=temperature, max_new_tokens=max_new_tokens, seed=seed,
     )  # fmt: skip

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bessemer.threads import Workers
 from bessemer.train.schedule import Schedule
 
 
@@ -25,6 +26,8 @@ class Settings:
     """Rows per forward; changes memory and speed, not the result."""
     terms: dict[str, Schedule]
     """Further arguments of the objective, e.g. mtp_lambda and balance_alpha."""
+    workers: Workers | None = None
+    """CPU threads that compute micro-batches side by side; the result does not depend on how many there are."""
     clip: float = 1.0
     """Largest 2-norm of the gradient."""
     betas: tuple[float, float] = (0.9, 0.95)

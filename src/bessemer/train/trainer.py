@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,14 +122,9 @@ class Trainer:
         terms = {name: schedule(*at) for name, schedule in self.settings.terms.items()}
         batches, losses = [], []
         self.model.train()
-        for batch in micro_batches:
-            batch = batch.to(self._device)
-            loss = self._loss(self.model, batch, **terms)
-            with balance.counted_once(self.gates):
-                loss.total.backward()
-            self.optimizer.accumulate()
+        for batch, loss in self._gradients(micro_batches, terms):
             batches.append(batch)
-            losses.append(Loss(loss.total.detach(), loss.tokens, loss.metrics))
+            losses.append(loss)
         divisor = float(torch.stack([loss.tokens for loss in losses]).double().sum())
         norm = float(self.optimizer.grad_norm())
         n_tokens = sum(batch.tokens_BT.numel() for batch in batches)
@@ -159,6 +154,32 @@ class Trainer:
             "train/tokens_per_second": n_tokens / seconds,
             "train/skipped": self.skipped,
         }
+
+    def _gradients(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Iterator[tuple[Batch, Loss]]:
+        """Adds the gradients of every micro-batch in order, and yields it with its (detached) loss."""
+        workers = self.settings.workers
+        if workers is None:
+            for batch in micro_batches:
+                batch = batch.to(self._device)
+                loss = self._loss(self.model, batch, **terms)
+                with balance.counted_once(self.gates):
+                    loss.total.backward()
+                self.optimizer.accumulate()
+                yield batch, Loss(loss.total.detach(), loss.tokens, loss.metrics)
+            return
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+
+        def one(batch: Batch) -> tuple[Batch, Loss, tuple[Tensor | None, ...]]:
+            loss = self._loss(self.model, batch, **terms)
+            gradients = torch.autograd.grad(loss.total, parameters, allow_unused=True)
+            return batch, Loss(loss.total.detach(), loss.tokens, loss.metrics), gradients
+
+        for batch, loss, gradients in workers.map(one, micro_batches):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad += gradient
+            self.optimizer.accumulate()
+            yield batch, loss
 
     def _discard(self) -> None:
         self.skipped += 1

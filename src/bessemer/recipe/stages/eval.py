@@ -61,12 +61,13 @@ class Eval(Stage):
         ]
         ctx.progress.total(len(grid), "rows", done=len(rows))
         loaded: dict[str, Any] = {}
+        workers = modelling.workers()
         for model, name, language, temperature in grid[len(rows) :]:
             if model not in loaded:
                 loaded = {model: modelling.load_model(ctx.inputs[model] / "model")}
             network, tokenizer = loaded[model]
             row = scoring.evaluate(
-                Engine(network, tokenizer),
+                Engine(network, tokenizer, workers),
                 lambda problem, tokenizer=tokenizer: render_ids(
                     tokenizer, [{"role": "user", "content": problem.prompt}]
                 ),

@@ -22,6 +22,7 @@ from bessemer.recipe import modelling
 from bessemer.recipe.settings import StageSettings
 from bessemer.recipe.stage import Stage, StageContext, register
 from bessemer.recipe.values import Points, Seconds, Tokens, show_tokens
+from bessemer.threads import Workers
 from bessemer.train import objective, speed
 from bessemer.train.loss import cross_entropy
 from bessemer.train.settings import Settings as TrainSettings
@@ -109,7 +110,7 @@ class Pretrain(Stage):
         watch = _Watch(settings, ctx, tokenizer, mixture, heldout)
         trainer = Trainer(
             model, objective.next_token, self._batches(settings, mixture, tokenizer),
-            _train_settings(settings, choice.dtype), ctx.state,
+            _train_settings(settings, choice.dtype, modelling.workers()), ctx.state,
             log=watch.log, stop=lambda: ctx.stop, on_step=[watch], config=cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         resumed = trainer.start()
@@ -136,7 +137,7 @@ class Pretrain(Stage):
         return masked
 
 
-def _train_settings(settings: Pretrain.Settings, dtype: torch.dtype) -> TrainSettings:
+def _train_settings(settings: Pretrain.Settings, dtype: torch.dtype, workers: Workers | None) -> TrainSettings:
     def over_tokens(points: Points):
         return lambda tokens, step: points(tokens)
 
@@ -150,6 +151,7 @@ def _train_settings(settings: Pretrain.Settings, dtype: torch.dtype) -> TrainSet
             "mtp_lambda": over_tokens(settings.mtp_lambda),
             "balance_alpha": lambda tokens, step: settings.balance_alpha,
         },
+        workers=workers,
         clip=settings.clip,
         weight_decay=settings.weight_decay,
         compute_dtype=dtype,

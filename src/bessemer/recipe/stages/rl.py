@@ -69,7 +69,7 @@ class RL(Stage):
         """AdamW decay in RL (undocumented)."""
         clip_norm: float = Field(1.0, gt=0)
         """Largest gradient norm."""
-        micro_tokens: int = Field(8192, ge=16)
+        micro_tokens: int = Field(4096, ge=16)
         """Padded tokens per forward; changes memory and speed only."""
         eval_every: int = Field(10, ge=1)
         """Held-out evaluation every so many rollouts."""
@@ -109,13 +109,14 @@ class _Run:
             raise UserError(f'stage "{ctx.name}" needs a stage with a model before it')
         speed.keep_memory()
         self.model, self.tokenizer = modelling.load_model(ctx.source / "model")
+        self.workers = modelling.workers()
         self.tasks = [tasks.get(name) for name in settings.tasks]
         self.objective = GRPO(settings.clip_low, settings.clip_high, settings.kl, settings.temperature)
         self.trainer = Trainer(
             self.model, self.objective, None, self._train_settings(), ctx.state, stop=lambda: ctx.stop,
             config=self.model.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
-        self.engine = Engine(self.model, self.tokenizer)
+        self.engine = Engine(self.model, self.tokenizer, self.workers)
         self.reference: Transformer | None = None
 
     def _train_settings(self) -> TrainSettings:
@@ -193,7 +194,7 @@ class _Run:
         groups = rollout.sample(
             self.engine, chosen, self.encode, rollout.Reward(settings.format_reward), samples=settings.samples,
             seed=tasks.stable_hash(self.ctx.seed, self.ctx.name, number), temperature=settings.temperature,
-            max_new_tokens=settings.max_new_tokens,
+            max_new_tokens=settings.max_new_tokens, batch_rows=modelling.BATCH_ROWS,
         )  # fmt: skip
         reward = rollout.rewards(groups)
         for group, row in zip(groups, advantage.group_advantages(reward, settings.scale_by_std).tolist(), strict=True):
