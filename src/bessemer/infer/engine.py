@@ -67,7 +67,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.workers = workers
-        """CPU threads that run batches side by side. The cut into batches, hence the result, is the same for any number."""
+        """CPU threads that run batches side by side; their number does not change the result."""
 
     def generate(
         self,
