@@ -78,6 +78,7 @@ rollouts = 3
 prompts_per_rollout = 3
 samples = 6
 updates_per_rollout = 2
+lr = 3e-3
 reference_every = 3
 max_new_tokens = 40
 minimum_pass = 0.0

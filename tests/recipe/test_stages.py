@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import bessemer
+from bessemer.data.chat import render_ids
 from bessemer.errors import UserError
+from bessemer.recipe import scoring
 from bessemer.recipe.schema import Recipe
 from bessemer.recipe.stage import Interrupted, StageMetrics
 
@@ -146,6 +148,18 @@ def test_evaluation_compares_the_models(whole):
         assert sum(row["reasons"].values()) == 16 and row["mean_length"] <= 40
         assert 0 <= row["pass_at_1"] <= row["pass_at_k"] <= 1
         assert row["pass_at_1"] == row["reasons"].get("correct", 0) / 16
+    facts = [{key: value for key, value in row.items() if key != "model"} for row in rows]
+    assert facts[0] != facts[2], "RL changed what is written"
+    for folder, expected in zip(MODELS, (facts[0], facts[2]), strict=True):
+        directory = whole.out / folder / "model"
+        tokenizer = bessemer.Tokenizer.load(directory)
+        engine = bessemer.Engine(bessemer.load(directory), tokenizer)
+        task = bessemer.tasks.get("arithmetic", languages=["en"])
+        got = scoring.evaluate(
+            engine, lambda p, t=tokenizer: render_ids(t, [{"role": "user", "content": p.prompt}]), task,
+            problems=4, samples=4, max_new_tokens=40, seed=7,
+        )  # fmt: skip
+        assert got == expected, folder
 
 
 def test_the_conformance_of_the_run_is_kept(whole):
