@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	$(BIN)/bessemer run recipes/tiny.toml
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # one core per test process: OpenMP threads that share cores stall
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
