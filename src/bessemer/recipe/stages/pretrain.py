@@ -168,20 +168,21 @@ class _Watch:
     ) -> None:  # fmt: skip
         self.settings, self.ctx, self.tokenizer = settings, ctx, tokenizer
         self.mixture, self.heldout = mixture, heldout
-        self.tokens = 0
+        self.tokens = self.before = 0
+        """Consumed tokens after and before the last step."""
 
     def begin(self, trainer: Trainer) -> None:
-        self.tokens = trainer.tokens
+        self.tokens = self.before = trainer.tokens
 
     def log(self, step: int, tokens: int, values: dict[str, Any]) -> None:
         self.ctx.metrics.write(step, tokens, values)
         loss = values.get("train/loss", math.nan)
         rate = values.get("train/tokens_per_second", 0.0)
         self.ctx.progress.advance(tokens - self.tokens, f"loss {loss:.3f}, {rate:,.0f} tokens/s")
-        self.tokens = tokens
+        self.before, self.tokens = self.tokens, tokens
 
     def __call__(self, trainer: Trainer) -> None:
-        before = trainer.tokens - trainer.settings.batch_rows(trainer.tokens, trainer.step) * self.mixture.row_length
+        before = self.before
         if self._passed(before, trainer.tokens, self.settings.validate_every):
             self.validate(trainer)
         first = before < self.settings.first_sample <= trainer.tokens
