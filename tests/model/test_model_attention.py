@@ -4,17 +4,28 @@ import pytest
 import torch
 from model_cases import YARN, random_model, relative, tiny
 
-from bessemer.model import attention, rope
-from bessemer.model.attention import attention_reference, causal_attention, causal_mask
+from bessemer.model import attention, attention_cpu, rope
+from bessemer.model.attention import attention_reference, causal_mask, heads, latent_attention
 from bessemer.model.mla import MLA, absorbed_reference
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [5, 5, 5, 5, 5, 5, 5, 5, 5]])
+NOPE, ROPE, VALUE = 7, 4, 6
 
 
-def qkv(T=9, dtype=torch.float32, B=2, H=3, qk=10, v=6):
+def projections(T=9, dtype=torch.float32, B=2, H=3):
+    """q, kv and k_rope as MLA's matrices give them, and the table of rotations."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(B, H, T, width, generator=generator).to(dtype) for width in (qk, qk, v)]
+    shapes = (B, T, H, NOPE + ROPE), (B, T, H, NOPE + VALUE), (B, T, ROPE)
+    angle = torch.randn(T, ROPE // 2, generator=generator)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes], torch.stack(
+        (angle.cos(), angle.sin()), -1
+    )
+
+
+def qkv(T=9, B=2, H=3, qk=10, v=6):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(B, H, T, width, generator=generator) for width in (qk, qk, v)]
 
 
 def two_segments(T):
@@ -32,55 +43,74 @@ LENGTHS = [1, 9, 64, 128, 150]
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_core_equals_the_equation(T, dtype, bound):
-    q, k, v = qkv(T, dtype)
+    inputs, table = projections(T, dtype)
     for segments in (None, two_segments(T)):
-        wanted = attention_reference(*(x.float() for x in (q, k, v)), 0.3, segments)
-        found = causal_attention(q, k, v, 0.3, segments)
+        q, k, v = heads(*(x.float() for x in inputs), table)
+        wanted = attention_reference(q, k, v, 0.3, segments).transpose(1, 2)
+        found = latent_attention(*inputs, table, 0.3, segments)
         assert found.dtype == dtype and relative(found, wanted) < bound
 
 
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_gradients_of_the_core(T, dtype, bound):
-    q, k, v = (x.requires_grad_() for x in qkv(T, dtype))
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    cotangent = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    inputs, table = projections(T, dtype)
+    inputs = [x.requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    cotangent = torch.randn(2, T, 3, VALUE, generator=torch.Generator().manual_seed(1)).to(dtype)
     for segments in (None, two_segments(T)):
-        found = torch.autograd.grad(causal_attention(q, k, v, 0.3, segments), (q, k, v), cotangent)
-        wanted = torch.autograd.grad(in_float64(*exact, segments), exact, cotangent.double())
+        found = torch.autograd.grad(latent_attention(*inputs, table, 0.3, segments), inputs, cotangent)
+        wanted = torch.autograd.grad(in_float64(*exact, table, segments), exact, cotangent.double())
         for a, b in zip(found, wanted, strict=True):
             assert a.dtype == dtype
-            assert relative(a, b) < bound if T > 1 else (a.double() - b).norm() < bound  # one key: no score gradient
+            assert relative(a, b) < bound if b.norm() > 1e-9 else a.norm() < bound  # one key: no score gradient
 
 
-def in_float64(q, k, v, segments):
-    score = torch.einsum("bhtd,bhsd->bhts", q, k) * 0.3
-    score = score.masked_fill(~causal_mask(q.shape[2], segments, q.device), float("-inf"))
-    return torch.einsum("bhts,bhsv->bhtv", score.softmax(-1), v)
+def in_float64(q, kv, k_rope, table, segments):
+    turn = torch.view_as_complex(table.double())
+
+    def rotated(x):
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+
+    q_rope = rotated(q[..., NOPE:].transpose(1, 2)).transpose(1, 2)
+    score = torch.einsum("bthn,bshn->bhts", q[..., :NOPE], kv[..., :NOPE])
+    score = (score + torch.einsum("bthr,bsr->bhts", q_rope, rotated(k_rope))) * 0.3
+    score = score.masked_fill(~causal_mask(q.shape[1], segments, q.device), float("-inf"))
+    return torch.einsum("bhts,bshv->bthv", score.softmax(-1), kv[..., NOPE:])
+
+
+def test_rotations_may_differ_from_row_to_row():
+    inputs, table = projections()
+    tables = torch.stack((table, table.flip(0)))
+    found = latent_attention(*inputs, tables, 0.3)
+    for b in range(2):
+        assert relative(found[b : b + 1], latent_attention(*(x[b : b + 1] for x in inputs), tables[b], 0.3)) < 1e-6
 
 
 @pytest.mark.parametrize("segments", [None, two_segments(40)], ids=["plain", "segments"])
 def test_long_sequences_take_the_other_backend_with_the_same_result(monkeypatch, segments):
-    q, k, v = qkv(40)
-    blocked = causal_attention(q, k, v, 0.3, segments)
+    inputs, table = projections(40)
+    blocked = latent_attention(*inputs, table, 0.3, segments)
     monkeypatch.setattr(attention, "LONGEST", 39)
-    monkeypatch.setattr(attention, "_blocked", None)
-    assert relative(causal_attention(q, k, v, 0.3, segments), blocked) < 1e-6
+    monkeypatch.setattr(attention, "attention_cpu", None)
+    assert relative(latent_attention(*inputs, table, 0.3, segments), blocked) < 1e-6
 
 
 def test_inputs_need_not_be_contiguous():
-    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in qkv(70))
-    out = causal_attention(q, k, v, 0.3)
-    assert relative(out, attention_reference(q, k, v, 0.3)) < 1e-6
+    inputs, table = projections(70)
+    inputs = [x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in inputs]
+    out = latent_attention(*inputs, table, 0.3)
+    assert relative(out, latent_attention(*(x.contiguous() for x in inputs), table, 0.3)) < 1e-6
     out.transpose(1, 2).pow(2).sum().backward()
-    assert all(x.grad is not None for x in (q, k, v))
+    assert all(x.grad is not None for x in inputs)
 
 
 @pytest.mark.parametrize("segments", [None, two_segments(70)], ids=["plain", "segments"])
 def test_custom_op_is_registered_properly(segments):
     """Schema, fake tensors and autograd, as torch.compile needs them."""
-    inputs = [x.requires_grad_() for x in qkv(70)]
-    torch.library.opcheck(attention._blocked, (*inputs, segments, 0.3), test_utils=OPCHECKS)
+    inputs, table = projections(70)
+    inputs = [x.requires_grad_() for x in inputs]
+    torch.library.opcheck(attention_cpu.latent_attention, (*inputs, table, segments, 0.3), test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["plain", "segments"])

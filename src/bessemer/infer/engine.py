@@ -22,7 +22,7 @@ from bessemer.infer import loop
 from bessemer.infer.sampling import Sampling, stream_key
 from bessemer.infer.stop import StopStrings, check_strings, cut
 from bessemer.model.transformer import Transformer
-from bessemer.threads import Workers
+from bessemer.workers import Workers
 
 Prompt = str | Sequence[int]
 OnTokens = Callable[[list[tuple[int, int, int]]], None]
@@ -55,6 +55,18 @@ class _Row:
     key: int
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One batch with how to sample it."""
+
+    rows: list[_Row]
+    max_new_tokens: int
+    sampling: Sampling
+    stop_ids: Sequence[int]
+    stop_strings: list[str]
+    on_tokens: OnTokens | None
+
+
 class Engine:
     """Generates with a model and its tokenizer. No state outlives a call, so the model may be trained in between."""
 
@@ -66,8 +78,8 @@ class Engine:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.workers = workers
-        """CPU threads that run batches side by side; their number does not change the result."""
+        self.workers = workers or Workers(1)
+        """Processes that run batches side by side; their number does not change the result."""
 
     def generate(
         self,
@@ -102,16 +114,13 @@ class Engine:
         stop_ids = [self.tokenizer.eos_id] if stop_ids is None else list(stop_ids)
         rows = self._rows(self._encode(prompts), samples, seed, seeds)
         results: list[list[Completion | None]] = [[None] * samples for _ in prompts]
-
-        def one(batch: list[_Row]) -> tuple[list[_Row], loop.Written]:
-            with torch.inference_mode():  # a mode of the thread
-                return batch, self._run(batch, max_new_tokens, sampling, stop_ids, strings, on_tokens)
-
-        side_by_side = self.workers.map if self.workers is not None and on_tokens is None else map
-        with evaluating(self.model):
-            for batch, written in side_by_side(one, _batches(rows, batch_rows)):
-                for i, row in enumerate(batch):
-                    results[row.prompt][row.sample] = self._completion(row, written, i, strings)
+        side_by_side = self.workers.map if on_tokens is None else map
+        calls = (
+            _Call(batch, max_new_tokens, sampling, stop_ids, strings, on_tokens) for batch in _batches(rows, batch_rows)
+        )
+        for batch, written in side_by_side(self._run, calls):
+            for i, row in enumerate(batch):
+                results[row.prompt][row.sample] = self._completion(row, written, i, strings)
         return results
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
@@ -146,7 +155,8 @@ class Engine:
             rows += [_Row(p, k, ids, stream_key(*name, first + k)) for k in range(samples)]
         return sorted(rows, key=lambda row: (len(row.ids), row.ids))
 
-    def _run(self, batch, max_new_tokens, sampling, stop_ids, strings, on_tokens) -> loop.Written:
+    def _run(self, call: _Call) -> tuple[list[_Row], loop.Written]:
+        batch, on_tokens = call.rows, call.on_tokens
         prompts = list(dict.fromkeys(row.ids for row in batch))
         index = {ids: i for i, ids in enumerate(prompts)}
         device = self.model.embed.weight.device
@@ -158,18 +168,21 @@ class Engine:
                 pairs = zip(numbers, tokens, strict=True)
                 on_tokens([(batch[n].prompt, batch[n].sample, token) for n, token in pairs])
 
-        return loop.run(
-            self.model,
-            prompts,
-            prompt_R=[index[row.ids] for row in batch],
-            key_R=[row.key for row in batch],
-            limit_R=[min(max_new_tokens, longest - len(row.ids)) for row in batch],
-            sampling=sampling,
-            stop_ids=stop_ids,
-            stop_strings=StopStrings(self.tokenizer, strings, len(batch), device) if strings else None,
-            vocab=self.tokenizer.vocab_size,
-            emit=emit,
-        )
+        strings = call.stop_strings
+        with evaluating(self.model), torch.inference_mode():
+            written = loop.run(
+                self.model,
+                prompts,
+                prompt_R=[index[row.ids] for row in batch],
+                key_R=[row.key for row in batch],
+                limit_R=[min(call.max_new_tokens, longest - len(row.ids)) for row in batch],
+                sampling=call.sampling,
+                stop_ids=call.stop_ids,
+                stop_strings=StopStrings(self.tokenizer, strings, len(batch), device) if strings else None,
+                vocab=self.tokenizer.vocab_size,
+                emit=emit,
+            )
+        return batch, written
 
     def _completion(self, row: _Row, written: loop.Written, i: int, strings: list[str]) -> Completion:
         text = self.tokenizer.decode(written.tokens[i])

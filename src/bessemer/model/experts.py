@@ -87,10 +87,13 @@ def _(dy_MD, rows_MD, weight_M, count_E, w13, w2, h_MH):
 
 def _setup(ctx, inputs, output):
     rows_MD, weight_M, count_E, w13, w2 = inputs
+    ctx.set_materialize_grads(False)  # h has no gradient; zeros of its size would be one more pass
     ctx.save_for_backward(rows_MD, weight_M, count_E, w13, w2, output[1])
 
 
 def _grad(ctx, dy_MD, _dh):
+    if dy_MD is None:
+        return None, None, None, None, None
     rows_MD, weight_M, count_E, w13, w2, h_MH = ctx.saved_tensors
     drows, dweight, dw13, dw2 = _backward(dy_MD.contiguous(), rows_MD, weight_M, count_E, w13, w2, h_MH)
     return drows, dweight, None, dw13, dw2

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bessemer.model.attention import causal_attention
+from bessemer.model.attention import latent_attention
 from bessemer.model.config import ModelConfig
 from bessemer.model.norm import RMSNorm
 from bessemer.model.rope import rotate
@@ -43,32 +43,38 @@ class MLA(nn.Module):
         self.wkv_b = nn.Linear(cfg.kv_lora_rank, heads * (cfg.qk_nope_head_dim + cfg.v_head_dim), bias=False)  # W_UKV
         self.wo = nn.Linear(heads * cfg.v_head_dim, cfg.dim, bias=False)
 
+    def project(self, x_BTD: Tensor) -> Tensor:
+        """Queries of all heads before rotation, [B, T, H, N + R]."""
+        q = self.wq_b(self.q_norm(self.wq_a(x_BTD))) if self.cfg.q_lora_rank else self.wq(x_BTD)
+        return q.unflatten(-1, (self.cfg.n_heads, -1))
+
     def queries(self, x_BTD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """(q^C [B, T, H, N], rotated q^R [B, T, H, R]). rope [T, R/2, 2] or [B, T, R/2, 2]."""
         cfg = self.cfg
-        q = self.wq_b(self.q_norm(self.wq_a(x_BTD))) if cfg.q_lora_rank else self.wq(x_BTD)
-        q_nope, q_rope = q.unflatten(-1, (cfg.n_heads, -1)).split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], -1)
+        q_nope, q_rope = self.project(x_BTD).split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], -1)
         return q_nope, rotate(q_rope, rope.unsqueeze(-3))
+
+    def compress(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised latent c_KV [B, T, C] and the shared key before rotation [B, T, R]."""
+        c, k_rope = self.wkv_a(x_BTD).split([self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim], -1)
+        return self.kv_norm(c), k_rope
 
     def latent(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
         """What is cached per token: [B, T, C + R] = normalised latent c_KV and rotated shared key k^R."""
-        c, k_rope = self.wkv_a(x_BTD).split([self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim], -1)
-        return torch.cat((self.kv_norm(c), rotate(k_rope, rope)), -1)
+        c, k_rope = self.compress(x_BTD)
+        return torch.cat((c, rotate(k_rope, rope)), -1)
 
     def forward(self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None) -> Tensor:
-        """Expanded form, causal over the T tokens given."""
-        return self.expanded(x_BTD, self.latent(x_BTD, rope), rope, segments_BT)
+        """Expanded form, causal over the T tokens given. Returns [B, T, D]."""
+        return self.expanded(x_BTD, *self.compress(x_BTD), rope, segments_BT)
 
-    def expanded(self, x_BTD: Tensor, latent_BTX: Tensor, rope: Tensor, segments_BT: Tensor | None = None) -> Tensor:
-        """Expanded form over a latent that the caller has (and may cache). Returns [B, T, D]."""
-        cfg = self.cfg
-        q_nope, q_rope = self.queries(x_BTD, rope)
-        c, k_rope = latent_BTX.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
-        k_nope, v = self.wkv_b(c).unflatten(-1, (cfg.n_heads, -1)).split([cfg.qk_nope_head_dim, cfg.v_head_dim], -1)
-        q = torch.cat((q_nope.transpose(1, 2), q_rope.transpose(1, 2)), -1)
-        k = torch.cat((k_nope.transpose(1, 2), k_rope.unsqueeze(1).expand(-1, cfg.n_heads, -1, -1)), -1)
-        out_BHTV = causal_attention(q, k, v.transpose(1, 2), cfg.softmax_scale, segments_BT)
-        return self.wo(out_BHTV.transpose(1, 2).flatten(-2))
+    def expanded(
+        self, x_BTD: Tensor, c_BTC: Tensor, k_rope_BTR: Tensor, rope: Tensor, segments_BT: Tensor | None = None
+    ) -> Tensor:
+        """`forward` for a caller that compressed (and may cache) already."""
+        kv = self.wkv_b(c_BTC).unflatten(-1, (self.cfg.n_heads, -1))
+        out = latent_attention(self.project(x_BTD), kv, k_rope_BTR, rope, self.cfg.softmax_scale, segments_BT)
+        return self.wo(out.flatten(-2))
 
     def absorbed(self, x_BTD: Tensor, cache_BSX: Tensor, visible_BTS: Tensor, rope: Tensor) -> Tensor:
         """Absorbed form: T new tokens per row against a latent cache that already holds them.

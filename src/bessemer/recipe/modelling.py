@@ -14,7 +14,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 from bessemer.precision import probe
-from bessemer.threads import Workers, one_core_each
+from bessemer.workers import Workers, one_core_each
 
 BATCH_ROWS = 128
 """Rows the engine decodes together: fixed, so that samples do not depend on how many cores share the batches."""
@@ -32,9 +32,9 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def workers() -> Workers | None:
-    """A thread per core on a CPU; on a GPU one stream of work is enough."""
-    return one_core_each() if device().type == "cpu" else None
+def workers() -> Workers:
+    """A process per core on a CPU; on a GPU one stream of work is enough."""
+    return one_core_each() if device().type == "cpu" else Workers(1)
 
 
 def choose_precision(precision: Precision) -> probe.Choice:

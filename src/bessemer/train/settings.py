@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from bessemer.threads import Workers
 from bessemer.train.schedule import Schedule
+from bessemer.workers import Workers
 
 
 @dataclass
@@ -26,8 +26,8 @@ class Settings:
     """Rows per forward; changes memory and speed, not the result."""
     terms: dict[str, Schedule]
     """Further arguments of the objective, e.g. mtp_lambda and balance_alpha."""
-    workers: Workers | None = None
-    """CPU threads that compute micro-batches side by side; the result does not depend on how many there are."""
+    workers: Workers = field(default_factory=lambda: Workers(1))
+    """Processes that compute micro-batches side by side; the result does not depend on how many there are."""
     clip: float = 1.0
     """Largest 2-norm of the gradient."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -16,9 +16,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,12 +29,20 @@ from bessemer.train import balance, checkpoint, guard, rng
 from bessemer.train.objective import Loss, Objective
 from bessemer.train.optim import FlatAdamW, load_exactly
 from bessemer.train.settings import Settings
+from bessemer.workers import rank
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
 
 
 _COUNTERS = ("step", "tokens", "rows", "skipped")
+
+
+class _Handed(NamedTuple):
+    """What a helper says beside the gradients, which lie in its outbox."""
+
+    helper: int
+    loads: dict[str, Tensor]
 
 
 class Trainer:
@@ -77,6 +85,11 @@ class Trainer:
         self.extra_tensors: dict[str, Tensor] = {}
         self._loss = torch.compile(objective) if settings.compile else objective
         self._device = next(model.parameters()).device
+        workers, groups = settings.workers, self.optimizer.groups
+        biases = [gate.bias_E for gate in self.gates.values() if gate.bias_E is not None]
+        workers.share([group.compute for group in groups] + biases)
+        self._outboxes = [[torch.zeros_like(group.grad32) for group in groups] for _ in range(1, workers.n)]
+        workers.share(out for outbox in self._outboxes for out in outbox)
         self._saved_at, self._saved_step = time.monotonic(), -1
         if settings.gamma(0, 0) and not any(gate.bias_E is not None for gate in self.gates.values()):
             self.warn("gamma has no effect: no layer of this model has a routing bias (set gamma to 0)")
@@ -122,9 +135,11 @@ class Trainer:
         terms = {name: schedule(*at) for name, schedule in self.settings.terms.items()}
         batches, losses = [], []
         self.model.train()
-        for batch, loss in self._gradients(micro_batches, terms):
-            batches.append(batch)
+        items = ((batches.append(batch) or batch, terms) for batch in micro_batches)
+        for loss, handed in self.settings.workers.map(self._gradients, items):
             losses.append(loss)
+            if handed is not None:
+                self._collect(handed)
         divisor = float(torch.stack([loss.tokens for loss in losses]).double().sum())
         norm = float(self.optimizer.grad_norm())
         n_tokens = sum(batch.tokens_BT.numel() for batch in batches)
@@ -155,31 +170,32 @@ class Trainer:
             "train/skipped": self.skipped,
         }
 
-    def _gradients(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Iterator[tuple[Batch, Loss]]:
-        """Adds the gradients of every micro-batch in order, and yields it with its (detached) loss."""
-        workers = self.settings.workers
-        if workers is None:
-            for batch in micro_batches:
-                batch = batch.to(self._device)
-                loss = self._loss(self.model, batch, **terms)
-                with balance.counted_once(self.gates):
-                    loss.total.backward()
-                self.optimizer.accumulate()
-                yield batch, Loss(loss.total.detach(), loss.tokens, loss.metrics)
-            return
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+    def _gradients(self, item: tuple[Batch, dict[str, float]]) -> tuple[Loss, _Handed | None]:
+        """Adds the gradients of one micro-batch to this process's; a helper hands them over and starts from zero."""
+        batch, terms = item
+        self.model.train()
+        batch = batch.to(self._device)
+        loss = self._loss(self.model, batch, **terms)
+        with balance.counted_once(self.gates):
+            loss.total.backward()
+        self.optimizer.accumulate()
+        loss = Loss(loss.total.detach(), loss.tokens, loss.metrics)
+        helper = rank()
+        if helper == 0:
+            return loss, None
+        for group, out in zip(self.optimizer.groups, self._outboxes[helper - 1], strict=True):
+            out.copy_(group.grad32)
+        self.optimizer.zero_grad()
+        loads = {name: gate.load_E.clone() for name, gate in self.gates.items()}
+        balance.clear(self.gates)
+        return loss, _Handed(helper, loads)
 
-        def one(batch: Batch) -> tuple[Batch, Loss, tuple[Tensor | None, ...]]:
-            loss = self._loss(self.model, batch, **terms)
-            gradients = torch.autograd.grad(loss.total, parameters, allow_unused=True)
-            return batch, Loss(loss.total.detach(), loss.tokens, loss.metrics), gradients
-
-        for batch, loss, gradients in workers.map(one, micro_batches):
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    parameter.grad += gradient
-            self.optimizer.accumulate()
-            yield batch, loss
+    def _collect(self, handed: _Handed) -> None:
+        """Adds what a helper computed, in the order of the micro-batches."""
+        for group, out in zip(self.optimizer.groups, self._outboxes[handed.helper - 1], strict=True):
+            group.grad32 += out
+        for name, load_E in handed.loads.items():
+            self.gates[name].load_E += load_E
 
     def _discard(self) -> None:
         self.skipped += 1

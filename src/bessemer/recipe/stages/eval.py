@@ -60,15 +60,14 @@ class Eval(Stage):
             for temperature in settings.temperatures
         ]
         ctx.progress.total(len(grid), "rows", done=len(rows))
-        loaded: dict[str, Any] = {}
-        workers = modelling.workers()
+        loaded: dict[str, Engine] = {}
         for model, name, language, temperature in grid[len(rows) :]:
             if model not in loaded:
-                loaded = {model: modelling.load_model(ctx.inputs[model] / "model")}
-            network, tokenizer = loaded[model]
+                loaded = {model: Engine(*modelling.load_model(ctx.inputs[model] / "model"), modelling.workers())}
+            engine = loaded[model]
             row = scoring.evaluate(
-                Engine(network, tokenizer, workers),
-                lambda problem, tokenizer=tokenizer: render_ids(
+                engine,
+                lambda problem, tokenizer=engine.tokenizer: render_ids(
                     tokenizer, [{"role": "user", "content": problem.prompt}]
                 ),
                 tasks.get(name, languages=[language]),

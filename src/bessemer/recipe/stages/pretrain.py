@@ -22,11 +22,11 @@ from bessemer.recipe import modelling
 from bessemer.recipe.settings import StageSettings
 from bessemer.recipe.stage import Stage, StageContext, register
 from bessemer.recipe.values import Points, Seconds, Tokens, show_tokens
-from bessemer.threads import Workers
 from bessemer.train import objective, speed
 from bessemer.train.loss import cross_entropy
 from bessemer.train.settings import Settings as TrainSettings
 from bessemer.train.trainer import Trainer
+from bessemer.workers import Workers
 
 
 @register
@@ -137,7 +137,7 @@ class Pretrain(Stage):
         return masked
 
 
-def _train_settings(settings: Pretrain.Settings, dtype: torch.dtype, workers: Workers | None) -> TrainSettings:
+def _train_settings(settings: Pretrain.Settings, dtype: torch.dtype, workers: Workers) -> TrainSettings:
     def over_tokens(points: Points):
         return lambda tokens, step: points(tokens)
 
@@ -167,11 +167,13 @@ class _Watch:
         heldout: dict[str, Rows],
     ) -> None:  # fmt: skip
         self.settings, self.ctx, self.tokenizer = settings, ctx, tokenizer
-        self.mixture, self.heldout = mixture, heldout
+        self.mixture = mixture
+        self.heldout = {name: rows for name, rows in heldout.items() if rows.n_rows}
         self.tokens = self.before = 0
         """Consumed tokens after and before the last step."""
 
     def begin(self, trainer: Trainer) -> None:
+        self.model = trainer.model
         self.tokens = self.before = trainer.tokens
 
     def log(self, step: int, tokens: int, values: dict[str, Any]) -> None:
@@ -193,17 +195,17 @@ class _Watch:
     def _passed(before: float, now: int, every: int) -> bool:
         return every > 0 and now // every > max(0, int(before)) // every
 
-    @torch.no_grad()
     def validate(self, trainer: Trainer) -> dict[str, float]:
         """Held-out bits per byte of every part (at most 64 rows each)."""
-        found = {}
-        for name, rows in self.heldout.items():
-            if rows.n_rows:
-                found[name] = bits_per_byte(trainer.model, rows, max_rows=64)
+        values_of = trainer.settings.workers.map(self._bits_per_byte, self.heldout)
+        found = dict(zip(self.heldout, values_of, strict=True))
         values: dict[str, Any] = {f"val/bpb/{name}": value for name, value in found.items()}
         values.update({f"moe/load/{name}": load / load.sum() for name, load in trainer.loads.items() if load.any()})
         self.ctx.metrics.write(trainer.step, trainer.tokens, values)
         return found
+
+    def _bits_per_byte(self, name: str) -> float:
+        return bits_per_byte(self.model, self.heldout[name], max_rows=64)
 
     def samples(self, trainer: Trainer) -> None:
         if not self.settings.prompts:

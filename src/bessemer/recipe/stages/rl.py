@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
+from torch import Tensor
 
 from bessemer import tasks
+from bessemer.data.batch import Batch
 from bessemer.data.chat import render_ids
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
@@ -124,7 +126,7 @@ class _Run:
         return TrainSettings(
             tokens=0, lr=lambda tokens, step: self.settings.lr(step), gamma=zero, batch_rows=zero, micro_rows=1,
             terms={}, clip=self.settings.clip_norm, weight_decay=self.settings.weight_decay,
-            save_seconds=self.settings.save_seconds,
+            workers=self.workers, save_seconds=self.settings.save_seconds,
         )  # fmt: skip
 
     def encode(self, problem: tasks.Problem) -> list[int]:
@@ -220,12 +222,15 @@ class _Run:
             mine = [rows[i] for i in order[start : start + size]]
             batches = rollout.batches(mine, self.tokenizer.pad_id, settings.micro_tokens, settings.normalise)
             if self.reference is not None:
-                for batch in batches:
-                    batch.extras["ref_logp_BT"] = reference_logprobs(self.reference, batch, settings.temperature)
+                for batch, logp_BT in zip(batches, self.workers.map(self._reference_logprobs, batches), strict=True):
+                    batch.extras["ref_logp_BT"] = logp_BT
             found.append(trainer.update(batches))
             if self.reference is not None and trainer.step % settings.reference_every == 0:
                 self._refresh_reference()
         return found
+
+    def _reference_logprobs(self, batch: Batch) -> Tensor:
+        return reference_logprobs(self.reference, batch, self.settings.temperature)
 
     def _restore_reference(self, resumed: bool) -> None:
         self.reference = Transformer(self.model.cfg).to(modelling.device())
@@ -234,6 +239,7 @@ class _Run:
         if resumed and stored:
             self.reference.load_state_dict({name.removeprefix("reference/"): value for name, value in stored.items()})
         self.reference.eval().requires_grad_(False)
+        self.workers.share([*self.reference.parameters(), *self.reference.buffers()])
         self._store_reference()
 
     def _refresh_reference(self) -> None:

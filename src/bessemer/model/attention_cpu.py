@@ -1,0 +1,144 @@
+"""`attention.latent_attention` as one operation for CPUs, with a hand-written backward.
+
+At laptop sizes a step is bound by passes over memory and by the number of operations, so:
+- rotation, scale, layout and the copies of the shared rotary key are one pass each, into the layout of the GEMMs;
+- only the lower triangle of the scores is computed, in blocks of queries; softmax works in place;
+- probabilities are kept for backward, whose softmax is one fused pass.
+
+Scores, softmax and sums are float32 whatever the dtype of the arguments. Shapes as in `attention`; n = B*H.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+"""Queries per block."""
+
+
+def _blocks(T: int) -> list[tuple[int, int, int]]:
+    """(first query, end, where its probabilities start) per row of the kept vector, in units of one head's numbers."""
+    blocks, start = [], 0
+    for first in range(0, T, BLOCK):
+        end = min(first + BLOCK, T)
+        blocks.append((first, end, start))
+        start += (end - first) * end
+    return blocks
+
+
+def _kept(T: int) -> int:
+    """Probabilities of one head."""
+    return sum((end - first) * end for first, end, _ in _blocks(T))
+
+
+def _probability(kept: Tensor, n: int, block: tuple[int, int, int]) -> Tensor:
+    """One block of probabilities of n heads, [n, queries, keys], as a view of the flat vector."""
+    first, end, start = block
+    size = (end - first) * end
+    return kept[n * start : n * (start + size)].view(n, end - first, end)
+
+
+def _turn(x: Tensor, turn: Tensor) -> Tensor:
+    """Pairs of the last dimension times complex numbers: one pass instead of nine."""
+    pairs = x.unflatten(-1, (-1, 2)).contiguous()
+    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
+
+
+def _heads(q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries times scale, rotated keys and values in float32: [n, T, N + R], [n, T, N + R], [n, T, V]."""
+    B, T, H, width = q.shape
+    nope = width - k_rope.shape[-1]
+    q, kv, k_rope, turn = q.float(), kv.float(), k_rope.float(), torch.view_as_complex(rope)
+    qf, kf = q.new_empty(B, H, T, width), q.new_empty(B, H, T, width)
+    torch.mul(q[..., :nope].transpose(1, 2), scale, out=qf[..., :nope])
+    qf[..., nope:] = _turn(q[..., nope:], (turn * scale).unsqueeze(-2)).transpose(1, 2)
+    kf[..., :nope] = kv[..., :nope].transpose(1, 2)
+    kf[..., nope:] = _turn(k_rope, turn).unsqueeze(1)
+    vf = kv[..., nope:].transpose(1, 2).contiguous()
+    return qf.flatten(0, 1), kf.flatten(0, 1), vf.flatten(0, 1)
+
+
+@torch.library.custom_op("bessemer::latent_attention", mutates_args=())
+def latent_attention(
+    q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, segments_BT: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns (output [B, T, H, V], and for backward: probabilities, queries, keys, values)."""
+    B, T, H, _ = q.shape
+    qf, kf, vf = _heads(q, kv, k_rope, rope, scale)
+    n = B * H
+    out = vf.new_empty(n, T, vf.shape[2])
+    kept = vf.new_empty(n * _kept(T))
+    above = torch.full((BLOCK, BLOCK), float("-inf"), device=q.device).triu(1)
+    for block in _blocks(T):
+        first, end, _ = block
+        score = _probability(kept, n, block)
+        torch.bmm(qf[:, first:end], kf[:, :end].transpose(1, 2), out=score)
+        score[:, :, first:end] += above[: end - first, : end - first]
+        if segments_BT is not None:
+            other = segments_BT[:, first:end, None] != segments_BT[:, None, :end]
+            score.view(B, H, end - first, end).masked_fill_(other.unsqueeze(1), float("-inf"))
+        torch.softmax(score, -1, out=score)
+        out[:, first:end] = torch.bmm(score, vf[:, :end])
+    out = out.view(B, H, T, -1).transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format, copy=True)
+    return out, kept, qf, kf, vf
+
+
+@latent_attention.register_fake
+def _(q, kv, k_rope, rope, segments_BT, scale):
+    B, T, H, width = q.shape
+    value = kv.shape[-1] - width + k_rope.shape[-1]
+    shapes = (B * H * _kept(T),), (B * H, T, width), (B * H, T, width), (B * H, T, value)
+    return q.new_empty(B, T, H, value), *(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+@torch.library.custom_op("bessemer::latent_attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor, kept: Tensor, qf: Tensor, kf: Tensor, vf: Tensor, rope: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, kv and k_rope."""
+    B, T, H, value = dout.shape
+    n, width = B * H, qf.shape[2]
+    do = dout.float().transpose(1, 2).reshape(n, T, value)
+    dqf, dkf, dvf = torch.empty_like(qf), torch.zeros_like(kf), torch.zeros_like(vf)
+    for block in _blocks(T):
+        first, end, _ = block
+        p, g = _probability(kept, n, block), do[:, first:end]
+        dvf[:, :end].baddbmm_(p.transpose(1, 2), g)
+        dp = torch.bmm(g, vf[:, :end].transpose(1, 2))
+        ds = torch._softmax_backward_data(dp, p, -1, torch.float32)
+        dqf[:, first:end] = torch.bmm(ds, kf[:, :end])
+        dkf[:, :end].baddbmm_(ds.transpose(1, 2), qf[:, first:end])
+    rope_width = 2 * rope.shape[-2]
+    nope = width - rope_width
+    back = torch.view_as_complex(rope).conj()
+    dqf, dkf, dvf = (d.view(B, H, T, -1) for d in (dqf, dkf, dvf))
+    dq, dkv = dout.new_empty(B, T, H, width), dout.new_empty(B, T, H, nope + value)
+    torch.mul(dqf[..., :nope].transpose(1, 2), scale, out=dq[..., :nope])
+    dq[..., nope:] = _turn(dqf[..., nope:].transpose(1, 2), (back * scale).unsqueeze(-2))
+    dkv[..., :nope] = dkf[..., :nope].transpose(1, 2)
+    dkv[..., nope:] = dvf.transpose(1, 2)
+    return dq, dkv, _turn(dkf[..., nope:].sum(1), back).to(dout.dtype)
+
+
+@_backward.register_fake
+def _(dout, kept, qf, kf, vf, rope, scale):
+    B, T, H, value = dout.shape
+    width, rope_width = qf.shape[2], 2 * rope.shape[-2]
+    shapes = (B, T, H, width), (B, T, H, width - rope_width + value), (B, T, rope_width)
+    return tuple(dout.new_empty(shape) for shape in shapes)
+
+
+def _setup(ctx, inputs, output):
+    rope, ctx.scale = inputs[3], inputs[5]
+    ctx.set_materialize_grads(False)  # the kept tensors have no gradient; zeros of their size would be a pass each
+    ctx.save_for_backward(*output[1:], rope)
+
+
+def _grad(ctx, dout, *_):
+    if dout is None:
+        return None, None, None, None, None, None
+    return *_backward(dout.contiguous(), *ctx.saved_tensors, ctx.scale), None, None, None
+
+
+latent_attention.register_autograd(_grad, setup_context=_setup)

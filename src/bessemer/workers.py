@@ -1,0 +1,224 @@
+"""Worker processes, one core each: micro-batches and rollout batches side by side on a CPU.
+
+Operations of small models take microseconds to milliseconds. OpenMP splits each of them and waits at its end: `tiny`
+trains no faster on two OpenMP threads than on one, and 80x slower as soon as another process wants a core. Python
+threads with one core each wait for the interpreter lock between operations (1.3x on two cores); processes wait for
+nothing (1.9x).
+
+Helpers are forked from this process when they are first needed, so they have everything it has. After the fork they
+see only what lies in shared memory (`share`: the weights) and the items they are given. They live as long as their
+parent: its end, however sudden, closes the pipe they read from.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
+from multiprocessing.connection import Connection, Pipe
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from bessemer.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+SHARED = "/dev/shm"
+"""Where the system keeps shared memory; containers often grant little of it."""
+
+_rank = 0
+
+
+def rank() -> int:
+    """0 in the process that the user started, 1, 2, ... in its helpers."""
+    return _rank
+
+
+def cores() -> int:
+    """Cores this process may use: OMP_NUM_THREADS where the user set it, else what the system grants."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else len(os.sched_getaffinity(0))
+
+
+class Workers:
+    """This process and n - 1 helpers. `map` keeps the order of its items, so results do not depend on n."""
+
+    def __init__(self, n: int):
+        self.n = max(1, n)
+        self._known: list[Callable[[Any], Any]] = []
+        self._helpers: list[_Helper] = []
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Moves the storage of these tensors, and with it every view, to where helpers see later changes.
+
+        Where shared memory does not suffice, all work is done in this process from now on.
+        """
+        if self.n == 1:
+            return
+        storages = {t.untyped_storage().data_ptr(): t for t in tensors if not t.is_shared()}
+        needed = sum(t.untyped_storage().nbytes() for t in storages.values())
+        if needed > _free(SHARED):
+            warnings.warn(
+                f"{SHARED} has {_free(SHARED) >> 20} MiB free, {needed >> 20} MiB are needed to share the weights: "
+                "one process does all the work. Enlarge it (docker run --shm-size=1g)",
+                stacklevel=2,
+            )
+            self._alone()
+            return
+        self.stop()
+        for tensor in storages.values():
+            tensor.share_memory_()
+
+    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """work(item) of every item, in order. `work` is a function or method known from before, as of the fork."""
+        if self.n == 1:
+            yield from map(work, items)
+            return
+        index = self._ready(work)
+        source, finished = iter(items), False
+        try:
+            while batch := list(islice(source, self.n)):
+                busy = self._helpers[: len(batch) - 1]
+                for helper, item in zip(busy, batch[1:], strict=True):
+                    helper.send(index, item)
+                yield work(batch[0])
+                for helper in busy:
+                    yield helper.receive()
+            finished = True
+        finally:
+            if not finished:  # answers may still be under way
+                self.stop()
+
+    def stop(self) -> None:
+        """Ends the helpers; the next `map` makes new ones."""
+        for helper in self._helpers:
+            helper.end()
+        self._helpers = []
+
+    def __del__(self) -> None:
+        if _rank == 0:
+            self.stop()
+
+    def _ready(self, work: Callable[[Any], Any]) -> int:
+        if work not in self._known:
+            self.stop()
+            self._known.append(work)
+        while len(self._helpers) < self.n - 1:
+            self._helpers.append(_Helper(len(self._helpers) + 1, self._known, self._helpers))
+        return self._known.index(work)
+
+    def _alone(self) -> None:
+        import torch
+
+        self.stop()
+        torch.set_num_threads(self.n)
+        self.n = 1
+
+
+class _Helper:
+    """One forked process and the pipe to it."""
+
+    def __init__(self, number: int, known: list[Callable[[Any], Any]], older: list[_Helper]):
+        self._pipe, theirs = Pipe()
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else its fork handler prints a warning
+        with warnings.catch_warnings():
+            # Forking a process with threads is safe here: the child runs single-core torch operations and nothing else.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
+        if self.pid == 0:
+            with suppress(BaseException):
+                for helper in [*older, self]:  # open ends in here would hide the parent's death
+                    helper._pipe.close()
+                _serve(number, theirs, known)
+            os._exit(0)
+        theirs.close()
+
+    def send(self, index: int, item: Any) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # `receive` says what happened
+            self._pipe.send_bytes(pickle.dumps((index, item), pickle.HIGHEST_PROTOCOL))
+
+    def receive(self) -> Any:
+        try:
+            result, error = pickle.loads(self._pipe.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            raise UserError(
+                f"a worker process ended ({_last_words(self.pid)}). If memory ran out, lower micro_rows or set "
+                "OMP_NUM_THREADS=1; the same command goes on from the last checkpoint"
+            ) from None
+        if error is not None:
+            raise error
+        return result
+
+    def end(self) -> None:
+        self._pipe.close()
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(self.pid, signal.SIGKILL)  # it holds nothing worth an orderly end
+            os.waitpid(self.pid, 0)
+
+
+def _serve(number: int, pipe: Connection, known: list[Callable[[Any], Any]]) -> None:
+    """The life of a helper."""
+    global _rank
+    _rank = number
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            index, item = pickle.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            return
+        try:
+            answer: tuple[Any, Exception | None] = known[index](item), None
+        except Exception as error:
+            answer = None, _portable(error)
+        pipe.send_bytes(pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself where it survives pickling; its traceback goes along as a note."""
+    where = traceback.format_exc()
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(where)
+    error.add_note(f"in a worker process:\n{where}")
+    return error
+
+
+def _free(directory: str) -> int:
+    """Bytes that may still be written there; 0 where it does not exist."""
+    try:
+        found = os.statvfs(directory)
+    except OSError:
+        return 0
+    return found.f_bavail * found.f_frsize
+
+
+def _last_words(pid: int) -> str:
+    with suppress(ChildProcessError):
+        _, status = os.waitpid(pid, 0)
+        if os.WIFSIGNALED(status):
+            return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return "it closed its pipe"
+
+
+def one_core_each() -> Workers:
+    """Workers for all cores of this process; from now on torch itself uses one core per operation."""
+    workers = Workers(cores() if hasattr(os, "fork") else 1)
+    if workers.n > 1:
+        import torch
+
+        torch.set_num_threads(1)
+    return workers

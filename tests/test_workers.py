@@ -1,0 +1,164 @@
+"""Worker processes: order, errors, sudden ends, and results that do not depend on how many there are."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bessemer.data.batch import Batch
+from bessemer.errors import UserError
+from bessemer.model.presets import preset
+from bessemer.model.transformer import Transformer
+from bessemer.train.objective import next_token
+from bessemer.train.settings import Settings
+from bessemer.train.trainer import Trainer
+from bessemer.workers import Workers, cores, rank
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_map_keeps_the_order_though_later_items_finish_first(n):
+    def work(i):
+        time.sleep(0.02 if i % 2 == 0 else 0.0)
+        return i * i
+
+    assert list(Workers(n).map(work, range(7))) == [i * i for i in range(7)]
+
+
+def test_two_workers_really_run_side_by_side():
+    """Each waits for the other; one after the other they would wait forever."""
+    meeting = multiprocessing.get_context("fork").Barrier(2, timeout=10)
+    assert len(list(Workers(2).map(lambda i: meeting.wait(), range(2)))) == 2
+
+
+def test_an_error_of_a_worker_is_raised_where_the_results_are_taken_and_the_next_call_works():
+    def work(i):
+        if i == 1:
+            raise ValueError("item 1")
+        return i
+
+    workers = Workers(2)
+    results = workers.map(work, range(3))
+    assert next(results) == 0
+    with pytest.raises(ValueError, match="item 1"):
+        next(results)
+    assert list(workers.map(work, [5, 7])) == [5, 7]
+
+
+def test_a_killed_worker_is_a_clear_error_and_the_next_call_has_a_new_one():
+    def work(i):
+        if i == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return i
+
+    workers = Workers(2)
+    with pytest.raises(UserError, match=r"killed by SIGKILL.*micro_rows"):
+        list(workers.map(work, range(2)))
+    assert list(workers.map(work, [2, 3])) == [2, 3]
+
+
+def test_helpers_see_shared_tensors_change_and_nothing_else():
+    shared, private = torch.zeros(3), torch.zeros(3)
+    view = shared[1:]
+    workers = Workers(2)
+    workers.share([shared])
+    assert view.data_ptr() == shared.data_ptr() + 4
+
+    def work(i):
+        return rank(), view.tolist(), private.tolist()
+
+    list(workers.map(work, range(2)))
+    shared += 1
+    private += 1
+    assert list(workers.map(work, range(2))) == [(0, [1, 1], [1, 1, 1]), (1, [1, 1], [0, 0, 0])]
+
+
+def test_without_shared_memory_one_process_does_all_the_work(monkeypatch):
+    monkeypatch.setattr("bessemer.workers.SHARED", "/nowhere")
+    workers, threads = Workers(2), torch.get_num_threads()
+    try:
+        with pytest.warns(UserWarning, match="shm-size"):
+            workers.share([torch.zeros(3)])
+        assert workers.n == 1 and torch.get_num_threads() == 2
+        assert list(workers.map(lambda i: rank(), range(3))) == [0, 0, 0]
+    finally:
+        torch.set_num_threads(threads)
+
+
+PARENT = """
+import os, sys, time
+from bessemer.workers import Workers
+workers = Workers(3)
+print(*list(workers.map(lambda i: os.getpid(), range(3))), flush=True)
+time.sleep(60)
+"""
+
+
+def test_helpers_end_with_their_parent_however_it_dies():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(set(pids)) == 3 and parent.pid in pids
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 10
+    while any(running(pid) for pid in pids) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if running(pid)]
+
+
+def running(pid):
+    """Zombies nobody has collected yet do not count."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_cores_follow_the_users_setting(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert cores() == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    assert cores() >= 1
+
+
+def constant(value):
+    return lambda tokens, step: value
+
+
+def trained(workers, steps=3):
+    cfg = preset("tiny", vocab_size=128, dim=32, n_layers=2, n_heads=2, inter_dim=64, moe_inter_dim=16)
+    model = Transformer(cfg).initialise(0)
+    settings = Settings(
+        tokens=1, lr=constant(1e-2), gamma=constant(1e-3), batch_rows=constant(6), micro_rows=2, workers=workers,
+        terms={"mtp_lambda": constant(0.3), "balance_alpha": constant(1e-3)},
+    )  # fmt: skip
+    trainer = Trainer(model, next_token, None, settings)
+    generator = torch.Generator().manual_seed(0)
+    loads = []
+    for _ in range(steps):
+        tokens = torch.randint(0, 128, (6, 24), generator=generator)
+        weight = torch.ones(6, 24)
+        weight[:, 0] = 0
+        trainer.update(Batch(tokens, weight).micro(2))
+        loads.append({name: load.clone() for name, load in trainer.loads.items()})
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), loads
+
+
+def test_training_is_bitwise_the_same_with_any_number_of_workers():
+    one, one_loads = trained(Workers(1))
+    two, two_loads = trained(Workers(2))
+    assert torch.equal(one, two)
+    for a, b in zip(one_loads, two_loads, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_token_is_counted_once():
+    _, loads = trained(Workers(2))
+    # 6 rows x 24 tokens x 4 experts a layer; the MTP module sees one token less a row
+    assert loads[0]["1"].sum() == 6 * 24 * 4
+    assert loads[0]["mtp0"].sum() == 6 * 23 * 4
