@@ -107,7 +107,7 @@ class Pretrain(Stage):
         if speed.want_compile(settings.compile):
             ctx.say("compiling the layers (about a minute, once per machine)")
             speed.compile_layers(model)
-        watch = _Watch(settings, ctx, tokenizer, mixture, heldout)
+        watch = _Watch(settings, ctx, tokenizer, heldout)
         trainer = Trainer(
             model, objective.next_token, self._batches(settings, mixture, tokenizer),
             _train_settings(settings, choice.dtype, modelling.workers()), ctx.state,
@@ -163,11 +163,9 @@ class _Watch:
     """What a person sees of the training: metrics, held-out bits per byte, samples."""
 
     def __init__(
-        self, settings: Pretrain.Settings, ctx: StageContext, tokenizer: Tokenizer, mixture: Mixture,
-        heldout: dict[str, Rows],
+        self, settings: Pretrain.Settings, ctx: StageContext, tokenizer: Tokenizer, heldout: dict[str, Rows],
     ) -> None:  # fmt: skip
         self.settings, self.ctx, self.tokenizer = settings, ctx, tokenizer
-        self.mixture = mixture
         self.heldout = {name: rows for name, rows in heldout.items() if rows.n_rows}
         self.tokens = self.before = 0
         """Consumed tokens after and before the last step."""
