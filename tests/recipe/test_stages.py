@@ -1,10 +1,12 @@
 """The real stages end to end: from text and task pages to a model that RL has changed, whole, killed and refused."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,9 @@ from bessemer.errors import UserError
 from bessemer.recipe import scoring
 from bessemer.recipe.schema import Recipe
 from bessemer.recipe.stage import Interrupted, StageMetrics
+from bessemer.recipe.stages import rl
+from bessemer.rl import rollout
+from bessemer.rl.objective import GRPO
 
 MODELS = ("02-pretrain", "03-zero")
 
@@ -202,6 +207,26 @@ def test_killed_and_stopped_in_every_stage_it_ends_the_same_bit_for_bit(whole, t
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert got[name] == value, name
+
+
+def test_rl_goes_on_with_new_problems_when_the_guard_went_back(copy, monkeypatch):
+    """Three bad steps in a row: back to the weights and the reference of step 0, on with the problems that follow."""
+    calls = iter(range(1000))
+
+    class Sick(GRPO):
+        def __call__(self, model, batch):
+            loss = super().__call__(model, batch)
+            return replace(loss, total=loss.total * (math.nan if next(calls) < 3 else 1.0))
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(rl, "GRPO", Sick)
+    problems = []
+    sample = rollout.sample
+    monkeypatch.setattr(rollout, "sample", lambda *a, **k: problems.append(a[1][0][1].id) or sample(*a, **k))
+    results = copy("zero.rollouts=5", "zero.save_seconds=99", "zero.micro_tokens=9000", "zero.eval_every=9")
+    assert results["zero"].status == "done" and results["zero"].summary["steps"] == 5 * 2 - 3
+    train = [problem for problem in problems if "/train/" in problem]
+    assert len(set(train)) == len(train) == 5
 
 
 def test_a_hopeless_base_is_refused(copy):

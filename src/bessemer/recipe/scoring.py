@@ -33,6 +33,9 @@ def evaluate(
     k = samples if k is None else k
     if not 1 <= k <= samples:
         raise UserError(f"k is {k}: choose between 1 and the {samples} samples per problem")
+    size = task.size("test")
+    if size is not None and problems > size:
+        raise UserError(f"{problems} problems asked for, {task.name} has {size} held-out ones; take at most {size}")
     chosen = [task.problem("test", i, seed=0) for i in range(problems)]
     seeds = [stable_hash("eval", seed, task.name, i) & (2**62 - 1) for i in range(problems)]
     groups = engine.generate(

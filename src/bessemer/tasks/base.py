@@ -83,6 +83,10 @@ class Task:
         reason = reply.problem or reason
         return Verdict(reason == CORRECT, reply.formatted, reason, answer)
 
+    def size(self, split: str) -> int | None:
+        """Number of different problems in a split; None where they do not run out."""
+        return None
+
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
         """The reason code of the text inside the answer tags ("correct" pays), and its canonical form."""
         raise NotImplementedError

@@ -135,7 +135,8 @@ class _Run:
     def run(self) -> dict[str, Any]:
         settings, ctx, trainer = self.settings, self.ctx, self.trainer
         resumed = trainer.start()
-        first = trainer.step // settings.updates_per_rollout
+        # The cursor is rows, as in pre-training: it stays where it is when the guard goes back to older weights.
+        first = -(-trainer.rows // (settings.prompts_per_rollout * settings.samples))
         ctx.rewind(trainer.step or -1)  # at step 0 the gate writes its lines anew
         ctx.progress.total(settings.rollouts, "rollouts", done=first)
         if settings.kl > 0:
@@ -224,8 +225,13 @@ class _Run:
             if self.reference is not None:
                 for batch, logp_BT in zip(batches, self.workers.map(self._reference_logprobs, batches), strict=True):
                     batch.extras["ref_logp_BT"] = logp_BT
+            before = trainer.step
             found.append(trainer.update(batches))
-            if self.reference is not None and trainer.step % settings.reference_every == 0:
+            if self.reference is None:
+                continue
+            if trainer.step <= before:  # the guard went back to a checkpoint
+                self._load_reference()
+            elif trainer.step % settings.reference_every == 0:
                 self._refresh_reference()
         return found
 
@@ -234,13 +240,18 @@ class _Run:
 
     def _restore_reference(self, resumed: bool) -> None:
         self.reference = Transformer(self.model.cfg).to(modelling.device())
-        self.reference.load_state_dict(self.model.state_dict())
-        stored = self.trainer.extra_tensors
-        if resumed and stored:
-            self.reference.load_state_dict({name.removeprefix("reference/"): value for name, value in stored.items()})
+        if resumed and self.trainer.extra_tensors:
+            self._load_reference()
+        else:
+            self.reference.load_state_dict(self.model.state_dict())
         self.reference.eval().requires_grad_(False)
         self.workers.share([*self.reference.parameters(), *self.reference.buffers()])
         self._store_reference()
+
+    def _load_reference(self) -> None:
+        """From the checkpoint that the trainer holds."""
+        stored = self.trainer.extra_tensors
+        self.reference.load_state_dict({name.removeprefix("reference/"): value for name, value in stored.items()})
 
     def _refresh_reference(self) -> None:
         """The hard copy of the paper: from now on the divergence is measured from here."""
