@@ -210,13 +210,13 @@ def test_killed_and_stopped_in_every_stage_it_ends_the_same_bit_for_bit(whole, t
 
 
 def test_rl_goes_on_with_new_problems_when_the_guard_went_back(copy, monkeypatch):
-    """Three bad steps in a row: back to the weights and the reference of step 0, on with the problems that follow."""
+    """Three bad steps in a row (each is computed twice, to say where): back to step 0, on with the problems that follow."""
     calls = iter(range(1000))
 
     class Sick(GRPO):
         def __call__(self, model, batch):
             loss = super().__call__(model, batch)
-            return replace(loss, total=loss.total * (math.nan if next(calls) < 3 else 1.0))
+            return replace(loss, total=loss.total * (math.nan if next(calls) < 6 else 1.0))
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(rl, "GRPO", Sick)

@@ -18,8 +18,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
-            return _FewPasses.apply(x.float(), self.weight, self.eps).to(x.dtype)
+            normalise = _FewPasses.apply if torch.is_grad_enabled() else _normalise
+            return normalise(x.float(), self.weight, self.eps).to(x.dtype)
         return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).to(x.dtype)
+
+
+def _scale(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) of the last dimension, kept as 1."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _normalise(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return (x * _scale(x, eps)).mul_(weight_D)
 
 
 class _FewPasses(torch.autograd.Function):
@@ -27,8 +37,7 @@ class _FewPasses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight_D, eps):
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        scale = scale.mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+        scale = _scale(x, eps)
         ctx.save_for_backward(x, weight_D, scale)
         return (x * scale).mul_(weight_D)
 

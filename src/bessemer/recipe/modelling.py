@@ -16,9 +16,6 @@ from bessemer.model.transformer import Transformer
 from bessemer.precision import probe
 from bessemer.workers import Workers, one_core_each
 
-BATCH_ROWS = 128
-"""Rows the engine decodes together: fixed, so that samples do not depend on how many cores share the batches."""
-
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -35,6 +32,12 @@ def device() -> torch.device:
 def workers() -> Workers:
     """A process per core on a CPU; on a GPU one stream of work is enough."""
     return one_core_each() if device().type == "cpu" else Workers(1)
+
+
+def batch_rows(samples: int) -> int:
+    """Rows the engine decodes together: four batches for the cores to share, of a size that pays (512 rows make 1.8x
+    the tokens/s of 128). A function of the job alone, so that samples do not depend on how many cores there are."""
+    return min(max(-(-samples // 4), 128), 512)
 
 
 def choose_precision(precision: Precision) -> probe.Choice:

@@ -7,7 +7,7 @@ from typing import Any
 
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
-from bessemer.recipe.modelling import BATCH_ROWS
+from bessemer.recipe.modelling import batch_rows
 from bessemer.tasks import metrics
 from bessemer.tasks.base import Problem, Task, stable_hash
 
@@ -40,7 +40,7 @@ def evaluate(
     seeds = [stable_hash("eval", seed, task.name, i) & (2**62 - 1) for i in range(problems)]
     groups = engine.generate(
         [encode(problem) for problem in chosen], samples=samples, seeds=seeds, temperature=temperature, top_p=top_p,
-        max_new_tokens=max_new_tokens, batch_rows=BATCH_ROWS,
+        max_new_tokens=max_new_tokens, batch_rows=batch_rows(problems * samples),
     )  # fmt: skip
     verdicts = [
         [task.verify(problem, completion.text) for completion in group]

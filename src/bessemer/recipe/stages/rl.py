@@ -197,7 +197,8 @@ class _Run:
         groups = rollout.sample(
             self.engine, chosen, self.encode, rollout.Reward(settings.format_reward), samples=settings.samples,
             seed=tasks.stable_hash(self.ctx.seed, self.ctx.name, number), temperature=settings.temperature,
-            max_new_tokens=settings.max_new_tokens, batch_rows=modelling.BATCH_ROWS,
+            max_new_tokens=settings.max_new_tokens,
+            batch_rows=modelling.batch_rows(len(chosen) * settings.samples),
         )  # fmt: skip
         reward = rollout.rewards(groups)
         for group, row in zip(groups, advantage.group_advantages(reward, settings.scale_by_std).tolist(), strict=True):
