@@ -210,7 +210,7 @@ def test_killed_and_stopped_in_every_stage_it_ends_the_same_bit_for_bit(whole, t
 
 
 def test_rl_goes_on_with_new_problems_when_the_guard_went_back(copy, monkeypatch):
-    """Three bad steps in a row (each is computed twice, to say where): back to step 0, on with the problems that follow."""
+    """Three bad steps in a row (each computed twice, to say where): back to step 0, on with the next problems."""
     calls = iter(range(1000))
 
     class Sick(GRPO):

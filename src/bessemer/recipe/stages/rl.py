@@ -134,13 +134,13 @@ class _Run:
 
     def run(self) -> dict[str, Any]:
         settings, ctx, trainer = self.settings, self.ctx, self.trainer
-        resumed = trainer.start()
+        trainer.start()
         # The cursor is rows, as in pre-training: it stays where it is when the guard goes back to older weights.
         first = -(-trainer.rows // (settings.prompts_per_rollout * settings.samples))
         ctx.rewind(trainer.step or -1)  # at step 0 the gate writes its lines anew
         ctx.progress.total(settings.rollouts, "rollouts", done=first)
         if settings.kl > 0:
-            self._restore_reference(resumed)
+            self._make_reference()
         if trainer.step == 0:
             self._gate()
         for number in range(first, settings.rollouts):
@@ -239,20 +239,17 @@ class _Run:
     def _reference_logprobs(self, batch: Batch) -> Tensor:
         return reference_logprobs(self.reference, batch, self.settings.temperature)
 
-    def _restore_reference(self, resumed: bool) -> None:
+    def _make_reference(self) -> None:
         self.reference = Transformer(self.model.cfg).to(modelling.device())
-        if resumed and self.trainer.extra_tensors:
-            self._load_reference()
-        else:
-            self.reference.load_state_dict(self.model.state_dict())
         self.reference.eval().requires_grad_(False)
         self.workers.share([*self.reference.parameters(), *self.reference.buffers()])
-        self._store_reference()
+        self._load_reference()
 
     def _load_reference(self) -> None:
-        """From the checkpoint that the trainer holds."""
-        stored = self.trainer.extra_tensors
-        self.reference.load_state_dict({name.removeprefix("reference/"): value for name, value in stored.items()})
+        """As it was at the checkpoint the trainer came from; at the very beginning it is the base itself."""
+        stored = {name.removeprefix("reference/"): value for name, value in self.trainer.extra_tensors.items()}
+        self.reference.load_state_dict(stored or self.model.state_dict())
+        self._store_reference()
 
     def _refresh_reference(self) -> None:
         """The hard copy of the paper: from now on the divergence is measured from here."""
