@@ -61,7 +61,7 @@ class Corpus(Stage):
         return {"vocab_size": model_config(recipe).vocab_size}
 
     def estimate(self, settings: Settings, recipe: Any) -> float:
-        return 45.0
+        return 60.0
 
     def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
         ctx.rewind(-1)

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from pydantic import Field
+from rich.table import Table
 
 from bessemer import tasks
 from bessemer.data.chat import render_ids
@@ -45,7 +46,8 @@ class Eval(Stage):
 
     def estimate(self, settings: Settings, recipe: Any) -> float:
         rows = len(settings.models) * len(settings.tasks) * len(settings.temperatures) * 2
-        return rows * settings.problems * settings.samples * 0.008
+        tokens = rows * settings.problems * settings.samples * settings.max_new_tokens
+        return modelling.estimate_seconds(recipe, tokens / 4)  # decoding costs about a quarter of training
 
     def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
         speed.keep_memory()
@@ -83,4 +85,26 @@ class Eval(Stage):
             if ctx.stop:
                 ctx.interrupt()
         write_atomic(ctx.dir / "results.json", json.dumps({"rows": rows}, indent=1))
-        return {f"{row['model']}_{row['task']}_{row['language']}": round(row["pass_at_1"], 4) for row in rows}
+        ctx.say(_table(rows, settings.models))
+        return {"rows": len(rows)}
+
+
+def _table(rows: list[dict[str, Any]], models: list[str]) -> Table:
+    """What a person wants to know at the end: the models one under the other, task by task."""
+    k, temperatures = rows[0]["k"], [row["temperature"] for row in rows]
+    table = Table(title="held-out problems", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("task", "T", "model", "pass@1", "95 % interval", f"pass@{k}", f"maj@{k}", "tokens"):
+        table.add_column(column, justify="left" if column in ("task", "model") else "right")
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["task"], row["language"], temperatures.index(row["temperature"]), models.index(row["model"])
+
+    for row in sorted(rows, key=place):
+        low, high = row["pass_at_1_interval"]
+        figures = (row["pass_at_1"], row["pass_at_k"], row["maj_at_k"])
+        one, some, majority = (f"{100 * figure:.1f} %" for figure in figures)
+        name = f"{row['task']} {row['language']}"
+        interval = f"{100 * low:.1f} - {100 * high:.1f}"
+        temperature, length = f"{row['temperature']:g}", f"{row['mean_length']:.0f}"
+        table.add_row(name, temperature, row["model"], one, interval, some, majority, length)
+    return table

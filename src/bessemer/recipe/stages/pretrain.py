@@ -88,7 +88,7 @@ class Pretrain(Stage):
         return {"model": cfg.model_dump()}
 
     def estimate(self, settings: Settings, recipe: Any) -> float:
-        return settings.tokens / 18_000
+        return modelling.estimate_seconds(recipe, settings.tokens)
 
     def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
         if ctx.source is None:

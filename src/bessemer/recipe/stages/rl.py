@@ -96,7 +96,8 @@ class RL(Stage):
         return {}
 
     def estimate(self, settings: Settings, recipe: Any) -> float:
-        return settings.rollouts * settings.prompts_per_rollout * settings.samples * 0.03
+        samples = settings.rollouts * settings.prompts_per_rollout * settings.samples
+        return modelling.estimate_seconds(recipe, samples * settings.max_new_tokens)
 
     def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
         return _Run(settings, ctx).run()
