@@ -30,9 +30,9 @@ def test_means_over_all_samples_of_all_groups():
         "rl/accuracy": 0.5,
         "rl/format": 0.5,
         "rl/length": 24.0,
-        "rl/think_share": 0.5,
+        "rl/think_share": 0.75,
         "rl/truncated": 0.25,
-        "rl/tries": 5 / 4,
+        "rl/tries": 6 / 4,
         "rl/reflective_words": 0.5,
     })  # fmt: skip
 

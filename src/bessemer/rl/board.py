@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from bessemer.rl.rollout import Sampled
-from bessemer.tasks.answer import parse_reply
+from bessemer.tasks.answer import thought
 
 REFLECTIVE = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check", "等等")
 """The paper's ten words (R1, Nature Methods), and the Chinese "wait"."""
@@ -24,14 +24,14 @@ def of_rollout(groups: Sequence[Sequence[Sampled]]) -> dict[str, float]:
     def mean(values) -> float:
         return sum(values) / count
 
-    thoughts = [parse_reply(row.completion.text).think or "" for row in rows]
+    thoughts = [thought(row.completion.text).strip() for row in rows]
     return {
         "rl/reward": mean(row.reward for row in rows),
         "rl/accuracy": mean(row.verdict.correct for row in rows),
         "rl/format": mean(row.verdict.formatted for row in rows),
         "rl/length": mean(len(row.completion.tokens) for row in rows),
-        "rl/think_share": mean(bool(text.strip()) for text in thoughts),
+        "rl/think_share": mean(bool(text) for text in thoughts),
         "rl/truncated": mean(row.completion.finish_reason == "length" for row in rows),
-        "rl/tries": mean(text.strip().count("\n") + 1 if text.strip() else 0 for text in thoughts),
+        "rl/tries": mean(text.count("\n") + 1 if text else 0 for text in thoughts),
         "rl/reflective_words": mean(len(_REFLECTIVE.findall(row.completion.text)) for row in rows),
     }

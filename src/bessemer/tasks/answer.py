@@ -42,6 +42,12 @@ def parse_reply(text: str) -> Reply:
     return Reply(think, answer, NO_THINK if order == TAGS[2:] else BAD_TAGS, False)
 
 
+def thought(text: str) -> str:
+    """What stands after `<think>`, also where the cap came before the closing tag."""
+    closed = _first_block(text, "think")
+    return text.partition("<think>")[2] if closed is None else closed
+
+
 def _first_block(text: str, tag: str) -> str | None:
     """Up to the first closing tag that follows an opening one; an opening tag seen again restarts the block."""
     close = text.find(f"</{tag}>", max(text.find(f"<{tag}>"), 0))

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from bessemer.tasks.answer import parse_reply
+from bessemer.tasks.answer import parse_reply, thought
 from bessemer.tasks.base import Problem
 from bessemer.tasks.expression import Unparsable, parse_expression
 from bessemer.tasks.traces import WORDS
@@ -71,7 +71,7 @@ class Diagnosis:
 def diagnose(problem: Problem, completion: str) -> Diagnosis:
     reply = parse_reply(completion)
     closed = reply.think is not None
-    think = reply.think if closed else completion.partition("<think>")[2]
+    think = thought(completion)
     seen: set[str] = set()
     count = dict.fromkeys((f.name for f in fields(Diagnosis)), 0) | {"responses": 1}
     last_key, last_yes = None, None
