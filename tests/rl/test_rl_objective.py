@@ -4,6 +4,7 @@ The policy writes two tokens over three letters: logits[0] for the first, logits
 """
 
 import itertools
+from collections import namedtuple
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from torch import nn
 from bessemer.data.batch import Batch
 from bessemer.model.transformer import TrainOutputs
 from bessemer.rl.advantage import group_advantages
-from bessemer.rl.objective import GRPO, grpo_terms, reference_logprobs
+from bessemer.rl.objective import GRPO, reference_logprobs
+from bessemer.rl.surrogates import SURROGATES, Surrogate, grpo, k3
 
 LETTERS = 3
+Terms = namedtuple("Terms", (*Surrogate._fields, "kl"))
 SEQUENCES = list(itertools.product(range(LETTERS), repeat=2))
 REWARD = torch.tensor([1.0, 0.0, 0.3, -0.7, 2.0, 0.1, 0.0, -1.0, 0.5], dtype=torch.float64)
 
@@ -30,8 +33,13 @@ def token_logp(logits, temperature=1.0):
     return torch.stack([torch.stack((logp[0, a], logp[1 + a, b])) for a, b in SEQUENCES])
 
 
+def grpo_terms(logp, old, ref, advantage, low, high):
+    kl = torch.zeros_like(logp) if ref is None else k3(logp, ref)
+    return Terms(*grpo(logp, old, advantage, None, low, high), kl)
+
+
 def gradient(value, logits):
-    return torch.autograd.grad(value, logits)[0]
+    return torch.autograd.grad(value, logits, retain_graph=True)[0]
 
 
 def policy_gradient(logits, reward=REWARD):
@@ -51,7 +59,7 @@ def test_the_surrogate_gradient_is_the_policy_gradient_at_ratio_one():
     advantage = (REWARD - 0.37)[:, None].expand(9, 2)  # any constant may be subtracted
     terms = grpo_terms(logp, old, None, advantage, 0.2, 0.2)
     assert torch.equal(terms.ratio, torch.ones_like(old)) and not terms.clipped.any() and not terms.kl.any()
-    expected = (old.sum(1).exp()[:, None] * terms.surrogate).sum()
+    expected = (old.sum(1).exp()[:, None] * terms.value).sum()
     assert apart(gradient(expected, logits), policy_gradient(logits.detach())) < 1e-12
 
 
@@ -65,7 +73,7 @@ def test_the_mean_over_all_groups_is_the_policy_gradient():
         advantage = group_advantages(rewards, scale_by_std=False)[0].double()
         mine = logp[list(pair)]
         terms = grpo_terms(mine, mine.detach(), None, advantage[:, None].expand(2, 2), 0.2, 0.2)
-        total = total + old[list(pair)].sum().exp() * terms.surrogate.sum() / 2
+        total = total + old[list(pair)].sum().exp() * terms.value.sum() / 2
     assert apart(gradient(total, logits), policy_gradient(logits.detach()) / 2) < 1e-6  # advantages are float32
 
 
@@ -99,9 +107,9 @@ def cut(ratio, advantage, low, high):
     logp = torch.tensor(ratio, dtype=torch.float64).log().requires_grad_()
     zero = torch.zeros((), dtype=torch.float64)
     terms = grpo_terms(logp, zero, None, torch.tensor(advantage, dtype=torch.float64), low, high)
-    grad = float(gradient(terms.surrogate, logp))
+    grad = float(gradient(terms.value, logp))
     assert grad == 0.0 or grad == pytest.approx(ratio * advantage), "either nothing or all of it"
-    return grad == 0.0, float(terms.surrogate.detach()), bool(terms.clipped)
+    return grad == 0.0, float(terms.value.detach()), bool(terms.clipped)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.2, 0.28), (10.0, 10.0)])
@@ -131,6 +139,56 @@ def test_policies_that_parted_stay_finite_and_are_pulled_back():
     terms.kl.sum().backward()
     # a token the reference would never write: dk3/dlogp = 1 - pi_ref/pi
     assert logp.grad.tolist() == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)
+
+
+def by_hand(name, logp, old, advantage, low, high):
+    """The formulas, output by output and token by token; [9, 2] values."""
+    rows = []
+    for mine, before, worth in zip(logp, old, advantage, strict=True):
+        whole = ((mine - before).sum() / 2).exp()
+        row = []
+        for now, then in zip(mine, before, strict=True):
+            ratio = whole if name == "gspo" else (now - then).exp()
+            bounded = torch.as_tensor(min(max(float(ratio.detach()), 1 - low), 1 + high), dtype=torch.float64)
+            if name == "reinforce":
+                row.append(worth * now)
+            elif name == "cispo":
+                row.append(bounded * worth * now)
+            else:
+                row.append(ratio * worth if ratio * worth <= bounded * worth else bounded * worth)
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+@pytest.mark.parametrize("start", [4, 6])
+def test_surrogates_against_their_formulas(name, start):
+    """Value and gradient, at the sampler's own table and far from it, tokens in any order."""
+    logits = table(start).requires_grad_()
+    logp, old = token_logp(logits), token_logp(table(4))
+    weight = torch.rand(9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = (weight * by_hand(name, logp, old, REWARD, 0.2, 0.28)).sum()
+    order = torch.randperm(18, generator=torch.Generator().manual_seed(2))
+    output = 7 + 3 * torch.arange(9)[:, None].expand(9, 2)  # numbers of outputs need not be 0, 1, 2, ...
+    tokens = (x.flatten()[order] for x in (logp, old, REWARD[:, None].expand(9, 2), output))
+    terms = SURROGATES[name](*tokens, 0.2, 0.28)
+    got = (weight.flatten()[order] * terms.value).sum()
+    assert float(got.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    assert apart(gradient(got, logits), gradient(expected, logits)) < 1e-12
+    assert bool(terms.clipped.any()) == (start != 4 and name != "reinforce")
+
+
+@pytest.mark.parametrize(("name", "share"), [("grpo", 1.0), ("gspo", 0.5), ("cispo", 1.0), ("reinforce", 1.0)])
+def test_every_surrogate_is_the_policy_gradient_at_ratio_one(name, share):
+    """gspo's ratio is a mean over the output's two tokens, so each of them counts a half."""
+    logits = table(0).requires_grad_()
+    logp = token_logp(logits)
+    old = logp.detach()
+    index = torch.arange(9)[:, None].expand(9, 2)
+    terms = SURROGATES[name](*(x.flatten() for x in (logp, old, REWARD[:, None].expand(9, 2), index)), 0.2, 0.28)
+    total = (old.sum(1).exp()[:, None].expand(9, 2).flatten() * terms.value).sum()
+    total = total / 2 if name == "gspo" else total  # its weights are 1/|o|
+    assert apart(gradient(total, logits), share * policy_gradient(logits.detach())) < 1e-12
 
 
 class Table(nn.Module):
@@ -196,6 +254,11 @@ def test_the_whole_objective_against_enumeration(start, kl, temperature):
     assert float(loss.tokens) == pytest.approx(2.0, rel=1e-6)  # two tokens a sequence, probabilities sum to 1
     assert {name: float(value) for name, value in loss.metrics.items()} == pytest.approx(sums, rel=1e-5, abs=1e-6)
     assert not any(value.requires_grad for value in loss.metrics.values())
+
+
+def test_a_constant_divisor_counts_outputs_not_tokens():
+    batch = enumerated(table(4), table(5), 1.0)
+    assert float(GRPO(constant=50)(Table(table(6)), batch).tokens) == 9 * 50
 
 
 def test_the_whole_objective_climbs_the_expected_reward():

@@ -2,49 +2,23 @@
 
     J = sum_t w_t { min(rho_t A, clip(rho_t, 1 - eps_low, 1 + eps_high) A) - beta (pi_ref/pi - log(pi_ref/pi) - 1) }
 
-rho_t = pi(o_t) / pi_old(o_t). The weights w live in the batch: 1/|o| per output makes the paper's mean over outputs of
-means over tokens ("sequence"), 1 per token the mean over all tokens of the step ("token"); the trainer divides by their
-sum. The KL term is the k3 estimator, inside the loss and not in the reward.
+rho_t = pi(o_t) / pi_old(o_t); `surrogates` holds this first term and its relatives. The weights w live in the batch:
+1/|o| per output makes the paper's mean over outputs of means over tokens ("sequence"), 1 per token the mean over all
+tokens of the step ("token"); the trainer divides by their sum, or by a constant per output ("constant", Dr. GRPO).
+The KL term is the k3 estimator, inside the loss and not in the reward.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bessemer.data.batch import Batch
+from bessemer.rl.surrogates import SURROGATES, k3
 from bessemer.train.logprob import token_logprobs
 from bessemer.train.objective import Loss
-
-LOG_RATIO_LIMIT = 20.0
-"""exp() of more than this says nothing but that the policies parted; it keeps ratio and divergence finite."""
-
-
-class TokenTerms(NamedTuple):
-    """Per-token parts of the objective, before weighting."""
-
-    surrogate: Tensor
-    kl: Tensor
-    clipped: Tensor
-    """1 where the clip binds, that is, where the gradient of the surrogate is cut."""
-    ratio: Tensor
-
-
-def grpo_terms(
-    logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage: Tensor, clip_low: float, clip_high: float
-) -> TokenTerms:
-    """Surrogate and k3 divergence of every token; all arguments of one shape."""
-    ratio = (logp - old_logp).clamp(max=LOG_RATIO_LIMIT).exp()
-    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    surrogate = torch.minimum(ratio * advantage, bounded * advantage)
-    clipped = (ratio * advantage > bounded * advantage).float()
-    if ref_logp is None:
-        return TokenTerms(surrogate, torch.zeros_like(surrogate), clipped, ratio)
-    gap = (ref_logp - logp).clamp(max=LOG_RATIO_LIMIT)
-    return TokenTerms(surrogate, gap.exp() - gap - 1.0, clipped, ratio)
 
 
 @dataclass(frozen=True)
@@ -58,6 +32,10 @@ class GRPO:
     clip_high: float = 0.2
     kl: float = 0.001
     temperature: float = 1.0
+    surrogate: str = "grpo"
+    """One of `surrogates.SURROGATES`."""
+    constant: int = 0
+    """0: the trainer divides by the sum of the weights. L > 0: by L per output whatever its length (Dr. GRPO)."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         tokens_BT, weight_BT = batch.tokens_BT[:, 1:], batch.loss_BT[:, 1:]
@@ -72,19 +50,21 @@ class GRPO:
         def extra(name: str) -> Tensor:
             return batch.extras[name][:, 1:].flatten()[keep]
 
-        ref = extra("ref_logp_BT") if self.kl > 0 else None
-        terms = grpo_terms(logp, extra("old_logp_BT"), ref, extra("advantage_BT"), self.clip_low, self.clip_high)
+        old, advantage, output = extra("old_logp_BT"), extra("advantage_BT"), keep // weight_BT.shape[1]
+        terms = SURROGATES[self.surrogate](logp, old, advantage, output, self.clip_low, self.clip_high)
+        kl = k3(logp, extra("ref_logp_BT")) if self.kl > 0 else torch.zeros_like(logp)
         weight = weight_BT.flatten()[keep]
-        total = -(weight * (terms.surrogate - self.kl * terms.kl)).sum()
+        total = -(weight * (terms.value - self.kl * kl)).sum()
         metrics = {
-            "kl": (weight * terms.kl).sum(),
+            "kl": (weight * kl).sum(),
             "entropy": (weight * entropy).sum(),
             "clip_share": (weight * terms.clipped).sum(),
             "ratio": (weight * terms.ratio).sum(),
             # of the first update after a rollout this is the gap between sampler and trainer
-            "logp_gap": (weight * (logp - extra("old_logp_BT")).abs()).sum(),
+            "logp_gap": (weight * (logp - old).abs()).sum(),
         }
-        return Loss(total, weight.sum(), {name: value.detach() for name, value in metrics.items()})
+        divisor = weight.new_tensor(float(self.constant * batch.n_rows)) if self.constant else weight.sum()
+        return Loss(total, divisor, {name: value.detach() for name, value in metrics.items()})
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def rewards(groups: Sequence[Sequence[Sampled]]) -> Tensor:
 def batches(rows: Sequence[Sampled], pad_id: int, max_tokens: int, normalise: str) -> list[Batch]:
     """Rows of similar length together, each batch at most `max_tokens` padded tokens (at least one row).
 
-    normalise "sequence": every output counts 1 (the paper); "token": every token counts 1 (DAPO).
+    normalise "sequence": every output counts 1 (the paper); "token" (DAPO) and "constant" (Dr. GRPO): every token does.
     """
     ordered = sorted(rows, key=_length, reverse=True)
     out, start = [], 0

@@ -61,8 +61,12 @@ class RL(Stage):
         """Coefficient of the k3 divergence from the reference (R1: 0.001)."""
         reference_every: int = Field(400, ge=1)
         """Optimizer steps after which the reference becomes the current policy (R1: 400)."""
-        normalise: Literal["sequence", "token"] = "sequence"
-        """sequence: mean over each output, then over outputs (the paper); token: mean over all tokens (DAPO)."""
+        surrogate: Literal["grpo", "gspo", "cispo", "reinforce"] = "grpo"
+        """What a token contributes: the paper's clipped ratio; one ratio per output (GSPO, clips of 3e-4); a cut weight
+        that spares every gradient (CISPO); no ratio at all."""
+        normalise: Literal["sequence", "token", "constant"] = "sequence"
+        """sequence: mean over each output, then over outputs (the paper); token: mean over all tokens (DAPO);
+        constant: sum over an output divided by max_new_tokens, whatever its length (Dr. GRPO)."""
         scale_by_std: bool = True
         """Divide advantages by the group's standard deviation (the paper)."""
         format_reward: float = Field(0.1, ge=0)
@@ -114,7 +118,10 @@ class _Run:
         self.model, self.tokenizer = modelling.load_model(ctx.source / "model")
         self.workers = modelling.workers()
         self.tasks = [tasks.get(name) for name in settings.tasks]
-        self.objective = GRPO(settings.clip_low, settings.clip_high, settings.kl, settings.temperature)
+        self.objective = GRPO(
+            settings.clip_low, settings.clip_high, settings.kl, settings.temperature, settings.surrogate,
+            settings.max_new_tokens if settings.normalise == "constant" else 0,
+        )  # fmt: skip
         self.trainer = Trainer(
             self.model, self.objective, None, self._train_settings(), ctx.state, stop=lambda: ctx.stop,
             config=self.model.cfg.model_dump(), warn=ctx.say,
