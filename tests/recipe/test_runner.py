@@ -71,6 +71,16 @@ def test_the_seed_counts_and_settings_that_change_nothing_do_not(toy):
     assert run(toy, overrides=["model.n_layers=9"])["first"] == "done"  # count reads [model]
 
 
+def test_a_stage_may_have_a_seed_of_its_own(toy):
+    """The stage and what follows from it are made again; its inputs are not. The recipe's own seed changes nothing."""
+    run(toy)
+    before = (toy.out / "02-second" / "model" / "config.json").read_bytes()
+    assert run(toy, overrides=["second.seed=7"]) == ALL_SKIPPED
+    found = run(toy, overrides=["second.seed=8"])
+    assert found["first"] == "skipped" and found["second"] == "done"
+    assert (toy.out / "02-second" / "model" / "config.json").read_bytes() != before
+
+
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
 def test_damaged_output_is_noticed_and_made_again(toy, harm, capsys):
     run(toy)

@@ -33,8 +33,8 @@ def identity(
     """Everything the output of a stage follows from; `inputs` maps the stages it reads to their fingerprints."""
     what = {
         "format": [RUN_FORMAT, stage.kind, stage.format],
-        "settings": settings.model_dump(mode="json", by_alias=True, exclude=set(settings.free)),
-        "seed": recipe.seed if stage.uses_seed else None,
+        "settings": settings.model_dump(mode="json", by_alias=True, exclude={*settings.free, "seed"}),
+        "seed": recipe.seed_of(settings) if stage.uses_seed else None,
         "model": recipe.model if stage.uses_model else None,
         "derived": derived,
         "inputs": inputs,

@@ -107,6 +107,10 @@ class Recipe(Head):
     def names(self) -> list[str]:
         return [settings.name for settings in self.stages]
 
+    def seed_of(self, stage: StageSettings) -> int:
+        """The stage's own seed where it has one."""
+        return self.seed if stage.seed is None else stage.seed
+
     def to_toml(self) -> str:
         """The recipe with overrides and defaults written out: running it again is running this."""
         plain = self.model_dump(mode="json", by_alias=True)

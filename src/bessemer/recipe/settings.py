@@ -43,6 +43,8 @@ class StageSettings(Strict):
     """What other stages and --set call it, and the name of its folder. Default: its kind."""
     source: StageRef | None = Field(default=None, alias="from")
     """The earlier stage whose output this one starts from. Default: the stage before it."""
+    seed: int | None = None
+    """Random seed of this stage alone, to repeat it on the same inputs. Default: the recipe's."""
 
 
 def stage_refs(settings: StageSettings) -> list[tuple[str, str]]:

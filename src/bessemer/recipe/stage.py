@@ -118,7 +118,7 @@ class StageContext:
 
     @property
     def seed(self) -> int:
-        return self.recipe.seed
+        return self.recipe.seed_of(self.recipe.stage(self.name))
 
     @property
     def stop(self) -> bool:
