@@ -20,6 +20,7 @@ from bessemer.recipe.modelling import model_config
 from bessemer.recipe.settings import StageSettings
 from bessemer.recipe.stage import Stage, StageContext, register
 from bessemer.recipe.values import Tokens, show_tokens
+from bessemer.workers import Workers, cores
 
 TASK = "task:"
 
@@ -71,27 +72,37 @@ class Corpus(Stage):
         tokenizer.save(ctx.dir / "tokenizer")
         ctx.progress.advance(len(settings.parts), "tokenizer")
         facts: dict[str, Any] = {}
-        for name in settings.parts:
-            if ctx.stop:
-                ctx.interrupt()
-            built = corpus.build(
-                self._documents(settings, name, ctx),
-                tokenizer,
-                settings.row_length,
-                ctx.dir / name,
-                heldout=settings.heldout,
-                limit_tokens=settings.limits.get(name),
-                fim_rate=settings.fim_rate if name in settings.fim_parts else 0.0,
-                boundary_split_rate=settings.boundary_split_rate,
-                seed=ctx.seed,
-            )
-            counts = built.meta["parts"]["train"]
-            per_token = counts["bytes"] / max(1, counts["tokens"])
-            facts[name] = {"tokens": counts["tokens"], "bytes_per_token": round(per_token, 3), "rows": counts["rows"]}
-            ctx.say(f"{name}: {show_tokens(counts['tokens'])} tokens, {per_token:.2f} bytes per token")
-            ctx.progress.advance(1, name)
+
+        def build(names: list[str]) -> dict[str, Any]:
+            return {name: self._build(settings, name, tokenizer, ctx) for name in names}
+
+        workers = Workers(cores())
+        for built in workers.map(build, _shares(settings, workers.n)):
+            for name, part in built.items():
+                facts[name] = part
+                ctx.say(f"{name}: {show_tokens(part['tokens'])} tokens, {part['bytes_per_token']:.2f} bytes per token")
+                ctx.progress.advance(1, name)
+        facts = {name: facts[name] for name in settings.parts}
         (ctx.dir / "parts.json").write_text(json.dumps(facts, indent=1))
         return {"tokens": sum(part["tokens"] for part in facts.values()), "parts": len(facts)}
+
+    def _build(self, settings: Settings, name: str, tokenizer: Tokenizer, ctx: StageContext) -> dict[str, Any]:
+        if ctx.stop:
+            ctx.interrupt()
+        built = corpus.build(
+            self._documents(settings, name, ctx),
+            tokenizer,
+            settings.row_length,
+            ctx.dir / name,
+            heldout=settings.heldout,
+            limit_tokens=settings.limits.get(name),
+            fim_rate=settings.fim_rate if name in settings.fim_parts else 0.0,
+            boundary_split_rate=settings.boundary_split_rate,
+            seed=ctx.seed,
+        )
+        counts = built.meta["parts"]["train"]
+        per_token = counts["bytes"] / max(1, counts["tokens"])
+        return {"tokens": counts["tokens"], "bytes_per_token": round(per_token, 3), "rows": counts["rows"]}
 
     def _documents(self, settings: Settings, name: str, ctx: StageContext) -> Iterator[Document]:
         spec = settings.parts[name]
@@ -109,3 +120,13 @@ class Corpus(Stage):
                 left -= len(document.text)
                 if left <= 0:
                     break
+
+
+def _shares(settings: Corpus.Settings, n: int) -> list[list[str]]:
+    """The parts in n lists of about equal work, largest first. A part without a limit counts as the largest limit."""
+    unknown = max(settings.limits.values(), default=1)
+    size = {name: settings.limits.get(name, unknown) for name in settings.parts}
+    shares: list[list[str]] = [[] for _ in range(n)]
+    for name in sorted(size, key=lambda name: -size[name]):
+        min(shares, key=lambda share: sum(size[part] for part in share)).append(name)
+    return [share for share in shares if share]
