@@ -65,9 +65,9 @@ class Workers:
             return
         storages = {t.untyped_storage().data_ptr(): t for t in tensors if not t.is_shared()}
         needed = sum(t.untyped_storage().nbytes() for t in storages.values())
-        if needed > _free(SHARED):
+        if needed > shared_free():
             warnings.warn(
-                f"{SHARED} has {_free(SHARED) >> 20} MiB free, {needed >> 20} MiB are needed to share the weights: "
+                f"{SHARED} has {shared_free() >> 20} MiB free, {needed >> 20} MiB are needed to share the weights: "
                 "one process does all the work. Enlarge it (docker run --shm-size=1g)",
                 stacklevel=2,
             )
@@ -197,10 +197,10 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _free(directory: str) -> int:
-    """Bytes that may still be written there; 0 where it does not exist."""
+def shared_free() -> int:
+    """Bytes of shared memory that may still be used; 0 where there is none."""
     try:
-        found = os.statvfs(directory)
+        found = os.statvfs(SHARED)
     except OSError:
         return 0
     return found.f_bavail * found.f_frsize

@@ -14,10 +14,12 @@ import torch
 
 from bessemer import __version__
 from bessemer.precision import probe
+from bessemer.workers import cores, shared_free
 
 _GB = 1e9
 _NEED_DISK_GB = 2.0  # packages, packed rows and the checkpoints of the tiny recipe, with room to spare
 _NEED_MEMORY_GB = 4.0
+_NEED_SHARED_MB = 256  # `small`: weights and one set of gradients a helper
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16")  # the last is arm's name
 
 
@@ -33,6 +35,8 @@ def examine(folder: Path) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "workers": cores(),
+        "shared_memory_mb": shared_free() >> 20,
         "flags": _flags(),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "gemm_gflops": rates,
@@ -63,6 +67,7 @@ def _judge(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("torch", "ok", f"bessemer {facts['bessemer']}, torch {facts['torch']}, python {facts['python']}"),
         _about_device(facts),
         _about_threads(facts),
+        _about_workers(facts),
         _about_numbers(facts),
         _about_compiler(facts),
         _about_memory(facts),
@@ -85,6 +90,16 @@ def _about_threads(facts: dict[str, Any]) -> tuple[str, str, str]:
     if threads < cores // 2:
         return "CPU", "slow", f"{text}: the other cores are idle; unset OMP_NUM_THREADS"
     return "CPU", "ok", text
+
+
+def _about_workers(facts: dict[str, Any]) -> tuple[str, str, str]:
+    n, shared = facts["workers"], facts["shared_memory_mb"]
+    if n == 1:
+        return "workers", "ok", "one process does all the work"
+    text = f"{n} processes train and sample side by side; {shared} MiB of shared memory for the weights they share"
+    if shared < _NEED_SHARED_MB:
+        return "workers", "slow", f"{text}: too little for most models, one process will do the work; raise --shm-size"
+    return "workers", "ok", text
 
 
 def _about_numbers(facts: dict[str, Any]) -> tuple[str, str, str]:
