@@ -1,9 +1,9 @@
 """Worker processes, one core each: micro-batches and rollout batches side by side on a CPU.
 
 Operations of small models take microseconds to milliseconds. OpenMP splits each of them and waits at its end: `tiny`
-trains no faster on two OpenMP threads than on one, and 80x slower as soon as another process wants a core. Python
-threads with one core each wait for the interpreter lock between operations (1.3x on two cores); processes wait for
-nothing (1.9x).
+trains 1.2x as fast on two OpenMP threads as on one, and 80x slower as soon as another process wants a core. Python
+threads with one core each wait for the interpreter lock between operations (1.4x on two cores); processes wait for
+nothing (1.6 to 1.9x).
 
 Helpers are forked from this process when they are first needed, so they have everything it has. After the fork they
 see only what lies in shared memory (`share`: the weights) and the items they are given. They live as long as their
