@@ -150,7 +150,7 @@ class _Helper:
             result, error = pickle.loads(self._pipe.recv_bytes())
         except (EOFError, ConnectionResetError):
             raise UserError(
-                f"a worker process ended ({_last_words(self.pid)}). If memory ran out, lower micro_rows or set "
+                f"a worker process ended ({self._last_words()}). If memory ran out, lower micro_rows or set "
                 "OMP_NUM_THREADS=1; the same command goes on from the last checkpoint"
             ) from None
         if error is not None:
@@ -159,9 +159,19 @@ class _Helper:
 
     def end(self) -> None:
         self._pipe.close()
-        with suppress(ProcessLookupError, ChildProcessError):
-            os.kill(self.pid, signal.SIGKILL)  # it holds nothing worth an orderly end
-            os.waitpid(self.pid, 0)
+        if self.pid:
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self.pid, signal.SIGKILL)  # it holds nothing worth an orderly end
+                os.waitpid(self.pid, 0)
+
+    def _last_words(self) -> str:
+        """How it ended. Once collected its number may be another process's, so it is forgotten here."""
+        pid, self.pid = self.pid, 0
+        with suppress(ChildProcessError):
+            _, status = os.waitpid(pid, 0)
+            if os.WIFSIGNALED(status):
+                return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+        return "it closed its pipe"
 
 
 def _serve(number: int, pipe: Connection, known: list[Callable[[Any], Any]]) -> None:
@@ -204,14 +214,6 @@ def shared_free() -> int:
     except OSError:
         return 0
     return found.f_bavail * found.f_frsize
-
-
-def _last_words(pid: int) -> str:
-    with suppress(ChildProcessError):
-        _, status = os.waitpid(pid, 0)
-        if os.WIFSIGNALED(status):
-            return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
-    return "it closed its pipe"
 
 
 def one_core_each() -> Workers:
