@@ -21,7 +21,6 @@ from bessemer.infer.cache import LatentCache
 from bessemer.infer.experts import feed_forward
 from bessemer.model.layer import Layer
 from bessemer.model.mla import MLA
-from bessemer.model.rope import rotate
 from bessemer.model.transformer import Transformer
 
 
@@ -37,7 +36,7 @@ def prefill(model: Transformer, tokens_BT: Tensor, length_B: Tensor) -> tuple[Te
     for i, layer in enumerate(model.layers):
         u_BTD = layer.attn_norm(x_BTD)
         c, k_rope = layer.attn.compress(u_BTD)
-        cache.fill(i, torch.cat((c, rotate(k_rope, rope)), -1))
+        cache.fill(i, layer.attn.cached(c, k_rope, rope))
         h_BTD = x_BTD + layer.attn.expanded(u_BTD, c, k_rope, rope)
         if i + 1 < len(model.layers):
             x_BTD = _feed_forward(layer, h_BTD, real_N)

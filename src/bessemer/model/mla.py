@@ -61,8 +61,11 @@ class MLA(nn.Module):
 
     def latent(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
         """What is cached per token: [B, T, C + R] = normalised latent c_KV and rotated shared key k^R."""
-        c, k_rope = self.compress(x_BTD)
-        return torch.cat((c, rotate(k_rope, rope)), -1)
+        return self.cached(*self.compress(x_BTD), rope)
+
+    def cached(self, c_BTC: Tensor, k_rope_BTR: Tensor, rope: Tensor) -> Tensor:
+        """`latent` for a caller that compressed already."""
+        return torch.cat((c_BTC, rotate(k_rope_BTR, rope)), -1)
 
     def forward(self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None) -> Tensor:
         """Expanded form, causal over the T tokens given. Returns [B, T, D]."""
