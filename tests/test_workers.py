@@ -130,12 +130,12 @@ def constant(value):
     return lambda tokens, step: value
 
 
-def trained(workers, steps=3):
+def trained(workers, steps=3, optimizer="adamw"):
     cfg = preset("tiny", vocab_size=128, dim=32, n_layers=2, n_heads=2, inter_dim=64, moe_inter_dim=16)
     model = Transformer(cfg).initialise(0)
     settings = Settings(
         tokens=1, lr=constant(1e-2), gamma=constant(1e-3), batch_rows=constant(6), micro_rows=2, workers=workers,
-        terms={"mtp_lambda": constant(0.3), "balance_alpha": constant(1e-3)},
+        terms={"mtp_lambda": constant(0.3), "balance_alpha": constant(1e-3)}, optimizer=optimizer,
     )  # fmt: skip
     trainer = Trainer(model, next_token, None, settings)
     generator = torch.Generator().manual_seed(0)
@@ -149,9 +149,10 @@ def trained(workers, steps=3):
     return torch.cat([p.detach().flatten() for p in model.parameters()]), loads
 
 
-def test_training_is_bitwise_the_same_with_any_number_of_workers():
-    one, one_loads = trained(Workers(1))
-    two, two_loads = trained(Workers(2))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_is_bitwise_the_same_with_any_number_of_workers(optimizer):
+    one, one_loads = trained(Workers(1), optimizer=optimizer)
+    two, two_loads = trained(Workers(2), optimizer=optimizer)
     assert torch.equal(one, two)
     for a, b in zip(one_loads, two_loads, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)

@@ -190,7 +190,8 @@ def _serve(number: int, pipe: Connection, known: list[Callable[[Any], Any]]) -> 
         except (EOFError, OSError):
             return
         try:
-            answer: tuple[Any, Exception | None] = known[index](item), None
+            with torch.inference_mode(False), torch.enable_grad():  # whatever held where the fork happened
+                answer: tuple[Any, Exception | None] = known[index](item), None
         except Exception as error:
             answer = None, _portable(error)
         pipe.send_bytes(pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bessemer.errors import UserError
-from bessemer.train.optim import FlatAdamW
+from bessemer.train.optim import Optimizer
 
 
 class Net(nn.Module):
@@ -62,7 +62,7 @@ def naive(net, steps, clip, dtype=torch.float32, lr=1e-2):
 
 
 def flat(net, steps, clip, lr=1e-2, optimizer=None, start=0, **options):
-    optimizer = optimizer or FlatAdamW(net, **options)
+    optimizer = optimizer or Optimizer(net, **options)
     norms = []
     for step in range(start, start + steps):
         loss(net, step).backward()
@@ -98,7 +98,7 @@ def test_bfloat16_gradients_accumulate_in_float32():
     """256 + 1 is 256 in bfloat16: the small one must survive."""
     net = nn.Linear(1, 1, bias=False)
     net.to_compute = net.to
-    optimizer = FlatAdamW(net, compute_dtype=torch.bfloat16)
+    optimizer = Optimizer(net, compute_dtype=torch.bfloat16)
     for value in (256.0, 1.0, 1.0):
         (net.weight * value).sum().backward()
         optimizer.accumulate()
@@ -125,7 +125,7 @@ def test_state_survives_regrouping_exactly():
     whole, _ = flat(Net(), 12, 1.0)
     first, _ = flat(Net(), 6, 1.0)
     net = Reordered(seed=5)
-    second = FlatAdamW(net)
+    second = Optimizer(net)
     for name, value in second.masters().items():
         value.copy_(first.masters()[name])
     second.load_state_dict({name: t.clone() for name, t in first.state_dict().items()})
@@ -139,7 +139,7 @@ def test_state_survives_regrouping_exactly():
 
 
 def test_state_of_another_model_is_refused():
-    optimizer = FlatAdamW(Net())
+    optimizer = Optimizer(Net())
     state = {name: t.clone() for name, t in optimizer.state_dict().items()}
     for change, word in (
         (lambda s: s.pop("m/norm.weight"), "lacks"),
@@ -155,7 +155,7 @@ def test_state_of_another_model_is_refused():
 
 def test_tied_parameter_is_counted_once_and_padding_is_nothing():
     net = Net()
-    optimizer = FlatAdamW(net)
+    optimizer = Optimizer(net)
     assert len(optimizer.masters()) == 5 and net.head.weight is net.embed.weight
     loss(net, 0).backward()
     plain = Net()
@@ -167,7 +167,7 @@ def test_tied_parameter_is_counted_once_and_padding_is_nothing():
 def test_norm_of_a_long_vector_is_accurate():
     """One float32 sum over 8M squares is wrong in the third digit."""
     net = nn.Linear(2048, 4096, bias=False)
-    optimizer = FlatAdamW(net)
+    optimizer = Optimizer(net)
     net.weight.grad.normal_(generator=torch.Generator().manual_seed(0)).mul_(1e-3)
     assert float(optimizer.grad_norm()) == pytest.approx(net.weight.grad.double().norm().item(), rel=1e-6)
 
@@ -175,7 +175,7 @@ def test_norm_of_a_long_vector_is_accurate():
 def test_decay_spares_vectors():
     net = Net()
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    FlatAdamW(net).step(0.1, 1.0, 0.0, 1.0)
+    Optimizer(net).step(0.1, 1.0, 0.0, 1.0)
     for name, p in net.named_parameters():
         expected = before[name] * (0.99 if p.dim() >= 2 else 1.0)
         assert torch.allclose(p, expected, rtol=1e-6), name
@@ -183,7 +183,7 @@ def test_decay_spares_vectors():
 
 def test_replaced_gradients_are_caught():
     net = Net()
-    optimizer = FlatAdamW(net)
+    optimizer = Optimizer(net)
     net.zero_grad(set_to_none=True)
     loss(net, 0).backward()
     with pytest.raises(AssertionError, match=r"embed\.weight"):
@@ -196,7 +196,7 @@ def test_works_under_compile():
     compiled.load_state_dict(eager.state_dict())
     x = torch.randn(4, 8)
     for net, call in ((eager, eager), (compiled, torch.compile(compiled, backend="aot_eager"))):
-        optimizer = FlatAdamW(net)
+        optimizer = Optimizer(net)
         for _ in range(3):
             call(x).square().sum().backward()
             optimizer.step(0.1, 1.0, float(optimizer.grad_norm()), 1.0)

@@ -216,6 +216,6 @@ def test_compiled_objective_learns_the_same():
     """Tracing only (inductor takes a minute): parameters that are views of flat vectors survive torch.compile."""
     terms = {"mtp_lambda": Points.constant(0.0), "balance_alpha": Points.constant(1e-3)}
     plain, compiled = (trainer(model(n_mtp=0), steps=2, terms=terms, micro_rows=ROWS) for _ in range(2))
-    compiled._loss = torch.compile(next_token, backend="aot_eager")
+    compiled.objective = torch.compile(next_token, backend="aot_eager")
     plain.run(), compiled.run()
     assert_close_moments(plain, compiled)

@@ -72,6 +72,18 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:
         return self.head.weight
 
+    def hidden_matrices(self) -> dict[str, int]:
+        """Names of the matrices inside the layers, gates excepted, with the number stacked along their rows: 2 where
+        w1 and w3 lie in one tensor."""
+        layers = [(f"layers.{i}", layer) for i, layer in enumerate(self.layers)]
+        layers += [(f"mtp.{k}.layer", module.layer) for k, module in enumerate(self.mtp)]
+        return {
+            f"{place}.{name}": 2 if "w13" in name else 1
+            for place, layer in layers
+            for name, parameter in layer.named_parameters()
+            if parameter.dim() >= 2 and not name.startswith("ffn.gate.")
+        }
+
     def gates(self) -> dict[str, Gate]:
         """Every gate by the name of its layer: '3' for layer 3, 'mtp0' for the first MTP module."""
         found = {str(i): layer.ffn.gate for i, layer in enumerate(self.layers) if not layer.dense}

@@ -108,7 +108,8 @@ ITEMS: tuple[Item, ...] = (
              f", lambda {_points(f.stage('pretrain').mtp_lambda)}" if f.stage("pretrain") else ""), f.model.n_mtp > 0),
          "model/mtp.py", "model/test_hub_mtp.py"),
     Item("AdamW, FP32 masters", "V3 4.2, 3.3.2", "0.9 / 0.95, decay 0.1, clip 1.0",
-         _of("pretrain", lambda s: f"0.9 / 0.95, decay {s.weight_decay:g}, clip {s.clip:g}"),
+         _of("pretrain", lambda s: ("Muon for matrices inside layers, else " if s.optimizer == "muon" else "")
+             + f"0.9 / 0.95, decay {s.weight_decay:g}, clip {s.clip:g}", lambda s: s.optimizer == "adamw"),
          "train/optim.py", "train/test_optim.py"),
     Item("Learning rate over consumed tokens", "V3 4.2", "warm-up, constant, cosine, two steps",
          _of("pretrain", lambda s: _points(s.lr)), "recipe/values.py", "recipe/test_recipe_values.py"),

@@ -1,11 +1,12 @@
-"""AdamW on flat vectors (V3 4.2: beta 0.9/0.95, weight decay 0.1, gradient-norm clip 1.0; D.4: FP32 masters).
+"""AdamW on flat vectors (V3 4.2: beta 0.9/0.95, weight decay 0.1, gradient-norm clip 1.0; D.4: FP32 masters), and
+Muon for the matrices that are named.
 
-Parameters of one kind (decayed or not, compute dtype) lie one after another in one vector. The module's parameters and
-their gradients are views into it, so a step is a handful of vector operations, however many parameters there are:
+Parameters of one kind (rule, decayed or not, compute dtype) lie one after another in one vector. The module's
+parameters and their gradients are views into it, so a step is a handful of vector operations, however many there are:
 
     compute   what forward reads; in float32 compute it *is* the master
     grad      what backward adds to; in bfloat16 compute it is added to `grad32` after every micro-batch
-    master, grad32, m, v   float32 (m and v bfloat16 on request, as in V3 3.3.2)
+    master, grad32, m, v   float32 (m and v bfloat16 on request, as in V3 3.3.2); Muon has no v
 
 Invariants: gradients are accumulated in float32; a tied parameter exists once; padding between parameters stays zero;
 whoever replaces a parameter or a gradient (zero_grad(set_to_none=True), model.to(device)) breaks the views and is
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.errors import UserError
+from bessemer.train import muon
 from bessemer.train.adamw import adamw_
+from bessemer.workers import Workers
 
 ALIGN = 64
 """Every parameter starts at a multiple of this many elements: whole cache lines, and what GEMM kernels like."""
@@ -40,8 +43,21 @@ class Slot:
         return flat[self.start : self.start + self.parameter.numel()].view(self.parameter.shape)
 
 
+@dataclass(frozen=True)
+class Update:
+    """What one step is made of: the count (from 1), and gradient / divisor as the gradient."""
+
+    step: int
+    lr: float
+    divisor: float
+    betas: tuple[float, float]
+    eps: float
+
+
 class Group:
-    """Parameters that share weight decay and compute dtype, as flat vectors."""
+    """Parameters that share rule, weight decay and compute dtype, as flat vectors."""
+
+    MOMENTS = ("m", "v")
 
     def __init__(self, members: list[tuple[str, nn.Parameter, Tensor]], decay: float, moments: torch.dtype):
         self.decay = decay
@@ -56,8 +72,7 @@ class Group:
         for slot, (_, _, value) in zip(self.slots, members, strict=True):
             slot.of(self.master).copy_(value)
         self.grad32 = torch.zeros_like(self.master)
-        self.m = torch.zeros(size, dtype=moments, device=first.device)
-        self.v = torch.zeros_like(self.m)
+        self.moments = {name: torch.zeros(size, dtype=moments, device=first.device) for name in self.MOMENTS}
         if first.dtype == torch.float32:
             self.compute, self.grad = self.master, self.grad32
         else:
@@ -81,12 +96,66 @@ class Group:
             self.grad32 += self.grad
             self.grad.zero_()
 
+    def step(self, update: Update) -> None:
+        """Moves the masters; may overwrite the gradient."""
+        adamw_(
+            self.master, self.grad32, self.moments["m"], self.moments["v"],
+            step=update.step, lr=update.lr, betas=update.betas, eps=update.eps, decay=self.decay,
+            divisor=update.divisor,
+        )  # fmt: skip
 
-class FlatAdamW:
-    """AdamW over all trainable parameters of a model.
+
+class MuonGroup(Group):
+    """Matrices, alone or stacked: [..., R, C]. `stacked[name]` matrices of equal shape lie along R (gate and up: 2)."""
+
+    MOMENTS = ("m",)
+
+    def __init__(self, members, decay: float, moments: torch.dtype, stacked: dict[str, int], workers: Workers):
+        super().__init__(members, decay, moments)
+        self.workers = workers
+        self.moves = torch.zeros_like(self.master)
+        """Between processes: directions on the way out, what is added to the masters on the way back."""
+        workers.share([self.moves])
+        shapes: dict[tuple[int, int], list[Slot]] = {}
+        for slot in self.slots:
+            rows, columns = slot.parameter.shape[-2:]
+            shapes.setdefault((rows // stacked[slot.name], columns), []).append(slot)
+        self.pieces = [(shape, piece) for shape, slots in shapes.items() for piece in _pieces(slots)]
+
+    def step(self, update: Update) -> None:
+        m = self.moments["m"]
+        m32 = torch.lerp(self.grad32.div_(update.divisor), m.float(), muon.MOMENTUM)
+        m.copy_(m32)
+        torch.lerp(self.grad32, m32, muon.MOMENTUM, out=self.moves)
+        for _ in self.workers.map(self._orthogonalise, range(len(self.pieces))):
+            pass
+        self.master.mul_(1 - update.lr * self.decay).add_(self.moves, alpha=-update.lr)
+
+    def _orthogonalise(self, index: int) -> None:
+        shape, slots = self.pieces[index]
+        views = [slot.of(self.moves).view(-1, *shape) for slot in slots]
+        found = muon.orthogonal(torch.cat(views)).mul_(muon.scale(*shape))
+        for view, part in zip(views, found.split([len(view) for view in views]), strict=True):
+            view.copy_(part)
+
+
+def _pieces(slots: list[Slot]) -> list[list[Slot]]:
+    """Slots of one shape in lots that are worth a message to another process and still fit a cache."""
+    lots: list[list[Slot]] = []
+    for slot in slots:
+        if not lots or sum(s.parameter.numel() for s in lots[-1]) + slot.parameter.numel() > muon.LIMIT:
+            lots.append([])
+        lots[-1].append(slot)
+    return lots
+
+
+class Optimizer:
+    """AdamW over all trainable parameters of a model, and Muon over those that `stacked` names.
 
     `compute_dtype` other than the model's own: the masters are taken first, then `model.to_compute(dtype)` decides
     which parameters change (gates and norms stay float32). 1-D parameters (norms, biases) are exempt from decay.
+    `stacked`: names of Muon's parameters, with the number of matrices stacked along the rows of each; `workers`
+    orthogonalise them side by side, and the result does not depend on how many there are.
     """
 
     def __init__(
@@ -98,7 +167,10 @@ class FlatAdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         moments_dtype: torch.dtype = torch.float32,
+        stacked: dict[str, int] | None = None,
+        workers: Workers | None = None,
     ):
+        stacked = stacked or {}
         self.betas, self.eps = betas, eps
         self.steps = 0
         """Steps applied; skipped ones do not count."""
@@ -110,8 +182,14 @@ class FlatAdamW:
         kinds: dict[tuple, list[tuple[str, nn.Parameter, Tensor]]] = {}
         for (name, parameter), master in zip(named, masters, strict=True):
             decay = weight_decay if parameter.dim() >= 2 else 0.0
-            kinds.setdefault((decay, parameter.dtype, parameter.device), []).append((name, parameter, master))
-        self.groups = [Group(members, kind[0], moments_dtype) for kind, members in kinds.items()]
+            kind = (name in stacked, decay, parameter.dtype, parameter.device)
+            kinds.setdefault(kind, []).append((name, parameter, master))
+        self.groups = [
+            MuonGroup(members, decay, moments_dtype, stacked, workers or Workers(1))
+            if by_muon
+            else Group(members, decay, moments_dtype)
+            for (by_muon, decay, *_), members in kinds.items()
+        ]
 
     def zero_grad(self) -> None:
         for group in self.groups:
@@ -137,12 +215,10 @@ class FlatAdamW:
         self.steps += 1
         if norm / divisor > clip:
             divisor = norm / clip
+        update = Update(self.steps, lr, divisor, self.betas, self.eps)
         for group in self.groups:
             group.check_views()
-            adamw_(
-                group.master, group.grad32, group.m, group.v,
-                step=self.steps, lr=lr, betas=self.betas, eps=self.eps, decay=group.decay, divisor=divisor,
-            )  # fmt: skip
+            group.step(update)
             if group.compute is not group.master:
                 group.compute.copy_(group.master)
         self.zero_grad()
@@ -163,12 +239,14 @@ class FlatAdamW:
                 group.compute.copy_(group.master)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments as `m/NAME` and `v/NAME` (views) and `steps`; independent of grouping. Weights: `masters()`."""
+        """Moments as `m/NAME` and `v/NAME` (views; Muon has no v) and `steps`; independent of grouping.
+
+        Weights: `masters()`.
+        """
         state = {"steps": torch.tensor(self.steps)}
         for group in self.groups:
             for slot in group.slots:
-                state[f"m/{slot.name}"] = slot.of(group.m)
-                state[f"v/{slot.name}"] = slot.of(group.v)
+                state |= {f"{kind}/{slot.name}": slot.of(flat) for kind, flat in group.moments.items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

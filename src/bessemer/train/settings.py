@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -28,6 +29,8 @@ class Settings:
     """Further arguments of the objective, e.g. mtp_lambda and balance_alpha."""
     workers: Workers = field(default_factory=lambda: Workers(1))
     """Processes that compute micro-batches side by side; the result does not depend on how many there are."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the hidden matrices; everything else is AdamW's in any case."""
     clip: float = 1.0
     """Largest 2-norm of the gradient."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -50,5 +53,3 @@ class Settings:
     """Non-finite steps in a row before going back to the last checkpoint."""
     rollbacks: int = 2
     """Rollbacks without progress before giving up."""
-    compile: bool = False
-    """torch.compile the objective."""

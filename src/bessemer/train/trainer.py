@@ -3,7 +3,7 @@
 `update` makes exactly one optimizer step from given micro-batches:
 
     for every micro-batch: forward, backward, add gradients in float32      sums, nothing is averaged
-    gradient / (loss tokens of the whole step), clip, AdamW
+    gradient / (loss tokens of the whole step), clip, optimizer
     routing bias from the loads of the whole step
 
 `run` is the loop around it for data that is index arithmetic: schedules in consumed tokens, log, hooks, checkpoints.
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from bessemer.errors import UserError
 from bessemer.train import balance, checkpoint, guard, rng
 from bessemer.train.objective import Loss, Objective
-from bessemer.train.optim import FlatAdamW, load_exactly
+from bessemer.train.optim import Optimizer, load_exactly
 from bessemer.train.settings import Settings
 from bessemer.workers import rank
 
@@ -72,9 +72,11 @@ class Trainer:
         self.state_dir = None if state_dir is None else Path(state_dir)
         self.log, self.stop, self.on_step, self.warn = log, stop, on_step, warn
         self.config, self.generators = config or {}, generators or {}
-        self.optimizer = FlatAdamW(
+        self.optimizer = Optimizer(
             model, compute_dtype=settings.compute_dtype, betas=settings.betas, eps=settings.eps,
             weight_decay=settings.weight_decay, moments_dtype=settings.moments_dtype,
+            stacked=model.hidden_matrices() if settings.optimizer == "muon" else None,
+            workers=settings.workers,
         )  # fmt: skip
         self.gates: dict[str, balance.Gate] = model.gates()
         self.guard = guard.Guard(settings.failures, settings.rollbacks)
@@ -83,7 +85,6 @@ class Trainer:
         """Tokens per expert of the last step, by gate."""
         self.extras: dict[str, Any] = {}
         self.extra_tensors: dict[str, Tensor] = {}
-        self._loss = torch.compile(objective) if settings.compile else objective
         self._device = next(model.parameters()).device
         workers, groups = settings.workers, self.optimizer.groups
         biases = [gate.bias_E for gate in self.gates.values() if gate.bias_E is not None]
@@ -171,24 +172,24 @@ class Trainer:
         }
 
     def _gradients(self, item: tuple[Batch, dict[str, float]]) -> tuple[Loss, _Handed | None]:
-        """Adds the gradients of one micro-batch to this process's; a helper hands them over and starts from zero."""
+        """Adds the gradients of one micro-batch to this process's; a helper starts from zero and hands them over."""
         batch, terms = item
+        helper = rank()
+        if helper:  # forked at any moment, it may have begun with gradients that are not its own
+            self.optimizer.zero_grad()
+            balance.clear(self.gates)
         self.model.train()
         batch = batch.to(self._device)
-        loss = self._loss(self.model, batch, **terms)
+        loss = self.objective(self.model, batch, **terms)
         with balance.counted_once(self.gates):
             loss.total.backward()
         self.optimizer.accumulate()
         loss = Loss(loss.total.detach(), loss.tokens, loss.metrics)
-        helper = rank()
         if helper == 0:
             return loss, None
         for group, out in zip(self.optimizer.groups, self._outboxes[helper - 1], strict=True):
             out.copy_(group.grad32)
-        self.optimizer.zero_grad()
-        loads = {name: gate.load_E.clone() for name, gate in self.gates.items()}
-        balance.clear(self.gates)
-        return loss, _Handed(helper, loads)
+        return loss, _Handed(helper, {name: gate.load_E.clone() for name, gate in self.gates.items()})
 
     def _collect(self, handed: _Handed) -> None:
         """Adds what a helper computed, in the order of the micro-batches."""

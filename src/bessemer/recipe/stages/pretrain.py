@@ -52,8 +52,10 @@ class Pretrain(Stage):
         """Weight of the MTP loss (V3: 0.3, then 0.1 from 10T)."""
         balance_alpha: float = Field(1e-4, ge=0)
         """Weight of the sequence-wise balance loss (V3: 1e-4)."""
+        optimizer: Literal["adamw", "muon"] = "adamw"
+        """Of the matrices inside the layers; the rest is AdamW's (V3: adamw for all)."""
         weight_decay: float = Field(0.1, ge=0)
-        """AdamW decay of matrices (V3: 0.1)."""
+        """Decay of matrices (V3: 0.1)."""
         clip: float = Field(1.0, gt=0)
         """Largest gradient norm (V3: 1.0)."""
         validate_every: Tokens = 1_000_000
@@ -153,6 +155,7 @@ def _train_settings(settings: Pretrain.Settings, dtype: torch.dtype, workers: Wo
         },
         workers=workers,
         clip=settings.clip,
+        optimizer=settings.optimizer,
         weight_decay=settings.weight_decay,
         compute_dtype=dtype,
         save_seconds=settings.save_seconds,
