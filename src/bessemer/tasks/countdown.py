@@ -87,7 +87,7 @@ class Countdown(Task):
 
     def drill(self, index: int, seed: int = 0, language: str | None = None) -> str:
         language = self._language(language, "drill", index, seed)
-        return drill_page(WORDS[language], HEADS[language], self.rng("drill", index, seed))
+        return drill_page(WORDS[language], HEADS[language], COMMA[language], self.rng("drill", index, seed))
 
 
 @cache

@@ -1,8 +1,10 @@
-"""Drill pages: single facts and comparisons in the very form the traces use, so that thinking is mostly correct.
+"""Drill pages: single skills in the very form the traces use, so that thinking is mostly correct.
 
-Facts come in the two shapes a step has (two small numbers; a running value and a small number), chains are whole tries
-without a target, and comparisons lean towards near misses, where a verdict is hard. A chain takes its three numbers
-from the train split only; facts and comparisons hold too few numbers to give a problem away.
+Facts come in the two shapes a step has (two small numbers; a running value and a small number). A try begins with the
+numbers as a prompt shows them, so that a line practises what small models learn last: to use each of the given numbers
+once. The order is the systematic author's opening. Comparisons lean towards equality and near misses, where a verdict
+is hard. Whatever puts three numbers together takes them from the train split; facts and comparisons hold too few to
+give a problem away.
 """
 
 import random
@@ -13,22 +15,31 @@ from bessemer.tasks.tries import LARGEST, OPS, all_tries, apply
 HEADS = {"en": "Drill:\n", "zh": "练习:\n"}
 
 
-def drill_page(words: dict[str, str], head: str, rng: random.Random) -> str:
-    """`words` as in traces.WORDS; 8 to 16 lines."""
-    return head + "\n".join(_line(words, rng) for _ in range(rng.randint(8, 16)))
+def drill_page(words: dict[str, str], head: str, comma: str, rng: random.Random) -> str:
+    """`words` as in traces.WORDS, `comma` as between the numbers of a prompt; 8 to 16 lines."""
+    return head + "\n".join(_line(words, comma, rng) for _ in range(rng.randint(8, 16)))
 
 
-def _line(words: dict[str, str], rng: random.Random) -> str:
+def _line(words: dict[str, str], comma: str, rng: random.Random) -> str:
     draw = rng.random()
-    return _comparison(words, rng) if draw < 0.25 else _chain(rng) if draw < 0.65 else _fact(rng)
+    if draw < 0.35:
+        return _comparison(words, rng)
+    if draw < 0.53:
+        return _fact(rng)
+    numbers = _train_numbers(rng)
+    shown = comma.join(map(str, rng.sample(numbers, 3)))
+    if draw < 0.67:
+        return f"{shown} {words['order']}" + ",".join(map(str, sorted(numbers, reverse=True)))
+    attempt = rng.choice(all_tries(numbers))
+    return f"{shown}:{(attempt.turned() if rng.random() < 0.5 else attempt).write()[0]}"
 
 
-def _chain(rng: random.Random) -> str:
-    """An expression and its steps: a try before it is compared with a target."""
+def _train_numbers(rng: random.Random) -> tuple[int, int, int]:
+    """Three numbers that no test problem has, ascending."""
     while True:
         numbers = tuple(sorted(rng.randint(1, 10) for _ in range(3)))
         if split_of(numbers) == "train":
-            return rng.choice(all_tries(numbers)).write()[0]
+            return numbers
 
 
 def _fact(rng: random.Random) -> str:
@@ -44,10 +55,10 @@ def _fact(rng: random.Random) -> str:
 def _comparison(words: dict[str, str], rng: random.Random) -> str:
     target = rng.randint(1, 60)
     draw = rng.random()
-    if draw < 0.15:
+    if draw < 0.30:
         value = target
-    elif draw < 0.55:
-        value = max(0, target + rng.randint(-8, 8))
+    elif draw < 0.70:
+        value = max(0, target + rng.randint(-5, 5))
     else:
         value = rng.randint(0, LARGEST)
     verdict = "yes" if value == target else "low" if value < target else "high"
