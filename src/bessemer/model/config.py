@@ -156,7 +156,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 def _explain(item: dict[str, Any], where: str) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, ModelConfig.model_fields, n=1)
+        near = difflib.get_close_matches(key, [*ModelConfig.model_fields, "preset"], n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         return f"{where}: unknown key '{key}'{hint}"
     if item["type"] == "missing":

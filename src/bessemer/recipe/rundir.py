@@ -143,7 +143,7 @@ def model_dir(given: str | Path) -> Path:
         if (path / "recipe.toml").is_file():
             return _last_model(path)
     if Path(given).is_dir():
-        inside = sorted(path.name for path in Path(given).iterdir())[:6]
+        inside = sorted(path.name for path in Path(given).iterdir() if not path.name.startswith("."))[:6]
         raise UserError(f"no model in {given}: no config.json; it holds {', '.join(inside) or 'nothing'}")
     raise UserError(f"no model or run at {given}; {_runs()}")
 

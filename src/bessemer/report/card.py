@@ -82,10 +82,13 @@ def _finished(facts: RunFacts, name: Any) -> bool:
 
 def _tiles(facts: RunFacts) -> str:
     tiles = []
-    for rows in list(_by_task(facts).values())[:2]:
+    compared = list(_by_task(facts).values())
+    for rows in [rows for rows in compared if rows[0].get("temperature") == compared[0][0].get("temperature")][:2]:
         first, last = rows[0], rows[-1]
         before = _percent(first["pass_at_1"], 0) if len(rows) > 1 else ""
         detail = " → ".join(dict.fromkeys(str(row.get("model", "")) for row in (first, last)))
+        if "temperature" in last:
+            detail += f", T\u00a0{last['temperature']:g}"
         tiles.append(page.tile(f"pass@1, {_task(last)}", _percent(last["pass_at_1"], 0), detail, before))
     for stage in facts.stages:
         finals = [series.values[-1] for name, series in stage.series.items() if name.startswith("val/bpb/")]

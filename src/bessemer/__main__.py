@@ -1,0 +1,7 @@
+"""`python -m bessemer` is the `bessemer` command."""
+
+import sys
+
+from bessemer.cli import main
+
+sys.exit(main())
