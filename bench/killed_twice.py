@@ -1,0 +1,97 @@
+"""Kills a whole run with SIGKILL, twice, starts it again with the same command, and compares what it leaves.
+
+    bessemer run recipes/tiny.toml --out runs/tiny                          (a run that nobody killed)
+    python bench/killed_twice.py recipes/tiny.toml --like runs/tiny --out runs/killed
+
+Kills when a stage has logged so many steps (`--kill STAGE:STEPS`, by default in the middle of pre-training and of RL).
+Weights, rollouts and evaluation results must be equal byte for byte, metrics equal but for seconds and speeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+COMPARED = (
+    "*/model/*.safetensors", "*/model/*.json", "*/rollouts.jsonl", "*/results.json", "*/samples.md", "*/*/train.bin",
+)  # fmt: skip
+
+
+def lines(out: Path) -> list[dict]:
+    """What the run has logged so far; a half-written last line does not count yet."""
+    path = out / "metrics.jsonl"
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def logged(out: Path, stage: str) -> int:
+    return max((line["step"] for line in lines(out) if line["stage"] == stage), default=0)
+
+
+def run(recipe: Path, out: Path, kill: tuple[str, int] | None, log) -> None:
+    """Runs to the end, or to the kill: no helper process may outlive it."""
+    command = [sys.executable, "-m", "bessemer", "run", str(recipe), "--out", str(out)]
+    with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process:
+        while process.poll() is None:
+            time.sleep(0.5)
+            if kill is not None and logged(out, kill[0]) >= kill[1]:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+    if kill is None:
+        assert process.returncode == 0, f"the run ended with {process.returncode}: see the log"
+    else:
+        assert process.returncode == -signal.SIGKILL, f"the run ended ({process.returncode}) before {kill} was reached"
+        print(f"killed in {kill[0]} at step {logged(out, kill[0])}", flush=True)
+
+
+def metrics(out: Path) -> list[tuple]:
+    """Metric lines without what a clock decides."""
+    return [
+        (line["stage"], line["step"], line["tokens"],
+         {k: v for k, v in line["values"].items() if "per_second" not in k and "seconds" not in k})
+        for line in lines(out)
+    ]  # fmt: skip
+
+
+def compare(a: Path, b: Path) -> list[str]:
+    """Names of what differs."""
+    names = sorted({path.relative_to(root) for root in (a, b) for p in COMPARED for path in root.glob(p)})
+    assert names, f"nothing to compare in {a}"
+    found = [str(n) for n in names if not ((a / n).exists() and (b / n).exists())]
+    found += [str(n) for n in names if str(n) not in found and (a / n).read_bytes() != (b / n).read_bytes()]
+    ours, theirs = metrics(a), metrics(b)
+    if ours != theirs:
+        at = next((x for x, y in zip(ours, theirs, strict=False) if x != y), None)
+        found.append(f"metrics.jsonl ({len(ours)} and {len(theirs)} lines), first at {at and at[:2]}")
+    print(f"compared {len(names)} files and {len(ours)} metric lines: {len(found)} differ", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--like", type=Path, required=True, help="finished run of the same recipe, never killed")
+    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument("--kill", action="append", metavar="STAGE:STEPS", help="default: in the middle of the stages")
+    args = parser.parse_args()
+    assert not args.out.exists(), f"{args.out} exists; choose another --out"
+    kills = [(k.partition(":")[0], int(k.partition(":")[2])) for k in args.kill or ()]
+    kills = kills or [(stage, logged(args.like, stage) // 2) for stage in ("pretrain", "zero")]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.out.with_name(args.out.name + ".log"), "w") as log:
+        for kill in [*kills, None]:
+            run(args.recipe, args.out, kill, log)
+    if differing := compare(args.like, args.out):
+        print(*differing, sep="\n")
+        sys.exit(1)
+    print("the same, bit for bit")
+
+
+if __name__ == "__main__":
+    main()
