@@ -97,8 +97,8 @@ def _pretrain(rng: random.Random) -> list[dict]:
         share = step / 500
         loss = 1.7 + 5.9 * math.exp(-7 * share**0.55) + rng.gauss(0, 0.06)
         values = {
-            "train/loss": loss, "train/mtp_loss": loss + 0.35 + rng.gauss(0, 0.05),
-            "train/balance_loss": 1e-4 * (1 + math.exp(-9 * share)),
+            "train/loss": loss, "train/mtp_1": loss + 0.35 + rng.gauss(0, 0.05),
+            "train/mtp_lambda": 0.3, "train/balance": 1e-4 * (1 + math.exp(-9 * share)),
             "train/lr": 3e-3 * min(1.0, share * 40) * (1.0 if share < 0.75 else 1 - 3.6 * (share - 0.75)),
             "train/grad_norm": 0.6 + 3 * math.exp(-12 * share) + abs(rng.gauss(0, 0.12)),
             "train/tokens_per_second": 21400 + rng.gauss(0, 700), "guard/skipped": 0,

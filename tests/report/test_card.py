@@ -60,7 +60,7 @@ def test_the_page_holds_everything(text, root):
         "pass@1, countdown en", "18 % → 57 %", "14.9–21.5", "+38.8", "99.2", "39.7",
         "200 held-out problems, 8 samples each", "12.8 min", "MaxVio", "chinese 1.94", "layer 3", "16 experts",
         "step 500 · 8000K tokens", "Use 3, 8, 2 to make 19.", "in the group correct", "FP8 training",
-        "bessemer chat", "Also in metrics.jsonl: guard/skipped", "狐狸",
+        "bessemer chat", "Also in metrics.jsonl: guard/skipped, train/mtp_lambda", "狐狸",
     ):  # fmt: skip
         assert words in seen, words
     assert root.joinpath("recipe.toml").read_text() in "".join(Page(text).text)
@@ -193,11 +193,11 @@ def test_heat_map_means_shares_not_counts():
 def test_layers_are_in_order_and_nan_is_skipped(tmp_path):
     (tmp_path / "recipe.toml").write_text('name = "x"\n')
     (tmp_path / "01-p").mkdir()
-    names = [f"balance/layers.{layer}.mlp.gate" for layer in (10, 2, 1)]
+    names = [f"moe/max_vio/{layer}" for layer in ("mtp0", "10", "2", "1")]
     lines = [{"stage": "p", "step": s, "tokens": s, "values": {n: 0.5 if s else None for n in names}} for s in range(3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shown = curves.curves(facts.read(tmp_path))
-    assert re.findall(r"layer \d+", shown) == ["layer 1", "layer 2", "layer 10"]
+    assert re.findall(r"layer \d+|MTP \d+", shown) == ["layer 1", "layer 2", "layer 10", "MTP 1"]
 
 
 def test_long_output_is_cut():

@@ -9,7 +9,7 @@ from bessemer.report.facts import RunFacts, Series, StageFacts
 
 _MOST_LAYERS = 6  # expert loads drawn per stage; the layers between are left out, evenly
 
-_BALANCE = ("moe/max_vio/", "balance/")  # MaxVio of each layer's gate
+_BALANCE = "moe/max_vio/"  # MaxVio of each layer's gate
 _IN_TABLES = ("eval/", "moe/load/")  # shown elsewhere on the page
 
 
@@ -28,7 +28,7 @@ class Panel:
 
 
 PANELS = (
-    Panel("Training loss", "nats per token", ("train/loss", "train/mtp_")),
+    Panel("Training loss", "nats per token", ("train/loss", "train/mtp_1", "train/mtp_2", "train/mtp_3")),
     Panel("Validation", "bits per byte", ("val/bpb/",)),
     Panel("Answers", "share of rollouts", ("rl/accuracy", "rl/format"), 0.0, 1.0),
     Panel("Held-out problems", "share solved", ("rl/heldout_",), 0.0, 1.0),
@@ -41,16 +41,17 @@ PANELS = (
     Panel("Sampler gap", "trainer against sampler, nats per token", ("rl/sampler_gap",), 0.0),
     Panel("KL to the reference", "nats per token", ("rl/kl",), 0.0),
     Panel("Lost signal", "share", ("rl/dead_groups", "rl/truncated", "rl/clip_share"), 0.0),
-    Panel("Expert imbalance", "MaxVio: fullest expert over the mean, minus 1", _BALANCE, 0.0, ordered=True),
-    Panel("Balance loss", "", ("train/balance_loss", "train/balance")),
+    Panel("Expert imbalance", "MaxVio: fullest expert over the mean, minus 1", (_BALANCE,), 0.0, ordered=True),
+    Panel("Balance loss", "", ("train/balance",)),
     Panel("Gradient norm", "before clipping", ("train/grad_norm", "rl/grad_norm"), log=True),
     Panel("Learning rate", "", ("train/lr", "rl/lr"), 0.0),
     Panel("Speed", "tokens per second", ("train/tokens_per_second", "rl/tokens_per_second"), 0.0),
 )
 _NAMES = {
     "train/loss": "next token",
-    "train/mtp_loss": "token after (MTP)",
     "train/mtp_1": "token after (MTP 1)",
+    "train/mtp_2": "two after (MTP 2)",
+    "train/mtp_3": "three after (MTP 3)",
     "rl/accuracy": "correct",
     "rl/format": "well-formed",
     "rl/dead_groups": "groups without contrast",
@@ -121,28 +122,28 @@ def _heat(stage: StageFacts, name: str, series: Series) -> str:
 
 
 def _label(name: str) -> str:
-    """A metric's name for people: "moe/max_vio/3" is layer 3, "val/bpb/code" is code."""
+    """A metric's name for people: "moe/max_vio/3" is layer 3, "moe/max_vio/mtp0" MTP 1, "val/bpb/code" is code."""
     if name in _NAMES:
         return _NAMES[name]
     last = name.rsplit("/", 1)[-1]
-    if name.startswith((*_BALANCE, "moe/load/")):
-        return f"layer {_number(last)}" if _number(last) is not None else last
+    if name.startswith((_BALANCE, "moe/load/")):
+        mtp, number = _place(last)
+        return last if number < 0 else f"MTP {number + 1}" if mtp else f"layer {number}"
     return last.removeprefix("heldout_").replace("pass_at_", "pass@").replace("maj_at_", "maj@").replace("_", " ")
 
 
-def _number(name: str) -> int | None:
-    """The number in a layer's name: 3 of "3" and of "model.layers.3.mlp.gate"."""
+def _place(name: str) -> tuple[bool, int]:
+    """(in an MTP module, number), -1 if none: (False, 3) of "3" and "model.layers.3.mlp.gate", (True, 0) of "mtp0"."""
     found = re.search(r"\d+", name)
-    return int(found[0]) if found else None
+    return name.startswith("mtp"), int(found[0]) if found else -1
 
 
 def _below(stage: StageFacts, prefix: str) -> list[tuple[str, Series]]:
-    """Metrics under a prefix; layers in the order of their numbers."""
+    """Metrics under a prefix; layers in the order of their numbers, MTP modules after them."""
 
-    def order(item: tuple[str, Series]) -> tuple[int, str]:
+    def order(item: tuple[str, Series]) -> tuple[bool, int, str]:
         last = item[0].removeprefix(prefix)
-        number = _number(last)
-        return (number if number is not None else -1, last)
+        return (*_place(last), last)
 
     return sorted(((name, series) for name, series in stage.series.items() if name.startswith(prefix)), key=order)
 
