@@ -8,9 +8,11 @@ from bessemer.rl.rollout import Sampled
 from bessemer.tasks.base import Problem, Verdict
 
 
-def sampled(text, *, reward=0.0, correct=False, formatted=False, tokens=4, end="stop"):
+def sampled(text, *, reward=0.0, correct=False, formatted=False, tokens=4, end="stop", language=0.5):
     completion = Completion([5] * tokens, text, [-1.0] * tokens, [-1.0] * tokens, end, 3)
-    return Sampled(Problem("p", "", "en"), [1, 2, 3], completion, Verdict(correct, formatted, "", None), reward)
+    return Sampled(
+        Problem("p", "", "en"), [1, 2, 3], completion, Verdict(correct, formatted, "", None), reward, language=language
+    )
 
 
 def test_means_over_all_samples_of_all_groups():
@@ -31,6 +33,7 @@ def test_means_over_all_samples_of_all_groups():
         "rl/format": 0.5,
         "rl/length": 24.0,
         "rl/think_share": 0.75,
+        "rl/language": 0.5,
         "rl/truncated": 0.25,
         "rl/tries": 6 / 4,
         "rl/reflective_words": 0.5,

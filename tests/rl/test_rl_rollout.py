@@ -1,5 +1,7 @@
 """Which problems, which samples, and how they lie in a batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -104,8 +106,9 @@ def test_rewards_keep_prompts_and_samples_apart():
 
 def test_accuracy_and_format_are_added():
     verdict = [Verdict(c, f, "", None) for c, f in ((True, True), (True, False), (False, True), (False, False))]
-    assert [Reward()(v) for v in verdict] == [2.0, 1.0, 1.0, 0.0]  # the paper: equal weight
-    assert [Reward(0.1)(v) for v in verdict] == [1.1, 1.0, 0.1, 0.0]
+    assert [Reward()(v, 0.5) for v in verdict] == [2.0, 1.0, 1.0, 0.0]  # the paper: equal weight
+    assert [Reward(0.1)(v, 0.5) for v in verdict] == [1.1, 1.0, 0.1, 0.0]
+    assert [Reward(0.1, language=1.0)(v, 0.5) for v in verdict] == [1.6, 1.5, 0.6, 0.5]
 
 
 @pytest.fixture
@@ -141,6 +144,24 @@ def test_a_problem_that_comes_twice_is_sampled_twice(engine, draw):
     chosen = [(TASKS[1], once)] * 2
     one, two = rollout.sample(engine, chosen, lambda p: [0, 5, 6], Reward(), samples=2, seed=1, max_new_tokens=12)
     assert written([one]) != written([two])
+
+
+def test_mixed_thoughts_cost_what_the_language_reward_says(engine, draw, monkeypatch):
+    texts = iter(["<think>low</think>", "<think>小</think>", "<think>low 小</think>", "no thoughts"])
+    verify = lambda self, problem, text: Verdict(False, False, "", None)  # noqa: E731
+    monkeypatch.setattr(tasks.Task, "verify", verify)
+    generate = type(engine).generate
+
+    def told(self, *args, **options):
+        groups = generate(self, *args, **options)
+        return [[replace(completion, text=next(texts)) for completion in group] for group in groups]
+
+    monkeypatch.setattr(type(engine), "generate", told)
+    english = [(TASKS[1], TASKS[1].problem("train", 0, language="en"))]
+    reward = Reward(language=2.0)
+    (group,) = rollout.sample(engine, english, lambda p: [0, 5], reward, samples=4, seed=1, max_new_tokens=2)
+    assert [sampled.language for sampled in group] == [1.0, 0.0, 0.5, 0.0]
+    assert [sampled.reward for sampled in group] == [2.0, 0.0, 1.0, 0.0]
 
 
 def test_every_sample_is_judged_by_the_task_of_its_prompt(draw, monkeypatch):

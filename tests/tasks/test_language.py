@@ -3,7 +3,7 @@
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.tasks.language import share
+from bessemer.tasks.language import consistency, share
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,19 @@ def test_share(text, english):
 def test_unknown_language():
     with pytest.raises(UserError):
         share("x", "fr")
+
+
+@pytest.mark.parametrize(
+    ("completion", "english"),
+    [
+        ("<think>1+2=3:9 low</think><answer>小 小 小</answer>", 1.0),
+        ("<think>1+2=3:9 low\n1*2=2:9小</think><answer>3</answer>", 0.5),
+        ("<think>1+2=3:9小 and the cap came", 4 / 5),
+        ("<think>1+2=3</think><answer>3</answer>", 1.0),
+        ("<think> </think><answer>3</answer>", 0.0),
+        ("<answer>3</answer>", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_consistency_reads_the_thoughts_and_pays_none(completion, english):
+    assert consistency(completion, "en") == english

@@ -10,6 +10,7 @@ from bessemer.infer.engine import Engine
 from bessemer.recipe.modelling import batch_rows
 from bessemer.tasks import metrics
 from bessemer.tasks.base import Problem, Task, stable_hash
+from bessemer.tasks.language import consistency
 
 
 def evaluate(
@@ -28,7 +29,7 @@ def evaluate(
     """One row of results over problems 0..problems-1 of the test split.
 
     Keys: n, samples, k, pass_at_1, pass_at_1_interval (95 %), pass_at_k, maj_at_k, mean_length (tokens), formatted,
-    truncated, reasons (histogram of verdicts).
+    language_consistency, truncated, reasons (histogram of verdicts).
     """
     k = samples if k is None else k
     if not 1 <= k <= samples:
@@ -48,6 +49,11 @@ def evaluate(
     ]
     score = metrics.score(verdicts, k, seed)
     completions = [completion for group in groups for completion in group]
+    consistent = [
+        consistency(completion.text, problem.language)
+        for problem, group in zip(chosen, groups, strict=True)
+        for completion in group
+    ]
     return {
         "task": task.name,
         "language": "+".join(task.languages),
@@ -61,6 +67,7 @@ def evaluate(
         "maj_at_k": score[f"maj@{k}"],
         "mean_length": sum(len(c.tokens) for c in completions) / len(completions),
         "formatted": score["formatted"],
+        "language_consistency": sum(consistent) / len(consistent),
         "truncated": sum(c.finish_reason == "length" for c in completions) / len(completions),
         "reasons": metrics.reasons(verdicts),
     }

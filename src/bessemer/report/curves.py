@@ -36,6 +36,7 @@ PANELS = (
     Panel("Length", "tokens per answer", ("rl/length",), 0.0),
     Panel("Tries", "per answer", ("rl/tries",), 0.0),
     Panel("Thinking", "share of rollouts that think", ("rl/think_share",), 0.0, 1.0),
+    Panel("Language", "share of words in the problem's language", ("rl/language",), None, 1.0),
     Panel("Entropy", "nats per token", ("rl/entropy",), 0.0),
     Panel("Reflection", "words such as wait, per answer", ("rl/reflective_words",), 0.0),
     Panel("Sampler gap", "trainer against sampler, nats per token", ("rl/sampler_gap",), 0.0),

@@ -31,6 +31,7 @@ def of_rollout(groups: Sequence[Sequence[Sampled]]) -> dict[str, float]:
         "rl/format": mean(row.verdict.formatted for row in rows),
         "rl/length": mean(len(row.completion.tokens) for row in rows),
         "rl/think_share": mean(bool(text) for text in thoughts),
+        "rl/language": mean(row.language for row in rows),
         "rl/truncated": mean(row.completion.finish_reason == "length" for row in rows),
         "rl/tries": mean(text.count("\n") + 1 if text else 0 for text in thoughts),
         "rl/reflective_words": mean(len(_REFLECTIVE.findall(row.completion.text)) for row in rows),

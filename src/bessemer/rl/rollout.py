@@ -15,6 +15,7 @@ from torch import Tensor
 from bessemer.data.batch import Batch
 from bessemer.infer.engine import Completion, Engine
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
+from bessemer.tasks.language import consistency
 
 
 @dataclass
@@ -27,16 +28,21 @@ class Sampled:
     verdict: Verdict
     reward: float
     advantage: float = 0.0
+    language: float = 1.0
+    """Share of the thoughts' words that are in the language of the problem; 0 without thoughts."""
 
 
 @dataclass(frozen=True)
 class Reward:
-    """R = R_accuracy + format * R_format (R1 2.2.2; the paper adds them with equal weight)."""
+    """R = R_accuracy + format * R_format + language * R_language (R1 2.2.2 and 2.3.2, which add them with equal weight;
+    R1-Zero has no language term)."""
 
     format: float = 1.0
+    language: float = 0.0
 
-    def __call__(self, verdict: Verdict) -> float:
-        return float(verdict.correct) + self.format * float(verdict.formatted)
+    def __call__(self, verdict: Verdict, consistency: float) -> float:
+        """`consistency` as in `tasks.language`."""
+        return float(verdict.correct) + self.format * float(verdict.formatted) + self.language * consistency
 
 
 def problems_of(tasks: Sequence[Task], split: str, first: int, count: int, seed: int) -> list[tuple[Task, Problem]]:
@@ -67,7 +73,8 @@ def sample(
         rows = []
         for completion in group:
             verdict = task.verify(problem, completion.text)
-            rows.append(Sampled(problem, prompt, completion, verdict, reward(verdict)))
+            language = consistency(completion.text, problem.language)
+            rows.append(Sampled(problem, prompt, completion, verdict, reward(verdict, language), language=language))
         judged.append(rows)
     return judged
 

@@ -8,6 +8,7 @@ tags.
 import re
 
 from bessemer.errors import UserError
+from bessemer.tasks.answer import thought
 
 _WORD = re.compile("</?(?:think|answer)>|([A-Za-z]+)|([\u3400-\u4dbf\u4e00-\u9fff])")
 
@@ -23,3 +24,9 @@ def share(text: str, language: str) -> float:
     if latin + han == 0:
         return 1.0
     return (latin if language == "en" else han) / (latin + han)
+
+
+def consistency(completion: str, language: str) -> float:
+    """R_lang of a completion: `share` of its thoughts. 0 for one that does not think, which must not pay."""
+    thoughts = thought(completion)
+    return share(thoughts, language) if thoughts.strip() else 0.0

@@ -71,6 +71,9 @@ class RL(Stage):
         """Divide advantages by the group's standard deviation (the paper)."""
         format_reward: float = Field(0.1, ge=0)
         """Weight of the format reward beside accuracy (R1: 1; at this size a large one teaches form alone)."""
+        language_reward: float = Field(0.0, ge=0)
+        """Weight of language consistency, the share of the thoughts' words in the problem's language (R1-Zero: none;
+        R1's first RL stage: 1)."""
         weight_decay: float = Field(0.0, ge=0)
         """AdamW decay in RL (undocumented)."""
         clip_norm: float = Field(1.0, gt=0)
@@ -127,6 +130,7 @@ class _Run:
             config=self.model.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         self.engine = Engine(self.model, self.tokenizer, self.workers)
+        self.reward = rollout.Reward(settings.format_reward, settings.language_reward)
         self.reference: Transformer | None = None
 
     def _train_settings(self) -> TrainSettings:
@@ -203,7 +207,7 @@ class _Run:
         first = number * settings.prompts_per_rollout
         chosen = rollout.problems_of(self.tasks, "train", first, settings.prompts_per_rollout, self.ctx.seed)
         groups = rollout.sample(
-            self.engine, chosen, self.encode, rollout.Reward(settings.format_reward), samples=settings.samples,
+            self.engine, chosen, self.encode, self.reward, samples=settings.samples,
             seed=tasks.stable_hash(self.ctx.seed, self.ctx.name, number), temperature=settings.temperature,
             max_new_tokens=settings.max_new_tokens,
             batch_rows=modelling.batch_rows(len(chosen) * settings.samples),
@@ -272,7 +276,7 @@ class _Run:
         """The same few held-out problems again and again: how the answers change is the story of the run."""
         chosen = rollout.problems_of(self.tasks, "test", 0, PROBES, self.ctx.seed)
         groups = rollout.sample(
-            self.engine, chosen, self.encode, rollout.Reward(self.settings.format_reward), samples=2,
+            self.engine, chosen, self.encode, self.reward, samples=2,
             seed=self.ctx.seed, temperature=self.settings.temperature, max_new_tokens=self.settings.max_new_tokens,
         )  # fmt: skip
         step = self.trainer.step
