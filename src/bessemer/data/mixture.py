@@ -42,7 +42,7 @@ class Mixture:
                 )
         self._counts = np.array(counts)
         ordered = np.repeat(np.arange(len(counts)), counts)
-        self._pattern = ordered[permute(np.arange(SLOTS), SLOTS, _key(seed, "pattern", 0))]
+        self._pattern = ordered[permute(np.arange(SLOTS), SLOTS, permutation_key(seed, "pattern", 0))]
         self._rank = np.zeros(SLOTS, dtype=np.int64)  # how many slots of the same part lie before this one
         for part in range(len(counts)):
             mine = self._pattern == part
@@ -89,7 +89,7 @@ class Mixture:
             found = np.empty(len(places), dtype=np.int64)
             for epoch in np.unique(epochs):
                 now = epochs == epoch
-                found[now] = permute(places[now], part.n_rows, _key(self.seed, name, int(epoch)))
+                found[now] = permute(places[now], part.n_rows, permutation_key(self.seed, name, int(epoch)))
             rows[mine] = found
         return which, rows
 
@@ -122,7 +122,7 @@ def _scramble(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _key(seed: int, name: str, epoch: int) -> int:
+def permutation_key(seed: int, name: str, epoch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\n{epoch}\n{name}".encode()).digest()[:8], "big")
 
 

@@ -22,6 +22,7 @@ from bessemer.recipe import modelling
 from bessemer.recipe.settings import StageSettings
 from bessemer.recipe.stage import Stage, StageContext, register
 from bessemer.recipe.values import Points, Seconds, Tokens, show_tokens
+from bessemer.recipe.watch import StepLog
 from bessemer.train import objective, speed
 from bessemer.train.loss import cross_entropy
 from bessemer.train.settings import Settings as TrainSettings
@@ -162,39 +163,26 @@ def _train_settings(settings: Pretrain.Settings, dtype: torch.dtype, workers: Wo
     )
 
 
-class _Watch:
+class _Watch(StepLog):
     """What a person sees of the training: metrics, held-out bits per byte, samples."""
 
     def __init__(
         self, settings: Pretrain.Settings, ctx: StageContext, tokenizer: Tokenizer, heldout: dict[str, Rows],
     ) -> None:  # fmt: skip
-        self.settings, self.ctx, self.tokenizer = settings, ctx, tokenizer
+        super().__init__(ctx)
+        self.settings, self.tokenizer = settings, tokenizer
         self.heldout = {name: rows for name, rows in heldout.items() if rows.n_rows}
-        self.tokens = self.before = 0
-        """Consumed tokens after and before the last step."""
 
     def begin(self, trainer: Trainer) -> None:
+        super().begin(trainer)
         self.model = trainer.model
-        self.tokens = self.before = trainer.tokens
-
-    def log(self, step: int, tokens: int, values: dict[str, Any]) -> None:
-        self.ctx.metrics.write(step, tokens, values)
-        loss = values.get("train/loss", math.nan)
-        rate = values.get("train/tokens_per_second", 0.0)
-        self.ctx.progress.advance(tokens - self.tokens, f"loss {loss:.3f}, {rate:,.0f} tokens/s")
-        self.before, self.tokens = self.tokens, tokens
 
     def __call__(self, trainer: Trainer) -> None:
-        before = self.before
-        if self._passed(before, trainer.tokens, self.settings.validate_every):
+        if self.passed(self.settings.validate_every):
             self.validate(trainer)
-        first = before < self.settings.first_sample <= trainer.tokens
-        if first or self._passed(before, trainer.tokens, self.settings.sample_every):
+        first = self.before < self.settings.first_sample <= self.tokens
+        if first or self.passed(self.settings.sample_every):
             self.samples(trainer)
-
-    @staticmethod
-    def _passed(before: float, now: int, every: int) -> bool:
-        return every > 0 and now // every > max(0, int(before)) // every
 
     def validate(self, trainer: Trainer) -> dict[str, float]:
         """Held-out bits per byte of every part (at most 64 rows each)."""

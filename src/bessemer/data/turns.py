@@ -1,0 +1,118 @@
+"""Conversations to packed rows for SFT: samples share rows and never see each other (V3 5.1, reference G.6).
+
+A directory holds `rows.bin`, rows of uint32, each twice a token's id plus 1 where the assistant wrote it, and
+`meta.json` with the facts, written last. A sample begins with BOS, which stands nowhere else, so segments need no file.
+
+Invariants
+- Only answers and the EOS after them are trained on, never a prompt, a system message or padding.
+- A sample is whole or left out: one that does not fit a row is counted in `too_long`, not cut, for a cut answer
+  teaches not to end.
+- Row n of the endless list is found by arithmetic: epoch n // rows, then a permutation that belongs to seed and epoch.
+
+Legend: B rows, T tokens per row.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bessemer.data import chat
+from bessemer.data.batch import Batch
+from bessemer.data.document import Document
+from bessemer.data.mixture import permutation_key, permute
+from bessemer.data.packing import Packer
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+
+DTYPE = np.dtype("<u4")
+
+
+class Turns:
+    """Packed samples, opened."""
+
+    def __init__(self, packed_RT: np.ndarray, facts: dict, seed: int):
+        self.packed_RT, self.facts, self.seed = packed_RT, facts, seed
+
+    @property
+    def n_rows(self) -> int:
+        return self.packed_RT.shape[0]
+
+    def batch(self, first_row: int, n_rows: int) -> Batch:
+        """Rows `first_row` to `first_row + n_rows` of the endless list, not included."""
+        wanted = np.arange(first_row, first_row + n_rows)
+        rows = np.empty_like(wanted)
+        for epoch in np.unique(wanted // self.n_rows):
+            mine = wanted // self.n_rows == epoch
+            rows[mine] = permute(
+                wanted[mine] % self.n_rows, self.n_rows, permutation_key(self.seed, "turns", int(epoch))
+            )
+        return self._batch(self.packed_RT[rows])
+
+    def _batch(self, packed_BT: np.ndarray) -> Batch:
+        packed = torch.from_numpy(packed_BT.astype(np.int64))
+        tokens, loss = packed >> 1, (packed & 1).float()
+        return Batch(tokens, loss, segments_BT=(tokens == self.facts["bos_id"]).cumsum(1))
+
+
+def build(
+    conversations: Iterable[Document], tokenizer: Tokenizer, row_length: int, out_dir: Path, style: str | None = None
+) -> dict:
+    """Render, mask and pack; returns the facts. `style` as in `chat.render`; None is the tokenizer's own."""
+    packer = Packer(row_length)
+    facts = dict.fromkeys(("samples", "too_long", "tokens", "answer_tokens"), 0)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with open(out_dir / "rows.bin", "wb") as file:
+
+        def write(pieces: list[np.ndarray]) -> None:
+            row = np.full(row_length, 2 * tokenizer.pad_id, dtype=DTYPE)
+            filled = np.concatenate(pieces)
+            row[: len(filled)] = filled
+            file.write(row.tobytes())
+
+        for document in conversations:
+            sample = _sample(document, tokenizer, style)
+            if len(sample) > row_length:
+                facts["too_long"] += 1
+                continue
+            facts["samples"] += 1
+            facts["tokens"] += len(sample)
+            facts["answer_tokens"] += int((sample & 1).sum())
+            for pieces in packer.add(sample):
+                write(pieces)
+        for pieces in packer.flush():
+            write(pieces)
+    if not facts["samples"]:
+        raise UserError(
+            f"all {facts['too_long']} conversations are longer than a row of {row_length} tokens; raise row_length"
+            if facts["too_long"]
+            else "there is not a single conversation to train on"
+        )
+    facts |= {"rows": packer.rows, "row_length": row_length, "waste": packer.waste, "bos_id": tokenizer.bos_id}
+    (out_dir / "meta.json").write_text(json.dumps(facts, indent=1))
+    return facts
+
+
+def load(directory: Path, seed: int) -> Turns:
+    """Opens what `build` wrote."""
+    try:
+        facts = json.loads((directory / "meta.json").read_text("utf-8"))
+        shape = (facts["rows"], facts["row_length"])
+        return Turns(np.memmap(directory / "rows.bin", DTYPE, "r", shape=shape), facts, seed)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory} holds no packed conversations ({error}); delete it and run again") from error
+
+
+def _sample(document: Document, tokenizer: Tokenizer, style: str | None) -> np.ndarray:
+    messages = document.messages
+    if messages is None:
+        raise UserError(
+            f"a record of {document.domain} is plain text; SFT needs messages: "
+            '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
+        )
+    if messages[-1]["role"] != "assistant":
+        raise UserError(f"a conversation of {document.domain} ends without an answer of the assistant")
+    ids, answers = chat.render_answers(tokenizer, messages, style)
+    return np.array(ids, dtype=DTYPE) * 2 + np.array(answers, dtype=DTYPE)

@@ -1,0 +1,158 @@
+"""Stage "sft": supervised fine-tuning on conversations (R1 2.3.1 and 2.3.3, V3 5.1).
+
+Starts from the model of an earlier stage. Only what the assistant wrote is trained on; samples share rows and do not
+see each other. The learning rate falls along a cosine from `lr` to `lr_final`, as in R1.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from bessemer.data import sources, turns
+from bessemer.data.chat import render_ids
+from bessemer.data.document import Document
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+from bessemer.infer.engine import Engine
+from bessemer.recipe import modelling
+from bessemer.recipe.settings import StageRef, StageSettings
+from bessemer.recipe.stage import Stage, StageContext, register
+from bessemer.recipe.values import Seconds
+from bessemer.recipe.watch import StepLog
+from bessemer.train import objective, speed
+from bessemer.train.settings import Settings as TrainSettings
+from bessemer.train.trainer import Trainer
+
+SAMPLES = "samples.jsonl"
+"""What a stage that makes conversations leaves in its folder."""
+
+
+@register
+class SFT(Stage):
+    kind = "sft"
+
+    class Settings(StageSettings):
+        free = frozenset({"micro_rows", "save_seconds"})
+
+        data: list[str] = Field(default_factory=list)
+        """Conversations: .jsonl or .parquet files with `messages`, directories of them, or hf://owner/name."""
+        samples: list[StageRef] = Field(default_factory=list)
+        """Earlier stages whose conversations (samples.jsonl) are used too."""
+        epochs: int = Field(2, ge=1)
+        """How often every row is read (R1: 2 to 3)."""
+        row_length: int = Field(512, ge=2)
+        """Tokens per row; longer conversations are left out and counted (R1: 32,768)."""
+        lr: float = Field(gt=0)
+        """Learning rate at the start (R1: 5e-5)."""
+        lr_final: float = Field(ge=0)
+        """Learning rate at the end of the cosine (R1: 5e-6)."""
+        batch_rows: int = Field(8, ge=1)
+        """Rows per optimizer step (R1: 128)."""
+        micro_rows: int = Field(4, ge=1)
+        """Rows per forward; changes memory and speed only."""
+        style: Literal["zero", "r1"] | None = None
+        """Chat template to train in, and to leave with the model; the model's own unless named."""
+        mtp_lambda: float = Field(0.1, ge=0)
+        """Weight of the MTP loss, so that the module stays of use for speculation (undocumented; V3 ends with 0.1)."""
+        balance_alpha: float = Field(1e-4, ge=0)
+        """Weight of the sequence-wise balance loss (V3: 1e-4)."""
+        weight_decay: float = Field(0.1, ge=0)
+        """Decay of matrices (undocumented)."""
+        clip: float = Field(1.0, gt=0)
+        """Largest gradient norm."""
+        prompts: list[str] = Field(default_factory=list)
+        """Questions to answer after every epoch, for people to read."""
+        precision: modelling.Precision = "auto"
+        """Compute dtype; auto measures which is faster here. Masters are float32 always."""
+        save_seconds: Seconds = 60.0
+        """Checkpoint this often."""
+
+    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+        if not settings.data and not settings.samples:
+            raise UserError(f'stage "{settings.name}": nothing to train on; give data = [...] or samples = [...]')
+        return {}
+
+    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+        if ctx.source is None or not (ctx.source / "model").is_dir():
+            raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
+        speed.keep_memory()
+        model, tokenizer = modelling.load_model(ctx.source / "model")
+        if settings.style is not None:
+            tokenizer.chat_style = settings.style
+        facts = turns.build(_conversations(settings, ctx), tokenizer, settings.row_length, ctx.state / "rows")
+        rows = turns.load(ctx.state / "rows", ctx.seed)
+        ctx.say(_about(facts))
+        watch = _Watch(settings, ctx, tokenizer, rows.n_rows * settings.row_length)
+        trainer = Trainer(
+            model, objective.next_token, rows.batch, _train_settings(settings, rows.n_rows, model), ctx.state,
+            log=watch.log, stop=lambda: ctx.stop, on_step=[watch], config=model.cfg.model_dump(), warn=ctx.say,
+        )  # fmt: skip
+        resumed = trainer.start()
+        ctx.rewind(trainer.step if resumed else -1)
+        ctx.progress.total(trainer.settings.tokens, "tokens", done=trainer.tokens)
+        watch.begin(trainer)
+        if not trainer.run():
+            ctx.interrupt()
+        tokenizer.save(ctx.state / "tokenizer")
+        model.save(ctx.dir / "model", tokenizer_dir=ctx.state / "tokenizer")
+        return {"steps": trainer.step, **{key: facts[key] for key in ("samples", "too_long", "answer_tokens")}}
+
+
+def _conversations(settings: SFT.Settings, ctx: StageContext) -> Iterator[Document]:
+    specs = [*settings.data, *(str(ctx.inputs[name] / SAMPLES) for name in settings.samples)]
+    return itertools.chain.from_iterable(sources.documents(spec, ctx.cache, domain=spec) for spec in specs)
+
+
+def _about(facts: dict[str, Any]) -> str:
+    left_out = f", {facts['too_long']} longer than a row left out" if facts["too_long"] else ""
+    return (
+        f"{facts['samples']} conversations in {facts['rows']} rows ({facts['waste']:.1%} padding){left_out}; "
+        f"{facts['answer_tokens']} of {facts['tokens']} tokens are answers"
+    )
+
+
+def _train_settings(settings: SFT.Settings, n_rows: int, model: torch.nn.Module) -> TrainSettings:
+    total = settings.epochs * n_rows * settings.row_length
+
+    def cosine(tokens: int, step: int) -> float:
+        share = (1 + math.cos(math.pi * min(1.0, tokens / total))) / 2
+        return settings.lr_final + (settings.lr - settings.lr_final) * share
+
+    def rows_of_step(tokens: int, step: int) -> int:
+        return min(settings.batch_rows, (total - tokens) // settings.row_length)
+
+    def constant(value: float):
+        return lambda tokens, step: value
+
+    return TrainSettings(
+        tokens=total, lr=cosine, gamma=constant(0.0), batch_rows=rows_of_step, micro_rows=settings.micro_rows,
+        terms={
+            "mtp_lambda": constant(settings.mtp_lambda if model.cfg.n_mtp else 0.0),
+            "balance_alpha": constant(settings.balance_alpha),
+        },
+        workers=modelling.workers(), clip=settings.clip, weight_decay=settings.weight_decay,
+        compute_dtype=modelling.choose_precision(settings.precision).dtype, save_seconds=settings.save_seconds,
+    )  # fmt: skip
+
+
+class _Watch(StepLog):
+    """Metrics, and the prompts answered after every epoch."""
+
+    def __init__(self, settings: SFT.Settings, ctx: StageContext, tokenizer: Tokenizer, epoch: int) -> None:
+        super().__init__(ctx)
+        self.settings, self.tokenizer, self.epoch = settings, tokenizer, epoch
+
+    def __call__(self, trainer: Trainer) -> None:
+        prompts = self.settings.prompts if self.passed(self.epoch) else []
+        if not prompts:
+            return
+        encoded = [render_ids(self.tokenizer, [{"role": "user", "content": text}]) for text in prompts]
+        answers = Engine(trainer.model, self.tokenizer).generate(
+            encoded, max_new_tokens=200, temperature=0.6, seed=self.ctx.seed
+        )
+        for text, (answer,) in zip(prompts, answers, strict=True):
+            self.ctx.sample(trainer.step, trainer.tokens, f"{text}\n\n{answer.text}")

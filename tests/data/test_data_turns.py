@@ -1,0 +1,134 @@
+"""Conversations in rows: only answers count, samples do not see each other, nothing is cut, every row once an epoch."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from bessemer.data import chat, turns
+from bessemer.data.document import Document
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+from bessemer.model.presets import preset
+from bessemer.model.transformer import Transformer
+from bessemer.train.objective import next_token
+
+ROW = 160
+
+
+def conversation(number, rounds=1):
+    messages = [{"role": "system", "content": "be brief"}] if number % 3 == 0 else []
+    for turn in range(rounds):
+        messages += [
+            {"role": "user", "content": f"what is {number}+{turn}?"},
+            {"role": "assistant", "content": f"<think>{number}+{turn}={number + turn}</think>it is {number + turn}"},
+        ]
+    return Document("", "mine", tuple(messages))
+
+
+CONVERSATIONS = [conversation(n, rounds=1 + (n % 5 == 0)) for n in range(40)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [message["content"] for document in CONVERSATIONS for message in document.messages]
+    return Tokenizer.train(texts * 3, 300)
+
+
+@pytest.fixture(scope="module", params=["zero", "r1"])
+def packed(request, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    facts = turns.build(CONVERSATIONS, tokenizer, ROW, folder, request.param)
+    return request.param, facts, turns.load(folder, seed=3)
+
+
+def samples_of(batch):
+    """(ids, trained) of every sample of a batch, padding dropped."""
+    for row in range(batch.n_rows):
+        for segment in batch.segments_BT[row].unique():
+            mine = batch.segments_BT[row] == segment
+            yield batch.tokens_BT[row, mine].tolist(), batch.loss_BT[row, mine].bool().tolist()
+
+
+def test_every_sample_once_whole_and_with_its_answers_marked(packed, tokenizer):
+    style, facts, rows = packed
+    expected = [chat.render_answers(tokenizer, document.messages, style) for document in CONVERSATIONS]
+    found = []
+    for ids, trained in samples_of(rows.batch(0, rows.n_rows)):
+        end = max(i for i, token in enumerate(ids) if token == tokenizer.eos_id) + 1
+        assert not any(trained[end:]) and set(ids[end:]) <= {tokenizer.pad_id}
+        found.append((ids[:end], trained[:end]))
+    assert sorted(found) == sorted(expected)
+    assert facts["samples"] == 40 and facts["too_long"] == 0
+    assert facts["answer_tokens"] == sum(sum(answers) for _, answers in expected)
+    assert facts["waste"] == pytest.approx(1 - facts["tokens"] / (facts["rows"] * ROW))
+
+
+def test_marked_tokens_are_what_the_assistant_said(packed, tokenizer):
+    _, _, rows = packed
+    ids, trained = next(iter(samples_of(rows.batch(0, 1))))
+    said = tokenizer.decode([token for token, mine in zip(ids, trained, strict=True) if mine], skip_special=True)
+    assert "it is" in said and "what is" not in said and "be brief" not in said
+
+
+def test_a_sample_does_not_feel_its_neighbours(packed):
+    """The loss of a row is the sum of the losses of its samples alone."""
+    _, _, rows = packed
+    cfg = preset("tiny", vocab_size=300, dim=32, n_layers=2, n_heads=2, inter_dim=64, moe_inter_dim=16)
+    model = Transformer(cfg).initialise(0)
+    batch = next(b for n in range(rows.n_rows) if (b := rows.batch(n, 1)).segments_BT.max() > 1)
+    whole = next_token(model, batch, mtp_lambda=0.3, balance_alpha=0.0).total
+    alone = torch.zeros(())
+    for segment in batch.segments_BT.unique():
+        only = batch.segments_BT[0] == segment
+        part = replace(
+            batch, tokens_BT=batch.tokens_BT[:, only], loss_BT=batch.loss_BT[:, only],
+            segments_BT=batch.segments_BT[:, only],
+        )  # fmt: skip
+        alone = alone + next_token(model, part, mtp_lambda=0.3, balance_alpha=0.0).total
+    assert whole.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_every_epoch_reads_every_row_once_in_an_order_of_its_own(packed):
+    _, _, rows = packed
+    n = rows.n_rows
+    orders = []
+    for epoch in range(3):
+        read = [rows.batch(epoch * n + i, 1).tokens_BT[0].tolist() for i in range(n)]
+        assert sorted(read) == sorted(rows._batch(np.asarray(rows.packed_RT)).tokens_BT.tolist())
+        orders.append(read)
+    assert orders[0] != orders[1] != orders[2]
+    across = rows.batch(n - 1, 2).tokens_BT.tolist()
+    assert across == [orders[0][-1], orders[1][0]]
+
+
+def test_what_does_not_fit_is_left_out_and_counted(tokenizer, tmp_path):
+    long = conversation(1, rounds=9)
+    facts = turns.build([*CONVERSATIONS, long], tokenizer, ROW, tmp_path / "a", "zero")
+    assert (facts["samples"], facts["too_long"]) == (40, 1)
+    with pytest.raises(UserError, match="all 1 conversations are longer than a row of 160 tokens; raise row_length"):
+        turns.build([long], tokenizer, ROW, tmp_path / "b", "zero")
+    with pytest.raises(UserError, match="not a single conversation"):
+        turns.build([], tokenizer, ROW, tmp_path / "c", "zero")
+
+
+@pytest.mark.parametrize(
+    ("document", "complaint"),
+    [
+        (Document("just text", "mine"), "is plain text; SFT needs messages"),
+        (Document("", "mine", ({"role": "user", "content": "hm?"},)), "ends without an answer"),
+    ],
+)
+def test_records_that_teach_nothing_are_refused(tokenizer, tmp_path, document, complaint):
+    with pytest.raises(UserError, match=complaint):
+        turns.build([document], tokenizer, ROW, tmp_path / "a", "zero")
+
+
+def test_a_damaged_directory_is_named(tokenizer, tmp_path):
+    turns.build(CONVERSATIONS, tokenizer, ROW, tmp_path, "zero")
+    facts = json.loads((tmp_path / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps(facts | {"rows": facts["rows"] + 1}))
+    with pytest.raises(UserError, match=r"holds no packed conversations .*delete it"):
+        turns.load(tmp_path, 0)

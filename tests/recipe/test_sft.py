@@ -1,0 +1,131 @@
+"""The SFT stage end to end: a barely trained base learns to answer, whole, killed and refused."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import stages_run
+
+import bessemer
+from bessemer import tasks
+from bessemer.data.chat import render_ids
+from bessemer.errors import UserError
+
+SFT = """
+[[stage]]
+kind = "sft"
+data = ["{data}"]
+epochs = 10
+row_length = 96
+lr = 1e-2
+lr_final = 1e-3
+batch_rows = 5
+micro_rows = 3
+style = "r1"
+prompts = ["Compute 1+2+3."]
+precision = "float32"
+save_seconds = 0
+"""
+QUESTIONS = 60
+ANSWER = "<think>\nlet me see\n</think>\nseven"
+"""The r1 template's prompt already ends in `<think>` and a line break."""
+
+
+def recipe(folder, sft=SFT):
+    """Corpus and a pre-training of seconds, then SFT on questions with their answers."""
+    path = stages_run.write_recipe(folder)
+    head = path.read_text().split('[[stage]]\nkind = "rl"')[0]
+    head = head.replace('tokens = "80K"', 'tokens = "5K"').replace('arithmetic = "50K"', 'arithmetic = "10K"')
+    task = tasks.get("arithmetic")
+    with open(folder / "answers.jsonl", "w") as file:
+        for i in range(QUESTIONS):
+            problem = task.problem("train", i, language="en")
+            turns = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": ANSWER}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    path.write_text(head + sft.format(data=folder / "answers.jsonl"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft")
+    path = recipe(folder)
+    return folder, stages_run.run(path, folder / "run")
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["values"]["train/loss"] for line in lines if line["stage"] == "sft"]
+
+
+def leaves(out):
+    names = ("03-sft/model/model.safetensors", "03-sft/model/chat_template.jinja", "03-sft/samples.md")
+    return [(out / name).read_bytes() for name in names] + [losses(out)]
+
+
+def test_it_learns_what_the_assistant_says(done):
+    folder, results = done
+    assert results["sft"].summary["samples"] == QUESTIONS and results["sft"].summary["too_long"] == 0
+    found = losses(folder / "run")
+    assert len(found) == results["sft"].summary["steps"] and found[-1] < 0.3 * found[0]
+    directory = folder / "run" / "03-sft" / "model"
+    model, tokenizer = bessemer.load(directory), bessemer.Tokenizer.load(directory)
+    assert tokenizer.chat_style == "r1"
+    prompt = render_ids(tokenizer, [{"role": "user", "content": "Compute 4+5."}])
+    ((answer,),) = bessemer.Engine(model, tokenizer).generate([prompt], max_new_tokens=40, temperature=0.0)
+    assert answer.text == ANSWER.removeprefix("<think>\n") and answer.finish_reason == "stop"
+
+
+def test_prompts_are_answered_after_every_epoch(done):
+    folder, results = done
+    samples = (folder / "run" / "03-sft" / "samples.md").read_text()
+    assert samples.count("## step ") == 10 and samples.count("    Compute 1+2+3.") == 10
+    assert f"## step {results['sft'].summary['steps']} " in samples
+
+
+def test_the_learning_rate_is_a_cosine(done):
+    folder, _ = done
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["values"]["train/lr"] for line in lines if line["stage"] == "sft"]
+    assert rates[0] == pytest.approx(1e-2) and 1e-3 < rates[-1] < 1.1e-3
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_killed_it_ends_with_the_same_bits(done, tmp_path):
+    folder, _ = done
+    out, program = tmp_path / "run", str(Path(stages_run.__file__))
+    command = [sys.executable, program, str(folder / "small.toml"), str(out), "sft", "25"]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    stages_run.run(folder / "small.toml", out)
+    assert leaves(out) == leaves(folder / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({'data = ["{data}"]': ""}, "nothing to train on; give data"),
+        ({"row_length = 96": "row_length = 8"}, "are longer than a row of 8 tokens; raise row_length"),
+        ({"{data}": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({'kind = "sft"': 'kind = "sft"\nsamples = ["pretrain"]'}, "samples.jsonl"),
+        ({'kind = "sft"': 'kind = "sft"\nfrom = "corpus"'}, "needs a model to start from"),
+        ({"lr = 1e-2\n": ""}, '"lr"'),
+    ],
+)
+def test_mistakes_are_named(done, tmp_path, change, complaint):
+    folder, _ = done
+    text = SFT
+    for old, new in change.items():
+        assert old in text
+        text = text.replace(old, new)
+    path = folder / "small.toml"
+    before = path.read_text()
+    try:
+        recipe(folder, text)
+        with pytest.raises(UserError, match=complaint):
+            stages_run.run(path, folder / "run")
+    finally:
+        path.write_text(before)
