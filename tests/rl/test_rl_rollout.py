@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bessemer import tasks
-from bessemer.data.chat import render_ids
+from bessemer.data.chat import jinja, render_ids
 from bessemer.infer.engine import Completion
 from bessemer.rl import rollout
 from bessemer.rl.rollout import Reward, Sampled
@@ -144,6 +144,17 @@ def test_a_problem_that_comes_twice_is_sampled_twice(engine, draw):
     chosen = [(TASKS[1], once)] * 2
     one, two = rollout.sample(engine, chosen, lambda p: [0, 5, 6], Reward(), samples=2, seed=1, max_new_tokens=12)
     assert written([one]) != written([two])
+
+
+def test_what_the_template_wrote_of_the_answer_is_judged_with_it(engine, tokenizer, monkeypatch):
+    """R1's prompt ends in `<think>`: without it no answer would have the form."""
+    heard = []
+    verify = lambda self, problem, text: heard.append(text) or Verdict(False, False, "", None)  # noqa: E731
+    monkeypatch.setattr(tasks.Task, "verify", verify)
+    monkeypatch.setattr(tokenizer, "chat_template", jinja("r1"))
+    chosen = [(TASKS[1], TASKS[1].problem("train", 0))]
+    ((sampled,),) = rollout.sample(engine, chosen, lambda p: [0, 5], Reward(), samples=1, seed=1, max_new_tokens=2)
+    assert heard == [sampled.answer] == ["<think>\n" + sampled.completion.text]
 
 
 def test_mixed_thoughts_cost_what_the_language_reward_says(engine, draw, monkeypatch):

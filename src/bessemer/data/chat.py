@@ -78,6 +78,11 @@ def render_answers(
     return ids, answers
 
 
+def opening(style: str | None) -> str:
+    """What a generation prompt has already written of the answer: a completion alone is not the whole answer."""
+    return f"{THINK}\n" if style == "r1" else ""
+
+
 def transcript(messages: Sequence[Message]) -> str:
     """The conversation as a plain document: `zero` without control tokens, turns on lines of their own."""
     pieces = _pieces(messages, "zero", add_generation_prompt=False)
@@ -103,7 +108,7 @@ def _pieces(messages: Sequence[Message], style: str, add_generation_prompt: bool
         if message["role"] != "system":
             pieces += turn(message["role"], message["content"], last=number == len(messages) - 1)
     if add_generation_prompt and messages[-1]["role"] != "assistant":
-        pieces += [Piece("Assistant:")] if style == "zero" else [Piece(ASSISTANT, control=True), Piece(f"{THINK}\n")]
+        pieces += [Piece("Assistant:")] if style == "zero" else [Piece(ASSISTANT, control=True), Piece(opening(style))]
     return pieces
 
 

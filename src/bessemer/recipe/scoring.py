@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bessemer.data.chat import opening
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
 from bessemer.recipe.modelling import batch_rows
@@ -43,14 +44,15 @@ def evaluate(
         [encode(problem) for problem in chosen], samples=samples, seeds=seeds, temperature=temperature, top_p=top_p,
         max_new_tokens=max_new_tokens, batch_rows=batch_rows(problems * samples),
     )  # fmt: skip
+    begun = opening(engine.tokenizer.chat_style)
     verdicts = [
-        [task.verify(problem, completion.text) for completion in group]
+        [task.verify(problem, begun + completion.text) for completion in group]
         for problem, group in zip(chosen, groups, strict=True)
     ]
     score = metrics.score(verdicts, k, seed)
     completions = [completion for group in groups for completion in group]
     consistent = [
-        consistency(completion.text, problem.language)
+        consistency(begun + completion.text, problem.language)
         for problem, group in zip(chosen, groups, strict=True)
         for completion in group
     ]

@@ -24,7 +24,7 @@ def of_rollout(groups: Sequence[Sequence[Sampled]]) -> dict[str, float]:
     def mean(values) -> float:
         return sum(values) / count
 
-    thoughts = [thought(row.completion.text).strip() for row in rows]
+    thoughts = [thought(row.answer).strip() for row in rows]
     return {
         "rl/reward": mean(row.reward for row in rows),
         "rl/accuracy": mean(row.verdict.correct for row in rows),
@@ -34,5 +34,5 @@ def of_rollout(groups: Sequence[Sequence[Sampled]]) -> dict[str, float]:
         "rl/language": mean(row.language for row in rows),
         "rl/truncated": mean(row.completion.finish_reason == "length" for row in rows),
         "rl/tries": mean(text.count("\n") + 1 if text else 0 for text in thoughts),
-        "rl/reflective_words": mean(len(_REFLECTIVE.findall(row.completion.text)) for row in rows),
+        "rl/reflective_words": mean(len(_REFLECTIVE.findall(row.answer)) for row in rows),
     }

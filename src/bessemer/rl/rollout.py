@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bessemer.data.batch import Batch
+from bessemer.data.chat import opening
 from bessemer.infer.engine import Completion, Engine
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
 from bessemer.tasks.language import consistency
@@ -30,6 +31,13 @@ class Sampled:
     advantage: float = 0.0
     language: float = 1.0
     """Share of the thoughts' words that are in the language of the problem; 0 without thoughts."""
+    begun: str = ""
+    """What the prompt's template has already written of the answer."""
+
+    @property
+    def answer(self) -> str:
+        """All of it, as a verifier reads it."""
+        return self.begun + self.completion.text
 
 
 @dataclass(frozen=True)
@@ -68,13 +76,15 @@ def sample(
     prompts = [encode(problem) for _, problem in chosen]
     seeds = [stable_hash("rollout", seed, p) & (2**62 - 1) for p in range(len(prompts))]
     groups = engine.generate(prompts, samples=samples, seeds=seeds, **sampling)
+    begun = opening(engine.tokenizer.chat_style)
     judged = []
     for (task, problem), prompt, group in zip(chosen, prompts, groups, strict=True):
         rows = []
         for completion in group:
-            verdict = task.verify(problem, completion.text)
-            language = consistency(completion.text, problem.language)
-            rows.append(Sampled(problem, prompt, completion, verdict, reward(verdict, language), language=language))
+            answer = begun + completion.text
+            verdict, language = task.verify(problem, answer), consistency(answer, problem.language)
+            paid = reward(verdict, language)
+            rows.append(Sampled(problem, prompt, completion, verdict, paid, language=language, begun=begun))
         judged.append(rows)
     return judged
 

@@ -283,7 +283,7 @@ class _Run:
         self.ctx.rollouts(
             [
                 {
-                    "step": step, "id": row.problem.id, "prompt": row.problem.prompt, "completion": row.completion.text,
+                    "step": step, "id": row.problem.id, "prompt": row.problem.prompt, "completion": row.answer,
                     "reward": row.reward, "correct": row.verdict.correct, "formatted": row.verdict.formatted,
                     "reason": row.verdict.reason, "length": len(row.completion.tokens),
                 }
@@ -292,5 +292,5 @@ class _Run:
             ]
         )  # fmt: skip
         for group in groups[:2]:
-            text = f"User: {group[0].problem.prompt}\nAssistant:{group[0].completion.text}"
+            text = f"User: {group[0].problem.prompt}\nAssistant:{group[0].answer}"
             self.ctx.sample(step, self.trainer.tokens, text, title=group[0].verdict.reason)
