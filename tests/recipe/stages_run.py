@@ -7,6 +7,7 @@ As a program it runs a recipe and is killed by SIGKILL, a kill nothing can softe
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -114,6 +115,15 @@ def write_recipe(folder: Path) -> Path:
 def run(recipe: Path, out: Path, *overrides: str) -> dict[str, runner.StageResult]:
     results = runner.run(Recipe.load(recipe, overrides), out, conformance=conformance.rows)
     return {result.name: result for result in results}
+
+
+def copy_without(run: Path, out: Path, *stages: str) -> Path:
+    """A copy of a finished run in which these stages have never begun."""
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns(*stages))
+    names = {stage.partition("-")[2] for stage in stages}
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["stage"] not in names))
+    return out
 
 
 def send_at(number: int, stage: str, step: int):

@@ -96,7 +96,8 @@ def test_the_learning_rate_is_a_cosine(done):
 
 def test_killed_it_ends_with_the_same_bits(done, tmp_path):
     folder, _ = done
-    out, program = tmp_path / "run", str(Path(stages_run.__file__))
+    out = stages_run.copy_without(folder / "run", tmp_path / "run", "03-sft")
+    program = str(Path(stages_run.__file__))
     command = [sys.executable, program, str(folder / "small.toml"), str(out), "sft", "25"]
     killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

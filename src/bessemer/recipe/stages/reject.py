@@ -1,0 +1,160 @@
+"""Stage "reject": rejection sampling, conversations for SFT from a model's own correct answers (R1 2.3.1 and 2.3.3).
+
+Several answers per training problem; kept are correct ones that a person can read: in the problem's language, not
+repeating themselves, ended before the cap, each only once. Output: samples.jsonl, one conversation a line.
+"""
+
+import json
+from collections import Counter
+from typing import Any, Literal
+
+from pydantic import Field
+
+from bessemer import tasks
+from bessemer.data.chat import render_ids
+from bessemer.errors import UserError
+from bessemer.infer.engine import Engine
+from bessemer.recipe import modelling
+from bessemer.recipe.disk import write_atomic
+from bessemer.recipe.settings import StageSettings
+from bessemer.recipe.stage import Stage, StageContext, register
+from bessemer.recipe.stages.sft import SAMPLES
+from bessemer.recipe.values import Tokens
+from bessemer.rl import rollout
+from bessemer.tasks.answer import parse_reply
+from bessemer.train import speed
+
+SUMMARY = {"en": "The answer is <answer>{answer}</answer>.", "zh": "答案是<answer>{answer}</answer>。"}
+"""What follows the thoughts in R1's form: a sentence in the language of the question."""
+LOT = 64
+"""Problems sampled together; a kill costs at most one lot."""
+
+
+@register
+class Reject(Stage):
+    kind = "reject"
+
+    class Settings(StageSettings):
+        tasks: list[str]
+        """Task families; problems are taken from them in turn, from their train split."""
+        problems: int = Field(1000, ge=1)
+        """Training problems to answer."""
+        first_problem: int = Field(0, ge=0)
+        """Number of the first of them, to keep away from those that RL has seen."""
+        samples: int = Field(4, ge=1)
+        """Answers per problem."""
+        keep: int = Field(1, ge=1)
+        """Answers kept per problem, at most."""
+        temperature: float = Field(1.0, gt=0)
+        """Sampling temperature (cold start: 1)."""
+        max_new_tokens: Tokens = 200
+        """Length cap of an answer; what runs into it is dropped."""
+        consistency: float = Field(1.0, ge=0, le=1)
+        """Smallest share of the thoughts' words in the problem's language."""
+        repeated: float = Field(0.25, ge=0, le=1)
+        """Largest share of thought lines that stood there before."""
+        form: Literal["as-is", "r1"] = "as-is"
+        """as-is: the answer as it was written; r1: thoughts on lines of their own, then a sentence with the answer."""
+
+    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+        if not settings.tasks:
+            raise UserError(f'stage "{settings.name}": tasks is empty; known: {", ".join(tasks.names())}')
+        for name in settings.tasks:
+            tasks.get(name)
+        return {}
+
+    def estimate(self, settings: Settings, recipe: Any) -> float:
+        tokens = settings.problems * settings.samples * settings.max_new_tokens
+        return modelling.estimate_seconds(recipe, tokens / 4)  # decoding costs about a quarter of training
+
+    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+        if ctx.source is None or not (ctx.source / "model").is_dir():
+            raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
+        speed.keep_memory()
+        engine = Engine(*modelling.load_model(ctx.source / "model"), modelling.workers())
+        families = [tasks.get(name) for name in settings.tasks]
+        lots = range(0, settings.problems, LOT)
+        found = [path for first in lots if (path := ctx.state / f"lot-{first:08d}.json").exists()]
+        ctx.rewind(-1)
+        ctx.progress.total(settings.problems, "problems", done=min(settings.problems, len(found) * LOT))
+        for first in lots[len(found) :]:
+            count = min(LOT, settings.problems - first)
+            chosen = rollout.problems_of(families, "train", settings.first_problem + first, count, ctx.seed)
+            groups = rollout.sample(
+                engine, chosen, lambda problem: _prompt(engine, problem), rollout.Reward(), samples=settings.samples,
+                seed=tasks.stable_hash(ctx.seed, ctx.name, first), temperature=settings.temperature,
+                max_new_tokens=settings.max_new_tokens, batch_rows=modelling.batch_rows(count * settings.samples),
+            )  # fmt: skip
+            kept, dropped = select(groups, settings)
+            write_atomic(ctx.state / f"lot-{first:08d}.json", json.dumps({"kept": kept, "dropped": dropped}))
+            ctx.progress.advance(count, f"{len(kept)} kept of {count * settings.samples}")
+            if ctx.stop:
+                ctx.interrupt()
+        return self._finish(settings, ctx, [ctx.state / f"lot-{first:08d}.json" for first in lots])
+
+    def _finish(self, settings: Settings, ctx: StageContext, lots: list) -> dict[str, Any]:
+        kept, dropped = {}, Counter()
+        for path in lots:
+            lot = json.loads(path.read_text())
+            dropped.update(lot["dropped"])
+            for messages in lot["kept"]:
+                line = json.dumps({"messages": messages}, ensure_ascii=False)
+                dropped["duplicate"] += line in kept
+                kept[line] = None
+        if not kept:
+            told = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common())
+            raise UserError(
+                f'stage "{ctx.name}": none of {settings.problems * settings.samples} answers was kept ({told}). Start '
+                "from a better model, take more samples, or loosen consistency and repeated"
+            )
+        write_atomic(ctx.dir / SAMPLES, "".join(line + "\n" for line in kept))
+        counts = {"kept": len(kept), **{name: count for name, count in dropped.most_common() if count}}
+        ctx.metrics.write(settings.problems, 0, {f"reject/{name}": count for name, count in counts.items()})
+        return counts
+
+
+def select(groups: list[list[rollout.Sampled]], settings: Reject.Settings) -> tuple[list[Any], dict[str, int]]:
+    """Conversations to keep, and how many answers were dropped for what."""
+    kept, dropped = [], Counter()
+    for group in groups:
+        taken: list[str] = []
+        for row in group:
+            content = written(row, settings.form)
+            reason = fault(row, settings) or (
+                "duplicate" if content in taken else "surplus" if len(taken) == settings.keep else None
+            )
+            if reason:
+                dropped[reason] += 1
+                continue
+            taken.append(content)
+            question = {"role": "user", "content": row.problem.prompt}
+            kept.append([question, {"role": "assistant", "content": content}])
+    return kept, dict(dropped)
+
+
+def fault(row: rollout.Sampled, settings: Reject.Settings) -> str | None:
+    """Why an answer is not to be learnt from."""
+    if row.completion.finish_reason == "length":
+        return "cut"
+    if not row.verdict.correct:
+        return "wrong"
+    if row.language < settings.consistency:
+        return "mixed-language"
+    lines = [line.strip() for line in (parse_reply(row.answer).think or "").split("\n") if line.strip()]
+    if len(lines) - len(set(lines)) > settings.repeated * len(lines):
+        return "repetitive"
+    return None
+
+
+def written(row: rollout.Sampled, form: str) -> str:
+    """The assistant's turn."""
+    reply = parse_reply(row.answer)
+    if form == "as-is" or reply.answer is None:
+        return row.answer
+    return f"<think>\n{(reply.think or '').strip()}\n</think>\n\n" + SUMMARY[row.problem.language].format(
+        answer=reply.answer.strip()
+    )
+
+
+def _prompt(engine: Engine, problem: tasks.Problem) -> list[int]:
+    return render_ids(engine.tokenizer, [{"role": "user", "content": problem.prompt}])
