@@ -39,7 +39,7 @@ def run(recipe: Path, out: Path, kill: tuple[str, int] | None, log) -> None:
     command = [sys.executable, "-m", "bessemer", "run", str(recipe), "--out", str(out)]
     with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process:
         while process.poll() is None:
-            time.sleep(0.5)
+            time.sleep(1)
             if kill is not None and logged(out, kill[0]) >= kill[1]:
                 os.kill(process.pid, signal.SIGKILL)
                 break
