@@ -17,6 +17,7 @@ from bessemer.data.rows import Rows, open_rows
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
+from bessemer.model.counts import flops_per_token
 from bessemer.model.transformer import Transformer
 from bessemer.recipe import modelling
 from bessemer.recipe.settings import StageSettings
@@ -73,7 +74,7 @@ class Pretrain(Stage):
         precision: modelling.Precision = "auto"
         """Compute dtype; auto measures which is faster here. Masters are float32 always."""
         compile: Literal["auto", "on", "off"] = "auto"
-        """torch.compile the layers; auto does where a C++ compiler or a GPU is found."""
+        """torch.compile the layers; auto does with a GPU, and with a C++ compiler where a long training pays for it."""
         save_seconds: Seconds = 60.0
         """Checkpoint this often."""
 
@@ -107,7 +108,8 @@ class Pretrain(Stage):
         ctx.say(f"compute in {choice.why}")
         speed.keep_memory()
         model = Transformer(cfg).initialise(ctx.seed).to(modelling.device())
-        if speed.want_compile(settings.compile):
+        flops = settings.tokens * flops_per_token(cfg, mixture.row_length, mtp=cfg.n_mtp > 0).training
+        if speed.want_compile(settings.compile, flops):
             ctx.say("compiling the layers (about a minute, once per machine)")
             speed.compile_layers(model)
         watch = _Watch(settings, ctx, tokenizer, heldout)
