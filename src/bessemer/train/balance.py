@@ -55,3 +55,13 @@ def update(gates: dict[str, Gate], gamma: float) -> dict[str, Tensor]:
         violation[name] = (gate.load_E.max() - mean) / mean
     clear(gates)
     return violation
+
+
+def shown(violation: dict[str, Tensor]) -> dict[str, float]:
+    """What a step logs of `update`'s answer: MaxVio per gate and the worst of them."""
+    if not violation:
+        return {}
+    values = torch.stack(list(violation.values())).tolist()
+    return {f"moe/max_vio/{name}": value for name, value in zip(violation, values, strict=True)} | {
+        "train/max_vio": max(values)
+    }

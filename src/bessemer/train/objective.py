@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from bessemer.train.loss import cross_entropy
@@ -33,6 +34,15 @@ class Loss:
 
 
 Objective = Callable[..., Loss]
+
+
+def means(losses: list[Loss], divisor: float) -> dict[str, float]:
+    """What a step logs: summed metrics over the step's divisor, as `train/NAME`."""
+    names = list(losses[0].metrics)
+    if not names:
+        return {}
+    sums = torch.stack([torch.stack([loss.metrics[name].float() for name in names]) for loss in losses]).sum(0).tolist()
+    return {f"train/{name}": value / divisor for name, value in zip(names, sums, strict=True)}
 
 
 def next_token(model: nn.Module, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:

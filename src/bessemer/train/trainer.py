@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from bessemer.errors import UserError
 from bessemer.train import balance, checkpoint, guard, rng
-from bessemer.train.objective import Loss, Objective
+from bessemer.train.objective import Loss, Objective, means
 from bessemer.train.optim import Optimizer, load_exactly
 from bessemer.train.settings import Settings
 from bessemer.workers import rank
@@ -161,8 +161,8 @@ class Trainer:
         self.guard.good()
         seconds = time.monotonic() - began
         return {
-            **_means(losses, divisor),
-            **_max_violation(violation),
+            **means(losses, divisor),
+            **balance.shown(violation),
             **{f"train/{name}": value for name, value in terms.items()},
             "train/lr": lr,
             "train/gamma": gamma,
@@ -291,22 +291,3 @@ class Trainer:
         """Persistent buffers that are not the gates'."""
         kept, gates = self.model.state_dict().keys(), {id(tensor) for tensor in self._gate_tensors().values()}
         return {name: b for name, b in self.model.named_buffers() if name in kept and id(b) not in gates}
-
-
-def _means(losses: list[Loss], divisor: float) -> dict[str, float]:
-    """Summed metrics over the step's divisor."""
-    names = list(losses[0].metrics)
-    if not names:
-        return {}
-    sums = torch.stack([torch.stack([loss.metrics[name].float() for name in names]) for loss in losses]).sum(0).tolist()
-    return {f"train/{name}": value / divisor for name, value in zip(names, sums, strict=True)}
-
-
-def _max_violation(violation: dict[str, Tensor]) -> dict[str, float]:
-    """MaxVio per gate and the worst of them."""
-    if not violation:
-        return {}
-    values = torch.stack(list(violation.values())).tolist()
-    return {f"moe/max_vio/{name}": value for name, value in zip(violation, values, strict=True)} | {
-        "train/max_vio": max(values)
-    }
