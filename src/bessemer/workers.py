@@ -7,7 +7,8 @@ nothing (1.6 to 1.9x).
 
 Helpers are forked from this process when they are first needed, so they have everything it has. After the fork they
 see only what lies in shared memory (`share`: the weights) and the items they are given. They live as long as their
-parent: its end, however sudden, closes the pipe they read from.
+parent: its end, however sudden, closes the pipe they read from. Messages are pickled: both ends of the pipe are this
+very program, and nothing from outside can write to it.
 """
 
 from __future__ import annotations

@@ -28,9 +28,18 @@ style = "r1"
 prompts = ["Compute 1+2+3."]
 precision = "float32"
 save_seconds = 0
+
+[[stage]]
+kind = "eval"
+models = ["sft"]
+tasks = ["arithmetic"]
+problems = 8
+samples = 2
+temperatures = [0.5]
+max_new_tokens = 40
 """
 QUESTIONS = 60
-ANSWER = "<think>\nlet me see\n</think>\nseven"
+ANSWER = "<think>\nlet me see\n</think>\n<answer>7</answer>"
 """The r1 template's prompt already ends in `<think>` and a line break."""
 
 
@@ -79,6 +88,15 @@ def test_it_learns_what_the_assistant_says(done):
     assert answer.text == ANSWER.removeprefix("<think>\n") and answer.finish_reason == "stop"
 
 
+def test_evaluation_counts_the_thoughts_that_the_template_opened(done):
+    """Without the `<think>` of the prompt no answer of an r1 model would have the form."""
+    folder, _ = done
+    rows = json.loads((folder / "run" / "04-eval" / "results.json").read_text())["rows"]
+    assert [row["language"] for row in rows] == ["en", "zh"]
+    assert all(row["formatted"] > 0.8 for row in rows), rows
+    assert rows[0]["language_consistency"] > 0.8 > 0.2 > rows[1]["language_consistency"], "it thinks in English only"
+
+
 def test_prompts_are_answered_after_every_epoch(done):
     folder, results = done
     samples = (folder / "run" / "03-sft" / "samples.md").read_text()
@@ -96,7 +114,7 @@ def test_the_learning_rate_is_a_cosine(done):
 
 def test_killed_it_ends_with_the_same_bits(done, tmp_path):
     folder, _ = done
-    out = stages_run.copy_without(folder / "run", tmp_path / "run", "03-sft")
+    out = stages_run.copy_without(folder / "run", tmp_path / "run", "03-sft", "04-eval")
     program = str(Path(stages_run.__file__))
     command = [sys.executable, program, str(folder / "small.toml"), str(out), "sft", "25"]
     killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -111,7 +129,10 @@ def test_killed_it_ends_with_the_same_bits(done, tmp_path):
         ({'data = ["{data}"]': ""}, "nothing to train on; give data"),
         ({"row_length = 96": "row_length = 8"}, "are longer than a row of 8 tokens; raise row_length"),
         ({"{data}": "nowhere.jsonl"}, "nowhere.jsonl"),
-        ({'kind = "sft"': 'kind = "sft"\nsamples = ["pretrain"]'}, "samples.jsonl"),
+        (
+            {'kind = "sft"': 'kind = "sft"\nsamples = ["pretrain"]'},
+            "makes no conversations; a stage of kind reject does",
+        ),
         ({'kind = "sft"': 'kind = "sft"\nfrom = "corpus"'}, "needs a model to start from"),
         ({"lr = 1e-2\n": ""}, '"lr"'),
     ],

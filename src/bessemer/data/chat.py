@@ -78,6 +78,11 @@ def render_answers(
     return ids, answers
 
 
+def question_ids(tokenizer: "Tokenizer", question: str) -> list[int]:
+    """The prompt that asks one question, in the tokenizer's own style."""
+    return render_ids(tokenizer, [{"role": "user", "content": question}])
+
+
 def opening(style: str | None) -> str:
     """What a generation prompt has already written of the answer: a completion alone is not the whole answer."""
     return f"{THINK}\n" if style == "r1" else ""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer import tasks
-from bessemer.data.chat import render_ids
+from bessemer.data.chat import question_ids
 from bessemer.infer.engine import Engine
 from bessemer.recipe import modelling, scoring
 from bessemer.train import speed
@@ -28,7 +28,7 @@ def evaluate(
     model, tokenizer = modelling.load_model(model_dir)
 
     def encode(problem: tasks.Problem) -> list[int]:
-        return render_ids(tokenizer, [{"role": "user", "content": problem.prompt}])
+        return question_ids(tokenizer, problem.prompt)
 
     return scoring.evaluate(
         Engine(model, tokenizer, modelling.workers()), encode, chosen, problems=problems, samples=samples,

@@ -68,6 +68,8 @@ class Stage:
     Settings: ClassVar[type[StageSettings]] = StageSettings
     format: ClassVar[int] = 1
     """Raise it when the stage writes something else than before for the same settings: old output is then redone."""
+    conversations: ClassVar[str | None] = None
+    """The file of conversations that this stage leaves for SFT, if it makes any."""
     uses_model: ClassVar[bool] = True
     """Whether the recipe's [model] table changes what this stage makes."""
     uses_seed: ClassVar[bool] = True

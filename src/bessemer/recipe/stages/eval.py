@@ -7,7 +7,7 @@ from pydantic import Field
 from rich.table import Table
 
 from bessemer import tasks
-from bessemer.data.chat import render_ids
+from bessemer.data.chat import question_ids
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
 from bessemer.recipe import modelling, scoring
@@ -46,8 +46,7 @@ class Eval(Stage):
 
     def estimate(self, settings: Settings, recipe: Any) -> float:
         rows = len(settings.models) * len(settings.tasks) * len(settings.temperatures) * 2
-        tokens = rows * settings.problems * settings.samples * settings.max_new_tokens
-        return modelling.estimate_seconds(recipe, tokens / 4)  # decoding costs about a quarter of training
+        return modelling.decode_seconds(recipe, rows * settings.problems * settings.samples * settings.max_new_tokens)
 
     def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
         speed.keep_memory()
@@ -69,9 +68,7 @@ class Eval(Stage):
             engine = loaded[model]
             row = scoring.evaluate(
                 engine,
-                lambda problem, tokenizer=engine.tokenizer: render_ids(
-                    tokenizer, [{"role": "user", "content": problem.prompt}]
-                ),
+                lambda problem, tokenizer=engine.tokenizer: question_ids(tokenizer, problem.prompt),
                 tasks.get(name, languages=[language]),
                 problems=settings.problems, samples=settings.samples, temperature=temperature,
                 max_new_tokens=settings.max_new_tokens, seed=ctx.seed,

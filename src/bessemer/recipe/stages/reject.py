@@ -11,14 +11,13 @@ from typing import Any, Literal
 from pydantic import Field
 
 from bessemer import tasks
-from bessemer.data.chat import render_ids
+from bessemer.data.chat import question_ids
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
 from bessemer.recipe import modelling
 from bessemer.recipe.disk import write_atomic
 from bessemer.recipe.settings import StageSettings
 from bessemer.recipe.stage import Stage, StageContext, register
-from bessemer.recipe.stages.sft import SAMPLES
 from bessemer.recipe.values import Tokens
 from bessemer.rl import rollout
 from bessemer.tasks.answer import parse_reply
@@ -33,6 +32,7 @@ LOT = 64
 @register
 class Reject(Stage):
     kind = "reject"
+    conversations = "samples.jsonl"
 
     class Settings(StageSettings):
         tasks: list[str]
@@ -64,8 +64,7 @@ class Reject(Stage):
         return {}
 
     def estimate(self, settings: Settings, recipe: Any) -> float:
-        tokens = settings.problems * settings.samples * settings.max_new_tokens
-        return modelling.estimate_seconds(recipe, tokens / 4)  # decoding costs about a quarter of training
+        return modelling.decode_seconds(recipe, settings.problems * settings.samples * settings.max_new_tokens)
 
     def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
         if ctx.source is None or not (ctx.source / "model").is_dir():
@@ -73,6 +72,10 @@ class Reject(Stage):
         speed.keep_memory()
         engine = Engine(*modelling.load_model(ctx.source / "model"), modelling.workers())
         families = [tasks.get(name) for name in settings.tasks]
+
+        def encode(problem: tasks.Problem) -> list[int]:
+            return question_ids(engine.tokenizer, problem.prompt)
+
         lots = range(0, settings.problems, LOT)
         found = [path for first in lots if (path := ctx.state / f"lot-{first:08d}.json").exists()]
         ctx.rewind(-1)
@@ -81,7 +84,7 @@ class Reject(Stage):
             count = min(LOT, settings.problems - first)
             chosen = rollout.problems_of(families, "train", settings.first_problem + first, count, ctx.seed)
             groups = rollout.sample(
-                engine, chosen, lambda problem: _prompt(engine, problem), rollout.Reward(), samples=settings.samples,
+                engine, chosen, encode, rollout.Reward(), samples=settings.samples,
                 seed=tasks.stable_hash(ctx.seed, ctx.name, first), temperature=settings.temperature,
                 max_new_tokens=settings.max_new_tokens, batch_rows=modelling.batch_rows(count * settings.samples),
             )  # fmt: skip
@@ -107,7 +110,7 @@ class Reject(Stage):
                 f'stage "{ctx.name}": none of {settings.problems * settings.samples} answers was kept ({told}). Start '
                 "from a better model, take more samples, or loosen consistency and repeated"
             )
-        write_atomic(ctx.dir / SAMPLES, "".join(line + "\n" for line in kept))
+        write_atomic(ctx.dir / self.conversations, "".join(line + "\n" for line in kept))
         counts = {"kept": len(kept), **{name: count for name, count in dropped.most_common() if count}}
         ctx.metrics.write(settings.problems, 0, {f"reject/{name}": count for name, count in counts.items()})
         return counts
@@ -154,7 +157,3 @@ def written(row: rollout.Sampled, form: str) -> str:
     return f"<think>\n{(reply.think or '').strip()}\n</think>\n\n" + SUMMARY[row.problem.language].format(
         answer=reply.answer.strip()
     )
-
-
-def _prompt(engine: Engine, problem: tasks.Problem) -> list[int]:
-    return render_ids(engine.tokenizer, [{"role": "user", "content": problem.prompt}])

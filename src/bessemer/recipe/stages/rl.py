@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bessemer import tasks
 from bessemer.data.batch import Batch
-from bessemer.data.chat import render_ids
+from bessemer.data.chat import question_ids
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
 from bessemer.model.transformer import Transformer
@@ -142,7 +142,7 @@ class _Run:
         )  # fmt: skip
 
     def encode(self, problem: tasks.Problem) -> list[int]:
-        return render_ids(self.tokenizer, [{"role": "user", "content": problem.prompt}])
+        return question_ids(self.tokenizer, problem.prompt)
 
     def run(self) -> dict[str, Any]:
         settings, ctx, trainer = self.settings, self.ctx, self.trainer

@@ -13,22 +13,19 @@ import torch
 from pydantic import Field
 
 from bessemer.data import sources, turns
-from bessemer.data.chat import render_ids
+from bessemer.data.chat import opening, question_ids
 from bessemer.data.document import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
 from bessemer.recipe import modelling
 from bessemer.recipe.settings import StageRef, StageSettings
-from bessemer.recipe.stage import Stage, StageContext, register
+from bessemer.recipe.stage import Stage, StageContext, find_kind, register
 from bessemer.recipe.values import Seconds
 from bessemer.recipe.watch import StepLog
 from bessemer.train import objective, speed
 from bessemer.train.settings import Settings as TrainSettings
 from bessemer.train.trainer import Trainer
-
-SAMPLES = "samples.jsonl"
-"""What a stage that makes conversations leaves in its folder."""
 
 
 @register
@@ -41,7 +38,7 @@ class SFT(Stage):
         data: list[str] = Field(default_factory=list)
         """Conversations: .jsonl or .parquet files with `messages`, directories of them, or hf://owner/name."""
         samples: list[StageRef] = Field(default_factory=list)
-        """Earlier stages whose conversations (samples.jsonl) are used too."""
+        """Earlier stages whose conversations are used too, such as one of kind reject."""
         epochs: int = Field(2, ge=1)
         """How often every row is read (R1: 2 to 3)."""
         row_length: int = Field(512, ge=2)
@@ -74,7 +71,7 @@ class SFT(Stage):
     def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
         if not settings.data and not settings.samples:
             raise UserError(f'stage "{settings.name}": nothing to train on; give data = [...] or samples = [...]')
-        return {}
+        return {"samples": [_file_of(recipe.stage(name)) for name in settings.samples]}
 
     def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
         if ctx.source is None or not (ctx.source / "model").is_dir():
@@ -102,8 +99,17 @@ class SFT(Stage):
         return {"steps": trainer.step, **{key: facts[key] for key in ("samples", "too_long", "answer_tokens")}}
 
 
+def _file_of(stage: StageSettings) -> str:
+    """The conversations that an earlier stage leaves; UserError if it makes none."""
+    found = find_kind(stage.kind, stage.name).conversations
+    if found is None:
+        raise UserError(f'stage "{stage.name}" (kind {stage.kind}) makes no conversations; a stage of kind reject does')
+    return found
+
+
 def _conversations(settings: SFT.Settings, ctx: StageContext) -> Iterator[Document]:
-    specs = [*settings.data, *(str(ctx.inputs[name] / SAMPLES) for name in settings.samples)]
+    made = [ctx.inputs[name] / _file_of(ctx.recipe.stage(name)) for name in settings.samples]
+    specs = [*settings.data, *map(str, made)]
     return itertools.chain.from_iterable(sources.documents(spec, ctx.cache, domain=spec) for spec in specs)
 
 
@@ -150,9 +156,10 @@ class _Watch(StepLog):
         prompts = self.settings.prompts if self.passed(self.epoch) else []
         if not prompts:
             return
-        encoded = [render_ids(self.tokenizer, [{"role": "user", "content": text}]) for text in prompts]
+        encoded = [question_ids(self.tokenizer, text) for text in prompts]
+        begun = opening(self.tokenizer.chat_style)
         answers = Engine(trainer.model, self.tokenizer).generate(
             encoded, max_new_tokens=200, temperature=0.6, seed=self.ctx.seed
         )
         for text, (answer,) in zip(prompts, answers, strict=True):
-            self.ctx.sample(trainer.step, trainer.tokens, f"{text}\n\n{answer.text}")
+            self.ctx.sample(trainer.step, trainer.tokens, f"{text}\n\n{begun}{answer.text}")
