@@ -35,7 +35,7 @@ def logged(out: Path, stage: str) -> int:
 
 
 def run(recipe: Path, out: Path, kill: tuple[str, int] | None, log) -> None:
-    """Runs to the end, or to the kill: no helper process may outlive it."""
+    """Runs to the end, or to the kill."""
     command = [sys.executable, "-m", "bessemer", "run", str(recipe), "--out", str(out)]
     with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process:
         while process.poll() is None:
