@@ -14,6 +14,7 @@ import torch
 
 from bessemer import __version__
 from bessemer.precision import probe
+from bessemer.tasks import sandbox
 from bessemer.workers import cores, shared_free
 
 _GB = 1e9
@@ -42,6 +43,8 @@ def examine(folder: Path) -> dict[str, Any]:
         "gemm_gflops": rates,
         "dtype": str(choice.dtype).removeprefix("torch."),
         "dtype_reason": choice.why,
+        "sandbox": sandbox.level(),
+        "sandbox_trials": {name: sandbox.trial(name) for name in sandbox.LEVELS},
         "compiler": next((found for name in _compilers() if (found := shutil.which(name))), None),
         "memory_gb": total,
         "memory_available_gb": available,
@@ -70,6 +73,7 @@ def _judge(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
         _about_workers(facts),
         _about_numbers(facts),
         _about_compiler(facts),
+        _about_sandbox(facts),
         _about_memory(facts),
         _about_disk(facts),
     ]
@@ -121,6 +125,17 @@ def _about_compiler(facts: dict[str, Any]) -> tuple[str, str, str]:
         "slow",
         "no C++ compiler: torch.compile is off, everything runs eagerly; install g++ to change it",
     )
+
+
+def _about_sandbox(facts: dict[str, Any]) -> tuple[str, str, str]:
+    found, trials = facts["sandbox"], facts["sandbox_trials"]
+    stronger = sandbox.LEVELS[: sandbox.LEVELS.index(found)]
+    why = "; ".join(f"{name}: {trials[name]}" for name in stronger)
+    if found == "none":
+        text = f"none, so answers in code are not run ({why}); {sandbox.advice()}"
+        return "sandbox", "slow", text
+    text = f"{found}: answers in code run without network, files of yours or a way to stay"
+    return "sandbox", "ok", text + (f"; to go a level up, install bubblewrap ({why})" if why else "")
 
 
 def _about_memory(facts: dict[str, Any]) -> tuple[str, str, str]:

@@ -1,0 +1,259 @@
+"""The code task: what it asks for, its hidden tests, what it pays, its documents, and problems from a file."""
+
+import ast
+import json
+import random
+
+import pytest
+
+from bessemer.errors import UserError
+from bessemer.tasks import Problem, get, sandbox
+from bessemer.tasks.code import LONGEST, source_of
+from bessemer.tasks.codebook import FAMILIES, HELD_OUT, TESTS, wanted
+from bessemer.tasks.codetraces import WORDS, definition
+from bessemer.tasks.sandbox import same
+
+TASK = get("code")
+EVERY = [one for split in ("train", "test") for one in wanted(split)]
+
+
+def hidden_tests(goal):
+    return TASK.tests(Problem("p", "", "en", {"family": goal.family.name, "parameters": list(goal.parameters)}))
+
+
+def think(answer: str) -> str:
+    return f"<think>t</think><answer>{answer}</answer>"
+
+
+def problem_of(name: str) -> Problem:
+    return next(
+        p for i in range(TASK.size("train")) if (p := TASK.problem("train", i, language="en")).meta["family"] == name
+    )
+
+
+def test_splits_are_disjoint_in_families_and_in_parameters():
+    keys = {split: {one.key for one in wanted(split)} for split in ("train", "test")}
+    assert not keys["train"] & keys["test"] and len(keys["train"]) > 800 and len(keys["test"]) > 300
+    families = {split: {one.family.name for one in wanted(split)} for split in ("train", "test")}
+    assert families["test"] - families["train"] == set(HELD_OUT) and len(families["train"]) >= 20
+    kinds = [TASK.problem("test", i).meta["held_out"] for i in range(TASK.size("test"))]
+    assert kinds.count("parameters") > 50 and kinds.count("family") > 200
+    assert TASK.problem("train", 0).meta["held_out"] is None
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_first_problems_are_all_different(split):
+    problems = [TASK.problem(split, i, seed=5) for i in range(TASK.size(split))]
+    assert len({(p.meta["family"], *p.meta["parameters"]) for p in problems}) == TASK.size(split)
+    assert {p.language for p in problems} == {"en", "zh"} and all(p.meta["difficulty"] in (1, 2, 3) for p in problems)
+    assert all(json.loads(json.dumps(p.meta)) == p.meta for p in problems)
+
+
+def test_prompts_say_all_that_is_needed():
+    """No two functions of a split are asked for in the same words."""
+    for language in ("en", "zh"):
+        assert len({one.words(language) for one in EVERY}) == len(EVERY)
+    for phrasing in ("seen", "held-out"):
+        prompts = [get("code", phrasing=phrasing).problem("test", i, language="zh").prompt for i in range(50)]
+        assert all("f(" in prompt and ("请" in prompt) == (phrasing == "held-out") for prompt in prompts)
+
+
+def test_the_written_form_of_a_function_is_the_function():
+    """Python's own reading of the code we show agrees with the functions we judge by."""
+    for goal in EVERY[::3]:
+        space = {}
+        exec(definition(goal.family.argument, goal.code), space)
+        for value in goal.inputs(random.Random(goal.key), 20):
+            expected = goal(value)
+            assert same(expected, json.loads(json.dumps(space["f"](value)))), (goal.key, value)
+
+
+def test_hidden_tests_tell_a_function_from_likely_mistakes():
+    """Nobody who gives something else for any of 200 other arguments passes: not with other numbers, not in kind."""
+    rng, pairs = random.Random(0), 0
+    for goal in rng.sample(EVERY, 60):
+        tests = hidden_tests(goal)
+        assert len(tests) == TESTS and len({repr(arguments) for arguments, _ in tests}) == TESTS
+        assert len({repr(expected) for _, expected in tests}) >= 2  # no constant passes
+        others = goal.inputs(random.Random(1), 200)
+        alike = [one for one in EVERY if one.family.argument == goal.family.argument]
+        same_family = [one for one in alike if one.family is goal.family and one != goal]
+        for rival in rng.sample(alike, 30) + same_family:
+            if any(goal.differs(rival, value) for value in others):
+                pairs += 1
+                assert any(goal.differs(rival, value) for (value,), _ in tests), (goal.key, rival.key)
+    assert pairs > 2500
+
+
+def test_hidden_tests_are_the_same_for_every_way_of_asking_and_in_no_document():
+    first = TASK.problem("test", 3, language="en")
+    again = Problem("x", "", "zh", first.meta)
+    assert TASK.tests(first) == TASK.tests(again)
+    assert "tests" not in first.meta
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_reference_answer_of_every_family_is_paid(name):
+    goal = next(one for one in EVERY if one.family.name == name)
+    meta = {"function": "f", "family": name, "parameters": list(goal.parameters)}
+    answer = think("\n" + definition(goal.family.argument, goal.code) + "\n")
+    verdict = TASK.verify(Problem("p", "", "en", meta), answer)
+    assert (verdict.correct, verdict.formatted, verdict.reason) == (True, True, "correct")
+
+
+PROBLEM = problem_of("add")
+K = PROBLEM.meta["parameters"][0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        (think(f"def f(n): return n+{K}"), "correct"),
+        (think(f"```python\ndef f(n):\n\n    return n + {K}\n```"), "correct"),
+        (think(f"Here it is:\n```\nf = lambda n: {K} + n\n```\nGood luck."), "correct"),
+        (think(f"def f(n): return n+{K + 1}"), "wrong-output"),
+        (think(f"def f(n): return str(n+{K})"), "wrong-output"),
+        (think("def f(n): return n+k"), "error"),
+        (think("import os\nos._exit(0)"), "error"),
+        (think("print('PASSED')"), "no-function"),
+        (think(f"def g(n): return n+{K}"), "no-function"),
+        (think("def f(n) = n"), "syntax-error"),
+        (think(f"n+{K}"), "error"),
+        (think("  \n"), "no-function"),
+        (think("#" * (LONGEST + 1)), "too-long"),
+        (think(f"def f(n): return {K}+n <!-- -->"), "syntax-error"),
+        (think(f"```python\ndef f(n): return 0\n```\n```python\ndef f(n): return n+{K}\n```"), "wrong-output"),
+        (f"<think>t</think>def f(n): return n+{K}", "no-answer"),
+        (f"<answer>def f(n): return n+{K}</answer>", "no-think"),
+        (f"<answer>def f(n): return n+{K}</answer>" * 2, "bad-tags"),
+        (f"<think> </think><answer>def f(n): return n+{K}</answer>", "no-think"),
+        ("", "no-answer"),
+    ],
+)
+def test_reasons(completion, reason):
+    verdict = TASK.verify(PROBLEM, completion)
+    assert (verdict.reason, verdict.correct) == (reason, reason == "correct")
+
+
+def test_voting_counts_the_source_without_its_dress():
+    plain, fenced = think("def f(n):\n    return 1"), think("```py\ndef f(n):\n\n    return 1   \n```")
+    answers = {TASK.verify(PROBLEM, text).answer for text in (plain, fenced)}
+    assert answers == {"def f(n):\n    return 1"}
+    assert source_of("```python\nx\n") == "x" and source_of("```") == "```"
+
+
+def test_what_cannot_be_paid_is_not_run(monkeypatch):
+    monkeypatch.setattr(sandbox, "judge", lambda *a, **k: pytest.fail("it ran"))
+    assert TASK.verify(PROBLEM, "<answer>x = 1</answer>").answer == "x = 1"
+
+
+def test_documents_are_of_the_train_split_and_their_verdicts_true():
+    train = {definition(one.family.argument, one.code) for one in wanted("train")}
+    test_code = {one.code for one in wanted("test")}
+    told = right = answered = 0
+    authors = set()
+    for index in range(400):
+        written = TASK.written(index, seed=2)
+        assert written.text == f"User: {written.problem.prompt}\nAssistant:{written.response}"
+        authors.add(written.author)
+        goal = next(one for one in wanted("train") if one.family.name == written.problem.meta["family"]
+                    and list(one.parameters) == written.problem.meta["parameters"])  # fmt: skip
+        thoughts, _, answer = written.response.partition("<answer>")
+        code = answer.removesuffix("</answer>")
+        if code:
+            assert code in train
+            answered += 1
+            right += code == definition(goal.family.argument, goal.code)
+        words = WORDS[written.problem.language]
+        for line in thoughts.removeprefix("<think>").removesuffix("</think>").split("\n")[1:]:
+            yes, no = line.endswith(words["yes"]), line.endswith(words["no"])
+            expression, _, claim = line.removesuffix(words["yes"]).removesuffix(words["no"]).partition(":f(")
+            assert yes != no and expression not in test_code
+            call, _, expected = claim.rpartition(":")
+            argument, _, value = call.partition(")=")
+            argument, value, expected = map(ast.literal_eval, (argument, value, expected))
+            assert goal(argument) == expected
+            assert eval(expression, {goal.family.argument: argument}) == value
+            told += 1
+            assert yes == (value == expected) or written.author == "sloppy"
+    assert authors == {"direct", "sloppy", "careful"} and told > 300 and 0.5 < right / answered < 0.9
+
+
+@pytest.mark.parametrize(
+    ("share", "author"), [({"direct": 1.0}, "direct"), ({"direct": 0.0, "sloppy": 0.0}, "careful")]
+)
+def test_the_mix_decides_who_writes(share, author):
+    task = get("code", **share)
+    assert {task.written(index).author for index in range(40)} == {author}
+    with pytest.raises(UserError, match="between 0 and 1"):
+        get("code", sloppy=2)
+
+
+# ---- problems from a file
+
+ROW = {
+    "prompt": "Write inc(n): n plus 1.",
+    "entry_point": "inc",
+    "tests": [{"input": [1], "output": 2}, {"input": [-1], "output": 0}],
+}
+
+
+def file_of(tmp_path, *rows):
+    path = tmp_path / "problems.jsonl"
+    path.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
+    )
+    return f"code:{path}"
+
+
+def test_problems_from_a_file(tmp_path):
+    rows = [
+        ROW | {"prompt": f"Write inc(n): n plus {k}.", "tests": [{"input": [1], "output": 1 + k}]} for k in range(60)
+    ]
+    rows.append(ROW | {"prompt": "写函数inc(n)：n加1。", "difficulty": 3, "id": "zh-1"})
+    task = get(file_of(tmp_path, *rows))
+    assert task.domain == "code" and task.languages == ("en", "zh") and task.size("train") + task.size("test") == 61
+    problems = [task.problem(split, i) for split in ("train", "test") for i in range(task.size(split))]
+    assert {problem.prompt for problem in problems} == {row["prompt"] for row in rows}
+    assert {problem.language: problem.meta["difficulty"] for problem in problems} == {"en": 1, "zh": 3}
+    problem = next(one for one in problems if one.language == "zh")
+    assert problem.id.endswith("/zh-1")
+    assert task.verify(problem, think("def inc(n): return n+1")).reason == "correct"
+    assert task.verify(problem, think("def inc(n): return 2")).reason == "wrong-output"
+    assert task.verify(problem, think("def f(n): return n+1")).reason == "no-function"
+    assert task.problem("train", 0) != task.problem("train", 1) and task.problem("train", 0) == task.problem("train", 0)
+    assert get(task.name, languages=["zh"]).size("train") + get(task.name, languages=["zh"]).size("test") == 1
+    with pytest.raises(UserError, match="no pre-training documents"):
+        task.document(0)
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ("{", "line 2 is no JSON"),
+        ("[" * 100_000, "line 2 is no JSON"),
+        ("[]", "line 2 needs 'prompt'"),
+        (ROW | {"prompt": ""}, "needs 'prompt'"),
+        (ROW | {"entry_point": 5}, "needs 'entry_point'"),
+        (ROW | {"entry_point": "f()"}, "no name a function can have"),
+        (ROW | {"entry_point": "def"}, "no name a function can have"),
+        (ROW | {"tests": []}, "needs 'tests'"),
+        (ROW | {"tests": [{"input": 5, "output": 5}]}, "test 1 needs 'input'"),
+        (ROW | {"tests": [ROW["tests"][0], {"input": [5]}]}, "test 2 needs 'input'"),
+        (ROW | {"tests": [{"input": [], "output": [float("nan")]}]}, "not finite"),
+        (ROW | {"language": "fr"}, "language 'fr'"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, row, hint):
+    with pytest.raises(UserError, match=hint):
+        get(file_of(tmp_path, ROW, row))
+
+
+def test_a_file_that_is_not_there_or_empty(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        get(f"code:{tmp_path}/absent.jsonl")
+    with pytest.raises(UserError, match="holds no problem"):
+        get(file_of(tmp_path, ""))
+    with pytest.raises(UserError, match="none of its 1 lines"):
+        one = get(file_of(tmp_path, ROW))
+        one.problem("test" if one.size("train") else "train", 0)

@@ -1,0 +1,379 @@
+"""The sandbox against programs that mean harm. Every wall that works on this machine is tried, none of it imitated."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from bessemer.errors import UserError
+from bessemer.tasks import sandbox
+from bessemer.tasks.sandbox import judge, run, same
+from bessemer.tasks.sandbox.walls import PROCESSES
+
+from .hostile_programs import CLINGING, HOSTILE, IMPORTS, PROBES
+
+ISOLATED = [name for name in ("bubblewrap", "namespaces") if not sandbox.trial(name)]
+ALL = [*ISOLATED, "none"]
+isolated = pytest.mark.parametrize("isolation", ISOLATED)
+every = pytest.mark.parametrize("isolation", ALL)
+SECRET = "a-secret-of-the-parent"
+
+
+def test_a_real_level_works_where_the_kernel_has_user_namespaces():
+    """So that the tests below do not run over an empty list of levels."""
+    if sys.platform != "linux" or subprocess.run(["unshare", "-Urn", "true"], capture_output=True).returncode:
+        pytest.skip("this kernel lets nobody make a user namespace")
+    assert "namespaces" in ISOLATED, sandbox.trial("namespaces")
+    assert sandbox.level() in ISOLATED and sandbox.chosen() == sandbox.level()
+
+
+# ---- running a program
+
+
+@every
+@pytest.mark.parametrize(
+    ("program", "status", "stdout", "stderr"),
+    [
+        ("print(input()[::-1])", "ok", "éba\n", ""),
+        ("import sys; print('out'); print('err', file=sys.stderr); sys.exit(0)", "ok", "out\n", "err"),
+        ("print('half'); raise SystemExit(3)", "error", "half\n", ""),
+        ("1/0", "error", "", "ZeroDivisionError"),
+        ("def f(:", "error", "", "SyntaxError"),
+        ("x = 'a' * 10**10", "memory", "", "MemoryError"),
+        ("print('begun', flush=True)\nwhile True: pass", "timeout", "begun\n", ""),
+        ("import os; os.kill(os.getpid(), 11)", "error", "", ""),
+        (
+            "import sys\nif __name__ == '__main__': print(sys.argv, hash('a') == hash('a'))",
+            "ok",
+            "['program'] True\n",
+            "",
+        ),
+    ],
+)
+def test_run(isolation, program, status, stdout, stderr):
+    result = run(program, stdin="abé\n", seconds=0.5 if status == "timeout" else 5, isolation=isolation)
+    assert (result.status, result.stdout) == (status, stdout) and stderr in result.stderr
+
+
+@every
+def test_a_flood_is_cut_while_it_is_read(isolation):
+    result = run("while True: print('x' * 1000)", seconds=10, output_kb=8, isolation=isolation)
+    assert result.status == "output" and len(result.stdout) == 8192 and result.seconds < 5
+    result = run("import os\nwhile True: os.write(2, b'e' * 4096)", seconds=10, output_kb=8, isolation=isolation)
+    assert result.status == "output" and len(result.stderr) == 8192
+
+
+def test_much_input_and_a_program_that_does_not_read_it():
+    text = "a" * 99_999
+    assert run("import sys; print(len(sys.stdin.read()))", stdin=text, seconds=5).stdout == "99999\n"
+    assert run("print(1)", stdin=text, seconds=5).status == "ok"
+
+
+def test_the_same_program_gives_the_same(capfd):
+    program = "print({'a', 'b', 'c', 'd', 'e', 'f'}, list(map(hash, 'abc')))"
+    assert len({run(program, seconds=5).stdout for _ in range(3)}) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda: run("", seconds=0), "60 seconds"),
+        (lambda: run("", memory_mb=8), "64 to 4096 MB"),
+        (lambda: run("x" * 200_000), "too many"),
+        (lambda: judge("", "f", []), "nothing could be wrong"),
+        (lambda: judge("", "f()", [([], 1)]), "name of a function"),
+    ],
+)
+def test_a_mistake_names_its_cure(wrong, hint):
+    with pytest.raises(ValueError, match=hint):
+        wrong()
+
+
+# ---- the walls
+
+PROBE = """
+import ctypes, json, os, resource, socket, sys, time
+def libc(name, *arguments):
+    library = ctypes.CDLL(None, use_errno=True)
+    if getattr(library, name)(*(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments)) < 0:
+        raise OSError(ctypes.get_errno(), name)
+found = {}
+for name, code in json.loads(sys.stdin.read()).items():
+    try:
+        found[name] = 'OPEN ' + repr(eval(code))[:80]
+    except (OSError, ImportError, ValueError) as error:
+        found[name] = type(error).__name__
+print(json.dumps(found))
+"""
+
+
+def numbers() -> dict[str, int]:
+    """System calls of this machine, as the sandbox knows them."""
+    inside = Path(sandbox.__file__).parent / "inside"
+    code = "import json, limits, os; print(json.dumps(limits.NUMBERS.get(os.uname().machine, {})))"
+    return json.loads(subprocess.run([sys.executable, "-c", code], cwd=inside, capture_output=True, check=True).stdout)
+
+
+@isolated
+def test_nothing_outside_can_be_reached(isolation, monkeypatch):
+    monkeypatch.setenv("SECRET", SECRET)
+    calls = numbers()
+    known = {name: re.sub(r"{(\w+)}", lambda m: str(calls[m[1]]), code) for name, code in PROBES.items()}
+    result = run(PROBE, stdin=json.dumps(known), seconds=10, isolation=isolation)
+    found = json.loads(result.stdout)
+    assert found.keys() == PROBES.keys() and len(found) >= 50
+    assert [f"{name}: {what}" for name, what in found.items() if what.startswith("OPEN")] == []
+
+
+def test_the_probes_do_find_what_is_open():
+    names = ["the password file", "this file", "the repository", "the host's processes", "its own environment by file"]
+    probes = json.dumps({name: PROBES[name] for name in names})
+    found = json.loads(run(PROBE, stdin=probes, seconds=10, isolation="none").stdout)
+    assert all(what.startswith("OPEN") for what in found.values()) and list(found) == names
+
+
+@isolated
+def test_nothing_of_the_parent_is_inherited(isolation, monkeypatch, tmp_path):
+    monkeypatch.setenv("SECRET", SECRET)
+    (tmp_path / "secret").write_text(SECRET)
+    with open(tmp_path / "secret") as file:
+        os.set_inheritable(file.fileno(), True)
+        program = """
+import os
+print(sorted(os.environ), os.getcwd(), os.listdir('.'), os.getuid(), os.getgid(), os.getgroups() or 'no groups')
+open_ones = []
+for fd in range(3, 1024):
+    try: os.fstat(fd); open_ones.append(fd)
+    except OSError: pass
+print(len(open_ones))
+"""
+        lines = run(program, seconds=5, isolation=isolation).stdout.splitlines()
+    seen = {"LC_CTYPE", "MALLOC_ARENA_MAX", "PWD", "PYTHONHASHSEED"}  # PWD is bubblewrap's, LC_CTYPE Python's own
+    names, rest = lines[0].split("]", 1)
+    assert set(re.findall(r"\w+", names)) <= seen
+    assert rest.startswith(" /tmp [] 65534 65534")
+    assert lines[1] == "2"  # the two pipes of the protocol
+
+
+@isolated
+def test_scratch_is_small_and_gone_afterwards(isolation):
+    write = "open('/tmp/here', 'w').write('x'); print(open('here').read())"
+    assert run(write, seconds=5, isolation=isolation).stdout == "x\n"
+    program = "\nfor n in range(64):\n    with open(f'/tmp/{n}', 'wb') as f: f.write(bytes(1 << 20))\nprint('full')"
+    result = run("import os; print(os.listdir('/tmp'))" + program, seconds=5, isolation=isolation)
+    assert result.stdout == "[]\n" and "No space left" in result.stderr
+
+
+def test_system_call_numbers_are_those_of_the_kernel_headers():
+    places = {"x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "/usr/include/asm-generic/unistd.h"}
+    header = Path(places.get(os.uname().machine, "/absent"))
+    if not header.exists():
+        pytest.skip("the kernel's headers are not installed; what the filter refuses is tried above")
+    defined = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", header.read_text()))
+    assert {name: int(defined[name]) for name in numbers() if name in defined} == numbers()
+
+
+# ---- nothing stays
+
+
+def below(pid: int) -> set[tuple[int, str]]:
+    """(number, start time) of every process below `pid`, itself included; works across pid namespaces."""
+    parents, started = {}, {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(name)], started[int(name)] = int(fields[1]), fields[19]
+    found, new = set(), {pid}
+    while new:
+        found |= new
+        new = {child for child, parent in parents.items() if parent in found} - found
+    return {(one, started[one]) for one in found if one in started}
+
+
+def alive(processes: set[tuple[int, str]]) -> set[tuple[int, str]]:
+    """Those of them that still exist, zombies included."""
+    return {one for number, _ in processes for one in below(number) if one in processes}
+
+
+@contextmanager
+def watching(pid: int):
+    """A set that collects every process seen below `pid`, without itself, while the block runs."""
+    seen, done = set(), threading.Event()
+
+    def look():
+        while not done.wait(0.03):
+            seen.update(one for one in below(pid) if one[0] != pid)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
+
+
+@isolated
+@pytest.mark.parametrize("name", CLINGING)
+def test_nothing_stays(isolation, name):
+    with watching(os.getpid()) as seen:
+        ends = name == "an orphan left behind"
+        result = run(IMPORTS + CLINGING[name], seconds=10 if ends else 0.5, isolation=isolation)
+    assert result.status == ("ok" if ends else "timeout")
+    assert (PROCESSES / 2 if name.startswith("fork") else 2) <= len(seen)  # it did begin; 2: the launcher, the program
+    assert alive(seen) == set()
+
+
+@pytest.mark.parametrize("name", CLINGING)
+def test_without_walls_there_is_no_new_process(name):
+    if not numbers():
+        pytest.skip("this machine's system calls are not known, so nothing refuses them")
+    with watching(os.getpid()) as seen:
+        run(IMPORTS + CLINGING[name], seconds=0.3, isolation="none")
+    assert len(seen) == 1 and alive(seen) == set()
+    program = IMPORTS + "print([libc.syscall(n, 17, 0, 0, 0, 0) for n in (56, 57, 58)])"
+    assert os.uname().machine != "x86_64" or run(program, seconds=5, isolation="none").stdout == "[-1, -1, -1]\n"
+
+
+@every
+def test_it_dies_with_its_parent_however_that_dies(isolation):
+    program = IMPORTS + "libc.prctl(1, 0)\nif os.fork() == 0: libc.prctl(1, 0)\ntime.sleep(60)"
+    if isolation == "none":  # which ends what does not resist
+        program = "import time; time.sleep(60)"
+    code = f"from bessemer.tasks import sandbox; sandbox.run({program!r}, seconds=60, isolation={isolation!r})"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    inside = 1 if isolation == "none" else 4  # else the launcher, process 1, the program and its child
+    limit = time.monotonic() + 20
+    while len(seen := below(parent.pid)) < 1 + inside and time.monotonic() < limit:
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    assert len(seen) == 1 + inside
+    limit = time.monotonic() + 10
+    while alive(seen) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert alive(seen) == set()
+
+
+def test_a_fork_bomb_leaves_the_machine_usable():
+    bombs = [run("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", seconds=0.3) for _ in range(3)]
+    assert [bomb.status for bomb in bombs] == ["timeout"] * 3
+    assert max(bomb.seconds for bomb in bombs) < 5 and run("print(1)", seconds=5).stdout == "1\n"
+
+
+# ---- judging
+
+TESTS = [([2], 5), ([0], 1), ([7], 50), ([-3], 10)]
+RIGHT = "def f(n):\n    return n * n + 1"
+
+
+@every
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (RIGHT, "correct"),
+        ("f = lambda n: n ** 2 + 1", "correct"),
+        ("print('hello')\nclass C:\n    def __call__(self, n): return float(n * n + 1)\nf = C()", "correct"),
+        ("def f(n):\n    return n + n + 1", "wrong-output"),
+        ("def f(n):\n    return str(n * n + 1)", "wrong-output"),
+        ("def f(n):\n    return 10 // n", "error"),  # right for 2, and then it divides by 0
+        ("def f():\n    return 5", "error"),
+        ("def g(n):\n    return n * n + 1", "no-function"),
+        ("f = 5", "no-function"),
+        ("def f(n) return 5", "syntax-error"),
+        ("", "no-function"),
+        ("def f(n):\n    return 'a' * 10**10", "memory"),
+        ("def f(n):\n    while True: pass", "timeout"),
+        ("def f(n):\n    while True: print('x' * 999)", "output"),
+    ],
+)
+def test_judge(isolation, source, reason):
+    judgement = judge(source, "f", TESTS, seconds=0.5 if reason == "timeout" else 5, isolation=isolation)
+    assert judgement.reason == reason and judgement.correct == (reason == "correct")
+
+
+def test_values_of_every_kind_there_and_back():
+    values = [None, True, 5, -1.5, "é\n\u2028\"'\\", [], [[1], "a"], {"a": [None], "": {}}, 10**400, "\ud800"]
+    tests = [([value], value) for value in values]
+    assert judge("def f(x): return x", "f", tests, seconds=5).correct
+    assert judge("def f(*x): return x", "f", [([1, [2]], [1, [2]])], seconds=5).correct
+
+
+@pytest.mark.parametrize(
+    ("expected", "got", "equal"),
+    [(1, 1, True), (1, 1.0, True), (1, True, False), (True, 1, False), (0, False, False), (None, None, True),
+     (None, False, False), (0, None, False), ("1", 1, False), (1, "1", False), ([1, 2], [1, 2], True),
+     ([1], [1, 2], False), ([], {}, False), ((1,), [1], True), ({"a": 1}, {"a": 1}, True), ({"a": 1}, {"b": 1}, False),
+     (0.1 + 0.2, 0.3, True), (0.3, 0.3001, False), (2.0, 2, True), (1.5, "1.5", False), (10**20, 1e20, True),
+     (10**20 + 1, 1e20, False), (1, float("nan"), False), (1.0, float("inf"), False), ([True], [1], False)],
+)  # fmt: skip
+def test_same(expected, got, equal):
+    assert same(expected, got) is equal
+
+
+@isolated
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_code_is_not_paid_and_not_slow(isolation, name):
+    began = time.monotonic()
+    judgement = judge(HOSTILE[name], "f", TESTS, seconds=0.4, memory_mb=128, isolation=isolation)
+    assert not judgement.correct and judgement.passed < len(TESTS)
+    assert time.monotonic() - began < 8  # 0.4 s, the start and the end, on a machine that others use too
+    assert len(below(os.getpid())) == 1  # no child is left, dead or alive
+
+
+def test_there_are_enough_of_them():
+    assert len(HOSTILE) >= 90 and len(set(HOSTILE.values())) == len(HOSTILE)
+
+
+@isolated
+def test_the_parent_can_take_what_hostile_code_took(isolation):
+    """After all of that the right answer is still paid, by the same process."""
+    assert judge(RIGHT, "f", TESTS, seconds=5, isolation=isolation).correct
+
+
+# ---- no isolation, no code
+
+WITHOUT = """
+import os, sys
+from bessemer.tasks import sandbox
+print(sandbox.level(), os.environ.get(sandbox.FORCE))
+try:
+    print(sandbox.judge("def f(n): return n", "f", [([1], 1)], seconds=5).reason)
+except ValueError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("forced", [None, "1", "yes"])
+def test_without_isolation_code_does_not_run_unless_forced_by_name(forced):
+    """On a kernel that refuses further namespaces, made with one of its own, and with bubblewrap out of sight."""
+    command = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$0" -c "$1"'
+    env = {name: value for name, value in os.environ.items() if name != sandbox.FORCE}
+    env |= {"PATH": "/absent"} | ({sandbox.FORCE: forced} if forced else {})
+    unshare = ["/usr/bin/unshare", "-Ur", "/bin/sh", "-c", command, sys.executable, WITHOUT]
+    done = subprocess.run(unshare, env=env, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"none {forced}", done.stderr
+    if forced == "1":
+        assert lines[1] == "correct"
+    else:
+        assert lines[1].startswith("UserError code is not run here")
+        assert "install bubblewrap" in lines[1] and f"set {sandbox.FORCE}=1" in lines[1]
+
+
+def test_a_level_that_fails_says_why(monkeypatch):
+    monkeypatch.setenv("PATH", "/absent")
+    with pytest.raises(UserError, match=r"cannot be started.*bwrap"):
+        run("print(1)", isolation="bubblewrap")
+    with pytest.raises(UserError, match=r"no level 'docker'.*bubblewrap, namespaces, none"):
+        run("print(1)", isolation="docker")
