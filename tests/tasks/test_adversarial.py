@@ -1,4 +1,7 @@
-"""Completions that try to be paid without solving: none is, and none takes 50 ms."""
+"""Completions that try to be paid without solving: none is, each for the reason expected, and none takes 50 ms.
+
+Here countdown and arithmetic, and what no task may be fooled by; test_adversarial_answers.py has the other tasks.
+"""
 
 import time
 
@@ -118,6 +121,27 @@ WHOLE = {
     "lone surrogate": "<think>\ud800</think><answer>\udfff</answer>",
 }
 CASES = {f"answer: {name}": think(text) for name, text in ANSWERS.items()} | WHOLE
+REASONS = {
+    "wrong-numbers": {
+        "answer: the target", "answer: target and zero use of numbers", "answer: missing number",
+        "answer: number twice", "answer: other numbers", "answer: glued digits",
+    },
+    "wrong-value": {"answer: wrong value"},
+    "unparsable": {"instruction to the judge", "lone surrogate"},
+    "no-think": {"no thinking", "blank thinking"},
+    "bad-tags": {
+        "answer: nested answer left open", "answer: nested answer", "thinking not closed", "thinking not opened",
+        "answer inside thinking", "answer before thinking", "two answers, right last", "two answers, right first",
+        "the same answer twice", "every answer there is", "two thoughts", "nested thoughts", "prompt echo",
+        "run on to the next question", "a megabyte of answers",
+    },
+}  # fmt: skip
+"""Every other answer is unparsable, and every other whole completion has no answer."""
+
+
+def expected(name):
+    found = next((reason for reason, names in REASONS.items() if name in names), None)
+    return found or ("unparsable" if name.startswith("answer: ") else "no-answer")
 
 
 def test_there_are_many_and_the_honest_one_is_paid():
@@ -129,12 +153,12 @@ def test_there_are_many_and_the_honest_one_is_paid():
 @pytest.mark.parametrize("name", CASES)
 def test_not_paid_and_quick(name):
     seconds = []
-    for _ in range(3):  # the best of three: other work shares the machine
-        start = time.perf_counter()
+    for _ in range(3):  # the best of three, of processor time: other work shares the machine
+        start = time.process_time()
         verdict = TASK.verify(PROBLEM, CASES[name])
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert not verdict.correct
-    assert verdict.reason != "correct"
+    assert verdict.reason == expected(name)
     assert min(seconds) < 0.05
 
 

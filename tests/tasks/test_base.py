@@ -8,12 +8,15 @@ import pytest
 
 from bessemer.errors import UserError
 from bessemer.tasks import get, names
-from bessemer.tasks.base import split_of, stable_hash
+from bessemer.tasks.base import DOMAINS, split_of, split_of_text, stable_hash
+from bessemer.tasks.countdown import _difficulty
 
 DIGEST = """
 from bessemer.tasks import get, names
 from bessemer.tasks.base import stable_hash
 for name in names():
+    if ":" in name:
+        continue
     task = get(name)
     problems = [task.problem(split, i, seed) for split in ("train", "test") for seed in (0, 3) for i in range(150)]
     documents = [task.document(i, seed, language) for seed in (0, 3) for language in (None, "en") for i in range(150)]
@@ -21,9 +24,30 @@ for name in names():
 """
 
 
+FIXED = ["arithmetic", "code", "countdown", "general", "logic", "words"]
+OURS = ["arithmetic", "countdown", "logic", "words"]
+
+
 def test_names_and_get():
-    assert names() == ["arithmetic", "countdown"]
-    assert all(get(name).name == name for name in names())
+    assert names() == sorted([*FIXED, "code:PATH", "gsm8k:PATH", "gym:NAME", "jsonl:PATH"])
+    assert all(get(name).name == name for name in FIXED)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_every_problem_has_a_domain_and_a_difficulty(name):
+    task = get(name)
+    assert task.domain in DOMAINS
+    levels = {task.problem(split, i).meta["difficulty"] for split in ("train", "test") for i in range(100)}
+    assert levels <= set(range(10)) and all(isinstance(level, int) for level in levels)
+    assert len(levels) > 1
+
+
+def test_difficulty_of_countdown_is_where_the_product_stands():
+    assert _difficulty((1, 2, 7), 8) == 1  # 2+7-1
+    assert _difficulty((1, 2, 7), 13) == 2  # 2*7-1
+    assert _difficulty((1, 2, 7), 16) == 3  # 2*(7+1)
+    levels = [get("countdown").problem("test", i).meta["difficulty"] for i in range(225)]
+    assert all(50 < levels.count(level) < 100 for level in (1, 2, 3))
 
 
 @pytest.mark.parametrize(
@@ -37,6 +61,10 @@ def test_names_and_get():
         (lambda: get("countdown", sloppy=0.9), "add up to 1"),
         (lambda: get("countdown", max_tries=0), "at least 1"),
         (lambda: get("arithmetic", slip=-0.1), "between 0 and 1"),
+        (lambda: get("logic", slip=1.1), "between 0 and 1"),
+        (lambda: get("words", misread=-1), "between 0 and 1"),
+        (lambda: get("worsd"), "words"),
+        (lambda: get("gim:word_sorting"), "gym:NAME"),
         (lambda: get("countdown").problem("valid", 0), "train"),
         (lambda: get("countdown").problem("train", -1), "from 0"),
         (lambda: get("countdown", languages=["en"]).problem("train", 0, language="zh"), "en"),
@@ -72,13 +100,19 @@ def test_stable_hash_is_pinned():
     assert stable_hash("a", "b") != stable_hash("ab")
 
 
+def test_the_split_of_a_text_is_pinned():
+    assert [split_of_text(text) for text in ("a", "b", "true or false")] == ["train", "train", "train"]
+    share = sum(split_of_text(str(n)) == "test" for n in range(4000)) / 4000
+    assert 0.08 < share < 0.12 and 0.46 < sum(split_of_text(str(n), 0.5) == "test" for n in range(4000)) / 4000 < 0.54
+
+
 def test_split_ignores_order_and_gives_about_a_tenth():
     assert split_of([3, 1, 2]) == split_of([1, 2, 3])
     share = sum(split_of([a, b, c]) == "test" for a in range(30) for b in range(a) for c in range(b)) / 4060
     assert 0.08 < share < 0.12
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "countdown"])
+@pytest.mark.parametrize("name", OURS)
 def test_languages_and_phrasings(name):
     task, held = get(name), get(name, phrasing="held-out")
     problems = [task.problem("train", i) for i in range(400)]

@@ -7,19 +7,9 @@ a single fact that a drill page could give away; every value on the way lies in 
 
 import math
 import random
-import re
 from dataclasses import dataclass
 
-from bessemer.tasks.base import (
-    CORRECT,
-    UNPARSABLE,
-    WRONG_VALUE,
-    Problem,
-    Task,
-    Written,
-    check_shares,
-    split_of,
-)
+from bessemer.tasks.base import Problem, Task, Written, check_shares, grade_integer, split_of
 from bessemer.tasks.tries import LARGEST, apply
 
 TEMPLATES = {
@@ -28,7 +18,6 @@ TEMPLATES = {
     ("zh", "seen"): ("计算{chain}。", "{chain}等于几？"),
     ("zh", "held-out"): ("请求出{chain}。",),
 }
-_INTEGER = re.compile("-?[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,7 @@ class ArithmeticMix:
 
 
 class Arithmetic(Task):
-    name = "arithmetic"
+    name, domain = "arithmetic", "arithmetic"
     Mix = ArithmeticMix
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
@@ -65,15 +54,12 @@ class Arithmetic(Task):
         chain = written[0] + "".join(sign + term for sign, term in zip(signs, written[1:], strict=True))
         value = _total(terms, signs)
         meta = {"terms": terms, "signs": signs, "value": value, "template": f"{language}-{phrasing}-{template}"}
+        meta["difficulty"] = sum(map(len, terms)) - 1  # operations
         prompt = templates[template].format(chain=chain)
         return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", prompt, language, meta)
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
-        """The answer is one integer in ASCII digits; a chain left standing is no answer."""
-        if not _INTEGER.fullmatch(answer.strip(" \n\t")):
-            return UNPARSABLE, None
-        value = int(answer)
-        return CORRECT if value == problem.meta["value"] else WRONG_VALUE, str(value)
+        return grade_integer(answer, problem.meta["value"])
 
     def written(self, index: int, seed: int = 0, language: str | None = None) -> Written:
         problem, mix = self.train_problem(index, seed, language), self.mix

@@ -6,6 +6,7 @@ its numbers (`split_of`), one rule shared by all tasks, so one task's training p
 """
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -18,12 +19,18 @@ from bessemer.tasks.answer import NO_ANSWER, parse_reply
 
 SPLITS = ("train", "test")
 TEST_SHARE = 0.10
+DOMAINS = ("search", "arithmetic", "logic", "words", "maths", "gym", "general", "code")
 CORRECT, WRONG_VALUE, WRONG_NUMBERS, UNPARSABLE = "correct", "wrong-value", "wrong-numbers", "unparsable"
+UNFINISHED, ECHO, TIMEOUT = "unfinished", "echo", "timeout"
+_INTEGER = re.compile("-?[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. `prompt` is the question alone, without a chat template; `meta` is what the verifier needs."""
+    """One question. `prompt` is the question alone, without a chat template; `meta` is what the verifier needs.
+
+    `meta["difficulty"]` is a small integer, larger for harder; what it counts is the task's own matter (docs/tasks.md).
+    """
 
     id: str
     prompt: str
@@ -41,12 +48,20 @@ class Verdict:
     answer: str | None
 
 
+@dataclass(frozen=True)
+class NoMix:
+    """The mix of a task without pre-training documents."""
+
+
 class Task:
-    """Base class. A subclass sets the class attributes and writes `make`, `grade` and `written`."""
+    """Base class. A subclass sets the class attributes and writes `make`, `grade` and, for documents, `written`."""
 
     name: ClassVar[str]
+    domain: ClassVar[str]
+    """One of DOMAINS: what an evaluation is split by."""
     all_languages: ClassVar[tuple[str, ...]] = ("en", "zh")
-    Mix: ClassVar[type]
+    phrasings: ClassVar[tuple[str, ...]] = ("seen", "held-out")
+    Mix: ClassVar[type] = NoMix
     """Dataclass with the knobs of the task's pre-training documents."""
 
     def __init__(self, languages: Sequence[str] | None = None, phrasing: str = "seen", **mix: Any):
@@ -54,7 +69,7 @@ class Task:
         self.languages = tuple(languages or self.all_languages)
         for language in self.languages:
             _known(language, self.all_languages, f"task {self.name!r} has no language")
-        self.phrasing = _known(phrasing, ("seen", "held-out"), f"task {self.name!r} has no phrasing")
+        self.phrasing = _known(phrasing, self.phrasings, f"task {self.name!r} has no phrasing")
         settings = [f.name for f in fields(self.Mix)]
         for key in mix:
             _known(key, settings, f"task {self.name!r} has no setting")
@@ -97,7 +112,10 @@ class Task:
 
     def written(self, index: int, seed: int = 0, language: str | None = None) -> "Written":
         """The problem page of a document index, with its author named."""
-        raise NotImplementedError
+        raise UserError(
+            f"task {self.name!r} has no pre-training documents; use it for RL and evaluation, and take the text of "
+            "the corpus from a task that has them, such as countdown, logic or words"
+        )
 
     def train_problem(self, index: int, seed: int, language: str | None) -> Problem:
         """The problem of a document: an order of its own, so that document i is not about RL's problem i."""
@@ -146,6 +164,18 @@ def split_of(numbers: Sequence[int]) -> str:
     return "test" if stable_hash("split", *sorted(numbers)) < TEST_SHARE * 2**64 else "train"
 
 
+def split_of_text(text: str, test_share: float = TEST_SHARE) -> str:
+    """The split of what is no set of numbers: a formula, the text of a question."""
+    return "test" if stable_hash("split", text) < test_share * 2**64 else "train"
+
+
+def grade_integer(answer: str, value: int) -> tuple[str, str | None]:
+    """For `grade`: the answer is one integer in ASCII digits; a chain left standing is no answer."""
+    if not _INTEGER.fullmatch(answer.strip(" \n\t")):
+        return UNPARSABLE, None
+    return CORRECT if int(answer) == value else WRONG_VALUE, str(int(answer))
+
+
 def check_shares(mix: object, rates: Sequence[str], sums_to_one: Sequence[str] = ()) -> None:
     """Refuse a rate outside 0..1, or shares of a whole that do not add up."""
     kind = type(mix).__name__
@@ -159,16 +189,32 @@ def check_shares(mix: object, rates: Sequence[str], sums_to_one: Sequence[str] =
 
 _REGISTRY = {
     "arithmetic": ("bessemer.tasks.arithmetic", "Arithmetic"),
+    "code": ("bessemer.tasks.code", "Code"),
     "countdown": ("bessemer.tasks.countdown", "Countdown"),
+    "general": ("bessemer.tasks.general", "General"),
+    "logic": ("bessemer.tasks.logic", "Logic"),
+    "words": ("bessemer.tasks.words", "Words"),
 }
+_FAMILIES = {
+    "code:PATH": ("bessemer.tasks.codefile", "CodeFile"),
+    "gsm8k:PATH": ("bessemer.tasks.maths", "Gsm8k"),
+    "gym:NAME": ("bessemer.tasks.gym", "Gym"),
+    "jsonl:PATH": ("bessemer.tasks.maths", "Maths"),
+}
+"""Tasks whose name carries an argument after the colon; their class takes it first."""
 
 
 def names() -> list[str]:
-    return sorted(_REGISTRY)
+    """Every name `get` knows, and the patterns of those with an argument."""
+    return sorted([*_REGISTRY, *_FAMILIES])
 
 
 def get(name: str, **settings: Any) -> Task:
     """The task called `name`; settings are `languages`, `phrasing` and the knobs of its `Mix`."""
+    family, colon, argument = name.partition(":")
+    for pattern, (module, attribute) in _FAMILIES.items():
+        if colon and pattern.startswith(f"{family}:"):
+            return getattr(import_module(module), attribute)(argument, **settings)
     module, attribute = _REGISTRY[_known(name, names(), "there is no task")]
     return getattr(import_module(module), attribute)(**settings)
 
@@ -176,5 +222,7 @@ def get(name: str, **settings: Any) -> Task:
 def _known(value: str, allowed: Sequence[str], complaint: str) -> str:
     if value in allowed:
         return value
+    if not allowed:
+        raise UserError(f"{complaint} {value!r}; it takes none")
     nearest = get_close_matches(str(value), allowed, n=1, cutoff=0.0)[0]
     raise UserError(f"{complaint} {value!r}; did you mean {nearest!r}? Known: {', '.join(allowed)}")

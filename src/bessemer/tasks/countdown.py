@@ -42,7 +42,7 @@ COMMA = {"en": ", ", "zh": "、"}
 
 
 class Countdown(Task):
-    name = "countdown"
+    name, domain = "countdown", "search"
     Mix = TraceMix
 
     def size(self, split: str) -> int:
@@ -58,6 +58,7 @@ class Countdown(Task):
         template = rng.randrange(len(templates))
         prompt = templates[template].format(numbers=COMMA[language].join(map(str, shown)), target=target)
         meta = {"numbers": shown, "target": target, "template": f"{language}-{phrasing}-{template}"}
+        meta["difficulty"] = _difficulty(numbers, target)
         return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", prompt, language, meta)
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
@@ -99,6 +100,15 @@ def _problems(split: str) -> tuple[tuple[tuple[int, int, int], int], ...]:
             targets = {t.value for t in all_tries(numbers) if 1 <= t.value <= MAX_TARGET}
             found.extend((numbers, target) for target in sorted(targets))
     return tuple(found)
+
+
+@lru_cache(maxsize=8192)
+def _difficulty(numbers: tuple[int, int, int], target: int) -> int:
+    """1 where sums and differences make the target, 2 where a product must come first, 3 where it must come last."""
+    found = [made for made in all_tries(numbers) if made.value == target]
+    if any("*" not in (made.op, made.then) for made in found):
+        return 1
+    return 2 if any(made.then != "*" for made in found) else 3
 
 
 @lru_cache(maxsize=64)

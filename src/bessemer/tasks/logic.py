@@ -1,0 +1,118 @@
+"""Boolean logic: the truth of three formulas at once, so that a guess is right in one case of eight.
+
+Whether one formula holds is a coin's guess, and a reward for it pays guessing. Here each of the eight patterns of three
+values is equally likely, and the answer is all of them. A formula of the test split occurs in no training problem and
+on no page, neither as a question nor as a step, whatever the other two are.
+"""
+
+import re
+from dataclasses import dataclass
+
+from bessemer.tasks.base import CORRECT, UNPARSABLE, WRONG_VALUE, Problem, Task, Written, check_shares
+from bessemer.tasks.formula import WORDS, draw, steps, value, write
+
+FORMULAS = 3
+LEAVES = (3, 4)
+"""Constants per formula: of two there are too few formulas to hold some out, of five the trace grows too long."""
+MAX_CHARS = 60
+
+TEMPLATES = {
+    ("en", "seen"): ("True or false: {list}.", "Evaluate {list}.", "Which are true: {list}?"),
+    ("en", "held-out"): ("Decide the truth of {list}.", "Give the values of {list}."),
+    ("zh", "seen"): ("判断真假：{list}。", "求值：{list}。", "哪些为真：{list}？"),
+    ("zh", "held-out"): ("请算出{list}的真假。", "{list}各是真还是假？"),
+}
+BETWEEN = {"en": "; ", "zh": "；"}
+COMMA = {"en": ", ", "zh": "、"}
+_VALUES = [{words[truth]: truth for truth in (True, False)} for words in WORDS.values()]
+
+
+@dataclass(frozen=True)
+class LogicMix:
+    """Knobs of the logic documents, shares between 0 and 1."""
+
+    direct: float = 0.20
+    """Pages that answer without thinking."""
+    direct_right: float = 0.3
+    """Of those, the part that is right for sure; the others toss three coins."""
+    sloppy: float = 0.75
+    """Thinking pages by authors who slip and give up; the others are careful and always right."""
+    slip: float = 0.15
+    """Chance per reduction that a sloppy author writes the wrong value."""
+    give_up: float = 0.45
+    """Chance, before the second and the third formula, that a sloppy author stops and guesses what is left."""
+    other_language: float = 0.10
+    """Thinking pages whose thoughts are in the other language."""
+    truncated: float = 0.05
+    """Thinking pages that break off before the answer."""
+
+    def __post_init__(self) -> None:
+        check_shares(self, list(self.__dataclass_fields__))
+
+
+class Logic(Task):
+    name, domain = "logic", "logic"
+    Mix = LogicMix
+
+    def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
+        rng = self.rng("problem", split, index, seed)
+        leaves = rng.choice(LEAVES)
+        formulas = []
+        for wanted in (rng.random() < 0.5 for _ in range(FORMULAS)):
+            while (formula := draw(leaves, split, wanted, rng)) in formulas:
+                pass
+            formulas.append(formula)
+        templates = TEMPLATES[language, phrasing]
+        template = rng.randrange(len(templates))
+        listed = BETWEEN[language].join(write(formula, language) for formula in formulas)
+        meta = {
+            "formulas": formulas,
+            "values": [value(formula) for formula in formulas],
+            "template": f"{language}-{phrasing}-{template}",
+            "difficulty": LEAVES.index(leaves) + 1,
+        }
+        prompt = templates[template].format(list=listed)
+        return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", prompt, language, meta)
+
+    def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
+        """Three truth values with commas between, in one language; the canonical form is like `TFT`."""
+        if len(answer) > MAX_CHARS:
+            return UNPARSABLE, None
+        words = [word.strip(" \n\t") for word in re.split("[,，、]", answer)]
+        meanings = next((known for known in _VALUES if known.keys() >= set(words)), None)
+        if meanings is None or len(words) != FORMULAS:
+            return UNPARSABLE, None
+        values = [meanings[word] for word in words]
+        return CORRECT if values == problem.meta["values"] else WRONG_VALUE, _letters(values)
+
+    def written(self, index: int, seed: int = 0, language: str | None = None) -> Written:
+        problem, mix = self.train_problem(index, seed, language), self.mix
+        rng = self.rng("document", index, seed)
+        tossed = [rng.random() < 0.5 for _ in range(FORMULAS)]
+        if rng.random() < mix.direct:
+            values = problem.meta["values"] if rng.random() < mix.direct_right else tossed
+            return Written(problem, "direct", _answer(values, problem.language))
+        author = "sloppy" if rng.random() < mix.sloppy else "careful"
+        slip, give_up = (mix.slip, mix.give_up) if author == "sloppy" else (0.0, 0.0)
+        others = [other for other in self.languages if other != problem.language]
+        thinks_in = others[0] if others and rng.random() < mix.other_language else problem.language
+
+        lines, values = [], []
+        for formula in problem.meta["formulas"]:
+            if values and rng.random() < give_up:
+                break
+            reduced = steps(formula, lambda truth: truth != (rng.random() < slip))
+            lines.append("=".join(write(step, thinks_in) for step in reduced))
+            values.append(reduced[-1])
+        if rng.random() < mix.truncated:
+            return Written(problem, author, "<think>" + "\n".join(lines[: rng.randint(1, len(lines))]))
+        values += tossed[len(values) :]
+        return Written(problem, author, "<think>" + "\n".join(lines) + "</think>" + _answer(values, problem.language))
+
+
+def _answer(values: list[bool], language: str) -> str:
+    return f"<answer>{COMMA[language].join(WORDS[language][truth] for truth in values)}</answer>"
+
+
+def _letters(values: list[bool]) -> str:
+    return "".join("T" if truth else "F" for truth in values)

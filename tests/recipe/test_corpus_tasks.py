@@ -1,0 +1,50 @@
+"""The stage "corpus" takes the documents of the tasks, and says before a run which tasks have none."""
+
+import itertools
+
+import pytest
+
+from bessemer import tasks
+from bessemer.data import corpus
+from bessemer.data.document import Document
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+from bessemer.recipe.schema import Recipe
+from bessemer.recipe.stages.corpus import Corpus
+
+
+def resolve(tmp_path, spec):
+    """As the runner does before it starts anything; the recipe is only asked for the size of the vocabulary."""
+    settings = Corpus.Settings(name="corpus", kind="corpus", parts={"part": f"task:{spec}"}, limits={"part": "20K"})
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('name = "x"\n[model]\npreset = "tiny"\n[[stage]]\nkind = "corpus"\n')
+    return Corpus().resolve(settings, Recipe.load(recipe))
+
+
+@pytest.mark.parametrize("name", ["logic", "words", "countdown", "arithmetic"])
+def test_tasks_with_documents_are_parts(name, tmp_path):
+    assert resolve(tmp_path, name)["vocab_size"] > 0
+
+
+def test_a_task_without_documents_is_refused_before_the_run(tmp_path):
+    path = tmp_path / "maths.jsonl"
+    path.write_text('{"problem": "Add 1 and 1.", "answer": "2"}\n')
+    with pytest.raises(UserError, match="no pre-training documents"):
+        resolve(tmp_path, f"jsonl:{path}")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [tasks.get(name).document(i) for name in ("countdown", "logic", "words") for i in range(400)]
+    return Tokenizer.train(texts, 1024, chat_style="zero")
+
+
+@pytest.mark.parametrize(("name", "mean"), [("logic", 110), ("words", 60)])
+def test_pages_fit_the_context_of_the_tiny_model(name, mean, tokenizer, tmp_path):
+    """Fewer than 256 tokens each, even with half of that model's vocabulary."""
+    task = tasks.get(name)
+    lengths = [len(tokenizer.encode(task.document(i))) for i in range(2000, 2400)]
+    assert max(lengths) < 250 and sum(lengths) / 400 < mean
+    documents = (Document(task.document(i), name) for i in itertools.count())
+    built = corpus.build(documents, tokenizer, 128, tmp_path / name, limit_tokens=6_000)
+    assert 5_000 < built.meta["parts"]["train"]["tokens"] < 7_000

@@ -1,0 +1,151 @@
+"""reasoning-gym as tasks: own answers pay, parts and other people's answers do not, splits share no question."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from bessemer.errors import UserError
+from bessemer.tasks import get
+from bessemer.tasks.base import split_of_text
+from bessemer.tasks.gym import _datasets
+
+QUICK = ["word_sorting", "chain_sum", "gcd", "spell_backward", "simple_equations", "knights_knaves", "number_sorting"]
+
+
+def reply(answer):
+    return f"<think>t</think><answer>{answer}</answer>"
+
+
+def reason(task, problem, answer):
+    return task.verify(problem, reply(answer)).reason
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_own_answers_pay_and_those_of_others_do_not(name):
+    task = get(f"gym:{name}")
+    assert (task.name, task.domain, task.languages) == (f"gym:{name}", "gym", ("en",))
+    problems = [task.problem("test", i) for i in range(4)]
+    for problem in problems:
+        assert reason(task, problem, problem.meta["answer"]) == "correct"
+        assert problem.meta["difficulty"] == 0
+        for other in problems:
+            if other.meta["answer"] != problem.meta["answer"]:
+                assert reason(task, problem, other.meta["answer"]) in ("wrong-value", "unparsable")
+
+
+@pytest.mark.parametrize("name", ["gcd", "coin_flip", "chain_sum"])
+def test_no_question_is_in_both_splits(name):
+    """coin_flip has so few questions that two streams of seeds would share them."""
+    task = get(f"gym:{name}")
+    asked = {
+        split: {task.problem(split, i, seed).prompt for i in range(30) for seed in (0, 1)}
+        for split in ("train", "test")
+    }
+    assert not asked["train"] & asked["test"] and len(asked["train"]) > 10
+    for split, prompts in asked.items():
+        assert {split_of_text(prompt, 0.5) for prompt in prompts} == {split}
+
+
+def test_the_same_in_every_process():
+    """Among them what draws from the global generators and what walks over sets."""
+    code = (
+        "from bessemer.tasks import get\n"
+        "def drawn():\n"
+        "    for n in ('isomorphic_strings', 'ransom_note', 'list_functions', 'pool_matrix', 'gcd'):\n"
+        "        yield from (get('gym:' + n).problem(split, 1, 5) for split in ('train', 'test'))\n"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", code + "print(list(drawn()))"], env={**os.environ, "PYTHONHASHSEED": "77"},
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    room: dict = {}
+    exec(code, room)
+    assert len(other) > 1000 and other == f"{list(room['drawn']())}\n"
+
+
+PARTS = [
+    ("word_sorting", lambda gold: ", ".join(reversed(gold.split(", ")))),
+    ("spell_backward", lambda gold: gold[::-1]),
+    ("spell_backward", lambda gold: gold[:-1]),
+    ("simple_equations", lambda gold: f"the answer is {gold}"),
+    ("chain_sum", lambda gold: f"{gold} or {int(gold) + 1}"),
+    ("gsm_symbolic", lambda gold: f"{gold} or 1"),
+    ("gsm_symbolic", lambda gold: f"1 or {gold}"),
+    ("kakurasu", lambda gold: f"the answer is {gold}"),
+    ("survo", lambda gold: f"the answer is {gold}"),
+    ("coin_flip", lambda gold: "0"),
+    ("sokoban", lambda gold: f"{gold} or ULLRDRDLRDL"),
+    ("puzzle24", lambda gold: "4*6*1*1" if "6" not in gold else "3*8*1*1"),
+    ("number_sorting", lambda gold: "[]"),
+    ("prime_factorization", lambda gold: "a × b"),  # its scorer raises
+    ("knights_knaves", lambda gold: gold.split(",")[0]),
+]
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS, ids=lambda value: value if isinstance(value, str) else "")
+def test_parts_do_not_pay(name, part):
+    task = get(f"gym:{name}")
+    problem = task.problem("train", 0)
+    answer = part(problem.meta["answer"])
+    assert answer != problem.meta["answer"]
+    assert reason(task, problem, answer) in ("wrong-value", "unparsable")
+
+
+@pytest.mark.parametrize("name", ["spiral_matrix", "string_insertion", "binary_matrix", "n_queens", "number_sorting"])
+def test_answers_are_never_run(name, tmp_path):
+    task = get(f"gym:{name}")
+    problem = task.problem("train", 0)
+    mark = tmp_path / "mark"
+    for answer in (f"open('{mark}', 'w')", f"__import__('pathlib').Path('{mark}').touch()"):
+        assert reason(task, problem, answer) != "correct"
+    assert not mark.exists()
+
+
+def test_every_use_of_an_evaluator_in_the_library_is_known():
+    """A new version that evaluates answers somewhere else must be looked at first."""
+    root = Path(find_spec("reasoning_gym").origin).parent
+    found = {
+        path.stem
+        for path in root.rglob("*.py")
+        if re.search(r"(?<![\w.])(?:eval|exec)\(|literal_eval|pickle|subprocess|os\.system", path.read_text())
+    }
+    answers = {"spiral_matrix", "string_insertion", "binary_matrix", "n_queens"}
+    own = {"number_sorting", "bitwise_arithmetic", "basic_arithmetic", "codeio", "generators_00_49", "generators_50_99"}
+    assert found <= answers | own
+
+
+def test_levels():
+    easy, hard = get("gym:chain_sum@1"), get("gym:chain_sum@4")
+    assert easy.problem("train", 0).meta["difficulty"] == 1 and hard.problem("train", 0).meta["difficulty"] == 4
+    lengths = [sum(len(task.problem("train", i).prompt) for i in range(12)) for task in (easy, hard)]
+    assert lengths[0] < lengths[1]
+    assert reason(hard, hard.problem("test", 0), hard.problem("test", 0).meta["answer"]) == "correct"
+
+
+def test_all_of_the_library_is_there():
+    known, levelled = _datasets()
+    assert len(known) >= 100 and len(levelled) >= 95 and "composite" not in known
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda: get("gym:word_sortign"), "word_sorting"),
+        (lambda: get("gym:"), "did you mean"),
+        (lambda: get("gym"), "gym:NAME"),
+        (lambda: get("gym:gcd@0"), "1 to 20"),
+        (lambda: get("gym:gcd@two"), "1 to 20"),
+        (lambda: get("gym:acre@1"), "no levels"),
+        (lambda: get("gym:gcd").document(0), "no pre-training documents"),
+        (lambda: get("gym:gcd", languages=["zh"]), "no language 'zh'"),
+        (lambda: get("gym:graph_color").problem("train", 0), "its own scorer"),
+    ],
+)
+def test_a_mistake_names_its_cure(wrong, hint):
+    with pytest.raises(UserError, match=hint):
+        wrong()

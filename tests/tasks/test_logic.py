@@ -1,0 +1,122 @@
+"""Three formulas at once: the values are Python's, chance is an eighth, no test formula is ever shown in training."""
+
+import re
+from collections import Counter, defaultdict
+
+import pytest
+
+from bessemer.tasks import get
+from bessemer.tasks.formula import steps, value, write
+
+TASK = get("logic")
+TRAIN = [TASK.problem("train", i) for i in range(1500)]
+TEST = [TASK.problem("test", i) for i in range(600)]
+PAGES = [TASK.written(i) for i in range(3000)]
+
+
+def python_says(text):
+    """The value of a written formula in either language, by Python's own not, and, or."""
+    for word, meaning in (("真", " True "), ("假", " False "), ("非", " not "), ("且", " and "), ("或", " or ")):
+        text = text.replace(word, meaning)
+    text = text.replace("true", "True").replace("false", "False")
+    assert re.fullmatch(r"(?:True|False|not|and|or|[() ])+", text), text
+    return eval(text)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_values_and_every_step_agree_with_python(language):
+    for problem in TRAIN[:400]:
+        for formula, truth in zip(problem.meta["formulas"], problem.meta["values"], strict=True):
+            assert python_says(write(formula, language)) == truth == value(formula)
+            assert write(formula, language) in problem.prompt or language != problem.language
+            reduced = steps(formula)
+            assert [python_says(write(step, language)) for step in reduced] == [truth] * len(reduced)
+            assert reduced[-1] is truth
+
+
+def test_both_languages_ask_the_same():
+    for i in range(50):
+        english, chinese = (TASK.problem("test", i, language=language) for language in ("en", "zh"))
+        assert english.meta["formulas"] == chinese.meta["formulas"]
+        assert english.prompt.isascii() and not re.search("[a-z]", chinese.prompt)
+
+
+def test_every_pattern_is_equally_likely_at_every_difficulty():
+    for problems in (TRAIN, TEST):
+        for level in (1, 2):
+            patterns = Counter(tuple(p.meta["values"]) for p in problems if p.meta["difficulty"] == level)
+            assert len(patterns) == 8
+            assert max(patterns.values()) < 0.2 * patterns.total()  # 0.125 and four standard deviations of 300
+    assert {p.meta["difficulty"] for p in TRAIN} == {1, 2}
+    leaves = Counter(
+        (p.meta["difficulty"], len(re.findall("true|false", write(f, "en")))) for p in TRAIN for f in p.meta["formulas"]
+    )
+    assert set(leaves) == {(1, 3), (2, 4)}
+
+
+def test_no_formula_is_in_both_splits():
+    """Neither as a question nor as the first line of anybody's thoughts."""
+    test = {formula for problem in TEST for formula in problem.meta["formulas"]}
+    train = {f for problem in (*TRAIN, *(page.problem for page in PAGES)) for f in problem.meta["formulas"]}
+    assert len(test) > 700 and len(train) > 4000
+    assert not test & train
+    shown = [step for page in PAGES for step in re.split("[=\n]|<.*?>", page.response)]
+    known = {write(formula, language) for formula in test for language in ("en", "zh")}
+    assert len(shown) > 10_000 and not known & set(shown)
+    held = get("logic", phrasing="held-out")
+    assert not {formula for i in range(200) for formula in held.problem("test", i).meta["formulas"]} & train
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason", "canonical"),
+    [
+        ("true, false, true", "correct", "TFT"),
+        ("真、假、真", "correct", "TFT"),
+        (" true,false ,\ntrue", "correct", "TFT"),
+        ("真，假，真", "correct", "TFT"),
+        ("true, true, true", "wrong-value", "TTT"),
+        ("true, 假, true", "unparsable", None),
+        ("true, false", "unparsable", None),
+        ("true, false, true, false", "unparsable", None),
+        ("True, False, True", "unparsable", None),
+        ("true false true", "unparsable", None),
+        ("true or false, false, true", "unparsable", None),
+        ("TFT", "unparsable", None),
+        ("1, 0, 1", "unparsable", None),
+        ("not false, false, true", "unparsable", None),
+        (",,", "unparsable", None),
+        ("", "unparsable", None),
+    ],
+)
+def test_grades(answer, reason, canonical):
+    problem = next(p for p in TEST if p.meta["values"] == [True, False, True])
+    verdict = TASK.verify(problem, f"<think>t</think><answer>{answer}</answer>")
+    assert (verdict.reason, verdict.answer) == (reason, canonical)
+
+
+def test_pages_are_by_people_who_mostly_fail():
+    groups = defaultdict(list)
+    for page in PAGES:
+        groups[page.author].append(TASK.verify(page.problem, page.response).correct)
+    rate = {author: sum(right) / len(right) for author, right in groups.items()}
+    assert 0.15 < rate["sloppy"] < 0.35 and 0.91 < rate["careful"] < 0.99 and rate["direct"] == 0.0  # no thoughts
+    assert 0.25 < sum(map(sum, groups.values())) / len(PAGES) < 0.40
+    assert len(groups["direct"]) / len(PAGES) == pytest.approx(TASK.mix.direct, abs=0.03)
+
+
+def test_careful_pages_are_true_line_by_line():
+    for page in PAGES:
+        assert re.match(r"User: .+\nAssistant:<(think|answer)>", page.text)
+        if page.author == "careful" and page.response.endswith("</answer>"):
+            think = page.response.partition("<think>")[2].partition("</think>")[0]
+            for line, truth in zip(think.split("\n"), page.problem.meta["values"], strict=True):
+                assert {python_says(step) for step in line.split("=")} == {truth}
+
+
+def test_other_language_and_knobs():
+    thinking = [p for p in PAGES if p.problem.language == "en" and p.author != "direct"]
+    share = sum(bool(re.search("[真假]", page.response.partition("</think>")[0])) for page in thinking) / len(thinking)
+    assert 0.06 < share < 0.14
+    sure = get("logic", direct=0.0, sloppy=0.0, truncated=0.0, other_language=0.0, languages=["en"])
+    assert all(sure.verify(page.problem, page.response).correct for page in map(sure.written, range(100)))
+    assert all(sure.document(i).isascii() for i in range(100))

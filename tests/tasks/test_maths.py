@@ -1,0 +1,201 @@
+"""Mathematics from files: numbers compared exactly, the rest by math-verify, broken lines named, splits apart."""
+
+import json
+import threading
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bessemer.errors import UserError
+from bessemer.tasks import Problem, get, numeral
+from bessemer.tasks.questions import peeled
+
+LINES = [
+    {"question": f"What is {n}+{n}?", "answer": f"Add: <<{n}+{n}={2 * n}>>{2 * n}.\n#### {2 * n}"} for n in range(99)
+]
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(lines, name="maths.jsonl"):
+        path = tmp_path / name
+        path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), "utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def task(file):
+    return get(f"jsonl:{file([{'problem': 'Compute $1+1$.', 'answer': '2', 'level': 'Level 3'}] * 60)}")
+
+
+def judged(task, gold, answer, prompt="Compute it."):
+    verdict = task.verify(Problem("p", prompt, "en", {"gold": gold}), f"<think>t</think><answer>{answer}</answer>")
+    return verdict.reason, verdict.answer
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(-(10**12), 10**12), st.integers(1, 10**6))
+def test_numbers_are_read_exactly(n, d):
+    assert numeral.read(f"{n}").value == n
+    assert numeral.read(f"{n:,}").value == n
+    assert abs(numeral.read(f"{n}.50").value) == abs(n) + Fraction(1, 2)
+    value = Fraction(n, d)
+    for text in (f"{n}/{d}", f"\\frac{{{n}}}{{{d}}}", f"\\dfrac {{{n}}}{{{d}}}"):
+        read = numeral.read(text)
+        assert read.value == value
+        assert read.finished == (value.denominator == d and d > 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="0123456789.,/+-*^ $%\\{}()efrac９٣", max_size=40))
+def test_what_is_read_is_a_number_to_python_too(text):
+    read = numeral.read(text)
+    if read is not None and "frac" not in text:
+        plain = "".join(c for c in text if c in "0123456789./-")
+        assert Fraction(plain if not plain.endswith(".") else plain[:-1]) == read.value
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "reason"),
+    [
+        ("42", "42", "correct"),
+        ("42", "$42$", "correct"),
+        ("42", "\\boxed{42}", "correct"),
+        ("42", "\\(42\\).", "correct"),
+        ("42", "x = 42", "correct"),
+        ("42", "42.00", "correct"),
+        ("42", "\\$42", "correct"),
+        ("1,200", "1200", "correct"),
+        ("75\\%", "75", "correct"),
+        ("\\frac{3}{4}", "0.75", "correct"),
+        ("\\frac{3}{4}", "6/8", "unfinished"),
+        ("42", "84/2", "unfinished"),
+        ("42", "6*7", "unparsable"),
+        ("42", "6 \\cdot 7", "unparsable"),
+        ("42", "41=42", "unparsable"),
+        ("42", "42, 43", "unparsable"),
+        ("42", "\\boxed{41} \\boxed{42}", "unparsable"),
+        ("42", "forty-two", "unparsable"),
+        ("42", "４２", "unparsable"),
+        ("42", "42.0000001", "wrong-value"),
+        ("42", "-42", "wrong-value"),
+        ("\\text{Evelyn}", "evelyn", "correct"),
+        ("even", "\\text{even}", "correct"),
+        ("even", "veen", "wrong-value"),
+        ("even", "7", "unparsable"),
+        ("x^2+2x+1", "1 + 2x + x^2", "correct"),
+        ("x^2+2x+1", "$(1+x)^2$", "correct"),
+        ("x^2+2x+1", "y = x^2+2x+1", "correct"),
+        ("x^2+2x+1", "1 = x^2+2x+1", "unparsable"),
+        ("x^2+2x+1", "x^2 = x^2+2x+1", "unparsable"),
+        ("x^2+2x+1", "(x+1)^2", "echo"),
+        ("x^2+2x+1", "x^2", "wrong-value"),
+        ("x^2+2x+1", "$x^2$ or $x^2+2x+1$", "unparsable"),
+        ("x^2+2x+1", "\\frac{", "unparsable"),
+        ("\\sqrt{3}", "\\frac{\\sqrt{12}}{2}", "correct"),
+        ("\\sqrt{3}", "\\sqrt2, \\sqrt3", "wrong-value"),
+        ("\\{1,2\\}", "\\{2,1\\}", "correct"),
+    ],
+)
+def test_judgements(task, gold, answer, reason):
+    assert judged(task, gold, answer, "Expand (x+1)^2, please.")[0] == reason
+
+
+def test_a_vote_is_cast_for_the_value(task):
+    assert {judged(task, "42", form)[1] for form in ("42", "42.0", "$42$", "84/2")} == {"42"}
+    assert judged(task, "x^2+2x+1", "1+2x+x^2")[1] == judged(task, "x^2+2x+1", "x^2+2x+1")[1]
+
+
+def test_judging_works_in_a_thread(task):
+    """math-verify's own timeout is an alarm signal and fails here."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(judged(task, "a+b", "b+a")[0]))
+    thread.start()
+    thread.join()
+    assert found == ["correct"]
+
+
+@pytest.mark.parametrize("text", ["$$\\boxed{ \\(7\\) }$$.", "\\boxed{\\boxed{7}}", "7", " 7\n"])
+def test_peeling(text):
+    assert peeled(text) == "7"
+
+
+@pytest.mark.parametrize("text", ["\\boxed{1} or \\boxed{2}", "$1$ or $2$", "{1}{2}", "\\frac{1}{2}"])
+def test_what_is_not_one_wrapping_stays(text):
+    assert peeled(text) == text
+
+
+def test_a_file_is_split_by_a_hash_and_walked_without_repeats(file):
+    task = get(f"gsm8k:{file(LINES)}")
+    assert task.size("train") + task.size("test") == 99 and 3 <= task.size("test") <= 25
+    asked = {split: [task.problem(split, i) for i in range(task.size(split))] for split in ("train", "test")}
+    prompts = {split: {p.prompt for p in problems} for split, problems in asked.items()}
+    assert not prompts["train"] & prompts["test"]
+    assert all(len(prompts[split]) == task.size(split) for split in prompts)
+    for problem in (*asked["train"], *asked["test"]):
+        line = LINES[problem.meta["line"] - 1]
+        assert line["question"] == problem.prompt and line["answer"].endswith(f"#### {problem.meta['gold']}")
+        assert problem.meta["difficulty"] == 1
+    again = [get(f"gsm8k:{file(LINES)}").problem("train", i, seed=3) for i in range(20)]
+    assert [task.problem("train", i, seed=3) for i in range(20)] == again != asked["train"][:20]
+
+
+def test_a_directory_has_its_own_splits_and_train_gives_way(file):
+    file(LINES[:50], "train.jsonl")
+    folder = file(LINES[40:60], "test.jsonl").parent
+    task = get(f"gsm8k:{folder}")
+    assert (task.size("train"), task.size("test")) == (40, 20)
+    (folder / "train.jsonl").unlink()
+    with pytest.raises(UserError, match="no train problem"):
+        get(f"gsm8k:{folder}").problem("train", 0)
+
+
+def test_languages_come_from_the_text(file):
+    lines = [*LINES, *({"question": f"{n}加{n}等于几？", "answer": f"#### {2 * n}"} for n in range(40))]
+    task = get(f"gsm8k:{file(lines)}")
+    assert task.languages == ("en", "zh")
+    assert task.problem("train", 0, language="zh").prompt.endswith("等于几？")
+    assert task.size("train") < 45  # of the scarcer language
+    assert get(f"jsonl:{file([{'problem': 'Add 1 and 1.', 'answer': 2, 'level': 'Level 4'}])}").all_languages == ("en",)
+
+
+@pytest.mark.parametrize(
+    ("family", "lines", "hint"),
+    [
+        ("gsm8k", [LINES[0], {"question": "Q?", "answer": "7"}], 'line 2: the answer has no "#### n"'),
+        ("jsonl", [LINES[0], "{"], "line 2: not JSON"),
+        ("jsonl", ["[1]"], "line 1: a list"),
+        ("jsonl", [{"answer": "1"}], 'no text under "question" or "problem"'),
+        ("jsonl", [{"problem": "Q?"}], 'no text or number under "answer"'),
+        ("jsonl", [{"problem": "Q?", "answer": True}], 'no text or number under "answer"'),
+        ("jsonl", [{"problem": "Q?", "answer": "\\boxed{}"}], "the final answer is empty"),
+        ("jsonl", [LINES[0], "", {"problem": "Q?", "answer": "\\frac{1}{"}], "line 3: the answer .* is no number"),
+        ("jsonl", [{"problem": "Q?", "answer": "9^{9^{9^{9}}}!" + "!" * 40 + "\\\\frac"}], "line 1"),
+        ("jsonl", ["", " "], "holds no problem"),
+        ("jsonl", ["[" * 100_000], "line 1: not JSON"),
+    ],
+)
+def test_a_broken_line_is_named(file, family, lines, hint):
+    with pytest.raises(UserError, match=hint):
+        get(f"{family}:{file(lines)}")
+
+
+def test_other_mistakes(file, tmp_path):
+    with pytest.raises(UserError, match="there is no file"):
+        get(f"gsm8k:{tmp_path}/nothing.jsonl")
+    with pytest.raises(UserError, match=r"neither train\.jsonl nor test\.jsonl"):
+        get(f"gsm8k:{tmp_path}")
+    path = file(LINES)
+    with pytest.raises(UserError, match="no pre-training documents"):
+        get(f"gsm8k:{path}").document(0)
+    with pytest.raises(UserError, match="no phrasing 'held-out'"):
+        get(f"gsm8k:{path}", phrasing="held-out")
+    with pytest.raises(UserError, match="no setting 'slip'; it takes none"):
+        get(f"gsm8k:{path}", slip=0.1)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8"):
+        get(f"gsm8k:{path}")
