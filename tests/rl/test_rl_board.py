@@ -8,11 +8,14 @@ from bessemer.rl.rollout import Sampled
 from bessemer.tasks.base import Problem, Verdict
 
 
-def sampled(text, *, reward=0.0, correct=False, formatted=False, tokens=4, end="stop", language=0.5):
+def sampled(
+    text, *, reward=0.0, correct=False, formatted=False, tokens=4, end="stop", language=0.5, preference=None, meta=None
+):
     completion = Completion([5] * tokens, text, [-1.0] * tokens, [-1.0] * tokens, end, 3)
     return Sampled(
-        Problem("p", "", "en"), [1, 2, 3], completion, Verdict(correct, formatted, "", None), reward, language=language
-    )
+        Problem("p", "", "en", meta or {}), [1, 2, 3], completion, Verdict(correct, formatted, "", None), reward,
+        language=language, preference=preference,
+    )  # fmt: skip
 
 
 def test_means_over_all_samples_of_all_groups():
@@ -27,7 +30,10 @@ def test_means_over_all_samples_of_all_groups():
             sampled("<think>no end, wait", tokens=50, end="length"),
         ],
     ]  # fmt: skip
-    assert board.of_rollout(groups) == pytest.approx({
+    found = board.of_rollout(groups)
+    words = {name: found.pop(name) for name in list(found) if name.startswith("rl/words/")}
+    assert len(words) == 11 and words.pop("rl/words/wait") == 0.5 and set(words.values()) == {0.0}
+    assert found == pytest.approx({
         "rl/reward": 2.2 / 4,
         "rl/accuracy": 0.5,
         "rl/format": 0.5,
@@ -54,3 +60,33 @@ def test_means_over_all_samples_of_all_groups():
 )
 def test_the_paper_s_ten_words_and_the_chinese_one(text, count):
     assert board.of_rollout([[sampled(text)]])["rl/reflective_words"] == count
+
+
+def test_words_one_by_one():
+    found = board.of_rollout([[sampled("Wait, but WAIT 等等"), sampled("check")]])
+    counts = {name.removeprefix("rl/words/"): value for name, value in found.items() if "/words/" in name}
+    assert {word: value for word, value in counts.items() if value} == {
+        "wait": 1.0, "but": 0.5, "等等": 0.5, "check": 0.5
+    }  # fmt: skip
+    assert sum(counts.values()) == found["rl/reflective_words"] == 2.5
+
+
+def test_what_a_reward_model_judged_is_not_counted_as_wrong():
+    rows = [sampled("", correct=True), sampled(""), sampled("", preference=0.25), sampled("", preference=0.75)]
+    found = board.of_rollout([rows])
+    assert found["rl/accuracy"] == 0.5 and found["rl/preference"] == 0.5
+    assert "rl/preference" not in board.of_rollout([rows[:2]])
+    assert board.of_rollout([rows[2:]])["rl/accuracy"] == 0.0  # nothing was verified
+
+
+def test_inside_a_countdown_trace():
+    meta = {"numbers": [3, 7, 6], "target": 27}
+    right = "<think>(3*7)+6=21+6=27:27 yes</think><answer>(3*7)+6</answer>"
+    wrong = "<think>(3*7)-6=21-6=15:27 low\n(3*6)+7=18+7=26:27 low</think><answer>(3*6)+7</answer>"
+    found = board.of_rollout([[sampled(right, meta=meta), sampled(wrong, meta=meta), sampled("no trace")]])
+    traces = {name.removeprefix("rl/trace/"): value for name, value in found.items() if "/trace/" in name}
+    assert traces == pytest.approx({
+        "step_right": 5 / 6, "right_numbers": 1.0, "yes_given_hit": 1.0, "yes_given_miss": 0.0, "repeated": 0.0,
+        "gave_up": 1 / 2,
+    })  # fmt: skip
+    assert not any("/trace/" in name for name in board.of_rollout([[sampled("no trace")]]))

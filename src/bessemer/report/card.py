@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from bessemer import __version__
+from bessemer.recipe import contamination
 from bessemer.recipe.disk import explained, write_atomic
 from bessemer.recipe.values import show_seconds, show_tokens
-from bessemer.report import curves, page, stories
+from bessemer.report import controls, curves, learning, page, stagetable, stories
 from bessemer.report.charts import short
 from bessemer.report.facts import RunFacts, StageFacts, read
+from bessemer.report.standings import compared
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ def write(root: Path) -> Path:
     with explained(path):
         write_atomic(path, html)
     return path
+
+
+def table(root: Path) -> str:
+    """The stage table of the run in `root` for a terminal; "" when no model was evaluated."""
+    return stagetable.text(controls.main_line(read(root)))
 
 
 def render(facts: RunFacts) -> str:
@@ -82,14 +89,14 @@ def _finished(facts: RunFacts, name: Any) -> bool:
 
 def _tiles(facts: RunFacts) -> str:
     tiles = []
-    compared = list(_by_task(facts).values())
-    for rows in [rows for rows in compared if rows[0].get("temperature") == compared[0][0].get("temperature")][:2]:
-        first, last = rows[0], rows[-1]
-        before = _percent(first["pass_at_1"], 0) if len(rows) > 1 else ""
+    for rows in _headline(facts):
+        first, last = rows[0], _last_taught(facts, rows)
+        before = _percent(first["pass_at_1"], 0) if last is not first else ""
         detail = " → ".join(dict.fromkeys(str(row.get("model", "")) for row in (first, last)))
-        if "temperature" in last:
+        if isinstance(last.get("temperature"), int | float):
             detail += f", T\u00a0{last['temperature']:g}"
-        tiles.append(page.tile(f"pass@1, {_task(last)}", _percent(last["pass_at_1"], 0), detail, before))
+        task = " ".join(str(last[key]) for key in ("task", "language") if last.get(key))
+        tiles.append(page.tile(f"pass@1, {task}", _percent(last["pass_at_1"], 0), detail, before))
     for stage in facts.stages:
         finals = [series.values[-1] for name, series in stage.series.items() if name.startswith("val/bpb/")]
         numbers = [value for value in finals if isinstance(value, int | float)]
@@ -132,63 +139,35 @@ def _summary(stage: StageFacts) -> str:
     return ", ".join(told)
 
 
-def _by_task(facts: RunFacts) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    """Evaluation rows that may be compared: same task, language and way of sampling, in the order they were made.
-
-    A model that was evaluated twice (after one stage, and again to compare with the next) counts once, its last row.
-    """
-    found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for row in facts.evaluations:
-        if isinstance(row.get("pass_at_1"), int | float):
-            key = tuple(str(row.get(part, "")) for part in ("task", "language", "samples", "k", "temperature"))
-            found.setdefault(key, {})[str(row.get("model", ""))] = row
-    return {key: list(rows.values()) for key, rows in found.items()}
+def _headline(facts: RunFacts) -> list[list[dict[str, Any]]]:
+    """At most two comparisons of the same task under the first way of sampling: its rows, model by model."""
+    tables = list(compared(controls.main_line(facts)).values())
+    return [list(rows.values()) for rows in tables[0].values()][:2] if tables else []
 
 
-def _task(row: dict[str, Any]) -> str:
-    return " ".join(str(row[key]) for key in ("task", "language") if row.get(key))
+def _last_taught(facts: RunFacts, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last model that learnt by reward and comes from the first one; without such, the last of all."""
+    by_name = {stage.name: stage for stage in facts.stages}
+
+    def comes_from(name: str, first: str) -> bool:
+        for _ in facts.stages:  # so that a circle in a recipe ends too
+            if name not in by_name or name == first:
+                break
+            name = by_name[name].source
+        return name == first
+
+    first = str(rows[0].get("model", ""))
+    for row in reversed(rows[1:]):
+        name = str(row.get("model", ""))
+        if name in by_name and by_name[name].kind == "rl" and comes_from(name, first):
+            return row
+    return rows[-1]
 
 
-def _evaluation(facts: RunFacts) -> str:
-    parts = []
-    for rows in _by_task(facts).values():
-        samples, k = rows[0].get("samples", 1), rows[0].get("k", rows[0].get("samples", 1))
-        lines = []
-        for place, row in enumerate(rows):
-            interval = _interval(row.get("pass_at_1_interval"))
-            after = place == len(rows) - 1 and len(rows) > 1
-            rates = [_rate(row, key, rows[0] if after else None) for key in ("pass_at_1", "pass_at_k", "maj_at_k")]
-            length = row.get("mean_length")
-            lines.append([
-                f"<b>{page.text(row.get('model', ''))}</b>" if after else page.text(row.get("model", "")),
-                page.meter(row["pass_at_1"], interval, strong=after), *rates,
-                f"{length:.1f}" if isinstance(length, int | float) else "–",
-            ])  # fmt: skip
-        size = f"{rows[0].get('n', '?')} held-out problems, {samples} samples each"
-        size += f" at temperature {rows[0]['temperature']:g}" if "temperature" in rows[0] else ""
-        heading = f'<h3>{page.text(_task(rows[0]))} <span class="unit">{page.text(size)}</span></h3>'
-        headings = ["model", "", "pass@1 %", f"pass@{k} %", f"maj@{k} %", "tokens"]
-        parts.append(heading + page.table(headings, lines, numeric=[2, 3, 4, 5], kind="evaluation"))
-    return "\n".join(parts)
-
-
-def _rate(row: dict[str, Any], key: str, before: dict[str, Any] | None) -> str:
-    """A rate in percent, the change since `before` beside it, its interval below."""
-    if not isinstance(row.get(key), int | float):
-        return "–"
-    interval = _interval(row.get(f"{key}_interval"))
-    between = f"<small>{100 * interval[0]:.1f}–{100 * interval[1]:.1f}</small>" if interval else ""
-    change = ""
-    if before is not None and isinstance(before.get(key), int | float):
-        points = 100 * (row[key] - before[key])
-        change = f'<span class="gain{" loss" if points < 0 else ""}">{points:+.1f}</span> '
-    return f"{change}<span>{100 * row[key]:.1f}</span>{between}"
-
-
-def _interval(value: Any) -> tuple[float, float] | None:
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(end, int | float) for end in value):
-        return float(value[0]), float(value[1])
-    return None
+def _stages(facts: RunFacts) -> str:
+    tables = stagetable.html(facts, controls.main_line(facts))
+    searched = [contamination.line(stage.contamination) for stage in facts.stages if stage.contamination]
+    return tables + "".join(f'<p class="missing">{page.text(words)}.</p>' for words in searched) if tables else ""
 
 
 def _percent(share: float, digits: int) -> str:
@@ -222,15 +201,20 @@ def _recipe(facts: RunFacts) -> str:
 
 
 SECTIONS = (
-    Section("evaluation", "Before and after", _evaluation, "no results.json in a stage",
-            "Problems never trained on. Bars: pass@1. Whiskers and small figures: 95 % intervals."),
-    Section("cost", "What it cost", _cost, "no stage has begun"),
-    Section("curves", "Curves", _curves, "no lines in metrics.jsonl", "Where noisy: faint as measured, bold smoothed."),
+    Section("stages", "Stage by stage", _stages, "no results.json in a stage",
+            "Problems never trained on. Small figures and whiskers: 95 % intervals. Bold: the best of its line."),
+    Section("learning", "Watching it learn", learning.html, "no rl/ metrics",
+            "Where noisy: faint as measured, bold smoothed."),
+    Section("rollouts", "Rollouts", stories.rollouts, "no rollouts.jsonl in a stage",
+            "What the model answered while it learned: one prompt at several moments where the run asked it again."),
+    Section("controls", "Controls", controls.html, "no stage beside another one with another reward",
+            "The same start and the same problems, paid otherwise: what they gain too was not learnt from the task."),
+    Section("curves", "Training", _curves, "no lines in metrics.jsonl",
+            "Where noisy: faint as measured, bold smoothed."),
     Section("experts", "Expert load", curves.expert_loads, "no moe/load metrics",
             "Each row is an expert, time runs to the right. Grey is an even share of the tokens."),
     Section("samples", "Samples", stories.samples, "no samples.md in a stage"),
-    Section("rollouts", "Rollouts", stories.rollouts, "no rollouts.jsonl in a stage",
-            "What the model answered while it learned: one prompt at several moments where the run asked it again."),
+    Section("cost", "What it cost", _cost, "no stage has begun"),
     Section("conformance", "The paper's recipe, here", _conformance, "no conformance.json"),
     Section("recipe", "Do it again", _recipe, "no recipe.toml"),
 )  # fmt: skip

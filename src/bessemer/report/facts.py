@@ -38,11 +38,26 @@ class StageFacts:
     finished: bool
     seconds: float
     summary: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Its table in the recipe."""
+    lines: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    """(step, values) as written, for what needs their order."""
     series: dict[str, Series] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    contamination: dict[str, Any] = field(default_factory=dict)
+    """What the search for the evaluation's problems in the training text found (`recipe/contamination.py`)."""
     samples: list[tuple[str, str]] = field(default_factory=list)
     """(heading, text) in the order they were written."""
     rollouts: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def learns_by_reward(self) -> bool:
+        return any(name.startswith("rl/") for name in self.series)
+
+    @property
+    def source(self) -> str:
+        """The stage it starts from."""
+        return str(self.settings.get("from", ""))
 
 
 @dataclass
@@ -73,40 +88,49 @@ def read(root: Path) -> RunFacts:
         recipe = tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise UserError(f"{root} is not a run directory: recipe.toml cannot be read ({error})") from None
-    kinds = {table.get("name", table.get("kind")): table.get("kind", "") for table in recipe.get("stage", [])}
-    stages = [_stage(name, kinds.get(name, ""), folder) for _, name, folder in stage_folders(root)]
+    tables = {table.get("name", table.get("kind")): table for table in recipe.get("stage", [])}
+    stages = [_stage(name, tables.get(name, {}), folder) for _, name, folder in stage_folders(root)]
     by_name = {stage.name: stage for stage in stages}
     last = 0.0
     for line in read_lines(root / "metrics.jsonl"):
         last = max(last, line.get("time") or 0.0)
         stage = by_name.get(line.get("stage", ""))
-        for name, value in (line.get("values") or {}).items():
-            if stage is not None and value is not None:
+        if stage is None:
+            continue
+        values = line.get("values") or {}
+        stage.lines.append((line.get("step", 0), values))
+        for name, value in values.items():
+            if value is not None:
                 series = stage.series.setdefault(name, Series())
                 series.steps.append(line.get("step", 0))
                 series.tokens.append(line.get("tokens", 0))
                 series.values.append(value)
-    return RunFacts(root, recipe, text, stages, _rows(root / "conformance.json"), last)
+    return RunFacts(root, recipe, text, stages, _rows(_json(root / "conformance.json")), last)
 
 
-def _stage(name: str, kind: str, folder: Path) -> StageFacts:
+def _stage(name: str, settings: dict[str, Any], folder: Path) -> StageFacts:
     done = read_json(folder / "done.json")
     wall = done or read_json(folder / "wall.json") or {}
+    results = _json(folder / "results.json")
+    contamination = results.get("contamination") if isinstance(results, dict) else None
     return StageFacts(
-        name=name, kind=kind, folder=folder, finished=done is not None, seconds=wall.get("seconds", 0.0),
-        summary=(done or {}).get("summary", {}), evaluations=_rows(folder / "results.json"),
+        name=name, kind=settings.get("kind", ""), folder=folder, finished=done is not None,
+        seconds=wall.get("seconds", 0.0), summary=(done or {}).get("summary", {}), settings=settings,
+        evaluations=_rows(results), contamination=contamination if isinstance(contamination, dict) else {},
         samples=_samples(folder / "samples.md"), rollouts=list(read_lines(folder / "rollouts.jsonl")),
     )  # fmt: skip
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """A list of tables, bare or as "rows"; also {"before": {...}, "after": {...}}, whose keys name the model."""
-    if not path.exists():
-        return []
+def _json(path: Path) -> Any:
+    """What a file holds; an empty list when there is none."""
     try:
-        found = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes()) if path.exists() else []
     except ValueError:
         raise UserError(f"{path} is not valid JSON; delete it and run the recipe again") from None
+
+
+def _rows(found: Any) -> list[dict[str, Any]]:
+    """A list of tables, bare or as "rows"; also {"before": {...}, "after": {...}}, whose keys name the model."""
     if isinstance(found, dict) and isinstance(found.get("rows"), list):
         found = found["rows"]
     elif isinstance(found, dict):

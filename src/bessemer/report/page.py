@@ -1,15 +1,17 @@
 """The report card's HTML: small pieces, each escaping what it is given.
 
 Every piece takes plain text and returns HTML. What a model wrote is hostile: it goes through `text`, which escapes
-markup, shows control characters instead of obeying them, and cuts what is too long. The page carries no script and a
-policy that forbids loading anything.
+markup, shows control characters instead of obeying them, and cuts what is too long. The page carries one script, ours
+(`card.js`), and a policy that forbids loading anything and running any script but the one with its hash.
 """
 
+import base64
+import hashlib
 import html
 from collections.abc import Iterable, Sequence
 from importlib import resources
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{}'"
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 LONGEST = 4000  # characters of one completion that are shown
 
@@ -27,13 +29,17 @@ def block(value: object) -> str:
 
 
 def document(title: str, body: str) -> str:
-    css = resources.files("bessemer.report").joinpath("card.css").read_text(encoding="utf-8")
+    css, script = (
+        resources.files("bessemer.report").joinpath(name).read_text(encoding="utf-8")
+        for name in ("card.css", "card.js")
+    )
+    policy = _POLICY.format(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="color-scheme" content="light dark">\n<title>{text(title)}</title>\n'
-        f"<style>\n{css}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<style>\n{css}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 

@@ -1,4 +1,8 @@
-"""What the model wrote: samples of each stage, and the same prompts answered again and again while it learned."""
+"""What the model wrote: samples of each stage, and the same prompts answered again and again while it learned.
+
+Rollouts are a list of prompts to open, each with its answers from first to last. Where scripts run, `card.js` makes it
+a browser: pick a prompt, step through training.
+"""
 
 import json
 from typing import Any
@@ -7,9 +11,13 @@ from bessemer.report import page
 from bessemer.report.charts import short
 from bessemer.report.facts import RunFacts
 
+Line = dict[str, Any]
+
 _SAMPLES = 8  # shown per stage, spread from first to last
 _PROMPTS = 8  # rollout prompts shown per stage: those asked most often
-_MOMENTS = 6  # answers shown per prompt, spread over training
+_FEWEST, _MOMENTS = 6, 24  # moments shown per prompt, spread over training
+_BESIDE = 2  # answers of one moment shown beside each other
+_LETTERS = 150_000  # about so many per stage, so that a long run leaves a small page
 
 
 def samples(facts: RunFacts) -> str:
@@ -33,7 +41,7 @@ def rollouts(facts: RunFacts) -> str:
     """ "" when no stage left rollouts."""
     parts = []
     for stage in facts.stages:
-        by_prompt: dict[str, list[dict[str, Any]]] = {}
+        by_prompt: dict[str, list[Line]] = {}
         for line in stage.rollouts:
             by_prompt.setdefault(str(line.get("id", line.get("prompt", ""))), []).append(line)
         # those asked at most different steps tell the longest story; if none was asked twice, spread over training
@@ -43,50 +51,65 @@ def rollouts(facts: RunFacts) -> str:
         if often:
             count = f"{len(often)} of {len(by_prompt)} prompts"
             heading = f'<h3>{page.text(stage.name)} <span class="unit">{count}</span></h3>'
-            parts.append(heading + "\n".join(_prompt(lines, opened=not place) for place, lines in enumerate(often)))
+            most = _fitting(often)
+            body = "\n".join(_prompt(lines, most, opened=not place) for place, lines in enumerate(often))
+            parts.append(f'{heading}\n<div class="browser">{body}</div>')
     return "\n".join(parts)
 
 
-def _prompt(lines: list[dict[str, Any]], opened: bool) -> str:
-    steps: dict[Any, list[dict[str, Any]]] = {}
+def _fitting(prompts: list[list[Line]]) -> int:
+    """How many moments of every prompt keep the stage within its letters."""
+    lengths = [min(page.LONGEST, len(str(line.get("completion", "")))) for lines in prompts for line in lines]
+    moment = _BESIDE * max(1.0, sum(lengths) / len(lengths))
+    return max(_FEWEST, min(_MOMENTS, int(_LETTERS / (moment * len(prompts)))))
+
+
+def _prompt(lines: list[Line], most: int, opened: bool) -> str:
+    steps: dict[Any, list[Line]] = {}
     for line in lines:
         steps.setdefault(line.get("step", 0), []).append(line)
-    moments = _spread(list(steps.items()), _MOMENTS)
-    if len(moments) == 1:  # no story over time, so the answers of the group beside each other
-        moments = [(step, [line]) for step, group in moments for line in group[:_MOMENTS]]
+    moments = _spread(list(steps.items()), most)
+    if len(moments) == 1:  # no story over time, so the answers of the group one by one
+        moments = [(step, [line]) for step, group in moments for line in group[:_FEWEST]]
     trail = "".join(_dot(group) for _, group in moments)
     prompt = " ".join(str(lines[0].get("prompt", "")).split())
     summary = f'<span class="prompt">{page.text(_cut(prompt, 160))}</span><span class="trail">{trail}</span>'
-    answers = "".join(_answer(step, group) for step, group in moments)
+    answers = "".join(_moment(step, group) for step, group in moments)
     return page.fold(summary, f'<div class="answers">{answers}</div>', opened)
 
 
-def _steps(lines: list[dict[str, Any]]) -> int:
+def _steps(lines: list[Line]) -> int:
     return len({line.get("step") for line in lines})
 
 
-def _answer(step: Any, group: list[dict[str, Any]]) -> str:
-    line = group[0]
-    facts = [f"step {step}"]
+def _moment(step: Any, group: list[Line]) -> str:
+    right = f", {sum(bool(line.get('correct')) for line in group)} of {len(group)} in the group correct"
+    told = f"step {step}" + (right if len(group) > 1 and any("correct" in line for line in group) else "")
+    answers = "".join(_answer(line) for line in group[:_BESIDE])
+    head = f'<div class="moment">{_dot(group)}{page.text(told)}</div>'
+    return f'<div class="when" data-step="{page.text(step)}">{head}<div class="beside">{answers}</div></div>'
+
+
+def _answer(line: Line) -> str:
+    facts = []
     if isinstance(line.get("reward"), int | float):
         facts.append(f"reward {short(line['reward'])}")
     if isinstance(line.get("length"), int | float):
         facts.append(f"{short(line['length'])} tokens")
     if line.get("formatted") is False:
         facts.append("not well-formed")
-    if len(group) > 1 and any("correct" in other for other in group):
-        facts.append(f"{sum(bool(other.get('correct')) for other in group)} of {len(group)} in the group correct")
     if line.get("answer") is not None:
         facts.append(f"answer {_cut(json.dumps(line['answer'], ensure_ascii=False), 60)}")
     head = f'<div class="moment">{_dot([line])}{page.text(" · ".join(facts))}</div>'
     return f"<div>{head}{page.block(line.get('completion', ''))}</div>"
 
 
-def _dot(group: list[dict[str, Any]]) -> str:
-    """A mark for right or wrong; shape and title say it as well as colour."""
-    correct = group[0].get("correct")
-    if correct is None:
+def _dot(group: list[Line]) -> str:
+    """A mark for one right at least, or none; shape and title say it as well as colour."""
+    known = [line["correct"] for line in group if line.get("correct") is not None]
+    if not known:
         return ""
+    correct = any(known)
     return '<i class="right" title="correct">✓</i>' if correct else '<i class="wrong" title="wrong">✗</i>'
 
 

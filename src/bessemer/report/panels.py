@@ -1,0 +1,87 @@
+"""Which metrics are drawn together, and what they are called.
+
+TRAINING is what every stage that trains may record, LEARNING what a stage of reinforcement learning does.
+"""
+
+from dataclasses import dataclass
+
+BALANCE, LOADS = "moe/max_vio/", "moe/load/"  # MaxVio and load of each layer's gate
+IN_TABLES = ("eval/", LOADS, "reject/")  # shown elsewhere on the page, or in a stage's summary
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart: metrics that share an axis. A name that ends in "/" takes every metric that begins so."""
+
+    title: str
+    unit: str
+    metrics: tuple[str, ...]
+    floor: float | None = None
+    ceiling: float | None = None
+    log: bool = False
+    ordered: bool = False
+    """The lines have an order (layers): drawn in a ramp, not in hues."""
+    most: int = 0
+    """Draw at most so many lines, those that reach highest, and none that stays at 0; 0: all of them."""
+
+
+TRAINING = (
+    Panel("Training loss", "nats per token", ("train/loss", "train/mtp_1", "train/mtp_2", "train/mtp_3")),
+    Panel("Validation", "bits per byte", ("val/bpb/",)),
+    Panel("Expert imbalance", "MaxVio: fullest expert over the mean, minus 1", (BALANCE,), 0.0, ordered=True),
+    Panel("Balance loss", "", ("train/balance",)),
+    Panel("Gradient norm", "before clipping", ("train/grad_norm",), log=True),
+    Panel("Learning rate", "", ("train/lr",), 0.0),
+    Panel("Speed", "tokens per second", ("train/tokens_per_second",), 0.0),
+)
+LEARNING = (
+    Panel("Accuracy", "share of rollouts", ("rl/accuracy", "rl/format"), 0.0, 1.0),
+    Panel("Held-out problems", "share solved",
+          ("rl/heldout_pass_at_1", "rl/heldout_pass_at_4", "rl/heldout_maj_at_4"), 0.0, 1.0),
+    Panel("Held-out, task by task", "pass@1", ("rl/heldout/",), 0.0, 1.0),
+    Panel("Length", "tokens per answer", ("rl/length",), 0.0),
+    Panel("Reflection", "the paper's ten words, such as wait, per answer", ("rl/reflective_words",), 0.0),
+    Panel("Word by word", "per answer, those used most", ("rl/words/",), 0.0, most=6),
+    Panel("Tries", "lines of thought per answer, whatever their words", ("rl/tries",), 0.0),
+    Panel("Thinking", "share of rollouts that think", ("rl/think_share",), 0.0, 1.0),
+    Panel("Language", "share of words in the problem's language", ("rl/language", "rl/heldout_language"), None, 1.0),
+    Panel("Inside the trace", "share of cases", ("rl/trace/",), 0.0, 1.0),
+    Panel("Reward", "mean of a rollout", ("rl/reward",)),
+    Panel("Reward model", "mean score of general answers", ("rl/preference",)),
+    Panel("Entropy", "nats per token", ("rl/entropy",), 0.0),
+    Panel("Lost signal", "share", ("rl/dead_groups", "rl/truncated", "rl/clip_share"), 0.0),
+    Panel("Sampler gap", "trainer against sampler, nats per token", ("rl/sampler_gap", "rl/sampler_kl"), 0.0),
+    Panel("Importance weights", "of tokens, trainer over sampler",
+          ("rl/correction_weight", "rl/correction_cut"), 0.0),
+    Panel("Staleness", "steps between sampling and updating", ("rl/staleness",), 0.0, most=1),
+    Panel("Routing", "share of tokens routed otherwise by the trainer", ("rl/routing_disagreement",), 0.0),
+    Panel("KL to the reference", "nats per token", ("rl/kl",), 0.0),
+    Panel("Gradient norm", "before clipping", ("rl/grad_norm",), log=True),
+    Panel("Learning rate", "", ("rl/lr",), 0.0),
+    Panel("Speed", "tokens per second", ("rl/tokens_per_second",), 0.0),
+)  # fmt: skip
+COMPARED = ("rl/heldout_pass_at_1", "rl/accuracy", "rl/format", "rl/length", "rl/think_share", "rl/entropy")
+"""What a control is compared on, one chart each."""
+NAMES = {
+    "train/loss": "next token",
+    "train/mtp_1": "token after (MTP 1)",
+    "train/mtp_2": "two after (MTP 2)",
+    "train/mtp_3": "three after (MTP 3)",
+    "rl/accuracy": "correct",
+    "rl/format": "well-formed",
+    "rl/language": "in training",
+    "rl/heldout_language": "held-out problems",
+    "rl/dead_groups": "groups without contrast",
+    "rl/truncated": "answers cut off",
+    "rl/clip_share": "tokens clipped",
+    "rl/sampler_gap": "distance of log-probabilities",
+    "rl/sampler_kl": "KL",
+    "rl/correction_weight": "mean weight",
+    "rl/correction_cut": "share cut",
+    "rl/trace/step_right": "steps computed right",
+    "rl/trace/right_numbers": "tries with the given numbers",
+    "rl/trace/yes_given_hit": "hits seen to be hits",
+    "rl/trace/yes_given_miss": "misses taken for hits",
+    "rl/trace/repeated": "tries made before",
+    "rl/trace/gave_up": "answers that gave up",
+}

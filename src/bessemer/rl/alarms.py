@@ -1,0 +1,300 @@
+"""Alarms in words: what the figures of a run say is going wrong, the likely cause, and what to do about it.
+
+The figures are those that the stage writes to metrics.jsonl (`board.of_rollout` and the update's own), one table a
+rollout and one a held-out evaluation. `alarms(history)` is what stands at the end of a history; a `Watchman` sees the
+tables one by one and raises each alarm once. What it knows follows from the tables alone, so a resumed run that shows
+it the old ones again is where it was.
+
+Judgements compare windows (`figures`): the first of the run, the last, and the best. A trend is judged from LEARNT
+values on, so that what a policy learns first (the form) does not look like all it learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import mean, median
+
+from bessemer.rl.figures import WINDOW, Figures, Values
+
+LEARNT = 20
+"""Values before a trend is judged."""
+
+FORM_RISE, ACCURACY_RISE = 0.08, 0.02
+"""Format hacking: the form gained this much, accuracy, of less than half, not even this."""
+SHORTER = 0.6
+"""Length collapse: below this share of the longest window. 57 -> 27 tokens was one."""
+THINKS_LESS = 0.5
+"""Thinking stops: below this share of the window that thought most."""
+FALLEN = 0.5
+"""Collapse: accuracy below this share of its best window, which was at least 0.1."""
+ENTROPY_LOW, ENTROPY_SHARE = 0.02, 0.1
+"""Entropy collapse, nats per token and share of the start: both. Traces of search are nearly certain token by token, so
+a low value alone says nothing."""
+ENTROPY_RISE, ENTROPY_TIMES = 0.5, 2.0
+"""Entropy explosion, nats per token above the start and times the start: both."""
+DEAD = 0.8
+"""Groups without contrast."""
+CUT, CUT_FALLING, ACCURACY_FALL = 0.5, 0.25, 0.15
+"""Never-ending: half of the answers are cut off, or a quarter while accuracy is this far below its best window. The
+tiny recipe learns on with a third."""
+GAP, STALE_GAP = 0.05, 0.2
+"""Sampler mismatch, nats per token; the second where samples are older than the policy, which moves on meanwhile. One
+implementation gives 1e-6 in float32, bfloat16 .004 to .012."""
+KL = 1.0
+"""KL runaway, nats per token, median of the window for k3 has rare huge values. A drift into private language: .79."""
+PREFERENCE_RISE, TRUE_FALL = 0.05, 0.05
+"""Reward-model hacking: its score gained this much (of about 0 to 1) and true accuracy lost this much."""
+MIXED, MIXED_FALL = 0.8, 0.05
+"""Language mixing: share of words in the problem's language among answers that think, and its fall since the start."""
+MIXED_ALWAYS = 0.6
+"""Below this it needs no fall."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """`words` what is seen, with its figures; `cause` the likeliest reason; `advice` what to change."""
+
+    code: str
+    words: str
+    cause: str
+    advice: str
+
+    @property
+    def title(self) -> str:
+        return self.code.replace("-", " ")
+
+    def __str__(self) -> str:
+        return f"{self.title}: {self.words}. Likely cause: {self.cause}. What to do: {self.advice}."
+
+
+def _format_hacking(seen: Figures) -> Alarm | None:
+    if not seen.has("format", "accuracy", values=LEARNT):
+        return None
+    form, right = seen["format"], seen["accuracy"]
+    if form.rise < FORM_RISE or right.rise >= ACCURACY_RISE or right.now > 0.5:
+        return None
+    return Alarm(
+        "format-hacking",
+        f"well-formed answers went from {form.start:.0%} to {form.now:.0%}, correct ones from {right.start:.1%} to "
+        f"{right.now:.1%}",
+        "the form pays and the problems are out of reach, so the form is all there is to learn",
+        "lower format_reward, choose easier problems, or start from a better base",
+    )
+
+
+def _length_collapse(seen: Figures) -> Alarm | None:
+    if not seen.has("length", "accuracy", values=LEARNT):
+        return None
+    length, right = seen["length"], seen["accuracy"]
+    if length.now >= SHORTER * length.peak or right.rise >= ACCURACY_RISE:
+        return None
+    return Alarm(
+        "length-collapse",
+        f"answers shrank from {length.peak:.0f} to {length.now:.0f} tokens and accuracy did not gain "
+        f"({right.start:.1%} to {right.now:.1%})",
+        "thinking does not pay: it goes wrong too often, or the normalisation favours short answers",
+        'pre-train longer on worked problems, lower format_reward, or use normalise = "token"',
+    )
+
+
+def _thinking_stops(seen: Figures) -> Alarm | None:
+    if not seen.has("think_share", values=LEARNT):
+        return None
+    share = seen["think_share"]
+    if share.peak < 0.2 or share.now >= THINKS_LESS * share.peak:
+        return None
+    return Alarm(
+        "thinking-stops", f"{share.now:.0%} of the answers think, {share.peak:.0%} did",
+        "answering at once is as good, since the thoughts do not lead to right answers",
+        "pre-train longer on worked problems, or choose problems that cannot be guessed",
+    )  # fmt: skip
+
+
+def _collapse(seen: Figures) -> Alarm | None:
+    if not seen.has("accuracy", values=2 * WINDOW):
+        return None
+    right = seen["accuracy"]
+    if right.peak < 0.1 or right.now >= FALLEN * right.peak:
+        return None
+    return Alarm(
+        "collapse",
+        f"accuracy fell from {right.peak:.1%} to {right.now:.1%}",
+        "steps too large: a learning rate too high for so few samples, or too many updates on one rollout",
+        "go on from an earlier checkpoint with a lower lr, fewer updates_per_rollout or more prompts_per_rollout",
+    )
+
+
+def _entropy_collapse(seen: Figures) -> Alarm | None:
+    if not seen.has("entropy", values=2 * WINDOW):
+        return None
+    entropy = seen["entropy"]
+    if entropy.now >= ENTROPY_LOW or entropy.now >= ENTROPY_SHARE * entropy.start:
+        return None
+    return Alarm(
+        "entropy-collapse",
+        f"entropy fell from {entropy.start:.2g} to {entropy.now:.2g} nats per token",
+        "the policy has become certain, so the samples of a group are alike and nothing new is found",
+        "raise clip_high, lower lr, or refresh the problems",
+    )
+
+
+def _entropy_explosion(seen: Figures) -> Alarm | None:
+    if not seen.has("entropy", values=2 * WINDOW):
+        return None
+    entropy = seen["entropy"]
+    if entropy.rise < ENTROPY_RISE or entropy.now < ENTROPY_TIMES * entropy.start:
+        return None
+    return Alarm(
+        "entropy-explosion",
+        f"entropy rose from {entropy.start:.2g} to {entropy.now:.2g} nats per token",
+        "the policy dissolves into noise: steps too large, or a reward that does not depend on the answer",
+        "go on from an earlier checkpoint with a lower lr or a higher kl, and look at the rollouts",
+    )
+
+
+def _dead_groups(seen: Figures) -> Alarm | None:
+    if not seen.has("dead_groups", "accuracy"):
+        return None
+    dead, right = seen["dead_groups"], seen["accuracy"]
+    if dead.now < DEAD:
+        return None
+    words = f"{dead.now:.0%} of the groups have no contrast, {right.now:.1%} of the answers are right"
+    if right.now < 0.5:
+        return Alarm(
+            "groups-too-hard", words, "the problems are too hard: nearly every group is all wrong",
+            "choose easier problems, take more samples, or start from a better base",
+        )  # fmt: skip
+    return Alarm(
+        "groups-too-easy", words, "the problems are too easy: nearly every group is all right",
+        "choose harder problems, or stop here",
+    )  # fmt: skip
+
+
+def _never_ending(seen: Figures) -> Alarm | None:
+    if not seen.has("truncated", "accuracy"):
+        return None
+    cut, right = seen["truncated"], seen["accuracy"]
+    falling = right.peak - right.now >= ACCURACY_FALL
+    if cut.now < (CUT_FALLING if falling else CUT):
+        return None
+    return Alarm(
+        "never-ending",
+        f"{cut.now:.0%} of the answers are cut off at the cap" + (", and accuracy falls" if falling else ""),
+        "the cap is too low for what the policy has learnt to write, or it no longer ends its answers",
+        "raise max_new_tokens if the rollouts still get somewhere at the cap; else lower lr, or set overlong to punish "
+        "what comes near it",
+    )
+
+
+def _sampler_mismatch(seen: Figures) -> Alarm | None:
+    if not seen.has("sampler_gap"):
+        return None
+    gap = seen["sampler_gap"]
+    stale = seen.has("staleness", values=1) and seen["staleness"].now > 0
+    if gap.now < (STALE_GAP if stale else GAP):
+        return None
+    return Alarm(
+        "sampler-mismatch",
+        f"trainer and sampler disagree by {gap.now:.2g} nats per token",
+        "the sampler is another model than the trainer's: stale weights, another precision, routing that differs, or "
+        "another temperature",
+        "sample with the trainer's precision and weights, replay the sampler's routing, or correct with truncated "
+        "importance weights",
+    )
+
+
+def _kl_runaway(seen: Figures) -> Alarm | None:
+    if not seen.has("kl"):
+        return None
+    kl = median(seen["kl"].recent)
+    if kl < KL:
+        return None
+    return Alarm(
+        "kl-runaway", f"the policy is {kl:.2g} nats per token from its reference",
+        "steps too large, or drift into a language of its own that the reward does not see",
+        "lower lr, raise kl, or pay for readability (format_reward, language_reward)",
+    )  # fmt: skip
+
+
+def _reward_model_hacking(seen: Figures) -> Alarm | None:
+    score = seen.judged.get("preference")
+    if score is None or score.count < 2 * WINDOW or score.rise < PREFERENCE_RISE:
+        return None
+    true = _true_accuracy(seen)
+    if true is None or true[1] - true[2] < TRUE_FALL:
+        return None
+    what, before, now = true
+    return Alarm(
+        "reward-model-hacking",
+        f"the reward model's score rose from {score.start:.2f} to {score.now:.2f} while {what} fell from {before:.1%} "
+        f"to {now:.1%}",
+        "the policy pleases the reward model instead of solving problems",
+        "end the preference reward earlier (R1: the last 400 of 1,700 steps) or lower preference_reward",
+    )
+
+
+def _true_accuracy(seen: Figures) -> tuple[str, float, float] | None:
+    """(what, when the reward model joined, now): held-out if asked twice since, else of the problems trained on."""
+    for name, what, few in (("heldout_pass_at_1", "held-out accuracy", 2), ("accuracy", "accuracy", WINDOW)):
+        track, before = seen.judged.get(name), seen.before.get(name, [])
+        if track is not None and track.count >= few:
+            first = before[-few:] or track.first[:few]
+            return what, mean(first), mean(list(track.recent)[-few:])
+    return None
+
+
+def _language_mixing(seen: Figures) -> Alarm | None:
+    if not seen.has("language", "think_share"):
+        return None
+    # An answer that does not think has no language share, which counts as 0: judge the thinking ones alone.
+    language, think = seen["language"], seen["think_share"]
+    if think.now < 0.2 or think.start < 0.2:
+        return None
+    before, now = language.start / think.start, language.now / think.now
+    if now >= MIXED or (now >= MIXED_ALWAYS and before - now < MIXED_FALL):
+        return None
+    return Alarm(
+        "language-mixing",
+        f"{now:.0%} of the words of a thought are in the problem's language, {before:.0%} at the start",
+        "only the answer is paid for, and mixing costs it nothing",
+        "set language_reward (R1's first RL stage: 1)",
+    )
+
+
+RULES: tuple[Callable[[Figures], Alarm | None], ...] = (
+    _format_hacking, _length_collapse, _thinking_stops, _collapse, _entropy_collapse, _entropy_explosion, _dead_groups,
+    _never_ending, _sampler_mismatch, _kl_runaway, _reward_model_hacking, _language_mixing,
+)  # fmt: skip
+
+
+def alarms(history: Iterable[Values]) -> list[Alarm]:
+    """What is wrong at the end of a history of metric tables, oldest first."""
+    return _standing(Figures(history))
+
+
+def _standing(seen: Figures) -> list[Alarm]:
+    return [alarm for rule in RULES if (alarm := rule(seen)) is not None]
+
+
+class Watchman:
+    """Raises each alarm once, when it first stands. `history` is what an earlier attempt has already shown."""
+
+    def __init__(self, history: Iterable[tuple[int, Values]] = ()) -> None:
+        self.seen = Figures()
+        self.raised: dict[str, tuple[int, Alarm]] = {}
+        """Step and alarm, by code."""
+        for step, values in history:
+            self.see(step, values)
+
+    def see(self, step: int, values: Values) -> list[Alarm]:
+        """Take in one table, as it goes to metrics.jsonl; returns the alarms that are new."""
+        self.seen.add(values)
+        new = [alarm for alarm in _standing(self.seen) if alarm.code not in self.raised]
+        self.raised |= {alarm.code: (step, alarm) for alarm in new}
+        return new
+
+    @property
+    def standing(self) -> list[Alarm]:
+        """What is wrong now, raised before or not."""
+        return _standing(self.seen)

@@ -1,0 +1,194 @@
+"""The report of a whole R1 run: the stage table, the board of every RL stage, its alarms, controls and rollouts."""
+
+import json
+import re
+
+import fake_r1
+import fake_run
+import pytest
+from test_card import Page
+
+from bessemer.report import card, controls, facts, stagetable, standings, stories
+from bessemer.report.facts import read
+
+MAIN = ["pretrain", "zero", "dev1", "dev2", "dev3", "r1", "student", "alone"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return fake_r1.make(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def text(root):
+    return card.write(root).read_text(encoding="utf-8")
+
+
+def section(text, anchor):
+    return re.search(rf'<section id="{anchor}">.*?</section>', text, re.DOTALL)[0]
+
+
+def words(html):
+    return " ".join(" ".join(Page(html).text).split())
+
+
+def row(model, task="t", **more):
+    return {"model": model, "task": task, "language": "en", "n": 50, "samples": 8, "k": 4, "pass_at_1": 0.5, **more}
+
+
+def test_the_page_is_whole_and_small(text):
+    page = Page(text)
+    assert page.tags.count("script") == 1 and len(text) < 2_000_000
+    assert "Left out, since the run recorded nothing for it: samples" in " ".join(page.text)
+
+
+def test_the_stage_table(text):
+    shown = section(text, "stages")
+    heads = re.findall(r'<th scope="col">([a-z0-9]+)<small>', shown)
+    assert heads[: len(MAIN)] == MAIN  # controls are not part of the main line
+    seen = words(shown)
+    for part in (
+        "16 samples each at temperature 1", "100 held-out problems a task", "pass@1 % · search", "pass@1 % · words",
+        "74.0", "68.0–80.0", "mean over the 3 above, %", "pass@16", "cons@16", "readable", "language consistency",
+        "every measure, task by task", "tokens per answer 68 141 104 132 129 126 131 95",
+    ):  # fmt: skip
+        assert part in seen, part
+    assert "<b>74.0</b>" in shown and shown.count("<b>71.0</b>") == 0  # the best of its line alone
+    assert "20 % → 74 %" in words(text)  # the headline is R1, not the student that came after it
+
+
+def test_the_stage_table_on_a_terminal(root):
+    lines = card.table(root).split("\n")
+    assert lines[0] == "held-out problems: 100 a task, 16 samples each at temperature 1"
+    assert lines[1].split() == MAIN
+    assert lines[2].startswith("search: countdown en, pass@1 %") and lines[2].split()[-3:] == ["74.0", "49.0", "31.0"]
+    assert lines[3].split()[-3:] == ["68-80", "43-55", "25-37"]
+    assert len({len(line) for line in lines[1:]}) == 1  # columns stand under their names
+    assert stagetable.text([]) == ""
+
+
+def test_what_is_not_there_is_left_out():
+    (table,) = standings.standings([row("a", mean_length=10.0), row("b"), row("b", "u", readable=0.4)])
+    assert table.models == ("a", "b")
+    cells = {line.label: line.cells for _, lines in table.accuracy for line in lines}
+    assert cells["u en"][0] is None and cells["t en"][0].value == 0.5
+    assert [line.label for line in table.overall] == ["readable", "tokens per answer"]
+    readable, length = table.overall
+    assert readable.cells[0] is None and readable.cells[1].value == 0.4  # asked of one task, by one model
+    assert length.cells[0].value == 10.0 and length.cells[1] is None
+    assert "–" in stagetable.html(facts.RunFacts(None, {}, "", [], [], 0.0), [row("a"), row("b", "u")])
+    assert standings.standings([{"model": "a", "pass_at_1": None}, {"model": "b"}]) == []
+
+
+def test_means_are_of_tasks_that_all_were_asked():
+    rows = [row("a", maj_at_k=0.2), row("a", "u", maj_at_k=0.4), row("b", maj_at_k=0.9)]
+    (table,) = standings.standings(rows)
+    (cons,) = table.overall
+    assert cons.label == "cons@4" and cons.cells[0].value == pytest.approx(0.3) and cons.cells[1] is None
+
+
+def test_difficulties_and_ways_of_sampling():
+    levels = {"1": {"n": 20, "pass_at_1": 0.9}, "10": {"n": 30, "pass_at_1": 0.2}}
+    tables = standings.standings([row("a", by_difficulty=levels), row("a", temperature=0.6, top_p=0.95)])
+    assert [table.sampling for table in tables] == ["8 samples each", "8 samples each at temperature 0.6, top-p 0.95"]
+    ((title, lines),) = tables[0].details
+    assert title == "pass@1 by difficulty"
+    assert [(line.label, line.cells[0].value) for line in lines] == [("t en, 1", 0.9), ("t en, 10", 0.2)]
+
+
+def test_the_last_evaluation_counts(root):
+    (table,) = standings.standings([row("a"), row("b"), row("a", pass_at_1=0.75)])
+    assert [cell.value for cell in table.accuracy[0][1][0].cells] == [0.75, 0.5]
+
+
+def test_contamination_is_told(tmp_path):
+    found = {"n": 10, "checked": 100, "hit": 0, "searched": {"pretrain": {"words": 5000, "problems": 7}}, "worst": None}
+    (tmp_path / "recipe.toml").write_text('name = "x"\n')
+    (tmp_path / "01-eval").mkdir()
+    (tmp_path / "01-eval" / "results.json").write_text(json.dumps({"rows": [row("zero")], "contamination": found}))
+    assert "0 of 100 held-out problems found in 5,000 words and 7 problems" in words(
+        section(card.render(read(tmp_path)), "stages")
+    )
+
+
+def test_the_board_of_every_stage(text):
+    shown = section(text, "learning")
+    assert re.findall(r"<h3>(\w+) ", shown) == ["zero", "dev2", "r1", "alone"]
+    parts = {part.split(" ")[0]: words("<h3>" + part.removesuffix("</section>")) for part in shown.split("<h3>")[1:]}
+    for part in parts.values():
+        for title in (
+            "Accuracy", "Length", "Reflection", "Word by word", "Tries", "Thinking", "Language", "Entropy",
+            "Lost signal", "Sampler gap", "KL to the reference", "Inside the trace", "Held-out, task by task",
+        ):  # fmt: skip
+            assert title in part, title
+    assert "wait 1.99" in parts["zero"] and "等等" not in parts["zero"]  # the six used most
+    assert "Reward model" in parts["r1"] and "Reward model" not in parts["zero"]
+    assert "rl/words" not in words(section(text, "curves")) and "Training loss" in section(text, "curves")
+
+
+def test_alarms_where_they_belong(text):
+    shown = section(text, "learning")
+    alarms = {
+        part.split(" ")[0]: re.findall(r'class="alarm[^"]*"><b>([^<]+)</b>', part) for part in shown.split("<h3>")[1:]
+    }
+    assert alarms == {"zero": ["language mixing"], "dev2": [], "r1": ["reward model hacking"], "alone": []}
+    assert shown.count("No alarm.") == 2 and "Likely cause: only the answer is paid for" in words(shown)
+
+
+def test_an_alarm_that_is_over_says_so(tmp_path):
+    (tmp_path / "recipe.toml").write_text('name = "x"\n[[stage]]\nkind = "rl"\nname = "zero"\n')
+    (tmp_path / "01-zero").mkdir()
+    lines = [
+        {"stage": "zero", "step": step, "tokens": 0, "values": {"rl/kl": 5.0 if step < 20 else 0.01}}
+        for step in range(40)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "kl runaway at step 4, over by the end" in words(card.render(read(tmp_path)))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:20]))
+    assert "kl runaway since step 4" in words(card.render(read(tmp_path)))
+
+
+def test_controls_beside_the_main_run(root, text):
+    run = read(root)
+    assert controls.arm_names(run) == {"coin", "form", "copied"}
+    ((main, arms),) = [(trial.main.name, [words for _, words in trial.arms]) for trial in controls.trials(run)]
+    assert main == "zero"
+    assert arms == ["paid by a coin", "paid for the form alone", "SFT on the same tokens"]
+    shown = section(text, "controls")
+    assert re.findall(r'<th scope="col">([a-z0-9]+)<small>', shown)[:5] == [
+        "pretrain",
+        "zero",
+        "coin",
+        "form",
+        "copied",
+    ]
+    charts = [words(chart) for chart in re.findall(r"<figure.*?</figure>", shown, re.DOTALL)]
+    assert len(charts) == 6
+    for chart in charts:  # one pair of axes for all arms that have the metric
+        assert "zero" in chart and "coin" in chart and "form" in chart
+    assert len({clip for clip in re.findall(r'<clipPath id="([^"]+)"', text)}) == text.count("<clipPath id=")
+
+
+def test_rollouts_are_a_list_without_scripts_and_a_browser_with_them(text):
+    shown = section(text, "rollouts")
+    assert shown.count('class="browser"') == 6
+    browser = shown.split('class="browser"')[1]
+    assert browser.count("<details") == 8 and browser.count('data-step="200"') == 8
+    assert browser.count('class="when"') == 8 * 6 and browser.count("<pre>") == 8 * 6 * 2
+    script = text.split("<script>")[1]
+    for name in ("browser", "prompt", "when", "moment", "step"):  # what the script looks for is what the page has
+        assert f".{name}" in script and (f'class="{name}"' in shown or f"data-{name}" in shown)
+
+
+def test_long_runs_leave_small_rollouts(tmp_path):
+    run = fake_run.make(tmp_path / "run")
+    lines = [
+        {"step": step, "id": f"p{p}", "prompt": "p", "completion": "x" * 3000, "correct": False}
+        for step in range(200) for p in range(8) for _ in range(2)
+    ]  # fmt: skip
+    (run / "04-zero" / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = stories.rollouts(read(run))
+    assert len(shown) < 400_000 and 'data-step="0"' in shown and 'data-step="199"' in shown
+    short = [line | {"completion": "x"} for line in lines]
+    (run / "04-zero" / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in short))
+    assert stories.rollouts(read(run)).count('class="when"') == 8 * 24
