@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 
@@ -162,24 +163,46 @@ def test_usage_mistakes_are_status_2_and_bugs_keep_their_traceback(call, stub, m
 
 
 def test_eval(call, stub, model):
-    seen = {}
+    seen = []
+
+    def row(name, pass_at_1):
+        rates = dict.fromkeys(("pass_at_1", "pass_at_k", "maj_at_k"), pass_at_1)
+        return {"task": name, "domain": "search", "language": "en", "model": "m", "temperature": 1.0, "n": 5, "k": 4,
+                **rates, "pass_at_1_interval": [0.4, 0.6], "readable": 0.75, "mean_length": 9.5}  # fmt: skip
 
     def evaluate(folder, **options):
-        seen.update(options, folder=folder)
-        return {
-            "n": 5,
-            "pass_at_1": 0.5,
-            "pass_at_1_interval": [0.4, 0.6],
-            "pass_at_k": 0.9,
-            "maj_at_k": 0.6,
-            "mean_length": 9.5,
-        }
+        seen.append((folder, options))
+        return [row(name, 0.5) for name in options["names"]]
 
-    stub("bessemer.recipe.evaluate", evaluate=evaluate)
-    status, out, _ = call("eval", model, "--task", "countdown", "--samples", 4, "--problems", 5, "--seed", 3, "--json")
-    assert status == 0 and json.loads(out)["pass_at_1_interval"] == [0.4, 0.6]
-    assert seen == {"folder": model, "task": "countdown", "samples": 4, "problems": 5, "temperature": 1.0, "seed": 3}
-    assert "pass_at_1" in call("eval", model, "--task", "countdown")[1]
+    def evaluate_lm_eval(folder, **options):
+        seen.append((folder, options))
+        return [{**row(name, 0.25), "domain": "lm-eval", "k": 1} for name in options["names"]]
+
+    stub("bessemer.recipe.evaluate", evaluate=evaluate, evaluate_lm_eval=evaluate_lm_eval)
+    asked = "--task countdown --task logic --samples 4 --k 2 --seed 3 --temperature 0.6 --top-p 0.95 --problems 5"
+    status, out, _ = call("eval", model, *asked.split(), "--max-tokens", 9, "--json")
+    facts = json.loads(out)
+    assert status == 0 and facts["model"] == str(model) and facts["rows"][0]["pass_at_1_interval"] == [0.4, 0.6]
+    options = {"samples": 4, "problems": 5, "k": 2, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 9, "seed": 3}
+    assert seen == [(model, {"names": ["countdown", "logic"], **options})]
+    status, out, _ = call("eval", model, "--task", "countdown", "--lm-eval", "a, b", "--include", "here", "--limit", 7)
+    assert seen[1:] == [
+        (model, {"names": ["countdown"]}), (model, {"names": ["a", "b"], "include": Path("here"), "limit": 7})
+    ]  # fmt: skip
+    assert status == 0 and "50.0 %" in out and "40.0 - 60.0" in out and "25.0 %" in out and "75.0 %" in out
+    assert "pass@k" in out, "rows of different k share the column"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [((), "name a task with --task"), (("--lm-eval", "a", "--k", 2), "--k has no effect without --task"),
+     (("--lm-eval", "a", "--max-tokens", 2), "--max-tokens has no effect"),
+     (("--task", "a", "--limit", 3), "--limit has no effect without --lm-eval"),
+     (("--task", "a", "--chat", "no"), "--chat has no effect")],
+)  # fmt: skip
+def test_eval_refuses_what_would_have_no_effect(call, model, arguments, complaint):
+    status, out, err = call("eval", model, *arguments)
+    assert status == 2 and out == "" and complaint in err
 
 
 def test_generate(call, stub, model):

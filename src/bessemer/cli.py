@@ -96,6 +96,8 @@ def run(
         ]  # fmt: skip
         _print_json({"name": loaded.name, "directory": str(root), "report": str(report), "stages": stages})
         return
+    if table := card.table(root):
+        print(table)
     print(f"{loaded.name}: {show_seconds(sum(result.seconds for result in results))} in all; report: {report}")
     if any(result.status != "waiting" and (result.folder / "model").is_dir() for result in results):
         print(f"talk to it: bessemer chat {root}")
@@ -134,25 +136,59 @@ def doctor(
 @app.command("eval")
 def evaluate(
     model: Model,
-    task: Annotated[str, typer.Option(help="The task, such as countdown.")],
-    samples: Annotated[int, typer.Option(min=1, help="Answers per problem.")] = 8,
-    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 100,
-    temperature: Temperature = 1.0,
-    seed: Seed = 0,
+    task: Annotated[list[str] | None, typer.Option(help="A task, such as countdown; may be repeated.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Answers per problem. Default: 8.")] = None,
+    problems: Annotated[int | None, typer.Option(min=1, help="Held-out problems per task. Default: 100.")] = None,
+    k: Annotated[int | None, typer.Option("--k", min=1, help="k of pass@k and maj@k. Default: all answers.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="Default: 1; 0 takes the likeliest token.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus. Default: 1 (R1: 0.95).")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per answer, at most. Default: 200.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same answers. Default: 0.")] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", metavar="TASK[,TASK]", help="Tasks of lm-eval, after those of --task.")
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder of your own lm-eval tasks; code in them runs.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions per lm-eval task. Default: all.")] = None,
+    chat: Annotated[YesNo | None, typer.Option(help="Ask lm-eval's questions in the model's chat template.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """pass@1, pass@k and maj@k on held-out problems, with 95 % intervals."""
-    from bessemer.recipe.evaluate import evaluate as run_evaluation
+    """pass@1, pass@k and maj@k on held-out problems, and lm-eval's tasks, with 95 % intervals."""
     from bessemer.recipe.rundir import model_dir
 
-    facts = run_evaluation(
-        model_dir(model), task=task, samples=samples, problems=problems, temperature=temperature, seed=seed
-    )
+    ours = {"samples": samples, "problems": problems, "k": k, "temperature": temperature, "top_p": top_p,
+            "max_new_tokens": max_tokens, "seed": seed}  # fmt: skip
+    theirs = {"include": include, "limit": limit, "chat": None if chat is None else chat is YesNo.yes}
+    _check_used("--task", task, ours)
+    _check_used("--lm-eval", lm_eval, theirs)
+    if not task and not lm_eval:
+        raise UserError("nothing to evaluate on: name a task with --task (bessemer eval MODEL --task countdown)")
+    folder, rows = model_dir(model), []
+    from bessemer.recipe import evaluate as evaluation
+
+    if task:
+        rows += evaluation.evaluate(folder, names=task, **_given(ours))
+    if lm_eval:
+        names = [name.strip() for name in lm_eval.split(",") if name.strip()]
+        rows += evaluation.evaluate_lm_eval(folder, names=names, **_given(theirs))
     if as_json:
-        _print_json(facts)
+        _print_json({"model": str(folder), "rows": rows})
         return
-    for key, value in facts.items():
-        print(f"{key:<24} {json.dumps(value) if isinstance(value, list | dict) else value}")
+    from rich.console import Console
+
+    from bessemer.recipe.results import table
+
+    Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_used(what_for: str, wanted: Any, options: dict[str, Any]) -> None:
+    """Refuse options that could have no effect."""
+    if not wanted and (given := _given(options)):
+        name = next(iter(given)).replace("max_new_tokens", "max_tokens").replace("_", "-")
+        raise UserError(f"--{name} has no effect without {what_for}; add {what_for}, or leave it out")
 
 
 @app.command()

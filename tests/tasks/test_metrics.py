@@ -2,7 +2,7 @@
 
 from collections import Counter
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, product
 from statistics import NormalDist, fmean, stdev
 
 import numpy as np
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bessemer.errors import UserError
 from bessemer.tasks import Verdict
-from bessemer.tasks.metrics import maj_at_k, mean_interval, pass_at_k, reasons, score
+from bessemer.tasks.metrics import by_difficulty, maj_at_k, mean_interval, pass_at_k, reasons, score
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -67,6 +67,40 @@ def test_interval_is_seeded_and_near_the_normal_one():
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.15 * half)
     assert (mean, low, high) == mean_interval(values)
     assert mean_interval(values, seed=1) != (mean, low, high)
+
+
+def test_interval_against_every_resample():
+    """Of four values there are 256 resamples: the 2.5 % and 97.5 % points of their means, exactly."""
+    values = [0.0, 0.25, 0.5, 1.0]
+    means = [fmean(picks) for picks in product(values, repeat=4)]
+    expected = np.quantile(means, [0.025, 0.975], method="inverted_cdf")
+    for seed in range(5):
+        mean, low, high = mean_interval(values, seed, draws=20_000)
+        assert mean == 0.4375 and (low, high) == pytest.approx(tuple(expected), abs=1 / 16)
+        assert min(means) <= low < mean < high <= max(means)
+
+
+def test_every_rate_has_its_interval():
+    yes, no = Verdict(True, True, "correct", "a"), Verdict(False, True, "wrong-value", "b")
+    verdicts = [[yes, yes, no, no], [no, no, no, no], [yes, no, no, no], [yes, yes, yes, yes]] * 5
+    row = score(verdicts, 2, seed=3)
+    some = [pass_at_k(4, right, 2) for right in (2, 0, 1, 4)] * 5
+    majority = [maj_at_k([v.answer for v in s], [v.correct for v in s], 2) for s in verdicts]
+    for name, values in (("pass@1", [0.5, 0, 0.25, 1] * 5), ("pass@2", some), ("maj@2", majority)):
+        assert (row[name], row[f"{name}_low"], row[f"{name}_high"]) == mean_interval(values, 3)
+    one = score(verdicts, 1)
+    assert one["pass@1"] == one["maj@1"] == 0.4375, "maj@1 is pass@1"
+
+
+def test_by_difficulty_is_a_mean_per_difficulty():
+    yes, no = Verdict(True, True, "correct", "a"), Verdict(False, False, "no-answer", None)
+    verdicts = [[yes, no], [yes, yes], [no, no], [yes, no], [yes, yes]]
+    found = by_difficulty(verdicts, [10, 2, 10, None, "hard"])
+    assert found == {
+        "2": {"n": 1, "pass_at_1": 1.0}, "10": {"n": 2, "pass_at_1": 0.25}, "hard": {"n": 1, "pass_at_1": 1.0}
+    }  # fmt: skip
+    assert list(found) == ["2", "10", "hard"]
+    assert by_difficulty(verdicts, [None] * 5) == {}
 
 
 def test_score_of_two_problems():

@@ -43,8 +43,11 @@ from bessemer.recipe.progress import StageProgress
 from bessemer.recipe.settings import StageSettings, nearest
 from bessemer.recipe.values import show_tokens
 
-if TYPE_CHECKING:  # the schema imports this file
-    from bessemer.recipe.schema import Recipe
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bessemer.recipe.schema import Recipe  # it imports this file
+    from bessemer.tasks import Problem
 
 
 class Interrupted(Exception):
@@ -89,6 +92,16 @@ class Stage:
     def run(self, settings: Any, ctx: "StageContext") -> dict[str, Any]:
         """Do the work; return the facts worth a line in the summary."""
         raise NotImplementedError
+
+    def shown(self, settings: Any, recipe: "Recipe", folder: Path, cache: Path) -> "Iterator[Problem | str]":
+        """What a model can have learnt from this finished stage: training texts, and problems it was asked.
+
+        The contamination check of evaluation reads it. Here: the conversations that the stage leaves.
+        """
+        if self.conversations is not None:
+            with open(folder / self.conversations, encoding="utf-8") as file:
+                for line in file:
+                    yield "\n".join(message["content"] for message in json.loads(line)["messages"])
 
 
 @dataclass

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from math import comb
+from typing import Any
 
 import numpy as np
 
@@ -71,22 +72,35 @@ def mean_interval(values: Sequence[float], seed: int = 0, draws: int = 2000) -> 
 
 
 def score(verdicts: Sequence[Sequence[Verdict]], k: int | None = None, seed: int = 0) -> dict[str, float]:
-    """One row of an evaluation from the verdicts of every problem: pass@1 with its interval, pass@k, maj@k, formatted.
+    """One row of an evaluation from the verdicts of every problem: pass@1, pass@k and maj@k, each with the ends of its
+    interval as `_low` and `_high`, and the share that is formatted.
 
     k=None takes the number of samples of the problem with the fewest.
     """
     k = min(map(len, verdicts), default=0) if k is None else k
     rights = [sum(v.correct for v in samples) for samples in verdicts]
-    mean, low, high = mean_interval([c / len(s) for c, s in zip(rights, verdicts, strict=True)], seed)
+    some = [pass_at_k(len(s), c, k) for c, s in zip(rights, verdicts, strict=True)]
     majority = [maj_at_k([v.answer for v in s], [v.correct for v in s], k) for s in verdicts]
-    return {
-        "pass@1": mean,
-        "pass@1_low": low,
-        "pass@1_high": high,
-        f"pass@{k}": float(np.mean([pass_at_k(len(s), c, k) for c, s in zip(rights, verdicts, strict=True)])),
-        f"maj@{k}": float(np.mean(majority)),
-        "formatted": float(np.mean([v.formatted for s in verdicts for v in s])),
-    }
+    row: dict[str, float] = {}
+    for name, values in ((f"pass@{k}", some), (f"maj@{k}", majority), ("pass@1", pass_at_1(verdicts))):
+        row[name], row[f"{name}_low"], row[f"{name}_high"] = mean_interval(values, seed)
+    return row | {"formatted": float(np.mean([v.formatted for s in verdicts for v in s]))}
+
+
+def pass_at_1(verdicts: Sequence[Sequence[Verdict]]) -> list[float]:
+    """Of every problem, the share of its samples that are right."""
+    return [sum(v.correct for v in samples) / len(samples) for samples in verdicts]
+
+
+def by_difficulty(verdicts: Sequence[Sequence[Verdict]], difficulties: Sequence[int | str | None]) -> dict[str, Any]:
+    """{difficulty: {"n": problems, "pass_at_1": mean}}, easiest first; a problem of no stated difficulty (None) is in
+    none of them. Keys are text, as JSON has them."""
+    values: dict[int | str, list[float]] = {}
+    for difficulty, value in zip(difficulties, pass_at_1(verdicts), strict=True):
+        if difficulty is not None:
+            values.setdefault(difficulty, []).append(value)
+    ordered = sorted(values, key=lambda difficulty: (isinstance(difficulty, str), difficulty))
+    return {str(d): {"n": len(values[d]), "pass_at_1": float(np.mean(values[d]))} for d in ordered}
 
 
 def reasons(verdicts: Iterable[Sequence[Verdict]]) -> dict[str, int]:

@@ -7,8 +7,10 @@ hf://owner/name) or, as "task:NAME", from the pre-training documents of a task, 
 import itertools
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import Field
 
 from bessemer import tasks
@@ -56,7 +58,7 @@ class Corpus(Stage):
                 raise UserError(f'stage "{settings.name}": "{key}" is not one of its parts ({known})')
         for part, spec in settings.parts.items():
             if spec.startswith(TASK):
-                tasks.get(spec.removeprefix(TASK))
+                tasks.get(spec.removeprefix(TASK)).document(0)  # some tasks have none
                 if part not in settings.limits:
                     raise UserError(f'stage "{settings.name}": part "{part}" is endless; give it a limit in tokens')
         return {"vocab_size": model_config(recipe).vocab_size}
@@ -103,6 +105,19 @@ class Corpus(Stage):
         counts = built.meta["parts"]["train"]
         per_token = counts["bytes"] / max(1, counts["tokens"])
         return {"tokens": counts["tokens"], "bytes_per_token": round(per_token, 3), "rows": counts["rows"]}
+
+    def shown(self, settings: Settings, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem | str]:
+        """The packed training rows, piece by piece, and the problems behind the pages of tasks."""
+        tokenizer = Tokenizer.load(folder / "tokenizer")
+        for name, spec in settings.parts.items():
+            built = corpus.load(folder / name)
+            for row in built.train.tokens_RT:
+                for piece in np.split(row, np.flatnonzero(row == tokenizer.eos_id)):
+                    yield tokenizer.decode(piece.tolist())
+            if spec.startswith(TASK):
+                task = tasks.get(spec.removeprefix(TASK))
+                pages = built.train.facts["documents"] + built.heldout.facts["documents"]
+                yield from (task.train_problem(i, recipe.seed_of(settings), None) for i in range(pages))
 
     def _documents(self, settings: Settings, name: str, ctx: StageContext) -> Iterator[Document]:
         spec = settings.parts[name]

@@ -1,0 +1,109 @@
+"""Whether a person can read an answer: the filters of R1's rejection sampling, one measure for training and evaluation.
+
+R1 drops answers whose thoughts mix languages, run on in long paragraphs or hold code blocks, and cold-start data that
+repeats itself (R1 2.3.1, 2.3.3). The paper gives no thresholds; those here are ours, and settings where they filter.
+Readable says nothing about right: a wrong answer may read well.
+
+Reasons, in the order they are looked for
+  blank            nothing to read
+  control-text     a control token or tag where none belongs, a control character, bytes that are no character
+  code             a code block in the thoughts
+  mixed-language   too few of the thoughts' words in the language of the question
+  repetitive       too many lines, or runs of ten words, that stood there before: loops
+  long-paragraph   more words without a line break than a paragraph holds
+
+The thoughts are what stands inside `<think>`; an answer without any is read whole, except for code, which is at home in
+an answer. Every measure is linear in the length of the text.
+"""
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from bessemer.tasks import language as tongue
+from bessemer.tasks.answer import TAGS, thought
+from bessemer.tasks.ngrams import repeated, words
+
+READABLE = "readable"
+REASONS = ("blank", "control-text", "code", "mixed-language", "repetitive", "long-paragraph")
+RUN = 10
+"""Words of a run that counts as a repetition; two tries of a search share fewer."""
+
+_TAG = re.compile("</?(?:think|answer)>")
+_CONTROL = re.compile(
+    "<｜[^｜<>]{1,40}｜>|<\\|[a-z_]{1,40}\\|>"  # control tokens written out, ours and other families'
+    "|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ufeff\u202a-\u202e\u2066-\u2069\ud800-\udfff\ue000-\uf8ff]"
+)
+_FENCE = re.compile("^[ \t]*(?:```|~~~)", re.MULTILINE)
+_CODE_LINE = re.compile(
+    r"[ \t]*(?:def \w+\(|class \w+[:(]|import \w+$|from \w+ import |(?:for|while|if) .*:$|#include|return [^.]*$)"
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of each is still readable."""
+
+    consistency: float = 0.95
+    """Smallest share of the thoughts' words in the language of the question."""
+    repeated: float = 0.25
+    """Largest share of lines, and of runs of ten words, that stood there before."""
+    paragraph: int = 200
+    """Most words (Chinese: characters) between two line breaks."""
+
+
+class Reading(NamedTuple):
+    """A judgement; `reason` is "readable" or one of REASONS."""
+
+    readable: bool
+    reason: str
+
+
+def readable(answer: str, language: str, limits: Limits = Limits()) -> Reading:
+    """Judge a whole answer (what a template has written of it included) to a question in `language`."""
+    fault = _fault(answer, language, limits)
+    return Reading(fault is None, fault or READABLE)
+
+
+def _fault(answer: str, language: str, limits: Limits) -> str | None:
+    thoughts = thought(answer)
+    if not words(_TAG.sub("", answer)):
+        return "blank"
+    if _CONTROL.search(answer) or not _tags_in_order(answer):
+        return "control-text"
+    if has_code(thoughts):
+        return "code"
+    text = thoughts if thoughts.strip() else _TAG.sub("\n", answer)
+    if tongue.share(text, language) < limits.consistency:
+        return "mixed-language"
+    if max(repeated_lines(text), repeated(text, RUN)) > limits.repeated:
+        return "repetitive"
+    if longest_paragraph(text) > limits.paragraph:
+        return "long-paragraph"
+    return None
+
+
+def repeated_lines(text: str) -> float:
+    """Share of the lines with any text that stood there before."""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return 1.0 - len(set(lines)) / len(lines) if lines else 0.0
+
+
+def longest_paragraph(text: str) -> int:
+    """Most words between two line breaks."""
+    return max(len(words(line)) for line in text.split("\n"))
+
+
+def has_code(text: str) -> bool:
+    """A fence, or two lines in a row that begin like a program's."""
+    if _FENCE.search(text):
+        return True
+    marks = [_CODE_LINE.match(line) is not None for line in text.split("\n")]
+    return any(one and two for one, two in pairwise(marks))
+
+
+def _tags_in_order(answer: str) -> bool:
+    """Each of the four tags at most once and in its place; some may be missing, as where a template or a cap cut."""
+    places = [TAGS.index(tag.group()) for tag in _TAG.finditer(answer)]
+    return all(one < two for one, two in pairwise(places))
