@@ -126,7 +126,7 @@ def test_text_prompts_begin_with_bos(engine, tokenizer):
 def test_one_prefill_per_distinct_prompt(engine, prompts, monkeypatch):
     seen = []
     inner = loop.prefill
-    monkeypatch.setattr(loop, "prefill", lambda m, t, n: seen.append(t.numel()) or inner(m, t, n))
+    monkeypatch.setattr(loop, "prefill", lambda m, t, *rest: seen.append(t.numel()) or inner(m, t, *rest))
     one = tokens(engine.generate([prompts[5], prompts[6], prompts[5]], samples=5, max_new_tokens=3))
     assert sum(seen) == 2 * len(prompts[6])  # two prompts, padded to the longer
     seen.clear()
@@ -138,7 +138,9 @@ def test_one_prefill_per_distinct_prompt(engine, prompts, monkeypatch):
 def test_finished_rows_leave_the_batch(engine, prompts, monkeypatch):
     seen = []
     inner = loop.step
-    monkeypatch.setattr(loop, "step", lambda m, t, p, c: seen.append((len(t), c.rows)) or inner(m, t, p, c))
+    monkeypatch.setattr(
+        loop, "step", lambda m, t, p, c, *rest: seen.append((len(t), c.rows)) or inner(m, t, p, c, *rest)
+    )
     found = engine.generate(prompts, samples=8, max_new_tokens=30, stop_ids=list(range(3, 20)))
     lengths = [len(c.tokens) for group in found for c in group]
     assert seen == [(sum(n > s for n in lengths),) * 2 for s in range(1, max(lengths))]
@@ -228,8 +230,8 @@ def test_a_tokenizer_larger_than_the_model_is_refused(engine, tokenizer):
 def test_broken_weights_name_the_step(engine, prompts, monkeypatch):
     inner = loop.step
 
-    def overflow(model, token, position, cache):
-        logits = inner(model, token, position, cache)
+    def overflow(model, token, position, cache, trace):
+        logits = inner(model, token, position, cache, trace)
         return logits.index_fill(0, torch.tensor([1]), float("nan")) if int(position.min()) == 7 else logits
 
     monkeypatch.setattr(loop, "step", overflow)

@@ -18,9 +18,9 @@ import bessemer
 from bessemer.data.chat import render_ids
 from bessemer.errors import UserError
 from bessemer.recipe import scoring
+from bessemer.recipe.policy import loop
 from bessemer.recipe.schema import Recipe
 from bessemer.recipe.stage import Interrupted, StageMetrics
-from bessemer.recipe.stages import rl
 from bessemer.rl import rollout
 from bessemer.rl.objective import GRPO
 
@@ -219,7 +219,7 @@ def test_rl_goes_on_with_new_problems_when_the_guard_went_back(copy, monkeypatch
             return replace(loss, total=loss.total * (math.nan if next(calls) < 6 else 1.0))
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(rl, "GRPO", Sick)
+    monkeypatch.setattr(loop, "GRPO", Sick)
     problems = []
     sample = rollout.sample
     monkeypatch.setattr(rollout, "sample", lambda *a, **k: problems.append(a[1][0][1].id) or sample(*a, **k))

@@ -11,10 +11,14 @@ import torch
 from torch import nn
 
 from bessemer.data.batch import Batch
+from bessemer.infer.engine import Completion
 from bessemer.model.transformer import TrainOutputs
+from bessemer.rl import rollout
 from bessemer.rl.advantage import group_advantages
 from bessemer.rl.objective import GRPO, reference_logprobs
+from bessemer.rl.rollout import Sampled
 from bessemer.rl.surrogates import SURROGATES, Surrogate, grpo, k3
+from bessemer.tasks.base import Problem, Verdict
 
 LETTERS = 3
 Terms = namedtuple("Terms", (*Surrogate._fields, "kl"))
@@ -141,23 +145,20 @@ def test_policies_that_parted_stay_finite_and_are_pulled_back():
     assert logp.grad.tolist() == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)
 
 
-def by_hand(name, logp, old, advantage, low, high):
-    """The formulas, output by output and token by token; [9, 2] values."""
-    rows = []
-    for mine, before, worth in zip(logp, old, advantage, strict=True):
-        whole = ((mine - before).sum() / 2).exp()
-        row = []
-        for now, then in zip(mine, before, strict=True):
-            ratio = whole if name == "gspo" else (now - then).exp()
-            bounded = torch.as_tensor(min(max(float(ratio.detach()), 1 - low), 1 + high), dtype=torch.float64)
-            if name == "reinforce":
-                row.append(worth * now)
-            elif name == "cispo":
-                row.append(bounded * worth * now)
-            else:
-                row.append(ratio * worth if ratio * worth <= bounded * worth else bounded * worth)
-        rows.append(torch.stack(row))
-    return torch.stack(rows)
+def by_hand(name, logp, old, worth, low, high):
+    """The formulas for one output, token by token."""
+    whole = ((logp - old).sum() / len(logp)).exp()
+    row = []
+    for now, then in zip(logp, old, strict=True):
+        ratio = whole if name == "gspo" else (now - then).exp()
+        bounded = torch.as_tensor(min(max(float(ratio.detach()), 1 - low), 1 + high), dtype=torch.float64)
+        if name == "reinforce":
+            row.append(worth * now)
+        elif name == "cispo":
+            row.append(bounded * worth * now)
+        else:
+            row.append(ratio * worth if ratio * worth <= bounded * worth else bounded * worth)
+    return torch.stack(row)
 
 
 @pytest.mark.parametrize("name", SURROGATES)
@@ -167,7 +168,8 @@ def test_surrogates_against_their_formulas(name, start):
     logits = table(start).requires_grad_()
     logp, old = token_logp(logits), token_logp(table(4))
     weight = torch.rand(9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    expected = (weight * by_hand(name, logp, old, REWARD, 0.2, 0.28)).sum()
+    values = torch.stack([by_hand(name, logp[o], old[o], REWARD[o], 0.2, 0.28) for o in range(9)])
+    expected = (weight * values).sum()
     order = torch.randperm(18, generator=torch.Generator().manual_seed(2))
     output = 7 + 3 * torch.arange(9)[:, None].expand(9, 2)  # numbers of outputs need not be 0, 1, 2, ...
     tokens = (x.flatten()[order] for x in (logp, old, REWARD[:, None].expand(9, 2), output))
@@ -232,7 +234,8 @@ def test_the_whole_objective_against_enumeration(start, kl, temperature):
     loss = GRPO(0.2, 0.28, kl, temperature)(model, batch)
     loss.total.backward()
     # the formula, sequence by sequence and token by token, in float64
-    total, sums, cuts = 0.0, dict.fromkeys(("kl", "entropy", "clip_share", "ratio", "logp_gap"), 0.0), 0
+    names = ("kl", "entropy", "clip_share", "ratio", "logp_gap", "sampler_kl")
+    total, sums, cuts, largest = 0.0, dict.fromkeys(names, 0.0), 0, 0.0
     logp, old, ref = (token_logp(t, temperature) for t in (logits, sampler, reference))
     for o, (a, _) in enumerate(SEQUENCES):
         probability = old[o].sum().exp()
@@ -244,7 +247,9 @@ def test_the_whole_objective_against_enumeration(start, kl, temperature):
             k3 = (ref[o, t] - logp[o, t]).exp() - (ref[o, t] - logp[o, t]) - 1 if kl else torch.zeros(())
             total = total - probability * (surrogate - kl * k3)
             full = (logits[context] / temperature).log_softmax(-1)
-            values = (k3, -(full.exp() * full).sum(), clipped, ratio, (logp[o, t] - old[o, t]).abs())
+            gap = (logp[o, t] - old[o, t]).detach()
+            values = (k3, -(full.exp() * full).sum(), clipped, ratio, gap.abs(), gap.exp() - gap - 1)
+            largest = max(largest, float(gap.abs()))
             for name, value in zip(sums, values, strict=True):
                 sums[name] += float(probability) * float(torch.as_tensor(value).detach())
             cuts += clipped
@@ -253,7 +258,76 @@ def test_the_whole_objective_against_enumeration(start, kl, temperature):
     assert apart(model.logits.grad.double(), gradient(total, logits)) < 1e-5
     assert float(loss.tokens) == pytest.approx(2.0, rel=1e-6)  # two tokens a sequence, probabilities sum to 1
     assert {name: float(value) for name, value in loss.metrics.items()} == pytest.approx(sums, rel=1e-5, abs=1e-6)
-    assert not any(value.requires_grad for value in loss.metrics.values())
+    assert not any(value.requires_grad for value in (loss.metrics | loss.peaks).values())
+    assert float(loss.peaks["logp_gap_max"]) == pytest.approx(largest, rel=1e-5, abs=1e-6)
+
+
+STOPPING = [(0,), *itertools.product((1, 2), range(LETTERS))]
+"""All outputs of the same table where letter 0 ends one: lengths differ, and so do the normalisations."""
+
+
+def outputs_of(sampler):
+    """One sample of each, with what the sampler says of it."""
+    rows = []
+    for letters, worth in zip(STOPPING, REWARD.tolist(), strict=False):
+        logp = [float(sampler.log_softmax(-1)[c, a]) for c, a in zip((0, 1 + letters[0]), letters, strict=False)]
+        completion = Completion(list(letters), "", logp, logp, "stop", 1)
+        rows.append(Sampled(Problem("p", "", "en"), [0], completion, Verdict(True, True, "", None), worth, worth))
+    return rows
+
+
+@pytest.mark.parametrize("normalise", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("name", SURROGATES)
+@pytest.mark.parametrize("start", [4, 6])
+def test_every_surrogate_and_normalisation_against_enumeration(start, name, normalise):
+    """Loss and gradient through the real batches, cut in two, each output weighted by its probability; float64 loops
+    give the expectation. start 4 is the sampler's own table."""
+    sampler, reference, logits = table(4), table(5), table(start).requires_grad_()
+    model = Table(logits.detach())
+    objective = GRPO(0.2, 0.28, 0.05, surrogate=name, constant=20 if normalise == "constant" else 0)
+    batches = rollout.batches(outputs_of(sampler), 0, 12, normalise)
+    assert len(batches) > 1
+    losses = []
+    for batch in batches:
+        probability_B1 = batch.extras["old_logp_BT"].sum(1, keepdim=True).exp()
+        batch.loss_BT = batch.loss_BT * probability_B1
+        batch.extras["ref_logp_BT"] = torch.zeros_like(batch.loss_BT)
+        for b, tokens in enumerate(batch.tokens_BT.tolist()):
+            for t in batch.loss_BT[b].nonzero().flatten().tolist():
+                context = 0 if t == 1 else 1 + tokens[1]
+                batch.extras["ref_logp_BT"][b, t] = reference.log_softmax(-1)[context, tokens[t]]
+        losses.append(objective(model, batch))
+    got = sum(loss.total for loss in losses) / sum(loss.tokens for loss in losses)
+    got.backward()
+    total, divisor = 0.0, 0.0
+    logp, old, ref = (t.log_softmax(-1) for t in (logits, sampler, reference))
+    for letters, worth in zip(STOPPING, REWARD, strict=False):
+        contexts = (0, 1 + letters[0])[: len(letters)]
+        now, then, base = (t[contexts, letters] for t in (logp, old, ref))
+        values = by_hand(name, now, then, worth, 0.2, 0.28) - 0.05 * ((base - now).exp() - (base - now) - 1)
+        probability, length = then.sum().exp(), len(letters)
+        total = total - probability * (values.mean() if normalise == "sequence" else values.sum())
+        divisor += {"sequence": probability, "token": probability * length, "constant": 20}[normalise]
+    expected = total / divisor
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    assert apart(model.logits.grad.double(), gradient(expected, logits)) < 1e-5
+
+
+@pytest.mark.parametrize("normalise", ["sequence", "token", "constant"])
+def test_only_the_mean_over_outputs_of_means_leans_towards_short_ones(normalise):
+    """Over all outputs, sums give the gradient of the expected reward, whatever divides them; a mean over each output
+    does not (Dr. GRPO 3.1)."""
+    sampler = table(4)
+    model = Table(sampler)
+    (batch,) = rollout.batches(outputs_of(sampler), 0, 10_000, normalise)
+    batch.loss_BT = batch.loss_BT * batch.extras["old_logp_BT"].sum(1, keepdim=True).exp()
+    GRPO(kl=0.0)(model, batch).total.backward()
+    logits = sampler.clone().requires_grad_()
+    logp = logits.log_softmax(-1)
+    chance = torch.stack([logp[(0, 1 + o[0])[: len(o)], o].sum().exp() for o in STOPPING])
+    exact = gradient((chance * REWARD[: len(STOPPING)]).sum(), logits)
+    distance = apart(-model.logits.grad.double(), exact)
+    assert distance > 0.1 if normalise == "sequence" else distance < 1e-5
 
 
 def test_a_constant_divisor_counts_outputs_not_tokens():

@@ -9,7 +9,8 @@ from bessemer import tasks
 from bessemer.data.chat import jinja, render_ids
 from bessemer.infer.engine import Completion
 from bessemer.rl import rollout
-from bessemer.rl.rollout import Reward, Sampled
+from bessemer.rl.reward import Reward
+from bessemer.rl.rollout import Sampled
 from bessemer.tasks.base import Verdict
 
 TASKS = [tasks.get("countdown"), tasks.get("arithmetic")]
@@ -78,6 +79,17 @@ def test_a_batch_holds_every_token_where_it_belongs(normalise):
     assert not expected, "every row once"
 
 
+def test_a_task_named_twice_has_two_turns_and_never_the_same_problem():
+    listed = [TASKS[0], TASKS[1], TASKS[0]]
+    found = rollout.problems_of(listed, "train", 0, 9, seed=3)
+    ids = [problem.id for _, problem in found]
+    assert len(set(ids)) == 9
+    assert [task.name for task, _ in found] == ["countdown", "arithmetic", "countdown"] * 3
+    alone = [problem.id for _, problem in rollout.problems_of(TASKS[:1], "train", 0, 6, seed=3)]
+    assert [i for i in ids if i.startswith("countdown")] == alone
+    assert rollout.problems_of(listed, "train", 5, 2, seed=3) == found[5:7]
+
+
 @pytest.mark.parametrize("max_tokens", [1, 20, 45, 200, 10_000])
 def test_rows_of_like_length_share_a_batch_of_bounded_size(max_tokens):
     rows = some_rows(40)
@@ -104,13 +116,6 @@ def test_rewards_keep_prompts_and_samples_apart():
     assert rollout.rewards(groups).tolist() == [[1.0, 1.0, 1.0], [1.0, 1.0, 0.25]]
 
 
-def test_accuracy_and_format_are_added():
-    verdict = [Verdict(c, f, "", None) for c, f in ((True, True), (True, False), (False, True), (False, False))]
-    assert [Reward()(v, 0.5) for v in verdict] == [2.0, 1.0, 1.0, 0.0]  # the paper: equal weight
-    assert [Reward(0.1)(v, 0.5) for v in verdict] == [1.1, 1.0, 0.1, 0.0]
-    assert [Reward(0.1, language=1.0)(v, 0.5) for v in verdict] == [1.6, 1.5, 0.6, 0.5]
-
-
 @pytest.fixture
 def draw(engine, tokenizer):
     def encode(problem):
@@ -119,7 +124,7 @@ def draw(engine, tokenizer):
     def draw(seed=1, first=0, count=3, task_list=TASKS[1:], samples=3, **options):
         chosen = rollout.problems_of(task_list, "train", first, count, seed=0)
         options = dict(temperature=1.0, max_new_tokens=12) | options
-        return rollout.sample(engine, chosen, encode, Reward(0.1), samples=samples, seed=seed, **options)
+        return rollout.sample(engine, chosen, encode, samples=samples, seed=seed, **options)
 
     return draw
 
@@ -142,7 +147,7 @@ def test_samples_follow_from_seed_prompt_and_number_alone(draw):
 def test_a_problem_that_comes_twice_is_sampled_twice(engine, draw):
     once = TASKS[1].problem("train", 0)
     chosen = [(TASKS[1], once)] * 2
-    one, two = rollout.sample(engine, chosen, lambda p: [0, 5, 6], Reward(), samples=2, seed=1, max_new_tokens=12)
+    one, two = rollout.sample(engine, chosen, lambda p: [0, 5, 6], samples=2, seed=1, max_new_tokens=12)
     assert written([one]) != written([two])
 
 
@@ -153,7 +158,7 @@ def test_what_the_template_wrote_of_the_answer_is_judged_with_it(engine, tokeniz
     monkeypatch.setattr(tasks.Task, "verify", verify)
     monkeypatch.setattr(tokenizer, "chat_template", jinja("r1"))
     chosen = [(TASKS[1], TASKS[1].problem("train", 0))]
-    ((sampled,),) = rollout.sample(engine, chosen, lambda p: [0, 5], Reward(), samples=1, seed=1, max_new_tokens=2)
+    ((sampled,),) = rollout.sample(engine, chosen, lambda p: [0, 5], samples=1, seed=1, max_new_tokens=2)
     assert heard == [sampled.answer] == ["<think>\n" + sampled.completion.text]
 
 
@@ -169,8 +174,8 @@ def test_mixed_thoughts_cost_what_the_language_reward_says(engine, draw, monkeyp
 
     monkeypatch.setattr(type(engine), "generate", told)
     english = [(TASKS[1], TASKS[1].problem("train", 0, language="en"))]
-    reward = Reward(language=2.0)
-    (group,) = rollout.sample(engine, english, lambda p: [0, 5], reward, samples=4, seed=1, max_new_tokens=2)
+    (group,) = rollout.sample(engine, english, lambda p: [0, 5], samples=4, seed=1, max_new_tokens=2)
+    Reward(language=2.0).pay([group], cap=2)
     assert [sampled.language for sampled in group] == [1.0, 0.0, 0.5, 0.0]
     assert [sampled.reward for sampled in group] == [2.0, 0.0, 1.0, 0.0]
 
@@ -188,6 +193,6 @@ def test_every_sample_is_judged_by_the_task_of_its_prompt(draw, monkeypatch):
     assert [(problem, text) for _, problem, text in judged] == [(s.problem.id, s.completion.text) for s in flat]
     assert all(problem.startswith(f"{name}/") for name, problem, _ in judged)
     for number, sampled in enumerate(flat, start=1):
-        assert sampled.reward == pytest.approx((number % 2 == 0) + 0.1 * (number % 3 == 0))
+        assert (sampled.verdict.correct, sampled.verdict.formatted) == (number % 2 == 0, number % 3 == 0)
         assert sampled.completion.prompt_tokens == len(sampled.prompt_tokens)
         assert len(sampled.completion.logprobs) == len(sampled.completion.tokens) <= 12

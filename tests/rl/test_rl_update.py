@@ -15,18 +15,19 @@ from bessemer.tasks.base import Problem, Verdict
 from bessemer.train.schedule import Points
 from bessemer.train.settings import Settings
 from bessemer.train.trainer import Trainer
+from bessemer.workers import Workers
 
 PROMPTS, SAMPLES, PAD = 3, 4, 2
 LR = 1e-3
 
 
-def trainer(model, objective=None, eps=1e-4):
+def trainer(model, objective=None, eps=1e-4, workers=1):
     """eps: Adam divides a gradient by its own size, so with the usual 1e-8 an entry that should be zero moves its
     weight by the whole learning rate, in the direction of a rounding error."""
     zero = Points.constant(0.0)
     settings = Settings(
         tokens=0, lr=Points.constant(LR), gamma=zero, batch_rows=zero, micro_rows=1, terms={}, eps=eps,
-        weight_decay=0.0,
+        weight_decay=0.0, workers=Workers(workers),
     )  # fmt: skip
     return Trainer(model, objective or GRPO(0.2, 0.28, 0.001), None, settings)
 
@@ -119,6 +120,22 @@ def test_an_update_does_not_depend_on_the_order_of_rows(rows, update):
         for b in reversed(rollout.batches(rows, PAD, 60, "sequence"))
     ]
     close(update(backwards), expected)
+
+
+@pytest.mark.parametrize("surrogate", ["grpo", "gspo"])
+def test_an_update_is_the_same_bits_on_one_process_and_on_two(rows, make_model, surrogate):
+    """Three updates from five micro-batches: weights and everything logged but the speed."""
+    reference, found = make_model(8).eval(), []
+    for n in (1, 2):
+        run = trainer(make_model(3), GRPO(0.2, 0.28, 0.001, surrogate=surrogate), workers=n)
+        batches = with_reference(rollout.batches(rows, PAD, 50, "sequence"), reference)
+        assert len(batches) >= 5
+        logged = [run.update(batches) for _ in range(3)]
+        run.settings.workers.stop()
+        found.append((weights(run.model), [{k: v for k, v in x.items() if "per_second" not in k} for x in logged]))
+    (one, logged_one), (two, logged_two) = found
+    assert torch.equal(one, two) and logged_one == logged_two
+    assert not torch.equal(one, weights(make_model(3)))
 
 
 @pytest.mark.parametrize("normalise", ["sequence", "token"])

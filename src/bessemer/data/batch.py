@@ -27,7 +27,8 @@ class Batch:
     segments_BT: Tensor | None = None
     """Integer; None when every token of a row may attend to every earlier one."""
     extras: dict[str, Tensor] = field(default_factory=dict)
-    """Per-token tensors aligned with `tokens_BT`, such as `advantage_BT`, `old_logp_BT`, `ref_logp_BT`."""
+    """Per-token tensors aligned with `tokens_BT`, such as `advantage_BT`, `old_logp_BT`, `ref_logp_BT`; further
+    dimensions may follow (`choice_BTLK`)."""
 
     def __post_init__(self) -> None:
         shape = self.tokens_BT.shape
@@ -35,7 +36,8 @@ class Batch:
         assert self.tokens_BT.dtype == torch.int64, f"tokens_BT must be int64, not {self.tokens_BT.dtype}"
         assert self.loss_BT.dtype == torch.float32, f"loss_BT must be float32, not {self.loss_BT.dtype}"
         for name, tensor in self._named():
-            assert tensor.shape == shape, f"{name} is {tuple(tensor.shape)}, tokens_BT is {tuple(shape)}"
+            found = tensor.shape[:2] if name in self.extras else tensor.shape
+            assert found == shape, f"{name} is {tuple(tensor.shape)}, tokens_BT is {tuple(shape)}"
         # On an accelerator this check would wait for the device, and the batch was checked when it was made.
         if self.loss_BT.device.type == "cpu" and shape[1]:
             assert not self.loss_BT[:, 0].any(), "loss_BT[:, 0] must be 0: nothing precedes the first token"

@@ -8,10 +8,15 @@ and an update of the weights between two calls cannot go stale.
 `reference.next_logits` is the plain form of both. Padding stands to the right: causality hides it from prefill's
 attention, it is not routed to any expert, and a step sees a row's slots up to its own position only.
 
+A `Trace` that is handed in is told which experts each real token chose, layer by layer.
+`prefill` and `step` are chosen by the type of the model: `foreign` registers those of other networks.
+
 Shapes: B rows, T prompt tokens (padded), N real prompt tokens, S slots, D hidden, H heads, X = C + R, V vocabulary.
 """
 
 from __future__ import annotations
+
+from functools import singledispatch
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +24,16 @@ from torch import Tensor
 
 from bessemer.infer.cache import LatentCache
 from bessemer.infer.experts import feed_forward
-from bessemer.model.layer import Layer
+from bessemer.infer.trace import Trace
+from bessemer.model.layer import Attended, Layer
 from bessemer.model.mla import MLA
 from bessemer.model.transformer import Transformer
 
 
-def prefill(model: Transformer, tokens_BT: Tensor, length_B: Tensor) -> tuple[Tensor, LatentCache]:
+@singledispatch
+def prefill(
+    model: Transformer, tokens_BT: Tensor, length_B: Tensor, trace: Trace | None = None
+) -> tuple[Tensor, LatentCache]:
     """(logits after each prompt [B, V], cache). Prompts stand left; length_B >= 1 tokens of each count."""
     B, T = tokens_BT.shape
     rope = model.rope_table(T)
@@ -39,13 +48,20 @@ def prefill(model: Transformer, tokens_BT: Tensor, length_B: Tensor) -> tuple[Te
         cache.fill(i, layer.attn.cached(c, k_rope, rope))
         h_BTD = x_BTD + layer.attn.expanded(u_BTD, c, k_rope, rope)
         if i + 1 < len(model.layers):
-            x_BTD = _feed_forward(layer, h_BTD, real_N)
-        else:  # nobody reads the other positions any more
-            x_BTD = feed_forward(layer, layer.route(h_BTD[row_B, last_B].unsqueeze(1)))
+            x_BTD = _feed_forward(layer, h_BTD, real_N, trace)
+        else:  # nobody reads the other positions any more, except a trace
+            attended = layer.route(h_BTD[row_B, last_B].unsqueeze(1))
+            x_BTD = feed_forward(layer, attended)
+            if trace is not None and attended.routing is not None:
+                chosen_NK = layer.route(h_BTD.flatten(0, 1)[real_N].unsqueeze(0)).routing.expert_NK
+                trace.chose(chosen_NK.index_copy(0, length_B.cumsum(0) - 1, attended.routing.expert_NK))
     return _logits(model, x_BTD), cache
 
 
-def step(model: Transformer, token_B: Tensor, position_B: Tensor, cache: LatentCache) -> Tensor:
+@singledispatch
+def step(
+    model: Transformer, token_B: Tensor, position_B: Tensor, cache: LatentCache, trace: Trace | None = None
+) -> Tensor:
     """Logits [B, V] of the token after `token_B`, which stands at `position_B` and enters the cache."""
     low, high = (int(x) for x in position_B.aminmax())
     S = high + 1
@@ -61,7 +77,7 @@ def step(model: Transformer, token_B: Tensor, position_B: Tensor, cache: LatentC
         u_BTD = layer.attn_norm(x_BTD)
         cache.write(i, position_B, layer.attn.latent(u_BTD, rope).squeeze(1))
         h_BTD = x_BTD + absorbed_step(layer.attn, u_BTD, cache.read(i, S), bias_BS, rope)
-        x_BTD = feed_forward(layer, layer.route(h_BTD))
+        x_BTD = feed_forward(layer, _route(layer, h_BTD, trace))
     return _logits(model, x_BTD)
 
 
@@ -88,13 +104,20 @@ def absorbed_step(attn: MLA, u_BTD: Tensor, cache_BSX: Tensor, bias_BS: Tensor |
     return attn.wo(out_HBV.transpose(0, 1).flatten(1)).unsqueeze(1)
 
 
-def _feed_forward(layer: Layer, h_BTD: Tensor, real_N: Tensor) -> Tensor:
+def _feed_forward(layer: Layer, h_BTD: Tensor, real_N: Tensor, trace: Trace | None) -> Tensor:
     """The second half of a layer for the real tokens; padding passes through untouched."""
     h_XD = h_BTD.flatten(0, 1)
     if real_N.numel() == h_XD.shape[0]:
-        return feed_forward(layer, layer.route(h_BTD))
-    out_ND = feed_forward(layer, layer.route(h_XD[real_N].unsqueeze(0))).squeeze(0)
+        return feed_forward(layer, _route(layer, h_BTD, trace))
+    out_ND = feed_forward(layer, _route(layer, h_XD[real_N].unsqueeze(0), trace)).squeeze(0)
     return h_XD.index_copy(0, real_N, out_ND).view_as(h_BTD)
+
+
+def _route(layer: Layer, h_BTD: Tensor, trace: Trace | None) -> Attended:
+    attended = layer.route(h_BTD)
+    if trace is not None and attended.routing is not None:
+        trace.chose(attended.routing.expert_NK)
+    return attended
 
 
 def _logits(model: Transformer, x_BTD: Tensor) -> Tensor:

@@ -10,17 +10,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.infer import loop
 from bessemer.infer.sampling import Sampling, stream_key
 from bessemer.infer.stop import StopStrings, check_strings, cut
+from bessemer.infer.trace import Trace
 from bessemer.model.transformer import Transformer
 from bessemer.workers import Workers
 
@@ -42,6 +44,9 @@ class Completion:
     """The same at temperature 1."""
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
+    routing: Tensor | None = field(default=None, compare=False, repr=False)
+    """Experts that every token chose in every sparse layer, [prompt_tokens + len(tokens) - 1, L, K], uint8 or int16:
+    the last token was drawn and never fed, so it chose none. None unless asked for."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class _Call:
     stop_ids: Sequence[int]
     stop_strings: list[str]
     on_tokens: OnTokens | None
+    record_routing: bool
 
 
 class Engine:
@@ -97,26 +103,32 @@ class Engine:
         batch_rows: int = 512,
         seeds: Sequence[int] | None = None,
         on_tokens: OnTokens | None = None,
+        record_routing: bool = False,
     ) -> list[list[Completion]]:
         """`samples` completions of each prompt, in order.
 
-        A prompt is text (a document's beginning: BOS is put in front) or ids, taken as they are. stop_ids None is the
-        tokenizer's end of text. A row also ends at the model's max_seq_len. Sample k of a prompt is the same whatever
-        else is in the call; when a prompt occurs twice, the second continues the first one's numbering. `seeds`, one
-        per prompt, replaces seed and prompt as the name of the streams: sample k is then a function of (seeds[p], k).
+        A prompt is text (a document's beginning: BOS is put in front) or ids, taken as they are. stop_ids None is what
+        the tokenizer ends a text or an answer with. A row also ends at the model's max_seq_len. Sample k of a prompt is
+        the same whatever else is in the call; when a prompt occurs twice, the second continues the first one's
+        numbering. `seeds`, one per prompt, replaces seed and prompt as the name of the streams: sample k is then a
+        function of (seeds[p], k).
         on_tokens is called after each step with (prompt index, sample, token) of every row that is still running.
+        record_routing fills `Completion.routing`; it changes nothing else.
         """
         sampling = Sampling(temperature, top_p, top_k, min_p)
         for name, value in (("samples", samples), ("max_new_tokens", max_new_tokens), ("batch_rows", batch_rows)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} must be a whole number of at least 1, is {value!r}")
+        if record_routing and all(layer.dense for layer in self.model.layers):
+            raise UserError("record_routing: no layer of this model has routed experts; leave it off")
         strings = check_strings(stop_strings)
-        stop_ids = [self.tokenizer.eos_id] if stop_ids is None else list(stop_ids)
+        stop_ids = list(self.tokenizer.stop_ids if stop_ids is None else stop_ids)
         rows = self._rows(self._encode(prompts), samples, seed, seeds)
         results: list[list[Completion | None]] = [[None] * samples for _ in prompts]
         side_by_side = self.workers.map if on_tokens is None else map
         calls = (
-            _Call(batch, max_new_tokens, sampling, stop_ids, strings, on_tokens) for batch in _batches(rows, batch_rows)
+            _Call(batch, max_new_tokens, sampling, stop_ids, strings, on_tokens, record_routing)
+            for batch in _batches(rows, batch_rows)
         )
         for batch, written in side_by_side(self._run, calls):
             for i, row in enumerate(batch):
@@ -127,8 +139,8 @@ class Engine:
         if isinstance(prompts, str):
             raise UserError(f"prompts must be a list; write [{prompts[:20]!r}]")
         texts = iter(self.tokenizer.encode_batch([p for p in prompts if isinstance(p, str)]))
-        bos = self.tokenizer.bos_id
-        found = [(bos, *next(texts)) if isinstance(p, str) else tuple(int(i) for i in p) for p in prompts]
+        begin = () if self.tokenizer.bos_id is None else (self.tokenizer.bos_id,)
+        found = [(*begin, *next(texts)) if isinstance(p, str) else tuple(int(i) for i in p) for p in prompts]
         longest, vocab = self.model.cfg.max_seq_len, self.model.cfg.vocab_size
         for number, ids in enumerate(found):
             if not ids:
@@ -181,6 +193,7 @@ class Engine:
                 stop_strings=StopStrings(self.tokenizer, strings, len(batch), device) if strings else None,
                 vocab=self.tokenizer.vocab_size,
                 emit=emit,
+                trace=Trace(self.model.cfg) if call.record_routing else None,
             )
         return batch, written
 
@@ -193,6 +206,7 @@ class Engine:
             raw_logprobs=written.raw_logp[i],
             finish_reason="stop" if written.stopped[i] else "length",
             prompt_tokens=len(row.ids),
+            routing=None if written.routing is None else written.routing[i],
         )
 
 

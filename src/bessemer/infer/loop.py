@@ -10,16 +10,18 @@ Shapes: P prompts, R rows (samples) of the batch, B rows still live, V vocabular
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bessemer.errors import UserError
+from bessemer.infer import foreign  # noqa: F401 (registers how foreign models decode)
 from bessemer.infer.cache import LatentCache
 from bessemer.infer.decode import prefill, step
 from bessemer.infer.sampling import Sampled, Sampling, sample, uniform
 from bessemer.infer.stop import StopStrings
+from bessemer.infer.trace import Trace
 from bessemer.model.transformer import Transformer
 
 PREFILL_TOKENS = 16384
@@ -55,6 +57,8 @@ class Written:
     raw_logp: list[list[float]]
     stopped: list[bool]
     """Ended by a stop id or string, not by its limit."""
+    routing: list[Tensor] | None = None
+    """What `Trace.rows` gives, where one was asked for."""
 
 
 def run(
@@ -68,11 +72,12 @@ def run(
     stop_strings: StopStrings | None,
     vocab: int,
     emit: Emit | None = None,
+    trace: Trace | None = None,
 ) -> Written:
     """Row r continues prompts[prompt_R[r]] by at most limit_R[r] >= 1 tokens from the stream key_R[r]."""
     device = model.embed.weight.device
     R = len(prompt_R)
-    logits_PV, cache = _prefill(model, prompts, device)
+    logits_PV, cache = _prefill(model, prompts, device, trace)
     source = torch.tensor(prompt_R, device=device)
     logits_BV, cache = logits_PV[source], cache.expand(source)
     rows = Rows(
@@ -103,12 +108,17 @@ def run(
             rows, token_B = rows.take(source), token_B[source]
             if stop_strings is not None:
                 stop_strings.keep(source)
-        logits_BV = step(model, token_B, rows.position, cache)
+        logits_BV = step(model, token_B, rows.position, cache, trace)
         rows.position = rows.position + 1
-    return _written(history, stopped_R)
+        if trace is not None:
+            trace.step(rows.number)
+    written = _written(history, stopped_R)
+    return written if trace is None else replace(written, routing=trace.rows(prompt_R))
 
 
-def _prefill(model: Transformer, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, LatentCache]:
+def _prefill(
+    model: Transformer, prompts: Sequence[Sequence[int]], device: torch.device, trace: Trace | None
+) -> tuple[Tensor, LatentCache]:
     """Logits [P, V] and cache of all prompts, run in parts; neighbours of like length waste little padding."""
     parts: list[list[Sequence[int]]] = [[]]
     longest = 0
@@ -123,8 +133,10 @@ def _prefill(model: Transformer, prompts: Sequence[Sequence[int]], device: torch
         width = max(map(len, part))
         padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in part]
         length_B = torch.tensor([len(prompt) for prompt in part], device=device)
-        done.append(prefill(model, torch.tensor(padded, device=device), length_B))
-    return torch.cat([logits for logits, _ in done]), LatentCache.stack([cache for _, cache in done])
+        done.append(prefill(model, torch.tensor(padded, device=device), length_B, trace))
+        if trace is not None:
+            trace.prompts([len(prompt) for prompt in part])
+    return torch.cat([logits for logits, _ in done]), type(done[0][1]).stack([cache for _, cache in done])
 
 
 def _check_finite(logp_B: Tensor, n: int) -> None:

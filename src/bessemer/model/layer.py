@@ -42,13 +42,15 @@ class Layer(nn.Module):
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.ffn = moe.FFN(cfg.dim, cfg.inter_dim) if dense else moe.MoE(cfg)
 
-    def attend(self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None) -> Attended:
-        return self.route(x_BTD + self.attn(self.attn_norm(x_BTD), rope, segments_BT))
+    def attend(
+        self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None, choice_NK: Tensor | None = None
+    ) -> Attended:
+        return self.route(x_BTD + self.attn(self.attn_norm(x_BTD), rope, segments_BT), choice_NK)
 
-    def route(self, h_BTD: Tensor) -> Attended:
+    def route(self, h_BTD: Tensor, choice_NK: Tensor | None = None) -> Attended:
         """The second half of `attend`, for callers that computed the attention themselves (decode)."""
         u_ND = self.ffn_norm(h_BTD).flatten(0, 1)
-        return Attended(h_BTD, u_ND, None if self.dense else self.ffn.gate(u_ND, h_BTD.shape[0]))
+        return Attended(h_BTD, u_ND, None if self.dense else self.ffn.gate(u_ND, h_BTD.shape[0], choice_NK))
 
     def dispatch(self, attended: Attended) -> Tensor | moe.Dispatched:
         if attended.routing is None:
@@ -73,8 +75,10 @@ class Layer(nn.Module):
         sent = self.dispatch(attended)
         return self.finish(attended, self.combine(self.experts(sent), sent))
 
-    def forward(self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Returns the new residual stream and the balance term (None if dense)."""
-        attended = self.attend(x_BTD, rope, segments_BT)
+    def forward(
+        self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None, choice_NK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the new residual stream and the balance term (None if dense). `choice_NK`: see `moe.Gate`."""
+        attended = self.attend(x_BTD, rope, segments_BT, choice_NK)
         balance = None if attended.routing is None else attended.routing.balance
         return self.feed_forward(attended), balance

@@ -3,6 +3,9 @@
 The bias b takes part in the choice of experts only; gates are made from unbiased scores. Excluded groups are masked
 with -inf (0 would let an excluded expert win when biases are negative). No token is ever dropped.
 
+A caller may hand the gate a choice made elsewhere (RL: the sampler's). Gates are made from the scores of this pass all
+the same, so gradient reaches the router.
+
 Shapes: N tokens, D hidden, E experts, K experts per token, F expert inner width, M = N*K routed rows sorted by expert.
 """
 
@@ -80,11 +83,13 @@ class Gate(nn.Module):
             z_NE = z_NGE.masked_fill(excluded_NG.unsqueeze(-1), float("-inf")).flatten(-2)
         return z_NE.topk(cfg.n_activated_experts, dim=-1).indices
 
-    def forward(self, x_ND: Tensor, n_sequences: int) -> Routing:
-        """Routes N = n_sequences * T tokens."""
+    def forward(self, x_ND: Tensor, n_sequences: int, choice_NK: Tensor | None = None) -> Routing:
+        """Routes N = n_sequences * T tokens; where entries of `choice_NK` are at least 0, to the experts they name."""
         cfg = self.cfg
         score_NE = self.scores(x_ND)
         expert_NK = self.choose(score_NE)
+        if choice_NK is not None:
+            expert_NK = torch.where(choice_NK < 0, expert_NK, choice_NK.long())
         weight_NK = score_NE.gather(-1, expert_NK)
         if cfg.norm_topk_prob:
             weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20)

@@ -106,19 +106,34 @@ class Transformer(nn.Module):
         """Logits of the next token, [B, T, V]."""
         return self.head(self.norm(self.hidden(tokens_BT, segments_BT)))
 
-    def _run(self, tokens_BT: Tensor, segments_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, tokens_BT: Tensor, segments_BT: Tensor | None, choice_BTLK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         table = self.rope_table(tokens_BT.shape[1])
         x = self.embed(tokens_BT)
         balance = torch.zeros((), dtype=torch.float32, device=x.device)
+        choices = () if choice_BTLK is None else choice_BTLK.flatten(0, 1).unbind(1)
+        assert len(choices) in (0, sum(not layer.dense for layer in self.layers)), "one choice for every sparse layer"
+        left = iter(choices)
         for layer in self.layers:
-            x, term = layer(x, table, segments_BT)
+            x, term = layer(x, table, segments_BT, None if layer.dense else next(left, None))
             if term is not None:
                 balance = balance + term
         return x, balance
 
-    def train_outputs(self, tokens_BT: Tensor, segments_BT: Tensor | None = None, mtp: bool = True) -> TrainOutputs:
-        """Main and MTP hidden states of a batch."""
-        x, balance = self._run(tokens_BT, segments_BT)
+    def train_outputs(
+        self,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        mtp: bool = True,
+        choice_BTLK: Tensor | None = None,
+    ) -> TrainOutputs:
+        """Main and MTP hidden states of a batch.
+
+        `choice_BTLK`, integers: the K experts that each token is to be sent to in each of the main model's L sparse
+        layers; entries below 0 leave the choice to the gate.
+        """
+        x, balance = self._run(tokens_BT, segments_BT, choice_BTLK)
         hidden = self.norm(x)
         h, depths = hidden, []
         for k, module in enumerate(self.mtp if mtp else (), start=1):

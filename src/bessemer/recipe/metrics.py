@@ -125,6 +125,11 @@ class StageMetrics:
         """One line. `values` maps names to numbers, or to lists of numbers (expert loads)."""
         self._metrics.write(self._stage, step, tokens, values)
 
+    def history(self) -> list[tuple[int, dict[str, Any]]]:
+        """(step, values) of every line of this stage so far, earlier attempts included."""
+        mine = [line for line in self._metrics.lines() if line.get("stage") == self._stage]
+        return [(line.get("step", 0), line.get("values", {})) for line in mine]
+
     def rewind(self, step: int) -> None:
         """Forget this stage's lines after `step`; call it once the checkpoint to go on from is known."""
         self._metrics.rewind(self._stage, step)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.data.batch import Batch
+from bessemer.rl import replay
 from bessemer.rl.surrogates import SURROGATES, k3
 from bessemer.train.logprob import token_logprobs
 from bessemer.train.objective import Loss
@@ -26,6 +27,8 @@ class GRPO:
     """The objective with its dials; `GRPO(...)(model, batch)` is what the trainer calls.
 
     Batch extras, aligned with the tokens they belong to: `advantage_BT`, `old_logp_BT` and, if `kl` > 0, `ref_logp_BT`.
+    Where the sampler is not pi_old: `sampler_logp_BT`, and `importance_BT` from `correction` as a further factor of the
+    first term. `choice_BTLK`: the sampler's experts, replayed (`replay`).
     """
 
     clip_low: float = 0.2
@@ -39,7 +42,7 @@ class GRPO:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         tokens_BT, weight_BT = batch.tokens_BT[:, 1:], batch.loss_BT[:, 1:]
-        out = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=False)
+        out = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=False, **replay.arguments(batch))
         # Only the positions that are trained on go through the head: prompts and padding cost nothing there.
         keep = weight_BT.flatten().nonzero().squeeze(1)
         hidden_ND = out.hidden_BTD[:, :-1].flatten(0, 1)[keep]
@@ -54,26 +57,37 @@ class GRPO:
         terms = SURROGATES[self.surrogate](logp, old, advantage, output, self.clip_low, self.clip_high)
         kl = k3(logp, extra("ref_logp_BT")) if self.kl > 0 else torch.zeros_like(logp)
         weight = weight_BT.flatten()[keep]
-        total = -(weight * (terms.value - self.kl * kl)).sum()
+        value = terms.value * extra("importance_BT") if "importance_BT" in batch.extras else terms.value
+        total = -(weight * (value - self.kl * kl)).sum()
+        sampler = extra("sampler_logp_BT") if "sampler_logp_BT" in batch.extras else old
+        gap = (logp - sampler).detach().abs()
         metrics = {
             "kl": (weight * kl).sum(),
             "entropy": (weight * entropy).sum(),
             "clip_share": (weight * terms.clipped).sum(),
             "ratio": (weight * terms.ratio).sum(),
-            # of the first update after a rollout this is the gap between sampler and trainer
-            "logp_gap": (weight * (logp - old).abs()).sum(),
+            # of the first update after a rollout these are the gap between sampler and trainer
+            "logp_gap": (weight * gap).sum(),
+            "sampler_kl": (weight * k3(sampler, logp)).sum(),
         }
+        peaks = {"logp_gap_max": torch.cat((gap, gap.new_zeros(1))).max()}  # a micro-batch may train on no token
         divisor = weight.new_tensor(float(self.constant * batch.n_rows)) if self.constant else weight.sum()
-        return Loss(total, divisor, {name: value.detach() for name, value in metrics.items()})
+        return Loss(total, divisor, {name: value.detach() for name, value in metrics.items()}, peaks)
 
 
 @torch.no_grad()
-def reference_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
-    """log pi_ref of every trained token, [B, T], 0 elsewhere."""
+def policy_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
+    """log pi of every trained token, [B, T], 0 elsewhere."""
     weight = batch.loss_BT[:, 1:].flatten()
     keep = weight.nonzero().squeeze(1)
-    hidden = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=False).hidden_BTD[:, :-1].flatten(0, 1)[keep]
+    out = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=False, **replay.arguments(batch))
+    hidden = out.hidden_BTD[:, :-1].flatten(0, 1)[keep]
     logp = token_logprobs(hidden, model.head_weight, batch.tokens_BT[:, 1:].flatten()[keep], temperature).logp
     flat = torch.zeros_like(weight)
     flat[keep] = logp
     return torch.nn.functional.pad(flat.view(batch.tokens_BT.shape[0], -1), (1, 0))
+
+
+def reference_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
+    """log pi_ref of every trained token, [B, T], 0 elsewhere. The reference chooses its experts itself."""
+    return policy_logprobs(model, replay.without(batch), temperature)

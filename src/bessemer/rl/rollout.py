@@ -1,4 +1,4 @@
-"""One rollout: P prompts, G samples each, judged, and laid out as training batches (R1 2.2).
+"""One rollout: P prompts, G samples each, verified, and laid out as training batches (R1 2.2).
 
 The prompt of rollout r is found by arithmetic, and a sample's seed from (run seed, rollout, prompt, sample), so a
 resumed run samples what the uninterrupted one would have sampled.
@@ -13,22 +13,30 @@ import torch
 from torch import Tensor
 
 from bessemer.data.batch import Batch
-from bessemer.data.chat import opening
 from bessemer.infer.engine import Completion, Engine
+from bessemer.rl import replay
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
 from bessemer.tasks.language import consistency
 
 
 @dataclass
 class Sampled:
-    """One judged completion."""
+    """One verified completion."""
 
     problem: Problem
     prompt_tokens: list[int]
     completion: Completion
     verdict: Verdict
-    reward: float
-    advantage: float = 0.0
+    reward: float = 0.0
+    """Set by `reward.Reward`."""
+    advantage: float | list[float] = 0.0
+    """Of the whole output, or of each of its tokens where a critic judges them."""
+    values: list[float] | None = None
+    """What the critic expected before each token; None without one."""
+    returns: list[float] | None = None
+    """What it should have expected."""
+    preference: float | None = None
+    """What a reward model said of it; None where the verifier pays."""
     language: float = 1.0
     """Share of the thoughts' words that are in the language of the problem; 0 without thoughts."""
     begun: str = ""
@@ -40,25 +48,15 @@ class Sampled:
         return self.begun + self.completion.text
 
 
-@dataclass(frozen=True)
-class Reward:
-    """R = R_accuracy + format * R_format + language * R_language (R1 2.2.2 and 2.3.2, which add them with equal weight;
-    R1-Zero has no language term)."""
-
-    format: float = 1.0
-    language: float = 0.0
-
-    def __call__(self, verdict: Verdict, consistency: float) -> float:
-        """`consistency` as in `tasks.language`."""
-        return float(verdict.correct) + self.format * float(verdict.formatted) + self.language * consistency
-
-
 def problems_of(tasks: Sequence[Task], split: str, first: int, count: int, seed: int) -> list[tuple[Task, Problem]]:
-    """Problems first..first+count-1 of the endless list that takes the tasks in turn."""
+    """Problems first..first+count-1 of the endless list that takes the tasks in turn; a task named twice has two turns
+    a round, with problems of its own in each."""
+    names = [task.name for task in tasks]
     found = []
     for n in range(first, first + count):
-        task = tasks[n % len(tasks)]
-        found.append((task, task.problem(split, n // len(tasks), seed)))
+        turn, place = divmod(n, len(tasks))
+        index = turn * names.count(names[place]) + names[:place].count(names[place])
+        found.append((tasks[place], tasks[place].problem(split, index, seed)))
     return found
 
 
@@ -66,25 +64,23 @@ def sample(
     engine: Engine,
     chosen: Sequence[tuple[Task, Problem]],
     encode: Callable[[Problem], list[int]],
-    reward: Reward,
     *,
     samples: int,
     seed: int,
     **sampling,
 ) -> list[list[Sampled]]:
-    """G judged completions of every problem, prompt by prompt."""
+    """G verified completions of every problem, prompt by prompt; `reward.Reward` pays them."""
     prompts = [encode(problem) for _, problem in chosen]
     seeds = [stable_hash("rollout", seed, p) & (2**62 - 1) for p in range(len(prompts))]
     groups = engine.generate(prompts, samples=samples, seeds=seeds, **sampling)
-    begun = opening(engine.tokenizer.chat_style)
+    begun = engine.tokenizer.opening
     judged = []
     for (task, problem), prompt, group in zip(chosen, prompts, groups, strict=True):
         rows = []
         for completion in group:
             answer = begun + completion.text
             verdict, language = task.verify(problem, answer), consistency(answer, problem.language)
-            paid = reward(verdict, language)
-            rows.append(Sampled(problem, prompt, completion, verdict, paid, language=language, begun=begun))
+            rows.append(Sampled(problem, prompt, completion, verdict, language=language, begun=begun))
         judged.append(rows)
     return judged
 
@@ -95,16 +91,20 @@ def rewards(groups: Sequence[Sequence[Sampled]]) -> Tensor:
 
 
 def batches(rows: Sequence[Sampled], pad_id: int, max_tokens: int, normalise: str) -> list[Batch]:
-    """Rows of similar length together, each batch at most `max_tokens` padded tokens (at least one row).
+    """`cut(rows)` as batches.
 
     normalise "sequence": every output counts 1 (the paper); "token" (DAPO) and "constant" (Dr. GRPO): every token does.
     """
+    return [_batch(part, _length(part[0]), pad_id, normalise) for part in cut(rows, max_tokens)]
+
+
+def cut(rows: Sequence[Sampled], max_tokens: int) -> list[list[Sampled]]:
+    """Rows of similar length together, longest first, each part at most `max_tokens` padded tokens (at least a row)."""
     ordered = sorted(rows, key=_length, reverse=True)
     out, start = [], 0
     while start < len(ordered):
-        width = _length(ordered[start])
-        stop = min(len(ordered), start + max(1, max_tokens // width))
-        out.append(_batch(ordered[start:stop], width, pad_id, normalise))
+        stop = min(len(ordered), start + max(1, max_tokens // _length(ordered[start])))
+        out.append(ordered[start:stop])
         start = stop
     return out
 
@@ -121,6 +121,19 @@ def _batch(rows: Sequence[Sampled], width: int, pad_id: int, normalise: str) -> 
         start, stop = len(row.prompt_tokens), _length(row)
         tokens[i, :stop] = torch.tensor(row.prompt_tokens + row.completion.tokens)
         loss[i, start:stop] = 1.0 / (stop - start) if normalise == "sequence" else 1.0
-        advantage[i, start:stop] = row.advantage
+        advantage[i, start:stop] = torch.as_tensor(row.advantage)
         old_logp[i, start:stop] = torch.tensor(row.completion.logprobs)
-    return Batch(tokens, loss, extras={"advantage_BT": advantage, "old_logp_BT": old_logp})
+    extras = {"advantage_BT": advantage, "old_logp_BT": old_logp}
+    if rows[0].values is not None:
+        extras |= {"value_BT": _aligned(rows, width, "values"), "return_BT": _aligned(rows, width, "returns")}
+    if rows[0].completion.routing is not None:
+        extras[replay.CHOICE] = replay.laid_out([row.completion.routing for row in rows], width)
+    return Batch(tokens, loss, extras=extras)
+
+
+def _aligned(rows: Sequence[Sampled], width: int, field: str) -> Tensor:
+    """A list per row, each entry where its token stands."""
+    found = torch.zeros(len(rows), width)
+    for i, row in enumerate(rows):
+        found[i, len(row.prompt_tokens) : _length(row)] = torch.tensor(getattr(row, field))
+    return found

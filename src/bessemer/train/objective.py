@@ -31,18 +31,21 @@ class Loss:
     """The divisor: sum of loss weights (an objective with a constant divisor returns that)."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """More sums, divided by the same `tokens` and logged."""
+    peaks: dict[str, Tensor] = field(default_factory=dict)
+    """Largest values, logged as they are."""
 
 
 Objective = Callable[..., Loss]
 
 
 def means(losses: list[Loss], divisor: float) -> dict[str, float]:
-    """What a step logs: summed metrics over the step's divisor, as `train/NAME`."""
+    """What a step logs: summed metrics over the step's divisor and the largest of the peaks, as `train/NAME`."""
+    peaks = {f"train/{name}": max(loss.peaks[name].item() for loss in losses) for name in losses[0].peaks}
     names = list(losses[0].metrics)
     if not names:
-        return {}
+        return peaks
     sums = torch.stack([torch.stack([loss.metrics[name].float() for name in names]) for loss in losses]).sum(0).tolist()
-    return {f"train/{name}": value / divisor for name, value in zip(names, sums, strict=True)}
+    return {f"train/{name}": value / divisor for name, value in zip(names, sums, strict=True)} | peaks
 
 
 def next_token(model: nn.Module, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:

@@ -17,6 +17,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -184,7 +185,7 @@ class Trainer:
         with balance.counted_once(self.gates):
             loss.total.backward()
         self.optimizer.accumulate()
-        loss = Loss(loss.total.detach(), loss.tokens, loss.metrics)
+        loss = replace(loss, total=loss.total.detach())
         if helper == 0:
             return loss, None
         for group, out in zip(self.optimizer.groups, self._outboxes[helper - 1], strict=True):

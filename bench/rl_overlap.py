@@ -1,0 +1,109 @@
+"""Would sampling one rollout ahead beside the updates pay on two cores? From the CPU seconds of every piece.
+
+    python bench/rl_overlap.py runs/tiny/02-pretrain --json bench/results/rl_overlap.json
+
+The RL stage of recipes/tiny.toml runs for a few rollouts in one process, with `ahead = 1`; the CPU seconds of every
+piece that workers would share (a batch of the Engine, a micro-batch of the trainer or the reference) and of all that
+they would not are kept. CPU seconds, because other work on the machine hardly touches them. Two schedules follow:
+
+    after one another   sampling on both cores, then the updates on both cores: pieces go out in pairs and a pair takes
+                        as long as its longer piece, the rest takes one core
+    beside each other   a core for the sampler, a core for the trainer: a rollout takes as long as the longer of the two
+
+The second needs `ahead = 1`, hence older samples; it is worth building where it is clearly shorter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+class Timed:
+    """`Workers` of one process that keeps what each piece took."""
+
+    n = 1
+
+    def __init__(self) -> None:
+        self.pieces: list[list[float]] = []
+
+    def share(self, tensors) -> None:
+        pass
+
+    def map(self, work, items):
+        self.pieces.append([])
+        for item in items:
+            began = time.process_time()
+            result = work(item)
+            self.pieces[-1].append(time.process_time() - began)
+            yield result
+
+
+def phase(timed: Timed, work):
+    """(result, CPU seconds on one core, on two as `Workers` shares them)."""
+    timed.pieces.clear()
+    began = time.process_time()
+    result = work()
+    total = time.process_time() - began
+    shared = sum(sum(pieces) for pieces in timed.pieces)
+    pairs = sum(max(pieces[i : i + 2]) for pieces in timed.pieces for i in range(0, len(pieces), 2))
+    return result, total, total - shared + pairs
+
+
+def machine() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path, help="folder of a stage with a model")
+    parser.add_argument("--rollouts", type=int, default=4)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    from bessemer.recipe.metrics import Metrics, StageMetrics
+    from bessemer.recipe.policy import loop
+    from bessemer.recipe.progress import RunProgress
+    from bessemer.recipe.schema import Recipe
+    from bessemer.recipe.stage import StageContext, StopFlag
+
+    recipe = Recipe.load(Path(__file__).parent.parent / "recipes" / "tiny.toml", ["zero.ahead=1"])
+    timed = Timed()
+    loop.modelling.workers = lambda: timed
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = StageMetrics(Metrics(Path(folder) / "metrics.jsonl"), "zero")
+        ctx = StageContext("zero", Path(folder), {}, args.base, recipe, Path(folder), metrics,
+                           RunProgress({}).begin("zero"), StopFlag())  # fmt: skip
+        run = loop.Loop(recipe.stage("zero"), ctx, {})
+        run.trainer.start()
+        run.reference = loop.Reference(run.trainer, timed, recipe.stage("zero").reference_every, 1.0)
+        take = run.ahead.take
+        for number in range(args.rollouts):
+            drawn, sample_one, sample_two = phase(timed, lambda n=number: take(n))
+            run.ahead.take = lambda n, drawn=drawn: drawn
+            _, train_one, train_two = phase(timed, lambda n=number: run._rollout(n))
+            if number:  # the first draws two
+                row = {"sample": sample_one, "train": train_one, "after": sample_two + train_two}
+                rows.append(row | {"beside": max(sample_one, train_one)})
+    mean = {name: round(sum(row[name] for row in rows) / len(rows), 3) for name in rows[0]}
+    result = mean | {"beside_over_after": round(mean["beside"] / mean["after"], 3), "rollouts": len(rows)}
+    result |= {"unit": "CPU seconds per rollout", "machine": machine()}
+    print(json.dumps(result))
+    if args.json:
+        args.json.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Rollouts in the order of their updates, drawn up to `ahead` rollouts before them.
+
+With `ahead = 1` rollout n + 1 is drawn by the policy as it was before the updates of rollout n, so that its sampling
+depends on nothing those updates do and may run beside them. It is at most `updates_per_rollout` steps old when its own
+updates begin (`rl/staleness`). What a run gives depends on this order alone, never on who was faster.
+Sampling and updates take turns, each on all cores: a core for each takes longer here (bench/rl_overlap.py).
+
+What is drawn and not yet trained on lies in the trainer's checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bessemer.recipe.policy.draw import Draw, Group
+from bessemer.rl import buffer
+from bessemer.train.trainer import Trainer
+
+KEY = "rollouts"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One rollout as it was drawn."""
+
+    groups: list[Group]
+    asked: int
+    """Problems asked."""
+    cap: int
+    """Longest completion allowed."""
+    step: int
+    """Optimizer steps the policy that drew it had made."""
+
+
+class Ahead:
+    """`take(number)` is called once per rollout, in order; `follow()` after each step."""
+
+    def __init__(self, draw: Draw, trainer: Trainer, cap: Callable[[], int], ahead: int, rollouts: int) -> None:
+        self.draw, self.trainer, self.cap = draw, trainer, cap
+        self.ahead, self.rollouts = ahead, rollouts
+        self.waiting: dict[int, Drawn] = {}
+        """Drawn and not yet taken, by number."""
+
+    def take(self, number: int) -> Drawn:
+        """Rollout `number`; those up to `ahead` after it are drawn now, by the policy of this moment."""
+        for n in range(number, min(number + self.ahead + 1, self.rollouts)):
+            if n not in self.waiting:
+                cap = self.cap()
+                self.waiting[n] = Drawn(*self.draw(n, cap), cap, self.trainer.step)
+        found = self.waiting[number]
+        # numbers below: of before the guard went back, which leaves the cursor where it is
+        self.waiting = {n: drawn for n, drawn in self.waiting.items() if n > number}
+        self._store()
+        return found
+
+    def follow(self, before: int) -> None:
+        """After a step that began at step `before`."""
+        if self.trainer.step <= before:  # the guard went back to a checkpoint
+            self.load()
+
+    def load(self) -> None:
+        """As it was at the checkpoint the trainer came from."""
+        self.waiting = {}
+        for name, kept in self.trainer.extras.get(KEY, {}).items():
+            number, prefix = int(name), f"{KEY}/{name}/"
+            tensors = {
+                key.removeprefix(prefix): value
+                for key, value in self.trainer.extra_tensors.items()
+                if key.startswith(prefix)
+            }
+            groups = buffer.unpack(kept["groups"], tensors, self.draw.asked(number))
+            self.waiting[number] = Drawn(groups, kept["asked"], kept["cap"], kept["step"])
+
+    def _store(self) -> None:
+        trainer = self.trainer
+        tensors = {key: value for key, value in trainer.extra_tensors.items() if not key.startswith(f"{KEY}/")}
+        kept = {}
+        for number, drawn in self.waiting.items():
+            groups, packed = buffer.pack(drawn.groups)
+            kept[str(number)] = {"groups": groups, "asked": drawn.asked, "cap": drawn.cap, "step": drawn.step}
+            tensors |= {f"{KEY}/{number}/{name}": value for name, value in packed.items()}
+        trainer.extras, trainer.extra_tensors = trainer.extras | {KEY: kept}, tensors

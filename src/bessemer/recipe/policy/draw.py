@@ -1,0 +1,80 @@
+"""The samples of one rollout: which problems, how many, and what they are paid.
+
+Everything follows from the rollout's number, so a resumed run draws what the uninterrupted one would have drawn.
+Dynamic sampling (DAPO 3.2): groups whose samples were all paid alike teach nothing, so up to `draws` lots of problems
+are asked until enough groups are alive; a pool that is too hard or too easy costs those lots and never stops the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from bessemer import tasks
+from bessemer.infer.engine import Engine
+from bessemer.recipe import modelling
+from bessemer.rl import rollout
+from bessemer.rl.reward import Judge, Reward
+from bessemer.rl.rollout import Sampled
+
+if TYPE_CHECKING:
+    from bessemer.recipe.stages.rl import RL
+
+Group = list[Sampled]
+
+
+class Draw:
+    """`draw(number, cap) -> (groups, problems asked)`: P groups of G paid samples."""
+
+    def __init__(
+        self, engine: Engine, encode: Callable[[tasks.Problem], list[int]], settings: RL.Settings, seed: int,
+        judges: dict[str, Judge],
+    ) -> None:  # fmt: skip
+        self.engine, self.encode, self.settings, self.seed, self.judges = engine, encode, settings, seed, judges
+        self.tasks = [tasks.get(name) for name in settings.tasks]
+        self.general = [tasks.get(name) for name in settings.general_tasks]
+        self.reward = Reward(
+            settings.format_reward, settings.language_reward, settings.preference_reward, settings.overlong,
+            settings.reward,
+        )  # fmt: skip
+
+    def __call__(self, number: int, cap: int) -> tuple[list[Group], int]:
+        """With one lot every group is taken, in the order of the problems."""
+        if self.settings.draws == 1:
+            chosen = self.problems(number)
+            return self._sample(chosen, number, 0, cap), len(chosen)
+        wanted, alive, dead = self.settings.prompts_per_rollout, [], []
+        for lot in range(self.settings.draws):
+            for group in self._sample(self.problems(number, lot), number, lot, cap):
+                (dead if _paid_alike(group) else alive).append(group)
+            if len(alive) >= wanted:
+                break
+        return (alive + dead)[:wanted], len(alive) + len(dead)
+
+    def problems(self, number: int, lot: int = 0) -> list[tuple[tasks.Task, tasks.Problem]]:
+        """Lot `lot` of rollout `number`: general prompts first, once the run has come to them."""
+        settings = self.settings
+        total, place = settings.prompts_per_rollout, number * settings.draws + lot
+        general = settings.general_prompts if number >= settings.general_from else 0
+        chosen = rollout.problems_of(self.general, "train", place * general, general, self.seed)
+        return chosen + rollout.problems_of(self.tasks, "train", place * total, total - general, self.seed)
+
+    def asked(self, number: int) -> dict[str, tasks.Problem]:
+        """Every problem that rollout `number` may ask, by its id."""
+        lots = (self.problems(number, lot) for lot in range(self.settings.draws))
+        return {problem.id: problem for lot in lots for _, problem in lot}
+
+    def _sample(self, chosen: list[tuple[tasks.Task, tasks.Problem]], number: int, lot: int, cap: int) -> list[Group]:
+        settings = self.settings
+        name = (self.seed, settings.name, number, lot) if lot else (self.seed, settings.name, number)
+        groups = rollout.sample(
+            self.engine, chosen, self.encode, samples=settings.samples, seed=tasks.stable_hash(*name),
+            temperature=settings.temperature, max_new_tokens=cap,
+            batch_rows=modelling.batch_rows(len(chosen) * settings.samples), record_routing=settings.routing_replay,
+        )  # fmt: skip
+        self.reward.pay(groups, cap, self.judges)
+        return groups
+
+
+def _paid_alike(group: Group) -> bool:
+    return all(row.reward == group[0].reward for row in group)

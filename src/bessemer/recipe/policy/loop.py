@@ -1,0 +1,156 @@
+"""The loop of an RL stage: sample, pay, compare, update (R1 2.2, R1-Nature B.1).
+
+    draw      problems of this rollout, G samples each, paid                       policy/draw.py, policy/ahead.py
+    compare   advantages within each group, or against a critic                    policy/estimate.py
+    gap       what sampler and trainer disagree on, measured and corrected         policy/gap.py
+    update    mini-batches, one inner epoch, divergence from the reference         rl/objective.py, policy/reference.py
+    watch     held-out problems every so many rollouts                             policy/watch.py
+
+All that must survive a kill lies in the trainer's checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bessemer import tasks
+from bessemer.data.batch import Batch
+from bessemer.data.chat import question_ids
+from bessemer.errors import UserError
+from bessemer.infer.engine import Engine
+from bessemer.recipe import modelling
+from bessemer.recipe.policy.ahead import Ahead
+from bessemer.recipe.policy.draw import Draw
+from bessemer.recipe.policy.estimate import CriticEstimator, Estimator, GroupEstimator
+from bessemer.recipe.policy.gap import Gap
+from bessemer.recipe.policy.reference import Reference
+from bessemer.recipe.policy.watch import Watch
+from bessemer.recipe.stage import StageContext
+from bessemer.rl import advantage, board, rollout
+from bessemer.rl.objective import GRPO
+from bessemer.rl.reward import Judge
+from bessemer.train import speed
+from bessemer.train.settings import Settings as TrainSettings
+from bessemer.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from bessemer.recipe.stages.rl import RL
+
+
+class Loop:
+    """One RL run."""
+
+    def __init__(self, settings: RL.Settings, ctx: StageContext, judges: dict[str, Judge]) -> None:
+        self.settings, self.ctx = settings, ctx
+        if ctx.source is None:
+            raise UserError(f'stage "{ctx.name}" needs a stage with a model before it')
+        speed.keep_memory()
+        self.model, self.tokenizer = modelling.load_model(ctx.source / "model")
+        self.workers = modelling.workers()
+        longest = round(max(settings.max_new_tokens.values))
+        self.objective = GRPO(
+            settings.clip_low, settings.clip_high, settings.kl, settings.temperature, settings.surrogate,
+            longest if settings.normalise == "constant" else 0,
+        )  # fmt: skip
+        self.trainer = Trainer(
+            self.model, self.objective, None, _train_settings(settings, self.workers), ctx.state,
+            stop=lambda: ctx.stop, config=self.model.cfg.model_dump(), warn=ctx.say,
+        )  # fmt: skip
+        engine = Engine(self.model, self.tokenizer, self.workers)
+        self.draw = Draw(engine, self._encode, settings, ctx.seed, judges)
+        self.ahead = Ahead(self.draw, self.trainer, self._cap, settings.ahead, settings.rollouts)
+        self.gap = Gap(self.model, self.workers, settings)
+        self.watch = Watch(self.draw, self.trainer, ctx)
+        self.reference: Reference | None = None
+        self.estimator: Estimator = GroupEstimator(settings.scale_by_std)
+
+    def _encode(self, problem: tasks.Problem) -> list[int]:
+        return question_ids(self.tokenizer, problem.prompt)
+
+    def _cap(self) -> int:
+        """Longest completion at this step."""
+        return round(self.settings.max_new_tokens(self.trainer.step))
+
+    def run(self) -> dict[str, Any]:
+        settings, ctx, trainer = self.settings, self.ctx, self.trainer
+        trainer.start()
+        self.ahead.load()
+        # The cursor is rows, as in pre-training: it stays where it is when the guard goes back to older weights.
+        first = -(-trainer.rows // (settings.prompts_per_rollout * settings.samples))
+        ctx.rewind(trainer.step or -1)  # at step 0 the gate writes its lines anew
+        self.watch.begin()
+        ctx.progress.total(settings.rollouts, "rollouts", done=first)
+        if settings.kl > 0:
+            self.reference = Reference(trainer, self.workers, settings.reference_every, settings.temperature)
+        if settings.advantage == "critic":
+            self.estimator = CriticEstimator(trainer, trainer.settings, settings, self.tokenizer.pad_id)
+        if trainer.step == 0:
+            self.watch.gate(self._cap())
+        for number in range(first, settings.rollouts):
+            values = self._rollout(number)
+            self.watch.write(values)
+            accuracy, length, tries = (values[f"rl/{name}"] for name in ("accuracy", "length", "tries"))
+            ctx.progress.advance(1, f"accuracy {accuracy:.3f}, length {length:.0f}, tries {tries:.1f}")
+            if (number + 1) % settings.eval_every == 0 or number + 1 == settings.rollouts:
+                self.watch.evaluate(self._cap())
+            if ctx.stop:
+                trainer.save()
+                ctx.interrupt()
+            trainer.save_if_due()
+        trainer.save()
+        self.model.save(ctx.dir / "model", tokenizer_dir=ctx.source / "model")
+        done = {"steps": trainer.step}
+        return done | {"accuracy": round(values["rl/accuracy"], 4)} if first < settings.rollouts else done
+
+    def _rollout(self, number: int) -> dict[str, float]:
+        drawn = self.ahead.take(number)
+        groups, staleness = drawn.groups, self.trainer.step - drawn.step
+        self.estimator.fill(groups)
+        lots = self._lots([sampled for group in groups for sampled in group], number)
+        gap = self.gap.close([batch for batches in lots for batch in batches])
+        updates = self._updates(lots)
+        values = {**board.of_rollout(groups), "rl/cap": drawn.cap, **self.estimator.figures(), **gap}
+        values |= {"rl/dead_groups": advantage.dead_groups(rollout.rewards(groups)), "rl/staleness": staleness}
+        if self.settings.draws > 1:
+            values["rl/problems_asked"] = drawn.asked
+        for name in ("kl", "entropy", "clip_share", "grad_norm"):
+            values[f"rl/{name}"] = float(np.mean([update.get(f"train/{name}", 0.0) for update in updates]))
+        for name, measured in (("gap", "logp_gap"), ("gap_max", "logp_gap_max"), ("kl", "sampler_kl")):
+            values[f"rl/sampler_{name}"] = updates[0].get(f"train/{measured}", 0.0)
+        values["rl/lr"] = updates[-1].get("train/lr", 0.0)
+        return values
+
+    def _lots(self, rows: list[rollout.Sampled], number: int) -> list[list[Batch]]:
+        """Random mini-batches of equal size, each as the trainer takes it (R1: 16 of 512)."""
+        settings = self.settings
+        order = np.random.default_rng([self.ctx.seed, number]).permutation(len(rows))
+        size = len(rows) // settings.updates_per_rollout
+        lots = [[rows[i] for i in order[start : start + size]] for start in range(0, len(rows), size)]
+        pad = self.tokenizer.pad_id
+        return [rollout.batches(lot, pad, settings.micro_tokens, settings.normalise) for lot in lots]
+
+    def _updates(self, lots: list[list[Batch]]) -> list[dict[str, float]]:
+        """One inner epoch, an optimizer step for every lot."""
+        trainer, found = self.trainer, []
+        for batches in lots:
+            if self.reference is not None:
+                self.reference.fill(batches)
+            before = trainer.step
+            self.estimator.learn(batches)
+            found.append(trainer.update(batches))
+            self.estimator.follow(before)
+            self.ahead.follow(before)
+            if self.reference is not None:
+                self.reference.follow(before)
+        return found
+
+
+def _train_settings(settings: RL.Settings, workers: Any) -> TrainSettings:
+    zero = lambda tokens, step: 0.0  # noqa: E731 (three schedules that are zero)
+    return TrainSettings(
+        tokens=0, lr=lambda tokens, step: settings.lr(step), gamma=zero, batch_rows=zero, micro_rows=1,
+        terms={}, clip=settings.clip_norm, weight_decay=settings.weight_decay, optimizer=settings.optimizer,
+        workers=workers, save_seconds=settings.save_seconds,
+    )  # fmt: skip

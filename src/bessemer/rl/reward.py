@@ -1,0 +1,77 @@
+"""What a completion is paid (R1 2.2.2, 2.3.2, 2.3.4):
+
+    reasoning   R_accuracy + f R_format + l R_language
+    general     p R_preference + f R_format + l R_language      where a reward model judges the prompt's aim
+
+R1 adds the terms with equal weight; R1-Zero has no language term and no general prompts. DAPO's soft punishment of
+over-long answers (DAPO 3.4) comes off. Two other ways of paying are controls: what a run shows under them is not learnt
+from the task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from bessemer.errors import UserError
+from bessemer.rl.rollout import Sampled
+from bessemer.tasks.base import stable_hash
+
+Kind = Literal["task", "format", "random"]
+
+
+class Judge(Protocol):
+    """A reward model as RL sees it."""
+
+    def score(self, items: Sequence[tuple[str, str]]) -> list[float]:
+        """One number per (prompt, answer), about 0 to 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Weights of the terms. `kind` "format" pays the form alone and "random" a coin per sample: the control arms."""
+
+    format: float = 1.0
+    language: float = 0.0
+    preference: float = 1.0
+    overlong: int = 0
+    """Tokens before the cap over which the punishment grows from 0 to 1; 0 for none."""
+    kind: Kind = "task"
+
+    def pay(self, groups: Sequence[Sequence[Sampled]], cap: int, judges: Mapping[str, Judge] | None = None) -> None:
+        """Sets the reward of every sample, and its preference where a judge of the prompt's aim exists."""
+        rows = [row for group in groups for row in group]
+        for aim, judge in (judges or {}).items():
+            mine = [row for row in rows if row.problem.meta.get("aim") == aim]
+            scores = judge.score([(row.problem.prompt, row.answer) for row in mine]) if mine else []
+            for row, score in zip(mine, scores, strict=True):
+                row.preference = score
+        for number, row in enumerate(rows):
+            row.reward = self.of(row, cap, number)
+            if not math.isfinite(row.reward):
+                raise UserError(
+                    f"the reward of a sample of problem {row.problem.id} is {row.reward}; "
+                    + ("its reward model" if row.preference is not None else "its verifier")
+                    + " must give a finite number"
+                )
+
+    def of(self, row: Sampled, cap: int, number: int = 0) -> float:
+        """What one sample is paid; `number` is its place in the rollout, for the coin."""
+        if self.kind == "random":
+            return float(stable_hash("coin", row.problem.id, number, *row.completion.tokens) & 1)
+        verdict = row.verdict
+        if self.kind == "format":
+            return float(verdict.formatted)
+        aim = float(verdict.correct) if row.preference is None else self.preference * row.preference
+        paid = aim + self.format * float(verdict.formatted) + self.language * row.language
+        return paid - overlong(len(row.completion.tokens), cap, self.overlong)
+
+
+def overlong(length: int, cap: int, buffer: int) -> float:
+    """DAPO eq. 13: 0 up to cap - buffer tokens, then growing evenly to 1 at the cap."""
+    if buffer <= 0:
+        return 0.0
+    return min(1.0, max(0.0, (length - (cap - buffer)) / buffer))
