@@ -74,6 +74,7 @@ def run(
 ) -> None:
     """Run a recipe; what is finished is skipped, what was interrupted goes on."""
     from bessemer.recipe import conformance
+    from bessemer.recipe.rundir import writing_models
     from bessemer.recipe.runner import run as run_recipe
     from bessemer.recipe.schema import Recipe
     from bessemer.recipe.stage import Interrupted
@@ -99,8 +100,10 @@ def run(
     if table := card.table(root):
         print(table)
     print(f"{loaded.name}: {show_seconds(sum(result.seconds for result in results))} in all; report: {report}")
-    if any(result.status != "waiting" and (result.folder / "model").is_dir() for result in results):
-        print(f"talk to it: bessemer chat {root}")
+    if models := writing_models(root):
+        others = [name for name, _ in models[:-1]]
+        which = f" (or bessemer chat {root}/STAGE: {', '.join(others)})" if others else ""
+        print(f"talk to {models[-1][0]}: bessemer chat {root}{which}")
 
 
 @app.command()

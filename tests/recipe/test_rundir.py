@@ -6,7 +6,7 @@ import os
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.recipe.rundir import model_dir, run_dir
+from bessemer.recipe.rundir import model_dir, run_dir, writing_models
 
 
 def make(root, name, done=True, model=True):
@@ -39,6 +39,18 @@ def test_a_run_means_its_last_finished_model(root):
     assert model_dir("tiny").samefile(zero / "model")  # by name, under runs/
     assert model_dir(root / "01-pretrain") == root / "01-pretrain" / "model"
     assert model_dir(zero / "model") == zero / "model"
+    assert model_dir(root / "pretrain") == root / "01-pretrain" / "model"  # by the stage's name
+    assert model_dir("tiny/zero").samefile(zero / "model")
+    with pytest.raises(UserError, match="no model or run at"):
+        model_dir(root / "nothing")
+
+
+def test_a_reward_model_is_nobody_to_talk_to(root):
+    make(root, "01-zero")
+    judge = make(root, "02-helpful")
+    (judge / "model" / "config.json").write_text('{"architectures": ["DeepseekV3ForSequenceClassification"]}')
+    assert model_dir(root) == root / "01-zero" / "model"
+    assert [name for name, _ in writing_models(root)] == ["zero"]
 
 
 def test_errors_list_what_exists(root):

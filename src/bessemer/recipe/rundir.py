@@ -134,8 +134,11 @@ def run_dir(given: str | Path) -> Path:
 
 
 def model_dir(given: str | Path) -> Path:
-    """The model a user means: a model directory, a stage's folder, or a run (the model of its last finished stage)."""
+    """The model a user means: a model directory, a stage's folder, RUN/STAGE by the stage's name, or a run (its last
+    finished model that writes text)."""
     for path in (Path(given), Path("runs") / given):
+        if (path.parent / "recipe.toml").is_file() and not path.is_dir():
+            path = next((folder for _, name, folder in stage_folders(path.parent) if name == path.name), path)
         if (path / "config.json").is_file():
             return path
         if (path / "model" / "config.json").is_file():
@@ -148,11 +151,22 @@ def model_dir(given: str | Path) -> Path:
     raise UserError(f"no model or run at {given}; {_runs()}")
 
 
+def writing_models(root: Path) -> list[tuple[str, Path]]:
+    """(stage, folder) of every finished model that writes text; reward models do not."""
+    found = []
+    for _, name, folder in stage_folders(root):
+        config = read_json(folder / "model" / "config.json")
+        if config is None or not (folder / "done.json").is_file():
+            continue
+        if not str(config.get("architectures", "")).count("ForSequenceClassification"):
+            found.append((name, folder))
+    return found
+
+
 def _last_model(root: Path) -> Path:
     stages = stage_folders(root)
-    for _, _, folder in reversed(stages):
-        if (folder / "model" / "config.json").is_file() and (folder / "done.json").is_file():
-            return folder / "model"
+    if writers := writing_models(root):
+        return writers[-1][1] / "model"
     listed = ", ".join(
         f"{folder.name} ({'no model' if read_json(folder / 'done.json') else 'unfinished'})" for _, _, folder in stages
     )

@@ -93,7 +93,6 @@ class Eval(Stage):
             if ctx.stop:
                 ctx.interrupt()
         write_atomic(ctx.dir / "results.json", json.dumps({"rows": rows, "contamination": found}, indent=1))
-        ctx.say(results.table(rows))
         ctx.say(contamination.line(found))
         return {"rows": len(rows), "contaminated": found["hit"]}
 
