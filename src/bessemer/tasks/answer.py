@@ -5,7 +5,11 @@ Three judgements, each stricter than the one before:
   answer     the last complete <answer>...</answer>, wherever it stands;
   problem    None when the tags are well formed: the text opens with one think block that is not blank, closed before
              the one answer; prose may stand between and after them, as in an R1 summary;
-  formatted  well formed, and nothing but white space outside the two blocks.
+  formatted  well formed, and outside the two blocks nothing but white space (R1-Zero's form), or one short summary
+             around the answer, a blank line after the thoughts (R1's form).
+
+A general request has no answer to verify and its reply no answer tags: `<think> ... </think>` and then a summary in
+plain words (R1 2.3.4), where the thoughts may be blank. `summary` reads that form and `plain_fault` judges it.
 """
 
 import re
@@ -13,6 +17,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+SUMMARY = 200
+"""Letters that a summary may have beside its answer and still count as form."""
 NO_ANSWER, BAD_TAGS, NO_THINK = "no-answer", "bad-tags", "no-think"
 
 _TAG = re.compile("</?(?:think|answer)>")
@@ -36,7 +42,7 @@ def parse_reply(text: str) -> Reply:
         if not think.strip():
             return Reply(think, answer, NO_THINK, False)
         gap, tail = text[tags[1].end() : tags[2].start()], text[tags[3].end() :]
-        return Reply(think, answer, None, not gap.strip() and not tail.strip())
+        return Reply(think, answer, None, not (gap + tail).strip() or _is_summary(gap, tail))
     if answer is None:
         return Reply(think, None, NO_ANSWER, False)
     return Reply(think, answer, NO_THINK if order == TAGS[2:] else BAD_TAGS, False)
@@ -46,6 +52,29 @@ def thought(text: str) -> str:
     """What stands after `<think>`, also where the cap came before the closing tag."""
     closed = _first_block(text, "think")
     return text.partition("<think>")[2] if closed is None else closed
+
+
+def summary(text: str) -> str:
+    """What follows the thoughts: all of a text that does not think, nothing of one that does not stop thinking."""
+    before, closed, after = text.partition("</think>")
+    if closed:
+        return after.strip()
+    return "" if "<think>" in before else text.strip()
+
+
+def plain_fault(text: str) -> str | None:
+    """None when a reply without answer tags is well formed, else no-answer, no-think or bad-tags."""
+    tags = [tag.group() for tag in islice(_TAG.finditer(text), 3)]
+    if not summary(text):
+        return NO_ANSWER
+    if not tags:
+        return NO_THINK
+    return None if tuple(tags) == TAGS[:2] and text.lstrip().startswith("<think>") else BAD_TAGS
+
+
+def _is_summary(gap: str, tail: str) -> bool:
+    """One paragraph of at most SUMMARY letters, apart from the thoughts."""
+    return gap.startswith("\n\n") and len(gap + tail) <= SUMMARY and "\n" not in (gap + tail).strip()
 
 
 def _first_block(text: str, tag: str) -> str | None:
