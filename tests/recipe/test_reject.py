@@ -44,6 +44,10 @@ def sampled(thought, answer=None, end="stop"):
         (sampled("1+2=3:9 low\n1*2=2:9小"), "mixed-language"),
         (sampled("1+2=3:9 low\n1+2=3:9 low\n1*2=2:9 low"), "repetitive"),
         (sampled("a\nb\nc\nd\na"), None),
+        (sampled("so:\n```\n1+2\n```"), "code"),
+        (sampled("and so on, " * 12), "repetitive"),
+        (sampled(" ".join(f"{n} is low," for n in range(90))), "long-paragraph"),
+        (sampled("1+2=3 <｜User｜> low"), "control-text"),
     ],
 )
 def test_what_is_not_to_be_learnt_from_is_named(row, why):

@@ -27,6 +27,19 @@ class Facts:
         """Settings of the first stage of a kind."""
         return next((stage for stage in self.recipe.stages if stage.kind == kind), None)
 
+    def stages(self, kind: str) -> list[Any]:
+        """Settings of every stage of a kind."""
+        return [stage for stage in self.recipe.stages if stage.kind == kind]
+
+    def is_student(self, name: str | None) -> bool:
+        """Whether a stage brings in a model of another shape than the recipe's."""
+        stage = next((stage for stage in self.recipe.stages if stage.name == name), None)
+        return stage is not None and bool(getattr(stage, "model", None)) and self.stage("rl") is not None
+
+    def imported(self) -> bool:
+        """Whether the run begins with a model from elsewhere, which the [model] table does not describe."""
+        return self.recipe.stages[0].kind == "import"
+
     def masked(self) -> bool:
         """Whether pre-training hides the other documents of a row."""
         pretrain = self.stage("pretrain")
@@ -35,6 +48,7 @@ class Facts:
 
 Here = tuple[str, bool]
 ABSENT: Here = ("no such stage", False)
+IMPORTED: Here = ("the imported model's own", False)
 
 
 @dataclass(frozen=True)
@@ -55,13 +69,24 @@ def _points(points: Points) -> str:
 
 
 def _model(show: Callable[[ModelConfig], Any], on: Callable[[ModelConfig], bool] = lambda m: True) -> Callable:
-    return lambda facts: (str(show(facts.model)), on(facts.model))
+    return lambda facts: IMPORTED if facts.imported() else (str(show(facts.model)), on(facts.model))
 
 
 def _of(kind: str, show: Callable[[Any], Any], on: Callable[[Any], bool] = lambda s: True) -> Callable:
     def here(facts: Facts) -> Here:
         stage = facts.stage(kind)
         return ABSENT if stage is None else (str(show(stage)), on(stage))
+
+    return here
+
+
+def _any(kind: str, show: Callable[[Any], Any], on: Callable[[Any], bool]) -> Callable:
+    """As `_of`, of the first stage that has the item on; several stages of a kind differ on purpose."""
+
+    def here(facts: Facts) -> Here:
+        stages = facts.stages(kind)
+        stage = next(filter(on, stages), stages[0] if stages else None)
+        return ABSENT if stage is None else (f"{stage.name}: {show(stage)}", on(stage))
 
     return here
 
@@ -145,18 +170,33 @@ ITEMS: tuple[Item, ...] = (
          _of("rl", lambda s: f"{s.kl:g}, refreshed every {s.reference_every} steps", lambda s: s.kl > 0),
          "rl/objective.py", "rl/test_rl_objective.py"),
     Item("Mini-batches per rollout", "R1-Nature B", "16, one epoch",
-         _of("rl", lambda s: f"{s.updates_per_rollout}, one epoch"), "recipe/stages/rl.py", "recipe/test_stages.py"),
+         _of("rl", lambda s: f"{s.updates_per_rollout}, one epoch"), "recipe/policy/loop.py", "recipe/test_stages.py"),
     Item("Rewards", "R1 2.2.2", "accuracy + format, equal weight",
-         _of("rl", lambda s: f"accuracy + {s.format_reward:g} x format"), "rl/rollout.py", "rl/test_rl_rollout.py"),
+         _of("rl", lambda s: f"accuracy + {s.format_reward:g} x format"), "rl/reward.py", "rl/test_rl_reward.py"),
     Item("SFT: answers only, samples packed with masks", "V3 5.1, R1 2.3.1", "cosine 5e-5 -> 5e-6, 2 to 3 epochs",
          _of("sft", lambda s: f"cosine {s.lr:g} -> {s.lr_final:g}, {s.epochs} epochs"),
          "data/turns.py", "data/test_data_turns.py"),
-    Item("Rejection sampling: correct and readable answers", "R1 2.3.3", "several answers, mixed language dropped",
-         _of("reject", lambda s: f"{s.samples} answers, {s.keep} kept, consistency {s.consistency:g}"),
+    Item("Length cap raised mid-run", "R1-Nature Methods", "32,768 -> 65,536 at step 8.2k",
+         _any("rl", lambda s: f"{_points(s.max_new_tokens)} tokens", lambda s: len(set(s.max_new_tokens.values)) > 1),
+         "recipe/policy/loop.py", "recipe/test_r1.py"),
+    Item("Cold start: readable R1-Zero answers in one form", "R1 2.3.1", "thousands, thoughts and a summary",
+         _any("reject", lambda s: f"{s.problems} problems, form {s.form}", lambda s: s.form == "r1"),
          "recipe/stages/reject.py", "recipe/test_reject.py"),
     Item("Language consistency reward", "R1 2.3.2", "share of target-language words, from R1's first RL stage on",
-         _of("rl", lambda s: f"{s.language_reward:g} x consistency", lambda s: s.language_reward > 0),
+         _any("rl", lambda s: f"{s.language_reward:g} x consistency", lambda s: s.language_reward > 0),
          "tasks/language.py", "tasks/test_language.py"),
+    Item("Rejection sampling: correct and readable answers", "R1 2.3.3", "several answers, 3 reasoning to 1 other",
+         _any("reject", lambda s: f"{s.samples} answers, {s.keep} kept, {s.others} other conversations",
+              lambda s: s.others > 0), "recipe/stages/reject.py", "recipe/test_r1.py"),
+    Item("Reward models: helpful by pairs, harmless by labels", "R1-Nature Methods", "66,000 pairs, 106,000 labels",
+         _any("reward-model", lambda s: f"{s.aim}, {s.made} made prompts", lambda s: True),
+         "recipe/stages/reward.py", "recipe/test_reward_stage.py"),
+    Item("Preference rewards only at the end", "R1 2.3.4", "last 400 of 1,700 steps",
+         _any("rl", lambda s: f"from rollout {s.general_from} of {s.rollouts}",
+              lambda s: bool(s.reward_models) and s.general_from > 0), "recipe/policy/draw.py", "recipe/test_r1.py"),
+    Item("Distillation: SFT of a smaller model on checked samples", "R1 2.4", "800K samples, dense students",
+         lambda f: next(((f"{s.name}: from {s.source}", True) for s in f.stages("sft") if f.is_student(s.source)),
+                        ABSENT), "recipe/stages/sft.py", "recipe/test_r1.py"),
     Item("Evaluation by sampling", "R1 3", "pass@1 over k samples, T 0.6, and cons@k",
          _of("eval", lambda s: f"{s.samples} samples, T {', '.join(f'{t:g}' for t in s.temperatures)}"),
          "tasks/metrics.py", "tasks/test_metrics.py"),

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import torch
 
+from bessemer.data.foreign_tokenizer import load_tokenizer
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.model import hub
 from bessemer.model.config import ModelConfig
 from bessemer.model.counts import flops_per_token
+from bessemer.model.foreign import CausalLM, load_any
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 from bessemer.precision import probe
@@ -20,17 +21,17 @@ from bessemer.workers import Workers, cores, one_core_each
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
-def model_config(recipe: Any) -> ModelConfig:
-    """The recipe's [model] table as a config."""
-    values = dict(recipe.model)
+def model_config(recipe: Any, changes: dict[str, Any] | None = None) -> ModelConfig:
+    """The recipe's [model] table as a config, with a stage's own changes to it."""
+    values = dict(recipe.model) | (changes or {})
     return preset(values.pop("preset", "tiny"), **values)
 
 
-def estimate_seconds(recipe: Any, tokens: float) -> float:
+def estimate_seconds(recipe: Any, tokens: float, changes: dict[str, Any] | None = None) -> float:
     """A first guess at how long training on so many tokens takes here, before anything is measured: 25 GFLOPS a core
     (measured with `tiny` and `small` on two Xeons), 100 TFLOPS on a GPU."""
     rate = 1e14 if torch.cuda.is_available() else 25e9 * cores()
-    return tokens * flops_per_token(model_config(recipe), 256).training / rate
+    return tokens * flops_per_token(model_config(recipe, changes), 256).training / rate
 
 
 def decode_seconds(recipe: Any, tokens: float) -> float:
@@ -60,8 +61,8 @@ def choose_precision(precision: Precision) -> probe.Choice:
     return probe.compute_dtype(probe.gemm_rates(device()))
 
 
-def load_model(directory: Path) -> tuple[Transformer, Tokenizer]:
-    """A model directory on this machine's device, in float32."""
+def load_model(directory: Path) -> tuple[Transformer | CausalLM, Tokenizer]:
+    """A model directory, ours or any Hugging Face causal LM, on this machine's device, in float32."""
     if not directory.is_dir():
         raise UserError(f"no model directory at {directory}")
-    return hub.load(directory, dtype=torch.float32, device=device()), Tokenizer.load(directory)
+    return load_any(directory, dtype=torch.float32, device=device()), load_tokenizer(directory)

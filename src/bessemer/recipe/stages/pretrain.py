@@ -38,6 +38,8 @@ class Pretrain(Stage):
     class Settings(StageSettings):
         free = frozenset({"save_seconds", "micro_rows"})
 
+        model: dict[str, Any] = Field(default_factory=dict)
+        """Changes to the recipe's [model] for this stage, such as a smaller student to distil into."""
         tokens: Tokens = 8_000_000
         """Tokens to train on, padding included."""
         mixture: dict[str, float] = Field(default_factory=dict)
@@ -79,7 +81,7 @@ class Pretrain(Stage):
         """Checkpoint this often."""
 
     def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
-        cfg = modelling.model_config(recipe)
+        cfg = modelling.model_config(recipe, settings.model)
         if not settings.mixture:
             raise UserError(f'stage "{settings.name}": mixture is empty; give every part of the corpus a share')
         corpus = next((s for s in recipe.stages if s.name == settings.source), None)
@@ -92,13 +94,13 @@ class Pretrain(Stage):
         return {"model": cfg.model_dump()}
 
     def estimate(self, settings: Settings, recipe: Any) -> float:
-        return modelling.estimate_seconds(recipe, settings.tokens)
+        return modelling.estimate_seconds(recipe, settings.tokens, settings.model)
 
     def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a corpus stage before it')
         tokenizer = Tokenizer.load(ctx.source / "tokenizer")
-        cfg = modelling.model_config(ctx.recipe)
+        cfg = modelling.model_config(ctx.recipe, settings.model)
         if tokenizer.vocab_size > cfg.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {cfg.vocab_size}")
         parts = {name: open_rows(ctx.source / name) for name in settings.mixture}

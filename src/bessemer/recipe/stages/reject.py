@@ -1,11 +1,13 @@
 """Stage "reject": rejection sampling, conversations for SFT from a model's own correct answers (R1 2.3.1 and 2.3.3).
 
-Several answers per training problem; kept are correct ones that a person can read: in the problem's language, not
-repeating themselves, ended before the cap, each only once. Output: samples.jsonl, one conversation a line.
+Several answers per training problem; kept are correct ones that a person can read (`tasks/readable.py`), ended before
+the cap, each only once. Output: samples.jsonl, one conversation a line; the summary says what was dropped for what.
 """
 
 import json
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -21,6 +23,7 @@ from bessemer.recipe.stage import Stage, StageContext, register
 from bessemer.recipe.values import Tokens
 from bessemer.rl import rollout
 from bessemer.tasks.answer import parse_reply
+from bessemer.tasks.readable import Limits, readable
 from bessemer.train import speed
 
 SUMMARY = {"en": "The answer is <answer>{answer}</answer>.", "zh": "答案是<answer>{answer}</answer>。"}
@@ -52,7 +55,11 @@ class Reject(Stage):
         consistency: float = Field(1.0, ge=0, le=1)
         """Smallest share of the thoughts' words in the problem's language."""
         repeated: float = Field(0.25, ge=0, le=1)
-        """Largest share of thought lines that stood there before."""
+        """Largest share of thought lines, and of runs of ten words, that stood there before."""
+        paragraph: int = Field(200, ge=1)
+        """Most words (Chinese: characters) of the thoughts between two line breaks."""
+        others: int = Field(0, ge=0)
+        """Conversations added that are not about reasoning (R1: 200K beside 600K): written answers of `general`."""
         form: Literal["as-is", "r1"] = "as-is"
         """as-is: the answer as it was written; r1: thoughts on lines of their own, then a sentence with the answer."""
 
@@ -65,6 +72,13 @@ class Reject(Stage):
 
     def estimate(self, settings: Settings, recipe: Any) -> float:
         return modelling.decode_seconds(recipe, settings.problems * settings.samples * settings.max_new_tokens)
+
+    def shown(self, settings: Settings, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem | str]:
+        """The conversations, and the problems they answer."""
+        yield from super().shown(settings, recipe, folder, cache)
+        families, seed = [tasks.get(name) for name in settings.tasks], recipe.seed_of(settings)
+        asked = rollout.problems_of(families, "train", settings.first_problem, settings.problems, seed)
+        yield from (problem for _, problem in asked)
 
     def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
         if ctx.source is None or not (ctx.source / "model").is_dir():
@@ -84,7 +98,7 @@ class Reject(Stage):
             count = min(LOT, settings.problems - first)
             chosen = rollout.problems_of(families, "train", settings.first_problem + first, count, ctx.seed)
             groups = rollout.sample(
-                engine, chosen, encode, rollout.Reward(), samples=settings.samples,
+                engine, chosen, encode, samples=settings.samples,
                 seed=tasks.stable_hash(ctx.seed, ctx.name, first), temperature=settings.temperature,
                 max_new_tokens=settings.max_new_tokens, batch_rows=modelling.batch_rows(count * settings.samples),
             )  # fmt: skip
@@ -101,7 +115,7 @@ class Reject(Stage):
             lot = json.loads(path.read_text())
             dropped.update(lot["dropped"])
             for messages in lot["kept"]:
-                line = json.dumps({"messages": messages}, ensure_ascii=False)
+                line = _line(messages)
                 dropped["duplicate"] += line in kept
                 kept[line] = None
         if not kept:
@@ -110,10 +124,22 @@ class Reject(Stage):
                 f'stage "{ctx.name}": none of {settings.problems * settings.samples} answers was kept ({told}). Start '
                 "from a better model, take more samples, or loosen consistency and repeated"
             )
-        write_atomic(ctx.dir / self.conversations, "".join(line + "\n" for line in kept))
-        counts = {"kept": len(kept), **{name: count for name, count in dropped.most_common() if count}}
+        others = [_line(messages) for messages in _others(settings, ctx.seed)]
+        write_atomic(ctx.dir / self.conversations, "".join(line + "\n" for line in [*kept, *others]))
+        counts = {"kept": len(kept), "others": len(others)}
+        counts |= {name: count for name, count in dropped.most_common() if count}
         ctx.metrics.write(settings.problems, 0, {f"reject/{name}": count for name, count in counts.items()})
         return counts
+
+
+def _line(messages: list[dict[str, str]]) -> str:
+    return json.dumps({"messages": messages}, ensure_ascii=False)
+
+
+def _others(settings: Reject.Settings, seed: int) -> Iterator[list[dict[str, str]]]:
+    """What R1 takes from V3's data: kind answers to everyday requests, with thoughts where they help."""
+    task = tasks.get("general")
+    return (task.conversation(index, seed) for index in range(settings.others))
 
 
 def select(groups: list[list[rollout.Sampled]], settings: Reject.Settings) -> tuple[list[Any], dict[str, int]]:
@@ -141,12 +167,9 @@ def fault(row: rollout.Sampled, settings: Reject.Settings) -> str | None:
         return "cut"
     if not row.verdict.correct:
         return "wrong"
-    if row.language < settings.consistency:
-        return "mixed-language"
-    lines = [line.strip() for line in (parse_reply(row.answer).think or "").split("\n") if line.strip()]
-    if len(lines) - len(set(lines)) > settings.repeated * len(lines):
-        return "repetitive"
-    return None
+    limits = Limits(settings.consistency, settings.repeated, settings.paragraph)
+    reading = readable(row.answer, row.problem.language, limits)
+    return None if reading.readable else reading.reason
 
 
 def written(row: rollout.Sampled, form: str) -> str:

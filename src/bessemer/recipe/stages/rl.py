@@ -18,6 +18,7 @@ from bessemer.recipe.settings import StageRef, StageSettings
 from bessemer.recipe.stage import Stage, StageContext, register
 from bessemer.recipe.values import Points, Seconds
 from bessemer.rl import rollout
+from bessemer.rl.preference import RewardModel
 from bessemer.rl.reward import Judge
 
 
@@ -164,8 +165,6 @@ def _judges(settings: RL.Settings, ctx: StageContext) -> dict[str, Judge]:
     """The reward models by their aim."""
     found: dict[str, Judge] = {}
     for name in settings.reward_models:
-        from bessemer.rl.preference import RewardModel
-
         model = RewardModel.load(ctx.inputs[name] / "model", modelling.device())
         if model.aim in found:
             raise UserError(f'stage "{ctx.name}": two reward models are for {model.aim}; give one for each aim')

@@ -7,13 +7,14 @@ see each other. The learning rate falls along a cosine from `lr` to `lr_final`, 
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from bessemer.data import sources, turns
-from bessemer.data.chat import opening, question_ids
+from bessemer.data.chat import question_ids
 from bessemer.data.document import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
@@ -47,6 +48,8 @@ class SFT(Stage):
         """Learning rate at the start (R1: 5e-5)."""
         lr_final: float = Field(ge=0)
         """Learning rate at the end of the cosine (R1: 5e-6)."""
+        optimizer: Literal["adamw", "muon"] = "adamw"
+        """Of the matrices inside the layers; the rest is AdamW's (R1: undocumented, V3: adamw for all)."""
         batch_rows: int = Field(8, ge=1)
         """Rows per optimizer step (R1: 128)."""
         micro_rows: int = Field(4, ge=1)
@@ -72,6 +75,11 @@ class SFT(Stage):
         if not settings.data and not settings.samples:
             raise UserError(f'stage "{settings.name}": nothing to train on; give data = [...] or samples = [...]')
         return {"samples": [_file_of(recipe.stage(name)) for name in settings.samples]}
+
+    def shown(self, settings: Settings, recipe: Any, folder: Path, cache: Path) -> Iterator[Any]:
+        """The conversations it was given; those of earlier stages are theirs to show."""
+        for spec in settings.data:
+            yield from (document.text for document in sources.documents(spec, cache, domain=spec))
 
     def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
         if ctx.source is None or not (ctx.source / "model").is_dir():
@@ -140,8 +148,9 @@ def _train_settings(settings: SFT.Settings, n_rows: int, model: torch.nn.Module)
             "mtp_lambda": constant(settings.mtp_lambda if model.cfg.n_mtp else 0.0),
             "balance_alpha": constant(settings.balance_alpha),
         },
-        workers=modelling.workers(), clip=settings.clip, weight_decay=settings.weight_decay,
-        compute_dtype=modelling.choose_precision(settings.precision).dtype, save_seconds=settings.save_seconds,
+        workers=modelling.workers(), clip=settings.clip, optimizer=settings.optimizer,
+        weight_decay=settings.weight_decay, compute_dtype=modelling.choose_precision(settings.precision).dtype,
+        save_seconds=settings.save_seconds,
     )  # fmt: skip
 
 
@@ -157,7 +166,7 @@ class _Watch(StepLog):
         if not prompts:
             return
         encoded = [question_ids(self.tokenizer, text) for text in prompts]
-        begun = opening(self.tokenizer.chat_style)
+        begun = self.tokenizer.opening
         answers = Engine(trainer.model, self.tokenizer).generate(
             encoded, max_new_tokens=200, temperature=0.6, seed=self.ctx.seed
         )

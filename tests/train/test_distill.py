@@ -1,0 +1,78 @@
+"""Logit distillation: the divergence against a naive sum, its gradient, and that it draws student to teacher."""
+
+import copy
+
+import pytest
+import tiny_run
+import torch
+
+from bessemer.data.batch import Batch
+from bessemer.train.distill import OnPolicy, divergence
+
+
+@pytest.fixture
+def pair():
+    return tiny_run.model(1), tiny_run.model(2)
+
+
+def batch(rows=3, length=9, vocab=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    loss = torch.ones(rows, length)
+    loss[:, :3] = 0.0
+    loss[1, 6:] = 0.0
+    return Batch(torch.randint(0, vocab, (rows, length), generator=generator), loss)
+
+
+def naive(student, teacher, made, which, temperature):
+    """Token by token in float64, from all logits."""
+    total = torch.zeros((), dtype=torch.float64)
+    s, t = ((model(made.tokens_BT).double() / temperature).softmax(-1) for model in (student, teacher))
+    for b, at in made.loss_BT.nonzero().tolist():
+        p, q = (s, t) if which == "reverse" else (t, s)
+        p, q = p[b, at - 1], q[b, at - 1]
+        total = total + (p * (p.log() - q.log())).sum() * made.loss_BT[b, at]
+    return total
+
+
+@pytest.mark.parametrize("which", ["reverse", "forward"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_sum_and_its_gradient_against_a_naive_loop(pair, which, temperature):
+    student, teacher = pair
+    made = batch(vocab=student.cfg.vocab_size)
+    loss = OnPolicy(teacher, which, temperature)(student, made)
+    assert loss.tokens == made.loss_BT.sum()
+    loss.total.backward()
+    assert all(p.grad is None for p in teacher.parameters()), "the teacher is frozen"
+    got = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+    student.zero_grad()
+    expected = naive(student, teacher, made, which, temperature)
+    expected.backward()
+    want = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (got - want).norm() <= 1e-4 * want.norm()
+
+
+def test_equal_models_do_not_diverge(pair):
+    student = pair[0]
+    loss = OnPolicy(copy.deepcopy(student))(student, batch(vocab=student.cfg.vocab_size))
+    assert abs(loss.total.item()) < 1e-5
+
+
+def test_the_two_directions_differ_and_are_never_negative():
+    a, b = (torch.randn(50, 7, generator=torch.Generator().manual_seed(s)).log_softmax(-1) for s in (1, 2))
+    one, two = divergence(a, b, "reverse"), divergence(a, b, "forward")
+    assert (one > 0).all() and (two > 0).all() and not torch.allclose(one, two)
+    torch.testing.assert_close(two, divergence(b, a, "reverse"))
+
+
+def test_the_student_comes_closer(pair):
+    student, teacher = pair
+    made = batch(vocab=student.cfg.vocab_size)
+    objective = OnPolicy(teacher)
+    optimizer = torch.optim.Adam(student.parameters(), 3e-3)
+    first = objective(student, made).total.item()
+    for _ in range(30):
+        optimizer.zero_grad()
+        objective(student, made).total.backward()
+        optimizer.step()
+    assert objective(student, made).total.item() < 0.3 * first
