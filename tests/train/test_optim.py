@@ -135,7 +135,9 @@ def test_state_survives_regrouping_exactly():
         # The gradient norm adds parameters in another order, hence a last bit of values around 1.
         assert (value - second.masters()[name]).abs().max() < 1e-6
     for name, value in whole.state_dict().items():
-        assert torch.allclose(value.float(), second.state_dict()[name].float(), rtol=1e-5, atol=1e-9)
+        # Rounding is that of the largest entries: one near zero is what they leave over, on any processor.
+        gap = (value.float() - second.state_dict()[name].float()).abs().max()
+        assert gap <= 5e-7 * value.float().abs().max()
 
 
 def test_state_of_another_model_is_refused():
