@@ -1,0 +1,339 @@
+"""Seconds of a GRPO step against TRL's GRPOTrainer: same weights, prompts, verifier, group size, lengths and machine.
+
+    python bench/grpo_step.py --json bench/results/grpo_step.json
+    python bench/grpo_step.py --quick --rounds 1 --steps 2
+
+A step is what both sides do between two optimizer steps: sample PROMPTS x 16 completions, have them verified, compare
+them within their groups, log-probabilities under the reference (the paper's KL), forward, backward, clip, AdamW. One
+update per rollout, so no side needs the sampler's log-probabilities again. Float32, real routing (the tiny preset with
+random weights, exported to a Hugging Face directory that both load). Every completion has exactly LENGTH tokens: the
+peer's end token is suppressed (min_new_tokens), ours ends nothing (stop_ids = []).
+
+The peer generates with transformers (use_cache) and is given its best of: grouped or eager experts; a paged
+continuous batch; the whole rollout as one micro-batch or four; compiled; one or two threads; our allocator setting in
+all cases; no gradient checkpointing (its default, which costs a second forward). Ours: one process or two. Each case
+runs in a process of its own, and the cases take turns, `--rounds` times, so that a machine with other work on it
+slows both sides alike; the load average at each start is kept. With one thread the CPU seconds of the process are given
+too, which other work hardly touches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SAMPLES, TASK = 16, "countdown"
+LR, KL, CLIP_LOW, CLIP_HIGH = 1e-4, 0.001, 0.2, 0.28
+
+
+def prepare(directory: Path) -> None:
+    """The model directory that both sides load. The peer has no MTP, so neither trains it."""
+    from bessemer import tasks
+    from bessemer.data.tokenizer import Tokenizer
+    from bessemer.model.presets import preset
+    from bessemer.model.transformer import Transformer
+
+    task = tasks.get(TASK)
+    tokenizer = Tokenizer.train((task.document(i) for i in range(2000)), 400)  # the network's 2,048 rows are kept
+    tokenizer.save(directory / "tokenizer")
+    model = Transformer(preset("tiny", n_mtp=0)).initialise(0)
+    model.save(directory / "model", tokenizer_dir=directory / "tokenizer")
+
+
+def problems(first: int, count: int) -> list:
+    from bessemer import tasks
+    from bessemer.rl import rollout
+
+    return rollout.problems_of([tasks.get(TASK, languages=["en"])], "train", first, count, 0)
+
+
+def ours(args: argparse.Namespace, case: dict) -> dict:
+    from bessemer.data.chat import question_ids
+    from bessemer.infer.engine import Engine
+    from bessemer.recipe import modelling
+    from bessemer.recipe.policy.estimate import GroupEstimator
+    from bessemer.recipe.policy.reference import Reference
+    from bessemer.rl import rollout
+    from bessemer.rl.objective import GRPO
+    from bessemer.rl.reward import Reward
+    from bessemer.train import speed
+    from bessemer.train.settings import Settings
+    from bessemer.train.trainer import Trainer
+
+    speed.keep_memory()
+    model, tokenizer = modelling.load_model(args.directory / "model")
+    workers = modelling.workers()
+    constant = lambda value: lambda tokens, step: value  # noqa: E731
+    trainer = Trainer(
+        model, GRPO(CLIP_LOW, CLIP_HIGH, KL), None,
+        Settings(tokens=0, lr=constant(LR), gamma=constant(0.0), batch_rows=constant(0), micro_rows=1, terms={},
+                 weight_decay=0.0, workers=workers),
+    )  # fmt: skip
+    engine, estimator, reward = Engine(model, tokenizer, workers), GroupEstimator(True), Reward()
+    reference = Reference(trainer, workers, 10**9, 1.0)
+    rows = args.prompts * SAMPLES
+
+    def step(number: int) -> float:
+        begin = time.perf_counter()
+        groups = rollout.sample(
+            engine, problems(number * args.prompts, args.prompts), lambda p: question_ids(tokenizer, p.prompt),
+            samples=SAMPLES, seed=number, max_new_tokens=args.length, stop_ids=[], batch_rows=-(-rows // workers.n),
+        )  # fmt: skip
+        generated = time.perf_counter() - begin
+        reward.pay(groups, args.length)
+        estimator.fill(groups)
+        batches = rollout.batches([row for group in groups for row in group], tokenizer.pad_id, 4096, "sequence")
+        reference.fill(batches)
+        trainer.update(batches)
+        lengths = {len(row.completion.tokens) for group in groups for row in group}
+        assert lengths == {args.length}, lengths
+        return generated
+
+    found = measure(step, args.steps)
+    assert workers.n == case["threads"]
+    return found
+
+
+def peer(args: argparse.Namespace, case: dict) -> dict:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from bessemer import tasks
+    from bessemer.data.chat import render
+    from bessemer.rl.reward import Reward
+    from bessemer.rl.rollout import Sampled
+    from bessemer.train import speed
+
+    speed.keep_memory()
+    torch.set_num_threads(case["threads"])
+    steps = args.steps + 1
+    chosen = [problem for _, problem in problems(0, steps * args.prompts)]
+    prompts = [render([{"role": "user", "content": p.prompt}], "zero") for p in chosen]
+    by_prompt = dict(zip(prompts, chosen, strict=True))
+    task, pay = tasks.get(TASK, languages=["en"]), Reward()
+
+    def reward(prompts, completions, completion_ids, **_):
+        assert {len(ids) for ids in completion_ids} == {args.length}
+        verdicts = (task.verify(by_prompt[p], c) for p, c in zip(prompts, completions, strict=True))
+        return [pay.of(Sampled(None, [], _Length(ids), v), args.length)
+                for ids, v in zip(completion_ids, verdicts, strict=True)]  # fmt: skip
+
+    rows, cuts = args.prompts * SAMPLES, case["micro_batches"]
+    config = GRPOConfig(
+        output_dir=str(args.directory / "trl"), use_cpu=True, bf16=False, report_to="none", save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, shuffle_dataset=False, gradient_checkpointing=False,
+        per_device_train_batch_size=rows // cuts, gradient_accumulation_steps=cuts, steps_per_generation=cuts,
+        num_generations=SAMPLES, max_completion_length=args.length, max_steps=steps,
+        generation_kwargs={"min_new_tokens": args.length, "use_cache": True},
+        use_transformers_continuous_batching=case["paged"], torch_compile=case["compile"],
+        loss_type="grpo", beta=KL, use_bias_correction_kl=False, epsilon=CLIP_LOW, epsilon_high=CLIP_HIGH,
+        learning_rate=LR, lr_scheduler_type="constant", adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        args.directory / "model", dtype=torch.float32, attn_implementation="sdpa",
+        experts_implementation=case["experts"],
+    )  # fmt: skip
+    marks, cpu, generated = [], [], []
+
+    class Timed(GRPOTrainer):
+        def _generate_single_turn(self, *given, **named):
+            begin = time.perf_counter()
+            result = super()._generate_single_turn(*given, **named)
+            generated.append(time.perf_counter() - begin)
+            return result
+
+    class Clock(TrainerCallback):
+        def mark(self, *_, **__):
+            marks.append(time.perf_counter())
+            cpu.append(time.process_time())
+
+        on_train_begin = on_step_end = mark
+
+    tokenizer = AutoTokenizer.from_pretrained(args.directory / "model", padding_side="left")
+    trainer = Timed(
+        model, reward_funcs=reward, args=config, train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer, callbacks=[Clock()],
+    )  # fmt: skip
+    check_prompts(tokenizer, prompts, chosen, args)
+    trainer.train()
+    assert len(generated) == steps
+    return {
+        "seconds": [b - a for a, b in itertools.pairwise(marks[1:])], "generation": generated[1:],
+        "cpu": [b - a for a, b in itertools.pairwise(cpu[1:])], "first_step_seconds": marks[1] - marks[0],
+    }  # fmt: skip
+
+
+class _Length:
+    """As much of a completion as a reward reads."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+
+def check_prompts(tokenizer, prompts: list[str], chosen: list, args: argparse.Namespace) -> None:
+    """Both sides read the same ids."""
+    from bessemer.data.chat import question_ids
+    from bessemer.data.tokenizer import Tokenizer
+
+    mine = Tokenizer.load(args.directory / "model")
+    assert tokenizer(text=prompts)["input_ids"] == [question_ids(mine, problem.prompt) for problem in chosen]
+
+
+def measure(step: Callable[[int], float], steps: int) -> dict:
+    """Seconds of `steps` steps after one to warm up; `step` returns those it spent on generation."""
+    seconds, cpu, generation = [], [], []
+    for number in range(steps + 1):
+        begin, spent = time.perf_counter(), time.process_time()
+        generation.append(step(number))
+        seconds.append(time.perf_counter() - begin)
+        cpu.append(time.process_time() - spent)
+    return {
+        "seconds": seconds[1:], "generation": generation[1:], "cpu": cpu[1:], "first_step_seconds": seconds[0],
+    }  # fmt: skip
+
+
+def cases(quick: bool, threads: list[int]) -> list[dict]:
+    return [case for case in every_case(quick) if case["threads"] in threads]
+
+
+def every_case(quick: bool) -> list[dict]:
+    mine = [{"side": "ours", "threads": n} for n in (1, 2)]
+
+    def theirs(experts="grouped_mm", micro_batches=1, threads=1, paged=False, compile=False):
+        return {"side": "peer", "experts": experts, "micro_batches": micro_batches, "threads": threads, "paged": paged,
+                "compile": compile}  # fmt: skip
+
+    usual = [theirs(micro_batches=4, threads=n) for n in (1, 2)]
+    if quick:
+        return [mine[0], usual[0], mine[1], usual[1]]
+    rest = [theirs(threads=n) for n in (1, 2)] + [theirs(experts="eager", threads=n) for n in (1, 2)]
+    odd = [theirs(paged=True), theirs(paged=True, threads=2), theirs(micro_batches=4, compile=True, threads=2)]
+    return [mine[0], usual[0], *rest, mine[1], usual[1], *odd]
+
+
+def machine() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def run_case(args: argparse.Namespace, case: dict) -> dict:
+    threads = str(case["threads"])
+    environment = dict(os.environ, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, TOKENIZERS_PARALLELISM="false")
+    command = [sys.executable, __file__, "--prompts", str(args.prompts), "--length", str(args.length)]
+    command += ["--steps", str(args.steps), "--directory", str(args.directory), "--case", json.dumps(case)]
+    load = os.getloadavg()[0]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=args.timeout)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done within {args.timeout} s", "load": load}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["failed"]
+        return {"error": lines[-1][:300], "load": load}
+    return {**json.loads(done.stdout.strip().splitlines()[-1]), "load": load}
+
+
+def summarise(results: list[dict]) -> list[dict]:
+    """One row per case: medians over all timed steps of all rounds."""
+    rows = {}
+    for result in results:
+        rows.setdefault(json.dumps(result["case"]), []).append(result)
+    found = []
+    for key, runs in rows.items():
+        good = [run for run in runs if "error" not in run]
+        row = {"case": json.loads(key), "load": [round(run["load"], 2) for run in runs]}
+        if good:
+            seconds, generation = ([x for run in good for x in run[name]] for name in ("seconds", "generation"))
+            row |= {
+                "step": statistics.median(seconds), "generation": statistics.median(generation),
+                "update": statistics.median(a - b for a, b in zip(seconds, generation, strict=True)),
+                "best": min(seconds), "worst": max(seconds), "steps": len(seconds),
+            }  # fmt: skip
+            if row["case"]["threads"] == 1:
+                row["cpu"] = statistics.median(x for run in good for x in run["cpu"])
+        else:
+            row["error"] = runs[0]["error"]
+        found.append(row)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a case in a round, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--timeout", type=int, default=600, help="seconds for a case in a round")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], choices=(1, 2), help="cores of a case")
+    parser.add_argument("--quick", action="store_true", help="only the peer's usual best case")
+    parser.add_argument("--json", help="write the results here")
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        case = json.loads(args.case)
+        print(json.dumps((ours if case["side"] == "ours" else peer)(args, case)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        args.directory = Path(folder)
+        prepare(args.directory)
+        results = []
+        for number in range(args.rounds):
+            for case in cases(args.quick, args.threads):
+                result = run_case(args, case)
+                results.append({"case": case, "round": number, **result})
+                what = f"error: {result['error']}" if "error" in result else _shown(result)
+                print(f"{what}  load {result['load']:.1f}  {case}", flush=True)
+    report(args, results)
+
+
+def _shown(result: dict) -> str:
+    step, generation = (statistics.median(result[name]) for name in ("seconds", "generation"))
+    return f"{step:7.2f} s a step, {generation:6.2f} s of it generation"
+
+
+def report(args: argparse.Namespace, results: list[dict]) -> None:
+    rows = summarise(results)
+
+    def best(side: str, threads: int) -> dict | None:
+        mine = [row for row in rows if row["case"]["side"] == side and row["case"]["threads"] == threads]
+        return min((row for row in mine if "step" in row), key=lambda row: row["step"], default=None)
+
+    summary = {
+        "machine": machine(), "prompts": args.prompts, "samples": SAMPLES, "completion_tokens": args.length,
+        "updates_per_rollout": 1, "kl": KL, "dtype": "float32", "routing": "real", "preset": "tiny",
+    }  # fmt: skip
+    for threads in args.threads:
+        one, other = best("ours", threads), best("peer", threads)
+        if one is None or other is None:  # every case of one side failed or took too long; the rows say how
+            continue
+        summary[f"cores_{threads}"] = {
+            "ours": one["step"], "peer": other["step"], "ratio": other["step"] / one["step"],
+            "generation_ratio": other["generation"] / one["generation"],
+            "update_ratio": other["update"] / one["update"], "peer_case": other["case"],
+        }  # fmt: skip
+        if threads == 1:
+            summary["cores_1"]["cpu_ratio"] = other["cpu"] / one["cpu"]
+    print(json.dumps(summary, indent=1))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"summary": summary, "cases": rows, "runs": results}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
