@@ -36,9 +36,12 @@ def test_unknown_language():
         ("<think>1+2=3:9小 and the cap came", 4 / 5),
         ("<think>1+2=3</think><answer>3</answer>", 1.0),
         ("<think> </think><answer>3</answer>", 0.0),
+        ("<think>\n</think>\n\nGood morning, Ann!", 1.0),
+        ("<think>\n</think>\n\n早上好，Ann！", 0.25),
+        ("<think>\n</think>\n\n", 0.0),
         ("<answer>3</answer>", 0.0),
         ("", 0.0),
     ],
 )
-def test_consistency_reads_the_thoughts_and_pays_none(completion, english):
+def test_consistency_reads_the_thoughts_and_of_a_greeting_the_summary(completion, english):
     assert consistency(completion, "en") == english

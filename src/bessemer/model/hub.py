@@ -1,6 +1,6 @@
 """The network on disk: plain Hugging Face model directories, read and written without loss.
 
-    load(dir)          a Transformer, from BF16, F32 or block-FP8 weights
+    load(dir)          a Transformer, from BF16, F32 or block-FP8 weights; with kind=Scorer a reward model
     save(model, dir)   config.json, generation_config.json, safetensors, tokenizer files
     convert(src, dst)  one directory into another, a tensor at a time: FP8 to plain, another dtype, without MTP
     read_config, write_config
@@ -20,7 +20,7 @@ import shutil
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,8 +31,10 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.hub_names import Slot, is_mtp_key, slots
 from bessemer.model.hub_reader import INDEX, PICKLES, Checkpoint, read_json
 from bessemer.model.hub_writer import Planned, replacing, verify, write_json, write_tensors
+from bessemer.model.scorer import Scorer
 from bessemer.model.transformer import Transformer
 
+Network = TypeVar("Network", bound=Transformer)
 SHARD_BYTES = 5e9
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 EMBEDDING, TIED_HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -47,21 +49,27 @@ def read_config(directory: str | Path) -> ModelConfig:
 
 
 def write_config(cfg: ModelConfig, directory: str | Path, *, dtype: torch.dtype = torch.float32, bos: int = 0,
-                 eos: int | list[int] = 1) -> None:  # fmt: skip
-    """config.json and generation_config.json (the sampling that R1 advises)."""
+                 eos: int | list[int] = 1, pad: int | None = None) -> None:  # fmt: skip
+    """config.json and generation_config.json (the sampling that R1 advises); with `pad` the config of a reward model,
+    which is only scored."""
     directory = Path(directory)
-    write_json(directory / "config.json", hub_config.to_hf(cfg, dtype, bos, eos))
+    values = hub_config.to_hf(cfg, dtype, bos, eos)
+    if pad is not None:
+        write_json(directory / "config.json", hub_config.scoring(values, pad))
+        return
+    write_json(directory / "config.json", values)
     generation = {"bos_token_id": bos, "eos_token_id": eos, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
     write_json(directory / "generation_config.json", generation)
 
 
 def load(
-    directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", mtp: bool = True
-) -> Transformer:
+    directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", mtp: bool = True,
+    kind: type[Network] = Transformer,
+) -> Network:  # fmt: skip
     """The model of a directory. dtype: of the matrices (None: as stored, BF16 for FP8); norm gains, gates and routing
     biases are always float32. mtp=False leaves the MTP layers on the disk."""
-    checkpoint, cfg, layout = _open(Path(directory), mtp)
-    model = _allocate(cfg, _dtype(dtype) or checkpoint.stored_dtype(EMBEDDING), device)
+    checkpoint, cfg, layout = _open(Path(directory), mtp, kind)
+    model = _allocate(cfg, _dtype(dtype) or checkpoint.stored_dtype(EMBEDDING), device, kind)
     state = model.state_dict()
     with torch.no_grad():
         for slot in layout:
@@ -86,14 +94,15 @@ def save(
     cfg = model.cfg if mtp else _without_mtp(model.cfg)
     forced = _dtype(dtype)
     state = model.state_dict()
-    layout = [slot for slot in slots(cfg) if slot.key != TIED_HEAD or not cfg.tie_embeddings]
+    layout = [slot for slot in slots(cfg, type(model)) if slot.key != TIED_HEAD or not cfg.tie_embeddings]
     plan = [Planned(slot.key, _target_dtype(slot, slot.of(state).dtype, forced), slot.shape) for slot in layout]
     with replacing(Path(directory)) as fresh:
-        bos, eos = 0, 1
+        bos, eos, pad = 0, 1, 2 if isinstance(model, Scorer) else None
         if tokenizer_dir is not None:
             _copy(Path(tokenizer_dir), fresh, TOKENIZER_FILES)
             bos, eos = _token_id(fresh, "bos_token"), _token_id(fresh, "eos_token")
-        write_config(cfg, fresh, dtype=forced or model.embed.weight.dtype, bos=bos, eos=eos)
+            pad = None if pad is None else _token_id(fresh, "pad_token")
+        write_config(cfg, fresh, dtype=forced or model.embed.weight.dtype, bos=bos, eos=eos, pad=pad)
         for name, text in (files or {}).items():
             (fresh / name).write_text(text, "utf-8")
         verify(fresh, plan, write_tensors(fresh, plan, (slot.of(state) for slot in layout), max_shard_bytes))
@@ -109,7 +118,7 @@ def convert(
     is copied.
     """
     src = Path(src)
-    checkpoint, cfg, layout = _open(src, mtp)
+    checkpoint, cfg, layout = _open(src, mtp, Transformer)
     forced = _dtype(dtype)
     main = {slot.name: slot.key for slot in layout if not slot.copy and not slot.index}
     layout = [slot for slot in layout if slot.key != TIED_HEAD or not cfg.tie_embeddings]
@@ -130,28 +139,31 @@ def convert(
         verify(fresh, plan, write_tensors(fresh, plan, tensors, max_shard_bytes))
 
 
-def _open(directory: Path, mtp: bool) -> tuple[Checkpoint, ModelConfig, list[Slot]]:
+def _open(directory: Path, mtp: bool, kind: type[Transformer]) -> tuple[Checkpoint, ModelConfig, list[Slot]]:
     """The checked checkpoint, the config of what will be read from it, and where each tensor goes."""
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; name the folder that holds config.json")
-    cfg = read_config(directory)
-    checkpoint = Checkpoint(directory, _block(read_json(directory / "config.json"), directory))
+    cfg, values = read_config(directory), read_json(directory / "config.json")
+    if hub_config.scores(values) != issubclass(kind, Scorer):
+        found, wanted = ("reward", "language") if hub_config.scores(values) else ("language", "reward")
+        raise UserError(f"{directory} holds a {found} model, a {wanted} model is needed here; name another directory")
+    checkpoint = Checkpoint(directory, _block(values, directory))
     stored = {key for key in checkpoint.entries if is_mtp_key(key, cfg.n_layers)}
     if mtp and cfg.n_mtp and not stored:
         warnings.warn(f"{directory} announces {cfg.n_mtp} MTP layers but has none; read without MTP", stacklevel=3)
     if not mtp or not stored:
         cfg = _without_mtp(cfg)
-    layout = slots(cfg)
+    layout = slots(cfg, kind)
     checkpoint.check(layout, others=set() if mtp else stored)
     return checkpoint, cfg, layout
 
 
-def _allocate(cfg: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> Transformer:
+def _allocate(cfg: ModelConfig, dtype: torch.dtype, device: str | torch.device, kind: type[Network]) -> Network:
     """A model with memory but no values: every parameter is about to be read, so none is initialised."""
     with torch.device("meta"):
-        model = Transformer(cfg).to_compute(dtype)
+        model = kind(cfg).to_compute(dtype)
     model.to_empty(device=device)
-    if cfg.tie_embeddings:
+    if cfg.tie_embeddings and not isinstance(model, Scorer):
         model.head.weight = model.embed.weight  # to_empty made two of the one
     state = model.state_dict()
     for name, buffer in model.named_buffers():
@@ -209,7 +221,7 @@ def _copy(source: Path, target: Path, names: Iterable[str]) -> None:
 
 
 def _token_id(directory: Path, which: str) -> int:
-    """Id of bos_token or eos_token of the tokenizer in the directory."""
+    """Id of bos_token, eos_token or pad_token of the tokenizer in the directory."""
     name = read_json(directory / "tokenizer_config.json").get(which)
     name = name.get("content") if isinstance(name, dict) else name
     for token in read_json(directory / "tokenizer.json").get("added_tokens", []):

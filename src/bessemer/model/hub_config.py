@@ -64,6 +64,7 @@ V3_DEFAULTS = {
 }  # fmt: skip
 V2_DEFAULTS = {**V3_DEFAULTS, "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
 YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+SCORING = "ForSequenceClassification"
 FAMILIES = {"deepseek_v3": V3_DEFAULTS, "kimi_k2": V3_DEFAULTS, "deepseek_v2": V2_DEFAULTS}
 # Keys with one value that the network implements.
 FIXED = {
@@ -101,6 +102,19 @@ def to_hf(cfg: ModelConfig, dtype: torch.dtype, bos: int = 0, eos: int | list[in
         # Hugging Face has no place for the extension that a short-context model is planned to get.
         **({} if cfg.yarn else {"bessemer": yarn}),
     }
+
+
+def scoring(values: dict[str, Any], pad: int) -> dict[str, Any]:
+    """The config of a reward model: one label, and padding after the last token, where the score is read."""
+    name = values["architectures"][0].removesuffix("ForCausalLM") + SCORING
+    return values | {
+        "architectures": [name], "id2label": {"0": "REWARD"}, "label2id": {"REWARD": 0}, "pad_token_id": pad,
+    }  # fmt: skip
+
+
+def scores(values: dict[str, Any]) -> bool:
+    """Whether a config is a reward model's."""
+    return any(str(name).endswith(SCORING) for name in values.get("architectures") or ())
 
 
 def from_hf(values: dict[str, Any], where: str) -> ModelConfig:

@@ -25,6 +25,7 @@ MODEL = {
     "embed.weight": ("model.embed_tokens.weight",),
     "norm.weight": ("model.norm.weight",),
     "head.weight": ("lm_head.weight",),
+    "score.weight": ("score.weight",),
 }
 LAYER = {
     "attn_norm.weight": ("input_layernorm.weight",),
@@ -74,13 +75,13 @@ class Slot(NamedTuple):
         return state[self.name][self.index] if self.index else state[self.name]
 
 
-def slots(cfg: ModelConfig) -> list[Slot]:
-    """Every tensor of a checkpoint of this shape, in the order it is written."""
+def slots(cfg: ModelConfig, kind: type[Transformer] = Transformer) -> list[Slot]:
+    """Every tensor of a checkpoint of this shape and kind of network, in the order it is written."""
     with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in Transformer(cfg).state_dict().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in kind(cfg).state_dict().items()}
     found: list[Slot] = []
     copies = {}
-    if cfg.tie_embeddings:
+    if cfg.tie_embeddings and "head.weight" in shapes:
         del shapes["head.weight"]
         copies["lm_head.weight"] = "embed.weight"
     for k in range(cfg.n_mtp):

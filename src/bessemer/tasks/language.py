@@ -8,7 +8,7 @@ tags.
 import re
 
 from bessemer.errors import UserError
-from bessemer.tasks.answer import thought
+from bessemer.tasks.answer import plain_fault, summary, thought
 
 _WORD = re.compile("</?(?:think|answer)>|([A-Za-z]+)|([\u3400-\u4dbf\u4e00-\u9fff])")
 
@@ -27,6 +27,9 @@ def share(text: str, language: str) -> float:
 
 
 def consistency(completion: str, language: str) -> float:
-    """R_lang of a completion: `share` of its thoughts. 0 for one that does not think, which must not pay."""
+    """R_lang of a completion: `share` of its thoughts; of its summary where a plain reply had nothing to think about.
+    0 for one that does not think where it should, which must not pay."""
     thoughts = thought(completion)
-    return share(thoughts, language) if thoughts.strip() else 0.0
+    if thoughts.strip():
+        return share(thoughts, language)
+    return share(summary(completion), language) if plain_fault(completion) is None else 0.0

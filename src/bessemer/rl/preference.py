@@ -1,0 +1,148 @@
+"""Reward models in use: what they read of an answer, and what RL is told (R1 2.3.4, R1-Nature Methods).
+
+    helpful    prompt + final summary          the thoughts are nobody's business
+    harmless   prompt + thoughts + summary     nothing unsafe may stand anywhere
+
+Training (`recipe/stages/reward`) and RL render an answer by the same function, `judged_ids`, in the model's own chat
+template, and read the score at the last token, the EOS.
+
+A reward is the score on a fixed scale learnt from held-out answers: 0 is the mean of the rejected (unsafe) ones, 1 that
+of the chosen (safe) ones. It is not clipped: a policy that games the model is seen to do so. The scale lies in
+`reward.json` beside the weights, with the aim and the fingerprint of the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from bessemer.data.chat import render_ids
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+from bessemer.model import hub
+from bessemer.model.hub_reader import read_json
+from bessemer.model.scorer import Scorer
+from bessemer.tasks.answer import summary
+
+AIMS = ("helpful", "harmless")
+FACTS = "reward.json"
+BATCH_TOKENS = 8192
+"""Padded tokens per forward; changes memory and speed only."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a reward model's directory says beside its weights."""
+
+    aim: str
+    zero: float
+    """Score that counts as reward 0."""
+    one: float
+    """Score that counts as reward 1."""
+    tokenizer: str
+    """Fingerprint of the tokenizer it was trained with."""
+
+    @classmethod
+    def learn(cls, aim: str, bad: Sequence[float], good: Sequence[float], tokenizer: str) -> Scale:
+        """From the scores of held-out answers; UserError where the good ones do not score higher on average."""
+        zero, one = fmean(bad), fmean(good)
+        if not one > zero:
+            raise UserError(
+                f"this reward model scores good answers {one:.3f} and bad ones {zero:.3f} on average: it learnt "
+                "nothing that RL could follow. Train it longer or on more answers, or raise lr"
+            )
+        return cls(aim, zero, one, tokenizer)
+
+    def __call__(self, score: float) -> float:
+        return (score - self.zero) / (self.one - self.zero)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Scale:
+        values = read_json(path)
+        kinds = {"aim": str, "zero": float, "one": float, "tokenizer": str}
+        if values.keys() != kinds.keys() or any(not isinstance(values[name], kind) for name, kind in kinds.items()):
+            raise UserError(f"{path} must hold {', '.join(kinds)}; train the reward model again")
+        if values["aim"] not in AIMS or not -math.inf < values["zero"] < values["one"] < math.inf:
+            raise UserError(f"{path} has no sensible scale or aim ({' or '.join(AIMS)}); train the reward model again")
+        return cls(**values)
+
+
+def judged_ids(tokenizer: Tokenizer, aim: str, prompt: str, answer: str) -> list[int]:
+    """What a reward model of this aim reads of an answer, thoughts and tags included, to a prompt."""
+    read = summary(answer) if aim == "helpful" else answer
+    return render_ids(tokenizer, [{"role": "user", "content": prompt}, {"role": "assistant", "content": read}])
+
+
+@torch.no_grad()
+def score_ids(network: Scorer, texts: Sequence[Sequence[int]], pad_id: int) -> list[float]:
+    """The score at the last token of each text. Texts of like length share a forward; padding follows them, so that
+    none sees it."""
+    device, was_training = network.embed.weight.device, network.training
+    network.eval()
+    scores = [0.0] * len(texts)
+    try:
+        for batch in _batches(texts):
+            width = max(len(texts[i]) for i in batch)
+            tokens = torch.full((len(batch), width), pad_id, dtype=torch.int64)
+            for row, i in enumerate(batch):
+                tokens[row, : len(texts[i])] = torch.tensor(texts[i])
+            last = torch.tensor([len(texts[i]) - 1 for i in batch], device=device)
+            hidden_BD = network.hidden(tokens.to(device))[torch.arange(len(batch), device=device), last]
+            for i, score in zip(batch, network.scores(network.norm(hidden_BD)).tolist(), strict=True):
+                scores[i] = score
+    finally:
+        network.train(was_training)
+    return scores
+
+
+def _batches(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Numbers of the texts, longest first, each batch at most BATCH_TOKENS padded tokens (at least one text)."""
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    while order:
+        rows = max(1, BATCH_TOKENS // len(texts[order[0]]))
+        yield order[:rows]
+        order = order[rows:]
+
+
+class RewardModel:
+    """A trained reward model; `score` is what RL calls."""
+
+    def __init__(self, network: Scorer, tokenizer: Tokenizer, scale: Scale, name: str = "reward model"):
+        if tokenizer.fingerprint != scale.tokenizer:
+            raise UserError(
+                f"{name}: the tokenizer is not the one that the model was trained with; put back its tokenizer.json, "
+                "or train the reward model again"
+            )
+        if tokenizer.chat_style is None:
+            raise UserError(f"{name}: its tokenizer carries none of our chat templates; train the reward model again")
+        self.network, self.tokenizer, self.scale, self.name = network, tokenizer, scale, name
+
+    @classmethod
+    def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> RewardModel:
+        directory = Path(directory)
+        scale = Scale.read(directory / FACTS)
+        network = hub.load(directory, dtype=torch.float32, device=device, kind=Scorer)
+        return cls(network, Tokenizer.load(directory), scale, str(directory))
+
+    @property
+    def aim(self) -> str:
+        """helpful or harmless: which prompts it judges (`Problem.meta["aim"]`)."""
+        return self.scale.aim
+
+    def score(self, items: Sequence[tuple[str, str]]) -> list[float]:
+        """The reward of each (prompt, whole answer): 0 for the usual bad one, 1 for the usual good one."""
+        texts = [judged_ids(self.tokenizer, self.aim, prompt, answer) for prompt, answer in items]
+        scores = score_ids(self.network, texts, self.tokenizer.pad_id)
+        for (prompt, _), score in zip(items, scores, strict=True):
+            if not math.isfinite(score):
+                raise UserError(f"{self.name} scores an answer to {prompt[:80]!r} as {score}; train it again")
+        return [self.scale(score) for score in scores]

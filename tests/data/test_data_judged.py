@@ -1,0 +1,113 @@
+"""Judged answers in rows: pairs stay whole and side by side, marks sit on last tokens, files are read strictly."""
+
+import json
+
+import pytest
+
+from bessemer.data import judged
+from bessemer.errors import UserError
+
+BOS, PAD = 0, 2
+T = 32
+
+
+def text(number, length):
+    return [BOS, *(3 + (number * 7 + i) % 50 for i in range(length - 1))]
+
+
+PAIRS = [(text(n, 4 + n % 9), text(n + 100, 3 + n * 5 % 11)) for n in range(60)]
+
+
+def build(units, folder, kind, row_length=T):
+    facts = judged.build(units, row_length, PAD, BOS, folder)
+    return facts, judged.load(folder, kind, seed=3)
+
+
+def test_every_pair_once_with_its_rival(tmp_path):
+    units = [[(good, judged.GOOD), (bad, judged.BAD)] for good, bad in PAIRS]
+    facts, rows = build([*units, [(text(1, 20), judged.GOOD), (text(2, 20), judged.BAD)]], tmp_path, judged.Pairs)
+    assert (facts["units"], facts["too_long"]) == (60, 1)
+    batch = rows.batch(0, rows.n_rows)
+    assert batch.n_loss_tokens == 60
+
+    def read(row, last):
+        segment = batch.segments_BT[row] == batch.segments_BT[row, last]
+        return batch.tokens_BT[row, : last + 1][segment[: last + 1]].tolist()
+
+    found = []
+    for row, last in batch.loss_BT.nonzero().tolist():
+        rival = int(batch.extras["rival_BT"][row, last])
+        assert batch.segments_BT[row, rival] == batch.segments_BT[row, last] + 1
+        found.append((read(row, last), read(row, rival)))
+    assert sorted(found) == sorted((good, bad) for good, bad in PAIRS)
+    again = [batch.tokens_BT.tolist() for batch in (rows.batch(2, 3), rows.batch(0, rows.n_rows).rows(2, 5))]
+    assert again[0] == again[1]
+    assert sorted(rows.batch(0, rows.n_rows).tokens_BT.tolist()) == sorted(
+        rows.batch(rows.n_rows, rows.n_rows).tokens_BT.tolist()
+    ), "the second epoch reads every row once too"
+
+
+def test_labels_sit_on_last_tokens(tmp_path):
+    units = [[(text(n, 5 + n % 3), judged.GOOD if n % 3 else judged.BAD)] for n in range(40)]
+    facts, rows = build(units, tmp_path, judged.Labels)
+    batch = rows.batch(0, rows.n_rows)
+    assert batch.n_loss_tokens == facts["units"] == 40
+    assert batch.extras["safe_BT"].sum() == sum(n % 3 > 0 for n in range(40))
+    assert not (batch.extras["safe_BT"] * (batch.loss_BT == 0)).any()
+    for row, last in batch.loss_BT.nonzero().tolist():
+        ends = last + 1 == T or int(batch.tokens_BT[row, last + 1]) in (BOS, PAD)
+        assert ends, "the mark is on the last token of its text"
+
+
+def test_nothing_that_fits_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="all 1 judged answers are longer than a row of 8 tokens; raise row_length"):
+        build([[(text(0, 9), judged.GOOD)]], tmp_path, judged.Labels, row_length=8)
+    with pytest.raises(UserError, match="not a single judged answer"):
+        build([], tmp_path, judged.Labels)
+    with pytest.raises(UserError, match="holds no packed answers"):
+        judged.load(tmp_path / "nowhere", judged.Pairs, 0)
+
+
+GOOD_PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+def test_files_are_read_line_by_line(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(GOOD_PAIR) + "\n" + json.dumps(GOOD_PAIR | {"chosen": "好"}) + "\n")
+    assert [line["chosen"] for line in judged.read(path, judged.PAIR)] == ["a", "好"]
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text('{"prompt": "q", "response": "a", "safe": true}\n')
+    assert list(judged.read(labels, judged.LABEL)) == [{"prompt": "q", "response": "a", "safe": True}]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[1]", "this one has list"),
+        ("{}", "this one has nothing"),
+        ('{"prompt": "q", "chosen": "a"}', "this one has prompt, chosen"),
+        ('{"prompt": "q", "chosen": "a", "rejected": "b", "more": 1}', "more"),
+        ('{"prompt": "q", "chosen": 1, "rejected": "b"}', "chosen is int"),
+        ('{"prompt": "q", "chosen": "\\ud800", "rejected": "b"}', "half a surrogate pair"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line, complaint):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(GOOD_PAIR) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=r"pairs.jsonl:2: each line must be") as error:
+        list(judged.read(path, judged.PAIR))
+    assert complaint in str(error.value)
+
+
+def test_a_label_must_be_true_or_false_and_a_file_must_exist(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    path.write_text('{"prompt": "q", "response": "a", "safe": 1}\n')
+    with pytest.raises(UserError, match="safe is int"):
+        list(judged.read(path, judged.LABEL))
+    with pytest.raises(UserError, match="cannot be read"):
+        list(judged.read(tmp_path / "none.jsonl", judged.LABEL))
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        list(judged.read(path, judged.LABEL))

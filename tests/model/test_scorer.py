@@ -1,0 +1,106 @@
+"""The reward model's network: on disk a plain DeepseekV3ForSequenceClassification, scoring alike in transformers.
+
+Bound 1e-5 as in test_hub_parity: float32 in a network of three layers.
+"""
+
+import json
+
+import pytest
+import torch
+from model_cases import V2, random_model, relative, tiny, tokens
+from safetensors.torch import load_file, save_file
+from transformers import DeepseekV2ForSequenceClassification, DeepseekV3ForSequenceClassification
+from transformers.utils import logging as hf_logging
+
+from bessemer.errors import UserError
+from bessemer.model import hub
+from bessemer.model.scorer import Scorer
+
+hf_logging.disable_progress_bar()
+EAGER = dict(attn_implementation="eager", experts_implementation="eager")
+CFG = tiny()
+
+
+def scorer(cfg=CFG):
+    return Scorer.of(random_model(cfg), seed=1).eval()
+
+
+@torch.no_grad()
+def last(model, tokens_BT, lengths):
+    scores_BT = model(tokens_BT)
+    return torch.stack([scores_BT[b, n - 1] for b, n in enumerate(lengths)])
+
+
+def test_the_body_is_copied_and_the_head_is_new():
+    base = random_model(CFG)
+    network = Scorer.of(base, seed=1)
+    ours, theirs = network.state_dict(), base.state_dict()
+    assert ours.keys() - theirs.keys() == {"score.weight"}
+    assert all(name.startswith(("head.", "mtp.")) for name in theirs.keys() - ours.keys())
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if name != "score.weight")
+    base.embed.weight.data.zero_()
+    assert network.embed.weight.any(), "a copy, not a view"
+    assert torch.equal(Scorer.of(base, 1).score.weight, network.score.weight)
+    assert not torch.equal(Scorer.of(base, 2).score.weight, network.score.weight)
+    assert not hasattr(network, "head") and not network.mtp
+
+
+def test_it_is_made_from_our_networks_alone():
+    with pytest.raises(UserError, match="not from Linear; start from a model"):
+        Scorer.of(torch.nn.Linear(2, 2), seed=1)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(tie_embeddings=True), V2], ids=["v3", "tied", "v2"])
+def test_transformers_reads_the_same_scores(changes, tmp_path):
+    """Right padding, as their model looks for the last token that is no padding."""
+    network = scorer(tiny(**changes))
+    network.save(tmp_path)
+    kind = DeepseekV2ForSequenceClassification if changes is V2 else DeepseekV3ForSequenceClassification
+    theirs, info = kind.from_pretrained(tmp_path, output_loading_info=True, **EAGER)
+    assert not any(info.values()), info
+    assert theirs.config.num_labels == 1 and theirs.config.pad_token_id == 2
+    ids, lengths = tokens(CFG, rows=3).clamp(min=3), (20, 7, 13)
+    for row, length in enumerate(lengths):
+        ids[row, length:] = 2
+    with torch.no_grad():
+        found = theirs.eval()(ids, attention_mask=(ids != 2).long()).logits.squeeze(1)
+    assert relative(found, last(network, ids, lengths)) < 1e-5
+
+
+def test_what_transformers_writes_is_read(tmp_path):
+    network = scorer()
+    network.save(tmp_path / "ours")
+    DeepseekV3ForSequenceClassification.from_pretrained(tmp_path / "ours", **EAGER).save_pretrained(tmp_path / "theirs")
+    again = hub.load(tmp_path / "theirs", kind=Scorer).eval()
+    ids = tokens(CFG)
+    assert relative(last(again, ids, (20, 20)), last(network, ids, (20, 20))) < 1e-6
+
+
+def test_it_comes_back_bit_by_bit_with_strict_keys(tmp_path):
+    network = scorer()
+    network.save(tmp_path)
+    again = hub.load(tmp_path, kind=Scorer).state_dict()
+    assert again.keys() == network.state_dict().keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in network.state_dict().items())
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
+        "DeepseekV3ForSequenceClassification"
+    ]
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    save_file({key: tensor for key, tensor in whole.items() if key != "score.weight"}, file)
+    with pytest.raises(UserError, match=r"score\.weight is missing"):
+        hub.load(tmp_path, kind=Scorer)
+    save_file(whole | {"lm_head.weight": torch.zeros(96, 32)}, file)
+    with pytest.raises(UserError, match=r"lm_head\.weight has no place"):
+        hub.load(tmp_path, kind=Scorer)
+
+
+def test_neither_kind_is_taken_for_the_other(tmp_path):
+    scorer().save(tmp_path / "reward")
+    random_model(CFG).save(tmp_path / "language")
+    with pytest.raises(UserError, match="holds a reward model, a language model is needed"):
+        hub.load(tmp_path / "reward")
+    with pytest.raises(UserError, match="holds a language model, a reward model is needed"):
+        hub.load(tmp_path / "language", kind=Scorer)
+    with pytest.raises(UserError, match="holds a reward model"):
+        hub.convert(tmp_path / "reward", tmp_path / "other")
