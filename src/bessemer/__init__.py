@@ -9,7 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load": ("bessemer.model.hub", "load"),
+    "load": ("bessemer.model.foreign", "load_any"),
     "Engine": ("bessemer.infer.engine", "Engine"),
     "Recipe": ("bessemer.recipe.schema", "Recipe"),
     "Tokenizer": ("bessemer.data.tokenizer", "Tokenizer"),

@@ -68,11 +68,12 @@ def render_answers(
     """Ids as in `render_ids`, and for each whether the assistant wrote it (answers and the EOS after them)."""
     style = style or tokenizer.chat_style
     if style is None:
-        raise UserError(f"this tokenizer carries none of our chat templates; name a style: {' or '.join(STYLES)}")
+        _check_messages(messages)
+        return tokenizer.render_answers(messages, add_generation_prompt)
     ids: list[int] = []
     answers: list[bool] = []
     for piece in _pieces(messages, style, add_generation_prompt):
-        new = [_control_id(tokenizer, piece.text)] if piece.control else tokenizer.encode(piece.text)
+        new = _control_ids(tokenizer, piece.text) if piece.control else tokenizer.encode(piece.text)
         ids += new
         answers += [piece.answer] * len(new)
     return ids, answers
@@ -132,10 +133,11 @@ def _r1_turn(role: str, content: str, last: bool) -> list[Piece]:
     return [Piece(ASSISTANT, control=True), Piece(content, answer=True), Piece(EOS, control=True, answer=True)]
 
 
-def _control_id(tokenizer: "Tokenizer", text: str) -> int:
+def _control_ids(tokenizer: "Tokenizer", text: str) -> list[int]:
+    """The one id of a control token; none for BOS where a foreign tokenizer puts none in front of a text."""
     if text == BOS:
-        return tokenizer.bos_id
-    return tokenizer.eos_id if text == EOS else tokenizer.special_id(text)
+        return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return [tokenizer.eos_id if text == EOS else tokenizer.special_id(text)]
 
 
 def _check_style(style: str) -> None:

@@ -14,6 +14,7 @@ import json
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -50,7 +51,7 @@ class Tokenizer:
         self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
         self.bos_id, self.eos_id, self.pad_id = (self._id(name) for name in (bos, eos, pad))
         self.chat_template = chat_template
-        self.fingerprint = _fingerprint(spec)
+        self.fingerprint = fingerprint_of(spec)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, chat_style: str = "zero") -> "Tokenizer":
@@ -89,10 +90,10 @@ class Tokenizer:
         Raises UserError naming the file that is missing or broken.
         """
         directory = Path(directory)
-        spec, config = (_read_json(directory / name) for name in ("tokenizer.json", "tokenizer_config.json"))
+        spec, config = (read_json(directory / name) for name in ("tokenizer.json", "tokenizer_config.json"))
         template_file = directory / "chat_template.jinja"
         template = template_file.read_text("utf-8") if template_file.is_file() else config.get("chat_template")
-        names = [_token_text(config.get(f"{kind}_token")) for kind in ("bos", "eos", "pad")]
+        names = [token_text(config.get(f"{kind}_token")) for kind in ("bos", "eos", "pad")]
         if None in names:
             raise UserError(f"{directory / 'tokenizer_config.json'} names no bos_token, eos_token or pad_token")
         try:
@@ -137,6 +138,20 @@ class Tokenizer:
     @chat_style.setter
     def chat_style(self, style: str) -> None:
         self.chat_template = chat.jinja(style)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """What ends a text or an answer."""
+        return [self.eos_id]
+
+    @property
+    def opening(self) -> str:
+        """What a prompt of `chat` has already written of the answer: a completion alone is not the whole answer."""
+        return chat.opening(self.chat_style)
+
+    def render_answers(self, messages: Sequence[chat.Message], add_generation_prompt: bool = False) -> NoReturn:
+        """Where a tokenizer has a chat template of another kind than `chat.STYLES`, `chat` asks it here."""
+        raise UserError(f"this tokenizer carries none of our chat templates; name a style: {' or '.join(chat.STYLES)}")
 
     @property
     def think_id(self) -> int:
@@ -207,11 +222,16 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def _byte_table(tok: tokenizers.Tokenizer, added: dict[int, str]) -> list[bytes]:
-    """The bytes of every id. GPT-2's alphabet writes printable bytes as themselves, the others from U+0100 on."""
+def byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes are written as themselves, the others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(hidden)}
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(hidden)}
+
+
+def _byte_table(tok: tokenizers.Tokenizer, added: dict[int, str]) -> list[bytes]:
+    """The bytes of every id."""
+    byte_of = byte_of_character()
     vocab = tok.get_vocab(with_added_tokens=True)
     table = [b""] * (max(vocab.values()) + 1)
     for content, token_id in vocab.items():
@@ -221,10 +241,10 @@ def _byte_table(tok: tokenizers.Tokenizer, added: dict[int, str]) -> list[bytes]
     return table
 
 
-def _fingerprint(spec: dict) -> str:
+def fingerprint_of(spec: dict) -> str:
     """sha256 over what decides the ids, so that rows remember which tokenizer made them."""
     added = [(token["id"], token["content"], token["special"]) for token in spec["added_tokens"]]
-    facts = [spec["model"]["vocab"], spec["model"]["merges"], added, spec["pre_tokenizer"], spec.get("normalizer")]
+    facts = [spec["model"]["vocab"], spec["model"].get("merges"), added, spec["pre_tokenizer"], spec.get("normalizer")]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -235,11 +255,11 @@ def _check_utf8(text: str) -> None:
         raise UserError(f"a text holds half a surrogate pair, which UTF-8 cannot express: {error}") from error
 
 
-def _token_text(entry: str | dict | None) -> str | None:
+def token_text(entry: str | dict | None) -> str | None:
     return entry["content"] if isinstance(entry, dict) else entry
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """Conversations to packed rows for SFT: samples share rows and never see each other (V3 5.1, reference G.6).
 
-A directory holds `rows.bin`, rows of uint32, each twice a token's id plus 1 where the assistant wrote it, and
-`meta.json` with the facts, written last. A sample begins with BOS, which stands nowhere else, so segments need no file.
+A directory holds `rows.bin`, rows of uint32, each four times a token's id, plus 2 where a sample begins, plus 1 where
+the assistant wrote it; and `meta.json` with the facts, written last.
 
 Invariants
 - Only answers and the EOS after them are trained on, never a prompt, a system message or padding.
@@ -53,8 +53,7 @@ class Turns:
 
     def _batch(self, packed_BT: np.ndarray) -> Batch:
         packed = torch.from_numpy(packed_BT.astype(np.int64))
-        tokens, loss = packed >> 1, (packed & 1).float()
-        return Batch(tokens, loss, segments_BT=(tokens == self.facts["bos_id"]).cumsum(1))
+        return Batch(packed >> 2, (packed & 1).float(), segments_BT=(packed >> 1 & 1).cumsum(1))
 
 
 def build(
@@ -67,7 +66,7 @@ def build(
     with open(out_dir / "rows.bin", "wb") as file:
 
         def write(pieces: list[np.ndarray]) -> None:
-            row = np.full(row_length, 2 * tokenizer.pad_id, dtype=DTYPE)
+            row = np.full(row_length, 4 * tokenizer.pad_id, dtype=DTYPE)
             filled = np.concatenate(pieces)
             row[: len(filled)] = filled
             file.write(row.tobytes())
@@ -90,7 +89,7 @@ def build(
             if facts["too_long"]
             else "there is not a single conversation to train on"
         )
-    facts |= {"rows": packer.rows, "row_length": row_length, "waste": packer.waste, "bos_id": tokenizer.bos_id}
+    facts |= {"rows": packer.rows, "row_length": row_length, "waste": packer.waste}
     (out_dir / "meta.json").write_text(json.dumps(facts, indent=1))
     return facts
 
@@ -115,4 +114,6 @@ def _sample(document: Document, tokenizer: Tokenizer, style: str | None) -> np.n
     if messages[-1]["role"] != "assistant":
         raise UserError(f"a conversation of {document.domain} ends without an answer of the assistant")
     ids, answers = chat.render_answers(tokenizer, messages, style)
-    return np.array(ids, dtype=DTYPE) * 2 + np.array(answers, dtype=DTYPE)
+    packed = np.array(ids, dtype=DTYPE) * 4 + np.array(answers, dtype=DTYPE)
+    packed[0] += 2
+    return packed

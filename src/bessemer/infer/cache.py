@@ -28,7 +28,7 @@ class LatentCache:
     def __init__(self, cfg: ModelConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device):
         self.cfg = cfg
         self.rows = rows
-        shape = (rows, _rounded(slots), cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+        shape = (rows, rounded(slots), cfg.kv_lora_rank + cfg.qk_rope_head_dim)
         self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(cfg.n_layers)]
 
     @property
@@ -57,7 +57,7 @@ class LatentCache:
         if slots <= self.slots:
             return
         for i, old in enumerate(self.layers):
-            self.layers[i] = old.new_zeros(self.rows, _rounded(slots), old.shape[-1])
+            self.layers[i] = old.new_zeros(self.rows, rounded(slots), old.shape[-1])
             self.layers[i][:, : old.shape[1]] = old[: self.rows]
 
     def expand(self, source_B: Tensor) -> LatentCache:
@@ -69,16 +69,11 @@ class LatentCache:
 
     def keep(self, live_B: Tensor) -> Tensor:
         """Drops the rows where live_B is False. Returns source [B']: new row b is old row source[b]."""
-        live = live_B.nonzero().squeeze(-1)
-        rows = live.numel()
-        source = torch.arange(rows, device=live.device)
-        holes = (~live_B[:rows]).nonzero().squeeze(-1)
+        source, holes, movers = compacted(live_B)
         if holes.numel():
-            movers = live[live >= rows]  # exactly as many as there are holes
-            source[holes] = movers
             for layer in self.layers:
                 layer[holes] = layer[movers]
-        self.rows = rows
+        self.rows = source.numel()
         return source
 
     @staticmethod
@@ -93,5 +88,17 @@ class LatentCache:
         return made
 
 
-def _rounded(slots: int) -> int:
+def compacted(live_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How live rows close ranks: (source [B'], holes, movers). New row b is old row source[b]; the live rows `movers`
+    from beyond B' take the places `holes`, all others stay."""
+    live = live_B.nonzero().squeeze(-1)
+    rows = live.numel()
+    source = torch.arange(rows, device=live.device)
+    holes = (~live_B[:rows]).nonzero().squeeze(-1)
+    movers = live[live >= rows]  # exactly as many as there are holes
+    source[holes] = movers
+    return source, holes, movers
+
+
+def rounded(slots: int) -> int:
     return -(-slots // SLOT_STEP) * SLOT_STEP

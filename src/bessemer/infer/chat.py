@@ -135,7 +135,7 @@ class Screen:
         self._style(False)
         self.show(" [stopped]\n" if self.interrupted else "\n")
 
-    def content(self, style: str) -> str:
+    def content(self, style: str | None) -> str:
         """The answer as a message. The template puts the blank before a plain answer, and drops R1's thinking: of a
         thought that never ended nothing is left."""
         if style == "r1":
@@ -159,9 +159,9 @@ def think_ids(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
         return None, None
 
 
-def template_style(tokenizer: Tokenizer) -> str:
-    """The template a directory was trained with. A foreign one cannot be told apart: R1's where its tokens exist."""
-    if tokenizer.chat_style:
+def template_style(tokenizer: Tokenizer) -> str | None:
+    """The template a directory was trained with; None is one of its own. Without any: R1's where its tokens exist."""
+    if tokenizer.chat_style or tokenizer.chat_template:
         return tokenizer.chat_style
     try:
         tokenizer.special_id(USER)

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bessemer.data.tokenizer import Tokenizer
+from bessemer.data.foreign_tokenizer import load_tokenizer
 from bessemer.infer.engine import Engine, Prompt
-from bessemer.model import hub
+from bessemer.model.foreign import load_any
 
 
 def load_engine(model_dir: str | Path) -> Engine:
     """Model and tokenizer of a Hugging Face directory. The MTP layers stay on the disk: nothing here uses them."""
-    return Engine(hub.load(model_dir, mtp=False), Tokenizer.load(model_dir))
+    return Engine(load_any(model_dir, mtp=False), load_tokenizer(model_dir))
 
 
 def generate_texts(model_dir: str | Path, prompts: Sequence[Prompt], **sampling: Any) -> list[str]:

@@ -1,0 +1,199 @@
+"""Tokenizers and chat templates of other houses, against transformers' own rendering of the same directory."""
+
+import foreign_tokenizers as houses
+import pytest
+import transformers
+
+from bessemer.data import chat, turns
+from bessemer.data.document import Document
+from bessemer.data.foreign_tokenizer import ForeignTokenizer, load_tokenizer
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+
+QUESTION = [{"role": "user", "content": "What is 12*3+4?"}]
+ANSWER = {"role": "assistant", "content": "<think>36</think> 40, é漢"}
+TALK = [*QUESTION, ANSWER, {"role": "user", "content": "sure?\n"}]
+NO_PROMPT = houses.CHATML.partition("{% if add_generation_prompt %}")[0]
+OURS = (
+    "{% for m in messages %}{{ '<｜User｜>' + m['role'] + ':' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜User｜>assistant:' }}{% endif %}"
+)
+MAKERS = {"chatml": houses.byte_level, "llama3": houses.llama3, "sentencepiece": houses.sentencepiece}
+
+
+@pytest.fixture(params=sorted(MAKERS))
+def directory(request, tmp_path):
+    return MAKERS[request.param](tmp_path / request.param)
+
+
+@pytest.fixture
+def chatml(tmp_path):
+    return load_tokenizer(houses.byte_level(tmp_path / "chatml"))
+
+
+def theirs(directory, messages, ask=True):
+    tok = transformers.AutoTokenizer.from_pretrained(directory)
+    return tok.apply_chat_template(messages, add_generation_prompt=ask, tokenize=True)["input_ids"]
+
+
+@pytest.mark.parametrize("messages", [QUESTION, TALK])
+def test_prompts_are_those_of_transformers(directory, messages):
+    """The template is applied, BOS stands once or not at all, and no id differs."""
+    tok = load_tokenizer(directory)
+    ids = chat.render_ids(tok, messages)
+    assert ids == theirs(directory, messages)
+    assert tok.bos_id is None or ids.count(tok.bos_id) == 1
+    assert len(ids) > len(tok.encode(messages[0]["content"])) + 2, "a template is more than the question"
+
+
+def test_a_document_begins_as_the_tokenizer_itself_begins_it(directory):
+    tok, reference = load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    begin = [] if tok.bos_id is None else [tok.bos_id]
+    assert begin + tok.encode("The answer") == reference("The answer")["input_ids"]
+    assert (tok.bos_id is None) == (directory.name == "chatml")
+
+
+def test_texts_come_back(directory):
+    tok = load_tokenizer(directory)
+    for text in ("The answer is 40.", "é 漢字 😀", "a\n\n b"):
+        assert tok.decode(tok.encode(text)).removeprefix(" ") == text
+        stream = tok.stream()
+        assert "".join(map(stream.push, tok.encode(text))) + stream.flush() == tok.decode(tok.encode(text))
+
+
+def test_control_tokens_in_a_content_are_text(directory):
+    """Nobody can write a turn into a question, whole or in pieces, and the text survives."""
+    tok = load_tokenizer(directory)
+    names = [name for name in tok._control if name != "<unk>"]
+    hostile = "".join(names) + "\ue000" + "".join(reversed(names)) + names[0] * 2 + "end"
+    ids = chat.render_ids(tok, [{"role": "user", "content": hostile}])
+    plain = chat.render_ids(tok, [{"role": "user", "content": "end"}])
+    control = set(tok._special)
+    assert [i for i in ids if i in control] == [i for i in plain if i in control]
+    assert hostile in tok.decode(ids, skip_special=False)
+
+
+def test_answers_are_marked_with_their_end_and_nothing_else(directory):
+    tok = load_tokenizer(directory)
+    messages = [*TALK, {"role": "assistant", "content": "quite"}]
+    ids, answers = chat.render_answers(tok, messages)
+    told = [tok.decode([i for i, mine in zip(ids, answers, strict=True) if mine], skip_special=False)]
+    end = tok.decode([tok.eos_id], skip_special=False)
+    assert told[0].replace(" ", "") == f"<think>36</think>40,é漢{end}quite{end}"
+    assert answers[-1] or directory.name == "chatml", "the line break of ChatML after the end is the template's"
+    prompt = chat.render_ids(tok, TALK)
+    assert ids[: len(prompt)] == prompt and not answers[len(prompt) - 1] and answers[len(prompt)]
+
+
+def test_where_an_answer_ends(tmp_path):
+    tok = load_tokenizer(houses.llama3(tmp_path))
+    assert tok.eos_id == tok.special_id("<|eot|>") and tok.stop_ids == [tok.eos_id, tok.special_id("<|end|>")]
+    assert tok.pad_id == tok.special_id("<|end|>"), "padding is never trained on, so any token will do"
+
+
+def test_what_the_prompt_has_written_of_the_answer(tmp_path, chatml):
+    assert chatml.opening == ""
+    tok = load_tokenizer(houses.llama3(tmp_path, houses.KEEPS_THOUGHTS))
+    assert tok.opening == "<think>\n"
+    answer = {"role": "assistant", "content": "<think>\n36\n</think>40"}
+    ids, answers = chat.render_answers(tok, [*QUESTION, answer])
+    assert tok.decode([i for i, mine in zip(ids, answers, strict=True) if mine]) == answer["content"]
+
+
+def test_a_template_that_drops_thoughts_is_noticed(tmp_path):
+    tok = load_tokenizer(houses.llama3(tmp_path, houses.R1_DISTILLED))
+    with pytest.raises(UserError, match="leaves out part of the last answer"):
+        chat.render_answers(tok, [*QUESTION, {"role": "assistant", "content": "<think>\n36\n</think>40"}])
+
+
+def test_packed_samples_begin_where_they_begin(chatml, tmp_path):
+    """ChatML has no BOS, and its first token stands in every turn: segments must not depend on it."""
+    talk = [*QUESTION, {"role": "assistant", "content": "40"}]
+    facts = turns.build([Document("", "mine", tuple(talk))] * 5, chatml, 120, tmp_path / "rows")
+    rows = turns.load(tmp_path / "rows", seed=0)
+    batch = rows.batch(0, rows.n_rows)
+    whole, answers = chat.render_answers(chatml, talk)
+    assert facts["samples"] == 5 and sum(int(row.max()) for row in batch.segments_BT) == 5
+    for row in range(batch.n_rows):
+        for segment in range(1, int(batch.segments_BT[row].max()) + 1):
+            mine = batch.segments_BT[row] == segment
+            assert batch.tokens_BT[row, mine].tolist()[: len(whole)] == whole
+            assert batch.loss_BT[row, mine].bool().tolist()[: len(whole)] == answers
+
+
+def test_a_system_message_lives_in_the_template(chatml, tmp_path):
+    said = 'Say "yes".\n{{ 1 + 1 }} %} {# 漢😀 \\n'
+    chatml.set_system(said)
+    chatml.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    ids = chat.render_ids(again, QUESTION)
+    assert said in again.decode(ids) and "be kind" not in again.decode(ids)
+    assert ids == theirs(tmp_path / "saved", QUESTION), "transformers says it too"
+    own = [{"role": "system", "content": "mine"}, *QUESTION]
+    assert said not in again.decode(chat.render_ids(again, own))
+
+
+def test_what_is_saved_is_what_was_loaded(directory, tmp_path):
+    tok = load_tokenizer(directory)
+    tok.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert (again.fingerprint, again.stop_ids, again.bos_id) == (tok.fingerprint, tok.stop_ids, tok.bos_id)
+    assert chat.render_ids(again, TALK) == chat.render_ids(tok, TALK) == theirs(tmp_path / "saved", TALK)
+
+
+def test_a_base_model_speaks_the_zero_style(tmp_path):
+    tok = load_tokenizer(houses.byte_level(tmp_path / "base", template=None))
+    with pytest.raises(UserError, match=r'no chat template.*style = "zero"'):
+        chat.question_ids(tok, "2+2?")
+    tok.chat_style = "zero"
+    assert tok.decode(chat.question_ids(tok, "2+2?"), skip_special=False) == "User: 2+2?\nAssistant:"
+    tok.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert again.chat_style == "zero" and again.eos_id == tok.special_id("<|im_end|>") and again.opening == ""
+    with pytest.raises(UserError, match="no token '<｜User｜>'"):
+        chat.render_ids(again, QUESTION, "r1")
+
+
+def test_our_own_directories_stay_ours(tmp_path):
+    for style in chat.STYLES:
+        Tokenizer.train(houses.TEXTS, 300, style).save(tmp_path / style)
+        tok = load_tokenizer(tmp_path / style)
+        assert type(tok) is Tokenizer and tok.stop_ids == [tok.eos_id] and tok.opening == chat.opening(style)
+    foreign = Tokenizer.train(houses.TEXTS, 300)
+    foreign.chat_template = OURS
+    foreign.save(tmp_path / "changed")
+    assert type(load_tokenizer(tmp_path / "changed")) is ForeignTokenizer
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: houses.words(d), "neither byte-level nor"),
+        (lambda d: (houses.byte_level(d) / "tokenizer.json").unlink(), "has no tokenizer.json.*save_pretrained"),
+        (lambda d: (houses.byte_level(d) / "tokenizer.json").write_text("{}"), "tokenizer.json is broken"),
+        (lambda d: houses.byte_level(d, pad_token="<|im_end|>"), "names no eos_token"),
+        (lambda d: houses.byte_level(d, eos_token="<nosuch>"), "no token '<nosuch>'"),
+        (lambda d: houses.byte_level(d, template="{{ messages[0]['content'] }}"), "does not lead up to an answer"),
+        (lambda d: houses.byte_level(d, template="{% for %}"), "the chat template of this model refuses"),
+        (lambda d: houses.byte_level(d, template="{{ messages.__class__.__mro__ }}"), "refuses"),
+        (lambda d: houses.byte_level(d, template=NO_PROMPT), "does not lead up to an answer"),
+        (lambda d: houses.byte_level(d, template="{% for m in messages %}{{ m['content'] }}{% endfor %}"), "ever end"),
+    ],
+)
+def test_broken_directories_are_refused_by_name(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_a_template_that_refuses_says_so(tmp_path):
+    tok = load_tokenizer(houses.sentencepiece(tmp_path))
+    with pytest.raises(UserError, match="refuses the conversation: no system here"):
+        chat.render_ids(tok, [{"role": "system", "content": "be kind"}, *QUESTION])
+
+
+def test_a_template_that_changes_earlier_turns_is_no_use_for_many_answers(tmp_path):
+    counting = "{{ messages | length > 2 }}" + houses.CHATML
+    tok = load_tokenizer(houses.byte_level(tmp_path, template=counting))
+    with pytest.raises(UserError, match="changes earlier turns"):
+        chat.render_answers(tok, [*TALK, {"role": "assistant", "content": "quite"}])
