@@ -70,6 +70,9 @@ def run(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's directory. Default: runs/NAME.")] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    reuse: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Copy finished stages from this run where they would be equal.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe; what is finished is skipped, what was interrupted goes on."""
@@ -84,7 +87,7 @@ def run(
     loaded = Recipe.load(recipe, set_ or [])
     root = out or Path("runs") / loaded.name
     try:
-        results = run_recipe(loaded, out, until, conformance=conformance.rows)
+        results = run_recipe(loaded, out, until, conformance=conformance.rows, reuse=reuse)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(130)

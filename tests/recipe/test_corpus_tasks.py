@@ -10,12 +10,17 @@ from bessemer.data.document import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.recipe.schema import Recipe
-from bessemer.recipe.stages.corpus import Corpus
+from bessemer.recipe.stages.corpus import Corpus, _task
 
 
-def resolve(tmp_path, spec):
+def settings_of(spec, **mix):
+    parts = {"part": spec}
+    return Corpus.Settings(name="corpus", kind="corpus", parts=parts, limits={"part": "20K"}, mix={"part": mix})
+
+
+def resolve(tmp_path, spec, **mix):
     """As the runner does before it starts anything; the recipe is only asked for the size of the vocabulary."""
-    settings = Corpus.Settings(name="corpus", kind="corpus", parts={"part": f"task:{spec}"}, limits={"part": "20K"})
+    settings = settings_of(spec if spec == "fables-en" else f"task:{spec}", **mix)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('name = "x"\n[model]\npreset = "tiny"\n[[stage]]\nkind = "corpus"\n')
     return Corpus().resolve(settings, Recipe.load(recipe))
@@ -31,6 +36,28 @@ def test_a_task_without_documents_is_refused_before_the_run(tmp_path):
     path.write_text('{"problem": "Add 1 and 1.", "answer": "2"}\n')
     with pytest.raises(UserError, match="no pre-training documents"):
         resolve(tmp_path, f"jsonl:{path}")
+
+
+def test_the_recipe_sets_who_writes_a_task_s_documents(tmp_path):
+    resolve(tmp_path, "countdown", direct=1.0, drill_share=0.0)
+    task = _task(settings_of("task:countdown", direct=1.0, drill_share=0.0), "part")
+    pages = [task.document(i) for i in range(50)]
+    assert not any("<think>" in page for page in pages), "nobody thinks any more"
+    assert sum("<think>" in tasks.get("countdown").document(i) for i in range(50)) > 25
+
+
+@pytest.mark.parametrize(
+    ("spec", "mix", "complaint"),
+    [
+        ("countdown", {"drills": 0.1}, "has no setting 'drills'; did you mean 'drill_share'"),
+        ("countdown", {"direct": 2.0}, "direct is 2.0; set it between 0 and 1"),
+        ("countdown", {"phrasing": 1.0}, "mix sets shares of documents, not phrasing"),
+        ("fables-en", {"direct": 0.5}, 'mix is for documents of tasks, "part" is not one'),
+    ],
+)
+def test_mistakes_in_a_mix_are_named(tmp_path, spec, mix, complaint):
+    with pytest.raises(UserError, match=complaint):
+        resolve(tmp_path, spec, **mix)
 
 
 @pytest.fixture(scope="module")

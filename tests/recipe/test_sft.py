@@ -38,6 +38,7 @@ samples = 2
 temperatures = [0.5]
 max_new_tokens = 40
 """
+RL = '[[stage]]\nkind = "rl"\nname = "policy"\ntasks = ["arithmetic"]\n'
 QUESTIONS = 60
 ANSWER = "<think>\nlet me see\n</think>\n<answer>7</answer>"
 """The r1 template's prompt already ends in `<think>` and a line break."""
@@ -132,6 +133,10 @@ def test_killed_it_ends_with_the_same_bits(done, tmp_path):
         (
             {'kind = "sft"': 'kind = "sft"\nsamples = ["pretrain"]'},
             "makes no conversations; a stage of kind reject does",
+        ),
+        (
+            {'[[stage]]\nkind = "sft"': RL + '[[stage]]\nkind = "sft"\nfrom = "pretrain"\nsamples = ["policy"]'},
+            'stage "policy" .* leaves no conversations; set leaves = "all" there',
         ),
         ({'kind = "sft"': 'kind = "sft"\nfrom = "corpus"'}, "needs a model to start from"),
         ({"lr = 1e-2\n": ""}, '"lr"'),

@@ -3,6 +3,7 @@
 For each stage: its identity (settings, seed, model, inputs) against what the folder records.
     same and complete, output intact      -> skipped
     same, incomplete                      -> entered again; the stage goes on from its own state/
+    absent, but finished in a run to reuse -> copied from there (reuse.py)
     other, damaged, or made from an input that has changed since -> moved aside, and run anew
 The first SIGINT or SIGTERM lets the stage save and stop; the second kills.
 """
@@ -25,6 +26,7 @@ from bessemer.recipe import record
 from bessemer.recipe.disk import explained
 from bessemer.recipe.metrics import Metrics, StageMetrics
 from bessemer.recipe.progress import RunProgress
+from bessemer.recipe.reuse import Donor
 from bessemer.recipe.rundir import RunDir, stage_folders
 from bessemer.recipe.schema import Recipe
 from bessemer.recipe.settings import StageSettings, stage_refs
@@ -67,6 +69,7 @@ def run(
     cache: Path | None = None,
     conformance: Callable[[Recipe], list[dict[str, Any]]] | None = None,
     progress: RunProgress | None = None,
+    reuse: Path | None = None,
 ) -> list[StageResult]:
     """Run `recipe` in `out` (default runs/NAME) up to and with the stage `until`; a result for each stage.
 
@@ -76,6 +79,7 @@ def run(
     if until is not None:
         recipe.stage(until)
     root = out or Path("runs") / recipe.name
+    donor = None if reuse is None else Donor(reuse)
     kinds = {settings.name: find_kind(settings.kind, settings.name)() for settings in recipe.stages}
     derived = {settings.name: kinds[settings.name].resolve(settings, recipe) for settings in recipe.stages}
     estimates = {settings.name: kinds[settings.name].estimate(settings, recipe) for settings in recipe.stages}
@@ -88,7 +92,7 @@ def run(
             _set_aside_stale(plan, rundir, metrics, progress)
             if conformance is not None:
                 _show_conformance(conformance(recipe), root, progress)
-            return _run_all(plan, recipe, rundir, until, cache_dir(cache), metrics, progress, stop)
+            return _run_all(plan, recipe, rundir, until, cache_dir(cache), metrics, progress, stop, donor)
         finally:
             progress.close()
             metrics.close()
@@ -133,7 +137,7 @@ def _is_temporary(path: Path) -> bool:
 
 def _run_all(
     plan: list[_Planned], recipe: Recipe, rundir: RunDir, until: str | None, cache: Path, metrics: Metrics,
-    progress: RunProgress, stop: StopFlag,
+    progress: RunProgress, stop: StopFlag, donor: Donor | None,
 ) -> list[StageResult]:  # fmt: skip
     results: list[StageResult] = []
     digests: dict[str, str] = {}
@@ -145,6 +149,10 @@ def _run_all(
             continue
         inputs = {name: digests[name] for name in item.sources}
         done = _finished(item, inputs, rundir, metrics, progress)
+        how = "already done"
+        if done is None and donor is not None and not item.folder.exists():
+            fingerprint = record.digest(item.identity)
+            done, how = donor.give(item.folder, item.name, fingerprint, inputs, metrics), f"taken from {donor.root}"
         status = "skipped" if done else "done"
         if done is None:
             if stop:
@@ -157,7 +165,7 @@ def _run_all(
             done = _run_one(item, ctx, inputs, rundir.root)
         digests[item.name] = done["digest"]
         progress.end(item.name, done["seconds"])
-        how = "already done" if status == "skipped" else "done"
+        how = how if status == "skipped" else "done"
         progress.say(f"{item.name}: {how} ({show_seconds(done['seconds'])}) {_facts(done['summary'])}".rstrip())
         kind, seconds, summary = item.settings.kind, done["seconds"], done["summary"]
         results.append(StageResult(item.name, kind, status, seconds, summary, item.folder))

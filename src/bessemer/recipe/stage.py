@@ -64,6 +64,10 @@ class StopFlag:
         return self.signal is not None
 
 
+CONVERSATIONS = "samples.jsonl"
+"""Name of the file of conversations that a stage leaves, one a line."""
+
+
 class Stage:
     """One step of a recipe: input directories in, one output directory out."""
 

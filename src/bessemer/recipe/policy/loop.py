@@ -5,6 +5,7 @@
     gap       what sampler and trainer disagree on, measured and corrected         policy/gap.py
     update    mini-batches, one inner epoch, divergence from the reference         rl/objective.py, policy/reference.py
     watch     held-out problems every so many rollouts                             policy/watch.py
+    leave     samples as conversations for another stage, where one asks           policy/leave.py
 
 All that must survive a kill lies in the trainer's checkpoint.
 """
@@ -25,9 +26,10 @@ from bessemer.recipe.policy.ahead import Ahead
 from bessemer.recipe.policy.draw import Draw
 from bessemer.recipe.policy.estimate import CriticEstimator, Estimator, GroupEstimator
 from bessemer.recipe.policy.gap import Gap
+from bessemer.recipe.policy.leave import Leave
 from bessemer.recipe.policy.reference import Reference
 from bessemer.recipe.policy.watch import Watch
-from bessemer.recipe.stage import StageContext
+from bessemer.recipe.stage import CONVERSATIONS, StageContext
 from bessemer.rl import advantage, board, rollout
 from bessemer.rl.objective import GRPO
 from bessemer.rl.reward import Judge
@@ -63,6 +65,7 @@ class Loop:
         self.ahead = Ahead(self.draw, self.trainer, self._cap, settings.ahead, settings.rollouts)
         self.gap = Gap(self.model, self.workers, settings)
         self.watch = Watch(self.draw, self.trainer, ctx)
+        self.leave = Leave(settings.leaves, ctx.state)
         self.reference: Reference | None = None
         self.estimator: Estimator = GroupEstimator(settings.scale_by_std)
 
@@ -101,12 +104,14 @@ class Loop:
             trainer.save_if_due()
         trainer.save()
         self.model.save(ctx.dir / "model", tokenizer_dir=ctx.source / "model")
+        self.leave.finish(settings.rollouts, ctx.dir / CONVERSATIONS)
         done = {"steps": trainer.step}
         return done | {"accuracy": round(values["rl/accuracy"], 4)} if first < settings.rollouts else done
 
     def _rollout(self, number: int) -> dict[str, float]:
         drawn = self.ahead.take(number)
         groups, staleness = drawn.groups, self.trainer.step - drawn.step
+        self.leave.add(number, groups)
         self.estimator.fill(groups)
         lots = self._lots([sampled for group in groups for sampled in group], number)
         gap = self.gap.close([batch for batches in lots for batch in batches])

@@ -36,6 +36,8 @@ class Corpus(Stage):
         """Part name = where its text comes from: a source, a path, hf://owner/name, or task:NAME."""
         limits: dict[str, Tokens] = Field(default_factory=dict)
         """Part name = most tokens to keep of it. Task parts are endless and need one."""
+        mix: dict[str, dict[str, float]] = Field(default_factory=dict)
+        """Part name = knobs of its task's documents, such as {countdown = {systematic = 0.2}}."""
         row_length: int = Field(256, ge=8)
         """Tokens per packed row: the sequence length of pre-training."""
         vocab_sample: int = Field(4_000_000, ge=10_000)
@@ -52,15 +54,17 @@ class Corpus(Stage):
     def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
         if not settings.parts:
             raise UserError(f'stage "{settings.name}": parts is empty; name at least one source')
-        for key in (*settings.limits, *settings.fim_parts):
+        for key in (*settings.limits, *settings.fim_parts, *settings.mix):
             if key not in settings.parts:
                 known = ", ".join(settings.parts)
                 raise UserError(f'stage "{settings.name}": "{key}" is not one of its parts ({known})')
         for part, spec in settings.parts.items():
             if spec.startswith(TASK):
-                tasks.get(spec.removeprefix(TASK)).document(0)  # some tasks have none
+                _task(settings, part).document(0)  # some tasks have none
                 if part not in settings.limits:
                     raise UserError(f'stage "{settings.name}": part "{part}" is endless; give it a limit in tokens')
+            elif part in settings.mix:
+                raise UserError(f'stage "{settings.name}": mix is for documents of tasks, "{part}" is not one')
         return {"vocab_size": model_config(recipe).vocab_size}
 
     def estimate(self, settings: Settings, recipe: Any) -> float:
@@ -115,7 +119,7 @@ class Corpus(Stage):
                 for piece in np.split(row, np.flatnonzero(row == tokenizer.eos_id)):
                     yield tokenizer.decode(piece.tolist())
             if spec.startswith(TASK):
-                task = tasks.get(spec.removeprefix(TASK))
+                task = _task(settings, name)
                 pages = built.train.facts["documents"] + built.heldout.facts["documents"]
                 yield from (task.train_problem(i, recipe.seed_of(settings), None) for i in range(pages))
 
@@ -123,7 +127,7 @@ class Corpus(Stage):
         spec = settings.parts[name]
         if not spec.startswith(TASK):
             return iter(sources.documents(spec, ctx.cache, domain=name))
-        task = tasks.get(spec.removeprefix(TASK))
+        task = _task(settings, name)
         return (Document(task.document(i, ctx.seed), task.name) for i in itertools.count())
 
     def _sample(self, settings: Settings, ctx: StageContext) -> Iterator[str]:
@@ -135,6 +139,14 @@ class Corpus(Stage):
                 left -= len(document.text)
                 if left <= 0:
                     break
+
+
+def _task(settings: Corpus.Settings, part: str) -> tasks.Task:
+    """The task whose documents are a part, with the part's knobs."""
+    name, mix = settings.parts[part].removeprefix(TASK), settings.mix.get(part, {})
+    if taken := {"languages", "phrasing"} & set(mix):
+        raise UserError(f'stage "{settings.name}": mix sets shares of documents, not {" or ".join(sorted(taken))}')
+    return tasks.get(name, **mix)
 
 
 def _shares(settings: Corpus.Settings, n: int) -> list[list[str]]:

@@ -16,7 +16,7 @@ from bessemer import tasks
 from bessemer.errors import UserError
 from bessemer.recipe.disk import write_atomic
 from bessemer.recipe.settings import StageSettings
-from bessemer.recipe.stage import Stage, StageContext, register
+from bessemer.recipe.stage import CONVERSATIONS, Stage, StageContext, register
 
 PATIENCE = 50
 """Pages read per example wanted, at most; a third of those of arithmetic are right and well formed."""
@@ -25,7 +25,7 @@ PATIENCE = 50
 @register
 class Examples(Stage):
     kind = "examples"
-    conversations = "samples.jsonl"
+    conversations = CONVERSATIONS
     uses_model = False
 
     class Settings(StageSettings):

@@ -19,7 +19,7 @@ from bessemer.infer.engine import Engine
 from bessemer.recipe import modelling
 from bessemer.recipe.disk import write_atomic
 from bessemer.recipe.settings import StageSettings
-from bessemer.recipe.stage import Stage, StageContext, register
+from bessemer.recipe.stage import CONVERSATIONS, Stage, StageContext, register
 from bessemer.recipe.values import Tokens
 from bessemer.rl import rollout
 from bessemer.tasks.answer import parse_reply
@@ -35,7 +35,7 @@ LOT = 64
 @register
 class Reject(Stage):
     kind = "reject"
-    conversations = "samples.jsonl"
+    conversations = CONVERSATIONS
 
     class Settings(StageSettings):
         tasks: list[str]

@@ -13,9 +13,10 @@ from pydantic import Field
 from bessemer import tasks
 from bessemer.errors import UserError
 from bessemer.recipe import modelling
+from bessemer.recipe.policy.leave import What
 from bessemer.recipe.policy.loop import Loop
 from bessemer.recipe.settings import StageRef, StageSettings
-from bessemer.recipe.stage import Stage, StageContext, register
+from bessemer.recipe.stage import CONVERSATIONS, Stage, StageContext, register
 from bessemer.recipe.values import Points, Seconds
 from bessemer.rl import rollout
 from bessemer.rl.preference import RewardModel
@@ -25,6 +26,7 @@ from bessemer.rl.reward import Judge
 @register
 class RL(Stage):
     kind = "rl"
+    conversations = CONVERSATIONS
 
     class Settings(StageSettings):
         free = frozenset({"save_seconds", "micro_tokens"})
@@ -96,6 +98,8 @@ class RL(Stage):
         R1's first RL stage: 1)."""
         preference_reward: float = Field(1.0, ge=0)
         """Weight of a reward model's score on general prompts (R1: 1)."""
+        leaves: What = "nothing"
+        """Samples left as conversations for an SFT stage, those in the cap never: a control on the same tokens."""
         overlong: int = Field(0, ge=0)
         """Tokens before the cap over which an answer is punished more and more, up to 1 (DAPO: 4,096; R1: none)."""
         reward: Literal["task", "format", "random"] = "task"

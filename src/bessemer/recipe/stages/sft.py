@@ -112,6 +112,8 @@ def _file_of(stage: StageSettings) -> str:
     found = find_kind(stage.kind, stage.name).conversations
     if found is None:
         raise UserError(f'stage "{stage.name}" (kind {stage.kind}) makes no conversations; a stage of kind reject does')
+    if getattr(stage, "leaves", "all") == "nothing":
+        raise UserError(f'stage "{stage.name}" (kind {stage.kind}) leaves no conversations; set leaves = "all" there')
     return found
 
 
