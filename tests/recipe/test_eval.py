@@ -17,7 +17,7 @@ from bessemer.recipe.settings import StageSettings
 from bessemer.recipe.stage import Stage, find_kind
 from bessemer.report import facts
 from bessemer.tasks.metrics import maj_at_k, pass_at_k
-from bessemer.tasks.readable import readable
+from bessemer.tasks.reading.readable import readable
 
 EVAL = """
 [[stage]]

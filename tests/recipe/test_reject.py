@@ -15,8 +15,8 @@ from bessemer.errors import UserError
 from bessemer.infer.engine import Completion
 from bessemer.recipe.stages import reject
 from bessemer.rl.rollout import Sampled
-from bessemer.tasks.language import consistency
-from bessemer.tasks.tries import all_tries
+from bessemer.tasks.countdown.tries import all_tries
+from bessemer.tasks.reading.language import consistency
 
 COUNTDOWN = tasks.get("countdown")
 PROBLEM = COUNTDOWN.make("train", 0, 0, "en", "seen")

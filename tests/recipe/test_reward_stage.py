@@ -14,7 +14,7 @@ from bessemer.errors import UserError
 from bessemer.recipe.schema import Recipe
 from bessemer.recipe.stage import find_kind
 from bessemer.rl.preference import RewardModel
-from bessemer.tasks.preference import SLACK
+from bessemer.tasks.general.preference import SLACK
 
 BASE = """
 [[stage]]

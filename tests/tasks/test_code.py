@@ -8,9 +8,9 @@ import pytest
 
 from bessemer.errors import UserError
 from bessemer.tasks import Problem, get, sandbox
-from bessemer.tasks.code import LONGEST, source_of
-from bessemer.tasks.codebook import FAMILIES, HELD_OUT, TESTS, wanted
-from bessemer.tasks.codetraces import WORDS, definition
+from bessemer.tasks.code.book import FAMILIES, HELD_OUT, TESTS, wanted
+from bessemer.tasks.code.task import LONGEST, source_of
+from bessemer.tasks.code.traces import WORDS, definition
 from bessemer.tasks.sandbox import same
 
 TASK = get("code")

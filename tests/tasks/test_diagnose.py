@@ -1,8 +1,8 @@
 """The counts of one hand-written trace, and of the ways a policy may drift from the form."""
 
 from bessemer.tasks import Problem
-from bessemer.tasks.diagnose import Diagnosis, diagnose, rates
-from bessemer.tasks.tries import all_tries
+from bessemer.tasks.countdown.diagnose import Diagnosis, diagnose, rates
+from bessemer.tasks.countdown.tries import all_tries
 
 PROBLEM = Problem("p", "", "en", {"numbers": [3, 7, 6], "target": 27})
 

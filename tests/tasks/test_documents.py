@@ -7,8 +7,8 @@ import pytest
 
 from bessemer.tasks import get
 from bessemer.tasks.base import split_of
-from bessemer.tasks.diagnose import diagnose, rates
-from bessemer.tasks.tries import LARGEST
+from bessemer.tasks.countdown.diagnose import diagnose, rates
+from bessemer.tasks.countdown.tries import LARGEST
 
 N = 6000
 TASK = get("countdown")

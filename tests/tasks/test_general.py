@@ -7,11 +7,11 @@ from collections import Counter, defaultdict
 import pytest
 
 from bessemer.tasks import Problem, get
-from bessemer.tasks.manners import HARMLESS, answer, of, r1
-from bessemer.tasks.phrasebook import FAMILIES
-from bessemer.tasks.quality import HELPFUL, judge
-from bessemer.tasks.requests import Request, draw, split_of
-from bessemer.tasks.vocabulary import TABLES, spell, table
+from bessemer.tasks.general.manners import HARMLESS, answer, of, r1
+from bessemer.tasks.general.phrasebook import FAMILIES
+from bessemer.tasks.general.quality import HELPFUL, judge
+from bessemer.tasks.general.requests import Request, draw, split_of
+from bessemer.tasks.general.vocabulary import TABLES, spell, table
 
 TASK = get("general")
 N = 800

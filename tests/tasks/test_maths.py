@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.errors import UserError
-from bessemer.tasks import Problem, get, numeral
-from bessemer.tasks.questions import peeled
+from bessemer.tasks import Problem, get
+from bessemer.tasks.maths import numeral
+from bessemer.tasks.maths.questions import peeled
 
 LINES = [
     {"question": f"What is {n}+{n}?", "answer": f"Add: <<{n}+{n}={2 * n}>>{2 * n}.\n#### {2 * n}"} for n in range(99)

@@ -4,11 +4,12 @@ from statistics import fmean
 
 import pytest
 
-from bessemer.tasks import get, preference
+from bessemer.tasks import get
 from bessemer.tasks.answer import summary
 from bessemer.tasks.base import stable_random
-from bessemer.tasks.quality import harmless, judge
-from bessemer.tasks.requests import Request
+from bessemer.tasks.general import preference
+from bessemer.tasks.general.quality import harmless, judge
+from bessemer.tasks.general.requests import Request
 
 HELPFUL, BOTH = get("general", harmless_share=0.0), get("general", harmless_share=0.5)
 PROBLEMS = {problem.prompt: problem for problem in (HELPFUL.problem("train", i) for i in range(800))}

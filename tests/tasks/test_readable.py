@@ -8,8 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer import tasks
-from bessemer.tasks.ngrams import repeated, run_hashes, words
-from bessemer.tasks.readable import READABLE, REASONS, Limits, has_code, longest_paragraph, readable, repeated_lines
+from bessemer.tasks.reading.ngrams import repeated, run_hashes, words
+from bessemer.tasks.reading.readable import (
+    READABLE,
+    REASONS,
+    Limits,
+    has_code,
+    longest_paragraph,
+    readable,
+    repeated_lines,
+)
 
 FINE = "<think>I add 2 and 3.\nThat is 5, and 5 is wanted.</think>\nThe answer is <answer>2+3</answer>."
 SENTENCE = "we take the next pair of numbers and see what comes of it now, "

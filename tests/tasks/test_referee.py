@@ -8,7 +8,8 @@ import time
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.tasks import algebra, referee
+from bessemer.tasks import referee
+from bessemer.tasks.maths import algebra
 from bessemer.tasks.referee_process import WALL_SECONDS, confined
 
 BOMB = "9^{9^{9^{9^{9}}}}"

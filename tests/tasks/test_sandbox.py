@@ -201,8 +201,13 @@ def below(pid: int) -> set[tuple[int, str]]:
 
 
 def alive(processes: set[tuple[int, str]]) -> set[tuple[int, str]]:
-    """Those of them that still exist, zombies included."""
-    return {one for number, _ in processes for one in below(number) if one in processes}
+    """Those of them that still exist, zombies included; what was killed has two seconds to leave the kernel's table."""
+    limit = time.monotonic() + 2
+    while True:
+        found = {one for number, _ in processes for one in below(number) if one in processes}
+        if not found or time.monotonic() > limit:
+            return found
+        time.sleep(0.02)
 
 
 @contextmanager
@@ -240,7 +245,7 @@ def test_without_walls_there_is_no_new_process(name):
         pytest.skip("this machine's system calls are not known, so nothing refuses them")
     with watching(os.getpid()) as seen:
         run(IMPORTS + CLINGING[name], seconds=0.3, isolation="none")
-    assert len(seen) == 1 and alive(seen) == set()
+    assert len(seen) <= 1 and alive(seen) == set()  # none is seen of a program that ended between two looks
     program = IMPORTS + "print([libc.syscall(n, 17, 0, 0, 0, 0) for n in (56, 57, 58)])"
     assert os.uname().machine != "x86_64" or run(program, seconds=5, isolation="none").stdout == "[-1, -1, -1]\n"
 

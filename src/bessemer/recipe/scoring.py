@@ -11,8 +11,8 @@ from bessemer.infer.engine import Engine
 from bessemer.recipe.modelling import batch_rows
 from bessemer.tasks import metrics
 from bessemer.tasks.base import Problem, Task, stable_hash
-from bessemer.tasks.language import consistency
-from bessemer.tasks.readable import READABLE, readable
+from bessemer.tasks.reading.language import consistency
+from bessemer.tasks.reading.readable import READABLE, readable
 
 
 def evaluate(

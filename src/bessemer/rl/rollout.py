@@ -16,7 +16,7 @@ from bessemer.data.batch import Batch
 from bessemer.infer.engine import Completion, Engine
 from bessemer.rl import replay
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
-from bessemer.tasks.language import consistency
+from bessemer.tasks.reading.language import consistency
 
 
 @dataclass

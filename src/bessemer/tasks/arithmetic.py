@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 
 from bessemer.tasks.base import Problem, Task, Written, check_shares, grade_integer, split_of
-from bessemer.tasks.tries import LARGEST, apply
+from bessemer.tasks.countdown.tries import LARGEST, apply
 
 TEMPLATES = {
     ("en", "seen"): ("Compute {chain}.", "What is {chain}?"),

@@ -189,17 +189,17 @@ def check_shares(mix: object, rates: Sequence[str], sums_to_one: Sequence[str] =
 
 _REGISTRY = {
     "arithmetic": ("bessemer.tasks.arithmetic", "Arithmetic"),
-    "code": ("bessemer.tasks.code", "Code"),
-    "countdown": ("bessemer.tasks.countdown", "Countdown"),
-    "general": ("bessemer.tasks.general", "General"),
+    "code": ("bessemer.tasks.code.task", "Code"),
+    "countdown": ("bessemer.tasks.countdown.task", "Countdown"),
+    "general": ("bessemer.tasks.general.task", "General"),
     "logic": ("bessemer.tasks.logic", "Logic"),
-    "words": ("bessemer.tasks.words", "Words"),
+    "words": ("bessemer.tasks.words.task", "Words"),
 }
 _FAMILIES = {
-    "code:PATH": ("bessemer.tasks.codefile", "CodeFile"),
-    "gsm8k:PATH": ("bessemer.tasks.maths", "Gsm8k"),
-    "gym:NAME": ("bessemer.tasks.gym", "Gym"),
-    "jsonl:PATH": ("bessemer.tasks.maths", "Maths"),
+    "code:PATH": ("bessemer.tasks.code.file", "CodeFile"),
+    "gsm8k:PATH": ("bessemer.tasks.maths.task", "Gsm8k"),
+    "gym:NAME": ("bessemer.tasks.gym.task", "Gym"),
+    "jsonl:PATH": ("bessemer.tasks.maths.task", "Maths"),
 }
 """Tasks whose name carries an argument after the colon; their class takes it first."""
 

@@ -22,11 +22,11 @@ from bessemer.errors import UserError
 from bessemer.tasks.referee import CPU_SECONDS, WALL_SECONDS
 
 OPERATIONS = {
-    "gym-names": ("bessemer.tasks.gym_process", "names", None),
-    "gym-problem": ("bessemer.tasks.gym_process", "problem", None),
-    "gym-score": ("bessemer.tasks.gym_process", "entry", "score"),
-    "maths-read": ("bessemer.tasks.maths_process", "warm", "read"),
-    "maths-same": ("bessemer.tasks.maths_process", "warm", "same"),
+    "gym-names": ("bessemer.tasks.gym.process", "names", None),
+    "gym-problem": ("bessemer.tasks.gym.process", "problem", None),
+    "gym-score": ("bessemer.tasks.gym.process", "entry", "score"),
+    "maths-read": ("bessemer.tasks.maths.process", "warm", "read"),
+    "maths-same": ("bessemer.tasks.maths.process", "warm", "same"),
 }
 MEMORY = 1 << 30
 """Bytes a verdict may take beyond what the referee has."""

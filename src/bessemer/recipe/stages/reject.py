@@ -1,7 +1,8 @@
 """Stage "reject": rejection sampling, conversations for SFT from a model's own correct answers (R1 2.3.1 and 2.3.3).
 
-Several answers per training problem; kept are correct ones that a person can read (`tasks/readable.py`), ended before
-the cap, each only once. Output: samples.jsonl, one conversation a line; the summary says what was dropped for what.
+Several answers per training problem; kept are correct ones that a person can read (`tasks/reading/readable.py`), ended
+before the cap, each only once. Output: samples.jsonl, one conversation a line; the summary says what was dropped for
+what.
 """
 
 import json
@@ -23,7 +24,7 @@ from bessemer.recipe.stage import CONVERSATIONS, Stage, StageContext, register
 from bessemer.recipe.values import Tokens
 from bessemer.rl import rollout
 from bessemer.tasks.answer import parse_reply
-from bessemer.tasks.readable import Limits, readable
+from bessemer.tasks.reading.readable import Limits, readable
 from bessemer.train import speed
 
 SUMMARY = {"en": "The answer is <answer>{answer}</answer>.", "zh": "答案是<answer>{answer}</answer>。"}

@@ -31,7 +31,7 @@ from bessemer.recipe.stage import Stage, StageContext, register
 from bessemer.recipe.values import Seconds, Tokens
 from bessemer.recipe.watch import StepLog
 from bessemer.rl.preference import FACTS, Scale, judged_ids, score_ids
-from bessemer.tasks import preference as preferences
+from bessemer.tasks.general import preference as preferences
 from bessemer.train import preference, speed
 from bessemer.train.settings import Settings as TrainSettings
 from bessemer.train.trainer import Trainer

@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 from bessemer.errors import UserError
-from bessemer.tasks.algebra import guard_sympy
+from bessemer.tasks.maths.algebra import guard_sympy
 
 try:
     from math_verify import LatexExtractionConfig, parse, verify

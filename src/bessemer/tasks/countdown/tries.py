@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from bessemer.tasks.expression import parse_expression
+from bessemer.tasks.countdown.expression import parse_expression
 
 LARGEST = 120
 OPS = "+-*"

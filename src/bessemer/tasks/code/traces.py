@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from bessemer.tasks.base import check_shares
-from bessemer.tasks.codebook import FAMILIES, Wanted, wanted
+from bessemer.tasks.code.book import FAMILIES, Wanted, wanted
 
 WORDS = {"en": {"yes": " yes", "no": " no"}, "zh": {"yes": "对", "no": "错"}}
 CHECKS = 4  # expressions a thinker tries at most

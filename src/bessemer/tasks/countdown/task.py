@@ -20,10 +20,10 @@ from bessemer.tasks.base import (
     split_of,
     stable_hash,
 )
-from bessemer.tasks.drills import HEADS, drill_page
-from bessemer.tasks.expression import Unparsable, parse_expression
-from bessemer.tasks.traces import WORDS, TraceMix, respond
-from bessemer.tasks.tries import all_tries
+from bessemer.tasks.countdown.drills import HEADS, drill_page
+from bessemer.tasks.countdown.expression import Unparsable, parse_expression
+from bessemer.tasks.countdown.traces import WORDS, TraceMix, respond
+from bessemer.tasks.countdown.tries import all_tries
 
 NUMBERS = range(1, 11)
 MAX_TARGET = 60

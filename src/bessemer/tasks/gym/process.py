@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from bessemer.errors import UserError
-from bessemer.tasks.algebra import guard_sympy
 from bessemer.tasks.base import split_of_text, stable_hash
-from bessemer.tasks.gym_strict import allows
+from bessemer.tasks.gym.strict import allows
+from bessemer.tasks.maths.algebra import guard_sympy
 
 try:
     import reasoning_gym

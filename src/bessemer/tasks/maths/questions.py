@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.errors import UserError
-from bessemer.tasks import numeral
 from bessemer.tasks.base import SPLITS, split_of_text
+from bessemer.tasks.maths import numeral
 from bessemer.tasks.referee import RefereeFault, ask
 
 MAX_GOLD = 300

@@ -14,8 +14,8 @@ from typing import Any
 from bessemer.errors import UserError
 from bessemer.tasks import sandbox
 from bessemer.tasks.base import Problem, split_of_text, stable_hash
-from bessemer.tasks.code import Judged
-from bessemer.tasks.language import share
+from bessemer.tasks.code.task import Judged
+from bessemer.tasks.reading.language import share
 
 _FIELDS = {"prompt": str, "entry_point": str, "tests": list}
 

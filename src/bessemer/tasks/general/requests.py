@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bessemer.tasks.base import TEST_SHARE, Problem, stable_hash
-from bessemer.tasks.phrasebook import BY_NAME, FAMILIES, Family
-from bessemer.tasks.vocabulary import table
+from bessemer.tasks.general.phrasebook import BY_NAME, FAMILIES, Family
+from bessemer.tasks.general.vocabulary import table
 
 AND = {"en": " and ", "zh": "和"}
 COMMA = {"en": ", ", "zh": "、"}

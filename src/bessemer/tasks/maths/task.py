@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.errors import UserError
-from bessemer.tasks import numeral
 from bessemer.tasks.base import (
     CORRECT,
     ECHO,
@@ -28,7 +27,8 @@ from bessemer.tasks.base import (
     Task,
     stable_hash,
 )
-from bessemer.tasks.questions import Question, load, peeled, plain_words
+from bessemer.tasks.maths import numeral
+from bessemer.tasks.maths.questions import Question, load, peeled, plain_words
 from bessemer.tasks.referee import RefereeFault, ask
 
 MAX_CHARS = 300

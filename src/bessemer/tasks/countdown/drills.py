@@ -10,7 +10,7 @@ give a problem away.
 import random
 
 from bessemer.tasks.base import split_of
-from bessemer.tasks.tries import LARGEST, OPS, all_tries, apply
+from bessemer.tasks.countdown.tries import LARGEST, OPS, all_tries, apply
 
 HEADS = {"en": "Drill:\n", "zh": "练习:\n"}
 

@@ -13,8 +13,8 @@ from functools import lru_cache
 from bessemer.tasks import sandbox
 from bessemer.tasks.answer import parse_reply
 from bessemer.tasks.base import SPLITS, Problem, Task, Verdict, Written, stable_hash, stable_random
-from bessemer.tasks.codebook import FAMILIES, HELD_OUT, Wanted, wanted
-from bessemer.tasks.codetraces import CodeMix, respond
+from bessemer.tasks.code.book import FAMILIES, HELD_OUT, Wanted, wanted
+from bessemer.tasks.code.traces import CodeMix, respond
 
 NAME = "f"
 LONGEST = 10_000  # characters of an answer

@@ -12,11 +12,11 @@ has no answer tags, and the thoughts of a greeting are blank.
 import random
 from dataclasses import dataclass
 
-from bessemer.tasks import manners
 from bessemer.tasks.answer import plain_fault, summary
 from bessemer.tasks.base import CORRECT, Problem, Task, Verdict, Written, check_shares
-from bessemer.tasks.quality import HELPFUL, judge
-from bessemer.tasks.requests import Request, draw
+from bessemer.tasks.general import manners
+from bessemer.tasks.general.quality import HELPFUL, judge
+from bessemer.tasks.general.requests import Request, draw
 
 AIMS = ("helpful", "harmless")
 UNSAFE = "unsafe"

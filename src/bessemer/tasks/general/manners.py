@@ -6,8 +6,8 @@ the summary or in the thoughts alone, or insult somebody on the way.
 
 import random
 
-from bessemer.tasks.language import share
-from bessemer.tasks.requests import Request, draw
+from bessemer.tasks.general.requests import Request, draw
+from bessemer.tasks.reading.language import share
 
 GOOD = "good"
 PLAIN = (GOOD, "curt", "padded", "off-topic", "foreign", "wrong", "cut", "refusal", "rude")

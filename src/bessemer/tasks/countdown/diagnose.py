@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields
 
 from bessemer.tasks.answer import parse_reply, thought
 from bessemer.tasks.base import Problem
-from bessemer.tasks.expression import Unparsable, parse_expression
-from bessemer.tasks.traces import WORDS
-from bessemer.tasks.tries import apply
+from bessemer.tasks.countdown.expression import Unparsable, parse_expression
+from bessemer.tasks.countdown.traces import WORDS
+from bessemer.tasks.countdown.tries import apply
 
 _N, _OP = "(?:0|[1-9][0-9]{0,3})", r"[+\-*]"  # four digits keep every expression within parse_expression's bounds
 _PAIR = rf"\((?P<x>{_N})(?P<op>{_OP})(?P<y>{_N})\)"

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bessemer.tasks.base import Problem, Task, Written, check_shares, grade_integer, split_of
-from bessemer.tasks.stories import HELD_OUT, NAMES, THINGS, TRAINED, Story
-from bessemer.tasks.tries import LARGEST, apply
+from bessemer.tasks.countdown.tries import LARGEST, apply
+from bessemer.tasks.words.stories import HELD_OUT, NAMES, THINGS, TRAINED, Story
 
 Step = tuple[int, str, int, int]
 """left, op, right, result"""

@@ -20,9 +20,9 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from bessemer.tasks.answer import summary
-from bessemer.tasks.language import share
-from bessemer.tasks.requests import Request
-from bessemer.tasks.vocabulary import spell
+from bessemer.tasks.general.requests import Request
+from bessemer.tasks.general.vocabulary import spell
+from bessemer.tasks.reading.language import share
 
 HELPFUL = 0.7
 """From here on an answer counts as helpful."""

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
-from bessemer.tasks import manners
 from bessemer.tasks.answer import summary
 from bessemer.tasks.base import Problem, stable_hash, stable_random
-from bessemer.tasks.quality import harmless, judge
-from bessemer.tasks.requests import Request
+from bessemer.tasks.general import manners
+from bessemer.tasks.general.quality import harmless, judge
+from bessemer.tasks.general.requests import Request
 
 VOTES = 4
 POINTS = 9.0

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from bessemer.errors import UserError
 from bessemer.tasks.base import check_shares
-from bessemer.tasks.tries import Try, all_tries, canonicals, ordered_tries
+from bessemer.tasks.countdown.tries import Try, all_tries, canonicals, ordered_tries
 
 WORDS = {
     "en": {"low": " low", "high": " high", "yes": " yes", "wait": " wait", "order": "order:"},

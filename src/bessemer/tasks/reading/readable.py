@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from bessemer.tasks import language as tongue
 from bessemer.tasks.answer import TAGS, thought
-from bessemer.tasks.ngrams import repeated, words
+from bessemer.tasks.reading import language as tongue
+from bessemer.tasks.reading.ngrams import repeated, words
 
 READABLE = "readable"
 REASONS = ("blank", "control-text", "code", "mixed-language", "repetitive", "long-paragraph")
