@@ -21,6 +21,9 @@ from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers, cores, rank
 
 
+torch.set_num_threads(1)  # as every process of Workers has
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_map_keeps_the_order_though_later_items_finish_first(n):
     def work(i):
@@ -109,6 +112,34 @@ def test_helpers_end_with_their_parent_however_it_dies():
     while any(running(pid) for pid in pids) and time.monotonic() < until:
         time.sleep(0.05)
     assert not [pid for pid in pids if running(pid)]
+
+
+PIDS = """
+import gc, os, sys, time
+from bessemer.workers import Workers, rank
+def pid(_): return os.getpid()
+def runs(one): return os.path.exists(f"/proc/{one}") and "State:\\tZ" not in open(f"/proc/{one}/status").read()
+class Model: pass
+model, workers = Model(), Workers(3)
+found = list(workers.map(pid, range(3)))
+model.workers, workers.model = workers, model
+sys.unraisablehook = lambda unraisable: print("unraisable", unraisable.exc_value)
+pids = [one for one in found if one != os.getpid()]
+if os.fork() == 0:  # garbage of a fork is not its own
+    del model, workers; gc.collect(); os._exit(0)
+os.wait()
+time.sleep(0.3)  # a kill takes its time
+print("alive" if all(map(runs, pids)) else "killed by a fork")
+del model, workers
+gc.collect()
+print("left" if any(map(runs, pids)) else "ended")
+"""
+
+
+def test_garbage_ends_its_helpers_once_and_a_fork_never_does():
+    """Workers of a model that is let go lie in a cycle; a pipe closed twice may by then be somebody else's."""
+    done = subprocess.run([sys.executable, "-c", PIDS], capture_output=True, text=True)
+    assert (done.stdout.split("\n"), done.stderr) == (["alive", "ended", ""], "")
 
 
 def running(pid):

@@ -18,6 +18,7 @@ import pickle
 import signal
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
@@ -56,6 +57,8 @@ class Workers:
         self.n = max(1, n)
         self._known: list[Callable[[Any], Any]] = []
         self._helpers: list[_Helper] = []
+        # Not __del__: in a cycle of garbage the pipes may be finalised before it, and would be closed a second time.
+        weakref.finalize(self, _end_all, self._helpers, os.getpid())
 
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Moves the storage of these tensors, and with it every view, to where helpers see later changes.
@@ -100,13 +103,7 @@ class Workers:
 
     def stop(self) -> None:
         """Ends the helpers; the next `map` makes new ones."""
-        for helper in self._helpers:
-            helper.end()
-        self._helpers = []
-
-    def __del__(self) -> None:
-        if _rank == 0:
-            self.stop()
+        _end_all(self._helpers, os.getpid())
 
     def _ready(self, work: Callable[[Any], Any]) -> int:
         if work not in self._known:
@@ -122,6 +119,13 @@ class Workers:
         self.stop()
         torch.set_num_threads(self.n)
         self.n = 1
+
+
+def _end_all(helpers: list[_Helper], owner: int) -> None:
+    """Ends them and forgets them, in the process that forked them: a fork of it has only a copy of the list."""
+    if os.getpid() == owner:
+        while helpers:
+            helpers.pop().end()
 
 
 class _Helper:
