@@ -20,7 +20,6 @@ from bessemer.train.settings import Settings
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers, cores, rank
 
-
 torch.set_num_threads(1)  # as every process of Workers has
 
 
