@@ -212,12 +212,12 @@ def alive(processes: set[tuple[int, str]]) -> set[tuple[int, str]]:
 
 @contextmanager
 def watching(pid: int):
-    """A set that collects every process seen below `pid`, without itself, while the block runs."""
-    seen, done = set(), threading.Event()
+    """A set that collects every process that appears below `pid` while the block runs."""
+    seen, done, before = set(), threading.Event(), below(pid)  # before: itself, the referee of other tests
 
     def look():
         while not done.wait(0.03):
-            seen.update(one for one in below(pid) if one[0] != pid)
+            seen.update(below(pid) - before)
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -329,11 +329,11 @@ def test_same(expected, got, equal):
 @isolated
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_code_is_not_paid_and_not_slow(isolation, name):
-    began = time.monotonic()
+    began, before = time.monotonic(), below(os.getpid())
     judgement = judge(HOSTILE[name], "f", TESTS, seconds=0.4, memory_mb=128, isolation=isolation)
     assert not judgement.correct and judgement.passed < len(TESTS)
     assert time.monotonic() - began < 8  # 0.4 s, the start and the end, on a machine that others use too
-    assert len(below(os.getpid())) == 1  # no child is left, dead or alive
+    assert below(os.getpid()) <= before  # no child is left, dead or alive
 
 
 def test_there_are_enough_of_them():
