@@ -140,6 +140,11 @@ def _control_ids(tokenizer: "Tokenizer", text: str) -> list[int]:
     return [tokenizer.eos_id if text == EOS else tokenizer.special_id(text)]
 
 
+def exchange(question: str, answer: str) -> list[Message]:
+    """A conversation of one question and its answer."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
 def _check_style(style: str) -> None:
     if style not in STYLES:
         raise UserError(f"unknown chat style {style!r}; choose {' or '.join(STYLES)}")

@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 from bessemer.errors import UserError
+from bessemer.recipe import conversations
 from bessemer.recipe.disk import write_atomic
 from bessemer.recipe.metrics import LineFile, StageMetrics
 from bessemer.recipe.progress import StageProgress
@@ -64,10 +65,6 @@ class StopFlag:
         return self.signal is not None
 
 
-CONVERSATIONS = "samples.jsonl"
-"""Name of the file of conversations that a stage leaves, one a line."""
-
-
 class Stage:
     """One step of a recipe: input directories in, one output directory out."""
 
@@ -75,8 +72,6 @@ class Stage:
     Settings: ClassVar[type[StageSettings]] = StageSettings
     format: ClassVar[int] = 1
     """Raise it when the stage writes something else than before for the same settings: old output is then redone."""
-    conversations: ClassVar[str | None] = None
-    """The file of conversations that this stage leaves for SFT, if it makes any."""
     uses_model: ClassVar[bool] = True
     """Whether the recipe's [model] table changes what this stage makes."""
     uses_seed: ClassVar[bool] = True
@@ -97,15 +92,17 @@ class Stage:
         """Do the work; return the facts worth a line in the summary."""
         raise NotImplementedError
 
+    def leaves_conversations(self, settings: Any) -> bool:
+        """Whether it leaves a file of `conversations` for SFT with these settings."""
+        return False
+
     def shown(self, settings: Any, recipe: "Recipe", folder: Path, cache: Path) -> "Iterator[Problem | str]":
         """What a model can have learnt from this finished stage: training texts, and problems it was asked.
 
         The contamination check of evaluation reads it. Here: the conversations that the stage leaves.
         """
-        if self.conversations is not None:
-            with open(folder / self.conversations, encoding="utf-8") as file:
-                for line in file:
-                    yield "\n".join(message["content"] for message in json.loads(line)["messages"])
+        if self.leaves_conversations(settings):
+            yield from conversations.texts(folder)
 
 
 @dataclass

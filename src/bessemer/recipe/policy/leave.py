@@ -6,11 +6,12 @@ that ran into the cap are left out, since what a conversation ends with is taken
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from bessemer.data.chat import exchange
+from bessemer.recipe import conversations
 from bessemer.recipe.disk import write_atomic
 from bessemer.rl.rollout import Sampled
 
@@ -28,17 +29,13 @@ class Leave:
         self.folder.mkdir(exist_ok=True)
         rows = [row for group in groups for row in group if row.completion.finish_reason == "stop"]
         taken = [row for row in rows if row.verdict.correct or self.what == "all"]
-        write_atomic(self._file(number), "".join(_line(row) + "\n" for row in taken))
+        lines = (conversations.line(exchange(row.problem.prompt, row.answer)) for row in taken)
+        write_atomic(self._file(number), "".join(line + "\n" for line in lines))
 
-    def finish(self, rollouts: int, path: Path) -> None:
-        """All of them, in order, as one file."""
+    def finish(self, rollouts: int, folder: Path) -> None:
+        """All of them, in order, as the file of conversations of the stage's folder."""
         if self.what != "nothing":
-            write_atomic(path, b"".join(self._file(number).read_bytes() for number in range(rollouts)))
+            write_atomic(folder / conversations.FILE, b"".join(self._file(n).read_bytes() for n in range(rollouts)))
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.jsonl"
-
-
-def _line(row: Sampled) -> str:
-    question = {"role": "user", "content": row.problem.prompt}
-    return json.dumps({"messages": [question, {"role": "assistant", "content": row.answer}]}, ensure_ascii=False)

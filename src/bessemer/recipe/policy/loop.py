@@ -29,7 +29,7 @@ from bessemer.recipe.policy.gap import Gap
 from bessemer.recipe.policy.leave import Leave
 from bessemer.recipe.policy.reference import Reference
 from bessemer.recipe.policy.watch import Watch
-from bessemer.recipe.stage import CONVERSATIONS, StageContext
+from bessemer.recipe.stage import StageContext
 from bessemer.rl import advantage, board, rollout
 from bessemer.rl.objective import GRPO
 from bessemer.rl.reward import Judge
@@ -104,7 +104,7 @@ class Loop:
             trainer.save_if_due()
         trainer.save()
         self.model.save(ctx.dir / "model", tokenizer_dir=ctx.source / "model")
-        self.leave.finish(settings.rollouts, ctx.dir / CONVERSATIONS)
+        self.leave.finish(settings.rollouts, ctx.dir)
         done = {"steps": trainer.step}
         return done | {"accuracy": round(values["rl/accuracy"], 4)} if first < settings.rollouts else done
 

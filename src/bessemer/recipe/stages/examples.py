@@ -5,7 +5,6 @@ not know the form at all, and so would never be paid by RL, gets its first examp
 answers in the right form, of train problems only. Output: samples.jsonl, one conversation a line.
 """
 
-import json
 from collections import Counter
 from itertools import count
 from typing import Any
@@ -13,10 +12,11 @@ from typing import Any
 from pydantic import Field
 
 from bessemer import tasks
+from bessemer.data.chat import exchange
 from bessemer.errors import UserError
-from bessemer.recipe.disk import write_atomic
+from bessemer.recipe import conversations
 from bessemer.recipe.settings import StageSettings
-from bessemer.recipe.stage import CONVERSATIONS, Stage, StageContext, register
+from bessemer.recipe.stage import Stage, StageContext, register
 
 PATIENCE = 50
 """Pages read per example wanted, at most; a third of those of arithmetic are right and well formed."""
@@ -25,7 +25,6 @@ PATIENCE = 50
 @register
 class Examples(Stage):
     kind = "examples"
-    conversations = CONVERSATIONS
     uses_model = False
 
     class Settings(StageSettings):
@@ -41,6 +40,9 @@ class Examples(Stage):
             tasks.get(name).written(0)  # UserError for a task without documents
         return {}
 
+    def leaves_conversations(self, settings: Settings) -> bool:
+        return True
+
     def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
         ctx.rewind(-1)
         families = [tasks.get(name) for name in settings.tasks]
@@ -55,15 +57,10 @@ class Examples(Stage):
             task = families[n % len(families)]
             page = task.written(n // len(families), ctx.seed)
             verdict = task.verify(page.problem, page.response)
-            line = json.dumps({"messages": _conversation(page)}, ensure_ascii=False)
+            line = conversations.line(exchange(page.problem.prompt, page.response))
             if verdict.correct and line not in kept:
                 kept[line] = None
             else:
                 passed_over["duplicate" if verdict.correct else verdict.reason] += 1
-        write_atomic(ctx.dir / self.conversations, "".join(line + "\n" for line in kept))
+        conversations.write(ctx.dir, kept)
         return {"kept": len(kept), **dict(passed_over.most_common())}
-
-
-def _conversation(page: Any) -> list[dict[str, str]]:
-    question = {"role": "user", "content": page.problem.prompt}
-    return [question, {"role": "assistant", "content": page.response}]

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from bessemer.data import models
 from bessemer.data.foreign_tokenizer import ForeignTokenizer, load_tokenizer
+from bessemer.data.local import HUB
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
@@ -22,7 +23,7 @@ from bessemer.model.transformer import Transformer
 from bessemer.recipe.settings import StageSettings
 from bessemer.recipe.stage import Stage, StageContext, register
 
-PACKAGE, HUB = "package:", "hf://"
+PACKAGE = "package:"
 FILES = ["*.json", "*.safetensors", "*.jinja"]
 """What is taken from the hub: weights, configuration, tokenizer; no code and no pickles."""
 

@@ -14,13 +14,13 @@ from typing import Any, Literal
 from pydantic import Field
 
 from bessemer import tasks
-from bessemer.data.chat import question_ids
+from bessemer.data.chat import exchange, question_ids
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
-from bessemer.recipe import modelling
+from bessemer.recipe import conversations, modelling
 from bessemer.recipe.disk import write_atomic
 from bessemer.recipe.settings import StageSettings
-from bessemer.recipe.stage import CONVERSATIONS, Stage, StageContext, register
+from bessemer.recipe.stage import Stage, StageContext, register
 from bessemer.recipe.values import Tokens
 from bessemer.rl import rollout
 from bessemer.tasks.answer import parse_reply
@@ -36,7 +36,6 @@ LOT = 64
 @register
 class Reject(Stage):
     kind = "reject"
-    conversations = CONVERSATIONS
 
     class Settings(StageSettings):
         tasks: list[str]
@@ -70,6 +69,9 @@ class Reject(Stage):
         for name in settings.tasks:
             tasks.get(name)
         return {}
+
+    def leaves_conversations(self, settings: Settings) -> bool:
+        return True
 
     def estimate(self, settings: Settings, recipe: Any) -> float:
         return modelling.decode_seconds(recipe, settings.problems * settings.samples * settings.max_new_tokens)
@@ -116,7 +118,7 @@ class Reject(Stage):
             lot = json.loads(path.read_text())
             dropped.update(lot["dropped"])
             for messages in lot["kept"]:
-                line = _line(messages)
+                line = conversations.line(messages)
                 dropped["duplicate"] += line in kept
                 kept[line] = None
         if not kept:
@@ -125,16 +127,12 @@ class Reject(Stage):
                 f'stage "{ctx.name}": none of {settings.problems * settings.samples} answers was kept ({told}). Start '
                 "from a better model, take more samples, or loosen consistency and repeated"
             )
-        others = [_line(messages) for messages in _others(settings, ctx.seed)]
-        write_atomic(ctx.dir / self.conversations, "".join(line + "\n" for line in [*kept, *others]))
+        others = [conversations.line(messages) for messages in _others(settings, ctx.seed)]
+        conversations.write(ctx.dir, [*kept, *others])
         counts = {"kept": len(kept), "others": len(others)}
         counts |= {name: count for name, count in dropped.most_common() if count}
         ctx.metrics.write(settings.problems, 0, {f"reject/{name}": count for name, count in counts.items()})
         return counts
-
-
-def _line(messages: list[dict[str, str]]) -> str:
-    return json.dumps({"messages": messages}, ensure_ascii=False)
 
 
 def _others(settings: Reject.Settings, seed: int) -> Iterator[list[dict[str, str]]]:
@@ -157,8 +155,7 @@ def select(groups: list[list[rollout.Sampled]], settings: Reject.Settings) -> tu
                 dropped[reason] += 1
                 continue
             taken.append(content)
-            question = {"role": "user", "content": row.problem.prompt}
-            kept.append([question, {"role": "assistant", "content": content}])
+            kept.append(exchange(row.problem.prompt, content))
     return kept, dict(dropped)
 
 

@@ -16,7 +16,7 @@ from bessemer.recipe import modelling
 from bessemer.recipe.policy.leave import What
 from bessemer.recipe.policy.loop import Loop
 from bessemer.recipe.settings import StageRef, StageSettings
-from bessemer.recipe.stage import CONVERSATIONS, Stage, StageContext, register
+from bessemer.recipe.stage import Stage, StageContext, register
 from bessemer.recipe.values import Points, Seconds
 from bessemer.rl import rollout
 from bessemer.rl.preference import RewardModel
@@ -26,7 +26,6 @@ from bessemer.rl.reward import Judge
 @register
 class RL(Stage):
     kind = "rl"
-    conversations = CONVERSATIONS
 
     class Settings(StageSettings):
         free = frozenset({"save_seconds", "micro_tokens"})
@@ -147,6 +146,9 @@ class RL(Stage):
                 "updates; change updates_per_rollout or samples"
             )
         return {}
+
+    def leaves_conversations(self, settings: Settings) -> bool:
+        return settings.leaves != "nothing"
 
     def estimate(self, settings: Settings, recipe: Any) -> float:
         samples = settings.rollouts * settings.prompts_per_rollout * settings.samples

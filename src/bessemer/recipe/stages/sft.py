@@ -19,7 +19,7 @@ from bessemer.data.document import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
-from bessemer.recipe import modelling
+from bessemer.recipe import conversations, modelling
 from bessemer.recipe.settings import StageRef, StageSettings
 from bessemer.recipe.stage import Stage, StageContext, find_kind, register
 from bessemer.recipe.values import Seconds
@@ -74,7 +74,13 @@ class SFT(Stage):
     def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
         if not settings.data and not settings.samples:
             raise UserError(f'stage "{settings.name}": nothing to train on; give data = [...] or samples = [...]')
-        return {"samples": [_file_of(recipe.stage(name)) for name in settings.samples]}
+        for stage in map(recipe.stage, settings.samples):
+            if not find_kind(stage.kind, stage.name)().leaves_conversations(stage):
+                raise UserError(
+                    f'stage "{stage.name}" (kind {stage.kind}) leaves no conversations; a stage of kind reject '
+                    'does, and one of kind rl with leaves = "correct"'
+                )
+        return {}
 
     def shown(self, settings: Settings, recipe: Any, folder: Path, cache: Path) -> Iterator[Any]:
         """The conversations it was given; those of earlier stages are theirs to show."""
@@ -107,18 +113,8 @@ class SFT(Stage):
         return {"steps": trainer.step, **{key: facts[key] for key in ("samples", "too_long", "answer_tokens")}}
 
 
-def _file_of(stage: StageSettings) -> str:
-    """The conversations that an earlier stage leaves; UserError if it makes none."""
-    found = find_kind(stage.kind, stage.name).conversations
-    if found is None:
-        raise UserError(f'stage "{stage.name}" (kind {stage.kind}) makes no conversations; a stage of kind reject does')
-    if getattr(stage, "leaves", "all") == "nothing":
-        raise UserError(f'stage "{stage.name}" (kind {stage.kind}) leaves no conversations; set leaves = "all" there')
-    return found
-
-
 def _conversations(settings: SFT.Settings, ctx: StageContext) -> Iterator[Document]:
-    made = [ctx.inputs[name] / _file_of(ctx.recipe.stage(name)) for name in settings.samples]
+    made = [ctx.inputs[name] / conversations.FILE for name in settings.samples]
     specs = [*settings.data, *map(str, made)]
     return itertools.chain.from_iterable(sources.documents(spec, ctx.cache, domain=spec) for spec in specs)
 
