@@ -122,14 +122,18 @@ class Model: pass
 model, workers = Model(), Workers(3)
 found = list(workers.map(pid, range(3)))
 model.workers, workers.model = workers, model
+pipes, late = [helper._pipe for helper in workers._helpers], [model]
+del model, workers
+gc.collect()  # what only `late` leads to is put behind the pipes in the order of finalising
+del pipes
 sys.unraisablehook = lambda unraisable: print("unraisable", unraisable.exc_value)
 pids = [one for one in found if one != os.getpid()]
 if os.fork() == 0:  # garbage of a fork is not its own
-    del model, workers; gc.collect(); os._exit(0)
+    del late; gc.collect(); os._exit(0)
 os.wait()
 time.sleep(0.3)  # a kill takes its time
 print("alive" if all(map(runs, pids)) else "killed by a fork")
-del model, workers
+del late
 gc.collect()
 print("left" if any(map(runs, pids)) else "ended")
 """

@@ -58,7 +58,7 @@ class Workers:
         self._known: list[Callable[[Any], Any]] = []
         self._helpers: list[_Helper] = []
         # Not __del__: in a cycle of garbage the pipes may be finalised before it, and would be closed a second time.
-        weakref.finalize(self, _end_all, self._helpers, os.getpid())
+        weakref.finalize(self, _end_all, self._helpers)
 
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Moves the storage of these tensors, and with it every view, to where helpers see later changes.
@@ -103,7 +103,7 @@ class Workers:
 
     def stop(self) -> None:
         """Ends the helpers; the next `map` makes new ones."""
-        _end_all(self._helpers, os.getpid())
+        _end_all(self._helpers)
 
     def _ready(self, work: Callable[[Any], Any]) -> int:
         if work not in self._known:
@@ -121,11 +121,10 @@ class Workers:
         self.n = 1
 
 
-def _end_all(helpers: list[_Helper], owner: int) -> None:
-    """Ends them and forgets them, in the process that forked them: a fork of it has only a copy of the list."""
-    if os.getpid() == owner:
-        while helpers:
-            helpers.pop().end()
+def _end_all(helpers: list[_Helper]) -> None:
+    """Ends and forgets them."""
+    while helpers:
+        helpers.pop().end()
 
 
 class _Helper:
@@ -133,6 +132,7 @@ class _Helper:
 
     def __init__(self, number: int, known: list[Callable[[Any], Any]], older: list[_Helper]):
         self._pipe, theirs = Pipe()
+        self._parent = os.getpid()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else its fork handler prints a warning
         with warnings.catch_warnings():
             # Forking a process with threads is safe here: the child runs single-core torch operations and nothing else.
@@ -164,7 +164,7 @@ class _Helper:
 
     def end(self) -> None:
         self._pipe.close()
-        if self.pid:
+        if self.pid and os.getpid() == self._parent:  # a fork of the parent has a copy of this, no child
             with suppress(ProcessLookupError, ChildProcessError):
                 os.kill(self.pid, signal.SIGKILL)  # it holds nothing worth an orderly end
                 os.waitpid(self.pid, 0)
