@@ -32,17 +32,13 @@ class Donor:
 
         `inputs` maps the stages it reads to the digests of their output.
         """
-        source = next((path for _, theirs, path in stage_folders(self.root) if theirs == name), None)
-        begun, done = (
-            None if source is None else record.read_json(source / file) for file in ("stage.json", "done.json")
-        )
-        if source is None or begun is None or done is None or begun.get("fingerprint") != fingerprint:
-            return None
-        if begun.get("inputs") != inputs or record.damage(source, done):
+        source = {theirs: path for _, theirs, path in stage_folders(self.root)}.get(name)
+        done = source and record.read_json(source / "done.json")
+        if not done or (done["fingerprint"], done["inputs"]) != (fingerprint, inputs) or record.damage(source, done):
             return None
         fresh = folder.with_name(f"{folder.name}.tmp-reuse")  # left by a kill, it is in nobody's way
         shutil.rmtree(fresh, ignore_errors=True)
-        shutil.copytree(source, fresh, ignore=shutil.ignore_patterns("state"))
+        shutil.copytree(source, fresh, ignore=lambda at, names: ["state"] if Path(at) == source else [])
         metrics.rewind(name, -1)
         for line in read_lines(self.root / "metrics.jsonl"):
             if line.get("stage") == name:

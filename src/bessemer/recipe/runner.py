@@ -10,6 +10,7 @@ The first SIGINT or SIGTERM lets the stage save and stop; the second kills.
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -131,7 +132,7 @@ def _set_aside_stale(plan: list[_Planned], rundir: RunDir, metrics: Metrics, pro
 
 
 def _is_temporary(path: Path) -> bool:
-    """Left by `write_atomic` in a process that was killed; the lock says that nobody is writing it now."""
+    """Left by `write_atomic` or `reuse` in a process that was killed; the lock says that nobody is writing it now."""
     return ".tmp-" in path.name
 
 
@@ -151,10 +152,11 @@ def _run_all(
         done = _finished(item, inputs, rundir, metrics, progress)
         how = "already done"
         if done is None and donor is not None and not item.folder.exists():
-            fingerprint = record.digest(item.identity)
-            done, how = donor.give(item.folder, item.name, fingerprint, inputs, metrics), f"taken from {donor.root}"
+            done = donor.give(item.folder, item.name, record.digest(item.identity), inputs, metrics)
+            how = f"taken from {donor.root}"
         status = "skipped" if done else "done"
         if done is None:
+            how = "done"
             if stop:
                 raise Interrupted(_how_to_go_on(recipe, rundir.root, item.name, "before"))
             ctx = StageContext(
@@ -165,7 +167,6 @@ def _run_all(
             done = _run_one(item, ctx, inputs, rundir.root)
         digests[item.name] = done["digest"]
         progress.end(item.name, done["seconds"])
-        how = how if status == "skipped" else "done"
         progress.say(f"{item.name}: {how} ({show_seconds(done['seconds'])}) {_facts(done['summary'])}".rstrip())
         kind, seconds, summary = item.settings.kind, done["seconds"], done["summary"]
         results.append(StageResult(item.name, kind, status, seconds, summary, item.folder))
@@ -198,7 +199,7 @@ def _run_one(item: _Planned, ctx: StageContext, inputs: dict[str, str], root: Pa
     with explained(item.folder):
         ctx.dir.mkdir(exist_ok=True)
         for leftover in filter(_is_temporary, [*ctx.dir.iterdir(), *root.iterdir()]):
-            leftover.unlink()
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         record.write_begun(ctx.dir, item.identity, inputs)
         ctx.spent = (record.read_json(ctx.dir / "wall.json") or {}).get("seconds", 0.0)
         if not (ctx.dir / "state").exists():
