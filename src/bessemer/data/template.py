@@ -7,9 +7,8 @@ renders it with, so the text is the one the model was trained on.
 import json
 from collections.abc import Sequence
 
+from bessemer.data.chat import Message
 from bessemer.errors import UserError
-
-Message = dict[str, str]
 
 
 class Template:
