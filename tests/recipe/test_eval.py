@@ -8,10 +8,10 @@ import stages_run
 
 import bessemer
 from bessemer import tasks
-from bessemer.data.chat import question_ids
+from bessemer.data.chat import exchange, question_ids
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
-from bessemer.recipe import contamination, evaluate, lineage, scoring
+from bessemer.recipe import contamination, conversations, evaluate, lineage, scoring
 from bessemer.recipe.schema import Recipe
 from bessemer.recipe.settings import StageSettings
 from bessemer.recipe.stage import Stage, find_kind
@@ -179,10 +179,11 @@ def test_rl_and_rejection_show_what_they_asked(tmp_path):
 def test_a_stage_shows_the_conversations_it_leaves(tmp_path):
     class Talk(Stage):
         kind = "talk"
-        conversations = "made.jsonl"
 
-    lines = [[{"role": "user", "content": "小?"}, {"role": "assistant", "content": "大"}]]
-    (tmp_path / "made.jsonl").write_text("".join(json.dumps({"messages": line}) + "\n" for line in lines))
+        def leaves_conversations(self, settings):
+            return True
+
+    conversations.write(tmp_path, [conversations.line(exchange("小?", "大"))])
     assert list(Talk().shown(StageSettings(kind="talk"), None, tmp_path, tmp_path)) == ["小?\n大"]
     assert list(Stage().shown(StageSettings(kind="x"), None, tmp_path, tmp_path)) == []
 
