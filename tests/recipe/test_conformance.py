@@ -105,3 +105,9 @@ def test_a_recipe_without_a_stage_says_so():
     found = {row["item"]: (row["here"], row["on"]) for row in rows(recipe)}
     assert found["GRPO groups"] == found["Sequence-wise balance loss"] == ("no such stage", False)
     assert found["Packing without cross-document mask"] == ("rows of 256", True)
+
+
+def test_of_an_imported_model_nothing_of_ours_is_claimed():
+    found = rows(Recipe.load(ROOT / "recipes" / "smollm2.toml"))
+    ours = [row for row in found if row["section"].startswith("V3 2") and row["here"] != "no such stage"]
+    assert len(ours) > 4 and {(row["here"], row["on"]) for row in ours} == {("the imported model's own", False)}

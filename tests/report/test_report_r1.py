@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import fake_r1
 import fake_run
@@ -58,13 +59,37 @@ def test_the_stage_table(text):
 
 
 def test_the_stage_table_on_a_terminal(root):
-    lines = card.table(root).split("\n")
+    main, beside = card.table(root).split("\n\n")
+    lines = main.split("\n")
     assert lines[0] == "held-out problems: 100 a task, 16 samples each at temperature 1"
     assert lines[1].split() == MAIN
     assert lines[2].startswith("search: countdown en, pass@1 %") and lines[2].split()[-3:] == ["74.0", "49.0", "31.0"]
     assert lines[3].split()[-3:] == ["68-80", "43-55", "25-37"]
     assert len({len(line) for line in lines[1:]}) == 1  # columns stand under their names
     assert stagetable.text([]) == ""
+    told, _, heads, *_ = beside.split("\n")
+    assert (
+        told
+        == "controls of zero: coin is paid by a coin, form is paid for the form alone, copied is SFT on the same tokens"
+    )
+    assert heads.split() == ["pretrain", "zero", "coin", "form", "copied"]
+
+
+def test_a_control_stands_beside_one_stage_only(root):
+    """Another stage paid by the task from the same model would have the same controls."""
+    found = read(root)
+    zero = next(stage for stage in found.stages if stage.name == "zero")
+    twin = replace(zero, name="zero-language")
+    found.stages.insert(found.stages.index(zero) + 1, twin)
+    (trial,) = controls.trials(found)
+    assert trial.main.name == "zero" and [stage.name for stage, _ in trial.arms] == ["coin", "form", "copied"]
+
+
+def test_the_head_names_models_from_elsewhere(root):
+    imported = {"kind": "import", "model": "package:smollm2-135m"}
+    both = {"model": {"preset": "tiny"}, "stage": [imported, {"kind": "pretrain"}]}
+    assert card._origin(both) == "DeepSeek-V3 architecture, preset tiny · imported: package:smollm2-135m"
+    assert card._origin(both | {"stage": [imported]}) == "imported: package:smollm2-135m"
 
 
 def test_what_is_not_there_is_left_out():

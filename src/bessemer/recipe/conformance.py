@@ -129,7 +129,7 @@ ITEMS: tuple[Item, ...] = (
     Item("No token dropping", "V3 2.1.2", "none dropped", _model(lambda m: "none dropped"),
          "model/moe.py", "model/test_model_gate.py"),
     Item("Multi-token prediction", "V3 2.2", "depth 1, lambda 0.3 then 0.1",
-         lambda f: (f"depth {f.model.n_mtp}" + (
+         lambda f: IMPORTED if f.imported() else (f"depth {f.model.n_mtp}" + (
              f", lambda {_points(f.stage('pretrain').mtp_lambda)}" if f.stage("pretrain") else ""), f.model.n_mtp > 0),
          "model/mtp.py", "model/test_hub_mtp.py"),
     Item("AdamW, FP32 masters", "V3 4.2, 3.3.2", "0.9 / 0.95, decay 0.1, clip 1.0",

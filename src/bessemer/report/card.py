@@ -42,8 +42,9 @@ def write(root: Path) -> Path:
 
 
 def table(root: Path) -> str:
-    """The stage table of the run in `root` for a terminal; "" when no model was evaluated."""
-    return stagetable.text(controls.main_line(read(root)))
+    """The stage table of the run in `root` for a terminal, then its controls; "" when no model was evaluated."""
+    facts = read(root)
+    return "\n\n".join(filter(None, (stagetable.text(controls.main_line(facts)), controls.text(facts))))
 
 
 def render(facts: RunFacts) -> str:
@@ -66,10 +67,8 @@ def render(facts: RunFacts) -> str:
 
 def _head(facts: RunFacts, name: str) -> str:
     recipe = facts.recipe
-    model = recipe.get("model", {})
-    changed = ", ".join(f"{key} {value}" for key, value in model.items() if key != "preset")
     words = [
-        f"DeepSeek-V3 architecture, preset {model.get('preset', '?')}" + (f" ({changed})" if changed else ""),
+        _origin(recipe),
         " → ".join(stage.name for stage in facts.stages) or "no stage has begun",
         f"seed {recipe.get('seed', 0)}",
     ]
@@ -85,6 +84,17 @@ def _head(facts: RunFacts, name: str) -> str:
 
 def _finished(facts: RunFacts, name: Any) -> bool:
     return any(stage.name == name and stage.finished for stage in facts.stages)
+
+
+def _origin(recipe: dict[str, Any]) -> str:
+    """What the models of a recipe are: brought in from elsewhere, or of our architecture."""
+    model, stages = recipe.get("model", {}), recipe.get("stage", [])
+    words = [f"imported: {table['model']}" for table in stages if table.get("kind") == "import" and "model" in table]
+    if not words or any(table.get("kind") == "pretrain" for table in stages):
+        changed = ", ".join(f"{key} {value}" for key, value in model.items() if key != "preset")
+        named = f"DeepSeek-V3 architecture, preset {model.get('preset', '?')}"
+        words.insert(0, named + (f" ({changed})" if changed else ""))
+    return " · ".join(words)
 
 
 def _tiles(facts: RunFacts) -> str:

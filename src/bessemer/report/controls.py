@@ -4,7 +4,7 @@ A control of an RL stage starts from the same model on the same tasks, and is
     paid by a coin           reward = "random"
     paid for the form alone  reward = "format"
     not paid at all          kind sft, on the very samples that the RL stage itself left
-Whatever a control gains too was not learnt from the task.
+Whatever a control gains too was not learnt from the task. A control that fits several stages is shown beside the first.
 """
 
 from dataclasses import dataclass
@@ -27,10 +27,13 @@ class Trial:
 
 
 def trials(facts: RunFacts) -> list[Trial]:
-    found = []
+    found: list[Trial] = []
+    taken: set[str] = set()
     for main in facts.stages:
         if main.kind == "rl" and _reward(main) == "task":
-            arms = [(stage, words) for stage in facts.stages if (words := _apart(stage, main))]
+            free = [stage for stage in facts.stages if stage.name not in taken]
+            arms = [(stage, words) for stage in free if (words := _apart(stage, main))]
+            taken |= {stage.name for stage, _ in arms}
             if arms:
                 found.append(Trial(main, tuple(arms)))
     return found
@@ -67,21 +70,35 @@ def html(facts: RunFacts) -> str:
     return "\n".join(_trial(facts, trial) for trial in trials(facts))
 
 
-def _trial(facts: RunFacts, trial: Trial) -> str:
+def text(facts: RunFacts) -> str:
+    """The tables of all trials for a terminal; "" without controls."""
+    tables = ((trial, stagetable.text(_rows(facts, trial))) for trial in trials(facts))
+    return "\n\n".join(f"controls of {trial.main.name}: {_told(trial)}\n{table}" for trial, table in tables if table)
+
+
+def _told(trial: Trial) -> str:
+    return ", ".join(f"{stage.name} is {words}" for stage, words in trial.arms)
+
+
+def _rows(facts: RunFacts, trial: Trial) -> list[Row]:
+    """Evaluations of where a trial starts from, of its stage and of its controls, in this order."""
     names = [trial.main.source, trial.main.name, *(stage.name for stage, _ in trial.arms)]
+    rows = [row for row in facts.evaluations if str(row.get("model", "")) in names]
+    return sorted(rows, key=lambda row: names.index(str(row["model"])))
+
+
+def _trial(facts: RunFacts, trial: Trial) -> str:
     told = "".join(
         f"<li><b>{page.text(stage.name)}</b> {page.text(words)}</li>"
         for stage, words in [(trial.main, "paid by the task"), *trial.arms]
     )
-    rows = [row for row in facts.evaluations if str(row.get("model", "")) in names]
-    rows.sort(key=lambda row: names.index(str(row["model"])))
     stages = [trial.main, *(stage for stage, _ in trial.arms)]
     drawn = "".join(curves.compared(stages, metric, _title(metric)) for metric in COMPARED)
     return (
         f'<h3>{page.text(trial.main.name)} <span class="unit">from {page.text(trial.main.source)}</span></h3>'
         f'<ul class="arms">{told}</ul>'
         + (f'<div class="charts">{drawn}</div>' if drawn else "")
-        + stagetable.html(facts, rows)
+        + stagetable.html(facts, _rows(facts, trial))
     )
 
 
