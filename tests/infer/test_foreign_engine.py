@@ -151,7 +151,8 @@ def test_a_conversation_is_asked_in_the_models_own_template(engine, tokenizer):
 
 def test_rows_that_leave_take_their_slots_along():
     """The cache alone: after rows left and others grew, every live row still has its own keys."""
-    cache = foreign_cache.SlotCache(1, 4)
+    cache = foreign_cache.SlotCache(1)
+    cache.rows = 4
     (layer,) = cache.layers
     states = torch.arange(4.0)[:, None, None, None].expand(4, 2, 3, 5).clone()
     layer.update(states, states + 10)

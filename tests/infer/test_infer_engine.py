@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from bessemer.errors import UserError
+from bessemer.infer import batch, reference
 from bessemer.infer import engine as engine_module
-from bessemer.infer import loop, reference
+from bessemer.infer import prefill as prefill_module
 from bessemer.infer.engine import Engine
+from bessemer.infer.request import Request
 
 
 def tokens(results):
@@ -125,21 +127,23 @@ def test_text_prompts_begin_with_bos(engine, tokenizer):
 
 def test_one_prefill_per_distinct_prompt(engine, prompts, monkeypatch):
     seen = []
-    inner = loop.prefill
-    monkeypatch.setattr(loop, "prefill", lambda m, t, *rest: seen.append(t.numel()) or inner(m, t, *rest))
+    inner = prefill_module.prefill
+    monkeypatch.setattr(
+        prefill_module, "prefill", lambda m, c, parts, t: seen.append([p.end for p in parts]) or inner(m, c, parts, t)
+    )
     one = tokens(engine.generate([prompts[5], prompts[6], prompts[5]], samples=5, max_new_tokens=3))
-    assert sum(seen) == 2 * len(prompts[6])  # two prompts, padded to the longer
+    assert seen == [[len(prompts[5]), len(prompts[6])]]
     seen.clear()
-    monkeypatch.setattr(loop, "PREFILL_TOKENS", 20)
+    monkeypatch.setattr(prefill_module, "PREFILL_TOKENS", 20)
     assert tokens(engine.generate([prompts[5], prompts[6], prompts[5]], samples=5, max_new_tokens=3)) == one
-    assert seen == [len(prompts[5]), len(prompts[6])]
+    assert seen == [[len(prompts[5])], [len(prompts[6])]]
 
 
 def test_finished_rows_leave_the_batch(engine, prompts, monkeypatch):
     seen = []
-    inner = loop.step
+    inner = batch.step
     monkeypatch.setattr(
-        loop, "step", lambda m, t, p, c, *rest: seen.append((len(t), c.rows)) or inner(m, t, p, c, *rest)
+        batch, "step", lambda m, t, p, c, *rest: seen.append((len(t), c.rows)) or inner(m, t, p, c, *rest)
     )
     found = engine.generate(prompts, samples=8, max_new_tokens=30, stop_ids=list(range(3, 20)))
     lengths = [len(c.tokens) for group in found for c in group]
@@ -228,13 +232,13 @@ def test_a_tokenizer_larger_than_the_model_is_refused(engine, tokenizer):
 
 
 def test_broken_weights_name_the_step(engine, prompts, monkeypatch):
-    inner = loop.step
+    inner = batch.step
 
     def overflow(model, token, position, cache, trace):
         logits = inner(model, token, position, cache, trace)
         return logits.index_fill(0, torch.tensor([1]), float("nan")) if int(position.min()) == 7 else logits
 
-    monkeypatch.setattr(loop, "step", overflow)
+    monkeypatch.setattr(batch, "step", overflow)
     with pytest.raises(UserError, match=r"not finite for 1 of 3 rows at generated token 4"):
         engine.generate([prompts[2]], samples=3, max_new_tokens=9, stop_ids=[])
     with torch.no_grad():
@@ -244,6 +248,6 @@ def test_broken_weights_name_the_step(engine, prompts, monkeypatch):
 
 
 def test_prompts_stay_whole_where_they_fit(engine):
-    rows = engine._rows([(3,), (4,), (5,)], 4, 0, None)
-    assert [len(batch) for batch in engine_module._batches(rows, 10)] == [8, 4]
-    assert [len(batch) for batch in engine_module._batches(rows, 3)] == [3, 1, 3, 1, 3, 1]
+    samples = engine._samples([(3,), (4,), (5,)], 4, 0, None, Request)
+    assert [len(part) for part in engine_module._batches(samples, 10)] == [8, 4]
+    assert [len(part) for part in engine_module._batches(samples, 3)] == [3, 1, 3, 1, 3, 1]

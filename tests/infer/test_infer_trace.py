@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bessemer.errors import UserError
-from bessemer.infer import loop
+from bessemer.infer import prefill
 from bessemer.infer.engine import Engine
 from bessemer.model.transformer import Transformer
 from bessemer.workers import Workers
@@ -53,7 +53,7 @@ def test_records_do_not_depend_on_batches_or_processes(engine, prompts, monkeypa
     expected = records(engine.generate(prompts, record_routing=True, **OPTIONS))
     apart = records(Engine(engine.model, engine.tokenizer, Workers(2)).generate(
         prompts, record_routing=True, batch_rows=4, **OPTIONS))  # fmt: skip
-    monkeypatch.setattr(loop, "PREFILL_TOKENS", 20)
+    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 20)
     alone = records(engine.generate(prompts, record_routing=True, **OPTIONS))
     for found in (apart, alone):
         assert [record.shape for record in found] == [record.shape for record in expected]

@@ -19,6 +19,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
 from bessemer.infer.generate import load_engine
+from bessemer.infer.row import think_ids
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends an answer"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -149,14 +150,6 @@ class Screen:
     def _style(self, thinking: bool) -> None:
         if self.dim:
             self.show(DIM if thinking else PLAIN)
-
-
-def think_ids(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
-    """The ids of <think> and </think>; None for a model that never learned to think."""
-    try:
-        return tokenizer.think_id, tokenizer.think_end_id
-    except UserError:
-        return None, None
 
 
 def template_style(tokenizer: Tokenizer) -> str | None:

@@ -19,10 +19,15 @@ from torch import Tensor
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.infer import loop
+from bessemer.infer.batch import Batch, not_finite
+from bessemer.infer.decode import new_cache
+from bessemer.infer.prefill import take_in
+from bessemer.infer.request import Request
+from bessemer.infer.row import Row
 from bessemer.infer.sampling import Sampling, stream_key
+from bessemer.infer.speculate import check_drafts
 from bessemer.infer.stop import StopStrings, check_strings, cut
-from bessemer.infer.trace import Trace
+from bessemer.infer.trace import Record, Trace
 from bessemer.model.transformer import Transformer
 from bessemer.workers import Workers
 
@@ -50,27 +55,24 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class _Row:
+class _Sample:
     """One sample to be generated."""
 
     prompt: int
     """Index into the caller's prompts."""
     sample: int
-    ids: tuple[int, ...]
-    key: int
+    request: Request
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One batch with how to sample it."""
+    """Samples that are generated together."""
 
-    rows: list[_Row]
-    max_new_tokens: int
-    sampling: Sampling
-    stop_ids: Sequence[int]
-    stop_strings: list[str]
+    samples: list[_Sample]
+    strings: list[str]
     on_tokens: OnTokens | None
     record_routing: bool
+    drafts: int
 
 
 class Engine:
@@ -97,6 +99,7 @@ class Engine:
         top_p: float = 1.0,
         top_k: int = 0,
         min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
         stop_ids: Sequence[int] | None = None,
         stop_strings: Sequence[str] | None = None,
@@ -104,6 +107,7 @@ class Engine:
         seeds: Sequence[int] | None = None,
         on_tokens: OnTokens | None = None,
         record_routing: bool = False,
+        drafts: int = 0,
     ) -> list[list[Completion]]:
         """`samples` completions of each prompt, in order.
 
@@ -114,25 +118,32 @@ class Engine:
         function of (seeds[p], k).
         on_tokens is called after each step with (prompt index, sample, token) of every row that is still running.
         record_routing fills `Completion.routing`; it changes nothing else.
+        drafts: so many tokens are guessed by the MTP module each turn (`speculate`). Greedy answers stay the same;
+        sampled ones are drawn from the same distribution by other numbers. Worth it for few rows.
         """
-        sampling = Sampling(temperature, top_p, top_k, min_p)
+        sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
         for name, value in (("samples", samples), ("max_new_tokens", max_new_tokens), ("batch_rows", batch_rows)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} must be a whole number of at least 1, is {value!r}")
         if record_routing and all(layer.dense for layer in self.model.layers):
             raise UserError("record_routing: no layer of this model has routed experts; leave it off")
+        if check_drafts(self.model, drafts) and record_routing:
+            raise UserError("record_routing and drafts do not go together; leave one of them off")
         strings = check_strings(stop_strings)
-        stop_ids = list(self.tokenizer.stop_ids if stop_ids is None else stop_ids)
-        rows = self._rows(self._encode(prompts), samples, seed, seeds)
+        stop_ids = tuple(self.tokenizer.stop_ids if stop_ids is None else stop_ids)
+        longest = self.model.cfg.max_seq_len
+
+        def request(ids: tuple[int, ...], key: int) -> Request:
+            room = min(max_new_tokens, longest - len(ids))
+            return Request(ids, key, room, sampling, stop_ids, tuple(strings))
+
+        wanted = self._samples(self._encode(prompts), samples, seed, seeds, request)
         results: list[list[Completion | None]] = [[None] * samples for _ in prompts]
         side_by_side = self.workers.map if on_tokens is None else map
-        calls = (
-            _Call(batch, max_new_tokens, sampling, stop_ids, strings, on_tokens, record_routing)
-            for batch in _batches(rows, batch_rows)
-        )
-        for batch, written in side_by_side(self._run, calls):
-            for i, row in enumerate(batch):
-                results[row.prompt][row.sample] = self._completion(row, written, i, strings)
+        calls = (_Call(part, strings, on_tokens, record_routing, drafts) for part in _batches(wanted, batch_rows))
+        for part, completions in side_by_side(self._run, calls):
+            for sample, completion in zip(part, completions, strict=True):
+                results[sample.prompt][sample.sample] = completion
         return results
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
@@ -141,73 +152,94 @@ class Engine:
         texts = iter(self.tokenizer.encode_batch([p for p in prompts if isinstance(p, str)]))
         begin = () if self.tokenizer.bos_id is None else (self.tokenizer.bos_id,)
         found = [(*begin, *next(texts)) if isinstance(p, str) else tuple(int(i) for i in p) for p in prompts]
-        longest, vocab = self.model.cfg.max_seq_len, self.model.cfg.vocab_size
         for number, ids in enumerate(found):
-            if not ids:
-                raise UserError(f"prompt {number} is empty; give at least the tokenizer's bos_id")
-            if len(ids) >= longest:
-                raise UserError(
-                    f"prompt {number} has {len(ids)} tokens; the model's max_seq_len {longest} leaves no room for an "
-                    "answer. Shorten the prompt"
-                )
-            if not 0 <= min(ids) <= max(ids) < vocab:
-                bad = next(i for i in ids if not 0 <= i < vocab)
-                raise UserError(f"prompt {number} holds token id {bad}, outside the model's vocabulary of {vocab}")
+            self.check_prompt(ids, f"prompt {number}")
         return found
 
-    def _rows(self, encoded: list[tuple[int, ...]], samples: int, seed: int, seeds: Sequence[int] | None) -> list[_Row]:
+    def check_prompt(self, ids: Sequence[int], name: str = "the prompt") -> None:
+        """UserError for a prompt that cannot be answered."""
+        longest, vocab = self.model.cfg.max_seq_len, self.model.cfg.vocab_size
+        if not ids:
+            raise UserError(f"{name} is empty; give at least the tokenizer's bos_id")
+        if len(ids) >= longest:
+            raise UserError(
+                f"{name} has {len(ids)} tokens; the model's max_seq_len {longest} leaves no room for an answer. "
+                "Shorten the prompt"
+            )
+        if not 0 <= min(ids) <= max(ids) < vocab:
+            bad = next(i for i in ids if not 0 <= i < vocab)
+            raise UserError(f"{name} holds token id {bad}, outside the model's vocabulary of {vocab}")
+
+    def _samples(
+        self,
+        encoded: list[tuple[int, ...]],
+        samples: int,
+        seed: int,
+        seeds: Sequence[int] | None,
+        request: Callable[[tuple[int, ...], int], Request],
+    ) -> list[_Sample]:
         """All samples, equal prompts side by side and prompts of like length near each other."""
         if seeds is not None and len(seeds) != len(encoded):
             raise UserError(f"seeds has {len(seeds)} entries for {len(encoded)} prompts; give one per prompt")
-        rows, seen = [], {}
+        wanted, seen = [], {}
         for p, ids in enumerate(encoded):
             first = 0 if seeds is not None else seen.get(ids, 0)
             seen[ids] = first + samples
-            name = (seeds[p],) if seeds is not None else (seed, _digest(ids))
-            rows += [_Row(p, k, ids, stream_key(*name, first + k)) for k in range(samples)]
-        return sorted(rows, key=lambda row: (len(row.ids), row.ids))
+            name = (seeds[p],) if seeds is not None else (seed, digest(ids))
+            wanted += [_Sample(p, k, request(ids, stream_key(*name, first + k))) for k in range(samples)]
+        return sorted(wanted, key=lambda sample: (len(sample.request.prompt), sample.request.prompt))
 
-    def _run(self, call: _Call) -> tuple[list[_Row], loop.Written]:
-        batch, on_tokens = call.rows, call.on_tokens
-        prompts = list(dict.fromkeys(row.ids for row in batch))
-        index = {ids: i for i, ids in enumerate(prompts)}
-        device = self.model.embed.weight.device
-        longest = self.model.cfg.max_seq_len
-        emit = None
-        if on_tokens is not None:
-
-            def emit(numbers: list[int], tokens: list[int]) -> None:
-                pairs = zip(numbers, tokens, strict=True)
-                on_tokens([(batch[n].prompt, batch[n].sample, token) for n, token in pairs])
-
-        strings = call.stop_strings
+    def _run(self, call: _Call) -> tuple[list[_Sample], list[Completion]]:
+        stop = StopStrings(self.tokenizer, call.strings) if call.strings else None
+        rows = [Row(sample.request, number, stop) for number, sample in enumerate(call.samples)]
+        by_prompt = {ids: list(same) for ids, same in groupby(rows, key=lambda row: row.request.prompt)}
+        trace, record = (Trace(self.model.cfg), Record()) if call.record_routing else (None, None)
         with evaluating(self.model), torch.inference_mode():
-            written = loop.run(
-                self.model,
-                prompts,
-                prompt_R=[index[row.ids] for row in batch],
-                key_R=[row.key for row in batch],
-                limit_R=[min(call.max_new_tokens, longest - len(row.ids)) for row in batch],
-                sampling=call.sampling,
-                stop_ids=call.stop_ids,
-                stop_strings=StopStrings(self.tokenizer, strings, len(batch), device) if strings else None,
-                vocab=self.tokenizer.vocab_size,
-                emit=emit,
-                trace=Trace(self.model.cfg) if call.record_routing else None,
-            )
-        return batch, written
+            cache = new_cache(self.model, drafts=call.drafts > 0)
+            batch = Batch(self.model, self.tokenizer, cache, trace, call.drafts)
+            prompts = [cache.open(ids) for ids in by_prompt]
+            logits_PV = torch.stack(take_in(self.model, cache, prompts, trace))
+            batch.admit(list(zip(prompts, by_prompt.values(), strict=True)), logits_PV)
+            while batch.rows:
+                token_B = batch.draw()
+                if bad := [row for row in batch.rows if row.finish == "error"]:
+                    raise not_finite(len(bad), len(batch.rows), len(bad[0].tokens) + 1)
+                _tell(call, batch.rows)
+                token_B = batch.retire(token_B)
+                if batch.rows:
+                    batch.advance(token_B)
+                    if record is not None:
+                        record.step([row.number for row in batch.rows], batch.chosen_BLK)
+                    if call.drafts:
+                        _tell(call, batch.rows)
+                        batch.retire()
+        routing = [None] * len(rows)
+        if record is not None:
+            said = {held.ids: torch.cat(held.routing) for held in prompts}
+            routing = record.rows([said[row.request.prompt] for row in rows])
+        return call.samples, [self._completion(*both) for both in zip(rows, routing, strict=True)]
 
-    def _completion(self, row: _Row, written: loop.Written, i: int, strings: list[str]) -> Completion:
-        text = self.tokenizer.decode(written.tokens[i])
+    def _completion(self, row: Row, routing: Tensor | None) -> Completion:
+        text, strings = self.tokenizer.decode(row.tokens), row.request.stop_strings
         return Completion(
-            tokens=written.tokens[i],
+            tokens=row.tokens,
             text=cut(text, strings) if strings else text,
-            logprobs=written.logp[i],
-            raw_logprobs=written.raw_logp[i],
-            finish_reason="stop" if written.stopped[i] else "length",
-            prompt_tokens=len(row.ids),
-            routing=None if written.routing is None else written.routing[i],
+            logprobs=row.logp,
+            raw_logprobs=row.raw_logp,
+            finish_reason="stop" if row.finish == "stop" else "length",
+            prompt_tokens=len(row.request.prompt),
+            routing=routing,
         )
+
+
+def _tell(call: _Call, rows: Sequence[Row]) -> None:
+    """What was written since the last time, to who wants to know."""
+    if call.on_tokens is None:
+        return
+    at = [(call.samples[row.number], row) for row in rows]
+    call.on_tokens([(s.prompt, s.sample, token) for s, row in at for token in row.tokens[row.said :]])
+    for row in rows:
+        row.said = len(row.tokens)
 
 
 @contextmanager
@@ -222,23 +254,23 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _batches(rows: list[_Row], batch_rows: int) -> Iterator[list[_Row]]:
+def _batches(wanted: list[_Sample], batch_rows: int) -> Iterator[list[_Sample]]:
     """Batches of at most batch_rows; the samples of one prompt stay together where they fit into a batch."""
-    batch: list[_Row] = []
-    for _, group in groupby(rows, key=lambda row: row.ids):
+    batch: list[_Sample] = []
+    for _, group in groupby(wanted, key=lambda sample: sample.request.prompt):
         same = list(group)
         if batch and len(batch) + len(same) > batch_rows:
             yield batch
             batch = []
-        for row in same:
+        for sample in same:
             if len(batch) == batch_rows:
                 yield batch
                 batch = []
-            batch.append(row)
+            batch.append(sample)
     if batch:
         yield batch
 
 
-def _digest(ids: tuple[int, ...]) -> int:
+def digest(ids: Sequence[int]) -> int:
     """64 bits of a prompt's ids, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(repr(ids).encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(repr(tuple(ids)).encode(), digest_size=8).digest(), "little")

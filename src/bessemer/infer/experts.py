@@ -16,8 +16,18 @@ from torch import Tensor
 from bessemer.model.layer import Attended, Layer
 
 
+FEW_BYTES = 8 << 20
+"""Weights that are worth copying together to save the sorting of tokens."""
+
+
 def feed_forward(layer: Layer, attended: Attended) -> Tensor:
     """`Layer.feed_forward` with the experts below."""
+    if not layer.dense:
+        experts, chosen_NK = layer.ffn.experts, attended.routing.expert_NK
+        one = experts.w13[0].nbytes + experts.w2[0].nbytes
+        if chosen_NK.numel() < len(experts.w13) and chosen_NK.numel() * one <= FEW_BYTES:
+            few_ND = few_tokens_ffn(attended.u_ND, chosen_NK, attended.routing.weight_NK, experts.w13, experts.w2)
+            return layer.finish(attended, few_ND)
     sent = layer.dispatch(attended)
     if layer.dense:
         routed = layer.experts(sent)
@@ -33,6 +43,15 @@ def expert_ffn(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, 
     h_MH = _grouped(rows_MD, count, w13)
     gate, up = h_MH.chunk(2, -1)
     return _grouped(F.silu(gate).mul_(up).mul_(weight_M[:, None]), count, w2)
+
+
+def few_tokens_ffn(u_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """The weighted sum over its K experts of every token, [N, D], by collecting the matrices of the chosen experts."""
+    (N, K), expert_M = expert_NK.shape, expert_NK.flatten()
+    u_MD1 = u_ND.unsqueeze(1).expand(-1, K, -1).reshape(N * K, -1, 1)
+    gate, up = torch.bmm(w13.index_select(0, expert_M), u_MD1).chunk(2, 1)
+    act_MF1 = F.silu(gate).mul_(up).mul_(weight_NK.reshape(-1, 1, 1))
+    return torch.bmm(w2.index_select(0, expert_M), act_MF1).view(N, K, -1).sum(1)
 
 
 def _grouped(rows_MX: Tensor, count: list[int], w_EYX: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """Prefill and one decoding step of a foreign model: what `decode` does for our network, through transformers.
 
-The loop, the sampling and the random streams are the same for both; only these two functions know the difference.
+The batch, the sampling and the random streams are the same for both; only these functions know the difference.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,15 +15,26 @@ from bessemer.infer.trace import Trace
 from bessemer.model.foreign import CausalLM
 
 
-@decode.prefill.register(CausalLM)
-def prefill(model: CausalLM, tokens_BT: Tensor, length_B: Tensor, trace: Trace | None = None):
-    """(logits after each prompt [B, V], cache). Prompts stand left; causality hides the padding behind them."""
+@decode.new_cache.register(CausalLM)
+def new_cache(model: CausalLM, limit: int | None = None, remember: bool = False, drafts: bool = False):
+    """Keys and values in the place of transformers' own. Prompts are not remembered, and only rows bound its size."""
     from bessemer.infer.foreign_cache import SlotCache
 
-    cache = SlotCache(model.cfg.n_layers, tokens_BT.shape[0])
-    hidden_BTD = model.hidden(tokens_BT, **{model.cache_word: cache})
-    row_B = torch.arange(len(length_B), device=length_B.device)
-    return _logits(model, hidden_BTD[row_B, length_B - 1]), cache
+    return SlotCache(model.cfg.n_layers)
+
+
+@decode.prefill.register(CausalLM)
+def prefill(model: CausalLM, cache, parts: Sequence[decode.Part], trace: Trace | None = None) -> Tensor:
+    """Logits after each prompt, [P, V]. Prompts stand left; causality hides the padding behind them."""
+    assert all(part.whole for part in parts), "a foreign model takes a prompt in whole"
+    device = model.embed.weight.device
+    longest = max(part.end for part in parts)
+    tokens_PT = torch.tensor([[*part.held.ids, *[0] * (longest - part.end)] for part in parts], device=device)
+    fresh = cache.prompts([part.held for part in parts])
+    hidden_PTD = model.hidden(tokens_PT, **{model.cache_word: fresh})
+    row_P = torch.arange(len(parts), device=device)
+    last_P = torch.tensor([part.end - 1 for part in parts], device=device)
+    return _logits(model, hidden_PTD[row_P, last_P])
 
 
 @decode.step.register(CausalLM)

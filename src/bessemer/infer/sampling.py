@@ -16,7 +16,6 @@ Shapes: B rows, V vocabulary, b blocks of w tokens.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +30,11 @@ GOLDEN = 0x9E3779B97F4A7C15
 BLOCK = 64
 """Width w of the blocks that sums and searches over the vocabulary are cut into; running over V twice is slower."""
 SMALLEST_TEMPERATURE = 1e-4
+LARGEST = torch.finfo(torch.float32).max
+BOUNDS = (
+    ("temperature", 0.0, LARGEST), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0),
+    ("repetition_penalty", 0.01, 100.0), ("presence_penalty", -100.0, 100.0), ("frequency_penalty", -100.0, 100.0),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,18 @@ class Sampling:
     """Keep the k most likely tokens; 0 keeps all."""
     min_p: float = 0.0
     """Keep tokens at least this fraction as likely as the most likely one; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of every token that the prompt or the answer holds, and multiplies the others."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that the answer holds."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of a token for each time that the answer holds it."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (("temperature", 0.0, math.inf), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0)):
+        for name, low, high in BOUNDS:
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
-                bound = "at least 0" if high == math.inf else f"between {low:g} and {high:g}"
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                bound = f"at least {low:g}" if high == LARGEST else f"between {low:g} and {high:g}"
                 raise UserError(f"{name} must be a number {bound}, is {value!r}")
         if 0 < self.temperature < SMALLEST_TEMPERATURE:
             raise UserError(f"temperature {self.temperature:g} is too small for float32; 0 takes the most likely token")
@@ -58,6 +68,11 @@ class Sampling:
             raise UserError("top_p 0 keeps no token; use temperature 0 for the most likely token")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
             raise UserError(f"top_k must be a whole number of at least 0 (0 keeps all tokens), is {self.top_k!r}")
+
+    @property
+    def penalised(self) -> bool:
+        """Logits depend on what was written before."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
 class Sampled(NamedTuple):
@@ -88,6 +103,22 @@ def sample(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor, vocab: int 
     if sampling.temperature != 1.0:
         raw_B = _logp(shifted_BV, 1.0, _exp(shifted_BV, 1.0), token_B)
     return Sampled(token_B, logp_B, raw_B)
+
+
+def score(logits_BV: Tensor, temperature: float, token_B: Tensor) -> Sampled:
+    """The figures of tokens that were chosen some other way."""
+    shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
+    raw_B = logp_B = _logp(shifted_BV, 1.0, _exp(shifted_BV, 1.0), token_B)
+    if temperature not in (0.0, 1.0):
+        logp_B = _logp(shifted_BV, temperature, _exp(shifted_BV, temperature), token_B)
+    return Sampled(token_B, logp_B, raw_B)
+
+
+def penalise(logits_BV: Tensor, sampling: Sampling, answer_BV: Tensor, prompt_BV: Tensor) -> Tensor:
+    """Logits after the penalties, a new tensor. answer_BV counts the tokens of the answer, prompt_BV of the prompt."""
+    factor = torch.where(logits_BV > 0, 1.0 / sampling.repetition_penalty, sampling.repetition_penalty)
+    out_BV = torch.where(answer_BV + prompt_BV > 0, logits_BV * factor, logits_BV)
+    return out_BV - sampling.presence_penalty * (answer_BV > 0) - sampling.frequency_penalty * answer_BV
 
 
 def truncate(p_BV: Tensor, sampling: Sampling) -> Tensor:
@@ -136,7 +167,6 @@ def uniform(key_B: Tensor, position_B: Tensor) -> Tensor:
 
 
 _MASK64 = (1 << 64) - 1
-_MAX = torch.finfo(torch.float32).max
 
 
 def _mix_int(x: int) -> int:
@@ -184,7 +214,7 @@ def _first_peak(x_BV: Tensor) -> Tensor:
 
 def _exp(shifted_BV: Tensor, temperature: float) -> Tensor:
     """exp(shifted / temperature). Cut off below e^-87, where float32 numbers turn denormal and exp 50 times slower."""
-    z_BV = shifted_BV.clamp(min=max(-87.0 * temperature, -_MAX))
+    z_BV = shifted_BV.clamp(min=max(-87.0 * temperature, -LARGEST))
     return (z_BV if temperature == 1.0 else z_BV.div_(temperature)).exp_()
 
 

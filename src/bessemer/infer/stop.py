@@ -1,52 +1,45 @@
-"""When a row is finished: stop ids, and stop strings found without decoding every row at every step.
+"""When a row is finished by what it wrote: stop strings, found without decoding every row at every step.
 
-A stop string can only be completed by a token that holds its last byte. A table over the vocabulary says which tokens
-do, so the check of a step is one gather; the few rows it marks are looked at as bytes.
-
-Shapes: B rows, V vocabulary, W tokens of a row's tail.
+A stop string can only be completed by a token that holds its last byte. A set of such tokens, made once per request's
+strings, answers for almost every token; the few that pass are looked at as bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from functools import lru_cache
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 
 
 class StopStrings:
-    """Watches the tails of a batch for any of some strings."""
+    """Some strings that end an answer."""
 
-    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str], rows: int, device: torch.device):
+    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]):
         self.tokenizer = tokenizer
         self.needles = [string.encode() for string in strings]
         last = {needle[-1] for needle in self.needles}
-        pieces = [self._piece(i) for i in range(tokenizer.vocab_size)]
-        self.ends_V = torch.tensor([not last.isdisjoint(piece) for piece in pieces], device=device)
+        self.ends = {i for byte in last for i in _holding(tokenizer, byte)}
         # Every token of an answer is at least one byte, so a needle lies within as many tokens as it has bytes.
-        self.tail_BW = torch.full((rows, max(map(len, self.needles))), -1, device=device)
+        self.width = max(map(len, self.needles))
 
-    def hit(self, token_B: Tensor) -> Tensor:
-        """Takes in one token per row; True where it completed a stop string."""
-        self.tail_BW = torch.cat((self.tail_BW[:, 1:], token_B[:, None]), 1)
-        hit_B = self.ends_V[token_B]
-        rows = hit_B.nonzero().squeeze(-1)
-        found = [self._found(tail) for tail in self.tail_BW[rows].tolist()]
-        hit_B[rows] = torch.tensor(found, dtype=torch.bool, device=rows.device)
-        return hit_B
-
-    def keep(self, source_B: Tensor) -> None:
-        self.tail_BW = self.tail_BW[source_B]
-
-    def _found(self, tail: list[int]) -> bool:
-        text = b"".join(self._piece(i) for i in tail if i >= 0)
+    def hit(self, tokens: Sequence[int]) -> bool:
+        """Whether the last of an answer's tokens completed a stop string."""
+        if tokens[-1] not in self.ends:
+            return False
+        text = b"".join(_piece(self.tokenizer, i) for i in tokens[-self.width :])
         return any(needle in text for needle in self.needles)
 
-    def _piece(self, token_id: int) -> bytes:
-        return b"" if self.tokenizer.is_special(token_id) else self.tokenizer.token_bytes(token_id)
+
+@lru_cache(maxsize=1024)
+def _holding(tokenizer: Tokenizer, byte: int) -> tuple[int, ...]:
+    """The tokens whose bytes hold `byte`."""
+    return tuple(i for i in range(tokenizer.vocab_size) if byte in _piece(tokenizer, i))
+
+
+def _piece(tokenizer: Tokenizer, token_id: int) -> bytes:
+    return b"" if tokenizer.is_special(token_id) else tokenizer.token_bytes(token_id)
 
 
 def cut(text: str, strings: Sequence[str]) -> str:

@@ -1,10 +1,11 @@
-"""Which experts every token chose while a batch was decoded, for a trainer that replays the choice (R3, rl/replay.py).
+"""Which experts every token chose while it went through the network: for a trainer that replays the choice (R3,
+rl/replay.py), for the chat page, for the balancer of expert placement (`loads`).
 
-A record has one entry per token that went through the network: the prompt's, and the sampled ones but for the last,
-which is drawn and never fed. Entry t holds what the token at position t chose in each sparse layer. A prompt is
-recorded once, however many samples continue it.
+The decoder says what was chosen, layer by layer; whoever ran the pass takes the record and knows whose tokens it was
+over. A record has one entry per token that went through the network: the prompt's, and the sampled ones but for the
+last, which is drawn and never fed. A prompt is recorded once, however many samples continue it.
 
-Shapes: R rows (samples) of the batch, B live rows, N tokens of one pass, L sparse layers, K experts per token.
+Shapes: N tokens of one pass, L sparse layers, K experts per token.
 """
 
 from __future__ import annotations
@@ -18,33 +19,37 @@ from bessemer.model.config import ModelConfig
 
 
 class Trace:
-    """The record of one decoding batch: the decoder says what was chosen, the loop after each pass by whom."""
+    """The record of the passes of one decoding batch."""
 
     def __init__(self, cfg: ModelConfig):
         self.dtype = torch.uint8 if cfg.n_routed_experts <= 256 else torch.int16
         self._layers: list[Tensor] = []
-        self._prompts: list[Tensor] = []
-        self._steps: list[tuple[Tensor, Tensor]] = []
 
     def chose(self, expert_NK: Tensor) -> None:
         """The next sparse layer of the pass under way."""
         self._layers.append(expert_NK.to(self.dtype))
 
-    def prompts(self, lengths: Sequence[int]) -> None:
-        """The pass was over prompts of these lengths, one after another."""
-        self._prompts += self._pass().split(list(lengths))
-
-    def step(self, number_B: Tensor) -> None:
-        """The pass was over one token of each of these rows."""
-        self._steps.append((number_B, self._pass()))
-
-    def rows(self, prompt_R: Sequence[int]) -> list[Tensor]:
-        """[tokens fed, L, K] of every row, the prompt's and its own."""
-        number = torch.cat([self._prompts[0].new_empty(0, dtype=torch.int64), *(number for number, _ in self._steps)])
-        chosen = torch.cat([self._prompts[0][:0], *(chosen for _, chosen in self._steps)])
-        own_R = chosen[number.sort(stable=True).indices].split(torch.bincount(number, minlength=len(prompt_R)).tolist())
-        return [torch.cat((self._prompts[p], own)).cpu() for p, own in zip(prompt_R, own_R, strict=True)]
-
-    def _pass(self) -> Tensor:
+    def take(self) -> Tensor:
+        """[N, L, K] of the pass that has just ended."""
         chosen, self._layers = torch.stack(self._layers, 1), []
         return chosen
+
+
+class Record:
+    """What the steps of a batch chose, kept by row until all rows are finished."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[list[int], Tensor]] = []
+
+    def step(self, numbers: list[int], chosen_BLK: Tensor) -> None:
+        """One token of each of these rows went through the network."""
+        self._steps.append((numbers, chosen_BLK))
+
+    def rows(self, prompts: Sequence[Tensor]) -> list[Tensor]:
+        """[tokens fed, L, K] of every row: its prompt's choices, then its own."""
+        empty = prompts[0][:0]
+        number = torch.tensor([n for numbers, _ in self._steps for n in numbers], dtype=torch.int64)
+        chosen = torch.cat([empty, *(chosen for _, chosen in self._steps)])
+        counts = torch.bincount(number, minlength=len(prompts)).tolist()
+        own = chosen[number.sort(stable=True).indices.to(chosen.device)].split(counts)
+        return [torch.cat(both).cpu() for both in zip(prompts, own, strict=True)]
