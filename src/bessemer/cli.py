@@ -38,6 +38,12 @@ class YesNo(StrEnum):
 class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Format(StrEnum):
+    hf = "hf"
+    gguf = "gguf"
 
 
 def main() -> None:
@@ -236,13 +242,24 @@ def chat(
 def convert(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face model directory.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="Where to write the new one.")],
-    mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="Keep the multi-token-prediction layers.")] = True,
+    to: Annotated[Format, typer.Option("--to", help="hf: a directory; gguf: one file for llama.cpp.")] = Format.hf,
+    mtp: Annotated[
+        bool | None, typer.Option("--mtp/--no-mtp", help="Keep the multi-token-prediction layers. Default: hf yes.")
+    ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format. Default: as it is.")] = None,
 ) -> None:
-    """Rewrite a model directory: FP8 to plain, with or without MTP, another dtype."""
-    from bessemer.model.hub import convert as rewrite
+    """Rewrite a model directory: FP8 to plain, with or without MTP, another dtype, or as a GGUF file."""
+    wanted = dtype.value if dtype else None
+    if to is Format.gguf:
+        if mtp:
+            raise UserError("--mtp: a GGUF file of this architecture has no place for MTP layers; leave --mtp out")
+        from bessemer.model.gguf_writer import write
 
-    rewrite(src, dst, mtp=mtp, dtype=dtype.value if dtype else None)
+        write(src, dst, wanted)
+    else:
+        from bessemer.model.hub import convert as rewrite
+
+        rewrite(src, dst, mtp=mtp is not False, dtype=wanted)
     print(dst)
 
 

@@ -68,8 +68,8 @@ def load(
 ) -> Network:  # fmt: skip
     """The model of a directory. dtype: of the matrices (None: as stored, BF16 for FP8); norm gains, gates and routing
     biases are always float32. mtp=False leaves the MTP layers on the disk."""
-    checkpoint, cfg, layout = _open(Path(directory), mtp, kind)
-    model = _allocate(cfg, _dtype(dtype) or checkpoint.stored_dtype(EMBEDDING), device, kind)
+    checkpoint, cfg, layout = open_directory(Path(directory), mtp, kind)
+    model = _allocate(cfg, as_dtype(dtype) or checkpoint.stored_dtype(EMBEDDING), device, kind)
     state = model.state_dict()
     with torch.no_grad():
         for slot in layout:
@@ -77,7 +77,7 @@ def load(
             if not slot.copy:
                 target.copy_(checkpoint.read(slot.key, target.dtype))
             elif slot.key in checkpoint.entries:
-                _compare_copy(checkpoint, slot, target.cpu())
+                compare_copy(checkpoint, slot, target.cpu())
     return model
 
 
@@ -92,7 +92,7 @@ def save(
     further text files by name. Other files of a directory that is replaced stay.
     """
     cfg = model.cfg if mtp else _without_mtp(model.cfg)
-    forced = _dtype(dtype)
+    forced = as_dtype(dtype)
     state = model.state_dict()
     layout = [slot for slot in slots(cfg, type(model)) if slot.key != TIED_HEAD or not cfg.tie_embeddings]
     plan = [Planned(slot.key, _target_dtype(slot, slot.of(state).dtype, forced), slot.shape) for slot in layout]
@@ -100,8 +100,8 @@ def save(
         bos, eos, pad = 0, 1, 2 if isinstance(model, Scorer) else None
         if tokenizer_dir is not None:
             _copy(Path(tokenizer_dir), fresh, TOKENIZER_FILES)
-            bos, eos = _token_id(fresh, "bos_token"), _token_id(fresh, "eos_token")
-            pad = None if pad is None else _token_id(fresh, "pad_token")
+            bos, eos = token_id_of(fresh, "bos_token"), token_id_of(fresh, "eos_token")
+            pad = None if pad is None else token_id_of(fresh, "pad_token")
         write_config(cfg, fresh, dtype=forced or model.embed.weight.dtype, bos=bos, eos=eos, pad=pad)
         for name, text in (files or {}).items():
             (fresh / name).write_text(text, "utf-8")
@@ -118,14 +118,14 @@ def convert(
     is copied.
     """
     src = Path(src)
-    checkpoint, cfg, layout = _open(src, mtp, Transformer)
-    forced = _dtype(dtype)
+    checkpoint, cfg, layout = open_directory(src, mtp, Transformer)
+    forced = as_dtype(dtype)
     main = {slot.name: slot.key for slot in layout if not slot.copy and not slot.index}
     layout = [slot for slot in layout if slot.key != TIED_HEAD or not cfg.tie_embeddings]
     keys = [main[slot.name] if slot.copy else slot.key for slot in layout]
     for slot in slots(cfg):
         if slot.copy and slot.key in checkpoint.entries:
-            _compare_copy(checkpoint, slot, checkpoint.read(main[slot.name]))
+            compare_copy(checkpoint, slot, checkpoint.read(main[slot.name]))
     plan = [
         Planned(slot.key, _target_dtype(slot, checkpoint.stored_dtype(key), forced), slot.shape)
         for slot, key in zip(layout, keys, strict=True)
@@ -139,7 +139,7 @@ def convert(
         verify(fresh, plan, write_tensors(fresh, plan, tensors, max_shard_bytes))
 
 
-def _open(directory: Path, mtp: bool, kind: type[Transformer]) -> tuple[Checkpoint, ModelConfig, list[Slot]]:
+def open_directory(directory: Path, mtp: bool, kind: type[Transformer]) -> tuple[Checkpoint, ModelConfig, list[Slot]]:
     """The checked checkpoint, the config of what will be read from it, and where each tensor goes."""
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; name the folder that holds config.json")
@@ -185,7 +185,7 @@ def _block(values: dict[str, Any], directory: Path) -> int:
     return rows
 
 
-def _compare_copy(checkpoint: Checkpoint, slot: Slot, main: Tensor) -> None:
+def compare_copy(checkpoint: Checkpoint, slot: Slot, main: Tensor) -> None:
     if not torch.equal(checkpoint.read(slot.key, main.dtype), main):
         raise UserError(
             f"{checkpoint.entries[slot.key].file}: tensor {slot.key} differs from the main model's, which it must copy "
@@ -201,7 +201,7 @@ def _target_dtype(slot: Slot, stored: torch.dtype, forced: torch.dtype | None) -
     return torch.float32 if slot.name.endswith("bias_E") else forced or stored
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or dtype in DTYPES.values():
         return dtype
     if dtype not in DTYPES:
@@ -220,7 +220,7 @@ def _copy(source: Path, target: Path, names: Iterable[str]) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _token_id(directory: Path, which: str) -> int:
+def token_id_of(directory: Path, which: str) -> int:
     """Id of bos_token, eos_token or pad_token of the tokenizer in the directory."""
     name = read_json(directory / "tokenizer_config.json").get(which)
     name = name.get("content") if isinstance(name, dict) else name

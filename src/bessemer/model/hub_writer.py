@@ -117,9 +117,9 @@ def replacing(target: Path) -> Iterator[Path]:
         yield fresh
         if target.is_dir():
             _carry_over(target, fresh)
-        _sync_folder(fresh)
+        sync_folder(fresh)
         _swap(fresh, target, old)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise UserError(
             f"cannot write {error.filename or target}: {error.strerror or error}; {target} is as it was. "
@@ -177,7 +177,7 @@ def _sync(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes renames durable; some file systems refuse, and then the rename is all there is."""
     handle = os.open(folder, os.O_RDONLY)
     try:
