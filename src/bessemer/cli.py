@@ -27,6 +27,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or a run: its last finished model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same text.")]
+Drafts = Annotated[int, typer.Option(min=0, max=8, help="Tokens that the MTP module guesses ahead at each step.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
 
 
@@ -206,21 +207,32 @@ def _check_used(what_for: str, wanted: Any, options: dict[str, Any]) -> None:
 @app.command()
 def generate(
     model: Model,
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Texts to go on from.")],
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to go on from.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help='More prompts: one a line, or {"prompt": "..."} a line in a .jsonl file.')
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens each.")] = 128,
     temperature: Temperature = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus; 1 keeps all tokens.")] = 1.0,
+    drafts: Drafts = 0,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Continue texts."""
-    from bessemer.infer.generate import generate_texts
+    from bessemer.infer.generate import generate_texts, read_prompts
     from bessemer.recipe.rundir import model_dir
 
-    texts = generate_texts(model_dir(model), prompts, max_new_tokens=max_tokens, temperature=temperature, seed=seed)
+    texts_to_continue = [*(prompts or []), *(read_prompts(file) if file else [])]
+    if not texts_to_continue:
+        raise UserError("no prompt: write one after the model, or name a file of them with --file")
+    folder = model_dir(model)
+    texts = generate_texts(folder, texts_to_continue, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p,
+                           drafts=drafts, seed=seed)  # fmt: skip
     if as_json:
-        _print_json([{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)])
+        pairs = zip(texts_to_continue, texts, strict=True)
+        _print_json([{"prompt": prompt, "text": text} for prompt, text in pairs])
         return
-    for prompt, text in zip(prompts, texts, strict=True):
+    for prompt, text in zip(texts_to_continue, texts, strict=True):
         print(prompt + text + "\n")
 
 
@@ -229,13 +241,14 @@ def chat(
     model: Model,
     max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens per answer.")] = 256,
     temperature: Temperature = 0.6,
+    drafts: Drafts = 0,
     seed: Seed = 0,
 ) -> None:
     """Talk to a model."""
     from bessemer.infer.chat import chat as talk
     from bessemer.recipe.rundir import model_dir
 
-    talk(model_dir(model), max_new_tokens=max_tokens, temperature=temperature, seed=seed)
+    talk(model_dir(model), max_new_tokens=max_tokens, temperature=temperature, drafts=drafts, seed=seed)
 
 
 @app.command()

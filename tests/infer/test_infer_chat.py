@@ -7,9 +7,10 @@ import pytest
 from bessemer.data.chat import render_ids
 from bessemer.errors import UserError
 from bessemer.infer import chat as chat_module
-from bessemer.infer.chat import DIM, HELP, PLAIN, Conversation, Screen, chat
+from bessemer.infer.chat import HELP, Conversation, chat
 from bessemer.infer.engine import Engine
-from bessemer.infer.generate import generate_texts
+from bessemer.infer.generate import generate_texts, read_prompts
+from bessemer.infer.screen import DIM, PLAIN, Screen
 
 
 class Terminal(io.StringIO):
@@ -96,20 +97,60 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(engine, tokenizer, monke
     assert talk.messages[-1] == {"role": "assistant", "content": "the fox"}
 
 
-def test_thinking_is_dim(engine, tokenizer, monkeypatch):
+def folded(lines, tokens):
+    """What replaces a thought that took so many lines."""
+    up = f"\x1b[{lines - 1}A" if lines > 1 else ""
+    return f"{PLAIN}{up}\r\x1b[J{DIM}thought for {tokens} tokens, 0.0 s (/think shows it){PLAIN}\n"
+
+
+def test_thinking_is_dim_and_then_folded(engine, tokenizer, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10")
+    monkeypatch.setenv("LINES", "6")
     ids = tokenizer.encode("<think>two</think> 4")
+    thought = len(tokenizer.encode("<think>two</think>"))
     talk = Conversation(scripted(engine, monkeypatch, *ids, tokenizer.eos_id), Terminal(), 1.0, 9, 0)
     talk.answer("2+2")
-    assert talk.output.getvalue() == f"{PLAIN}{DIM}<think>two</think>{PLAIN} 4{PLAIN}\n"
+    seen = f"{PLAIN}{DIM}<think>two</think>"  # 18 columns: two lines of ten
+    assert talk.output.getvalue() == f"{seen}{folded(2, thought)} 4{PLAIN}\n"
+    assert talk.thought == f"{DIM}<think>two</think>{PLAIN}\n"
     talk.style = "r1"  # whose prompt has opened the thinking
-    talk.engine = scripted(engine, monkeypatch, *tokenizer.encode("two</think> 4"))
+    ids = tokenizer.encode("钢two\n</think>\n\n4")  # wide characters count twice
+    talk.engine = scripted(engine, monkeypatch, *ids)
     talk.output = Terminal()
     talk.answer("again")
-    assert talk.output.getvalue() == f"{DIM}two</think>{PLAIN} 4{PLAIN}\n"
-    assert talk.messages[-1]["content"] == "two</think> 4"
+    assert talk.output.getvalue() == f"{DIM}钢two\n</think>{folded(2, len(ids) - 3)}4{PLAIN}\n"
+    assert talk.messages[-1]["content"] == "钢two\n</think>\n\n4"
+    talk.engine = scripted(engine, monkeypatch, *tokenizer.encode("two\n" * 6 + "</think> 4"))
+    talk.output = Terminal()
+    talk.answer("a long one")  # it has left the screen and cannot be taken back
+    assert "thought for" not in talk.output.getvalue() and talk.output.getvalue().endswith(
+        f"</think>{PLAIN} 4{PLAIN}\n"
+    )
     talk.engine = scripted(engine, monkeypatch, *tokenizer.encode("two"), KeyboardInterrupt())
     talk.answer("and again")
     assert talk.messages[-1]["content"] == ""  # a thought that never ended is no answer
+    talk.output, talk.dim = io.StringIO(), False
+    talk.engine = scripted(engine, monkeypatch, *tokenizer.encode("two</think> 4"))
+    talk.answer("into a file")
+    assert talk.output.getvalue() == "two</think> 4\n"
+
+
+def test_chat_shows_the_last_thought_and_may_guess_ahead(folder):
+    out = io.StringIO()
+    chat(folder, max_new_tokens=10, drafts=2, input=Script("/think", "the fox"), output=out)
+    assert "no thought yet" in out.getvalue() and len(out.getvalue()) > len(HELP) + 20
+
+
+def test_prompts_come_from_lines_or_objects(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo words\n")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "one"}\n\n{"prompt": "two\\nlines", "id": 3}\n')
+    assert read_prompts(tmp_path / "a.txt") == ["one", "two words"]
+    assert read_prompts(tmp_path / "a.jsonl") == ["one", "two\nlines"]
+    (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n{"text": "two"}\n')
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
+    for name, message in (("b.jsonl", "line 2"), ("c.txt", "UTF-8"), ("d.txt", "cannot be read")):
+        with pytest.raises(UserError, match=message):
+            read_prompts(tmp_path / name)
 
 
 def test_characters_are_never_split_and_never_steer_the_terminal(tokenizer):

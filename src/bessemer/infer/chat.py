@@ -1,8 +1,8 @@
 """A conversation with a model in the terminal.
 
 The directory's own template makes the prompt, so the model sees what it was trained on: R1's prompt opens the thinking
-itself (reference B.7), R1-Zero's leaves that to the model. Thinking is shown dim. Ctrl-C ends the answer, never the
-session; whatever is typed, the session goes on.
+itself (reference B.7), R1-Zero's leaves that to the model. How an answer gets onto the screen: `screen`. Ctrl-C ends
+the answer, never the session; whatever is typed, the session goes on.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
 from bessemer.infer.generate import load_engine
-from bessemer.infer.row import think_ids
+from bessemer.infer.screen import Screen
+from bessemer.infer.speculate import check_drafts
 
-HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends an answer"
-DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+HELP = "/think shows the last thought, /reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends an answer"
 
 
 def chat(
@@ -31,11 +31,16 @@ def chat(
     temperature: float = 0.6,
     max_new_tokens: int = 256,
     seed: int = 0,
+    drafts: int = 0,
     input: Callable[[str], str] = builtins.input,
     output: TextIO | None = None,
 ) -> None:
-    """Talks until /exit or the end of the input. `input` takes the text to ask with, as the builtin does."""
-    talk = Conversation(load_engine(model_dir), output or sys.stdout, temperature, max_new_tokens, seed)
+    """Talks until /exit or the end of the input. `input` takes the text to ask with, as the builtin does; `drafts` as in
+    `Engine.generate`."""
+    engine = load_engine(model_dir, mtp=drafts > 0)
+    talk = Conversation(
+        engine, output or sys.stdout, temperature, max_new_tokens, seed, check_drafts(engine.model, drafts)
+    )
     talk.show(HELP + "\n")
     while True:
         try:
@@ -45,6 +50,8 @@ def chat(
             if line == "/reset":
                 talk.messages.clear()
                 talk.show("forgotten\n")
+            elif line == "/think":
+                talk.show(talk.thought or "no thought yet\n")
             elif line.startswith("/"):
                 talk.show(HELP + "\n")
             elif line:
@@ -60,14 +67,18 @@ def chat(
 class Conversation:
     """The turns so far, and how an answer gets onto the screen."""
 
-    def __init__(self, engine: Engine, output: TextIO, temperature: float, max_new_tokens: int, seed: int):
+    def __init__(
+        self, engine: Engine, output: TextIO, temperature: float, max_new_tokens: int, seed: int, drafts: int = 0
+    ):
         self.engine = engine
         self.style = template_style(engine.tokenizer)
         self.output = output
         self.dim = output.isatty()
-        self.options = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        self.options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "drafts": drafts}
         self.seed = seed
         self.messages: list[Message] = []
+        self.thought = ""
+        """The last thought, as /think shows it."""
 
     def answer(self, line: str) -> None:
         """One turn; a turn that fails leaves the conversation as it was."""
@@ -84,6 +95,7 @@ class Conversation:
             except KeyboardInterrupt:
                 screen.interrupted = True
             screen.close()
+            self.thought = screen.thought_shown()
             self.messages.append({"role": "assistant", "content": screen.content(self.style)})
         except UserError as error:
             self.messages = before
@@ -104,52 +116,6 @@ class Conversation:
         encoding = getattr(self.output, "encoding", None) or "utf-8"
         self.output.write(text.encode(encoding, "replace").decode(encoding))
         self.output.flush()
-
-
-class Screen:
-    """One answer as it comes in: whole characters, thinking dim, nothing that steers the terminal."""
-
-    def __init__(self, tokenizer: Tokenizer, show: Callable[[str], None], dim: bool, prompt: list[int]):
-        self.tokenizer = tokenizer
-        self.show = show
-        self.dim = dim
-        self.decoder = tokenizer.stream()
-        self.text = ""
-        self.interrupted = False
-        self.think, self.think_end = think_ids(tokenizer)
-        marks = [i for i in prompt if i in (self.think, self.think_end)]
-        self.thinking = bool(marks) and marks[-1] == self.think
-        self._style(self.thinking)
-
-    def take(self, drawn: list[tuple[int, int, int]]) -> None:
-        for _, _, token in drawn:
-            if token == self.think:
-                self.thinking = True
-                self._style(True)
-            self._put(self.decoder.push(token))
-            if token == self.think_end:
-                self.thinking = False
-                self._style(False)
-
-    def close(self) -> None:
-        self._put(self.decoder.flush())
-        self._style(False)
-        self.show(" [stopped]\n" if self.interrupted else "\n")
-
-    def content(self, style: str | None) -> str:
-        """The answer as a message. The template puts the blank before a plain answer, and drops R1's thinking: of a
-        thought that never ended nothing is left."""
-        if style == "r1":
-            return "" if self.thinking else self.text
-        return self.text.removeprefix(" ")
-
-    def _put(self, text: str) -> None:
-        self.text += text
-        self.show("".join(c for c in text if c.isprintable() or c in "\n\t"))
-
-    def _style(self, thinking: bool) -> None:
-        if self.dim:
-            self.show(DIM if thinking else PLAIN)
 
 
 def template_style(tokenizer: Tokenizer) -> str | None:
