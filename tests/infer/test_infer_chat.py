@@ -9,7 +9,8 @@ from bessemer.errors import UserError
 from bessemer.infer import chat as chat_module
 from bessemer.infer.chat import HELP, Conversation, chat
 from bessemer.infer.engine import Engine
-from bessemer.infer.generate import generate_texts, read_prompts
+from bessemer.infer.generate import generate_texts
+from bessemer.infer.prompts import read_prompts
 from bessemer.infer.screen import DIM, PLAIN, Screen
 
 

@@ -35,8 +35,8 @@ def chat(
     input: Callable[[str], str] = builtins.input,
     output: TextIO | None = None,
 ) -> None:
-    """Talks until /exit or the end of the input. `input` takes the text to ask with, as the builtin does; `drafts` as in
-    `Engine.generate`."""
+    """Talks until /exit or the end of the input. `input` takes the text to ask with, as the builtin does; `drafts` as
+    in `Engine.generate`."""
     engine = load_engine(model_dir, mtp=drafts > 0)
     talk = Conversation(
         engine, output or sys.stdout, temperature, max_new_tokens, seed, check_drafts(engine.model, drafts)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from bessemer.model.layer import Attended, Layer
 
-
 FEW_BYTES = 8 << 20
 """Weights that are worth copying together to save the sorting of tokens."""
 

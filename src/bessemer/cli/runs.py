@@ -1,72 +1,13 @@
-"""The command line: one verb per thing a user wants.
+"""Commands about runs: make one, look at it, measure its models."""
 
-Nothing heavy is imported before a command has its arguments, so `bessemer --help` is instant. Figures go to standard
-output (as JSON with --json), everything else to standard error. Exit status: 0 done, 2 a mistake the user can mend
-(`error: ...`), 130 stopped by a signal with everything saved.
-"""
-
-import json
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from bessemer import __version__
+from bessemer.cli.common import AsJson, Model, YesNo, app, print_json
 from bessemer.errors import UserError
-
-app = typer.Typer(
-    help="From documents to a reasoning model: DeepSeek-V3 pre-training and R1-Zero in one run.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or a run: its last finished model.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same text.")]
-Drafts = Annotated[int, typer.Option(min=0, max=8, help="Tokens that the MTP module guesses ahead at each step.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
-
-
-class YesNo(StrEnum):
-    yes = "yes"
-    no = "no"
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Format(StrEnum):
-    hf = "hf"
-    gguf = "gguf"
-
-
-def main() -> None:
-    """The program `bessemer`."""
-    try:
-        app()
-    except UserError as error:
-        print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
-        sys.exit(2)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"bessemer {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
-) -> None:
-    pass
 
 
 @app.command()
@@ -105,7 +46,7 @@ def run(
              "summary": result.summary, "directory": str(result.folder)}
             for result in results
         ]  # fmt: skip
-        _print_json({"name": loaded.name, "directory": str(root), "report": str(report), "stages": stages})
+        print_json({"name": loaded.name, "directory": str(root), "report": str(report), "stages": stages})
         return
     if table := card.table(root):
         print(table)
@@ -141,7 +82,7 @@ def doctor(
 
     facts = machine.examine(folder)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         print(machine.describe(facts))
 
@@ -184,7 +125,7 @@ def evaluate(
         names = [name.strip() for name in lm_eval.split(",") if name.strip()]
         rows += evaluation.evaluate_lm_eval(folder, names=names, **_given(theirs))
     if as_json:
-        _print_json({"model": str(folder), "rows": rows})
+        print_json({"model": str(folder), "rows": rows})
         return
     from rich.console import Console
 
@@ -205,78 +146,6 @@ def _check_used(what_for: str, wanted: Any, options: dict[str, Any]) -> None:
 
 
 @app.command()
-def generate(
-    model: Model,
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to go on from.")] = None,
-    file: Annotated[
-        Path | None, typer.Option(help='More prompts: one a line, or {"prompt": "..."} a line in a .jsonl file.')
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens each.")] = 128,
-    temperature: Temperature = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus; 1 keeps all tokens.")] = 1.0,
-    drafts: Drafts = 0,
-    seed: Seed = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Continue texts."""
-    from bessemer.infer.generate import generate_texts, read_prompts
-    from bessemer.recipe.rundir import model_dir
-
-    texts_to_continue = [*(prompts or []), *(read_prompts(file) if file else [])]
-    if not texts_to_continue:
-        raise UserError("no prompt: write one after the model, or name a file of them with --file")
-    folder = model_dir(model)
-    texts = generate_texts(folder, texts_to_continue, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p,
-                           drafts=drafts, seed=seed)  # fmt: skip
-    if as_json:
-        pairs = zip(texts_to_continue, texts, strict=True)
-        _print_json([{"prompt": prompt, "text": text} for prompt, text in pairs])
-        return
-    for prompt, text in zip(texts_to_continue, texts, strict=True):
-        print(prompt + text + "\n")
-
-
-@app.command()
-def chat(
-    model: Model,
-    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens per answer.")] = 256,
-    temperature: Temperature = 0.6,
-    drafts: Drafts = 0,
-    seed: Seed = 0,
-) -> None:
-    """Talk to a model."""
-    from bessemer.infer.chat import chat as talk
-    from bessemer.recipe.rundir import model_dir
-
-    talk(model_dir(model), max_new_tokens=max_tokens, temperature=temperature, drafts=drafts, seed=seed)
-
-
-@app.command()
-def convert(
-    src: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face model directory.")],
-    dst: Annotated[Path, typer.Argument(metavar="DST", help="Where to write the new one.")],
-    to: Annotated[Format, typer.Option("--to", help="hf: a directory; gguf: one file for llama.cpp.")] = Format.hf,
-    mtp: Annotated[
-        bool | None, typer.Option("--mtp/--no-mtp", help="Keep the multi-token-prediction layers. Default: hf yes.")
-    ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Number format. Default: as it is.")] = None,
-) -> None:
-    """Rewrite a model directory: FP8 to plain, with or without MTP, another dtype, or as a GGUF file."""
-    wanted = dtype.value if dtype else None
-    if to is Format.gguf:
-        if mtp:
-            raise UserError("--mtp: a GGUF file of this architecture has no place for MTP layers; leave --mtp out")
-        from bessemer.model.gguf_writer import write
-
-        write(src, dst, wanted)
-    else:
-        from bessemer.model.hub import convert as rewrite
-
-        rewrite(src, dst, mtp=mtp is not False, dtype=wanted)
-    print(dst)
-
-
-@app.command()
 def keys(
     kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="One stage kind. Default: all.")] = None,
 ) -> None:
@@ -284,7 +153,3 @@ def keys(
     from bessemer.recipe.help import describe_keys
 
     print(describe_keys(kind))
-
-
-def _print_json(facts: Any) -> None:
-    print(json.dumps(facts, ensure_ascii=False, indent=1))

@@ -1,0 +1,42 @@
+"""The command line: one verb per thing a user wants.
+
+Nothing heavy is imported before a command has its arguments, so `bessemer --help` is instant. Figures go to standard
+output (as JSON with --json), everything else to standard error. Exit status: 0 done, 2 a mistake the user can mend
+(`error: ...`), 130 stopped by a signal with everything saved.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from bessemer import __version__
+from bessemer.cli.common import app
+from bessemer.errors import UserError
+
+# Each registers its commands, in the order in which --help shows them.
+from bessemer.cli import runs  # noqa: F401  isort: skip
+from bessemer.cli import talk  # noqa: F401  isort: skip
+from bessemer.cli import models  # noqa: F401  isort: skip
+
+
+def main() -> None:
+    """The program `bessemer`."""
+    try:
+        app()
+    except UserError as error:
+        print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
+        sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"bessemer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass

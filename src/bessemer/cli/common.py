@@ -1,0 +1,30 @@
+"""What the commands share: the program, options that several have, JSON."""
+
+import json
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="From documents to a reasoning model that answers: DeepSeek-V3, R1-Zero and R1 in one run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or a run: its last finished model.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same text.")]
+Drafts = Annotated[int, typer.Option(min=0, max=8, help="Tokens that the MTP module guesses ahead at each step.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
+
+
+class YesNo(StrEnum):
+    yes = "yes"
+    no = "no"
+
+
+def print_json(facts: Any) -> None:
+    print(json.dumps(facts, ensure_ascii=False, indent=1))

@@ -1,0 +1,82 @@
+"""Commands on model directories: other formats, experts on a cluster."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bessemer.cli.common import AsJson, Model, Seed, app, print_json
+from bessemer.errors import UserError
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Format(StrEnum):
+    hf = "hf"
+    gguf = "gguf"
+
+
+@app.command()
+def convert(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face model directory.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="Where to write the new one.")],
+    to: Annotated[Format, typer.Option("--to", help="hf: a directory; gguf: one file for llama.cpp.")] = Format.hf,
+    mtp: Annotated[
+        bool | None, typer.Option("--mtp/--no-mtp", help="Keep the multi-token-prediction layers. Default: hf yes.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Number format. Default: as it is.")] = None,
+) -> None:
+    """Rewrite a model directory: FP8 to plain, with or without MTP, another dtype, or as a GGUF file."""
+    wanted = dtype.value if dtype else None
+    if to is Format.gguf:
+        if mtp:
+            raise UserError("--mtp: a GGUF file of this architecture has no place for MTP layers; leave --mtp out")
+        from bessemer.model.gguf_writer import write
+
+        write(src, dst, wanted)
+    else:
+        from bessemer.model.hub import convert as rewrite
+
+        rewrite(src, dst, mtp=mtp is not False, dtype=wanted)
+    print(dst)
+
+
+@app.command()
+def placement(
+    model: Model,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that the experts are spread over.")],
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Places for experts in all. Default: one each, rounded up to the GPUs.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines that the GPUs stand in.")] = 1,
+    task: Annotated[list[str] | None, typer.Option(help="Traffic: problems of a task; may be repeated.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Traffic: prompts, as bessemer generate takes them.")] = None,
+    problems: Annotated[int, typer.Option(min=1, help="Problems of each task.")] = 32,
+    loads: Annotated[Path | None, typer.Option(help="A file that keeps the loads from one call to the next.")] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Place the experts on GPUs by their real loads (EPLB), and say what that is worth."""
+    from bessemer.infer import placement as placing
+    from bessemer.infer.prompts import read_prompts
+    from bessemer.model.hub import read_config
+    from bessemer.recipe.rundir import model_dir
+
+    if not task and not file:
+        raise UserError("no traffic: name a task with --task (such as countdown), or a file of prompts with --file")
+    folder = model_dir(model)
+    if replicas is None:
+        replicas = -(-read_config(folder).n_routed_experts // gpus) * gpus
+    facts = placing.report(
+        folder, replicas=replicas, gpus=gpus, nodes=nodes, prompts=read_prompts(file) if file else (),
+        names=task or (), problems=problems, seed=seed, loads_file=loads,
+    )  # fmt: skip
+    if as_json:
+        print_json(facts)
+    else:
+        print(placing.describe(facts))

@@ -1,0 +1,97 @@
+"""Commands that let a model speak: on the terminal, over HTTP, for a file of prompts."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bessemer.cli.common import AsJson, Drafts, Model, Seed, Temperature, app, print_json
+from bessemer.errors import UserError
+
+
+class Reasoning(StrEnum):
+    auto = "auto"
+    deepseek = "deepseek"
+    none = "none"
+    hidden = "hidden"
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to go on from.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help='More prompts: one a line, or {"prompt": "..."} a line in a .jsonl file.')
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens each.")] = 128,
+    temperature: Temperature = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus; 1 keeps all tokens.")] = 1.0,
+    drafts: Drafts = 0,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Continue texts."""
+    from bessemer.infer.generate import generate_texts
+    from bessemer.infer.prompts import read_prompts
+    from bessemer.recipe.rundir import model_dir
+
+    texts_to_continue = [*(prompts or []), *(read_prompts(file) if file else [])]
+    if not texts_to_continue:
+        raise UserError("no prompt: write one after the model, or name a file of them with --file")
+    folder = model_dir(model)
+    texts = generate_texts(folder, texts_to_continue, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p,
+                           drafts=drafts, seed=seed)  # fmt: skip
+    if as_json:
+        pairs = zip(texts_to_continue, texts, strict=True)
+        print_json([{"prompt": prompt, "text": text} for prompt, text in pairs])
+        return
+    for prompt, text in zip(texts_to_continue, texts, strict=True):
+        print(prompt + text + "\n")
+
+
+@app.command()
+def chat(
+    model: Model,
+    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens per answer.")] = 256,
+    temperature: Temperature = 0.6,
+    drafts: Drafts = 0,
+    seed: Seed = 0,
+) -> None:
+    """Talk to a model."""
+    from bessemer.infer.chat import chat as talk
+    from bessemer.recipe.rundir import model_dir
+
+    talk(model_dir(model), max_new_tokens=max_tokens, temperature=temperature, drafts=drafts, seed=seed)
+
+
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to serve at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="BESSEMER_API_KEY", help="Only who sends it may use the models.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Answers written at once, per model.")] = 64,
+    waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait; more are refused with 429.")] = 256,
+    cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a model's cache holds.")] = None,
+    drafts: Drafts = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads per model. Default: all cores but one.")] = None,
+    loaded: Annotated[int, typer.Option(min=1, help="Models in memory at once.")] = 3,
+    origin: Annotated[
+        list[str] | None, typer.Option(help="A web origin whose pages may call the API; may be repeated.")
+    ] = None,
+    reasoning_format: Annotated[Reasoning, typer.Option(help="Where thoughts go in an answer.")] = Reasoning.auto,
+    drain: Annotated[float, typer.Option(min=0.0, help="Seconds for answers under way when told to stop.")] = 30.0,
+    force: Annotated[bool, typer.Option("--force", help="Serve other machines without an API key.")] = False,
+) -> None:
+    """Serve the models of a run: an OpenAI-compatible API and a chat page."""
+    from bessemer.serve.server import serve as run_server
+    from bessemer.serve.settings import Settings
+
+    settings = Settings(
+        rows=rows, waiting=waiting, cache_tokens=cache_tokens, drafts=drafts, threads=threads, loaded=loaded,
+        api_key=api_key, origins=tuple(origin or ()), reasoning_format=reasoning_format.value,
+    )  # fmt: skip
+    run_server(model, host=host, port=port, settings=settings, drain_seconds=drain, force=force)
