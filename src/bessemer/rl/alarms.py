@@ -120,7 +120,8 @@ def _collapse(seen: Figures) -> Alarm | None:
     return Alarm(
         "collapse",
         f"accuracy fell from {right.peak:.1%} to {right.now:.1%}",
-        "steps too large: a learning rate too high for so few samples, or too many updates on one rollout",
+        "steps too large (a learning rate too high for so few samples, too many updates on one rollout), or a reward "
+        "that pays for something else than right answers",
         "go on from an earlier checkpoint with a lower lr, fewer updates_per_rollout or more prompts_per_rollout",
     )
 

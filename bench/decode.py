@@ -1,0 +1,190 @@
+"""Decoding against transformers' generate: same weights, same prompts, greedy, one run.
+
+    python bench/decode.py MODEL [--rounds 5] [--tokens 96] [--threads 1] [--json bench/results/decode.json]
+
+MODEL is a directory of our family with its MTP layer, such as runs/zero/03-zero/model. Prompts are texts the model
+knows: countdown problems, repeated up to --prompt tokens where a longer context is asked for. Float32; routing is the
+model's own. Both sides decode the same number of tokens past every stop. Rounds alternate between the two, each figure
+is the median of its rounds with the smallest and the largest.
+
+    tokens/s    new tokens of all rows divided by the time of the whole call, prefill included; and for long prompts the
+                same with the time of prefill alone taken off on both sides
+    guesses     our decoder at batch 1 with 0 to 3 tokens guessed by the MTP module, in processor seconds of the same run;
+                accepted: share of the guesses that the main model took
+    cache       bytes allocated for the rows, per token that they hold room for, against the formula, and against keys and
+                values of all heads at the same shape
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bessemer
+from bessemer import tasks
+from bessemer.data.chat import question_ids
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.infer.decode import new_cache
+from bessemer.infer.engine import Engine
+from bessemer.infer.prefill import take_in
+from bessemer.infer.request import Request, Token
+from bessemer.infer.sampling import Sampling
+from bessemer.infer.scheduler import Scheduler
+from bessemer.model.counts import kv_cache_bytes
+from bessemer.train.speed import keep_memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    keep_memory()
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    engine = Engine(bessemer.load(args.model, dtype="float32"), Tokenizer.load(args.model))
+    peer = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    facts: dict[str, Any] = {
+        "model": str(args.model), "torch": torch.__version__, "transformers": transformers.__version__,
+        "processor": _processor(), "threads": args.threads, "dtype": "float32", "routing": "real",
+        "rounds": args.rounds, "new_tokens": args.tokens, "cases": [],
+    }  # fmt: skip
+    for rows, length in ((1, 32), (64, 32), (1, 320), (64, 320)):
+        facts["cases"].append(case(engine, peer, prompts(engine, rows, length), args.tokens, args.rounds))
+        print(_case_line(facts["cases"][-1]))
+    facts["guesses"] = guesses(engine, args.rounds)
+    for line in facts["guesses"]:
+        print(f"guesses {line['drafts']}: {line['tokens_per_second']['median']:.0f} tokens/s, "
+              f"{line['ratio']:.2f}x, accepted {line['accepted']:.3f}")  # fmt: skip
+    facts["cache"] = cache(engine)
+    print(f"cache: {facts['cache']}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def prompts(engine: Engine, rows: int, length: int) -> list[list[int]]:
+    """Countdown questions, repeated to exactly `length` tokens: transformers pads on the left, which would cost it."""
+    task = tasks.get("countdown")
+    texts = [question_ids(engine.tokenizer, task.problem("test", n).prompt) for n in range(rows)]
+    return [(ids * (length // len(ids) + 1))[:length] for ids in texts]
+
+
+def case(engine: Engine, peer: Any, asked: list[list[int]], tokens: int, rounds: int) -> dict[str, Any]:
+    """Both decoders on the same prompts, in turn."""
+    ids = torch.tensor(asked)
+    options = dict(do_sample=False, eos_token_id=None, pad_token_id=2, attention_mask=torch.ones_like(ids))
+
+    def ours(n: int) -> list[list[int]]:
+        return [c.tokens for (c,) in engine.generate(asked, max_new_tokens=n, temperature=0.0, stop_ids=[])]
+
+    def theirs(n: int) -> list[list[int]]:
+        with torch.inference_mode():
+            return peer.generate(ids, max_new_tokens=n, min_new_tokens=n, **options)[:, ids.shape[1] :].tolist()
+
+    equal = sum(a == b for a, b in zip(ours(tokens), theirs(tokens), strict=True))
+    times: dict[str, list[float]] = {"ours": [], "theirs": [], "ours_first": [], "theirs_first": []}
+    for _ in range(rounds):
+        for name, call, n in (("ours", ours, tokens), ("theirs", theirs, tokens), ("ours_first", ours, 1),
+                              ("theirs_first", theirs, 1)):  # fmt: skip
+            began = time.perf_counter()
+            call(n)
+            times[name].append(time.perf_counter() - began)
+    new = len(asked) * tokens
+    steps = len(asked) * (tokens - 1)
+    decode = {
+        side: statistics.median(a - b for a, b in zip(times[side], times[side + "_first"], strict=True))
+        for side in ("ours", "theirs")
+    }
+    return {
+        "batch": len(asked), "prompt_tokens": len(asked[0]), "rows_with_equal_tokens": equal,
+        "ours_tokens_per_second": _spread([new / t for t in times["ours"]]),
+        "theirs_tokens_per_second": _spread([new / t for t in times["theirs"]]),
+        "ratio": statistics.median(b / a for a, b in zip(times["ours"], times["theirs"], strict=True)),
+        "ours_decode_tokens_per_second": steps / decode["ours"],
+        "theirs_decode_tokens_per_second": steps / decode["theirs"],
+        "decode_ratio": decode["theirs"] / decode["ours"],
+    }  # fmt: skip
+
+
+def guesses(engine: Engine, rounds: int) -> list[dict[str, Any]]:
+    """Batch 1, greedy, whole answers to eight problems, with more and more guesses."""
+    questions = prompts_whole(engine, 8)
+    seconds: dict[int, list[float]] = {depth: [] for depth in range(4)}
+    accepted, written = {}, {}
+    for _ in range(rounds):
+        for depth in seconds:
+            began = time.process_time()
+            texts, figures = [], {"drafted": 0, "accepted": 0}
+            for question in questions:
+                scheduler = Scheduler(engine, rows=1, drafts=depth)
+                scheduler.add(Request(tuple(question), 1, 160, Sampling(0.0), tuple(engine.tokenizer.stop_ids)))
+                while not scheduler.idle:
+                    texts += [event.token for event in scheduler.step() if isinstance(event, Token)]
+                figures = {name: figures[name] + scheduler.figures().get(name, 0) for name in figures}
+            seconds[depth].append(time.process_time() - began)
+            written[depth], accepted[depth] = texts, figures["accepted"] / max(1, figures["drafted"])
+    return [
+        {"drafts": depth, "tokens": len(written[depth]), "same_tokens": written[depth] == written[0],
+         "accepted": accepted[depth], "tokens_per_second": _spread([len(written[depth]) / t for t in times]),
+         "ratio": statistics.median(a / b for a, b in zip(seconds[0], times, strict=True))}
+        for depth, times in seconds.items()
+    ]  # fmt: skip
+
+
+def prompts_whole(engine: Engine, rows: int) -> list[list[int]]:
+    task = tasks.get("countdown")
+    return [question_ids(engine.tokenizer, task.problem("test", n).prompt) for n in range(rows)]
+
+
+def cache(engine: Engine) -> dict[str, Any]:
+    """What 64 rows of 256 tokens take, measured."""
+    cfg = engine.model.cfg
+    with torch.inference_mode():
+        held = new_cache(engine.model)
+        waiting = [held.open([3] * 256) for _ in range(64)]
+        take_in(engine.model, held, waiting)
+        held.admit([(one, 1) for one in waiting])
+    stored = sum(pool.untyped_storage().nbytes() for pool in held.layers)
+    heads = cfg.n_layers * cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim) * 4
+    return {
+        "bytes_per_token": stored / (held.pages.total * 64), "formula": kv_cache_bytes(cfg, 4),
+        "same_shape_heads": heads, "share": kv_cache_bytes(cfg, 4) / heads,
+    }  # fmt: skip
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def _case_line(facts: dict[str, Any]) -> str:
+    ours, theirs = facts["ours_tokens_per_second"]["median"], facts["theirs_tokens_per_second"]["median"]
+    return (
+        f"batch {facts['batch']}, prompt {facts['prompt_tokens']}: {ours:.0f} against {theirs:.0f} tokens/s = "
+        f"{facts['ratio']:.2f}x; decoding alone {facts['decode_ratio']:.2f}x; "
+        f"{facts['rows_with_equal_tokens']} rows equal"
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+if __name__ == "__main__":
+    main()
