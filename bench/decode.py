@@ -9,10 +9,10 @@ is the median of its rounds with the smallest and the largest.
 
     tokens/s    new tokens of all rows divided by the time of the whole call, prefill included; and for long prompts the
                 same with the time of prefill alone taken off on both sides
-    guesses     our decoder at batch 1 with 0 to 3 tokens guessed by the MTP module, in processor seconds of the same run;
-                accepted: share of the guesses that the main model took
-    cache       bytes allocated for the rows, per token that they hold room for, against the formula, and against keys and
-                values of all heads at the same shape
+    guesses     our decoder at batch 1 with 0 to 3 tokens guessed by the MTP module, in processor seconds of the same
+                run; accepted: share of the guesses that the main model took
+    cache       bytes allocated for the rows, per token that they hold room for, against the formula, and against keys
+                and values of all heads at the same shape
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def serve(
     cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a model's cache holds.")] = None,
     drafts: Drafts = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads per model. Default: all cores but one.")] = None,
-    loaded: Annotated[int, typer.Option(min=1, help="Models in memory at once.")] = 3,
+    loaded: Annotated[int, typer.Option(min=1, help="Models in memory at once.")] = 4,
     origin: Annotated[
         list[str] | None, typer.Option(help="A web origin whose pages may call the API; may be repeated.")
     ] = None,

@@ -2,7 +2,8 @@
 
 A decoding step has a handful of rows per expert, so it is bound by the number of calls, not by arithmetic. Here the
 activation runs once over all rows instead of once per expert, and nothing is kept for a backward pass: 1.4 times
-faster at 256 rows of the tiny preset, 2 times at 64 and less. The reference is `model.experts.expert_ffn_reference`.
+faster at 256 rows of the tiny preset, 2 times at 64 and less. One or two tokens are not sorted at all. The reference is
+`model.experts.expert_ffn_reference`.
 
 Shapes: M routed rows in expert order, D hidden, E experts, F inner width; count_E rows per expert, sum M.
 """
@@ -15,18 +16,16 @@ from torch import Tensor
 
 from bessemer.model.layer import Attended, Layer
 
-FEW_BYTES = 8 << 20
-"""Weights that are worth copying together to save the sorting of tokens."""
+FEW_TOKENS = 2
+"""Up to so many tokens are taken one by one: sorting them by expert would cost more than it saves."""
 
 
 def feed_forward(layer: Layer, attended: Attended) -> Tensor:
     """`Layer.feed_forward` with the experts below."""
-    if not layer.dense:
-        experts, chosen_NK = layer.ffn.experts, attended.routing.expert_NK
-        one = experts.w13[0].nbytes + experts.w2[0].nbytes
-        if chosen_NK.numel() < len(experts.w13) and chosen_NK.numel() * one <= FEW_BYTES:
-            few_ND = few_tokens_ffn(attended.u_ND, chosen_NK, attended.routing.weight_NK, experts.w13, experts.w2)
-            return layer.finish(attended, few_ND)
+    if not layer.dense and len(attended.u_ND) <= FEW_TOKENS:
+        experts, routing = layer.ffn.experts, attended.routing
+        few_ND = few_tokens_ffn(attended.u_ND, routing.expert_NK, routing.weight_NK, experts.w13, experts.w2)
+        return layer.finish(attended, few_ND)
     sent = layer.dispatch(attended)
     if layer.dense:
         routed = layer.experts(sent)
@@ -45,12 +44,15 @@ def expert_ffn(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, 
 
 
 def few_tokens_ffn(u_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """The weighted sum over its K experts of every token, [N, D], by collecting the matrices of the chosen experts."""
-    (N, K), expert_M = expert_NK.shape, expert_NK.flatten()
-    u_MD1 = u_ND.unsqueeze(1).expand(-1, K, -1).reshape(N * K, -1, 1)
-    gate, up = torch.bmm(w13.index_select(0, expert_M), u_MD1).chunk(2, 1)
-    act_MF1 = F.silu(gate).mul_(up).mul_(weight_NK.reshape(-1, 1, 1))
-    return torch.bmm(w2.index_select(0, expert_M), act_MF1).view(N, K, -1).sum(1)
+    """The weighted sum over its K experts of every token, [N, D], token by token and expert by expert."""
+    out = []
+    for u_1D, experts, weights in zip(u_ND.split(1), expert_NK.tolist(), weight_NK.tolist(), strict=True):
+        total_1D = torch.zeros_like(u_1D)
+        for e, weight in zip(experts, weights, strict=True):
+            gate, up = F.linear(u_1D, w13[e]).chunk(2, -1)
+            total_1D.add_(F.linear(F.silu(gate).mul_(up), w2[e]), alpha=weight)
+        out.append(total_1D)
+    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def _grouped(rows_MX: Tensor, count: list[int], w_EYX: Tensor) -> Tensor:

@@ -1,0 +1,217 @@
+"""200 streams at once through the server against the same requests in a bare scheduler.
+
+    python bench/serve_streams.py MODEL [--streams 200] [--tokens 96] [--rounds 3] [--out FILE]
+
+Every round runs, one after the other and each in a fresh process: the bare scheduler with all requests, and the server
+with a client that opens all streams at once. Overhead is what the server takes longer from the first request to the
+last token. On a busy machine that says more about the other work than about the server, so processor time is reported
+too: of the model's process, which is what remains where the server has a core of its own, and of the server's.
+
+Lost: a stream without [DONE], or with another number of tokens than asked for. Mixed: a text that is not that of the
+same request alone in an engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+SAMPLING = {"temperature": 0.8, "top_p": 0.95}
+WORDS = ["water", "iron", "coal", "steam", "glass", "stone", "river", "mill", "forge", "tower"]
+
+
+def question(n: int) -> str:
+    return f"How many {WORDS[n % 10]} and {WORDS[n // 10 % 10]} are {n} and {7 * n % 41}?"
+
+
+def body(n: int, tokens: int) -> dict:
+    return {
+        "messages": [{"role": "user", "content": question(n)}], "seed": n, "max_tokens": tokens, "ignore_eos": True,
+        "stream": True, "stream_options": {"include_usage": True}, "reasoning_format": "none", **SAMPLING,
+    }  # fmt: skip
+
+
+def engine_and_requests(model: str, streams: int, tokens: int):
+    """The engine, and the requests as the server makes them."""
+    import torch
+
+    from bessemer.data.chat import question_ids
+    from bessemer.infer.engine import digest
+    from bessemer.infer.generate import load_engine
+    from bessemer.infer.request import Request
+    from bessemer.infer.sampling import Sampling, stream_key
+    from bessemer.recipe.rundir import model_dir
+
+    torch.set_num_threads(1)
+    engine = load_engine(model_dir(model))
+    prompts = [tuple(question_ids(engine.tokenizer, question(n))) for n in range(streams)]
+    made = [
+        Request(ids, stream_key(n, digest(ids), 0), tokens, Sampling(**SAMPLING)) for n, ids in enumerate(prompts)
+    ]  # fmt: skip
+    return engine, made
+
+
+def bare(model: str, streams: int, tokens: int) -> dict:
+    """All requests in a scheduler with nothing around it."""
+    from bessemer.infer.request import Token
+    from bessemer.infer.scheduler import Scheduler
+
+    engine, requests = engine_and_requests(model, streams, tokens)
+    scheduler = Scheduler(engine, rows=streams)
+    begun, cpu = time.perf_counter(), time.process_time()
+    for request in requests:
+        scheduler.add(request)
+    drawn = 0
+    while not scheduler.idle:
+        drawn += sum(type(event) is Token for event in scheduler.step())
+    return {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu, "tokens": drawn}
+
+
+def alone(model: str, streams: int, tokens: int) -> list[str]:
+    """Every request by itself."""
+    engine, requests = engine_and_requests(model, streams, tokens)
+    opening = engine.tokenizer.opening
+    return [
+        opening
+        + engine.generate(
+            [request.prompt], seed=n, max_new_tokens=tokens, stop_ids=[], **SAMPLING
+        )[0][0].text
+        for n, request in enumerate(requests)
+    ]  # fmt: skip
+
+
+def served(model: str, streams: int, tokens: int) -> dict:
+    """All requests at once over HTTP."""
+    settings = f"Settings(rows={streams}, waiting={streams})"
+    code = (
+        "from bessemer.serve.server import serve; from bessemer.serve.settings import Settings\n"
+        f"serve({model!r}, port=0, settings={settings})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        port = int(process.stdout.readline().split()[1].rsplit(":", 1)[1])
+        asyncio.run(ask(port, 0, 2, time.perf_counter()))  # whatever is made at first use
+        (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        pids = (process.pid, int(worker))
+        before, begun = list(map(cpu_seconds, pids)), time.perf_counter()
+        found = asyncio.run(ask_all(port, streams, tokens))
+        seconds = max(stream["ended"] for stream in found) - begun
+        server, model = (cpu_seconds(pid) - first for pid, first in zip(pids, before, strict=True))
+        return {"seconds": seconds, "server_cpu": server, "model_cpu": model, "streams": found}
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+async def ask_all(port: int, streams: int, tokens: int) -> list[dict]:
+    begun = time.perf_counter()
+    return await asyncio.gather(*(ask(port, n, tokens, begun) for n in range(streams)))
+
+
+async def ask(port: int, n: int, tokens: int, begun: float) -> dict:
+    """One stream, read as it comes and understood afterwards, so that the client costs little."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    data = json.dumps(body(n, tokens)).encode()
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data
+    )
+    parts, first = [], None
+    while part := await reader.read(1 << 16):
+        parts.append((time.perf_counter(), part))
+        if first is None and b'"delta":{"content":' in part:
+            first = parts[-1][0]
+    writer.close()
+    raw = b"".join(part for _, part in parts)
+    pauses = [later - sooner for (sooner, _), (later, _) in pairwise(parts[1:])]
+    return {
+        "raw": raw,
+        "ended": parts[-1][0],
+        "first": (first or parts[-1][0]) - begun,
+        "pause": max(pauses, default=0.0),
+    }
+
+
+def understood(raw: bytes) -> tuple[str, int, bool]:
+    """(text, tokens, whether the stream ended as it should)."""
+    rest, joined = raw.split(b"\r\n\r\n", 1)[1], b""
+    while rest:
+        size, rest = rest.split(b"\r\n", 1)
+        joined, rest = joined + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
+    events = [event for event in joined.split(b"\n\n") if event.startswith(b"data: ")]
+    chunks = [json.loads(event[6:]) for event in events if event != b"data: [DONE]"]
+    text = "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk.get("choices", ()))
+    usage = next((chunk["usage"] for chunk in chunks if chunk.get("usage")), {"completion_tokens": 0})
+    return text, usage["completion_tokens"], bool(events) and events[-1] == b"data: [DONE]"
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def in_a_process(what: str, *arguments: object) -> object:
+    """A function of this file in a fresh interpreter."""
+    code = f"import json, serve_streams as s; print(json.dumps(s.{what}(*{arguments!r})))"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "serve_streams.json")
+    asked = parser.parse_args()
+    size = (asked.model, asked.streams, asked.tokens)
+    expected = in_a_process("alone", *size)
+    lost = mixed = 0
+    rounds = []
+    for _ in range(asked.rounds):
+        one, other = in_a_process("bare", *size), served(*size)
+        for text, stream in zip(expected, other["streams"], strict=True):
+            got, count, ended = understood(stream["raw"])
+            lost += not ended or count != asked.tokens
+            mixed += got != text
+        firsts = sorted(stream["first"] for stream in other["streams"])
+        rounds.append({
+            "bare_seconds": one["seconds"], "served_seconds": other["seconds"],
+            "bare_cpu_seconds": one["cpu_seconds"], "model_cpu_seconds": other["model_cpu"],
+            "server_cpu_seconds": other["server_cpu"], "overhead": other["seconds"] / one["seconds"] - 1,
+            "model_cpu_overhead": other["model_cpu"] / one["cpu_seconds"] - 1,
+            "first_token_median": statistics.median(firsts), "first_token_95": firsts[int(0.95 * len(firsts))],
+            "longest_pause": max(stream["pause"] for stream in other["streams"]),
+        })  # fmt: skip
+        print(json.dumps({key: round(value, 3) for key, value in rounds[-1].items()}), flush=True)
+    middle = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+    total = asked.streams * asked.tokens
+    result = {
+        "streams": asked.streams, "tokens_each": asked.tokens, "lost": lost, "mixed": mixed,
+        "bare_tokens_per_second": total / middle["bare_seconds"],
+        "served_tokens_per_second": total / middle["served_seconds"],
+        "median": middle, "rounds": rounds, "load_average": os.getloadavg()[0], "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(), "threads": 1, "dtype": "float32",
+        "model": Path(asked.model).name,
+    }  # fmt: skip
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(
+        f"lost {lost}, mixed {mixed}, overhead {middle['overhead']:.1%} "
+        f"(processor time of the model's process {middle['model_cpu_overhead']:.1%})"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+// One answer from the request to its end: the stream goes into the answer, with times; `changed` is told as it grows.
+//
+// Phases: waiting (for the first token) -> thinking -> writing -> done, or stopped by the user (what came stays), or
+// failed with a Trouble. A full queue is asked once more after the server's own waiting time (phase queued); models
+// that keep each other out of memory, as columns side by side may, are asked again for longer.
+
+import { stream, Trouble } from "./api.js";
+import { Pieces } from "./pieces.js";
+
+const PATIENCE = { full: 1, busy: 60 }; // further tries
+
+export class Asking {
+  // talk: the messages that lead to the answer; sampling: fields of the request.
+  constructor(answer, model, talk, sampling, changed) {
+    Object.assign(this, { answer, model, talk, sampling, changed });
+    this.abort = new AbortController();
+    this.ended = this.run();
+  }
+
+  stop() {
+    this.abort.abort();
+  }
+
+  async run() {
+    const { answer } = this;
+    try {
+      await this.attempt();
+    } catch (failure) {
+      if (this.abort.signal.aborted) answer.phase = "stopped";
+      else if (failure instanceof Trouble) {
+        answer.phase = "failed";
+        answer.trouble = { kind: failure.kind, words: failure.message };
+      } else {
+        answer.phase = "failed";
+        answer.trouble = { kind: "server", words: `The page could not follow the answer: ${failure.message}.` };
+      }
+    }
+    this.endThought();
+    this.changed(answer);
+    return answer;
+  }
+
+  async attempt() {
+    for (let waits = 0; ; waits += 1) {
+      try {
+        return await this.follow();
+      } catch (failure) {
+        if (this.abort.signal.aborted || waits >= (PATIENCE[failure.kind] ?? 0)) throw failure;
+        await this.wait(failure.after, failure.message);
+      }
+    }
+  }
+
+  async wait(seconds, words) {
+    const { answer } = this;
+    answer.phase = "queued";
+    answer.why = words;
+    for (answer.left = Math.ceil(seconds); answer.left > 0; answer.left -= 1) {
+      this.changed(answer);
+      await pause(1000, this.abort.signal);
+    }
+    delete answer.left;
+    delete answer.why;
+    answer.phase = "waiting";
+    this.changed(answer);
+  }
+
+  async follow() {
+    const { answer } = this;
+    const { figures } = answer;
+    const pieces = new Pieces(answer);
+    const sent = performance.now();
+    const before = figures.tokens;
+    const thoughtBefore = figures.thoughtTokens;
+    let began = null;
+    let first = 0;
+    this.thoughtBegan = null;
+    for await (const chunk of stream(this.model, this.talk, this.sampling, this.abort.signal)) {
+      const now = performance.now();
+      if (chunk.thought || chunk.text || chunk.tokens.length) {
+        const count = chunk.usage?.completion_tokens ?? figures.tokens - before + Math.max(1, chunk.tokens.length);
+        if (began === null) {
+          began = now;
+          first = count;
+          figures.first ??= (now - sent) / 1000;
+        } else if (now > began) figures.rate = ((count - first) * 1000) / (now - began);
+        if (chunk.thought) {
+          this.thoughtBegan ??= now;
+          figures.thoughtSeconds = (now - this.thoughtBegan) / 1000;
+          answer.phase = "thinking";
+          if (!chunk.usage) figures.thoughtTokens += Math.max(1, chunk.tokens.length);
+        }
+        if (chunk.text) {
+          this.endThought(now);
+          answer.phase = "writing";
+        }
+        figures.tokens = before + count;
+        pieces.add(chunk);
+      }
+      if (chunk.usage) {
+        figures.tokens = before + (chunk.usage.completion_tokens ?? 0);
+        figures.thoughtTokens = thoughtBefore + (chunk.usage.completion_tokens_details?.reasoning_tokens ?? 0);
+      }
+      if (chunk.finish) answer.finish = chunk.finish;
+      this.changed(answer);
+    }
+    answer.phase = "done";
+  }
+
+  // The thought lasted until the first word of the answer, or until the stream ended.
+  endThought(now = performance.now()) {
+    if (this.thoughtBegan == null) return;
+    this.answer.figures.thoughtSeconds = (now - this.thoughtBegan) / 1000;
+    this.thoughtBegan = null;
+  }
+}
+
+// The messages that lead one model to its answer in turn `until`: the conversation, or the question alone. Who joined
+// late reads the first column's earlier answers; a turn without an answer is left out, and so are all thoughts.
+export function talkOf(turns, until, model, { system, memory }) {
+  const talk = system.trim() ? [{ role: "system", content: system }] : [];
+  for (const turn of memory === "talk" ? turns.slice(0, until) : []) {
+    const own = turn.answers.find((answer) => answer.model === model) ?? turn.answers[0];
+    if (own.text) talk.push({ role: "user", content: turn.question }, { role: "assistant", content: own.text });
+  }
+  return [...talk, { role: "user", content: turns[until].question }];
+}
+
+// The settings as fields of a request: what is null is left to the server.
+export function samplingOf(settings, model, seed) {
+  const names = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"];
+  const fields = Object.fromEntries(
+    names.filter((name) => settings[name] !== null).map((name) => [name, settings[name]]),
+  );
+  if (model.thinks && settings.thinking !== "own") fields.thinking = settings.thinking === "always";
+  if (model.thinks && settings.thinking !== "never" && settings.thinking_budget !== null) {
+    fields.thinking_budget = settings.thinking_budget;
+  }
+  return { ...fields, seed };
+}
+
+const pause = (ms, signal) =>
+  new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, ms);
+    signal.addEventListener("abort", () => {
+      clearTimeout(timer);
+      reject(signal.reason);
+    });
+  });

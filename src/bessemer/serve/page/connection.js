@@ -1,0 +1,90 @@
+// Whether the server is there, and the line above the question that says so. A lost server is looked for again, at
+// growing intervals, until it answers; a server that wants a key is given one by the user.
+
+import { models, Trouble } from "./api.js";
+import { find, make, say } from "./dom.js";
+import { setKey } from "./state.js";
+
+const FIRST = 1; // seconds between two tries, at first
+const LAST = 15; // and in the end
+const SHOWN = 8; // seconds that a passing notice stays
+
+export class Connection {
+  // found(models): the server answered.
+  constructor(found) {
+    Object.assign(this, {
+      found,
+      ready: false,
+      box: find("notice"),
+      form: find("key"),
+      timer: null,
+      passing: null,
+      rounds: 0,
+    });
+    this.form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      setKey(find("key-text").value.trim());
+      find("key-text").value = "";
+      this.begin();
+    });
+    addEventListener("online", () => this.timer && this.begin());
+  }
+
+  async begin(wait = FIRST) {
+    clearTimeout(this.timer);
+    this.timer = null;
+    const round = (this.rounds += 1); // the latest look counts: four columns may lose the server at once
+    try {
+      const known = await models();
+      if (round !== this.rounds) return;
+      const was = this.ready;
+      this.ready = true;
+      this.form.hidden = true;
+      if (!was) this.dismiss();
+      this.found(known);
+    } catch (failure) {
+      if (!(failure instanceof Trouble)) throw failure;
+      if (round !== this.rounds) return;
+      this.ready = false;
+      if (failure.kind === "key") return this.askKey(failure.message);
+      const often = wait > 2 ? ` every ${wait} seconds` : "";
+      this.show(`${failure.message} Looking for it again${often}.`, "Now", () => this.begin());
+      this.timer = setTimeout(() => this.begin(Math.min(LAST, wait * 2)), wait * 1000);
+    }
+  }
+
+  // An answer failed: what that says about the server.
+  trouble(kind) {
+    if (kind === "gone" || kind === "key" || kind === "model") this.begin();
+  }
+
+  askKey(words) {
+    say(this.form.querySelector("label"), words);
+    this.dismiss();
+    this.form.hidden = false;
+    find("key-text").focus();
+  }
+
+  // A few words that go by themselves.
+  notice(words, action, act) {
+    if (!this.ready) return;
+    this.show(words, action, act);
+    this.passing = setTimeout(() => this.dismiss(), SHOWN * 1000);
+  }
+
+  show(words, action, act) {
+    clearTimeout(this.passing);
+    this.box.replaceChildren(make("span", {}, words));
+    if (action) this.box.append(make("button.quiet", { type: "button" }, action));
+    this.box.querySelector("button")?.addEventListener("click", () => {
+      this.dismiss();
+      act();
+    });
+    this.box.hidden = false;
+  }
+
+  dismiss() {
+    clearTimeout(this.passing);
+    this.box.hidden = true;
+  }
+}

@@ -1,0 +1,229 @@
+// The chat page: brings the parts together. Actions change `turns` or `settings`; the view follows, and both are kept.
+
+import { Asking, samplingOf, talkOf } from "./ask.js";
+import { Connection } from "./connection.js";
+import { find, say } from "./dom.js";
+import { showExamples } from "./examples.js";
+import { Picker } from "./picker.js";
+import { Settings } from "./settings.js";
+import * as state from "./state.js";
+import { Card } from "./tokens.js";
+import { Conversation, fit, sends } from "./turns.js";
+
+const settings = state.loadSettings();
+const question = find("question");
+const asking = new Map(); // answer -> what fetches it
+const page = {
+  settings,
+  turns: state.loadTalk(),
+  card: new Card(find("card"), tell),
+  ask,
+  retry,
+  more,
+  takeSeed,
+  open,
+  modelOf: (id) => picker.models.find((model) => model.id === id),
+  stop: (answer) => asking.get(answer)?.stop(),
+};
+const conversation = new Conversation(page);
+const picker = new Picker(settings, changed);
+const panel = new Settings(settings, changed, forget);
+const showPicked = showExamples((words) => ask(page.turns.length, words));
+const connection = new Connection((models) => {
+  picker.show(models);
+  changed();
+  conversation.updateAll();
+});
+
+// Asks the picked models `words` as turn number `at`, in the place of the turns from there on. False: not now.
+function ask(at, words) {
+  if (asking.size || !connection.ready) return false;
+  drop(at, at < page.turns.length);
+  const answers = settings.picked.map((id) => state.newAnswer(id, seed()));
+  page.turns.push({ question: words, answers });
+  conversation.draw();
+  for (const answer of answers) start(answer, talkOf(page.turns, at, answer.model, settings));
+  conversation.toEnd();
+  focus();
+  return true;
+}
+
+// An answer is asked for anew. In the last turn the other columns may be at work meanwhile.
+function retry(turn, answer) {
+  const at = page.turns.indexOf(turn);
+  const later = at + 1 < page.turns.length;
+  if (!connection.ready || at < 0 || (later && asking.size)) return;
+  drop(at + 1, later);
+  const fresh = state.newAnswer(answer.model, seed());
+  turn.answers[turn.answers.indexOf(answer)] = fresh;
+  conversation.draw();
+  start(fresh, talkOf(page.turns, at, fresh.model, settings));
+}
+
+// The answer goes on from where it was stopped or cut off.
+function more(turn, answer) {
+  const at = page.turns.indexOf(turn);
+  const later = at + 1 < page.turns.length;
+  if (!connection.ready || at < 0 || (later && asking.size)) return;
+  drop(at + 1, later);
+  Object.assign(answer, { phase: "waiting", finish: null, trouble: null });
+  conversation.draw();
+  start(answer, [...talkOf(page.turns, at, answer.model, settings), { role: "assistant", content: answer.text }]);
+}
+
+function start(answer, talk) {
+  const model = page.modelOf(answer.model);
+  if (!model) {
+    Object.assign(answer, {
+      phase: "failed",
+      trouble: { kind: "model", words: "The server no longer has this model." },
+    });
+    return conversation.changed(answer);
+  }
+  const one = new Asking(answer, model, talk, samplingOf(settings, model, answer.seed), (grown) =>
+    conversation.changed(grown),
+  );
+  asking.set(answer, one);
+  busy();
+  one.ended.then(() => {
+    asking.delete(answer);
+    if (answer.text || answer.thought) model.loaded = true;
+    if (answer.trouble) connection.trouble(answer.trouble.kind);
+    tell(answer.trouble?.words ?? `${answer.model}: ${answer.text.slice(0, 300) || "no answer"}`);
+    busy();
+    keep();
+  });
+}
+
+// Turns from number `at` on go; what went can be brought back.
+function drop(at, offer) {
+  const gone = [...page.turns];
+  page.turns.splice(at);
+  if (!offer) return connection.dismiss();
+  connection.notice(gone.length - at === 1 ? "The turn was replaced." : "Later turns were dropped.", "Undo", () => {
+    stopAll();
+    page.turns.splice(0, Infinity, ...gone);
+    conversation.draw();
+    keep();
+  });
+}
+
+function stopAll() {
+  for (const one of asking.values()) one.stop();
+}
+
+function startAfresh() {
+  stopAll();
+  focus();
+  if (!page.turns.length) return;
+  const gone = page.turns.splice(0);
+  conversation.draw();
+  keep();
+  connection.notice("A new conversation.", "Undo", () => {
+    page.turns.splice(0, Infinity, ...gone);
+    conversation.draw();
+    keep();
+  });
+}
+
+function forget() {
+  stopAll();
+  page.turns.length = 0;
+  Object.assign(settings, state.DEFAULTS, { picked: settings.picked });
+  panel.show();
+  picker.show(picker.models);
+  changed();
+  conversation.draw();
+  state.forgetAll();
+  connection.notice("Nothing of this page is stored any more.");
+}
+
+function changed() {
+  const picked = settings.picked.map(page.modelOf).filter(Boolean);
+  panel.suit(picked);
+  showPicked(picked);
+  find("details").setAttribute("aria-pressed", String(settings.details));
+  document.body.classList.toggle("details", settings.details);
+  find("think").hidden = !picked.some((model) => model.thinks);
+  find("think").firstElementChild.checked = settings.thinking !== "never";
+  const names = picked.length > 2 ? `all ${picked.length}` : picked.map(({ id }) => id).join(" and ");
+  question.placeholder = `Ask ${names || "something"}`;
+  conversation.updateAll();
+  state.saveSettings(settings);
+}
+
+function busy() {
+  find("send").hidden = asking.size > 0;
+  find("stop").hidden = !asking.size;
+}
+
+// On a touch screen the keyboard would come up unasked.
+const focus = () => matchMedia("(pointer: fine)").matches && question.focus();
+const seed = () => settings.seed ?? Math.floor(Math.random() * 2 ** 31);
+const keep = () => state.saveTalk(page.turns);
+
+function tell(words) {
+  say(find("said"), words);
+}
+
+function takeSeed(value) {
+  const before = settings.seed;
+  const use = (seed) => {
+    panel.set("seed", seed);
+    panel.show();
+  };
+  use(value);
+  connection.notice(`Seed ${value} is used from now on.`, "Undo", () => use(before));
+}
+
+function open(answer, on) {
+  answer.open = on;
+  keep();
+}
+
+function send() {
+  const words = question.value.trim();
+  if (!words || !ask(page.turns.length, words)) return;
+  question.value = "";
+  fit(question);
+}
+
+find("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  send();
+});
+question.addEventListener("input", () => fit(question));
+question.addEventListener("keydown", (event) => {
+  if (sends(event)) {
+    event.preventDefault();
+    send();
+  } else if (event.key === "ArrowUp" && !question.value && page.turns.length) {
+    event.preventDefault();
+    conversation.editLast();
+  }
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || event.defaultPrevented) return;
+  if (asking.size) stopAll();
+  else page.card.hide();
+});
+find("stop").addEventListener("click", () => {
+  stopAll();
+  focus();
+});
+find("fresh").addEventListener("click", startAfresh);
+find("details").addEventListener("click", () => {
+  settings.details = !settings.details;
+  changed();
+});
+find("think").firstElementChild.addEventListener("change", ({ target }) => {
+  settings.thinking = target.checked ? "own" : "never";
+  panel.show();
+  changed();
+});
+addEventListener("pagehide", keep);
+
+conversation.draw();
+if (page.turns.length) conversation.toEnd();
+focus();
+connection.begin();

@@ -1,0 +1,167 @@
+// The panel of settings. What is left empty is the server's choice, which stands in the field as its placeholder.
+
+import { find, make } from "./dom.js";
+import { DEFAULTS, LIMITS, setting } from "./state.js";
+
+// name, label, step of the field, what it does
+const NUMBERS = [
+  ["temperature", "Temperature", 0.05, "0 always takes the likeliest token; higher is more varied"],
+  ["top_p", "Top-p", 0.01, "draws among the likeliest tokens that together have this probability"],
+  ["top_k", "Top-k", 1, "draws among so many of the likeliest tokens; 0 among all"],
+  ["min_p", "Min-p", 0.01, "draws among tokens with at least this share of the likeliest one's probability"],
+  ["repetition_penalty", "Repetition penalty", 0.05, "above 1 makes tokens that were there already less likely"],
+  ["max_tokens", "Most tokens", 1, "the answer is cut off there, thought included"],
+  ["seed", "Seed", 1, "empty: a fresh one for every answer. The same seed and question give the same answer"],
+];
+const CHOICES = [
+  [
+    "thinking",
+    "Thinking",
+    "whether the models think before they answer",
+    [
+      ["own", "as they like"],
+      ["always", "always"],
+      ["never", "never"],
+    ],
+  ],
+  [
+    "thoughts",
+    "Thoughts",
+    "open at first: a thought folds when its answer begins",
+    [
+      ["auto", "open at first"],
+      ["open", "open"],
+      ["folded", "folded"],
+    ],
+  ],
+  [
+    "memory",
+    "Models read",
+    "models trained on single questions may do better without the earlier turns",
+    [
+      ["talk", "the conversation"],
+      ["alone", "the question alone"],
+    ],
+  ],
+];
+const BUDGET = [
+  "thinking_budget",
+  "Thinking budget",
+  1,
+  "after so many tokens of thought the answer begins; empty: no limit",
+];
+const NEUTRAL = { temperature: 1, top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1 };
+
+export class Settings {
+  // changed(): some setting changed; forget(): the user wants everything stored here to go.
+  constructor(settings, changed, forget) {
+    Object.assign(this, { settings, changed, panel: find("settings"), opener: find("tune"), fields: {} });
+    const system = make("textarea", {
+      rows: 3,
+      placeholder: "none",
+      spellcheck: "false",
+      oninput: () => this.set("system", system.value),
+    });
+    this.fields.system = system;
+    const [thinking, ...others] = CHOICES.map((choice) => this.choice(...choice));
+    this.budget = this.number(...BUDGET);
+    this.thinking = make("div", {}, thinking, this.budget);
+    this.panel.append(
+      make(
+        "div.head",
+        {},
+        make("h2", {}, "Settings"),
+        make("button.quiet", { type: "button", onclick: () => this.open(false) }, "Close"),
+      ),
+      make("label.tall", {}, make("span", {}, "System prompt"), system),
+      ...NUMBERS.map((row) => this.number(...row)),
+      this.thinking,
+      ...others,
+      make(
+        "div.choices",
+        {},
+        make("button.quiet", { type: "button", onclick: () => this.reset() }, "Back to the defaults"),
+        make(
+          "button.quiet",
+          { type: "button", title: "The conversation, the settings and the key", onclick: forget },
+          "Forget all that is stored here",
+        ),
+      ),
+      make("p.unit", {}, "Conversation and settings are kept in this browser only."),
+    );
+    this.opener.addEventListener("click", () => this.open(this.panel.hidden));
+    this.panel.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape") return;
+      event.stopPropagation();
+      this.open(false);
+    });
+    this.show();
+  }
+
+  open(on) {
+    this.panel.hidden = !on;
+    this.opener.setAttribute("aria-expanded", String(on));
+    (on ? this.fields.system : this.opener).focus();
+  }
+
+  number(name, label, step, title) {
+    const [min, max] = LIMITS[name];
+    const field = make("input", {
+      type: "number",
+      step,
+      min,
+      max,
+      inputmode: "decimal",
+      name,
+      oninput: () =>
+        this.set(
+          name,
+          field.validity.valid || field.validity.stepMismatch ? setting(name, field.value) : this.settings[name],
+        ),
+      onchange: () => this.show(),
+    });
+    this.fields[name] = field;
+    return make("label", { title }, make("span", {}, label), field);
+  }
+
+  choice(name, label, title, options) {
+    const field = make(
+      "select",
+      { name, onchange: () => this.set(name, field.value) },
+      ...options.map(([value, words]) => make("option", { value }, words)),
+    );
+    this.fields[name] = field;
+    return make("label", { title }, make("span", {}, label), field);
+  }
+
+  set(name, value) {
+    this.settings[name] = value;
+    this.changed(name);
+  }
+
+  reset() {
+    for (const name of Object.keys(this.fields)) this.settings[name] = DEFAULTS[name];
+    this.show();
+    this.changed();
+  }
+
+  // Fields from settings.
+  show() {
+    for (const [name, field] of Object.entries(this.fields)) field.value = this.settings[name] ?? "";
+  }
+
+  // The models that would answer now: their own sampling stands in the empty fields.
+  suit(models) {
+    for (const [name, field] of Object.entries(this.fields)) {
+      if (!(name in LIMITS)) continue;
+      const own = models.map((model) => model.sampling?.[name] ?? NEUTRAL[name]);
+      const rooms = models.map((model) => model.context).filter(Boolean);
+      if (name === "max_tokens")
+        field.placeholder = rooms.length ? `up to ${Math.max(...rooms)}` : "all there is room for";
+      else if (name === "seed") field.placeholder = "fresh";
+      else if (name === "thinking_budget") field.placeholder = "no limit";
+      else field.placeholder = new Set(own).size === 1 ? String(own[0]) : "as each model likes";
+    }
+    this.thinking.hidden = !models.some((model) => model.thinks);
+  }
+}

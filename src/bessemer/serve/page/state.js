@@ -1,0 +1,187 @@
+// What the page knows and keeps: the conversation and the settings, in this browser's localStorage alone.
+//
+// A turn is { question, answers }, one answer per model that was asked. A piece is a stretch of an answer with the
+// tokens that make it: { text, of: [{ t, p, top, experts }] }; p is a log-probability, experts [layer][k]. Whatever is
+// read back is taken apart and built anew, so a broken or foreign entry costs that entry and never the page. What does
+// not fit into the storage loses its token details first, then its oldest turns.
+
+const TALK = "bessemer.talk.1";
+const SETTINGS = "bessemer.settings.1";
+const KEY = "bessemer.key";
+
+// null leaves the choice to the server, which takes what was written beside the model.
+export const DEFAULTS = {
+  picked: [],
+  side: false,
+  details: false,
+  system: "",
+  temperature: null,
+  top_p: null,
+  top_k: null,
+  min_p: null,
+  repetition_penalty: null,
+  max_tokens: null,
+  seed: null,
+  thinking: "own",
+  thinking_budget: null,
+  thoughts: "auto",
+  memory: "talk",
+};
+const CHOICES = {
+  thinking: ["own", "always", "never"],
+  thoughts: ["auto", "open", "folded"],
+  memory: ["talk", "alone"],
+};
+export const LIMITS = {
+  temperature: [0, 2],
+  top_p: [0, 1],
+  top_k: [0, 1e6],
+  min_p: [0, 1],
+  repetition_penalty: [0.5, 2],
+  max_tokens: [1, 1e6],
+  seed: [0, 2 ** 31 - 1],
+  thinking_budget: [0, 1e6],
+};
+const WHOLE = ["top_k", "max_tokens", "seed", "thinking_budget"];
+export const MOST = 4; // models side by side
+
+export function newAnswer(model, seed) {
+  return {
+    model,
+    seed,
+    thought: "",
+    text: "",
+    pieces: { thought: [], text: [] },
+    phase: "waiting",
+    finish: null,
+    trouble: null,
+    open: null,
+    figures: { tokens: 0, thoughtTokens: 0, thoughtSeconds: null, first: null, rate: null },
+  };
+}
+
+export const running = (answer) => ["waiting", "queued", "thinking", "writing"].includes(answer.phase);
+
+export function loadSettings() {
+  const kept = read(localStorage, SETTINGS);
+  const settings = { ...DEFAULTS };
+  if (!isObject(kept)) return settings;
+  for (const [name, fallback] of Object.entries(DEFAULTS)) {
+    const value = kept[name];
+    if (name === "picked") settings.picked = list(value).filter(isString).slice(0, MOST);
+    else if (name in LIMITS) settings[name] = setting(name, value);
+    else if (name in CHOICES) settings[name] = CHOICES[name].includes(value) ? value : fallback;
+    else if (typeof value === typeof fallback) settings[name] = value;
+  }
+  return settings;
+}
+
+// A number inside its limits, or null where there is none.
+export function setting(name, value) {
+  if (value === null || value === "" || !Number.isFinite(Number(value)) || typeof value === "object") return null;
+  const [low, high] = LIMITS[name];
+  const inside = Math.min(high, Math.max(low, Number(value)));
+  return WHOLE.includes(name) ? Math.round(inside) : inside;
+}
+
+export const saveSettings = (settings) => write(localStorage, SETTINGS, settings);
+
+export function loadTalk() {
+  const turns = list(read(localStorage, TALK)).filter((turn) => isObject(turn) && typeof turn.question === "string");
+  return turns
+    .map(({ question, answers }) => ({
+      question,
+      answers: list(answers).filter(isObject).slice(0, MOST).map(answerOf),
+    }))
+    .filter((turn) => turn.answers.length);
+}
+
+export function saveTalk(turns) {
+  if (!turns.length) return forget(TALK);
+  const bare = (turn) => ({
+    ...turn,
+    answers: turn.answers.map((answer) => ({ ...answer, pieces: { thought: [], text: [] } })),
+  });
+  for (let plain = 0; plain <= turns.length; plain += Math.max(1, Math.ceil(turns.length / 4))) {
+    const kept = turns.map((turn, i) => (i < plain ? bare(turn) : turn));
+    if (write(localStorage, TALK, kept)) return;
+  }
+  for (let from = 0; from < turns.length; from += 1) if (write(localStorage, TALK, turns.slice(from).map(bare))) return;
+}
+
+export function forgetAll() {
+  forget(TALK);
+  forget(SETTINGS);
+  setKey("");
+}
+
+// The key stays for this tab only.
+export const key = () => {
+  const kept = read(sessionStorage, KEY);
+  return typeof kept === "string" ? kept : "";
+};
+export const setKey = (text) => write(sessionStorage, KEY, text);
+
+const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
+const list = (value) => (Array.isArray(value) ? value : []);
+const isString = (value) => typeof value === "string";
+const string = (value) => (isString(value) ? value : "");
+const isRow = (value) => Array.isArray(value) && value.every(Number.isInteger);
+const figure = (value) => (Number.isFinite(value) && value >= 0 ? value : null);
+
+function answerOf(kept) {
+  const made = newAnswer(string(kept.model), setting("seed", kept.seed ?? null));
+  made.thought = string(kept.thought);
+  made.text = string(kept.text);
+  made.finish = ["stop", "length"].includes(kept.finish) ? kept.finish : null;
+  // a page that closed stopped its answers
+  made.phase = ["done", "failed"].includes(kept.phase) ? kept.phase : "stopped";
+  if (isObject(kept.trouble)) made.trouble = { kind: string(kept.trouble.kind), words: string(kept.trouble.words) };
+  if (typeof kept.open === "boolean") made.open = kept.open;
+  const figures = isObject(kept.figures) ? kept.figures : {};
+  for (const name of Object.keys(made.figures)) made.figures[name] = figure(figures[name]) ?? made.figures[name];
+  for (const part of ["thought", "text"]) {
+    const pieces = list(kept.pieces?.[part]).map(pieceOf);
+    if (pieces.every(Boolean) && pieces.map((piece) => piece.text).join("") === made[part]) made.pieces[part] = pieces;
+  }
+  return made;
+}
+
+function pieceOf(kept) {
+  if (!isObject(kept) || typeof kept.text !== "string" || !Array.isArray(kept.of)) return null;
+  const of = kept.of.filter((token) => isObject(token) && typeof token.t === "string" && typeof token.p === "number");
+  return {
+    text: kept.text,
+    of: of.map(({ t, p, top, experts }) => ({
+      t,
+      p,
+      top: list(top).filter((other) => typeof other?.[0] === "string" && typeof other[1] === "number"),
+      experts: Array.isArray(experts) && experts.every(isRow) ? experts : null,
+    })),
+  };
+}
+
+function read(storage, name) {
+  try {
+    return JSON.parse(storage.getItem(name));
+  } catch {
+    return null; // not ours, cut off, or storage is switched off
+  }
+}
+
+function write(storage, name, value) {
+  try {
+    storage.setItem(name, JSON.stringify(value));
+    return true;
+  } catch {
+    return false; // full, or switched off: the page works without
+  }
+}
+
+function forget(name) {
+  try {
+    localStorage.removeItem(name);
+  } catch {
+    // nothing was kept
+  }
+}

@@ -1,0 +1,63 @@
+"""Small random models with every mechanism of V3, one in R1's and one in R1-Zero's template, and a server over each."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAYON_NUM_THREADS", "1")
+
+import pytest
+import torch
+from serving import running
+
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.infer.generate import load_engine
+from bessemer.model.presets import preset
+from bessemer.model.transformer import Transformer
+from bessemer.serve.service import launch
+
+torch.set_num_threads(1)
+
+TEXTS = ["the quick brown fox jumps over the lazy dog", "<think>two and two</think> <answer>4</answer>", "盛钢水"] * 8
+CONTEXT = 160
+
+
+def write_model(folder, style, context=CONTEXT, seed=3):
+    tokenizer = Tokenizer.train(TEXTS, 300, chat_style=style)
+    cfg = preset("tiny", vocab_size=tokenizer.vocab_size + 5, dim=64, n_layers=3, max_seq_len=context, init_std=0.12)
+    model = Transformer(cfg).initialise(seed)
+    tokenizer.save(folder / "tokenizer")
+    model.save(folder / style, tokenizer_dir=folder / "tokenizer")
+    return folder / style
+
+
+@pytest.fixture(scope="session")
+def r1(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("r1"), "r1")
+
+
+@pytest.fixture(scope="session")
+def zero(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("zero"), "zero")
+
+
+@pytest.fixture(scope="session")
+def engine(r1):
+    return load_engine(r1)
+
+
+@pytest.fixture(scope="session")
+def zero_engine(zero):
+    return load_engine(zero)
+
+
+@pytest.fixture(scope="session")
+def server(r1):
+    """With the model in a process of its own, as it is served; other servers here have it in a thread."""
+    with running(r1, launch=launch) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def zero_server(zero):
+    with running(zero) as server:
+        yield server

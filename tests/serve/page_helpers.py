@@ -1,0 +1,194 @@
+"""The chat page under test: a run of two small random models and headless Chromium; `serving.running` is the server.
+
+The weights are random, so answers are noise that hardly ever ends by itself: tests set budgets. What a model must say
+for a test (hostile text, errors) is fed into the browser in the place of the server's reply.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.model.presets import preset
+from bessemer.model.transformer import Transformer
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+TEXTS = ["the quick brown fox jumps over the lazy dog", "<think>2+2=4</think> <answer>4</answer>", "盛钢水的炉子"] * 8
+CONTEXT = 4096
+SAID = """lines => lines.map(line => {
+  const copy = line.cloneNode(true);
+  for (const unsaid of copy.querySelectorAll(".unsaid")) unsaid.remove();
+  return copy.textContent;
+})"""
+
+WATCH = """() => {
+  window.seen = [];
+  new MutationObserver(() => {
+    for (const answer of document.querySelectorAll(".answer")) {
+      window.seen.push(`${answer.dataset.phase} ${answer.querySelector(".thought").open ? "open" : "folded"}`);
+    }
+  }).observe(document.getElementById("turns"), { subtree: true, childList: true, attributes: true });
+}"""
+
+
+def make_run(root: Path) -> Path:
+    """A run directory with the finished stages `zero` and `r1`, each in its own template."""
+    (root / "recipe.toml").write_text('name = "noise"\n')
+    shape = dict(
+        dim=32, n_layers=3, inter_dim=48, moe_inter_dim=16, n_heads=2, q_lora_rank=16, kv_lora_rank=16,
+        qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=8, n_activated_experts=2,
+        n_expert_groups=4, n_limited_groups=2, max_seq_len=CONTEXT, init_std=0.2,
+    )  # fmt: skip
+    for number, style in enumerate(("zero", "r1"), 1):
+        folder = root / f"{number:02}-{style}"
+        tokenizer = Tokenizer.train(TEXTS, 320, chat_style=style)
+        Transformer(preset("tiny", vocab_size=tokenizer.vocab_size, **shape)).initialise(number).save(folder / "model")
+        tokenizer.save(folder / "model")
+        (folder / "done.json").write_text("{}")
+    return root
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A browser, or a skipped test with the reason."""
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="the page is tested with playwright, which is not installed"
+    )
+    binary = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if binary is None:
+        pytest.skip(f"the page is tested in a browser, and none of {', '.join(CHROMIUM)} is installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=binary, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+def wait_for(true, what: str, seconds: float = 15.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"never: {what}"
+        time.sleep(0.02)
+
+
+class Chat:
+    """What a person does with the page, and what they see. Any complaint of the browser fails `check`."""
+
+    def __init__(self, browser, url: str, width: int = 1100, before: str = "", **options):
+        self.url, self.expected = url, 0
+        self.complaints: list[str] = []
+        self.foreign: list[str] = []
+        self.context = browser.new_context(viewport={"width": width, "height": 760}, **options)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(15_000)
+        self.page.on(
+            "console", lambda message: message.type in ("error", "warning") and self.complaints.append(message.text)
+        )
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: request.url.startswith(url + "/") or self.foreign.append(request.url))
+        if before:
+            self.page.add_init_script(before)
+        self.open()
+
+    def open(self) -> None:
+        self.reply = self.page.goto(self.url)
+        self.page.wait_for_selector(".chip[aria-pressed=true]")
+
+    def check(self) -> None:
+        """No request left the server, and nobody complained but about statuses that the test itself made."""
+        serious = [text for text in self.complaints if not ("Failed to load resource" in text and self.expected)]
+        self.context.close()
+        assert not serious and not self.foreign
+
+    def set(self, **settings: Any) -> None:
+        """Types into the panel of settings; the attribute is the field's name."""
+        self.page.click("#tune")
+        for name, value in settings.items():
+            field = self.page.locator(f"#settings [name={name}]")
+            (field.select_option if field.evaluate("e => e.tagName") == "SELECT" else field.fill)(str(value))
+        self.page.click("#tune")
+
+    def send(self, question: str) -> None:
+        self.page.fill("#question", question)
+        self.page.press("#question", "Enter")
+
+    def done(self, answers: str = ".turn:last-child .answer") -> None:
+        """Waits until these answers have ended, one way or another."""
+        self.page.wait_for_selector(answers)
+        ended = ":is([data-phase=done], [data-phase=stopped], [data-phase=failed])"
+        wait_for(
+            lambda: self.page.locator(answers).count() == self.page.locator(answers + ended).count(), f"{answers} ended"
+        )
+
+    def ask(self, question: str) -> None:
+        self.send(question)
+        self.done()
+
+    def watch(self) -> None:
+        """From now on `window.seen` collects every pair of phase and thought (open, folded) that is shown."""
+        self.page.evaluate(WATCH)
+
+    def endless(self) -> None:
+        """Answers go on past their end, as noise that happens to end early would tell nothing."""
+
+        def go_on(route):
+            route.continue_(post_data=json.dumps(route.request.post_data_json | {"ignore_eos": True}))
+
+        self.page.route("**/v1/chat/completions", go_on)
+
+    def text(self, selector: str) -> str:
+        """textContent: what is there, folded or not."""
+        return self.page.locator(selector).first.text_content()
+
+    def answer(self, part: str = ".text") -> str:
+        """The last answer's text (or `.thought`) as the model wrote it, without the tokens that have no text."""
+        lines = self.page.locator(f".turn:last-child .answer {part} .line").evaluate_all(SAID)
+        return "\n".join(line.removesuffix("\n") for line in lines)
+
+    def questions(self) -> list[str]:
+        return self.page.locator(".question p").all_text_contents()
+
+    def feed(
+        self, *chunks: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None, times: int = 1
+    ) -> None:
+        """The next requests for an answer get these chunks, or with another status the first as the body."""
+        if status == 200:
+            body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+            kind = "text/event-stream"
+        else:
+            body, kind, self.expected = json.dumps(chunks[0]), "application/json", self.expected + 1
+        self.page.route(
+            "**/v1/chat/completions",
+            lambda route: route.fulfill(status=status, headers={"Content-Type": kind, **(headers or {})}, body=body),
+            times=times,
+        )  # fmt: skip
+
+
+def chunk(finish: str | None = None, tokens: list[dict] | None = None, **delta: str) -> dict[str, Any]:
+    """One chunk of a chat completion."""
+    logprobs = {"content": tokens} if tokens else None
+    routing = {"routing": [[[0, 1]]] * len(tokens)} if tokens else {}
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": logprobs, **routing}]}
+
+
+def token(text: str, logprob: float = -0.5, others: tuple[str, ...] = ()) -> dict[str, Any]:
+    """One token of a chunk; some bytes of a character are given as such."""
+    top = [{"token": other, "logprob": logprob - 1, "bytes": None} for other in others]
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": top}

@@ -1,0 +1,113 @@
+"""A real server on a free port of the loopback address, in a thread of the tests' process."""
+
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from multiprocessing import Pipe
+
+import httpx
+
+from bessemer.serve import worker
+from bessemer.serve.connection import Limits
+from bessemer.serve.models import offered
+from bessemer.serve.server import Server
+from bessemer.serve.settings import Settings
+
+
+class Thread(threading.Thread):
+    """What a process is to the service."""
+
+    def kill(self):
+        """Its pipe is closed by now, which ends it."""
+
+    wait = threading.Thread.join
+
+
+def in_thread(folder, settings):
+    """A worker beside the server's thread: what it does is the same, and it starts at once."""
+    ours, theirs = Pipe()
+
+    def work():
+        with theirs:
+            worker.work(theirs, folder, settings)
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    return ours, thread
+
+
+class Running:
+    """A server under test; `url` ends without a slash."""
+
+    def __init__(self, folder, settings=None, limits=None, drain_seconds=5.0, name=None, launch=in_thread):
+        settings = settings or Settings()
+        self.models = offered(folder, settings, name, launch)
+        self.models.preload()
+        self.socket = socket.socket()
+        self.socket.bind(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.server = Server(self.models, settings, limits or Limits(), drain_seconds)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+
+    def start(self):
+        self.thread.start()
+        for _ in range(500):
+            if self.server.started:
+                return self
+            time.sleep(0.02)
+        raise AssertionError("the server did not start")
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+    def post(self, path, **body):
+        return httpx.post(self.url + path, json=body, timeout=60)
+
+    def chat(self, text="the fox", **options):
+        return self.post("/v1/chat/completions", messages=[{"role": "user", "content": text}], **options)
+
+    def events(self, path, **body):
+        """The JSON of every event of a stream; [DONE] must end it."""
+        with httpx.stream("POST", self.url + path, json=body | {"stream": True}, timeout=60) as answer:
+            assert answer.status_code == 200, answer.read()
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            raw = b"".join(answer.iter_raw())
+        events = [line for line in raw.split(b"\n\n") if line and not line.startswith(b":")]
+        assert events[-1] == b"data: [DONE]" and all(line.startswith(b"data: ") for line in events)
+        return [json.loads(line[6:]) for line in events[:-1]]
+
+    @property
+    def open_samples(self):
+        return sum(model.service.figures.open for model in self.models.loaded.values())
+
+    def settles(self, seconds=10.0):
+        """Whether every slot is free again before long, by the counts of the server and of the schedulers."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            figures = [model.service.figures for model in self.models.loaded.values()]
+            if not any(f.open or f.scheduler.get("running") or f.scheduler.get("waiting") for f in figures):
+                return True
+            time.sleep(0.02)
+        return False
+
+
+@contextmanager
+def running(folder, **options):
+    server = Running(folder, **options).start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def error_of(answer):
+    """The error of an answer, whose form is checked."""
+    body = answer.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}, body
+    assert body["error"]["message"] and body["error"]["type"]
+    return body["error"]

@@ -1,0 +1,187 @@
+"""Whatever is sent, the answer is an error in OpenAI's form, and the next request is served as if nothing had been."""
+
+import json
+import socket
+
+import httpx
+import openai
+import pytest
+from serving import error_of, in_thread, running
+
+from bessemer.errors import UserError
+from bessemer.serve import server as serve_module
+from bessemer.serve.models import offered
+from bessemer.serve.settings import Settings
+
+CHAT = "/v1/chat/completions"
+USER = [{"role": "user", "content": "the fox"}]
+
+BAD = [  # path, body, param, code
+    (CHAT, {"messages": USER, "temperature": -1}, "temperature", "invalid_value"),
+    (CHAT, {"messages": USER, "temperature": 1e9}, "temperature", "invalid_value"),
+    (CHAT, {"messages": USER, "temperature": "0.5"}, "temperature", "invalid_value"),
+    (CHAT, {"messages": USER, "top_p": 1.5}, "top_p", "invalid_value"),
+    (CHAT, {"messages": USER, "top_k": -2}, "top_k", "invalid_value"),
+    (CHAT, {"messages": USER, "min_p": 7}, "min_p", "invalid_value"),
+    (CHAT, {"messages": USER, "repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+    (CHAT, {"messages": USER, "presence_penalty": 9}, "presence_penalty", "invalid_value"),
+    (CHAT, {"messages": USER, "max_tokens": 0}, "max_tokens", "invalid_value"),
+    (CHAT, {"messages": USER, "max_tokens": -5}, "max_tokens", "invalid_value"),
+    (CHAT, {"messages": USER, "max_tokens": True}, "max_tokens", "invalid_value"),
+    (CHAT, {"messages": USER, "n": 0}, "n", "invalid_value"),
+    (CHAT, {"messages": USER, "n": 1000}, "n", "invalid_value"),
+    (CHAT, {"messages": USER, "seed": 2**70}, "seed", "invalid_value"),
+    (CHAT, {"messages": USER, "stop": [""]}, "stop[0]", "invalid_value"),
+    (CHAT, {"messages": USER, "stop": 5}, "stop", "invalid_value"),
+    (CHAT, {"messages": USER, "top_logprobs": 2}, "top_logprobs", "invalid_value"),
+    (CHAT, {"messages": USER, "logprobs": True, "top_logprobs": 50}, "top_logprobs", "invalid_value"),
+    (CHAT, {"messages": USER, "tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+    (CHAT, {"messages": USER, "logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
+    (CHAT, {"messages": USER, "response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+    (CHAT, {"messages": USER, "reasoning_effort": "huge"}, "reasoning_effort", "invalid_value"),
+    (CHAT, {"messages": USER, "stream": "yes"}, "stream", "invalid_value"),
+    (CHAT, {"messages": []}, "messages", "invalid_value"),
+    (CHAT, {}, "messages", "invalid_value"),
+    (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
+    (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_value"),
+    (CHAT, {"messages": [{"role": "user", "content": "the fox " * 200}]}, "messages", "context_length_exceeded"),
+    (CHAT, {"messages": [{"role": "user", "content": "x" * 300_000}]}, "messages", "context_length_exceeded"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+     "messages[0].content[0].type", "invalid_value"),
+    ("/v1/completions", {"prompt": []}, "prompt", "invalid_value"),
+    ("/v1/completions", {"prompt": [[]]}, "prompt", "invalid_value"),
+    ("/v1/completions", {"prompt": [999]}, "prompt", "invalid_value"),
+    ("/v1/completions", {"prompt": [-1]}, "prompt[0]", "invalid_value"),
+    ("/v1/completions", {"prompt": [1.5]}, "prompt[0]", "invalid_value"),
+    ("/v1/completions", {"prompt": [5] * 160}, "prompt", "context_length_exceeded"),
+    ("/v1/completions", {"prompt": [5] * 161, "echo": True, "max_tokens": 0}, "prompt", "context_length_exceeded"),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 0}, "max_tokens", "invalid_value"),
+    ("/v1/completions", {"prompt": "a", "best_of": 4}, "best_of", "unsupported_parameter"),
+    ("/v1/completions", {"prompt": "a", "suffix": "b"}, "suffix", "unsupported_parameter"),
+    ("/v1/completions", {"prompt": ["a"] * 100, "n": 100}, None, "too_many_samples"),
+    ("/tokenize", {}, "prompt", "invalid_value"),
+    ("/tokenize", {"prompt": "a", "messages": USER}, "prompt", "invalid_value"),
+    ("/detokenize", {"tokens": [99999]}, "tokens", "invalid_value"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body", "param", "code"), BAD)
+def test_bad_values_are_named(server, path, body, param, code):
+    answer = server.post(path, **body)
+    error = error_of(answer)
+    assert answer.status_code == 400 and error["type"] == "invalid_request_error"
+    assert (error["param"], error["code"]) == (param, code), error
+
+
+RAW = [  # body, status, code
+    (b"{", 400, "invalid_json"),
+    (b"", 400, "invalid_value"),
+    (b"[]", 400, "invalid_value"),
+    (b"null", 400, "invalid_value"),
+    (b'{"messages": "\xff\xfe"}', 400, "invalid_body"),
+    (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "invalid_value"),
+    (b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}', 400, "invalid_value"),
+    (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400, "invalid_value"),
+    (b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}", 400, "invalid_body"),
+    (b"[" * 100_000, 400, "invalid_body"),
+    (b" " * 5_000_000, 413, "body_too_large"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "code"), RAW, ids=range(len(RAW)))
+def test_broken_bodies(server, body, status, code):
+    headers = {"Content-Type": "application/json"}
+    whole = httpx.post(server.url + CHAT, content=body, headers=headers)
+    pieces = (body[i : i + 65536] for i in range(0, len(body), 65536))
+    chunked = httpx.post(server.url + CHAT, content=pieces, headers=headers)
+    for answer in (whole, chunked):
+        assert answer.status_code == status and error_of(answer)["code"] == code, answer.text[:300]
+
+
+def test_wrong_doors(server):
+    assert error_of(server.chat(model="r2"))["code"] == "model_not_found"
+    assert "did you mean 'r1'" in error_of(server.chat(model="r2"))["message"]
+    for method, path, status, code in (
+        ("GET", "/v1/nothing", 404, "not_found"), ("GET", CHAT, 405, "method_not_allowed"),
+        ("GET", "/v1/models/none", 404, "model_not_found"), ("GET", "/static/none.js", 404, "not_found"),
+        ("GET", "/static/..%2fapp.py", 404, "not_found"), ("DELETE", "/health", 405, "method_not_allowed"),
+    ):  # fmt: skip
+        answer = httpx.request(method, server.url + path)
+        assert (answer.status_code, error_of(answer)["code"]) == (status, code)
+    text = httpx.post(server.url + CHAT, content=json.dumps({"messages": USER}), headers={"Content-Type": "text/plain"})
+    assert (text.status_code, error_of(text)["code"]) == (415, "unsupported_media_type")
+    with socket.create_connection(("127.0.0.1", server.port)) as plug:
+        plug.sendall(b"\x16\x03\x01 this is not HTTP\r\n\r\n")
+        answer = plug.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 400") and json.loads(answer.split(b"\r\n\r\n")[1])["error"]["code"]
+    assert server.chat(max_tokens=2).status_code == 200 and server.settles()
+
+
+def test_unusual_values_that_are_no_mistake(server):
+    plain = server.chat(max_tokens=4, temperature=0).json()["choices"]
+    for same in (
+        {"temperature": 1e-8}, {"temperature": 0, "top_k": -1}, {"temperature": 1.0, "top_p": 0},
+        {"temperature": 0, "no_such_field": [1], "user": "me", "stop": None, "n": None, "logit_bias": {}},
+    ):  # fmt: skip
+        assert server.chat(max_tokens=4, **same).json()["choices"] == plain
+    endless = server.chat(max_tokens=2**40, temperature=0, ignore_eos=True, return_token_ids=True).json()
+    assert endless["usage"]["total_tokens"] == 160 and endless["choices"][0]["finish_reason"] == "length"
+
+
+def test_the_client_raises_its_own_errors(server):
+    api = openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0)
+    with pytest.raises(openai.BadRequestError) as caught:
+        api.chat.completions.create(model="r1", messages=USER, temperature=-1)
+    assert caught.value.param == "temperature" and caught.value.code == "invalid_value"
+    with pytest.raises(openai.NotFoundError):
+        api.chat.completions.create(model="none", messages=USER)
+
+
+def test_an_api_key_is_asked_for_everywhere_but_at_the_door(r1):
+    with running(r1, settings=Settings(api_key="s3cret", origins=("https://page.example",))) as server:
+        for path in ("/v1/models", "/metrics", "/tokenizer_info"):
+            answer = httpx.get(server.url + path)
+            assert (answer.status_code, error_of(answer)["type"]) == (401, "authentication_error")
+        for header in ("Bearer wrong", "s3cret", "Basic s3cret", "Bearer s3cret2"):
+            assert httpx.get(server.url + "/v1/models", headers={"Authorization": header}).status_code == 401
+        assert httpx.get(server.url + "/health").json()["auth"] is True
+        api = openai.OpenAI(base_url=server.url + "/v1", api_key="s3cret", max_retries=0)
+        assert api.models.list().data
+        origin = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+        allowed = httpx.options(server.url + CHAT, headers=origin)
+        assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == origin["Origin"]
+        other = httpx.options(server.url + CHAT, headers=origin | {"Origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_another_name_is_refused(r1):
+    """A web page that gives its own name this address (DNS rebinding) is not let in."""
+    with running(r1, settings=Settings(hosts=("127.0.0.1", "localhost", "[::1]"))) as server:
+        assert httpx.get(server.url + "/v1/models", headers={"Host": "localhost:99"}).status_code == 200
+        answer = httpx.get(server.url + "/v1/models", headers={"Host": "evil.example"})
+        assert (answer.status_code, error_of(answer)["code"]) == (403, "unknown_host")
+
+
+def test_what_cannot_be_served_is_said_at_the_start(r1, zero, tmp_path):
+    with pytest.raises(UserError, match="no model or run at"):
+        serve_module.serve(tmp_path / "none")
+    with pytest.raises(UserError, match="anybody could use the model"):
+        serve_module.serve(r1, host="0.0.0.0")
+    with pytest.raises(UserError, match="is no address of this machine"):
+        serve_module.serve(r1, host="256.1.1.1", force=True)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="is in use; choose another one with --port"):
+            serve_module.serve(r1, port=taken.getsockname()[1])
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    for path in r1.iterdir():
+        (wrong / path.name).write_bytes(path.read_bytes())
+    config = json.loads((wrong / "config.json").read_text())
+    spec = json.loads((wrong / "tokenizer.json").read_text())
+    for n in range(config["vocab_size"]):  # a tokenizer of another, larger model
+        spec["model"]["vocab"].setdefault(f"!{n}", len(spec["model"]["vocab"]))
+    (wrong / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="do not belong together"):
+        offered(wrong, Settings(), launch=in_thread).preload()

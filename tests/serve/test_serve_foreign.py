@@ -1,0 +1,44 @@
+"""A model of another house, through the same server."""
+
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import error_of, running
+
+pytest.importorskip("transformers")
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("data", "model")]
+from foreign_cases import made
+from foreign_tokenizers import byte_level
+
+from bessemer.data.chat import render_ids
+from bessemer.infer.generate import load_engine
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("foreign") / "tiny-llama"
+    made("llama", vocab_size=400).save_pretrained(folder)
+    return byte_level(folder)
+
+
+def test_a_foreign_model_is_served_like_ours(llama):
+    engine = load_engine(llama)
+    asked = [{"role": "system", "content": "Brief."}, {"role": "user", "content": "the fox"}]
+    (sample,) = engine.generate([render_ids(engine.tokenizer, asked)], seed=3, max_new_tokens=12)[0]
+    with running(llama) as server:
+        (model,) = httpx.get(server.url + "/v1/models").json()["data"]
+        facts = model["bessemer"]
+        assert (model["id"], facts["architecture"], facts["style"]) == ("tiny-llama", "llama", "own")
+        assert facts["context"] == 128 and not facts["thinks"] and facts["sparse_layers"] == 0
+        assert facts["parameters"] == sum(p.numel() for p in engine.model.parameters())
+        body = {"messages": asked, "seed": 3, "max_tokens": 12, "thinking": True}
+        choice = server.post("/v1/chat/completions", **body).json()["choices"][0]
+        assert choice["message"]["content"] == sample.text.lstrip() and "reasoning" not in choice["message"]
+        refused = server.post("/v1/chat/completions", **body, return_routing=True)
+        assert error_of(refused)["code"] == "routing_unavailable"
+        text = server.post("/v1/completions", prompt="the fox", max_tokens=0, echo=True, logprobs=1).json()
+        logprobs = text["choices"][0]["logprobs"]
+        assert logprobs["token_logprobs"][0] is None, "this tokenizer begins no text with a token of its own"
+        assert text["choices"][0]["text"] == "the fox" and len(logprobs["tokens"]) > 1

@@ -1,0 +1,269 @@
+"""Slots, queues, connections, failures and the end of a server."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+from serving import error_of, running
+
+from bessemer.errors import UserError
+from bessemer.infer.scheduler import Scheduler
+from bessemer.serve.connection import Limits
+from bessemer.serve.settings import Settings
+
+CHAT = "/v1/chat/completions"
+LONG = {"messages": [{"role": "user", "content": "the fox"}], "ignore_eos": True, "stream": True}
+"""As long as the context: some 150 tokens."""
+
+
+def request(body, path=CHAT):
+    """The bytes of a request."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data
+
+
+def raw_request(port, body):
+    plug = socket.create_connection(("127.0.0.1", port))
+    plug.sendall(request(body))
+    return plug
+
+
+def wait_for(true, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.01)
+
+
+def test_a_client_that_vanishes_frees_its_slot(server):
+    cancelled = [
+        raw_request(server.port, LONG | {"stream": stream, "n": 3}) for stream in (True, False) for _ in range(2)
+    ]
+    wait_for(lambda: server.open_samples == 12)
+    generated = server.models.loaded["r1"].service.figures
+    wait_for(lambda: generated.scheduler.get("running", 0) == 12)
+    before = generated.generated
+    for plug in cancelled:
+        plug.close()
+    assert server.settles() and generated.generated - before < 12 * 140, "nobody decoded to the end"
+    assert 'status="499"' in httpx.get(server.url + "/metrics").text
+
+
+def test_a_full_queue_is_refused_and_drains(r1):
+    with running(r1, settings=Settings(rows=2, waiting=3)) as server:
+        plugs = [raw_request(server.port, LONG) for _ in range(5)]
+        wait_for(lambda: server.open_samples == 5)
+        answer = server.chat(max_tokens=1)
+        assert answer.status_code == 429 and error_of(answer)["code"] == "queue_full"
+        assert error_of(answer)["type"] == "rate_limit_error" and int(answer.headers["retry-after"]) >= 1
+        api = openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0)
+        with pytest.raises(openai.RateLimitError):
+            api.completions.create(model="r1", prompt="a")
+        plugs.pop().close()
+        wait_for(lambda: server.open_samples == 4)
+        plugs.append(raw_request(server.port, LONG))
+        wait_for(lambda: server.open_samples == 5)
+        for plug in plugs:
+            plug.close()
+        assert server.settles() and server.chat(max_tokens=1).status_code == 200
+
+
+def test_a_thousand_half_open_connections(r1):
+    """Silent ones, half a header, half a body: all are closed in time, and nobody else waits for them."""
+    with running(r1, limits=Limits(request_seconds=3.0, connections=600)) as server:
+        starts = (b"", b"POST /v1/chat/comp", b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
+                  b"Content-Type: application/json\r\n\r\n{")  # fmt: skip
+        plugs = []
+        for n in range(1000):
+            plug = socket.create_connection(("127.0.0.1", server.port))
+            plug.sendall(starts[n % 3])
+            plugs.append(plug)
+        assert server.chat(max_tokens=2).status_code == 200
+        wait_for(lambda: len(server.server.server_state.connections) < 600)
+        for plug in plugs:
+            plug.settimeout(10)
+            try:
+                said = plug.recv(4096)
+            except ConnectionResetError:
+                said = b""
+            assert said == b"" or said.startswith(b"HTTP/1.1 408"), said
+            plug.close()
+        assert server.chat(max_tokens=2).status_code == 200
+        wait_for(lambda: len(server.server.server_state.connections) == 0)
+
+
+def test_who_does_not_read_is_given_up(r1):
+    with running(r1, limits=Limits(unread_seconds=0.5)) as server:
+        plug = socket.socket()
+        plug.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        plug.connect(("127.0.0.1", server.port))
+        body = {"prompt": "the fox", "max_tokens": 150, "n": 64, "stream": True, "ignore_eos": True, "logprobs": 20}
+        plug.sendall(request(body, "/v1/completions"))
+        wait_for(lambda: server.open_samples == 64)
+        assert server.settles(30)
+        wait_for(lambda: len(server.server.server_state.connections) == 0)
+        plug.close()
+
+
+def test_a_failing_step_costs_only_who_was_reading(r1, monkeypatch):
+    """The running answer ends with an error event; one that had not begun is taken on by the new scheduler; a request
+    that breaks every scheduler ends too."""
+    step, fuse = Scheduler.step, threading.Event()
+
+    def broken(self):
+        if fuse.is_set() or any("poison" in client for client in clients(self)):
+            fuse.clear()
+            raise RuntimeError("as if out of memory")
+        return step(self)
+
+    def clients(scheduler):
+        return [row.request.client for row in scheduler.batch.rows]
+
+    monkeypatch.setattr(Scheduler, "step", broken)
+    with running(r1, settings=Settings(rows=1)) as server:
+        figures = server.models.loaded["r1"].service.figures
+        with httpx.stream("POST", server.url + CHAT, json=LONG, timeout=30) as reading:
+            lines = reading.iter_lines()
+            wait_for(lambda: figures.generated > 2)
+            waiting = []
+            thread = threading.Thread(target=lambda: waiting.append(server.chat(max_tokens=3)))
+            thread.start()
+            wait_for(lambda: server.open_samples == 2)
+            fuse.set()
+            events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+        assert events[-1] == "[DONE]" and json.loads(events[-2])["error"]["code"] == "generation_failed"
+        thread.join()
+        assert waiting[0].status_code == 200
+        answer = server.chat(max_tokens=3, user="poison")
+        assert answer.status_code == 500 and error_of(answer)["type"] == "server_error"
+        assert server.chat(max_tokens=3).status_code == 200 and server.settles()
+        assert figures.scheduler["failures"] >= 2
+
+
+def test_a_killed_model_is_replaced(server):
+    """Killed for memory, say: who waited for it is told, and the next request has it again."""
+    first = server.models.loaded["r1"].service
+    before = first.figures.generated
+    plug = raw_request(server.port, LONG | {"stream": False})
+    wait_for(lambda: first.figures.generated > before)
+    first.process.kill()
+    said = b""
+    while not said.endswith(b"}}"):
+        said += plug.recv(65536)
+    assert said.startswith(b"HTTP/1.1 500") and b"its process has ended" in said
+    plug.close()
+    assert not first.alive and httpx.get(server.url + "/health").json()["running"] == 0
+    assert server.chat(max_tokens=3).status_code == 200
+    assert server.models.loaded["r1"].service is not first
+
+
+@pytest.fixture(scope="module")
+def run_folder(r1, zero, tmp_path_factory):
+    """A run of three finished stages that write, one of them damaged."""
+    root = tmp_path_factory.mktemp("runs") / "mine"
+    for name, source in (("01-base", zero), ("02-zero", zero), ("03-broken", r1), ("04-r1", r1)):
+        folder = root / name / "model"
+        folder.mkdir(parents=True)
+        for path in source.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        (root / name / "done.json").write_text("{}")
+    (root / "03-broken" / "model" / "tokenizer.json").unlink()
+    (root / "recipe.toml").write_text('name = "mine"\n')
+    return root
+
+
+def test_the_models_of_a_run(run_folder):
+    with running(run_folder, settings=Settings(loaded=2)) as server:
+        names = [model["id"] for model in httpx.get(server.url + "/v1/models").json()["data"]]
+        assert names == ["base", "zero", "r1"] and "03-broken" in server.models.broken[0]
+        assert server.chat(max_tokens=1).json()["model"] == "r1"
+        assert server.chat(max_tokens=1, model="base").json()["model"] == "base"
+        assert server.chat(max_tokens=1, model=str(run_folder / "04-r1" / "model")).json()["model"] == "r1"
+        assert set(server.models.loaded) == {"r1", "base"}
+        server.chat(max_tokens=1, model="r1")
+        assert server.chat(max_tokens=1, model="zero").json()["model"] == "zero"
+        assert set(server.models.loaded) == {"r1", "zero"}, "the one unused for longest made room"
+        plugs = [raw_request(server.port, LONG | {"model": name, "n": 8}) for name in ("r1", "zero")]
+        wait_for(lambda: server.open_samples == 16)
+        answer = server.chat(max_tokens=1, model="base")
+        assert answer.status_code == 429 and error_of(answer)["code"] == "models_busy"
+        for plug in plugs:
+            plug.close()
+        assert server.settles() and server.chat(max_tokens=1, model="base").status_code == 200
+        (run_folder / "02-zero" / "model" / "model.safetensors").rename(run_folder / "away")
+        server.chat(max_tokens=1, model="r1")
+        answer = server.chat(max_tokens=1, model="zero")
+        (run_folder / "away").rename(run_folder / "02-zero" / "model" / "model.safetensors")
+        assert answer.status_code == 503 and error_of(answer)["code"] == "model_unavailable"
+
+
+def test_signals_end_a_server(r1):
+    """After the first the answers under way end, and new questions are refused; after the second they are cut off."""
+    code = f"import bessemer.serve.server as s, serving; s.serve({str(r1)!r}, port=0, launch=serving.in_thread)"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        said = process.stdout.readline()
+        assert said.startswith("bessemer: http://127.0.0.1:") and "models: r1 (default r1)" in said
+        url = said.split()[1]
+        asked = (LONG | {"n": 40}, LONG | {"max_tokens": 9})
+        one, two = (httpx.stream("POST", url + CHAT, json=body, timeout=60) for body in asked)
+        with one as many, two as few:
+            cut, whole = many.iter_lines(), few.iter_lines()
+            next(cut), next(whole)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in whole if line]
+            assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(url + "/health")
+            process.send_signal(signal.SIGINT)
+            rest = [line for line in cut if line]
+            assert rest[-1] == "data: [DONE]"
+            assert "shutting down" in json.loads(rest[-2][6:])["error"]["message"]
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+
+
+def test_who_waits_hears_from_the_server(r1):
+    with running(r1, settings=Settings(rows=1, keep_alive_seconds=0.05)) as server:
+        plug = raw_request(server.port, LONG)
+        wait_for(lambda: server.open_samples == 1)
+        with httpx.stream("POST", server.url + CHAT, json=LONG | {"max_tokens": 1}, timeout=30) as answer:
+            lines = [line for line in answer.iter_lines() if line]
+        assert ": keep-alive" in lines and lines[-1] == "data: [DONE]"
+        plug.close()
+
+
+def test_metrics_add_up(r1):
+    with running(r1) as server:
+        used = [server.chat(max_tokens=tokens, n=2).json()["usage"] for tokens in (3, 9)]
+        server.chat(temperature=-1)
+        lines = dict(line.rsplit(" ", 1) for line in httpx.get(server.url + "/metrics").text.splitlines())
+        expect = {
+            f'bessemer_requests_total{{endpoint="{CHAT}",status="200"}}': 2,
+            f'bessemer_requests_total{{endpoint="{CHAT}",status="400"}}': 1,
+            'bessemer_completion_tokens_total{model="r1"}': sum(usage["completion_tokens"] for usage in used),
+            'bessemer_prompt_tokens_total{model="r1"}': sum(usage["prompt_tokens"] for usage in used),
+            'bessemer_time_to_first_token_seconds_count{model="r1"}': 2,
+            'bessemer_request_seconds_count{model="r1"}': 2,
+            'bessemer_open_samples{model="r1"}': 0,
+            'bessemer_scheduler_running{model="r1"}': 0,
+        }
+        assert {key: float(lines[key]) for key in expect} == expect
+
+
+def test_names_are_for_single_models(run_folder, r1):
+    with pytest.raises(UserError, match="the names of their stages"), running(run_folder, name="x"):
+        pass
+    with running(r1, name="mine") as server:
+        assert server.chat(max_tokens=1).json()["model"] == "mine"

@@ -1,0 +1,89 @@
+"""lm-eval over HTTP against the same questions put to the model directly, in every way it can send a text."""
+
+import pytest
+
+pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance
+from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+
+from bessemer.data.chat import render_ids
+from bessemer.recipe.harness import BessemerLM
+
+PAIRS = [("the quick", " brown fox"), ("lazy dog jumps over", " the"), ("盛钢水", " 水"), ("two and", " two and 4"),
+         ("", "the fox"), ("4", " <think>")]  # fmt: skip
+
+
+def requests(kind, arguments):
+    return [Instance(kind, {}, args, n) for n, args in enumerate(arguments)]
+
+
+def remote(server, folder, **options):
+    url = server.url + "/v1/completions"
+    return LocalCompletionsAPI(base_url=url, model=str(folder), max_length=160, max_retries=1, **options)
+
+
+@pytest.fixture(scope="module")
+def direct(engine):
+    """Log-probabilities after BOS, and what the model itself would say among the questions."""
+    asked, begun = list(PAIRS), ["the", "fox", "over the lazy", "two", "4 4"]
+    said = engine.generate(begun, temperature=0, max_new_tokens=1)
+    for prompt, (answer,) in zip(begun, said, strict=True):
+        ids = engine.tokenizer.encode(prompt)
+        if engine.tokenizer.encode(prompt + answer.text) == ids + answer.tokens:
+            asked.append((prompt, answer.text))
+    scores = BessemerLM(engine).loglikelihood(requests("loglikelihood", asked))
+    assert {greedy for _, greedy in scores} == {True, False}
+    return asked, scores
+
+
+WAYS = {
+    "ids with BOS": dict(tokenizer_backend="huggingface"),
+    "texts": dict(tokenizer_backend="huggingface", tokenized_requests=False),
+    "texts, several at once": dict(tokenizer_backend="huggingface", tokenized_requests=False, batch_size=4),
+    "side by side": dict(tokenizer_backend="huggingface", tokenized_requests=False, num_concurrent=3),
+    "the server's tokenizer": dict(tokenizer_backend="remote", tokenized_requests=False),
+    "whatever it finds": dict(tokenized_requests=False),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_log_probabilities_are_those_of_the_model(server, r1, engine, direct, way):
+    asked, scores = direct
+    api = remote(server, r1, **WAYS[way])
+    if way == "ids with BOS":  # what was sent is what is scored, so BOS must be in it
+        bos = [engine.tokenizer.bos_id]
+        split = api._encode_pair
+        api._encode_pair = lambda *pair: (bos + (ids := split(*pair))[0], ids[1])
+    if api.tokenizer_backend == "remote":  # takes id 0 for no BOS, and begins what has no context with EOS
+        asked, scores = zip(*(both for both in zip(asked, scores, strict=True) if both[0][0]), strict=True)
+    got = api.loglikelihood(requests("loglikelihood", asked))
+    for pair, (logp, greedy), (expected, as_greedy) in zip(asked, got, scores, strict=True):
+        assert logp == pytest.approx(expected, abs=1e-3), pair
+        assert greedy == as_greedy, pair
+
+
+def test_generations_are_the_engines(server, r1, engine):
+    settings = {"until": ["w", "\n\n"], "max_gen_toks": 10, "temperature": 0.0}
+    contexts = ["the quick", "two and", "盛钢"]
+    asked = requests("generate_until", [(context, dict(settings)) for context in contexts])
+    expected = engine.generate(contexts, temperature=0, max_new_tokens=10, stop_strings=["w", "\n\n"])
+    for options in (dict(tokenizer_backend="None"), dict(tokenizer_backend="huggingface", tokenized_requests=False)):
+        got = remote(server, r1, **options).generate_until(asked)
+        assert got == [samples[0].text for samples in expected]
+
+
+def test_chats_are_the_engines(server, engine):
+    """A thought of four tokens, ended for the model, and what follows it."""
+    api = LocalChatCompletion(base_url=server.url + "/v1/chat/completions", model="r1", max_retries=1)
+    marks = {engine.tokenizer.think_id, engine.tokenizer.think_end_id}
+    for question in ("the fox", "lazy", "brown dog", "4", "two"):
+        turns = [{"role": "user", "content": question}]
+        ids = render_ids(engine.tokenizer, turns)
+        thought = engine.generate([ids], temperature=0, max_new_tokens=4)[0][0].tokens
+        if not marks & set(thought):
+            break
+    ids += [*thought, engine.tokenizer.think_end_id]
+    expected = engine.generate([ids], temperature=0, max_new_tokens=15)[0][0].text
+    settings = {"until": ["zzz"], "max_gen_toks": 20, "thinking_budget": 4}
+    got = api.generate_until(requests("generate_until", [(api.apply_chat_template(turns), settings)]))
+    assert got == [expected.lstrip()] and not marks & set(thought)

@@ -1,0 +1,45 @@
+"""The OpenAPI document is true: what it allows is never answered with a 5xx, and every answer is one it describes."""
+
+import warnings
+
+import hypothesis
+import pytest
+
+schemathesis = pytest.importorskip("schemathesis")
+checks = pytest.importorskip("schemathesis.checks")
+
+CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
+SHORT = {"max_tokens": 3, "max_completion_tokens": 3, "n": 2}
+"""Lengths above these only take time."""
+
+
+def shortened(body):
+    for name, most in SHORT.items():
+        value = body.get(name)
+        if value is None or (type(value) is int and value > most):
+            body[name] = most
+    return body
+
+
+def test_schemathesis_finds_nothing(server):
+    checks.load_all_checks()
+    wanted = checks.CHECKS.get_by_names(CHECKS)
+    warnings.simplefilter("ignore")
+    seen = set()
+    for found in schemathesis.openapi.from_url(server.url + "/openapi.json").get_all_operations():
+        operation = found.ok()
+
+        @hypothesis.settings(
+            max_examples=30, deadline=None, derandomize=True, database=None,
+            suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate],
+        )  # fmt: skip
+        @hypothesis.given(case=operation.as_strategy())
+        def tried(case):
+            if isinstance(case.body, dict) and "completions" in case.path:
+                case.body = shortened(case.body)
+            case.call_and_validate(checks=wanted, timeout=60)
+
+        tried()
+        seen.add(operation.label)
+    assert {"POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models", "POST /tokenize"} <= seen
+    assert server.settles()

@@ -1,0 +1,107 @@
+"""Text on its way out: characters whole, stop strings never shown in part, thoughts told from content."""
+
+import json
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.infer.stop import cut
+from bessemer.serve.events import event
+from bessemer.serve.text import Vocabulary
+from bessemer.serve.writing import Writing
+
+TOKENIZER = Tokenizer.train(["the quick brown fox", "<think>two</think> <answer>4</answer>", "盛钢水"] * 8, 290)
+IDS = st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30)
+STOPS = st.lists(st.text("abfox <think>/\n盛", min_size=1, max_size=4), max_size=3)
+
+
+def generated(ids, stops):
+    """What the engine would have made of these ids: it ends with the token that completes a stop string."""
+    for n in range(len(ids)):
+        if any(stop in TOKENIZER.decode(ids[: n + 1]) for stop in stops):
+            return ids[: n + 1]
+    return ids
+
+
+def written(ids, tokenizer=TOKENIZER, **options):
+    """(thought, content, deltas one by one) of a whole answer."""
+    writing = Writing(tokenizer, **options)
+    deltas = [delta for i in ids for delta in writing.push(i)] + writing.end()
+    join = lambda kind: "".join(delta.text for delta in deltas if delta.thinking is kind)  # noqa: E731
+    return join(True), join(False), deltas
+
+
+@settings(max_examples=300, deadline=None)
+@given(IDS, STOPS)
+def test_what_is_shown_is_the_text_up_to_the_first_stop_string(ids, stops):
+    ids = generated(ids, stops)
+    _, content, _ = written(ids, stops=stops, split=False)
+    assert content == cut(TOKENIZER.decode(ids), stops)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("abfox 盛钢\n", max_size=20), st.text("abfox 盛钢\n", max_size=20), STOPS)
+def test_thought_and_content_are_told_apart(thought, content, stops):
+    stops = [stop for stop in stops if not set(stop) & set("</think>")]
+    for opened in (True, False):
+        ids = TOKENIZER.encode(("" if opened else "<think>") + thought + "</think>" + content)
+        ids = generated(ids, stops)
+        shown, _, rest = cut(TOKENIZER.decode(ids), stops).removeprefix("<think>").partition("</think>")
+        got = written(ids, stops=stops, thinking=opened)
+        assert got[:2] == (shown.strip(), rest.lstrip())
+    assert written(TOKENIZER.encode("two</think>4"), stops=["</think>"], thinking=True)[:2] == ("two", "")
+
+
+class Plain:
+    """A tokenizer of another house: the tags are text, here cut at every letter."""
+
+    think_id = property(lambda self: TOKENIZER.special_id("<no such token>"))
+    think_end_id = think_id
+    stream = TOKENIZER.stream
+
+
+LETTERS = {TOKENIZER.token_bytes(i): i for i in range(TOKENIZER.vocab_size)}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab <think>/\n", max_size=12), st.text("ab <think>/\n", max_size=12), STOPS, st.booleans())
+def test_tags_that_are_text(thought, content, stops, opened):
+    """A thought only at the very beginning, ended by the first closing tag; whatever is no tag is shown."""
+    stops = [stop for stop in stops if not set(stop) & set("</think>")]
+    text = ("" if opened else "<think>") + thought + "</think>" + content
+    ids = generated([LETTERS[bytes([byte])] for byte in text.encode()], stops)
+    shown, _, rest = cut(TOKENIZER.decode(ids), stops).removeprefix("" if opened else "<think>").partition("</think>")
+    assert written(ids, Plain(), stops=stops, thinking=opened)[:2] == (shown.strip(), rest.lstrip())
+    plain = [LETTERS[bytes([byte])] for byte in f"x{text}".encode()]
+    assert written(plain, Plain())[:2] == ("", "x" + text)
+    for beginning in ("<th", " \n<think", "<thing"):
+        assert written([LETTERS[bytes([byte])] for byte in beginning.encode()], Plain())[1] == beginning.lstrip()
+
+
+def test_nothing_is_held_longer_than_needed():
+    writing = Writing(TOKENIZER, stops=["fox jumps"], split=False)
+    out = [[delta.text for delta in writing.push(i)] for c in "a fox jumped" for i in TOKENIZER.encode(c)]
+    assert out[:3] == [["a"], [" "], []] and out[10] == ["fox jumpe"] and out[11] == ["d"]
+
+
+def test_characters_are_never_split():
+    byte = {TOKENIZER.token_bytes(i): i for i in range(TOKENIZER.vocab_size)}
+    _, _, deltas = written([byte[bytes([b])] for b in "é钢🔥".encode()], split=False)
+    assert [delta.text for delta in deltas] == ["é", "钢", "🔥"]
+    half = [byte["钢".encode()[:1]], TOKENIZER.think_end_id, byte[b"a"]]
+    assert written(half, thinking=True)[:2] == ("\ufffd", "a")
+
+
+def test_an_event_is_one_line_for_every_client():
+    text = "a\u2028b\u2029c\x85d\r\ne盛"
+    data = event({"text": text})
+    assert data.endswith(b"\n\n") and len(data.decode()[:-2].splitlines()) == 1
+    assert json.loads(data[6:]) == {"text": text} and "盛" in data.decode()
+
+
+def test_tokens_have_names_of_their_own():
+    vocabulary = Vocabulary(TOKENIZER)
+    names = [vocabulary.name(i) for i in range(TOKENIZER.vocab_size)]
+    assert len(set(names)) == len(names) and "bytes:\\xe9" in names and "<think>" in names
+    assert vocabulary.longest == len("<｜begin▁of▁sentence｜>".encode())
