@@ -1,9 +1,9 @@
 """The command line: instant, one line per mistake, thin commands that call the right thing."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -19,7 +19,7 @@ HEAVY = ("torch", "numpy", "pydantic", "matplotlib", "tokenizers", "bessemer.rec
 
 def test_help_is_instant_and_loads_nothing_heavy():
     code = (
-        "import sys, time; began = time.perf_counter()\n"
+        "import sys\n"
         "from bessemer import cli\n"
         "sys.argv = ['bessemer', '--help']\n"
         "try: cli.main()\n"
@@ -27,13 +27,18 @@ def test_help_is_instant_and_loads_nothing_heavy():
         f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])\n"
     )
     seconds = []
-    for _ in range(3):  # the best of three: other work on the machine is no fault of ours
-        began = time.perf_counter()
+    for _ in range(3):  # the best of three, in processor seconds: other work on the machine is no fault of ours
+        began = processor_seconds_of_children()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(processor_seconds_of_children() - began)
     assert "HEAVY []" in done.stdout
     assert all(verb in done.stdout for verb in ("run", "report", "doctor", "eval", "generate", "chat", "convert"))
     assert min(seconds) < 0.5
+
+
+def processor_seconds_of_children():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.fixture

@@ -159,16 +159,21 @@ def open_directory(directory: Path, mtp: bool, kind: type[Transformer]) -> tuple
 
 
 def _allocate(cfg: ModelConfig, dtype: torch.dtype, device: str | torch.device, kind: type[Network]) -> Network:
-    """A model with memory but no values: every parameter is about to be read, so none is initialised."""
+    """A model with memory but no values: every parameter is about to be read, so none is initialised.
+
+    torch's own `to_empty` takes a second at its first call: on meta tensors it goes through Python and imports sympy.
+    """
     with torch.device("meta"):
         model = kind(cfg).to_compute(dtype)
-    model.to_empty(device=device)
-    if cfg.tie_embeddings and not isinstance(model, Scorer):
-        model.head.weight = model.embed.weight  # to_empty made two of the one
     state = model.state_dict()
-    for name, buffer in model.named_buffers():
-        if name not in state:
-            buffer.zero_()  # counters, which no checkpoint holds
+    model.load_state_dict({name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in state.items()},
+                          assign=True)  # fmt: skip
+    if cfg.tie_embeddings and not isinstance(model, Scorer):
+        model.head.weight = model.embed.weight  # the lines above made two of the one
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:  # counters, which no checkpoint holds
+                setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
     return model
 
 

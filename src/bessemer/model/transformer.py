@@ -38,7 +38,8 @@ class Transformer(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
+        # not nn.Embedding(V, D): its way to draw values imports torch's compiler on meta tensors, 1.5 s at every start
+        self.embed = nn.Embedding.from_pretrained(torch.rand(cfg.vocab_size, cfg.dim), freeze=False)
         self.layers = nn.ModuleList(Layer(cfg, dense=i < cfg.n_dense_layers) for i in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
