@@ -7,8 +7,10 @@ knows: countdown problems, repeated up to --prompt tokens where a longer context
 model's own. Both sides decode the same number of tokens past every stop. Rounds alternate between the two, each figure
 is the median of its rounds with the smallest and the largest.
 
-    tokens/s    new tokens of all rows divided by the time of the whole call, prefill included; and for long prompts the
-                same with the time of prefill alone taken off on both sides
+    plain       our decoder as it comes
+    compiled    the same with its steps through torch.compile (--compile), compiled before the clock runs
+    tokens/s    new tokens of all rows divided by the time of the whole call, prefill included; and "decoding alone",
+                with the time of prefill and the first token taken off on both sides
     guesses     our decoder at batch 1 with 0 to 3 tokens guessed by the MTP module, in processor seconds of the same
                 run; accepted: share of the guesses that the main model took
     cache       bytes allocated for the rows, per token that they hold room for, against the formula, and against keys
@@ -22,6 +24,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +57,8 @@ def main() -> None:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    engine = Engine(bessemer.load(args.model, dtype="float32"), Tokenizer.load(args.model))
+    model, tokenizer = bessemer.load(args.model, dtype="float32"), Tokenizer.load(args.model)
+    engines = {"plain": Engine(model, tokenizer), "compiled": Engine(model, tokenizer, compile=True)}
     peer = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     facts: dict[str, Any] = {
         "model": str(args.model), "torch": torch.__version__, "transformers": transformers.__version__,
@@ -62,13 +66,14 @@ def main() -> None:
         "rounds": args.rounds, "new_tokens": args.tokens, "cases": [],
     }  # fmt: skip
     for rows, length in ((1, 32), (64, 32), (1, 320), (64, 320)):
-        facts["cases"].append(case(engine, peer, prompts(engine, rows, length), args.tokens, args.rounds))
-        print(_case_line(facts["cases"][-1]))
-    facts["guesses"] = guesses(engine, args.rounds)
-    for line in facts["guesses"]:
-        print(f"guesses {line['drafts']}: {line['tokens_per_second']['median']:.0f} tokens/s, "
-              f"{line['ratio']:.2f}x, accepted {line['accepted']:.3f}")  # fmt: skip
-    facts["cache"] = cache(engine)
+        facts["cases"].append(case(engines, peer, prompts(engines["plain"], rows, length), args.tokens, args.rounds))
+        print(_case_line(facts["cases"][-1]), flush=True)
+    facts["guesses"] = {name: guesses(engine, args.rounds) for name, engine in engines.items()}
+    for name, lines in facts["guesses"].items():
+        for line in lines:
+            print(f"{name}, {line['drafts']} guessed: {line['tokens_per_second']['median']:.0f} tokens/s, "
+                  f"{line['ratio']:.2f}x, accepted {line['accepted']:.3f}")  # fmt: skip
+    facts["cache"] = cache(engines["plain"])
     print(f"cache: {facts['cache']}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -82,41 +87,45 @@ def prompts(engine: Engine, rows: int, length: int) -> list[list[int]]:
     return [(ids * (length // len(ids) + 1))[:length] for ids in texts]
 
 
-def case(engine: Engine, peer: Any, asked: list[list[int]], tokens: int, rounds: int) -> dict[str, Any]:
-    """Both decoders on the same prompts, in turn."""
+def case(engines: dict[str, Engine], peer: Any, asked: list[list[int]], tokens: int, rounds: int) -> dict[str, Any]:
+    """All decoders on the same prompts, in turn."""
     ids = torch.tensor(asked)
     options = dict(do_sample=False, eos_token_id=None, pad_token_id=2, attention_mask=torch.ones_like(ids))
 
-    def ours(n: int) -> list[list[int]]:
-        return [c.tokens for (c,) in engine.generate(asked, max_new_tokens=n, temperature=0.0, stop_ids=[])]
+    def ours(engine: Engine) -> Callable[[int], list[list[int]]]:
+        def call(n: int) -> list[list[int]]:
+            return [c.tokens for (c,) in engine.generate(asked, max_new_tokens=n, temperature=0.0, stop_ids=[])]
+
+        return call
 
     def theirs(n: int) -> list[list[int]]:
         with torch.inference_mode():
             return peer.generate(ids, max_new_tokens=n, min_new_tokens=n, **options)[:, ids.shape[1] :].tolist()
 
-    equal = sum(a == b for a, b in zip(ours(tokens), theirs(tokens), strict=True))
-    times: dict[str, list[float]] = {"ours": [], "theirs": [], "ours_first": [], "theirs_first": []}
+    calls = {name: ours(engine) for name, engine in engines.items()} | {"theirs": theirs}
+    said = {name: call(tokens) for name, call in calls.items()}  # compiles, too
+    whole: dict[str, list[float]] = {name: [] for name in calls}
+    first: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, call, n in (("ours", ours, tokens), ("theirs", theirs, tokens), ("ours_first", ours, 1),
-                              ("theirs_first", theirs, 1)):  # fmt: skip
-            began = time.perf_counter()
-            call(n)
-            times[name].append(time.perf_counter() - began)
-    new = len(asked) * tokens
-    steps = len(asked) * (tokens - 1)
-    decode = {
-        side: statistics.median(a - b for a, b in zip(times[side], times[side + "_first"], strict=True))
-        for side in ("ours", "theirs")
-    }
-    return {
-        "batch": len(asked), "prompt_tokens": len(asked[0]), "rows_with_equal_tokens": equal,
-        "ours_tokens_per_second": _spread([new / t for t in times["ours"]]),
-        "theirs_tokens_per_second": _spread([new / t for t in times["theirs"]]),
-        "ratio": statistics.median(b / a for a, b in zip(times["ours"], times["theirs"], strict=True)),
-        "ours_decode_tokens_per_second": steps / decode["ours"],
-        "theirs_decode_tokens_per_second": steps / decode["theirs"],
-        "decode_ratio": decode["theirs"] / decode["ours"],
-    }  # fmt: skip
+        for name, call in calls.items():
+            for times, n in ((whole, tokens), (first, 1)):
+                began = time.perf_counter()
+                call(n)
+                times[name].append(time.perf_counter() - began)
+    facts: dict[str, Any] = {"batch": len(asked), "prompt_tokens": len(asked[0])}
+    alone = {name: statistics.median(map(float.__sub__, whole[name], first[name])) for name in calls}
+    for name in calls:
+        facts[name] = {
+            "tokens_per_second": _spread([len(asked) * tokens / t for t in whole[name]]),
+            "decoding_alone_tokens_per_second": len(asked) * (tokens - 1) / alone[name],
+        }
+        if name != "theirs":
+            facts[name] |= {
+                "rows_with_equal_tokens": sum(map(list.__eq__, said[name], said["theirs"])),
+                "ratio": _spread([b / a for a, b in zip(whole[name], whole["theirs"], strict=True)]),
+                "decoding_alone_ratio": alone["theirs"] / alone[name],
+            }
+    return facts
 
 
 def guesses(engine: Engine, rounds: int) -> list[dict[str, Any]]:
@@ -170,12 +179,16 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _case_line(facts: dict[str, Any]) -> str:
-    ours, theirs = facts["ours_tokens_per_second"]["median"], facts["theirs_tokens_per_second"]["median"]
-    return (
-        f"batch {facts['batch']}, prompt {facts['prompt_tokens']}: {ours:.0f} against {theirs:.0f} tokens/s = "
-        f"{facts['ratio']:.2f}x; decoding alone {facts['decode_ratio']:.2f}x; "
-        f"{facts['rows_with_equal_tokens']} rows equal"
-    )
+    lines = [f"batch {facts['batch']}, prompt {facts['prompt_tokens']}: transformers "
+             f"{facts['theirs']['tokens_per_second']['median']:.0f} tokens/s"]  # fmt: skip
+    for name in ("plain", "compiled"):
+        one = facts[name]
+        lines.append(
+            f"  {name} {one['tokens_per_second']['median']:.0f} = {one['ratio']['median']:.2f}x "
+            f"({one['ratio']['low']:.2f} to {one['ratio']['high']:.2f}); "
+            f"decoding alone {one['decoding_alone_ratio']:.2f}x; {one['rows_with_equal_tokens']} rows equal"
+        )
+    return "\n".join(lines)
 
 
 def _processor() -> str:

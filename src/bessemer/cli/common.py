@@ -18,6 +18,9 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same text.")]
 Drafts = Annotated[int, typer.Option(min=0, max=8, help="Tokens that the MTP module guesses ahead at each step.")]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the decoding steps: a minute or two the first time, then faster.")
+]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.common import AsJson, Drafts, Model, Seed, Temperature, app, print_json
+from bessemer.cli.common import AsJson, Compile, Drafts, Model, Seed, Temperature, app, print_json
 from bessemer.errors import UserError
 
 
@@ -28,6 +28,7 @@ def generate(
     temperature: Temperature = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus; 1 keeps all tokens.")] = 1.0,
     drafts: Drafts = 0,
+    compile: Compile = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -41,7 +42,7 @@ def generate(
         raise UserError("no prompt: write one after the model, or name a file of them with --file")
     folder = model_dir(model)
     texts = generate_texts(folder, texts_to_continue, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p,
-                           drafts=drafts, seed=seed)  # fmt: skip
+                           drafts=drafts, compile=compile, seed=seed)  # fmt: skip
     if as_json:
         pairs = zip(texts_to_continue, texts, strict=True)
         print_json([{"prompt": prompt, "text": text} for prompt, text in pairs])
@@ -56,13 +57,16 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens per answer.")] = 256,
     temperature: Temperature = 0.6,
     drafts: Drafts = 0,
+    compile: Compile = False,
     seed: Seed = 0,
 ) -> None:
     """Talk to a model."""
     from bessemer.infer.chat import chat as talk
     from bessemer.recipe.rundir import model_dir
 
-    talk(model_dir(model), max_new_tokens=max_tokens, temperature=temperature, drafts=drafts, seed=seed)
+    talk(
+        model_dir(model), max_new_tokens=max_tokens, temperature=temperature, drafts=drafts, compile=compile, seed=seed
+    )
 
 
 @app.command()
@@ -77,6 +81,7 @@ def serve(
     waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait; more are refused with 429.")] = 256,
     cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a model's cache holds.")] = None,
     drafts: Drafts = 0,
+    compile: Compile = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads per model. Default: all cores but one.")] = None,
     loaded: Annotated[int, typer.Option(min=1, help="Models in memory at once.")] = 4,
     origin: Annotated[
@@ -91,7 +96,7 @@ def serve(
     from bessemer.serve.settings import Settings
 
     settings = Settings(
-        rows=rows, waiting=waiting, cache_tokens=cache_tokens, drafts=drafts, threads=threads, loaded=loaded,
-        api_key=api_key, origins=tuple(origin or ()), reasoning_format=reasoning_format.value,
+        rows=rows, waiting=waiting, cache_tokens=cache_tokens, drafts=drafts, compile=compile, threads=threads,
+        loaded=loaded, api_key=api_key, origins=tuple(origin or ()), reasoning_format=reasoning_format.value,
     )  # fmt: skip
     run_server(model, host=host, port=port, settings=settings, drain_seconds=drain, force=force)

@@ -22,10 +22,11 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.infer import drawing, foreign  # noqa: F401 (registers how foreign models decode)
 from bessemer.infer.cache import Held
+from bessemer.infer.compiled import Compiled, Passed
 from bessemer.infer.decode import hidden_step, step
 from bessemer.infer.drawing import Refused
 from bessemer.infer.row import Row
-from bessemer.infer.sampling import inverse_cdf, stream_key, uniform
+from bessemer.infer.sampling import Peaks, Sampled, inverse_cdf, peaks, stream_key, uniform
 from bessemer.infer.speculate import Drafter, accepted
 from bessemer.infer.trace import Trace
 
@@ -36,19 +37,29 @@ GUESS, ACCEPT = (stream_key(number) for number in (1, 2))
 class Batch:
     """Rows and their place in the cache. Row b of every tensor, of `rows` and of the cache is the same row."""
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, cache: Any, trace: Trace | None = None, drafts: int = 0):
-        self.model, self.cache, self.trace = model, cache, trace
+    def __init__(
+        self, model: Any, tokenizer: Tokenizer, cache: Any, trace: Trace | None = None, drafts: int = 0,
+        compiled: Compiled | None = None,
+    ):  # fmt: skip
+        self.model, self.cache, self.trace, self.compiled = model, cache, trace, compiled
         self.vocab = tokenizer.vocab_size
-        self.drafter = Drafter(model, cache, drafts) if drafts else None
+        self.drafter = Drafter(model, cache, drafts, compiled) if drafts else None
         device = model.embed.weight.device
         self.rows: list[Row] = []
         self.key_B = torch.zeros(0, dtype=torch.int64, device=device)
         self.position_B = torch.zeros(0, dtype=torch.int64, device=device)
         """Where each row's next token will stand."""
         self.logits_BV: Tensor | None = None
+        self.peaks: Peaks | None = None
+        """Their likeliest tokens, [B, 1], where the step has found them already."""
         self.chosen_BLK: Tensor | None = None
         """The experts of each row's last fed token, where they are recorded."""
         self.refused: Refused | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Every row takes its likeliest token, whatever it wrote before."""
+        return all(row.plain and row.request.sampling.temperature == 0 for row in self.rows)
 
     @property
     def ahead(self) -> int:
@@ -63,7 +74,7 @@ class Batch:
         source = torch.tensor([p for p, (_, rows) in enumerate(prompts) for _ in rows], device=device)
         keys = torch.tensor([row.request.key for row in fresh], dtype=torch.int64, device=device)
         positions = torch.tensor([len(held.ids) for held, _ in prompts], device=device)[source]
-        self.logits_BV = _joined(self.logits_BV, logits_PV[source])
+        self.logits_BV, self.peaks = _joined(self.logits_BV, logits_PV[source]), None
         self.key_B, self.position_B = torch.cat((self.key_B, keys)), torch.cat((self.position_B, positions))
         if self.trace is not None:
             last_PLK = torch.stack([held.routing[-1][-1] for held, _ in prompts])
@@ -74,7 +85,8 @@ class Batch:
             zero_V = logits_PV.new_zeros(self.vocab)
             refused_B = torch.tensor([row.q_V is not None for row in fresh], device=device)
             q_BV = torch.stack([zero_V if row.q_V is None else row.q_V for row in fresh])
-            old = self.refused or Refused(refused_B[:0], q_BV[:0])
+            n = len(self.rows)
+            old = self.refused or Refused(refused_B.new_zeros(n), q_BV.new_zeros(n, self.vocab))
             self.refused = Refused(torch.cat((old.refused_B, refused_B)), torch.cat((old.q_BV, q_BV)))
         for row in fresh:
             row.begin()
@@ -84,8 +96,12 @@ class Batch:
     def draw(self) -> Tensor:
         """One token for every row, [B]. Rows it finishes are marked (`Row.finish`); they stay until `retire`."""
         self._report(self.logits_BV, self.chosen_BLK)
-        uniform_B = uniform(self.key_B, self.position_B)
-        drawn = drawing.draw(self.rows, self.logits_BV, uniform_B, self.vocab, self.refused)
+        if self.peaks is not None and self.greedy:
+            logp_B = self.peaks.logp_BT[:, 0]
+            drawn = Sampled(self.peaks.token_BT[:, 0], logp_B, logp_B)
+        else:
+            uniform_B = uniform(self.key_B, self.position_B)
+            drawn = drawing.draw(self.rows, self.logits_BV, uniform_B, self.vocab, self.refused)
         finite_B = torch.isfinite(drawn.logp_B)
         if not bool(finite_B.all()):
             for b in (~finite_B).nonzero().squeeze(-1).tolist():
@@ -115,7 +131,7 @@ class Batch:
         self.rows = [self.rows[b] for b in source.tolist()]
         self.key_B, self.position_B = self.key_B[source], self.position_B[source]
         self.chosen_BLK = None if self.chosen_BLK is None else self.chosen_BLK[source]
-        self.logits_BV = None if self.logits_BV is None else self.logits_BV[source]
+        self.logits_BV, self.peaks = None if self.logits_BV is None else self.logits_BV[source], None
         self.refused = None if self.refused is None else self.refused.take(source)
         if self.drafter is not None:
             self.drafter.take(source)
@@ -134,50 +150,82 @@ class Batch:
         may be finished afterwards."""
         if self.drafter is not None:
             return self._advance_with_guesses(token_B)
-        self.logits_BV = step(self.model, token_B, self.position_B, self.cache, self.trace)
+        if self._compiles(token_B):
+            passed = self._pass(token_B.unsqueeze(1))
+            self.logits_BV, self.peaks = passed.logits_BTV.squeeze(1), passed.peaks
+        else:
+            self.logits_BV = step(self.model, token_B, self.position_B, self.cache, self.trace)
+            self.peaks = None
         self.position_B = self.position_B + 1
         if self.trace is not None:
             self.chosen_BLK = self.trace.take()
 
     def _advance_with_guesses(self, token_B: Tensor) -> None:
-        model, drafter, depth = self.model, self.drafter, self.drafter.depth
-        guesses, q = self._guess(token_B)
+        drafter, depth, greedy = self.drafter, self.drafter.depth, self.greedy
+        guesses, q = self._guess(token_B, greedy)
         token_BT = torch.stack((token_B, *guesses), 1)
-        state_BTD = model.norm(hidden_step(model, token_BT, self.position_B, self.cache, self.trace))
-        logits_BTV = model.head(state_BTD).float()
+        state_BTD, logits_BTV, best = self._pass(token_BT)
         chosen_BTLK = None if self.trace is None else self.trace.take().unflatten(0, token_BT.shape)
+        if greedy:
+            best = best or peaks(logits_BTV, self.vocab)
+            taken_BT = (best.token_BT[:, :-1] == token_BT[:, 1:]).tolist()
+            logp_BT = best.logp_BT.tolist()
         known = [0] * len(self.rows)
-        going_B = torch.tensor([row.plain for row in self.rows], device=token_B.device)
-        drafter.drafted += depth * int(going_B.sum())
+        going = [row.plain for row in self.rows]
+        drafter.drafted += depth * sum(going)
         for j in range(depth):
-            p_BV = drawing.shares_of(self.rows, logits_BTV[:, j], self.vocab)
-            going_B = going_B & accepted(p_BV, q[j], guesses[j], self._uniform(ACCEPT, j + 1))
-            if not bool(going_B.any()):
+            if greedy:
+                going = [on and taken[j] for on, taken in zip(going, taken_BT, strict=True)]
+            else:
+                p_BV = drawing.shares_of(self.rows, logits_BTV[:, j], self.vocab)
+                taken_B = accepted(p_BV, q[j], guesses[j], self._uniform(ACCEPT, j + 1))
+                going = [on and taken for on, taken in zip(going, taken_B.tolist(), strict=True)]
+            if not any(going):
                 break
-            self._report(logits_BTV[:, j], None if chosen_BTLK is None else chosen_BTLK[:, j], going_B.tolist())
-            figures = drawing.scores(self.rows, logits_BTV[:, j], guesses[j])
-            columns = (column.tolist() for column in figures)
-            for b, (token, logp, raw_logp) in enumerate(zip(*columns, strict=True)):
-                if going_B[b]:
+            self._report(logits_BTV[:, j], None if chosen_BTLK is None else chosen_BTLK[:, j], going)
+            if greedy:
+                figures = [(logp[j], logp[j]) for logp in logp_BT]
+            else:
+                drawn = drawing.scores(self.rows, logits_BTV[:, j], guesses[j])
+                figures = list(zip(drawn.logp_B.tolist(), drawn.raw_logp_B.tolist(), strict=True))
+            for b, (token, (logp, raw_logp)) in enumerate(zip(guesses[j].tolist(), figures, strict=True)):
+                if going[b]:
                     self.rows[b].write(token, logp, raw_logp)
                     known[b] += 1
-            going_B = going_B & torch.tensor([row.finish is None for row in self.rows], device=token_B.device)
+                    going[b] = self.rows[b].finish is None
         drafter.accepted += sum(known)
         known_B, row_B = torch.tensor(known, device=token_B.device), torch.arange(len(known), device=token_B.device)
         drafter.learn(state_BTD, token_BT, self.position_B, known_B)
         self.position_B = self.position_B + 1 + known_B
         self.logits_BV = logits_BTV[row_B, known_B]
         self.chosen_BLK = None if chosen_BTLK is None else chosen_BTLK[row_B, known_B]
+        if greedy:
+            place_B1 = known_B.unsqueeze(1)
+            self.peaks, self.refused = Peaks(*(x_BT.gather(1, place_B1) for x_BT in best)), None
+            return
         plain_B = torch.tensor([row.plain for row in self.rows], device=token_B.device)
+        self.peaks = None
         self.refused = Refused(plain_B & (known_B < depth), torch.stack(q, 1)[row_B, known_B.clamp(max=depth - 1)])
 
-    def _guess(self, token_B: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The guesses after token_B, [B] each, and what each was drawn from, [B, V]."""
+    def _pass(self, token_BT: Tensor) -> Passed:
+        if self._compiles(token_BT):
+            return self.compiled(token_BT, self.position_B, self.cache, self.trace)
+        state_BTD = self.model.norm(hidden_step(self.model, token_BT, self.position_B, self.cache, self.trace))
+        return Passed(state_BTD, self.model.head(state_BTD).float())
+
+    def _compiles(self, tokens: Tensor) -> bool:
+        return self.compiled is not None and tokens.numel() <= self.compiled.most_tokens
+
+    def _guess(self, token_B: Tensor, greedy: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """The guesses after token_B, [B] each, and what each was drawn from, [B, V]; greedy ones from nothing."""
         guesses, q = [], []
         logits_BV = self.drafter.logits(token_B)
         for j in range(self.drafter.depth):
             if j:
                 logits_BV = self.drafter.further(guesses[-1])
+            if greedy:
+                guesses.append(logits_BV[:, : self.vocab].argmax(-1))
+                continue
             q.append(drawing.shares_of(self.rows, logits_BV, self.vocab))
             guesses.append(inverse_cdf(q[-1], self._uniform(GUESS, j + 1)))
         return guesses, q

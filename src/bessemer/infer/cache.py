@@ -21,11 +21,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.infer.pages import PAGE, Pages, pages_for
 from bessemer.model.config import ModelConfig
 
+LEAST = 2
+"""Pages of a pool, and of a row as compiled steps read it: torch's compiler takes a size of 1 for a constant."""
 BLOCK_BYTES = 1 << 20
 """What a block gathers on a CPU: about a core's second-level cache."""
 
@@ -211,6 +214,15 @@ class LatentCache:
         """[S, X]: the first `length` tokens of a prompt."""
         return self.layers[layer][held.pages].flatten(0, 1)[:length]
 
+    def pages_BP(self, length: int) -> Tensor:
+        """The pages of every live row up to `length` tokens, at least LEAST; short rows are filled up with page 0."""
+        page_BP = self.table_BP[:, : pages_for(length)]
+        return F.pad(page_BP, (0, max(0, LEAST - page_BP.shape[1]))).contiguous()
+
+    def one_block(self, pages: int) -> bool:
+        """Whether all rows, read to so many pages, are gathered at once."""
+        return len(self.owned) <= self._fitting(pages)
+
     def blocks(self, position_B: Tensor, T: int = 1) -> list[Block]:
         """How the rows are read when each gets T new tokens, the first at position_B."""
         length = [position + T for position in position_B.tolist()]
@@ -250,7 +262,7 @@ class LatentCache:
 
     def _grow(self, missing: int) -> None:
         total = self.pages.total
-        wanted = max(total + missing, total + total // 2)
+        wanted = max(total + missing, total + total // 2, LEAST)
         if self.limit is not None:
             if total + missing > self.limit:
                 raise CacheFull

@@ -20,7 +20,6 @@ from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
 from bessemer.infer.generate import load_engine
 from bessemer.infer.screen import Screen
-from bessemer.infer.speculate import check_drafts
 
 HELP = "/think shows the last thought, /reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends an answer"
 
@@ -32,15 +31,14 @@ def chat(
     max_new_tokens: int = 256,
     seed: int = 0,
     drafts: int = 0,
+    compile: bool = False,
     input: Callable[[str], str] = builtins.input,
     output: TextIO | None = None,
 ) -> None:
     """Talks until /exit or the end of the input. `input` takes the text to ask with, as the builtin does; `drafts` as
-    in `Engine.generate`."""
-    engine = load_engine(model_dir, mtp=drafts > 0)
-    talk = Conversation(
-        engine, output or sys.stdout, temperature, max_new_tokens, seed, check_drafts(engine.model, drafts)
-    )
+    in `Engine.generate`, `compile` as in `Engine`."""
+    engine = load_engine(model_dir, drafts, compile)
+    talk = Conversation(engine, output or sys.stdout, temperature, max_new_tokens, seed, drafts)
     talk.show(HELP + "\n")
     while True:
         try:

@@ -27,6 +27,7 @@ from torch import Tensor
 from bessemer.infer.cache import Block, Held, LatentCache
 from bessemer.infer.experts import feed_forward
 from bessemer.infer.trace import Trace
+from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Attended, Layer
 from bessemer.model.mla import MLA
 from bessemer.model.transformer import Transformer
@@ -185,29 +186,46 @@ def layer_step(
 def absorbed_step(
     attn: MLA, u_BTD: Tensor, rope: Tensor, cache: LatentCache, place: int, blocks: Sequence[Block]
 ) -> Tensor:
-    """`MLA.absorbed` over the paged cache through the fused attention kernel, [B, T, D].
+    """`MLA.absorbed` over the paged cache through the fused attention kernel, [B, T, D]."""
+    context_BQX = attend(absorbed_queries(attn, u_BTD, rope), cache, place, blocks, attn.cfg)
+    return absorbed_output(attn, context_BQX, u_BTD.shape[1])
+
+
+def absorbed_queries(attn: MLA, u_BTD: Tensor, rope: Tensor) -> Tensor:
+    """Queries that meet the cached latent as it is, [B, T * H, X]; query t * H + h is head h of token t."""
+    q_nope, q_rope = attn.queries(u_BTD, rope)
+    qhat_HNC = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), _up_projections(attn)[0])  # W_UK^T q^C
+    q_NHX = torch.cat((qhat_HNC.transpose(0, 1), q_rope.flatten(0, 1)), -1)
+    return q_NHX.view(u_BTD.shape[0], -1, q_NHX.shape[-1])
+
+
+def attend(q_BQX: Tensor, cache: LatentCache, place: int, blocks: Sequence[Block], cfg: ModelConfig) -> Tensor:
+    """What every query sees, [B, T * H, X].
 
     Keys and values are the same tensor, read once; the rotary columns of the value are computed and thrown away, which
     costs less than the two products one after the other.
     """
-    cfg = attn.cfg
-    B, T, _ = u_BTD.shape
-    w_uk_HNC, w_uv_HVC = attn.wkv_b.weight.unflatten(0, (cfg.n_heads, -1)).split(
-        [cfg.qk_nope_head_dim, cfg.v_head_dim], 1
-    )
-    q_nope, q_rope = attn.queries(u_BTD, rope)
-    qhat_HNC = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk_HNC)  # W_UK^T q^C
-    q_BQX = torch.cat((qhat_HNC.transpose(0, 1), q_rope.flatten(0, 1)), -1).view(B, T * cfg.n_heads, -1)
     parts = [_attend(q_BQX, cache.read(place, block), block, cfg.n_heads, cfg.softmax_scale) for block in blocks]
     if len(parts) == 1:  # then it is of all rows in their order
-        context_BQX = parts[0]
-    else:
-        context_BQX = torch.empty_like(q_BQX)
-        for block, part in zip(blocks, parts, strict=True):
-            context_BQX[block.rows] = part
+        return parts[0]
+    context_BQX = torch.empty_like(q_BQX)
+    for block, part in zip(blocks, parts, strict=True):
+        context_BQX[block.rows] = part
+    return context_BQX
+
+
+def absorbed_output(attn: MLA, context_BQX: Tensor, T: int) -> Tensor:
+    """The attention's output [B, T, D] from what the queries saw."""
+    B, cfg = context_BQX.shape[0], attn.cfg
     context_HNC = context_BQX.view(B * T, cfg.n_heads, -1)[..., : cfg.kv_lora_rank].transpose(0, 1)
-    out_HNV = torch.bmm(context_HNC, w_uv_HVC.transpose(1, 2))  # W_UV ctx
+    out_HNV = torch.bmm(context_HNC, _up_projections(attn)[1].transpose(1, 2))  # W_UV ctx
     return attn.wo(out_HNV.transpose(0, 1).flatten(1)).view(B, T, -1)
+
+
+def _up_projections(attn: MLA) -> tuple[Tensor, Tensor]:
+    """W_UK [H, N, C] and W_UV [H, V, C], views of the stored matrix."""
+    cfg = attn.cfg
+    return attn.wkv_b.weight.unflatten(0, (cfg.n_heads, -1)).split([cfg.qk_nope_head_dim, cfg.v_head_dim], 1)
 
 
 def _attend(q_BQX: Tensor, latent_BSX: Tensor, block: Block, n_heads: int, scale: float) -> Tensor:

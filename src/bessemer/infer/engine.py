@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
@@ -20,6 +19,7 @@ from torch import Tensor
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.infer.batch import Batch, not_finite
+from bessemer.infer.compiled import Compiled
 from bessemer.infer.decode import new_cache
 from bessemer.infer.prefill import take_in
 from bessemer.infer.request import Request
@@ -28,6 +28,7 @@ from bessemer.infer.sampling import Sampling, stream_key
 from bessemer.infer.speculate import check_drafts
 from bessemer.infer.stop import StopStrings, check_strings, cut
 from bessemer.infer.trace import Record, Trace
+from bessemer.model.mode import evaluating
 from bessemer.model.transformer import Transformer
 from bessemer.workers import Workers
 
@@ -78,7 +79,8 @@ class _Call:
 class Engine:
     """Generates with a model and its tokenizer. No state outlives a call, so the model may be trained in between."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, workers: Workers | None = None):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, workers: Workers | None = None, compile: bool = False):
+        """compile: decoding steps go through torch.compile (`compiled`)."""
         if tokenizer.vocab_size > model.cfg.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.cfg.vocab_size}; they do "
@@ -86,6 +88,7 @@ class Engine:
             )
         self.model = model
         self.tokenizer = tokenizer
+        self.compiled = Compiled(model, tokenizer.vocab_size) if compile else None
         self.workers = workers or Workers(1)
         """Processes that run batches side by side; their number does not change the result."""
 
@@ -196,7 +199,7 @@ class Engine:
         trace, record = (Trace(self.model.cfg), Record()) if call.record_routing else (None, None)
         with evaluating(self.model), torch.inference_mode():
             cache = new_cache(self.model, drafts=call.drafts > 0)
-            batch = Batch(self.model, self.tokenizer, cache, trace, call.drafts)
+            batch = Batch(self.model, self.tokenizer, cache, trace, call.drafts, self.compiled)
             prompts = [cache.open(ids) for ids in by_prompt]
             logits_PV = torch.stack(take_in(self.model, cache, prompts, trace))
             batch.admit(list(zip(prompts, by_prompt.values(), strict=True)), logits_PV)
@@ -240,18 +243,6 @@ def _tell(call: _Call, rows: Sequence[Row]) -> None:
     call.on_tokens([(s.prompt, s.sample, token) for s, row in at for token in row.tokens[row.said :]])
     for row in rows:
         row.said = len(row.tokens)
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode for a while; afterwards every module is in the mode it had, frozen parts included."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _batches(wanted: list[_Sample], batch_rows: int) -> Iterator[list[_Sample]]:

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bessemer.data.foreign_tokenizer import load_tokenizer
 from bessemer.infer.engine import Engine, Prompt
+from bessemer.infer.speculate import check_drafts
 from bessemer.model.foreign import load_any
 
 
-def load_engine(model_dir: str | Path, mtp: bool = False) -> Engine:
-    """Model and tokenizer of a Hugging Face directory. The MTP layers stay on the disk unless they are to guess."""
-    return Engine(load_any(model_dir, mtp=mtp), load_tokenizer(model_dir))
+def load_engine(model_dir: str | Path, drafts: int = 0, compile: bool = False) -> Engine:
+    """Model and tokenizer of a Hugging Face directory. The MTP layers stay on the disk unless they are to guess.
+    compile: the decoding steps are compiled now, for calls with so many drafts."""
+    engine = Engine(load_any(model_dir, mtp=drafts > 0), load_tokenizer(model_dir), compile=compile)
+    check_drafts(engine.model, drafts)
+    if engine.compiled is not None:
+        print(
+            "compiling the decoding steps: a minute or two the first time, seconds later", file=sys.stderr, flush=True
+        )
+        engine.compiled.prepare(drafts)
+    return engine
 
 
-def generate_texts(model_dir: str | Path, prompts: Sequence[Prompt], **sampling: Any) -> list[str]:
+def generate_texts(
+    model_dir: str | Path, prompts: Sequence[Prompt], compile: bool = False, **sampling: Any
+) -> list[str]:
     """One continuation of each prompt; `sampling` as in `Engine.generate`."""
-    engine = load_engine(model_dir, mtp=bool(sampling.get("drafts")))
+    engine = load_engine(model_dir, sampling.get("drafts", 0), compile)
     return [completions[0].text for completions in engine.generate(prompts, samples=1, **sampling)]

@@ -105,6 +105,22 @@ def sample(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor, vocab: int 
     return Sampled(token_B, logp_B, raw_B)
 
 
+class Peaks(NamedTuple):
+    """The likeliest token at each of T places, [B, T], and its log-probability: all that greedy decoding needs."""
+
+    token_BT: Tensor
+    logp_BT: Tensor
+
+
+def peaks(logits_BTV: Tensor, vocab: int) -> Peaks:
+    """Of the ids below `vocab`. Written for the compiler, which makes one pass of it; `sample` is faster elsewhere."""
+    token_BT = logits_BTV[..., :vocab].argmax(-1)
+    best_BT1 = logits_BTV.gather(-1, token_BT.unsqueeze(-1))
+    top_BT1 = logits_BTV.amax(-1, keepdim=True)
+    total_BT = (logits_BTV - top_BT1).exp().sum(-1)
+    return Peaks(token_BT, (best_BT1 - top_BT1).squeeze(-1) - total_BT.log())
+
+
 def score(logits_BV: Tensor, temperature: float, token_B: Tensor) -> Sampled:
     """The figures of tokens that were chosen some other way."""
     shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)

@@ -74,7 +74,7 @@ class Scheduler:
         routed = any(not layer.dense for layer in self.model.layers)
         trace = Trace(self.model.cfg) if routed else None
         self.cache = new_cache(self.model, self.cache_tokens, remember=True, drafts=self.drafts > 0)
-        self.batch = Batch(self.model, engine.tokenizer, self.cache, trace, self.drafts)
+        self.batch = Batch(self.model, engine.tokenizer, self.cache, trace, self.drafts, engine.compiled)
 
     def add(self, request: Request) -> int:
         """Queues a request and returns its ticket. UserError if it can never run (empty, too long, bad ids)."""

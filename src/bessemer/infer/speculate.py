@@ -24,11 +24,10 @@ from torch import Tensor
 
 from bessemer.errors import UserError
 from bessemer.infer.cache import LatentCache
+from bessemer.infer.compiled import DEEPEST, Compiled
 from bessemer.infer.decode import layer_step
 from bessemer.infer.sampling import Sampling, truncate
 from bessemer.model.transformer import Transformer
-
-DEEPEST = 8
 
 
 def check_drafts(model: Any, depth: int) -> int:
@@ -43,8 +42,8 @@ def check_drafts(model: Any, depth: int) -> int:
 class Drafter:
     """The module with what it knows of every live row."""
 
-    def __init__(self, model: Transformer, cache: LatentCache, depth: int):
-        self.model, self.cache, self.depth = model, cache, depth
+    def __init__(self, model: Transformer, cache: LatentCache, depth: int, compiled: Compiled | None = None):
+        self.model, self.cache, self.depth, self.compiled = model, cache, depth, compiled
         self.module, self.place = model.mtp[0], model.cfg.n_layers
         weight = model.embed.weight
         self.hidden_BTD = weight.new_zeros(0, depth + 1, model.cfg.dim)
@@ -79,28 +78,29 @@ class Drafter:
         """What the module expects after the newest token, [B, V], float32; takes in all that is known before."""
         row_B = torch.arange(len(token_B), device=token_B.device)
         self.token_BT[row_B, self.known_B] = token_B
-        self._state = self._pass(self.hidden_BTD, self.token_BT, self.base_B)[row_B, self.known_B]
         self._position = self.base_B + self.known_B
-        return self._head()
+        return self._pass(self.hidden_BTD, self.token_BT, self.base_B, self.known_B)
 
     def further(self, guess_B: Tensor) -> Tensor:
         """What it expects after its own guess."""
         self._position = self._position + 1
         state_BD = self.module.norm(self._state)
-        self._state = self._pass(state_BD.unsqueeze(1), guess_B.unsqueeze(1), self._position)[:, 0]
-        return self._head()
+        return self._pass(state_BD.unsqueeze(1), guess_B.unsqueeze(1), self._position, torch.zeros_like(guess_B))
 
-    def _head(self) -> Tensor:
-        return self.model.head(self.module.norm(self._state)).float()
-
-    def _pass(self, hidden_BTD: Tensor, token_BT: Tensor, base_B: Tensor) -> Tensor:
+    def _pass(self, hidden_BTD: Tensor, token_BT: Tensor, base_B: Tensor, known_B: Tensor) -> Tensor:
+        """Logits after place known_B of the T that the module takes in; its state there stays in `_state`."""
+        if self.compiled is not None and token_BT.numel() <= self.compiled.most_tokens:
+            self._state, logits_BV = self.compiled.guess(hidden_BTD, token_BT, base_B, known_B, self.cache)
+            return logits_BV
         T = token_BT.shape[1]
         position_BT = base_B[:, None] + torch.arange(T, device=base_B.device)
         self.cache.reserve([base + T for base in base_B.tolist()])
         rope = self.model.rope_table(int(position_BT.max()) + 1)[position_BT]
         x_BTD = self.module.join(hidden_BTD, F.embedding(token_BT, self.model.embed.weight))
         blocks, slot_N = self.cache.blocks(base_B, T), self.cache.slots_BT(position_BT).flatten()
-        return layer_step(self.module.layer, self.place, x_BTD, rope, self.cache, blocks, slot_N)
+        x_BTD = layer_step(self.module.layer, self.place, x_BTD, rope, self.cache, blocks, slot_N)
+        self._state = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), known_B]
+        return self.model.head(self.module.norm(self._state)).float()
 
 
 def shares(logits_BV: Tensor, sampling: Sampling, vocab: int) -> Tensor:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from bessemer.infer.engine import Engine, evaluating
+from bessemer.infer.engine import Engine
+from bessemer.model.mode import evaluating
 
 BATCH_TOKENS = 4096
 """Padded tokens per forward: a part of a second on one core with a small model, so that streams hardly notice."""

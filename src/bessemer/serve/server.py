@@ -58,6 +58,8 @@ def serve(
     models = offered(model, settings, name, launch)
     for line in models.broken:
         say(f"not served: {line}")
+    if settings.compile:
+        say("compiling the decoding steps: a minute or two the first time, seconds later")
     with _bind(host, port) as bound:
         models.preload()
         bound.listen(BACKLOG)  # who reads the line may call at once

@@ -24,6 +24,8 @@ class Settings:
     """Tokens of prompts taken in between two steps."""
     drafts: int = 0
     """Tokens that the MTP module guesses ahead at each step; every model must have one."""
+    compile: bool = False
+    """Decoding steps go through torch.compile; a model takes a minute or two more to load the first time."""
     threads: int | None = None
     """Threads of each model's arithmetic; None: all cores but one, which the network and its clients get. Two busy
     threads for one core cost far more than one thread less."""

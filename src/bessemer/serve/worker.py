@@ -88,8 +88,11 @@ def work(connection: Connection, folder: Path, settings: Settings) -> None:
     with socket.socket(fileno=dup(connection.fileno())) as pipe:
         pipe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
     try:
-        engine = Engine(load_any(folder, device=device(), mtp=settings.drafts > 0), load_tokenizer(folder))
+        model = load_any(folder, device=device(), mtp=settings.drafts > 0)
+        engine = Engine(model, load_tokenizer(folder), compile=settings.compile)
         worker = Worker(connection, engine, settings)
+        if engine.compiled is not None:
+            engine.compiled.prepare(settings.drafts)
     except UserError as error:
         connection.send((REFUSED, 0, str(error)))
         return

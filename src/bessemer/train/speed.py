@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 import sys
 from typing import Literal
 
 import torch
 from torch import nn
+
+from bessemer.model.compiler import cpp_compiler
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
@@ -27,11 +28,6 @@ def keep_memory() -> bool:
         )
     except (OSError, AttributeError):  # another C library
         return False
-
-
-def cpp_compiler() -> str | None:
-    """The C++ compiler torch.compile would use on a CPU."""
-    return next((found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
 
 
 COMPILE_PAYS = 5e13

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
-from bessemer.infer.engine import evaluating
+from bessemer.model.mode import evaluating
 from bessemer.model.transformer import Transformer
 from bessemer.rl import advantage, ppo, rollout
 from bessemer.rl.rollout import Sampled
