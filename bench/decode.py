@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import processor, spread
 
 import bessemer
 from bessemer import tasks
@@ -61,8 +61,8 @@ def main() -> None:
     engines = {"plain": Engine(model, tokenizer), "compiled": Engine(model, tokenizer, compile=True)}
     peer = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     facts: dict[str, Any] = {
-        "model": str(args.model), "torch": torch.__version__, "transformers": transformers.__version__,
-        "processor": _processor(), "threads": args.threads, "dtype": "float32", "routing": "real",
+        "model": "/".join(args.model.resolve().parts[-3:]), "torch": torch.__version__, "transformers": transformers.__version__,
+        "processor": processor(), "threads": args.threads, "dtype": "float32", "routing": "real",
         "rounds": args.rounds, "new_tokens": args.tokens, "cases": [],
     }  # fmt: skip
     for rows, length in ((1, 32), (64, 32), (1, 320), (64, 320)):
@@ -116,13 +116,13 @@ def case(engines: dict[str, Engine], peer: Any, asked: list[list[int]], tokens: 
     alone = {name: statistics.median(map(float.__sub__, whole[name], first[name])) for name in calls}
     for name in calls:
         facts[name] = {
-            "tokens_per_second": _spread([len(asked) * tokens / t for t in whole[name]]),
+            "tokens_per_second": spread([len(asked) * tokens / t for t in whole[name]]),
             "decoding_alone_tokens_per_second": len(asked) * (tokens - 1) / alone[name],
         }
         if name != "theirs":
             facts[name] |= {
                 "rows_with_equal_tokens": sum(map(list.__eq__, said[name], said["theirs"])),
-                "ratio": _spread([b / a for a, b in zip(whole[name], whole["theirs"], strict=True)]),
+                "ratio": spread([b / a for a, b in zip(whole[name], whole["theirs"], strict=True)]),
                 "decoding_alone_ratio": alone["theirs"] / alone[name],
             }
     return facts
@@ -147,7 +147,7 @@ def guesses(engine: Engine, rounds: int) -> list[dict[str, Any]]:
             written[depth], accepted[depth] = texts, figures["accepted"] / max(1, figures["drafted"])
     return [
         {"drafts": depth, "tokens": len(written[depth]), "same_tokens": written[depth] == written[0],
-         "accepted": accepted[depth], "tokens_per_second": _spread([len(written[depth]) / t for t in times]),
+         "accepted": accepted[depth], "tokens_per_second": spread([len(written[depth]) / t for t in times]),
          "ratio": statistics.median(a / b for a, b in zip(seconds[0], times, strict=True))}
         for depth, times in seconds.items()
     ]  # fmt: skip
@@ -174,10 +174,6 @@ def cache(engine: Engine) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
 def _case_line(facts: dict[str, Any]) -> str:
     lines = [f"batch {facts['batch']}, prompt {facts['prompt_tokens']}: transformers "
              f"{facts['theirs']['tokens_per_second']['median']:.0f} tokens/s"]  # fmt: skip
@@ -189,14 +185,6 @@ def _case_line(facts: dict[str, Any]) -> str:
             f"decoding alone {one['decoding_alone_ratio']:.2f}x; {one['rows_with_equal_tokens']} rows equal"
         )
     return "\n".join(lines)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

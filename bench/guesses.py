@@ -2,7 +2,7 @@
 
     python bench/guesses.py [--layers 4 16] [--drafts 3] [--rounds 5] [--compile] [--json bench/results/guesses.json]
 
-One network per depth, otherwise of the preset `tiny`, is trained here on 2,000 tokens of this project's README until it
+One network per depth, otherwise of the preset `tiny`, is trained here on 400 tokens of this project's README until it
 recites them; then it recites them greedily from their first 32 tokens, with 0, 1, ... tokens guessed per step. The
 module is one layer and a head, so a guess costs what it costs whatever the depth: a quarter of a network of four
 layers, one sixty-first of V3. Figures are tokens per second of the decoding loop, prefill included, each the median of
@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import processor, spread
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.infer.engine import Engine
@@ -32,7 +31,7 @@ from bessemer.train.loss import cross_entropy
 from bessemer.train.speed import keep_memory
 
 README = Path(__file__).parents[1] / "README.md"
-TEXT, WINDOW, ROWS, LEARNT, STEPS = 2000, 128, 8, 0.05, 1500
+TEXT, WINDOW, ROWS, LEARNT, STEPS = 400, 128, 8, 0.02, 1500
 """Tokens of the text, of a training row, rows per step, the loss at which it is known, steps at most."""
 
 
@@ -49,7 +48,7 @@ def main() -> None:
     tokenizer = Tokenizer.train([README.read_text("utf-8")], 1000)
     ids = tokenizer.encode(README.read_text("utf-8"))[:TEXT]
     facts: dict[str, Any] = {
-        "processor": platform.processor() or platform.machine(), "torch": torch.__version__, "dtype": "float32",
+        "processor": processor(), "torch": torch.__version__, "dtype": "float32",
         "threads": 1, "batch": 1, "routing": "real", "rounds": args.rounds, "new_tokens": args.tokens,
         "compiled": args.compile, "networks": [],
     }  # fmt: skip
@@ -117,14 +116,10 @@ def recite(engine: Engine, ids: list[int], args: argparse.Namespace) -> list[dic
     return [
         {"drafts": drafts, "accepted": accepted[drafts], "same_tokens": said[drafts] == said[0],
          "recited": sum(a == b for a, b in zip(said[drafts], ids[32:], strict=False)),
-         "tokens_per_second": _spread([args.tokens / t for t in times]),
-         "ratio": _spread([a / b for a, b in zip(seconds[0], times, strict=True)])}
+         "tokens_per_second": spread([args.tokens / t for t in times]),
+         "ratio": spread([a / b for a, b in zip(seconds[0], times, strict=True)])}
         for drafts, times in seconds.items()
     ]  # fmt: skip
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Decoding steps through torch.compile: the same functions, fused, in one call (or two per layer) instead of hundreds.
+"""Decoding steps through torch.compile: the same functions, fused, in one call (or one per layer) instead of hundreds.
 
 A small model's step is bound by the number of calls. Few rows go through the network in one compiled graph that also
 gathers their cache; where the rows' cache does not fit a core's second-level cache, attention stays outside, block by
@@ -18,6 +18,7 @@ Shapes: B rows, T tokens of each, N = B * T, P pages of a row, S slots, X = C + 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -64,8 +65,8 @@ class Compiled:
         self.model, self.vocab = model, vocab
         # the calls between two kernels made from C++ and not from Python: a fifth of a step of one row
         options = {"cpp_wrapper": True} if device.type == "cpu" else {}
-        compiled = (torch.compile(function, options=options) for function in (_whole, _guess, _enter, _leave))
-        self._whole, self._guess, self._enter, self._leave = compiled
+        compiled = (torch.compile(part, options=options) for part in (_whole, _guess, _first, _between, _last))
+        self._whole, self._guess, self._first, self._between, self._last = compiled
         self._marked: set[tuple[str, int, int]] = set()
         self._rope = model.rope_table(model.cfg.max_seq_len + DEEPEST)  # guesses may point beyond the end
         sparse = [layer.ffn.experts for layer in model.layers if not layer.dense]
@@ -123,18 +124,21 @@ class Compiled:
         position_BT = position_B[:, None] + torch.arange(T, device=position_B.device)
         rope, slot_N = self._rope[position_BT], cache.slots_BT(position_BT).flatten()
         blocks = cache.blocks(position_B, T)
-        x_BTD, chosen = F.embedding(token_BT, model.embed.weight), []
-        for i, layer in enumerate(model.layers):
-            self._mark(f"enter {layer.dense}", token_BT.shape, (x_BTD, rope))
-            latent_NX, q_BQX = self._enter(layer, x_BTD, rope)
+        self._mark("first", token_BT.shape, (token_BT, rope))
+        x_BTD, latent_NX, q_BQX = self._first(model, token_BT, rope)
+        chosen: list[Tensor] = []
+        for i, (layer, after) in enumerate(pairwise((*model.layers, None))):
             cache.write(i, slot_N, latent_NX)
             context_BQX = attend(q_BQX, cache, i, blocks, model.cfg)
-            self._mark(f"leave {layer.dense}", token_BT.shape, (x_BTD, context_BQX))
-            x_BTD, expert_NK = self._leave(layer, x_BTD, context_BQX)
+            if after is None:
+                self._mark("last", token_BT.shape, (x_BTD, context_BQX))
+                passed, expert_NK = self._last(model, x_BTD, context_BQX, self.vocab)
+            else:
+                self._mark(f"between {layer.dense, after.dense}", token_BT.shape, (x_BTD, context_BQX, rope))
+                x_BTD, latent_NX, q_BQX, expert_NK = self._between(layer, after, x_BTD, context_BQX, rope)
             if expert_NK is not None:
                 chosen.append(expert_NK)
-        state_BTD = model.norm(x_BTD)
-        return Passed(state_BTD, model.head(state_BTD).float()), chosen
+        return passed, chosen
 
     def _mark(self, name: str, size: Sequence[int], by_row: Sequence[Tensor], pools: Sequence[Tensor] = ()) -> None:
         """Tells the compiler, when it is about to make a graph, which sizes will change: the number of rows (where it
@@ -162,9 +166,7 @@ def _whole(
         x_BTD, expert_NK = _layer(layer, x_BTD, rope[place.position_BT], pool, page_BP, place)
         if expert_NK is not None:
             chosen.append(expert_NK)
-    state_BTD = model.norm(x_BTD)
-    logits_BTV = model.head(state_BTD).float()
-    return Passed(state_BTD, logits_BTV, peaks(logits_BTV, vocab)), chosen
+    return _said(model, x_BTD, vocab), chosen
 
 
 def _guess(
@@ -203,15 +205,40 @@ def _layer(
     return _feed_forward(layer, x_BTD + layer.attn.absorbed(u_BTD, held_BSX, place.visible_BTS, rope))
 
 
+def _first(model: Transformer, token_BT: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Up to the first attention: residual stream, what goes into the cache [N, X], and what it is asked
+    [B, T * H, X]."""
+    x_BTD = model.embed(token_BT)
+    return x_BTD, *_enter(model.layers[0], x_BTD, rope)
+
+
+def _between(
+    layer: Layer, after: Layer, x_BTD: Tensor, context_BQX: Tensor, rope: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """From what the attention of a layer saw up to the next layer's attention, as `_first`; and the experts chosen."""
+    x_BTD, expert_NK = _leave(layer, x_BTD, context_BQX)
+    return x_BTD, *_enter(after, x_BTD, rope), expert_NK
+
+
+def _last(model: Transformer, x_BTD: Tensor, context_BQX: Tensor, vocab: int) -> tuple[Passed, Tensor | None]:
+    """From what the last layer's attention saw to the end."""
+    x_BTD, expert_NK = _leave(model.layers[-1], x_BTD, context_BQX)
+    return _said(model, x_BTD, vocab), expert_NK
+
+
 def _enter(layer: Layer, x_BTD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-    """What a layer puts into the cache, [N, X], and what it asks it, [B, T * H, X]."""
     u_BTD = layer.attn_norm(x_BTD)
     return layer.attn.latent(u_BTD, rope).flatten(0, 1), absorbed_queries(layer.attn, u_BTD, rope)
 
 
 def _leave(layer: Layer, x_BTD: Tensor, context_BQX: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The rest of the layer, from what attention saw."""
     return _feed_forward(layer, x_BTD + absorbed_output(layer.attn, context_BQX, x_BTD.shape[1]))
+
+
+def _said(model: Transformer, x_BTD: Tensor, vocab: int) -> Passed:
+    state_BTD = model.norm(x_BTD)
+    logits_BTV = model.head(state_BTD).float()
+    return Passed(state_BTD, logits_BTV, peaks(logits_BTV, vocab))
 
 
 def _feed_forward(layer: Layer, h_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
