@@ -61,7 +61,8 @@ def main() -> None:
     engines = {"plain": Engine(model, tokenizer), "compiled": Engine(model, tokenizer, compile=True)}
     peer = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     facts: dict[str, Any] = {
-        "model": "/".join(args.model.resolve().parts[-3:]), "torch": torch.__version__, "transformers": transformers.__version__,
+        "model": "/".join(args.model.resolve().parts[-3:]), "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "processor": processor(), "threads": args.threads, "dtype": "float32", "routing": "real",
         "rounds": args.rounds, "new_tokens": args.tokens, "cases": [],
     }  # fmt: skip
