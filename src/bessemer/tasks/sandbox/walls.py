@@ -7,6 +7,7 @@ none         rlimits, the filter of system calls (which also refuses new process
              and writes files as we do
 """
 
+import errno
 import os
 import shutil
 import sys
@@ -66,7 +67,9 @@ def _bwrap(info: int) -> list[str]:
         tree += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
     tree += ["--ro-bind", str(_INSIDE), _BWRAP_INSIDE, "--remount-ro", "/", "--chdir", "/tmp"]
     ends = ["--die-with-parent", "--new-session", "--as-pid-1"]  # bubblewrap's own process 1 may outlive bubblewrap
-    return [shutil.which("bwrap") or "bwrap", *ends, "--info-fd", str(info), *new, *tree]
+    if (program := shutil.which("bwrap")) is None:
+        raise FileNotFoundError(errno.ENOENT, "not on the PATH", "bwrap")
+    return [program, *ends, "--info-fd", str(info), *new, *tree]
 
 
 def _executable() -> str:

@@ -1,0 +1,173 @@
+"""FP8 operands and GEMMs against loops in float64, the loss of a short accumulator, and a Linear's three products."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bessemer.precision import block_fp8
+from bessemer.precision.fp8_gemm import gemm, grouped_gemm
+from bessemer.precision.fp8_linear import Recipe, fp8_grouped_linear, fp8_linear
+from bessemer.precision.tiles import E5M6_MAX, TILE, Operand, e5m6, quantise, transpose
+
+torch.set_num_threads(1)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def apart(got, wanted):
+    """Relative distance, as DeepGEMM's calc_diff: 1 - 2 <a, b> / (|a|^2 + |b|^2)."""
+    got, wanted = got.double(), wanted.double()
+    return float(1 - 2 * (got * wanted).sum() / (got.square().sum() + wanted.square().sum()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 200), columns=st.integers(1, 300), seed=st.integers(0, 99),
+    group=st.sampled_from(["tile", "block", "tensor"]), power_of_two=st.booleans(),
+)  # fmt: skip
+def test_quantise_equals_a_loop(rows, columns, seed, group, power_of_two):
+    x = normal(rows, columns, seed=seed) * torch.logspace(-3, 3, columns)
+    got = quantise(x, group, power_of_two)
+    height = {"tile": 1, "block": TILE, "tensor": rows}[group]
+    width = columns if group == "tensor" else TILE
+    for top in range(0, rows, height):
+        for left in range(0, columns, width):
+            part = x[top : top + height, left : left + width]
+            factor = (part.abs().max() / 448.0).double()
+            if power_of_two:
+                factor = 2.0 ** torch.ceil(torch.log2(factor))
+            wanted = (part / factor.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+            assert torch.equal(got.value_MK[top : top + height, left : left + width].float(), wanted.float())
+            scales = got.scale_MJ[top : top + height, left // TILE : -(-(left + part.shape[1]) // TILE)]
+            assert torch.equal(scales, factor.float().expand_as(scales))
+
+
+def test_weights_are_quantised_as_in_checkpoints():
+    weight = normal(300, 200)
+    value, scale = block_fp8.quantise(weight)
+    mine = quantise(weight, "block")
+    assert torch.equal(mine.value_MK.view(torch.uint8), value.view(torch.uint8))
+    assert torch.equal(mine.scale_MJ[::TILE], scale)
+
+
+def test_powers_of_two_are_exact_and_no_larger_than_needed():
+    x = torch.tensor([[448.0], [448.1], [224.0], [447.9], [1e-30]])
+    assert quantise(x, power_of_two=True).scale_MJ.flatten().tolist()[:4] == [1.0, 2.0, 0.5, 1.0]
+
+
+def test_edge_values():
+    x = torch.zeros(4, 2 * TILE)
+    x[1, 3], x[2, 5], x[3, 7] = float("nan"), float("inf"), 1e-44
+    back = quantise(x).dequantise()
+    assert back[0].eq(0).all() and back[3].eq(0).all() and quantise(x).scale_MJ[0].tolist() == [1.0, 1.0]
+    for row in (1, 2):
+        assert back[row, :TILE].isnan().all() and back[row, TILE:].eq(0).all()
+    for bad in (torch.zeros(3), torch.zeros(1, 2, 3)):
+        with pytest.raises(ValueError, match="is a matrix"):
+            quantise(bad)
+
+
+@pytest.mark.parametrize("shape", [(256, 384), (70, 300), (1, 1), (129, 127)])
+@pytest.mark.parametrize("group", ["block", "tensor"])
+def test_blocks_turn_without_rounding(shape, group):
+    operand = quantise(normal(*shape), group)
+    assert torch.equal(transpose(operand).dequantise(), operand.dequantise().t())
+
+
+@pytest.mark.parametrize("M, N, K", [(5, 7, 128), (130, 140, 300), (1, 1, 1), (33, 257, 129)])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_gemm_against_float64(M, N, K, power_of_two):
+    x, w = quantise(normal(M, K), "tile", power_of_two), quantise(normal(N, K, seed=1), "block", power_of_two)
+    exact = x.dequantise().double() @ w.dequantise().double().t()
+    assert (gemm(x, w) - exact).abs().max() < 1e-6 * exact.abs().max() + 1e-5
+    assert apart(gemm(x, w), normal(M, K).double() @ normal(N, K, seed=1).double().t()) < 2e-3
+
+
+def test_a_short_accumulator_and_its_cure():
+    """Reference D.3: K = 4096, random matrices, errors near 2 % with about 14 bits; promotion every 128 cures it."""
+    x, w = quantise(normal(256, 4096), "tensor"), quantise(normal(256, 4096, seed=1), "tensor")
+    exact = x.dequantise().double() @ w.dequantise().double().t()
+
+    def largest(**how):
+        return float((gemm(x, w, **how).double() - exact).abs().max() / exact.square().mean().sqrt())
+
+    assert 0.01 < largest(bits=14, promote=None) < 0.03
+    assert largest(bits=14) < 0.001 and largest(bits=14, promote=32) < largest(bits=14)
+    assert largest() < 1e-5
+
+
+def test_what_cannot_be_multiplied():
+    x, w = quantise(normal(4, 256)), quantise(normal(4, 128))
+    with pytest.raises(ValueError, match="256 and 128 columns"):
+        gemm(x, w)
+    with pytest.raises(ValueError, match="multiple of 32"):
+        gemm(x, x, promote=48)
+    with pytest.raises(ValueError, match="quantise by tensor"):
+        gemm(x, x, promote=None)
+
+
+def test_grouped_is_one_by_one():
+    x, w = quantise(normal(9, 200)), [quantise(normal(6, 200, seed=n), "block") for n in range(3)]
+    whole = grouped_gemm(x, [4, 0, 5], w)
+    assert torch.equal(whole[:4], gemm(Operand(x.value_MK[:4], x.scale_MJ[:4]), w[0]))
+    assert torch.equal(whole[4:], gemm(Operand(x.value_MK[4:], x.scale_MJ[4:]), w[2]))
+    with pytest.raises(ValueError, match="groups of 8 rows"):
+        grouped_gemm(x, [4, 0, 4], w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_and_its_gradients(dtype):
+    x, weight, dy = normal(3, 50, 300).to(dtype), normal(200, 300, seed=1), normal(3, 50, 200, seed=2).to(dtype)
+    x.requires_grad_(), weight.requires_grad_()
+    y = fp8_linear(x, weight)
+    y.backward(dy)
+    flat_x, flat_dy = x.detach().double().flatten(0, 1), dy.double().flatten(0, 1)
+    assert y.dtype == x.grad.dtype == dtype and weight.grad.dtype == torch.float32 and y.shape == dy.shape
+    assert apart(y.detach().flatten(0, 1), flat_x @ weight.detach().double().t()) < 2e-3
+    assert apart(x.grad.flatten(0, 1), flat_dy @ weight.detach().double()) < 2e-3
+    assert apart(weight.grad, flat_dy.t() @ flat_x) < 3e-3
+    turned = [quantise(quantise(t.float()).dequantise().t()) for t in (flat_dy, flat_x)]
+    assert torch.equal(weight.grad, gemm(*turned))  # re-tiled from what was kept, not from the original
+
+
+def test_outliers_hurt_blocks_more_than_tiles():
+    """Tokens with outliers in the gradient: why 128 x 128 is not for gradients (V3 App. B.2). E4M3 itself spans
+    2^18, so it takes factors beyond 10^4 until a block loses its other tokens."""
+    x, weight, dy = normal(256, 256), normal(256, 256, seed=1).requires_grad_(), normal(256, 256, seed=2)
+    dy[::64] *= 1e5
+    error = {}
+    for group in ("tile", "block", "tensor"):
+        y = fp8_linear(x.requires_grad_(), weight, Recipe(gradient=group))
+        x.grad = None
+        y.backward(dy)
+        error[group] = apart(x.grad[1::64], dy[1::64].double() @ weight.detach().double())
+    assert error["tile"] < 2e-3 and min(error["block"], error["tensor"]) > 100 * error["tile"]
+
+
+def test_experts_do_not_share_tiles():
+    x, weight = normal(300, 130).requires_grad_(), normal(3, 70, 130, seed=1).requires_grad_()
+    count = [100, 0, 200]
+    y = fp8_grouped_linear(x, count, weight)
+    y.square().sum().backward()
+    for g, rows in ((0, slice(0, 100)), (2, slice(100, 300))):
+        own_x, own_w = x.detach()[rows].requires_grad_(), weight.detach()[g].requires_grad_()
+        own = fp8_linear(own_x, own_w)
+        own.square().sum().backward()
+        assert torch.equal(y[rows], own) and torch.equal(x.grad[rows], own_x.grad)
+        assert torch.equal(weight.grad[g], own_w.grad)
+    assert weight.grad[1].eq(0).all()
+    with pytest.raises(ValueError, match="do not fit 300 tokens"):
+        fp8_grouped_linear(x, [1, 2, 3], weight)
+
+
+def test_e5m6():
+    """Six bits of mantissa after the leading one, subnormals in steps of 2^-20, saturation."""
+    x = torch.tensor([1.0, 1 + 2**-6, 1 + 2**-7, 1 + 3 * 2**-7, -3.1415926, 2**-14, 2**-20, 2**-22, 7e4, float("inf")])
+    wanted = [1.0, 1 + 2**-6, 1.0, 1 + 2**-5, -3.15625, 2**-14, 2**-20, 0.0, E5M6_MAX, float("inf")]
+    assert e5m6(x).tolist() == wanted
+    values = normal(10_000) * torch.logspace(-3, 4, 10_000)
+    assert ((e5m6(values) - values).abs() <= (values.abs() * 2**-7).clamp(min=2**-21)).all()
+    assert torch.equal(e5m6(e5m6(values)), e5m6(values)) and e5m6(torch.tensor([float("nan")])).isnan().all()
