@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,9 @@ from serving import error_of, running
 
 from bessemer.errors import UserError
 from bessemer.infer.scheduler import Scheduler
+from bessemer.recipe.rundir import model_dir
 from bessemer.serve.connection import Limits
+from bessemer.serve.models import offered
 from bessemer.serve.settings import Settings
 
 CHAT = "/v1/chat/completions"
@@ -276,3 +279,10 @@ def test_names_are_for_single_models(run_folder, r1):
         pass
     with running(r1, name="mine") as server:
         assert server.chat(max_tokens=1).json()["model"] == "mine"
+
+
+def test_a_model_outside_of_a_run_goes_by_its_directory(r1, tmp_path):
+    for path in ("hero/model", "other"):
+        shutil.copytree(model_dir(r1), tmp_path / path)
+    names = [offered(tmp_path / path, Settings()).default.name for path in ("hero/model", "other")]
+    assert names == ["hero", "other"]

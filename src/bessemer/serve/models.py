@@ -154,9 +154,10 @@ def _of_run(given: str | Path, root: Path, settings: Settings, launch: Launch) -
 
 
 def _name(folder: Path) -> str:
-    """The stage's name for a model in a run, else the directory's."""
+    """The stage's name for a model in a run, else the directory's, or its parent's where that says only "model"."""
     folder = folder.resolve()
     for _, stage, path in stage_folders(folder.parent.parent) if folder.name == "model" else ():
         if path == folder.parent:
             return stage
-    return re.sub(r"[^\w.-]+", "-", folder.name) or "model"
+    name = folder.parent.name if folder.name == "model" else folder.name
+    return re.sub(r"[^\w.-]+", "-", name) or "model"
