@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.precision import block_fp8
-from bessemer.precision.fp8_gemm import gemm, grouped_gemm
+from bessemer.precision.fp8_gemm import gemm
 from bessemer.precision.fp8_linear import Recipe, fp8_grouped_linear, fp8_linear
-from bessemer.precision.tiles import E5M6_MAX, TILE, Operand, e5m6, quantise, transpose
+from bessemer.precision.tiles import E5M6_MAX, TILE, e5m6, quantise, transpose
 
 torch.set_num_threads(1)
 
@@ -107,15 +107,6 @@ def test_what_cannot_be_multiplied():
         gemm(x, x, promote=48)
     with pytest.raises(ValueError, match="quantise by tensor"):
         gemm(x, x, promote=None)
-
-
-def test_grouped_is_one_by_one():
-    x, w = quantise(normal(9, 200)), [quantise(normal(6, 200, seed=n), "block") for n in range(3)]
-    whole = grouped_gemm(x, [4, 0, 5], w)
-    assert torch.equal(whole[:4], gemm(Operand(x.value_MK[:4], x.scale_MJ[:4]), w[0]))
-    assert torch.equal(whole[4:], gemm(Operand(x.value_MK[4:], x.scale_MJ[4:]), w[2]))
-    with pytest.raises(ValueError, match="groups of 8 rows"):
-        grouped_gemm(x, [4, 0, 4], w)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

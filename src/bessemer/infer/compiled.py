@@ -63,6 +63,9 @@ class Compiled:
         if device.type == "cpu" and cpp_compiler() is None:
             raise UserError("compiled steps need a C++ compiler (g++ or clang++); install one or leave --compile off")
         self.model, self.vocab = model, vocab
+        # after 8 graphs of one function torch warns and goes on without, 20 times slower; a process may hold several
+        # models, each with graphs of its own
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         # the calls between two kernels made from C++ and not from Python: a fifth of a step of one row
         options = {"cpp_wrapper": True} if device.type == "cpu" else {}
         compiled = (torch.compile(part, options=options) for part in (_whole, _guess, _first, _between, _last))
@@ -85,7 +88,7 @@ class Compiled:
             self._mark("whole", token_BT.shape, (token_BT, position_B, page_BP), pools)
             passed, chosen = self._whole(self.model, token_BT, position_B, page_BP, self._rope, pools, self.vocab)
         else:
-            passed, chosen = self._by_halves(token_BT, position_B, cache)
+            passed, chosen = self._by_layer(token_BT, position_B, cache)
         if trace is not None:
             for expert_NK in chosen:
                 trace.chose(expert_NK)
@@ -103,7 +106,7 @@ class Compiled:
                 cache.admit([(held, B)])
                 self(zeros(B, T), zeros(B), cache)
                 if B > 1:
-                    self._by_halves(zeros(B, T), zeros(B), cache)
+                    self._by_layer(zeros(B, T), zeros(B), cache)
                 for places in (T, 1)[:drafts]:
                     hidden_BTD = self.model.embed(zeros(B, places))
                     self.guess(hidden_BTD, zeros(B, places), zeros(B), zeros(B), cache)
@@ -119,7 +122,7 @@ class Compiled:
         self._mark("guess", token_BT.shape, (token_BT, position_B, page_BP, hidden_BTD, known_B), [pool])
         return self._guess(self.model, token_BT, position_B, page_BP, self._rope, pool, hidden_BTD, known_B)
 
-    def _by_halves(self, token_BT: Tensor, position_B: Tensor, cache: LatentCache) -> tuple[Passed, list[Tensor]]:
+    def _by_layer(self, token_BT: Tensor, position_B: Tensor, cache: LatentCache) -> tuple[Passed, list[Tensor]]:
         model, T = self.model, token_BT.shape[1]
         position_BT = position_B[:, None] + torch.arange(T, device=position_B.device)
         rope, slot_N = self._rope[position_BT], cache.slots_BT(position_BT).flatten()

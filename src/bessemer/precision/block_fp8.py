@@ -19,6 +19,7 @@ from torch import Tensor
 from bessemer.errors import UserError
 
 E4M3_MAX = 448.0
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def tiles(shape: tuple[int, ...] | torch.Size, block: int = 128) -> tuple[int, int]:
@@ -57,8 +58,17 @@ def quantise(weight: Tensor, block: int = 128, ue8m0: bool = False) -> tuple[Ten
     padded[:rows, :columns] = weight
     tiled = padded.view(p, block, q, block)
     amax = tiled.abs().amax(dim=(1, 3))
-    scale = torch.where(amax > 0, amax / E4M3_MAX, 1.0)
-    if ue8m0:
-        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    scale = factor(amax, ue8m0)
     scaled = (tiled / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
     return scaled.view_as(padded)[:rows, :columns].to(torch.float8_e4m3fn).contiguous(), scale
+
+
+def factor(amax: Tensor, power_of_two: bool = False) -> Tensor:
+    """What a group whose largest magnitude is `amax` is divided by: amax / 448, rounded up to a power of two if asked
+    for; 1 for zeros, and never below the smallest normal float32."""
+    found = torch.where(amax == 0, 1.0, (amax / E4M3_MAX).clamp(min=SMALLEST))
+    if power_of_two:
+        mantissa, exponent = torch.frexp(found)  # log2 would be off by one now and then
+        rounded = torch.ldexp(torch.ones_like(found), exponent - (mantissa == 0.5).to(exponent.dtype))
+        found = torch.where(torch.isfinite(found), rounded, found)
+    return found.contiguous()

@@ -7,12 +7,10 @@ that is the promotion to CUDA cores. Hopper's tensor cores keep about 14 bits wh
 shown: every MMA instruction adds 32 columns and what no longer fits is cut off. Without promotion (`promote=None`) the
 loss grows over the whole of K, and one factor per row is all that can be applied: groups must be of the whole tensor.
 
-Shapes: M and N rows of the operands, K columns summed over, J blocks, G groups (experts) of rows.
+Shapes: M and N rows of the operands, K columns summed over, J blocks.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,18 +37,6 @@ def gemm(x: Operand, w: Operand, bits: int | None = None, promote: int | None = 
         j = start // TILE
         y_MN += part_MN * x.scale_MJ[:, j, None] * w.scale_MJ[:, j]
     return y_MN
-
-
-def grouped_gemm(x: Operand, count: Sequence[int], w: Sequence[Operand], bits: int | None = None) -> Tensor:
-    """Rows in the order of their groups, each group times its own matrix, [M, N]."""
-    parts, start = [], 0
-    for rows, matrix in zip(count, w, strict=True):
-        here = slice(start, start + rows)
-        parts.append(gemm(Operand(x.value_MK[here], x.scale_MJ[here]), matrix, bits))
-        start += rows
-    if start != len(x.value_MK):
-        raise ValueError(f"groups of {start} rows in all for {len(x.value_MK)} rows")
-    return torch.cat(parts)
 
 
 def _summed(x_MK: Tensor, w_NK: Tensor, bits: int | None) -> Tensor:

@@ -21,11 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bessemer.precision.block_fp8 import E4M3_MAX
+from bessemer.precision.block_fp8 import E4M3_MAX, factor
 
 TILE = 128
-SMALLEST = torch.finfo(torch.float32).tiny
-"""Smallest factor."""
 Group = Literal["tile", "block", "tensor"]
 
 
@@ -50,7 +48,7 @@ def quantise(x_MK: Tensor, group: Group = "tile", power_of_two: bool = False) ->
     M, K = x_MK.shape
     J = -(-K // TILE)
     tiled_MJT = F.pad(x_MK.detach().float(), (0, J * TILE - K)).view(M, J, TILE)
-    scale_MJ = _factor(_shared(tiled_MJT.abs().amax(-1), group), power_of_two)
+    scale_MJ = factor(_shared(tiled_MJT.abs().amax(-1), group), power_of_two)
     scaled = (tiled_MJT / scale_MJ.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)
     return Operand(scaled.flatten(1)[:, :K].to(torch.float8_e4m3fn), scale_MJ)
 
@@ -72,15 +70,6 @@ def _shared(amax_MJ: Tensor, group: Group) -> Tensor:
     rows = -(-M // TILE)
     padded = F.pad(amax_MJ, (0, 0, 0, rows * TILE - M)).view(rows, TILE, J)
     return padded.amax(1).repeat_interleave(TILE, 0)[:M]
-
-
-def _factor(amax: Tensor, power_of_two: bool) -> Tensor:
-    factor = torch.where(amax == 0, 1.0, (amax / E4M3_MAX).clamp(min=SMALLEST))
-    if power_of_two:
-        mantissa, exponent = torch.frexp(factor)  # log2 would be off by one now and then
-        rounded = torch.ldexp(torch.ones_like(factor), exponent - (mantissa == 0.5).to(exponent.dtype))
-        factor = torch.where(torch.isfinite(factor), rounded, factor)
-    return factor.contiguous()
 
 
 E5M6_MAX = 65024.0
