@@ -139,7 +139,7 @@ def nbytes(tensor) -> int:
 def held_bytes(trainer) -> int:
     """Weights, gradients and moments."""
     return sum(
-        nbytes(t) for group in trainer.optimizer.groups for t in (group.master, group.grad32, *group.moments.values())
+        nbytes(t) for group in trainer.optimizer.groups for t in (group.master, group.grad, *group.moments.values())
     )
 
 

@@ -5,8 +5,8 @@ Parameters of one kind (rule, decayed or not, compute dtype) lie one after anoth
 parameters and their gradients are views into it, so a step is a handful of vector operations, however many there are:
 
     compute   what forward reads; in float32 compute it *is* the master
-    grad      what backward adds to; in bfloat16 compute it is added to `grad32` after every micro-batch
-    master, grad32, m, v   float32 (m and v bfloat16 on request, as in V3 3.3.2); Muon has no v
+    grad      what backward adds to, float32 in any case (`Tensor.grad_dtype`)
+    master, m, v   float32 (m and v bfloat16 on request, as in V3 3.3.2); Muon has no v
 
 Invariants: gradients are accumulated in float32; a tied parameter exists once; padding between parameters stays zero;
 whoever replaces a parameter or a gradient (zero_grad(set_to_none=True), model.to(device)) breaks the views and is
@@ -71,16 +71,13 @@ class Group:
         self.master = torch.zeros(size, dtype=torch.float32, device=first.device)
         for slot, (_, _, value) in zip(self.slots, members, strict=True):
             slot.of(self.master).copy_(value)
-        self.grad32 = torch.zeros_like(self.master)
+        self.grad = torch.zeros_like(self.master)
         self.moments = {name: torch.zeros(size, dtype=moments, device=first.device) for name in self.MOMENTS}
-        if first.dtype == torch.float32:
-            self.compute, self.grad = self.master, self.grad32
-        else:
-            self.compute = self.master.to(first.dtype)
-            self.grad = torch.zeros_like(self.compute)
+        self.compute = self.master if first.dtype == torch.float32 else self.master.to(first.dtype)
         self.grad_views = [slot.of(self.grad) for slot in self.slots]
         for slot, view in zip(self.slots, self.grad_views, strict=True):
             slot.parameter.data = slot.of(self.compute)
+            slot.parameter.grad_dtype = torch.float32
             slot.parameter.grad = view
 
     def check_views(self) -> None:
@@ -91,15 +88,10 @@ class Group:
                 "(zero_grad(set_to_none=True), model.to(...)); make the optimizer last and use its zero_grad()"
             )
 
-    def accumulate(self) -> None:
-        if self.grad is not self.grad32:
-            self.grad32 += self.grad
-            self.grad.zero_()
-
     def step(self, update: Update) -> None:
         """Moves the masters; may overwrite the gradient."""
         adamw_(
-            self.master, self.grad32, self.moments["m"], self.moments["v"],
+            self.master, self.grad, self.moments["m"], self.moments["v"],
             step=update.step, lr=update.lr, betas=update.betas, eps=update.eps, decay=self.decay,
             divisor=update.divisor,
         )  # fmt: skip
@@ -124,9 +116,9 @@ class MuonGroup(Group):
 
     def step(self, update: Update) -> None:
         m = self.moments["m"]
-        m32 = torch.lerp(self.grad32.div_(update.divisor), m.float(), muon.MOMENTUM)
+        m32 = torch.lerp(self.grad.div_(update.divisor), m.float(), muon.MOMENTUM)
         m.copy_(m32)
-        torch.lerp(self.grad32, m32, muon.MOMENTUM, out=self.moves)
+        torch.lerp(self.grad, m32, muon.MOMENTUM, out=self.moves)
         for _ in self.workers.map(self._orthogonalise, range(len(self.pieces))):
             pass
         self.master.mul_(1 - update.lr * self.decay).add_(self.moves, alpha=-update.lr)
@@ -193,19 +185,12 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         for group in self.groups:
-            group.grad32.zero_()
-            if group.grad is not group.grad32:
-                group.grad.zero_()
-
-    def accumulate(self) -> None:
-        """After every micro-batch's backward: adds its gradients in float32."""
-        for group in self.groups:
-            group.accumulate()
+            group.grad.zero_()
 
     def grad_norm(self) -> Tensor:
         """2-norm of all accumulated gradients, float64 scalar; not finite if any gradient is not."""
         squares = [
-            torch.linalg.vector_norm(g.grad32.view(-1, NORM_BLOCK), dim=1).double().square().sum() for g in self.groups
+            torch.linalg.vector_norm(g.grad.view(-1, NORM_BLOCK), dim=1).double().square().sum() for g in self.groups
         ]
         return torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
 
@@ -225,7 +210,7 @@ class Optimizer:
 
     def nonfinite_gradients(self) -> list[str]:
         """Names of parameters whose accumulated gradient holds inf or NaN, in the model's order."""
-        bad = {s.name for g in self.groups for s in g.slots if not s.of(g.grad32).isfinite().all()}
+        bad = {s.name for g in self.groups for s in g.slots if not s.of(g.grad).isfinite().all()}
         return [name for name in self.names if name in bad]
 
     def masters(self) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ class Trainer:
         workers, groups = settings.workers, self.optimizer.groups
         biases = [gate.bias_E for gate in self.gates.values() if gate.bias_E is not None]
         workers.share([group.compute for group in groups] + biases)
-        self._outboxes = [[torch.zeros_like(group.grad32) for group in groups] for _ in range(1, workers.n)]
+        self._outboxes = [[torch.zeros_like(group.grad) for group in groups] for _ in range(1, workers.n)]
         workers.share(out for outbox in self._outboxes for out in outbox)
         self._saved_at, self._saved_step = time.monotonic(), -1
         if settings.gamma(0, 0) and not any(gate.bias_E is not None for gate in self.gates.values()):
@@ -184,18 +184,17 @@ class Trainer:
         loss = self.objective(self.model, batch, **terms)
         with balance.counted_once(self.gates):
             loss.total.backward()
-        self.optimizer.accumulate()
         loss = replace(loss, total=loss.total.detach())
         if helper == 0:
             return loss, None
         for group, out in zip(self.optimizer.groups, self._outboxes[helper - 1], strict=True):
-            out.copy_(group.grad32)
+            out.copy_(group.grad)
         return loss, _Handed(helper, {name: gate.load_E.clone() for name, gate in self.gates.items()})
 
     def _collect(self, handed: _Handed) -> None:
         """Adds what a helper computed, in the order of the micro-batches."""
         for group, out in zip(self.optimizer.groups, self._outboxes[handed.helper - 1], strict=True):
-            group.grad32 += out
+            group.grad += out
         for name, load_E in handed.loads.items():
             self.gates[name].load_E += load_E
 
