@@ -34,6 +34,7 @@ epochs = 1
 row_length = 96
 lr = 2e-3
 lr_final = 2e-4
+precision = "float32"
 
 [[stage]]
 kind = "reward-model"
@@ -41,9 +42,10 @@ name = "helpful"
 from = "dev1"
 aim = "helpful"
 made = 200
-epochs = 2
+epochs = 6
 row_length = 192
 lr = 5e-3
+precision = "float32"
 
 [[stage]]
 kind = "reward-model"
@@ -51,9 +53,10 @@ name = "harmless"
 from = "dev1"
 aim = "harmless"
 made = 200
-epochs = 2
+epochs = 6
 row_length = 192
 lr = 5e-3
+precision = "float32"
 
 [[stage]]
 kind = "rl"
@@ -117,6 +120,7 @@ row_length = 192
 mtp_lambda = 0.0
 lr = 2e-3
 lr_final = 2e-4
+precision = "float32"
 
 [[stage]]
 kind = "distill"
