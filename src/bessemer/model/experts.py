@@ -9,6 +9,8 @@ Shapes: M routed rows in expert order, D hidden, E experts, F inner width; count
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,16 +32,41 @@ def _forward(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2
     inner = w2.shape[2]
     h_MH = rows_MD.new_empty(rows_MD.shape[0], 2 * inner)
     y_MD = torch.empty_like(rows_MD)
+    for e, rows, window, mine in _segments(count_E, rows_MD):
+        h = _product(rows_MD[window], w13[e].t(), h_MH[rows], mine)
+        act = F.silu(h[:, :inner]).mul_(h[:, inner:]).mul_(weight_M[window, None])
+        _product(act, w2[e].t(), y_MD[rows], mine)
+    return y_MD, h_MH
+
+
+PADDED = 32
+
+
+def _segments(count_E: Tensor, rows_MD: Tensor) -> Iterator[tuple[int, slice, slice, slice]]:
+    """(expert, its rows, a window of rows around them, where its rows lie in the window) of every expert in use.
+
+    The window is what is computed. It is the rows themselves but for BF16 on a CPU: oneDNN compiles a kernel for every
+    number of rows, a millisecond each, so windows come in multiples of 32 and reach into the neighbours' rows.
+    """
+    total = len(rows_MD)
+    padded = PADDED if rows_MD.dtype == torch.bfloat16 and rows_MD.device.type == "cpu" else 1
     start = 0
     for e, count in enumerate(count_E.tolist()):
         if not count:
             continue
-        rows = slice(start, start + count)
+        size = min(-(-count // padded) * padded, total)
+        low = min(start, total - size)
+        yield e, slice(start, start + count), slice(low, low + size), slice(start - low, start - low + count)
         start += count
-        h = torch.mm(rows_MD[rows], w13[e].t(), out=h_MH[rows])
-        act = F.silu(h[:, :inner]).mul_(h[:, inner:]).mul_(weight_M[rows, None])
-        torch.mm(act, w2[e].t(), out=y_MD[rows])
-    return y_MD, h_MH
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, mine: slice) -> Tensor:
+    """a b, whose own rows are written to `out`."""
+    if len(out) == len(a):
+        return torch.mm(a, b, out=out)
+    y = torch.mm(a, b)
+    out.copy_(y[mine])
+    return y
 
 
 @_forward.register_fake
@@ -55,28 +82,25 @@ def _backward(
     inner = w2.shape[2]
     drows, dweight = torch.empty_like(rows_MD), torch.empty_like(weight_M)
     dw13, dw2 = torch.zeros_like(w13), torch.zeros_like(w2)
-    dh_buffer = torch.empty_like(h_MH)
-    start = 0
-    for e, count in enumerate(count_E.tolist()):
-        if not count:
-            continue
-        rows = slice(start, start + count)
-        start += count
-        dy, weight = dy_MD[rows], weight_M[rows, None].to(dy_MD.dtype)
-        gate, up = h_MH[rows, :inner], h_MH[rows, inner:]
+    for e, rows, window, mine in _segments(count_E, rows_MD):
+        dy, weight = dy_MD[window], weight_M[window, None].to(dy_MD.dtype)
+        if mine.stop - mine.start < len(dy):
+            dy = torch.zeros_like(dy)
+            dy[mine] = dy_MD[rows]  # zeros for the neighbours: they add nothing to the gradients below
+        gate, up = h_MH[window, :inner], h_MH[window, inner:]
         sig = torch.sigmoid(gate)
         silu = gate * sig
         act = silu * up
         dact = torch.mm(dy, w2[e])
-        dweight[rows] = (dact * act).sum(-1)
+        dweight[rows] = (dact[mine] * act[mine]).sum(-1)
         torch.mm(dy.t(), act * weight, out=dw2[e])
         dact *= weight
-        dh = dh_buffer[rows]
+        dh = torch.empty_like(h_MH[window])
         torch.mul(dact, silu, out=dh[:, inner:])
         # d silu(g) = sig (1 + g (1 - sig)) = sig + silu (1 - sig)
         torch.mul(dact.mul_(up), sig + silu * (1 - sig), out=dh[:, :inner])
-        torch.mm(dh, w13[e], out=drows[rows])
-        torch.mm(dh.t(), rows_MD[rows], out=dw13[e])
+        _product(dh, w13[e], drows[rows], mine)
+        torch.mm(dh.t(), rows_MD[window], out=dw13[e])
     return drows, dweight, dw13, dw2
 
 
