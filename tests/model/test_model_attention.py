@@ -66,6 +66,27 @@ def test_gradients_of_the_core(T, dtype, bound):
             assert relative(a, b) < bound if b.norm() > 1e-9 else a.norm() < bound  # one key: no score gradient
 
 
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 150])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_attention_that_keeps_no_probabilities(monkeypatch, T, backend, segmented):
+    """Values and gradients against float64; a rounded output moves the gradient by as much as it was rounded."""
+    if backend == "torch":
+        monkeypatch.setattr(attention, "attention_cpu", None)
+        monkeypatch.setattr(attention, "_on_cpu", lambda x: False)
+    inputs, table = projections(T)
+    segments = two_segments(T) if segmented else None
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    wanted = in_float64(*exact, table, segments)
+    plain = [x.detach() for x in inputs]
+    out, lse = attention.recomputing(*plain, table, 0.3, segments)
+    assert relative(out, wanted) < 1e-6
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    found = attention.recomputing_backward(cotangent, *plain, table, 0.3, segments, out, lse)
+    for a, b in zip(found, torch.autograd.grad(wanted, exact, cotangent.double()), strict=True):
+        assert relative(a, b) < 2e-6 if b.norm() > 1e-9 else a.norm() < 2e-6
+
+
 def in_float64(q, kv, k_rope, table, segments):
     turn = torch.view_as_complex(table.double())
 

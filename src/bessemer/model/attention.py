@@ -6,6 +6,9 @@ and picks the backend that serves the call:
     CPU, T <= LONGEST   `attention_cpu`: one operation from the projections to the output, with its own backward
     everything else     torch's scaled_dot_product_attention
 
+`recomputing` and `recomputing_backward` are `latent_attention` cut in two for who keeps the arguments elsewhere: what
+they need of each other is the output and one number per query and head.
+
 Shapes: B rows, T tokens, H heads, N/R nope and rope widths of a key, V value width.
 """
 
@@ -47,13 +50,23 @@ def heads(q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor) -> tuple[Tensor, 
     return q.transpose(1, 2), k.transpose(1, 2), kv[..., nope:].transpose(1, 2)
 
 
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 def latent_attention(
     q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments_BT: Tensor | None = None
 ) -> Tensor:
     """MLA's core, expanded: q [B, T, H, N + R] and k_rope [B, T, R], neither rotated yet; kv [B, T, H, N + V] holds
     keys and values of every head; rope [T, R/2, 2] or [B, T, R/2, 2]. Returns [B, T, H, V]."""
-    if q.device.type == "cpu" and q.shape[1] <= LONGEST:
+    if _on_cpu(q) and q.shape[1] <= LONGEST:
         return attention_cpu.latent_attention(q, kv, k_rope, rope, segments_BT, scale)[0]
+    return _torch_attention(q, kv, k_rope, rope, scale, segments_BT)
+
+
+def _torch_attention(
+    q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments_BT: Tensor | None
+) -> Tensor:
     q, k, v = heads(q, kv, k_rope, rope)
     if segments_BT is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -61,3 +74,27 @@ def latent_attention(
         mask = causal_mask(q.shape[-2], segments_BT, q.device)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2)
+
+
+def recomputing(
+    q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments_BT: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`latent_attention` without a graph: the output, and the log of the softmax denominators (empty where torch's
+    attention makes its own again)."""
+    if _on_cpu(q):
+        return attention_cpu.recomputing(q, kv, k_rope, rope, segments_BT, scale)
+    with torch.no_grad():
+        return _torch_attention(q, kv, k_rope, rope, scale, segments_BT), q.new_empty(0, dtype=torch.float32)
+
+
+def recomputing_backward(
+    dout: Tensor, q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments_BT: Tensor | None,
+    out: Tensor, lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, kv and k_rope. `out` and `lse` as `recomputing` gave them; `out` may have been rounded since."""
+    if _on_cpu(q):
+        return attention_cpu.recomputing_backward(dout, q, kv, k_rope, rope, segments_BT, scale, out, lse)
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, kv, k_rope)]
+        again = _torch_attention(*inputs, rope, scale, segments_BT)
+    return torch.autograd.grad(again, inputs, dout)

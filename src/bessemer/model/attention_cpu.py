@@ -5,6 +5,9 @@ At laptop sizes a step is bound by passes over memory and by the number of opera
 - only the lower triangle of the scores is computed, in blocks of queries; softmax works in place;
 - probabilities are kept for backward, whose softmax is one fused pass.
 
+`recomputing` and `recomputing_backward` are the same function for who has no room for probabilities: what is kept grows
+with T instead of T^2, and backward makes them again from the log of their denominator, as FlashAttention does.
+
 Scores, softmax and sums are float32 whatever the dtype of the arguments. Shapes as in `attention`; n = B*H.
 """
 
@@ -69,19 +72,73 @@ def latent_attention(
     n = B * H
     out = vf.new_empty(n, T, vf.shape[2])
     kept = vf.new_empty(n * _kept(T))
-    above = torch.full((BLOCK, BLOCK), float("-inf"), device=q.device).triu(1)
     for block in _blocks(T):
         first, end, _ = block
-        score = _probability(kept, n, block)
-        torch.bmm(qf[:, first:end], kf[:, :end].transpose(1, 2), out=score)
-        score[:, :, first:end] += above[: end - first, : end - first]
-        if segments_BT is not None:
-            other = segments_BT[:, first:end, None] != segments_BT[:, None, :end]
-            score.view(B, H, end - first, end).masked_fill_(other.unsqueeze(1), float("-inf"))
+        score = _masked_scores(qf, kf, block, segments_BT, out=_probability(kept, n, block))
         torch.softmax(score, -1, out=score)
         out[:, first:end] = torch.bmm(score, vf[:, :end])
-    out = out.view(B, H, T, -1).transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format, copy=True)
-    return out, kept, qf, kf, vf
+    return _joined(out, B, q.dtype), kept, qf, kf, vf
+
+
+def _masked_scores(qf: Tensor, kf: Tensor, block: tuple, segments_BT: Tensor | None, out: Tensor) -> Tensor:
+    """Scores of one block of queries, -inf where they may not look; written to `out`, which is also returned."""
+    first, end, _ = block
+    torch.bmm(qf[:, first:end], kf[:, :end].transpose(1, 2), out=out)
+    out[:, :, first:end] += torch.full((end - first, end - first), float("-inf"), device=qf.device).triu(1)
+    if segments_BT is not None:
+        other = segments_BT[:, first:end, None] != segments_BT[:, None, :end]
+        out.view(len(segments_BT), -1, end - first, end).masked_fill_(other.unsqueeze(1), float("-inf"))
+    return out
+
+
+def _joined(out: Tensor, B: int, dtype: torch.dtype) -> Tensor:
+    """[n, T, V] as [B, T, H, V]."""
+    out = out.unflatten(0, (B, -1)).transpose(1, 2)
+    return out.to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def recomputing(
+    q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, segments_BT: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(output [B, T, H, V], log of the softmax denominators [B*H, T] in float32); keeps nothing else. No graph."""
+    B, T, _, _ = q.shape
+    qf, kf, vf = _heads(q, kv, k_rope, rope, scale)
+    out, lse = torch.empty_like(vf), vf.new_empty(len(vf), T)
+    scratch = vf.new_empty(len(vf) * BLOCK * T)
+    for block in _blocks(T):
+        first, end, _ = block
+        score = _masked_scores(qf, kf, block, segments_BT, out=_scratch(scratch, len(vf), block))
+        torch.logsumexp(score, -1, out=lse[:, first:end])
+        out[:, first:end] = torch.bmm(score.sub_(lse[:, first:end, None]).exp_(), vf[:, :end])
+    return _joined(out, B, q.dtype), lse
+
+
+def recomputing_backward(
+    dout: Tensor, q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, segments_BT: Tensor | None, scale: float,
+    out: Tensor, lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, kv and k_rope from the arguments and results of `recomputing`."""
+    B, T, H, value = dout.shape
+    qf, kf, vf = _heads(q, kv, k_rope, rope, scale)
+    do = dout.float().transpose(1, 2).reshape(B * H, T, value)
+    delta = torch.linalg.vecdot(dout.float(), out.float()).transpose(1, 2).reshape(B * H, T)
+    dqf, dkf, dvf = torch.empty_like(qf), torch.zeros_like(kf), torch.zeros_like(vf)
+    scratch = vf.new_empty(len(vf) * BLOCK * T)
+    for block in _blocks(T):
+        first, end, _ = block
+        p = _masked_scores(qf, kf, block, segments_BT, out=_scratch(scratch, len(vf), block))
+        p.sub_(lse[:, first:end, None]).exp_()
+        g = do[:, first:end]
+        dvf[:, :end].baddbmm_(p.transpose(1, 2), g)
+        ds = torch.bmm(g, vf[:, :end].transpose(1, 2)).sub_(delta[:, first:end, None]).mul_(p)
+        dqf[:, first:end] = torch.bmm(ds, kf[:, :end])
+        dkf[:, :end].baddbmm_(ds.transpose(1, 2), qf[:, first:end])
+    return _turned_back(dqf, dkf, dvf, rope, scale, B, dout.dtype)
+
+
+def _scratch(flat: Tensor, n: int, block: tuple[int, int, int]) -> Tensor:
+    first, end, _ = block
+    return flat[: n * (end - first) * end].view(n, end - first, end)
 
 
 @latent_attention.register_fake
@@ -98,7 +155,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, kv and k_rope."""
     B, T, H, value = dout.shape
-    n, width = B * H, qf.shape[2]
+    n = B * H
     do = dout.float().transpose(1, 2).reshape(n, T, value)
     dqf, dkf, dvf = torch.empty_like(qf), torch.zeros_like(kf), torch.zeros_like(vf)
     for block in _blocks(T):
@@ -109,16 +166,24 @@ def _backward(
         ds = torch._softmax_backward_data(dp, p, -1, torch.float32)
         dqf[:, first:end] = torch.bmm(ds, kf[:, :end])
         dkf[:, :end].baddbmm_(ds.transpose(1, 2), qf[:, first:end])
-    rope_width = 2 * rope.shape[-2]
-    nope = width - rope_width
+    return _turned_back(dqf, dkf, dvf, rope, scale, B, dout.dtype)
+
+
+def _turned_back(
+    dqf: Tensor, dkf: Tensor, dvf: Tensor, rope: Tensor, scale: float, B: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From gradients of rotated heads to those of the projections: q, kv, k_rope."""
+    _, T, width = dqf.shape
+    value, nope = dvf.shape[-1], width - 2 * rope.shape[-2]
     back = torch.view_as_complex(rope).conj()
-    dqf, dkf, dvf = (d.view(B, H, T, -1) for d in (dqf, dkf, dvf))
-    dq, dkv = dout.new_empty(B, T, H, width), dout.new_empty(B, T, H, nope + value)
+    dqf, dkf, dvf = (d.view(B, -1, T, d.shape[-1]) for d in (dqf, dkf, dvf))
+    H = dqf.shape[1]
+    dq, dkv = (dqf.new_empty(B, T, H, w, dtype=dtype) for w in (width, nope + value))
     torch.mul(dqf[..., :nope].transpose(1, 2), scale, out=dq[..., :nope])
     dq[..., nope:] = _turn(dqf[..., nope:].transpose(1, 2), (back * scale).unsqueeze(-2))
     dkv[..., :nope] = dkf[..., :nope].transpose(1, 2)
     dkv[..., nope:] = dvf.transpose(1, 2)
-    return dq, dkv, _turn(dkf[..., nope:].sum(1), back).to(dout.dtype)
+    return dq, dkv, _turn(dkf[..., nope:].sum(1), back).to(dtype)
 
 
 @_backward.register_fake

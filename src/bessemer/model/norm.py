@@ -18,8 +18,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
-            normalise = _FewPasses.apply if torch.is_grad_enabled() else _normalise
-            return normalise(x.float(), self.weight, self.eps).to(x.dtype)
+            function = _FewPasses.apply if torch.is_grad_enabled() else normalise
+            return function(x, self.weight, self.eps)
         return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).to(x.dtype)
 
 
@@ -28,25 +28,34 @@ def _scale(x: Tensor, eps: float) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
 
 
-def _normalise(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    return (x * _scale(x, eps)).mul_(weight_D)
+def normalise(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """The norm without a graph, in x's dtype."""
+    x32 = x.float()
+    return (x32 * _scale(x32, eps)).mul_(weight_D).to(x.dtype)
+
+
+def normalise_backward(dy: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of x (in its dtype) and of the gain (float32), from the input alone."""
+    x32, dy32 = x.float(), dy.float()
+    scale = _scale(x32, eps)
+    z = x32 * scale
+    dweight_D = (dy32 * z).flatten(0, -2).sum(0)
+    dz = dy32 * weight_D
+    inner = torch.linalg.vecdot(dz, z).unsqueeze(-1).mul_(-1 / x.shape[-1])
+    return dz.addcmul_(z, inner).mul_(scale).to(x.dtype), dweight_D
 
 
 class _FewPasses(torch.autograd.Function):
-    """F.rms_norm for CPUs, where it is a chain of operations forward and a longer one backward: 4x as fast."""
+    """F.rms_norm for CPUs, where it is a chain of operations forward and a longer one backward: 4x as fast. Keeps its
+    input alone, in the dtype it has."""
 
     @staticmethod
     def forward(ctx, x, weight_D, eps):
-        scale = _scale(x, eps)
-        ctx.save_for_backward(x, weight_D, scale)
-        return (x * scale).mul_(weight_D)
+        ctx.save_for_backward(x, weight_D)
+        ctx.eps = eps
+        return normalise(x, weight_D, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight_D, scale = ctx.saved_tensors
-        z = x * scale
-        dweight_D = (dy * z).flatten(0, -2).sum(0)
-        dz = dy * weight_D
-        inner = torch.linalg.vecdot(dz, z).unsqueeze(-1).mul_(-1 / x.shape[-1])
-        return dz.addcmul_(z, inner).mul_(scale), dweight_D, None
+        return *normalise_backward(dy, *ctx.saved_tensors, ctx.eps), None
