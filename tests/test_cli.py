@@ -233,10 +233,24 @@ def test_convert(call, stub, tmp_path):
     seen = {}
     stub("bessemer.model.hub", convert=lambda src, dst, **options: seen.update(options, src=str(src), dst=str(dst)))
     assert call("convert", "in", "out", "--no-mtp", "--dtype", "bfloat16")[0] == 0
-    assert seen == {"src": "in", "dst": "out", "mtp": False, "dtype": "bfloat16"}
+    assert seen == {"src": "in", "dst": "out", "mtp": False, "dtype": "bfloat16", "fp8": None}
     call("convert", "in", "out")
     assert seen["mtp"] is True and seen["dtype"] is None
     assert call("convert", "in", "out", "--dtype", "int3")[0] == 2
+
+
+def test_convert_to_fp8(call, stub):
+    seen = {}
+    stub("bessemer.model.hub", convert=lambda src, dst, **options: seen.update(options))
+    assert call("convert", "in", "out", "--fp8")[0] == 0 and seen == {"mtp": True, "dtype": None, "fp8": "float32"}
+    assert call("convert", "in", "out", "--fp8", "--scales", "ue8m0")[0] == 0 and seen["fp8"] == "ue8m0"
+    seen.clear()
+    status, _, err = call("convert", "in", "out", "--scales", "ue8m0")
+    assert status == 2 and "--scales: only FP8 matrices have scales; add --fp8" in err
+    status, _, err = call("convert", "in", "out.gguf", "--to", "gguf", "--fp8")
+    assert status == 2 and "--fp8: a GGUF file has no FP8 in tiles" in err
+    assert call("convert", "in", "out", "--fp8", "--scales", "e5m2")[0] == 2
+    assert not seen
 
 
 def test_doctor(call, monkeypatch, tmp_path):

@@ -21,6 +21,11 @@ class Format(StrEnum):
     gguf = "gguf"
 
 
+class Scales(StrEnum):
+    float32 = "float32"
+    ue8m0 = "ue8m0"
+
+
 @app.command()
 def convert(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face model directory.")],
@@ -29,11 +34,23 @@ def convert(
     mtp: Annotated[
         bool | None, typer.Option("--mtp/--no-mtp", help="Keep the multi-token-prediction layers. Default: hf yes.")
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Number format. Default: as it is.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Number format. Default: as it is; bfloat16 beside FP8 matrices.")
+    ] = None,
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="Matrices in FP8 with a scale per 128 x 128 tile, as V3 was released.")
+    ] = False,
+    scales: Annotated[
+        Scales | None, typer.Option(help="Of --fp8. ue8m0: powers of two, as V3.1 was released. Default: float32.")
+    ] = None,
 ) -> None:
-    """Rewrite a model directory: FP8 to plain, with or without MTP, another dtype, or as a GGUF file."""
+    """Rewrite a model directory: FP8 to plain and back, with or without MTP, another dtype, or as a GGUF file."""
     wanted = dtype.value if dtype else None
+    if scales and not fp8:
+        raise UserError("--scales: only FP8 matrices have scales; add --fp8 or leave it out")
     if to is Format.gguf:
+        if fp8:
+            raise UserError("--fp8: a GGUF file has no FP8 in tiles; leave --fp8 out, or take --to hf")
         if mtp:
             raise UserError("--mtp: a GGUF file of this architecture has no place for MTP layers; leave --mtp out")
         from bessemer.model.gguf_writer import write
@@ -42,7 +59,7 @@ def convert(
     else:
         from bessemer.model.hub import convert as rewrite
 
-        rewrite(src, dst, mtp=mtp is not False, dtype=wanted)
+        rewrite(src, dst, mtp=mtp is not False, dtype=wanted, fp8=(scales or Scales.float32).value if fp8 else None)
     print(dst)
 
 

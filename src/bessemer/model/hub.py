@@ -1,8 +1,8 @@
 """The network on disk: plain Hugging Face model directories, read and written without loss.
 
     load(dir)          a Transformer, from BF16, F32 or block-FP8 weights; with kind=Scorer a reward model
-    save(model, dir)   config.json, generation_config.json, safetensors, tokenizer files
-    convert(src, dst)  one directory into another, a tensor at a time: FP8 to plain, another dtype, without MTP
+    save(model, dir)   config.json, generation_config.json, safetensors, tokenizer files; with fp8= block-FP8 weights
+    convert(src, dst)  one directory into another, a tensor at a time: FP8 to plain and back, another dtype, without MTP
     read_config, write_config
 
 Invariants
@@ -11,7 +11,7 @@ Invariants
 - Every export is read back and compared before it takes the place of an older one.
 - A checkpoint never has to fit in memory to be converted.
 
-Names: `hub_names`. Configs: `hub_config`. Files: `hub_reader`, `hub_writer`.
+Names: `hub_names`. Configs: `hub_config`. Files: `hub_reader`, `hub_writer`. Quantised weights: `hub_fp8`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import shutil
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,9 +28,10 @@ from torch import Tensor
 from bessemer.errors import UserError
 from bessemer.model import hub_config
 from bessemer.model.config import ModelConfig
+from bessemer.model.hub_fp8 import Export, Scales, block_of, keep, quantisation
 from bessemer.model.hub_names import Slot, is_mtp_key, slots
 from bessemer.model.hub_reader import INDEX, PICKLES, Checkpoint, read_json
-from bessemer.model.hub_writer import Planned, replacing, verify, write_json, write_tensors
+from bessemer.model.hub_writer import replacing, verify, write_json, write_tensors
 from bessemer.model.scorer import Scorer
 from bessemer.model.transformer import Transformer
 
@@ -49,11 +50,11 @@ def read_config(directory: str | Path) -> ModelConfig:
 
 
 def write_config(cfg: ModelConfig, directory: str | Path, *, dtype: torch.dtype = torch.float32, bos: int = 0,
-                 eos: int | list[int] = 1, pad: int | None = None) -> None:  # fmt: skip
+                 eos: int | list[int] = 1, pad: int | None = None, fp8: Scales | None = None) -> None:  # fmt: skip
     """config.json and generation_config.json (the sampling that R1 advises); with `pad` the config of a reward model,
-    which is only scored."""
+    which is only scored; with `fp8` that of quantised weights."""
     directory = Path(directory)
-    values = hub_config.to_hf(cfg, dtype, bos, eos)
+    values = hub_config.to_hf(cfg, dtype, bos, eos) | ({"quantization_config": quantisation(fp8)} if fp8 else {})
     if pad is not None:
         write_json(directory / "config.json", hub_config.scoring(values, pad))
         return
@@ -83,60 +84,69 @@ def load(
 
 def save(
     model: Transformer, directory: str | Path, *, mtp: bool = True, dtype: str | torch.dtype | None = None,
-    max_shard_bytes: float = SHARD_BYTES, tokenizer_dir: str | Path | None = None, files: dict[str, str] | None = None,
+    fp8: Scales | None = None, max_shard_bytes: float = SHARD_BYTES, tokenizer_dir: str | Path | None = None,
+    files: dict[str, str] | None = None,
 ) -> None:  # fmt: skip
     """Writes a model directory in one step, verified by reading it back.
 
-    dtype: of every tensor but the routing biases, which stay float32 (None: each as it is in the model). mtp=False
-    drops the MTP layers, for programs that do not know them. tokenizer_dir: where to copy the tokenizer from. files:
-    further text files by name. Other files of a directory that is replaced stay.
+    dtype: of every tensor but the routing biases, which stay float32 (None: each as it is in the model). fp8: the
+    matrices of `Slot.fp8` quantised, with scales of that kind; dtype is then that of the other tensors (None:
+    bfloat16). mtp=False drops the MTP layers, for programs that do not know them. tokenizer_dir: where to copy the
+    tokenizer from. files: further text files by name. Other files of a directory that is replaced stay.
     """
     cfg = model.cfg if mtp else _without_mtp(model.cfg)
-    forced = as_dtype(dtype)
+    forced = _forced(dtype, fp8)
     state = model.state_dict()
     layout = [slot for slot in slots(cfg, type(model)) if slot.key != TIED_HEAD or not cfg.tie_embeddings]
-    plan = [Planned(slot.key, _target_dtype(slot, slot.of(state).dtype, forced), slot.shape) for slot in layout]
+    dtypes = [_target_dtype(slot, slot.of(state).dtype, forced) for slot in layout]
+    export = Export(layout, dtypes, lambda slot, dtype: slot.of(state).to(dtype), fp8)
     with replacing(Path(directory)) as fresh:
         bos, eos, pad = 0, 1, 2 if isinstance(model, Scorer) else None
         if tokenizer_dir is not None:
             _copy(Path(tokenizer_dir), fresh, TOKENIZER_FILES)
             bos, eos = token_id_of(fresh, "bos_token"), token_id_of(fresh, "eos_token")
             pad = None if pad is None else token_id_of(fresh, "pad_token")
-        write_config(cfg, fresh, dtype=forced or model.embed.weight.dtype, bos=bos, eos=eos, pad=pad)
+        write_config(cfg, fresh, dtype=forced or model.embed.weight.dtype, bos=bos, eos=eos, pad=pad, fp8=fp8)
         for name, text in (files or {}).items():
             (fresh / name).write_text(text, "utf-8")
-        verify(fresh, plan, write_tensors(fresh, plan, (slot.of(state) for slot in layout), max_shard_bytes))
+        _write(fresh, export, max_shard_bytes)
 
 
 def convert(
     src: str | Path, dst: str | Path, *, mtp: bool = True, dtype: str | torch.dtype | None = None,
-    max_shard_bytes: float = SHARD_BYTES,
+    fp8: Scales | None = None, max_shard_bytes: float = SHARD_BYTES,
 ) -> None:  # fmt: skip
     """Rewrites a model directory, one tensor in memory at a time, verified by reading it back.
 
-    FP8 becomes BF16 or `dtype`; dtype None otherwise keeps each tensor as stored. Everything beside config and weights
-    is copied.
+    FP8 becomes BF16 or `dtype`; dtype None otherwise keeps each tensor as stored. fp8: as in `save`; what is FP8
+    already and has such scales keeps its bytes. Everything beside config and weights is copied.
     """
     src = Path(src)
     checkpoint, cfg, layout = open_directory(src, mtp, Transformer)
-    forced = as_dtype(dtype)
+    forced = _forced(dtype, fp8)
     main = {slot.name: slot.key for slot in layout if not slot.copy and not slot.index}
     layout = [slot for slot in layout if slot.key != TIED_HEAD or not cfg.tie_embeddings]
-    keys = [main[slot.name] if slot.copy else slot.key for slot in layout]
+    keys = {slot.key: main[slot.name] if slot.copy else slot.key for slot in layout}
     for slot in slots(cfg):
         if slot.copy and slot.key in checkpoint.entries:
             compare_copy(checkpoint, slot, checkpoint.read(main[slot.name]))
-    plan = [
-        Planned(slot.key, _target_dtype(slot, checkpoint.stored_dtype(key), forced), slot.shape)
-        for slot, key in zip(layout, keys, strict=True)
-    ]
+    dtypes = [_target_dtype(slot, checkpoint.stored_dtype(keys[slot.key]), forced) for slot in layout]
+    export = Export(
+        layout, dtypes, lambda slot, dtype: checkpoint.read(keys[slot.key], dtype), fp8,
+        kept=lambda slot: keep(checkpoint, slot.key, fp8),
+    )  # fmt: skip
     values = read_json(src / "config.json")
     bos, eos = (default if values.get(k) is None else values[k] for k, default in DEFAULT_IDS.items())
     with replacing(Path(dst)) as fresh:
-        write_config(cfg, fresh, dtype=forced or checkpoint.stored_dtype(EMBEDDING), bos=bos, eos=eos)
+        write_config(cfg, fresh, dtype=forced or checkpoint.stored_dtype(EMBEDDING), bos=bos, eos=eos, fp8=fp8)
         _copy(src, fresh, [path.name for path in src.iterdir() if _is_companion(path)])
-        tensors = (checkpoint.read(key, item.dtype) for key, item in zip(keys, plan, strict=True))
-        verify(fresh, plan, write_tensors(fresh, plan, tensors, max_shard_bytes))
+        _write(fresh, export, max_shard_bytes)
+
+
+def _write(directory: Path, export: Export, max_shard_bytes: float) -> None:
+    plan = export.plan()
+    verify(directory, plan, write_tensors(directory, plan, export.tensors(), max_shard_bytes))
+    export.compare(directory)
 
 
 def open_directory(directory: Path, mtp: bool, kind: type[Transformer]) -> tuple[Checkpoint, ModelConfig, list[Slot]]:
@@ -147,7 +157,7 @@ def open_directory(directory: Path, mtp: bool, kind: type[Transformer]) -> tuple
     if hub_config.scores(values) != issubclass(kind, Scorer):
         found, wanted = ("reward", "language") if hub_config.scores(values) else ("language", "reward")
         raise UserError(f"{directory} holds a {found} model, a {wanted} model is needed here; name another directory")
-    checkpoint = Checkpoint(directory, _block(values, directory))
+    checkpoint = Checkpoint(directory, block_of(values, str(directory / "config.json")))
     stored = {key for key in checkpoint.entries if is_mtp_key(key, cfg.n_layers)}
     if mtp and cfg.n_mtp and not stored:
         warnings.warn(f"{directory} announces {cfg.n_mtp} MTP layers but has none; read without MTP", stacklevel=3)
@@ -177,19 +187,6 @@ def _allocate(cfg: ModelConfig, dtype: torch.dtype, device: str | torch.device, 
     return model
 
 
-def _block(values: dict[str, Any], directory: Path) -> int:
-    """Tile width of FP8 weights; UserError for any other quantisation."""
-    quantisation = values.get("quantization_config") or {}
-    method, fmt = quantisation.get("quant_method", "fp8"), quantisation.get("fmt", "e4m3")
-    rows, columns = quantisation.get("weight_block_size") or (128, 128)
-    if method != "fp8" or fmt != "e4m3" or rows != columns:
-        raise UserError(
-            f"{directory / 'config.json'}: quantisation {method} {fmt} in blocks {rows} x {columns} is not supported; "
-            "only fp8 e4m3 in square blocks is. Take the original weights"
-        )
-    return rows
-
-
 def compare_copy(checkpoint: Checkpoint, slot: Slot, main: Tensor) -> None:
     if not torch.equal(checkpoint.read(slot.key, main.dtype), main):
         raise UserError(
@@ -204,6 +201,10 @@ def _without_mtp(cfg: ModelConfig) -> ModelConfig:
 
 def _target_dtype(slot: Slot, stored: torch.dtype, forced: torch.dtype | None) -> torch.dtype:
     return torch.float32 if slot.name.endswith("bias_E") else forced or stored
+
+
+def _forced(dtype: str | torch.dtype | None, fp8: Scales | None) -> torch.dtype | None:
+    return as_dtype(dtype) or (torch.bfloat16 if fp8 else None)
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -54,6 +54,13 @@ MTP = {
     "norm.weight": ("shared_head.norm.weight",),
     **{f"layer.{ours}": theirs for ours, theirs in LAYER.items()},
 }
+# The matrices that the release stores as FP8 and trains in FP8 (reference B.1, D.4): the products of attention, dense
+# MLP and experts. Embedding, head, gate, norms, biases and eh_proj are not among them.
+FP8 = (
+    "attn.wq.weight", "attn.wq_a.weight", "attn.wq_b.weight", "attn.wkv_a.weight", "attn.wkv_b.weight",
+    "attn.wo.weight", "ffn.w13.weight", "ffn.w2.weight", "ffn.experts.w13", "ffn.experts.w2",
+    "ffn.shared.w13.weight", "ffn.shared.w2.weight",
+)  # fmt: skip
 MTP_COPIES = {"embed_tokens.weight": "embed.weight", "shared_head.head.weight": "head.weight"}
 
 SCALE_SUFFIX = "_scale_inv"
@@ -70,6 +77,11 @@ class Slot(NamedTuple):
     shape: tuple[int, ...]
     copy: bool = False
     """A second copy of a shared tensor: inside MTP layers written for engines that expect it, always compared."""
+
+    @property
+    def fp8(self) -> bool:
+        """Whether an FP8 checkpoint holds this tensor quantised: the one place where that is decided."""
+        return self.name.endswith(FP8)
 
     def of(self, state: dict[str, Tensor]) -> Tensor:
         return state[self.name][self.index] if self.index else state[self.name]
