@@ -65,10 +65,10 @@ def quantise(weight: Tensor, block: int = 128, ue8m0: bool = False) -> tuple[Ten
 
 def factor(amax: Tensor, power_of_two: bool = False) -> Tensor:
     """What a group whose largest magnitude is `amax` is divided by: amax / 448, rounded up to a power of two if asked
-    for; 1 for zeros, and never below the smallest normal float32."""
-    found = torch.where(amax == 0, 1.0, (amax / E4M3_MAX).clamp(min=SMALLEST))
+    for; 1 for zeros, never below the smallest normal float32, and NaN for a group that is not finite."""
+    # by a tensor: CUDA divides by a number through its reciprocal, a last bit off now and then
+    found = torch.where(amax == 0, 1.0, (amax / amax.new_tensor(E4M3_MAX)).clamp_(min=SMALLEST))
     if power_of_two:
         mantissa, exponent = torch.frexp(found)  # log2 would be off by one now and then
-        rounded = torch.ldexp(torch.ones_like(found), exponent - (mantissa == 0.5).to(exponent.dtype))
-        found = torch.where(torch.isfinite(found), rounded, found)
-    return found.contiguous()
+        found = torch.ldexp(torch.ones_like(found), exponent - (mantissa == 0.5).to(exponent.dtype))
+    return found.masked_fill_(~torch.isfinite(amax), float("nan"))

@@ -7,6 +7,8 @@ that is the promotion to CUDA cores. Hopper's tensor cores keep about 14 bits wh
 shown: every MMA instruction adds 32 columns and what no longer fits is cut off. Without promotion (`promote=None`) the
 loss grows over the whole of K, and one factor per row is all that can be applied: groups must be of the whole tensor.
 
+This is the reference. What training computes with is in `backends`.
+
 Shapes: M and N rows of the operands, K columns summed over, J blocks.
 """
 

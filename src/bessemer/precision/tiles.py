@@ -21,43 +21,75 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bessemer.precision.block_fp8 import E4M3_MAX, factor
+from bessemer.precision.block_fp8 import factor
 
 TILE = 128
 Group = Literal["tile", "block", "tensor"]
 
 
 class Operand(NamedTuple):
-    """A quantised matrix: the value at (m, k) is value[m, k] * scale[m, k // 128], whatever the groups were."""
+    """A quantised matrix, or a stack of them: the value at (m, k) is value[m, k] * scale[m, k // 128], whatever the
+    groups were. Values may be laid out in any order (`transpose` moves nothing)."""
 
     value_MK: Tensor
-    """float8_e4m3fn."""
+    """float8_e4m3fn, [..., M, K]."""
     scale_MJ: Tensor
-    """float32."""
+    """float32, [..., M, J]."""
 
     def dequantise(self) -> Tensor:
-        """float32 [M, K]."""
-        columns = self.value_MK.shape[1]
-        return self.value_MK.float() * self.scale_MJ.repeat_interleave(TILE, 1)[:, :columns]
+        """float32 [..., M, K]."""
+        out = as_float32(self.value_MK)
+        for part, scale in by_tile(out, self.scale_MJ):
+            part.mul_(scale)
+        return out
+
+
+def as_float32(value: Tensor) -> Tensor:
+    """E4M3 values without their NaN, which the factor carries: exponent and mantissa moved to where float32 has them,
+    and one multiplication for the different bias. Four times as fast as torch's conversion on a CPU."""
+    bits = value.view(torch.int8).to(torch.int32)  # s sss... seeeemmm
+    bits.bitwise_left_shift_(20).bitwise_and_(-0x78000001)  # s 0000eeee mmm0...
+    return bits.view(torch.float32).mul_(2.0**120)
 
 
 def quantise(x_MK: Tensor, group: Group = "tile", power_of_two: bool = False) -> Operand:
-    """The operand; `power_of_two` rounds every factor up to one, so that scaling itself never rounds."""
-    if x_MK.dim() != 2:
-        raise ValueError(f"an FP8 operand is a matrix, got shape {list(x_MK.shape)}")
-    M, K = x_MK.shape
-    J = -(-K // TILE)
-    tiled_MJT = F.pad(x_MK.detach().float(), (0, J * TILE - K)).view(M, J, TILE)
-    scale_MJ = factor(_shared(tiled_MJT.abs().amax(-1), group), power_of_two)
-    scaled = (tiled_MJT / scale_MJ.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)
-    return Operand(scaled.flatten(1)[:, :K].to(torch.float8_e4m3fn), scale_MJ)
+    """The operand of a matrix, or of a stack [..., M, K] whose groups never reach from one matrix into the next;
+    `power_of_two` rounds every factor up to one, so that scaling itself never rounds."""
+    if x_MK.dim() < 2 or not x_MK.is_floating_point():
+        raise ValueError(f"an FP8 operand is a matrix of floats, got {x_MK.dtype} {list(x_MK.shape)}")
+    out = x_MK.detach().to(torch.float32, copy=True)
+    scale_MJ = factor(_shared(_largest(out), group), power_of_two)
+    for part, scale in by_tile(out, scale_MJ):
+        part.div_(scale)
+    # no clamp: the factor follows the largest magnitude, so nothing is beyond 448 by more than a rounding
+    return Operand(out.to(torch.float8_e4m3fn), scale_MJ)
+
+
+def by_tile(x_MK: Tensor, scale_MJ: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(columns, their factors) as views that broadcast: all whole tiles, then what is left."""
+    whole = x_MK.shape[-1] // TILE
+    pairs = [(x_MK[..., : whole * TILE].unflatten(-1, (whole, TILE)), scale_MJ[..., :whole, None])] if whole else []
+    return pairs + ([(x_MK[..., whole * TILE :], scale_MJ[..., whole:])] if x_MK.shape[-1] % TILE else [])
+
+
+def _largest(x_MK: Tensor) -> Tensor:
+    """Largest magnitude in each row's tiles, [..., M, J]."""
+    columns_first = x_MK.stride(-1) > x_MK.stride(-2)  # 6x as fast read in the order of memory
+    at, x = (-2, x_MK.transpose(-1, -2)) if columns_first else (-1, x_MK)
+    K = x.shape[at]
+    whole = K // TILE
+    main, rest = x.split([whole * TILE, K - whole * TILE], at)
+    found = [main.unflatten(at, (whole, TILE)).abs().amax(at)] if whole else []
+    found += [rest.abs().amax(at, keepdim=True)] if K % TILE else []
+    amax = torch.cat(found, at) if found else x.abs()  # no columns, no tiles
+    return amax.transpose(-1, -2) if columns_first else amax
 
 
 def transpose(block: Operand) -> Operand:
-    """A matrix quantised by blocks (or as a whole) the other way round: its factors move, nothing is rounded again."""
-    value_KM = block.value_MK.t().contiguous()
-    first_JB = block.scale_MJ[::TILE].t()  # the factor of every block
-    return Operand(value_KM, first_JB.repeat_interleave(TILE, 0)[: len(value_KM)].contiguous())
+    """Matrices quantised by blocks (or as a whole) the other way round: factors move, nothing is rounded again."""
+    value_KM = block.value_MK.transpose(-1, -2)
+    first_JB = block.scale_MJ[..., ::TILE, :].transpose(-1, -2)  # the factor of every block
+    return Operand(value_KM, first_JB.repeat_interleave(TILE, -2)[..., : value_KM.shape[-2], :])
 
 
 def _shared(amax_MJ: Tensor, group: Group) -> Tensor:
@@ -65,22 +97,8 @@ def _shared(amax_MJ: Tensor, group: Group) -> Tensor:
     if group == "tile":
         return amax_MJ
     if group == "tensor":
-        return amax_MJ.amax().expand_as(amax_MJ)
-    M, J = amax_MJ.shape
+        return amax_MJ.amax((-2, -1), keepdim=True).expand_as(amax_MJ) if amax_MJ.numel() else amax_MJ
+    M = amax_MJ.shape[-2]
     rows = -(-M // TILE)
-    padded = F.pad(amax_MJ, (0, 0, 0, rows * TILE - M)).view(rows, TILE, J)
-    return padded.amax(1).repeat_interleave(TILE, 0)[:M]
-
-
-E5M6_MAX = 65024.0
-"""(2 - 2^-6) * 2^15, with the highest exponent kept for infinities and NaN as in IEEE formats."""
-
-
-def e5m6(x: Tensor) -> Tensor:
-    """x rounded to the 12-bit format of the one activation that attention's backward needs too (V3 3.3.3; reference
-    D.5): 6 bits of mantissa, 5 of exponent, in float32. Larger magnitudes saturate; infinities and NaN stay."""
-    x = x.float()
-    _, exponent = torch.frexp(x)
-    step = torch.ldexp(torch.ones_like(x), exponent.clamp(min=-13) - 7)
-    rounded = ((x / step).round() * step).clamp(-E5M6_MAX, E5M6_MAX)
-    return torch.where(torch.isfinite(x), rounded, x)
+    padded = F.pad(amax_MJ, (0, 0, 0, rows * TILE - M)).unflatten(-2, (rows, TILE))
+    return padded.amax(-2).repeat_interleave(TILE, -2)[..., :M, :]

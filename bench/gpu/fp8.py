@@ -1,0 +1,344 @@
+"""FP8 kernels on a GPU: every one against the emulation on fresh random inputs, then its speed.
+
+    python bench/gpu/fp8.py [--check-only] [--json bench/results/fp8_h100.json] [--rounds 30] [--seed N]
+    TRITON_INTERPRET=1 python bench/gpu/fp8.py --interpret      the checks alone, on a CPU
+
+Every backend that takes a call on this card is checked and timed by itself (BESSEMER_FP8_BACKEND).
+
+    checks     quantisation bit for bit against the emulation on the CPU (on CUDA torch divides by a number through its
+               reciprocal, and a factor is off by its last bit now and then); SwiGLU and GEMMs against the emulation by
+               1 - 2 <a, b> / (|a|^2 + |b|^2), which must stay below 1e-6 and 1e-3
+    time       CUDA events around one call, the L2 cache overwritten before it, after a warm-up; the median
+    TFLOPS     2 M N K / time, and its share of what a large BF16 GEMM of torch reaches here
+    GB/s       operands read and results written once / time, and its share of a device-to-device copy
+    published  DeepGEMM's first release on an H800 (reference D.8), and our share of it
+
+GEMMs are timed with the factors in the layout that our quantisation leaves; what a backend still has to rearrange is
+part of its time. Inputs are normal, routing is balanced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bessemer.errors import UserError
+from bessemer.precision import backends, emulation, fp8_gemm, tiles
+from bessemer.precision.tiles import Operand
+
+DENSE = {
+    (2112, 7168): 1058, (24576, 1536): 990, (32768, 512): 590, (7168, 16384): 1358, (4096, 7168): 1304,
+    (7168, 2048): 1025,
+}  # fmt: skip
+"""(N, K) at M = 4096: TFLOPS published."""
+GROUPED = {(4096, 7168): 1297, (7168, 2048): 1099}
+"""(N, K) with 4 groups of 8192 rows."""
+FEW = 64
+"""Rows of the cases that memory bounds; published between 1,700 and 2,700 GB/s."""
+BOUND = 1e-3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check-only", action="store_true", help="no timing")
+    parser.add_argument("--interpret", action="store_true", help="the checks in Triton's interpreter, on the CPU")
+    parser.add_argument("--rounds", type=int, default=30, help="timed calls of each kernel")
+    parser.add_argument("--seed", type=int, default=None, help="of the inputs; fresh ones without it")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    try:
+        device = place(args.interpret)
+    except UserError as fault:
+        sys.exit(f"error: {fault}")
+    torch.manual_seed(seed)
+    facts: dict[str, Any] = {"torch": torch.__version__, "seed": seed, "device": card(device)}
+    print(f"{facts['device']}, torch {torch.__version__}, inputs of seed {seed}")
+    facts["table"] = backends.table(device)
+    for call, backend, why in facts["table"]:
+        print(f"  {call}: {backend} ({why})")
+    facts["checks"] = checks(device, small=args.interpret)
+    if not facts["checks"]:
+        sys.exit("error: no backend but the emulation serves this card; is triton installed?")
+    failed = [line for line in facts["checks"] if not line["good"]]
+    if not (args.check_only or args.interpret):
+        facts |= speed(device, args.rounds, {(line["call"], line["backend"]) for line in failed})
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+    if failed:
+        sys.exit(f"{len(failed)} of {len(facts['checks'])} checks failed; what failed was not timed")
+    print(f"{len(facts['checks'])} checks passed")
+
+
+def place(interpret: bool) -> torch.device:
+    """The GPU, or the CPU for the interpreter. UserError without either."""
+    if interpret:
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise UserError("--interpret needs TRITON_INTERPRET=1 in the environment, before Python starts")
+        torch.set_num_threads(1)
+        return torch.device("cpu")
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        raise UserError("needs an NVIDIA GPU of compute capability 8.9 or newer; none was found")
+    if (found := torch.cuda.get_device_capability()) < (8, 9):
+        name = torch.cuda.get_device_name()
+        raise UserError(f"needs an NVIDIA GPU of compute capability 8.9 or newer; {name} has {found[0]}.{found[1]}")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, Triton's interpreter"
+
+
+@contextmanager
+def only(backend: str) -> Iterator[None]:
+    """Every call goes to this backend."""
+    before = os.environ.get(backends.VARIABLE)
+    os.environ[backends.VARIABLE] = backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[backends.VARIABLE]
+        else:
+            os.environ[backends.VARIABLE] = before
+
+
+def fast(name: str, *operands: Any) -> list[str]:
+    """The backends beside the emulation that take this call."""
+    found = []
+    for backend in backends.ORDER:
+        with only(backend):
+            try:
+                backends.choose(name, *operands)
+            except UserError:
+                continue
+        found += [backend] if backend != "emulation" else []
+    return found
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
+    """Lines {call, backend, shape, difference, good}; every one is printed, too."""
+    lines: list[dict[str, Any]] = []
+
+    def check(
+        name: str,
+        said: str,
+        asked: tuple[Any, ...],
+        run: Callable[[], Any],
+        apart: Callable[[Any], float],
+        bound: float,
+    ) -> None:
+        """Every backend that takes the call, one line each; one that raises has failed."""
+        for backend in fast(name, *asked):
+            difference, fault = float("nan"), ""
+            with only(backend):
+                try:
+                    difference = apart(run())
+                except Exception as error:
+                    fault = f", {type(error).__name__}: {error}"
+            good = difference <= bound  # NaN is not
+            lines.append({"call": name, "backend": backend, "shape": said, "difference": difference, "good": good})
+            print(f"{'ok  ' if good else 'FAIL'} {name} {said} by {backend}: {difference:.1e}{fault}", flush=True)
+
+    sizes = [(70, 200)] if small else [(1, 1), (70, 200), (129, 7168), (4096, 7168), (8192, 576)]
+    for rows, columns, dtype in ((*size, dtype) for size in sizes for dtype in (torch.float32, torch.bfloat16)):
+        x, said = spread(rows, columns, device).to(dtype), f"{rows}x{columns} {dtype}"
+        for power_of_two in (False, True):
+            for group in ("tile", "block"):
+                wanted = tiles.quantise(x.cpu(), group, power_of_two)
+                run = partial(backends.quantise, x, group, power_of_two)
+                check("quantise", f"{said} by {group}", (x, group), run, partial(unlike, wanted), 0)
+            operand = tiles.quantise(x, "tile", power_of_two)
+            for count in (None, [rows // 3, 0, rows - rows // 3]):
+                wanted = emulation.turn(Operand(*(part.cpu() for part in operand)), count, power_of_two)
+                run = partial(backends.turn, operand, count, power_of_two)
+                check("turn", f"{said} {count}", (operand,), run, partial(unlike, wanted), 0)
+        h, weight = torch.randn(rows, 2 * columns, device=device).to(dtype), torch.rand(rows, device=device)
+        wanted = emulation.swiglu(h, weight, False)
+        check("swiglu", said, (h,), partial(backends.swiglu, h, weight), partial(apart, wanted), 1e-6)
+    sizes = [(70, 144, 200)]
+    if not small:
+        sizes += [(1, 1, 1), (64, 2112, 7168), (333, 576, 7168), (4096, 4096, 2048)]
+    for M, N, K, group in ((*size, group) for size in sizes for group in ("tile", "block")):
+        x, w = operands(M, N, K, group, device)
+        wanted = fp8_gemm.gemm(x, w)
+        for out in (torch.float32, torch.bfloat16):
+            run = partial(backends.gemm, x, w, out, group)
+            check("gemm", f"{M}x{N}x{K} by {group} {out}", (x, w, out, group), run, partial(apart, wanted), BOUND)
+    for count, N, K in [([70, 0, 30], 72, 200)] + ([] if small else [([256, 0, 512, 128], 4096, 7168)]):
+        x, w = grouped_operands(count, N, K, device)
+        wanted, said = emulation.grouped_gemm(x, count, w, torch.float32, "block"), f"{count}x{N}x{K}"
+        run = partial(backends.grouped_gemm, x, count, w, torch.bfloat16, "block")
+        asked = (x, w, torch.bfloat16, "block", tuple(count))
+        check("grouped_gemm", said, asked, run, partial(apart, wanted), BOUND)
+        dy = tiles.quantise(torch.randn(sum(count), N, device=device))
+        sides = emulation.turn(dy, count, False), emulation.turn(x, count, False)
+        wanted = emulation.grouped_wgrad(*sides, count, torch.float32)
+        run = partial(backends.grouped_wgrad, *sides, count)
+        check("grouped_wgrad", said, (*sides, torch.float32, "tile", tuple(count)), run, partial(apart, wanted), BOUND)
+    return lines
+
+
+def spread(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Magnitudes over twelve decades, with zeros."""
+    x = torch.randn(rows, columns, device=device) * torch.logspace(-6, 6, columns, device=device)
+    x[:, ::13] = 0
+    return x
+
+
+def operands(M: int, N: int, K: int, group: tiles.Group, device: torch.device) -> tuple[Operand, Operand]:
+    """x by tiles, w by `group`, from the emulation."""
+    return tiles.quantise(torch.randn(M, K, device=device)), tiles.quantise(torch.randn(N, K, device=device), group)
+
+
+def grouped_operands(count: list[int], N: int, K: int, device: torch.device) -> tuple[Operand, Operand]:
+    """x by tiles and stacked w by blocks, a matrix for every group."""
+    w = [tiles.quantise(torch.randn(N, K, device=device), "block") for _ in count]
+    return tiles.quantise(torch.randn(sum(count), K, device=device)), Operand(*map(torch.stack, zip(*w, strict=True)))
+
+
+def apart(wanted: Tensor | Operand, got: Tensor | Operand) -> float:
+    """1 - 2 <a, b> / (|a|^2 + |b|^2)."""
+    got, wanted = ((o.dequantise() if isinstance(o, Operand) else o).double() for o in (got, wanted))
+    return abs(float(1 - 2 * (got * wanted).sum() / (got.square().sum() + wanted.square().sum())))
+
+
+def unlike(wanted: Operand, got: Operand) -> float:
+    """Values and factors that differ in any bit; `wanted` is on the CPU."""
+    values = [o.value_MK.cpu().contiguous().view(torch.uint8) for o in (got, wanted)]
+    return float((values[0] != values[1]).sum() + (got.scale_MJ.cpu() != wanted.scale_MJ).sum())
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def seconds(call: Callable[[], Any], rounds: int, cold: Tensor) -> float:
+    """Median time of a call that finds nothing of its operands in the L2 cache."""
+    for _ in range(3):  # tunes, compiles and warms up
+        call()
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+    for begin, end in marks:
+        cold.zero_()  # takes longer than Python needs to enqueue the call
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize(cold.device)
+    return statistics.median(begin.elapsed_time(end) for begin, end in marks) / 1e3
+
+
+def ceilings(rounds: int, cold: Tensor) -> dict[str, float]:
+    """What torch reaches here: a large BF16 GEMM, a device-to-device copy (read and written bytes)."""
+    a, b = (torch.randn(8192, 8192, device=cold.device, dtype=torch.bfloat16) for _ in range(2))
+    target = torch.empty_like(cold)
+    best = {
+        "bf16_tflops": 2 * 8192**3 / seconds(lambda: a @ b.t(), rounds, cold) / 1e12,
+        "copy_gb_per_s": 2 * cold.numel() / seconds(lambda: target.copy_(cold), rounds, cold) / 1e9,
+    }
+    print(f"BF16 GEMM of 8192: {best['bf16_tflops']:.0f} TFLOPS; copy: {best['copy_gb_per_s']:.0f} GB/s")
+    return best
+
+
+def speed(device: torch.device, rounds: int, wrong: set[tuple[str, str]]) -> dict[str, Any]:
+    """What this card reaches at best, and every kernel's part of it; (call, backend) that are wrong are left out."""
+    cold = torch.empty(512 * 2**20, dtype=torch.uint8, device=device)  # larger than any L2
+    best = ceilings(rounds, cold)
+    lines: list[dict[str, Any]] = []
+
+    def line(
+        call: str, backend: str, shape: str, time: float, flops: float, moved: float, published: float | None
+    ) -> None:
+        tflops, rate = flops / time / 1e12, moved / time / 1e9
+        lines.append({
+            "call": call, "backend": backend, "shape": shape, "us": time * 1e6, "tflops": tflops, "gb_per_s": rate,
+            "of_bf16": tflops / best["bf16_tflops"], "of_copy": rate / best["copy_gb_per_s"],
+            "published_tflops": published, "of_published": tflops / published if published else None,
+        })  # fmt: skip
+        said = f"{call} {shape} by {backend}: {time * 1e6:.0f} us"
+        if flops:
+            said += f", {tflops:.0f} TFLOPS ({tflops / best['bf16_tflops']:.2f} of BF16)"
+        said += f", {rate:.0f} GB/s ({rate / best['copy_gb_per_s']:.2f} of a copy)"
+        print(said + (f"; published {published}, {tflops / published:.2f} of it" if published else ""), flush=True)
+
+    for shape, flops, moved, published, x, w, count in gemms(device):
+        call, rest = ("gemm", ()) if count is None else ("grouped_gemm", (tuple(count),))
+        for backend in fast(call, x, w, torch.bfloat16, "block", *rest):
+            if (call, backend) in wrong:
+                continue
+            if count is None:
+                run = partial(backends.gemm, x, w, torch.bfloat16, "block")
+            else:
+                run = partial(backends.grouped_gemm, x, count, w, torch.bfloat16, "block")
+            with only(backend):
+                time = seconds(run, rounds, cold)
+            line(call, backend, shape, time, flops, moved, published)
+    for call, shape, flops, moved, run, asked in passes(device):
+        for backend in fast(call, *asked):
+            if (call, backend) in wrong:
+                continue
+            with only(backend):
+                line(call, backend, shape, seconds(run, rounds, cold), flops, moved, None)
+    return {"best": best, "speed": lines}
+
+
+def gemms(device: torch.device) -> Iterator[tuple[str, float, float, float | None, Operand, Operand, list[int] | None]]:
+    """The cases of reference D.8: shape, FLOPs, bytes moved, published TFLOPS, operands, rows per group."""
+    for rows in (4096, FEW):
+        for (N, K), published in DENSE.items():
+            x, w = (_ours(o) for o in operands(rows, N, K, "block", device))
+            moved = (rows + N) * K + 2 * rows * N
+            yield f"{rows}x{N}x{K}", 2 * rows * N * K, moved, published if rows != FEW else None, x, w, None
+    for (N, K), published in GROUPED.items():
+        count = [8192] * 4
+        x, w = grouped_operands(count, N, K, device)
+        M = sum(count)
+        moved = M * K + len(count) * N * K + 2 * M * N
+        yield f"4x8192x{N}x{K}", 2 * M * N * K, moved, published, _ours(x), w, count
+
+
+def _ours(operand: Operand) -> Operand:
+    """The same factors, stored column by column as our kernels do."""
+    return Operand(operand.value_MK, operand.scale_MJ.t().contiguous().t())
+
+
+def passes(
+    device: torch.device,
+) -> Iterator[tuple[str, str, float, float, Callable[[], Any], tuple[Any, ...]]]:
+    """The rest of an FP8 step at the widths of V3: call, shape, FLOPs, bytes moved, what is run, whom to ask."""
+    M, K, N = 4096, 7168, 4096
+    x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
+    for group in ("tile", "block"):
+        run = partial(backends.quantise, x, group)
+        yield "quantise", f"{M}x{K} by {group}", 0, x.numel() * 3, run, (x, group)
+    operand = _ours(tiles.quantise(x))
+    yield "turn", f"{M}x{K}", 0, x.numel() * 2, partial(backends.turn, operand), (operand,)
+    h, weight = torch.randn(8 * M, 4096, device=device, dtype=torch.bfloat16), torch.rand(8 * M, device=device)
+    yield "swiglu", f"{8 * M}x4096", 0, h.numel() * 2.5, partial(backends.swiglu, h, weight), (h,)
+    count = [8192] * 4
+    sides = [_ours(tiles.quantise(torch.randn(rows, sum(count), device=device))) for rows in (N, K)]
+    flops, moved = 2 * sum(count) * N * K, (N + K) * sum(count) + 4 * len(count) * N * K
+    asked = (*sides, torch.float32, "tile", tuple(count))
+    yield "grouped_wgrad", f"4x8192x{N}x{K}", flops, moved, partial(backends.grouped_wgrad, *sides, count), asked
+
+
+# The step of a 1B-active model in FP8 against BF16 belongs here as `step(device, rounds) -> dict`, beside `speed` and
+# called by `main` after it. It waits for fp8_linear to go through the table.
+
+
+if __name__ == "__main__":
+    main()

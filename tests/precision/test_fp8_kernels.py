@@ -1,0 +1,445 @@
+"""The Triton kernels in Triton's interpreter against the emulation, and the table of backends.
+
+What needs the interpreter runs in a process of its own (`in_interpreter`): the switch must be set before triton is
+imported, and no other test may find it set. It runs once; every check in it reports by itself.
+"""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+import traceback
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bessemer.errors import UserError
+from bessemer.precision import backends, emulation, tiles
+from bessemer.precision.fp8_gemm import gemm
+from bessemer.precision.tiles import TILE, Operand
+
+torch.set_num_threads(1)
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton"
+)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def apart(got, wanted):
+    """1 - 2 <a, b> / (|a|^2 + |b|^2)."""
+    got, wanted = got.double(), wanted.double()
+    return abs(float(1 - 2 * (got * wanted).sum() / (got.square().sum() + wanted.square().sum())))
+
+
+def same(got, wanted):
+    """Every bit of values and factors; what is not finite only has to be NaN after all."""
+    bad = wanted.dequantise().isnan()
+    assert torch.equal(got.dequantise().isnan(), bad)
+    assert got.value_MK.shape == wanted.value_MK.shape and got.scale_MJ.shape == wanted.scale_MJ.shape
+    bits = [o.value_MK.contiguous().view(torch.uint8).masked_fill(bad, 0) for o in (got, wanted)]
+    assert torch.equal(*bits)
+    factors = [o.scale_MJ.nan_to_num(0.0, 0.0, 0.0) for o in (got, wanted)]
+    assert torch.equal(*factors)
+
+
+def of_all_sizes(rows, columns, seed=0):
+    """Values over 2^60, with exact zeros, negative zeros, and ties of the E4M3 grid in rows of factor 1."""
+    x = normal(rows, columns, seed=seed) * torch.logspace(-9, 9, columns)
+    x[:, ::7] = 0
+    x[:, 3::11] = -0.0
+    ties = torch.arange(16.0, 32.0) + 0.5  # halfway between two steps of 2, 1 and less
+    x[0] = 0
+    x[0, : min(columns, 33)] = torch.cat([torch.tensor([448.0]), ties, ties / 8192])[:columns]
+    return x
+
+
+SHAPES = [(70, 300), (1, 1), (129, 127), (3, 128)]
+
+
+# --- checks that run in the interpreter ------------------------------------------------------------------------------
+
+
+def check_quantise():
+    for rows, columns in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            for power_of_two in (False, True):
+                x = of_all_sizes(rows, columns).to(dtype)
+                for group in ("tile", "block"):
+                    same(backends.quantise(x, group, power_of_two), tiles.quantise(x, group, power_of_two))
+
+
+def check_quantise_of_other_layouts():
+    stack = normal(3, 150, 140)
+    for group in ("tile", "block"):
+        got = backends.quantise(stack, group)
+        for g in range(3):
+            same(Operand(got.value_MK[g], got.scale_MJ[g]), tiles.quantise(stack[g], group))
+    wide = normal(140, 70)
+    same(backends.quantise(wide.t()), tiles.quantise(wide.t().contiguous()))
+    same(backends.quantise(wide[::2, 5:]), tiles.quantise(wide[::2, 5:].contiguous()))
+
+
+def check_edge_values():
+    x = torch.zeros(6, 3 * TILE)
+    x[1, 3], x[2, 5], x[3, 7], x[4, 9], x[5, 300] = float("nan"), float("-inf"), 1e-44, 3e38, -3e-39
+    for power_of_two in (False, True):
+        for group in ("tile", "block"):
+            same(backends.quantise(x, group, power_of_two), tiles.quantise(x, group, power_of_two))
+    got = backends.quantise(x)
+    assert got.scale_MJ[0].tolist() == [1.0] * 3
+    assert got.value_MK.float()[1:3, :TILE].isnan().all() and got.scale_MJ[1:3, 0].isnan().all()  # either would do
+    assert backends.gemm(got, got, torch.float32)[1:3].isnan().all()
+    h = torch.ones(3, 2 * TILE)
+    h[1, 0], h[2, 2 * TILE - 1] = float("nan"), float("inf")
+    back = backends.swiglu(h).dequantise()
+    assert back[1:].isnan().all() and back[0].isfinite().all()
+
+
+def check_turn():
+    for rows, columns in SHAPES:
+        for power_of_two in (False, True):
+            operand = tiles.quantise(of_all_sizes(rows, columns), "tile", power_of_two)
+            same(backends.turn(operand, None, power_of_two), emulation.turn(operand, None, power_of_two))
+    operand = tiles.quantise(normal(330, 150))
+    for count in ([330], [70, 0, 1, 259, 0], [128, 202], [0, 0, 330]):
+        got = backends.turn(operand, count)
+        same(got, emulation.turn(operand, count, False))
+        first = 0
+        for rows, end in zip(count, torch.tensor(count).cumsum(0).tolist(), strict=True):
+            alone = tiles.quantise(operand.dequantise()[end - rows : end].t())
+            values = got.value_MK[:, first : first + rows]
+            assert torch.equal(values.float(), alone.value_MK.float())
+            first += -(-rows // TILE) * TILE
+        assert got.value_MK.shape[1] == first
+
+
+def check_swiglu():
+    for rows, features in ((70, 200), (1, 1), (33, 128)):
+        h, weight = normal(rows, 2 * features) * 3, normal(rows, seed=1).abs()
+        h[1:2, 0] = -200.0  # exp(200) is infinite, silu is -0
+        for dtype in (torch.float32, torch.bfloat16):
+            for given in (None, weight, weight.to(dtype)):
+                x = h.to(dtype)
+                got, wanted = backends.swiglu(x, given), emulation.swiglu(x, given, False)
+                assert apart(got.dequantise(), wanted.dequantise()) < 1e-6
+                gate, up = x.double().chunk(2, 1)
+                exact = F.silu(gate) * up * (1 if given is None else given.double()[:, None])
+                assert apart(got.dequantise(), exact) < 1e-3  # 3 bits of mantissa: about 7e-4
+    assert (backends.swiglu(h, power_of_two=True).scale_MJ.log2() % 1 == 0).all()
+
+
+def check_gemm():
+    for M, N, K in ((5, 7, 128), (130, 140, 300), (1, 1, 1), (33, 257, 129), (64, 64, 384)):
+        for group in ("tile", "block"):
+            x, w = tiles.quantise(of_rows(M, K)), tiles.quantise(of_rows(N, K, seed=1), group)
+            # The interpreter cuts float32 off to bfloat16, which costs 5e-6; rounding to nearest costs 1.4e-6.
+            for dtype, bound in ((torch.float32, 1e-12), (torch.bfloat16, 1e-5)):
+                for w_group in {"tile", group}:
+                    got = backends.gemm(x, w, dtype, w_group)
+                    assert got.dtype == dtype and apart(got, gemm(x, w)) < bound, (M, N, K, group, w_group)
+
+
+def of_rows(rows, columns, seed=0):
+    """Factors that differ by 2^13 from tile to tile: one that is left out, or taken from elsewhere, shows."""
+    size = 2.0 ** torch.randint(-6, 7, (rows, -(-columns // TILE)), generator=torch.Generator().manual_seed(seed))
+    return normal(rows, columns, seed=seed) * size.repeat_interleave(TILE, 1)[:, :columns]
+
+
+def check_nan_stays_in_its_row():
+    """Through the factors, that is: the interpreter reads an E4M3 NaN as 480."""
+    x, w = normal(4, 200), normal(5, 200, seed=1)
+    x[1], w[3] = float("nan"), float("inf")
+    x, w = tiles.quantise(x), tiles.quantise(w)
+    got = backends.gemm(x, w, torch.float32)
+    bad = torch.zeros(4, 5, dtype=torch.bool)
+    bad[1], bad[:, 3] = True, True
+    assert torch.equal(got.isnan(), bad)
+    stacked = Operand(w.value_MK[None], w.scale_MJ[None])
+    assert torch.equal(backends.grouped_gemm(x, [4], stacked, torch.float32).isnan(), bad)
+
+
+def check_layouts_of_a_gemm():
+    x, w = normal(70, 300), tiles.quantise(normal(300, 150, seed=1), "block")
+    turned = tiles.transpose(w)
+    loose = Operand(turned.value_MK.t().contiguous().t(), turned.scale_MJ.t().contiguous().t())
+    wanted = gemm(tiles.quantise(x), turned)
+    for ours in (tiles.quantise(x), backends.quantise(x)):
+        assert apart(backends.gemm(ours, loose, torch.float32, "block"), wanted) < 1e-12
+
+
+def check_a_broken_promise_is_nan():
+    x, w = tiles.quantise(normal(10, 256)), tiles.quantise(normal(200, 256, seed=1), "tile")
+    assert backends.gemm(x, w, torch.float32, "block").isnan().all()
+
+
+def check_grouped():
+    x, dy = tiles.quantise(of_rows(200, 300)), tiles.quantise(of_rows(200, 150, seed=2))
+    for count in ([70, 0, 1, 129], [0, 0, 0, 200], [200, 0, 0, 0]):
+        for group in ("tile", "block"):
+            w = [tiles.quantise(of_rows(150, 300, seed=g), group) for g in range(4)]
+            stacked = Operand(*(torch.stack(part) for part in zip(*w, strict=True)))
+            wanted = emulation.grouped_gemm(x, count, stacked, torch.float32, group)
+            for given in (w, stacked):
+                assert apart(backends.grouped_gemm(x, count, given, torch.float32, group), wanted) < 1e-12
+        sides = backends.turn(dy, count), backends.turn(x, count)
+        got = backends.grouped_wgrad(*sides, count)
+        assert apart(got, emulation.grouped_wgrad(*sides, count, torch.float32)) < 1e-12
+        rows = [part.split(count) for part in (dy.dequantise(), x.dequantise())]
+        for g, (own_dy, own_x) in enumerate(zip(*rows, strict=True)):
+            assert apart(got[g], own_dy.t() @ own_x) < 2e-3 if count[g] else got[g].eq(0).all()
+
+
+def check_nothing_to_do():
+    none, w = tiles.quantise(torch.zeros(0, 256)), tiles.quantise(normal(40, 256), "block")
+    for name in ("tile", "block"):
+        assert backends.quantise(torch.zeros(0, 256), name).scale_MJ.shape == (0, 2)
+        assert backends.quantise(torch.zeros(4, 0), name).value_MK.shape == (4, 0)
+    assert backends.gemm(none, w).shape == (0, 40) and backends.gemm(w, none).shape == (40, 0)
+    assert backends.swiglu(torch.zeros(0, 64)).value_MK.shape == (0, 32)
+    assert backends.turn(none).value_MK.shape == (256, 0)
+    assert backends.grouped_gemm(none, [0, 0], [w, w]).shape == (0, 40)
+    turned = backends.turn(none, [0, 0])
+    assert backends.grouped_wgrad(turned, turned, [0, 0]).eq(0).all()
+
+
+def check_tensor_groups_are_refused():
+    with pytest.raises(UserError, match=r"BESSEMER_FP8_BACKEND=triton cannot serve quantise: .* use one of: emulation"):
+        backends.quantise(normal(4, 4), "tensor")
+
+
+# --- what Hopper would run -------------------------------------------------------------------------------------------
+
+
+def compile_for_hopper():
+    """Every kernel through Triton's compiler and NVIDIA's assembler for compute capability 9.0; no GPU is needed.
+    Yields (name, PTX)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bessemer.precision.kernels import gemm, grouped, quantise, swiglu
+
+    def ptx(kernel, warps=4, **constants):
+        kernel = kernel.fn if hasattr(kernel, "configs") else kernel  # without its tuning
+        pointers = {"x": "*fp8e4nv", "w": "*fp8e4nv", "dy": "*fp8e4nv", "value": "*fp8e4nv", "turned": "*fp8e4nv"}
+        pointers |= {"h": "*bf16", "y": "*bf16", "dw": "*fp32", "weight": "*fp32", "count": "*i32"}
+        pointers |= {n: "*fp32" for n in ("scale", "turned_scale", "scale_x", "scale_w", "scale_dy")}
+        if "value" in kernel.arg_names:
+            pointers["x"] = "*bf16"
+        signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
+        free = {"M", "SIZE", "TILES", "sx_row", "sw_row", "sdy_row"}  # the rest are multiples of 16 in every model
+        aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n] != "constexpr" and n not in free]
+        attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+        options = {"num_warps": warps, "num_stages": 3}
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+    for power_of_two in (False, True):
+        yield "tiles", ptx(quantise._tiles, POWER_OF_TWO=power_of_two, ROWS=32)
+    yield "blocks", ptx(quantise._blocks, 8, POWER_OF_TWO=False)
+    yield "turn", ptx(quantise._turn, POWER_OF_TWO=False, GROUPS=5, ROOM=8, FILL=True, COLUMNS=64)
+    yield "swiglu", ptx(swiglu._swiglu, WEIGHTED=True, POWER_OF_TWO=False, ROWS=32)
+    size, groups = {"BLOCK_M": 128, "BLOCK_N": 128}, {"GROUPS": 5, "ROOM": 8}
+    yield "gemm", ptx(gemm._gemm, 8, BLOCKS=True, EVEN=True, **size)
+    yield "gemm", ptx(gemm._gemm, 8, BLOCKS=False, EVEN=False, **size)
+    yield "grouped_gemm", ptx(grouped._grouped, 8, BLOCKS=True, EVEN=True, **groups, **size)
+    yield "grouped_wgrad", ptx(grouped._wgrad, 8, **groups, **size)
+
+
+def check_hopper_code():
+    for name, code in compile_for_hopper():
+        if "g" in name and name != "swiglu":
+            assert code.count("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3") == 4, name  # 128 columns a step
+            assert "cp.async.cg.shared.global" in code, name  # 16 bytes at a time
+            assert name == "grouped_wgrad" or "cvt.rn.bf16x2.f32" in code, name  # to nearest
+        else:
+            assert "cvt.rn.satfinite.e4m3x2.f32" in code and "div.rn.f32" in code, name
+            assert "st.global.v4.b32" in code, name
+            assert "div.full.f32" not in code or name == "swiglu", name  # its sigmoid may be approximate
+
+
+CHECKS = [name for name in list(globals()) if name.startswith("check_") and name != "check_hopper_code"]
+
+
+@functools.cache
+def in_interpreter():
+    """What went wrong in every check, empty where nothing did."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", backends.VARIABLE: "triton", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__], env=environment, capture_output=True, text=True, timeout=280
+    )
+    found = dict(part.split("\n", 1) for part in done.stdout.split("\0")[1:])
+    return found if done.returncode == 0 else {name: done.stdout + done.stderr for name in CHECKS}
+
+
+@needs_triton
+@pytest.mark.parametrize("name", CHECKS)
+def test_kernels(name):
+    trouble = in_interpreter()[name].strip()
+    assert not trouble, trouble
+
+
+@needs_triton
+def test_kernels_compile_for_hopper(tmp_path):
+    """What the interpreter cannot see: types, layouts, tensor core instructions, exact division."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", __file__, "check_hopper_code"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.stdout.split("\n", 1) == ["\0check_hopper_code", ""], done.stdout + done.stderr
+
+
+# --- without triton --------------------------------------------------------------------------------------------------
+
+
+def test_a_cpu_is_served_by_the_emulation(monkeypatch):
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
+    rows = backends.table("cpu")
+    assert [row[0] for row in rows] == list(backends.CALLS) and {row[1] for row in rows} == {"emulation"}
+    assert all("not triton: " in why and "not torch: " in why and "not deep_gemm: " in why for _, _, why in rows)
+    x, w = normal(300, 200), normal(150, 200, seed=1)
+    mine, theirs = backends.quantise(x), backends.quantise(w, "block")
+    same(mine, tiles.quantise(x))
+    assert apart(backends.gemm(mine, theirs, torch.float32, "block"), gemm(mine, theirs)) < 1e-12
+    assert backends.gemm(mine, theirs).dtype == torch.bfloat16
+    turned = backends.turn(mine, [100, 200])
+    assert turned.value_MK.shape == (200, 384)
+    assert backends.grouped_wgrad(turned, turned, [100, 200]).shape == (2, 200, 200)
+    assert apart(backends.swiglu(x).dequantise(), F.silu(x[:, :100]) * x[:, 100:]) < 1e-3
+
+
+def test_importing_the_table_imports_no_triton():
+    code = "import sys, bessemer.precision.backends; sys.exit(any(m.split('.')[0] == 'triton' for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "name, fault",
+    [
+        ("torch", r"BESSEMER_FP8_BACKEND=torch cannot serve gemm: .*Hopper.*; unset it, or use one of: emulation"),
+        ("triton", "cannot serve gemm: it needs an NVIDIA GPU of compute capability 8.9 or newer; unset it"),
+        ("deep_gemm", "cannot serve gemm: .*; unset it"),
+        ("cutlass", "names no backend; unset it, or use one of: deep_gemm, torch, triton, emulation"),
+    ],
+)
+def test_a_forced_backend_that_cannot(monkeypatch, name, fault):
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        fault = "the package triton is not installed"
+    monkeypatch.setenv(backends.VARIABLE, name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = tiles.quantise(normal(16, 128))
+    with pytest.raises(UserError, match=fault):
+        backends.gemm(x, x)
+
+
+HOPPER = dict(device=torch.device("cuda"), group="block", shape=(4096, 2112, 7168), out_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "name, call, change, why",
+    [
+        ("torch", "gemm", {}, None),
+        ("torch", "gemm", {"group": "tile", "out_dtype": torch.float32}, None),
+        ("torch", "gemm", {"shape": (4096, 2112, 7170)}, "multiples of 16"),
+        ("torch", "gemm", {"shape": (0, 2112, 7168)}, "multiples of 16"),
+        ("torch", "grouped_gemm", {}, "two matrices only"),
+        ("deep_gemm", "gemm", {}, None),
+        ("deep_gemm", "gemm", {"group": "tile"}, "by blocks"),
+        ("deep_gemm", "gemm", {"out_dtype": torch.float32}, "bfloat16"),
+        ("deep_gemm", "gemm", {"shape": (4096, 2100, 7168)}, "multiple of 64"),
+        ("deep_gemm", "grouped_gemm", {"count": (8192, 8192)}, None),
+        ("deep_gemm", "grouped_gemm", {"count": (8192, 100)}, "multiple of 128"),
+        ("deep_gemm", "quantise", {}, "only its dense"),
+    ],
+)
+def test_what_is_refused_on_hopper(monkeypatch, name, call, change, why):
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_installed", lambda package: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    said = backends.BACKENDS[name].refuses(backends.Call(call, **HOPPER | change))
+    assert said is None if why is None else why in said
+
+
+def test_the_table_tells_of_a_forced_backend(monkeypatch):
+    monkeypatch.setenv(backends.VARIABLE, "torch")
+    rows = {name: (backend, why) for name, backend, why in backends.table("cpu")}
+    assert rows["turn"][0] == "torch" and "forced by BESSEMER_FP8_BACKEND, but refuses: it has block" in rows["turn"][1]
+    monkeypatch.setenv(backends.VARIABLE, "emulation")
+    assert backends.table("cpu")[0] == ("quantise", "emulation", "forced by BESSEMER_FP8_BACKEND")
+
+
+@pytest.mark.parametrize("capability, order", [((9, 0), "deep_gemm"), ((10, 0), "triton"), ((8, 0), "emulation")])
+def test_the_card_decides(monkeypatch, capability, order):
+    monkeypatch.setattr(backends, "_capability", lambda device: capability)
+    monkeypatch.setattr(backends, "_installed", lambda package: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    assert {row[0]: row[1] for row in backends.table("cuda")}["gemm"] == order
+
+
+def test_factors_as_scaled_mm_wants_them(monkeypatch):
+    """x's column by column; w's blocks column by column, each filled up to a multiple of four."""
+    taken = {}
+
+    def scaled_mm(a, b, scale_a, recipe_a, scale_b, recipe_b, **how):
+        taken.update(a=a, b=b, scale_a=scale_a, scale_b=scale_b, recipes=(recipe_a.name, recipe_b.name), **how)
+        return torch.zeros(len(a), b.shape[1], dtype=how["output_dtype"])
+
+    monkeypatch.setattr(F, "scaled_mm", scaled_mm)
+    x, w = tiles.quantise(normal(48, 640)), tiles.quantise(normal(272, 640, seed=1), "block")
+    serve = backends.BACKENDS["torch"].serve["gemm"]
+    serve(x, w, torch.bfloat16, "block")
+    assert taken["recipes"] == ("BlockWise1x128", "BlockWise128x128") and not taken["use_fast_accum"]
+    assert taken["scale_a"].stride() == (1, 48) and torch.equal(taken["scale_a"], x.scale_MJ)
+    assert taken["scale_b"].shape == (8, 3) and taken["scale_b"].stride() == (1, 8)
+    assert torch.equal(taken["scale_b"][:5], w.scale_MJ[::TILE].t()) and taken["scale_b"][5:].eq(0).all()
+    assert taken["b"].shape == (640, 272) and taken["b"].stride() == (1, 640)
+    serve(x, w, torch.float32, "tile")
+    assert taken["recipes"][1] == "BlockWise1x128" and taken["scale_b"].stride() == (1, 272)
+
+
+def test_bad_operands():
+    """The same errors from every backend: they come before one is chosen."""
+    x, w = tiles.quantise(normal(20, 256)), tiles.quantise(normal(30, 128))
+    value, scale = x
+    bad = {
+        "256 and 128 columns": lambda: backends.gemm(x, w),
+        r"needs factors \[20, 2\], got \[20, 1\]": lambda: backends.gemm(Operand(value, scale[:, :1]), x),
+        "w needs float8_e4m3fn and float32 factors": lambda: backends.gemm(x, Operand(value.float(), scale)),
+        "float32 factors, got .* torch.float64": lambda: backends.gemm(Operand(value, scale.double()), x),
+        "x needs values of 2 dimensions": lambda: backends.gemm(Operand(value[0], scale[0]), x),
+        "float32 or bfloat16, not torch.float16": lambda: backends.gemm(x, x, torch.float16),
+        "must be an Operand": lambda: backends.gemm(value, x),
+        "is a matrix": lambda: backends.quantise(torch.zeros(3)),
+        "quantised, got torch.float64": lambda: backends.quantise(torch.zeros(3, 3).double()),
+        "quantised, got torch.int64": lambda: backends.swiglu(torch.zeros(3, 4).long()),
+        "even number of columns": lambda: backends.swiglu(torch.zeros(3, 5)),
+        r"\[4\] weights": lambda: backends.swiglu(torch.zeros(3, 4), torch.ones(4)),
+        "do not fit 20 rows and 2 matrices": lambda: backends.grouped_gemm(x, [10, 9], [x, x]),
+        "2 groups .* and 1 matrices": lambda: backends.grouped_gemm(x, [10, 10], [x]),
+        "matrices of one shape": lambda: backends.grouped_gemm(x, [10, 10], [x, w]),
+        r"\[25, -5\] rows do not fit": lambda: backends.turn(x, [25, -5]),
+        r"make them with turn\(operand, count\)": lambda: backends.grouped_wgrad(x, x, [100, 200]),
+        "differ inside of a block": lambda: backends.gemm(x, x, w_group="block"),
+    }
+    for match, call in bad.items():
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+def main():
+    """Every check, or those named: its name and what went wrong, after a zero byte each."""
+    for name in sys.argv[1:] or CHECKS:
+        print(f"\0{name}")
+        try:
+            globals()[name]()
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
