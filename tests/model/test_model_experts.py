@@ -6,7 +6,7 @@ from model_cases import relative
 
 from bessemer.model.experts import expert_ffn, expert_ffn_reference
 
-COUNTS = [[3, 2, 4], [0, 9, 0], [0, 0, 0, 5], [1, 0, 3, 0, 0], [0, 0]]
+COUNTS = [[3, 2, 4], [0, 9, 0], [0, 0, 0, 5], [1, 0, 3, 0, 0], [0, 0], [40, 3, 0, 75]]
 
 
 def case(counts, dtype, D=6, inner=5, seed=0):

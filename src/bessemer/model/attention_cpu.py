@@ -30,8 +30,8 @@ def _blocks(T: int) -> list[tuple[int, int, int]]:
     return blocks
 
 
-def _kept(T: int) -> int:
-    """Probabilities of one head."""
+def probabilities(T: int) -> int:
+    """Those of one head that are kept."""
     return sum((end - first) * end for first, end, _ in _blocks(T))
 
 
@@ -71,7 +71,7 @@ def latent_attention(
     qf, kf, vf = _heads(q, kv, k_rope, rope, scale)
     n = B * H
     out = vf.new_empty(n, T, vf.shape[2])
-    kept = vf.new_empty(n * _kept(T))
+    kept = vf.new_empty(n * probabilities(T))
     for block in _blocks(T):
         first, end, _ = block
         score = _masked_scores(qf, kf, block, segments_BT, out=_probability(kept, n, block))
@@ -145,7 +145,7 @@ def _scratch(flat: Tensor, n: int, block: tuple[int, int, int]) -> Tensor:
 def _(q, kv, k_rope, rope, segments_BT, scale):
     B, T, H, width = q.shape
     value = kv.shape[-1] - width + k_rope.shape[-1]
-    shapes = (B * H * _kept(T),), (B * H, T, width), (B * H, T, width), (B * H, T, value)
+    shapes = (B * H * probabilities(T),), (B * H, T, width), (B * H, T, width), (B * H, T, value)
     return q.new_empty(B, T, H, value), *(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 

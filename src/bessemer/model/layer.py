@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from bessemer.model import moe
+from bessemer.model import fp8, moe
 from bessemer.model.config import ModelConfig
 from bessemer.model.mla import MLA
 from bessemer.model.norm import RMSNorm
+from bessemer.precision.fp8_linear import Recipe
 
 
 class Attended(NamedTuple):
@@ -33,6 +34,9 @@ class Attended(NamedTuple):
 class Layer(nn.Module):
     """x + Attn(norm(x)), then h + FFN(norm(h)) (V3 2.1)."""
 
+    fp8: Recipe | None = None
+    """How training computes the matrices (`Transformer.set_fp8`); None: in the compute dtype."""
+
     def __init__(self, cfg: ModelConfig, dense: bool):
         super().__init__()
         self.cfg = cfg
@@ -45,6 +49,9 @@ class Layer(nn.Module):
     def attend(
         self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None, choice_NK: Tensor | None = None
     ) -> Attended:
+        if self.fp8 is not None and self.training:
+            h_BTD = x_BTD + fp8.attention(self.attn_norm, self.attn, x_BTD, rope, segments_BT, self.fp8)
+            return fp8.recomputed(self.route, h_BTD, choice_NK)
         return self.route(x_BTD + self.attn(self.attn_norm(x_BTD), rope, segments_BT), choice_NK)
 
     def route(self, h_BTD: Tensor, choice_NK: Tensor | None = None) -> Attended:

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bessemer.model import fp8
 from bessemer.model.config import ModelConfig
 from bessemer.model.experts import expert_ffn
+from bessemer.precision.fp8_linear import Recipe
 
 _COUNTING = Lock()
 """Micro-batches may run side by side in threads; their counts must not be lost."""
@@ -142,6 +144,8 @@ def combine(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
 class Experts(nn.Module):
     """The routed experts of one layer, stacked: w13 [E, 2F, D] (gate rows, then up rows), w2 [E, D, F]."""
 
+    fp8: Recipe | None = None
+
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         E, D, inner = cfg.n_routed_experts, cfg.dim, cfg.moe_inter_dim
@@ -150,11 +154,15 @@ class Experts(nn.Module):
 
     def forward(self, rows_MD: Tensor, weight_M: Tensor, count_E: Tensor) -> Tensor:
         """weight * W_2 (silu(W_1 x) * W_3 x) for rows in expert order."""
+        if self.fp8 is not None and self.training:
+            return fp8.swiglu(rows_MD, self.w13, self.w2, self.fp8, weight_M, count_E.tolist())
         return expert_ffn(rows_MD, weight_M, count_E, self.w13, self.w2)
 
 
 class FFN(nn.Module):
     """SwiGLU: W_2 (silu(W_1 x) * (W_3 x)), with W_1 and W_3 stacked in w13. Dense layers and shared experts."""
+
+    fp8: Recipe | None = None
 
     def __init__(self, dim: int, inner: int):
         super().__init__()
@@ -162,6 +170,8 @@ class FFN(nn.Module):
         self.w2 = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 is not None and self.training:
+            return fp8.swiglu(x, self.w13.weight, self.w2.weight, self.fp8)
         gate, up = self.w13(x).chunk(2, -1)
         return self.w2(F.silu(gate) * up)
 

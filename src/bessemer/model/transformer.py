@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from bessemer.model import rope
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Layer
-from bessemer.model.moe import Gate
+from bessemer.model.moe import FFN, Experts, Gate
 from bessemer.model.mtp import MTPModule
 from bessemer.model.norm import RMSNorm
+from bessemer.precision.fp8_linear import Recipe
 
 
 class TrainOutputs(NamedTuple):
@@ -67,6 +68,14 @@ class Transformer(nn.Module):
                 continue
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
+        return self
+
+    def set_fp8(self, recipe: Recipe | None) -> Transformer:
+        """Training computes the matrices of attention, FFN and experts in FP8 (`fp8`), all else as before; in eval mode
+        nothing changes. None: not in FP8."""
+        for module in self.modules():
+            if isinstance(module, (Layer, FFN, Experts)):
+                module.fp8 = recipe
         return self
 
     @property

@@ -1,0 +1,176 @@
+"""What of a layer is computed in FP8 in training, and what is kept for backward (V3 3.3.1, 3.3.3, 3.2.3; reference D.4,
+D.5, E.7).
+
+    in FP8     all matrices of attention, dense FFN, routed and shared experts: forward and both gradients
+    not        embedding, head, gate, norms, attention core, M_k of MTP
+
+Kept per token
+- attention: its input (before the norm), the latents (before their norms), the output in E5M6, one number per head.
+  Norms and up-projections are made again.
+- SwiGLU: its input and what lies between the two matrices, both in FP8. The product of gate and up is made again.
+- between attention and experts: the residual stream alone. Norm and gate are made again (`Layer.route`).
+
+What goes to the experts, and the gradients that come back to them, have powers of two as factors, as they are sent
+(D.6).
+
+Shapes: B rows, T tokens, N = B*T, D hidden, H heads, M routed rows, F inner width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from bessemer.model.attention import recomputing, recomputing_backward
+from bessemer.model.norm import RMSNorm, normalise, normalise_backward
+from bessemer.precision import backends
+from bessemer.precision.e5m6 import Packed, pack
+from bessemer.precision.fp8_linear import Count, Recipe, forward, input_gradient, weight_gradient
+from bessemer.precision.tiles import Operand
+
+if TYPE_CHECKING:
+    from bessemer.model.mla import MLA
+
+
+def recomputed(function: Any, *arguments: Any) -> Any:
+    """function(*arguments), of which backward keeps the arguments only."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+@torch.compiler.disable
+def swiglu(
+    x_MD: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe, weight_M: Tensor | None = None, count: Count = None
+) -> Tensor:
+    """W_2 (silu(W_1 x) * W_3 x), [M, D]. Routed experts: rows in expert order, `count` of each, w13 [E, 2F, D] and
+    w2 [E, D, F], every row times its gate `weight_M`."""
+    return _SwiGLU.apply(x_MD, weight_M, w13, w2, recipe, count)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_MD, weight_M, w13, w2, recipe, count):
+        x = recipe.quantised(x_MD, power_of_two=count is not None)
+        h_MH = forward(x, w13, recipe, count)
+        kept = backends.quantise(h_MH, "tile", recipe.power_of_two)
+        y_MD = forward(_activated(h_MH, weight_M, recipe), w2, recipe, count)
+        ctx.recipe, ctx.count, ctx.dtype = recipe, count, x_MD.dtype
+        ctx.save_for_backward(*x, *kept, weight_M, w13, w2)
+        return y_MD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_MD):
+        x_value, x_scale, h_value, h_scale, weight_M, w13, w2 = ctx.saved_tensors
+        recipe, count = ctx.recipe, ctx.count
+        dy = recipe.quantised_gradient(dy_MD, power_of_two=count is not None)
+        dact = input_gradient(dy, w2, recipe, count).float()
+        gate, up = Operand(h_value, h_scale).dequantise().chunk(2, -1)
+        sig = torch.sigmoid(gate)
+        silu = gate * sig
+        act, dweight = silu * up, None
+        if weight_M is not None:
+            dweight = torch.linalg.vecdot(dact, act).to(weight_M.dtype)
+            act = act * weight_M[:, None]
+            dact = dact * weight_M[:, None]
+        dw2 = weight_gradient(dy, act, recipe, count)
+        # d silu(g) = sig (1 + g (1 - sig)) = sig + silu (1 - sig)
+        dgate = (dact * up).mul_((1 - sig).mul_(silu).add_(sig))
+        dh = recipe.quantised_gradient(torch.cat((dgate, dact.mul_(silu)), -1))
+        dx = input_gradient(dh, w13, recipe, count).to(ctx.dtype)
+        return dx, dweight, weight_gradient(dh, Operand(x_value, x_scale), recipe, count), dw2, None, None
+
+
+def _activated(h_MH: Tensor, weight_M: Tensor | None, recipe: Recipe) -> Operand:
+    """silu(gate) * up, times the gate of the row, as an operand [M, F]."""
+    if recipe.activation == "tile":
+        return backends.swiglu(h_MH, weight_M, recipe.power_of_two)
+    gate, up = h_MH.float().chunk(2, -1)
+    act = F.silu(gate).mul_(up)
+    return recipe.quantised(act if weight_M is None else act.mul_(weight_M[:, None]))
+
+
+@torch.compiler.disable
+def attention(
+    norm: RMSNorm, mla: MLA, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, recipe: Recipe
+) -> Tensor:
+    """mla(norm(x)), [B, T, D]."""
+    weights = {"norm": norm.weight, **{name.removesuffix(".weight"): p for name, p in mla.named_parameters()}}
+    return _Attention.apply(x_BTD, rope, segments_BT, _Shape(mla, norm.eps, recipe, tuple(weights)), *weights.values())
+
+
+class _Shape:
+    """What `_Attention` knows beside tensors, and the half of its forward that backward repeats."""
+
+    def __init__(self, mla: MLA, eps: float, recipe: Recipe, names: tuple[str, ...]):
+        self.cfg, self.latent_eps, self.eps, self.recipe, self.names = mla.cfg, mla.kv_norm.eps, eps, recipe, names
+
+    def normed(self, x: Tensor, gain: Tensor, eps: float) -> Operand:
+        return self.recipe.quantised(normalise(x, gain, eps))
+
+    def expand(self, w: dict[str, Tensor], x: Operand, q_latent: Tensor | None, kv_latent: Tensor, shape: torch.Size):
+        """Operands of the up-projections, and their results as the core takes them."""
+        c, k_rope = kv_latent.split([self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim], -1)
+        q_in = x if q_latent is None else self.normed(q_latent, w["q_norm"], self.latent_eps)
+        kv_in = self.normed(c, w["kv_norm"], self.latent_eps)
+        q = forward(q_in, w["wq" if q_latent is None else "wq_b"], self.recipe)
+        kv = forward(kv_in, w["wkv_b"], self.recipe)
+        q, kv = (t.view(*shape, self.cfg.n_heads, -1) for t in (q, kv))
+        return q_in, kv_in, (q, kv, k_rope.view(*shape, -1))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BTD, rope, segments_BT, shape, *weights):
+        w, recipe = dict(zip(shape.names, weights, strict=True)), shape.recipe
+        x = shape.normed(x_BTD.flatten(0, 1), w["norm"], shape.eps)
+        q_latent = forward(x, w["wq_a"], recipe) if "wq_a" in w else None
+        kv_latent = forward(x, w["wkv_a"], recipe)
+        _, _, core = shape.expand(w, x, q_latent, kv_latent, x_BTD.shape[:2])
+        out, lse = recomputing(*core, rope, shape.cfg.softmax_scale, segments_BT)
+        out = out.flatten(0, 1).flatten(1)
+        o = recipe.quantised(out, power_of_two=True)
+        y = forward(o, w["wo"], recipe)
+        ctx.shape = shape
+        ctx.save_for_backward(x_BTD, q_latent, kv_latent, *pack(out, o.scale_MJ), lse, rope, segments_BT, *weights)
+        return y.view_as(x_BTD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_BTD):
+        x_BTD, q_latent, kv_latent, code, scale, lse, rope, segments_BT, *weights = ctx.saved_tensors
+        shape, recipe, cfg = ctx.shape, ctx.shape.recipe, ctx.shape.cfg
+        w, grads = dict(zip(shape.names, weights, strict=True)), {}
+
+        def through(name: str, dy: Tensor, x: Operand | Tensor, power_of_two: bool = False) -> Tensor:
+            """Past one matrix: its gradient into `grads`, its input's returned."""
+            operand = recipe.quantised_gradient(dy)
+            grads[name] = weight_gradient(operand, x, recipe, power_of_two=power_of_two)
+            return input_gradient(operand, w[name], recipe)
+
+        out = Packed(code, scale).unpack(cfg.n_heads * cfg.v_head_dim, x_BTD.dtype)
+        dout = through("wo", dy_BTD.flatten(0, 1), out, power_of_two=True)
+        x = shape.normed(x_BTD.flatten(0, 1), w["norm"], shape.eps)
+        q_in, kv_in, core = shape.expand(w, x, q_latent, kv_latent, x_BTD.shape[:2])
+        dout, out = (t.view(*x_BTD.shape[:2], cfg.n_heads, -1) for t in (dout, out))
+        dq, dkv, dk_rope = recomputing_backward(dout, *core, rope, cfg.softmax_scale, segments_BT, out, lse)
+        dq, dkv = (t.flatten(0, 1).flatten(1) for t in (dq, dkv))
+        dc, grads["kv_norm"] = normalise_backward(
+            through("wkv_b", dkv, kv_in), kv_latent[:, : cfg.kv_lora_rank], w["kv_norm"], shape.latent_eps
+        )
+        dx = through("wkv_a", torch.cat((dc, dk_rope.flatten(0, 1)), -1), x)
+        if q_latent is None:
+            dx += through("wq", dq, x)
+        else:
+            dlatent, grads["q_norm"] = normalise_backward(
+                through("wq_b", dq, q_in), q_latent, w["q_norm"], shape.latent_eps
+            )
+            dx += through("wq_a", dlatent, x)
+        dx, grads["norm"] = normalise_backward(dx, x_BTD.flatten(0, 1), w["norm"], shape.eps)
+        return dx.view_as(x_BTD), None, None, None, *(grads[name] for name in shape.names)
