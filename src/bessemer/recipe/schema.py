@@ -3,8 +3,9 @@
     name, seed | [model] | [layout] | [[stage]] ...
 
 `Recipe.load(path, overrides)` gives a validated recipe or a UserError that names file, table and key. Overrides are the
-`--set` arguments: `stage.key=value` with the stage's name, `model.key=value`, `layout.key=value`, `seed=8`. The [model]
-table stays a plain dictionary here; the stages that build a model check it (`Stage.resolve`) before anything runs.
+`--set` arguments: `stage.key=value` with the stage's name, `model.key=value`, `layout.key=value`, `seed=8`. A stage
+with `like = "other"` has that earlier stage's keys where it sets none of its own. The [model] table stays a plain
+dictionary here; the stages that build a model check it (`Stage.resolve`) before anything runs.
 """
 
 import json
@@ -86,6 +87,7 @@ class Recipe(Head):
             table.setdefault("name", table.get("kind", ""))
         for override in overrides:
             _override(data, override)
+        data["stage"] = tables = _likened(tables, where)
         unknown = [key for key in data if key not in keys(cls)]
         if unknown:
             raise UserError(f'{where}: unknown key "{unknown[0]}" at the top level; {nearest(unknown[0], keys(cls))}')
@@ -122,6 +124,25 @@ class Recipe(Head):
         for stage in stages:
             lines += ["", "[[stage]]", *_pairs(stage)]
         return "\n".join(lines) + "\n"
+
+
+def _likened(tables: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Tables with the keys of those that they are `like`; what a table sets itself, it sets whole."""
+    done: dict[str, dict[str, Any]] = {}
+    found = []
+    for table in tables:
+        if "like" in table:
+            other = table["like"]
+            if not isinstance(other, str) or other not in done:
+                named = json.dumps(other, default=str)
+                raise UserError(
+                    f'{where}: [[stage]] "{table["name"]}": like = {named} is no earlier stage; '
+                    f"{nearest(str(other), list(done))}"
+                )
+            table = {**done[other], **{key: value for key, value in table.items() if key != "like"}}
+        found.append(table)
+        done[str(table["name"])] = table
+    return found
 
 
 def _stage(table: dict[str, Any], number: int, where: str) -> StageSettings:

@@ -19,6 +19,7 @@ from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
 from bessemer.model.counts import flops_per_token
 from bessemer.model.transformer import Transformer
+from bessemer.precision.fp8_linear import RECIPES
 from bessemer.recipe import modelling
 from bessemer.recipe.settings import StageSettings
 from bessemer.recipe.stage import Stage, StageContext, register
@@ -74,14 +75,22 @@ class Pretrain(Stage):
         """Tokens see their own document only. V3 packs without a mask; with many short documents a row, small models
         learn to copy from a prompt far sooner with one."""
         precision: modelling.Precision = "auto"
-        """Compute dtype; auto measures which is faster here. Masters are float32 always."""
+        """Compute dtype; auto measures which is faster here. Masters and gradients are float32 always."""
+        fp8: Literal["off", "paper", "power-of-two", "block-gradients", "per-tensor"] = "off"
+        """Matrices of attention, FFN and experts in FP8, with activations kept in FP8 (V3: paper). power-of-two: all
+        factors are; block-gradients, per-tensor: variants to compare with. On a CPU it is emulated, and slower."""
+        moments: Literal["float32", "bfloat16"] = "float32"
+        """Dtype of the optimizer's moments (V3: bfloat16)."""
         compile: Literal["auto", "on", "off"] = "auto"
-        """torch.compile the layers; auto does with a GPU, and with a C++ compiler where a long training pays for it."""
+        """torch.compile the layers; auto does with a GPU, and with a C++ compiler where a long training pays for it.
+        Never with fp8."""
         save_seconds: Seconds = 60.0
         """Checkpoint this often."""
 
     def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
         cfg = modelling.model_config(recipe, settings.model)
+        if settings.fp8 != "off" and settings.compile == "on":
+            raise UserError(f'stage "{settings.name}": compile = "on" and fp8 do not go together; set compile = "off"')
         if not settings.mixture:
             raise UserError(f'stage "{settings.name}": mixture is empty; give every part of the corpus a share')
         corpus = next((s for s in recipe.stages if s.name == settings.source), None)
@@ -110,8 +119,11 @@ class Pretrain(Stage):
         ctx.say(f"compute in {choice.why}")
         speed.keep_memory()
         model = Transformer(cfg).initialise(ctx.seed).to(modelling.device())
+        if settings.fp8 != "off":
+            model.set_fp8(RECIPES[settings.fp8])
+            ctx.say(f"matrices of attention, FFN and experts in FP8 ({settings.fp8})")
         flops = settings.tokens * flops_per_token(cfg, mixture.row_length, mtp=cfg.n_mtp > 0).training
-        if speed.want_compile(settings.compile, flops):
+        if settings.fp8 == "off" and speed.want_compile(settings.compile, flops):
             ctx.say("compiling the layers (about a minute, once per machine)")
             speed.compile_layers(model)
         watch = _Watch(settings, ctx, tokenizer, heldout)
@@ -163,6 +175,7 @@ def _train_settings(settings: Pretrain.Settings, dtype: torch.dtype, workers: Wo
         optimizer=settings.optimizer,
         weight_decay=settings.weight_decay,
         compute_dtype=dtype,
+        moments_dtype=getattr(torch, settings.moments),
         save_seconds=settings.save_seconds,
     )
 
