@@ -54,6 +54,35 @@ def test_overrides():
     assert recipe.stages[2].source == "count"
 
 
+LIKE = """
+[[stage]]
+name = "again"
+like = "first"
+lr = [["0", 1.0]]
+mixture = { code = 1.0 }
+[[stage]]
+name = "third"
+like = "again"
+seed = 3
+"""
+
+
+def test_a_stage_like_another():
+    recipe = Recipe.parse(GOOD + LIKE, ["first.tokens=9M", "again.steps=5"])
+    first, again, third = (recipe.stage(name) for name in ("first", "again", "third"))
+    assert (again.kind, again.tokens, again.steps) == ("count", 9_000_000, 5)  # what is set of the first counts, too
+    assert again.lr(0) == 1.0 and again.mixture == {"code": 1.0}, "tables are set whole"
+    assert third.model_copy(update={"name": "again", "seed": None, "source": again.source}) == again
+    assert first.lr(0) == 0.0 and recipe.seed_of(third) == 3
+    assert Recipe.parse(recipe.to_toml()).stages == recipe.stages and "like" not in recipe.to_toml()
+
+
+@pytest.mark.parametrize("other", ['"frist"', '"third"', '"again"', "3"])
+def test_a_stage_like_none_before_it(other):
+    with pytest.raises(UserError, match=r'"again": like = .* is no earlier stage; '):
+        Recipe.parse(GOOD + LIKE.replace('"first"', other, 1))
+
+
 MIXTURE = 'mixture = { fables = 0.3, "a b" = 0.7 }'
 MISTAKES = [
     ("steps = 3", "stepz = 3", ['"first"', 'unknown key "stepz"', 'did you mean "steps"?']),

@@ -16,7 +16,7 @@ Shapes: M and N rows of the operands, K columns summed over, J = ceil(K / 128), 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -138,6 +138,16 @@ def table(device: torch.device | str) -> list[tuple[str, str, str]]:
         earlier = [f"not {b}: {refusals[b]}" for b in ORDER[: ORDER.index(first)]]
         rows.append((name, first, "; ".join([BACKENDS[first].good_for, *earlier])))
     return rows
+
+
+def summary(rows: Iterable[Sequence[str]]) -> str:
+    """A `table` in a few words: "by emulation", or "gemm by torch; quantise, turn by triton"."""
+    served: dict[str, list[str]] = {}
+    for call, backend, _ in rows:
+        served.setdefault(backend, []).append(call)
+    if len(served) == 1:
+        return f"by {next(iter(served))}"
+    return "; ".join(f"{', '.join(calls)} by {backend}" for backend, calls in served.items())
 
 
 def _call(name: str, first: Tensor | Operand, *rest: Any) -> Call:

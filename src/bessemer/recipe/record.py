@@ -31,9 +31,10 @@ def identity(
     stage: Stage, settings: StageSettings, recipe: "Recipe", derived: dict[str, Any], inputs: dict[str, str]
 ) -> dict[str, Any]:
     """Everything the output of a stage follows from; `inputs` maps the stages it reads to their fingerprints."""
+    unsaid = {key for key in settings.later if getattr(settings, key) == type(settings).model_fields[key].default}
     what = {
         "format": [RUN_FORMAT, stage.kind, stage.format],
-        "settings": settings.model_dump(mode="json", by_alias=True, exclude={*settings.free, "seed"}),
+        "settings": settings.model_dump(mode="json", by_alias=True, exclude={*settings.free, *unsaid, "seed"}),
         "seed": recipe.seed_of(settings) if stage.uses_seed else None,
         "model": recipe.model if stage.uses_model else None,
         "derived": derived,

@@ -37,12 +37,17 @@ class StageSettings(Strict):
     free: ClassVar[frozenset[str]] = frozenset()
     # keys that change how a stage runs but never what it makes (how often to save): changing one redoes nothing
 
+    later: ClassVar[frozenset[str]] = frozenset()
+    # keys that came when runs existed already, and whose default is what those runs did: at its default none counts
+
     kind: str
     """Which stage this is."""
     name: str = ""
     """What other stages and --set call it, and the name of its folder. Default: its kind."""
     source: StageRef | None = Field(default=None, alias="from")
     """The earlier stage whose output this one starts from. Default: the stage before it."""
+    like: str | None = Field(default=None, exclude=True)
+    """An earlier stage, whose keys count wherever this table sets none of its own."""
     seed: int | None = None
     """Random seed of this stage alone, to repeat it on the same inputs. Default: the recipe's."""
 

@@ -14,7 +14,7 @@ from bessemer import __version__
 from bessemer.recipe import contamination
 from bessemer.recipe.disk import explained, write_atomic
 from bessemer.recipe.values import show_seconds, show_tokens
-from bessemer.report import controls, curves, learning, page, stagetable, stories
+from bessemer.report import controls, curves, formats, learning, page, stagetable, stories
 from bessemer.report.charts import short
 from bessemer.report.facts import RunFacts, StageFacts, read
 from bessemer.report.standings import compared
@@ -42,9 +42,10 @@ def write(root: Path) -> Path:
 
 
 def table(root: Path) -> str:
-    """The stage table of the run in `root` for a terminal, then its controls; "" when no model was evaluated."""
+    """The tables of the run in `root` for a terminal: stages, controls, number formats; "" when it has none of them."""
     facts = read(root)
-    return "\n\n".join(filter(None, (stagetable.text(controls.main_line(facts)), controls.text(facts))))
+    tables = (stagetable.text(controls.main_line(facts)), controls.text(facts), formats.text(facts))
+    return "\n\n".join(filter(None, tables))
 
 
 def render(facts: RunFacts) -> str:
@@ -219,6 +220,7 @@ SECTIONS = (
             "What the model answered while it learned: one prompt at several moments where the run asked it again."),
     Section("controls", "Controls", controls.html, "no stage beside another one with another reward",
             "The same start and the same problems, paid otherwise: what they gain too was not learnt from the task."),
+    Section("formats", "Number formats", formats.html, "no two pre-trainings that differ by number format alone"),
     Section("curves", "Training", _curves, "no lines in metrics.jsonl",
             "Where noisy: faint as measured, bold smoothed."),
     Section("experts", "Expert load", curves.expert_loads, "no moe/load metrics",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bessemer import __version__
-from bessemer.precision import probe
+from bessemer.precision import backends, probe
 from bessemer.tasks import sandbox
 from bessemer.workers import cores, shared_free
 
@@ -43,6 +43,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "gemm_gflops": rates,
         "dtype": str(choice.dtype).removeprefix("torch."),
         "dtype_reason": choice.why,
+        "fp8": [list(row) for row in backends.table("cuda" if torch.cuda.is_available() else "cpu")],
         "sandbox": sandbox.level(),
         "sandbox_trials": {name: sandbox.trial(name) for name in sandbox.LEVELS},
         "compiler": next((found for name in _compilers() if (found := shutil.which(name))), None),
@@ -72,6 +73,7 @@ def _judge(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
         _about_threads(facts),
         _about_workers(facts),
         _about_numbers(facts),
+        _about_fp8(facts),
         _about_compiler(facts),
         _about_sandbox(facts),
         _about_memory(facts),
@@ -115,6 +117,16 @@ def _about_numbers(facts: dict[str, Any]) -> tuple[str, str, str]:
     has_bf16 = bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
     lacking = "" if has_bf16 else "; this CPU has no BF16 instructions"
     return "numbers", "slow", text + lacking
+
+
+def _about_fp8(facts: dict[str, Any]) -> tuple[str, str, str]:
+    """Which code serves the calls of FP8 training; emulation is exact and slow."""
+    emulated = [(call, why) for call, backend, why in facts["fp8"] if backend == "emulation"]
+    if not emulated:
+        return "FP8", "ok", f"training in FP8: {backends.summary(facts['fp8'])}"
+    why = next((part for part in emulated[0][1].split("; ") if part.startswith("not triton: ")), emulated[0][1])
+    text = f"training in FP8 is emulated: exact, and 2 to 3 times as slow ({why.removeprefix('not triton: ')})"
+    return "FP8", "slow", text
 
 
 def _about_compiler(facts: dict[str, Any]) -> tuple[str, str, str]:

@@ -19,6 +19,7 @@ from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
 from bessemer.model.counts import flops_per_token
 from bessemer.model.transformer import Transformer
+from bessemer.precision import backends
 from bessemer.precision.fp8_linear import RECIPES
 from bessemer.recipe import modelling
 from bessemer.recipe.settings import StageSettings
@@ -38,6 +39,7 @@ class Pretrain(Stage):
 
     class Settings(StageSettings):
         free = frozenset({"save_seconds", "micro_rows"})
+        later = frozenset({"fp8", "moments"})
 
         model: dict[str, Any] = Field(default_factory=dict)
         """Changes to the recipe's [model] for this stage, such as a smaller student to distil into."""
@@ -121,7 +123,8 @@ class Pretrain(Stage):
         model = Transformer(cfg).initialise(ctx.seed).to(modelling.device())
         if settings.fp8 != "off":
             model.set_fp8(RECIPES[settings.fp8])
-            ctx.say(f"matrices of attention, FFN and experts in FP8 ({settings.fp8})")
+            served = backends.summary(backends.table(modelling.device()))
+            ctx.say(f"matrices of attention, FFN and experts in FP8 ({settings.fp8}), {served}")
         flops = settings.tokens * flops_per_token(cfg, mixture.row_length, mtp=cfg.n_mtp > 0).training
         if settings.fp8 == "off" and speed.want_compile(settings.compile, flops):
             ctx.say("compiling the layers (about a minute, once per machine)")

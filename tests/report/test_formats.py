@@ -1,0 +1,65 @@
+"""The comparison of number formats: who is compared with whom, and the gap against a loop."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from bessemer.report import card, formats
+from bessemer.report.facts import RunFacts, Series, StageFacts
+
+SETTINGS = {"kind": "pretrain", "from": "corpus", "tokens": 1000, "lr": [["0", 1.0]], "fp8": "off",
+            "precision": "bfloat16", "moments": "bfloat16", "micro_rows": 8}  # fmt: skip
+
+
+def stage(name, losses, bpb=None, **changes):
+    settings = SETTINGS | {"name": name, "seed": 1} | changes
+    series = Series([*range(1, len(losses) + 1)], [10 * n for n in range(1, len(losses) + 1)], list(losses))
+    summary = {} if bpb is None else {"bpb_english": bpb, "bpb_code": 2 * bpb}
+    return StageFacts(name, "pretrain", Path("x"), True, 1.0, summary, settings, series={"train/loss": series})
+
+
+def run(*stages):
+    return RunFacts(Path("runs/x"), {"name": "x", "stage": []}, "", list(stages), [], 0.0)
+
+
+def curve(shift, n=40):
+    return [5.0 - 0.05 * step + shift * (step % 3) for step in range(n)]
+
+
+def test_the_gap_is_that_of_smoothed_losses():
+    base, other = curve(0.01), curve(0.02)
+    (pair,) = formats.pairs(run(stage("a", base, 1.0), stage("b", other, 1.01, fp8="paper")))
+    e, f, wanted = base[0], other[0], [100 * (other[0] - base[0]) / base[0]]
+    for x, y in zip(base[1:], other[1:], strict=True):
+        e, f = 0.9 * e + 0.1 * x, 0.9 * f + 0.1 * y
+        wanted.append(100 * (f - e) / e)
+    assert pair.gap == pytest.approx(wanted) and pair.tokens == [10 * n for n in range(1, 41)]
+    assert pair.heldout == pytest.approx(1.0) and pair.label == "FP8, paper"
+    assert pair.settled == [abs(value) for value in pair.gap[4:]]
+
+
+def test_only_stages_that_share_all_else_are_compared():
+    stages = [
+        stage("one", curve(0.0)), stage("fp8", curve(0.1), fp8="paper", micro_rows=4),
+        stage("plain", curve(0.1), precision="float32"), stage("other-rate", curve(0.3), lr=[["0", 2.0]], fp8="paper"),
+        stage("two", curve(0.0), seed=2), stage("fp8-2", curve(0.2), seed=2, fp8="paper"),
+    ]  # fmt: skip
+    found = {(pair.label, pair.seed) for pair in formats.pairs(run(*stages))}
+    assert found == {("FP8, paper", 1), ("precision float32", 1), ("FP8, paper", 2)}
+    assert formats.pairs(run(stages[0], stages[3])) == [] and formats.text(run(stages[0])) == ""
+    assert formats.html(run(stages[0], stages[4])) == ""
+
+
+def test_the_table_and_the_page():
+    facts = run(
+        stage("a", curve(0.0), 1.0), stage("b", curve(0.1), 1.02, fp8="block-gradients"),
+        stage("c", curve(0.0), 1.0, seed=2), stage("d", curve(0.2), 1.00, seed=2, fp8="block-gradients"),
+    )  # fmt: skip
+    lines = formats.text(facts).splitlines()
+    assert "BF16 of the same seed" in lines[0] and len({len(line) for line in lines[1:]}) == 1
+    label, seeds, mean, largest, end, heldout = lines[2].rsplit(None, 5)
+    assert (label.strip(), seeds, heldout) == ("FP8, block gradients", "2", "+1.000")
+    assert 0 < float(mean) < float(largest) and math.isfinite(float(end))
+    page = card.render(facts)
+    assert 'id="formats"' in page and "FP8, block gradients" in page and "formats/gap" not in page
