@@ -18,6 +18,7 @@ Shapes: B rows, T tokens, N = B*T, D hidden, H heads, M routed rows, F inner wid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,7 @@ from bessemer.model.attention import recomputing, recomputing_backward
 from bessemer.model.norm import RMSNorm, normalise, normalise_backward
 from bessemer.precision import backends
 from bessemer.precision.e5m6 import Packed, pack
-from bessemer.precision.fp8_linear import Count, Recipe, forward, input_gradient, weight_gradient
+from bessemer.precision.fp8_linear import Recipe, forward, input_gradient, weight_gradient
 from bessemer.precision.tiles import Operand
 
 if TYPE_CHECKING:
@@ -45,23 +46,55 @@ def recomputed(function: Any, *arguments: Any) -> Any:
 
 
 @torch.compiler.disable
-def swiglu(
-    x_MD: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe, weight_M: Tensor | None = None, count: Count = None
+def send(x_ND: Tensor, token_M: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of an operand that go to the experts, a token once for each of them, and before them a tensor [M, D]
+    without memory that takes the gradient back in its dtype. V3: 7,168 + 4 * 56 bytes a row instead of 14,336."""
+    return _Send.apply(x_ND, token_M, recipe)
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND, token_M, recipe):
+        x = recipe.quantised(x_ND, power_of_two=True)
+        ctx.n_tokens = len(x_ND)
+        ctx.save_for_backward(token_M)
+        value_MD = x.value_MK.view(torch.uint8).index_select(0, token_M).view(torch.float8_e4m3fn)
+        scale_MJ = x.scale_MJ.index_select(0, token_M)
+        ctx.mark_non_differentiable(value_MD, scale_MJ)
+        return x_ND.new_zeros(()).expand(value_MD.shape), value_MD, scale_MJ
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, drows_MD, *_):
+        (token_M,) = ctx.saved_tensors
+        return drows_MD.new_zeros(ctx.n_tokens, drows_MD.shape[1]).index_add_(0, token_M, drows_MD), None, None
+
+
+@torch.compiler.disable
+def swiglu(x_MD: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:
+    """W_2 (silu(W_1 x) * W_3 x), [M, D]: dense FFN and shared experts."""
+    return _SwiGLU.apply(x_MD, *recipe.quantised(x_MD), None, w13, w2, recipe, None)
+
+
+@torch.compiler.disable
+def expert_swiglu(
+    rows_MD: Tensor, sent: Operand, w13: Tensor, w2: Tensor, recipe: Recipe, weight_M: Tensor, count: Sequence[int]
 ) -> Tensor:
-    """W_2 (silu(W_1 x) * W_3 x), [M, D]. Routed experts: rows in expert order, `count` of each, w13 [E, 2F, D] and
-    w2 [E, D, F], every row times its gate `weight_M`."""
-    return _SwiGLU.apply(x_MD, weight_M, w13, w2, recipe, count)
+    """The same of routed experts: rows as `send` gives them, in expert order, `count` of each; w13 [E, 2F, D] and w2
+    [E, D, F]; every row times its gate `weight_M`."""
+    return _SwiGLU.apply(rows_MD, *sent, weight_M, w13, w2, recipe, count)
 
 
 class _SwiGLU(torch.autograd.Function):
+    """Of an operand; x_MD is what the gradient belongs to."""
+
     @staticmethod
-    def forward(ctx, x_MD, weight_M, w13, w2, recipe, count):
-        x = recipe.quantised(x_MD, power_of_two=count is not None)
-        h_MH = forward(x, w13, recipe, count)
+    def forward(ctx, x_MD, value_MD, scale_MJ, weight_M, w13, w2, recipe, count):
+        h_MH = forward(Operand(value_MD, scale_MJ), w13, recipe, count)
         kept = backends.quantise(h_MH, "tile", recipe.power_of_two)
         y_MD = forward(_activated(h_MH, weight_M, recipe), w2, recipe, count)
         ctx.recipe, ctx.count, ctx.dtype = recipe, count, x_MD.dtype
-        ctx.save_for_backward(*x, *kept, weight_M, w13, w2)
+        ctx.save_for_backward(value_MD, scale_MJ, *kept, weight_M, w13, w2)
         return y_MD
 
     @staticmethod
@@ -84,7 +117,8 @@ class _SwiGLU(torch.autograd.Function):
         dgate = (dact * up).mul_((1 - sig).mul_(silu).add_(sig))
         dh = recipe.quantised_gradient(torch.cat((dgate, dact.mul_(silu)), -1))
         dx = input_gradient(dh, w13, recipe, count).to(ctx.dtype)
-        return dx, dweight, weight_gradient(dh, Operand(x_value, x_scale), recipe, count), dw2, None, None
+        dw13 = weight_gradient(dh, Operand(x_value, x_scale), recipe, count)
+        return dx, None, None, dweight, dw13, dw2, None, None
 
 
 def _activated(h_MH: Tensor, weight_M: Tensor | None, recipe: Recipe) -> Operand:

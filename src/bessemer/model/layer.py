@@ -62,12 +62,13 @@ class Layer(nn.Module):
     def dispatch(self, attended: Attended) -> Tensor | moe.Dispatched:
         if attended.routing is None:
             return attended.u_ND
-        return moe.dispatch(attended.u_ND, attended.routing, self.cfg.n_routed_experts)
+        recipe = self.fp8 if self.training else None
+        return moe.dispatch(attended.u_ND, attended.routing, self.cfg.n_routed_experts, recipe)
 
     def experts(self, sent: Tensor | moe.Dispatched) -> Tensor:
         if self.dense:
             return self.ffn(sent)
-        return self.ffn.experts(sent.rows_MD, sent.weight_M, sent.count_E)
+        return self.ffn.experts(sent)
 
     def combine(self, rows: Tensor, sent: Tensor | moe.Dispatched) -> Tensor:
         return rows if self.dense else moe.combine(rows, sent.slot_NK)

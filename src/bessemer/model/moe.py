@@ -22,6 +22,7 @@ from bessemer.model import fp8
 from bessemer.model.config import ModelConfig
 from bessemer.model.experts import expert_ffn
 from bessemer.precision.fp8_linear import Recipe
+from bessemer.precision.tiles import Operand
 
 _COUNTING = Lock()
 """Micro-batches may run side by side in threads; their counts must not be lost."""
@@ -47,6 +48,8 @@ class Dispatched(NamedTuple):
     """Rows per expert, int64."""
     slot_NK: Tensor
     """Row of each (token, choice)."""
+    operand: Operand | None = None
+    """In FP8 training what is really sent. `rows_MD` then takes no memory and leads the gradient back, no more."""
 
 
 class Gate(nn.Module):
@@ -124,15 +127,18 @@ def sequence_balance(score_NE: Tensor, count_SE: Tensor, n_activated: int) -> Te
     return (f_SE * share_STE.mean(1)).sum()
 
 
-def dispatch(x_ND: Tensor, routing: Routing, n_experts: int) -> Dispatched:
-    """Copies each token once per chosen expert, sorted by expert (ties in token order)."""
+def dispatch(x_ND: Tensor, routing: Routing, n_experts: int, recipe: Recipe | None = None) -> Dispatched:
+    """Copies each token once per chosen expert, sorted by expert (ties in token order); with a recipe in FP8."""
     N, K = routing.expert_NK.shape
     expert_M, order_M = routing.expert_NK.flatten().sort(stable=True)
     slot_M = torch.empty_like(order_M)
     slot_M[order_M] = torch.arange(N * K, device=order_M.device)
     count_E = torch.bincount(expert_M, minlength=n_experts)
-    rows_MD = x_ND.index_select(0, order_M // K)
-    return Dispatched(rows_MD, routing.weight_NK.flatten()[order_M], count_E, slot_M.view(N, K))
+    token_M, weight_M, slot_NK = order_M // K, routing.weight_NK.flatten()[order_M], slot_M.view(N, K)
+    if recipe is not None:
+        rows_MD, *sent = fp8.send(x_ND, token_M, recipe)
+        return Dispatched(rows_MD, weight_M, count_E, slot_NK, Operand(*sent))
+    return Dispatched(x_ND.index_select(0, token_M), weight_M, count_E, slot_NK)
 
 
 def combine(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
@@ -152,11 +158,13 @@ class Experts(nn.Module):
         self.w13 = nn.Parameter(torch.empty(E, 2 * inner, D))
         self.w2 = nn.Parameter(torch.empty(E, D, inner))
 
-    def forward(self, rows_MD: Tensor, weight_M: Tensor, count_E: Tensor) -> Tensor:
-        """weight * W_2 (silu(W_1 x) * W_3 x) for rows in expert order."""
-        if self.fp8 is not None and self.training:
-            return fp8.swiglu(rows_MD, self.w13, self.w2, self.fp8, weight_M, count_E.tolist())
-        return expert_ffn(rows_MD, weight_M, count_E, self.w13, self.w2)
+    def forward(self, sent: Dispatched) -> Tensor:
+        """weight * W_2 (silu(W_1 x) * W_3 x) for rows in expert order, [M, D]."""
+        if sent.operand is not None:
+            return fp8.expert_swiglu(
+                sent.rows_MD, sent.operand, self.w13, self.w2, self.fp8, sent.weight_M, sent.count_E.tolist()
+            )
+        return expert_ffn(sent.rows_MD, sent.weight_M, sent.count_E, self.w13, self.w2)
 
 
 class FFN(nn.Module):
