@@ -52,7 +52,7 @@ class Pretrain(Stage):
         batch_rows: Points = Points(64)
         """Rows per optimizer step over consumed tokens (V3: 3072 -> 15360)."""
         micro_rows: int = Field(32, ge=1)
-        """Rows per forward; changes memory and speed only."""
+        """Rows per forward; changes memory and speed only (with fp8 also last digits: tiles go along the tokens)."""
         gamma: Points = Points(0.001)
         """Speed of the routing bias (V3: 0.001, 0 for the last 500B of 14.8T)."""
         mtp_lambda: Points = Points([["0", 0.3]])
