@@ -253,6 +253,22 @@ def test_convert_to_fp8(call, stub):
     assert not seen
 
 
+def test_plan_draws_a_schedule(call, tmp_path):
+    status, out, _ = call(
+        "plan", "--schedule", "dualpipe", "--pp", "4", "--micro", "8", "--svg", str(tmp_path / "a.svg")
+    )
+    assert status == 0 and "makespan 26; idle at most 2 a rank (7.7 %)" in out and "F3&b1" in out
+    assert picture.read_text().startswith("<svg")
+    status, out, _ = call("plan", "--schedule", "dualpipe", "--micro", "20", "--costs", "1,1,1,2.5", "--json")
+    facts = json.loads(out)
+    assert (facts["makespan"], max(facts["idle"]), facts["overlapped_pairs"]) == (54, 1.5, [15] * 4)
+    assert facts["steps"][0][0] == ["F0", 0, 1]
+    for wrong in ("1,2", "1,x,1", "0,1,1", "1,1,nan"):
+        status, _, err = call("plan", "--schedule", "zbv", "--costs", wrong)
+        assert status == 2 and "three or four positive numbers" in err
+    assert "did you mean" in call("plan", "--schedule", "zbw")[2]
+
+
 def test_doctor(call, monkeypatch, tmp_path):
     from bessemer.report import doctor
 

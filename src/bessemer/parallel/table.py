@@ -1,0 +1,135 @@
+"""A pipeline schedule as data: what every rank does, in order (V3 3.2.1).
+
+The executor runs a table, the planner times it, the viewer draws it, and this file checks it; so what is planned is
+what runs. Four kinds of work on one micro-batch at one stage:
+
+    F    forward
+    B    backward whole: gradients of inputs and weights
+    I    backward for the inputs alone; the other half is left for a W
+    W    the weight gradients that an I left
+
+and `Pair`, a forward and a backward of two micro-batches run overlapped (F & B).
+
+A stage is a slice of the model's depth, 0 to S - 1. With two copies of the model (DualPipe), the micro-batches of lane
+0 enter at rank 0 and those of lane 1 at the last rank; otherwise there is lane 0 alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Kind = Literal["F", "B", "I", "W"]
+
+
+class Action(NamedTuple):
+    """One piece of work."""
+
+    kind: Kind
+    stage: int
+    micro: int
+    """Micro-batch of its lane, from 0."""
+    lane: int = 0
+
+
+class Pair(NamedTuple):
+    """Two pieces of work that overlap: the communication of each behind the computation of the other."""
+
+    forward: Action
+    backward: Action
+
+
+Step = Action | Pair
+
+
+@dataclass(frozen=True)
+class Table:
+    """What each rank does, in order."""
+
+    name: str
+    stages: int
+    place: tuple[tuple[int, ...], ...]
+    """Rank of stage s in lane l: place[l][s]."""
+    micro: int
+    """Micro-batches of all lanes together."""
+    steps: tuple[tuple[Step, ...], ...]
+    """Of every rank."""
+
+    @property
+    def ranks(self) -> int:
+        return len(self.steps)
+
+    @property
+    def lanes(self) -> int:
+        return len(self.place)
+
+    @property
+    def per_lane(self) -> int:
+        return self.micro // self.lanes
+
+    def held(self, rank: int) -> list[tuple[int, int]]:
+        """(lane, stage) of every slice of the model that a rank holds."""
+        return [(lane, s) for lane, ranks in enumerate(self.place) for s, r in enumerate(ranks) if r == rank]
+
+
+def actions(steps: tuple[Step, ...]) -> Iterator[Action]:
+    """Pairs taken apart, forward first."""
+    for step in steps:
+        if isinstance(step, Pair):
+            yield from step
+        else:
+            yield step
+
+
+def needs(action: Action, stages: int) -> list[tuple[Kind, ...]]:
+    """What must be done before: keys (kinds, stage, micro, lane), of which one kind suffices."""
+    kind, stage, micro, lane = action
+    if kind == "F":
+        return [(("F",), stage - 1, micro, lane)] if stage else []
+    if kind == "W":
+        return [(("I",), stage, micro, lane)]
+    later = [(("B", "I"), stage + 1, micro, lane)] if stage < stages - 1 else []
+    return [(("F",), stage, micro, lane), *later]
+
+
+def check(table: Table) -> None:
+    """AssertionError unless every stage does every micro-batch once, on its own rank, forward and backward, and no rank
+    waits for another for ever."""
+    seen: dict[tuple, int] = {}
+    for rank, steps in enumerate(table.steps):
+        for step in steps:
+            assert not isinstance(step, Pair) or (step.forward.kind, step.backward.kind) == ("F", "B"), step
+        for action in actions(steps):
+            _, stage, micro, lane = action
+            assert table.place[lane][stage] == rank, f"{action} is not rank {rank}'s"
+            assert 0 <= micro < table.per_lane and action not in seen, f"{action} is done twice or does not exist"
+            seen[action] = rank
+    for lane in range(table.lanes):
+        for stage in range(table.stages):
+            for micro in range(table.per_lane):
+                done = "".join(kind for kind in "FBIW" if Action(kind, stage, micro, lane) in seen)
+                assert done in ("FB", "FIW"), f"stage {stage}, micro-batch {micro} of lane {lane}: {done or 'nothing'}"
+    _ends(table)
+
+
+def _ends(table: Table) -> None:
+    """Runs every rank as far as it gets; what all of them wait for is named."""
+    at, done = [0] * table.ranks, set()
+    moved = True
+    while moved:
+        moved = False
+        for rank, steps in enumerate(table.steps):
+            while at[rank] < len(steps) and _ready(steps[at[rank]], done, table.stages):
+                step = steps[at[rank]]
+                done.update(step if isinstance(step, Pair) else (step,))
+                at[rank], moved = at[rank] + 1, True
+    waiting = {rank: steps[at[rank]] for rank, steps in enumerate(table.steps) if at[rank] < len(steps)}
+    assert not waiting, f"ranks wait for each other for ever: {waiting}"
+
+
+def _ready(step: Step, done: set[Action], stages: int) -> bool:
+    parts = step if isinstance(step, Pair) else (step,)
+    return all(
+        any(Action(kind, *rest) in done for kind in kinds) for part in parts for kinds, *rest in needs(part, stages)
+    )
