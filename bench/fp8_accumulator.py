@@ -1,0 +1,51 @@
+"""What a short accumulator costs an FP8 GEMM, and what promotion gives back (V3 3.3.2, Fig. 7b; reference D.3).
+
+    python bench/fp8_accumulator.py [--k 4096] [--rounds 5]
+
+Random normal matrices of 256 x K, quantised as the paper does (as a whole where nothing is promoted, since one factor
+is all that can be applied then), multiplied by `precision/fp8_gemm.gemm`, against float64 of the same E4M3 operands.
+Errors are over the root mean square of the result: the largest of the matrix and the mean, medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import torch
+
+from bessemer.precision.fp8_gemm import gemm
+from bessemer.precision.tiles import quantise
+
+ROWS = 256
+CASES = ((13, None), (14, None), (None, None), (13, 128), (14, 128), (14, 32), (None, 128))
+"""(bits of the accumulator, columns after which its sum moves to float32)."""
+
+
+def errors(k: int, bits: int | None, promote: int | None, seed: int) -> tuple[float, float]:
+    """(largest, mean) over the root mean square."""
+    generator = torch.Generator().manual_seed(seed)
+    x, w = (torch.randn(ROWS, k, generator=generator) for _ in range(2))
+    whole = promote is None
+    a, b = quantise(x, "tensor" if whole else "tile"), quantise(w, "tensor" if whole else "block")
+    exact = a.dequantise().double() @ b.dequantise().double().t()
+    apart = (gemm(a, b, bits, promote).double() - exact).abs() / exact.square().mean().sqrt()
+    return float(apart.max()), float(apart.mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--k", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    print(f"K = {args.k}; error over the result's root mean square: largest, mean")
+    for bits, promote in CASES:
+        found = [errors(args.k, bits, promote, seed) for seed in range(args.rounds)]
+        largest, mean = (statistics.median(values) for values in zip(*found, strict=True))
+        accumulator = "float32" if bits is None else f"{bits} bits"
+        when = "never promoted" if promote is None else f"promoted every {promote}"
+        print(f"{accumulator:8} {when:19} {100 * largest:8.4f} % {100 * mean:9.5f} %")
+
+
+if __name__ == "__main__":
+    main()
