@@ -1,0 +1,49 @@
+"""A function on several ranks: real processes that talk over gloo."""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def on_ranks(n: int, function, *arguments) -> list:
+    """[function(rank, *arguments) for every rank], each in a process of its own. AssertionError with the traceback of
+    the first rank that failed."""
+    context = get_context("fork")
+    answers = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        processes = [
+            context.Process(target=_rank, args=(rank, n, store, answers, function, arguments)) for rank in range(n)
+        ]
+        for process in processes:
+            process.start()
+        found, failed = {}, None
+        for _ in processes:
+            rank, good, value = answers.get()
+            if not good:
+                failed = failed or f"rank {rank}:\n{value}"
+                break
+            found[rank] = value
+        for process in processes:
+            if failed:
+                process.kill()
+            process.join(30)
+    assert failed is None, failed
+    return [found[rank] for rank in range(n)]
+
+
+def _rank(rank, n, store, answers, function, arguments):
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n)
+        answers.put((rank, True, function(rank, *arguments)))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        answers.put((rank, False, traceback.format_exc()))
