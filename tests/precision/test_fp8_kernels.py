@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from bessemer.errors import UserError
-from bessemer.precision import backends, emulation, tiles
+from bessemer.precision import backends, emulation, gpu, tiles
 from bessemer.precision.fp8_gemm import gemm
 from bessemer.precision.tiles import TILE, Operand
 
@@ -358,8 +358,8 @@ HOPPER = dict(device=torch.device("cuda"), group="block", shape=(4096, 2112, 716
     ],
 )
 def test_what_is_refused_on_hopper(monkeypatch, name, call, change, why):
-    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "_installed", lambda package: True)
+    monkeypatch.setattr(gpu, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "_installed", lambda package: True)
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     said = backends.BACKENDS[name].refuses(backends.Call(call, **HOPPER | change))
     assert said is None if why is None else why in said
@@ -375,8 +375,8 @@ def test_the_table_tells_of_a_forced_backend(monkeypatch):
 
 @pytest.mark.parametrize("capability, order", [((9, 0), "deep_gemm"), ((10, 0), "triton"), ((8, 0), "emulation")])
 def test_the_card_decides(monkeypatch, capability, order):
-    monkeypatch.setattr(backends, "_capability", lambda device: capability)
-    monkeypatch.setattr(backends, "_installed", lambda package: True)
+    monkeypatch.setattr(gpu, "_capability", lambda device: capability)
+    monkeypatch.setattr(gpu, "_installed", lambda package: True)
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     assert {row[0]: row[1] for row in backends.table("cuda")}["gemm"] == order
 
