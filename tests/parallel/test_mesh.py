@@ -33,7 +33,7 @@ def test_every_rank_is_once_in_every_kind_of_group(pp, dp, ep, node):
 
 
 def test_v3():
-    """E.1: 16 pipeline ranks, experts over 64 ranks on 8 nodes, 128 ranks with equal dense weights, 2 with equal experts."""
+    """E.1: 16 pipeline ranks, experts over 64 ranks on 8 nodes; 128 ranks have equal dense weights, 2 equal experts."""
     layout, cfg = Layout(pp=16, dp=2, ep=64), preset("v3")
     check(layout, cfg, 2048)
     assert {kind: len(layout.groups(kind)[0]) for kind in KINDS} == {
@@ -103,9 +103,7 @@ def relative(found, wanted):
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
-@pytest.mark.parametrize(
-    "layout", [Layout(1, 1, 4), Layout(1, 2, 2), Layout(1, 1, 4, node=2), Layout(1, 4, 1)], ids=str
-)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_layer_across_ranks_is_the_layer(layout, fp8):
     """Experts over ep, data over dp, one node or two: output, gradient of the input and of every weight."""
     found = on_ranks(layout.world, layer_on_a_rank, layout, fp8)
