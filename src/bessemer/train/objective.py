@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from bessemer.model.transformer import TrainOutputs
 from bessemer.train.loss import cross_entropy
 
 if TYPE_CHECKING:
@@ -58,9 +59,13 @@ def next_token(model: nn.Module, batch: Batch, mtp_lambda: float, balance_alpha:
     is multiplied by tokens / sequences here; where micro-batches carry unequal loss weight that is a mean over
     sequences weighted by the loss tokens of their micro-batch.
     """
+    out = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=mtp_lambda > 0)
+    return next_token_of(out, model.head_weight, batch, mtp_lambda, balance_alpha)
+
+
+def next_token_of(out: TrainOutputs, weight_VD: Tensor, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
+    """`next_token` for who computed the outputs otherwise."""
     tokens_BT, loss_BT = batch.tokens_BT, batch.loss_BT
-    out = model.train_outputs(tokens_BT, batch.segments_BT, mtp=mtp_lambda > 0)
-    weight_VD = model.head_weight
     main = cross_entropy(out.hidden_BTD[:, :-1], weight_VD, tokens_BT[:, 1:], loss_BT[:, 1:])
     tokens = loss_BT.sum()
     metrics = {"loss": main.detach()}
@@ -73,8 +78,13 @@ def next_token(model: nn.Module, batch: Batch, mtp_lambda: float, balance_alpha:
         depth = cross_entropy(hidden[:, :-1], weight_VD, tokens_BT[:, ahead:], weight)
         metrics[f"mtp_{k}"] = depth.detach()
         total = total + mtp_lambda / len(out.mtp_hidden) * depth
-    balance = out.balance * (tokens / tokens_BT.shape[0])
+    balance = out.balance * balance_weight(batch, 1.0)
     metrics["balance"] = balance.detach()
     total = total + balance_alpha * balance
     metrics["total"] = total.detach()
     return Loss(total, tokens, metrics)
+
+
+def balance_weight(batch: Batch, balance_alpha: float) -> Tensor:
+    """What a sum over sequences is multiplied by, so that the trainer's division leaves alpha times their mean."""
+    return balance_alpha * (batch.loss_BT.sum() / batch.tokens_BT.shape[0])
