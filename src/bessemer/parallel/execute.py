@@ -51,8 +51,8 @@ class _Kept(NamedTuple):
 
 
 class Executor:
-    """One rank of a pipeline: `slices[lane, stage]` for all that the table gives it, cut from one model; pipeline rank p
-    is rank `peers[p]` of the world."""
+    """One rank of a pipeline: `slices[lane, stage]` for all that the table gives it, cut from one model; pipeline rank
+    p is rank `peers[p]` of the world."""
 
     def __init__(self, table: Table, me: int, slices: dict[tuple[int, int], Slice], peers: Sequence[int]):
         if set(slices) != set(table.held(me)):

@@ -5,12 +5,17 @@ Parameters keep the names they have in the whole network (`layers.17.attn.wo.wei
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bessemer.model.config import ModelConfig
+from bessemer.model.layer import Layer
+from bessemer.model.moe import Experts
 from bessemer.model.transformer import TrainOutputs, Transformer
+from bessemer.parallel.exchange import Exchange
 
 
 def cut(cfg: ModelConfig, stages: int) -> list[range]:
@@ -20,11 +25,36 @@ def cut(cfg: ModelConfig, stages: int) -> list[range]:
     return [range(begin, min(end, cfg.n_layers)) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-class Slice(nn.Module):
-    """Stage number `stage` of `stages`; shares its modules with the `model` it is cut from."""
+def keep_experts(model: Transformer, experts: range) -> None:
+    """Leaves a rank its own routed experts, in every layer and MTP module."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            for name in ("w13", "w2"):
+                mine = getattr(module, name).detach()[experts.start : experts.stop].clone()
+                setattr(module, name, nn.Parameter(mine))
 
-    def __init__(self, model: Transformer, stage: int, stages: int):
+
+def across(layer: Layer, exchange: Exchange) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """`layer` with its experts on several ranks: the same five phases, two of them exchanged."""
+
+    def forward(x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        attended = layer.attend(x_BTD, rope, segments_BT)
+        if attended.routing is None:
+            return layer.feed_forward(attended), None
+        sent = exchange.dispatch(attended.u_ND, attended.routing, layer.fp8 if layer.training else None)
+        routed = exchange.combine(layer.ffn.experts(sent), sent)
+        return layer.finish(attended, routed), attended.routing.balance
+
+    return forward
+
+
+class Slice(nn.Module):
+    """Stage number `stage` of `stages`; shares its modules with the `model` it is cut from. With an exchange the routed
+    experts of the model are those of this rank (`keep_experts`)."""
+
+    def __init__(self, model: Transformer, stage: int, stages: int, exchange: Exchange | None = None):
         super().__init__()
+        self.exchange = exchange
         self.first, self.last = stage == 0, stage == stages - 1
         self.width, self.dtype, self.rope_table = model.cfg.dim, model.embed.weight.dtype, model.rope_table
         self.cuts, self.n_mtp = cut(model.cfg, stages), len(model.mtp)
@@ -48,10 +78,13 @@ class Slice(nn.Module):
         balance = torch.zeros((), dtype=torch.float32, device=x.device)
         table = self.rope_table(x.shape[1])
         for layer in self.layers.values():
-            x, term = layer(x, table, segments_BT)
+            x, term = self._through(layer)(x, table, segments_BT)
             if term is not None:
                 balance = balance + term
         return x, balance
+
+    def _through(self, layer: Layer) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        return layer if self.exchange is None else across(layer, self.exchange)
 
     def outputs(self, x_BTD: Tensor, balance: Tensor, tokens_BT: Tensor, segments_BT: Tensor | None) -> TrainOutputs:
         """Of the last stage: `Transformer.train_outputs`, with the balance term of this slice alone."""
@@ -60,8 +93,8 @@ class Slice(nn.Module):
         for k, module in enumerate(self.mtp, start=1):
             T = tokens_BT.shape[1] - k
             segments = None if segments_BT is None else segments_BT[:, :T]
-            embedded = F.embedding(tokens_BT[:, k:], self.embed.weight)
-            h, term = module(h[:, :T], embedded, self.rope_table(T), segments)
+            joined = module.join(h[:, :T], F.embedding(tokens_BT[:, k:], self.embed.weight))
+            h, term = self._through(module.layer)(joined, self.rope_table(T), segments)
             balance = balance + term
             depths.append(module.norm(h))
         return TrainOutputs(hidden, depths, balance)
