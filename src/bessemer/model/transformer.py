@@ -102,7 +102,7 @@ class Transformer(nn.Module):
 
     def rope_table(self, length: int) -> Tensor:
         """[length, R/2, 2] on the model's device; grown on demand."""
-        device = self.embed.weight.device
+        device = next(self.parameters()).device
         if self._rope is None or self._rope.shape[0] < length or self._rope.device != device:
             with torch.inference_mode(False):  # the table outlives the caller's mode, and training saves it
                 self._rope = rope.table(self.cfg, max(length, min(self.cfg.max_seq_len, 4096)), device)

@@ -5,7 +5,7 @@ Parameters keep the names they have in the whole network (`layers.17.attn.wo.wei
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,19 @@ def keep_experts(model: Transformer, experts: range) -> None:
                 setattr(module, name, nn.Parameter(mine))
 
 
+def keep(model: Transformer, slices: Iterable[Slice]) -> None:
+    """Lets go of all that none of the slices needs; the parameters that are left keep their names."""
+    slices = list(slices)
+    needed = {int(i) for part in slices for i in part.layers}
+    for i in range(len(model.layers)):
+        if i not in needed:
+            model.layers[i] = nn.Identity()
+    if not any(part.last for part in slices):
+        model.norm, model.head, model.mtp = nn.Identity(), nn.Identity(), nn.ModuleList()
+    if all(part.embed is None for part in slices):
+        model.embed = nn.Identity()
+
+
 def across(layer: Layer, exchange: Exchange) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """`layer` with its experts on several ranks: the same five phases, two of them exchanged."""
 
@@ -56,12 +69,18 @@ class Slice(nn.Module):
         super().__init__()
         self.exchange = exchange
         self.first, self.last = stage == 0, stage == stages - 1
-        self.width, self.dtype, self.rope_table = model.cfg.dim, model.embed.weight.dtype, model.rope_table
+        self.width, self.rope_table = model.cfg.dim, model.rope_table
         self.cuts, self.n_mtp = cut(model.cfg, stages), len(model.mtp)
         self.layers = nn.ModuleDict({str(i): model.layers[i] for i in self.cuts[stage]})
         self.mtp = model.mtp if self.last else nn.ModuleList()
         self.embed = model.embed if self.first or len(self.mtp) else None
         self.norm, self.head = (model.norm, model.head) if self.last else (None, None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the residual stream."""
+        layers = [*self.layers.values(), *(module.layer for module in self.mtp)]
+        return layers[0].attn.wo.weight.dtype
 
     def owners(self, name: str) -> set[int]:
         """Stages whose slices have the parameter of this name."""

@@ -54,19 +54,24 @@ class Update:
     eps: float
 
 
+Members = list[tuple[str, nn.Parameter, Tensor]]
+"""Names, parameters and their float32 values."""
+
+
 class Group:
     """Parameters that share rule, weight decay and compute dtype, as flat vectors."""
 
     MOMENTS = ("m", "v")
 
-    def __init__(self, members: list[tuple[str, nn.Parameter, Tensor]], decay: float, moments: torch.dtype):
+    def __init__(self, members: Members, decay: float, moments: torch.dtype, multiple: int = NORM_BLOCK):
+        """`multiple`: the vectors are filled up to one of it."""
         self.decay = decay
         self.slots: list[Slot] = []
         size = 0
         for name, parameter, _ in members:
             self.slots.append(Slot(name, parameter, size))
             size += -(-parameter.numel() // ALIGN) * ALIGN
-        size = -(-size // NORM_BLOCK) * NORM_BLOCK
+        size = -(-size // multiple) * multiple
         first = members[0][1]
         self.master = torch.zeros(size, dtype=torch.float32, device=first.device)
         for slot, (_, _, value) in zip(self.slots, members, strict=True):
@@ -87,6 +92,15 @@ class Group:
                 f"{slot.name} or its gradient was replaced after the optimizer was made "
                 "(zero_grad(set_to_none=True), model.to(...)); make the optimizer last and use its zero_grad()"
             )
+
+    def square(self) -> Tensor:
+        """Sum of the squares of the gradient, float64."""
+        return torch.linalg.vector_norm(self.grad.view(-1, NORM_BLOCK), dim=1).double().square().sum()
+
+    def publish(self) -> None:
+        """Rounds the masters into what forward reads."""
+        if self.compute is not self.master:
+            self.compute.copy_(self.master)
 
     def step(self, update: Update) -> None:
         """Moves the masters; may overwrite the gradient."""
@@ -171,17 +185,24 @@ class Optimizer:
         masters = [p.detach().float() for _, p in named]
         if compute_dtype != torch.float32:
             model.to_compute(compute_dtype)
-        kinds: dict[tuple, list[tuple[str, nn.Parameter, Tensor]]] = {}
+        kinds: dict[tuple, Members] = {}
         for (name, parameter), master in zip(named, masters, strict=True):
             decay = weight_decay if parameter.dim() >= 2 else 0.0
-            kind = (name in stacked, decay, parameter.dtype, parameter.device)
+            kind = (name in stacked, decay, parameter.dtype, parameter.device, self._home(name))
             kinds.setdefault(kind, []).append((name, parameter, master))
         self.groups = [
             MuonGroup(members, decay, moments_dtype, stacked, workers or Workers(1))
             if by_muon
-            else Group(members, decay, moments_dtype)
+            else self._group(members, decay, moments_dtype)
             for (by_muon, decay, *_), members in kinds.items()
         ]
+
+    def _home(self, name: str) -> object:
+        """What else sets parameters apart; here nothing does."""
+        return None
+
+    def _group(self, members: Members, decay: float, moments: torch.dtype) -> Group:
+        return Group(members, decay, moments)
 
     def zero_grad(self) -> None:
         for group in self.groups:
@@ -189,9 +210,7 @@ class Optimizer:
 
     def grad_norm(self) -> Tensor:
         """2-norm of all accumulated gradients, float64 scalar; not finite if any gradient is not."""
-        squares = [
-            torch.linalg.vector_norm(g.grad.view(-1, NORM_BLOCK), dim=1).double().square().sum() for g in self.groups
-        ]
+        squares = [group.square() for group in self.groups]
         return torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
 
     @torch.no_grad()
@@ -204,8 +223,7 @@ class Optimizer:
         for group in self.groups:
             group.check_views()
             group.step(update)
-            if group.compute is not group.master:
-                group.compute.copy_(group.master)
+            group.publish()
         self.zero_grad()
 
     def nonfinite_gradients(self) -> list[str]:
@@ -220,8 +238,7 @@ class Optimizer:
     def refresh(self) -> None:
         """Rounds the masters into what forward reads."""
         for group in self.groups:
-            if group.compute is not group.master:
-                group.compute.copy_(group.master)
+            group.publish()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments as `m/NAME` and `v/NAME` (views; Muon has no v) and `steps`; independent of grouping.
