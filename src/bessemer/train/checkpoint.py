@@ -52,15 +52,11 @@ def save(state_dir: Path, step: int, state: State, keep: int = 2) -> Path:
     """
     state_dir.mkdir(parents=True, exist_ok=True)
     sweep(state_dir)
-    final = state_dir / f"step-{step:08d}"
-    temporary, old = state_dir / f".tmp-{final.name}", state_dir / f".old-{final.name}"
+    temporary = state_dir / f".tmp-step-{step:08d}"
     try:
         temporary.mkdir()
         _write(temporary, step, state)
-        if final.exists():  # the same step again, after a rollback
-            final.rename(old)
-        temporary.rename(final)
-        _sync_dir(state_dir)
+        return put_in_place(temporary, state_dir, step, keep)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         need = sum(t.numel() * t.element_size() for part in state.tensors.values() for t in part.values())
@@ -69,6 +65,15 @@ def save(state_dir: Path, step: int, state: State, keep: int = 2) -> Path:
             f"cannot save step {step} in {state_dir}: {error.strerror} (needs {need / 1e6:.1f} MB, {free / 1e6:.1f} MB "
             "free). Earlier checkpoints are intact; make room or choose another run directory, then run again"
         ) from error
+
+
+def put_in_place(temporary: Path, state_dir: Path, step: int, keep: int) -> Path:
+    """A finished directory becomes the checkpoint of its step; all but the newest `keep` go."""
+    final, old = state_dir / f"step-{step:08d}", state_dir / f".old-step-{step:08d}"
+    if final.exists():  # the same step again, after a rollback
+        final.rename(old)
+    temporary.rename(final)
+    _sync_dir(state_dir)
     shutil.rmtree(old, ignore_errors=True)
     for path in steps(state_dir)[:-keep]:
         shutil.rmtree(path)
@@ -81,6 +86,11 @@ def _write(directory: Path, step: int, state: State) -> None:
         files[f"{stem}.safetensors"] = write_tensors(directory / f"{stem}.safetensors", tensors)
     for name, value in (("counters.json", state.counters), ("config.json", state.config)):
         files[name] = write_synced(directory / name, [json.dumps(value, indent=1).encode()])
+    seal(directory, step, files)
+
+
+def seal(directory: Path, step: int, files: dict[str, str]) -> None:
+    """Writes the manifest over files and their SHA-256: the last file of a checkpoint."""
     manifest = {"format": FORMAT, "step": step, "files": files}
     manifest["sha256"] = _digest(manifest)
     write_synced(directory / "manifest.json", [json.dumps(manifest, indent=1).encode()])
@@ -115,7 +125,20 @@ def latest(
 
 def load(path: Path) -> State:
     """Reads and verifies one checkpoint; raises Damaged, or UserError if newer code wrote it."""
-    manifest = _json(path, "manifest.json")
+    manifest = verified_manifest(path)
+    for name, expected in manifest["files"].items():
+        verify(path, name, expected)
+    tensors = {
+        Path(name).stem: safetensors.torch.load_file(path / name)
+        for name in manifest["files"]
+        if name.endswith(".safetensors")
+    }
+    return State(tensors, read_json(path, "counters.json"), read_json(path, "config.json"))
+
+
+def verified_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint; Damaged, or UserError if newer code wrote it."""
+    manifest = read_json(path, "manifest.json")
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
         raise Damaged("manifest.json does not match its own checksum")
     if manifest["format"] > FORMAT:
@@ -123,19 +146,17 @@ def load(path: Path) -> State:
             f"{path} was written by a newer Bessemer (checkpoint format {manifest['format']}, this one reads up to "
             f"{FORMAT}); upgrade, or delete it to go on from an older checkpoint"
         )
-    for name, expected in manifest["files"].items():
-        try:
-            with open(path / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    raise Damaged(f"{name} does not match its checksum")
-        except OSError as error:
-            raise Damaged(f"{name}: {error.strerror}") from error
-    tensors = {
-        Path(name).stem: safetensors.torch.load_file(path / name)
-        for name in manifest["files"]
-        if name.endswith(".safetensors")
-    }
-    return State(tensors, _json(path, "counters.json"), _json(path, "config.json"))
+    return manifest
+
+
+def verify(path: Path, name: str, expected: str) -> None:
+    """Damaged unless the file has this SHA-256."""
+    try:
+        with open(path / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                raise Damaged(f"{name} does not match its checksum")
+    except OSError as error:
+        raise Damaged(f"{name}: {error.strerror}") from error
 
 
 def check_config(saved: Any, ours: Any, path: Path, field: str = "") -> None:
@@ -172,7 +193,7 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _json(path: Path, name: str) -> Any:
+def read_json(path: Path, name: str) -> Any:
     try:
         return json.loads((path / name).read_bytes())
     except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ pipeline ranks hold (`Executor.sum_shared` has made their gradients equal) by ha
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from bessemer.parallel.mesh import Mesh
 from bessemer.train.adamw import adamw_
 from bessemer.train.optim import NORM_BLOCK, Group, Members, Optimizer, Update
+from bessemer.train.sharded import EXPERTS, load, pieces
 
 
 class Share(Group):
@@ -77,6 +79,30 @@ class Zero1(Optimizer):
         for kind in ("dense", "pp"):
             dist.all_reduce(square, group=self.mesh.group[kind])
         return square.sqrt()
+
+    def pieces(self) -> dict[str, Tensor]:
+        """Masters and moments by the names of `sharded` checkpoints."""
+        kinds = {"model": lambda g: g.master} | {k: lambda g, k=k: g.moments[k] for k in Share.MOMENTS}
+        named = {f"{kind}/{name}": t for kind, of in kinds.items() for name, t in self._gathered(of).items()}
+        return pieces(named, self.mesh.experts.start)
+
+    @torch.no_grad()
+    def load_pieces(self, path: Path) -> None:
+        """Exact inverse, from a checkpoint of any layout."""
+        kinds, slots = ("model", *Share.MOMENTS), [slot for group in self.groups for slot in group.slots]
+        found, *_ = load(path, [name for kind in kinds for slot in slots for name in self._on_disk(kind, slot.name)])
+        for kind in kinds:
+            for group in self.groups:
+                whole = torch.zeros(group.grad.numel(), dtype=torch.float32)
+                for slot in group.slots:
+                    parts = [found[name] for name in self._on_disk(kind, slot.name)]
+                    slot.of(whole).copy_(torch.stack(parts) if EXPERTS in slot.name else parts[0])
+                (group.master if kind == "model" else group.moments[kind]).copy_(whole[group.mine])
+        self.refresh()
+
+    def _on_disk(self, kind: str, name: str) -> list[str]:
+        """The pieces of one parameter."""
+        return [f"{kind}/{name}/{i}" for i in self.mesh.experts] if EXPERTS in name else [f"{kind}/{name}"]
 
     def masters(self) -> dict[str, Tensor]:
         """Float32 weights by name, gathered from all shares: copies."""
