@@ -4,50 +4,30 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from test_execute import CFG, model_of
-from test_zero import CLIP, LR, OPTIONS, at_home, batches, work_of
+from test_across import CFG, LR, across, at_home, update
 
 from bessemer.errors import UserError
-from bessemer.parallel.execute import Executor
-from bessemer.parallel.mesh import Layout, Mesh
-from bessemer.parallel.schedules import schedule
-from bessemer.parallel.stage import Slice, keep, keep_experts
+from bessemer.parallel.mesh import Layout
 from bessemer.train import checkpoint, sharded
-from bessemer.train.zero import Zero1
 
 ALL = 8
 """Micro-batches of a step, of all ranks together."""
 
 
 def steps_of(rank, name, layout, first, last, folder):
-    """Steps `first` to `last` under a layout, from the checkpoint of step `first` unless that is 0; saved at the end."""
-    model, mesh = model_of(CFG, False), Mesh(layout, CFG)
+    """Steps `first` to `last` under a layout, saved at the end; from the checkpoint of step `first` if it is not 0."""
     micro = ALL // (layout.dp * layout.ep)
-    table = schedule(name, layout.pp, micro)
-    keep_experts(model, mesh.experts)
-    slices = {(lane, stage): Slice(model, stage, table.stages, mesh.exchange()) for lane, stage in table.held(mesh.pp)}
-    keep(model, slices.values())
-    held = [{stage for _, stage in table.held(p)} for p in range(layout.pp)]
-    part = next(iter(slices.values()))
-    shared = {n for n, _ in model.named_parameters() if sum(bool(part.owners(n) & stages) for stages in held) == 2}
-    optimizer = Zero1(model, mesh, shared, **OPTIONS)
+    training = across(layout, name, micro)
     if first:
-        path = folder / f"step-{first:08d}"
-        optimizer.load_pieces(path)
-        optimizer.steps = sharded.load(path, [])[1]["steps"]
-    executor = Executor(table, mesh.pp, slices, [layout.rank(p, mesh.dp, mesh.ep) for p in range(layout.pp)])
-    norms = []
-    for step in range(first, last):
-        executor.run(work_of(table, batches(step, mesh.dp * layout.ep + mesh.ep, micro)))
-        executor.sum_shared()
-        norms.append(float(optimizer.grad_norm()))
-        optimizer.step(LR, 100.0, norms[-1], CLIP)
-    sharded.save(folder, last, optimizer.pieces(), {"steps": optimizer.steps}, {"layout": str(layout)})
+        training.load(folder / f"step-{first:08d}")
+    norms = [update(training, step, micro)["train/grad_norm"] for step in range(first, last)]
+    training.save(folder)
     return norms
 
 
 def test_saved_under_one_layout_and_gone_on_with_under_others(tmp_path):
-    """Pipeline and experts, then DualPipe, then data alone: the norms and weights of one process that never stopped."""
+    """Pipeline and experts, then DualPipe, then data alone: norms, weights, moments and routing biases are those of one
+    process that never stopped."""
     parts = [
         ("1f1b", Layout(2, 1, 2), 0, 2), ("dualpipe", Layout(2, 1, 1), 2, 3), ("gpipe", Layout(1, 2, 2), 3, 4),
     ]  # fmt: skip
@@ -56,17 +36,32 @@ def test_saved_under_one_layout_and_gone_on_with_under_others(tmp_path):
         norms = on_ranks(layout.world, steps_of, name, layout, first, last, tmp_path)
         assert all(theirs == norms[0] for theirs in norms)
         found += norms[0]
-    # the same micro-batches in another order: 8 lots of one are those of 4 of two and 1 of eight
-    norms, weights, state = at_home(1, ALL, torch.float32)
-    assert found == pytest.approx(norms, rel=1e-4)
+    trainer, values = at_home(1, ALL)
+    assert found == pytest.approx([v["train/grad_norm"] for v in values], rel=1e-4)
     last = tmp_path / "step-00000004"
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000003", "step-00000004"]
-    saved = sharded.whole(last)
+    saved, weights, state = sharded.whole(last), trainer.optimizer.masters(), trainer.optimizer.state_dict()
     assert saved.keys() == weights.keys()
     for name, value in saved.items():
         assert value.shape == weights[name].shape and (value - weights[name]).abs().max() < 0.1 * LR, name
     for name, value in sharded.whole(last, "m/").items():
         assert (value - state[f"m/{name}"]).norm() <= 1e-3 * value.norm() + 1e-9, name
+    for name, gate in trainer.gates.items():
+        assert torch.equal(sharded.whole(last, "bias/")[name], gate.bias_E), name
+
+
+def other_model(rank, folder):
+    training = across(Layout(), "gpipe", 1, CFG.model_copy(update={"route_scale": 1.0}))
+    try:
+        training.load(folder)
+    except UserError as error:
+        return str(error)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    on_ranks(1, steps_of, "gpipe", Layout(), 0, 1, tmp_path)
+    (said,) = on_ranks(1, other_model, tmp_path / "step-00000001")
+    assert "route_scale is 1.0 in this run but 2.5 in the checkpoint" in said
 
 
 def some(rank, folder, names):

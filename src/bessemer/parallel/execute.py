@@ -16,6 +16,7 @@ schedule, so every schedule gives the gradients of the whole network to float32'
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -54,10 +55,14 @@ class Executor:
     """One rank of a pipeline: `slices[lane, stage]` for all that the table gives it, cut from one model; pipeline rank
     p is rank `peers[p]` of the world."""
 
-    def __init__(self, table: Table, me: int, slices: dict[tuple[int, int], Slice], peers: Sequence[int]):
+    def __init__(
+        self, table: Table, me: int, slices: dict[tuple[int, int], Slice], peers: Sequence[int],
+        around_backward: Callable[[], AbstractContextManager] = nullcontext,
+    ):  # fmt: skip
         if set(slices) != set(table.held(me)):
             raise ValueError(f"rank {me} of {table.name} holds {table.held(me)}, was given {sorted(slices)}")
-        self.table, self.me, self.slices, self.peers = table, me, slices, peers
+        self.table, self.me, self.slices, self.peers, self.around_backward = table, me, slices, peers, around_backward
+        self._stages = [{stage for _, stage in table.held(rank)} for rank in range(table.ranks)]
         self.losses: list[float] = []
         """Of the last run, what this rank's slices added to the loss."""
         self._kept: dict[Action, _Kept] = {}
@@ -69,7 +74,8 @@ class Executor:
         self.losses = []
         do = {"F": self._forward, "B": self._backward, "I": self._input, "W": self._weights}
         for action in actions(self.table.steps[self.me]):
-            do[action.kind](action, work[action.lane][action.micro])
+            with nullcontext() if action.kind == "F" else self.around_backward():
+                do[action.kind](action, work[action.lane][action.micro])
         for handle, _ in self._sends:
             handle.wait()
         self._sends.clear()
@@ -78,18 +84,23 @@ class Executor:
     def sum_shared(self) -> None:
         """Adds up the gradients of parameters that two ranks hold: the copies of DualPipe, and the embedding where MTP
         modules need it at the end. Both get the same sum, in the order of the ranks."""
-        stages = [{stage for _, stage in self.table.held(rank)} for rank in range(self.table.ranks)]
-        part = next(iter(self.slices.values()))
         mine = {name: p for one in self.slices.values() for name, p in one.named_parameters() if p.grad is not None}
-        for number, name in enumerate(sorted(mine)):
-            holders = [rank for rank in range(self.table.ranks) if stages[rank] & part.owners(name)]
-            for other in (rank for rank in holders if rank != self.me):
-                grad = mine[name].grad
-                theirs = torch.empty_like(grad)
-                handle = dist.isend(grad.contiguous(), self.peers[other], tag=number)
-                dist.recv(theirs, self.peers[other], tag=number)
-                handle.wait()
-                grad.copy_(grad + theirs if self.me < other else theirs + grad)
+        for name in sorted(mine):
+            self.sum_with_others(name, mine[name].grad)
+
+    def others(self, name: str) -> list[int]:
+        """Pipeline ranks beside this one that hold the parameter of this name."""
+        owners = next(iter(self.slices.values())).owners(name)
+        return [rank for rank in range(self.table.ranks) if rank != self.me and self._stages[rank] & owners]
+
+    def sum_with_others(self, name: str, x: Tensor) -> None:
+        """x += what the other rank has in its place; `name` says who that is. All holders call it in the same order."""
+        for other in self.others(name):
+            theirs = torch.empty_like(x)
+            handle = dist.isend(x.contiguous(), self.peers[other])
+            dist.recv(theirs, self.peers[other])
+            handle.wait()
+            x.copy_(x + theirs if self.me < other else theirs + x)
 
     def _forward(self, action: Action, work: Work) -> None:
         part = self.slices[action.lane, action.stage]

@@ -1,0 +1,127 @@
+"""Training steps with pipeline, experts, data and optimizer state in parallel against the trainer on one process."""
+
+import pytest
+import torch
+from ranks import on_ranks
+from test_execute import CFG, TERMS, batch
+
+from bessemer.model.transformer import Transformer
+from bessemer.parallel.mesh import Layout
+from bessemer.precision.fp8_linear import PAPER
+from bessemer.train.across import Across
+from bessemer.train.objective import next_token
+from bessemer.train.settings import Settings
+from bessemer.train.trainer import Trainer
+from bessemer.train.zero import Zero1
+
+STEPS, CLIP, LR, GAMMA = 4, 0.05, 3e-3, 0.01
+
+
+def model_of(cfg, fp8=False):
+    return Transformer(cfg).initialise(1).set_fp8(PAPER if fp8 else None)
+
+
+def batches(step, lot, micro):
+    return [batch(1000 * step + lot * micro + number, False) for number in range(micro)]
+
+
+def across(layout, name, micro, cfg=CFG, fp8=False, dtype=torch.float32):
+    return Across(model_of(cfg, fp8), layout, name, micro, compute_dtype=dtype, weight_decay=0.1)
+
+
+def update(training, step, micro):
+    lot = training.mesh.dp * training.layout.ep + training.mesh.ep
+    return training.update(batches(step, lot, micro), LR, CLIP, GAMMA, **TERMS)
+
+
+def on_a_rank(rank, name, layout, micro, dtype=torch.float32, fp8=False):
+    training = across(layout, name, micro, fp8=fp8, dtype=dtype)
+    values = [update(training, step, micro) for step in range(STEPS)]
+    weights = {name: value.numpy() for name, value in training.optimizer.masters().items()}
+    moments = {n: v.float().numpy() for n, v in training.optimizer.state_dict().items() if n.startswith("m/")}
+    biases = {name: gate.bias_E.numpy() for name, gate in training.gates.items()}
+    held = sum(t.nbytes for g in training.optimizer.groups for t in g.moments.values())
+    return values, weights, moments, biases, (training.mesh.experts.start, training.mesh.experts.stop), held
+
+
+def at_home(lots, micro, dtype=torch.float32, fp8=False):
+    """The trainer, after the same steps, and what it logged."""
+
+    def constant(value):
+        return lambda tokens, step: value
+
+    trainer = Trainer(
+        model_of(CFG, fp8), next_token, None,
+        Settings(tokens=1, lr=constant(LR), gamma=constant(GAMMA), batch_rows=constant(1), micro_rows=1, clip=CLIP,
+                 terms={name: constant(value) for name, value in TERMS.items()}, compute_dtype=dtype),
+    )  # fmt: skip
+    values = [trainer.update([b for lot in range(lots) for b in batches(step, lot, micro)]) for step in range(STEPS)]
+    return trainer, values
+
+
+LAYOUTS = [("1f1b", Layout(2, 1, 2), 3), ("dualpipe", Layout(2, 1, 2), 4), ("gpipe", Layout(1, 2, 2), 2),
+           ("zbv", Layout(2, 2, 1), 4)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "layout", "micro"), LAYOUTS, ids=str)
+def test_steps_across_ranks_are_the_trainer_s(name, layout, micro):
+    """Loss and norm to float32's last digits, routing biases exactly, weights within a tenth of a step of AdamW (whose
+    first steps divide a gradient by itself, however small)."""
+    found = on_ranks(layout.world, on_a_rank, name, layout, micro)
+    trainer, values = at_home(layout.dp * layout.ep, micro)
+    weights, state = trainer.optimizer.masters(), trainer.optimizer.state_dict()
+    held = set()
+    for theirs, own, moments, biases, (begin, end), _ in found:
+        for mine, wanted in zip(theirs, values, strict=True):
+            for key in ("train/total", "train/grad_norm"):
+                assert mine[key] == pytest.approx(wanted[key], rel=1e-4), key
+        held |= own.keys()
+        for parameter, value in own.items():
+            part = slice(begin, end) if ".experts." in parameter else slice(None)
+            moved = (torch.from_numpy(value) - weights[parameter][part]).abs().max()
+            assert moved < 0.1 * LR, (parameter, float(moved))
+            m = torch.from_numpy(moments[f"m/{parameter}"])
+            assert (m - state[f"m/{parameter}"][part]).norm() <= 1e-3 * m.norm() + 1e-9, parameter
+        for gate, bias in biases.items():
+            assert torch.equal(torch.from_numpy(bias), trainer.gates[gate].bias_E), gate
+    assert held == weights.keys()
+
+
+def test_moments_are_shared_out():
+    """dp 4: each rank holds a quarter of the moments that one process holds, up to the filling."""
+    found = on_ranks(4, on_a_rank, "gpipe", Layout(1, 4, 1), 1)
+    trainer, _ = at_home(1, 1)
+    whole = sum(t.nbytes for g in trainer.optimizer.groups for t in g.moments.values())
+    assert all(whole / 4 <= held < whole / 4 + 200_000 for *_, held in found)
+
+
+def test_in_bfloat16_and_in_fp8():
+    """All ranks end with the same weights, near those of one process."""
+    for fp8 in (False, True):
+        found = on_ranks(2, on_a_rank, "gpipe", Layout(1, 1, 2), 2, torch.bfloat16, fp8)
+        _, values = at_home(2, 2, torch.bfloat16, fp8)
+        for theirs, *_ in found:
+            for mine, wanted in zip(theirs, values, strict=True):
+                assert mine["train/total"] == pytest.approx(wanted["train/total"], rel=2e-3)
+                assert mine["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=5e-2)
+        assert all((found[0][1][n] == found[1][1][n]).all() for n in found[0][1] if ".experts." not in n)
+
+
+def poisoned(rank, layout):
+    training = across(layout, "1f1b", 2)
+    if rank == 1:  # the end of the pipeline
+        with torch.no_grad():
+            training.model.head.weight[3, 3] = float("nan")
+    before = {name: value.clone() for name, value in training.optimizer.masters().items()}
+    said = update(training, 0, 2)
+    return said, all(torch.equal(v, before[n]) or n == "head.weight" for n, v in training.optimizer.masters().items())
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all():
+    found = on_ranks(2, poisoned, Layout(2, 1, 1))
+    assert all(said == {"train/skipped": 1.0} and untouched for said, untouched in found)
+
+
+def test_muon_is_refused():
+    with pytest.raises(ValueError, match="Muon needs whole matrices"):
+        Zero1(model_of(CFG), None, set(), stacked={"x": 1})
