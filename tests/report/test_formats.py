@@ -46,7 +46,7 @@ def test_only_stages_that_share_all_else_are_compared():
         stage("two", curve(0.0), seed=2), stage("fp8-2", curve(0.2), seed=2, fp8="paper"),
     ]  # fmt: skip
     found = {(pair.label, pair.seed) for pair in formats.pairs(run(*stages))}
-    assert found == {("FP8, paper", 1), ("precision float32", 1), ("FP8, paper", 2)}
+    assert found == {("FP8, paper", 1), ("float32", 1), ("FP8, paper", 2)}
     assert formats.pairs(run(stages[0], stages[3])) == [] and formats.text(run(stages[0])) == ""
     assert formats.html(run(stages[0], stages[4])) == ""
 

@@ -85,7 +85,8 @@ def _label(stage: StageFacts, base: StageFacts) -> str:
     if settings.get("fp8", "off") != "off":
         return f"FP8, {str(settings['fp8']).replace('-', ' ')}"
     changed = [key for key in _FORMAT if settings.get(key) != base.settings.get(key)]
-    return ", ".join(f"{key} {settings.get(key)}" for key in changed) or "the same again"
+    named = (str(settings.get(key)) if key == "precision" else f"{key} {settings.get(key)}" for key in changed)
+    return ", ".join(named) or "the same again"
 
 
 _HEADS = ("format", "seeds", "mean gap %", "largest %", "at the end %", "held-out %")
@@ -137,13 +138,14 @@ def html(facts: RunFacts) -> str:
     found = pairs(facts)
     if not found:
         return ""
-    labels = list(dict.fromkeys(pair.label for pair in found))
     drawn = []
-    for label, colour in zip(labels, charts.colours(len(labels), ordered=False), strict=True):
-        drawn += [(pair.tokens, pair.gap, colour) for pair in found if pair.label == label]
-    legend = [(colour, label, "") for label, colour in zip(labels, charts.colours(len(labels), False), strict=True)]
-    chart = page.chart("Gap of the loss", "per cent, over tokens; a line a seed",
-                       charts.lines(drawn, "formats/gap", -AIM, AIM), legend)  # fmt: skip
+    for label in dict.fromkeys(pair.label for pair in found):
+        mine = [pair for pair in found if pair.label == label]
+        colours = charts.colours(len(mine), ordered=False)
+        lines = [(pair.tokens, pair.gap, colour) for pair, colour in zip(mine, colours, strict=True)]
+        svg = charts.lines(lines, f"formats/{label}", -AIM, AIM)
+        legend = [(colour, f"seed {pair.seed}", "") for pair, colour in zip(mine, colours, strict=True)]
+        drawn.append(page.chart(label, "gap of the loss, per cent, over tokens", svg, legend))
     rows = [[page.text(cell) for cell in row] for row in _rows(found)]
     table = page.table(_HEADS, rows, numeric=range(1, len(_HEADS)))
-    return f'<p class="lead">{page.text(_told(facts))}</p>{table}<div class="charts">{chart}</div>'
+    return f'<p class="lead">{page.text(_told(facts))}</p>{table}<div class="charts">{"".join(drawn)}</div>'
