@@ -1,0 +1,62 @@
+"""The curves of `bessemer run recipes/fp8-study.toml`, kept as figures and as a picture.
+
+    python bench/fp8_study.py runs/fp8-study --json bench/results/fp8_study.json --svg docs/fp8-study.svg
+
+Losses are smoothed as in the paper (e <- 0.9 e + 0.1 loss); the gap is that of a format to BF16 of the same seed, per
+cent, step by step. The table is the one the run prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+
+from bessemer.report import card, formats
+from bessemer.report.facts import read
+
+COLOURS = ("#1f6fb4", "#6b6b6b", "#c8641b", "#2e8b57", "#8e44ad")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--svg", type=Path)
+    args = parser.parse_args()
+    pairs = formats.pairs(read(args.run))
+    print(card.table(args.run))
+    if args.json:
+        curves = [
+            {"format": pair.label, "seed": pair.seed, "tokens": pair.tokens[::5], "heldout_percent": pair.heldout,
+             "gap_percent": [round(value, 4) for value in pair.gap[::5]]}
+            for pair in pairs
+        ]  # fmt: skip
+        args.json.write_text(json.dumps({"every": "5th step", "curves": curves}, indent=None) + "\n")
+    if args.svg:
+        draw(pairs, args.svg)
+
+
+def draw(pairs: list[formats.Pair], path: Path) -> None:
+    labels = list(dict.fromkeys(pair.label for pair in pairs))
+    rcParams["svg.fonttype"] = "none"
+    figure = Figure(figsize=(10, 2.6), layout="constrained")
+    panels = figure.subplots(1, len(labels), sharey=True)
+    for axes, label, colour in zip(panels, labels, COLOURS, strict=False):
+        for pair in pairs:
+            if pair.label == label:
+                axes.plot([tokens / 1e6 for tokens in pair.tokens[::2]], pair.gap[::2], color=colour, linewidth=1.1)
+        for bound in (-formats.AIM, formats.AIM):
+            axes.axhline(bound, color="#999999", linewidth=0.7, linestyle="--")
+        axes.set_title(label, fontsize=9)
+        axes.set_xlabel("million tokens", fontsize=8)
+        axes.tick_params(labelsize=8)
+    panels[0].set_ylabel("gap of the loss, %", fontsize=8)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
