@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -251,6 +252,14 @@ def test_convert_to_fp8(call, stub):
     assert status == 2 and "--fp8: a GGUF file has no FP8 in tiles" in err
     assert call("convert", "in", "out", "--fp8", "--scales", "e5m2")[0] == 2
     assert not seen
+
+
+def test_a_warning_is_one_line_without_the_place_in_the_program(call, stub):
+    stub("bessemer.model.hub", convert=lambda *a, **k: warnings.warn("tiles are\nnot even", stacklevel=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        status, _, err = call("convert", "in", "out", "--fp8")
+    assert status == 0 and err == "warning: tiles are not even\n"
 
 
 def test_plan_draws_a_schedule(call, tmp_path):

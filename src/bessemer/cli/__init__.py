@@ -6,7 +6,8 @@ output (as JSON with --json), everything else to standard error. Exit status: 0 
 """
 
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
@@ -23,11 +24,20 @@ from bessemer.cli import plan  # noqa: F401  isort: skip
 
 def main() -> None:
     """The program `bessemer`."""
+    before, warnings.showwarning = warnings.showwarning, _warn
     try:
         app()
     except UserError as error:
         print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
         sys.exit(2)
+    finally:
+        warnings.showwarning = before
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """What is said to users, in one line and without the place in the program."""
+    name = "warning" if category is UserWarning else category.__name__
+    print(f"{name}: " + " ".join(str(message).split("\n")), file=sys.stderr)
 
 
 def _version(wanted: bool) -> None:
