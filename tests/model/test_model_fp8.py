@@ -19,7 +19,7 @@ from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 from bessemer.precision.e5m6 import pack
 from bessemer.precision.fp8_linear import PAPER, Recipe, fp8_grouped_linear, fp8_linear
-from bessemer.precision.tiles import Operand, quantise
+from bessemer.precision.tiles import quantise
 from bessemer.train import balance
 from bessemer.train.objective import next_token
 
@@ -203,8 +203,8 @@ def test_swiglu_keeps_fp8_inputs_and_learns_from_them(gradient, grouped):
     dy = torch.randn(160, 130, generator=generator)
     inputs = [x, w13, w2, *([weight] if grouped else [])]
     if grouped:
-        rows, *sent = fp8.send(x, torch.arange(160), recipe)
-        y = fp8.expert_swiglu(rows, Operand(*sent), w13, w2, recipe, weight, count)
+        rows, sent = fp8.send(x, torch.arange(160), recipe)
+        y = fp8.expert_swiglu(rows, sent, w13, w2, recipe, weight, count)
     else:
         y = fp8.swiglu(x, w13, w2, recipe)
     ours = torch.autograd.grad(y, inputs, dy)
@@ -229,9 +229,9 @@ def test_what_is_sent_to_the_experts(dtype):
     """Each token quantised once, by powers of two, and copied; the gradients of its copies add up."""
     x = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     token = torch.tensor([4, 0, 0, 2, 5, 4, 4])
-    rows, *sent = fp8.send(x, token, PAPER)
+    rows, sent = fp8.send(x, token, PAPER)
     wanted = quantise(x, "tile", power_of_two=True)
-    assert torch.equal(Operand(*sent).dequantise(), wanted.dequantise()[token])
+    assert torch.equal(sent.dequantise(), wanted.dequantise()[token])
     assert rows.dtype == dtype and rows.shape == (7, 300) and rows.untyped_storage().nbytes() == dtype.itemsize
     drows = torch.arange(7.0)[:, None].expand(7, 300).to(dtype)
     rows.backward(drows)
@@ -240,7 +240,7 @@ def test_what_is_sent_to_the_experts(dtype):
 
 def test_bytes_on_the_way_to_an_expert():
     """Reference D.6: 7168 + 56 * 4 a token of V3, in FP8."""
-    _, *sent = fp8.send(torch.ones(2, 7168), torch.tensor([1]), PAPER)
+    _, sent = fp8.send(torch.ones(2, 7168), torch.tensor([1]), PAPER)
     assert sum(part.nbytes for part in sent) == 7392
 
 

@@ -107,6 +107,28 @@ def test_in_bfloat16_and_in_fp8():
         assert all((found[0][1][n] == found[1][1][n]).all() for n in found[0][1] if ".experts." not in n)
 
 
+def without_mtp(rank, layout):
+    """lambda 0: the modules neither run nor count tokens."""
+    training = across(layout, "1f1b", 2)
+    values = training.update(batches(0, 0, 2), LR, CLIP, GAMMA, 0.0, TERMS["balance_alpha"])
+    try:
+        training.update(batches(0, 0, 3), LR, CLIP, GAMMA, **TERMS)
+    except ValueError as error:
+        return values, str(error)
+
+
+def test_a_weight_of_zero_leaves_mtp_out_and_a_wrong_number_of_micro_batches_is_refused():
+    found = on_ranks(2, without_mtp, Layout(2, 1, 1))
+    model = model_of(CFG)
+    model.train()
+    losses = [next_token(model, b, 0.0, TERMS["balance_alpha"]) for b in batches(0, 0, 2)]
+    total = sum(float(loss.total.detach()) for loss in losses) / sum(float(loss.tokens) for loss in losses)
+    for values, said in found:
+        assert values["train/total"] == pytest.approx(total, rel=1e-5)
+        assert said == "3 micro-batches for a schedule of 2"
+        assert "moe/max_vio/mtp0" not in values
+
+
 def poisoned(rank, layout):
     training = across(layout, "1f1b", 2)
     if rank == 1:  # the end of the pipeline

@@ -136,8 +136,8 @@ def dispatch(x_ND: Tensor, routing: Routing, n_experts: int, recipe: Recipe | No
     count_E = torch.bincount(expert_M, minlength=n_experts)
     token_M, weight_M, slot_NK = order_M // K, routing.weight_NK.flatten()[order_M], slot_M.view(N, K)
     if recipe is not None:
-        rows_MD, *sent = fp8.send(x_ND, token_M, recipe)
-        return Dispatched(rows_MD, weight_M, count_E, slot_NK, Operand(*sent))
+        rows_MD, operand = fp8.send(x_ND, token_M, recipe)
+        return Dispatched(rows_MD, weight_M, count_E, slot_NK, operand)
     return Dispatched(x_ND.index_select(0, token_M), weight_M, count_E, slot_NK)
 
 

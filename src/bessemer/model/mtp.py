@@ -9,7 +9,10 @@ h^0 is the main model's output after its final norm, as released weights expect 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bessemer.model.config import ModelConfig
@@ -37,3 +40,22 @@ class MTPModule(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(h^k [B, T, D] before the output norm, balance term)."""
         return self.layer(self.join(h_BTD, embedded_BTD), rope, segments_BT)
+
+
+def predictions(
+    modules: Iterable[MTPModule], hidden_BTD: Tensor, tokens_BT: Tensor, segments_BT: Tensor | None,
+    embedding_VD: Tensor, rope_table: Callable[[int], Tensor],
+    call: Callable[[MTPModule], Callable[..., tuple[Tensor, Tensor]]] = lambda module: module,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """(every depth's states ready for the head, sum of the balance terms) from h^0 [B, T, D]. `call` says how a module
+    is run."""
+    h, depths = hidden_BTD, []
+    balance = torch.zeros((), dtype=torch.float32, device=h.device)
+    for k, module in enumerate(modules, start=1):
+        T = tokens_BT.shape[1] - k
+        embedded = F.embedding(tokens_BT[:, k:], embedding_VD)
+        segments = None if segments_BT is None else segments_BT[:, :T]
+        h, term = call(module)(h[:, :T], embedded, rope_table(T), segments)
+        balance = balance + term
+        depths.append(module.norm(h))
+    return depths, balance

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bessemer.model import rope
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Layer
 from bessemer.model.moe import FFN, Experts, Gate
-from bessemer.model.mtp import MTPModule
+from bessemer.model.mtp import MTPModule, predictions
 from bessemer.model.norm import RMSNorm
 from bessemer.precision.fp8_linear import Recipe
 
@@ -145,15 +144,9 @@ class Transformer(nn.Module):
         """
         x, balance = self._run(tokens_BT, segments_BT, choice_BTLK)
         hidden = self.norm(x)
-        h, depths = hidden, []
-        for k, module in enumerate(self.mtp if mtp else (), start=1):
-            T = tokens_BT.shape[1] - k
-            embedded = F.embedding(tokens_BT[:, k:], self.embed.weight)
-            segments = None if segments_BT is None else segments_BT[:, :T]
-            h, term = module(h[:, :T], embedded, self.rope_table(T), segments)
-            balance = balance + term
-            depths.append(module.norm(h))
-        return TrainOutputs(hidden, depths, balance)
+        modules = self.mtp if mtp else ()
+        depths, term = predictions(modules, hidden, tokens_BT, segments_BT, self.embed.weight, self.rope_table)
+        return TrainOutputs(hidden, depths, balance + term)
 
     def save(self, directory: str | Path, **options) -> None:
         """Writes a Hugging Face model directory; see `hub.save`."""

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bessemer.model import moe
+from bessemer.model import fp8, moe
 from bessemer.parallel import travel
 from bessemer.parallel.travel import Way
 from bessemer.precision.fp8_linear import Recipe
@@ -138,7 +138,7 @@ class Exchange:
         if at.payload is None:
             return Sent(at.x_TD.index_select(0, token), weight_M, count_E, token, None, ways)
         operand = travel.unpacked(at.payload[token], at.x_TD.shape[1])
-        return Sent(travel.copies(at.x_TD, token), weight_M, count_E, token, operand, ways)
+        return Sent(fp8.lead(at.x_TD, token), weight_M, count_E, token, operand, ways)
 
 
 class PlainExchange(Exchange):

@@ -39,6 +39,8 @@ class Work(NamedTuple):
     """(outputs of the last stage, head weight) -> what is differentiated there, that slice's balance term included."""
     balance_weight: Tensor
     """Of the balance terms of the other slices."""
+    mtp: bool = True
+    """Whether the MTP modules run."""
 
 
 class _Kept(NamedTuple):
@@ -107,7 +109,7 @@ class Executor:
         x = work.tokens_BT if part.first else self._receive(FORWARD, action, work).requires_grad_()
         y, balance = part(x, work.segments_BT)
         if part.last:
-            out = part.outputs(y, balance, work.tokens_BT, work.segments_BT)
+            out = part.outputs(y, balance, work.tokens_BT, work.segments_BT, work.mtp)
             loss = work.loss(out, part.head.weight)
         else:
             loss = work.balance_weight * balance

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Layer
 from bessemer.model.moe import Experts
+from bessemer.model.mtp import MTPModule, predictions
 from bessemer.model.transformer import TrainOutputs, Transformer
 from bessemer.parallel.exchange import Exchange
 
@@ -77,6 +77,11 @@ class Slice(nn.Module):
         self.norm, self.head = (model.norm, model.head) if self.last else (None, None)
 
     @property
+    def gates(self) -> set[str]:
+        """Names of its layers' gates, as in `Transformer.gates`."""
+        return {*self.layers, *(f"mtp{k}" for k in range(len(self.mtp)))}
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the residual stream."""
         layers = [*self.layers.values(), *(module.layer for module in self.mtp)]
@@ -97,23 +102,23 @@ class Slice(nn.Module):
         balance = torch.zeros((), dtype=torch.float32, device=x.device)
         table = self.rope_table(x.shape[1])
         for layer in self.layers.values():
-            x, term = self._through(layer)(x, table, segments_BT)
+            through = layer if self.exchange is None else across(layer, self.exchange)
+            x, term = through(x, table, segments_BT)
             if term is not None:
                 balance = balance + term
         return x, balance
 
-    def _through(self, layer: Layer) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        return layer if self.exchange is None else across(layer, self.exchange)
-
-    def outputs(self, x_BTD: Tensor, balance: Tensor, tokens_BT: Tensor, segments_BT: Tensor | None) -> TrainOutputs:
+    def outputs(
+        self, x_BTD: Tensor, balance: Tensor, tokens_BT: Tensor, segments_BT: Tensor | None, mtp: bool = True
+    ) -> TrainOutputs:
         """Of the last stage: `Transformer.train_outputs`, with the balance term of this slice alone."""
         hidden = self.norm(x_BTD)
-        h, depths = hidden, []
-        for k, module in enumerate(self.mtp, start=1):
-            T = tokens_BT.shape[1] - k
-            segments = None if segments_BT is None else segments_BT[:, :T]
-            joined = module.join(h[:, :T], F.embedding(tokens_BT[:, k:], self.embed.weight))
-            h, term = self._through(module.layer)(joined, self.rope_table(T), segments)
-            balance = balance + term
-            depths.append(module.norm(h))
-        return TrainOutputs(hidden, depths, balance)
+        modules = self.mtp if mtp else ()
+        table = None if self.embed is None else self.embed.weight
+        depths, term = predictions(modules, hidden, tokens_BT, segments_BT, table, self.rope_table, self._module)
+        return TrainOutputs(hidden, depths, balance + term)
+
+    def _module(self, module: MTPModule) -> Callable[..., tuple[Tensor, Tensor]]:
+        if self.exchange is None:
+            return module
+        return lambda h, embedded, *more: across(module.layer, self.exchange)(module.join(h, embedded), *more)

@@ -97,24 +97,6 @@ def _empty(x_TD: Tensor, rows: int) -> Tensor:
     return x_TD.new_zeros(()).expand(rows, x_TD.shape[1])
 
 
-def copies(x_TD: Tensor, token: Tensor) -> Tensor:
-    """`lead` on the spot: one row without memory for every entry of `token`."""
-    return _Copies.apply(x_TD, token)
-
-
-class _Copies(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TD: Tensor, token: Tensor) -> Tensor:
-        ctx.save_for_backward(token)
-        ctx.n_tokens = len(x_TD)
-        return _empty(x_TD, len(token))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, drows_MD: Tensor):
-        return summed(drows_MD, *ctx.saved_tensors, ctx.n_tokens), None
-
-
 def back(y_RD: Tensor, way: Way) -> Tensor:
     """Results home, [T, D]."""
     return _Back.apply(y_RD, way)

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bessemer.model.layer import Layer
 from bessemer.model.transformer import Transformer
 from bessemer.parallel.execute import Executor, Work
 from bessemer.parallel.mesh import Layout, Mesh
@@ -46,9 +45,10 @@ class Across:
             (lane, stage): Slice(model, stage, self.table.stages, exchange)
             for lane, stage in self.table.held(self.mesh.pp)
         }
+        held = {name for part in self.slices.values() for name in part.gates}
+        self.gates = {name: gate for name, gate in model.gates().items() if name in held}
         keep(model, self.slices.values())
         peers = [layout.rank(p, self.mesh.dp, self.mesh.ep) for p in range(layout.pp)]
-        self.gates = _gates(model)
         self.executor = Executor(self.table, self.mesh.pp, self.slices, peers, lambda: balance.counted_once(self.gates))
         shared = {name for name, _ in model.named_parameters() if self.executor.others(name)}
         self.optimizer = Zero1(model, self.mesh, shared, **options)
@@ -59,6 +59,8 @@ class Across:
         self, batches: Sequence[Batch], lr: float, clip: float, gamma: float, mtp_lambda: float, balance_alpha: float
     ) -> dict[str, float]:
         """One optimizer step; a step that is not finite anywhere is skipped everywhere."""
+        if len(batches) != self.table.micro:
+            raise ValueError(f"{len(batches)} micro-batches for a schedule of {self.table.micro}")
         self.executor.run(self._work(batches, mtp_lambda, balance_alpha))
         self.executor.sum_shared()
         self._sum_loads()
@@ -98,7 +100,8 @@ class Across:
             def loss(out: Any, head: Tensor) -> Tensor:
                 return next_token_of(out, head, batch, mtp_lambda, balance_alpha).total
 
-            return Work(batch.tokens_BT, batch.segments_BT, loss, balance_weight(batch, balance_alpha))
+            weight = balance_weight(batch, balance_alpha)
+            return Work(batch.tokens_BT, batch.segments_BT, loss, weight, mtp=mtp_lambda > 0)
 
         per = self.table.per_lane
         return [[one(batch) for batch in batches[lane * per : (lane + 1) * per]] for lane in range(self.table.lanes)]
@@ -114,10 +117,3 @@ class Across:
         total = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(total)
         return float(total)
-
-
-def _gates(model: Transformer) -> dict[str, balance.Gate]:
-    """Those of the layers that are here, by the names of `Transformer.gates`."""
-    layers = {str(i): layer for i, layer in enumerate(model.layers) if isinstance(layer, Layer)}
-    layers |= {f"mtp{k}": module.layer for k, module in enumerate(model.mtp)}
-    return {name: layer.ffn.gate for name, layer in layers.items() if not layer.dense}
