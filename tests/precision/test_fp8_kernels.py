@@ -178,15 +178,17 @@ def check_a_broken_promise_is_nan():
     assert backends.gemm(x, w, torch.float32, "block").isnan().all()
 
 
+def stack(*operands):
+    return Operand(*(torch.stack(part) for part in zip(*operands, strict=True)))
+
+
 def check_grouped():
     x, dy = tiles.quantise(of_rows(200, 300)), tiles.quantise(of_rows(200, 150, seed=2))
     for count in ([70, 0, 1, 129], [0, 0, 0, 200], [200, 0, 0, 0]):
         for group in ("tile", "block"):
-            w = [tiles.quantise(of_rows(150, 300, seed=g), group) for g in range(4)]
-            stacked = Operand(*(torch.stack(part) for part in zip(*w, strict=True)))
-            wanted = emulation.grouped_gemm(x, count, stacked, torch.float32, group)
-            for given in (w, stacked):
-                assert apart(backends.grouped_gemm(x, count, given, torch.float32, group), wanted) < 1e-12
+            w = stack(*(tiles.quantise(of_rows(150, 300, seed=g), group) for g in range(4)))
+            wanted = emulation.grouped_gemm(x, count, w, torch.float32, group)
+            assert apart(backends.grouped_gemm(x, count, w, torch.float32, group), wanted) < 1e-12
         sides = backends.turn(dy, count), backends.turn(x, count)
         got = backends.grouped_wgrad(*sides, count)
         assert apart(got, emulation.grouped_wgrad(*sides, count, torch.float32)) < 1e-12
@@ -203,7 +205,7 @@ def check_nothing_to_do():
     assert backends.gemm(none, w).shape == (0, 40) and backends.gemm(w, none).shape == (40, 0)
     assert backends.swiglu(torch.zeros(0, 64)).value_MK.shape == (0, 32)
     assert backends.turn(none).value_MK.shape == (256, 0)
-    assert backends.grouped_gemm(none, [0, 0], [w, w]).shape == (0, 40)
+    assert backends.grouped_gemm(none, [0, 0], stack(w, w)).shape == (0, 40)
     turned = backends.turn(none, [0, 0])
     assert backends.grouped_wgrad(turned, turned, [0, 0]).eq(0).all()
 
@@ -419,9 +421,9 @@ def test_bad_operands():
         "quantised, got torch.int64": lambda: backends.swiglu(torch.zeros(3, 4).long()),
         "even number of columns": lambda: backends.swiglu(torch.zeros(3, 5)),
         r"\[4\] weights": lambda: backends.swiglu(torch.zeros(3, 4), torch.ones(4)),
-        "do not fit 20 rows and 2 matrices": lambda: backends.grouped_gemm(x, [10, 9], [x, x]),
-        "2 groups .* and 1 matrices": lambda: backends.grouped_gemm(x, [10, 10], [x]),
-        "matrices of one shape": lambda: backends.grouped_gemm(x, [10, 10], [x, w]),
+        "do not fit 20 rows and 2 matrices": lambda: backends.grouped_gemm(x, [10, 9], stack(x, x)),
+        "2 groups .* and 1 matrices": lambda: backends.grouped_gemm(x, [10, 10], stack(x)),
+        "w must be an Operand": lambda: backends.grouped_gemm(x, [10, 10], [x, w]),
         r"\[25, -5\] rows do not fit": lambda: backends.turn(x, [25, -5]),
         r"make them with turn\(operand, count\)": lambda: backends.grouped_wgrad(x, x, [100, 200]),
         "differ inside of a block": lambda: backends.gemm(x, x, w_group="block"),

@@ -25,7 +25,7 @@ from torch import Tensor
 from bessemer.errors import UserError
 from bessemer.precision import emulation, gpu, tiles
 from bessemer.precision.gpu import VARIABLE, Call
-from bessemer.precision.operands import check_matrix, check_operand, check_pair, counts, stacked_operand
+from bessemer.precision.operands import check_matrix, check_operand, check_pair, counts
 from bessemer.precision.tiles import TILE, Group, Operand
 
 CALLS = ("quantise", "turn", "swiglu", "gemm", "grouped_gemm", "grouped_wgrad")
@@ -81,12 +81,10 @@ def gemm(x: Operand, w: Operand, out_dtype: torch.dtype = torch.bfloat16, w_grou
 
 
 def grouped_gemm(
-    x: Operand, count: Sequence[int], w: Operand | Sequence[Operand], out_dtype: torch.dtype = torch.bfloat16,
-    w_group: Group = "tile",
-) -> Tensor:  # fmt: skip
-    """Rows of x in the order of their groups, count[g] of each, times w_g^T: [M, N]. w: one operand per group, or all
-    of them stacked, values [G, N, K] and factors [G, N, J], which saves a copy."""
-    w = w if isinstance(w, Operand) else stacked_operand(w)
+    x: Operand, count: Sequence[int], w: Operand, out_dtype: torch.dtype = torch.bfloat16, w_group: Group = "tile"
+) -> Tensor:
+    """Rows of x in the order of their groups, count[g] of each, times w_g^T: [M, N]. w holds them stacked, values
+    [G, N, K] and factors [G, N, J]."""
     check_pair(x, w, out_dtype, stacked=True)
     count = counts(count, len(x.value_MK), len(w.value_MK))
     backend = choose("grouped_gemm", x, w, out_dtype, w_group, count)

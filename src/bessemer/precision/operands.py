@@ -58,15 +58,6 @@ def counts(count: Sequence[int], rows: int | None = None, groups: int | None = N
     return found
 
 
-def stacked_operand(operands: Sequence[Operand]) -> Operand:
-    """One operand of all groups'."""
-    if not operands or len({o.value_MK.shape for o in operands}) > 1:
-        raise ValueError(f"w needs matrices of one shape, got {[list(o.value_MK.shape) for o in operands]}")
-    for g, operand in enumerate(operands):
-        check_operand(f"w[{g}]", operand)
-    return Operand(torch.stack([o.value_MK for o in operands]), torch.stack([o.scale_MJ for o in operands]))
-
-
 def blocks(w: Operand) -> Tensor:
     """The factor of every block, [..., ceil(N / 128), J], of an operand quantised by blocks. NaN where those of its
     first and its last row differ: then it was not."""
