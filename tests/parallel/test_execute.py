@@ -13,7 +13,7 @@ from bessemer.parallel.mesh import Layout, Mesh
 from bessemer.parallel.schedules import schedule
 from bessemer.parallel.stage import Slice, cut, keep_experts
 from bessemer.precision.fp8_linear import PAPER
-from bessemer.train.objective import balance_weight, next_token, next_token_of
+from bessemer.train.objective import balance_weight, next_token
 
 CFG = preset("tiny", vocab_size=96, dim=32, inter_dim=48, moe_inter_dim=16, n_heads=2, q_lora_rank=24, kv_lora_rank=16,
              qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12)  # fmt: skip
@@ -43,7 +43,7 @@ def on_a_rank(rank, name, ranks, micro, cfg, fp8, segmented):
     for lane in range(table.lanes):
         batches = [batch(lane * table.per_lane + m, segmented) for m in range(table.per_lane)]
         work.append([
-            Work(b.tokens_BT, b.segments_BT, lambda out, head, b=b: next_token_of(out, head, b, **TERMS).total,
+            Work(b.tokens_BT, b.segments_BT, lambda out, head, b=b: next_token.of(out, head, b, **TERMS).total,
                  balance_weight(b, TERMS["balance_alpha"]))
             for b in batches
         ])  # fmt: skip
@@ -66,7 +66,7 @@ def on_a_rank_of_a_mesh(rank, name, layout, micro, fp8):
     batches = [batch(first + number, False) for number in range(micro)]
     work = [
         [
-            Work(b.tokens_BT, None, lambda out, head, b=b: next_token_of(out, head, b, **TERMS).total,
+            Work(b.tokens_BT, None, lambda out, head, b=b: next_token.of(out, head, b, **TERMS).total,
                  balance_weight(b, TERMS["balance_alpha"]))
             for b in batches[lane * table.per_lane : (lane + 1) * table.per_lane]
         ]

@@ -6,6 +6,7 @@ materialising all logits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,14 +52,23 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def initialise(self, seed: int) -> Transformer:
         """Normal(0, init_std) for every matrix, ones for norms, zeros for routing biases; the same on every device."""
-        generator = torch.Generator().manual_seed(seed)
-        done: set[int] = set()
-        for parameter in self.parameters():
-            if parameter.dim() >= 2 and id(parameter) not in done:
-                done.add(id(parameter))
-                fresh = torch.empty(parameter.shape, dtype=torch.float32)
-                parameter.copy_(fresh.normal_(0.0, self.cfg.init_std, generator=generator))
+        parameters = dict(self.named_parameters())
+        for name, expert, values in self.draws(seed):
+            parameter = parameters[name]
+            (parameter if expert is None else parameter[expert]).copy_(values)
         return self
+
+    def draws(self, seed: int) -> Iterator[tuple[str, int | None, Tensor]]:
+        """(parameter, expert, first values) of every matrix in turn, drawn as they are asked for. Stacked experts come
+        one by one where that draws the same numbers as all at once (the generator works in blocks of 16)."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            one_by_one = parameter.dim() == 3 and parameter[0].numel() % 16 == 0
+            for expert in range(len(parameter)) if one_by_one else (None,):
+                shape = parameter.shape if expert is None else parameter.shape[1:]
+                if parameter.dim() >= 2:
+                    fresh = torch.empty(shape, dtype=torch.float32)
+                    yield name, expert, fresh.normal_(0.0, self.cfg.init_std, generator=generator)
 
     def to_compute(self, dtype: torch.dtype) -> Transformer:
         """Matrices in the compute dtype; norm gains, gates and routing biases stay float32 (V3 3.3.1)."""

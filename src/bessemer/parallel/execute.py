@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bessemer.model.transformer import TrainOutputs
+from bessemer.parallel import signs
 from bessemer.parallel.stage import Slice
 from bessemer.parallel.table import Action, Table, actions
 
@@ -162,7 +163,11 @@ class Executor:
             return self._arrived.pop((way, key))
         weight = next(part.parameters())
         x = torch.empty(*work.tokens_BT.shape, part.width, dtype=part.dtype, device=weight.device)
-        dist.recv(x, self.peers[origin], tag=self._tag(way, key))
+        what = (
+            f"{'activations' if way == FORWARD else 'gradients'} of micro-batch {action.micro} at stage {action.stage}"
+        )
+        with signs.waiting(what, [self.peers[origin]]):
+            dist.recv(x, self.peers[origin], tag=self._tag(way, key))
         return x
 
     def _tag(self, way: int, key: Action) -> int:

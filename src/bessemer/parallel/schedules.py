@@ -1,9 +1,10 @@
-"""The schedules by name."""
+"""The schedules by name, and how many micro-batches each of them takes."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from typing import NamedTuple
 
 from bessemer.errors import UserError
 from bessemer.parallel.classic import gpipe, interleaved, one_f_one_b
@@ -11,16 +12,61 @@ from bessemer.parallel.dualpipe import dualpipe, dualpipe_v
 from bessemer.parallel.table import Table
 from bessemer.parallel.zero_bubble import zb1p, zbv
 
-SCHEDULES: dict[str, Callable[[int, int], Table]] = {
-    "gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved, "zb1p": zb1p, "zbv": zbv,
-    "dualpipe": dualpipe, "dualpipe-v": dualpipe_v,
-}  # fmt: skip
+
+class Rule(NamedTuple):
+    """One schedule, with P the number of its ranks."""
+
+    table: Callable[[int, int], Table]
+    """P, M -> what is done."""
+    least: Callable[[int], int] = lambda P: 1
+    """The fewest micro-batches of a step."""
+    multiple: Callable[[int], int] = lambda P: 1
+    """What their number must be a multiple of."""
+
+
+SCHEDULES: dict[str, Rule] = {
+    "gpipe": Rule(gpipe),
+    "1f1b": Rule(one_f_one_b),
+    "interleaved": Rule(interleaved, least=lambda P: P, multiple=lambda P: P),
+    "zb1p": Rule(zb1p),
+    "zbv": Rule(zbv, least=lambda P: 2 * P - 1),
+    "dualpipe": Rule(dualpipe, least=lambda P: 2 * P, multiple=lambda P: 2),
+    "dualpipe-v": Rule(dualpipe_v, least=lambda P: 2 * P),
+}
 
 
 def schedule(name: str, ranks: int, micro: int) -> Table:
     """The table of a schedule for P ranks and M micro-batches; UserError for one that does not exist."""
+    return _rule(name).table(ranks, micro)
+
+
+def chosen(name: str, ranks: int) -> str:
+    """The schedule that "auto" stands for: the paper's where the number of pipeline ranks is even, else 1F1B."""
+    if name != "auto":
+        _rule(name)
+        return name
+    return "dualpipe" if ranks % 2 == 0 else "1f1b"
+
+
+def stages_of(name: str, ranks: int) -> int:
+    """Slices that the model is cut into."""
+    return schedule(name, ranks, least(name, ranks)).stages
+
+
+def least(name: str, ranks: int) -> int:
+    """The fewest micro-batches of a step."""
+    return _rule(name).least(ranks)
+
+
+def micro_batches(name: str, ranks: int, wanted: int) -> int:
+    """The smallest number of micro-batches from `wanted` on that a schedule takes."""
+    multiple = _rule(name).multiple(ranks)
+    return -(-max(wanted, least(name, ranks)) // multiple) * multiple
+
+
+def _rule(name: str) -> Rule:
     if name not in SCHEDULES:
         near = difflib.get_close_matches(name, SCHEDULES, n=1)
         hint = f'did you mean "{near[0]}"?' if near else f"there are: {', '.join(SCHEDULES)}"
         raise UserError(f'no schedule "{name}"; {hint}')
-    return SCHEDULES[name](ranks, micro)
+    return SCHEDULES[name]

@@ -13,34 +13,41 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import Field, SerializeAsAny
 
 from bessemer.errors import UserError
 from bessemer.recipe.settings import StageSettings, Strict, keys, nearest, stage_refs, validate
 from bessemer.recipe.stage import find_kind
+from bessemer.recipe.values import Seconds
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _RESERVED = ("model", "layout", "stage", "name", "seed")  # what --set already means by these words
 
 
 class Layout(Strict):
-    """[layout]: how the run is spread over devices."""
+    """[layout]: how the run is spread over devices. It changes speed and memory, not what a stage makes."""
 
-    pp: int = 1
-    """Pipeline-parallel ranks."""
-    ep: int = 1
-    """Expert-parallel ranks."""
-    dp: int = 1
-    """Data-parallel ranks."""
+    pp: int = Field(1, ge=1)
+    """Pipeline-parallel ranks (V3: 16)."""
+    ep: int = Field(1, ge=1)
+    """Expert-parallel ranks (V3: 64)."""
+    dp: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Data-parallel ranks (V3: 2 of 64 experts' ranks each); auto: all that were started, divided by pp and ep."""
+    node: int = Field(8, ge=1)
+    """Ranks of one node; tokens cross to another node at most once."""
+    schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipe-v"] = "auto"
+    """Of the pipeline; auto: dualpipe where pp is even (V3), else 1f1b."""
+    recompute: list[Literal["attend", "experts"]] = Field(default_factory=list)
+    """Phases of every layer that backward computes again instead of keeping what they made."""
+    timeout: Seconds = 600.0
+    """How long one rank may wait for another before the run ends and says who waited for whom."""
 
-    @field_validator("pp", "ep", "dp")
-    @classmethod
-    def one_device(cls, ranks: int) -> int:
-        if ranks != 1:
-            raise ValueError("training on many devices is not built yet; use 1")
-        return ranks
+    @property
+    def fewest(self) -> int:
+        """Ranks that it needs."""
+        return self.pp * self.ep * (1 if self.dp == "auto" else self.dp)
 
 
 class Head(Strict):
