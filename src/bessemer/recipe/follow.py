@@ -24,7 +24,7 @@ def follow(recipe: Recipe, ranks: Ranks, cache: Path | None = None) -> None:
         find_kind(settings.kind, settings.name)().resolve(settings, recipe)
     with open(os.devnull, "w") as nowhere:
         progress = RunProgress({}, out=nowhere)
-        with signals(quiet=True) as stop:
+        with signals(together=True, quiet=True) as stop:
             for order in ranks.follow():
                 settings = recipe.stage(order["stage"])
                 stage = find_kind(settings.kind, settings.name)()

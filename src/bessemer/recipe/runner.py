@@ -89,7 +89,7 @@ def run(
     derived = {settings.name: kinds[settings.name].resolve(settings, recipe) for settings in recipe.stages}
     estimates = {settings.name: kinds[settings.name].estimate(settings, recipe) for settings in recipe.stages}
     progress = progress or RunProgress(estimates)
-    with RunDir.open(root, recipe.name) as rundir, explained(root), signals() as stop:
+    with RunDir.open(root, recipe.name) as rundir, explained(root), signals(together=ranks is not None) as stop:
         rundir.record_recipe(recipe.to_toml())
         metrics = Metrics(root / "metrics.jsonl")
         try:

@@ -12,14 +12,14 @@ from bessemer.recipe.stage import StopFlag
 
 
 @contextmanager
-def signals(quiet: bool = False) -> Iterator[StopFlag]:
-    """The first SIGINT or SIGTERM raises the flag, the second does what it always did. Ctrl-C may come twice at once,
-    from the terminal and from who started the ranks: within a second it counts as one."""
+def signals(together: bool = False, quiet: bool = False) -> Iterator[StopFlag]:
+    """The first SIGINT or SIGTERM raises the flag, the second does what it always did. To ranks that were started
+    `together` Ctrl-C may come twice, from the terminal and from who started them: within a second it counts as one."""
     stop, first = StopFlag(), 0.0
 
     def on_signal(number: int, _: Any) -> None:
         nonlocal first
-        if stop and time.monotonic() - first > 1.0:
+        if stop and not (together and time.monotonic() - first < 1.0):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         if stop:
