@@ -100,7 +100,8 @@ def test_a_killed_rank_takes_nothing_with_it(base, out):
     status, said = finished(process)
     assert status == 0, said
     assert "rank 1 was killed by SIGKILL; starting all of them again" in said
-    assert "going on from step" in said and "2 ranks: pp 2 x dp 1 x ep 1" in said and "schedule: dualpipe" in said
+    assert "going on from step" in said and "2 ranks: pp 2 x dp 1 x ep 1\n" in said
+    assert "schedule: dualpipe, 1f1b for steps of fewer than 4 micro-batches" in said
     assert "Traceback" not in said
     same_curve(losses(out), losses(base / "one"))
     assert model_files(out) == model_files(base / "one")
@@ -168,7 +169,7 @@ def together(base, out, *overrides):
     ("overrides", "words"),
     [
         ([("--set", "layout.dp=3")] * 2, "layout pp 1 x dp 3 x ep 1 on 2 ranks: it makes 3 ranks; these fit: "),
-        ([("--set", "layout.pp=2", "--set", "pretrain.batch_rows=3")] * 2,
+        ([("--set", "layout.pp=2", "--set", "layout.schedule=dualpipe", "--set", "pretrain.batch_rows=3")] * 2,
          "a step of 3 rows is too small for pp 2 x dp 1 x ep 1: 1 pipelines side by side need 4 micro-batches each "
          "(dualpipe on 2 pipeline ranks), 4 rows in all"),
         ([("--set", "seed=8"), ("--set", "seed=9")], "recipe differs between ranks: "),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from bessemer.errors import UserError
@@ -36,16 +37,17 @@ SCHEDULES: dict[str, Rule] = {
 
 
 def schedule(name: str, ranks: int, micro: int) -> Table:
-    """The table of a schedule for P ranks and M micro-batches; UserError for one that does not exist."""
-    return _rule(name).table(ranks, micro)
-
-
-def chosen(name: str, ranks: int) -> str:
-    """The schedule that "auto" stands for: the paper's where the number of pipeline ranks is even, else 1F1B."""
+    """The table of a schedule for P ranks and M micro-batches; UserError for one that does not exist. "auto" is the
+    paper's where the number of ranks is even, else 1F1B. A step with too few micro-batches for DualPipe goes through
+    its slices by 1F1B, one way (a run may begin with small batches, as V3's did)."""
     if name != "auto":
-        _rule(name)
-        return name
-    return "dualpipe" if ranks % 2 == 0 else "1f1b"
+        return _rule(name).table(ranks, micro)
+    if ranks % 2:
+        return one_f_one_b(ranks, micro)
+    if micro % 2 == 0 and micro >= SCHEDULES["dualpipe"].least(ranks):
+        return dualpipe(ranks, micro)
+    table = one_f_one_b(ranks, micro)
+    return replace(table, place=(*table.place, tuple(reversed(table.place[0]))), idle=1)
 
 
 def stages_of(name: str, ranks: int) -> int:
@@ -55,11 +57,14 @@ def stages_of(name: str, ranks: int) -> int:
 
 def least(name: str, ranks: int) -> int:
     """The fewest micro-batches of a step."""
-    return _rule(name).least(ranks)
+    return 1 if name == "auto" else _rule(name).least(ranks)
 
 
 def micro_batches(name: str, ranks: int, wanted: int) -> int:
     """The smallest number of micro-batches from `wanted` on that a schedule takes."""
+    if name == "auto":
+        enough = ranks % 2 == 0 and wanted >= SCHEDULES["dualpipe"].least(ranks)
+        return micro_batches("dualpipe" if enough else "1f1b", ranks, wanted)
     multiple = _rule(name).multiple(ranks)
     return -(-max(wanted, least(name, ranks)) // multiple) * multiple
 

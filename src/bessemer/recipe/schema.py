@@ -38,7 +38,8 @@ class Layout(Strict):
     node: int = Field(8, ge=1)
     """Ranks of one node; tokens cross to another node at most once."""
     schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipe-v"] = "auto"
-    """Of the pipeline; auto: dualpipe where pp is even (V3), else 1f1b."""
+    """Of the pipeline; auto: dualpipe where pp is even (V3), else 1f1b, as in steps with fewer than 2 pp
+    micro-batches."""
     recompute: list[Literal["attend", "experts"]] = Field(default_factory=list)
     """Phases of every layer that backward computes again instead of keeping what they made."""
     timeout: Seconds = 600.0

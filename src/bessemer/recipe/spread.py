@@ -103,14 +103,16 @@ def save(ctx: StageContext, trainer: Trainer, tokenizer_dir: Path, name: str = "
         trainer.model.save(ctx.dir / name, tokenizer_dir=tokenizer_dir)
 
 
-def check(recipe: Recipe, stage: str, rows: Iterable[float], cfg: ModelConfig | None = None) -> None:
-    """UserError, before anything runs, if the recipe's layout does not fit this model or the ranks that were started,
-    or if a step of so few rows does not fill its pipelines."""
+def check(
+    recipe: Recipe, stage: str, rows: Iterable[float], cfg: ModelConfig | None = None, n: int | None = None
+) -> None:
+    """UserError, before anything runs, if the recipe's layout does not fit this model or n ranks (None: those that were
+    started), or if a step of so few rows does not fill its pipelines."""
     wanted = recipe.layout
-    n = Ranks.wanted() if Ranks.started() else wanted.fewest
+    n = n or (Ranks.wanted() if Ranks.started() else wanted.fewest)
     if n == wanted.fewest == 1:
         return
-    layout, schedule, slices = _layout(wanted, n)
+    layout, schedule, slices = layout_of(wanted, n)
     if cfg is not None:
         mesh.check(layout, cfg, n, slices)
     least, lots = schedules.micro_batches(schedule, layout.pp, 1), layout.dp * layout.ep
@@ -122,16 +124,21 @@ def check(recipe: Recipe, stage: str, rows: Iterable[float], cfg: ModelConfig | 
         )
 
 
-def _layout(wanted: Wanted, n: int) -> tuple[mesh.Layout, str, int]:
+def layout_of(wanted: Wanted, n: int) -> tuple[mesh.Layout, str, int]:
     """(layout of n ranks, schedule, slices that it gives every pipeline rank)."""
     dp = wanted.dp if wanted.dp != "auto" else max(1, n // (wanted.pp * wanted.ep))
-    schedule = schedules.chosen(wanted.schedule, wanted.pp)
-    slices = schedules.stages_of(schedule, wanted.pp) // wanted.pp
-    return mesh.Layout(wanted.pp, dp, wanted.ep, wanted.node), schedule, slices
+    slices = schedules.stages_of(wanted.schedule, wanted.pp) // wanted.pp
+    return mesh.Layout(wanted.pp, dp, wanted.ep, wanted.node), wanted.schedule, slices
+
+
+def _named(schedule: str, pp: int) -> str:
+    if schedule != "auto":
+        return schedule
+    return "1f1b" if pp % 2 else f"dualpipe, 1f1b for steps of fewer than {2 * pp} micro-batches"
 
 
 def _mesh(ctx: StageContext, cfg: ModelConfig) -> tuple[mesh.Mesh, str]:
-    layout, schedule, slices = _layout(ctx.recipe.layout, ctx.ranks.n)
+    layout, schedule, slices = layout_of(ctx.recipe.layout, ctx.ranks.n)
     made = mesh.Mesh(layout, cfg, slices)
-    ctx.say(f"{mesh.drawn(layout)}\nschedule: {schedule}")
+    ctx.say(f"{mesh.drawn(layout)}\nschedule: {_named(schedule, layout.pp)}")
     return made, schedule

@@ -120,7 +120,7 @@ class Across(Trainer):
             return Work(batch.tokens_BT, batch.segments_BT, loss, weight, mtp=self.objective.with_mtp(**terms))
 
         per = executor.table.per_lane
-        lanes = range(executor.table.lanes)
+        lanes = range(executor.table.lanes - executor.table.idle)
         return [[one(batch) for batch in batches[lane * per : (lane + 1) * per]] for lane in lanes]
 
     def _sums_of(self, batches: Sequence[Batch], losses: list[float], terms: dict[str, float]) -> Sums:
