@@ -85,17 +85,20 @@ def test_without_gradients_there_before():
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
 
 
+def counting(real, name, counted):
+    def function(*arguments, **named):
+        counted[name] += 1
+        return real(*arguments, **named)
+
+    return function
+
+
 def products(function, monkeypatch):
     """GEMMs, by the operation that did them, while function ran."""
     counted = Counter()
     with monkeypatch.context() as patch:
         for name in ("gemm", "grouped_gemm", "grouped_wgrad"):
-
-            def counting(*arguments, name=name, real=getattr(backends, name), **named):
-                counted[name] += 1
-                return real(*arguments, **named)
-
-            patch.setattr(backends, name, counting)
+            patch.setattr(backends, name, counting(getattr(backends, name), name, counted))
         with profile(use_cpu=True) as profiler:
             function()
     if not counted:  # in FP8 how many a backend needs is its own affair

@@ -48,8 +48,9 @@ class Across:
         held = {name for part in self.slices.values() for name in part.gates}
         self.gates = {name: gate for name, gate in model.gates().items() if name in held}
         keep(model, self.slices.values())
-        peers = [layout.rank(p, self.mesh.dp, self.mesh.ep) for p in range(layout.pp)]
-        self.executor = Executor(self.table, self.mesh.pp, self.slices, peers, lambda: balance.counted_once(self.gates))
+        self.executor = Executor(
+            self.table, self.mesh.pp, self.slices, layout.groups("pp"), lambda: balance.counted_once(self.gates)
+        )
         shared = {name for name, _ in model.named_parameters() if self.executor.others(name)}
         self.optimizer = Zero1(model, self.mesh, shared, **options)
         self.step = 0
