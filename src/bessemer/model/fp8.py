@@ -19,13 +19,12 @@ Shapes: B rows, T tokens, N = B*T, D hidden, H heads, M routed rows, F inner wid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from bessemer.model.attention import recomputing, recomputing_backward
 from bessemer.model.deferred import gradient
@@ -37,13 +36,6 @@ from bessemer.precision.tiles import Operand
 
 if TYPE_CHECKING:
     from bessemer.model.mla import MLA
-
-
-def recomputed(function: Any, *arguments: Any) -> Any:
-    """function(*arguments), of which backward keeps the arguments only."""
-    if not torch.is_grad_enabled():
-        return function(*arguments)
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 @torch.compiler.disable
