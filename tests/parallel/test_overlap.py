@@ -8,8 +8,11 @@ import pytest
 import torch
 from ranks import on_ranks
 from test_execute import CFG, TERMS, batch, model_of, whole
+from torch.autograd.profiler import profile
 
-from bessemer.parallel.chunk import _differentiate
+from bessemer.data.batch import Batch
+from bessemer.model.presets import preset
+from bessemer.parallel.chunk import Chunk, _differentiate
 from bessemer.parallel.execute import Executor, Work
 from bessemer.parallel.mesh import Layout, Mesh
 from bessemer.parallel.schedules import schedule
@@ -17,7 +20,7 @@ from bessemer.parallel.stage import Slice, keep_experts
 from bessemer.parallel.streams import Beside, Serial
 from bessemer.parallel.table import Action, Pair, Table, actions
 from bessemer.train import balance
-from bessemer.train.objective import balance_weight, next_token_of
+from bessemer.train.objective import balance_weight, next_token, next_token_of
 
 
 class Jittery(Beside):
@@ -115,6 +118,33 @@ def test_phases_have_the_bits_of_one_graph(fp8):
     _, wanted = whole(3, CFG, fp8, False)
     assert grads.keys() == wanted.keys()
     assert [name for name in grads if not (grads[name] == wanted[name].numpy()).all()] in ([], ["embed.weight"])
+
+
+def live_bytes(function):
+    """Allocated and not freed while function ran; what it returns lives to its end."""
+    with profile(use_cpu=True, profile_memory=True) as profiler:
+        alive = function()  # noqa: F841
+    return sum(event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
+def test_phases_keep_no_more_than_one_graph(fp8):
+    cfg = preset("tiny")
+    model = model_of(cfg, fp8)
+    model.rope_table(64)
+    data = Batch(torch.arange(256).view(4, 64), (torch.arange(64) > 0).float().repeat(4, 1), None)
+    part = Slice(model, 0, 1)
+
+    def phases():
+        out = yield from part.phases(data.tokens_BT, data.tokens_BT)
+        return None, next_token_of(out, model.head.weight, data, **TERMS).total
+
+    def chunk():
+        one = Chunk(phases(), Serial())
+        list(one.forward())
+        return one
+
+    assert live_bytes(chunk) <= 1.001 * live_bytes(lambda: next_token(model, data, **TERMS))
 
 
 class Noted(Serial):

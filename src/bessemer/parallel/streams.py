@@ -6,6 +6,8 @@
 `run(exchange, phase, after)` starts a phase that comes after another one and returns what the next is to come after.
 Computation is done when it returns (on a GPU: queued); communication goes on meanwhile. The phases of one micro-batch
 follow one another, those of two may overlap; so nothing is shared but weights, and of those communication has none.
+
+On CPUs the thread is tested to the bit. The streams are written down and have not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ class Beside(Serial):
 
     def __init__(self, device: torch.device):
         self._thread = ThreadPoolExecutor(1, "exchange")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._device = device
+        cuda = device.type == "cuda"
+        self._streams = (torch.cuda.current_stream(device), torch.cuda.Stream(device)) if cuda else ()
 
     def run(self, exchange: bool, phase: Callable[[], None], after: Any) -> Any:
         if exchange:
@@ -50,14 +52,13 @@ class Beside(Serial):
     def _run(self, exchange: bool, phase: Callable[[], None], after: Any) -> Any:
         with self.on(exchange):
             if after is not None:
-                torch.cuda.current_stream().wait_event(after)
+                self._streams[exchange].wait_event(after)
             phase()
-            return None if self._stream is None else torch.cuda.current_stream().record_event()
+            return self._streams[exchange].record_event() if self._streams else None
 
     def on(self, exchange: bool) -> AbstractContextManager:
-        return torch.cuda.stream(self._stream) if exchange and self._stream is not None else nullcontext()
+        return torch.cuda.stream(self._streams[exchange]) if self._streams else nullcontext()
 
     def share(self, x: Tensor) -> None:
-        if self._stream is not None and x.is_cuda:
-            x.record_stream(self._stream)
-            x.record_stream(torch.cuda.default_stream(self._device))
+        for stream in self._streams if x.is_cuda else ():
+            x.record_stream(stream)
