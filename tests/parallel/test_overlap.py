@@ -1,6 +1,7 @@
 """Overlapped pairs: the bits of a forward and then a backward, whatever runs beside what."""
 
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +13,8 @@ from torch.autograd.profiler import profile
 
 from bessemer.data.batch import Batch
 from bessemer.model.presets import preset
-from bessemer.parallel.chunk import Chunk, _differentiate
+from bessemer.parallel import chunk
+from bessemer.parallel.chunk import Chunk
 from bessemer.parallel.execute import Executor, Work
 from bessemer.parallel.mesh import Layout, Mesh
 from bessemer.parallel.schedules import schedule
@@ -127,24 +129,64 @@ def live_bytes(function):
     return sum(event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]")
 
 
-@pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
-def test_phases_keep_no_more_than_one_graph(fp8):
-    cfg = preset("tiny")
-    model = model_of(cfg, fp8)
-    model.rope_table(64)
-    data = Batch(torch.arange(256).view(4, 64), (torch.arange(64) > 0).float().repeat(4, 1), None)
+def forwarded(model, data, streams):
+    """The whole network as one chunk, after its forward."""
     part = Slice(model, 0, 1)
 
     def phases():
         out = yield from part.phases(data.tokens_BT, data.tokens_BT)
         return None, next_token_of(out, model.head.weight, data, **TERMS).total
 
-    def chunk():
-        one = Chunk(phases(), Serial())
-        list(one.forward())
-        return one
+    one = Chunk(phases(), streams)
+    list(one.forward())
+    return one
 
-    assert live_bytes(chunk) <= 1.001 * live_bytes(lambda: next_token(model, data, **TERMS))
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
+def test_phases_keep_no_more_than_one_graph(fp8):
+    model = model_of(preset("tiny"), fp8)
+    model.rope_table(64)
+    data = Batch(torch.arange(256).view(4, 64), (torch.arange(64) > 0).float().repeat(4, 1), None)
+    kept = live_bytes(lambda: forwarded(model, data, Serial()))
+    assert kept <= 1.001 * live_bytes(lambda: next_token(model, data, **TERMS))
+
+
+class Kinds(Serial):
+    """Which kind of phase is running, and for which the ends of its graph are made."""
+
+    running = made_for = None
+
+    def run(self, exchange, phase, after):
+        self.running = exchange
+        phase()
+
+    @contextmanager
+    def on(self, exchange):
+        self.made_for = exchange
+        yield
+        self.made_for = None
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
+def test_gradients_arrive_in_the_stream_that_their_border_was_made_for(fp8, monkeypatch):
+    """On a GPU autograd makes the stream of a border wait for the one that computes its gradient. If they differed, an
+    exchange would hold up the computation beside it."""
+    streams, arrived = Kinds(), []
+
+    class Slot(chunk._Slot):
+        def __init__(self, x):
+            self.made_for = streams.made_for
+            super().__init__(x)
+
+        def __setattr__(self, name, value):
+            if name == "gradient" and value is not None and self.made_for is not None:
+                arrived.append((self.made_for, streams.running))
+            super().__setattr__(name, value)
+
+    monkeypatch.setattr(chunk, "_Slot", Slot)
+    list(forwarded(model_of(CFG, fp8), batch(0, False), streams).backward(None, nullcontext))
+    assert {True, False} == {made_for for made_for, _ in arrived}
+    assert all(made_for == running for made_for, running in arrived)
 
 
 class Noted(Serial):
@@ -155,7 +197,7 @@ class Noted(Serial):
 
     def run(self, exchange, phase, after):
         phase()
-        self.ran.append(("B" if phase.func is _differentiate else "F", "exchange" if exchange else "compute"))
+        self.ran.append(("B" if phase.func is chunk._differentiate else "F", "exchange" if exchange else "compute"))
 
 
 def noted(rank):

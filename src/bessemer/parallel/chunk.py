@@ -39,6 +39,7 @@ class Chunk:
         self._cuts: list[list[_Slot]] = []
         """Of every phase that was run."""
         self._after: Any = None
+        self._needed = torch.zeros((), requires_grad=True)
         self.sent: Tensor | None = None
         self.loss: Tensor | None = None
 
@@ -96,7 +97,7 @@ class Chunk:
         if not x.requires_grad:
             return x
         slots.append(_Slot(x))
-        return _Border.apply(x.detach(), torch.zeros((), requires_grad=True), slots[-1], self._streams)
+        return _Border.apply(x.detach(), self._needed, slots[-1], self._streams)
 
 
 def _differentiate(slots: list[_Slot]) -> None:

@@ -58,10 +58,10 @@ class Executor:
         if set(slices) != set(table.held(me)):
             raise ValueError(f"rank {me} of {table.name} holds {table.held(me)}, was given {sorted(slices)}")
         self.table, self.me, self.slices, self.around_backward = table, me, slices, around_backward
-        self.channels, self.store = Channels(table, pipelines), Store()
+        self._device = next(next(iter(slices.values())).parameters()).device
+        self.channels, self.store = Channels(table, pipelines, self._device), Store()
         for part in slices.values():
             self.store.serve(part)
-        self._device = next(next(iter(slices.values())).parameters()).device
         self._streams = streams or (Beside(self._device) if self._device.type == "cuda" else Serial())
         self._stages = [{stage for _, stage in table.held(rank)} for rank in range(table.ranks)]
         self.losses: list[float] = []

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -54,9 +55,13 @@ def holders(table: Table) -> list[tuple[int, ...]]:
 
 class Channels:
     """This rank's ends of all directions. `pipelines` are the ranks of every pipeline of the world, in the order of the
-    table; all ranks of the world make this together."""
+    table; all ranks of the world make this together.
 
-    def __init__(self, table: Table, pipelines: Sequence[Sequence[int]]):
+    The first message of a direction makes the connection, and NCCL's ends wait for each other there. So it is sent
+    here, in one order on all ranks.
+    """
+
+    def __init__(self, table: Table, pipelines: Sequence[Sequence[int]], device: torch.device):
         self.table, self._orders, world = table, orders(table), dist.get_rank()
         self.me = next(list(peers).index(world) for peers in pipelines if world in peers)
         self._to: dict[int, tuple[int, Any]] = {}
@@ -65,11 +70,13 @@ class Channels:
         for peers in pipelines:
             me = self.me if world in peers else None
             for source, target in sorted(self._orders):
-                group = dist.new_group([peers[source], peers[target]])
+                group, greeting = dist.new_group([peers[source], peers[target]]), torch.zeros(1, device=device)
                 if me == source:
                     self._to[target] = peers[target], group
+                    dist.send(greeting, peers[target], group)
                 elif me == target:
                     self._from[source] = peers[source], group
+                    dist.recv(greeting, peers[source], group)
             for ranks in holders(table):
                 group = dist.new_group([peers[rank] for rank in ranks])
                 if me in ranks:
