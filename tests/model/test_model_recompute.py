@@ -8,6 +8,7 @@ from torch.autograd.profiler import profile
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 from bessemer.model.deferred import Store
+from bessemer.model.kept import kept_bytes
 from bessemer.model.presets import preset
 from bessemer.model.recompute import PHASES
 from bessemer.model.transformer import Transformer
@@ -81,17 +82,21 @@ def live_bytes(function):
     return sum(event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]")
 
 
-def test_fewer_bytes_are_kept():
-    """Each phase by itself keeps less, all of them least: the residual stream and rows on their way."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fewer_bytes_are_kept(dtype):
+    """Each phase by itself keeps less, all of them least: the residual stream and rows on their way. As computed, within
+    2 %."""
     cfg, kept = preset("tiny"), {}
     data = batch(cfg, rows=4, length=128)
     for phases in ((), *((phase,) for phase in PHASES), PHASES):
-        model = Transformer(cfg).initialise(0).to_compute(torch.bfloat16).set_recompute(phases)
+        model = Transformer(cfg).initialise(0).to_compute(dtype).set_recompute(phases)
         model.train()
         model.rope_table(128)
         kept[phases] = live_bytes(lambda model=model: next_token(model, data, **TERMS))
+        wanted = kept_bytes(cfg, 4, 128, fp8=False, number_bytes=dtype.itemsize, recompute=phases)
+        assert kept[phases] == pytest.approx(wanted, rel=0.02), phases
     assert all(kept[(phase,)] < 0.97 * kept[()] for phase in PHASES)
-    assert kept[PHASES] < 0.3 * kept[()]
+    assert kept[PHASES] < 0.35 * kept[()]
 
 
 def test_in_eval_mode_and_without_gradients_nothing_is_kept_or_repeated():

@@ -7,8 +7,11 @@ on a CPU. Every term is a tensor that backward reads; the tests hold the sum aga
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from bessemer.model import attention, attention_cpu
 from bessemer.model.config import ModelConfig
+from bessemer.model.recompute import Phase
 from bessemer.precision.tiles import TILE
 
 INDEX, NUMBER = 8, 4  # int64, float32
@@ -16,16 +19,19 @@ ROUTED = 3 * INDEX + NUMBER
 """Of every routed row beside the row: whose it is, its place among the gates and on the way back, and its gate."""
 
 
-def kept_bytes(cfg: ModelConfig, rows: int, length: int, *, fp8: bool, number_bytes: int = 2, mtp: bool = True) -> int:
+def kept_bytes(
+    cfg: ModelConfig, rows: int, length: int, *, fp8: bool, number_bytes: int = 2, mtp: bool = True,
+    recompute: Collection[Phase] = (),
+) -> int:  # fmt: skip
     """Of one micro-batch of `rows` sequences, loss included. `number_bytes`: of the compute dtype; `mtp`: with the MTP
-    modules."""
+    modules; `recompute`: phases that are made again (`Transformer.set_recompute`; FP8 has its own way)."""
     state, modules = cfg.dim * number_bytes, cfg.n_mtp if mtp else 0
     if fp8:
         attention, dense, sparse = _attention_fp8(cfg, number_bytes), _ffn_fp8(cfg, cfg.inter_dim), _sparse_fp8(cfg)
         dense, sparse = dense + state, sparse + state  # the residual stream, of which norm and gate are made again
     else:
-        attention = _attention_plain(cfg, length, number_bytes)
-        dense, sparse = _dense_plain(cfg, number_bytes), _sparse_plain(cfg, number_bytes)
+        attention = state if "attend" in recompute else _attention_plain(cfg, length, number_bytes)
+        dense, sparse = _dense_plain(cfg, number_bytes, recompute), _sparse_plain(cfg, number_bytes, recompute)
     token = cfg.n_layers * attention + cfg.n_dense_layers * dense + (cfg.n_layers - cfg.n_dense_layers) * sparse
     token += 2 * state  # what the last norm reads, and the loss's gradient of what it gives
     # of a module also the inputs of its two norms, which lie side by side once more as the input of M_k
@@ -72,13 +78,21 @@ def _ffn_plain(inner: int, number_bytes: int) -> int:
     return 4 * inner * number_bytes
 
 
-def _dense_plain(cfg: ModelConfig, number_bytes: int) -> int:
-    return 2 * cfg.dim * number_bytes + _ffn_plain(cfg.inter_dim, number_bytes)
+def _dense_plain(cfg: ModelConfig, number_bytes: int, recompute: Collection[Phase]) -> int:
+    ffn = 0 if "experts" in recompute else _ffn_plain(cfg.inter_dim, number_bytes)
+    return _around_norm(cfg, number_bytes, recompute) + ffn
 
 
-def _sparse_plain(cfg: ModelConfig, number_bytes: int) -> int:
+def _sparse_plain(cfg: ModelConfig, number_bytes: int, recompute: Collection[Phase]) -> int:
     gate = 2 * NUMBER * cfg.n_routed_experts + (INDEX + NUMBER) * cfg.n_activated_experts  # scores, shares, choices
     gate += NUMBER * cfg.dim if number_bytes < NUMBER else 0  # its input in float32
-    row = (cfg.dim + 2 * cfg.moe_inter_dim) * number_bytes + ROUTED
-    shared = _ffn_plain(cfg.n_shared_experts * cfg.moe_inter_dim, number_bytes)
-    return 2 * cfg.dim * number_bytes + gate + cfg.n_activated_experts * row + shared
+    inside = 0 if "experts" in recompute else 2 * cfg.moe_inter_dim
+    row = (cfg.dim + inside) * number_bytes + ROUTED
+    shared = 0 if "finish" in recompute else _ffn_plain(cfg.n_shared_experts * cfg.moe_inter_dim, number_bytes)
+    gate = 0 if "attend" in recompute else gate
+    return _around_norm(cfg, number_bytes, recompute) + gate + cfg.n_activated_experts * row + shared
+
+
+def _around_norm(cfg: ModelConfig, number_bytes: int, recompute: Collection[Phase]) -> int:
+    """The residual stream before the second norm, and what the norm makes of it."""
+    return (1 if "attend" in recompute else 2) * cfg.dim * number_bytes

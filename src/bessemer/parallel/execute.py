@@ -113,11 +113,13 @@ class Executor:
         key, running = _of(pair.backward), True
         next(backward, None)  # what follows the last exchange of a slice
         while running:
-            if running := _go(backward):  # combine B                    dispatch B
-                self.store.run(key)  #      attention W (of the last round)  MLP W
-            running |= _go(forward)  #      attention F                  MLP F
-            running |= _go(forward)  # dispatch F                        combine F
-            running |= _go(backward)  #     MLP B                        attention B
+            # 1: combine B beside attention W of the layer before and attention F; 3: dispatch B beside MLP W and MLP F
+            if running := _go(backward):
+                self.store.run(key)
+            running |= _go(forward)
+            # 2: dispatch F beside MLP B; 4: combine F beside attention B
+            running |= _go(forward)
+            running |= _go(backward)
         self._pass_on(pair.forward)
         self._pass_on(pair.backward)
         self.store.run(key)
