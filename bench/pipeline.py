@@ -39,7 +39,7 @@ from bessemer.model.transformer import Transformer
 from bessemer.parallel.execute import Executor, Work
 from bessemer.parallel.schedules import SCHEDULES, schedule
 from bessemer.parallel.simulate import Costs, Timeline, simulate
-from bessemer.parallel.stage import Slice
+from bessemer.parallel.stage import Slice, cut
 from bessemer.parallel.streams import Beside, Serial
 from bessemer.parallel.table import Pair, Step
 from bessemer.train.loss import cross_entropy
@@ -101,10 +101,23 @@ def slow(base: type, pause: float, *arguments: Any) -> Serial:
     return Slow(*arguments)
 
 
+WAYS = {"serial": Serial, "beside": Beside}
+CFG = preset("tiny", n_layers=7)
+
+
+def hideable(name: str, pause: float, args: argparse.Namespace) -> float:
+    """Seconds of exchanges inside pairs, on the rank with most of them: all that overlap can hide."""
+    table = schedule(name, args.ranks, args.micro)
+    cuts = cut(CFG, table.stages)
+    sparse = [sum(i >= CFG.n_dense_layers for i in layers) for layers in cuts]
+    sparse[-1] += CFG.n_mtp
+    pairs = [[step for step in steps if isinstance(step, Pair)] for steps in table.steps]
+    return 2 * pause * max(sum(sparse[part.stage] for pair in mine for part in pair) for mine in pairs)
+
+
 def executor(name: str, rank: int, args: argparse.Namespace, streams: Serial | None = None) -> Watched:
     table = schedule(name, args.ranks, args.micro)
-    cfg = preset("tiny", n_layers=7)
-    model = Transformer(cfg).initialise(0).to_compute(DTYPES[args.dtype])
+    model = Transformer(CFG).initialise(0).to_compute(DTYPES[args.dtype])
     model.train()
     slices = {(lane, stage): Slice(model, stage, table.stages) for lane, stage in table.held(rank)}
     return Watched(table, rank, slices, [range(args.ranks)], streams=streams)
@@ -145,7 +158,7 @@ def on_a_rank(rank: int, store: str, args: argparse.Namespace, answers: Any) -> 
     cases = {name: executor(name, rank, args) for name in args.schedules}
     for pause in args.exchange_ms:
         for name in (name for name in args.schedules if name.startswith("dualpipe")):
-            for way, make in (("serial", Serial), ("beside", Beside)):
+            for way, make in WAYS.items():
                 more = (torch.device("cpu"),) * (make is Beside)
                 cases[f"{name} {way} {pause:g}"] = executor(name, rank, args, slow(make, pause / 1e3, *more))
     found: dict[str, list] = {name: [] for name in cases}
@@ -223,9 +236,16 @@ def main() -> None:
     args = parser.parse_args()
     found = measure(args)
     rows = [row(name, found[name], args) for name in args.schedules]
-    slowed = [
-        {"case": name, "seconds": spread(makespans(ranks))} for name, ranks in found.items() if name not in SCHEDULES
-    ]
+    slowed = []
+    for case in (case for case in found if case.endswith("beside", 0, case.rfind(" "))):
+        name, _, pause = case.split()
+        serial, beside = (makespans(found[f"{name} {way} {pause}"]) for way in WAYS)
+        most = hideable(name, float(pause) / 1e3, args)
+        saved = [a - b for a, b in zip(serial, beside, strict=True)]
+        slowed.append({
+            "schedule": name, "exchange_ms": float(pause), "serial": spread(serial), "beside": spread(beside),
+            "inside_pairs": most, "hidden": statistics.median(saved) / most,
+        })  # fmt: skip
     about = {
         "processor": processor(), "cores": os.cpu_count(), "torch": torch.__version__, "ranks": args.ranks,
         "micro_batches": args.micro, "rows": args.rows, "length": args.length, "dtype": args.dtype,
@@ -243,8 +263,11 @@ def main() -> None:
             f"{one['idle_of_equal_pieces']:14.1%}"
         )
     for one in slowed:
-        step_ms = {key: 1e3 * value for key, value in one["seconds"].items()}
-        print(f"{one['case']:24}{step_ms['median']:10.0f}{step_ms['low']:10.0f}")
+        serial, beside, inside = (1e3 * x for x in (*(one[way]["median"] for way in WAYS), one["inside_pairs"]))
+        print(
+            f"\n{one['schedule']}, every exchange {one['exchange_ms']:g} ms longer: {serial:.0f} ms one after the "
+            f"other, {beside:.0f} ms beside one another; of {inside:.0f} ms inside pairs {one['hidden']:.0%} hidden"
+        )
     if args.json:
         args.json.write_text(json.dumps({**about, "schedules": rows, "slow_network": slowed}, indent=1) + "\n")
 

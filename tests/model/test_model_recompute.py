@@ -84,8 +84,8 @@ def live_bytes(function):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fewer_bytes_are_kept(dtype):
-    """Each phase by itself keeps less, all of them least: the residual stream and rows on their way. As computed, within
-    2 %."""
+    """Each phase by itself keeps less, all of them least: the residual stream and rows on their way. As computed,
+    within 2 %."""
     cfg, kept = preset("tiny"), {}
     data = batch(cfg, rows=4, length=128)
     for phases in ((), *((phase,) for phase in PHASES), PHASES):

@@ -3,7 +3,10 @@
 from collections import deque
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from bessemer.errors import UserError
 from bessemer.parallel.messages import AHEAD, holders, message, orders
 from bessemer.parallel.schedules import SCHEDULES, schedule
 from bessemer.parallel.table import Action, Pair
@@ -69,6 +72,10 @@ def needed(action, table):
         yield table.place[lane][stage + 1], Action("B", stage, micro, lane)
 
 
+def one_way(source, target):
+    return source, target
+
+
 def stuck(table, group):
     """Runs every rank; those that do not come to their end."""
     ends, at, here, moved = Ends(table, group), [0] * table.ranks, set(), True
@@ -95,7 +102,17 @@ def stuck(table, group):
 
 @pytest.mark.parametrize(("name", "ranks", "micro"), SIZES)
 def test_nobody_waits_for_ever_where_sends_wait_for_their_receivers(name, ranks, micro):
-    assert stuck(schedule(name, ranks, micro), lambda source, target: (source, target)) == []
+    assert stuck(schedule(name, ranks, micro), one_way) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(sorted(SCHEDULES)), ranks=st.integers(1, 7), micro=st.integers(1, 24))
+def test_nor_in_any_other_size(name, ranks, micro):
+    try:
+        table = schedule(name, ranks, micro)
+    except UserError:
+        return
+    assert stuck(table, one_way) == []
 
 
 def test_one_group_for_both_directions_would_hang():

@@ -122,6 +122,7 @@ class Slice(nn.Module):
         the balance term of this slice alone. x: what the stage before returned, at the first the tokens."""
         if self.first:
             x = self.embed(x)
+        # sums terms that are cut off already, so it may reach over phases; other tensors must be handed on
         balance = torch.zeros((), dtype=torch.float32, device=x.device)
         table = self.rope_table(x.shape[1])
         for layer in self.layers.values():

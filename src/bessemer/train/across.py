@@ -115,6 +115,6 @@ class Across:
             self.executor.sum_with_others(place, load_E)
 
     def _total(self, value: float) -> float:
-        total = torch.tensor(value, dtype=torch.float64)
+        total = torch.tensor(value, dtype=torch.float64, device=next(self.model.parameters()).device)
         dist.all_reduce(total)
         return float(total)
