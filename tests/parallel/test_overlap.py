@@ -87,6 +87,9 @@ def on_a_rank(rank, name, layout, micro, cfg, fp8):
     )  # fmt: skip
     wanted = run(apart(table), streams=Serial())
     pairs = sum(isinstance(one, Pair) for one in table.steps[mesh.pp])
+    for gate, load_E in wanted[2].items():  # every token once, though FP8 makes gates again in backward
+        tokens = 2 * (13 if gate.startswith("mtp") else 14) * table.per_lane
+        assert load_E.sum() == tokens * cfg.n_activated_experts, gate
     return pairs, different(run(table, streams=Serial()), wanted), different(run(table, streams=Jittery(rank)), wanted)
 
 

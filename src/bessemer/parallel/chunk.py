@@ -40,6 +40,7 @@ class Chunk:
         """Of every phase that was run."""
         self._after: Any = None
         self._needed = torch.zeros((), requires_grad=True)
+        self._ends: tuple[_Slot | None, _Slot | None] = None, None
         self.sent: Tensor | None = None
         self.loss: Tensor | None = None
 
@@ -54,7 +55,7 @@ class Chunk:
 
     def backward(self, dy: Tensor | None, around: Callable[[], AbstractContextManager]) -> Iterator[None]:
         """The same backwards; `dy` is the gradient of what was sent. Computation runs in `around()`."""
-        sent, loss = self._ends
+        (sent, loss), self._ends = self._ends, (None, None)
         if sent is not None:
             sent.gradient = dy
         if loss is not None:
@@ -85,8 +86,9 @@ class Chunk:
             self._cuts.append(slots)
 
     def _end(self, sent: Tensor | None, loss: Tensor) -> None:
-        self._ends = tuple(_Slot(x) if x is not None and x.requires_grad else None for x in (sent, loss))
-        self._cuts.append([slot for slot in self._ends if slot is not None])
+        ends = [_Slot(x) if x is not None and x.requires_grad else None for x in (sent, loss)]
+        self._ends = ends[0], ends[1]
+        self._cuts.append([slot for slot in ends if slot is not None])
         self.sent, self.loss = None if sent is None else sent.detach(), loss.detach()
         self._phases = self._handed = None
 
