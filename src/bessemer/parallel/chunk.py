@@ -8,7 +8,7 @@ what was given away are not kept for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -63,11 +63,8 @@ class Chunk:
         while self._cuts:
             exchange = len(self._cuts) % 2 == 0
             phase = partial(_differentiate, self._cuts.pop())
-            if exchange:
-                self._after = self._streams.run(True, phase, self._after)
-            else:
-                with around():
-                    self._after = self._streams.run(False, phase, self._after)
+            with nullcontext() if exchange else around():
+                self._after = self._streams.run(exchange, phase, self._after)
             if self._cuts:
                 yield
 

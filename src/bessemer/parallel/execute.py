@@ -27,7 +27,7 @@ from torch import Tensor
 from bessemer.model.deferred import Store
 from bessemer.model.transformer import TrainOutputs
 from bessemer.parallel.chunk import Chunk
-from bessemer.parallel.messages import Channels, message
+from bessemer.parallel.messages import Channels
 from bessemer.parallel.stage import Phases, Slice
 from bessemer.parallel.streams import Beside, Serial
 from bessemer.parallel.table import Action, Pair, Table
@@ -99,12 +99,12 @@ class Executor:
         if isinstance(step, Pair):
             self._overlapped(step)
         elif step.kind == "F":
-            _all(self._forward(step))
+            list(self._forward(step))
             self._pass_on(step)
         elif step.kind == "W":
             self.store.run(_of(step))
         else:
-            _all(self._backward(step, later=step.kind == "I"))
+            list(self._backward(step, later=step.kind == "I"))
             self._pass_on(step)
 
     def _overlapped(self, pair: Pair) -> None:
@@ -144,8 +144,7 @@ class Executor:
             x, chunk.sent = chunk.sent, None
         else:
             x = self._chunks.pop(_of(action))[1].grad
-        if message(action, self.table.stages) is not None:
-            self.channels.send(action, x)
+        self.channels.send(action, x)
 
     @contextmanager
     def _computing(self, key: Action, later: bool) -> Iterator[None]:
@@ -165,8 +164,7 @@ def _phases(part: Slice, x: Tensor, work: Work) -> Phases:
     out = yield from part.phases(x, work.tokens_BT, work.segments_BT, work.mtp)
     if part.last:
         return None, work.loss(out, part.head.weight)
-    y, balance = out
-    return y, work.balance_weight * balance
+    return out[0], work.balance_weight * out[1]
 
 
 def _of(action: Action) -> Action:
@@ -177,8 +175,3 @@ def _of(action: Action) -> Action:
 def _go(phases: Iterator[None]) -> bool:
     """One phase on; whether there are more."""
     return next(phases, phases) is None
-
-
-def _all(phases: Iterator[None]) -> None:
-    for _ in phases:
-        pass

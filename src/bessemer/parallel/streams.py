@@ -6,7 +6,6 @@
 `run(exchange, phase, after)` starts a phase that comes after another one and returns what the next is to come after.
 Computation is done when it returns (on a GPU: queued); communication goes on meanwhile. The phases of one micro-batch
 follow one another, those of two may overlap; so nothing is shared but weights, and of those communication has none.
-
 On CPUs the thread is tested to the bit. The streams are written down and have not run on a GPU yet.
 """
 
