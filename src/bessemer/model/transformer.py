@@ -6,20 +6,26 @@ materialising all logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bessemer.errors import UserError
 from bessemer.model import rope
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Layer
 from bessemer.model.moe import FFN, Experts, Gate
 from bessemer.model.mtp import MTPModule, predictions
 from bessemer.model.norm import RMSNorm
+from bessemer.model.recompute import PHASES, Phase
 from bessemer.precision.fp8_linear import Recipe
+
+RECOMPUTES_ITSELF = (
+    "training in FP8 makes norms, gates and activations again by itself; choose no phases for it (recompute = [])"
+)
 
 
 class TrainOutputs(NamedTuple):
@@ -82,9 +88,24 @@ class Transformer(nn.Module):
     def set_fp8(self, recipe: Recipe | None) -> Transformer:
         """Training computes the matrices of attention, FFN and experts in FP8 (`fp8`), all else as before; in eval mode
         nothing changes. None: not in FP8."""
+        if recipe is not None and any(getattr(module, "recompute", ()) for module in self.modules()):
+            raise UserError(RECOMPUTES_ITSELF)
         for module in self.modules():
             if isinstance(module, (Layer, FFN, Experts)):
                 module.fp8 = recipe
+        return self
+
+    def set_recompute(self, phases: Iterable[Phase]) -> Transformer:
+        """Training keeps of these phases of every layer the inputs only (`recompute`). UserError for a phase that does
+        not exist or is communication, and in FP8, which has its own way to keep little."""
+        chosen = frozenset(phases)
+        for phase in sorted(chosen - set(PHASES)):
+            raise UserError(f'phase "{phase}" cannot be made again in backward; choose from {", ".join(PHASES)}')
+        layers = [module for module in self.modules() if isinstance(module, Layer)]
+        if chosen and any(layer.fp8 is not None for layer in layers):
+            raise UserError(RECOMPUTES_ITSELF)
+        for layer in layers:
+            layer.recompute = chosen
         return self
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch import Tensor
 from bessemer.model.transformer import TrainOutputs
 from bessemer.parallel import signs
 from bessemer.parallel.part import Part
+from bessemer.parallel.stage import Phases
 
 
 @torch.no_grad()
@@ -34,13 +36,25 @@ def forward(part: Part, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> list[
                 x = torch.empty(*tokens_BT.shape, one.width, dtype=one.dtype, device=tokens_BT.device)
                 with signs.waiting("activations", [peers[place[stage - 1]]]):
                     dist.recv(x, peers[place[stage - 1]])
-            x, balance = one(x, segments_BT)
+            out = _straight(one.phases(x, tokens_BT, segments_BT, mtp=False))
             if one.last:
-                found = one.outputs(x, balance, tokens_BT, segments_BT, mtp=False)
-            elif place[stage + 1] != rank:
+                found = out
+                continue
+            x, _ = out
+            if place[stage + 1] != rank:
                 x = x.contiguous()
                 sends.append((dist.isend(x, peers[place[stage + 1]]), x))
         outputs.append(found)
     for handle, _ in sends:
         handle.wait()
     return outputs
+
+
+def _straight(phases: Phases) -> Any:
+    """Of one phase after another, what the last returns."""
+    handed = None
+    try:
+        while True:
+            handed = phases.send(handed)
+    except StopIteration as end:
+        return end.value

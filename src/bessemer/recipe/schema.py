@@ -40,8 +40,8 @@ class Layout(Strict):
     schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipe-v"] = "auto"
     """Of the pipeline; auto: dualpipe where pp is even (V3), else 1f1b, as in steps with fewer than 2 pp
     micro-batches."""
-    recompute: list[Literal["attend", "experts"]] = Field(default_factory=list)
-    """Phases of every layer that backward computes again instead of keeping what they made."""
+    recompute: list[Literal["attend", "experts", "finish"]] = Field(default_factory=list)
+    """Phases of every layer that backward computes again instead of keeping what they made; FP8 has its own way."""
     timeout: Seconds = 600.0
     """How long one rank may wait for another before the run ends and says who waited for whom."""
 

@@ -102,12 +102,13 @@ class Across(Trainer):
         return self._sums_of(batches, executor.losses, terms)
 
     def _executor_for(self, micro: int) -> Executor:
-        if self._executor is None or self._executor.table.micro != micro:
-            layout, mesh = self.mesh.layout, self.mesh
-            peers = [layout.rank(p, mesh.dp, mesh.ep) for p in range(layout.pp)]
+        if self._executor is None:
             self._executor = Executor(
-                self.part.table(micro), mesh.pp, self.part.slices, peers, lambda: balance.counted_once(self.gates)
-            )
+                self.part.table(micro), self.mesh.pp, self.part.slices, self.mesh.layout.groups("pp"),
+                lambda: balance.counted_once(self.gates),
+            )  # fmt: skip
+        elif self._executor.table.micro != micro:
+            self._executor.follow(self.part.table(micro))
         return self._executor
 
     def _work(self, executor: Executor, batches: Sequence[Batch], terms: dict[str, float]) -> list[list[Work]]:

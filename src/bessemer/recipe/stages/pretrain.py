@@ -18,6 +18,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
 from bessemer.model.counts import flops_per_token
+from bessemer.model.transformer import RECOMPUTES_ITSELF
 from bessemer.precision import backends
 from bessemer.precision.fp8_linear import RECIPES
 from bessemer.recipe import modelling, spread
@@ -96,6 +97,8 @@ class Pretrain(Stage):
         spread.check(recipe, settings.name, settings.batch_rows.values, cfg)
         if settings.fp8 != "off" and settings.compile == "on":
             raise UserError(f'stage "{settings.name}": compile = "on" and fp8 do not go together; set compile = "off"')
+        if settings.fp8 != "off" and recipe.layout.recompute:
+            raise UserError(f'stage "{settings.name}": {RECOMPUTES_ITSELF}')
         if not settings.mixture:
             raise UserError(f'stage "{settings.name}": mixture is empty; give every part of the corpus a share')
         corpus = next((s for s in recipe.stages if s.name == settings.source), None)
@@ -124,7 +127,7 @@ class Pretrain(Stage):
         ctx.say(f"compute in {choice.why}")
         speed.keep_memory()
         network = spread.fresh(ctx, cfg)
-        model = spread.model_of(network)
+        model = spread.model_of(network).set_recompute(ctx.recipe.layout.recompute)
         if settings.fp8 != "off":
             model.set_fp8(RECIPES[settings.fp8])
             served = backends.summary(backends.table(modelling.device()))

@@ -96,6 +96,8 @@ class SFT(Stage):
         speed.keep_memory()
         network, tokenizer = spread.read(ctx, ctx.source / "model")
         model = spread.model_of(network)
+        if ctx.recipe.layout.recompute:
+            model.set_recompute(ctx.recipe.layout.recompute)
         if settings.style is not None:
             tokenizer.chat_style = settings.style
         folder = ctx.state / "rows"
