@@ -1,0 +1,169 @@
+"""Rollout workers as Ray actors: jobs are dealt to them, and what a dead one leaves behind is dealt again.
+
+All jobs of a rollout are handed out at once, each to the worker with the fewest rows before it, so workers go on while
+the trainer computes and nobody looks. A worker that dies (a signal, a lost node, memory) is replaced, and its jobs are
+drawn again from the weights they came with: the samples are the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import bessemer
+from bessemer.errors import UserError
+from bessemer.infer.engine import Call
+from bessemer.rl.sampler.cluster import Cluster
+from bessemer.rl.sampler.worker import Drew, Kind, Worker
+
+DEATHS = 3
+"""Deaths in a row, with nothing drawn between them, after which a run stops."""
+START_SECONDS = 600.0
+"""Time for Ray to place all workers and for them to load the model."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One call, the number of the weights that answer it, and where they lie (a reference into Ray's store)."""
+
+    call: Call
+    version: int
+    weights: Any
+    drew: Drew | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.call.samples)
+
+
+class Pool:
+    """`n` workers. `deal` hands jobs out, `poll` looks what came back, `wait` until some came back whole."""
+
+    def __init__(self, cluster: Cluster, kind: Kind, directory: str, n: int, gpus: int, say: Callable[[str], None]):
+        self.cluster, self.ray, self.say = cluster, cluster.ray, say
+        cluster.check(n, gpus)
+        # Ray's own restarts would hide a death, and lose what was queued
+        actor = self.ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Worker)
+        self._new = lambda: actor.remote(kind, directory, gpus)
+        self.deaths = 0
+        """Workers that died."""
+        self._in_a_row = 0
+        self.busy = 0.0
+        """Seconds that workers spent on drawing."""
+        self.workers = [self._new() for _ in range(n)]
+        self._queues: list[dict[Any, Job]] = [{} for _ in range(n)]
+        """Per worker, the jobs it has by the references of their results, in order."""
+        self._open()
+
+    def deal(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            load = [sum(waiting.rows for waiting in queue.values()) for queue in self._queues]
+            w = load.index(min(load))
+            self._queues[w][self.workers[w].draw.remote(job.version, job.weights, job.call)] = job
+
+    def poll(self, seconds: float = 0.0) -> None:
+        """Takes in what is there, waiting for the first for so long at most."""
+        pending = [ref for queue in self._queues for ref in queue]
+        if not pending:
+            return
+        found, _ = self.ray.wait(pending, num_returns=len(pending), timeout=0.0)
+        if not found and seconds > 0:
+            found, _ = self.ray.wait(pending, num_returns=1, timeout=seconds)
+        for ref in found:
+            w = next((w for w, queue in enumerate(self._queues) if ref in queue), None)
+            if w is None:  # of a worker that was found dead a moment ago
+                continue
+            try:
+                drew = self._get(ref)
+            except _Died as death:
+                self._replace(w, str(death))
+                continue
+            self._queues[w].pop(ref).drew = drew
+            self.busy += drew.seconds
+            self._in_a_row = 0
+
+    def wait(self, jobs: Sequence[Job]) -> None:
+        while any(job.drew is None for job in jobs):
+            self.poll(1.0)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            self.ray.kill(worker)
+        self.workers, self._queues = [], []
+
+    def _open(self) -> None:
+        """Waits until every worker holds the model."""
+        until = time.monotonic() + START_SECONDS
+        mine = {"bessemer": bessemer.__version__, "torch": _torch()}
+        refs = {worker.open.remote(): w for w, worker in enumerate(self.workers)}
+        while refs:
+            found, _ = self.ray.wait(list(refs), timeout=max(0.0, until - time.monotonic()))
+            if not found:
+                raise UserError(
+                    f"{len(refs)} of {len(self.workers)} rollout workers are not ready after {START_SECONDS:.0f} s; "
+                    f"Ray has free: {self._free()}. Wait for what else runs there, or lower rollout.workers"
+                )
+            w = refs.pop(found[0])
+            try:
+                facts = self._get(found[0])
+            except _Died as death:
+                self._replace(w, str(death))
+                refs[self.workers[w].open.remote()] = w
+                continue
+            for name, version in mine.items():
+                if facts[name] != version:
+                    raise UserError(
+                        f"the rollout worker on {facts['node']} has {name} {facts[name]}, the trainer {version}; "
+                        "install the same on every node"
+                    )
+
+    def _get(self, ref: Any) -> Any:
+        """A result; `_Died` where its worker is gone, the worker's own error where it raised one."""
+        errors = self.ray.exceptions
+        try:
+            return self.ray.get(ref)
+        except errors.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise UserError(str(error.cause)) from None
+            raise
+        except (errors.RayActorError, errors.OutOfMemoryError, errors.ObjectLostError) as error:
+            raise _Died(_why(error)) from None
+
+    def _replace(self, w: int, why: str) -> None:
+        """A new worker in place of a dead one; its jobs are dealt anew."""
+        self.deaths += 1
+        self._in_a_row += 1
+        if self._in_a_row >= DEATHS:
+            raise UserError(
+                f"rollout workers died {DEATHS} times in a row (the last: {why}). If memory ran out, lower "
+                "rollout.workers or rollout.rows; the same command goes on from the last checkpoint"
+            )
+        self.ray.kill(self.workers[w])  # it may only be out of reach
+        self.workers[w] = self._new()
+        jobs, self._queues[w] = list(self._queues[w].values()), {}
+        again = f" and draws its {sum(job.rows for job in jobs)} samples again" if jobs else ""
+        self.say(f"a rollout worker died ({why}); another takes its place{again}")
+        self.deal(jobs)
+
+    def _free(self) -> str:
+        have = self.ray.available_resources()
+        return ", ".join(f"{have.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
+
+
+class _Died(Exception):
+    """The reason in one line."""
+
+
+def _why(error: Exception) -> str:
+    """The telling line of Ray's report."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if "Worker exits" in line or "exit" in line.lower() or "memory" in line.lower()]
+    return (told or lines or [type(error).__name__])[0].rstrip(".")
+
+
+def _torch() -> str:
+    import torch
+
+    return torch.__version__
