@@ -7,6 +7,7 @@ drawn again from the weights they came with: the samples are the same.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ DEATHS = 3
 """Deaths in a row, with nothing drawn between them, after which a run stops."""
 START_SECONDS = 600.0
 """Time for Ray to place all workers and for them to load the model."""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_DETAIL = re.compile(r"Worker exit detail: ([^.\n]+)")
 
 
 @dataclass(eq=False)
@@ -157,10 +160,16 @@ class _Died(Exception):
 
 
 def _why(error: Exception) -> str:
-    """The telling line of Ray's report."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in lines if "Worker exits" in line or "exit" in line.lower() or "memory" in line.lower()]
-    return (told or lines or [type(error).__name__])[0].rstrip(".")
+    """Ray's report of a death, which fills a screen, in a few words."""
+    text = _COLOUR.sub("", str(error)).strip()
+    if "creation task" in text:  # an error of the process itself, such as a package that its node lacks
+        return text.splitlines()[-1].strip()
+    if "low on memory" in text or type(error).__name__ == "OutOfMemoryError":
+        return "its node ran low on memory"
+    if "connection error code 2" in text:
+        return "killed by a signal, or by the system for want of memory"
+    detail = _DETAIL.search(text)
+    return detail[1] if detail else (text.splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _torch() -> str:
