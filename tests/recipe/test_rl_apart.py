@@ -17,6 +17,7 @@ from bessemer.infer.engine import Engine
 from bessemer.model.foreign import load_any
 from bessemer.recipe import modelling, record
 from bessemer.recipe.policy import samplers
+from bessemer.recipe.schema import Recipe
 from bessemer.recipe.stages.rl import RL
 from bessemer.rl.sampler import cluster, pool, weights
 from bessemer.rl.sampler.apart import Apart
@@ -274,6 +275,8 @@ def test_who_draws_makes_no_other_stage_of_it(base, tmp_path):
         settings = stage.recipe.stage("zero")
         return record.identity(RL(), settings, stage.recipe, RL().resolve(settings, stage.recipe), {})
 
+    written = rl_stage.Stage(base, tmp_path / "run", "rollout.engine=ray", "rollout.workers=7").recipe
+    assert Recipe.parse(written.to_toml()).stage("zero").rollout == written.stage("zero").rollout
     plain = identity()
     assert "rollout" not in plain["settings"] and plain["derived"] == {}
     assert identity("rollout.engine=ray", "rollout.workers=7") == plain

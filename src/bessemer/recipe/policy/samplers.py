@@ -37,7 +37,8 @@ class Rollout(Strict):
     workers: int = Field(1, ge=1)
     """Rollout workers apart, each with the whole model: a core each, or `gpus` GPUs."""
     gpus: int | None = Field(None, ge=0)
-    """GPUs of each worker. Default: 1 where Ray has any; vLLM spreads one copy of the model over several."""
+    """GPUs of each worker. Default: 1 where Ray has any; vLLM spreads one copy of the model over several. Ray takes the
+    trainer's GPU for free: start it with the others (CUDA_VISIBLE_DEVICES=1,2,3 ray start --head, RAY_ADDRESS=auto)."""
     rows: int = Field(0, ge=0)
     """Samples that are decoded together. 0: a quarter of the rollout, 128 to 512. More workers than a rollout has
     such batches have nothing to do."""
@@ -73,6 +74,19 @@ def make(settings: RL.Settings, ctx: StageContext, engine: Engine, trainer: Trai
     rollout = settings.rollout
     if rollout.engine == "here":
         return Here(engine)
+    samples = settings.prompts_per_rollout * settings.samples
+    rows = rollout.rows or modelling.batch_rows(samples)
+    idle = rollout.workers - (batches := -(-samples // rows))
+    if idle > 0:
+        ctx.say(
+            f"warning: a rollout of {samples} samples makes {batches} batches of {rows}: {idle} of {rollout.workers} "
+            "rollout workers will have nothing to do; lower rollout.workers or rollout.rows"
+        )
+    if rollout.engine == "vllm" and settings.correction == "none":
+        ctx.say(
+            'warning: vLLM draws in BF16 with kernels of its own, and correction is "none": nothing weighs what its '
+            'probabilities differ from the trainer\'s; consider "token-truncate"'
+        )
     # every update counts its rows, also one after which the guard goes back to an earlier step
     return Apart(engine, trainer.model.state_dict, lambda: trainer.rows, partial(_start, rollout, ctx, engine))
 

@@ -57,7 +57,7 @@ class RL(Stage):
         """Draw each rollout so many rollouts before its updates (R1: 0). 1: by the policy as it was before the updates
         of the rollout before it, which makes it updates_per_rollout steps old."""
         rollout: Rollout = Rollout()
-        """Who draws the samples, a table: engine, workers, gpus, rows. `bessemer run --set zero.rollout.engine=ray`."""
+        """Who draws the samples."""
         routing_replay: bool = False
         """Train with the experts that the sampler chose for each token; gates are still made from current scores."""
         correction: Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"] = "none"

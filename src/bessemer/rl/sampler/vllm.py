@@ -46,8 +46,7 @@ class VLLM:
         self.cfg = None if is_foreign(directory) else hub.read_config(directory)
         self.folder = Path(tempfile.mkdtemp(prefix="bessemer-weights-", dir=SHARED if Path(SHARED).is_dir() else None))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        for path in directory.glob("*.json"):
-            shutil.copy(path, self.folder)
+        shutil.copy(directory / "config.json", self.folder)
         self.llm = LLM(
             model=str(directory), dtype="bfloat16", tensor_parallel_size=gpus, skip_tokenizer_init=True,
             logprobs_mode="processed_logprobs",  # under softmax(logits / temperature), as the trainer computes them
@@ -57,8 +56,6 @@ class VLLM:
         from safetensors.torch import save_file
 
         state = hub_state({name: tensor_of(item) for name, item in items.items()}, self.cfg)
-        for index in self.folder.glob("*.index.json"):  # it names the shards of the first checkpoint
-            index.unlink()
         save_file(state, self.folder / FILE, metadata={"format": "pt"})
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)})
         self.llm.reset_prefix_cache()
