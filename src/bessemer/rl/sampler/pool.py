@@ -1,8 +1,8 @@
 """Rollout workers as Ray actors: jobs are dealt to them, and what a dead one leaves behind is dealt again.
 
 All jobs of a rollout are handed out at once, each to the worker with the fewest rows before it, so workers go on while
-the trainer computes and nobody looks. A worker that dies (a signal, a lost node, memory) is replaced, and its jobs are
-drawn again from the weights they came with: the samples are the same.
+the trainer computes and nobody looks. A worker that dies (a signal, a lost node, memory) is replaced, and what it had
+to draw is drawn by those that are left, from the weights it came with: the samples are the same.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import bessemer
 from bessemer.errors import UserError
 from bessemer.infer.engine import Call
 from bessemer.rl.sampler.cluster import Cluster
-from bessemer.rl.sampler.worker import Drew, Kind, Worker
+from bessemer.rl.sampler.worker import Drew, Kind, Worker, versions
 
 DEATHS = 3
-"""Deaths in a row, with nothing drawn between them, after which a run stops."""
+"""Deaths in a row at one place, with nothing drawn between them, after which a run stops."""
+PATIENCE = 300.0
+"""Seconds without any answer after which a line says so."""
 START_SECONDS = 600.0
 """Time for Ray to place all workers and for them to load the model."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -50,77 +51,92 @@ class Pool:
         # Ray's own restarts would hide a death, and lose what was queued
         actor = self.ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Worker)
         self._new = lambda: actor.remote(kind, directory, gpus)
+        self.workers: list[Any] = [None] * n
+        """The actor at each place."""
         self.deaths = 0
         """Workers that died."""
-        self._in_a_row = 0
+        self._in_a_row = [0] * n
+        """Deaths at each place since something was drawn there."""
         self.busy = 0.0
         """Seconds that workers spent on drawing."""
-        self.workers = [self._new() for _ in range(n)]
+        self._opening: dict[Any, int] = {}
+        """Places whose worker does not hold the model yet, by the reference of its word that it does."""
         self._queues: list[dict[Any, Job]] = [{} for _ in range(n)]
-        """Per worker, the jobs it has by the references of their results, in order."""
-        self._open()
+        """Per place, the jobs it has by the references of their results, in order."""
+        self._backlog: list[Job] = []
+        """Jobs that nobody has."""
+        self._moved, self._patience = time.monotonic(), PATIENCE
+        """When something came back last, and how long after that the next line says so."""
+        for w in range(n):
+            self._start(w)
+        while self._opening:
+            self.poll(1.0)
 
     def deal(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            load = [sum(waiting.rows for waiting in queue.values()) for queue in self._queues]
-            w = load.index(min(load))
+        """To the places with the fewest rows before them; to none before one holds the model."""
+        self._backlog += jobs
+        places = [w for w in range(len(self.workers)) if w not in self._opening.values()]
+        while places and self._backlog:
+            job = self._backlog.pop(0)
+            load = {w: sum(waiting.rows for waiting in self._queues[w].values()) for w in places}
+            w = min(load, key=load.get)
             self._queues[w][self.workers[w].draw.remote(job.version, job.weights, job.call)] = job
 
     def poll(self, seconds: float = 0.0) -> None:
         """Takes in what is there, waiting for the first for so long at most."""
-        pending = [ref for queue in self._queues for ref in queue]
+        pending = [*self._opening, *(ref for queue in self._queues for ref in queue)]
         if not pending:
             return
         found, _ = self.ray.wait(pending, num_returns=len(pending), timeout=0.0)
         if not found and seconds > 0:
             found, _ = self.ray.wait(pending, num_returns=1, timeout=seconds)
         for ref in found:
-            w = next((w for w, queue in enumerate(self._queues) if ref in queue), None)
+            w = self._opening.get(ref, next((w for w, queue in enumerate(self._queues) if ref in queue), None))
             if w is None:  # of a worker that was found dead a moment ago
                 continue
             try:
-                drew = self._get(ref)
+                came = self._get(ref)
             except _Died as death:
                 self._replace(w, str(death))
                 continue
-            self._queues[w].pop(ref).drew = drew
-            self.busy += drew.seconds
-            self._in_a_row = 0
+            if ref in self._opening:
+                _same(came)
+                del self._opening[ref]
+            else:
+                self._queues[w].pop(ref).drew = came
+                self.busy += came.seconds
+                self._in_a_row[w] = 0
+            self._moved = time.monotonic()
+        self._mind_the_time()
+        self.deal(())
 
     def wait(self, jobs: Sequence[Job]) -> None:
+        self._moved = time.monotonic()
         while any(job.drew is None for job in jobs):
             self.poll(1.0)
 
     def close(self) -> None:
         for worker in self.workers:
             self.ray.kill(worker)
-        self.workers, self._queues = [], []
+        self.workers, self._queues, self._opening, self._backlog = [], [], {}, []
 
-    def _open(self) -> None:
-        """Waits until every worker holds the model."""
-        until = time.monotonic() + START_SECONDS
-        mine = {"bessemer": bessemer.__version__, "torch": _torch()}
-        refs = {worker.open.remote(): w for w, worker in enumerate(self.workers)}
-        while refs:
-            found, _ = self.ray.wait(list(refs), timeout=max(0.0, until - time.monotonic()))
-            if not found:
-                raise UserError(
-                    f"{len(refs)} of {len(self.workers)} rollout workers are not ready after {START_SECONDS:.0f} s; "
-                    f"Ray has free: {self._free()}. Wait for what else runs there, or lower rollout.workers"
-                )
-            w = refs.pop(found[0])
-            try:
-                facts = self._get(found[0])
-            except _Died as death:
-                self._replace(w, str(death))
-                refs[self.workers[w].open.remote()] = w
-                continue
-            for name, version in mine.items():
-                if facts[name] != version:
-                    raise UserError(
-                        f"the rollout worker on {facts['node']} has {name} {facts[name]}, the trainer {version}; "
-                        "install the same on every node"
-                    )
+    def _start(self, w: int) -> None:
+        self.workers[w] = self._new()
+        self._opening[self.workers[w].open.remote()] = w
+
+    def _mind_the_time(self) -> None:
+        """Nothing came back for long: an error where nobody is there who could, else a line that says so."""
+        still = time.monotonic() - self._moved
+        if len(self._opening) == len(self.workers) and still > START_SECONDS:
+            raise UserError(
+                f"no rollout worker was ready after {START_SECONDS:.0f} s; Ray has free: {self._free()}. Wait for what "
+                "else runs there, or lower rollout.workers"
+            )
+        if still > self._patience:
+            self._patience += PATIENCE
+            self.say(f"nothing from the rollout workers for {still:.0f} s; Ray has free: {self._free()}")
+        elif still < PATIENCE:
+            self._patience = PATIENCE
 
     def _get(self, ref: Any) -> Any:
         """A result; `_Died` where its worker is gone, the worker's own error where it raised one."""
@@ -135,19 +151,20 @@ class Pool:
             raise _Died(_why(error)) from None
 
     def _replace(self, w: int, why: str) -> None:
-        """A new worker in place of a dead one; its jobs are dealt anew."""
+        """A new worker in place of a dead one; its jobs go to those that are there."""
         self.deaths += 1
-        self._in_a_row += 1
-        if self._in_a_row >= DEATHS:
+        self._in_a_row[w] += 1
+        if self._in_a_row[w] >= DEATHS:
             raise UserError(
-                f"rollout workers died {DEATHS} times in a row (the last: {why}). If memory ran out, lower "
+                f"a rollout worker died {DEATHS} times in a row (the last: {why}). If memory ran out, lower "
                 "rollout.workers or rollout.rows; the same command goes on from the last checkpoint"
             )
         self.ray.kill(self.workers[w])  # it may only be out of reach
-        self.workers[w] = self._new()
+        self._opening = {ref: place for ref, place in self._opening.items() if place != w}
         jobs, self._queues[w] = list(self._queues[w].values()), {}
-        again = f" and draws its {sum(job.rows for job in jobs)} samples again" if jobs else ""
-        self.say(f"a rollout worker died ({why}); another takes its place{again}")
+        self._start(w)
+        again = f"; its {sum(job.rows for job in jobs)} samples are drawn again" if jobs else ""
+        self.say(f"a rollout worker died ({why}) and is replaced{again}")
         self.deal(jobs)
 
     def _free(self) -> str:
@@ -172,7 +189,11 @@ def _why(error: Exception) -> str:
     return detail[1] if detail else (text.splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _torch() -> str:
-    import torch
-
-    return torch.__version__
+def _same(facts: dict[str, Any]) -> None:
+    """UserError where a worker runs another version of what computes."""
+    for name, version in versions().items():
+        if facts[name] != version:
+            raise UserError(
+                f"the rollout worker on {facts['node']} has {name} {facts[name]}, the trainer {version}; install the "
+                "same on every node"
+            )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
@@ -65,13 +65,13 @@ class Worker:
         self.version = 0
         """Of the weights it holds; 0 before the first."""
 
-    def open(self) -> dict[str, Any]:
+    def open(self) -> dict[str, str]:
         """Loads the network and says what it runs on."""
         if self.backend is None:
             torch.set_num_threads(1)  # a worker is a core: more cores are more workers
             speed.keep_memory()
             self.backend = self._backend()
-        return {"bessemer": bessemer.__version__, "torch": torch.__version__, "node": _node()}
+        return {**versions(), "node": _node()}
 
     def draw(self, version: int, items: Mapping[str, Packed], call: Call) -> Drew:
         """The samples of one call, by the weights of this version."""
@@ -101,6 +101,11 @@ class Worker:
                 f"the rollout worker on {_node()} has no room for the model ({_first_line(error)}): give Ray nodes or "
                 "GPUs with more memory, or lower rollout.workers"
             ) from None
+
+
+def versions() -> dict[str, str]:
+    """What must be the same in trainer and workers for samples to be."""
+    return {"bessemer": bessemer.__version__, "torch": torch.__version__}
 
 
 def _node() -> str:
