@@ -295,6 +295,19 @@ def test_a_cluster_that_is_too_small_or_absent_is_refused(ray, base, tmp_path, m
     with pytest.raises(UserError, match=r"does not see .*nowhere: keep the run directory on a file system"):
         Pool(connection, "ray", str(tmp_path / "nowhere"), 1, 0, print)
 
+    class Other:
+        def here(self):
+            return True
+
+    other = ray.remote(num_cpus=2)(Other).remote()
+    monkeypatch.setattr(pool, "START_SECONDS", 2.0)
+    try:
+        ray.get(other.here.remote())
+        with pytest.raises(UserError, match="no rollout worker was ready after 2 s; Ray has free: 0 CPUs, 0 GPUs"):
+            Pool(connection, "ray", str(base / "model"), 1, 0, print)
+    finally:
+        ray.kill(other)
+
 
 def test_a_model_too_large_for_shared_memory_is_refused(monkeypatch):
     monkeypatch.delenv(cluster.ADDRESS, raising=False)

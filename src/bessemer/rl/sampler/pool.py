@@ -67,10 +67,11 @@ class Pool:
         """Jobs that nobody has."""
         self._moved, self._patience = time.monotonic(), PATIENCE
         """When something came back last, and how long after that the next line says so."""
-        for w in range(n):
-            self._start(w)
-        while self._opening:
-            self.poll(1.0)
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
 
     def deal(self, jobs: Sequence[Job]) -> None:
         """To the places with the fewest rows before them; to none before one holds the model."""
@@ -119,6 +120,14 @@ class Pool:
         for worker in self.workers:
             self.ray.kill(worker)
         self.workers, self._queues, self._opening, self._backlog = [], [], {}, []
+
+    def _open(self) -> None:
+        """Until every place holds the model, or after long some do."""
+        until = time.monotonic() + START_SECONDS
+        for w in range(len(self.workers)):
+            self._start(w)
+        while self._opening and (time.monotonic() < until or len(self._opening) == len(self.workers)):
+            self.poll(1.0)
 
     def _start(self, w: int) -> None:
         self.workers[w] = self._new()
