@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ _OWN = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 """Read when Ray is imported."""
+KNOCK_SECONDS = 10.0
 STORE = 256 << 20
 """Smallest object store of our own Ray, bytes."""
 
@@ -68,8 +70,9 @@ class Cluster:
         quiet = dict(log_to_driver=False, configure_logging=False, include_dashboard=False if self.local else None)
         if not self.local:
             try:
+                _knock(os.environ[ADDRESS])
                 self.ray.init(**quiet)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise UserError(
                     f"no Ray cluster at {ADDRESS}={os.environ[ADDRESS]} ({str(error).splitlines()[0]}); start it, or "
                     f"unset {ADDRESS} for one of the run's own on this machine"
@@ -102,6 +105,14 @@ class Cluster:
         if self.mine and self.ray.is_initialized():
             with _handlers_kept():
                 self.ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """OSError where nobody listens at host:port: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdigit():
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS):
+            pass
 
 
 @contextmanager

@@ -157,7 +157,13 @@ class Pool:
                 raise UserError(str(error.cause)) from None
             raise
         except (errors.RayActorError, errors.OutOfMemoryError, errors.ObjectLostError) as error:
-            raise _Died(_why(error)) from None
+            text = _COLOUR.sub("", str(error)).strip()
+            if "creation task" in text:
+                raise UserError(
+                    f"a rollout worker cannot start: {text.splitlines()[-1].strip()}; install the same bessemer[scale] "
+                    "on every node of the Ray cluster"
+                ) from None
+            raise _Died(_why(text)) from None
 
     def _replace(self, w: int, why: str) -> None:
         """A new worker in place of a dead one; its jobs go to those that are there."""
@@ -185,17 +191,14 @@ class _Died(Exception):
     """The reason in one line."""
 
 
-def _why(error: Exception) -> str:
+def _why(text: str) -> str:
     """Ray's report of a death, which fills a screen, in a few words."""
-    text = _COLOUR.sub("", str(error)).strip()
-    if "creation task" in text:  # an error of the process itself, such as a package that its node lacks
-        return text.splitlines()[-1].strip()
-    if "low on memory" in text or type(error).__name__ == "OutOfMemoryError":
+    if "low on memory" in text:
         return "its node ran low on memory"
     if "connection error code 2" in text:
         return "killed by a signal, or by the system for want of memory"
     detail = _DETAIL.search(text)
-    return detail[1] if detail else (text.splitlines() or [type(error).__name__])[0].rstrip(".")
+    return detail[1] if detail else (text.splitlines() or ["no reason given"])[0].rstrip(".")
 
 
 def _same(facts: dict[str, Any]) -> None:
