@@ -35,13 +35,12 @@ class Apart:
         """Seconds the trainer waited for samples."""
         self.handing = 0.0
         """Seconds it took to hand out weights."""
-        self._since = (time.monotonic(), 0.0, 0.0, 0.0, 0)
 
     @property
     def pool(self) -> Pool:
         if self._pool is None:
             self._pool = self._start()
-            self._since = (time.monotonic(), 0.0, 0.0, 0.0, 0)
+            self._since = (time.monotonic(), self.waited, 0.0, self.handing, 0)
         return self._pool
 
     def open(self) -> None:
