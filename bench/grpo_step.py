@@ -80,7 +80,7 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
                  weight_decay=0.0, workers=workers),
     )  # fmt: skip
     engine, estimator, reward = Engine(model, tokenizer, workers), GroupEstimator(True), Reward()
-    reference = Reference(trainer, workers, 10**9, 1.0)
+    reference = Reference(trainer, Whole(trainer), workers, 10**9, 1.0)
     rows = args.prompts * SAMPLES
 
     def step(number: int) -> float:

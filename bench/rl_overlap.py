@@ -88,7 +88,7 @@ def main() -> None:
                            RunProgress({}).begin("zero"), StopFlag())  # fmt: skip
         run = loop.Loop(recipe.stage("zero"), ctx, {})
         run.trainer.start()
-        run.reference = loop.Reference(run.trainer, timed, recipe.stage("zero").reference_every, 1.0)
+        run.reference = loop.Reference(run.trainer, run.policy, timed, recipe.stage("zero").reference_every, 1.0)
         take = run.ahead.take
         for number in range(args.rollouts):
             drawn, sample_one, sample_two = phase(timed, lambda n=number: take(n))

@@ -81,6 +81,12 @@ class Across(Trainer):
         filled = [*batches, *[batches[0].as_filler()] * (lots * micro - len(batches))]
         return filled[lot * micro : (lot + 1) * micro]
 
+    def average(self, values: dict[str, float]) -> dict[str, float]:
+        if not values:
+            return values
+        mean = self._reduced([value / self.mesh.layout.world for value in values.values()], dist.ReduceOp.SUM)
+        return dict(zip(values, mean, strict=True))
+
     def _micro_batches(self) -> Iterable[Batch]:
         rows = self._rows_of_step()
         for mine in rows_of(rows, self.part.lots, self.part.lot, self.micro_batches(rows)):
