@@ -63,6 +63,7 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
     from bessemer.recipe import modelling
     from bessemer.recipe.policy.estimate import GroupEstimator
     from bessemer.recipe.policy.reference import Reference
+    from bessemer.recipe.spread import Whole
     from bessemer.rl import rollout
     from bessemer.rl.objective import GRPO
     from bessemer.rl.reward import Reward

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from stages_run import copy_without, run, write_recipe
 
 from bessemer.model import hub
@@ -138,7 +139,7 @@ def test_a_killed_rank_takes_nothing_with_it(base, out):
     assert '"val/bpb_ema/arithmetic":' in (out / "metrics.jsonl").read_text()
 
 
-def test_stopped_on_two_ranks_and_gone_on_with_on_one(base, out):
+def test_stopped_on_two_ranks_and_gone_on_with_on_one(base, out, tmp_path):
     """A node that is taken away: SIGTERM leaves a checkpoint, and fewer ranks go on from it, here one process."""
     process = start(base, out, *SHORT, "--set", "layout.ep=2")
     wait_for_step(out, 8)
@@ -150,6 +151,24 @@ def test_stopped_on_two_ranks_and_gone_on_with_on_one(base, out):
     status, said = finished(start(base, out, *SHORT))
     assert status == 0 and f"going on from step {done}," in said
     same_curve(losses(out), losses(base / "one"))
+    consolidated(out, tmp_path)
+
+
+def consolidated(out, folder):
+    """The last checkpoint as a model directory that writes."""
+    last = max((out / "02-pretrain" / "state").glob("step-*"))
+    for more in ((), ("--no-mtp",)):
+        subprocess.run([sys.executable, "-m", "bessemer", "convert", last, folder / "model", *more], check=True)
+        wanted, found = (hub.load(path).state_dict() for path in (out / "02-pretrain" / "model", folder / "model"))
+        assert all(torch.equal(wanted[name], value) for name, value in found.items())
+        assert any(name.startswith("mtp") for name in found) == (not more)
+    assert (folder / "model" / "tokenizer.json").is_file()
+    refused = subprocess.run(
+        [sys.executable, "-m", "bessemer", "convert", last, folder / "x", "--to", "gguf"],
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 2 and "convert it to a model directory first" in refused.stderr
 
 
 def test_begun_on_one_process_and_gone_on_with_under_torchrun(base, out):
