@@ -1,20 +1,23 @@
 """Training steps with pipeline, experts, data and optimizer state in parallel against the trainer on one process."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from ranks import on_ranks
 from test_execute import CFG, TERMS, batch
 
-from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 from bessemer.parallel.mesh import Layout, Mesh
 from bessemer.parallel.part import Part
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.train.across import Across
+from bessemer.train.flat import ALIGN, NORM_BLOCK, placed
 from bessemer.train.objective import next_token
 from bessemer.train.settings import Settings
 from bessemer.train.trainer import Trainer
-from bessemer.train.zero import Zero1
 
 STEPS, CLIP, LR, GAMMA = 4, 0.05, 3e-3, 0.01
 
@@ -155,6 +158,38 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all():
         assert "the loss of micro-batch 0 on rank 1 is not finite (step 1, rows 0 to 3)" in warnings[0]
 
 
-def test_muon_is_refused():
-    with pytest.raises(UserError, match='muon" needs whole matrices'):
-        Zero1(model_of(CFG), None, lambda name: [], stacked={"x": 1})
+def with_muon(rank, name, layout, micro):
+    training = across(layout, name, optimizer="muon")
+    values = [update(training, step, micro) for step in range(STEPS)]
+    weights = {name: value.numpy() for name, value in training.optimizer.masters().items()}
+    own = sum(g.moments["m"].numel() for g in training.optimizer.groups if "v" not in g.moments)
+    return values, weights, (training.mesh.experts.start, training.mesh.experts.stop), own
+
+
+@pytest.mark.parametrize(("name", "layout", "micro"), [("dualpipe", Layout(2, 1, 2), 4), ("gpipe", Layout(1, 4, 1), 1)])
+def test_muon_s_matrices_stay_whole(name, layout, micro):
+    """Every rank moves some of them; the weights are those of one process to a tenth of a step."""
+    found = on_ranks(layout.world, with_muon, name, layout, micro)
+    trainer, values = at_home(layout.dp * layout.ep, micro, optimizer="muon")
+    weights, matrices = trainer.optimizer.masters(), model_of(CFG).hidden_matrices()
+    for theirs, own, (begin, end), _ in found:
+        for mine, wanted in zip(theirs, values, strict=True):
+            assert mine["train/total"] == pytest.approx(wanted["train/total"], rel=1e-4)
+        for parameter, value in own.items():
+            part = slice(begin, end) if ".experts." in parameter else slice(None)
+            moved = (torch.from_numpy(value) - weights[parameter][part]).abs().max()
+            assert moved < 0.1 * LR, (parameter, float(moved))
+    whole = sum(p.numel() for n, p in model_of(CFG).named_parameters() if n in matrices)
+    if layout.dp == 4:  # a rank has a fourth and not all of them
+        assert all(whole / 4 <= own < whole / 2 for *_, own in found)
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=20), st.integers(1, 5), st.booleans())
+def test_parameters_lie_apart_and_whole_ones_in_one_share(sizes, shares, whole):
+    starts, size = placed(sizes, shares, whole)
+    assert size % (shares * NORM_BLOCK) == 0 and all(start % ALIGN == 0 for start in starts)
+    spans = sorted(zip(starts, (start + n for start, n in zip(starts, sizes, strict=True)), strict=True))
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans)) and spans[-1][1] <= size
+    if whole:
+        each = size // shares
+        assert all(start // each == (end - 1) // each for start, end in spans)

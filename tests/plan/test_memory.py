@@ -19,7 +19,7 @@ from bessemer.plan import held, memory
 from bessemer.plan.memory import Numbers
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.recipe import dryrun
-from bessemer.train import optim
+from bessemer.train import flat
 from bessemer.train.across import Across
 from bessemer.train.objective import next_token
 from bessemer.train.settings import Settings
@@ -51,7 +51,7 @@ def test_held_is_what_the_real_classes_hold(name, layout, micro):
 def test_held_with_one_table_for_both_ends():
     cfg, layout, table = preset("tiny", tie_embeddings=True), Layout(), schedule("gpipe", 1, 1)
     assert held.held(cfg, layout, table, 0).bytes(2, 4) == dryrun.held(cfg, layout, table, 0, Numbers(2, 4))
-    assert (held.ALIGN, held.BLOCK) == (optim.ALIGN, optim.NORM_BLOCK)
+    assert (held.ALIGN, held.BLOCK) == (flat.ALIGN, flat.NORM_BLOCK)
 
 
 def test_v3_at_scale_takes_no_memory_here():

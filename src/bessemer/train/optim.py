@@ -17,155 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from bessemer.errors import UserError
-from bessemer.train import muon
-from bessemer.train.adamw import adamw_
-from bessemer.train.ema import Average
+from bessemer.train.flat import Group, Members, Update
+from bessemer.train.matrices import MuonGroup
 from bessemer.workers import Workers
-
-ALIGN = 64
-"""Every parameter starts at a multiple of this many elements: whole cache lines, and what GEMM kernels like."""
-NORM_BLOCK = 4096
-"""Vectors are padded to this; norms are summed per block. One long float32 sum was off by 1e-3 at 20M elements."""
-
-
-@dataclass
-class Slot:
-    """Where one parameter lies in its group."""
-
-    name: str
-    parameter: nn.Parameter
-    start: int
-
-    def of(self, flat: Tensor) -> Tensor:
-        return flat[self.start : self.start + self.parameter.numel()].view(self.parameter.shape)
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one step is made of: the count (from 1), and gradient / divisor as the gradient."""
-
-    step: int
-    lr: float
-    divisor: float
-    betas: tuple[float, float]
-    eps: float
-
-
-Members = list[tuple[str, nn.Parameter, Tensor]]
-"""Names, parameters and their float32 values."""
-
-
-class Group:
-    """Parameters that share rule, weight decay and compute dtype, as flat vectors."""
-
-    MOMENTS = ("m", "v")
-
-    def __init__(self, members: Members, decay: float, moments: torch.dtype, multiple: int = NORM_BLOCK):
-        """`multiple`: the vectors are filled up to one of it."""
-        self.decay = decay
-        self.slots: list[Slot] = []
-        size = 0
-        for name, parameter, _ in members:
-            self.slots.append(Slot(name, parameter, size))
-            size += -(-parameter.numel() // ALIGN) * ALIGN
-        size = -(-size // multiple) * multiple
-        first = members[0][1]
-        self.master = torch.zeros(size, dtype=torch.float32, device=first.device)
-        for slot, (_, _, value) in zip(self.slots, members, strict=True):
-            slot.of(self.master).copy_(value)
-        self.grad = torch.zeros_like(self.master)
-        self.moments = {name: torch.zeros(size, dtype=moments, device=first.device) for name in self.MOMENTS}
-        self.ema: Average | None = None
-        self.compute = self.master if first.dtype == torch.float32 else self.master.to(first.dtype)
-        self.grad_views = [slot.of(self.grad) for slot in self.slots]
-        for slot, view in zip(self.slots, self.grad_views, strict=True):
-            slot.parameter.data = slot.of(self.compute)
-            slot.parameter.grad_dtype = torch.float32
-            slot.parameter.grad = view
-
-    def check_views(self) -> None:
-        for slot, view in zip(self.slots, self.grad_views, strict=True):
-            inside = slot.parameter.data_ptr() == self.compute.data_ptr() + slot.start * self.compute.element_size()
-            assert slot.parameter.grad is view and inside, (
-                f"{slot.name} or its gradient was replaced after the optimizer was made "
-                "(zero_grad(set_to_none=True), model.to(...)); make the optimizer last and use its zero_grad()"
-            )
-
-    def square(self) -> Tensor:
-        """Sum of the squares of the gradient, float64."""
-        return torch.linalg.vector_norm(self.grad.view(-1, NORM_BLOCK), dim=1).double().square().sum()
-
-    def publish(self, source: Tensor | None = None) -> None:
-        """Rounds the masters, or what else is given, into what forward reads."""
-        source = self.master if source is None else source
-        if self.compute is not source:
-            self.compute.copy_(source)
-
-    def average(self, decay: float) -> None:
-        """Begins a moving average of the masters."""
-        self.ema = Average(self.master, decay)
-
-    def state(self) -> dict[str, Tensor]:
-        """What a step goes on from beside the masters, by kind."""
-        return self.moments if self.ema is None else {**self.moments, "ema": self.ema.value}
-
-    def step(self, update: Update) -> None:
-        """Moves the masters; may overwrite the gradient."""
-        adamw_(
-            self.master, self.grad, self.moments["m"], self.moments["v"],
-            step=update.step, lr=update.lr, betas=update.betas, eps=update.eps, decay=self.decay,
-            divisor=update.divisor,
-        )  # fmt: skip
-
-
-class MuonGroup(Group):
-    """Matrices, alone or stacked: [..., R, C]. `stacked[name]` matrices of equal shape lie along R (gate and up: 2)."""
-
-    MOMENTS = ("m",)
-
-    def __init__(self, members, decay: float, moments: torch.dtype, stacked: dict[str, int], workers: Workers):
-        super().__init__(members, decay, moments)
-        self.workers = workers
-        self.moves = torch.zeros_like(self.master)
-        """Between processes: directions on the way out, what is added to the masters on the way back."""
-        workers.share([self.moves])
-        shapes: dict[tuple[int, int], list[Slot]] = {}
-        for slot in self.slots:
-            rows, columns = slot.parameter.shape[-2:]
-            shapes.setdefault((rows // stacked[slot.name], columns), []).append(slot)
-        self.pieces = [(shape, piece) for shape, slots in shapes.items() for piece in _pieces(slots)]
-
-    def step(self, update: Update) -> None:
-        m = self.moments["m"]
-        m32 = torch.lerp(self.grad.div_(update.divisor), m.float(), muon.MOMENTUM)
-        m.copy_(m32)
-        torch.lerp(self.grad, m32, muon.MOMENTUM, out=self.moves)
-        for _ in self.workers.map(self._orthogonalise, range(len(self.pieces))):
-            pass
-        self.master.mul_(1 - update.lr * self.decay).add_(self.moves, alpha=-update.lr)
-
-    def _orthogonalise(self, index: int) -> None:
-        shape, slots = self.pieces[index]
-        views = [slot.of(self.moves).view(-1, *shape) for slot in slots]
-        found = muon.orthogonal(torch.cat(views)).mul_(muon.scale(*shape))
-        for view, part in zip(views, found.split([len(view) for view in views]), strict=True):
-            view.copy_(part)
-
-
-def _pieces(slots: list[Slot]) -> list[list[Slot]]:
-    """Slots of one shape in lots that are worth a message to another process and still fit a cache."""
-    lots: list[list[Slot]] = []
-    for slot in slots:
-        if not lots or sum(s.parameter.numel() for s in lots[-1]) + slot.parameter.numel() > muon.LIMIT:
-            lots.append([])
-        lots[-1].append(slot)
-    return lots
 
 
 class Optimizer:
@@ -206,7 +65,7 @@ class Optimizer:
             kind = (name in stacked, decay, parameter.dtype, parameter.device, self._home(name))
             kinds.setdefault(kind, []).append((name, parameter, master))
         self.groups = [
-            MuonGroup(members, decay, moments_dtype, stacked, workers or Workers(1))
+            self._muon_group(members, decay, moments_dtype, stacked, workers or Workers(1))
             if by_muon
             else self._group(members, decay, moments_dtype)
             for (by_muon, decay, *_), members in kinds.items()
@@ -221,6 +80,11 @@ class Optimizer:
 
     def _group(self, members: Members, decay: float, moments: torch.dtype) -> Group:
         return Group(members, decay, moments)
+
+    def _muon_group(
+        self, members: Members, decay: float, moments: torch.dtype, stacked: dict[str, int], workers: Workers
+    ) -> Group:
+        return MuonGroup(members, decay, moments, stacked, workers)
 
     def zero_grad(self) -> None:
         for group in self.groups:

@@ -146,8 +146,9 @@ class Source:
             self._verify(file)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors of these names. UserError for one that is not there; files are verified when first read."""
-        wanted: dict[str, list[str]] = {}
+        """The tensors of these names, in this order. UserError for one that is not there; files are verified when first
+        read."""
+        names, wanted = list(names), {}
         for name in names:
             wanted.setdefault(self._place(name).file, []).append(name)
         found = {}
@@ -157,7 +158,7 @@ class Source:
                 for name in mine:
                     _, key, row = self.places[name]
                     found[name] = opened.get_tensor(key) if row is None else opened.get_slice(key)[row]
-        return found
+        return {name: found[name] for name in names}
 
     def _place(self, name: str) -> _Place:
         if name not in self.places:

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bessemer.errors import UserError
 from bessemer.parallel import signs
 from bessemer.parallel.mesh import Mesh
 from bessemer.train.adamw import adamw_
-from bessemer.train.optim import NORM_BLOCK, Group, Members, Optimizer, Slot, Update
+from bessemer.train.flat import NORM_BLOCK, Group, Members, Slot, Update
+from bessemer.train.matrices import Matrices
+from bessemer.train.optim import Optimizer
 from bessemer.train.sharded import EXPERTS, Source
+from bessemer.workers import Workers
 
 # the older names, which torch 2.11 and 2.12 have alone, warn from 2.13 on
 _SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -31,10 +34,12 @@ _GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 class Share(Group):
     """Parameters as flat vectors, of which this rank updates a part."""
 
-    def __init__(self, members: Members, decay: float, moments: torch.dtype, ranks: Any, holders: int):
+    def __init__(
+        self, members: Members, decay: float, moments: torch.dtype, ranks: Any, holders: int, whole: bool = False
+    ):  # fmt: skip
         self.ranks, self.holders = ranks, holders
         n = dist.get_world_size(ranks)
-        super().__init__(members, decay, moments, multiple=NORM_BLOCK * n)
+        super().__init__(members, decay, moments, shares=n, whole=whole)
         size = self.master.numel() // n
         own = dist.get_rank(ranks) * size
         self.mine = slice(own, own + size)
@@ -86,14 +91,32 @@ class Share(Group):
         return whole
 
 
+class MuonShare(Share):
+    """Matrices, of which every rank has some, whole."""
+
+    MOMENTS = ("m",)
+
+    def __init__(
+        self, members: Members, decay: float, moments: torch.dtype, ranks: Any, holders: int, stacked: dict[str, int]
+    ):  # fmt: skip
+        super().__init__(members, decay, moments, ranks, holders, whole=True)
+        mine = [
+            replace(s, start=s.start - self.mine.start)
+            for s in self.slots
+            if self.mine.start <= s.start < self.mine.stop
+        ]
+        self.matrices = Matrices(mine, self.master.numel(), stacked, Workers(1), self.master.device)
+
+    def step(self, update: Update) -> None:
+        self.matrices.step(self.master, self.summed, self.moments["m"], update, self.decay)
+
+
 class Zero1(Optimizer):
-    """AdamW of a rank's part of the network. `model` has the parameters of its slices and its own experts under the
-    names of the whole (`stage.keep`); `others(name)` are the further pipeline ranks that hold a parameter. All ranks
-    call `grad_norm` and then `step`."""
+    """AdamW, and Muon for the matrices that `stacked` names, of a rank's part of the network. `model` has the
+    parameters of its slices and its own experts under the names of the whole (`stage.keep`); `others(name)` are the
+    further pipeline ranks that hold a parameter. All ranks call `grad_norm` and then `step`."""
 
     def __init__(self, model: nn.Module, mesh: Mesh, others: Callable[[str], list[int]], **options: Any):
-        if options.get("stacked"):
-            raise UserError('optimizer = "muon" needs whole matrices, many devices hold shares; use "adamw" there')
         self.mesh, self.others = mesh, others
         super().__init__(model, **options)
 
@@ -103,6 +126,12 @@ class Zero1(Optimizer):
     def _group(self, members: Members, decay: float, moments: torch.dtype) -> Share:
         kind, holders = self._home(members[0][0])
         return Share(members, decay, moments, self.mesh.group[kind], holders)
+
+    def _muon_group(
+        self, members: Members, decay: float, moments: torch.dtype, stacked: dict[str, int], workers: Workers
+    ) -> MuonShare:
+        kind, holders = self._home(members[0][0])
+        return MuonShare(members, decay, moments, self.mesh.group[kind], holders, stacked)
 
     def grad_norm(self) -> Tensor:
         for group in self.groups:

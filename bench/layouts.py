@@ -1,0 +1,97 @@
+"""The same pre-training under several layouts: does the curve change? And killed, and gone on with under another one?
+
+    python bench/layouts.py --out runs/layouts [--recipe recipes/tiny.toml] [--tokens 120K] [--json FILE]
+
+The corpus is made once. Every layout then pre-trains from the same weights; "then" rows are stopped by SIGTERM half-way
+and gone on with under the second layout. Shown: the largest distance of the loss from that of one process over the
+first 20 steps and over all, relative, and held-out bits per byte at the end.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+LAYOUTS: dict[str, list[str]] = {
+    "one process": [],
+    "dp 2": ["layout.dp=2"],
+    "ep 2": ["layout.ep=2"],
+    "pp 2, 1f1b": ["layout.pp=2", "layout.schedule=1f1b"],
+    "pp 2, dualpipe": ["layout.pp=2", "layout.schedule=dualpipe"],
+    "pp 2 x ep 2, zb1p": ["layout.pp=2", "layout.ep=2", "layout.schedule=zb1p"],
+}
+CHANGES = [("pp 2, dualpipe", "ep 2"), ("ep 2", "one process"), ("one process", "pp 2 x ep 2, zb1p")]
+
+
+def start(args: argparse.Namespace, out: Path, layout: str) -> subprocess.Popen:
+    sets = [
+        f"pretrain.tokens={args.tokens}",
+        "pretrain.sample_every=1B",
+        "pretrain.precision=float32",
+        *LAYOUTS[layout],
+    ]
+    command = [sys.executable, "-m", "bessemer", "run", str(args.recipe), "--out", str(out), "--until", "pretrain"]
+    return subprocess.Popen(
+        [*command, *(word for one in sets for word in ("--set", one))], stdout=subprocess.DEVNULL,
+        stderr=open(out.with_suffix(".log"), "a"),
+    )  # fmt: skip
+
+
+def lines(out: Path, key: str) -> dict[int, float]:
+    found = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    return {x["step"]: x["values"][key] for x in found if x["stage"] == "pretrain" and key in x["values"]}
+
+
+def row(name: str, out: Path, base: Path, seconds: float) -> dict:
+    mine, wanted = lines(out, "train/loss"), lines(base, "train/loss")
+    assert list(mine) == list(wanted), f"{name}: steps are missing or there twice"
+    away = {step: abs(mine[step] - loss) / loss for step, loss in wanted.items()}
+    parts = json.loads((out / "02-pretrain" / "done.json").read_text())["summary"]
+    bits = {key: value for key, value in parts.items() if key.startswith("bpb_")}
+    return {"layout": name, "steps": len(mine), "first_20": max(list(away.values())[:20]), "all": max(away.values()),
+            "last_loss": mine[max(mine)], **bits, "seconds": seconds}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/tiny.toml"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", default="120K")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    first = next(iter(LAYOUTS))
+    base, rows = args.out / "base", []
+    corpus = [sys.executable, "-m", "bessemer", "run", str(args.recipe), "--out", str(base), "--until", "corpus"]
+    subprocess.run(corpus, check=True, stdout=subprocess.DEVNULL)
+    one = args.out / "run-0"
+    for number, (name, change) in enumerate([*((name, None) for name in LAYOUTS), *CHANGES]):
+        out = args.out / f"run-{number}"
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(base, out)
+        began = time.monotonic()
+        process = start(args, out, name)
+        if change is not None:
+            total = len(lines(one, "train/loss"))
+            while len(lines(out, "train/loss")) < total // 2:
+                time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait() == 130, f"see {out.with_suffix('.log')}"
+            process = start(args, out, change)
+        assert process.wait() == 0, f"see {out.with_suffix('.log')}"
+        rows.append(row(name if change is None else f"{name}, then {change}", out, one, time.monotonic() - began))
+        print(" ".join(f"{key} {value:.3g}" if isinstance(value, float) else str(value) for key, value in
+                       rows[-1].items()), flush=True)  # fmt: skip
+    assert rows[0]["layout"] == first and rows[0]["all"] == 0
+    if args.json:
+        facts = {"recipe": str(args.recipe), "tokens": args.tokens, "dtype": "float32", "machine": platform.processor()}
+        args.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
