@@ -23,9 +23,9 @@ from bessemer.parallel.execute import Executor, Work
 from bessemer.parallel.part import Part, rows_of
 from bessemer.train import balance, checkpoint, rng, sharded
 from bessemer.train.checkpoint import Damaged
-from bessemer.train.objective import Loss, balance_weight
+from bessemer.train.objective import Loss, Sums, balance_weight
 from bessemer.train.sharded import Source
-from bessemer.train.trainer import Sums, Trainer
+from bessemer.train.trainer import Trainer
 from bessemer.train.zero import Zero1
 
 if TYPE_CHECKING:

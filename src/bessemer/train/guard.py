@@ -57,6 +57,13 @@ class Guard:
         return ROLL_BACK
 
 
+def bad_gradients(names: list[str]) -> str:
+    """What is said of gradients that are not finite, in the model's order, where the loss is."""
+    # Backward runs from the last parameter to the first: the last bad one is where it began.
+    where = names[-1] if names else "none (their norm overflows)"
+    return f"loss is finite but {len(names)} gradients are not, beginning at {where}"
+
+
 def nonfinite_activation(model: nn.Module, run: Callable[[], Any]) -> str | None:
     """Runs `run` (a forward pass) again, watching every module; returns the first whose output is not finite.
 

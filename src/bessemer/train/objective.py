@@ -36,6 +36,24 @@ class Loss:
     """Largest values, logged as they are."""
 
 
+@dataclass
+class Sums:
+    """What the micro-batches of one step came to; their gradients lie in the parameters."""
+
+    batches: list[Batch]
+    """This process's."""
+    losses: list[Loss]
+    """Of each of them."""
+    divisor: float
+    """Loss tokens of the whole step."""
+    tokens: int
+    rows: int
+    """Of the whole step, padding included."""
+    finite: bool
+    values: dict[str, float]
+    """What the objective logs."""
+
+
 Objective = Callable[..., Loss]
 
 

@@ -17,7 +17,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from bessemer.errors import UserError
 from bessemer.train import balance, checkpoint, guard, rng, sharded
-from bessemer.train.objective import Loss, Objective, means
+from bessemer.train.objective import Loss, Objective, Sums, means
 from bessemer.train.optim import Optimizer, load_exactly
 from bessemer.train.settings import Settings
 from bessemer.workers import rank
@@ -37,24 +37,6 @@ if TYPE_CHECKING:
 
 
 _COUNTERS = ("step", "tokens", "rows", "skipped")
-
-
-@dataclass
-class Sums:
-    """What the micro-batches of one step came to; their gradients lie in the parameters."""
-
-    batches: list[Batch]
-    """This process's."""
-    losses: list[Loss]
-    """Of each of them."""
-    divisor: float
-    """Loss tokens of the whole step."""
-    tokens: int
-    rows: int
-    """Of the whole step, padding included."""
-    finite: bool
-    values: dict[str, float]
-    """What the objective logs."""
 
 
 class _Handed(NamedTuple):
@@ -273,17 +255,14 @@ class Trainer:
     def _culprit(self, sums: Sums, terms: dict[str, float]) -> str:
         """Where a step that is not finite began."""
         totals = torch.stack([loss.total.float() for loss in sums.losses])
-        bad_loss = (~totals.isfinite()).nonzero().flatten().tolist()
-        if bad_loss:
-            batch = sums.batches[bad_loss[0]]
-            with torch.no_grad():
-                where = guard.nonfinite_activation(self.model, lambda: self.objective(self.model, batch, **terms))
-            what = f"loss of micro-batch {bad_loss[0]} is {totals[bad_loss[0]].item()}"
-            return what + (f", first in the output of {where}" if where else ", though every module's output is finite")
-        names = self.optimizer.nonfinite_gradients()
-        # Backward runs from the last parameter to the first: the last bad one is where it began.
-        where = names[-1] if names else "none (their norm overflows)"
-        return f"loss is finite but {len(names)} gradients are not, beginning at {where}"
+        bad = (~totals.isfinite()).nonzero().flatten().tolist()
+        if not bad:
+            return guard.bad_gradients(self.optimizer.nonfinite_gradients())
+        batch = sums.batches[bad[0]]
+        with torch.no_grad():
+            where = guard.nonfinite_activation(self.model, lambda: self.objective(self.model, batch, **terms))
+        what = f"loss of micro-batch {bad[0]} is {totals[bad[0]].item()}"
+        return what + (f", first in the output of {where}" if where else ", though every module's output is finite")
 
     def _roll_back(self, what: str) -> None:
         found = self._latest()
