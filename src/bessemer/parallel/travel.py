@@ -61,8 +61,23 @@ def moved(x: Tensor, way: Way) -> Tensor:
 
 def summed(x_SD: Tensor, token: Tensor, n_tokens: int) -> Tensor:
     """[T, D]: the rows of every token added up; 0 for a token without."""
-    out = torch.zeros(n_tokens, x_SD.shape[1], dtype=torch.float32, device=x_SD.device)
-    return out.index_add(0, token, x_SD.float()).to(x_SD.dtype)
+    return _Summed.apply(x_SD, token, n_tokens)
+
+
+class _Summed(torch.autograd.Function):
+    """index_add of torch keeps what it adds, in float32 four bytes for every element of every routed row."""
+
+    @staticmethod
+    def forward(ctx, x_SD: Tensor, token: Tensor, n_tokens: int) -> Tensor:
+        ctx.save_for_backward(token)
+        out = torch.zeros(n_tokens, x_SD.shape[1], dtype=torch.float32, device=x_SD.device)
+        return out.index_add_(0, token, x_SD.float()).to(x_SD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TD: Tensor):
+        (token,) = ctx.saved_tensors
+        return dy_TD.index_select(0, token), None, None
 
 
 def forth(x_TD: Tensor, way: Way) -> Tensor:
