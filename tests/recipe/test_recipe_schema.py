@@ -90,7 +90,7 @@ MISTAKES = [
     ('kind = "compare"', "", ['"kind" is required']),
     ("seed = 7", 'seed = "7"', ['key "seed" is "7" (a string), expected a whole number']),
     ("seed = 7", "sede = 7", ['unknown key "sede"', 'did you mean "seed"?']),
-    ("seed = 7", "[layout]\npp = 2", ["[layout]", '"pp" is 2', "many devices", "use 1"]),
+    ("seed = 7", "[layout]\npp = 0", ["[layout]", '"pp" is 0', "greater than or equal to 1"]),
     ("seed = 7", "[layout]\npq = 1", ["[layout]", 'unknown key "pq"']),
     ("steps = 3", "steps = 1.5", ['key "steps" is 1.5 (a number), expected a whole number']),
     ("steps = 3", "steps = true", ['key "steps" is true (true or false), expected a whole number']),

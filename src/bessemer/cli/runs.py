@@ -21,9 +21,18 @@ def run(
     reuse: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Copy finished stages from this run where they would be equal.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Lay the pre-training out over its ranks, here, and say what each holds.")
+    ] = False,
+    world: Annotated[int | None, typer.Option(min=1, metavar="N", help="With --dry-run: how many ranks.")] = None,
+    device: Annotated[str | None, typer.Option(help="With --dry-run: whether it fits on this, such as H800.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe; what is finished is skipped, what was interrupted goes on."""
+    if dry_run:
+        _dry_run(recipe, set_ or [], world, device, as_json)
+        return
+    _check_used("--dry-run", False, {"world": world, "device": device})
     from bessemer.recipe import conformance
     from bessemer.recipe.rundir import writing_models
     from bessemer.recipe.runner import run as run_recipe
@@ -55,6 +64,17 @@ def run(
         others = [name for name, _ in models[:-1]]
         which = f" (or bessemer chat {root}/STAGE: {', '.join(others)})" if others else ""
         print(f"talk to {models[-1][0]}: bessemer chat {root}{which}")
+
+
+def _dry_run(recipe: Path, overrides: list[str], world: int | None, device: str | None, as_json: bool) -> None:
+    from bessemer.recipe import dryrun
+    from bessemer.recipe.schema import Recipe
+
+    found = dryrun.of_recipe(Recipe.load(recipe, overrides), world, device)
+    if as_json:
+        print_json(found.facts())
+    else:
+        print(dryrun.described(found))
 
 
 @app.command()

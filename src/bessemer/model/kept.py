@@ -2,10 +2,13 @@
 
 This is what a micro-batch costs from its forward to its backward, the number that a pipeline multiplies; what a layer
 needs while it is being computed comes on top, once. `fp8` is the network of `model/fp8`, otherwise it is the plain one
-on a CPU. Every term is a tensor that backward reads; the tests hold the sum against the allocator.
+on a CPU, or with `fused` one whose attention core keeps heads and softmax denominators, as FlashAttention does. Every
+term is a tensor that backward reads; the tests hold the sum against the allocator.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection, Iterable
 
 from bessemer.model import attention, attention_cpu
 from bessemer.model.config import ModelConfig
@@ -14,23 +17,54 @@ from bessemer.precision.tiles import TILE
 INDEX, NUMBER = 8, 4  # int64, float32
 ROUTED = 3 * INDEX + NUMBER
 """Of every routed row beside the row: whose it is, its place among the gates and on the way back, and its gate."""
+RECOMPUTED = ("attend", "experts")
+"""Phases of a layer that can be made again in backward."""
 
 
 def kept_bytes(cfg: ModelConfig, rows: int, length: int, *, fp8: bool, number_bytes: int = 2, mtp: bool = True) -> int:
     """Of one micro-batch of `rows` sequences, loss included. `number_bytes`: of the compute dtype; `mtp`: with the MTP
     modules."""
-    state, modules = cfg.dim * number_bytes, cfg.n_mtp if mtp else 0
-    if fp8:
-        attention, dense, sparse = _attention_fp8(cfg, number_bytes), _ffn_fp8(cfg, cfg.inter_dim), _sparse_fp8(cfg)
-        dense, sparse = dense + state, sparse + state  # the residual stream, of which norm and gate are made again
-    else:
-        attention = _attention_plain(cfg, length, number_bytes)
-        dense, sparse = _dense_plain(cfg, number_bytes), _sparse_plain(cfg, number_bytes)
-    token = cfg.n_layers * attention + cfg.n_dense_layers * dense + (cfg.n_layers - cfg.n_dense_layers) * sparse
-    token += 2 * state  # what the last norm reads, and the loss's gradient of what it gives
+    layers = range(cfg.n_layers)
+    return slice_bytes(cfg, layers, rows, length, last=True, fp8=fp8, number_bytes=number_bytes, mtp=mtp)
+
+
+def slice_bytes(
+    cfg: ModelConfig, layers: Iterable[int], rows: int, length: int, *, last: bool, fp8: bool, number_bytes: int = 2,
+    mtp: bool = True, fused: bool = False, recompute: Collection[str] = (),
+) -> int:  # fmt: skip
+    """The same of some layers. The `last` slice has norm, MTP modules and loss; any other keeps what it hands on."""
+
+    def layer(dense: bool) -> int:
+        return layer_bytes(cfg, length, dense, fp8=fp8, number_bytes=number_bytes, fused=fused, recompute=recompute)
+
+    state, modules = cfg.dim * number_bytes, cfg.n_mtp if mtp and last else 0
+    token = sum(layer(i < cfg.n_dense_layers) for i in layers)
+    token += 2 * state if last else state  # what the last norm reads, and the loss's gradient of what it gives
     # of a module also the inputs of its two norms, which lie side by side once more as the input of M_k
-    token += modules * (attention + sparse + 6 * state)
-    return rows * length * token + (1 + modules) * cfg.vocab_size * state  # with the loss's gradient of the head
+    token += modules * (layer(False) + 6 * state) if modules else 0
+    return rows * length * token + ((1 + modules) * cfg.vocab_size * state if last else 0)  # the head's gradient
+
+
+def layer_bytes(
+    cfg: ModelConfig, length: int, dense: bool, *, fp8: bool, number_bytes: int = 2, fused: bool = False,
+    recompute: Collection[str] = (),
+) -> int:  # fmt: skip
+    """Of one token in one layer."""
+    state, again = cfg.dim * number_bytes, "attend" in recompute
+    if fp8:
+        # beside the FFN the residual stream, of which norm and gate are made again
+        attend = state if again else _attention_fp8(cfg, number_bytes) + state
+        ffn = _ffn_fp8(cfg, cfg.inter_dim) if dense else _sparse_fp8(cfg)
+        inner = _e4m3(2 * cfg.moe_inter_dim)
+    else:
+        # norms keep input and output
+        attend = state if again else _attention_plain(cfg, length, number_bytes, fused) + state
+        attend += state + (0 if dense else _gate_plain(cfg, number_bytes, again))
+        ffn = _ffn_plain(cfg.inter_dim, number_bytes) if dense else _sparse_plain(cfg, number_bytes)
+        inner = 2 * cfg.moe_inter_dim * number_bytes
+    if "experts" in recompute and not dense:
+        ffn -= cfg.n_activated_experts * inner
+    return attend + ffn
 
 
 def _e4m3(columns: int) -> int:
@@ -57,14 +91,16 @@ def _sparse_fp8(cfg: ModelConfig) -> int:
     return cfg.n_activated_experts * (_ffn_fp8(cfg, cfg.moe_inter_dim) + ROUTED) + shared
 
 
-def _attention_plain(cfg: ModelConfig, length: int, number_bytes: int) -> int:
+def _attention_plain(cfg: ModelConfig, length: int, number_bytes: int, fused: bool) -> int:
     """Norms keep input and output; the core keeps heads and probabilities, in float32 (`attention_cpu`)."""
     norms = 2 * cfg.dim + 2 * cfg.q_lora_rank + 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
-    heads = cfg.n_heads * (2 * cfg.qk_head_dim + cfg.v_head_dim)
+    heads, out = cfg.n_heads * (2 * cfg.qk_head_dim + cfg.v_head_dim), cfg.n_heads * cfg.v_head_dim
+    if fused:
+        return (norms + heads + out) * number_bytes + NUMBER * cfg.n_heads
     if length > attention.LONGEST:
         raise ValueError(f"beyond {attention.LONGEST} tokens attention is torch's own; what that keeps is not known")
     probabilities = cfg.n_heads * attention_cpu.probabilities(length) / length
-    return int((norms + cfg.n_heads * cfg.v_head_dim) * number_bytes + NUMBER * (heads + probabilities))
+    return int((norms + out) * number_bytes + NUMBER * (heads + probabilities))
 
 
 def _ffn_plain(inner: int, number_bytes: int) -> int:
@@ -72,13 +108,14 @@ def _ffn_plain(inner: int, number_bytes: int) -> int:
     return 4 * inner * number_bytes
 
 
-def _dense_plain(cfg: ModelConfig, number_bytes: int) -> int:
-    return 2 * cfg.dim * number_bytes + _ffn_plain(cfg.inter_dim, number_bytes)
+def _gate_plain(cfg: ModelConfig, number_bytes: int, again: bool) -> int:
+    """Scores, shares and choices, and in BF16 its input in float32."""
+    choices = (INDEX + NUMBER) * cfg.n_activated_experts
+    if again:
+        return choices
+    return choices + 2 * NUMBER * cfg.n_routed_experts + (NUMBER * cfg.dim if number_bytes < NUMBER else 0)
 
 
 def _sparse_plain(cfg: ModelConfig, number_bytes: int) -> int:
-    gate = 2 * NUMBER * cfg.n_routed_experts + (INDEX + NUMBER) * cfg.n_activated_experts  # scores, shares, choices
-    gate += NUMBER * cfg.dim if number_bytes < NUMBER else 0  # its input in float32
     row = (cfg.dim + 2 * cfg.moe_inter_dim) * number_bytes + ROUTED
-    shared = _ffn_plain(cfg.n_shared_experts * cfg.moe_inter_dim, number_bytes)
-    return 2 * cfg.dim * number_bytes + gate + cfg.n_activated_experts * row + shared
+    return cfg.n_activated_experts * row + _ffn_plain(cfg.n_shared_experts * cfg.moe_inter_dim, number_bytes)

@@ -24,3 +24,8 @@ def schedule(name: str, ranks: int, micro: int) -> Table:
         hint = f'did you mean "{near[0]}"?' if near else f"there are: {', '.join(SCHEDULES)}"
         raise UserError(f'no schedule "{name}"; {hint}')
     return SCHEDULES[name](ranks, micro)
+
+
+def auto(ranks: int, micro: int) -> str:
+    """What a recipe's schedule = "auto" means: DualPipe wherever it can be, else 1F1B."""
+    return "dualpipe" if ranks > 1 and ranks % 2 == 0 and micro % 2 == 0 and micro >= 2 * ranks else "1f1b"

@@ -63,7 +63,8 @@ def _name(annotation: Any) -> str:
         return "schedule" if annotation.__name__ == "Points" else annotation.__name__
     origin = getattr(annotation, "__origin__", None)
     if origin is list:
-        return f"list of {_name(parts[0])}s"
+        inner = _name(parts[0])
+        return inner.replace("one of", "any of", 1) if inner.startswith("one of") else f"list of {inner}s"
     if origin is dict:
         return "table"
     if origin is not None and all(isinstance(part, str | int | float) for part in parts):

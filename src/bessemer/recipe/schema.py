@@ -13,7 +13,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator
 
@@ -28,18 +28,25 @@ _RESERVED = ("model", "layout", "stage", "name", "seed")  # what --set already m
 class Layout(Strict):
     """[layout]: how the run is spread over devices."""
 
-    pp: int = 1
+    pp: int = Field(1, ge=1)
     """Pipeline-parallel ranks."""
-    ep: int = 1
+    ep: int = Field(1, ge=1)
     """Expert-parallel ranks."""
-    dp: int = 1
-    """Data-parallel ranks."""
+    dp: int | Literal["auto"] = 1
+    """Data-parallel ranks; auto: as many as the world has room for beside pp and ep."""
+    node: int = Field(8, ge=1)
+    """Ranks of one node."""
+    schedule: str = "auto"
+    """Pipeline schedule: gpipe, 1f1b, interleaved, zb1p, zbv, dualpipe or dualpipe-v; auto: dualpipe wherever pp and
+    the micro-batches allow it, else 1f1b."""
+    recompute: list[Literal["attend", "experts"]] = Field(default_factory=list)
+    """Phases of every layer that backward makes again instead of keeping what they made."""
 
-    @field_validator("pp", "ep", "dp")
+    @field_validator("dp")
     @classmethod
-    def one_device(cls, ranks: int) -> int:
-        if ranks != 1:
-            raise ValueError("training on many devices is not built yet; use 1")
+    def at_least_one(cls, ranks: int | str) -> int | str:
+        if isinstance(ranks, int) and ranks < 1:
+            raise ValueError("use at least 1, or auto")
         return ranks
 
 

@@ -1,0 +1,80 @@
+"""`bessemer run RECIPE --dry-run`: a cluster's layout on one machine."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from bessemer import cli
+from bessemer.errors import UserError
+from bessemer.recipe import dryrun
+from bessemer.recipe.conformance import rows
+from bessemer.recipe.runner import run
+from bessemer.recipe.schema import Recipe
+
+V3 = Path(__file__).parents[2] / "recipes" / "v3.toml"
+TINY = V3.with_name("tiny.toml")
+
+
+def test_v3_on_2048_ranks():
+    found = dryrun.of_recipe(Recipe.load(V3), device_name="h800")
+    assert found.layout.world == 2048 and found.fits
+    assert [(point["micro"], point["schedule"]) for point in found.ramp] == [
+        (24, "1f1b"), (32, "dualpipe"), (120, "dualpipe"),
+    ]  # fmt: skip
+    assert list(found.ranks) == [0, 1024, 1920]
+    assert found.ranks[0] == found.ranks[1920], "DualPipe's ends hold the same two stages"
+    said = dryrun.described(found)
+    assert "pipeline 15, copy 1: 1984 to 2047" in said and "fits on H800" in said
+    assert not dryrun.of_recipe(Recipe.load(V3), device_name="RTX4090").fits
+
+
+def test_v3_toml_is_the_paper_s_run():
+    """Every item of pre-training that the conformance table knows is on."""
+    recipe = Recipe.load(V3)
+    off = [row["item"] for row in rows(recipe) if row["section"].startswith("V3 2") and not row["on"]]
+    assert not off
+    lr = recipe.stage("pretrain").lr
+    assert [lr(x) for x in (28.1e9, 12.15e12, 14.5e12, 14.7e12)] == [2.2e-4, 1.21e-4, 2.2e-5, 7.3e-6]  # reference Z.1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "words"),
+    [
+        (["layout.ep=3"], None, ["256 experts cannot be shared evenly by 3 ranks", "these fit"]),
+        (["layout.dp=auto"], None, ["--world N"]),
+        (["layout.dp=auto"], 2000, ["it makes 1024 ranks"]),
+        (["layout.schedule=dualpipee"], None, ['no schedule "dualpipee"', "dualpipe"]),
+        (["layout.schedule=dualpipe"], None, ["32 at least, is 24"]),
+    ],
+)
+def test_what_cannot_be_is_said(overrides, world, words):
+    with pytest.raises(UserError) as caught:
+        dryrun.of_recipe(Recipe.load(V3, overrides), world)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_recipe_without_pre_training():
+    with pytest.raises(UserError, match='no stage is of kind "pretrain"'):
+        dryrun.of_recipe(Recipe.load(V3.with_name("r1-paper.toml")))
+
+
+def test_many_devices_are_planned_but_not_run(tmp_path):
+    with pytest.raises(UserError, match="pp is 2, but training on many devices is not built yet; use 1"):
+        run(Recipe.load(TINY, ["layout.pp=2"]), tmp_path / "out")
+
+
+def test_from_the_command_line(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bessemer", "run", str(TINY), *arguments])
+        try:
+            cli.main()
+        except SystemExit as done:
+            assert done.code in (0, 2, None)
+        return capsys.readouterr()
+
+    facts = json.loads(call("--dry-run", "--set", "layout.dp=auto", "--world", "4", "--json").out)
+    assert facts["world"] == facts["dp"] == 4 and facts["memory_gib_per_rank"]["0"]["total"] > 0
+    assert "has no effect without --dry-run" in call("--world", "4").err
+    assert "did you mean H100" in call("--dry-run", "--device", "H10").err

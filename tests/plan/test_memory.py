@@ -1,0 +1,161 @@
+"""What a rank is planned to hold is what it holds: to the byte before the first step, within 5 % while it trains."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from torch.autograd.profiler import profile
+
+from bessemer.data.batch import Batch
+from bessemer.model.presets import preset
+from bessemer.model.transformer import Transformer
+from bessemer.parallel.mesh import Layout
+from bessemer.parallel.schedules import schedule
+from bessemer.parallel.table import Action, Pair, actions
+from bessemer.plan import held, memory
+from bessemer.plan.memory import Numbers
+from bessemer.precision.fp8_linear import PAPER
+from bessemer.recipe import dryrun
+from bessemer.train import optim
+from bessemer.train.across import Across
+
+BEFORE = ("weights", "gradients", "masters", "moments", "routing")
+TINY = preset("tiny")
+MODELS = [TINY, preset("tiny", n_mtp=0), preset("tiny", q_lora_rank=0, n_shared_experts=0), preset("tiny", n_mtp=2),
+          preset("moonlight"), preset("v3")]  # fmt: skip
+LAYOUTS = [("gpipe", Layout(1, 1, 1), 2), ("1f1b", Layout(2, 1, 2), 4), ("dualpipe", Layout(2, 2, 2), 4),
+           ("zbv", Layout(2, 2, 1), 4), ("interleaved", Layout(2, 1, 4), 4),
+           ("dualpipe", Layout(4, 2, 8), 8)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "layout", "micro"), LAYOUTS, ids=str)
+def test_held_is_what_the_real_classes_hold(name, layout, micro):
+    """Every pipeline rank, in BF16 with BF16 moments and in float32: to the byte, filling included."""
+    table = schedule(name, layout.pp, micro)
+    for cfg in MODELS:
+        if table.stages > cfg.n_layers + cfg.n_mtp:
+            continue
+        for number in (2, 4):
+            numbers = Numbers(number, number)
+            for pp in range(layout.pp):
+                planned = held.held(cfg, layout, table, pp, number).bytes(number, number)
+                real = dryrun.held(cfg, layout, table, layout.rank(pp, layout.dp - 1, 0), numbers)
+                assert planned == real, (cfg, pp, number)
+
+
+def test_held_with_one_table_for_both_ends():
+    cfg, layout, table = preset("tiny", tie_embeddings=True), Layout(), schedule("gpipe", 1, 1)
+    assert held.held(cfg, layout, table, 0).bytes(2, 4) == dryrun.held(cfg, layout, table, 0, Numbers(2, 4))
+    assert (held.ALIGN, held.BLOCK) == (optim.ALIGN, optim.NORM_BLOCK)
+
+
+def test_v3_at_scale_takes_no_memory_here():
+    """2,048 ranks: the whole network is in the pipeline ranks, experts once in each copy and DualPipe's lane."""
+    cfg, layout = preset("v3"), Layout(16, 2, 64)
+    table = schedule("dualpipe", 16, 120)
+    found = [held.held(cfg, layout, table, pp) for pp in range(16)]
+    experts = sum(size for one in found for kind, size in one.vectors.items() if kind.expert)
+    assert experts == 2 * 59 * 4 * 3 * 7168 * 2048  # two lanes, 58 layers and MTP, 256 / 64 experts
+    middle = next(one for one in found if one.gates == 8)  # E.1: about 3.27e9 with two stages of 4 MoE layers
+    assert middle.parameters / 1e9 == pytest.approx(3.27, abs=0.03)
+
+
+# --- while training --------------------------------------------------------------------------------------------
+
+
+def used(function):
+    """(allocated and not freed, the most it was meanwhile), by torch's allocator."""
+    with profile(use_cpu=True, profile_memory=True) as profiler:
+        alive = function()  # noqa: F841
+    live = highest = 0
+    for event in profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            highest = max(highest, live)
+    return live, highest
+
+
+ROWS, LENGTH, MICRO = 4, 128, 4
+TERMS = {"lr": 1e-3, "clip": 1.0, "gamma": 1e-3, "mtp_lambda": 0.3, "balance_alpha": 1e-4}
+
+
+def batch(number):
+    tokens = torch.randint(0, TINY.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(number))
+    loss = torch.ones(ROWS, LENGTH)
+    loss[:, 0] = 0
+    return Batch(tokens, loss)
+
+
+def on_a_rank(rank, name, layout, dtype, fp8):
+    """Bytes held before a step, kept by the forwards of a step, and the most that a step took on top, at least and at
+    most: what gloo's threads free the profiler does not see, so what is left at the end is what it missed."""
+    model = Transformer(TINY).initialise(1).set_fp8(PAPER if fp8 else None)
+    training = Across(model, layout, name, MICRO, compute_dtype=dtype)
+    model.rope_table(LENGTH)
+    batches = [batch(100 * rank + number) for number in range(MICRO)]
+    groups = training.optimizer.groups
+    before = sum(t.untyped_storage().nbytes() for t in {
+        t.untyped_storage().data_ptr(): t for g in groups for t in (g.compute, g.grad, g.master, *g.moments.values())
+    }.values())  # fmt: skip
+    training.update(batches, **TERMS)
+    work = training._work(batches, 0.3, 1e-4)
+
+    def forwards():
+        for action in actions(training.table.steps[training.mesh.pp]):
+            if action.kind == "F":
+                training.executor._forward(action, work[action.lane][action.micro])
+        for handle, _ in training.executor._sends:
+            handle.wait()
+        training.executor._sends.clear()
+
+    kept, _ = used(forwards)
+    training.executor._kept.clear()
+    dist.barrier()
+    missed, most = used(lambda: training.executor.run(work))
+    return before, kept, most - missed, most
+
+
+CASES = [("dualpipe", Layout(2, 1, 2), torch.bfloat16, True), ("1f1b", Layout(2, 1, 2), torch.bfloat16, False),
+         ("gpipe", Layout(2, 1, 2), torch.float32, False)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "layout", "dtype", "fp8"), CASES, ids=str)
+def test_memory_of_real_ranks(name, layout, dtype, fp8):
+    """Mean of the ranks of a pipeline stage, for real routing is not balanced. In FP8 the emulation on a CPU needs
+    working memory that no GPU does, so only what is kept is compared there."""
+    table, numbers = schedule(name, layout.pp, MICRO), Numbers(dtype.itemsize, 4, fp8, fused=False)
+    found = on_ranks(layout.world, on_a_rank, name, layout, dtype, fp8)
+    kept = memory.kept_by_stage(TINY, table.stages, ROWS, LENGTH, numbers)
+    planned = memory.per_rank(TINY, layout, table, ROWS, LENGTH, numbers)
+    for pp in range(layout.pp):
+        ranks = [found[layout.rank(pp, 0, ep)] for ep in range(layout.ep)]
+        all_forwards = sum(kept[a.stage] for a in actions(table.steps[pp]) if a.kind == "F")
+        assert sum(rank[1] for rank in ranks) / len(ranks) == pytest.approx(all_forwards, rel=0.05)
+        before = sum(planned[pp][kind] for kind in BEFORE[:-1])
+        assert all(rank[0] == before for rank in ranks)
+        if not fp8:
+            total = before + planned[pp]["activations"] + planned[pp]["working"]
+            least, most = (before + sum(rank[place] for rank in ranks) / len(ranks) for place in (2, 3))
+            assert 0.95 * least < total < 1.05 * most, (least, total, most)
+
+
+def test_most_live_walks_the_table():
+    F, B, I, W = (Action(kind, 0, 0) for kind in "FBIW")
+    other = Action("F", 1, 0)
+    kept = {0: 10, 1: 3}
+    assert memory.most_live((F, F, B, F), kept) == 20
+    assert memory.most_live((F, I, F, W), kept) == 20, "an I leaves what its W needs"
+    assert memory.most_live((F, Pair(other, B)), kept) == 13, "in a pair the forward comes first"
+
+
+def test_recomputation_keeps_less_of_its_phase():
+    for fp8 in (False, True):
+        numbers = Numbers(fp8=fp8)
+        sizes = {again: sum(memory.kept_by_stage(preset("v3"), 16, 1, 4096, numbers, again).values())
+                 for again in ((), ("attend",), ("experts",), ("attend", "experts"))}  # fmt: skip
+        assert (
+            sizes["attend", "experts"]
+            < min(sizes["attend",], sizes["experts",])
+            < max(sizes["attend",], sizes["experts",])
+            < sizes[()]
+        )
