@@ -32,6 +32,9 @@ from bessemer.train.settings import Settings as TrainSettings
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
+HELDOUT_ROWS = 64
+"""Of each part, at every validation."""
+
 
 @register
 class Pretrain(Stage):
@@ -132,7 +135,7 @@ class Pretrain(Stage):
         watch = _Watch(settings, ctx, tokenizer, heldout)
         trainer = Trainer(
             model, objective.next_token, self._batches(settings, mixture, tokenizer),
-            _train_settings(settings, choice.dtype, modelling.workers()), ctx.state,
+            train_settings(settings, choice.dtype, modelling.workers()), ctx.state,
             log=watch.log, stop=lambda: ctx.stop, on_step=[watch], config=cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         resumed = trainer.start()
@@ -159,7 +162,9 @@ class Pretrain(Stage):
         return masked
 
 
-def _train_settings(settings: Pretrain.Settings, dtype: torch.dtype, workers: Workers) -> TrainSettings:
+def train_settings(settings: Pretrain.Settings, dtype: torch.dtype, workers: Workers) -> TrainSettings:
+    """The dials of the trainer, from those of the stage."""
+
     def over_tokens(points: Points):
         return lambda tokens, step: points(tokens)
 
@@ -205,7 +210,7 @@ class _Watch(StepLog):
             self.samples(trainer)
 
     def validate(self, trainer: Trainer) -> dict[str, float]:
-        """Held-out bits per byte of every part (at most 64 rows each)."""
+        """Held-out bits per byte of every part (at most HELDOUT_ROWS rows each)."""
         values_of = trainer.settings.workers.map(self._bits_per_byte, self.heldout)
         found = dict(zip(self.heldout, values_of, strict=True))
         values: dict[str, Any] = {f"val/bpb/{name}": value for name, value in found.items()}
@@ -214,7 +219,7 @@ class _Watch(StepLog):
         return found
 
     def _bits_per_byte(self, name: str) -> float:
-        return bits_per_byte(self.model, self.heldout[name], max_rows=64)
+        return bits_per_byte(self.model, self.heldout[name], max_rows=HELDOUT_ROWS)
 
     def samples(self, trainer: Trainer) -> None:
         if not self.settings.prompts:
