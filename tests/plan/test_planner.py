@@ -12,17 +12,20 @@ from bessemer.errors import UserError
 from bessemer.model import counts
 from bessemer.model.presets import preset
 from bessemer.parallel.mesh import Layout
+from bessemer.parallel.schedules import schedule
 from bessemer.parallel.simulate import Costs, simulate
 from bessemer.parallel.table import Pair
-from bessemer.plan import audit, overlap, routing, step, validate, wanted, work
+from bessemer.plan import audit, overlap, routing, validate, wanted, work
 from bessemer.plan.cost import ideas, priced
 from bessemer.plan.hardware import cluster, device, devices, figures
 from bessemer.plan.kernels import Kernels, attention_rates, data, filled, fitted, gemm, moved
+from bessemer.plan.layers import cuts, layer_times
 from bessemer.plan.overlap import Times
 from bessemer.plan.search import search
 from bessemer.plan.serving import Deployment, decode
+from bessemer.plan.setup import Setup
 from bessemer.plan.shape import Shape
-from bessemer.plan.step import Setup, cuts, layer_times, step_time
+from bessemer.plan.step import step_time
 
 V3 = preset("v3")
 SHAPE = Shape.of(V3)
@@ -111,7 +114,7 @@ def test_pairs_hide_what_is_shorter():
 
 
 def test_messages_between_ranks_take_time():
-    table = step.schedule("1f1b", 4, 8)
+    table = schedule("1f1b", 4, 8)
     assert simulate(table, Costs()).makespan == 33
     later = simulate(table, Costs(), 0.25)
     assert later.makespan == pytest.approx(33 + 2 * 3 * 0.25 + 0.5 * 7, abs=4)

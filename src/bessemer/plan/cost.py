@@ -13,9 +13,11 @@ from bessemer.model.config import ModelConfig
 from bessemer.parallel import schedules
 from bessemer.plan import memory
 from bessemer.plan.hardware import GIB
+from bessemer.plan.layers import cuts
 from bessemer.plan.memory import Numbers
+from bessemer.plan.setup import Setup
 from bessemer.plan.shape import Shape
-from bessemer.plan.step import Setup, StepTime, cuts, step_time
+from bessemer.plan.step import StepTime, step_time
 
 RAMP = 8
 """Points at which a batch that grows is priced."""

@@ -16,8 +16,10 @@ from bessemer.parallel.schedules import schedule
 from bessemer.parallel.table import Table
 from bessemer.plan import memory
 from bessemer.plan.hardware import GIB, Cluster
+from bessemer.plan.layers import cuts, layer_times
 from bessemer.plan.memory import Numbers
-from bessemer.plan.step import Setup, cuts, layer_times, step_time
+from bessemer.plan.setup import Setup
+from bessemer.plan.step import step_time
 from bessemer.plan.wanted import Wanted, with_layout
 
 SIMULATED = 24

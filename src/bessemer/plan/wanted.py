@@ -17,8 +17,8 @@ from bessemer.parallel import mesh, schedules
 from bessemer.parallel.mesh import Layout
 from bessemer.plan import routing
 from bessemer.plan.hardware import Cluster, figures
+from bessemer.plan.setup import IN_STEP, Setup
 from bessemer.plan.shape import Shape
-from bessemer.plan.step import IN_STEP, Setup
 
 UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 

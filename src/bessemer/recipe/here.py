@@ -70,7 +70,7 @@ class Here:
         return "\n".join([*lines, *self.notes])
 
 
-def here(recipe: Recipe, seconds: float = 6.0, run: Path | None = None) -> Here:
+def here(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> Here:
     """`seconds` for each thing that is measured; `run`: the run directory to compare with, if there is one."""
     settings = next((stage for stage in recipe.stages if stage.kind == "pretrain"), None)
     if settings is None:
