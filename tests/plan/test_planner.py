@@ -51,7 +51,8 @@ def test_kernels_do_the_flops_of_the_model():
     tokens, length = 4096, 4096
     for fp8 in (False, True):
         layers = [work.attend(SHAPE, tokens, length, fp8) + work.dense(SHAPE, tokens, fp8)] * 3
-        layers += [work.attend(SHAPE, tokens, length, fp8) + work.experts(SHAPE, tokens, 4, 7.5, fp8)] * 58
+        sparse = work.experts(SHAPE, tokens, 4, 7.5, fp8) + work.finish(SHAPE, tokens, fp8)
+        layers += [work.attend(SHAPE, tokens, length, fp8) + sparse] * 58
         total = sum(phase.flops for phase in layers) + work.head(SHAPE, tokens).flops
         core = sum(op.flops for op in layers[0].input if op.length) / 5  # FlashAttention makes scores again: 5 for 4
         again = sum(2 * n * k for name, n, k, _ in SHAPE.linears() if "up" in name) * 61 * tokens if fp8 else 0

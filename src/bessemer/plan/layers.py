@@ -16,6 +16,7 @@ from bessemer.plan.kernels import Kernels, Op
 from bessemer.plan.overlap import Times
 from bessemer.plan.routing import Places, places
 from bessemer.plan.setup import Setup
+from bessemer.plan.work import Phase
 from bessemer.precision.tiles import TILE
 
 
@@ -37,24 +38,27 @@ def _layer_times(setup: Setup, dense: bool, taken: int) -> Times:
     kernels, shape, tokens = Kernels.of(setup.device, taken), setup.shape, setup.tokens
     at = places(shape, setup.layout.ep, setup.layout.node)
     attend = work.attend(shape, tokens, setup.length, setup.fp8)
-    if dense:
-        ffn = work.dense(shape, tokens, setup.fp8)
-    else:
-        local = max(1, shape.experts // setup.layout.ep)
-        ffn = work.experts(shape, tokens, local, at.ranks, setup.fp8)
     if {"attend", "layer"} & set(setup.recompute):
         attend = attend.again()
-    if "layer" in setup.recompute or ("experts" in setup.recompute and not dense):
-        ffn = ffn.again()
-    busy = 1.0 if dense else setup.imbalance
-    ways = [
-        [seconds(kernels, ops, setup) for ops in (phase.forward, phase.input, phase.weight)] for phase in (attend, ffn)
-    ]
-    times = (tuple(ways[0]), tuple(busy * seconds for seconds in ways[1]))
+    if dense:
+        parts = [(1.0, work.dense(shape, tokens, setup.fp8), "layer")]
+    else:
+        routed = work.experts(shape, tokens, max(1, shape.experts // setup.layout.ep), at.ranks, setup.fp8)
+        parts = [(setup.imbalance, routed, "experts"), (1.0, work.finish(shape, tokens, setup.fp8), "layer")]
+    ffn = [0.0, 0.0, 0.0]
+    for busy, phase, name in parts:
+        phase = phase.again() if {name, "layer"} & set(setup.recompute) else phase
+        ffn = [before + busy * one for before, one in zip(ffn, _ways(kernels, phase, setup), strict=True)]
+    times = (_ways(kernels, attend, setup), tuple(ffn))
     if dense or setup.layout.ep == 1:
         return Times(*times)
     sent, back = (exchange_seconds(setup, way, at) for way in ("dispatch", "combine"))
     return Times(*times, sent, back, sent, back)
+
+
+def _ways(kernels: Kernels, phase: Phase, setup: Setup) -> tuple[float, ...]:
+    """Forward, gradients of inputs, of weights."""
+    return tuple(seconds(kernels, ops, setup) for ops in (phase.forward, phase.input, phase.weight))
 
 
 def row_bytes(setup: Setup, way: str) -> int:

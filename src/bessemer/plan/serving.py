@@ -127,9 +127,10 @@ def prefill(shape: Shape, device: Device, ep: int, tokens: int, length: int, fp8
     kernels, at = Kernels.of(device, data()["exchange"]["units"] if ep > 1 else 0), places(shape, ep, device.devices)
     attend = sum(kernels.seconds(op) for op in work.attend(shape, tokens, length, fp8).forward)
     local = max(1, shape.experts // ep) if shape.experts else 0
-    expert = (
-        sum(kernels.seconds(op) for op in work.experts(shape, tokens, local, at.ranks, fp8).forward) if local else 0.0
+    sparse = (
+        work.experts(shape, tokens, local, at.ranks, fp8) + work.finish(shape, tokens, fp8) if local else work.Phase()
     )
+    expert = sum(kernels.seconds(op) for op in sparse.forward)
     ffn = sum(kernels.seconds(op) for op in work.dense(shape, tokens, fp8).forward)
     sent = 0.0
     if ep > 1:

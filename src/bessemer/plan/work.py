@@ -135,18 +135,22 @@ def ffn(
 
 
 def experts(shape: Shape, tokens: int, local: int, arrived: float, fp8: bool) -> Phase:
-    """Routed experts of a rank, `local` of them, and the shared one. `arrived`: rows that come for a token's worth of
-    sending, each once per rank (balanced: as many as a token goes to ranks)."""
+    """Routed experts of a rank, `local` of them. `arrived`: rows that come for a token's worth of sending, each once
+    per rank (balanced: as many as a token goes to ranks)."""
     D, routed, cast = shape.dim, tokens * shape.chosen, FP8 if fp8 else BF16
     came = tokens * arrived
     put = moved("to experts", D * (came + routed) * cast, True)
     back = moved("from experts", D * (came + routed) * BF16, True)
     body = ffn(shape, routed, shape.expert_inner, fp8, local, "experts", sent=True)
     to = moved("grads to experts", D * (came + routed) * cast, True)
-    found = Phase((put, *body.forward, back), (to, *body.input, back), body.weight)
-    if shape.shared:
-        found += ffn(shape, tokens, shape.shared * shape.expert_inner, fp8, 1, "shared")
-    return found + Phase((moved("finish", 4 * BF16 * D * tokens),), (moved("finish back", 2 * BF16 * D * tokens),))
+    return Phase((put, *body.forward, back), (to, *body.input, back), body.weight)
+
+
+def finish(shape: Shape, tokens: int, fp8: bool) -> Phase:
+    """Shared expert and residual."""
+    D = shape.dim
+    found = Phase((moved("finish", 4 * BF16 * D * tokens),), (moved("finish back", 2 * BF16 * D * tokens),))
+    return found + ffn(shape, tokens, shape.shared * shape.expert_inner, fp8, 1, "shared") if shape.shared else found
 
 
 def dense(shape: Shape, tokens: int, fp8: bool) -> Phase:
