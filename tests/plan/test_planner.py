@@ -243,7 +243,7 @@ def test_plan_on_the_command_line(call, tmp_path):
     assert facts["usd"] == pytest.approx(2 * facts["gpu_hours"]) and len(facts["memory_gib_per_rank"]) == 16
     html = page.read_text()
     assert "<svg" in html and "Content-Security-Policy" in html and "script-src" in html
-    said = call("v3", "--cluster", "2048xH800", "--set", "precision=bf16").out
+    said = call("v3", "--cluster", "2048xH800", "--set", "precision=bf16", "seq=4096").out
     assert "BF16" in said and "do not fit" not in said.split("without one of its ideas")[0]
     small = call("v3", "--cluster", "768xH800").out
     assert "layouts considered" in small, "the published layout is of another cluster"
@@ -266,6 +266,11 @@ def test_a_recipe_on_a_cluster(call, tmp_path):
         (("v3", "--cluster", "2048xH800", "--set", "layout.pp=7"), "these fit"),
         (("v3",), "--cluster"),
         ((), "nothing to plan"),
+        (("v3", "tiny"), "one model or recipe at a time"),
+        (("--audit", "deepseek-v3", "--cluster", "8xH100"), "--cluster has no effect on --audit"),
+        (("recipes/tiny.toml", "--here", "--search"), "--search has no effect on --here"),
+        (("--schedule", "zbv", "--set", "tokens=1T"), "--set has no effect on --schedule"),
+        (("v3", "--cluster", "8xH100", "--svg", "x.svg"), "--svg has no effect"),
         (("v3", "--audit", "deepseek-v3"), "both"),
         (("--audit", "deepsek"), "did you mean deepseek-v3"),
         (("recipes/none.toml", "--cluster", "8xH100"), "no recipe"),

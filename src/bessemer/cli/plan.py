@@ -12,12 +12,12 @@ from bessemer.errors import UserError
 
 @app.command()
 def plan(
-    target: Annotated[str | None, typer.Argument(metavar="[MODEL|RECIPE]", help="A preset such as v3, or a "
-                                                 "recipe.")] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL|RECIPE]", help="A preset such as v3, or a "
+                                                      "recipe.")] = None,
     cluster: Annotated[str | None, typer.Option(metavar="NxDEVICE", help="What it would run on: 2048xH800.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="layout.pp, layout.ep, "
                     "layout.dp, node, schedule, tokens, batch, seq, micro_rows, precision, mtp, routing, recompute, "
-                    "stages, in_step, usd, model.KEY; several in one or repeated. With --here as in a run.")] = None,
+                    "stages, in_step, usd, model.KEY; several after it, or repeated. With --here as in a run.")] = None,
     search: Annotated[bool, typer.Option("--search", help="Find the best layout that fits.")] = False,
     here: Annotated[bool, typer.Option("--here", help="Measure this machine for a few seconds and predict the "
                                        "run.")] = False,
@@ -37,12 +37,24 @@ def plan(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """What a run would cost, whether it fits, and whether a published claim can be true."""
+    names = [word for word in words or [] if "=" not in word]
+    settings = [*(set_ or []), *(word for word in words or [] if "=" in word)]
+    if len(names) > 1:
+        raise UserError(f"{' and '.join(names)}: one model or recipe at a time")
+    target = names[0] if names else None
     asked = [
         name for name, given in (("--audit", audit), ("--schedule", schedule), ("a model or recipe", target)) if given
     ]
     if len(asked) != 1:
         what = f"both {' and '.join(asked)}" if asked else "nothing"
         raise UserError(f"{what} to plan; give a model or recipe, or --audit NAME, or --schedule NAME")
+    costing = {"--cluster": cluster, "--search": search, "--html": html}
+    idle = {} if target and not here else costing
+    idle |= {} if here else {"--run": run}
+    idle |= {} if target else {"--here": here, "--set": settings}
+    idle |= {} if schedule else {"--svg": svg}
+    if given := [name for name, value in idle.items() if value]:
+        raise UserError(f"{given[0]} has no effect on {'--here' if target and here else asked[0]}; leave it out")
     if schedule is not None:
         _schedule(schedule, pp, micro, costs, svg, as_json)
     elif audit is not None:
@@ -51,9 +63,9 @@ def plan(
         lines = audits.audit(audit)
         print_json([line.facts() for line in lines]) if as_json else print(audits.described(lines))
     elif here:
-        _here(target, set_ or [], run, as_json)
+        _here(target, settings, run, as_json)
     else:
-        _cost(target, cluster, set_ or [], search, html, as_json)
+        _cost(target, cluster, settings, search, html, as_json)
 
 
 def _cost(target: str, on: str | None, settings: list[str], search: bool, html: Path | None, as_json: bool) -> None:
@@ -72,8 +84,8 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
     rl_only = recipe is not None and want.tokens is None and bool(planning.rl_stages(recipe))
     tokens = 0.0 if rl_only else wanted.tokens_of(want, name)
     found = None
-    if not told.laid_out and devices.size % want.ranks:
-        want = want.free()  # a layout of another cluster
+    if search or (not told.laid_out and devices.size % want.ranks):  # or the layout is another cluster's
+        want = want.free(told)
     if search or (not want.laid_out and devices.size > 1):
         found = best_layouts(cfg, want, devices)
         setup = found.found[0].setup

@@ -171,6 +171,9 @@ whose kernels are NVIDIA's own come out as they were; those of frameworks with u
 
 {own}
 
+`bessemer plan RECIPE --here` measures for some seconds; with ten times as much work as cores around it, these seconds
+were not like those that followed. On a quiet machine it has not been held against a run yet.
+
 Memory: what ranks hold before a step is planned to the byte, what they keep and use in it within 5 % of what torch's
 allocator counted in real gloo processes (`tests/plan/test_memory.py`).
 

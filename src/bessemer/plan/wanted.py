@@ -20,6 +20,8 @@ from bessemer.plan.hardware import Cluster, figures
 from bessemer.plan.setup import IN_STEP, Setup
 from bessemer.plan.shape import Shape
 
+SEARCHED = ("pp", "ep", "dp", "schedule", "recompute", "micro_rows", "precision")
+"""What a search decides."""
 UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
@@ -77,9 +79,9 @@ class Wanted:
         """Of one data-parallel copy."""
         return (self.pp or 1) * (self.ep or 1)
 
-    def free(self) -> Wanted:
-        """The same without a layout."""
-        return replace(self, pp=None, ep=None, dp=None, schedule=None)
+    def free(self, told: Wanted) -> Wanted:
+        """The same with no more of what a search looks for than the user told."""
+        return replace(self, **{name: getattr(told, name) for name in SEARCHED})
 
     def rows(self, tokens: float) -> float:
         """Sequences of a step after so many tokens."""
