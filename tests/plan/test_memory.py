@@ -22,8 +22,8 @@ from bessemer.train.across import Across
 
 BEFORE = ("weights", "gradients", "masters", "moments", "routing")
 TINY, V3 = preset("tiny"), preset("v3")
-MODELS = [TINY, preset("tiny", n_mtp=0), preset("tiny", q_lora_rank=0, n_shared_experts=0), preset("tiny", n_mtp=2),
-          preset("moonlight"), V3]  # fmt: skip
+MODELS = [TINY, preset("tiny", vocab_size=1001, dim=120), preset("tiny", n_mtp=0), preset("tiny", n_mtp=2),
+          preset("tiny", q_lora_rank=0, n_shared_experts=0), preset("moonlight"), V3]  # fmt: skip
 LAYOUTS = [("gpipe", Layout(1, 1, 1), 2), ("1f1b", Layout(2, 1, 2), 4), ("dualpipe", Layout(2, 2, 2), 4),
            ("zbv", Layout(2, 2, 1), 4), ("interleaved", Layout(2, 1, 4), 4),
            ("dualpipe", Layout(4, 2, 8), 8)]  # fmt: skip

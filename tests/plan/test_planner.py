@@ -50,14 +50,14 @@ def test_kernels_do_the_flops_of_the_model():
     """All phases of all layers, head included; in FP8 plus the up-projections that are made again."""
     tokens, length = 4096, 4096
     for fp8 in (False, True):
-        layers = [work.attend(SHAPE, tokens, length, fp8) + work.dense(SHAPE, tokens, fp8)] * 3
+        layers = [work.attend(SHAPE, tokens, length, fp8, gated=False) + work.dense(SHAPE, tokens, fp8)] * 3
         sparse = work.experts(SHAPE, tokens, 4, 7.5, fp8) + work.finish(SHAPE, tokens, fp8)
         layers += [work.attend(SHAPE, tokens, length, fp8) + sparse] * 58
         total = sum(phase.flops for phase in layers) + work.head(SHAPE, tokens).flops
         core = sum(op.flops for op in layers[0].input if op.length) / 5  # FlashAttention makes scores again: 5 for 4
         again = sum(2 * n * k for name, n, k, _ in SHAPE.linears() if "up" in name) * 61 * tokens if fp8 else 0
         wanted_flops = counts.flops_per_token(V3, length).training * tokens + 61 * core + again
-        assert total == pytest.approx(wanted_flops, rel=1e-3)
+        assert total == pytest.approx(wanted_flops, rel=1e-5)
 
 
 def test_fits_go_through_their_points():
@@ -115,11 +115,8 @@ def test_pairs_hide_what_is_shorter():
 
 
 def test_messages_between_ranks_take_time():
-    table = schedule("1f1b", 4, 8)
-    assert simulate(table, Costs()).makespan == 33
-    later = simulate(table, Costs(), 0.25)
-    assert later.makespan == pytest.approx(33 + 2 * 3 * 0.25 + 0.5 * 7, abs=4)
-    assert later.makespan > 33
+    assert simulate(schedule("gpipe", 3, 1), Costs(), 0.25).makespan == 9 + 4 * 0.25
+    assert simulate(schedule("zbv", 1, 2), Costs(), 0.25).makespan == simulate(schedule("zbv", 1, 2)).makespan
 
 
 def test_stages_of_equal_time():

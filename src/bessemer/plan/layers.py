@@ -37,7 +37,7 @@ def layer_times(setup: Setup, dense: bool, taken: int) -> Times:
 def _layer_times(setup: Setup, dense: bool, taken: int) -> Times:
     kernels, shape, tokens = Kernels.of(setup.device, taken), setup.shape, setup.tokens
     at = places(shape, setup.layout.ep, setup.layout.node)
-    attend = work.attend(shape, tokens, setup.length, setup.fp8)
+    attend = work.attend(shape, tokens, setup.length, setup.fp8, gated=not dense)
     if {"attend", "layer"} & set(setup.recompute):
         attend = attend.again()
     if dense:

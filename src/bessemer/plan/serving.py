@@ -125,8 +125,8 @@ class Prefill:
 def prefill(shape: Shape, device: Device, ep: int, tokens: int, length: int, fp8: bool = True) -> Prefill:
     """Two micro-batches take turns, so the slower of computation and communication counts."""
     kernels, at = Kernels.of(device, data()["exchange"]["units"] if ep > 1 else 0), places(shape, ep, device.devices)
-    attend = sum(kernels.seconds(op) for op in work.attend(shape, tokens, length, fp8).forward)
     local = max(1, shape.experts // ep) if shape.experts else 0
+    attend = sum(kernels.seconds(op) for op in work.attend(shape, tokens, length, fp8, bool(local)).forward)
     sparse = (
         work.experts(shape, tokens, local, at.ranks, fp8) + work.finish(shape, tokens, fp8) if local else work.Phase()
     )

@@ -162,8 +162,9 @@ The second line is no validation: the factor comes from this trace's busy time (
 
 {others}
 
-Every prediction is of a run with fused kernels, without failures and at the clocks of the factor above. The dense runs
-whose kernels are NVIDIA's own come out as they were; those of frameworks with unfused operations reach 60 to 80 %.
+Every prediction is of a run with fused kernels, without failures and at the clocks of the factor above. Runs with
+operations that are not fused, at lower power, or with recomputation and waiting that their authors do not describe
+stay below it, here by up to 40 %: read a prediction as what a system of the best known kernels would reach.
 
 {notes}
 

@@ -40,8 +40,8 @@ class Phase:
         return sum(op.flops for ops in (self.forward, self.input, self.weight) for op in ops)
 
 
-def attend(shape: Shape, tokens: int, length: int, fp8: bool) -> Phase:
-    """Norm, attention, residual; norm and routing decision."""
+def attend(shape: Shape, tokens: int, length: int, fp8: bool, gated: bool = True) -> Phase:
+    """Norm, attention, residual; norm and, in a layer with experts, the routing decision."""
     D, H, form = shape.dim, shape.heads, "fp8" if fp8 else "bf16"
     cast, out = FP8 if fp8 else 0, H * shape.v
     linears = {name: (n, k) for name, n, k, _ in shape.linears()}
@@ -78,7 +78,7 @@ def attend(shape: Shape, tokens: int, length: int, fp8: bool) -> Phase:
         + ops(("cast out", out * (BF16 + FP8 + 1.5) if fp8 else 0)) + products(["out"], "forward")
         + ops(("residual", 3 * BF16 * D), ("ffn norm", D * (2 * BF16 + cast)))
     )  # fmt: skip
-    if shape.experts:
+    if gated:
         forward += (
             gemm("gate", tokens, shape.experts, D, "bf16", write=F32),
             *ops(("choice", 2 * F32 * shape.experts)),
@@ -95,7 +95,7 @@ def attend(shape: Shape, tokens: int, length: int, fp8: bool) -> Phase:
     inputs = sum(k for _, k in linears.values())
     turned = ops(("turn", (BF16 + FP8) * (inputs + grads) if fp8 else 0))
     weight = turned + products(linears, "weight")
-    if shape.experts:
+    if gated:
         input_ = (gemm("gate dx", tokens, D, shape.experts, "bf16"), *input_)
         weight += (gemm("gate dw", shape.experts, D, tokens, "bf16", write=F32, read=F32),)
     return Phase(forward, input_, weight)

@@ -146,7 +146,7 @@ def _decoding(model: Transformer, seconds: float) -> float:
     answers run to their cap."""
     workers = modelling.workers()
     task = Arithmetic()
-    tokenizer = Tokenizer.train((task.document(i) for i in range(200)), min(512, model.cfg.vocab_size))
+    tokenizer = Tokenizer.train((task.document(i) for i in range(200)), min(400, model.cfg.vocab_size))
     engine = Engine(model, tokenizer, workers)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(task.document(i))[:40]] for i in range(16)]
     tokens, done, began = 16, 0, time.monotonic()
