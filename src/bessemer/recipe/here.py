@@ -103,7 +103,8 @@ def here(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> Here:
 
 
 def _training(model: Transformer, settings: Any, length: int, seconds: float) -> float:
-    """Tokens a second of the trainer that the stage makes, on random tokens; the mean of steps after the first."""
+    """Tokens a second of the trainer that the stage makes, on random tokens. Its first steps, for a third of the time,
+    do not count: kernels are compiled then for every number of rows that an expert gets."""
     choice = modelling.choose_precision(settings.precision)
     trainer = Trainer(
         model, objective.next_token, None, train_settings(settings, choice.dtype, modelling.workers()),
@@ -115,12 +116,16 @@ def _training(model: Transformer, settings: Any, length: int, seconds: float) ->
     def step() -> None:
         trainer.update(_batch(size, length, model) for size in sizes)
 
-    step()
-    done, began = 0, time.monotonic()
-    while done < 2 or time.monotonic() - began < seconds:
-        step()
-        done += 1
-    return done * rows * length / (time.monotonic() - began)
+    def steps(least: int, seconds: float) -> float:
+        """Seconds of one."""
+        done, began = 0, time.monotonic()
+        while done < least or time.monotonic() - began < seconds:
+            step()
+            done += 1
+        return (time.monotonic() - began) / done
+
+    steps(1, seconds / 3)
+    return rows * length / steps(2, seconds)
 
 
 def _batch(rows: int, length: int, model: Transformer) -> Batch:
