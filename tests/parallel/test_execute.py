@@ -13,7 +13,7 @@ from bessemer.parallel.mesh import Layout, Mesh
 from bessemer.parallel.schedules import schedule
 from bessemer.parallel.stage import Slice, cut, keep_experts
 from bessemer.precision.fp8_linear import PAPER
-from bessemer.train.objective import balance_weight, next_token, next_token_of
+from bessemer.train.objective import balance_weight, next_token
 
 CFG = preset("tiny", vocab_size=96, dim=32, inter_dim=48, moe_inter_dim=16, n_heads=2, q_lora_rank=24, kv_lora_rank=16,
              qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12)  # fmt: skip
@@ -38,12 +38,12 @@ def on_a_rank(rank, name, ranks, micro, cfg, fp8, segmented):
     table = schedule(name, ranks, micro)
     model = model_of(cfg, fp8)
     slices = {(lane, stage): Slice(model, stage, table.stages) for lane, stage in table.held(rank)}
-    executor = Executor(table, rank, slices, range(ranks))
+    executor = Executor(table, rank, slices, [range(ranks)])
     work = []
     for lane in range(table.lanes):
         batches = [batch(lane * table.per_lane + m, segmented) for m in range(table.per_lane)]
         work.append([
-            Work(b.tokens_BT, b.segments_BT, lambda out, head, b=b: next_token_of(out, head, b, **TERMS).total,
+            Work(b.tokens_BT, b.segments_BT, lambda out, head, b=b: next_token.of(out, head, b, **TERMS).total,
                  balance_weight(b, TERMS["balance_alpha"]))
             for b in batches
         ])  # fmt: skip
@@ -60,13 +60,12 @@ def on_a_rank_of_a_mesh(rank, name, layout, micro, fp8):
     keep_experts(model, mesh.experts)
     exchange = mesh.exchange()
     slices = {(lane, stage): Slice(model, stage, table.stages, exchange) for lane, stage in table.held(mesh.pp)}
-    peers = [layout.rank(p, mesh.dp, mesh.ep) for p in range(layout.pp)]
-    executor = Executor(table, mesh.pp, slices, peers)
+    executor = Executor(table, mesh.pp, slices, layout.groups("pp"))
     first = (mesh.dp * layout.ep + mesh.ep) * micro
     batches = [batch(first + number, False) for number in range(micro)]
     work = [
         [
-            Work(b.tokens_BT, None, lambda out, head, b=b: next_token_of(out, head, b, **TERMS).total,
+            Work(b.tokens_BT, None, lambda out, head, b=b: next_token.of(out, head, b, **TERMS).total,
                  balance_weight(b, TERMS["balance_alpha"]))
             for b in batches[lane * table.per_lane : (lane + 1) * table.per_lane]
         ]
@@ -158,4 +157,4 @@ def test_slices_are_the_layers_once_each():
 def test_slices_that_the_table_does_not_give_are_refused():
     model = model_of(CFG, False)
     with pytest.raises(ValueError, match=r"rank 1 of 1f1b holds \[\(0, 1\)\], was given \[\(0, 0\)\]"):
-        Executor(schedule("1f1b", 2, 2), 1, {(0, 0): Slice(model, 0, 2)}, range(2))
+        Executor(schedule("1f1b", 2, 2), 1, {(0, 0): Slice(model, 0, 2)}, [range(2)])

@@ -1,5 +1,7 @@
 """What a rank is planned to hold is what it holds: to the byte before the first step, within 5 % while it trains."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +11,8 @@ from torch.autograd.profiler import profile
 from bessemer.data.batch import Batch
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
-from bessemer.parallel.mesh import Layout
+from bessemer.parallel.mesh import Layout, Mesh
+from bessemer.parallel.part import Part
 from bessemer.parallel.schedules import schedule
 from bessemer.parallel.stage import cut
 from bessemer.parallel.table import Action, Pair, actions
@@ -19,6 +22,8 @@ from bessemer.precision.fp8_linear import PAPER
 from bessemer.recipe import dryrun
 from bessemer.train import optim
 from bessemer.train.across import Across
+from bessemer.train.objective import next_token
+from bessemer.train.settings import Settings
 
 BEFORE = ("weights", "gradients", "masters", "moments", "routing")
 TINY, V3 = preset("tiny"), preset("v3")
@@ -77,7 +82,7 @@ def used(function):
 
 
 ROWS, LENGTH, MICRO = 4, 128, 4
-TERMS = {"lr": 1e-3, "clip": 1.0, "gamma": 1e-3, "mtp_lambda": 0.3, "balance_alpha": 1e-4}
+TERMS = {"mtp_lambda": 0.3, "balance_alpha": 1e-4}
 
 
 def batch(number):
@@ -87,32 +92,46 @@ def batch(number):
     return Batch(tokens, loss)
 
 
+def settings(dtype):
+    def constant(value):
+        return lambda tokens, step: value
+
+    return Settings(
+        tokens=1, lr=constant(1e-3), gamma=constant(1e-3), batch_rows=constant(1), micro_rows=1,
+        terms={name: constant(value) for name, value in TERMS.items()}, compute_dtype=dtype,
+    )  # fmt: skip
+
+
 def on_a_rank(rank, name, layout, dtype, fp8):
     """Bytes held before a step, kept by the forwards of a step, and the most that a step took on top, at least and at
     most: what gloo's threads free the profiler does not see, so what is left at the end is what it missed."""
     model = Transformer(TINY).initialise(1).set_fp8(PAPER if fp8 else None)
-    training = Across(model, layout, name, MICRO, compute_dtype=dtype)
+    training = Across(Part.of(model, Mesh(layout, TINY), name), next_token, None, settings(dtype))
+    executor = training._executor_for(MICRO)
     model.rope_table(LENGTH)
     batches = [batch(100 * rank + number) for number in range(MICRO)]
     groups = training.optimizer.groups
-    before = sum(t.untyped_storage().nbytes() for t in {
-        t.untyped_storage().data_ptr(): t for g in groups for t in (g.compute, g.grad, g.master, *g.moments.values())
-    }.values())  # fmt: skip
-    training.update(batches, **TERMS)
-    work = training._work(batches, 0.3, 1e-4)
+    held = [t for g in groups for t in (g.compute, g.grad, g.summed, g.master, *g.moments.values())]
+    before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+    training.update(batches)
+    work = training._work(executor, batches, TERMS)
+
+    table = executor.table
+    alone = tuple(tuple(a for a in actions(steps) if a.kind == "F") for steps in table.steps)
 
     def forwards():
-        for action in actions(training.table.steps[training.mesh.pp]):
-            if action.kind == "F":
-                training.executor._forward(action, work[action.lane][action.micro])
-        for handle, _ in training.executor._sends:
-            handle.wait()
-        training.executor._sends.clear()
+        executor._work, executor._losses = work, []
+        executor.channels.begin(executor._room)
+        for action in alone[training.mesh.pp]:
+            executor._do(action)
+        executor.channels.end()
 
+    executor.follow(replace(table, steps=alone))
     kept, _ = used(forwards)
-    training.executor._kept.clear()
+    executor._chunks.clear()
+    executor.follow(table)
     dist.barrier()
-    missed, most = used(lambda: training.executor.run(work))
+    missed, most = used(lambda: executor.run(work))
     return before, kept, most - missed, most
 
 

@@ -2,9 +2,15 @@
 
 `reward = "random"` pays a coin per sample, a pure function of problem and tokens: with 2 samples about half the groups
 are dead. `reward = "task"` pays nothing: all are.
+
+As a program, `rl_stage.py BASE FOLDER SIGNAL STEP CHANGES...`, it sends itself a signal when it has written the metrics
+of a step; after one that stops it, it exits with 3.
 """
 
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 
 import stages_run
@@ -17,7 +23,8 @@ from bessemer.recipe.metrics import Metrics, StageMetrics
 from bessemer.recipe.policy.loop import Loop
 from bessemer.recipe.progress import RunProgress
 from bessemer.recipe.schema import Recipe
-from bessemer.recipe.stage import StageContext, StopFlag
+from bessemer.recipe.stage import Interrupted, StageContext, StopFlag
+from bessemer.train import checkpoint
 
 TEXTS = ["User: Compute 3*7+6.\nAssistant:<think>(3*7)+6=21+6=27\nwait</think><answer>27</answer>"] * 8
 SMALL = (
@@ -68,6 +75,10 @@ class Stage:
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         return [line["values"][name] for line in lines if name in line["values"]]
 
+    def kept(self, key: str) -> dict:
+        """What the newest checkpoint says under this key."""
+        return checkpoint.load(checkpoint.steps(self.out / "state")[-1]).counters["extras"][key]
+
     def leaves(self) -> dict[str, bytes]:
         """Model, metrics and the checkpoint's own tensors: what must not depend on how often the stage was killed."""
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
@@ -77,3 +88,24 @@ class Stage:
         return files | {
             "weights": (self.out / "model" / "model.safetensors").read_bytes(), "metrics": json.dumps(facts).encode(),
         }  # fmt: skip
+
+
+def main(base: str, folder: str, number: str, step: str, *changes: str) -> None:
+    loop = Stage(Path(base), Path(folder), *changes).loop()
+    signal.signal(signal.SIGTERM, lambda number, frame: setattr(loop.ctx.stop_flag, "signal", number))
+    write = loop.ctx.metrics.write
+
+    def deadly(at, tokens, values):
+        write(at, tokens, values)
+        if at == int(step):
+            os.kill(os.getpid(), int(number))
+
+    loop.ctx.metrics.write = deadly
+    try:
+        loop.run()
+    except Interrupted:
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -71,7 +71,7 @@ def test_a_rollout_ahead_is_the_next_one_of_the_policy_before(base, whole, tmp_p
     run = stage.loop()
     run.trainer.start()
     first, second = run.ahead.take(0), run.ahead.waiting[1]
-    alone = rl_stage.Stage(base, tmp_path / "alone", *ALL).loop().draw(1, 12)[0]
+    alone = rl_stage.Stage(base, tmp_path / "alone", *ALL).loop().draw.begin(1, 12).finish()[0]
     tokens = [[[row.completion.tokens for row in group] for group in groups] for groups in (second.groups, alone)]
     assert tokens[0] == tokens[1] and second.step == first.step == 0
     assert [group[0].problem for group in second.groups] == [group[0].problem for group in alone]
@@ -127,9 +127,8 @@ def test_killed_twice_it_ends_the_same_bit_for_bit(whole, base, tmp_path):
     assert numbers == ["2"] and {f"rollouts/2/{name}" for name in ("tokens", "logprobs", "routing")} <= tensors.keys()
     drawn = []
     run = stage.loop()
-    draw = run.ahead.draw
-    run.ahead.draw = lambda number, cap: drawn.append(number) or draw(number, cap)
-    run.ahead.draw.asked = draw.asked
+    begin = run.draw.begin
+    run.draw.begin = lambda number, cap: drawn.append(number) or begin(number, cap)
     run.run()
     assert drawn == [3], "rollout 2 was not drawn again: the policy that drew it is gone"
     assert leaves(stage) == leaves(whole)
@@ -173,8 +172,8 @@ def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_pa
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "save_seconds=99", "micro_tokens=9000", "rollouts=6",
                            "updates_per_rollout=4")  # fmt: skip
     drawn = []
-    sample = rollout.sample
-    monkeypatch.setattr(rollout, "sample", lambda *a, **k: drawn.append(a[1][0][1].id) or sample(*a, **k))
+    verified = rollout.verified
+    monkeypatch.setattr(rollout, "verified", lambda *a: drawn.append(a[0][0][1].id) or verified(*a))
     run = stage.run()
     train = [name for name in drawn if "/train/" in name]
     assert run.summary["steps"] < 6 * 4

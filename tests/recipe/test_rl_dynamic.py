@@ -5,6 +5,7 @@ import rl_stage
 
 from bessemer import tasks
 from bessemer.recipe import modelling
+from bessemer.recipe.policy.draw import Coming
 from bessemer.rl import rollout
 from bessemer.rl.reward import Reward
 
@@ -41,7 +42,7 @@ def lots(draw, number):
         chosen = rollout.problems_of([task], "train", (number * draw.settings.draws + lot) * size, size, 7)
         name = (7, "zero", number, lot) if lot else (7, "zero", number)
         groups = rollout.sample(
-            draw.engine, chosen, draw.encode, samples=2, seed=tasks.stable_hash(*name), max_new_tokens=12,
+            draw.sampler, chosen, draw.encode, samples=2, seed=tasks.stable_hash(*name), max_new_tokens=12,
             batch_rows=modelling.batch_rows(2 * len(chosen)),
         )  # fmt: skip
         Reward(format=0.1, kind="random").pay(groups, 12)
@@ -53,7 +54,7 @@ def lots(draw, number):
 def test_one_draw_takes_every_group_in_the_order_of_its_problems(draw, number):
     """Exactly what a rollout was before there was dynamic sampling: one window, its seed, dead groups kept."""
     sampler = draw(COIN)
-    groups, asked = sampler(number, 12)
+    groups, asked = sampler.begin(number, 12).finish()
     (expected,) = lots(sampler, number)
     assert facts(groups) == facts(expected) and asked == 4
     task = tasks.get("arithmetic")
@@ -64,7 +65,7 @@ def test_groups_that_differ_are_taken_first_and_no_lot_more_than_needed(draw):
     sampler = draw(COIN, "draws=6", "prompts_per_rollout=2")
     needed = set()
     for number in range(8):
-        groups, asked = sampler(number, 12)
+        groups, asked = sampler.begin(number, 12).finish()
         every = lots(sampler, number)
         wanted, count = [], 0
         while len(wanted) < 2 and count < 6:
@@ -79,7 +80,7 @@ def test_groups_that_differ_are_taken_first_and_no_lot_more_than_needed(draw):
 def test_too_few_living_are_filled_up_with_dead_ones(draw):
     sampler = draw(COIN, "draws=2", "prompts_per_rollout=6")
     for number in range(10):
-        groups, asked = sampler(number, 12)
+        groups, asked = sampler.begin(number, 12).finish()
         found = [alive(group) for group in groups]
         assert len(groups) == 6 and found == sorted(found, reverse=True)
         if not all(found):
@@ -98,7 +99,8 @@ def test_samples_of_a_later_lot_are_new_ones(draw):
     """The seed names the lot: the same problem in two lots gets other samples."""
     sampler = draw(COIN, "draws=2")
     chosen = sampler.problems(0)
-    one, two = (sampler._sample(chosen, 0, lot, 12) for lot in (0, 1))
+    policy = sampler.sampler.policy()
+    one, two = (Coming(sampler._sample(policy, chosen, 0, lot, 12)).finish() for lot in (0, 1))
     assert ids(one) == ids(two)
     assert all(a[0].completion.tokens != b[0].completion.tokens for a, b in zip(one, two, strict=True))
 
@@ -129,7 +131,7 @@ def test_the_stage_trains_on_the_living_and_says_what_it_asked(base, tmp_path):
 def test_overlong_answers_are_paid_less_in_the_stage(base, tmp_path):
     """DAPO eq. 13 with cap 12 and buffer 8: nothing up to 4 tokens, then an eighth per token; nothing else is paid."""
     sampler = rl_stage.Stage(base, tmp_path / "run", "overlong=8", "prompts_per_rollout=16").loop().draw
-    groups, _ = sampler(0, 12)
+    groups, _ = sampler.begin(0, 12).finish()
     rows = [row for group in groups for row in group]
     lengths = {len(row.completion.tokens) for row in rows}
     assert 12 in lengths and len(lengths) > 2

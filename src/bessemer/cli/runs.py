@@ -33,7 +33,9 @@ def run(
         _dry_run(recipe, set_ or [], world, device, as_json)
         return
     _check_used("--dry-run", False, {"world": world, "device": device})
+    from bessemer.cli import many
     from bessemer.recipe import conformance
+    from bessemer.recipe.follow import follow
     from bessemer.recipe.rundir import writing_models
     from bessemer.recipe.runner import run as run_recipe
     from bessemer.recipe.schema import Recipe
@@ -43,8 +45,13 @@ def run(
 
     loaded = Recipe.load(recipe, set_ or [])
     root = out or Path("runs") / loaded.name
+    ranks = many.start(loaded, root)
     try:
-        results = run_recipe(loaded, out, until, conformance=conformance.rows, reuse=reuse)
+        with many.together(ranks):
+            if ranks is not None and ranks.me:
+                follow(loaded, ranks)
+                return
+            results = run_recipe(loaded, out, until, conformance=conformance.rows, reuse=reuse, ranks=ranks)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(130)

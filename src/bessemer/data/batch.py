@@ -30,6 +30,9 @@ class Batch:
     """Per-token tensors aligned with `tokens_BT`, such as `advantage_BT`, `old_logp_BT`, `ref_logp_BT`; further
     dimensions may follow (`choice_BTLK`)."""
 
+    filler: bool = False
+    """Whether it fills the place of a micro-batch for which no rows were left: computed, and never counted."""
+
     def __post_init__(self) -> None:
         shape = self.tokens_BT.shape
         assert len(shape) == 2, f"tokens_BT must be [B, T], not {tuple(shape)}"
@@ -53,6 +56,11 @@ class Batch:
         return self.tokens_BT.shape[0]
 
     @property
+    def counted(self) -> tuple[int, int]:
+        """(rows, tokens) that are consumed by training on it."""
+        return (0, 0) if self.filler else (self.n_rows, self.tokens_BT.numel())
+
+    @property
     def n_loss_tokens(self) -> int:
         """Number of predictions that count: tokens with a non-zero weight."""
         return int(torch.count_nonzero(self.loss_BT))
@@ -66,6 +74,11 @@ class Batch:
             segments_BT=None if self.segments_BT is None else self.segments_BT[start:stop],
             extras={name: tensor[start:stop] for name, tensor in self.extras.items()},
         )
+
+    def as_filler(self) -> "Batch":
+        """Its first row without any weight."""
+        row = self.rows(0, 1)
+        return replace(row, loss_BT=torch.zeros_like(row.loss_BT), filler=True)
 
     def micro(self, n_rows: int) -> Iterator["Batch"]:
         """Consecutive micro-batches of at most `n_rows` rows; the last may be smaller, none is empty."""

@@ -8,10 +8,10 @@ stream, named by the seed, the prompt's tokens and the sample's number.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,14 +66,31 @@ class _Sample:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """Samples that are generated together."""
+class Call:
+    """Samples that are generated together, whichever process does it."""
 
     samples: list[_Sample]
     strings: list[str]
     on_tokens: OnTokens | None
     record_routing: bool
     drafts: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked, cut into calls."""
+
+    calls: list[Call]
+    prompts: int
+    samples: int
+
+    def answers(self, found: Iterable[list[Completion]]) -> list[list[Completion]]:
+        """`samples` completions of each prompt, in order, from those of each call, in order."""
+        results: list[list[Completion | None]] = [[None] * self.samples for _ in range(self.prompts)]
+        for call, completions in zip(self.calls, found, strict=True):
+            for sample, completion in zip(call.samples, completions, strict=True):
+                results[sample.prompt][sample.sample] = completion
+        return results
 
 
 class Engine:
@@ -93,6 +110,17 @@ class Engine:
         """Processes that run batches side by side; their number does not change the result."""
 
     def generate(
+        self, prompts: Sequence[Prompt], *, on_tokens: OnTokens | None = None, **asked: Any
+    ) -> list[list[Completion]]:
+        """`samples` completions of each prompt, in order; `plan` says what may be asked.
+
+        on_tokens is called after each step with (prompt index, sample, token) of every row that is still running.
+        """
+        plan = self.plan(prompts, on_tokens=on_tokens, **asked)
+        side_by_side = self.workers.map if on_tokens is None else map
+        return plan.answers(side_by_side(self.run, plan.calls))
+
+    def plan(
         self,
         prompts: Sequence[Prompt],
         *,
@@ -111,15 +139,14 @@ class Engine:
         on_tokens: OnTokens | None = None,
         record_routing: bool = False,
         drafts: int = 0,
-    ) -> list[list[Completion]]:
-        """`samples` completions of each prompt, in order.
+    ) -> Plan:
+        """Calls of at most `batch_rows` samples; `run` carries out one, here or in another process with these weights.
 
         A prompt is text (a document's beginning: BOS is put in front) or ids, taken as they are. stop_ids None is what
         the tokenizer ends a text or an answer with. A row also ends at the model's max_seq_len. Sample k of a prompt is
         the same whatever else is in the call; when a prompt occurs twice, the second continues the first one's
         numbering. `seeds`, one per prompt, replaces seed and prompt as the name of the streams: sample k is then a
         function of (seeds[p], k).
-        on_tokens is called after each step with (prompt index, sample, token) of every row that is still running.
         record_routing fills `Completion.routing`; it changes nothing else.
         drafts: so many tokens are guessed by the MTP module each turn (`speculate`). Greedy answers stay the same;
         sampled ones are drawn from the same distribution by other numbers. Worth it for few rows.
@@ -141,13 +168,8 @@ class Engine:
             return Request(ids, key, room, sampling, stop_ids, tuple(strings))
 
         wanted = self._samples(self._encode(prompts), samples, seed, seeds, request)
-        results: list[list[Completion | None]] = [[None] * samples for _ in prompts]
-        side_by_side = self.workers.map if on_tokens is None else map
-        calls = (_Call(part, strings, on_tokens, record_routing, drafts) for part in _batches(wanted, batch_rows))
-        for part, completions in side_by_side(self._run, calls):
-            for sample, completion in zip(part, completions, strict=True):
-                results[sample.prompt][sample.sample] = completion
-        return results
+        calls = [Call(part, strings, on_tokens, record_routing, drafts) for part in _batches(wanted, batch_rows)]
+        return Plan(calls, len(prompts), samples)
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         if isinstance(prompts, str):
@@ -192,7 +214,8 @@ class Engine:
             wanted += [_Sample(p, k, request(ids, stream_key(*name, first + k))) for k in range(samples)]
         return sorted(wanted, key=lambda sample: (len(sample.request.prompt), sample.request.prompt))
 
-    def _run(self, call: _Call) -> tuple[list[_Sample], list[Completion]]:
+    def run(self, call: Call) -> list[Completion]:
+        """One completion of each of its samples."""
         stop = StopStrings(self.tokenizer, call.strings) if call.strings else None
         rows = [Row(sample.request, number, stop) for number, sample in enumerate(call.samples)]
         by_prompt = {ids: list(same) for ids, same in groupby(rows, key=lambda row: row.request.prompt)}
@@ -220,7 +243,7 @@ class Engine:
         if record is not None:
             said = {held.ids: torch.cat(held.routing) for held in prompts}
             routing = record.rows([said[row.request.prompt] for row in rows])
-        return call.samples, [self._completion(*both) for both in zip(rows, routing, strict=True)]
+        return [self._completion(*both) for both in zip(rows, routing, strict=True)]
 
     def _completion(self, row: Row, routing: Tensor | None) -> Completion:
         text, strings = self.tokenizer.decode(row.tokens), row.request.stop_strings
@@ -235,7 +258,7 @@ class Engine:
         )
 
 
-def _tell(call: _Call, rows: Sequence[Row]) -> None:
+def _tell(call: Call, rows: Sequence[Row]) -> None:
     """What was written since the last time, to who wants to know."""
     if call.on_tokens is None:
         return

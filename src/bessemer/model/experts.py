@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bessemer.model import deferred
+
 
 def expert_ffn_reference(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
     """y_m = weight_m * W2_e (silu(W1_e x_m) * W3_e x_m), e the expert of row m."""
@@ -79,29 +81,65 @@ def _backward(
     dy_MD: Tensor, rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor, h_MH: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows, weights, w13 and w2."""
-    inner = w2.shape[2]
     drows, dweight = torch.empty_like(rows_MD), torch.empty_like(weight_M)
     dw13, dw2 = torch.zeros_like(w13), torch.zeros_like(w2)
     for e, rows, window, mine in _segments(count_E, rows_MD):
-        dy, weight = dy_MD[window], weight_M[window, None].to(dy_MD.dtype)
-        if mine.stop - mine.start < len(dy):
-            dy = torch.zeros_like(dy)
-            dy[mine] = dy_MD[rows]  # zeros for the neighbours: they add nothing to the gradients below
-        gate, up = h_MH[window, :inner], h_MH[window, inner:]
-        sig = torch.sigmoid(gate)
-        silu = gate * sig
-        act = silu * up
-        dact = torch.mm(dy, w2[e])
-        dweight[rows] = (dact[mine] * act[mine]).sum(-1)
-        torch.mm(dy.t(), act * weight, out=dw2[e])
-        dact *= weight
-        dh = torch.empty_like(h_MH[window])
-        torch.mul(dact, silu, out=dh[:, inner:])
-        # d silu(g) = sig (1 + g (1 - sig)) = sig + silu (1 - sig)
-        torch.mul(dact.mul_(up), sig + silu * (1 - sig), out=dh[:, :inner])
+        dy = _alone(dy_MD, rows, window, mine)
+        weight = weight_M[window, None].to(dy.dtype)
+        act, dh, dweight[rows] = _past(dy, weight, h_MH[window], w2[e], mine)
+        torch.mm(dy.t(), act, out=dw2[e])
         _product(dh, w13[e], drows[rows], mine)
         torch.mm(dh.t(), rows_MD[window], out=dw13[e])
     return drows, dweight, dw13, dw2
+
+
+def _alone(x_MX: Tensor, rows: slice, window: slice, mine: slice) -> Tensor:
+    """A window of gradients with zeros for the neighbours, who then add nothing to the sums over rows."""
+    x = x_MX[window]
+    if mine.stop - mine.start < len(x):
+        x = torch.zeros_like(x)
+        x[mine] = x_MX[rows]
+    return x
+
+
+def _past(dy: Tensor, weight: Tensor, h: Tensor, w2: Tensor, mine: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Back past W2 and the activation of one expert: what W2 read, the gradient of h, and that of its own weights."""
+    inner = w2.shape[1]
+    gate, up = h[:, :inner], h[:, inner:]
+    sig = torch.sigmoid(gate)
+    silu = gate * sig
+    act = silu * up
+    dact = torch.mm(dy, w2)
+    dweight = (dact[mine] * act[mine]).sum(-1)
+    dact *= weight
+    dh = torch.empty_like(h)
+    torch.mul(dact, silu, out=dh[:, inner:])
+    # d silu(g) = sig (1 + g (1 - sig)) = sig + silu (1 - sig)
+    torch.mul(dact.mul_(up), sig + silu * (1 - sig), out=dh[:, :inner])
+    return act.mul_(weight), dh, dweight
+
+
+def _backward_input(
+    dy_MD: Tensor, rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor, h_MH: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of rows and weights; then what those of w2 and w13 are made of beside dy and rows: act and dh."""
+    drows, dweight = torch.empty_like(rows_MD), torch.empty_like(weight_M)
+    act_MF, dh_MH = h_MH.new_empty(len(h_MH), w2.shape[2]), torch.empty_like(h_MH)
+    for e, rows, window, mine in _segments(count_E, rows_MD):
+        dy = _alone(dy_MD, rows, window, mine)
+        weight = weight_M[window, None].to(dy.dtype)
+        act, dh, dweight[rows] = _past(dy, weight, h_MH[window], w2[e], mine)
+        _product(dh, w13[e], drows[rows], mine)
+        act_MF[rows], dh_MH[rows] = act[mine], dh[mine]
+    return drows, dweight, act_MF, dh_MH
+
+
+def _weight_gradient(dy_MX: Tensor, x_MY: Tensor, count_E: Tensor, weight: Tensor) -> Tensor:
+    """dy^T x of every expert's rows, [E, X, Y]."""
+    dw = torch.zeros_like(weight)
+    for e, rows, window, mine in _segments(count_E, x_MY):
+        torch.mm(_alone(dy_MX, rows, window, mine).t(), x_MY[window], out=dw[e])
+    return dw
 
 
 @_backward.register_fake
@@ -118,8 +156,14 @@ def _setup(ctx, inputs, output):
 def _grad(ctx, dy_MD, _dh):
     if dy_MD is None:
         return None, None, None, None, None
-    rows_MD, weight_M, count_E, w13, w2, h_MH = ctx.saved_tensors
-    drows, dweight, dw13, dw2 = _backward(dy_MD.contiguous(), rows_MD, weight_M, count_E, w13, w2, h_MH)
+    dy_MD, saved = dy_MD.contiguous(), ctx.saved_tensors
+    rows_MD, _, count_E, w13, w2, _ = saved
+    if deferred.store_of(w13) is None:
+        drows, dweight, dw13, dw2 = _backward(dy_MD, *saved)
+    else:
+        drows, dweight, act_MF, dh_MH = _backward_input(dy_MD, *saved)
+        dw2 = deferred.gradient(w2, lambda: _weight_gradient(dy_MD, act_MF, count_E, w2))
+        dw13 = deferred.gradient(w13, lambda: _weight_gradient(dh_MH, rows_MD, count_E, w13))
     return drows, dweight, None, dw13, dw2
 
 

@@ -19,30 +19,23 @@ Shapes: B rows, T tokens, N = B*T, D hidden, H heads, M routed rows, F inner wid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from bessemer.model.attention import recomputing, recomputing_backward
+from bessemer.model.deferred import gradient
 from bessemer.model.norm import RMSNorm, normalise, normalise_backward
 from bessemer.precision import backends
 from bessemer.precision.e5m6 import Packed, pack
-from bessemer.precision.fp8_linear import Recipe, forward, input_gradient, weight_gradient
+from bessemer.precision.fp8_linear import Recipe, Turned, forward, input_gradient, turned, weight_gradient
 from bessemer.precision.tiles import Operand
 
 if TYPE_CHECKING:
     from bessemer.model.mla import MLA
-
-
-def recomputed(function: Any, *arguments: Any) -> Any:
-    """function(*arguments), of which backward keeps the arguments only."""
-    if not torch.is_grad_enabled():
-        return function(*arguments)
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 @torch.compiler.disable
@@ -115,12 +108,13 @@ class _SwiGLU(torch.autograd.Function):
             dweight = torch.linalg.vecdot(dact, act).to(weight_M.dtype)
             act = act * weight_M[:, None]
             dact = dact * weight_M[:, None]
-        dw2 = weight_gradient(dy, act, recipe, count)
+        act = turned(act, recipe, count)
+        dw2 = gradient(w2, lambda: weight_gradient(dy, act, recipe, count))
         # d silu(g) = sig (1 + g (1 - sig)) = sig + silu (1 - sig)
         dgate = (dact * up).mul_((1 - sig).mul_(silu).add_(sig))
         dh = recipe.quantised_gradient(torch.cat((dgate, dact.mul_(silu)), -1))
         dx = input_gradient(dh, w13, recipe, count).to(ctx.dtype)
-        dw13 = weight_gradient(dh, Operand(x_value, x_scale), recipe, count)
+        dw13 = gradient(w13, lambda: weight_gradient(dh, Operand(x_value, x_scale), recipe, count))
         return dx, None, None, dweight, dw13, dw2, None, None
 
 
@@ -185,14 +179,14 @@ class _Attention(torch.autograd.Function):
         shape, recipe, cfg = ctx.shape, ctx.shape.recipe, ctx.shape.cfg
         w, grads = dict(zip(shape.names, weights, strict=True)), {}
 
-        def through(name: str, dy: Tensor, x: Operand | Tensor, power_of_two: bool = False) -> Tensor:
+        def through(name: str, dy: Tensor, x: Operand | Turned) -> Tensor:
             """Past one matrix: its gradient into `grads`, its input's returned."""
             operand = recipe.quantised_gradient(dy)
-            grads[name] = weight_gradient(operand, x, recipe, power_of_two=power_of_two)
+            grads[name] = gradient(w[name], lambda: weight_gradient(operand, x, recipe))
             return input_gradient(operand, w[name], recipe)
 
         out = Packed(code, scale).unpack(cfg.n_heads * cfg.v_head_dim, x_BTD.dtype)
-        dout = through("wo", dy_BTD.flatten(0, 1), out, power_of_two=True)
+        dout = through("wo", dy_BTD.flatten(0, 1), turned(out, recipe, power_of_two=True))
         x = shape.normed(x_BTD.flatten(0, 1), w["norm"], shape.eps)
         q_in, kv_in, core = shape.expand(w, x, q_latent, kv_latent, x_BTD.shape[:2])
         dout, out = (t.view(*x_BTD.shape[:2], cfg.n_heads, -1) for t in (dout, out))

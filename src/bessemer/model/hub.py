@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -95,18 +95,34 @@ def save(
     tokenizer from. files: further text files by name. Other files of a directory that is replaced stay.
     """
     cfg = model.cfg if mtp else _without_mtp(model.cfg)
-    forced = _forced(dtype, fp8)
     state = model.state_dict()
-    layout = [slot for slot in slots(cfg, type(model)) if slot.key != TIED_HEAD or not cfg.tie_embeddings]
-    dtypes = [_target_dtype(slot, slot.of(state).dtype, forced) for slot in layout]
-    export = Export(layout, dtypes, lambda slot, dtype: slot.of(state).to(dtype), fp8)
+    write(
+        cfg, lambda slot, dtype: slot.of(state).to(dtype), lambda slot: slot.of(state).dtype, directory,
+        kind=type(model), dtype=dtype, fp8=fp8, max_shard_bytes=max_shard_bytes, tokenizer_dir=tokenizer_dir,
+        files=files,
+    )  # fmt: skip
+
+
+def write(
+    cfg: ModelConfig, read: Callable[[Slot, torch.dtype], Tensor], dtype_of: Callable[[Slot], torch.dtype],
+    directory: str | Path, *, kind: type[Transformer] = Transformer, dtype: str | torch.dtype | None = None,
+    fp8: Scales | None = None, max_shard_bytes: float = SHARD_BYTES, tokenizer_dir: str | Path | None = None,
+    files: dict[str, str] | None = None,
+) -> None:  # fmt: skip
+    """`save` for tensors that lie anywhere, one in memory at a time: `read(slot, dtype)` gives each, `dtype_of(slot)`
+    says what it has there."""
+    forced = _forced(dtype, fp8)
+    layout = [slot for slot in slots(cfg, kind) if slot.key != TIED_HEAD or not cfg.tie_embeddings]
+    dtypes = [_target_dtype(slot, dtype_of(slot), forced) for slot in layout]
+    embedding = next(slot for slot in layout if slot.key == EMBEDDING)
+    export = Export(layout, dtypes, read, fp8)
     with replacing(Path(directory)) as fresh:
-        bos, eos, pad = 0, 1, 2 if isinstance(model, Scorer) else None
+        bos, eos, pad = 0, 1, 2 if issubclass(kind, Scorer) else None
         if tokenizer_dir is not None:
             _copy(Path(tokenizer_dir), fresh, TOKENIZER_FILES)
             bos, eos = token_id_of(fresh, "bos_token"), token_id_of(fresh, "eos_token")
             pad = None if pad is None else token_id_of(fresh, "pad_token")
-        write_config(cfg, fresh, dtype=forced or model.embed.weight.dtype, bos=bos, eos=eos, pad=pad, fp8=fp8)
+        write_config(cfg, fresh, dtype=forced or dtype_of(embedding), bos=bos, eos=eos, pad=pad, fp8=fp8)
         for name, text in (files or {}).items():
             (fresh / name).write_text(text, "utf-8")
         _write(fresh, export, max_shard_bytes)

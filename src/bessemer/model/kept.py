@@ -12,25 +12,29 @@ from collections.abc import Collection, Iterable
 
 from bessemer.model import attention, attention_cpu
 from bessemer.model.config import ModelConfig
+from bessemer.model.recompute import Phase
 from bessemer.precision.tiles import TILE
 
 INDEX, NUMBER = 8, 4  # int64, float32
 ROUTED = 3 * INDEX + NUMBER
 """Of every routed row beside the row: whose it is, its place among the gates and on the way back, and its gate."""
-RECOMPUTED = ("attend", "experts")
-"""Phases of a layer that can be made again in backward."""
 
 
-def kept_bytes(cfg: ModelConfig, rows: int, length: int, *, fp8: bool, number_bytes: int = 2, mtp: bool = True) -> int:
+def kept_bytes(
+    cfg: ModelConfig, rows: int, length: int, *, fp8: bool, number_bytes: int = 2, mtp: bool = True,
+    recompute: Collection[Phase] = (),
+) -> int:  # fmt: skip
     """Of one micro-batch of `rows` sequences, loss included. `number_bytes`: of the compute dtype; `mtp`: with the MTP
-    modules."""
+    modules; `recompute`: phases that are made again (`Transformer.set_recompute`)."""
     layers = range(cfg.n_layers)
-    return slice_bytes(cfg, layers, rows, length, last=True, fp8=fp8, number_bytes=number_bytes, mtp=mtp)
+    return slice_bytes(
+        cfg, layers, rows, length, last=True, fp8=fp8, number_bytes=number_bytes, mtp=mtp, recompute=recompute
+    )
 
 
 def slice_bytes(
     cfg: ModelConfig, layers: Iterable[int], rows: int, length: int, *, last: bool, fp8: bool, number_bytes: int = 2,
-    mtp: bool = True, fused: bool = False, recompute: Collection[str] = (),
+    mtp: bool = True, fused: bool = False, recompute: Collection[Phase] = (),
 ) -> int:  # fmt: skip
     """The same of some layers. The `last` slice has norm, MTP modules and loss; any other keeps what it hands on."""
 
@@ -47,11 +51,11 @@ def slice_bytes(
 
 def layer_bytes(
     cfg: ModelConfig, length: int, dense: bool, *, fp8: bool, number_bytes: int = 2, fused: bool = False,
-    recompute: Collection[str] = (),
+    recompute: Collection[Phase] = (),
 ) -> int:  # fmt: skip
     """Of one token in one layer."""
     state, again = cfg.dim * number_bytes, "attend" in recompute
-    if fp8:
+    if fp8:  # that phases are made again there, too, is other trainers' way
         # beside the FFN the residual stream, of which norm and gate are made again
         attend = state if again else _attention_fp8(cfg, number_bytes) + state
         ffn = _ffn_fp8(cfg, cfg.inter_dim) if dense else _sparse_fp8(cfg)
@@ -59,11 +63,11 @@ def layer_bytes(
     else:
         # norms keep input and output
         attend = state if again else _attention_plain(cfg, length, number_bytes, fused) + state
-        attend += state + (0 if dense else _gate_plain(cfg, number_bytes, again))
-        ffn = _ffn_plain(cfg.inter_dim, number_bytes) if dense else _sparse_plain(cfg, number_bytes)
+        attend += state + (0 if dense or again else _gate_plain(cfg, number_bytes))
+        ffn = _ffn_plain(cfg.inter_dim, number_bytes) if dense else _sparse_plain(cfg, number_bytes, recompute)
         inner = 2 * cfg.moe_inter_dim * number_bytes
-    if "experts" in recompute and not dense:
-        ffn -= cfg.n_activated_experts * inner
+    if "experts" in recompute:
+        ffn -= (0 if fp8 else ffn) if dense else cfg.n_activated_experts * inner
     return attend + ffn
 
 
@@ -108,14 +112,13 @@ def _ffn_plain(inner: int, number_bytes: int) -> int:
     return 4 * inner * number_bytes
 
 
-def _gate_plain(cfg: ModelConfig, number_bytes: int, again: bool) -> int:
+def _gate_plain(cfg: ModelConfig, number_bytes: int) -> int:
     """Scores, shares and choices, and in BF16 its input in float32."""
-    choices = (INDEX + NUMBER) * cfg.n_activated_experts
-    if again:
-        return choices
-    return choices + 2 * NUMBER * cfg.n_routed_experts + (NUMBER * cfg.dim if number_bytes < NUMBER else 0)
+    kept = 2 * NUMBER * cfg.n_routed_experts + (INDEX + NUMBER) * cfg.n_activated_experts
+    return kept + (NUMBER * cfg.dim if number_bytes < NUMBER else 0)
 
 
-def _sparse_plain(cfg: ModelConfig, number_bytes: int) -> int:
+def _sparse_plain(cfg: ModelConfig, number_bytes: int, recompute: Collection[Phase]) -> int:
     row = (cfg.dim + 2 * cfg.moe_inter_dim) * number_bytes + ROUTED
-    return cfg.n_activated_experts * row + _ffn_plain(cfg.n_shared_experts * cfg.moe_inter_dim, number_bytes)
+    shared = 0 if "finish" in recompute else _ffn_plain(cfg.n_shared_experts * cfg.moe_inter_dim, number_bytes)
+    return cfg.n_activated_experts * row + shared

@@ -12,7 +12,8 @@ A dense layer has nothing to exchange: its dispatch and combine pass the tokens 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from bessemer.model import fp8, moe
 from bessemer.model.config import ModelConfig
 from bessemer.model.mla import MLA
 from bessemer.model.norm import RMSNorm
+from bessemer.model.recompute import Phase, recomputed
 from bessemer.precision.fp8_linear import Recipe
 
 
@@ -36,6 +38,8 @@ class Layer(nn.Module):
 
     fp8: Recipe | None = None
     """How training computes the matrices (`Transformer.set_fp8`); None: in the compute dtype."""
+    recompute: frozenset[Phase] = frozenset()
+    """Phases that training makes again in backward (`Transformer.set_recompute`)."""
 
     def __init__(self, cfg: ModelConfig, dense: bool):
         super().__init__()
@@ -51,8 +55,14 @@ class Layer(nn.Module):
     ) -> Attended:
         if self.fp8 is not None and self.training:
             h_BTD = x_BTD + fp8.attention(self.attn_norm, self.attn, x_BTD, rope, segments_BT, self.fp8)
-            return fp8.recomputed(self.route, h_BTD, choice_NK)
+            return recomputed(self.route, h_BTD, choice_NK)
+        return self._run("attend", self._attend, x_BTD, rope, segments_BT, choice_NK)
+
+    def _attend(self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, choice_NK: Tensor | None) -> Attended:
         return self.route(x_BTD + self.attn(self.attn_norm(x_BTD), rope, segments_BT), choice_NK)
+
+    def _run(self, phase: Phase, function: Callable[..., Any], *arguments: Any) -> Any:
+        return recomputed(function, *arguments) if phase in self.recompute and self.training else function(*arguments)
 
     def route(self, h_BTD: Tensor, choice_NK: Tensor | None = None) -> Attended:
         """The second half of `attend`, for callers that computed the attention themselves (decode)."""
@@ -66,16 +76,14 @@ class Layer(nn.Module):
         return moe.dispatch(attended.u_ND, attended.routing, self.cfg.n_routed_experts, recipe)
 
     def experts(self, sent: Tensor | moe.Dispatched) -> Tensor:
-        if self.dense:
-            return self.ffn(sent)
-        return self.ffn.experts(sent)
+        return self._run("experts", self.ffn if self.dense else self.ffn.experts, sent)
 
     def combine(self, rows: Tensor, sent: Tensor | moe.Dispatched) -> Tensor:
         return rows if self.dense else moe.combine(rows, sent.slot_NK)
 
     def finish(self, attended: Attended, routed_ND: Tensor) -> Tensor:
         if not self.dense and self.ffn.shared is not None:
-            routed_ND = routed_ND + self.ffn.shared(attended.u_ND)
+            routed_ND = routed_ND + self._run("finish", self.ffn.shared, attended.u_ND)
         return attended.h_BTD + routed_ND.view_as(attended.h_BTD)
 
     def feed_forward(self, attended: Attended) -> Tensor:

@@ -45,17 +45,23 @@ class MTPModule(nn.Module):
 def predictions(
     modules: Iterable[MTPModule], hidden_BTD: Tensor, tokens_BT: Tensor, segments_BT: Tensor | None,
     embedding_VD: Tensor, rope_table: Callable[[int], Tensor],
-    call: Callable[[MTPModule], Callable[..., tuple[Tensor, Tensor]]] = lambda module: module,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
-    """(every depth's states ready for the head, sum of the balance terms) from h^0 [B, T, D]. `call` says how a module
-    is run."""
+    """(every depth's states ready for the head, sum of the balance terms) from h^0 [B, T, D]."""
     h, depths = hidden_BTD, []
     balance = torch.zeros((), dtype=torch.float32, device=h.device)
     for k, module in enumerate(modules, start=1):
-        T = tokens_BT.shape[1] - k
-        embedded = F.embedding(tokens_BT[:, k:], embedding_VD)
-        segments = None if segments_BT is None else segments_BT[:, :T]
-        h, term = call(module)(h[:, :T], embedded, rope_table(T), segments)
+        h, embedded, segments = ahead(k, h, tokens_BT, segments_BT, embedding_VD)
+        h, term = module(h, embedded, rope_table(h.shape[1]), segments)
         balance = balance + term
         depths.append(module.norm(h))
     return depths, balance
+
+
+def ahead(
+    k: int, h_BTD: Tensor, tokens_BT: Tensor, segments_BT: Tensor | None, embedding_VD: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What depth k reads: h^{k-1}, the embeddings of the tokens k further, and segments, of the positions that have
+    both."""
+    T = tokens_BT.shape[1] - k
+    embedded = F.embedding(tokens_BT[:, k:], embedding_VD)
+    return h_BTD[:, :T], embedded, None if segments_BT is None else segments_BT[:, :T]

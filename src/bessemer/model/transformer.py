@@ -6,19 +6,26 @@ materialising all logits.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bessemer.errors import UserError
 from bessemer.model import rope
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Layer
 from bessemer.model.moe import FFN, Experts, Gate
 from bessemer.model.mtp import MTPModule, predictions
 from bessemer.model.norm import RMSNorm
+from bessemer.model.recompute import PHASES, Phase
 from bessemer.precision.fp8_linear import Recipe
+
+RECOMPUTES_ITSELF = (
+    "training in FP8 makes norms, gates and activations again by itself; choose no phases for it (recompute = [])"
+)
 
 
 class TrainOutputs(NamedTuple):
@@ -51,14 +58,23 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def initialise(self, seed: int) -> Transformer:
         """Normal(0, init_std) for every matrix, ones for norms, zeros for routing biases; the same on every device."""
-        generator = torch.Generator().manual_seed(seed)
-        done: set[int] = set()
-        for parameter in self.parameters():
-            if parameter.dim() >= 2 and id(parameter) not in done:
-                done.add(id(parameter))
-                fresh = torch.empty(parameter.shape, dtype=torch.float32)
-                parameter.copy_(fresh.normal_(0.0, self.cfg.init_std, generator=generator))
+        parameters = dict(self.named_parameters())
+        for name, expert, values in self.draws(seed):
+            parameter = parameters[name]
+            (parameter if expert is None else parameter[expert]).copy_(values)
         return self
+
+    def draws(self, seed: int) -> Iterator[tuple[str, int | None, Tensor]]:
+        """(parameter, expert, first values) of every matrix in turn, drawn as they are asked for. Stacked experts come
+        one by one where that draws the same numbers as all at once (the generator works in blocks of 16)."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            one_by_one = parameter.dim() == 3 and parameter[0].numel() % 16 == 0
+            for expert in range(len(parameter)) if one_by_one else (None,):
+                shape = parameter.shape if expert is None else parameter.shape[1:]
+                if parameter.dim() >= 2:
+                    fresh = torch.empty(shape, dtype=torch.float32)
+                    yield name, expert, fresh.normal_(0.0, self.cfg.init_std, generator=generator)
 
     def to_compute(self, dtype: torch.dtype) -> Transformer:
         """Matrices in the compute dtype; norm gains, gates and routing biases stay float32 (V3 3.3.1)."""
@@ -72,9 +88,24 @@ class Transformer(nn.Module):
     def set_fp8(self, recipe: Recipe | None) -> Transformer:
         """Training computes the matrices of attention, FFN and experts in FP8 (`fp8`), all else as before; in eval mode
         nothing changes. None: not in FP8."""
+        if recipe is not None and any(getattr(module, "recompute", ()) for module in self.modules()):
+            raise UserError(RECOMPUTES_ITSELF)
         for module in self.modules():
             if isinstance(module, (Layer, FFN, Experts)):
                 module.fp8 = recipe
+        return self
+
+    def set_recompute(self, phases: Iterable[Phase]) -> Transformer:
+        """Training keeps of these phases of every layer the inputs only (`recompute`). UserError for a phase that does
+        not exist or is communication, and in FP8, which has its own way to keep little."""
+        chosen = frozenset(phases)
+        for phase in sorted(chosen - set(PHASES)):
+            raise UserError(f'phase "{phase}" cannot be made again in backward; choose from {", ".join(PHASES)}')
+        layers = [module for module in self.modules() if isinstance(module, Layer)]
+        if chosen and any(layer.fp8 is not None for layer in layers):
+            raise UserError(RECOMPUTES_ITSELF)
+        for layer in layers:
+            layer.recompute = chosen
         return self
 
     @property

@@ -1,33 +1,36 @@
-"""Runs a pipeline schedule: any table, on real ranks (V3 3.2.1). The reference: right for every table, not yet fast.
+"""Runs a pipeline schedule: any table, on real ranks (V3 3.2.1; reference E.4).
 
 A rank goes down its list. It waits for what a piece of work needs from another rank and sends on what comes of it;
-sends never wait, so a table that `table.check` accepts cannot hang.
+sends never wait (`messages`), so a table that `table.check` accepts cannot hang.
 
-    F    forward of a slice, whose graph is kept
+    F    forward of a slice, phase by phase, whose graphs are kept (`chunk`)
     B    backward of it: the gradients of its parameters are added, that of its input is sent on
-    I    the gradient of the input alone; the graph is kept
-    W    the gradients of the parameters, from that graph (which goes through the chain of I once more)
-    F&B  one after the other; with two streams they would overlap, with the same bits
+    I    the same without the gradients of matrices, which are left in a store (`model.deferred`); the graphs are gone
+    W    what the I left
+    F&B  forward of one micro-batch and backward of another by turns, the exchanges of each beside the computation of
+         the other (`streams`)
 
 A slice's balance term is differentiated where it arises. Only the order in which gradients are added depends on the
-schedule, so every schedule gives the gradients of the whole network to float32's last digits.
+schedule, so every schedule gives the gradients of the whole network to float32's last digits; and a pair has the bits
+of its F and then its B.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from bessemer.model.deferred import Store
 from bessemer.model.transformer import TrainOutputs
-from bessemer.parallel.stage import Slice
-from bessemer.parallel.table import Action, Table, actions
-
-FORWARD, BACKWARD = 0, 1
+from bessemer.parallel.chunk import Chunk
+from bessemer.parallel.messages import Channels
+from bessemer.parallel.stage import Phases, Slice
+from bessemer.parallel.streams import Beside, Serial
+from bessemer.parallel.table import Action, Pair, Table
 
 
 class Work(NamedTuple):
@@ -43,49 +46,47 @@ class Work(NamedTuple):
     """Whether the MTP modules run."""
 
 
-class _Kept(NamedTuple):
-    """A forward that waits for its backward."""
-
-    x: Tensor
-    y: Tensor
-    loss: Tensor
-    dy: Tensor | None = None
-    """Arrived with an I, for its W."""
-
-
 class Executor:
-    """One rank of a pipeline: `slices[lane, stage]` for all that the table gives it, cut from one model; pipeline rank
-    p is rank `peers[p]` of the world."""
+    """One rank of a pipeline: `slices[lane, stage]` for all that the table gives it, cut from one model. `pipelines`
+    are the ranks of every pipeline of the world; all ranks make their executors together. `around_backward` is entered
+    for every piece of backward computation."""
 
     def __init__(
-        self, table: Table, me: int, slices: dict[tuple[int, int], Slice], peers: Sequence[int],
-        around_backward: Callable[[], AbstractContextManager] = nullcontext,
+        self, table: Table, me: int, slices: dict[tuple[int, int], Slice], pipelines: Sequence[Sequence[int]],
+        around_backward: Callable[[], AbstractContextManager] = nullcontext, streams: Serial | None = None,
     ):  # fmt: skip
         if set(slices) != set(table.held(me)):
             raise ValueError(f"rank {me} of {table.name} holds {table.held(me)}, was given {sorted(slices)}")
-        self.table, self.me, self.slices, self.peers, self.around_backward = table, me, slices, peers, around_backward
+        self.table, self.me, self.slices, self.around_backward = table, me, slices, around_backward
+        self._device = next(next(iter(slices.values())).parameters()).device
+        self.channels, self.store = Channels(table, pipelines, self._device), Store()
+        for part in slices.values():
+            self.store.serve(part)
+        self._streams = streams or (Beside(self._device) if self._device.type == "cuda" else Serial())
         self._stages = [{stage for _, stage in table.held(rank)} for rank in range(table.ranks)]
         self.losses: list[float] = []
         """Of the last run, what this rank's slices added to the loss."""
-        self._kept: dict[Action, _Kept] = {}
-        self._arrived: dict[tuple[int, Action], Tensor] = {}
-        self._sends: list[tuple[Any, Tensor]] = []
+        self._chunks: dict[Action, tuple[Chunk, Tensor]] = {}
+
+    def follow(self, table: Table) -> None:
+        """Another number of micro-batches for the same slices, from the next step on."""
+        self.table = table
+        self.channels.follow(table)
 
     def run(self, work: Sequence[Sequence[Work]]) -> None:
         """One step: `work[lane][micro]`, equal on all ranks. Adds to the gradients of the parameters."""
-        self.losses = []
-        do = {"F": self._forward, "B": self._backward, "I": self._input, "W": self._weights}
-        for action in actions(self.table.steps[self.me]):
-            with nullcontext() if action.kind == "F" else self.around_backward():
-                do[action.kind](action, work[action.lane][action.micro])
-        for handle, _ in self._sends:
-            handle.wait()
-        self._sends.clear()
-        assert not self._kept and not self._arrived, "the table leaves work undone"
+        self._work = work
+        self._losses: list[Tensor] = []
+        self.channels.begin(self._room)
+        for step in self.table.steps[self.me]:
+            self._do(step)
+        self.channels.end()
+        self.losses = torch.stack(self._losses).tolist()
+        assert not self._chunks and not len(self.store), "the table leaves work undone"
 
     def sum_shared(self) -> None:
-        """Adds up the gradients of parameters that two ranks hold: the copies of DualPipe, and the embedding where MTP
-        modules need it at the end. Both get the same sum, in the order of the ranks."""
+        """Adds up the gradients of parameters that several ranks hold: the copies of DualPipe, and the embedding where
+        MTP modules need it at the end. All get the same sum."""
         mine = {name: p for one in self.slices.values() for name, p in one.named_parameters() if p.grad is not None}
         for name in sorted(mine):
             self.sum_with_others(name, mine[name].grad)
@@ -96,84 +97,86 @@ class Executor:
         return [rank for rank in range(self.table.ranks) if rank != self.me and self._stages[rank] & owners]
 
     def sum_with_others(self, name: str, x: Tensor) -> None:
-        """x += what the other rank has in its place; `name` says who that is. All holders call it in the same order."""
-        for other in self.others(name):
-            theirs = torch.empty_like(x)
-            handle = dist.isend(x.contiguous(), self.peers[other])
-            dist.recv(theirs, self.peers[other])
-            handle.wait()
-            x.copy_(x + theirs if self.me < other else theirs + x)
+        """x += what the other ranks have in its place; `name` says who they are. All of them call in the same order."""
+        self.channels.sum_with(self.others(name), x)
 
-    def _forward(self, action: Action, work: Work) -> None:
-        part = self.slices[action.lane, action.stage]
-        x = work.tokens_BT if part.first else self._receive(FORWARD, action, work).requires_grad_()
-        y, balance = part(x, work.segments_BT)
-        if part.last:
-            out = part.outputs(y, balance, work.tokens_BT, work.segments_BT, work.mtp)
-            loss = work.loss(out, part.head.weight)
+    def _do(self, step: Action | Pair) -> None:
+        if isinstance(step, Pair):
+            self._overlapped(step)
+        elif step.kind == "F":
+            list(self._forward(step))
+            self._pass_on(step)
+        elif step.kind == "W":
+            self.store.run(_of(step))
         else:
-            loss = work.balance_weight * balance
-            self._send(FORWARD, action, y.detach(), action.stage + 1)
-        self.losses.append(float(loss.detach()))
-        self._kept[action._replace(kind="F")] = _Kept(x, y, loss)
+            list(self._backward(step, later=step.kind == "I"))
+            self._pass_on(step)
 
-    def _backward(self, action: Action, work: Work) -> None:
-        kept = self._with_gradient(action, work)
-        torch.autograd.backward(*_roots(kept))
-        self._pass_on(action, kept.x.grad)
+    def _overlapped(self, pair: Pair) -> None:
+        """The slots of E.4, two a round, for as many layers as either has: an exchange beside what is computed."""
+        forward, backward = self._forward(pair.forward), self._backward(pair.backward, later=True)
+        key, running = _of(pair.backward), True
+        next(backward, None)  # what follows the last exchange of a slice
+        while running:
+            # 1: combine B beside attention W of the layer before and attention F; 3: dispatch B beside MLP W and MLP F
+            if running := _go(backward):
+                self.store.run(key)
+            running |= _go(forward)
+            # 2: dispatch F beside MLP B; 4: combine F beside attention B
+            running |= _go(forward)
+            running |= _go(backward)
+        self._pass_on(pair.forward)
+        self._pass_on(pair.backward)
+        self.store.run(key)
 
-    def _input(self, action: Action, work: Work) -> None:
-        kept = self._with_gradient(action, work)
-        if not self.slices[action.lane, action.stage].first:
-            roots, grads = _roots(kept)
-            (dx,) = torch.autograd.grad(roots, [kept.x], grads, retain_graph=True)
-            self._pass_on(action, dx)
-        self._kept[action._replace(kind="F")] = kept
+    def _forward(self, action: Action) -> Iterator[None]:
+        part, work = self._at(action)
+        x = work.tokens_BT if part.first else self.channels.receive(action).requires_grad_()
+        chunk = Chunk(_phases(part, x, work), self._streams)
+        self._chunks[_of(action)] = chunk, x
+        yield from chunk.forward()
 
-    def _weights(self, action: Action, work: Work) -> None:
-        kept = self._kept.pop(action._replace(kind="F"))
-        parameters = [p for p in self.slices[action.lane, action.stage].parameters() if p.requires_grad]
-        torch.autograd.backward(*_roots(kept), inputs=parameters)
+    def _backward(self, action: Action, later: bool) -> Iterator[None]:
+        part, key = self._at(action)[0], _of(action)
+        dy = None if part.last else self.channels.receive(action._replace(kind="B"))
+        yield from self._chunks[key][0].backward(dy, lambda: self._computing(key, later))
 
-    def _with_gradient(self, action: Action, work: Work) -> _Kept:
-        kept = self._kept.pop(action._replace(kind="F"))
-        part = self.slices[action.lane, action.stage]
-        return kept if part.last else kept._replace(dy=self._receive(BACKWARD, action, work))
+    def _pass_on(self, action: Action) -> None:
+        """What another stage waits for."""
+        if action.kind == "F":
+            chunk, _ = self._chunks[_of(action)]
+            self._losses.append(chunk.loss)
+            x, chunk.sent = chunk.sent, None
+        else:
+            x = self._chunks.pop(_of(action))[1].grad
+        self.channels.send(action, x)
 
-    def _pass_on(self, action: Action, dx: Tensor | None) -> None:
-        if not self.slices[action.lane, action.stage].first:
-            self._send(BACKWARD, action, dx, action.stage - 1)
+    @contextmanager
+    def _computing(self, key: Action, later: bool) -> Iterator[None]:
+        with self.around_backward(), self.store.open(key) if later else nullcontext():
+            yield
 
-    def _send(self, way: int, action: Action, x: Tensor, stage: int) -> None:
-        to = self.table.place[action.lane][stage]
-        key = Action("F", stage, action.micro, action.lane)
-        if to == self.me:
-            self._arrived[way, key] = x
-            return
-        x = x.contiguous()
-        handle = dist.isend(x, self.peers[to], tag=self._tag(way, key))
-        self._sends = [(h, t) for h, t in self._sends if not h.is_completed()] + [(handle, x)]
+    def _at(self, action: Action) -> tuple[Slice, Work]:
+        return self.slices[action.lane, action.stage], self._work[action.lane][action.micro]
 
-    def _receive(self, way: int, action: Action, work: Work) -> Tensor:
-        part = self.slices[action.lane, action.stage]
-        key = Action("F", action.stage, action.micro, action.lane)
-        origin = self.table.place[action.lane][action.stage + (-1 if way == FORWARD else 1)]
-        if origin == self.me:
-            return self._arrived.pop((way, key))
-        weight = next(part.parameters())
-        x = torch.empty(*work.tokens_BT.shape, part.width, dtype=part.dtype, device=weight.device)
-        dist.recv(x, self.peers[origin], tag=self._tag(way, key))
-        return x
-
-    def _tag(self, way: int, key: Action) -> int:
-        """One number for each message of a step: several may be on their way between two ranks."""
-        return ((way * self.table.lanes + key.lane) * self.table.stages + key.stage) * self.table.per_lane + key.micro
+    def _room(self, action: Action) -> Tensor:
+        part, work = self._at(action)
+        return torch.empty(*work.tokens_BT.shape, part.width, dtype=part.dtype, device=self._device)
 
 
-def _roots(kept: _Kept) -> tuple[list[Tensor], list[Tensor]]:
-    """What is differentiated, and with which gradients."""
-    roots, grads = ([], []) if kept.dy is None else ([kept.y], [kept.dy])
-    if kept.loss.requires_grad:  # a slice of dense layers adds nothing to the loss
-        roots.append(kept.loss)
-        grads.append(torch.ones_like(kept.loss))
-    return roots, grads
+def _phases(part: Slice, x: Tensor, work: Work) -> Phases:
+    """Of the slice, and of the loss that it adds."""
+    out = yield from part.phases(x, work.tokens_BT, work.segments_BT, work.mtp)
+    if part.last:
+        return None, work.loss(out, part.head.weight)
+    return out[0], work.balance_weight * out[1]
+
+
+def _of(action: Action) -> Action:
+    """The forward that a piece of work belongs to."""
+    return action._replace(kind="F")
+
+
+def _go(phases: Iterator[None]) -> bool:
+    """One phase on; whether there are more."""
+    return next(phases, phases) is None

@@ -82,23 +82,27 @@ def drawn(layout: Layout) -> str:
     return "\n".join(lines)
 
 
-def check(layout: Layout, cfg: ModelConfig, world: int) -> None:
-    """UserError for a layout that does not fit the model or the world, with the nearest that do."""
-    if why := refusal(layout, cfg, world):
-        near = nearest(layout, cfg, world)
+def check(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> None:
+    """UserError for a layout that does not fit the model or the world, with the nearest that do. The schedule gives
+    every pipeline rank so many slices of the model (copies of one count as one)."""
+    if why := refusal(layout, cfg, world, slices):
+        near = nearest(layout, cfg, world, slices)
         hint = f"these fit: {'; '.join(map(str, near))}" if near else f"no layout fits {world} ranks"
         raise UserError(f"layout {layout} on {world} ranks: {why}; {hint}")
 
 
-def refusal(layout: Layout, cfg: ModelConfig, world: int) -> str | None:
+def refusal(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> str | None:
     """Why a layout cannot be; None if it can."""
     if min(layout.pp, layout.dp, layout.ep, layout.node, world) < 1:
         return "every size must be at least 1"
     if layout.world != world:
         return f"it makes {layout.world} ranks"
     blocks = cfg.n_layers + cfg.n_mtp
-    if layout.pp > blocks:
-        return f"{layout.pp} pipeline ranks for {blocks} layers, MTP modules included"
+    if layout.pp * slices > blocks:
+        each = f" with {slices} slices each" if slices > 1 else ""
+        return f"{layout.pp} pipeline ranks{each} for {blocks} layers, MTP modules included"
+    if layout.pp > 1 and cfg.tie_embeddings:
+        return "embedding and head are one matrix (tie_embeddings), which has to be on one pipeline rank"
     if cfg.n_routed_experts % layout.ep:
         return f"{cfg.n_routed_experts} experts cannot be shared evenly by {layout.ep} ranks"
     if layout.ep > layout.node and layout.ep % layout.node:
@@ -106,7 +110,7 @@ def refusal(layout: Layout, cfg: ModelConfig, world: int) -> str | None:
     return None
 
 
-def nearest(layout: Layout, cfg: ModelConfig, world: int, most: int = 3) -> list[Layout]:
+def nearest(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1, most: int = 3) -> list[Layout]:
     """Layouts that fit, those that differ least in how many times each size would have to change first."""
 
     def distance(other: Layout) -> float:
@@ -115,7 +119,7 @@ def nearest(layout: Layout, cfg: ModelConfig, world: int, most: int = 3) -> list
 
     node = max(layout.node, 1)
     found = [Layout(pp, dp, world // (pp * dp), node) for pp, dp in _factors(world)]
-    return sorted((other for other in found if not refusal(other, cfg, world)), key=distance)[:most]
+    return sorted((other for other in found if not refusal(other, cfg, world, slices)), key=distance)[:most]
 
 
 def _factors(world: int) -> Iterator[tuple[int, int]]:
@@ -126,8 +130,8 @@ def _factors(world: int) -> Iterator[tuple[int, int]]:
 class Mesh:
     """The process groups of this rank. Every rank of the world must make it, in the same order."""
 
-    def __init__(self, layout: Layout, cfg: ModelConfig):
-        check(layout, cfg, dist.get_world_size())
+    def __init__(self, layout: Layout, cfg: ModelConfig, slices: int = 1):
+        check(layout, cfg, dist.get_world_size(), slices)
         self.layout, self.cfg, self.me = layout, cfg, dist.get_rank()
         self.pp, self.dp, self.ep = layout.place(self.me)
         self.group: dict[str, Any] = {}

@@ -104,7 +104,7 @@ def _start(step: Step, end: dict[Action, float], table: Table, message: float) -
 
 def _live(steps: tuple[Step, ...]) -> int:
     """A forward takes the memory of its micro-batch, a backward gives it back; in a pair the forward comes first. After
-    an I its inputs are still there, but the far greater part is gone, so it counts as done."""
+    an I there is still what its W reads (`model.deferred`), which is not counted."""
     most = now = 0
     for step in steps:
         for part in step if isinstance(step, Pair) else (step,):

@@ -5,7 +5,8 @@ Parameters keep the names they have in the whole network (`layers.17.attn.wo.wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Generator, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Layer
 from bessemer.model.moe import Experts
-from bessemer.model.mtp import MTPModule, predictions
+from bessemer.model.mtp import ahead
 from bessemer.model.transformer import TrainOutputs, Transformer
 from bessemer.parallel.exchange import Exchange
 
@@ -47,18 +48,37 @@ def keep(model: Transformer, slices: Iterable[Slice]) -> None:
         model.embed = nn.Identity()
 
 
-def across(layer: Layer, exchange: Exchange) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """`layer` with its experts on several ranks: the same five phases, two of them exchanged."""
+class Handed(NamedTuple):
+    """What a phase gives away."""
 
-    def forward(x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        attended = layer.attend(x_BTD, rope, segments_BT)
-        if attended.routing is None:
-            return layer.feed_forward(attended), None
-        sent = exchange.dispatch(attended.u_ND, attended.routing, layer.fp8 if layer.training else None)
-        routed = exchange.combine(layer.ffn.experts(sent), sent)
-        return layer.finish(attended, routed), attended.routing.balance
+    on: Any
+    """To the next phase."""
+    kept: Any = ()
+    """To the one after that, or later."""
 
-    return forward
+
+Phases = Generator[Handed, Handed, Any]
+"""A forward that stops after every phase and goes on with what it is given back for what it gave away: the same, or the
+same cut off from its graph. Computation and communication take turns; the first phase and the last compute."""
+
+
+def through(
+    layer: Layer, exchange: Exchange | None, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, carried: Any = ()
+) -> Phases:
+    """`Layer.forward`, with the experts on several ranks if there is an exchange. Returns the residual stream, the
+    balance term and what was carried past the layer. A dense layer does not stop."""
+    attended = layer.attend(x_BTD, rope, segments_BT)
+    if attended.routing is None:
+        return layer.feed_forward(attended), None, carried
+    leaving, (attended, carried) = yield Handed(attended, (attended, carried))
+    if exchange is None:
+        sent = layer.dispatch(leaving)
+    else:
+        sent = exchange.dispatch(leaving.u_ND, leaving.routing, layer.fp8 if layer.training else None)
+    sent, _ = yield Handed(sent)
+    rows, _ = yield Handed(layer.experts(sent))
+    routed, _ = yield Handed(layer.combine(rows, sent) if exchange is None else exchange.combine(rows, sent))
+    return layer.finish(attended, routed), attended.routing.balance, carried
 
 
 class Slice(nn.Module):
@@ -95,30 +115,28 @@ class Slice(nn.Module):
         last = len(self.cuts) - 1
         return {0, last} if name.startswith("embed.") and self.n_mtp else {0} if name.startswith("embed.") else {last}
 
-    def forward(self, x: Tensor, segments_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(residual stream after the slice [B, T, D], balance term). x: tokens [B, T] at the first stage."""
+    def phases(
+        self, x: Tensor, tokens_BT: Tensor, segments_BT: Tensor | None = None, mtp: bool = True
+    ) -> Generator[Handed, Handed, tuple[Tensor, Tensor] | TrainOutputs]:
+        """(residual stream after the slice [B, T, D], balance term), of the last stage `Transformer.train_outputs` with
+        the balance term of this slice alone. x: what the stage before returned, at the first the tokens."""
         if self.first:
             x = self.embed(x)
+        # sums terms that are cut off already, so it may reach over phases; other tensors must be handed on
         balance = torch.zeros((), dtype=torch.float32, device=x.device)
         table = self.rope_table(x.shape[1])
         for layer in self.layers.values():
-            through = layer if self.exchange is None else across(layer, self.exchange)
-            x, term = through(x, table, segments_BT)
+            x, term, _ = yield from through(layer, self.exchange, x, table, segments_BT)
             if term is not None:
                 balance = balance + term
-        return x, balance
-
-    def outputs(
-        self, x_BTD: Tensor, balance: Tensor, tokens_BT: Tensor, segments_BT: Tensor | None, mtp: bool = True
-    ) -> TrainOutputs:
-        """Of the last stage: `Transformer.train_outputs`, with the balance term of this slice alone."""
-        hidden = self.norm(x_BTD)
-        modules = self.mtp if mtp else ()
-        table = None if self.embed is None else self.embed.weight
-        depths, term = predictions(modules, hidden, tokens_BT, segments_BT, table, self.rope_table, self._module)
-        return TrainOutputs(hidden, depths, balance + term)
-
-    def _module(self, module: MTPModule) -> Callable[..., tuple[Tensor, Tensor]]:
-        if self.exchange is None:
-            return module
-        return lambda h, embedded, *more: across(module.layer, self.exchange)(module.join(h, embedded), *more)
+        if not self.last:
+            return x, balance
+        h = self.norm(x)
+        ready = (h,)
+        for k, module in enumerate(self.mtp if mtp else (), start=1):
+            h, embedded, segments = ahead(k, h, tokens_BT, segments_BT, self.embed.weight)
+            joined, table = module.join(h, embedded), self.rope_table(h.shape[1])
+            h, term, ready = yield from through(module.layer, self.exchange, joined, table, segments, ready)
+            balance = balance + term
+            ready = (*ready, module.norm(h))
+        return TrainOutputs(ready[0], list(ready[1:]), balance)

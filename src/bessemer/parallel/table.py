@@ -55,6 +55,8 @@ class Table:
     """Micro-batches of all lanes together."""
     steps: tuple[tuple[Step, ...], ...]
     """Of every rank."""
+    idle: int = 0
+    """Lanes at the end that no micro-batch enters; ranks hold their slices all the same."""
 
     @property
     def ranks(self) -> int:
@@ -66,7 +68,7 @@ class Table:
 
     @property
     def per_lane(self) -> int:
-        return self.micro // self.lanes
+        return self.micro // (self.lanes - self.idle)
 
     def held(self, rank: int) -> list[tuple[int, int]]:
         """(lane, stage) of every slice of the model that a rank holds."""
@@ -105,7 +107,7 @@ def check(table: Table) -> None:
             assert table.place[lane][stage] == rank, f"{action} is not rank {rank}'s"
             assert 0 <= micro < table.per_lane and action not in seen, f"{action} is done twice or does not exist"
             seen[action] = rank
-    for lane in range(table.lanes):
+    for lane in range(table.lanes - table.idle):
         for stage in range(table.stages):
             for micro in range(table.per_lane):
                 done = "".join(kind for kind in "FBIW" if Action(kind, stage, micro, lane) in seen)

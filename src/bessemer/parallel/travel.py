@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bessemer.parallel import signs
 from bessemer.precision.fp8_linear import Recipe
 from bessemer.precision.tiles import TILE, Operand
 
@@ -42,15 +43,17 @@ def received(send: list[int], group: Any, device: torch.device) -> list[int]:
     """How many rows every place is going to send here."""
     mine = torch.tensor(send, device=device)
     theirs = torch.empty_like(mine)
-    dist.all_to_all_single(theirs, mine, group=group)
-    return theirs.tolist()
+    with signs.waiting("tokens for the experts", dist.get_process_group_ranks(group)):
+        dist.all_to_all_single(theirs, mine, group=group)
+        return theirs.tolist()
 
 
 def _rows(x: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
     """x [S, ...] cut by `send`; the rows that come instead, by `receive`."""
     out = x.new_empty(sum(receive), *x.shape[1:])
     as_bytes = (t.contiguous().view(torch.uint8) if t.dtype != torch.int64 else t for t in (out, x))
-    dist.all_to_all_single(*as_bytes, receive, send, group=group)
+    with signs.waiting("tokens for the experts", dist.get_process_group_ranks(group)):
+        dist.all_to_all_single(*as_bytes, receive, send, group=group)
     return out
 
 

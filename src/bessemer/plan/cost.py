@@ -18,6 +18,7 @@ from bessemer.plan.memory import Numbers
 from bessemer.plan.setup import Setup
 from bessemer.plan.shape import Shape
 from bessemer.plan.step import StepTime, step_time
+from bessemer.plan.wanted import micro_batches
 
 RAMP = 8
 """Points at which a batch that grows is priced."""
@@ -134,11 +135,9 @@ def _over(setup: Setup, tokens: float, batch: Callable[[float], float]) -> float
     edges = [0.0, *(tokens / 2**k for k in range(RAMP - 1, -1, -1))]
     seconds, each = 0.0, setup.layout.dp * setup.layout.ep * setup.rows
     for low, high in pairwise(edges):
-        even = 2 if setup.layout.pp > 1 else 1
-        micro = max(1, round(batch((low + high) / 2)) // (each * even)) * even
-        name = setup.schedule
-        if name.startswith("dualpipe") and micro < 2 * setup.layout.pp:
-            name = schedules.auto(setup.layout.pp, micro)
+        wanted = round(batch((low + high) / 2)) // each
+        few = wanted < schedules.least(setup.schedule, setup.layout.pp)
+        name, micro = micro_batches("1f1b" if few else setup.schedule, setup.layout.pp, wanted)
         at = replace(setup, micro=micro, schedule=name)
         seconds += (high - low) / at.step_tokens * step_time(at).seconds
     return seconds * setup.layout.world / 3600

@@ -64,7 +64,7 @@ class Held:
             share = size // self.ranks[kind.expert]
             full = kind.full or number == 4
             found["weights"] += size * (4 if full else number)
-            found["gradients"] += size * 4
+            found["gradients"] += (size + share) * 4  # and this rank's share of their sum
             found["masters"] += 0 if full else share * 4  # in float32 the weights are the masters
             found["moments"] += 2 * share * moment
         found["routing"] = self.gates * self.experts * 8

@@ -41,10 +41,10 @@ def _layer_times(setup: Setup, dense: bool, taken: int) -> Times:
     if {"attend", "layer"} & set(setup.recompute):
         attend = attend.again()
     if dense:
-        parts = [(1.0, work.dense(shape, tokens, setup.fp8), "layer")]
+        parts = [(1.0, work.dense(shape, tokens, setup.fp8), "experts")]
     else:
         routed = work.experts(shape, tokens, max(1, shape.experts // setup.layout.ep), at.ranks, setup.fp8)
-        parts = [(setup.imbalance, routed, "experts"), (1.0, work.finish(shape, tokens, setup.fp8), "layer")]
+        parts = [(setup.imbalance, routed, "experts"), (1.0, work.finish(shape, tokens, setup.fp8), "finish")]
     ffn = [0.0, 0.0, 0.0]
     for busy, phase, name in parts:
         phase = phase.again() if {name, "layer"} & set(setup.recompute) else phase

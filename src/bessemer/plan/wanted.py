@@ -12,7 +12,7 @@ from typing import Any
 
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
-from bessemer.model.kept import RECOMPUTED
+from bessemer.model.recompute import PHASES
 from bessemer.parallel import mesh, schedules
 from bessemer.parallel.mesh import Layout
 from bessemer.plan import routing
@@ -54,7 +54,7 @@ class Wanted:
     routing: str | None = None
     """balanced, or a load trace (JSON: tokens of each expert, layer by layer)."""
     recompute: tuple[str, ...] | None = None
-    """Phases that backward makes again: attend, experts, or none."""
+    """Phases that backward makes again: attend, experts, finish, or none."""
     stages: str | None = None
     """balanced: pipeline stages of equal time; even: of equal numbers of layers."""
     in_step: float | None = None
@@ -165,7 +165,7 @@ def _one_of(*words: str) -> Callable[[str, str], str]:
 def _phases(setting: str, text: str) -> tuple[str, ...]:
     names = () if text == "none" else tuple(text.split(","))
     for name in names:
-        _one_of(*RECOMPUTED)(setting, name)
+        _one_of(*PHASES)(setting, name)
     return names
 
 
@@ -175,6 +175,14 @@ _READ: dict[str, Callable[[str, str], Any]] = {
     "mtp": lambda setting, text: int(_one_of("0", "1")(setting, text)), "routing": lambda setting, text: text,
     "recompute": _phases, "stages": _one_of("balanced", "even"), "in_step": _amount, "usd": _amount,
 }  # fmt: skip
+
+
+def micro_batches(name: str, ranks: int, wanted: int) -> tuple[str, int]:
+    """(schedule, micro-batches of a step), rounded down to what it takes. "auto": DualPipe where it can be."""
+    if name == "auto":
+        name = "dualpipe" if ranks % 2 == 0 and wanted >= schedules.least("dualpipe", ranks) else "1f1b"
+    multiple = schedules.SCHEDULES[name].multiple(ranks)
+    return name, max(multiple, wanted // multiple * multiple)
 
 
 def tokens_of(wanted: Wanted, name: str) -> float:
@@ -204,11 +212,7 @@ def with_layout(wanted: Wanted, cfg: ModelConfig, cluster: Cluster, layout: Layo
             f"a batch of {batch:.0f} sequences gives none to some of the {layout.dp * layout.ep} data-parallel ranks "
             f"({rows} a micro-batch); raise batch to {each} at least, or use more pipeline ranks"
         )
-    even = 2 if layout.pp > 1 else 1
-    micro = max(even, round(batch) // (each * even) * even)
-    name = wanted.schedule or "auto"
-    if name == "auto":
-        name = schedules.auto(layout.pp, micro)
+    name, micro = micro_batches(wanted.schedule or "auto", layout.pp, round(batch) // each)
     busiest = 1.0
     if wanted.routing not in (None, "balanced"):
         busiest = routing.imbalance(Path(wanted.routing), layout.ep)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,14 +89,21 @@ def _short_product(x: Operand, w: Operand, bits: int, count: Count) -> Tensor:
     return torch.cat([fp8_gemm.gemm(Operand(vx, sx), Operand(vw, sw), bits) for vx, sx, vw, sw in rows])
 
 
-def weight_gradient(
-    dy: Operand, x: Operand | Tensor, recipe: Recipe, count: Count = None, power_of_two: bool = False
-) -> Tensor:
-    """dy^T x in float32, [N, K] or [G, N, K]. x as a tensor [T, K] is quantised along the tokens alone; `power_of_two`
-    is for that."""
+class Turned(NamedTuple):
+    """A matrix [T, K] quantised along its tokens, on its side: all that a weight gradient reads of it."""
+
+    operand: Operand
+
+
+def turned(x: Tensor, recipe: Recipe, count: Count = None, power_of_two: bool = False) -> Turned:
+    """Of what was kept better than in FP8."""
+    return Turned(_along_tokens(x, recipe.activation, recipe.power_of_two or power_of_two, count))
+
+
+def weight_gradient(dy: Operand, x: Operand | Turned, recipe: Recipe, count: Count = None) -> Tensor:
+    """dy^T x in float32, [N, K] or [G, N, K]."""
     left = _along_tokens(dy, recipe.gradient, recipe.power_of_two, count)
-    kept_better = not isinstance(x, Operand)
-    right = _along_tokens(x, recipe.activation, recipe.power_of_two or (power_of_two and kept_better), count)
+    right = x.operand if isinstance(x, Turned) else _along_tokens(x, recipe.activation, recipe.power_of_two, count)
     if recipe.bits is not None:
         ends = [None] if count is None else [-(-tokens // TILE) for tokens in count]
         parts = zip(_columns(left, ends), _columns(right, ends), strict=True)

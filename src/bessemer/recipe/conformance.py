@@ -12,7 +12,7 @@ from typing import Any
 
 from bessemer.model.config import ModelConfig
 from bessemer.recipe.modelling import model_config
-from bessemer.recipe.schema import Recipe
+from bessemer.recipe.schema import Layout, Recipe
 from bessemer.recipe.values import Points, show_tokens
 
 
@@ -91,6 +91,14 @@ def _any(kind: str, show: Callable[[Any], Any], on: Callable[[Any], bool]) -> Ca
     return here
 
 
+def _layout(show: Callable[[Layout], str], on: Callable[[Layout], bool]) -> Callable:
+    def here(facts: Facts) -> Here:
+        layout = facts.recipe.layout
+        return ("one process", False) if layout.fewest == 1 else (show(layout), on(layout))
+
+    return here
+
+
 def _not_built(facts: Facts) -> Here:
     return "not built yet", False
 
@@ -164,6 +172,19 @@ ITEMS: tuple[Item, ...] = (
     Item("Moments of the optimizer in BF16", "V3 3.3.2", "bfloat16, masters and gradients float32",
          _any("pretrain", lambda s: s.moments, lambda s: s.moments == "bfloat16"),
          "train/optim.py", "train/test_optim.py"),
+    Item("Moving average of the weights", "V3 3.2.3", "in CPU memory, after each step",
+         _any("pretrain", lambda s: f"decay {s.ema_decay:g}" if s.ema_decay else "none", lambda s: s.ema_decay > 0),
+         "train/ema.py", "train/test_ema.py"),
+    Item("DualPipe", "V3 3.2.1", "16 pipeline ranks",
+         _layout(lambda x: f"{x.pp} pipeline ranks, {x.schedule}",
+                 lambda x: x.schedule == "dualpipe" or (x.schedule == "auto" and x.pp % 2 == 0)),
+         "parallel/execute.py", "parallel/test_execute.py"),
+    Item("Expert parallelism, a token to a node once", "V3 3.2.2", "64 ranks on 8 nodes",
+         _layout(lambda x: f"{x.ep} ranks, {x.node} a node", lambda x: x.ep > 1),
+         "parallel/exchange.py", "parallel/test_exchange.py"),
+    Item("ZeRO-1", "V3 3.2", "optimizer state shared out over data parallel",
+         _layout(lambda x: f"{x.dp if x.dp != 'auto' else 'all'} x {x.ep} ranks", lambda x: x.ep > 1 or x.dp != 1),
+         "train/zero.py", "parallel/test_across.py"),
     Item("Long-context extension", "V3 4.3", "4K -> 32K -> 128K", _not_built,
          "model/rope.py", "model/test_model_rope.py"),
     Item("R1-Zero: RL from the base, no SFT", "R1 2.2", "rule rewards only",

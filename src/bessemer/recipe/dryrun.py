@@ -1,12 +1,13 @@
 """What every rank of a run would hold, on one machine and before anything runs (`bessemer run RECIPE --dry-run`).
 
-Weights, gradients and optimizer state are those of the real classes: `Across` is made as a rank of the world makes it,
-with torch's fake process group in the place of a network and the model on the meta device, so nothing is allocated.
-Activations are computed (`plan.memory`).
+Weights, gradients and optimizer state are those of the real classes: `Part` and `Zero1` are made as a rank of the world
+makes them, with torch's fake process group in the place of a network and the model on the meta device, so nothing is
+allocated. Activations are computed (`plan.memory`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,14 +23,15 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
 from bessemer.parallel import mesh, schedules
 from bessemer.parallel.mesh import Layout
+from bessemer.parallel.part import Part
 from bessemer.parallel.table import Table
 from bessemer.plan import memory
 from bessemer.plan.hardware import GIB, Device, device
 from bessemer.plan.memory import Numbers
-from bessemer.recipe import modelling
+from bessemer.recipe import modelling, spread
 from bessemer.recipe.schema import Recipe
 from bessemer.recipe.values import show_tokens
-from bessemer.train.across import Across
+from bessemer.train.zero import Zero1
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,15 @@ class DryRun:
 
 
 def of_recipe(recipe: Recipe, world: int | None = None, device_name: str | None = None) -> DryRun:
-    """Of a recipe's pre-training. `world`: ranks, where [layout] leaves dp open; UserError for what cannot be."""
+    """Of a recipe's pre-training. `world`: ranks (None: as few as [layout] needs); UserError for what cannot be."""
     settings = next((stage for stage in recipe.stages if stage.kind == "pretrain"), None)
     if settings is None:
         raise UserError(f'recipe "{recipe.name}": --dry-run is for pre-training, and no stage is of kind "pretrain"')
     corpus = next((stage for stage in recipe.stages if stage.kind == "corpus"), None)
     cfg = modelling.model_config(recipe, settings.model)
-    layout = layout_of(recipe, cfg, world)
+    n = world or recipe.layout.fewest
+    layout, *_ = spread.layout_of(recipe.layout, n)
+    spread.check(recipe, settings.name, settings.batch_rows.values, cfg, n)
     length = cfg.max_seq_len if corpus is None else corpus.row_length
     half = settings.precision == "bfloat16" or (settings.precision == "auto" and device_name is not None)
     moments = torch.bfloat16 if settings.moments == "bfloat16" else torch.float32
@@ -88,18 +92,6 @@ def of_recipe(recipe: Recipe, world: int | None = None, device_name: str | None 
         layout, table, numbers, settings.micro_rows, length, ramp,
         dry_run(cfg, layout, table, settings.micro_rows, length, numbers, recipe.layout.recompute), chosen,
     )  # fmt: skip
-
-
-def layout_of(recipe: Recipe, cfg: ModelConfig, world: int | None) -> Layout:
-    """The recipe's layout for a world, dp = "auto" filled in; checked against the model."""
-    given = recipe.layout
-    each = given.pp * given.ep
-    if given.dp == "auto" and world is None:
-        raise UserError(f'recipe "{recipe.name}": [layout] dp = "auto" needs the number of ranks; add --world N')
-    dp = (world or 0) // each if given.dp == "auto" else given.dp
-    layout = Layout(given.pp, max(1, dp), given.ep, given.node)
-    mesh.check(layout, cfg, layout.world if world is None else world)
-    return layout
 
 
 def dry_run(
@@ -122,16 +114,17 @@ def held(cfg: ModelConfig, layout: Layout, table: Table, rank: int, numbers: Num
     with _as_rank(rank, layout.world):
         with torch.device("meta"):
             model = Transformer(cfg)
-        made = Across(
-            model, layout, table.name, table.micro, compute_dtype=torch.bfloat16 if half else torch.float32,
+            part = Part.of(model, mesh.Mesh(layout, cfg), table.name)
+        optimizer = Zero1(
+            part.model, part.mesh, part.others, compute_dtype=torch.bfloat16 if half else torch.float32,
             moments_dtype=torch.bfloat16 if numbers.moments == 2 else torch.float32,
         )  # fmt: skip
-    groups = made.optimizer.groups
+    groups = optimizer.groups
     own = [group for group in groups if group.compute.dtype != torch.float32]  # else weights are the masters
-    gates = [t for gate in made.gates.values() for t in (gate.bias_E, gate.load_E) if t is not None]
+    gates = [t for gate in part.gates.values() for t in (gate.bias_E, gate.load_E) if t is not None]
     return {
         "weights": sum(group.compute.nbytes for group in groups),
-        "gradients": sum(group.grad.nbytes for group in groups),
+        "gradients": sum(group.grad.nbytes + group.summed.nbytes for group in groups),
         "masters": sum(group.master.nbytes for group in own),
         "moments": sum(t.nbytes for group in groups for t in group.moments.values()),
         "routing": sum(t.nbytes for t in gates),
@@ -153,14 +146,13 @@ def _as_rank(rank: int, world: int) -> Iterator[None]:
 
 
 def _ramp(settings: Any, layout: Layout, schedule: str) -> list[dict[str, Any]]:
-    """Micro-batches per pipeline at the points of batch_rows, and where "auto" changes its mind between them. A
-    pipeline of several ranks gets an even number of them, rounded down."""
-    each, even = layout.dp * layout.ep * settings.micro_rows, 1 if layout.pp == 1 else 2
+    """Micro-batches per pipeline at the points of batch_rows, and where "auto" changes its mind between them."""
+    each = layout.dp * layout.ep * settings.micro_rows
 
     def at(tokens: float) -> dict[str, Any]:
         rows = round(settings.batch_rows(tokens))
-        micro = max(1, rows // (each * even)) * even
-        name = schedules.auto(layout.pp, micro) if schedule == "auto" else schedule
+        micro = schedules.micro_batches(schedule, layout.pp, math.ceil(rows / each))
+        name = schedules.schedule(schedule, layout.pp, micro).name
         return {"tokens": int(tokens), "rows": rows, "micro": micro, "schedule": name}
 
     points = [tokens for tokens in settings.batch_rows.tokens if tokens <= settings.tokens]
@@ -173,8 +165,6 @@ def _ramp(settings: Any, layout: Layout, schedule: str) -> list[dict[str, Any]]:
                 low, high = (middle, high) if at(middle)["schedule"] == before["schedule"] else (low, middle)
             found.append(at(high))
     found.sort(key=lambda point: point["tokens"])
-    for point in found:  # a schedule that a batch does not allow is said before anything runs
-        schedules.schedule(point["schedule"], layout.pp, point["micro"])
     return found
 
 

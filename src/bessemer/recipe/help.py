@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from bessemer.recipe.schema import Head, Layout
-from bessemer.recipe.settings import StageSettings
+from bessemer.recipe.settings import StageSettings, Strict
 from bessemer.recipe.stage import find_kind, load_kinds
 from bessemer.recipe.values import parse_seconds, parse_tokens
 
@@ -24,13 +24,22 @@ def describe_keys(kind: str | None = None) -> str:
 
 
 def _table(title: str, table: type[BaseModel]) -> str:
-    lines = [title]
+    return "\n".join([title, *_keys(table)])
+
+
+def _keys(table: type[BaseModel], prefix: str = "") -> list[str]:
+    """A key whose value is a documented table is followed by that table's keys."""
+    lines = []
     for name, field in table.model_fields.items():
         if issubclass(table, StageSettings) and name == "kind":
             continue
-        lines.append(f"  {field.alias or name} ({_type(field)}{_default(field)})")
+        inner = isinstance(field.annotation, type) and issubclass(field.annotation, Strict)
+        facts = "table" if inner else _type(field) + _default(field)
+        lines.append(f"  {prefix}{field.alias or name} ({facts})")
         lines += textwrap.wrap(field.description or "", 100, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(lines)
+        if inner:
+            lines += _keys(field.annotation, f"{prefix}{name}.")
+    return lines
 
 
 def _default(field: FieldInfo) -> str:

@@ -133,3 +133,19 @@ class StageMetrics:
     def rewind(self, step: int) -> None:
         """Forget this stage's lines after `step`; call it once the checkpoint to go on from is known."""
         self._metrics.rewind(self._stage, step)
+
+
+class NoMetrics(StageMetrics):
+    """A pen without ink, for ranks that do not lead."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, tokens: int, values: dict[str, Any]) -> None:
+        pass
+
+    def history(self) -> list[tuple[int, dict[str, Any]]]:
+        return []
+
+    def rewind(self, step: int) -> None:
+        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,11 +55,19 @@ def batch_rows(samples: int) -> int:
     return min(max(-(-samples // 4), 128), 512)
 
 
-def choose_precision(precision: Precision) -> probe.Choice:
-    """The compute dtype: as named, or the faster one by measurement."""
+def choose_precision(
+    precision: Precision, agree: Callable[[Callable[[], Any]], Any] = lambda decide: decide()
+) -> probe.Choice:
+    """The compute dtype: as named, or the faster one by measurement; many ranks `agree` on that of the first."""
     if precision != "auto":
         return probe.Choice(getattr(torch, precision), f"{precision} (set by the recipe)")
-    return probe.compute_dtype(probe.gemm_rates(device()))
+
+    def measured() -> list[str]:
+        choice = probe.compute_dtype(probe.gemm_rates(device()))
+        return [str(choice.dtype).removeprefix("torch."), choice.why]
+
+    dtype, why = agree(measured)
+    return probe.Choice(getattr(torch, dtype), why)
 
 
 def load_model(directory: Path) -> tuple[Transformer | CausalLM, Tokenizer]:

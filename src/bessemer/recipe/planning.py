@@ -30,9 +30,9 @@ def target(name: str, said: Wanted) -> tuple[str, ModelConfig, Wanted, Recipe | 
 def of_recipe(recipe: Recipe, settings: Any, cfg: ModelConfig) -> Wanted:
     """What a recipe says of its layout, and of its pre-training if it has one."""
     given = recipe.layout
-    spread = given.pp * given.ep * (given.dp if isinstance(given.dp, int) else 2) > 1
-    layout = {"pp": given.pp, "ep": given.ep, "node": given.node} if spread else {}
-    if spread and isinstance(given.dp, int):
+    laid_out = given.pp * given.ep > 1 or given.dp not in (1, "auto")
+    layout: dict[str, Any] = {"pp": given.pp, "ep": given.ep, "node": given.node} if laid_out else {}
+    if laid_out and given.dp != "auto":
         layout["dp"] = given.dp
     if given.schedule != "auto":
         layout["schedule"] = given.schedule

@@ -9,15 +9,13 @@ The first SIGINT or SIGTERM lets the stage save and stop; the second kills.
 """
 
 import json
-import os
 import shutil
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -32,8 +30,12 @@ from bessemer.recipe.reuse import Donor
 from bessemer.recipe.rundir import RunDir, stage_folders
 from bessemer.recipe.schema import Recipe
 from bessemer.recipe.settings import StageSettings, stage_refs
+from bessemer.recipe.signals import signals
 from bessemer.recipe.stage import Interrupted, Stage, StageContext, StopFlag, find_kind
 from bessemer.recipe.values import show_seconds
+
+if TYPE_CHECKING:
+    from bessemer.parallel.ranks import Ranks
 
 
 @dataclass
@@ -72,10 +74,12 @@ def run(
     conformance: Callable[[Recipe], list[dict[str, Any]]] | None = None,
     progress: RunProgress | None = None,
     reuse: Path | None = None,
+    ranks: "Ranks | None" = None,
 ) -> list[StageResult]:
     """Run `recipe` in `out` (default runs/NAME) up to and with the stage `until`; a result for each stage.
 
     Raises UserError for what the user can mend and Interrupted (its text says how to go on) after a stop signal.
+    With `ranks` this is rank 0, which the others follow (`follow.py`).
     `conformance` gives the rows {item, section, paper, here, on} printed at the start and kept in conformance.json.
     """
     if until is not None:
@@ -87,7 +91,7 @@ def run(
     derived = {settings.name: kinds[settings.name].resolve(settings, recipe) for settings in recipe.stages}
     estimates = {settings.name: kinds[settings.name].estimate(settings, recipe) for settings in recipe.stages}
     progress = progress or RunProgress(estimates)
-    with RunDir.open(root, recipe.name) as rundir, explained(root), _signals(progress) as stop:
+    with RunDir.open(root, recipe.name) as rundir, explained(root), signals(together=ranks is not None) as stop:
         rundir.record_recipe(recipe.to_toml())
         metrics = Metrics(root / "metrics.jsonl")
         try:
@@ -95,8 +99,10 @@ def run(
             _set_aside_stale(plan, rundir, metrics, progress)
             if conformance is not None:
                 _show_conformance(conformance(recipe), root, progress)
-            return _run_all(plan, recipe, rundir, until, cache_dir(cache), metrics, progress, stop, donor)
+            return _run_all(plan, recipe, rundir, until, cache_dir(cache), metrics, progress, stop, donor, ranks)
         finally:
+            if ranks is not None:
+                ranks.order({"end": True})
             progress.close()
             metrics.close()
 
@@ -150,7 +156,7 @@ def _is_temporary(path: Path) -> bool:
 
 def _run_all(
     plan: list[_Planned], recipe: Recipe, rundir: RunDir, until: str | None, cache: Path, metrics: Metrics,
-    progress: RunProgress, stop: StopFlag, donor: Donor | None,
+    progress: RunProgress, stop: StopFlag, donor: Donor | None, ranks: "Ranks | None",
 ) -> list[StageResult]:  # fmt: skip
     results: list[StageResult] = []
     digests: dict[str, str] = {}
@@ -175,6 +181,7 @@ def _run_all(
                 name=item.name, dir=item.folder, inputs={name: folders[name] for name in item.sources},
                 source=folders.get(item.settings.source or ""), recipe=recipe, cache=cache,
                 metrics=StageMetrics(metrics, item.name), progress=progress.begin(item.name), stop_flag=stop,
+                ranks=ranks if item.stage.across else None,
             )  # fmt: skip
             done = _run_one(item, ctx, inputs, rundir.root)
         digests[item.name] = done["digest"]
@@ -216,6 +223,11 @@ def _run_one(item: _Planned, ctx: StageContext, inputs: dict[str, str], root: Pa
         ctx.spent = (record.read_json(ctx.dir / "wall.json") or {}).get("seconds", 0.0)
         if not (ctx.dir / "state").exists():
             ctx.rewind(-1)  # nothing to go on from: the stage starts over, and so do its lines
+        if ctx.ranks is not None:
+            ctx.ranks.order(
+                {"stage": ctx.name, "folder": str(ctx.dir), "inputs": {n: str(p) for n, p in ctx.inputs.items()},
+                 "source": None if ctx.source is None else str(ctx.source), "spent": ctx.spent}
+            )  # fmt: skip
         with _clock(ctx):
             try:
                 summary = item.stage.run(item.settings, ctx)
@@ -246,30 +258,6 @@ def _clock(ctx: StageContext) -> Iterator[None]:
         over.set()
         ticker.join()
         record.write_json(ctx.dir / "wall.json", {"seconds": round(ctx.elapsed(), 3)})
-
-
-@contextmanager
-def _signals(progress: RunProgress) -> Iterator[StopFlag]:
-    """The first SIGINT or SIGTERM raises the flag, the second does what it always did."""
-    stop = StopFlag()
-
-    def on_signal(number: int, _: Any) -> None:
-        if stop:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        stop.signal = number
-        # os.write, since a signal may arrive in the middle of a print
-        os.write(2, b"\nstopping: saving a checkpoint first (once more to stop at once)\n")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # Python delivers signals to the main thread only
-        return
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _how_to_go_on(recipe: Recipe, root: Path, name: str, where: str) -> str:

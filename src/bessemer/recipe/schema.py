@@ -13,41 +13,42 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import Field, SerializeAsAny
 
 from bessemer.errors import UserError
 from bessemer.recipe.settings import StageSettings, Strict, keys, nearest, stage_refs, validate
 from bessemer.recipe.stage import find_kind
+from bessemer.recipe.values import Seconds
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _RESERVED = ("model", "layout", "stage", "name", "seed")  # what --set already means by these words
 
 
 class Layout(Strict):
-    """[layout]: how the run is spread over devices."""
+    """[layout]: how the run is spread over devices. It changes speed and memory, not what a stage makes."""
 
     pp: int = Field(1, ge=1)
-    """Pipeline-parallel ranks."""
+    """Pipeline-parallel ranks (V3: 16)."""
     ep: int = Field(1, ge=1)
-    """Expert-parallel ranks."""
-    dp: int | Literal["auto"] = 1
-    """Data-parallel ranks; auto: as many as the world has room for beside pp and ep."""
+    """Expert-parallel ranks (V3: 64)."""
+    dp: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Data-parallel ranks (V3: 2 of 64 experts' ranks each); auto: all that were started, divided by pp and ep."""
     node: int = Field(8, ge=1)
-    """Ranks of one node."""
-    schedule: str = "auto"
-    """Pipeline schedule: gpipe, 1f1b, interleaved, zb1p, zbv, dualpipe or dualpipe-v; auto: dualpipe wherever pp and
-    the micro-batches allow it, else 1f1b."""
-    recompute: list[Literal["attend", "experts"]] = Field(default_factory=list)
-    """Phases of every layer that backward makes again instead of keeping what they made."""
+    """Ranks of one node; tokens cross to another node at most once."""
+    schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipe-v"] = "auto"
+    """Of the pipeline; auto: dualpipe where pp is even (V3), else 1f1b, as in steps with fewer than 2 pp
+    micro-batches."""
+    recompute: list[Literal["attend", "experts", "finish"]] = Field(default_factory=list)
+    """Phases of every layer that backward computes again instead of keeping what they made; FP8 has its own way."""
+    timeout: Seconds = 600.0
+    """How long one rank may wait for another before the run ends and says who waited for whom."""
 
-    @field_validator("dp")
-    @classmethod
-    def at_least_one(cls, ranks: int | str) -> int | str:
-        if isinstance(ranks, int) and ranks < 1:
-            raise ValueError("use at least 1, or auto")
-        return ranks
+    @property
+    def fewest(self) -> int:
+        """Ranks that it needs."""
+        return self.pp * self.ep * (1 if self.dp == "auto" else self.dp)
 
 
 class Head(Strict):

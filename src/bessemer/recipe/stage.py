@@ -45,8 +45,9 @@ from bessemer.recipe.settings import StageSettings, nearest
 from bessemer.recipe.values import show_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from bessemer.parallel.ranks import Ranks
     from bessemer.recipe.schema import Recipe  # it imports this file
     from bessemer.tasks import Problem
 
@@ -76,6 +77,8 @@ class Stage:
     """Whether the recipe's [model] table changes what this stage makes."""
     uses_seed: ClassVar[bool] = True
     """Whether the recipe's seed changes what this stage makes."""
+    across: ClassVar[bool] = False
+    """Whether all ranks run it together; otherwise rank 0 does, alone."""
 
     def resolve(self, settings: Any, recipe: "Recipe") -> dict[str, Any]:
         """Check settings against the recipe before anything runs (UserError), and return facts derived from them.
@@ -122,6 +125,8 @@ class StageContext:
     metrics: StageMetrics
     progress: StageProgress
     stop_flag: StopFlag
+    ranks: "Ranks | None" = None
+    """The processes that run this stage together; None: this one alone."""
     spent: float = 0.0
     """Wall seconds of earlier attempts at this stage."""
     started: float = field(default_factory=time.monotonic)
@@ -140,6 +145,17 @@ class StageContext:
     def stop(self) -> bool:
         """True once the user asked to stop: save a checkpoint and call `interrupt()`."""
         return bool(self.stop_flag)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what the stage leaves; of many, rank 0 does."""
+        return self.ranks is None or self.ranks.me == 0
+
+    def agree(self, decide: "Callable[[], Any]") -> Any:
+        """What rank 0 decides (plain JSON), on all ranks; the others do not ask themselves."""
+        if self.ranks is None:
+            return decide()
+        return self.ranks.agree(decide() if self.leads else None)
 
     def interrupt(self) -> NoReturn:
         raise Interrupted(self.name)
@@ -162,6 +178,8 @@ class StageContext:
 
     def sample(self, step: int, tokens: int, text: str, title: str = "") -> None:
         """Append to `samples.md`. The text is indented, so nothing a model writes can pass for a heading."""
+        if not self.leads:
+            return
         body = "\n".join("    " + line for line in text.split("\n"))
         heading = f"## step {step} · {show_tokens(tokens)} tokens" + (f" · {title}" if title else "")
         with open(self.dir / "samples.md", "a", encoding="utf-8", errors="replace", newline="\n") as file:
@@ -169,6 +187,8 @@ class StageContext:
 
     def rollouts(self, lines: list[dict[str, Any]]) -> None:
         """Append to `rollouts.jsonl`. Keys: step, id, prompt, completion, reward, correct, formatted, and others."""
+        if not self.leads:
+            return
         file = LineFile(self.dir / "rollouts.jsonl")
         for line in lines:
             file.append(line)
@@ -176,6 +196,8 @@ class StageContext:
 
     def rewind(self, step: int) -> None:
         """Forget metrics, samples and rollouts written after `step` (-1: all of them)."""
+        if not self.leads:
+            return
         self.metrics.rewind(step)
         if (self.dir / "rollouts.jsonl").exists():
             file = LineFile(self.dir / "rollouts.jsonl")

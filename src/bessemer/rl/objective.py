@@ -71,7 +71,7 @@ class GRPO:
             "sampler_kl": (weight * k3(sampler, logp)).sum(),
         }
         peaks = {"logp_gap_max": torch.cat((gap, gap.new_zeros(1))).max()}  # a micro-batch may train on no token
-        divisor = weight.new_tensor(float(self.constant * batch.n_rows)) if self.constant else weight.sum()
+        divisor = weight.new_tensor(float(self.constant * batch.counted[0])) if self.constant else weight.sum()
         return Loss(total, divisor, {name: value.detach() for name, value in metrics.items()}, peaks)
 
 

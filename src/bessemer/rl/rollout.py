@@ -15,6 +15,7 @@ from torch import Tensor
 from bessemer.data.batch import Batch
 from bessemer.infer.engine import Completion, Engine
 from bessemer.rl import replay
+from bessemer.rl.sampler.sampler import Sampler
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
 from bessemer.tasks.reading.language import consistency
 
@@ -61,7 +62,7 @@ def problems_of(tasks: Sequence[Task], split: str, first: int, count: int, seed:
 
 
 def sample(
-    engine: Engine,
+    engine: Engine | Sampler,
     chosen: Sequence[tuple[Task, Problem]],
     encode: Callable[[Problem], list[int]],
     *,
@@ -71,9 +72,22 @@ def sample(
 ) -> list[list[Sampled]]:
     """G verified completions of every problem, prompt by prompt; `reward.Reward` pays them."""
     prompts = [encode(problem) for _, problem in chosen]
-    seeds = [stable_hash("rollout", seed, p) & (2**62 - 1) for p in range(len(prompts))]
-    groups = engine.generate(prompts, samples=samples, seeds=seeds, **sampling)
-    begun = engine.tokenizer.opening
+    found = engine.generate(prompts, samples=samples, seeds=seeds_of(seed, len(prompts)), **sampling)
+    return verified(chosen, prompts, found, engine.tokenizer.opening)
+
+
+def seeds_of(seed: int, prompts: int) -> list[int]:
+    """What names the random streams of each prompt of a rollout."""
+    return [stable_hash("rollout", seed, p) & (2**62 - 1) for p in range(prompts)]
+
+
+def verified(
+    chosen: Sequence[tuple[Task, Problem]],
+    prompts: Sequence[list[int]],
+    groups: Sequence[Sequence[Completion]],
+    begun: str,
+) -> list[list[Sampled]]:
+    """Completions as their tasks judge them; `begun` is what the prompt's template has written of the answer."""
     judged = []
     for (task, problem), prompt, group in zip(chosen, prompts, groups, strict=True):
         rows = []

@@ -1,14 +1,16 @@
-"""The trainer's step on many ranks: pipeline, experts, data and optimizer state in parallel (V3 3.2).
+"""The trainer on many ranks: pipeline, experts, data and optimizer state in parallel (V3 3.2).
 
-`Across.update` is `Trainer.update` for a network that is spread over a `Layout`: the same sums, divided once by the
-loss tokens of the whole step, one clipping by the norm of everything, routing biases from the loads of all ranks. Every
-rank brings its own micro-batches (the ranks of one pipeline the same ones) and gets the same figures back.
+A step is the step of `Trainer`: the same sums, divided once by the loss tokens of the whole step, one clipping by the
+norm of everything, routing biases from the loads of all ranks. Rows are dealt out to the pipelines side by side (lots)
+and cut into as many micro-batches as the schedule wants; the ranks of one pipeline have the same ones. What decides
+(figures, whether to stop, to save, to skip) is summed over all ranks once a step, so all decide alike.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,104 +18,246 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bessemer.model.transformer import Transformer
+from bessemer.parallel import schedules, signs
 from bessemer.parallel.execute import Executor, Work
-from bessemer.parallel.mesh import Layout, Mesh
-from bessemer.parallel.schedules import schedule
-from bessemer.parallel.stage import Slice, keep, keep_experts
-from bessemer.train import balance, checkpoint, sharded
-from bessemer.train.objective import balance_weight, next_token_of
+from bessemer.parallel.part import Part, rows_of
+from bessemer.train import balance, checkpoint, rng, sharded
+from bessemer.train.checkpoint import Damaged
+from bessemer.train.objective import Loss, balance_weight
+from bessemer.train.sharded import Source
+from bessemer.train.trainer import Sums, Trainer
 from bessemer.train.zero import Zero1
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
 
 
-class Across:
-    """One rank's part of the training of a network.
+class Across(Trainer):
+    """One rank's trainer; `part` is its part of the network, everything else as in `Trainer`.
 
-    `model` is whole when it comes, equal on every rank, and holds this rank's part afterwards. `micro` micro-batches go
-    through a pipeline in a step. `options` are the optimizer's.
+    The objective is `Divided`. `update` takes this rank's micro-batches: those of its lot, in number what
+    `micro_batches` says. Figures are those of the whole step, equal on all ranks.
     """
 
-    def __init__(self, model: Transformer, layout: Layout, name: str, micro: int, **options: Any):
-        self.model, self.layout, self.mesh = model, layout, Mesh(layout, model.cfg)
-        self.table = schedule(name, layout.pp, micro)
-        keep_experts(model, self.mesh.experts)
-        exchange = self.mesh.exchange()
-        self.slices = {
-            (lane, stage): Slice(model, stage, self.table.stages, exchange)
-            for lane, stage in self.table.held(self.mesh.pp)
-        }
-        held = {name for part in self.slices.values() for name in part.gates}
-        self.gates = {name: gate for name, gate in model.gates().items() if name in held}
-        keep(model, self.slices.values())
-        peers = [layout.rank(p, self.mesh.dp, self.mesh.ep) for p in range(layout.pp)]
-        self.executor = Executor(self.table, self.mesh.pp, self.slices, peers, lambda: balance.counted_once(self.gates))
-        shared = {name for name, _ in model.named_parameters() if self.executor.others(name)}
-        self.optimizer = Zero1(model, self.mesh, shared, **options)
-        self.step = 0
-        model.train()
+    def __init__(self, part: Part, *arguments: Any, **options: Any):
+        self.part, self.mesh = part, part.mesh
+        self._stopping = self._due = False
+        self._executor: Executor | None = None
+        self._found: list[Loss] = []
+        super().__init__(part.model, *arguments, **options)
+        n_mtp = part.mesh.cfg.n_mtp
+        self._sums, self._peaks = self.objective.names(n_mtp)
+        self._saver: sharded.Saver | None = None
+        if self.state_dir is not None:
+            self._saver = sharded.Saver(self.state_dir, self.config, self.settings.keep)
+        wish, self.stop = self.stop, lambda: self._stopping
+        self._wishes_to_stop = wish
 
-    def update(
-        self, batches: Sequence[Batch], lr: float, clip: float, gamma: float, mtp_lambda: float, balance_alpha: float
-    ) -> dict[str, float]:
-        """One optimizer step; a step that is not finite anywhere is skipped everywhere."""
-        if len(batches) != self.table.micro:
-            raise ValueError(f"{len(batches)} micro-batches for a schedule of {self.table.micro}")
-        self.executor.run(self._work(batches, mtp_lambda, balance_alpha))
-        self.executor.sum_shared()
-        self._sum_loads()
-        tokens = float(sum(batch.loss_BT.sum() for batch in batches))
-        loss, divisor = self._total(sum(self.executor.losses)), self._total(tokens) / self.layout.pp
-        norm = float(self.optimizer.grad_norm())
-        if not (math.isfinite(norm) and math.isfinite(loss)) or divisor <= 0:
-            self.optimizer.zero_grad()
-            balance.clear(self.gates)
-            return {"train/skipped": 1.0}
-        self.step += 1
-        self.optimizer.step(lr, divisor, norm, clip)
-        violation = balance.update(self.gates, gamma)
-        return {"train/total": loss / divisor, "train/grad_norm": norm / divisor, "train/skipped": 0.0,
-                **balance.shown(violation)}  # fmt: skip
+    def _make_optimizer(self, **options: Any) -> Zero1:
+        return Zero1(self.model, self.mesh, self.part.others, **options)
 
-    def save(self, state_dir: Path, keep: int = 2) -> Path:
-        """A checkpoint that any layout can go on from; all ranks call it."""
-        biases = {f"bias/{name}": gate.bias_E for name, gate in self.gates.items() if gate.bias_E is not None}
-        counters = {"step": self.step, "updates": self.optimizer.steps}
-        tensors = self.optimizer.pieces() | biases
-        return sharded.save(state_dir, self.step, tensors, counters, self.model.cfg.model_dump(), keep)
+    def _find_gates(self) -> dict[str, balance.Gate]:
+        return self.part.gates
 
-    @torch.no_grad()
-    def load(self, path: Path) -> None:
-        """Goes on from a checkpoint of any layout of the same network."""
-        biases = {f"bias/{name}": gate.bias_E for name, gate in self.gates.items() if gate.bias_E is not None}
-        found, counters, config = sharded.load(path, biases)
-        checkpoint.check_config(config, self.model.cfg.model_dump(), path)
-        self.optimizer.load_pieces(path)
-        for name, bias in biases.items():
-            bias.copy_(found[name])
-        self.step, self.optimizer.steps = counters["step"], counters["updates"]
+    def _has_biases(self) -> bool:
+        return self.mesh.cfg.topk_method == "noaux_tc"
 
-    def _work(self, batches: Sequence[Batch], mtp_lambda: float, balance_alpha: float) -> list[list[Work]]:
+    def _prepare(self) -> None:
+        pass
+
+    # ---- rows and micro-batches
+
+    def micro_batches(self, n_rows: int) -> int:
+        """Micro-batches of every lot in a step of so many rows."""
+        return self._at_least(math.ceil(n_rows / (self.part.lots * self.settings.micro_rows)))
+
+    def _at_least(self, micro: int) -> int:
+        return schedules.micro_batches(self.part.schedule, self.mesh.layout.pp, micro)
+
+    def mine(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Those of this rank's lot, all lots' equally many: filled up where they do not divide."""
+        lots, lot = self.part.lots, self.part.lot
+        micro = self._at_least(math.ceil(len(batches) / lots))
+        filled = [*batches, *[batches[0].as_filler()] * (lots * micro - len(batches))]
+        return filled[lot * micro : (lot + 1) * micro]
+
+    def _micro_batches(self) -> Iterable[Batch]:
+        rows = self._rows_of_step()
+        for mine in rows_of(rows, self.part.lots, self.part.lot, self.micro_batches(rows)):
+            if mine:
+                yield self.batches(self.rows + mine.start, len(mine))
+            else:  # the last step of a run may have few rows
+                yield self.batches(self.rows, 1).as_filler()
+
+    # ---- one step
+
+    def _accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
+        signs.at(self.step + 1)
+        batches = [batch.to(self.device) for batch in micro_batches]
+        executor = self._executor_for(len(batches))
+        self._found = []
+        executor.run(self._work(executor, batches, terms))
+        executor.sum_shared()
+        self._sum_loads(executor)
+        return self._sums_of(batches, executor.losses, terms)
+
+    def _executor_for(self, micro: int) -> Executor:
+        if self._executor is None:
+            self._executor = Executor(
+                self.part.table(micro), self.mesh.pp, self.part.slices, self.mesh.layout.groups("pp"),
+                lambda: balance.counted_once(self.gates),
+            )  # fmt: skip
+        elif self._executor.table.micro != micro:
+            self._executor.follow(self.part.table(micro))
+        return self._executor
+
+    def _work(self, executor: Executor, batches: Sequence[Batch], terms: dict[str, float]) -> list[list[Work]]:
         def one(batch: Batch) -> Work:
             def loss(out: Any, head: Tensor) -> Tensor:
-                return next_token_of(out, head, batch, mtp_lambda, balance_alpha).total
+                self._found.append(self.objective.of(out, head, batch, **terms))
+                return self._found[-1].total
 
-            weight = balance_weight(batch, balance_alpha)
-            return Work(batch.tokens_BT, batch.segments_BT, loss, weight, mtp=mtp_lambda > 0)
+            weight = balance_weight(batch, self.objective.balance_alpha(**terms))
+            return Work(batch.tokens_BT, batch.segments_BT, loss, weight, mtp=self.objective.with_mtp(**terms))
 
-        per = self.table.per_lane
-        return [[one(batch) for batch in batches[lane * per : (lane + 1) * per]] for lane in range(self.table.lanes)]
+        per = executor.table.per_lane
+        lanes = range(executor.table.lanes - executor.table.idle)
+        return [[one(batch) for batch in batches[lane * per : (lane + 1) * per]] for lane in lanes]
 
-    def _sum_loads(self) -> None:
-        for name in sorted(self.gates):
-            load_E = self.gates[name].load_E
-            dist.all_reduce(load_E, group=self.mesh.group["dense"])
-            place = f"mtp.{name[3:]}." if name.startswith("mtp") else f"layers.{name}."
-            self.executor.sum_with_others(place, load_E)
+    def _sums_of(self, batches: Sequence[Batch], losses: list[float], terms: dict[str, float]) -> Sums:
+        """Of all ranks: last stages know the loss and its tokens, first ones count what came in, others add their
+        balance terms."""
+        last = {name: math.fsum(float(loss.metrics.get(name, 0.0)) for loss in self._found) for name in self._sums}
+        alpha = self.objective.balance_alpha(**terms)
+        elsewhere = math.fsum(losses) - math.fsum(float(loss.total.detach()) for loss in self._found)
+        if "total" in last:
+            last["total"] += elsewhere
+        if "balance" in last and alpha:
+            last["balance"] += elsewhere / alpha
+        rows, tokens = map(sum, zip(*(batch.counted for batch in batches), strict=True))
+        enters = self.mesh.pp == 0  # one rank of every pipeline counts
+        mine = [
+            math.fsum(losses), math.fsum(float(loss.tokens) for loss in self._found),
+            tokens * enters, rows * enters, self._wishes_to_stop(), self.mesh.me == 0 and self._by_time(),
+            *last.values(),
+        ]  # fmt: skip
+        total, divisor, tokens, rows, stop, due, *values = self._reduced(mine, dist.ReduceOp.SUM)
+        self._stopping, self._due = stop > 0, due > 0
+        found = {}
+        if divisor > 0:
+            found = {f"train/{name}": value / divisor for name, value in zip(self._sums, values, strict=True)}
+        if self._peaks:
+            peaks = [max((float(loss.peaks[name]) for loss in self._found), default=-math.inf) for name in self._peaks]
+            highest = self._reduced(peaks, dist.ReduceOp.MAX)
+            found |= {f"train/{name}": value for name, value in zip(self._peaks, highest, strict=True)}
+        return Sums(list(batches), self._found, divisor, int(tokens), int(rows), math.isfinite(total), found)
 
-    def _total(self, value: float) -> float:
-        total = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(total)
-        return float(total)
+    def _reduced(self, values: list[float], how: dist.ReduceOp) -> list[float]:
+        found = torch.tensor(values, dtype=torch.float64, device=self.device)
+        with signs.waiting("the figures of the step", range(self.mesh.layout.world)):
+            dist.all_reduce(found, how)
+            return found.tolist()
+
+    def _sum_loads(self, executor: Executor) -> None:
+        with signs.waiting("expert loads", dist.get_process_group_ranks(self.mesh.group["dense"])):
+            for name in sorted(self.gates):
+                load_E = self.gates[name].load_E
+                dist.all_reduce(load_E, group=self.mesh.group["dense"])
+                place = f"mtp.{name[3:]}." if name.startswith("mtp") else f"layers.{name}."
+                executor.sum_with_others(place, load_E)
+
+    def _culprit(self, sums: Sums, terms: dict[str, float]) -> str:
+        bad = [number for number, loss in enumerate(sums.losses) if not math.isfinite(float(loss.total.detach()))]
+        names = self.optimizer.nonfinite_gradients()
+        mine = f"the loss of micro-batch {bad[0]} on rank {self.mesh.me} is not finite" if bad else ""
+        if not bad and names:
+            mine = f"{len(names)} gradients on rank {self.mesh.me} are not finite, beginning at {names[-1]}"
+        everyone: list[str] = [""] * self.mesh.layout.world
+        dist.all_gather_object(everyone, mine)
+        found = sorted((text for text in everyone if text), key=lambda text: not text.startswith("the loss"))
+        return found[0] if found else "the gradients overflow in their norm, or in a balance term"
+
+    # ---- checkpoints
+
+    def _by_time(self) -> bool:
+        seconds = self.settings.save_seconds
+        return seconds is not None and time.monotonic() - self._saved_at >= seconds
+
+    def save_if_due(self) -> None:
+        steps = self.settings.save_steps
+        if (self._due or (steps is not None and self.step % steps == 0)) and self.guard.streak == 0:
+            self.save()
+
+    def _write(self) -> Path:
+        """Goes on as soon as the copies are made."""
+        random_tensors, random_values = rng.capture(self.generators)
+        counters = {name: getattr(self, name) for name in ("step", "tokens", "rows", "skipped")}
+        counters |= {"updates": self.optimizer.steps, "rng": random_values, "extras": self.extras}
+        tensors = self.optimizer.pieces()
+        if self.mesh.dp == self.mesh.ep == 0:
+            tensors |= {name: tensor.clone().cpu() for name, tensor in self._own_gate_tensors().items()}
+        if self.mesh.me == 0:
+            tensors |= {f"rng/{name}": tensor for name, tensor in random_tensors.items()}
+            tensors |= {f"extras/{name}": tensor.cpu() for name, tensor in self.extra_tensors.items()}
+        path = self._saver.save(self.step, tensors, counters)
+        self._saved_at, self._saved_step = time.monotonic(), self.step
+        return path
+
+    def finish(self) -> None:
+        if self._saver is not None:
+            self._saver.finish()
+
+    def _own_gate_tensors(self) -> dict[str, Tensor]:
+        """Those that no earlier pipeline rank writes."""
+        found = {}
+        for name, tensor in self._gate_tensors().items():
+            gate = name.partition("/")[2]
+            place = f"mtp.{gate[3:]}." if gate.startswith("mtp") else f"layers.{gate}."
+            if self.mesh.pp < min(self.part.others(place), default=math.inf):
+                found[name] = tensor
+        return found
+
+    def _latest(self) -> tuple[Path, Source] | None:
+        """The newest checkpoint in which every rank finds what it needs undamaged."""
+        if self.state_dir is None:
+            return None
+        self.finish()
+        if self.mesh.me == 0:
+            checkpoint.sweep(self.state_dir)
+        dist.barrier()
+        found = checkpoint.steps(self.state_dir)
+        for path in reversed(found):
+            damage = ""
+            try:
+                source = Source(path)
+                source.verify(self._names_of_mine())
+            except Damaged as error:
+                damage = str(error)
+            damages: list[str] = [""] * self.mesh.layout.world
+            dist.all_gather_object(damages, damage)
+            if not any(damages):
+                checkpoint.check_config(source.config, self.config, path)
+                return path, source
+            self.warn(f"checkpoint {path} is damaged ({next(filter(None, damages))}); trying the one before it")
+        if found:
+            raise checkpoint.none_whole(self.state_dir, len(found))
+        return None
+
+    def _names_of_mine(self) -> list[str]:
+        return [*self.optimizer.names_on_disk(), *self._gate_tensors()]
+
+    @torch.no_grad()
+    def _restore(self, source: Source) -> None:
+        self.optimizer.load_pieces(source)
+        mine = self._gate_tensors()
+        for name, value in source.read(mine).items():
+            mine[name].copy_(value)
+        for name in ("step", "tokens", "rows", "skipped"):
+            setattr(self, name, source.counters[name])
+        self.optimizer.steps = source.updates
+        extras = [name for name in source.places if name.startswith("extras/")]
+        self.extra_tensors = {name.removeprefix("extras/"): t for name, t in source.read(extras).items()}
+        self.extras = source.counters["extras"]
+        states = [name for name in source.places if name.startswith("rng/")]
+        tensors = {name.removeprefix("rng/"): t for name, t in source.read(states).items()}
+        rng.restore(tensors, source.counters["rng"], self.generators)

@@ -98,9 +98,10 @@ def seal(directory: Path, step: int, files: dict[str, str]) -> None:
 
 
 def latest(
-    state_dir: Path, config: dict[str, Any] | None = None, warn: Callable[[str], None] = warnings.warn
-) -> tuple[Path, State] | None:
-    """The newest whole checkpoint, None if there is none at all.
+    state_dir: Path, config: dict[str, Any] | None = None, warn: Callable[[str], None] = warnings.warn,
+    read: Callable[[Path], State] | None = None,
+) -> tuple[Path, State] | None:  # fmt: skip
+    """The newest whole checkpoint, None if there is none at all; `read` (default: `load`) reads one.
 
     Each damaged one is reported through `warn` with the file at fault. All damaged, another config, or a newer format:
     UserError.
@@ -109,7 +110,7 @@ def latest(
     found = steps(state_dir)
     for path in reversed(found):
         try:
-            state = load(path)
+            state = (read or load)(path)
         except Damaged as damage:
             warn(f"checkpoint {path} is damaged ({damage}); trying the one before it")
             continue
@@ -117,10 +118,12 @@ def latest(
             check_config(state.config, config, path)
         return path, state
     if found:
-        raise UserError(
-            f"none of the {len(found)} checkpoints in {state_dir} is whole; delete it to start this stage again"
-        )
+        raise none_whole(state_dir, len(found))
     return None
+
+
+def none_whole(state_dir: Path, n: int) -> UserError:
+    return UserError(f"none of the {n} checkpoints in {state_dir} is whole; delete it to start this stage again")
 
 
 def load(path: Path) -> State:

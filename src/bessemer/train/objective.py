@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,23 @@ def means(losses: list[Loss], divisor: float) -> dict[str, float]:
     return {f"train/{name}": value / divisor for name, value in zip(names, sums, strict=True)} | peaks
 
 
-def next_token(model: nn.Module, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
+class Divided(Protocol):
+    """An objective for a network that is computed in slices, on several ranks."""
+
+    def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch, **terms: float) -> Loss:
+        """The loss from the outputs of the last slice, whose balance term alone is in them."""
+
+    def with_mtp(self, **terms: float) -> bool:
+        """Whether the MTP modules run."""
+
+    def balance_alpha(self, **terms: float) -> float:
+        """Weight of the balance terms."""
+
+    def names(self, depths: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Its metrics and its peaks, with so many MTP modules."""
+
+
+class NextToken:
     """Cross entropy of every token of positive weight, plus lambda/D sum_k L^k, plus alpha * balance.
 
     Depth k predicts token t from position t-1-k, and is divided like the main loss by the number of all loss tokens
@@ -59,30 +75,43 @@ def next_token(model: nn.Module, batch: Batch, mtp_lambda: float, balance_alpha:
     is multiplied by tokens / sequences here; where micro-batches carry unequal loss weight that is a mean over
     sequences weighted by the loss tokens of their micro-batch.
     """
-    out = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=mtp_lambda > 0)
-    return next_token_of(out, model.head_weight, batch, mtp_lambda, balance_alpha)
+
+    def __call__(self, model: nn.Module, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
+        out = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=mtp_lambda > 0)
+        return self.of(out, model.head_weight, batch, mtp_lambda, balance_alpha)
+
+    def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
+        """For who computed the outputs otherwise."""
+        tokens_BT, loss_BT = batch.tokens_BT, batch.loss_BT
+        main = cross_entropy(out.hidden_BTD[:, :-1], weight_VD, tokens_BT[:, 1:], loss_BT[:, 1:])
+        tokens = loss_BT.sum()
+        metrics = {"loss": main.detach()}
+        total = main
+        for k, hidden in enumerate(out.mtp_hidden, start=1):
+            ahead = 1 + k
+            weight = loss_BT[:, ahead:]
+            if batch.segments_BT is not None:
+                weight = weight * (batch.segments_BT[:, ahead:] == batch.segments_BT[:, :-ahead])
+            depth = cross_entropy(hidden[:, :-1], weight_VD, tokens_BT[:, ahead:], weight)
+            metrics[f"mtp_{k}"] = depth.detach()
+            total = total + mtp_lambda / len(out.mtp_hidden) * depth
+        balance = out.balance * balance_weight(batch, 1.0)
+        metrics["balance"] = balance.detach()
+        total = total + balance_alpha * balance
+        metrics["total"] = total.detach()
+        return Loss(total, tokens, metrics)
+
+    def with_mtp(self, mtp_lambda: float, balance_alpha: float) -> bool:
+        return mtp_lambda > 0
+
+    def balance_alpha(self, mtp_lambda: float, balance_alpha: float) -> float:
+        return balance_alpha
+
+    def names(self, depths: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return ("loss", *(f"mtp_{k}" for k in range(1, depths + 1)), "balance", "total"), ()
 
 
-def next_token_of(out: TrainOutputs, weight_VD: Tensor, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
-    """`next_token` for who computed the outputs otherwise."""
-    tokens_BT, loss_BT = batch.tokens_BT, batch.loss_BT
-    main = cross_entropy(out.hidden_BTD[:, :-1], weight_VD, tokens_BT[:, 1:], loss_BT[:, 1:])
-    tokens = loss_BT.sum()
-    metrics = {"loss": main.detach()}
-    total = main
-    for k, hidden in enumerate(out.mtp_hidden, start=1):
-        ahead = 1 + k
-        weight = loss_BT[:, ahead:]
-        if batch.segments_BT is not None:
-            weight = weight * (batch.segments_BT[:, ahead:] == batch.segments_BT[:, :-ahead])
-        depth = cross_entropy(hidden[:, :-1], weight_VD, tokens_BT[:, ahead:], weight)
-        metrics[f"mtp_{k}"] = depth.detach()
-        total = total + mtp_lambda / len(out.mtp_hidden) * depth
-    balance = out.balance * balance_weight(batch, 1.0)
-    metrics["balance"] = balance.detach()
-    total = total + balance_alpha * balance
-    metrics["total"] = total.detach()
-    return Loss(total, tokens, metrics)
+next_token = NextToken()
 
 
 def balance_weight(batch: Batch, balance_alpha: float) -> Tensor:

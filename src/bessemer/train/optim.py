@@ -15,6 +15,8 @@ caught at the next step. A parameter that received no gradient counts as gradien
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from bessemer.errors import UserError
 from bessemer.train import muon
 from bessemer.train.adamw import adamw_
+from bessemer.train.ema import Average
 from bessemer.workers import Workers
 
 ALIGN = 64
@@ -78,6 +81,7 @@ class Group:
             slot.of(self.master).copy_(value)
         self.grad = torch.zeros_like(self.master)
         self.moments = {name: torch.zeros(size, dtype=moments, device=first.device) for name in self.MOMENTS}
+        self.ema: Average | None = None
         self.compute = self.master if first.dtype == torch.float32 else self.master.to(first.dtype)
         self.grad_views = [slot.of(self.grad) for slot in self.slots]
         for slot, view in zip(self.slots, self.grad_views, strict=True):
@@ -97,10 +101,19 @@ class Group:
         """Sum of the squares of the gradient, float64."""
         return torch.linalg.vector_norm(self.grad.view(-1, NORM_BLOCK), dim=1).double().square().sum()
 
-    def publish(self) -> None:
-        """Rounds the masters into what forward reads."""
-        if self.compute is not self.master:
-            self.compute.copy_(self.master)
+    def publish(self, source: Tensor | None = None) -> None:
+        """Rounds the masters, or what else is given, into what forward reads."""
+        source = self.master if source is None else source
+        if self.compute is not source:
+            self.compute.copy_(source)
+
+    def average(self, decay: float) -> None:
+        """Begins a moving average of the masters."""
+        self.ema = Average(self.master, decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a step goes on from beside the masters, by kind."""
+        return self.moments if self.ema is None else {**self.moments, "ema": self.ema.value}
 
     def step(self, update: Update) -> None:
         """Moves the masters; may overwrite the gradient."""
@@ -161,7 +174,8 @@ class Optimizer:
     `compute_dtype` other than the model's own: the masters are taken first, then `model.to_compute(dtype)` decides
     which parameters change (gates and norms stay float32). 1-D parameters (norms, biases) are exempt from decay.
     `stacked`: names of Muon's parameters, with the number of matrices stacked along the rows of each; `workers`
-    orthogonalise them side by side, and the result does not depend on how many there are.
+    orthogonalise them side by side, and the result does not depend on how many there are. `ema_decay`: of a moving
+    average of the weights; 0 for none.
     """
 
     def __init__(
@@ -175,6 +189,7 @@ class Optimizer:
         moments_dtype: torch.dtype = torch.float32,
         stacked: dict[str, int] | None = None,
         workers: Workers | None = None,
+        ema_decay: float = 0.0,
     ):
         stacked = stacked or {}
         self.betas, self.eps = betas, eps
@@ -196,6 +211,9 @@ class Optimizer:
             else self._group(members, decay, moments_dtype)
             for (by_muon, decay, *_), members in kinds.items()
         ]
+        if ema_decay:
+            for group in self.groups:
+                group.average(ema_decay)
 
     def _home(self, name: str) -> object:
         """What else sets parameters apart; here nothing does."""
@@ -224,7 +242,13 @@ class Optimizer:
             group.check_views()
             group.step(update)
             group.publish()
+            if group.ema is not None:
+                group.ema.follow(group.master)
+        self._wait()
         self.zero_grad()
+
+    def _wait(self) -> None:
+        """Until forward can read what was published."""
 
     def nonfinite_gradients(self) -> list[str]:
         """Names of parameters whose accumulated gradient holds inf or NaN, in the model's order."""
@@ -239,16 +263,32 @@ class Optimizer:
         """Rounds the masters into what forward reads."""
         for group in self.groups:
             group.publish()
+        self._wait()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it forward reads the moving average of the weights; nobody may take a step."""
+        before = [group.compute.clone() for group in self.groups]
+        for group in self.groups:
+            if group.ema is not None:
+                group.publish(group.ema.value.to(group.master.device))
+        self._wait()
+        try:
+            yield
+        finally:
+            for group, values in zip(self.groups, before, strict=True):
+                group.compute.copy_(values)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments as `m/NAME` and `v/NAME` (views; Muon has no v) and `steps`; independent of grouping.
+        """Moments as `m/NAME` and `v/NAME` (views; Muon has no v), the moving average as `ema/NAME` and `steps`;
+        independent of grouping.
 
         Weights: `masters()`.
         """
         state = {"steps": torch.tensor(self.steps)}
         for group in self.groups:
             for slot in group.slots:
-                state |= {f"{kind}/{slot.name}": slot.of(flat) for kind, flat in group.moments.items()}
+                state |= {f"{kind}/{slot.name}": slot.of(flat) for kind, flat in group.state().items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -43,6 +43,8 @@ class Settings:
     """Dtype of forward and backward; masters and accumulation are float32 always."""
     moments_dtype: torch.dtype = torch.float32
     """Dtype of the AdamW moments (bfloat16 in V3)."""
+    ema_decay: float = 0.0
+    """Of a moving average of the weights; 0: none."""
     save_steps: int | None = None
     """Checkpoint every so many steps."""
     save_seconds: float | None = 600.0

@@ -17,7 +17,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.errors import UserError
-from bessemer.train import balance, checkpoint, guard, rng
+from bessemer.train import balance, checkpoint, guard, rng, sharded
 from bessemer.train.objective import Loss, Objective, means
 from bessemer.train.optim import Optimizer, load_exactly
 from bessemer.train.settings import Settings
@@ -37,6 +37,24 @@ if TYPE_CHECKING:
 
 
 _COUNTERS = ("step", "tokens", "rows", "skipped")
+
+
+@dataclass
+class Sums:
+    """What the micro-batches of one step came to; their gradients lie in the parameters."""
+
+    batches: list[Batch]
+    """This process's."""
+    losses: list[Loss]
+    """Of each of them."""
+    divisor: float
+    """Loss tokens of the whole step."""
+    tokens: int
+    rows: int
+    """Of the whole step, padding included."""
+    finite: bool
+    values: dict[str, float]
+    """What the objective logs."""
 
 
 class _Handed(NamedTuple):
@@ -73,28 +91,40 @@ class Trainer:
         self.state_dir = None if state_dir is None else Path(state_dir)
         self.log, self.stop, self.on_step, self.warn = log, stop, on_step, warn
         self.config, self.generators = config or {}, generators or {}
-        self.optimizer = Optimizer(
-            model, compute_dtype=settings.compute_dtype, betas=settings.betas, eps=settings.eps,
-            weight_decay=settings.weight_decay, moments_dtype=settings.moments_dtype,
+        self.optimizer = self._make_optimizer(
+            compute_dtype=settings.compute_dtype, betas=settings.betas, eps=settings.eps,
+            weight_decay=settings.weight_decay, moments_dtype=settings.moments_dtype, ema_decay=settings.ema_decay,
             stacked=model.hidden_matrices() if settings.optimizer == "muon" else None,
-            workers=settings.workers,
         )  # fmt: skip
-        self.gates: dict[str, balance.Gate] = model.gates()
+        self.gates: dict[str, balance.Gate] = self._find_gates()
         self.guard = guard.Guard(settings.failures, settings.rollbacks)
         self.step = self.tokens = self.rows = self.skipped = 0
         self.loads: dict[str, Tensor] = {}
         """Tokens per expert of the last step, by gate."""
         self.extras: dict[str, Any] = {}
         self.extra_tensors: dict[str, Tensor] = {}
-        self._device = next(model.parameters()).device
-        workers, groups = settings.workers, self.optimizer.groups
+        self._saved_at, self._saved_step = time.monotonic(), -1
+        self.device = next(model.parameters()).device
+        self._prepare()
+        if settings.gamma(0, 0) and not self._has_biases():
+            self.warn("gamma has no effect: no layer of this model has a routing bias (set gamma to 0)")
+
+    def _make_optimizer(self, **options: Any) -> Optimizer:
+        return Optimizer(self.model, workers=self.settings.workers, **options)
+
+    def _find_gates(self) -> dict[str, balance.Gate]:
+        return self.model.gates()
+
+    def _has_biases(self) -> bool:
+        return any(gate.bias_E is not None for gate in self.gates.values())
+
+    def _prepare(self) -> None:
+        """Weights and outboxes to where helpers see them."""
+        workers, groups = self.settings.workers, self.optimizer.groups
         biases = [gate.bias_E for gate in self.gates.values() if gate.bias_E is not None]
         workers.share([group.compute for group in groups] + biases)
         self._outboxes = [[torch.zeros_like(group.grad) for group in groups] for _ in range(1, workers.n)]
         workers.share(out for outbox in self._outboxes for out in outbox)
-        self._saved_at, self._saved_step = time.monotonic(), -1
-        if settings.gamma(0, 0) and not any(gate.bias_E is not None for gate in self.gates.values()):
-            self.warn("gamma has no effect: no layer of this model has a routing bias (set gamma to 0)")
 
     def run(self) -> bool:
         """Trains to the end (True) or until `stop` (False); resumes from the newest checkpoint if there is one."""
@@ -107,70 +137,93 @@ class Trainer:
                 hook(self)
             if self.stop():
                 self.save()
+                self.finish()
                 return False
             self.save_if_due()
         self.save()
+        self.finish()
         return True
 
     def start(self) -> bool:
         """Resumes (True), or writes the first checkpoint, so that there is always one to go back to."""
-        if self.state_dir is not None:
-            found = checkpoint.latest(self.state_dir, self.config, self.warn)
-            if found is not None:
-                self._restore(found[1])
-                self._saved_step = self.step
-                return True
-            self.save()
+        found = self._latest()
+        if found is not None:
+            self._restore(found[1])
+            self._saved_step = self.step
+            return True
+        self.save()
         return False
 
-    def _micro_batches(self) -> Iterable[Batch]:
+    def _latest(self) -> tuple[Path, Any] | None:
+        """The newest whole checkpoint, whatever layout wrote it."""
+        if self.state_dir is None:
+            return None
+        return checkpoint.latest(self.state_dir, self.config, self.warn, sharded.read)
+
+    def finish(self) -> None:
+        """Waits for what is still being written."""
+
+    def _rows_of_step(self) -> int:
         rows = int(self.settings.batch_rows(self.tokens, self.step))
         if rows < 1 or self.settings.micro_rows < 1:
             raise UserError(f"batch_rows is {rows}, micro_rows {self.settings.micro_rows}: both must be at least 1")
+        return rows
+
+    def _micro_batches(self) -> Iterable[Batch]:
+        rows = self._rows_of_step()
         for done in range(0, rows, self.settings.micro_rows):
             yield self.batches(self.rows + done, min(self.settings.micro_rows, rows - done))
+
+    def mine(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Of a step's micro-batches those that this process computes: here all."""
+        return batches
 
     def update(self, micro_batches: Iterable[Batch]) -> dict[str, float]:
         """One optimizer step; returns what to log. A non-finite step is skipped and may roll the run back (`guard`)."""
         began = time.monotonic()
         at = (self.tokens, self.step)
         terms = {name: schedule(*at) for name, schedule in self.settings.terms.items()}
-        batches, losses = [], []
         self.model.train()
+        sums = self._accumulate(micro_batches, terms)
+        norm = float(self.optimizer.grad_norm())
+        self.step += 1
+        self.tokens += sums.tokens
+        self.rows += sums.rows
+        if sums.divisor <= 0:
+            self._discard()
+            self.warn(f"step {self.step}: no token of the step carries loss weight; nothing learnt")
+            return {"train/skipped": self.skipped}
+        if not (math.isfinite(norm) and sums.finite):
+            return self._bad_step(sums, terms)
+        lr, gamma = self.settings.lr(*at), self.settings.gamma(*at)
+        self.optimizer.step(lr, sums.divisor, norm, self.settings.clip)
+        self.loads = {name: gate.load_E.clone() for name, gate in self.gates.items()}
+        violation = balance.update(self.gates, gamma)
+        self.guard.good()
+        seconds = time.monotonic() - began
+        return {
+            **sums.values,
+            **balance.shown(violation),
+            **{f"train/{name}": value for name, value in terms.items()},
+            "train/lr": lr,
+            "train/gamma": gamma,
+            "train/grad_norm": norm / sums.divisor,
+            "train/tokens_per_second": sums.tokens / seconds,
+            "train/skipped": self.skipped,
+        }
+
+    def _accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
+        """Adds the gradients of all micro-batches to the parameters'."""
+        batches, losses = [], []
         items = ((batches.append(batch) or batch, terms) for batch in micro_batches)
         for loss, handed in self.settings.workers.map(self._gradients, items):
             losses.append(loss)
             if handed is not None:
                 self._collect(handed)
         divisor = float(torch.stack([loss.tokens for loss in losses]).double().sum())
-        norm = float(self.optimizer.grad_norm())
-        n_tokens = sum(batch.tokens_BT.numel() for batch in batches)
-        self.step += 1
-        self.tokens += n_tokens
-        self.rows += sum(batch.n_rows for batch in batches)
-        totals = torch.stack([loss.total.float() for loss in losses])
-        if divisor <= 0:
-            self._discard()
-            self.warn(f"step {self.step}: no token of the step carries loss weight; nothing learnt")
-            return {"train/skipped": self.skipped}
-        if not (math.isfinite(norm) and bool(totals.isfinite().all())):
-            return self._bad_step(batches, totals, terms)
-        lr, gamma = self.settings.lr(*at), self.settings.gamma(*at)
-        self.optimizer.step(lr, divisor, norm, self.settings.clip)
-        self.loads = {name: gate.load_E.clone() for name, gate in self.gates.items()}
-        violation = balance.update(self.gates, gamma)
-        self.guard.good()
-        seconds = time.monotonic() - began
-        return {
-            **means(losses, divisor),
-            **balance.shown(violation),
-            **{f"train/{name}": value for name, value in terms.items()},
-            "train/lr": lr,
-            "train/gamma": gamma,
-            "train/grad_norm": norm / divisor,
-            "train/tokens_per_second": n_tokens / seconds,
-            "train/skipped": self.skipped,
-        }
+        finite = bool(torch.stack([loss.total.float() for loss in losses]).isfinite().all())
+        rows, tokens = map(sum, zip(*(batch.counted for batch in batches), strict=True))
+        return Sums(batches, losses, divisor, tokens, rows, finite, means(losses, divisor) if divisor > 0 else {})
 
     def _gradients(self, item: tuple[Batch, dict[str, float]]) -> tuple[Loss, _Handed | None]:
         """Adds the gradients of one micro-batch to this process's; a helper starts from zero and hands them over."""
@@ -180,7 +233,7 @@ class Trainer:
             self.optimizer.zero_grad()
             balance.clear(self.gates)
         self.model.train()
-        batch = batch.to(self._device)
+        batch = batch.to(self.device)
         loss = self.objective(self.model, batch, **terms)
         with balance.counted_once(self.gates):
             loss.total.backward()
@@ -203,37 +256,40 @@ class Trainer:
         self.optimizer.zero_grad()
         balance.clear(self.gates)
 
-    def _bad_step(self, batches: list[Batch], totals: Tensor, terms: dict[str, float]) -> dict[str, float]:
+    def _bad_step(self, sums: Sums, terms: dict[str, float]) -> dict[str, float]:
         """Explains and skips the step; goes back to the last checkpoint if the guard says so."""
-        bad_loss = (~totals.isfinite()).nonzero().flatten().tolist()
-        if bad_loss:
-            batch = batches[bad_loss[0]]
-            with torch.no_grad():
-                where = guard.nonfinite_activation(self.model, lambda: self.objective(self.model, batch, **terms))
-            what = f"loss of micro-batch {bad_loss[0]} is {totals[bad_loss[0]].item()}"
-            what += f", first in the output of {where}" if where else ", though every module's output is finite"
-        else:
-            names = self.optimizer.nonfinite_gradients()
-            # Backward runs from the last parameter to the first: the last bad one is where it began.
-            where = names[-1] if names else "none (their norm overflows)"
-            what = f"loss is finite but {len(names)} gradients are not, beginning at {where}"
+        what = self._culprit(sums, terms)
         self._discard()
-        first = self.rows - sum(batch.n_rows for batch in batches)
-        what += f" (step {self.step}, rows {first} to {self.rows - 1})"
+        what += f" (step {self.step}, rows {self.rows - sums.rows} to {self.rows - 1})"
         self.warn(f"step skipped: {what}")
         if self.guard.bad(what) == guard.ROLL_BACK:
             self._roll_back(what)
         return {"train/skipped": self.skipped}
 
+    def _culprit(self, sums: Sums, terms: dict[str, float]) -> str:
+        """Where a step that is not finite began."""
+        totals = torch.stack([loss.total.float() for loss in sums.losses])
+        bad_loss = (~totals.isfinite()).nonzero().flatten().tolist()
+        if bad_loss:
+            batch = sums.batches[bad_loss[0]]
+            with torch.no_grad():
+                where = guard.nonfinite_activation(self.model, lambda: self.objective(self.model, batch, **terms))
+            what = f"loss of micro-batch {bad_loss[0]} is {totals[bad_loss[0]].item()}"
+            return what + (f", first in the output of {where}" if where else ", though every module's output is finite")
+        names = self.optimizer.nonfinite_gradients()
+        # Backward runs from the last parameter to the first: the last bad one is where it began.
+        where = names[-1] if names else "none (their norm overflows)"
+        return f"loss is finite but {len(names)} gradients are not, beginning at {where}"
+
     def _roll_back(self, what: str) -> None:
-        found = None if self.state_dir is None else checkpoint.latest(self.state_dir, self.config, self.warn)
+        found = self._latest()
         if found is None:
             raise UserError(f"{self.guard.failures} non-finite steps in a row and no checkpoint to go back to: {what}")
         path, state = found
         rows, skipped = self.rows, self.skipped
         self._restore(state)
         self.rows, self.skipped = rows, skipped
-        self._write()  # the new cursor: a kill now must not lead to the same rows again
+        self._write()  # with the new cursor: a kill now must not lead to the same rows again
         self.warn(
             f"{self.guard.failures} non-finite steps in a row: back to {path.name}, going on with row {rows} "
             f"(rollback {self.guard.rolled_back} of {self.guard.rollbacks})"

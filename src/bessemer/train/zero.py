@@ -8,17 +8,24 @@ pipeline ranks hold (`Executor.sum_shared` has made their gradients equal) by ha
 
 from __future__ import annotations
 
-from pathlib import Path
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bessemer.errors import UserError
+from bessemer.parallel import signs
 from bessemer.parallel.mesh import Mesh
 from bessemer.train.adamw import adamw_
-from bessemer.train.optim import NORM_BLOCK, Group, Members, Optimizer, Update
-from bessemer.train.sharded import EXPERTS, load, pieces
+from bessemer.train.optim import NORM_BLOCK, Group, Members, Optimizer, Slot, Update
+from bessemer.train.sharded import EXPERTS, Source
+
+# the older names, which torch 2.11 and 2.12 have alone, warn from 2.13 on
+_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Share(Group):
@@ -35,91 +42,138 @@ class Share(Group):
         share = self.master[self.mine]
         self.master = share if self.compute is self.master else share.clone()
         self.moments = {name: torch.zeros(size, dtype=moments, device=share.device) for name in self.MOMENTS}
+        self.summed = torch.zeros(size, device=share.device)
+        """This rank's share of the gradient, summed over the ranks."""
+        self._under_way: Any = None
+
+    def kept(self) -> dict[str, Tensor]:
+        """This rank's shares of all that a checkpoint holds of these parameters, by kind."""
+        return {"model": self.master, **self.state()}
+
+    def begin_sum(self) -> None:
+        """Sends every rank its share of the gradient; `square` waits for it."""
+        self._under_way = _SCATTER(self.summed, self.grad, group=self.ranks, async_op=True)
 
     def square(self) -> Tensor:
-        """Of this rank's share of the gradient, after it was summed over the ranks."""
-        dist.all_reduce(self.grad, group=self.ranks)
-        share = self.grad[self.mine].view(-1, NORM_BLOCK)
-        return torch.linalg.vector_norm(share, dim=1).double().square().sum() / self.holders
+        """Of this rank's share of the summed gradient; over all ranks that hold the parameters, each counts once."""
+        with signs.waiting("gradients of equal parameters", dist.get_process_group_ranks(self.ranks)):
+            self._under_way.wait()
+        return torch.linalg.vector_norm(self.summed.view(-1, NORM_BLOCK), dim=1).double().square().sum() / self.holders
 
     def step(self, update: Update) -> None:
         adamw_(
-            self.master, self.grad[self.mine], self.moments["m"], self.moments["v"],
+            self.master, self.summed, self.moments["m"], self.moments["v"],
             step=update.step, lr=update.lr, betas=update.betas, eps=update.eps, decay=self.decay,
             divisor=update.divisor,
         )  # fmt: skip
 
-    def publish(self) -> None:
-        """This rank's share to all, theirs to this one."""
+    def publish(self, source: Tensor | None = None) -> None:
+        """This rank's share to all, theirs to this one; `wait` says when they are there."""
         share = self.compute[self.mine]
-        share.copy_(self.master)
-        dist.all_gather_into_tensor(self.compute.view(torch.uint8), share.clone().view(torch.uint8), group=self.ranks)
+        share.copy_(self.master if source is None else source)
+        whole, mine = self.compute.view(torch.uint8), share.clone().view(torch.uint8)
+        self._under_way = _GATHER(whole, mine, group=self.ranks, async_op=True)
+
+    def wait(self) -> None:
+        with signs.waiting("weights of equal parameters", dist.get_process_group_ranks(self.ranks)):
+            self._under_way.wait()
+
+    def gathered(self, share: Tensor) -> Tensor:
+        """The whole vector of which every rank has such a share."""
+        whole = torch.empty(self.grad.numel(), dtype=share.dtype, device=self.grad.device)
+        mine = share.to(whole.device).contiguous()
+        _GATHER(whole.view(torch.uint8), mine.view(torch.uint8), group=self.ranks)
+        return whole
 
 
 class Zero1(Optimizer):
     """AdamW of a rank's part of the network. `model` has the parameters of its slices and its own experts under the
-    names of the whole (`stage.keep`); `shared` are those that another pipeline rank holds, too. All ranks call
-    `grad_norm` and then `step`."""
+    names of the whole (`stage.keep`); `others(name)` are the further pipeline ranks that hold a parameter. All ranks
+    call `grad_norm` and then `step`."""
 
-    def __init__(self, model: nn.Module, mesh: Mesh, shared: set[str], **options: Any):
+    def __init__(self, model: nn.Module, mesh: Mesh, others: Callable[[str], list[int]], **options: Any):
         if options.get("stacked"):
-            raise ValueError("ZeRO-1 is for AdamW; Muon needs whole matrices")
-        self.mesh, self.shared = mesh, shared
+            raise UserError('optimizer = "muon" needs whole matrices, many devices hold shares; use "adamw" there')
+        self.mesh, self.others = mesh, others
         super().__init__(model, **options)
 
     def _home(self, name: str) -> tuple[str, int]:
-        return "expert" if ".experts." in name else "dense", 2 if name in self.shared else 1
+        return "expert" if EXPERTS in name else "dense", 1 + len(self.others(name))
 
     def _group(self, members: Members, decay: float, moments: torch.dtype) -> Share:
         kind, holders = self._home(members[0][0])
         return Share(members, decay, moments, self.mesh.group[kind], holders)
 
     def grad_norm(self) -> Tensor:
+        for group in self.groups:
+            group.begin_sum()
         square = super().grad_norm().square()
         for kind in ("dense", "pp"):
             dist.all_reduce(square, group=self.mesh.group[kind])
         return square.sqrt()
 
+    def _wait(self) -> None:
+        for group in self.groups:
+            group.wait()
+
     def pieces(self) -> dict[str, Tensor]:
-        """Masters and moments by the names of `sharded` checkpoints."""
-        kinds = {"model": lambda g: g.master} | {k: lambda g, k=k: g.moments[k] for k in Share.MOMENTS}
-        named = {f"{kind}/{name}": t for kind, of in kinds.items() for name, t in self._gathered(of).items()}
-        return pieces(named, self.mesh.experts.start)
+        """What this rank writes into a checkpoint, by the names on disk: copies on the CPU. Of the ranks that hold a
+        piece one writes it, chosen by its name; one vector at a time is gathered."""
+        found = {}
+        for group in self.groups:
+            n, me = dist.get_world_size(group.ranks), dist.get_rank(group.ranks)
+            for kind, share in group.kept().items():
+                whole = group.gathered(share)
+                for slot in group.slots:
+                    if self.mesh.pp > min(self.others(slot.name), default=self.mesh.pp):
+                        continue
+                    for name, piece in self._pieces(f"{kind}/{slot.name}", slot.of(whole)):
+                        if zlib.crc32(name.encode()) % n == me:
+                            found[name] = piece.to("cpu", copy=True)
+        return found
+
+    def names_on_disk(self) -> list[str]:
+        """All that `load_pieces` reads."""
+        return [
+            name
+            for group in self.groups
+            for kind in group.kept()
+            for slot in group.slots
+            for name, _ in self._pieces(f"{kind}/{slot.name}", slot.parameter)
+        ]
 
     @torch.no_grad()
-    def load_pieces(self, path: Path) -> None:
+    def load_pieces(self, source: Source) -> None:
         """Exact inverse, from a checkpoint of any layout."""
-        kinds, slots = ("model", *Share.MOMENTS), [slot for group in self.groups for slot in group.slots]
-        found, *_ = load(path, [name for kind in kinds for slot in slots for name in self._on_disk(kind, slot.name)])
-        for kind in kinds:
-            for group in self.groups:
-                whole = torch.zeros(group.grad.numel(), dtype=torch.float32)
+        for group in self.groups:
+            for kind, share in group.kept().items():
+                whole = torch.zeros(group.grad.numel(), dtype=share.dtype)
                 for slot in group.slots:
-                    parts = [found[name] for name in self._on_disk(kind, slot.name)]
+                    names = [name for name, _ in self._pieces(f"{kind}/{slot.name}", slot.parameter)]
+                    parts = list(source.read(names).values())
                     slot.of(whole).copy_(torch.stack(parts) if EXPERTS in slot.name else parts[0])
-                (group.master if kind == "model" else group.moments[kind]).copy_(whole[group.mine])
+                share.copy_(whole[group.mine])
         self.refresh()
 
-    def _on_disk(self, kind: str, name: str) -> list[str]:
-        """The pieces of one parameter."""
-        return [f"{kind}/{name}/{i}" for i in self.mesh.experts] if EXPERTS in name else [f"{kind}/{name}"]
+    def _pieces(self, name: str, whole: Tensor) -> list[tuple[str, Tensor]]:
+        """A tensor by its names on disk: experts one by one."""
+        if EXPERTS not in name:
+            return [(name, whole)]
+        return [(f"{name}/{self.mesh.experts.start + i}", part) for i, part in enumerate(whole)]
 
     def masters(self) -> dict[str, Tensor]:
         """Float32 weights by name, gathered from all shares: copies."""
-        return self._gathered(lambda group: group.master)
+        return {slot.name: t for group in self.groups for slot, t in self._gathered(group, group.master)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """As `Optimizer.state_dict`, gathered: copies."""
         state = {"steps": torch.tensor(self.steps)}
-        for kind in Share.MOMENTS:
-            state |= {f"{kind}/{name}": t for name, t in self._gathered(lambda g, k=kind: g.moments[k]).items()}
+        for group in self.groups:
+            for kind, share in group.state().items():
+                state |= {f"{kind}/{slot.name}": t for slot, t in self._gathered(group, share)}
         return state
 
-    def _gathered(self, of: Any) -> dict[str, Tensor]:
-        found = {}
-        for group in self.groups:
-            share = of(group).contiguous()
-            whole = torch.empty(group.grad.numel(), dtype=share.dtype, device=share.device)
-            dist.all_gather_into_tensor(whole.view(torch.uint8), share.view(torch.uint8), group=group.ranks)
-            found |= {slot.name: slot.of(whole) for slot in group.slots}
-        return found
+    @staticmethod
+    def _gathered(group: Share, share: Tensor) -> list[tuple[Slot, Tensor]]:
+        whole = group.gathered(share)
+        return [(slot, slot.of(whole)) for slot in group.slots]

@@ -1,6 +1,7 @@
 """The loop of an RL stage: sample, pay, compare, update (R1 2.2, R1-Nature B.1).
 
     draw      problems of this rollout, G samples each, paid                       policy/draw.py, policy/ahead.py
+              by this process or by workers apart                                  policy/samplers.py, rl/sampler
     compare   advantages within each group, or against a critic                    policy/estimate.py
     gap       what sampler and trainer disagree on, measured and corrected         policy/gap.py
     update    mini-batches, one inner epoch, divergence from the reference         rl/objective.py, policy/reference.py
@@ -22,6 +23,7 @@ from bessemer.data.chat import question_ids
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
 from bessemer.recipe import modelling
+from bessemer.recipe.policy import samplers
 from bessemer.recipe.policy.ahead import Ahead
 from bessemer.recipe.policy.draw import Draw
 from bessemer.recipe.policy.estimate import CriticEstimator, Estimator, GroupEstimator
@@ -50,7 +52,7 @@ class Loop:
             raise UserError(f'stage "{ctx.name}" needs a stage with a model before it')
         speed.keep_memory()
         self.model, self.tokenizer = modelling.load_model(ctx.source / "model")
-        self.workers = modelling.workers()
+        self.workers = samplers.workers_beside(settings.rollout)
         longest = round(max(settings.max_new_tokens.values))
         self.objective = GRPO(
             settings.clip_low, settings.clip_high, settings.kl, settings.temperature, settings.surrogate,
@@ -60,8 +62,8 @@ class Loop:
             self.model, self.objective, None, _train_settings(settings, self.workers), ctx.state,
             stop=lambda: ctx.stop, config=self.model.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
-        engine = Engine(self.model, self.tokenizer, self.workers)
-        self.draw = Draw(engine, self._encode, settings, ctx.seed, judges)
+        self.sampler = samplers.make(settings, ctx, Engine(self.model, self.tokenizer, self.workers), self.trainer)
+        self.draw = Draw(self.sampler, self._encode, settings, ctx.seed, judges)
         self.ahead = Ahead(self.draw, self.trainer, self._cap, settings.ahead, settings.rollouts)
         self.gap = Gap(self.model, self.workers, settings)
         self.watch = Watch(self.draw, self.trainer, ctx)
@@ -77,6 +79,13 @@ class Loop:
         return round(self.settings.max_new_tokens(self.trainer.step))
 
     def run(self) -> dict[str, Any]:
+        try:
+            self.sampler.open()
+            return self._run()
+        finally:
+            self.sampler.close()
+
+    def _run(self) -> dict[str, Any]:
         settings, ctx, trainer = self.settings, self.ctx, self.trainer
         trainer.start()
         self.ahead.load()
@@ -98,6 +107,7 @@ class Loop:
             ctx.progress.advance(1, f"accuracy {accuracy:.3f}, length {length:.0f}, tries {tries:.1f}")
             if (number + 1) % settings.eval_every == 0 or number + 1 == settings.rollouts:
                 self.watch.evaluate(self._cap())
+            self.ahead.settle(number + 1)
             if ctx.stop:
                 trainer.save()
                 ctx.interrupt()
@@ -125,7 +135,7 @@ class Loop:
         for name, measured in (("gap", "logp_gap"), ("gap_max", "logp_gap_max"), ("kl", "sampler_kl")):
             values[f"rl/sampler_{name}"] = updates[0].get(f"train/{measured}", 0.0)
         values["rl/lr"] = updates[-1].get("train/lr", 0.0)
-        return values
+        return values | self.sampler.figures()
 
     def _lots(self, rows: list[rollout.Sampled], number: int) -> list[list[Batch]]:
         """Random mini-batches of equal size, each as the trainer takes it (R1: 16 of 512)."""

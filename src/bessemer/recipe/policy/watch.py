@@ -73,7 +73,7 @@ class Watch:
         settings = self.settings
         size = task.size("test") or settings.eval_problems
         return scoring.evaluate(
-            self.draw.engine, self.draw.encode, task, problems=min(size, settings.eval_problems), samples=SAMPLES,
+            self.draw.sampler, self.draw.encode, task, problems=min(size, settings.eval_problems), samples=SAMPLES,
             temperature=1.0, max_new_tokens=cap, seed=self.ctx.seed,
         )  # fmt: skip
 
@@ -82,7 +82,7 @@ class Watch:
         draw, step = self.draw, self.trainer.step
         chosen = rollout.problems_of(draw.tasks + draw.general, "test", 0, PROBES, self.ctx.seed)
         groups = rollout.sample(
-            draw.engine, chosen, draw.encode, samples=2, seed=self.ctx.seed, temperature=self.settings.temperature,
+            draw.sampler, chosen, draw.encode, samples=2, seed=self.ctx.seed, temperature=self.settings.temperature,
             max_new_tokens=cap,
         )  # fmt: skip
         draw.reward.pay(groups, cap, draw.judges)

@@ -18,16 +18,15 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
 from bessemer.model.counts import flops_per_token
-from bessemer.model.transformer import Transformer
+from bessemer.model.transformer import RECOMPUTES_ITSELF
 from bessemer.precision import backends
 from bessemer.precision.fp8_linear import RECIPES
-from bessemer.recipe import modelling
+from bessemer.recipe import modelling, spread
 from bessemer.recipe.settings import StageSettings
 from bessemer.recipe.stage import Stage, StageContext, register
 from bessemer.recipe.values import Points, Seconds, Tokens, show_tokens
 from bessemer.recipe.watch import StepLog
 from bessemer.train import objective, speed
-from bessemer.train.loss import cross_entropy
 from bessemer.train.settings import Settings as TrainSettings
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
@@ -39,10 +38,11 @@ HELDOUT_ROWS = 64
 @register
 class Pretrain(Stage):
     kind = "pretrain"
+    across = True
 
     class Settings(StageSettings):
         free = frozenset({"save_seconds", "micro_rows"})
-        later = frozenset({"fp8", "moments"})
+        later = frozenset({"fp8", "moments", "ema_decay"})
 
         model: dict[str, Any] = Field(default_factory=dict)
         """Changes to the recipe's [model] for this stage, such as a smaller student to distil into."""
@@ -86,16 +86,22 @@ class Pretrain(Stage):
         factors are; block-gradients, per-tensor: variants to compare with. On a CPU it is emulated, and slower."""
         moments: Literal["float32", "bfloat16"] = "float32"
         """Dtype of the optimizer's moments (V3: bfloat16)."""
+        ema_decay: float = Field(0.0, ge=0, lt=1)
+        """Decay of a moving average of the weights, validated beside them and left as model-ema/; 0: none (V3 keeps
+        one in CPU memory, of undocumented decay)."""
         compile: Literal["auto", "on", "off"] = "auto"
         """torch.compile the layers; auto does with a GPU, and with a C++ compiler where a long training pays for it.
-        Never with fp8."""
+        Never with fp8 or on many ranks."""
         save_seconds: Seconds = 60.0
         """Checkpoint this often."""
 
     def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
         cfg = modelling.model_config(recipe, settings.model)
+        spread.check(recipe, settings.name, settings.batch_rows.values, cfg)
         if settings.fp8 != "off" and settings.compile == "on":
             raise UserError(f'stage "{settings.name}": compile = "on" and fp8 do not go together; set compile = "off"')
+        if settings.fp8 != "off" and recipe.layout.recompute:
+            raise UserError(f'stage "{settings.name}": {RECOMPUTES_ITSELF}')
         if not settings.mixture:
             raise UserError(f'stage "{settings.name}": mixture is empty; give every part of the corpus a share')
         corpus = next((s for s in recipe.stages if s.name == settings.source), None)
@@ -120,22 +126,24 @@ class Pretrain(Stage):
         parts = {name: open_rows(ctx.source / name) for name in settings.mixture}
         mixture = Mixture(parts, settings.mixture, ctx.seed)
         heldout = {name: open_rows(ctx.source / name, "heldout") for name in settings.mixture}
-        choice = modelling.choose_precision(settings.precision)
+        choice = modelling.choose_precision(settings.precision, ctx.agree)
         ctx.say(f"compute in {choice.why}")
         speed.keep_memory()
-        model = Transformer(cfg).initialise(ctx.seed).to(modelling.device())
+        network = spread.fresh(ctx, cfg)
+        model = spread.model_of(network).set_recompute(ctx.recipe.layout.recompute)
         if settings.fp8 != "off":
             model.set_fp8(RECIPES[settings.fp8])
             served = backends.summary(backends.table(modelling.device()))
             ctx.say(f"matrices of attention, FFN and experts in FP8 ({settings.fp8}), {served}")
         flops = settings.tokens * flops_per_token(cfg, mixture.row_length, mtp=cfg.n_mtp > 0).training
-        if settings.fp8 == "off" and speed.want_compile(settings.compile, flops):
+        if ctx.ranks is None and settings.fp8 == "off" and speed.want_compile(settings.compile, flops):
             ctx.say("compiling the layers (about a minute, once per machine)")
             speed.compile_layers(model)
         watch = _Watch(settings, ctx, tokenizer, heldout)
-        trainer = Trainer(
-            model, objective.next_token, self._batches(settings, mixture, tokenizer),
-            train_settings(settings, choice.dtype, modelling.workers()), ctx.state,
+        workers = modelling.workers() if ctx.ranks is None else Workers(1)
+        trainer = spread.trainer(
+            network, objective.next_token, self._batches(settings, mixture, tokenizer),
+            train_settings(settings, choice.dtype, workers), ctx.state,
             log=watch.log, stop=lambda: ctx.stop, on_step=[watch], config=cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         resumed = trainer.start()
@@ -147,7 +155,9 @@ class Pretrain(Stage):
         if not trainer.run():
             ctx.interrupt()
         last = watch.validate(trainer)
-        model.save(ctx.dir / "model", tokenizer_dir=ctx.source / "tokenizer")
+        spread.save(ctx, trainer, ctx.source / "tokenizer")
+        if settings.ema_decay:
+            spread.save(ctx, trainer, ctx.source / "tokenizer", "model-ema", "ema")
         return {"tokens": trainer.tokens, "steps": trainer.step, **{f"bpb_{k}": round(v, 4) for k, v in last.items()}}
 
     @staticmethod
@@ -184,6 +194,7 @@ def train_settings(settings: Pretrain.Settings, dtype: torch.dtype, workers: Wor
         weight_decay=settings.weight_decay,
         compute_dtype=dtype,
         moments_dtype=getattr(torch, settings.moments),
+        ema_decay=settings.ema_decay,
         save_seconds=settings.save_seconds,
     )
 
@@ -200,7 +211,7 @@ class _Watch(StepLog):
 
     def begin(self, trainer: Trainer) -> None:
         super().begin(trainer)
-        self.model = trainer.model
+        self.trainer = trainer
 
     def __call__(self, trainer: Trainer) -> None:
         if self.passed(self.settings.validate_every):
@@ -211,20 +222,35 @@ class _Watch(StepLog):
 
     def validate(self, trainer: Trainer) -> dict[str, float]:
         """Held-out bits per byte of every part (at most HELDOUT_ROWS rows each)."""
-        values_of = trainer.settings.workers.map(self._bits_per_byte, self.heldout)
-        found = dict(zip(self.heldout, values_of, strict=True))
+        found = self._bits_per_byte(trainer)
         values: dict[str, Any] = {f"val/bpb/{name}": value for name, value in found.items()}
+        if self.settings.ema_decay:
+            with trainer.optimizer.averaged():
+                values |= {f"val/bpb_ema/{name}": value for name, value in self._bits_per_byte(trainer).items()}
         values.update({f"moe/load/{name}": load / load.sum() for name, load in trainer.loads.items() if load.any()})
         self.ctx.metrics.write(trainer.step, trainer.tokens, values)
         return found
 
-    def _bits_per_byte(self, name: str) -> float:
-        return bits_per_byte(self.model, self.heldout[name], max_rows=HELDOUT_ROWS)
+    def _bits_per_byte(self, trainer: Trainer) -> dict[str, float]:
+        if self.ctx.ranks is None:
+            sums = trainer.settings.workers.map(self._nats, self.heldout)
+        else:
+            sums = (spread.nats(trainer, _lots(rows)) for rows in self.heldout.values())
+        return {
+            name: nats / tokens / math.log(2) / rows.bytes_per_token
+            for (name, rows), (nats, tokens) in zip(self.heldout.items(), sums, strict=True)
+        }
+
+    def _nats(self, name: str) -> tuple[float, float]:
+        return spread.nats(self.trainer, _lots(self.heldout[name]))
 
     def samples(self, trainer: Trainer) -> None:
         if not self.settings.prompts:
             return
-        engine = Engine(trainer.model, self.tokenizer)
+        model = spread.whole(self.ctx, trainer)
+        if model is None:
+            return
+        engine = Engine(model, self.tokenizer)
         prompts = [[self.tokenizer.bos_id, *self.tokenizer.encode(text)] for text in self.settings.prompts]
         answers = engine.generate(prompts, max_new_tokens=80, temperature=0.8, top_p=0.95, seed=self.ctx.seed)
         for text, (answer,) in zip(self.settings.prompts, answers, strict=True):
@@ -233,18 +259,6 @@ class _Watch(StepLog):
             self.ctx.say(f"sample at {show_tokens(trainer.tokens)} tokens: {shown[:160]}")
 
 
-@torch.no_grad()
-def bits_per_byte(model: Transformer, rows: Rows, max_rows: int) -> float:
-    """Cross entropy of held-out rows in bits, over the bytes of the text they hold."""
-    training = model.training
-    model.eval()
-    nats, tokens = 0.0, 0.0
-    for start in range(0, min(max_rows, rows.n_rows), 16):
-        batch = rows.batch(range(start, min(start + 16, max_rows, rows.n_rows))).to(model.embed.weight.device)
-        out = model.train_outputs(batch.tokens_BT, mtp=False)
-        nats += float(
-            cross_entropy(out.hidden_BTD[:, :-1], model.head_weight, batch.tokens_BT[:, 1:], batch.loss_BT[:, 1:])
-        )
-        tokens += float(batch.loss_BT.sum())
-    model.train(training)
-    return nats / tokens / math.log(2) / rows.bytes_per_token
+def _lots(rows: Rows) -> list[Batch]:
+    n_rows = min(HELDOUT_ROWS, rows.n_rows)
+    return [rows.batch(range(start, min(start + 16, n_rows))) for start in range(0, n_rows, 16)]

@@ -13,8 +13,10 @@ from pydantic import Field
 from bessemer import tasks
 from bessemer.errors import UserError
 from bessemer.recipe import modelling
+from bessemer.recipe.policy import samplers
 from bessemer.recipe.policy.leave import What
 from bessemer.recipe.policy.loop import Loop
+from bessemer.recipe.policy.samplers import Rollout
 from bessemer.recipe.settings import StageRef, StageSettings
 from bessemer.recipe.stage import Stage, StageContext, register
 from bessemer.recipe.values import Points, Seconds
@@ -28,7 +30,7 @@ class RL(Stage):
     kind = "rl"
 
     class Settings(StageSettings):
-        free = frozenset({"save_seconds", "micro_tokens"})
+        free = frozenset({"save_seconds", "micro_tokens", "rollout"})
 
         tasks: list[str]
         """Task families; problems are taken from them in turn, from their train split."""
@@ -54,6 +56,8 @@ class RL(Stage):
         ahead: int = Field(0, ge=0, le=1)
         """Draw each rollout so many rollouts before its updates (R1: 0). 1: by the policy as it was before the updates
         of the rollout before it, which makes it updates_per_rollout steps old."""
+        rollout: Rollout = Rollout()
+        """Who draws the samples."""
         routing_replay: bool = False
         """Train with the experts that the sampler chose for each token; gates are still made from current scores."""
         correction: Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"] = "none"
@@ -145,7 +149,7 @@ class RL(Stage):
                 f'stage "{settings.name}": {count} samples cannot be split into {settings.updates_per_rollout} equal '
                 "updates; change updates_per_rollout or samples"
             )
-        return {}
+        return samplers.facts(settings.name, settings.rollout, settings.ahead, settings.routing_replay)
 
     def leaves_conversations(self, settings: Settings) -> bool:
         return settings.leaves != "nothing"

@@ -19,7 +19,7 @@ from bessemer.data.document import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
-from bessemer.recipe import conversations, modelling
+from bessemer.recipe import conversations, modelling, spread
 from bessemer.recipe.settings import StageRef, StageSettings
 from bessemer.recipe.stage import Stage, StageContext, find_kind, register
 from bessemer.recipe.values import Seconds
@@ -27,11 +27,13 @@ from bessemer.recipe.watch import StepLog
 from bessemer.train import objective, speed
 from bessemer.train.settings import Settings as TrainSettings
 from bessemer.train.trainer import Trainer
+from bessemer.workers import Workers
 
 
 @register
 class SFT(Stage):
     kind = "sft"
+    across = True
 
     class Settings(StageSettings):
         free = frozenset({"micro_rows", "save_seconds"})
@@ -72,6 +74,7 @@ class SFT(Stage):
         """Checkpoint this often."""
 
     def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+        spread.check(recipe, settings.name, [settings.batch_rows])
         if not settings.data and not settings.samples:
             raise UserError(f'stage "{settings.name}": nothing to train on; give data = [...] or samples = [...]')
         for stage in map(recipe.stage, settings.samples):
@@ -91,15 +94,19 @@ class SFT(Stage):
         if ctx.source is None or not (ctx.source / "model").is_dir():
             raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
         speed.keep_memory()
-        model, tokenizer = modelling.load_model(ctx.source / "model")
+        network, tokenizer = spread.read(ctx, ctx.source / "model")
+        model = spread.model_of(network)
+        if ctx.recipe.layout.recompute:
+            model.set_recompute(ctx.recipe.layout.recompute)
         if settings.style is not None:
             tokenizer.chat_style = settings.style
-        facts = turns.build(_conversations(settings, ctx), tokenizer, settings.row_length, ctx.state / "rows")
+        folder = ctx.state / "rows"
+        facts = ctx.agree(lambda: turns.build(_conversations(settings, ctx), tokenizer, settings.row_length, folder))
         rows = turns.load(ctx.state / "rows", ctx.seed)
         ctx.say(_about(facts))
         watch = _Watch(settings, ctx, tokenizer, rows.n_rows * settings.row_length)
-        trainer = Trainer(
-            model, objective.next_token, rows.batch, _train_settings(settings, rows.n_rows, model), ctx.state,
+        trainer = spread.trainer(
+            network, objective.next_token, rows.batch, _train_settings(settings, rows.n_rows, model, ctx), ctx.state,
             log=watch.log, stop=lambda: ctx.stop, on_step=[watch], config=model.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         resumed = trainer.start()
@@ -108,8 +115,9 @@ class SFT(Stage):
         watch.begin(trainer)
         if not trainer.run():
             ctx.interrupt()
-        tokenizer.save(ctx.state / "tokenizer")
-        model.save(ctx.dir / "model", tokenizer_dir=ctx.state / "tokenizer")
+        if ctx.leads:
+            tokenizer.save(ctx.state / "tokenizer")
+        spread.save(ctx, trainer, ctx.state / "tokenizer")
         return {"steps": trainer.step, **{key: facts[key] for key in ("samples", "too_long", "answer_tokens")}}
 
 
@@ -127,7 +135,7 @@ def _about(facts: dict[str, Any]) -> str:
     )
 
 
-def _train_settings(settings: SFT.Settings, n_rows: int, model: torch.nn.Module) -> TrainSettings:
+def _train_settings(settings: SFT.Settings, n_rows: int, model: torch.nn.Module, ctx: StageContext) -> TrainSettings:
     total = settings.epochs * n_rows * settings.row_length
 
     def cosine(tokens: int, step: int) -> float:
@@ -146,8 +154,9 @@ def _train_settings(settings: SFT.Settings, n_rows: int, model: torch.nn.Module)
             "mtp_lambda": constant(settings.mtp_lambda if model.cfg.n_mtp else 0.0),
             "balance_alpha": constant(settings.balance_alpha),
         },
-        workers=modelling.workers(), clip=settings.clip, optimizer=settings.optimizer,
-        weight_decay=settings.weight_decay, compute_dtype=modelling.choose_precision(settings.precision).dtype,
+        workers=modelling.workers() if ctx.ranks is None else Workers(1), clip=settings.clip,
+        optimizer=settings.optimizer, weight_decay=settings.weight_decay,
+        compute_dtype=modelling.choose_precision(settings.precision, ctx.agree).dtype,
         save_seconds=settings.save_seconds,
     )  # fmt: skip
 
@@ -163,9 +172,12 @@ class _Watch(StepLog):
         prompts = self.settings.prompts if self.passed(self.epoch) else []
         if not prompts:
             return
+        model = spread.whole(self.ctx, trainer)
+        if model is None:
+            return
         encoded = [question_ids(self.tokenizer, text) for text in prompts]
         begun = self.tokenizer.opening
-        answers = Engine(trainer.model, self.tokenizer).generate(
+        answers = Engine(model, self.tokenizer).generate(
             encoded, max_new_tokens=200, temperature=0.6, seed=self.ctx.seed
         )
         for text, (answer,) in zip(prompts, answers, strict=True):

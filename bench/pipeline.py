@@ -1,0 +1,276 @@
+"""The bubble of every pipeline schedule, measured on real processes beside what its table predicts.
+
+    python bench/pipeline.py --ranks 2 --json bench/results/pipeline_2.json
+
+Every rank is a process with one core that talks over gloo. A step is forward and backward of all micro-batches of a
+network like the preset `tiny` with 7 layers and an MTP module, so that 8 blocks lie on the ranks evenly; routing is
+real. The schedules take turns, so that a noisy machine is noisy to all of them; a step lasts from the first rank's
+start to the last rank's end, and a rank is idle while it waits for a message. The medians of what F, B, I, W and pairs
+took (without waiting) are the costs with which `simulate` predicts the step and its idle share; and the shortest ones
+predict the shortest step, which is what other work on the machine disturbs least.
+
+What overlap is worth is shown with a network that is slow on purpose: every exchange sleeps for a while, which takes no
+core. `serial` waits for it, `beside` computes meanwhile where the table has pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+import torch.distributed as dist
+from machine import processor, spread
+
+from bessemer.model.presets import preset
+from bessemer.model.transformer import Transformer
+from bessemer.parallel.execute import Executor, Work
+from bessemer.parallel.schedules import SCHEDULES, schedule
+from bessemer.parallel.simulate import Costs, Timeline, simulate
+from bessemer.parallel.stage import Slice, cut
+from bessemer.parallel.streams import Beside, Serial
+from bessemer.parallel.table import Pair, Step
+from bessemer.train.loss import cross_entropy
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Watched(Executor):
+    """Notes (begin, end, seconds waited) of every step of its list."""
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.spans: list[tuple[float, float, float]] = []
+        self._waited = 0.0
+        receive = self.channels.receive
+
+        def watched(message: Any) -> torch.Tensor:
+            began = time.perf_counter()
+            x = receive(message)
+            self._waited += time.perf_counter() - began
+            return x
+
+        self.channels.receive = watched
+
+    def _do(self, step: Step) -> None:
+        began, self._waited = time.perf_counter(), 0.0
+        super()._do(step)
+        self.spans.append((began, time.perf_counter(), self._waited))
+
+
+@dataclass(frozen=True)
+class Measured(Costs):
+    """Seconds of every kind of step."""
+
+    seconds: dict[Any, float] = field(default_factory=dict)
+
+    def of(self, step: Step) -> float:
+        return self.seconds[kind(step)]
+
+
+def kind(step: Step) -> Any:
+    """What takes equally long: the same work of the same slice, whatever the micro-batch."""
+    if isinstance(step, Pair):
+        return kind(step.forward), kind(step.backward)
+    return step.kind, step.stage
+
+
+def slow(base: type, pause: float, *arguments: Any) -> Serial:
+    """Streams whose exchanges take `pause` seconds longer."""
+
+    class Slow(base):
+        def run(self, exchange, phase, after):
+            def paused():
+                time.sleep(pause)
+                phase()
+
+            return super().run(exchange, paused if exchange else phase, after)
+
+    return Slow(*arguments)
+
+
+WAYS = {"serial": Serial, "beside": Beside}
+CFG = preset("tiny", n_layers=7)
+
+
+def hideable(name: str, pause: float, args: argparse.Namespace) -> float:
+    """Seconds of exchanges inside pairs, on the rank with most of them: all that overlap can hide."""
+    table = schedule(name, args.ranks, args.micro)
+    cuts = cut(CFG, table.stages)
+    sparse = [sum(i >= CFG.n_dense_layers for i in layers) for layers in cuts]
+    sparse[-1] += CFG.n_mtp
+    pairs = [[step for step in steps if isinstance(step, Pair)] for steps in table.steps]
+    return 2 * pause * max(sum(sparse[part.stage] for pair in mine for part in pair) for mine in pairs)
+
+
+def executor(name: str, rank: int, args: argparse.Namespace, streams: Serial | None = None) -> Watched:
+    table = schedule(name, args.ranks, args.micro)
+    model = Transformer(CFG).initialise(0).to_compute(DTYPES[args.dtype])
+    model.train()
+    slices = {(lane, stage): Slice(model, stage, table.stages) for lane, stage in table.held(rank)}
+    return Watched(table, rank, slices, [range(args.ranks)], streams=streams)
+
+
+def work(one: Executor, args: argparse.Namespace) -> list[list[Work]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def loss(out: Any, head: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+        total = 1e-4 * out.balance
+        for ahead, hidden in enumerate([out.hidden_BTD, *out.mtp_hidden], start=1):
+            target = tokens_BT[:, ahead:]
+            total = total + cross_entropy(hidden[:, :-1], head, target, torch.ones_like(target))
+        return total
+
+    def micro() -> Work:
+        tokens_BT = torch.randint(0, 2048, (args.rows, args.length), generator=generator)
+        return Work(tokens_BT, None, lambda out, head: loss(out, head, tokens_BT), torch.tensor(1e-4))
+
+    return [[micro() for _ in range(one.table.per_lane)] for _ in range(one.table.lanes)]
+
+
+def step(one: Watched, batches: list[list[Work]]) -> list[tuple[float, float, float]]:
+    for part in one.slices.values():
+        for parameter in part.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+    one.spans.clear()
+    dist.barrier()
+    one.run(batches)
+    return list(one.spans)
+
+
+def on_a_rank(rank: int, store: str, args: argparse.Namespace, answers: Any) -> None:
+    torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.ranks)
+    cases = {name: executor(name, rank, args) for name in args.schedules}
+    for pause in args.exchange_ms:
+        for name in (name for name in args.schedules if name.startswith("dualpipe")):
+            for way, make in WAYS.items():
+                more = (torch.device("cpu"),) * (make is Beside)
+                cases[f"{name} {way} {pause:g}"] = executor(name, rank, args, slow(make, pause / 1e3, *more))
+    found: dict[str, list] = {name: [] for name in cases}
+    for turn in range(args.turns + 1):
+        for name, one in cases.items():
+            spans = step(one, work(one, args))
+            if turn:  # the first warms up
+                found[name].append(spans)
+    answers.put((rank, found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(args: argparse.Namespace) -> dict[str, list[list]]:
+    """[of every rank [of every turn the spans]] by case."""
+    context = get_context("spawn")
+    answers = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=on_a_rank, args=(rank, f"{folder}/store", args, answers))
+            for rank in range(args.ranks)
+        ]
+        for process in processes:
+            process.start()
+        found = dict(answers.get() for _ in processes)
+        for process in processes:
+            process.join()
+    return {name: [found[rank][name] for rank in range(args.ranks)] for name in found[0]}
+
+
+def makespans(ranks: list[list]) -> list[float]:
+    turns = zip(*ranks, strict=True)
+    return [max(s[-1][1] for s in turn) - min(s[0][0] for s in turn) for turn in turns]
+
+
+def row(name: str, ranks: list[list], args: argparse.Namespace) -> dict[str, Any]:
+    table = schedule(name, args.ranks, args.micro)
+    lengths = makespans(ranks)
+    idle = []
+    for length, turn in zip(lengths, zip(*ranks, strict=True), strict=True):
+        busy = sum(end - begin - waited for spans in turn for begin, end, waited in spans)
+        idle.append(1 - busy / (length * len(ranks)))
+    took: dict[Any, list[float]] = defaultdict(list)
+    for steps, turns in zip(table.steps, ranks, strict=True):
+        for spans in turns:
+            for one, (begin, end, waited) in zip(steps, spans, strict=True):
+                took[kind(one)].append(end - begin - waited)
+
+    def predicted(of: Callable[[list[float]], float]) -> Timeline:
+        return simulate(table, Measured(seconds={what: of(values) for what, values in took.items()}))
+
+    def share(timeline: Timeline) -> float:
+        return sum(timeline.idle) / (timeline.makespan * len(ranks))
+
+    usual, best, unit = predicted(statistics.median), predicted(min), simulate(table)
+    return {
+        "schedule": name, "stages": table.stages, "seconds": spread(lengths), "idle": spread(idle),
+        "predicted_seconds": {"median": usual.makespan, "low": best.makespan},
+        "predicted_idle": {"median": share(usual), "low": share(best)}, "idle_of_equal_pieces": share(unit),
+        "pieces": {str(what): spread(values) for what, values in sorted(took.items(), key=str)},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--micro", type=int, default=8, help="micro-batches of a step")
+    parser.add_argument("--rows", type=int, default=4, help="sequences of a micro-batch")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
+    parser.add_argument("--exchange-ms", nargs="*", type=float, default=[], help="of a slow network, for dualpipe")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    found = measure(args)
+    rows = [row(name, found[name], args) for name in args.schedules]
+    slowed = []
+    for case in (case for case in found if case.endswith("beside", 0, case.rfind(" "))):
+        name, _, pause = case.split()
+        serial, beside = (makespans(found[f"{name} {way} {pause}"]) for way in WAYS)
+        most = hideable(name, float(pause) / 1e3, args)
+        saved = [a - b for a, b in zip(serial, beside, strict=True)]
+        slowed.append({
+            "schedule": name, "exchange_ms": float(pause), "serial": spread(serial), "beside": spread(beside),
+            "inside_pairs": most, "hidden": statistics.median(saved) / most,
+        })  # fmt: skip
+    about = {
+        "processor": processor(), "cores": os.cpu_count(), "torch": torch.__version__, "ranks": args.ranks,
+        "micro_batches": args.micro, "rows": args.rows, "length": args.length, "dtype": args.dtype,
+        "routing": "real", "turns": args.turns,
+    }  # fmt: skip
+    print(f"{about['processor']}, {about['cores']} cores; {args.ranks} ranks of one core over gloo, {args.dtype}")
+    print(f"{args.micro} micro-batches of {args.rows} x {args.length} tokens, real routing; medians of {args.turns}\n")
+    print(f"{'':14}{'step, ms':>20}{'predicted, ms':>17}{'idle':>8}{'predicted':>11}{'if F = I = W':>14}")
+    print(f"{'':14}{'median':>10}{'low':>10}{'median':>9}{'low':>8}")
+    for one in rows:
+        step_ms, predicted_ms = ({k: 1e3 * v for k, v in one[key].items()} for key in ("seconds", "predicted_seconds"))
+        print(
+            f"{one['schedule']:14}{step_ms['median']:10.0f}{step_ms['low']:10.0f}{predicted_ms['median']:9.0f}"
+            f"{predicted_ms['low']:8.0f}{one['idle']['median']:8.1%}{one['predicted_idle']['median']:11.1%}"
+            f"{one['idle_of_equal_pieces']:14.1%}"
+        )
+    for one in slowed:
+        serial, beside, inside = (1e3 * x for x in (*(one[way]["median"] for way in WAYS), one["inside_pairs"]))
+        print(
+            f"\n{one['schedule']}, every exchange {one['exchange_ms']:g} ms longer: {serial:.0f} ms one after the "
+            f"other, {beside:.0f} ms beside one another; of {inside:.0f} ms inside pairs {one['hidden']:.0%} hidden"
+        )
+    if args.json:
+        args.json.write_text(json.dumps({**about, "schedules": rows, "slow_network": slowed}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Seconds per RL step with a rollout worker apart (`rollout.engine = "ray"`) against the same run in one place.
+
+    bessemer run recipes/tiny.toml --until pretrain --out runs/tiny
+    python bench/rl_apart.py runs/tiny/02-pretrain --json bench/results/rl_apart.json
+
+The RL stage of recipes/tiny.toml for a few rollouts with `ahead = 1`, in turns: "here" on all cores, sampling and
+updates one after the other; "ray" with one core for the worker and the others for the trainer, beside each other. Both
+give the same bits. The first two rollouts of a run are left out: processes start there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from machine import processor, spread
+
+ENGINES = {"here": [], "ray": ["zero.rollout.engine=ray"]}
+SHARES = ("rl/trainer_waited", "rl/workers_waited", "rl/handover_seconds")
+LEFT_OUT = 2
+
+
+def stage(base: Path, engine: str, rollouts: int) -> dict[str, float]:
+    """One run in this process."""
+    from bessemer.recipe.metrics import Metrics, StageMetrics
+    from bessemer.recipe.policy import loop
+    from bessemer.recipe.progress import RunProgress
+    from bessemer.recipe.schema import Recipe
+    from bessemer.recipe.stage import StageContext, StopFlag
+
+    changes = ["zero.ahead=1", f"zero.rollouts={rollouts}", "zero.eval_every=99", "zero.minimum_pass=0.0",
+               "zero.eval_problems=4", "zero.save_seconds=9999", *ENGINES[engine]]  # fmt: skip
+    recipe = Recipe.load(Path(__file__).parent.parent / "recipes" / "tiny.toml", changes)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "metrics.jsonl"
+        ctx = StageContext("zero", Path(folder), {}, base, recipe, Path(folder), StageMetrics(Metrics(path), "zero"),
+                           RunProgress({}).begin("zero"), StopFlag())  # fmt: skip
+        loop.Loop(recipe.stage("zero"), ctx, {}).run()
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line for line in lines if "rl/reward" in line["values"]]
+    seconds = lines[-1]["time"] - lines[LEFT_OUT - 1]["time"]
+    kept = lines[LEFT_OUT:]
+    steps = kept[-1]["step"] - lines[LEFT_OUT - 1]["step"]
+    found = {"seconds_per_step": seconds / steps}
+    means = {name: statistics.mean(line["values"][name] for line in kept) for name in ("rl/reward", "rl/length")}
+    shares = {name: [line["values"][name] for line in kept if name in line["values"]] for name in SHARES}
+    return found | means | {name: statistics.mean(values) for name, values in shares.items() if values}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path, help="folder of a stage with a model")
+    parser.add_argument("--rollouts", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--engine", choices=ENGINES, help="one run in this process, as JSON")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.engine:
+        print(json.dumps(stage(args.base, args.engine, args.rollouts)))
+        return
+    runs = {engine: [] for engine in ENGINES}
+    for _ in range(args.repeats):
+        for engine, found in runs.items():
+            command = [sys.executable, __file__, str(args.base), "--rollouts", str(args.rollouts), "--engine", engine]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found.append(json.loads(done.stdout.splitlines()[-1]) | {"load": round(os.getloadavg()[0], 2)})
+            print(engine, found[-1], file=sys.stderr, flush=True)
+    result = {engine: spread([run["seconds_per_step"] for run in found]) for engine, found in runs.items()}
+    pairs = zip(runs["ray"], runs["here"], strict=True)
+    result["ray_over_here"] = spread([ray["seconds_per_step"] / here["seconds_per_step"] for ray, here in pairs])
+    result |= {"unit": "seconds per optimizer step", "machine": processor(), "cores": len(os.sched_getaffinity(0))}
+    print(json.dumps(result))
+    if args.json:
+        args.json.write_text(json.dumps(result | {"runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

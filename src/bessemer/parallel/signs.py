@@ -1,0 +1,123 @@
+"""Who waits for whom: what every rank says of itself, and what is said when one waits too long.
+
+Code that waits for other ranks does it inside `waiting(what, ranks)`. A `Watch` on every rank writes down in the store
+that they share what this rank does, every few seconds and by a thread of its own, so it also speaks while a kernel or a
+message holds the process. When its rank has waited longer than `timeout`, it reads what all others last said, tells who
+waits for whom and who has gone silent, and ends the process: torchrun, or who else started it, ends the rest and
+starts again from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+EXIT = 75
+"""Status of a process that waited in vain (EX_TEMPFAIL: try again)."""
+LOST = 76
+"""Status of a process whose connection to another was cut."""
+
+
+class _Doing(NamedTuple):
+    what: str
+    ranks: Sequence[int] | None
+    """Whom it waits for; None: it works."""
+    since: float
+
+
+class _Mine:
+    doing = _Doing("starting", None, time.time())
+    step = 0
+
+
+def at(step: int) -> None:
+    """This rank is in this step, working."""
+    _Mine.step, _Mine.doing = step, _Doing("working", None, time.time())
+
+
+@contextmanager
+def waiting(what: str, ranks: Sequence[int]) -> Iterator[None]:
+    """Within it this rank waits for `what` from these ranks."""
+    before = _Mine.doing
+    _Mine.doing = _Doing(what, ranks, time.time())
+    yield
+    _Mine.doing = _Doing(before.what, before.ranks, time.time())
+
+
+class Watch:
+    """The thread of one rank; `store` is torch's, shared by `n` ranks."""
+
+    def __init__(self, store: Any, me: int, n: int, timeout: float):
+        self.store, self.me, self.n, self.timeout = store, me, n, timeout
+        self.every = min(5.0, timeout / 4)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="signs", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            doing, now = _Mine.doing, time.time()
+            try:
+                self.store.set(f"signs/{self.me}", json.dumps([now, _Mine.step, doing.what, doing.ranks, doing.since]))
+                if doing.ranks is not None and now - doing.since > self.timeout:
+                    self._give_up(doing, now)
+            except Exception:  # the store has gone, and with it whoever held it: the main thread will meet that itself
+                return
+            if self._over.wait(self.every):
+                return
+
+    def _give_up(self, doing: _Doing, now: float) -> None:
+        if self.store.add("signs/told", 1) == 1:  # one rank speaks for all
+            print(f"error: {told(self.me, doing, _Mine.step, self._all(), now, self.timeout)}", file=sys.stderr)
+            sys.stderr.flush()
+        else:
+            time.sleep(self.every)  # its words first
+        os._exit(EXIT)
+
+    def _all(self) -> list[list[Any] | None]:
+        keys = [f"signs/{rank}" for rank in range(self.n)]
+        return [json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys]
+
+
+def told(me: int, doing: _Doing, step: int, others: list[list[Any] | None], now: float, timeout: float) -> str:
+    """In words, from what every rank last said (when, step, doing, waiting for, since when)."""
+    silent, busy = [], []
+    for rank, said in enumerate(others):
+        if rank == me:
+            continue
+        if said is None:
+            silent.append(f"rank {rank} never gave a sign of life")
+        elif now - said[0] > max(timeout / 2, 15.0 if timeout > 60 else 0.0):
+            silent.append(f"rank {rank} has given no sign of life for {now - said[0]:.0f} s, last in {_place(said)}")
+        elif said[3] is None:
+            busy.append(f"rank {rank} has been in {_place(said)} for {now - said[4]:.0f} s")
+    whom = _ranks(doing.ranks or [], me)
+    words = f"rank {me} has waited {now - doing.since:.0f} s for {doing.what} of {whom} in step {step}"
+    found = silent or busy
+    if found:
+        words += "; " + "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
+    else:
+        waits = [f"rank {r} for {said[2]} of {_ranks(said[3], r)}" for r, said in enumerate(others) if said and r != me]
+        words += "; all others wait, too: " + "; ".join(waits[:4]) + (" ..." if len(waits) > 4 else "")
+    return words + ". Ending, so that the run can start again from its last checkpoint ([layout] timeout says how long)"
+
+
+def _place(said: list[Any]) -> str:
+    _, step, what, ranks, _ = said
+    return f"step {step} ({what if ranks is None else 'waiting for ' + what})"
+
+
+def _ranks(ranks: Sequence[int], me: int) -> str:
+    others = [rank for rank in ranks if rank != me]
+    shown = ", ".join(map(str, others[:4])) + (" ..." if len(others) > 4 else "")
+    return f"rank {shown}" if len(others) == 1 else f"ranks {shown}"

@@ -1,0 +1,144 @@
+"""What a stage that trains needs on one process and on many alike: a network, its trainer, its figures, its export.
+
+A stage asks for its network with `fresh` or `read`, gets a model or this rank's `Part` of one, and hands it to
+`trainer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bessemer.data.foreign_tokenizer import load_tokenizer
+from bessemer.errors import UserError
+from bessemer.model import hub
+from bessemer.model.config import ModelConfig
+from bessemer.model.foreign import is_foreign
+from bessemer.model.transformer import Transformer
+from bessemer.parallel import mesh, schedules
+from bessemer.parallel.part import Part, assemble
+from bessemer.parallel.ranks import Ranks
+from bessemer.recipe import modelling
+from bessemer.recipe.stage import StageContext
+from bessemer.train import consolidate, heldout
+from bessemer.train.across import Across
+from bessemer.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from bessemer.data.batch import Batch
+    from bessemer.recipe.schema import Layout as Wanted
+    from bessemer.recipe.schema import Recipe
+
+
+def fresh(ctx: StageContext, cfg: ModelConfig) -> Transformer | Part:
+    """A network of random weights, equal however many ranks there are."""
+    if ctx.ranks is None:
+        return Transformer(cfg).initialise(ctx.seed).to(modelling.device())
+    return Part.fresh(cfg, *_mesh(ctx, cfg), ctx.seed, ctx.ranks.device)
+
+
+def read(ctx: StageContext, folder: Path) -> tuple[Any, Any]:
+    """(network, tokenizer) of a model directory; on many ranks one of ours, of which each reads its part."""
+    if ctx.ranks is None:
+        return modelling.load_model(folder)
+    if is_foreign(folder):
+        raise UserError(
+            f'stage "{ctx.name}": {folder} is not of the DeepSeek V3 family; such a model is trained by one process'
+        )
+    return Part.read(folder, *_mesh(ctx, hub.read_config(folder)), ctx.ranks.device), load_tokenizer(folder)
+
+
+def model_of(network: Transformer | Part) -> Any:
+    """The module that holds the parameters."""
+    return network if isinstance(network, torch.nn.Module) else network.model
+
+
+def trainer(network: Any, *arguments: Any, **options: Any) -> Trainer:
+    """`Trainer`, or `Across` for a part."""
+    if isinstance(network, torch.nn.Module):
+        return Trainer(network, *arguments, **options)
+    return Across(network, *arguments, **options)
+
+
+def nats(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
+    """(cross entropy, loss tokens) of held-out batches, sums."""
+    if not isinstance(trainer, Across):
+        return heldout.nats(trainer.model, batches)
+    return heldout.nats_across(trainer.part, batches)
+
+
+def whole(ctx: StageContext, trainer: Trainer) -> Transformer | None:
+    """The whole network to draw samples from, on the process that leads; None elsewhere. All ranks call it."""
+    if not isinstance(trainer, Across):
+        return trainer.model
+    layout = trainer.mesh.layout
+    if layout.pp == layout.ep == 1:
+        return trainer.model if ctx.leads else None
+    into = None
+    if ctx.leads:
+        into = Transformer(trainer.mesh.cfg).to(ctx.ranks.device).to_compute(trainer.settings.compute_dtype)
+    assemble(trainer.part, into)
+    return into
+
+
+def save(ctx: StageContext, trainer: Trainer, tokenizer_dir: Path, name: str = "model", kind: str = "model") -> None:
+    """Writes the trained network into the stage's folder; `kind` "ema": its moving average. On many ranks from the last
+    checkpoint, a tensor at a time; the others need not wait."""
+    if isinstance(trainer, Across):
+        trainer.save()
+        trainer.finish()
+        if ctx.leads:
+            last = trainer.state_dir / f"step-{trainer.step:08d}"
+            consolidate.export(
+                last, trainer.mesh.cfg, ctx.dir / name, kind=kind, dtype=trainer.settings.compute_dtype,
+                tokenizer_dir=tokenizer_dir,
+            )  # fmt: skip
+    elif kind == "ema":
+        with trainer.optimizer.averaged():
+            trainer.model.save(ctx.dir / name, tokenizer_dir=tokenizer_dir)
+    else:
+        trainer.model.save(ctx.dir / name, tokenizer_dir=tokenizer_dir)
+
+
+def check(
+    recipe: Recipe, stage: str, rows: Iterable[float], cfg: ModelConfig | None = None, n: int | None = None
+) -> None:
+    """UserError, before anything runs, if the recipe's layout does not fit this model or n ranks (None: those that were
+    started), or if a step of so few rows does not fill its pipelines."""
+    wanted = recipe.layout
+    n = n or (Ranks.wanted() if Ranks.started() else wanted.fewest)
+    if n == wanted.fewest == 1:
+        return
+    layout, schedule, slices = layout_of(wanted, n)
+    if cfg is not None:
+        mesh.check(layout, cfg, n, slices)
+    least, lots = schedules.micro_batches(schedule, layout.pp, 1), layout.dp * layout.ep
+    if min(rows) < lots * least:
+        raise UserError(
+            f'stage "{stage}": a step of {min(rows):.0f} rows is too small for {layout}: {lots} pipelines side by side '
+            f"need {least} micro-batches each ({schedule} on {layout.pp} pipeline ranks), {lots * least} rows in all; "
+            "raise batch_rows, or take fewer ranks or another [layout] schedule"
+        )
+
+
+def layout_of(wanted: Wanted, n: int) -> tuple[mesh.Layout, str, int]:
+    """(layout of n ranks, schedule, slices that it gives every pipeline rank)."""
+    dp = wanted.dp if wanted.dp != "auto" else max(1, n // (wanted.pp * wanted.ep))
+    slices = schedules.stages_of(wanted.schedule, wanted.pp) // wanted.pp
+    return mesh.Layout(wanted.pp, dp, wanted.ep, wanted.node), wanted.schedule, slices
+
+
+def _named(schedule: str, pp: int) -> str:
+    if schedule != "auto":
+        return schedule
+    return "1f1b" if pp % 2 else f"dualpipe, 1f1b for steps of fewer than {2 * pp} micro-batches"
+
+
+def _mesh(ctx: StageContext, cfg: ModelConfig) -> tuple[mesh.Mesh, str]:
+    layout, schedule, slices = layout_of(ctx.recipe.layout, ctx.ranks.n)
+    made = mesh.Mesh(layout, cfg, slices)
+    ctx.say(f"{mesh.drawn(layout)}\nschedule: {_named(schedule, layout.pp)}")
+    return made, schedule

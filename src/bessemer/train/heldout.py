@@ -1,0 +1,54 @@
+"""Cross entropy on held-out batches: on one process, and through a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from bessemer.train.loss import cross_entropy
+
+if TYPE_CHECKING:
+    from bessemer.data.batch import Batch
+    from bessemer.parallel.part import Part
+
+
+@torch.no_grad()
+def nats(model: Any, batches: Sequence[Batch]) -> tuple[float, float]:
+    """(cross entropy in nats, loss tokens), sums."""
+    training = model.training
+    model.eval()
+    total, tokens = 0.0, 0.0
+    for batch in batches:
+        batch = batch.to(model.head_weight.device)
+        out = model.train_outputs(batch.tokens_BT, mtp=False)
+        total += _nats(out.hidden_BTD, model.head_weight, batch)
+        tokens += float(batch.loss_BT.sum())
+    model.train(training)
+    return total, tokens
+
+
+@torch.no_grad()
+def nats_across(part: Part, batches: Sequence[Batch]) -> tuple[float, float]:
+    """The same over all ranks, which give the same batches and deal them out."""
+    from bessemer.parallel.forward import forward
+
+    part.model.eval()
+    mine = list(batches[part.lot :: part.lots])
+    n = -(-len(batches) // part.lots)
+    mine += [batches[0].as_filler()] * (n - len(mine))
+    mine = [batch.to(part.device) for batch in mine]
+    sums = torch.zeros(2, dtype=torch.float64, device=part.device)
+    for out, batch in zip(forward(part, [(batch.tokens_BT, None) for batch in mine]), mine, strict=True):
+        if out is not None:
+            sums[0] += _nats(out.hidden_BTD, part.model.head.weight, batch)
+            sums[1] += batch.loss_BT.sum()
+    dist.all_reduce(sums)
+    part.model.train()
+    return tuple(sums.tolist())
+
+
+def _nats(hidden_BTD: torch.Tensor, weight_VD: torch.Tensor, batch: Batch) -> float:
+    return float(cross_entropy(hidden_BTD[:, :-1], weight_VD, batch.tokens_BT[:, 1:], batch.loss_BT[:, 1:]))

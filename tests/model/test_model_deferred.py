@@ -1,0 +1,178 @@
+"""Backward in two parts, I and W: the bits of one, each product once, and nothing kept between them that W can do
+without."""
+
+from collections import Counter
+
+import pytest
+import torch
+from model_cases import V2, random_model, tiny, tokens
+from torch.autograd.profiler import profile
+
+from bessemer.data.batch import Batch
+from bessemer.model.deferred import Store
+from bessemer.model.presets import preset
+from bessemer.model.transformer import Transformer
+from bessemer.precision import backends
+from bessemer.precision.fp8_linear import PAPER
+from bessemer.train.objective import next_token
+from bessemer.train.optim import Optimizer
+
+KINDS = {"float32": (torch.float32, None), "bf16": (torch.bfloat16, None), "fp8": (torch.float32, PAPER),
+         "fp8-bf16": (torch.bfloat16, PAPER)}  # fmt: skip
+
+
+def trained(cfg, dtype, recipe):
+    """A model with its gradients in float32 vectors, as in training, and its store."""
+    model = random_model(cfg).set_fp8(recipe)
+    model.train()
+    for parameter in model.parameters():
+        parameter.grad = None
+    Optimizer(model, compute_dtype=dtype)
+    store = Store()
+    return model, store
+
+
+def loss_of(model, number, rows=2, length=20):
+    weight = torch.ones(rows, length)
+    weight[:, 0] = 0
+    data = Batch(tokens(model.cfg, rows, length, seed=number), weight, None)
+    return next_token(model, data, mtp_lambda=0.3, balance_alpha=1e-3).total
+
+
+@pytest.mark.parametrize("shape", ["v3", "v2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_i_and_w_have_the_bits_of_b(kind, shape):
+    cfg = tiny(**(V2 if shape == "v2" else {}))
+    whole, _ = trained(cfg, *KINDS[kind])
+    parts, store = trained(cfg, *KINDS[kind])
+    store.serve(parts)
+    for number in range(2):
+        loss_of(whole, number).backward()
+        loss = loss_of(parts, number)
+        with store.open(number):
+            loss.backward()
+    for name, parameter in parts.named_parameters():
+        matrix = parameter.dim() > 1 and "gate" not in name and name not in ("embed.weight", "head.weight")
+        assert bool(parameter.grad.any()) is not matrix, f"{name}: the matrices wait, and nothing else does"
+    for number in range(2):
+        store.run(number)
+    assert not len(store)
+    for (name, wanted), found in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        assert torch.equal(wanted.grad, found.grad), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closed_store_changes_nothing(kind):
+    cfg = tiny()
+    (plain, _), (served, store) = trained(cfg, *KINDS[kind]), trained(cfg, *KINDS[kind])
+    store.serve(served)
+    for model in (plain, served):
+        loss_of(model, 0).backward()
+    assert not len(store)
+    for (name, wanted), found in zip(plain.named_parameters(), served.parameters(), strict=True):
+        assert torch.equal(wanted.grad, found.grad), name
+
+
+def test_without_gradients_there_before():
+    model, store = random_model(tiny()), Store()
+    model.train()
+    store.serve(model)
+    for parameter in model.parameters():
+        parameter.grad = None
+    with store.open("only"):
+        loss_of(model, 0).backward()
+    store.run("only")
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
+
+
+def counting(real, name, counted):
+    def function(*arguments, **named):
+        counted[name] += 1
+        return real(*arguments, **named)
+
+    return function
+
+
+def products(function, monkeypatch):
+    """GEMMs, by the operation that did them, while function ran."""
+    counted = Counter()
+    with monkeypatch.context() as patch:
+        for name in ("gemm", "grouped_gemm", "grouped_wgrad"):
+            patch.setattr(backends, name, counting(getattr(backends, name), name, counted))
+        with profile(use_cpu=True) as profiler:
+            function()
+    if not counted:  # in FP8 how many a backend needs is its own affair
+        counted["mm"] = sum(event.name() in ("aten::mm", "aten::addmm") for event in profiler.kineto_results.events())
+    return counted
+
+
+@pytest.mark.parametrize("kind", ["float32", "fp8"])
+def test_every_product_is_made_once(kind, monkeypatch):
+    """I + W make as many as B, W one for each matrix: nothing is gone through twice."""
+    cfg = tiny()
+    model, store = trained(cfg, *KINDS[kind])
+    store.serve(model)
+    loss = loss_of(model, 0)
+    whole = products(loss.backward, monkeypatch)
+
+    def inputs():
+        with store.open(0):
+            loss.backward()
+
+    loss = loss_of(model, 0)
+    first, second = products(inputs, monkeypatch), products(lambda: store.run(0), monkeypatch)
+    assert first + second == whole
+    layers = [*model.layers, *(module.layer for module in model.mtp)]
+    if kind == "fp8":  # 5 of attention, 2 of the dense FFN or the shared expert; 2 of routed experts, grouped
+        assert second["gemm"] == 7 * len(layers)
+        assert second["grouped_wgrad"] == 2 * sum(not layer.dense for layer in layers)
+        assert first["grouped_wgrad"] == 0
+    else:
+        used = sum(int((layer.ffn.gate.load_E > 0).sum()) for layer in layers if not layer.dense)
+        assert second["mm"] == 7 * len(layers) + len(model.mtp) + 2 * used
+
+
+def live_bytes(function):
+    """Allocated and not freed while function ran, as torch's allocator reports it; what it returns lives to its end."""
+    with profile(use_cpu=True, profile_memory=True) as profiler:
+        alive = function()  # noqa: F841
+    return sum(event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+def read_by_gradients(cfg, tokens):
+    """Elements of the inputs and output gradients of all matrices, for one micro-batch; what two matrices read is held
+    once."""
+    latents = cfg.q_lora_rank + cfg.kv_lora_rank
+    heads = cfg.n_heads * (cfg.qk_head_dim + cfg.qk_nope_head_dim + 2 * cfg.v_head_dim)
+    attention = 2 * cfg.dim + 2 * latents + cfg.qk_rope_head_dim + heads
+
+    def swiglu(inner):
+        return 2 * cfg.dim + 3 * inner
+
+    sparse = swiglu(cfg.n_shared_experts * cfg.moe_inter_dim) + cfg.n_activated_experts * swiglu(cfg.moe_inter_dim)
+    dense = cfg.n_dense_layers
+    layers = (cfg.n_layers + cfg.n_mtp) * attention + dense * swiglu(cfg.inter_dim)
+    return tokens * (layers + (cfg.n_layers + cfg.n_mtp - dense) * sparse + cfg.n_mtp * 3 * cfg.dim)
+
+
+def test_what_waits_holds_what_its_gradients_read():
+    """After I: in BF16 an input and an output gradient of every matrix, in FP8 about half of that; after W nothing."""
+    cfg, held = preset("tiny"), {}
+    for kind in ("bf16", "fp8-bf16"):
+        dtype, recipe = KINDS[kind]
+        model = Transformer(cfg).initialise(0).set_fp8(recipe)
+        model.train()
+        Optimizer(model, compute_dtype=dtype)
+        store = Store()
+        store.serve(model)
+        model.rope_table(128)
+
+        def inputs(model=model, store=store):
+            loss = loss_of(model, 0, rows=4, length=128)
+            with store.open(0):
+                loss.backward()
+
+        held[kind] = live_bytes(inputs)
+        assert live_bytes(lambda store=store: store.run(0)) == pytest.approx(-held[kind], rel=0.01)
+    assert held["bf16"] == pytest.approx(2 * read_by_gradients(cfg, 4 * 128), rel=0.05)
+    assert held["fp8-bf16"] < 0.6 * held["bf16"]

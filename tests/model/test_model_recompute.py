@@ -1,0 +1,117 @@
+"""Phases made again in backward: the same bits, fewer bytes."""
+
+import pytest
+import torch
+from model_cases import random_model, tiny, tokens
+from torch.autograd.profiler import profile
+
+from bessemer.data.batch import Batch
+from bessemer.errors import UserError
+from bessemer.model.deferred import Store
+from bessemer.model.kept import kept_bytes
+from bessemer.model.presets import preset
+from bessemer.model.recompute import PHASES
+from bessemer.model.transformer import Transformer
+from bessemer.parallel.chunk import Chunk
+from bessemer.parallel.stage import Slice
+from bessemer.parallel.streams import Serial
+from bessemer.precision.fp8_linear import PAPER
+from bessemer.train import balance
+from bessemer.train.objective import next_token
+
+TERMS = {"mtp_lambda": 0.3, "balance_alpha": 1e-3}
+
+
+def in_training(phases, dtype=torch.float32, cfg=None):
+    model = random_model(cfg or tiny()).to_compute(dtype).set_recompute(phases)
+    model.train()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return model
+
+
+def batch(cfg, rows=2, length=20):
+    weight = torch.ones(rows, length)
+    weight[:, 0] = 0
+    return Batch(tokens(cfg, rows, length), weight, None)
+
+
+def gradients(model):
+    with balance.counted_once(model.gates()):
+        next_token(model, batch(model.cfg), **TERMS).total.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def in_phases(model):
+    """The whole network as a pipeline's only stage, weight gradients afterwards."""
+    part, store, data = Slice(model, 0, 1), Store(), batch(model.cfg)
+    store.serve(part)
+
+    def phases():
+        out = yield from part.phases(data.tokens_BT, data.tokens_BT)
+        return None, next_token.of(out, model.head.weight, data, **TERMS).total
+
+    chunk = Chunk(phases(), Serial())
+    list(chunk.forward())
+    with balance.counted_once(model.gates()):
+        list(chunk.backward(None, lambda: store.open(0)))
+    store.run(0)
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("phases", [*((phase,) for phase in PHASES), PHASES], ids="-".join)
+def test_same_bits_and_tokens_counted_once(phases, dtype):
+    plain, again = in_training((), dtype), in_training(phases, dtype)
+    wanted, found = gradients(plain), gradients(again)
+    assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
+    for name, gate in plain.gates().items():
+        assert torch.equal(gate.load_E, again.gates()[name].load_E)
+
+
+def test_same_bits_in_a_pipeline_with_weight_gradients_later():
+    wanted, again = in_phases(in_training(())), in_training(PHASES)
+    found = in_phases(again)
+    assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
+    assert all(gate.load_E.sum() > 0 for gate in again.gates().values())
+
+
+def live_bytes(function):
+    with profile(use_cpu=True, profile_memory=True) as profiler:
+        alive = function()  # noqa: F841
+    return sum(event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fewer_bytes_are_kept(dtype):
+    """Each phase by itself keeps less, all of them least: the residual stream and rows on their way. As computed,
+    within 2 %."""
+    cfg, kept = preset("tiny"), {}
+    data = batch(cfg, rows=4, length=128)
+    for phases in ((), *((phase,) for phase in PHASES), PHASES):
+        model = Transformer(cfg).initialise(0).to_compute(dtype).set_recompute(phases)
+        model.train()
+        model.rope_table(128)
+        kept[phases] = live_bytes(lambda model=model: next_token(model, data, **TERMS))
+        wanted = kept_bytes(cfg, 4, 128, fp8=False, number_bytes=dtype.itemsize, recompute=phases)
+        assert kept[phases] == pytest.approx(wanted, rel=0.02), phases
+    assert all(kept[(phase,)] < 0.97 * kept[()] for phase in PHASES)
+    assert kept[PHASES] < 0.35 * kept[()]
+
+
+def test_in_eval_mode_and_without_gradients_nothing_is_kept_or_repeated():
+    model = in_training(PHASES)
+    with torch.no_grad():
+        training = model.hidden(batch(model.cfg).tokens_BT)
+    assert torch.equal(training, model.eval().hidden(batch(model.cfg).tokens_BT))
+
+
+def test_what_cannot_be_is_refused():
+    model = in_training(())
+    with pytest.raises(UserError, match='phase "combine" cannot be made again in backward; choose from attend, exp'):
+        model.set_recompute(["attend", "combine"])
+    with pytest.raises(UserError, match="by itself"):
+        in_training(()).set_fp8(PAPER).set_recompute(["attend"])
+    with pytest.raises(UserError, match="by itself"):
+        in_training(["attend"]).set_fp8(PAPER)
+    assert in_training(()).set_fp8(PAPER).set_recompute(()).layers[0].recompute == frozenset()
