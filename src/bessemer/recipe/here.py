@@ -7,6 +7,7 @@ measured stages stand beside the planned ones.
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,12 +118,13 @@ def _training(model: Transformer, settings: Any, length: int, seconds: float) ->
         trainer.update(_batch(size, length, model) for size in sizes)
 
     def steps(least: int, seconds: float) -> float:
-        """Seconds of one."""
-        done, began = 0, time.monotonic()
-        while done < least or time.monotonic() - began < seconds:
+        """Seconds of one, in the median: other work on the machine comes in bursts."""
+        taken: list[float] = []
+        while len(taken) < least or sum(taken) < seconds:
+            began = time.monotonic()
             step()
-            done += 1
-        return (time.monotonic() - began) / done
+            taken.append(time.monotonic() - began)
+        return statistics.median(taken)
 
     steps(1, seconds / 3)
     return rows * length / steps(2, seconds)
