@@ -250,6 +250,8 @@ def test_plan_on_the_command_line(call, tmp_path):
 
 def test_a_recipe_on_a_cluster(call, tmp_path):
     facts = json.loads(call(ROOT / "recipes/tiny.toml", "--cluster", "2xH100", "--json").out)
+    said = call(ROOT / "recipes/tiny.toml", "--cluster", "1xH100", "--set", "precision=bf16").out
+    assert "RL stage zero" in said and "served from units of" in said and "1,024" not in said.splitlines()[0]
     assert facts["tokens"] == 3_200_000 and facts["rl"][0]["stage"] == "zero" and facts["considered"] > 10
 
 

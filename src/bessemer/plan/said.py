@@ -23,12 +23,25 @@ def amount(value: float) -> str:
     return f"{value:.4g}"
 
 
+def hours(value: float) -> str:
+    """2430164.9 -> 2,430,165 GPU hours; 0.0066 -> 0.0066 GPU hours."""
+    return f"{value:,.0f} GPU hours" if value >= 100 else f"{value:.3g} GPU hours"
+
+
+def duration(days: float) -> str:
+    """In the unit that suits it."""
+    for unit, size in (("days", 1.0), ("hours", 1 / 24), ("minutes", 1 / 1440)):
+        if days >= size:
+            return f"{days / size:.1f} {unit}"
+    return f"{86400 * days:.2g} seconds"
+
+
 def described(
     name: str, plan: Plan, ideas: Mapping[str, Any], rl: Sequence[Mapping[str, Any]] = (),
     serving: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
     """All of it; `ideas`, `rl` and `serving` as their modules give them."""
-    parts = [_run(name, plan), _step(plan), _memory(plan), _worth(plan, ideas), *([_rl(stage)] for stage in rl)]
+    parts = [_run(name, plan), _step(plan), _memory(plan), _worth(plan, ideas), *(_rl(stage) for stage in rl)]
     parts += [_served(serving), ["assumed", *(f"  {text}" for text in assumptions(plan))]]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
@@ -44,8 +57,8 @@ def _run(name: str, plan: Plan) -> list[str]:
     if plan.tokens:
         usd = "" if plan.usd is None else f", ${amount(plan.usd)}"
         lines.append(
-            f"{plan.gpu_hours / 1e3:,.1f} thousand GPU hours ({plan.hours_per_trillion / 1e3:,.1f} a trillion tokens), "
-            f"{plan.days:.1f} days{usd}"
+            f"{hours(plan.gpu_hours)} ({plan.hours_per_trillion / 1e3:,.1f} thousand a trillion tokens), "
+            f"{duration(plan.days)}{usd}"
         )
     eight = "" if device.fp8 is None else f", of the FP8 peak {100 * plan.mfu(device.fp8):.1f} %"
     lines.append(
@@ -83,8 +96,8 @@ def _worth(plan: Plan, ideas: Mapping[str, Any]) -> list[str]:
             continue
         held = worth.get("memory_gib", 0.0)
         over = f"  but {held:.0f} GiB do not fit" if held * GIB > plan.setup.device.room else ""
-        hours = worth["gpu_hours_per_trillion_tokens"] / 1e3
-        lines.append(f"  {idea:<48}{hours:9.1f}  x {worth['factor']:.3f}{over}")
+        thousands = worth["gpu_hours_per_trillion_tokens"] / 1e3
+        lines.append(f"  {idea:<48}{thousands:9.1f}  x {worth['factor']:.3f}{over}")
     if "MLA" in ideas:
         ratio = plan.setup.shape.without_mla().kv_bytes() / plan.setup.shape.kv_bytes()
         lines.append(f"  without MLA a token's cache is {ratio:.0f} x as large, which serving pays for")
@@ -93,9 +106,9 @@ def _worth(plan: Plan, ideas: Mapping[str, Any]) -> list[str]:
 
 def _rl(stage: Mapping[str, Any]) -> list[str]:
     return [
-        f"RL stage {stage['stage']}: {stage['gpu_hours']:,.0f} GPU hours, {stage['days']:.1f} days; a rollout "
-        f"{stage['sampling_seconds']:.0f} s of sampling (waits for {stage['bound']}) and "
-        f"{stage['updating_seconds']:.0f} s of updates"
+        f"RL stage {stage['stage']}: {hours(stage['gpu_hours'])}, {duration(stage['days'])}; a rollout "
+        f"{stage['sampling_seconds']:.3g} s of sampling (waits for {stage['bound']}) and "
+        f"{stage['updating_seconds']:.3g} s of updates"
     ]
 
 

@@ -43,7 +43,7 @@ def of_recipe(recipe: Recipe, settings: Any, cfg: ModelConfig) -> Wanted:
     corpus = next((stage for stage in recipe.stages if stage.kind == "corpus"), None)
     return Wanted(
         **layout, tokens=float(settings.tokens), batch=tuple(map(tuple, settings.batch_rows.plain())),
-        seq=cfg.max_seq_len if corpus is None else corpus.row_length,
+        seq=cfg.max_seq_len if corpus is None else corpus.row_length, micro_rows=settings.micro_rows,
         precision="fp8" if settings.fp8 != "off" else "bf16", mtp=int(any(settings.mtp_lambda.values)),
     )  # fmt: skip
 
