@@ -63,6 +63,7 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
     from bessemer.recipe import modelling
     from bessemer.recipe.policy.estimate import GroupEstimator
     from bessemer.recipe.policy.reference import Reference
+    from bessemer.recipe.spread import Whole
     from bessemer.rl import rollout
     from bessemer.rl.objective import GRPO
     from bessemer.rl.reward import Reward
@@ -80,7 +81,7 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
                  weight_decay=0.0, workers=workers),
     )  # fmt: skip
     engine, estimator, reward = Engine(model, tokenizer, workers), GroupEstimator(True), Reward()
-    reference = Reference(trainer, workers, 10**9, 1.0)
+    reference = Reference(trainer, Whole(trainer), workers, 10**9, 1.0)
     rows = args.prompts * SAMPLES
 
     def step(number: int) -> float:

@@ -121,7 +121,10 @@ def arm(args: argparse.Namespace) -> dict:
         )  # fmt: skip
         loop = Loop(recipe.stage("arm"), ctx, {})
         loop.run()
-    held = {"policy": held_bytes(loop.trainer), "reference": sum(nbytes(t) for t in loop.model.state_dict().values())}
+    held = {
+        "policy": held_bytes(loop.trainer),
+        "reference": sum(nbytes(t) for t in loop.policy.model.state_dict().values()),
+    }
     if isinstance(loop.estimator, CriticEstimator):
         held["critic"] = held_bytes(loop.estimator.trainer)
     return {

@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
+    from bessemer.recipe import modelling
     from bessemer.recipe.metrics import Metrics, StageMetrics
     from bessemer.recipe.policy import loop
     from bessemer.recipe.progress import RunProgress
@@ -80,7 +81,7 @@ def main() -> None:
 
     recipe = Recipe.load(Path(__file__).parent.parent / "recipes" / "tiny.toml", ["zero.ahead=1"])
     timed = Timed()
-    loop.modelling.workers = lambda: timed
+    modelling.workers = lambda: timed
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         metrics = StageMetrics(Metrics(Path(folder) / "metrics.jsonl"), "zero")
@@ -88,7 +89,7 @@ def main() -> None:
                            RunProgress({}).begin("zero"), StopFlag())  # fmt: skip
         run = loop.Loop(recipe.stage("zero"), ctx, {})
         run.trainer.start()
-        run.reference = loop.Reference(run.trainer, timed, recipe.stage("zero").reference_every, 1.0)
+        run.reference = loop.Reference(run.trainer, run.policy, timed, recipe.stage("zero").reference_every, 1.0)
         take = run.ahead.take
         for number in range(args.rollouts):
             drawn, sample_one, sample_two = phase(timed, lambda n=number: take(n))

@@ -12,6 +12,7 @@ import torch
 
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
+from bessemer.recipe import modelling
 from bessemer.recipe.metrics import StageMetrics
 from bessemer.recipe.policy import loop
 from bessemer.recipe.policy.gap import Gap
@@ -20,6 +21,7 @@ from bessemer.recipe.stages.rl import RL
 from bessemer.rl import rollout
 from bessemer.rl.objective import GRPO
 from bessemer.train import checkpoint
+from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
 COIN = 'reward="random"'
@@ -36,7 +38,7 @@ def base(tmp_path_factory):
 def whole(base, tmp_path_factory):
     stage = rl_stage.Stage(base, tmp_path_factory.mktemp("whole") / "run", *ALL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.modelling, "workers", lambda: Workers(1))
+        patch.setattr(modelling, "workers", lambda: Workers(1))
         stage.run()
     return stage
 
@@ -80,7 +82,7 @@ def test_a_rollout_ahead_is_the_next_one_of_the_policy_before(base, whole, tmp_p
 def test_pi_old_is_the_trainer_s_and_the_first_ratio_one(base, tmp_path, monkeypatch):
     """With a correction the clip is about the updates alone: at the first of them pi is pi_old, bit for bit nearly."""
     ratios, seen = [], []
-    update = loop.Trainer.update
+    update = Trainer.update
 
     def watched(self, batches):
         values = update(self, batches)
@@ -88,7 +90,7 @@ def test_pi_old_is_the_trainer_s_and_the_first_ratio_one(base, tmp_path, monkeyp
         seen.extend(batches)
         return values
 
-    monkeypatch.setattr(loop.Trainer, "update", watched)
+    monkeypatch.setattr(Trainer, "update", watched)
     rl_stage.Stage(base, tmp_path / "run", *ALL, "rollouts=2").run()
     assert ratios[0] == ratios[2] == pytest.approx(1.0, abs=1e-5) and abs(ratios[3] - 1) > 1e-4
     log_ratios = [batch.extras["old_logp_BT"] - batch.extras["sampler_logp_BT"] for batch in seen]
@@ -135,7 +137,7 @@ def test_killed_twice_it_ends_the_same_bit_for_bit(whole, base, tmp_path):
 
 
 def test_it_ends_the_same_on_one_process_and_on_two(whole, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.modelling, "workers", lambda: Workers(2))
+    monkeypatch.setattr(modelling, "workers", lambda: Workers(2))
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL)
     stage.run()
     assert leaves(stage) == leaves(whole)
@@ -167,7 +169,7 @@ def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_pa
             loss = super().__call__(model, batch)
             return replace(loss, total=loss.total * (math.nan if 4 <= next(calls) < 10 else 1.0))
 
-    monkeypatch.setattr(loop.modelling, "workers", lambda: Workers(1))
+    monkeypatch.setattr(modelling, "workers", lambda: Workers(1))
     monkeypatch.setattr(loop, "GRPO", Sick)
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "save_seconds=99", "micro_tokens=9000", "rollouts=6",
                            "updates_per_rollout=4")  # fmt: skip
@@ -198,6 +200,6 @@ def test_what_cannot_take_effect_is_refused(base, tmp_path, changes, complaint):
 
 def test_a_dense_model_has_no_routing_to_replay(base, tmp_path):
     stage = rl_stage.Stage(base, tmp_path / "run", "routing_replay=true")
-    dense = Transformer(stage.loop().model.cfg.model_copy(update={"n_dense_layers": 2, "n_mtp": 0}))
+    dense = Transformer(stage.loop().policy.model.cfg.model_copy(update={"n_dense_layers": 2, "n_mtp": 0}))
     with pytest.raises(UserError, match="routing_replay has nothing to replay"):
         Gap(dense, Workers(1), stage.recipe.stage("zero"))

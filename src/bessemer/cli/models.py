@@ -28,7 +28,14 @@ class Scales(StrEnum):
 
 @app.command()
 def convert(
-    src: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face model directory.")],
+    src: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="A Hugging Face model directory, or a checkpoint of a training "
+            "(RUN/NN-STAGE/state/step-...), whatever layout wrote it.",
+        ),
+    ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="Where to write the new one.")],
     to: Annotated[Format, typer.Option("--to", help="hf: a directory; gguf: one file for llama.cpp.")] = Format.hf,
     mtp: Annotated[
@@ -46,6 +53,11 @@ def convert(
 ) -> None:
     """Rewrite a model directory: FP8 to plain and back, with or without MTP, another dtype, or as a GGUF file."""
     wanted = dtype.value if dtype else None
+    trained = (src / "manifest.json").is_file()
+    if trained and to is Format.gguf:
+        raise UserError(
+            f"{src} is a checkpoint of a training; convert it to a model directory first, then that to GGUF"
+        )
     if scales and not fp8:
         raise UserError("--scales: only FP8 matrices have scales; add --fp8 or leave it out")
     if to is Format.gguf:
@@ -56,10 +68,18 @@ def convert(
         from bessemer.model.gguf_writer import write
 
         write(src, dst, wanted)
+        print(dst)
+        return
+    how = {"mtp": mtp is not False, "dtype": wanted, "fp8": (scales or Scales.float32).value if fp8 else None}
+    if trained:
+        from bessemer.recipe.rundir import tokenizer_beside
+        from bessemer.train.consolidate import of_checkpoint
+
+        of_checkpoint(src, dst, tokenizer_dir=tokenizer_beside(src), **how)
     else:
         from bessemer.model.hub import convert as rewrite
 
-        rewrite(src, dst, mtp=mtp is not False, dtype=wanted, fp8=(scales or Scales.float32).value if fp8 else None)
+        rewrite(src, dst, **how)
     print(dst)
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 import bessemer
 from bessemer.errors import UserError
+from bessemer.parallel import signs
 from bessemer.parallel.signs import Watch
 
 PATIENCE = 0.1
@@ -86,6 +87,20 @@ class Ranks:
         found = torch.tensor(float(flag))
         dist.all_reduce(found, dist.ReduceOp.MAX, group=dist.group.WORLD)
         return bool(found)
+
+    def everyone(self, value: Any, what: str) -> list[Any]:
+        """Every rank's value on all of them. (Pickled: both ends are this very program.)"""
+        found: list[Any] = [None] * self.n
+        with signs.waiting(what, range(self.n)):
+            dist.all_gather_object(found, value)
+        return found
+
+    def from_first(self, make: Callable[[], Any], what: str) -> Any:
+        """What rank 0 makes, on all ranks."""
+        found = [make() if self.me == 0 else None]
+        with signs.waiting(what, range(self.n)):
+            dist.broadcast_object_list(found, 0)
+        return found[0]
 
     def order(self, what: dict[str, Any]) -> None:
         """Of rank 0, to all others."""

@@ -151,6 +151,13 @@ def model_dir(given: str | Path) -> Path:
     raise UserError(f"no model or run at {given}; {_runs()}")
 
 
+def tokenizer_beside(checkpoint: Path) -> Path | None:
+    """The tokenizer that belongs to a checkpoint RUN/NN-STAGE/state/step-...: its stage's, or the run's."""
+    stage = checkpoint.resolve().parents[1]
+    places = [stage / "state" / "tokenizer", stage / "model", *sorted(stage.parent.glob("*/tokenizer"))]
+    return next((place for place in places if (place / "tokenizer.json").is_file()), None)
+
+
 def writing_models(root: Path) -> list[tuple[str, Path]]:
     """(stage, folder) of every finished model that writes text; reward models do not."""
     found = []

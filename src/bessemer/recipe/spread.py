@@ -84,6 +84,23 @@ def whole(ctx: StageContext, trainer: Trainer) -> Transformer | None:
     return into
 
 
+class Whole:
+    """The whole network on every rank, beside the part of it that is trained there; on one process the very same."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.model, self._at = trainer, trainer.model, -1
+        self._copied = isinstance(trainer, Across) and (trainer.mesh.layout.pp, trainer.mesh.layout.ep) != (1, 1)
+        if self._copied:
+            self.model = Transformer(trainer.mesh.cfg).to(trainer.device).to_compute(trainer.settings.compute_dtype)
+            self.model.requires_grad_(False)
+
+    def refresh(self) -> None:
+        """Brings it to the weights of this moment; all ranks call it."""
+        if self._copied and self._at != self.trainer.rows:  # every update counts its rows
+            assemble(self.trainer.part, self.model)
+            self._at = self.trainer.rows
+
+
 def save(ctx: StageContext, trainer: Trainer, tokenizer_dir: Path, name: str = "model", kind: str = "model") -> None:
     """Writes the trained network into the stage's folder; `kind` "ema": its moving average. On many ranks from the last
     checkpoint, a tensor at a time; the others need not wait."""

@@ -157,6 +157,10 @@ class StageContext:
             return decide()
         return self.ranks.agree(decide() if self.leads else None)
 
+    def once(self, make: "Callable[[], Any]") -> Any:
+        """As `agree`, for anything that can be sent: one rank makes it, all have it."""
+        return make() if self.ranks is None else self.ranks.from_first(make, f"what rank 0 does in {self.name}")
+
     def interrupt(self) -> NoReturn:
         raise Interrupted(self.name)
 

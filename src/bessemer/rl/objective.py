@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.data.batch import Batch
+from bessemer.model.transformer import TrainOutputs
 from bessemer.rl import replay
 from bessemer.rl.surrogates import SURROGATES, k3
 from bessemer.train.logprob import token_logprobs
@@ -41,14 +42,25 @@ class GRPO:
     """0: the trainer divides by the sum of the weights. L > 0: by L per output whatever its length (Dr. GRPO)."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
-        tokens_BT, weight_BT = batch.tokens_BT[:, 1:], batch.loss_BT[:, 1:]
         out = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=False, **replay.arguments(batch))
+        return self.of(out, model.head_weight, batch)
+
+    def with_mtp(self) -> bool:
+        return False
+
+    def balance_alpha(self) -> float:
+        return 0.0
+
+    def names(self, depths: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return ("kl", "entropy", "clip_share", "ratio", "logp_gap", "sampler_kl"), ("logp_gap_max",)
+
+    def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch) -> Loss:
+        """For who computed the outputs otherwise (`Divided`)."""
+        tokens_BT, weight_BT = batch.tokens_BT[:, 1:], batch.loss_BT[:, 1:]
         # Only the positions that are trained on go through the head: prompts and padding cost nothing there.
         keep = weight_BT.flatten().nonzero().squeeze(1)
         hidden_ND = out.hidden_BTD[:, :-1].flatten(0, 1)[keep]
-        logp, entropy = token_logprobs(
-            hidden_ND, model.head_weight, tokens_BT.flatten()[keep], self.temperature, entropy=True
-        )
+        logp, entropy = token_logprobs(hidden_ND, weight_VD, tokens_BT.flatten()[keep], self.temperature, entropy=True)
 
         def extra(name: str) -> Tensor:
             return batch.extras[name][:, 1:].flatten()[keep]

@@ -81,6 +81,12 @@ class Across(Trainer):
         filled = [*batches, *[batches[0].as_filler()] * (lots * micro - len(batches))]
         return filled[lot * micro : (lot + 1) * micro]
 
+    def average(self, values: dict[str, float]) -> dict[str, float]:
+        if not values:
+            return values
+        mean = self._reduced([value / self.mesh.layout.world for value in values.values()], dist.ReduceOp.SUM)
+        return dict(zip(values, mean, strict=True))
+
     def _micro_batches(self) -> Iterable[Batch]:
         rows = self._rows_of_step()
         for mine in rows_of(rows, self.part.lots, self.part.lot, self.micro_batches(rows)):
@@ -141,11 +147,16 @@ class Across(Trainer):
             tokens * enters, rows * enters, self._wishes_to_stop(), self.mesh.me == 0 and self._by_time(),
             *last.values(),
         ]  # fmt: skip
+        links = sorted({hop.link for hop in self.part.exchange.hops}) if self.mesh.layout.ep > 1 else []
+        mine += [self.part.exchange.sent_bytes[link] for link in links]
+        self.part.exchange.sent_bytes.clear()
         total, divisor, tokens, rows, stop, due, *values = self._reduced(mine, dist.ReduceOp.SUM)
+        sent = values[len(values) - len(links) :]
         self._stopping, self._due = stop > 0, due > 0
         found = {}
         if divisor > 0:
-            found = {f"train/{name}": value / divisor for name, value in zip(self._sums, values, strict=True)}
+            found = {f"train/{name}": value / divisor for name, value in zip(self._sums, values, strict=False)}
+            found |= {f"moe/sent_bytes/{link}": n / tokens for link, n in zip(links, sent, strict=True)}
         if self._peaks:
             peaks = [max((float(loss.peaks[name]) for loss in self._found), default=-math.inf) for name in self._peaks]
             highest = self._reduced(peaks, dist.ReduceOp.MAX)

@@ -9,10 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bessemer.errors import UserError
 from bessemer.model import hub
 from bessemer.model.config import ModelConfig
 from bessemer.model.hub_names import Slot
 from bessemer.model.transformer import Transformer
+from bessemer.train.checkpoint import Damaged
 from bessemer.train.sharded import EXPERTS, Source
 
 
@@ -22,7 +24,25 @@ def export(
 ) -> None:  # fmt: skip
     """The masters of a checkpoint, or their moving average, rounded as a model of this compute dtype has them.
     `options` as in `hub.write`. Damaged for a file that is not as it was written."""
-    source = Source(checkpoint)
+    _export(Source(checkpoint), cfg, directory, kind, dtype, options)
+
+
+def of_checkpoint(checkpoint: Path, directory: Path, *, mtp: bool = True, **options: Any) -> None:
+    """The same of a checkpoint whose config is in it, as every stage's is: its float32 masters; `options` as in
+    `hub.write`. UserError if it is damaged, or none of a language model."""
+    try:
+        source = Source(checkpoint)
+        cfg = ModelConfig(**source.config)
+        _export(source, cfg if mtp else cfg.model_copy(update={"n_mtp": 0}), directory, "model", torch.float32, options)
+    except Damaged as damage:
+        raise UserError(f"checkpoint {checkpoint} is damaged ({damage}); take the one before it") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {checkpoint} is none of a language model: {str(error).splitlines()[0]}") from None
+
+
+def _export(
+    source: Source, cfg: ModelConfig, directory: Path, kind: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
     with torch.device("meta"):
         state = Transformer(cfg).to_compute(dtype).state_dict()
 

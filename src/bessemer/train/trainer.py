@@ -178,6 +178,10 @@ class Trainer:
         """Of a step's micro-batches those that this process computes: here all."""
         return batches
 
+    def average(self, values: dict[str, float]) -> dict[str, float]:
+        """Means over all processes of what each found on its own micro-batches."""
+        return values
+
     def update(self, micro_batches: Iterable[Batch]) -> dict[str, float]:
         """One optimizer step; returns what to log. A non-finite step is skipped and may roll the run back (`guard`)."""
         began = time.monotonic()

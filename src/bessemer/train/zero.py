@@ -125,10 +125,10 @@ class Zero1(Optimizer):
             for kind, share in group.kept().items():
                 whole = group.gathered(share)
                 for slot in group.slots:
-                    if self.mesh.pp > min(self.others(slot.name), default=self.mesh.pp):
-                        continue
+                    holders = sorted([self.mesh.pp, *self.others(slot.name)])
+                    number = holders.index(self.mesh.pp) * n + me
                     for name, piece in self._pieces(f"{kind}/{slot.name}", slot.of(whole)):
-                        if zlib.crc32(name.encode()) % n == me:
+                        if zlib.crc32(name.encode()) % (n * len(holders)) == number:
                             found[name] = piece.to("cpu", copy=True)
         return found
 

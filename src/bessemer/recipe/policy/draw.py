@@ -31,8 +31,10 @@ class Draw:
 
     def __init__(
         self, sampler: Sampler, encode: Callable[[tasks.Problem], list[int]], settings: RL.Settings, seed: int,
-        judges: dict[str, Judge],
+        judges: dict[str, Judge], once: Callable[[Callable[[], list[Group]]], list[Group]] = lambda make: make(),
     ) -> None:  # fmt: skip
+        """`once`: of many ranks that draw together one verifies and pays, for a verdict may depend on the clock."""
+        self.once = once
         self.sampler, self.encode, self.settings, self.seed, self.judges = sampler, encode, settings, seed, judges
         self.tasks = [tasks.get(name) for name in settings.tasks]
         self.general = [tasks.get(name) for name in settings.general_tasks]
@@ -83,9 +85,14 @@ class Draw:
             record_routing=settings.routing_replay,
         )  # fmt: skip
         yield answer
-        groups = rollout.verified(chosen, prompts, answer.take(), self.sampler.tokenizer.opening)
-        self.reward.pay(groups, cap, self.judges)
-        return groups
+        drawn = answer.take()
+
+        def paid() -> list[Group]:
+            groups = rollout.verified(chosen, prompts, drawn, self.sampler.tokenizer.opening)
+            self.reward.pay(groups, cap, self.judges)
+            return groups
+
+        return self.once(paid)
 
 
 class Coming:

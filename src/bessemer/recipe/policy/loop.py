@@ -22,7 +22,7 @@ from bessemer.data.batch import Batch
 from bessemer.data.chat import question_ids
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
-from bessemer.recipe import modelling
+from bessemer.recipe import spread
 from bessemer.recipe.policy import samplers
 from bessemer.recipe.policy.ahead import Ahead
 from bessemer.recipe.policy.draw import Draw
@@ -37,7 +37,7 @@ from bessemer.rl.objective import GRPO
 from bessemer.rl.reward import Judge
 from bessemer.train import speed
 from bessemer.train.settings import Settings as TrainSettings
-from bessemer.train.trainer import Trainer
+from bessemer.workers import Workers
 
 if TYPE_CHECKING:
     from bessemer.recipe.stages.rl import RL
@@ -51,23 +51,25 @@ class Loop:
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a stage with a model before it')
         speed.keep_memory()
-        self.model, self.tokenizer = modelling.load_model(ctx.source / "model")
-        self.workers = samplers.workers_beside(settings.rollout)
+        network, self.tokenizer = spread.read(ctx, ctx.source / "model")
+        self.workers = samplers.workers_beside(settings.rollout) if ctx.ranks is None else Workers(1)
         longest = round(max(settings.max_new_tokens.values))
         self.objective = GRPO(
             settings.clip_low, settings.clip_high, settings.kl, settings.temperature, settings.surrogate,
             longest if settings.normalise == "constant" else 0,
         )  # fmt: skip
-        self.trainer = Trainer(
-            self.model, self.objective, None, _train_settings(settings, self.workers), ctx.state,
-            stop=lambda: ctx.stop, config=self.model.cfg.model_dump(), warn=ctx.say,
+        self.trainer = spread.trainer(
+            network, self.objective, None, _train_settings(settings, self.workers), ctx.state,
+            stop=lambda: ctx.stop, config=spread.model_of(network).cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
-        self.sampler = samplers.make(settings, ctx, Engine(self.model, self.tokenizer, self.workers), self.trainer)
-        self.draw = Draw(self.sampler, self._encode, settings, ctx.seed, judges)
+        self.policy = spread.Whole(self.trainer)
+        engine = Engine(self.policy.model, self.tokenizer, self.workers)
+        self.sampler = samplers.make(settings, ctx, engine, self.trainer, self.policy.refresh)
+        self.draw = Draw(self.sampler, self._encode, settings, ctx.seed, judges, ctx.once)
         self.ahead = Ahead(self.draw, self.trainer, self._cap, settings.ahead, settings.rollouts)
-        self.gap = Gap(self.model, self.workers, settings)
+        self.gap = Gap(self.policy.model, self.workers, settings)
         self.watch = Watch(self.draw, self.trainer, ctx)
-        self.leave = Leave(settings.leaves, ctx.state)
+        self.leave = Leave(settings.leaves if ctx.leads else "nothing", ctx.state)
         self.reference: Reference | None = None
         self.estimator: Estimator = GroupEstimator(settings.scale_by_std)
 
@@ -95,7 +97,9 @@ class Loop:
         self.watch.begin()
         ctx.progress.total(settings.rollouts, "rollouts", done=first)
         if settings.kl > 0:
-            self.reference = Reference(trainer, self.workers, settings.reference_every, settings.temperature)
+            self.reference = Reference(
+                trainer, self.policy, self.workers, settings.reference_every, settings.temperature
+            )
         if settings.advantage == "critic":
             self.estimator = CriticEstimator(trainer, trainer.settings, settings, self.tokenizer.pad_id)
         if trainer.step == 0:
@@ -108,12 +112,13 @@ class Loop:
             if (number + 1) % settings.eval_every == 0 or number + 1 == settings.rollouts:
                 self.watch.evaluate(self._cap())
             self.ahead.settle(number + 1)
-            if ctx.stop:
+            if trainer.stop():
                 trainer.save()
+                trainer.finish()
                 ctx.interrupt()
             trainer.save_if_due()
         trainer.save()
-        self.model.save(ctx.dir / "model", tokenizer_dir=ctx.source / "model")
+        spread.save(ctx, trainer, ctx.source / "model")
         self.leave.finish(settings.rollouts, ctx.dir)
         done = {"steps": trainer.step}
         return done | {"accuracy": round(values["rl/accuracy"], 4)} if first < settings.rollouts else done
@@ -124,7 +129,8 @@ class Loop:
         self.leave.add(number, groups)
         self.estimator.fill(groups)
         lots = self._lots([sampled for group in groups for sampled in group], number)
-        gap = self.gap.close([batch for batches in lots for batch in batches])
+        self.policy.refresh()
+        gap = self.trainer.average(self.gap.close([batch for batches in lots for batch in batches]))
         updates = self._updates(lots)
         values = {**board.of_rollout(groups), "rl/cap": drawn.cap, **self.estimator.figures(), **gap}
         values |= {"rl/dead_groups": advantage.dead_groups(rollout.rewards(groups)), "rl/staleness": staleness}
@@ -144,7 +150,8 @@ class Loop:
         size = len(rows) // settings.updates_per_rollout
         lots = [[rows[i] for i in order[start : start + size]] for start in range(0, len(rows), size)]
         pad = self.tokenizer.pad_id
-        return [rollout.batches(lot, pad, settings.micro_tokens, settings.normalise) for lot in lots]
+        cut = [rollout.batches(lot, pad, settings.micro_tokens, settings.normalise) for lot in lots]
+        return [list(self.trainer.mine(batches)) for batches in cut]
 
     def _updates(self, lots: list[list[Batch]]) -> list[dict[str, float]]:
         """One inner epoch, an optimizer step for every lot."""

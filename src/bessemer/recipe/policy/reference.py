@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bessemer.data.batch import Batch
 from bessemer.recipe import modelling
+from bessemer.recipe.spread import Whole
 from bessemer.rl.objective import reference_logprobs
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
@@ -22,9 +23,11 @@ class Reference:
     """`fill(batches)` puts ref_logp_BT into every batch; `follow()` after each step keeps the reference what it should
     be."""
 
-    def __init__(self, trainer: Trainer, workers: Workers, every: int, temperature: float) -> None:
-        self.trainer, self.workers, self.every, self.temperature = trainer, workers, every, temperature
-        self.model = copy.deepcopy(trainer.model)
+    def __init__(self, trainer: Trainer, policy: Whole, workers: Workers, every: int, temperature: float) -> None:
+        self.trainer, self.policy, self.workers = trainer, policy, workers
+        self.every, self.temperature = every, temperature
+        policy.refresh()
+        self.model = copy.deepcopy(policy.model)
         self.model.eval().requires_grad_(False)
         workers.share([*self.model.parameters(), *self.model.buffers()])
         self.load()
@@ -38,14 +41,16 @@ class Reference:
         if self.trainer.step <= before:  # the guard went back to a checkpoint
             self.load()
         elif self.trainer.step % self.every == 0:
-            self.model.load_state_dict(self.trainer.model.state_dict())
+            self.policy.refresh()
+            self.model.load_state_dict(self.policy.model.state_dict())
             self._store()
 
     def load(self) -> None:
         """As it was at the checkpoint the trainer came from; at the very beginning it is the base itself."""
         kept = self.trainer.extra_tensors.items()
         stored = {name.removeprefix(PREFIX): value for name, value in kept if name.startswith(PREFIX)}
-        self.model.load_state_dict(stored or self.trainer.model.state_dict())
+        self.policy.refresh()
+        self.model.load_state_dict(stored or self.policy.model.state_dict())
         self._store()
 
     def _store(self) -> None:

@@ -6,6 +6,7 @@ to any other, in the middle. What may change samples counts as a fact of the sta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,7 @@ from bessemer.rl.sampler import cluster
 from bessemer.rl.sampler.apart import Apart
 from bessemer.rl.sampler.pool import Pool
 from bessemer.rl.sampler.sampler import Here, Sampler
+from bessemer.rl.sampler.together import Dealt, Led
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers, cores
 
@@ -69,11 +71,21 @@ def workers_beside(rollout: Rollout) -> Workers:
     return Workers(max(1, cores() - rollout.workers))
 
 
-def make(settings: RL.Settings, ctx: StageContext, engine: Engine, trainer: Trainer) -> Sampler:
-    """The sampler of a stage. Workers are started when it is opened, or first asked."""
+def make(
+    settings: RL.Settings, ctx: StageContext, engine: Engine, trainer: Trainer, refresh: Callable[[], None]
+) -> Sampler:
+    """The sampler of a stage. Workers are started when it is opened, or first asked. `refresh` brings the engine's
+    network to the trainer's weights."""
+    here = settings.rollout.engine == "here"
+    if ctx.ranks is None:
+        return Here(engine) if here else _apart(settings, ctx, engine, trainer)
+    if here:
+        return Dealt(engine, refresh, ctx.ranks)
+    return Led(_apart(settings, ctx, engine, trainer) if ctx.leads else None, engine.tokenizer, refresh, ctx.ranks)
+
+
+def _apart(settings: RL.Settings, ctx: StageContext, engine: Engine, trainer: Trainer) -> Apart:
     rollout = settings.rollout
-    if rollout.engine == "here":
-        return Here(engine)
     samples = settings.prompts_per_rollout * settings.samples
     rows = rollout.rows or modelling.batch_rows(samples)
     idle = rollout.workers - (batches := -(-samples // rows))
@@ -88,7 +100,7 @@ def make(settings: RL.Settings, ctx: StageContext, engine: Engine, trainer: Trai
             'probabilities differ from the trainer\'s; consider "token-truncate"'
         )
     # every update counts its rows, also one after which the guard goes back to an earlier step
-    return Apart(engine, trainer.model.state_dict, lambda: trainer.rows, partial(_start, rollout, ctx, engine))
+    return Apart(engine, engine.model.state_dict, lambda: trainer.rows, partial(_start, rollout, ctx, engine))
 
 
 def _start(rollout: Rollout, ctx: StageContext, engine: Engine) -> Pool:

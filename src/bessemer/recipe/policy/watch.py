@@ -40,7 +40,8 @@ class Watch:
 
     def gate(self, cap: int) -> None:
         """The base must solve something, or every group is dead and only the form can be learnt."""
-        decision = decide(self.evaluate(cap), self.settings.minimum_pass, self.settings.format_reward)
+        mean = self.evaluate(cap)
+        decision = decide(self.ctx.agree(lambda: mean), self.settings.minimum_pass, self.settings.format_reward)
         for warning in decision.warnings:
             self.ctx.say(f"warning: {warning}")
         if not decision.go:

@@ -4,6 +4,7 @@ One rollout: `prompts_per_rollout` problems x `samples` completions through the 
 optimizer steps on it, one inner epoch. A "step" is one optimizer step, as in the paper. The loop is `recipe/policy`.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from pydantic import Field
 
 from bessemer import tasks
 from bessemer.errors import UserError
+from bessemer.parallel.ranks import Ranks
 from bessemer.recipe import modelling
 from bessemer.recipe.policy import samplers
 from bessemer.recipe.policy.leave import What
@@ -28,6 +30,7 @@ from bessemer.rl.reward import Judge
 @register
 class RL(Stage):
     kind = "rl"
+    across = True
 
     class Settings(StageSettings):
         free = frozenset({"save_seconds", "micro_tokens", "rollout"})
@@ -143,6 +146,13 @@ class RL(Stage):
             raise UserError(f'stage "{settings.name}": max_new_tokens must be at least 1 everywhere')
         if settings.correction == "none" and "correction_cap" in settings.model_fields_set:
             raise UserError(f'stage "{settings.name}": correction_cap has no effect while correction is "none"')
+        if Ranks.wanted() > 1 or recipe.layout.fewest > 1:
+            for name, value, other in (("advantage", "critic", "group"), ("routing_replay", True, False)):
+                if getattr(settings, name) == value:
+                    raise UserError(
+                        f'stage "{settings.name}": {name} = {json.dumps(value)} is for one process; set it to '
+                        f"{json.dumps(other)}, or run without [layout]"
+                    )
         count = settings.prompts_per_rollout * settings.samples
         if count % settings.updates_per_rollout:
             raise UserError(
