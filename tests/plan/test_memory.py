@@ -14,6 +14,7 @@ from bessemer.model.transformer import Transformer
 from bessemer.parallel.mesh import Layout, Mesh
 from bessemer.parallel.part import Part
 from bessemer.parallel.schedules import schedule
+from bessemer.parallel.stage import cut
 from bessemer.parallel.table import Action, Pair, actions
 from bessemer.plan import held, memory
 from bessemer.plan.memory import Numbers
@@ -25,9 +26,9 @@ from bessemer.train.objective import next_token
 from bessemer.train.settings import Settings
 
 BEFORE = ("weights", "gradients", "masters", "moments", "routing")
-TINY = preset("tiny")
-MODELS = [TINY, preset("tiny", n_mtp=0), preset("tiny", q_lora_rank=0, n_shared_experts=0), preset("tiny", n_mtp=2),
-          preset("moonlight"), preset("v3")]  # fmt: skip
+TINY, V3 = preset("tiny"), preset("v3")
+MODELS = [TINY, preset("tiny", vocab_size=1001, dim=120), preset("tiny", n_mtp=0), preset("tiny", n_mtp=2),
+          preset("tiny", q_lora_rank=0, n_shared_experts=0), preset("moonlight"), V3]  # fmt: skip
 LAYOUTS = [("gpipe", Layout(1, 1, 1), 2), ("1f1b", Layout(2, 1, 2), 4), ("dualpipe", Layout(2, 2, 2), 4),
            ("zbv", Layout(2, 2, 1), 4), ("interleaved", Layout(2, 1, 4), 4),
            ("dualpipe", Layout(4, 2, 8), 8)]  # fmt: skip
@@ -56,7 +57,7 @@ def test_held_with_one_table_for_both_ends():
 
 def test_v3_at_scale_takes_no_memory_here():
     """2,048 ranks: the whole network is in the pipeline ranks, experts once in each copy and DualPipe's lane."""
-    cfg, layout = preset("v3"), Layout(16, 2, 64)
+    cfg, layout = V3, Layout(16, 2, 64)
     table = schedule("dualpipe", 16, 120)
     found = [held.held(cfg, layout, table, pp) for pp in range(16)]
     experts = sum(size for one in found for kind, size in one.vectors.items() if kind.expert)
@@ -144,7 +145,7 @@ def test_memory_of_real_ranks(name, layout, dtype, fp8):
     working memory that no GPU does, so only what is kept is compared there."""
     table, numbers = schedule(name, layout.pp, MICRO), Numbers(dtype.itemsize, 4, fp8, fused=False)
     found = on_ranks(layout.world, on_a_rank, name, layout, dtype, fp8)
-    kept = memory.kept_by_stage(TINY, table.stages, ROWS, LENGTH, numbers)
+    kept = memory.kept_by_stage(TINY, cut(TINY, table.stages), ROWS, LENGTH, numbers)
     planned = memory.per_rank(TINY, layout, table, ROWS, LENGTH, numbers)
     for pp in range(layout.pp):
         ranks = [found[layout.rank(pp, 0, ep)] for ep in range(layout.ep)]
@@ -170,7 +171,7 @@ def test_most_live_walks_the_table():
 def test_recomputation_keeps_less_of_its_phase():
     for fp8 in (False, True):
         numbers = Numbers(fp8=fp8)
-        sizes = {again: sum(memory.kept_by_stage(preset("v3"), 16, 1, 4096, numbers, again).values())
+        sizes = {again: sum(memory.kept_by_stage(V3, cut(V3, 16), 1, 4096, numbers, again).values())
                  for again in ((), ("attend",), ("experts",), ("attend", "experts"))}  # fmt: skip
         assert (
             sizes["attend", "experts"]

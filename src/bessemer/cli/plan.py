@@ -2,32 +2,160 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from bessemer.cli.common import AsJson, app
+from bessemer.cli.common import AsJson, app, print_json
 from bessemer.errors import UserError
 
 
 @app.command()
 def plan(
-    schedule: Annotated[str, typer.Option(metavar="NAME", help="A pipeline schedule: gpipe, 1f1b, interleaved, zb1p, "
-                                          "zbv, dualpipe, dualpipe-v.")],
-    pp: Annotated[int, typer.Option("--pp", metavar="P", help="Pipeline ranks.")] = 4,
-    micro: Annotated[int, typer.Option(metavar="M", help="Micro-batches of a step.")] = 8,
-    costs: Annotated[str, typer.Option(metavar="F,I,W[,F&B]", help="Times of a stage's forward, input gradients, "
-                                       "weight gradients, and of an overlapped pair (default: the sum).")] = "1,1,1",
-    svg: Annotated[Path | None, typer.Option(help="Draw it into this file.")] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL|RECIPE]", help="A preset such as v3, or a "
+                                                      "recipe.")] = None,
+    cluster: Annotated[str | None, typer.Option(metavar="NxDEVICE", help="What it would run on: 2048xH800.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="layout.pp, layout.ep, "
+                    "layout.dp, node, schedule, tokens, batch, seq, micro_rows, precision, mtp, routing, recompute, "
+                    "stages, in_step, usd, model.KEY; several after it, or repeated. With --here as in a run.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Find the best layout that fits.")] = False,
+    here: Annotated[bool, typer.Option("--here", help="Measure this machine for a few seconds and predict the "
+                                       "run.")] = False,
+    run: Annotated[Path | None, typer.Option(metavar="RUN", help="With --here: the run to compare with. "
+                                             "Default: runs/NAME.")] = None,
+    audit: Annotated[str | None, typer.Option(metavar="NAME", help="Published claims beside predictions: "
+                                              "deepseek-v3.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the plan as a page, with its Gantt chart.")] = None,
+    schedule: Annotated[str | None, typer.Option(metavar="NAME", help="A pipeline schedule alone: gpipe, 1f1b, "
+                                                 "interleaved, zb1p, zbv, dualpipe, dualpipe-v.")] = None,
+    pp: Annotated[int, typer.Option("--pp", metavar="P", help="With --schedule: pipeline ranks.")] = 4,
+    micro: Annotated[int, typer.Option("--micro", metavar="M", help="With --schedule: micro-batches of a step.")] = 8,
+    costs: Annotated[str, typer.Option(metavar="F,I,W[,F&B]", help="With --schedule: times of a stage's forward, input "
+                                       "gradients, weight gradients, and of an overlapped pair (default: the "
+                                       "sum).")] = "1,1,1",
+    svg: Annotated[Path | None, typer.Option(help="With --schedule: draw it into this file.")] = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """What a pipeline schedule does, when, and what it leaves idle."""
+    """What a run would cost, whether it fits, and whether a published claim can be true."""
+    names = [word for word in words or [] if "=" not in word]
+    settings = [*(set_ or []), *(word for word in words or [] if "=" in word)]
+    if len(names) > 1:
+        raise UserError(f"{' and '.join(names)}: one model or recipe at a time")
+    target = names[0] if names else None
+    asked = [
+        name for name, given in (("--audit", audit), ("--schedule", schedule), ("a model or recipe", target)) if given
+    ]
+    if len(asked) != 1:
+        what = f"both {' and '.join(asked)}" if asked else "nothing"
+        raise UserError(f"{what} to plan; give a model or recipe, or --audit NAME, or --schedule NAME")
+    costing = {"--cluster": cluster, "--search": search, "--html": html}
+    idle = {} if target and not here else costing
+    idle |= {} if here else {"--run": run}
+    idle |= {} if target else {"--here": here, "--set": settings}
+    idle |= {} if schedule else {"--svg": svg}
+    if given := [name for name, value in idle.items() if value]:
+        raise UserError(f"{given[0]} has no effect on {'--here' if target and here else asked[0]}; leave it out")
+    if schedule is not None:
+        _schedule(schedule, pp, micro, costs, svg, as_json)
+    elif audit is not None:
+        from bessemer.plan import audit as audits
+
+        lines = audits.audit(audit)
+        print_json([line.facts() for line in lines]) if as_json else print(audits.described(lines))
+    elif here:
+        _here(target, settings, run, as_json)
+    else:
+        _cost(target, cluster, settings, search, html, as_json)
+
+
+def _cost(target: str, on: str | None, settings: list[str], search: bool, html: Path | None, as_json: bool) -> None:
+    from bessemer.plan import said, serving, wanted
+    from bessemer.plan.cost import ideas as worth
+    from bessemer.plan.cost import priced
+    from bessemer.plan.hardware import cluster as read_cluster
+    from bessemer.plan.search import search as best_layouts
+    from bessemer.recipe import planning
+
+    told = wanted.parse(settings)
+    name, cfg, want, recipe = planning.target(target, told)
+    if on is None:
+        raise UserError("say what it would run on: --cluster 2048xH800 (or --here, for this machine)")
+    devices = read_cluster(on)
+    rl_only = recipe is not None and want.tokens is None and bool(planning.rl_stages(recipe))
+    tokens = 0.0 if rl_only else wanted.tokens_of(want, name)
+    found = None
+    if search or (not told.laid_out and devices.size % want.ranks):  # or the layout is another cluster's
+        want = want.free(told)
+    if search or (not want.laid_out and devices.size > 1):
+        found = best_layouts(cfg, want, devices)
+        setup = found.found[0].setup
+    else:
+        setup = wanted.setup(want, cfg, devices)
+    price = want.usd or devices.device.usd_hour
+    made = priced(cfg, setup, tokens, want.rows if want.batch and len(want.batch) > 1 else None, price)
+    ideas = worth(made)
+    stages, served = _rl(made, recipe), serving.offer(setup.shape, setup.device, setup.fp8)
+    offer = None if served is None else served.facts(price)
+    if html is not None:
+        from bessemer.recipe.disk import explained, write_atomic
+        from bessemer.report import plan_page
+
+        with explained(html):
+            write_atomic(html, plan_page.document(name, made, ideas))
+    if as_json:
+        facts = made.facts() | {"name": name, "without": ideas, "rl": stages, "serving": offer}
+        if found is not None:
+            facts |= {"considered": found.considered, "runners_up": [one.facts() for one in found.found[1:]],
+                      "refused": dict(found.refused)}  # fmt: skip
+        print_json(facts)
+        return
+    if found is not None:
+        print(said.searched(found) + "\n")
+    print(said.described(name, made, ideas, stages, offer))
+    if html is not None:
+        print(html)
+
+
+def _rl(made: Any, recipe: Any) -> list[dict[str, Any]]:
+    """RL stages of the recipe, on the same devices."""
+    if recipe is None:
+        return []
+    from bessemer.plan import rl
+    from bessemer.recipe.planning import rl_stages
+
+    found, setup = [], made.setup
+    for stage in rl_stages(recipe):
+        one = {
+            cap: rl.rollout(setup.shape, setup.device, made.gpus, stage["answers"], cap, made.rate, min(made.gpus, 64))
+            for cap in set(stage["caps"])
+        }
+        hours = sum(one[cap].seconds for cap in stage["caps"]) * made.gpus / 3600
+        last = one[stage["caps"][-1]]
+        found.append({"stage": stage["name"], "gpu_hours": hours, "days": hours / made.gpus / 24,
+                      "sampling_seconds": last.sampling, "updating_seconds": last.updating,
+                      "bound": last.bound})  # fmt: skip
+    return found
+
+
+def _here(target: str, overrides: list[str], run: Path | None, as_json: bool) -> None:
+    from bessemer.recipe.here import here
+    from bessemer.recipe.schema import Recipe
+
+    recipe = Recipe.load(target, overrides)
+    found = here(recipe, run=run or Path("runs") / recipe.name)
+    if as_json:
+        print_json(found.facts())
+    else:
+        print(found.described())
+
+
+def _schedule(name: str, pp: int, micro: int, costs: str, svg: Path | None, as_json: bool) -> None:
     from bessemer.parallel import draw
     from bessemer.parallel.schedules import schedule as table_of
     from bessemer.parallel.simulate import simulate
     from bessemer.recipe.disk import explained, write_atomic
 
-    table = table_of(schedule, pp, micro)
+    table = table_of(name, pp, micro)
     timeline = simulate(table, _costs(costs))
     if svg is not None:
         with explained(svg):
@@ -44,7 +172,7 @@ def plan(
         print(svg)
 
 
-def _costs(text: str):
+def _costs(text: str) -> Any:
     from bessemer.parallel.simulate import Costs
 
     try:

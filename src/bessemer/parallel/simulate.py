@@ -1,13 +1,21 @@
-"""When everything of a table happens, if every piece of work takes a given time and sending takes none.
+"""When everything of a table happens, if every piece of work takes a given time, and every message between ranks.
 
-The planner adds communication and memory to this; here it is what a schedule is worth by itself (reference E.6, Z.3).
+The planner brings times of its own (`plan.step`); with the units of `Costs` and no time for messages it is what a
+schedule is worth by itself (reference E.6, Z.3).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from bessemer.parallel.table import Action, Pair, Step, Table, needs
+
+
+class Timing(Protocol):
+    """How long a step takes."""
+
+    def of(self, step: Step) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,8 @@ class Timeline:
         return tuple(sum(isinstance(span.step, Pair) for span in spans) for spans in self.spans)
 
 
-def simulate(table: Table, costs: Costs = Costs()) -> Timeline:
-    """Every step starts when its rank is free and what it needs is done."""
+def simulate(table: Table, costs: Timing = Costs(), message: float = 0.0) -> Timeline:
+    """Every step starts when its rank is free and what it needs is done and, from another rank, a `message` later."""
     end: dict[Action, float] = {}
     spans: list[list[Span]] = [[] for _ in table.steps]
     moved = True
@@ -69,7 +77,7 @@ def simulate(table: Table, costs: Costs = Costs()) -> Timeline:
         for rank, steps in enumerate(table.steps):
             while len(spans[rank]) < len(steps):
                 step = steps[len(spans[rank])]
-                start = _start(step, end, table.stages)
+                start = _start(step, end, table, message)
                 if start is None:
                     break
                 start = max(start, spans[rank][-1].end if spans[rank] else 0.0)
@@ -81,15 +89,16 @@ def simulate(table: Table, costs: Costs = Costs()) -> Timeline:
     return Timeline(tuple(map(tuple, spans)), tuple(_live(steps) for steps in table.steps))
 
 
-def _start(step: Step, end: dict[Action, float], stages: int) -> float | None:
+def _start(step: Step, end: dict[Action, float], table: Table, message: float) -> float | None:
     """When what it needs is there; None if that is not known yet."""
     latest = 0.0
     for part in step if isinstance(step, Pair) else (step,):
-        for kinds, *rest in needs(part, stages):
-            found = [end[key] for kind in kinds if (key := Action(kind, *rest)) in end]
+        place = table.place[part.lane]
+        for kinds, stage, *rest in needs(part, table.stages):
+            found = [end[key] for kind in kinds if (key := Action(kind, stage, *rest)) in end]
             if not found:
                 return None
-            latest = max(latest, *found)
+            latest = max(latest, max(found) + (message if place[stage] != place[part.stage] else 0.0))
     return latest
 
 

@@ -12,7 +12,7 @@ NCCL buffers, fragmentation) is not in it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from bessemer.model.config import ModelConfig
@@ -41,14 +41,16 @@ class Numbers:
 
 def per_rank(
     cfg: ModelConfig, layout: Layout, table: Table, rows: int, length: int, numbers: Numbers = Numbers(),
-    recompute: Collection[str] = (), mtp: bool = True,
+    recompute: Collection[str] = (), mtp: bool = True, cuts: Sequence[range] | None = None,
 ) -> list[dict[str, int]]:  # fmt: skip
-    """Bytes by kind of every pipeline rank, for micro-batches of `rows` sequences of `length` tokens."""
+    """Bytes by kind of every pipeline rank, for micro-batches of `rows` sequences of `length` tokens. `cuts`: layers of
+    the stages, if not `stage.cut`'s."""
+    cuts = cuts or cut(cfg, table.stages)
     need = working(cfg, layout, rows, length, numbers)
-    kept = kept_by_stage(cfg, table.stages, rows, length, numbers, recompute, mtp)
+    kept = kept_by_stage(cfg, cuts, rows, length, numbers, recompute, mtp)
     found = []
     for rank in range(table.ranks):
-        bytes_ = held(cfg, layout, table, rank, numbers.compute).bytes(numbers.compute, numbers.moments)
+        bytes_ = held(cfg, layout, table, rank, numbers.compute, cuts).bytes(numbers.compute, numbers.moments)
         bytes_["activations"] = most_live(table.steps[rank], kept)
         last = any(stage == table.stages - 1 for _, stage in table.held(rank))
         bytes_["working"] = max(need["layer"], need["loss"] if last else 0)
@@ -57,16 +59,16 @@ def per_rank(
 
 
 def kept_by_stage(
-    cfg: ModelConfig, stages: int, rows: int, length: int, numbers: Numbers, recompute: Collection[str] = (),
-    mtp: bool = True,
+    cfg: ModelConfig, cuts: Sequence[range], rows: int, length: int, numbers: Numbers,
+    recompute: Collection[str] = (), mtp: bool = True,
 ) -> dict[int, int]:  # fmt: skip
     """Bytes that one micro-batch keeps in every stage."""
     return {
         stage: slice_bytes(
-            cfg, layers, rows, length, last=stage == stages - 1, fp8=numbers.fp8, number_bytes=numbers.compute,
+            cfg, layers, rows, length, last=stage == len(cuts) - 1, fp8=numbers.fp8, number_bytes=numbers.compute,
             mtp=mtp, fused=numbers.fused, recompute=recompute,
         )
-        for stage, layers in enumerate(cut(cfg, stages))
+        for stage, layers in enumerate(cuts)
     }  # fmt: skip
 
 

@@ -31,6 +31,9 @@ from bessemer.train.settings import Settings as TrainSettings
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
+HELDOUT_ROWS = 64
+"""Of each part, at every validation."""
+
 
 @register
 class Pretrain(Stage):
@@ -140,7 +143,7 @@ class Pretrain(Stage):
         workers = modelling.workers() if ctx.ranks is None else Workers(1)
         trainer = spread.trainer(
             network, objective.next_token, self._batches(settings, mixture, tokenizer),
-            _train_settings(settings, choice.dtype, workers), ctx.state,
+            train_settings(settings, choice.dtype, workers), ctx.state,
             log=watch.log, stop=lambda: ctx.stop, on_step=[watch], config=cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         resumed = trainer.start()
@@ -169,7 +172,9 @@ class Pretrain(Stage):
         return masked
 
 
-def _train_settings(settings: Pretrain.Settings, dtype: torch.dtype, workers: Workers) -> TrainSettings:
+def train_settings(settings: Pretrain.Settings, dtype: torch.dtype, workers: Workers) -> TrainSettings:
+    """The dials of the trainer, from those of the stage."""
+
     def over_tokens(points: Points):
         return lambda tokens, step: points(tokens)
 
@@ -216,7 +221,7 @@ class _Watch(StepLog):
             self.samples(trainer)
 
     def validate(self, trainer: Trainer) -> dict[str, float]:
-        """Held-out bits per byte of every part (at most 64 rows each)."""
+        """Held-out bits per byte of every part (at most HELDOUT_ROWS rows each)."""
         found = self._bits_per_byte(trainer)
         values: dict[str, Any] = {f"val/bpb/{name}": value for name, value in found.items()}
         if self.settings.ema_decay:
@@ -255,5 +260,5 @@ class _Watch(StepLog):
 
 
 def _lots(rows: Rows) -> list[Batch]:
-    n_rows = min(64, rows.n_rows)
+    n_rows = min(HELDOUT_ROWS, rows.n_rows)
     return [rows.batch(range(start, min(start + 16, n_rows))) for start in range(0, n_rows, 16)]

@@ -1,0 +1,157 @@
+"""Claims of the DeepSeek reports beside what the planner makes of them: prediction, error, a verdict with its
+assumptions (reference F). What was published is read from `claims.toml`; no prediction uses it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from bessemer.errors import UserError
+from bessemer.model import counts
+from bessemer.model.presets import preset
+from bessemer.plan import rl
+from bessemer.plan.cost import Plan, priced
+from bessemer.plan.hardware import cluster, figures
+from bessemer.plan.serving import CONTEXT, Deployment, decode, prefill
+from bessemer.plan.wanted import published, setup
+
+CLOSE, LOOSE = 0.10, 0.35
+"""Relative errors within which a claim is borne out, and within which it is plausible."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One claim."""
+
+    claim: str
+    unit: str
+    published: float
+    predicted: float
+    source: str
+    assumptions: str
+    exact: bool = False
+    """Arithmetic, not an estimate."""
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.published - 1
+
+    @property
+    def verdict(self) -> str:
+        off = abs(self.error)
+        if self.exact:
+            return "is exactly so" if off < 0.006 else "is not what arithmetic gives"
+        if off <= CLOSE:
+            return "borne out"
+        return "plausible" if off <= LOOSE else "not explained by this model"
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "claim": self.claim, "unit": self.unit, "published": self.published, "predicted": self.predicted,
+            "error": self.error, "verdict": self.verdict, "source": self.source, "assumptions": self.assumptions,
+        }  # fmt: skip
+
+
+def v3() -> Plan:
+    """The published run of DeepSeek-V3 on its own cluster."""
+    wanted, cfg, on = published("v3"), preset("v3"), cluster("2048xH800")
+    return priced(cfg, setup(wanted, cfg, on), wanted.tokens, wanted.rows, on.device.usd_hour)
+
+
+def deepseek_v3() -> list[Line]:
+    plan, said = v3(), figures("claims.toml")
+    found = []
+    for key, predicted, assumptions in (*_counts(plan), *_training(plan), *_rl(plan), *_serving(plan)):
+        claim = said[key]
+        exact = claim.get("exact", False)
+        given = (claim["claim"], claim["unit"], claim["value"], predicted, claim["source"])
+        found.append(Line(*given, assumptions, exact))
+    return found
+
+
+Predicted = Iterator[tuple[str, float, str]]
+"""(claim, what the planner makes of it, assumptions)."""
+
+
+def _counts(plan: Plan) -> Predicted:
+    cfg = plan.cfg
+    yield "params", counts.main_params(cfg) / 1e9, "counted from the config"
+    yield "flops", counts.flops_per_token(cfg, 4096).training / 1e9, "causal, without MTP"
+    yield "kv_bytes", counts.kv_cache_bytes(cfg) / 1e3, "BF16, 61 layers x 576 numbers"
+
+
+def _training(plan: Plan) -> Predicted:
+    own, cfg = plan.setup, plan.cfg
+    run = f"balanced routing, {own.layout}, {own.schedule}, kernels {own.in_step:g} x as long as alone"
+    yield "hours_per_trillion", plan.hours_per_trillion / 1e3, run
+    yield "days_per_trillion", plan.hours_per_trillion / plan.gpus / 24, run
+    yield "step", plan.step.seconds, run
+    yield "mfu", 100 * plan.mfu(own.device.bf16), f"causal FLOPs over {own.device.bf16:.0f} TFLOPS, {run}"
+    yield "pretraining", plan.gpu_hours / 1e3, f"{run}; batch ramp linear in tokens, 1F1B below 32 micro-batches"
+    base = counts.flops_per_token(cfg, own.length).training
+    at_4k = sum(62.9e9 * counts.flops_per_token(cfg, length).training / base for length in (32768, 131072))
+    extension = at_4k / plan.rate / 3600
+    yield "extension", extension / 1e3, "as many FLOPs a second as at 4K; no cost of context parallelism"
+    whole = plan.gpu_hours + extension + 5e3
+    yield "hours", whole / 1e3, "the two above and the published 5K for post-training"
+    yield "usd", 2e-6 * whole, "$2 a GPU hour: research, failed runs, data, salaries and hardware are not in it"
+
+
+def _rl(plan: Plan) -> Predicted:
+    seconds = 0.0
+    for rollouts, cap in ((513, 32768), (137, 65536)):
+        one = rl.rollout(plan.setup.shape, plan.setup.device, 512, 8192, cap, plan.rate, 64)
+        seconds += rollouts * one.seconds
+    longest = (
+        "650 rollouts of 8,192 answers on 512 H800; cap 32K, 64K for the last fifth, reached by the longest of every "
+        f"rollout; mean {100 * rl.MEAN:.0f} % of it; MTP guesses {100 * rl.ACCEPTED:.0f} % right"
+    )
+    yield "r1_zero", seconds * 512 / 3600e3, longest
+    yield "r1_usd", 2 * 147, "147K GPU hours x $2, in thousands; the base model is not in it"
+
+
+def _serving(plan: Plan) -> Predicted:
+    shape, device = plan.setup.shape, plan.setup.device
+
+    def unit(batch: int) -> Deployment:
+        return Deployment(shape, device, 144, batch, CONTEXT, 32)
+
+    # published: 20 to 22 tokens a second for every answer
+    answering = unit(max((n for n in range(8, 257, 4) if 21 * decode(unit(n)).seconds <= 1), default=8))
+    per_node = 8 * decode(answering).rate(answering)
+    yield "decode", per_node / 1e3, f"EP144, {answering.batch} answers a GPU: each gets the published 21 tokens/s"
+    reading = 8 * prefill(shape, device, 32, 16384, 4096).rate
+    busy = "EP32, 16K tokens a GPU in prompts of 4K, never without work; the published rate is a mean over the day"
+    yield "prefill", reading / 1e3, busy
+    nodes = 168e9 / 86400 / per_node + (608e9 - 342e9) / 86400 / reading
+    yield "nodes", nodes, "168B tokens out, 266B read, evenly over 24 hours"
+    margin = 562_027 / (nodes * 8 * 24 * 2) - 1
+    yield "margin", 100 * margin, "published revenue at list prices; nodes as predicted, $2 an hour"
+
+
+AUDITS: dict[str, Callable[[], list[Line]]] = {"deepseek-v3": deepseek_v3}
+
+
+def audit(name: str) -> list[Line]:
+    """UserError for an unknown one."""
+    if name not in AUDITS:
+        near = difflib.get_close_matches(name, AUDITS, n=1, cutoff=0.3)
+        raise UserError(
+            f'no audit "{name}"; ' + (f"did you mean {near[0]}?" if near else f"there are: {', '.join(AUDITS)}")
+        )
+    return AUDITS[name]()
+
+
+def described(lines: list[Line]) -> str:
+    """For a terminal."""
+    width = max(len(line.claim) for line in lines)
+    found = [f"{'claim':<{width}}  {'published':>12} {'predicted':>12} {'error':>8}  verdict"]
+    for line in lines:
+        found.append(
+            f"{line.claim:<{width}}  {line.published:>12,.6g} {line.predicted:>12,.6g} {100 * line.error:>+7.1f}%  "
+            f"{line.verdict}"
+        )
+        found.append(f"{'':<{width}}    {line.unit}; {line.assumptions} [{line.source}]")
+    return "\n".join(found)

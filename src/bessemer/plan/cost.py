@@ -1,0 +1,199 @@
+"""A whole run: hours, days and dollars, what bounds it, and what each idea of the paper is worth in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from bessemer.errors import UserError
+from bessemer.model import counts
+from bessemer.model.config import ModelConfig
+from bessemer.parallel import schedules
+from bessemer.plan import memory
+from bessemer.plan.hardware import GIB
+from bessemer.plan.layers import cuts
+from bessemer.plan.memory import Numbers
+from bessemer.plan.setup import Setup
+from bessemer.plan.shape import Shape
+from bessemer.plan.step import StepTime, step_time
+from bessemer.plan.wanted import micro_batches
+
+RAMP = 8
+"""Points at which a batch that grows is priced."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run costs, and under which assumptions. Times are of the full batch, hours of all tokens."""
+
+    cfg: ModelConfig
+    setup: Setup
+    step: StepTime
+    tokens: float
+    gpu_hours: float
+    usd_hour: float | None
+    memory: list[dict[str, int]]
+    """Bytes by kind, of every pipeline rank."""
+
+    @property
+    def gpus(self) -> int:
+        return self.setup.layout.world
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second and GPU."""
+        return self.setup.step_tokens / self.step.seconds / self.gpus
+
+    @property
+    def hours_per_trillion(self) -> float:
+        return 1e12 / self.rate / 3600
+
+    @property
+    def days(self) -> float:
+        return self.gpu_hours / self.gpus / 24
+
+    @property
+    def usd(self) -> float | None:
+        return None if self.usd_hour is None else self.gpu_hours * self.usd_hour
+
+    def mfu(self, peak: float) -> float:
+        """Of the FLOPs of a token with a causal mask, forward and backward, MTP left out, at the length of the run."""
+        return self.rate * self.setup.shape.flops(self.setup.length) / (peak * 1e12)
+
+    @property
+    def highest(self) -> int:
+        """Bytes of the fullest rank."""
+        return max(sum(kinds.values()) for kinds in self.memory)
+
+    @property
+    def fits(self) -> bool:
+        return self.highest <= self.setup.device.room
+
+    @property
+    def bound(self) -> str:
+        """In words, what the step waits for most."""
+        parts = self.step.parts
+        share = parts["bubble"] / self.step.seconds
+        times = next(iter(self.step.slices[len(self.step.slices) // 2].layers), None)
+        if share > 0.25:
+            return f"the pipeline's bubble ({100 * share:.0f} % of the step)"
+        if times is not None and parts["pairs"] and times.communication > times.compute:
+            return "the exchange of tokens between nodes"
+        if (
+            times is not None
+            and not parts["pairs"]
+            and times.communication > 0.3 * (times.compute + times.communication)
+        ):
+            return "the exchange of tokens, which nothing hides"
+        return "computation"
+
+    def facts(self) -> dict[str, Any]:
+        """For --json; units in the names, else as the docstrings say."""
+        cfg, layout, device = self.cfg, self.setup.layout, self.setup.device
+        gib = [{kind: size / GIB for kind, size in kinds.items()} for kinds in self.memory]
+        return {
+            "params_total": counts.main_params(cfg), "params_active": counts.active_params(cfg),
+            "params_mtp": counts.mtp_params(cfg), "device": device.name, "gpus": self.gpus,
+            "layout": {"pp": layout.pp, "ep": layout.ep, "dp": layout.dp, "node": layout.node},
+            "schedule": self.setup.schedule, "micro_batches": self.setup.micro, "micro_rows": self.setup.rows,
+            "sequence_length": self.setup.length, "precision": "fp8" if self.setup.fp8 else "bf16",
+            "tokens": self.tokens, "tokens_per_step": self.setup.step_tokens, "gpu_hours": self.gpu_hours,
+            "gpu_hours_per_trillion_tokens": self.hours_per_trillion, "days": self.days, "usd": self.usd,
+            "usd_per_gpu_hour": self.usd_hour, "step_seconds": self.step.seconds, "step_parts_seconds": self.step.parts,
+            "tokens_per_second_per_gpu": self.rate, "mfu_bf16": self.mfu(device.bf16),
+            "mfu_fp8": None if device.fp8 is None else self.mfu(device.fp8),
+            "memory_gib_per_rank": [kinds | {"total": sum(kinds.values())} for kinds in gib],
+            "memory_gib_of_device": device.memory, "fits": self.fits, "bytes_per_step": self.step.links,
+            "bound": self.bound, "assumptions": assumptions(self),
+        }  # fmt: skip
+
+
+def priced(
+    cfg: ModelConfig, setup: Setup, tokens: float, batch: Callable[[float], float] | None = None,
+    usd_hour: float | None = None,
+) -> Plan:  # fmt: skip
+    """The plan of a run over `tokens`. `batch`: sequences of a step over consumed tokens, if they grow; where too few
+    for the schedule, 1F1B stands in."""
+    step = step_time(setup)
+    hours = tokens * step.seconds / setup.step_tokens * setup.layout.world / 3600
+    if batch is not None:
+        hours = _over(setup, tokens, batch)
+    return Plan(cfg, setup, step, tokens, hours, usd_hour, _memory(cfg, setup, step))
+
+
+def _memory(cfg: ModelConfig, setup: Setup, step: StepTime) -> list[dict[str, int]]:
+    return memory.per_rank(
+        cfg, setup.layout, step.table, setup.rows, setup.length, Numbers(fp8=setup.fp8), setup.recompute, setup.mtp,
+        cuts(setup, step.table.stages),
+    )  # fmt: skip
+
+
+def _over(setup: Setup, tokens: float, batch: Callable[[float], float]) -> float:
+    """GPU hours of all tokens, the batch taken at the middle of pieces that halve towards the beginning."""
+    edges = [0.0, *(tokens / 2**k for k in range(RAMP - 1, -1, -1))]
+    seconds, each = 0.0, setup.layout.dp * setup.layout.ep * setup.rows
+    for low, high in pairwise(edges):
+        wanted = round(batch((low + high) / 2)) // each
+        few = wanted < schedules.least(setup.schedule, setup.layout.pp)
+        name, micro = micro_batches("1f1b" if few else setup.schedule, setup.layout.pp, wanted)
+        at = replace(setup, micro=micro, schedule=name)
+        seconds += (high - low) / at.step_tokens * step_time(at).seconds
+    return seconds * setup.layout.world / 3600
+
+
+def ideas(plan: Plan) -> dict[str, dict[str, float] | str]:
+    """GPU hours per trillion tokens without one idea at a time, all else equal, the factor and, where the network is
+    the same, GiB of the fullest rank; or why it cannot be."""
+    setup, shape = plan.setup, plan.setup.shape
+    changes: dict[str, Setup] = {}
+    if setup.fp8:
+        changes["FP8"] = replace(setup, fp8=False)
+    if setup.schedule.startswith("dualpipe"):
+        changes["DualPipe and its overlap"] = replace(setup, schedule="1f1b")
+    if not shape.kv_heads:
+        changes["MLA"] = replace(setup, shape=shape.without_mla())
+    if shape.limited < shape.groups and setup.layout.nodes > 1:
+        changes["node limit of the routing"] = replace(setup, shape=replace(shape, limited=shape.groups))
+    if setup.n_mtp:
+        changes["MTP (what it costs)"] = replace(setup, mtp=False)
+    if not setup.even and setup.layout.pp > 1:
+        changes["stages of equal time instead of equal layers"] = replace(setup, even=True)
+    found: dict[str, dict[str, float] | str] = {}
+    for name, other in changes.items():
+        try:
+            step = step_time(other)
+        except UserError as error:
+            found[name] = str(error)
+            continue
+        hours = 1e12 / other.step_tokens * step.seconds * other.layout.world / 3600
+        worth = {"gpu_hours_per_trillion_tokens": hours, "factor": hours / plan.hours_per_trillion}
+        if not other.shape.kv_heads:
+            worth["memory_gib"] = max(sum(kinds.values()) for kinds in _memory(plan.cfg, other, step)) / GIB
+        found[name] = worth
+    return found
+
+
+def assumptions(plan: Plan) -> list[str]:
+    """In words, everything the figures rest on."""
+    setup = plan.setup
+    routing = "balanced routing" if setup.imbalance == 1 else f"busiest expert rank {setup.imbalance:.2f} x the mean"
+    found = [
+        f"{routing}, no token dropped, {setup.shape.limited} of {setup.shape.groups} groups of experts a token"
+        if setup.shape.experts else "no experts",
+        "single kernels and collectives as published (plan/efficiency.toml), communication as fast in a step as alone",
+        f"kernels take {setup.in_step:g} x as long within a step as alone"
+        + (" (from the public training profile of DeepSeek, H800)" if setup.in_step != 1 else ""),
+        "synchronisation of gradients and the update hidden behind nothing; no failures, no evaluation, no restarts",
+        f"stages of {'equal numbers of layers' if setup.even else 'nearly equal time'}",
+    ]  # fmt: skip
+    if setup.recompute:
+        found.append(f"made again in backward: {', '.join(setup.recompute)}")
+    if plan.usd_hour is not None:
+        found.append(f"${plan.usd_hour:g} a GPU hour")
+    return found
+
+
+def setup_of(cfg: ModelConfig, **values: Any) -> Setup:
+    return Setup(Shape.of(cfg), **values)

@@ -1,0 +1,116 @@
+"""The times of a layer's pieces, and the layers of every pipeline stage.
+
+Communication takes its multiprocessors from computation only where the two overlap (`taken`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+
+from bessemer.parallel.stage import cut
+from bessemer.plan import overlap, work
+from bessemer.plan.kernels import Kernels, Op
+from bessemer.plan.overlap import Times
+from bessemer.plan.routing import Places, places
+from bessemer.plan.setup import Setup
+from bessemer.plan.work import Phase
+from bessemer.precision.tiles import TILE
+
+
+def seconds(kernels: Kernels, ops: Iterable[Op], setup: Setup) -> float:
+    """Of kernels one after another, within a step."""
+    return setup.in_step * sum(kernels.seconds(op) for op in ops)
+
+
+def layer_times(setup: Setup, dense: bool, taken: int) -> Times:
+    """Of one layer, `taken` multiprocessors being away for communication."""
+    if not dense and not setup.shape.experts:
+        return overlap.NOTHING
+    alike = replace(setup.layout, pp=1, dp=1)
+    return _layer_times(replace(setup, layout=alike, schedule="", micro=1, even=False, fsdp=False), dense, taken)
+
+
+@cache
+def _layer_times(setup: Setup, dense: bool, taken: int) -> Times:
+    kernels, shape, tokens = Kernels.of(setup.device, taken), setup.shape, setup.tokens
+    at = places(shape, setup.layout.ep, setup.layout.node)
+    attend = work.attend(shape, tokens, setup.length, setup.fp8, gated=not dense)
+    if {"attend", "layer"} & set(setup.recompute):
+        attend = attend.again()
+    if dense:
+        parts = [(1.0, work.dense(shape, tokens, setup.fp8), "experts")]
+    else:
+        routed = work.experts(shape, tokens, max(1, shape.experts // setup.layout.ep), at.ranks, setup.fp8)
+        parts = [(setup.imbalance, routed, "experts"), (1.0, work.finish(shape, tokens, setup.fp8), "finish")]
+    ffn = [0.0, 0.0, 0.0]
+    for busy, phase, name in parts:
+        phase = phase.again() if {name, "layer"} & set(setup.recompute) else phase
+        ffn = [before + busy * one for before, one in zip(ffn, _ways(kernels, phase, setup), strict=True)]
+    times = (_ways(kernels, attend, setup), tuple(ffn))
+    if dense or setup.layout.ep == 1:
+        return Times(*times)
+    sent, back = (exchange_seconds(setup, way, at) for way in ("dispatch", "combine"))
+    return Times(*times, sent, back, sent, back)
+
+
+def _ways(kernels: Kernels, phase: Phase, setup: Setup) -> tuple[float, ...]:
+    """Forward, gradients of inputs, of weights."""
+    return tuple(seconds(kernels, ops, setup) for ops in (phase.forward, phase.input, phase.weight))
+
+
+def row_bytes(setup: Setup, way: str) -> int:
+    """Of a token on its way: FP8 with its factors out, BF16 back (D.6)."""
+    dim = setup.shape.dim
+    return dim + 4 * -(-dim // TILE) if setup.fp8 and way == "dispatch" else 2 * dim
+
+
+def exchange_seconds(setup: Setup, way: str, at: Places) -> float:
+    """Of one dispatch or combine, the slower of the two links: rows once for every node, then once for every rank."""
+    kernels, layout = Kernels.of(setup.device), setup.layout
+    row = setup.tokens * row_bytes(setup, way) * setup.imbalance
+    inside = kernels.exchange(row * at.ranks, min(layout.ep, layout.node), way, False)
+    if layout.ep <= layout.node:
+        return inside
+    return max(inside, kernels.exchange(row * at.nodes, layout.ep, way, True))
+
+
+def cuts(setup: Setup, stages: int) -> list[range]:
+    """Layers of every stage."""
+    return cut(setup.shape, stages) if setup.even else balanced(setup, stages)
+
+
+def balanced(setup: Setup, stages: int) -> list[range]:
+    """Layers of every stage so that the slowest is as fast as can be, one layer at least: head and MTP modules take
+    time, too. Where pairs hide communication only computation counts. For V3 that is 4 layers on each of 15 stages, and
+    the last main layer, MTP, head and its second use on the last."""
+    times = {dense: layer_times(setup, dense, 0) for dense in (True, False)}
+    hidden = setup.schedule.startswith("dualpipe")
+    cost = {d: t.compute + (0.0 if hidden else t.communication) for d, t in times.items()}
+    tail = work.head(setup.shape, setup.tokens)
+    for _ in range(setup.n_mtp):
+        tail += work.join(setup.shape, setup.tokens) + work.head(setup.shape, setup.tokens)
+    kernels = Kernels.of(setup.device)
+    last = seconds(kernels, tail.forward + tail.input + tail.weight, setup) + setup.n_mtp * cost[False]
+    return _cut(tuple(cost[i < setup.shape.dense] for i in range(setup.shape.n_layers)), last, stages)
+
+
+@cache
+def _cut(costs: tuple[float, ...], last: float, stages: int) -> list[range]:
+    """Layers of these costs over stages, the last of which has `last` to do beside its own."""
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    # best[s][n]: the slowest of s stages with the first n layers, as fast as can be, and where the last of them begins
+    best = [{0: (0.0, 0)}]
+    for stage in range(1, stages + 1):
+        extra, row = last if stage == stages else 0.0, {}
+        for n in range(stage, len(sums)) if stage < stages else (len(sums) - 1,):
+            row[n] = min((max(best[-1][k][0], sums[n] - sums[k] + extra), -k) for k in best[-1] if k < n)
+        best.append({n: (time, -k) for n, (time, k) in row.items()})
+    ends = [len(sums) - 1]
+    for row in best[:0:-1]:
+        ends.append(row[ends[-1]][1])
+    return [range(a, b) for a, b in pairwise(ends[::-1])]

@@ -1,0 +1,138 @@
+"""A plan in words, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bessemer.model import counts
+from bessemer.plan.cost import Plan, assumptions
+from bessemer.plan.hardware import GIB
+from bessemer.plan.memory import KINDS
+from bessemer.plan.search import Searched
+
+PARTS = {"forward": "forward alone", "backward": "backward alone", "weights": "weight gradients alone",
+         "pairs": "overlapped forward and backward", "bubble": "bubble", "optimizer": "optimizer"}  # fmt: skip
+
+
+def amount(value: float) -> str:
+    """671026419200 -> 671B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= size:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:.4g}"
+
+
+def hours(value: float) -> str:
+    """2430164.9 -> 2,430,165 GPU hours; 0.0066 -> 0.0066 GPU hours."""
+    return f"{value:,.0f} GPU hours" if value >= 100 else f"{value:.3g} GPU hours"
+
+
+def duration(days: float) -> str:
+    """In the unit that suits it."""
+    for unit, size in (("days", 1.0), ("hours", 1 / 24), ("minutes", 1 / 1440)):
+        if days >= size:
+            return f"{days / size:.1f} {unit}"
+    return f"{86400 * days:.2g} seconds"
+
+
+def described(
+    name: str, plan: Plan, ideas: Mapping[str, Any], rl: Sequence[Mapping[str, Any]] = (),
+    serving: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
+    """All of it; `ideas`, `rl` and `serving` as their modules give them."""
+    parts = [_run(name, plan), _step(plan), _memory(plan), _worth(plan, ideas), *(_rl(stage) for stage in rl)]
+    parts += [_served(serving), ["assumed", *(f"  {text}" for text in assumptions(plan))]]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _run(name: str, plan: Plan) -> list[str]:
+    setup, cfg, device = plan.setup, plan.cfg, plan.setup.device
+    lines = [
+        f"{name}: {amount(counts.main_params(cfg))} parameters, {amount(counts.active_params(cfg))} a token, "
+        f"{amount(plan.tokens)} tokens",
+        f"{plan.gpus:,} {device.name}, {setup.layout}, {setup.schedule}, {setup.micro} micro-batches of {setup.rows} x "
+        f"{setup.length:,} tokens a step, {'FP8' if setup.fp8 else 'BF16'}",
+    ]
+    if plan.tokens:
+        usd = "" if plan.usd is None else f", ${amount(plan.usd)}"
+        lines.append(
+            f"{hours(plan.gpu_hours)} ({plan.hours_per_trillion / 1e3:,.1f} thousand a trillion tokens), "
+            f"{duration(plan.days)}{usd}"
+        )
+    eight = "" if device.fp8 is None else f", of the FP8 peak {100 * plan.mfu(device.fp8):.1f} %"
+    lines.append(
+        f"{plan.rate:,.0f} tokens a second and GPU; of the BF16 peak {100 * plan.mfu(device.bf16):.1f} %{eight} "
+        "(causal FLOPs, MTP and recomputation not counted)"
+    )
+    return [*lines, f"bound by {plan.bound}"]
+
+
+def _step(plan: Plan) -> list[str]:
+    tokens = amount(plan.setup.step_tokens)
+    lines = [f"a step of {tokens} tokens: {plan.step.seconds:.3f} s, means over the ranks of a pipeline"]
+    lines += [f"  {PARTS[part]:<34}{seconds:9.3f} s" for part, seconds in plan.step.parts.items() if seconds]
+    lines.append("bytes that a rank in the middle sends in it, GB")
+    return lines + [f"  {link:<34}{size / 1e9:9.1f}" for link, size in plan.step.links.items()]
+
+
+def _memory(plan: Plan) -> list[str]:
+    device, ranks = plan.setup.device, plan.memory
+    worst = max(range(len(ranks)), key=lambda rank: sum(ranks[rank].values()))
+    shown = list(dict.fromkeys((0, len(ranks) // 2, len(ranks) - 1, worst)))
+    lines = ["memory by pipeline rank, GiB" + "".join(f"{rank:>10}" for rank in shown)]
+    for kind in (*KINDS, "total"):
+        sizes = [sum(ranks[rank].values()) if kind == "total" else ranks[rank][kind] for rank in shown]
+        lines.append(f"  {kind:<26}" + "".join(f"{size / GIB:10.2f}" for size in sizes))
+    room = f"{device.room / GIB:.1f} of {device.memory:.1f} GiB"
+    return [*lines, f"  {'fits' if plan.fits else 'DOES NOT FIT'}: {room} can be filled"]
+
+
+def _worth(plan: Plan, ideas: Mapping[str, Any]) -> list[str]:
+    lines = ["without one of its ideas, thousand GPU hours a trillion tokens"]
+    for idea, worth in ideas.items():
+        if isinstance(worth, str):
+            lines.append(f"  {idea:<48} {worth}")
+            continue
+        held = worth.get("memory_gib", 0.0)
+        over = f"  but {held:.0f} GiB do not fit" if held * GIB > plan.setup.device.room else ""
+        thousands = worth["gpu_hours_per_trillion_tokens"] / 1e3
+        lines.append(f"  {idea:<48}{thousands:9.1f}  x {worth['factor']:.3f}{over}")
+    if "MLA" in ideas:
+        ratio = plan.setup.shape.without_mla().kv_bytes() / plan.setup.shape.kv_bytes()
+        lines.append(f"  without MLA a token's cache is {ratio:.0f} x as large, which serving pays for")
+    return lines if ideas else []
+
+
+def _rl(stage: Mapping[str, Any]) -> list[str]:
+    return [
+        f"RL stage {stage['stage']}: {hours(stage['gpu_hours'])}, {duration(stage['days'])}; a rollout "
+        f"{stage['sampling_seconds']:.3g} s of sampling (waits for {stage['bound']}) and "
+        f"{stage['updating_seconds']:.3g} s of updates"
+    ]
+
+
+def _served(offer: Mapping[str, Any] | None) -> list[str]:
+    if offer is None:
+        return []
+    out, read = offer["usd_per_million_output_tokens"], offer["usd_per_million_input_tokens"]
+    paid = "" if out is None else f"; ${out:.2f} a million of them, ${read:.3f} a million read"
+    return [
+        f"served from units of {offer['gpus_of_a_unit']}, {offer['answers_per_gpu']} answers a GPU, each "
+        f"{offer['tokens_per_second_of_an_answer']:.0f} tokens/s: "
+        f"{offer['output_tokens_per_second_per_node']:,.0f} tokens/s a node{paid}"
+    ]
+
+
+def searched(found: Searched, shown: int = 8) -> str:
+    """The best layouts, and why others are out."""
+    lines = [f"{found.considered:,} layouts considered, the {len(found.found)} most promising that fit simulated",
+             f"{'pp':>4}{'ep':>5}{'dp':>5}  {'schedule':<13}{'made again':<16}{'rows':>5}{'micro':>7}  {'format':<7}"
+             f"{'tokens/s/GPU':>13}{'GiB':>7}"]  # fmt: skip
+    for one in found.found[:shown]:
+        s = one.setup
+        lines.append(
+            f"{s.layout.pp:>4}{s.layout.ep:>5}{s.layout.dp:>5}  {s.schedule:<13}{','.join(s.recompute) or '-':<16}"
+            f"{s.rows:>5}{s.micro:>7}  {'fp8' if s.fp8 else 'bf16':<7}{one.rate:>13,.0f}{one.bytes / GIB:>7.1f}"
+        )
+    return "\n".join(lines + [f"out: {count:,} because {reason}" for reason, count in found.refused.most_common()])
