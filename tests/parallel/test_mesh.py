@@ -50,7 +50,7 @@ def test_v3():
     [
         (Layout(2, 1, 2), 8, "it makes 4 ranks"),
         (Layout(1, 1, 3), 3, "16 experts cannot be shared evenly by 3 ranks"),
-        (Layout(8, 1, 1), 8, "8 pipeline ranks for 5 layers, MTP modules included"),
+        (Layout(8, 1, 1), 8, "8 pipeline ranks for 5 layers, MTP as one of them"),
         (Layout(1, 0, 1), 1, "at least 1"), (Layout(1, 1, 8, node=3), 8, "does not fill nodes of 3"),
         (Layout(1, 1, 32), 32, "16 experts cannot be shared evenly by 32"),
     ],

@@ -97,10 +97,10 @@ def refusal(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> st
         return "every size must be at least 1"
     if layout.world != world:
         return f"it makes {layout.world} ranks"
-    blocks = cfg.n_layers + cfg.n_mtp
+    blocks = cfg.n_layers + min(cfg.n_mtp, 1)  # all MTP modules are on the last
     if layout.pp * slices > blocks:
         each = f" with {slices} slices each" if slices > 1 else ""
-        return f"{layout.pp} pipeline ranks{each} for {blocks} layers, MTP modules included"
+        return f"{layout.pp} pipeline ranks{each} for {blocks} layers, MTP as one of them"
     if layout.pp > 1 and cfg.tie_embeddings:
         return "embedding and head are one matrix (tie_embeddings), which has to be on one pipeline rank"
     if cfg.n_routed_experts % layout.ep:

@@ -5,13 +5,15 @@ Parameters keep the names they have in the whole network (`layers.17.attn.wo.wei
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bessemer.model.config import ModelConfig
+from bessemer.model.counts import attention_params, dense_ffn_params, embedding_params, moe_ffn_params
 from bessemer.model.layer import Layer
 from bessemer.model.moe import Experts
 from bessemer.model.mtp import ahead
@@ -20,10 +22,33 @@ from bessemer.parallel.exchange import Exchange
 
 
 def cut(cfg: ModelConfig, stages: int) -> list[range]:
-    """Layers of every stage, as even as can be; MTP modules count as layers of the last stage."""
-    blocks = cfg.n_layers + cfg.n_mtp
-    ends = [blocks * (stage + 1) // stages for stage in range(stages)]
-    return [range(begin, min(end, cfg.n_layers)) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+    """Layers of every stage, so that the stage with most to compute has as little as can be: weighed by the weights
+    that a token uses, with the head, the MTP modules and their uses of the head on the last. V3 on 16: four layers
+    each, and the last main layer, MTP and head on the last (the reports leave it open)."""
+    attend, sparse = attention_params(cfg), moe_ffn_params(cfg, active_only=True)
+    head = embedding_params(cfg)
+    costs = [attend + (dense_ffn_params(cfg) if i < cfg.n_dense_layers else sparse) for i in range(cfg.n_layers)]
+    return partition(costs, head + cfg.n_mtp * (attend + sparse + 2 * cfg.dim**2 + head), stages)
+
+
+def partition(costs: Sequence[float], last: float, stages: int) -> list[range]:
+    """Layers of these costs over stages, of which the last has `last` to do beside its own. Every stage has a layer; if
+    there is one too few, the last has none."""
+    sums = [0.0, *accumulate(costs)]
+    if stages > len(costs):
+        return [*partition(costs, 0.0, stages - 1), range(len(costs), len(costs))]
+    # best[s][n]: of s stages with the first n layers the slowest, as fast as can be, and where the last of them begins
+    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
+    for stage in range(1, stages + 1):
+        extra, row = last if stage == stages else 0.0, {}
+        for n in range(stage, len(sums)) if stage < stages else (len(sums) - 1,):
+            time, k = min((max(best[-1][k][0], sums[n] - sums[k] + extra), -k) for k in best[-1] if k < n)
+            row[n] = time, -k
+        best.append(row)
+    ends = [len(costs)]
+    for row in best[:0:-1]:
+        ends.append(row[ends[-1]][1])
+    return [range(a, b) for a, b in pairwise(ends[::-1])]
 
 
 def keep_experts(model: Transformer, experts: range) -> None:

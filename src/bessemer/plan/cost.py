@@ -159,7 +159,7 @@ def ideas(plan: Plan) -> dict[str, dict[str, float] | str]:
     if setup.n_mtp:
         changes["MTP (what it costs)"] = replace(setup, mtp=False)
     if not setup.even and setup.layout.pp > 1:
-        changes["stages of equal time instead of equal layers"] = replace(setup, even=True)
+        changes["stages of equal work instead of equal layers"] = replace(setup, even=True)
     found: dict[str, dict[str, float] | str] = {}
     for name, other in changes.items():
         try:
@@ -186,7 +186,7 @@ def assumptions(plan: Plan) -> list[str]:
         f"kernels take {setup.in_step:g} x as long within a step as alone"
         + (" (from the public training profile of DeepSeek, H800)" if setup.in_step != 1 else ""),
         "synchronisation of gradients and the update hidden behind nothing; no failures, no evaluation, no restarts",
-        f"stages of {'equal numbers of layers' if setup.even else 'nearly equal time'}",
+        f"stages of {'equal numbers of layers' if setup.even else 'nearly equal work'}",
     ]  # fmt: skip
     if setup.recompute:
         found.append(f"made again in backward: {', '.join(setup.recompute)}")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
-from bessemer.parallel.stage import cut
+from bessemer.parallel.stage import partition
 from bessemer.plan import overlap, work
 from bessemer.plan.kernels import Kernels, Op
 from bessemer.plan.overlap import Times
@@ -78,39 +78,13 @@ def exchange_seconds(setup: Setup, way: str, at: Places) -> float:
 
 
 def cuts(setup: Setup, stages: int) -> list[range]:
-    """Layers of every stage."""
-    return cut(setup.shape, stages) if setup.even else balanced(setup, stages)
-
-
-def balanced(setup: Setup, stages: int) -> list[range]:
-    """Layers of every stage so that the slowest is as fast as can be, one layer at least: head and MTP modules take
-    time, too. Where pairs hide communication only computation counts. For V3 that is 4 layers on each of 15 stages, and
-    the last main layer, MTP, head and its second use on the last."""
-    times = {dense: layer_times(setup, dense, 0) for dense in (True, False)}
-    hidden = setup.schedule.startswith("dualpipe")
-    cost = {d: t.compute + (0.0 if hidden else t.communication) for d, t in times.items()}
-    tail = work.head(setup.shape, setup.tokens)
-    for _ in range(setup.n_mtp):
-        tail += work.join(setup.shape, setup.tokens) + work.head(setup.shape, setup.tokens)
-    kernels = Kernels.of(setup.device)
-    last = seconds(kernels, tail.forward + tail.input + tail.weight, setup) + setup.n_mtp * cost[False]
-    return _cut(tuple(cost[i < setup.shape.dense] for i in range(setup.shape.n_layers)), last, stages)
-
-
-@cache
-def _cut(costs: tuple[float, ...], last: float, stages: int) -> list[range]:
-    """Layers of these costs over stages, the last of which has `last` to do beside its own."""
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-    # best[s][n]: the slowest of s stages with the first n layers, as fast as can be, and where the last of them begins
-    best = [{0: (0.0, 0)}]
-    for stage in range(1, stages + 1):
-        extra, row = last if stage == stages else 0.0, {}
-        for n in range(stage, len(sums)) if stage < stages else (len(sums) - 1,):
-            row[n] = min((max(best[-1][k][0], sums[n] - sums[k] + extra), -k) for k in best[-1] if k < n)
-        best.append({n: (time, -k) for n, (time, k) in row.items()})
-    ends = [len(sums) - 1]
-    for row in best[:0:-1]:
-        ends.append(row[ends[-1]][1])
-    return [range(a, b) for a, b in pairwise(ends[::-1])]
+    """Layers of every stage, as the executor cuts them (`stage.cut`), or as many each."""
+    shape = setup.shape
+    if setup.even:
+        blocks = shape.n_layers + shape.n_mtp
+        ends = [blocks * stage // stages for stage in range(stages + 1)]
+        return [range(begin, min(end, shape.n_layers)) for begin, end in pairwise(ends)]
+    costs = [sum(shape.layer_params(i < shape.dense, shape.chosen)) for i in range(shape.n_layers)]
+    head = shape.vocab * shape.dim
+    module = sum(shape.layer_params(False, shape.chosen)) + 2 * shape.dim**2 + head if setup.n_mtp else 0
+    return partition(costs, head + setup.n_mtp * module, stages)

@@ -35,7 +35,7 @@ class Setup:
     """Rows of the busiest expert-parallel rank over the mean."""
     in_step: float = IN_STEP
     even: bool = False
-    """Stages of as many layers each (`stage.cut`); else of as nearly equal time as can be (`layers.balanced`)."""
+    """Stages of as many layers each; else of as nearly equal work as can be (`stage.cut`)."""
     fsdp: bool = False
     """Weights are spread over the data-parallel ranks too, and gathered layer by layer."""
 

@@ -155,7 +155,7 @@ planned as if work came evenly; the published nodes follow the day. What is read
 
 {isca}
 
-Stages are those of nearly equal time: 4 layers on each of 15, and the last main layer, MTP and both uses of the head
+Stages are those of nearly equal work: 4 layers on each of 15, and the last main layer, MTP and both uses of the head
 on the last, which the reports leave open. With equal numbers of layers the bubble is twice as large. What is missing
 is in the pairs, {count:.1f} a rank: {theirs:.0f} ms each in this table, 129 in the trace below, which is balanced and
 has no pipeline, {ours:.0f} here. Neither the waits inside a pair (4 %: the trace's 129 against its busy 124.3) nor what

@@ -56,7 +56,7 @@ class Wanted:
     recompute: tuple[str, ...] | None = None
     """Phases that backward makes again: attend, experts, finish, or none."""
     stages: str | None = None
-    """balanced: pipeline stages of equal time; even: of equal numbers of layers."""
+    """balanced: pipeline stages of nearly equal work; even: of equal numbers of layers."""
     in_step: float | None = None
     """What kernels take in a step over what they take alone."""
     usd: float | None = None
