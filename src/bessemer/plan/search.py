@@ -93,6 +93,8 @@ def _candidates(cfg: ModelConfig, wanted: Wanted, cluster: Cluster) -> tuple[lis
             for name in (wanted.schedule,) if wanted.schedule else SCHEDULES if layout.pp > 1 else ("1f1b",):
                 for again in (wanted.recompute,) if wanted.recompute is not None else RECOMPUTE:
                     for format in formats:
+                        if again and format == "fp8" and wanted.recompute is None:
+                            continue  # our FP8 makes again what it can by itself (`model.recompute`)
                         told = replace(wanted, micro_rows=rows, schedule=name, recompute=again, precision=format)
                         try:
                             setup = with_layout(told, cfg, cluster, layout)

@@ -21,7 +21,6 @@ from rich.table import Table
 from rich.text import Text
 
 from bessemer.data.fetch import cache_dir
-from bessemer.errors import UserError
 from bessemer.recipe import record
 from bessemer.recipe.disk import explained
 from bessemer.recipe.metrics import Metrics, StageMetrics
@@ -84,7 +83,6 @@ def run(
     """
     if until is not None:
         recipe.stage(until)
-    one_device(recipe)
     root = out or Path("runs") / recipe.name
     donor = None if reuse is None else Donor(reuse)
     kinds = {settings.name: find_kind(settings.kind, settings.name)() for settings in recipe.stages}
@@ -105,16 +103,6 @@ def run(
                 ranks.order({"end": True})
             progress.close()
             metrics.close()
-
-
-def one_device(recipe: Recipe) -> None:
-    """UserError for a layout of more."""
-    for key in ("pp", "ep", "dp"):
-        if (ranks := getattr(recipe.layout, key)) not in (1, "auto"):
-            raise UserError(
-                f'recipe "{recipe.name}": [layout] {key} is {ranks}, but training on many devices is not built yet; '
-                "use 1 (bessemer run RECIPE --dry-run says what each rank would hold)"
-            )
 
 
 def _plan(
