@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +66,6 @@ class Across(Trainer):
     def _prepare(self) -> None:
         pass
 
-    # ---- rows and micro-batches
-
     def micro_batches(self, n_rows: int) -> int:
         """Micro-batches of every lot in a step of so many rows."""
         return self._at_least(math.ceil(n_rows / (self.part.lots * self.settings.micro_rows)))
@@ -95,8 +94,6 @@ class Across(Trainer):
             else:  # the last step of a run may have few rows
                 yield self.batches(self.rows, 1).as_filler()
 
-    # ---- one step
-
     def _accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
         signs.at(self.step + 1)
         batches = [batch.to(self.device) for batch in micro_batches]
@@ -120,8 +117,9 @@ class Across(Trainer):
     def _work(self, executor: Executor, batches: Sequence[Batch], terms: dict[str, float]) -> list[list[Work]]:
         def one(batch: Batch) -> Work:
             def loss(out: Any, head: Tensor) -> Tensor:
-                self._found.append(self.objective.of(out, head, batch, **terms))
-                return self._found[-1].total
+                found = self.objective.of(out, head, batch, **terms)
+                self._found.append(replace(found, total=found.total.detach()))
+                return found.total
 
             weight = balance_weight(batch, self.objective.balance_alpha(**terms))
             return Work(batch.tokens_BT, batch.segments_BT, loss, weight, mtp=self.objective.with_mtp(**terms))
@@ -135,7 +133,7 @@ class Across(Trainer):
         balance terms."""
         last = {name: math.fsum(float(loss.metrics.get(name, 0.0)) for loss in self._found) for name in self._sums}
         alpha = self.objective.balance_alpha(**terms)
-        elsewhere = math.fsum(losses) - math.fsum(float(loss.total.detach()) for loss in self._found)
+        elsewhere = math.fsum(losses) - math.fsum(float(loss.total) for loss in self._found)
         if "total" in last:
             last["total"] += elsewhere
         if "balance" in last and alpha:
@@ -178,7 +176,7 @@ class Across(Trainer):
                 executor.sum_with_others(place, load_E)
 
     def _culprit(self, sums: Sums, terms: dict[str, float]) -> str:
-        bad = [number for number, loss in enumerate(sums.losses) if not math.isfinite(float(loss.total.detach()))]
+        bad = [number for number, loss in enumerate(sums.losses) if not math.isfinite(float(loss.total))]
         names = self.optimizer.nonfinite_gradients()
         mine = f"the loss of micro-batch {bad[0]} on rank {self.mesh.me} is not finite" if bad else ""
         if not bad and names:
@@ -187,8 +185,6 @@ class Across(Trainer):
         dist.all_gather_object(everyone, mine)
         found = sorted((text for text in everyone if text), key=lambda text: not text.startswith("the loss"))
         return found[0] if found else "the gradients overflow in their norm, or in a balance term"
-
-    # ---- checkpoints
 
     def _by_time(self) -> bool:
         seconds = self.settings.save_seconds
