@@ -85,7 +85,7 @@ def test_steps_across_ranks_are_the_trainer_s(name, layout, micro):
     held = set()
     for theirs, own, moments, biases, (begin, end), _ in found:
         for mine, wanted in zip(theirs, values, strict=True):
-            for key in ("train/total", "train/loss", "train/mtp_1", "train/grad_norm"):
+            for key in ("train/total", "train/loss", "train/mtp_1", "train/balance", "train/grad_norm"):
                 assert mine[key] == pytest.approx(wanted[key], rel=1e-4), key
             if layout.ep > 1:  # once at most to the other rank, in every sparse layer and MTP module
                 sparse = CFG.n_layers - CFG.n_dense_layers + CFG.n_mtp
@@ -120,6 +120,22 @@ def test_in_bfloat16_and_in_fp8():
                 assert mine["train/total"] == pytest.approx(wanted["train/total"], rel=2e-3)
                 assert mine["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=5e-2)
         assert all((found[0][1][n] == found[1][1][n]).all() for n in found[0][1] if ".experts." not in n)
+
+
+def with_few(rank, layout):
+    """Three micro-batches for two lots: one of them gets a filler."""
+    training = across(layout, "gpipe")
+    values = training.update(training.mine(batches(0, 0, 3)))
+    return values, training.rows, training.tokens
+
+
+def test_fillers_are_computed_and_never_counted():
+    trainer = Trainer(model_of(CFG), next_token, None, settings())
+    wanted = trainer.update(batches(0, 0, 3))
+    for values, rows, tokens in on_ranks(2, with_few, Layout(1, 2, 1)):
+        assert (rows, tokens) == (trainer.rows, trainer.tokens)
+        for key in ("train/total", "train/grad_norm"):
+            assert values[key] == pytest.approx(wanted[key], rel=1e-5)
 
 
 def without_mtp(rank, layout):

@@ -145,6 +145,7 @@ def test_slices_are_the_layers_once_each():
         cuts = cut(CFG, stages)
         assert [i for layers in cuts for i in layers] == list(range(CFG.n_layers)) and len(cuts) == stages
     sizes = [len(layers) for layers in cut(preset("v3"), 16)]
+    assert [len(layers) for layers in cut(preset("servable"), 2)] == [5, 3], "the head counts"
     assert sizes == [4] * 15 + [1], "MTP and both uses of the head weigh as much as four layers"
     model = model_of(CFG, False)
     names = {name for stage in range(3) for name, _ in Slice(model, stage, 3).named_parameters()}

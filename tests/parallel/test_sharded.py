@@ -1,5 +1,7 @@
 """Checkpoints of many ranks: saved under one layout, gone on with under another, and again; damage and refusals."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -187,12 +189,21 @@ def test_a_rank_that_cannot_write_makes_it_fail_on_all(tmp_path):
 
 def in_the_background(rank, folder):
     """A step goes on while a checkpoint is written, and changes nothing in it."""
+    write = sharded.write_tensors
+
+    def slow(path, tensors):
+        time.sleep(0.5 * (rank == 0 and "00000001" in str(path)))
+        return write(path, tensors)
+
+    sharded.write_tensors = slow
     training = across(Layout(1, 2, 1), "gpipe", state_dir=folder)
     update(training, 0, 4)
     before = {name: value.clone() for name, value in training.optimizer.masters().items()}
     training.save()
     update(training, 1, 4)
+    training.save()  # waits for the first
     training.finish()
+    assert sharded.Source(folder / "step-00000002").updates == 2
     saved = sharded.read(folder / "step-00000001").tensors["model"]
     return all(torch.equal(saved[name], value) for name, value in before.items())
 
