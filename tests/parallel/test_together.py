@@ -1,10 +1,8 @@
 """Samples that several ranks draw together are those of one process, in order."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from ranks import on_ranks
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.infer.engine import Engine
@@ -13,9 +11,6 @@ from bessemer.model.transformer import Transformer
 from bessemer.parallel.ranks import Ranks
 from bessemer.rl.sampler.sampler import Here
 from bessemer.rl.sampler.together import Dealt, Led
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
-from ranks import on_ranks
 
 ASKED = {"samples": 3, "seeds": [5, 6, 7], "max_new_tokens": 6, "temperature": 1.0, "batch_rows": 2}
 PROMPTS = ["one fox", "two", "a crow and a ring"]
