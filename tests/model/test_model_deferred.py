@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from allocator import live_bytes
 from model_cases import V2, random_model, tiny, tokens
 from torch.autograd.profiler import profile
 
@@ -130,13 +131,6 @@ def test_every_product_is_made_once(kind, monkeypatch):
     else:
         used = sum(int((layer.ffn.gate.load_E > 0).sum()) for layer in layers if not layer.dense)
         assert second["mm"] == 7 * len(layers) + len(model.mtp) + 2 * used
-
-
-def live_bytes(function):
-    """Allocated and not freed while function ran, as torch's allocator reports it; what it returns lives to its end."""
-    with profile(use_cpu=True, profile_memory=True) as profiler:
-        alive = function()  # noqa: F841
-    return sum(event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]")
 
 
 def read_by_gradients(cfg, tokens):

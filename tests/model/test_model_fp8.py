@@ -6,8 +6,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from allocator import live_and_highest
 from model_cases import V2, random_model, relative, tiny, tokens
-from torch.autograd.profiler import profile
 
 from bessemer.data.batch import Batch
 from bessemer.model import fp8
@@ -281,19 +281,6 @@ def test_a_weight_that_is_not_finite_makes_the_loss_so():
 # --- what is kept ------------------------------------------------------------------------------------------------
 
 
-def live_bytes(function) -> tuple[int, int]:
-    """(allocated and not freed, the highest it was meanwhile) as torch's allocator reports it, while function ran;
-    what it returns lives to its end."""
-    with profile(use_cpu=True, profile_memory=True) as profiler:
-        alive = function()  # noqa: F841
-    live = highest = 0
-    for event in profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            highest = max(highest, live)
-    return live, highest
-
-
 @pytest.mark.parametrize("name", ["tiny", "small"])
 def test_bytes_kept_are_as_computed(name):
     """Within 5 %: in FP8, in BF16 and in float32; and FP8 keeps less than a 2.5th of BF16."""
@@ -303,7 +290,7 @@ def test_bytes_kept_are_as_computed(name):
         model = Transformer(cfg).initialise(0).to_compute(dtype).set_fp8(recipe)
         model.train()
         model.rope_table(128)
-        live, _ = live_bytes(lambda model=model: next_token(model, data, mtp_lambda=0.3, balance_alpha=1e-4))
+        live, _ = live_and_highest(lambda model=model: next_token(model, data, mtp_lambda=0.3, balance_alpha=1e-4))
         wanted = kept_bytes(cfg, 4, 128, fp8=recipe is not None, number_bytes=dtype.itemsize)
         assert live == pytest.approx(wanted, rel=0.05), (dtype, recipe)
         found[dtype, recipe] = live
@@ -315,7 +302,9 @@ def test_kept_bytes_of_other_shapes():
         model = in_training(cfg)
         model.rope_table(48)
         data = batch(cfg, rows=8, length=48)
-        live, _ = live_bytes(lambda model=model, data=data: next_token(model, data, mtp_lambda=0.3, balance_alpha=1e-4))
+        live, _ = live_and_highest(
+            lambda model=model, data=data: next_token(model, data, mtp_lambda=0.3, balance_alpha=1e-4)
+        )
         assert live == pytest.approx(kept_bytes(cfg, 8, 48, fp8=True, number_bytes=4), rel=0.05)
     with pytest.raises(ValueError, match="beyond 1024"):
         kept_bytes(tiny(), 1, 2048, fp8=False)

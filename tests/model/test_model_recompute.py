@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from allocator import live_bytes
 from model_cases import random_model, tiny, tokens
-from torch.autograd.profiler import profile
 
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
@@ -74,12 +74,6 @@ def test_same_bits_in_a_pipeline_with_weight_gradients_later():
     found = in_phases(again)
     assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
     assert all(gate.load_E.sum() > 0 for gate in again.gates().values())
-
-
-def live_bytes(function):
-    with profile(use_cpu=True, profile_memory=True) as profiler:
-        alive = function()  # noqa: F841
-    return sum(event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

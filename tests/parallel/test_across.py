@@ -41,7 +41,7 @@ def settings(dtype=torch.float32, terms=TERMS, **more):
 
 
 def part_of(layout, name, cfg=CFG, fp8=False):
-    return Part.of(model_of(cfg, fp8), Mesh(layout, cfg), name)
+    return Part(model_of(cfg, fp8), Mesh(layout, cfg), name)
 
 
 def across(layout, name, cfg=CFG, fp8=False, dtype=torch.float32, state_dir=None, warn=print, **more):

@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 import torch
+from allocator import live_bytes
 from ranks import on_ranks
 from test_execute import CFG, TERMS, batch, model_of, whole
-from torch.autograd.profiler import profile
 
 from bessemer.data.batch import Batch
 from bessemer.model.presets import preset
@@ -123,13 +123,6 @@ def test_phases_have_the_bits_of_one_graph(fp8):
     _, wanted = whole(3, CFG, fp8, False)
     assert grads.keys() == wanted.keys()
     assert [name for name in grads if not (grads[name] == wanted[name].numpy()).all()] in ([], ["embed.weight"])
-
-
-def live_bytes(function):
-    """Allocated and not freed while function ran; what it returns lives to its end."""
-    with profile(use_cpu=True, profile_memory=True) as profiler:
-        alive = function()  # noqa: F841
-    return sum(event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]")
 
 
 def forwarded(model, data, streams):

@@ -1,12 +1,8 @@
-"""Real ranks are those of tests/parallel."""
-
-import sys
-from pathlib import Path
+"""No test leaves a world behind."""
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 torch.set_num_threads(1)
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from allocator import live_and_highest
 from ranks import on_ranks
-from torch.autograd.profiler import profile
 
 from bessemer.data.batch import Batch
 from bessemer.model.presets import preset
@@ -69,18 +69,6 @@ def test_v3_at_scale_takes_no_memory_here():
 # --- while training --------------------------------------------------------------------------------------------
 
 
-def used(function):
-    """(allocated and not freed, the most it was meanwhile), by torch's allocator."""
-    with profile(use_cpu=True, profile_memory=True) as profiler:
-        alive = function()  # noqa: F841
-    live = highest = 0
-    for event in profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            highest = max(highest, live)
-    return live, highest
-
-
 ROWS, LENGTH, MICRO = 4, 128, 4
 TERMS = {"mtp_lambda": 0.3, "balance_alpha": 1e-4}
 
@@ -106,7 +94,7 @@ def on_a_rank(rank, name, layout, dtype, fp8):
     """Bytes held before a step, kept by the forwards of a step, and the most that a step took on top, at least and at
     most: what gloo's threads free the profiler does not see, so what is left at the end is what it missed."""
     model = Transformer(TINY).initialise(1).set_fp8(PAPER if fp8 else None)
-    training = Across(Part.of(model, Mesh(layout, TINY), name), next_token, None, settings(dtype))
+    training = Across(Part(model, Mesh(layout, TINY), name), next_token, None, settings(dtype))
     executor = training._executor_for(MICRO)
     model.rope_table(LENGTH)
     batches = [batch(100 * rank + number) for number in range(MICRO)]
@@ -127,11 +115,11 @@ def on_a_rank(rank, name, layout, dtype, fp8):
         executor.channels.end()
 
     executor.follow(replace(table, steps=alone))
-    kept, _ = used(forwards)
+    kept, _ = live_and_highest(forwards)
     executor._chunks.clear()
     executor.follow(table)
     dist.barrier()
-    missed, most = used(lambda: executor.run(work))
+    missed, most = live_and_highest(lambda: executor.run(work))
     return before, kept, most - missed, most
 
 

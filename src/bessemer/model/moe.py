@@ -24,6 +24,9 @@ from bessemer.model.experts import expert_ffn
 from bessemer.precision.fp8_linear import Recipe
 from bessemer.precision.tiles import Operand
 
+EXPERTS = ".experts."
+"""In the name of every tensor that has a row for each routed expert."""
+
 _COUNTING = Lock()
 """Micro-batches may run side by side in threads; their counts must not be lost."""
 

@@ -28,7 +28,7 @@ from bessemer.model.deferred import Store
 from bessemer.model.transformer import TrainOutputs
 from bessemer.parallel.chunk import Chunk
 from bessemer.parallel.messages import Channels
-from bessemer.parallel.stage import Phases, Slice
+from bessemer.parallel.stage import Phases, Slice, holding
 from bessemer.parallel.streams import Beside, Serial
 from bessemer.parallel.table import Action, Pair, Table
 
@@ -63,7 +63,7 @@ class Executor:
         for part in slices.values():
             self.store.serve(part)
         self._streams = streams or (Beside(self._device) if self._device.type == "cuda" else Serial())
-        self._stages = [{stage for _, stage in table.held(rank)} for rank in range(table.ranks)]
+        self._holders = table.holders()
         self.losses: list[float] = []
         """Of the last run, what this rank's slices added to the loss."""
         self._chunks: dict[Action, tuple[Chunk, Tensor]] = {}
@@ -93,8 +93,7 @@ class Executor:
 
     def others(self, name: str) -> list[int]:
         """Pipeline ranks beside this one that hold the parameter of this name."""
-        owners = next(iter(self.slices.values())).owners(name)
-        return [rank for rank in range(self.table.ranks) if rank != self.me and self._stages[rank] & owners]
+        return [rank for rank in holding(name, self.slices, self._holders) if rank != self.me]
 
     def sum_with_others(self, name: str, x: Tensor) -> None:
         """x += what the other ranks have in its place; `name` says who they are. All of them call in the same order."""

@@ -1,6 +1,6 @@
 """One rank's part of a network: made whole and cut, or never made whole at all.
 
-    Part.of(model, mesh, schedule)      cut out of a whole model
+    Part(model, mesh, schedule)         cut out of a whole model
     Part.fresh(cfg, mesh, schedule, 7)  as `Transformer.initialise(7)` would have made it, without the rest
     Part.read(folder, mesh, schedule)   out of a Hugging Face directory, reading no other tensors
 
@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from bessemer.model import hub
 from bessemer.model.config import ModelConfig
-from bessemer.model.moe import Gate
+from bessemer.model.moe import EXPERTS, Gate
 from bessemer.model.transformer import Transformer
-from bessemer.parallel import schedules
+from bessemer.parallel import schedules, signs
 from bessemer.parallel.mesh import Mesh
-from bessemer.parallel.stage import Slice, keep, keep_experts
+from bessemer.parallel.stage import Slice, holding, keep, keep_experts
 from bessemer.parallel.table import Table
-
-EXPERTS = ".experts."
 
 
 class Part:
@@ -40,15 +38,11 @@ class Part:
         self.slices = {
             (lane, stage): Slice(model, stage, table.stages, self.exchange) for lane, stage in table.held(mesh.pp)
         }
-        self.holders: list[set[int]] = [{stage for _, stage in table.held(rank)} for rank in range(table.ranks)]
+        self.holders = table.holders()
         """The stages of every pipeline rank."""
         held = {name for part in self.slices.values() for name in part.gates}
         self.gates: dict[str, Gate] = {name: gate for name, gate in model.gates().items() if name in held}
         keep(model, self.slices.values())
-
-    @classmethod
-    def of(cls, model: Transformer, mesh: Mesh, schedule: str) -> Part:
-        return cls(model, mesh, schedule)
 
     @classmethod
     def fresh(cls, cfg: ModelConfig, mesh: Mesh, schedule: str, seed: int, device: torch.device) -> Part:
@@ -100,8 +94,7 @@ class Part:
 
     def others(self, name: str) -> list[int]:
         """Pipeline ranks beside this one that hold the parameter of this name."""
-        owners = next(iter(self.slices.values())).owners(name)
-        return [rank for rank, held in enumerate(self.holders) if rank != self.mesh.pp and held & owners]
+        return [rank for rank in holding(name, self.slices, self.holders) if rank != self.mesh.pp]
 
     def _allocate(self, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Parameter]:
         """Memory for a part that was made on the meta device: ones for norms, zeros for buffers, matrices empty."""
@@ -136,10 +129,9 @@ def assemble(part: Part, into: Transformer | None) -> None:
     with torch.device("meta"):
         whole = Transformer(part.mesh.cfg).state_dict()
     state = {} if into is None else into.state_dict()
-    layout, mesh, some = part.mesh.layout, part.mesh, next(iter(part.slices.values()))
+    layout, mesh = part.mesh.layout, part.mesh
     for name, shape in whole.items():
-        owners = some.owners(name)
-        pp = min(rank for rank, held in enumerate(part.holders) if held & owners)
+        pp = min(holding(name, part.slices, part.holders))
         for ep in range(layout.ep) if EXPERTS in name else (0,):
             source = layout.rank(pp, 0, ep)
             rows = slice(ep * len(mesh.experts), (ep + 1) * len(mesh.experts)) if EXPERTS in name else slice(None)
@@ -147,7 +139,8 @@ def assemble(part: Part, into: Transformer | None) -> None:
                 value = mine[name].float().contiguous()
             else:
                 value = torch.empty_like(shape[rows], dtype=torch.float32, device=part.device)
-            dist.broadcast(value, source)
+            with signs.waiting(name, [source]):
+                dist.broadcast(value, source)
             if name in state:
                 state[name][rows].copy_(value)
 

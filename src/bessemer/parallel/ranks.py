@@ -27,7 +27,7 @@ from bessemer.parallel import signs
 from bessemer.parallel.signs import Watch
 
 PATIENCE = 0.1
-"""Seconds between looks for an order of rank 0."""
+"""Seconds between looks for a word of rank 0."""
 
 
 class Ranks:
@@ -76,17 +76,11 @@ class Ranks:
             dist.destroy_process_group()
 
     def agree(self, value: Any) -> Any:
-        """Rank 0's value (plain JSON) on all ranks; all call it in the same order."""
+        """Rank 0's value (plain JSON) on all ranks, however long it takes to come; all call it in the same order."""
         key, self._agreed = f"agree/{self._agreed}", self._agreed + 1
         if self.me == 0:
             self.store.set(key, json.dumps(value))
-        return json.loads(self.store.get(key))
-
-    def any(self, flag: bool) -> bool:
-        """Whether it is true on some rank; all call it."""
-        found = torch.tensor(float(flag))
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=dist.group.WORLD)
-        return bool(found)
+        return self._read(key)
 
     def everyone(self, value: Any, what: str) -> list[Any]:
         """Every rank's value on all of them. (Pickled: both ends are this very program.)"""
@@ -111,12 +105,16 @@ class Ranks:
         """Rank 0's orders as they come, until one says {"end": true}."""
         while True:
             key, self._orders = f"order/{self._orders}", self._orders + 1
-            while not self.store.check([key]):  # raises when whoever keeps the store is gone
-                time.sleep(PATIENCE)
-            what = json.loads(self.store.get(key))
+            what = self._read(key)
             if what.get("end"):
                 return
             yield what
+
+    def _read(self, key: str) -> Any:
+        """What rank 0 has yet to write: it may be packing a corpus, so this is no wait that a watch should end."""
+        while not self.store.check([key]):  # raises when whoever keeps the store is gone
+            time.sleep(PATIENCE)
+        return json.loads(self.store.get(key))
 
     def end_together(self, seconds: float = 5.0) -> None:
         """Before a process ends because of an error: the store may be in rank 0's, so that goes last."""

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 EXIT = 75
 """Status of a process that waited in vain (EX_TEMPFAIL: try again)."""
@@ -32,22 +32,38 @@ class _Doing(NamedTuple):
 
 
 class _Mine:
-    doing = _Doing("starting", None, time.time())
+    """What this rank does. Several threads may wait at once (an exchange beside the computation, a save), so each has a
+    place of its own."""
+
     step = 0
+    working = _Doing("working", None, time.time())
+    waits: ClassVar[dict[int, _Doing]] = {}
+
+    @classmethod
+    def doing(cls) -> _Doing:
+        """The longest wait, if there is one."""
+        return min([*cls.waits.values()], key=lambda wait: wait.since, default=cls.working)
 
 
 def at(step: int) -> None:
-    """This rank is in this step, working."""
-    _Mine.step, _Mine.doing = step, _Doing("working", None, time.time())
+    """This rank begins with this step."""
+    _Mine.step, _Mine.working = step, _Doing("working", None, time.time())
 
 
 @contextmanager
 def waiting(what: str, ranks: Sequence[int]) -> Iterator[None]:
-    """Within it this rank waits for `what` from these ranks."""
-    before = _Mine.doing
-    _Mine.doing = _Doing(what, ranks, time.time())
-    yield
-    _Mine.doing = _Doing(before.what, before.ranks, time.time())
+    """Within it this thread waits for `what` from these ranks; may be nested."""
+    thread = threading.get_ident()
+    outer = _Mine.waits.get(thread)
+    _Mine.waits[thread] = _Doing(what, ranks, time.time())
+    try:
+        yield
+    finally:
+        if outer is None:
+            del _Mine.waits[thread]
+        else:
+            _Mine.waits[thread] = outer._replace(since=time.time())
+        _Mine.working = _Doing("working", None, time.time())
 
 
 class Watch:
@@ -66,12 +82,13 @@ class Watch:
 
     def _run(self) -> None:
         while True:
-            doing, now = _Mine.doing, time.time()
+            doing, now = _Mine.doing(), time.time()
             try:
-                self.store.set(f"signs/{self.me}", json.dumps([now, _Mine.step, doing.what, doing.ranks, doing.since]))
+                ranks = None if doing.ranks is None else list(doing.ranks)
+                self.store.set(f"signs/{self.me}", json.dumps([now, _Mine.step, doing.what, ranks, doing.since]))
                 if doing.ranks is not None and now - doing.since > self.timeout:
                     self._give_up(doing, now)
-            except Exception:  # the store has gone, and with it whoever held it: the main thread will meet that itself
+            except RuntimeError:  # the store has gone, and with it whoever held it: the main thread will meet that
                 return
             if self._over.wait(self.every):
                 return

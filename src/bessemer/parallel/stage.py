@@ -5,7 +5,7 @@ Parameters keep the names they have in the whole network (`layers.17.attn.wo.wei
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -104,6 +104,12 @@ def through(
     rows, _ = yield Handed(layer.experts(sent))
     routed, _ = yield Handed(layer.combine(rows, sent) if exchange is None else exchange.combine(rows, sent))
     return layer.finish(attended, routed), attended.routing.balance, carried
+
+
+def holding(name: str, slices: Mapping[Any, Slice], holders: Sequence[set[int]]) -> list[int]:
+    """Pipeline ranks that hold the parameter of this name; `slices` of any rank know which stages have it."""
+    owners = next(iter(slices.values())).owners(name)
+    return [rank for rank, stages in enumerate(holders) if stages & owners]
 
 
 class Slice(nn.Module):

@@ -70,6 +70,10 @@ class Table:
     def per_lane(self) -> int:
         return self.micro // (self.lanes - self.idle)
 
+    def holders(self) -> list[set[int]]:
+        """The stages of every rank."""
+        return [{stage for _, stage in self.held(rank)} for rank in range(self.ranks)]
+
     def held(self, rank: int) -> list[tuple[int, int]]:
         """(lane, stage) of every slice of the model that a rank holds."""
         return [(lane, s) for lane, ranks in enumerate(self.place) for s, r in enumerate(ranks) if r == rank]

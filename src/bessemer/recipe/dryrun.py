@@ -114,7 +114,7 @@ def held(cfg: ModelConfig, layout: Layout, table: Table, rank: int, numbers: Num
     with _as_rank(rank, layout.world):
         with torch.device("meta"):
             model = Transformer(cfg)
-            part = Part.of(model, mesh.Mesh(layout, cfg), table.name)
+            part = Part(model, mesh.Mesh(layout, cfg), table.name)
         optimizer = Zero1(
             part.model, part.mesh, part.others, compute_dtype=torch.bfloat16 if half else torch.float32,
             moments_dtype=torch.bfloat16 if numbers.moments == 2 else torch.float32,

@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from bessemer.recipe.schema import Head, Layout
-from bessemer.recipe.settings import StageSettings, Strict
+from bessemer.recipe.settings import StageRef, StageSettings, Strict
 from bessemer.recipe.stage import find_kind, load_kinds
 from bessemer.recipe.values import parse_seconds, parse_tokens
 
@@ -65,8 +65,8 @@ def _name(annotation: Any) -> str:
     plain = {int: "whole number", float: "number", str: "string", bool: "true or false", type(None): ""}
     if annotation in plain:
         return plain[annotation]
-    if hasattr(annotation, "__metadata__"):  # Annotated: the only one inside other types is StageRef
-        return "earlier stage"
+    if hasattr(annotation, "__metadata__"):  # Annotated, inside another type
+        return "earlier stage" if annotation == StageRef else _name(annotation.__origin__)
     parts = get_args(annotation)
     if not parts:
         return "schedule" if annotation.__name__ == "Points" else annotation.__name__
@@ -77,6 +77,6 @@ def _name(annotation: Any) -> str:
     if origin is dict:
         return "table"
     if origin is not None and all(isinstance(part, str | int | float) for part in parts):
-        return "one of " + ", ".join(map(str, parts))
+        return ("one of " if len(parts) > 1 else "") + ", ".join(map(str, parts))
     named = [_name(part) for part in parts if isinstance(part, type) or get_args(part)]
     return " or ".join(name for name in named if name)

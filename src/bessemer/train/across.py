@@ -26,7 +26,7 @@ from bessemer.train import balance, checkpoint, rng, sharded
 from bessemer.train.checkpoint import Damaged
 from bessemer.train.objective import Loss, Sums, balance_weight
 from bessemer.train.sharded import Source
-from bessemer.train.trainer import Trainer
+from bessemer.train.trainer import COUNTERS, Trainer
 from bessemer.train.zero import Zero1
 
 if TYPE_CHECKING:
@@ -148,12 +148,12 @@ class Across(Trainer):
         links = sorted({hop.link for hop in self.part.exchange.hops}) if self.mesh.layout.ep > 1 else []
         mine += [self.part.exchange.sent_bytes[link] for link in links]
         self.part.exchange.sent_bytes.clear()
-        total, divisor, tokens, rows, stop, due, *values = self._reduced(mine, dist.ReduceOp.SUM)
-        sent = values[len(values) - len(links) :]
+        total, divisor, tokens, rows, stop, due, *more = self._reduced(mine, dist.ReduceOp.SUM)
+        values, sent = more[: len(last)], more[len(last) :]
         self._stopping, self._due = stop > 0, due > 0
         found = {}
         if divisor > 0:
-            found = {f"train/{name}": value / divisor for name, value in zip(self._sums, values, strict=False)}
+            found = {f"train/{name}": value / divisor for name, value in zip(self._sums, values, strict=True)}
             found |= {f"moe/sent_bytes/{link}": n / tokens for link, n in zip(links, sent, strict=True)}
         if self._peaks:
             peaks = [max((float(loss.peaks[name]) for loss in self._found), default=-math.inf) for name in self._peaks]
@@ -167,13 +167,19 @@ class Across(Trainer):
             dist.all_reduce(found, how)
             return found.tolist()
 
+    def _everyone(self, said: str) -> list[str]:
+        """What every rank says, by rank."""
+        found = [""] * self.mesh.layout.world
+        with signs.waiting("a word", range(len(found))):
+            dist.all_gather_object(found, said)
+        return found
+
     def _sum_loads(self, executor: Executor) -> None:
         with signs.waiting("expert loads", dist.get_process_group_ranks(self.mesh.group["dense"])):
             for name in sorted(self.gates):
                 load_E = self.gates[name].load_E
                 dist.all_reduce(load_E, group=self.mesh.group["dense"])
-                place = f"mtp.{name[3:]}." if name.startswith("mtp") else f"layers.{name}."
-                executor.sum_with_others(place, load_E)
+                executor.sum_with_others(_place(name), load_E)
 
     def _culprit(self, sums: Sums, terms: dict[str, float]) -> str:
         bad = [number for number, loss in enumerate(sums.losses) if not math.isfinite(float(loss.total))]
@@ -181,9 +187,7 @@ class Across(Trainer):
         mine = f"the loss of micro-batch {bad[0]} on rank {self.mesh.me} is not finite" if bad else ""
         if not bad and names:
             mine = f"{len(names)} gradients on rank {self.mesh.me} are not finite, beginning at {names[-1]}"
-        everyone: list[str] = [""] * self.mesh.layout.world
-        dist.all_gather_object(everyone, mine)
-        found = sorted((text for text in everyone if text), key=lambda text: not text.startswith("the loss"))
+        found = sorted(filter(None, self._everyone(mine)), key=lambda text: not text.startswith("the loss"))
         return found[0] if found else "the gradients overflow in their norm, or in a balance term"
 
     def _by_time(self) -> bool:
@@ -198,7 +202,7 @@ class Across(Trainer):
     def _write(self) -> Path:
         """Goes on as soon as the copies are made."""
         random_tensors, random_values = rng.capture(self.generators)
-        counters = {name: getattr(self, name) for name in ("step", "tokens", "rows", "skipped")}
+        counters = {name: getattr(self, name) for name in COUNTERS}
         counters |= {"updates": self.optimizer.steps, "rng": random_values, "extras": self.extras}
         tensors = self.optimizer.pieces()
         if self.mesh.dp == self.mesh.ep == 0:
@@ -218,8 +222,7 @@ class Across(Trainer):
         """Those that no earlier pipeline rank writes."""
         found = {}
         for name, tensor in self._gate_tensors().items():
-            gate = name.partition("/")[2]
-            place = f"mtp.{gate[3:]}." if gate.startswith("mtp") else f"layers.{gate}."
+            place = _place(name.partition("/")[2])
             if self.mesh.pp < min(self.part.others(place), default=math.inf):
                 found[name] = tensor
         return found
@@ -240,8 +243,7 @@ class Across(Trainer):
                 source.verify(self._names_of_mine())
             except Damaged as error:
                 damage = str(error)
-            damages: list[str] = [""] * self.mesh.layout.world
-            dist.all_gather_object(damages, damage)
+            damages = self._everyone(damage)
             if not any(damages):
                 checkpoint.check_config(source.config, self.config, path)
                 return path, source
@@ -259,7 +261,7 @@ class Across(Trainer):
         mine = self._gate_tensors()
         for name, value in source.read(mine).items():
             mine[name].copy_(value)
-        for name in ("step", "tokens", "rows", "skipped"):
+        for name in COUNTERS:
             setattr(self, name, source.counters[name])
         self.optimizer.steps = source.updates
         extras = [name for name in source.places if name.startswith("extras/")]
@@ -268,3 +270,8 @@ class Across(Trainer):
         states = [name for name in source.places if name.startswith("rng/")]
         tensors = {name.removeprefix("rng/"): t for name, t in source.read(states).items()}
         rng.restore(tensors, source.counters["rng"], self.generators)
+
+
+def _place(gate: str) -> str:
+    """What the names of the parameters beside a gate begin with."""
+    return f"mtp.{gate[3:]}." if gate.startswith("mtp") else f"layers.{gate}."

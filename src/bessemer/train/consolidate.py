@@ -13,9 +13,10 @@ from bessemer.errors import UserError
 from bessemer.model import hub
 from bessemer.model.config import ModelConfig
 from bessemer.model.hub_names import Slot
+from bessemer.model.moe import EXPERTS
 from bessemer.model.transformer import Transformer
 from bessemer.train.checkpoint import Damaged
-from bessemer.train.sharded import EXPERTS, Source
+from bessemer.train.sharded import Source
 
 
 def export(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from bessemer.parallel import signs
 from bessemer.train.loss import cross_entropy
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def nats_across(part: Part, batches: Sequence[Batch]) -> tuple[float, float]:
         if out is not None:
             sums[0] += _nats(out.hidden_BTD, part.model.head.weight, batch)
             sums[1] += batch.loss_BT.sum()
-    dist.all_reduce(sums)
+    with signs.waiting("held-out loss", range(part.mesh.layout.world)):
+        dist.all_reduce(sums)
     part.model.train()
     return tuple(sums.tolist())
 

@@ -26,11 +26,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bessemer.errors import UserError
+from bessemer.model.moe import EXPERTS
 from bessemer.train import checkpoint
 from bessemer.train.checkpoint import Damaged, State
 from bessemer.train.tensorfile import write_synced, write_tensors
 
-EXPERTS = ".experts."
 _PARTS = {"model": "model/", "optimizer": "", "gates": "", "rng": "rng/", "extras": "extras/"}
 """What the names of each file of `checkpoint` begin with here."""
 

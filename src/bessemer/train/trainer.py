@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from bessemer.data.batch import Batch
 
 
-_COUNTERS = ("step", "tokens", "rows", "skipped")
+COUNTERS = ("step", "tokens", "rows", "skipped")
 
 
 class _Handed(NamedTuple):
@@ -308,7 +308,7 @@ class Trainer:
                 "rng": random_tensors,
                 "extras": self.extra_tensors,
             },
-            counters={name: getattr(self, name) for name in _COUNTERS} | {"rng": random_values, "extras": self.extras},
+            counters={name: getattr(self, name) for name in COUNTERS} | {"rng": random_values, "extras": self.extras},
             config=self.config,
         )
 
@@ -319,7 +319,7 @@ class Trainer:
         load_exactly(self._gate_tensors(), state.tensors["gates"], "gate")
         rng.restore(state.tensors["rng"], state.counters["rng"], self.generators)
         self.extra_tensors, self.extras = state.tensors["extras"], state.counters["extras"]
-        for name in _COUNTERS:
+        for name in COUNTERS:
             setattr(self, name, state.counters[name])
 
     def _gate_tensors(self) -> dict[str, Tensor]:

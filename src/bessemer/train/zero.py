@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bessemer.model.moe import EXPERTS
 from bessemer.parallel import signs
 from bessemer.parallel.mesh import Mesh
 from bessemer.train.adamw import adamw_
 from bessemer.train.flat import NORM_BLOCK, Group, Members, Slot, Update
 from bessemer.train.matrices import Matrices
 from bessemer.train.optim import Optimizer
-from bessemer.train.sharded import EXPERTS, Source
+from bessemer.train.sharded import Source
 from bessemer.workers import Workers
 
 # the older names, which torch 2.11 and 2.12 have alone, warn from 2.13 on
@@ -87,7 +88,8 @@ class Share(Group):
         """The whole vector of which every rank has such a share."""
         whole = torch.empty(self.grad.numel(), dtype=share.dtype, device=self.grad.device)
         mine = share.to(whole.device).contiguous()
-        _GATHER(whole.view(torch.uint8), mine.view(torch.uint8), group=self.ranks)
+        with signs.waiting("shares of the optimizer", dist.get_process_group_ranks(self.ranks)):
+            _GATHER(whole.view(torch.uint8), mine.view(torch.uint8), group=self.ranks)
         return whole
 
 
@@ -138,7 +140,9 @@ class Zero1(Optimizer):
             group.begin_sum()
         square = super().grad_norm().square()
         for kind in ("dense", "pp"):
-            dist.all_reduce(square, group=self.mesh.group[kind])
+            group = self.mesh.group[kind]
+            with signs.waiting("the gradient's norm", dist.get_process_group_ranks(group)):
+                dist.all_reduce(square, group=group)
         return square.sqrt()
 
     def _wait(self) -> None:
