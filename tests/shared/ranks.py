@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import traceback
 from multiprocessing import get_context
@@ -40,6 +41,7 @@ def on_ranks(n: int, function, *arguments) -> list:
 
 def _rank(rank, n, store, answers, function, arguments):
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n)
         answers.put((rank, True, function(rank, *arguments)))
