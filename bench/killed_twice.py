@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 
 COMPARED = (
-    "*/model/*.safetensors", "*/model/*.json", "*/rollouts.jsonl", "*/results.json", "*/samples.md", "*/*/train.bin",
+    "*/model/*.safetensors", "*/model/*.json", "*/rollouts.jsonl", "*/results.json", "*/samples.md",
+    "*/*/train-*.tokens",
 )  # fmt: skip
 
 

@@ -57,6 +57,6 @@ def test_split_boundaries_meet_their_rate_and_keep_the_text(tokenizer, texts, ra
 def test_the_heldout_side_is_left_alone(documents, tokenizer, tmp_path):
     plain = corpus.build(documents, tokenizer, 64, tmp_path / "a", heldout=0.1)
     changed = corpus.build(documents, tokenizer, 64, tmp_path / "b", heldout=0.1, fim_rate=0.5, boundary_split_rate=0.5)
-    assert changed.heldout.facts["sha256"] == plain.heldout.facts["sha256"]
-    assert changed.train.facts["sha256"] != plain.train.facts["sha256"]
+    assert changed.heldout.facts["shards"] == plain.heldout.facts["shards"]
+    assert changed.train.facts["shards"] != plain.train.facts["shards"]
     assert changed.train.facts["bytes"] == plain.train.facts["bytes"]

@@ -58,10 +58,14 @@ def built(documents, tokenizer, tmp_path_factory):
     return corpus.build(documents, tokenizer, 64, tmp_path_factory.mktemp("corpus") / "c", heldout=0.1)
 
 
+def content(part):
+    return part.take(np.arange(part.n_rows))
+
+
 def documents_of(part, tokenizer):
     """The documents that lie whole in the rows, as ids."""
     found = []
-    for row in np.asarray(part.tokens_RT).tolist():
+    for row in content(part).tolist():
         current = None
         for token in row:
             if token == tokenizer.bos_id:
@@ -83,11 +87,12 @@ def test_rows_hold_exactly_the_documents(built, documents, tokenizer):
         assert part.facts["documents"] == len(mine) > 0
         assert part.facts["bytes"] == sum(len(document.text.encode()) for document in mine)
         ids = [tuple(tokenizer.encode(document.text)) for document in mine]
-        assert part.facts["tokens"] == sum(len(i) + 2 for i in ids) == int((part.tokens_RT != 2).sum())
+        assert part.facts["tokens"] == sum(len(i) + 2 for i in ids) == int((content(part) != 2).sum())
         assert sorted(documents_of(part, tokenizer)) == sorted(i for i in ids if len(i) + 2 <= 64)
-        assert part.facts["waste"] == pytest.approx(1 - part.facts["tokens"] / part.tokens_RT.size, abs=1e-6)
+        assert part.waste == pytest.approx(1 - part.facts["tokens"] / content(part).size, abs=1e-6)
+        assert [tuple(ids[1:-1].tolist()) for ids in part.documents()] == ids
         assert sum(counts["tokens"] for counts in part.facts["domains"].values()) == part.facts["tokens"]
-    assert built.train.facts["waste"] < 0.05
+    assert built.train.waste < 0.05
 
 
 def test_the_heldout_share_is_about_what_was_asked_and_is_decided_by_the_text():
@@ -100,7 +105,7 @@ def test_the_heldout_share_is_about_what_was_asked_and_is_decided_by_the_text():
 def test_a_batch_counts_neither_padding_nor_first_tokens(built):
     last = built.train.n_rows - 1  # the emptiest row is closed last
     batch = built.train.batch([last, 0])
-    assert batch.tokens_BT.tolist() == np.asarray(built.train.tokens_RT)[[last, 0]].tolist()
+    assert batch.tokens_BT.tolist() == content(built.train)[[last, 0]].tolist()
     assert batch.tokens_BT[0, -1] == 2
     expected = (batch.tokens_BT != 2).float()
     expected[:, 0] = 0
@@ -123,7 +128,7 @@ def test_limits(documents, tokenizer, tmp_path):
     assert 2000 <= some.train.facts["tokens"] < 2000 + longest
 
 
-@pytest.mark.parametrize("name", ["train.bin", "heldout.bin", "meta.json"])
+@pytest.mark.parametrize("name", ["train-00000.tokens", "heldout-00000.tokens", "train-00000.ends.npy", "meta.json"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "missing"])
 def test_damage_is_an_error_that_names_the_file(documents, tokenizer, tmp_path, name, damage):
     corpus.build(documents[:300], tokenizer, 64, tmp_path / "c", heldout=0.2)
@@ -173,5 +178,5 @@ def test_mistakes(documents, tokenizer, tmp_path):
 def test_large_vocabularies_use_four_bytes(documents, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "vocab_size", property(lambda self: 65536))
     wide = corpus.build(documents[:20], tokenizer, 64, tmp_path / "c")
-    assert wide.train.tokens_RT.dtype == np.uint32
+    assert wide.train.take([0]).dtype == np.uint32
     assert json.loads((tmp_path / "c" / "meta.json").read_text())["dtype"] == "<u4"

@@ -1,21 +1,32 @@
 """Mixture: exact shares, every row once an epoch, the same rows whatever the batch size."""
 
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bessemer.data import shards
 from bessemer.data.mixture import Mixture, permute
-from bessemer.data.rows import Rows
+from bessemer.data.rows import open_rows
 from bessemer.errors import UserError
+
+FOLDER = tempfile.TemporaryDirectory()
 
 
 def part(n_rows, mark, row_length=4, tokenizer="t"):
     """Rows that carry their part and number as tokens; the last token is padding."""
-    tokens = np.full((n_rows, row_length), 2, dtype=np.uint16)
-    tokens[:, 0] = mark
-    tokens[:, 1] = np.arange(n_rows)
-    return Rows(tokens, 2, {"bytes": 1, "tokens": 1}, tokenizer, path=f"/{mark}")
+    folder = Path(FOLDER.name) / f"{mark}-{row_length}-{tokenizer}"
+    folder.mkdir()
+    writer = shards.Writer(folder, "train", 0, np.dtype("<u2"))
+    for number in range(n_rows):
+        writer.add([mark, number, *[2] * (row_length - 3)], "own", 1)
+    made = SimpleNamespace(vocab_size=1000, pad_id=2, fingerprint=tokenizer)
+    shards.seal(folder, made, row_length, {"train": [writer.finish()]})
+    return open_rows(folder)
 
 
 PARTS = {"b": part(37, 101), "a": part(10, 100), "c": part(500, 102)}

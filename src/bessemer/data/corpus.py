@@ -1,4 +1,4 @@
-"""Documents to packed rows on disk (V3 4.1, reference C.2, C.3, C.4).
+"""Documents to shards and packed rows on disk (V3 4.1, reference C.2, C.3, C.4).
 
 Every document is BOS + ids + EOS. Rows are packed by best fit, with no cross-document mask.
 
@@ -14,21 +14,19 @@ Bits per byte of a part: total nats over its rows / ln 2 / its `bytes`. The toke
 """
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
 import numpy as np
 
+from bessemer.data import rowplan, shards
 from bessemer.data.augment import Augment
 from bessemer.data.document import Document
-from bessemer.data.fetch import sha256_of
-from bessemer.data.packing import Packer
-from bessemer.data.rows import PARTS, Rows, open_rows, read_meta
+from bessemer.data.rows import Rows, open_rows
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 
@@ -57,7 +55,7 @@ def build(
     boundary_split_rate: float = 0.0,
     seed: int = 0,
 ) -> Corpus:
-    """Tokenise and pack `documents` into `out_dir`, and open the result.
+    """Tokenise `documents` into shards in `out_dir`, plan their rows, and open the result.
 
     heldout               share of documents kept for evaluation
     limit_tokens          stop after the document that brings the training side to this many tokens
@@ -68,8 +66,7 @@ def build(
     A corpus already at `out_dir` is replaced once the new one is complete.
     """
     out_dir = Path(out_dir).absolute()
-    if row_length < 2:
-        raise UserError(f"row_length {row_length} is too small: a row must hold a token and one to predict it from")
+    rowplan.check_length(row_length)
     if not 0 <= heldout < 1:
         raise UserError(f"heldout {heldout} must be at least 0 and less than 1")
     if out_dir.exists() and not (out_dir / "meta.json").exists() and any(out_dir.iterdir()):
@@ -96,55 +93,13 @@ def build(
 def load(directory: str | Path) -> Corpus:
     """Open a corpus; UserError naming the file that is missing or altered."""
     directory = Path(directory)
-    return Corpus(directory, read_meta(directory), *(open_rows(directory, part) for part in PARTS))
+    return Corpus(directory, shards.read_meta(directory), *(open_rows(directory, part) for part in shards.PARTS))
 
 
 def is_heldout(text: str, share: float) -> bool:
     """Whether a document belongs to the held-out part."""
     digest = hashlib.sha256(text.encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
-class _Part:
-    """One file being written, and its counts."""
-
-    def __init__(self, path: Path, dtype: np.dtype, row_length: int, pad_id: int):
-        self.path = path
-        self.file = path.open("wb")
-        self.dtype, self.row_length, self.pad_id = dtype, row_length, pad_id
-        self.packer = Packer(row_length)
-        self.counts: dict[str, dict[str, int]] = {}
-
-    def add(self, document: Document, ids: list[int]) -> None:
-        counts = self.counts.setdefault(document.domain, {"documents": 0, "tokens": 0, "bytes": 0})
-        counts["documents"] += 1
-        counts["tokens"] += len(ids)
-        counts["bytes"] += len(document.text.encode("utf-8"))
-        for pieces in self.packer.add(np.array(ids, dtype=self.dtype)):
-            self._write(pieces)
-
-    @property
-    def tokens(self) -> int:
-        return sum(counts["tokens"] for counts in self.counts.values())
-
-    def finish(self) -> dict:
-        for pieces in self.packer.flush():
-            self._write(pieces)
-        self.file.close()
-        total = {key: sum(counts[key] for counts in self.counts.values()) for key in ("documents", "tokens", "bytes")}
-        return {
-            "rows": self.packer.rows,
-            **total,
-            "waste": round(self.packer.waste, 6),
-            "domains": self.counts,
-            "sha256": sha256_of(self.path),
-        }
-
-    def _write(self, pieces: list[np.ndarray]) -> None:
-        row = np.full(self.row_length, self.pad_id, dtype=self.dtype)
-        filled = np.concatenate(pieces)
-        row[: len(filled)] = filled
-        self.file.write(row.tobytes())
 
 
 def _write(
@@ -157,34 +112,62 @@ def _write(
     limit_documents: int | None,
     augment: Augment,
 ) -> None:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size < 65536 else "<u4")
-    parts = {name: _Part(folder / f"{name}.bin", dtype, row_length, tokenizer.pad_id) for name in PARTS}
-    train = parts["train"]
+    sides = {part: _Side(folder, part, row_length, shards.dtype_of(tokenizer)) for part in shards.PARTS}
     for chunk in _chunks(documents, limit_documents):
-        sides = ["heldout" if is_heldout(document.text, heldout) else "train" for document in chunk]
-        plain = tokenizer.encode_batch([document.text for document in chunk])
-        for document, side, ids in zip(chunk, sides, plain, strict=True):
-            if limit_tokens is not None and train.tokens >= limit_tokens:
+        for document, part, ids in tokenised(chunk, tokenizer, heldout, augment):
+            if limit_tokens is not None and sides["train"].tokens >= limit_tokens:
                 break
-            inner = augment(document.text, ids) if side == "train" else ids
-            parts[side].add(document, [tokenizer.bos_id, *inner, tokenizer.eos_id])
-        if limit_tokens is not None and train.tokens >= limit_tokens:
+            sides[part].add(document, ids)
+        if limit_tokens is not None and sides["train"].tokens >= limit_tokens:
             break
-    if not train.tokens:
+    if not sides["train"].tokens:
         raise UserError("there is no training document: the source is empty, or the limits leave nothing")
-    meta = {
-        "row_length": row_length,
-        "dtype": dtype.str,
-        "pad_id": tokenizer.pad_id,
-        "tokenizer": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "heldout": heldout,
-        "limit_tokens": limit_tokens,
-        "limit_documents": limit_documents,
-        **augment.settings,
-        "parts": {name: part.finish() for name, part in parts.items()},
-    }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False), "utf-8")
+    shards.seal(
+        folder, tokenizer, row_length, {part: side.finish() for part, side in sides.items()},
+        heldout=heldout, limit_tokens=limit_tokens, limit_documents=limit_documents, **augment.settings,
+    )  # fmt: skip
+
+
+def tokenised(
+    documents: Sequence[Document], tokenizer: Tokenizer, heldout: float, augment: Augment
+) -> Iterator[tuple[Document, str, list[int]]]:
+    """(document, "train" or "heldout", BOS + ids + EOS) of each; training documents as `augment` makes them."""
+    plain = tokenizer.encode_batch([document.text for document in documents])
+    for document, ids in zip(documents, plain, strict=True):
+        part = "heldout" if is_heldout(document.text, heldout) else "train"
+        inner = augment(document.text, ids) if part == "train" else ids
+        yield document, part, [tokenizer.bos_id, *inner, tokenizer.eos_id]
+
+
+class _Side:
+    """The shards of one side, written one after the other."""
+
+    def __init__(self, folder: Path, part: str, row_length: int, dtype: np.dtype) -> None:
+        self.folder, self.part, self.row_length, self.dtype = folder, part, row_length, dtype
+        self.done: list[dict] = []
+        self.tokens = 0
+        self._open: shards.Writer | None = None
+
+    def add(self, document: Document, ids: list[int]) -> None:
+        if self._open is None:
+            self._open = shards.Writer(self.folder, self.part, len(self.done), self.dtype)
+        self._open.add(ids, document.domain, len(document.text.encode("utf-8")))
+        self.tokens += len(ids)
+        if self._open.full:
+            self._close()
+
+    def finish(self) -> list[dict]:
+        """Facts of all its shards."""
+        if self._open is not None:
+            self._close()
+        return self.done
+
+    def _close(self) -> None:
+        self.done.append(self._open.finish())
+        rowplan.write(
+            self.folder, self.folder / f"rows-{self.row_length}", self._open.name, self.dtype, self.row_length
+        )
+        self._open = None
 
 
 def _chunks(documents: Iterable[Document], limit: int | None) -> Iterator[list[Document]]:

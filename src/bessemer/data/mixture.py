@@ -63,7 +63,7 @@ class Mixture:
         tokens_BT = np.empty((n_rows, self.row_length), dtype=np.int64)
         for number, part in enumerate(self.parts.values()):
             mine = which == number
-            tokens_BT[mine] = part.tokens_RT[rows[mine]]
+            tokens_BT[mine] = part.take(rows[mine])
         return to_batch(tokens_BT, next(iter(self.parts.values())).pad_id)
 
     def realised(self, first_row: int, n_rows: int) -> dict[str, float]:

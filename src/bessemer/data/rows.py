@@ -1,55 +1,115 @@
-"""Rows: one file of packed token rows, opened as a memory map.
-
-A corpus directory holds `train.bin`, `heldout.bin` (rows of uint16 or uint32, little endian, no header) and
-`meta.json`, the facts about them. Opening checks size and sha256 against those facts, so a truncated or altered file
-is an error that names it.
+"""Rows: the packed rows of a part of a corpus, for one row length, read from its shards when they are asked for.
 
 Legend: B rows, T tokens per row.
 """
 
-import json
-from collections.abc import Sequence
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from io import FileIO
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from bessemer.data import rowplan, shards
 from bessemer.data.batch import Batch
-from bessemer.data.fetch import sha256_of
 from bessemer.errors import UserError
 
-PARTS = ("train", "heldout")
-REBUILD = "delete the directory and build it again"
+OPEN = 128
+"""Shards kept open at a time: a corpus may have more of them than a process may have files."""
 
 
 class Rows:
-    """Packed rows `[n_rows, row_length]` and what is known about them."""
+    """Packed rows `[n_rows, row_length]` of the shards of a part."""
 
-    def __init__(self, tokens_RT: np.ndarray, pad_id: int, facts: dict, tokenizer: str, path: Path):
-        self.tokens_RT = tokens_RT
-        self.pad_id = pad_id
-        self.facts = facts
-        """Counts of this part: documents, tokens (padding not counted), bytes of UTF-8 text, waste, per domain."""
-        self.tokenizer = tokenizer
+    def __init__(
+        self, folder: Path, meta: dict[str, Any], part: str, row_length: int, beside: Path | None = None
+    ) -> None:
+        self.path, self.row_length = folder, row_length
+        self.pad_id: int = meta["pad_id"]
+        self.facts: dict[str, Any] = meta["parts"][part]
+        """Counts of this part: documents, tokens (padding not counted), bytes of UTF-8 text, per domain, shards."""
+        self.tokenizer: str = meta["tokenizer"]
         """Fingerprint of the tokenizer that made the ids."""
-        self.path = path
+        self._dtype = np.dtype(meta["dtype"])
+        plans = rowplan.plan(folder, meta, row_length, beside)
+        self._names = [shard["name"] for shard in self.facts["shards"]]
+        self._open = lru_cache(OPEN)(lambda name: _open(folder, plans, name))
+        self._ends = np.cumsum([len(self._open(name).rows) for name in self._names], dtype=np.int64)
+        self.n_rows = int(self._ends[-1]) if len(self._ends) else 0
 
     @property
-    def n_rows(self) -> int:
-        return self.tokens_RT.shape[0]
-
-    @property
-    def row_length(self) -> int:
-        return self.tokens_RT.shape[1]
+    def waste(self) -> float:
+        """Share of the rows that is padding."""
+        return 1 - self.facts["tokens"] / (self.n_rows * self.row_length) if self.n_rows else 0.0
 
     @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of text per id; nats per token / ln 2 / this = bits per byte."""
         return self.facts["bytes"] / max(1, self.facts["tokens"])
 
+    def take(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Tokens [B, T] of the rows with these numbers, in this order. UserError if one is not what it was when it was
+        packed."""
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.n_rows:
+            raise IndexError(f"rows {rows.min()} to {rows.max()}, there are {self.n_rows}")
+        found = np.full((len(rows), self.row_length), self.pad_id, self._dtype)
+        places = np.searchsorted(self._ends, rows, side="right")
+        for filled, row, place in zip(found, rows.tolist(), places.tolist(), strict=True):
+            first = int(self._ends[place - 1]) if place else 0
+            self._fill(filled, self._names[place], row - first)
+        return found
+
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """The rows with these numbers, in this order."""
-        return to_batch(self.tokens_RT[np.asarray(rows, dtype=np.int64)], self.pad_id)
+        return to_batch(self.take(rows), self.pad_id)
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """The ids of every document, in the order they came."""
+        for name in self._names:
+            tokens = np.fromfile(shards.tokens_file(self.path, name), self._dtype)
+            yield from np.split(tokens, np.load(shards.ends_file(self.path, name), allow_pickle=False)[:-1])
+
+    def _fill(self, row_T: np.ndarray, name: str, number: int) -> None:
+        shard = self._open(name)
+        first = int(shard.rows["end"][number - 1]) if number else 0
+        crc = at = 0
+        for start, length in shard.pieces[first : int(shard.rows["end"][number])].tolist():
+            width = self._dtype.itemsize
+            # Not a memory map: of a file that was cut short it would end the process without a word.
+            read = os.pread(shard.file.fileno(), length * width, start * width)
+            crc = zlib.crc32(read, crc)
+            if len(read) != length * width:
+                break
+            row_T[at : at + length] = np.frombuffer(read, self._dtype)
+            at += length
+        if crc != shard.rows["crc"][number]:
+            raise UserError(
+                f"{shard.file.name} was altered since its rows were packed (row {number} has another checksum); "
+                f"{shards.REBUILD}"
+            )
+
+
+class _Shard(NamedTuple):
+    file: FileIO
+    pieces: np.ndarray
+    rows: np.ndarray
+
+
+def _open(folder: Path, plans: Path, name: str) -> _Shard:
+    try:
+        pieces, rows = (np.load(file, mmap_mode="r", allow_pickle=False) for file in rowplan.files(plans, name))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the plan of {name} in {plans} is broken ({error}); delete that folder, it is made again"
+        ) from error
+    return _Shard(FileIO(shards.tokens_file(folder, name)), pieces, rows)
 
 
 def to_batch(tokens_BT: np.ndarray, pad_id: int) -> Batch:
@@ -60,35 +120,17 @@ def to_batch(tokens_BT: np.ndarray, pad_id: int) -> Batch:
     return Batch(tokens, loss)
 
 
-def read_meta(directory: Path) -> dict:
-    """The facts of a corpus directory."""
-    path = directory / "meta.json"
-    try:
-        meta = json.loads(path.read_text("utf-8"))
-        assert all(part in meta["parts"] for part in PARTS)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {directory} is not a finished corpus; {REBUILD}") from None
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path} is broken ({error}); {REBUILD}") from error
-    return meta
+def open_rows(
+    folder: str | Path, part: str = "train", row_length: int | None = None, beside: Path | None = None
+) -> Rows:
+    """The rows of one part of a corpus, checked against its facts; of the length it was built for unless told.
 
-
-def open_rows(directory: str | Path, part: str = "train") -> Rows:
-    """Open one part of a corpus directory, checked against its facts."""
-    directory = Path(directory)
-    meta = read_meta(directory)
-    if part not in PARTS:
-        raise UserError(f"a corpus has the parts {' and '.join(PARTS)}, not {part!r}")
-    facts, length = meta["parts"][part], meta["row_length"]
-    path = directory / f"{part}.bin"
-    dtype = np.dtype(meta["dtype"])
-    shape = (facts["rows"], length)
-    if not path.is_file():
-        raise UserError(f"{path} is missing; {REBUILD}")
-    if path.stat().st_size != (size := shape[0] * shape[1] * dtype.itemsize):
-        raise UserError(f"{path} has {path.stat().st_size} bytes, must have {size}; {REBUILD}")
-    if sha256_of(path) != facts["sha256"]:
-        raise UserError(f"{path} was altered: its sha256 is not the one in meta.json; {REBUILD}")
-    # An empty file cannot be mapped.
-    tokens_RT = np.memmap(path, dtype, "r", shape=shape) if shape[0] else np.zeros(shape, dtype)
-    return Rows(tokens_RT, meta["pad_id"], facts, meta["tokenizer"], path)
+    Rows of a length that it was not built for are planned first; the plan is kept in the folder `beside`, if one is
+    given, else in the corpus.
+    """
+    folder = Path(folder)
+    meta = shards.read_meta(folder)
+    if part not in shards.PARTS:
+        raise UserError(f"a corpus has the parts {' and '.join(shards.PARTS)}, not {part!r}")
+    shards.check(folder, meta, [part], all_bytes=False)
+    return Rows(folder, meta, part, row_length or meta["row_length"], beside)

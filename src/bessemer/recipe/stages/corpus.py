@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import Field
 
 from bessemer import tasks
@@ -111,13 +110,12 @@ class Corpus(Stage):
         return {"tokens": counts["tokens"], "bytes_per_token": round(per_token, 3), "rows": counts["rows"]}
 
     def shown(self, settings: Settings, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem | str]:
-        """The packed training rows, piece by piece, and the problems behind the pages of tasks."""
+        """The training documents, and the problems behind the pages of tasks."""
         tokenizer = Tokenizer.load(folder / "tokenizer")
         for name, spec in settings.parts.items():
             built = corpus.load(folder / name)
-            for row in built.train.tokens_RT:
-                for piece in np.split(row, np.flatnonzero(row == tokenizer.eos_id)):
-                    yield tokenizer.decode(piece.tolist())
+            for ids in built.train.documents():
+                yield tokenizer.decode(ids.tolist())
             if spec.startswith(TASK):
                 task = _task(settings, name)
                 pages = built.train.facts["documents"] + built.heldout.facts["documents"]

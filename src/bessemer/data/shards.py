@@ -1,0 +1,151 @@
+"""Shards: tokenised documents on disk, in the order they came, ready to be packed into rows of any length.
+
+A part of a corpus is a folder:
+
+    meta.json               facts about all of it: tokenizer, dtype, counts, checksums
+    train-00000.tokens      the ids of its documents, one after the other, little endian, no header
+    train-00000.ends.npy    int64 [documents]: where each ends
+    heldout-00000.tokens    the same for the documents that are kept for validation
+    rows-256/               which pieces of the documents make a row of 256 tokens (`rowplan`)
+
+Invariants
+- A shard is written by one process; any number of processes write shards of one folder side by side. The folder is
+  a corpus once `seal` has written meta.json.
+- The same documents in the same order give the same bytes.
+- Nothing is trusted: sizes and checksums of small corpora are compared when they are opened, every row is compared with
+  its own checksum when it is read, and `check` compares everything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bessemer.data.fetch import sha256_of
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+
+PARTS = ("train", "heldout")
+REBUILD = "delete the directory and build it again"
+SHARD_TOKENS = 1 << 27
+"""A shard is ended after the document that brings it to this many tokens."""
+CHECKED_BYTES = 1 << 30
+"""Up to this size all of it is compared with its checksums whenever a corpus is opened: about a second."""
+COUNTS = ("documents", "tokens", "bytes")
+
+
+def dtype_of(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype("<u2" if tokenizer.vocab_size < 65536 else "<u4")
+
+
+class Writer:
+    """One shard in the making: `folder/part-number`."""
+
+    def __init__(self, folder: Path, part: str, number: int, dtype: np.dtype) -> None:
+        self.name, self._folder, self._dtype = f"{part}-{number:05d}", folder, dtype
+        self._file = tokens_file(folder, self.name).open("wb")
+        self._ends: list[int] = []
+        self.tokens = 0
+        self._domains: dict[str, dict[str, int]] = {}
+
+    def add(self, ids: Sequence[int], domain: str, n_bytes: int) -> None:
+        """A document: its ids, BOS and EOS included, and the bytes of its text."""
+        self._file.write(np.array(ids, self._dtype).tobytes())
+        self.tokens += len(ids)
+        self._ends.append(self.tokens)
+        counts = self._domains.setdefault(domain, dict.fromkeys(COUNTS, 0))
+        for key, n in zip(COUNTS, (1, len(ids), n_bytes), strict=True):
+            counts[key] += n
+
+    @property
+    def full(self) -> bool:
+        return self.tokens >= SHARD_TOKENS
+
+    def finish(self) -> dict[str, Any]:
+        """Closes the files; the shard's facts, as `seal` wants them."""
+        self._file.close()
+        np.save(ends_file(self._folder, self.name), np.array(self._ends, np.int64))
+        return {
+            "name": self.name,
+            **{key: sum(counts[key] for counts in self._domains.values()) for key in COUNTS},
+            "domains": self._domains,
+            "sha256": sha256_of(tokens_file(self._folder, self.name)),
+            "ends_sha256": sha256_of(ends_file(self._folder, self.name)),
+        }
+
+
+def seal(
+    folder: Path, tokenizer: Tokenizer, row_length: int, shards: Mapping[str, Sequence[dict]], **facts: Any
+) -> None:
+    """Writes meta.json over finished shards, {"train": [facts of `Writer.finish`], "heldout": [...]}.
+
+    `row_length` is the one that rows have unless another is asked for; `facts` are whatever else is worth keeping.
+    """
+    meta = {
+        "row_length": row_length,
+        "dtype": dtype_of(tokenizer).str,
+        "pad_id": tokenizer.pad_id,
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        **facts,
+        "parts": {part: _sum(shards.get(part, ())) for part in PARTS},
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), "utf-8")
+
+
+def _sum(shards: Sequence[dict]) -> dict[str, Any]:
+    domains: dict[str, dict[str, int]] = {}
+    for shard in shards:
+        for domain, counts in shard["domains"].items():
+            total = domains.setdefault(domain, dict.fromkeys(COUNTS, 0))
+            for key in COUNTS:
+                total[key] += counts[key]
+    kept = [{key: value for key, value in shard.items() if key != "domains"} for shard in shards if shard["documents"]]
+    return {**{key: sum(shard[key] for shard in kept) for key in COUNTS}, "domains": domains, "shards": kept}
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The facts of a corpus folder."""
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_text("utf-8"))
+        if not all(isinstance(meta["parts"][part]["shards"], list) for part in PARTS):
+            raise ValueError("its parts are no lists of shards")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {folder} is not a finished corpus; {REBUILD}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is broken ({error}); {REBUILD}") from error
+    return meta
+
+
+def check(folder: Path, meta: Mapping[str, Any], parts: Iterable[str] = PARTS, all_bytes: bool = True) -> None:
+    """UserError naming the file that is missing, cut short or altered.
+
+    Without `all_bytes` the tokens of a corpus larger than CHECKED_BYTES are compared by size alone.
+    """
+    width = np.dtype(meta["dtype"]).itemsize
+    for part in parts:
+        facts = meta["parts"][part]
+        whole = all_bytes or facts["tokens"] * width <= CHECKED_BYTES
+        for shard in facts["shards"]:
+            tokens, ends = tokens_file(folder, shard["name"]), ends_file(folder, shard["name"])
+            for path in (tokens, ends):
+                if not path.is_file():
+                    raise UserError(f"{path} is missing; {REBUILD}")
+            if tokens.stat().st_size != (size := shard["tokens"] * width):
+                raise UserError(f"{tokens} has {tokens.stat().st_size} bytes, must have {size}; {REBUILD}")
+            for path, key in ((ends, "ends_sha256"), (tokens, "sha256"))[: 2 if whole else 1]:
+                if sha256_of(path) != shard[key]:
+                    raise UserError(f"{path} was altered: its sha256 is not the one in meta.json; {REBUILD}")
+
+
+def tokens_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.tokens"
+
+
+def ends_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.ends.npy"
