@@ -92,8 +92,8 @@ def build(
 
 def load(directory: str | Path) -> Corpus:
     """Open a corpus; UserError naming the file that is missing or altered."""
-    directory = Path(directory)
-    return Corpus(directory, shards.read_meta(directory), *(open_rows(directory, part) for part in shards.PARTS))
+    at, meta = shards.follow(Path(directory))
+    return Corpus(at, meta, *(open_rows(directory, part) for part in shards.PARTS))
 
 
 def is_heldout(text: str, share: float) -> bool:

@@ -28,14 +28,13 @@ PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])
 ROW = np.dtype([("end", "<i8"), ("crc", "<u4")])
 
 
-def plan(folder: Path, meta: dict[str, Any], row_length: int, beside: Path | None = None) -> Path:
-    """The folder of the plans of all shards for this length. What is missing is made, in the folder `beside` where one
-    is given, which leaves the corpus itself as it is."""
+def plan(folder: Path, meta: dict[str, Any], row_length: int, beside: Path) -> Path:
+    """The folder of the plans of all shards for this length: in `folder`, or else in `beside`, where it is made."""
     names = [shard["name"] for part in PARTS for shard in meta["parts"][part]["shards"]]
     found = folder / f"rows-{row_length}"
     if _complete(found, names):
         return found
-    target = (beside or folder) / f"rows-{row_length}"
+    target = beside / f"rows-{row_length}"
     target.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target / ".lock"):
         for name in names:

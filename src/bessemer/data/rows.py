@@ -27,9 +27,7 @@ OPEN = 128
 class Rows:
     """Packed rows `[n_rows, row_length]` of the shards of a part."""
 
-    def __init__(
-        self, folder: Path, meta: dict[str, Any], part: str, row_length: int, beside: Path | None = None
-    ) -> None:
+    def __init__(self, folder: Path, meta: dict[str, Any], part: str, row_length: int, beside: Path) -> None:
         self.path, self.row_length = folder, row_length
         self.pad_id: int = meta["pad_id"]
         self.facts: dict[str, Any] = meta["parts"][part]
@@ -128,9 +126,8 @@ def open_rows(
     Rows of a length that it was not built for are planned first; the plan is kept in the folder `beside`, if one is
     given, else in the corpus.
     """
-    folder = Path(folder)
-    meta = shards.read_meta(folder)
+    at, meta = shards.follow(Path(folder))
     if part not in shards.PARTS:
         raise UserError(f"a corpus has the parts {' and '.join(shards.PARTS)}, not {part!r}")
-    shards.check(folder, meta, [part], all_bytes=False)
-    return Rows(folder, meta, part, row_length or meta["row_length"], beside)
+    shards.check(at, meta, [part], all_bytes=False)
+    return Rows(at, meta, part, row_length or meta["row_length"], beside or Path(folder))

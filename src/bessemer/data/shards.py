@@ -110,16 +110,47 @@ def _sum(shards: Sequence[dict]) -> dict[str, Any]:
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """The facts of a corpus folder."""
+    meta = _read(folder)
+    try:
+        good = all(isinstance(meta["parts"][part]["shards"], list) for part in PARTS)
+    except (KeyError, TypeError):
+        good = False
+    if not good:
+        raise UserError(f"{folder / 'meta.json'} is broken (it lists no shards); {REBUILD}")
+    return meta
+
+
+def _read(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text("utf-8"))
-        if not all(isinstance(meta["parts"][part]["shards"], list) for part in PARTS):
-            raise ValueError("its parts are no lists of shards")
+        facts = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {folder} is not a finished corpus; {REBUILD}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is broken ({error}); {REBUILD}") from error
-    return meta
+    return facts if isinstance(facts, dict) else {}
+
+
+def link(folder: Path, target: Path, row_length: int) -> None:
+    """Makes `folder` stand for the corpus `target` with rows of this length, without a copy. Row plans that are missing
+    are made in `folder`. Building `target` again breaks the link."""
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = target / "meta.json"
+    read_meta(target)
+    facts = {"link": str(target.absolute()), "sha256": sha256_of(meta), "row_length": row_length}
+    (folder / "meta.json").write_text(json.dumps(facts, indent=1), "utf-8")
+
+
+def follow(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """(where the shards lie, their facts) of a corpus folder or a link to one."""
+    facts = _read(folder)
+    if "link" not in facts:
+        return folder, read_meta(folder)
+    target = Path(facts["link"])
+    meta = read_meta(target)
+    if sha256_of(target / "meta.json") != facts["sha256"]:
+        raise UserError(f"{target} was built again since {folder} was made from it; run that stage again")
+    return target, meta | {"row_length": facts["row_length"]}
 
 
 def check(folder: Path, meta: Mapping[str, Any], parts: Iterable[str] = PARTS, all_bytes: bool = True) -> None:

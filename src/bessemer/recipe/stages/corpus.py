@@ -2,6 +2,7 @@
 
 Output: tokenizer/ and one folder of packed rows per part. A part's text comes from a source (registry name, path,
 hf://owner/name) or, as "task:NAME", from the pre-training documents of a task, which exist for its train split only.
+"shards:FOLDER" is a part that `bessemer data build` made: it stays where it is, and its tokenizer serves all parts.
 """
 
 import itertools
@@ -13,7 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from bessemer import tasks
-from bessemer.data import corpus, sources
+from bessemer.data import corpus, shards, sources
 from bessemer.data.document import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
@@ -23,16 +24,17 @@ from bessemer.recipe.stage import Stage, StageContext, register
 from bessemer.recipe.values import Tokens, show_tokens
 from bessemer.workers import Workers, cores
 
-TASK = "task:"
+TASK, SHARDS = "task:", "shards:"
 
 
 @register
 class Corpus(Stage):
     kind = "corpus"
+    format = 2
 
     class Settings(StageSettings):
         parts: dict[str, str] = Field(default_factory=dict)
-        """Part name = where its text comes from: a source, a path, hf://owner/name, or task:NAME."""
+        """Part name = where its text comes from: a source, a path, hf://owner/name, task:NAME, or shards:FOLDER."""
         limits: dict[str, Tokens] = Field(default_factory=dict)
         """Part name = most tokens to keep of it. Task parts are endless and need one."""
         mix: dict[str, dict[str, float]] = Field(default_factory=dict)
@@ -62,9 +64,13 @@ class Corpus(Stage):
                 _task(settings, part).document(0)  # some tasks have none
                 if part not in settings.limits:
                     raise UserError(f'stage "{settings.name}": part "{part}" is endless; give it a limit in tokens')
+            elif spec.startswith(SHARDS) and part in (*settings.limits, *settings.fim_parts):
+                raise UserError(
+                    f'stage "{settings.name}": "{part}" is tokenised already; limits and fim_parts are for other parts'
+                )
             elif part in settings.mix:
                 raise UserError(f'stage "{settings.name}": mix is for documents of tasks, "{part}" is not one')
-        return {"vocab_size": model_config(recipe).vocab_size}
+        return {"vocab_size": model_config(recipe).vocab_size} | _built(settings)
 
     def estimate(self, settings: Settings, recipe: Any) -> float:
         return 60.0
@@ -73,7 +79,7 @@ class Corpus(Stage):
         ctx.rewind(-1)
         vocab_size = model_config(ctx.recipe).vocab_size
         ctx.progress.total(2 * len(settings.parts), "parts")  # the tokenizer takes about as long as all of them
-        tokenizer = Tokenizer.train(self._sample(settings, ctx), vocab_size, chat_style="zero")
+        tokenizer = _tokenizer(settings) or Tokenizer.train(self._sample(settings, ctx), vocab_size, chat_style="zero")
         tokenizer.save(ctx.dir / "tokenizer")
         ctx.progress.advance(len(settings.parts), "tokenizer")
         facts: dict[str, Any] = {}
@@ -94,6 +100,9 @@ class Corpus(Stage):
     def _build(self, settings: Settings, name: str, tokenizer: Tokenizer, ctx: StageContext) -> dict[str, Any]:
         if ctx.stop:
             ctx.interrupt()
+        if settings.parts[name].startswith(SHARDS):
+            shards.link(ctx.dir / name, _folder(settings, name), settings.row_length)
+            return _counts(corpus.load(ctx.dir / name))
         built = corpus.build(
             self._documents(settings, name, ctx),
             tokenizer,
@@ -105,9 +114,7 @@ class Corpus(Stage):
             boundary_split_rate=settings.boundary_split_rate,
             seed=ctx.seed,
         )
-        counts = built.meta["parts"]["train"]
-        per_token = counts["bytes"] / max(1, counts["tokens"])
-        return {"tokens": counts["tokens"], "bytes_per_token": round(per_token, 3), "rows": counts["rows"]}
+        return _counts(built)
 
     def shown(self, settings: Settings, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem | str]:
         """The training documents, and the problems behind the pages of tasks."""
@@ -130,7 +137,7 @@ class Corpus(Stage):
 
     def _sample(self, settings: Settings, ctx: StageContext) -> Iterator[str]:
         """The first characters of every part, for the tokenizer."""
-        for name in settings.parts:
+        for name in settings.parts:  # none is shards: those bring their tokenizer
             left = settings.vocab_sample
             for document in self._documents(settings, name, ctx):
                 yield document.text
@@ -145,6 +152,50 @@ def _task(settings: Corpus.Settings, part: str) -> tasks.Task:
     if taken := {"languages", "phrasing"} & set(mix):
         raise UserError(f'stage "{settings.name}": mix sets shares of documents, not {" or ".join(sorted(taken))}')
     return tasks.get(name, **mix)
+
+
+def _counts(built: corpus.Corpus) -> dict[str, Any]:
+    rows = built.train
+    return {"tokens": rows.facts["tokens"], "bytes_per_token": round(rows.bytes_per_token, 3), "rows": rows.n_rows,
+            "waste": round(rows.waste, 5)}  # fmt: skip
+
+
+def _folder(settings: Corpus.Settings, part: str) -> Path:
+    return Path(settings.parts[part].removeprefix(SHARDS))
+
+
+def _shards(settings: Corpus.Settings) -> list[str]:
+    """The parts that are shards already."""
+    return [part for part, spec in settings.parts.items() if spec.startswith(SHARDS)]
+
+
+def _built(settings: Corpus.Settings) -> dict[str, Any]:
+    """What identifies the shards that others made: their facts hold the checksums of everything."""
+    found = {}
+    for part in _shards(settings):
+        folder = _folder(settings, part)
+        try:
+            found[part] = shards.read_meta(folder)["parts"]
+        except UserError as error:
+            raise UserError(f'stage "{settings.name}": part "{part}": {error} with bessemer data build') from None
+    return {"shards": found} if found else {}
+
+
+def _tokenizer(settings: Corpus.Settings) -> Tokenizer | None:
+    """The one that the shards were made with; None where no part is shards."""
+    found = None
+    for part in _shards(settings):
+        folder = _folder(settings, part)
+        tokenizer = Tokenizer.load(folder.parent / "tokenizer")
+        if shards.read_meta(folder)["tokenizer"] != tokenizer.fingerprint or (
+            found is not None and found.fingerprint != tokenizer.fingerprint
+        ):
+            raise UserError(
+                f'stage "{settings.name}": the shards of "{part}" were made with another tokenizer than '
+                f"{folder.parent / 'tokenizer'} or the other parts; build all of them with one"
+            )
+        found = tokenizer
+    return found
 
 
 def _shares(settings: Corpus.Settings, n: int) -> list[list[str]]:

@@ -1,0 +1,133 @@
+"""Shards: many of them are one corpus, rows of any length hold the same documents, damage is noticed when it is read."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from bessemer.data import corpus, rowplan, shards
+from bessemer.data.augment import Augment
+from bessemer.data.rows import open_rows
+from bessemer.errors import UserError
+
+
+def content(rows):
+    return rows.take(np.arange(rows.n_rows))
+
+
+def split(documents, tokenizer, folder, row_length=64):
+    """The same documents in shards of a hundred, as processes side by side would write them."""
+    folder.mkdir()
+    done = []
+    for number, first in enumerate(range(0, len(documents), 100)):
+        writer = shards.Writer(folder, "train", number, shards.dtype_of(tokenizer))
+        for document, _, ids in corpus.tokenised(
+            documents[first : first + 100], tokenizer, 0.0, Augment(tokenizer, 0, 0)
+        ):
+            writer.add(ids, document.domain, len(document.text.encode()))
+        done.append(writer.finish())
+        rowplan.write(folder, folder / f"rows-{row_length}", writer.name, shards.dtype_of(tokenizer), row_length)
+    shards.seal(folder, tokenizer, row_length, {"train": done})
+
+
+def tokens_of(rows):
+    return sorted(token for token in content(rows).ravel().tolist() if token != rows.pad_id)
+
+
+def test_many_shards_are_one_corpus(documents, tokenizer, tmp_path):
+    one = corpus.build(documents, tokenizer, 64, tmp_path / "one", heldout=0)
+    split(documents, tokenizer, tmp_path / "many")
+    many = open_rows(tmp_path / "many")
+    assert len(many.facts["shards"]) > 3
+    for key in ("documents", "tokens", "bytes", "domains"):
+        assert many.facts[key] == one.train.facts[key]
+    assert tokens_of(many) == tokens_of(one.train)
+    assert [ids.tolist() for ids in many.documents()] == [ids.tolist() for ids in one.train.documents()]
+    first = [len(np.load(rowplan.files(tmp_path / "many" / "rows-64", name)[1])) for name in many._names]
+    across = [first[0], first[0] - 1, 0, many.n_rows - 1]  # rows on both sides of a border, in any order
+    assert (many.take(across) == content(many)[across]).all()
+    with pytest.raises(IndexError):
+        many.take([many.n_rows])
+
+
+def test_rows_of_another_length_need_no_other_copy(documents, tokenizer, tmp_path):
+    built = corpus.build(documents, tokenizer, 64, tmp_path / "c", heldout=0.1)
+    before = sorted(path.name for path in (tmp_path / "c").iterdir())
+    wide = open_rows(tmp_path / "c", "train", 256, beside=tmp_path / "plans")
+    fresh = corpus.build(documents, tokenizer, 256, tmp_path / "fresh", heldout=0.1)
+    assert (content(wide) == content(fresh.train)).all()
+    assert tokens_of(wide) == tokens_of(built.train)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == before
+    assert wide.waste < built.train.waste + 0.05
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_shard_that_changes_under_a_running_job_is_named(documents, tokenizer, tmp_path, damage):
+    rows = corpus.build(documents, tokenizer, 64, tmp_path / "c", heldout=0).train
+    path = tmp_path / "c" / "train-00000.tokens"
+    good = content(rows)
+    with path.open("r+b") as file:
+        if damage == "flip":
+            file.seek(path.stat().st_size // 2)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+        else:
+            file.truncate(path.stat().st_size // 2)
+    wrong = []
+    for row in range(rows.n_rows):
+        try:
+            assert (rows.take([row]) == good[row]).all()
+        except UserError as error:
+            assert "train-00000.tokens was altered" in str(error)
+            wrong.append(row)
+    assert len(wrong) == 1 if damage == "flip" else len(wrong) > 1
+
+
+def test_a_large_corpus_is_compared_by_size_until_it_is_asked_for_more(documents, tokenizer, tmp_path, monkeypatch):
+    corpus.build(documents, tokenizer, 64, tmp_path / "c", heldout=0)
+    path = tmp_path / "c" / "train-00000.tokens"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="sha256"):
+        open_rows(tmp_path / "c")
+    monkeypatch.setattr(shards, "CHECKED_BYTES", 0)
+    open_rows(tmp_path / "c")
+    with pytest.raises(UserError, match="sha256"):
+        shards.check(tmp_path / "c", shards.read_meta(tmp_path / "c"))
+
+
+def test_a_plan_that_was_cut_short_by_a_kill_is_made_again(documents, tokenizer, tmp_path):
+    rows = corpus.build(documents, tokenizer, 64, tmp_path / "c", heldout=0).train
+    pieces, counts = rowplan.files(tmp_path / "c" / "rows-64", "train-00000")
+    pieces.unlink()
+    assert (content(open_rows(tmp_path / "c")) == content(rows)).all()
+    counts.write_bytes(counts.read_bytes()[:50])
+    with pytest.raises(UserError, match="delete that folder"):
+        open_rows(tmp_path / "c")
+
+
+def test_a_link_stands_for_its_corpus_until_that_is_built_again(documents, tokenizer, tmp_path):
+    built = corpus.build(documents, tokenizer, 64, tmp_path / "c", heldout=0.1)
+    shards.link(tmp_path / "link", tmp_path / "c", 128)
+    linked = corpus.load(tmp_path / "link")
+    assert linked.train.row_length == 128 and tokens_of(linked.train) == tokens_of(built.train)
+    assert linked.heldout.n_rows > 0 and (tmp_path / "link" / "rows-128").is_dir()
+    assert not (tmp_path / "c" / "rows-128").exists()
+    corpus.build(documents[:200], tokenizer, 64, tmp_path / "c")
+    with pytest.raises(UserError, match="built again"):
+        corpus.load(tmp_path / "link")
+
+
+def test_facts_that_are_none(tmp_path):
+    for text in (
+        "[]",
+        "{}",
+        '{"parts": {"train": {}}}',
+        json.dumps({"parts": {"train": {"shards": 1}, "heldout": {}}}),
+    ):
+        (tmp_path / "meta.json").write_text(text)
+        with pytest.raises(UserError, match=r"meta\.json is broken"):
+            open_rows(tmp_path)
