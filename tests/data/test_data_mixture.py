@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.data import shards
-from bessemer.data.mixture import Mixture, permute
+from bessemer.data.mixture import Mixture, by_size
+from bessemer.data.order import permute
+from bessemer.data.quota import Span
 from bessemer.data.rows import open_rows
 from bessemer.errors import UserError
 
@@ -109,7 +111,7 @@ def test_a_batch_weighs_tokens_but_not_padding():
 def test_weights_that_do_not_sum_to_one_are_shares_and_said_so():
     with pytest.warns(UserWarning, match="sum to 10, not 1"):
         mixture = Mixture(PARTS, {"a": 2, "b": 3, "c": 5})
-    assert mixture.weights == pytest.approx(WEIGHTS)
+    assert mixture.realised(0, 1000) == pytest.approx(WEIGHTS)
 
 
 @pytest.mark.parametrize(
@@ -135,3 +137,86 @@ def test_bad_weights(weights, word):
 def test_parts_must_be_alike(odd, word):
     with pytest.raises(UserError, match=word):
         Mixture({"a": PARTS["a"], "odd": odd}, {"a": 0.5, "odd": 0.5})
+
+
+def ramp(points):
+    """A function of tokens through these points."""
+    return lambda tokens: float(np.interp(tokens, *zip(*points, strict=True)))
+
+
+ROWS, LENGTH = 8000, 4
+CHANGING = {"a": 0.2, "b": ramp([(0, 0.0), (ROWS * LENGTH, 0.6)]), "c": ramp([(0, 0.8), (ROWS * LENGTH, 0.2)])}
+
+
+def test_shares_follow_weights_that_change():
+    mixture = Mixture(PARTS, CHANGING, seed=3, span=Span(ROWS))
+    for first in range(0, ROWS, 1000):
+        middle = (first + 500) * LENGTH
+        wanted = {"a": 0.2, "b": CHANGING["b"](middle), "c": CHANGING["c"](middle)}
+        assert mixture.realised(first, 1000) == pytest.approx(wanted, abs=0.01)
+    whole = mixture.realised(0, ROWS)
+    assert whole == pytest.approx({"a": 0.2, "b": 0.3, "c": 0.5}, abs=1 / ROWS * 3), "nothing is lost to rounding"
+
+
+def test_a_share_too_small_for_one_period_still_comes():
+    weights = {"a": 0.001, "b": 0.499, "c": ramp([(0, 0.5), (1, 0.5)])}
+    assert Mixture(PARTS, weights, span=Span(ROWS)).realised(0, ROWS)["a"] == pytest.approx(0.001, abs=2 / ROWS)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, ROWS + 500), st.integers(1, 64), st.integers(1, 9))
+def test_changing_rows_do_not_depend_on_the_batch_size(first, n_rows, step):
+    mixture = Mixture(PARTS, CHANGING, seed=7, span=Span(ROWS))
+    pieces = [mixture.batch(n, min(step, first + n_rows - n)) for n in range(first, first + n_rows, step)]
+    assert mixture.batch(first, n_rows).tokens_BT.tolist() == [r for piece in pieces for r in piece.tokens_BT.tolist()]
+
+
+def test_a_cap_is_kept_and_the_others_take_over():
+    mixture = Mixture(PARTS, WEIGHTS, seed=3, span=Span(ROWS, caps={"a": 3, "b": 10}))
+    assert mixture.epochs(ROWS) == pytest.approx({"a": 3, "b": 10, "c": (ROWS - 30 - 370) / 500})
+    assert set(mixture.ended) == {"a", "b"} and mixture.ended["a"] < mixture.ended["b"] < ROWS * LENGTH
+    seen = [mixture.locate(n) for n in range(2000)]
+    rows = [row for name, row in seen if name == "a"]
+    assert sorted(rows) == sorted(list(range(10)) * 3), "every row as often as the cap says"
+    early = mixture.realised(0, 100)
+    assert early == pytest.approx(WEIGHTS, abs=0.02), "before that the weights hold"
+
+
+def test_data_that_ends_is_refused_and_says_when():
+    with pytest.raises(UserError, match=r"data ends at [\d,]+ tokens.*raise a cap"):
+        Mixture(PARTS, WEIGHTS, span=Span(ROWS, caps={"a": 1, "b": 1, "c": 2}))
+
+
+def test_a_stretch_goes_on_where_the_one_before_it_ended():
+    whole = Mixture(PARTS, WEIGHTS, seed=3, span=Span(ROWS, caps={"c": 4}))
+    read = {"a": 2.0, "b": 0.0, "c": 3.9}
+    later = Mixture(PARTS, WEIGHTS, seed=3, span=Span(ROWS, first_token=99, caps={"c": 4}, read=read))
+    assert later.epochs(0) == pytest.approx(read)
+    assert later.epochs(ROWS)["c"] == 4 == whole.epochs(ROWS)["c"]
+    assert later.ended["c"] < whole.ended["c"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "caps", "word"),
+    [
+        ({"a": ramp([(0, 0), (1, 0)]), "b": 0, "c": 0}, {}, "all weights are 0 at"),
+        ({"a": ramp([(0, -1), (1, -1)]), "b": 1, "c": 1}, {}, "weight of a is -1 at"),
+        (WEIGHTS, {"d": 1}, "a cap for 'd'"),
+        (WEIGHTS, {"a": 0}, "cap of a is 0"),
+    ],
+)
+def test_bad_schedules(weights, caps, word):
+    with pytest.raises(UserError, match=word):
+        Mixture(PARTS, weights, span=Span(ROWS, caps=caps))
+
+
+def test_changing_weights_that_do_not_sum_are_told_with_the_place():
+    with pytest.warns(UserWarning, match=r"sum to 0\.\d+ at [\d,]+ tokens"):
+        Mixture(PARTS, {**WEIGHTS, "a": ramp([(0, 0.1), (1, 0.1)])}, span=Span(ROWS))
+
+
+def test_weights_by_size():
+    size = {name: part.facts["tokens"] for name, part in PARTS.items()}
+    assert by_size(PARTS, 1.0) == pytest.approx({name: n / sum(size.values()) for name, n in size.items()})
+    assert by_size(PARTS, 0.0) == pytest.approx(dict.fromkeys(PARTS, 1 / 3))
+    assert by_size(PARTS, 0.5)["a"] > by_size(PARTS, 1.0)["a"]

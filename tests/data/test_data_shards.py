@@ -1,4 +1,4 @@
-"""Shards: many of them are one corpus, rows of any length hold the same documents, damage is noticed when it is read."""
+"""Shards: many are one corpus, rows of any length hold the same documents, damage is noticed when it is read."""
 
 import json
 import os

@@ -3,50 +3,49 @@
 The cursor of a run is one integer, the number of rows consumed. It means the same on any number of workers and at any
 batch size, so resuming, or going on with another world size, reads exactly the rows that were not read yet.
 
-Row n lies in slot n mod S of a pattern of S slots (S = 1000). The pattern is fixed by weights and seed, and holds
-each part's slots in exact number (largest remainder). The k-th row a part gives is number `k mod n_rows` of a
-permutation that belongs to epoch `k // n_rows` of that part: no row comes twice before all have come once.
-
-The permutations are Feistel networks: no state, no table, and the same on every version of every library.
+Row n lies in slot n mod S of period n div S. How many slots of a period each part has is its quota (`quota`), their
+order a permutation (`order`). The k-th row a part gives is number `k mod n_rows` of a permutation that belongs to
+epoch `k // n_rows` of that part: no row comes twice before all have come once.
 """
 
 import difflib
-import hashlib
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 
+from bessemer.data import quota
 from bessemer.data.batch import Batch
+from bessemer.data.order import permutation_key, permute
+from bessemer.data.quota import Span, Weight
 from bessemer.data.rows import Rows, to_batch
 from bessemer.errors import UserError
 
-SLOTS = 1000
-ROUNDS = 6
-
 
 class Mixture:
-    """`parts` by name, mixed by `weights` (shares of rows, hence of tokens up to the parts' different waste)."""
+    """`parts` by name, mixed by `weights` (shares of rows, hence of tokens up to the parts' different waste). Weights
+    that change, and caps, need to know the `span` of the run they are for."""
 
-    def __init__(self, parts: Mapping[str, Rows], weights: Mapping[str, float], seed: int = 0):
+    def __init__(
+        self, parts: Mapping[str, Rows], weights: Mapping[str, Weight], seed: int = 0, span: Span | None = None
+    ) -> None:
         self.parts = dict(sorted(parts.items()))
         self.names = list(self.parts)
         self.seed = seed
-        self.weights = _normalised(self.names, weights)
+        self.ended: dict[str, int] = {}
+        """Parts that come to their cap, and at how many tokens."""
+        _check_named(self.names, weights)
         _check_alike(self.parts)
-        counts = _largest_remainder([self.weights[name] for name in self.names], SLOTS)
-        for name, count in zip(self.names, counts, strict=True):
-            if count == 0:
-                raise UserError(
-                    f"the weight of {name} is below 1/{SLOTS} of the whole, so no row would come from it; raise it"
-                )
-        self._counts = np.array(counts)
-        ordered = np.repeat(np.arange(len(counts)), counts)
-        self._pattern = ordered[permute(np.arange(SLOTS), SLOTS, permutation_key(seed, "pattern", 0))]
-        self._rank = np.zeros(SLOTS, dtype=np.int64)  # how many slots of the same part lie before this one
-        for part in range(len(counts)):
-            mine = self._pattern == part
-            self._rank[mine] = np.arange(mine.sum())
+        rows_of = {name: part.n_rows for name, part in self.parts.items()}
+        if span is not None and (span.caps or any(map(callable, weights.values()))):
+            _check_caps(self.names, span)
+            self.quota, self.ended = quota.planned(self.names, weights, rows_of, self.row_length, span)
+        else:
+            self.quota = quota.constant(self.names, _normalised(self.names, weights))
+        self._known = lru_cache(4)(self._ordered)
+        read = {} if span is None else span.read
+        self._first = np.array([round(read.get(name, 0.0) * rows_of[name]) for name in self.names])
 
     @property
     def row_length(self) -> int:
@@ -68,20 +67,39 @@ class Mixture:
 
     def realised(self, first_row: int, n_rows: int) -> dict[str, float]:
         """The share of each part in these rows."""
-        which = self._pattern[np.arange(first_row, first_row + n_rows) % SLOTS]
-        shares = np.bincount(which, minlength=len(self.names)) / max(1, n_rows)
+        shares = (self._given(first_row + n_rows) - self._given(first_row)) / max(1, n_rows)
         return dict(zip(self.names, shares.tolist(), strict=True))
 
     def epochs(self, n_rows: int) -> dict[str, float]:
-        """How often each part has been read through after `n_rows` rows."""
-        periods, rest = divmod(n_rows, SLOTS)
-        taken = periods * self._counts + np.bincount(self._pattern[:rest], minlength=len(self.names))
+        """How often each part has been read through after `n_rows` rows, earlier stretches included."""
+        taken = self._first + self._given(n_rows)
         return {name: float(taken[i] / part.n_rows) for i, (name, part) in enumerate(self.parts.items())}
 
+    def _given(self, n_rows: int) -> np.ndarray:
+        """Rows of each part among the first `n_rows`."""
+        period, rest = divmod(n_rows, self.quota.slots)
+        return self.quota.before(period) + np.bincount(self._pattern(period)[0][:rest], minlength=len(self.names))
+
+    def _ordered(self, period: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of every slot of a period: its part, and how many slots of that part lie before it."""
+        counts = self.quota.counts(period)
+        key = permutation_key(self.seed, "pattern", period)
+        pattern = np.repeat(np.arange(len(counts)), counts)[permute(np.arange(counts.sum()), int(counts.sum()), key)]
+        rank = np.empty(len(pattern), dtype=np.int64)
+        for part, count in enumerate(counts):
+            rank[pattern == part] = np.arange(count)
+        return pattern, rank
+
+    def _pattern(self, period: int) -> tuple[np.ndarray, np.ndarray]:
+        """`_ordered`; with constant weights every period is like the first."""
+        return self._known(0 if self.quota.constant else period)
+
     def _locate(self, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        period, slot = np.divmod(n, SLOTS)
-        which = self._pattern[slot]
-        kth = period * self._counts[which] + self._rank[slot]
+        period, slot = np.divmod(n, self.quota.slots)
+        which, kth = np.empty(len(n), dtype=np.int64), np.empty(len(n), dtype=np.int64)
+        for one in np.unique(period):
+            here = period == one
+            which[here], kth[here] = self._slots(int(one), slot[here])
         rows = np.empty(len(n), dtype=np.int64)
         for number, (name, part) in enumerate(self.parts.items()):
             mine = which == number
@@ -93,64 +111,46 @@ class Mixture:
             rows[mine] = found
         return which, rows
 
-
-def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """The images of `index` under a permutation of 0..n-1 that `key` chooses.
-
-    A Feistel network permutes the smallest 4^h >= n; an image outside 0..n-1 is sent through again until it falls
-    inside (cycle walking), which leaves a permutation of 0..n-1. On average fewer than four walks are needed.
-    """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    low = np.uint64((1 << int(half)) - 1)
-    keys = [np.uint64(int.from_bytes(hashlib.sha256(f"{key} {r}".encode()).digest()[:8], "big")) for r in range(ROUNDS)]
-    image = np.asarray(index).astype(np.uint64)
-    outside = np.arange(len(image))
-    while len(outside):
-        x = image[outside]
-        left, right = x >> half, x & low
-        for round_key in keys:
-            left, right = right, left ^ (_scramble(right ^ round_key) & low)
-        image[outside] = (left << half) | right
-        outside = outside[image[outside] >= n]
-    return image.astype(np.int64)
+    def _slots(self, period: int, slot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(part, how many rows of that part come before) of some slots of a period."""
+        pattern, rank = self._pattern(period)
+        which = pattern[slot]
+        return which, (self._first + self.quota.before(period))[which] + rank[slot]
 
 
-def _scramble(x: np.ndarray) -> np.ndarray:
-    """A 64-bit mixing function (splitmix64's finaliser); multiplication wraps, as it must."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def by_size(parts: Mapping[str, Rows], temperature: float) -> dict[str, float]:
+    """Shares in proportion to n^temperature of the parts' tokens n: 1 takes them as they are, 0 all alike (I.3)."""
+    sizes = {name: rows.facts["tokens"] ** temperature for name, rows in parts.items()}
+    return {name: size / sum(sizes.values()) for name, size in sizes.items()}
 
 
-def permutation_key(seed: int, name: str, epoch: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}\n{epoch}\n{name}".encode()).digest()[:8], "big")
-
-
-def _largest_remainder(shares: list[float], total: int) -> list[int]:
-    """Whole numbers in proportion to `shares` that sum to `total`."""
-    exact = [share * total for share in shares]
-    counts = [int(value) for value in exact]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - exact[i], i))
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
-    return counts
-
-
-def _normalised(names: list[str], weights: Mapping[str, float]) -> dict[str, float]:
+def _check_named(names: list[str], weights: Mapping[str, Weight]) -> None:
     if not names:
         raise UserError("a mixture needs at least one part")
-    for name, weight in weights.items():
+    for name in weights:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
             raise UserError(
                 f"weight for {name!r}, but there is no such part; {f'did you mean {near[0]!r}?' if near else names}"
             )
+    if missing := [name for name in names if name not in weights]:
+        raise UserError(f"no weight for {', '.join(missing)}; give one, or leave the part out")
+
+
+def _check_caps(names: list[str], span: Span) -> None:
+    for name, cap in span.caps.items():
+        if name not in names:
+            raise UserError(f"a cap for {name!r}, but the mixture has {', '.join(names)}")
+        if not cap > 0:
+            raise UserError(f"the cap of {name} is {cap:g}; it must be positive (leave the part out to use none of it)")
+
+
+def _normalised(names: list[str], weights: Mapping[str, float]) -> dict[str, float]:
+    for name, weight in weights.items():
         if not 0 < weight < float("inf"):
             raise UserError(
                 f"the weight of {name} is {weight}; it must be positive (leave the part out to use none of it)"
             )
-    if missing := [name for name in names if name not in weights]:
-        raise UserError(f"no weight for {', '.join(missing)}; give one, or leave the part out")
     total = sum(weights.values())
     if abs(total - 1) > 1e-6:
         shares = ", ".join(f"{name} {weights[name] / total:.4f}" for name in names)

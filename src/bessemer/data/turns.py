@@ -22,7 +22,7 @@ import torch
 from bessemer.data import chat
 from bessemer.data.batch import Batch
 from bessemer.data.document import Document
-from bessemer.data.mixture import permutation_key, permute
+from bessemer.data.order import permutation_key, permute
 from bessemer.data.packing import Packer
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
