@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from test_across import CLIP, LR, settings
+from test_across import LR, settings
 from test_execute import CFG, TERMS
 
 from bessemer.data.batch import Batch
@@ -13,7 +13,7 @@ from bessemer.model.transformer import Transformer
 from bessemer.parallel import latent_core
 from bessemer.parallel.context import Context, attention
 from bessemer.parallel.latent_core import Cut, blocks
-from bessemer.parallel.mesh import Layout, Mesh
+from bessemer.parallel.mesh import Layout, Mesh, check, drawn, nearest
 from bessemer.parallel.part import Part
 from bessemer.train import heldout
 from bessemer.train.across import Across
@@ -36,7 +36,7 @@ def close(found, wanted, bound):
     return float((found - wanted).norm()) <= bound * float(wanted.norm())
 
 
-# --- attention -----------------------------------------------------------------------------------------------------------
+# --- attention -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "size", "short"), [(1, 130, 0), (2, 100, 3), (4, 70, 1), (3, 64, 0)])
@@ -103,7 +103,7 @@ def test_attention_over_ranks_is_attention(n, segmented, dtype):
             assert close(torch.from_numpy(grads[name]), parameter.grad.float(), 2 * bound), name
 
 
-# --- a step --------------------------------------------------------------------------------------------------------------
+# --- a step -----------------------------------------------------------------------------------------------------------
 
 
 def gradients_on_a_rank(rank, layout, name, micro, segmented, recompute):
@@ -153,3 +153,55 @@ def test_a_step_over_pieces_of_rows_is_a_step_over_the_rows(layout, name, micro,
             assert close(torch.from_numpy(grad), whole, 2e-5), parameter
         names |= grads.keys()
     assert names == wanted.keys()
+
+
+def steps_on_a_rank(rank, layout, name, micro, folder, first, count):
+    """Some steps, from the checkpoint that is there; then the held-out loss, and a checkpoint."""
+    part = Part(Transformer(CFG).initialise(1), Mesh(layout, CFG), name)
+    training = Across(part, next_token, None, settings(), folder, config=CFG.model_dump(), warn=print)
+    assert training.start() == (first > 0)
+    lots = [
+        range(part.lot * micro + 100 * step, (part.lot + 1) * micro + 100 * step)
+        for step in range(first, first + count)
+    ]
+    values = [training.update([batch(n) for n in lot]) for lot in lots]
+    nats = heldout.nats_across(part, [batch(n) for n in range(1000, 1003)])
+    training.save()
+    training.finish()
+    weights = {n: t.numpy() for n, t in training.optimizer.masters().items()}
+    biases = {gate: one.bias_E.numpy() for gate, one in part.gates.items()}
+    return values, nats, weights, biases, (training.rows, training.tokens)
+
+
+def test_steps_held_out_loss_and_a_checkpoint_that_goes_on_without_cutting(tmp_path):
+    """Two steps over cut rows and two over whole ones are four steps of one process."""
+    cut = on_ranks(4, steps_on_a_rank, Layout(pp=2, cp=2), "1f1b", 2, tmp_path, 0, 2)
+    rest = on_ranks(2, steps_on_a_rank, Layout(pp=2), "1f1b", 2, tmp_path, 2, 2)
+    trainer = Trainer(Transformer(CFG).initialise(1), next_token, None, settings())
+    for step in range(4):
+        wanted = trainer.update([batch(100 * step + n) for n in range(2)])
+        for values, *_ in cut if step < 2 else rest:
+            for key in ("train/total", "train/loss", "train/mtp_1", "train/balance", "train/grad_norm"):
+                assert values[step % 2][key] == pytest.approx(wanted[key], rel=1e-4), (step, key)
+        if step % 2 == 0:
+            continue
+        nats, tokens = heldout.nats(trainer.model, [batch(n) for n in range(1000, 1003)])
+        masters = trainer.optimizer.masters()
+        for _, theirs, weights, biases, counted in cut if step < 2 else rest:
+            assert theirs == (pytest.approx(nats, rel=1e-4), tokens) and counted == (trainer.rows, trainer.tokens)
+            for name, weight in weights.items():
+                assert (torch.from_numpy(weight) - masters[name]).abs().max() < 0.1 * LR, name
+            for gate, bias in biases.items():
+                assert torch.equal(torch.from_numpy(bias), trainer.gates[gate].bias_E), gate
+    for name in cut[0][2]:
+        assert (cut[0][2][name] == cut[1][2][name]).all(), "the ranks of a row have the same weights to the bit"
+
+
+def test_rows_that_cannot_be_cut_are_refused():
+    with pytest.raises(UserError, match=r"rows of 26 tokens cannot be cut into 4 equal chunks.*such as 24"):
+        Context(None, 2, 0).positions(26)
+    with pytest.raises(UserError, match=r"pp 1 x dp 1 x ep 1 x cp 4 on 6 ranks: it makes 4 ranks"):
+        check(Layout(cp=4), CFG, 6)
+    assert all(near.cp == 2 for near in nearest(Layout(cp=2, dp=2), CFG, 8))
+    assert all(near.cp == 1 for near in nearest(Layout(cp=3), CFG, 8))
+    assert "pipeline 0, copy 0, piece 1: 2 3" in drawn(Layout(ep=2, cp=2))

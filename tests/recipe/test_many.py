@@ -232,6 +232,20 @@ def test_fine_tuning_and_rl_on_two_ranks(base, tmp_path):
     assert drawn[0] == drawn[1], "the same answers, word for word"
 
 
+def test_rows_cut_over_two_ranks(base, out):
+    """Pre-training and SFT compute half of every row on each rank, RL has the two for data: the same curves."""
+    status, said = finished(start(base, out, *SHORT, "--set", "layout.cp=2", until="zero"))
+    assert status == 0 and "2 ranks: pp 1 x dp 1 x ep 1 x cp 2" in said and "2 ranks: pp 1 x dp 2 x ep 1\n" in said, (
+        said
+    )
+    for stage in ("pretrain", "sft"):
+        same_curve(losses(out, stage), losses(base / "one", stage))
+    for key in ("val/bpb/english", "val/bpb/arithmetic"):
+        same_curve(figures(out, "pretrain", key), figures(base / "one", "pretrain", key))
+    for key in ("rl/kl", "rl/length", "rl/grad_norm"):
+        same_curve(figures(out, "zero", key), figures(base / "one", "zero", key))
+
+
 def together(base, out, *overrides):
     """Ranks that were started by hand, one for each of these lists of arguments."""
     port = str(20000 + os.getpid() % 20000)

@@ -71,22 +71,20 @@ class Batch:
         """(tokens, loss weights) of what is predicted `ahead` positions further, [B, T - ahead] from the first position
         on; where some positions are this process's alone, from these, [B, t], of weight 0 beyond the end. Further than
         one, no weight where that looks across a segment border."""
+        T, segments_BT = self.tokens_BT.shape[1], self.segments_BT
         if self.own_T is None:
-            tokens_BT, loss_BT, segments_BT = self.tokens_BT[:, ahead:], self.loss_BT[:, ahead:], self.segments_BT
-            here_BT, there_BT = (
-                (None, None) if segments_BT is None else (segments_BT[:, :-ahead], segments_BT[:, ahead:])
-            )
+            here, there = slice(0, T - ahead), slice(ahead, T)
+            loss_BT = self.loss_BT[:, there]
         else:
-            there_T = (self.own_T + ahead).clamp(max=self.tokens_BT.shape[1] - 1)
-            inside_T = self.own_T + ahead < self.tokens_BT.shape[1]
-            tokens_BT, loss_BT, segments_BT = self.tokens_BT[:, there_T], self.loss_BT[:, there_T], self.segments_BT
-            loss_BT = loss_BT * inside_T
-            here_BT, there_BT = (
-                (None, None) if segments_BT is None else (segments_BT[:, self.own_T], segments_BT[:, there_T])
-            )
-        if ahead > 1 and here_BT is not None:
-            loss_BT = loss_BT * (here_BT == there_BT)
-        return tokens_BT, loss_BT
+            here, there = self.own_T, (self.own_T + ahead).clamp(max=T - 1)
+            loss_BT = self.loss_BT[:, there] * (self.own_T + ahead < T)
+        if ahead > 1 and segments_BT is not None:
+            loss_BT = loss_BT * (segments_BT[:, here] == segments_BT[:, there])
+        return self.tokens_BT[:, there], loss_BT
+
+    def at(self, own_T: Tensor | None) -> "Batch":
+        """The same rows, of which this process computes these positions."""
+        return replace(self, own_T=own_T)
 
     def rows(self, start: int, stop: int) -> "Batch":
         """The rows `start:stop`, as views."""

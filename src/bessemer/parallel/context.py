@@ -21,8 +21,8 @@ Shapes: B rows, T tokens of a row, t tokens of it that are this rank's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,9 +35,6 @@ from bessemer.model.layer import Attended, Layer
 from bessemer.model.mla import MLA
 from bessemer.parallel import signs
 from bessemer.parallel.latent_core import Cut, latent_core
-
-if TYPE_CHECKING:
-    from bessemer.data.batch import Batch
 
 Attend = Callable[[Layer, Tensor], Attended]
 """(layer, its input) -> the layer's first phase."""
@@ -52,9 +49,9 @@ class Alone:
         """Tokens of a row that are this rank's."""
         return T
 
-    def mine(self, batch: Batch) -> Batch:
-        """The batch, with the positions that are this rank's named in it."""
-        return batch
+    def positions(self, T: int, k: int = 0) -> Tensor | None:
+        """Those of this rank in a row of T, but for the last k of the row; in order. None: all."""
+        return None
 
     def take(self, tokens_BT: Tensor) -> Tensor:
         """This rank's tokens, [B, t]."""
@@ -85,14 +82,10 @@ class Context(Alone):
         return T // self.n
 
     def positions(self, T: int, k: int = 0) -> Tensor:
-        """Of this rank in a row of T, but for the last k of the row; in order."""
         size = self.length(T) // 2
         here = torch.arange(size)
         found = torch.cat((here + self.rank * size, here + (2 * self.n - 1 - self.rank) * size))
         return found[found < T - k]
-
-    def mine(self, batch: Batch) -> Batch:
-        return replace(batch, own_T=self.positions(batch.tokens_BT.shape[1]).to(batch.tokens_BT.device))
 
     def take(self, tokens_BT: Tensor) -> Tensor:
         return tokens_BT[:, self.positions(tokens_BT.shape[1]).to(tokens_BT.device)]

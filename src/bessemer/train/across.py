@@ -97,7 +97,8 @@ class Across(Trainer):
 
     def _accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
         signs.at(self.step + 1)
-        batches = [self.part.context.mine(batch.to(self.device)) for batch in micro_batches]
+        own = self.part.context.positions
+        batches = [batch.at(own(batch.tokens_BT.shape[1])).to(self.device) for batch in micro_batches]
         executor = self._executor_for(len(batches))
         self._found = []
         executor.run(self._work(executor, batches, terms))

@@ -40,7 +40,7 @@ def nats_across(part: Part, batches: Sequence[Batch]) -> tuple[float, float]:
     mine = list(batches[part.lot :: part.lots])
     n = -(-len(batches) // part.lots)
     mine += [batches[0].as_filler()] * (n - len(mine))
-    mine = [part.context.mine(batch.to(part.device)) for batch in mine]
+    mine = [batch.at(part.context.positions(batch.tokens_BT.shape[1])).to(part.device) for batch in mine]
     sums = torch.zeros(2, dtype=torch.float64, device=part.device)
     for out, batch in zip(forward(part, [(batch.tokens_BT, None) for batch in mine]), mine, strict=True):
         if out is not None:

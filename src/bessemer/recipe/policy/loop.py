@@ -53,7 +53,7 @@ class Loop:
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a stage with a model before it')
         speed.keep_memory()
-        network, self.tokenizer = spread.read(ctx, ctx.source / "model")
+        network, self.tokenizer = spread.read(ctx, ctx.source / "model", cut=False)
         self.workers = samplers.workers_beside(settings.rollout) if ctx.ranks is None else Workers(1)
         longest = round(max(settings.max_new_tokens.values))
         self.objective = GRPO(
