@@ -19,7 +19,8 @@ from bessemer.model import hub
 from bessemer.model.config import ModelConfig
 from bessemer.model.foreign import is_foreign
 from bessemer.model.transformer import Transformer
-from bessemer.parallel import context, mesh, schedules
+from bessemer.parallel import mesh, schedules
+from bessemer.parallel.context import refusal as not_cut
 from bessemer.parallel.part import Part, assemble
 from bessemer.parallel.ranks import Ranks
 from bessemer.recipe import modelling
@@ -160,7 +161,7 @@ def _check_cut(recipe: Recipe, stage: str, cp: int) -> None:
     corpus = recipe.stage(settings.source) if settings.source else settings
     length = getattr(settings, "row_length", None) or getattr(corpus, "row_length", None)
     if length is not None and length % (2 * cp):
-        raise UserError(f'stage "{stage}": {context.refusal(length, cp)}')
+        raise UserError(f'stage "{stage}": {not_cut(length, cp)}')
 
 
 def _named(schedule: str, pp: int) -> str:
