@@ -20,6 +20,7 @@ from pathlib import Path
 LAYOUTS: dict[str, list[str]] = {
     "one process": [],
     "dp 2": ["layout.dp=2"],
+    "cp 2": ["layout.cp=2"],
     "ep 2": ["layout.ep=2"],
     "pp 2, 1f1b": ["layout.pp=2", "layout.schedule=1f1b"],
     "pp 2, dualpipe": ["layout.pp=2", "layout.schedule=dualpipe"],

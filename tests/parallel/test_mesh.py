@@ -15,20 +15,23 @@ from bessemer.precision.fp8_linear import PAPER
 
 TINY = preset("tiny")
 LAYOUTS = [Layout(1, 1, 4), Layout(1, 2, 2), Layout(1, 1, 4, node=2), Layout(1, 4, 1)]
-KINDS = ("pp", "ep", "expert", "dense", "network", "within")
+KINDS = ("pp", "ep", "cp", "expert", "dense", "network", "within")
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([1, 2, 4, 8]))
-def test_every_rank_is_once_in_every_kind_of_group(pp, dp, ep, node):
-    layout = Layout(pp, dp, ep, node)
+@given(
+    st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([1, 2, 4, 8]),
+    st.integers(1, 3),
+)  # fmt: skip
+def test_every_rank_is_once_in_every_kind_of_group(pp, dp, ep, node, cp):
+    layout = Layout(pp, dp, ep, node, cp)
     for kind in KINDS:
         assert sorted(rank for group in layout.groups(kind) for rank in group) == list(range(layout.world)), kind
     places = [layout.place(rank) for rank in range(layout.world)]
     assert [layout.rank(*place) for place in places] == list(range(layout.world))
-    for kind, varies in (("pp", 0), ("ep", 2), ("expert", 1)):
+    for kind, vary in (("pp", {0}), ("ep", {2}), ("cp", {3}), ("expert", {1, 3}), ("dense", {1, 2, 3})):
         for group in layout.groups(kind):
-            others = {tuple(v for i, v in enumerate(places[rank]) if i != varies) for rank in group}
+            others = {tuple(v for i, v in enumerate(places[rank]) if i not in vary) for rank in group}
             assert len(others) == 1
 
 
@@ -37,7 +40,7 @@ def test_v3():
     layout, cfg = Layout(pp=16, dp=2, ep=64), preset("v3")
     check(layout, cfg, 2048)
     assert {kind: len(layout.groups(kind)[0]) for kind in KINDS} == {
-        "pp": 16, "ep": 64, "expert": 2, "dense": 128, "network": 8, "within": 8,
+        "pp": 16, "ep": 64, "cp": 1, "expert": 2, "dense": 128, "network": 8, "within": 8,
     }  # fmt: skip
     assert layout.groups("network")[3] == [3 + 8 * n for n in range(8)]
     text = drawn(layout).splitlines()

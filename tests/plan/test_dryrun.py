@@ -8,7 +8,7 @@ import pytest
 
 from bessemer import cli
 from bessemer.errors import UserError
-from bessemer.recipe import dryrun
+from bessemer.recipe import dryrun, planning
 from bessemer.recipe.conformance import rows
 from bessemer.recipe.schema import Recipe
 
@@ -44,12 +44,33 @@ def test_v3_toml_is_the_paper_s_run():
         (["layout.ep=3"], None, ["256 experts cannot be shared evenly by 3 ranks", "these fit"]),
         (["layout.dp=auto"], 2000, ["it makes 1024 ranks"]),
         (["layout.schedule=dualpipe"], None, ["a step of 3072 rows is too small", "4096 rows in all"]),
+        (["layout.cp=2"], None, ['"pretrain": fp8 and layout.cp = 2 do not go together']),
+        (["layout.cp=3", "pretrain.fp8=off"], None, ["rows of 4096 tokens cannot be cut into 6 equal chunks", "4098"]),
     ],
 )
 def test_what_cannot_be_is_said(overrides, world, words):
     with pytest.raises(UserError) as caught:
         dryrun.of_recipe(Recipe.load(V3, overrides), world)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_rows_cut_over_ranks():
+    """cp 4: the same weights and a quarter of the optimizer's share, and of a row."""
+    plain, cut = (
+        dryrun.of_recipe(Recipe.load(V3, ["layout.dp=2", f"layout.cp={cp}", "pretrain.fp8=off"]), device_name="h800")
+        for cp in (1, 4)
+    )
+    assert cut.layout.world == 4 * plain.layout.world and cut.facts()["cp"] == 4 and cut.ramp == plain.ramp
+    before, after = plain.ranks[0], cut.ranks[0]
+    assert after["weights"] == pytest.approx(before["weights"], rel=0.01), "up to the filling"
+    assert after["moments"] == pytest.approx(before["moments"] / 4, rel=0.01)
+    assert after["activations"] < 0.26 * before["activations"]
+    assert "4096 ranks" not in dryrun.described(plain) and "pipeline 0, copy 1, piece 3: " in dryrun.described(cut)
+
+
+def test_the_planner_does_not_price_it():
+    with pytest.raises(UserError, match="does not price context parallelism"):
+        planning.of_recipe(Recipe.load(V3, ["layout.cp=2"]), None, None)
 
 
 def test_a_recipe_without_pre_training():

@@ -31,7 +31,7 @@ MODELS = [TINY, preset("tiny", vocab_size=1001, dim=120), preset("tiny", n_mtp=0
           preset("tiny", q_lora_rank=0, n_shared_experts=0), preset("moonlight"), V3]  # fmt: skip
 LAYOUTS = [("gpipe", Layout(1, 1, 1), 2), ("1f1b", Layout(2, 1, 2), 4), ("dualpipe", Layout(2, 2, 2), 4),
            ("zbv", Layout(2, 2, 1), 4), ("interleaved", Layout(2, 1, 4), 4),
-           ("dualpipe", Layout(4, 2, 8), 8)]  # fmt: skip
+           ("dualpipe", Layout(4, 2, 8), 8), ("1f1b", Layout(2, 2, 2, cp=4), 4)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "layout", "micro"), LAYOUTS, ids=str)
@@ -97,7 +97,7 @@ def on_a_rank(rank, name, layout, dtype, fp8):
     training = Across(Part(model, Mesh(layout, TINY), name), next_token, None, settings(dtype))
     executor = training._executor_for(MICRO)
     model.rope_table(LENGTH)
-    batches = [batch(100 * rank + number) for number in range(MICRO)]
+    batches = [batch(100 * rank + number).at(training.part.context.positions(LENGTH)) for number in range(MICRO)]
     groups = training.optimizer.groups
     held = [t for g in groups for t in (g.compute, g.grad, g.summed, g.master, *g.moments.values())]
     before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
@@ -124,7 +124,8 @@ def on_a_rank(rank, name, layout, dtype, fp8):
 
 
 CASES = [("dualpipe", Layout(2, 1, 2), torch.bfloat16, True), ("1f1b", Layout(2, 1, 2), torch.bfloat16, False),
-         ("gpipe", Layout(2, 1, 2), torch.float32, False)]  # fmt: skip
+         ("gpipe", Layout(2, 1, 2), torch.float32, False), ("1f1b", Layout(2, cp=2), torch.bfloat16, False),
+         ("gpipe", Layout(cp=2), torch.float32, False)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "layout", "dtype", "fp8"), CASES, ids=str)
@@ -133,10 +134,10 @@ def test_memory_of_real_ranks(name, layout, dtype, fp8):
     working memory that no GPU does, so only what is kept is compared there."""
     table, numbers = schedule(name, layout.pp, MICRO), Numbers(dtype.itemsize, 4, fp8, fused=False)
     found = on_ranks(layout.world, on_a_rank, name, layout, dtype, fp8)
-    kept = memory.kept_by_stage(TINY, cut(TINY, table.stages), ROWS, LENGTH, numbers)
+    kept = memory.kept_by_stage(TINY, cut(TINY, table.stages), ROWS, LENGTH, numbers, cp=layout.cp)
     planned = memory.per_rank(TINY, layout, table, ROWS, LENGTH, numbers)
     for pp in range(layout.pp):
-        ranks = [found[layout.rank(pp, 0, ep)] for ep in range(layout.ep)]
+        ranks = [found[layout.rank(pp, 0, ep, cp)] for ep in range(layout.ep) for cp in range(layout.cp)]
         all_forwards = sum(kept[a.stage] for a in actions(table.steps[pp]) if a.kind == "F")
         assert sum(rank[1] for rank in ranks) / len(ranks) == pytest.approx(all_forwards, rel=0.05)
         before = sum(planned[pp][kind] for kind in BEFORE[:-1])

@@ -36,6 +36,17 @@ prompts = ["1 + 1 ="]
 """Between pre-training and RL; the last of its steps has fewer rows than others."""
 
 
+FILTER = "difficulty_filter = true\nfilter_pool = 2\nfilter_explore = 0.3"
+
+
+def sums(folder):
+    """A task of few problems, so that RL asks some of them again."""
+    for split, first in (("train", 2), ("test", 6)):
+        lines = (json.dumps({"question": f"{n} + {n} =", "answer": str(2 * n)}) for n in range(first, first + 4))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return f"jsonl:{folder}"
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A recipe, and a run of it on one process."""
@@ -46,7 +57,8 @@ def base(tmp_path_factory):
     talks = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in turns]
     (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     more, rl = MORE.format(talks=folder / "talks.jsonl"), after.partition("[[stage]]")[0]
-    recipe.write_text(f'{before}{more}[[stage]]\nkind = "rl"{rl}')
+    filtered = rl.replace('tasks = ["arithmetic"]', f'tasks = ["arithmetic", "{sums(folder)}"]\n{FILTER}')
+    recipe.write_text(f'{before}{more}[[stage]]\nkind = "rl"{filtered}')
     run(recipe, folder / "one", *SHORT[1::2])
     return folder
 
@@ -213,10 +225,25 @@ def test_fine_tuning_and_rl_on_two_ranks(base, tmp_path):
     status, said = finished(process)
     assert status == 0 and "rank 1 was killed by SIGKILL; starting all of them again" in said, said
     same_curve(losses(out, "sft"), losses(base / "one", "sft"))
-    for key in ("rl/kl", "rl/entropy", "rl/length", "rl/grad_norm", "rl/heldout_pass_at_1"):
+    kept = ("rl/filter_left_out", "rl/filter_explored")
+    for key in ("rl/kl", "rl/entropy", "rl/length", "rl/grad_norm", "rl/heldout_pass_at_1", *kept):
         same_curve(figures(out, "zero", key), figures(base / "one", "zero", key))
     drawn = [(root / "04-zero" / "rollouts.jsonl").read_text() for root in (out, base / "one")]
     assert drawn[0] == drawn[1], "the same answers, word for word"
+
+
+def test_rows_cut_over_two_ranks(base, out):
+    """Pre-training and SFT compute half of every row on each rank, RL has the two for data: the same curves."""
+    status, said = finished(start(base, out, *SHORT, "--set", "layout.cp=2", until="zero"))
+    assert status == 0 and "2 ranks: pp 1 x dp 1 x ep 1 x cp 2" in said and "2 ranks: pp 1 x dp 2 x ep 1\n" in said, (
+        said
+    )
+    for stage in ("pretrain", "sft"):
+        same_curve(losses(out, stage), losses(base / "one", stage))
+    for key in ("val/bpb/english", "val/bpb/arithmetic"):
+        same_curve(figures(out, "pretrain", key), figures(base / "one", "pretrain", key))
+    for key in ("rl/kl", "rl/length", "rl/grad_norm"):
+        same_curve(figures(out, "zero", key), figures(base / "one", "zero", key))
 
 
 def together(base, out, *overrides):

@@ -73,10 +73,10 @@ def test_a_rollout_ahead_is_the_next_one_of_the_policy_before(base, whole, tmp_p
     run = stage.loop()
     run.trainer.start()
     first, second = run.ahead.take(0), run.ahead.waiting[1]
-    alone = rl_stage.Stage(base, tmp_path / "alone", *ALL).loop().draw.begin(1, 12).finish()[0]
-    tokens = [[[row.completion.tokens for row in group] for group in groups] for groups in (second.groups, alone)]
+    alone = rl_stage.Stage(base, tmp_path / "alone", *ALL).loop().draw.begin(1, 12).finish().groups
+    tokens = [[[row.completion.tokens for row in group] for group in groups] for groups in (second.paid.groups, alone)]
     assert tokens[0] == tokens[1] and second.step == first.step == 0
-    assert [group[0].problem for group in second.groups] == [group[0].problem for group in alone]
+    assert [group[0].problem for group in second.paid.groups] == [group[0].problem for group in alone]
 
 
 def test_pi_old_is_the_trainer_s_and_the_first_ratio_one(base, tmp_path, monkeypatch):

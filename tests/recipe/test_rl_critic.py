@@ -51,7 +51,7 @@ def test_the_critic_learns_beside_the_policy(whole, base):
 def test_advantages_are_per_token_centred_and_of_spread_one(whole):
     """Of a new rollout; returns are reward to come, advantages what the critic did not expect."""
     trained = whole.loop_
-    groups, _ = trained.draw.begin(7, 12).finish()
+    groups = trained.draw.begin(7, 12).finish().groups
     trained.estimator.fill(groups)
     rows = [row for group in groups for row in group]
     flat = torch.tensor([value for row in rows for value in row.advantage], dtype=torch.float64)

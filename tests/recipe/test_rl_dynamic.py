@@ -54,7 +54,8 @@ def lots(draw, number):
 def test_one_draw_takes_every_group_in_the_order_of_its_problems(draw, number):
     """Exactly what a rollout was before there was dynamic sampling: one window, its seed, dead groups kept."""
     sampler = draw(COIN)
-    groups, asked = sampler.begin(number, 12).finish()
+    paid = sampler.begin(number, 12).finish()
+    groups, asked = paid.groups, paid.asked
     (expected,) = lots(sampler, number)
     assert facts(groups) == facts(expected) and asked == 4
     task = tasks.get("arithmetic")
@@ -65,7 +66,8 @@ def test_groups_that_differ_are_taken_first_and_no_lot_more_than_needed(draw):
     sampler = draw(COIN, "draws=6", "prompts_per_rollout=2")
     needed = set()
     for number in range(8):
-        groups, asked = sampler.begin(number, 12).finish()
+        paid = sampler.begin(number, 12).finish()
+        groups, asked = paid.groups, paid.asked
         every = lots(sampler, number)
         wanted, count = [], 0
         while len(wanted) < 2 and count < 6:
@@ -80,7 +82,8 @@ def test_groups_that_differ_are_taken_first_and_no_lot_more_than_needed(draw):
 def test_too_few_living_are_filled_up_with_dead_ones(draw):
     sampler = draw(COIN, "draws=2", "prompts_per_rollout=6")
     for number in range(10):
-        groups, asked = sampler.begin(number, 12).finish()
+        paid = sampler.begin(number, 12).finish()
+        groups, asked = paid.groups, paid.asked
         found = [alive(group) for group in groups]
         assert len(groups) == 6 and found == sorted(found, reverse=True)
         if not all(found):
@@ -131,7 +134,7 @@ def test_the_stage_trains_on_the_living_and_says_what_it_asked(base, tmp_path):
 def test_overlong_answers_are_paid_less_in_the_stage(base, tmp_path):
     """DAPO eq. 13 with cap 12 and buffer 8: nothing up to 4 tokens, then an eighth per token; nothing else is paid."""
     sampler = rl_stage.Stage(base, tmp_path / "run", "overlong=8", "prompts_per_rollout=16").loop().draw
-    groups, _ = sampler.begin(0, 12).finish()
+    groups = sampler.begin(0, 12).finish().groups
     rows = [row for group in groups for row in group]
     lengths = {len(row.completion.tokens) for row in rows}
     assert 12 in lengths and len(lengths) > 2

@@ -30,6 +30,8 @@ class Batch:
     """Per-token tensors aligned with `tokens_BT`, such as `advantage_BT`, `old_logp_BT`, `ref_logp_BT`; further
     dimensions may follow (`choice_BTLK`)."""
 
+    own_T: Tensor | None = None
+    """Positions of the rows that this process computes, in order (context parallelism); None: all."""
     filler: bool = False
     """Whether it fills the place of a micro-batch for which no rows were left: computed, and never counted."""
 
@@ -65,6 +67,25 @@ class Batch:
         """Number of predictions that count: tokens with a non-zero weight."""
         return int(torch.count_nonzero(self.loss_BT))
 
+    def predicted(self, ahead: int) -> tuple[Tensor, Tensor]:
+        """(tokens, loss weights) of what is predicted `ahead` positions further, [B, T - ahead] from the first position
+        on; where some positions are this process's alone, from these, [B, t], of weight 0 beyond the end. Further than
+        one, no weight where that looks across a segment border."""
+        T, segments_BT = self.tokens_BT.shape[1], self.segments_BT
+        if self.own_T is None:
+            here, there = slice(0, T - ahead), slice(ahead, T)
+            loss_BT = self.loss_BT[:, there]
+        else:
+            here, there = self.own_T, (self.own_T + ahead).clamp(max=T - 1)
+            loss_BT = self.loss_BT[:, there] * (self.own_T + ahead < T)
+        if ahead > 1 and segments_BT is not None:
+            loss_BT = loss_BT * (segments_BT[:, here] == segments_BT[:, there])
+        return self.tokens_BT[:, there], loss_BT
+
+    def at(self, own_T: Tensor | None) -> "Batch":
+        """The same rows, of which this process computes these positions."""
+        return replace(self, own_T=own_T)
+
     def rows(self, start: int, stop: int) -> "Batch":
         """The rows `start:stop`, as views."""
         return replace(
@@ -94,4 +115,5 @@ class Batch:
             loss_BT=self.loss_BT.to(device),
             segments_BT=None if self.segments_BT is None else self.segments_BT.to(device),
             extras={name: tensor.to(device) for name, tensor in self.extras.items()},
+            own_T=None if self.own_T is None else self.own_T.to(device),
         )

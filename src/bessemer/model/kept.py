@@ -34,12 +34,15 @@ def kept_bytes(
 
 def slice_bytes(
     cfg: ModelConfig, layers: Iterable[int], rows: int, length: int, *, last: bool, fp8: bool, number_bytes: int = 2,
-    mtp: bool = True, fused: bool = False, recompute: Collection[Phase] = (),
+    mtp: bool = True, fused: bool = False, recompute: Collection[Phase] = (), cut: bool = False,
 ) -> int:  # fmt: skip
-    """The same of some layers. The `last` slice has norm, MTP modules and loss; any other keeps what it hands on."""
+    """The same of some layers. The `last` slice has norm, MTP modules and loss; any other keeps what it hands on.
+    `cut`: `length` is a rank's share of rows that are cut over ranks (`parallel.context`)."""
 
     def layer(dense: bool) -> int:
-        return layer_bytes(cfg, length, dense, fp8=fp8, number_bytes=number_bytes, fused=fused, recompute=recompute)
+        return layer_bytes(
+            cfg, length, dense, fp8=fp8, number_bytes=number_bytes, fused=fused, recompute=recompute, cut=cut
+        )
 
     state, modules = cfg.dim * number_bytes, cfg.n_mtp if mtp and last else 0
     token = sum(layer(i < cfg.n_dense_layers) for i in layers)
@@ -51,7 +54,7 @@ def slice_bytes(
 
 def layer_bytes(
     cfg: ModelConfig, length: int, dense: bool, *, fp8: bool, number_bytes: int = 2, fused: bool = False,
-    recompute: Collection[Phase] = (),
+    recompute: Collection[Phase] = (), cut: bool = False,
 ) -> int:  # fmt: skip
     """Of one token in one layer."""
     state, again = cfg.dim * number_bytes, "attend" in recompute
@@ -62,7 +65,8 @@ def layer_bytes(
         inner = _e4m3(2 * cfg.moe_inter_dim)
     else:
         # norms keep input and output
-        attend = state if again else _attention_plain(cfg, length, number_bytes, fused) + state
+        core = _attention_cut(cfg, number_bytes) if cut else _attention_plain(cfg, length, number_bytes, fused)
+        attend = state if again else core + state
         attend += state + (0 if dense or again else _gate_plain(cfg, number_bytes))
         ffn = _ffn_plain(cfg.inter_dim, number_bytes) if dense else _sparse_plain(cfg, number_bytes, recompute)
         inner = 2 * cfg.moe_inter_dim * number_bytes
@@ -105,6 +109,13 @@ def _attention_plain(cfg: ModelConfig, length: int, number_bytes: int, fused: bo
         raise ValueError(f"beyond {attention.LONGEST} tokens attention is torch's own; what that keeps is not known")
     probabilities = cfg.n_heads * attention_cpu.probabilities(length) / length
     return int((norms + out) * number_bytes + NUMBER * (heads + probabilities))
+
+
+def _attention_cut(cfg: ModelConfig, number_bytes: int) -> int:
+    """Norms keep input and output, but for the latent's; the core keeps queries, latents and output."""
+    latent = cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    norms, heads = 2 * cfg.dim + 2 * cfg.q_lora_rank, cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim)
+    return (norms + 2 * latent + heads) * number_bytes + NUMBER * cfg.n_heads
 
 
 def _ffn_plain(inner: int, number_bytes: int) -> int:

@@ -56,12 +56,13 @@ class Layer(nn.Module):
         if self.fp8 is not None and self.training:
             h_BTD = x_BTD + fp8.attention(self.attn_norm, self.attn, x_BTD, rope, segments_BT, self.fp8)
             return recomputed(self.route, h_BTD, choice_NK)
-        return self._run("attend", self._attend, x_BTD, rope, segments_BT, choice_NK)
+        return self.run("attend", self._attend, x_BTD, rope, segments_BT, choice_NK)
 
     def _attend(self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, choice_NK: Tensor | None) -> Attended:
         return self.route(x_BTD + self.attn(self.attn_norm(x_BTD), rope, segments_BT), choice_NK)
 
-    def _run(self, phase: Phase, function: Callable[..., Any], *arguments: Any) -> Any:
+    def run(self, phase: Phase, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(*arguments), which computes this phase: made again in backward if the phase is to be."""
         return recomputed(function, *arguments) if phase in self.recompute and self.training else function(*arguments)
 
     def route(self, h_BTD: Tensor, choice_NK: Tensor | None = None) -> Attended:
@@ -76,14 +77,14 @@ class Layer(nn.Module):
         return moe.dispatch(attended.u_ND, attended.routing, self.cfg.n_routed_experts, recipe)
 
     def experts(self, sent: Tensor | moe.Dispatched) -> Tensor:
-        return self._run("experts", self.ffn if self.dense else self.ffn.experts, sent)
+        return self.run("experts", self.ffn if self.dense else self.ffn.experts, sent)
 
     def combine(self, rows: Tensor, sent: Tensor | moe.Dispatched) -> Tensor:
         return rows if self.dense else moe.combine(rows, sent.slot_NK)
 
     def finish(self, attended: Attended, routed_ND: Tensor) -> Tensor:
         if not self.dense and self.ffn.shared is not None:
-            routed_ND = routed_ND + self._run("finish", self.ffn.shared, attended.u_ND)
+            routed_ND = routed_ND + self.run("finish", self.ffn.shared, attended.u_ND)
         return attended.h_BTD + routed_ND.view_as(attended.h_BTD)
 
     def feed_forward(self, attended: Attended) -> Tensor:

@@ -11,6 +11,7 @@ Shapes: N tokens, D hidden, E experts, K experts per token, F expert inner width
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from threading import Lock
 from typing import NamedTuple
 
@@ -68,6 +69,8 @@ class Gate(nn.Module):
             self.bias_E = None
         # Tokens per expert since the trainer last looked; the trainer reads, sums over ranks and clears it.
         self.register_buffer("load_E", torch.zeros(cfg.n_routed_experts, dtype=torch.float32), persistent=False)
+        self.whole: Callable[[Tensor], Tensor] | None = None
+        """[S, E] of the pieces of sequences that are here -> of the whole sequences; None where they are whole."""
 
     def scores(self, x_ND: Tensor) -> Tensor:
         """s_i in float32, [N, E]."""
@@ -107,7 +110,8 @@ class Gate(nn.Module):
             count_SE = selections(expert_NK, n_sequences, cfg.n_routed_experts)
             with _COUNTING:
                 self.load_E += count_SE.sum(0)
-            balance = sequence_balance(score_NE, count_SE, cfg.n_activated_experts)
+            whole_SE = None if self.whole is None else self.whole(count_SE)
+            balance = sequence_balance(score_NE, count_SE, cfg.n_activated_experts, whole_SE)
         return Routing(expert_NK, weight_NK, balance)
 
 
@@ -118,13 +122,17 @@ def selections(expert_NK: Tensor, n_sequences: int, n_experts: int) -> Tensor:
     return torch.zeros(n_sequences, n_experts, device=expert_NK.device).scatter_add_(1, chosen_SX, ones)
 
 
-def sequence_balance(score_NE: Tensor, count_SE: Tensor, n_activated: int) -> Tensor:
+def sequence_balance(score_NE: Tensor, count_SE: Tensor, n_activated: int, whole_SE: Tensor | None = None) -> Tensor:
     """Sum over sequences of sum_i f_i P_i (V3 eq. 17-20); equals the number of sequences when balanced.
 
     f_i = E / (K T) * selections, without gradient; P_i = mean over the sequence of scores normalised over experts.
+    Where a piece of every sequence is here and `whole_SE` are the selections of all pieces, this piece's addend of it.
     """
     n_sequences, n_experts = count_SE.shape
     share_STE = (score_NE / score_NE.sum(-1, keepdim=True)).view(n_sequences, -1, n_experts)
+    if whole_SE is not None:
+        T_S1 = whole_SE.sum(1, keepdim=True) / n_activated
+        return (whole_SE * (n_experts / n_activated) / T_S1 * (share_STE.sum(1) / T_S1)).sum()
     T = share_STE.shape[1]
     f_SE = count_SE * (n_experts / (n_activated * T))
     return (f_SE * share_STE.mean(1)).sum()

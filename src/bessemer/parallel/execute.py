@@ -160,7 +160,7 @@ class Executor:
 
     def _room(self, action: Action) -> Tensor:
         part, work = self._at(action)
-        return torch.empty(*work.tokens_BT.shape, part.width, dtype=part.dtype, device=self._device)
+        return part.room(work.tokens_BT)
 
 
 def _phases(part: Slice, x: Tensor, work: Work) -> Phases:

@@ -20,10 +20,11 @@ def forward(part: Part, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> list[
     """What the last stage makes of every (tokens [B, T], segments or None), without MTP; None on ranks without it.
 
     Micro-batches go through the first lane one after another. All ranks of a pipeline give the same inputs, and all
-    pipelines equally many.
+    pipelines equally many. Where rows are cut, what comes out is of this rank's positions.
     """
     place = part.place[0]
-    peers = [part.mesh.layout.rank(pp, part.mesh.dp, part.mesh.ep) for pp in range(part.mesh.layout.pp)]
+    mesh = part.mesh
+    peers = [mesh.layout.rank(pp, mesh.dp, mesh.ep, mesh.cp) for pp in range(mesh.layout.pp)]
     outputs: list[TrainOutputs | None] = []
     sends = []
     for tokens_BT, segments_BT in inputs:
@@ -33,7 +34,7 @@ def forward(part: Part, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> list[
                 continue
             one = part.slices[0, stage]
             if stage and place[stage - 1] != rank:
-                x = torch.empty(*tokens_BT.shape, one.width, dtype=one.dtype, device=tokens_BT.device)
+                x = one.room(tokens_BT)
                 with signs.waiting("activations", [peers[place[stage - 1]]]):
                     dist.recv(x, peers[place[stage - 1]])
             out = _straight(one.phases(x, tokens_BT, segments_BT, mtp=False))

@@ -1,10 +1,11 @@
-"""Which rank does what: pipeline x data x expert parallel (reference E.1, E.8).
+"""Which rank does what: pipeline x data x context x expert parallel (reference E.1, E.8).
 
-World = pp * dp * ep. Ranks are numbered with ep innermost, so that an expert-parallel group is a run of neighbours on
-as few nodes as can be, and pp outermost, where the messages are smallest. Within one pipeline rank
+World = pp * dp * cp * ep. Ranks are numbered with ep innermost, so that an expert-parallel group is a run of neighbours
+on as few nodes as can be, then cp, and pp outermost, where the messages are smallest. Within one pipeline rank
 
-    experts            are spread over the ep ranks of a group, and equal in the dp groups
-    everything else    is equal on all dp * ep ranks, each with batches of its own
+    experts            are spread over the ep ranks of a group, and equal on all dp * cp ranks
+    everything else    is equal on all dp * cp * ep ranks
+    batches            are each dp * ep rank's own; the cp ranks of one compute a piece of every row each
 
 V3: pp 16, dp 2, ep 64 on 2,048 ranks.
 """
@@ -19,56 +20,64 @@ import torch.distributed as dist
 
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
+from bessemer.parallel.context import Alone, Context
 from bessemer.parallel.exchange import Exchange, Hop
 
-Kind = Literal["pp", "ep", "expert", "dense", "network", "within"]
+Kind = Literal["pp", "ep", "cp", "expert", "dense", "network", "within"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the three dimensions, and of a node."""
+    """Sizes of the four dimensions, and of a node."""
 
     pp: int = 1
     dp: int = 1
     ep: int = 1
     node: int = 8
     """Ranks of one node."""
+    cp: int = 1
 
     @property
     def world(self) -> int:
-        return self.pp * self.dp * self.ep
+        return self.pp * self.dp * self.cp * self.ep
 
     @property
     def nodes(self) -> int:
         """Nodes that an expert-parallel group lies on."""
         return max(1, self.ep // self.node)
 
-    def rank(self, pp: int, dp: int, ep: int) -> int:
-        return (pp * self.dp + dp) * self.ep + ep
+    def rank(self, pp: int, dp: int, ep: int, cp: int = 0) -> int:
+        return ((pp * self.dp + dp) * self.cp + cp) * self.ep + ep
 
-    def place(self, rank: int) -> tuple[int, int, int]:
-        """(pp, dp, ep) of a rank."""
-        return rank // (self.dp * self.ep), rank // self.ep % self.dp, rank % self.ep
+    def place(self, rank: int) -> tuple[int, int, int, int]:
+        """(pp, dp, ep, cp) of a rank."""
+        outer, ep = divmod(rank, self.ep)
+        outer, cp = divmod(outer, self.cp)
+        return *divmod(outer, self.dp), ep, cp
 
     def groups(self, kind: Kind) -> list[list[int]]:
-        """Every group of a kind: "pp"; "ep"; "expert", ranks with equal experts; "dense", ranks with all else equal;
-        for two hops "network", one number in every node of an ep group, and "within", an ep group's ranks of a node."""
-        p, d, e, size = range(self.pp), range(self.dp), range(self.ep), self.ep // self.nodes
+        """Every group of a kind: "pp"; "ep"; "cp", ranks with pieces of the same rows; "expert", ranks with equal
+        experts; "dense", ranks with all else equal; for two hops "network", one number in every node of an ep group,
+        and "within", an ep group's ranks of a node."""
+        p, e, size = range(self.pp), range(self.ep), self.ep // self.nodes
+        copies = [(j, c) for j in range(self.dp) for c in range(self.cp)]
         n, k = range(self.nodes), range(size)
         if kind == "pp":
-            return [[self.rank(i, j, m) for i in p] for j in d for m in e]
+            return [[self.rank(i, j, m, c) for i in p] for j, c in copies for m in e]
         if kind == "ep":
-            return [[self.rank(i, j, m) for m in e] for i in p for j in d]
+            return [[self.rank(i, j, m, c) for m in e] for i in p for j, c in copies]
+        if kind == "cp":
+            return [[self.rank(i, j, m, c) for c in range(self.cp)] for i in p for j in range(self.dp) for m in e]
         if kind == "expert":
-            return [[self.rank(i, j, m) for j in d] for i in p for m in e]
+            return [[self.rank(i, j, m, c) for j, c in copies] for i in p for m in e]
         if kind == "dense":
-            return [[self.rank(i, j, m) for j in d for m in e] for i in p]
+            return [[self.rank(i, j, m, c) for j, c in copies for m in e] for i in p]
         if kind == "network":
-            return [[self.rank(i, j, a * size + b) for a in n] for i in p for j in d for b in k]
-        return [[self.rank(i, j, a * size + b) for b in k] for i in p for j in d for a in n]
+            return [[self.rank(i, j, a * size + b, c) for a in n] for i in p for j, c in copies for b in k]
+        return [[self.rank(i, j, a * size + b, c) for b in k] for i in p for j, c in copies for a in n]
 
     def __str__(self) -> str:
-        return f"pp {self.pp} x dp {self.dp} x ep {self.ep}"
+        return f"pp {self.pp} x dp {self.dp} x ep {self.ep}" + (f" x cp {self.cp}" if self.cp > 1 else "")
 
 
 def drawn(layout: Layout) -> str:
@@ -76,9 +85,9 @@ def drawn(layout: Layout) -> str:
     width = len(str(layout.world - 1))
     lines = [f"{layout.world} ranks: {layout}" + (f", a group of experts on {layout.nodes} nodes" * (layout.nodes > 1))]
     for ranks in layout.groups("ep"):
-        pp, dp, _ = layout.place(ranks[0])
+        pp, dp, _, cp = layout.place(ranks[0])
         shown = " ".join(f"{r:>{width}}" for r in ranks) if len(ranks) <= 16 else f"{ranks[0]} to {ranks[-1]}"
-        lines.append(f"pipeline {pp}, copy {dp}: {shown}")
+        lines.append(f"pipeline {pp}, copy {dp}{f', piece {cp}' if layout.cp > 1 else ''}: {shown}")
     return "\n".join(lines)
 
 
@@ -93,7 +102,7 @@ def check(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> None
 
 def refusal(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> str | None:
     """Why a layout cannot be; None if it can."""
-    if min(layout.pp, layout.dp, layout.ep, layout.node, world) < 1:
+    if min(layout.pp, layout.dp, layout.ep, layout.cp, layout.node, world) < 1:
         return "every size must be at least 1"
     if layout.world != world:
         return f"it makes {layout.world} ranks"
@@ -111,14 +120,16 @@ def refusal(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> st
 
 
 def nearest(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1, most: int = 3) -> list[Layout]:
-    """Layouts that fit, those that differ least in how many times each size would have to change first."""
+    """Layouts that fit, those that differ least in how many times each size would have to change first; with the
+    same cp where the world has room for it."""
 
     def distance(other: Layout) -> float:
         pairs = ((layout.pp, other.pp), (layout.dp, other.dp), (layout.ep, other.ep))
         return sum(max(max(a, 1) / b, b / max(a, 1)) for a, b in pairs)
 
-    node = max(layout.node, 1)
-    found = [Layout(pp, dp, world // (pp * dp), node) for pp, dp in _factors(world)]
+    node, cp = max(layout.node, 1), layout.cp if layout.cp > 0 and world % layout.cp == 0 else 1
+    rest = world // cp
+    found = [Layout(pp, dp, rest // (pp * dp), node, cp) for pp, dp in _factors(rest)]
     return sorted((other for other in found if not refusal(other, cfg, world, slices)), key=distance)[:most]
 
 
@@ -133,10 +144,11 @@ class Mesh:
     def __init__(self, layout: Layout, cfg: ModelConfig, slices: int = 1):
         check(layout, cfg, dist.get_world_size(), slices)
         self.layout, self.cfg, self.me = layout, cfg, dist.get_rank()
-        self.pp, self.dp, self.ep = layout.place(self.me)
+        self.pp, self.dp, self.ep, self.cp = layout.place(self.me)
         self.group: dict[str, Any] = {}
         """The group of each kind that this rank is in."""
-        for kind in ("pp", "ep", "expert", "dense", *(("network", "within") if layout.nodes > 1 else ())):
+        more = [*(("cp",) if layout.cp > 1 else ()), *(("network", "within") if layout.nodes > 1 else ())]
+        for kind in ("pp", "ep", "expert", "dense", *more):
             for ranks in layout.groups(kind):
                 made = dist.new_group(ranks)
                 if self.me in ranks:
@@ -147,6 +159,10 @@ class Mesh:
         """The routed experts of this rank, in every layer it has."""
         local = self.cfg.n_routed_experts // self.layout.ep
         return range(self.ep * local, (self.ep + 1) * local)
+
+    def context(self) -> Alone:
+        """How rows are cut."""
+        return Context(self.group["cp"], self.layout.cp, self.cp) if self.layout.cp > 1 else Alone()
 
     def exchange(self) -> Exchange:
         """One hop where an expert-parallel group lies within a node, else two."""

@@ -20,6 +20,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.moe import EXPERTS, Gate
 from bessemer.model.transformer import Transformer
 from bessemer.parallel import schedules, signs
+from bessemer.parallel.context import Context
 from bessemer.parallel.mesh import Mesh
 from bessemer.parallel.stage import Slice, holding, keep, keep_experts
 from bessemer.parallel.table import Table
@@ -34,14 +35,17 @@ class Part:
         table = self.table(schedules.least(schedule, mesh.layout.pp))
         self.place = table.place
         """Pipeline rank of stage s in lane l: place[l][s]."""
-        self.exchange = mesh.exchange()
+        self.exchange, self.context = mesh.exchange(), mesh.context()
         self.slices = {
-            (lane, stage): Slice(model, stage, table.stages, self.exchange) for lane, stage in table.held(mesh.pp)
+            (lane, stage): Slice(model, stage, table.stages, self.exchange, self.context)
+            for lane, stage in table.held(mesh.pp)
         }
         self.holders = table.holders()
         """The stages of every pipeline rank."""
         held = {name for part in self.slices.values() for name in part.gates}
         self.gates: dict[str, Gate] = {name: gate for name, gate in model.gates().items() if name in held}
+        for gate in self.gates.values() if isinstance(self.context, Context) else ():
+            gate.whole = self.context.counts
         keep(model, self.slices.values())
 
     @classmethod
@@ -84,7 +88,7 @@ class Part:
 
     @property
     def lots(self) -> int:
-        """Pipelines side by side: every one has micro-batches of its own."""
+        """Pipelines side by side with micro-batches of their own; the cp ranks of one have the same."""
         return self.mesh.layout.dp * self.mesh.layout.ep
 
     @property

@@ -16,8 +16,8 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.counts import attention_params, dense_ffn_params, embedding_params, moe_ffn_params
 from bessemer.model.layer import Layer
 from bessemer.model.moe import Experts
-from bessemer.model.mtp import ahead
 from bessemer.model.transformer import TrainOutputs, Transformer
+from bessemer.parallel.context import Alone, Attend
 from bessemer.parallel.exchange import Exchange
 
 
@@ -87,12 +87,10 @@ Phases = Generator[Handed, Handed, Any]
 same cut off from its graph. Computation and communication take turns; the first phase and the last compute."""
 
 
-def through(
-    layer: Layer, exchange: Exchange | None, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, carried: Any = ()
-) -> Phases:
+def through(layer: Layer, exchange: Exchange | None, x_BTD: Tensor, attend: Attend, carried: Any = ()) -> Phases:
     """`Layer.forward`, with the experts on several ranks if there is an exchange. Returns the residual stream, the
     balance term and what was carried past the layer. A dense layer does not stop."""
-    attended = layer.attend(x_BTD, rope, segments_BT)
+    attended = attend(layer, x_BTD)
     if attended.routing is None:
         return layer.feed_forward(attended), None, carried
     leaving, (attended, carried) = yield Handed(attended, (attended, carried))
@@ -114,11 +112,14 @@ def holding(name: str, slices: Mapping[Any, Slice], holders: Sequence[set[int]])
 
 class Slice(nn.Module):
     """Stage number `stage` of `stages`; shares its modules with the `model` it is cut from. With an exchange the routed
-    experts of the model are those of this rank (`keep_experts`)."""
+    experts of the model are those of this rank (`keep_experts`); with a `Context` rows are cut over ranks, too."""
 
-    def __init__(self, model: Transformer, stage: int, stages: int, exchange: Exchange | None = None):
+    def __init__(
+        self, model: Transformer, stage: int, stages: int, exchange: Exchange | None = None,
+        context: Alone | None = None,
+    ):  # fmt: skip
         super().__init__()
-        self.exchange = exchange
+        self.exchange, self.context = exchange, context or Alone()
         self.first, self.last = stage == 0, stage == stages - 1
         self.width, self.rope_table = model.cfg.dim, model.rope_table
         self.cuts, self.n_mtp = cut(model.cfg, stages), len(model.mtp)
@@ -138,6 +139,11 @@ class Slice(nn.Module):
         layers = [*self.layers.values(), *(module.layer for module in self.mtp)]
         return layers[0].attn.wo.weight.dtype
 
+    def room(self, tokens_BT: Tensor) -> Tensor:
+        """Empty, of the shape of what the stage before sends of these tokens."""
+        B, T = tokens_BT.shape
+        return torch.empty(B, self.context.length(T), self.width, dtype=self.dtype, device=tokens_BT.device)
+
     def owners(self, name: str) -> set[int]:
         """Stages whose slices have the parameter of this name."""
         if name.startswith("layers."):
@@ -150,14 +156,16 @@ class Slice(nn.Module):
         self, x: Tensor, tokens_BT: Tensor, segments_BT: Tensor | None = None, mtp: bool = True
     ) -> Generator[Handed, Handed, tuple[Tensor, Tensor] | TrainOutputs]:
         """(residual stream after the slice [B, T, D], balance term), of the last stage `Transformer.train_outputs` with
-        the balance term of this slice alone. x: what the stage before returned, at the first the tokens."""
+        the balance term of this slice alone. x: what the stage before returned, at the first the tokens. Where rows are
+        cut, tokens and segments are of the whole rows, and all that comes out is of this rank's positions."""
+        context, T = self.context, tokens_BT.shape[1]
         if self.first:
-            x = self.embed(x)
+            x = self.embed(context.take(x))
         # sums terms that are cut off already, so it may reach over phases; other tensors must be handed on
         balance = torch.zeros((), dtype=torch.float32, device=x.device)
-        table = self.rope_table(x.shape[1])
+        attend = context.attention(T, 0, self.rope_table, segments_BT)
         for layer in self.layers.values():
-            x, term, _ = yield from through(layer, self.exchange, x, table, segments_BT)
+            x, term, _ = yield from through(layer, self.exchange, x, attend)
             if term is not None:
                 balance = balance + term
         if not self.last:
@@ -165,9 +173,9 @@ class Slice(nn.Module):
         h = self.norm(x)
         ready = (h,)
         for k, module in enumerate(self.mtp if mtp else (), start=1):
-            h, embedded, segments = ahead(k, h, tokens_BT, segments_BT, self.embed.weight)
-            joined, table = module.join(h, embedded), self.rope_table(h.shape[1])
-            h, term, ready = yield from through(module.layer, self.exchange, joined, table, segments, ready)
+            h, embedded = context.ahead(k, h, tokens_BT, self.embed.weight)
+            joined, attend = module.join(h, embedded), context.attention(T, k, self.rope_table, segments_BT)
+            h, term, ready = yield from through(module.layer, self.exchange, joined, attend, ready)
             balance = balance + term
             ready = (*ready, module.norm(h))
         return TrainOutputs(ready[0], list(ready[1:]), balance)

@@ -74,12 +74,13 @@ class Held:
 def held(
     cfg: ModelConfig, layout: Layout, table: Table, pp: int, number: int = 2, cuts: Sequence[range] | None = None
 ) -> Held:
-    """Of pipeline rank `pp`; it does not depend on the other two coordinates. `number`: bytes of the compute dtype (in
+    """Of pipeline rank `pp`; it does not depend on the other coordinates. `number`: bytes of the compute dtype (in
     float32 gates lie with the matrices); `cuts`: layers of the stages, if not `stage.cut`'s."""
     cuts = cuts or cut(cfg, table.stages)
     mine = {stage for _, stage in table.held(pp)}
     others = {stage for rank in range(table.ranks) if rank != pp for _, stage in table.held(rank)}
-    last, ranks = table.stages - 1, {True: layout.dp, False: layout.dp * layout.ep}
+    copies = layout.dp * layout.cp
+    last, ranks = table.stages - 1, {True: copies, False: copies * layout.ep}
     vectors: dict[Kind, int] = {}
     total = 0
 

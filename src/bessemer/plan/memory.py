@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from bessemer.model.config import ModelConfig
 from bessemer.model.kept import slice_bytes
+from bessemer.parallel.latent_core import KEYS
 from bessemer.parallel.mesh import Layout
 from bessemer.parallel.stage import cut
 from bessemer.parallel.table import Step, Table, actions
@@ -47,7 +48,7 @@ def per_rank(
     the stages, if not `stage.cut`'s."""
     cuts = cuts or cut(cfg, table.stages)
     need = working(cfg, layout, rows, length, numbers)
-    kept = kept_by_stage(cfg, cuts, rows, length, numbers, recompute, mtp)
+    kept = kept_by_stage(cfg, cuts, rows, length, numbers, recompute, mtp, layout.cp)
     found = []
     for rank in range(table.ranks):
         bytes_ = held(cfg, layout, table, rank, numbers.compute, cuts).bytes(numbers.compute, numbers.moments)
@@ -60,13 +61,13 @@ def per_rank(
 
 def kept_by_stage(
     cfg: ModelConfig, cuts: Sequence[range], rows: int, length: int, numbers: Numbers,
-    recompute: Collection[str] = (), mtp: bool = True,
+    recompute: Collection[str] = (), mtp: bool = True, cp: int = 1,
 ) -> dict[int, int]:  # fmt: skip
-    """Bytes that one micro-batch keeps in every stage."""
+    """Bytes that one micro-batch keeps in every stage, of rows that are cut over `cp` ranks."""
     return {
         stage: slice_bytes(
-            cfg, layers, rows, length, last=stage == len(cuts) - 1, fp8=numbers.fp8, number_bytes=numbers.compute,
-            mtp=mtp, fused=numbers.fused, recompute=recompute,
+            cfg, layers, rows, length // cp, last=stage == len(cuts) - 1, fp8=numbers.fp8,
+            number_bytes=numbers.compute, mtp=mtp, fused=numbers.fused, recompute=recompute, cut=cp > 1,
         )
         for stage, layers in enumerate(cuts)
     }  # fmt: skip
@@ -90,13 +91,20 @@ def working(cfg: ModelConfig, layout: Layout, rows: int, length: int, numbers: N
 
     Layer: backward of the experts, with its rows as they came and their gradients, gradients between the two matrices
     in float32, and what of the exchange lies on either side. Loss: one chunk of logits in the compute dtype, in float32
-    and after the softmax, and the head's gradient in float32, with its chunk's in the compute dtype.
+    and after the softmax, and the head's gradient in float32, with its chunk's in the compute dtype. Core, of rows that
+    are cut: everybody's latents with their gradients in float32, own queries, outputs and their gradients in float32
+    with one copy in making, and a block of keys and values with theirs.
     """
-    tokens, number = rows * length, numbers.compute
+    tokens, number = rows * length // layout.cp, numbers.compute
     routed = tokens * cfg.n_activated_experts
     between = routed * (2 * cfg.dim * number + 2 * cfg.moe_inter_dim * (4 + number))
     copies = min(cfg.n_activated_experts, layout.ep) if layout.nodes == 1 else min(cfg.n_limited_groups, layout.nodes)
     exchange = 0 if layout.ep == 1 else 2 * tokens * copies * cfg.dim * number
     chunk = min(tokens, max(128, (1 << 27 if numbers.fused else 1 << 18) // cfg.vocab_size))
     head = cfg.vocab_size * cfg.dim * (4 + (number if number < 4 else 0))
-    return {"layer": between + exchange, "loss": chunk * cfg.vocab_size * (8 + number) + head}
+    core = 0
+    if layout.cp > 1:
+        pair, keys = cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim), min(KEYS, length // (2 * layout.cp))
+        latents = rows * length * (cfg.kv_lora_rank + cfg.qk_rope_head_dim) * (4 + number)
+        core = latents + 4 * pair * (3 * tokens + 2 * rows * keys)
+    return {"layer": max(between + exchange, core), "loss": chunk * cfg.vocab_size * (8 + number) + head}

@@ -63,6 +63,7 @@ class DryRun:
         gib = {rank: {kind: n / GIB for kind, n in kinds.items()} for rank, kinds in self.ranks.items()}
         return {
             "world": self.layout.world, "pp": self.layout.pp, "dp": self.layout.dp, "ep": self.layout.ep,
+            "cp": self.layout.cp,
             "schedule": self.table.name, "micro_batches": self.table.micro, "ramp": self.ramp,
             "memory_gib_per_rank": {str(rank): kinds | {"total": sum(kinds.values())} for rank, kinds in gib.items()},
             "device": None if self.device is None else self.device.name, "fits": self.fits,

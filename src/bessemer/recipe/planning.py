@@ -30,6 +30,11 @@ def target(name: str, said: Wanted) -> tuple[str, ModelConfig, Wanted, Recipe | 
 def of_recipe(recipe: Recipe, settings: Any, cfg: ModelConfig) -> Wanted:
     """What a recipe says of its layout, and of its pre-training if it has one."""
     given = recipe.layout
+    if given.cp > 1:
+        raise UserError(
+            f'recipe "{recipe.name}": the planner does not price context parallelism; set cp = 1 in [layout] to plan '
+            "without it (bessemer run RECIPE --dry-run says what every rank would hold with it)"
+        )
     laid_out = given.pp * given.ep > 1 or given.dp not in (1, "auto")
     layout: dict[str, Any] = {"pp": given.pp, "ep": given.ep, "node": given.node} if laid_out else {}
     if laid_out and given.dp != "auto":

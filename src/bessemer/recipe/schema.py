@@ -34,7 +34,10 @@ class Layout(Strict):
     ep: int = Field(1, ge=1)
     """Expert-parallel ranks (V3: 64)."""
     dp: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Data-parallel ranks (V3: 2 of 64 experts' ranks each); auto: all that were started, divided by pp and ep."""
+    """Data-parallel ranks (V3: 2 of 64 experts' ranks each); auto: all that were started, divided by pp, ep and cp."""
+    cp: int = Field(1, ge=1)
+    """Context-parallel ranks: each computes a piece of every row, for rows too long for one (V3: none). 2 cp must
+    divide the length of the rows. RL, whose rows have any length, has data-parallel ranks instead; not with fp8."""
     node: int = Field(8, ge=1)
     """Ranks of one node; tokens cross to another node at most once."""
     schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipe-v"] = "auto"
@@ -48,7 +51,7 @@ class Layout(Strict):
     @property
     def fewest(self) -> int:
         """Ranks that it needs."""
-        return self.pp * self.ep * (1 if self.dp == "auto" else self.dp)
+        return self.pp * self.ep * self.cp * (1 if self.dp == "auto" else self.dp)
 
 
 class Head(Strict):

@@ -7,6 +7,7 @@ A stage asks for its network with `fresh` or `read`, gets a model or this rank's
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.foreign import is_foreign
 from bessemer.model.transformer import Transformer
 from bessemer.parallel import mesh, schedules
+from bessemer.parallel.context import refusal as not_cut
 from bessemer.parallel.part import Part, assemble
 from bessemer.parallel.ranks import Ranks
 from bessemer.recipe import modelling
@@ -40,15 +42,16 @@ def fresh(ctx: StageContext, cfg: ModelConfig) -> Transformer | Part:
     return Part.fresh(cfg, *_mesh(ctx, cfg), ctx.seed, ctx.ranks.device)
 
 
-def read(ctx: StageContext, folder: Path) -> tuple[Any, Any]:
-    """(network, tokenizer) of a model directory; on many ranks one of ours, of which each reads its part."""
+def read(ctx: StageContext, folder: Path, cut: bool = True) -> tuple[Any, Any]:
+    """(network, tokenizer) of a model directory; on many ranks one of ours, of which each reads its part. `cut`: as in
+    `_mesh`."""
     if ctx.ranks is None:
         return modelling.load_model(folder)
     if is_foreign(folder):
         raise UserError(
             f'stage "{ctx.name}": {folder} is not of the DeepSeek V3 family; such a model is trained by one process'
         )
-    return Part.read(folder, *_mesh(ctx, hub.read_config(folder)), ctx.ranks.device), load_tokenizer(folder)
+    return Part.read(folder, *_mesh(ctx, hub.read_config(folder), cut), ctx.ranks.device), load_tokenizer(folder)
 
 
 def model_of(network: Transformer | Part) -> Any:
@@ -132,6 +135,8 @@ def check(
     layout, schedule, slices = layout_of(wanted, n)
     if cfg is not None:
         mesh.check(layout, cfg, n, slices)
+    if layout.cp > 1:
+        _check_cut(recipe, stage, layout.cp)
     least, lots = schedules.micro_batches(schedule, layout.pp, 1), layout.dp * layout.ep
     if min(rows) < lots * least:
         raise UserError(
@@ -143,9 +148,20 @@ def check(
 
 def layout_of(wanted: Wanted, n: int) -> tuple[mesh.Layout, str, int]:
     """(layout of n ranks, schedule, slices that it gives every pipeline rank)."""
-    dp = wanted.dp if wanted.dp != "auto" else max(1, n // (wanted.pp * wanted.ep))
+    dp = wanted.dp if wanted.dp != "auto" else max(1, n // (wanted.pp * wanted.ep * wanted.cp))
     slices = schedules.stages_of(wanted.schedule, wanted.pp) // wanted.pp
-    return mesh.Layout(wanted.pp, dp, wanted.ep, wanted.node), wanted.schedule, slices
+    return mesh.Layout(wanted.pp, dp, wanted.ep, wanted.node, wanted.cp), wanted.schedule, slices
+
+
+def _check_cut(recipe: Recipe, stage: str, cp: int) -> None:
+    """UserError for a stage whose rows cannot be cut over ranks."""
+    settings = recipe.stage(stage)
+    if getattr(settings, "fp8", "off") != "off":
+        raise UserError(f'stage "{stage}": fp8 and layout.cp = {cp} do not go together; set fp8 = "off", or cp = 1')
+    corpus = recipe.stage(settings.source) if settings.source else settings
+    length = getattr(settings, "row_length", None) or getattr(corpus, "row_length", None)
+    if length is not None and length % (2 * cp):
+        raise UserError(f'stage "{stage}": {not_cut(length, cp)}')
 
 
 def _named(schedule: str, pp: int) -> str:
@@ -154,8 +170,11 @@ def _named(schedule: str, pp: int) -> str:
     return "1f1b" if pp % 2 else f"dualpipe, 1f1b for steps of fewer than {2 * pp} micro-batches"
 
 
-def _mesh(ctx: StageContext, cfg: ModelConfig) -> tuple[mesh.Mesh, str]:
+def _mesh(ctx: StageContext, cfg: ModelConfig, cut: bool = True) -> tuple[mesh.Mesh, str]:
+    """Without `cut`, for rows of any length, context-parallel ranks have rows of their own."""
     layout, schedule, slices = layout_of(ctx.recipe.layout, ctx.ranks.n)
+    if layout.cp > 1 and not cut:
+        layout = replace(layout, dp=layout.dp * layout.cp, cp=1)
     made = mesh.Mesh(layout, cfg, slices)
     ctx.say(f"{mesh.drawn(layout)}\nschedule: {_named(schedule, layout.pp)}")
     return made, schedule

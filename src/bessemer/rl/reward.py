@@ -69,6 +69,12 @@ class Reward:
         paid = aim + self.format * float(verdict.formatted) + self.language * row.language
         return paid - overlong(len(row.completion.tokens), cap, self.overlong)
 
+    def passed(self, row: Sampled) -> bool:
+        """Whether a paid sample did what this way of paying asks for: a right answer; the form; heads."""
+        if self.kind == "random":
+            return row.reward > 0
+        return row.verdict.formatted if self.kind == "format" else row.verdict.correct
+
 
 def overlong(length: int, cap: int, buffer: int) -> float:
     """DAPO eq. 13: 0 up to cap - buffer tokens, then growing evenly to 1 at the cap."""

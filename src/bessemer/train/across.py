@@ -2,8 +2,9 @@
 
 A step is the step of `Trainer`: the same sums, divided once by the loss tokens of the whole step, one clipping by the
 norm of everything, routing biases from the loads of all ranks. Rows are dealt out to the pipelines side by side (lots)
-and cut into as many micro-batches as the schedule wants; the ranks of one pipeline have the same ones. What decides
-(figures, whether to stop, to save, to skip) is summed over all ranks once a step, so all decide alike.
+and cut into as many micro-batches as the schedule wants; the ranks of one pipeline have the same ones, and so have
+those that compute pieces of the same rows (`parallel.context`). What decides (figures, whether to stop, to save, to
+skip) is summed over all ranks once a step, so all decide alike.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ class Across(Trainer):
 
     def _accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
         signs.at(self.step + 1)
-        batches = [batch.to(self.device) for batch in micro_batches]
+        own = self.part.context.positions
+        batches = [batch.at(own(batch.tokens_BT.shape[1])).to(self.device) for batch in micro_batches]
         executor = self._executor_for(len(batches))
         self._found = []
         executor.run(self._work(executor, batches, terms))
@@ -139,7 +141,7 @@ class Across(Trainer):
         if "balance" in last and alpha:
             last["balance"] += elsewhere / alpha
         rows, tokens = map(sum, zip(*(batch.counted for batch in batches), strict=True))
-        enters = self.mesh.pp == 0  # one rank of every pipeline counts
+        enters = self.mesh.pp == self.mesh.cp == 0  # one rank of every pipeline counts
         mine = [
             math.fsum(losses), math.fsum(float(loss.tokens) for loss in self._found),
             tokens * enters, rows * enters, self._wishes_to_stop(), self.mesh.me == 0 and self._by_time(),
@@ -205,7 +207,7 @@ class Across(Trainer):
         counters = {name: getattr(self, name) for name in COUNTERS}
         counters |= {"updates": self.optimizer.steps, "rng": random_values, "extras": self.extras}
         tensors = self.optimizer.pieces()
-        if self.mesh.dp == self.mesh.ep == 0:
+        if self.mesh.dp == self.mesh.ep == self.mesh.cp == 0:
             tensors |= {name: tensor.clone().cpu() for name, tensor in self._own_gate_tensors().items()}
         if self.mesh.me == 0:
             tensors |= {f"rng/{name}": tensor for name, tensor in random_tensors.items()}

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from bessemer.parallel import signs
-from bessemer.train.loss import cross_entropy
+from bessemer.train.objective import predicting
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
@@ -40,12 +40,12 @@ def nats_across(part: Part, batches: Sequence[Batch]) -> tuple[float, float]:
     mine = list(batches[part.lot :: part.lots])
     n = -(-len(batches) // part.lots)
     mine += [batches[0].as_filler()] * (n - len(mine))
-    mine = [batch.to(part.device) for batch in mine]
+    mine = [batch.at(part.context.positions(batch.tokens_BT.shape[1])).to(part.device) for batch in mine]
     sums = torch.zeros(2, dtype=torch.float64, device=part.device)
     for out, batch in zip(forward(part, [(batch.tokens_BT, None) for batch in mine]), mine, strict=True):
         if out is not None:
             sums[0] += _nats(out.hidden_BTD, part.model.head.weight, batch)
-            sums[1] += batch.loss_BT.sum()
+            sums[1] += batch.predicted(1)[1].sum()
     with signs.waiting("held-out loss", range(part.mesh.layout.world)):
         dist.all_reduce(sums)
     part.model.train()
@@ -53,4 +53,4 @@ def nats_across(part: Part, batches: Sequence[Batch]) -> tuple[float, float]:
 
 
 def _nats(hidden_BTD: torch.Tensor, weight_VD: torch.Tensor, batch: Batch) -> float:
-    return float(cross_entropy(hidden_BTD[:, :-1], weight_VD, batch.tokens_BT[:, 1:], batch.loss_BT[:, 1:]))
+    return float(predicting(hidden_BTD, weight_VD, batch, 1))

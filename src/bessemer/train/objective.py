@@ -100,17 +100,12 @@ class NextToken:
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
         """For who computed the outputs otherwise."""
-        tokens_BT, loss_BT = batch.tokens_BT, batch.loss_BT
-        main = cross_entropy(out.hidden_BTD[:, :-1], weight_VD, tokens_BT[:, 1:], loss_BT[:, 1:])
-        tokens = loss_BT.sum()
+        main = predicting(out.hidden_BTD, weight_VD, batch, 1)
+        tokens = batch.predicted(1)[1].sum()
         metrics = {"loss": main.detach()}
         total = main
         for k, hidden in enumerate(out.mtp_hidden, start=1):
-            ahead = 1 + k
-            weight = loss_BT[:, ahead:]
-            if batch.segments_BT is not None:
-                weight = weight * (batch.segments_BT[:, ahead:] == batch.segments_BT[:, :-ahead])
-            depth = cross_entropy(hidden[:, :-1], weight_VD, tokens_BT[:, ahead:], weight)
+            depth = predicting(hidden, weight_VD, batch, 1 + k)
             metrics[f"mtp_{k}"] = depth.detach()
             total = total + mtp_lambda / len(out.mtp_hidden) * depth
         balance = out.balance * balance_weight(batch, 1.0)
@@ -130,6 +125,13 @@ class NextToken:
 
 
 next_token = NextToken()
+
+
+def predicting(hidden_BTD: Tensor, weight_VD: Tensor, batch: Batch, ahead: int) -> Tensor:
+    """Cross entropy of the tokens `ahead` positions further; the last positions have none."""
+    target_BT, loss_BT = batch.predicted(ahead)
+    n = min(hidden_BTD.shape[1], target_BT.shape[1])
+    return cross_entropy(hidden_BTD[:, :n], weight_VD, target_BT[:, :n], loss_BT[:, :n])
 
 
 def balance_weight(batch: Batch, balance_alpha: float) -> Tensor:

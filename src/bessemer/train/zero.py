@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bessemer.model.moe import EXPERTS
 from bessemer.parallel import signs
+from bessemer.parallel.collectives import all_gather, reduce_scatter
 from bessemer.parallel.mesh import Mesh
 from bessemer.train.adamw import adamw_
 from bessemer.train.flat import NORM_BLOCK, Group, Members, Slot, Update
@@ -26,10 +27,6 @@ from bessemer.train.matrices import Matrices
 from bessemer.train.optim import Optimizer
 from bessemer.train.sharded import Source
 from bessemer.workers import Workers
-
-# the older names, which torch 2.11 and 2.12 have alone, warn from 2.13 on
-_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Share(Group):
@@ -58,7 +55,7 @@ class Share(Group):
 
     def begin_sum(self) -> None:
         """Sends every rank its share of the gradient; `square` waits for it."""
-        self._under_way = _SCATTER(self.summed, self.grad, group=self.ranks, async_op=True)
+        self._under_way = reduce_scatter(self.summed, self.grad, group=self.ranks, async_op=True)
 
     def square(self) -> Tensor:
         """Of this rank's share of the summed gradient; over all ranks that hold the parameters, each counts once."""
@@ -78,7 +75,7 @@ class Share(Group):
         share = self.compute[self.mine]
         share.copy_(self.master if source is None else source)
         whole, mine = self.compute.view(torch.uint8), share.clone().view(torch.uint8)
-        self._under_way = _GATHER(whole, mine, group=self.ranks, async_op=True)
+        self._under_way = all_gather(whole, mine, group=self.ranks, async_op=True)
 
     def wait(self) -> None:
         with signs.waiting("weights of equal parameters", dist.get_process_group_ranks(self.ranks)):
@@ -89,7 +86,7 @@ class Share(Group):
         whole = torch.empty(self.grad.numel(), dtype=share.dtype, device=self.grad.device)
         mine = share.to(whole.device).contiguous()
         with signs.waiting("shares of the optimizer", dist.get_process_group_ranks(self.ranks)):
-            _GATHER(whole.view(torch.uint8), mine.view(torch.uint8), group=self.ranks)
+            all_gather(whole.view(torch.uint8), mine.view(torch.uint8), group=self.ranks)
         return whole
 
 

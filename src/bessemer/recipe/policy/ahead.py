@@ -17,8 +17,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bessemer.recipe.policy.draw import Coming, Draw, Group
+from bessemer.recipe.policy.draw import Coming, Draw, Paid
 from bessemer.rl import buffer
+from bessemer.rl.difficulty import Choice
 from bessemer.train.trainer import Trainer
 
 KEY = "rollouts"
@@ -28,9 +29,7 @@ KEY = "rollouts"
 class Drawn:
     """One rollout as it was drawn."""
 
-    groups: list[Group]
-    asked: int
-    """Problems asked."""
+    paid: Paid
     cap: int
     """Longest completion allowed."""
     step: int
@@ -92,7 +91,8 @@ class Ahead:
                 if key.startswith(prefix)
             }
             groups = buffer.unpack(kept["groups"], tensors, self.draw.asked(number))
-            self.waiting[number] = Drawn(groups, kept["asked"], kept["cap"], kept["step"])
+            paid = Paid(groups, kept["asked"], Choice.read(kept["choice"]) if "choice" in kept else Choice())
+            self.waiting[number] = Drawn(paid, kept["cap"], kept["step"])
 
     def _begin(self, number: int) -> None:
         for n in range(number, min(number + self.ahead + 1, self.rollouts)):
@@ -111,7 +111,7 @@ class Ahead:
     def _finished(self, number: int) -> Drawn:
         if number not in self.waiting:
             begun = self.begun.pop(number)
-            self.waiting[number] = Drawn(*begun.coming.finish(), begun.cap, begun.step)
+            self.waiting[number] = Drawn(begun.coming.finish(), begun.cap, begun.step)
         return self.waiting[number]
 
     def _store(self) -> None:
@@ -119,7 +119,10 @@ class Ahead:
         tensors = {key: value for key, value in trainer.extra_tensors.items() if not key.startswith(f"{KEY}/")}
         kept = {}
         for number, drawn in self.waiting.items():
-            groups, packed = buffer.pack(drawn.groups)
-            kept[str(number)] = {"groups": groups, "asked": drawn.asked, "cap": drawn.cap, "step": drawn.step}
+            paid = drawn.paid
+            groups, packed = buffer.pack(paid.groups)
+            kept[str(number)] = {"groups": groups, "asked": paid.asked, "cap": drawn.cap, "step": drawn.step}
+            if self.draw.pick.on:
+                kept[str(number)]["choice"] = paid.choice.told()
             tensors |= {f"{KEY}/{number}/{name}": value for name, value in packed.items()}
         trainer.extras, trainer.extra_tensors = trainer.extras | {KEY: kept}, tensors

@@ -1,6 +1,7 @@
 """The loop of an RL stage: sample, pay, compare, update (R1 2.2, R1-Nature B.1).
 
     draw      problems of this rollout, G samples each, paid                       policy/draw.py, policy/ahead.py
+              of candidates those worth asking, where a filter is on               policy/pick.py, rl/difficulty.py
               by this process or by workers apart                                  policy/samplers.py, rl/sampler
     compare   advantages within each group, or against a critic                    policy/estimate.py
     gap       what sampler and trainer disagree on, measured and corrected         policy/gap.py
@@ -29,6 +30,7 @@ from bessemer.recipe.policy.draw import Draw
 from bessemer.recipe.policy.estimate import CriticEstimator, Estimator, GroupEstimator
 from bessemer.recipe.policy.gap import Gap
 from bessemer.recipe.policy.leave import Leave
+from bessemer.recipe.policy.pick import Pick
 from bessemer.recipe.policy.reference import Reference
 from bessemer.recipe.policy.watch import Watch
 from bessemer.recipe.stage import StageContext
@@ -51,7 +53,7 @@ class Loop:
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a stage with a model before it')
         speed.keep_memory()
-        network, self.tokenizer = spread.read(ctx, ctx.source / "model")
+        network, self.tokenizer = spread.read(ctx, ctx.source / "model", cut=False)
         self.workers = samplers.workers_beside(settings.rollout) if ctx.ranks is None else Workers(1)
         longest = round(max(settings.max_new_tokens.values))
         self.objective = GRPO(
@@ -65,7 +67,8 @@ class Loop:
         self.policy = spread.Whole(self.trainer)
         engine = Engine(self.policy.model, self.tokenizer, self.workers)
         self.sampler = samplers.make(settings, ctx, engine, self.trainer, self.policy.refresh)
-        self.draw = Draw(self.sampler, self._encode, settings, ctx.seed, judges, ctx.once)
+        self.pick = Pick(settings, self.trainer)
+        self.draw = Draw(self.sampler, self._encode, self.pick, ctx.seed, judges, ctx.once)
         self.ahead = Ahead(self.draw, self.trainer, self._cap, settings.ahead, settings.rollouts)
         self.gap = Gap(self.policy.model, self.workers, settings)
         self.watch = Watch(self.draw, self.trainer, ctx)
@@ -90,6 +93,7 @@ class Loop:
     def _run(self) -> dict[str, Any]:
         settings, ctx, trainer = self.settings, self.ctx, self.trainer
         trainer.start()
+        self.pick.load()
         self.ahead.load()
         # The cursor is rows, as in pre-training: it stays where it is when the guard goes back to older weights.
         first = -(-trainer.rows // (settings.prompts_per_rollout * settings.samples))
@@ -125,17 +129,18 @@ class Loop:
 
     def _rollout(self, number: int) -> dict[str, float]:
         drawn = self.ahead.take(number)
-        groups, staleness = drawn.groups, self.trainer.step - drawn.step
+        groups, staleness = drawn.paid.groups, self.trainer.step - drawn.step
+        filtered = self.pick.see(drawn.paid.choice)
         self.leave.add(number, groups)
         self.estimator.fill(groups)
         lots = self._lots([sampled for group in groups for sampled in group], number)
         self.policy.refresh()
         gap = self.trainer.average(self.gap.close([batch for batches in lots for batch in batches]))
         updates = self._updates(lots)
-        values = {**board.of_rollout(groups), "rl/cap": drawn.cap, **self.estimator.figures(), **gap}
+        values = {**board.of_rollout(groups), "rl/cap": drawn.cap, **self.estimator.figures(), **gap, **filtered}
         values |= {"rl/dead_groups": advantage.dead_groups(rollout.rewards(groups)), "rl/staleness": staleness}
         if self.settings.draws > 1:
-            values["rl/problems_asked"] = drawn.asked
+            values["rl/problems_asked"] = drawn.paid.asked
         for name in ("kl", "entropy", "clip_share", "grad_norm"):
             values[f"rl/{name}"] = float(np.mean([update.get(f"train/{name}", 0.0) for update in updates]))
         for name, measured in (("gap", "logp_gap"), ("gap_max", "logp_gap_max"), ("kl", "sampler_kl")):
@@ -163,6 +168,7 @@ class Loop:
             self.estimator.learn(batches)
             found.append(trainer.update(batches))
             self.estimator.follow(before)
+            self.pick.follow(before)
             self.ahead.follow(before)
             if self.reference is not None:
                 self.reference.follow(before)

@@ -34,6 +34,7 @@ class RL(Stage):
 
     class Settings(StageSettings):
         free = frozenset({"save_seconds", "micro_tokens", "rollout"})
+        later = frozenset({"difficulty_filter", "filter_explore", "filter_window", "filter_pool"})
 
         tasks: list[str]
         """Task families; problems are taken from them in turn, from their train split."""
@@ -56,6 +57,16 @@ class RL(Stage):
         draws: int = Field(1, ge=1)
         """Lots of problems asked per rollout, at most, until enough groups differ in their rewards (DAPO's dynamic
         sampling); 1: every group is trained on, dead or not (the paper)."""
+        difficulty_filter: bool = False
+        """Ask only problems whose pass rate lies strictly between 0 and 1 by a moving estimate: its own or, before it
+        was asked, that of its task, difficulty and language. General prompts are all asked (R1: every prompt is)."""
+        filter_explore: float = Field(0.1, ge=0, lt=1)
+        """Share of the draws that ask what the filter leaves out, so that its estimates stay alive."""
+        filter_window: float = Field(2.0, gt=0)
+        """Groups of samples that a problem's estimate goes back over (fading by 1/e); a family's goes back 16 times as
+        far."""
+        filter_pool: int = Field(4, ge=2)
+        """Candidates that the filter looks at for each problem asked; where too few pass it, others fill up."""
         ahead: int = Field(0, ge=0, le=1)
         """Draw each rollout so many rollouts before its updates (R1: 0). 1: by the policy as it was before the updates
         of the rollout before it, which makes it updates_per_rollout steps old."""
@@ -142,6 +153,9 @@ class RL(Stage):
         for name in ("gae_lambda", "critic_lr"):
             if name in settings.model_fields_set and settings.advantage != "critic":
                 raise UserError(f'stage "{settings.name}": {name} has no effect without advantage = "critic"')
+        for name in ("filter_explore", "filter_window", "filter_pool"):
+            if name in settings.model_fields_set and not settings.difficulty_filter:
+                raise UserError(f'stage "{settings.name}": {name} has no effect without difficulty_filter = true')
         if min(settings.max_new_tokens.values) < 1:
             raise UserError(f'stage "{settings.name}": max_new_tokens must be at least 1 everywhere')
         if settings.correction == "none" and "correction_cap" in settings.model_fields_set:
@@ -171,7 +185,10 @@ class RL(Stage):
     def shown(self, settings: Settings, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem]:
         """Every problem its rollouts can have asked."""
         seed, lots = recipe.seed_of(settings), settings.rollouts * settings.draws
-        pools = ((settings.tasks, settings.prompts_per_rollout), (settings.general_tasks, settings.general_prompts))
+        pool = settings.filter_pool if settings.difficulty_filter else 1
+        pools = (
+            (settings.tasks, settings.prompts_per_rollout * pool), (settings.general_tasks, settings.general_prompts),
+        )  # fmt: skip
         for names, each in pools:
             families = [tasks.get(name) for name in names]
             asked = rollout.problems_of(families, "train", 0, lots * each, seed)

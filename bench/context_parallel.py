@@ -1,0 +1,149 @@
+"""What a step over long rows takes of one rank, whole and cut over several: memory, processor time, messages.
+
+    python bench/context_parallel.py --json bench/results/context_parallel.json
+
+Every rank is a process with one core that talks over gloo, with the real trainer (`Across`) on the preset `tiny` with
+rows of random tokens, one row a micro-batch. `highest` is the most bytes that torch's allocator had given out in a
+step, beyond weights and optimizer; `cpu_seconds` of a step is the processor time of its busiest rank, which waiting and
+other work on the machine do not reach; `seconds` is from the first rank's start to the last one's end, which they do.
+Cases take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+import torch.distributed as dist
+from machine import processor, spread
+from torch.autograd.profiler import profile
+
+from bessemer.data.batch import Batch
+from bessemer.model.presets import preset
+from bessemer.model.transformer import Transformer
+from bessemer.parallel.mesh import Layout, Mesh
+from bessemer.parallel.part import Part
+from bessemer.train import balance
+from bessemer.train.across import Across
+from bessemer.train.objective import next_token
+from bessemer.train.settings import Settings
+
+TERMS = {"mtp_lambda": 0.3, "balance_alpha": 1e-4}
+
+
+def settings() -> Settings:
+    def constant(value: float):
+        return lambda tokens, step: value
+
+    return Settings(
+        tokens=1, lr=constant(1e-3), gamma=constant(1e-3), batch_rows=constant(1), micro_rows=1,
+        terms={name: constant(value) for name, value in TERMS.items()},
+    )  # fmt: skip
+
+
+def rows(length: int) -> list[Batch]:
+    tokens = torch.randint(0, 2048, (1, length), generator=torch.Generator().manual_seed(length))
+    loss = torch.ones(1, length)
+    loss[:, 0] = 0
+    return [Batch(tokens, loss)]
+
+
+def on_a_rank(rank: int, store: str, cp: int, args: argparse.Namespace, answers: Any, turn: Any) -> None:
+    torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=cp)
+    cfg = preset("tiny", max_seq_len=max(args.lengths))
+    part = Part(Transformer(cfg).initialise(0), Mesh(Layout(cp=cp), cfg), "gpipe")
+    training = Across(part, next_token, None, settings())
+    for length in args.lengths:
+        training.update(rows(length))
+    while (length := turn.get()) is not None:
+        dist.barrier()
+        began, spent = time.perf_counter(), time.process_time()
+        training.update(rows(length))
+        ended, spent = time.perf_counter(), time.process_time() - spent
+        answers.put((began, ended, spent, highest(training, length)))
+    dist.destroy_process_group()
+
+
+def highest(training: Across, length: int) -> int:
+    """Bytes of one step's forwards and backwards."""
+    with profile(use_cpu=True, profile_memory=True) as profiler:
+        training._accumulate(rows(length), TERMS)
+    live = most = 0
+    for event in profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    training.optimizer.zero_grad()
+    balance.clear(training.gates)
+    return most
+
+
+class World:
+    """The ranks of one way to cut."""
+
+    def __init__(self, cp: int, folder: str, args: argparse.Namespace) -> None:
+        context = get_context("spawn")
+        self.answers, self.turns = context.SimpleQueue(), [context.SimpleQueue() for _ in range(cp)]
+        self.processes = [
+            context.Process(target=on_a_rank, args=(rank, f"{folder}/{cp}", cp, args, self.answers, self.turns[rank]))
+            for rank in range(cp)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def step(self, length: int | None) -> list[tuple[float, float, float, int]]:
+        for turn in self.turns:
+            turn.put(length)
+        if length is None:
+            for process in self.processes:
+                process.join()
+            return []
+        return [self.answers.get() for _ in self.turns]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    found: dict[tuple[int, int], list] = {(n, length): [] for length in args.lengths for n in args.ranks}
+    with tempfile.TemporaryDirectory() as folder:
+        worlds = {n: World(n, folder, args) for n in args.ranks}
+        for _ in range(args.turns):
+            for n, length in found:
+                found[n, length].append(worlds[n].step(length))
+        for world in worlds.values():
+            world.step(None)
+    cases = []
+    for (n, length), turns in found.items():
+        seconds = [max(end for _, end, *_ in ranks) - min(begin for begin, *_ in ranks) for ranks in turns]
+        spent = [max(rank[2] for rank in ranks) for ranks in turns]
+        most = max(rank[3] for ranks in turns for rank in ranks)
+        cases.append({"cp": n, "length": length, "highest_mib": round(most / 2**20, 1), "cpu_seconds": spread(spent),
+                      "seconds": spread(seconds)})  # fmt: skip
+        print(
+            f"{length:>6} tokens, cp {n}: highest {most / 2**20:7.1f} MiB a rank, "
+            f"{statistics.median(spent):6.2f} s of processor, {statistics.median(seconds):6.2f} s"
+        )
+    if args.json:
+        facts = {"processor": processor(), "torch": torch.__version__, "turns": args.turns, "cases": cases}
+        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
