@@ -207,3 +207,48 @@ def _grad(ctx, dout, *_):
 
 
 latent_attention.register_autograd(_grad, setup_context=_setup)
+
+
+@torch.library.custom_op("bessemer::long_attention", mutates_args=())
+def long_attention(
+    q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, segments_BT: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`recomputing` with a graph: what it keeps, its arguments and its results, grows with T."""
+    return recomputing(q, kv, k_rope, rope, segments_BT, scale)
+
+
+@long_attention.register_fake
+def _(q, kv, k_rope, rope, segments_BT, scale):
+    B, T, H, width = q.shape
+    value = kv.shape[-1] - width + k_rope.shape[-1]
+    return q.new_empty(B, T, H, value), q.new_empty(B * H, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("bessemer::long_attention_backward", mutates_args=())
+def _long_backward(
+    dout: Tensor, q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, segments_BT: Tensor | None, scale: float,
+    out: Tensor, lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return recomputing_backward(dout, q, kv, k_rope, rope, segments_BT, scale, out, lse)
+
+
+@_long_backward.register_fake
+def _(dout, q, kv, k_rope, rope, segments_BT, scale, out, lse):
+    return tuple(dout.new_empty(x.shape) for x in (q, kv, k_rope))
+
+
+def _setup_long(ctx, inputs, output):
+    ctx.scale = inputs[5]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:5], *output)
+
+
+def _grad_long(ctx, dout, *_):
+    if dout is None:
+        return None, None, None, None, None, None
+    q, kv, k_rope, rope, segments_BT, out, lse = ctx.saved_tensors
+    found = _long_backward(dout.contiguous(), q, kv, k_rope, rope, segments_BT, ctx.scale, out, lse)
+    return *found, None, None, None
+
+
+long_attention.register_autograd(_grad_long, setup_context=_setup_long)

@@ -6,7 +6,7 @@ A stage asks for its network with `fresh` or `read`, gets a model or this rank's
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,15 +40,17 @@ def fresh(ctx: StageContext, cfg: ModelConfig) -> Transformer | Part:
     return Part.fresh(cfg, *_mesh(ctx, cfg), ctx.seed, ctx.ranks.device)
 
 
-def read(ctx: StageContext, folder: Path) -> tuple[Any, Any]:
-    """(network, tokenizer) of a model directory; on many ranks one of ours, of which each reads its part."""
+def read(ctx: StageContext, folder: Path, context: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
+    """(network, tokenizer) of a model directory; on many ranks one of ours, of which each reads its part. `context`: as
+    in `hub.open_directory`."""
     if ctx.ranks is None:
-        return modelling.load_model(folder)
+        return modelling.load_model(folder, context)
     if is_foreign(folder):
         raise UserError(
             f'stage "{ctx.name}": {folder} is not of the DeepSeek V3 family; such a model is trained by one process'
         )
-    return Part.read(folder, *_mesh(ctx, hub.read_config(folder)), ctx.ranks.device), load_tokenizer(folder)
+    cfg = hub.read_config(folder).at_length(context or {})
+    return Part.read(folder, *_mesh(ctx, cfg), ctx.ranks.device, context), load_tokenizer(folder)
 
 
 def model_of(network: Transformer | Part) -> Any:
