@@ -1,7 +1,7 @@
 """What a model makes of a long context: needles found by length and depth, and loss by position in the row.
 
-The needle's problems are those of `tasks.needle` with test keys in held-out text; the answer is greedy and counts when
-the number is exact. The loss is of held-out rows: one that uses its context falls with the position, one that
+The needle's problems are those of `tasks.needle` with test keys in held-out text; the text is continued greedily and
+counts when the word is exact. The loss is of held-out rows: one that uses its context falls with the position, one that
 cannot tell far positions apart rises beyond the length it was trained at.
 """
 
@@ -14,16 +14,14 @@ from typing import Any
 
 import torch
 
-from bessemer.data.chat import question_ids
 from bessemer.data.rows import Rows
-from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
 from bessemer.model.mode import evaluating
 from bessemer.tasks.needle import Needle
 from bessemer.train import heldout
 
-ANSWER = 24
-"""Tokens of an answer: the sentence has about half as many."""
+ANSWER = 8
+"""Tokens of an answer: a word and a full stop."""
 FIRST_BUCKET = 64
 """Positions of the first bucket of the loss; every next one ends at twice the position."""
 
@@ -45,9 +43,7 @@ class Grid:
 def find_needles(engine: Engine, task: Needle, grid: Grid, length: int) -> list[dict[str, Any]]:
     """One row of the heat map, a cell per depth: {length, depth, n, correct, share}."""
     tokenizer = engine.tokenizer
-    size = length - ANSWER - len(question_ids(tokenizer, ""))
-    if size <= 0:
-        raise UserError(f"a length of {length} tokens leaves no room for a question; take longer ones")
+    size = length - ANSWER - 1  # and what begins a document
 
     def measure(text: str) -> int:
         return len(tokenizer.encode(text))
@@ -57,10 +53,10 @@ def find_needles(engine: Engine, task: Needle, grid: Grid, length: int) -> list[
         for depth in grid.depths
         for index in range(grid.problems)
     ]
-    prompts = [question_ids(tokenizer, problem.prompt) for _, problem in asked]
+    prompts = [problem.prompt for _, problem in asked]
     rows = max(1, min(16, 16384 // length))  # what is taken in together is a part of a batch; both grow with it
-    answers = engine.generate(prompts, max_new_tokens=ANSWER, temperature=0.0, stop_strings=["\n"], batch_rows=rows)
-    right = {depth: 0 for depth in grid.depths}
+    answers = engine.generate(prompts, max_new_tokens=ANSWER, temperature=0.0, stop_strings=["."], batch_rows=rows)
+    right = dict.fromkeys(grid.depths, 0)
     for (depth, problem), (answer,) in zip(asked, answers, strict=True):
         right[depth] += task.verify(problem, answer.text).correct
     return [
