@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from allocator import live_and_highest, live_bytes
 from model_cases import YARN, random_model, relative, tiny
 
 from bessemer.model import attention, attention_cpu, rope
@@ -108,13 +109,56 @@ def test_rotations_may_differ_from_row_to_row():
         assert relative(found[b : b + 1], latent_attention(*(x[b : b + 1] for x in inputs), tables[b], 0.3)) < 1e-6
 
 
-@pytest.mark.parametrize("segments", [None, two_segments(40)], ids=["plain", "segments"])
-def test_long_sequences_take_the_other_backend_with_the_same_result(monkeypatch, segments):
-    inputs, table = projections(40)
-    blocked = latent_attention(*inputs, table, 0.3, segments)
-    monkeypatch.setattr(attention, "LONGEST", 39)
-    monkeypatch.setattr(attention, "attention_cpu", None)
-    assert relative(latent_attention(*inputs, table, 0.3, segments), blocked) < 1e-6
+@pytest.mark.parametrize("segmented", [False, True], ids=["plain", "segments"])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_long_sequences_keep_no_probabilities_and_come_out_the_same(monkeypatch, segmented, dtype, bound):
+    """Around two blocks; the other backend is made unusable, so it cannot be the one that answers."""
+    inputs, table = projections(150, dtype)
+    segments = two_segments(150) if segmented else None
+    exact = [x.double().requires_grad_() for x in inputs]
+    wanted = in_float64(*exact, table, segments)
+    monkeypatch.setattr(attention, "LONGEST", 149)
+    monkeypatch.setattr(attention_cpu, "latent_attention", None)
+    inputs = [x.requires_grad_() for x in inputs]
+    out = latent_attention(*inputs, table, 0.3, segments)
+    assert out.dtype == dtype and relative(out, wanted) < bound
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = torch.autograd.grad(out, inputs, cotangent)
+    for a, b in zip(found, torch.autograd.grad(wanted, exact, cotangent.double()), strict=True):
+        assert a.dtype == dtype and relative(a, b) < bound
+
+
+@pytest.mark.parametrize("numbers", [[3, 3, 1, 1, 3], [0, 1, 2, 3, 4], [7, 7, 7, 8, 9]], ids=["back", "rising", "few"])
+def test_segments_may_have_any_numbers_in_any_order(numbers):
+    """A number that comes back is the same segment again; every row of a batch has its own borders."""
+    inputs, table = projections(200)
+    at = torch.tensor(numbers)
+    segments = torch.stack((at.repeat_interleave(40), at.repeat_interleave(40).roll(30)))
+    out, _ = attention_cpu.recomputing(*inputs, table, segments, 0.3)
+    assert relative(out, in_float64(*(x.double() for x in inputs), table, segments)) < 2e-6
+
+
+@pytest.mark.parametrize("segmented", [False, True], ids=["plain", "segments"])
+def test_memory_of_long_sequences_grows_with_their_length(segmented):
+    """Kept for backward, and the most that is held in forward and backward together: four times the tokens, four times
+    the bytes."""
+
+    def bytes_at(T):
+        inputs, table = projections(T, B=1, H=2)
+        inputs = [x.requires_grad_() for x in inputs]
+        segments = (torch.arange(T) // 500)[None] if segmented else None
+
+        def forward():
+            return latent_attention(*inputs, table, 0.3, segments)
+
+        def backward():
+            return torch.autograd.grad(forward().sum(), inputs)
+
+        return live_bytes(forward), live_and_highest(backward)[1]
+
+    (kept, most), (kept_long, most_long) = bytes_at(1100), bytes_at(4400)
+    assert kept_long < 4.05 * kept
+    assert most_long < 4.2 * most
 
 
 def test_inputs_need_not_be_contiguous():
@@ -131,7 +175,8 @@ def test_custom_op_is_registered_properly(segments):
     """Schema, fake tensors and autograd, as torch.compile needs them."""
     inputs, table = projections(70)
     inputs = [x.requires_grad_() for x in inputs]
-    torch.library.opcheck(attention_cpu.latent_attention, (*inputs, table, segments, 0.3), test_utils=OPCHECKS)
+    for op in (attention_cpu.latent_attention, attention_cpu.long_attention):
+        torch.library.opcheck(op, (*inputs, table, segments, 0.3), test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["plain", "segments"])

@@ -59,14 +59,17 @@ def test_the_tiny_recipe_names_every_item_once():
         assert row.keys() == {"item", "section", "paper", "here", "on"}
         assert isinstance(row["here"], str) and row["here"] and isinstance(row["on"], bool)
     off = {row["item"] for row in found if not row["on"]}
-    assert {"FP8 training", "Long-context extension"} <= off
+    assert {"FP8 training", "Long-context extension in phases"} <= off
     assert not off & {"Multi-head latent attention", "DeepSeekMoE", "Multi-token prediction", "GRPO groups", "Clip"}
 
 
-def test_what_is_not_built_is_not_claimed():
-    lines = [line for line in conformance.markdown().splitlines() if "not built yet" in line]
-    assert [line.split(" | ")[0] for line in lines] == ["| Long-context extension"]
-    assert of()["Long-context extension"] == ("not built yet", False)
+def test_the_extension_is_said_phase_by_phase():
+    """Of V3's own run, whose two phases are a thousand steps each; of a recipe without one that it has none."""
+    v3 = {row["item"]: (row["here"], row["on"]) for row in rows(Recipe.load(ROOT / "recipes" / "v3.toml"))}
+    assert v3["Long-context extension in phases"] == ("short -> 32768 -> 131072, 1000, 1000 steps", True)
+    yarn = "s 40, alpha 1, beta 32, sqrt(t) 0.1 ln s + 1"
+    assert v3["YaRN on the rotary key, the same in every phase"] == (yarn, True)
+    assert of()["Long-context extension in phases"] == ("no such stage", False)
 
 
 @pytest.mark.parametrize(

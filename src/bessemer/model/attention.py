@@ -3,7 +3,9 @@
 `attention_reference` is the equation. `latent_attention` takes the projections as they come, rotates, builds the heads
 and picks the backend that serves the call:
 
-    CPU, T <= LONGEST   `attention_cpu`: one operation from the projections to the output, with its own backward
+    CPU, T <= LONGEST   `attention_cpu.latent_attention`: one operation from the projections to the output, with its
+                        own backward
+    CPU, longer         `attention_cpu.long_attention`: the same, and what it keeps grows with T instead of T^2
     everything else     torch's scaled_dot_product_attention
 
 `recomputing` and `recomputing_backward` are `latent_attention` cut in two for who keeps the arguments elsewhere: what
@@ -22,7 +24,7 @@ from bessemer.model import attention_cpu
 from bessemer.model.rope import rotate
 
 LONGEST = 1024
-"""The CPU backend keeps probabilities, which grow with T^2; beyond this the memory is worth more than the time."""
+"""Up to this the CPU backend keeps probabilities, which grow with T^2; beyond it makes them again in backward."""
 
 
 def causal_mask(T: int, segments_BT: Tensor | None, device: torch.device) -> Tensor:
@@ -59,8 +61,9 @@ def latent_attention(
 ) -> Tensor:
     """MLA's core, expanded: q [B, T, H, N + R] and k_rope [B, T, R], neither rotated yet; kv [B, T, H, N + V] holds
     keys and values of every head; rope [T, R/2, 2] or [B, T, R/2, 2]. Returns [B, T, H, V]."""
-    if _on_cpu(q) and q.shape[1] <= LONGEST:
-        return attention_cpu.latent_attention(q, kv, k_rope, rope, segments_BT, scale)[0]
+    if _on_cpu(q):
+        core = attention_cpu.latent_attention if q.shape[1] <= LONGEST else attention_cpu.long_attention
+        return core(q, kv, k_rope, rope, segments_BT, scale)[0]
     return _torch_attention(q, kv, k_rope, rope, scale, segments_BT)
 
 

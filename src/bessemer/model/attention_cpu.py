@@ -6,7 +6,9 @@ At laptop sizes a step is bound by passes over memory and by the number of opera
 - probabilities are kept for backward, whose softmax is one fused pass.
 
 `recomputing` and `recomputing_backward` are the same function for who has no room for probabilities: what is kept grows
-with T instead of T^2, and backward makes them again from the log of their denominator, as FlashAttention does.
+with T instead of T^2, and backward makes them again from the log of their denominator, as FlashAttention does. Keys of
+segments that a block of queries cannot see are not read, so that long rows of short segments take time in proportion to
+T too.
 
 Scores, softmax and sums are float32 whatever the dtype of the arguments. Shapes as in `attention`; n = B*H.
 """
@@ -80,15 +82,29 @@ def latent_attention(
     return _joined(out, B, q.dtype), kept, qf, kf, vf
 
 
-def _masked_scores(qf: Tensor, kf: Tensor, block: tuple, segments_BT: Tensor | None, out: Tensor) -> Tensor:
-    """Scores of one block of queries, -inf where they may not look; written to `out`, which is also returned."""
+def _masked_scores(
+    qf: Tensor, kf: Tensor, block: tuple, segments_BT: Tensor | None, out: Tensor, low: int = 0
+) -> Tensor:
+    """Scores of one block of queries against the keys from `low` on, -inf where they may not look; written to `out`,
+    which is also returned."""
     first, end, _ = block
-    torch.bmm(qf[:, first:end], kf[:, :end].transpose(1, 2), out=out)
-    out[:, :, first:end] += torch.full((end - first, end - first), float("-inf"), device=qf.device).triu(1)
+    torch.bmm(qf[:, first:end], kf[:, low:end].transpose(1, 2), out=out)
+    out[:, :, first - low :] += torch.full((end - first, end - first), float("-inf"), device=qf.device).triu(1)
     if segments_BT is not None:
-        other = segments_BT[:, first:end, None] != segments_BT[:, None, :end]
-        out.view(len(segments_BT), -1, end - first, end).masked_fill_(other.unsqueeze(1), float("-inf"))
+        other = segments_BT[:, first:end, None] != segments_BT[:, None, low:end]
+        out.view(len(segments_BT), -1, end - first, end - low).masked_fill_(other.unsqueeze(1), float("-inf"))
     return out
+
+
+def _lows(segments_BT: Tensor | None, T: int) -> list[int]:
+    """Of every block of queries the first key that any of them may see: where the segment of its first query begins.
+    0 for all where numbers of segments do not only rise along a row, since one may then come back."""
+    firsts = range(0, T, BLOCK)
+    if segments_BT is None or bool((segments_BT[:, 1:] < segments_BT[:, :-1]).any()):
+        return [0] * len(firsts)
+    segments_BT = segments_BT.contiguous()
+    begins = torch.searchsorted(segments_BT, segments_BT[:, ::BLOCK].contiguous())
+    return begins.amin(0).tolist()
 
 
 def _joined(out: Tensor, B: int, dtype: torch.dtype) -> Tensor:
@@ -105,11 +121,11 @@ def recomputing(
     qf, kf, vf = _heads(q, kv, k_rope, rope, scale)
     out, lse = torch.empty_like(vf), vf.new_empty(len(vf), T)
     scratch = vf.new_empty(len(vf) * BLOCK * T)
-    for block in _blocks(T):
+    for block, low in zip(_blocks(T), _lows(segments_BT, T), strict=True):
         first, end, _ = block
-        score = _masked_scores(qf, kf, block, segments_BT, out=_scratch(scratch, len(vf), block))
+        score = _masked_scores(qf, kf, block, segments_BT, _scratch(scratch, len(vf), block, low), low)
         torch.logsumexp(score, -1, out=lse[:, first:end])
-        out[:, first:end] = torch.bmm(score.sub_(lse[:, first:end, None]).exp_(), vf[:, :end])
+        out[:, first:end] = torch.bmm(score.sub_(lse[:, first:end, None]).exp_(), vf[:, low:end])
     return _joined(out, B, q.dtype), lse
 
 
@@ -124,21 +140,21 @@ def recomputing_backward(
     delta = torch.linalg.vecdot(dout.float(), out.float()).transpose(1, 2).reshape(B * H, T)
     dqf, dkf, dvf = torch.empty_like(qf), torch.zeros_like(kf), torch.zeros_like(vf)
     scratch = vf.new_empty(len(vf) * BLOCK * T)
-    for block in _blocks(T):
+    for block, low in zip(_blocks(T), _lows(segments_BT, T), strict=True):
         first, end, _ = block
-        p = _masked_scores(qf, kf, block, segments_BT, out=_scratch(scratch, len(vf), block))
+        p = _masked_scores(qf, kf, block, segments_BT, _scratch(scratch, len(vf), block, low), low)
         p.sub_(lse[:, first:end, None]).exp_()
         g = do[:, first:end]
-        dvf[:, :end].baddbmm_(p.transpose(1, 2), g)
-        ds = torch.bmm(g, vf[:, :end].transpose(1, 2)).sub_(delta[:, first:end, None]).mul_(p)
-        dqf[:, first:end] = torch.bmm(ds, kf[:, :end])
-        dkf[:, :end].baddbmm_(ds.transpose(1, 2), qf[:, first:end])
+        dvf[:, low:end].baddbmm_(p.transpose(1, 2), g)
+        ds = torch.bmm(g, vf[:, low:end].transpose(1, 2)).sub_(delta[:, first:end, None]).mul_(p)
+        dqf[:, first:end] = torch.bmm(ds, kf[:, low:end])
+        dkf[:, low:end].baddbmm_(ds.transpose(1, 2), qf[:, first:end])
     return _turned_back(dqf, dkf, dvf, rope, scale, B, dout.dtype)
 
 
-def _scratch(flat: Tensor, n: int, block: tuple[int, int, int]) -> Tensor:
+def _scratch(flat: Tensor, n: int, block: tuple[int, int, int], low: int) -> Tensor:
     first, end, _ = block
-    return flat[: n * (end - first) * end].view(n, end - first, end)
+    return flat[: n * (end - first) * (end - low)].view(n, end - first, end - low)
 
 
 @latent_attention.register_fake
@@ -207,3 +223,48 @@ def _grad(ctx, dout, *_):
 
 
 latent_attention.register_autograd(_grad, setup_context=_setup)
+
+
+@torch.library.custom_op("bessemer::long_attention", mutates_args=())
+def long_attention(
+    q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, segments_BT: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`recomputing` with a graph: what it keeps, its arguments and its results, grows with T."""
+    return recomputing(q, kv, k_rope, rope, segments_BT, scale)
+
+
+@long_attention.register_fake
+def _(q, kv, k_rope, rope, segments_BT, scale):
+    B, T, H, width = q.shape
+    value = kv.shape[-1] - width + k_rope.shape[-1]
+    return q.new_empty(B, T, H, value), q.new_empty(B * H, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("bessemer::long_attention_backward", mutates_args=())
+def _long_backward(
+    dout: Tensor, q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, segments_BT: Tensor | None, scale: float,
+    out: Tensor, lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return recomputing_backward(dout, q, kv, k_rope, rope, segments_BT, scale, out, lse)
+
+
+@_long_backward.register_fake
+def _(dout, q, kv, k_rope, rope, segments_BT, scale, out, lse):
+    return tuple(dout.new_empty(x.shape) for x in (q, kv, k_rope))
+
+
+def _setup_long(ctx, inputs, output):
+    ctx.scale = inputs[5]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:5], *output)
+
+
+def _grad_long(ctx, dout, *_):
+    if dout is None:
+        return None, None, None, None, None, None
+    q, kv, k_rope, rope, segments_BT, out, lse = ctx.saved_tensors
+    found = _long_backward(dout.contiguous(), q, kv, k_rope, rope, segments_BT, ctx.scale, out, lse)
+    return *found, None, None, None
+
+
+long_attention.register_autograd(_grad_long, setup_context=_setup_long)

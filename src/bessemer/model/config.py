@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from bessemer.errors import UserError
+
+CONTEXT = frozenset({"max_seq_len", "rope_factor", "original_seq_len"})
+"""Fields that say how far a model reads and how it tells positions apart; no tensor's shape depends on them."""
 
 
 class ModelConfig(BaseModel):
@@ -138,6 +142,11 @@ class ModelConfig(BaseModel):
         if self.yarn and self.mscale_all_dim:
             scale *= yarn_mscale(self.rope_factor, self.mscale_all_dim) ** 2
         return scale
+
+    def at_length(self, context: Mapping[str, Any]) -> ModelConfig:
+        """The same network with other values of some fields of CONTEXT: how YaRN is switched on (V3 4.3)."""
+        assert context.keys() <= CONTEXT, f"{sorted(context.keys() - CONTEXT)} change more than how positions are told"
+        return self.make({**self.model_dump(), **context})
 
     @classmethod
     def make(cls, values: dict[str, Any], where: str = "model") -> ModelConfig:

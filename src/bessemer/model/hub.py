@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,11 +65,11 @@ def write_config(cfg: ModelConfig, directory: str | Path, *, dtype: torch.dtype 
 
 def load(
     directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", mtp: bool = True,
-    kind: type[Network] = Transformer,
+    kind: type[Network] = Transformer, context: Mapping[str, Any] | None = None,
 ) -> Network:  # fmt: skip
     """The model of a directory. dtype: of the matrices (None: as stored, BF16 for FP8); norm gains, gates and routing
-    biases are always float32. mtp=False leaves the MTP layers on the disk."""
-    checkpoint, cfg, layout = open_directory(Path(directory), mtp, kind)
+    biases are always float32. mtp=False leaves the MTP layers on the disk. context: as in `open_directory`."""
+    checkpoint, cfg, layout = open_directory(Path(directory), mtp, kind, context)
     model = _allocate(cfg, as_dtype(dtype) or checkpoint.stored_dtype(EMBEDDING), device, kind)
     state = model.state_dict()
     with torch.no_grad():
@@ -165,11 +165,14 @@ def _write(directory: Path, export: Export, max_shard_bytes: float) -> None:
     export.compare(directory)
 
 
-def open_directory(directory: Path, mtp: bool, kind: type[Transformer]) -> tuple[Checkpoint, ModelConfig, list[Slot]]:
-    """The checked checkpoint, the config of what will be read from it, and where each tensor goes."""
+def open_directory(
+    directory: Path, mtp: bool, kind: type[Transformer], context: Mapping[str, Any] | None = None
+) -> tuple[Checkpoint, ModelConfig, list[Slot]]:
+    """The checked checkpoint, the config of what will be read from it, and where each tensor goes. `context`: other
+    values for fields of the config that say how positions are told, `config.CONTEXT`; no tensor depends on them."""
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; name the folder that holds config.json")
-    cfg, values = read_config(directory), read_json(directory / "config.json")
+    cfg, values = read_config(directory).at_length(context or {}), read_json(directory / "config.json")
     if hub_config.scores(values) != issubclass(kind, Scorer):
         found, wanted = ("reward", "language") if hub_config.scores(values) else ("language", "reward")
         raise UserError(f"{directory} holds a {found} model, a {wanted} model is needed here; name another directory")

@@ -9,7 +9,9 @@ All three give the same parameters, under the names of the whole network.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,8 +61,10 @@ class Part:
         return part
 
     @classmethod
-    def read(cls, folder: Path, mesh: Mesh, schedule: str, device: torch.device) -> Part:
-        checkpoint, cfg, layout = hub.open_directory(folder, True, Transformer)
+    def read(
+        cls, folder: Path, mesh: Mesh, schedule: str, device: torch.device, context: Mapping[str, Any] | None = None
+    ) -> Part:
+        checkpoint, cfg, layout = hub.open_directory(folder, True, Transformer, context)
         with torch.device("meta"):
             part = cls(Transformer(cfg), mesh, schedule)
         parameters = part._allocate(device, torch.float32)

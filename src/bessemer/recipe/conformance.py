@@ -99,8 +99,12 @@ def _layout(show: Callable[[Layout], str], on: Callable[[Layout], bool]) -> Call
     return here
 
 
-def _not_built(facts: Facts) -> Here:
-    return "not built yet", False
+def _extended(facts: Facts) -> Here:
+    phases = facts.stages("extend")
+    if not phases:
+        return ABSENT
+    steps = ", ".join(f"{s.tokens / s.length / s.batch_rows.values[0]:.0f}" for s in phases)
+    return " -> ".join(["short", *(str(s.length) for s in phases)]) + f", {steps} steps", len(phases) > 1
 
 
 def _sparse(m: ModelConfig) -> bool:
@@ -185,8 +189,15 @@ ITEMS: tuple[Item, ...] = (
     Item("ZeRO-1", "V3 3.2", "optimizer state shared out over data parallel",
          _layout(lambda x: f"{x.dp if x.dp != 'auto' else 'all'} x {x.ep} ranks", lambda x: x.ep > 1 or x.dp != 1),
          "train/zero.py", "parallel/test_across.py"),
-    Item("Long-context extension", "V3 4.3", "4K -> 32K -> 128K", _not_built,
+    Item("Long-context extension in phases", "V3 4.3", "4K -> 32K -> 128K, 1000 steps each", _extended,
+         "recipe/stages/extend.py", "recipe/test_extend.py"),
+    Item("YaRN on the rotary key, the same in every phase", "V3 4.3", "s 40, alpha 1, beta 32, sqrt(t) 0.1 ln s + 1",
+         lambda f: (f"s {f.stage('extend').rope_factor:g}, alpha {f.model.beta_slow:g}, beta {f.model.beta_fast:g}, "
+                    f"sqrt(t) {0.1 * f.model.mscale_all_dim:g} ln s + 1", True) if f.stage("extend") else ABSENT,
          "model/rope.py", "model/test_model_rope.py"),
+    Item("Needle in a haystack over lengths and depths", "V3 4.3, Figure 8", "up to 128K, after SFT",
+         _of("longeval", lambda s: f"up to {max(s.lengths)}, {s.problems * len(s.depths)} problems of each length",
+             lambda s: bool(s.haystack)), "tasks/needle.py", "tasks/test_needle.py"),
     Item("R1-Zero: RL from the base, no SFT", "R1 2.2", "rule rewards only",
          _of("rl", lambda s: "tasks: " + ", ".join(s.tasks)), "recipe/stages/rl.py", "recipe/test_stages.py"),
     Item("GRPO groups", "R1 2.2.1", "16 samples, 512 prompts a rollout",
@@ -253,10 +264,8 @@ def markdown() -> str:
         "|---|---|---|---|---|",
     ]
     for item in ITEMS:
-        code = f"`src/bessemer/{item.code}`"
-        if item.here is _not_built:
-            code = f"not built yet; begun in {code}"
-        lines.append(f"| {item.item} | {item.section} | {item.paper} | {code} | `tests/{item.test}` |")
+        built = f"`src/bessemer/{item.code}` | `tests/{item.test}`"
+        lines.append(f"| {item.item} | {item.section} | {item.paper} | {built} |")
     return "\n".join(lines) + "\n"
 
 

@@ -82,12 +82,10 @@ class Feed:
         }
 
 
-def check(settings: Pretrain.Settings, row_length: int | None, longest: int) -> None:
-    """UserError for a mixture or lengths that cannot be, before anything runs.
-
-    `row_length` is the corpus', None where it is not known yet; `longest` the model's max_seq_len.
-    """
+def check(settings: Pretrain.Settings, corpus_name: str | None, recipe: Any, longest: int) -> None:
+    """UserError for a mixture or lengths that cannot be, before anything runs. `longest` is the model's max_seq_len."""
     where = f'stage "{settings.name}"'
+    corpus = next((stage for stage in recipe.stages if stage.name == corpus_name and stage.kind == "corpus"), None)
     if not settings.mixture and settings.temperature is None:
         raise UserError(f"{where}: mixture is empty; give every part of the corpus a share, or set temperature = 0.7")
     if settings.mixture and settings.temperature is not None:
@@ -96,16 +94,18 @@ def check(settings: Pretrain.Settings, row_length: int | None, longest: int) -> 
         )
     if unknown := [name for name in settings.epoch_caps if settings.mixture and name not in settings.mixture]:
         raise UserError(f'{where}: epoch_caps names "{unknown[0]}", the mixture has {", ".join(settings.mixture)}')
+    if corpus is not None and (unknown := [part for part in settings.mixture if part not in corpus.parts]):
+        raise UserError(f'{where}: mixture names "{unknown[0]}", the corpus has {", ".join(corpus.parts)}')
     if not settings.lengths:
         return
     if min(settings.lengths.values) < 8 or max(settings.lengths.values) > longest:
         raise UserError(f"{where}: lengths must lie between 8 and the model's max_seq_len {longest}")
-    if row_length is not None:
-        few = min(settings.batch_rows.values) * row_length / max(settings.lengths.values)
+    if corpus is not None:
+        few = min(settings.batch_rows.values) * corpus.row_length / max(settings.lengths.values)
         if few < 1:
             raise UserError(
-                f"{where}: a step of {min(settings.batch_rows.values):g} rows of {row_length} tokens is less than one "
-                f"row of {max(settings.lengths.values):g}; raise batch_rows"
+                f"{where}: a step of {min(settings.batch_rows.values):g} rows of {corpus.row_length} tokens is less "
+                f"than one row of {max(settings.lengths.values):g}; raise batch_rows"
             )
 
 

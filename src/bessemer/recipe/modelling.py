@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +11,10 @@ import torch
 from bessemer.data.foreign_tokenizer import load_tokenizer
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
+from bessemer.model import hub
 from bessemer.model.config import ModelConfig
 from bessemer.model.counts import flops_per_token
-from bessemer.model.foreign import CausalLM, load_any
+from bessemer.model.foreign import CausalLM, is_foreign, load_any
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 from bessemer.precision import probe
@@ -28,11 +29,11 @@ def model_config(recipe: Any, changes: dict[str, Any] | None = None) -> ModelCon
     return preset(values.pop("preset", "tiny"), **values)
 
 
-def estimate_seconds(recipe: Any, tokens: float, changes: dict[str, Any] | None = None) -> float:
-    """A first guess at how long training on so many tokens takes here, before anything is measured: 25 GFLOPS a core
-    (measured with `tiny` and `small` on two Xeons), 100 TFLOPS on a GPU."""
+def estimate_seconds(recipe: Any, tokens: float, changes: dict[str, Any] | None = None, length: int = 256) -> float:
+    """A first guess at how long training on so many tokens, in rows of `length`, takes here, before anything is
+    measured: 25 GFLOPS a core (measured with `tiny` and `small` on two Xeons), 100 TFLOPS on a GPU."""
     rate = 1e14 if torch.cuda.is_available() else 25e9 * cores()
-    return tokens * flops_per_token(model_config(recipe, changes), 256).training / rate
+    return tokens * flops_per_token(model_config(recipe, changes), length).training / rate
 
 
 def decode_seconds(recipe: Any, tokens: float) -> float:
@@ -70,8 +71,13 @@ def choose_precision(
     return probe.Choice(getattr(torch, dtype), why)
 
 
-def load_model(directory: Path) -> tuple[Transformer | CausalLM, Tokenizer]:
-    """A model directory, ours or any Hugging Face causal LM, on this machine's device, in float32."""
+def load_model(directory: Path, context: Mapping[str, Any] | None = None) -> tuple[Transformer | CausalLM, Tokenizer]:
+    """A model directory, ours or any Hugging Face causal LM, on this machine's device, in float32. `context`, for ours
+    alone: as in `hub.open_directory`."""
     if not directory.is_dir():
         raise UserError(f"no model directory at {directory}")
+    if context and not is_foreign(directory):
+        return hub.load(directory, torch.float32, device(), context=context), load_tokenizer(directory)
+    if context:
+        raise UserError(f"{directory} is not of the DeepSeek V3 family; its context cannot be changed here")
     return load_any(directory, dtype=torch.float32, device=device()), load_tokenizer(directory)

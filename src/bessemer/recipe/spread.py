@@ -6,7 +6,7 @@ A stage asks for its network with `fresh` or `read`, gets a model or this rank's
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,16 +42,19 @@ def fresh(ctx: StageContext, cfg: ModelConfig) -> Transformer | Part:
     return Part.fresh(cfg, *_mesh(ctx, cfg), ctx.seed, ctx.ranks.device)
 
 
-def read(ctx: StageContext, folder: Path, cut: bool = True) -> tuple[Any, Any]:
-    """(network, tokenizer) of a model directory; on many ranks one of ours, of which each reads its part. `cut`: as in
-    `_mesh`."""
+def read(
+    ctx: StageContext, folder: Path, context: Mapping[str, Any] | None = None, cut: bool = True
+) -> tuple[Any, Any]:
+    """(network, tokenizer) of a model directory; on many ranks one of ours, of which each reads its part. `context`: as
+    in `hub.open_directory`; `cut`: as in `_mesh`."""
     if ctx.ranks is None:
-        return modelling.load_model(folder)
+        return modelling.load_model(folder, context)
     if is_foreign(folder):
         raise UserError(
             f'stage "{ctx.name}": {folder} is not of the DeepSeek V3 family; such a model is trained by one process'
         )
-    return Part.read(folder, *_mesh(ctx, hub.read_config(folder), cut), ctx.ranks.device), load_tokenizer(folder)
+    cfg = hub.read_config(folder).at_length(context or {})
+    return Part.read(folder, *_mesh(ctx, cfg, cut), ctx.ranks.device, context), load_tokenizer(folder)
 
 
 def model_of(network: Transformer | Part) -> Any:

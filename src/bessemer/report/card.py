@@ -14,7 +14,7 @@ from bessemer import __version__
 from bessemer.recipe import contamination
 from bessemer.recipe.disk import explained, write_atomic
 from bessemer.recipe.values import show_seconds, show_tokens
-from bessemer.report import controls, curves, formats, learning, page, stagetable, stories
+from bessemer.report import controls, curves, formats, learning, longcontext, page, stagetable, stories
 from bessemer.report.charts import short
 from bessemer.report.facts import RunFacts, StageFacts, read
 from bessemer.report.standings import compared
@@ -42,9 +42,12 @@ def write(root: Path) -> Path:
 
 
 def table(root: Path) -> str:
-    """The tables of the run in `root` for a terminal: stages, controls, number formats; "" when it has none of them."""
+    """The tables of the run in `root` for a terminal: stages, controls, formats, long context; "" when it has none
+    of them."""
     facts = read(root)
-    tables = (stagetable.text(controls.main_line(facts)), controls.text(facts), formats.text(facts))
+    tables = (
+        stagetable.text(controls.main_line(facts)), controls.text(facts), formats.text(facts), longcontext.text(facts),
+    )  # fmt: skip
     return "\n\n".join(filter(None, tables))
 
 
@@ -221,6 +224,8 @@ SECTIONS = (
     Section("controls", "Controls", controls.html, "no stage beside another one with another reward",
             "The same start and the same problems, paid otherwise: what they gain too was not learnt from the task."),
     Section("formats", "Number formats", formats.html, "no two pre-trainings that differ by number format alone"),
+    Section("long", "Long context", longcontext.html, "no long.json in a stage",
+            "Text never trained on, sentences with keys never trained on; greedy answers, counted when exact."),
     Section("curves", "Training", _curves, "no lines in metrics.jsonl",
             "Where noisy: faint as measured, bold smoothed."),
     Section("experts", "Expert load", curves.expert_loads, "no moe/load metrics",

@@ -21,6 +21,7 @@ _STAND_INS |= {f"r{number}": f"#0104{number:02x}" for number in range(1, SERIES 
 _MOST_POINTS = 240  # per line: more than the chart has pixels to show
 _SMOOTH_FROM = 60  # points from which a noisy line is drawn faint, with its smoothed self on top
 # idle - even - overloaded; the middle is a grey that stands on white and on black
+_FOUND_COLOURS = LinearSegmentedColormap.from_list("found", ["#e2885c", "#e6dfc8", "#6fb58a"])
 _LOAD_COLOURS = LinearSegmentedColormap.from_list("load", ["#2a6fb0", "#b9bab6", "#d4641c"])
 
 
@@ -33,9 +34,10 @@ def colours(count: int, ordered: bool) -> list[str]:
 
 def lines(
     curves: Sequence[tuple[Sequence[float], Sequence[float], str]], salt: str, floor: float | None = None,
-    ceiling: float | None = None, log: bool = False,
+    ceiling: float | None = None, log: bool = False, names: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """SVG of curves (x, y, colour name). `salt` keeps the ids of several SVGs on one page apart."""
+    """SVG of curves (x, y, colour name). `salt` keeps the ids of several SVGs on one page apart. `names`: what stands
+    at x = 0, 1, 2 and so on, in the place of numbers."""
     with rc_context(_style(salt)):
         figure, axes = _canvas(2.3)
         for x, y, colour in curves:
@@ -55,6 +57,8 @@ def lines(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axes.grid(axis="y", color=_STAND_INS["line"], linewidth=0.7)
         _finish(axes)
+        if names:
+            axes.set_xticks(range(len(names)), names)
         return _svg(figure)
 
 
@@ -74,6 +78,21 @@ def heat(x: Sequence[float], loads: Sequence[Sequence[float]], salt: str) -> str
         )
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         _finish(axes)
+        return _svg(figure)
+
+
+def cells(shares: Sequence[Sequence[float]], down: Sequence[str], across: Sequence[str], salt: str) -> str:
+    """SVG of shares between 0 and 1, one row of cells for each of `down`, with the percentage in every cell."""
+    with rc_context(_style(salt)):
+        figure, axes = _canvas(0.7 + 0.24 * len(down))
+        axes.imshow(shares, aspect="auto", cmap=_FOUND_COLOURS, vmin=0.0, vmax=1.0, interpolation="nearest")
+        for row, line in enumerate(shares):
+            for column, share in enumerate(line):
+                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color="#10140f", fontsize=8)
+        axes.set_xticks(range(len(across)), across)
+        axes.set_yticks(range(len(down)), down)
+        axes.tick_params(colors=_STAND_INS["muted"], length=0, pad=5)
+        axes.spines[:].set_visible(False)
         return _svg(figure)
 
 

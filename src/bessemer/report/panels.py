@@ -6,7 +6,7 @@ TRAINING is what every stage that trains may record, LEARNING what a stage of re
 from dataclasses import dataclass
 
 BALANCE, LOADS = "moe/max_vio/", "moe/load/"  # MaxVio and load of each layer's gate
-IN_TABLES = ("eval/", LOADS, "reject/")  # shown elsewhere on the page, or in a stage's summary
+IN_TABLES = ("eval/", LOADS, "reject/", "long/")  # shown elsewhere on the page, or in a stage's summary
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from bessemer.tasks.answer import NO_ANSWER, parse_reply
 
 SPLITS = ("train", "test")
 TEST_SHARE = 0.10
-DOMAINS = ("search", "arithmetic", "logic", "words", "maths", "gym", "general", "code")
+DOMAINS = ("search", "arithmetic", "logic", "words", "maths", "gym", "general", "code", "retrieval")
 CORRECT, WRONG_VALUE, WRONG_NUMBERS, UNPARSABLE = "correct", "wrong-value", "wrong-numbers", "unparsable"
 UNFINISHED, ECHO, TIMEOUT = "unfinished", "echo", "timeout"
 _INTEGER = re.compile("-?[0-9]{1,9}")

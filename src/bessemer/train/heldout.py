@@ -52,5 +52,25 @@ def nats_across(part: Part, batches: Sequence[Batch]) -> tuple[float, float]:
     return tuple(sums.tolist())
 
 
+POSITIONS = 1024
+"""Positions whose logits are held at once."""
+
+
+@torch.no_grad()
+def nats_by_position(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cross entropy in nats, loss tokens) of each position of the rows, sums over rows, [T] in float32 on the CPU. The
+    model is in eval mode."""
+    batch = batch.to(model.head_weight.device)
+    hidden_BTD = model.train_outputs(batch.tokens_BT, mtp=False).hidden_BTD
+    nats_T = torch.zeros(batch.tokens_BT.shape[1])
+    for first in range(1, len(nats_T), POSITIONS):
+        here = slice(first, first + POSITIONS)
+        logits = torch.nn.functional.linear(hidden_BTD[:, :-1][:, first - 1 : first - 1 + POSITIONS], model.head_weight)
+        target_BT = batch.tokens_BT[:, here]
+        nats_BT = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), target_BT, reduction="none")
+        nats_T[here] = (nats_BT * batch.loss_BT[:, here]).sum(0).cpu()
+    return nats_T, batch.loss_BT.sum(0).cpu()
+
+
 def _nats(hidden_BTD: torch.Tensor, weight_VD: torch.Tensor, batch: Batch) -> float:
     return float(predicting(hidden_BTD, weight_VD, batch, 1))

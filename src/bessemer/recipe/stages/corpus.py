@@ -1,8 +1,9 @@
 """Stage "corpus": fetch documents, train a tokenizer, pack rows (V3 4.1).
 
 Output: tokenizer/ and one folder of packed rows per part. A part's text comes from a source (registry name, path,
-hf://owner/name) or, as "task:NAME", from the pre-training documents of a task, which exist for its train split only.
-"shards:FOLDER" is a part that `bessemer data build` made: it stays where it is, and its tokenizer serves all parts.
+hf://owner/name); as "task:NAME", from the pre-training documents of a task, which exist for its train split only; or,
+as "needle:SOURCE", from pages that hide sentences in the training documents of a source. "shards:FOLDER" is a part that
+`bessemer data build` made: it stays where it is, and its tokenizer serves all parts.
 """
 
 import itertools
@@ -18,10 +19,12 @@ from bessemer.data import corpus, shards, sources
 from bessemer.data.document import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
+from bessemer.recipe.haystack import NEEDLE, needle
 from bessemer.recipe.modelling import model_config
-from bessemer.recipe.settings import StageSettings
+from bessemer.recipe.settings import StageRef, StageSettings
 from bessemer.recipe.stage import Stage, StageContext, register
 from bessemer.recipe.values import Tokens, show_tokens
+from bessemer.tasks.needle import Needle
 from bessemer.workers import Workers, cores
 
 TASK, SHARDS = "task:", "shards:"
@@ -33,8 +36,11 @@ class Corpus(Stage):
     format = 2
 
     class Settings(StageSettings):
+        later = frozenset({"tokenizer"})
+
         parts: dict[str, str] = Field(default_factory=dict)
-        """Part name = where its text comes from: a source, a path, hf://owner/name, task:NAME, or shards:FOLDER."""
+        """Part name = where its text comes from: a source, a path, hf://owner/name, task:NAME, needle:SOURCE, or
+        shards:FOLDER."""
         limits: dict[str, Tokens] = Field(default_factory=dict)
         """Part name = most tokens to keep of it. Task parts are endless and need one."""
         mix: dict[str, dict[str, float]] = Field(default_factory=dict)
@@ -45,6 +51,9 @@ class Corpus(Stage):
         """Characters of each part the tokenizer is trained on."""
         heldout: float = Field(0.02, ge=0, lt=0.5)
         """Share of documents, chosen by hash, kept for validation."""
+        tokenizer: StageRef | None = None
+        """The corpus whose tokenizer these rows are made with, such as one of shorter rows that a model is extended
+        from. Default: one of its own."""
         fim_rate: float = Field(0.1, ge=0, le=1)
         """Share of training documents of `fim_parts` in prefix-suffix-middle order (V3 4.1: 0.1)."""
         fim_parts: list[str] = Field(default_factory=list)
@@ -60,8 +69,9 @@ class Corpus(Stage):
                 known = ", ".join(settings.parts)
                 raise UserError(f'stage "{settings.name}": "{key}" is not one of its parts ({known})')
         for part, spec in settings.parts.items():
-            if spec.startswith(TASK):
-                _task(settings, part).document(0)  # some tasks have none
+            if spec.startswith((TASK, NEEDLE)):
+                if spec.startswith(TASK):
+                    _task(settings, part).document(0)  # some tasks have none
                 if part not in settings.limits:
                     raise UserError(f'stage "{settings.name}": part "{part}" is endless; give it a limit in tokens')
             elif spec.startswith(SHARDS) and part in (*settings.limits, *settings.fim_parts):
@@ -70,6 +80,9 @@ class Corpus(Stage):
                 )
             elif part in settings.mix:
                 raise UserError(f'stage "{settings.name}": mix is for documents of tasks, "{part}" is not one')
+        for part in settings.mix:
+            if settings.parts[part].startswith(NEEDLE):
+                Needle({}, **settings.mix[part])  # checks the knobs
         return {"vocab_size": model_config(recipe).vocab_size} | _built(settings)
 
     def estimate(self, settings: Settings, recipe: Any) -> float:
@@ -79,7 +92,10 @@ class Corpus(Stage):
         ctx.rewind(-1)
         vocab_size = model_config(ctx.recipe).vocab_size
         ctx.progress.total(2 * len(settings.parts), "parts")  # the tokenizer takes about as long as all of them
-        tokenizer = _tokenizer(settings) or Tokenizer.train(self._sample(settings, ctx), vocab_size, chat_style="zero")
+        if settings.tokenizer is not None:
+            tokenizer = Tokenizer.load(ctx.inputs[settings.tokenizer] / "tokenizer")
+        else:
+            tokenizer = _tokenizer(settings) or Tokenizer.train(self._sample(settings, ctx), vocab_size, "zero")
         tokenizer.save(ctx.dir / "tokenizer")
         ctx.progress.advance(len(settings.parts), "tokenizer")
         facts: dict[str, Any] = {}
@@ -123,16 +139,16 @@ class Corpus(Stage):
             built = corpus.load(folder / name)
             for ids in built.train.documents():
                 yield tokenizer.decode(ids.tolist())
-            if spec.startswith(TASK):
-                task = _task(settings, name)
+            if spec.startswith((TASK, NEEDLE)):
+                task = _task(settings, name, cache)
                 pages = built.train.facts["documents"] + built.heldout.facts["documents"]
                 yield from (task.train_problem(i, recipe.seed_of(settings), None) for i in range(pages))
 
     def _documents(self, settings: Settings, name: str, ctx: StageContext) -> Iterator[Document]:
         spec = settings.parts[name]
-        if not spec.startswith(TASK):
+        if not spec.startswith((TASK, NEEDLE)):
             return iter(sources.documents(spec, ctx.cache, domain=name))
-        task = _task(settings, name)
+        task = _task(settings, name, ctx.cache)
         return (Document(task.document(i, ctx.seed), task.name) for i in itertools.count())
 
     def _sample(self, settings: Settings, ctx: StageContext) -> Iterator[str]:
@@ -146,9 +162,11 @@ class Corpus(Stage):
                     break
 
 
-def _task(settings: Corpus.Settings, part: str) -> tasks.Task:
+def _task(settings: Corpus.Settings, part: str, cache: Path | None = None) -> tasks.Task:
     """The task whose documents are a part, with the part's knobs."""
     name, mix = settings.parts[part].removeprefix(TASK), settings.mix.get(part, {})
+    if name.startswith(NEEDLE):
+        return needle(name.removeprefix(NEEDLE), settings.heldout, cache, **mix)
     if taken := {"languages", "phrasing"} & set(mix):
         raise UserError(f'stage "{settings.name}": mix sets shares of documents, not {" or ".join(sorted(taken))}')
     return tasks.get(name, **mix)

@@ -5,7 +5,8 @@ Every schedule is a function of consumed tokens. Output: model/ (a Hugging Face 
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -15,8 +16,10 @@ from bessemer.data.rows import Rows
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
+from bessemer.model.config import ModelConfig
 from bessemer.model.counts import flops_per_token
-from bessemer.model.transformer import RECOMPUTES_ITSELF
+from bessemer.model.transformer import RECOMPUTES_ITSELF, Transformer
+from bessemer.parallel.part import Part
 from bessemer.precision import backends
 from bessemer.precision.fp8_linear import RECIPES
 from bessemer.recipe import feed, modelling, spread
@@ -31,6 +34,17 @@ from bessemer.workers import Workers
 
 HELDOUT_ROWS = 64
 """Of each part, at every validation."""
+
+
+class Begins(NamedTuple):
+    """What a next-token training starts from."""
+
+    corpus: Path
+    """Folder of the rows and their tokenizer."""
+    cfg: ModelConfig
+    """Of the network that is trained, and left."""
+    network: Callable[[], Transformer | Part]
+    """Makes it, with its first weights."""
 
 
 @register
@@ -110,31 +124,32 @@ class Pretrain(Stage):
             raise UserError(f'stage "{settings.name}": compile = "on" and fp8 do not go together; set compile = "off"')
         if settings.fp8 != "off" and recipe.layout.recompute:
             raise UserError(f'stage "{settings.name}": {RECOMPUTES_ITSELF}')
-        corpus = next((s for s in recipe.stages if s.name == settings.source), None)
-        feed.check(settings, getattr(corpus, "row_length", None), cfg.max_seq_len)
-        if corpus is not None and corpus.kind == "corpus":
-            unknown = [part for part in settings.mixture if part not in corpus.parts]
-            if unknown:
-                raise UserError(
-                    f'stage "{settings.name}": mixture names "{unknown[0]}", the corpus has {", ".join(corpus.parts)}'
-                )
+        self.check_feed(settings, recipe, cfg)
         return {"model": cfg.model_dump()}
+
+    def check_feed(self, settings: Settings, recipe: Any, cfg: ModelConfig) -> None:
+        feed.check(settings, settings.source, recipe, cfg.max_seq_len)
 
     def estimate(self, settings: Settings, recipe: Any) -> float:
         return modelling.estimate_seconds(recipe, settings.tokens, settings.model)
 
-    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+    def begins(self, settings: Settings, ctx: StageContext) -> Begins:
+        """Random weights, trained on the corpus before."""
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a corpus stage before it')
-        tokenizer = Tokenizer.load(ctx.source / "tokenizer")
         cfg = modelling.model_config(ctx.recipe, settings.model)
+        return Begins(ctx.source, cfg, lambda: spread.fresh(ctx, cfg))
+
+    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+        corpus, cfg, network_of = self.begins(settings, ctx)
+        tokenizer = Tokenizer.load(corpus / "tokenizer")
         if tokenizer.vocab_size > cfg.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {cfg.vocab_size}")
-        fed = feed.Feed(settings, ctx, ctx.source, tokenizer.bos_id)
+        fed = feed.Feed(settings, ctx, corpus, tokenizer.bos_id)
         choice = modelling.choose_precision(settings.precision, ctx.agree)
         ctx.say(f"compute in {choice.why}")
         speed.keep_memory()
-        network = spread.fresh(ctx, cfg)
+        network = network_of()
         model = spread.model_of(network).set_recompute(ctx.recipe.layout.recompute)
         if settings.fp8 != "off":
             model.set_fp8(RECIPES[settings.fp8])
@@ -161,9 +176,9 @@ class Pretrain(Stage):
         if not trainer.run():
             ctx.interrupt()
         last = watch.validate(trainer)
-        spread.save(ctx, trainer, ctx.source / "tokenizer")
+        spread.save(ctx, trainer, corpus / "tokenizer")
         if settings.ema_decay:
-            spread.save(ctx, trainer, ctx.source / "tokenizer", "model-ema", "ema")
+            spread.save(ctx, trainer, corpus / "tokenizer", "model-ema", "ema")
         return {"tokens": trainer.tokens, "steps": trainer.step, **{f"bpb_{k}": round(v, 4) for k, v in last.items()}}
 
 

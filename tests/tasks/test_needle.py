@@ -1,0 +1,122 @@
+"""The needle task: where the sentence lies, what a page may hold, and that nothing of a test is ever on a page."""
+
+import re
+
+import pytest
+
+from bessemer.errors import UserError
+from bessemer.tasks.base import split_of_text
+from bessemer.tasks.needle import BEGUN, MOST, SENTENCE, WHAT, WHO, WORDS, Needle
+
+TEXTS = {
+    "train": [f"Story {n}. " + " ".join(f"A{n} went to B{i}, and came back." for i in range(20)) for n in range(9)],
+    "test": [f"Tale {n}! " + " ".join(f"C{n} saw D{i}; nothing came of it." for i in range(30)) for n in range(4)],
+}
+NEEDLE = re.compile(r"The (\w+ \w+) says (\w+)\. ?")
+
+
+@pytest.fixture(scope="module")
+def task():
+    return Needle(TEXTS)
+
+
+def test_words_are_told_apart():
+    for words in (WHAT, WHO, WORDS):
+        assert len(set(words)) == len(words) and all(word.isalpha() for word in words)
+    assert not set(WORDS) & {*WHAT, *WHO}
+
+
+@pytest.mark.parametrize("measure", [len, lambda text: len(text.split())], ids=["characters", "words"])
+@pytest.mark.parametrize("depth", [0.0, 0.3, 0.5, 1.0])
+def test_the_needle_lies_at_its_depth_and_the_prompt_fits(task, depth, measure):
+    size = 3000 if measure is len else 500
+    for index in range(10):
+        problem = task.hidden("test", index, size, depth, 6, measure=measure)
+        text, _, begun = problem.prompt.rpartition("\n")
+        assert size - 60 < measure(problem.prompt) <= size
+        assert begun == BEGUN.format(key=problem.meta["key"])
+        needle = SENTENCE.format(key=problem.meta["key"], word=problem.meta["word"])
+        told = list(NEEDLE.finditer(text))
+        assert len(told) == 6 and [place[0].strip() for place in told].count(needle) == 1
+        assert len({place[2] for place in told}) == len({place[1].split()[1] for place in told}) == 6
+        if depth in (0.0, 1.0):  # the very first, the very last
+            assert told[0 if depth == 0 else -1][0].strip() == needle
+        before, whole = (len(NEEDLE.sub("", part)) for part in (text[: text.index(needle)], text))
+        assert before / whole == pytest.approx(depth, abs=0.03)
+
+
+def test_a_haystack_longer_than_all_the_text_goes_round(task):
+    problem = task.hidden("test", 0, 20_000, 0.5, 4)
+    assert 19_900 < len(problem.prompt) <= 20_000
+
+
+def test_problems_differ_and_are_the_same_again(task):
+    problems = [task.problem("test", i) for i in range(20)]
+    assert len({problem.prompt for problem in problems}) == 20
+    assert problems == [Needle(TEXTS).problem("test", i) for i in range(20)]
+    assert task.problem("test", 0, seed=1) != problems[0]
+
+
+def test_pages_and_test_problems_share_neither_text_nor_keys(task):
+    pages = [task.document(i) for i in range(300)]
+    assert not any("Tale" in page or re.search(r"C\d saw", page) for page in pages)
+    assert any("Story" in page for page in pages)
+    shown = {found[1] for page in pages for found in NEEDLE.finditer(page)}
+    prompts = [task.problem("test", i).prompt for i in range(50)]
+    asked = {found[1] for prompt in prompts for found in NEEDLE.finditer(prompt)}
+    assert len(shown) > 300 and len(asked) > 50
+    assert not shown & asked
+    assert {split_of_text(f"needle {key}") for key in asked} == {"test"}
+    assert not any("Story" in prompt for prompt in prompts)
+
+
+def test_every_needle_of_a_page_comes_again_and_says_the_same():
+    task = Needle(TEXTS, shortest=100, longest=4000)
+    times = []
+    for index in range(100):
+        page = task.document(index)
+        said: dict[str, list[str]] = {}
+        for found in NEEDLE.finditer(page):
+            said.setdefault(found[1], []).append(found[2])
+        assert 2 <= len(said) <= MOST
+        assert all(len(set(words)) == 1 and len(words) in (2, 3) for words in said.values())
+        times += map(len, said.values())
+        assert len(page) < 1.1 * 4000
+    assert 0.4 < times.count(3) / len(times) < 0.6
+    sizes = sorted(len(task.document(index)) for index in range(200))
+    assert sizes[50] < 500 < 900 < sizes[150]  # evenly on a logarithmic scale: 250, 630, 1580
+
+
+def test_a_search_for_test_problems_finds_none_on_a_page(task):
+    problem = task.train_problem(3, 0, None)
+    assert problem.prompt == task.document(3) and problem.prompt != task.document(3, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "correct", "formatted", "reason"),
+    [
+        (" {word}. And so on", True, True, "correct"),
+        ("\n{word}", True, False, "correct"),
+        (" {word}s.", False, True, "wrong-value"),
+        (" the {word}.", False, False, "wrong-value"),
+        (" 47 {word}", False, False, "no-answer"),
+        ("", False, False, "no-answer"),
+    ],
+)
+def test_verdicts(task, answer, correct, formatted, reason):
+    problem = task.problem("test", 3)
+    verdict = task.verify(problem, answer.format(**problem.meta))
+    assert (verdict.correct, verdict.formatted, verdict.reason) == (correct, formatted, reason)
+
+
+def test_what_cannot_be_asked():
+    with pytest.raises(UserError, match="8 needles do not fit into 200"):
+        Needle(TEXTS).hidden("test", 0, 200, 0.5, 8)
+    with pytest.raises(UserError, match="no text for its test split"):
+        Needle({"train": TEXTS["train"]}).problem("test", 0)
+    with pytest.raises(UserError, match="shortest <= longest"):
+        Needle(TEXTS, shortest=900.0)
+    with pytest.raises(UserError, match="did you mean 'longest'"):
+        Needle(TEXTS, longets=900.0)
+    with pytest.raises(UserError, match="take at most 40"):
+        Needle(TEXTS).hidden("test", 0, 10**6, 0.5, 100)
