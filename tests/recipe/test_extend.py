@@ -199,7 +199,7 @@ def test_the_first_buckets_of_the_loss_are_those_of_a_plain_forward(base):
 def test_needles_are_counted_from_what_the_model_writes(base):
     """With an engine that always writes what stood first in the text, the needle at depth 0 is found and no other."""
     from bessemer.infer.engine import Engine
-    from bessemer.recipe import longcontext, modelling
+    from bessemer.recipe import longcontext, longtable, modelling
 
     model, tokenizer = modelling.load_model(out_of(base, "to-256") / "model")
     texts = [json.loads(line)["text"] for line in (base / "long.jsonl").read_text().splitlines()]
@@ -216,7 +216,7 @@ def test_needles_are_counted_from_what_the_model_writes(base):
     cells = longcontext.find_needles(First(model, tokenizer), task, longcontext.Grid([250], [0.0, 1.0], 3, 3), 250)
     assert [(cell["depth"], cell["correct"], cell["n"]) for cell in cells] == [(0.0, 3, 3), (1.0, 0, 3)]
     assert all(200 < n <= 250 - longcontext.ANSWER - 1 for n in asked)
-    whole = longcontext.overall(cells)
+    whole = longtable.overall(cells)
     assert whole["share"] == 0.5 and 0.1 < whole["low"] < 0.5 < whole["high"] < 0.9
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from bessemer.errors import UserError
 from bessemer.tasks.base import split_of_text
-from bessemer.tasks.needle import BEGUN, MOST, SENTENCE, WHAT, WHO, WORDS, Needle
+from bessemer.tasks.needle import BEGUN, SENTENCE, WHAT, WHO, WORDS, Needle
 
 TEXTS = {
     "train": [f"Story {n}. " + " ".join(f"A{n} went to B{i}, and came back." for i in range(20)) for n in range(9)],
@@ -78,13 +78,19 @@ def test_every_needle_of_a_page_comes_again_and_says_the_same():
         said: dict[str, list[str]] = {}
         for found in NEEDLE.finditer(page):
             said.setdefault(found[1], []).append(found[2])
-        assert 2 <= len(said) <= MOST
+        assert 2 <= len(said) <= 32
         assert all(len(set(words)) == 1 and len(words) in (2, 3) for words in said.values())
         times += map(len, said.values())
         assert len(page) < 1.1 * 4000
     assert 0.4 < times.count(3) / len(times) < 0.6
     sizes = sorted(len(task.document(index)) for index in range(200))
     assert sizes[50] < 500 < 900 < sizes[150]  # evenly on a logarithmic scale: 250, 630, 1580
+
+
+def test_pages_of_one_needle():
+    for index in range(30):
+        found = NEEDLE.findall(Needle(TEXTS, most=1.0, longest=2000.0).document(index))
+        assert len(set(found)) == 1 and len(found) in (2, 3)
 
 
 def test_a_search_for_test_problems_finds_none_on_a_page(task):
@@ -116,6 +122,8 @@ def test_what_cannot_be_asked():
         Needle({"train": TEXTS["train"]}).problem("test", 0)
     with pytest.raises(UserError, match="shortest <= longest"):
         Needle(TEXTS, shortest=900.0)
+    with pytest.raises(UserError, match="most is 41; set it between 1 and 40"):
+        Needle(TEXTS, most=41.0)
     with pytest.raises(UserError, match="did you mean 'longest'"):
         Needle(TEXTS, longets=900.0)
     with pytest.raises(UserError, match="take at most 40"):

@@ -90,13 +90,3 @@ def buckets(length: int) -> Iterator[tuple[int, int]]:
     while first < length:
         yield first, min(end, length)
         first, end = end, 2 * end
-
-
-def overall(cells: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of some cells of a heat map: {n, share, low, high}, with the 95 % interval of Wilson, which has a width at 0 and
-    at 1 too."""
-    n, correct = sum(cell["n"] for cell in cells), sum(cell["correct"] for cell in cells)
-    share, z = correct / n, 1.96
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return {"n": n, "share": share, "low": max(0.0, middle - half), "high": min(1.0, middle + half)}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from bessemer.recipe.longtable import FILE, lost
 from bessemer.recipe.record import read_json
-from bessemer.recipe.stages.longeval import FILE, lost
 from bessemer.report import charts, page
 from bessemer.report.facts import RunFacts, StageFacts
 

@@ -42,8 +42,6 @@ _WORDS = (
 WHAT, WHO, WORDS = _WHAT.split(), _WHO.split(), _WORDS.split()
 BEGUN = "The {key} says"
 SENTENCE = BEGUN + " {word}."
-MOST = 32
-"""Needles of a page."""
 
 _ANSWER = re.compile(r"\s*([A-Za-z]+)")
 _PIECE = re.compile(r"[^.!?\n]*[.!?\n]+[\"'”’)\]]*\s*|[^.!?\n]+\Z")
@@ -59,7 +57,9 @@ class NeedleMix:
     longest: float = 600
     """Of a page; one that does not fit a row of the corpus is cut there."""
     between: float = 60
-    """Text between two sentences, on average; in long pages more, for they have at most 32 needles."""
+    """Text between two sentences, on average; more where `most` bounds their number."""
+    most: float = 32
+    """Needles of a page, at most; 1: what is to be found is never to be told from others of its kind."""
     again: float = 0.5
     """Chance that a needle, which comes twice on every page, comes a third time."""
 
@@ -72,6 +72,8 @@ class NeedleMix:
             raise UserError(
                 f"needle: between is {self.between:g} and again {self.again:g}; set at least 0, and between 0 and 1"
             )
+        if not 1 <= self.most <= len(WHO):
+            raise UserError(f"needle: most is {self.most:g}; set it between 1 and {len(WHO)}")
 
 
 class Needle(Task):
@@ -127,7 +129,7 @@ class Needle(Task):
         size = mix.shortest * (mix.longest / mix.shortest) ** rng.random()
         times = 2 + mix.again
         each = len(_sentence((f"{WHAT[0]} {WHO[0]}", WORDS[0])))
-        facts = _facts(rng, "train", min(MOST, max(2, round(size / (times * (each + mix.between))))))
+        facts = _facts(rng, "train", min(int(mix.most), max(2, round(size / (times * (each + mix.between))))))
         said = [fact for fact in facts for _ in range(2 + (rng.random() < mix.again))]
         rng.shuffle(said)
         pieces = self._filler("train", rng, size - sum(len(_sentence(fact)) for fact in said), len)

@@ -18,13 +18,12 @@ from bessemer.data.rows import open_rows
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
 from bessemer.model import hub
-from bessemer.recipe import haystack, longcontext, modelling
+from bessemer.recipe import haystack, longcontext, longtable, modelling
 from bessemer.recipe.disk import write_atomic
 from bessemer.recipe.settings import StageRef, StageSettings
 from bessemer.recipe.stage import Stage, StageContext, register
 from bessemer.train import heldout, speed
 
-FILE = "long.json"
 OWN, SWITCHED = "", " + YaRN"
 """What is added to a model's name: nothing, or that it was given the last model's positions without training on
 them."""
@@ -105,8 +104,8 @@ class LongEval(Stage):
             ctx.progress.advance(1, f"{key}: {_figure(found[key]):.3f}")
             if ctx.stop:
                 ctx.interrupt()
-        table = _table(settings, found)
-        write_atomic(ctx.dir / FILE, json.dumps(table, indent=1))
+        table = longtable.table(found, settings.short_bound)
+        write_atomic(ctx.dir / longtable.FILE, json.dumps(table, indent=1))
         _say(settings, ctx, table)
         last = settings.models[-1]
         return {f"found at {row['length']}": round(row["share"], 3) for row in table["needle"] if row["model"] == last}
@@ -156,29 +155,7 @@ def _figure(found: Any) -> float:
     """One number of what was measured: the share found, or bits per byte of the last bucket."""
     if isinstance(found, float):
         return found
-    return longcontext.overall(found)["share"] if "correct" in found[0] else found[-1]["bits_per_byte"]
-
-
-def _table(settings: LongEval.Settings, found: dict[str, Any]) -> dict[str, Any]:
-    """What is left in the file: rows under "needle", "positions" and "short"."""
-    table: dict[str, Any] = {"needle": [], "positions": [], "short": [], "short_bound": settings.short_bound}
-    for key, value in found.items():
-        kind, model, last = key.split("/")
-        if kind == "needle":
-            table[kind].append({"model": model, "length": int(last), **longcontext.overall(value), "cells": value})
-        else:
-            table[kind].append({"model": model, "part": last, "buckets" if kind == "positions" else "bpb": value})
-    return table
-
-
-def lost(table: dict[str, Any]) -> dict[str, float]:
-    """Model -> bits per byte on short rows more than the first one's, means over the parts."""
-    by_model: dict[str, list[float]] = {}
-    for row in table["short"]:
-        by_model.setdefault(row["model"], []).append(row["bpb"])
-    means = {model: sum(values) / len(values) for model, values in by_model.items()}
-    first = next(iter(means.values()), 0.0)
-    return {model: value - first for model, value in means.items()}
+    return longtable.overall(found)["share"] if "correct" in found[0] else found[-1]["bits_per_byte"]
 
 
 def _say(settings: LongEval.Settings, ctx: StageContext, table: dict[str, Any]) -> None:
@@ -187,7 +164,7 @@ def _say(settings: LongEval.Settings, ctx: StageContext, table: dict[str, Any]) 
             f"{row['model']}: {100 * row['share']:.1f} % of {row['n']:.0f} needles in {row['length']} tokens "
             f"({100 * row['low']:.0f} to {100 * row['high']:.0f})"
         )
-    for model, value in lost(table).items():
+    for model, value in longtable.lost(table).items():
         if model in settings.models[1:]:
             over = f", beyond the bound of {settings.short_bound:g}" if value > settings.short_bound else ""
             ctx.say(f"{model}: {value:+.4f} bits per byte on short rows{over}")

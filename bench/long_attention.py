@@ -1,0 +1,116 @@
+"""The attention core of a CPU at training lengths: time and memory of forward and backward, by backend and by length.
+
+    python bench/long_attention.py --json bench/results/long_attention.json
+
+Three backends of one function at the head sizes of `tiny`: "kept" keeps probabilities
+(`attention_cpu.latent_attention`), "long" makes them again (`attention_cpu.long_attention`), "sdpa" is torch's
+scaled_dot_product_attention, which has no fused kernel for a CPU where keys and values differ in width, as in MLA. With
+segments, tokens see documents of 500 tokens only. One row, one thread, float32; processor time, since the machine is
+shared; the backends take turns, and figures are medians with the smallest and the largest. Memory is what torch's
+allocator says: kept for backward, and the highest of both directions beyond the arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import processor, spread
+from torch import Tensor
+from torch.autograd.profiler import profile
+
+from bessemer.model import attention, attention_cpu
+from bessemer.model.presets import preset
+
+DOCUMENT = 500
+"""Tokens of a segment."""
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "kept": lambda *a: attention_cpu.latent_attention(*a)[0],
+    "long": lambda *a: attention_cpu.long_attention(*a)[0],
+    "sdpa": lambda q, kv, k_rope, rope, segments, scale: attention._torch_attention(
+        q, kv, k_rope, rope, scale, segments
+    ),
+}
+
+
+def arguments(T: int, segmented: bool) -> tuple[Any, ...]:
+    cfg = preset("tiny")
+    generator = torch.Generator().manual_seed(0)
+    shapes = (
+        (1, T, cfg.n_heads, cfg.qk_head_dim),
+        (1, T, cfg.n_heads, cfg.qk_nope_head_dim + cfg.v_head_dim),
+        (1, T, cfg.qk_rope_head_dim),
+    )
+    inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    angle = torch.randn(T, cfg.qk_rope_head_dim // 2, generator=generator)
+    segments = (torch.arange(T) // DOCUMENT)[None] if segmented else None
+    return (*inputs, torch.stack((angle.cos(), angle.sin()), -1), segments, cfg.softmax_scale)
+
+
+def timed(backend: Callable[..., Tensor], given: tuple[Any, ...]) -> float:
+    began = time.process_time()
+    torch.autograd.grad(backend(*given).sum(), given[:3])
+    return time.process_time() - began
+
+
+def memory(backend: Callable[..., Tensor], given: tuple[Any, ...]) -> dict[str, float]:
+    """MiB, kept after forward and highest until backward has ended."""
+
+    def live(function: Callable[[], Any]) -> tuple[int, int]:
+        with profile(use_cpu=True, profile_memory=True) as profiler:
+            alive = function()  # noqa: F841
+        now = most = 0
+        for event in profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                most = max(most, now)
+        return now, most
+
+    kept, _ = live(lambda: backend(*given))
+    _, highest = live(lambda: torch.autograd.grad(backend(*given).sum(), given[:3]))
+    return {"kept_mib": kept / 2**20, "highest_mib": highest / 2**20}
+
+
+def measured(T: int, segmented: bool, rounds: int) -> list[dict[str, Any]]:
+    given = arguments(T, segmented)
+    seconds: dict[str, list[float]] = {name: [] for name in BACKENDS}
+    for number in range(rounds + 1):
+        for name, backend in BACKENDS.items():
+            spent = timed(backend, given)
+            if number:  # the first round warms up
+                seconds[name].append(spent)
+    return [
+        {"length": T, "segments": segmented, "backend": name, "seconds": spread(seconds[name]),
+         **memory(backend, given)}
+        for name, backend in BACKENDS.items()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for T in asked.lengths:
+        for segmented in (False, True):
+            for row in measured(T, segmented, asked.rounds):
+                rows.append(row)
+                middle = row["seconds"]["median"]
+                print(f"{T:>6} {'segments' if segmented else 'whole':<9}{row['backend']:<6}{middle:8.3f} s "
+                      f"{row['kept_mib']:8.1f} MiB kept {row['highest_mib']:8.1f} MiB highest", flush=True)  # fmt: skip
+    if asked.json:
+        facts = {"processor": processor(), "torch": torch.__version__, "threads": 1, "rows": 1, "dtype": "float32",
+                 "heads": "tiny", "document": DOCUMENT, "rounds": asked.rounds, "measured": rows}  # fmt: skip
+        asked.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
