@@ -280,7 +280,7 @@ class Build:
         """Removes what earlier settings left in the folders of these steps."""
         known = {job.folder for job in jobs}
         for step in {job.step for job in jobs}:
-            for facts in (self.out / "work" / step).rglob("facts.json"):
+            for facts in list((self.out / "work" / step).rglob("facts.json")):
                 if facts.parent not in known:
                     shutil.rmtree(facts.parent)
 

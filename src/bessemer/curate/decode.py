@@ -11,6 +11,11 @@ from bessemer.data.local import opened
 UTF8 = "utf-8"
 GUESSED = 1 << 16
 """Bytes that a guess looks at."""
+GUESSES = (
+    "gb18030", "big5", "cp932", "euc_jp", "cp949", "cp1251", "koi8_r", "cp1252", "cp1250", "cp1253", "cp1254", "cp1255",
+    "cp1256", "cp1257", "cp1258", "cp874",
+)  # fmt: skip
+"""What text is written in that is not Unicode; among all that Python knows, short texts fit too many."""
 _DECLARED = re.compile(rb"""charset\s*=\s*["']?\s*([A-Za-z0-9_.:-]{2,30})""")
 _NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
@@ -26,7 +31,7 @@ def decode(data: bytes, declared: bool = False) -> tuple[str, str] | None:
         return found
     from charset_normalizer import from_bytes  # slow to import, and seldom needed
 
-    best = from_bytes(data[:GUESSED]).best()
+    best = from_bytes(data[:GUESSED], cp_isolation=list(GUESSES)).best()
     return _checked(data, best.encoding) if best else None
 
 

@@ -59,7 +59,7 @@ def opened(path: Path) -> io.BufferedIOBase:
         import pyarrow  # slow to import, and needed here only
 
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb", buffering=1 << 18)
 
 
 def _jsonl(path: Path, domain: str) -> Iterator[Document]:
