@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bessemer.data import corpus, packing, rows
 from bessemer.data.document import Document
+from bessemer.data.encoded import is_heldout
 from bessemer.data.packing import best_fit
 from bessemer.errors import UserError
 
@@ -89,7 +90,7 @@ def documents_of(part, tokenizer):
 def test_rows_hold_exactly_the_documents(built, documents, tokenizer):
     sides = {"train": [], "heldout": []}
     for document in documents:
-        sides["heldout" if corpus.is_heldout(document.text, 0.1) else "train"].append(document)
+        sides["heldout" if is_heldout(document.text, 0.1) else "train"].append(document)
     for name, part in (("train", built.train), ("heldout", built.heldout)):
         mine = sides[name]
         assert part.facts["documents"] == len(mine) > 0
@@ -105,9 +106,9 @@ def test_rows_hold_exactly_the_documents(built, documents, tokenizer):
 
 def test_the_heldout_share_is_about_what_was_asked_and_is_decided_by_the_text():
     texts = [f"text {n}" for n in range(4000)]
-    held = {text for text in texts if corpus.is_heldout(text, 0.02)}
+    held = {text for text in texts if is_heldout(text, 0.02)}
     assert 40 < len(held) < 130  # 80 expected, standard deviation 9
-    assert held <= {text for text in texts if corpus.is_heldout(text, 0.05)}
+    assert held <= {text for text in texts if is_heldout(text, 0.05)}
 
 
 def test_a_batch_counts_neither_padding_nor_first_tokens(built):

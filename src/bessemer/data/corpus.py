@@ -13,10 +13,9 @@ Bits per byte of a part: total nats over its rows / ln 2 / its `bytes`. The toke
 (mostly BOS), so this is a little too low; the share is at most 1 / row_length of the tokens.
 """
 
-import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import numpy as np
 from bessemer.data import rowplan, shards
 from bessemer.data.augment import Augment
 from bessemer.data.document import Document
+from bessemer.data.encoded import tokenised
 from bessemer.data.rows import Rows, open_rows
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
@@ -96,12 +96,6 @@ def load(directory: str | Path) -> Corpus:
     return Corpus(at, meta, *(open_rows(directory, part) for part in shards.PARTS))
 
 
-def is_heldout(text: str, share: float) -> bool:
-    """Whether a document belongs to the held-out part."""
-    digest = hashlib.sha256(text.encode("utf-8")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
 def _write(
     documents: Iterable[Document],
     tokenizer: Tokenizer,
@@ -126,17 +120,6 @@ def _write(
         folder, tokenizer, row_length, {part: side.finish() for part, side in sides.items()},
         heldout=heldout, limit_tokens=limit_tokens, limit_documents=limit_documents, **augment.settings,
     )  # fmt: skip
-
-
-def tokenised(
-    documents: Sequence[Document], tokenizer: Tokenizer, heldout: float, augment: Augment
-) -> Iterator[tuple[Document, str, list[int]]]:
-    """(document, "train" or "heldout", BOS + ids + EOS) of each; training documents as `augment` makes them."""
-    plain = tokenizer.encode_batch([document.text for document in documents])
-    for document, ids in zip(documents, plain, strict=True):
-        part = "heldout" if is_heldout(document.text, heldout) else "train"
-        inner = augment(document.text, ids) if part == "train" else ids
-        yield document, part, [tokenizer.bos_id, *inner, tokenizer.eos_id]
 
 
 class _Side:

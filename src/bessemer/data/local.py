@@ -4,11 +4,16 @@
 .txt       documents separated by one or more blank lines
 .parquet   a column `text`, or `messages`
 
-A broken record is an error that names file and line; nothing is skipped silently.
+The first two may be compressed: .jsonl.gz, .txt.zst. A broken record is an error that names file and line; nothing is
+skipped silently.
 """
 
+import gzip
+import io
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +21,49 @@ from bessemer.data import chat
 from bessemer.data.document import Document
 from bessemer.errors import UserError
 
-SUFFIXES = (".jsonl", ".txt", ".parquet")
+COMPRESSED = (".gz", ".zst")
+SUFFIXES = (".jsonl", ".txt", ".parquet", *(kind + packed for kind in (".jsonl", ".txt") for packed in COMPRESSED))
+COLUMNS = ("messages", "conversations")
+"""What a record may have instead of a text."""
 HUB = "hf://"
 
 
 def read(path: Path, domain: str) -> Iterator[Document]:
     """Documents of a file, or of every such file under a directory in the order of their names."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
         if not files:
             raise UserError(f"{path} holds no {', '.join(SUFFIXES)} file")
         for file in files:
             yield from read(file, domain)
         return
     readers = {".jsonl": _jsonl, ".txt": _txt, ".parquet": _parquet}
-    if path.suffix not in readers:
+    if not path.name.endswith(SUFFIXES):
         raise UserError(f"{path} must end in {', '.join(SUFFIXES)}, or be a directory of such files")
     try:
-        yield from readers[path.suffix](path, domain)
+        yield from readers[kind(path)](path, domain)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error}); convert it, for example with iconv") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}); make it again") from error
+
+
+def kind(path: Path) -> str:
+    """The suffix that says what is in a file, under its compression."""
+    return (path.suffixes[-2] if path.suffix in COMPRESSED and len(path.suffixes) > 1 else path.suffix).lower()
+
+
+def opened(path: Path) -> io.BufferedIOBase:
+    """The bytes of a file, uncompressed as they are read. One that is cut short raises OSError or EOFError."""
+    if path.suffix == ".zst":
+        import pyarrow  # slow to import, and needed here only
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb", buffering=1 << 18)
 
 
 def _jsonl(path: Path, domain: str) -> Iterator[Document]:
-    with path.open(encoding="utf-8-sig") as file:  # some editors write a byte-order mark
+    with io.TextIOWrapper(opened(path), "utf-8-sig") as file:  # some editors write a byte-order mark
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
             if not line.strip():
@@ -48,12 +72,12 @@ def _jsonl(path: Path, domain: str) -> Iterator[Document]:
                 record = json.loads(line)
             except ValueError as error:
                 raise UserError(f"{where}: not JSON ({error}); each line must be one object") from error
-            yield _document(record, domain, where)
+            yield document(record, domain, where)
 
 
 def _txt(path: Path, domain: str) -> Iterator[Document]:
     lines: list[str] = []
-    with path.open(encoding="utf-8-sig") as file:
+    with io.TextIOWrapper(opened(path), "utf-8-sig") as file:
         for line in file:
             if line.strip():
                 lines.append(line)
@@ -65,20 +89,26 @@ def _txt(path: Path, domain: str) -> Iterator[Document]:
 
 
 def _parquet(path: Path, domain: str) -> Iterator[Document]:
+    for where, record in parquet_records(path):
+        yield document(record, domain, where)
+
+
+def parquet_records(
+    path: Path, groups: Sequence[int] | None = None, key: str = "text"
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, record) of the row groups with these numbers, or of all; the record has `key` alone, or messages."""
     import pyarrow.parquet as pq  # slow to import, and needed here only
 
     try:
         table = pq.ParquetFile(path)
-        column = next(
-            (name for name in ("text", "messages", "conversations") if name in table.schema_arrow.names), None
-        )
+        column = next((name for name in (key, *COLUMNS) if name in table.schema_arrow.names), None)
         if column is None:
-            raise UserError(f"{path} has no column text or messages, only {', '.join(table.schema_arrow.names)}")
-        number = 0
-        for records in table.iter_batches(batch_size=1024, columns=[column]):
+            raise UserError(f"{path} has no column {key} or messages, only {', '.join(table.schema_arrow.names)}")
+        number = sum(table.metadata.row_group(group).num_rows for group in range(groups[0] if groups else 0))
+        for records in table.iter_batches(batch_size=1024, row_groups=groups, columns=[column]):
             for value in records.column(0).to_pylist():
                 number += 1
-                yield _document({column: value}, domain, f"{path}: row {number}")
+                yield f"{path}: row {number}", {column: value}
     except OSError as error:  # pyarrow's ArrowInvalid is a ValueError, its I/O trouble an OSError
         raise UserError(f"{path} is not a readable parquet file ({error})") from error
     except ValueError as error:
@@ -89,6 +119,28 @@ def _parquet(path: Path, domain: str) -> Iterator[Document]:
 
 def read_hub(spec: str, domain: str) -> Iterator[Document]:
     """`hf://owner/name[/config][#split]`, streamed; the split is `train` unless named."""
+    for where, record in hub_records(spec):
+        yield document(record, domain, where)
+
+
+def hub_records(spec: str, part: int = 0, of: int = 1) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, record) of one of `of` parts of the data set; a part is some of its files."""
+    with _hub_errors(spec):
+        rows = _hub(spec)
+        if of > 1:
+            rows = rows.shard(num_shards=of, index=part)
+        told = f"{spec}: part {part + 1} of {of}, row" if of > 1 else f"{spec}: row"
+        for number, record in enumerate(rows, 1):
+            yield f"{told} {number}", record
+
+
+def hub_files(spec: str) -> int:
+    """Into how many parts the data set can be cut."""
+    with _hub_errors(spec):
+        return max(1, _hub(spec).num_shards)
+
+
+def _hub(spec: str) -> Any:
     address, _, split = spec.removeprefix(HUB).partition("#")
     parts = address.split("/")
     if len(parts) not in (2, 3) or not all(parts):
@@ -97,11 +149,14 @@ def read_hub(spec: str, domain: str) -> Iterator[Document]:
         import datasets  # an extra, not a dependency
     except ImportError:
         raise UserError(f"{spec} needs the datasets library: pip install 'bessemer[hf]'") from None
+    return datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train", streaming=True)
+
+
+@contextmanager
+def _hub_errors(spec: str) -> Iterator[None]:
     try:
-        rows = datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train", streaming=True)
-        for number, record in enumerate(rows, 1):
-            yield _document(record, domain, f"{spec}: row {number}")
-    except UserError:
+        yield
+    except (UserError, GeneratorExit):
         raise
     except Exception as error:  # the library raises its own, fsspec's and httpx's errors
         first = next(iter(str(error).splitlines()), "")
@@ -111,14 +166,15 @@ def read_hub(spec: str, domain: str) -> Iterator[Document]:
         ) from error
 
 
-def _document(record: Any, domain: str, where: str) -> Document:
+def document(record: Any, domain: str, where: str, key: str = "text") -> Document:
+    """The document of a record: the text under `key`, or a conversation. UserError that begins with `where`."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: must be a JSON object, not {type(record).__name__}")
     messages = record.get("messages", record.get("conversations"))
-    if "text" in record:
-        text, messages = record["text"], None
+    if key in record:
+        text, messages = record[key], None
         if not isinstance(text, str):
-            raise UserError(f"{where}: text must be a string, not {type(text).__name__}")
+            raise UserError(f"{where}: {key} must be a string, not {type(text).__name__}")
     elif isinstance(messages, list):
         try:
             messages = [_without_none(message) for message in messages]
@@ -127,7 +183,7 @@ def _document(record: Any, domain: str, where: str) -> Document:
             raise UserError(f"{where}: {error}") from error
     else:
         raise UserError(
-            f"{where}: needs text (a string) or messages (a list), has {', '.join(map(str, record)) or 'nothing'}"
+            f"{where}: needs {key} (a string) or messages (a list), has {', '.join(map(str, record)) or 'nothing'}"
         )
     if not text.strip():
         raise UserError(f"{where}: the text is empty; remove the record")

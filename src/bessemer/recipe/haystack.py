@@ -1,6 +1,6 @@
 """The needle task over a source of real text: pages from its training documents, problems from those held out.
 
-The rule that holds documents out is the corpus's own (`data.corpus.is_heldout`), so a corpus and an evaluation that
+The rule that holds documents out is the corpus's own (`data.encoded.is_heldout`), so a corpus and an evaluation that
 name the same source and the same share agree on every document.
 """
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.data import sources
-from bessemer.data.corpus import is_heldout
+from bessemer.data.encoded import is_heldout
 from bessemer.errors import UserError
 from bessemer.tasks.needle import Needle
 

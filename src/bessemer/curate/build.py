@@ -1,0 +1,304 @@
+"""A build from its settings to its report: which jobs there are, which of them are done, and in what order.
+
+OUT/
+  report.json, report.txt       what came in, what was left out and why, what is there now
+  manifest.json                 checksums of all documents (shards have their own); the same for any engine
+  documents/SOURCE/00000.jsonl.zst   the documents that are left
+  PART/                         their tokens: a part of a training recipe is "shards:OUT/PART"
+  tokenizer/
+  work/                         what the steps wrote; may be deleted, and then everything is done again
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import filelock
+
+from bessemer.curate import documents, heldout, match, origins, report, tokens
+from bessemer.curate.engine import Engine
+from bessemer.curate.settings import Settings, identity
+from bessemer.curate.work import Job, facts_of
+from bessemer.data import sources
+from bessemer.data.foreign_tokenizer import load_tokenizer
+from bessemer.errors import UserError
+
+VERSION = 1
+"""Raised when a step makes something else of the same things."""
+STEPS = ("read", "sign", "match", "join", "tokenizer", "write")
+
+
+class Stage(Protocol):
+    """Progress of one step."""
+
+    def total(self, work: float, units: str, done: float = 0.0) -> None: ...
+
+    def advance(self, work: float = 1.0, note: str = "") -> None: ...
+
+
+class Progress(Protocol):
+    """Progress of a build."""
+
+    def begin(self, name: str) -> Stage: ...
+
+    def end(self, name: str, seconds: float) -> None: ...
+
+
+@dataclass
+class Step:
+    """What became of the jobs of a step."""
+
+    facts: list[dict[str, Any]]
+    """Of each job, in order."""
+    wall: float
+    fresh: int
+    """Jobs done now; the others were done before."""
+
+
+@dataclass
+class Build:
+    """One build under way."""
+
+    settings: Settings
+    out: Path
+    engine: Engine
+    progress: Progress
+    steps: dict[str, Step] = field(default_factory=dict)
+
+    def run(self) -> dict[str, Any]:
+        """The report. UserError for what the user can mend; what is done stays done."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            with filelock.FileLock(self.out / ".lock", timeout=0):
+                return self._run()
+        except filelock.Timeout:
+            raise UserError(f"another build is writing to {self.out}; wait for it, or choose another --out") from None
+        finally:
+            self.engine.close()
+
+    def _run(self) -> dict[str, Any]:
+        began = time.monotonic()
+        units, ignored = self._units()
+        reads = [self._read(unit) for unit in units]
+        read = self._do("read", reads, "bytes")
+        firsts = [0]
+        for facts in read.facts:
+            firsts.append(firsts[-1] + facts["kept"]["documents"])
+        signs = self._signs(reads, read.facts)
+        self._do("sign", signs, "bytes")
+        join = self._joined(signs, firsts)
+        tokenizer = self._tokenizer(units, reads, signs, join, firsts)
+        writes = self._writes(units, reads, signs, join, firsts, tokenizer)
+        write = self._do("write", writes, "bytes")
+        made = load_tokenizer(tokenizer)
+        self._publish(units, writes, write, tokenizer)
+        self._forget([*reads, *signs, *writes])
+        facts = report.gather(
+            self.settings, units, ignored, read.facts, write.facts,
+            {name: vars(step) for name, step in self.steps.items()}, time.monotonic() - began,
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, self.engine.workers, made.vocab_size,
+        )  # fmt: skip
+        _write(self.out / "report.json", json.dumps(facts, indent=1, ensure_ascii=False))
+        _write(self.out / "report.txt", report.text(facts))
+        if empty := [name for name, part in facts["parts"].items() if not part["train"]["tokens"]]:
+            raise UserError(f'part "{empty[0]}" has no training document left; {self.out / "report.txt"} says why')
+        return facts
+
+    def _units(self) -> tuple[list[origins.Unit], dict[str, int]]:
+        found: list[origins.Unit] = []
+        ignored: dict[str, int] = {}
+        for source in self.settings.sources:
+            units, ignored[source.name] = origins.units(source, self.settings.unit_bytes, self.settings.cache)
+            found += units
+        return found, ignored
+
+    def _read(self, unit: origins.Unit) -> Job:
+        matters = asdict(replace(unit.source, part="", retries=0, pause=0.0))
+        registered = sources.SOURCES.get(unit.source.spec)
+        version = (registered.package.sha256 if registered.package else sys.version) if registered else ""
+        return Job(
+            "read", unit.name, self._folder("read", unit.name),
+            identity(VERSION, "read", matters, unit.facts(), version),
+            {"unit": unit, "cache": self.settings.cache}, max(1, unit.bytes),
+        )  # fmt: skip
+
+    def _signs(self, reads: Sequence[Job], facts: Sequence[dict[str, Any]]) -> list[Job]:
+        dedup, wanted = self.settings.dedup, self.settings.decontaminate
+        asked = None
+        if wanted.tasks:
+            asked = str(heldout.save(heldout.asked(wanted.tasks, wanted.problems), self.out / "work"))
+        matters = replace(dedup, exact=True, threshold=0.0)
+        return [
+            Job(
+                "sign", job.title, self._folder("sign", job.title),
+                identity(VERSION, "sign", of_job["sha256"], matters, asked and Path(asked).name, wanted.n),
+                {"read": job.folder, "dedup": dedup, "asked": asked, "n": wanted.n}, job.weight,
+            )
+            for job, of_job in zip(reads, facts, strict=True)
+        ]  # fmt: skip
+
+    def _joined(self, signs: Sequence[Job], firsts: Sequence[int]) -> Job:
+        dedup = self.settings.dedup
+        units = [
+            match.Signed(job.folder, first, last - first)
+            for job, first, last in zip(signs, firsts[:-1], firsts[1:], strict=True)
+        ]
+        bands = ([match.EXACT] if dedup.exact else []) + (list(range(dedup.bands)) if dedup.near else [])
+        matters = [[job.identity for job in signs], list(firsts)]
+        jobs = []
+        for which in match.bins(firsts[-1], bands, self.settings.memory):
+            title = f"{'exact' if which.band == match.EXACT else f'band{which.band:03d}'}-{which.number}-of-{which.of}"
+            threshold = 1.0 if which.band == match.EXACT else dedup.threshold
+            jobs.append(
+                Job(
+                    "match", title, self._folder("match", title),
+                    identity(VERSION, "match", matters, list(which), threshold),
+                    {"units": units, "which": which, "threshold": threshold},
+                )
+            )  # fmt: skip
+        self._do("match", jobs, "bins")
+        exact = [job.folder for job in jobs if job.title.startswith("exact")]
+        near = [job.folder for job in jobs if not job.title.startswith("exact")]
+        join = Job(
+            "join", "all", self._folder("join", "all"),
+            identity(VERSION, "join", [job.identity for job in jobs], list(firsts)),
+            {"exact": exact, "near": near, "firsts": list(firsts[:-1])},
+        )  # fmt: skip
+        self._do("join", [join], "clusters")
+        self._forget(jobs)
+        return join
+
+    def _tokenizer(
+        self,
+        units: Sequence[origins.Unit],
+        reads: Sequence[Job],
+        signs: Sequence[Job],
+        join: Job,
+        firsts: Sequence[int],
+    ) -> Path:
+        wanted = self.settings.tokens
+        if wanted.tokenizer is not None:
+            return Path(wanted.tokenizer)
+        texts = [
+            (read.folder, sign.folder, join.folder, first, unit.source.name)
+            for unit, read, sign, first in zip(units, reads, signs, firsts[:-1], strict=True)
+        ]
+        job = Job(
+            "tokenizer", "all sources", self._folder("tokenizer", "trained"),
+            identity(VERSION, "tokenizer", [job.identity for job in (*signs, join)], wanted.vocab_size, wanted.sample),
+            {"units": texts, "tokens": wanted},
+        )  # fmt: skip
+        if not firsts[-1]:
+            raise UserError("no document is left of any source to train a tokenizer on; look at filters and languages")
+        self._do("tokenizer", [job], "tokenizer")
+        return job.folder / "tokenizer"
+
+    def _writes(
+        self, units: Sequence[origins.Unit], reads: Sequence[Job], signs: Sequence[Job], join: Job,
+        firsts: Sequence[int], tokenizer: Path,
+    ) -> list[Job]:  # fmt: skip
+        digests = self.steps["join"].facts[0]["digests"]
+        fingerprint = load_tokenizer(tokenizer).fingerprint
+        numbers: dict[str, int] = {}
+        jobs = []
+        for unit, read, sign, first, digest in zip(units, reads, signs, firsts[:-1], digests, strict=True):
+            part = unit.source.part
+            number = numbers[part] = numbers.get(part, -1) + 1
+            wanted = self.settings.tokens
+            fim_rate = wanted.fim_rate if part in wanted.fim_parts else 0.0
+            matters = replace(wanted, tokenizer=None, vocab_size=0, sample=0, fim_rate=fim_rate, fim_parts=())
+            jobs.append(
+                Job(
+                    "write", unit.name, self._folder("write", unit.name),
+                    identity(
+                        VERSION, "write", sign.identity, digest, matters, fingerprint, part, number, self.settings.seed
+                    ),
+                    {"read": read.folder, "sign": sign.folder, "join": join.folder, "first": first, "part": part,
+                     "number": number, "tokens": wanted, "tokenizer": tokenizer, "seed": self.settings.seed},
+                    read.weight,
+                )
+            )  # fmt: skip
+        return jobs
+
+    def _publish(self, units: Sequence[origins.Unit], writes: Sequence[Job], write: Step, tokenizer: Path) -> None:
+        """Puts what the units left where people look for it."""
+        made = load_tokenizer(tokenizer)
+        _replace_tree(self.out / "tokenizer", lambda folder: shutil.copytree(tokenizer, folder, ignore=_no_weights))
+        manifest: dict[str, Any] = {"tokenizer": made.fingerprint, "documents": {}}
+
+        def lay(folder: Path) -> None:
+            folder.mkdir(parents=True)
+            for unit, job, facts in zip(units, writes, write.facts, strict=True):
+                target = folder / f"{unit.name}.jsonl.zst"
+                target.parent.mkdir(exist_ok=True)
+                tokens.place(job.folder / documents.NAME, target)
+                manifest["documents"][f"documents/{unit.name}.jsonl.zst"] = facts["sha256"]
+
+        _replace_tree(self.out / "documents", lay)
+        for part in dict.fromkeys(unit.source.part for unit in units):
+            of_part = [
+                (job.folder, facts["shards"])
+                for unit, job, facts in zip(units, writes, write.facts, strict=True)
+                if unit.source.part == part
+            ]
+            tokens.seal(self.out / part, of_part, made, self.settings.tokens, self.settings.seed)
+        manifest["parts"] = list(dict.fromkeys(unit.source.part for unit in units))
+        _write(self.out / "manifest.json", json.dumps(manifest, indent=1))
+
+    def _do(self, name: str, jobs: Sequence[Job], units: str) -> Step:
+        """Does what is not done yet of a step, and shows how far it is."""
+        began = time.monotonic()
+        known = {job.folder: facts_of(job) for job in jobs}
+        wanted = [job for job in jobs if known[job.folder] is None]
+        stage = self.progress.begin(name)
+        weight = sum(job.weight for job in jobs)
+        stage.total(weight, units, weight - sum(job.weight for job in wanted))
+        for job, facts in self.engine.run(wanted):
+            known[job.folder] = facts
+            stage.advance(job.weight, job.title)
+        wall = time.monotonic() - began
+        self.progress.end(name, wall)
+        done = [facts for job in jobs if (facts := known[job.folder]) is not None]
+        self.steps[name] = Step(done, wall, len(wanted))
+        return self.steps[name]
+
+    def _folder(self, step: str, name: str) -> Path:
+        folder = self.out / "work" / step / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _forget(self, jobs: Iterable[Job]) -> None:
+        """Removes what earlier settings left in the folders of these steps."""
+        known = {job.folder for job in jobs}
+        for step in {job.step for job in jobs}:
+            for facts in list((self.out / "work" / step).rglob("facts.json")):
+                if facts.parent not in known:
+                    shutil.rmtree(facts.parent)
+
+
+def _no_weights(_: str, names: list[str]) -> list[str]:
+    """What a model directory has besides its tokenizer."""
+    return [name for name in names if not name.startswith(("tokenizer", "chat_template", "special_tokens"))]
+
+
+def _replace_tree(target: Path, make: Any) -> None:
+    scratch = target.with_name(f".{target.name}.building")
+    shutil.rmtree(scratch, ignore_errors=True)
+    make(scratch)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(scratch, target)
+
+
+def _write(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(text + "\n", "utf-8")
+    os.replace(scratch, path)

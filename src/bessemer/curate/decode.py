@@ -1,0 +1,104 @@
+"""Bytes to text, whatever wrote them: UTF-8 first, a byte-order mark, what the page declares, and then a guess."""
+
+import codecs
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from bessemer.data.local import opened
+
+UTF8 = "utf-8"
+GUESSED = 1 << 16
+"""Bytes that a guess looks at."""
+GUESSES = (
+    "gb18030", "big5", "cp932", "euc_jp", "cp949", "cp1251", "koi8_r", "cp1252", "cp1250", "cp1253", "cp1254", "cp1255",
+    "cp1256", "cp1257", "cp1258", "cp874",
+)  # fmt: skip
+"""What text is written in that is not Unicode; among all that Python knows, short texts fit too many."""
+_DECLARED = re.compile(rb"""charset\s*=\s*["']?\s*([A-Za-z0-9_.:-]{2,30})""")
+_NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f]")
+
+
+def decode(data: bytes, declared: bool = False) -> tuple[str, str] | None:
+    """(text, name of the encoding), or None for bytes that are no text. `declared` looks for a page's charset."""
+    for mark, name in ((codecs.BOM_UTF8, UTF8), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
+        if data.startswith(mark):
+            return _checked(data, "utf-8-sig" if name == UTF8 else name)
+    if found := _checked(data, UTF8):
+        return found
+    if declared and (match := _DECLARED.search(data[:4096])) and (found := _checked(data, match[1].decode())):
+        return found
+    from charset_normalizer import from_bytes  # slow to import, and seldom needed
+
+    best = from_bytes(data[:GUESSED], cp_isolation=list(GUESSES)).best()
+    return _checked(data, best.encoding) if best else None
+
+
+def _checked(data: bytes, encoding: str) -> tuple[str, str] | None:
+    try:
+        text = data.decode(encoding)
+    except (UnicodeDecodeError, LookupError):
+        return None
+    if encoding not in (UTF8, "utf-8-sig") and _NOT_TEXT.search(text):
+        return None  # a picture, say, which some 8-bit encoding can always be made of
+    return text, UTF8 if encoding == "utf-8-sig" else codecs.lookup(encoding).name
+
+
+class Lines:
+    """The lines of a file from `start` on, with a bound on each: nothing longer is ever in memory.
+
+    Iterating gives (offset, line with its break, or None for one of more than `longest` bytes). Lines of UTF-16 files
+    come as UTF-8, with `encoding` saying what they were; their offsets are those of the UTF-8.
+    """
+
+    def __init__(self, path: Path, start: int, longest: int) -> None:
+        self._longest = longest
+        self._file = opened(path)
+        self.encoding = UTF8
+        head = self._file.peek(3)[:3] if hasattr(self._file, "peek") else b""
+        if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            self.encoding = "utf-16"
+            self._file = _Recoded(self._file)
+        self.offset = 0
+        if start:
+            self._file.seek(start - 1)
+            self.offset = start - 1
+            self._line()  # the line that began before, or the break just before `start`
+        elif head == codecs.BOM_UTF8:
+            self.offset = len(self._file.read(3))
+
+    def __iter__(self) -> Iterator[tuple[int, bytes | None]]:
+        while True:
+            at = self.offset
+            line = self._line()
+            if line == b"":
+                return
+            yield at, line
+
+    def _line(self) -> bytes | None:
+        line = self._file.readline(self._longest + 1)
+        self.offset += len(line)
+        if len(line) <= self._longest or line.endswith(b"\n"):
+            return line
+        while True:
+            rest = self._file.readline(1 << 20)
+            self.offset += len(rest)
+            if not rest or rest.endswith(b"\n"):
+                return None
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Recoded:
+    """A UTF-16 file that reads as UTF-8."""
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self._text = io.TextIOWrapper(file, "utf-16", newline="\n")
+
+    def readline(self, most: int) -> bytes:
+        return self._text.readline(most).encode(UTF8, "surrogatepass")
+
+    def close(self) -> None:
+        self._text.close()

@@ -1,0 +1,138 @@
+"""What a build came to: facts for machines, and the same as a page of plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bessemer.curate.origins import Unit
+from bessemer.curate.settings import Settings
+from bessemer.curate.tally import added
+
+MB = 1e6
+SIDES = ("train", "heldout")
+
+
+def gather(
+    settings: Settings, units: Sequence[Unit], ignored: Mapping[str, int], read: Sequence[dict[str, Any]],
+    write: Sequence[dict[str, Any]], steps: Mapping[str, dict[str, Any]], seconds: float, memory: int, workers: int,
+    vocab_size: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The report as JSON."""
+    sources: dict[str, Any] = {}
+    for source in settings.sources:
+        at = [number for number, unit in enumerate(units) if unit.source.name == source.name]
+        found = added([{key: read[i][key] for key in ("found", "dropped", "languages", "decoded")} for i in at])
+        left = added([{key: write[i][key] for key in ("kept", "dropped")} for i in at])
+        tokens = added([_tokens(write[i]) for i in at])
+        sources[source.name] = {
+            "from": source.spec,
+            "domain": source.domain,
+            "part": source.part,
+            "units": len(at),
+            "files_ignored": ignored[source.name],
+            **found,
+            "dropped": {**found["dropped"], **left["dropped"]},
+            "kept": left["kept"],
+            "tokens": tokens,
+            "bytes_per_token": _ratio(sum(side["bytes"] for side in tokens.values()), tokens),
+        }
+    parts: dict[str, Any] = {}
+    for part in dict.fromkeys(source.part for source in settings.sources):
+        tokens = added([_tokens(facts) for unit, facts in zip(units, write, strict=True) if unit.source.part == part])
+        parts[part] = tokens | {"bytes_per_token": _ratio(sum(side["bytes"] for side in tokens.values()), tokens)}
+    found_bytes = sum(one["found"]["bytes"] for one in sources.values())
+    return {
+        "name": settings.name,
+        "vocab_size": vocab_size,
+        "row_length": settings.tokens.row_length,
+        "workers": workers,
+        "seconds": round(seconds, 2),
+        "peak_memory": max([memory, *(facts["memory"] for step in steps.values() for facts in step["facts"])]),
+        "total": {
+            "found": added([one["found"] for one in sources.values()]),
+            "kept": added([one["kept"] for one in sources.values()]),
+            "tokens": sum(side["tokens"] for part in parts.values() for side in (part["train"], part["heldout"])),
+        },
+        "parts": parts,
+        "sources": sources,
+        "steps": {name: _step(step, found_bytes) for name, step in steps.items()},
+    }
+
+
+def _tokens(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {side: {key: facts["shards"][side][key] for key in ("documents", "tokens", "bytes")} for side in SIDES}
+
+
+def _ratio(size: int, tokens: Mapping[str, Any]) -> float:
+    return round(size / max(1, sum(side["tokens"] for side in tokens.values())), 3)
+
+
+def _step(step: Mapping[str, Any], found: int) -> dict[str, Any]:
+    """`bytes_per_second` is of what was found, where all jobs of the step were done in this run."""
+    facts, whole = step["facts"], step["fresh"] == len(step["facts"])
+    return {
+        "jobs": len(facts),
+        "done_now": step["fresh"],
+        "seconds": round(step["wall"], 2),
+        "worker_seconds": round(sum(one["seconds"] for one in facts), 2),
+        "peak_memory": max((one["memory"] for one in facts), default=0),
+        "bytes_per_second": round(found / step["wall"]) if whole and step["wall"] > 0 else None,
+    }
+
+
+def text(facts: Mapping[str, Any]) -> str:
+    """The report for people."""
+    total = facts["total"]
+    lines = [
+        f"{facts['name']}: {total['found']['documents']:,} documents ({total['found']['bytes'] / MB:,.1f} MB) came in, "
+        f"{total['kept']['documents']:,} ({total['kept']['bytes'] / MB:,.1f} MB) are left: {total['tokens']:,} tokens",
+        f"{facts['seconds']:,.1f} s with {facts['workers']} workers, at most {facts['peak_memory'] / MB:,.0f} MB each",
+        "",
+        _row(("part", "documents", "held out", "tokens", "bytes/token")),
+    ]
+    for name, part in facts["parts"].items():
+        lines.append(
+            _row((
+                name, f"{part['train']['documents']:,}", f"{part['heldout']['documents']:,}",
+                f"{part['train']['tokens'] + part['heldout']['tokens']:,}", f"{part['bytes_per_token']:.2f}",
+            ))
+        )  # fmt: skip
+    for name, source in facts["sources"].items():
+        lines += ["", *_source(name, source)]
+    lines += ["", _row(("step", "jobs", "now", "seconds", "MB/s", "MB"))]
+    for name, step in facts["steps"].items():
+        speed = f"{step['bytes_per_second'] / MB:,.1f}" if step["bytes_per_second"] else "-"
+        memory = f"{step['peak_memory'] / MB:,.0f}"
+        lines.append(
+            _row((name, f"{step['jobs']:,}", f"{step['done_now']:,}", f"{step['seconds']:,.1f}", speed, memory))
+        )
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"{cells[0]:<24}" + "".join(f"{cell:>14}" for cell in cells[1:])
+
+
+def _source(name: str, source: Mapping[str, Any]) -> list[str]:
+    found, kept = source["found"], source["kept"]
+    share = kept["documents"] / max(1, found["documents"])
+    lines = [
+        f"{name} ({source['from']}): {found['documents']:,} documents, {kept['documents']:,} kept ({share:.1%}), "
+        f"{found['bytes'] / MB:,.1f} MB, {kept['bytes'] / MB:,.1f} MB kept",
+        f"  languages: {_most(source['languages'])}",
+    ]
+    if source["decoded"]:
+        lines.append(f"  not UTF-8: {_most(source['decoded'])}")
+    if source["files_ignored"]:
+        lines.append(f"  {source['files_ignored']:,} files of other kinds were not looked at")
+    for reason, counts in sorted(source["dropped"].items(), key=lambda item: -item[1]["documents"]):
+        lines.append(f"  {reason:<30}{counts['documents']:>12,} documents{counts['bytes'] / MB:>12,.1f} MB")
+        lines += [f"      {example}" for example in counts["examples"][:1]]
+    return lines
+
+
+def _most(counts: Mapping[str, int], most: int = 8) -> str:
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    rest = sum(n for _, n in ordered[most:])
+    return ", ".join(f"{name} {n:,}" for name, n in ordered[:most]) + (f", others {rest:,}" if rest else "")

@@ -1,0 +1,111 @@
+"""The words of many texts at once, as 64-bit numbers: what duplicates and contamination are searched by.
+
+A word is what `tasks/reading/ngrams.words` calls one: a run of letters in lower case, a whole number, one Han or kana
+character, one operator. Alphabets that are not listed there are letters too, and scripts that are written without
+spaces (Thai, Lao, Khmer, Burmese) count by the character. Nothing here loops over words: code points are looked up in
+a table, and a word's number is a difference of prefix sums, since h(w) = sum x_i B^i modulo 2^64 and B is odd.
+
+Legend: C characters, W words.
+"""
+
+import sys
+import unicodedata
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+BLOCK_CHARS = 1 << 20
+"""Texts are taken in blocks of about this many characters; a longer text is a block of its own."""
+BETWEEN, LETTERS, DIGITS, SINGLE, OPERATOR = range(5)
+"""Kinds of characters. A word is a run of LETTERS or of DIGITS, or one character of the last two."""
+_BASE = 0x9E3779B97F4A7C15
+_INVERSE = pow(_BASE, -1, 1 << 64)
+_LISTED = ((0x61, 0x7A), (0xDF, 0x24F), (0x370, 0x3FF), (0x400, 0x4FF))
+_ALONE = (
+    (0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0x20000, 0x3FFFF),
+    (0x0E01, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF),
+)  # fmt: skip
+_OPERATORS = "-+*/=<>^%×"
+
+
+class Words(NamedTuple):
+    """The words of a block of texts, in order."""
+
+    hashes_W: np.ndarray
+    """uint64; equal words have equal numbers."""
+    texts_W: np.ndarray
+    """int32; the text each word is in."""
+    kinds_W: np.ndarray
+    """uint8; LETTERS, DIGITS, SINGLE or OPERATOR."""
+    lengths_W: np.ndarray
+    """int32; characters."""
+
+
+def blocks(texts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
+    """(number of the first, texts) of blocks of about BLOCK_CHARS."""
+    start = size = 0
+    for number, text in enumerate(texts):
+        if size and size + len(text) > BLOCK_CHARS:
+            yield start, texts[start:number]
+            start, size = number, 0
+        size += len(text)
+    if start < len(texts):
+        yield start, texts[start:]
+
+
+def words(texts: Sequence[str]) -> Words:
+    """The words of one block; `texts_W` counts from 0 within it."""
+    lowered = [text.lower() for text in texts]
+    points_C = np.frombuffer("\n".join(lowered).encode("utf-32-le", "surrogatepass"), np.uint32)
+    kinds_C = _table()[points_C]
+    changes_C = np.empty(len(points_C) + 1, bool)
+    changes_C[0] = changes_C[-1] = True
+    changes_C[1:-1] = (kinds_C[1:] != kinds_C[:-1]) | (kinds_C[1:] >= SINGLE)
+    edges = np.flatnonzero(changes_C)
+    starts, ends = edges[:-1], edges[1:]
+    real = kinds_C[starts] != BETWEEN if len(starts) else np.zeros(0, bool)
+    starts_W, ends_W = starts[real], ends[real]
+    forth_C, back_C = _powers(len(points_C) + 1)
+    sums_C = np.zeros(len(points_C) + 1, np.uint64)
+    np.cumsum((points_C.astype(np.uint64) + np.uint64(1)) * forth_C[:-1], out=sums_C[1:])
+    hashes_W = (sums_C[ends_W] - sums_C[starts_W]) * back_C[starts_W]
+    firsts = np.cumsum([0] + [len(text) + 1 for text in lowered])
+    texts_W = (np.searchsorted(firsts, starts_W, "right") - 1).astype(np.int32)
+    return Words(hashes_W, texts_W, kinds_C[starts_W], (ends_W - starts_W).astype(np.int32))
+
+
+@cache
+def _table() -> np.ndarray:
+    """uint8 [code points]: the kind of each."""
+    kinds = np.zeros(sys.maxunicode + 1, np.uint8)
+    for point in range(0x80, sys.maxunicode + 1):
+        if unicodedata.category(chr(point))[0] in "LNM":
+            kinds[point] = LETTERS
+    for low, high in _LISTED:
+        kinds[low : high + 1] = LETTERS
+    for low, high in _ALONE:
+        kinds[low : high + 1] = SINGLE
+    kinds[ord("0") : ord("9") + 1] = DIGITS
+    for operator in _OPERATORS:
+        kinds[ord(operator)] = OPERATOR
+    return kinds
+
+
+_known: list[tuple[np.ndarray, np.ndarray]] = []
+
+
+def _powers(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """B^i and B^-i for i < n, modulo 2^64."""
+    if not _known or len(_known[0][0]) < n:
+        size = max(n, BLOCK_CHARS + (BLOCK_CHARS >> 2))
+        _known[:] = [(_cumulated(_BASE, size), _cumulated(_INVERSE, size))]
+    forth, back = _known[0]
+    return forth[:n], back[:n]
+
+
+def _cumulated(factor: int, n: int) -> np.ndarray:
+    powers = np.full(n, factor, np.uint64)
+    powers[0] = 1
+    return np.cumprod(powers, out=powers)  # wraps, as it must

@@ -1,0 +1,207 @@
+"""A build as a whole: what it leaves out, that it goes on where it was, and that nobody can tell who did the work."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import jsonl, prose
+
+from bessemer.curate import origins
+from bessemer.curate.build import Build
+from bessemer.curate.check import check
+from bessemer.curate.settings import Source
+from bessemer.curate.work import Job
+from bessemer.data import corpus, local
+from bessemer.errors import UserError
+from bessemer.recipe.curation import Curation, build, engine
+from bessemer.recipe.progress import RunProgress
+from bessemer.rl.sampler import cluster
+
+MORE = '[decontaminate]\ntasks = ["jsonl:{tasks}"]'
+
+
+@pytest.fixture
+def made(tmp_path, recipe):
+    """A recipe over three sources with copies, a leaked question and broken lines, and what should be left."""
+    first = [prose(i) for i in range(40)]
+    near = first[5].replace("the", "this", 1)
+    leaked = prose(900, 2)
+    second = [prose(100 + i) for i in range(30)] + [
+        first[3].upper(),
+        near,
+        f"{prose(80)} {leaked} {prose(81)}",
+        "short",
+    ]
+    jsonl(tmp_path / "raw" / "first.jsonl", first)
+    path = jsonl(tmp_path / "raw" / "second.jsonl", second)
+    path.write_text(path.read_text() + "{broken\n\n" + json.dumps({"text": "Das ist ein deutscher Satz. " * 9}) + "\n")
+    (tmp_path / "raw" / "code.txt").write_text("def one():\n    return 1\n\ndef two():\n    return 2\n" * 8)
+    tasks = tmp_path / "tasks"
+    jsonl_line = {"question": leaked, "answer": "7"}
+    tasks.mkdir()
+    (tasks / "test.jsonl").write_text(json.dumps(jsonl_line) + "\n")
+    (tasks / "train.jsonl").write_text(json.dumps({"question": prose(901, 2), "answer": "8"}) + "\n")
+    raw = tmp_path / "raw"
+    return recipe(
+        f'name = "first"\nfrom = "{raw}/first.jsonl"\ndomain = "english"\nlanguages = ["en"]',
+        f'name = "second"\nfrom = "{raw}/second.jsonl"\ndomain = "english"\nlanguages = ["en"]\nbad = "skip"\n'
+        'filters = "web"\nrules = { max_repeated_5_words = false }',
+        f'name = "code"\nfrom = "{raw}/code.txt"\ndomain = "code"\nfilters = "code"',
+        more=MORE.format(tasks=tasks),
+    )
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """Everything that a build is for; reports hold times."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and "work" not in file.parts and not file.name.startswith(("report.", "."))
+    }
+
+
+def test_what_is_left_and_why(made, tmp_path):
+    facts = build(Curation.load(made), tmp_path / "out")
+    second = facts["sources"]["second"]
+    reasons = {reason: counts["documents"] for reason, counts in second["dropped"].items()}
+    assert reasons == {
+        "broken-record": 1, "empty": 1, "language": 1, "min_words": 1, "duplicate": 1, "near-duplicate": 1,
+        "contaminated": 1,
+    }  # fmt: skip
+    for source in facts["sources"].values():
+        dropped = sum(counts["documents"] for counts in source["dropped"].values())
+        assert source["found"]["documents"] == source["kept"]["documents"] + dropped
+        assert source["kept"]["documents"] == sum(side["documents"] for side in source["tokens"].values())
+    assert facts["sources"]["code"]["kept"]["documents"] == 3
+    left = [one.text for one in local.read(tmp_path / "out" / "documents" / "second", "x")]
+    assert left == [prose(100 + i) for i in range(30)]
+    found = corpus.load(tmp_path / "out" / "english")
+    assert found.train.facts["documents"] + found.heldout.facts["documents"] == 70
+    assert found.train.n_rows
+    text = (tmp_path / "out" / "report.txt").read_text()
+    assert "contaminated" in text
+    assert "second.jsonl at byte" in text
+    assert check(tmp_path / "out")["parts"].keys() == {"english", "code"}
+
+
+def test_any_engine_makes_the_same_files(made, tmp_path):
+    build(Curation.load(made), tmp_path / "one")
+    build(Curation.load(made, ["engine.workers=3", "engine.memory=3000"]), tmp_path / "three")
+    assert _files(tmp_path / "one") == _files(tmp_path / "three")
+    assert sum("train-" in name and "tokens" in name for name in _files(tmp_path / "one")) >= 4
+
+
+@pytest.mark.skipif(not cluster.is_there(), reason="needs Ray")
+def test_ray_makes_the_same_files_and_passes_mistakes_on(made, tmp_path):
+    build(Curation.load(made), tmp_path / "one")
+    curation = Curation.load(made, ['engine.kind="ray"', "engine.workers=2"])
+    on_ray = engine(curation.engine)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{")
+    unit = origins.units(Source("s", str(broken), "english", "english"), 1000, None)[0][0]
+    with pytest.raises(UserError, match=r"broken\.jsonl at byte 0: not JSON"):
+        list(on_ray.run([Job("read", "b", tmp_path / "b", "b", {"unit": unit, "cache": None})]))
+    facts = Build(curation.plain(), tmp_path / "ray", on_ray, RunProgress({})).run()
+    assert facts["workers"] == 2
+    assert _files(tmp_path / "one") == _files(tmp_path / "ray")
+
+
+def _times(out: Path, step: str) -> dict[str, int]:
+    return {str(file.parent): file.stat().st_mtime_ns for file in (out / "work" / step).rglob("facts.json")}
+
+
+def test_only_what_changed_is_done_again(made, tmp_path):
+    out = tmp_path / "out"
+    build(Curation.load(made), out)
+    before = {step: _times(out, step) for step in ("read", "sign", "match", "write")}
+    again = build(Curation.load(made), out)
+    assert all(step["done_now"] == 0 for step in again["steps"].values())
+    assert before == {step: _times(out, step) for step in before}
+    code = tmp_path / "raw" / "code.txt"
+    os.utime(code, (1, 1))  # the same bytes: read again, and found to be the same
+    touched = build(Curation.load(made), out)
+    assert {name: step["done_now"] for name, step in touched["steps"].items()} == {
+        "read": 1, "sign": 0, "match": 0, "join": 0, "tokenizer": 0, "write": 0
+    }  # fmt: skip
+    code.write_text(code.read_text() + "\n\ndef three():\n    return 3\n")
+    changed = build(Curation.load(made), out)
+    assert changed["steps"]["read"]["done_now"] == changed["steps"]["sign"]["done_now"] == 1
+    assert changed["sources"]["code"]["kept"]["documents"] == 4
+    stricter = build(Curation.load(made, ["dedup.threshold=1"]), out)
+    assert stricter["steps"]["read"]["done_now"] == stricter["steps"]["sign"]["done_now"] == 0
+    assert stricter["sources"]["second"]["kept"]["documents"] == 31
+    fewer = made.read_text().split("[[source]]")
+    made.write_text("[[source]]".join(fewer[:2]) + "[engine]\nunit_bytes = 20000\n")
+    build(Curation.load(made), out)
+    assert not (out / "documents" / "code").exists()
+    assert not any("code" in name for name in _times(out, "write"))
+
+
+COMMAND = [sys.executable, "-m", "bessemer", "data", "build"]
+
+
+def test_killed_anywhere_it_goes_on_and_makes_the_same(made, tmp_path):
+    build(Curation.load(made), tmp_path / "whole")
+    out = tmp_path / "out"
+    kills = 0
+    for step in ("read", "sign", "write"):
+        process = subprocess.Popen([*COMMAND, str(made), "--out", str(out)], stderr=subprocess.PIPE)
+        while process.poll() is None and not list((out / "work" / step).glob("*/*/facts.json")):
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -9
+    assert kills >= 2
+    done = _times(out, "read")
+    build(Curation.load(made), out)
+    assert _files(out) == _files(tmp_path / "whole")
+    assert all(_times(out, "read")[name] == when for name, when in done.items())
+
+
+def test_two_builds_do_not_write_to_one_folder(made, tmp_path):
+    import filelock
+
+    (tmp_path / "out").mkdir()
+    with filelock.FileLock(tmp_path / "out" / ".lock"), pytest.raises(UserError, match="another build"):
+        build(Curation.load(made), tmp_path / "out")
+
+
+def test_nothing_left_is_an_error_that_names_the_part(made, tmp_path):
+    with pytest.raises(UserError, match='part "code" has no training document left'):
+        build(Curation.load(made, ["code.rules.min_words=100000"]), tmp_path / "out")
+    assert "min_words" in (tmp_path / "out" / "report.txt").read_text()
+
+
+def test_what_was_altered_is_found(made, tmp_path):
+    out = tmp_path / "out"
+    build(Curation.load(made), out)
+    for pattern in ("documents/first/*.zst", "english/train-*.tokens", "english/train-*.ends.npy"):
+        file = next(iter(sorted(out.glob(pattern))))
+        data = file.read_bytes()
+        file.unlink()  # it has a second name under work/
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(UserError, match=file.name):
+            check(out)
+        file.write_bytes(data)
+    check(out)
+    with pytest.raises(UserError, match="not a finished build"):
+        check(tmp_path)
+
+
+def test_the_command_prints_json_and_a_tokenizer_can_be_brought_along(made, tmp_path):
+    build(Curation.load(made), tmp_path / "out")
+    command = [*COMMAND, str(made), "--out", str(tmp_path / "two"), "--json",
+               "--set", f"tokenizer.from={tmp_path / 'out' / 'tokenizer'}", "--set", "first.languages=[]"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["parts"]["english"]["train"]["documents"] > 50
+    assert "tokenizer" not in facts["steps"]
+    first, second = (corpus.load(tmp_path / name / "english").meta["tokenizer"] for name in ("out", "two"))
+    assert first == second
+    checked = subprocess.run([*COMMAND[:-1], "check", str(tmp_path / "two")], capture_output=True, text=True)
+    assert "is as it was written" in checked.stdout

@@ -1,0 +1,60 @@
+"""Data recipes: the mistakes in them are named with their fix."""
+
+import pytest
+
+from bessemer.errors import UserError
+from bessemer.recipe.curation import Curation, parse_bytes
+
+SOURCE = 'name = "a"\nfrom = "fables-en"\ndomain = "english"'
+
+
+def test_the_recipe_that_comes_along_is_read():
+    from pathlib import Path
+
+    found = Curation.load(Path(__file__).parents[2] / "recipes" / "data.toml")
+    assert found.plain().sources[1].rules["min_words"] == 20
+    assert "min_ended_lines" not in found.plain().sources[2].rules
+
+
+@pytest.mark.parametrize(
+    ("sources", "more", "told"),
+    [
+        ([SOURCE + "\nfilter = 1"], "", 'unknown key "source.0.filter"; did you mean "filters"'),
+        ([SOURCE, SOURCE], "", 'source "a" is there twice'),
+        ([SOURCE + '\nfilters = "best"'], "", "expected one of"),
+        ([SOURCE + "\nrules = { min_word = 3 }"], "", "there is no rule 'min_word'; did you mean \"min_words\""),
+        ([SOURCE + "\nrules = { min_words = true }"], "", "give its number"),
+        ([SOURCE.replace('"a"', '"a/b"')], "", "names a folder"),
+        ([SOURCE + '\npart = "work"'], "", "no part may be called"),
+        ([SOURCE], "[dedup]\nbands = 7", "dedup.bands 7 does not divide"),
+        ([SOURCE], 'fim_parts = ["code"]', 'fim_parts has "code", which is no part'),
+        ([SOURCE + '\nlongest = "much"'], "", "expected a number of bytes"),
+        ([SOURCE + '\nbad = "ignore"'], "", "expected one of 'refuse' or 'skip'"),
+        ([], "", '"source" is required'),
+    ],
+)
+def test_mistakes_are_named(recipe, sources, more, told):
+    with pytest.raises(UserError) as error:
+        Curation.load(recipe(*sources, more=more))
+    assert told in str(error.value)
+
+
+def test_keys_can_be_set_from_the_command_line(recipe):
+    path = recipe(SOURCE)
+    found = Curation.load(path, ["seed=9", "dedup.near=false", "a.bad=skip", "a.rules.min_words=7", "heldout=0.2"])
+    assert (found.seed, found.dedup.near, found.heldout) == (9, False, 0.2)
+    assert found.sources[0].bad == "skip"
+    assert found.plain().sources[0].rules == {"min_words": 7}
+    with pytest.raises(UserError, match="no table or source is called b"):
+        Curation.load(path, ["b.bad=skip"])
+    with pytest.raises(UserError, match="must read key=value"):
+        Curation.load(path, ["seed"])
+    with pytest.raises(UserError, match="no recipe at"):
+        Curation.load(path.with_name("none.toml"))
+
+
+def test_bytes_as_people_write_them():
+    assert [parse_bytes(value) for value in (7, "64MB", "1.5 gb", "2K")] == [7, 64_000_000, 1_500_000_000, 2000]
+    for wrong in ("x", "MB", True, -1):
+        with pytest.raises(UserError):
+            parse_bytes(wrong)

@@ -1,0 +1,63 @@
+"""Decontamination: questions and solutions of an evaluation are found, what merely resembles them is not."""
+
+import json
+
+from conftest import prose
+
+from bessemer import tasks
+from bessemer.curate.heldout import Asked, Index, asked
+from bessemer.curate.words import words
+
+QUESTION = (
+    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
+    "How many clips did Natalia sell altogether in April and May?"
+)
+SOLUTION = "In May Natalia sold 48 / 2 = 24 clips. Altogether she sold 48 + 24 = 72 clips in these two months.\n#### 72"
+
+
+def _hits(index: Index, *texts: str) -> dict[int, str]:
+    return index.hits(words(texts))
+
+
+def test_ten_words_of_a_question_or_a_solution_are_a_hit(tmp_path):
+    lines = [{"question": QUESTION, "answer": SOLUTION}, {"question": prose(8, 2) + " How many?", "answer": "#### 3"}]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"question": prose(9, 2), "answer": "#### 1"}) + "\n")
+    index = Index(asked([f"gsm8k:{tmp_path}"], 10), 10)
+    ten = "sold clips to 48 of her friends in April and"
+    found = _hits(
+        index, f"{prose(1)} {ten} {prose(2)}", f"{prose(1)} sold clips to 48 of her friends in April {prose(2)}",
+        "SOLD CLIPS (to 48 of her friends), in April: AND", "she sold 48 + 24 = 72 clips in these", prose(9, 2),
+    )  # fmt: skip
+    assert set(found) == {0, 2, 3}  # nine words are no hit, and training questions are not searched for
+
+
+def test_a_run_of_figures_is_no_sign():
+    index = Index(
+        [Asked("q", "48 / 2 = 24 and 48 + 24 = 72 so 72 - 5 = 67 is what we get in the end of it", False)], 10
+    )
+    assert not _hits(index, "it is 48 / 2 = 24 and 48 + 24 = 72 so there")
+    assert _hits(index, "5 = 67 is what we get in the end of it")
+
+
+def test_what_several_questions_share_is_wording():
+    shared = "read the following story about the old farmer and then answer this question in one word"
+    index = Index([Asked("a", f"{shared} {prose(1, 1)}", False), Asked("b", f"{shared} {prose(2, 1)}", False)], 10)
+    assert not _hits(index, shared)
+    assert _hits(index, prose(2, 1)) == {0: "b"}
+
+
+def test_a_generated_question_must_be_there_whole_and_its_numbers_must_end():
+    index = Index([Asked("g", "Use the numbers 3 7 25 and 50 each once to make 81 + 3", True)], 10)
+    assert _hits(index, "x. Use the numbers 3, 7, 25 and 50 each once, to make 81 + 3. Now go") == {0: "g"}
+    assert not _hits(index, "Use the numbers 3 7 25 and 50 each once to make 82 + 3")
+    assert not _hits(index, "Use the numbers 3 7 25 and 50 each once to make 81 + 3 * 4")
+    assert not _hits(index, "Use the numbers 3 7 25 and 50 each once to make", "81 + 3")
+
+
+def test_held_out_problems_of_a_task_are_found_and_training_pages_are_not():
+    index = Index(asked(["countdown"], 50), 10)
+    task = tasks.get("countdown")
+    tests = [task.problem("test", i, 0, language).prompt for i in range(50) for language in task.all_languages]
+    assert len(_hits(index, *[f"A page. {text}\nThe answer." for text in tests])) == len(tests)
+    assert not _hits(index, *[task.document(i, 5) for i in range(200)])

@@ -1,0 +1,94 @@
+"""Copies: all that a comparison of everything with everything finds, however the work is cut."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bessemer.curate import documents, steps
+from bessemer.curate.match import EXACT, Signed, bins, clusters, match
+from bessemer.curate.settings import Dedup
+
+DEDUP = Dedup()
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=60))
+@settings(deadline=None, max_examples=200)
+def test_clusters_are_those_of_union_find(pairs):
+    pairs = [sorted(pair) for pair in pairs if pair[0] != pair[1]]
+    parent = list(range(41))
+
+    def root(x: int) -> int:
+        while parent[x] != x:
+            x = parent[x]
+        return x
+
+    for a, b in pairs:
+        a, b = root(a), root(b)
+        parent[max(a, b)] = min(a, b)
+    array = np.array(pairs, np.uint64).reshape(-1, 2)
+    found, leaders = clusters(iter([array[::2], array[1::2]]))
+    assert found.tolist() == sorted({x for pair in pairs for x in pair})
+    assert leaders.tolist() == [root(int(x)) for x in found]
+
+
+@pytest.fixture
+def signed(tmp_path):
+    """Three units with exact and near copies within and across them, and the texts."""
+    draw = random.Random(4)
+    vocabulary = [f"w{n}" for n in range(3000)]
+    texts = [" ".join(draw.choices(vocabulary, k=draw.randint(60, 200))) for _ in range(60)]
+    for number in range(60):
+        if number % 3 == 0:
+            texts.append(texts[number].upper() + "  ")
+        if number % 3 == 1:
+            words = texts[number].split()
+            words[draw.randrange(len(words))] = "other"
+            texts.append(" ".join(words))
+    texts += ["", "alone", "alone"]
+    draw.shuffle(texts)
+    units, first = [], 0
+    for number, some in enumerate((texts[:30], texts[30:31], texts[31:])):
+        read, sign = tmp_path / f"read{number}", tmp_path / f"sign{number}"
+        read.mkdir()
+        sign.mkdir()
+        with documents.create(read) as file:
+            for text in some:
+                documents.dump(file, {"text": text})
+        steps.sign(sign, read, DEDUP, None, 10)
+        units.append(Signed(sign, first, len(some)))
+        first += len(some)
+    return units, texts
+
+
+def _pairs(units, memory: int, bands: list[int]) -> set:
+    total = sum(unit.documents for unit in units)
+    found = [match(units, which, DEDUP.threshold) for which in bins(total, bands, memory)]
+    return {tuple(pair) for pair in np.concatenate(found).tolist()}
+
+
+def test_what_is_found_does_not_depend_on_memory(signed):
+    units, _ = signed
+    bands = [EXACT, *range(DEDUP.bands)]
+    assert len(bins(103, bands, 200)) > 30 * len(bands)
+    assert _pairs(units, 200, bands) == _pairs(units, 1 << 30, bands)
+
+
+def test_copies_are_those_of_comparing_everything(signed):
+    units, texts = signed
+    normal = [" ".join(text.lower().split()) for text in texts]
+    signatures = np.concatenate([np.load(unit.folder / "signatures.npy") for unit in units])
+    alike = [
+        (a, b)
+        for b in range(len(texts))
+        for a in range(b)
+        if texts[a] and texts[b] and (signatures[a] == signatures[b]).mean() >= DEDUP.threshold
+    ]
+    _, expected = clusters(iter([np.array(alike, np.uint64)]))
+    _, found = clusters(iter([np.array(sorted(_pairs(units, 1 << 20, list(range(DEDUP.bands)))), np.uint64)]))
+    assert found.tolist() == expected.tolist()
+    assert len(set(expected.tolist())) < len(expected)
+    exact = _pairs(units, 1 << 20, [EXACT])
+    assert exact == {(normal.index(text), i) for i, text in enumerate(normal) if normal.index(text) != i}

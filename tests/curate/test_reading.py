@@ -1,0 +1,273 @@
+"""Readers: every form is read, and whatever is wrong with a file is named while the rest of it is read on."""
+
+import gzip
+import io
+import json
+import os
+import resource
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import jsonl, prose
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from warcio.statusandheaders import StatusAndHeaders
+from warcio.warcwriter import WARCWriter
+
+from bessemer.curate import origins, steps
+from bessemer.curate.decode import decode
+from bessemer.curate.found import Fault, Text
+from bessemer.curate.reading import Gone, texts
+from bessemer.curate.settings import Source
+from bessemer.errors import UserError
+
+PAGE = (
+    "<html><head><title>A tale</title></head><body><nav><a href='/'>Home</a> <a href='/b'>Menu</a></nav><article>"
+    "<h1>A tale</h1>{}</article><footer>All rights reserved</footer></body></html>"
+)
+
+
+def _page(text: str) -> str:
+    return PAGE.format("".join(f"<p>{line}.</p>" for line in text.split(". ")))
+
+
+def _source(spec: Path, **more) -> Source:
+    return Source("s", str(spec), "english", "english", **{"bad": "skip", "pause": 0.01, **more})
+
+
+def _read(spec: Path, unit: int = 1 << 20, **more) -> tuple[list[str], Counter]:
+    """(texts, faults by reason) of all units."""
+    source = _source(spec, **more)
+    found = [
+        one for u in origins.units(source, unit, None)[0] for piece in u.pieces for one in texts(piece, source, None)
+    ]
+    return [one.text for one in found if isinstance(one, Text)], Counter(
+        one.reason for one in found if isinstance(one, Fault)
+    )
+
+
+def _warc(path: Path, pages: list[bytes], gzipped: bool) -> Path:
+    with path.open("wb") as file:
+        writer = WARCWriter(file, gzip=gzipped)
+        for number, body in enumerate(pages):
+            headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html")], protocol="HTTP/1.1")
+            writer.write_record(
+                writer.create_warc_record(
+                    f"http://example.org/{number}", "response", payload=io.BytesIO(body), http_headers=headers
+                )
+            )
+    return path
+
+
+def test_every_form_gives_the_same_texts(tmp_path):
+    want = [prose(i, 3) for i in range(5)]
+    plain = jsonl(tmp_path / "a.jsonl", want)
+    txt = tmp_path / "b.txt"
+    txt.write_text("\n\n\n".join(want) + "\n")
+    pyarrow.parquet.write_table(pyarrow.table({"text": want}), tmp_path / "c.parquet", row_group_size=2)
+    for path in (plain, txt):
+        path.with_suffix(path.suffix + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        with pyarrow.output_stream(str(path) + ".zst", compression="zstd") as file:
+            file.write(path.read_bytes())
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "b.txt", "b.txt.gz", "b.txt.zst", "c.parquet"):
+        assert _read(tmp_path / name) == (want, Counter()), name
+    assert _read(tmp_path / "*.jsonl*") == (want * 3, Counter())
+    found, ignored = origins.units(_source(tmp_path), 1 << 20, None)
+    assert (len(found), ignored) == (1, 0)
+    assert len(found[0].pieces) == 7
+
+
+def test_another_key_and_conversations(tmp_path):
+    path = tmp_path / "a.jsonl"
+    chat = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]}
+    path.write_text(json.dumps({"body": "One."}) + "\n" + json.dumps(chat) + "\n")
+    found, faults = _read(path, text_key="body")
+    assert found[0] == "One."
+    assert "Hello?" in found[1]
+    assert not faults
+
+
+@given(
+    st.lists(st.text(alphabet="ab é你\n", min_size=1, max_size=12).filter(str.strip), max_size=12), st.integers(1, 40)
+)
+@settings(deadline=None, max_examples=60)
+def test_cut_anywhere_files_give_the_same_texts(tmp_path_factory, many, unit):
+    folder = tmp_path_factory.mktemp("cut")
+    path = jsonl(folder / "a.jsonl", many)
+    txt = folder / "b.txt"
+    txt.write_text("\n \n".join(many), "utf-8")
+    if path.stat().st_size:
+        assert _read(path, unit) == (many, Counter())
+    if txt.stat().st_size:
+        assert _read(txt, unit) == _read(txt, 1 << 20)
+
+
+def test_row_groups_of_a_parquet_file_are_units(tmp_path):
+    want = [prose(i, 3) for i in range(9)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": want}), tmp_path / "c.parquet", row_group_size=2)
+    assert len(origins.units(_source(tmp_path / "c.parquet"), 1000, None)[0]) > 2
+    assert _read(tmp_path / "c.parquet", 1000) == (want, Counter())
+
+
+def test_what_is_wrong_with_a_record_is_named(tmp_path):
+    good = json.dumps({"text": "Good."}).encode()
+    lines = [good, b"", b"{broken", b"[1]", b'{"other": 1}', b'{"text": "  "}', b'{"text": null}', b'{"text": 3}',
+             b'{"text": "\\ud800"}', b"[" * 100_000, b'{"text": "' + b"x" * 300 + b'"}', good]  # fmt: skip
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    found, faults = _read(path, longest=200)
+    assert found == ["Good.", "Good."]
+    assert faults == {"empty": 3, "broken-record": 5, "too-long": 2}
+
+
+def test_a_line_of_a_gigabyte_is_left_out_in_little_memory(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:  # most of it is a hole, so the disk holds little of it
+        file.write(b'{"text": "before"}\n')
+        file.seek(1 << 30)
+        file.write(b'\n{"text": "behind"}\n')
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert _read(path, 1 << 40) == (["before", "behind"], {"too-long": 1})
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert after - before < 100_000  # KB; a line of the source's longest is 10,000
+
+
+def test_encodings_are_told_apart_and_counted(tmp_path):
+    chinese = "老鼠向狮子挑战，狮子断然拒绝了。“怎么，你害怕了？”老鼠问。“非常害怕，”狮子说。"
+    russian = "Лиса и ворон жили в одном лесу и часто спорили о том, кто из них умнее."
+    path = tmp_path / "a.txt"
+    path.write_bytes(
+        b"\n\n".join([chinese.encode(), chinese.encode("gb18030"), russian.encode("cp1251"), bytes(range(1, 250))])
+    )
+    source = _source(path)
+    unit = origins.units(source, 1 << 20, None)[0][0]
+    out = tmp_path / "out"
+    out.mkdir()
+    facts = steps.read(out, unit, None)
+    assert facts["decoded"] == {"cp1251": 1, "gb18030": 1}
+    assert facts["dropped"]["encoding"]["documents"] >= 1
+    assert facts["found"]["documents"] == facts["kept"]["documents"] + facts["dropped"]["encoding"]["documents"]
+    assert facts["languages"] == {"ru": 1, "zh": 2}
+    utf16 = tmp_path / "b.txt"
+    utf16.write_text(f"{chinese}\n\n{russian}\n", "utf-16")
+    assert _read(utf16, 8) == ([chinese, russian], Counter())
+    marked = tmp_path / "c.jsonl"
+    marked.write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": "Marked."}).encode())
+    assert _read(marked) == (["Marked."], Counter())
+    assert decode(b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\xff") is None
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.warc", "a.warc.gz"])
+def test_what_is_cut_short_or_altered_is_named_and_what_came_before_is_kept(tmp_path, name):
+    want = [prose(i, 40) for i in range(60)]
+    path = tmp_path / name
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": want}), path)
+    elif ".warc" in name:
+        _warc(path, [_page(text).encode() for text in want[:6]], name.endswith(".gz"))
+    else:
+        data = jsonl(tmp_path / "whole.jsonl", want).read_bytes()
+        if name.endswith(".gz"):
+            path.write_bytes(gzip.compress(data))
+        else:
+            with pyarrow.output_stream(str(path), compression="zstd") as file:
+                file.write(data)
+    whole, faults = _read(path)
+    assert not faults
+    assert len(whole) == (6 if ".warc" in name else 60)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 3 // 5])
+    found, faults = _read(path)
+    assert faults["broken-file"] == 1
+    assert len(found) < len(whole)
+    assert found[:-1] == whole[: max(0, len(found) - 1)]
+    if name.endswith((".warc", ".warc.gz")):
+        assert found
+    path.write_bytes(data[:30] + bytes(200) + data[230:])
+    found, faults = _read(path)
+    assert sum(faults.values()) or len(found) < len(whole) or found != whole
+
+
+def test_pages_give_their_main_text(tmp_path):
+    text = prose(4, 12)
+    _warc(tmp_path / "a.warc.gz", [_page(text).encode(), b"", b"<html></html>", b"x" * 40_000], True)
+    found, faults = _read(tmp_path / "a.warc.gz", longest=30_000)
+    assert faults == {"empty": 1, "no-text": 1, "too-long": 1}
+    assert text[:60] in found[0]
+    assert "Menu" not in found[0]
+    assert "rights" not in found[0]
+    declared = _page("Le café est fermé à cause de la grève. " * 8).replace("<head>", '<head><meta charset="latin-1">')
+    (tmp_path / "b.html").write_bytes(declared.encode("latin-1"))
+    assert "Le café est fermé" in _read(tmp_path / "b.html")[0][0]
+
+
+def test_an_empty_folder_and_a_wrong_path_are_refused(tmp_path):
+    (tmp_path / "x.doc").write_text("x")
+    with pytest.raises(UserError, match="holds no file"):
+        origins.units(_source(tmp_path), 1, None)
+    with pytest.raises(UserError, match="holds no file"):
+        origins.units(_source(tmp_path / "*.jsonl"), 1, None)
+    with pytest.raises(UserError, match="no file or directory"):
+        origins.units(_source(tmp_path / "none.jsonl"), 1, None)
+
+
+def _planned(path: Path, **more):
+    source = _source(path, **more)
+    return origins.units(source, 1 << 20, None)[0][0]
+
+
+def test_a_source_that_disappears_is_tried_again(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", ["One.", "Two."])
+    data, facts = path.read_bytes(), path.stat()
+    unit = _planned(path, bad="refuse", retries=8, pause=0.02)
+    path.unlink()
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def back() -> None:
+        hidden = tmp_path / "b"
+        hidden.write_bytes(data)
+        os.utime(hidden, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        hidden.rename(path)
+
+    timer = threading.Timer(0.3, back)
+    timer.start()
+    assert steps.read(out, unit, None)["kept"]["documents"] == 2
+    timer.join()
+
+
+def test_a_source_that_is_gone_for_good_is_refused_or_counted(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", ["One.", "Two."])
+    refused, skipped = _planned(path, bad="refuse", retries=1), _planned(path, retries=1)
+    path.unlink()
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(UserError, match=r"a\.jsonl cannot be read any more.*2 attempts"):
+        steps.read(out, refused, None)
+    facts = steps.read(out, skipped, None)
+    assert facts["dropped"]["gone"]["documents"] == 1
+    assert not facts["complete"]
+
+
+def test_a_file_that_is_written_to_meanwhile_is_noticed(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", ["One.", "Two."])
+    unit = _planned(path)
+    reading = texts(unit.pieces[0], unit.source, None)
+    next(reading)
+    with path.open("a") as file:
+        file.write('{"text": "Three."}\n')
+    with pytest.raises(Gone, match="written to"):
+        list(reading)
+
+
+def test_bad_things_are_refused_where_the_recipe_says_so(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "Good."}\n{"text": \n')
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(UserError, match=r'a\.jsonl at byte 18: not JSON.*bad = "skip"'):
+        steps.read(out, _planned(path, bad="refuse"), None)

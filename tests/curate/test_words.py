@@ -1,0 +1,43 @@
+"""Words as numbers: the same words as tasks/reading/ngrams, found all at once."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bessemer.curate.words import blocks, words
+from bessemer.tasks.reading import ngrams
+
+# what both agree about: ngrams leaves other alphabets out, here they are letters too
+SHARED = "aAzZ éÉ ñ Ж б λ 09 7 你 好 の カ -+*/=<>^% , . ! ? ' \n\t ， 。 “ （".replace(" ", "") + "  "
+texts = st.text(alphabet=SHARED, max_size=60)
+
+
+@given(st.lists(texts, max_size=6))
+@settings(deadline=None, max_examples=200)
+def test_words_are_those_of_ngrams(many):
+    found = words(many)
+    expected = [(number, word) for number, text in enumerate(many) for word in ngrams.words(text)]
+    assert found.texts_W.tolist() == [number for number, _ in expected]
+    assert found.lengths_W.tolist() == [len(word) for _, word in expected]
+    number_of: dict[str, int] = {}
+    for (_, word), number in zip(expected, found.hashes_W.tolist(), strict=True):
+        assert number_of.setdefault(word, number) == number
+    assert len(set(number_of.values())) == len(number_of)
+
+
+def test_a_word_has_one_number_wherever_it_stands():
+    alone = words(["lantern"]).hashes_W[0]
+    found = words(["x" * 1000 + " a lantern", "Lantern, again: lantern"])
+    assert (found.hashes_W == alone).sum() == 3
+
+
+def test_other_scripts_are_words_too():
+    assert len(words(["שלום עולם"]).hashes_W) == 2
+    assert len(words(["สวัสดี"]).hashes_W) == 6  # written without spaces: by the character
+
+
+def test_blocks_hold_all_texts_in_order():
+    many = ["a" * n for n in (700_000, 500_000, 3, 2_000_000, 1)]
+    found = list(blocks(many))
+    assert [text for _, block in found for text in block] == many
+    assert [first for first, _ in found] == list(np.cumsum([0] + [len(block) for _, block in found[:-1]]))
