@@ -16,6 +16,7 @@ from bessemer.recipe import modelling
 from bessemer.recipe.contamination import identity
 from bessemer.recipe.metrics import StageMetrics
 from bessemer.recipe.policy import loop
+from bessemer.recipe.schema import Recipe
 from bessemer.recipe.stages.rl import RL
 from bessemer.rl.difficulty import Choice, Name, Tried
 from bessemer.rl.objective import GRPO
@@ -218,6 +219,14 @@ def test_what_the_stage_shows_holds_every_problem_it_may_ask(base, tmp_path):
     settings, sampler = stage.recipe.stage("zero"), stage.loop().draw
     shown = {problem.id for problem in RL().shown(settings, stage.recipe, stage.out, tmp_path)}
     assert shown == {name for number in range(settings.rollouts) for name in sampler.asked(number)}
+
+
+def test_the_recipe_that_a_run_writes_down_can_go_on(base, tmp_path):
+    """Every default stands in it, of keys without effect too."""
+    stage = rl_stage.Stage(base, tmp_path / "run", "rollouts=4")
+    again = Recipe.parse(stage.recipe.to_toml())
+    RL().resolve(again.stage("zero"), again)
+    assert again.stage("zero") == stage.recipe.stage("zero")
 
 
 def test_its_keys_are_refused_while_it_is_off(base, tmp_path):

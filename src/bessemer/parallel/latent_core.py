@@ -10,7 +10,8 @@ gradients of its latents.
     forward    all-gather of latents
     backward   all-gather of latents, reduce-scatter of their gradients in float32
 
-Scores, softmax and sums are float32 whatever the dtype of the arguments.
+Scores, softmax and sums are float32 whatever the dtype of the arguments. The gradient of W_UKV is made in the same
+pass: a schedule that leaves weight gradients for later does not leave this one.
 
 Shapes: B rows, t own tokens, H heads, N/R nope and rope widths of a key, V value width, C latent rank, X = C + R,
 n = B * H.

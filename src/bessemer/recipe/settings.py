@@ -52,6 +52,11 @@ class StageSettings(Strict):
     """Random seed of this stage alone, to repeat it on the same inputs. Default: the recipe's."""
 
 
+def changed(settings: BaseModel, name: str) -> bool:
+    """Whether a key was set to something else than its default; a run's own recipe has all of them written out."""
+    return getattr(settings, name) != type(settings).model_fields[name].default
+
+
 def stage_refs(settings: StageSettings) -> list[tuple[str, str]]:
     """(key, stage name) for every stage that these settings name."""
     found = []

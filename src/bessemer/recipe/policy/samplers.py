@@ -16,7 +16,7 @@ from pydantic import Field
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
 from bessemer.recipe import modelling
-from bessemer.recipe.settings import Strict
+from bessemer.recipe.settings import Strict, changed
 from bessemer.recipe.stage import StageContext
 from bessemer.rl.sampler import cluster
 from bessemer.rl.sampler.apart import Apart
@@ -50,7 +50,7 @@ def facts(stage: str, rollout: Rollout, ahead: int, replay: bool) -> dict[str, A
     """What of the table changes samples; UserError for what cannot take effect."""
     if rollout.engine == "here":
         for name in ("workers", "gpus"):
-            if name in rollout.model_fields_set and getattr(rollout, name) != Rollout.model_fields[name].default:
+            if changed(rollout, name):
                 raise UserError(f'stage "{stage}": rollout.{name} has no effect while rollout.engine is "here"')
     elif not cluster.is_there():
         raise cluster.missing(rollout.engine)

@@ -19,7 +19,7 @@ from bessemer.recipe.policy import samplers
 from bessemer.recipe.policy.leave import What
 from bessemer.recipe.policy.loop import Loop
 from bessemer.recipe.policy.samplers import Rollout
-from bessemer.recipe.settings import StageRef, StageSettings
+from bessemer.recipe.settings import StageRef, StageSettings, changed
 from bessemer.recipe.stage import Stage, StageContext, register
 from bessemer.recipe.values import Points, Seconds
 from bessemer.rl import rollout
@@ -151,14 +151,14 @@ class RL(Stage):
                 f"{settings.prompts_per_rollout} problems"
             )
         for name in ("gae_lambda", "critic_lr"):
-            if name in settings.model_fields_set and settings.advantage != "critic":
+            if changed(settings, name) and settings.advantage != "critic":
                 raise UserError(f'stage "{settings.name}": {name} has no effect without advantage = "critic"')
         for name in ("filter_explore", "filter_window", "filter_pool"):
-            if name in settings.model_fields_set and not settings.difficulty_filter:
+            if changed(settings, name) and not settings.difficulty_filter:
                 raise UserError(f'stage "{settings.name}": {name} has no effect without difficulty_filter = true')
         if min(settings.max_new_tokens.values) < 1:
             raise UserError(f'stage "{settings.name}": max_new_tokens must be at least 1 everywhere')
-        if settings.correction == "none" and "correction_cap" in settings.model_fields_set:
+        if settings.correction == "none" and changed(settings, "correction_cap"):
             raise UserError(f'stage "{settings.name}": correction_cap has no effect while correction is "none"')
         if Ranks.wanted() > 1 or recipe.layout.fewest > 1:
             for name, value, other in (("advantage", "critic", "group"), ("routing_replay", True, False)):
