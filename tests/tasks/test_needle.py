@@ -91,6 +91,7 @@ def test_pages_of_one_needle():
     for index in range(30):
         found = NEEDLE.findall(Needle(TEXTS, most=1.0, longest=2000.0).document(index))
         assert len(set(found)) == 1 and len(found) in (2, 3)
+        assert len(NEEDLE.findall(Needle(TEXTS, most=1.0, times=6.0, longest=2000.0).document(index))) == 6
 
 
 def test_a_search_for_test_problems_finds_none_on_a_page(task):
@@ -122,6 +123,8 @@ def test_what_cannot_be_asked():
         Needle({"train": TEXTS["train"]}).problem("test", 0)
     with pytest.raises(UserError, match="shortest <= longest"):
         Needle(TEXTS, shortest=900.0)
+    with pytest.raises(UserError, match="times 1; set at least 0, and at least 2"):
+        Needle(TEXTS, times=1.0)
     with pytest.raises(UserError, match="most is 41; set it between 1 and 40"):
         Needle(TEXTS, most=41.0)
     with pytest.raises(UserError, match="did you mean 'longest'"):

@@ -60,17 +60,18 @@ class NeedleMix:
     """Text between two sentences, on average; more where `most` bounds their number."""
     most: float = 32
     """Needles of a page, at most; 1: what is to be found is never to be told from others of its kind."""
-    again: float = 0.5
-    """Chance that a needle, which comes twice on every page, comes a third time."""
+    times: float = 2.5
+    """How often each needle comes on a page, on average. In long pages more of them teach more: every time but the
+    first is something to be found."""
 
     def __post_init__(self) -> None:
         if not 50 <= self.shortest <= self.longest:
             raise UserError(
                 f"needle: shortest is {self.shortest:g} and longest {self.longest:g}; set 50 <= shortest <= longest"
             )
-        if self.between < 0 or not 0 <= self.again <= 1:
+        if self.between < 0 or self.times < 2:
             raise UserError(
-                f"needle: between is {self.between:g} and again {self.again:g}; set at least 0, and between 0 and 1"
+                f"needle: between is {self.between:g} and times {self.times:g}; set at least 0, and at least 2"
             )
         if not 1 <= self.most <= len(WHO):
             raise UserError(f"needle: most is {self.most:g}; set it between 1 and {len(WHO)}")
@@ -124,13 +125,12 @@ class Needle(Task):
         return Verdict(right, completion[found.end() :].startswith("."), CORRECT if right else WRONG_VALUE, found[1])
 
     def document(self, index: int, seed: int = 0, language: str | None = None) -> str:
-        """A page: text of the train split with needles in it, each of them at two or three places."""
+        """A page: text of the train split with needles in it, each of them at several places."""
         rng, mix = self.rng("document", index, seed), self.mix
         size = mix.shortest * (mix.longest / mix.shortest) ** rng.random()
-        times = 2 + mix.again
         each = len(_sentence((f"{WHAT[0]} {WHO[0]}", WORDS[0])))
-        facts = _facts(rng, "train", min(int(mix.most), max(2, round(size / (times * (each + mix.between))))))
-        said = [fact for fact in facts for _ in range(2 + (rng.random() < mix.again))]
+        facts = _facts(rng, "train", min(int(mix.most), max(2, round(size / (mix.times * (each + mix.between))))))
+        said = [fact for fact in facts for _ in range(int(mix.times) + (rng.random() < mix.times % 1))]
         rng.shuffle(said)
         pieces = self._filler("train", rng, size - sum(len(_sentence(fact)) for fact in said), len)
         places = sorted(rng.randint(0, len(pieces)) for _ in said)

@@ -57,8 +57,11 @@ class LongEval(Stage):
         """Held-out rows of every part, for the loss by position and of short rows."""
         short: StageRef | None = None
         """A corpus of short rows, for what the extension costs there. Default: not measured."""
+        short_parts: list[str] = Field(default_factory=list)
+        """Of `short`, those that are measured. Default: all. Rows are read without a document mask here, so parts of
+        many short documents that were trained with one say little."""
         short_bound: float = Field(0.1, gt=0)
-        """Bits per byte, as a mean over the parts of `short`, that a model may lose there against the first one; more
+        """Bits per byte, as a mean over those parts, that a model may lose there against the first one; more
         is said aloud."""
 
     def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
@@ -73,10 +76,11 @@ class LongEval(Stage):
         for name in filter(None, (settings.corpus, settings.short)):
             if recipe.stage(name).kind != "corpus":
                 raise UserError(f'{where}: "{name}" is of kind {recipe.stage(name).kind}; name a stage of kind corpus')
-        known = recipe.stage(settings.corpus).parts
-        for part in settings.parts:
-            if part not in known:
-                raise UserError(f'{where}: parts names "{part}", the corpus has {", ".join(known)}')
+        for key, name in (("parts", settings.corpus), ("short_parts", settings.short)):
+            known = recipe.stage(name).parts if name else {}
+            for part in getattr(settings, key):
+                if part not in known:
+                    raise UserError(f'{where}: {key} names "{part}", the corpus has {", ".join(known) or "none"}')
         return {}
 
     def estimate(self, settings: Settings, recipe: Any) -> float:
@@ -136,7 +140,8 @@ class LongEval(Stage):
                 rows = open_rows(ctx.inputs[settings.corpus] / part, "heldout")
                 yield (f"positions/{model}{added}/{part}", model, added,
                        lambda engine, r=rows: longcontext.loss_by_position(engine.model, r, settings.rows))  # fmt: skip
-            for part in () if settings.short is None else ctx.recipe.stage(settings.short).parts:
+            known = () if settings.short is None else ctx.recipe.stage(settings.short).parts
+            for part in settings.short_parts or known:
                 folder = ctx.inputs[settings.short] / part
                 yield (f"short/{model}{added}/{part}", model, added,
                        lambda engine, f=folder: _short(engine.model, f, 4 * settings.rows))  # fmt: skip
