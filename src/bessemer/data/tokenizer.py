@@ -44,6 +44,8 @@ class Tokenizer:
             token["special"] = token["content"] not in NOT_SPECIAL and (
                 token["special"] or is_special(token["content"])
             )
+        self.spec = spec
+        """What tokenizer.json holds."""
         self._tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._tok.encode_special_tokens = True  # control tokens inside a text are text
         self._special = {token["id"] for token in spec["added_tokens"] if token["special"]}
@@ -177,6 +179,12 @@ class Tokenizer:
             for text in texts:
                 _check_utf8(text)
             raise
+
+    def encode_pieces(self, pieces: Iterable[str]) -> list[list[int]]:
+        """`encode` of texts that the pre-split leaves whole: merges alone, which is three times as fast."""
+        model, written = self._tok.model, {byte: sign for sign, byte in byte_of_character().items()}
+        spelled = ("".join(map(written.__getitem__, piece.encode())) for piece in pieces)
+        return [[token.id for token in model.tokenize(one)] for one in spelled]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. `skip_special` drops control tokens."""
