@@ -8,8 +8,8 @@ one after another or a passage at once, so that their similarities spread over 0
 similarity of the sets of 5-word runs, computed exactly for each pair. Then `bessemer data build` runs as it comes.
 
     recall       of the pairs at or above the threshold, the share whose later document was dropped; also by similarity
-    precision    of the dropped documents, the share whose similarity to an earlier one is at or above the threshold, and
-                 at or above threshold - 0.08 (two deviations of the estimate)
+    precision    of the dropped documents, the share whose similarity to an earlier one is at or above the threshold,
+                 and at or above threshold - 0.08 (two deviations of the estimate)
     seconds      wall and processor time of each step, all of it included (reading and writing the documents, too)
     memory       largest resident set of a worker and of the program itself
 """
@@ -22,6 +22,7 @@ import os
 import resource
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def judged(out: Path, truth: dict[str, np.ndarray], threshold: float) -> dict[st
     nearly = copies[similar >= threshold - 0.08]
     steps = [0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]
     bands = {}
-    for low, high in zip(steps, steps[1:], strict=False):
+    for low, high in pairwise(steps):
         inside = (similar >= low) & ((similar < high) | (high == 1.0))
         bands[f"{low}-{high}"] = {"pairs": int(inside.sum()), "dropped": round(float(found[inside].mean()), 4)}
     return {
