@@ -33,6 +33,7 @@ def language(text: str) -> tuple[str, float]:
         han, letters = len(_HAN.findall(start)), len(_LETTER.findall(start))
         if han >= HAN_SHARE * letters and len(_KANA.findall(start)) <= KANA_SHARE * han:
             return "zh", 1.0
+    start = start.lower() if start.isupper() else start  # the model has hardly seen capitals alone
     found = _model().detect(start.replace("\n", " "), model="lite", k=1)
     return (found[0]["lang"], round(min(1.0, float(found[0]["score"])), 3)) if found else (UNKNOWN, 1.0)
 

@@ -7,6 +7,7 @@ texts with an added token or with characters that are newer than this Python's U
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Encoder:
         kinds_C[ends[:-1]] = presplit.FENCE
         odd = self._odd(texts, kinds_C, ends)
         kinds_C[kinds_C == presplit.NEW] = presplit.OTHER
-        found = self._encoded(joined, points_C, kinds_C, ends, len(texts))
+        found = self._encoded(points_C, kinds_C, ends, len(texts))
         for number in odd:
             found[number] = np.array(self._tokenizer.encode(texts[number]), np.int32)
         return found
@@ -56,15 +57,13 @@ class Encoder:
         new = set(np.searchsorted(ends, np.flatnonzero(kinds_C == presplit.NEW)).tolist())
         return sorted(new | {i for i, text in enumerate(texts) if any(added in text for added in self._added)})
 
-    def _encoded(
-        self, joined: str, points_C: np.ndarray, kinds_C: np.ndarray, ends: np.ndarray, n_texts: int
-    ) -> list[np.ndarray]:
+    def _encoded(self, points_C: np.ndarray, kinds_C: np.ndarray, ends: np.ndarray, n_texts: int) -> list[np.ndarray]:
         places = presplit.cuts(points_C, kinds_C) if len(points_C) else np.zeros(1, np.int64)
         first, last = places[:-1], places[1:]
         real = kinds_C[first] != presplit.FENCE
         first, last = first[real], last[real]
         hashes, example, which = np.unique(stretches(points_C, first, last), return_index=True, return_inverse=True)
-        at = self._remember(hashes, first[example], last[example], joined)
+        at = self._remember(hashes, first[example], last[example], points_C)
         lengths = self._lengths[at][which]
         starts = self._starts[at][which]
         stops = np.cumsum(lengths)
@@ -74,25 +73,22 @@ class Encoder:
         edges = np.concatenate(([0], np.append(0, stops)[pieces]))
         return [ids[edges[number] : edges[number + 1]] for number in range(n_texts)]
 
-    def _remember(self, hashes: np.ndarray, first: np.ndarray, last: np.ndarray, joined: str) -> np.ndarray:
+    def _remember(self, hashes: np.ndarray, first: np.ndarray, last: np.ndarray, points_C: np.ndarray) -> np.ndarray:
         """Where these pieces (hashes ascend) stand among what is known, once the new ones are."""
         if len(self._hashes) + len(hashes) > MOST_PIECES:
             self._forget()
-        known = len(self._hashes)
         at = np.searchsorted(self._hashes, hashes)
-        new = np.flatnonzero(self._hashes[np.minimum(at, known - 1)] != hashes)
-        if len(new):
-            spans = zip(first[new].tolist(), last[new].tolist(), strict=True)
-            ids = self._tokenizer.encode_pieces([joined[start:end] for start, end in spans])
-            lengths = np.array([len(one) for one in ids], np.int64)
-            starts = len(self._ids) + np.cumsum(lengths) - lengths
-            self._ids = np.concatenate([self._ids, np.array([i for one in ids for i in one], np.int32)])
-            order = np.argsort(merged := np.concatenate([self._hashes, hashes[new]]), kind="stable")
-            self._hashes = merged[order]
-            self._lengths = np.concatenate([self._lengths, lengths])[order]
-            self._starts = np.concatenate([self._starts, starts])[order]
-            at = np.searchsorted(self._hashes, hashes)
-        return at
+        new = np.flatnonzero(self._hashes[np.minimum(at, len(self._hashes) - 1)] != hashes)
+        if not len(new):
+            return at
+        ids = self._tokenizer.encode_stretches(points_C, first[new], last[new])
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        starts = len(self._ids) + np.cumsum(lengths) - lengths
+        self._ids = np.concatenate([self._ids, np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))])
+        self._hashes = np.insert(self._hashes, at[new], hashes[new])
+        self._lengths = np.insert(self._lengths, at[new], lengths)
+        self._starts = np.insert(self._starts, at[new], starts)
+        return np.searchsorted(self._hashes, hashes)
 
     def _forget(self) -> None:
         """One piece is always known, the empty one, so that there is something to look in."""
