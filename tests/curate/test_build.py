@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import jsonl, prose
+from made_texts import jsonl, prose
 
 from bessemer.curate import origins
 from bessemer.curate.build import Build

@@ -2,7 +2,7 @@
 
 import json
 
-from conftest import prose
+from made_texts import prose
 
 from bessemer import tasks
 from bessemer.curate.heldout import Asked, Index, asked

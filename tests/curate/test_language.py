@@ -1,7 +1,7 @@
 """Languages: by script where that decides, by the model elsewhere."""
 
 import pytest
-from conftest import prose
+from made_texts import prose
 
 from bessemer.curate.language import UNKNOWN, language
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import jsonl, prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_texts import jsonl, prose
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 

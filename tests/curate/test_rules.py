@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from conftest import prose
+from made_texts import prose
 
 from bessemer.curate import rules
 

@@ -9,6 +9,7 @@ import pytest
 from bessemer.data import corpus, rowplan, shards
 from bessemer.data.augment import Augment
 from bessemer.data.encoded import tokenised
+from bessemer.data.encoder import Encoder
 from bessemer.data.rows import open_rows
 from bessemer.errors import UserError
 
@@ -23,7 +24,9 @@ def split(documents, tokenizer, folder, row_length=64):
     done = []
     for number, first in enumerate(range(0, len(documents), 100)):
         writer = shards.Writer(folder, "train", number, shards.dtype_of(tokenizer))
-        for document, _, ids in tokenised(documents[first : first + 100], tokenizer, 0.0, Augment(tokenizer, 0, 0)):
+        for document, _, ids in tokenised(
+            documents[first : first + 100], Encoder(tokenizer), 0.0, Augment(tokenizer, 0, 0)
+        ):
             writer.add(ids, document.domain, len(document.text.encode()))
         done.append(writer.finish())
         rowplan.write(folder, folder / f"rows-{row_length}", writer.name, shards.dtype_of(tokenizer), row_length)

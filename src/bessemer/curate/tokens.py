@@ -16,6 +16,7 @@ from bessemer.data import shards as shardfiles
 from bessemer.data.augment import Augment
 from bessemer.data.document import Document
 from bessemer.data.encoded import tokenised
+from bessemer.data.encoder import Encoder
 from bessemer.data.foreign_tokenizer import load_tokenizer
 from bessemer.data.tokenizer import Tokenizer
 
@@ -32,6 +33,7 @@ class Shards:
             str(tokenizer), tokens.fim_rate if part in tokens.fim_parts else 0.0, tokens.boundary_split_rate, seed
         )
         self._tokenizer = _tokenizer(str(tokenizer))
+        self._encoder = _encoder(str(tokenizer))
         dtype = shardfiles.dtype_of(self._tokenizer)
         self._writers = {side: shardfiles.Writer(folder, side, number, dtype) for side in shardfiles.PARTS}
         self._group: list[Document] = []
@@ -45,7 +47,7 @@ class Shards:
             self._flush()
 
     def _flush(self) -> None:
-        for document, side, ids in tokenised(self._group, self._tokenizer, self._tokens.heldout, self._augment):
+        for document, side, ids in tokenised(self._group, self._encoder, self._tokens.heldout, self._augment):
             self._writers[side].add(ids, document.domain, len(document.text.encode()))
         self._group, self._size = [], 0
 
@@ -70,6 +72,11 @@ class Shards:
 @lru_cache(maxsize=1)
 def _tokenizer(folder: str) -> Tokenizer:
     return load_tokenizer(folder)
+
+
+@lru_cache(maxsize=1)
+def _encoder(folder: str) -> Encoder:
+    return Encoder(_tokenizer(folder))
 
 
 @lru_cache(maxsize=4)

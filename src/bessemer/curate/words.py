@@ -3,7 +3,7 @@
 A word is what `tasks/reading/ngrams.words` calls one: a run of letters in lower case, a whole number, one Han or kana
 character, one operator. Alphabets that are not listed there are letters too, and scripts that are written without
 spaces (Thai, Lao, Khmer, Burmese) count by the character. Nothing here loops over words: code points are looked up in
-a table, and a word's number is a difference of prefix sums, since h(w) = sum x_i B^i modulo 2^64 and B is odd.
+a table, and words are hashed as stretches of an array (`data/hashing`).
 
 Legend: C characters, W words.
 """
@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bessemer.data.hashing import stretches
+
 BLOCK_CHARS = 1 << 20
 """Texts are taken in blocks of about this many characters; a longer text is a block of its own."""
 BETWEEN, LETTERS, DIGITS, SINGLE, OPERATOR = range(5)
 """Kinds of characters. A word is a run of LETTERS or of DIGITS, or one character of the last two."""
-_BASE = 0x9E3779B97F4A7C15
-_INVERSE = pow(_BASE, -1, 1 << 64)
 _LISTED = ((0x61, 0x7A), (0xDF, 0x24F), (0x370, 0x3FF), (0x400, 0x4FF))
 _ALONE = (
     (0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0x20000, 0x3FFFF),
@@ -67,10 +67,7 @@ def words(texts: Sequence[str]) -> Words:
     starts, ends = edges[:-1], edges[1:]
     real = kinds_C[starts] != BETWEEN if len(starts) else np.zeros(0, bool)
     starts_W, ends_W = starts[real], ends[real]
-    forth_C, back_C = _powers(len(points_C) + 1)
-    sums_C = np.zeros(len(points_C) + 1, np.uint64)
-    np.cumsum((points_C.astype(np.uint64) + np.uint64(1)) * forth_C[:-1], out=sums_C[1:])
-    hashes_W = (sums_C[ends_W] - sums_C[starts_W]) * back_C[starts_W]
+    hashes_W = stretches(points_C, starts_W, ends_W)
     firsts = np.cumsum([0] + [len(text) + 1 for text in lowered])
     texts_W = (np.searchsorted(firsts, starts_W, "right") - 1).astype(np.int32)
     return Words(hashes_W, texts_W, kinds_C[starts_W], (ends_W - starts_W).astype(np.int32))
@@ -91,21 +88,3 @@ def _table() -> np.ndarray:
     for operator in _OPERATORS:
         kinds[ord(operator)] = OPERATOR
     return kinds
-
-
-_known: list[tuple[np.ndarray, np.ndarray]] = []
-
-
-def _powers(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """B^i and B^-i for i < n, modulo 2^64."""
-    if not _known or len(_known[0][0]) < n:
-        size = max(n, BLOCK_CHARS + (BLOCK_CHARS >> 2))
-        _known[:] = [(_cumulated(_BASE, size), _cumulated(_INVERSE, size))]
-    forth, back = _known[0]
-    return forth[:n], back[:n]
-
-
-def _cumulated(factor: int, n: int) -> np.ndarray:
-    powers = np.full(n, factor, np.uint64)
-    powers[0] = 1
-    return np.cumprod(powers, out=powers)  # wraps, as it must

@@ -12,6 +12,9 @@ in a way the model never saw, so a share of these tokens is replaced by the ids 
 import hashlib
 import random
 import re
+from collections.abc import Sequence
+
+import numpy as np
 
 from bessemer.data.special import FIM_BEGIN, FIM_END, FIM_HOLE
 from bessemer.data.tokenizer import Tokenizer
@@ -31,18 +34,18 @@ class Augment:
         self._tokenizer = tokenizer
         self._fim_rate, self._split_rate, self._seed = fim_rate, boundary_split_rate, seed
         self._halves = boundary_tokens(tokenizer) if boundary_split_rate else {}
+        self._is_boundary = np.zeros(tokenizer.vocab_size, bool)
+        self._is_boundary[list(self._halves)] = True
         self._fim_ids = [tokenizer.special_id(name) for name in (FIM_BEGIN, FIM_HOLE, FIM_END)] if fim_rate else []
 
-    def __call__(self, text: str, ids: list[int]) -> list[int]:
+    def __call__(self, text: str, ids: Sequence[int] | np.ndarray) -> Sequence[int] | np.ndarray:
         if not (self._fim_rate or self._split_rate):
             return ids
         digest = hashlib.sha256(f"{self._seed}\n{text}".encode()).digest()
         draw = random.Random(int.from_bytes(digest, "big"))
         if draw.random() < self._fim_rate:
             ids = self._fim(text, draw)
-        if self._halves:
-            ids = self._split(ids, draw)
-        return ids
+        return self._split(ids, draw) if self._halves else ids
 
     def _fim(self, text: str, draw: random.Random) -> list[int]:
         first, second = sorted(draw.randint(0, len(text)) for _ in range(2))
@@ -50,12 +53,14 @@ class Augment:
         begin, hole, end = self._fim_ids
         return [begin, *prefix, hole, *suffix, end, *middle]
 
-    def _split(self, ids: list[int], draw: random.Random) -> list[int]:
-        split: list[int] = []
-        for token_id in ids:
-            halves = self._halves.get(token_id)
-            split += halves if halves and draw.random() < self._split_rate else [token_id]
-        return split
+    def _split(self, ids: Sequence[int] | np.ndarray, draw: random.Random) -> np.ndarray:
+        ids = np.asarray(ids, np.int32)
+        at = np.flatnonzero(self._is_boundary[ids])
+        at = [place for place in at.tolist() if draw.random() < self._split_rate]
+        halves = [self._halves[int(ids[place])] for place in at]
+        pieces = np.split(ids, [edge for place in at for edge in (place, place + 1)])
+        pieces[1::2] = [np.array(half, np.int32) for half in halves]
+        return np.concatenate(pieces)
 
 
 def boundary_tokens(tokenizer: Tokenizer) -> dict[int, list[int]]:

@@ -26,6 +26,7 @@ from bessemer.data import rowplan, shards
 from bessemer.data.augment import Augment
 from bessemer.data.document import Document
 from bessemer.data.encoded import tokenised
+from bessemer.data.encoder import Encoder
 from bessemer.data.rows import Rows, open_rows
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
@@ -106,9 +107,10 @@ def _write(
     limit_documents: int | None,
     augment: Augment,
 ) -> None:
+    encoder = Encoder(tokenizer)
     sides = {part: _Side(folder, part, row_length, shards.dtype_of(tokenizer)) for part in shards.PARTS}
     for chunk in _chunks(documents, limit_documents):
-        for document, part, ids in tokenised(chunk, tokenizer, heldout, augment):
+        for document, part, ids in tokenised(chunk, encoder, heldout, augment):
             if limit_tokens is not None and sides["train"].tokens >= limit_tokens:
                 break
             sides[part].add(document, ids)

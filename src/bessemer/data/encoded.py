@@ -3,9 +3,11 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from bessemer.data.augment import Augment
 from bessemer.data.document import Document
-from bessemer.data.tokenizer import Tokenizer
+from bessemer.data.encoder import Encoder
 
 
 def is_heldout(text: str, share: float) -> bool:
@@ -15,11 +17,11 @@ def is_heldout(text: str, share: float) -> bool:
 
 
 def tokenised(
-    documents: Sequence[Document], tokenizer: Tokenizer, heldout: float, augment: Augment
-) -> Iterator[tuple[Document, str, list[int]]]:
+    documents: Sequence[Document], encoder: Encoder, heldout: float, augment: Augment
+) -> Iterator[tuple[Document, str, np.ndarray]]:
     """(document, "train" or "heldout", BOS + ids + EOS) of each; training documents as `augment` makes them."""
-    plain = tokenizer.encode_batch([document.text for document in documents])
+    plain = encoder.encode_batch([document.text for document in documents])
     for document, ids in zip(documents, plain, strict=True):
         part = "heldout" if is_heldout(document.text, heldout) else "train"
         inner = augment(document.text, ids) if part == "train" else ids
-        yield document, part, [tokenizer.bos_id, *inner, tokenizer.eos_id]
+        yield document, part, np.concatenate([encoder.opening, inner, encoder.ending]).astype(np.int32)

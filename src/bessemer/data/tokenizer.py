@@ -13,9 +13,11 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -44,6 +46,8 @@ class Tokenizer:
             token["special"] = token["content"] not in NOT_SPECIAL and (
                 token["special"] or is_special(token["content"])
             )
+        self.spec = spec
+        """What tokenizer.json holds."""
         self._tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._tok.encode_special_tokens = True  # control tokens inside a text are text
         self._special = {token["id"] for token in spec["added_tokens"] if token["special"]}
@@ -177,6 +181,23 @@ class Tokenizer:
             for text in texts:
                 _check_utf8(text)
             raise
+
+    def encode_stretches(self, points_C: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> list[list[int]]:
+        """`encode` of stretches of a text (uint32 code points) that the pre-split leaves whole: merges alone."""
+        wide = sum((points_C >= least).astype(np.int64) for least in (0x80, 0x800, 0x10000)) + 1
+        offsets = np.concatenate(([0], np.cumsum(wide)))
+        utf8 = points_C.tobytes().decode("utf-32-le").encode()
+        spelled = self._alphabet[np.frombuffer(utf8, np.uint8)].tobytes().decode("utf-32-le")
+        tokenize = self._tok.model.tokenize
+        spans = zip(offsets[starts].tolist(), offsets[ends].tolist(), strict=True)
+        return [[token.id for token in tokenize(spelled[start:end])] for start, end in spans]
+
+    @cached_property
+    def _alphabet(self) -> np.ndarray:
+        """uint32 [256]: how byte-level BPE writes each byte."""
+        return np.array(
+            [ord(sign) for sign, _ in sorted(byte_of_character().items(), key=lambda one: one[1])], np.uint32
+        )
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. `skip_special` drops control tokens."""

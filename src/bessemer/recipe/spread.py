@@ -161,10 +161,18 @@ def _check_cut(recipe: Recipe, stage: str, cp: int) -> None:
     settings = recipe.stage(stage)
     if getattr(settings, "fp8", "off") != "off":
         raise UserError(f'stage "{stage}": fp8 and layout.cp = {cp} do not go together; set fp8 = "off", or cp = 1')
+    for length in _lengths(settings, recipe):
+        if length % (2 * cp):
+            raise UserError(f'stage "{stage}": {not_cut(length, cp)}')
+
+
+def _lengths(settings: Any, recipe: Recipe) -> list[int]:
+    """The row lengths of a stage that trains, as far as the recipe says."""
+    if lengths := getattr(settings, "lengths", None):
+        return [int(length) for length in lengths.values]
     corpus = recipe.stage(settings.source) if settings.source else settings
-    length = getattr(settings, "row_length", None) or getattr(corpus, "row_length", None)
-    if length is not None and length % (2 * cp):
-        raise UserError(f'stage "{stage}": {not_cut(length, cp)}')
+    own = getattr(settings, "length", None) or getattr(settings, "row_length", None)
+    return [length for length in (own or getattr(corpus, "row_length", None),) if length is not None]
 
 
 def _named(schedule: str, pp: int) -> str:

@@ -1,0 +1,177 @@
+"""Near-duplicate removal with copies that are known: how long, how much memory, how many found, how many wrongly.
+
+    python bench/dedup.py [--megabytes 1000] [--workers 2] [--dir DIR] [--json bench/results/dedup.json]
+
+Documents are random words after Zipf's law, log-normal in length (median 300 words, about 2 kB), written as JSON lines.
+One in five is a copy of an earlier one: one in ten of those is equal, the others have a share of their words replaced,
+one after another or a passage at once, so that their similarities spread over 0.4 to 1. The truth is the Jaccard
+similarity of the sets of 5-word runs, computed exactly for each pair. Then `bessemer data build` runs as it comes.
+
+    recall       of the pairs at or above the threshold, the share whose later document was dropped; also by similarity
+    precision    of the dropped documents, the share whose similarity to an earlier one is at or above the threshold,
+                 and at or above threshold - 0.08 (two deviations of the estimate)
+    seconds      wall and processor time of each step, all of it included (reading and writing the documents, too)
+    memory       largest resident set of a worker and of the program itself
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import processor
+
+from bessemer.recipe.curation import Curation, build
+from bessemer.tasks.reading.ngrams import run_hashes
+
+NGRAM = 5
+FILE_BYTES = 100_000_000
+VOCABULARY = 50_000
+RECIPE = """
+name = "dedup"
+seed = 1
+[tokenizer]
+vocab_size = 4096
+sample = "2M"
+[[source]]
+name = "made"
+from = {folder}
+domain = "english"
+[engine]
+workers = {workers}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--dir", type=Path, help="where documents and build go; default: a temporary folder")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.dir or Path(temporary)
+        truth = made(folder / "raw", args.megabytes * 1_000_000)
+        recipe = folder / "dedup.toml"
+        recipe.write_text(RECIPE.format(folder=json.dumps(str(folder / "raw")), workers=args.workers))
+        curation = Curation.load(recipe)
+        load = os.getloadavg()[0]
+        began = time.monotonic()
+        report = build(curation, folder / "out")
+        facts = {
+            "megabytes": args.megabytes,
+            "documents": report["total"]["found"]["documents"],
+            "copies": len(truth["copy"]),
+            "machine": {"processor": processor(), "workers": args.workers, "load_before": round(load, 1)},
+            "seconds": round(time.monotonic() - began, 1),
+            "seconds_of_finding_copies": round(
+                sum(report["steps"][s]["seconds"] for s in ("sign", "match", "join")), 1
+            ),
+            "cpu_seconds": {name: step["cpu_seconds"] for name, step in report["steps"].items()},
+            "wall_seconds": {name: step["seconds"] for name, step in report["steps"].items()},
+            "memory": {
+                "worker": max(step["peak_memory"] for step in report["steps"].values()),
+                "program": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+            },
+            **judged(folder / "out", truth, curation.dedup.threshold),
+        }
+    print(json.dumps(facts, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def made(folder: Path, size: int) -> dict[str, np.ndarray]:
+    """Writes the documents; {"copy": numbers of the copies, "of": of what, "jaccard": how similar}."""
+    folder.mkdir(parents=True)
+    draw = np.random.Generator(np.random.PCG64(7))
+    letters = np.array(list("etaoinshrdlucmfwyp"))
+    known = list({"".join(draw.choice(letters, draw.integers(2, 11))) for _ in range(VOCABULARY)})
+    known.sort()
+    vocabulary = np.array(known, object)
+    weights = 1 / (np.arange(len(vocabulary)) + 2.7)
+    edges = np.cumsum(weights / weights.sum())
+    written = number = 0
+    recent: list[tuple[int, np.ndarray]] = []
+    copies, originals, similar = [], [], []
+    file, in_file = None, FILE_BYTES
+    while written < size:
+        if in_file >= FILE_BYTES:
+            if file:
+                file.close()
+            file, in_file = (folder / f"{written // FILE_BYTES:05d}.jsonl").open("w"), 0
+        if recent and draw.random() < 0.2:
+            of, ids = recent.pop(draw.integers(len(recent)))
+            changed = _changed(ids, draw, len(vocabulary))
+            copies.append(number)
+            originals.append(of)
+            similar.append(_jaccard(ids, changed))
+            ids = changed
+        else:
+            count = int(np.clip(draw.lognormal(np.log(300), 0.7), 30, 5000))
+            ids = np.minimum(np.searchsorted(edges, draw.random(count)), len(vocabulary) - 1)
+            recent.append((number, ids))
+            if len(recent) > 20_000:
+                recent.pop(draw.integers(len(recent)))
+        line = '{"text": "' + " ".join(vocabulary[ids]) + '"}\n'
+        file.write(line)
+        written += len(line)
+        in_file += len(line)
+        number += 1
+    file.close()
+    return {"copy": np.array(copies), "of": np.array(originals), "jaccard": np.array(similar)}
+
+
+def _changed(ids: np.ndarray, draw: np.random.Generator, n: int) -> np.ndarray:
+    changed = ids.copy()
+    kind = draw.random()
+    if kind < 0.1:
+        return changed
+    if kind < 0.55:  # single words: each touches five runs
+        at = draw.choice(len(ids), max(1, round(draw.uniform(0, 0.1) * len(ids))), replace=False)
+        changed[at] = draw.integers(0, n, len(at))
+        return changed
+    length = round(draw.uniform(0, 0.4) * len(ids))
+    start = draw.integers(0, len(ids) - length + 1)
+    passage = draw.integers(0, n, draw.integers(0, length + 1))
+    return np.concatenate([ids[:start], passage, ids[start + length :]])
+
+
+def _jaccard(left: np.ndarray, right: np.ndarray) -> float:
+    runs = [np.unique(run_hashes(ids.astype(np.uint64), NGRAM)) for ids in (left, right)]
+    both = len(np.intersect1d(*runs, assume_unique=True))
+    return both / max(1, len(runs[0]) + len(runs[1]) - both)
+
+
+def judged(out: Path, truth: dict[str, np.ndarray], threshold: float) -> dict[str, Any]:
+    """Recall and precision. Numbers of documents are the order in which they were written, as in the build."""
+    dropped = np.load(out / "work" / "join" / "all" / "copies.npy").astype(np.int64)
+    copies, similar = truth["copy"], truth["jaccard"]
+    found = np.isin(copies, dropped)
+    right = copies[similar >= threshold]
+    nearly = copies[similar >= threshold - 0.08]
+    steps = [0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]
+    bands = {}
+    for low, high in pairwise(steps):
+        inside = (similar >= low) & ((similar < high) | (high == 1.0))
+        bands[f"{low}-{high}"] = {"pairs": int(inside.sum()), "dropped": round(float(found[inside].mean()), 4)}
+    return {
+        "threshold": threshold,
+        "dropped": len(dropped),
+        "recall": round(float(np.isin(right, dropped).mean()), 5),
+        "precision": round(float(np.isin(dropped, right).mean()), 5),
+        "precision_within_two_deviations": round(float(np.isin(dropped, nearly).mean()), 5),
+        "unrelated_dropped": int((~np.isin(dropped, copies)).sum()),
+        "dropped_by_similarity": bands,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Tokenising and packing against datasets.map: same texts, same tokenizer, same cores, rows of the same length.
+
+    python bench/tokenise.py [--rounds 3] [--workers 2] [--row-length 256] [--json bench/results/tokenise.json]
+
+Texts are all registered sources of real text (English, Chinese, code), each text once, in an order drawn by
+a seed. The tokenizer is trained on them (--vocab-size).
+
+    datasets   the usual script (transformers' run_clm): map(tokenizer, batched=True, num_proc=N), then map(group_texts,
+               batched=True, num_proc=N), which concatenates and cuts; its attention masks and labels are left out
+    ours       shards of documents with BOS and EOS, held-out documents apart, a plan of best-fit rows with checksums
+
+Both start from files of their own format (Arrow, JSON lines), end with files on disk, and the clock includes starting
+the worker processes. Rounds alternate. Processor time is that of this process and its children; where others
+use the machine it says more than the wall clock. Before the clock the ids of both are compared on a sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from machine import processor, spread
+
+from bessemer.curate import origins
+from bessemer.curate.engine import Processes
+from bessemer.curate.settings import Source, Tokens
+from bessemer.curate.work import Job
+from bessemer.data import sources
+from bessemer.data.tokenizer import Tokenizer
+
+REAL = (
+    "fables-en",
+    "wiki-en",
+    "web-en",
+    "shakespeare",
+    "fables-zh",
+    "idioms-zh",
+    "words-zh",
+    "poems-zh",
+    "python-code",
+)
+FILES = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--row-length", type=int, default=256)
+    parser.add_argument("--vocab-size", type=int, default=16_384)
+    parser.add_argument("--only", choices=REAL, help="one source alone")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are what is compared; threads in them would be too many
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    texts = [one.text for name in ([args.only] if args.only else REAL) for one in sources.documents(name)]
+    random.Random(0).shuffle(texts)
+    size = sum(len(text.encode()) for text in texts)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        Tokenizer.train(texts, args.vocab_size).save(folder / "tokenizer")
+        data, files = theirs_from(texts, folder), ours_from(texts, folder)
+        same_ids(texts[:500], folder / "tokenizer")
+        rows = {
+            "datasets": lambda out: theirs(data, folder / "tokenizer", args.row_length, args.workers, out),
+            "ours": lambda out: ours(files, folder / "tokenizer", args.row_length, args.workers, out),
+        }
+        timed: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
+        for number in range(args.rounds):
+            for name, run in rows.items():
+                timed[name].append(clocked(run, folder / f"{name}-{number}"))
+                print(name, timed[name][-1])
+    ratios = {
+        clock: spread([a[clock] / b[clock] for a, b in zip(timed["datasets"], timed["ours"], strict=True)])
+        for clock in ("seconds", "cpu_seconds")
+    }
+    facts = {
+        "bytes": size,
+        "documents": len(texts),
+        "vocab_size": args.vocab_size,
+        "sources": [args.only] if args.only else list(REAL),
+        "machine": {"processor": processor(), "workers": args.workers, "load": round(os.getloadavg()[0], 1)},
+        "rounds": timed,
+        "bytes_per_second": {name: spread([size / one["seconds"] for one in of]) for name, of in timed.items()},
+        "bytes_per_cpu_second": {name: spread([size / one["cpu_seconds"] for one in of]) for name, of in timed.items()},
+        "times_as_fast": ratios,
+    }
+    print(json.dumps(facts, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def clocked(run: Callable[[Path], int], out: Path) -> dict[str, float]:
+    """Seconds, processor seconds and tokens of one run; what it wrote is removed."""
+    out.mkdir()
+    before, began = _cpu(), time.monotonic()
+    tokens = run(out)
+    facts = {"seconds": round(time.monotonic() - began, 2), "cpu_seconds": round(_cpu() - before, 2), "tokens": tokens}
+    shutil.rmtree(out)
+    return facts
+
+
+def _cpu() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def same_ids(texts: list[str], tokenizer: Path) -> None:
+    """Both see the same ids, or the comparison means nothing."""
+    from transformers import AutoTokenizer
+
+    from bessemer.data.encoder import Encoder
+
+    foreign = AutoTokenizer.from_pretrained(tokenizer)
+    found = [ids.tolist() for ids in Encoder(Tokenizer.load(tokenizer)).encode_batch(texts)]
+    assert found == foreign(texts, add_special_tokens=False)["input_ids"]
+
+
+def theirs_from(texts: list[str], folder: Path) -> Path:
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": texts}).save_to_disk(folder / "arrow")
+    return folder / "arrow"
+
+
+def theirs(data: Path, tokenizer: Path, row_length: int, workers: int, out: Path) -> int:
+    """The usual two maps."""
+    from datasets import disable_progress_bars, load_from_disk
+    from transformers import AutoTokenizer
+
+    disable_progress_bars()
+    encode = AutoTokenizer.from_pretrained(tokenizer)
+
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
+        return encode(batch["text"], add_special_tokens=False, return_attention_mask=False)
+
+    def group(batch: dict[str, list[list[int]]]) -> dict[str, Any]:
+        joined = list(chain(*batch["input_ids"]))
+        total = len(joined) // row_length * row_length
+        return {"input_ids": [joined[at : at + row_length] for at in range(0, total, row_length)]}
+
+    texts = load_from_disk(data)
+    more = {"batched": True, "num_proc": workers, "load_from_cache_file": False}
+    ids = texts.map(tokenize, remove_columns=["text"], cache_file_name=str(out / "ids.arrow"), **more)
+    packed = ids.map(group, cache_file_name=str(out / "rows.arrow"), **more)
+    return len(packed) * row_length
+
+
+def ours_from(texts: list[str], folder: Path) -> list[Path]:
+    """Documents as the steps before the last leave them: compressed, with nothing dropped."""
+    from bessemer.curate import steps
+    from bessemer.curate.settings import Dedup
+
+    found = []
+    join = folder / "join"
+    for number in range(FILES):
+        raw = folder / f"{number}.jsonl"
+        raw.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[number::FILES]))
+        unit = origins.units(Source(f"s{number}", str(raw), "real", "real"), 1 << 40, None)[0][0]
+        at = folder / "units" / str(number)
+        for step in ("read", "sign"):
+            (at / step).mkdir(parents=True)
+        (at / "read" / "facts.json").write_text(json.dumps(steps.read(at / "read", unit, None)))
+        steps.sign(at / "sign", at / "read", Dedup(exact=False, near=False), None, 10)
+        found.append(at)
+    join.mkdir()
+    steps.join(join, [], [], [0] * FILES)
+    return found
+
+
+def ours(units: list[Path], tokenizer: Path, row_length: int, workers: int, out: Path) -> int:
+    """The last step of `bessemer data build`."""
+    tokens = Tokens(str(tokenizer), 0, 0, row_length, 0.01, 0.0, (), 0.0)
+    jobs = [
+        Job(
+            "write", str(number), out / str(number), "",
+            {"read": unit / "read", "sign": unit / "sign", "join": units[0].parent.parent / "join", "first": 0,
+             "part": "real", "number": number, "tokens": tokens, "tokenizer": tokenizer, "seed": 0},
+        )
+        for number, unit in enumerate(units)
+    ]  # fmt: skip
+    engine = Processes(workers)
+    try:
+        done = [facts for _, facts in engine.run(jobs)]
+    finally:
+        engine.close()
+    return sum(side["tokens"] for facts in done for side in facts["shards"].values())
+
+
+if __name__ == "__main__":
+    main()

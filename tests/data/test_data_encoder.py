@@ -1,0 +1,104 @@
+"""The fast encoder gives the ids of the tokenizer itself, whatever the text."""
+
+import random
+import unicodedata
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
+
+from bessemer.data import encoder as fast
+from bessemer.data import presplit
+from bessemer.data.tokenizer import CJK, DIGITS, WORDS, Tokenizer
+from bessemer.errors import UserError
+
+SPLIT = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(rule), "isolated") for rule in (DIGITS, CJK, WORDS)])
+# one or more of every kind that a rule tells apart
+ALPHABET = 'aZéλж\u0301ªẞ0９½;.("#_-、。“€+ \n\r\t\x0b\x85\xa0\u3000\u2028\x00\x1f\u200b\xad你龥好〇のゟカー・㐀𠀀🙂﷽'
+SAMPLES = [
+    "Hello, world! (this is) a test.\n\n  Indented:\n\tTab\r\n", "3.14159 1234567 12a 1 000", "x_1 == 'abc'; y += 2",
+    "你好，世界。abc你好123", "  \n \n  a", "a  ", "...\n\n\n b", "(word) (wordé) ((word", "\u200bword \u200b\u200b x",
+    "<think>yes</think> no", "<｜User｜>x", " ", "", "\n", "e\u0301e\u0301 \u0301", ". a .a ..a . .a",
+    "a\u3000b \u3000 c",
+    "don't I'm _foo -bar \"quote", "def f(x):\n    return x\n\n\nclass A:\n    pass\n",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    draw = random.Random(0)
+    texts = [*SAMPLES, *("".join(draw.choices(ALPHABET + "abcdefgh  ", k=80)) for _ in range(200))]
+    return Tokenizer.train(texts * 3, 900)
+
+
+def _pieces(text: str) -> list[str]:
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    places = presplit.cuts(points, presplit.kinds()[points]).tolist()
+    return [text[start:end] for start, end in pairwise(places)]
+
+
+@given(st.text(alphabet=ALPHABET, min_size=1, max_size=24))
+@settings(deadline=None, max_examples=1500)
+def test_cuts_are_those_of_the_three_expressions(text):
+    assert _pieces(text) == [piece for piece, _ in SPLIT.pre_tokenize_str(text)]
+
+
+@given(st.text(min_size=1, max_size=40))
+@settings(deadline=None, max_examples=150)
+def test_cuts_of_any_text(text):
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    if (presplit.kinds()[points] != presplit.NEW).all():
+        assert _pieces(text) == [piece for piece, _ in SPLIT.pre_tokenize_str(text)]
+
+
+def test_kinds_are_those_of_the_library():
+    points = [p for p in range(0x3400) if unicodedata.category(chr(p)) not in ("Cn", "Cs")]
+    text = "".join(map(chr, points))
+    table = presplit.kinds()
+    for pattern, kinds in (
+        (r"\p{L}", [presplit.LETTER]),
+        (r"\p{M}", [presplit.MARK]),
+        (r"\p{N}", [presplit.DIGIT]),
+        (r"[\p{P}\p{S}]", [presplit.PUNCTUATION]),
+        (r"\s", [presplit.BREAK, presplit.BLANK, presplit.SPACE]),
+    ):
+        left = set(
+            "".join(piece for piece, _ in pre_tokenizers.Split(Regex(pattern), "removed").pre_tokenize_str(text))
+        )
+        ours = {chr(p) for p in points if table[p] in kinds}
+        han = {chr(p) for p in points if table[p] in (presplit.HAN, presplit.HAN_SIGN)}
+        assert set(text) - left - han == ours - han, pattern
+
+
+@given(st.lists(st.text(alphabet=ALPHABET, max_size=40), max_size=6))
+@settings(deadline=None, max_examples=300)
+def test_ids_are_those_of_the_tokenizer(tokenizer, texts):
+    found = fast.Encoder(tokenizer).encode_batch(texts)
+    assert [ids.tolist() for ids in found] == tokenizer.encode_batch(texts)
+
+
+def test_what_is_remembered_changes_nothing(tokenizer, monkeypatch):
+    encoder = fast.Encoder(tokenizer)
+    assert encoder.cuts
+    monkeypatch.setattr(fast, "MOST_PIECES", 40)
+    for _ in range(3):
+        for text in SAMPLES:
+            assert encoder.encode_batch([text])[0].tolist() == tokenizer.encode(text), text
+    assert encoder.encode_batch([]) == []
+    new = "a\U00016d40b"  # a letter since Unicode 16
+    assert encoder.encode_batch(["x", new, "y z"])[1].tolist() == tokenizer.encode(new)
+
+
+def test_half_a_character_is_refused(tokenizer):
+    with pytest.raises(UserError, match="half a surrogate"):
+        fast.Encoder(tokenizer).encode_batch(["good", "bad \ud800"])
+
+
+def test_another_pre_split_is_left_to_the_tokenizer(tokenizer):
+    spec = dict(tokenizer.spec, normalizer={"type": "NFC"})
+    other = Tokenizer(spec, "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "")
+    assert not fast.Encoder(other).cuts
+    assert fast.Encoder(other).encode_batch(SAMPLES)[0].tolist() == other.encode(SAMPLES[0])
