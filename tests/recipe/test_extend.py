@@ -61,8 +61,7 @@ row_length = 256
 kind = "extend"
 name = "to-256"
 like = "to-128"
-from = "to-128"
-corpus = "rows-256"
+from = "to-128"                    # and from its corpus, in longer rows
 length = 256
 
 [[stage]]
@@ -224,7 +223,6 @@ def test_needles_are_counted_from_what_the_model_writes(base):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (("to-128.length=256",), 'length is 256, the rows of "rows-128" have 128'),
         (("to-256.rope_factor=4.0",), 'rope_factor is 4, "to-128" has 8; all phases of one model keep the same'),
         (("to-128.rope_factor=1.5", "to-256.rope_factor=1.5"), "rope_factor 1.5 reaches 96 tokens from 64"),
         (("to-256.length=128", "to-256.corpus=rows-128"), '"to-128" reached 128 already; raise it'),

@@ -24,15 +24,19 @@ if TYPE_CHECKING:
 class Feed:
     """Rows for a trainer, and what they were made of."""
 
-    def __init__(self, settings: Pretrain.Settings, ctx: StageContext, corpus: Path, bos_id: int) -> None:
+    def __init__(
+        self, settings: Pretrain.Settings, ctx: StageContext, corpus: Path, row_length: int | None, bos_id: int
+    ) -> None:
+        """`row_length`: of the rows that batch_rows counts and validation reads; None: the corpus' own."""
         self.settings, self._bos_id = settings, bos_id
         names = _parts(settings, corpus)
-        self.heldout = {name: open_rows(corpus / name, "heldout") for name in names}
+
+        def opened(length: int | None, part: str = "train") -> dict[str, Rows]:
+            return {name: open_rows(corpus / name, part, length, ctx.state / "rows" / name) for name in names}
+
+        self.heldout = opened(row_length, "heldout")
         self.row_length = next(iter(self.heldout.values())).row_length
         self.scale = scale(settings, self.row_length)
-
-        def opened(length: int) -> dict[str, Rows]:
-            return {name: open_rows(corpus / name, "train", length, ctx.state / "rows" / name) for name in names}
 
         def rows_of_step(tokens: int) -> int:
             return int(settings.batch_rows(tokens) * self.scale(tokens))

@@ -32,7 +32,8 @@ class Extend(Pretrain):
         later = frozenset()
 
         corpus: StageRef
-        """The corpus stage with rows of `length`, made with the tokenizer of the model's own corpus."""
+        """The corpus stage whose documents are read, the model's own or another made with the same tokenizer; its rows are
+        planned anew."""
         length: int = Field(ge=16)
         """Tokens per row, and the longest the model reads from now on (V3: 32,768, then 131,072)."""
         rope_factor: float = Field(40.0, gt=1)
@@ -55,11 +56,6 @@ class Extend(Pretrain):
         if corpus.kind != "corpus":
             raise UserError(
                 f'{where}: corpus = "{settings.corpus}" is of kind {corpus.kind}; name a stage of kind corpus'
-            )
-        if corpus.row_length != settings.length:
-            raise UserError(
-                f'{where}: length is {settings.length}, the rows of "{settings.corpus}" have {corpus.row_length}; '
-                "make the two equal"
             )
         for earlier in _phases(settings, recipe):
             if earlier.rope_factor != settings.rope_factor:
@@ -109,7 +105,7 @@ class Extend(Pretrain):
             "max_seq_len": settings.length, "rope_factor": settings.rope_factor, "original_seq_len": original,
         }  # fmt: skip
         ctx.say(f"YaRN: s {settings.rope_factor:g} over {original} tokens, rows of {settings.length}")
-        return Begins(corpus, cfg.at_length(context), lambda: spread.read(ctx, folder, context)[0])
+        return Begins(corpus, settings.length, cfg.at_length(context), lambda: spread.read(ctx, folder, context)[0])
 
 
 def original_length(settings: Extend.Settings, recipe: Any) -> int | None:

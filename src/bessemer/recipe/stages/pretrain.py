@@ -40,7 +40,9 @@ class Begins(NamedTuple):
     """What a next-token training starts from."""
 
     corpus: Path
-    """Folder of the rows and their tokenizer."""
+    """Folder of the documents and their tokenizer."""
+    row_length: int | None
+    """Of the rows to train on; None: what the corpus was built for."""
     cfg: ModelConfig
     """Of the network that is trained, and left."""
     network: Callable[[], Transformer | Part]
@@ -138,14 +140,14 @@ class Pretrain(Stage):
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a corpus stage before it')
         cfg = modelling.model_config(ctx.recipe, settings.model)
-        return Begins(ctx.source, cfg, lambda: spread.fresh(ctx, cfg))
+        return Begins(ctx.source, None, cfg, lambda: spread.fresh(ctx, cfg))
 
     def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
-        corpus, cfg, network_of = self.begins(settings, ctx)
+        corpus, row_length, cfg, network_of = self.begins(settings, ctx)
         tokenizer = Tokenizer.load(corpus / "tokenizer")
         if tokenizer.vocab_size > cfg.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {cfg.vocab_size}")
-        fed = feed.Feed(settings, ctx, corpus, tokenizer.bos_id)
+        fed = feed.Feed(settings, ctx, corpus, row_length, tokenizer.bos_id)
         choice = modelling.choose_precision(settings.precision, ctx.agree)
         ctx.say(f"compute in {choice.why}")
         speed.keep_memory()
