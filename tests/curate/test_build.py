@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -160,6 +161,20 @@ def test_killed_anywhere_it_goes_on_and_makes_the_same(made, tmp_path):
     build(Curation.load(made), out)
     assert _files(out) == _files(tmp_path / "whole")
     assert all(_times(out, "read")[name] == when for name, when in done.items())
+
+
+def test_interrupted_it_says_so_and_leaves_no_worker(made, tmp_path):
+    out = tmp_path / "out"
+    command = [*COMMAND, str(made), "--out", str(out), "--set", "engine.workers=2", "--set", "engine.unit_bytes=500"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list((out / "work" / "read").glob("*/*/facts.json")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.rstrip().endswith("stopped; the same command goes on from here")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
 def test_two_builds_do_not_write_to_one_folder(made, tmp_path):
