@@ -2,8 +2,8 @@
 
     python bench/tokenise.py [--rounds 3] [--workers 2] [--row-length 256] [--json bench/results/tokenise.json]
 
-Texts are all registered sources of real text (English, Chinese, code), each text once, in an order drawn by
-a seed. The tokenizer is trained on them (--vocab-size).
+Texts are real, each once, in an order drawn by a seed: the registered sources in English and Chinese, and the source
+code of the Python packages installed here, one file a document, up to --code-megabytes. The tokenizer is trained on them (--vocab-size).
 
     datasets   the usual script (transformers' run_clm): map(tokenizer, batched=True, num_proc=N), then map(group_texts,
                batched=True, num_proc=N), which concatenates and cuts every column and adds labels

@@ -7,7 +7,6 @@ texts with an added token or with characters that are newer than this Python's U
 """
 
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 
@@ -83,10 +82,9 @@ class Encoder:
         new = np.flatnonzero(self._hashes[np.minimum(at, len(self._hashes) - 1)] != hashes)
         if not len(new):
             return at
-        ids = self._tokenizer.encode_stretches(points_C, first[new], last[new])
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        ids, lengths = self._tokenizer.encode_stretches(points_C, first[new], last[new])
         starts = len(self._ids) + np.cumsum(lengths) - lengths
-        self._ids = np.concatenate([self._ids, np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))])
+        self._ids = np.concatenate([self._ids, ids])
         self._hashes = np.insert(self._hashes, at[new], hashes[new])
         self._lengths = np.insert(self._lengths, at[new], lengths)
         self._starts = np.insert(self._starts, at[new], starts)

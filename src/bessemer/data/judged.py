@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from bessemer.data.batch import Batch
-from bessemer.data.packing import Packer
+from bessemer.data.packing import write_rows
 from bessemer.data.turns import DTYPE, Turns
 from bessemer.errors import UserError
 
@@ -58,34 +58,27 @@ class Labels(Pairs):
 
 def build(units: Iterable[Sequence[tuple[Ids, int]]], row_length: int, pad_id: int, bos_id: int, out_dir: Path) -> dict:
     """Packs units, each a pair [(ids, GOOD), (ids, BAD)] or one labelled text [(ids, mark)]; returns the facts."""
-    packer = Packer(row_length)
-    facts = {"units": 0, "too_long": 0, "row_length": row_length, "bos_id": bos_id}
+    facts: dict[str, Any] = {"units": 0, "too_long": 0, "row_length": row_length, "bos_id": bos_id}
     out_dir.mkdir(parents=True, exist_ok=True)
-    with open(out_dir / "rows.bin", "wb") as file:
 
-        def write(pieces: list[np.ndarray]) -> None:
-            row = np.full(row_length, 4 * pad_id, dtype=DTYPE)
-            filled = np.concatenate(pieces)
-            row[: len(filled)] = filled
-            file.write(row.tobytes())
-
+    def samples() -> Iterator[np.ndarray]:
         for unit in units:
             packed = np.concatenate([_packed(ids, mark) for ids, mark in unit])
             if len(packed) > row_length:
                 facts["too_long"] += 1
                 continue
             facts["units"] += 1
-            for pieces in packer.add(packed):
-                write(pieces)
-        for pieces in packer.flush():
-            write(pieces)
+            yield packed
+
+    with open(out_dir / "rows.bin", "wb") as file:
+        rows, waste = write_rows(samples(), row_length, 4 * pad_id, DTYPE, file)
     if not facts["units"]:
         raise UserError(
             f"all {facts['too_long']} judged answers are longer than a row of {row_length} tokens; raise row_length"
             if facts["too_long"]
             else "there is not a single judged answer to train on"
         )
-    facts |= {"rows": packer.rows, "waste": packer.waste}
+    facts |= {"rows": rows, "waste": waste}
     (out_dir / "meta.json").write_text(json.dumps(facts, indent=1))
     return facts
 

@@ -20,7 +20,7 @@ from typing import Any
 import filelock
 import numpy as np
 
-from bessemer.data.packing import Packer
+from bessemer.data.packing import best_fit
 from bessemer.data.shards import PARTS, ends_file, tokens_file
 from bessemer.errors import UserError
 
@@ -56,30 +56,23 @@ def write(folder: Path, target: Path, name: str, dtype: np.dtype, row_length: in
     """Plans one shard. A process that is killed leaves no file under a final name."""
     check_length(row_length)
     target.mkdir(exist_ok=True)
-    packer = Packer(row_length)
     tokens = np.fromfile(tokens_file(folder, name), dtype)
-    ends = np.load(ends_file(folder, name), allow_pickle=False)
-    pieces: list[tuple[int, int]] = []
-    rows: list[tuple[int, int]] = []
-
-    def close(found: Iterable[list[range]]) -> None:
-        for row in found:
-            crc = 0
-            for piece in row:
-                pieces.append((piece.start, len(piece)))
-                crc = zlib.crc32(tokens[piece.start : piece.stop], crc)
-            rows.append((len(pieces), crc))
-
-    start = 0
-    for end in ends.tolist():
-        close(packer.add(range(start, end)))
-        start = end
-    close(packer.flush())
+    packed = best_fit(np.diff(np.load(ends_file(folder, name), allow_pickle=False), prepend=0), row_length)
+    pieces, rows = np.empty(len(packed.start_P), PIECE), np.empty(len(packed.end_R), ROW)
+    pieces["start"], pieces["length"] = packed.start_P, packed.length_P
+    rows["end"], rows["crc"] = packed.end_R, [_crc(tokens, row) for row in packed.rows()]
     scratch = Path(tempfile.mkdtemp(dir=target, prefix=f".{name}-"))
-    for file, array in zip(files(target, name), (np.array(pieces, PIECE), np.array(rows, ROW)), strict=True):
+    for file, array in zip(files(target, name), (pieces, rows), strict=True):
         np.save(scratch / file.name, array)
         os.replace(scratch / file.name, file)
     shutil.rmtree(scratch)
+
+
+def _crc(tokens: np.ndarray, row: list[range]) -> int:
+    crc = 0
+    for piece in row:
+        crc = zlib.crc32(tokens[piece.start : piece.stop], crc)
+    return crc
 
 
 def files(target: Path, name: str) -> tuple[Path, Path]:

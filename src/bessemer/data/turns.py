@@ -13,8 +13,9 @@ Legend: B rows, T tokens per row.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from bessemer.data import chat
 from bessemer.data.batch import Batch
 from bessemer.data.document import Document
 from bessemer.data.order import permutation_key, permute
-from bessemer.data.packing import Packer
+from bessemer.data.packing import write_rows
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 
@@ -60,17 +61,10 @@ def build(
     conversations: Iterable[Document], tokenizer: Tokenizer, row_length: int, out_dir: Path, style: str | None = None
 ) -> dict:
     """Render, mask and pack; returns the facts. `style` as in `chat.render`; None is the tokenizer's own."""
-    packer = Packer(row_length)
-    facts = dict.fromkeys(("samples", "too_long", "tokens", "answer_tokens"), 0)
+    facts: dict[str, Any] = dict.fromkeys(("samples", "too_long", "tokens", "answer_tokens"), 0)
     out_dir.mkdir(parents=True, exist_ok=True)
-    with open(out_dir / "rows.bin", "wb") as file:
 
-        def write(pieces: list[np.ndarray]) -> None:
-            row = np.full(row_length, 4 * tokenizer.pad_id, dtype=DTYPE)
-            filled = np.concatenate(pieces)
-            row[: len(filled)] = filled
-            file.write(row.tobytes())
-
+    def samples() -> Iterator[np.ndarray]:
         for document in conversations:
             sample = _sample(document, tokenizer, style)
             if len(sample) > row_length:
@@ -79,17 +73,17 @@ def build(
             facts["samples"] += 1
             facts["tokens"] += len(sample)
             facts["answer_tokens"] += int((sample & 1).sum())
-            for pieces in packer.add(sample):
-                write(pieces)
-        for pieces in packer.flush():
-            write(pieces)
+            yield sample
+
+    with open(out_dir / "rows.bin", "wb") as file:
+        rows, waste = write_rows(samples(), row_length, 4 * tokenizer.pad_id, DTYPE, file)
     if not facts["samples"]:
         raise UserError(
             f"all {facts['too_long']} conversations are longer than a row of {row_length} tokens; raise row_length"
             if facts["too_long"]
             else "there is not a single conversation to train on"
         )
-    facts |= {"rows": packer.rows, "row_length": row_length, "waste": packer.waste}
+    facts |= {"rows": rows, "row_length": row_length, "waste": waste}
     (out_dir / "meta.json").write_text(json.dumps(facts, indent=1))
     return facts
 

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, GetCoreSchemaHandler
+from pydantic import BeforeValidator, GetCoreSchemaHandler, PlainSerializer, PlainValidator
 from pydantic_core import CoreSchema, core_schema
 
 from bessemer.errors import UserError
@@ -142,5 +142,23 @@ class Points:
         )
 
 
+class Steps(Points):
+    """As `Points`, but every value holds until the next point: nothing lies between 128 and 256 tokens a row."""
+
+    def __call__(self, tokens: float) -> float:
+        return self.values[max(0, bisect_right(self.tokens, tokens) - 1)]
+
+
+def _weight(value: Any) -> float | Points:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return Points(value)
+
+
+Weight = Annotated[
+    float | Points, PlainValidator(_weight),
+    PlainSerializer(lambda value: value.plain() if isinstance(value, Points) else value),
+]  # fmt: skip
+"""A number, or points in consumed tokens; a number stays one."""
 Tokens = Annotated[int, BeforeValidator(parse_tokens)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]

@@ -68,7 +68,7 @@ class Across(Trainer):
 
     def micro_batches(self, n_rows: int) -> int:
         """Micro-batches of every lot in a step of so many rows."""
-        return self._at_least(math.ceil(n_rows / (self.part.lots * self.settings.micro_rows)))
+        return self._at_least(math.ceil(n_rows / (self.part.lots * self._rows_of_forward())))
 
     def _at_least(self, micro: int) -> int:
         return schedules.micro_batches(self.part.schedule, self.mesh.layout.pp, micro)

@@ -27,6 +27,8 @@ class Settings:
     """Rows per forward; changes memory and speed, not the result."""
     terms: dict[str, Schedule]
     """Further arguments of the objective, e.g. mtp_lambda and balance_alpha."""
+    row_scale: Schedule = lambda tokens, step: 1.0
+    """Rows of a step and of a forward for each that batch_rows and micro_rows count: more where rows are shorter."""
     workers: Workers = field(default_factory=lambda: Workers(1))
     """Processes that compute micro-batches side by side; the result does not depend on how many there are."""
     optimizer: Literal["adamw", "muon"] = "adamw"

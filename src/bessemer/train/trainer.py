@@ -146,15 +146,19 @@ class Trainer:
         """Waits for what is still being written."""
 
     def _rows_of_step(self) -> int:
-        rows = int(self.settings.batch_rows(self.tokens, self.step))
+        at = (self.tokens, self.step)
+        rows = int(self.settings.batch_rows(*at) * self.settings.row_scale(*at))
         if rows < 1 or self.settings.micro_rows < 1:
             raise UserError(f"batch_rows is {rows}, micro_rows {self.settings.micro_rows}: both must be at least 1")
         return rows
 
+    def _rows_of_forward(self) -> int:
+        return max(1, int(self.settings.micro_rows * self.settings.row_scale(self.tokens, self.step)))
+
     def _micro_batches(self) -> Iterable[Batch]:
-        rows = self._rows_of_step()
-        for done in range(0, rows, self.settings.micro_rows):
-            yield self.batches(self.rows + done, min(self.settings.micro_rows, rows - done))
+        rows, size = self._rows_of_step(), self._rows_of_forward()
+        for done in range(0, rows, size):
+            yield self.batches(self.rows + done, min(size, rows - done))
 
     def mine(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """Of a step's micro-batches those that this process computes: here all."""

@@ -5,15 +5,13 @@ Every schedule is a function of consumed tokens. Output: model/ (a Hugging Face 
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from bessemer.data.batch import Batch
-from bessemer.data.mixture import Mixture
-from bessemer.data.rows import Rows, open_rows
+from bessemer.data.rows import Rows
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.infer.engine import Engine
@@ -21,10 +19,10 @@ from bessemer.model.counts import flops_per_token
 from bessemer.model.transformer import RECOMPUTES_ITSELF
 from bessemer.precision import backends
 from bessemer.precision.fp8_linear import RECIPES
-from bessemer.recipe import modelling, spread
+from bessemer.recipe import feed, modelling, spread
 from bessemer.recipe.settings import StageSettings
 from bessemer.recipe.stage import Stage, StageContext, register
-from bessemer.recipe.values import Points, Seconds, Tokens, show_tokens
+from bessemer.recipe.values import Points, Seconds, Steps, Tokens, Weight, show_tokens
 from bessemer.recipe.watch import StepLog
 from bessemer.train import objective, speed
 from bessemer.train.settings import Settings as TrainSettings
@@ -42,18 +40,28 @@ class Pretrain(Stage):
 
     class Settings(StageSettings):
         free = frozenset({"save_seconds", "micro_rows"})
-        later = frozenset({"fp8", "moments", "ema_decay"})
+        later = frozenset({"fp8", "moments", "ema_decay", "temperature", "epoch_caps", "on_cap", "lengths"})
 
         model: dict[str, Any] = Field(default_factory=dict)
         """Changes to the recipe's [model] for this stage, such as a smaller student to distil into."""
         tokens: Tokens = 8_000_000
         """Tokens to train on, padding included."""
-        mixture: dict[str, float] = Field(default_factory=dict)
-        """Part of the corpus = its share of the rows."""
+        mixture: dict[str, Weight] = Field(default_factory=dict)
+        """Part of the corpus = its share of the rows, a number or a function of consumed tokens: [["0", 0.5],
+        ["2M", 0.5], ["2M", 0.2]] is a cool-down mix from 2M tokens on."""
+        temperature: float | None = Field(None, ge=0, le=1)
+        """Instead of a mixture: shares in proportion to (tokens of the part)^temperature."""
+        epoch_caps: dict[str, float] = Field(default_factory=dict)
+        """Part = how many times it may be read at most."""
+        on_cap: Literal["redistribute", "refuse"] = "redistribute"
+        """When a part comes to its cap before the end the others take its share, or the run is refused."""
+        lengths: Steps | None = None
+        """Tokens per row over consumed tokens, such as [["0", 128], ["2M", 256]]; steps keep their tokens, so shorter
+        rows are more rows. Default: the corpus' row_length throughout (V3 in pre-training)."""
         lr: Points
         """Learning rate over consumed tokens (V3: 0 -> 2.2e-4 in 2000 steps, constant to 10T, cosine to 2.2e-5)."""
         batch_rows: Points = Points(64)
-        """Rows per optimizer step over consumed tokens (V3: 3072 -> 15360)."""
+        """Rows per optimizer step over consumed tokens (V3: 3072 -> 15360), in rows of the corpus' row_length."""
         micro_rows: int = Field(32, ge=1)
         """Rows per forward; changes memory and speed only (with fp8 also last digits: tiles go along the tokens)."""
         gamma: Points = Points(0.001)
@@ -102,9 +110,8 @@ class Pretrain(Stage):
             raise UserError(f'stage "{settings.name}": compile = "on" and fp8 do not go together; set compile = "off"')
         if settings.fp8 != "off" and recipe.layout.recompute:
             raise UserError(f'stage "{settings.name}": {RECOMPUTES_ITSELF}')
-        if not settings.mixture:
-            raise UserError(f'stage "{settings.name}": mixture is empty; give every part of the corpus a share')
         corpus = next((s for s in recipe.stages if s.name == settings.source), None)
+        feed.check(settings, getattr(corpus, "row_length", None), cfg.max_seq_len)
         if corpus is not None and corpus.kind == "corpus":
             unknown = [part for part in settings.mixture if part not in corpus.parts]
             if unknown:
@@ -123,9 +130,7 @@ class Pretrain(Stage):
         cfg = modelling.model_config(ctx.recipe, settings.model)
         if tokenizer.vocab_size > cfg.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {cfg.vocab_size}")
-        parts = {name: open_rows(ctx.source / name) for name in settings.mixture}
-        mixture = Mixture(parts, settings.mixture, ctx.seed)
-        heldout = {name: open_rows(ctx.source / name, "heldout") for name in settings.mixture}
+        fed = feed.Feed(settings, ctx, ctx.source, tokenizer.bos_id)
         choice = modelling.choose_precision(settings.precision, ctx.agree)
         ctx.say(f"compute in {choice.why}")
         speed.keep_memory()
@@ -135,17 +140,18 @@ class Pretrain(Stage):
             model.set_fp8(RECIPES[settings.fp8])
             served = backends.summary(backends.table(modelling.device()))
             ctx.say(f"matrices of attention, FFN and experts in FP8 ({settings.fp8}), {served}")
-        flops = settings.tokens * flops_per_token(cfg, mixture.row_length, mtp=cfg.n_mtp > 0).training
+        flops = settings.tokens * flops_per_token(cfg, fed.row_length, mtp=cfg.n_mtp > 0).training
         if ctx.ranks is None and settings.fp8 == "off" and speed.want_compile(settings.compile, flops):
             ctx.say("compiling the layers (about a minute, once per machine)")
             speed.compile_layers(model)
-        watch = _Watch(settings, ctx, tokenizer, heldout)
+        watch = _Watch(settings, ctx, tokenizer, fed)
         workers = modelling.workers() if ctx.ranks is None else Workers(1)
         trainer = spread.trainer(
-            network, objective.next_token, self._batches(settings, mixture, tokenizer),
-            train_settings(settings, choice.dtype, workers), ctx.state,
+            network, objective.next_token, fed.batch,
+            train_settings(settings, choice.dtype, workers, fed.scale), ctx.state,
             log=watch.log, stop=lambda: ctx.stop, on_step=[watch], config=cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
+        fed.follow(trainer)
         resumed = trainer.start()
         if resumed:
             ctx.say(f"going on from step {trainer.step}, {show_tokens(trainer.tokens)} tokens")
@@ -160,20 +166,14 @@ class Pretrain(Stage):
             spread.save(ctx, trainer, ctx.source / "tokenizer", "model-ema", "ema")
         return {"tokens": trainer.tokens, "steps": trainer.step, **{f"bpb_{k}": round(v, 4) for k, v in last.items()}}
 
-    @staticmethod
-    def _batches(settings: Settings, mixture: Mixture, tokenizer: Tokenizer) -> Callable[[int, int], Batch]:
-        if not settings.document_mask:
-            return mixture.batch
 
-        def masked(first_row: int, n_rows: int) -> Batch:
-            batch = mixture.batch(first_row, n_rows)
-            return replace(batch, segments_BT=(batch.tokens_BT == tokenizer.bos_id).cumsum(1))
-
-        return masked
-
-
-def train_settings(settings: Pretrain.Settings, dtype: torch.dtype, workers: Workers) -> TrainSettings:
-    """The dials of the trainer, from those of the stage."""
+def train_settings(
+    settings: Pretrain.Settings,
+    dtype: torch.dtype,
+    workers: Workers,
+    scale: Callable[[float], float] = lambda tokens: 1.0,
+) -> TrainSettings:
+    """The dials of the trainer, from those of the stage; `scale` as in `feed.scale`."""
 
     def over_tokens(points: Points):
         return lambda tokens, step: points(tokens)
@@ -184,6 +184,7 @@ def train_settings(settings: Pretrain.Settings, dtype: torch.dtype, workers: Wor
         gamma=over_tokens(settings.gamma),
         batch_rows=over_tokens(settings.batch_rows),
         micro_rows=settings.micro_rows,
+        row_scale=lambda tokens, step: scale(tokens),
         terms={
             "mtp_lambda": over_tokens(settings.mtp_lambda),
             "balance_alpha": lambda tokens, step: settings.balance_alpha,
@@ -203,11 +204,11 @@ class _Watch(StepLog):
     """What a person sees of the training: metrics, held-out bits per byte, samples."""
 
     def __init__(
-        self, settings: Pretrain.Settings, ctx: StageContext, tokenizer: Tokenizer, heldout: dict[str, Rows],
+        self, settings: Pretrain.Settings, ctx: StageContext, tokenizer: Tokenizer, fed: feed.Feed,
     ) -> None:  # fmt: skip
         super().__init__(ctx)
-        self.settings, self.tokenizer = settings, tokenizer
-        self.heldout = {name: rows for name, rows in heldout.items() if rows.n_rows}
+        self.settings, self.tokenizer, self.fed = settings, tokenizer, fed
+        self.heldout = {name: rows for name, rows in fed.heldout.items() if rows.n_rows}
 
     def begin(self, trainer: Trainer) -> None:
         super().begin(trainer)
@@ -227,6 +228,7 @@ class _Watch(StepLog):
         if self.settings.ema_decay:
             with trainer.optimizer.averaged():
                 values |= {f"val/bpb_ema/{name}": value for name, value in self._bits_per_byte(trainer).items()}
+        values |= self.fed.figures(trainer)
         values.update({f"moe/load/{name}": load / load.sum() for name, load in trainer.loads.items() if load.any()})
         self.ctx.metrics.write(trainer.step, trainer.tokens, values)
         return found

@@ -1,0 +1,113 @@
+"""What reading data costs beside training, and what packing wastes.
+
+    python bench/loader.py --json bench/results/loader.json
+
+Loader: seconds that batches of a step take (mixture, packed rows read from shards, checksum of every row) against the
+seconds of the training step itself, one process on one core, `tiny` in float32, 16 rows of 256 tokens, real text, real
+routing; medians over the steps. Packing: padding of pre-training rows (best fit, no mask) and of SFT rows (samples
+whole, with masks) for several row lengths, on the same text and on the arithmetic task's conversations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from bessemer import tasks
+from bessemer.data import corpus, sources, turns
+from bessemer.data.document import Document
+from bessemer.data.mixture import Mixture
+from bessemer.data.rows import open_rows
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.model.presets import preset
+from bessemer.model.transformer import Transformer
+from bessemer.train import objective, speed
+from bessemer.train.schedule import Points
+from bessemer.train.settings import Settings
+from bessemer.train.trainer import Trainer
+
+PARTS = ("fables-en", "fables-zh", "python-code", "shakespeare")
+LENGTHS = (256, 1024, 4096)
+ROWS, CONVERSATIONS = 16, 20_000
+
+
+def build(folder: Path) -> Tokenizer:
+    texts = {part: list(sources.documents(part)) for part in PARTS}
+    sample = itertools.chain.from_iterable((one.text for one in found[:400]) for found in texts.values())
+    tokenizer = Tokenizer.train(sample, 2048)
+    for part, found in texts.items():
+        corpus.build(found, tokenizer, LENGTHS[0], folder / part, fim_rate=0.1, boundary_split_rate=0.05)
+    return tokenizer
+
+
+def loader(folder: Path, steps: int) -> dict[str, float]:
+    """Seconds of a step, and of its batches."""
+    mixture = Mixture({part: open_rows(folder / part) for part in PARTS}, dict.fromkeys(PARTS, 1 / len(PARTS)))
+    reading: list[float] = []
+
+    def batches(first_row: int, n_rows: int):
+        began = time.perf_counter()
+        batch = mixture.batch(first_row, n_rows)
+        reading.append(time.perf_counter() - began)
+        return batch
+
+    speed.keep_memory()
+    settings = Settings(
+        tokens=10**12, lr=Points.constant(1e-3), gamma=Points.constant(1e-3), batch_rows=Points.constant(ROWS),
+        micro_rows=ROWS, terms={"mtp_lambda": Points.constant(0.3), "balance_alpha": Points.constant(1e-4)},
+    )  # fmt: skip
+    trainer = Trainer(Transformer(preset("tiny")).initialise(0), objective.next_token, batches, settings)
+    taken = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        trainer.update(trainer._micro_batches())
+        taken.append(time.perf_counter() - began)
+    step, read = statistics.median(taken[2:]), statistics.median(reading[2:])
+    return {"step_seconds": step, "loader_seconds": read, "loader_share": read / step,
+            "loader_share_worst": max(r / t for r, t in zip(reading[2:], taken[2:], strict=True))}  # fmt: skip
+
+
+def talk(answer: str) -> Document:
+    messages = ({"role": "user", "content": answer[:20]}, {"role": "assistant", "content": answer})
+    return Document("", "sft", messages)
+
+
+def waste(folder: Path, tokenizer: Tokenizer) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for length in LENGTHS:
+        parts = [open_rows(folder / part, "train", length) for part in PARTS]
+        held = sum(rows.n_rows for rows in parts) * length
+        found[str(length)] = {rows.path.name: rows.waste for rows in parts}
+        found[str(length)]["all parts"] = 1 - sum(rows.facts["tokens"] for rows in parts) / held
+        task = tasks.get("arithmetic")
+        talks = (talk(task.document(i)) for i in range(CONVERSATIONS))
+        found[str(length)]["sft, masked"] = turns.build(talks, tokenizer, length, folder / f"sft-{length}")["waste"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = build(folder)
+        found = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__,
+                 "loader": loader(folder, options.steps), "waste": waste(folder, tokenizer)}  # fmt: skip
+    print(json.dumps(found, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
