@@ -3,7 +3,8 @@
     python bench/tokenise.py [--rounds 3] [--workers 2] [--row-length 256] [--json bench/results/tokenise.json]
 
 Texts are real, each once, in an order drawn by a seed: the registered sources in English and Chinese, and the source
-code of the Python packages installed here, one file a document, up to --code-megabytes. The tokenizer is trained on them (--vocab-size).
+code of the Python packages installed here, one file a document, up to --code-megabytes. The tokenizer is trained on
+them (--vocab-size).
 
     datasets   the usual script (transformers' run_clm): map(tokenizer, batched=True, num_proc=N), then map(group_texts,
                batched=True, num_proc=N), which concatenates and cuts every column and adds labels
@@ -23,9 +24,11 @@ import os
 import random
 import resource
 import shutil
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -39,17 +42,11 @@ from bessemer.curate.work import Job
 from bessemer.data import sources
 from bessemer.data.tokenizer import Tokenizer
 
-REAL = (
-    "fables-en",
-    "wiki-en",
-    "web-en",
-    "shakespeare",
-    "fables-zh",
-    "idioms-zh",
-    "words-zh",
-    "poems-zh",
-    "python-code",
-)
+GROUPS = {
+    "english": ("fables-en", "wiki-en", "web-en", "shakespeare"),
+    "chinese": ("fables-zh", "idioms-zh", "words-zh", "poems-zh"),
+    "code": (),
+}
 FILES = 8
 
 
@@ -59,12 +56,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--row-length", type=int, default=256)
     parser.add_argument("--vocab-size", type=int, default=16_384)
-    parser.add_argument("--only", choices=REAL, help="one source alone")
+    parser.add_argument("--code-megabytes", type=int, default=30)
+    parser.add_argument("--only", choices=GROUPS, help="one group of texts alone")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are what is compared; threads in them would be too many
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    texts = [one.text for name in ([args.only] if args.only else REAL) for one in sources.documents(name)]
+    groups = [args.only] if args.only else list(GROUPS)
+    texts = [text for group in groups for text in texts_of(group, args.code_megabytes)]
     random.Random(0).shuffle(texts)
     size = sum(len(text.encode()) for text in texts)
     with tempfile.TemporaryDirectory() as temporary:
@@ -81,7 +80,7 @@ def main() -> None:
         for number in range(args.rounds):
             for name, run in rows.items():
                 timed[name].append(clocked(run, folder / f"{name}-{number}"))
-                print(name, timed[name][-1])
+                print(name, timed[name][-1], flush=True)
     ratios = {
         name: {
             clock: spread([a[clock] / b[clock] for a, b in zip(timed[name], timed["ours"], strict=True)])
@@ -93,7 +92,7 @@ def main() -> None:
         "bytes": size,
         "documents": len(texts),
         "vocab_size": args.vocab_size,
-        "sources": [args.only] if args.only else list(REAL),
+        "groups": groups,
         "machine": {"processor": processor(), "workers": args.workers, "load": round(os.getloadavg()[0], 1)},
         "rounds": timed,
         "bytes_per_second": {name: spread([size / one["seconds"] for one in of]) for name, of in timed.items()},
@@ -103,6 +102,22 @@ def main() -> None:
     print(json.dumps(facts, indent=1))
     if args.json:
         args.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def texts_of(group: str, megabytes: int) -> list[str]:
+    if group != "code":
+        return [one.text for name in GROUPS[group] for one in sources.documents(name)]
+    found, left = [], megabytes * 1_000_000
+    paths = sorted(Path(sysconfig.get_path("purelib")).rglob("*.py"))
+    random.Random(1).shuffle(paths)
+    for path in paths:
+        with suppress(UnicodeDecodeError):
+            if text := path.read_text("utf-8"):
+                found.append(text)
+                left -= len(text.encode())
+        if left <= 0:
+            break
+    return found
 
 
 def clocked(run: Callable[[Path], int], out: Path) -> dict[str, float]:
