@@ -139,6 +139,7 @@ def test_only_what_changed_is_done_again(made, tmp_path):
     made.write_text("[[source]]".join(fewer[:2]) + "[engine]\nunit_bytes = 20000\n")
     build(Curation.load(made), out)
     assert not (out / "documents" / "code").exists()
+    assert not (out / "code").exists()
     assert not any("code" in name for name in _times(out, "write"))
 
 
