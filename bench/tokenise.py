@@ -2,11 +2,13 @@
 
     python bench/tokenise.py [--rounds 3] [--workers 2] [--row-length 256] [--json bench/results/tokenise.json]
 
-Texts are all registered sources of real text (English, Chinese, code), each text once, in an order drawn by
-a seed. The tokenizer is trained on them (--vocab-size).
+Texts are real, each once, in an order drawn by a seed: the registered sources in English and Chinese, and the source
+code of the Python packages installed here, one file a document, up to --code-megabytes. The tokenizer is trained on
+them (--vocab-size).
 
     datasets   the usual script (transformers' run_clm): map(tokenizer, batched=True, num_proc=N), then map(group_texts,
-               batched=True, num_proc=N), which concatenates and cuts; its attention masks and labels are left out
+               batched=True, num_proc=N), which concatenates and cuts every column and adds labels
+    lean       the same with ids alone, which few do: no attention masks, no labels
     ours       shards of documents with BOS and EOS, held-out documents apart, a plan of best-fit rows with checksums
 
 Both start from files of their own format (Arrow, JSON lines), end with files on disk, and the clock includes starting
@@ -22,9 +24,11 @@ import os
 import random
 import resource
 import shutil
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -38,17 +42,11 @@ from bessemer.curate.work import Job
 from bessemer.data import sources
 from bessemer.data.tokenizer import Tokenizer
 
-REAL = (
-    "fables-en",
-    "wiki-en",
-    "web-en",
-    "shakespeare",
-    "fables-zh",
-    "idioms-zh",
-    "words-zh",
-    "poems-zh",
-    "python-code",
-)
+GROUPS = {
+    "english": ("fables-en", "wiki-en", "web-en", "shakespeare"),
+    "chinese": ("fables-zh", "idioms-zh", "words-zh", "poems-zh"),
+    "code": (),
+}
 FILES = 8
 
 
@@ -58,12 +56,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--row-length", type=int, default=256)
     parser.add_argument("--vocab-size", type=int, default=16_384)
-    parser.add_argument("--only", choices=REAL, help="one source alone")
+    parser.add_argument("--code-megabytes", type=int, default=30)
+    parser.add_argument("--only", choices=GROUPS, help="one group of texts alone")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are what is compared; threads in them would be too many
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    texts = [one.text for name in ([args.only] if args.only else REAL) for one in sources.documents(name)]
+    groups = [args.only] if args.only else list(GROUPS)
+    texts = [text for group in groups for text in texts_of(group, args.code_megabytes)]
     random.Random(0).shuffle(texts)
     size = sum(len(text.encode()) for text in texts)
     with tempfile.TemporaryDirectory() as temporary:
@@ -72,23 +72,27 @@ def main() -> None:
         data, files = theirs_from(texts, folder), ours_from(texts, folder)
         same_ids(texts[:500], folder / "tokenizer")
         rows = {
-            "datasets": lambda out: theirs(data, folder / "tokenizer", args.row_length, args.workers, out),
+            "datasets": lambda out: theirs(data, folder / "tokenizer", args.row_length, args.workers, out, False),
+            "lean": lambda out: theirs(data, folder / "tokenizer", args.row_length, args.workers, out, True),
             "ours": lambda out: ours(files, folder / "tokenizer", args.row_length, args.workers, out),
         }
         timed: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
         for number in range(args.rounds):
             for name, run in rows.items():
                 timed[name].append(clocked(run, folder / f"{name}-{number}"))
-                print(name, timed[name][-1])
+                print(name, timed[name][-1], flush=True)
     ratios = {
-        clock: spread([a[clock] / b[clock] for a, b in zip(timed["datasets"], timed["ours"], strict=True)])
-        for clock in ("seconds", "cpu_seconds")
+        name: {
+            clock: spread([a[clock] / b[clock] for a, b in zip(timed[name], timed["ours"], strict=True)])
+            for clock in ("seconds", "cpu_seconds")
+        }
+        for name in ("datasets", "lean")
     }
     facts = {
         "bytes": size,
         "documents": len(texts),
         "vocab_size": args.vocab_size,
-        "sources": [args.only] if args.only else list(REAL),
+        "groups": groups,
         "machine": {"processor": processor(), "workers": args.workers, "load": round(os.getloadavg()[0], 1)},
         "rounds": timed,
         "bytes_per_second": {name: spread([size / one["seconds"] for one in of]) for name, of in timed.items()},
@@ -98,6 +102,22 @@ def main() -> None:
     print(json.dumps(facts, indent=1))
     if args.json:
         args.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def texts_of(group: str, megabytes: int) -> list[str]:
+    if group != "code":
+        return [one.text for name in GROUPS[group] for one in sources.documents(name)]
+    found, left = [], megabytes * 1_000_000
+    paths = sorted(Path(sysconfig.get_path("purelib")).rglob("*.py"))
+    random.Random(1).shuffle(paths)
+    for path in paths:
+        with suppress(UnicodeDecodeError):
+            if text := path.read_text("utf-8"):
+                found.append(text)
+                left -= len(text.encode())
+        if left <= 0:
+            break
+    return found
 
 
 def clocked(run: Callable[[Path], int], out: Path) -> dict[str, float]:
@@ -133,7 +153,7 @@ def theirs_from(texts: list[str], folder: Path) -> Path:
     return folder / "arrow"
 
 
-def theirs(data: Path, tokenizer: Path, row_length: int, workers: int, out: Path) -> int:
+def theirs(data: Path, tokenizer: Path, row_length: int, workers: int, out: Path, lean: bool) -> int:
     """The usual two maps."""
     from datasets import disable_progress_bars, load_from_disk
     from transformers import AutoTokenizer
@@ -142,12 +162,13 @@ def theirs(data: Path, tokenizer: Path, row_length: int, workers: int, out: Path
     encode = AutoTokenizer.from_pretrained(tokenizer)
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
-        return encode(batch["text"], add_special_tokens=False, return_attention_mask=False)
+        return encode(batch["text"], add_special_tokens=False, return_attention_mask=not lean)
 
     def group(batch: dict[str, list[list[int]]]) -> dict[str, Any]:
-        joined = list(chain(*batch["input_ids"]))
-        total = len(joined) // row_length * row_length
-        return {"input_ids": [joined[at : at + row_length] for at in range(0, total, row_length)]}
+        joined = {key: list(chain(*batch[key])) for key in batch}
+        total = len(joined["input_ids"]) // row_length * row_length
+        rows = {key: [ids[at : at + row_length] for at in range(0, total, row_length)] for key, ids in joined.items()}
+        return rows if lean else rows | {"labels": rows["input_ids"].copy()}
 
     texts = load_from_disk(data)
     more = {"batched": True, "num_proc": workers, "load_from_cache_file": False}

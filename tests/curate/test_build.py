@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ def made(tmp_path, recipe):
         first[3].upper(),
         near,
         f"{prose(80)} {leaked} {prose(81)}",
+        f"{prose(80)} {prose(81)}",
         "short",
     ]
     jsonl(tmp_path / "raw" / "first.jsonl", first)
@@ -78,9 +80,10 @@ def test_what_is_left_and_why(made, tmp_path):
         assert source["kept"]["documents"] == sum(side["documents"] for side in source["tokens"].values())
     assert facts["sources"]["code"]["kept"]["documents"] == 3
     left = [one.text for one in local.read(tmp_path / "out" / "documents" / "second", "x")]
-    assert left == [prose(100 + i) for i in range(30)]
+    # the last is nearly a copy of the contaminated one, which is not there to be a copy of
+    assert left == [*(prose(100 + i) for i in range(30)), f"{prose(80)} {prose(81)}"]
     found = corpus.load(tmp_path / "out" / "english")
-    assert found.train.facts["documents"] + found.heldout.facts["documents"] == 70
+    assert found.train.facts["documents"] + found.heldout.facts["documents"] == 71
     assert found.train.n_rows
     text = (tmp_path / "out" / "report.txt").read_text()
     assert "contaminated" in text
@@ -133,11 +136,12 @@ def test_only_what_changed_is_done_again(made, tmp_path):
     assert changed["sources"]["code"]["kept"]["documents"] == 4
     stricter = build(Curation.load(made, ["dedup.threshold=1"]), out)
     assert stricter["steps"]["read"]["done_now"] == stricter["steps"]["sign"]["done_now"] == 0
-    assert stricter["sources"]["second"]["kept"]["documents"] == 31
+    assert stricter["sources"]["second"]["kept"]["documents"] == 32
     fewer = made.read_text().split("[[source]]")
     made.write_text("[[source]]".join(fewer[:2]) + "[engine]\nunit_bytes = 20000\n")
     build(Curation.load(made), out)
     assert not (out / "documents" / "code").exists()
+    assert not (out / "code").exists()
     assert not any("code" in name for name in _times(out, "write"))
 
 
@@ -160,6 +164,30 @@ def test_killed_anywhere_it_goes_on_and_makes_the_same(made, tmp_path):
     build(Curation.load(made), out)
     assert _files(out) == _files(tmp_path / "whole")
     assert all(_times(out, "read")[name] == when for name, when in done.items())
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_interrupted_it_says_so_and_leaves_no_worker(made, tmp_path):
+    out = tmp_path / "out"
+    command = [*COMMAND, str(made), "--out", str(out), "--set", "engine.workers=2", "--set", "engine.unit_bytes=500"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list((out / "work" / "read").glob("*/*/facts.json")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.rstrip().endswith("stopped; the same command goes on from here")
+    until = time.monotonic() + 20
+    while _alive(process.pid):
+        assert time.monotonic() < until, "a worker is left"
+        time.sleep(0.02)
 
 
 def test_two_builds_do_not_write_to_one_folder(made, tmp_path):

@@ -1,5 +1,6 @@
 """Readers: every form is read, and whatever is wrong with a file is named while the rest of it is read on."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -111,6 +112,26 @@ def test_row_groups_of_a_parquet_file_are_units(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": want}), tmp_path / "c.parquet", row_group_size=2)
     assert len(origins.units(_source(tmp_path / "c.parquet"), 1000, None)[0]) > 2
     assert _read(tmp_path / "c.parquet", 1000) == (want, Counter())
+
+
+def test_a_data_set_is_read_file_by_file(tmp_path, monkeypatch):
+    """The library takes a folder owner/name under the working directory for the data set of that name."""
+    pytest.importorskip("datasets")
+    want = [prose(i, 2) for i in range(6)]
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    for number in range(3):
+        some = want[2 * number : 2 * number + 2]
+        pyarrow.parquet.write_table(pyarrow.table({"text": some}), tmp_path / f"owner/name/train-{number}.parquet")
+    monkeypatch.chdir(tmp_path)
+    source = _source(Path("x"), retries=0)
+    source = dataclasses.replace(source, spec="hf://owner/name")
+    units = origins.units(source, 1 << 20, None)[0]
+    assert len(units) == 3
+    found = [one.text for unit in units for one in texts(unit.pieces[0], source, None)]
+    assert sorted(found) == sorted(want)
+    (tmp_path / "owner" / "name" / "train-1.parquet").write_bytes(b"PAR1")
+    with pytest.raises(Gone, match="cannot be read"):
+        list(texts(units[1].pieces[0], source, None))
 
 
 def test_what_is_wrong_with_a_record_is_named(tmp_path):

@@ -12,7 +12,6 @@ OUT/
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import sys
@@ -24,7 +23,7 @@ from typing import Any, Protocol
 
 import filelock
 
-from bessemer.curate import documents, heldout, match, origins, report, tokens
+from bessemer.curate import heldout, match, origins, publish, report
 from bessemer.curate.engine import Engine
 from bessemer.curate.settings import Settings, identity
 from bessemer.curate.work import Job, facts_of
@@ -99,16 +98,16 @@ class Build:
         tokenizer = self._tokenizer(units, reads, signs, join, firsts)
         writes = self._writes(units, reads, signs, join, firsts, tokenizer)
         write = self._do("write", writes, "bytes")
-        made = load_tokenizer(tokenizer)
-        self._publish(units, writes, write, tokenizer)
+        publish.lay_out(self.out, units, writes, write.facts, tokenizer, self.settings)
         self._forget([*reads, *signs, *writes])
         facts = report.gather(
             self.settings, units, ignored, read.facts, write.facts,
             {name: vars(step) for name, step in self.steps.items()}, time.monotonic() - began,
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, self.engine.workers, made.vocab_size,
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, self.engine.workers,
+            load_tokenizer(tokenizer).vocab_size,
         )  # fmt: skip
-        _write(self.out / "report.json", json.dumps(facts, indent=1, ensure_ascii=False))
-        _write(self.out / "report.txt", report.text(facts))
+        publish.write(self.out / "report.json", json.dumps(facts, indent=1, ensure_ascii=False))
+        publish.write(self.out / "report.txt", report.text(facts))
         if empty := [name for name, part in facts["parts"].items() if not part["train"]["tokens"]]:
             raise UserError(f'part "{empty[0]}" has no training document left; {self.out / "report.txt"} says why')
         return facts
@@ -229,31 +228,6 @@ class Build:
             )  # fmt: skip
         return jobs
 
-    def _publish(self, units: Sequence[origins.Unit], writes: Sequence[Job], write: Step, tokenizer: Path) -> None:
-        """Puts what the units left where people look for it."""
-        made = load_tokenizer(tokenizer)
-        _replace_tree(self.out / "tokenizer", lambda folder: shutil.copytree(tokenizer, folder, ignore=_no_weights))
-        manifest: dict[str, Any] = {"tokenizer": made.fingerprint, "documents": {}}
-
-        def lay(folder: Path) -> None:
-            folder.mkdir(parents=True)
-            for unit, job, facts in zip(units, writes, write.facts, strict=True):
-                target = folder / f"{unit.name}.jsonl.zst"
-                target.parent.mkdir(exist_ok=True)
-                tokens.place(job.folder / documents.NAME, target)
-                manifest["documents"][f"documents/{unit.name}.jsonl.zst"] = facts["sha256"]
-
-        _replace_tree(self.out / "documents", lay)
-        for part in dict.fromkeys(unit.source.part for unit in units):
-            of_part = [
-                (job.folder, facts["shards"])
-                for unit, job, facts in zip(units, writes, write.facts, strict=True)
-                if unit.source.part == part
-            ]
-            tokens.seal(self.out / part, of_part, made, self.settings.tokens, self.settings.seed)
-        manifest["parts"] = list(dict.fromkeys(unit.source.part for unit in units))
-        _write(self.out / "manifest.json", json.dumps(manifest, indent=1))
-
     def _do(self, name: str, jobs: Sequence[Job], units: str) -> Step:
         """Does what is not done yet of a step, and shows how far it is."""
         began = time.monotonic()
@@ -283,22 +257,3 @@ class Build:
             for facts in list((self.out / "work" / step).rglob("facts.json")):
                 if facts.parent not in known:
                     shutil.rmtree(facts.parent)
-
-
-def _no_weights(_: str, names: list[str]) -> list[str]:
-    """What a model directory has besides its tokenizer."""
-    return [name for name in names if not name.startswith(("tokenizer", "chat_template", "special_tokens"))]
-
-
-def _replace_tree(target: Path, make: Any) -> None:
-    scratch = target.with_name(f".{target.name}.building")
-    shutil.rmtree(scratch, ignore_errors=True)
-    make(scratch)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(scratch, target)
-
-
-def _write(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text + "\n", "utf-8")
-    os.replace(scratch, path)

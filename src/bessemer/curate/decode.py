@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bessemer.data.local import opened
+from bessemer.errors import UserError
 
 UTF8 = "utf-8"
 GUESSED = 1 << 16
@@ -29,8 +30,10 @@ def decode(data: bytes, declared: bool = False) -> tuple[str, str] | None:
         return found
     if declared and (match := _DECLARED.search(data[:4096])) and (found := _checked(data, match[1].decode())):
         return found
-    from charset_normalizer import from_bytes  # slow to import, and seldom needed
-
+    try:
+        from charset_normalizer import from_bytes  # slow to import, and seldom needed
+    except ImportError:
+        raise UserError("text that is not UTF-8 needs charset-normalizer: pip install 'bessemer[data]'") from None
     best = from_bytes(data[:GUESSED], cp_isolation=list(GUESSES)).best()
     return _checked(data, best.encoding) if best else None
 

@@ -12,6 +12,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -77,7 +78,7 @@ def words(texts: Sequence[str]) -> Words:
 def _table() -> np.ndarray:
     """uint8 [code points]: the kind of each."""
     kinds = np.zeros(sys.maxunicode + 1, np.uint8)
-    for point in range(0x80, sys.maxunicode + 1):
+    for point in chain(range(0x80, 0x40000), range(0xE0000, 0xE0200)):  # the other planes hold nothing yet
         if unicodedata.category(chr(point))[0] in "LNM":
             kinds[point] = LETTERS
     for low, high in _LISTED:

@@ -24,4 +24,4 @@ def tokenised(
     for document, ids in zip(documents, plain, strict=True):
         part = "heldout" if is_heldout(document.text, heldout) else "train"
         inner = augment(document.text, ids) if part == "train" else ids
-        yield document, part, np.concatenate([encoder.opening, inner, encoder.ending]).astype(np.int32)
+        yield document, part, np.concatenate([encoder.opening, inner, encoder.ending], dtype=np.int32)

@@ -17,6 +17,7 @@ those, signs such as the middle dot part from letters.
 
 import unicodedata
 from functools import cache
+from itertools import chain
 
 import numpy as np
 
@@ -32,9 +33,9 @@ _ASCII_SIGNS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 @cache
 def kinds() -> np.ndarray:
     """uint8 [code points]."""
-    table = np.full(0x110000, OTHER, np.uint8)
+    table = np.full(0x110000, NEW, np.uint8)
     by_category = {"L": LETTER, "M": MARK, "N": DIGIT, "P": PUNCTUATION, "S": PUNCTUATION, "Z": SPACE}
-    for point in range(0x110000):
+    for point in chain(range(0x40000), range(0xE0000, 0xE0200)):  # the other planes hold nothing yet
         category = unicodedata.category(chr(point))
         table[point] = NEW if category == "Cn" else by_category.get(category[0], OTHER)
     for space in "\t\v\f\x85":
@@ -93,6 +94,11 @@ def _white(
     """White space: rules 4 to 6, and what 2 and 3 take of it. Returns the starts of signs that rule 3 begins before."""
     run, before, after = runs
     white = run == WHITE
+    # nearly all of it: one blank, which a word or sign behind it takes
+    single = white & (end - start == 1) & (kinds_C[start] == BLANK)
+    cut[end[single & (after <= SIGN)]] = False
+    taken = end[single & (after == SIGN)]
+    white &= ~single
     s, e, behind = start[white], end[white], after[white]
     # line breaks right behind punctuation are rule 3's
     begin = s.copy()
@@ -114,7 +120,7 @@ def _white(
     blank = kinds_C[np.maximum(e - 1, 0)] == BLANK
     joins = follows & ((behind == WORD) | ((behind == SIGN) & blank))
     cut[e[joins]] = False
-    return e[joins & (behind == SIGN)]
+    return np.concatenate([taken, e[joins & (behind == SIGN)]])
 
 
 def _signs(

@@ -14,6 +14,8 @@ import json
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import NoReturn
 
@@ -182,15 +184,21 @@ class Tokenizer:
                 _check_utf8(text)
             raise
 
-    def encode_stretches(self, points_C: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> list[list[int]]:
-        """`encode` of stretches of a text (uint32 code points) that the pre-split leaves whole: merges alone."""
+    def encode_stretches(
+        self, points_C: np.ndarray, starts: np.ndarray, ends: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, how many of each) of stretches of a text (uint32 code points) that the pre-split leaves whole: merges
+        alone."""
         wide = sum((points_C >= least).astype(np.int64) for least in (0x80, 0x800, 0x10000)) + 1
         offsets = np.concatenate(([0], np.cumsum(wide)))
         utf8 = points_C.tobytes().decode("utf-32-le").encode()
         spelled = self._alphabet[np.frombuffer(utf8, np.uint8)].tobytes().decode("utf-32-le")
         tokenize = self._tok.model.tokenize
         spans = zip(offsets[starts].tolist(), offsets[ends].tolist(), strict=True)
-        return [[token.id for token in tokenize(spelled[start:end])] for start, end in spans]
+        found = [tokenize(spelled[start:end]) for start, end in spans]
+        lengths = np.fromiter(map(len, found), np.int64, len(found))
+        ids = map(attrgetter("id"), chain.from_iterable(found))
+        return np.fromiter(ids, np.int32, int(lengths.sum())), lengths
 
     @cached_property
     def _alphabet(self) -> np.ndarray:

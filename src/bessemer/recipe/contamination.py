@@ -28,17 +28,15 @@ from typing import Any
 
 import numpy as np
 
+from bessemer.curate.heldout import GENERATED, SHORTEST
 from bessemer.tasks import Problem
 from bessemer.tasks.reading.ngrams import run_hashes, words
 
 N = 10
-SHORTEST = 5
 PIECE = 1 << 17
 """Words searched at once."""
 UNKNOWN, FIGURE = 0, 1
 """Ids of words that no question has; the second of numbers and operators among them."""
-GENERATED = frozenset({"template", "story", "item"})
-"""Keys of meta, one of which a question has that a generator wrote."""
 NOT_NEEDED = frozenset({"template", "difficulty"})
 """Keys of meta that are how a problem is asked, not what."""
 UNORDERED = frozenset({"numbers", "terms"})

@@ -6,6 +6,7 @@ is settings and counts. Ray tries a job again whose node is lost; a job writes i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class Ray:
         while left or under_way:
             while left and len(under_way) < self.workers:
                 job = left.pop()
-                under_way[self._perform.remote(job)] = job
+                under_way[self._perform.remote(job, os.getcwd())] = job
             for reference in self._ray.wait(list(under_way), num_returns=1)[0]:
                 job = under_way.pop(reference)
                 yield job, self._facts(reference, job)
@@ -56,8 +57,9 @@ class Ray:
         self._cluster.close()
 
 
-def _perform(job: Job) -> tuple[dict[str, Any], str | None]:
-    """In a worker. A user's mistake comes back as words: Ray would wrap it in an error of its own."""
+def _perform(job: Job, folder: str) -> tuple[dict[str, Any], str | None]:
+    """In a worker, whose paths count from `folder`. A user's mistake comes back as words: Ray would wrap it."""
+    os.chdir(folder)
     try:
         return perform(job), None
     except UserError as error:

@@ -51,7 +51,7 @@ class Cluster:
     """A connection to Ray, there until `close()`."""
 
     def __init__(self, weights: int) -> None:
-        """weights: bytes of the model, for which our own object store must have room."""
+        """weights: bytes of the model, for which our own object store must have room; 0 for work without one."""
         self.local = ours()
         if self.local:
             for name, value in _OWN.items():
@@ -81,10 +81,16 @@ class Cluster:
         # the versions of two rollouts and of an evaluation may be held at once
         store = max(STORE, 4 * weights)
         if store > shared_free():
+            wanted, instead = f"Ray takes {store >> 20} MiB of shared memory", 'engine.kind to "processes"'
+            if weights:
+                wanted = (
+                    f"rollout workers are handed {weights >> 20} MiB of weights through shared memory, "
+                    f"{store >> 20} MiB for a few versions"
+                )
+                instead = 'rollout.engine to "here"'
             raise UserError(
-                f"rollout workers are handed {weights >> 20} MiB of weights through shared memory, {store >> 20} MiB "
-                f"for a few versions, and {shared_free() >> 20} MiB are free: enlarge /dev/shm (docker run "
-                '--shm-size=...), or set rollout.engine to "here"'
+                f"{wanted}, and {shared_free() >> 20} MiB are free: enlarge /dev/shm (docker run --shm-size=...), or "
+                f"set {instead}"
             )
         self.ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), object_store_memory=store, **quiet)
 
