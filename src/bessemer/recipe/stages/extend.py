@@ -32,8 +32,8 @@ class Extend(Pretrain):
         later = frozenset()
 
         corpus: StageRef
-        """The corpus stage whose documents are read, the model's own or another made with the same tokenizer; its rows are
-        planned anew."""
+        """The corpus stage whose documents are read, the model's own or another made with the same tokenizer; rows of
+        `length` are planned from them."""
         length: int = Field(ge=16)
         """Tokens per row, and the longest the model reads from now on (V3: 32,768, then 131,072)."""
         rope_factor: float = Field(40.0, gt=1)
