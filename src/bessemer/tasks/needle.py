@@ -41,8 +41,8 @@ _WORDS = (
     "popcorn soccer elevator garage sofa blender telephone telescope computer monitor magnet circuit yoga"
 )
 WHAT, WHO, WORDS = _WHAT.split(), _WHO.split(), _WORDS.split()
-"""WORDS are of our time: old plays and fables, in which they are hidden, hardly use them, as the needle of the usual test
-has nothing to do with the essays around it."""
+"""WORDS are of our time: old plays and fables, in which they are hidden, hardly use them, as the needle of the usual
+test has nothing to do with the essays around it."""
 BEGUN = "The {key} says"
 SENTENCE = BEGUN + " {word}."
 
