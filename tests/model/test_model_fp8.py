@@ -306,8 +306,20 @@ def test_kept_bytes_of_other_shapes():
             lambda model=model, data=data: next_token(model, data, mtp_lambda=0.3, balance_alpha=1e-4)
         )
         assert live == pytest.approx(kept_bytes(cfg, 8, 48, fp8=True, number_bytes=4), rel=0.05)
-    with pytest.raises(ValueError, match="beyond 1024"):
-        kept_bytes(tiny(), 1, 2048, fp8=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_kept_of_long_rows_grow_with_their_length(dtype):
+    """Beyond 1,024 tokens attention keeps no probabilities; those of 1,100 would be 49 MiB beside
+    63 in float32."""
+    cfg = preset("tiny")
+    model = Transformer(cfg).initialise(0).to_compute(dtype)
+    model.train()
+    model.rope_table(1100)
+    data = batch(cfg, rows=1, length=1100)
+    live, _ = live_and_highest(lambda: next_token(model, data, mtp_lambda=0.3, balance_alpha=1e-4))
+    assert live == pytest.approx(kept_bytes(cfg, 1, 1100, fp8=False, number_bytes=dtype.itemsize), rel=0.05)
+    assert kept_bytes(cfg, 1, 4400, fp8=False) < 4.01 * kept_bytes(cfg, 1, 1100, fp8=False)
 
 
 def test_pack_is_given_powers_of_two():

@@ -100,13 +100,15 @@ def _sparse_fp8(cfg: ModelConfig) -> int:
 
 
 def _attention_plain(cfg: ModelConfig, length: int, number_bytes: int, fused: bool) -> int:
-    """Norms keep input and output; the core keeps heads and probabilities, in float32 (`attention_cpu`)."""
+    """Norms keep input and output; the core keeps heads and probabilities in float32, or, of long rows, its arguments
+    and the softmax denominators (`attention_cpu`)."""
     norms = 2 * cfg.dim + 2 * cfg.q_lora_rank + 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
     heads, out = cfg.n_heads * (2 * cfg.qk_head_dim + cfg.v_head_dim), cfg.n_heads * cfg.v_head_dim
     if fused:
         return (norms + heads + out) * number_bytes + NUMBER * cfg.n_heads
     if length > attention.LONGEST:
-        raise ValueError(f"beyond {attention.LONGEST} tokens attention is torch's own; what that keeps is not known")
+        given = cfg.n_heads * (cfg.qk_head_dim + cfg.qk_nope_head_dim + cfg.v_head_dim)
+        return (norms + given + out) * number_bytes + NUMBER * cfg.n_heads
     probabilities = cfg.n_heads * attention_cpu.probabilities(length) / length
     return int((norms + out) * number_bytes + NUMBER * (heads + probabilities))
 

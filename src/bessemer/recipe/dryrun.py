@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from bessemer.errors import UserError
-from bessemer.model.attention import LONGEST
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
 from bessemer.parallel import mesh, schedules
@@ -83,7 +82,7 @@ def of_recipe(recipe: Recipe, world: int | None = None, device_name: str | None 
     length = cfg.max_seq_len if corpus is None else corpus.row_length
     half = settings.precision == "bfloat16" or (settings.precision == "auto" and device_name is not None)
     moments = torch.bfloat16 if settings.moments == "bfloat16" else torch.float32
-    fused = device_name is not None or length > LONGEST
+    fused = device_name is not None
     numbers = Numbers(2 if half else 4, moments.itemsize, settings.fp8 != "off", fused)
     ramp = _ramp(settings, layout, recipe.layout.schedule)
     last = ramp[-1]

@@ -1,6 +1,6 @@
 """A needle in a haystack: a sentence in a long stretch of real text, begun again at its end and to be completed.
 
-    ... and the crow flew away. The red fox says silver. Then the old king ... and all was well.
+    ... and the crow flew away. The red fox says cobalt. Then the old king ... and all was well.
     The red fox says
 
 This is the form for a model that continues text, as after pre-training. A problem hides several such sentences and
@@ -33,13 +33,16 @@ _WHO = (
     "widow orphan"
 )
 _WORDS = (
-    "silver copper iron amber coral velvet cotton paper candle lantern hammer needle ladder basket barrel bottle "
-    "butter honey pepper ginger onion apple cherry lemon melon walnut acorn willow maple cedar ivy clover thistle "
-    "meadow valley river island harbor desert thunder winter summer autumn sunday monday friday april august "
-    "seven twelve twenty forty ninety violin trumpet drum anchor arrow helmet saddle wagon bridge tower castle garden "
-    "window chimney kettle pillow ribbon mirror feather marble chalk sugar flour barley oats"
+    "pixel tango jazz pizza cocoa guitar piano kiwi tractor nickel cobalt helium neon ozone atom asteroid orbit "
+    "satellite sodium lithium uranium vaccine bacteria insulin protein vitamin caffeine nicotine tomato broccoli "
+    "avocado paprika vanilla espresso sushi kebab noodle hockey karate subway escalator diesel petrol asphalt "
+    "concrete aluminium nylon polyester cellophane zipper sneaker pajamas toaster microwave microscope keyboard "
+    "printer transistor voltage hamster llama bison walrus bicycle radio laser taxi galaxy oxygen sandwich "
+    "popcorn soccer elevator garage sofa blender telephone telescope computer monitor magnet circuit yoga"
 )
 WHAT, WHO, WORDS = _WHAT.split(), _WHO.split(), _WORDS.split()
+"""WORDS are of our time: old plays and fables, in which they are hidden, hardly use them, as the needle of the usual
+test has nothing to do with the essays around it."""
 BEGUN = "The {key} says"
 SENTENCE = BEGUN + " {word}."
 
