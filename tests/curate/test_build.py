@@ -177,7 +177,10 @@ def _alive(group: int) -> bool:
 def test_interrupted_it_says_so_and_leaves_no_worker(made, tmp_path):
     out = tmp_path / "out"
     command = [*COMMAND, str(made), "--out", str(out), "--set", "engine.workers=2", "--set", "engine.unit_bytes=500"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    )  # fmt: skip
     while not list((out / "work" / "read").glob("*/*/facts.json")):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
