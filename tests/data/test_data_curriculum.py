@@ -1,0 +1,39 @@
+"""Curricula: where stretches begin, and that none reads a row twice that it need not."""
+
+import numpy as np
+import pytest
+
+from bessemer.data import corpus
+from bessemer.data.curriculum import Curriculum, Stretch, stretches
+from bessemer.data.rows import open_rows
+
+
+def test_stretches_change_with_the_length_and_keep_their_rows():
+    lengths = lambda tokens: 32 if tokens < 1000 else 64  # noqa: E731 (a schedule)
+    found = stretches(2000, lengths, lambda tokens: 256 // lengths(tokens))
+    # steps of 256 tokens: four until 1,024, then four more
+    assert found == [Stretch(32, 0, 0, 32), Stretch(64, 1024, 32, 16)]
+
+
+@pytest.fixture(scope="module")
+def parts_of(documents, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    for name, some in (("a", documents[:200]), ("b", documents[200:])):
+        corpus.build(some, tokenizer, 32, folder / name, heldout=0)
+    return lambda length: {name: open_rows(folder / name, "train", length) for name in ("a", "b")}
+
+
+def test_a_stretch_reads_on_where_the_one_before_ended(parts_of):
+    plan = [Stretch(32, 0, 0, 40), Stretch(64, 40 * 32, 40, 20)]
+    made = Curriculum(plan, parts_of, {"a": 0.25, "b": 0.75}, seed=1, caps={"a": 50})
+    first, second = made.mixtures
+    assert made.batch(0, 0, 3).tokens_BT.tolist() == first.batch(0, 3).tokens_BT.tolist()
+    later = made.batch(40 * 32, 40, 2).tokens_BT
+    assert later.shape == (2, 64) and later.tolist() == second.batch(0, 2).tokens_BT.tolist()
+    epochs = first.epochs(40)
+    assert made.epochs(40 * 32, 40) == epochs and second.epochs(0) == pytest.approx(epochs, abs=0.02)
+    assert second.epochs(20)["a"] > epochs["a"]
+    shares = made.realised(60 * 32, 50)  # half of the second stretch
+    read = np.array([40 * 32, 10 * 64])
+    wanted = np.array([first.realised(0, 40)["a"], second.realised(0, 10)["a"]]) @ read / read.sum()
+    assert shares["a"] == pytest.approx(wanted) and sum(shares.values()) == pytest.approx(1)
