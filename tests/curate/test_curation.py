@@ -1,16 +1,17 @@
 """Data recipes: the mistakes in them are named with their fix."""
 
+from pathlib import Path
+
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.recipe.curation import Curation, parse_bytes
+from bessemer.recipe.curation import Curation
+from bessemer.recipe.help import describe_keys
 
 SOURCE = 'name = "a"\nfrom = "fables-en"\ndomain = "english"'
 
 
 def test_the_recipe_that_comes_along_is_read():
-    from pathlib import Path
-
     found = Curation.load(Path(__file__).parents[2] / "recipes" / "data.toml")
     assert found.plain().sources[1].rules["min_words"] == 20
     assert "min_ended_lines" not in found.plain().sources[2].rules
@@ -53,8 +54,17 @@ def test_keys_can_be_set_from_the_command_line(recipe):
         Curation.load(path.with_name("none.toml"))
 
 
-def test_bytes_as_people_write_them():
-    assert [parse_bytes(value) for value in (7, "64MB", "1.5 gb", "2K")] == [7, 64_000_000, 1_500_000_000, 2000]
-    for wrong in ("x", "MB", True, -1):
-        with pytest.raises(UserError):
-            parse_bytes(wrong)
+def test_a_training_recipe_is_told_apart():
+    with pytest.raises(UserError, match=r"tiny\.toml is a training recipe; run it with bessemer run"):
+        Curation.load(Path(__file__).parents[2] / "recipes" / "tiny.toml")
+
+
+def test_every_key_is_explained():
+    told = describe_keys("data")
+    for words in (
+        "confidence (number",
+        "from (string, required)",
+        "engine.unit_bytes (bytes",
+        "dedup.threshold (number",
+    ):
+        assert words in told

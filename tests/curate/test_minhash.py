@@ -4,7 +4,8 @@ import random
 
 import numpy as np
 
-from bessemer.curate.minhash import Shape, keys, signatures
+from bessemer.curate.minhash import Shape, keys, signed
+from bessemer.curate.words import words as words_of
 
 SHAPE = Shape()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -16,6 +17,10 @@ def _jaccard(left: str, right: str, n: int = 5) -> float:
         return {tuple(found[i : i + n]) for i in range(len(found) - n + 1)}
 
     return len(runs(left) & runs(right)) / len(runs(left) | runs(right))
+
+
+def signatures(texts):
+    return signed(words_of(texts), len(texts), SHAPE)
 
 
 def _changed(text: str, words: int, draw: random.Random) -> str:
@@ -32,9 +37,9 @@ def test_equal_places_estimate_the_jaccard_similarity():
     for _ in range(200):
         text = " ".join(draw.choices(vocabulary, k=200))
         other = _changed(text, draw.randint(1, 25), draw)
-        signed, _ = signatures([text, other], SHAPE)
+        signs, _ = signatures([text, other])
         truths.append(_jaccard(text, other))
-        errors.append((signed[0] == signed[1]).mean() - truths[-1])
+        errors.append((signs[0] == signs[1]).mean() - truths[-1])
     spread = np.sqrt(np.mean([j * (1 - j) for j in truths]) / SHAPE.permutations)
     assert abs(np.mean(errors)) < 4 * spread / np.sqrt(200)
     assert np.std(errors) < 1.3 * spread
@@ -43,9 +48,9 @@ def test_equal_places_estimate_the_jaccard_similarity():
 def test_a_signature_depends_on_its_text_alone():
     draw = random.Random(1)
     texts = [" ".join(draw.choices("abcdefghij", k=draw.randint(0, 300))) for _ in range(40)] + ["", "one", "，。"]
-    together, any_together = signatures(texts, SHAPE)
+    together, any_together = signatures(texts)
     for number, text in enumerate(texts):
-        alone, any_alone = signatures([text], SHAPE)
+        alone, any_alone = signatures([text])
         assert any_alone[0] == any_together[number]
         if any_alone[0]:
             assert (alone[0] == together[number]).all()
@@ -53,8 +58,8 @@ def test_a_signature_depends_on_its_text_alone():
 
 
 def test_short_texts_have_one_shingle_and_chinese_counts_characters():
-    signed, _ = signatures(["one two", "one two", "one three", "狮子和老鼠", "狮子和老虎"], SHAPE)
-    assert (signed[0] == signed[1]).all()
-    assert (signed[0] == signed[2]).mean() < 0.1
-    assert (signed[3] == signed[4]).mean() < 0.1  # five characters are one shingle, and these differ in one
-    assert keys(signed, SHAPE).shape == (SHAPE.bands, 5)
+    signs, _ = signatures(["one two", "one two", "one three", "狮子和老鼠", "狮子和老虎"])
+    assert (signs[0] == signs[1]).all()
+    assert (signs[0] == signs[2]).mean() < 0.1
+    assert (signs[3] == signs[4]).mean() < 0.1  # five characters are one shingle, and these differ in one
+    assert keys(signs, SHAPE).shape == (SHAPE.bands, 5)

@@ -3,7 +3,7 @@
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.recipe.values import Points, parse_seconds, parse_tokens, show_seconds, show_tokens
+from bessemer.recipe.values import Points, parse_bytes, parse_seconds, parse_tokens, show_seconds, show_tokens
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,19 @@ def test_tokens(text, count):
 def test_tokens_refused(text):
     with pytest.raises(UserError, match="8M"):
         parse_tokens(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("64MB", 64_000_000), ("1.5 gb", 1_500_000_000), ("2K", 2000), (7, 7), ("9B", 9)]
+)
+def test_bytes(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-1", "1TB", True, "1e3x"])
+def test_bytes_refused(text):
+    with pytest.raises(UserError, match="64MB"):
+        parse_bytes(text)
 
 
 @pytest.mark.parametrize(

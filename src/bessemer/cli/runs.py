@@ -174,7 +174,10 @@ def _check_used(what_for: str, wanted: Any, options: dict[str, Any]) -> None:
 
 @app.command()
 def keys(
-    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="One stage kind. Default: all.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Argument(metavar="[KIND]", help="One stage kind, or data: a data recipe. Default: a recipe's, all."),
+    ] = None,
 ) -> None:
     """Every key a recipe may have, its default and what it does."""
     from bessemer.recipe.help import describe_keys

@@ -7,10 +7,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from bessemer.curate.words import BLOCK_CHARS
 from bessemer.data.local import opened
 
 NAME = "documents.jsonl.zst"
+BLOCK_CHARS = 1 << 20
+"""Texts are taken in blocks of about this many characters; a longer text is a block of its own."""
 EXACT, NEAR, CONTAMINATED = "duplicate", "near-duplicate", "contaminated"
 
 

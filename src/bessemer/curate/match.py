@@ -65,7 +65,7 @@ def bins(documents: int, bands: Sequence[int], memory: int) -> list[Bin]:
 
 
 def match(units: Sequence[Signed], which: Bin, threshold: float) -> np.ndarray:
-    """uint64 [pairs, 2]: (earlier, later) documents of this bin of this bin that are copies."""
+    """uint64 [pairs, 2]: (earlier, later) documents of this bin that are copies."""
     keys, documents = _load(units, which)
     if not len(keys):
         return np.zeros((0, 2), np.uint64)

@@ -9,12 +9,11 @@ whole signatures. The chance to meet is 1 - (1 - J^rows)^bands: with 20 bands of
 Legend: N texts, S shingles, P permutations, B bands.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from bessemer.curate.words import Words, blocks, words
+from bessemer.curate.words import Words
 from bessemer.tasks.reading.ngrams import run_hashes
 
 TILE = 1 << 15
@@ -32,18 +31,8 @@ class Shape(NamedTuple):
     """Keys; divides the permutations."""
 
 
-def signatures(texts: Sequence[str], shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """(uint32 [N, P], bool [N]: which texts have any word; the others' signatures mean nothing)."""
-    signed_NP = np.zeros((len(texts), shape.permutations), np.uint32)
-    any_N = np.zeros(len(texts), bool)
-    for first, block in blocks(texts):
-        part = slice(first, first + len(block))
-        signed_NP[part], any_N[part] = signed(words(block), len(block), shape)
-    return signed_NP, any_N
-
-
 def signed(found: Words, n_texts: int, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """`signatures` of the texts whose words these are."""
+    """(uint32 [N, P], bool [N]: which texts have any word; the others' signatures mean nothing), from their words."""
     shingles_S, texts_S = _shingles(found, n_texts, shape.ngram)
     signed_NP = np.zeros((n_texts, shape.permutations), np.uint32)
     counts_N = np.bincount(texts_S, minlength=n_texts)

@@ -10,7 +10,7 @@ Legend: C characters, W words.
 
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import chain
 from typing import NamedTuple
@@ -19,8 +19,6 @@ import numpy as np
 
 from bessemer.data.hashing import stretches
 
-BLOCK_CHARS = 1 << 20
-"""Texts are taken in blocks of about this many characters; a longer text is a block of its own."""
 BETWEEN, LETTERS, DIGITS, SINGLE, OPERATOR = range(5)
 """Kinds of characters. A word is a run of LETTERS or of DIGITS, or one character of the last two."""
 _LISTED = ((0x61, 0x7A), (0xDF, 0x24F), (0x370, 0x3FF), (0x400, 0x4FF))
@@ -42,18 +40,6 @@ class Words(NamedTuple):
     """uint8; LETTERS, DIGITS, SINGLE or OPERATOR."""
     lengths_W: np.ndarray
     """int32; characters."""
-
-
-def blocks(texts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
-    """(number of the first, texts) of blocks of about BLOCK_CHARS."""
-    start = size = 0
-    for number, text in enumerate(texts):
-        if size and size + len(text) > BLOCK_CHARS:
-            yield start, texts[start:number]
-            start, size = number, 0
-        size += len(text)
-    if start < len(texts):
-        yield start, texts[start:]
 
 
 def words(texts: Sequence[str]) -> Words:

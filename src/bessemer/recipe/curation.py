@@ -13,9 +13,9 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from bessemer.curate import build as building
 from bessemer.curate import rules, settings
@@ -24,26 +24,13 @@ from bessemer.errors import UserError
 from bessemer.recipe.disk import explained
 from bessemer.recipe.progress import RunProgress
 from bessemer.recipe.settings import Strict, nearest, validate
-from bessemer.recipe.values import Tokens
+from bessemer.recipe.values import Bytes, Tokens
 
-_SIZE = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _TAKEN = ("documents", "work", "tokenizer")
 """Folders of a build that no part may be called after."""
 SECONDS_PER_MB = {"read": 1.0, "sign": 0.15, "match": 0.02, "join": 0.01, "tokenizer": 0.3, "write": 0.6}
 """For the progress bar of the whole build, until it has measured itself."""
-
-
-def parse_bytes(value: Any) -> int:
-    """ "64MB" -> 64_000_000."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?B?)\s*", str(value), re.IGNORECASE)
-    if isinstance(value, bool) or not match:
-        raise UserError('expected a number of bytes such as "64MB" or "1GB"')
-    unit = match[2].upper()
-    return int(float(match[1]) * _SIZE[unit if unit in _SIZE else f"{unit}B"])
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 
 class SourceTable(Strict):
@@ -167,6 +154,8 @@ class Curation(Strict):
             raise UserError(f"no recipe at {path}; a first one is recipes/data.toml") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error})") from None
+        if "stage" in values:
+            raise UserError(f"{path} is a training recipe; run it with bessemer run, or name a data recipe")
         for override in overrides:
             _override(values, override)
         found = validate(cls, values, str(path))

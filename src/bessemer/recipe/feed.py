@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from bessemer.data.curriculum import Curriculum, stretches
 from bessemer.data.mixture import by_size
 from bessemer.data.rows import Rows, open_rows
 from bessemer.errors import UserError
-from bessemer.recipe.values import show_tokens
+from bessemer.recipe.values import Points, show_tokens
 
 if TYPE_CHECKING:
     from bessemer.recipe.stage import StageContext
@@ -92,6 +93,14 @@ def check(settings: Pretrain.Settings, corpus_name: str | None, recipe: Any, lon
     corpus = next((stage for stage in recipe.stages if stage.name == corpus_name and stage.kind == "corpus"), None)
     if not settings.mixture and settings.temperature is None:
         raise UserError(f"{where}: mixture is empty; give every part of the corpus a share, or set temperature = 0.7")
+    for name, weight in settings.mixture.items():
+        values = weight.values if isinstance(weight, Points) else [weight]
+        if not (min(values) >= 0 and 0 < max(values) < math.inf):
+            told = " to ".join(f"{value:g}" for value in dict.fromkeys(values))
+            raise UserError(
+                f"{where}: the weight of {name} is {told}; it must be positive somewhere and nowhere negative "
+                "(leave the part out to use none of it)"
+            )
     if settings.mixture and settings.temperature is not None:
         raise UserError(
             f"{where}: temperature makes the shares from the parts' sizes; leave mixture out, or temperature"

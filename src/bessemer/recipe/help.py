@@ -11,11 +11,18 @@ from pydantic_core import to_jsonable_python
 from bessemer.recipe.schema import Head, Layout
 from bessemer.recipe.settings import StageRef, StageSettings, Strict
 from bessemer.recipe.stage import find_kind, load_kinds
-from bessemer.recipe.values import parse_seconds, parse_tokens
+from bessemer.recipe.values import Points, parse_bytes, parse_seconds, parse_tokens
+
+DATA = "data"
+"""In place of a stage kind: the recipe of `bessemer data build`."""
 
 
 def describe_keys(kind: str | None = None) -> str:
-    """All tables of a recipe, or the one of a stage kind (UserError when there is no such kind)."""
+    """All tables of a recipe, or the one of a stage kind (UserError when there is no such kind), or a data recipe's."""
+    if kind == DATA:
+        from bessemer.recipe.curation import Curation, SourceTable
+
+        return _table("data recipe", Curation) + "\n\n" + _table("[[source]]", SourceTable)
     if kind is not None:
         return _table(f'[[stage]] kind = "{kind}"', find_kind(kind, "keys").Settings)
     tables = [_table("top level", Head), _table("[layout]", Layout)]
@@ -54,8 +61,10 @@ def _plain(value: Any) -> Any:
 
 
 def _type(field: FieldInfo) -> str:
-    quantities = {parse_tokens: "tokens", parse_seconds: "duration"}
+    quantities = {parse_tokens: "tokens", parse_bytes: "bytes", parse_seconds: "duration"}
     for item in field.metadata:
+        if item in StageRef.__metadata__:
+            return "earlier stage"
         if isinstance(item, BeforeValidator) and item.func in quantities:
             return quantities[item.func]
     return _name(field.annotation)
@@ -69,7 +78,7 @@ def _name(annotation: Any) -> str:
         return "earlier stage" if annotation == StageRef else _name(annotation.__origin__)
     parts = get_args(annotation)
     if not parts:
-        return "schedule" if annotation.__name__ == "Points" else annotation.__name__
+        return "schedule" if issubclass(annotation, Points) else "table"
     origin = getattr(annotation, "__origin__", None)
     if origin is list:
         inner = _name(parts[0])

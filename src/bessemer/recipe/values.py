@@ -1,6 +1,7 @@
 """Quantities as people write them: token counts ("8M"), durations ("90s"), schedules in consumed tokens.
 
     Tokens    "200K", "8M", "1.5B", "14.8T" or a whole number        -> int
+    Bytes     "64MB", "1GB" or a whole number                        -> int
     Seconds   "90s", "8m", "1h30m", "2d" or a number of seconds      -> float
     Points    [["0", 0.0], ["200K", 3e-3], ["8M", 3e-4]] or a number -> a callable on tokens
 
@@ -19,6 +20,7 @@ from pydantic_core import CoreSchema, core_schema
 from bessemer.errors import UserError
 
 _COUNT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_SIZE = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 _TIME = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 TOKENS_HELP = 'a whole number of tokens such as 200000, "200K", "8M" or "1.5B"'
 SECONDS_HELP = 'a duration such as "90s", "8m", "1h30m", or a number of seconds'
@@ -40,6 +42,14 @@ def parse_tokens(value: Any) -> int:
     if count != int(count):
         raise UserError(f"expected {TOKENS_HELP}; this is not a whole number")
     return int(count)
+
+
+def parse_bytes(value: Any) -> int:
+    """ "64MB" -> 64_000_000."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?)B?\s*", str(value), re.IGNORECASE)
+    if isinstance(value, bool) or not match:
+        raise UserError('expected a number of bytes such as "64MB" or "1GB"')
+    return int(Decimal(match[1]) * _SIZE[match[2].upper()])
 
 
 def parse_seconds(value: Any) -> float:
@@ -161,4 +171,5 @@ Weight = Annotated[
 ]  # fmt: skip
 """A number, or points in consumed tokens; a number stays one."""
 Tokens = Annotated[int, BeforeValidator(parse_tokens)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]

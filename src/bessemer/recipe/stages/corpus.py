@@ -17,6 +17,7 @@ from pydantic import Field
 from bessemer import tasks
 from bessemer.data import corpus, shards, sources
 from bessemer.data.document import Document
+from bessemer.data.fetch import sha256_of
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.recipe.haystack import NEEDLE, needle
@@ -188,12 +189,13 @@ def _shards(settings: Corpus.Settings) -> list[str]:
 
 
 def _built(settings: Corpus.Settings) -> dict[str, Any]:
-    """What identifies the shards that others made: their facts hold the checksums of everything."""
+    """What identifies the shards that others made: their meta.json, which holds the checksums of everything."""
     found = {}
     for part in _shards(settings):
         folder = _folder(settings, part)
         try:
-            found[part] = shards.read_meta(folder)["parts"]
+            shards.read_meta(folder)
+            found[part] = sha256_of(folder / "meta.json")
         except UserError as error:
             raise UserError(f'stage "{settings.name}": part "{part}": {error} with bessemer data build') from None
     return {"shards": found} if found else {}

@@ -150,6 +150,8 @@ class LongEval(Stage):
 def _short(model: Any, folder: Path, n_rows: int) -> float:
     """Held-out bits per byte of a part of short rows."""
     rows = open_rows(folder, "heldout")
+    if not rows.n_rows:
+        raise UserError(f"{folder} holds no document out, so nothing can be measured on it; raise the corpus' heldout")
     n_rows = min(n_rows, rows.n_rows)
     lots = [rows.batch(range(first, min(first + 16, n_rows))) for first in range(0, n_rows, 16)]
     nats, tokens = heldout.nats(model, lots)
