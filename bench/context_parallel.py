@@ -29,12 +29,12 @@ from machine import processor, spread
 from torch.autograd.profiler import profile
 
 from bessemer.data.batch import Batch
+from bessemer.dist.distributed_trainer import Across
+from bessemer.dist.mesh import Layout, Mesh
+from bessemer.dist.model_shard import Part
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
-from bessemer.parallel.mesh import Layout, Mesh
-from bessemer.parallel.part import Part
 from bessemer.train import balance
-from bessemer.train.across import Across
 from bessemer.train.objective import next_token
 from bessemer.train.settings import Settings
 

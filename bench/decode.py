@@ -34,12 +34,12 @@ import bessemer
 from bessemer import tasks
 from bessemer.data.chat import question_ids
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.infer.decode import new_cache
-from bessemer.infer.engine import Engine
-from bessemer.infer.prefill import take_in
-from bessemer.infer.request import Request, Token
-from bessemer.infer.sampling import Sampling
-from bessemer.infer.scheduler import Scheduler
+from bessemer.engine.decode import new_cache
+from bessemer.engine.engine import Engine
+from bessemer.engine.prefill import take_in
+from bessemer.engine.request import Request, Token
+from bessemer.engine.sampling import Sampling
+from bessemer.engine.scheduler import Scheduler
 from bessemer.model.counts import kv_cache_bytes
 from bessemer.train.speed import keep_memory
 

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from machine import processor
 
-from bessemer.recipe.curation import Curation, build
+from bessemer.pipeline.curation import Curation, build
 from bessemer.tasks.reading.ngrams import run_hashes
 
 NGRAM = 5

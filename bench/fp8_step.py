@@ -25,8 +25,8 @@ from torch.autograd.profiler import profile
 
 from bessemer.data.batch import Batch
 from bessemer.model import counts
+from bessemer.model.activation_memory import kept_bytes
 from bessemer.model.config import ModelConfig
-from bessemer.model.kept import kept_bytes
 from bessemer.model.presets import PRESETS, preset
 from bessemer.model.transformer import Transformer
 from bessemer.precision import backends

@@ -59,21 +59,20 @@ def problems(first: int, count: int) -> list:
 
 def ours(args: argparse.Namespace, case: dict) -> dict:
     from bessemer.data.chat import question_ids
-    from bessemer.infer.engine import Engine
-    from bessemer.recipe import modelling
-    from bessemer.recipe.policy.estimate import GroupEstimator
-    from bessemer.recipe.policy.reference import Reference
-    from bessemer.recipe.spread import Whole
+    from bessemer.dist.distributed import Whole
+    from bessemer.engine.engine import Engine
     from bessemer.rl import rollout
+    from bessemer.rl.estimators import GroupEstimator
     from bessemer.rl.objective import GRPO
+    from bessemer.rl.reference import Reference
     from bessemer.rl.reward import Reward
-    from bessemer.train import speed
+    from bessemer.train import setup, speed
     from bessemer.train.settings import Settings
     from bessemer.train.trainer import Trainer
 
     speed.keep_memory()
-    model, tokenizer = modelling.load_model(args.directory / "model")
-    workers = modelling.workers()
+    model, tokenizer = setup.load_model(args.directory / "model")
+    workers = setup.workers()
     constant = lambda value: lambda tokens, step: value  # noqa: E731
     trainer = Trainer(
         model, GRPO(CLIP_LOW, CLIP_HIGH, KL), None,

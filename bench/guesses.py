@@ -21,10 +21,10 @@ import torch
 from machine import processor, spread
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.infer.engine import Engine
-from bessemer.infer.request import Request, Token
-from bessemer.infer.sampling import Sampling
-from bessemer.infer.scheduler import Scheduler
+from bessemer.engine.engine import Engine
+from bessemer.engine.request import Request, Token
+from bessemer.engine.sampling import Sampling
+from bessemer.engine.scheduler import Scheduler
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train.loss import cross_entropy

@@ -31,7 +31,7 @@ import torch
 
 import bessemer
 from bessemer.data.chat import question_ids, render
-from bessemer.model import gguf_writer
+from bessemer.hf import gguf_writer
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 

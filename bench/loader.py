@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from bessemer import tasks
-from bessemer.data import corpus, sources, turns
+from bessemer.data import corpus, sft_rows, sources
 from bessemer.data.document import Document
 from bessemer.data.mixture import Mixture
 from bessemer.data.rows import open_rows
@@ -89,7 +89,7 @@ def waste(folder: Path, tokenizer: Tokenizer) -> dict[str, dict[str, float]]:
         found[str(length)]["all parts"] = 1 - sum(rows.facts["tokens"] for rows in parts) / held
         task = tasks.get("arithmetic")
         talks = (talk(task.document(i)) for i in range(CONVERSATIONS))
-        found[str(length)]["sft, masked"] = turns.build(talks, tokenizer, length, folder / f"sft-{length}")["waste"]
+        found[str(length)]["sft, masked"] = sft_rows.build(talks, tokenizer, length, folder / f"sft-{length}")["waste"]
     return found
 
 

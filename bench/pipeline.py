@@ -34,14 +34,14 @@ import torch
 import torch.distributed as dist
 from machine import processor, spread
 
+from bessemer.dist.executor import Executor, Work
+from bessemer.dist.schedules import SCHEDULES, schedule
+from bessemer.dist.simulate import Costs, Timeline, simulate
+from bessemer.dist.stage import Slice, cut
+from bessemer.dist.streams import Beside, Serial
+from bessemer.dist.table import Pair, Step
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
-from bessemer.parallel.execute import Executor, Work
-from bessemer.parallel.schedules import SCHEDULES, schedule
-from bessemer.parallel.simulate import Costs, Timeline, simulate
-from bessemer.parallel.stage import Slice, cut
-from bessemer.parallel.streams import Beside, Serial
-from bessemer.parallel.table import Pair, Step
 from bessemer.train.loss import cross_entropy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -78,15 +78,15 @@ class Clock:
 
 
 def arm(args: argparse.Namespace) -> dict:
-    from bessemer.recipe.metrics import Metrics, StageMetrics
-    from bessemer.recipe.policy.draw import Draw
-    from bessemer.recipe.policy.estimate import CriticEstimator, GroupEstimator
-    from bessemer.recipe.policy.loop import Loop
-    from bessemer.recipe.policy.reference import Reference
-    from bessemer.recipe.policy.watch import Watch
-    from bessemer.recipe.progress import RunProgress
-    from bessemer.recipe.schema import Recipe
-    from bessemer.recipe.stage import StageContext, StopFlag
+    from bessemer.config.recipe import Recipe
+    from bessemer.pipeline.stage import StageContext, StopFlag
+    from bessemer.rl.estimators import CriticEstimator, GroupEstimator
+    from bessemer.rl.evaluator import Watch
+    from bessemer.rl.generation import Draw
+    from bessemer.rl.loop import Loop
+    from bessemer.rl.reference import Reference
+    from bessemer.runs.metrics import Metrics, StageMetrics
+    from bessemer.runs.progress import RunProgress
     from bessemer.train.trainer import Trainer
 
     clock = Clock()

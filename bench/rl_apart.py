@@ -28,11 +28,11 @@ LEFT_OUT = 2
 
 def stage(base: Path, engine: str, rollouts: int) -> dict[str, float]:
     """One run in this process."""
-    from bessemer.recipe.metrics import Metrics, StageMetrics
-    from bessemer.recipe.policy import loop
-    from bessemer.recipe.progress import RunProgress
-    from bessemer.recipe.schema import Recipe
-    from bessemer.recipe.stage import StageContext, StopFlag
+    from bessemer.config.recipe import Recipe
+    from bessemer.pipeline.stage import StageContext, StopFlag
+    from bessemer.rl import loop
+    from bessemer.runs.metrics import Metrics, StageMetrics
+    from bessemer.runs.progress import RunProgress
 
     changes = ["zero.ahead=1", f"zero.rollouts={rollouts}", "zero.eval_every=99", "zero.minimum_pass=0.0",
                "zero.eval_problems=4", "zero.save_seconds=9999", *ENGINES[engine]]  # fmt: skip

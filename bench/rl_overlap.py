@@ -72,16 +72,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    from bessemer.recipe import modelling
-    from bessemer.recipe.metrics import Metrics, StageMetrics
-    from bessemer.recipe.policy import loop
-    from bessemer.recipe.progress import RunProgress
-    from bessemer.recipe.schema import Recipe
-    from bessemer.recipe.stage import StageContext, StopFlag
+    from bessemer.config.recipe import Recipe
+    from bessemer.pipeline.stage import StageContext, StopFlag
+    from bessemer.rl import loop
+    from bessemer.runs.metrics import Metrics, StageMetrics
+    from bessemer.runs.progress import RunProgress
+    from bessemer.train import setup
 
     recipe = Recipe.load(Path(__file__).parent.parent / "recipes" / "tiny.toml", ["zero.ahead=1"])
     timed = Timed()
-    modelling.workers = lambda: timed
+    setup.workers = lambda: timed
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         metrics = StageMetrics(Metrics(Path(folder) / "metrics.jsonl"), "zero")

@@ -47,11 +47,11 @@ def engine_and_requests(model: str, streams: int, tokens: int):
     import torch
 
     from bessemer.data.chat import question_ids
-    from bessemer.infer.engine import digest
-    from bessemer.infer.generate import load_engine
-    from bessemer.infer.request import Request
-    from bessemer.infer.sampling import Sampling, stream_key
-    from bessemer.recipe.rundir import model_dir
+    from bessemer.engine.engine import digest
+    from bessemer.engine.generate import load_engine
+    from bessemer.engine.request import Request
+    from bessemer.engine.sampling import Sampling, stream_key
+    from bessemer.runs.directory import model_dir
 
     torch.set_num_threads(1)
     engine = load_engine(model_dir(model))
@@ -64,8 +64,8 @@ def engine_and_requests(model: str, streams: int, tokens: int):
 
 def bare(model: str, streams: int, tokens: int) -> dict:
     """All requests in a scheduler with nothing around it."""
-    from bessemer.infer.request import Token
-    from bessemer.infer.scheduler import Scheduler
+    from bessemer.engine.request import Token
+    from bessemer.engine.scheduler import Scheduler
 
     engine, requests = engine_and_requests(model, streams, tokens)
     engine.generate([requests[0].prompt], max_new_tokens=2, **SAMPLING)  # whatever is made at first use

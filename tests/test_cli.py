@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from bessemer import cli
+from bessemer.config.table import StageSettings
 from bessemer.errors import UserError
-from bessemer.recipe.settings import StageSettings
-from bessemer.recipe.stage import KINDS, Stage
+from bessemer.pipeline.stage import KINDS, Stage
 
-HEAVY = ("torch", "numpy", "pydantic", "matplotlib", "tokenizers", "bessemer.recipe")
+HEAVY = ("torch", "numpy", "pydantic", "matplotlib", "tokenizers", "bessemer.config", "bessemer.pipeline")
 
 
 def test_help_is_instant_and_loads_nothing_heavy():
@@ -108,7 +108,7 @@ def recipe(tmp_path, monkeypatch, stub):
 
     monkeypatch.setitem(KINDS, "cli-note", Note)
     rows = [{"item": "MTP", "section": "2.2", "paper": "1", "here": "1", "on": True}]
-    stub("bessemer.recipe.conformance", rows=lambda recipe: rows)
+    stub("bessemer.pipeline.conformance", rows=lambda recipe: rows)
     path = tmp_path / "note.toml"
     path.write_text(
         'name = "note"\n[[stage]]\nkind = "cli-note"\nname = "a"\n[[stage]]\nkind = "cli-note"\nname = "b"\n'
@@ -149,9 +149,9 @@ def test_an_interrupted_run_says_how_to_go_on(call, recipe):
      (("eval", "nothing", "--task", "t"), "no model or run"), (("keys", "cli-nope"), 'did you mean "cli-note"')],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_status_2(call, recipe, stub, arguments, words):
-    stub("bessemer.infer.chat", chat=None)
-    stub("bessemer.infer.generate", generate_texts=None)
-    stub("bessemer.recipe.evaluate", evaluate=None)
+    stub("bessemer.engine.chat", chat=None)
+    stub("bessemer.engine.generate", generate_texts=None)
+    stub("bessemer.eval.evaluate", evaluate=None)
     status, out, err = call(*arguments)
     assert status == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err
 
@@ -163,7 +163,7 @@ def test_usage_mistakes_are_status_2_and_bugs_keep_their_traceback(call, stub, m
     def broken(*_, **__):
         raise KeyError("a bug")
 
-    stub("bessemer.infer.chat", chat=broken)
+    stub("bessemer.engine.chat", chat=broken)
     with pytest.raises(KeyError):
         call("chat", model)
 
@@ -184,7 +184,7 @@ def test_eval(call, stub, model):
         seen.append((folder, options))
         return [{**row(name, 0.25), "domain": "lm-eval", "k": 1} for name in options["names"]]
 
-    stub("bessemer.recipe.evaluate", evaluate=evaluate, evaluate_lm_eval=evaluate_lm_eval)
+    stub("bessemer.eval.evaluate", evaluate=evaluate, evaluate_lm_eval=evaluate_lm_eval)
     asked = "--task countdown --task logic --samples 4 --k 2 --seed 3 --temperature 0.6 --top-p 0.95 --problems 5"
     status, out, _ = call("eval", model, *asked.split(), "--max-tokens", 9, "--json")
     facts = json.loads(out)
@@ -213,7 +213,7 @@ def test_eval_refuses_what_would_have_no_effect(call, model, arguments, complain
 
 def test_generate(call, stub, model):
     stub(
-        "bessemer.infer.generate",
+        "bessemer.engine.generate",
         generate_texts=lambda folder, prompts, **options: [f"!{options['seed']}" for _ in prompts],
     )
     assert json.loads(call("generate", model, "a", "b", "--seed", 4, "--json")[1]) == [
@@ -224,7 +224,7 @@ def test_generate(call, stub, model):
 
 def test_chat_finds_the_model_of_a_run(call, stub, recipe, tmp_path):
     seen = []
-    stub("bessemer.infer.chat", chat=lambda folder, **options: seen.append(str(folder)))
+    stub("bessemer.engine.chat", chat=lambda folder, **options: seen.append(str(folder)))
     call("run", recipe)
     assert call("chat", "runs/note")[0] == 0 and call("chat", "note")[0] == 0
     assert seen == ["runs/note/02-b/model"] * 2
@@ -232,7 +232,7 @@ def test_chat_finds_the_model_of_a_run(call, stub, recipe, tmp_path):
 
 def test_convert(call, stub, tmp_path):
     seen = {}
-    stub("bessemer.model.hub", convert=lambda src, dst, **options: seen.update(options, src=str(src), dst=str(dst)))
+    stub("bessemer.hf.hub", convert=lambda src, dst, **options: seen.update(options, src=str(src), dst=str(dst)))
     assert call("convert", "in", "out", "--no-mtp", "--dtype", "bfloat16")[0] == 0
     assert seen == {"src": "in", "dst": "out", "mtp": False, "dtype": "bfloat16", "fp8": None}
     call("convert", "in", "out")
@@ -242,7 +242,7 @@ def test_convert(call, stub, tmp_path):
 
 def test_convert_to_fp8(call, stub):
     seen = {}
-    stub("bessemer.model.hub", convert=lambda src, dst, **options: seen.update(options))
+    stub("bessemer.hf.hub", convert=lambda src, dst, **options: seen.update(options))
     assert call("convert", "in", "out", "--fp8")[0] == 0 and seen == {"mtp": True, "dtype": None, "fp8": "float32"}
     assert call("convert", "in", "out", "--fp8", "--scales", "ue8m0")[0] == 0 and seen["fp8"] == "ue8m0"
     seen.clear()
@@ -255,7 +255,7 @@ def test_convert_to_fp8(call, stub):
 
 
 def test_a_warning_is_one_line_without_the_place_in_the_program(call, stub):
-    stub("bessemer.model.hub", convert=lambda *a, **k: warnings.warn("tiles are\nnot even", stacklevel=1))
+    stub("bessemer.hf.hub", convert=lambda *a, **k: warnings.warn("tiles are\nnot even", stacklevel=1))
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         status, _, err = call("convert", "in", "out", "--fp8")
@@ -308,5 +308,5 @@ def test_a_message_of_two_lines_becomes_one(call, stub, model):
     def refuse(*_, **__):
         raise UserError("first\nsecond")
 
-    stub("bessemer.infer.chat", chat=refuse)
+    stub("bessemer.engine.chat", chat=refuse)
     assert call("chat", model) == (2, "", "error: first second\n")

@@ -9,9 +9,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load": ("bessemer.model.foreign", "load_any"),
-    "Engine": ("bessemer.infer.engine", "Engine"),
-    "Recipe": ("bessemer.recipe.schema", "Recipe"),
+    "load": ("bessemer.hf.causal_lm", "load_any"),
+    "Engine": ("bessemer.engine.engine", "Engine"),
+    "Recipe": ("bessemer.config.recipe", "Recipe"),
     "Tokenizer": ("bessemer.data.tokenizer", "Tokenizer"),
     "UserError": ("bessemer.errors", "UserError"),
     "tasks": ("bessemer.tasks", None),

@@ -18,9 +18,9 @@ from bessemer.curate.settings import Source
 from bessemer.curate.work import Job
 from bessemer.data import corpus, local
 from bessemer.errors import UserError
-from bessemer.recipe.curation import Curation, build, engine
-from bessemer.recipe.progress import RunProgress
-from bessemer.rl.sampler import cluster
+from bessemer.pipeline.curation import Curation, build, engine
+from bessemer.rl import ray_cluster
+from bessemer.runs.progress import RunProgress
 
 MORE = '[decontaminate]\ntasks = ["jsonl:{tasks}"]'
 
@@ -98,7 +98,7 @@ def test_any_engine_makes_the_same_files(made, tmp_path):
     assert sum("train-" in name and "tokens" in name for name in _files(tmp_path / "one")) >= 4
 
 
-@pytest.mark.skipif(not cluster.is_there(), reason="needs Ray")
+@pytest.mark.skipif(not ray_cluster.is_there(), reason="needs Ray")
 def test_ray_makes_the_same_files_and_passes_mistakes_on(made, tmp_path):
     build(Curation.load(made), tmp_path / "one")
     curation = Curation.load(made, ['engine.kind="ray"', "engine.workers=2"])

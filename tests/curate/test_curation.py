@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from bessemer.config.help import describe_keys
 from bessemer.errors import UserError
-from bessemer.recipe.curation import Curation
-from bessemer.recipe.help import describe_keys
+from bessemer.pipeline.curation import Curation
 
 SOURCE = 'name = "a"\nfrom = "fables-en"\ndomain = "english"'
 

@@ -21,8 +21,8 @@ from warcio.warcwriter import WARCWriter
 
 from bessemer.curate import origins, steps
 from bessemer.curate.decode import decode
-from bessemer.curate.found import Fault, Text
 from bessemer.curate.reading import Gone, texts
+from bessemer.curate.records import Fault, Text
 from bessemer.curate.settings import Source
 from bessemer.errors import UserError
 

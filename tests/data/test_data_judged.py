@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bessemer.data import judged
+from bessemer.data import preference_rows
 from bessemer.errors import UserError
 
 BOS, PAD = 0, 2
@@ -19,13 +19,17 @@ PAIRS = [(text(n, 4 + n % 9), text(n + 100, 3 + n * 5 % 11)) for n in range(60)]
 
 
 def build(units, folder, kind, row_length=T):
-    facts = judged.build(units, row_length, PAD, BOS, folder)
-    return facts, judged.load(folder, kind, seed=3)
+    facts = preference_rows.build(units, row_length, PAD, BOS, folder)
+    return facts, preference_rows.load(folder, kind, seed=3)
 
 
 def test_every_pair_once_with_its_rival(tmp_path):
-    units = [[(good, judged.GOOD), (bad, judged.BAD)] for good, bad in PAIRS]
-    facts, rows = build([*units, [(text(1, 20), judged.GOOD), (text(2, 20), judged.BAD)]], tmp_path, judged.Pairs)
+    units = [[(good, preference_rows.GOOD), (bad, preference_rows.BAD)] for good, bad in PAIRS]
+    facts, rows = build(
+        [*units, [(text(1, 20), preference_rows.GOOD), (text(2, 20), preference_rows.BAD)]],
+        tmp_path,
+        preference_rows.Pairs,
+    )
     assert (facts["units"], facts["too_long"]) == (60, 1)
     batch = rows.batch(0, rows.n_rows)
     assert batch.n_loss_tokens == 60
@@ -48,8 +52,8 @@ def test_every_pair_once_with_its_rival(tmp_path):
 
 
 def test_labels_sit_on_last_tokens(tmp_path):
-    units = [[(text(n, 5 + n % 3), judged.GOOD if n % 3 else judged.BAD)] for n in range(40)]
-    facts, rows = build(units, tmp_path, judged.Labels)
+    units = [[(text(n, 5 + n % 3), preference_rows.GOOD if n % 3 else preference_rows.BAD)] for n in range(40)]
+    facts, rows = build(units, tmp_path, preference_rows.Labels)
     batch = rows.batch(0, rows.n_rows)
     assert batch.n_loss_tokens == facts["units"] == 40
     assert batch.extras["safe_BT"].sum() == sum(n % 3 > 0 for n in range(40))
@@ -61,11 +65,11 @@ def test_labels_sit_on_last_tokens(tmp_path):
 
 def test_nothing_that_fits_is_an_error(tmp_path):
     with pytest.raises(UserError, match="all 1 judged answers are longer than a row of 8 tokens; raise row_length"):
-        build([[(text(0, 9), judged.GOOD)]], tmp_path, judged.Labels, row_length=8)
+        build([[(text(0, 9), preference_rows.GOOD)]], tmp_path, preference_rows.Labels, row_length=8)
     with pytest.raises(UserError, match="not a single judged answer"):
-        build([], tmp_path, judged.Labels)
+        build([], tmp_path, preference_rows.Labels)
     with pytest.raises(UserError, match="holds no packed answers"):
-        judged.load(tmp_path / "nowhere", judged.Pairs, 0)
+        preference_rows.load(tmp_path / "nowhere", preference_rows.Pairs, 0)
 
 
 GOOD_PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
@@ -74,10 +78,10 @@ GOOD_PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 def test_files_are_read_line_by_line(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(GOOD_PAIR) + "\n" + json.dumps(GOOD_PAIR | {"chosen": "好"}) + "\n")
-    assert [line["chosen"] for line in judged.read(path, judged.PAIR)] == ["a", "好"]
+    assert [line["chosen"] for line in preference_rows.read(path, preference_rows.PAIR)] == ["a", "好"]
     labels = tmp_path / "labels.jsonl"
     labels.write_text('{"prompt": "q", "response": "a", "safe": true}\n')
-    assert list(judged.read(labels, judged.LABEL)) == [{"prompt": "q", "response": "a", "safe": True}]
+    assert list(preference_rows.read(labels, preference_rows.LABEL)) == [{"prompt": "q", "response": "a", "safe": True}]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +101,7 @@ def test_a_broken_line_is_named(tmp_path, line, complaint):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(GOOD_PAIR) + "\n" + line + "\n")
     with pytest.raises(UserError, match=r"pairs.jsonl:2: each line must be") as error:
-        list(judged.read(path, judged.PAIR))
+        list(preference_rows.read(path, preference_rows.PAIR))
     assert complaint in str(error.value)
 
 
@@ -105,9 +109,9 @@ def test_a_label_must_be_true_or_false_and_a_file_must_exist(tmp_path):
     path = tmp_path / "labels.jsonl"
     path.write_text('{"prompt": "q", "response": "a", "safe": 1}\n')
     with pytest.raises(UserError, match="safe is int"):
-        list(judged.read(path, judged.LABEL))
+        list(preference_rows.read(path, preference_rows.LABEL))
     with pytest.raises(UserError, match="cannot be read"):
-        list(judged.read(tmp_path / "none.jsonl", judged.LABEL))
+        list(preference_rows.read(tmp_path / "none.jsonl", preference_rows.LABEL))
     path.write_bytes(b"\xff\n")
     with pytest.raises(UserError, match="not UTF-8"):
-        list(judged.read(path, judged.LABEL))
+        list(preference_rows.read(path, preference_rows.LABEL))

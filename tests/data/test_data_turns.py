@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bessemer.data import chat, turns
+from bessemer.data import chat, sft_rows
 from bessemer.data.document import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
@@ -40,8 +40,8 @@ def tokenizer():
 @pytest.fixture(scope="module", params=["zero", "r1"])
 def packed(request, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    facts = turns.build(CONVERSATIONS, tokenizer, ROW, folder, request.param)
-    return request.param, facts, turns.load(folder, seed=3)
+    facts = sft_rows.build(CONVERSATIONS, tokenizer, ROW, folder, request.param)
+    return request.param, facts, sft_rows.load(folder, seed=3)
 
 
 def samples_of(batch):
@@ -106,12 +106,12 @@ def test_every_epoch_reads_every_row_once_in_an_order_of_its_own(packed):
 
 def test_what_does_not_fit_is_left_out_and_counted(tokenizer, tmp_path):
     long = conversation(1, rounds=9)
-    facts = turns.build([*CONVERSATIONS, long], tokenizer, ROW, tmp_path / "a", "zero")
+    facts = sft_rows.build([*CONVERSATIONS, long], tokenizer, ROW, tmp_path / "a", "zero")
     assert (facts["samples"], facts["too_long"]) == (40, 1)
     with pytest.raises(UserError, match="all 1 conversations are longer than a row of 160 tokens; raise row_length"):
-        turns.build([long], tokenizer, ROW, tmp_path / "b", "zero")
+        sft_rows.build([long], tokenizer, ROW, tmp_path / "b", "zero")
     with pytest.raises(UserError, match="not a single conversation"):
-        turns.build([], tokenizer, ROW, tmp_path / "c", "zero")
+        sft_rows.build([], tokenizer, ROW, tmp_path / "c", "zero")
 
 
 @pytest.mark.parametrize(
@@ -123,12 +123,12 @@ def test_what_does_not_fit_is_left_out_and_counted(tokenizer, tmp_path):
 )
 def test_records_that_teach_nothing_are_refused(tokenizer, tmp_path, document, complaint):
     with pytest.raises(UserError, match=complaint):
-        turns.build([document], tokenizer, ROW, tmp_path / "a", "zero")
+        sft_rows.build([document], tokenizer, ROW, tmp_path / "a", "zero")
 
 
 def test_a_damaged_directory_is_named(tokenizer, tmp_path):
-    turns.build(CONVERSATIONS, tokenizer, ROW, tmp_path, "zero")
+    sft_rows.build(CONVERSATIONS, tokenizer, ROW, tmp_path, "zero")
     facts = json.loads((tmp_path / "meta.json").read_text())
     (tmp_path / "meta.json").write_text(json.dumps(facts | {"rows": facts["rows"] + 1}))
     with pytest.raises(UserError, match=r"holds no packed conversations .*delete it"):
-        turns.load(tmp_path, 0)
+        sft_rows.load(tmp_path, 0)

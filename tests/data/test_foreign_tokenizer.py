@@ -4,11 +4,11 @@ import foreign_tokenizers as houses
 import pytest
 import transformers
 
-from bessemer.data import chat, turns
+from bessemer.data import chat, sft_rows
 from bessemer.data.document import Document
-from bessemer.data.foreign_tokenizer import ForeignTokenizer, load_tokenizer
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
+from bessemer.hf.foreign_tokenizer import ForeignTokenizer, load_tokenizer
 
 QUESTION = [{"role": "user", "content": "What is 12*3+4?"}]
 ANSWER = {"role": "assistant", "content": "<think>36</think> 40, é漢"}
@@ -109,8 +109,8 @@ def test_a_template_that_drops_thoughts_is_noticed(tmp_path):
 def test_packed_samples_begin_where_they_begin(chatml, tmp_path):
     """ChatML has no BOS, and its first token stands in every turn: segments must not depend on it."""
     talk = [*QUESTION, {"role": "assistant", "content": "40"}]
-    facts = turns.build([Document("", "mine", tuple(talk))] * 5, chatml, 120, tmp_path / "rows")
-    rows = turns.load(tmp_path / "rows", seed=0)
+    facts = sft_rows.build([Document("", "mine", tuple(talk))] * 5, chatml, 120, tmp_path / "rows")
+    rows = sft_rows.load(tmp_path / "rows", seed=0)
     batch = rows.batch(0, rows.n_rows)
     whole, answers = chat.render_answers(chatml, talk)
     assert facts["samples"] == 5 and sum(int(row.max()) for row in batch.segments_BT) == 5

@@ -13,7 +13,7 @@ from foreign_cases import KINDS, made, relative, tokens
 from safetensors.torch import load_file, save_file
 
 from bessemer.errors import UserError
-from bessemer.model import foreign
+from bessemer.hf import causal_lm
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 
@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 @pytest.fixture(params=sorted(KINDS))
 def pair(request):
     """(ours, theirs) with the same weights."""
-    return foreign.CausalLM(made(request.param)), made(request.param)
+    return causal_lm.CausalLM(made(request.param)), made(request.param)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_padding_to_the_right_changes_nothing_before_it(pair):
 
 
 def test_dropout_stays_off():
-    model = foreign.CausalLM(made("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)).train()
+    model = causal_lm.CausalLM(made("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)).train()
     assert torch.equal(model(tokens(1, 8)), model(tokens(1, 8)))
 
 
@@ -94,18 +94,18 @@ def test_what_is_saved_is_what_transformers_loads(pair, tmp_path):
     assert torch.equal(again(input_ids=ids).logits, theirs(input_ids=ids).logits)
     names = {path.name for path in (tmp_path / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names and "other.txt" not in names
-    assert torch.equal(foreign.load(tmp_path / "model")(ids), ours(ids))
+    assert torch.equal(causal_lm.load(tmp_path / "model")(ids), ours(ids))
 
 
 def test_a_directory_says_which_kind_it_is(directory, tmp_path):
     Transformer(preset("tiny", vocab_size=300, dim=64, n_layers=2)).initialise(0).save(tmp_path / "ours")
-    assert isinstance(foreign.load_any(tmp_path / "ours"), Transformer)
-    assert isinstance(foreign.load_any(directory, dtype="bfloat16"), foreign.CausalLM)
-    assert foreign.load_any(directory, dtype="bfloat16").embed.weight.dtype == torch.bfloat16
+    assert isinstance(causal_lm.load_any(tmp_path / "ours"), Transformer)
+    assert isinstance(causal_lm.load_any(directory, dtype="bfloat16"), causal_lm.CausalLM)
+    assert causal_lm.load_any(directory, dtype="bfloat16").embed.weight.dtype == torch.bfloat16
 
 
 def test_compute_in_bfloat16_keeps_the_rotary_frequencies():
-    model = foreign.CausalLM(made("llama"))
+    model = causal_lm.CausalLM(made("llama"))
     before = model(tokens(1, 60))
     model.to_compute(torch.bfloat16)
     assert model.inner.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -113,8 +113,8 @@ def test_compute_in_bfloat16_keeps_the_rotary_frequencies():
 
 
 def test_a_window_bounds_the_length():
-    assert foreign.CausalLM(made("gemma3")).cfg.max_seq_len == 16
-    assert foreign.CausalLM(made("llama")).cfg.max_seq_len == 128
+    assert causal_lm.CausalLM(made("gemma3")).cfg.max_seq_len == 16
+    assert causal_lm.CausalLM(made("llama")).cfg.max_seq_len == 128
 
 
 def edit(directory, change):
@@ -149,14 +149,14 @@ def pickle_only(directory):
 def test_broken_directories_are_refused_by_name(directory, damage, message):
     damage(directory)
     with pytest.raises(UserError, match=message):
-        foreign.load_any(directory)
+        causal_lm.load_any(directory)
 
 
 def test_code_that_comes_with_a_model_is_not_run(directory, tmp_path):
     (directory / "m.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass M: pass\nclass C: pass\n")
     configure(directory, model_type="nosuch", auto_map={"AutoConfig": "m.C", "AutoModelForCausalLM": "m.M"})
     with pytest.raises(UserError, match="never run"):
-        foreign.load(directory)
+        causal_lm.load(directory)
     assert not (tmp_path / "ran").exists()
 
 
@@ -164,22 +164,22 @@ def test_logits_that_are_more_than_a_product_are_refused(tmp_path):
     config = transformers.Gemma2Config(**KINDS["llama"][1], head_dim=8)  # caps its logits
     transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="gemma2 does more to its logits"):
-        foreign.load(tmp_path)
+        causal_lm.load(tmp_path)
 
 
 def test_a_recurrent_state_is_refused():
     config = transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1)
     with pytest.raises(UserError, match="mamba is not supported: it remembers by"):
-        foreign.CausalLM(transformers.MambaForCausalLM(config))
+        causal_lm.CausalLM(transformers.MambaForCausalLM(config))
 
 
 def test_samples_that_see_each_other_are_noticed(directory, monkeypatch):
-    monkeypatch.setattr(foreign, "_positions", lambda segments_BT: None)
+    monkeypatch.setattr(causal_lm, "_positions", lambda segments_BT: None)
     with pytest.raises(UserError, match="packed samples of llama see each other"):
-        foreign.load(directory)
+        causal_lm.load(directory)
 
 
 def test_without_transformers_the_fix_is_named(directory, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"pip install 'bessemer\[hf\]'"):
-        foreign.load(directory)
+        causal_lm.load(directory)

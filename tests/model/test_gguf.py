@@ -7,10 +7,10 @@ import torch
 from foreign_cases import made, relative, tokens
 
 from bessemer.data import chat
-from bessemer.data.foreign_tokenizer import load_tokenizer
 from bessemer.errors import UserError
-from bessemer.model import foreign
-from bessemer.model.gguf import read_gguf
+from bessemer.hf import causal_lm
+from bessemer.hf.foreign_tokenizer import load_tokenizer
+from bessemer.hf.gguf_import import read_gguf
 
 CONTROLS = ["<|text|>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = [*CONTROLS, *map(chr, range(33, 96)), *"abcdefghijklmnopqrstuvwxyz", "Ġ", "Ċ", "ab", "cd"]
@@ -82,7 +82,7 @@ def test_a_gguf_file_becomes_a_plain_directory(original, quantise, bound, tmp_pa
     file = write(original, tmp_path / "tiny.gguf", quantise)
     model = read_gguf(file, tmp_path / "tokenizer")
     model.save(tmp_path / "model", tokenizer_dir=tmp_path / "tokenizer")
-    again, tok = foreign.load(tmp_path / "model"), load_tokenizer(tmp_path / "model")
+    again, tok = causal_lm.load(tmp_path / "model"), load_tokenizer(tmp_path / "model")
     ids = tokens(2, 9)
     assert torch.equal(again(ids), model(ids)) and again.embed.weight.dtype == torch.float32
     assert relative(model(ids), original(input_ids=ids).logits) < bound
@@ -95,7 +95,7 @@ def test_a_gguf_file_becomes_a_plain_directory(original, quantise, bound, tmp_pa
 def test_bfloat16_on_request(original, tmp_path):
     model = read_gguf(write(original, tmp_path / "tiny.gguf", False), tmp_path / "tokenizer", torch.bfloat16)
     model.save(tmp_path / "model", tokenizer_dir=tmp_path / "tokenizer")
-    assert foreign.load(tmp_path / "model").embed.weight.dtype == torch.bfloat16
+    assert causal_lm.load(tmp_path / "model").embed.weight.dtype == torch.bfloat16
 
 
 def test_what_is_no_gguf_is_refused(tmp_path):

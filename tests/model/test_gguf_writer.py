@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from bessemer.data import chat, tokenizer
 from bessemer.errors import UserError
-from bessemer.model import gguf_facts, gguf_writer, hub
-from bessemer.model.foreign import CausalLM
+from bessemer.hf import gguf_facts, gguf_writer, hub
+from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.scorer import Scorer
 from bessemer.precision.block_fp8 import dequantise, quantise
 
@@ -352,8 +352,8 @@ import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from bessemer.model import gguf_facts, gguf_writer, hub
-from bessemer.model.hub_names import slots
-from bessemer.model.hub_writer import Planned, write_tensors
+from bessemer.hf.names import slots
+from bessemer.hf.writer import Planned, write_tensors
 from bessemer.model.presets import preset
 gguf_writer._library()
 

@@ -8,8 +8,9 @@ from model_cases import random_model, tiny
 from safetensors.torch import load_file, save_file
 
 from bessemer.errors import UserError
-from bessemer.model import counts, hub
-from bessemer.model.hub_names import slots
+from bessemer.hf import hub
+from bessemer.hf.names import slots
+from bessemer.model import counts
 from bessemer.model.presets import preset
 from bessemer.precision.block_fp8 import dequantise, quantise, tiles
 

@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFa
 from transformers import DeepseekV3ForCausalLM
 
 from bessemer.errors import UserError
-from bessemer.model import hub, hub_fp8
-from bessemer.model.hub_names import slots
+from bessemer.hf import block_fp8_export, hub
+from bessemer.hf.names import slots
 from bessemer.model.presets import preset
 from bessemer.model.scorer import Scorer
 from bessemer.precision.block_fp8 import quantise
@@ -384,7 +384,7 @@ def not_a_power_of_two(weight, block, ue8m0):
 )  # fmt: skip
 def test_an_export_that_is_not_the_model_is_never_put_in_place(mistake, scales, model, tmp_path, monkeypatch):
     model.save(tmp_path / "m")
-    monkeypatch.setattr(hub_fp8, "quantise", mistake)
+    monkeypatch.setattr(block_fp8_export, "quantise", mistake)
     for write in (
         lambda: model.save(tmp_path / "m", fp8=scales),
         lambda: hub.convert(tmp_path / "m", tmp_path / "n", fp8=scales),

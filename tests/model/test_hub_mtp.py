@@ -13,7 +13,7 @@ from transformers import DeepseekV3ForCausalLM
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
-from bessemer.model import hub
+from bessemer.hf import hub
 
 
 @torch.no_grad()

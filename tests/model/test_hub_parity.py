@@ -16,7 +16,7 @@ from model_cases import V2, YARN, configs, random_model, relative, tiny, tokens
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.utils import logging as hf_logging
 
-from bessemer.model import hub
+from bessemer.hf import hub
 
 hf_logging.disable_progress_bar()
 BOUND = 1e-5

@@ -9,8 +9,8 @@ from model_cases import random_model, tiny
 from safetensors.torch import load_file, save_file
 
 from bessemer.errors import UserError
-from bessemer.model import hub
-from bessemer.model.hub_names import slots
+from bessemer.hf import hub
+from bessemer.hf.names import slots
 
 Q = "model.layers.1.self_attn.q_a_proj.weight"
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"

@@ -10,11 +10,11 @@ from allocator import live_and_highest
 from model_cases import V2, random_model, relative, tiny, tokens
 
 from bessemer.data.batch import Batch
+from bessemer.hf.names import slots
 from bessemer.model import fp8
+from bessemer.model.activation_memory import kept_bytes
 from bessemer.model.attention import latent_attention
 from bessemer.model.config import ModelConfig
-from bessemer.model.hub_names import slots
-from bessemer.model.kept import kept_bytes
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 from bessemer.precision.e5m6 import pack

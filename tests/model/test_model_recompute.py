@@ -6,15 +6,15 @@ from allocator import live_bytes
 from model_cases import random_model, tiny, tokens
 
 from bessemer.data.batch import Batch
+from bessemer.dist.chunk import Chunk
+from bessemer.dist.stage import Slice
+from bessemer.dist.streams import Serial
 from bessemer.errors import UserError
+from bessemer.model.activation_memory import kept_bytes
 from bessemer.model.deferred import Store
-from bessemer.model.kept import kept_bytes
 from bessemer.model.presets import preset
 from bessemer.model.recompute import PHASES
 from bessemer.model.transformer import Transformer
-from bessemer.parallel.chunk import Chunk
-from bessemer.parallel.stage import Slice
-from bessemer.parallel.streams import Serial
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.train import balance
 from bessemer.train.objective import next_token

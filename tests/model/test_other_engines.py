@@ -17,8 +17,8 @@ from transformers.utils import logging as hf_logging
 from bessemer.data import special
 from bessemer.data.chat import render_ids
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.infer.engine import Engine
-from bessemer.model import gguf_writer, hub
+from bessemer.engine.engine import Engine
+from bessemer.hf import gguf_writer, hub
 from bessemer.model.presets import PRESETS, preset
 
 hf_logging.disable_progress_bar()

@@ -13,7 +13,7 @@ from transformers import DeepseekV2ForSequenceClassification, DeepseekV3ForSeque
 from transformers.utils import logging as hf_logging
 
 from bessemer.errors import UserError
-from bessemer.model import hub
+from bessemer.hf import hub
 from bessemer.model.scorer import Scorer
 
 hf_logging.disable_progress_bar()

@@ -7,26 +7,26 @@ from pathlib import Path
 import pytest
 
 from bessemer import cli
+from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
-from bessemer.recipe import dryrun, planning
-from bessemer.recipe.conformance import rows
-from bessemer.recipe.schema import Recipe
+from bessemer.pipeline.conformance import rows
+from bessemer.plan import dry_run, from_recipe
 
 V3 = Path(__file__).parents[2] / "recipes" / "v3.toml"
 TINY = V3.with_name("tiny.toml")
 
 
 def test_v3_on_2048_ranks():
-    found = dryrun.of_recipe(Recipe.load(V3), device_name="h800")
+    found = dry_run.of_recipe(Recipe.load(V3), device_name="h800")
     assert found.layout.world == 2048 and found.fits
     assert [(point["micro"], point["schedule"]) for point in found.ramp] == [
         (24, "1f1b"), (32, "dualpipe"), (120, "dualpipe"),
     ]  # fmt: skip
     assert list(found.ranks) == [0, 1024, 1920]
     assert found.ranks[0] == found.ranks[1920], "DualPipe's ends hold the same two stages"
-    said = dryrun.described(found)
+    said = dry_run.described(found)
     assert "pipeline 15, copy 1: 1984 to 2047" in said and "fits on H800" in said
-    assert not dryrun.of_recipe(Recipe.load(V3), device_name="RTX4090").fits
+    assert not dry_run.of_recipe(Recipe.load(V3), device_name="RTX4090").fits
 
 
 def test_v3_toml_is_the_paper_s_run():
@@ -50,14 +50,14 @@ def test_v3_toml_is_the_paper_s_run():
 )
 def test_what_cannot_be_is_said(overrides, world, words):
     with pytest.raises(UserError) as caught:
-        dryrun.of_recipe(Recipe.load(V3, overrides), world)
+        dry_run.of_recipe(Recipe.load(V3, overrides), world)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_rows_cut_over_ranks():
     """cp 4: the same weights and a quarter of the optimizer's share, and of a row."""
     plain, cut = (
-        dryrun.of_recipe(Recipe.load(V3, ["layout.dp=2", f"layout.cp={cp}", "pretrain.fp8=off"]), device_name="h800")
+        dry_run.of_recipe(Recipe.load(V3, ["layout.dp=2", f"layout.cp={cp}", "pretrain.fp8=off"]), device_name="h800")
         for cp in (1, 4)
     )
     assert cut.layout.world == 4 * plain.layout.world and cut.facts()["cp"] == 4 and cut.ramp == plain.ramp
@@ -65,17 +65,17 @@ def test_rows_cut_over_ranks():
     assert after["weights"] == pytest.approx(before["weights"], rel=0.01), "up to the filling"
     assert after["moments"] == pytest.approx(before["moments"] / 4, rel=0.01)
     assert after["activations"] < 0.26 * before["activations"]
-    assert "4096 ranks" not in dryrun.described(plain) and "pipeline 0, copy 1, piece 3: " in dryrun.described(cut)
+    assert "4096 ranks" not in dry_run.described(plain) and "pipeline 0, copy 1, piece 3: " in dry_run.described(cut)
 
 
 def test_the_planner_does_not_price_it():
     with pytest.raises(UserError, match="does not price context parallelism"):
-        planning.of_recipe(Recipe.load(V3, ["layout.cp=2"]), None, None)
+        from_recipe.of_recipe(Recipe.load(V3, ["layout.cp=2"]), None, None)
 
 
 def test_a_recipe_without_pre_training():
     with pytest.raises(UserError, match='no stage is of kind "pretrain"'):
-        dryrun.of_recipe(Recipe.load(V3.with_name("r1-paper.toml")))
+        dry_run.of_recipe(Recipe.load(V3.with_name("r1-paper.toml")))
 
 
 def test_from_the_command_line(monkeypatch, capsys):

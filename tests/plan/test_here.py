@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
-from bessemer.recipe.here import here
-from bessemer.recipe.schema import Recipe
+from bessemer.plan.estimate import here
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = ["model.dim=32", "model.n_layers=2", "model.vocab_size=512", "pretrain.batch_rows=4", "pretrain.micro_rows=2",

@@ -9,19 +9,18 @@ from allocator import live_and_highest
 from ranks import on_ranks
 
 from bessemer.data.batch import Batch
+from bessemer.dist.distributed_trainer import Across
+from bessemer.dist.mesh import Layout, Mesh
+from bessemer.dist.model_shard import Part
+from bessemer.dist.schedules import schedule
+from bessemer.dist.stage import cut
+from bessemer.dist.table import Action, Pair, actions
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
-from bessemer.parallel.mesh import Layout, Mesh
-from bessemer.parallel.part import Part
-from bessemer.parallel.schedules import schedule
-from bessemer.parallel.stage import cut
-from bessemer.parallel.table import Action, Pair, actions
-from bessemer.plan import held, memory
+from bessemer.plan import dry_run, memory, param_memory
 from bessemer.plan.memory import Numbers
 from bessemer.precision.fp8_linear import PAPER
-from bessemer.recipe import dryrun
 from bessemer.train import flat
-from bessemer.train.across import Across
 from bessemer.train.objective import next_token
 from bessemer.train.settings import Settings
 
@@ -44,22 +43,22 @@ def test_held_is_what_the_real_classes_hold(name, layout, micro):
         for number in (2, 4):
             numbers = Numbers(number, number)
             for pp in range(layout.pp):
-                planned = held.held(cfg, layout, table, pp, number).bytes(number, number)
-                real = dryrun.held(cfg, layout, table, layout.rank(pp, layout.dp - 1, 0), numbers)
+                planned = param_memory.held(cfg, layout, table, pp, number).bytes(number, number)
+                real = dry_run.held(cfg, layout, table, layout.rank(pp, layout.dp - 1, 0), numbers)
                 assert planned == real, (cfg, pp, number)
 
 
 def test_held_with_one_table_for_both_ends():
     cfg, layout, table = preset("tiny", tie_embeddings=True), Layout(), schedule("gpipe", 1, 1)
-    assert held.held(cfg, layout, table, 0).bytes(2, 4) == dryrun.held(cfg, layout, table, 0, Numbers(2, 4))
-    assert (held.ALIGN, held.BLOCK) == (flat.ALIGN, flat.NORM_BLOCK)
+    assert param_memory.held(cfg, layout, table, 0).bytes(2, 4) == dry_run.held(cfg, layout, table, 0, Numbers(2, 4))
+    assert (param_memory.ALIGN, param_memory.BLOCK) == (flat.ALIGN, flat.NORM_BLOCK)
 
 
 def test_v3_at_scale_takes_no_memory_here():
     """2,048 ranks: the whole network is in the pipeline ranks, experts once in each copy and DualPipe's lane."""
     cfg, layout = V3, Layout(16, 2, 64)
     table = schedule("dualpipe", 16, 120)
-    found = [held.held(cfg, layout, table, pp) for pp in range(16)]
+    found = [param_memory.held(cfg, layout, table, pp) for pp in range(16)]
     experts = sum(size for one in found for kind, size in one.vectors.items() if kind.expert)
     assert experts == 2 * 59 * 4 * 3 * 7168 * 2048  # two lanes, 58 layers and MTP, 256 / 64 experts
     middle = next(one for one in found if one.gates == 8)  # E.1: about 3.27e9 with two stages of 4 MoE layers
@@ -99,8 +98,8 @@ def on_a_rank(rank, name, layout, dtype, fp8):
     model.rope_table(LENGTH)
     batches = [batch(100 * rank + number).at(training.part.context.positions(LENGTH)) for number in range(MICRO)]
     groups = training.optimizer.groups
-    held = [t for g in groups for t in (g.compute, g.grad, g.summed, g.master, *g.moments.values())]
-    before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+    param_memory = [t for g in groups for t in (g.compute, g.grad, g.summed, g.master, *g.moments.values())]
+    before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in param_memory}.values())
     training.update(batches)
     work = training._work(executor, batches, TERMS)
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from bessemer import cli
+from bessemer.dist.mesh import Layout
+from bessemer.dist.schedules import schedule
+from bessemer.dist.simulate import Costs, simulate
+from bessemer.dist.table import Pair
 from bessemer.errors import UserError
 from bessemer.model import counts
 from bessemer.model.presets import preset
-from bessemer.parallel.mesh import Layout
-from bessemer.parallel.schedules import schedule
-from bessemer.parallel.simulate import Costs, simulate
-from bessemer.parallel.table import Pair
-from bessemer.plan import audit, overlap, routing, validate, wanted, work
+from bessemer.plan import audit, overlap, plan_config, routing, validate, work
 from bessemer.plan.cost import ideas, priced
 from bessemer.plan.hardware import cluster, device, devices, figures
 from bessemer.plan.kernels import Kernels, attention_rates, data, filled, fitted, gemm, moved
@@ -168,7 +168,7 @@ def test_a_growing_batch_costs_more():
 
 
 def test_search_finds_what_fits_and_says_why_others_do_not():
-    want = wanted.parse(["batch=15360 seq=4096 tokens=1T"])
+    want = plan_config.parse(["batch=15360 seq=4096 tokens=1T"])
     found = search(V3, want, cluster("2048xH800"))
     assert all(one.bytes <= one.setup.device.room for one in found.found)
     assert found.found == sorted(found.found, key=lambda one: -one.rate)
@@ -180,14 +180,14 @@ def test_search_finds_what_fits_and_says_why_others_do_not():
 
 
 def test_settings_by_hand():
-    want = wanted.parse(["layout.pp=8 layout.ep=32", "precision=bf16", "batch=8192 tokens=2.5T recompute=attend"])
-    made = wanted.setup(want.over(wanted.published("v3")), V3, cluster("2048xH800"))
+    want = plan_config.parse(["layout.pp=8 layout.ep=32", "precision=bf16", "batch=8192 tokens=2.5T recompute=attend"])
+    made = plan_config.setup(want.over(plan_config.published("v3")), V3, cluster("2048xH800"))
     assert (made.layout, made.fp8, made.recompute) == (Layout(8, 8, 32), False, ("attend",))
     assert made.micro == 8192 // 256 and want.tokens == 2.5e12
-    assert wanted.parse(["model.n_mtp=0"]).model == {"n_mtp": 0}
+    assert plan_config.parse(["model.n_mtp=0"]).model == {"n_mtp": 0}
     for wrong in ("pp=0", "layout.pp=x", "pq=3", "precision=int4", "tokens=-1", "mtp=2", "recompute=all", "batch"):
         with pytest.raises(UserError, match="--set"):
-            wanted.parse([wrong])
+            plan_config.parse([wrong])
 
 
 def test_devices_and_clusters():

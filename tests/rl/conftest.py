@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.infer.engine import Engine
+from bessemer.engine.engine import Engine
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 

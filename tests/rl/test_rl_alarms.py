@@ -8,7 +8,7 @@ import pytest
 
 from bessemer.rl import alarms
 from bessemer.rl.alarms import Watchman
-from bessemer.rl.figures import WINDOW, Figures, Track
+from bessemer.rl.metric_history import WINDOW, Figures, Track
 
 HEALTHY = {
     "accuracy": (0.2, 0.6), "format": (0.7, 0.95), "length": (68, 131), "think_share": (0.8, 0.95),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bessemer.data.batch import Batch
-from bessemer.infer.engine import Completion
+from bessemer.engine.engine import Completion
 from bessemer.model.transformer import TrainOutputs
 from bessemer.rl import rollout
 from bessemer.rl.advantage import group_advantages

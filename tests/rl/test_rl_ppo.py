@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bessemer.data.batch import Batch
-from bessemer.infer.engine import Completion
+from bessemer.engine.engine import Completion
 from bessemer.rl import ppo, rollout
 from bessemer.rl.rollout import Sampled
 from bessemer.tasks.base import Problem, Verdict

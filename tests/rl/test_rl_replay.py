@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bessemer.data.batch import Batch
-from bessemer.infer.engine import Engine
+from bessemer.engine.engine import Engine
 from bessemer.rl import replay, rollout
 from bessemer.rl.objective import GRPO, policy_logprobs, reference_logprobs
 from bessemer.rl.rollout import Sampled

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from bessemer.engine.engine import Completion
 from bessemer.errors import UserError
-from bessemer.infer.engine import Completion
 from bessemer.rl.reward import Reward, overlong
 from bessemer.rl.rollout import Sampled
 from bessemer.tasks.base import Problem, Verdict

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 from trl import GRPOConfig, GRPOTrainer
 
-from bessemer.infer.engine import Completion
+from bessemer.engine.engine import Completion
 from bessemer.rl import rollout
 from bessemer.rl.objective import GRPO
 from bessemer.rl.rollout import Sampled

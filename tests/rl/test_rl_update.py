@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bessemer.data.batch import Batch
-from bessemer.infer.engine import Completion
+from bessemer.engine.engine import Completion
 from bessemer.rl import rollout
 from bessemer.rl.advantage import group_advantages
 from bessemer.rl.objective import GRPO, reference_logprobs

@@ -15,9 +15,9 @@ import openai
 import pytest
 from serving import error_of, running
 
+from bessemer.engine.scheduler import Scheduler
 from bessemer.errors import UserError
-from bessemer.infer.scheduler import Scheduler
-from bessemer.recipe.rundir import model_dir
+from bessemer.runs.directory import model_dir
 from bessemer.serve.connection import Limits
 from bessemer.serve.models import offered
 from bessemer.serve.settings import Settings

@@ -7,7 +7,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
 from bessemer.data.chat import render_ids
-from bessemer.recipe.harness import BessemerLM
+from bessemer.eval.lm_eval_model import BessemerLM
 
 PAIRS = [("the quick", " brown fox"), ("lazy dog jumps over", " the"), ("盛钢水", " 水"), ("two and", " two and 4"),
          ("", "the fox"), ("4", " <think>")]  # fmt: skip

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.infer.stop import cut
+from bessemer.engine.stop import cut
 from bessemer.serve.events import event
+from bessemer.serve.reasoning_parser import Writing
 from bessemer.serve.text import Vocabulary
-from bessemer.serve.writing import Writing
 
 TOKENIZER = Tokenizer.train(["the quick brown fox", "<think>two</think> <answer>4</answer>", "盛钢水"] * 8, 290)
 IDS = st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bessemer.data.batch import Batch
-from bessemer.model.foreign import CausalLM
+from bessemer.hf.causal_lm import CausalLM
 from bessemer.rl.objective import GRPO, reference_logprobs
 from bessemer.train import objective
 from bessemer.train.schedule import Points

@@ -10,7 +10,7 @@ from transformers import DeepseekV3ForSequenceClassification
 from transformers.utils import logging as hf_logging
 from trl import RewardTrainer
 
-from bessemer.data import judged
+from bessemer.data import preference_rows
 from bessemer.model.scorer import Scorer
 from bessemer.train.preference import pairwise, pointwise
 from bessemer.train.trainer import Trainer
@@ -32,20 +32,20 @@ def network(seed=0):
 
 
 def rows(units, kind, folder):
-    judged.build(units, T, PAD, BOS, folder)
-    return judged.load(folder, kind, seed=0)
+    preference_rows.build(units, T, PAD, BOS, folder)
+    return preference_rows.load(folder, kind, seed=0)
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    units = [[(good, judged.GOOD), (bad, judged.BAD)] for good, bad in PAIRS]
-    return rows(units, judged.Pairs, tmp_path_factory.mktemp("pairs"))
+    units = [[(good, preference_rows.GOOD), (bad, preference_rows.BAD)] for good, bad in PAIRS]
+    return rows(units, preference_rows.Pairs, tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory):
-    units = [[(ids, judged.GOOD if safe else judged.BAD)] for ids, safe in LABELS]
-    return rows(units, judged.Labels, tmp_path_factory.mktemp("labels"))
+    units = [[(ids, preference_rows.GOOD if safe else preference_rows.BAD)] for ids, safe in LABELS]
+    return rows(units, preference_rows.Labels, tmp_path_factory.mktemp("labels"))
 
 
 @torch.no_grad()

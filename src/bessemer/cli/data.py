@@ -24,7 +24,7 @@ def build(
 ) -> None:
     """Read, filter, deduplicate, decontaminate and tokenise; what is done already is not done again."""
     from bessemer.curate import report
-    from bessemer.recipe import curation
+    from bessemer.pipeline import curation
 
     loaded = curation.Curation.load(recipe, set_ or [])
     folder = out or Path("data") / loaded.name

@@ -12,24 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bessemer.errors import UserError
-from bessemer.recipe.stage import find_kind
+from bessemer.pipeline.stage import find_kind
 
 if TYPE_CHECKING:
-    from bessemer.parallel.ranks import Ranks
-    from bessemer.recipe.schema import Recipe
+    from bessemer.config.recipe import Recipe
+    from bessemer.dist.ranks import Ranks
 
 
 def start(recipe: Recipe, root: Path) -> Ranks | None:
     """None: one process runs it all. Where the recipe's [layout] needs more and nobody has started them, they are
     started here, and this process ends as they do."""
     wanted = recipe.layout.fewest
-    from bessemer.parallel.ranks import Ranks
+    from bessemer.dist.ranks import Ranks
 
     if not Ranks.started():
         if wanted > 1:
             for settings in recipe.stages:  # what ranks would refuse
                 find_kind(settings.kind, settings.name)().resolve(settings, recipe)
-            from bessemer.parallel.launch import launch
+            from bessemer.dist.launch import launch
 
             print(f"{wanted} ranks on this machine ([layout])", file=sys.stderr)
             sys.exit(launch(wanted, sys.argv[1:], lambda: sorted(root.glob("*/state/step-*"))))
@@ -55,7 +55,7 @@ def together(ranks: Ranks | None) -> Iterator[None]:
     except RuntimeError as error:  # torch has no class for gloo's
         if not _connection_lost(error):
             raise
-        from bessemer.parallel import signs
+        from bessemer.dist import watchdog
 
         time.sleep(1.0)  # who started us should meet first the rank that is gone
         if ranks.first_to_say("lost"):
@@ -63,7 +63,7 @@ def together(ranks: Ranks | None) -> Iterator[None]:
             print(f"error: lost another rank ({words}); the same command goes on from the last checkpoint",
                   file=sys.stderr)  # fmt: skip
         sys.stderr.flush()
-        os._exit(signs.LOST)  # the groups cannot be taken down in order any more
+        os._exit(watchdog.LOST)  # the groups cannot be taken down in order any more
     finally:
         if sys.exc_info()[0] is None:
             ranks.leave()

@@ -65,19 +65,19 @@ def convert(
             raise UserError("--fp8: a GGUF file has no FP8 in tiles; leave --fp8 out, or take --to hf")
         if mtp:
             raise UserError("--mtp: a GGUF file of this architecture has no place for MTP layers; leave --mtp out")
-        from bessemer.model.gguf_writer import write
+        from bessemer.hf.gguf_writer import write
 
         write(src, dst, wanted)
         print(dst)
         return
     how = {"mtp": mtp is not False, "dtype": wanted, "fp8": (scales or Scales.float32).value if fp8 else None}
     if trained:
-        from bessemer.recipe.rundir import tokenizer_beside
-        from bessemer.train.consolidate import of_checkpoint
+        from bessemer.dist.consolidate import of_checkpoint
+        from bessemer.runs.directory import tokenizer_beside
 
         of_checkpoint(src, dst, tokenizer_dir=tokenizer_beside(src), **how)
     else:
-        from bessemer.model.hub import convert as rewrite
+        from bessemer.hf.hub import convert as rewrite
 
         rewrite(src, dst, **how)
     print(dst)
@@ -99,10 +99,10 @@ def placement(
     as_json: AsJson = False,
 ) -> None:
     """Place the experts on GPUs by their real loads (EPLB), and say what that is worth."""
-    from bessemer.infer import placement as placing
-    from bessemer.infer.prompts import read_prompts
-    from bessemer.model.hub import read_config
-    from bessemer.recipe.rundir import model_dir
+    from bessemer.engine import placement as placing
+    from bessemer.engine.prompts import read_prompts
+    from bessemer.hf.hub import read_config
+    from bessemer.runs.directory import model_dir
 
     if not task and not file:
         raise UserError("no traffic: name a task with --task (such as countdown), or a file of prompts with --file")

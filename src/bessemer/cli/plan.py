@@ -69,20 +69,19 @@ def plan(
 
 
 def _cost(target: str, on: str | None, settings: list[str], search: bool, html: Path | None, as_json: bool) -> None:
-    from bessemer.plan import said, serving, wanted
+    from bessemer.plan import from_recipe, plan_config, render, serving
     from bessemer.plan.cost import ideas as worth
     from bessemer.plan.cost import priced
     from bessemer.plan.hardware import cluster as read_cluster
     from bessemer.plan.search import search as best_layouts
-    from bessemer.recipe import planning
 
-    told = wanted.parse(settings)
-    name, cfg, want, recipe = planning.target(target, told)
+    told = plan_config.parse(settings)
+    name, cfg, want, recipe = from_recipe.target(target, told)
     if on is None:
         raise UserError("say what it would run on: --cluster 2048xH800 (or --here, for this machine)")
     devices = read_cluster(on)
-    rl_only = recipe is not None and want.tokens is None and bool(planning.rl_stages(recipe))
-    tokens = 0.0 if rl_only else wanted.tokens_of(want, name)
+    rl_only = recipe is not None and want.tokens is None and bool(from_recipe.rl_stages(recipe))
+    tokens = 0.0 if rl_only else plan_config.tokens_of(want, name)
     found = None
     if search or (not told.laid_out and devices.size % want.ranks):  # or the layout is another cluster's
         want = want.free(told)
@@ -90,15 +89,15 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
         found = best_layouts(cfg, want, devices)
         setup = found.found[0].setup
     else:
-        setup = wanted.setup(want, cfg, devices)
+        setup = plan_config.setup(want, cfg, devices)
     price = want.usd or devices.device.usd_hour
     made = priced(cfg, setup, tokens, want.rows if want.batch and len(want.batch) > 1 else None, price)
     ideas = worth(made)
     stages, served = _rl(made, recipe), serving.offer(setup.shape, setup.device, setup.fp8)
     offer = None if served is None else served.facts(price)
     if html is not None:
-        from bessemer.recipe.disk import explained, write_atomic
         from bessemer.report import plan_page
+        from bessemer.runs.files import explained, write_atomic
 
         with explained(html):
             write_atomic(html, plan_page.document(name, made, ideas))
@@ -110,8 +109,8 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
         print_json(facts)
         return
     if found is not None:
-        print(said.searched(found) + "\n")
-    print(said.described(name, made, ideas, stages, offer))
+        print(render.searched(found) + "\n")
+    print(render.described(name, made, ideas, stages, offer))
     if html is not None:
         print(html)
 
@@ -121,7 +120,7 @@ def _rl(made: Any, recipe: Any) -> list[dict[str, Any]]:
     if recipe is None:
         return []
     from bessemer.plan import rl
-    from bessemer.recipe.planning import rl_stages
+    from bessemer.plan.from_recipe import rl_stages
 
     found, setup = [], made.setup
     for stage in rl_stages(recipe):
@@ -138,8 +137,8 @@ def _rl(made: Any, recipe: Any) -> list[dict[str, Any]]:
 
 
 def _here(target: str, overrides: list[str], run: Path | None, as_json: bool) -> None:
-    from bessemer.recipe.here import here
-    from bessemer.recipe.schema import Recipe
+    from bessemer.config.recipe import Recipe
+    from bessemer.plan.estimate import here
 
     recipe = Recipe.load(target, overrides)
     found = here(recipe, run=run or Path("runs") / recipe.name)
@@ -150,10 +149,10 @@ def _here(target: str, overrides: list[str], run: Path | None, as_json: bool) ->
 
 
 def _schedule(name: str, pp: int, micro: int, costs: str, svg: Path | None, as_json: bool) -> None:
-    from bessemer.parallel import draw
-    from bessemer.parallel.schedules import schedule as table_of
-    from bessemer.parallel.simulate import simulate
-    from bessemer.recipe.disk import explained, write_atomic
+    from bessemer.dist import draw
+    from bessemer.dist.schedules import schedule as table_of
+    from bessemer.dist.simulate import simulate
+    from bessemer.runs.files import explained, write_atomic
 
     table = table_of(name, pp, micro)
     timeline = simulate(table, _costs(costs))
@@ -173,7 +172,7 @@ def _schedule(name: str, pp: int, micro: int, costs: str, svg: Path | None, as_j
 
 
 def _costs(text: str) -> Any:
-    from bessemer.parallel.simulate import Costs
+    from bessemer.dist.simulate import Costs
 
     try:
         values = [float(part) for part in text.split(",")]

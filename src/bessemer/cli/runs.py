@@ -34,14 +34,14 @@ def run(
         return
     _check_used("--dry-run", False, {"world": world, "device": device})
     from bessemer.cli import many
-    from bessemer.recipe import conformance
-    from bessemer.recipe.follow import follow
-    from bessemer.recipe.rundir import writing_models
-    from bessemer.recipe.runner import run as run_recipe
-    from bessemer.recipe.schema import Recipe
-    from bessemer.recipe.stage import Interrupted
-    from bessemer.recipe.values import show_seconds
+    from bessemer.config.recipe import Recipe
+    from bessemer.config.units import show_seconds
+    from bessemer.pipeline import conformance
+    from bessemer.pipeline.follow import follow
+    from bessemer.pipeline.runner import run as run_recipe
+    from bessemer.pipeline.stage import Interrupted
     from bessemer.report import card
+    from bessemer.runs.directory import writing_models
 
     loaded = Recipe.load(recipe, set_ or [])
     root = out or Path("runs") / loaded.name
@@ -74,14 +74,14 @@ def run(
 
 
 def _dry_run(recipe: Path, overrides: list[str], world: int | None, device: str | None, as_json: bool) -> None:
-    from bessemer.recipe import dryrun
-    from bessemer.recipe.schema import Recipe
+    from bessemer.config.recipe import Recipe
+    from bessemer.plan import dry_run
 
-    found = dryrun.of_recipe(Recipe.load(recipe, overrides), world, device)
+    found = dry_run.of_recipe(Recipe.load(recipe, overrides), world, device)
     if as_json:
         print_json(found.facts())
     else:
-        print(dryrun.described(found))
+        print(dry_run.described(found))
 
 
 @app.command()
@@ -90,8 +90,8 @@ def report(
     open_: Annotated[YesNo, typer.Option("--open", help="Show it in the browser.")] = YesNo.no,
 ) -> None:
     """Write the run's report card, one HTML file."""
-    from bessemer.recipe.rundir import run_dir
     from bessemer.report import card
+    from bessemer.runs.directory import run_dir
 
     path = card.write(run_dir(run))
     print(path)
@@ -134,7 +134,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """pass@1, pass@k and maj@k on held-out problems, and lm-eval's tasks, with 95 % intervals."""
-    from bessemer.recipe.rundir import model_dir
+    from bessemer.runs.directory import model_dir
 
     ours = {"samples": samples, "problems": problems, "k": k, "temperature": temperature, "top_p": top_p,
             "max_new_tokens": max_tokens, "seed": seed}  # fmt: skip
@@ -144,7 +144,7 @@ def evaluate(
     if not task and not lm_eval:
         raise UserError("nothing to evaluate on: name a task with --task (bessemer eval MODEL --task countdown)")
     folder, rows = model_dir(model), []
-    from bessemer.recipe import evaluate as evaluation
+    from bessemer.eval import evaluate as evaluation
 
     if task:
         rows += evaluation.evaluate(folder, names=task, **_given(ours))
@@ -156,7 +156,7 @@ def evaluate(
         return
     from rich.console import Console
 
-    from bessemer.recipe.results import table
+    from bessemer.eval.results import table
 
     Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
 
@@ -180,6 +180,6 @@ def keys(
     ] = None,
 ) -> None:
     """Every key a recipe may have, its default and what it does."""
-    from bessemer.recipe.help import describe_keys
+    from bessemer.config.help import describe_keys
 
     print(describe_keys(kind))

@@ -33,9 +33,9 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue texts."""
-    from bessemer.infer.generate import generate_texts
-    from bessemer.infer.prompts import read_prompts
-    from bessemer.recipe.rundir import model_dir
+    from bessemer.engine.generate import generate_texts
+    from bessemer.engine.prompts import read_prompts
+    from bessemer.runs.directory import model_dir
 
     texts_to_continue = [*(prompts or []), *(read_prompts(file) if file else [])]
     if not texts_to_continue:
@@ -61,8 +61,8 @@ def chat(
     seed: Seed = 0,
 ) -> None:
     """Talk to a model."""
-    from bessemer.infer.chat import chat as talk
-    from bessemer.recipe.rundir import model_dir
+    from bessemer.engine.chat import chat as talk
+    from bessemer.runs.directory import model_dir
 
     talk(
         model_dir(model), max_new_tokens=max_tokens, temperature=temperature, drafts=drafts, compile=compile, seed=seed

@@ -28,8 +28,8 @@ from bessemer.curate.engine import Engine
 from bessemer.curate.settings import Settings, identity
 from bessemer.curate.work import Job, facts_of
 from bessemer.data import sources
-from bessemer.data.foreign_tokenizer import load_tokenizer
 from bessemer.errors import UserError
+from bessemer.hf.foreign_tokenizer import load_tokenizer
 
 VERSION = 1
 """Raised when a step makes something else of the same things."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from bessemer.data import shards
 from bessemer.data.fetch import sha256_of
-from bessemer.data.foreign_tokenizer import load_tokenizer
 from bessemer.errors import UserError
+from bessemer.hf.foreign_tokenizer import load_tokenizer
 
 AGAIN = "run bessemer data build again with the same recipe and --out"
 

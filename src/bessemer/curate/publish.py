@@ -13,7 +13,7 @@ from bessemer.curate import documents, tokens
 from bessemer.curate.origins import Unit
 from bessemer.curate.settings import Settings
 from bessemer.curate.work import Job
-from bessemer.data.foreign_tokenizer import load_tokenizer
+from bessemer.hf.foreign_tokenizer import load_tokenizer
 
 MANIFEST = "manifest.json"
 _OF_TOKENIZER = ("tokenizer", "chat_template", "special_tokens")

@@ -12,18 +12,8 @@ from pathlib import Path
 
 from bessemer.curate import web
 from bessemer.curate.decode import UTF8, Lines, decode
-from bessemer.curate.found import (
-    BROKEN_FILE,
-    BROKEN_RECORD,
-    EMPTY,
-    ENCODING,
-    REASONS,
-    TOO_LONG,
-    Fault,
-    Found,
-    Text,
-)
 from bessemer.curate.origins import HTML, HUB, REGISTERED, Piece
+from bessemer.curate.records import BROKEN_FILE, BROKEN_RECORD, EMPTY, ENCODING, REASONS, TOO_LONG, Fault, Found, Text
 from bessemer.curate.settings import Source
 from bessemer.data import local, sources
 from bessemer.errors import UserError

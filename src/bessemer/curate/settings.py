@@ -1,6 +1,6 @@
 """What a build is told, checked already: plain values that travel to worker processes and name what was made of them.
 
-`recipe/curation.py` reads them from TOML; what each means for a user stands there.
+`pipeline/curation.py` reads them from TOML; what each means for a user stands there.
 """
 
 from __future__ import annotations

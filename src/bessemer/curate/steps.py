@@ -23,11 +23,11 @@ import numpy as np
 from bessemer.curate import documents, heldout, rules
 from bessemer.curate import match as matching
 from bessemer.curate.decode import UTF8
-from bessemer.curate.found import GONE, NO_TEXT, Fault, Found
 from bessemer.curate.language import language
 from bessemer.curate.minhash import Shape, keys, signed
 from bessemer.curate.origins import Unit
 from bessemer.curate.reading import Gone, texts
+from bessemer.curate.records import GONE, NO_TEXT, Fault, Found
 from bessemer.curate.settings import Dedup, Source, Tokens
 from bessemer.curate.tally import Tally, example
 from bessemer.curate.tokens import Shards

@@ -17,8 +17,8 @@ from bessemer.data.augment import Augment
 from bessemer.data.document import Document
 from bessemer.data.encoded import tokenised
 from bessemer.data.encoder import Encoder
-from bessemer.data.foreign_tokenizer import load_tokenizer
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.hf.foreign_tokenizer import load_tokenizer
 
 GROUP = 1_000_000
 """Characters tokenised at once."""

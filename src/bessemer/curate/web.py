@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.curate.decode import decode
-from bessemer.curate.found import BROKEN_FILE, EMPTY, ENCODING, NO_TEXT, REASONS, TOO_LONG, Fault, Found, Text
+from bessemer.curate.records import BROKEN_FILE, EMPTY, ENCODING, NO_TEXT, REASONS, TOO_LONG, Fault, Found, Text
 from bessemer.data.local import COMPRESSED, opened
 from bessemer.errors import UserError
 

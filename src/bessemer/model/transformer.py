@@ -181,6 +181,6 @@ class Transformer(nn.Module):
 
     def save(self, directory: str | Path, **options) -> None:
         """Writes a Hugging Face model directory; see `hub.save`."""
-        from bessemer.model import hub
+        from bessemer.hf import hub
 
         hub.save(self, directory, **options)

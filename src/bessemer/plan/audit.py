@@ -14,8 +14,8 @@ from bessemer.model.presets import preset
 from bessemer.plan import rl
 from bessemer.plan.cost import Plan, priced
 from bessemer.plan.hardware import cluster, figures
+from bessemer.plan.plan_config import published, setup
 from bessemer.plan.serving import CONTEXT, Deployment, decode, prefill
-from bessemer.plan.wanted import published, setup
 
 CLOSE, LOOSE = 0.10, 0.35
 """Relative errors within which a claim is borne out, and within which it is plausible."""

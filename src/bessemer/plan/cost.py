@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from bessemer.dist import schedules
 from bessemer.errors import UserError
 from bessemer.model import counts
 from bessemer.model.config import ModelConfig
-from bessemer.parallel import schedules
 from bessemer.plan import memory
 from bessemer.plan.hardware import GIB
 from bessemer.plan.layers import cuts
 from bessemer.plan.memory import Numbers
+from bessemer.plan.plan_config import micro_batches
 from bessemer.plan.setup import Setup
 from bessemer.plan.shape import Shape
 from bessemer.plan.step import StepTime, step_time
-from bessemer.plan.wanted import micro_batches
 
 RAMP = 8
 """Points at which a batch that grows is priced."""

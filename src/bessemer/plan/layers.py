@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
-from bessemer.parallel.stage import partition
+from bessemer.dist.stage import partition
 from bessemer.plan import overlap, work
 from bessemer.plan.kernels import Kernels, Op
 from bessemer.plan.overlap import Times

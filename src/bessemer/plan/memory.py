@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from bessemer.dist.latent_core import KEYS
+from bessemer.dist.mesh import Layout
+from bessemer.dist.stage import cut
+from bessemer.dist.table import Step, Table, actions
+from bessemer.model.activation_memory import slice_bytes
 from bessemer.model.config import ModelConfig
-from bessemer.model.kept import slice_bytes
-from bessemer.parallel.latent_core import KEYS
-from bessemer.parallel.mesh import Layout
-from bessemer.parallel.stage import cut
-from bessemer.parallel.table import Step, Table, actions
-from bessemer.plan.held import held
+from bessemer.plan.param_memory import held
 
 KINDS = ("weights", "gradients", "masters", "moments", "routing", "activations", "working")
 

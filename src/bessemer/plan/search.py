@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from bessemer.dist import mesh
+from bessemer.dist.mesh import Layout
+from bessemer.dist.schedules import schedule
+from bessemer.dist.table import Table
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
-from bessemer.parallel import mesh
-from bessemer.parallel.mesh import Layout
-from bessemer.parallel.schedules import schedule
-from bessemer.parallel.table import Table
 from bessemer.plan import memory
 from bessemer.plan.hardware import GIB, Cluster
 from bessemer.plan.layers import cuts, layer_times
 from bessemer.plan.memory import Numbers
+from bessemer.plan.plan_config import Wanted, with_layout
 from bessemer.plan.setup import Setup
 from bessemer.plan.step import step_time
-from bessemer.plan.wanted import Wanted, with_layout
 
 SIMULATED = 24
 """Candidates that fit and are simulated."""

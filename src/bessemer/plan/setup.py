@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bessemer.parallel.mesh import Layout
+from bessemer.dist.mesh import Layout
 from bessemer.plan.hardware import Device
 from bessemer.plan.shape import Shape
 

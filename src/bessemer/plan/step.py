@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from bessemer.dist.schedules import schedule
+from bessemer.dist.simulate import Timeline, simulate
+from bessemer.dist.table import Action, Pair, Step, Table
 from bessemer.errors import UserError
-from bessemer.parallel.schedules import schedule
-from bessemer.parallel.simulate import Timeline, simulate
-from bessemer.parallel.table import Action, Pair, Step, Table
-from bessemer.plan import ends, overlap, work
+from bessemer.plan import overlap, step_overhead, work
 from bessemer.plan.kernels import Kernels, data
 from bessemer.plan.layers import cuts, layer_times, seconds
 from bessemer.plan.overlap import Times
@@ -98,8 +98,8 @@ def step_time(setup: Setup) -> StepTime:
     apart = setup.layout.dp * setup.layout.ep >= setup.layout.node  # the next pipeline rank is on another node
     send = kernels.message(setup.tokens * setup.shape.dim * 2, apart) if setup.layout.pp > 1 else 0.0
     timeline = simulate(table, _Costs(slices, send), send)
-    sync, update = ends.step_end(setup, table)
-    return StepTime(timeline, table, slices, sync, update, ends.links(setup, table))
+    sync, update = step_overhead.step_end(setup, table)
+    return StepTime(timeline, table, slices, sync, update, step_overhead.links(setup, table))
 
 
 def _slices(setup: Setup, stages: int, pairs: bool) -> Iterable[Slice]:

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bessemer.dist.mesh import Layout
 from bessemer.model.config import ModelConfig
 from bessemer.model.presets import preset
-from bessemer.parallel.mesh import Layout
 from bessemer.plan import audit, overlap
 from bessemer.plan.hardware import device, figures
 from bessemer.plan.kernels import attention_rates, data, filled, fitted

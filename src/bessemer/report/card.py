@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from bessemer import __version__
-from bessemer.recipe import contamination
-from bessemer.recipe.disk import explained, write_atomic
-from bessemer.recipe.values import show_seconds, show_tokens
+from bessemer.config.units import show_seconds, show_tokens
+from bessemer.eval import contamination
 from bessemer.report import controls, curves, formats, learning, longcontext, page, stagetable, stories
 from bessemer.report.charts import short
 from bessemer.report.facts import RunFacts, StageFacts, read
 from bessemer.report.standings import compared
+from bessemer.runs.files import explained, write_atomic
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.errors import UserError
-from bessemer.recipe.metrics import read_lines
-from bessemer.recipe.record import read_json
-from bessemer.recipe.rundir import stage_folders
+from bessemer.runs.directory import stage_folders
+from bessemer.runs.metrics import read_lines
+from bessemer.runs.record import read_json
 
 _SAMPLE_HEADING = re.compile(r"^## ", re.MULTILINE)
 
@@ -45,7 +45,7 @@ class StageFacts:
     series: dict[str, Series] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     contamination: dict[str, Any] = field(default_factory=dict)
-    """What the search for the evaluation's problems in the training text found (`recipe/contamination.py`)."""
+    """What the search for the evaluation's problems in the training text found (`eval/contamination.py`)."""
     samples: list[tuple[str, str]] = field(default_factory=list)
     """(heading, text) in the order they were written."""
     rollouts: list[dict[str, Any]] = field(default_factory=list)

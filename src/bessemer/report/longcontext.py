@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from bessemer.recipe.longtable import FILE, lost
-from bessemer.recipe.record import read_json
+from bessemer.eval.long_context_table import FILE, lost
 from bessemer.report import charts, page
 from bessemer.report.facts import RunFacts, StageFacts
+from bessemer.runs.record import read_json
 
 
 def html(facts: RunFacts) -> str:

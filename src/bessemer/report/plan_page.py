@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bessemer.dist import draw
 from bessemer.model import counts
-from bessemer.parallel import draw
 from bessemer.plan.cost import Plan, assumptions
 from bessemer.plan.hardware import GIB
 from bessemer.plan.memory import KINDS
-from bessemer.plan.said import PARTS, amount
+from bessemer.plan.render import PARTS, amount
 from bessemer.report import page
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import mean, median
 
-from bessemer.rl.figures import WINDOW, Figures, Values
+from bessemer.rl.metric_history import WINDOW, Figures, Values
 
 LEARNT = 20
 """Values before a trend is judged."""

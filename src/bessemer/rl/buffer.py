@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bessemer.infer.engine import Completion
+from bessemer.engine.engine import Completion
 from bessemer.rl.rollout import Sampled
 from bessemer.tasks.base import Problem, Verdict
 

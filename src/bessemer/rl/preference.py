@@ -25,8 +25,8 @@ import torch
 from bessemer.data.chat import render_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.model import hub
-from bessemer.model.hub_reader import read_json
+from bessemer.hf import hub
+from bessemer.hf.reader import read_json
 from bessemer.model.scorer import Scorer
 from bessemer.tasks.answer import summary
 

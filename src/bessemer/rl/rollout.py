@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from bessemer.data.batch import Batch
-from bessemer.infer.engine import Completion, Engine
+from bessemer.engine.engine import Completion, Engine
 from bessemer.rl import replay
-from bessemer.rl.sampler.sampler import Sampler
+from bessemer.rl.sampler import Sampler
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
 from bessemer.tasks.reading.language import consistency
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bessemer.infer.request import Finished, Request, Token
+from bessemer.engine.request import Finished, Request, Token
 from bessemer.serve.inflight import Event
-from bessemer.serve.writing import Writing
+from bessemer.serve.reasoning_parser import Writing
 
 
 @dataclass

@@ -25,7 +25,6 @@ from bessemer.serve.inflight import Stream
 from bessemer.serve.metrics import Metrics
 from bessemer.serve.middleware import Counted, Guard
 from bessemer.serve.models import Models
-from bessemer.serve.plan import client_of
 from bessemer.serve.protocol import FIELDS, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from bessemer.serve.replies import (
     ChatReply,
@@ -38,6 +37,7 @@ from bessemer.serve.replies import (
     TokenizerInfo,
     Tokens,
 )
+from bessemer.serve.sampling_params import client_of
 from bessemer.serve.settings import Settings
 
 log = logging.getLogger("bessemer.serve")

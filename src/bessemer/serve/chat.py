@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from bessemer.data.special import THINK
-from bessemer.infer.request import Request, Token
-from bessemer.serve import plan, prompt
+from bessemer.engine.request import Request, Token
+from bessemer.serve import prompt, sampling_params
 from bessemer.serve.answer import Answer, Piece, likeliest, usage
 from bessemer.serve.envelope import LEAST_LOGPROB, Envelope
 from bessemer.serve.errors import invalid, too_long, unsupported
@@ -19,9 +19,9 @@ from bessemer.serve.events import KEEP_ALIVE, event
 from bessemer.serve.inflight import Event, Stream
 from bessemer.serve.models import Loaded
 from bessemer.serve.protocol import ChatRequest, StreamOptions
+from bessemer.serve.reasoning_parser import Writing
 from bessemer.serve.settings import ReasoningFormat
 from bessemer.serve.text import Vocabulary
-from bessemer.serve.writing import Writing
 
 LONG_TEXT = 20_000
 """Characters above which a text is tokenised beside the event loop."""
@@ -38,8 +38,8 @@ class ChatCompletion:
         most = body.max_completion_tokens or body.max_tokens
         if most == 0:
             raise invalid("max_tokens must be at least 1", "max_tokens")
-        budget = prompt.budget(body, plan.room(model, len(asked.ids), most))
-        self.requests = plan.requests(
+        budget = prompt.budget(body, sampling_params.room(model, len(asked.ids), most))
+        self.requests = sampling_params.requests(
             body, model, [asked.ids], most=most, param="messages", top=body.top_logprobs or 0, thinking_budget=budget,
             client=client,
         )  # fmt: skip

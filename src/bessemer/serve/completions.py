@@ -12,8 +12,8 @@ import codecs
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
-from bessemer.infer.request import Finished, Request, Token
-from bessemer.serve import plan
+from bessemer.engine.request import Finished, Request, Token
+from bessemer.serve import sampling_params
 from bessemer.serve.answer import Answer, Piece, likeliest, usage
 from bessemer.serve.chat import LONG_TEXT, check_size
 from bessemer.serve.envelope import LEAST_LOGPROB, Envelope
@@ -22,9 +22,9 @@ from bessemer.serve.events import KEEP_ALIVE, event
 from bessemer.serve.inflight import Event, Stream
 from bessemer.serve.models import Loaded
 from bessemer.serve.protocol import CompletionRequest, StreamOptions
+from bessemer.serve.reasoning_parser import Writing
 from bessemer.serve.score import Scored, batches
 from bessemer.serve.text import Vocabulary
-from bessemer.serve.writing import Writing
 
 
 class Prompt(NamedTuple):
@@ -49,7 +49,7 @@ class Completion:
         self.scores = bool(body.echo) and body.logprobs is not None
         for prompt in prompts:
             _check(prompt.ids, model)
-        self.requests = [] if self.most == 0 else plan.requests(
+        self.requests = [] if self.most == 0 else sampling_params.requests(
             body, model, [prompt.ids for prompt in prompts], most=self.most, param="prompt", top=body.logprobs or 0,
             client=client,
         )  # fmt: skip

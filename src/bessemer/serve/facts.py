@@ -11,9 +11,10 @@ from typing import Any, Literal
 from bessemer.data import chat
 from bessemer.data.special import THINK, THINK_END
 from bessemer.data.tokenizer import read_json
-from bessemer.model import counts, hub
-from bessemer.model.foreign import LIMITS, is_foreign
-from bessemer.model.hub_reader import Checkpoint
+from bessemer.hf import hub
+from bessemer.hf.causal_lm import LIMITS, is_foreign
+from bessemer.hf.reader import Checkpoint
+from bessemer.model import counts
 
 GENERATION = {"temperature": (int, float), "top_p": (int, float), "top_k": int, "min_p": (int, float),
               "repetition_penalty": (int, float)}  # fmt: skip

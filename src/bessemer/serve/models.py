@@ -14,10 +14,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bessemer.data.foreign_tokenizer import load_tokenizer
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.recipe.rundir import model_dir, stage_folders, writing_models
+from bessemer.hf.foreign_tokenizer import load_tokenizer
+from bessemer.runs.directory import model_dir, stage_folders, writing_models
 from bessemer.serve.errors import ApiError
 from bessemer.serve.facts import Facts, read
 from bessemer.serve.service import Launch, Service, launch

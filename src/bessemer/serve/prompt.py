@@ -15,8 +15,8 @@ from typing import NamedTuple
 from bessemer.data.chat import opening, render_ids
 from bessemer.data.special import THINK, THINK_END
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.infer.chat import template_style
-from bessemer.infer.row import think_ids
+from bessemer.engine.chat import template_style
+from bessemer.engine.sequence import think_ids
 from bessemer.serve.protocol import ChatRequest, Thinking, Turn
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from bessemer.infer.engine import Engine
+from bessemer.engine.engine import Engine
 from bessemer.model.mode import evaluating
 
 BATCH_TOKENS = 4096

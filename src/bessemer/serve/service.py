@@ -19,8 +19,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from bessemer.engine.request import Finished, Request, Token
 from bessemer.errors import UserError
-from bessemer.infer.request import Finished, Request, Token
 from bessemer.serve import worker
 from bessemer.serve.errors import ApiError
 from bessemer.serve.inflight import Sample, Stream

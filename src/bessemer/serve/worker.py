@@ -36,15 +36,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bessemer.data.foreign_tokenizer import load_tokenizer
+from bessemer.engine.engine import Engine
+from bessemer.engine.request import Finished, Request
+from bessemer.engine.scheduler import Scheduler
 from bessemer.errors import UserError
-from bessemer.infer.engine import Engine
-from bessemer.infer.request import Finished, Request
-from bessemer.infer.scheduler import Scheduler
-from bessemer.model.foreign import load_any
-from bessemer.recipe.modelling import device
+from bessemer.hf.causal_lm import load_any
+from bessemer.hf.foreign_tokenizer import load_tokenizer
 from bessemer.serve.score import score
 from bessemer.serve.settings import Settings
+from bessemer.train.setup import device
 
 ADD, CANCEL, END, SCORE = "add", "cancel", "end", "score"
 READY, REFUSED, DONE, TOLD = "ready", "refused", "done", "told"

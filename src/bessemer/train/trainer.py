@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bessemer.dist import sharded_checkpoint
 from bessemer.errors import UserError
-from bessemer.train import balance, checkpoint, guard, rng, sharded
+from bessemer.train import balance, checkpoint, guard, rng
 from bessemer.train.objective import Loss, Objective, Sums, means
 from bessemer.train.optim import Optimizer, load_exactly
 from bessemer.train.settings import Settings
@@ -140,7 +141,7 @@ class Trainer:
         """The newest whole checkpoint, whatever layout wrote it."""
         if self.state_dir is None:
             return None
-        return checkpoint.latest(self.state_dir, self.config, self.warn, sharded.read)
+        return checkpoint.latest(self.state_dir, self.config, self.warn, sharded_checkpoint.read)
 
     def finish(self) -> None:
         """Waits for what is still being written."""

@@ -1,0 +1,91 @@
+"""The recipe's keys as text, from the docstrings beside the settings."""
+
+import json
+import textwrap
+from typing import Any, get_args
+
+from pydantic import BaseModel, BeforeValidator
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
+
+from bessemer.config.recipe import Head, Layout
+from bessemer.config.table import StageRef, StageSettings, Strict
+from bessemer.config.units import Points, parse_bytes, parse_seconds, parse_tokens
+from bessemer.pipeline.stage import find_kind, load_kinds
+
+DATA = "data"
+"""In place of a stage kind: the recipe of `bessemer data build`."""
+
+
+def describe_keys(kind: str | None = None) -> str:
+    """All tables of a recipe, or the one of a stage kind (UserError when there is no such kind), or a data recipe's."""
+    if kind == DATA:
+        from bessemer.pipeline.curation import Curation, SourceTable
+
+        return _table("data recipe", Curation) + "\n\n" + _table("[[source]]", SourceTable)
+    if kind is not None:
+        return _table(f'[[stage]] kind = "{kind}"', find_kind(kind, "keys").Settings)
+    tables = [_table("top level", Head), _table("[layout]", Layout)]
+    tables += [_table(f'[[stage]] kind = "{name}"', stage.Settings) for name, stage in sorted(load_kinds().items())]
+    return "\n\n".join(tables)
+
+
+def _table(title: str, table: type[BaseModel]) -> str:
+    return "\n".join([title, *_keys(table)])
+
+
+def _keys(table: type[BaseModel], prefix: str = "") -> list[str]:
+    """A key whose value is a documented table is followed by that table's keys."""
+    lines = []
+    for name, field in table.model_fields.items():
+        if issubclass(table, StageSettings) and name == "kind":
+            continue
+        inner = isinstance(field.annotation, type) and issubclass(field.annotation, Strict)
+        facts = "table" if inner else _type(field) + _default(field)
+        lines.append(f"  {prefix}{field.alias or name} ({facts})")
+        lines += textwrap.wrap(field.description or "", 100, initial_indent="      ", subsequent_indent="      ")
+        if inner:
+            lines += _keys(field.annotation, f"{prefix}{name}.")
+    return lines
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return ", required"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    return "" if value in (None, "") else f", default {json.dumps(_plain(value), ensure_ascii=False)}"
+
+
+def _plain(value: Any) -> Any:
+    return value.plain() if hasattr(value, "plain") else to_jsonable_python(value)
+
+
+def _type(field: FieldInfo) -> str:
+    quantities = {parse_tokens: "tokens", parse_bytes: "bytes", parse_seconds: "duration"}
+    for item in field.metadata:
+        if item in StageRef.__metadata__:
+            return "earlier stage"
+        if isinstance(item, BeforeValidator) and item.func in quantities:
+            return quantities[item.func]
+    return _name(field.annotation)
+
+
+def _name(annotation: Any) -> str:
+    plain = {int: "whole number", float: "number", str: "string", bool: "true or false", type(None): ""}
+    if annotation in plain:
+        return plain[annotation]
+    if hasattr(annotation, "__metadata__"):  # Annotated, inside another type
+        return "earlier stage" if annotation == StageRef else _name(annotation.__origin__)
+    parts = get_args(annotation)
+    if not parts:
+        return "schedule" if issubclass(annotation, Points) else "table"
+    origin = getattr(annotation, "__origin__", None)
+    if origin is list:
+        inner = _name(parts[0])
+        return inner.replace("one of", "any of", 1) if inner.startswith("one of") else f"list of {inner}s"
+    if origin is dict:
+        return "table"
+    if origin is not None and all(isinstance(part, str | int | float) for part in parts):
+        return ("one of " if len(parts) > 1 else "") + ", ".join(map(str, parts))
+    named = [_name(part) for part in parts if isinstance(part, type) or get_args(part)]
+    return " or ".join(name for name in named if name)

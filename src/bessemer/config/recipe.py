@@ -1,0 +1,259 @@
+"""The recipe: a TOML file that says what a run is, read strictly.
+
+    name, seed | [model] | [layout] | [[stage]] ...
+
+`Recipe.load(path, overrides)` gives a validated recipe or a UserError that names file, table and key. Overrides are the
+`--set` arguments: `stage.key=value` with the stage's name, `model.key=value`, `layout.key=value`, `seed=8`. A stage
+with `like = "other"` has that earlier stage's keys where it sets none of its own. The [model] table stays a plain
+dictionary here; the stages that build a model check it (`Stage.resolve`) before anything runs.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializeAsAny
+
+from bessemer.config.table import StageSettings, Strict, keys, nearest, stage_refs, validate
+from bessemer.config.units import Seconds
+from bessemer.errors import UserError
+from bessemer.pipeline.stage import find_kind
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_RESERVED = ("model", "layout", "stage", "name", "seed")  # what --set already means by these words
+
+
+class Layout(Strict):
+    """[layout]: how the run is spread over devices. It changes speed and memory, not what a stage makes."""
+
+    pp: int = Field(1, ge=1)
+    """Pipeline-parallel ranks (V3: 16)."""
+    ep: int = Field(1, ge=1)
+    """Expert-parallel ranks (V3: 64)."""
+    dp: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Data-parallel ranks (V3: 2 of 64 experts' ranks each); auto: all that were started, divided by pp, ep and cp."""
+    cp: int = Field(1, ge=1)
+    """Context-parallel ranks: each computes a piece of every row, for rows too long for one (V3: none). 2 cp must
+    divide the length of the rows. RL, whose rows have any length, has data-parallel ranks instead; not with fp8."""
+    node: int = Field(8, ge=1)
+    """Ranks of one node; tokens cross to another node at most once."""
+    schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipe-v"] = "auto"
+    """Of the pipeline; auto: dualpipe where pp is even (V3), else 1f1b, as in steps with fewer than 2 pp
+    micro-batches."""
+    recompute: list[Literal["attend", "experts", "finish"]] = Field(default_factory=list)
+    """Phases of every layer that backward computes again instead of keeping what they made; FP8 has its own way."""
+    timeout: Seconds = 600.0
+    """How long one rank may wait for another before the run ends and says who waited for whom."""
+
+    @property
+    def fewest(self) -> int:
+        """Ranks that it needs."""
+        return self.pp * self.ep * self.cp * (1 if self.dp == "auto" else self.dp)
+
+
+class Head(Strict):
+    """The keys of a recipe outside layout and stages."""
+
+    name: str
+    """The run's name; its folder is runs/NAME unless --out says otherwise."""
+    seed: int = 0
+    """Every random choice of the run follows from it."""
+    model: dict[str, Any] = Field(default_factory=lambda: {"preset": "tiny"})
+    """preset = "tiny", plus any field of the model's config to override."""
+
+
+class Recipe(Head):
+    """What a run is."""
+
+    layout: Layout = Layout()
+    """Devices."""
+    stages: list[SerializeAsAny[StageSettings]] = Field(alias="stage")
+    """The stages, in order; each [[stage]] table has a kind and that kind's own keys."""
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UserError(f"no recipe at {path}; {_nearby(path)}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the recipe {path}: {error}") from None
+        return cls.parse(text, overrides, where=str(path))
+
+    @classmethod
+    def parse(cls, text: str, overrides: Sequence[str] = (), where: str = "recipe") -> "Recipe":
+        """A recipe from TOML text; `where` names it in errors."""
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"{where}: not valid TOML: {error}") from None
+        tables = data.get("stage")
+        if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+            raise UserError(f"{where}: no stages; a recipe needs at least one [[stage]] table with a kind")
+        for table in tables:
+            table.setdefault("name", table.get("kind", ""))
+        for override in overrides:
+            _override(data, override)
+        data["stage"] = tables = _likened(tables, where)
+        unknown = [key for key in data if key not in keys(cls)]
+        if unknown:
+            raise UserError(f'{where}: unknown key "{unknown[0]}" at the top level; {nearest(unknown[0], keys(cls))}')
+        stages = [_stage(table, number, where) for number, table in enumerate(tables, start=1)]
+        _check_names(stages, where)
+        _check_refs(stages, where)
+        layout = validate(Layout, data.get("layout", {}), f"{where}: [layout]")
+        head = validate(Head, {key: data[key] for key in keys(Head) if key in data}, where)
+        if not _NAME.fullmatch(head.name):
+            raise UserError(f'{where}: name is "{head.name}"; use letters, digits, "-" and "_" (it names a folder)')
+        return cls.model_construct(name=head.name, seed=head.seed, model=head.model, layout=layout, stages=stages)
+
+    def stage(self, name: str) -> StageSettings:
+        for settings in self.stages:
+            if settings.name == name:
+                return settings
+        raise UserError(f'no stage "{name}" in the recipe "{self.name}"; stages: {", ".join(self.names())}')
+
+    def names(self) -> list[str]:
+        return [settings.name for settings in self.stages]
+
+    def seed_of(self, stage: StageSettings) -> int:
+        """The stage's own seed where it has one."""
+        return self.seed if stage.seed is None else stage.seed
+
+    def to_toml(self) -> str:
+        """The recipe with overrides and defaults written out: running it again is running this."""
+        plain = self.model_dump(mode="json", by_alias=True)
+        stages = plain.pop("stage")
+        lines = [f"{_key(key)} = {_toml(value)}" for key, value in plain.items() if not isinstance(value, dict)]
+        for key, value in plain.items():
+            if isinstance(value, dict):
+                lines += ["", f"[{key}]", *_pairs(value)]
+        for stage in stages:
+            lines += ["", "[[stage]]", *_pairs(stage)]
+        return "\n".join(lines) + "\n"
+
+
+def _likened(tables: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Tables with the keys of those that they are `like`; what a table sets itself, it sets whole."""
+    done: dict[str, dict[str, Any]] = {}
+    found = []
+    for table in tables:
+        if "like" in table:
+            other = table["like"]
+            if not isinstance(other, str) or other not in done:
+                named = json.dumps(other, default=str)
+                raise UserError(
+                    f'{where}: [[stage]] "{table["name"]}": like = {named} is no earlier stage; '
+                    f"{nearest(str(other), list(done))}"
+                )
+            table = {**done[other], **{key: value for key, value in table.items() if key != "like"}}
+        found.append(table)
+        done[str(table["name"])] = table
+    return found
+
+
+def _stage(table: dict[str, Any], number: int, where: str) -> StageSettings:
+    place = f"{where}: [[stage]] number {number}"
+    if "kind" not in table:
+        raise UserError(f'{place}: key "kind" is required, it says which stage this is')
+    stage = find_kind(table["kind"], place)
+    return validate(stage.Settings, table, f'{where}: [[stage]] "{table["name"]}" (kind {table["kind"]})')
+
+
+def _check_names(stages: list[StageSettings], where: str) -> None:
+    seen: set[str] = set()
+    for stage in stages:
+        if not _NAME.fullmatch(stage.name):
+            raise UserError(f'{where}: a stage is named "{stage.name}"; use letters, digits, "-" and "_"')
+        if stage.name in _RESERVED:
+            raise UserError(f'{where}: a stage cannot be named "{stage.name}", a word --set uses; give it another name')
+        if stage.name in seen:
+            raise UserError(f'{where}: two stages are named "{stage.name}"; give one of them its own name = "..."')
+        seen.add(stage.name)
+
+
+def _check_refs(stages: list[StageSettings], where: str) -> None:
+    names = [stage.name for stage in stages]
+    for place, stage in enumerate(stages):
+        for key, name in stage_refs(stage):
+            if name in names[:place]:
+                continue
+            why = (
+                "does not exist"
+                if name not in names
+                else "is the stage itself"
+                if name == stage.name
+                else "comes later"
+            )
+            earlier = f"stages before it: {', '.join(names[:place])}" if place else "no stage comes before it"
+            raise UserError(f'{where}: [[stage]] "{stage.name}": {key} = "{name}" {why}; {earlier}')
+        if place and stage.source is None:
+            stages[place] = stage.model_copy(update={"source": names[place - 1]})
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Put one `--set` argument into the parsed TOML."""
+    address, equals, text = override.partition("=")
+    parts = [part.strip() for part in address.split(".")]
+    if not equals or not all(parts):
+        raise UserError(f'--set {override}: write stage.key=value, such as --set pretrain.tokens="8M", or seed=8')
+    stages = {table["name"]: table for table in data["stage"] if isinstance(table.get("name"), str)}
+    if len(parts) == 1:
+        if parts[0] not in ("seed", "name"):
+            raise UserError(f"--set {override}: needs a stage: write stage.key=value with one of: {', '.join(stages)}")
+        target = data
+    elif parts[0] in ("model", "layout"):
+        target = data.setdefault(parts[0], {})
+    elif parts[0] in stages:
+        target = stages[parts[0]]
+    else:
+        raise UserError(f'--set {override}: no stage "{parts[0]}"; {nearest(parts[0], [*stages, "model", "layout"])}')
+    for part in parts[1:-1]:
+        target = target.setdefault(part, {}) if isinstance(target, dict) else target
+    if not isinstance(target, dict):
+        raise UserError(f'--set {override}: "{".".join(parts[:-1])}" is not a table')
+    target[parts[-1]] = _value(override, text)
+
+
+def _value(override: str, text: str) -> Any:
+    """TOML, or a bare word as a string: the shell eats quotes, and `tokens=8M` should simply work."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError as error:
+        if not text.strip() or text.lstrip()[0] in "[{\"'":
+            raise UserError(f"--set {override}: {text!r} is not a TOML value: {error}") from None
+        return text
+    if set(parsed) != {"value"}:
+        raise UserError(f"--set {override}: one value, please")
+    return parsed["value"]
+
+
+def _nearby(path: Path) -> str:
+    folders = [path.parent, Path("recipes")]
+    found = sorted({str(file) for folder in folders if folder.is_dir() for file in folder.glob("*.toml")})
+    return f"recipes here: {', '.join(found)}" if found else "give the path of a .toml file"
+
+
+def _pairs(table: dict[str, Any]) -> list[str]:
+    return [f"{_key(key)} = {_toml(value)}" for key, value in table.items() if value is not None]
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML. JSON's spelling of strings, numbers, lists and booleans is TOML's, tables are not."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(_pairs(value)) + " }" if value else "{}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, str):  # TOML has no surrogate escapes and forbids a raw DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, float):
+        return repr(value)  # inf and nan are spelt the same
+    return json.dumps(value)

@@ -1,0 +1,136 @@
+"""Judged answers to packed rows, for reward models: pairs of a chosen and a rejected text, or single texts labelled.
+
+A directory holds `rows.bin`, rows of uint32, each four times a token's id plus a mark at the last token of a text: 1
+for chosen or safe, 2 for rejected or unsafe. `meta.json` holds the facts, written last. Texts begin with BOS and share
+rows without seeing each other; the two of a pair stand side by side, the chosen one first.
+
+Invariants
+- A pair is whole or left out, and so is a text; what does not fit a row is counted in `too_long`, not cut, for the
+  score is read at the end.
+- `loss_BT` is 1 where a loss is taken: at the last token of the chosen text, which knows its rival's place in the row,
+  or of every labelled text. So the divisor of a step counts pairs, or texts.
+
+Legend: B rows, T tokens per row.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bessemer.data.batch import Batch
+from bessemer.data.packing import write_rows
+from bessemer.data.sft_rows import DTYPE, Turns
+from bessemer.errors import UserError
+
+GOOD, BAD = 1, 2
+PAIR = {"prompt": str, "chosen": str, "rejected": str}
+LABEL = {"prompt": str, "response": str, "safe": bool}
+Ids = Sequence[int]
+
+
+class Pairs(Turns):
+    """Pairs, opened. `extras["rival_BT"]`: at the last token of a chosen text, where its rejected one ends."""
+
+    def _batch(self, packed_BT: np.ndarray) -> Batch:
+        tokens, mark = _unpacked(packed_BT)
+        rival = torch.zeros_like(tokens)
+        # Both lists go row by row and a row holds whole pairs, so their entries correspond.
+        rows, places = (mark == BAD).nonzero(as_tuple=True)
+        rival[mark == GOOD] = places
+        assert torch.equal((mark == GOOD).sum(1), torch.bincount(rows, minlength=len(tokens)))
+        return self._marked(tokens, (mark == GOOD).float(), rival_BT=rival)
+
+    def _marked(self, tokens: torch.Tensor, loss: torch.Tensor, **extras: torch.Tensor) -> Batch:
+        return Batch(tokens, loss, segments_BT=(tokens == self.facts["bos_id"]).cumsum(1), extras=extras)
+
+
+class Labels(Pairs):
+    """Labelled texts, opened. `extras["safe_BT"]`: 1 at the last token of a safe text, 0 at that of an unsafe one."""
+
+    def _batch(self, packed_BT: np.ndarray) -> Batch:
+        tokens, mark = _unpacked(packed_BT)
+        return self._marked(tokens, (mark > 0).float(), safe_BT=(mark == GOOD).float())
+
+
+def build(units: Iterable[Sequence[tuple[Ids, int]]], row_length: int, pad_id: int, bos_id: int, out_dir: Path) -> dict:
+    """Packs units, each a pair [(ids, GOOD), (ids, BAD)] or one labelled text [(ids, mark)]; returns the facts."""
+    facts: dict[str, Any] = {"units": 0, "too_long": 0, "row_length": row_length, "bos_id": bos_id}
+    out_dir.mkdir(parents=True, exist_ok=True)
+
+    def samples() -> Iterator[np.ndarray]:
+        for unit in units:
+            packed = np.concatenate([_packed(ids, mark) for ids, mark in unit])
+            if len(packed) > row_length:
+                facts["too_long"] += 1
+                continue
+            facts["units"] += 1
+            yield packed
+
+    with open(out_dir / "rows.bin", "wb") as file:
+        rows, waste = write_rows(samples(), row_length, 4 * pad_id, DTYPE, file)
+    if not facts["units"]:
+        raise UserError(
+            f"all {facts['too_long']} judged answers are longer than a row of {row_length} tokens; raise row_length"
+            if facts["too_long"]
+            else "there is not a single judged answer to train on"
+        )
+    facts |= {"rows": rows, "waste": waste}
+    (out_dir / "meta.json").write_text(json.dumps(facts, indent=1))
+    return facts
+
+
+def load(directory: Path, kind: type[Pairs], seed: int) -> Pairs:
+    """Opens what `build` wrote, as `Pairs` or `Labels`."""
+    try:
+        facts = json.loads((directory / "meta.json").read_text("utf-8"))
+        shape = (facts["rows"], facts["row_length"])
+        return kind(np.memmap(directory / "rows.bin", DTYPE, "r", shape=shape), facts, seed)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory} holds no packed answers ({error}); delete it and run again") from error
+
+
+def read(path: Path, fields: dict[str, type]) -> Iterator[dict[str, Any]]:
+    """The lines of a .jsonl file with exactly these fields (`PAIR` or `LABEL`); UserErrors name file and line."""
+    shape = ", ".join(f'"{name}": {kind.__name__}' for name, kind in fields.items())
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                yield _checked(line, fields, f"{path}:{number}: each line must be {{{shape}}}")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error}); convert it, for example with iconv") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; name a .jsonl file") from error
+
+
+def _checked(line: str, fields: dict[str, type], must: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{must}; this one is not JSON ({error})") from error
+    if not isinstance(record, dict) or record.keys() != fields.keys():
+        has = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{must}; this one has {has or 'nothing'}")
+    for name, kind in fields.items():
+        if not isinstance(record[name], kind):
+            raise UserError(f"{must}; {name} is {type(record[name]).__name__}")
+        if kind is str:
+            try:
+                record[name].encode("utf-8")
+            except UnicodeEncodeError:
+                raise UserError(f"{must}; {name} holds half a surrogate pair, which is no character") from None
+    return record
+
+
+def _packed(ids: Ids, mark: int) -> np.ndarray:
+    packed = np.array(ids, dtype=DTYPE) * 4
+    packed[-1] += mark
+    return packed
+
+
+def _unpacked(packed_BT: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    packed = torch.from_numpy(packed_BT.astype(np.int64))
+    return packed >> 2, packed & 3

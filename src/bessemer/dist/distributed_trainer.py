@@ -1,0 +1,280 @@
+"""The trainer on many ranks: pipeline, experts, data and optimizer state in parallel (V3 3.2).
+
+A step is the step of `Trainer`: the same sums, divided once by the loss tokens of the whole step, one clipping by the
+norm of everything, routing biases from the loads of all ranks. Rows are dealt out to the pipelines side by side (lots)
+and cut into as many micro-batches as the schedule wants; the ranks of one pipeline have the same ones, and so have
+those that compute pieces of the same rows (`parallel.context`). What decides (figures, whether to stop, to save, to
+skip) is summed over all ranks once a step, so all decide alike.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bessemer.dist import schedules, watchdog
+from bessemer.dist.executor import Executor, Work
+from bessemer.dist.model_shard import Part, rows_of
+from bessemer.dist import sharded_checkpoint
+from bessemer.train import balance, checkpoint, rng
+from bessemer.train.checkpoint import Damaged
+from bessemer.train.objective import Loss, Sums, balance_weight
+from bessemer.dist.sharded_checkpoint import Source
+from bessemer.train.trainer import COUNTERS, Trainer
+from bessemer.dist.zero1 import Zero1
+
+if TYPE_CHECKING:
+    from bessemer.data.batch import Batch
+
+
+class Across(Trainer):
+    """One rank's trainer; `part` is its part of the network, everything else as in `Trainer`.
+
+    The objective is `Divided`. `update` takes this rank's micro-batches: those of its lot, in number what
+    `micro_batches` says. Figures are those of the whole step, equal on all ranks.
+    """
+
+    def __init__(self, part: Part, *arguments: Any, **options: Any):
+        self.part, self.mesh = part, part.mesh
+        self._stopping = self._due = False
+        self._executor: Executor | None = None
+        self._found: list[Loss] = []
+        super().__init__(part.model, *arguments, **options)
+        n_mtp = part.mesh.cfg.n_mtp
+        self._sums, self._peaks = self.objective.names(n_mtp)
+        self._saver: sharded_checkpoint.Saver | None = None
+        if self.state_dir is not None:
+            self._saver = sharded_checkpoint.Saver(self.state_dir, self.config, self.settings.keep)
+        wish, self.stop = self.stop, lambda: self._stopping
+        self._wishes_to_stop = wish
+
+    def _make_optimizer(self, **options: Any) -> Zero1:
+        return Zero1(self.model, self.mesh, self.part.others, **options)
+
+    def _find_gates(self) -> dict[str, balance.Gate]:
+        return self.part.gates
+
+    def _has_biases(self) -> bool:
+        return self.mesh.cfg.topk_method == "noaux_tc"
+
+    def _prepare(self) -> None:
+        pass
+
+    def micro_batches(self, n_rows: int) -> int:
+        """Micro-batches of every lot in a step of so many rows."""
+        return self._at_least(math.ceil(n_rows / (self.part.lots * self._rows_of_forward())))
+
+    def _at_least(self, micro: int) -> int:
+        return schedules.micro_batches(self.part.schedule, self.mesh.layout.pp, micro)
+
+    def mine(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Those of this rank's lot, all lots' equally many: filled up where they do not divide."""
+        lots, lot = self.part.lots, self.part.lot
+        micro = self._at_least(math.ceil(len(batches) / lots))
+        filled = [*batches, *[batches[0].as_filler()] * (lots * micro - len(batches))]
+        return filled[lot * micro : (lot + 1) * micro]
+
+    def average(self, values: dict[str, float]) -> dict[str, float]:
+        if not values:
+            return values
+        mean = self._reduced([value / self.mesh.layout.world for value in values.values()], dist.ReduceOp.SUM)
+        return dict(zip(values, mean, strict=True))
+
+    def _micro_batches(self) -> Iterable[Batch]:
+        rows = self._rows_of_step()
+        for mine in rows_of(rows, self.part.lots, self.part.lot, self.micro_batches(rows)):
+            if mine:
+                yield self.batches(self.rows + mine.start, len(mine))
+            else:  # the last step of a run may have few rows
+                yield self.batches(self.rows, 1).as_filler()
+
+    def _accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
+        watchdog.at(self.step + 1)
+        own = self.part.context.positions
+        batches = [batch.at(own(batch.tokens_BT.shape[1])).to(self.device) for batch in micro_batches]
+        executor = self._executor_for(len(batches))
+        self._found = []
+        executor.run(self._work(executor, batches, terms))
+        executor.sum_shared()
+        self._sum_loads(executor)
+        return self._sums_of(batches, executor.losses, terms)
+
+    def _executor_for(self, micro: int) -> Executor:
+        if self._executor is None:
+            self._executor = Executor(
+                self.part.table(micro), self.mesh.pp, self.part.slices, self.mesh.layout.groups("pp"),
+                lambda: balance.counted_once(self.gates),
+            )  # fmt: skip
+        elif self._executor.table.micro != micro:
+            self._executor.follow(self.part.table(micro))
+        return self._executor
+
+    def _work(self, executor: Executor, batches: Sequence[Batch], terms: dict[str, float]) -> list[list[Work]]:
+        def one(batch: Batch) -> Work:
+            def loss(out: Any, head: Tensor) -> Tensor:
+                found = self.objective.of(out, head, batch, **terms)
+                self._found.append(replace(found, total=found.total.detach()))
+                return found.total
+
+            weight = balance_weight(batch, self.objective.balance_alpha(**terms))
+            return Work(batch.tokens_BT, batch.segments_BT, loss, weight, mtp=self.objective.with_mtp(**terms))
+
+        per = executor.table.per_lane
+        lanes = range(executor.table.lanes - executor.table.idle)
+        return [[one(batch) for batch in batches[lane * per : (lane + 1) * per]] for lane in lanes]
+
+    def _sums_of(self, batches: Sequence[Batch], losses: list[float], terms: dict[str, float]) -> Sums:
+        """Of all ranks: last stages know the loss and its tokens, first ones count what came in, others add their
+        balance terms."""
+        last = {name: math.fsum(float(loss.metrics.get(name, 0.0)) for loss in self._found) for name in self._sums}
+        alpha = self.objective.balance_alpha(**terms)
+        elsewhere = math.fsum(losses) - math.fsum(float(loss.total) for loss in self._found)
+        if "total" in last:
+            last["total"] += elsewhere
+        if "balance" in last and alpha:
+            last["balance"] += elsewhere / alpha
+        rows, tokens = map(sum, zip(*(batch.counted for batch in batches), strict=True))
+        enters = self.mesh.pp == self.mesh.cp == 0  # one rank of every pipeline counts
+        mine = [
+            math.fsum(losses), math.fsum(float(loss.tokens) for loss in self._found),
+            tokens * enters, rows * enters, self._wishes_to_stop(), self.mesh.me == 0 and self._by_time(),
+            *last.values(),
+        ]  # fmt: skip
+        links = sorted({hop.link for hop in self.part.exchange.hops}) if self.mesh.layout.ep > 1 else []
+        mine += [self.part.exchange.sent_bytes[link] for link in links]
+        self.part.exchange.sent_bytes.clear()
+        total, divisor, tokens, rows, stop, due, *more = self._reduced(mine, dist.ReduceOp.SUM)
+        values, sent = more[: len(last)], more[len(last) :]
+        self._stopping, self._due = stop > 0, due > 0
+        found = {}
+        if divisor > 0:
+            found = {f"train/{name}": value / divisor for name, value in zip(self._sums, values, strict=True)}
+            found |= {f"moe/sent_bytes/{link}": n / tokens for link, n in zip(links, sent, strict=True)}
+        if self._peaks:
+            peaks = [max((float(loss.peaks[name]) for loss in self._found), default=-math.inf) for name in self._peaks]
+            highest = self._reduced(peaks, dist.ReduceOp.MAX)
+            found |= {f"train/{name}": value for name, value in zip(self._peaks, highest, strict=True)}
+        return Sums(list(batches), self._found, divisor, int(tokens), int(rows), math.isfinite(total), found)
+
+    def _reduced(self, values: list[float], how: dist.ReduceOp) -> list[float]:
+        found = torch.tensor(values, dtype=torch.float64, device=self.device)
+        with watchdog.waiting("the figures of the step", range(self.mesh.layout.world)):
+            dist.all_reduce(found, how)
+            return found.tolist()
+
+    def _everyone(self, said: str) -> list[str]:
+        """What every rank says, by rank."""
+        found = [""] * self.mesh.layout.world
+        with watchdog.waiting("a word", range(len(found))):
+            dist.all_gather_object(found, said)
+        return found
+
+    def _sum_loads(self, executor: Executor) -> None:
+        with watchdog.waiting("expert loads", dist.get_process_group_ranks(self.mesh.group["dense"])):
+            for name in sorted(self.gates):
+                load_E = self.gates[name].load_E
+                dist.all_reduce(load_E, group=self.mesh.group["dense"])
+                executor.sum_with_others(_place(name), load_E)
+
+    def _culprit(self, sums: Sums, terms: dict[str, float]) -> str:
+        bad = [number for number, loss in enumerate(sums.losses) if not math.isfinite(float(loss.total))]
+        names = self.optimizer.nonfinite_gradients()
+        mine = f"the loss of micro-batch {bad[0]} on rank {self.mesh.me} is not finite" if bad else ""
+        if not bad and names:
+            mine = f"{len(names)} gradients on rank {self.mesh.me} are not finite, beginning at {names[-1]}"
+        found = sorted(filter(None, self._everyone(mine)), key=lambda text: not text.startswith("the loss"))
+        return found[0] if found else "the gradients overflow in their norm, or in a balance term"
+
+    def _by_time(self) -> bool:
+        seconds = self.settings.save_seconds
+        return seconds is not None and time.monotonic() - self._saved_at >= seconds
+
+    def save_if_due(self) -> None:
+        steps = self.settings.save_steps
+        if (self._due or (steps is not None and self.step % steps == 0)) and self.guard.streak == 0:
+            self.save()
+
+    def _write(self) -> Path:
+        """Goes on as soon as the copies are made."""
+        random_tensors, random_values = rng.capture(self.generators)
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        counters |= {"updates": self.optimizer.steps, "rng": random_values, "extras": self.extras}
+        tensors = self.optimizer.pieces()
+        if self.mesh.dp == self.mesh.ep == self.mesh.cp == 0:
+            tensors |= {name: tensor.clone().cpu() for name, tensor in self._own_gate_tensors().items()}
+        if self.mesh.me == 0:
+            tensors |= {f"rng/{name}": tensor for name, tensor in random_tensors.items()}
+            tensors |= {f"extras/{name}": tensor.cpu() for name, tensor in self.extra_tensors.items()}
+        path = self._saver.save(self.step, tensors, counters)
+        self._saved_at, self._saved_step = time.monotonic(), self.step
+        return path
+
+    def finish(self) -> None:
+        if self._saver is not None:
+            self._saver.finish()
+
+    def _own_gate_tensors(self) -> dict[str, Tensor]:
+        """Those that no earlier pipeline rank writes."""
+        found = {}
+        for name, tensor in self._gate_tensors().items():
+            place = _place(name.partition("/")[2])
+            if self.mesh.pp < min(self.part.others(place), default=math.inf):
+                found[name] = tensor
+        return found
+
+    def _latest(self) -> tuple[Path, Source] | None:
+        """The newest checkpoint in which every rank finds what it needs undamaged."""
+        if self.state_dir is None:
+            return None
+        self.finish()
+        if self.mesh.me == 0:
+            checkpoint.sweep(self.state_dir)
+        dist.barrier()
+        found = checkpoint.steps(self.state_dir)
+        for path in reversed(found):
+            damage = ""
+            try:
+                source = Source(path)
+                source.verify(self._names_of_mine())
+            except Damaged as error:
+                damage = str(error)
+            damages = self._everyone(damage)
+            if not any(damages):
+                checkpoint.check_config(source.config, self.config, path)
+                return path, source
+            self.warn(f"checkpoint {path} is damaged ({next(filter(None, damages))}); trying the one before it")
+        if found:
+            raise checkpoint.none_whole(self.state_dir, len(found))
+        return None
+
+    def _names_of_mine(self) -> list[str]:
+        return [*self.optimizer.names_on_disk(), *self._gate_tensors()]
+
+    @torch.no_grad()
+    def _restore(self, source: Source) -> None:
+        self.optimizer.load_pieces(source)
+        mine = self._gate_tensors()
+        for name, value in source.read(mine).items():
+            mine[name].copy_(value)
+        for name in COUNTERS:
+            setattr(self, name, source.counters[name])
+        self.optimizer.steps = source.updates
+        extras = [name for name in source.places if name.startswith("extras/")]
+        self.extra_tensors = {name.removeprefix("extras/"): t for name, t in source.read(extras).items()}
+        self.extras = source.counters["extras"]
+        states = [name for name in source.places if name.startswith("rng/")]
+        tensors = {name.removeprefix("rng/"): t for name, t in source.read(states).items()}
+        rng.restore(tensors, source.counters["rng"], self.generators)
+
+
+def _place(gate: str) -> str:
+    """What the names of the parameters beside a gate begin with."""
+    return f"mtp.{gate[3:]}." if gate.startswith("mtp") else f"layers.{gate}."

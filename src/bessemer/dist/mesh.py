@@ -1,0 +1,179 @@
+"""Which rank does what: pipeline x data x context x expert parallel (reference E.1, E.8).
+
+World = pp * dp * cp * ep. Ranks are numbered with ep innermost, so that an expert-parallel group is a run of neighbours
+on as few nodes as can be, then cp, and pp outermost, where the messages are smallest. Within one pipeline rank
+
+    experts            are spread over the ep ranks of a group, and equal on all dp * cp ranks
+    everything else    is equal on all dp * cp * ep ranks
+    batches            are each dp * ep rank's own; the cp ranks of one compute a piece of every row each
+
+V3: pp 16, dp 2, ep 64 on 2,048 ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from bessemer.errors import UserError
+from bessemer.model.config import ModelConfig
+from bessemer.dist.context_parallel import Alone, Context
+from bessemer.dist.expert_parallel import Exchange, Hop
+
+Kind = Literal["pp", "ep", "cp", "expert", "dense", "network", "within"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the four dimensions, and of a node."""
+
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+    node: int = 8
+    """Ranks of one node."""
+    cp: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.pp * self.dp * self.cp * self.ep
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that an expert-parallel group lies on."""
+        return max(1, self.ep // self.node)
+
+    def rank(self, pp: int, dp: int, ep: int, cp: int = 0) -> int:
+        return ((pp * self.dp + dp) * self.cp + cp) * self.ep + ep
+
+    def place(self, rank: int) -> tuple[int, int, int, int]:
+        """(pp, dp, ep, cp) of a rank."""
+        outer, ep = divmod(rank, self.ep)
+        outer, cp = divmod(outer, self.cp)
+        return *divmod(outer, self.dp), ep, cp
+
+    def groups(self, kind: Kind) -> list[list[int]]:
+        """Every group of a kind: "pp"; "ep"; "cp", ranks with pieces of the same rows; "expert", ranks with equal
+        experts; "dense", ranks with all else equal; for two hops "network", one number in every node of an ep group,
+        and "within", an ep group's ranks of a node."""
+        p, e, size = range(self.pp), range(self.ep), self.ep // self.nodes
+        copies = [(j, c) for j in range(self.dp) for c in range(self.cp)]
+        n, k = range(self.nodes), range(size)
+        if kind == "pp":
+            return [[self.rank(i, j, m, c) for i in p] for j, c in copies for m in e]
+        if kind == "ep":
+            return [[self.rank(i, j, m, c) for m in e] for i in p for j, c in copies]
+        if kind == "cp":
+            return [[self.rank(i, j, m, c) for c in range(self.cp)] for i in p for j in range(self.dp) for m in e]
+        if kind == "expert":
+            return [[self.rank(i, j, m, c) for j, c in copies] for i in p for m in e]
+        if kind == "dense":
+            return [[self.rank(i, j, m, c) for j, c in copies for m in e] for i in p]
+        if kind == "network":
+            return [[self.rank(i, j, a * size + b, c) for a in n] for i in p for j, c in copies for b in k]
+        return [[self.rank(i, j, a * size + b, c) for b in k] for i in p for j, c in copies for a in n]
+
+    def __str__(self) -> str:
+        return f"pp {self.pp} x dp {self.dp} x ep {self.ep}" + (f" x cp {self.cp}" if self.cp > 1 else "")
+
+
+def drawn(layout: Layout) -> str:
+    """A line for every pipeline rank and copy: the ranks that share its experts."""
+    width = len(str(layout.world - 1))
+    lines = [f"{layout.world} ranks: {layout}" + (f", a group of experts on {layout.nodes} nodes" * (layout.nodes > 1))]
+    for ranks in layout.groups("ep"):
+        pp, dp, _, cp = layout.place(ranks[0])
+        shown = " ".join(f"{r:>{width}}" for r in ranks) if len(ranks) <= 16 else f"{ranks[0]} to {ranks[-1]}"
+        lines.append(f"pipeline {pp}, copy {dp}{f', piece {cp}' if layout.cp > 1 else ''}: {shown}")
+    return "\n".join(lines)
+
+
+def check(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> None:
+    """UserError for a layout that does not fit the model or the world, with the nearest that do. The schedule gives
+    every pipeline rank so many slices of the model (copies of one count as one)."""
+    if why := refusal(layout, cfg, world, slices):
+        near = nearest(layout, cfg, world, slices)
+        hint = f"these fit: {'; '.join(map(str, near))}" if near else f"no layout fits {world} ranks"
+        raise UserError(f"layout {layout} on {world} ranks: {why}; {hint}")
+
+
+def refusal(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> str | None:
+    """Why a layout cannot be; None if it can."""
+    if min(layout.pp, layout.dp, layout.ep, layout.cp, layout.node, world) < 1:
+        return "every size must be at least 1"
+    if layout.world != world:
+        return f"it makes {layout.world} ranks"
+    blocks = cfg.n_layers + min(cfg.n_mtp, 1)  # all MTP modules are on the last
+    if layout.pp * slices > blocks:
+        each = f" with {slices} slices each" if slices > 1 else ""
+        return f"{layout.pp} pipeline ranks{each} for {blocks} layers, MTP as one of them"
+    if layout.pp > 1 and cfg.tie_embeddings:
+        return "embedding and head are one matrix (tie_embeddings), which has to be on one pipeline rank"
+    if cfg.n_routed_experts % layout.ep:
+        return f"{cfg.n_routed_experts} experts cannot be shared evenly by {layout.ep} ranks"
+    if layout.ep > layout.node and layout.ep % layout.node:
+        return f"an expert-parallel group of {layout.ep} does not fill nodes of {layout.node}"
+    return None
+
+
+def nearest(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1, most: int = 3) -> list[Layout]:
+    """Layouts that fit, those that differ least in how many times each size would have to change first; with the
+    same cp where the world has room for it."""
+
+    def distance(other: Layout) -> float:
+        pairs = ((layout.pp, other.pp), (layout.dp, other.dp), (layout.ep, other.ep))
+        return sum(max(max(a, 1) / b, b / max(a, 1)) for a, b in pairs)
+
+    node, cp = max(layout.node, 1), layout.cp if layout.cp > 0 and world % layout.cp == 0 else 1
+    rest = world // cp
+    found = [Layout(pp, dp, rest // (pp * dp), node, cp) for pp, dp in _factors(rest)]
+    return sorted((other for other in found if not refusal(other, cfg, world, slices)), key=distance)[:most]
+
+
+def _factors(world: int) -> Iterator[tuple[int, int]]:
+    for pp in (n for n in range(1, world + 1) if world % n == 0):
+        yield from ((pp, dp) for dp in range(1, world // pp + 1) if (world // pp) % dp == 0)
+
+
+class Mesh:
+    """The process groups of this rank. Every rank of the world must make it, in the same order."""
+
+    def __init__(self, layout: Layout, cfg: ModelConfig, slices: int = 1):
+        check(layout, cfg, dist.get_world_size(), slices)
+        self.layout, self.cfg, self.me = layout, cfg, dist.get_rank()
+        self.pp, self.dp, self.ep, self.cp = layout.place(self.me)
+        self.group: dict[str, Any] = {}
+        """The group of each kind that this rank is in."""
+        more = [*(("cp",) if layout.cp > 1 else ()), *(("network", "within") if layout.nodes > 1 else ())]
+        for kind in ("pp", "ep", "expert", "dense", *more):
+            for ranks in layout.groups(kind):
+                made = dist.new_group(ranks)
+                if self.me in ranks:
+                    self.group[kind] = made
+
+    @property
+    def experts(self) -> range:
+        """The routed experts of this rank, in every layer it has."""
+        local = self.cfg.n_routed_experts // self.layout.ep
+        return range(self.ep * local, (self.ep + 1) * local)
+
+    def context(self) -> Alone:
+        """How rows are cut."""
+        return Context(self.group["cp"], self.layout.cp, self.cp) if self.layout.cp > 1 else Alone()
+
+    def exchange(self) -> Exchange:
+        """One hop where an expert-parallel group lies within a node, else two."""
+        experts, n, layout = self.cfg.n_routed_experts, len(self.experts), self.layout
+        if layout.nodes == 1:
+            hops = (Hop(self.group["ep"], layout.ep, self.ep, 0, n, "node"),)
+        else:
+            size, per_node = layout.node, experts // layout.nodes
+            node, own = divmod(self.ep, size)
+            hops = (
+                Hop(self.group["network"], layout.nodes, node, 0, per_node, "network"),
+                Hop(self.group["within"], size, own, node * per_node, n, "node"),
+            )
+        return Exchange(hops, self.experts.start, n, self.cfg.n_activated_experts)

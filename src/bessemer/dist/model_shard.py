@@ -1,0 +1,159 @@
+"""One rank's part of a network: made whole and cut, or never made whole at all.
+
+    Part(model, mesh, schedule)         cut out of a whole model
+    Part.fresh(cfg, mesh, schedule, 7)  as `Transformer.initialise(7)` would have made it, without the rest
+    Part.read(folder, mesh, schedule)   out of a Hugging Face directory, reading no other tensors
+
+All three give the same parameters, under the names of the whole network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bessemer.hf import hub
+from bessemer.model.config import ModelConfig
+from bessemer.model.moe import EXPERTS, Gate
+from bessemer.model.transformer import Transformer
+from bessemer.dist import schedules, watchdog
+from bessemer.dist.context_parallel import Context
+from bessemer.dist.mesh import Mesh
+from bessemer.dist.stage import Slice, holding, keep, keep_experts
+from bessemer.dist.table import Table
+
+
+class Part:
+    """The slices that a schedule gives to this rank, with its own experts."""
+
+    def __init__(self, model: Transformer, mesh: Mesh, schedule: str):
+        self.model, self.mesh, self.schedule = model, mesh, schedule
+        keep_experts(model, mesh.experts)
+        table = self.table(schedules.least(schedule, mesh.layout.pp))
+        self.place = table.place
+        """Pipeline rank of stage s in lane l: place[l][s]."""
+        self.exchange, self.context = mesh.exchange(), mesh.context()
+        self.slices = {
+            (lane, stage): Slice(model, stage, table.stages, self.exchange, self.context)
+            for lane, stage in table.held(mesh.pp)
+        }
+        self.holders = table.holders()
+        """The stages of every pipeline rank."""
+        held = {name for part in self.slices.values() for name in part.gates}
+        self.gates: dict[str, Gate] = {name: gate for name, gate in model.gates().items() if name in held}
+        for gate in self.gates.values() if isinstance(self.context, Context) else ():
+            gate.whole = self.context.counts
+        keep(model, self.slices.values())
+
+    @classmethod
+    def fresh(cls, cfg: ModelConfig, mesh: Mesh, schedule: str, seed: int, device: torch.device) -> Part:
+        with torch.device("meta"):
+            whole, part = Transformer(cfg), cls(Transformer(cfg), mesh, schedule)
+        parameters = part._allocate(device, torch.float32)
+        with torch.no_grad():
+            for name, expert, values in whole.draws(seed):
+                part._put(parameters, name, expert, values)
+        return part
+
+    @classmethod
+    def read(
+        cls, folder: Path, mesh: Mesh, schedule: str, device: torch.device, context: Mapping[str, Any] | None = None
+    ) -> Part:
+        checkpoint, cfg, layout = hub.open_directory(folder, True, Transformer, context)
+        with torch.device("meta"):
+            part = cls(Transformer(cfg), mesh, schedule)
+        parameters = part._allocate(device, torch.float32)
+        state = parameters | {name: buffer for name, buffer in part.model.named_buffers() if name.endswith("bias_E")}
+        with torch.no_grad():
+            for slot in layout:
+                if slot.copy or slot.name not in state:
+                    continue
+                target, index = state[slot.name], slot.index
+                if EXPERTS in slot.name:
+                    if index[0] not in mesh.experts:
+                        continue
+                    index = (index[0] - mesh.experts.start, *index[1:])
+                view = target[index] if index else target
+                view.copy_(checkpoint.read(slot.key, target.dtype))
+        return part
+
+    def table(self, micro: int) -> Table:
+        """What is done with so many micro-batches."""
+        return schedules.schedule(self.schedule, self.mesh.layout.pp, micro)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def lots(self) -> int:
+        """Pipelines side by side with micro-batches of their own; the cp ranks of one have the same."""
+        return self.mesh.layout.dp * self.mesh.layout.ep
+
+    @property
+    def lot(self) -> int:
+        """The number of this rank's pipeline."""
+        return self.mesh.dp * self.mesh.layout.ep + self.mesh.ep
+
+    def others(self, name: str) -> list[int]:
+        """Pipeline ranks beside this one that hold the parameter of this name."""
+        return [rank for rank in holding(name, self.slices, self.holders) if rank != self.mesh.pp]
+
+    def _allocate(self, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+        """Memory for a part that was made on the meta device: ones for norms, zeros for buffers, matrices empty."""
+        made: dict[int, nn.Parameter] = {}  # the embedding may be the head, too
+        for module in self.model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in made:
+                    empty = torch.ones if parameter.dim() < 2 else torch.empty
+                    made[id(parameter)] = nn.Parameter(empty(parameter.shape, dtype=dtype, device=device))
+                setattr(module, name, made[id(parameter)])
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
+        return dict(self.model.named_parameters())
+
+    def _put(self, parameters: dict[str, nn.Parameter], name: str, expert: int | None, values: Tensor) -> None:
+        if name not in parameters:
+            return
+        mine = self.mesh.experts
+        if EXPERTS not in name:
+            parameters[name].copy_(values)
+        elif expert is None:
+            parameters[name].copy_(values[mine.start : mine.stop])
+        elif expert in mine:
+            parameters[name][expert - mine.start].copy_(values)
+
+
+@torch.no_grad()
+def assemble(part: Part, into: Transformer | None) -> None:
+    """Puts the whole network, as its parts are at this moment, into `into` on every rank that gives one. All ranks call
+    it; one tensor at a time is on its way, in float32."""
+    mine = part.model.state_dict()
+    with torch.device("meta"):
+        whole = Transformer(part.mesh.cfg).state_dict()
+    state = {} if into is None else into.state_dict()
+    layout, mesh = part.mesh.layout, part.mesh
+    for name, shape in whole.items():
+        pp = min(holding(name, part.slices, part.holders))
+        for ep in range(layout.ep) if EXPERTS in name else (0,):
+            source = layout.rank(pp, 0, ep)
+            rows = slice(ep * len(mesh.experts), (ep + 1) * len(mesh.experts)) if EXPERTS in name else slice(None)
+            if source == mesh.me:
+                value = mine[name].float().contiguous()
+            else:
+                value = torch.empty_like(shape[rows], dtype=torch.float32, device=part.device)
+            with watchdog.waiting(name, [source]):
+                dist.broadcast(value, source)
+            if name in state:
+                state[name][rows].copy_(value)
+
+
+def rows_of(n_rows: int, lots: int, lot: int, micro: int) -> list[range]:
+    """The rows of a step that lot number `lot` takes, cut into micro-batches as even as can be."""
+    cuts, first = lots * micro, lot * micro
+    return [range(n_rows * i // cuts, n_rows * (i + 1) // cuts) for i in range(first, first + micro)]

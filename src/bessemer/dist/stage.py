@@ -1,0 +1,181 @@
+"""A slice of the network: some of its layers; the embedding before the first; norm, head, MTP modules after the last.
+
+Parameters keep the names they have in the whole network (`layers.17.attn.wo.weight`), whatever slice they are in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bessemer.model.config import ModelConfig
+from bessemer.model.counts import attention_params, dense_ffn_params, embedding_params, moe_ffn_params
+from bessemer.model.layer import Layer
+from bessemer.model.moe import Experts
+from bessemer.model.transformer import TrainOutputs, Transformer
+from bessemer.dist.context_parallel import Alone, Attend
+from bessemer.dist.expert_parallel import Exchange
+
+
+def cut(cfg: ModelConfig, stages: int) -> list[range]:
+    """Layers of every stage, so that the stage with most to compute has as little as can be: weighed by the weights
+    that a token uses, with the head, the MTP modules and their uses of the head on the last. V3 on 16: four layers
+    each, and the last main layer, MTP and head on the last (the reports leave it open)."""
+    attend, sparse = attention_params(cfg), moe_ffn_params(cfg, active_only=True)
+    head = embedding_params(cfg)
+    costs = [attend + (dense_ffn_params(cfg) if i < cfg.n_dense_layers else sparse) for i in range(cfg.n_layers)]
+    return partition(costs, head + cfg.n_mtp * (attend + sparse + 2 * cfg.dim**2 + head), stages)
+
+
+def partition(costs: Sequence[float], last: float, stages: int) -> list[range]:
+    """Layers of these costs over stages, of which the last has `last` to do beside its own. Every stage has a layer; if
+    there is one too few, the last has none."""
+    sums = [0.0, *accumulate(costs)]
+    if stages > len(costs):
+        return [*partition(costs, 0.0, stages - 1), range(len(costs), len(costs))]
+    # best[s][n]: of s stages with the first n layers the slowest, as fast as can be, and where the last of them begins
+    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
+    for stage in range(1, stages + 1):
+        extra, row = last if stage == stages else 0.0, {}
+        for n in range(stage, len(sums)) if stage < stages else (len(sums) - 1,):
+            time, k = min((max(best[-1][k][0], sums[n] - sums[k] + extra), -k) for k in best[-1] if k < n)
+            row[n] = time, -k
+        best.append(row)
+    ends = [len(costs)]
+    for row in best[:0:-1]:
+        ends.append(row[ends[-1]][1])
+    return [range(a, b) for a, b in pairwise(ends[::-1])]
+
+
+def keep_experts(model: Transformer, experts: range) -> None:
+    """Leaves a rank its own routed experts, in every layer and MTP module."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            for name in ("w13", "w2"):
+                mine = getattr(module, name).detach()[experts.start : experts.stop].clone()
+                setattr(module, name, nn.Parameter(mine))
+
+
+def keep(model: Transformer, slices: Iterable[Slice]) -> None:
+    """Lets go of all that none of the slices needs; the parameters that are left keep their names."""
+    slices = list(slices)
+    needed = {int(i) for part in slices for i in part.layers}
+    for i in range(len(model.layers)):
+        if i not in needed:
+            model.layers[i] = nn.Identity()
+    if not any(part.last for part in slices):
+        model.norm, model.head, model.mtp = nn.Identity(), nn.Identity(), nn.ModuleList()
+    if all(part.embed is None for part in slices):
+        model.embed = nn.Identity()
+
+
+class Handed(NamedTuple):
+    """What a phase gives away."""
+
+    on: Any
+    """To the next phase."""
+    kept: Any = ()
+    """To the one after that, or later."""
+
+
+Phases = Generator[Handed, Handed, Any]
+"""A forward that stops after every phase and goes on with what it is given back for what it gave away: the same, or the
+same cut off from its graph. Computation and communication take turns; the first phase and the last compute."""
+
+
+def through(layer: Layer, exchange: Exchange | None, x_BTD: Tensor, attend: Attend, carried: Any = ()) -> Phases:
+    """`Layer.forward`, with the experts on several ranks if there is an exchange. Returns the residual stream, the
+    balance term and what was carried past the layer. A dense layer does not stop."""
+    attended = attend(layer, x_BTD)
+    if attended.routing is None:
+        return layer.feed_forward(attended), None, carried
+    leaving, (attended, carried) = yield Handed(attended, (attended, carried))
+    if exchange is None:
+        sent = layer.dispatch(leaving)
+    else:
+        sent = exchange.dispatch(leaving.u_ND, leaving.routing, layer.fp8 if layer.training else None)
+    sent, _ = yield Handed(sent)
+    rows, _ = yield Handed(layer.experts(sent))
+    routed, _ = yield Handed(layer.combine(rows, sent) if exchange is None else exchange.combine(rows, sent))
+    return layer.finish(attended, routed), attended.routing.balance, carried
+
+
+def holding(name: str, slices: Mapping[Any, Slice], holders: Sequence[set[int]]) -> list[int]:
+    """Pipeline ranks that hold the parameter of this name; `slices` of any rank know which stages have it."""
+    owners = next(iter(slices.values())).owners(name)
+    return [rank for rank, stages in enumerate(holders) if stages & owners]
+
+
+class Slice(nn.Module):
+    """Stage number `stage` of `stages`; shares its modules with the `model` it is cut from. With an exchange the routed
+    experts of the model are those of this rank (`keep_experts`); with a `Context` rows are cut over ranks, too."""
+
+    def __init__(
+        self, model: Transformer, stage: int, stages: int, exchange: Exchange | None = None,
+        context: Alone | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.exchange, self.context = exchange, context or Alone()
+        self.first, self.last = stage == 0, stage == stages - 1
+        self.width, self.rope_table = model.cfg.dim, model.rope_table
+        self.cuts, self.n_mtp = cut(model.cfg, stages), len(model.mtp)
+        self.layers = nn.ModuleDict({str(i): model.layers[i] for i in self.cuts[stage]})
+        self.mtp = model.mtp if self.last else nn.ModuleList()
+        self.embed = model.embed if self.first or len(self.mtp) else None
+        self.norm, self.head = (model.norm, model.head) if self.last else (None, None)
+
+    @property
+    def gates(self) -> set[str]:
+        """Names of its layers' gates, as in `Transformer.gates`."""
+        return {*self.layers, *(f"mtp{k}" for k in range(len(self.mtp)))}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the residual stream."""
+        layers = [*self.layers.values(), *(module.layer for module in self.mtp)]
+        return layers[0].attn.wo.weight.dtype
+
+    def room(self, tokens_BT: Tensor) -> Tensor:
+        """Empty, of the shape of what the stage before sends of these tokens."""
+        B, T = tokens_BT.shape
+        return torch.empty(B, self.context.length(T), self.width, dtype=self.dtype, device=tokens_BT.device)
+
+    def owners(self, name: str) -> set[int]:
+        """Stages whose slices have the parameter of this name."""
+        if name.startswith("layers."):
+            number = int(name.split(".")[1])
+            return {stage for stage, layers in enumerate(self.cuts) if number in layers}
+        last = len(self.cuts) - 1
+        return {0, last} if name.startswith("embed.") and self.n_mtp else {0} if name.startswith("embed.") else {last}
+
+    def phases(
+        self, x: Tensor, tokens_BT: Tensor, segments_BT: Tensor | None = None, mtp: bool = True
+    ) -> Generator[Handed, Handed, tuple[Tensor, Tensor] | TrainOutputs]:
+        """(residual stream after the slice [B, T, D], balance term), of the last stage `Transformer.train_outputs` with
+        the balance term of this slice alone. x: what the stage before returned, at the first the tokens. Where rows are
+        cut, tokens and segments are of the whole rows, and all that comes out is of this rank's positions."""
+        context, T = self.context, tokens_BT.shape[1]
+        if self.first:
+            x = self.embed(context.take(x))
+        # sums terms that are cut off already, so it may reach over phases; other tensors must be handed on
+        balance = torch.zeros((), dtype=torch.float32, device=x.device)
+        attend = context.attention(T, 0, self.rope_table, segments_BT)
+        for layer in self.layers.values():
+            x, term, _ = yield from through(layer, self.exchange, x, attend)
+            if term is not None:
+                balance = balance + term
+        if not self.last:
+            return x, balance
+        h = self.norm(x)
+        ready = (h,)
+        for k, module in enumerate(self.mtp if mtp else (), start=1):
+            h, embedded = context.ahead(k, h, tokens_BT, self.embed.weight)
+            joined, attend = module.join(h, embedded), context.attention(T, k, self.rope_table, segments_BT)
+            h, term, ready = yield from through(module.layer, self.exchange, joined, attend, ready)
+            balance = balance + term
+            ready = (*ready, module.norm(h))
+        return TrainOutputs(ready[0], list(ready[1:]), balance)

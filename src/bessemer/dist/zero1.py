@@ -1,0 +1,209 @@
+"""ZeRO-1: every rank keeps the masters and moments of a share of its parameters alone (V3 3.2; reference D.4, E.8).
+
+A parameter's gradients are summed over the ranks that hold it equally: for routed experts the data-parallel ones, for
+all else the expert-parallel ones, too. Each of n ranks updates an n-th of the vector, and what forward reads is
+gathered again. The gradient's norm is one number over all ranks: shares are counted once, and parameters that two
+pipeline ranks hold (`Executor.sum_shared` has made their gradients equal) by half on either.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bessemer.model.moe import EXPERTS
+from bessemer.dist import watchdog
+from bessemer.dist.collectives import all_gather, reduce_scatter
+from bessemer.dist.mesh import Mesh
+from bessemer.train.adamw import adamw_
+from bessemer.train.flat import NORM_BLOCK, Group, Members, Slot, Update
+from bessemer.train.matrices import Matrices
+from bessemer.train.optim import Optimizer
+from bessemer.dist.sharded_checkpoint import Source
+from bessemer.workers import Workers
+
+
+class Share(Group):
+    """Parameters as flat vectors, of which this rank updates a part."""
+
+    def __init__(
+        self, members: Members, decay: float, moments: torch.dtype, ranks: Any, holders: int, whole: bool = False
+    ):  # fmt: skip
+        self.ranks, self.holders = ranks, holders
+        n = dist.get_world_size(ranks)
+        super().__init__(members, decay, moments, shares=n, whole=whole)
+        size = self.master.numel() // n
+        own = dist.get_rank(ranks) * size
+        self.mine = slice(own, own + size)
+        # in float32 compute a view: what forward reads of this rank's share is its master
+        share = self.master[self.mine]
+        self.master = share if self.compute is self.master else share.clone()
+        self.moments = {name: torch.zeros(size, dtype=moments, device=share.device) for name in self.MOMENTS}
+        self.summed = torch.zeros(size, device=share.device)
+        """This rank's share of the gradient, summed over the ranks."""
+        self._under_way: Any = None
+
+    def kept(self) -> dict[str, Tensor]:
+        """This rank's shares of all that a checkpoint holds of these parameters, by kind."""
+        return {"model": self.master, **self.state()}
+
+    def begin_sum(self) -> None:
+        """Sends every rank its share of the gradient; `square` waits for it."""
+        self._under_way = reduce_scatter(self.summed, self.grad, group=self.ranks, async_op=True)
+
+    def square(self) -> Tensor:
+        """Of this rank's share of the summed gradient; over all ranks that hold the parameters, each counts once."""
+        with watchdog.waiting("gradients of equal parameters", dist.get_process_group_ranks(self.ranks)):
+            self._under_way.wait()
+        return torch.linalg.vector_norm(self.summed.view(-1, NORM_BLOCK), dim=1).double().square().sum() / self.holders
+
+    def step(self, update: Update) -> None:
+        adamw_(
+            self.master, self.summed, self.moments["m"], self.moments["v"],
+            step=update.step, lr=update.lr, betas=update.betas, eps=update.eps, decay=self.decay,
+            divisor=update.divisor,
+        )  # fmt: skip
+
+    def publish(self, source: Tensor | None = None) -> None:
+        """This rank's share to all, theirs to this one; `wait` says when they are there."""
+        share = self.compute[self.mine]
+        share.copy_(self.master if source is None else source)
+        whole, mine = self.compute.view(torch.uint8), share.clone().view(torch.uint8)
+        self._under_way = all_gather(whole, mine, group=self.ranks, async_op=True)
+
+    def wait(self) -> None:
+        with watchdog.waiting("weights of equal parameters", dist.get_process_group_ranks(self.ranks)):
+            self._under_way.wait()
+
+    def gathered(self, share: Tensor) -> Tensor:
+        """The whole vector of which every rank has such a share."""
+        whole = torch.empty(self.grad.numel(), dtype=share.dtype, device=self.grad.device)
+        mine = share.to(whole.device).contiguous()
+        with watchdog.waiting("shares of the optimizer", dist.get_process_group_ranks(self.ranks)):
+            all_gather(whole.view(torch.uint8), mine.view(torch.uint8), group=self.ranks)
+        return whole
+
+
+class MuonShare(Share):
+    """Matrices, of which every rank has some, whole."""
+
+    MOMENTS = ("m",)
+
+    def __init__(
+        self, members: Members, decay: float, moments: torch.dtype, ranks: Any, holders: int, stacked: dict[str, int]
+    ):  # fmt: skip
+        super().__init__(members, decay, moments, ranks, holders, whole=True)
+        mine = [
+            replace(s, start=s.start - self.mine.start)
+            for s in self.slots
+            if self.mine.start <= s.start < self.mine.stop
+        ]
+        self.matrices = Matrices(mine, self.master.numel(), stacked, Workers(1), self.master.device)
+
+    def step(self, update: Update) -> None:
+        self.matrices.step(self.master, self.summed, self.moments["m"], update, self.decay)
+
+
+class Zero1(Optimizer):
+    """AdamW, and Muon for the matrices that `stacked` names, of a rank's part of the network. `model` has the
+    parameters of its slices and its own experts under the names of the whole (`stage.keep`); `others(name)` are the
+    further pipeline ranks that hold a parameter. All ranks call `grad_norm` and then `step`."""
+
+    def __init__(self, model: nn.Module, mesh: Mesh, others: Callable[[str], list[int]], **options: Any):
+        self.mesh, self.others = mesh, others
+        super().__init__(model, **options)
+
+    def _home(self, name: str) -> tuple[str, int]:
+        return "expert" if EXPERTS in name else "dense", 1 + len(self.others(name))
+
+    def _group(self, members: Members, decay: float, moments: torch.dtype) -> Share:
+        kind, holders = self._home(members[0][0])
+        return Share(members, decay, moments, self.mesh.group[kind], holders)
+
+    def _muon_group(
+        self, members: Members, decay: float, moments: torch.dtype, stacked: dict[str, int], workers: Workers
+    ) -> MuonShare:
+        kind, holders = self._home(members[0][0])
+        return MuonShare(members, decay, moments, self.mesh.group[kind], holders, stacked)
+
+    def grad_norm(self) -> Tensor:
+        for group in self.groups:
+            group.begin_sum()
+        square = super().grad_norm().square()
+        for kind in ("dense", "pp"):
+            group = self.mesh.group[kind]
+            with watchdog.waiting("the gradient's norm", dist.get_process_group_ranks(group)):
+                dist.all_reduce(square, group=group)
+        return square.sqrt()
+
+    def _wait(self) -> None:
+        for group in self.groups:
+            group.wait()
+
+    def pieces(self) -> dict[str, Tensor]:
+        """What this rank writes into a checkpoint, by the names on disk: copies on the CPU. Of the ranks that hold a
+        piece one writes it, chosen by its name; one vector at a time is gathered."""
+        found = {}
+        for group in self.groups:
+            n, me = dist.get_world_size(group.ranks), dist.get_rank(group.ranks)
+            for kind, share in group.kept().items():
+                whole = group.gathered(share)
+                for slot in group.slots:
+                    holders = sorted([self.mesh.pp, *self.others(slot.name)])
+                    number = holders.index(self.mesh.pp) * n + me
+                    for name, piece in self._pieces(f"{kind}/{slot.name}", slot.of(whole)):
+                        if zlib.crc32(name.encode()) % (n * len(holders)) == number:
+                            found[name] = piece.to("cpu", copy=True)
+        return found
+
+    def names_on_disk(self) -> list[str]:
+        """All that `load_pieces` reads."""
+        return [
+            name
+            for group in self.groups
+            for kind in group.kept()
+            for slot in group.slots
+            for name, _ in self._pieces(f"{kind}/{slot.name}", slot.parameter)
+        ]
+
+    @torch.no_grad()
+    def load_pieces(self, source: Source) -> None:
+        """Exact inverse, from a checkpoint of any layout."""
+        for group in self.groups:
+            for kind, share in group.kept().items():
+                whole = torch.zeros(group.grad.numel(), dtype=share.dtype)
+                for slot in group.slots:
+                    names = [name for name, _ in self._pieces(f"{kind}/{slot.name}", slot.parameter)]
+                    parts = list(source.read(names).values())
+                    slot.of(whole).copy_(torch.stack(parts) if EXPERTS in slot.name else parts[0])
+                share.copy_(whole[group.mine])
+        self.refresh()
+
+    def _pieces(self, name: str, whole: Tensor) -> list[tuple[str, Tensor]]:
+        """A tensor by its names on disk: experts one by one."""
+        if EXPERTS not in name:
+            return [(name, whole)]
+        return [(f"{name}/{self.mesh.experts.start + i}", part) for i, part in enumerate(whole)]
+
+    def masters(self) -> dict[str, Tensor]:
+        """Float32 weights by name, gathered from all shares: copies."""
+        return {slot.name: t for group in self.groups for slot, t in self._gathered(group, group.master)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As `Optimizer.state_dict`, gathered: copies."""
+        state = {"steps": torch.tensor(self.steps)}
+        for group in self.groups:
+            for kind, share in group.state().items():
+                state |= {f"{kind}/{slot.name}": t for slot, t in self._gathered(group, share)}
+        return state
+
+    @staticmethod
+    def _gathered(group: Share, share: Tensor) -> list[tuple[Slot, Tensor]]:
+        whole = group.gathered(share)
+        return [(slot, slot.of(whole)) for slot in group.slots]

@@ -1,0 +1,269 @@
+"""The tokenizer of a foreign model: its own tokenizer.json, its own chat template, behind our `Tokenizer`'s surface.
+
+What differs from ours and is settled here, once, when a tokenizer is loaded:
+- BOS stands where the model's own tokenizer puts it in front of a document, which may be nowhere (`bos_id` None). A
+  prompt has the BOS its template writes, and no other.
+- An answer ends with the token that the template writes after it (`eos_id`); the tokenizer's own end of text stops it
+  too (`stop_ids`).
+- A byte-level vocabulary and one of SentencePiece's kind (▁ for a blank, <0x0A> for a byte) both become a table of
+  bytes.
+
+Invariants
+- A control token inside a content is text, never control: contents are masked while the template runs.
+- The ids of a conversation are those of `apply_chat_template(..., tokenize=True)`, cut where an answer begins, because
+  there a prompt ends and a completion begins.
+- A template that drops part of the last answer, writes no end after it or changes earlier turns is an error.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from bessemer.data import chat
+from bessemer.data.special import BOS
+from bessemer.data.tokenizer import Tokenizer, byte_of_character, fingerprint_of, read_json, token_text
+from bessemer.errors import UserError
+from bessemer.hf.chat_template import Template, add_system
+
+TEMPLATE_FILE = "chat_template.jinja"
+NO_TEMPLATE = (
+    'this model has no chat template, so it cannot be asked a question: import it with style = "zero" (the plain prompt'
+    " of R1-Zero), or put the template of its instruct sibling into chat_template.jinja"
+)
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory: ours where the directory has our tokens and one of our templates."""
+    config = read_json(Path(directory) / "tokenizer_config.json")
+    ours = token_text(config.get("bos_token")) == BOS and _template_of(Path(directory), config) in map(
+        chat.jinja, chat.STYLES
+    )
+    return Tokenizer.load(directory) if ours else ForeignTokenizer.load(directory)
+
+
+class ForeignTokenizer(Tokenizer):
+    """Made by `load`."""
+
+    def __init__(self, spec: dict, config: dict, names: dict[str, str], chat_template: str):
+        """`spec` and `config` are tokenizer.json and tokenizer_config.json, `names` the special tokens they name."""
+        self._spec, self._config, self._names = spec, config, names
+        self._tok = _tokenizer(spec)
+        self._after = _tokenizer(_without_first_blank(spec))
+        self._added = {token["id"]: token["content"] for token in spec["added_tokens"]}
+        self._special = {token["id"] for token in spec["added_tokens"] if token["special"]}
+        self._control = {self._added[i]: i for i in self._special}
+        self._bytes = _byte_table(self._tok, spec.get("decoder") or {}, self._added)
+        if "eos_token" not in names:
+            raise UserError("tokenizer_config.json names no eos_token, so an answer could never end; add it")
+        self._end = self._id(names["eos_token"])
+        self.pad_id = self._id(names.get("pad_token", names["eos_token"]))
+        front = self._tok.encode("", add_special_tokens=True).ids
+        self.bos_id = front[0] if front and front[0] != self._end else None
+        self.fingerprint = fingerprint_of(spec)
+        self._adopt(chat_template)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "ForeignTokenizer":
+        directory = Path(directory)
+        if not (directory / "tokenizer.json").is_file():
+            raise UserError(
+                f"{directory} has no tokenizer.json. Where it has an older kind of tokenizer, "
+                "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one"
+            )
+        spec, config = (read_json(directory / name) for name in ("tokenizer.json", "tokenizer_config.json"))
+        try:
+            return cls(spec, config, _names(directory, config), _template_of(directory, config))
+        except UserError as error:
+            raise UserError(f"{directory}: {error}") from error
+        except Exception as error:  # the Rust library raises plain Exception
+            raise UserError(f"{directory / 'tokenizer.json'} is broken ({error}); download it again") from error
+
+    def save(self, directory: str | Path) -> None:
+        """The files as they were read, with the present template."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {name: value for name, value in self._config.items() if name != "chat_template"} | self._names
+        if self.chat_template:
+            config["chat_template"] = self.chat_template
+            (directory / TEMPLATE_FILE).write_text(self.chat_template, "utf-8")
+        (directory / "tokenizer.json").write_text(json.dumps(self._spec, indent=2, ensure_ascii=False), "utf-8")
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
+
+    @property
+    def chat_style(self) -> str | None:
+        return super().chat_style
+
+    @chat_style.setter
+    def chat_style(self, style: str) -> None:
+        self._adopt(chat.jinja(style))
+
+    def set_system(self, system: str) -> None:
+        """From now on the template begins every conversation that has no system message with this one."""
+        if self._template is None:
+            raise UserError("a system message needs a chat template of the model's own, and this model has none")
+        self._adopt(add_system(self.chat_template, system))
+
+    @property
+    def stop_ids(self) -> list[int]:
+        return list(dict.fromkeys((self.eos_id, self._end)))
+
+    @property
+    def opening(self) -> str:
+        return self._opening if self._template else super().opening
+
+    def render_answers(
+        self, messages: Sequence[chat.Message], add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """`chat.render_answers` in the model's own template."""
+        if self._template is None:
+            raise UserError(NO_TEMPLATE)
+        masked, unmask = self._mask(messages)
+        text = self._template(masked, add_generation_prompt and messages[-1]["role"] != "assistant")
+        ids: list[int] = []
+        answers: list[bool] = []
+        place = 0
+        for start, stop in [*self._spans(masked, text), (len(text), len(text))]:
+            for first, last, answer in ((place, start, False), (start, stop, True)):
+                new = self._encode(text[first:last], unmask, begins=first == 0)
+                ids += new
+                answers += [answer] * len(new)
+            place = stop
+        return ids, answers
+
+    def _adopt(self, chat_template: str) -> None:
+        """Makes a template this tokenizer's, and learns from a trial how answers begin and end in it."""
+        self.chat_template, self._template, self._opening, self.eos_id = chat_template, None, "", self._end
+        if not chat_template or self.chat_style is not None:
+            return
+        self._template = Template(chat_template, self._names)
+        question = [{"role": "user", "content": "question"}]
+        prompt = self._template(question, add_generation_prompt=True)
+        whole = self._template([*question, {"role": "assistant", "content": "\ue000"}], add_generation_prompt=False)
+        begin = _parting(prompt, whole)
+        if not whole[begin:].lstrip().startswith("\ue000"):
+            raise UserError("the chat template does not lead up to an answer; it must heed add_generation_prompt")
+        self._opening = prompt[begin:]
+        end = next(self._controls(whole, begin), None)
+        if end is None:
+            raise UserError("the chat template writes no control token after an answer: no answer would ever end")
+        self.eos_id = self._control[end.group()]
+
+    def _spans(self, messages: Sequence[chat.Message], text: str) -> list[tuple[int, int]]:
+        """From where to where each assistant message stands in the text, the token that ends it included."""
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._template(messages[:number], add_generation_prompt=True).removesuffix(self._opening)
+            if not text.startswith(before):
+                raise UserError(
+                    "the chat template changes earlier turns when later ones follow, so the answers before the last "
+                    "cannot be found again; cut the conversation into one with a single answer"
+                )
+            end = next(self._controls(text, len(before)), None)
+            if end is None:
+                raise UserError("the chat template writes no control token after an answer, so it would never end")
+            if number == len(messages) - 1 and message["content"].strip() not in text[len(before) : end.start()]:
+                raise UserError(
+                    "the chat template leaves out part of the last answer (its thoughts, as a rule), which then could "
+                    "not be trained on; give the model a template that keeps it"
+                )
+            spans.append((len(before), end.end()))
+        return spans
+
+    def _encode(self, text: str, unmask: dict[str, str], begins: bool) -> list[int]:
+        """Ids of template output: control tokens of the template as ids, masked ones as text."""
+        ids: list[int] = []
+        place = 0
+        for found in [*self._controls(text), None]:
+            plain = text[place : found.start() if found else None]
+            for mask, content in unmask.items():
+                plain = plain.replace(mask, content)
+            tok = self._tok if begins and not ids else self._after
+            ids += tok.encode(plain, add_special_tokens=False).ids if plain else []
+            if found:
+                ids.append(self._control[found.group()])
+                place = found.end()
+        return ids
+
+    def _controls(self, text: str, start: int = 0):
+        """Control tokens in a text, in order; of two that begin at one place the longer."""
+        names = sorted(self._control, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or "(?!)").finditer(text, start)
+
+    def _mask(self, messages: Sequence[chat.Message]) -> tuple[list[chat.Message], dict[str, str]]:
+        """Messages whose contents hold no control token, and what stands for which."""
+        contents = "".join(message["content"] for message in messages)
+        mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in contents)
+        unmask = {f"{mark}{n}{mark}": name for n, name in enumerate(self._control) if name in contents}
+
+        def masked(text: str) -> str:
+            for mask, name in sorted(unmask.items(), key=lambda pair: -len(pair[1])):
+                text = text.replace(name, mask)
+            return text
+
+        return [message | {"content": masked(message["content"])} for message in messages], unmask
+
+
+def _parting(one: str, other: str) -> int:
+    """Where two texts begin to differ."""
+    shorter = min(len(one), len(other))
+    return next((i for i in range(shorter) if one[i] != other[i]), shorter)
+
+
+def _tokenizer(spec: dict) -> tokenizers.Tokenizer:
+    tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    tok.encode_special_tokens = True  # control tokens inside a text are text
+    return tok
+
+
+def _without_first_blank(spec: dict) -> dict:
+    """For text that follows other tokens: `Metaspace` adds a blank to the very first piece of a text only."""
+    spec = deepcopy(spec)
+    pre = spec.get("pre_tokenizer") or {}
+    for part in (pre, *pre.get("pretokenizers", ())):
+        if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first":
+            part["prepend_scheme"] = "never"
+    return spec
+
+
+def _byte_table(tok: tokenizers.Tokenizer, decoder: dict, added: dict[int, str]) -> list[bytes]:
+    """The bytes of every id; ids that no token has are empty."""
+    kinds = {part.get("type") for part in (decoder, *decoder.get("decoders", ()))}
+    if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
+        raise UserError("tokenizer.json is neither byte-level nor of SentencePiece's kind; no other kind is supported")
+    vocab, alphabet = tok.get_vocab(with_added_tokens=True), byte_of_character()
+    table = [b""] * (max(vocab.values()) + 1)
+    for token, i in vocab.items():
+        if i in added:
+            table[i] = token.encode()
+        elif "ByteLevel" in kinds:
+            table[i] = bytes(alphabet[character] for character in token)
+        else:
+            byte = _BYTE.fullmatch(token)
+            table[i] = bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
+    return table
+
+
+def _names(directory: Path, config: dict) -> dict[str, str]:
+    """The special tokens that the directory names: eos_token, bos_token, ..."""
+    older = directory / "special_tokens_map.json"
+    named = (read_json(older) if older.is_file() else {}) | config
+    texts = {key: token_text(value) for key, value in named.items() if key.endswith("_token")}
+    return {key: text for key, text in texts.items() if isinstance(text, str) and text}
+
+
+def _template_of(directory: Path, config: dict[str, Any]) -> str:
+    """The Jinja text of the chat template, "" for none. Of several, the one called default."""
+    if (directory / TEMPLATE_FILE).is_file():
+        return (directory / TEMPLATE_FILE).read_text("utf-8")
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
+    return found if isinstance(found, str) else ""

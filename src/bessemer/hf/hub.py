@@ -1,0 +1,255 @@
+"""The network on disk: plain Hugging Face model directories, read and written without loss.
+
+    load(dir)          a Transformer, from BF16, F32 or block-FP8 weights; with kind=Scorer a reward model
+    save(model, dir)   config.json, generation_config.json, safetensors, tokenizer files; with fp8= block-FP8 weights
+    convert(src, dst)  one directory into another, a tensor at a time: FP8 to plain and back, another dtype, without MTP
+    read_config, write_config
+
+Invariants
+- Strict in both directions: a missing, unknown, misshapen, doubled or unreadable tensor is a UserError that names
+  tensor and file. The only absences allowed are stated: copies of shared tensors, and all MTP layers at once.
+- Every export is read back and compared before it takes the place of an older one.
+- A checkpoint never has to fit in memory to be converted.
+
+Names: `hub_names`. Configs: `hub_config`. Files: `hub_reader`, `hub_writer`. Quantised weights: `hub_fp8`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bessemer.errors import UserError
+from bessemer.hf import config_json
+from bessemer.hf.block_fp8_export import Export, Scales, block_of, keep, quantisation
+from bessemer.hf.names import Slot, is_mtp_key, slots
+from bessemer.hf.reader import INDEX, PICKLES, Checkpoint, read_json
+from bessemer.hf.writer import replacing, verify, write_json, write_tensors
+from bessemer.model.config import ModelConfig
+from bessemer.model.scorer import Scorer
+from bessemer.model.transformer import Transformer
+
+Network = TypeVar("Network", bound=Transformer)
+SHARD_BYTES = 5e9
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+EMBEDDING, TIED_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+DEFAULT_IDS = {"bos_token_id": 0, "eos_token_id": 1}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def read_config(directory: str | Path) -> ModelConfig:
+    """The config of a model directory."""
+    path = Path(directory) / "config.json"
+    return config_json.from_hf(read_json(path), str(path))
+
+
+def write_config(cfg: ModelConfig, directory: str | Path, *, dtype: torch.dtype = torch.float32, bos: int = 0,
+                 eos: int | list[int] = 1, pad: int | None = None, fp8: Scales | None = None) -> None:  # fmt: skip
+    """config.json and generation_config.json (the sampling that R1 advises); with `pad` the config of a reward model,
+    which is only scored; with `fp8` that of quantised weights."""
+    directory = Path(directory)
+    values = config_json.to_hf(cfg, dtype, bos, eos) | ({"quantization_config": quantisation(fp8)} if fp8 else {})
+    if pad is not None:
+        write_json(directory / "config.json", config_json.scoring(values, pad))
+        return
+    write_json(directory / "config.json", values)
+    generation = {"bos_token_id": bos, "eos_token_id": eos, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
+    write_json(directory / "generation_config.json", generation)
+
+
+def load(
+    directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", mtp: bool = True,
+    kind: type[Network] = Transformer, context: Mapping[str, Any] | None = None,
+) -> Network:  # fmt: skip
+    """The model of a directory. dtype: of the matrices (None: as stored, BF16 for FP8); norm gains, gates and routing
+    biases are always float32. mtp=False leaves the MTP layers on the disk. context: as in `open_directory`."""
+    checkpoint, cfg, layout = open_directory(Path(directory), mtp, kind, context)
+    model = _allocate(cfg, as_dtype(dtype) or checkpoint.stored_dtype(EMBEDDING), device, kind)
+    state = model.state_dict()
+    with torch.no_grad():
+        for slot in layout:
+            target = slot.of(state)
+            if not slot.copy:
+                target.copy_(checkpoint.read(slot.key, target.dtype))
+            elif slot.key in checkpoint.entries:
+                compare_copy(checkpoint, slot, target.cpu())
+    return model
+
+
+def save(
+    model: Transformer, directory: str | Path, *, mtp: bool = True, dtype: str | torch.dtype | None = None,
+    fp8: Scales | None = None, max_shard_bytes: float = SHARD_BYTES, tokenizer_dir: str | Path | None = None,
+    files: dict[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Writes a model directory in one step, verified by reading it back.
+
+    dtype: of every tensor but the routing biases, which stay float32 (None: each as it is in the model). fp8: the
+    matrices of `Slot.fp8` quantised, with scales of that kind; dtype is then that of the other tensors (None:
+    bfloat16). mtp=False drops the MTP layers, for programs that do not know them. tokenizer_dir: where to copy the
+    tokenizer from. files: further text files by name. Other files of a directory that is replaced stay.
+    """
+    cfg = model.cfg if mtp else _without_mtp(model.cfg)
+    state = model.state_dict()
+    write(
+        cfg, lambda slot, dtype: slot.of(state).to(dtype), lambda slot: slot.of(state).dtype, directory,
+        kind=type(model), dtype=dtype, fp8=fp8, max_shard_bytes=max_shard_bytes, tokenizer_dir=tokenizer_dir,
+        files=files,
+    )  # fmt: skip
+
+
+def write(
+    cfg: ModelConfig, read: Callable[[Slot, torch.dtype], Tensor], dtype_of: Callable[[Slot], torch.dtype],
+    directory: str | Path, *, kind: type[Transformer] = Transformer, dtype: str | torch.dtype | None = None,
+    fp8: Scales | None = None, max_shard_bytes: float = SHARD_BYTES, tokenizer_dir: str | Path | None = None,
+    files: dict[str, str] | None = None,
+) -> None:  # fmt: skip
+    """`save` for tensors that lie anywhere, one in memory at a time: `read(slot, dtype)` gives each, `dtype_of(slot)`
+    says what it has there."""
+    forced = _forced(dtype, fp8)
+    layout = [slot for slot in slots(cfg, kind) if slot.key != TIED_HEAD or not cfg.tie_embeddings]
+    dtypes = [_target_dtype(slot, dtype_of(slot), forced) for slot in layout]
+    embedding = next(slot for slot in layout if slot.key == EMBEDDING)
+    export = Export(layout, dtypes, read, fp8)
+    with replacing(Path(directory)) as fresh:
+        bos, eos, pad = 0, 1, 2 if issubclass(kind, Scorer) else None
+        if tokenizer_dir is not None:
+            _copy(Path(tokenizer_dir), fresh, TOKENIZER_FILES)
+            bos, eos = token_id_of(fresh, "bos_token"), token_id_of(fresh, "eos_token")
+            pad = None if pad is None else token_id_of(fresh, "pad_token")
+        write_config(cfg, fresh, dtype=forced or dtype_of(embedding), bos=bos, eos=eos, pad=pad, fp8=fp8)
+        for name, text in (files or {}).items():
+            (fresh / name).write_text(text, "utf-8")
+        _write(fresh, export, max_shard_bytes)
+
+
+def convert(
+    src: str | Path, dst: str | Path, *, mtp: bool = True, dtype: str | torch.dtype | None = None,
+    fp8: Scales | None = None, max_shard_bytes: float = SHARD_BYTES,
+) -> None:  # fmt: skip
+    """Rewrites a model directory, one tensor in memory at a time, verified by reading it back.
+
+    FP8 becomes BF16 or `dtype`; dtype None otherwise keeps each tensor as stored. fp8: as in `save`; what is FP8
+    already and has such scales keeps its bytes. Everything beside config and weights is copied.
+    """
+    src = Path(src)
+    checkpoint, cfg, layout = open_directory(src, mtp, Transformer)
+    forced = _forced(dtype, fp8)
+    main = {slot.name: slot.key for slot in layout if not slot.copy and not slot.index}
+    layout = [slot for slot in layout if slot.key != TIED_HEAD or not cfg.tie_embeddings]
+    keys = {slot.key: main[slot.name] if slot.copy else slot.key for slot in layout}
+    for slot in slots(cfg):
+        if slot.copy and slot.key in checkpoint.entries:
+            compare_copy(checkpoint, slot, checkpoint.read(main[slot.name]))
+    dtypes = [_target_dtype(slot, checkpoint.stored_dtype(keys[slot.key]), forced) for slot in layout]
+    export = Export(
+        layout, dtypes, lambda slot, dtype: checkpoint.read(keys[slot.key], dtype), fp8,
+        kept=lambda slot: keep(checkpoint, slot.key, fp8),
+    )  # fmt: skip
+    values = read_json(src / "config.json")
+    bos, eos = (default if values.get(k) is None else values[k] for k, default in DEFAULT_IDS.items())
+    with replacing(Path(dst)) as fresh:
+        write_config(cfg, fresh, dtype=forced or checkpoint.stored_dtype(EMBEDDING), bos=bos, eos=eos, fp8=fp8)
+        _copy(src, fresh, [path.name for path in src.iterdir() if _is_companion(path)])
+        _write(fresh, export, max_shard_bytes)
+
+
+def _write(directory: Path, export: Export, max_shard_bytes: float) -> None:
+    plan = export.plan()
+    verify(directory, plan, write_tensors(directory, plan, export.tensors(), max_shard_bytes))
+    export.compare(directory)
+
+
+def open_directory(
+    directory: Path, mtp: bool, kind: type[Transformer], context: Mapping[str, Any] | None = None
+) -> tuple[Checkpoint, ModelConfig, list[Slot]]:
+    """The checked checkpoint, the config of what will be read from it, and where each tensor goes. `context`: other
+    values for fields of the config that say how positions are told, `config.CONTEXT`; no tensor depends on them."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory; name the folder that holds config.json")
+    cfg, values = read_config(directory).at_length(context or {}), read_json(directory / "config.json")
+    if config_json.scores(values) != issubclass(kind, Scorer):
+        found, wanted = ("reward", "language") if config_json.scores(values) else ("language", "reward")
+        raise UserError(f"{directory} holds a {found} model, a {wanted} model is needed here; name another directory")
+    checkpoint = Checkpoint(directory, block_of(values, str(directory / "config.json")))
+    stored = {key for key in checkpoint.entries if is_mtp_key(key, cfg.n_layers)}
+    if mtp and cfg.n_mtp and not stored:
+        warnings.warn(f"{directory} announces {cfg.n_mtp} MTP layers but has none; read without MTP", stacklevel=3)
+    if not mtp or not stored:
+        cfg = _without_mtp(cfg)
+    layout = slots(cfg, kind)
+    checkpoint.check(layout, others=set() if mtp else stored)
+    return checkpoint, cfg, layout
+
+
+def _allocate(cfg: ModelConfig, dtype: torch.dtype, device: str | torch.device, kind: type[Network]) -> Network:
+    """A model with memory but no values: every parameter is about to be read, so none is initialised.
+
+    torch's own `to_empty` takes a second at its first call: on meta tensors it goes through Python and imports sympy.
+    """
+    with torch.device("meta"):
+        model = kind(cfg).to_compute(dtype)
+    state = model.state_dict()
+    model.load_state_dict({name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in state.items()},
+                          assign=True)  # fmt: skip
+    if cfg.tie_embeddings and not isinstance(model, Scorer):
+        model.head.weight = model.embed.weight  # the lines above made two of the one
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:  # counters, which no checkpoint holds
+                setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
+    return model
+
+
+def compare_copy(checkpoint: Checkpoint, slot: Slot, main: Tensor) -> None:
+    if not torch.equal(checkpoint.read(slot.key, main.dtype), main):
+        raise UserError(
+            f"{checkpoint.entries[slot.key].file}: tensor {slot.key} differs from the main model's, which it must copy "
+            "(embedding and head are shared); mend the file, or leave the MTP layers out"
+        )
+
+
+def _without_mtp(cfg: ModelConfig) -> ModelConfig:
+    return cfg.model_copy(update={"n_mtp": 0})
+
+
+def _target_dtype(slot: Slot, stored: torch.dtype, forced: torch.dtype | None) -> torch.dtype:
+    return torch.float32 if slot.name.endswith("bias_E") else forced or stored
+
+
+def _forced(dtype: str | torch.dtype | None, fp8: Scales | None) -> torch.dtype | None:
+    return as_dtype(dtype) or (torch.bfloat16 if fp8 else None)
+
+
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _is_companion(path: Path) -> bool:
+    weights = path.name == INDEX or path.suffix in (".safetensors", *PICKLES)
+    return path.is_file() and path.name != "config.json" and not weights
+
+
+def _copy(source: Path, target: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def token_id_of(directory: Path, which: str) -> int:
+    """Id of bos_token, eos_token or pad_token of the tokenizer in the directory."""
+    name = read_json(directory / "tokenizer_config.json").get(which)
+    name = name.get("content") if isinstance(name, dict) else name
+    for token in read_json(directory / "tokenizer.json").get("added_tokens", []):
+        if token["content"] == name:
+            return token["id"]
+    raise UserError(f"the tokenizer has no {which}; save it again with one")

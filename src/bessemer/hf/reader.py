@@ -1,0 +1,246 @@
+"""Reading the safetensors files of a model directory, one tensor at a time and strictly.
+
+Headers are parsed here rather than by the library for three reasons: a tensor is read with one `readinto` and freed
+(mapped shards would stay resident), every defect is reported with tensor and file, and duplicate keys are seen at all.
+
+Invariants
+- Index and headers agree in both directions, offsets fill each file exactly, no key occurs twice. Pickle is refused.
+- Peak memory of `read` is the tensor asked for, in its stored and in its final dtype.
+
+Format: 8 bytes little-endian length of a JSON header {key: {dtype, shape, data_offsets}}, then the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bessemer.errors import UserError
+from bessemer.hf.names import DERIVED, SCALE_SUFFIX, Slot
+from bessemer.precision.block_fp8 import dequantise, tiles
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+WEIGHTS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+AGAIN = "copy or download it again"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """First byte, counted from the beginning of the file."""
+    size: int
+    """Bytes."""
+
+
+class Checkpoint:
+    """The tensors of a model directory. Opening reads headers only."""
+
+    def __init__(self, directory: Path, block: int = 128):
+        self.directory = directory
+        self.block = block
+        self.entries: dict[str, Entry] = {}
+        for file, listed in _files(directory).items():
+            found = read_header(file)
+            for key in found:
+                if key in self.entries:
+                    raise UserError(f"{file}: tensor {key} is also in {self.entries[key].file}; {AGAIN}")
+                if listed is not None and key not in listed:
+                    raise UserError(f"{file}: tensor {key} has no entry in {INDEX}; {AGAIN}")
+            for key in listed or ():
+                if key not in found:
+                    raise UserError(f"{file}: tensor {key} is missing, although {INDEX} places it there; {AGAIN}")
+            self.entries |= found
+
+    def check(self, slots: list[Slot], others: set[str] = frozenset()) -> None:
+        """Every slot present with its shape, FP8 with its scales, and nothing else but `others`.
+
+        Copies of shared tensors may be absent (they say nothing new).
+        """
+        wanted = set(others)
+        for slot in slots:
+            entry = self.entries.get(slot.key)
+            if entry is None and slot.copy:
+                continue
+            if entry is None:
+                raise UserError(f"{self.directory}: tensor {slot.key} is missing; {AGAIN}")
+            if entry.shape != slot.shape:
+                raise UserError(
+                    f"{entry.file}: tensor {slot.key} is {list(entry.shape)}, but config.json asks for "
+                    f"{list(slot.shape)}; the two do not belong together"
+                )
+            wanted.add(slot.key)
+            if entry.dtype is torch.float8_e4m3fn:
+                wanted.add(slot.key + SCALE_SUFFIX)
+                self._check_scale(slot.key)
+            elif entry.dtype is torch.float8_e8m0fnu:
+                raise UserError(f"{entry.file}: tensor {slot.key} holds scales (E8M0), not weights; {AGAIN}")
+        extra = sorted(key for key in self.entries.keys() - wanted if not DERIVED.fullmatch(key))
+        if extra:
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            raise UserError(
+                f"{self.entries[extra[0]].file}: tensor {extra[0]}{more} has no place in a model of this config.json; "
+                "nothing is ever dropped in silence, so mend config.json or the file"
+            )
+
+    def _check_scale(self, key: str) -> None:
+        entry, scale = self.entries[key], self.entries.get(key + SCALE_SUFFIX)
+        if scale is None:
+            raise UserError(f"{entry.file}: tensor {key} is FP8, but {key}{SCALE_SUFFIX} is missing; {AGAIN}")
+        if len(entry.shape) != 2 or scale.shape != tiles(entry.shape, self.block):
+            wanted = list(tiles(entry.shape, self.block)) if len(entry.shape) == 2 else "none (not a matrix)"
+            raise UserError(
+                f"{scale.file}: tensor {key}{SCALE_SUFFIX} is {list(scale.shape)}, but {list(entry.shape)} in tiles of "
+                f"{self.block} needs {wanted}; {AGAIN}"
+            )
+
+    def stored_dtype(self, key: str) -> torch.dtype:
+        """Dtype of a tensor once FP8 is undone: BF16 for FP8."""
+        dtype = self.entries[key].dtype
+        return torch.bfloat16 if dtype is torch.float8_e4m3fn else dtype
+
+    def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, FP8 dequantised, in `dtype` (None: `stored_dtype`)."""
+        dtype = self.stored_dtype(key) if dtype is None else dtype
+        raw = self.raw(key)
+        if raw.dtype is torch.float8_e4m3fn:
+            return dequantise(raw, self.raw(key + SCALE_SUFFIX), self.block, dtype)
+        return raw.to(dtype)
+
+    def raw(self, key: str) -> Tensor:
+        """One tensor as stored."""
+        entry = self.entries[key]
+        data = bytearray(entry.size)
+        with open(entry.file, "rb", buffering=0) as file:
+            file.seek(entry.start)
+            _fill(file, memoryview(data), entry, key)
+        if not data:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        return torch.frombuffer(data, dtype=torch.uint8).view(entry.dtype).view(entry.shape)
+
+
+def _fill(file: Any, view: memoryview, entry: Entry, key: str) -> None:
+    # one read returns at most 2 GiB on Linux
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise UserError(f"{entry.file}: tensor {key} is cut short; {AGAIN}")
+        view = view[count:]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object without duplicate keys, or a UserError that names the file."""
+    try:
+        return parse_object(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; a model directory needs config.json and safetensors files") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def parse_object(data: bytes, where: str) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise UserError(f"{where}: key {twice} occurs twice; {AGAIN}")
+        return found
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=once)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}); {AGAIN}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not a JSON object; {AGAIN}")
+    return value
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """The entries of one safetensors file; UserError when it is cut short, overlapping or no safetensors at all."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise UserError(f"{file}: cut short or not a safetensors file ({size} bytes); {AGAIN}")
+            header = parse_object(stream.read(length), str(file))
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist, although {INDEX} names it; {AGAIN}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    header.pop("__metadata__", None)
+    entries, end = {}, 0
+    for key, item in sorted(header.items(), key=lambda pair: _offset(pair[1])):
+        entry = _entry(file, key, item, 8 + length)
+        if entry.start != 8 + length + end:
+            raise UserError(f"{file}: tensor {key} overlaps another or leaves a gap; {AGAIN}")
+        entries[key], end = entry, end + entry.size
+    if 8 + length + end != size:
+        raise UserError(f"{file}: {size} bytes, but its header describes {8 + length + end}; {AGAIN}")
+    return entries
+
+
+def _offset(item: Any) -> tuple[int, int]:
+    try:
+        start, end = item["data_offsets"]
+        return int(start), int(end)
+    except (KeyError, TypeError, ValueError):
+        return -1, -1  # refused by `_entry`
+
+
+def _entry(file: Path, key: str, item: Any, base: int) -> Entry:
+    start, end = _offset(item)
+    shape = item.get("shape") if isinstance(item, dict) else None
+    if start < 0 or not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise UserError(f"{file}: the header's entry for tensor {key} is damaged; {AGAIN}")
+    dtype = WEIGHTS.get(item.get("dtype"))
+    if dtype is None:
+        raise UserError(f"{file}: tensor {key} is stored as {item.get('dtype')}; supported: {', '.join(WEIGHTS)}")
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise UserError(f"{file}: tensor {key} {shape} does not fill its {end - start} bytes; {AGAIN}")
+    return Entry(file, dtype, tuple(shape), base + start, end - start)
+
+
+def _files(directory: Path) -> dict[Path, set[str] | None]:
+    """Each safetensors file with the keys that the index places in it (None without an index)."""
+    present = {path.name for path in directory.glob("*.safetensors")}
+    if not (directory / INDEX).is_file():
+        if present == {SINGLE}:
+            return {directory / SINGLE: None}
+        if present:
+            raise UserError(f"{directory} has {len(present)} safetensors files but no {INDEX}; {AGAIN}")
+        pickled = sorted(path.name for path in directory.glob("*") if path.suffix in PICKLES)
+        if pickled:
+            raise UserError(
+                f"{directory / pickled[0]} is a pickle, which can run any code when opened, so it is refused; "
+                "take the safetensors files of the same model"
+            )
+        raise UserError(f"{directory} has no safetensors file")
+    placed: dict[Path, set[str]] = {}
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{directory / INDEX} has no weight_map; {AGAIN}")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{directory / INDEX}: {key} is placed in {name!r}, which is no plain file name")
+        placed.setdefault(directory / name, set()).add(key)
+    stray = sorted(present - {path.name for path in placed})
+    if stray:
+        raise UserError(f"{directory / stray[0]} is not in {INDEX}; remove it or {AGAIN}")
+    return dict(placed)

@@ -1,0 +1,228 @@
+"""Stage "corpus": fetch documents, train a tokenizer, pack rows (V3 4.1).
+
+Output: tokenizer/ and one folder of packed rows per part. A part's text comes from a source (registry name, path,
+hf://owner/name); as "task:NAME", from the pre-training documents of a task, which exist for its train split only; or,
+as "needle:SOURCE", from pages that hide sentences in the training documents of a source. "shards:FOLDER" is a part that
+`bessemer data build` made: it stays where it is, and its tokenizer serves all parts.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from bessemer import tasks
+from bessemer.config.table import StageRef, StageSettings
+from bessemer.config.units import Tokens, show_tokens
+from bessemer.data import corpus, shards, sources
+from bessemer.data.document import Document
+from bessemer.data.fetch import sha256_of
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+from bessemer.eval.haystack import NEEDLE, needle
+from bessemer.pipeline.stage import Stage, StageContext, register
+from bessemer.tasks.needle import Needle
+from bessemer.train.setup import model_config
+from bessemer.workers import Workers, cores
+
+TASK, SHARDS = "task:", "shards:"
+
+
+@register
+class Corpus(Stage):
+    kind = "corpus"
+    format = 2
+
+    class Settings(StageSettings):
+        later = frozenset({"tokenizer"})
+
+        parts: dict[str, str] = Field(default_factory=dict)
+        """Part name = where its text comes from: a source, a path, hf://owner/name, task:NAME, needle:SOURCE, or
+        shards:FOLDER."""
+        limits: dict[str, Tokens] = Field(default_factory=dict)
+        """Part name = most tokens to keep of it. Task parts are endless and need one."""
+        mix: dict[str, dict[str, float]] = Field(default_factory=dict)
+        """Part name = knobs of its task's documents, such as {countdown = {systematic = 0.2}}."""
+        row_length: int = Field(256, ge=8)
+        """Tokens per packed row: the sequence length of pre-training."""
+        vocab_sample: int = Field(4_000_000, ge=10_000)
+        """Characters of each part the tokenizer is trained on."""
+        heldout: float = Field(0.02, ge=0, lt=0.5)
+        """Share of documents, chosen by hash, kept for validation."""
+        tokenizer: StageRef | None = None
+        """The corpus whose tokenizer these rows are made with, such as one of shorter rows that a model is extended
+        from. Default: one of its own."""
+        fim_rate: float = Field(0.1, ge=0, le=1)
+        """Share of training documents of `fim_parts` in prefix-suffix-middle order (V3 4.1: 0.1)."""
+        fim_parts: list[str] = Field(default_factory=list)
+        """Parts that FIM applies to; the paper applies it to all."""
+        boundary_split_rate: float = Field(0.05, ge=0, le=1)
+        """Share of "punctuation + line break" tokens split in two (V3 4.1 leaves the share open)."""
+
+    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+        if not settings.parts:
+            raise UserError(f'stage "{settings.name}": parts is empty; name at least one source')
+        for key in (*settings.limits, *settings.fim_parts, *settings.mix):
+            if key not in settings.parts:
+                known = ", ".join(settings.parts)
+                raise UserError(f'stage "{settings.name}": "{key}" is not one of its parts ({known})')
+        for part, spec in settings.parts.items():
+            if spec.startswith((TASK, NEEDLE)):
+                if spec.startswith(TASK):
+                    _task(settings, part).document(0)  # some tasks have none
+                if part not in settings.limits:
+                    raise UserError(f'stage "{settings.name}": part "{part}" is endless; give it a limit in tokens')
+            elif spec.startswith(SHARDS) and part in (*settings.limits, *settings.fim_parts):
+                raise UserError(
+                    f'stage "{settings.name}": "{part}" is tokenised already; limits and fim_parts are for other parts'
+                )
+            elif part in settings.mix:
+                raise UserError(f'stage "{settings.name}": mix is for documents of tasks, "{part}" is not one')
+        for part in settings.mix:
+            if settings.parts[part].startswith(NEEDLE):
+                Needle({}, **settings.mix[part])  # checks the knobs
+        return {"vocab_size": model_config(recipe).vocab_size} | _built(settings)
+
+    def estimate(self, settings: Settings, recipe: Any) -> float:
+        return 60.0
+
+    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+        ctx.rewind(-1)
+        vocab_size = model_config(ctx.recipe).vocab_size
+        ctx.progress.total(2 * len(settings.parts), "parts")  # the tokenizer takes about as long as all of them
+        if settings.tokenizer is not None:
+            tokenizer = Tokenizer.load(ctx.inputs[settings.tokenizer] / "tokenizer")
+        else:
+            tokenizer = _tokenizer(settings) or Tokenizer.train(self._sample(settings, ctx), vocab_size, "zero")
+        tokenizer.save(ctx.dir / "tokenizer")
+        ctx.progress.advance(len(settings.parts), "tokenizer")
+        facts: dict[str, Any] = {}
+
+        def build(names: list[str]) -> dict[str, Any]:
+            return {name: self._build(settings, name, tokenizer, ctx) for name in names}
+
+        workers = Workers(cores())
+        for built in workers.map(build, _shares(settings, workers.n)):
+            for name, part in built.items():
+                facts[name] = part
+                ctx.say(f"{name}: {show_tokens(part['tokens'])} tokens, {part['bytes_per_token']:.2f} bytes per token")
+                ctx.progress.advance(1, name)
+        facts = {name: facts[name] for name in settings.parts}
+        (ctx.dir / "parts.json").write_text(json.dumps(facts, indent=1))
+        return {"tokens": sum(part["tokens"] for part in facts.values()), "parts": len(facts)}
+
+    def _build(self, settings: Settings, name: str, tokenizer: Tokenizer, ctx: StageContext) -> dict[str, Any]:
+        if ctx.stop:
+            ctx.interrupt()
+        if settings.parts[name].startswith(SHARDS):
+            shards.link(ctx.dir / name, _folder(settings, name), settings.row_length)
+            return _counts(corpus.load(ctx.dir / name))
+        built = corpus.build(
+            self._documents(settings, name, ctx),
+            tokenizer,
+            settings.row_length,
+            ctx.dir / name,
+            heldout=settings.heldout,
+            limit_tokens=settings.limits.get(name),
+            fim_rate=settings.fim_rate if name in settings.fim_parts else 0.0,
+            boundary_split_rate=settings.boundary_split_rate,
+            seed=ctx.seed,
+        )
+        return _counts(built)
+
+    def shown(self, settings: Settings, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem | str]:
+        """The training documents, and the problems behind the pages of tasks."""
+        tokenizer = Tokenizer.load(folder / "tokenizer")
+        for name, spec in settings.parts.items():
+            built = corpus.load(folder / name)
+            for ids in built.train.documents():
+                yield tokenizer.decode(ids.tolist())
+            if spec.startswith((TASK, NEEDLE)):
+                task = _task(settings, name, cache)
+                pages = built.train.facts["documents"] + built.heldout.facts["documents"]
+                yield from (task.train_problem(i, recipe.seed_of(settings), None) for i in range(pages))
+
+    def _documents(self, settings: Settings, name: str, ctx: StageContext) -> Iterator[Document]:
+        spec = settings.parts[name]
+        if not spec.startswith((TASK, NEEDLE)):
+            return iter(sources.documents(spec, ctx.cache, domain=name))
+        task = _task(settings, name, ctx.cache)
+        return (Document(task.document(i, ctx.seed), task.name) for i in itertools.count())
+
+    def _sample(self, settings: Settings, ctx: StageContext) -> Iterator[str]:
+        """The first characters of every part, for the tokenizer."""
+        for name in settings.parts:  # none is shards: those bring their tokenizer
+            left = settings.vocab_sample
+            for document in self._documents(settings, name, ctx):
+                yield document.text
+                left -= len(document.text)
+                if left <= 0:
+                    break
+
+
+def _task(settings: Corpus.Settings, part: str, cache: Path | None = None) -> tasks.Task:
+    """The task whose documents are a part, with the part's knobs."""
+    name, mix = settings.parts[part].removeprefix(TASK), settings.mix.get(part, {})
+    if name.startswith(NEEDLE):
+        return needle(name.removeprefix(NEEDLE), settings.heldout, cache, **mix)
+    if taken := {"languages", "phrasing"} & set(mix):
+        raise UserError(f'stage "{settings.name}": mix sets shares of documents, not {" or ".join(sorted(taken))}')
+    return tasks.get(name, **mix)
+
+
+def _counts(built: corpus.Corpus) -> dict[str, Any]:
+    rows = built.train
+    return {"tokens": rows.facts["tokens"], "bytes_per_token": round(rows.bytes_per_token, 3), "rows": rows.n_rows,
+            "waste": round(rows.waste, 5)}  # fmt: skip
+
+
+def _folder(settings: Corpus.Settings, part: str) -> Path:
+    return Path(settings.parts[part].removeprefix(SHARDS))
+
+
+def _shards(settings: Corpus.Settings) -> list[str]:
+    """The parts that are shards already."""
+    return [part for part, spec in settings.parts.items() if spec.startswith(SHARDS)]
+
+
+def _built(settings: Corpus.Settings) -> dict[str, Any]:
+    """What identifies the shards that others made: their meta.json, which holds the checksums of everything."""
+    found = {}
+    for part in _shards(settings):
+        folder = _folder(settings, part)
+        try:
+            shards.read_meta(folder)
+            found[part] = sha256_of(folder / "meta.json")
+        except UserError as error:
+            raise UserError(f'stage "{settings.name}": part "{part}": {error} with bessemer data build') from None
+    return {"shards": found} if found else {}
+
+
+def _tokenizer(settings: Corpus.Settings) -> Tokenizer | None:
+    """The one that the shards were made with; None where no part is shards."""
+    found = None
+    for part in _shards(settings):
+        folder = _folder(settings, part)
+        tokenizer = Tokenizer.load(folder.parent / "tokenizer")
+        if shards.read_meta(folder)["tokenizer"] != tokenizer.fingerprint or (
+            found is not None and found.fingerprint != tokenizer.fingerprint
+        ):
+            raise UserError(
+                f'stage "{settings.name}": the shards of "{part}" were made with another tokenizer than '
+                f"{folder.parent / 'tokenizer'} or the other parts; build all of them with one"
+            )
+        found = tokenizer
+    return found
+
+
+def _shares(settings: Corpus.Settings, n: int) -> list[list[str]]:
+    """The parts in n lists of about equal work, largest first. A part without a limit counts as the largest limit."""
+    unknown = max(settings.limits.values(), default=1)
+    size = {name: settings.limits.get(name, unknown) for name in settings.parts}
+    shares: list[list[str]] = [[] for _ in range(n)]
+    for name in sorted(size, key=lambda name: -size[name]):
+        min(shares, key=lambda share: sum(size[part] for part in share)).append(name)
+    return [share for share in shares if share]

@@ -1,0 +1,173 @@
+"""Stage "distill": on-policy logit distillation of a student from an earlier stage's model.
+
+The student answers training problems, and at every token of its own answers its distribution is drawn to the
+teacher's (`train/distill.py`). R1's distillation is SFT on the teacher's samples (R1 2.4): that is a stage of kind
+reject from the teacher and one of kind sft from the student. This stage is the extra for models that share a tokenizer.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from bessemer import tasks
+from bessemer.config.table import StageRef, StageSettings
+from bessemer.config.units import Points, Seconds, Tokens
+from bessemer.data.chat import question_ids
+from bessemer.engine.engine import Engine
+from bessemer.errors import UserError
+from bessemer.eval import scoring
+from bessemer.pipeline.stage import Stage, StageContext, register
+from bessemer.rl import rollout
+from bessemer.train import setup, speed
+from bessemer.train.distill import Divergence, OnPolicy
+from bessemer.train.settings import Settings as TrainSettings
+from bessemer.train.trainer import Trainer
+
+
+@register
+class Distill(Stage):
+    kind = "distill"
+
+    class Settings(StageSettings):
+        free = frozenset({"save_seconds", "micro_tokens"})
+
+        teacher: StageRef
+        """The earlier stage whose model teaches; the student is the model of `from`."""
+        tasks: list[str]
+        """Task families; problems are taken from them in turn, from their train split."""
+        steps: int = Field(100, ge=1)
+        """Optimizer steps, each on new samples of the student."""
+        prompts_per_step: int = Field(64, ge=1)
+        """Problems answered per step."""
+        samples: int = Field(1, ge=1)
+        """Answers per problem."""
+        max_new_tokens: Tokens = 200
+        """Length cap of an answer."""
+        temperature: float = Field(1.0, gt=0)
+        """Temperature of sampling and of both distributions."""
+        divergence: Divergence = "reverse"
+        """KL of student from teacher (reverse), or of teacher from student (forward)."""
+        lr: Points = Points(1e-3)
+        """Learning rate over optimizer steps."""
+        clip_norm: float = Field(1.0, gt=0)
+        """Largest gradient norm."""
+        micro_tokens: int = Field(4096, ge=16)
+        """Padded tokens per forward; changes memory and speed only."""
+        eval_every: int = Field(25, ge=1)
+        """Held-out evaluation every so many steps."""
+        eval_problems: int = Field(64, ge=1)
+        """Held-out problems per task of that evaluation, 4 answers each."""
+        save_seconds: Seconds = 60.0
+        """Checkpoint this often."""
+
+    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+        if not settings.tasks:
+            raise UserError(f'stage "{settings.name}": tasks is empty; known: {", ".join(tasks.names())}')
+        for name in settings.tasks:
+            tasks.get(name)
+        return {}
+
+    def estimate(self, settings: Settings, recipe: Any) -> float:
+        samples = settings.steps * settings.prompts_per_step * settings.samples
+        return setup.estimate_seconds(recipe, samples * settings.max_new_tokens)
+
+    def shown(self, settings: Settings, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem]:
+        """The problems its steps ask."""
+        families, seed = [tasks.get(name) for name in settings.tasks], recipe.seed_of(settings)
+        asked = rollout.problems_of(families, "train", 0, settings.steps * settings.prompts_per_step, seed)
+        yield from (problem for _, problem in asked)
+
+    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+        return _Run(settings, ctx).run()
+
+
+class _Run:
+    """One distillation; everything that must survive a kill lies in the trainer's checkpoint."""
+
+    def __init__(self, settings: Distill.Settings, ctx: StageContext) -> None:
+        self.settings, self.ctx = settings, ctx
+        if ctx.source is None:
+            raise UserError(f'stage "{ctx.name}" needs a student to start from: name its stage with from = "..."')
+        speed.keep_memory()
+        self.student, self.tokenizer = setup.load_model(ctx.source / "model")
+        teacher, its_tokenizer = setup.load_model(ctx.inputs[settings.teacher] / "model")
+        if self.tokenizer.fingerprint != its_tokenizer.fingerprint:
+            raise UserError(
+                f'stage "{ctx.name}": student and teacher have different tokenizers, so their distributions cannot be '
+                "compared; distil from text instead (a stage of kind reject from the teacher, then one of kind sft)"
+            )
+        self.tokenizer.chat_style = its_tokenizer.chat_style  # the student learns the teacher's form
+        teacher.eval().requires_grad_(False)
+        self.tasks = [tasks.get(name) for name in settings.tasks]
+        self.workers = setup.workers()
+        self.engine = Engine(self.student, self.tokenizer, self.workers)
+        self.trainer = Trainer(
+            self.student, OnPolicy(teacher, settings.divergence, settings.temperature), None,
+            self._train_settings(), ctx.state, stop=lambda: ctx.stop, config=self.student.cfg.model_dump(),
+            warn=ctx.say,
+        )  # fmt: skip
+
+    def _train_settings(self) -> TrainSettings:
+        zero = lambda tokens, step: 0.0  # noqa: E731 (two schedules that are zero)
+        return TrainSettings(
+            tokens=0, lr=lambda tokens, step: self.settings.lr(step), gamma=zero, batch_rows=zero, micro_rows=1,
+            terms={}, clip=self.settings.clip_norm, weight_decay=0.0, workers=self.workers,
+            save_seconds=self.settings.save_seconds,
+        )  # fmt: skip
+
+    def run(self) -> dict[str, Any]:
+        settings, ctx, trainer = self.settings, self.ctx, self.trainer
+        trainer.start()
+        first = -(-trainer.rows // (settings.prompts_per_step * settings.samples))
+        ctx.rewind(trainer.step or -1)
+        ctx.progress.total(settings.steps, "steps", done=first)
+        summary = {"steps": settings.steps}
+        if trainer.step == 0:
+            self._evaluate()
+        for number in range(first, settings.steps):
+            values = self._step(number)
+            ctx.metrics.write(trainer.step, trainer.tokens, values)
+            shown = f"divergence {values.get('train/loss', 0.0):.3f}, accuracy {values['distill/accuracy']:.3f}"
+            ctx.progress.advance(1, shown)
+            if (number + 1) % settings.eval_every == 0 or number + 1 == settings.steps:
+                summary["pass_at_1"] = round(self._evaluate(), 4)
+            if ctx.stop:
+                trainer.save()
+                ctx.interrupt()
+            trainer.save_if_due()
+        trainer.save()
+        self.tokenizer.save(ctx.state / "tokenizer")
+        self.student.save(ctx.dir / "model", tokenizer_dir=ctx.state / "tokenizer")
+        return summary
+
+    def _step(self, number: int) -> dict[str, float]:
+        """Samples of the student as it is now, and one update on them."""
+        settings, count = self.settings, self.settings.prompts_per_step
+        chosen = rollout.problems_of(self.tasks, "train", number * count, count, self.ctx.seed)
+        groups = rollout.sample(
+            self.engine, chosen, self._encode, samples=settings.samples, temperature=settings.temperature,
+            seed=tasks.stable_hash(self.ctx.seed, self.ctx.name, number), max_new_tokens=settings.max_new_tokens,
+            batch_rows=setup.batch_rows(count * settings.samples),
+        )  # fmt: skip
+        rows = [row for group in groups for row in group]
+        values = self.trainer.update(rollout.batches(rows, self.tokenizer.pad_id, settings.micro_tokens, "token"))
+        return values | {"distill/accuracy": sum(row.verdict.correct for row in rows) / len(rows)}
+
+    def _evaluate(self) -> float:
+        """Mean held-out pass@1 over the tasks."""
+        rows = [
+            scoring.evaluate(
+                self.engine, self._encode, task, problems=min(task.size("test") or 10**9, self.settings.eval_problems),
+                samples=4, max_new_tokens=self.settings.max_new_tokens, seed=self.ctx.seed,
+            )
+            for task in self.tasks
+        ]  # fmt: skip
+        score = sum(row["pass_at_1"] for row in rows) / len(rows)
+        self.ctx.metrics.write(self.trainer.step, self.trainer.tokens, {"distill/heldout_pass_at_1": score})
+        self.ctx.say(f"step {self.trainer.step}: held-out pass@1 {score:.3f}")
+        return score
+
+    def _encode(self, problem: tasks.Problem) -> list[int]:
+        return question_ids(self.tokenizer, problem.prompt)

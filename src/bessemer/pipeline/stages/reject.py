@@ -1,0 +1,180 @@
+"""Stage "reject": rejection sampling, conversations for SFT from a model's own correct answers (R1 2.3.1 and 2.3.3).
+
+Several answers per training problem; kept are correct ones that a person can read (`tasks/reading/readable.py`), ended
+before the cap, each only once. Output: samples.jsonl, one conversation a line; the summary says what was dropped for
+what.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from bessemer import tasks
+from bessemer.config.table import StageSettings
+from bessemer.config.units import Tokens
+from bessemer.data.chat import exchange, question_ids
+from bessemer.engine.engine import Engine
+from bessemer.errors import UserError
+from bessemer.pipeline.stage import Stage, StageContext, register
+from bessemer.rl import rollout
+from bessemer.runs import conversations
+from bessemer.runs.files import write_atomic
+from bessemer.tasks.answer import parse_reply
+from bessemer.tasks.reading.readable import Limits, readable
+from bessemer.train import setup, speed
+
+SUMMARY = {"en": "The answer is <answer>{answer}</answer>.", "zh": "答案是<answer>{answer}</answer>。"}
+"""What follows the thoughts in R1's form: a sentence in the language of the question."""
+LOT = 64
+"""Problems sampled together; a kill costs at most one lot."""
+
+
+@register
+class Reject(Stage):
+    kind = "reject"
+
+    class Settings(StageSettings):
+        tasks: list[str]
+        """Task families; problems are taken from them in turn, from their train split."""
+        problems: int = Field(1000, ge=1)
+        """Training problems to answer."""
+        first_problem: int = Field(0, ge=0)
+        """Number of the first of them, to keep away from those that RL has seen."""
+        samples: int = Field(4, ge=1)
+        """Answers per problem."""
+        keep: int = Field(1, ge=1)
+        """Answers kept per problem, at most."""
+        temperature: float = Field(1.0, gt=0)
+        """Sampling temperature (cold start: 1)."""
+        max_new_tokens: Tokens = 200
+        """Length cap of an answer; what runs into it is dropped."""
+        consistency: float = Field(1.0, ge=0, le=1)
+        """Smallest share of the thoughts' words in the problem's language."""
+        repeated: float = Field(0.25, ge=0, le=1)
+        """Largest share of thought lines, and of runs of ten words, that stood there before."""
+        paragraph: int = Field(200, ge=1)
+        """Most words (Chinese: characters) of the thoughts between two line breaks."""
+        others: int = Field(0, ge=0)
+        """Conversations added that are not about reasoning (R1: 200K beside 600K): written answers of `general`."""
+        form: Literal["as-is", "r1"] = "as-is"
+        """as-is: the answer as it was written; r1: thoughts on lines of their own, then a sentence with the answer."""
+
+    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+        if not settings.tasks:
+            raise UserError(f'stage "{settings.name}": tasks is empty; known: {", ".join(tasks.names())}')
+        for name in settings.tasks:
+            tasks.get(name)
+        return {}
+
+    def leaves_conversations(self, settings: Settings) -> bool:
+        return True
+
+    def estimate(self, settings: Settings, recipe: Any) -> float:
+        return setup.decode_seconds(recipe, settings.problems * settings.samples * settings.max_new_tokens)
+
+    def shown(self, settings: Settings, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem | str]:
+        """The conversations, and the problems they answer."""
+        yield from super().shown(settings, recipe, folder, cache)
+        families, seed = [tasks.get(name) for name in settings.tasks], recipe.seed_of(settings)
+        asked = rollout.problems_of(families, "train", settings.first_problem, settings.problems, seed)
+        yield from (problem for _, problem in asked)
+
+    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+        if ctx.source is None or not (ctx.source / "model").is_dir():
+            raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
+        speed.keep_memory()
+        engine = Engine(*setup.load_model(ctx.source / "model"), setup.workers())
+        families = [tasks.get(name) for name in settings.tasks]
+
+        def encode(problem: tasks.Problem) -> list[int]:
+            return question_ids(engine.tokenizer, problem.prompt)
+
+        lots = range(0, settings.problems, LOT)
+        found = [path for first in lots if (path := ctx.state / f"lot-{first:08d}.json").exists()]
+        ctx.rewind(-1)
+        ctx.progress.total(settings.problems, "problems", done=min(settings.problems, len(found) * LOT))
+        for first in lots[len(found) :]:
+            count = min(LOT, settings.problems - first)
+            chosen = rollout.problems_of(families, "train", settings.first_problem + first, count, ctx.seed)
+            groups = rollout.sample(
+                engine, chosen, encode, samples=settings.samples,
+                seed=tasks.stable_hash(ctx.seed, ctx.name, first), temperature=settings.temperature,
+                max_new_tokens=settings.max_new_tokens, batch_rows=setup.batch_rows(count * settings.samples),
+            )  # fmt: skip
+            kept, dropped = select(groups, settings)
+            write_atomic(ctx.state / f"lot-{first:08d}.json", json.dumps({"kept": kept, "dropped": dropped}))
+            ctx.progress.advance(count, f"{len(kept)} kept of {count * settings.samples}")
+            if ctx.stop:
+                ctx.interrupt()
+        return self._finish(settings, ctx, [ctx.state / f"lot-{first:08d}.json" for first in lots])
+
+    def _finish(self, settings: Settings, ctx: StageContext, lots: list) -> dict[str, Any]:
+        kept, dropped = {}, Counter()
+        for path in lots:
+            lot = json.loads(path.read_text())
+            dropped.update(lot["dropped"])
+            for messages in lot["kept"]:
+                line = conversations.line(messages)
+                dropped["duplicate"] += line in kept
+                kept[line] = None
+        if not kept:
+            told = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common())
+            raise UserError(
+                f'stage "{ctx.name}": none of {settings.problems * settings.samples} answers was kept ({told}). Start '
+                "from a better model, take more samples, or loosen consistency and repeated"
+            )
+        others = [conversations.line(messages) for messages in _others(settings, ctx.seed)]
+        conversations.write(ctx.dir, [*kept, *others])
+        counts = {"kept": len(kept), "others": len(others)}
+        counts |= {name: count for name, count in dropped.most_common() if count}
+        ctx.metrics.write(settings.problems, 0, {f"reject/{name}": count for name, count in counts.items()})
+        return counts
+
+
+def _others(settings: Reject.Settings, seed: int) -> Iterator[list[dict[str, str]]]:
+    """What R1 takes from V3's data: kind answers to everyday requests, with thoughts where they help."""
+    task = tasks.get("general")
+    return (task.conversation(index, seed) for index in range(settings.others))
+
+
+def select(groups: list[list[rollout.Sampled]], settings: Reject.Settings) -> tuple[list[Any], dict[str, int]]:
+    """Conversations to keep, and how many answers were dropped for what."""
+    kept, dropped = [], Counter()
+    for group in groups:
+        taken: list[str] = []
+        for row in group:
+            content = written(row, settings.form)
+            reason = fault(row, settings) or (
+                "duplicate" if content in taken else "surplus" if len(taken) == settings.keep else None
+            )
+            if reason:
+                dropped[reason] += 1
+                continue
+            taken.append(content)
+            kept.append(exchange(row.problem.prompt, content))
+    return kept, dict(dropped)
+
+
+def fault(row: rollout.Sampled, settings: Reject.Settings) -> str | None:
+    """Why an answer is not to be learnt from."""
+    if row.completion.finish_reason == "length":
+        return "cut"
+    if not row.verdict.correct:
+        return "wrong"
+    limits = Limits(settings.consistency, settings.repeated, settings.paragraph)
+    reading = readable(row.answer, row.problem.language, limits)
+    return None if reading.readable else reading.reason
+
+
+def written(row: rollout.Sampled, form: str) -> str:
+    """The assistant's turn."""
+    reply = parse_reply(row.answer)
+    if form == "as-is" or reply.answer is None:
+        return row.answer
+    return f"<think>\n{(reply.think or '').strip()}\n</think>\n\n" + SUMMARY[row.problem.language].format(
+        answer=reply.answer.strip()
+    )

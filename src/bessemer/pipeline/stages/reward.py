@@ -1,0 +1,272 @@
+"""Stage "reward-model": a reward model for helpfulness or for harmlessness (R1 2.3.4, R1-Nature Methods).
+
+The body of an earlier stage's model and a scalar head. Helpfulness learns from pairs, -log sigmoid(r_chosen -
+r_rejected), and reads summaries; harmlessness learns from answers labelled safe or unsafe and reads thoughts too.
+Judged answers come from files, or are made from the `general` task: candidates written in different manners, and
+samples of the model itself, which are what it will judge in RL. Prompts chosen by hash are held out; accuracy and the
+scale of rewards (`rl/preference`) are measured on them.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from pydantic import Field
+
+from bessemer import tasks
+from bessemer.config.table import StageSettings
+from bessemer.config.units import Seconds, Tokens
+from bessemer.data import preference_rows
+from bessemer.data.chat import opening, question_ids
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine.engine import Engine
+from bessemer.errors import UserError
+from bessemer.model.scorer import Scorer
+from bessemer.model.transformer import Transformer
+from bessemer.pipeline.stage import Stage, StageContext, register
+from bessemer.pipeline.step_log import StepLog
+from bessemer.rl.preference import FACTS, Scale, judged_ids, score_ids
+from bessemer.runs.files import write_atomic
+from bessemer.tasks.general import preference as preferences
+from bessemer.train import preference, setup, speed
+from bessemer.train.settings import Settings as TrainSettings
+from bessemer.train.trainer import Trainer
+
+Line = dict[str, Any]
+WRITTEN = 4
+"""Candidates per made prompt that are written, not sampled."""
+SHOWN = 6
+"""Held-out judgements written to samples.md."""
+
+
+@register
+class RewardModelling(Stage):
+    kind = "reward-model"
+
+    class Settings(StageSettings):
+        free = frozenset({"micro_rows", "save_seconds"})
+
+        aim: Literal["helpful", "harmless"]
+        """helpful: pairwise, reads prompt and summary; harmless: pointwise, reads the thoughts as well."""
+        data: list[str] = Field(default_factory=list)
+        """Files of lines {"prompt", "chosen", "rejected"} for helpful, {"prompt", "response", "safe"} for harmless."""
+        made: int = Field(2000, ge=0)
+        """Prompts of the general task to make judged answers for (R1: 66,000 pairs, 106,000 labelled answers)."""
+        samples: int = Field(0, ge=0)
+        """Answers to each of them that the model it starts from gives, judged beside the written ones."""
+        max_new_tokens: Tokens = 100
+        """Length cap of a sampled answer."""
+        heldout: float = Field(0.1, gt=0, lt=0.5)
+        """Share of prompts, chosen by hash, that accuracy and the scale of rewards are measured on."""
+        epochs: int = Field(1, ge=1)
+        """How often every row is read (R1: 1)."""
+        row_length: int = Field(256, ge=8)
+        """Tokens per row, which holds several pairs; longer ones are left out and counted (R1: 8,192, none in use)."""
+        lr: float = Field(gt=0)
+        """Learning rate at the start; a cosine takes it to a tenth (R1: 6e-6, its schedule undocumented)."""
+        batch_rows: int = Field(8, ge=1)
+        """Rows per optimizer step (R1: 256 pairs)."""
+        micro_rows: int = Field(4, ge=1)
+        """Rows per forward; changes memory and speed only."""
+        style: Literal["zero", "r1"] | None = None
+        """Chat template to read answers in; the model's own unless named."""
+        balance_alpha: float = Field(1e-4, ge=0)
+        """Weight of the sequence-wise balance loss (V3: 1e-4)."""
+        weight_decay: float = Field(0.1, ge=0)
+        """Decay of matrices (undocumented)."""
+        clip: float = Field(1.0, gt=0)
+        """Largest gradient norm."""
+        precision: setup.Precision = "auto"
+        """Compute dtype; auto measures which is faster here. Masters are float32 always."""
+        save_seconds: Seconds = 60.0
+        """Checkpoint this often."""
+
+    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+        if not settings.data and not settings.made:
+            raise UserError(f'stage "{settings.name}": nothing to judge; give data = [...] or made = 2000')
+        if settings.samples and not settings.made:
+            raise UserError(f'stage "{settings.name}": samples are answers to made prompts; set made too')
+        return {}
+
+    def estimate(self, settings: Settings, recipe: Any) -> float:
+        sampled = setup.decode_seconds(recipe, settings.made * settings.samples * settings.max_new_tokens)
+        return sampled + setup.estimate_seconds(recipe, settings.epochs * settings.made * 100)
+
+    def shown(self, settings: Settings, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem | str]:
+        """The lines of its files and the problems it made answers for: a policy learns from them by way of rewards."""
+        for line in _from_files(settings):
+            yield "\n".join(str(line[key]) for key in ("prompt", *_keys(line)))
+        yield from _problems(settings, recipe.seed_of(settings))
+
+    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+        if ctx.source is None or not (ctx.source / "model").is_dir():
+            raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
+        speed.keep_memory()
+        model, tokenizer = setup.load_model(ctx.source / "model")
+        if settings.style is not None:
+            tokenizer.chat_style = settings.style
+        network = Scorer.of(model, ctx.seed)
+        lines, facts = _judged(settings, ctx, model, tokenizer)
+        kept, heldout = _parted(lines, settings, ctx)
+        units = ([(ids, mark) for ids, mark in _texts(line, settings.aim, tokenizer)] for line in kept)
+        packed = preference_rows.build(
+            units, settings.row_length, tokenizer.pad_id, tokenizer.bos_id, ctx.state / "rows"
+        )
+        kind, objective = _HOW[settings.aim]
+        rows = preference_rows.load(ctx.state / "rows", kind, ctx.seed)
+        ctx.say(f"{packed['units']} judged answers in {packed['rows']} rows, {len(heldout)} held out")
+        watch = _Watch(settings, ctx, tokenizer, heldout)
+        trainer = Trainer(
+            network, objective, rows.batch, _train_settings(settings, rows.n_rows), ctx.state,
+            log=watch.log, stop=lambda: ctx.stop, on_step=[watch], config=network.cfg.model_dump(), warn=ctx.say,
+        )  # fmt: skip
+        resumed = trainer.start()
+        ctx.rewind(trainer.step if resumed else -1)
+        ctx.progress.total(trainer.settings.tokens, "tokens", done=trainer.tokens)
+        watch.begin(trainer)
+        if not trainer.run():
+            ctx.interrupt()
+        scale = Scale.learn(settings.aim, trainer.extras["bad"], trainer.extras["good"], tokenizer.fingerprint)
+        tokenizer.save(ctx.state / "tokenizer")
+        network.save(ctx.dir / "model", tokenizer_dir=ctx.state / "tokenizer", files={FACTS: scale.to_json()})
+        counts = {"steps": trainer.step, "trained": packed["units"], "heldout": len(heldout)}
+        return counts | {"accuracy": trainer.extras["accuracy"], "too_long": packed["too_long"], **facts}
+
+
+_HOW = {
+    "helpful": (preference_rows.Pairs, preference.pairwise),
+    "harmless": (preference_rows.Labels, preference.pointwise),
+}
+
+
+def _judged(
+    settings: RewardModelling.Settings, ctx: StageContext, model: Transformer, tokenizer: Tokenizer
+) -> tuple[list[Line], dict[str, Any]]:
+    """All lines, and facts about the made ones. Kept in the state, for sampling takes time."""
+    path = ctx.state / "judged.json"
+    if not path.exists():
+        made, facts = _made(settings, ctx, model, tokenizer) if settings.made else ([], {})
+        write_atomic(path, json.dumps([[*_from_files(settings), *made], facts]))
+    lines, facts = json.loads(path.read_text())
+    return lines, facts
+
+
+def _from_files(settings: RewardModelling.Settings) -> Iterator[Line]:
+    fields = preference_rows.PAIR if settings.aim == "helpful" else preference_rows.LABEL
+    for name in settings.data:
+        yield from preference_rows.read(Path(name), fields)
+
+
+def _problems(settings: RewardModelling.Settings, seed: int) -> list[tasks.Problem]:
+    """What made answers are for; half of the harmless model's prompts ask for something unsafe."""
+    task = tasks.get("general", harmless_share=0.0 if settings.aim == "helpful" else 0.5)
+    return [task.problem("train", i, seed) for i in range(settings.made)]
+
+
+def _made(
+    settings: RewardModelling.Settings, ctx: StageContext, model: Transformer, tokenizer: Tokenizer
+) -> tuple[list[Line], dict[str, Any]]:
+    problems = _problems(settings, ctx.seed)
+    answers = [preferences.candidates(problem, settings.aim, WRITTEN, ctx.seed) for problem in problems]
+    if settings.samples:
+        prompts = [question_ids(tokenizer, problem.prompt) for problem in problems]
+        seeds = [tasks.stable_hash("judged", ctx.seed, p) & (2**62 - 1) for p in range(len(prompts))]
+        engine, begun = Engine(model, tokenizer, setup.workers()), opening(tokenizer.chat_style)
+        groups = engine.generate(
+            prompts, samples=settings.samples, seeds=seeds, max_new_tokens=settings.max_new_tokens,
+            batch_rows=setup.batch_rows(len(prompts) * settings.samples),
+        )  # fmt: skip
+        for written, group in zip(answers, groups, strict=True):
+            written += [begun + completion.text for completion in group]
+    asked = zip(problems, answers, strict=True)
+    if settings.aim == "harmless":
+        return preferences.labels(asked, ctx.seed)
+    return preferences.pairs(asked, ctx.seed, length=lambda text: len(tokenizer.encode(text)))
+
+
+def _parted(
+    lines: Iterable[Line], settings: RewardModelling.Settings, ctx: StageContext
+) -> tuple[list[Line], list[Line]]:
+    """Trained on and held out; all lines of a prompt are on one side."""
+    parts: tuple[list[Line], list[Line]] = [], []
+    for line in lines:
+        parts[tasks.stable_hash("heldout", line["prompt"]) < settings.heldout * 2**64].append(line)
+    marks = {line.get("safe") for line in parts[1]}
+    if not parts[1] or (settings.aim == "harmless" and marks != {True, False}):
+        raise UserError(
+            f'stage "{ctx.name}": {len(parts[1])} judged answers are held out, too few (of both kinds) to measure on; '
+            "give more data or raise heldout or made"
+        )
+    return parts
+
+
+def _texts(line: Line, aim: str, tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
+    """What the model reads of a line, with marks."""
+
+    def ids(key: str) -> list[int]:
+        return judged_ids(tokenizer, aim, line["prompt"], line[key])
+
+    if aim == "helpful":
+        return [(ids("chosen"), preference_rows.GOOD), (ids("rejected"), preference_rows.BAD)]
+    return [(ids("response"), preference_rows.GOOD if line["safe"] else preference_rows.BAD)]
+
+
+def _train_settings(settings: RewardModelling.Settings, n_rows: int) -> TrainSettings:
+    total = settings.epochs * n_rows * settings.row_length
+
+    def cosine(tokens: int, step: int) -> float:
+        return settings.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, tokens / total))) / 2)
+
+    def rows_of_step(tokens: int, step: int) -> int:
+        return min(settings.batch_rows, (total - tokens) // settings.row_length)
+
+    return TrainSettings(
+        tokens=total, lr=cosine, gamma=lambda tokens, step: 0.0, batch_rows=rows_of_step,
+        micro_rows=settings.micro_rows, terms={"balance_alpha": lambda tokens, step: settings.balance_alpha},
+        workers=setup.workers(), clip=settings.clip, weight_decay=settings.weight_decay,
+        compute_dtype=setup.choose_precision(settings.precision).dtype, save_seconds=settings.save_seconds,
+    )  # fmt: skip
+
+
+class _Watch(StepLog):
+    """Metrics of every step; after the last one the held-out scores, which travel in the checkpoint's extras."""
+
+    def __init__(
+        self, settings: RewardModelling.Settings, ctx: StageContext, tokenizer: Tokenizer, heldout: Sequence[Line]
+    ) -> None:
+        super().__init__(ctx)
+        self.settings, self.tokenizer, self.heldout = settings, tokenizer, heldout
+
+    def __call__(self, trainer: Trainer) -> None:
+        if trainer.tokens < trainer.settings.tokens:
+            return
+        units = [_texts(line, self.settings.aim, self.tokenizer) for line in self.heldout]
+        flat = score_ids(trainer.model, [ids for unit in units for ids, _ in unit], self.tokenizer.pad_id)
+        scores = iter(flat)
+        scored = [[(next(scores), mark) for _, mark in unit] for unit in units]
+        good, bad = (
+            [s for unit in scored for s, mark in unit if mark == kind]
+            for kind in (preference_rows.GOOD, preference_rows.BAD)
+        )
+        accuracy = fmean(map(_right, scored))
+        trainer.extras = {"good": good, "bad": bad, "accuracy": accuracy}
+        values = {"reward/accuracy": accuracy, "reward/good": fmean(good), "reward/bad": fmean(bad)}
+        self.ctx.metrics.write(trainer.step, trainer.tokens, values)
+        for line, unit in list(zip(self.heldout, scored, strict=True))[:SHOWN]:
+            told = [f"{line[key]}\n[{score:+.2f}]" for key, (score, _) in zip(_keys(line), unit, strict=True)]
+            self.ctx.sample(trainer.step, trainer.tokens, "\n\n".join([line["prompt"], *told]))
+
+
+def _right(unit: list[tuple[float, int]]) -> bool:
+    """The chosen text scores higher, or a labelled one is on its side of 0."""
+    if len(unit) == 2:
+        return unit[0][0] > unit[1][0]
+    ((score, mark),) = unit
+    return (score > 0) == (mark == preference_rows.GOOD)
+
+
+def _keys(line: Line) -> tuple[str, ...]:
+    return ("response",) if "response" in line else ("chosen", "rejected")

@@ -1,0 +1,185 @@
+"""Stage "sft": supervised fine-tuning on conversations (R1 2.3.1 and 2.3.3, V3 5.1).
+
+Starts from the model of an earlier stage. Only what the assistant wrote is trained on; samples share rows and do not
+see each other. The learning rate falls along a cosine from `lr` to `lr_final`, as in R1.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from bessemer.config.table import StageRef, StageSettings
+from bessemer.config.units import Seconds
+from bessemer.data import sft_rows, sources
+from bessemer.data.chat import question_ids
+from bessemer.data.document import Document
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.dist import distributed
+from bessemer.engine.engine import Engine
+from bessemer.errors import UserError
+from bessemer.pipeline.stage import Stage, StageContext, find_kind, register
+from bessemer.pipeline.step_log import StepLog
+from bessemer.runs import conversations
+from bessemer.train import objective, setup, speed
+from bessemer.train.settings import Settings as TrainSettings
+from bessemer.train.trainer import Trainer
+from bessemer.workers import Workers
+
+
+@register
+class SFT(Stage):
+    kind = "sft"
+    across = True
+
+    class Settings(StageSettings):
+        free = frozenset({"micro_rows", "save_seconds"})
+
+        data: list[str] = Field(default_factory=list)
+        """Conversations: .jsonl or .parquet files with `messages`, directories of them, or hf://owner/name."""
+        samples: list[StageRef] = Field(default_factory=list)
+        """Earlier stages whose conversations are used too, such as one of kind reject."""
+        epochs: int = Field(2, ge=1)
+        """How often every row is read (R1: 2 to 3)."""
+        row_length: int = Field(512, ge=2)
+        """Tokens per row; longer conversations are left out and counted (R1: 32,768)."""
+        lr: float = Field(gt=0)
+        """Learning rate at the start (R1: 5e-5)."""
+        lr_final: float = Field(ge=0)
+        """Learning rate at the end of the cosine (R1: 5e-6)."""
+        optimizer: Literal["adamw", "muon"] = "adamw"
+        """Of the matrices inside the layers; the rest is AdamW's (R1: undocumented, V3: adamw for all)."""
+        batch_rows: int = Field(8, ge=1)
+        """Rows per optimizer step (R1: 128)."""
+        micro_rows: int = Field(4, ge=1)
+        """Rows per forward; changes memory and speed only."""
+        style: Literal["zero", "r1"] | None = None
+        """Chat template to train in, and to leave with the model; the model's own unless named."""
+        mtp_lambda: float = Field(0.1, ge=0)
+        """Weight of the MTP loss, so that the module stays of use for speculation (undocumented; V3 ends with 0.1)."""
+        balance_alpha: float = Field(1e-4, ge=0)
+        """Weight of the sequence-wise balance loss (V3: 1e-4)."""
+        weight_decay: float = Field(0.1, ge=0)
+        """Decay of matrices (undocumented)."""
+        clip: float = Field(1.0, gt=0)
+        """Largest gradient norm."""
+        prompts: list[str] = Field(default_factory=list)
+        """Questions to answer after every epoch, for people to read."""
+        precision: setup.Precision = "auto"
+        """Compute dtype; auto measures which is faster here. Masters are float32 always."""
+        save_seconds: Seconds = 60.0
+        """Checkpoint this often."""
+
+    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+        distributed.check(recipe, settings.name, [settings.batch_rows])
+        if not settings.data and not settings.samples:
+            raise UserError(f'stage "{settings.name}": nothing to train on; give data = [...] or samples = [...]')
+        for stage in map(recipe.stage, settings.samples):
+            if not find_kind(stage.kind, stage.name)().leaves_conversations(stage):
+                raise UserError(
+                    f'stage "{stage.name}" (kind {stage.kind}) leaves no conversations; a stage of kind reject '
+                    'does, and one of kind rl with leaves = "correct"'
+                )
+        return {}
+
+    def shown(self, settings: Settings, recipe: Any, folder: Path, cache: Path) -> Iterator[Any]:
+        """The conversations it was given; those of earlier stages are theirs to show."""
+        for spec in settings.data:
+            yield from (document.text for document in sources.documents(spec, cache, domain=spec))
+
+    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+        if ctx.source is None or not (ctx.source / "model").is_dir():
+            raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
+        speed.keep_memory()
+        network, tokenizer = distributed.read(ctx, ctx.source / "model")
+        model = distributed.model_of(network)
+        if ctx.recipe.layout.recompute:
+            model.set_recompute(ctx.recipe.layout.recompute)
+        if settings.style is not None:
+            tokenizer.chat_style = settings.style
+        folder = ctx.state / "rows"
+        facts = ctx.agree(lambda: sft_rows.build(_conversations(settings, ctx), tokenizer, settings.row_length, folder))
+        rows = sft_rows.load(ctx.state / "rows", ctx.seed)
+        ctx.say(_about(facts))
+        watch = _Watch(settings, ctx, tokenizer, rows.n_rows * settings.row_length)
+        trainer = distributed.trainer(
+            network, objective.next_token, rows.batch, _train_settings(settings, rows.n_rows, model, ctx), ctx.state,
+            log=watch.log, stop=lambda: ctx.stop, on_step=[watch], config=model.cfg.model_dump(), warn=ctx.say,
+        )  # fmt: skip
+        resumed = trainer.start()
+        ctx.rewind(trainer.step if resumed else -1)
+        ctx.progress.total(trainer.settings.tokens, "tokens", done=trainer.tokens)
+        watch.begin(trainer)
+        if not trainer.run():
+            ctx.interrupt()
+        if ctx.leads:
+            tokenizer.save(ctx.state / "tokenizer")
+        distributed.save(ctx, trainer, ctx.state / "tokenizer")
+        return {"steps": trainer.step, **{key: facts[key] for key in ("samples", "too_long", "answer_tokens")}}
+
+
+def _conversations(settings: SFT.Settings, ctx: StageContext) -> Iterator[Document]:
+    made = [ctx.inputs[name] / conversations.FILE for name in settings.samples]
+    specs = [*settings.data, *map(str, made)]
+    return itertools.chain.from_iterable(sources.documents(spec, ctx.cache, domain=spec) for spec in specs)
+
+
+def _about(facts: dict[str, Any]) -> str:
+    left_out = f", {facts['too_long']} longer than a row left out" if facts["too_long"] else ""
+    return (
+        f"{facts['samples']} conversations in {facts['rows']} rows ({facts['waste']:.1%} padding){left_out}; "
+        f"{facts['answer_tokens']} of {facts['tokens']} tokens are answers"
+    )
+
+
+def _train_settings(settings: SFT.Settings, n_rows: int, model: torch.nn.Module, ctx: StageContext) -> TrainSettings:
+    total = settings.epochs * n_rows * settings.row_length
+
+    def cosine(tokens: int, step: int) -> float:
+        share = (1 + math.cos(math.pi * min(1.0, tokens / total))) / 2
+        return settings.lr_final + (settings.lr - settings.lr_final) * share
+
+    def rows_of_step(tokens: int, step: int) -> int:
+        return min(settings.batch_rows, (total - tokens) // settings.row_length)
+
+    def constant(value: float):
+        return lambda tokens, step: value
+
+    return TrainSettings(
+        tokens=total, lr=cosine, gamma=constant(0.0), batch_rows=rows_of_step, micro_rows=settings.micro_rows,
+        terms={
+            "mtp_lambda": constant(settings.mtp_lambda if model.cfg.n_mtp else 0.0),
+            "balance_alpha": constant(settings.balance_alpha),
+        },
+        workers=setup.workers() if ctx.ranks is None else Workers(1), clip=settings.clip,
+        optimizer=settings.optimizer, weight_decay=settings.weight_decay,
+        compute_dtype=setup.choose_precision(settings.precision, ctx.agree).dtype,
+        save_seconds=settings.save_seconds,
+    )  # fmt: skip
+
+
+class _Watch(StepLog):
+    """Metrics, and the prompts answered after every epoch."""
+
+    def __init__(self, settings: SFT.Settings, ctx: StageContext, tokenizer: Tokenizer, epoch: int) -> None:
+        super().__init__(ctx)
+        self.settings, self.tokenizer, self.epoch = settings, tokenizer, epoch
+
+    def __call__(self, trainer: Trainer) -> None:
+        prompts = self.settings.prompts if self.passed(self.epoch) else []
+        if not prompts:
+            return
+        model = distributed.whole(self.ctx, trainer)
+        if model is None:
+            return
+        encoded = [question_ids(self.tokenizer, text) for text in prompts]
+        begun = self.tokenizer.opening
+        answers = Engine(model, self.tokenizer).generate(
+            encoded, max_new_tokens=200, temperature=0.6, seed=self.ctx.seed
+        )
+        for text, (answer,) in zip(prompts, answers, strict=True):
+            self.ctx.sample(trainer.step, trainer.tokens, f"{text}\n\n{begun}{answer.text}")

@@ -1,0 +1,188 @@
+"""What every rank of a run would hold, on one machine and before anything runs (`bessemer run RECIPE --dry-run`).
+
+Weights, gradients and optimizer state are those of the real classes: `Part` and `Zero1` are made as a rank of the world
+makes them, with torch's fake process group in the place of a network and the model on the meta device, so nothing is
+allocated. Activations are computed (`plan.memory`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bessemer.config.recipe import Recipe
+from bessemer.config.units import show_tokens
+from bessemer.dist import distributed, mesh, schedules
+from bessemer.dist.mesh import Layout
+from bessemer.dist.model_shard import Part
+from bessemer.dist.table import Table
+from bessemer.dist.zero1 import Zero1
+from bessemer.errors import UserError
+from bessemer.model.config import ModelConfig
+from bessemer.model.transformer import Transformer
+from bessemer.plan import memory
+from bessemer.plan.hardware import GIB, Device, device
+from bessemer.plan.memory import Numbers
+from bessemer.train import setup
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Everything that can be said before the first step."""
+
+    layout: Layout
+    table: Table
+    """Of a step with the largest batch."""
+    numbers: Numbers
+    rows: int
+    length: int
+    ramp: list[dict[str, Any]]
+    """Where the number of micro-batches or the schedule changes: tokens, rows, micro, schedule."""
+    ranks: dict[int, dict[str, int]]
+    """World rank -> bytes by kind, of the first, a middle and the last pipeline rank."""
+    device: Device | None
+
+    @property
+    def worst(self) -> int:
+        return max(sum(kinds.values()) for kinds in self.ranks.values())
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.device is None else self.worst <= self.device.room
+
+    def facts(self) -> dict[str, Any]:
+        """For --json."""
+        gib = {rank: {kind: n / GIB for kind, n in kinds.items()} for rank, kinds in self.ranks.items()}
+        return {
+            "world": self.layout.world, "pp": self.layout.pp, "dp": self.layout.dp, "ep": self.layout.ep,
+            "cp": self.layout.cp,
+            "schedule": self.table.name, "micro_batches": self.table.micro, "ramp": self.ramp,
+            "memory_gib_per_rank": {str(rank): kinds | {"total": sum(kinds.values())} for rank, kinds in gib.items()},
+            "device": None if self.device is None else self.device.name, "fits": self.fits,
+        }  # fmt: skip
+
+
+def of_recipe(recipe: Recipe, world: int | None = None, device_name: str | None = None) -> DryRun:
+    """Of a recipe's pre-training. `world`: ranks (None: as few as [layout] needs); UserError for what cannot be."""
+    settings = next((stage for stage in recipe.stages if stage.kind == "pretrain"), None)
+    if settings is None:
+        raise UserError(f'recipe "{recipe.name}": --dry-run is for pre-training, and no stage is of kind "pretrain"')
+    corpus = next((stage for stage in recipe.stages if stage.kind == "corpus"), None)
+    cfg = setup.model_config(recipe, settings.model)
+    n = world or recipe.layout.fewest
+    layout, *_ = distributed.layout_of(recipe.layout, n)
+    distributed.check(recipe, settings.name, settings.batch_rows.values, cfg, n)
+    length = cfg.max_seq_len if corpus is None else corpus.row_length
+    half = settings.precision == "bfloat16" or (settings.precision == "auto" and device_name is not None)
+    moments = torch.bfloat16 if settings.moments == "bfloat16" else torch.float32
+    fused = device_name is not None
+    numbers = Numbers(2 if half else 4, moments.itemsize, settings.fp8 != "off", fused)
+    ramp = _ramp(settings, layout, recipe.layout.schedule)
+    last = ramp[-1]
+    table = schedules.schedule(last["schedule"], layout.pp, last["micro"])
+    chosen = None if device_name is None else device(device_name)
+    return DryRun(
+        layout, table, numbers, settings.micro_rows, length, ramp,
+        dry_run(cfg, layout, table, settings.micro_rows, length, numbers, recipe.layout.recompute), chosen,
+    )  # fmt: skip
+
+
+def dry_run(
+    cfg: ModelConfig, layout: Layout, table: Table, rows: int, length: int, numbers: Numbers,
+    recompute: Collection[str] = (),
+) -> dict[int, dict[str, int]]:  # fmt: skip
+    """Bytes by kind of the first, a middle and the last pipeline rank, for micro-batches of `rows` sequences of
+    `length` tokens."""
+    computed = memory.per_rank(cfg, layout, table, rows, length, numbers, recompute)
+    found = {}
+    for pp in sorted({0, layout.pp // 2, layout.pp - 1}):
+        rank = layout.rank(pp, 0, 0)
+        found[rank] = computed[pp] | held(cfg, layout, table, rank, numbers)
+    return found
+
+
+def held(cfg: ModelConfig, layout: Layout, table: Table, rank: int, numbers: Numbers) -> dict[str, int]:
+    """Bytes of the tensors that a rank of the world makes before its first step."""
+    half = numbers.compute == 2
+    with _as_rank(rank, layout.world):
+        with torch.device("meta"):
+            model = Transformer(cfg)
+            part = Part(model, mesh.Mesh(layout, cfg), table.name)
+        optimizer = Zero1(
+            part.model, part.mesh, part.others, compute_dtype=torch.bfloat16 if half else torch.float32,
+            moments_dtype=torch.bfloat16 if numbers.moments == 2 else torch.float32,
+        )  # fmt: skip
+    groups = optimizer.groups
+    own = [group for group in groups if group.compute.dtype != torch.float32]  # else weights are the masters
+    gates = [t for gate in part.gates.values() for t in (gate.bias_E, gate.load_E) if t is not None]
+    return {
+        "weights": sum(group.compute.nbytes for group in groups),
+        "gradients": sum(group.grad.nbytes + group.summed.nbytes for group in groups),
+        "masters": sum(group.master.nbytes for group in own),
+        "moments": sum(t.nbytes for group in groups for t in group.moments.values()),
+        "routing": sum(t.nbytes for t in gates),
+    }
+
+
+@contextmanager
+def _as_rank(rank: int, world: int) -> Iterator[None]:
+    """One rank of a world whose messages go nowhere."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it is what makes "fake" known
+
+    if dist.is_initialized():
+        raise UserError("--dry-run is for one process; run it without torchrun")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _ramp(settings: Any, layout: Layout, schedule: str) -> list[dict[str, Any]]:
+    """Micro-batches per pipeline at the points of batch_rows, and where "auto" changes its mind between them."""
+    each = layout.dp * layout.ep * settings.micro_rows
+
+    def at(tokens: float) -> dict[str, Any]:
+        rows = round(settings.batch_rows(tokens))
+        micro = schedules.micro_batches(schedule, layout.pp, math.ceil(rows / each))
+        name = schedules.schedule(schedule, layout.pp, micro).name
+        return {"tokens": int(tokens), "rows": rows, "micro": micro, "schedule": name}
+
+    points = [tokens for tokens in settings.batch_rows.tokens if tokens <= settings.tokens]
+    found = [at(tokens) for tokens in points or [0]]
+    for before, after in pairwise(found):
+        if before["schedule"] != after["schedule"]:
+            low, high = before["tokens"], after["tokens"]
+            while high - low > max(1, (after["tokens"] - before["tokens"]) // 1000):
+                middle = (low + high) // 2
+                low, high = (middle, high) if at(middle)["schedule"] == before["schedule"] else (low, middle)
+            found.append(at(high))
+    found.sort(key=lambda point: point["tokens"])
+    return found
+
+
+def described(run: DryRun) -> str:
+    """For a terminal."""
+    numbers, table = run.numbers, run.table
+    formats = ("bfloat16" if numbers.compute == 2 else "float32") + (", matrices in FP8" if numbers.fp8 else "")
+    lines = [mesh.drawn(run.layout), "", f"micro-batches of {run.rows} x {run.length:,} tokens; {formats}"]
+    lines += [f"from {show_tokens(p['tokens'])} tokens: {p['rows']:,} rows a step, {p['micro']} micro-batches a "
+              f"pipeline, {p['schedule']}" for p in run.ramp]  # fmt: skip
+    heads = [f"rank {rank}" for rank in run.ranks]
+    unit, size = ("GiB", GIB) if run.worst >= GIB else ("MiB", 2**20)
+    lines += ["", f"{unit} per rank with {table.name}, {table.micro} micro-batches, balanced routing:"]
+    lines.append(" " * 13 + "".join(f"{head:>12}" for head in heads))
+    for kind in (*memory.KINDS, "total"):
+        values = [sum(kinds.values()) if kind == "total" else kinds[kind] for kinds in run.ranks.values()]
+        lines.append(f"{kind:<13}" + "".join(f"{value / size:12.2f}" for value in values))
+    if run.device is not None:
+        room = f"{run.device.room / GIB:.1f} of {run.device.memory:.1f} GiB, the rest is the runtime's"
+        lines.append(f"{'fits' if run.fits else 'does not fit'} on {run.device.name} ({room})")
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""The table `rollout` of an RL stage: who draws its samples.
+
+`here` and `ray` give the same run, bit for bit, so a run may go from one to the other, and from any number of workers
+to any other, in the middle. What may change samples counts as a fact of the stage (`facts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field
+
+from bessemer.config.table import Strict, changed
+from bessemer.engine.engine import Engine
+from bessemer.errors import UserError
+from bessemer.pipeline.stage import StageContext
+from bessemer.rl import ray_cluster
+from bessemer.rl.rank_samplers import Dealt, Led
+from bessemer.rl.ray_pool import Pool
+from bessemer.rl.ray_sampler import Apart
+from bessemer.rl.sampler import Here, Sampler
+from bessemer.train import setup
+from bessemer.train.trainer import Trainer
+from bessemer.workers import Workers, cores
+
+if TYPE_CHECKING:
+    from bessemer.pipeline.stages.rl import RL
+
+
+class Rollout(Strict):
+    """[rollout]: who draws."""
+
+    engine: Literal["here", "ray", "vllm"] = "here"
+    """here: the trainer's processes, taking turns with the updates; ray: rollout workers apart with our Engine, on Ray;
+    vllm: the same with vLLM, whose samples differ by rounding and random numbers."""
+    workers: int = Field(1, ge=1)
+    """Rollout workers apart, each with the whole model: a core each, or `gpus` GPUs."""
+    gpus: int | None = Field(None, ge=0)
+    """GPUs of each worker. Default: 1 where Ray has any; vLLM spreads one copy of the model over several. Ray takes the
+    trainer's GPU for free: start it with the others (CUDA_VISIBLE_DEVICES=1,2,3 ray start --head, RAY_ADDRESS=auto)."""
+    rows: int = Field(0, ge=0)
+    """Samples that are decoded together. 0: a quarter of the rollout, 128 to 512. More workers than a rollout has
+    such batches have nothing to do."""
+
+
+def facts(stage: str, rollout: Rollout, ahead: int, replay: bool) -> dict[str, Any]:
+    """What of the table changes samples; UserError for what cannot take effect."""
+    if rollout.engine == "here":
+        for name in ("workers", "gpus"):
+            if changed(rollout, name):
+                raise UserError(f'stage "{stage}": rollout.{name} has no effect while rollout.engine is "here"')
+    elif not ray_cluster.is_there():
+        raise ray_cluster.missing(rollout.engine)
+    if rollout.engine == "vllm" and replay:
+        raise UserError(
+            f'stage "{stage}": routing_replay needs the experts that the sampler chose, and rollouts by vLLM do not '
+            'bring them; set rollout.engine to "ray", or routing_replay to false'
+        )
+    found: dict[str, Any] = {"sampler": "vllm"} if rollout.engine == "vllm" else {}
+    return found | ({"rows": rollout.rows} if rollout.rows else {})
+
+
+def workers_beside(rollout: Rollout) -> Workers:
+    """The trainer's own helpers: with rollout workers on this machine they share its cores."""
+    if rollout.engine == "here" or setup.device().type != "cpu" or not ray_cluster.ours():
+        return setup.workers()
+    torch.set_num_threads(1)
+    return Workers(max(1, cores() - rollout.workers))
+
+
+def make(
+    settings: RL.Settings, ctx: StageContext, engine: Engine, trainer: Trainer, refresh: Callable[[], None]
+) -> Sampler:
+    """The sampler of a stage. Workers are started when it is opened, or first asked. `refresh` brings the engine's
+    network to the trainer's weights."""
+    here = settings.rollout.engine == "here"
+    if ctx.ranks is None:
+        return Here(engine) if here else _apart(settings, ctx, engine, trainer)
+    if here:
+        return Dealt(engine, refresh, ctx.ranks)
+    return Led(_apart(settings, ctx, engine, trainer) if ctx.leads else None, engine.tokenizer, refresh, ctx.ranks)
+
+
+def _apart(settings: RL.Settings, ctx: StageContext, engine: Engine, trainer: Trainer) -> Apart:
+    rollout = settings.rollout
+    samples = settings.prompts_per_rollout * settings.samples
+    rows = rollout.rows or setup.batch_rows(samples)
+    idle = rollout.workers - (batches := -(-samples // rows))
+    if idle > 0:
+        ctx.say(
+            f"warning: a rollout of {samples} samples makes {batches} batches of {rows}: {idle} of {rollout.workers} "
+            "rollout workers will have nothing to do; lower rollout.workers or rollout.rows"
+        )
+    if rollout.engine == "vllm" and settings.correction == "none":
+        ctx.say(
+            'warning: vLLM draws in BF16 with kernels of its own, and correction is "none": nothing weighs what its '
+            'probabilities differ from the trainer\'s; consider "token-truncate"'
+        )
+    # every update counts its rows, also one after which the guard goes back to an earlier step
+    return Apart(engine, engine.model.state_dict, lambda: trainer.rows, partial(_start, rollout, ctx, engine))
+
+
+def _start(rollout: Rollout, ctx: StageContext, engine: Engine) -> Pool:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in engine.model.state_dict().values())
+    connection = ray_cluster.Cluster(size)
+    try:
+        gpus = min(1, connection.gpus()) if rollout.gpus is None else rollout.gpus
+        if rollout.engine == "vllm" and not gpus:
+            raise UserError("rollouts by vLLM need GPUs, and Ray has none")
+        directory = str((ctx.source / "model").resolve())
+        return Pool(connection, rollout.engine, directory, rollout.workers, gpus, ctx.say)
+    except BaseException:
+        connection.close()
+        raise

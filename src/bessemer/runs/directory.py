@@ -1,0 +1,188 @@
+"""The run directory: who owns it, who is at work in it, which folder is which stage's.
+
+    runs/NAME/{recipe.toml, metrics.jsonl, conformance.json, report.html, NN-stage/, NN-stage.stale-K/}
+
+Invariants: one process at a time (a POSIX lock on `.lock`, which the system frees even after kill -9); one recipe name
+per directory; nothing a stage made is deleted, only moved aside.
+"""
+
+import fcntl
+import json
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import IO, Any
+
+from bessemer.errors import UserError
+from bessemer.runs.files import explained, sync_folder, write_atomic
+from bessemer.runs.metrics import Metrics
+from bessemer.runs.record import read_json
+
+_STAGE = re.compile(r"(\d\d+)-([A-Za-z0-9][A-Za-z0-9_-]*)")
+
+
+class RunDir:
+    """An opened run directory. Use `with RunDir.open(...)`: leaving the block frees the lock."""
+
+    def __init__(self, root: Path, lock: IO[str]) -> None:
+        self.root, self._lock = root, lock
+
+    @classmethod
+    def open(cls, root: Path, name: str) -> "RunDir":
+        """Make or enter `root` for the recipe called `name`."""
+        with explained(root):
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                raise UserError(f"{root}: a file is in the way; choose another folder with --out") from None
+            except FileNotFoundError as error:  # /proc and the like, where nothing can be made
+                raise UserError(
+                    f"cannot make the folder {root} ({error.strerror}); choose another one with --out"
+                ) from None
+            if not (root / "recipe.toml").exists():
+                strangers = sorted(path.name for path in root.iterdir() if path.name != ".lock")
+                if strangers:
+                    raise UserError(
+                        f"{root} is not a run directory and not empty (it holds {', '.join(strangers[:3])}); "
+                        "choose another folder with --out"
+                    )
+            elif (owner := recipe_name(root)) != name:
+                raise UserError(
+                    f'{root} belongs to the recipe "{owner}", not "{name}"; choose another folder with --out, '
+                    "or change the recipe's name back"
+                )
+            return cls(root, _take_lock(root))
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.close()
+
+    def record_recipe(self, text: str) -> None:
+        path = self.root / "recipe.toml"
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_atomic(path, text)
+
+    def folder(self, number: int, name: str) -> Path:
+        """The folder of stage `name`, `number`-th of the recipe (from 1); renumbered when stages came before it."""
+        wanted = self.root / f"{number:02d}-{name}"
+        for found_number, found_name, path in stage_folders(self.root):
+            if found_name == name and found_number != number:
+                os.rename(path, wanted)
+        return wanted
+
+    def set_aside(self, folder: Path, name: str, metrics: Metrics) -> Path:
+        """Move a stage's folder to NN-name.stale-K, its metric lines with it."""
+        count = 1
+        while (aside := folder.with_name(f"{folder.name}.stale-{count}")).exists():
+            count += 1
+        # the lines are copied before the rename and dropped after it, so a kill in between loses none of them
+        lines = [line for line in metrics.lines() if line.get("stage") == name]
+        if lines:
+            text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
+            write_atomic(folder / "metrics.jsonl", text)
+        os.rename(folder, aside)
+        sync_folder(self.root)
+        metrics.rewind(name, -1)
+        return aside
+
+
+def _take_lock(root: Path) -> IO[str]:
+    # lockf, not flock: a child process (a sandbox, a worker) that outlives us must not keep the directory locked
+    lock = open(root / ".lock", "a+")  # noqa: SIM115 (held until the run ends)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise UserError(
+            f"{root} is in use by another run (process {holder}); wait for it, stop it, or choose another --out"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def recipe_name(root: Path) -> str:
+    """The name of the recipe that a run directory belongs to."""
+    try:
+        with open(root / "recipe.toml", "rb") as file:
+            return str(tomllib.load(file)["name"])
+    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{root}/recipe.toml cannot be read ({error}); choose another folder with --out") from None
+
+
+def stage_folders(root: Path) -> list[tuple[int, str, Path]]:
+    """(number, stage name, folder) in order; folders that were set aside are not among them."""
+    found = []
+    for path in root.iterdir():
+        if path.is_dir() and (match := _STAGE.fullmatch(path.name)):
+            found.append((int(match[1]), match[2], path))
+    return sorted(found)
+
+
+def run_dir(given: str | Path) -> Path:
+    """A run directory from a path, or from the name of a run under runs/."""
+    for path in (Path(given), Path("runs") / given):
+        if (path / "recipe.toml").is_file():
+            return path
+    raise UserError(f"{given} is not a run directory (no recipe.toml in it); {_runs()}")
+
+
+def model_dir(given: str | Path) -> Path:
+    """The model a user means: a model directory, a stage's folder, RUN/STAGE by the stage's name, or a run (its last
+    finished model that writes text)."""
+    for path in (Path(given), Path("runs") / given):
+        if (path.parent / "recipe.toml").is_file() and not path.is_dir():
+            path = next((folder for _, name, folder in stage_folders(path.parent) if name == path.name), path)
+        if (path / "config.json").is_file():
+            return path
+        if (path / "model" / "config.json").is_file():
+            return path / "model"
+        if (path / "recipe.toml").is_file():
+            return _last_model(path)
+    if Path(given).is_dir():
+        inside = sorted(path.name for path in Path(given).iterdir() if not path.name.startswith("."))[:6]
+        raise UserError(f"no model in {given}: no config.json; it holds {', '.join(inside) or 'nothing'}")
+    raise UserError(f"no model or run at {given}; {_runs()}")
+
+
+def tokenizer_beside(checkpoint: Path) -> Path | None:
+    """The tokenizer that belongs to a checkpoint RUN/NN-STAGE/state/step-...: its stage's, or the run's."""
+    stage = checkpoint.resolve().parents[1]
+    places = [stage / "state" / "tokenizer", stage / "model", *sorted(stage.parent.glob("*/tokenizer"))]
+    return next((place for place in places if (place / "tokenizer.json").is_file()), None)
+
+
+def writing_models(root: Path) -> list[tuple[str, Path]]:
+    """(stage, folder) of every finished model that writes text; reward models do not."""
+    found = []
+    for _, name, folder in stage_folders(root):
+        config = read_json(folder / "model" / "config.json")
+        if config is None or not (folder / "done.json").is_file():
+            continue
+        if not str(config.get("architectures", "")).count("ForSequenceClassification"):
+            found.append((name, folder))
+    return found
+
+
+def _last_model(root: Path) -> Path:
+    stages = stage_folders(root)
+    if writers := writing_models(root):
+        return writers[-1][1] / "model"
+    listed = ", ".join(
+        f"{folder.name} ({'no model' if read_json(folder / 'done.json') else 'unfinished'})" for _, _, folder in stages
+    )
+    raise UserError(
+        f"no finished model in {root}; its stages: {listed or 'none yet'}; "
+        f"go on with: bessemer run {root}/recipe.toml --out {root}"
+    )
+
+
+def _runs() -> str:
+    found = sorted(path.parent.name for path in Path("runs").glob("*/recipe.toml"))
+    return f"runs here: {', '.join(f'runs/{name}' for name in found)}" if found else "there are no runs here yet"

@@ -1,0 +1,151 @@
+"""The stream of facts: `metrics.jsonl`, one JSON object a line, and every other file that grows line by line.
+
+    {"time": unix seconds, "stage": name, "step": n, "tokens": n, "values": {"train/loss": x, "moe/load/3": [..]}}
+
+Invariants: each line is handed to the system whole as soon as it is written; a line torn by a kill is cut off when the
+file is opened again; after `rewind` the file holds what an uninterrupted run would hold at that step. A value that is
+not finite is written as null, so every line is plain JSON.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bessemer.errors import UserError
+from bessemer.runs.files import write_atomic
+
+
+def plain(value: Any) -> Any:
+    """Numbers, lists and tensors as JSON knows them: not-a-number and infinities become null."""
+    if hasattr(value, "tolist"):  # a tensor or an array of any rank
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+class LineFile:
+    """An append-only file of JSON objects, one a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._cut_torn_line()
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (kept open for the run)
+
+    def _cut_torn_line(self) -> None:
+        if not self.path.exists():
+            return
+        with open(self.path, "rb+") as file:
+            end = size = file.seek(0, os.SEEK_END)
+            while end > 0:
+                start = max(0, end - 65536)
+                file.seek(start)
+                found = file.read(end - start).rfind(b"\n")
+                if found >= 0:
+                    end = start + found + 1
+                    break
+                end = start
+            if end < size:
+                file.truncate(end)
+
+    def append(self, line: dict[str, Any]) -> None:
+        data = json.dumps(plain(line), ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+        while data:  # an unbuffered write may take only a part when the disk is nearly full
+            data = data[self._file.write(data) :]
+
+    def rewind(self, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Drop the lines that `keep` refuses; return them. The file is replaced whole, so a kill loses nothing."""
+        lines = list(read_lines(self.path))
+        dropped = [line for line in lines if not keep(line)]
+        if dropped:
+            kept = [line for line in lines if keep(line)]
+            text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in kept)
+            write_atomic(self.path, text)
+            self._file.close()
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        return dropped
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a JSON-lines file that may still be growing: a torn last line is not an error, any other is."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.endswith(b"\n"):
+                return
+            try:
+                line = json.loads(raw)
+            except ValueError:
+                line = None
+            if not isinstance(line, dict):
+                raise UserError(f"{path}:{number}: not a JSON object; the file was edited or damaged, delete that line")
+            yield line
+
+
+class Metrics:
+    """The one writer of a run's `metrics.jsonl`."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = LineFile(path)
+
+    def write(self, stage: str, step: int, tokens: int, values: dict[str, Any]) -> None:
+        now = round(time.time(), 3)
+        self._lines.append({"time": now, "stage": stage, "step": step, "tokens": tokens, "values": values})
+
+    def lines(self) -> list[dict[str, Any]]:
+        return list(read_lines(self._lines.path))
+
+    def rewind(self, stage: str, step: int) -> list[dict[str, Any]]:
+        """Forget the lines of `stage` after `step` (-1 forgets all of them); return what was forgotten."""
+        return self._lines.rewind(lambda line: line.get("stage") != stage or line.get("step", 0) <= step)
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+class StageMetrics:
+    """A stage's pen on the run's metrics: the same writer with the stage's name filled in."""
+
+    def __init__(self, metrics: Metrics, stage: str) -> None:
+        self._metrics, self._stage = metrics, stage
+
+    def write(self, step: int, tokens: int, values: dict[str, Any]) -> None:
+        """One line. `values` maps names to numbers, or to lists of numbers (expert loads)."""
+        self._metrics.write(self._stage, step, tokens, values)
+
+    def history(self) -> list[tuple[int, dict[str, Any]]]:
+        """(step, values) of every line of this stage so far, earlier attempts included."""
+        mine = [line for line in self._metrics.lines() if line.get("stage") == self._stage]
+        return [(line.get("step", 0), line.get("values", {})) for line in mine]
+
+    def rewind(self, step: int) -> None:
+        """Forget this stage's lines after `step`; call it once the checkpoint to go on from is known."""
+        self._metrics.rewind(self._stage, step)
+
+
+class NoMetrics(StageMetrics):
+    """A pen without ink, for ranks that do not lead."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, tokens: int, values: dict[str, Any]) -> None:
+        pass
+
+    def history(self) -> list[tuple[int, dict[str, Any]]]:
+        return []
+
+    def rewind(self, step: int) -> None:
+        pass

@@ -1,0 +1,130 @@
+"""How far a run is and how long it will still take, on a terminal as bars, in a log as a line every ten seconds.
+
+The stage's time left comes from the speed of this attempt; the run's adds the later stages' estimates, scaled by how
+the stages so far compared with theirs. Progress is for people only: nothing reads it back.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from bessemer.config.units import show_seconds, show_tokens
+
+PLAIN_EVERY = 10.0  # seconds between lines when nobody watches a terminal
+
+
+class RunProgress:
+    """The whole run: stages with their estimated seconds."""
+
+    def __init__(
+        self, estimates: dict[str, float], out: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.estimates, self.clock = estimates, clock
+        self.console = Console(file=out or sys.stderr, highlight=False, soft_wrap=True)
+        self.spent: dict[str, float] = {}
+        self._bars: Progress | None = None
+        self._tasks: tuple[TaskID, TaskID] | None = None
+        if self.console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description:<14}", markup=False), BarColumn(bar_width=28),
+                TextColumn("{task.percentage:>3.0f}% {task.fields[words]}", markup=False),
+                console=self.console, transient=True,
+            )  # fmt: skip
+
+    def say(self, what: Any) -> None:
+        """Print text, or anything rich can draw, above the bars. Text is taken as it is, without rich's markup."""
+        self.console.print(Text(what) if isinstance(what, str) else what)
+
+    def begin(self, name: str) -> "StageProgress":
+        if self._bars is not None:
+            self._bars.start()
+            self._tasks = (
+                self._bars.add_task(name, total=1.0, words=""),
+                self._bars.add_task("whole run", total=1.0, words=""),
+            )
+        return StageProgress(self, name)
+
+    def end(self, name: str, seconds: float) -> None:
+        """`name` took so long in all (or was skipped, having taken so long before)."""
+        self.spent[name] = seconds
+        self.close()
+
+    def close(self) -> None:
+        if self._bars is not None and self._tasks is not None:
+            for task in self._tasks:
+                self._bars.remove_task(task)
+            self._bars.stop()
+            self._tasks = None
+
+    def run_left(self, name: str, elapsed: float, left: float) -> float:
+        """Seconds left of the run while `name`, begun `elapsed` ago, has `left` to go."""
+        measured = sum(self.spent.values()) + elapsed + left
+        estimated = sum(self.estimates.get(stage, 0.0) for stage in [*self.spent, name])
+        scale = measured / estimated if estimated > 0 else 1.0
+        later = [seconds for stage, seconds in self.estimates.items() if stage not in self.spent and stage != name]
+        return left + scale * sum(later)
+
+    def show(self, stage: "StageProgress") -> None:
+        left = stage.left()
+        words = stage.words()
+        run_words, run_share = "", 0.0
+        if left is not None:
+            run_left = self.run_left(stage.name, stage.elapsed(), left)
+            so_far = sum(self.spent.values()) + stage.elapsed()
+            run_share = so_far / (so_far + run_left) if so_far + run_left > 0 else 0.0
+            run_words = f"{show_seconds(run_left)} left"
+            words += f" · {show_seconds(left)} left"
+        if self._bars is not None and self._tasks is not None:
+            self._bars.update(self._tasks[0], completed=stage.share(), words=words)
+            self._bars.update(self._tasks[1], completed=run_share, words=run_words)
+        elif self._bars is None:
+            place = f"{list(self.estimates).index(stage.name) + 1}/{len(self.estimates)}" if self.estimates else ""
+            tail = f" · run {run_words}" if run_words else ""
+            self.say(f"[{place} {stage.name}] {stage.share():4.0%} {words}{tail}")
+
+
+class StageProgress:
+    """What a stage calls: `total` once it knows its work, `advance` as it goes."""
+
+    def __init__(self, run: RunProgress, name: str) -> None:
+        self.run, self.name = run, name
+        self.units, self.work, self.done, self.done_at_start = "", 0.0, 0.0, 0.0
+        self.note = ""
+        self.started = self.shown = run.clock()
+
+    def total(self, work: float, units: str = "steps", done: float = 0.0) -> None:
+        """The work of the stage in its own units, and how much of it an earlier attempt has done."""
+        self.work, self.units, self.done, self.done_at_start = float(work), units, float(done), float(done)
+        self.started = self.run.clock()
+
+    def advance(self, work: float = 1.0, note: str = "") -> None:
+        """So much more is done; `note` is a few words such as "loss 3.21"."""
+        self.done += work
+        self.note = note or self.note
+        now = self.run.clock()
+        if now - self.shown >= (0.2 if self.run.console.is_terminal else PLAIN_EVERY):
+            self.shown = now
+            self.run.show(self)
+
+    def say(self, text: Any) -> None:
+        self.run.say(text)
+
+    def elapsed(self) -> float:
+        return self.run.clock() - self.started
+
+    def share(self) -> float:
+        return min(1.0, self.done / self.work) if self.work > 0 else 0.0
+
+    def left(self) -> float | None:
+        """Seconds left at the speed of this attempt; None before anything is done."""
+        fresh = self.done - self.done_at_start
+        return None if fresh <= 0 or self.work <= 0 else self.elapsed() * max(0.0, self.work - self.done) / fresh
+
+    def words(self) -> str:
+        amount = f"{show_tokens(self.done)}/{show_tokens(self.work)} {self.units}" if self.work else ""
+        return " · ".join(part for part in (amount, self.note) if part)

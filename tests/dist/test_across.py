@@ -1,0 +1,211 @@
+"""Training steps with pipeline, experts, data and optimizer state in parallel against the trainer on one process."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import on_ranks
+from test_execute import CFG, TERMS, batch
+
+from bessemer.model.transformer import Transformer
+from bessemer.dist.mesh import Layout, Mesh
+from bessemer.dist.model_shard import Part
+from bessemer.precision.fp8_linear import PAPER
+from bessemer.dist.distributed_trainer import Across
+from bessemer.train.flat import ALIGN, NORM_BLOCK, placed
+from bessemer.train.objective import next_token
+from bessemer.train.settings import Settings
+from bessemer.train.trainer import Trainer
+
+STEPS, CLIP, LR, GAMMA = 4, 0.05, 3e-3, 0.01
+
+
+def model_of(cfg, fp8=False):
+    return Transformer(cfg).initialise(1).set_fp8(PAPER if fp8 else None)
+
+
+def batches(step, lot, micro):
+    return [batch(1000 * step + lot * micro + number, False) for number in range(micro)]
+
+
+def settings(dtype=torch.float32, terms=TERMS, **more):
+    def constant(value):
+        return lambda tokens, step: value
+
+    return Settings(
+        tokens=1, lr=constant(LR), gamma=constant(GAMMA), batch_rows=constant(1), micro_rows=1, clip=CLIP,
+        terms={name: constant(value) for name, value in terms.items()}, compute_dtype=dtype, **more,
+    )  # fmt: skip
+
+
+def part_of(layout, name, cfg=CFG, fp8=False):
+    return Part(model_of(cfg, fp8), Mesh(layout, cfg), name)
+
+
+def across(layout, name, cfg=CFG, fp8=False, dtype=torch.float32, state_dir=None, warn=print, **more):
+    part = part_of(layout, name, cfg, fp8)
+    return Across(part, next_token, None, settings(dtype, **more), state_dir, config=cfg.model_dump(), warn=warn)
+
+
+def update(training, step, micro):
+    return training.update(batches(step, training.part.lot, micro))
+
+
+def on_a_rank(rank, name, layout, micro, dtype=torch.float32, fp8=False):
+    training = across(layout, name, fp8=fp8, dtype=dtype)
+    values = [update(training, step, micro) for step in range(STEPS)]
+    weights = {name: value.numpy() for name, value in training.optimizer.masters().items()}
+    moments = {n: v.float().numpy() for n, v in training.optimizer.state_dict().items() if n.startswith("m/")}
+    biases = {name: gate.bias_E.numpy() for name, gate in training.gates.items()}
+    held = sum(t.nbytes for g in training.optimizer.groups for t in g.moments.values())
+    return values, weights, moments, biases, (training.mesh.experts.start, training.mesh.experts.stop), held
+
+
+def at_home(lots, micro, dtype=torch.float32, fp8=False, **more):
+    """The trainer, after the same steps, and what it logged."""
+
+    trainer = Trainer(model_of(CFG, fp8), next_token, None, settings(dtype, **more))
+    values = [trainer.update([b for lot in range(lots) for b in batches(step, lot, micro)]) for step in range(STEPS)]
+    return trainer, values
+
+
+LAYOUTS = [("1f1b", Layout(2, 1, 2), 3), ("dualpipe", Layout(2, 1, 2), 4), ("gpipe", Layout(1, 2, 2), 2),
+           ("zbv", Layout(2, 2, 1), 4)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "layout", "micro"), LAYOUTS, ids=str)
+def test_steps_across_ranks_are_the_trainer_s(name, layout, micro):
+    """Loss and norm to float32's last digits, routing biases exactly, weights within a tenth of a step of AdamW (whose
+    first steps divide a gradient by itself, however small)."""
+    found = on_ranks(layout.world, on_a_rank, name, layout, micro)
+    trainer, values = at_home(layout.dp * layout.ep, micro)
+    weights, state = trainer.optimizer.masters(), trainer.optimizer.state_dict()
+    held = set()
+    for theirs, own, moments, biases, (begin, end), _ in found:
+        for mine, wanted in zip(theirs, values, strict=True):
+            for key in ("train/total", "train/loss", "train/mtp_1", "train/balance", "train/grad_norm"):
+                assert mine[key] == pytest.approx(wanted[key], rel=1e-4), key
+            if layout.ep > 1:  # once at most to the other rank, in every sparse layer and MTP module
+                sparse = CFG.n_layers - CFG.n_dense_layers + CFG.n_mtp
+                assert 0.2 * sparse < mine["moe/sent_bytes/node"] / (4 * CFG.dim) <= sparse
+        held |= own.keys()
+        for parameter, value in own.items():
+            part = slice(begin, end) if ".experts." in parameter else slice(None)
+            moved = (torch.from_numpy(value) - weights[parameter][part]).abs().max()
+            assert moved < 0.1 * LR, (parameter, float(moved))
+            m = torch.from_numpy(moments[f"m/{parameter}"])
+            assert (m - state[f"m/{parameter}"][part]).norm() <= 1e-3 * m.norm() + 1e-9, parameter
+        for gate, bias in biases.items():
+            assert torch.equal(torch.from_numpy(bias), trainer.gates[gate].bias_E), gate
+    assert held == weights.keys()
+
+
+def test_moments_are_shared_out():
+    """dp 4: each rank holds a quarter of the moments that one process holds, up to the filling."""
+    found = on_ranks(4, on_a_rank, "gpipe", Layout(1, 4, 1), 1)
+    trainer, _ = at_home(1, 1)
+    whole = sum(t.nbytes for g in trainer.optimizer.groups for t in g.moments.values())
+    assert all(whole / 4 <= held < whole / 4 + 200_000 for *_, held in found)
+
+
+def test_in_bfloat16_and_in_fp8():
+    """All ranks end with the same weights, near those of one process."""
+    for fp8 in (False, True):
+        found = on_ranks(2, on_a_rank, "gpipe", Layout(1, 1, 2), 2, torch.bfloat16, fp8)
+        _, values = at_home(2, 2, torch.bfloat16, fp8)
+        for theirs, *_ in found:
+            for mine, wanted in zip(theirs, values, strict=True):
+                assert mine["train/total"] == pytest.approx(wanted["train/total"], rel=2e-3)
+                assert mine["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=5e-2)
+        assert all((found[0][1][n] == found[1][1][n]).all() for n in found[0][1] if ".experts." not in n)
+
+
+def with_few(rank, layout):
+    """Three micro-batches for two lots: one of them gets a filler."""
+    training = across(layout, "gpipe")
+    values = training.update(training.mine(batches(0, 0, 3)))
+    return values, training.rows, training.tokens
+
+
+def test_fillers_are_computed_and_never_counted():
+    trainer = Trainer(model_of(CFG), next_token, None, settings())
+    wanted = trainer.update(batches(0, 0, 3))
+    for values, rows, tokens in on_ranks(2, with_few, Layout(1, 2, 1)):
+        assert (rows, tokens) == (trainer.rows, trainer.tokens)
+        for key in ("train/total", "train/grad_norm"):
+            assert values[key] == pytest.approx(wanted[key], rel=1e-5)
+
+
+def without_mtp(rank, layout):
+    """lambda 0: the modules neither run nor count tokens."""
+    training = across(layout, "1f1b", terms=TERMS | {"mtp_lambda": 0.0})
+    return training.update(batches(0, 0, 2))
+
+
+def test_a_weight_of_zero_leaves_mtp_out():
+    found = on_ranks(2, without_mtp, Layout(2, 1, 1))
+    model = model_of(CFG)
+    model.train()
+    losses = [next_token(model, b, 0.0, TERMS["balance_alpha"]) for b in batches(0, 0, 2)]
+    total = sum(float(loss.total.detach()) for loss in losses) / sum(float(loss.tokens) for loss in losses)
+    for values in found:
+        assert values["train/total"] == pytest.approx(total, rel=1e-5)
+        assert "moe/max_vio/mtp0" not in values
+
+
+def poisoned(rank, layout):
+    warnings = []
+    training = across(layout, "1f1b", warn=warnings.append)
+    if rank == 1:  # the end of the pipeline
+        with torch.no_grad():
+            training.model.head.weight[3, 3] = float("nan")
+    before = {name: value.clone() for name, value in training.optimizer.masters().items()}
+    said = update(training, 0, 2)
+    after = training.optimizer.masters().items()
+    return said, warnings, all(torch.equal(value, before[name]) or name == "head.weight" for name, value in after)
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all():
+    found = on_ranks(2, poisoned, Layout(2, 1, 1))
+    for said, warnings, untouched in found:
+        assert said == {"train/skipped": 1} and untouched
+        assert "the loss of micro-batch 0 on rank 1 is not finite (step 1, rows 0 to 3)" in warnings[0]
+
+
+def with_muon(rank, name, layout, micro):
+    training = across(layout, name, optimizer="muon")
+    values = [update(training, step, micro) for step in range(STEPS)]
+    weights = {name: value.numpy() for name, value in training.optimizer.masters().items()}
+    own = sum(g.moments["m"].numel() for g in training.optimizer.groups if "v" not in g.moments)
+    return values, weights, (training.mesh.experts.start, training.mesh.experts.stop), own
+
+
+@pytest.mark.parametrize(("name", "layout", "micro"), [("dualpipe", Layout(2, 1, 2), 4), ("gpipe", Layout(1, 4, 1), 1)])
+def test_muon_s_matrices_stay_whole(name, layout, micro):
+    """Every rank moves some of them; the weights are those of one process to a tenth of a step."""
+    found = on_ranks(layout.world, with_muon, name, layout, micro)
+    trainer, values = at_home(layout.dp * layout.ep, micro, optimizer="muon")
+    weights, matrices = trainer.optimizer.masters(), model_of(CFG).hidden_matrices()
+    for theirs, own, (begin, end), _ in found:
+        for mine, wanted in zip(theirs, values, strict=True):
+            assert mine["train/total"] == pytest.approx(wanted["train/total"], rel=1e-4)
+        for parameter, value in own.items():
+            part = slice(begin, end) if ".experts." in parameter else slice(None)
+            moved = (torch.from_numpy(value) - weights[parameter][part]).abs().max()
+            assert moved < 0.1 * LR, (parameter, float(moved))
+    whole = sum(p.numel() for n, p in model_of(CFG).named_parameters() if n in matrices)
+    if layout.dp == 4:  # a rank has a fourth and not all of them
+        assert all(whole / 4 <= own < whole / 2 for *_, own in found)
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=20), st.integers(1, 5), st.booleans())
+def test_parameters_lie_apart_and_whole_ones_in_one_share(sizes, shares, whole):
+    starts, size = placed(sizes, shares, whole)
+    assert size % (shares * NORM_BLOCK) == 0 and all(start % ALIGN == 0 for start in starts)
+    spans = sorted(zip(starts, (start + n for start, n in zip(starts, sizes, strict=True)), strict=True))
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans)) and spans[-1][1] <= size
+    if whole:
+        each = size // shares
+        assert all(start // each == (end - 1) // each for start, end in spans)

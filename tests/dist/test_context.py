@@ -1,0 +1,207 @@
+"""Rows cut over ranks: the core by itself, then loss, gradients and steps, against the same rows on one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from test_across import LR, settings
+from test_execute import CFG, TERMS
+
+from bessemer.data.batch import Batch
+from bessemer.errors import UserError
+from bessemer.model.transformer import Transformer
+from bessemer.dist import latent_core
+from bessemer.dist.context_parallel import Context, attention
+from bessemer.dist.latent_core import Cut, blocks
+from bessemer.dist.mesh import Layout, Mesh, check, drawn, nearest
+from bessemer.dist.model_shard import Part
+from bessemer.dist import heldout
+from bessemer.dist.distributed_trainer import Across
+from bessemer.train.objective import next_token
+from bessemer.train.trainer import Trainer
+
+T = 24
+
+
+def batch(number, segmented=False):
+    tokens = torch.randint(0, CFG.vocab_size, (2, T), generator=torch.Generator().manual_seed(number))
+    loss = torch.ones(2, T)
+    loss[:, 0] = 0
+    loss[1, 17:] = 0
+    segments = torch.tensor([[0] * 7 + [1] * 17, [0] * 13 + [1] * 3 + [2] * 8]) if segmented else None
+    return Batch(tokens, loss, segments)
+
+
+def close(found, wanted, bound):
+    return float((found - wanted).norm()) <= bound * float(wanted.norm())
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "size", "short"), [(1, 130, 0), (2, 100, 3), (4, 70, 1), (3, 64, 0)])
+def test_every_query_meets_every_key_it_may_see_once_and_its_own_first(n, size, short, monkeypatch):
+    monkeypatch.setattr(latent_core, "KEYS", 128)
+    for rank in range(n):
+        cut = Cut(None, n, rank, size)
+        t = 2 * size - (short if rank == 0 else 0)
+        here = torch.cat([torch.arange(size) + own * size for own in cut.own])[:t]
+        seen = torch.zeros(t, 2 * n * size, dtype=torch.int32)
+        for keys, queries in blocks(cut, t):
+            begin = keys.chunk * size + keys.first
+            for block in queries:
+                assert block.position == here[block.first]
+                first = seen[block.first : block.end].sum() == 0
+                visible = torch.ones(block.end - block.first, block.keys, dtype=torch.int32)
+                if block.diagonal:
+                    positions = torch.arange(begin, begin + block.keys)
+                    visible = (positions <= here[block.first : block.end, None]).int()
+                if first:
+                    assert visible.any(1).all(), "softmax begins with a key that each of the queries sees"
+                seen[block.first : block.end, begin : begin + block.keys] += visible
+        assert torch.equal(seen, (torch.arange(2 * n * size) <= here[:, None]).int())
+
+
+def attend_on_a_rank(rank, n, segmented, dtype):
+    layer, x, dy, segments = one_layer(segmented, dtype)
+    context = Context(dist.group.WORLD, n, rank)
+    cut, mine = Cut(dist.group.WORLD, n, rank, T // (2 * n)), context.positions(T)
+    rope = rope_of(T)[mine]
+    own = x[:, mine].clone().requires_grad_()
+    y = attention(layer.attn, own, rope, segments, cut)
+    y.backward(dy[:, mine])
+    grads = {name: p.grad.float() for name, p in layer.attn.named_parameters()}
+    for grad in grads.values():
+        dist.all_reduce(grad)
+    return mine.numpy(), y.detach().float().numpy(), own.grad.float().numpy(), {k: v.numpy() for k, v in grads.items()}
+
+
+def one_layer(segmented, dtype):
+    layer = Transformer(CFG).initialise(3).to_compute(dtype).layers[1]
+    draw = torch.Generator().manual_seed(1)
+    x, dy = (torch.randn(2, T, CFG.dim, generator=draw).to(dtype) for _ in range(2))
+    return layer, x, dy, batch(0, segmented).segments_BT
+
+
+def rope_of(length):
+    return Transformer(CFG).rope_table(length)
+
+
+@pytest.mark.parametrize(("n", "segmented", "dtype"), [(2, False, torch.float32), (3, True, torch.float32),
+                                                       (4, True, torch.bfloat16)])  # fmt: skip
+def test_attention_over_ranks_is_attention(n, segmented, dtype):
+    """Output, gradient of the input and of every weight; float32 to its last digits, BF16 within its rounding."""
+    bound = 2e-6 if dtype == torch.float32 else 2e-2
+    layer, x, dy, segments = one_layer(segmented, dtype)
+    x.requires_grad_()
+    y = layer.attn(x, rope_of(T), segments)
+    y.backward(dy)
+    for mine, theirs, dx, grads in on_ranks(n, attend_on_a_rank, n, segmented, dtype):
+        assert close(torch.from_numpy(theirs), y.detach()[:, mine].float(), bound)
+        assert close(torch.from_numpy(dx), x.grad[:, mine].float(), 2 * bound)
+        for name, parameter in layer.attn.named_parameters():
+            assert close(torch.from_numpy(grads[name]), parameter.grad.float(), 2 * bound), name
+
+
+# --- a step -----------------------------------------------------------------------------------------------------------
+
+
+def gradients_on_a_rank(rank, layout, name, micro, segmented, recompute):
+    model = Transformer(CFG).initialise(1).set_recompute(recompute)
+    part = Part(model, Mesh(layout, CFG), name)
+    training = Across(part, next_token, None, settings(), config=CFG.model_dump(), warn=print)
+    batches = [batch(part.lot * micro + number, segmented) for number in range(micro)]
+    model.train()
+    sums = training._accumulate(batches, TERMS)
+    grads = {}
+    for parameter, p in part.model.named_parameters():
+        dist.all_reduce(p.grad, group=part.mesh.group["expert" if ".experts." in parameter else "dense"])
+        grads[parameter] = p.grad.numpy()
+    loads = {gate: one.load_E.numpy() for gate, one in part.gates.items()}
+    return sums.values, (sums.divisor, sums.tokens, sums.rows), grads, loads, part.mesh.experts.start
+
+
+STEPS = [
+    (Layout(cp=2), "gpipe", 1, False, ()),
+    (Layout(cp=4), "gpipe", 2, True, ()),
+    (Layout(pp=2, cp=2), "1f1b", 3, True, ("attend", "experts")),
+    (Layout(pp=2, cp=2), "dualpipe", 4, False, ()),
+    (Layout(ep=2, cp=2), "gpipe", 2, False, ()),
+    (Layout(dp=2, cp=2), "gpipe", 1, True, ()),
+]
+
+
+@pytest.mark.parametrize(("layout", "name", "micro", "segmented", "recompute"), STEPS, ids=str)
+def test_a_step_over_pieces_of_rows_is_a_step_over_the_rows(layout, name, micro, segmented, recompute):
+    """Every figure and gradient, MTP and balance terms among them, to float32's last digits; loads exactly."""
+    found = on_ranks(layout.world, gradients_on_a_rank, layout, name, micro, segmented, recompute)
+    model = Transformer(CFG).initialise(1)
+    trainer = Trainer(model, next_token, None, settings())
+    model.train()
+    sums = trainer._accumulate([batch(n, segmented) for n in range(layout.dp * layout.ep * micro)], TERMS)
+    wanted = dict(model.named_parameters())
+    names = set()
+    for values, counted, grads, loads, first in found:
+        assert counted == (sums.divisor, sums.tokens, sums.rows)
+        for key, value in sums.values.items():
+            assert values[key] == pytest.approx(value, rel=1e-5), key
+        for gate, load in loads.items():
+            assert torch.equal(torch.from_numpy(load), trainer.gates[gate].load_E), gate
+        for parameter, grad in grads.items():
+            whole = wanted[parameter].grad
+            whole = whole[first : first + len(grad)] if ".experts." in parameter else whole
+            assert close(torch.from_numpy(grad), whole, 2e-5), parameter
+        names |= grads.keys()
+    assert names == wanted.keys()
+
+
+def steps_on_a_rank(rank, layout, name, micro, folder, first, count):
+    """Some steps, from the checkpoint that is there; then the held-out loss, and a checkpoint."""
+    part = Part(Transformer(CFG).initialise(1), Mesh(layout, CFG), name)
+    training = Across(part, next_token, None, settings(), folder, config=CFG.model_dump(), warn=print)
+    assert training.start() == (first > 0)
+    lots = [
+        range(part.lot * micro + 100 * step, (part.lot + 1) * micro + 100 * step)
+        for step in range(first, first + count)
+    ]
+    values = [training.update([batch(n) for n in lot]) for lot in lots]
+    nats = heldout.nats_across(part, [batch(n) for n in range(1000, 1003)])
+    training.save()
+    training.finish()
+    weights = {n: t.numpy() for n, t in training.optimizer.masters().items()}
+    biases = {gate: one.bias_E.numpy() for gate, one in part.gates.items()}
+    return values, nats, weights, biases, (training.rows, training.tokens)
+
+
+def test_steps_held_out_loss_and_a_checkpoint_that_goes_on_without_cutting(tmp_path):
+    """Two steps over cut rows and two over whole ones are four steps of one process."""
+    cut = on_ranks(4, steps_on_a_rank, Layout(pp=2, cp=2), "1f1b", 2, tmp_path, 0, 2)
+    rest = on_ranks(2, steps_on_a_rank, Layout(pp=2), "1f1b", 2, tmp_path, 2, 2)
+    trainer = Trainer(Transformer(CFG).initialise(1), next_token, None, settings())
+    for step in range(4):
+        wanted = trainer.update([batch(100 * step + n) for n in range(2)])
+        for values, *_ in cut if step < 2 else rest:
+            for key in ("train/total", "train/loss", "train/mtp_1", "train/balance", "train/grad_norm"):
+                assert values[step % 2][key] == pytest.approx(wanted[key], rel=1e-4), (step, key)
+        if step % 2 == 0:
+            continue
+        nats, tokens = heldout.nats(trainer.model, [batch(n) for n in range(1000, 1003)])
+        masters = trainer.optimizer.masters()
+        for _, theirs, weights, biases, counted in cut if step < 2 else rest:
+            assert theirs == (pytest.approx(nats, rel=1e-4), tokens) and counted == (trainer.rows, trainer.tokens)
+            for name, weight in weights.items():
+                assert (torch.from_numpy(weight) - masters[name]).abs().max() < 0.1 * LR, name
+            for gate, bias in biases.items():
+                assert torch.equal(torch.from_numpy(bias), trainer.gates[gate].bias_E), gate
+    for name in cut[0][2]:
+        assert (cut[0][2][name] == cut[1][2][name]).all(), "the ranks of a row have the same weights to the bit"
+
+
+def test_rows_that_cannot_be_cut_are_refused():
+    with pytest.raises(UserError, match=r"rows of 26 tokens cannot be cut into 4 equal chunks.*such as 24"):
+        Context(None, 2, 0).positions(26)
+    with pytest.raises(UserError, match=r"pp 1 x dp 1 x ep 1 x cp 4 on 6 ranks: it makes 4 ranks"):
+        check(Layout(cp=4), CFG, 6)
+    assert all(near.cp == 2 for near in nearest(Layout(cp=2, dp=2), CFG, 8))
+    assert all(near.cp == 1 for near in nearest(Layout(cp=3), CFG, 8))
+    assert "pipeline 0, copy 0, piece 1: 2 3" in drawn(Layout(ep=2, cp=2))

@@ -1,0 +1,161 @@
+"""Every schedule on real ranks gives the loss and the gradients of the whole network."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+
+from bessemer.data.batch import Batch
+from bessemer.model.presets import preset
+from bessemer.model.transformer import Transformer
+from bessemer.dist.executor import Executor, Work
+from bessemer.dist.mesh import Layout, Mesh
+from bessemer.dist.schedules import schedule
+from bessemer.dist.stage import Slice, cut, keep_experts
+from bessemer.precision.fp8_linear import PAPER
+from bessemer.train.objective import balance_weight, next_token
+
+CFG = preset("tiny", vocab_size=96, dim=32, inter_dim=48, moe_inter_dim=16, n_heads=2, q_lora_rank=24, kv_lora_rank=16,
+             qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12)  # fmt: skip
+TERMS = {"mtp_lambda": 0.3, "balance_alpha": 1e-2}
+
+
+def model_of(cfg, fp8):
+    model = Transformer(cfg).initialise(1).set_fp8(PAPER if fp8 else None)
+    model.train()
+    return model
+
+
+def batch(number, segmented):
+    tokens = torch.randint(0, CFG.vocab_size, (2, 14), generator=torch.Generator().manual_seed(number))
+    loss = torch.ones(2, 14)
+    loss[:, 0] = 0
+    loss[1, 9:] = 0
+    return Batch(tokens, loss, (torch.arange(14) // 6).expand(2, -1).contiguous() if segmented else None)
+
+
+def on_a_rank(rank, name, ranks, micro, cfg, fp8, segmented):
+    table = schedule(name, ranks, micro)
+    model = model_of(cfg, fp8)
+    slices = {(lane, stage): Slice(model, stage, table.stages) for lane, stage in table.held(rank)}
+    executor = Executor(table, rank, slices, [range(ranks)])
+    work = []
+    for lane in range(table.lanes):
+        batches = [batch(lane * table.per_lane + m, segmented) for m in range(table.per_lane)]
+        work.append([
+            Work(b.tokens_BT, b.segments_BT, lambda out, head, b=b: next_token.of(out, head, b, **TERMS).total,
+                 balance_weight(b, TERMS["balance_alpha"]))
+            for b in batches
+        ])  # fmt: skip
+    executor.run(work)
+    executor.sum_shared()
+    grads = {n: p.grad.numpy() for part in slices.values() for n, p in part.named_parameters() if p.grad is not None}
+    return sum(executor.losses), grads
+
+
+def on_a_rank_of_a_mesh(rank, name, layout, micro, fp8):
+    """Pipeline, experts and data in parallel: every (dp, ep) rank has micro-batches of its own."""
+    model, mesh = model_of(CFG, fp8), Mesh(layout, CFG)
+    table = schedule(name, layout.pp, micro)
+    keep_experts(model, mesh.experts)
+    exchange = mesh.exchange()
+    slices = {(lane, stage): Slice(model, stage, table.stages, exchange) for lane, stage in table.held(mesh.pp)}
+    executor = Executor(table, mesh.pp, slices, layout.groups("pp"))
+    first = (mesh.dp * layout.ep + mesh.ep) * micro
+    batches = [batch(first + number, False) for number in range(micro)]
+    work = [
+        [
+            Work(b.tokens_BT, None, lambda out, head, b=b: next_token.of(out, head, b, **TERMS).total,
+                 balance_weight(b, TERMS["balance_alpha"]))
+            for b in batches[lane * table.per_lane : (lane + 1) * table.per_lane]
+        ]
+        for lane in range(table.lanes)
+    ]  # fmt: skip
+    executor.run(work)
+    executor.sum_shared()
+    named = {n: p for part in slices.values() for n, p in part.named_parameters() if p.grad is not None}
+    for n in sorted(named):
+        dist.all_reduce(named[n].grad, group=mesh.group["expert" if ".experts." in n else "dense"])
+    return sum(executor.losses), {n: p.grad.numpy() for n, p in named.items()}, (mesh.experts.start, mesh.experts.stop)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
+@pytest.mark.parametrize(
+    ("name", "layout", "micro"),
+    [("1f1b", Layout(2, 1, 2), 3), ("dualpipe", Layout(2, 1, 2), 4), ("zbv", Layout(2, 2, 1), 4),
+     ("gpipe", Layout(1, 1, 4, node=2), 2)],
+    ids=lambda value: str(value),
+)  # fmt: skip
+def test_pipeline_experts_and_data_at_once(name, layout, micro, fp8):
+    found = on_ranks(layout.world, on_a_rank_of_a_mesh, name, layout, micro, fp8)
+    total, grads = whole(layout.dp * layout.ep * micro, CFG, fp8, False)
+    # in FP8 tiles along the tokens begin with every rank's own, so weight gradients are rounded otherwise
+    assert sum(loss for loss, *_ in found) == pytest.approx(total, rel=1e-6)
+    for _, theirs, (begin, end) in found:
+        for parameter, grad in theirs.items():
+            wanted = grads[parameter][begin:end] if ".experts." in parameter else grads[parameter]
+            error = (torch.from_numpy(grad) - wanted).norm() / wanted.norm()
+            assert error < (0.06 if fp8 else 3e-6), (parameter, float(error))
+
+
+def whole(micro, cfg, fp8, segmented):
+    model, total = model_of(cfg, fp8), 0.0
+    for number in range(micro):
+        loss = next_token(model, batch(number, segmented), **TERMS).total
+        loss.backward()
+        total += float(loss.detach())
+    return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compare(name, ranks, micro, cfg=CFG, fp8=False, segmented=False, bound=2e-6):
+    found = on_ranks(ranks, on_a_rank, name, ranks, micro, cfg, fp8, segmented)
+    total, grads = whole(micro, cfg, fp8, segmented)
+    assert sum(loss for loss, _ in found) == pytest.approx(total, rel=1e-6)
+    held = set()
+    for _, theirs in found:
+        held |= theirs.keys()
+        for parameter, grad in theirs.items():
+            error = (torch.from_numpy(grad) - grads[parameter]).norm() / grads[parameter].norm()
+            assert error < bound, (parameter, float(error))
+    assert held == grads.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "micro"),
+    [("gpipe", 2, 3), ("1f1b", 2, 4), ("1f1b", 4, 5), ("interleaved", 2, 4), ("zb1p", 3, 4), ("zbv", 2, 4),
+     ("dualpipe", 2, 4), ("dualpipe", 4, 8), ("dualpipe-v", 2, 5)],
+)  # fmt: skip
+def test_every_schedule_is_the_whole_network(name, ranks, micro):
+    compare(name, ranks, micro)
+
+
+def test_without_mtp_with_segments_and_tied_to_no_other():
+    compare("1f1b", 2, 3, CFG.model_copy(update={"n_mtp": 0}), segmented=True)
+    compare("dualpipe", 2, 4, segmented=True)
+
+
+def test_in_fp8():
+    """Every stage quantises what the whole network quantises there, so even that agrees."""
+    compare("dualpipe", 2, 4, fp8=True)
+    compare("zb1p", 2, 3, fp8=True)
+
+
+def test_slices_are_the_layers_once_each():
+    for stages in range(1, 6):
+        cuts = cut(CFG, stages)
+        assert [i for layers in cuts for i in layers] == list(range(CFG.n_layers)) and len(cuts) == stages
+    sizes = [len(layers) for layers in cut(preset("v3"), 16)]
+    assert [len(layers) for layers in cut(preset("servable"), 2)] == [5, 3], "the head counts"
+    assert sizes == [4] * 15 + [1], "MTP and both uses of the head weigh as much as four layers"
+    model = model_of(CFG, False)
+    names = {name for stage in range(3) for name, _ in Slice(model, stage, 3).named_parameters()}
+    assert names == {name for name, _ in model.named_parameters()}
+    for stage in range(3):
+        part = Slice(model, stage, 3)
+        assert all(stage in part.owners(name) for name, _ in part.named_parameters())
+
+
+def test_slices_that_the_table_does_not_give_are_refused():
+    model = model_of(CFG, False)
+    with pytest.raises(ValueError, match=r"rank 1 of 1f1b holds \[\(0, 1\)\], was given \[\(0, 0\)\]"):
+        Executor(schedule("1f1b", 2, 2), 1, {(0, 0): Slice(model, 0, 2)}, [range(2)])

@@ -1,0 +1,126 @@
+"""Layouts: every rank once in every kind of group, refusals with what fits, and a layer of the model across ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import on_ranks
+
+from bessemer.errors import UserError
+from bessemer.model.presets import preset
+from bessemer.model.transformer import Transformer
+from bessemer.dist.mesh import Layout, Mesh, check, drawn, nearest, refusal
+from bessemer.precision.fp8_linear import PAPER
+
+TINY = preset("tiny")
+LAYOUTS = [Layout(1, 1, 4), Layout(1, 2, 2), Layout(1, 1, 4, node=2), Layout(1, 4, 1)]
+KINDS = ("pp", "ep", "cp", "expert", "dense", "network", "within")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([1, 2, 4, 8]),
+    st.integers(1, 3),
+)  # fmt: skip
+def test_every_rank_is_once_in_every_kind_of_group(pp, dp, ep, node, cp):
+    layout = Layout(pp, dp, ep, node, cp)
+    for kind in KINDS:
+        assert sorted(rank for group in layout.groups(kind) for rank in group) == list(range(layout.world)), kind
+    places = [layout.place(rank) for rank in range(layout.world)]
+    assert [layout.rank(*place) for place in places] == list(range(layout.world))
+    for kind, vary in (("pp", {0}), ("ep", {2}), ("cp", {3}), ("expert", {1, 3}), ("dense", {1, 2, 3})):
+        for group in layout.groups(kind):
+            others = {tuple(v for i, v in enumerate(places[rank]) if i not in vary) for rank in group}
+            assert len(others) == 1
+
+
+def test_v3():
+    """E.1: 16 pipeline ranks, experts over 64 ranks on 8 nodes; 128 ranks have equal dense weights, 2 equal experts."""
+    layout, cfg = Layout(pp=16, dp=2, ep=64), preset("v3")
+    check(layout, cfg, 2048)
+    assert {kind: len(layout.groups(kind)[0]) for kind in KINDS} == {
+        "pp": 16, "ep": 64, "cp": 1, "expert": 2, "dense": 128, "network": 8, "within": 8,
+    }  # fmt: skip
+    assert layout.groups("network")[3] == [3 + 8 * n for n in range(8)]
+    text = drawn(layout).splitlines()
+    assert text[0] == "2048 ranks: pp 16 x dp 2 x ep 64, a group of experts on 8 nodes"
+    assert text[2] == "pipeline 0, copy 1: 64 to 127" and len(text) == 33
+
+
+@pytest.mark.parametrize(
+    ("layout", "world", "words"),
+    [
+        (Layout(2, 1, 2), 8, "it makes 4 ranks"),
+        (Layout(1, 1, 3), 3, "16 experts cannot be shared evenly by 3 ranks"),
+        (Layout(8, 1, 1), 8, "8 pipeline ranks for 5 layers, MTP as one of them"),
+        (Layout(1, 0, 1), 1, "at least 1"), (Layout(1, 1, 8, node=3), 8, "does not fill nodes of 3"),
+        (Layout(1, 1, 32), 32, "16 experts cannot be shared evenly by 32"),
+    ],
+)  # fmt: skip
+def test_a_layout_that_does_not_fit_is_refused_with_some_that_do(layout, world, words):
+    with pytest.raises(UserError, match=words) as caught:
+        check(layout, TINY, world)
+    near = nearest(layout, TINY, world)
+    assert all(refusal(other, TINY, world) is None for other in near)
+    assert near and all(str(other) in str(caught.value) for other in near)
+
+
+def test_the_nearest_are_near():
+    assert nearest(Layout(2, 1, 2), TINY, 8)[0] in (Layout(4, 1, 2), Layout(2, 2, 2), Layout(2, 1, 4))
+    with pytest.raises(UserError, match="no layout fits 0 ranks"):
+        check(Layout(), TINY, 0)
+
+
+# --- a layer of the model, its experts on several ranks ---------------------------------------------------------------
+
+
+def layer_on_a_rank(rank, layout, fp8):
+    """The second layer of the same random model everywhere; this rank's experts and rows alone."""
+    torch.manual_seed(0)
+    model = Transformer(TINY).initialise(3).set_fp8(PAPER if fp8 else None)
+    model.train()
+    layer, mesh = model.layers[1], Mesh(layout, TINY)
+    mine = slice(mesh.experts.start, mesh.experts.stop)
+    for name in ("w13", "w2"):
+        full = getattr(layer.ffn.experts, name)
+        setattr(layer.ffn.experts, name, torch.nn.Parameter(full.detach()[mine].clone()))
+    x = rows_of(rank, layout).requires_grad_()
+    exchange = mesh.exchange()
+    attended = layer.attend(x, model.rope_table(x.shape[1]))
+    sent = exchange.dispatch(attended.u_ND, attended.routing, layer.fp8)
+    y = layer.finish(attended, exchange.combine(layer.ffn.experts(sent), sent))
+    y.square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        dist.all_reduce(parameter.grad, group=mesh.group["expert" if ".experts." in name else "dense"])
+    grads = {name: p.grad.numpy() for name, p in layer.named_parameters()}
+    return y.detach().numpy(), x.grad.numpy(), grads, (mine.start, mine.stop)
+
+
+def rows_of(rank, layout):
+    return torch.randn(2, 12, TINY.dim, generator=torch.Generator().manual_seed(rank))
+
+
+def relative(found, wanted):
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_layer_across_ranks_is_the_layer(layout, fp8):
+    """Experts over ep, data over dp, one node or two: output, gradient of the input and of every weight."""
+    found = on_ranks(layout.world, layer_on_a_rank, layout, fp8)
+    model = Transformer(TINY).initialise(3).set_fp8(PAPER if fp8 else None)
+    model.train()
+    layer = model.layers[1]
+    x = torch.cat([rows_of(rank, layout) for rank in range(layout.world)]).requires_grad_()
+    y, _ = layer(x, model.rope_table(12))
+    y.square().sum().backward()
+    exact, loose = (2e-2, 8e-2) if fp8 else (1e-6, 5e-6)
+    assert relative(torch.cat([torch.from_numpy(f[0]) for f in found]), y.detach()) < exact
+    assert relative(torch.cat([torch.from_numpy(f[1]) for f in found]), x.grad) < loose
+    for name, parameter in layer.named_parameters():
+        for _, _, grads, (first, last) in found:
+            wanted = parameter.grad[first:last] if ".experts." in name else parameter.grad
+            if wanted.norm() > 0:
+                assert relative(torch.from_numpy(grads[name]), wanted) < loose, name

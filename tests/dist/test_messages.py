@@ -1,0 +1,126 @@
+"""Messages in an order that needs no names: known from the table, the same at both ends, and no rank waits for ever."""
+
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bessemer.errors import UserError
+from bessemer.dist.messages import AHEAD, holders, message, orders
+from bessemer.dist.schedules import SCHEDULES, schedule
+from bessemer.dist.table import Action, Pair
+
+SIZES = [("gpipe", 4, 3), ("1f1b", 4, 6), ("1f1b", 2, 4), ("interleaved", 4, 8), ("interleaved", 2, 4), ("zb1p", 4, 7),
+         ("zbv", 4, 8), ("zbv", 2, 5), ("dualpipe", 2, 6), ("dualpipe", 8, 20), ("dualpipe-v", 4, 9),
+         ("dualpipe-v", 2, 5)]  # fmt: skip
+
+
+def everything(table):
+    """All messages there can be, from the stages alone."""
+    for lane, place in enumerate(table.place):
+        for micro in range(table.per_lane):
+            for stage in range(1, table.stages):
+                yield place[stage - 1], place[stage], Action("F", stage, micro, lane)
+                yield place[stage], place[stage - 1], Action("B", stage - 1, micro, lane)
+
+
+@pytest.mark.parametrize(("name", "ranks", "micro"), SIZES)
+def test_every_message_once_on_its_way(name, ranks, micro):
+    table = schedule(name, ranks, micro)
+    wanted = sorted(found for found in everything(table) if found[0] != found[1])
+    assert sorted((*way, sent) for way, all_sent in orders(table).items() for sent in all_sent) == wanted
+    assert set(SCHEDULES) == {name for name, *_ in SIZES}
+
+
+class Ends:
+    """Ranks that send and receive as NCCL does: a group does what each end asked for in that order, a send when the
+    other end receives and not before."""
+
+    def __init__(self, table, group):
+        self.table, self.group, self.orders = table, group, orders(table)
+        self.asked = {}
+        """Of an end of a group (group, rank), what is not done yet."""
+        self.done = set()
+        self.posted = dict.fromkeys(self.orders, 0)
+
+    def ask(self, source, target, kind, sent):
+        rank = source if kind == "send" else target
+        self.asked.setdefault((self.group(source, target), rank), deque()).append((kind, sent))
+        self.match(self.group(source, target), source, target)
+
+    def match(self, group, a, b):
+        left, right = (self.asked.setdefault((group, rank), deque()) for rank in (a, b))
+        while left and right and left[0][1] == right[0][1] and left[0][0] != right[0][0]:
+            self.done.add(left.popleft()[1])
+            right.popleft()
+
+    def has(self, way, wanted):
+        place = self.orders[way].index(wanted)
+        while self.posted[way] < min(place + 1 + AHEAD, len(self.orders[way])):
+            self.ask(*way, "receive", self.orders[way][self.posted[way]])
+            self.posted[way] += 1
+        return wanted in self.done
+
+
+def needed(action, table):
+    """(who sends it, what) of what a piece of work waits for."""
+    kind, stage, micro, lane = action
+    if kind == "F" and stage:
+        yield table.place[lane][stage - 1], Action("F", stage, micro, lane)
+    if kind in "BI" and stage < table.stages - 1:
+        yield table.place[lane][stage + 1], Action("B", stage, micro, lane)
+
+
+def one_way(source, target):
+    return source, target
+
+
+def stuck(table, group):
+    """Runs every rank; those that do not come to their end."""
+    ends, at, here, moved = Ends(table, group), [0] * table.ranks, set(), True
+    while moved:
+        moved = False
+        for rank, steps in enumerate(table.steps):
+            while at[rank] < len(steps):
+                step = steps[at[rank]]
+                parts = step if isinstance(step, Pair) else (step,)
+                waited = [pair for part in parts for pair in needed(part, table)]
+                if not all(sent in here if who == rank else ends.has((who, rank), sent) for who, sent in waited):
+                    break
+                for part in parts:
+                    sent = message(part, table.stages)
+                    if sent is not None and table.place[sent.lane][sent.stage] == rank:
+                        here.add(sent)
+                    elif sent is not None:
+                        ends.ask(rank, table.place[sent.lane][sent.stage], "send", sent)
+                at[rank], moved = at[rank] + 1, True
+    if not any(at[rank] < len(steps) for rank, steps in enumerate(table.steps)):
+        assert not any(ends.asked.values()), "something was sent and never taken"
+    return [rank for rank, steps in enumerate(table.steps) if at[rank] < len(steps)]
+
+
+@pytest.mark.parametrize(("name", "ranks", "micro"), SIZES)
+def test_nobody_waits_for_ever_where_sends_wait_for_their_receivers(name, ranks, micro):
+    assert stuck(schedule(name, ranks, micro), one_way) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(sorted(SCHEDULES)), ranks=st.integers(1, 7), micro=st.integers(1, 24))
+def test_nor_in_any_other_size(name, ranks, micro):
+    try:
+        table = schedule(name, ranks, micro)
+    except UserError:
+        return
+    assert stuck(table, one_way) == []
+
+
+def test_one_group_for_both_directions_would_hang():
+    """Why each direction has its own: two neighbours that send at the same time would wait for each other."""
+    assert stuck(schedule("dualpipe", 4, 8), lambda source, target: frozenset((source, target)))
+
+
+def test_who_holds_a_stage_together():
+    assert holders(schedule("1f1b", 4, 4)) == [(0, 3)]
+    assert holders(schedule("dualpipe", 4, 8)) == [(0, 3), (1, 2)]
+    assert holders(schedule("dualpipe-v", 4, 8)) == []

@@ -1,0 +1,87 @@
+"""A rank's part of a network, however it is made; forward alone; the whole put together again."""
+
+import pytest
+import torch
+from ranks import on_ranks
+from test_execute import CFG, batch, model_of
+
+from bessemer.errors import UserError
+from bessemer.model.transformer import Transformer
+from bessemer.dist.mesh import Layout, Mesh
+from bessemer.dist.model_shard import Part, assemble, rows_of
+from bessemer.dist import heldout
+
+ODD = CFG.model_copy(update={"moe_inter_dim": 9})  # experts that cannot be drawn one by one
+
+
+def made(rank, cfg, layout, schedule, folder):
+    """(same names, same values) of three ways to make the part, and the whole again."""
+    mesh = Mesh(layout, cfg)
+    cut = Part(Transformer(cfg).initialise(5), mesh, schedule).model.state_dict()
+    fresh = Part.fresh(cfg, mesh, schedule, 5, torch.device("cpu"))
+    read = Part.read(folder, mesh, schedule, torch.device("cpu"))
+    for part in (fresh, read):
+        state = part.model.state_dict()
+        assert list(state) == list(cut)
+        assert all(torch.equal(state[n], t) or n.endswith("bias_E") for n, t in cut.items())
+        assert not any(t.is_meta for t in [*part.model.parameters(), *part.model.buffers()])
+    biases = [t for n, t in read.model.state_dict().items() if n.endswith("bias_E")]
+    assert all(t.abs().sum() > 0 for t in biases), "a directory has routing biases, too"
+    into = Transformer(cfg) if rank != 1 else None
+    assemble(read, into)
+    return None if into is None else {n: t.numpy() for n, t in into.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("cfg", "layout", "schedule"),
+    [(CFG, Layout(2, 1, 2), "1f1b"), (CFG, Layout(2, 1, 1), "dualpipe"), (ODD, Layout(1, 1, 2), "gpipe")],
+    ids=["1f1b", "dualpipe", "odd experts"],
+)
+def test_fresh_read_and_cut_out_are_the_same(cfg, layout, schedule, tmp_path):
+    whole = Transformer(cfg).initialise(5)
+    with torch.no_grad():
+        for gate in whole.gates().values():
+            gate.bias_E.uniform_(-1, 1)
+    whole.save(tmp_path)
+    for found in on_ranks(layout.world, made, cfg, layout, schedule, tmp_path):
+        for name, value in (found or {}).items():
+            assert torch.equal(torch.from_numpy(value), whole.state_dict()[name]), name
+
+
+def held_out(rank, layout, schedule, n):
+    part = Part(model_of(CFG, False), Mesh(layout, CFG), schedule)
+    found = heldout.nats_across(part, [batch(i, False) for i in range(n)])
+    return found, part.model.training, max(float(gate.load_E.sum()) for gate in part.gates.values())
+
+
+@pytest.mark.parametrize(
+    ("layout", "schedule", "n"),
+    [(Layout(2, 1, 1), "1f1b", 3), (Layout(2, 1, 2), "dualpipe", 3), (Layout(2, 1, 1), "zbv", 2),
+     (Layout(1, 4, 1), "gpipe", 2)],
+    ids=lambda value: str(value),
+)  # fmt: skip
+def test_held_out_loss_is_that_of_one_process(layout, schedule, n):
+    nats, tokens = heldout.nats(model_of(CFG, False), [batch(i, False) for i in range(n)])
+    for (theirs, count), training, load in on_ranks(layout.world, held_out, layout, schedule, n):
+        assert theirs == pytest.approx(nats, rel=1e-6) and count == tokens
+        assert training and load == 0, "validation leaves no trace"
+
+
+def test_rows_of_a_step_are_dealt_out_once_and_evenly():
+    for rows, lots, micro in ((8, 2, 3), (7, 3, 2), (64, 4, 4), (3, 2, 4)):
+        dealt = [rows_of(rows, lots, lot, micro) for lot in range(lots)]
+        assert [row for lot in dealt for one in lot for row in one] == list(range(rows))
+        sizes = [len(one) for lot in dealt for one in lot]
+        assert max(sizes) - min(sizes) <= 1 and all(len(lot) == micro for lot in dealt)
+
+
+def too_many_slices(rank):
+    try:
+        Mesh(Layout(2), CFG, slices=4)
+    except UserError as error:
+        return str(error)
+
+
+def test_a_model_with_fewer_layers_than_slices_is_refused():
+    for said in on_ranks(2, too_many_slices):
+        assert "2 pipeline ranks with 4 slices each for" in said and "these fit: pp 1 x dp" in said

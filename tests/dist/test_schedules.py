@@ -1,0 +1,204 @@
+"""Pipeline schedules: complete, free of deadlock, as fast as published, and in torch's order where torch has them."""
+
+import re
+from itertools import pairwise
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.pipelining import schedules as theirs
+
+from bessemer.errors import UserError
+from bessemer.dist import draw
+from bessemer.dist.classic import gpipe, interleaved, one_f_one_b
+from bessemer.dist.dualpipe import dualpipe, dualpipe_v
+from bessemer.dist.schedules import SCHEDULES, schedule
+from bessemer.dist.simulate import Costs, simulate
+from bessemer.dist.table import Action, Pair, Table, check
+from bessemer.dist.zero_bubble import zb1p, zbv
+
+# reference Z.3: P, M, F&B -> makespan, worst idle, held at once, overlapped pairs of ranks h = 0, 1, ...
+PUBLISHED = [
+    (4, 8, 3.0, 26, 2, 5, [3, 3]),
+    (4, 20, 2.5, 54, 1.5, 5, [15, 15]),
+    (8, 20, 3.0, 66, 6, 9, [9, 10, 11, 11]),
+    (8, 20, 2.5, 59, 4.5, 9, [9, 10, 11, 11]),
+    (8, 40, 3.0, 126, 6, 9, [29, 30, 31, 31]),
+    (16, 120, 3.0, 374, 14, 17, [97, 98, 99, 100, 101, 102, 103, 103]),
+]
+
+
+@pytest.mark.parametrize(("P", "M", "pair", "makespan", "idle", "live", "pairs"), PUBLISHED)
+def test_dualpipe_is_as_derived(P, M, pair, makespan, idle, live, pairs):
+    table = dualpipe(P, M)
+    check(table)
+    found = simulate(table, Costs(pair=pair))
+    assert (found.makespan, max(found.idle), max(found.live)) == (makespan, idle, live)
+    assert list(found.pairs) == pairs + pairs[::-1]
+    assert max(found.idle) == (P / 2 - 1) * (pair + 2 - 3 * 1)  # E.6: (P/2 - 1)(F&B + B - 3W)
+
+
+def test_dualpipe_with_other_costs():
+    found = simulate(dualpipe(8, 20), Costs(forward=2, input=2, weight=1, pair=4.5))
+    assert (found.makespan, max(found.idle)) == (108, 13.5)
+
+
+@pytest.mark.parametrize(("R", "M"), [(4, 10), (2, 4), (3, 9), (8, 60)])
+def test_dualpipe_v_is_dualpipe_folded(R, M):
+    table = dualpipe_v(R, M)
+    check(table)
+    folded, whole = simulate(table, Costs(pair=3)), simulate(dualpipe(2 * R, 2 * M), Costs(pair=3))
+    assert folded.makespan == whole.makespan and max(folded.idle) == max(whole.idle)
+    assert folded.live == whole.live[:R] and folded.pairs == whole.pairs[:R]
+
+
+@pytest.mark.parametrize(("P", "M"), [(8, 20), (4, 4), (2, 7), (1, 3)])
+def test_the_classics_have_their_bubbles(P, M):
+    """E.6 for F = I = W = 1: 1F1B (P-1)(F+B), ZB1P (P-1)(F+B-2W); activations of P micro-batches at most."""
+    for make, bubble, live in (
+        (gpipe, 3 * (P - 1), M),
+        (one_f_one_b, 3 * (P - 1), min(P, M)),
+        (zb1p, P - 1, min(P, M)),
+    ):
+        table = make(P, M)
+        check(table)
+        found = simulate(table)
+        assert set(found.idle) == {bubble} and found.makespan == 3 * M + bubble, table.name
+        assert max(found.live) == live, table.name
+
+
+def test_interleaving_divides_the_bubble():
+    for P, M, V in ((4, 8, 2), (4, 8, 3), (8, 24, 2)):
+        table = interleaved(P, M, V)
+        check(table)
+        assert set(simulate(table).idle) == {3 * (P - 1)}, "in units of a slice, which is a V-th of a stage"
+
+
+@pytest.mark.parametrize(("R", "M"), [(4, 8), (8, 20), (4, 7), (2, 3), (1, 1)])
+def test_zbv_is_never_idle_between_its_ends(R, M):
+    table = zbv(R, M)
+    check(table)
+    found = simulate(table)
+    assert set(found.idle) == {R - 1} and max(found.live) <= 2 * R
+    for spans in found.spans:
+        assert all(a.end == b.start for a, b in pairwise(spans))
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(sorted(SCHEDULES)), ranks=st.integers(1, 9), micro=st.integers(1, 40))
+def test_every_table_is_complete_and_ends(name, ranks, micro):
+    try:
+        table = schedule(name, ranks, micro)
+    except UserError as refused:
+        assert name in str(refused) or "interleaved" in str(refused)
+        return
+    check(table)
+    timeline = simulate(table, Costs(1.0, 1.5, 0.7))
+    work = table.per_lane * table.lanes * table.stages * 3.2
+    assert sum(timeline.idle) == pytest.approx(timeline.makespan * ranks - work)
+
+
+# --- torch's tables ----------------------------------------------------------------------------------------------
+
+
+def torch_order(kind, ranks, slices, micro, place):
+    """pipeline_order of one of torch's schedules, for stages that are only numbers."""
+    stages = [
+        SimpleNamespace(
+            num_stages=ranks * slices, group_size=ranks, group_rank=0, stage_index=i, group=None, has_backward=True,
+            device="cpu", is_first=i == 0, is_last=i == ranks * slices - 1, submod=torch.nn.Linear(1, 1),
+            stage_index_to_group_rank=None,
+        )
+        for i, rank in enumerate(place) if rank == 0
+    ]  # fmt: skip
+    orders = kind(stages, micro, loss_fn=lambda *a: 0).pipeline_order
+    return [
+        [re.sub("OVERLAP_F_B", "", str(step)) for step in orders[rank] if step is not None] for rank in range(ranks)
+    ]
+
+
+def like_torch(step):
+    if isinstance(step, Pair):
+        return f"({like_torch(step.forward)};{like_torch(step.backward)})"
+    return f"{step.stage}{step.kind}{step.micro}"
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "sizes"),
+    [
+        (interleaved, theirs.ScheduleInterleaved1F1B, [(4, 8), (2, 6), (3, 9)]),
+        (zbv, theirs.ScheduleZBVZeroBubble, [(4, 8), (3, 12), (2, 4)]),
+        (dualpipe_v, theirs.ScheduleDualPipeV, [(4, 8), (3, 10), (2, 4)]),
+    ],
+    ids=["interleaved", "zbv", "dualpipe-v"],
+)
+def test_torch_has_the_same_order(make, kind, sizes):
+    for ranks, micro in sizes:
+        table = make(ranks, micro)
+        expected = torch_order(kind, ranks, 2, micro, table.place[0])
+        assert [[like_torch(step) for step in steps] for steps in table.steps] == expected
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "micro", "words"),
+    [
+        ("dualpipe", 5, 20, "even number of pipeline ranks, is 5; use 6"),
+        ("dualpipe", 4, 6, "8 at least, is 6; use 8"), ("dualpipe", 4, 11, "is 11; use 12"),
+        ("dualpipe-v", 4, 7, "8 micro-batches at least, is 7"), ("zbv", 4, 6, "7 micro-batches at least"),
+        ("interleaved", 4, 10, "multiples of 4, is 10; use 12"), ("1f1b", 0, 4, "at least one rank"),
+        ("dualpip", 4, 8, 'did you mean "dualpipe"'), ("best", 4, 8, "there are: gpipe, 1f1b"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(name, ranks, micro, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        schedule(name, ranks, micro)
+
+
+def test_broken_tables_are_found():
+    good = one_f_one_b(2, 2)
+
+    def changed(*steps):
+        return Table("x", good.stages, good.place, good.micro, steps)
+
+    first, last = good.steps
+    with pytest.raises(AssertionError, match="micro-batch 1 of lane 0: F"):
+        check(changed(first[:-1], last))
+    with pytest.raises(AssertionError, match="twice"):
+        check(changed((*first, first[-1]), last))
+    with pytest.raises(AssertionError, match="not rank 1's"):
+        check(changed(first[:-1], (*last, first[-1])))
+    with pytest.raises(AssertionError, match="for ever"):
+        check(changed(first, tuple(reversed(last))))
+    with pytest.raises(AssertionError, match="Pair"):
+        check(changed((Pair(first[-1], first[0]), *first[1:-1]), last))
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------
+
+
+def test_the_text_is_the_timeline():
+    table = zb1p(3, 4)
+    lines = draw.text(simulate(table)).splitlines()
+    assert [line.split()[0] for line in lines] == ["0", "1", "2"] and len({len(line.rstrip()) for line in lines}) == 1
+    words = [re.findall(r"[FBIW]\d+", line) for line in lines]
+    assert words == [[draw.said(step) for step in steps] for steps in table.steps]
+    assert draw.said(Pair(Action("F", 0, 3), Action("B", 3, 1, 1))) == "F3&b1"
+    assert "idle at most 2 a rank" in draw.summary(table, simulate(table))
+
+
+def test_the_svg_has_every_piece_of_work_in_its_place():
+    table = dualpipe(4, 8)
+    timeline = simulate(table)
+    tree = ElementTree.fromstring(draw.svg(table, timeline))
+    titles = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}title")]
+    assert sorted(titles) == sorted(
+        f"{draw.said(span.step)}: {span.start:g} to {span.end:g}" for row in timeline.spans for span in row
+    )
+    boxes = [element for element in tree.iter("{http://www.w3.org/2000/svg}rect") if "x" in element.attrib]
+    assert max(float(box.attrib["x"]) + float(box.attrib["width"]) for box in boxes) <= 1600

@@ -1,0 +1,213 @@
+"""Checkpoints of many ranks: saved under one layout, gone on with under another, and again; damage and refusals."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from test_across import CFG, LR, across, at_home, batches, model_of, settings, update
+
+from bessemer.errors import UserError
+from bessemer.hf import hub
+from bessemer.dist.mesh import Layout
+from bessemer.dist import consolidate, sharded_checkpoint
+from bessemer.train import checkpoint
+from bessemer.train.objective import next_token
+from bessemer.train.trainer import Trainer
+
+ALL = 8
+"""Micro-batches of a step, of all ranks together."""
+
+
+def steps_of(rank, name, layout, first, last, folder, ema=0.0):
+    """Steps `first` to `last` under a layout, saved at the end; from the newest checkpoint if `first` is not 0."""
+    micro = ALL // (layout.dp * layout.ep)
+    training = across(layout, name, state_dir=folder, ema_decay=ema)
+    assert training.start() == (first > 0) and training.step == first
+    norms = [update(training, step, micro)["train/grad_norm"] for step in range(first, last)]
+    training.save()
+    training.finish()
+    return norms
+
+
+def alone(first, last, folder, ema=0.0):
+    """The same on one process."""
+    said = []
+    trainer = Trainer(
+        model_of(CFG), next_token, None, settings(ema_decay=ema), folder, config=CFG.model_dump(), warn=said.append
+    )
+    assert trainer.start() == (first > 0) and trainer.step == first
+    norms = [trainer.update(batches(step, 0, ALL))["train/grad_norm"] for step in range(first, last)]
+    trainer.save()
+    return norms, trainer
+
+
+def test_saved_under_one_layout_and_gone_on_with_under_others(tmp_path):
+    """Pipeline and experts, then DualPipe, then data alone, then one process: norms, weights, moments, moving averages
+    and routing biases are those of one process that never stopped."""
+    parts = [
+        ("1f1b", Layout(2, 1, 2), 0, 1), ("dualpipe", Layout(2, 1, 1), 1, 2), ("gpipe", Layout(1, 2, 2), 2, 3),
+    ]  # fmt: skip
+    found = []
+    for name, layout, first, last in parts:
+        norms = on_ranks(layout.world, steps_of, name, layout, first, last, tmp_path, 0.5)
+        assert all(theirs == norms[0] for theirs in norms)
+        found += norms[0]
+    norms, ended = alone(3, 4, tmp_path, 0.5)
+    trainer, values = at_home(1, ALL, ema_decay=0.5)
+    assert found + norms == pytest.approx([v["train/grad_norm"] for v in values], rel=1e-4)
+    weights, state = trainer.optimizer.masters(), trainer.optimizer.state_dict()
+    for name, value in ended.optimizer.masters().items():
+        assert (value - weights[name]).abs().max() < 0.1 * LR, name
+    for name, value in ended.optimizer.state_dict().items():
+        if name.startswith(("m/", "ema/")):
+            assert (value - state[name]).norm() <= 1e-3 * value.norm() + 1e-9, name
+    for name, gate in trainer.gates.items():
+        assert torch.equal(ended.gates[name].bias_E, gate.bias_E), name
+
+
+def test_what_one_process_saved_many_go_on_with(tmp_path):
+    norms, _ = alone(0, 2, tmp_path)
+    (more, _) = on_ranks(2, steps_of, "1f1b", Layout(2, 1, 1), 2, 4, tmp_path)
+    _, values = at_home(1, ALL)
+    assert norms + more == pytest.approx([v["train/grad_norm"] for v in values], rel=1e-4)
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000002", "step-00000004"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_directory_out_of_a_checkpoint(tmp_path, dtype):
+    """Bit for bit what one process with these masters writes."""
+    on_ranks(4, steps_of, "1f1b", Layout(2, 1, 2), 0, 1, tmp_path / "state", 0.5)
+    path = tmp_path / "state" / "step-00000001"
+    consolidate.export(path, CFG, tmp_path / "model", dtype=dtype)
+    consolidate.export(path, CFG, tmp_path / "ema", kind="ema", dtype=dtype)
+    trainer = Trainer(model_of(CFG), next_token, None, settings(dtype, ema_decay=0.5), tmp_path / "state",
+                      config=CFG.model_dump())  # fmt: skip
+    trainer.start()
+    for folder, wanted in (("model", trainer.model.state_dict()), ("ema", None)):
+        if wanted is None:
+            with trainer.optimizer.averaged():
+                wanted = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        state = hub.load(tmp_path / folder).state_dict()
+        assert all(
+            torch.equal(state[name], value) and state[name].dtype == value.dtype for name, value in wanted.items()
+        )
+    assert not torch.equal(hub.load(tmp_path / "ema").head.weight, hub.load(tmp_path / "model").head.weight)
+
+
+def other_model(rank, folder):
+    try:
+        across(Layout(), "gpipe", CFG.model_copy(update={"route_scale": 1.0}), state_dir=folder).start()
+    except UserError as error:
+        return str(error)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    on_ranks(1, steps_of, "gpipe", Layout(), 0, 1, tmp_path)
+    (said,) = on_ranks(1, other_model, tmp_path)
+    assert "route_scale is 1.0 in this run but 2.5 in the checkpoint" in said
+
+
+def some(rank, folder, names):
+    saver = sharded_checkpoint.Saver(folder, {}, 2)
+    saver.save(1, {name: torch.full((2, 3), float(len(name))) for name in names[rank]}, {"step": 1, "updates": 1})
+    saver.finish()
+
+
+def test_experts_are_stacked_again(tmp_path):
+    names = [["model/a", "model/e.experts.w/1"], ["model/c", "model/e.experts.w/0"], []]
+    on_ranks(3, some, tmp_path, names)
+    path = tmp_path / "step-00000001"
+    assert sorted(file.name for file in path.glob("rank-*")) == ["rank-00000.safetensors", "rank-00001.safetensors"]
+    assert sharded_checkpoint.Source(path).places.keys() == {name for mine in names for name in mine}
+    whole = sharded_checkpoint.read(path).tensors["model"]
+    assert whole["e.experts.w"].shape == (2, 2, 3) and whole["a"].shape == (2, 3)
+    with pytest.raises(UserError, match="has no model/z; it belongs to another model"):
+        sharded_checkpoint.Source(path).read(["model/z"])
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    on_ranks(2, some, tmp_path, [["model/a"], ["model/b"]])
+    path = tmp_path / "step-00000001"
+    file = next(file for file in path.glob("rank-*") if b"model/b" in file.read_bytes())
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert sharded_checkpoint.Source(path).read(["model/a"])["model/a"].shape == (2, 3), "what it does not need it does not read"
+    with pytest.raises(checkpoint.Damaged, match=rf"{file.name} does not match its checksum"):
+        sharded_checkpoint.Source(path).read(["model/b"])
+    (path / "manifest.json").write_text("{}")
+    with pytest.raises(checkpoint.Damaged, match=r"manifest.json"):
+        sharded_checkpoint.Source(path)
+
+
+def damaged(rank, layout, folder):
+    said = []
+    training = across(layout, "1f1b", state_dir=folder, warn=said.append)
+    training.start()
+    return training.step, said
+
+
+def test_damage_that_one_rank_meets_sends_all_to_the_checkpoint_before(tmp_path):
+    for first, last in ((0, 1), (1, 2)):
+        on_ranks(2, steps_of, "1f1b", Layout(2, 1, 1), first, last, tmp_path)
+    file = tmp_path / "step-00000002" / "rank-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    for step, said in on_ranks(2, damaged, Layout(2, 1, 1), tmp_path):
+        assert step == 1 and "rank-00001.safetensors does not match its checksum" in said[0]
+
+
+def failing(rank, folder):
+    """Rank 1 alone finds its disk full; what is copied is what is saved, whatever happens to the tensors then."""
+    write = sharded_checkpoint.write_tensors
+
+    def full(path, tensors):
+        if dist.get_rank() == 1:
+            raise OSError(28, "No space left on device")
+        return write(path, tensors)
+
+    sharded_checkpoint.write_tensors = full
+    saver = sharded_checkpoint.Saver(folder, {}, 2)
+    saver.save(2, {f"model/{rank}": torch.ones(3)}, {})
+    try:
+        saver.finish()
+    except UserError as error:
+        return str(error)
+    return "saved"
+
+
+def test_a_rank_that_cannot_write_makes_it_fail_on_all(tmp_path):
+    on_ranks(2, some, tmp_path, [["model/a"], ["model/b"]])
+    said = on_ranks(2, failing, tmp_path)
+    assert said[0] == said[1] and "rank 1 cannot write: No space left on device" in said[0]
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000001"]
+    on_ranks(2, some, tmp_path, [["model/a"], ["model/b"]])  # what was left behind is swept away
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def in_the_background(rank, folder):
+    """A step goes on while a checkpoint is written, and changes nothing in it."""
+    write = sharded_checkpoint.write_tensors
+
+    def slow(path, tensors):
+        time.sleep(0.5 * (rank == 0 and "00000001" in str(path)))
+        return write(path, tensors)
+
+    sharded_checkpoint.write_tensors = slow
+    training = across(Layout(1, 2, 1), "gpipe", state_dir=folder)
+    update(training, 0, 4)
+    before = {name: value.clone() for name, value in training.optimizer.masters().items()}
+    training.save()
+    update(training, 1, 4)
+    training.save()  # waits for the first
+    training.finish()
+    assert sharded_checkpoint.Source(folder / "step-00000002").updates == 2
+    saved = sharded_checkpoint.read(folder / "step-00000001").tensors["model"]
+    return all(torch.equal(saved[name], value) for name, value in before.items())
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    assert on_ranks(2, in_the_background, tmp_path) == [True, True]

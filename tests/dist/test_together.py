@@ -1,0 +1,45 @@
+"""Samples that several ranks draw together are those of one process, in order."""
+
+import pytest
+import torch
+from ranks import on_ranks
+
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine.engine import Engine
+from bessemer.model.presets import preset
+from bessemer.model.transformer import Transformer
+from bessemer.dist.ranks import Ranks
+from bessemer.rl.sampler import Here
+from bessemer.rl.rank_samplers import Dealt, Led
+
+ASKED = {"samples": 3, "seeds": [5, 6, 7], "max_new_tokens": 6, "temperature": 1.0, "batch_rows": 2}
+PROMPTS = ["one fox", "two", "a crow and a ring"]
+
+
+def engine():
+    tokenizer = Tokenizer.train(["one fox saw a crow", "two rings and a crow", "an old man lost a ring"] * 20, 300)
+    shape = {"vocab_size": tokenizer.vocab_size, "dim": 32, "inter_dim": 48, "moe_inter_dim": 16, "n_heads": 2}
+    return Engine(Transformer(preset("tiny", **shape)).initialise(1).eval(), tokenizer)
+
+
+def texts(groups):
+    return [[completion.text for completion in group] for group in groups]
+
+
+def drawn(rank, kind):
+    ranks, calls = Ranks(None, rank, 2, torch.device("cpu")), []
+    made = engine()
+    if kind == "dealt":
+        sampler = Dealt(made, lambda: calls.append(rank), ranks)
+    else:
+        sampler = Led(Here(made) if rank == 0 else None, made.tokenizer, lambda: calls.append(rank), ranks)
+    answer = sampler.policy().submit(PROMPTS, **ASKED)
+    return texts(answer.take()), calls
+
+
+@pytest.mark.parametrize("kind", ["dealt", "led"])
+def test_all_ranks_have_the_samples_of_one_process(kind):
+    wanted = texts(engine().generate(PROMPTS, **ASKED))
+    assert len({text for group in wanted for text in group}) > 4
+    for rank, (found, calls) in enumerate(on_ranks(2, drawn, kind)):
+        assert found == wanted and calls == [rank], "the weights were refreshed once"

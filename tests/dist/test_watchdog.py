@@ -1,0 +1,80 @@
+"""Who waits for whom, in words, and the watch that says it."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from bessemer.dist import watchdog
+from bessemer.dist.watchdog import _Doing, told
+
+NOW = 1000.0
+
+
+def words(others, ranks=(0, 1, 2), timeout=100.0):
+    return told(0, _Doing("tokens", ranks, NOW - 120), 7, [None, *others], NOW, timeout)
+
+
+@pytest.mark.parametrize(
+    ("others", "wanted"),
+    [
+        ([[NOW - 300, 6, "working", None, NOW - 310], [NOW - 1, 7, "tokens", [0, 1], NOW - 90]],
+         "rank 1 has given no sign of life for 300 s, last in step 6 (working)"),
+        ([[NOW - 1, 7, "working", None, NOW - 110], [NOW - 1, 7, "tokens", [0, 1], NOW - 90]],
+         "rank 1 has been in step 7 (working) for 110 s"),
+        ([None, [NOW - 1, 7, "tokens", [0, 1], NOW - 90]], "rank 1 never gave a sign of life"),
+        ([[NOW - 1, 7, "loads", [0, 2], NOW - 90], [NOW - 1, 7, "tokens", [0, 1, 2], NOW - 90]],
+         "all others wait, too: rank 1 for loads of ranks 0, 2; rank 2 for tokens of ranks 0, 1"),
+    ],
+    ids=["silent", "busy", "never", "all wait"],
+)  # fmt: skip
+def test_what_is_said(others, wanted):
+    said = words(others)
+    assert said.startswith("rank 0 has waited 120 s for tokens of ranks 1, 2 in step 7; ") and wanted in said
+
+
+def test_threads_wait_side_by_side():
+    """An exchange beside the computation, begun later and ended earlier or later: what is left is right."""
+    inside, out = threading.Event(), threading.Event()
+
+    def exchange():
+        with watchdog.waiting("exchange", [1]):
+            inside.set()
+            out.wait(10)
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    inside.wait(10)
+    with watchdog.waiting("activations", range(3)):
+        assert watchdog._Mine.doing().what == "exchange", "the longest"
+        out.set()
+        thread.join()
+        assert watchdog._Mine.doing().what == "activations"
+    assert watchdog._Mine.doing().ranks is None
+    with watchdog.waiting("outer", [1]):
+        with watchdog.waiting("inner", [2]):
+            assert watchdog._Mine.doing().what == "inner"
+        assert watchdog._Mine.doing().what == "outer"
+    with pytest.raises(OSError), watchdog.waiting("x", [1]):
+        raise OSError
+    assert watchdog._Mine.doing().ranks is None
+
+
+WAITS = """
+import sys, time
+import torch.distributed as dist
+from bessemer.dist import watchdog
+watchdog.Watch(dist.HashStore(), 0, 2, 1.0)
+watchdog.at(3)
+with watchdog.waiting("the figures of the step", range(2)):
+    time.sleep(30)
+"""
+
+
+def test_a_rank_that_waits_too_long_says_so_and_ends():
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == watchdog.EXIT and time.monotonic() - began < 25
+    assert "rank 0 has waited 1 s for the figures of the step of rank 1 in step 3; rank 1 never gave" in done.stderr

@@ -1,0 +1,63 @@
+"""Compiled steps: the plain step's numbers, whatever the batch looks like, and nothing compiled twice."""
+
+import pytest
+import torch
+
+from bessemer.engine import compiled, kv_cache
+from bessemer.engine.compiled import Compiled
+from bessemer.engine.engine import Engine
+from bessemer.errors import UserError
+from bessemer.model.transformer import Transformer
+
+compiles = pytest.mark.skipif(compiled.cpp_compiler() is None, reason="torch.compile needs a C++ compiler")
+
+
+@pytest.fixture
+def engine(cfg, tokenizer):
+    """Two layers, one of each kind: graphs of more would take longer to compile and show no more."""
+    return Engine(Transformer(cfg.model_copy(update={"n_layers": 2})).initialise(3), tokenizer)
+
+
+@pytest.fixture
+def fast(engine):
+    """The same model with compiled steps."""
+    return Engine(engine.model, engine.tokenizer, compile=True)
+
+
+def agree(plain, fast, prompts, **options):
+    options = dict(max_new_tokens=40, stop_ids=[], seed=3) | options
+    for (one,), (other,) in zip(plain.generate(prompts, **options), fast.generate(prompts, **options), strict=True):
+        assert one.tokens == other.tokens
+        torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=0, atol=2e-5)
+        assert one.routing is None or torch.equal(one.routing, other.routing)
+
+
+@compiles
+@pytest.mark.timeout(600)
+def test_compiled_steps_say_the_same(engine, fast, prompts, monkeypatch):
+    agree(engine, fast, prompts[:1], temperature=0.0)
+    agree(engine, fast, prompts[:5], record_routing=True)
+    agree(engine, fast, prompts[:1], temperature=0.0, drafts=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_cache, "BLOCK_BYTES", 1)  # no two rows fit: attention goes row by row
+        agree(engine, fast, prompts[:4], record_routing=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):  # other sizes, the same graphs
+        agree(engine, fast, [prompts[2]], max_new_tokens=90)
+        agree(engine, fast, prompts, max_new_tokens=70)
+        with torch.no_grad():
+            engine.model.head.weight.mul_(0.5)  # weights are read where they lie
+        agree(engine, fast, prompts[:3])
+
+
+def test_too_many_tokens_take_the_plain_step(engine, fast, prompts, monkeypatch):
+    monkeypatch.setattr(fast.compiled, "most_tokens", 1)
+    monkeypatch.setattr(Compiled, "__call__", lambda *_: pytest.fail("went through the compiled step"))
+    agree(engine, fast, prompts[:2])
+
+
+def test_what_cannot_be_compiled_is_said(engine, monkeypatch):
+    with pytest.raises(UserError, match="this family"):
+        Compiled(torch.nn.Linear(1, 1), 300)
+    monkeypatch.setattr(compiled, "cpp_compiler", lambda: None)
+    with pytest.raises(UserError, match=r"C\+\+ compiler"):
+        Engine(engine.model, engine.tokenizer, compile=True)

@@ -1,0 +1,253 @@
+"""The engine: what it generates, that batching never shows, and that the model is left as it was."""
+
+import math
+from itertools import chain
+
+import pytest
+import torch
+
+from bessemer.engine import batch, reference
+from bessemer.engine import engine as engine_module
+from bessemer.engine import prefill as prefill_module
+from bessemer.engine.engine import Engine
+from bessemer.engine.request import Request
+from bessemer.errors import UserError
+
+
+def tokens(results):
+    return [[completion.tokens for completion in group] for group in results]
+
+
+@torch.no_grad()
+def test_greedy_equals_the_plain_decoder(engine, tokenizer, prompts):
+    found = engine.generate(prompts, max_new_tokens=12, temperature=0, stop_ids=[])
+    expected = [[reference.greedy(engine.model, prompt, 12, tokenizer.vocab_size)] for prompt in prompts]
+    assert tokens(found) == expected
+
+
+@pytest.mark.parametrize("temperature", [0, 0.6, 1.0])
+@torch.no_grad()
+def test_logprobs_equal_the_trainers(engine, prompts, temperature):
+    """1e-5 absolute: float32 sums in another order differ by a few 1e-6 here."""
+    found = engine.generate(prompts, samples=3, max_new_tokens=25, temperature=temperature, seed=4)
+    worst = 0.0
+    for prompt, group in zip(prompts, found, strict=True):
+        for c in group:
+            for logp, t in ((c.logprobs, temperature or 1.0), (c.raw_logprobs, 1.0)):
+                expected = reference.logprobs(engine.model, prompt, c.tokens, t)
+                worst = max(worst, float((torch.tensor(logp) - expected).abs().max()))
+    assert worst < 1e-5
+
+
+def test_cuts_do_not_change_what_a_token_counts(engine, prompts):
+    (c,) = engine.generate(prompts[3:4], max_new_tokens=20, top_p=0.5, top_k=7)[0]
+    expected = reference.logprobs(engine.model, prompts[3], c.tokens)
+    assert torch.allclose(torch.tensor(c.logprobs), expected, atol=1e-5, rtol=0)
+
+
+def test_a_sample_is_the_same_in_every_company(engine, prompts):
+    options = {"samples": 4, "max_new_tokens": 30, "seed": 11, "top_p": 0.95}
+    together = tokens(engine.generate(prompts, **options))
+    assert tokens(engine.generate(prompts, batch_rows=3, **options)) == together
+    assert tokens(engine.generate(prompts[::-1], **options))[::-1] == together
+    assert [tokens(engine.generate([p], **options))[0] for p in prompts] == together
+    fewer = tokens(engine.generate(prompts, **{**options, "samples": 2}))
+    assert fewer == [group[:2] for group in together]
+    assert tokens(engine.generate(prompts, **{**options, "seed": 12})) != together
+
+
+def test_samples_differ_and_a_repeated_prompt_goes_on_counting(engine, prompts):
+    four = tokens(engine.generate(prompts[4:5], samples=4, max_new_tokens=8, stop_ids=[]))[0]
+    assert len({tuple(row) for row in four}) == 4
+    pairs = tokens(engine.generate([prompts[4], prompts[5], prompts[4]], samples=2, max_new_tokens=8, stop_ids=[]))
+    assert pairs[0] + pairs[2] == four
+
+
+def test_seeds_name_the_streams(engine, prompts):
+    options = {"samples": 2, "max_new_tokens": 8, "stop_ids": []}
+    two = tokens(engine.generate(prompts[4:6], seeds=[7, 8], **options))
+    assert tokens(engine.generate(prompts[4:6][::-1], seeds=[8, 7], seed=99, **options))[::-1] == two
+    assert tokens(engine.generate([prompts[4]] * 2, seeds=[7, 7], **options)) == [two[0]] * 2
+
+
+def test_stop_ids_and_lengths(engine, tokenizer, prompts):
+    found = engine.generate(prompts, samples=8, max_new_tokens=40, seed=2, stop_ids=list(range(3, 12)))
+    reasons = set()
+    for prompt, group in zip(prompts, found, strict=True):
+        for c in group:
+            assert c.prompt_tokens == len(prompt) and len(c.logprobs) == len(c.raw_logprobs) == len(c.tokens)
+            assert not set(c.tokens[:-1]) & set(range(3, 12))
+            stopped = c.tokens[-1] in range(3, 12)
+            assert c.finish_reason == ("stop" if stopped else "length") and (stopped or len(c.tokens) == 40)
+            assert c.text == tokenizer.decode(c.tokens)
+            reasons.add(c.finish_reason)
+    assert reasons == {"stop", "length"}
+
+
+def test_default_stop_is_the_end_of_text(engine, tokenizer, prompts):
+    free = engine.generate(prompts, samples=16, max_new_tokens=60, seed=3, stop_ids=[])
+    stopped = engine.generate(prompts, samples=16, max_new_tokens=60, seed=3)
+    ended = 0
+    for a, b in zip(chain(*free), chain(*stopped), strict=True):
+        cut = a.tokens.index(tokenizer.eos_id) + 1 if tokenizer.eos_id in a.tokens else 60
+        assert b.tokens == a.tokens[:cut] and b.finish_reason == ("stop" if cut < 60 else "length")
+        ended += cut < 60
+    assert ended > 5
+
+
+def test_sequences_end_at_the_models_longest(engine, cfg):
+    almost = [5] * (cfg.max_seq_len - 3)
+    long, short = engine.generate([almost, [5]], max_new_tokens=9, stop_ids=[])
+    assert len(long[0].tokens) == 3 and long[0].finish_reason == "length" and len(short[0].tokens) == 9
+
+
+def test_stop_strings_end_a_row_at_once_and_are_cut_off(engine, tokenizer, prompts):
+    free = [group[0] for group in engine.generate(prompts, max_new_tokens=40, temperature=0, stop_ids=[])]
+    texts = (tokenizer.decode(c.tokens[n : n + 2]) for c in free for n in range(9, 38))
+    needle = next(text[-2:] for text in texts if len(text) > 1 and text.isascii())  # over the seam of two tokens
+    found = engine.generate(prompts, max_new_tokens=40, temperature=0, stop_ids=[], stop_strings=["never ever", needle])
+    hits = 0
+    for before, (c,) in zip(free, found, strict=True):
+        if needle in before.text:
+            first = next(n for n in range(41) if needle in tokenizer.decode(before.tokens[:n]))
+            assert c.tokens == before.tokens[:first] and c.finish_reason == "stop"
+            assert c.text == before.text[: before.text.find(needle)]
+            hits += 1
+        else:
+            assert (c.tokens, c.text, c.finish_reason) == (before.tokens, before.text, before.finish_reason)
+    assert hits >= 1
+
+
+def test_text_prompts_begin_with_bos(engine, tokenizer):
+    ids = [tokenizer.bos_id, *tokenizer.encode("the fox")]
+    as_text, as_ids = engine.generate(["the fox", ids], max_new_tokens=6, seeds=[1, 1])
+    assert as_text == as_ids and as_text[0].prompt_tokens == len(ids)
+    assert engine.generate([""], max_new_tokens=2)[0][0].prompt_tokens == 1
+
+
+def test_one_prefill_per_distinct_prompt(engine, prompts, monkeypatch):
+    seen = []
+    inner = prefill_module.prefill
+    monkeypatch.setattr(
+        prefill_module, "prefill", lambda m, c, parts, t: seen.append([p.end for p in parts]) or inner(m, c, parts, t)
+    )
+    one = tokens(engine.generate([prompts[5], prompts[6], prompts[5]], samples=5, max_new_tokens=3))
+    assert seen == [[len(prompts[5]), len(prompts[6])]]
+    seen.clear()
+    monkeypatch.setattr(prefill_module, "PREFILL_TOKENS", 20)
+    assert tokens(engine.generate([prompts[5], prompts[6], prompts[5]], samples=5, max_new_tokens=3)) == one
+    assert seen == [[len(prompts[5])], [len(prompts[6])]]
+
+
+def test_finished_rows_leave_the_batch(engine, prompts, monkeypatch):
+    seen = []
+    inner = batch.step
+    monkeypatch.setattr(
+        batch, "step", lambda m, t, p, c, *rest: seen.append((len(t), c.rows)) or inner(m, t, p, c, *rest)
+    )
+    found = engine.generate(prompts, samples=8, max_new_tokens=30, stop_ids=list(range(3, 20)))
+    lengths = [len(c.tokens) for group in found for c in group]
+    assert seen == [(sum(n > s for n in lengths),) * 2 for s in range(1, max(lengths))]
+
+
+def test_the_model_is_left_as_it_was(engine, prompts):
+    """Modes, loads, weights; and the rotary table must still serve training, which an inference tensor cannot."""
+    model = engine.model
+    model.train()
+    model.layers[1].ffn.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = set()
+    engine.generate(prompts, max_new_tokens=5, on_tokens=lambda _: modes.update(m.training for m in model.modules()))
+    assert modes == {False}
+    assert model.training and not model.layers[1].ffn.training and model.layers[1].attn.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(not gate.load_E.any() for gate in model.gates().values())
+    model(torch.tensor([[5, 6, 7]])).sum().backward()
+    assert model.layers[1].attn.wkv_a.weight.grad is not None
+
+
+def test_the_mode_comes_back_after_an_interrupt(engine, prompts):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    engine.model.train()
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompts, on_tokens=interrupt)
+    assert engine.model.training
+
+
+def test_on_tokens_streams_every_token_in_order(engine, prompts):
+    streamed = {}
+
+    def take(drawn):
+        for prompt, sample, token in drawn:
+            streamed.setdefault((prompt, sample), []).append(token)
+
+    found = engine.generate(prompts, samples=2, max_new_tokens=15, batch_rows=5, on_tokens=take)
+    assert streamed == {(p, s): c.tokens for p, group in enumerate(found) for s, c in enumerate(group)}
+
+
+def test_updated_weights_are_used_at_once(engine, prompts):
+    before = tokens(engine.generate(prompts, max_new_tokens=8, temperature=0))
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.mul_(-1.5)
+    after = tokens(engine.generate(prompts, max_new_tokens=8, temperature=0))
+    assert after != before and after == tokens(
+        Engine(engine.model, engine.tokenizer).generate(prompts, max_new_tokens=8, temperature=0)
+    )
+
+
+def test_bfloat16_generates(engine, prompts):
+    engine.model.to_compute(torch.bfloat16)
+    found = engine.generate(prompts, max_new_tokens=6)
+    assert all(math.isfinite(x) for (c,) in found for x in c.logprobs)
+
+
+def test_no_prompts_no_completions(engine):
+    assert engine.generate([]) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([[3] * 160],), "prompt 0 has 160 tokens.*max_seq_len 160"), (([[3], []],), "prompt 1 is empty"),
+        (([[3, 305]],), "token id 305.*vocabulary of 305"), (([[-1]],), "token id -1"), (("hello",), "must be a list"),
+        (([[3]], {"temperature": -1.0}), "temperature"), (([[3]], {"top_p": float("nan")}), "top_p"),
+        (([[3]], {"samples": 0}), "samples"), (([[3]], {"max_new_tokens": 0}), "max_new_tokens"),
+        (([[3]], {"batch_rows": 0}), "batch_rows"), (([[3]], {"seeds": [1, 2]}), "2 entries for 1 prompts"),
+        (([[3]], {"stop_strings": "stop"}), "list of strings"), (([[3]], {"stop_strings": [""]}), "at least one char"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_explained(engine, arguments, message):
+    prompts, options = (*arguments, {})[:2]
+    with pytest.raises(UserError, match=message):
+        engine.generate(prompts, **options)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(engine, tokenizer):
+    engine.model.cfg = engine.model.cfg.model_copy(update={"vocab_size": tokenizer.vocab_size - 1})
+    with pytest.raises(UserError, match="do not belong together"):
+        Engine(engine.model, tokenizer)
+
+
+def test_broken_weights_name_the_step(engine, prompts, monkeypatch):
+    inner = batch.step
+
+    def overflow(model, token, position, cache, trace):
+        logits = inner(model, token, position, cache, trace)
+        return logits.index_fill(0, torch.tensor([1]), float("nan")) if int(position.min()) == 7 else logits
+
+    monkeypatch.setattr(batch, "step", overflow)
+    with pytest.raises(UserError, match=r"not finite for 1 of 3 rows at generated token 4"):
+        engine.generate([prompts[2]], samples=3, max_new_tokens=9, stop_ids=[])
+    with torch.no_grad():
+        engine.model.head.weight[5] = float("inf")
+    with pytest.raises(UserError, match="generated token 1"):
+        engine.generate(prompts, temperature=0)
+
+
+def test_prompts_stay_whole_where_they_fit(engine):
+    samples = engine._samples([(3,), (4,), (5,)], 4, 0, None, Request)
+    assert [len(part) for part in engine_module._batches(samples, 10)] == [8, 4]
+    assert [len(part) for part in engine_module._batches(samples, 3)] == [3, 1, 3, 1, 3, 1]

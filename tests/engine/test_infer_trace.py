@@ -1,0 +1,75 @@
+"""What the engine records of its routing: every token that was fed, in every sparse layer, whatever the batching."""
+
+import pytest
+import torch
+
+from bessemer.engine import prefill
+from bessemer.engine.engine import Engine
+from bessemer.errors import UserError
+from bessemer.model.transformer import Transformer
+from bessemer.workers import Workers
+
+OPTIONS = dict(samples=3, max_new_tokens=20, seed=4, stop_ids=list(range(3, 20)))
+
+
+@torch.no_grad()
+def whole(model, ids):
+    """What the network chooses when it reads all of it at once, [T, L, K]."""
+    x, found = model.embed(torch.tensor([ids])), []
+    for layer in model.layers:
+        attended = layer.attend(x, model.rope_table(len(ids)))
+        if attended.routing is not None:
+            found.append(attended.routing.expert_NK)
+        x = layer.feed_forward(attended)
+    return torch.stack(found, 1)
+
+
+def records(groups):
+    return [c.routing for group in groups for c in group]
+
+
+def test_every_fed_token_has_its_experts(engine, prompts):
+    """One whole pass in another order of sums: scores closer than 1e-6 may swap places, nothing else."""
+    model, cfg = engine.model.eval(), engine.model.cfg
+    same = total = 0
+    lengths = set()
+    for prompt, group in zip(prompts, engine.generate(prompts, record_routing=True, **OPTIONS), strict=True):
+        for c in group:
+            fed = [*prompt, *c.tokens[:-1]]
+            assert c.routing.dtype == torch.uint8 and c.routing.is_contiguous()
+            assert c.routing.shape == (len(fed), cfg.n_layers - cfg.n_dense_layers, cfg.n_activated_experts)
+            equal = c.routing.sort(-1).values == whole(model, fed).sort(-1).values
+            same, total = same + int(equal.all(-1).sum()), total + equal[..., 0].numel()
+            lengths.add(len(c.tokens))
+    assert same / total > 0.999 and {1, 20} <= lengths, "rows of one token, which feed none, and of all"
+
+
+def test_recording_changes_nothing(engine, prompts):
+    assert engine.generate(prompts, record_routing=True, **OPTIONS) == engine.generate(prompts, **OPTIONS)
+    assert all(c.routing is None for group in engine.generate(prompts, **OPTIONS) for c in group)
+
+
+def test_records_do_not_depend_on_batches_or_processes(engine, prompts, monkeypatch):
+    expected = records(engine.generate(prompts, record_routing=True, **OPTIONS))
+    apart = records(Engine(engine.model, engine.tokenizer, Workers(2)).generate(
+        prompts, record_routing=True, batch_rows=4, **OPTIONS))  # fmt: skip
+    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 20)
+    alone = records(engine.generate(prompts, record_routing=True, **OPTIONS))
+    for found in (apart, alone):
+        assert [record.shape for record in found] == [record.shape for record in expected]
+        equal = torch.cat([(a == b).all(-1).flatten() for a, b in zip(found, expected, strict=True)])
+        assert equal.float().mean() > 0.999
+
+
+def test_many_experts_take_two_bytes(cfg, tokenizer):
+    many = cfg.model_copy(update={"n_routed_experts": 300, "moe_inter_dim": 4, "n_expert_groups": 1,
+                                  "n_limited_groups": 1})  # fmt: skip
+    model = Transformer(many).initialise(0)
+    (((c,),)) = Engine(model, tokenizer).generate([[3, 4, 5]], max_new_tokens=30, stop_ids=[], record_routing=True)
+    assert c.routing.dtype == torch.int16 and 255 < c.routing.max() < 300
+
+
+def test_without_experts_there_is_nothing_to_record(cfg, tokenizer):
+    model = Transformer(cfg.model_copy(update={"n_dense_layers": 3, "n_mtp": 0})).initialise(0)
+    with pytest.raises(UserError, match="no layer of this model has routed experts"):
+        Engine(model, tokenizer).generate([[3]], record_routing=True)

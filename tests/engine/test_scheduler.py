@@ -1,0 +1,222 @@
+"""Continuous batching: whatever comes and goes around a request, it gets the tokens it would get alone."""
+
+import pytest
+import torch
+from tests_of_infer import drain
+
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine import batch
+from bessemer.engine.engine import Engine
+from bessemer.engine.pages import PAGE
+from bessemer.engine.request import Finished, Request, Token
+from bessemer.engine.sampling import Sampling, penalise, stream_key
+from bessemer.engine.scheduler import Scheduler
+from bessemer.errors import UserError
+from bessemer.hf.causal_lm import CausalLM
+
+SAMPLINGS = [Sampling(), Sampling(0.0), Sampling(0.7, top_p=0.9), Sampling(1.3, top_k=20, min_p=0.02)]
+
+
+def requests(prompts, n=24, **options):
+    """Requests of every sort: prompts of 1 to 140 tokens, answers of 1 to 60."""
+    long = (prompts[7] * 2)[:100]
+    made = [*prompts, long, long]
+    return [
+        Request(tuple(made[i % 10]), stream_key(9, i), 1 + 7 * i % 60, SAMPLINGS[i % 4], **options) for i in range(n)
+    ]
+
+
+def alone(engine, request):
+    """The request through `Engine.generate`, with its own stream."""
+    s = request.sampling
+    call = dict(max_new_tokens=request.max_new_tokens, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k,
+                    min_p=s.min_p, repetition_penalty=s.repetition_penalty, stop_ids=request.stop_ids,
+                    stop_strings=request.stop_strings)  # fmt: skip
+    inner = engine._samples
+    engine._samples = lambda encoded, samples, seed, seeds, made: inner(
+        encoded, samples, seed, seeds, lambda ids, key: made(ids, request.key)
+    )
+    try:
+        return engine.generate([request.prompt], **call)[0][0]
+    finally:
+        del engine._samples
+
+
+def used(scheduler):
+    return scheduler.figures()["cache_tokens_used"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rows": 3}, {"prefill_tokens": 16}, {"rows": 20, "cache_tokens": 4 * PAGE, "prefill_tokens": 50}],
+    ids=["roomy", "few rows", "prompts in pieces", "cache too small for all"],
+)
+def test_a_request_gets_what_it_would_get_alone(engine, prompts, options):
+    wanted = requests(prompts)
+    scheduler = Scheduler(engine, **options)
+    results, _ = drain(scheduler, wanted, every=1)
+    for request, (tokens, end) in zip(wanted, results, strict=True):
+        expected = alone(engine, request)
+        assert [event.token for event in tokens] == expected.tokens
+        assert [event.logprob for event in tokens] == pytest.approx(expected.logprobs, abs=2e-5)
+        assert end.reason == expected.finish_reason
+    assert used(scheduler) == 0 and not scheduler.queue.under_way
+    assert (scheduler.figures()["preempted"] > 0) == ("cache_tokens" in options)
+
+
+def test_samples_of_one_prompt_share_its_prefill_and_a_known_beginning_is_found(engine, prompts, monkeypatch):
+    scheduler = Scheduler(engine)
+    prompt = tuple((prompts[7] * 2)[:130])
+    for k in range(8):
+        scheduler.add(Request(prompt, stream_key(1, k), 5))
+    _, found = drain(scheduler)
+    assert scheduler.figures()["prompt_tokens"] == 130
+    assert len({tuple(t.token for t in tokens) for tokens, _ in found.values()}) == 8
+    again = Request((*prompt[:128], 9, 9), stream_key(2), 20)
+    ((tokens, end),), _ = drain(scheduler, [again])
+    assert end.cached_tokens == 128 and [t.token for t in tokens] == alone(engine, again).tokens
+    turn = (*again.prompt, *(t.token for t in tokens), 7, 7, 7)[:150]  # the next turn: what was answered is known too
+    ((_, end),), _ = drain(scheduler, [Request(turn, stream_key(3), 3)])
+    assert end.cached_tokens == 128 and len(turn) == 150
+
+
+def test_nobody_waits_for_one_who_sends_many(engine, prompts):
+    scheduler = Scheduler(engine, rows=2)
+    for k in range(12):
+        scheduler.add(Request(tuple(prompts[3]), stream_key(k), 10, client="many"))
+    late = scheduler.add(Request(tuple(prompts[4]), stream_key(99), 10, client="one"))
+    order = []
+    while not scheduler.idle:
+        order += [event.ticket for event in scheduler.step() if isinstance(event, Finished)]
+    assert order.index(late) <= 4 and len(order) == 13
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4, 12])
+def test_a_cancelled_request_leaves_nothing_behind(engine, prompts, steps):
+    """Waiting, half taken in, decoding: its pages are free and the others do not notice."""
+    scheduler = Scheduler(engine, rows=4, prefill_tokens=40)
+    wanted = [Request(tuple(prompts[i % 8]), stream_key(i), 30, stop_ids=()) for i in range(6)]
+    tickets = [scheduler.add(request) for request in wanted]
+    found = {ticket: [] for ticket in tickets}
+
+    def step():
+        for event in scheduler.step():
+            if isinstance(event, Token):
+                found[event.ticket].append(event.token)
+
+    for _ in range(steps):
+        step()
+    gone = tickets[1::2]
+    for ticket in (*gone, 12345):
+        scheduler.cancel(ticket)
+    before = {ticket: list(found[ticket]) for ticket in gone}
+    while not scheduler.idle:
+        step()
+    assert {ticket: found[ticket] for ticket in gone} == before
+    for ticket, request in list(zip(tickets, wanted, strict=True))[::2]:
+        assert found[ticket] == alone(engine, request).tokens
+    assert used(scheduler) == 0 and not scheduler.queue.under_way
+
+
+def test_a_row_whose_logits_break_ends_alone(engine, prompts, monkeypatch):
+    scheduler = Scheduler(engine)
+    inner, broken = batch.step, []
+
+    def overflow(model, token, position, cache, trace):
+        logits = inner(model, token, position, cache, trace)
+        if not broken:
+            broken.append(True)
+            cache.layers[0][cache.owned[1][-1]] = float("nan")  # as the network would have left it
+            logits = logits.index_fill(0, torch.tensor([1]), float("nan"))
+        return logits
+
+    monkeypatch.setattr(batch, "step", overflow)
+    wanted = [Request(tuple(prompts[i]), stream_key(i), 9) for i in (3, 4, 5)]
+    for request in wanted:
+        scheduler.add(request)
+    _, found = drain(scheduler)
+    ends = [end.reason for _, end in found.values()]
+    assert ends == ["length", "error", "length"] and "not finite" in found[2][1].message
+    for request, (tokens, end) in zip(wanted, found.values(), strict=True):
+        if end.reason != "error":
+            assert [t.token for t in tokens] == alone(engine, request).tokens
+    results, _ = drain(scheduler, wanted)  # the pages it left are clean
+    assert [[t.token for t in tokens] for tokens, _ in results] == [alone(engine, r).tokens for r in wanted]
+
+
+def test_penalties_equal_the_definition(engine, prompts):
+    """Greedy under penalties, token by token, against the formula on the plain model's logits."""
+    sampling = Sampling(0.0, repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.3)
+    request = Request(tuple(prompts[4]), 5, 15, sampling)
+    ((tokens, _),), _ = drain(Scheduler(engine), [request])
+    row = list(request.prompt)
+    for event in tokens:
+        logits = engine.model(torch.tensor([row]))[0, -1].float().detach()
+        free = logits.log_softmax(-1)
+        answer = row[len(request.prompt) :]
+        for token in set(row):
+            logits[token] = logits[token] / 1.4 if logits[token] > 0 else logits[token] * 1.4
+            logits[token] -= 0.5 * (token in answer) + 0.3 * answer.count(token)
+        assert event.token == int(logits[: engine.tokenizer.vocab_size].argmax())
+        assert event.logprob == pytest.approx(float(free[event.token]), abs=1e-5)
+        row.append(event.token)
+    plain = Request(request.prompt, 5, 15, Sampling(0.0))
+    assert [t.token for t in tokens] != alone(engine, plain).tokens
+    assert torch.equal(penalise(logits[None], Sampling(), *torch.ones(2, 1, len(logits))), logits[None])
+
+
+def test_a_thought_ends_when_its_budget_is_used_up(model):
+    texts = ["<think>two and two</think> <answer>4</answer>"] * 8
+    tokenizer = Tokenizer.train(texts, 286)
+    engine = Engine(model, tokenizer)
+    begin, end = tokenizer.think_id, tokenizer.think_end_id
+    for budget, prompt in ((0, (5, begin, 6)), (4, (5, begin, 6)), (4, (5, begin, 6, end, 7))):
+        request = Request(prompt, 3, 25, thinking_budget=budget)
+        ((tokens, _),), _ = drain(Scheduler(engine), [request])
+        free, ids = alone(engine, request).tokens, [t.token for t in tokens]
+        if end in prompt:
+            assert ids == free and begin not in free
+        else:
+            assert ids[:budget] == free[:budget] and ids[budget] == end and len(ids) == 25
+            assert tokens[budget].logprob < -0.1, "what the model itself thought of ending here"
+
+
+def test_alternatives_and_routing_are_reported(engine, prompts):
+    request = Request(tuple(prompts[5]), 3, 8, Sampling(0.0), top=3, routing=True)
+    (tokens, _), _ = drain(Scheduler(engine), [request, Request(tuple(prompts[2]), 4, 8)], every=1)[0]
+    recorded = engine.generate([request.prompt], max_new_tokens=8, temperature=0.0, stop_ids=[], record_routing=True)
+    row = list(request.prompt)
+    for n, event in enumerate(tokens):
+        logp = engine.model(torch.tensor([row]))[0, -1, : engine.tokenizer.vocab_size].log_softmax(-1)
+        assert [i for i, _ in event.top] == logp.topk(3).indices.tolist() and event.token == event.top[0][0]
+        assert [list(layer) for layer in event.routing] == recorded[0][0].routing[len(request.prompt) + n - 1].tolist()
+        row.append(event.token)
+
+
+def test_foreign_models_are_batched_alike(tokenizer, prompts):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=160,
+                                      initializer_range=0.2)  # fmt: skip
+    engine = Engine(CausalLM(transformers.LlamaForCausalLM(config)), tokenizer)
+    wanted = requests(prompts, 12)
+    results, _ = drain(Scheduler(engine, rows=4, prefill_tokens=30), wanted, every=1)
+    assert [[t.token for t in tokens] for tokens, _ in results] == [alone(engine, r).tokens for r in wanted]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request((), 1), "empty"), (Request((3,) * 160, 1), "max_seq_len"), (Request((999,), 1), "token id 999"),
+        (Request((3,), 1, 0), "max_new_tokens"), (Request((3,) * 60, 1, 90), "cache holds 128"),
+        (Request((3,), 1, stop_strings=("",)), "at least one char"),
+    ],
+)  # fmt: skip
+def test_what_can_never_run_is_refused_at_once(engine, request_, message):
+    scheduler = Scheduler(engine, cache_tokens=128)
+    with pytest.raises(UserError, match=message):
+        scheduler.add(request_)
+    assert scheduler.idle
+    with pytest.raises(UserError, match="rows must be"):
+        Scheduler(engine, rows=0)

@@ -1,0 +1,155 @@
+"""Speculative decoding: the same tokens or the same distribution, and guesses made from the right states."""
+
+from itertools import pairwise, product
+
+import pytest
+import torch
+from tests_of_infer import drain
+
+from bessemer.engine import reference
+from bessemer.engine.engine import Engine
+from bessemer.engine.pages import PAGE
+from bessemer.engine.request import Request
+from bessemer.engine.sampling import Sampling, stream_key
+from bessemer.engine.scheduler import Scheduler
+from bessemer.engine.speculative import Drafter, accepted, rest, shares
+from bessemer.errors import UserError
+from bessemer.model.transformer import Transformer
+
+
+def flat(cfg, tokenizer, **changes):
+    """A model whose distributions are almost flat: main model and module agree, most guesses are taken."""
+    return Engine(Transformer(cfg.model_copy(update={"init_std": 0.02, **changes})).initialise(5), tokenizer)
+
+
+def tokens(results):
+    return [[completion.tokens for completion in group] for group in results]
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_greedy_answers_stay_the_same(engine, prompts, drafts):
+    options = dict(max_new_tokens=40, temperature=0.0, stop_ids=[])
+    assert tokens(engine.generate(prompts, drafts=drafts, **options)) == tokens(engine.generate(prompts, **options))
+
+
+@pytest.mark.parametrize("drafts", [1, 2])
+def test_guesses_are_made_from_true_states(cfg, tokenizer, prompts, drafts, monkeypatch):
+    """The first guess of every turn is what the module says when it reads the whole text at once (as in training),
+    however many guesses were taken before; its keys of refused and of chained guesses were written over."""
+    engine = flat(cfg, tokenizer)
+    seen, inner = [], Drafter.logits
+
+    def logits(self, token_B):
+        found = inner(self, token_B)
+        seen.append((self._position.tolist(), found))
+        return found
+
+    monkeypatch.setattr(Drafter, "logits", logits)
+    (done,) = engine.generate([prompts[7]], max_new_tokens=50, drafts=drafts, seed=3, stop_ids=[])
+    text = [*prompts[7], *done[0].tokens]
+    with torch.no_grad():
+        whole = engine.model.head(engine.model.train_outputs(torch.tensor([text])).mtp_hidden[0])[0]
+    starts = [position for (position,), _ in seen]
+    steps = [b - a for a, b in pairwise(starts)]
+    assert max(steps) == drafts + 1 and len(seen) < 50 and starts[0] == len(prompts[7]) - 1
+    for (position,), found in seen:
+        assert float((found[0] - whole[position]).norm() / whole[position].norm()) < 1e-5
+
+
+def test_samples_are_distributed_as_without_guesses(cfg, tokenizer, prompts):
+    """All texts of three tokens under top-k 3, counted over 6,000 samples, against their exact probabilities."""
+    engine = Engine(Transformer(cfg.model_copy(update={"init_std": 0.07})).initialise(8), tokenizer)
+    sampling, prompt = Sampling(0.8, top_k=3), prompts[4]
+    exact = {}
+    for a, b, c in product(range(3), repeat=3):
+        text, probability = list(prompt), 1.0
+        for rank in (a, b, c):
+            with torch.no_grad():
+                p = shares(reference.next_logits(engine.model, [text]), sampling, tokenizer.vocab_size)[0]
+            token = int(p.argsort(descending=True)[rank])
+            probability *= float(p[token])
+            text.append(token)
+        exact[tuple(text[len(prompt) :])] = probability
+    for drafts in (0, 2):
+        (group,) = engine.generate([prompt], samples=6000, max_new_tokens=3, temperature=0.8, top_k=3, seed=1,
+                                   stop_ids=[], drafts=drafts, batch_rows=2000)  # fmt: skip
+        counts = {text: 0 for text in exact}
+        for completion in group:
+            counts[tuple(completion.tokens)] += 1
+        chi2 = sum((counts[t] - 6000 * p) ** 2 / (6000 * p) for t, p in exact.items())
+        assert chi2 < 55.0, f"26 degrees of freedom: beyond 55 once in a thousand runs; drafts {drafts}"
+
+
+def test_the_rule_of_acceptance():
+    p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.6, 0.2]])
+    for x, bound in ((0, 1.0), (1, 0.5), (2, 1.0)):
+        u = torch.linspace(0, 0.999, 1000, dtype=torch.float64)
+        taken = accepted(p.expand(1000, 3), q.expand(1000, 3), torch.full((1000,), x), u)
+        assert float(taken.float().mean()) == pytest.approx(bound, abs=0.002)
+    assert torch.allclose(rest(p, q), torch.tensor([[0.3, 0.0, 0.0]])) and torch.equal(rest(p, p), p)
+
+
+def test_logprobs_are_the_main_models(cfg, tokenizer, prompts):
+    engine = flat(cfg, tokenizer)
+    (done,) = engine.generate([prompts[5]], max_new_tokens=30, temperature=0.9, drafts=2, seed=2, stop_ids=[])
+    expected = reference.logprobs(engine.model, prompts[5], done[0].tokens, 0.9).detach()
+    assert done[0].logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def wanted(prompts):
+    long = (prompts[7] * 2)[:100]
+    samplings = [Sampling(0.0), Sampling(1.0), Sampling(0.8, top_p=0.9), Sampling(0.0, repetition_penalty=1.3)]
+    return [
+        Request(tuple([*prompts, long][i % 9]), stream_key(5, i), 20 + 17 * i % 70, samplings[i % 4],
+                top=2 * (i % 3 == 0), routing=i % 5 == 0)
+        for i in range(12)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_tokens": 4 * PAGE, "prefill_tokens": 30}], ids=["roomy", "tight"])
+def test_with_guesses_too_company_changes_nothing(cfg, tokenizer, prompts, options):
+    engine = flat(cfg, tokenizer)
+    requests = wanted(prompts)
+    scheduler = Scheduler(engine, drafts=2, **options)
+    together, _ = drain(scheduler, requests, every=1)
+    assert (scheduler.figures()["preempted"] > 0) == bool(options)
+    guesses = Scheduler(engine, drafts=2)
+    for request, (events, end) in zip(requests, together, strict=True):
+        ((alone, alone_end),), _ = drain(guesses, [request])
+        assert [e.token for e in events] == [e.token for e in alone] and end.reason == alone_end.reason
+        assert [e.logprob for e in events] == pytest.approx([e.logprob for e in alone], abs=2e-5)
+        for event in events:
+            assert bool(event.top) == bool(request.top) and (event.routing is not None) == request.routing
+        if request.sampling.temperature == 0 and not request.sampling.penalised:
+            ((plain, _),), _ = drain(Scheduler(engine), [request])
+            assert [e.token for e in plain] == [e.token for e in events]
+            assert [e.routing for e in plain] == [e.routing for e in events]
+            assert [[i for i, _ in e.top] for e in plain] == [[i for i, _ in e.top] for e in events]
+    figures = guesses.figures()
+    assert 50 < figures["accepted"] < figures["drafted"], "both outcomes were met"
+
+
+def test_a_stop_inside_the_guesses_ends_the_answer_there(cfg, tokenizer, prompts):
+    engine = flat(cfg, tokenizer)
+    for seed in range(6):
+        (free,) = engine.generate([prompts[3]], max_new_tokens=25, drafts=3, seed=seed, stop_ids=[])
+        stop = free[0].tokens[9]
+        streamed = []
+        (cut,) = engine.generate([prompts[3]], max_new_tokens=25, drafts=3, seed=seed, stop_ids=[stop],
+                                 on_tokens=lambda drawn, s=streamed: s.extend(t for _, _, t in drawn))  # fmt: skip
+        end = free[0].tokens.index(stop) + 1
+        assert cut[0].tokens == streamed == free[0].tokens[:end] and cut[0].finish_reason == "stop"
+        for n in (1, 2, 3, 4, 7):
+            (short,) = engine.generate([prompts[3]], max_new_tokens=n, drafts=3, seed=seed, stop_ids=[])
+            assert short[0].tokens == free[0].tokens[:n] and short[0].finish_reason == "length"
+
+
+def test_what_cannot_guess_says_so(engine, cfg, tokenizer):
+    without = Engine(Transformer(cfg.model_copy(update={"n_mtp": 0})), tokenizer)
+    for call, message in (
+        (lambda: without.generate([[3]], drafts=1), "has none"), (lambda: engine.generate([[3]], drafts=9), "0 to 8"),
+        (lambda: Scheduler(without, drafts=1), "has none"),
+        (lambda: engine.generate([[3]], drafts=1, record_routing=True), "do not go together"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            call()

@@ -1,0 +1,20 @@
+"""What several tests of the scheduler share."""
+
+from bessemer.engine.request import Token
+
+
+def drain(scheduler, late=(), every=3):
+    """Steps until idle, adding one late request every few steps. {ticket: (tokens, Finished)}, tickets in order."""
+    late, found, tickets, n = list(late), {}, [], 0
+    while late or not scheduler.idle:
+        if late and n % every == 0:
+            tickets.append(scheduler.add(late.pop(0)))
+        for event in scheduler.step():
+            tokens, _ = found.setdefault(event.ticket, ([], None))
+            if isinstance(event, Token):
+                tokens.append(event)
+            else:
+                found[event.ticket] = (tokens, event)
+        n += 1
+        assert n < 5000, "no progress"
+    return [found[ticket] for ticket in tickets], found

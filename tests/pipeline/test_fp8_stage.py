@@ -1,0 +1,81 @@
+"""Pre-training in FP8 as a stage: it learns, survives a kill bit for bit, and says what it is."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import stages_run
+import torch
+
+import bessemer
+from bessemer.config.recipe import Recipe
+from bessemer.errors import UserError
+from bessemer.pipeline.stage import find_kind
+from bessemer.runs import record
+
+FP8 = '\nfp8 = "paper"\nmoments = "bfloat16"\ntokens = "30K"\n'
+
+
+def recipe_in(folder: Path) -> Path:
+    """Corpus and pre-training of the smallest recipe, in FP8."""
+    path = stages_run.write_recipe(folder)
+    text = path.read_text().replace('\ntokens = "80K"\n', FP8)
+    path.write_text(text[: text.index('[[stage]]\nkind = "rl"')])
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fp8")
+    results = stages_run.run(recipe_in(folder), folder / "run")
+    return folder / "run", results
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line)["values"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [values["train/loss"] for values in lines if "train/loss" in values]
+
+
+def test_it_learns_and_leaves_a_plain_model(whole):
+    out, results = whole
+    assert results["pretrain"].status == "done"
+    first, last = losses(out)[0], losses(out)[-1]
+    assert last < 0.7 * first
+    model = bessemer.load(out / "02-pretrain" / "model")
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    rows = {row["item"]: (row["here"], row["on"]) for row in json.loads((out / "conformance.json").read_text())}
+    assert rows["FP8 training"] == ("pretrain: paper", True)
+    assert rows["Moments of the optimizer in BF16"] == ("pretrain: bfloat16", True)
+
+
+def test_killed_it_ends_the_same_bit_for_bit(whole, tmp_path):
+    path = recipe_in(tmp_path)
+    command = [sys.executable, stages_run.__file__, str(path), str(tmp_path / "run"), "pretrain", "30"]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    stages_run.run(path, tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(whole[0])
+    names = [out / "02-pretrain" / "model" / "model.safetensors" for out in (whole[0], tmp_path / "run")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_what_came_later_does_not_redo_old_stages(tmp_path):
+    """Identities written before there was FP8 are those of runs without it."""
+    recipe = Recipe.load(stages_run.write_recipe(tmp_path))
+    settings = recipe.stage("pretrain")
+
+    def settings_of(**changes):
+        changed = settings.model_copy(update=changes)
+        return record.identity(find_kind("pretrain", "")(), changed, recipe, {}, {})["settings"]
+
+    assert settings_of().keys() & {"fp8", "moments", "like"} == set()
+    assert settings_of(fp8="paper")["fp8"] == "paper" and settings_of(moments="bfloat16")["moments"] == "bfloat16"
+
+
+def test_fp8_and_compiled_layers_do_not_go_together(tmp_path):
+    path = recipe_in(tmp_path)
+    path.write_text(path.read_text().replace('compile = "off"', 'compile = "on"'))
+    with pytest.raises(UserError, match='compile = "on" and fp8 do not go together; set compile = "off"'):
+        stages_run.run(path, tmp_path / "run")

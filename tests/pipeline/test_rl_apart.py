@@ -1,0 +1,346 @@
+"""Rollout workers apart on a real Ray: the run of one process bit for bit, also when workers are killed on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import rl_stage
+import torch
+
+from bessemer.config.recipe import Recipe
+from bessemer.engine.engine import Engine
+from bessemer.errors import UserError
+from bessemer.hf.causal_lm import load_any
+from bessemer.pipeline.stages.rl import RL
+from bessemer.rl import make_sampler, ray_cluster, ray_pool, ray_weights
+from bessemer.rl.ray_pool import Pool
+from bessemer.rl.ray_sampler import Apart
+from bessemer.rl.ray_worker import Worker
+from bessemer.runs import record
+from bessemer.train import setup
+
+COIN = 'reward="random"'
+ALL = (COIN, "rollouts=4", "ahead=1", "routing_replay=true", 'correction="token-truncate"', "draws=2",
+       "reference_every=3", "lr=1e-2", "rollout.rows=2")  # fmt: skip
+TIMES = ("rl/trainer_waited", "rl/workers_waited", "rl/handover_seconds", "rl/worker_restarts")
+MINUTE = 60
+
+
+def leaves(stage):
+    """What must not depend on who drew."""
+    found = stage.leaves()
+    facts = json.loads(found["metrics"])
+    for line in facts:
+        for name in TIMES:
+            line["values"].pop(name, None)
+    return found | {"metrics": facts, "rollouts": (stage.out / "rollouts.jsonl").read_bytes()}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return rl_stage.write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """One Ray for all tests of this file, as a run starts it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(ray_cluster.ADDRESS, raising=False)
+        patch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+        connection = ray_cluster.Cluster(weights=1 << 20)
+    yield connection.ray
+    connection.close()
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def opened(ray, base, said):
+    """(engine, its model) -> a sampler with so many workers."""
+    made = []
+
+    def start(n=1, kind=Worker):
+        directory = str(base / "model")
+        model, tokenizer = setup.load_model(base / "model")
+        version = iter(range(10**6))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ray_pool, "Worker", kind)
+            make = lambda: Pool(ray_cluster.Cluster(weights=0), "ray", directory, n, 0, said.append)  # noqa: E731
+            made.append(Apart(Engine(model, tokenizer), model.state_dict, lambda: next(version), make))
+            made[-1].open()
+        return made[-1]
+
+    yield start
+    for sampler in made:
+        sampler.close()
+
+
+def pid_of(ray, worker):
+    return ray.get(worker.__ray_call__.remote(lambda self: os.getpid()))
+
+
+ASKED = dict(samples=8, temperature=1.0, max_new_tokens=150, batch_rows=8, seeds=[1, 2, 3, 4])
+PROMPTS = [[0, 5, 6, n] for n in range(7, 11)]
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    stage = rl_stage.Stage(base, tmp_path_factory.mktemp("whole") / "run", *ALL)
+    stage.run()
+    return stage
+
+
+def test_a_run_with_workers_is_the_run_without_though_one_is_killed(ray, whole, base, tmp_path, monkeypatch):
+    """One rollout ahead, two lots, routing replayed, and the second rollout loses a worker while it is drawn."""
+    monkeypatch.setattr(make_sampler, "workers_beside", lambda rollout: setup.Workers(2))  # forks beside Ray's threads
+    stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "rollout.engine=ray", "rollout.workers=2")
+    loop = stage.loop()
+    loop.sampler.open()
+    deal, dealt, lines = loop.sampler.pool.deal, [], []
+    monkeypatch.setattr(loop.ctx.progress, "say", lines.append)
+    victims = [pid_of(ray, loop.sampler.pool.workers[0])]
+
+    def deadly(jobs):
+        deal(jobs)
+        dealt.extend(jobs)
+        if jobs and jobs[0].version == 2 and victims:
+            os.kill(victims.pop(), signal.SIGKILL)
+
+    loop.sampler.pool.deal = deadly
+    loop.run()
+    assert leaves(stage) == leaves(whole)
+    assert stage.values("rl/staleness") == [0, 2, 2, 2]
+    assert sum(stage.values("rl/worker_restarts")) == 1 and len([x for x in lines if "worker died" in str(x)]) == 1
+    for name in TIMES[:2]:
+        assert all(0 <= share <= 1 for share in stage.values(name)) and len(stage.values(name)) == 4
+    assert sum(len(job.call.samples) == 2 for job in dealt) >= 4 * 4, "a lot of eight is cut into four calls"
+
+
+def test_without_ahead_it_is_the_same_run_too(ray, base, tmp_path):
+    few = (COIN, "rollouts=2", "updates_per_rollout=1")
+    here = rl_stage.Stage(base, tmp_path / "here", *few)
+    here.run()
+    apart = rl_stage.Stage(base, tmp_path / "apart", *few, "rollout.engine=ray")
+    apart.run()
+    assert leaves(apart) == leaves(here) and apart.values("rl/staleness") == [0, 0]
+
+
+def test_weights_arrive_bit_for_bit_and_late_answers_have_theirs(ray, opened):
+    sampler = opened(1)
+    model = sampler.engine.model
+    old, expected = sampler.policy(), sampler.engine.generate(PROMPTS, **ASKED)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.add_(torch.randn(tensor.shape, dtype=tensor.dtype) * 0.01)
+    new = sampler.policy()
+    assert sampler.engine.model.gates() and any("bias_E" in name for name in model.state_dict())
+    after = new.submit(PROMPTS, **ASKED).take()
+    held = ray.get(
+        sampler.pool.workers[0].__ray_call__.remote(lambda self: ray_weights.packed(self.backend.model.state_dict()))
+    )
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(ray_weights.tensor_of(held[name]), tensor), name
+    assert held.keys() == model.state_dict().keys()
+    assert after == sampler.engine.generate(PROMPTS, **ASKED) != expected
+    assert old.submit(PROMPTS, **ASKED).take() == expected, "asked now, drawn by the weights of then"
+
+
+def test_workers_draw_while_nobody_looks(ray, opened):
+    """Several calls in a worker's queue, and the trainer elsewhere until all are done."""
+    sampler = opened(1)
+    answer = sampler.policy().submit(PROMPTS, **ASKED)
+    refs = [ref for queue in sampler.pool._queues for ref in queue]
+    assert len(refs) == 4 and not answer.ready()
+    done, _ = ray.wait(refs, num_returns=len(refs), timeout=MINUTE)
+    assert len(done) == 4
+    began = time.monotonic()
+    assert answer.ready()
+    answer.take()
+    assert sampler.waited <= time.monotonic() - began and sampler.pool.busy > 0
+
+
+def test_all_workers_killed_in_the_middle_cost_nothing_but_time(ray, opened, said):
+    sampler = opened(2)
+    asked = ASKED | dict(samples=48, batch_rows=48)
+    expected = sampler.engine.generate(PROMPTS, **asked)
+    victims = [pid_of(ray, worker) for worker in sampler.pool.workers]
+    answer = sampler.policy().submit(PROMPTS, **asked)
+    first, second = sampler.pool._queues[0]
+    ray.wait([first], timeout=MINUTE)
+    for victim in victims:
+        os.kill(victim, signal.SIGKILL)
+    assert not ray.wait([second], timeout=0)[0], "it was drawing its second call"
+    assert answer.take() == expected
+    assert len(said) == 2 and all("a rollout worker died (killed by a signal" in line for line in said)
+    assert any("samples are drawn again" in line for line in said)
+    assert sampler.figures()["rl/worker_restarts"] == 2
+
+
+def test_a_worker_that_cannot_start_says_why(ray, opened):
+    class Lost(Worker):
+        def __init__(self, *args):
+            import numpy.nowhere  # noqa: F401
+
+    with pytest.raises(UserError, match=r"cannot start: ModuleNotFoundError: No module named 'numpy.nowhere'; install"):
+        opened(1, Lost)
+
+
+def test_workers_that_die_again_and_again_stop_the_run(ray, opened, said, monkeypatch):
+    monkeypatch.setattr(ray_pool, "DEATHS", 2)
+
+    class Doomed(Worker):
+        def draw(self, version, items, call):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sampler = opened(1, Doomed)
+    with pytest.raises(
+        UserError,
+        match=r"a rollout worker died 2 times in a row \(the last: killed by a signal, .*\). If memory ran out",
+    ):
+        sampler.generate(PROMPTS, **ASKED)
+    assert len(said) == 1
+
+
+def run(base, folder, number, step, *changes):
+    """The stage in a process of its own with a Ray of its own: (exit status, whether Ray outlives it)."""
+    program = Path(rl_stage.__file__)
+    command = [sys.executable, str(program), str(base), str(folder), str(int(number)), str(step), *changes]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=2 * MINUTE)
+    until = time.monotonic() + 15
+    while left := rays_of(folder):
+        assert time.monotonic() < until, f"left behind: {left}"
+        time.sleep(0.1)
+    return process.returncode, process.stderr
+
+
+def rays_of(folder):
+    """Processes whose environment says that this folder's run started them."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                mine = f"BESSEMER_TEST={folder}".encode() in (entry / "environ").read_bytes().split(b"\0")
+                command = (entry / "cmdline").read_bytes().strip(b"\0")
+                if mine and b"Agent" not in command:  # two small ones look only once a minute
+                    found.append(command)
+            except OSError:
+                continue
+    return found
+
+
+def test_killed_and_stopped_it_ends_the_same_and_leaves_no_process(whole, base, tmp_path, monkeypatch):
+    """Killed after step 6 it goes on from step 4 with the rollout that waited there; stopped by SIGTERM it saves what
+    its workers were drawing; and it may end without any worker."""
+    folder, apart = tmp_path / "run", ("rollout.engine=ray",)
+    monkeypatch.setenv("BESSEMER_TEST", str(folder))
+    monkeypatch.delenv(ray_cluster.ADDRESS, raising=False)
+    status, errors = run(base, folder, signal.SIGKILL, 4, *ALL, *apart)
+    assert status == -signal.SIGKILL, errors
+    status, errors = run(base, folder, signal.SIGTERM, 4, *ALL, *apart)
+    assert status == 3, errors
+    stage = rl_stage.Stage(base, folder, *ALL)
+    kept = stage.kept("rollouts")
+    assert list(kept) == ["2"] and kept["2"]["step"] == 2
+    stage.run()
+    assert leaves(stage) == leaves(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (["rollout.workers=2"], 'rollout.workers has no effect while rollout.engine is "here"'),
+        (["rollout.engine=vllm", "routing_replay=true"], "rollouts by vLLM do not bring them"),
+        (["rollout.engine=rays"], "rollout.engine"),
+        (["rollout.worker=2"], 'unknown key "rollout.worker"; did you mean "workers"'),
+    ],
+)
+def test_what_cannot_take_effect_is_refused(base, tmp_path, changes, complaint):
+    with pytest.raises(UserError, match=complaint):
+        stage = rl_stage.Stage(base, tmp_path / "run", *changes)
+        RL().resolve(stage.recipe.stage("zero"), stage.recipe)
+
+
+def test_without_ray_the_extra_is_named_before_anything_runs(base, tmp_path, monkeypatch):
+    stage = rl_stage.Stage(base, tmp_path / "run", "rollout.engine=ray")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"pip install 'bessemer\[scale\]'"):
+        RL().resolve(stage.recipe.stage("zero"), stage.recipe)
+    monkeypatch.delenv(ray_cluster.ADDRESS, raising=False)
+    with pytest.raises(UserError, match=r"pip install 'bessemer\[scale\]'"):
+        ray_cluster.Cluster(weights=0)
+
+
+def test_who_draws_makes_no_other_stage_of_it(base, tmp_path):
+    """Finished stages stay finished; only what changes samples counts."""
+
+    def identity(*changes):
+        stage = rl_stage.Stage(base, tmp_path / "run", *changes)
+        settings = stage.recipe.stage("zero")
+        return record.identity(RL(), settings, stage.recipe, RL().resolve(settings, stage.recipe), {})
+
+    written = rl_stage.Stage(base, tmp_path / "run", "rollout.engine=ray", "rollout.workers=7").recipe
+    assert Recipe.parse(written.to_toml()).stage("zero").rollout == written.stage("zero").rollout
+    plain = identity()
+    assert "rollout" not in plain["settings"] and plain["derived"] == {}
+    assert identity("rollout.engine=ray", "rollout.workers=7") == plain
+    assert identity("rollout.engine=vllm")["derived"] == {"sampler": "vllm"}
+    assert identity("rollout.rows=64")["derived"] == {"rows": 64}
+
+
+def test_a_cluster_that_is_too_small_or_absent_is_refused(ray, base, tmp_path, monkeypatch):
+    connection = ray_cluster.Cluster(weights=0)
+    with pytest.raises(UserError, match="3 rollout workers need a CPU each, and Ray has 2 CPUs"):
+        Pool(connection, "ray", str(base / "model"), 3, 0, print)
+    with pytest.raises(UserError, match="1 rollout workers need 2 GPUs each, and Ray has 0 GPUs"):
+        Pool(connection, "ray", str(base / "model"), 1, 2, print)
+    with pytest.raises(UserError, match=r"does not see .*nowhere: keep the run directory on a file system"):
+        Pool(connection, "ray", str(tmp_path / "nowhere"), 1, 0, print)
+
+    class Other:
+        def here(self):
+            return True
+
+    other = ray.remote(num_cpus=2)(Other).remote()
+    monkeypatch.setattr(ray_pool, "START_SECONDS", 2.0)
+    try:
+        ray.get(other.here.remote())
+        with pytest.raises(UserError, match="no rollout worker was ready after 2 s; Ray has free: 0 CPUs, 0 GPUs"):
+            Pool(connection, "ray", str(base / "model"), 1, 0, print)
+    finally:
+        ray.kill(other)
+
+
+def test_a_model_too_large_for_shared_memory_is_refused(monkeypatch):
+    monkeypatch.delenv(ray_cluster.ADDRESS, raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(UserError, match="enlarge /dev/shm"):
+        ray_cluster.Cluster(weights=1 << 60)
+
+
+def test_a_cluster_where_nobody_listens_is_refused_at_once(monkeypatch):
+    monkeypatch.setenv(ray_cluster.ADDRESS, "127.0.0.1:1")
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(UserError, match=r"no Ray cluster at RAY_ADDRESS=127.0.0.1:1 \(.*refused"):
+        ray_cluster.Cluster(weights=0)
+
+
+def test_weights_of_another_network_or_number_format(base):
+    model = load_any(base / "model", dtype=torch.float32)
+    items = ray_weights.packed(model.to_compute(torch.bfloat16).state_dict())
+    other = load_any(base / "model", dtype=torch.float32)
+    ray_weights.load(other, items)
+    for name, tensor in model.state_dict().items():
+        found = other.state_dict()[name]
+        assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
+    assert {item.dtype for item in items.values()} == {"bfloat16", "float32"}
+    items.popitem()
+    with pytest.raises(UserError, match="is not the trainer's"):
+        ray_weights.load(other, items)

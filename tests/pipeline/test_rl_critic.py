@@ -1,0 +1,150 @@
+"""PPO's critic in the real stage: advantages per token, and policy and critic at the same step after every accident."""
+
+import math
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import rl_stage
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bessemer.errors import UserError
+from bessemer.hf.causal_lm import CausalLM
+from bessemer.pipeline.stages.rl import RL
+from bessemer.rl import estimators, loop
+from bessemer.rl.estimators import MODEL, MOMENTS
+from bessemer.rl.objective import GRPO
+from bessemer.runs.metrics import StageMetrics
+from bessemer.train import checkpoint
+from bessemer.train.trainer import Trainer
+
+CRITIC = ('reward="random"', 'advantage="critic"', "critic_lr=1e-2")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return rl_stage.write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    stage = rl_stage.Stage(base, tmp_path_factory.mktemp("whole") / "run", *CRITIC)
+    stage.loop_ = stage.run()
+    return stage
+
+
+def test_the_critic_learns_beside_the_policy(whole, base):
+    assert whole.loop_.summary["steps"] == 6
+    assert len(whole.values("critic/loss")) == 3 and whole.values("critic/explained")[0] == pytest.approx(0, abs=1e-6)
+    assert all(0 < norm < math.inf for norm in whole.values("critic/grad_norm"))
+    estimator = whole.loop_.estimator
+    assert estimator.trainer.optimizer.steps == 6 and estimator.trainer.model.score.weight.any()
+    (_, state) = checkpoint.latest(whole.out / "state")
+    kept = {name for name in state.tensors["extras"] if name.startswith((MODEL, MOMENTS))}
+    for name, tensor in estimator.trainer.model.state_dict().items():
+        assert torch.equal(state.tensors["extras"][MODEL + name], tensor)
+    assert int(state.tensors["extras"][MOMENTS + "steps"]) == 6 and len(kept) > 50
+
+
+def test_advantages_are_per_token_centred_and_of_spread_one(whole):
+    """Of a new rollout; returns are reward to come, advantages what the critic did not expect."""
+    trained = whole.loop_
+    groups = trained.draw.begin(7, 12).finish().groups
+    trained.estimator.fill(groups)
+    rows = [row for group in groups for row in group]
+    flat = torch.tensor([value for row in rows for value in row.advantage], dtype=torch.float64)
+    assert float(flat.mean()) == pytest.approx(0, abs=1e-9) and float(flat.std(correction=0)) == pytest.approx(1, 1e-4)
+    raw = torch.tensor([r - v for row in rows for r, v in zip(row.returns, row.values, strict=True)])
+    assert torch.corrcoef(torch.stack((raw.double(), flat)))[0, 1] == pytest.approx(1, abs=1e-6)
+    for row in rows:
+        assert len(row.advantage) == len(row.values) == len(row.completion.tokens)
+        assert row.returns == pytest.approx([row.reward] * len(row.values), abs=1e-6), "lambda is 1"
+    seen = {value for row in rows for value in row.values}
+    assert len(seen) > len(rows), "the critic sees a difference between tokens"
+
+
+def killed_at(stage, step):
+    """The stage in a process of its own, killed by SIGKILL when it has written the metrics of `step`."""
+    pid = os.fork()
+    if pid == 0:
+        write = StageMetrics.write
+
+        def deadly(self, at, tokens, values):
+            write(self, at, tokens, values)
+            if at == step and "rl/reward" in values:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        StageMetrics.write = deadly
+        stage.run()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+def same(stage, whole):
+    got, expected = stage.leaves(), whole.leaves()
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert got[name] == value, name
+
+
+def test_killed_twice_it_ends_the_same_bit_for_bit(whole, base, tmp_path):
+    """At the first kill nothing but the base is saved; after the second both go on from step 2."""
+    stage = rl_stage.Stage(base, tmp_path / "run", *CRITIC)
+    killed_at(stage, 2)
+    killed_at(stage, 4)
+    stage.run()
+    same(stage, whole)
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_it_ends_the_same_on_one_process_and_on_two(whole, base, tmp_path, monkeypatch, processes):
+    monkeypatch.setenv("OMP_NUM_THREADS", processes)
+    stage = rl_stage.Stage(base, tmp_path / "run", *CRITIC)
+    loop_ = stage.run()
+    assert loop_.workers.n == int(processes)
+    loop_.workers.stop()
+    same(stage, whole)
+
+
+@pytest.mark.parametrize("save_seconds", [0, 99], ids=["after the first rollout", "only the base"])
+def test_when_the_guard_goes_back_so_does_the_critic(base, tmp_path, monkeypatch, save_seconds):
+    """Three bad updates in a row of the policy (each computed twice, to say where); its critic was always well."""
+    calls = iter(range(1000))
+
+    class Sick(GRPO):
+        def __call__(self, model, batch):
+            loss = super().__call__(model, batch)
+            return replace(loss, total=loss.total * (math.nan if 2 <= next(calls) < 8 else 1.0))
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(loop, "GRPO", Sick)
+    steps = []
+    load = estimators.CriticEstimator.load
+    monkeypatch.setattr(
+        estimators.CriticEstimator, "load",
+        lambda self: load(self) or steps.append((self.policy.step, self.trainer.optimizer.steps)),
+    )  # fmt: skip
+    changes = (*CRITIC, "rollouts=4", "micro_tokens=9000", f"save_seconds={save_seconds}", "kl=0")
+    trained = rl_stage.Stage(base, tmp_path / "run", *changes).run()
+    went_back_to = 2 if save_seconds == 0 else 0
+    assert steps == [(0, 0), (went_back_to, went_back_to)]
+    # eight updates were tried, three were lost, and with them what came after the checkpoint
+    assert trained.summary["steps"] == trained.estimator.trainer.optimizer.steps == went_back_to + 3
+
+
+@pytest.mark.parametrize("name", ["gae_lambda=0.95", "critic_lr=1e-4"])
+def test_a_critic_s_dial_without_a_critic_is_refused(base, tmp_path, name):
+    stage = rl_stage.Stage(base, tmp_path / "run", name)
+    settings = stage.recipe.stage("zero")
+    with pytest.raises(UserError, match=f'{name.split("=")[0]} has no effect without advantage = "critic"'):
+        RL().resolve(settings, stage.recipe)
+
+
+def test_a_foreign_policy_has_no_critic(base, tmp_path):
+    shape = dict(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    loop_ = rl_stage.Stage(base, tmp_path / "run", *CRITIC).loop()
+    policy = Trainer(CausalLM(LlamaForCausalLM(LlamaConfig(**shape))), loop_.objective, None, loop_.trainer.settings)
+    with pytest.raises(UserError, match="makes a critic of a network of the DeepSeek family, and this is another"):
+        estimators.CriticEstimator(policy, policy.settings, loop_.settings, 2)

@@ -1,0 +1,142 @@
+"""DAPO's dynamic sampling in the real stage: which problems are asked, which groups are kept, and what it costs."""
+
+import pytest
+import rl_stage
+
+from bessemer import tasks
+from bessemer.rl import rollout
+from bessemer.rl.generation import Coming
+from bessemer.rl.reward import Reward
+from bessemer.train import setup
+
+COIN = 'reward="random"'
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return rl_stage.write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def draw(base, tmp_path):
+    """Changes -> what draws the samples of that stage."""
+    return lambda *changes: rl_stage.Stage(base, tmp_path / "run", *changes).loop().draw
+
+
+def alive(group):
+    return len({row.reward for row in group}) > 1
+
+
+def ids(groups):
+    return [group[0].problem.id for group in groups]
+
+
+def facts(groups):
+    return [[(row.problem.id, row.completion.tokens, row.completion.logprobs, row.reward) for row in g] for g in groups]
+
+
+def lots(draw, number):
+    """All groups of rollout `number`, lot by lot, made here from the rule: window n * draws + lot of one list."""
+    found, task, size = [], tasks.get("arithmetic"), draw.settings.prompts_per_rollout
+    for lot in range(draw.settings.draws):
+        chosen = rollout.problems_of([task], "train", (number * draw.settings.draws + lot) * size, size, 7)
+        name = (7, "zero", number, lot) if lot else (7, "zero", number)
+        groups = rollout.sample(
+            draw.sampler, chosen, draw.encode, samples=2, seed=tasks.stable_hash(*name), max_new_tokens=12,
+            batch_rows=setup.batch_rows(2 * len(chosen)),
+        )  # fmt: skip
+        Reward(format=0.1, kind="random").pay(groups, 12)
+        found.append(groups)
+    return found
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_one_draw_takes_every_group_in_the_order_of_its_problems(draw, number):
+    """Exactly what a rollout was before there was dynamic sampling: one window, its seed, dead groups kept."""
+    sampler = draw(COIN)
+    paid = sampler.begin(number, 12).finish()
+    groups, asked = paid.groups, paid.asked
+    (expected,) = lots(sampler, number)
+    assert facts(groups) == facts(expected) and asked == 4
+    task = tasks.get("arithmetic")
+    assert ids(groups) == [task.problem("train", 4 * number + n, 7).id for n in range(4)]
+
+
+def test_groups_that_differ_are_taken_first_and_no_lot_more_than_needed(draw):
+    sampler = draw(COIN, "draws=6", "prompts_per_rollout=2")
+    needed = set()
+    for number in range(8):
+        paid = sampler.begin(number, 12).finish()
+        groups, asked = paid.groups, paid.asked
+        every = lots(sampler, number)
+        wanted, count = [], 0
+        while len(wanted) < 2 and count < 6:
+            wanted += [group for group in every[count] if alive(group)]
+            count += 1
+        assert facts(groups) == facts(wanted[:2]), "the living, in the order they were asked"
+        assert asked == 2 * count
+        needed.add(count)
+    assert len(needed) > 1 and max(needed) < 6, "some rollouts need more lots than others"
+
+
+def test_too_few_living_are_filled_up_with_dead_ones(draw):
+    sampler = draw(COIN, "draws=2", "prompts_per_rollout=6")
+    for number in range(10):
+        paid = sampler.begin(number, 12).finish()
+        groups, asked = paid.groups, paid.asked
+        found = [alive(group) for group in groups]
+        assert len(groups) == 6 and found == sorted(found, reverse=True)
+        if not all(found):
+            assert asked == 12
+            return
+    pytest.fail("ten rollouts, and none with fewer than 6 living groups of 12")
+
+
+def test_no_problem_is_asked_twice_in_a_run(draw):
+    sampler = draw(COIN, "draws=3")
+    asked = [problem.id for number in range(5) for lot in range(3) for _, problem in sampler.problems(number, lot)]
+    assert len(set(asked)) == len(asked) == 5 * 3 * 4
+
+
+def test_samples_of_a_later_lot_are_new_ones(draw):
+    """The seed names the lot: the same problem in two lots gets other samples."""
+    sampler = draw(COIN, "draws=2")
+    chosen = sampler.problems(0)
+    policy = sampler.sampler.policy()
+    one, two = (Coming(sampler._sample(policy, chosen, 0, lot, 12)).finish() for lot in (0, 1))
+    assert ids(one) == ids(two)
+    assert all(a[0].completion.tokens != b[0].completion.tokens for a, b in zip(one, two, strict=True))
+
+
+def test_a_pool_that_is_all_dead_costs_its_lots_and_goes_on(base, tmp_path):
+    """Nothing is ever paid: every rollout asks all it may, trains on dead groups without effect, and ends."""
+    stage = rl_stage.Stage(base, tmp_path / "run", "draws=3", "kl=0", "rollouts=2")
+    loop = stage.run()
+    assert loop.summary["steps"] == 4
+    assert stage.values("rl/problems_asked") == [12, 12] and stage.values("rl/dead_groups") == [1.0, 1.0]
+    assert stage.values("rl/grad_norm") == [0.0, 0.0] and stage.values("rl/reward") == [0.0, 0.0]
+    before, after = (
+        (folder / "model" / "model.safetensors").read_bytes() for folder in (base, stage.out)
+    )  # fmt: skip
+    assert before == after
+
+
+def test_the_stage_trains_on_the_living_and_says_what_it_asked(base, tmp_path):
+    stage = rl_stage.Stage(base, tmp_path / "dynamic", COIN, "draws=6")
+    stage.run()
+    assert stage.values("rl/dead_groups") == [0.0, 0.0, 0.0]
+    assert all(asked % 4 == 0 and 4 <= asked <= 24 for asked in stage.values("rl/problems_asked"))
+    plain = rl_stage.Stage(base, tmp_path / "plain", COIN)
+    plain.run()
+    assert plain.values("rl/problems_asked") == [] and max(plain.values("rl/dead_groups")) > 0
+
+
+def test_overlong_answers_are_paid_less_in_the_stage(base, tmp_path):
+    """DAPO eq. 13 with cap 12 and buffer 8: nothing up to 4 tokens, then an eighth per token; nothing else is paid."""
+    sampler = rl_stage.Stage(base, tmp_path / "run", "overlong=8", "prompts_per_rollout=16").loop().draw
+    groups = sampler.begin(0, 12).finish().groups
+    rows = [row for group in groups for row in group]
+    lengths = {len(row.completion.tokens) for row in rows}
+    assert 12 in lengths and len(lengths) > 2
+    for row in rows:
+        assert row.reward == pytest.approx(-min(1.0, max(0.0, (len(row.completion.tokens) - 4) / 8)))

@@ -1,0 +1,70 @@
+"""Finding the model that a user means."""
+
+import json
+import os
+
+import pytest
+
+from bessemer.errors import UserError
+from bessemer.runs.directory import model_dir, run_dir, writing_models
+
+
+def make(root, name, done=True, model=True):
+    folder = root / name
+    folder.mkdir(parents=True)
+    if model:
+        (folder / "model").mkdir()
+        (folder / "model" / "config.json").write_text("{}")
+    if done:
+        (folder / "done.json").write_text(json.dumps({"seconds": 1}))
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "runs" / "tiny"
+    root.mkdir(parents=True)
+    (root / "recipe.toml").write_text('name = "tiny"\n')
+    return root
+
+
+def test_a_run_means_its_last_finished_model(root):
+    make(root, "01-pretrain")
+    zero = make(root, "02-zero")
+    make(root, "03-eval", model=False)
+    make(root, "04-next", done=False)
+    make(root, "05-old.stale-1")
+    assert model_dir(root) == zero / "model"
+    assert model_dir("tiny").samefile(zero / "model")  # by name, under runs/
+    assert model_dir(root / "01-pretrain") == root / "01-pretrain" / "model"
+    assert model_dir(zero / "model") == zero / "model"
+    assert model_dir(root / "pretrain") == root / "01-pretrain" / "model"  # by the stage's name
+    assert model_dir("tiny/zero").samefile(zero / "model")
+    with pytest.raises(UserError, match="no model or run at"):
+        model_dir(root / "nothing")
+
+
+def test_a_reward_model_is_nobody_to_talk_to(root):
+    make(root, "01-zero")
+    judge = make(root, "02-helpful")
+    (judge / "model" / "config.json").write_text('{"architectures": ["DeepseekV3ForSequenceClassification"]}')
+    assert model_dir(root) == root / "01-zero" / "model"
+    assert [name for name, _ in writing_models(root)] == ["zero"]
+
+
+def test_errors_list_what_exists(root):
+    with pytest.raises(UserError, match=r"no model or run at tinny; runs here: runs/tiny"):
+        model_dir("tinny")
+    with pytest.raises(UserError, match=r"none yet; go on with: bessemer run"):
+        model_dir(root)
+    make(root, "01-pretrain", done=False)
+    make(root, "02-eval", model=False)
+    with pytest.raises(UserError, match=r"01-pretrain \(unfinished\), 02-eval \(no model\)"):
+        model_dir(root)
+    os.mkdir("empty")
+    with pytest.raises(UserError, match=r"no config.json; it holds nothing"):
+        model_dir("empty")
+    with pytest.raises(UserError, match=r"runs here: runs/tiny"):
+        run_dir("empty")
+    assert run_dir("tiny").samefile(root)

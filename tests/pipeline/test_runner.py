@@ -1,0 +1,226 @@
+"""Skipping, staleness, damage and ownership: what a second call of the same command does."""
+
+import json
+import os
+
+import pytest
+import toy_stage  # noqa: F401 (registers the kinds)
+
+from bessemer.config.recipe import Recipe
+from bessemer.errors import UserError
+from bessemer.pipeline import runner
+from bessemer.runs.directory import RunDir
+
+ALL_DONE = {"first": "done", "second": "done", "compare": "done"}
+ALL_SKIPPED = {"first": "skipped", "second": "skipped", "compare": "skipped"}
+
+
+def run(toy, until=None, overrides=(), **kwargs):
+    results = runner.run(Recipe.load(toy.path, overrides), toy.out, until, **kwargs)
+    return {result.name: result.status for result in results}
+
+
+def folders(toy):
+    return sorted(path.name for path in toy.out.iterdir() if path.is_dir())
+
+
+def test_a_run_leaves_what_the_contract_says_and_is_skipped_the_second_time(toy):
+    assert run(toy) == ALL_DONE
+    assert folders(toy) == ["01-first", "02-second", "03-compare"]
+    assert (toy.out / "01-first" / "model" / "config.json").exists()
+    done = json.loads((toy.out / "01-first" / "done.json").read_text())
+    assert sorted(done["outputs"]) == ["model/config.json", "rollouts.jsonl", "samples.md"]
+    assert done["summary"]["steps"] == 20 and done["seconds"] > 0
+    line = toy.lines()[0]
+    assert sorted(line) == ["stage", "step", "time", "tokens", "values"]
+    assert line["values"] == {"train/loss": 4.0, "train/nan": None}
+    before = toy.result()
+    assert run(toy) == ALL_SKIPPED
+    assert toy.result() == before
+
+
+def test_until_stops_after_a_stage_and_the_next_call_goes_on(toy):
+    assert run(toy, until="first") == {"first": "done", "second": "waiting", "compare": "waiting"}
+    assert folders(toy) == ["01-first"]
+    assert run(toy) == {"first": "skipped", "second": "done", "compare": "done"}
+    with pytest.raises(UserError, match=r'no stage "third".*first, second, compare'):
+        run(toy, until="third")
+
+
+def test_a_changed_setting_moves_the_stage_and_its_dependents_aside(toy, capsys):
+    run(toy)
+    old = (toy.out / "02-second" / "model" / "config.json").read_bytes()
+    toy.write(second=22)
+    assert run(toy) == {"first": "skipped", "second": "done", "compare": "done"}
+    said = capsys.readouterr().err
+    assert "second: steps 20 -> 22" in said and "02-second.stale-1" in said
+    assert 'compare: its input "second" changed' in said and "03-compare.stale-1" in said
+    assert (toy.out / "02-second.stale-1" / "model" / "config.json").read_bytes() == old
+    kept = (toy.out / "02-second.stale-1" / "metrics.jsonl").read_text().splitlines()
+    assert len(kept) == 20 and [line["step"] for line in toy.lines() if line["stage"] == "second"] == list(range(1, 23))
+    toy.write(second=23)
+    run(toy)
+    assert "02-second.stale-2" in folders(toy)
+
+
+def test_the_seed_counts_and_settings_that_change_nothing_do_not(toy):
+    run(toy)
+    assert run(toy, overrides=["second.pause=0.001", "first.save_every=3"]) == ALL_SKIPPED
+    toy.write(seed=8)
+    assert run(toy) == ALL_DONE
+    assert run(toy, overrides=["model.n_layers=9"])["first"] == "done"  # count reads [model]
+
+
+def test_a_stage_may_have_a_seed_of_its_own(toy):
+    """The stage and what follows from it are made again; its inputs are not. The recipe's own seed changes nothing."""
+    run(toy)
+    before = (toy.out / "02-second" / "model" / "config.json").read_bytes()
+    assert run(toy, overrides=["second.seed=7"]) == ALL_SKIPPED
+    found = run(toy, overrides=["second.seed=8"])
+    assert found["first"] == "skipped" and found["second"] == "done"
+    assert (toy.out / "02-second" / "model" / "config.json").read_bytes() != before
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_damaged_output_is_noticed_and_made_again(toy, harm, capsys):
+    run(toy)
+    before = toy.result()
+    victim = toy.out / "01-first" / "model" / "config.json"
+    data = victim.read_bytes()
+    if harm == "flip":
+        victim.write_bytes(data[:10] + bytes([data[10] ^ 1]) + data[11:])
+    elif harm == "cut":
+        victim.write_bytes(data[:-1])
+    else:
+        victim.unlink()
+    # the same output comes back, so what was made from it stays
+    assert run(toy) == {"first": "done", "second": "skipped", "compare": "skipped"}
+    assert "first: model/config.json" in capsys.readouterr().err
+    after = toy.result()
+    assert {name: after[name] for name in before if name != "metrics.jsonl"} == {
+        name: before[name] for name in before if name != "metrics.jsonl"
+    }
+
+
+def test_an_input_that_comes_out_differently_redoes_what_was_made_from_it(toy, monkeypatch, capsys):
+    run(toy)
+    (toy.out / "01-first" / "model" / "config.json").unlink()
+    monkeypatch.setattr("toy_stage.ROUNDING", "other")  # a machine that rounds differently
+    assert run(toy) == ALL_DONE
+    assert "the output of first is not the one it was made from" in capsys.readouterr().err
+
+
+def test_removed_and_inserted_stages(toy, capsys):
+    run(toy)
+    text = toy.path.read_text()
+    toy.path.write_text(text.replace("[[stage]]", '[[stage]]\nkind = "count"\nname = "zeroth"\n[[stage]]', 1))
+    run(toy)
+    # first now starts from zeroth, so everything is new, under new numbers
+    live = [name for name in folders(toy) if "stale" not in name]
+    assert live == ["01-zeroth", "02-first", "03-second", "04-compare"]
+    toy.path.write_text(text)
+    run(toy)
+    assert [name for name in folders(toy) if "stale" not in name] == ["01-first", "02-second", "03-compare"]
+    assert "no longer has this stage" in capsys.readouterr().err
+    assert {line["stage"] for line in toy.lines()} == {"first", "second"}  # the others went with their folder
+
+
+def test_a_stage_that_only_moves_keeps_its_output(toy):
+    toy.write()
+    stage = '[[stage]]\nkind = "compare"\nname = "{}"\nfrom = "first"\nmodels = ["first"]\n'
+    head = toy.path.read_text().split("[[stage]]")[:2]
+    toy.path.write_text("[[stage]]".join(head) + stage.format("late"))
+    assert run(toy) == {"first": "done", "late": "done"}
+    toy.path.write_text("[[stage]]".join(head) + stage.format("early") + stage.format("late"))
+    assert run(toy) == {"first": "skipped", "early": "done", "late": "skipped"}
+    assert folders(toy) == ["01-first", "02-early", "03-late"]
+
+
+def test_a_directory_of_another_recipe_is_refused(toy):
+    run(toy, until="first")
+    toy.write(name="other")
+    with pytest.raises(UserError, match='belongs to the recipe "toy", not "other"; choose another folder with --out'):
+        run(toy)
+    toy.out = toy.out.parent / "mine"
+    toy.out.mkdir()
+    (toy.out / "thesis.doc").write_text("years of work")
+    with pytest.raises(UserError, match=r"not a run directory and not empty \(it holds thesis.doc\)"):
+        run(toy)
+    assert (toy.out / "thesis.doc").read_text() == "years of work"
+    toy.out = toy.out / "thesis.doc"
+    with pytest.raises(UserError, match="a file is in the way"):
+        run(toy)
+
+
+def test_no_permission_is_told(toy, tmp_path):
+    toy.out = tmp_path / "closed" / "run"
+    toy.out.parent.mkdir(mode=0o555)
+    root = os.geteuid() == 0
+    if root:  # root may write anywhere, so be somebody else for a moment
+        for folder in [tmp_path, *tmp_path.parents]:  # up to pytest's own folder: one level more under xdist
+            os.chmod(folder, 0o755)
+            if folder.name.startswith("pytest-of-"):
+                break
+        os.seteuid(65534)
+    try:
+        with pytest.raises(UserError, match=f"no permission for {toy.out}.*--out"):
+            run(toy)
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_after_it(toy):
+    toy.write(fill="true")
+    with pytest.raises(UserError, match=r"disk full: cannot write .*(full|02-second).*free some space"):
+        run(toy)
+    toy.write(fill="false")  # fill_disk is declared free: making room is not a new recipe
+    assert run(toy) == {"first": "skipped", "second": "done", "compare": "done"}
+    assert [line["step"] for line in toy.lines() if line["stage"] == "second"] == list(range(1, 21))
+
+
+def test_a_stage_without_a_state_starts_over_and_so_do_its_lines(toy, monkeypatch):
+    def run_stage(self, settings, ctx):
+        ctx.metrics.write(1, 1, {"a": 1})
+        ctx.sample(1, 1, "text")
+        if not (tmp := ctx.dir / "model").exists():
+            tmp.mkdir()
+            raise RuntimeError("a bug")
+        return {}
+
+    monkeypatch.setattr("toy_stage.Count.run", run_stage)
+    with pytest.raises(RuntimeError, match="a bug"):  # bugs keep their traceback
+        run(toy, until="first")
+    assert run(toy, until="first")["first"] == "done"
+    assert len(toy.lines()) == 1 and (toy.out / "01-first" / "samples.md").read_text().count("## step") == 1
+
+
+def test_conformance_is_written_and_shown(toy, capsys):
+    rows = [{"item": "MTP [depth]", "section": "2.2", "paper": "1", "here": "1", "on": True}]
+    run(toy, until="first", conformance=lambda recipe: rows)
+    assert json.loads((toy.out / "conformance.json").read_text()) == rows
+    assert "MTP [depth]" in capsys.readouterr().err
+
+
+def test_resolve_runs_for_every_stage_before_anything_is_written(toy, monkeypatch):
+    def refuse(self, settings, recipe):
+        raise UserError("the model has one expert per group")
+
+    monkeypatch.setattr("toy_stage.Compare.resolve", refuse)
+    with pytest.raises(UserError, match="one expert"):
+        run(toy)
+    assert not toy.out.exists()
+
+
+def test_derived_facts_count_as_settings(toy, monkeypatch):
+    run(toy)
+    monkeypatch.setattr("toy_stage.Compare.resolve", lambda self, settings, recipe: {"width": (1, 2)})
+    assert run(toy) == {"first": "skipped", "second": "skipped", "compare": "done"}
+    assert run(toy) == ALL_SKIPPED
+
+
+def test_the_lock_file_of_a_dead_process_does_not_matter(toy):
+    toy.out.mkdir()
+    (toy.out / ".lock").write_text("1\n")
+    with RunDir.open(toy.out, "toy"):
+        assert (toy.out / ".lock").read_text() == f"{os.getpid()}\n"

@@ -1,0 +1,58 @@
+"""What a stage is handed."""
+
+import pytest
+from toy_stage import Count
+
+from bessemer.pipeline.stage import Every, Stage, StageContext, StopFlag, register
+from bessemer.runs.metrics import Metrics, StageMetrics
+from bessemer.runs.progress import RunProgress
+
+
+@pytest.fixture
+def ctx(tmp_path):
+    metrics = StageMetrics(Metrics(tmp_path / "metrics.jsonl"), "zero")
+    progress = RunProgress({}).begin("zero")
+    return StageContext("zero", tmp_path, {}, None, None, tmp_path, metrics, progress, StopFlag(), spent=100.0)
+
+
+def test_rewind_takes_samples_and_rollouts_back_too(ctx):
+    def write(steps):
+        for step in steps:
+            ctx.metrics.write(step, step, {"a": 1})
+            ctx.sample(step, step, f"text {step}\n## step 0 forged\nend", title="easy")
+            ctx.rollouts([{"step": step, "prompt": "p"}])
+
+    names = ("samples.md", "rollouts.jsonl")
+    write([1, 2])
+    before = [(ctx.dir / name).read_bytes() for name in names]
+    write([3, 4])
+    ctx.rewind(2)
+    assert [(ctx.dir / name).read_bytes() for name in names] == before
+    assert len((ctx.dir / "metrics.jsonl").read_text().splitlines()) == 2
+    ctx.rewind(-1)
+    assert [(ctx.dir / name).read_bytes() for name in names] == [b"", b""]
+
+
+def test_deadlines_count_earlier_attempts(ctx):
+    assert 100.0 <= ctx.elapsed() < 101.0
+    assert 19.0 < ctx.left(120.0) <= 20.0 and ctx.left(50.0) == 0.0
+
+
+def test_every_is_true_once_per_period(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("bessemer.pipeline.stage.time.monotonic", lambda: now[0])
+    due = Every(10.0)
+    seen = []
+    for now[0] in (0.0, 9.0, 10.0, 11.0, 19.9, 20.0):
+        seen.append(due())
+    assert seen == [False, False, True, False, False, True]
+
+
+def test_two_stages_of_one_kind_are_our_mistake():
+    register(Count)  # again is fine: a module may be imported twice
+
+    class Other(Stage):
+        kind = "count"
+
+    with pytest.raises(AssertionError, match="count"):
+        register(Other)

@@ -1,0 +1,115 @@
+"""A stage kind for the tests: it counts instead of training, and behaves as a real one must.
+
+Run as a program it runs a recipe in a directory, so tests can kill it: `toy_stage.py RECIPE OUT [UNTIL]`.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+from pydantic import Field
+
+from bessemer.config import recipe
+from bessemer.config.table import StageRef, StageSettings
+from bessemer.config.units import Points, Tokens
+from bessemer.errors import UserError
+from bessemer.pipeline import runner
+from bessemer.pipeline.stage import Interrupted, Stage, register
+from bessemer.runs.files import write_atomic
+
+ROUNDING = ""  # a test changes it to get another result from the same settings
+
+
+@register
+class Count(Stage):
+    """A chain of hashes: the result depends on every step, the seed and the input, like training does."""
+
+    kind = "count"
+
+    class Settings(StageSettings):
+        """Settings of the toy."""
+
+        free = frozenset({"pause", "save_every", "fill_disk"})
+
+        steps: int = 20
+        """How many steps to take."""
+        tokens: Tokens = 1000
+        """A quantity."""
+        lr: Points = Points(0.1)
+        """A schedule."""
+        mixture: dict[str, float] = Field(default_factory=dict)
+        """Weights."""
+        pause: float = 0.0
+        """Seconds to sleep in each step."""
+        save_every: int = 5
+        """Steps between checkpoints."""
+        fill_disk: bool = False
+        """Meet a full disk half-way."""
+
+    def run(self, settings, ctx):
+        checkpoint = ctx.state / "checkpoint.json"
+        if checkpoint.exists():
+            saved = json.loads(checkpoint.read_text())
+        else:
+            start = (ctx.source / "model" / "config.json").read_text() if ctx.source else ""
+            saved = {"step": 0, "value": hashlib.sha256(f"{ctx.seed}{start}{ROUNDING}".encode()).hexdigest()}
+        step, value = saved["step"], saved["value"]
+        ctx.rewind(step)
+        ctx.progress.total(settings.steps, "steps", done=step)
+        while step < settings.steps:
+            step += 1
+            value = hashlib.sha256(f"{value}{settings.lr(step)}".encode()).hexdigest()
+            time.sleep(settings.pause)
+            ctx.metrics.write(step, step * 100, {"train/loss": 4.0 / step, "train/nan": float("nan")})
+            if step % 4 == 0:
+                ctx.sample(step, step * 100, f"{value}\n## step 999 forged heading")
+                ctx.rollouts([{"step": step, "id": "p0", "prompt": "2+2", "completion": value, "reward": 1.0}])
+            ctx.progress.advance(1, f"value {value[:4]}")
+            if settings.fill_disk and step == settings.steps // 2:
+                Path("/dev/full").write_text("too much")
+            if step % settings.save_every == 0 or ctx.stop:
+                write_atomic(checkpoint, json.dumps({"step": step, "value": value}))
+            if ctx.stop:
+                ctx.interrupt()
+        (ctx.dir / "model").mkdir(exist_ok=True)
+        (ctx.dir / "model" / "config.json").write_text(json.dumps({"value": value}))
+        return {"value": value[:8], "steps": step}
+
+
+@register
+class Compare(Stage):
+    """Reads several stages, makes no model."""
+
+    kind = "compare"
+    uses_model = False
+
+    class Settings(StageSettings):
+        """Settings of the toy."""
+
+        models: list[StageRef] = Field(default_factory=list)
+        """The stages to compare."""
+
+    def run(self, settings, ctx):
+        files = {name: ctx.inputs[name] / "model" / "config.json" for name in settings.models}
+        values = {name: json.loads(path.read_text()) for name, path in files.items()}
+        (ctx.dir / "results.json").write_text(json.dumps(values))
+        return {"compared": len(values)}
+
+
+def main(path: str, out: str, until: str | None = None) -> int:
+    try:
+        results = runner.run(recipe.Recipe.load(path), Path(out), until)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
+    print(json.dumps({result.name: result.status for result in results}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
