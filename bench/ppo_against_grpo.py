@@ -79,12 +79,12 @@ class Clock:
 
 def arm(args: argparse.Namespace) -> dict:
     from bessemer.config.recipe import Recipe
-    from bessemer.pipeline.stage import StageContext, StopFlag
     from bessemer.rl.estimators import CriticEstimator, GroupEstimator
     from bessemer.rl.evaluator import Watch
     from bessemer.rl.generation import Draw
     from bessemer.rl.loop import Loop
     from bessemer.rl.reference import Reference
+    from bessemer.runs.context import StageContext, StopFlag
     from bessemer.runs.metrics import Metrics, StageMetrics
     from bessemer.runs.progress import RunProgress
     from bessemer.train.trainer import Trainer

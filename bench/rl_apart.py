@@ -29,8 +29,8 @@ LEFT_OUT = 2
 def stage(base: Path, engine: str, rollouts: int) -> dict[str, float]:
     """One run in this process."""
     from bessemer.config.recipe import Recipe
-    from bessemer.pipeline.stage import StageContext, StopFlag
     from bessemer.rl import loop
+    from bessemer.runs.context import StageContext, StopFlag
     from bessemer.runs.metrics import Metrics, StageMetrics
     from bessemer.runs.progress import RunProgress
 

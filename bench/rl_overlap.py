@@ -73,8 +73,8 @@ def main() -> None:
     args = parser.parse_args()
 
     from bessemer.config.recipe import Recipe
-    from bessemer.pipeline.stage import StageContext, StopFlag
     from bessemer.rl import loop
+    from bessemer.runs.context import StageContext, StopFlag
     from bessemer.runs.metrics import Metrics, StageMetrics
     from bessemer.runs.progress import RunProgress
     from bessemer.train import setup

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bessemer import cli
+from bessemer.config.stages import STAGES
 from bessemer.config.table import StageSettings
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import KINDS, Stage
@@ -92,7 +93,7 @@ def recipe(tmp_path, monkeypatch, stub):
     class Note(Stage):
         kind = "cli-note"
 
-        class Settings(StageSettings):
+        class config(StageSettings):
             words: str = "hello"
             """What to write."""
             stop: bool = False
@@ -107,6 +108,7 @@ def recipe(tmp_path, monkeypatch, stub):
             return {"words": settings.words}
 
     monkeypatch.setitem(KINDS, "cli-note", Note)
+    monkeypatch.setitem(STAGES, "cli-note", Note.config)
     rows = [{"item": "MTP", "section": "2.2", "paper": "1", "here": "1", "on": True}]
     stub("bessemer.pipeline.conformance", rows=lambda recipe: rows)
     path = tmp_path / "note.toml"

@@ -20,8 +20,8 @@ from bessemer.config.recipe import Recipe
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
-from bessemer.pipeline.stage import Interrupted, StageContext, StopFlag
 from bessemer.rl.loop import Loop
+from bessemer.runs.context import Interrupted, StageContext, StopFlag
 from bessemer.runs.metrics import Metrics, StageMetrics
 from bessemer.runs.progress import RunProgress
 from bessemer.train import checkpoint

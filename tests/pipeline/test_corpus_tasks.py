@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from bessemer import tasks
+from bessemer.config.data import CorpusConfig
 from bessemer.config.recipe import Recipe
 from bessemer.data import corpus
 from bessemer.data.document import Document
@@ -15,7 +16,7 @@ from bessemer.pipeline.stages.corpus import Corpus, _task
 
 def settings_of(spec, **mix):
     parts = {"part": spec}
-    return Corpus.Settings(name="corpus", kind="corpus", parts=parts, limits={"part": "20K"}, mix={"part": mix})
+    return CorpusConfig(name="corpus", kind="corpus", parts=parts, limits={"part": "20K"}, mix={"part": mix})
 
 
 def resolve(tmp_path, spec, **mix):

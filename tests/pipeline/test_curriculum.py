@@ -12,11 +12,11 @@ import stages_run
 from safetensors.torch import load_file
 
 from bessemer.config.recipe import Recipe
+from bessemer.config.training import PretrainConfig
 from bessemer.data import corpus
 from bessemer.data.document import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.pipeline.stages.pretrain import Pretrain
 
 CHANGES = """
 lengths = [["0", 32], ["8K", 64], ["16K", 128]]
@@ -145,4 +145,4 @@ def test_weights_that_stay_are_what_they_were(tmp_path):
     settings = Recipe.load(path).stage("pretrain")
     assert settings.model_dump(mode="json")["mixture"] == {"english": 0.1, "countdown": 0.05, "arithmetic": 0.85}
     new = {"temperature", "epoch_caps", "on_cap", "lengths"}
-    assert new <= Pretrain.Settings.later
+    assert new <= PretrainConfig.later

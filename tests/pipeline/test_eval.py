@@ -167,7 +167,7 @@ def test_rl_and_rejection_show_what_they_asked(tmp_path):
 
     def ids(name):
         settings = recipe.stage(name)
-        shown = find_kind(settings.kind, name)().shown(settings, recipe, tmp_path, tmp_path)
+        shown = find_kind(settings.kind)().shown(settings, recipe, tmp_path, tmp_path)
         return [problem if isinstance(problem, str) else problem.id for problem in shown]
 
     assert ids("zero") == [one.problem("train", i, 7).id for i in range(9)]

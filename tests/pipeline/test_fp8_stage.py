@@ -14,7 +14,6 @@ import bessemer
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import find_kind
-from bessemer.runs import record
 
 FP8 = '\nfp8 = "paper"\nmoments = "bfloat16"\ntokens = "30K"\n'
 
@@ -68,7 +67,7 @@ def test_what_came_later_does_not_redo_old_stages(tmp_path):
 
     def settings_of(**changes):
         changed = settings.model_copy(update=changes)
-        return record.identity(find_kind("pretrain", "")(), changed, recipe, {}, {})["settings"]
+        return find_kind("pretrain")().identity(changed, recipe, {}, {})["settings"]
 
     assert settings_of().keys() & {"fp8", "moments", "like"} == set()
     assert settings_of(fp8="paper")["fp8"] == "paper" and settings_of(moments="bfloat16")["moments"] == "bfloat16"

@@ -11,6 +11,7 @@ import pytest
 import stages_run
 
 from bessemer import tasks
+from bessemer.config.data import RejectConfig
 from bessemer.engine.engine import Completion
 from bessemer.errors import UserError
 from bessemer.pipeline.stages import reject
@@ -20,7 +21,7 @@ from bessemer.tasks.reading.language import consistency
 
 COUNTDOWN = tasks.get("countdown")
 PROBLEM = COUNTDOWN.make("train", 0, 0, "en", "seen")
-SETTINGS = reject.Reject.Settings(kind="reject", tasks=["countdown"])
+SETTINGS = RejectConfig(kind="reject", tasks=["countdown"])
 
 
 def right_answer():

@@ -80,8 +80,8 @@ def test_the_controls_can_take_their_base_from_the_run_they_are_controls_of():
     for name in ("zero", "controls"):
         recipe, found = Recipe.load(recipes / f"{name}.toml"), {}
         for settings in recipe.stages[:2]:
-            kind = find_kind(settings.kind, settings.name)()
+            kind = find_kind(settings.kind)()
             facts = kind.resolve(settings, recipe)
-            found[settings.name] = record.digest(record.identity(kind, settings, recipe, facts, dict(found)))
+            found[settings.name] = record.digest(kind.identity(settings, recipe, facts, dict(found)))
         known.append(found)
     assert known[0] == known[1] and list(known[0]) == ["corpus", "base"]

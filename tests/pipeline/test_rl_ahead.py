@@ -12,11 +12,11 @@ import torch
 
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
-from bessemer.pipeline.stage import Interrupted
 from bessemer.pipeline.stages.rl import RL
 from bessemer.rl import loop, rollout
 from bessemer.rl.importance import Gap
 from bessemer.rl.objective import GRPO
+from bessemer.runs.context import Interrupted
 from bessemer.runs.metrics import StageMetrics
 from bessemer.train import checkpoint, setup
 from bessemer.train.trainer import Trainer

@@ -5,8 +5,8 @@ import json
 import pytest
 import rl_stage
 
-from bessemer.pipeline.stage import Interrupted
 from bessemer.rl.export import Leave
+from bessemer.runs.context import Interrupted
 
 COIN = 'reward="random"'
 

@@ -3,7 +3,8 @@
 import pytest
 from toy_stage import Count
 
-from bessemer.pipeline.stage import Every, Stage, StageContext, StopFlag, register
+from bessemer.pipeline.stage import Stage, register
+from bessemer.runs.context import Every, StageContext, StopFlag
 from bessemer.runs.metrics import Metrics, StageMetrics
 from bessemer.runs.progress import RunProgress
 
@@ -40,7 +41,7 @@ def test_deadlines_count_earlier_attempts(ctx):
 
 def test_every_is_true_once_per_period(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("bessemer.pipeline.stage.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("bessemer.runs.context.time.monotonic", lambda: now[0])
     due = Every(10.0)
     seen = []
     for now[0] in (0.0, 9.0, 10.0, 11.0, 19.9, 20.0):

@@ -19,9 +19,10 @@ from bessemer.config.recipe import Recipe
 from bessemer.data.chat import render_ids
 from bessemer.errors import UserError
 from bessemer.eval import scoring
-from bessemer.pipeline.stage import Interrupted, StageMetrics
 from bessemer.rl import loop, rollout
 from bessemer.rl.objective import GRPO
+from bessemer.runs.context import Interrupted
+from bessemer.runs.metrics import StageMetrics
 
 MODELS = ("02-pretrain", "03-zero")
 

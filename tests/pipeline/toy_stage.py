@@ -16,7 +16,8 @@ from bessemer.config.table import StageRef, StageSettings
 from bessemer.config.units import Points, Tokens
 from bessemer.errors import UserError
 from bessemer.pipeline import runner
-from bessemer.pipeline.stage import Interrupted, Stage, register
+from bessemer.pipeline.stage import Stage, register
+from bessemer.runs.context import Interrupted
 from bessemer.runs.files import write_atomic
 
 ROUNDING = ""  # a test changes it to get another result from the same settings
@@ -28,7 +29,7 @@ class Count(Stage):
 
     kind = "count"
 
-    class Settings(StageSettings):
+    class config(StageSettings):
         """Settings of the toy."""
 
         free = frozenset({"pause", "save_every", "fill_disk"})
@@ -85,7 +86,7 @@ class Compare(Stage):
     kind = "compare"
     uses_model = False
 
-    class Settings(StageSettings):
+    class config(StageSettings):
         """Settings of the toy."""
 
         models: list[StageRef] = Field(default_factory=list)

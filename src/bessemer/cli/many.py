@@ -28,7 +28,7 @@ def start(recipe: Recipe, root: Path) -> Ranks | None:
     if not Ranks.started():
         if wanted > 1:
             for settings in recipe.stages:  # what ranks would refuse
-                find_kind(settings.kind, settings.name)().resolve(settings, recipe)
+                find_kind(settings.kind)().resolve(settings, recipe)
             from bessemer.dist.launch import launch
 
             print(f"{wanted} ranks on this machine ([layout])", file=sys.stderr)

@@ -39,8 +39,8 @@ def run(
     from bessemer.pipeline import conformance
     from bessemer.pipeline.follow import follow
     from bessemer.pipeline.runner import run as run_recipe
-    from bessemer.pipeline.stage import Interrupted
     from bessemer.report import card
+    from bessemer.runs.context import Interrupted
     from bessemer.runs.directory import writing_models
 
     loaded = Recipe.load(recipe, set_ or [])

@@ -9,9 +9,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from bessemer.config.recipe import Head, Layout
+from bessemer.config.stages import STAGES, stage_config
 from bessemer.config.table import StageRef, StageSettings, Strict
 from bessemer.config.units import Points, parse_bytes, parse_seconds, parse_tokens
-from bessemer.pipeline.stage import find_kind, load_kinds
 
 DATA = "data"
 """In place of a stage kind: the recipe of `bessemer data build`."""
@@ -24,9 +24,9 @@ def describe_keys(kind: str | None = None) -> str:
 
         return _table("data recipe", Curation) + "\n\n" + _table("[[source]]", SourceTable)
     if kind is not None:
-        return _table(f'[[stage]] kind = "{kind}"', find_kind(kind, "keys").Settings)
+        return _table(f'[[stage]] kind = "{kind}"', stage_config(kind, "keys"))
     tables = [_table("top level", Head), _table("[layout]", Layout)]
-    tables += [_table(f'[[stage]] kind = "{name}"', stage.Settings) for name, stage in sorted(load_kinds().items())]
+    tables += [_table(f'[[stage]] kind = "{name}"', table) for name, table in sorted(STAGES.items())]
     return "\n\n".join(tables)
 
 

@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny
 
+from bessemer.config.stages import stage_config
 from bessemer.config.table import StageSettings, Strict, keys, nearest, stage_refs, validate
 from bessemer.config.units import Seconds
 from bessemer.errors import UserError
-from bessemer.pipeline.stage import find_kind
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _RESERVED = ("model", "layout", "stage", "name", "seed")  # what --set already means by these words
@@ -160,8 +160,9 @@ def _stage(table: dict[str, Any], number: int, where: str) -> StageSettings:
     place = f"{where}: [[stage]] number {number}"
     if "kind" not in table:
         raise UserError(f'{place}: key "kind" is required, it says which stage this is')
-    stage = find_kind(table["kind"], place)
-    return validate(stage.Settings, table, f'{where}: [[stage]] "{table["name"]}" (kind {table["kind"]})')
+    return validate(
+        stage_config(table["kind"], place), table, f'{where}: [[stage]] "{table["name"]}" (kind {table["kind"]})'
+    )
 
 
 def _check_names(stages: list[StageSettings], where: str) -> None:

@@ -24,7 +24,7 @@ from bessemer.dist.context_parallel import refusal as not_cut
 from bessemer.dist.model_shard import Part, assemble
 from bessemer.dist.ranks import Ranks
 from bessemer.train import setup
-from bessemer.pipeline.stage import StageContext
+from bessemer.runs.context import StageContext
 from bessemer.dist import consolidate, heldout
 from bessemer.dist.distributed_trainer import Across
 from bessemer.train.trainer import Trainer

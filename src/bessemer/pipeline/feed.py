@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points, show_tokens
 from bessemer.data.batch import Batch
 from bessemer.data.curriculum import Curriculum, stretches
@@ -17,8 +18,7 @@ from bessemer.data.rows import Rows, open_rows
 from bessemer.errors import UserError
 
 if TYPE_CHECKING:
-    from bessemer.pipeline.stage import StageContext
-    from bessemer.pipeline.stages.pretrain import Pretrain
+    from bessemer.runs.context import StageContext
     from bessemer.train.trainer import Trainer
 
 
@@ -26,7 +26,7 @@ class Feed:
     """Rows for a trainer, and what they were made of."""
 
     def __init__(
-        self, settings: Pretrain.Settings, ctx: StageContext, corpus: Path, row_length: int | None, bos_id: int
+        self, settings: PretrainConfig, ctx: StageContext, corpus: Path, row_length: int | None, bos_id: int
     ) -> None:
         """`row_length`: of the rows that batch_rows counts and validation reads; None: the corpus' own."""
         self.settings, self._bos_id = settings, bos_id
@@ -87,7 +87,7 @@ class Feed:
         }
 
 
-def check(settings: Pretrain.Settings, corpus_name: str | None, recipe: Any, longest: int) -> None:
+def check(settings: PretrainConfig, corpus_name: str | None, recipe: Any, longest: int) -> None:
     """UserError for a mixture or lengths that cannot be, before anything runs. `longest` is the model's max_seq_len."""
     where = f'stage "{settings.name}"'
     corpus = next((stage for stage in recipe.stages if stage.name == corpus_name and stage.kind == "corpus"), None)
@@ -122,13 +122,13 @@ def check(settings: Pretrain.Settings, corpus_name: str | None, recipe: Any, lon
             )
 
 
-def scale(settings: Pretrain.Settings, row_length: int) -> Callable[[float], float]:
+def scale(settings: PretrainConfig, row_length: int) -> Callable[[float], float]:
     """Rows of a step at so many tokens per row that batch_rows asks for: more where rows are shorter."""
     lengths = settings.lengths
     return (lambda tokens: row_length / lengths(tokens)) if lengths else (lambda tokens: 1.0)
 
 
-def _parts(settings: Pretrain.Settings, corpus: Path) -> Sequence[str]:
+def _parts(settings: PretrainConfig, corpus: Path) -> Sequence[str]:
     if settings.mixture:
         return list(settings.mixture)
     return sorted(folder.name for folder in corpus.iterdir() if (folder / "meta.json").is_file())

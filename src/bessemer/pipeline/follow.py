@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from bessemer.data.fetch import cache_dir
 from bessemer.pipeline.signals import signals
-from bessemer.pipeline.stage import Interrupted, StageContext, find_kind
+from bessemer.pipeline.stage import find_kind
+from bessemer.runs.context import Interrupted, StageContext
 from bessemer.runs.metrics import NoMetrics
 from bessemer.runs.progress import RunProgress
 
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 def follow(recipe: Recipe, ranks: Ranks, cache: Path | None = None) -> None:
     """Until rank 0 says that the run has ended."""
     for settings in recipe.stages:
-        find_kind(settings.kind, settings.name)().resolve(settings, recipe)
+        find_kind(settings.kind)().resolve(settings, recipe)
     with open(os.devnull, "w") as nowhere:
         progress = RunProgress({}, out=nowhere)
         with signals(together=True, quiet=True) as stop:
             for order in ranks.follow():
                 settings = recipe.stage(order["stage"])
-                stage = find_kind(settings.kind, settings.name)()
+                stage = find_kind(settings.kind)()
                 ctx = StageContext(
                     name=settings.name, dir=Path(order["folder"]), ranks=ranks,
                     inputs={name: Path(path) for name, path in order["inputs"].items()},

@@ -29,5 +29,5 @@ def shown(recipe: Any, names: Sequence[str], root: Path, cache: Path) -> Iterato
     """(stage, what it showed) of every stage behind the models `names` of the run in `root`."""
     folders = {name: folder for _, name, folder in stage_folders(root)}
     for settings in ancestors(recipe, names):
-        stage = find_kind(settings.kind, settings.name)()
+        stage = find_kind(settings.kind)()
         yield settings.name, stage.shown(settings, recipe, folders[settings.name], cache)

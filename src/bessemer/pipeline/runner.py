@@ -26,8 +26,9 @@ from bessemer.config.units import show_seconds
 from bessemer.data.fetch import cache_dir
 from bessemer.pipeline.reuse import Donor
 from bessemer.pipeline.signals import signals
-from bessemer.pipeline.stage import Interrupted, Stage, StageContext, StopFlag, find_kind
+from bessemer.pipeline.stage import Stage, find_kind
 from bessemer.runs import record
+from bessemer.runs.context import Interrupted, StageContext, StopFlag
 from bessemer.runs.directory import RunDir, stage_folders
 from bessemer.runs.files import explained
 from bessemer.runs.metrics import Metrics, StageMetrics
@@ -85,7 +86,7 @@ def run(
         recipe.stage(until)
     root = out or Path("runs") / recipe.name
     donor = None if reuse is None else Donor(reuse)
-    kinds = {settings.name: find_kind(settings.kind, settings.name)() for settings in recipe.stages}
+    kinds = {settings.name: find_kind(settings.kind)() for settings in recipe.stages}
     derived = {settings.name: kinds[settings.name].resolve(settings, recipe) for settings in recipe.stages}
     estimates = {settings.name: kinds[settings.name].estimate(settings, recipe) for settings in recipe.stages}
     progress = progress or RunProgress(estimates)
@@ -113,7 +114,7 @@ def _plan(
     for number, settings in enumerate(recipe.stages, start=1):
         sources = list(dict.fromkeys(name for _, name in stage_refs(settings)))
         stage, facts = kinds[settings.name], derived[settings.name]
-        what = record.identity(stage, settings, recipe, facts, {name: fingerprints[name] for name in sources})
+        what = stage.identity(settings, recipe, facts, {name: fingerprints[name] for name in sources})
         fingerprints[settings.name] = record.digest(what)
         planned.append(_Planned(settings, stage, rundir.folder(number, settings.name), what, sources))
     return planned

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from bessemer.pipeline.stage import StopFlag
+from bessemer.runs.context import StopFlag
 
 
 @contextmanager

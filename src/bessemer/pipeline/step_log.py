@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from bessemer.pipeline.stage import StageContext
+from bessemer.runs.context import StageContext
 from bessemer.train.trainer import Trainer
 
 

@@ -184,5 +184,5 @@ def _stage(stage: Any, recipe: Recipe, rates: dict[str, float], length: int) -> 
         rows = len(stage.models) * len(stage.tasks) * len(stage.temperatures) * 2
         return rows * stage.problems * stage.samples * ANSWER * stage.max_new_tokens / decode
     # what progress bars begin with, corrected by how far that guess is off for pre-training
-    guess = find_kind(stage.kind, stage.name)().estimate(stage, recipe)
+    guess = find_kind(stage.kind)().estimate(stage, recipe)
     return guess / setup.estimate_seconds(recipe, train)

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 from bessemer.model.mode import evaluating
@@ -26,9 +27,6 @@ from bessemer.rl.rollout import Sampled
 from bessemer.train.optim import load_exactly
 from bessemer.train.settings import Settings as TrainSettings
 from bessemer.train.trainer import Trainer
-
-if TYPE_CHECKING:
-    from bessemer.pipeline.stages.rl import RL
 
 MODEL, MOMENTS = "critic/model/", "critic/optimizer/"
 EPSILON = 1e-6
@@ -75,7 +73,7 @@ class CriticEstimator:
     """A token against what the critic expected before it. `trainer` is the policy's, as it stands after `start()`;
     `train` are the policy's dials, which the critic shares but for its learning rate."""
 
-    def __init__(self, trainer: Trainer, train: TrainSettings, settings: RL.Settings, pad_id: int) -> None:
+    def __init__(self, trainer: Trainer, train: TrainSettings, settings: RLConfig, pad_id: int) -> None:
         self.policy, self.settings, self.pad_id = trainer, settings, pad_id
         self.workers = train.workers
         if not isinstance(trainer.model, Transformer):

@@ -10,11 +10,11 @@ from typing import Any
 from bessemer import tasks
 from bessemer.errors import UserError
 from bessemer.eval import scoring
-from bessemer.pipeline.stage import StageContext
 from bessemer.rl import rollout
 from bessemer.rl.alarms import Watchman
 from bessemer.rl.gate import decide
 from bessemer.rl.generation import Draw
+from bessemer.runs.context import StageContext
 from bessemer.train.trainer import Trainer
 
 PROBES = 6

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
+from bessemer.config.rl import Exported
 from bessemer.data.chat import exchange
 from bessemer.rl.rollout import Sampled
 from bessemer.runs import conversations
 from bessemer.runs.files import write_atomic
 
-What = Literal["nothing", "correct", "all"]
-
 
 class Leave:
-    def __init__(self, what: What, state: Path) -> None:
+    def __init__(self, what: Exported, state: Path) -> None:
         self.what, self.folder = what, state / "left"
 
     def add(self, number: int, groups: Sequence[Sequence[Sampled]]) -> None:

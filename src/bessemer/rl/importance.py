@@ -8,11 +8,10 @@ distance from there to the sampler is weighed apart (rl/correction.py).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
@@ -21,14 +20,11 @@ from bessemer.rl.correction import CORRECTIONS
 from bessemer.rl.objective import policy_logprobs
 from bessemer.workers import Workers
 
-if TYPE_CHECKING:
-    from bessemer.pipeline.stages.rl import RL
-
 
 class Gap:
     """`close(batches)` before the first update of a rollout."""
 
-    def __init__(self, model: Transformer, workers: Workers, settings: RL.Settings) -> None:
+    def __init__(self, model: Transformer, workers: Workers, settings: RLConfig) -> None:
         self.model, self.workers, self.settings = model, workers, settings
         if settings.routing_replay and all(layer.dense for layer in model.layers):
             raise UserError(

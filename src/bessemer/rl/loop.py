@@ -14,17 +14,17 @@ All that must survive a kill lies in the trainer's checkpoint.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from bessemer import tasks
+from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
 from bessemer.data.chat import question_ids
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.pipeline.stage import StageContext
 from bessemer.rl import advantage, make_sampler, rollout, rollout_metrics
 from bessemer.rl.estimators import CriticEstimator, Estimator, GroupEstimator
 from bessemer.rl.evaluator import Watch
@@ -36,18 +36,16 @@ from bessemer.rl.problem_picker import Pick
 from bessemer.rl.queue import Ahead
 from bessemer.rl.reference import Reference
 from bessemer.rl.reward import Judge
+from bessemer.runs.context import StageContext
 from bessemer.train import speed
 from bessemer.train.settings import Settings as TrainSettings
 from bessemer.workers import Workers
-
-if TYPE_CHECKING:
-    from bessemer.pipeline.stages.rl import RL
 
 
 class Loop:
     """One RL run."""
 
-    def __init__(self, settings: RL.Settings, ctx: StageContext, judges: dict[str, Judge]) -> None:
+    def __init__(self, settings: RLConfig, ctx: StageContext, judges: dict[str, Judge]) -> None:
         self.settings, self.ctx = settings, ctx
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a stage with a model before it')
@@ -180,7 +178,7 @@ class Loop:
         return found
 
 
-def _train_settings(settings: RL.Settings, workers: Any) -> TrainSettings:
+def _train_settings(settings: RLConfig, workers: Any) -> TrainSettings:
     zero = lambda tokens, step: 0.0  # noqa: E731 (three schedules that are zero)
     return TrainSettings(
         tokens=0, lr=lambda tokens, step: settings.lr(step), gamma=zero, batch_rows=zero, micro_rows=1,

@@ -8,45 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
-from bessemer.config.table import Strict, changed
+from bessemer.config.rl import RLConfig, RolloutConfig
+from bessemer.config.table import changed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.pipeline.stage import StageContext
 from bessemer.rl import ray_cluster
 from bessemer.rl.rank_samplers import Dealt, Led
 from bessemer.rl.ray_pool import Pool
 from bessemer.rl.ray_sampler import Apart
 from bessemer.rl.sampler import Here, Sampler
+from bessemer.runs.context import StageContext
 from bessemer.train import setup
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers, cores
 
-if TYPE_CHECKING:
-    from bessemer.pipeline.stages.rl import RL
 
-
-class Rollout(Strict):
-    """[rollout]: who draws."""
-
-    engine: Literal["here", "ray", "vllm"] = "here"
-    """here: the trainer's processes, taking turns with the updates; ray: rollout workers apart with our Engine, on Ray;
-    vllm: the same with vLLM, whose samples differ by rounding and random numbers."""
-    workers: int = Field(1, ge=1)
-    """Rollout workers apart, each with the whole model: a core each, or `gpus` GPUs."""
-    gpus: int | None = Field(None, ge=0)
-    """GPUs of each worker. Default: 1 where Ray has any; vLLM spreads one copy of the model over several. Ray takes the
-    trainer's GPU for free: start it with the others (CUDA_VISIBLE_DEVICES=1,2,3 ray start --head, RAY_ADDRESS=auto)."""
-    rows: int = Field(0, ge=0)
-    """Samples that are decoded together. 0: a quarter of the rollout, 128 to 512. More workers than a rollout has
-    such batches have nothing to do."""
-
-
-def facts(stage: str, rollout: Rollout, ahead: int, replay: bool) -> dict[str, Any]:
+def facts(stage: str, rollout: RolloutConfig, ahead: int, replay: bool) -> dict[str, Any]:
     """What of the table changes samples; UserError for what cannot take effect."""
     if rollout.engine == "here":
         for name in ("workers", "gpus"):
@@ -63,7 +44,7 @@ def facts(stage: str, rollout: Rollout, ahead: int, replay: bool) -> dict[str, A
     return found | ({"rows": rollout.rows} if rollout.rows else {})
 
 
-def workers_beside(rollout: Rollout) -> Workers:
+def workers_beside(rollout: RolloutConfig) -> Workers:
     """The trainer's own helpers: with rollout workers on this machine they share its cores."""
     if rollout.engine == "here" or setup.device().type != "cpu" or not ray_cluster.ours():
         return setup.workers()
@@ -72,7 +53,7 @@ def workers_beside(rollout: Rollout) -> Workers:
 
 
 def make(
-    settings: RL.Settings, ctx: StageContext, engine: Engine, trainer: Trainer, refresh: Callable[[], None]
+    settings: RLConfig, ctx: StageContext, engine: Engine, trainer: Trainer, refresh: Callable[[], None]
 ) -> Sampler:
     """The sampler of a stage. Workers are started when it is opened, or first asked. `refresh` brings the engine's
     network to the trainer's weights."""
@@ -84,7 +65,7 @@ def make(
     return Led(_apart(settings, ctx, engine, trainer) if ctx.leads else None, engine.tokenizer, refresh, ctx.ranks)
 
 
-def _apart(settings: RL.Settings, ctx: StageContext, engine: Engine, trainer: Trainer) -> Apart:
+def _apart(settings: RLConfig, ctx: StageContext, engine: Engine, trainer: Trainer) -> Apart:
     rollout = settings.rollout
     samples = settings.prompts_per_rollout * settings.samples
     rows = rollout.rows or setup.batch_rows(samples)
@@ -103,7 +84,7 @@ def _apart(settings: RL.Settings, ctx: StageContext, engine: Engine, trainer: Tr
     return Apart(engine, engine.model.state_dict, lambda: trainer.rows, partial(_start, rollout, ctx, engine))
 
 
-def _start(rollout: Rollout, ctx: StageContext, engine: Engine) -> Pool:
+def _start(rollout: RolloutConfig, ctx: StageContext, engine: Engine) -> Pool:
     size = sum(tensor.numel() * tensor.element_size() for tensor in engine.model.state_dict().values())
     connection = ray_cluster.Cluster(size)
     try:

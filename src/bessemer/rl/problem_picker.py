@@ -8,8 +8,8 @@ depends on who drew how fast. The estimates lie in the trainer's checkpoint and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from bessemer.config.rl import RLConfig
 from bessemer.eval.contamination import identity
 from bessemer.rl.difficulty import Choice, Estimates, Name, Tried, choose
 from bessemer.rl.reward import Reward
@@ -17,16 +17,13 @@ from bessemer.rl.rollout import Sampled
 from bessemer.tasks.base import Problem, Task, stable_hash
 from bessemer.train.trainer import Trainer
 
-if TYPE_CHECKING:
-    from bessemer.pipeline.stages.rl import RL
-
 KEY = "difficulty"
 
 
 class Pick:
     """`pool` is how many candidates there are for each problem asked; 1 without the filter: all are asked."""
 
-    def __init__(self, settings: RL.Settings, trainer: Trainer) -> None:
+    def __init__(self, settings: RLConfig, trainer: Trainer) -> None:
         self.settings, self.trainer = settings, trainer
         self.on = settings.difficulty_filter
         self.pool = settings.filter_pool if self.on else 1

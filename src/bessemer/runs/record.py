@@ -9,15 +9,10 @@ outside `state/` and besides the records themselves.
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bessemer import __version__
-from bessemer.config.table import StageSettings
-from bessemer.pipeline.stage import Stage
 from bessemer.runs.files import sha256, write_atomic
-
-if TYPE_CHECKING:
-    from bessemer.config.recipe import Recipe
 
 RUN_FORMAT = 1  # raise it when run directories change in a way that old ones cannot be continued
 _RECORDS = {"done.json", "stage.json", "wall.json"}
@@ -25,22 +20,6 @@ _RECORDS = {"done.json", "stage.json", "wall.json"}
 
 def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()
-
-
-def identity(
-    stage: Stage, settings: StageSettings, recipe: "Recipe", derived: dict[str, Any], inputs: dict[str, str]
-) -> dict[str, Any]:
-    """Everything the output of a stage follows from; `inputs` maps the stages it reads to their fingerprints."""
-    unsaid = {key for key in settings.later if getattr(settings, key) == type(settings).model_fields[key].default}
-    what = {
-        "format": [RUN_FORMAT, stage.kind, stage.format],
-        "settings": settings.model_dump(mode="json", by_alias=True, exclude={*settings.free, *unsaid, "seed"}),
-        "seed": recipe.seed_of(settings) if stage.uses_seed else None,
-        "model": recipe.model if stage.uses_model else None,
-        "derived": derived,
-        "inputs": inputs,
-    }
-    return json.loads(json.dumps(what))  # as it reads back from disk, tuples and all
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -12,17 +12,15 @@ Shapes: N tokens, V vocabulary, C tokens of one chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bessemer.config.training import Divergence
 from bessemer.data.batch import Batch
 from bessemer.train.loss import chunk_rows
 from bessemer.train.objective import Loss
-
-Divergence = Literal["reverse", "forward"]
 
 
 @dataclass(frozen=True)

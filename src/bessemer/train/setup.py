@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from bessemer.config.training import Precision
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
@@ -19,8 +20,6 @@ from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 from bessemer.precision import probe
 from bessemer.workers import Workers, cores, one_core_each
-
-Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def model_config(recipe: Any, changes: dict[str, Any] | None = None) -> ModelConfig:

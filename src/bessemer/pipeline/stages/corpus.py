@@ -12,18 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from bessemer import tasks
-from bessemer.config.table import StageRef, StageSettings
-from bessemer.config.units import Tokens, show_tokens
+from bessemer.config.data import CorpusConfig
+from bessemer.config.units import show_tokens
 from bessemer.data import corpus, shards, sources
 from bessemer.data.document import Document
 from bessemer.data.fetch import sha256_of
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.eval.haystack import NEEDLE, needle
-from bessemer.pipeline.stage import Stage, StageContext, register
+from bessemer.pipeline.stage import Stage, register
+from bessemer.runs.context import StageContext
 from bessemer.tasks.needle import Needle
 from bessemer.train.setup import model_config
 from bessemer.workers import Workers, cores
@@ -36,33 +35,9 @@ class Corpus(Stage):
     kind = "corpus"
     format = 2
 
-    class Settings(StageSettings):
-        later = frozenset({"tokenizer"})
+    config = CorpusConfig
 
-        parts: dict[str, str] = Field(default_factory=dict)
-        """Part name = where its text comes from: a source, a path, hf://owner/name, task:NAME, needle:SOURCE, or
-        shards:FOLDER."""
-        limits: dict[str, Tokens] = Field(default_factory=dict)
-        """Part name = most tokens to keep of it. Task parts are endless and need one."""
-        mix: dict[str, dict[str, float]] = Field(default_factory=dict)
-        """Part name = knobs of its task's documents, such as {countdown = {systematic = 0.2}}."""
-        row_length: int = Field(256, ge=8)
-        """Tokens per packed row: the sequence length of pre-training."""
-        vocab_sample: int = Field(4_000_000, ge=10_000)
-        """Characters of each part the tokenizer is trained on."""
-        heldout: float = Field(0.02, ge=0, lt=0.5)
-        """Share of documents, chosen by hash, kept for validation."""
-        tokenizer: StageRef | None = None
-        """The corpus whose tokenizer these rows are made with, such as one of shorter rows that a model is extended
-        from. Default: one of its own."""
-        fim_rate: float = Field(0.1, ge=0, le=1)
-        """Share of training documents of `fim_parts` in prefix-suffix-middle order (V3 4.1: 0.1)."""
-        fim_parts: list[str] = Field(default_factory=list)
-        """Parts that FIM applies to; the paper applies it to all."""
-        boundary_split_rate: float = Field(0.05, ge=0, le=1)
-        """Share of "punctuation + line break" tokens split in two (V3 4.1 leaves the share open)."""
-
-    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+    def resolve(self, settings: CorpusConfig, recipe: Any) -> dict[str, Any]:
         if not settings.parts:
             raise UserError(f'stage "{settings.name}": parts is empty; name at least one source')
         for key in (*settings.limits, *settings.fim_parts, *settings.mix):
@@ -86,10 +61,10 @@ class Corpus(Stage):
                 Needle({}, **settings.mix[part])  # checks the knobs
         return {"vocab_size": model_config(recipe).vocab_size} | _built(settings)
 
-    def estimate(self, settings: Settings, recipe: Any) -> float:
+    def estimate(self, settings: CorpusConfig, recipe: Any) -> float:
         return 60.0
 
-    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+    def run(self, settings: CorpusConfig, ctx: StageContext) -> dict[str, Any]:
         ctx.rewind(-1)
         vocab_size = model_config(ctx.recipe).vocab_size
         ctx.progress.total(2 * len(settings.parts), "parts")  # the tokenizer takes about as long as all of them
@@ -114,7 +89,7 @@ class Corpus(Stage):
         (ctx.dir / "parts.json").write_text(json.dumps(facts, indent=1))
         return {"tokens": sum(part["tokens"] for part in facts.values()), "parts": len(facts)}
 
-    def _build(self, settings: Settings, name: str, tokenizer: Tokenizer, ctx: StageContext) -> dict[str, Any]:
+    def _build(self, settings: CorpusConfig, name: str, tokenizer: Tokenizer, ctx: StageContext) -> dict[str, Any]:
         if ctx.stop:
             ctx.interrupt()
         if settings.parts[name].startswith(SHARDS):
@@ -133,7 +108,7 @@ class Corpus(Stage):
         )
         return _counts(built)
 
-    def shown(self, settings: Settings, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem | str]:
+    def shown(self, settings: CorpusConfig, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem | str]:
         """The training documents, and the problems behind the pages of tasks."""
         tokenizer = Tokenizer.load(folder / "tokenizer")
         for name, spec in settings.parts.items():
@@ -145,14 +120,14 @@ class Corpus(Stage):
                 pages = built.train.facts["documents"] + built.heldout.facts["documents"]
                 yield from (task.train_problem(i, recipe.seed_of(settings), None) for i in range(pages))
 
-    def _documents(self, settings: Settings, name: str, ctx: StageContext) -> Iterator[Document]:
+    def _documents(self, settings: CorpusConfig, name: str, ctx: StageContext) -> Iterator[Document]:
         spec = settings.parts[name]
         if not spec.startswith((TASK, NEEDLE)):
             return iter(sources.documents(spec, ctx.cache, domain=name))
         task = _task(settings, name, ctx.cache)
         return (Document(task.document(i, ctx.seed), task.name) for i in itertools.count())
 
-    def _sample(self, settings: Settings, ctx: StageContext) -> Iterator[str]:
+    def _sample(self, settings: CorpusConfig, ctx: StageContext) -> Iterator[str]:
         """The first characters of every part, for the tokenizer."""
         for name in settings.parts:  # none is shards: those bring their tokenizer
             left = settings.vocab_sample
@@ -163,7 +138,7 @@ class Corpus(Stage):
                     break
 
 
-def _task(settings: Corpus.Settings, part: str, cache: Path | None = None) -> tasks.Task:
+def _task(settings: CorpusConfig, part: str, cache: Path | None = None) -> tasks.Task:
     """The task whose documents are a part, with the part's knobs."""
     name, mix = settings.parts[part].removeprefix(TASK), settings.mix.get(part, {})
     if name.startswith(NEEDLE):
@@ -179,16 +154,16 @@ def _counts(built: corpus.Corpus) -> dict[str, Any]:
             "waste": round(rows.waste, 5)}  # fmt: skip
 
 
-def _folder(settings: Corpus.Settings, part: str) -> Path:
+def _folder(settings: CorpusConfig, part: str) -> Path:
     return Path(settings.parts[part].removeprefix(SHARDS))
 
 
-def _shards(settings: Corpus.Settings) -> list[str]:
+def _shards(settings: CorpusConfig) -> list[str]:
     """The parts that are shards already."""
     return [part for part, spec in settings.parts.items() if spec.startswith(SHARDS)]
 
 
-def _built(settings: Corpus.Settings) -> dict[str, Any]:
+def _built(settings: CorpusConfig) -> dict[str, Any]:
     """What identifies the shards that others made: their meta.json, which holds the checksums of everything."""
     found = {}
     for part in _shards(settings):
@@ -201,7 +176,7 @@ def _built(settings: Corpus.Settings) -> dict[str, Any]:
     return {"shards": found} if found else {}
 
 
-def _tokenizer(settings: Corpus.Settings) -> Tokenizer | None:
+def _tokenizer(settings: CorpusConfig) -> Tokenizer | None:
     """The one that the shards were made with; None where no part is shards."""
     found = None
     for part in _shards(settings):
@@ -218,7 +193,7 @@ def _tokenizer(settings: Corpus.Settings) -> Tokenizer | None:
     return found
 
 
-def _shares(settings: Corpus.Settings, n: int) -> list[list[str]]:
+def _shares(settings: CorpusConfig, n: int) -> list[list[str]]:
     """The parts in n lists of about equal work, largest first. A part without a limit counts as the largest limit."""
     unknown = max(settings.limits.values(), default=1)
     size = {name: settings.limits.get(name, unknown) for name in settings.parts}

@@ -9,19 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from bessemer import tasks
-from bessemer.config.table import StageRef, StageSettings
-from bessemer.config.units import Points, Seconds, Tokens
+from bessemer.config.training import DistillConfig
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
-from bessemer.pipeline.stage import Stage, StageContext, register
+from bessemer.pipeline.stage import Stage, register
 from bessemer.rl import rollout
+from bessemer.runs.context import StageContext
 from bessemer.train import setup, speed
-from bessemer.train.distill import Divergence, OnPolicy
+from bessemer.train.distill import OnPolicy
 from bessemer.train.settings import Settings as TrainSettings
 from bessemer.train.trainer import Trainer
 
@@ -30,63 +28,33 @@ from bessemer.train.trainer import Trainer
 class Distill(Stage):
     kind = "distill"
 
-    class Settings(StageSettings):
-        free = frozenset({"save_seconds", "micro_tokens"})
+    config = DistillConfig
 
-        teacher: StageRef
-        """The earlier stage whose model teaches; the student is the model of `from`."""
-        tasks: list[str]
-        """Task families; problems are taken from them in turn, from their train split."""
-        steps: int = Field(100, ge=1)
-        """Optimizer steps, each on new samples of the student."""
-        prompts_per_step: int = Field(64, ge=1)
-        """Problems answered per step."""
-        samples: int = Field(1, ge=1)
-        """Answers per problem."""
-        max_new_tokens: Tokens = 200
-        """Length cap of an answer."""
-        temperature: float = Field(1.0, gt=0)
-        """Temperature of sampling and of both distributions."""
-        divergence: Divergence = "reverse"
-        """KL of student from teacher (reverse), or of teacher from student (forward)."""
-        lr: Points = Points(1e-3)
-        """Learning rate over optimizer steps."""
-        clip_norm: float = Field(1.0, gt=0)
-        """Largest gradient norm."""
-        micro_tokens: int = Field(4096, ge=16)
-        """Padded tokens per forward; changes memory and speed only."""
-        eval_every: int = Field(25, ge=1)
-        """Held-out evaluation every so many steps."""
-        eval_problems: int = Field(64, ge=1)
-        """Held-out problems per task of that evaluation, 4 answers each."""
-        save_seconds: Seconds = 60.0
-        """Checkpoint this often."""
-
-    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+    def resolve(self, settings: DistillConfig, recipe: Any) -> dict[str, Any]:
         if not settings.tasks:
             raise UserError(f'stage "{settings.name}": tasks is empty; known: {", ".join(tasks.names())}')
         for name in settings.tasks:
             tasks.get(name)
         return {}
 
-    def estimate(self, settings: Settings, recipe: Any) -> float:
+    def estimate(self, settings: DistillConfig, recipe: Any) -> float:
         samples = settings.steps * settings.prompts_per_step * settings.samples
         return setup.estimate_seconds(recipe, samples * settings.max_new_tokens)
 
-    def shown(self, settings: Settings, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem]:
+    def shown(self, settings: DistillConfig, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem]:
         """The problems its steps ask."""
         families, seed = [tasks.get(name) for name in settings.tasks], recipe.seed_of(settings)
         asked = rollout.problems_of(families, "train", 0, settings.steps * settings.prompts_per_step, seed)
         yield from (problem for _, problem in asked)
 
-    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+    def run(self, settings: DistillConfig, ctx: StageContext) -> dict[str, Any]:
         return _Run(settings, ctx).run()
 
 
 class _Run:
     """One distillation; everything that must survive a kill lies in the trainer's checkpoint."""
 
-    def __init__(self, settings: Distill.Settings, ctx: StageContext) -> None:
+    def __init__(self, settings: DistillConfig, ctx: StageContext) -> None:
         self.settings, self.ctx = settings, ctx
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a student to start from: name its stage with from = "..."')

@@ -8,17 +8,15 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import Field
-
 from bessemer import tasks
-from bessemer.config.table import StageRef, StageSettings
-from bessemer.config.units import Tokens
+from bessemer.config.evaluation import EvalConfig
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import contamination, results, scoring
 from bessemer.pipeline import lineage
-from bessemer.pipeline.stage import Stage, StageContext, register
+from bessemer.pipeline.stage import Stage, register
+from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.train import setup, speed
 
@@ -28,27 +26,9 @@ class Eval(Stage):
     kind = "eval"
     format = 2
 
-    class Settings(StageSettings):
-        models: list[StageRef]
-        """Stages whose models are compared, in the order of the table."""
-        tasks: list[str]
-        """Task families, from their test split."""
-        problems: int = Field(150, ge=1)
-        """Problems per task and language."""
-        samples: int = Field(16, ge=1)
-        """Samples per problem; pass@1 is their mean (R1: 4 to 64)."""
-        k: int | None = Field(None, ge=1)
-        """k of pass@k and maj@k (the paper's cons@k). Default: all samples."""
-        temperatures: list[float] = Field(default=[1.0])
-        """Sampling temperatures (R1: 0.6); a second one tells sharpening from ability."""
-        top_p: float = Field(1.0, gt=0, le=1)
-        """Nucleus of the sampling (R1: 0.95); 1 asks the model as it is."""
-        max_new_tokens: Tokens = 160
-        """Length cap of a completion (R1: 32,768)."""
-        searched_words: Tokens = 50_000_000
-        """Words of each earlier stage's training text that are searched for the problems, at most; 0: none are."""
+    config = EvalConfig
 
-    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+    def resolve(self, settings: EvalConfig, recipe: Any) -> dict[str, Any]:
         for key in ("models", "tasks", "temperatures"):
             if not getattr(settings, key):
                 raise UserError(f'stage "{settings.name}": {key} is empty')
@@ -58,11 +38,11 @@ class Eval(Stage):
             tasks.get(name)
         return {}
 
-    def estimate(self, settings: Settings, recipe: Any) -> float:
+    def estimate(self, settings: EvalConfig, recipe: Any) -> float:
         rows = len(settings.models) * len(settings.tasks) * len(settings.temperatures) * 2
         return setup.decode_seconds(recipe, rows * settings.problems * settings.samples * settings.max_new_tokens)
 
-    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+    def run(self, settings: EvalConfig, ctx: StageContext) -> dict[str, Any]:
         speed.keep_memory()
         path = ctx.state / "rows.json"
         rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
@@ -97,7 +77,7 @@ class Eval(Stage):
         ctx.say(contamination.line(found))
         return {"rows": len(rows), "contaminated": found["hit"]}
 
-    def _contamination(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+    def _contamination(self, settings: EvalConfig, ctx: StageContext) -> dict[str, Any]:
         path = ctx.state / "contamination.json"
         if path.exists():
             return json.loads(path.read_text())
@@ -113,7 +93,7 @@ class Eval(Stage):
         return found
 
 
-def _tasks(settings: Eval.Settings) -> Iterator[tasks.Task]:
+def _tasks(settings: EvalConfig) -> Iterator[tasks.Task]:
     """The tasks in one language each, in the order of the table."""
     for name in settings.tasks:
         for language in tasks.get(name).languages:

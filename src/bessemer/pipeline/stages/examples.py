@@ -9,14 +9,13 @@ from collections import Counter
 from itertools import count
 from typing import Any
 
-from pydantic import Field
-
 from bessemer import tasks
-from bessemer.config.table import StageSettings
+from bessemer.config.data import ExamplesConfig
 from bessemer.data.chat import exchange
 from bessemer.errors import UserError
-from bessemer.pipeline.stage import Stage, StageContext, register
+from bessemer.pipeline.stage import Stage, register
 from bessemer.runs import conversations
+from bessemer.runs.context import StageContext
 
 PATIENCE = 50
 """Pages read per example wanted, at most; a third of those of arithmetic are right and well formed."""
@@ -27,23 +26,19 @@ class Examples(Stage):
     kind = "examples"
     uses_model = False
 
-    class Settings(StageSettings):
-        tasks: list[str]
-        """Task families with pre-training documents; examples are taken from them in turn."""
-        examples: int = Field(200, ge=1)
-        """Conversations to write (R1: thousands)."""
+    config = ExamplesConfig
 
-    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+    def resolve(self, settings: ExamplesConfig, recipe: Any) -> dict[str, Any]:
         if not settings.tasks:
             raise UserError(f'stage "{settings.name}": tasks is empty; known: {", ".join(tasks.names())}')
         for name in settings.tasks:
             tasks.get(name).written(0)  # UserError for a task without documents
         return {}
 
-    def leaves_conversations(self, settings: Settings) -> bool:
+    def leaves_conversations(self, settings: ExamplesConfig) -> bool:
         return True
 
-    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+    def run(self, settings: ExamplesConfig, ctx: StageContext) -> dict[str, Any]:
         ctx.rewind(-1)
         families = [tasks.get(name) for name in settings.tasks]
         kept: dict[str, None] = {}

@@ -9,10 +9,7 @@ Output: model/ with `rope_factor`, `original_seq_len` and `max_seq_len` of its o
 
 from typing import Any
 
-from pydantic import Field
-
-from bessemer.config.table import StageRef
-from bessemer.config.units import Points, Tokens
+from bessemer.config.training import ExtendConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
 from bessemer.errors import UserError
@@ -21,8 +18,9 @@ from bessemer.hf.causal_lm import is_foreign
 from bessemer.hf.foreign_tokenizer import load_tokenizer
 from bessemer.model.config import ModelConfig
 from bessemer.pipeline import feed
-from bessemer.pipeline.stage import StageContext, register
+from bessemer.pipeline.stage import register
 from bessemer.pipeline.stages.pretrain import Begins, Pretrain
+from bessemer.runs.context import StageContext
 from bessemer.train import setup
 
 
@@ -30,29 +28,9 @@ from bessemer.train import setup
 class Extend(Pretrain):
     kind = "extend"
 
-    class Settings(Pretrain.Settings):
-        later = frozenset()
+    config = ExtendConfig
 
-        corpus: StageRef
-        """The corpus stage whose documents are read, the model's own or another made with the same tokenizer; rows of
-        `length` are planned from them."""
-        length: int = Field(ge=16)
-        """Tokens per row, and the longest the model reads from now on (V3: 32,768, then 131,072)."""
-        rope_factor: float = Field(40.0, gt=1)
-        """YaRN's s, the same in every phase: how many times the original length it reaches (V3: 40)."""
-        original_length: int | None = Field(None, ge=8)
-        """Length that the model was trained at before any extension. Default: that of the corpus it was pre-trained on;
-        of an imported model what its config says."""
-        tokens: Tokens = 1_000_000
-        """Tokens to train on, padding included (V3: 62.9B in each phase)."""
-        gamma: Points = Points(0.0)
-        """Speed of the routing bias (V3: 0 since 14.3T)."""
-        mtp_lambda: Points = Points(0.1)
-        """Weight of the MTP loss (V3: 0.1 since 10T)."""
-        model: dict[str, Any] = Field(default_factory=dict, max_length=0)
-        """Not for this kind: the model is that of the stage it starts from."""
-
-    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+    def resolve(self, settings: ExtendConfig, recipe: Any) -> dict[str, Any]:
         where = f'stage "{settings.name}"'
         corpus = recipe.stage(settings.corpus)
         if corpus.kind != "corpus":
@@ -75,13 +53,13 @@ class Extend(Pretrain):
         super().resolve(settings, recipe)
         return {"original_length": original}
 
-    def check_feed(self, settings: Settings, recipe: Any, cfg: ModelConfig) -> None:
+    def check_feed(self, settings: ExtendConfig, recipe: Any, cfg: ModelConfig) -> None:
         feed.check(settings, settings.corpus, recipe, settings.length)
 
-    def estimate(self, settings: Settings, recipe: Any) -> float:
+    def estimate(self, settings: ExtendConfig, recipe: Any) -> float:
         return setup.estimate_seconds(recipe, settings.tokens, length=settings.length)
 
-    def begins(self, settings: Settings, ctx: StageContext) -> Begins:
+    def begins(self, settings: ExtendConfig, ctx: StageContext) -> Begins:
         """The model of an earlier stage, with YaRN, trained on longer rows."""
         folder = None if ctx.source is None else ctx.source / "model"
         if folder is None or not folder.is_dir():
@@ -112,7 +90,7 @@ class Extend(Pretrain):
         )
 
 
-def original_length(settings: Extend.Settings, recipe: Any) -> int | None:
+def original_length(settings: ExtendConfig, recipe: Any) -> int | None:
     """Tokens of the rows that the model was pre-trained on; None where the recipe does not say."""
     first = [settings, *_phases(settings, recipe)][-1]
     for phase in [settings, *_phases(settings, recipe)]:
@@ -123,7 +101,7 @@ def original_length(settings: Extend.Settings, recipe: Any) -> int | None:
     return corpus.row_length if corpus is not None and corpus.kind == "corpus" else None
 
 
-def check_reach(where: str, settings: Extend.Settings, original: int) -> None:
+def check_reach(where: str, settings: ExtendConfig, original: int) -> None:
     """UserError if YaRN does not reach the length, or has nothing to do."""
     if settings.length <= original:
         raise UserError(f"{where}: length is {settings.length}, the model reads {original} already; raise it")
@@ -135,7 +113,7 @@ def check_reach(where: str, settings: Extend.Settings, original: int) -> None:
         )
 
 
-def _phases(settings: Extend.Settings, recipe: Any) -> list[Extend.Settings]:
+def _phases(settings: ExtendConfig, recipe: Any) -> list[ExtendConfig]:
     """The extensions before this one, the nearest first."""
     found, source = [], settings.source
     while source is not None and (stage := recipe.stage(source)).kind == "extend":

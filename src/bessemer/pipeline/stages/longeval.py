@@ -12,16 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
-from bessemer.config.table import StageRef, StageSettings
+from bessemer.config.evaluation import LongEvalConfig
 from bessemer.data.rows import open_rows
 from bessemer.dist import heldout
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import haystack, long_context, long_context_table
 from bessemer.hf import hub
-from bessemer.pipeline.stage import Stage, StageContext, register
+from bessemer.pipeline.stage import Stage, register
+from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.train import setup, speed
 
@@ -34,38 +33,9 @@ them."""
 class LongEval(Stage):
     kind = "longeval"
 
-    class Settings(StageSettings):
-        models: list[StageRef]
-        """Stages whose models are compared, before the extension first and the longest last."""
-        switched: list[StageRef] = Field(default_factory=list)
-        """Of these also with the positions of the last model, untrained: what YaRN alone gives."""
-        haystack: str = ""
-        """Source of the text that needles are hidden in; its documents are held out as those of `corpus` are. Empty: no
-        needles."""
-        corpus: StageRef
-        """The corpus whose held-out rows give the loss by position, as long as the longest length."""
-        parts: list[str] = Field(default_factory=list)
-        """Of `corpus`, those for the loss by position."""
-        lengths: list[int] = Field(default=[256, 1024, 4096])
-        """Tokens of a prompt with its answer."""
-        depths: list[float] = Field(default=[0.0, 0.25, 0.5, 0.75, 1.0])
-        """Share of the text that lies before the needle."""
-        problems: int = Field(40, ge=1)
-        """Of every length and depth."""
-        needles: int = Field(8, ge=1)
-        """In every text; one of them is asked for, the others are there to be taken for it."""
-        rows: int = Field(32, ge=1)
-        """Held-out rows of every part, for the loss by position and of short rows."""
-        short: StageRef | None = None
-        """A corpus of short rows, for what the extension costs there. Default: not measured."""
-        short_parts: list[str] = Field(default_factory=list)
-        """Of `short`, those that are measured. Default: all. Rows are read without a document mask here, so parts of
-        many short documents that were trained with one say little."""
-        short_bound: float = Field(0.1, gt=0)
-        """Bits per byte, as a mean over those parts, that a model may lose there against the first one; more
-        is said aloud."""
+    config = LongEvalConfig
 
-    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+    def resolve(self, settings: LongEvalConfig, recipe: Any) -> dict[str, Any]:
         where = f'stage "{settings.name}"'
         for key in ("models", "lengths", "depths"):
             if not getattr(settings, key):
@@ -84,12 +54,12 @@ class LongEval(Stage):
                     raise UserError(f'{where}: {key} names "{part}", the corpus has {", ".join(known) or "none"}')
         return {}
 
-    def estimate(self, settings: Settings, recipe: Any) -> float:
+    def estimate(self, settings: LongEvalConfig, recipe: Any) -> float:
         asked = len(settings.depths) * settings.problems * sum(settings.lengths)
         models = len(settings.models) + len(settings.switched)
         return setup.estimate_seconds(recipe, models * asked / 3, length=max(settings.lengths))
 
-    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+    def run(self, settings: LongEvalConfig, ctx: StageContext) -> dict[str, Any]:
         speed.keep_memory()
         path = ctx.state / "rows.json"
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -115,7 +85,7 @@ class LongEval(Stage):
         last = settings.models[-1]
         return {f"found at {row['length']}": round(row["share"], 3) for row in table["needle"] if row["model"] == last}
 
-    def _engine(self, settings: Settings, ctx: StageContext, model: str, added: str) -> Engine:
+    def _engine(self, settings: LongEvalConfig, ctx: StageContext, model: str, added: str) -> Engine:
         """`added` SWITCHED: with the positions of the last model. All may read as far as the longest length."""
         context: dict[str, Any] = {}
         if added == SWITCHED:
@@ -124,7 +94,9 @@ class LongEval(Stage):
         context["max_seq_len"] = max(*settings.lengths, ctx.recipe.stage(settings.corpus).row_length)
         return Engine(*setup.load_model(ctx.inputs[model] / "model", context), setup.workers())
 
-    def _work(self, settings: Settings, ctx: StageContext) -> Iterator[tuple[str, str, str, Callable[[Engine], Any]]]:
+    def _work(
+        self, settings: LongEvalConfig, ctx: StageContext
+    ) -> Iterator[tuple[str, str, str, Callable[[Engine], Any]]]:
         """(key, model, what is added, what is measured), model by model."""
         task = None
         if settings.haystack:
@@ -167,7 +139,7 @@ def _figure(found: Any) -> float:
     return long_context_table.overall(found)["share"] if "correct" in found[0] else found[-1]["bits_per_byte"]
 
 
-def _say(settings: LongEval.Settings, ctx: StageContext, table: dict[str, Any]) -> None:
+def _say(settings: LongEvalConfig, ctx: StageContext, table: dict[str, Any]) -> None:
     for row in table["needle"]:
         ctx.say(
             f"{row['model']}: {100 * row['share']:.1f} % of {row['n']:.0f} needles in {row['length']} tokens "

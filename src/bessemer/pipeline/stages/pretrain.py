@@ -6,13 +6,12 @@ Every schedule is a function of consumed tokens. Output: model/ (a Hugging Face 
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
 
-from bessemer.config.table import StageSettings
-from bessemer.config.units import Points, Seconds, Steps, Tokens, Weight, show_tokens
+from bessemer.config.training import PretrainConfig
+from bessemer.config.units import Points, show_tokens
 from bessemer.data.batch import Batch
 from bessemer.data.rows import Rows
 from bessemer.data.tokenizer import Tokenizer
@@ -24,10 +23,11 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.counts import flops_per_token
 from bessemer.model.transformer import RECOMPUTES_ITSELF, Transformer
 from bessemer.pipeline import feed
-from bessemer.pipeline.stage import Stage, StageContext, register
+from bessemer.pipeline.stage import Stage, register
 from bessemer.pipeline.step_log import StepLog
 from bessemer.precision import backends
 from bessemer.precision.fp8_linear import RECIPES
+from bessemer.runs.context import StageContext
 from bessemer.train import objective, setup, speed
 from bessemer.train.settings import Settings as TrainSettings
 from bessemer.train.trainer import Trainer
@@ -55,72 +55,9 @@ class Pretrain(Stage):
     kind = "pretrain"
     across = True
 
-    class Settings(StageSettings):
-        free = frozenset({"save_seconds", "micro_rows"})
-        later = frozenset({"fp8", "moments", "ema_decay", "temperature", "epoch_caps", "on_cap", "lengths"})
+    config = PretrainConfig
 
-        model: dict[str, Any] = Field(default_factory=dict)
-        """Changes to the recipe's [model] for this stage, such as a smaller student to distil into."""
-        tokens: Tokens = 8_000_000
-        """Tokens to train on, padding included."""
-        mixture: dict[str, Weight] = Field(default_factory=dict)
-        """Part of the corpus = its share of the rows, a number or a function of consumed tokens: [["0", 0.5],
-        ["2M", 0.5], ["2M", 0.2]] is a cool-down mix from 2M tokens on."""
-        temperature: float | None = Field(None, ge=0, le=1)
-        """Instead of a mixture: shares in proportion to (tokens of the part)^temperature."""
-        epoch_caps: dict[str, float] = Field(default_factory=dict)
-        """Part = how many times it may be read at most."""
-        on_cap: Literal["redistribute", "refuse"] = "redistribute"
-        """When a part comes to its cap before the end the others take its share, or the run is refused."""
-        lengths: Steps | None = None
-        """Tokens per row over consumed tokens, such as [["0", 128], ["2M", 256]]; steps keep their tokens, so shorter
-        rows are more rows. Default: the corpus' row_length throughout (V3 in pre-training)."""
-        lr: Points
-        """Learning rate over consumed tokens (V3: 0 -> 2.2e-4 in 2000 steps, constant to 10T, cosine to 2.2e-5)."""
-        batch_rows: Points = Points(64)
-        """Rows per optimizer step over consumed tokens (V3: 3072 -> 15360), in rows of the corpus' row_length."""
-        micro_rows: int = Field(32, ge=1)
-        """Rows per forward; changes memory and speed only (with fp8 also last digits: tiles go along the tokens)."""
-        gamma: Points = Points(0.001)
-        """Speed of the routing bias (V3: 0.001, 0 for the last 500B of 14.8T)."""
-        mtp_lambda: Points = Points([["0", 0.3]])
-        """Weight of the MTP loss (V3: 0.3, then 0.1 from 10T)."""
-        balance_alpha: float = Field(1e-4, ge=0)
-        """Weight of the sequence-wise balance loss (V3: 1e-4)."""
-        optimizer: Literal["adamw", "muon"] = "adamw"
-        """Of the matrices inside the layers; the rest is AdamW's (V3: adamw for all)."""
-        weight_decay: float = Field(0.1, ge=0)
-        """Decay of matrices (V3: 0.1)."""
-        clip: float = Field(1.0, gt=0)
-        """Largest gradient norm (V3: 1.0)."""
-        validate_every: Tokens = 1_000_000
-        """Held-out bits per byte of every part, this often."""
-        sample_every: Tokens = 1_000_000
-        """Continue the prompts below, this often."""
-        first_sample: Tokens = 400_000
-        """The first sample comes this early."""
-        prompts: list[str] = Field(default_factory=list)
-        """Texts to continue, for people to read."""
-        document_mask: bool = False
-        """Tokens see their own document only. V3 packs without a mask; with many short documents a row, small models
-        learn to copy from a prompt far sooner with one."""
-        precision: setup.Precision = "auto"
-        """Compute dtype; auto measures which is faster here. Masters and gradients are float32 always."""
-        fp8: Literal["off", "paper", "power-of-two", "block-gradients", "per-tensor"] = "off"
-        """Matrices of attention, FFN and experts in FP8, with activations kept in FP8 (V3: paper). power-of-two: all
-        factors are; block-gradients, per-tensor: variants to compare with. On a CPU it is emulated, and slower."""
-        moments: Literal["float32", "bfloat16"] = "float32"
-        """Dtype of the optimizer's moments (V3: bfloat16)."""
-        ema_decay: float = Field(0.0, ge=0, lt=1)
-        """Decay of a moving average of the weights, validated beside them and left as model-ema/; 0: none (V3 keeps
-        one in CPU memory, of undocumented decay)."""
-        compile: Literal["auto", "on", "off"] = "auto"
-        """torch.compile the layers; auto does with a GPU, and with a C++ compiler where a long training pays for it.
-        Never with fp8 or on many ranks."""
-        save_seconds: Seconds = 60.0
-        """Checkpoint this often."""
-
-    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+    def resolve(self, settings: PretrainConfig, recipe: Any) -> dict[str, Any]:
         cfg = setup.model_config(recipe, settings.model)
         distributed.check(recipe, settings.name, settings.batch_rows.values, cfg)
         if settings.fp8 != "off" and settings.compile == "on":
@@ -130,20 +67,20 @@ class Pretrain(Stage):
         self.check_feed(settings, recipe, cfg)
         return {"model": cfg.model_dump()}
 
-    def check_feed(self, settings: Settings, recipe: Any, cfg: ModelConfig) -> None:
+    def check_feed(self, settings: PretrainConfig, recipe: Any, cfg: ModelConfig) -> None:
         feed.check(settings, settings.source, recipe, cfg.max_seq_len)
 
-    def estimate(self, settings: Settings, recipe: Any) -> float:
+    def estimate(self, settings: PretrainConfig, recipe: Any) -> float:
         return setup.estimate_seconds(recipe, settings.tokens, settings.model)
 
-    def begins(self, settings: Settings, ctx: StageContext) -> Begins:
+    def begins(self, settings: PretrainConfig, ctx: StageContext) -> Begins:
         """Random weights, trained on the corpus before."""
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a corpus stage before it')
         cfg = setup.model_config(ctx.recipe, settings.model)
         return Begins(ctx.source, None, cfg, lambda: distributed.fresh(ctx, cfg))
 
-    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+    def run(self, settings: PretrainConfig, ctx: StageContext) -> dict[str, Any]:
         corpus, row_length, cfg, network_of = self.begins(settings, ctx)
         tokenizer = Tokenizer.load(corpus / "tokenizer")
         if tokenizer.vocab_size > cfg.vocab_size:
@@ -186,7 +123,7 @@ class Pretrain(Stage):
 
 
 def train_settings(
-    settings: Pretrain.Settings,
+    settings: PretrainConfig,
     dtype: torch.dtype,
     workers: Workers,
     scale: Callable[[float], float] = lambda tokens: 1.0,
@@ -222,7 +159,7 @@ class _Watch(StepLog):
     """What a person sees of the training: metrics, held-out bits per byte, samples."""
 
     def __init__(
-        self, settings: Pretrain.Settings, ctx: StageContext, tokenizer: Tokenizer, fed: feed.Feed,
+        self, settings: PretrainConfig, ctx: StageContext, tokenizer: Tokenizer, fed: feed.Feed,
     ) -> None:  # fmt: skip
         super().__init__(ctx)
         self.settings, self.tokenizer, self.fed = settings, tokenizer, fed

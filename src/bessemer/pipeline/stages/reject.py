@@ -9,19 +9,17 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from bessemer import tasks
-from bessemer.config.table import StageSettings
-from bessemer.config.units import Tokens
+from bessemer.config.data import RejectConfig
 from bessemer.data.chat import exchange, question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.pipeline.stage import Stage, StageContext, register
+from bessemer.pipeline.stage import Stage, register
 from bessemer.rl import rollout
 from bessemer.runs import conversations
+from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.tasks.answer import parse_reply
 from bessemer.tasks.reading.readable import Limits, readable
@@ -37,53 +35,29 @@ LOT = 64
 class Reject(Stage):
     kind = "reject"
 
-    class Settings(StageSettings):
-        tasks: list[str]
-        """Task families; problems are taken from them in turn, from their train split."""
-        problems: int = Field(1000, ge=1)
-        """Training problems to answer."""
-        first_problem: int = Field(0, ge=0)
-        """Number of the first of them, to keep away from those that RL has seen."""
-        samples: int = Field(4, ge=1)
-        """Answers per problem."""
-        keep: int = Field(1, ge=1)
-        """Answers kept per problem, at most."""
-        temperature: float = Field(1.0, gt=0)
-        """Sampling temperature (cold start: 1)."""
-        max_new_tokens: Tokens = 200
-        """Length cap of an answer; what runs into it is dropped."""
-        consistency: float = Field(1.0, ge=0, le=1)
-        """Smallest share of the thoughts' words in the problem's language."""
-        repeated: float = Field(0.25, ge=0, le=1)
-        """Largest share of thought lines, and of runs of ten words, that stood there before."""
-        paragraph: int = Field(200, ge=1)
-        """Most words (Chinese: characters) of the thoughts between two line breaks."""
-        others: int = Field(0, ge=0)
-        """Conversations added that are not about reasoning (R1: 200K beside 600K): written answers of `general`."""
-        form: Literal["as-is", "r1"] = "as-is"
-        """as-is: the answer as it was written; r1: thoughts on lines of their own, then a sentence with the answer."""
+    config = RejectConfig
 
-    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+    def resolve(self, settings: RejectConfig, recipe: Any) -> dict[str, Any]:
         if not settings.tasks:
             raise UserError(f'stage "{settings.name}": tasks is empty; known: {", ".join(tasks.names())}')
         for name in settings.tasks:
             tasks.get(name)
         return {}
 
-    def leaves_conversations(self, settings: Settings) -> bool:
+    def leaves_conversations(self, settings: RejectConfig) -> bool:
         return True
 
-    def estimate(self, settings: Settings, recipe: Any) -> float:
+    def estimate(self, settings: RejectConfig, recipe: Any) -> float:
         return setup.decode_seconds(recipe, settings.problems * settings.samples * settings.max_new_tokens)
 
-    def shown(self, settings: Settings, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem | str]:
+    def shown(self, settings: RejectConfig, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem | str]:
         """The conversations, and the problems they answer."""
         yield from super().shown(settings, recipe, folder, cache)
         families, seed = [tasks.get(name) for name in settings.tasks], recipe.seed_of(settings)
         asked = rollout.problems_of(families, "train", settings.first_problem, settings.problems, seed)
         yield from (problem for _, problem in asked)
 
-    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+    def run(self, settings: RejectConfig, ctx: StageContext) -> dict[str, Any]:
         if ctx.source is None or not (ctx.source / "model").is_dir():
             raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
         speed.keep_memory()
@@ -112,7 +86,7 @@ class Reject(Stage):
                 ctx.interrupt()
         return self._finish(settings, ctx, [ctx.state / f"lot-{first:08d}.json" for first in lots])
 
-    def _finish(self, settings: Settings, ctx: StageContext, lots: list) -> dict[str, Any]:
+    def _finish(self, settings: RejectConfig, ctx: StageContext, lots: list) -> dict[str, Any]:
         kept, dropped = {}, Counter()
         for path in lots:
             lot = json.loads(path.read_text())
@@ -135,13 +109,13 @@ class Reject(Stage):
         return counts
 
 
-def _others(settings: Reject.Settings, seed: int) -> Iterator[list[dict[str, str]]]:
+def _others(settings: RejectConfig, seed: int) -> Iterator[list[dict[str, str]]]:
     """What R1 takes from V3's data: kind answers to everyday requests, with thoughts where they help."""
     task = tasks.get("general")
     return (task.conversation(index, seed) for index in range(settings.others))
 
 
-def select(groups: list[list[rollout.Sampled]], settings: Reject.Settings) -> tuple[list[Any], dict[str, int]]:
+def select(groups: list[list[rollout.Sampled]], settings: RejectConfig) -> tuple[list[Any], dict[str, int]]:
     """Conversations to keep, and how many answers were dropped for what."""
     kept, dropped = [], Counter()
     for group in groups:
@@ -159,7 +133,7 @@ def select(groups: list[list[rollout.Sampled]], settings: Reject.Settings) -> tu
     return kept, dict(dropped)
 
 
-def fault(row: rollout.Sampled, settings: Reject.Settings) -> str | None:
+def fault(row: rollout.Sampled, settings: RejectConfig) -> str | None:
     """Why an answer is not to be learnt from."""
     if row.completion.finish_reason == "length":
         return "cut"

@@ -12,13 +12,10 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from bessemer import tasks
-from bessemer.config.table import StageSettings
-from bessemer.config.units import Seconds, Tokens
+from bessemer.config.training import RewardModelConfig
 from bessemer.data import preference_rows
 from bessemer.data.chat import opening, question_ids
 from bessemer.data.tokenizer import Tokenizer
@@ -26,9 +23,10 @@ from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.scorer import Scorer
 from bessemer.model.transformer import Transformer
-from bessemer.pipeline.stage import Stage, StageContext, register
+from bessemer.pipeline.stage import Stage, register
 from bessemer.pipeline.step_log import StepLog
 from bessemer.rl.preference import FACTS, Scale, judged_ids, score_ids
+from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.tasks.general import preference as preferences
 from bessemer.train import preference, setup, speed
@@ -46,62 +44,28 @@ SHOWN = 6
 class RewardModelling(Stage):
     kind = "reward-model"
 
-    class Settings(StageSettings):
-        free = frozenset({"micro_rows", "save_seconds"})
+    config = RewardModelConfig
 
-        aim: Literal["helpful", "harmless"]
-        """helpful: pairwise, reads prompt and summary; harmless: pointwise, reads the thoughts as well."""
-        data: list[str] = Field(default_factory=list)
-        """Files of lines {"prompt", "chosen", "rejected"} for helpful, {"prompt", "response", "safe"} for harmless."""
-        made: int = Field(2000, ge=0)
-        """Prompts of the general task to make judged answers for (R1: 66,000 pairs, 106,000 labelled answers)."""
-        samples: int = Field(0, ge=0)
-        """Answers to each of them that the model it starts from gives, judged beside the written ones."""
-        max_new_tokens: Tokens = 100
-        """Length cap of a sampled answer."""
-        heldout: float = Field(0.1, gt=0, lt=0.5)
-        """Share of prompts, chosen by hash, that accuracy and the scale of rewards are measured on."""
-        epochs: int = Field(1, ge=1)
-        """How often every row is read (R1: 1)."""
-        row_length: int = Field(256, ge=8)
-        """Tokens per row, which holds several pairs; longer ones are left out and counted (R1: 8,192, none in use)."""
-        lr: float = Field(gt=0)
-        """Learning rate at the start; a cosine takes it to a tenth (R1: 6e-6, its schedule undocumented)."""
-        batch_rows: int = Field(8, ge=1)
-        """Rows per optimizer step (R1: 256 pairs)."""
-        micro_rows: int = Field(4, ge=1)
-        """Rows per forward; changes memory and speed only."""
-        style: Literal["zero", "r1"] | None = None
-        """Chat template to read answers in; the model's own unless named."""
-        balance_alpha: float = Field(1e-4, ge=0)
-        """Weight of the sequence-wise balance loss (V3: 1e-4)."""
-        weight_decay: float = Field(0.1, ge=0)
-        """Decay of matrices (undocumented)."""
-        clip: float = Field(1.0, gt=0)
-        """Largest gradient norm."""
-        precision: setup.Precision = "auto"
-        """Compute dtype; auto measures which is faster here. Masters are float32 always."""
-        save_seconds: Seconds = 60.0
-        """Checkpoint this often."""
-
-    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+    def resolve(self, settings: RewardModelConfig, recipe: Any) -> dict[str, Any]:
         if not settings.data and not settings.made:
             raise UserError(f'stage "{settings.name}": nothing to judge; give data = [...] or made = 2000')
         if settings.samples and not settings.made:
             raise UserError(f'stage "{settings.name}": samples are answers to made prompts; set made too')
         return {}
 
-    def estimate(self, settings: Settings, recipe: Any) -> float:
+    def estimate(self, settings: RewardModelConfig, recipe: Any) -> float:
         sampled = setup.decode_seconds(recipe, settings.made * settings.samples * settings.max_new_tokens)
         return sampled + setup.estimate_seconds(recipe, settings.epochs * settings.made * 100)
 
-    def shown(self, settings: Settings, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem | str]:
+    def shown(
+        self, settings: RewardModelConfig, recipe: Any, folder: Path, cache: Path
+    ) -> Iterator[tasks.Problem | str]:
         """The lines of its files and the problems it made answers for: a policy learns from them by way of rewards."""
         for line in _from_files(settings):
             yield "\n".join(str(line[key]) for key in ("prompt", *_keys(line)))
         yield from _problems(settings, recipe.seed_of(settings))
 
-    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+    def run(self, settings: RewardModelConfig, ctx: StageContext) -> dict[str, Any]:
         if ctx.source is None or not (ctx.source / "model").is_dir():
             raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
         speed.keep_memory()
@@ -143,7 +107,7 @@ _HOW = {
 
 
 def _judged(
-    settings: RewardModelling.Settings, ctx: StageContext, model: Transformer, tokenizer: Tokenizer
+    settings: RewardModelConfig, ctx: StageContext, model: Transformer, tokenizer: Tokenizer
 ) -> tuple[list[Line], dict[str, Any]]:
     """All lines, and facts about the made ones. Kept in the state, for sampling takes time."""
     path = ctx.state / "judged.json"
@@ -154,20 +118,20 @@ def _judged(
     return lines, facts
 
 
-def _from_files(settings: RewardModelling.Settings) -> Iterator[Line]:
+def _from_files(settings: RewardModelConfig) -> Iterator[Line]:
     fields = preference_rows.PAIR if settings.aim == "helpful" else preference_rows.LABEL
     for name in settings.data:
         yield from preference_rows.read(Path(name), fields)
 
 
-def _problems(settings: RewardModelling.Settings, seed: int) -> list[tasks.Problem]:
+def _problems(settings: RewardModelConfig, seed: int) -> list[tasks.Problem]:
     """What made answers are for; half of the harmless model's prompts ask for something unsafe."""
     task = tasks.get("general", harmless_share=0.0 if settings.aim == "helpful" else 0.5)
     return [task.problem("train", i, seed) for i in range(settings.made)]
 
 
 def _made(
-    settings: RewardModelling.Settings, ctx: StageContext, model: Transformer, tokenizer: Tokenizer
+    settings: RewardModelConfig, ctx: StageContext, model: Transformer, tokenizer: Tokenizer
 ) -> tuple[list[Line], dict[str, Any]]:
     problems = _problems(settings, ctx.seed)
     answers = [preferences.candidates(problem, settings.aim, WRITTEN, ctx.seed) for problem in problems]
@@ -187,9 +151,7 @@ def _made(
     return preferences.pairs(asked, ctx.seed, length=lambda text: len(tokenizer.encode(text)))
 
 
-def _parted(
-    lines: Iterable[Line], settings: RewardModelling.Settings, ctx: StageContext
-) -> tuple[list[Line], list[Line]]:
+def _parted(lines: Iterable[Line], settings: RewardModelConfig, ctx: StageContext) -> tuple[list[Line], list[Line]]:
     """Trained on and held out; all lines of a prompt are on one side."""
     parts: tuple[list[Line], list[Line]] = [], []
     for line in lines:
@@ -214,7 +176,7 @@ def _texts(line: Line, aim: str, tokenizer: Tokenizer) -> list[tuple[list[int], 
     return [(ids("response"), preference_rows.GOOD if line["safe"] else preference_rows.BAD)]
 
 
-def _train_settings(settings: RewardModelling.Settings, n_rows: int) -> TrainSettings:
+def _train_settings(settings: RewardModelConfig, n_rows: int) -> TrainSettings:
     total = settings.epochs * n_rows * settings.row_length
 
     def cosine(tokens: int, step: int) -> float:
@@ -235,7 +197,7 @@ class _Watch(StepLog):
     """Metrics of every step; after the last one the held-out scores, which travel in the checkpoint's extras."""
 
     def __init__(
-        self, settings: RewardModelling.Settings, ctx: StageContext, tokenizer: Tokenizer, heldout: Sequence[Line]
+        self, settings: RewardModelConfig, ctx: StageContext, tokenizer: Tokenizer, heldout: Sequence[Line]
     ) -> None:
         super().__init__(ctx)
         self.settings, self.tokenizer, self.heldout = settings, tokenizer, heldout

@@ -8,13 +8,11 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
-from bessemer.config.table import StageRef, StageSettings
-from bessemer.config.units import Seconds
+from bessemer.config.training import SFTConfig
 from bessemer.data import sft_rows, sources
 from bessemer.data.chat import question_ids
 from bessemer.data.document import Document
@@ -22,9 +20,10 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.pipeline.stage import Stage, StageContext, find_kind, register
+from bessemer.pipeline.stage import Stage, find_kind, register
 from bessemer.pipeline.step_log import StepLog
 from bessemer.runs import conversations
+from bessemer.runs.context import StageContext
 from bessemer.train import objective, setup, speed
 from bessemer.train.settings import Settings as TrainSettings
 from bessemer.train.trainer import Trainer
@@ -36,62 +35,26 @@ class SFT(Stage):
     kind = "sft"
     across = True
 
-    class Settings(StageSettings):
-        free = frozenset({"micro_rows", "save_seconds"})
+    config = SFTConfig
 
-        data: list[str] = Field(default_factory=list)
-        """Conversations: .jsonl or .parquet files with `messages`, directories of them, or hf://owner/name."""
-        samples: list[StageRef] = Field(default_factory=list)
-        """Earlier stages whose conversations are used too, such as one of kind reject."""
-        epochs: int = Field(2, ge=1)
-        """How often every row is read (R1: 2 to 3)."""
-        row_length: int = Field(512, ge=2)
-        """Tokens per row; longer conversations are left out and counted (R1: 32,768)."""
-        lr: float = Field(gt=0)
-        """Learning rate at the start (R1: 5e-5)."""
-        lr_final: float = Field(ge=0)
-        """Learning rate at the end of the cosine (R1: 5e-6)."""
-        optimizer: Literal["adamw", "muon"] = "adamw"
-        """Of the matrices inside the layers; the rest is AdamW's (R1: undocumented, V3: adamw for all)."""
-        batch_rows: int = Field(8, ge=1)
-        """Rows per optimizer step (R1: 128)."""
-        micro_rows: int = Field(4, ge=1)
-        """Rows per forward; changes memory and speed only."""
-        style: Literal["zero", "r1"] | None = None
-        """Chat template to train in, and to leave with the model; the model's own unless named."""
-        mtp_lambda: float = Field(0.1, ge=0)
-        """Weight of the MTP loss, so that the module stays of use for speculation (undocumented; V3 ends with 0.1)."""
-        balance_alpha: float = Field(1e-4, ge=0)
-        """Weight of the sequence-wise balance loss (V3: 1e-4)."""
-        weight_decay: float = Field(0.1, ge=0)
-        """Decay of matrices (undocumented)."""
-        clip: float = Field(1.0, gt=0)
-        """Largest gradient norm."""
-        prompts: list[str] = Field(default_factory=list)
-        """Questions to answer after every epoch, for people to read."""
-        precision: setup.Precision = "auto"
-        """Compute dtype; auto measures which is faster here. Masters are float32 always."""
-        save_seconds: Seconds = 60.0
-        """Checkpoint this often."""
-
-    def resolve(self, settings: Settings, recipe: Any) -> dict[str, Any]:
+    def resolve(self, settings: SFTConfig, recipe: Any) -> dict[str, Any]:
         distributed.check(recipe, settings.name, [settings.batch_rows])
         if not settings.data and not settings.samples:
             raise UserError(f'stage "{settings.name}": nothing to train on; give data = [...] or samples = [...]')
         for stage in map(recipe.stage, settings.samples):
-            if not find_kind(stage.kind, stage.name)().leaves_conversations(stage):
+            if not find_kind(stage.kind)().leaves_conversations(stage):
                 raise UserError(
                     f'stage "{stage.name}" (kind {stage.kind}) leaves no conversations; a stage of kind reject '
                     'does, and one of kind rl with leaves = "correct"'
                 )
         return {}
 
-    def shown(self, settings: Settings, recipe: Any, folder: Path, cache: Path) -> Iterator[Any]:
+    def shown(self, settings: SFTConfig, recipe: Any, folder: Path, cache: Path) -> Iterator[Any]:
         """The conversations it was given; those of earlier stages are theirs to show."""
         for spec in settings.data:
             yield from (document.text for document in sources.documents(spec, cache, domain=spec))
 
-    def run(self, settings: Settings, ctx: StageContext) -> dict[str, Any]:
+    def run(self, settings: SFTConfig, ctx: StageContext) -> dict[str, Any]:
         if ctx.source is None or not (ctx.source / "model").is_dir():
             raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
         speed.keep_memory()
@@ -122,7 +85,7 @@ class SFT(Stage):
         return {"steps": trainer.step, **{key: facts[key] for key in ("samples", "too_long", "answer_tokens")}}
 
 
-def _conversations(settings: SFT.Settings, ctx: StageContext) -> Iterator[Document]:
+def _conversations(settings: SFTConfig, ctx: StageContext) -> Iterator[Document]:
     made = [ctx.inputs[name] / conversations.FILE for name in settings.samples]
     specs = [*settings.data, *map(str, made)]
     return itertools.chain.from_iterable(sources.documents(spec, ctx.cache, domain=spec) for spec in specs)
@@ -136,7 +99,7 @@ def _about(facts: dict[str, Any]) -> str:
     )
 
 
-def _train_settings(settings: SFT.Settings, n_rows: int, model: torch.nn.Module, ctx: StageContext) -> TrainSettings:
+def _train_settings(settings: SFTConfig, n_rows: int, model: torch.nn.Module, ctx: StageContext) -> TrainSettings:
     total = settings.epochs * n_rows * settings.row_length
 
     def cosine(tokens: int, step: int) -> float:
@@ -165,7 +128,7 @@ def _train_settings(settings: SFT.Settings, n_rows: int, model: torch.nn.Module,
 class _Watch(StepLog):
     """Metrics, and the prompts answered after every epoch."""
 
-    def __init__(self, settings: SFT.Settings, ctx: StageContext, tokenizer: Tokenizer, epoch: int) -> None:
+    def __init__(self, settings: SFTConfig, ctx: StageContext, tokenizer: Tokenizer, epoch: int) -> None:
         super().__init__(ctx)
         self.settings, self.tokenizer, self.epoch = settings, tokenizer, epoch
 

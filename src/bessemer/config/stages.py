@@ -1,0 +1,34 @@
+"""The kinds of stage, each with the class of its table."""
+
+import json
+from typing import Any
+
+from bessemer.config.data import CorpusConfig, ExamplesConfig, ImportConfig, RejectConfig
+from bessemer.config.evaluation import EvalConfig, LongEvalConfig
+from bessemer.config.rl import RLConfig
+from bessemer.config.table import StageSettings, nearest
+from bessemer.config.training import DistillConfig, ExtendConfig, PretrainConfig, RewardModelConfig, SFTConfig
+from bessemer.errors import UserError
+
+STAGES: dict[str, type[StageSettings]] = {
+    "corpus": CorpusConfig,
+    "distill": DistillConfig,
+    "eval": EvalConfig,
+    "examples": ExamplesConfig,
+    "extend": ExtendConfig,
+    "import": ImportConfig,
+    "longeval": LongEvalConfig,
+    "pretrain": PretrainConfig,
+    "reject": RejectConfig,
+    "reward-model": RewardModelConfig,
+    "rl": RLConfig,
+    "sft": SFTConfig,
+}
+"""Kind -> its table; what runs for it is in `pipeline/stages/`."""
+
+
+def stage_config(kind: Any, where: str) -> type[StageSettings]:
+    """The table of a kind; a UserError that starts with `where` when there is no such kind."""
+    if not isinstance(kind, str) or kind not in STAGES:
+        raise UserError(f"{where}: unknown kind {json.dumps(kind, default=str)}; {nearest(str(kind), list(STAGES))}")
+    return STAGES[kind]

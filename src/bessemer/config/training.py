@@ -1,0 +1,213 @@
+"""Stages that train by gradient descent on given data: pre-training, extension, SFT, distillation, reward models."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from bessemer.config.table import StageRef, StageSettings
+from bessemer.config.units import Points, Seconds, Steps, Tokens, Weight
+
+Precision = Literal["auto", "float32", "bfloat16"]
+"""Dtype of forward and backward; auto: the faster one on this machine, measured."""
+Divergence = Literal["reverse", "forward"]
+"""KL of student from teacher (reverse), or of teacher from student (forward)."""
+
+
+class PretrainConfig(StageSettings):
+    free = frozenset({"save_seconds", "micro_rows"})
+    later = frozenset({"fp8", "moments", "ema_decay", "temperature", "epoch_caps", "on_cap", "lengths"})
+
+    model: dict[str, Any] = Field(default_factory=dict)
+    """Changes to the recipe's [model] for this stage, such as a smaller student to distil into."""
+    tokens: Tokens = 8_000_000
+    """Tokens to train on, padding included."""
+    mixture: dict[str, Weight] = Field(default_factory=dict)
+    """Part of the corpus = its share of the rows, a number or a function of consumed tokens: [["0", 0.5],
+    ["2M", 0.5], ["2M", 0.2]] is a cool-down mix from 2M tokens on."""
+    temperature: float | None = Field(None, ge=0, le=1)
+    """Instead of a mixture: shares in proportion to (tokens of the part)^temperature."""
+    epoch_caps: dict[str, float] = Field(default_factory=dict)
+    """Part = how many times it may be read at most."""
+    on_cap: Literal["redistribute", "refuse"] = "redistribute"
+    """When a part comes to its cap before the end the others take its share, or the run is refused."""
+    lengths: Steps | None = None
+    """Tokens per row over consumed tokens, such as [["0", 128], ["2M", 256]]; steps keep their tokens, so shorter
+    rows are more rows. Default: the corpus' row_length throughout (V3 in pre-training)."""
+    lr: Points
+    """Learning rate over consumed tokens (V3: 0 -> 2.2e-4 in 2000 steps, constant to 10T, cosine to 2.2e-5)."""
+    batch_rows: Points = Points(64)
+    """Rows per optimizer step over consumed tokens (V3: 3072 -> 15360), in rows of the corpus' row_length."""
+    micro_rows: int = Field(32, ge=1)
+    """Rows per forward; changes memory and speed only (with fp8 also last digits: tiles go along the tokens)."""
+    gamma: Points = Points(0.001)
+    """Speed of the routing bias (V3: 0.001, 0 for the last 500B of 14.8T)."""
+    mtp_lambda: Points = Points([["0", 0.3]])
+    """Weight of the MTP loss (V3: 0.3, then 0.1 from 10T)."""
+    balance_alpha: float = Field(1e-4, ge=0)
+    """Weight of the sequence-wise balance loss (V3: 1e-4)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of the matrices inside the layers; the rest is AdamW's (V3: adamw for all)."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decay of matrices (V3: 0.1)."""
+    clip: float = Field(1.0, gt=0)
+    """Largest gradient norm (V3: 1.0)."""
+    validate_every: Tokens = 1_000_000
+    """Held-out bits per byte of every part, this often."""
+    sample_every: Tokens = 1_000_000
+    """Continue the prompts below, this often."""
+    first_sample: Tokens = 400_000
+    """The first sample comes this early."""
+    prompts: list[str] = Field(default_factory=list)
+    """Texts to continue, for people to read."""
+    document_mask: bool = False
+    """Tokens see their own document only. V3 packs without a mask; with many short documents a row, small models
+    learn to copy from a prompt far sooner with one."""
+    precision: Precision = "auto"
+    """Compute dtype; auto measures which is faster here. Masters and gradients are float32 always."""
+    fp8: Literal["off", "paper", "power-of-two", "block-gradients", "per-tensor"] = "off"
+    """Matrices of attention, FFN and experts in FP8, with activations kept in FP8 (V3: paper). power-of-two: all
+    factors are; block-gradients, per-tensor: variants to compare with. On a CPU it is emulated, and slower."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the optimizer's moments (V3: bfloat16)."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Decay of a moving average of the weights, validated beside them and left as model-ema/; 0: none (V3 keeps
+    one in CPU memory, of undocumented decay)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the layers; auto does with a GPU, and with a C++ compiler where a long training pays for it.
+    Never with fp8 or on many ranks."""
+    save_seconds: Seconds = 60.0
+    """Checkpoint this often."""
+
+
+class ExtendConfig(PretrainConfig):
+    later = frozenset()
+
+    corpus: StageRef
+    """The corpus stage whose documents are read, the model's own or another made with the same tokenizer; rows of
+    `length` are planned from them."""
+    length: int = Field(ge=16)
+    """Tokens per row, and the longest the model reads from now on (V3: 32,768, then 131,072)."""
+    rope_factor: float = Field(40.0, gt=1)
+    """YaRN's s, the same in every phase: how many times the original length it reaches (V3: 40)."""
+    original_length: int | None = Field(None, ge=8)
+    """Length that the model was trained at before any extension. Default: that of the corpus it was pre-trained on;
+    of an imported model what its config says."""
+    tokens: Tokens = 1_000_000
+    """Tokens to train on, padding included (V3: 62.9B in each phase)."""
+    gamma: Points = Points(0.0)
+    """Speed of the routing bias (V3: 0 since 14.3T)."""
+    mtp_lambda: Points = Points(0.1)
+    """Weight of the MTP loss (V3: 0.1 since 10T)."""
+    model: dict[str, Any] = Field(default_factory=dict, max_length=0)
+    """Not for this kind: the model is that of the stage it starts from."""
+
+
+class SFTConfig(StageSettings):
+    free = frozenset({"micro_rows", "save_seconds"})
+
+    data: list[str] = Field(default_factory=list)
+    """Conversations: .jsonl or .parquet files with `messages`, directories of them, or hf://owner/name."""
+    samples: list[StageRef] = Field(default_factory=list)
+    """Earlier stages whose conversations are used too, such as one of kind reject."""
+    epochs: int = Field(2, ge=1)
+    """How often every row is read (R1: 2 to 3)."""
+    row_length: int = Field(512, ge=2)
+    """Tokens per row; longer conversations are left out and counted (R1: 32,768)."""
+    lr: float = Field(gt=0)
+    """Learning rate at the start (R1: 5e-5)."""
+    lr_final: float = Field(ge=0)
+    """Learning rate at the end of the cosine (R1: 5e-6)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of the matrices inside the layers; the rest is AdamW's (R1: undocumented, V3: adamw for all)."""
+    batch_rows: int = Field(8, ge=1)
+    """Rows per optimizer step (R1: 128)."""
+    micro_rows: int = Field(4, ge=1)
+    """Rows per forward; changes memory and speed only."""
+    style: Literal["zero", "r1"] | None = None
+    """Chat template to train in, and to leave with the model; the model's own unless named."""
+    mtp_lambda: float = Field(0.1, ge=0)
+    """Weight of the MTP loss, so that the module stays of use for speculation (undocumented; V3 ends with 0.1)."""
+    balance_alpha: float = Field(1e-4, ge=0)
+    """Weight of the sequence-wise balance loss (V3: 1e-4)."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decay of matrices (undocumented)."""
+    clip: float = Field(1.0, gt=0)
+    """Largest gradient norm."""
+    prompts: list[str] = Field(default_factory=list)
+    """Questions to answer after every epoch, for people to read."""
+    precision: Precision = "auto"
+    """Compute dtype; auto measures which is faster here. Masters are float32 always."""
+    save_seconds: Seconds = 60.0
+    """Checkpoint this often."""
+
+
+class DistillConfig(StageSettings):
+    free = frozenset({"save_seconds", "micro_tokens"})
+
+    teacher: StageRef
+    """The earlier stage whose model teaches; the student is the model of `from`."""
+    tasks: list[str]
+    """Task families; problems are taken from them in turn, from their train split."""
+    steps: int = Field(100, ge=1)
+    """Optimizer steps, each on new samples of the student."""
+    prompts_per_step: int = Field(64, ge=1)
+    """Problems answered per step."""
+    samples: int = Field(1, ge=1)
+    """Answers per problem."""
+    max_new_tokens: Tokens = 200
+    """Length cap of an answer."""
+    temperature: float = Field(1.0, gt=0)
+    """Temperature of sampling and of both distributions."""
+    divergence: Divergence = "reverse"
+    """KL of student from teacher (reverse), or of teacher from student (forward)."""
+    lr: Points = Points(1e-3)
+    """Learning rate over optimizer steps."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Largest gradient norm."""
+    micro_tokens: int = Field(4096, ge=16)
+    """Padded tokens per forward; changes memory and speed only."""
+    eval_every: int = Field(25, ge=1)
+    """Held-out evaluation every so many steps."""
+    eval_problems: int = Field(64, ge=1)
+    """Held-out problems per task of that evaluation, 4 answers each."""
+    save_seconds: Seconds = 60.0
+    """Checkpoint this often."""
+
+
+class RewardModelConfig(StageSettings):
+    free = frozenset({"micro_rows", "save_seconds"})
+
+    aim: Literal["helpful", "harmless"]
+    """helpful: pairwise, reads prompt and summary; harmless: pointwise, reads the thoughts as well."""
+    data: list[str] = Field(default_factory=list)
+    """Files of lines {"prompt", "chosen", "rejected"} for helpful, {"prompt", "response", "safe"} for harmless."""
+    made: int = Field(2000, ge=0)
+    """Prompts of the general task to make judged answers for (R1: 66,000 pairs, 106,000 labelled answers)."""
+    samples: int = Field(0, ge=0)
+    """Answers to each of them that the model it starts from gives, judged beside the written ones."""
+    max_new_tokens: Tokens = 100
+    """Length cap of a sampled answer."""
+    heldout: float = Field(0.1, gt=0, lt=0.5)
+    """Share of prompts, chosen by hash, that accuracy and the scale of rewards are measured on."""
+    epochs: int = Field(1, ge=1)
+    """How often every row is read (R1: 1)."""
+    row_length: int = Field(256, ge=8)
+    """Tokens per row, which holds several pairs; longer ones are left out and counted (R1: 8,192, none in use)."""
+    lr: float = Field(gt=0)
+    """Learning rate at the start; a cosine takes it to a tenth (R1: 6e-6, its schedule undocumented)."""
+    batch_rows: int = Field(8, ge=1)
+    """Rows per optimizer step (R1: 256 pairs)."""
+    micro_rows: int = Field(4, ge=1)
+    """Rows per forward; changes memory and speed only."""
+    style: Literal["zero", "r1"] | None = None
+    """Chat template to read answers in; the model's own unless named."""
+    balance_alpha: float = Field(1e-4, ge=0)
+    """Weight of the sequence-wise balance loss (V3: 1e-4)."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decay of matrices (undocumented)."""
+    clip: float = Field(1.0, gt=0)
+    """Largest gradient norm."""
+    precision: Precision = "auto"
+    """Compute dtype; auto measures which is faster here. Masters are float32 always."""
+    save_seconds: Seconds = 60.0
+    """Checkpoint this often."""

@@ -1,0 +1,160 @@
+"""What a stage is handed while it runs: its folders, the recipe, and where it reports to.
+
+Invariants: a stage reads its inputs and writes inside `ctx.dir` only. What it needs to go on after a kill lies in
+`ctx.state`; everything else it leaves in `ctx.dir` is its output.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bessemer.config.recipe import Recipe
+from bessemer.config.units import show_tokens
+from bessemer.dist.ranks import Ranks
+from bessemer.runs.files import write_atomic
+from bessemer.runs.metrics import LineFile, StageMetrics
+from bessemer.runs.progress import StageProgress
+
+
+class Interrupted(Exception):
+    """The user asked to stop and the stage has saved what it needs to go on."""
+
+
+class StopFlag:
+    """False until the first SIGINT or SIGTERM."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@dataclass
+class StageContext:
+    """Everything a stage is handed."""
+
+    name: str
+    dir: Path
+    """This stage's folder; it exists."""
+    inputs: dict[str, Path]
+    """Folders of the stages it names, by stage name."""
+    source: Path | None
+    """The folder of the stage it starts `from`; None for the first stage."""
+    recipe: Recipe
+    cache: Path
+    """Where downloads are kept between runs."""
+    metrics: StageMetrics
+    progress: StageProgress
+    stop_flag: StopFlag
+    ranks: Ranks | None = None
+    """The processes that run this stage together; None: this one alone."""
+    spent: float = 0.0
+    """Wall seconds of earlier attempts at this stage."""
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def state(self) -> Path:
+        """The folder for what the stage needs to go on after a kill; made on first use."""
+        (self.dir / "state").mkdir(exist_ok=True)
+        return self.dir / "state"
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.seed_of(self.recipe.stage(self.name))
+
+    @property
+    def stop(self) -> bool:
+        """True once the user asked to stop: save a checkpoint and call `interrupt()`."""
+        return bool(self.stop_flag)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what the stage leaves; of many, rank 0 does."""
+        return self.ranks is None or self.ranks.me == 0
+
+    def agree(self, decide: Callable[[], Any]) -> Any:
+        """What rank 0 decides (plain JSON), on all ranks; the others do not ask themselves."""
+        if self.ranks is None:
+            return decide()
+        return self.ranks.agree(decide() if self.leads else None)
+
+    def once(self, make: Callable[[], Any]) -> Any:
+        """As `agree`, for anything that can be sent: one rank makes it, all have it."""
+        return make() if self.ranks is None else self.ranks.from_first(make, f"what rank 0 does in {self.name}")
+
+    def interrupt(self) -> NoReturn:
+        raise Interrupted(self.name)
+
+    def elapsed(self) -> float:
+        """Wall seconds on this stage, earlier attempts included."""
+        return self.spent + time.monotonic() - self.started
+
+    def left(self, budget: float) -> float:
+        """Seconds left of a budget for this stage that started with its first attempt; never below zero."""
+        return max(0.0, budget - self.elapsed())
+
+    def every(self, seconds: float) -> "Every":
+        """`due = ctx.every(60)`; then `if due():` is true once a minute."""
+        return Every(seconds)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches, above the progress bar."""
+        self.progress.say(text)
+
+    def sample(self, step: int, tokens: int, text: str, title: str = "") -> None:
+        """Append to `samples.md`. The text is indented, so nothing a model writes can pass for a heading."""
+        if not self.leads:
+            return
+        body = "\n".join("    " + line for line in text.split("\n"))
+        heading = f"## step {step} · {show_tokens(tokens)} tokens" + (f" · {title}" if title else "")
+        with open(self.dir / "samples.md", "a", encoding="utf-8", errors="replace", newline="\n") as file:
+            file.write(f"{heading}\n\n{body}\n\n")
+
+    def rollouts(self, lines: list[dict[str, Any]]) -> None:
+        """Append to `rollouts.jsonl`. Keys: step, id, prompt, completion, reward, correct, formatted, and others."""
+        if not self.leads:
+            return
+        file = LineFile(self.dir / "rollouts.jsonl")
+        for line in lines:
+            file.append(line)
+        file.close()
+
+    def rewind(self, step: int) -> None:
+        """Forget metrics, samples and rollouts written after `step` (-1: all of them)."""
+        if not self.leads:
+            return
+        self.metrics.rewind(step)
+        if (self.dir / "rollouts.jsonl").exists():
+            file = LineFile(self.dir / "rollouts.jsonl")
+            file.rewind(lambda line: line.get("step", 0) <= step)
+            file.close()
+        if (samples := self.dir / "samples.md").exists():
+            _rewind_samples(samples, step)
+
+
+def _rewind_samples(path: Path, step: int) -> None:
+    kept, keeping = [], True
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            if heading := re.match(r"## step (\d+) ", line):
+                keeping = int(heading[1]) <= step
+            if keeping:
+                kept.append(line)
+    write_atomic(path, "".join(kept))
+
+
+class Every:
+    """True at most once in so many seconds, the first time only after they have passed."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def __call__(self) -> bool:
+        if time.monotonic() - self.last < self.seconds:
+            return False
+        self.last = time.monotonic()
+        return True
