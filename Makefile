@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint types coverage clean
 
 demo: $(VENV)/.demo
 	$(BIN)/bessemer run recipes/tiny.toml
@@ -18,18 +19,26 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+# The tests again with coverage; about half as long again (Python 3.12 and later measure at little cost).
+coverage: $(VENV)/.dev
+	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: Python 3.11 or newer is needed, $$($(PYTHON) --version) was found; set PYTHON=..."; exit 1; }
+	  { echo "error: Bessemer needs Python 3.11 or newer, and $$($(PYTHON) --version) was found; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# A stamp per set of packages, so that a second call costs nothing and a changed pyproject.toml installs again.
-$(VENV)/.demo: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+# One stamp per set of packages: a second call costs nothing, and a changed pyproject.toml installs again.
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/.dev: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
 clean:

@@ -10,7 +10,6 @@ Weights, rollouts and evaluation results must be equal byte for byte, metrics eq
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -18,21 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-COMPARED = (
-    "*/model/*.safetensors", "*/model/*.json", "*/rollouts.jsonl", "*/results.json", "*/samples.md",
-    "*/*/train-*.tokens",
-)  # fmt: skip
-
-
-def lines(out: Path) -> list[dict]:
-    """What the run has logged so far; a half-written last line does not count yet."""
-    path = out / "metrics.jsonl"
-    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
-    return [json.loads(line) for line in whole.splitlines()]
+from same_run import differences, metric_lines
 
 
 def logged(out: Path, stage: str) -> int:
-    return max((line["step"] for line in lines(out) if line["stage"] == stage), default=0)
+    return max((line["step"] for line in metric_lines(out) if line["stage"] == stage), default=0)
 
 
 def run(recipe: Path, out: Path, kill: tuple[str, int] | None, log) -> None:
@@ -51,29 +40,6 @@ def run(recipe: Path, out: Path, kill: tuple[str, int] | None, log) -> None:
         print(f"killed in {kill[0]} at step {logged(out, kill[0])}", flush=True)
 
 
-def metrics(out: Path) -> list[tuple]:
-    """Metric lines without what a clock decides."""
-    return [
-        (line["stage"], line["step"], line["tokens"],
-         {k: v for k, v in line["values"].items() if "per_second" not in k and "seconds" not in k})
-        for line in lines(out)
-    ]  # fmt: skip
-
-
-def compare(a: Path, b: Path) -> list[str]:
-    """Names of what differs."""
-    names = sorted({path.relative_to(root) for root in (a, b) for p in COMPARED for path in root.glob(p)})
-    assert names, f"nothing to compare in {a}"
-    found = [str(n) for n in names if not ((a / n).exists() and (b / n).exists())]
-    found += [str(n) for n in names if str(n) not in found and (a / n).read_bytes() != (b / n).read_bytes()]
-    ours, theirs = metrics(a), metrics(b)
-    if ours != theirs:
-        at = next((x for x, y in zip(ours, theirs, strict=False) if x != y), None)
-        found.append(f"metrics.jsonl ({len(ours)} and {len(theirs)} lines), first at {at and at[:2]}")
-    print(f"compared {len(names)} files and {len(ours)} metric lines: {len(found)} differ", flush=True)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
@@ -88,7 +54,7 @@ def main() -> None:
     with open(args.out.with_name(args.out.name + ".log"), "w") as log:
         for kill in [*kills, None]:
             run(args.recipe, args.out, kill, log)
-    if differing := compare(args.like, args.out):
+    if differing := differences(args.like, args.out):
         print(*differing, sep="\n")
         sys.exit(1)
     print("the same, bit for bit")

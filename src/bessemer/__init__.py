@@ -6,7 +6,7 @@ The public names below are resolved on first use, so `import bessemer` loads nei
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "load": ("bessemer.hf.causal_lm", "load_any"),

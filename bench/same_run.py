@@ -1,0 +1,78 @@
+"""Compares two runs of one recipe bit for bit: what a refactoring must leave unchanged.
+
+    python bench/same_run.py OLD_RUN NEW_RUN
+
+Corpora, weights, tokenizers, rollouts, samples and evaluation results must be equal byte for byte; metric lines must be
+equal except for seconds and speeds. `RENAMED` maps metric names that a version changed on purpose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+COMPARED = (
+    "*/model/*.safetensors",
+    "*/model/*.json",
+    "*/model/*.jinja",
+    "*/rollouts.jsonl",
+    "*/results.json",
+    "*/samples.md",
+    "*/*/train-*.tokens",
+    "*/tokenizer/*.json",
+)
+RENAMED: dict[str, str] = {}
+"""Old metric name -> new one."""
+
+
+def metric_lines(run: Path) -> list[dict]:
+    """The complete lines of metrics.jsonl; a half-written last line does not count yet."""
+    path = run / "metrics.jsonl"
+    complete = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in complete.splitlines()]
+
+
+def metrics(run: Path) -> list[tuple]:
+    """Metric lines without what depends on the clock."""
+    return [
+        (
+            line["stage"],
+            line["step"],
+            line["tokens"],
+            {RENAMED.get(k, k): v for k, v in line["values"].items() if "per_second" not in k and "seconds" not in k},
+        )
+        for line in metric_lines(run)
+    ]
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """The names of what differs between two runs."""
+    names = sorted({path.relative_to(run) for run in (a, b) for p in COMPARED for path in run.glob(p)})
+    if not names:
+        raise SystemExit(f"nothing to compare in {a} and {b}")
+    missing = [str(n) for n in names if not ((a / n).exists() and (b / n).exists())]
+    differing = [str(n) for n in names if str(n) not in missing and (a / n).read_bytes() != (b / n).read_bytes()]
+    ours, theirs = metrics(a), metrics(b)
+    if ours != theirs:
+        at = next((x for x, y in zip(ours, theirs, strict=False) if x != y), None)
+        differing.append(f"metrics.jsonl ({len(ours)} and {len(theirs)} lines), first at {at and at[:2]}")
+    result = missing + differing
+    print(f"compared {len(names)} files and {len(ours)} metric lines: {len(result)} differ", flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    args = parser.parse_args()
+    if result := differences(args.old, args.new):
+        print(*result, sep="\n")
+        sys.exit(1)
+    print("the same, bit for bit")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The house keeps its shape: no circle of imports, one meaning per class name, a package that fits in a head.
+
+`python tests/test_structure.py` prints the counts.
+"""
+
+import ast
+import re
+import sys
+import tomllib
+from collections import Counter
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "bessemer"
+BESIDE_THE_CORE = ("plan", "curate")
+MOST = {"files": 260, "lines": 41_000, "core files": 200, "core lines": 35_000, "Any lines": 100, "repeated names": 10}
+
+
+def modules() -> dict[str, Path]:
+    named = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return named
+
+
+def imports(tree: ast.AST, known: dict[str, Path]) -> set[str]:
+    """The package's own modules that a file imports anywhere, inside functions and for type checkers too."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                names.add(inner if inner in known else node.module)
+    return names & known.keys()
+
+
+def counts() -> dict[str, int]:
+    sources = {path: path.read_text(encoding="utf-8") for path in modules().values()}
+    core = [path for path in sources if path.relative_to(PACKAGE).parts[0] not in BESIDE_THE_CORE]
+    lines = {path: len(text.splitlines()) for path, text in sources.items()}
+    return {
+        "files": len(sources),
+        "lines": sum(lines.values()),
+        "core files": len(core),
+        "core lines": sum(lines[path] for path in core),
+        "Any lines": sum(len(re.findall(r"^.*(?:: |-> )Any\b", text, re.M)) for text in sources.values()),
+        "repeated names": len(repeated_names()),
+    }
+
+
+def repeated_names() -> list[str]:
+    """Names of public classes that mean more than one thing."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in modules().values()]
+    classes = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    return sorted(name for name, number in classes.items() if number > 1 and not name.startswith("_"))
+
+
+def test_no_circle_of_imports():
+    known = modules()
+    graph = {name: imports(ast.parse(path.read_text(encoding="utf-8")), known) - {name} for name, path in known.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError("a circle of imports: " + " -> ".join(error.args[1])) from None
+
+
+def test_every_room_has_its_layer():
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    layered = {name.strip() for layer in contract for name in layer.split("|")}
+    rooms = {f"bessemer.{path.stem}" for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
+    files = {f"bessemer.{path.stem}" for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
+    assert layered == rooms | files
+
+
+def test_the_package_fits_in_a_head():
+    found = counts()
+    assert not {name: found[name] for name, most in MOST.items() if found[name] > most}, f"{found}, {repeated_names()}"
+
+
+if __name__ == "__main__":
+    for name, number in counts().items():
+        print(f"{name:15} {number:7,} (at most {MOST[name]:,})")
+    sys.stdout.write("repeated: " + ", ".join(repeated_names()) + "\n")
