@@ -2,9 +2,9 @@
 
     python bench/context_parallel.py --json bench/results/context_parallel.json
 
-Every rank is a process with one core that talks over gloo, with the real trainer (`Across`) on the preset `tiny` with
-rows of random tokens, one row a micro-batch. `highest` is the most bytes that torch's allocator had given out in a
-step, beyond weights and optimizer; `cpu_seconds` of a step is the processor time of its busiest rank, which waiting and
+Every rank is a process with one core that communicates over gloo, with the real trainer (`DistributedTrainer`) on the
+preset `tiny` with rows of random tokens, one row a micro-batch. `highest` is the most bytes that torch's allocator had
+given out in a step, beyond weights and optimizer; `cpu_seconds` of a step is the processor time of its busiest rank, which waiting and
 other work on the machine do not reach; `seconds` is from the first rank's start to the last one's end, which they do.
 Cases take turns.
 """
@@ -29,9 +29,9 @@ from machine import processor, spread
 from torch.autograd.profiler import profile
 
 from bessemer.data.batch import Batch
-from bessemer.dist.distributed_trainer import Across
+from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.dist.mesh import Layout, Mesh
-from bessemer.dist.model_shard import Part
+from bessemer.dist.model_shard import ModelShard
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train import balance
@@ -64,8 +64,8 @@ def on_a_rank(rank: int, store: str, cp: int, args: argparse.Namespace, answers:
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=cp)
     cfg = preset("tiny", max_seq_len=max(args.lengths))
-    part = Part(Transformer(cfg).initialise(0), Mesh(Layout(cp=cp), cfg), "gpipe")
-    training = Across(part, next_token, None, settings())
+    shard = ModelShard(Transformer(cfg).initialise(0), Mesh(Layout(cp=cp), cfg), "gpipe")
+    training = DistributedTrainer(shard, next_token, None, settings())
     for length in args.lengths:
         training.update(rows(length))
     while (length := turn.get()) is not None:
@@ -77,7 +77,7 @@ def on_a_rank(rank: int, store: str, cp: int, args: argparse.Namespace, answers:
     dist.destroy_process_group()
 
 
-def highest(training: Across, length: int) -> int:
+def highest(training: DistributedTrainer, length: int) -> int:
     """Bytes of one step's forwards and backwards."""
     with profile(use_cpu=True, profile_memory=True) as profiler:
         training._accumulate(rows(length), TERMS)

@@ -59,7 +59,7 @@ def problems(first: int, count: int) -> list:
 
 def ours(args: argparse.Namespace, case: dict) -> dict:
     from bessemer.data.chat import question_ids
-    from bessemer.dist.distributed import Whole
+    from bessemer.dist.distributed import GatheredModel
     from bessemer.engine.engine import Engine
     from bessemer.rl import rollout
     from bessemer.rl.estimators import GroupEstimator
@@ -80,7 +80,7 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
                  weight_decay=0.0, workers=workers),
     )  # fmt: skip
     engine, estimator, reward = Engine(model, tokenizer, workers), GroupEstimator(True), Reward()
-    reference = Reference(trainer, Whole(trainer), workers, 10**9, 1.0)
+    reference = Reference(trainer, GatheredModel(trainer), workers, 10**9, 1.0)
     rows = args.prompts * SAMPLES
 
     def step(number: int) -> float:

@@ -11,9 +11,9 @@ from test_execute import CFG, TERMS, batch
 
 from bessemer.model.transformer import Transformer
 from bessemer.dist.mesh import Layout, Mesh
-from bessemer.dist.model_shard import Part
+from bessemer.dist.model_shard import ModelShard
 from bessemer.precision.fp8_linear import PAPER
-from bessemer.dist.distributed_trainer import Across
+from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.train.flat import ALIGN, NORM_BLOCK, placed
 from bessemer.train.objective import next_token
 from bessemer.train.settings import Settings
@@ -41,16 +41,16 @@ def settings(dtype=torch.float32, terms=TERMS, **more):
 
 
 def part_of(layout, name, cfg=CFG, fp8=False):
-    return Part(model_of(cfg, fp8), Mesh(layout, cfg), name)
+    return ModelShard(model_of(cfg, fp8), Mesh(layout, cfg), name)
 
 
 def across(layout, name, cfg=CFG, fp8=False, dtype=torch.float32, state_dir=None, warn=print, **more):
     part = part_of(layout, name, cfg, fp8)
-    return Across(part, next_token, None, settings(dtype, **more), state_dir, config=cfg.model_dump(), warn=warn)
+    return DistributedTrainer(part, next_token, None, settings(dtype, **more), state_dir, config=cfg.model_dump(), warn=warn)
 
 
 def update(training, step, micro):
-    return training.update(batches(step, training.part.lot, micro))
+    return training.update(batches(step, training.shard.pipeline_index, micro))
 
 
 def on_a_rank(rank, name, layout, micro, dtype=torch.float32, fp8=False):

@@ -14,9 +14,9 @@ from bessemer.dist import latent_core
 from bessemer.dist.context_parallel import Context, attention
 from bessemer.dist.latent_core import Cut, blocks
 from bessemer.dist.mesh import Layout, Mesh, check, drawn, nearest
-from bessemer.dist.model_shard import Part
+from bessemer.dist.model_shard import ModelShard
 from bessemer.dist import heldout
-from bessemer.dist.distributed_trainer import Across
+from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
 
@@ -108,9 +108,9 @@ def test_attention_over_ranks_is_attention(n, segmented, dtype):
 
 def gradients_on_a_rank(rank, layout, name, micro, segmented, recompute):
     model = Transformer(CFG).initialise(1).set_recompute(recompute)
-    part = Part(model, Mesh(layout, CFG), name)
-    training = Across(part, next_token, None, settings(), config=CFG.model_dump(), warn=print)
-    batches = [batch(part.lot * micro + number, segmented) for number in range(micro)]
+    part = ModelShard(model, Mesh(layout, CFG), name)
+    training = DistributedTrainer(part, next_token, None, settings(), config=CFG.model_dump(), warn=print)
+    batches = [batch(part.pipeline_index * micro + number, segmented) for number in range(micro)]
     model.train()
     sums = training._accumulate(batches, TERMS)
     grads = {}
@@ -157,11 +157,11 @@ def test_a_step_over_pieces_of_rows_is_a_step_over_the_rows(layout, name, micro,
 
 def steps_on_a_rank(rank, layout, name, micro, folder, first, count):
     """Some steps, from the checkpoint that is there; then the held-out loss, and a checkpoint."""
-    part = Part(Transformer(CFG).initialise(1), Mesh(layout, CFG), name)
-    training = Across(part, next_token, None, settings(), folder, config=CFG.model_dump(), warn=print)
+    part = ModelShard(Transformer(CFG).initialise(1), Mesh(layout, CFG), name)
+    training = DistributedTrainer(part, next_token, None, settings(), folder, config=CFG.model_dump(), warn=print)
     assert training.start() == (first > 0)
     lots = [
-        range(part.lot * micro + 100 * step, (part.lot + 1) * micro + 100 * step)
+        range(part.pipeline_index * micro + 100 * step, (part.pipeline_index + 1) * micro + 100 * step)
         for step in range(first, first + count)
     ]
     values = [training.update([batch(n) for n in lot]) for lot in lots]

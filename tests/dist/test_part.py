@@ -8,7 +8,7 @@ from test_execute import CFG, batch, model_of
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 from bessemer.dist.mesh import Layout, Mesh
-from bessemer.dist.model_shard import Part, assemble, rows_of
+from bessemer.dist.model_shard import ModelShard, assemble, rows_of
 from bessemer.dist import heldout
 
 ODD = CFG.model_copy(update={"moe_inter_dim": 9})  # experts that cannot be drawn one by one
@@ -17,9 +17,9 @@ ODD = CFG.model_copy(update={"moe_inter_dim": 9})  # experts that cannot be draw
 def made(rank, cfg, layout, schedule, folder):
     """(same names, same values) of three ways to make the part, and the whole again."""
     mesh = Mesh(layout, cfg)
-    cut = Part(Transformer(cfg).initialise(5), mesh, schedule).model.state_dict()
-    fresh = Part.fresh(cfg, mesh, schedule, 5, torch.device("cpu"))
-    read = Part.read(folder, mesh, schedule, torch.device("cpu"))
+    cut = ModelShard(Transformer(cfg).initialise(5), mesh, schedule).model.state_dict()
+    fresh = ModelShard.fresh(cfg, mesh, schedule, 5, torch.device("cpu"))
+    read = ModelShard.read(folder, mesh, schedule, torch.device("cpu"))
     for part in (fresh, read):
         state = part.model.state_dict()
         assert list(state) == list(cut)
@@ -49,7 +49,7 @@ def test_fresh_read_and_cut_out_are_the_same(cfg, layout, schedule, tmp_path):
 
 
 def held_out(rank, layout, schedule, n):
-    part = Part(model_of(CFG, False), Mesh(layout, CFG), schedule)
+    part = ModelShard(model_of(CFG, False), Mesh(layout, CFG), schedule)
     found = heldout.nats_across(part, [batch(i, False) for i in range(n)])
     return found, part.model.training, max(float(gate.load_E.sum()) for gate in part.gates.values())
 

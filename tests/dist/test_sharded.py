@@ -11,7 +11,7 @@ from test_across import CFG, LR, across, at_home, batches, model_of, settings, u
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.dist.mesh import Layout
-from bessemer.dist import consolidate, sharded_checkpoint
+from bessemer.dist import sharded_checkpoint
 from bessemer.train import checkpoint
 from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
@@ -80,8 +80,8 @@ def test_a_model_directory_out_of_a_checkpoint(tmp_path, dtype):
     """Bit for bit what one process with these masters writes."""
     on_ranks(4, steps_of, "1f1b", Layout(2, 1, 2), 0, 1, tmp_path / "state", 0.5)
     path = tmp_path / "state" / "step-00000001"
-    consolidate.export(path, CFG, tmp_path / "model", dtype=dtype)
-    consolidate.export(path, CFG, tmp_path / "ema", kind="ema", dtype=dtype)
+    sharded_checkpoint.export(path, CFG, tmp_path / "model", dtype=dtype)
+    sharded_checkpoint.export(path, CFG, tmp_path / "ema", kind="ema", dtype=dtype)
     trainer = Trainer(model_of(CFG), next_token, None, settings(dtype, ema_decay=0.5), tmp_path / "state",
                       config=CFG.model_dump())  # fmt: skip
     trainer.start()
@@ -120,11 +120,11 @@ def test_experts_are_stacked_again(tmp_path):
     on_ranks(3, some, tmp_path, names)
     path = tmp_path / "step-00000001"
     assert sorted(file.name for file in path.glob("rank-*")) == ["rank-00000.safetensors", "rank-00001.safetensors"]
-    assert sharded_checkpoint.Source(path).places.keys() == {name for mine in names for name in mine}
-    whole = sharded_checkpoint.read(path).tensors["model"]
+    assert checkpoint.CheckpointReader(path).locations.keys() == {name for mine in names for name in mine}
+    whole = checkpoint.load(path).tensors["model"]
     assert whole["e.experts.w"].shape == (2, 2, 3) and whole["a"].shape == (2, 3)
     with pytest.raises(UserError, match="has no model/z; it belongs to another model"):
-        sharded_checkpoint.Source(path).read(["model/z"])
+        checkpoint.CheckpointReader(path).read(["model/z"])
 
 
 def test_a_damaged_file_is_named(tmp_path):
@@ -134,12 +134,12 @@ def test_a_damaged_file_is_named(tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert sharded_checkpoint.Source(path).read(["model/a"])["model/a"].shape == (2, 3), "what it does not need it does not read"
+    assert checkpoint.CheckpointReader(path).read(["model/a"])["model/a"].shape == (2, 3), "what it does not need it does not read"
     with pytest.raises(checkpoint.Damaged, match=rf"{file.name} does not match its checksum"):
-        sharded_checkpoint.Source(path).read(["model/b"])
+        checkpoint.CheckpointReader(path).read(["model/b"])
     (path / "manifest.json").write_text("{}")
     with pytest.raises(checkpoint.Damaged, match=r"manifest.json"):
-        sharded_checkpoint.Source(path)
+        checkpoint.CheckpointReader(path)
 
 
 def damaged(rank, layout, folder):
@@ -204,8 +204,8 @@ def in_the_background(rank, folder):
     update(training, 1, 4)
     training.save()  # waits for the first
     training.finish()
-    assert sharded_checkpoint.Source(folder / "step-00000002").updates == 2
-    saved = sharded_checkpoint.read(folder / "step-00000001").tensors["model"]
+    assert checkpoint.CheckpointReader(folder / "step-00000002").updates == 2
+    saved = checkpoint.load(folder / "step-00000001").tensors["model"]
     return all(torch.equal(saved[name], value) for name, value in before.items())
 
 

@@ -8,13 +8,13 @@ import time
 import pytest
 
 from bessemer.dist import watchdog
-from bessemer.dist.watchdog import _Doing, told
+from bessemer.dist.watchdog import Activity, hang_report
 
 NOW = 1000.0
 
 
 def words(others, ranks=(0, 1, 2), timeout=100.0):
-    return told(0, _Doing("tokens", ranks, NOW - 120), 7, [None, *others], NOW, timeout)
+    return hang_report(0, Activity("tokens", ranks, NOW - 120), 7, [None, *others], NOW, timeout)
 
 
 @pytest.mark.parametrize(
@@ -48,25 +48,25 @@ def test_threads_wait_side_by_side():
     thread.start()
     inside.wait(10)
     with watchdog.waiting("activations", range(3)):
-        assert watchdog._Mine.doing().what == "exchange", "the longest"
+        assert watchdog.RankStatus.doing().what == "exchange", "the longest"
         out.set()
         thread.join()
-        assert watchdog._Mine.doing().what == "activations"
-    assert watchdog._Mine.doing().ranks is None
+        assert watchdog.RankStatus.doing().what == "activations"
+    assert watchdog.RankStatus.doing().ranks is None
     with watchdog.waiting("outer", [1]):
         with watchdog.waiting("inner", [2]):
-            assert watchdog._Mine.doing().what == "inner"
-        assert watchdog._Mine.doing().what == "outer"
+            assert watchdog.RankStatus.doing().what == "inner"
+        assert watchdog.RankStatus.doing().what == "outer"
     with pytest.raises(OSError), watchdog.waiting("x", [1]):
         raise OSError
-    assert watchdog._Mine.doing().ranks is None
+    assert watchdog.RankStatus.doing().ranks is None
 
 
 WAITS = """
 import sys, time
 import torch.distributed as dist
 from bessemer.dist import watchdog
-watchdog.Watch(dist.HashStore(), 0, 2, 1.0)
+watchdog.Watchdog(dist.HashStore(), 0, 2, 1.0)
 watchdog.at(3)
 with watchdog.waiting("the figures of the step", range(2)):
     time.sleep(30)

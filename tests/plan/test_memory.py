@@ -9,9 +9,9 @@ from allocator import live_and_highest
 from ranks import on_ranks
 
 from bessemer.data.batch import Batch
-from bessemer.dist.distributed_trainer import Across
+from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.dist.mesh import Layout, Mesh
-from bessemer.dist.model_shard import Part
+from bessemer.dist.model_shard import ModelShard
 from bessemer.dist.schedules import schedule
 from bessemer.dist.stage import cut
 from bessemer.dist.table import Action, Pair, actions
@@ -93,10 +93,10 @@ def on_a_rank(rank, name, layout, dtype, fp8):
     """Bytes held before a step, kept by the forwards of a step, and the most that a step took on top, at least and at
     most: what gloo's threads free the profiler does not see, so what is left at the end is what it missed."""
     model = Transformer(TINY).initialise(1).set_fp8(PAPER if fp8 else None)
-    training = Across(Part(model, Mesh(layout, TINY), name), next_token, None, settings(dtype))
+    training = DistributedTrainer(ModelShard(model, Mesh(layout, TINY), name), next_token, None, settings(dtype))
     executor = training._executor_for(MICRO)
     model.rope_table(LENGTH)
-    batches = [batch(100 * rank + number).at(training.part.context.positions(LENGTH)) for number in range(MICRO)]
+    batches = [batch(100 * rank + number).at(training.shard.context.positions(LENGTH)) for number in range(MICRO)]
     groups = training.optimizer.groups
     param_memory = [t for g in groups for t in (g.compute, g.grad, g.summed, g.master, *g.moments.values())]
     before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in param_memory}.values())

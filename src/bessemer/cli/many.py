@@ -34,7 +34,7 @@ def start(recipe: Recipe, root: Path) -> Ranks | None:
             print(f"{wanted} ranks on this machine ([layout])", file=sys.stderr)
             sys.exit(launch(wanted, sys.argv[1:], lambda: sorted(root.glob("*/state/step-*"))))
         return None
-    if Ranks.wanted() == 1 and wanted == 1:
+    if Ranks.world_size() == 1 and wanted == 1:
         return None
     try:
         return Ranks.join({"recipe": recipe.to_toml()}, recipe.layout.timeout)

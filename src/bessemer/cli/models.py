@@ -72,7 +72,7 @@ def convert(
         return
     how = {"mtp": mtp is not False, "dtype": wanted, "fp8": (scales or Scales.float32).value if fp8 else None}
     if trained:
-        from bessemer.dist.consolidate import of_checkpoint
+        from bessemer.dist.sharded_checkpoint import of_checkpoint
         from bessemer.runs.directory import tokenizer_beside
 
         of_checkpoint(src, dst, tokenizer_dir=tokenizer_beside(src), **how)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from bessemer.config.recipe import Head, Layout
+from bessemer.config.recipe import Head, LayoutConfig
 from bessemer.config.stages import STAGES, stage_config
 from bessemer.config.table import StageRef, StageSettings, Strict
 from bessemer.config.units import Points, parse_bytes, parse_seconds, parse_tokens
@@ -25,7 +25,7 @@ def describe_keys(kind: str | None = None) -> str:
         return _table("data recipe", Curation) + "\n\n" + _table("[[source]]", SourceTable)
     if kind is not None:
         return _table(f'[[stage]] kind = "{kind}"', stage_config(kind, "keys"))
-    tables = [_table("top level", Head), _table("[layout]", Layout)]
+    tables = [_table("top level", Head), _table("[layout]", LayoutConfig)]
     tables += [_table(f'[[stage]] kind = "{name}"', table) for name, table in sorted(STAGES.items())]
     return "\n\n".join(tables)
 

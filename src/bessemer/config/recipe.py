@@ -26,7 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _RESERVED = ("model", "layout", "stage", "name", "seed")  # what --set already means by these words
 
 
-class Layout(Strict):
+class LayoutConfig(Strict):
     """[layout]: how the run is spread over devices. It changes speed and memory, not what a stage makes."""
 
     pp: int = Field(1, ge=1)
@@ -68,7 +68,7 @@ class Head(Strict):
 class Recipe(Head):
     """What a run is."""
 
-    layout: Layout = Layout()
+    layout: LayoutConfig = LayoutConfig()
     """Devices."""
     stages: list[SerializeAsAny[StageSettings]] = Field(alias="stage")
     """The stages, in order; each [[stage]] table has a kind and that kind's own keys."""
@@ -105,7 +105,7 @@ class Recipe(Head):
         stages = [_stage(table, number, where) for number, table in enumerate(tables, start=1)]
         _check_names(stages, where)
         _check_refs(stages, where)
-        layout = validate(Layout, data.get("layout", {}), f"{where}: [layout]")
+        layout = validate(LayoutConfig, data.get("layout", {}), f"{where}: [layout]")
         head = validate(Head, {key: data[key] for key in keys(Head) if key in data}, where)
         if not _NAME.fullmatch(head.name):
             raise UserError(f'{where}: name is "{head.name}"; use letters, digits, "-" and "_" (it names a folder)')

@@ -1,8 +1,8 @@
 """Rows between the ranks of a group, with their gradients: what an exchange is made of.
 
     forth    rows to the places that want them         backward: home again, the copies of a token summed
-    lead     the same for rows that travel as bytes beside it: no memory, no message, only the gradient's way home
-    back     results home, the copies of a token summed     backward: out again, in FP8 if the way has a recipe
+    lead     the same for rows that travel as bytes beside it: no memory, no message, only the gradient's route home
+    back     results home, the copies of a token summed     backward: out again, in FP8 if the route has a recipe
     moved    what has no gradient
 
 Sums are in float32 and rounded once. Bytes travel as bytes, so every dtype does.
@@ -24,7 +24,7 @@ from bessemer.precision.fp8_linear import Recipe
 from bessemer.precision.tiles import TILE, Operand
 
 
-class Way(NamedTuple):
+class Route(NamedTuple):
     """One hop as it went."""
 
     token: Tensor
@@ -57,9 +57,9 @@ def _rows(x: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
     return out
 
 
-def moved(x: Tensor, way: Way) -> Tensor:
+def moved(x: Tensor, route: Route) -> Tensor:
     """Rows [S, ...] sent."""
-    return _rows(x, way.send, way.receive, way.group)
+    return _rows(x, route.send, route.receive, route.group)
 
 
 def summed(x_SD: Tensor, token: Tensor, n_tokens: int) -> Tensor:
@@ -83,57 +83,57 @@ class _Summed(torch.autograd.Function):
         return dy_TD.index_select(0, token), None, None
 
 
-def forth(x_TD: Tensor, way: Way) -> Tensor:
+def send(x_TD: Tensor, route: Route) -> Tensor:
     """Every token to the places that want it, [R, D]."""
-    return _Forth.apply(x_TD, way, False)
+    return _Send.apply(x_TD, route, False)
 
 
-def lead(x_TD: Tensor, way: Way | None = None) -> Tensor:
-    """A tensor without memory in the place of `forth`'s, or without a way in x's own."""
-    return _Forth.apply(x_TD, way, True)
+def grad_anchor(x_TD: Tensor, route: Route | None = None) -> Tensor:
+    """A tensor without memory in the place of `forth`'s, or without a route in x's own."""
+    return _Send.apply(x_TD, route, True)
 
 
-class _Forth(torch.autograd.Function):
+class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD: Tensor, way: Way | None, empty: bool) -> Tensor:
-        ctx.way = way
+    def forward(ctx, x_TD: Tensor, route: Route | None, empty: bool) -> Tensor:
+        ctx.route = route
         if empty:
-            return _empty(x_TD, len(x_TD) if way is None else sum(way.receive))
-        return moved(x_TD[way.token], way)
+            return _empty(x_TD, len(x_TD) if route is None else sum(route.receive))
+        return moved(x_TD[route.token], route)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_RD: Tensor):
-        return dx_RD if ctx.way is None else _home(dx_RD, ctx.way), None, None
+        return dx_RD if ctx.route is None else _home(dx_RD, ctx.route), None, None
 
 
-def _home(x_RD: Tensor, way: Way) -> Tensor:
-    return summed(_rows(x_RD.contiguous(), way.receive, way.send, way.group), way.token, way.n_tokens)
+def _home(x_RD: Tensor, route: Route) -> Tensor:
+    return summed(_rows(x_RD.contiguous(), route.receive, route.send, route.group), route.token, route.n_tokens)
 
 
 def _empty(x_TD: Tensor, rows: int) -> Tensor:
     return x_TD.new_zeros(()).expand(rows, x_TD.shape[1])
 
 
-def back(y_RD: Tensor, way: Way) -> Tensor:
+def return_(y_RD: Tensor, route: Route) -> Tensor:
     """Results home, [T, D]."""
-    return _Back.apply(y_RD, way)
+    return _Return.apply(y_RD, route)
 
 
-class _Back(torch.autograd.Function):
+class _Return(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_RD: Tensor, way: Way) -> Tensor:
-        ctx.way = way
-        return _home(y_RD, way)
+    def forward(ctx, y_RD: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        return _home(y_RD, route)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TD: Tensor):
-        way: Way = ctx.way
-        if way.recipe is None:
-            return moved(dy_TD[way.token], way), None
-        sent = packed(way.recipe.quantised_gradient(dy_TD, power_of_two=True))[way.token]
-        return unpacked(moved(sent, way), dy_TD.shape[1]).dequantise().to(dy_TD.dtype), None
+        route: Route = ctx.route
+        if route.recipe is None:
+            return moved(dy_TD[route.token], route), None
+        sent = packed(route.recipe.quantised_gradient(dy_TD, power_of_two=True))[route.token]
+        return unpacked(moved(sent, route), dy_TD.shape[1]).dequantise().to(dy_TD.dtype), None
 
 
 def packed(operand: Operand) -> Tensor:

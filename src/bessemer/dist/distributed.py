@@ -1,129 +1,134 @@
-"""What a stage that trains needs on one process and on many alike: a network, its trainer, its figures, its export.
+"""What every training stage needs, on one process and on many alike: a network, its trainer, held-out loss, export.
 
-A stage asks for its network with `fresh` or `read`, gets a model or this rank's `Part` of one, and hands it to
-`trainer`.
+A stage gets its network from `fresh` or `read`: a whole model on one process, this rank's `ModelShard` on many. It
+passes the network to `trainer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from bessemer.hf.foreign_tokenizer import load_tokenizer
+from bessemer.dist import heldout, mesh, schedules, sharded_checkpoint
+from bessemer.dist.context_parallel import refusal as not_cut
+from bessemer.dist.distributed_trainer import DistributedTrainer
+from bessemer.dist.model_shard import ModelShard, assemble
+from bessemer.dist.ranks import Ranks
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.model.config import ModelConfig
 from bessemer.hf.causal_lm import is_foreign
+from bessemer.hf.foreign_tokenizer import load_tokenizer
+from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
-from bessemer.dist import mesh, schedules
-from bessemer.dist.context_parallel import refusal as not_cut
-from bessemer.dist.model_shard import Part, assemble
-from bessemer.dist.ranks import Ranks
 from bessemer.train import setup
-from bessemer.runs.context import StageContext
-from bessemer.dist import consolidate, heldout
-from bessemer.dist.distributed_trainer import Across
 from bessemer.train.trainer import Trainer
 
 if TYPE_CHECKING:
+    from bessemer.config.recipe import LayoutConfig, Recipe
     from bessemer.data.batch import Batch
-    from bessemer.config.recipe import Layout as Wanted
-    from bessemer.config.recipe import Recipe
 
 
-def fresh(ctx: StageContext, cfg: ModelConfig) -> Transformer | Part:
-    """A network of random weights, equal however many ranks there are."""
-    if ctx.ranks is None:
-        return Transformer(cfg).initialise(ctx.seed).to(setup.device())
-    return Part.fresh(cfg, *_mesh(ctx, cfg), ctx.seed, ctx.ranks.device)
+def fresh(
+    cfg: ModelConfig, seed: int, ranks: Ranks | None, layout: LayoutConfig, say: Callable[[str], None]
+) -> Transformer | ModelShard:
+    """A randomly initialised network; its weights do not depend on the number of ranks."""
+    if ranks is None:
+        return Transformer(cfg).initialise(seed).to(setup.device())
+    return ModelShard.fresh(cfg, *_mesh(cfg, ranks, layout, say), seed, ranks.device)
 
 
 def read(
-    ctx: StageContext, folder: Path, context: Mapping[str, Any] | None = None, cut: bool = True
-) -> tuple[Any, Any]:
-    """(network, tokenizer) of a model directory; on many ranks one of ours, of which each reads its part. `context`: as
-    in `hub.open_directory`; `cut`: as in `_mesh`."""
-    if ctx.ranks is None:
+    folder: Path, ranks: Ranks | None, layout: LayoutConfig, say: Callable[[str], None],
+    context: Mapping[str, Any] | None = None, split_rows: bool = True,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(network, tokenizer) of a model directory. On many ranks only our own format, of which each reads its shard.
+    `context`: as in `hub.open_directory`; `split_rows`: as in `_mesh`."""
+    if ranks is None:
         return setup.load_model(folder, context)
     if is_foreign(folder):
-        raise UserError(
-            f'stage "{ctx.name}": {folder} is not of the DeepSeek V3 family; such a model is trained by one process'
-        )
+        raise UserError(f"{folder} is not of the DeepSeek V3 family; such a model is trained by one process")
     cfg = hub.read_config(folder).at_length(context or {})
-    return Part.read(folder, *_mesh(ctx, cfg, cut), ctx.ranks.device, context), load_tokenizer(folder)
+    shard = ModelShard.read(folder, *_mesh(cfg, ranks, layout, say, split_rows), ranks.device, context)
+    return shard, load_tokenizer(folder)
 
 
-def model_of(network: Transformer | Part) -> Any:
+def model_of(network: Transformer | ModelShard) -> Any:
     """The module that holds the parameters."""
     return network if isinstance(network, torch.nn.Module) else network.model
 
 
 def trainer(network: Any, *arguments: Any, **options: Any) -> Trainer:
-    """`Trainer`, or `Across` for a part."""
+    """`Trainer` for a model, `DistributedTrainer` for a shard."""
     if isinstance(network, torch.nn.Module):
         return Trainer(network, *arguments, **options)
-    return Across(network, *arguments, **options)
+    return DistributedTrainer(network, *arguments, **options)
 
 
 def nats(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
-    """(cross entropy, loss tokens) of held-out batches, sums."""
-    if not isinstance(trainer, Across):
+    """(cross entropy in nats, loss tokens) of held-out batches, sums."""
+    if not isinstance(trainer, DistributedTrainer):
         return heldout.nats(trainer.model, batches)
-    return heldout.nats_across(trainer.part, batches)
+    return heldout.nats_across(trainer.shard, batches)
 
 
-def whole(ctx: StageContext, trainer: Trainer) -> Transformer | None:
-    """The whole network to draw samples from, on the process that leads; None elsewhere. All ranks call it."""
-    if not isinstance(trainer, Across):
+def gather(trainer: Trainer) -> Transformer | None:
+    """The whole network on rank 0, to sample from; None on the other ranks. Collective."""
+    if not isinstance(trainer, DistributedTrainer):
         return trainer.model
-    layout = trainer.mesh.layout
+    leads, layout = trainer.mesh.me == 0, trainer.mesh.layout
     if layout.pp == layout.ep == 1:
-        return trainer.model if ctx.leads else None
-    into = None
-    if ctx.leads:
-        into = Transformer(trainer.mesh.cfg).to(ctx.ranks.device).to_compute(trainer.settings.compute_dtype)
-    assemble(trainer.part, into)
+        return trainer.model if leads else None
+    into = _empty_model(trainer) if leads else None
+    assemble(trainer.shard, into)
     return into
 
 
-class Whole:
-    """The whole network on every rank, beside the part of it that is trained there; on one process the very same."""
+class GatheredModel:
+    """The whole network on every rank, next to the shard that the rank trains; on one process the trained model."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.model, self._at = trainer, trainer.model, -1
-        self._copied = isinstance(trainer, Across) and (trainer.mesh.layout.pp, trainer.mesh.layout.ep) != (1, 1)
+        self._copied = isinstance(trainer, DistributedTrainer) and (
+            (trainer.mesh.layout.pp, trainer.mesh.layout.ep) != (1, 1)
+        )
         if self._copied:
-            self.model = Transformer(trainer.mesh.cfg).to(trainer.device).to_compute(trainer.settings.compute_dtype)
+            self.model = _empty_model(trainer)
             self.model.requires_grad_(False)
 
     def refresh(self) -> None:
-        """Brings it to the weights of this moment; all ranks call it."""
+        """Copies the current weights. Collective."""
         if self._copied and self._at != self.trainer.rows:  # every update counts its rows
-            assemble(self.trainer.part, self.model)
+            assemble(self.trainer.shard, self.model)
             self._at = self.trainer.rows
 
 
-def save(ctx: StageContext, trainer: Trainer, tokenizer_dir: Path, name: str = "model", kind: str = "model") -> None:
-    """Writes the trained network into the stage's folder; `kind` "ema": its moving average. On many ranks from the last
-    checkpoint, a tensor at a time; the others need not wait."""
-    if isinstance(trainer, Across):
+def _empty_model(trainer: DistributedTrainer) -> Transformer:
+    return Transformer(trainer.mesh.cfg).to(trainer.device).to_compute(trainer.settings.compute_dtype)
+
+
+def save(
+    trainer: Trainer, directory: Path, tokenizer_dir: Path, kind: Literal["model", "ema"] = "model"
+) -> None:
+    """Writes the trained network, or with kind "ema" its moving average, as a Hugging Face directory. On many ranks
+    rank 0 writes it from the last checkpoint, one tensor at a time; the others do not wait."""
+    if isinstance(trainer, DistributedTrainer):
         trainer.save()
         trainer.finish()
-        if ctx.leads:
+        if trainer.mesh.me == 0:
             last = trainer.state_dir / f"step-{trainer.step:08d}"
-            consolidate.export(
-                last, trainer.mesh.cfg, ctx.dir / name, kind=kind, dtype=trainer.settings.compute_dtype,
+            sharded_checkpoint.export(
+                last, trainer.mesh.cfg, directory, kind=kind, dtype=trainer.settings.compute_dtype,
                 tokenizer_dir=tokenizer_dir,
             )  # fmt: skip
     elif kind == "ema":
         with trainer.optimizer.averaged():
-            trainer.model.save(ctx.dir / name, tokenizer_dir=tokenizer_dir)
+            trainer.model.save(directory, tokenizer_dir=tokenizer_dir)
     else:
-        trainer.model.save(ctx.dir / name, tokenizer_dir=tokenizer_dir)
+        trainer.model.save(directory, tokenizer_dir=tokenizer_dir)
 
 
 def check(
@@ -132,7 +137,7 @@ def check(
     """UserError, before anything runs, if the recipe's layout does not fit this model or n ranks (None: those that were
     started), or if a step of so few rows does not fill its pipelines."""
     wanted = recipe.layout
-    n = n or (Ranks.wanted() if Ranks.started() else wanted.fewest)
+    n = n or (Ranks.world_size() if Ranks.started() else wanted.fewest)
     if n == wanted.fewest == 1:
         return
     layout, schedule, slices = layout_of(wanted, n)
@@ -140,16 +145,16 @@ def check(
         mesh.check(layout, cfg, n, slices)
     if layout.cp > 1:
         _check_cut(recipe, stage, layout.cp)
-    least, lots = schedules.micro_batches(schedule, layout.pp, 1), layout.dp * layout.ep
-    if min(rows) < lots * least:
+    least, n_pipelines = schedules.micro_batches(schedule, layout.pp, 1), layout.dp * layout.ep
+    if min(rows) < n_pipelines * least:
         raise UserError(
-            f'stage "{stage}": a step of {min(rows):.0f} rows is too small for {layout}: {lots} pipelines side by side '
-            f"need {least} micro-batches each ({schedule} on {layout.pp} pipeline ranks), {lots * least} rows in all; "
+            f'stage "{stage}": a step of {min(rows):.0f} rows is too small for {layout}: {n_pipelines} pipelines side by side '
+            f"need {least} micro-batches each ({schedule} on {layout.pp} pipeline ranks), {n_pipelines * least} rows in all; "
             "raise batch_rows, or take fewer ranks or another [layout] schedule"
         )
 
 
-def layout_of(wanted: Wanted, n: int) -> tuple[mesh.Layout, str, int]:
+def layout_of(wanted: LayoutConfig, n: int) -> tuple[mesh.Layout, str, int]:
     """(layout of n ranks, schedule, slices that it gives every pipeline rank)."""
     dp = wanted.dp if wanted.dp != "auto" else max(1, n // (wanted.pp * wanted.ep * wanted.cp))
     slices = schedules.stages_of(wanted.schedule, wanted.pp) // wanted.pp
@@ -181,11 +186,14 @@ def _named(schedule: str, pp: int) -> str:
     return "1f1b" if pp % 2 else f"dualpipe, 1f1b for steps of fewer than {2 * pp} micro-batches"
 
 
-def _mesh(ctx: StageContext, cfg: ModelConfig, cut: bool = True) -> tuple[mesh.Mesh, str]:
-    """Without `cut`, for rows of any length, context-parallel ranks have rows of their own."""
-    layout, schedule, slices = layout_of(ctx.recipe.layout, ctx.ranks.n)
-    if layout.cp > 1 and not cut:
+def _mesh(
+    cfg: ModelConfig, ranks: Ranks, wanted: LayoutConfig, say: Callable[[str], None], split_rows: bool = True
+) -> tuple[mesh.Mesh, str]:
+    """The mesh and the schedule's name. Without `split_rows`, for rows of any length, context-parallel ranks become
+    data-parallel ones."""
+    layout, schedule, slices = layout_of(wanted, ranks.n)
+    if layout.cp > 1 and not split_rows:
         layout = replace(layout, dp=layout.dp * layout.cp, cp=1)
     made = mesh.Mesh(layout, cfg, slices)
-    ctx.say(f"{mesh.drawn(layout)}\nschedule: {_named(schedule, layout.pp)}")
+    say(f"{mesh.drawn(layout)}\nschedule: {_named(schedule, layout.pp)}")
     return made, schedule

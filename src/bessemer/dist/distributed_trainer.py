@@ -1,10 +1,10 @@
 """The trainer on many ranks: pipeline, experts, data and optimizer state in parallel (V3 3.2).
 
 A step is the step of `Trainer`: the same sums, divided once by the loss tokens of the whole step, one clipping by the
-norm of everything, routing biases from the loads of all ranks. Rows are dealt out to the pipelines side by side (lots)
-and cut into as many micro-batches as the schedule wants; the ranks of one pipeline have the same ones, and so have
-those that compute pieces of the same rows (`parallel.context`). What decides (figures, whether to stop, to save, to
-skip) is summed over all ranks once a step, so all decide alike.
+norm of everything, routing biases from the loads of all ranks. The rows of a step are split over the data-parallel pipelines and
+then into as many micro-batches as the schedule needs; all ranks of one pipeline get the same micro-batches, and so do
+context-parallel ranks (`dist.context_parallel`). Everything a decision depends on (metrics, whether to stop, save or
+skip) is summed over all ranks once per step, so every rank decides alike.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from torch import Tensor
 
 from bessemer.dist import schedules, watchdog
 from bessemer.dist.executor import Executor, Work
-from bessemer.dist.model_shard import Part, rows_of
+from bessemer.dist.model_shard import ModelShard, rows_of
 from bessemer.dist import sharded_checkpoint
 from bessemer.train import balance, checkpoint, rng
-from bessemer.train.checkpoint import Damaged
+from bessemer.train.checkpoint import CheckpointReader, Damaged
 from bessemer.train.objective import Loss, Sums, balance_weight
-from bessemer.dist.sharded_checkpoint import Source
 from bessemer.train.trainer import COUNTERS, Trainer
 from bessemer.dist.zero1 import Zero1
 
@@ -35,20 +34,20 @@ if TYPE_CHECKING:
     from bessemer.data.batch import Batch
 
 
-class Across(Trainer):
-    """One rank's trainer; `part` is its part of the network, everything else as in `Trainer`.
+class DistributedTrainer(Trainer):
+    """One rank's trainer; `shard` is its share of the network, everything else as in `Trainer`.
 
-    The objective is `Divided`. `update` takes this rank's micro-batches: those of its lot, in number what
-    `micro_batches` says. Figures are those of the whole step, equal on all ranks.
+    The objective is `Divided`. `update` takes the micro-batches of this rank's pipeline, `micro_batches` of them.
+    Metrics are those of the whole step, equal on all ranks.
     """
 
-    def __init__(self, part: Part, *arguments: Any, **options: Any):
-        self.part, self.mesh = part, part.mesh
+    def __init__(self, shard: ModelShard, *arguments: Any, **options: Any):
+        self.shard, self.mesh = shard, shard.mesh
         self._stopping = self._due = False
         self._executor: Executor | None = None
         self._found: list[Loss] = []
-        super().__init__(part.model, *arguments, **options)
-        n_mtp = part.mesh.cfg.n_mtp
+        super().__init__(shard.model, *arguments, **options)
+        n_mtp = shard.mesh.cfg.n_mtp
         self._sums, self._peaks = self.objective.names(n_mtp)
         self._saver: sharded_checkpoint.Saver | None = None
         if self.state_dir is not None:
@@ -57,10 +56,10 @@ class Across(Trainer):
         self._wishes_to_stop = wish
 
     def _make_optimizer(self, **options: Any) -> Zero1:
-        return Zero1(self.model, self.mesh, self.part.others, **options)
+        return Zero1(self.model, self.mesh, self.shard.others, **options)
 
     def _find_gates(self) -> dict[str, balance.Gate]:
-        return self.part.gates
+        return self.shard.gates
 
     def _has_biases(self) -> bool:
         return self.mesh.cfg.topk_method == "noaux_tc"
@@ -69,18 +68,18 @@ class Across(Trainer):
         pass
 
     def micro_batches(self, n_rows: int) -> int:
-        """Micro-batches of every lot in a step of so many rows."""
-        return self._at_least(math.ceil(n_rows / (self.part.lots * self._rows_of_forward())))
+        """Micro-batches of every pipeline in a step of `n_rows` rows."""
+        return self._at_least(math.ceil(n_rows / (self.shard.n_pipelines * self._rows_of_forward())))
 
     def _at_least(self, micro: int) -> int:
-        return schedules.micro_batches(self.part.schedule, self.mesh.layout.pp, micro)
+        return schedules.micro_batches(self.shard.schedule, self.mesh.layout.pp, micro)
 
     def mine(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Those of this rank's lot, all lots' equally many: filled up where they do not divide."""
-        lots, lot = self.part.lots, self.part.lot
-        micro = self._at_least(math.ceil(len(batches) / lots))
-        filled = [*batches, *[batches[0].as_filler()] * (lots * micro - len(batches))]
-        return filled[lot * micro : (lot + 1) * micro]
+        """The batches of this rank's pipeline. Every pipeline gets the same number, padded with filler batches."""
+        n_pipelines, index = self.shard.n_pipelines, self.shard.pipeline_index
+        micro = self._at_least(math.ceil(len(batches) / n_pipelines))
+        filled = [*batches, *[batches[0].as_filler()] * (n_pipelines * micro - len(batches))]
+        return filled[index * micro : (index + 1) * micro]
 
     def average(self, values: dict[str, float]) -> dict[str, float]:
         if not values:
@@ -90,7 +89,7 @@ class Across(Trainer):
 
     def _micro_batches(self) -> Iterable[Batch]:
         rows = self._rows_of_step()
-        for mine in rows_of(rows, self.part.lots, self.part.lot, self.micro_batches(rows)):
+        for mine in rows_of(rows, self.shard.n_pipelines, self.shard.pipeline_index, self.micro_batches(rows)):
             if mine:
                 yield self.batches(self.rows + mine.start, len(mine))
             else:  # the last step of a run may have few rows
@@ -98,7 +97,7 @@ class Across(Trainer):
 
     def _accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
         watchdog.at(self.step + 1)
-        own = self.part.context.positions
+        own = self.shard.context.positions
         batches = [batch.at(own(batch.tokens_BT.shape[1])).to(self.device) for batch in micro_batches]
         executor = self._executor_for(len(batches))
         self._found = []
@@ -110,11 +109,11 @@ class Across(Trainer):
     def _executor_for(self, micro: int) -> Executor:
         if self._executor is None:
             self._executor = Executor(
-                self.part.table(micro), self.mesh.pp, self.part.slices, self.mesh.layout.groups("pp"),
+                self.shard.table(micro), self.mesh.pp, self.shard.slices, self.mesh.layout.groups("pp"),
                 lambda: balance.counted_once(self.gates),
             )  # fmt: skip
         elif self._executor.table.micro != micro:
-            self._executor.follow(self.part.table(micro))
+            self._executor.follow(self.shard.table(micro))
         return self._executor
 
     def _work(self, executor: Executor, batches: Sequence[Batch], terms: dict[str, float]) -> list[list[Work]]:
@@ -148,9 +147,9 @@ class Across(Trainer):
             tokens * enters, rows * enters, self._wishes_to_stop(), self.mesh.me == 0 and self._by_time(),
             *last.values(),
         ]  # fmt: skip
-        links = sorted({hop.link for hop in self.part.exchange.hops}) if self.mesh.layout.ep > 1 else []
-        mine += [self.part.exchange.sent_bytes[link] for link in links]
-        self.part.exchange.sent_bytes.clear()
+        links = sorted({hop.link for hop in self.shard.exchange.hops}) if self.mesh.layout.ep > 1 else []
+        mine += [self.shard.exchange.sent_bytes[link] for link in links]
+        self.shard.exchange.sent_bytes.clear()
         total, divisor, tokens, rows, stop, due, *more = self._reduced(mine, dist.ReduceOp.SUM)
         values, sent = more[: len(last)], more[len(last) :]
         self._stopping, self._due = stop > 0, due > 0
@@ -226,11 +225,11 @@ class Across(Trainer):
         found = {}
         for name, tensor in self._gate_tensors().items():
             place = _place(name.partition("/")[2])
-            if self.mesh.pp < min(self.part.others(place), default=math.inf):
+            if self.mesh.pp < min(self.shard.others(place), default=math.inf):
                 found[name] = tensor
         return found
 
-    def _latest(self) -> tuple[Path, Source] | None:
+    def _latest(self) -> tuple[Path, CheckpointReader] | None:
         """The newest checkpoint in which every rank finds what it needs undamaged."""
         if self.state_dir is None:
             return None
@@ -242,14 +241,14 @@ class Across(Trainer):
         for path in reversed(found):
             damage = ""
             try:
-                source = Source(path)
-                source.verify(self._names_of_mine())
+                reader = CheckpointReader(path)
+                reader.verify(self._names_of_mine())
             except Damaged as error:
                 damage = str(error)
             damages = self._everyone(damage)
             if not any(damages):
-                checkpoint.check_config(source.config, self.config, path)
-                return path, source
+                checkpoint.check_config(reader.config, self.config, path)
+                return path, reader
             self.warn(f"checkpoint {path} is damaged ({next(filter(None, damages))}); trying the one before it")
         if found:
             raise checkpoint.none_whole(self.state_dir, len(found))
@@ -259,20 +258,20 @@ class Across(Trainer):
         return [*self.optimizer.names_on_disk(), *self._gate_tensors()]
 
     @torch.no_grad()
-    def _restore(self, source: Source) -> None:
-        self.optimizer.load_pieces(source)
+    def _restore(self, reader: CheckpointReader) -> None:
+        self.optimizer.load_pieces(reader)
         mine = self._gate_tensors()
-        for name, value in source.read(mine).items():
+        for name, value in reader.read(mine).items():
             mine[name].copy_(value)
         for name in COUNTERS:
-            setattr(self, name, source.counters[name])
-        self.optimizer.steps = source.updates
-        extras = [name for name in source.places if name.startswith("extras/")]
-        self.extra_tensors = {name.removeprefix("extras/"): t for name, t in source.read(extras).items()}
-        self.extras = source.counters["extras"]
-        states = [name for name in source.places if name.startswith("rng/")]
-        tensors = {name.removeprefix("rng/"): t for name, t in source.read(states).items()}
-        rng.restore(tensors, source.counters["rng"], self.generators)
+            setattr(self, name, reader.counters[name])
+        self.optimizer.steps = reader.updates
+        extras = [name for name in reader.locations if name.startswith("extras/")]
+        self.extra_tensors = {name.removeprefix("extras/"): t for name, t in reader.read(extras).items()}
+        self.extras = reader.counters["extras"]
+        states = [name for name in reader.locations if name.startswith("rng/")]
+        tensors = {name.removeprefix("rng/"): t for name, t in reader.read(states).items()}
+        rng.restore(tensors, reader.counters["rng"], self.generators)
 
 
 def _place(gate: str) -> str:

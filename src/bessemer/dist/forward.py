@@ -11,28 +11,28 @@ from torch import Tensor
 
 from bessemer.model.transformer import TrainOutputs
 from bessemer.dist import watchdog
-from bessemer.dist.model_shard import Part
+from bessemer.dist.model_shard import ModelShard
 from bessemer.dist.stage import Phases
 
 
 @torch.no_grad()
-def forward(part: Part, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> list[TrainOutputs | None]:
+def forward(shard: ModelShard, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> list[TrainOutputs | None]:
     """What the last stage makes of every (tokens [B, T], segments or None), without MTP; None on ranks without it.
 
     Micro-batches go through the first lane one after another. All ranks of a pipeline give the same inputs, and all
     pipelines equally many. Where rows are cut, what comes out is of this rank's positions.
     """
-    place = part.place[0]
-    mesh = part.mesh
+    place = shard.place[0]
+    mesh = shard.mesh
     peers = [mesh.layout.rank(pp, mesh.dp, mesh.ep, mesh.cp) for pp in range(mesh.layout.pp)]
     outputs: list[TrainOutputs | None] = []
     sends = []
     for tokens_BT, segments_BT in inputs:
         x, found = tokens_BT, None
         for stage, rank in enumerate(place):
-            if rank != part.mesh.pp:
+            if rank != shard.mesh.pp:
                 continue
-            one = part.slices[0, stage]
+            one = shard.slices[0, stage]
             if stage and place[stage - 1] != rank:
                 x = one.room(tokens_BT)
                 with watchdog.waiting("activations", [peers[place[stage - 1]]]):

@@ -13,7 +13,7 @@ from bessemer.train.objective import predicting
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
-    from bessemer.dist.model_shard import Part
+    from bessemer.dist.model_shard import ModelShard
 
 
 @torch.no_grad()
@@ -32,23 +32,23 @@ def nats(model: Any, batches: Sequence[Batch]) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def nats_across(part: Part, batches: Sequence[Batch]) -> tuple[float, float]:
+def nats_across(shard: ModelShard, batches: Sequence[Batch]) -> tuple[float, float]:
     """The same over all ranks, which give the same batches and deal them out."""
     from bessemer.dist.forward import forward
 
-    part.model.eval()
-    mine = list(batches[part.lot :: part.lots])
-    n = -(-len(batches) // part.lots)
+    shard.model.eval()
+    mine = list(batches[shard.pipeline_index :: shard.n_pipelines])
+    n = -(-len(batches) // shard.n_pipelines)
     mine += [batches[0].as_filler()] * (n - len(mine))
-    mine = [batch.at(part.context.positions(batch.tokens_BT.shape[1])).to(part.device) for batch in mine]
-    sums = torch.zeros(2, dtype=torch.float64, device=part.device)
-    for out, batch in zip(forward(part, [(batch.tokens_BT, None) for batch in mine]), mine, strict=True):
+    mine = [batch.at(shard.context.positions(batch.tokens_BT.shape[1])).to(shard.device) for batch in mine]
+    sums = torch.zeros(2, dtype=torch.float64, device=shard.device)
+    for out, batch in zip(forward(shard, [(batch.tokens_BT, None) for batch in mine]), mine, strict=True):
         if out is not None:
-            sums[0] += _nats(out.hidden_BTD, part.model.head.weight, batch)
+            sums[0] += _nats(out.hidden_BTD, shard.model.head.weight, batch)
             sums[1] += batch.predicted(1)[1].sum()
-    with watchdog.waiting("held-out loss", range(part.mesh.layout.world)):
+    with watchdog.waiting("held-out loss", range(shard.mesh.layout.world)):
         dist.all_reduce(sums)
-    part.model.train()
+    shard.model.train()
     return tuple(sums.tolist())
 
 

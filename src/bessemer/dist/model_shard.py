@@ -1,8 +1,8 @@
-"""One rank's part of a network: made whole and cut, or never made whole at all.
+"""One rank's shard of a network, cut out of the whole model or built without ever making the whole.
 
-    Part(model, mesh, schedule)         cut out of a whole model
-    Part.fresh(cfg, mesh, schedule, 7)  as `Transformer.initialise(7)` would have made it, without the rest
-    Part.read(folder, mesh, schedule)   out of a Hugging Face directory, reading no other tensors
+    ModelShard(model, mesh, schedule)         cut out of a whole model
+    ModelShard.fresh(cfg, mesh, schedule, 7)  as `Transformer.initialise(7)` would have made it, without the rest
+    ModelShard.read(folder, mesh, schedule)   out of a Hugging Face directory, reading no other tensors
 
 All three give the same parameters, under the names of the whole network.
 """
@@ -28,8 +28,8 @@ from bessemer.dist.stage import Slice, holding, keep, keep_experts
 from bessemer.dist.table import Table
 
 
-class Part:
-    """The slices that a schedule gives to this rank, with its own experts."""
+class ModelShard:
+    """The pipeline slices that a schedule assigns to this rank, with the rank's own experts."""
 
     def __init__(self, model: Transformer, mesh: Mesh, schedule: str):
         self.model, self.mesh, self.schedule = model, mesh, schedule
@@ -51,24 +51,24 @@ class Part:
         keep(model, self.slices.values())
 
     @classmethod
-    def fresh(cls, cfg: ModelConfig, mesh: Mesh, schedule: str, seed: int, device: torch.device) -> Part:
+    def fresh(cls, cfg: ModelConfig, mesh: Mesh, schedule: str, seed: int, device: torch.device) -> ModelShard:
         with torch.device("meta"):
-            whole, part = Transformer(cfg), cls(Transformer(cfg), mesh, schedule)
-        parameters = part._allocate(device, torch.float32)
+            whole, shard = Transformer(cfg), cls(Transformer(cfg), mesh, schedule)
+        parameters = shard._allocate(device, torch.float32)
         with torch.no_grad():
             for name, expert, values in whole.draws(seed):
-                part._put(parameters, name, expert, values)
-        return part
+                shard._put(parameters, name, expert, values)
+        return shard
 
     @classmethod
     def read(
         cls, folder: Path, mesh: Mesh, schedule: str, device: torch.device, context: Mapping[str, Any] | None = None
-    ) -> Part:
+    ) -> ModelShard:
         checkpoint, cfg, layout = hub.open_directory(folder, True, Transformer, context)
         with torch.device("meta"):
-            part = cls(Transformer(cfg), mesh, schedule)
-        parameters = part._allocate(device, torch.float32)
-        state = parameters | {name: buffer for name, buffer in part.model.named_buffers() if name.endswith("bias_E")}
+            shard = cls(Transformer(cfg), mesh, schedule)
+        parameters = shard._allocate(device, torch.float32)
+        state = parameters | {name: buffer for name, buffer in shard.model.named_buffers() if name.endswith("bias_E")}
         with torch.no_grad():
             for slot in layout:
                 if slot.copy or slot.name not in state:
@@ -80,10 +80,10 @@ class Part:
                     index = (index[0] - mesh.experts.start, *index[1:])
                 view = target[index] if index else target
                 view.copy_(checkpoint.read(slot.key, target.dtype))
-        return part
+        return shard
 
     def table(self, micro: int) -> Table:
-        """What is done with so many micro-batches."""
+        """The schedule for this number of micro-batches."""
         return schedules.schedule(self.schedule, self.mesh.layout.pp, micro)
 
     @property
@@ -91,21 +91,21 @@ class Part:
         return next(self.model.parameters()).device
 
     @property
-    def lots(self) -> int:
-        """Pipelines side by side with micro-batches of their own; the cp ranks of one have the same."""
+    def n_pipelines(self) -> int:
+        """Pipelines that run in parallel on micro-batches of their own; the cp ranks of one share theirs."""
         return self.mesh.layout.dp * self.mesh.layout.ep
 
     @property
-    def lot(self) -> int:
+    def pipeline_index(self) -> int:
         """The number of this rank's pipeline."""
         return self.mesh.dp * self.mesh.layout.ep + self.mesh.ep
 
     def others(self, name: str) -> list[int]:
-        """Pipeline ranks beside this one that hold the parameter of this name."""
+        """Other pipeline ranks that hold the parameter of this name."""
         return [rank for rank in holding(name, self.slices, self.holders) if rank != self.mesh.pp]
 
     def _allocate(self, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-        """Memory for a part that was made on the meta device: ones for norms, zeros for buffers, matrices empty."""
+        """Allocates a shard that was built on the meta device: norms are ones, buffers zeros, matrices uninitialised."""
         made: dict[int, nn.Parameter] = {}  # the embedding may be the head, too
         for module in self.model.modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -130,30 +130,30 @@ class Part:
 
 
 @torch.no_grad()
-def assemble(part: Part, into: Transformer | None) -> None:
-    """Puts the whole network, as its parts are at this moment, into `into` on every rank that gives one. All ranks call
-    it; one tensor at a time is on its way, in float32."""
-    mine = part.model.state_dict()
+def assemble(shard: ModelShard, into: Transformer | None) -> None:
+    """Copies the current weights of all shards into `into` on every rank that passes one. Collective over all ranks;
+    broadcasts one tensor at a time, in float32."""
+    mine = shard.model.state_dict()
     with torch.device("meta"):
-        whole = Transformer(part.mesh.cfg).state_dict()
+        whole = Transformer(shard.mesh.cfg).state_dict()
     state = {} if into is None else into.state_dict()
-    layout, mesh = part.mesh.layout, part.mesh
+    layout, mesh = shard.mesh.layout, shard.mesh
     for name, shape in whole.items():
-        pp = min(holding(name, part.slices, part.holders))
+        pp = min(holding(name, shard.slices, shard.holders))
         for ep in range(layout.ep) if EXPERTS in name else (0,):
             source = layout.rank(pp, 0, ep)
             rows = slice(ep * len(mesh.experts), (ep + 1) * len(mesh.experts)) if EXPERTS in name else slice(None)
             if source == mesh.me:
                 value = mine[name].float().contiguous()
             else:
-                value = torch.empty_like(shape[rows], dtype=torch.float32, device=part.device)
+                value = torch.empty_like(shape[rows], dtype=torch.float32, device=shard.device)
             with watchdog.waiting(name, [source]):
                 dist.broadcast(value, source)
             if name in state:
                 state[name][rows].copy_(value)
 
 
-def rows_of(n_rows: int, lots: int, lot: int, micro: int) -> list[range]:
-    """The rows of a step that lot number `lot` takes, cut into micro-batches as even as can be."""
-    cuts, first = lots * micro, lot * micro
+def rows_of(n_rows: int, n_pipelines: int, pipeline_index: int, micro: int) -> list[range]:
+    """The rows of a step that one of the data-parallel pipelines takes, split into micro-batches as evenly as possible."""
+    cuts, first = n_pipelines * micro, pipeline_index * micro
     return [range(n_rows * i // cuts, n_rows * (i + 1) // cuts) for i in range(first, first + micro)]

@@ -24,7 +24,7 @@ import torch.distributed as dist
 import bessemer
 from bessemer.errors import UserError
 from bessemer.dist import watchdog
-from bessemer.dist.watchdog import Watch
+from bessemer.dist.watchdog import Watchdog
 
 PATIENCE = 0.1
 """Seconds between looks for a word of rank 0."""
@@ -36,7 +36,7 @@ class Ranks:
     def __init__(self, store: dist.Store, me: int, n: int, device: torch.device):
         self.store, self.me, self.n, self.device = store, me, n, device
         self._agreed = self._orders = 0
-        self._watch: Watch | None = None
+        self._watch: Watchdog | None = None
 
     @staticmethod
     def started() -> bool:
@@ -44,7 +44,7 @@ class Ranks:
         return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
     @staticmethod
-    def wanted() -> int:
+    def world_size() -> int:
         """How many were started together; 1 without torchrun."""
         return int(os.environ["WORLD_SIZE"]) if Ranks.started() else 1
 
@@ -66,7 +66,7 @@ class Ranks:
             backend, store=dist.PrefixStore("groups", store), rank=me, world_size=n, timeout=later,
             device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
-        ranks._watch = Watch(store, me, n, timeout)
+        ranks._watch = Watchdog(store, me, n, timeout)
         return ranks
 
     def leave(self) -> None:

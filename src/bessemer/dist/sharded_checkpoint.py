@@ -1,14 +1,8 @@
-"""Checkpoints that many ranks write together and any other layout can read, one process included.
+"""Checkpoints that many ranks write together, and models exported from a checkpoint.
 
-    state/step-00000123/rank-00000.safetensors ...  counters.json  config.json  manifest.json
-
-as in `checkpoint`: whole or not there, every file with its SHA-256 in the manifest. Tensors are stored whole under the
-names of the whole network, a routed expert under its own number (`model/layers.3.ffn.experts.w13/17`), so that nothing
-in a file tells which layout wrote it. What several ranks hold is written by one of them. A rank reads the files that
-hold what it needs, and verifies those; what one process wrote (`checkpoint.save`) is found under the same names.
-
-All ranks save together and see the same outcome: one that cannot write makes it fail on all. `Saver` writes in the
-background, from copies, while training goes on.
+The format is that of `train.checkpoint`, where it is read; any other layout can read it, one process included. A tensor
+that several ranks hold is written by one of them. All ranks save together and see the same outcome: if one cannot
+write, the save fails on all. `Saver` writes in the background, from copies, while training continues.
 """
 
 from __future__ import annotations
@@ -16,23 +10,22 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 
 from bessemer.errors import UserError
+from bessemer.hf import hub
+from bessemer.hf.names import Slot
+from bessemer.model.config import ModelConfig
 from bessemer.model.moe import EXPERTS
+from bessemer.model.transformer import Transformer
 from bessemer.train import checkpoint
-from bessemer.train.checkpoint import Damaged, State
-from bessemer.train.tensorfile import write_synced, write_tensors
-
-_PARTS = {"model": "model/", "optimizer": "", "gates": "", "rng": "rng/", "extras": "extras/"}
-"""What the names of each file of `checkpoint` begin with here."""
+from bessemer.train.checkpoint import CheckpointReader, Damaged, write_synced, write_tensors
 
 
 class Saver:
@@ -111,109 +104,42 @@ def _file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-class _Place(NamedTuple):
-    """Where a tensor lies: a file, a key in it, and the row where experts are stacked."""
-
-    file: str
-    key: str
-    row: int | None
-
-
-class Source:
-    """An opened checkpoint, written by any layout or by one process. Damaged, or UserError if newer code wrote it."""
-
-    def __init__(self, path: Path):
-        self.path, self._sums = path, checkpoint.verified_manifest(path)["files"]
-        self._verified: set[str] = set()
-        self.places: dict[str, _Place] = {}
-        for file in (file for file in self._sums if file.endswith(".safetensors")):
-            self._index(file)
-        self.counters, self.config = (checkpoint.read_json(path, name) for name in ("counters.json", "config.json"))
-
-    @property
-    def together(self) -> bool:
-        """Whether ranks wrote it together."""
-        return any(file.startswith("rank-") for file in self._sums)
-
-    @property
-    def updates(self) -> int:
-        """Steps that the optimizer has made."""
-        return self.counters["updates"] if self.together else int(self.read(["steps"])["steps"])
-
-    def verify(self, names: Iterable[str]) -> None:
-        """Damaged unless the files that hold these tensors are whole; UserError for one that is not there."""
-        for file in {self._place(name).file for name in names}:
-            self._verify(file)
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors of these names, in this order. UserError for one that is not there; files are verified when first
-        read."""
-        names, wanted = list(names), {}
-        for name in names:
-            wanted.setdefault(self._place(name).file, []).append(name)
-        found = {}
-        for file, mine in wanted.items():
-            self._verify(file)
-            with _open(self.path / file) as opened:
-                for name in mine:
-                    _, key, row = self.places[name]
-                    found[name] = opened.get_tensor(key) if row is None else opened.get_slice(key)[row]
-        return {name: found[name] for name in names}
-
-    def _place(self, name: str) -> _Place:
-        if name not in self.places:
-            raise UserError(
-                f"the checkpoint {self.path} has no {name}; it belongs to another model, or to a run with other "
-                "settings"
-            )
-        return self.places[name]
-
-    def _verify(self, file: str) -> None:
-        if file not in self._verified:
-            checkpoint.verify(self.path, file, self._sums[file])
-            self._verified.add(file)
-
-    def _index(self, file: str) -> None:
-        with _open(self.path / file) as opened:
-            prefix = _PARTS.get(Path(file).stem)
-            for key in opened.keys():  # noqa: SIM118 (no dictionary)
-                if prefix is None:
-                    self.places[key] = _Place(file, key, None)
-                elif EXPERTS in key:
-                    for row in range(opened.get_slice(key).get_shape()[0]):
-                        self.places[f"{prefix}{key}/{row}"] = _Place(file, key, row)
-                else:
-                    self.places[prefix + key] = _Place(file, key, None)
+def export(
+    checkpoint: Path, cfg: ModelConfig, directory: Path, *, kind: Literal["model", "ema"] = "model",
+    dtype: torch.dtype = torch.float32, **options: Any,
+) -> None:  # fmt: skip
+    """The masters of a checkpoint, or their moving average, rounded as a model of this compute dtype has them.
+    `options` as in `hub.write`. Damaged for a file that is not as it was written."""
+    _export(CheckpointReader(checkpoint), cfg, directory, kind, dtype, options)
 
 
-def read(path: Path) -> State:
-    """A checkpoint of any layout as one process keeps it."""
-    source = Source(path)
-    if not source.together:
-        return checkpoint.load(path)
-    tensors: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
-    for name, tensor in _stacked(source.read(source.places)).items():
-        kind = name.partition("/")[0]
-        part = kind if kind in ("model", "rng", "extras") else "gates" if kind in ("bias", "load") else "optimizer"
-        tensors[part][name.removeprefix(_PARTS[part])] = tensor
-    counters = dict(source.counters)
-    tensors["optimizer"]["steps"] = torch.tensor(counters.pop("updates"))
-    return State(tensors, counters, source.config)
-
-
-def _stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    found: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        expert = re.fullmatch(rf"(.*{re.escape(EXPERTS)}.*)/(\d+)", name)
-        if expert:
-            found.setdefault(expert[1], {})[int(expert[2])] = tensor
-        else:
-            found[name] = tensor
-    return {n: torch.stack([t[i] for i in range(len(t))]) if isinstance(t, dict) else t for n, t in found.items()}
-
-
-def _open(path: Path) -> Any:
+def of_checkpoint(checkpoint: Path, directory: Path, *, mtp: bool = True, **options: Any) -> None:
+    """The same of a checkpoint whose config is in it, as every stage's is: its float32 masters; `options` as in
+    `hub.write`. UserError if it is damaged, or none of a language model."""
     try:
-        return safe_open(path, framework="pt")
-    except Exception as error:  # the library's own type
-        raise Damaged(f"{path.name}: {error}") from error
+        reader = CheckpointReader(checkpoint)
+        cfg = ModelConfig(**reader.config)
+        _export(reader, cfg if mtp else cfg.model_copy(update={"n_mtp": 0}), directory, "model", torch.float32, options)
+    except Damaged as damage:
+        raise UserError(f"checkpoint {checkpoint} is damaged ({damage}); take the one before it") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {checkpoint} is none of a language model: {str(error).splitlines()[0]}") from None
+
+
+def _export(
+    reader: CheckpointReader, cfg: ModelConfig, directory: Path, kind: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    with torch.device("meta"):
+        state = Transformer(cfg).to_compute(dtype).state_dict()
+
+    def read(slot: Slot, wanted: torch.dtype) -> Tensor:
+        name, index = f"{kind}/{slot.name}", slot.index
+        if gate := re.fullmatch(r"(layers|mtp)\.(\d+)\..*bias_E", slot.name):
+            name = f"bias/{'mtp' if gate[1] == 'mtp' else ''}{gate[2]}"
+        elif EXPERTS in slot.name:
+            name, index = f"{name}/{index[0]}", index[1:]
+        (value,) = reader.read([name]).values()
+        value = (value[index] if index else value).to(state[slot.name].dtype)
+        return value.to(wanted)
+
+    hub.write(cfg, read, lambda slot: state[slot.name].dtype, directory, **options)

@@ -1,10 +1,10 @@
-"""Who waits for whom: what every rank says of itself, and what is said when one waits too long.
+"""Detects hung ranks and reports which rank waits for which.
 
-Code that waits for other ranks does it inside `waiting(what, ranks)`. A `Watch` on every rank writes down in the store
-that they share what this rank does, every few seconds and by a thread of its own, so it also speaks while a kernel or a
-message holds the process. When its rank has waited longer than `timeout`, it reads what all others last said, tells who
-waits for whom and who has gone silent, and ends the process: torchrun, or who else started it, ends the rest and
-starts again from the last checkpoint.
+Wrap every blocking collective in `waiting(what, ranks)`. On every rank a `Watchdog` thread writes the rank's status to
+the store that all ranks share, every few seconds, so it keeps reporting while a kernel or a message blocks the process.
+When its rank has waited longer than `timeout`, it reads the last status of all other ranks, reports who waits for whom
+and which ranks have gone silent, and ends the process. torchrun, or whatever else started the ranks, then ends the rest
+and restarts them from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -24,49 +24,49 @@ LOST = 76
 """Status of a process whose connection to another was cut."""
 
 
-class _Doing(NamedTuple):
+class Activity(NamedTuple):
     what: str
     ranks: Sequence[int] | None
     """Whom it waits for; None: it works."""
     since: float
 
 
-class _Mine:
+class RankStatus:
     """What this rank does. Several threads may wait at once (an exchange beside the computation, a save), so each has a
     place of its own."""
 
     step = 0
-    working = _Doing("working", None, time.time())
-    waits: ClassVar[dict[int, _Doing]] = {}
+    working = Activity("working", None, time.time())
+    waits: ClassVar[dict[int, Activity]] = {}
 
     @classmethod
-    def doing(cls) -> _Doing:
+    def doing(cls) -> Activity:
         """The longest wait, if there is one."""
         return min([*cls.waits.values()], key=lambda wait: wait.since, default=cls.working)
 
 
 def at(step: int) -> None:
     """This rank begins with this step."""
-    _Mine.step, _Mine.working = step, _Doing("working", None, time.time())
+    RankStatus.step, RankStatus.working = step, Activity("working", None, time.time())
 
 
 @contextmanager
 def waiting(what: str, ranks: Sequence[int]) -> Iterator[None]:
     """Within it this thread waits for `what` from these ranks; may be nested."""
     thread = threading.get_ident()
-    outer = _Mine.waits.get(thread)
-    _Mine.waits[thread] = _Doing(what, ranks, time.time())
+    outer = RankStatus.waits.get(thread)
+    RankStatus.waits[thread] = Activity(what, ranks, time.time())
     try:
         yield
     finally:
         if outer is None:
-            del _Mine.waits[thread]
+            del RankStatus.waits[thread]
         else:
-            _Mine.waits[thread] = outer._replace(since=time.time())
-        _Mine.working = _Doing("working", None, time.time())
+            RankStatus.waits[thread] = outer._replace(since=time.time())
+        RankStatus.working = Activity("working", None, time.time())
 
 
-class Watch:
+class Watchdog:
     """The thread of one rank; `store` is torch's, shared by `n` ranks."""
 
     def __init__(self, store: Any, me: int, n: int, timeout: float):
@@ -82,10 +82,10 @@ class Watch:
 
     def _run(self) -> None:
         while True:
-            doing, now = _Mine.doing(), time.time()
+            doing, now = RankStatus.doing(), time.time()
             try:
                 ranks = None if doing.ranks is None else list(doing.ranks)
-                self.store.set(f"signs/{self.me}", json.dumps([now, _Mine.step, doing.what, ranks, doing.since]))
+                self.store.set(f"signs/{self.me}", json.dumps([now, RankStatus.step, doing.what, ranks, doing.since]))
                 if doing.ranks is not None and now - doing.since > self.timeout:
                     self._give_up(doing, now)
             except RuntimeError:  # the store has gone, and with it whoever held it: the main thread will meet that
@@ -93,9 +93,10 @@ class Watch:
             if self._over.wait(self.every):
                 return
 
-    def _give_up(self, doing: _Doing, now: float) -> None:
+    def _give_up(self, doing: Activity, now: float) -> None:
         if self.store.add("signs/told", 1) == 1:  # one rank speaks for all
-            print(f"error: {told(self.me, doing, _Mine.step, self._all(), now, self.timeout)}", file=sys.stderr)
+            report = hang_report(self.me, doing, RankStatus.step, self._all(), now, self.timeout)
+            print(f"error: {report}", file=sys.stderr)
             sys.stderr.flush()
         else:
             time.sleep(self.every)  # its words first
@@ -106,7 +107,7 @@ class Watch:
         return [json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys]
 
 
-def told(me: int, doing: _Doing, step: int, others: list[list[Any] | None], now: float, timeout: float) -> str:
+def hang_report(me: int, doing: Activity, step: int, others: list[list[Any] | None], now: float, timeout: float) -> str:
     """In words, from what every rank last said (when, step, doing, waiting for, since when)."""
     silent, busy = [], []
     for rank, said in enumerate(others):

@@ -21,11 +21,11 @@ from bessemer.model.moe import EXPERTS
 from bessemer.dist import watchdog
 from bessemer.dist.collectives import all_gather, reduce_scatter
 from bessemer.dist.mesh import Mesh
+from bessemer.train.checkpoint import CheckpointReader
 from bessemer.train.adamw import adamw_
 from bessemer.train.flat import NORM_BLOCK, Group, Members, Slot, Update
 from bessemer.train.matrices import Matrices
 from bessemer.train.optim import Optimizer
-from bessemer.dist.sharded_checkpoint import Source
 from bessemer.workers import Workers
 
 
@@ -173,14 +173,14 @@ class Zero1(Optimizer):
         ]
 
     @torch.no_grad()
-    def load_pieces(self, source: Source) -> None:
+    def load_pieces(self, reader: CheckpointReader) -> None:
         """Exact inverse, from a checkpoint of any layout."""
         for group in self.groups:
             for kind, share in group.kept().items():
                 whole = torch.zeros(group.grad.numel(), dtype=share.dtype)
                 for slot in group.slots:
                     names = [name for name, _ in self._pieces(f"{kind}/{slot.name}", slot.parameter)]
-                    parts = list(source.read(names).values())
+                    parts = list(reader.read(names).values())
                     slot.of(whole).copy_(torch.stack(parts) if EXPERTS in slot.name else parts[0])
                 share.copy_(whole[group.mine])
         self.refresh()

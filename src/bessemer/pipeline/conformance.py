@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bessemer.config.recipe import Layout, Recipe
+from bessemer.config.recipe import LayoutConfig, Recipe
 from bessemer.config.units import Points, show_tokens
 from bessemer.model.config import ModelConfig
 from bessemer.train.setup import model_config
@@ -91,7 +91,7 @@ def _any(kind: str, show: Callable[[Any], Any], on: Callable[[Any], bool]) -> Ca
     return here
 
 
-def _layout(show: Callable[[Layout], str], on: Callable[[Layout], bool]) -> Callable:
+def _layout(show: Callable[[LayoutConfig], str], on: Callable[[LayoutConfig], bool]) -> Callable:
     def here(facts: Facts) -> Here:
         layout = facts.recipe.layout
         return ("one process", False) if layout.fewest == 1 else (show(layout), on(layout))

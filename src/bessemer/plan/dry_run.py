@@ -1,8 +1,8 @@
 """What every rank of a run would hold, on one machine and before anything runs (`bessemer run RECIPE --dry-run`).
 
-Weights, gradients and optimizer state are those of the real classes: `Part` and `Zero1` are made as a rank of the world
-makes them, with torch's fake process group in the place of a network and the model on the meta device, so nothing is
-allocated. Activations are computed (`plan.memory`).
+Weights, gradients and optimizer state are those of the real classes: `ModelShard` and `Zero1` are made as a rank of
+the world makes them, with torch's fake process group in place of a network and the model on the meta device, so nothing
+is allocated. Activations are computed (`plan.memory`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bessemer.config.recipe import Recipe
 from bessemer.config.units import show_tokens
 from bessemer.dist import distributed, mesh, schedules
 from bessemer.dist.mesh import Layout
-from bessemer.dist.model_shard import Part
+from bessemer.dist.model_shard import ModelShard
 from bessemer.dist.table import Table
 from bessemer.dist.zero1 import Zero1
 from bessemer.errors import UserError
@@ -114,14 +114,14 @@ def held(cfg: ModelConfig, layout: Layout, table: Table, rank: int, numbers: Num
     with _as_rank(rank, layout.world):
         with torch.device("meta"):
             model = Transformer(cfg)
-            part = Part(model, mesh.Mesh(layout, cfg), table.name)
+            shard = ModelShard(model, mesh.Mesh(layout, cfg), table.name)
         optimizer = Zero1(
-            part.model, part.mesh, part.others, compute_dtype=torch.bfloat16 if half else torch.float32,
+            shard.model, shard.mesh, shard.others, compute_dtype=torch.bfloat16 if half else torch.float32,
             moments_dtype=torch.bfloat16 if numbers.moments == 2 else torch.float32,
         )  # fmt: skip
     groups = optimizer.groups
     own = [group for group in groups if group.compute.dtype != torch.float32]  # else weights are the masters
-    gates = [t for gate in part.gates.values() for t in (gate.bias_E, gate.load_E) if t is not None]
+    gates = [t for gate in shard.gates.values() for t in (gate.bias_E, gate.load_E) if t is not None]
     return {
         "weights": sum(group.compute.nbytes for group in groups),
         "gradients": sum(group.grad.nbytes + group.summed.nbytes for group in groups),

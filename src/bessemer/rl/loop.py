@@ -50,7 +50,9 @@ class Loop:
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a stage with a model before it')
         speed.keep_memory()
-        network, self.tokenizer = distributed.read(ctx, ctx.source / "model", cut=False)
+        network, self.tokenizer = distributed.read(
+            ctx.source / "model", ctx.ranks, ctx.recipe.layout, ctx.say, split_rows=False
+        )
         self.workers = make_sampler.workers_beside(settings.rollout) if ctx.ranks is None else Workers(1)
         longest = round(max(settings.max_new_tokens.values))
         self.objective = GRPO(
@@ -61,7 +63,7 @@ class Loop:
             network, self.objective, None, _train_settings(settings, self.workers), ctx.state,
             stop=lambda: ctx.stop, config=distributed.model_of(network).cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
-        self.policy = distributed.Whole(self.trainer)
+        self.policy = distributed.GatheredModel(self.trainer)
         engine = Engine(self.policy.model, self.tokenizer, self.workers)
         self.sampler = make_sampler.make(settings, ctx, engine, self.trainer, self.policy.refresh)
         self.pick = Pick(settings, self.trainer)
@@ -119,7 +121,7 @@ class Loop:
                 ctx.interrupt()
             trainer.save_if_due()
         trainer.save()
-        distributed.save(ctx, trainer, ctx.source / "model")
+        distributed.save(trainer, ctx.dir / "model", ctx.source / "model")
         self.leave.finish(settings.rollouts, ctx.dir)
         done = {"steps": trainer.step}
         return done | {"accuracy": round(values["rl/accuracy"], 4)} if first < settings.rollouts else done

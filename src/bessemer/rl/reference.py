@@ -10,7 +10,7 @@ import copy
 from torch import Tensor
 
 from bessemer.data.batch import Batch
-from bessemer.dist.distributed import Whole
+from bessemer.dist.distributed import GatheredModel
 from bessemer.rl.objective import reference_logprobs
 from bessemer.train import setup
 from bessemer.train.trainer import Trainer
@@ -23,7 +23,9 @@ class Reference:
     """`fill(batches)` puts ref_logp_BT into every batch; `follow()` after each step keeps the reference what it should
     be."""
 
-    def __init__(self, trainer: Trainer, policy: Whole, workers: Workers, every: int, temperature: float) -> None:
+    def __init__(
+        self, trainer: Trainer, policy: GatheredModel, workers: Workers, every: int, temperature: float
+    ) -> None:
         self.trainer, self.policy, self.workers = trainer, policy, workers
         self.every, self.temperature = every, temperature
         policy.refresh()

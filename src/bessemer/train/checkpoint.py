@@ -1,10 +1,16 @@
-"""Checkpoints that are either whole or not there.
+"""Checkpoints that are either complete or absent.
 
     state/step-00000123/{model,optimizer,gates,rng,extras}.safetensors  counters.json  config.json  manifest.json
+                        rank-00000.safetensors ...                      what many ranks write in place of the five
 
-Written under a temporary name, every file synced, then renamed: a kill at any instant leaves the previous checkpoint.
+Files are written under a temporary name, synced and then renamed: a kill at any instant leaves the previous checkpoint.
 The manifest holds the SHA-256 of every file and of itself; a damaged checkpoint is reported by file and passed over,
-never used and never skipped in silence. Nothing is pickled.
+never used and never skipped silently. Nothing is pickled.
+
+`save` writes the checkpoint of one process, `dist.sharded_checkpoint` that of many ranks. Both are read here: `load`
+for one process, `CheckpointReader` tensor by tensor. A sharded checkpoint stores every tensor whole under its name in
+the whole network, and a routed expert under its own number (`model/layers.3.ffn.experts.w13/17`), so that nothing in a
+file depends on the layout that wrote it.
 """
 
 from __future__ import annotations
@@ -12,21 +18,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from bessemer.errors import UserError
-from bessemer.train.tensorfile import write_synced, write_tensors
+from bessemer.model.moe import EXPERTS
 
 FORMAT = 1
 """Raised by one when older code could misread the files."""
+_DTYPE = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 @dataclass
@@ -97,11 +110,49 @@ def seal(directory: Path, step: int, files: dict[str, str]) -> None:
     _sync_dir(directory)
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Writes and syncs a safetensors file; returns its SHA-256. The library's own writer needs a second copy of the
+    tensors in memory and turns a full disk into its own exception.
+
+    Format: 8 bytes little-endian header length, JSON header {name: {dtype, shape, data_offsets}}, data.
+    """
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPE[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    body = (memoryview(_bytes(tensor)) for tensor in tensors.values())
+    return write_synced(path, _chain(len(head).to_bytes(8, "little"), head, body))
+
+
+def write_synced(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    """Writes the pieces, waits until they are on the disk, returns their SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _chain(start: bytes, head: bytes, body: Iterable[memoryview]) -> Iterable[bytes | memoryview]:
+    yield start
+    yield head
+    yield from body
+
+
+def _bytes(tensor: Tensor):
+    return tensor.detach().to("cpu").reshape(-1).view(torch.uint8).numpy()
+
+
 def latest(
-    state_dir: Path, config: dict[str, Any] | None = None, warn: Callable[[str], None] = warnings.warn,
-    read: Callable[[Path], State] | None = None,
-) -> tuple[Path, State] | None:  # fmt: skip
-    """The newest whole checkpoint, None if there is none at all; `read` (default: `load`) reads one.
+    state_dir: Path, config: dict[str, Any] | None = None, warn: Callable[[str], None] = warnings.warn
+) -> tuple[Path, State] | None:
+    """The newest complete checkpoint, whatever layout wrote it; None if there is none at all.
 
     Each damaged one is reported through `warn` with the file at fault. All damaged, another config, or a newer format:
     UserError.
@@ -110,7 +161,7 @@ def latest(
     found = steps(state_dir)
     for path in reversed(found):
         try:
-            state = (read or load)(path)
+            state = load(path)
         except Damaged as damage:
             warn(f"checkpoint {path} is damaged ({damage}); trying the one before it")
             continue
@@ -127,16 +178,122 @@ def none_whole(state_dir: Path, n: int) -> UserError:
 
 
 def load(path: Path) -> State:
-    """Reads and verifies one checkpoint; raises Damaged, or UserError if newer code wrote it."""
+    """Reads and verifies one checkpoint, whatever layout wrote it; raises Damaged, or UserError if newer code did."""
     manifest = verified_manifest(path)
     for name, expected in manifest["files"].items():
         verify(path, name, expected)
-    tensors = {
-        Path(name).stem: safetensors.torch.load_file(path / name)
-        for name in manifest["files"]
-        if name.endswith(".safetensors")
-    }
-    return State(tensors, read_json(path, "counters.json"), read_json(path, "config.json"))
+    counters, config = read_json(path, "counters.json"), read_json(path, "config.json")
+    files = [name for name in manifest["files"] if name.endswith(".safetensors")]
+    if not any(map(_is_sharded, files)):
+        tensors = {Path(name).stem: safetensors.torch.load_file(path / name) for name in files}
+        return State(tensors, counters, config)
+    tensors = {stem: {} for stem in _PREFIXES}
+    for file in files:
+        for name, tensor in safetensors.torch.load_file(path / file).items():
+            kind = name.partition("/")[0]
+            stem = kind if kind in ("model", "rng", "extras") else "gates" if kind in ("bias", "load") else "optimizer"
+            tensors[stem][name.removeprefix(_PREFIXES[stem])] = tensor
+    tensors = {stem: _stacked(named) for stem, named in tensors.items()}
+    tensors["optimizer"]["steps"] = torch.tensor(counters.pop("updates"))
+    return State(tensors, counters, config)
+
+
+_PREFIXES = {"model": "model/", "optimizer": "", "gates": "", "rng": "rng/", "extras": "extras/"}
+"""File stem of one process's checkpoint -> what its tensors' names begin with in a sharded one."""
+
+
+def _is_sharded(file: str) -> bool:
+    return file.startswith("rank-")
+
+
+def _stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stacks the experts that a sharded checkpoint stores one by one."""
+    experts: dict[str, dict[int, Tensor]] = {}
+    others = {}
+    for name, tensor in tensors.items():
+        if expert := re.fullmatch(rf"(.*{re.escape(EXPERTS)}.*)/(\d+)", name):
+            experts.setdefault(expert[1], {})[int(expert[2])] = tensor
+        else:
+            others[name] = tensor
+    return others | {name: torch.stack([of[i] for i in range(len(of))]) for name, of in experts.items()}
+
+
+class _Location(NamedTuple):
+    """Where a tensor is stored: a file, a key in it, and the row where experts are stacked."""
+
+    file: str
+    key: str
+    row: int | None
+
+
+class CheckpointReader:
+    """An open checkpoint of any layout, by the names of a sharded one. Damaged, or UserError if newer code wrote it."""
+
+    def __init__(self, path: Path):
+        self.path, self._sums = path, verified_manifest(path)["files"]
+        self._verified: set[str] = set()
+        self.locations: dict[str, _Location] = {}
+        for file in (file for file in self._sums if file.endswith(".safetensors")):
+            self._index(file)
+        self.counters, self.config = (read_json(path, name) for name in ("counters.json", "config.json"))
+
+    @property
+    def updates(self) -> int:
+        """Steps that the optimizer has made."""
+        sharded = any(map(_is_sharded, self._sums))
+        return self.counters["updates"] if sharded else int(self.read(["steps"])["steps"])
+
+    def verify(self, names: Iterable[str]) -> None:
+        """Damaged unless the files with these tensors are intact; UserError for a name that is missing."""
+        for file in {self._location(name).file for name in names}:
+            self._verify(file)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors of these names, in this order. Files are verified when first read; UserError for a name that is
+        missing."""
+        names, by_file = list(names), {}
+        for name in names:
+            by_file.setdefault(self._location(name).file, []).append(name)
+        tensors = {}
+        for file, inside in by_file.items():
+            self._verify(file)
+            with _open(self.path / file) as opened:
+                for name in inside:
+                    _, key, row = self.locations[name]
+                    tensors[name] = opened.get_tensor(key) if row is None else opened.get_slice(key)[row]
+        return {name: tensors[name] for name in names}
+
+    def _location(self, name: str) -> _Location:
+        if name not in self.locations:
+            raise UserError(
+                f"the checkpoint {self.path} has no {name}; it belongs to another model, or to a run with other "
+                "settings"
+            )
+        return self.locations[name]
+
+    def _verify(self, file: str) -> None:
+        if file not in self._verified:
+            verify(self.path, file, self._sums[file])
+            self._verified.add(file)
+
+    def _index(self, file: str) -> None:
+        with _open(self.path / file) as opened:
+            prefix = _PREFIXES.get(Path(file).stem)
+            for key in opened.keys():  # noqa: SIM118 (no dictionary)
+                if prefix is None:
+                    self.locations[key] = _Location(file, key, None)
+                elif EXPERTS in key:
+                    for row in range(opened.get_slice(key).get_shape()[0]):
+                        self.locations[f"{prefix}{key}/{row}"] = _Location(file, key, row)
+                else:
+                    self.locations[prefix + key] = _Location(file, key, None)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:  # the library's own type
+        raise Damaged(f"{path.name}: {error}") from error
 
 
 def verified_manifest(path: Path) -> dict[str, Any]:

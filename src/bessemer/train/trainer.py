@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bessemer.dist import sharded_checkpoint
 from bessemer.errors import UserError
 from bessemer.train import balance, checkpoint, guard, rng
 from bessemer.train.objective import Loss, Objective, Sums, means
@@ -141,7 +140,7 @@ class Trainer:
         """The newest whole checkpoint, whatever layout wrote it."""
         if self.state_dir is None:
             return None
-        return checkpoint.latest(self.state_dir, self.config, self.warn, sharded_checkpoint.read)
+        return checkpoint.latest(self.state_dir, self.config, self.warn)
 
     def finish(self) -> None:
         """Waits for what is still being written."""

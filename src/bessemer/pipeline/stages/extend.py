@@ -86,7 +86,10 @@ class Extend(Pretrain):
         }  # fmt: skip
         ctx.say(f"YaRN: s {settings.rope_factor:g} over {original} tokens, rows of {settings.length}")
         return Begins(
-            corpus, settings.length, cfg.at_length(context), lambda: distributed.read(ctx, folder, context)[0]
+            corpus,
+            settings.length,
+            cfg.at_length(context),
+            lambda: distributed.read(folder, ctx.ranks, ctx.recipe.layout, ctx.say, context)[0],
         )
 
 

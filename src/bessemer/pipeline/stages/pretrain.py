@@ -16,7 +16,7 @@ from bessemer.data.batch import Batch
 from bessemer.data.rows import Rows
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
-from bessemer.dist.model_shard import Part
+from bessemer.dist.model_shard import ModelShard
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
@@ -46,7 +46,7 @@ class Begins(NamedTuple):
     """Of the rows to train on; None: what the corpus was built for."""
     cfg: ModelConfig
     """Of the network that is trained, and left."""
-    network: Callable[[], Transformer | Part]
+    network: Callable[[], Transformer | ModelShard]
     """Makes it, with its first weights."""
 
 
@@ -78,7 +78,9 @@ class Pretrain(Stage):
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a corpus stage before it')
         cfg = setup.model_config(ctx.recipe, settings.model)
-        return Begins(ctx.source, None, cfg, lambda: distributed.fresh(ctx, cfg))
+        return Begins(
+            ctx.source, None, cfg, lambda: distributed.fresh(cfg, ctx.seed, ctx.ranks, ctx.recipe.layout, ctx.say)
+        )
 
     def run(self, settings: PretrainConfig, ctx: StageContext) -> dict[str, Any]:
         corpus, row_length, cfg, network_of = self.begins(settings, ctx)
@@ -116,9 +118,9 @@ class Pretrain(Stage):
         if not trainer.run():
             ctx.interrupt()
         last = watch.validate(trainer)
-        distributed.save(ctx, trainer, corpus / "tokenizer")
+        distributed.save(trainer, ctx.dir / "model", corpus / "tokenizer")
         if settings.ema_decay:
-            distributed.save(ctx, trainer, corpus / "tokenizer", "model-ema", "ema")
+            distributed.save(trainer, ctx.dir / "model-ema", corpus / "tokenizer", "ema")
         return {"tokens": trainer.tokens, "steps": trainer.step, **{f"bpb_{k}": round(v, 4) for k, v in last.items()}}
 
 
@@ -204,7 +206,7 @@ class _Watch(StepLog):
     def samples(self, trainer: Trainer) -> None:
         if not self.settings.prompts:
             return
-        model = distributed.whole(self.ctx, trainer)
+        model = distributed.gather(trainer)
         if model is None:
             return
         engine = Engine(model, self.tokenizer)

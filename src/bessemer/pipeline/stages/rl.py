@@ -52,7 +52,7 @@ class RL(Stage):
             raise UserError(f'stage "{settings.name}": max_new_tokens must be at least 1 everywhere')
         if settings.correction == "none" and changed(settings, "correction_cap"):
             raise UserError(f'stage "{settings.name}": correction_cap has no effect while correction is "none"')
-        if Ranks.wanted() > 1 or recipe.layout.fewest > 1:
+        if Ranks.world_size() > 1 or recipe.layout.fewest > 1:
             for name, value, other in (("advantage", "critic", "group"), ("routing_replay", True, False)):
                 if getattr(settings, name) == value:
                     raise UserError(

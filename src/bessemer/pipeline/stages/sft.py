@@ -58,7 +58,7 @@ class SFT(Stage):
         if ctx.source is None or not (ctx.source / "model").is_dir():
             raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
         speed.keep_memory()
-        network, tokenizer = distributed.read(ctx, ctx.source / "model")
+        network, tokenizer = distributed.read(ctx.source / "model", ctx.ranks, ctx.recipe.layout, ctx.say)
         model = distributed.model_of(network)
         if ctx.recipe.layout.recompute:
             model.set_recompute(ctx.recipe.layout.recompute)
@@ -81,7 +81,7 @@ class SFT(Stage):
             ctx.interrupt()
         if ctx.leads:
             tokenizer.save(ctx.state / "tokenizer")
-        distributed.save(ctx, trainer, ctx.state / "tokenizer")
+        distributed.save(trainer, ctx.dir / "model", ctx.state / "tokenizer")
         return {"steps": trainer.step, **{key: facts[key] for key in ("samples", "too_long", "answer_tokens")}}
 
 
@@ -136,7 +136,7 @@ class _Watch(StepLog):
         prompts = self.settings.prompts if self.passed(self.epoch) else []
         if not prompts:
             return
-        model = distributed.whole(self.ctx, trainer)
+        model = distributed.gather(trainer)
         if model is None:
             return
         encoded = [question_ids(self.tokenizer, text) for text in prompts]
