@@ -6,7 +6,7 @@ Every rank is a process with one core that communicates over gloo, with the real
 preset `tiny` with rows of random tokens, one row a micro-batch. `highest` is the most bytes that torch's allocator had
 given out in a step, beyond weights and optimizer; `cpu_seconds` of a step is the processor time of its busiest rank,
 which waiting and other work on the machine do not reach; `seconds` is from the first rank's start to the last one's
-end, which they do. Cases take turns. """
+end, which they do. Cases take turns."""
 
 from __future__ import annotations
 
