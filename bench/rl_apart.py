@@ -3,9 +3,9 @@
     bessemer run recipes/tiny.toml --until pretrain --out runs/tiny
     python bench/rl_apart.py runs/tiny/02-pretrain --json bench/results/rl_apart.json
 
-The RL stage of recipes/tiny.toml for a few rollouts with `ahead = 1`, in turns: "here" on all cores, sampling and
-updates one after the other; "ray" with one core for the worker and the others for the trainer, beside each other. Both
-give the same bits. The first two rollouts of a run are left out: processes start there.
+The RL stage of recipes/tiny.toml for a few rollouts with `max_off_policy_rollouts = 1`: "here" on all cores, sampling
+and updates in turns; "ray" with one core for the worker and the others for the trainer, at the same time. Both give the
+same bits. The first two rollouts of a run are left out: processes start there.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def stage(base: Path, engine: str, rollouts: int) -> dict[str, float]:
     from bessemer.runs.metrics import Metrics, StageMetrics
     from bessemer.runs.progress import RunProgress
 
-    changes = ["zero.ahead=1", f"zero.rollouts={rollouts}", "zero.eval_every=99", "zero.minimum_pass=0.0",
-               "zero.eval_problems=4", "zero.save_seconds=9999", *ENGINES[engine]]  # fmt: skip
+    changes = ["zero.max_off_policy_rollouts=1", f"zero.rollouts={rollouts}", "zero.eval_every=99",
+               "zero.minimum_pass=0.0", "zero.eval_problems=4", "zero.save_seconds=9999", *ENGINES[engine]]  # fmt: skip
     recipe = Recipe.load(Path(__file__).parent.parent / "recipes" / "tiny.toml", changes)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "metrics.jsonl"

@@ -2,15 +2,16 @@
 
     python bench/rl_overlap.py runs/tiny/02-pretrain --json bench/results/rl_overlap.json
 
-The RL stage of recipes/tiny.toml runs for a few rollouts in one process, with `ahead = 1`; the CPU seconds of every
-piece that workers would share (a batch of the Engine, a micro-batch of the trainer or the reference) and of all that
-they would not are kept. CPU seconds, because other work on the machine hardly touches them. Two schedules follow:
+The RL stage of recipes/tiny.toml runs for a few rollouts in one process, with `max_off_policy_rollouts = 1`; the
+CPU seconds of every piece that workers would share (a batch of the Engine, a micro-batch of the trainer or the
+reference) and of all that they would not are recorded. CPU seconds, because other work on the machine hardly touches
+them. Two schedules follow:
 
     after one another   sampling on both cores, then the updates on both cores: pieces go out in pairs and a pair takes
                         as long as its longer piece, the rest takes one core
     beside each other   a core for the sampler, a core for the trainer: a rollout takes as long as the longer of the two
 
-The second needs `ahead = 1`, hence older samples; it is worth building where it is clearly shorter.
+The second needs `max_off_policy_rollouts = 1`, hence older samples; it is worth building where it is clearly shorter.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def main() -> None:
     from bessemer.runs.progress import RunProgress
     from bessemer.train import setup
 
-    recipe = Recipe.load(Path(__file__).parent.parent / "recipes" / "tiny.toml", ["zero.ahead=1"])
+    recipe = Recipe.load(Path(__file__).parent.parent / "recipes" / "tiny.toml", ["zero.max_off_policy_rollouts=1"])
     timed = Timed()
     setup.workers = lambda: timed
     rows = []

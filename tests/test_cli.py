@@ -12,7 +12,7 @@ import pytest
 
 from bessemer import cli
 from bessemer.config.stages import STAGES
-from bessemer.config.table import StageSettings
+from bessemer.config.table import StageConfig
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import KINDS, Stage
 
@@ -93,7 +93,7 @@ def recipe(tmp_path, monkeypatch, stub):
     class Note(Stage):
         kind = "cli-note"
 
-        class config(StageSettings):
+        class config(StageConfig):
             words: str = "hello"
             """What to write."""
             stop: bool = False

@@ -47,7 +47,7 @@ def write_base(folder: Path) -> Path:
 
 
 class Stage:
-    """`Stage(base, folder, "draws=3", ...)`: the stage's settings are SMALL with these changes; `run()` as often as
+    """`Stage(base, folder, "lr=1e-2", ...)`: the stage's settings are SMALL with these changes; `run()` as often as
     needed, in one folder."""
 
     def __init__(self, base: Path, folder: Path, *changes: str) -> None:

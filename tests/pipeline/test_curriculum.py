@@ -145,4 +145,4 @@ def test_weights_that_stay_are_what_they_were(tmp_path):
     settings = Recipe.load(path).stage("pretrain")
     assert settings.model_dump(mode="json")["mixture"] == {"english": 0.1, "countdown": 0.05, "arithmetic": 0.85}
     new = {"temperature", "epoch_caps", "on_cap", "lengths"}
-    assert new <= PretrainConfig.later
+    assert new <= PretrainConfig.ignore_at_default

@@ -9,7 +9,7 @@ import stages_run
 import bessemer
 from bessemer import tasks
 from bessemer.config.recipe import Recipe
-from bessemer.config.table import StageSettings
+from bessemer.config.table import StageConfig
 from bessemer.data.chat import exchange, question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
@@ -186,8 +186,8 @@ def test_a_stage_shows_the_conversations_it_leaves(tmp_path):
             return True
 
     conversations.write(tmp_path, [conversations.line(exchange("小?", "大"))])
-    assert list(Talk().shown(StageSettings(kind="talk"), None, tmp_path, tmp_path)) == ["小?\n大"]
-    assert list(Stage().shown(StageSettings(kind="x"), None, tmp_path, tmp_path)) == []
+    assert list(Talk().shown(StageConfig(kind="talk"), None, tmp_path, tmp_path)) == ["小?\n大"]
+    assert list(Stage().shown(StageConfig(kind="x"), None, tmp_path, tmp_path)) == []
 
 
 def test_several_tasks_from_the_command_line(done, monkeypatch):

@@ -23,8 +23,8 @@ from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
 COIN = 'reward="random"'
-ALL = (COIN, "rollouts=4", "ahead=1", "routing_replay=true", 'correction="token-truncate"', "draws=2",
-       "reference_every=3", "lr=1e-2")  # fmt: skip
+ALL = (COIN, "rollouts=4", "max_off_policy_rollouts=1", "routing_replay=true",
+       'correction="token-truncate"', "max_resamples=2", "reference_every=3", "lr=1e-2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_pa
     ("changes", "complaint"),
     [
         (["correction_cap=3.0"], 'correction_cap has no effect while correction is "none"'),
-        (["ahead=2"], "ahead"),
+        (["max_off_policy_rollouts=2"], "max_off_policy_rollouts"),
         (['correction="token"'], "correction"),
     ],
 )

@@ -25,8 +25,8 @@ from bessemer.runs import record
 from bessemer.train import setup
 
 COIN = 'reward="random"'
-ALL = (COIN, "rollouts=4", "ahead=1", "routing_replay=true", 'correction="token-truncate"', "draws=2",
-       "reference_every=3", "lr=1e-2", "rollout.rows=2")  # fmt: skip
+ALL = (COIN, "rollouts=4", "max_off_policy_rollouts=1", "routing_replay=true",
+       'correction="token-truncate"', "max_resamples=2", "reference_every=3", "lr=1e-2", "rollout.rows=2")  # fmt: skip
 TIMES = ("rl/trainer_waited", "rl/workers_waited", "rl/handover_seconds", "rl/worker_restarts")
 MINUTE = 60
 
@@ -256,7 +256,7 @@ def test_killed_and_stopped_it_ends_the_same_and_leaves_no_process(whole, base, 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        (["rollout.workers=2"], 'rollout.workers has no effect while rollout.engine is "here"'),
+        (["rollout.workers=2"], 'rollout.workers has no effect while rollout.engine is "local"'),
         (["rollout.engine=vllm", "routing_replay=true"], "rollouts by vLLM do not bring them"),
         (["rollout.engine=rays"], "rollout.engine"),
         (["rollout.worker=2"], 'unknown key "rollout.worker"; did you mean "workers"'),

@@ -38,8 +38,8 @@ def facts(groups):
 def lots(draw, number):
     """All groups of rollout `number`, lot by lot, made here from the rule: window n * draws + lot of one list."""
     found, task, size = [], tasks.get("arithmetic"), draw.settings.prompts_per_rollout
-    for lot in range(draw.settings.draws):
-        chosen = rollout.problems_of([task], "train", (number * draw.settings.draws + lot) * size, size, 7)
+    for lot in range(draw.settings.max_resamples):
+        chosen = rollout.problems_of([task], "train", (number * draw.settings.max_resamples + lot) * size, size, 7)
         name = (7, "zero", number, lot) if lot else (7, "zero", number)
         groups = rollout.sample(
             draw.sampler, chosen, draw.encode, samples=2, seed=tasks.stable_hash(*name), max_new_tokens=12,
@@ -63,7 +63,7 @@ def test_one_draw_takes_every_group_in_the_order_of_its_problems(draw, number):
 
 
 def test_groups_that_differ_are_taken_first_and_no_lot_more_than_needed(draw):
-    sampler = draw(COIN, "draws=6", "prompts_per_rollout=2")
+    sampler = draw(COIN, "max_resamples=6", "prompts_per_rollout=2")
     needed = set()
     for number in range(8):
         paid = sampler.begin(number, 12).finish()
@@ -80,7 +80,7 @@ def test_groups_that_differ_are_taken_first_and_no_lot_more_than_needed(draw):
 
 
 def test_too_few_living_are_filled_up_with_dead_ones(draw):
-    sampler = draw(COIN, "draws=2", "prompts_per_rollout=6")
+    sampler = draw(COIN, "max_resamples=2", "prompts_per_rollout=6")
     for number in range(10):
         paid = sampler.begin(number, 12).finish()
         groups, asked = paid.groups, paid.asked
@@ -93,14 +93,14 @@ def test_too_few_living_are_filled_up_with_dead_ones(draw):
 
 
 def test_no_problem_is_asked_twice_in_a_run(draw):
-    sampler = draw(COIN, "draws=3")
+    sampler = draw(COIN, "max_resamples=3")
     asked = [problem.id for number in range(5) for lot in range(3) for _, problem in sampler.problems(number, lot)]
     assert len(set(asked)) == len(asked) == 5 * 3 * 4
 
 
 def test_samples_of_a_later_lot_are_new_ones(draw):
     """The seed names the lot: the same problem in two lots gets other samples."""
-    sampler = draw(COIN, "draws=2")
+    sampler = draw(COIN, "max_resamples=2")
     chosen = sampler.problems(0)
     policy = sampler.sampler.policy()
     one, two = (Coming(sampler._sample(policy, chosen, 0, lot, 12)).finish() for lot in (0, 1))
@@ -110,7 +110,7 @@ def test_samples_of_a_later_lot_are_new_ones(draw):
 
 def test_a_pool_that_is_all_dead_costs_its_lots_and_goes_on(base, tmp_path):
     """Nothing is ever paid: every rollout asks all it may, trains on dead groups without effect, and ends."""
-    stage = rl_stage.Stage(base, tmp_path / "run", "draws=3", "kl=0", "rollouts=2")
+    stage = rl_stage.Stage(base, tmp_path / "run", "max_resamples=3", "kl=0", "rollouts=2")
     loop = stage.run()
     assert loop.summary["steps"] == 4
     assert stage.values("rl/problems_asked") == [12, 12] and stage.values("rl/dead_groups") == [1.0, 1.0]
@@ -122,7 +122,7 @@ def test_a_pool_that_is_all_dead_costs_its_lots_and_goes_on(base, tmp_path):
 
 
 def test_the_stage_trains_on_the_living_and_says_what_it_asked(base, tmp_path):
-    stage = rl_stage.Stage(base, tmp_path / "dynamic", COIN, "draws=6")
+    stage = rl_stage.Stage(base, tmp_path / "dynamic", COIN, "max_resamples=6")
     stage.run()
     assert stage.values("rl/dead_groups") == [0.0, 0.0, 0.0]
     assert all(asked % 4 == 0 and 4 <= asked <= 24 for asked in stage.values("rl/problems_asked"))

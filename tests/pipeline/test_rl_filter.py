@@ -44,8 +44,8 @@ def few(tmp_path_factory):
 
 
 def changes(few):
-    return (COIN, FILTER, f'tasks=["{few}"]', "rollouts=6", "ahead=1", "draws=2", "filter_pool=2",
-            "filter_explore=0.3", "lr=1e-2", "reference_every=3")  # fmt: skip
+    return (COIN, FILTER, f'tasks=["{few}"]', "rollouts=6", "max_off_policy_rollouts=1", "max_resamples=2",
+            "filter_pool=2", "filter_explore=0.3", "lr=1e-2", "reference_every=3")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_general_prompts_are_all_asked(draw):
 
 
 def test_what_is_paid_while_a_rollout_is_drawn_changes_none_of_its_lots(draw, few):
-    sampler = draw(FILTER, f'tasks=["{few}"]', "draws=2", "filter_pool=2")
+    sampler = draw(FILTER, f'tasks=["{few}"]', "max_resamples=2", "filter_pool=2")
     expected = sampler.begin(1, 12).finish().choice
     coming = sampler.begin(1, 12)
     first = sampler.tasks[0].problem("train", 0, 7)
@@ -215,7 +215,7 @@ def test_passed_is_what_the_way_of_paying_asks_for(draw, kind, passed):
 
 
 def test_what_the_stage_shows_holds_every_problem_it_may_ask(base, tmp_path):
-    stage = rl_stage.Stage(base, tmp_path / "run", FILTER, "draws=2")
+    stage = rl_stage.Stage(base, tmp_path / "run", FILTER, "max_resamples=2")
     settings, sampler = stage.recipe.stage("zero"), stage.loop().draw
     shown = {problem.id for problem in RL().shown(settings, stage.recipe, stage.out, tmp_path)}
     assert shown == {name for number in range(settings.rollouts) for name in sampler.asked(number)}

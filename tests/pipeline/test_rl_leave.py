@@ -32,7 +32,7 @@ def test_all_ended_samples_are_left_in_order_and_training_is_the_same(base, tmp_
         add(self, number, groups)
 
     monkeypatch.setattr(Leave, "add", noted)
-    made = stage(base, tmp_path / "all", 'leaves="all"')
+    made = stage(base, tmp_path / "all", 'export_samples="all"')
     made.run()
     ended = [row for row in seen if row.completion.finish_reason == "stop"]
     assert 0 < len(ended) < len(seen) == 24, "a test of both kinds"
@@ -43,15 +43,15 @@ def test_all_ended_samples_are_left_in_order_and_training_is_the_same(base, tmp_
     plain = stage(base, tmp_path / "plain")
     plain.run()
     assert plain.leaves() == made.leaves() and not (plain.out / "samples.jsonl").exists()
-    right = stage(base, tmp_path / "right", 'leaves="correct"')
+    right = stage(base, tmp_path / "right", 'export_samples="correct"')
     right.run()
     assert conversations(right) == [], "this policy solves nothing"
 
 
 def test_stopped_and_gone_on_with_it_leaves_the_same(base, tmp_path, monkeypatch):
-    whole = stage(base, tmp_path / "whole", 'leaves="all"')
+    whole = stage(base, tmp_path / "whole", 'export_samples="all"')
     whole.run()
-    made = stage(base, tmp_path / "stopped", 'leaves="all"')
+    made = stage(base, tmp_path / "stopped", 'export_samples="all"')
     loop = made.loop()
     update, calls = loop.trainer.update, []
 

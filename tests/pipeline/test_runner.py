@@ -174,7 +174,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_after_it(toy):
     toy.write(fill="true")
     with pytest.raises(UserError, match=r"disk full: cannot write .*(full|02-second).*free some space"):
         run(toy)
-    toy.write(fill="false")  # fill_disk is declared free: making room is not a new recipe
+    toy.write(fill="false")  # fill_disk is declared runtime_only: making room is not a new recipe
     assert run(toy) == {"first": "skipped", "second": "done", "compare": "done"}
     assert [line["step"] for line in toy.lines() if line["stage"] == "second"] == list(range(1, 21))
 

@@ -136,7 +136,7 @@ def test_killed_it_ends_with_the_same_bits(done, tmp_path):
         ),
         (
             {'[[stage]]\nkind = "sft"': RL + '[[stage]]\nkind = "sft"\nfrom = "pretrain"\nsamples = ["policy"]'},
-            'stage "policy" .* leaves no conversations; .* one of kind rl with leaves = "correct"',
+            'stage "policy" .* leaves no conversations; .* one of kind rl with export_samples = "correct"',
         ),
         ({'kind = "sft"': 'kind = "sft"\nfrom = "corpus"'}, "needs a model to start from"),
         ({"lr = 1e-2\n": ""}, '"lr"'),

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import Field
 
 from bessemer.config import recipe
-from bessemer.config.table import StageRef, StageSettings
+from bessemer.config.table import StageConfig, StageRef
 from bessemer.config.units import Points, Tokens
 from bessemer.errors import UserError
 from bessemer.pipeline import runner
@@ -29,10 +29,10 @@ class Count(Stage):
 
     kind = "count"
 
-    class config(StageSettings):
+    class config(StageConfig):
         """Settings of the toy."""
 
-        free = frozenset({"pause", "save_every", "fill_disk"})
+        runtime_only = frozenset({"pause", "save_every", "fill_disk"})
 
         steps: int = 20
         """How many steps to take."""
@@ -86,7 +86,7 @@ class Compare(Stage):
     kind = "compare"
     uses_model = False
 
-    class config(StageSettings):
+    class config(StageConfig):
         """Settings of the toy."""
 
         models: list[StageRef] = Field(default_factory=list)

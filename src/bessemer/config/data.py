@@ -4,12 +4,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from bessemer.config.table import StageRef, StageSettings
+from bessemer.config.table import StageConfig, StageRef
 from bessemer.config.units import Tokens
 
 
-class CorpusConfig(StageSettings):
-    later = frozenset({"tokenizer"})
+class CorpusConfig(StageConfig):
+    ignore_at_default = frozenset({"tokenizer"})
 
     parts: dict[str, str] = Field(default_factory=dict)
     """Part name = where its text comes from: a source, a path, hf://owner/name, task:NAME, needle:SOURCE, or
@@ -35,7 +35,7 @@ class CorpusConfig(StageSettings):
     """Share of "punctuation + line break" tokens split in two (V3 4.1 leaves the share open)."""
 
 
-class ImportConfig(StageSettings):
+class ImportConfig(StageConfig):
     model: str
     """package:NAME of the registry, a local Hugging Face directory, or hf://owner/name, with @REVISION at will."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -46,14 +46,14 @@ class ImportConfig(StageSettings):
     """zero: R1-Zero's plain prompt, for a base model without a chat template. Default: the model's own template."""
 
 
-class ExamplesConfig(StageSettings):
+class ExamplesConfig(StageConfig):
     tasks: list[str]
     """Task families with pre-training documents; examples are taken from them in turn."""
     examples: int = Field(200, ge=1)
     """Conversations to write (R1: thousands)."""
 
 
-class RejectConfig(StageSettings):
+class RejectConfig(StageConfig):
     tasks: list[str]
     """Task families; problems are taken from them in turn, from their train split."""
     problems: int = Field(1000, ge=1)

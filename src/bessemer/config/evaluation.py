@@ -2,11 +2,11 @@
 
 from pydantic import Field
 
-from bessemer.config.table import StageRef, StageSettings
+from bessemer.config.table import StageConfig, StageRef
 from bessemer.config.units import Tokens
 
 
-class EvalConfig(StageSettings):
+class EvalConfig(StageConfig):
     models: list[StageRef]
     """Stages whose models are compared, in the order of the table."""
     tasks: list[str]
@@ -27,7 +27,7 @@ class EvalConfig(StageSettings):
     """Words of each earlier stage's training text that are searched for the problems, at most; 0: none are."""
 
 
-class LongEvalConfig(StageSettings):
+class LongEvalConfig(StageConfig):
     models: list[StageRef]
     """Stages whose models are compared, before the extension first and the longest last."""
     switched: list[StageRef] = Field(default_factory=list)

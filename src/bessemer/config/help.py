@@ -10,7 +10,7 @@ from pydantic_core import to_jsonable_python
 
 from bessemer.config.recipe import Head, LayoutConfig
 from bessemer.config.stages import STAGES, stage_config
-from bessemer.config.table import StageRef, StageSettings, Strict
+from bessemer.config.table import ConfigTable, StageConfig, StageRef
 from bessemer.config.units import Points, parse_bytes, parse_seconds, parse_tokens
 
 DATA = "data"
@@ -38,9 +38,9 @@ def _keys(table: type[BaseModel], prefix: str = "") -> list[str]:
     """A key whose value is a documented table is followed by that table's keys."""
     lines = []
     for name, field in table.model_fields.items():
-        if issubclass(table, StageSettings) and name == "kind":
+        if issubclass(table, StageConfig) and name == "kind":
             continue
-        inner = isinstance(field.annotation, type) and issubclass(field.annotation, Strict)
+        inner = isinstance(field.annotation, type) and issubclass(field.annotation, ConfigTable)
         facts = "table" if inner else _type(field) + _default(field)
         lines.append(f"  {prefix}{field.alias or name} ({facts})")
         lines += textwrap.wrap(field.description or "", 100, initial_indent="      ", subsequent_indent="      ")

@@ -11,14 +11,15 @@ dictionary here; the stages that build a model check it (`Stage.resolve`) before
 import json
 import re
 import tomllib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny
 
-from bessemer.config.stages import stage_config
-from bessemer.config.table import StageSettings, Strict, keys, nearest, stage_refs, validate
+from bessemer.config.stages import STAGES, stage_config
+from bessemer.config.table import ConfigTable, StageConfig, current_names, keys, nearest, stage_refs, validate
 from bessemer.config.units import Seconds
 from bessemer.errors import UserError
 
@@ -26,7 +27,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _RESERVED = ("model", "layout", "stage", "name", "seed")  # what --set already means by these words
 
 
-class LayoutConfig(Strict):
+class LayoutConfig(ConfigTable):
     """[layout]: how the run is spread over devices. It changes speed and memory, not what a stage makes."""
 
     pp: int = Field(1, ge=1)
@@ -54,7 +55,7 @@ class LayoutConfig(Strict):
         return self.pp * self.ep * self.cp * (1 if self.dp == "auto" else self.dp)
 
 
-class Head(Strict):
+class Head(ConfigTable):
     """The keys of a recipe outside layout and stages."""
 
     name: str
@@ -70,7 +71,7 @@ class Recipe(Head):
 
     layout: LayoutConfig = LayoutConfig()
     """Devices."""
-    stages: list[SerializeAsAny[StageSettings]] = Field(alias="stage")
+    stages: list[SerializeAsAny[StageConfig]] = Field(alias="stage")
     """The stages, in order; each [[stage]] table has a kind and that kind's own keys."""
 
     @classmethod
@@ -96,9 +97,13 @@ class Recipe(Head):
             raise UserError(f"{where}: no stages; a recipe needs at least one [[stage]] table with a kind")
         for table in tables:
             table.setdefault("name", table.get("kind", ""))
+        renames: dict[str, str] = {}
+        _use_current_names(data, where, renames)
         for override in overrides:
-            _override(data, override)
-        data["stage"] = tables = _likened(tables, where)
+            _override(data, override, renames)
+        for sentence in renames.values():
+            warnings.warn(f"{where}: {sentence}; the old name works in this release only", stacklevel=2)
+        data["stage"] = tables = _likened(data["stage"], where)
         unknown = [key for key in data if key not in keys(cls)]
         if unknown:
             raise UserError(f'{where}: unknown key "{unknown[0]}" at the top level; {nearest(unknown[0], keys(cls))}')
@@ -111,7 +116,7 @@ class Recipe(Head):
             raise UserError(f'{where}: name is "{head.name}"; use letters, digits, "-" and "_" (it names a folder)')
         return cls.model_construct(name=head.name, seed=head.seed, model=head.model, layout=layout, stages=stages)
 
-    def stage(self, name: str) -> StageSettings:
+    def stage(self, name: str) -> StageConfig:
         for settings in self.stages:
             if settings.name == name:
                 return settings
@@ -120,7 +125,7 @@ class Recipe(Head):
     def names(self) -> list[str]:
         return [settings.name for settings in self.stages]
 
-    def seed_of(self, stage: StageSettings) -> int:
+    def seed_of(self, stage: StageConfig) -> int:
         """The stage's own seed where it has one."""
         return self.seed if stage.seed is None else stage.seed
 
@@ -135,6 +140,27 @@ class Recipe(Head):
         for stage in stages:
             lines += ["", "[[stage]]", *_pairs(stage)]
         return "\n".join(lines) + "\n"
+
+
+def _configs(tables: list[dict[str, Any]]) -> dict[str, type[StageConfig]]:
+    """Stage name -> the class of its table, its own kind's or that of the stage it is `like`. Stages without a known
+    kind are left out; `_stage` reports them."""
+    found: dict[str, type[StageConfig]] = {}
+    for table in tables:
+        kind = table.get("kind")
+        config = STAGES.get(kind) if isinstance(kind, str) else found.get(str(table.get("like")))
+        if config is not None:
+            found[str(table["name"])] = config
+    return found
+
+
+def _use_current_names(data: dict[str, Any], where: str, renames: dict[str, str]) -> None:
+    configs = _configs(data["stage"])
+    for place, table in enumerate(data["stage"]):
+        if (config := configs.get(str(table["name"]))) is not None:
+            data["stage"][place] = current_names(config, table, f'{where}: [[stage]] "{table["name"]}"', renames)
+    if isinstance(data.get("layout"), dict):
+        data["layout"] = current_names(LayoutConfig, data["layout"], f"{where}: [layout]", renames)
 
 
 def _likened(tables: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
@@ -156,7 +182,7 @@ def _likened(tables: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
     return found
 
 
-def _stage(table: dict[str, Any], number: int, where: str) -> StageSettings:
+def _stage(table: dict[str, Any], number: int, where: str) -> StageConfig:
     place = f"{where}: [[stage]] number {number}"
     if "kind" not in table:
         raise UserError(f'{place}: key "kind" is required, it says which stage this is')
@@ -165,7 +191,7 @@ def _stage(table: dict[str, Any], number: int, where: str) -> StageSettings:
     )
 
 
-def _check_names(stages: list[StageSettings], where: str) -> None:
+def _check_names(stages: list[StageConfig], where: str) -> None:
     seen: set[str] = set()
     for stage in stages:
         if not _NAME.fullmatch(stage.name):
@@ -177,7 +203,7 @@ def _check_names(stages: list[StageSettings], where: str) -> None:
         seen.add(stage.name)
 
 
-def _check_refs(stages: list[StageSettings], where: str) -> None:
+def _check_refs(stages: list[StageConfig], where: str) -> None:
     names = [stage.name for stage in stages]
     for place, stage in enumerate(stages):
         for key, name in stage_refs(stage):
@@ -196,28 +222,38 @@ def _check_refs(stages: list[StageSettings], where: str) -> None:
             stages[place] = stage.model_copy(update={"source": names[place - 1]})
 
 
-def _override(data: dict[str, Any], override: str) -> None:
+def _override(data: dict[str, Any], override: str, renames: dict[str, str]) -> None:
     """Put one `--set` argument into the parsed TOML."""
     address, equals, text = override.partition("=")
     parts = [part.strip() for part in address.split(".")]
     if not equals or not all(parts):
         raise UserError(f'--set {override}: write stage.key=value, such as --set pretrain.tokens="8M", or seed=8')
     stages = {table["name"]: table for table in data["stage"] if isinstance(table.get("name"), str)}
+    config: type[ConfigTable] | None = None
     if len(parts) == 1:
         if parts[0] not in ("seed", "name"):
             raise UserError(f"--set {override}: needs a stage: write stage.key=value with one of: {', '.join(stages)}")
-        target = data
-    elif parts[0] in ("model", "layout"):
+        data[parts[0]] = _value(override, text)
+        return
+    if parts[0] in ("model", "layout"):
         target = data.setdefault(parts[0], {})
+        config = LayoutConfig if parts[0] == "layout" else None
     elif parts[0] in stages:
         target = stages[parts[0]]
+        config = _configs(data["stage"]).get(parts[0])
     else:
         raise UserError(f'--set {override}: no stage "{parts[0]}"; {nearest(parts[0], [*stages, "model", "layout"])}')
-    for part in parts[1:-1]:
+    change: Any = _value(override, text)
+    for part in reversed(parts[1:]):
+        change = {part: change}
+    if config is not None:
+        change = current_names(config, change, f"--set {override}", renames)
+    for _ in parts[1:-1]:
+        ((part, change),) = change.items()
         target = target.setdefault(part, {}) if isinstance(target, dict) else target
     if not isinstance(target, dict):
         raise UserError(f'--set {override}: "{".".join(parts[:-1])}" is not a table')
-    target[parts[-1]] = _value(override, text)
+    target |= change
 
 
 def _value(override: str, text: str) -> Any:

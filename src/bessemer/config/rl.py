@@ -1,24 +1,26 @@
 """The stage "rl": GRPO on problems with rewards (R1 2.2, 2.3.2, 2.3.4)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from bessemer.config.table import StageRef, StageSettings, Strict
+from bessemer.config.table import ConfigTable, StageConfig, StageRef
 from bessemer.config.units import Points, Seconds
 
 Exported = Literal["nothing", "correct", "all"]
-"""Which samples of a run are kept as conversations."""
+"""Which samples of a run are exported as conversations."""
 
 
-class RolloutConfig(Strict):
-    """[rollout]: who draws."""
+class RolloutConfig(ConfigTable):
+    """[rollout]: where samples are generated."""
 
-    engine: Literal["here", "ray", "vllm"] = "here"
-    """here: the trainer's processes, taking turns with the updates; ray: rollout workers apart with our Engine, on Ray;
-    vllm: the same with vLLM, whose samples differ by rounding and random numbers."""
+    renamed_values: ClassVar = {"engine": {"here": "local"}}
+
+    engine: Literal["local", "ray", "vllm"] = "local"
+    """local: the trainer's processes, taking turns with the updates; ray: separate rollout workers with our Engine, on
+    Ray; vllm: the same with vLLM, whose samples differ by rounding and random numbers."""
     workers: int = Field(1, ge=1)
-    """Rollout workers apart, each with the whole model: a core each, or `gpus` GPUs."""
+    """Separate rollout workers, each with the whole model: a core each, or `gpus` GPUs."""
     gpus: int | None = Field(None, ge=0)
     """GPUs of each worker. Default: 1 where Ray has any; vLLM spreads one copy of the model over several. Ray takes the
     trainer's GPU for free: start it with the others (CUDA_VISIBLE_DEVICES=1,2,3 ray start --head, RAY_ADDRESS=auto)."""
@@ -27,9 +29,10 @@ class RolloutConfig(Strict):
     such batches have nothing to do."""
 
 
-class RLConfig(StageSettings):
-    free = frozenset({"save_seconds", "micro_tokens", "rollout"})
-    later = frozenset({"difficulty_filter", "filter_explore", "filter_window", "filter_pool"})
+class RLConfig(StageConfig):
+    renamed: ClassVar = {"ahead": "max_off_policy_rollouts", "draws": "max_resamples", "leaves": "export_samples"}
+    runtime_only = frozenset({"save_seconds", "micro_tokens", "rollout"})
+    ignore_at_default = frozenset({"difficulty_filter", "filter_explore", "filter_window", "filter_pool"})
 
     tasks: list[str]
     """Task families; problems are taken from them in turn, from their train split."""
@@ -49,9 +52,9 @@ class RLConfig(StageSettings):
     """Completions per problem G (R1: 16)."""
     updates_per_rollout: int = Field(1, ge=1)
     """Optimizer steps per rollout, each sample used once (R1: 16)."""
-    draws: int = Field(1, ge=1)
-    """Lots of problems asked per rollout, at most, until enough groups differ in their rewards (DAPO's dynamic
-    sampling); 1: every group is trained on, dead or not (the paper)."""
+    max_resamples: int = Field(1, ge=1)
+    """Maximum sampling rounds per rollout, each with new problems, until enough groups differ in their rewards (DAPO's
+    dynamic sampling); 1: every group is trained on, whether its rewards differ or not (the paper)."""
     difficulty_filter: bool = False
     """Ask only problems whose pass rate lies strictly between 0 and 1 by a moving estimate: its own or, before it
     was asked, that of its task, difficulty and language. General prompts are all asked (R1: every prompt is)."""
@@ -62,11 +65,11 @@ class RLConfig(StageSettings):
     far."""
     filter_pool: int = Field(4, ge=2)
     """Candidates that the filter looks at for each problem asked; where too few pass it, others fill up."""
-    ahead: int = Field(0, ge=0, le=1)
-    """Draw each rollout so many rollouts before its updates (R1: 0). 1: by the policy as it was before the updates
-    of the rollout before it, which makes it updates_per_rollout steps old."""
+    max_off_policy_rollouts: int = Field(0, ge=0, le=1)
+    """How many rollouts before its own updates a rollout is generated (R1: 0). 1: the policy that generates it is
+    updates_per_rollout steps old."""
     rollout: RolloutConfig = RolloutConfig()
-    """Who draws the samples."""
+    """Where samples are generated."""
     routing_replay: bool = False
     """Train with the experts that the sampler chose for each token; gates are still made from current scores."""
     correction: Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"] = "none"
@@ -110,8 +113,9 @@ class RLConfig(StageSettings):
     R1's first RL stage: 1)."""
     preference_reward: float = Field(1.0, ge=0)
     """Weight of a reward model's score on general prompts (R1: 1)."""
-    leaves: Exported = "nothing"
-    """Samples left as conversations for an SFT stage, those in the cap never: a control on the same tokens."""
+    export_samples: Exported = "nothing"
+    """Samples exported as conversations for an SFT stage, never those that hit the length cap: a control on the same
+    tokens."""
     overlong: int = Field(0, ge=0)
     """Tokens before the cap over which an answer is punished more and more, up to 1 (DAPO: 4,096; R1: none)."""
     reward: Literal["task", "format", "random"] = "task"

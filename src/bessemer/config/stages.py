@@ -6,11 +6,11 @@ from typing import Any
 from bessemer.config.data import CorpusConfig, ExamplesConfig, ImportConfig, RejectConfig
 from bessemer.config.evaluation import EvalConfig, LongEvalConfig
 from bessemer.config.rl import RLConfig
-from bessemer.config.table import StageSettings, nearest
+from bessemer.config.table import StageConfig, nearest
 from bessemer.config.training import DistillConfig, ExtendConfig, PretrainConfig, RewardModelConfig, SFTConfig
 from bessemer.errors import UserError
 
-STAGES: dict[str, type[StageSettings]] = {
+STAGES: dict[str, type[StageConfig]] = {
     "corpus": CorpusConfig,
     "distill": DistillConfig,
     "eval": EvalConfig,
@@ -27,7 +27,7 @@ STAGES: dict[str, type[StageSettings]] = {
 """Kind -> its table; what runs for it is in `pipeline/stages/`."""
 
 
-def stage_config(kind: Any, where: str) -> type[StageSettings]:
+def stage_config(kind: Any, where: str) -> type[StageConfig]:
     """The table of a kind; a UserError that starts with `where` when there is no such kind."""
     if not isinstance(kind, str) or kind not in STAGES:
         raise UserError(f"{where}: unknown kind {json.dumps(kind, default=str)}; {nearest(str(kind), list(STAGES))}")

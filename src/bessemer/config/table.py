@@ -1,9 +1,11 @@
-"""What a stage can be told: pydantic settings whose mistakes come back as one clear sentence.
+"""The tables of a recipe as pydantic models whose errors are one clear sentence.
 
-Each stage kind has a `Settings` class that extends `StageSettings`; the docstring under a field is its help text. A
-field annotated `StageRef` (or `list[StageRef]`) names an earlier stage: the schema checks it and the stage finds that
-stage's directory in `ctx.inputs`. Validation is strict: "3" is not 3, and an unknown key is an error that names the
-nearest one.
+Each stage kind has a class that extends `StageConfig`; the docstring under a field is its help text. A field annotated
+`StageRef` (or `list[StageRef]`) names an earlier stage: the recipe checks it, and the stage finds that stage's folder
+in `ctx.inputs`. Validation is strict: "3" is not 3, and an unknown key is an error that names the nearest one.
+
+A renamed key stays readable under its old name, with a warning. Fingerprints use the old name, so that run directories
+written before the change go on.
 """
 
 import difflib
@@ -22,8 +24,14 @@ class _Ref:
 StageRef = Annotated[str, _Ref]
 
 
-class Strict(BaseModel):
+class ConfigTable(BaseModel):
     """A table of a recipe: unknown keys refused, no silent conversions, immutable, documented fields."""
+
+    renamed: ClassVar[dict[str, str]] = {}
+    # old key -> the key that replaced it
+
+    renamed_values: ClassVar[dict[str, dict[str, str]]] = {}
+    # key -> {old value: the value that replaced it}
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, populate_by_name=True, use_attribute_docstrings=True,
@@ -31,14 +39,14 @@ class Strict(BaseModel):
     )  # fmt: skip
 
 
-class StageSettings(Strict):
+class StageConfig(ConfigTable):
     """The keys every stage has."""
 
-    free: ClassVar[frozenset[str]] = frozenset()
-    # keys that change how a stage runs but never what it makes (how often to save): changing one redoes nothing
+    runtime_only: ClassVar[frozenset[str]] = frozenset()
+    # keys that change how a stage runs but never what it makes (how often to save): excluded from the fingerprint
 
-    later: ClassVar[frozenset[str]] = frozenset()
-    # keys that came when runs existed already, and whose default is what those runs did: at its default none counts
+    ignore_at_default: ClassVar[frozenset[str]] = frozenset()
+    # keys added after 0.1.0 runs existed, whose default is what those runs did: excluded while at their default
 
     kind: str
     """Which stage this is."""
@@ -51,13 +59,19 @@ class StageSettings(Strict):
     seed: int | None = None
     """Random seed of this stage alone, to repeat it on the same inputs. Default: the recipe's."""
 
+    def fingerprint_values(self) -> dict[str, Any]:
+        """The values that decide the output, as JSON, under the names their keys had first."""
+        at_default = {name for name in self.ignore_at_default if not changed(self, name)}
+        excluded = {*self.runtime_only, *at_default, "seed"}
+        return original_names(type(self), self.model_dump(mode="json", by_alias=True, exclude=excluded))
+
 
 def changed(settings: BaseModel, name: str) -> bool:
     """Whether a key was set to something else than its default; a run's own recipe has all of them written out."""
     return getattr(settings, name) != type(settings).model_fields[name].default
 
 
-def stage_refs(settings: StageSettings) -> list[tuple[str, str]]:
+def stage_refs(settings: StageConfig) -> list[tuple[str, str]]:
     """(key, stage name) for every stage that these settings name."""
     found = []
     for field_name, field in type(settings).model_fields.items():
@@ -78,12 +92,50 @@ def nearest(key: str, known: list[str]) -> str:
     return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(sorted(known))}"
 
 
-def keys(table: type[BaseModel]) -> list[str]:
+def keys(table: type[ConfigTable]) -> list[str]:
     """The keys of a table as they are written in a recipe."""
     return [field.alias or name for name, field in table.model_fields.items()]
 
 
-def validate(table: type[BaseModel], values: dict[str, Any], where: str) -> Any:
+def current_names(
+    table: type[ConfigTable], values: dict[str, Any], where: str, renames: dict[str, str]
+) -> dict[str, Any]:
+    """`values` with renamed keys and values under their current names, nested tables included.
+
+    Adds one sentence to `renames` for each old name it meets. An old key next to its new one is a UserError that
+    starts with `where`.
+    """
+    found = {}
+    for key, value in values.items():
+        name = table.renamed.get(key, key)
+        if name != key:
+            if name in values:
+                raise UserError(f'{where}: "{key}" is the old name of "{name}", and both are set; remove "{key}"')
+            renames.setdefault(key, f'key "{key}" is now called "{name}"')
+        if isinstance(value, str) and value in (new := table.renamed_values.get(name, {})):
+            renames.setdefault(f"{name}.{value}", f'{name} = "{value}" is now written {name} = "{new[value]}"')
+            value = new[value]
+        inner = _table_at(table, [name])
+        if isinstance(value, dict) and inner is not table:
+            value = current_names(inner, value, f"{where}: {name}", renames)
+        found[name] = value
+    return found
+
+
+def original_names(table: type[ConfigTable], values: dict[str, Any]) -> dict[str, Any]:
+    """The reverse of `current_names`."""
+    old_keys = {new: old for old, new in table.renamed.items()}
+    found = {}
+    for key, value in values.items():
+        old_values = {new: old for old, new in table.renamed_values.get(key, {}).items()}
+        inner = _table_at(table, [key])
+        if isinstance(value, dict) and inner is not table:
+            value = original_names(inner, value)
+        found[old_keys.get(key, key)] = old_values.get(value, value) if isinstance(value, str) else value
+    return found
+
+
+def validate(table: type[ConfigTable], values: dict[str, Any], where: str) -> Any:
     """`values` as a `table`, or a UserError that starts with `where` (file and table) and names the key."""
     # through JSON, because pydantic's strict mode then still takes a list for a tuple and a string for a path
     try:
@@ -106,7 +158,7 @@ _TYPES = {
 }
 
 
-def _sentence(table: type[BaseModel], error: ValidationError) -> str:
+def _sentence(table: type[ConfigTable], error: ValidationError) -> str:
     """The first mistake, in words. One at a time: the second is often a child of the first."""
     first = error.errors(include_url=False)[0]
     at = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "nullable", "constrained-"))]
@@ -128,18 +180,18 @@ def _sentence(table: type[BaseModel], error: ValidationError) -> str:
     return f'key "{key}" is {given} ({_type_name(first["input"])}), expected {expected}'
 
 
-def _table_at(table: type[BaseModel], path: list[str]) -> type[BaseModel]:
-    """The nested table that a path of keys leads to."""
+def _table_at(table: type[ConfigTable], path: list[str]) -> type[ConfigTable]:
+    """The nested table that a path of keys leads to; the last one passed where a key holds no table."""
     for part in path:
         for name, field in table.model_fields.items():
             if part in (name, field.alias):
-                inner = [found for found in _tables_in(field.annotation)]
+                inner = _tables_in(field.annotation)
                 table = inner[0] if inner else table
     return table
 
 
-def _tables_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _tables_in(annotation: Any) -> list[type[ConfigTable]]:
+    if isinstance(annotation, type) and issubclass(annotation, ConfigTable):
         return [annotation]
     return [found for part in get_args(annotation) for found in _tables_in(part)]
 

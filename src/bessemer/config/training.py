@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from bessemer.config.table import StageRef, StageSettings
+from bessemer.config.table import StageConfig, StageRef
 from bessemer.config.units import Points, Seconds, Steps, Tokens, Weight
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -13,9 +13,9 @@ Divergence = Literal["reverse", "forward"]
 """KL of student from teacher (reverse), or of teacher from student (forward)."""
 
 
-class PretrainConfig(StageSettings):
-    free = frozenset({"save_seconds", "micro_rows"})
-    later = frozenset({"fp8", "moments", "ema_decay", "temperature", "epoch_caps", "on_cap", "lengths"})
+class PretrainConfig(StageConfig):
+    runtime_only = frozenset({"save_seconds", "micro_rows"})
+    ignore_at_default = frozenset({"fp8", "moments", "ema_decay", "temperature", "epoch_caps", "on_cap", "lengths"})
 
     model: dict[str, Any] = Field(default_factory=dict)
     """Changes to the recipe's [model] for this stage, such as a smaller student to distil into."""
@@ -80,7 +80,7 @@ class PretrainConfig(StageSettings):
 
 
 class ExtendConfig(PretrainConfig):
-    later = frozenset()
+    ignore_at_default = frozenset()
 
     corpus: StageRef
     """The corpus stage whose documents are read, the model's own or another made with the same tokenizer; rows of
@@ -102,8 +102,8 @@ class ExtendConfig(PretrainConfig):
     """Not for this kind: the model is that of the stage it starts from."""
 
 
-class SFTConfig(StageSettings):
-    free = frozenset({"micro_rows", "save_seconds"})
+class SFTConfig(StageConfig):
+    runtime_only = frozenset({"micro_rows", "save_seconds"})
 
     data: list[str] = Field(default_factory=list)
     """Conversations: .jsonl or .parquet files with `messages`, directories of them, or hf://owner/name."""
@@ -141,8 +141,8 @@ class SFTConfig(StageSettings):
     """Checkpoint this often."""
 
 
-class DistillConfig(StageSettings):
-    free = frozenset({"save_seconds", "micro_tokens"})
+class DistillConfig(StageConfig):
+    runtime_only = frozenset({"save_seconds", "micro_tokens"})
 
     teacher: StageRef
     """The earlier stage whose model teaches; the student is the model of `from`."""
@@ -174,8 +174,8 @@ class DistillConfig(StageSettings):
     """Checkpoint this often."""
 
 
-class RewardModelConfig(StageSettings):
-    free = frozenset({"micro_rows", "save_seconds"})
+class RewardModelConfig(StageConfig):
+    runtime_only = frozenset({"micro_rows", "save_seconds"})
 
     aim: Literal["helpful", "harmless"]
     """helpful: pairwise, reads prompt and summary; harmless: pointwise, reads the thoughts as well."""

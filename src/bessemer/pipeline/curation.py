@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from bessemer.config.table import Strict, nearest, validate
+from bessemer.config.table import ConfigTable, nearest, validate
 from bessemer.config.units import Bytes, Tokens
 from bessemer.curate import build as building
 from bessemer.curate import rules, settings
@@ -33,7 +33,7 @@ SECONDS_PER_MB = {"read": 1.0, "sign": 0.15, "match": 0.02, "join": 0.01, "token
 """For the progress bar of the whole build, until it has measured itself."""
 
 
-class SourceTable(Strict):
+class SourceTable(ConfigTable):
     """[[source]]: where texts come from."""
 
     name: str
@@ -65,7 +65,7 @@ class SourceTable(Strict):
     """Seconds before the first of them; twice as long before each next one."""
 
 
-class TokenizerTable(Strict):
+class TokenizerTable(ConfigTable):
     """[tokenizer]: made of the texts that are left, or brought along."""
 
     source: str | None = Field(None, alias="from")
@@ -76,7 +76,7 @@ class TokenizerTable(Strict):
     """Characters of each source that it is trained on."""
 
 
-class DedupTable(Strict):
+class DedupTable(ConfigTable):
     """[dedup]: which copies are dropped. The first stays: a source that stands earlier in the recipe wins."""
 
     exact: bool = True
@@ -93,7 +93,7 @@ class DedupTable(Strict):
     """Share of equal places from which on two texts are copies."""
 
 
-class DecontaminateTable(Strict):
+class DecontaminateTable(ConfigTable):
     """[decontaminate]: evaluations whose questions and solutions must not be in the texts."""
 
     tasks: list[str] = Field(default_factory=list)
@@ -104,7 +104,7 @@ class DecontaminateTable(Strict):
     """Held-out problems of a task that never runs out of them, per language."""
 
 
-class EngineTable(Strict):
+class EngineTable(ConfigTable):
     """[engine]: who does the work. It changes nothing in what is made."""
 
     kind: Literal["processes", "ray"] = "processes"
@@ -117,7 +117,7 @@ class EngineTable(Strict):
     """What one job of finding copies may take."""
 
 
-class Curation(Strict):
+class Curation(ConfigTable):
     """A whole recipe."""
 
     name: str

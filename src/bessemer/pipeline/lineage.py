@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bessemer.config.table import StageSettings, stage_refs
+from bessemer.config.table import StageConfig, stage_refs
 from bessemer.pipeline.stage import find_kind
 from bessemer.runs.directory import stage_folders
 from bessemer.tasks import Problem
 
 
-def ancestors(recipe: Any, names: Sequence[str]) -> list[StageSettings]:
+def ancestors(recipe: Any, names: Sequence[str]) -> list[StageConfig]:
     """The stages that `names` came from, themselves included, in the order of the recipe."""
     wanted, left = set(), list(names)
     while left:

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bessemer.config.recipe import Recipe
-from bessemer.config.table import StageSettings, stage_refs
+from bessemer.config.table import StageConfig, stage_refs
 from bessemer.config.units import show_seconds
 from bessemer.data.fetch import cache_dir
 from bessemer.pipeline.reuse import Donor
@@ -55,7 +55,7 @@ class StageResult:
 class _Planned:
     """A stage with everything known about it before it runs."""
 
-    settings: StageSettings
+    settings: StageConfig
     stage: Stage
     folder: Path
     identity: dict[str, Any]
@@ -133,7 +133,9 @@ def _set_aside_stale(plan: list[_Planned], rundir: RunDir, metrics: Metrics, pro
         begun = record.read_json(item.folder / "stage.json")
         if begun is not None and begun.get("fingerprint") == record.digest(item.identity):
             continue
-        why = record.difference(begun["identity"], item.identity) if begun else "its record is missing"
+        why = "its record is missing"
+        if begun:
+            why = record.difference(begun["identity"], item.identity, item.settings.renamed)
         aside = rundir.set_aside(item.folder, item.name, metrics)
         progress.say(f"{item.name}: {why}; the old one is moved to {aside}")
 

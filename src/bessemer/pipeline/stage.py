@@ -34,7 +34,7 @@ from typing import Any, ClassVar, TypeVar
 
 from bessemer.config.recipe import Recipe
 from bessemer.config.stages import STAGES
-from bessemer.config.table import StageSettings
+from bessemer.config.table import StageConfig
 from bessemer.runs import conversations
 from bessemer.runs.context import StageContext
 from bessemer.runs.record import RUN_FORMAT
@@ -45,7 +45,7 @@ class Stage:
     """One step of a recipe: input directories in, one output directory out."""
 
     kind: ClassVar[str]
-    config: ClassVar[type[StageSettings]] = StageSettings
+    config: ClassVar[type[StageConfig]] = StageConfig
     """The keys of its table."""
     format: ClassVar[int] = 1
     """Raise it when the stage writes something else than before for the same settings: old output is then redone."""
@@ -64,13 +64,12 @@ class Stage:
         return {}
 
     def identity(
-        self, settings: StageSettings, recipe: Recipe, derived: dict[str, Any], inputs: dict[str, str]
+        self, settings: StageConfig, recipe: Recipe, derived: dict[str, Any], inputs: dict[str, str]
     ) -> dict[str, Any]:
         """Everything the output of this stage follows from; `inputs` maps the stages it reads to their fingerprints."""
-        unsaid = {key for key in settings.later if getattr(settings, key) == type(settings).model_fields[key].default}
         what = {
             "format": [RUN_FORMAT, self.kind, self.format],
-            "settings": settings.model_dump(mode="json", by_alias=True, exclude={*settings.free, *unsaid, "seed"}),
+            "settings": settings.fingerprint_values(),
             "seed": recipe.seed_of(settings) if self.uses_seed else None,
             "model": recipe.model if self.uses_model else None,
             "derived": derived,

@@ -60,12 +60,12 @@ class Draw:
     def _rollout(self, policy: Policy, estimates: Estimates, number: int, cap: int) -> Generator[Answer, None, Paid]:
         """With one lot every group is taken, in the order of the problems."""
         wanted, alive, dead, choice = self.settings.prompts_per_rollout, [], [], Choice()
-        for lot in range(self.settings.draws):
+        for lot in range(self.settings.max_resamples):
             general, chosen, choice_of_lot = self._lot(estimates, number, lot)
             groups = yield from self._sample(policy, general + chosen, number, lot, cap)
             tried = self.pick.tried(chosen, groups[len(general) :], self.reward)
             choice = choice.plus(choice_of_lot).plus(tried)
-            if self.settings.draws == 1:
+            if self.settings.max_resamples == 1:
                 return Paid(groups, len(groups), choice)
             for group in groups:
                 (dead if _paid_alike(group) else alive).append(group)
@@ -80,7 +80,7 @@ class Draw:
 
     def asked(self, number: int) -> dict[str, tasks.Problem]:
         """Every problem that rollout `number` may ask, by its id."""
-        lots = [self._candidates(number, lot) for lot in range(self.settings.draws)]
+        lots = [self._candidates(number, lot) for lot in range(self.settings.max_resamples)]
         return {problem.id: problem for general, others in lots for _, problem in general + others}
 
     def _lot(self, estimates: Estimates, number: int, lot: int) -> tuple[Asked, Asked, Choice]:
@@ -93,7 +93,7 @@ class Draw:
         """(general prompts, once the run has come to them; `pool` problems for every other place). No two lots of a run
         share any."""
         settings, pool = self.settings, self.pick.pool
-        total, place = settings.prompts_per_rollout, number * settings.draws + lot
+        total, place = settings.prompts_per_rollout, number * settings.max_resamples + lot
         general = settings.general_prompts if number >= settings.general_from else 0
         return (
             rollout.problems_of(self.general, "train", place * general, general, self.seed),

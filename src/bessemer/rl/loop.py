@@ -68,10 +68,10 @@ class Loop:
         self.sampler = make_sampler.make(settings, ctx, engine, self.trainer, self.policy.refresh)
         self.pick = Pick(settings, self.trainer)
         self.draw = Draw(self.sampler, self._encode, self.pick, ctx.seed, judges, ctx.once)
-        self.ahead = Ahead(self.draw, self.trainer, self._cap, settings.ahead, settings.rollouts)
+        self.ahead = Ahead(self.draw, self.trainer, self._cap, settings.max_off_policy_rollouts, settings.rollouts)
         self.gap = Gap(self.policy.model, self.workers, settings)
         self.watch = Watch(self.draw, self.trainer, ctx)
-        self.leave = Leave(settings.leaves if ctx.leads else "nothing", ctx.state)
+        self.leave = Leave(settings.export_samples if ctx.leads else "nothing", ctx.state)
         self.reference: Reference | None = None
         self.estimator: Estimator = GroupEstimator(settings.scale_by_std)
 
@@ -144,7 +144,7 @@ class Loop:
             **filtered,
         }
         values |= {"rl/dead_groups": advantage.dead_groups(rollout.rewards(groups)), "rl/staleness": staleness}
-        if self.settings.draws > 1:
+        if self.settings.max_resamples > 1:
             values["rl/problems_asked"] = drawn.paid.asked
         for name in ("kl", "entropy", "clip_share", "grad_norm"):
             values[f"rl/{name}"] = float(np.mean([update.get(f"train/{name}", 0.0) for update in updates]))

@@ -1,6 +1,6 @@
 """The table `rollout` of an RL stage: who draws its samples.
 
-`here` and `ray` give the same run, bit for bit, so a run may go from one to the other, and from any number of workers
+`local` and `ray` give the same run, bit for bit, so a run may go from one to the other, and from any number of workers
 to any other, in the middle. What may change samples counts as a fact of the stage (`facts`).
 """
 
@@ -27,12 +27,12 @@ from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers, cores
 
 
-def facts(stage: str, rollout: RolloutConfig, ahead: int, replay: bool) -> dict[str, Any]:
+def facts(stage: str, rollout: RolloutConfig, replay: bool) -> dict[str, Any]:
     """What of the table changes samples; UserError for what cannot take effect."""
-    if rollout.engine == "here":
+    if rollout.engine == "local":
         for name in ("workers", "gpus"):
             if changed(rollout, name):
-                raise UserError(f'stage "{stage}": rollout.{name} has no effect while rollout.engine is "here"')
+                raise UserError(f'stage "{stage}": rollout.{name} has no effect while rollout.engine is "local"')
     elif not ray_cluster.is_there():
         raise ray_cluster.missing(rollout.engine)
     if rollout.engine == "vllm" and replay:
@@ -46,7 +46,7 @@ def facts(stage: str, rollout: RolloutConfig, ahead: int, replay: bool) -> dict[
 
 def workers_beside(rollout: RolloutConfig) -> Workers:
     """The trainer's own helpers: with rollout workers on this machine they share its cores."""
-    if rollout.engine == "here" or setup.device().type != "cpu" or not ray_cluster.ours():
+    if rollout.engine == "local" or setup.device().type != "cpu" or not ray_cluster.ours():
         return setup.workers()
     torch.set_num_threads(1)
     return Workers(max(1, cores() - rollout.workers))
@@ -57,7 +57,7 @@ def make(
 ) -> Sampler:
     """The sampler of a stage. Workers are started when it is opened, or first asked. `refresh` brings the engine's
     network to the trainer's weights."""
-    here = settings.rollout.engine == "here"
+    here = settings.rollout.engine == "local"
     if ctx.ranks is None:
         return Here(engine) if here else _apart(settings, ctx, engine, trainer)
     if here:

@@ -1,8 +1,9 @@
-"""Rollouts in the order of their updates, drawn up to `ahead` rollouts before them.
+"""Rollouts in the order of their updates, drawn up to `max_off_policy_rollouts` before them.
 
-With `ahead = 1` rollout n + 1 is drawn by the policy as it was before the updates of rollout n, so that its sampling
-depends on nothing those updates do and may run beside them. It is at most `updates_per_rollout` steps old when its own
-updates begin (`rl/staleness`). What a run gives depends on this order alone, never on who was faster.
+With `max_off_policy_rollouts = 1` rollout n + 1 is drawn by the policy as it was before the updates of rollout n, so
+that its sampling depends on nothing those updates do and may run at the same time. It is at most `updates_per_rollout`
+steps old when its own updates begin (`rl/staleness`). What a run gives depends on this order alone, never on
+which of them is faster.
 
 Whether anything does run beside them is the sampler's affair (rl/sampler): rollout workers apart draw while the trainer
 computes; in one process sampling and updates take turns, each on all cores, since a core for each takes longer there

@@ -87,7 +87,7 @@ class Cluster:
                     f"rollout workers are handed {weights >> 20} MiB of weights through shared memory, "
                     f"{store >> 20} MiB for a few versions"
                 )
-                instead = 'rollout.engine to "here"'
+                instead = 'rollout.engine to "local"'
             raise UserError(
                 f"{wanted}, and {shared_free() >> 20} MiB are free: enlarge /dev/shm (docker run --shm-size=...), or "
                 f"set {instead}"

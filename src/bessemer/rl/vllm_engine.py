@@ -83,7 +83,9 @@ class VLLM:
 def asked(request: Any) -> dict[str, Any]:
     """A request in vLLM's words; UserError for what it cannot be asked."""
     if request.stop_strings:
-        raise UserError('rollout.engine = "vllm" ends answers at token ids only; leave stop strings to "ray" or "here"')
+        raise UserError(
+            'rollout.engine = "vllm" ends answers at token ids only; leave stop strings to "ray" or "local"'
+        )
     sampling = request.sampling
     return dict(
         temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p,

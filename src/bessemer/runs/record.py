@@ -22,8 +22,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()
 
 
-def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """In words, what separates two identities: 'lr 0.003 -> 0.001, seed 7 -> 8'."""
+def difference(old: dict[str, Any], new: dict[str, Any], renamed: dict[str, str]) -> str:
+    """In words, what separates two identities: 'lr 0.003 -> 0.001, seed 7 -> 8'.
+
+    Identities hold the old names of `renamed` keys (old -> new); the text has the new ones.
+    """
     before, after = _flat(old), _flat(new)
     changed = [key for key in after | before if before.get(key) != after.get(key)]
     words = []
@@ -34,7 +37,7 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
         elif key == "format":
             words.append("this version writes the stage differently")
         else:
-            words.append(f"{short} {_short(before.get(key))} -> {_short(after.get(key))}")
+            words.append(f"{renamed.get(short, short)} {_short(before.get(key))} -> {_short(after.get(key))}")
     return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
 
 

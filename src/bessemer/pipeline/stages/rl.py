@@ -65,10 +65,10 @@ class RL(Stage):
                 f'stage "{settings.name}": {count} samples cannot be split into {settings.updates_per_rollout} equal '
                 "updates; change updates_per_rollout or samples"
             )
-        return make_sampler.facts(settings.name, settings.rollout, settings.ahead, settings.routing_replay)
+        return make_sampler.facts(settings.name, settings.rollout, settings.routing_replay)
 
     def leaves_conversations(self, settings: RLConfig) -> bool:
-        return settings.leaves != "nothing"
+        return settings.export_samples != "nothing"
 
     def estimate(self, settings: RLConfig, recipe: Any) -> float:
         samples = settings.rollouts * settings.prompts_per_rollout * settings.samples
@@ -76,7 +76,7 @@ class RL(Stage):
 
     def shown(self, settings: RLConfig, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem]:
         """Every problem its rollouts can have asked."""
-        seed, lots = recipe.seed_of(settings), settings.rollouts * settings.draws
+        seed, lots = recipe.seed_of(settings), settings.rollouts * settings.max_resamples
         pool = settings.filter_pool if settings.difficulty_filter else 1
         pools = (
             (settings.tasks, settings.prompts_per_rollout * pool), (settings.general_tasks, settings.general_prompts),

@@ -45,7 +45,7 @@ class SFT(Stage):
             if not find_kind(stage.kind)().leaves_conversations(stage):
                 raise UserError(
                     f'stage "{stage.name}" (kind {stage.kind}) leaves no conversations; a stage of kind reject '
-                    'does, and one of kind rl with leaves = "correct"'
+                    'does, and one of kind rl with export_samples = "correct"'
                 )
         return {}
 
