@@ -1,0 +1,85 @@
+"""The pages say what is there: links lead somewhere, the walkthrough's lines hold what they name, both READMEs agree.
+
+`python tests/test_docs.py` brings the walkthrough's line numbers up to date.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
+LINK = re.compile(r"\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
+STEP = re.compile(r"\[`([^`]+)`\]\((\.\./src/bessemer/[^#()]+)#L(\d+)\)")
+WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.M)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for _, target in LINK.findall(prose(page)):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name}: {target} does not exist"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), f"{page.name}: {file.name} has no heading for #{anchor}"
+
+
+def test_the_readme_is_short_and_both_languages_say_the_same():
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
+    assert len(english.splitlines()) <= 130
+    commands = [re.sub(r"\s*#.*", "", block) for block in re.findall(r"^```.*?^```", english, re.M | re.S)]
+    assert commands == [re.sub(r"\s*#.*", "", block) for block in re.findall(r"^```.*?^```", chinese, re.M | re.S)]
+    targets = [
+        [target for _, target in LINK.findall(text) if not target.startswith("README")] for text in (english, chinese)
+    ]
+    assert targets[0] == targets[1]
+    assert english.count("\n## ") == chinese.count("\n## ") and english.count("\n|") == chinese.count("\n|")
+
+
+def found_at(name: str, path: str) -> int:
+    """The line where a file defines `name`, or else where it first mentions it."""
+    last = name.rpartition(".")[2].removesuffix("()")
+    lines = (WALKTHROUGH.parent / path).resolve().read_text(encoding="utf-8").splitlines()
+    defined = re.compile(rf"^\s*(async def|def|class) {re.escape(last)}\b|^\s*{re.escape(last)}\b\s*[:=]")
+    matches = [number for number, line in enumerate(lines, start=1) if defined.match(line)]
+    matches = matches or [number for number, line in enumerate(lines, start=1) if last in line]
+    assert matches, f"{path} does not hold {name}"
+    return matches[0]
+
+
+def test_the_walkthrough_leads_to_the_lines_it_names():
+    text = WALKTHROUGH.read_text(encoding="utf-8")
+    sections = re.split(r"^## ", text, flags=re.M)[1:]
+    ways = [section for section in sections if STEP.search(section)]
+    assert len(ways) == 4
+    for way in ways:
+        title, steps = way.splitlines()[0], STEP.findall(way)
+        assert len(steps) >= 10, f"{title}: {len(steps)} links"
+        for name, path, line in steps:
+            lines = (WALKTHROUGH.parent / path).resolve().read_text(encoding="utf-8").splitlines()
+            last = name.rpartition(".")[2].removesuffix("()")
+            assert int(line) <= len(lines) and last in lines[int(line) - 1], (
+                f"{title}: {path} line {line} does not hold {name}; run: python tests/test_docs.py"
+            )
+
+
+if __name__ == "__main__":
+    text = WALKTHROUGH.read_text(encoding="utf-8")
+    fresh = STEP.sub(lambda step: f"[`{step[1]}`]({step[2]}#L{found_at(step[1], step[2])})", text)
+    WALKTHROUGH.write_text(fresh, encoding="utf-8")
+    sys.stdout.write("the walkthrough is up to date\n" if fresh == text else "the walkthrough's lines were updated\n")
