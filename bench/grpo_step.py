@@ -40,6 +40,7 @@ def prepare(directory: Path) -> None:
     """The model directory that both sides load. The peer has no MTP, so neither trains it."""
     from bessemer import tasks
     from bessemer.data.tokenizer import Tokenizer
+    from bessemer.hf import hub
     from bessemer.model.presets import preset
     from bessemer.model.transformer import Transformer
 
@@ -47,7 +48,7 @@ def prepare(directory: Path) -> None:
     tokenizer = Tokenizer.train((task.document(i) for i in range(2000)), 400)  # the network's 2,048 rows are kept
     tokenizer.save(directory / "tokenizer")
     model = Transformer(preset("tiny", n_mtp=0)).initialise(0)
-    model.save(directory / "model", tokenizer_dir=directory / "tokenizer")
+    hub.save(model, directory / "model", tokenizer_dir=directory / "tokenizer")
 
 
 def problems(first: int, count: int) -> list:

@@ -247,7 +247,7 @@ MEMORY = """
 import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from bessemer.model import hub
+from bessemer.hf import hub
 from bessemer.hf.names import slots
 from bessemer.hf.writer import Planned, write_tensors
 from bessemer.model.presets import preset

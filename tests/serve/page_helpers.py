@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.hf import hub
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 
@@ -60,7 +61,8 @@ def make_run(root: Path) -> Path:
     for number, style in enumerate(("zero", "r1"), 1):
         folder = root / f"{number:02}-{style}"
         tokenizer = Tokenizer.train(TEXTS, 320, chat_style=style)
-        Transformer(preset("tiny", vocab_size=tokenizer.vocab_size, **shape)).initialise(number).save(folder / "model")
+        model = Transformer(preset("tiny", vocab_size=tokenizer.vocab_size, **shape)).initialise(number)
+        hub.save(model, folder / "model")
         tokenizer.save(folder / "model")
         (folder / "done.json").write_text("{}")
     return root

@@ -11,6 +11,7 @@ from transformers.utils import logging as hf_logging
 from trl import RewardTrainer
 
 from bessemer.data import preference_rows
+from bessemer.hf import hub
 from bessemer.model.scorer import Scorer
 from bessemer.train.preference import pairwise, pointwise
 from bessemer.train.trainer import Trainer
@@ -80,7 +81,7 @@ def test_pointwise_is_binary_cross_entropy(labels):
 def test_pairwise_agrees_with_trl(pairs, tmp_path):
     """TRL's own `compute_loss` over transformers' model of our directory; only the accelerator stands aside."""
     model = network()
-    model.save(tmp_path)
+    hub.save(model, tmp_path)
     theirs = DeepseekV3ForSequenceClassification.from_pretrained(
         tmp_path, attn_implementation="eager", experts_implementation="eager"
     ).eval()

@@ -6,9 +6,9 @@ materialising all logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,10 @@ class TrainOutputs(NamedTuple):
 
 class Transformer(nn.Module):
     """A network of the DeepSeek V2/V3 family."""
+
+    saver: ClassVar[Callable[..., None] | None] = None
+    """What `save` calls. `bessemer.hf.hub`, which reads and writes model directories, sets it when it is imported: the
+    network itself knows nothing of file formats."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -179,8 +183,8 @@ class Transformer(nn.Module):
         depths, term = predictions(modules, hidden, tokens_BT, segments_BT, self.embed.weight, self.rope_table)
         return TrainOutputs(hidden, depths, balance + term)
 
-    def save(self, directory: str | Path, **options) -> None:
-        """Writes a Hugging Face model directory; see `hub.save`."""
-        from bessemer.hf import hub
-
-        hub.save(self, directory, **options)
+    def save(self, directory: str | Path, **options: Any) -> None:
+        """Writes a Hugging Face model directory; options as for `bessemer.hf.hub.save`."""
+        if Transformer.saver is None:
+            raise UserError("nothing that writes a model directory is loaded: import bessemer.hf.hub, then save again")
+        Transformer.saver(self, directory, **options)

@@ -21,6 +21,7 @@ from bessemer.data.chat import opening, question_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
+from bessemer.hf import hub
 from bessemer.model.scorer import Scorer
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import Stage, register
@@ -95,7 +96,7 @@ class RewardModelling(Stage):
             ctx.interrupt()
         scale = Scale.learn(settings.aim, trainer.extras["bad"], trainer.extras["good"], tokenizer.fingerprint)
         tokenizer.save(ctx.state / "tokenizer")
-        network.save(ctx.dir / "model", tokenizer_dir=ctx.state / "tokenizer", files={FACTS: scale.to_json()})
+        hub.save(network, ctx.dir / "model", tokenizer_dir=ctx.state / "tokenizer", files={FACTS: scale.to_json()})
         counts = {"steps": trainer.step, "trained": packed["units"], "heldout": len(heldout)}
         return counts | {"accuracy": trainer.extras["accuracy"], "too_long": packed["too_long"], **facts}
 
