@@ -14,8 +14,8 @@ import statistics
 
 import torch
 
-from bessemer.precision.fp8_gemm import gemm
-from bessemer.precision.tiles import quantise
+from bessemer.precision.emulation import reference_gemm
+from bessemer.precision.operand import quantise
 
 ROWS = 256
 CASES = ((13, None), (14, None), (None, None), (13, 128), (14, 128), (14, 32), (None, 128))
@@ -29,7 +29,7 @@ def errors(k: int, bits: int | None, promote: int | None, seed: int) -> tuple[fl
     whole = promote is None
     a, b = quantise(x, "tensor" if whole else "tile"), quantise(w, "tensor" if whole else "block")
     exact = a.dequantise().double() @ b.dequantise().double().t()
-    apart = (gemm(a, b, bits, promote).double() - exact).abs() / exact.square().mean().sqrt()
+    apart = (reference_gemm(a, b, bits, promote).double() - exact).abs() / exact.square().mean().sqrt()
     return float(apart.max()), float(apart.mean())
 
 

@@ -30,7 +30,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.presets import PRESETS, preset
 from bessemer.model.transformer import Transformer
 from bessemer.precision import backends
-from bessemer.precision.fp8_linear import RECIPES
+from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.train import objective, speed
 from bessemer.train.settings import Settings
 from bessemer.train.trainer import Trainer
@@ -46,7 +46,7 @@ ONE_BILLION = dict(
 def trainer(cfg: ModelConfig, case: dict[str, Any], device: torch.device, rows: int) -> Trainer:
     model = Transformer(cfg).initialise(0).to(device)
     if case["fp8"]:
-        model.set_fp8(RECIPES[case["fp8"]])
+        model.set_fp8(FP8_RECIPES[case["fp8"]])
     if case["compile"]:
         speed.compile_layers(model)
 

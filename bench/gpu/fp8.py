@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 from bessemer.errors import UserError
-from bessemer.precision import backends, emulation, fp8_gemm, tiles
-from bessemer.precision.tiles import Operand
+from bessemer.precision import backends, emulation
+from bessemer.precision.operand import Group, Operand, quantise
 
 DENSE = {
     (2112, 7168): 1058, (24576, 1536): 990, (32768, 512): 590, (7168, 16384): 1358, (4096, 7168): 1304,
@@ -161,14 +161,14 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
         x, said = spread(rows, columns, device).to(dtype), f"{rows}x{columns} {dtype}"
         for power_of_two in (False, True):
             for group in ("tile", "block"):
-                wanted = tiles.quantise(x.cpu(), group, power_of_two)
+                wanted = quantise(x.cpu(), group, power_of_two)
                 run = partial(backends.quantise, x, group, power_of_two)
                 check("quantise", f"{said} by {group}", (x, group), run, partial(unlike, wanted), 0)
-            operand = tiles.quantise(x, "tile", power_of_two)
+            operand = quantise(x, "tile", power_of_two)
             for count in (None, [rows // 3, 0, rows - rows // 3]):
-                wanted = emulation.turn(Operand(*(part.cpu() for part in operand)), count, power_of_two)
-                run = partial(backends.turn, operand, count, power_of_two)
-                check("turn", f"{said} {count}", (operand,), run, partial(unlike, wanted), 0)
+                wanted = emulation.retile(Operand(*(part.cpu() for part in operand)), count, power_of_two)
+                run = partial(backends.retile, operand, count, power_of_two)
+                check("retile", f"{said} {count}", (operand,), run, partial(unlike, wanted), 0)
         h, weight = torch.randn(rows, 2 * columns, device=device).to(dtype), torch.rand(rows, device=device)
         wanted = emulation.swiglu(h, weight, False)
         check("swiglu", said, (h,), partial(backends.swiglu, h, weight), partial(apart, wanted), 1e-6)
@@ -177,7 +177,7 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
         sizes += [(1, 1, 1), (64, 2112, 7168), (333, 576, 7168), (4096, 4096, 2048)]
     for M, N, K, group in ((*size, group) for size in sizes for group in ("tile", "block")):
         x, w = operands(M, N, K, group, device)
-        wanted = fp8_gemm.gemm(x, w)
+        wanted = emulation.reference_gemm(x, w)
         for out in (torch.float32, torch.bfloat16):
             run = partial(backends.gemm, x, w, out, group)
             check("gemm", f"{M}x{N}x{K} by {group} {out}", (x, w, out, group), run, partial(apart, wanted), BOUND)
@@ -187,8 +187,8 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
         run = partial(backends.grouped_gemm, x, count, w, torch.bfloat16, "block")
         asked = (x, w, torch.bfloat16, "block", tuple(count))
         check("grouped_gemm", said, asked, run, partial(apart, wanted), BOUND)
-        dy = tiles.quantise(torch.randn(sum(count), N, device=device))
-        sides = emulation.turn(dy, count, False), emulation.turn(x, count, False)
+        dy = quantise(torch.randn(sum(count), N, device=device))
+        sides = emulation.retile(dy, count, False), emulation.retile(x, count, False)
         wanted = emulation.grouped_wgrad(*sides, count, torch.float32)
         run = partial(backends.grouped_wgrad, *sides, count)
         check("grouped_wgrad", said, (*sides, torch.float32, "tile", tuple(count)), run, partial(apart, wanted), BOUND)
@@ -202,15 +202,15 @@ def spread(rows: int, columns: int, device: torch.device) -> Tensor:
     return x
 
 
-def operands(M: int, N: int, K: int, group: tiles.Group, device: torch.device) -> tuple[Operand, Operand]:
+def operands(M: int, N: int, K: int, group: Group, device: torch.device) -> tuple[Operand, Operand]:
     """x by tiles, w by `group`, from the emulation."""
-    return tiles.quantise(torch.randn(M, K, device=device)), tiles.quantise(torch.randn(N, K, device=device), group)
+    return quantise(torch.randn(M, K, device=device)), quantise(torch.randn(N, K, device=device), group)
 
 
 def grouped_operands(count: list[int], N: int, K: int, device: torch.device) -> tuple[Operand, Operand]:
     """x by tiles and stacked w by blocks, a matrix for every group."""
-    w = [tiles.quantise(torch.randn(N, K, device=device), "block") for _ in count]
-    return tiles.quantise(torch.randn(sum(count), K, device=device)), Operand(*map(torch.stack, zip(*w, strict=True)))
+    w = [quantise(torch.randn(N, K, device=device), "block") for _ in count]
+    return quantise(torch.randn(sum(count), K, device=device)), Operand(*map(torch.stack, zip(*w, strict=True)))
 
 
 def apart(wanted: Tensor | Operand, got: Tensor | Operand) -> float:
@@ -325,12 +325,12 @@ def passes(
     for group in ("tile", "block"):
         run = partial(backends.quantise, x, group)
         yield "quantise", f"{M}x{K} by {group}", 0, x.numel() * 3, run, (x, group)
-    operand = _ours(tiles.quantise(x))
-    yield "turn", f"{M}x{K}", 0, x.numel() * 2, partial(backends.turn, operand), (operand,)
+    operand = _ours(quantise(x))
+    yield "retile", f"{M}x{K}", 0, x.numel() * 2, partial(backends.retile, operand), (operand,)
     h, weight = torch.randn(8 * M, 4096, device=device, dtype=torch.bfloat16), torch.rand(8 * M, device=device)
     yield "swiglu", f"{8 * M}x4096", 0, h.numel() * 2.5, partial(backends.swiglu, h, weight), (h,)
     count = [8192] * 4
-    sides = [_ours(tiles.quantise(torch.randn(rows, sum(count), device=device))) for rows in (N, K)]
+    sides = [_ours(quantise(torch.randn(rows, sum(count), device=device))) for rows in (N, K)]
     flops, moved = 2 * sum(count) * N * K, (N + K) * sum(count) + 4 * len(count) * N * K
     asked = (*sides, torch.float32, "tile", tuple(count))
     yield "grouped_wgrad", f"4x8192x{N}x{K}", flops, moved, partial(backends.grouped_wgrad, *sides, count), asked

@@ -24,7 +24,7 @@ from bessemer.errors import UserError
 from bessemer.hf import gguf_facts, gguf_writer, hub
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.scorer import Scorer
-from bessemer.precision.block_fp8 import dequantise, quantise
+from bessemer.precision.formats import dequantise_blocks, quantise_blocks
 
 TEXTS = ["the quick brown fox", "<think>two and two</think> <answer>4</answer>", "盛钢水 1234"] * 4
 SPARE = 5
@@ -128,8 +128,8 @@ def test_block_fp8_is_written_as_what_it_stands_for(source, tmp_path, dtype):
     for key, tensor in load_file(directory / "model.safetensors").items():
         stored[key] = exact[key] = tensor
         if key.endswith("_proj.weight") and "eh_proj" not in key:
-            stored[key], stored[key + "_scale_inv"] = quantise(tensor)
-            exact[key] = dequantise(stored[key], stored[key + "_scale_inv"], dtype=torch.float32)
+            stored[key], stored[key + "_scale_inv"] = quantise_blocks(tensor)
+            exact[key] = dequantise_blocks(stored[key], stored[key + "_scale_inv"], dtype=torch.float32)
     save_file(stored, directory / "model.safetensors")
     gguf_writer.write(directory, file, dtype)
     same(read(file)[0], expected(exact, hub.read_config(directory), torch.float32 if dtype else torch.bfloat16))

@@ -12,7 +12,7 @@ from bessemer.hf import hub
 from bessemer.hf.names import slots
 from bessemer.model import counts
 from bessemer.model.presets import preset
-from bessemer.precision.block_fp8 import dequantise, quantise, tiles
+from bessemer.precision.formats import dequantise_blocks, quantise_blocks, scale_shape
 
 # ragged everywhere: dim 160 = 1.25 tiles, kv_a has 136 + 8 = 144 rows
 CFG = tiny(dim=160, kv_lora_rank=136, moe_inter_dim=130, n_routed_experts=4, n_expert_groups=2, n_limited_groups=1,
@@ -35,8 +35,8 @@ def quantised(request, tmp_path):
         if not is_fp8(key):
             stored[key] = exact[key] = tensor
             continue
-        weight, scale = quantise(tensor, ue8m0=request.param != "float")
-        exact[key] = dequantise(weight, scale, dtype=torch.float32)
+        weight, scale = quantise_blocks(tensor, ue8m0=request.param != "float")
+        exact[key] = dequantise_blocks(weight, scale, dtype=torch.float32)
         stored[key] = weight
         stored[key + "_scale_inv"] = scale.to(torch.float8_e8m0fnu) if request.param == "ue8m0-bytes" else scale
     save_file(stored, file)
@@ -105,7 +105,7 @@ def test_the_released_checkpoint_tensor_by_tensor():
     """Reference A.2 and B.1: 684,489,845,504 parameters, 91,991 tensors, 41,540,496 scales, 688,574,839,360 bytes."""
     layout = slots(preset("v3"))
     size = {slot.key: torch.Size(slot.shape).numel() for slot in layout}
-    scales = {slot.key: torch.Size(tiles(slot.shape)).numel() for slot in layout if is_fp8(slot.key)}
+    scales = {slot.key: torch.Size(scale_shape(slot.shape)).numel() for slot in layout if is_fp8(slot.key)}
     assert len(size) == len(layout)  # no key twice
     assert sum(size.values()) == counts.stored_params(preset("v3")) == 684_489_845_504
     assert len(size) + len(scales) == 91_991

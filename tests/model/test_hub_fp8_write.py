@@ -25,7 +25,7 @@ from bessemer.hf import block_fp8_export, hub
 from bessemer.hf.names import slots
 from bessemer.model.presets import preset
 from bessemer.model.scorer import Scorer
-from bessemer.precision.block_fp8 import quantise
+from bessemer.precision.formats import quantise_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is not cut evenly by tiles:UserWarning")
 # ragged everywhere: dim 160 = 1.25 tiles, kv_a has 136 + 8 = 144 rows; one dense layer, two sparse ones, one of MTP
@@ -259,7 +259,7 @@ def test_tiles_of_another_size_are_cut_anew(model, tmp_path):
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     for slot in slots(CFG):
         if slot.fp8:
-            tensors[slot.key], tensors[slot.key + "_scale_inv"] = quantise(tensors[slot.key], 64)
+            tensors[slot.key], tensors[slot.key + "_scale_inv"] = quantise_blocks(tensors[slot.key], 64)
     save_file(tensors, tmp_path / "a" / "model.safetensors")
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 64]}
@@ -356,25 +356,25 @@ def test_a_stored_byte_that_is_no_number_is_refused(model, tmp_path):
 
 def rounded_after(weight, block, ue8m0):
     """The classic mistake: the scale is rounded to a power of two when the weights have been divided already."""
-    values, factors = quantise(weight, block)
+    values, factors = quantise_blocks(weight, block)
     return values, 2 ** torch.ceil(torch.log2(factors))
 
 
 def barely_off(weight, block, ue8m0):
-    values, factors = quantise(weight, block, ue8m0)
+    values, factors = quantise_blocks(weight, block, ue8m0)
     factors[-1, -1] *= 1.03
     return values, factors
 
 
 def too_coarse(weight, block, ue8m0):
     """Consistent, but with a scale of 64 times the size: six of the seven binades of a small weight are lost."""
-    _, factors = quantise(weight, block, ue8m0)
+    _, factors = quantise_blocks(weight, block, ue8m0)
     wide = (factors * 64).repeat_interleave(block, 0)[: len(weight)].repeat_interleave(block, 1)[:, : weight.shape[1]]
     return (weight / wide).to(torch.float8_e4m3fn), factors * 64
 
 
 def not_a_power_of_two(weight, block, ue8m0):
-    return quantise(weight, block, False)
+    return quantise_blocks(weight, block, False)
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def not_a_power_of_two(weight, block, ue8m0):
 )  # fmt: skip
 def test_an_export_that_is_not_the_model_is_never_put_in_place(mistake, scales, model, tmp_path, monkeypatch):
     model.save(tmp_path / "m")
-    monkeypatch.setattr(block_fp8_export, "quantise", mistake)
+    monkeypatch.setattr(block_fp8_export, "quantise_blocks", mistake)
     for write in (
         lambda: model.save(tmp_path / "m", fp8=scales),
         lambda: hub.convert(tmp_path / "m", tmp_path / "n", fp8=scales),

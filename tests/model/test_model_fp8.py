@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from allocator import live_and_highest
+from fp8_layers import fp8_grouped_linear, fp8_linear
 from model_cases import V2, random_model, relative, tiny, tokens
 
 from bessemer.data.batch import Batch
@@ -17,16 +18,16 @@ from bessemer.model.attention import latent_attention
 from bessemer.model.config import ModelConfig
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
-from bessemer.precision.e5m6 import pack
-from bessemer.precision.fp8_linear import PAPER, Recipe, fp8_grouped_linear, fp8_linear
-from bessemer.precision.tiles import quantise
+from bessemer.precision.formats import pack_e5m6
+from bessemer.precision.fp8_linear import PAPER, FP8Recipe
+from bessemer.precision.operand import quantise
 from bessemer.train import balance
 from bessemer.train.objective import next_token
 
 torch.set_num_threads(1)
 
 
-def in_training(cfg: ModelConfig, recipe: Recipe | None = PAPER) -> Transformer:
+def in_training(cfg: ModelConfig, recipe: FP8Recipe | None = PAPER) -> Transformer:
     model = random_model(cfg).set_fp8(recipe)
     model.train()
     for parameter in model.parameters():
@@ -65,8 +66,8 @@ FORMATS = {
 def test_every_parameter_and_its_format(monkeypatch, cfg):
     """What a step really quantises as a weight, against the table, and against what FP8 checkpoints hold."""
     quantised = set()
-    original = Recipe.quantised_weight
-    monkeypatch.setattr(Recipe, "quantised_weight", lambda self, w: quantised.add(w.data_ptr()) or original(self, w))
+    original = FP8Recipe.quantised_weight
+    monkeypatch.setattr(FP8Recipe, "quantised_weight", lambda self, w: quantised.add(w.data_ptr()) or original(self, w))
     model = in_training(cfg)
     step(model, batch(cfg))
     on_disk = {slot.name for slot in slots(cfg) if slot.fp8}
@@ -111,7 +112,7 @@ class _Rounded(torch.autograd.Function):
         return dy, None
 
 
-POWERS = Recipe(power_of_two=True)
+POWERS = FP8Recipe(power_of_two=True)
 """With powers of two alone, FP8 Linears and the layer quantise alike."""
 
 
@@ -147,8 +148,8 @@ def test_attention_equals_the_plain_one(monkeypatch, changes, segmented, exactly
     """Without the rounding of the kept output all gradients agree but for float32's last bits, which now and then tip
     an FP8 rounding; with it they move a little. W_O's wgrad is checked by itself below."""
     if exactly:
-        monkeypatch.setattr(fp8, "pack", Exactly)
-        monkeypatch.setattr(fp8, "Packed", Exactly)
+        monkeypatch.setattr(fp8, "pack_e5m6", Exactly)
+        monkeypatch.setattr(fp8, "PackedE5M6", Exactly)
     cfg = tiny(**changes)
     segments = (torch.arange(30) // 11).expand(2, -1) if segmented else None
     x, dy = (torch.randn(2, 30, cfg.dim, generator=torch.Generator().manual_seed(n)) for n in (5, 6))
@@ -175,8 +176,8 @@ def test_what_attention_keeps_of_its_output_is_what_w_o_learns_from(monkeypatch)
     cfg = tiny()
     layer = in_training(cfg).layers[1]
     seen = {}
-    original = fp8.pack
-    monkeypatch.setattr(fp8, "pack", lambda out, scale: seen.setdefault("packed", original(out, scale)))
+    original = fp8.pack_e5m6
+    monkeypatch.setattr(fp8, "pack_e5m6", lambda out, scale: seen.setdefault("packed", original(out, scale)))
     x = torch.randn(2, 30, cfg.dim, generator=torch.Generator().manual_seed(5))
     dy = torch.randn(2, 30, cfg.dim, generator=torch.Generator().manual_seed(6))
     fp8.attention(layer.attn_norm, layer.attn, x, Transformer(cfg).rope_table(30), None, PAPER).backward(dy)
@@ -191,7 +192,7 @@ def test_what_attention_keeps_of_its_output_is_what_w_o_learns_from(monkeypatch)
 def test_swiglu_keeps_fp8_inputs_and_learns_from_them(gradient, grouped):
     """Against autograd on the same function of FP8 Linears, whose gate and up backward finds as they were kept. The
     second matrix learns from their product quantised once, so it is compared apart."""
-    recipe = Recipe(gradient=gradient, power_of_two=True)
+    recipe = FP8Recipe(gradient=gradient, power_of_two=True)
     generator = torch.Generator().manual_seed(3)
 
     def draw(*shape):
@@ -325,4 +326,4 @@ def test_bytes_kept_of_long_rows_grow_with_their_length(dtype):
 def test_pack_is_given_powers_of_two():
     out = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
     scale = PAPER.quantised(out, power_of_two=True).scale_MJ
-    assert bool((torch.frexp(scale).mantissa == 0.5).all()) and pack(out, scale).scale_MJ is scale
+    assert bool((torch.frexp(scale).mantissa == 0.5).all()) and pack_e5m6(out, scale).scale_MJ is scale

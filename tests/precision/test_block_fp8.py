@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.errors import UserError
-from bessemer.precision.block_fp8 import dequantise, quantise, tiles
+from bessemer.precision.formats import dequantise_blocks, quantise_blocks, scale_shape
 
 torch.set_num_threads(1)
 
@@ -22,15 +22,15 @@ def normal(*shape, seed=0, std=0.006):
 )  # fmt: skip
 def test_published_scale_shapes(shape, wanted):
     """Reference B.1; kv_a has five rows of tiles, the last half empty."""
-    assert tiles(shape) == wanted
+    assert scale_shape(shape) == wanted
 
 
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 20), columns=st.integers(1, 20), block=st.integers(1, 9), seed=st.integers(0, 99))
 def test_dequantise_equals_a_loop(rows, columns, block, seed):
     weight = normal(rows, columns, seed=seed, std=20).to(torch.float8_e4m3fn)
-    scale = normal(*tiles((rows, columns), block), seed=seed + 1).abs()
-    found = dequantise(weight, scale, block, torch.float32)
+    scale = normal(*scale_shape((rows, columns), block), seed=seed + 1).abs()
+    found = dequantise_blocks(weight, scale, block, torch.float32)
     for r in range(rows):
         for c in range(columns):
             assert found[r, c].item() == (weight[r, c].float() * scale[r // block, c // block]).item()
@@ -41,46 +41,47 @@ def test_dequantise_equals_a_loop(rows, columns, block, seed):
 def test_round_trip_error_is_that_of_e4m3(shape, ue8m0):
     """Three mantissa bits: at most 1/16 of the value, or half the smallest step (2^-9 * S / 2) near zero."""
     weight = normal(*shape)
-    stored, scale = quantise(weight, ue8m0=ue8m0)
-    assert stored.dtype == torch.float8_e4m3fn and tuple(scale.shape) == tiles(shape)
-    error = (dequantise(stored, scale, dtype=torch.float32) - weight).abs()
+    stored, scale = quantise_blocks(weight, ue8m0=ue8m0)
+    assert stored.dtype == torch.float8_e4m3fn and tuple(scale.shape) == scale_shape(shape)
+    error = (dequantise_blocks(stored, scale, dtype=torch.float32) - weight).abs()
     assert (error <= weight.abs() / 16 + scale.max() * 2.0**-10).all()
     assert error.max() > 0
-    again, same = quantise(dequantise(stored, scale, dtype=torch.float32), ue8m0=ue8m0)
-    assert torch.equal(dequantise(again, same, dtype=torch.float32), dequantise(stored, scale, dtype=torch.float32))
+    again, same = quantise_blocks(dequantise_blocks(stored, scale, dtype=torch.float32), ue8m0=ue8m0)
+    first = dequantise_blocks(stored, scale, dtype=torch.float32)
+    assert torch.equal(dequantise_blocks(again, same, dtype=torch.float32), first)
 
 
 def test_the_largest_value_of_a_tile_becomes_448():
     weight = normal(256, 256)
-    stored, scale = quantise(weight)
+    stored, scale = quantise_blocks(weight)
     assert (stored.float().abs().view(2, 128, 2, 128).amax((1, 3)) == 448).all()
     torch.testing.assert_close(scale * 448, weight.abs().view(2, 128, 2, 128).amax((1, 3)))
 
 
 def test_ue8m0_scales_are_powers_of_two_rounded_up():
     weight = normal(300, 140)
-    _, plain = quantise(weight)
-    stored, scale = quantise(weight, ue8m0=True)
+    _, plain = quantise_blocks(weight)
+    stored, scale = quantise_blocks(weight, ue8m0=True)
     assert torch.equal(scale, torch.exp2(torch.log2(plain).ceil()))
     assert (scale >= plain).all() and (scale < 2 * plain).all()
     exponent_bytes = scale.to(torch.float8_e8m0fnu)
-    assert torch.equal(dequantise(stored, exponent_bytes), dequantise(stored, scale))
+    assert torch.equal(dequantise_blocks(stored, exponent_bytes), dequantise_blocks(stored, scale))
 
 
 def test_zero_tile_stays_zero():
-    stored, scale = quantise(torch.zeros(130, 3))
-    assert torch.equal(dequantise(stored, scale), torch.zeros(130, 3, dtype=torch.bfloat16))
+    stored, scale = quantise_blocks(torch.zeros(130, 3))
+    assert torch.equal(dequantise_blocks(stored, scale), torch.zeros(130, 3, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_result_dtype_is_rounded_once(dtype):
-    stored, scale = quantise(normal(64, 200))
-    exact = dequantise(stored, scale, dtype=torch.float32)
-    found = dequantise(stored, scale, dtype=dtype)
+    stored, scale = quantise_blocks(normal(64, 200))
+    exact = dequantise_blocks(stored, scale, dtype=torch.float32)
+    found = dequantise_blocks(stored, scale, dtype=dtype)
     assert found.dtype == dtype and torch.equal(found, exact.to(dtype))
 
 
 @pytest.mark.parametrize("wrong", [(4, 1), (5,), (5, 2), (1, 5)])
 def test_scales_of_the_wrong_shape(wrong):
     with pytest.raises(UserError, match=r"do not fit an FP8 weight \[576, 64\] in tiles of 128: expected \[5, 1\]"):
-        dequantise(torch.zeros(576, 64).to(torch.float8_e4m3fn), torch.ones(wrong))
+        dequantise_blocks(torch.zeros(576, 64).to(torch.float8_e4m3fn), torch.ones(wrong))

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from fp8_layers import fp8_grouped_linear, fp8_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.precision import backends, block_fp8
-from bessemer.precision.fp8_gemm import gemm
-from bessemer.precision.fp8_linear import Recipe, fp8_grouped_linear, fp8_linear
-from bessemer.precision.tiles import TILE, Operand, as_float32, quantise, transpose
+from bessemer.precision import backends
+from bessemer.precision.emulation import reference_gemm
+from bessemer.precision.formats import quantise_blocks
+from bessemer.precision.fp8_linear import FP8Recipe
+from bessemer.precision.operand import TILE, Operand, as_float32, quantise, transpose
 
 torch.set_num_threads(1)
 
@@ -47,7 +49,7 @@ def test_quantise_equals_a_loop(rows, columns, seed, group, power_of_two):
 
 def test_weights_are_quantised_as_in_checkpoints():
     weight = normal(300, 200)
-    value, scale = block_fp8.quantise(weight)
+    value, scale = quantise_blocks(weight)
     mine = quantise(weight, "block")
     assert torch.equal(mine.value_MK.view(torch.uint8), value.view(torch.uint8))
     assert torch.equal(mine.scale_MJ[::TILE], scale)
@@ -107,8 +109,8 @@ def test_blocks_turn_without_rounding(shape, group):
 def test_gemm_against_float64(M, N, K, power_of_two):
     x, w = quantise(normal(M, K), "tile", power_of_two), quantise(normal(N, K, seed=1), "block", power_of_two)
     exact = x.dequantise().double() @ w.dequantise().double().t()
-    assert (gemm(x, w) - exact).abs().max() < 1e-6 * exact.abs().max() + 1e-5
-    assert apart(gemm(x, w), normal(M, K).double() @ normal(N, K, seed=1).double().t()) < 2e-3
+    assert (reference_gemm(x, w) - exact).abs().max() < 1e-6 * exact.abs().max() + 1e-5
+    assert apart(reference_gemm(x, w), normal(M, K).double() @ normal(N, K, seed=1).double().t()) < 2e-3
 
 
 def test_a_short_accumulator_and_its_cure():
@@ -117,7 +119,7 @@ def test_a_short_accumulator_and_its_cure():
     exact = x.dequantise().double() @ w.dequantise().double().t()
 
     def largest(**how):
-        return float((gemm(x, w, **how).double() - exact).abs().max() / exact.square().mean().sqrt())
+        return float((reference_gemm(x, w, **how).double() - exact).abs().max() / exact.square().mean().sqrt())
 
     assert 0.01 < largest(bits=14, promote=None) < 0.03
     assert largest(bits=14) < 0.001 and largest(bits=14, promote=32) < largest(bits=14)
@@ -127,11 +129,11 @@ def test_a_short_accumulator_and_its_cure():
 def test_what_cannot_be_multiplied():
     x, w = quantise(normal(4, 256)), quantise(normal(4, 128))
     with pytest.raises(ValueError, match="256 and 128 columns"):
-        gemm(x, w)
+        reference_gemm(x, w)
     with pytest.raises(ValueError, match="multiple of 32"):
-        gemm(x, x, promote=48)
+        reference_gemm(x, x, promote=48)
     with pytest.raises(ValueError, match="quantise by tensor"):
-        gemm(x, x, promote=None)
+        reference_gemm(x, x, promote=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -146,7 +148,7 @@ def test_a_linear_and_its_gradients(dtype):
     assert apart(x.grad.flatten(0, 1), flat_dy @ weight.detach().double()) < 2e-3
     assert apart(weight.grad, flat_dy.t() @ flat_x) < 3e-3
     turned = [quantise(quantise(t.float()).dequantise().t()) for t in (flat_dy, flat_x)]
-    assert apart(weight.grad, gemm(*turned)) < 1e-12  # re-tiled from what was kept, not from the original
+    assert apart(weight.grad, reference_gemm(*turned)) < 1e-12  # re-tiled from what was kept, not from the original
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
@@ -155,18 +157,19 @@ def test_what_serves_a_cpu_is_the_gemm(power_of_two):
     x, w = quantise(normal(60, 300), "tile", power_of_two), quantise(normal(3, 90, 300, seed=1), "block", power_of_two)
     each = [Operand(w.value_MK[g], w.scale_MJ[g]) for g in range(3)]
     for group in ("tile", "block"):
-        assert apart(backends.gemm(x, each[0], torch.float32, group), gemm(x, each[0])) < 1e-12
+        assert apart(backends.gemm(x, each[0], torch.float32, group), reference_gemm(x, each[0])) < 1e-12
     count = [25, 0, 35]
     found = backends.grouped_gemm(x, count, w, torch.float32, "block")
     rows = [Operand(x.value_MK[part], x.scale_MJ[part]) for part in (slice(0, 25), slice(25, 60))]
-    assert apart(found[:25], gemm(rows[0], each[0])) < 1e-12 and apart(found[25:], gemm(rows[1], each[2])) < 1e-12
+    assert apart(found[:25], reference_gemm(rows[0], each[0])) < 1e-12
+    assert apart(found[25:], reference_gemm(rows[1], each[2])) < 1e-12
 
 
 @pytest.mark.parametrize("gradient", ["tile", "block", "tensor"])
 @pytest.mark.parametrize("bits", [None, 12])
 def test_experts_whose_rows_begin_anywhere(gradient, bits):
     """Groups of 70, 0 and 130 rows: no block of the gradient may be read with the factor of another."""
-    recipe, count = Recipe(gradient=gradient, bits=bits), [70, 0, 130]
+    recipe, count = FP8Recipe(gradient=gradient, bits=bits), [70, 0, 130]
     x, weight = normal(200, 160).requires_grad_(), normal(3, 140, 160, seed=1).requires_grad_()
     dy = normal(200, 140, seed=2) * torch.logspace(0, 3, 200)[:, None]
     y = fp8_grouped_linear(x, count, weight, recipe)
@@ -190,7 +193,7 @@ def test_outliers_hurt_blocks_more_than_tiles():
     dy[::64] *= 1e5
     error = {}
     for group in ("tile", "block", "tensor"):
-        y = fp8_linear(x.requires_grad_(), weight, Recipe(gradient=group))
+        y = fp8_linear(x.requires_grad_(), weight, FP8Recipe(gradient=group))
         x.grad = None
         y.backward(dy)
         error[group] = apart(x.grad[1::64], dy[1::64].double() @ weight.detach().double())

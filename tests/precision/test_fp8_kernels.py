@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from bessemer.errors import UserError
-from bessemer.precision import backends, emulation, gpu, tiles
-from bessemer.precision.fp8_gemm import gemm
-from bessemer.precision.tiles import TILE, Operand
+from bessemer.precision import backends, emulation
+from bessemer.precision.emulation import reference_gemm
+from bessemer.precision.operand import TILE, Operand, quantise, transpose
 
 torch.set_num_threads(1)
 
@@ -71,7 +71,7 @@ def check_quantise():
             for power_of_two in (False, True):
                 x = of_all_sizes(rows, columns).to(dtype)
                 for group in ("tile", "block"):
-                    same(backends.quantise(x, group, power_of_two), tiles.quantise(x, group, power_of_two))
+                    same(backends.quantise(x, group, power_of_two), quantise(x, group, power_of_two))
 
 
 def check_quantise_of_other_layouts():
@@ -79,10 +79,10 @@ def check_quantise_of_other_layouts():
     for group in ("tile", "block"):
         got = backends.quantise(stack, group)
         for g in range(3):
-            same(Operand(got.value_MK[g], got.scale_MJ[g]), tiles.quantise(stack[g], group))
+            same(Operand(got.value_MK[g], got.scale_MJ[g]), quantise(stack[g], group))
     wide = normal(140, 70)
-    same(backends.quantise(wide.t()), tiles.quantise(wide.t().contiguous()))
-    same(backends.quantise(wide[::2, 5:]), tiles.quantise(wide[::2, 5:].contiguous()))
+    same(backends.quantise(wide.t()), quantise(wide.t().contiguous()))
+    same(backends.quantise(wide[::2, 5:]), quantise(wide[::2, 5:].contiguous()))
 
 
 def check_edge_values():
@@ -90,7 +90,7 @@ def check_edge_values():
     x[1, 3], x[2, 5], x[3, 7], x[4, 9], x[5, 300] = float("nan"), float("-inf"), 1e-44, 3e38, -3e-39
     for power_of_two in (False, True):
         for group in ("tile", "block"):
-            same(backends.quantise(x, group, power_of_two), tiles.quantise(x, group, power_of_two))
+            same(backends.quantise(x, group, power_of_two), quantise(x, group, power_of_two))
     got = backends.quantise(x)
     assert got.scale_MJ[0].tolist() == [1.0] * 3
     assert got.value_MK.float()[1:3, :TILE].isnan().all() and got.scale_MJ[1:3, 0].isnan().all()  # either would do
@@ -101,18 +101,18 @@ def check_edge_values():
     assert back[1:].isnan().all() and back[0].isfinite().all()
 
 
-def check_turn():
+def check_retile():
     for rows, columns in SHAPES:
         for power_of_two in (False, True):
-            operand = tiles.quantise(of_all_sizes(rows, columns), "tile", power_of_two)
-            same(backends.turn(operand, None, power_of_two), emulation.turn(operand, None, power_of_two))
-    operand = tiles.quantise(normal(330, 150))
+            operand = quantise(of_all_sizes(rows, columns), "tile", power_of_two)
+            same(backends.retile(operand, None, power_of_two), emulation.retile(operand, None, power_of_two))
+    operand = quantise(normal(330, 150))
     for count in ([330], [70, 0, 1, 259, 0], [128, 202], [0, 0, 330]):
-        got = backends.turn(operand, count)
-        same(got, emulation.turn(operand, count, False))
+        got = backends.retile(operand, count)
+        same(got, emulation.retile(operand, count, False))
         first = 0
         for rows, end in zip(count, torch.tensor(count).cumsum(0).tolist(), strict=True):
-            alone = tiles.quantise(operand.dequantise()[end - rows : end].t())
+            alone = quantise(operand.dequantise()[end - rows : end].t())
             values = got.value_MK[:, first : first + rows]
             assert torch.equal(values.float(), alone.value_MK.float())
             first += -(-rows // TILE) * TILE
@@ -137,12 +137,12 @@ def check_swiglu():
 def check_gemm():
     for M, N, K in ((5, 7, 128), (130, 140, 300), (1, 1, 1), (33, 257, 129), (64, 64, 384)):
         for group in ("tile", "block"):
-            x, w = tiles.quantise(of_rows(M, K)), tiles.quantise(of_rows(N, K, seed=1), group)
+            x, w = quantise(of_rows(M, K)), quantise(of_rows(N, K, seed=1), group)
             # The interpreter cuts float32 off to bfloat16, which costs 5e-6; rounding to nearest costs 1.4e-6.
             for dtype, bound in ((torch.float32, 1e-12), (torch.bfloat16, 1e-5)):
                 for w_group in {"tile", group}:
                     got = backends.gemm(x, w, dtype, w_group)
-                    assert got.dtype == dtype and apart(got, gemm(x, w)) < bound, (M, N, K, group, w_group)
+                    assert got.dtype == dtype and apart(got, reference_gemm(x, w)) < bound, (M, N, K, group, w_group)
 
 
 def of_rows(rows, columns, seed=0):
@@ -155,7 +155,7 @@ def check_nan_stays_in_its_row():
     """Through the factors, that is: the interpreter reads an E4M3 NaN as 480."""
     x, w = normal(4, 200), normal(5, 200, seed=1)
     x[1], w[3] = float("nan"), float("inf")
-    x, w = tiles.quantise(x), tiles.quantise(w)
+    x, w = quantise(x), quantise(w)
     got = backends.gemm(x, w, torch.float32)
     bad = torch.zeros(4, 5, dtype=torch.bool)
     bad[1], bad[:, 3] = True, True
@@ -165,16 +165,16 @@ def check_nan_stays_in_its_row():
 
 
 def check_layouts_of_a_gemm():
-    x, w = normal(70, 300), tiles.quantise(normal(300, 150, seed=1), "block")
-    turned = tiles.transpose(w)
+    x, w = normal(70, 300), quantise(normal(300, 150, seed=1), "block")
+    turned = transpose(w)
     loose = Operand(turned.value_MK.t().contiguous().t(), turned.scale_MJ.t().contiguous().t())
-    wanted = gemm(tiles.quantise(x), turned)
-    for ours in (tiles.quantise(x), backends.quantise(x)):
+    wanted = reference_gemm(quantise(x), turned)
+    for ours in (quantise(x), backends.quantise(x)):
         assert apart(backends.gemm(ours, loose, torch.float32, "block"), wanted) < 1e-12
 
 
 def check_a_broken_promise_is_nan():
-    x, w = tiles.quantise(normal(10, 256)), tiles.quantise(normal(200, 256, seed=1), "tile")
+    x, w = quantise(normal(10, 256)), quantise(normal(200, 256, seed=1), "tile")
     assert backends.gemm(x, w, torch.float32, "block").isnan().all()
 
 
@@ -183,13 +183,13 @@ def stack(*operands):
 
 
 def check_grouped():
-    x, dy = tiles.quantise(of_rows(200, 300)), tiles.quantise(of_rows(200, 150, seed=2))
+    x, dy = quantise(of_rows(200, 300)), quantise(of_rows(200, 150, seed=2))
     for count in ([70, 0, 1, 129], [0, 0, 0, 200], [200, 0, 0, 0]):
         for group in ("tile", "block"):
-            w = stack(*(tiles.quantise(of_rows(150, 300, seed=g), group) for g in range(4)))
+            w = stack(*(quantise(of_rows(150, 300, seed=g), group) for g in range(4)))
             wanted = emulation.grouped_gemm(x, count, w, torch.float32, group)
             assert apart(backends.grouped_gemm(x, count, w, torch.float32, group), wanted) < 1e-12
-        sides = backends.turn(dy, count), backends.turn(x, count)
+        sides = backends.retile(dy, count), backends.retile(x, count)
         got = backends.grouped_wgrad(*sides, count)
         assert apart(got, emulation.grouped_wgrad(*sides, count, torch.float32)) < 1e-12
         rows = [part.split(count) for part in (dy.dequantise(), x.dequantise())]
@@ -198,15 +198,15 @@ def check_grouped():
 
 
 def check_nothing_to_do():
-    none, w = tiles.quantise(torch.zeros(0, 256)), tiles.quantise(normal(40, 256), "block")
+    none, w = quantise(torch.zeros(0, 256)), quantise(normal(40, 256), "block")
     for name in ("tile", "block"):
         assert backends.quantise(torch.zeros(0, 256), name).scale_MJ.shape == (0, 2)
         assert backends.quantise(torch.zeros(4, 0), name).value_MK.shape == (4, 0)
     assert backends.gemm(none, w).shape == (0, 40) and backends.gemm(w, none).shape == (40, 0)
     assert backends.swiglu(torch.zeros(0, 64)).value_MK.shape == (0, 32)
-    assert backends.turn(none).value_MK.shape == (256, 0)
+    assert backends.retile(none).value_MK.shape == (256, 0)
     assert backends.grouped_gemm(none, [0, 0], stack(w, w)).shape == (0, 40)
-    turned = backends.turn(none, [0, 0])
+    turned = backends.retile(none, [0, 0])
     assert backends.grouped_wgrad(turned, turned, [0, 0]).eq(0).all()
 
 
@@ -225,13 +225,13 @@ def compile_for_hopper():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bessemer.precision.kernels import gemm, grouped, quantise, swiglu
+    from bessemer.precision import triton_gemm, triton_quantise
 
     def ptx(kernel, warps=4, **constants):
         kernel = kernel.fn if hasattr(kernel, "configs") else kernel  # without its tuning
-        pointers = {"x": "*fp8e4nv", "w": "*fp8e4nv", "dy": "*fp8e4nv", "value": "*fp8e4nv", "turned": "*fp8e4nv"}
+        pointers = {"x": "*fp8e4nv", "w": "*fp8e4nv", "dy": "*fp8e4nv", "value": "*fp8e4nv", "out": "*fp8e4nv"}
         pointers |= {"h": "*bf16", "y": "*bf16", "dw": "*fp32", "weight": "*fp32", "count": "*i32"}
-        pointers |= {n: "*fp32" for n in ("scale", "turned_scale", "scale_x", "scale_w", "scale_dy")}
+        pointers |= {n: "*fp32" for n in ("scale", "out_scale", "scale_x", "scale_w", "scale_dy")}
         if "value" in kernel.arg_names:
             pointers["x"] = "*bf16"
         signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
@@ -243,15 +243,15 @@ def compile_for_hopper():
         return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
     for power_of_two in (False, True):
-        yield "tiles", ptx(quantise._tiles, POWER_OF_TWO=power_of_two, ROWS=32)
-    yield "blocks", ptx(quantise._blocks, 8, POWER_OF_TWO=False)
-    yield "turn", ptx(quantise._turn, POWER_OF_TWO=False, GROUPS=5, ROOM=8, FILL=True, COLUMNS=64)
-    yield "swiglu", ptx(swiglu._swiglu, WEIGHTED=True, POWER_OF_TWO=False, ROWS=32)
+        yield "tiles", ptx(triton_quantise._tiles, POWER_OF_TWO=power_of_two, ROWS=32)
+    yield "blocks", ptx(triton_quantise._blocks, 8, POWER_OF_TWO=False)
+    yield "retile", ptx(triton_quantise._retile, POWER_OF_TWO=False, GROUPS=5, ROOM=8, FILL=True, COLUMNS=64)
+    yield "swiglu", ptx(triton_quantise._swiglu, WEIGHTED=True, POWER_OF_TWO=False, ROWS=32)
     size, groups = {"BLOCK_M": 128, "BLOCK_N": 128}, {"GROUPS": 5, "ROOM": 8}
-    yield "gemm", ptx(gemm._gemm, 8, BLOCKS=True, EVEN=True, **size)
-    yield "gemm", ptx(gemm._gemm, 8, BLOCKS=False, EVEN=False, **size)
-    yield "grouped_gemm", ptx(grouped._grouped, 8, BLOCKS=True, EVEN=True, **groups, **size)
-    yield "grouped_wgrad", ptx(grouped._wgrad, 8, **groups, **size)
+    yield "gemm", ptx(triton_gemm._gemm, 8, BLOCKS=True, EVEN=True, **size)
+    yield "gemm", ptx(triton_gemm._gemm, 8, BLOCKS=False, EVEN=False, **size)
+    yield "grouped_gemm", ptx(triton_gemm._grouped, 8, BLOCKS=True, EVEN=True, **groups, **size)
+    yield "grouped_wgrad", ptx(triton_gemm._wgrad, 8, **groups, **size)
 
 
 def check_hopper_code():
@@ -306,10 +306,10 @@ def test_a_cpu_is_served_by_the_emulation(monkeypatch):
     assert all("not triton: " in why and "not torch: " in why and "not deep_gemm: " in why for _, _, why in rows)
     x, w = normal(300, 200), normal(150, 200, seed=1)
     mine, theirs = backends.quantise(x), backends.quantise(w, "block")
-    same(mine, tiles.quantise(x))
-    assert apart(backends.gemm(mine, theirs, torch.float32, "block"), gemm(mine, theirs)) < 1e-12
+    same(mine, quantise(x))
+    assert apart(backends.gemm(mine, theirs, torch.float32, "block"), reference_gemm(mine, theirs)) < 1e-12
     assert backends.gemm(mine, theirs).dtype == torch.bfloat16
-    turned = backends.turn(mine, [100, 200])
+    turned = backends.retile(mine, [100, 200])
     assert turned.value_MK.shape == (200, 384)
     assert backends.grouped_wgrad(turned, turned, [100, 200]).shape == (2, 200, 200)
     assert apart(backends.swiglu(x).dequantise(), F.silu(x[:, :100]) * x[:, 100:]) < 1e-3
@@ -334,7 +334,7 @@ def test_a_forced_backend_that_cannot(monkeypatch, name, fault):
         fault = "the package triton is not installed"
     monkeypatch.setenv(backends.VARIABLE, name)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    x = tiles.quantise(normal(16, 128))
+    x = quantise(normal(16, 128))
     with pytest.raises(UserError, match=fault):
         backends.gemm(x, x)
 
@@ -360,8 +360,8 @@ HOPPER = dict(device=torch.device("cuda"), group="block", shape=(4096, 2112, 716
     ],
 )
 def test_what_is_refused_on_hopper(monkeypatch, name, call, change, why):
-    monkeypatch.setattr(gpu, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(gpu, "_installed", lambda package: True)
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_installed", lambda package: True)
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     said = backends.BACKENDS[name].refuses(backends.Call(call, **HOPPER | change))
     assert said is None if why is None else why in said
@@ -370,15 +370,16 @@ def test_what_is_refused_on_hopper(monkeypatch, name, call, change, why):
 def test_the_table_tells_of_a_forced_backend(monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, "torch")
     rows = {name: (backend, why) for name, backend, why in backends.table("cpu")}
-    assert rows["turn"][0] == "torch" and "forced by BESSEMER_FP8_BACKEND, but refuses: it has block" in rows["turn"][1]
+    backend, why = rows["retile"]
+    assert backend == "torch" and "forced by BESSEMER_FP8_BACKEND, but refuses: it has block" in why
     monkeypatch.setenv(backends.VARIABLE, "emulation")
     assert backends.table("cpu")[0] == ("quantise", "emulation", "forced by BESSEMER_FP8_BACKEND")
 
 
 @pytest.mark.parametrize("capability, order", [((9, 0), "deep_gemm"), ((10, 0), "triton"), ((8, 0), "emulation")])
 def test_the_card_decides(monkeypatch, capability, order):
-    monkeypatch.setattr(gpu, "_capability", lambda device: capability)
-    monkeypatch.setattr(gpu, "_installed", lambda package: True)
+    monkeypatch.setattr(backends, "_capability", lambda device: capability)
+    monkeypatch.setattr(backends, "_installed", lambda package: True)
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     assert {row[0]: row[1] for row in backends.table("cuda")}["gemm"] == order
 
@@ -392,7 +393,7 @@ def test_factors_as_scaled_mm_wants_them(monkeypatch):
         return torch.zeros(len(a), b.shape[1], dtype=how["output_dtype"])
 
     monkeypatch.setattr(F, "scaled_mm", scaled_mm)
-    x, w = tiles.quantise(normal(48, 640)), tiles.quantise(normal(272, 640, seed=1), "block")
+    x, w = quantise(normal(48, 640)), quantise(normal(272, 640, seed=1), "block")
     serve = backends.BACKENDS["torch"].serve["gemm"]
     serve(x, w, torch.bfloat16, "block")
     assert taken["recipes"] == ("BlockWise1x128", "BlockWise128x128") and not taken["use_fast_accum"]
@@ -406,7 +407,7 @@ def test_factors_as_scaled_mm_wants_them(monkeypatch):
 
 def test_bad_operands():
     """The same errors from every backend: they come before one is chosen."""
-    x, w = tiles.quantise(normal(20, 256)), tiles.quantise(normal(30, 128))
+    x, w = quantise(normal(20, 256)), quantise(normal(30, 128))
     value, scale = x
     bad = {
         "256 and 128 columns": lambda: backends.gemm(x, w),
@@ -424,9 +425,9 @@ def test_bad_operands():
         "do not fit 20 rows and 2 matrices": lambda: backends.grouped_gemm(x, [10, 9], stack(x, x)),
         "2 groups .* and 1 matrices": lambda: backends.grouped_gemm(x, [10, 10], stack(x)),
         "w must be an Operand": lambda: backends.grouped_gemm(x, [10, 10], [x, w]),
-        r"\[25, -5\] rows do not fit": lambda: backends.turn(x, [25, -5]),
+        r"\[25, -5\] rows do not fit": lambda: backends.retile(x, [25, -5]),
         r"make them with turn\(operand, count\)": lambda: backends.grouped_wgrad(x, x, [100, 200]),
-        "differ inside of a block": lambda: backends.gemm(x, x, w_group="block"),
+        "differ within a block": lambda: backends.gemm(x, x, w_group="block"),
     }
     for match, call in bad.items():
         with pytest.raises(ValueError, match=match):

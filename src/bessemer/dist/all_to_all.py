@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bessemer.dist import watchdog
-from bessemer.precision.fp8_linear import Recipe
-from bessemer.precision.tiles import TILE, Operand
+from bessemer.precision.fp8_linear import FP8Recipe
+from bessemer.precision.operand import TILE, Operand
 
 
 class Route(NamedTuple):
@@ -36,7 +36,7 @@ class Route(NamedTuple):
     n_tokens: int
     """T."""
     group: Any
-    recipe: Recipe | None
+    recipe: FP8Recipe | None
 
 
 def received(send: list[int], group: Any, device: torch.device) -> list[int]:

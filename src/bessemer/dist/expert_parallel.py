@@ -31,8 +31,8 @@ from torch import Tensor
 from bessemer.model import fp8, moe
 from bessemer.dist import all_to_all
 from bessemer.dist.all_to_all import Route
-from bessemer.precision.fp8_linear import Recipe
-from bessemer.precision.tiles import Operand
+from bessemer.precision.fp8_linear import FP8Recipe
+from bessemer.precision.operand import Operand
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Exchange:
     sent_bytes: Counter = field(default_factory=Counter)
     """Rows sent forward to other ranks, by link."""
 
-    def dispatch(self, x_ND: Tensor, routing: moe.Routing, recipe: Recipe | None = None) -> Sent:
+    def dispatch(self, x_ND: Tensor, routing: moe.Routing, recipe: FP8Recipe | None = None) -> Sent:
         """All rows for this rank's experts, in expert order; with a recipe in FP8."""
         if recipe is None:
             at = _At(x_ND, routing.expert_NK, routing.weight_NK, None)
@@ -110,7 +110,7 @@ class Exchange:
             y = all_to_all.return_(y, route)
         return y
 
-    def _hop(self, at: _At, hop: Hop, recipe: Recipe | None) -> tuple[_At, Route]:
+    def _hop(self, at: _At, hop: Hop, recipe: FP8Recipe | None) -> tuple[_At, Route]:
         place_TK = torch.div(at.expert_TK - hop.first, hop.width, rounding_mode="floor")
         place_TK = place_TK.masked_fill(at.expert_TK < 0, -1)
         goes_PT = torch.stack([(place_TK == place).any(1) for place in range(hop.places)])
@@ -144,7 +144,7 @@ class Exchange:
 class PlainExchange(Exchange):
     """One all-to-all as anyone would write it: a row for every token and expert, summed at home."""
 
-    def dispatch(self, x_ND: Tensor, routing: moe.Routing, recipe: Recipe | None = None) -> Sent:
+    def dispatch(self, x_ND: Tensor, routing: moe.Routing, recipe: FP8Recipe | None = None) -> Sent:
         each = moe.Routing(routing.expert_NK.reshape(-1, 1), routing.weight_NK.reshape(-1, 1), routing.balance)
         return super().dispatch(x_ND.repeat_interleave(routing.expert_NK.shape[1], 0), each, recipe)
 

@@ -1,4 +1,4 @@
-"""Block FP8 in a model directory, as released (reference B.1, B.2 and D.4; tiles: `precision.block_fp8`).
+"""Block FP8 in a model directory, as released (reference B.1, B.2 and D.4; tiles: `precision.formats`).
 
 Written: the matrices of `Slot.fp8` as F8_E4M3, each with `<key>_scale_inv` [ceil(R/128), ceil(C/128)] beside it, always
 F32. Scales are "float32" (amax / 448, as V3 and R1 were released) or "ue8m0" (powers of two, as V3.1 was). The rest
@@ -28,7 +28,8 @@ from bessemer.errors import UserError
 from bessemer.hf.names import SCALE_SUFFIX, Slot
 from bessemer.hf.reader import Checkpoint
 from bessemer.hf.writer import Planned
-from bessemer.precision.block_fp8 import E4M3_MAX, SMALLEST, quantise, tiles
+from bessemer.precision.formats import quantise_blocks, scale_shape
+from bessemer.precision.operand import E4M3_MAX, SMALLEST
 
 BLOCK = 128
 Scales = Literal["float32", "ue8m0"]
@@ -76,7 +77,7 @@ class Export:
             quantised = self.scales and slot.fp8
             found.append(Planned(slot.key, torch.float8_e4m3fn if quantised else dtype, slot.shape))
             if quantised:
-                found.append(Planned(slot.key + SCALE_SUFFIX, torch.float32, tiles(slot.shape, BLOCK)))
+                found.append(Planned(slot.key + SCALE_SUFFIX, torch.float32, scale_shape(slot.shape, BLOCK)))
         return found
 
     def tensors(self) -> Iterator[Tensor]:
@@ -88,7 +89,7 @@ class Export:
                 yield self.read(slot, dtype)
             elif slot.fp8:
                 weight = _finite(slot, self.read(slot, torch.float32))
-                yield from self.kept(slot) or quantise(weight, BLOCK, ue8m0=self.scales == "ue8m0")
+                yield from self.kept(slot) or quantise_blocks(weight, BLOCK, ue8m0=self.scales == "ue8m0")
             else:
                 yield _finite(slot, self.read(slot, dtype))
 
@@ -155,7 +156,7 @@ def _warn_of_misreading(layout: list[Slot]) -> None:
     Sizes that it cannot divide so (the 576 rows of V3's own kv_a_proj) it refuses, which needs no words here.
     """
     for slot in filter(lambda slot: slot.fp8, layout):
-        cuts = zip(slot.shape, tiles(slot.shape, BLOCK), strict=True)
+        cuts = zip(slot.shape, scale_shape(slot.shape, BLOCK), strict=True)
         if any(n > 1 and size % n == 0 and size != n * BLOCK for size, n in cuts):
             warnings.warn(
                 f"{slot.key} {list(slot.shape)} is not cut evenly by tiles of {BLOCK}: transformers (5.24 was tried) "

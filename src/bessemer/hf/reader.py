@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bessemer.errors import UserError
 from bessemer.hf.names import DERIVED, SCALE_SUFFIX, Slot
-from bessemer.precision.block_fp8 import dequantise, tiles
+from bessemer.precision.formats import dequantise_blocks, scale_shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -102,8 +102,8 @@ class Checkpoint:
         entry, scale = self.entries[key], self.entries.get(key + SCALE_SUFFIX)
         if scale is None:
             raise UserError(f"{entry.file}: tensor {key} is FP8, but {key}{SCALE_SUFFIX} is missing; {AGAIN}")
-        if len(entry.shape) != 2 or scale.shape != tiles(entry.shape, self.block):
-            wanted = list(tiles(entry.shape, self.block)) if len(entry.shape) == 2 else "none (not a matrix)"
+        if len(entry.shape) != 2 or scale.shape != scale_shape(entry.shape, self.block):
+            wanted = list(scale_shape(entry.shape, self.block)) if len(entry.shape) == 2 else "none (not a matrix)"
             raise UserError(
                 f"{scale.file}: tensor {key}{SCALE_SUFFIX} is {list(scale.shape)}, but {list(entry.shape)} in tiles of "
                 f"{self.block} needs {wanted}; {AGAIN}"
@@ -119,7 +119,7 @@ class Checkpoint:
         dtype = self.stored_dtype(key) if dtype is None else dtype
         raw = self.raw(key)
         if raw.dtype is torch.float8_e4m3fn:
-            return dequantise(raw, self.raw(key + SCALE_SUFFIX), self.block, dtype)
+            return dequantise_blocks(raw, self.raw(key + SCALE_SUFFIX), self.block, dtype)
         return raw.to(dtype)
 
     def raw(self, key: str) -> Tensor:

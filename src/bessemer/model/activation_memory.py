@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from bessemer.model import attention, attention_cpu
 from bessemer.model.config import ModelConfig
 from bessemer.model.recompute import Phase
-from bessemer.precision.tiles import TILE
+from bessemer.precision.operand import TILE
 
 INDEX, NUMBER = 8, 4  # int64, float32
 ROUTED = 3 * INDEX + NUMBER

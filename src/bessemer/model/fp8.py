@@ -30,16 +30,16 @@ from bessemer.model.attention import recomputing, recomputing_backward
 from bessemer.model.deferred import gradient
 from bessemer.model.norm import RMSNorm, normalise, normalise_backward
 from bessemer.precision import backends
-from bessemer.precision.e5m6 import Packed, pack
-from bessemer.precision.fp8_linear import Recipe, Turned, forward, input_gradient, turned, weight_gradient
-from bessemer.precision.tiles import Operand
+from bessemer.precision.formats import PackedE5M6, pack_e5m6
+from bessemer.precision.fp8_linear import FP8Recipe, TokenTiles, forward, input_gradient, token_tiles, weight_gradient
+from bessemer.precision.operand import Operand
 
 if TYPE_CHECKING:
     from bessemer.model.mla import MLA
 
 
 @torch.compiler.disable
-def send(x_ND: Tensor, token_M: Tensor, recipe: Recipe) -> tuple[Tensor, Operand]:
+def send(x_ND: Tensor, token_M: Tensor, recipe: FP8Recipe) -> tuple[Tensor, Operand]:
     """What goes to the experts, a token once for each of them: `lead`, and the rows of the operand. V3: 7,168 + 4 * 56
     bytes a row instead of 14,336."""
     x = recipe.quantised(x_ND, power_of_two=True)
@@ -67,14 +67,14 @@ class _Lead(torch.autograd.Function):
 
 
 @torch.compiler.disable
-def swiglu(x_MD: Tensor, w13: Tensor, w2: Tensor, recipe: Recipe) -> Tensor:
+def swiglu(x_MD: Tensor, w13: Tensor, w2: Tensor, recipe: FP8Recipe) -> Tensor:
     """W_2 (silu(W_1 x) * W_3 x), [M, D]: dense FFN and shared experts."""
     return _SwiGLU.apply(x_MD, *recipe.quantised(x_MD), None, w13, w2, recipe, None)
 
 
 @torch.compiler.disable
 def expert_swiglu(
-    rows_MD: Tensor, sent: Operand, w13: Tensor, w2: Tensor, recipe: Recipe, weight_M: Tensor, count: Sequence[int]
+    rows_MD: Tensor, sent: Operand, w13: Tensor, w2: Tensor, recipe: FP8Recipe, weight_M: Tensor, count: Sequence[int]
 ) -> Tensor:
     """The same of routed experts: rows as `send` gives them, in expert order, `count` of each; w13 [E, 2F, D] and w2
     [E, D, F]; every row times its gate `weight_M`."""
@@ -108,7 +108,7 @@ class _SwiGLU(torch.autograd.Function):
             dweight = torch.linalg.vecdot(dact, act).to(weight_M.dtype)
             act = act * weight_M[:, None]
             dact = dact * weight_M[:, None]
-        act = turned(act, recipe, count)
+        act = token_tiles(act, recipe, count)
         dw2 = gradient(w2, lambda: weight_gradient(dy, act, recipe, count))
         # d silu(g) = sig (1 + g (1 - sig)) = sig + silu (1 - sig)
         dgate = (dact * up).mul_((1 - sig).mul_(silu).add_(sig))
@@ -118,7 +118,7 @@ class _SwiGLU(torch.autograd.Function):
         return dx, None, None, dweight, dw13, dw2, None, None
 
 
-def _activated(h_MH: Tensor, weight_M: Tensor | None, recipe: Recipe) -> Operand:
+def _activated(h_MH: Tensor, weight_M: Tensor | None, recipe: FP8Recipe) -> Operand:
     """silu(gate) * up, times the gate of the row, as an operand [M, F]."""
     if recipe.activation == "tile":
         return backends.swiglu(h_MH, weight_M, recipe.power_of_two)
@@ -129,7 +129,7 @@ def _activated(h_MH: Tensor, weight_M: Tensor | None, recipe: Recipe) -> Operand
 
 @torch.compiler.disable
 def attention(
-    norm: RMSNorm, mla: MLA, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, recipe: Recipe
+    norm: RMSNorm, mla: MLA, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, recipe: FP8Recipe
 ) -> Tensor:
     """mla(norm(x)), [B, T, D]."""
     weights = {"norm": norm.weight, **{name.removesuffix(".weight"): p for name, p in mla.named_parameters()}}
@@ -139,7 +139,7 @@ def attention(
 class _Shape:
     """What `_Attention` knows beside tensors, and the half of its forward that backward repeats."""
 
-    def __init__(self, mla: MLA, eps: float, recipe: Recipe, names: tuple[str, ...]):
+    def __init__(self, mla: MLA, eps: float, recipe: FP8Recipe, names: tuple[str, ...]):
         self.cfg, self.latent_eps, self.eps, self.recipe, self.names = mla.cfg, mla.kv_norm.eps, eps, recipe, names
 
     def normed(self, x: Tensor, gain: Tensor, eps: float) -> Operand:
@@ -169,7 +169,7 @@ class _Attention(torch.autograd.Function):
         o = recipe.quantised(out, power_of_two=True)
         y = forward(o, w["wo"], recipe)
         ctx.shape = shape
-        ctx.save_for_backward(x_BTD, q_latent, kv_latent, *pack(out, o.scale_MJ), lse, rope, segments_BT, *weights)
+        ctx.save_for_backward(x_BTD, q_latent, kv_latent, *pack_e5m6(out, o.scale_MJ), lse, rope, segments_BT, *weights)
         return y.view_as(x_BTD)
 
     @staticmethod
@@ -179,14 +179,14 @@ class _Attention(torch.autograd.Function):
         shape, recipe, cfg = ctx.shape, ctx.shape.recipe, ctx.shape.cfg
         w, grads = dict(zip(shape.names, weights, strict=True)), {}
 
-        def through(name: str, dy: Tensor, x: Operand | Turned) -> Tensor:
+        def through(name: str, dy: Tensor, x: Operand | TokenTiles) -> Tensor:
             """Past one matrix: its gradient into `grads`, its input's returned."""
             operand = recipe.quantised_gradient(dy)
             grads[name] = gradient(w[name], lambda: weight_gradient(operand, x, recipe))
             return input_gradient(operand, w[name], recipe)
 
-        out = Packed(code, scale).unpack(cfg.n_heads * cfg.v_head_dim, x_BTD.dtype)
-        dout = through("wo", dy_BTD.flatten(0, 1), turned(out, recipe, power_of_two=True))
+        out = PackedE5M6(code, scale).unpack(cfg.n_heads * cfg.v_head_dim, x_BTD.dtype)
+        dout = through("wo", dy_BTD.flatten(0, 1), token_tiles(out, recipe, power_of_two=True))
         x = shape.normed(x_BTD.flatten(0, 1), w["norm"], shape.eps)
         q_in, kv_in, core = shape.expand(w, x, q_latent, kv_latent, x_BTD.shape[:2])
         dout, out = (t.view(*x_BTD.shape[:2], cfg.n_heads, -1) for t in (dout, out))

@@ -22,7 +22,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.mla import MLA
 from bessemer.model.norm import RMSNorm
 from bessemer.model.recompute import Phase, recomputed
-from bessemer.precision.fp8_linear import Recipe
+from bessemer.precision.fp8_linear import FP8Recipe
 
 
 class Attended(NamedTuple):
@@ -36,7 +36,7 @@ class Attended(NamedTuple):
 class Layer(nn.Module):
     """x + Attn(norm(x)), then h + FFN(norm(h)) (V3 2.1)."""
 
-    fp8: Recipe | None = None
+    fp8: FP8Recipe | None = None
     """How training computes the matrices (`Transformer.set_fp8`); None: in the compute dtype."""
     recompute: frozenset[Phase] = frozenset()
     """Phases that training makes again in backward (`Transformer.set_recompute`)."""

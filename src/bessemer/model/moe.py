@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from bessemer.model import fp8
 from bessemer.model.config import ModelConfig
 from bessemer.model.experts import expert_ffn
-from bessemer.precision.fp8_linear import Recipe
-from bessemer.precision.tiles import Operand
+from bessemer.precision.fp8_linear import FP8Recipe
+from bessemer.precision.operand import Operand
 
 EXPERTS = ".experts."
 """In the name of every tensor that has a row for each routed expert."""
@@ -138,7 +138,7 @@ def sequence_balance(score_NE: Tensor, count_SE: Tensor, n_activated: int, whole
     return (f_SE * share_STE.mean(1)).sum()
 
 
-def dispatch(x_ND: Tensor, routing: Routing, n_experts: int, recipe: Recipe | None = None) -> Dispatched:
+def dispatch(x_ND: Tensor, routing: Routing, n_experts: int, recipe: FP8Recipe | None = None) -> Dispatched:
     """Copies each token once per chosen expert, sorted by expert (ties in token order); with a recipe in FP8."""
     N, K = routing.expert_NK.shape
     expert_M, order_M = routing.expert_NK.flatten().sort(stable=True)
@@ -161,7 +161,7 @@ def combine(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
 class Experts(nn.Module):
     """The routed experts of one layer, stacked: w13 [E, 2F, D] (gate rows, then up rows), w2 [E, D, F]."""
 
-    fp8: Recipe | None = None
+    fp8: FP8Recipe | None = None
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -181,7 +181,7 @@ class Experts(nn.Module):
 class FFN(nn.Module):
     """SwiGLU: W_2 (silu(W_1 x) * (W_3 x)), with W_1 and W_3 stacked in w13. Dense layers and shared experts."""
 
-    fp8: Recipe | None = None
+    fp8: FP8Recipe | None = None
 
     def __init__(self, dim: int, inner: int):
         super().__init__()

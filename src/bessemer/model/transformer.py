@@ -21,7 +21,7 @@ from bessemer.model.moe import FFN, Experts, Gate
 from bessemer.model.mtp import MTPModule, predictions
 from bessemer.model.norm import RMSNorm
 from bessemer.model.recompute import PHASES, Phase
-from bessemer.precision.fp8_linear import Recipe
+from bessemer.precision.fp8_linear import FP8Recipe
 
 RECOMPUTES_ITSELF = (
     "training in FP8 makes norms, gates and activations again by itself; choose no phases for it (recompute = [])"
@@ -89,7 +89,7 @@ class Transformer(nn.Module):
                 parameter.data = parameter.data.to(dtype)
         return self
 
-    def set_fp8(self, recipe: Recipe | None) -> Transformer:
+    def set_fp8(self, recipe: FP8Recipe | None) -> Transformer:
         """Training computes the matrices of attention, FFN and experts in FP8 (`fp8`), all else as before; in eval mode
         nothing changes. None: not in FP8."""
         if recipe is not None and any(getattr(module, "recompute", ()) for module in self.modules()):

@@ -25,7 +25,7 @@ from bessemer.model.counts import flops_per_token
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.stages.pretrain import HELDOUT_ROWS, train_settings
-from bessemer.precision.fp8_linear import RECIPES
+from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.runs import record
 from bessemer.runs.directory import stage_folders
 from bessemer.tasks.arithmetic import Arithmetic
@@ -81,7 +81,7 @@ def here(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> Here:
     length = cfg.max_seq_len if corpus is None else corpus.row_length
     model = Transformer(cfg).initialise(recipe.seed).to(setup.device())
     if settings.fp8 != "off":
-        model.set_fp8(RECIPES[settings.fp8])
+        model.set_fp8(FP8_RECIPES[settings.fp8])
     speed.keep_memory()
     flops = settings.tokens * flops_per_token(cfg, length, mtp=cfg.n_mtp > 0).training
     compiled = settings.fp8 == "off" and speed.want_compile(settings.compile, flops)

@@ -17,7 +17,7 @@ from bessemer.plan.overlap import Times
 from bessemer.plan.routing import Places, places
 from bessemer.plan.setup import Setup
 from bessemer.plan.work import Phase
-from bessemer.precision.tiles import TILE
+from bessemer.precision.operand import TILE
 
 
 def seconds(kernels: Kernels, ops: Iterable[Op], setup: Setup) -> float:

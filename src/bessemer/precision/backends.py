@@ -1,40 +1,66 @@
-"""Which code serves an FP8 call, and why: one table, and the functions that go through it.
+"""Which code serves an FP8 call, and why: one table, the functions that go through it, and the adapters to GPU code.
 
-    emulation    tiles.py and emulation.py: any device, any shape; what every other is held against
-    triton       the kernels of precision/kernels: NVIDIA of compute capability 8.9 or newer
+    emulation    plain torch (`operand.quantise`, emulation.py): any device, any shape; the reference for all others
+    triton       our kernels (triton_quantise.py, triton_gemm.py): NVIDIA of compute capability 8.9 or newer
     torch        torch.nn.functional.scaled_mm with block scales (cuBLASLt): Hopper, dense GEMM
     deep_gemm    the package of that name, where installed: Hopper, GEMMs with weights quantised by blocks
 
-The first of `ORDER` that does not refuse a call serves it. BESSEMER_FP8_BACKEND=<name> forces one; a call that it
-refuses is then an error with the reason. Wrong operands are errors before any backend is asked, so all of them answer
-the same way; and all of them agree on these: no rows give no rows; a group of zeros has factor 1; a group with a NaN
-or an infinity is NaN throughout.
+The first backend of `ORDER` that does not refuse a call serves it. BESSEMER_FP8_BACKEND=<name> forces one; a call that
+it refuses is then an error with the reason. Invalid operands are rejected before a backend is chosen, so all backends
+raise the same errors. All agree on the edge cases: no rows give no rows; a group of zeros has factor 1; a group with a
+NaN or an infinity is NaN throughout.
 
 Shapes: M and N rows of the operands, K columns summed over, J = ceil(K / 128), G groups.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.errors import UserError
-from bessemer.precision import emulation, gpu, tiles
-from bessemer.precision.gpu import VARIABLE, Call
-from bessemer.precision.operands import check_matrix, check_operand, check_pair, counts
-from bessemer.precision.tiles import TILE, Group, Operand
+from bessemer.precision import emulation, operand
+from bessemer.precision.operand import (
+    TILE,
+    Group,
+    Operand,
+    block_factors,
+    check_counts,
+    check_matrix,
+    check_operand,
+    check_pair,
+)
 
-CALLS = ("quantise", "turn", "swiglu", "gemm", "grouped_gemm", "grouped_wgrad")
+CALLS = ("quantise", "retile", "swiglu", "gemm", "grouped_gemm", "grouped_wgrad")
 ORDER = ("deep_gemm", "torch", "triton", "emulation")
 """By published speed."""
+VARIABLE = "BESSEMER_FP8_BACKEND"
+
+
+class Call(NamedTuple):
+    """What a backend must know to take a call or refuse it. None: not known yet, any value that it can serve."""
+
+    name: str
+    device: torch.device
+    group: Group | None = None
+    """Of the matrix to quantise, or how the GEMM's w was quantised."""
+    shape: tuple[int, int, int] | None = None
+    """M, N, K of a GEMM."""
+    out_dtype: torch.dtype | None = None
+    count: tuple[int, ...] | None = None
 
 
 class Backend(NamedTuple):
     good_for: str
+    """What it is, for the table."""
     refuses: Callable[[Call], str | None]
     """Why it cannot serve the call, in one sentence; None if it can."""
     serve: dict[str, Callable[..., Any]]
@@ -50,14 +76,14 @@ def quantise(x_MK: Tensor, group: Group = "tile", power_of_two: bool = False) ->
     return choose("quantise", x_MK, group).serve["quantise"](x_MK, group, power_of_two)
 
 
-def turn(operand: Operand, count: Sequence[int] | None = None, power_of_two: bool = False) -> Operand:
+def retile(x: Operand, count: Sequence[int] | None = None, power_of_two: bool = False) -> Operand:
     """[T, K] in tiles of 1 x 128 as [K, T] in tiles along the tokens (V3 3.3.2: 128 x 1), for wgrad.
 
-    With `count`, tokens per group, every group's columns are filled up with zeros to a multiple of 128: [K, P], what
-    grouped_wgrad takes."""
-    check_operand("the operand", operand)
-    count = counts(count, len(operand.value_MK)) if count is not None else None
-    return choose("turn", operand).serve["turn"](operand, count, power_of_two)
+    With `count`, tokens per group, every group's columns are padded with zeros to a multiple of 128: [K, P], as
+    grouped_wgrad expects."""
+    check_operand("the operand", x)
+    count = check_counts(count, len(x.value_MK)) if count is not None else None
+    return choose("retile", x).serve["retile"](x, count, power_of_two)
 
 
 def swiglu(h_MF: Tensor, weight_M: Tensor | None = None, power_of_two: bool = False) -> Operand:
@@ -73,9 +99,10 @@ def swiglu(h_MF: Tensor, weight_M: Tensor | None = None, power_of_two: bool = Fa
 
 
 def gemm(x: Operand, w: Operand, out_dtype: torch.dtype = torch.bfloat16, w_group: Group = "tile") -> Tensor:
-    """x w^T, [M, N]. w_group="block" says that w was quantised by blocks, which is faster; if it was not, the result
-    is an error (emulation) or NaN (kernels), never a wrong number. A tensor core reads FP8 along the summed dimension
-    only: values that lie across it (`tiles.transpose`) are copied first, so keep the copy where it is used again."""
+    """x w^T, [M, N]. w_group="block" declares that w was quantised by blocks, which is faster; if it was not, the
+    result is an error (emulation) or NaN (kernels), never a wrong number. A tensor core reads FP8 along the summed
+    dimension only: values laid out across it (`operand.transpose`) are copied first, so keep the copy if it is used
+    again."""
     check_pair(x, w, out_dtype)
     return choose("gemm", x, w, out_dtype, w_group).serve["gemm"](x, w, out_dtype, w_group)
 
@@ -86,25 +113,25 @@ def grouped_gemm(
     """Rows of x in the order of their groups, count[g] of each, times w_g^T: [M, N]. w holds them stacked, values
     [G, N, K] and factors [G, N, J]."""
     check_pair(x, w, out_dtype, stacked=True)
-    count = counts(count, len(x.value_MK), len(w.value_MK))
+    count = check_counts(count, len(x.value_MK), len(w.value_MK))
     backend = choose("grouped_gemm", x, w, out_dtype, w_group, count)
     return backend.serve["grouped_gemm"](x, count, w, out_dtype, w_group)
 
 
 def grouped_wgrad(dy: Operand, x: Operand, count: Sequence[int], out_dtype: torch.dtype = torch.float32) -> Tensor:
-    """dW_g = dy_g^T x_g for every group, [G, N, K], of dy [N, P] and x [K, P] as `turn(_, count)` gives them."""
+    """dW_g = dy_g^T x_g for every group, [G, N, K], of dy [N, P] and x [K, P] as `retile(_, count)` gives them."""
     check_pair(dy, x, out_dtype)
-    count = counts(count)
-    filled = sum(-(-c // TILE) * TILE for c in count)
-    if dy.value_MK.shape[1] != filled:
+    count = check_counts(count)
+    padded = sum(-(-c // TILE) * TILE for c in count)
+    if dy.value_MK.shape[1] != padded:
         raise ValueError(
-            f"operands of {dy.value_MK.shape[1]} columns do not hold {list(count)} tokens, every group filled up to a "
-            f"multiple of {TILE}: that is {filled}; make them with turn(operand, count)"
+            f"operands of {dy.value_MK.shape[1]} columns do not hold {list(count)} tokens, every group padded to a "
+            f"multiple of {TILE}: that is {padded}; make them with retile(operand, count)"
         )
     return choose("grouped_wgrad", dy, x, out_dtype, "tile", count).serve["grouped_wgrad"](dy, x, count, out_dtype)
 
 
-# --- the table ---------------------------------------------------------------------------------------------------
+# --- the choice --------------------------------------------------------------------------------------------------
 
 
 def choose(name: str, first: Tensor | Operand, *rest: Any) -> Backend:
@@ -122,7 +149,7 @@ def choose(name: str, first: Tensor | Operand, *rest: Any) -> Backend:
 
 
 def table(device: torch.device | str) -> list[tuple[str, str, str]]:
-    """Rows (call, backend, why): what serves each call on this device, and why none that comes before it does. For a
+    """Rows (call, backend, why): which backend serves each call on this device, and why earlier ones do not. For a
     forced backend: whether it can."""
     rows, forced = [], os.environ.get(VARIABLE)
     for name in CALLS:
@@ -139,7 +166,7 @@ def table(device: torch.device | str) -> list[tuple[str, str, str]]:
 
 
 def summary(rows: Iterable[Sequence[str]]) -> str:
-    """A `table` in a few words: "by emulation", or "gemm by torch; quantise, turn by triton"."""
+    """A `table` in one line: "by emulation", or "gemm by torch; quantise, retile by triton"."""
     served: dict[str, list[str]] = {}
     for call, backend, _ in rows:
         served.setdefault(backend, []).append(call)
@@ -152,21 +179,181 @@ def _call(name: str, first: Tensor | Operand, *rest: Any) -> Call:
     if isinstance(first, Tensor):
         return Call(name, first.device, rest[0] if rest else None)
     device, (M, K) = first.value_MK.device, first.value_MK.shape
-    if name == "turn":
+    if name == "retile":
         return Call(name, device)
     w, out_dtype, w_group, *count = rest
     return Call(name, device, w_group, (M, w.value_MK.shape[-2], K), out_dtype, count[0] if count else None)
 
 
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of an NVIDIA device; (0, 0) of any other."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return (0, 0)
+    return torch.cuda.get_device_capability(device)
+
+
+# --- triton ------------------------------------------------------------------------------------------------------
+
+
+def _triton_refuses(call: Call) -> str | None:
+    if not _installed("triton"):
+        return "the package triton is not installed"
+    if call.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get(VARIABLE) == "triton":
+        pass  # for tests: slow beyond use
+    elif _capability(call.device) < (8, 9):
+        return "it needs an NVIDIA GPU of compute capability 8.9 or newer"
+    if call.name == "quantise" and call.group == "tensor":
+        return "it has no kernel for one factor over the whole tensor"
+    return None
+
+
+def _triton(module: str, function: str) -> Callable[..., Any]:
+    """The kernel's launcher, imported at the first call because triton is optional. Triton launches on the current
+    device whatever its operands are on, so theirs is made the current one."""
+
+    def call(first: Tensor | Operand, *rest: Any) -> Any:
+        launch = getattr(importlib.import_module(f"bessemer.precision.{module}"), function)
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first.value_MK):
+            return launch(first, *rest)
+
+    return call
+
+
+def _triton_quantise(x_MK: Tensor, group: Group, power_of_two: bool) -> Operand:
+    return _triton("triton_quantise", "quantise_tiles" if group == "tile" else "quantise_blocks")(x_MK, power_of_two)
+
+
+def _triton_gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
+    return _triton("triton_gemm", "gemm")(x, w, out_dtype, w_group == "block")
+
+
+def _triton_grouped(x: Operand, count: Sequence[int], w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
+    return _triton("triton_gemm", "grouped_gemm")(x, count, w, out_dtype, w_group == "block")
+
+
+# --- torch -------------------------------------------------------------------------------------------------------
+
+
+def _torch_refuses(call: Call) -> str | None:
+    """scaled_mm takes row-major x [M, K] and column-major w^T, factors of x column by column, those of w as 1x128 or
+    as 128x128. It needs Hopper, cuBLASLt 12.9, and K and N in multiples of 16. M in multiples of 16 is our caution:
+    cuBLAS lays factors out by rows of x, and a ragged end has not been tried."""
+    if call.name != "gemm":
+        return "it has block-scaled GEMMs of two matrices only"
+    if not hasattr(F, "scaled_mm"):
+        return "this torch has no torch.nn.functional.scaled_mm (it came with 2.10)"
+    if _capability(call.device)[0] != 9:
+        return "its block scales are for Hopper (compute capability 9.0) only"
+    if tuple(map(int, torch.version.cuda.split(".")[:2])) < (12, 9):
+        return f"its block scales need CUDA 12.9 or newer; this torch was built with {torch.version.cuda}"
+    if call.group == "tensor":
+        return "it is used for w by tiles or by blocks"
+    if call.shape and (any(size % 16 for size in call.shape) or 0 in call.shape):
+        return f"M, N and K must be multiples of 16, are {list(call.shape)}"
+    return None
+
+
+def _torch_gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
+    tile, block = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+    if w_group == "block":
+        # Columns of blocks, each padded to a multiple of four: cuBLAS would read past a shorter column.
+        factors_BJ = block_factors(w)
+        padded = factors_BJ.new_zeros(len(factors_BJ), -(-factors_BJ.shape[1] // 4) * 4)
+        padded[:, : factors_BJ.shape[1]] = factors_BJ
+        scale_w, recipe_w = padded.t(), block
+    else:
+        scale_w, recipe_w = _by_columns(w.scale_MJ), tile
+    return F.scaled_mm(
+        x.value_MK.contiguous(), w.value_MK.contiguous().t(), _by_columns(x.scale_MJ), tile, scale_w, recipe_w,
+        output_dtype=out_dtype, use_fast_accum=False,
+    )  # fmt: skip
+
+
+def _by_columns(scale_MJ: Tensor) -> Tensor:
+    """The same factors with strides (1, M), as our kernels already return them."""
+    M, J = scale_MJ.shape
+    if scale_MJ.stride() == (1, M):
+        return scale_MJ
+    return torch.empty_strided((M, J), (1, M), dtype=scale_MJ.dtype, device=scale_MJ.device).copy_(scale_MJ)
+
+
+# --- deep_gemm ---------------------------------------------------------------------------------------------------
+
+
+def _deep_gemm_refuses(call: Call) -> str | None:
+    """Only what its README documents and what rounds as we do: on Blackwell it rounds factors up to powers of two, so
+    it is not used there."""
+    if call.name not in ("gemm", "grouped_gemm"):
+        return "only its dense and its contiguous grouped GEMM are used"
+    if not _installed("deep_gemm"):
+        return "the package deep_gemm is not installed (pip install sgl-deep-gemm)"
+    if _capability(call.device)[0] != 9:
+        return "it is used on Hopper (compute capability 9.0) only"
+    if call.group not in (None, "block"):
+        return "it needs w quantised by blocks"
+    if call.out_dtype not in (None, torch.bfloat16):
+        return f"its results are bfloat16 here, not {call.out_dtype}"
+    if call.shape and (call.shape[1] % 64 or call.shape[2] % TILE or 0 in call.shape):
+        return f"N must be a multiple of 64 and K of {TILE}, are {call.shape[1]} and {call.shape[2]}"
+    if call.count and any(c % TILE for c in call.count):
+        return f"every group's rows must be a multiple of {TILE}"
+    return None
+
+
+def _deep_gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
+    import deep_gemm
+
+    y_MN = torch.empty(len(x.value_MK), len(w.value_MK), dtype=out_dtype, device=x.value_MK.device)
+    deep_gemm.fp8_gemm_nt((x.value_MK.contiguous(), x.scale_MJ), (w.value_MK.contiguous(), block_factors(w)), y_MN)
+    return y_MN
+
+
+def _deep_gemm_grouped(x: Operand, count: Sequence[int], w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
+    import deep_gemm
+
+    device = x.value_MK.device
+    group_M = torch.arange(len(count), dtype=torch.int32).repeat_interleave(torch.tensor(count)).to(device)
+    y_MN = torch.empty(len(x.value_MK), w.value_MK.shape[1], dtype=out_dtype, device=device)
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
+        (x.value_MK.contiguous(), x.scale_MJ), (w.value_MK.contiguous(), block_factors(w)), y_MN, group_M
+    )
+    return y_MN
+
+
+# --- the table ---------------------------------------------------------------------------------------------------
+
 BACKENDS: dict[str, Backend] = {
-    "deep_gemm": Backend("kernels of DeepSeek's library", gpu.REFUSES["deep_gemm"], gpu.SERVES["deep_gemm"]),
-    "torch": Backend("cuBLASLt", gpu.REFUSES["torch"], gpu.SERVES["torch"]),
-    "triton": Backend("our kernels", gpu.REFUSES["triton"], gpu.SERVES["triton"]),
-    "emulation": Backend(
-        "exact on any device, in float32", lambda call: None,
+    "deep_gemm": Backend(
+        "kernels of DeepSeek's library", _deep_gemm_refuses, {"gemm": _deep_gemm, "grouped_gemm": _deep_gemm_grouped}
+    ),
+    "torch": Backend("cuBLASLt", _torch_refuses, {"gemm": _torch_gemm}),
+    "triton": Backend(
+        "our kernels",
+        _triton_refuses,
         {
-            "quantise": tiles.quantise, "turn": emulation.turn, "swiglu": emulation.swiglu, "gemm": emulation.gemm,
-            "grouped_gemm": emulation.grouped_gemm, "grouped_wgrad": emulation.grouped_wgrad,
+            "quantise": _triton_quantise,
+            "retile": _triton("triton_quantise", "retile"),
+            "swiglu": _triton("triton_quantise", "swiglu"),
+            "gemm": _triton_gemm,
+            "grouped_gemm": _triton_grouped,
+            "grouped_wgrad": _triton("triton_gemm", "grouped_wgrad"),
         },
     ),
-}  # fmt: skip
+    "emulation": Backend(
+        "exact on any device, in float32",
+        lambda call: None,
+        {
+            "quantise": operand.quantise,
+            "retile": emulation.retile,
+            "swiglu": emulation.swiglu,
+            "gemm": emulation.gemm,
+            "grouped_gemm": emulation.grouped_gemm,
+            "grouped_wgrad": emulation.grouped_wgrad,
+        },
+    ),
+}

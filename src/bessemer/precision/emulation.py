@@ -1,6 +1,16 @@
-"""The FP8 calls beside quantise in plain torch, on any device: what serves a CPU, and the oracle of the kernels.
+"""The FP8 calls in plain torch, on any device: what a CPU computes with, and the oracle of the kernels.
 
-Shapes: T tokens or M rows, K columns, N outputs, G groups; P columns, every group's filled up to a multiple of 128.
+`reference_gemm` is what an FP8 GEMM of DeepSeek-V3 computes, to the last step (V3 3.3.2):
+
+    y[m, n] = sum over blocks j of 128 columns: s_x[m, j] * s_w[n, j] * <x_q, w_q>_j
+
+Inside a block the tensor core sums the products; between blocks the sum is float32 with the factors multiplied in,
+which is the promotion to CUDA cores. Hopper's tensor cores keep about 14 bits while they sum. `bits` reproduces that
+loss: every MMA instruction adds 32 columns and truncates. Without promotion (`promote=None`) the loss grows over the
+whole of K, and only one factor per row can be applied: the operands must be quantised by tensor. The other functions
+multiply the factors in first, so that each product is one float32 GEMM; they are the rows of `backends.BACKENDS`.
+
+Shapes: T tokens or M rows, K columns, N outputs, G groups; P columns, every group padded to a multiple of 128.
 """
 
 from __future__ import annotations
@@ -11,17 +21,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bessemer.precision.operands import blocks
-from bessemer.precision.tiles import TILE, Group, Operand, quantise
+from bessemer.precision.operand import TILE, Group, Operand, block_factors, quantise
+
+MMA = 32
+"""Columns that one FP8 instruction of Hopper adds."""
 
 
-def turn(operand: Operand, count: Sequence[int] | None, power_of_two: bool) -> Operand:
-    """From tiles of 1 x 128 to tiles of 128 x 1, turned: [T, K] to [K, T], or to [K, P] with a count."""
-    return quantise(filled(operand.dequantise(), count).t(), "tile", power_of_two)
+def reference_gemm(x: Operand, w: Operand, bits: int | None = None, promote: int | None = TILE) -> Tensor:
+    """x w^T, float32 [M, N]. `bits`: significant bits of the accumulator inside a block (None: float32); `promote`:
+    columns after which the sum is promoted to float32 (a multiple of MMA that divides 128; None: never)."""
+    x_MK, w_NK, K = x.value_MK.float(), w.value_MK.float(), x.value_MK.shape[1]
+    if w.value_MK.shape[1] != K:
+        raise ValueError(f"operands of {K} and {w.value_MK.shape[1]} columns do not fit together")
+    if promote is None:
+        return _sum(x_MK, w_NK, bits) * _row_factor(x)[:, None] * _row_factor(w)
+    if promote % MMA or TILE % promote:
+        raise ValueError(f"promote must be a multiple of {MMA} that divides {TILE}, is {promote}")
+    y_MN = x_MK.new_zeros(len(x_MK), len(w_NK))
+    for start in range(0, K, promote):
+        part_MN = _sum(x_MK[:, start : start + promote], w_NK[:, start : start + promote], bits)
+        j = start // TILE
+        y_MN += part_MN * x.scale_MJ[:, j, None] * w.scale_MJ[:, j]
+    return y_MN
 
 
-def filled(x_TK: Tensor, count: Sequence[int] | None) -> Tensor:
-    """[P, K]: the rows of every group filled up with zeros to a multiple of 128; as it is without a count."""
+def _sum(x_MK: Tensor, w_NK: Tensor, bits: int | None) -> Tensor:
+    if bits is None:
+        return x_MK @ w_NK.t()
+    total_MN = x_MK.new_zeros(len(x_MK), len(w_NK))
+    for start in range(0, x_MK.shape[1], MMA):
+        step = slice(start, start + MMA)
+        total_MN = _truncate(total_MN + x_MK[:, step] @ w_NK[:, step].t(), bits)
+    return total_MN
+
+
+def _truncate(x: Tensor, bits: int) -> Tensor:
+    """x truncated to so many significant bits, as the hardware does."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2.0**bits).trunc(), exponent - bits)
+
+
+def _row_factor(operand: Operand) -> Tensor:
+    """The one factor of every row, [M]."""
+    first_M = operand.scale_MJ[:, 0]
+    if bool((operand.scale_MJ != first_M[:, None]).any()):
+        raise ValueError("without promotion every row can have only one factor; quantise by tensor")
+    return first_M
+
+
+def retile(operand: Operand, count: Sequence[int] | None, power_of_two: bool) -> Operand:
+    """[T, K] in tiles of 1 x 128 as [K, T] in tiles along the tokens, or as [K, P] with a count."""
+    return quantise(pad_groups(operand.dequantise(), count).t(), "tile", power_of_two)
+
+
+def pad_groups(x_TK: Tensor, count: Sequence[int] | None) -> Tensor:
+    """[P, K]: every group's rows padded with zeros to a multiple of 128; unchanged without a count."""
     if count is None:
         return x_TK
     sizes = [-(-tokens // TILE) * TILE for tokens in count]
@@ -40,15 +94,14 @@ def swiglu(h_MF: Tensor, weight_M: Tensor | None, power_of_two: bool) -> Operand
 
 
 def gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
-    """The sums of fp8_gemm.gemm with the factors multiplied in first, so that they are one float32 GEMM; what was said
-    of w's groups is looked at."""
-    _look(w, w_group)
+    """`reference_gemm` as one float32 GEMM. ValueError if w was not quantised by `w_group`."""
+    _check_blocks(w, w_group)
     return (x.dequantise() @ w.dequantise().t()).to(out_dtype)
 
 
 def grouped_gemm(x: Operand, count: Sequence[int], w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
     """One GEMM per group."""
-    _look(w, w_group)
+    _check_blocks(w, w_group)
     x_MK, w_GNK, start = x.dequantise(), w.dequantise(), 0
     y_MN = x_MK.new_empty(len(x_MK), w_GNK.shape[1])
     for w_NK, rows in zip(w_GNK, count, strict=True):
@@ -68,9 +121,9 @@ def grouped_wgrad(dy: Operand, x: Operand, count: Sequence[int], out_dtype: torc
     return dw_GNK.to(out_dtype)
 
 
-def _look(w: Operand, w_group: Group) -> None:
+def _check_blocks(w: Operand, w_group: Group) -> None:
     if w_group != "block":
         return
-    said = blocks(w).repeat_interleave(TILE, -2)[..., : w.scale_MJ.shape[-2], :]
-    if not bool(((said == w.scale_MJ) | (said.isnan() & w.scale_MJ.isnan())).all()):
-        raise ValueError('w_group="block", but the factors of w differ inside of a block of 128 rows')
+    expected = block_factors(w).repeat_interleave(TILE, -2)[..., : w.scale_MJ.shape[-2], :]
+    if not bool(((expected == w.scale_MJ) | (expected.isnan() & w.scale_MJ.isnan())).all()):
+        raise ValueError('w_group="block", but the factors of w differ within a block of 128 rows')

@@ -26,7 +26,7 @@ from bessemer.pipeline import feed
 from bessemer.pipeline.stage import Stage, register
 from bessemer.pipeline.step_log import StepLog
 from bessemer.precision import backends
-from bessemer.precision.fp8_linear import RECIPES
+from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.runs.context import StageContext
 from bessemer.train import objective, setup, speed
 from bessemer.train.settings import Settings as TrainSettings
@@ -94,7 +94,7 @@ class Pretrain(Stage):
         network = network_of()
         model = distributed.model_of(network).set_recompute(ctx.recipe.layout.recompute)
         if settings.fp8 != "off":
-            model.set_fp8(RECIPES[settings.fp8])
+            model.set_fp8(FP8_RECIPES[settings.fp8])
             served = backends.summary(backends.table(setup.device()))
             ctx.say(f"matrices of attention, FFN and experts in FP8 ({settings.fp8}), {served}")
         flops = settings.tokens * flops_per_token(cfg, fed.row_length, mtp=cfg.n_mtp > 0).training

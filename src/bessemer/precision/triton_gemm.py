@@ -1,0 +1,218 @@
+"""Triton FP8 GEMMs y = x w^T with a scaling factor for every 128 columns of both operands (V3 3.3.2).
+
+    gemm            y = x w^T            two matrices
+    grouped_gemm    y_g = x_g w_g^T      rows of x in expert order; forward, and dgrad with w transposed
+    grouped_wgrad   dW_g = dy_g^T x_g    both retiled along the tokens, every expert's padded to 128
+
+One step of the inner loop multiplies BLOCK_M x 128 by 128 x BLOCK_N. Its sum starts at zero, so the short accumulator
+of Hopper's tensor cores never holds more than 128 products; scaled by the factors of both tiles it is added to the
+result in float32 registers. While one warp group scales, another one of the same or of a neighbouring program
+multiplies; so configurations prefer two warp groups, or two programs, on a multiprocessor. Where w's factor is one
+number, both factors are multiplied with each other first: their product leaves float32 only when that of the largest
+elements does too.
+
+Groups may be empty: they have no rows, and their dW is zero. M, N and K may be ragged.
+
+Shapes: x [M, K], w [N, K] or [G, N, K], y [M, N]; factors [rows, J], J = ceil(K / 128); P = 128 * sum of ceil(count /
+128).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bessemer.precision.operand import TILE, Operand
+from bessemer.precision.triton_quantise import WIDTH, locate, on_device
+
+
+def gemm(x: Operand, w: Operand, out_dtype: torch.dtype, blocks: bool) -> Tensor:
+    """y in float32 or bfloat16. `blocks`: w was quantised by blocks of 128 x 128, so 128 of its rows share factors."""
+    x_MK, w_NK = x.value_MK.contiguous(), w.value_MK.contiguous()
+    (M, K), N = x_MK.shape, len(w_NK)
+    y_MN = torch.empty(M, N, dtype=out_dtype, device=x_MK.device)
+    if M == 0 or N == 0 or K == 0:
+        return y_MN.zero_()
+    _gemm[lambda meta: (triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]),)](
+        x_MK, w_NK, x.scale_MJ, w.scale_MJ, y_MN, M, N, K, *x.scale_MJ.stride(), *w.scale_MJ.stride(),
+        triton.next_power_of_2(M), blocks, K % TILE == 0,
+    )  # fmt: skip
+    return y_MN
+
+
+def grouped_gemm(x: Operand, count: Sequence[int], w: Operand, out_dtype: torch.dtype, blocks: bool) -> Tensor:
+    """[M, N] of x [M, K] and stacked w: values [G, N, K], factors [G, N, J]; count[g] rows belong to group g."""
+    x_MK, w_GNK = x.value_MK.contiguous(), w.value_MK.contiguous()
+    (M, K), (G, N, _) = x_MK.shape, w_GNK.shape
+    y_MN = torch.empty(M, N, dtype=out_dtype, device=x_MK.device)
+    if M == 0 or N == 0 or K == 0:
+        return y_MN.zero_()
+
+    def grid(meta: dict[str, int]) -> tuple[int]:
+        return (sum(triton.cdiv(c, meta["BLOCK_M"]) for c in count) * triton.cdiv(N, meta["BLOCK_N"]),)
+
+    _grouped[grid](
+        x_MK, w_GNK, x.scale_MJ, w.scale_MJ, y_MN, on_device(count, x_MK.device), N, K,
+        *x.scale_MJ.stride(), *w.scale_MJ.stride(), triton.next_power_of_2(M),
+        G, triton.next_power_of_2(G), blocks, K % TILE == 0,
+    )  # fmt: skip
+    return y_MN
+
+
+def grouped_wgrad(dy: Operand, x: Operand, count: Sequence[int], out_dtype: torch.dtype) -> Tensor:
+    """[G, N, K] of dy [N, P] and x [K, P], both as `retile` returns them."""
+    dy_NP, x_KP = dy.value_MK.contiguous(), x.value_MK.contiguous()
+    N, K, G = len(dy_NP), len(x_KP), len(count)
+    dw_GNK = torch.empty(G, N, K, dtype=out_dtype, device=dy_NP.device)
+    if dw_GNK.numel() == 0 or dy_NP.shape[1] == 0:
+        return dw_GNK.zero_()
+    _wgrad[lambda meta: (triton.cdiv(N, meta["BLOCK_M"]) * triton.cdiv(K, meta["BLOCK_N"]), G)](
+        dy_NP, x_KP, dy.scale_MJ, x.scale_MJ, dw_GNK, on_device(count, dy_NP.device), N, K, dy_NP.shape[1] // TILE,
+        *dy.scale_MJ.stride(), *x.scale_MJ.stride(), triton.next_power_of_2(dy_NP.shape[1]),
+        G, triton.next_power_of_2(G),
+    )  # fmt: skip
+    return dw_GNK
+
+
+def configurations(narrow: bool) -> list[triton.Config]:
+    """Configurations tried once per shape. BLOCK_N divides 128, so that a program reads one block of w at a time;
+    `narrow` adds tiles for few rows. Triton's interpreter gets one small configuration."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return [triton.Config({"BLOCK_M": 64, "BLOCK_N": 64})]
+    sizes = [(128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4)]
+    if narrow:
+        sizes += [(64, 64, 4, 5), (64, 32, 4, 6)]
+    configs = [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in sizes]
+    # With no more than 168 registers a thread, three such programs fit on a multiprocessor of Hopper instead of two.
+    return [*configs, triton.Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=4, num_stages=3, maxnreg=168)]
+
+
+# --- kernels -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def place(program, rows, columns, BAND: tl.constexpr):
+    """Row and column of a program's tile, of `rows` x `columns`: down BAND rows first, then to the right, so that
+    programs that run at the same time share their reads through L2."""
+    band = BAND * columns
+    top = program // band * BAND
+    height = tl.minimum(rows - top, BAND)
+    inside = program % band
+    return top + inside % height, inside // height
+
+
+@triton.jit
+def product(
+    x, w, scale_x, scale_w, row, column, x_row, w_row, sx_row, sx_column, sw_row, sw_column, block_first, block_last,
+    K, BLOCKS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """x w^T for rows `row` of x and `column` of w, all in range, float32 [BLOCK_M, BLOCK_N].
+
+    Sums over K columns in steps of 128, the last one ragged unless EVEN. BLOCKS: w's factor is the same in rows
+    `block_first` to `block_last`, which include all of `column`; both ends are read, and if they differ the result is
+    NaN rather than a wrong number.
+    """
+    k = tl.arange(0, WIDTH)
+    x_at = x + row[:, None] * x_row + k[None, :]
+    w_at = w + column[None, :] * w_row + k[:, None]
+    sx_at = scale_x + row * sx_row
+    sw_at = scale_w + column * sw_row
+    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for j in range(0, tl.cdiv(K, WIDTH)):
+        sx_M = tl.load(sx_at)  # before the product, which hides the latency
+        if BLOCKS:
+            first = tl.load(scale_w + block_first * sw_row + j * sw_column)
+            last = tl.load(scale_w + block_last * sw_row + j * sw_column)
+            factor_M = sx_M * tl.where(first == last, first, float("nan"))
+        else:
+            sw_N = tl.load(sw_at)
+        if EVEN:
+            part = tl.dot(tl.load(x_at), tl.load(w_at))
+        else:
+            left = K - j * WIDTH
+            x_MK = tl.load(x_at, mask=(k < left)[None, :], other=0.0)
+            part = tl.dot(x_MK, tl.load(w_at, mask=(k < left)[:, None], other=0.0))
+        if BLOCKS:
+            y = tl.fma(part, tl.broadcast_to(factor_M[:, None], part.shape), y)
+        else:
+            part = part * sx_M[:, None]
+            y = tl.fma(part, tl.broadcast_to(sw_N[None, :], part.shape), y)
+        x_at += WIDTH
+        w_at += WIDTH
+        sx_at += sx_column
+        sw_at += sw_column
+    return y
+
+
+@triton.autotune(configs=configurations(narrow=True), key=["SIZE", "N", "K", "BLOCKS"])
+@triton.jit(do_not_specialize=["M", "SIZE"])
+def _gemm(
+    x, w, scale_x, scale_w, y, M, N, K, sx_row, sx_column, sw_row, sw_column, SIZE,
+    BLOCKS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: one tile of y. SIZE is M rounded up to a power of two; tuning runs once for each."""
+    m, n = place(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), 8)
+    row = m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = n.to(tl.int64) * BLOCK_N // 128 * 128
+    y_MN = product(
+        x, w, scale_x, scale_w, tl.minimum(row, M - 1), tl.minimum(column, N - 1), K, K,
+        sx_row, sx_column, sw_row, sw_column, block, tl.minimum(block + 127, N - 1),
+        K, BLOCKS, EVEN, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    inside = (row < M)[:, None] & (column < N)[None, :]
+    tl.store(y + row[:, None] * N + column[None, :], y_MN.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.autotune(configs=configurations(narrow=True), key=["SIZE", "N", "K", "GROUPS", "BLOCKS"])
+@triton.jit(do_not_specialize=["SIZE"])
+def _grouped(
+    x, w, scale_x, scale_w, y, count, N, K, sx_row, sx_column, sw_group, sw_row, sw_column, SIZE,
+    GROUPS: tl.constexpr, ROOM: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: one tile of y, with rows of one group."""
+    columns = tl.cdiv(N, BLOCK_N)
+    m, n = place(tl.program_id(0), tl.num_programs(0) // columns, columns, 8)
+    group, first, end, number = locate(m, count, GROUPS, ROOM, BLOCK_M)
+    row = first + number * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = n.to(tl.int64) * BLOCK_N // 128 * 128
+    y_MN = product(
+        x, w + group.to(tl.int64) * N * K, scale_x, scale_w + group.to(tl.int64) * sw_group,
+        tl.minimum(row, end - 1), tl.minimum(column, N - 1), K, K,
+        sx_row, sx_column, sw_row, sw_column, block, tl.minimum(block + 127, N - 1),
+        K, BLOCKS, EVEN, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    inside = (row < end)[:, None] & (column < N)[None, :]
+    tl.store(y + row[:, None] * N + column[None, :], y_MN.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.autotune(configs=configurations(narrow=False), key=["SIZE", "N", "K", "GROUPS"])
+@triton.jit(do_not_specialize=["SIZE", "TILES"])
+def _wgrad(
+    dy, x, scale_dy, scale_x, dw, count, N, K, TILES, sdy_row, sdy_column, sx_row, sx_column, SIZE,
+    GROUPS: tl.constexpr, ROOM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: one tile of one group's dW, over that group's columns."""
+    n, k = place(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.cdiv(K, BLOCK_N), 8)
+    P = TILES * WIDTH  # tells the compiler that rows begin at multiples of 128
+    g = tl.arange(0, ROOM)
+    tiles_G = (tl.load(count + g, mask=g < GROUPS, other=0) + WIDTH - 1) // WIDTH
+    before = tl.sum(tl.where(g < tl.program_id(1), tiles_G, 0).to(tl.int64), 0)
+    own = tl.sum(tl.where(g == tl.program_id(1), tiles_G, 0), 0)
+    row = n.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = k.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dw_NK = product(
+        dy + before * WIDTH, x + before * WIDTH, scale_dy + before * sdy_column, scale_x + before * sx_column,
+        tl.minimum(row, N - 1), tl.minimum(column, K - 1), P, P, sdy_row, sdy_column, sx_row, sx_column, 0, 0,
+        own * WIDTH, False, True, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    inside = (row < N)[:, None] & (column < K)[None, :]
+    at = dw + tl.program_id(1).to(tl.int64) * N * K + row[:, None] * K + column[None, :]
+    tl.store(at, dw_NK.to(dw.dtype.element_ty), mask=inside)
