@@ -36,10 +36,10 @@ from machine import processor, spread
 
 from bessemer.dist.executor import Executor, Work
 from bessemer.dist.schedules import SCHEDULES, schedule
-from bessemer.dist.simulate import Costs, Timeline, simulate
 from bessemer.dist.stage import Slice, cut
 from bessemer.dist.streams import Beside, Serial
 from bessemer.dist.table import Pair, Step
+from bessemer.dist.timeline import Costs, Timeline, simulate
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train.loss import cross_entropy

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as theirs
 
 from bessemer.errors import UserError
-from bessemer.dist import draw
-from bessemer.dist.classic import gpipe, interleaved, one_f_one_b
+from bessemer.dist.schedules import gpipe, interleaved, one_f_one_b
 from bessemer.dist.dualpipe import dualpipe, dualpipe_v
 from bessemer.dist.schedules import SCHEDULES, schedule
-from bessemer.dist.simulate import Costs, simulate
+from bessemer.dist.timeline import Costs, as_svg, as_text, label, simulate, summary
 from bessemer.dist.table import Action, Pair, Table, check
-from bessemer.dist.zero_bubble import zb1p, zbv
+from bessemer.dist.schedules import zb1p, zbv
 
 # reference Z.3: P, M, F&B -> makespan, worst idle, held at once, overlapped pairs of ranks h = 0, 1, ...
 PUBLISHED = [
@@ -184,21 +183,21 @@ def test_broken_tables_are_found():
 
 def test_the_text_is_the_timeline():
     table = zb1p(3, 4)
-    lines = draw.text(simulate(table)).splitlines()
+    lines = as_text(simulate(table)).splitlines()
     assert [line.split()[0] for line in lines] == ["0", "1", "2"] and len({len(line.rstrip()) for line in lines}) == 1
     words = [re.findall(r"[FBIW]\d+", line) for line in lines]
-    assert words == [[draw.said(step) for step in steps] for steps in table.steps]
-    assert draw.said(Pair(Action("F", 0, 3), Action("B", 3, 1, 1))) == "F3&b1"
-    assert "idle at most 2 a rank" in draw.summary(table, simulate(table))
+    assert words == [[label(step) for step in steps] for steps in table.steps]
+    assert label(Pair(Action("F", 0, 3), Action("B", 3, 1, 1))) == "F3&b1"
+    assert "idle at most 2 a rank" in summary(table, simulate(table))
 
 
 def test_the_svg_has_every_piece_of_work_in_its_place():
     table = dualpipe(4, 8)
     timeline = simulate(table)
-    tree = ElementTree.fromstring(draw.svg(table, timeline))
+    tree = ElementTree.fromstring(as_svg(table, timeline))
     titles = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}title")]
     assert sorted(titles) == sorted(
-        f"{draw.said(span.step)}: {span.start:g} to {span.end:g}" for row in timeline.spans for span in row
+        f"{label(span.step)}: {span.start:g} to {span.end:g}" for row in timeline.spans for span in row
     )
     boxes = [element for element in tree.iter("{http://www.w3.org/2000/svg}rect") if "x" in element.attrib]
     assert max(float(box.attrib["x"]) + float(box.attrib["width"]) for box in boxes) <= 1600

@@ -10,8 +10,8 @@ import pytest
 from bessemer import cli
 from bessemer.dist.mesh import Layout
 from bessemer.dist.schedules import schedule
-from bessemer.dist.simulate import Costs, simulate
 from bessemer.dist.table import Pair
+from bessemer.dist.timeline import Costs, simulate
 from bessemer.errors import UserError
 from bessemer.model import counts
 from bessemer.model.presets import preset

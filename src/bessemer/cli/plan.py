@@ -149,30 +149,29 @@ def _here(target: str, overrides: list[str], run: Path | None, as_json: bool) ->
 
 
 def _schedule(name: str, pp: int, micro: int, costs: str, svg: Path | None, as_json: bool) -> None:
-    from bessemer.dist import draw
     from bessemer.dist.schedules import schedule as table_of
-    from bessemer.dist.simulate import simulate
+    from bessemer.dist.timeline import as_svg, as_text, label, simulate, summary
     from bessemer.runs.files import explained, write_atomic
 
     table = table_of(name, pp, micro)
     timeline = simulate(table, _costs(costs))
     if svg is not None:
         with explained(svg):
-            write_atomic(svg, draw.svg(table, timeline))
+            write_atomic(svg, as_svg(table, timeline))
     if as_json:
-        spans = [[[draw.said(span.step), span.start, span.end] for span in row] for row in timeline.spans]
+        spans = [[[label(span.step), span.start, span.end] for span in row] for row in timeline.spans]
         facts = {"schedule": table.name, "ranks": table.ranks, "stages": table.stages, "micro_batches": table.micro,
                  "makespan": timeline.makespan, "idle": timeline.idle, "live": timeline.live,
                  "overlapped_pairs": timeline.pairs, "steps": spans}  # fmt: skip
         print(json.dumps(facts))
         return
-    print(f"{draw.text(timeline)}\n\n{draw.summary(table, timeline)}")
+    print(f"{as_text(timeline)}\n\n{summary(table, timeline)}")
     if svg is not None:
         print(svg)
 
 
 def _costs(text: str) -> Any:
-    from bessemer.dist.simulate import Costs
+    from bessemer.dist.timeline import Costs
 
     try:
         values = [float(part) for part in text.split(",")]

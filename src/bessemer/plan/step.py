@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from bessemer.dist.schedules import schedule
-from bessemer.dist.simulate import Timeline, simulate
 from bessemer.dist.table import Action, Pair, Step, Table
+from bessemer.dist.timeline import Timeline, simulate
 from bessemer.errors import UserError
 from bessemer.plan import overlap, step_overhead, work
 from bessemer.plan.kernels import Kernels, data

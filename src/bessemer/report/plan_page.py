@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bessemer.dist import draw
+from bessemer.dist.timeline import as_svg
 from bessemer.model import counts
 from bessemer.plan.cost import Plan, assumptions
 from bessemer.plan.hardware import GIB
@@ -35,7 +35,7 @@ def document(name: str, plan: Plan, ideas: Mapping[str, Any]) -> str:
         "figures", "What it costs", f'<div class="tiles">{tiles}</div>', lead
     )
     body += page.section("time", "Where a step goes", _parts(plan))
-    gantt = draw.svg(plan.step.table, plan.step.timeline, width=1800, row=22)
+    gantt = as_svg(plan.step.table, plan.step.timeline, width=1800, row=22)
     body += page.section("gantt", "Who does what when", f'<div class="scroll">{gantt}</div>',
                          "A row a pipeline rank, seconds to the right; the optimizer comes after.")  # fmt: skip
     body += page.section("memory", "What every rank holds, GiB", _memory(plan))
