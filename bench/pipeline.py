@@ -34,10 +34,10 @@ import torch
 import torch.distributed as dist
 from machine import processor, spread
 
+from bessemer.dist.chunk import Overlapped, Serial
 from bessemer.dist.executor import Executor, Work
 from bessemer.dist.schedules import SCHEDULES, schedule
 from bessemer.dist.stage import Slice, cut
-from bessemer.dist.streams import Beside, Serial
 from bessemer.dist.table import Pair, Step
 from bessemer.dist.timeline import Costs, Timeline, simulate
 from bessemer.model.presets import preset
@@ -101,7 +101,7 @@ def slow(base: type, pause: float, *arguments: Any) -> Serial:
     return Slow(*arguments)
 
 
-WAYS = {"serial": Serial, "beside": Beside}
+WAYS = {"serial": Serial, "beside": Overlapped}
 CFG = preset("tiny", n_layers=7)
 
 
@@ -159,7 +159,7 @@ def on_a_rank(rank: int, store: str, args: argparse.Namespace, answers: Any) -> 
     for pause in args.exchange_ms:
         for name in (name for name in args.schedules if name.startswith("dualpipe")):
             for way, make in WAYS.items():
-                more = (torch.device("cpu"),) * (make is Beside)
+                more = (torch.device("cpu"),) * (make is Overlapped)
                 cases[f"{name} {way} {pause:g}"] = executor(name, rank, args, slow(make, pause / 1e3, *more))
     found: dict[str, list] = {name: [] for name in cases}
     for turn in range(args.turns + 1):

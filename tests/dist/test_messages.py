@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.errors import UserError
-from bessemer.dist.messages import AHEAD, holders, message, orders
+from bessemer.dist.executor import AHEAD, sharing_ranks, message, orders
 from bessemer.dist.schedules import SCHEDULES, schedule
 from bessemer.dist.table import Action, Pair
 
@@ -121,6 +121,6 @@ def test_one_group_for_both_directions_would_hang():
 
 
 def test_who_holds_a_stage_together():
-    assert holders(schedule("1f1b", 4, 4)) == [(0, 3)]
-    assert holders(schedule("dualpipe", 4, 8)) == [(0, 3), (1, 2)]
-    assert holders(schedule("dualpipe-v", 4, 8)) == []
+    assert sharing_ranks(schedule("1f1b", 4, 4)) == [(0, 3)]
+    assert sharing_ranks(schedule("dualpipe", 4, 8)) == [(0, 3), (1, 2)]
+    assert sharing_ranks(schedule("dualpipe-v", 4, 8)) == []

@@ -19,13 +19,13 @@ from bessemer.dist.executor import Executor, Work
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.schedules import schedule
 from bessemer.dist.stage import Slice, keep_experts
-from bessemer.dist.streams import Beside, Serial
+from bessemer.dist.chunk import Overlapped, Serial
 from bessemer.dist.table import Action, Pair, Table, actions
 from bessemer.train import balance
 from bessemer.train.objective import balance_weight, next_token
 
 
-class Jittery(Beside):
+class Jittery(Overlapped):
     """Exchanges that take their time, now more and now less."""
 
     def __init__(self, seed):
@@ -164,12 +164,12 @@ class Kinds(Serial):
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
-def test_gradients_arrive_in_the_stream_that_their_border_was_made_for(fp8, monkeypatch):
-    """On a GPU autograd makes the stream of a border wait for the one that computes its gradient. If they differed, an
+def test_gradients_arrive_in_the_stream_that_their_boundary_was_made_for(fp8, monkeypatch):
+    """On a GPU autograd makes the stream of a boundary wait for the one that computes its gradient. If they differed, an
     exchange would hold up the computation beside it."""
     streams, arrived = Kinds(), []
 
-    class Slot(chunk._Slot):
+    class Output(chunk._Output):
         def __init__(self, x):
             self.made_for = streams.made_for
             super().__init__(x)
@@ -179,7 +179,7 @@ def test_gradients_arrive_in_the_stream_that_their_border_was_made_for(fp8, monk
                 arrived.append((self.made_for, streams.running))
             super().__setattr__(name, value)
 
-    monkeypatch.setattr(chunk, "_Slot", Slot)
+    monkeypatch.setattr(chunk, "_Output", Output)
     list(forwarded(model_of(CFG, fp8), batch(0, False), streams).backward(None, nullcontext))
     assert {True, False} == {made_for for made_for, _ in arrived}
     assert all(made_for == running for made_for, running in arrived)

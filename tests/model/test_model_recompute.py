@@ -6,9 +6,8 @@ from allocator import live_bytes
 from model_cases import random_model, tiny, tokens
 
 from bessemer.data.batch import Batch
-from bessemer.dist.chunk import Chunk
+from bessemer.dist.chunk import Chunk, Serial
 from bessemer.dist.stage import Slice
-from bessemer.dist.streams import Serial
 from bessemer.errors import UserError
 from bessemer.model.activation_memory import kept_bytes
 from bessemer.model.deferred import Store

@@ -1,13 +1,22 @@
 """A micro-batch at a stage, phase by phase: forward, and later backward in the same pieces (V3 3.2.1, Fig. 4).
 
-What a phase gives to later ones is cut off from its graph, so that the graph of every phase can be differentiated by
-itself: from the gradients of what it gave to those of what it was given. The bits are those of one graph; the data of
-what was given away are not kept for it.
+What a phase passes to later ones is detached from its graph, so that the graph of every phase can be differentiated
+on its own: from the gradients of its outputs to those of its inputs. The bits are those of one graph, and the data of
+the outputs are not kept for it.
+
+    Serial      every phase runs at once, where it is called
+    Overlapped  communication runs in a thread of its own, on a GPU also on a stream of its own
+
+`run(exchange, phase, after)` starts a phase after another one and returns a handle for the next. Computation is done
+when it returns (on a GPU: queued); communication continues in the background. The phases of one micro-batch follow one
+another, those of two may overlap; they share nothing but weights, and communication reads none. On CPUs the thread is
+tested to the bit. The streams have not yet run on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -19,11 +28,53 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from bessemer.dist.stage import Handed, Phases
-from bessemer.dist.streams import Serial
 
 
-class _Slot:
-    """Where the graph of a phase ends, and the gradient that arrives there from later phases."""
+class Serial:
+    """One phase after the other."""
+
+    def run(self, exchange: bool, phase: Callable[[], None], after: Any) -> Any:
+        phase()
+
+    def on(self, exchange: bool) -> AbstractContextManager:
+        """Where the backward of what is made inside will run."""
+        return nullcontext()
+
+    def share(self, x: Tensor) -> None:
+        """`x` is read by the other kind of phase than the one that made it."""
+
+
+class Overlapped(Serial):
+    """Communication next to computation. A GPU needs the thread as well: an exchange has to learn how much it will
+    receive, and only its own thread waits for that number."""
+
+    def __init__(self, device: torch.device):
+        self._thread = ThreadPoolExecutor(1, "exchange")
+        cuda = device.type == "cuda"
+        self._streams = (torch.cuda.current_stream(device), torch.cuda.Stream(device)) if cuda else ()
+
+    def run(self, exchange: bool, phase: Callable[[], None], after: Any) -> Any:
+        if exchange:
+            return self._thread.submit(self._run, exchange, phase, after)
+        return self._run(exchange, phase, after.result() if isinstance(after, Future) else after)
+
+    def _run(self, exchange: bool, phase: Callable[[], None], after: Any) -> Any:
+        with self.on(exchange):
+            if after is not None:
+                self._streams[exchange].wait_event(after)
+            phase()
+            return self._streams[exchange].record_event() if self._streams else None
+
+    def on(self, exchange: bool) -> AbstractContextManager:
+        return torch.cuda.stream(self._streams[exchange]) if self._streams else nullcontext()
+
+    def share(self, x: Tensor) -> None:
+        for stream in self._streams if x.is_cuda else ():
+            x.record_stream(stream)
+
+
+class _Output:
+    """An output of a phase, where its graph ends, and the gradient that later phases compute for it."""
 
     def __init__(self, x: Tensor):
         self.edge = get_gradient_edge(x)
@@ -31,21 +82,21 @@ class _Slot:
 
 
 class Chunk:
-    """`phases` returns (what is sent on, or None; the loss)."""
+    """One micro-batch at one stage. `phases` returns (output to send on or None, loss term)."""
 
     def __init__(self, phases: Phases, streams: Serial):
         self._phases, self._streams = phases, streams
         self._handed: Handed | None = None
-        self._cuts: list[list[_Slot]] = []
-        """Of every phase that was run."""
+        self._cuts: list[list[_Output]] = []
+        """The outputs of every phase that was run."""
         self._after: Any = None
         self._needed = torch.zeros((), requires_grad=True)
-        self._ends: tuple[_Slot | None, _Slot | None] = None, None
+        self._ends: tuple[_Output | None, _Output | None] = None, None
         self.sent: Tensor | None = None
         self.loss: Tensor | None = None
 
     def forward(self) -> Iterator[None]:
-        """Stops after every phase, except the last."""
+        """Yields after every phase except the last."""
         exchange = False
         while self._phases is not None:
             self._after = self._streams.run(exchange, partial(self._next, exchange), self._after)
@@ -54,7 +105,7 @@ class Chunk:
                 yield
 
     def backward(self, dy: Tensor | None, around: Callable[[], AbstractContextManager]) -> Iterator[None]:
-        """The same backwards; `dy` is the gradient of what was sent. Computation runs in `around()`."""
+        """The phases in reverse; `dy` is the gradient of the output that was sent. Computation runs in `around()`."""
         (sent, loss), self._ends = self._ends, (None, None)
         if sent is not None:
             sent.gradient = dy
@@ -69,53 +120,53 @@ class Chunk:
                 yield
 
     def _next(self, exchange: bool) -> None:
-        slots: list[_Slot] = []
+        outputs: list[_Output] = []
         try:
             handed = self._phases.send(self._handed)
         except StopIteration as end:
             self._end(*end.value)
         else:
             with self._streams.on(not exchange):
-                on = tree_map(partial(self._cut, slots), handed.on)
+                on = tree_map(partial(self._cut, outputs), handed.on)
             with self._streams.on(exchange):
-                kept = tree_map(partial(self._cut, slots), handed.kept)
+                kept = tree_map(partial(self._cut, outputs), handed.kept)
             self._handed = Handed(on, kept)
-            self._cuts.append(slots)
+            self._cuts.append(outputs)
 
     def _end(self, sent: Tensor | None, loss: Tensor) -> None:
-        ends = [_Slot(x) if x is not None and x.requires_grad else None for x in (sent, loss)]
+        ends = [_Output(x) if x is not None and x.requires_grad else None for x in (sent, loss)]
         self._ends = ends[0], ends[1]
-        self._cuts.append([slot for slot in ends if slot is not None])
+        self._cuts.append([output for output in ends if output is not None])
         self.sent, self.loss = None if sent is None else sent.detach(), loss.detach()
         self._phases = self._handed = None
 
-    def _cut(self, slots: list[_Slot], x: Any) -> Any:
+    def _cut(self, outputs: list[_Output], x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
         self._streams.share(x)
         if not x.requires_grad:
             return x
-        slots.append(_Slot(x))
-        return _Border.apply(x.detach(), self._needed, slots[-1], self._streams)
+        outputs.append(_Output(x))
+        return _Boundary.apply(x.detach(), self._needed, outputs[-1], self._streams)
 
 
-def _differentiate(slots: list[_Slot]) -> None:
-    reached = [slot for slot in slots if slot.gradient is not None]
+def _differentiate(outputs: list[_Output]) -> None:
+    reached = [output for output in outputs if output.gradient is not None]
     if reached:
-        torch.autograd.backward([slot.edge for slot in reached], [slot.gradient for slot in reached])
+        torch.autograd.backward([output.edge for output in reached], [output.gradient for output in reached])
 
 
-class _Border(torch.autograd.Function):
-    """x, whose gradient goes into a slot and no further. `needed` makes autograd come here at all."""
+class _Boundary(torch.autograd.Function):
+    """x, whose gradient is stored in the output and goes no further. `needed` makes autograd run this backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, needed: Tensor, slot: _Slot, streams: Serial) -> Tensor:
-        ctx.slot, ctx.streams = slot, streams
+    def forward(ctx, x: Tensor, needed: Tensor, output: _Output, streams: Serial) -> Tensor:
+        ctx.output, ctx.streams = output, streams
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx: Tensor) -> tuple[None, None, None, None]:
         ctx.streams.share(dx)
-        ctx.slot.gradient = dx
+        ctx.output.gradient = dx
         return None, None, None, None

@@ -1,7 +1,7 @@
 """Rows cut over several ranks: context parallelism, for rows whose activations one rank cannot hold.
 
 A row of T tokens is cut into 2n chunks. Rank r of n computes the tokens of chunks r and 2n - 1 - r, an early one and a
-late one, so that all ranks have equally much to look back on. Weights are the same on all of them. Beside `Exchange`
+late one, so that all ranks have equally much to look back on. Weights are the same on all of them. Besides `Exchange`
 this is the second place where tokens meet, and all there is to it:
 
     attention      looks at all earlier tokens: `latent_core` gathers their latents

@@ -113,7 +113,7 @@ class DistributedTrainer(Trainer):
                 lambda: balance.counted_once(self.gates),
             )  # fmt: skip
         elif self._executor.table.micro != micro:
-            self._executor.follow(self.shard.table(micro))
+            self._executor.set_table(self.shard.table(micro))
         return self._executor
 
     def _work(self, executor: Executor, batches: Sequence[Batch], terms: dict[str, float]) -> list[list[Work]]:

@@ -1,55 +1,66 @@
-"""Runs a pipeline schedule: any table, on real ranks (V3 3.2.1; reference E.4).
+"""Runs a pipeline schedule: any table, on real ranks (V3 3.2.1).
 
-A rank goes down its list. It waits for what a piece of work needs from another rank and sends on what comes of it;
-sends never wait (`messages`), so a table that `table.check` accepts cannot hang.
+A rank goes down its list. It waits for what a step needs from another rank and sends the result on; sends never wait,
+so a table that `table.check` accepts cannot hang.
 
-    F    forward of a slice, phase by phase, whose graphs are kept (`chunk`)
-    B    backward of it: the gradients of its parameters are added, that of its input is sent on
-    I    the same without the gradients of matrices, which are left in a store (`model.deferred`); the graphs are gone
-    W    what the I left
-    F&B  forward of one micro-batch and backward of another by turns, the exchanges of each beside the computation of
-         the other (`streams`)
+    F    forward of a slice, phase by phase, keeping the graph of every phase (`chunk`)
+    B    backward: adds the gradients of the slice's parameters and sends on the gradient of its input
+    I    the same without the gradients of matrices, which are deferred to a store (`model.deferred`); frees the graphs
+    W    the gradients that the I deferred
+    F&B  forward of one micro-batch and backward of another, alternating; the exchanges of each run next to the
+         computation of the other (`chunk.Overlapped`)
 
 A slice's balance term is differentiated where it arises. Only the order in which gradients are added depends on the
-schedule, so every schedule gives the gradients of the whole network to float32's last digits; and a pair has the bits
-of its F and then its B.
+schedule, so every schedule gives the gradients of the whole network to float32's last digits; a pair has the bits of
+its F followed by its B.
+
+`Channels` holds the messages between stages, in an order that both ends know in advance, so no message needs a name: a
+table says what every rank sends to every other, and when. `orders` lists the messages of each direction (from one rank
+to another); the receiver takes them in that order, earlier than it needs them if it needs them in another one. Each
+direction is a process group of its own, because NCCL runs the operations of a group one after the other: two ranks that
+both sent first in the same group would never receive. A rank waits only for a message that it needs, has then posted
+the receives of all messages before it, and those were sent by earlier steps of the table.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from bessemer.dist import watchdog
+from bessemer.dist.chunk import Chunk, Overlapped, Serial
+from bessemer.dist.stage import Phases, Slice, holding
+from bessemer.dist.table import Action, Pair, Table, actions
 from bessemer.model.deferred import Store
 from bessemer.model.transformer import TrainOutputs
-from bessemer.dist.chunk import Chunk
-from bessemer.dist.messages import Channels
-from bessemer.dist.stage import Phases, Slice, holding
-from bessemer.dist.streams import Beside, Serial
-from bessemer.dist.table import Action, Pair, Table
+
+AHEAD = 1
+"""Receives of a direction that are posted before they are needed."""
 
 
 class Work(NamedTuple):
-    """What a micro-batch is to every stage."""
+    """One micro-batch, as every stage needs it."""
 
     tokens_BT: Tensor
     segments_BT: Tensor | None
     loss: Callable[[TrainOutputs, Tensor], Tensor]
-    """(outputs of the last stage, head weight) -> what is differentiated there, that slice's balance term included."""
+    """(outputs of the last stage, head weight) -> the loss of the last stage, its balance term included."""
     balance_weight: Tensor
-    """Of the balance terms of the other slices."""
+    """Weight of the balance terms of the other slices."""
     mtp: bool = True
     """Whether the MTP modules run."""
 
 
 class Executor:
-    """One rank of a pipeline: `slices[lane, stage]` for all that the table gives it, cut from one model. `pipelines`
-    are the ranks of every pipeline of the world; all ranks make their executors together. `around_backward` is entered
-    for every piece of backward computation."""
+    """One rank of a pipeline, with `slices[lane, stage]` for every stage that the table places on it, all of one model.
+    `pipelines` are the ranks of every pipeline of the world; creating an executor is collective over all ranks.
+    `around_backward` is entered around every piece of backward computation."""
 
     def __init__(
         self, table: Table, me: int, slices: dict[tuple[int, int], Slice], pipelines: Sequence[Sequence[int]],
@@ -62,16 +73,16 @@ class Executor:
         self.channels, self.store = Channels(table, pipelines, self._device), Store()
         for part in slices.values():
             self.store.serve(part)
-        self._streams = streams or (Beside(self._device) if self._device.type == "cuda" else Serial())
+        self._streams = streams or (Overlapped(self._device) if self._device.type == "cuda" else Serial())
         self._holders = table.holders()
         self.losses: list[float] = []
-        """Of the last run, what this rank's slices added to the loss."""
+        """The loss terms of this rank's slices in the last run."""
         self._chunks: dict[Action, tuple[Chunk, Tensor]] = {}
 
-    def follow(self, table: Table) -> None:
+    def set_table(self, table: Table) -> None:
         """Another number of micro-batches for the same slices, from the next step on."""
         self.table = table
-        self.channels.follow(table)
+        self.channels.set_table(table)
 
     def run(self, work: Sequence[Sequence[Work]]) -> None:
         """One step: `work[lane][micro]`, equal on all ranks. Adds to the gradients of the parameters."""
@@ -85,18 +96,18 @@ class Executor:
         assert not self._chunks and not len(self.store), "the table leaves work undone"
 
     def sum_shared(self) -> None:
-        """Adds up the gradients of parameters that several ranks hold: the copies of DualPipe, and the embedding where
-        MTP modules need it at the end. All get the same sum."""
+        """Sums the gradients of parameters that several pipeline ranks hold (the two copies of DualPipe, and the
+        embedding where MTP modules on the last stage need it). All of them get the same sum."""
         mine = {name: p for one in self.slices.values() for name, p in one.named_parameters() if p.grad is not None}
         for name in sorted(mine):
             self.sum_with_others(name, mine[name].grad)
 
     def others(self, name: str) -> list[int]:
-        """Pipeline ranks beside this one that hold the parameter of this name."""
+        """Other pipeline ranks that hold the parameter of this name."""
         return [rank for rank in holding(name, self.slices, self._holders) if rank != self.me]
 
     def sum_with_others(self, name: str, x: Tensor) -> None:
-        """x += what the other ranks have in its place; `name` says who they are. All of them call in the same order."""
+        """Sums x over the ranks that hold the parameter `name`. All of them call in the same order."""
         self.channels.sum_with(self.others(name), x)
 
     def _do(self, step: Action | Pair) -> None:
@@ -104,28 +115,28 @@ class Executor:
             self._overlapped(step)
         elif step.kind == "F":
             list(self._forward(step))
-            self._pass_on(step)
+            self._send_on(step)
         elif step.kind == "W":
             self.store.run(_of(step))
         else:
             list(self._backward(step, later=step.kind == "I"))
-            self._pass_on(step)
+            self._send_on(step)
 
     def _overlapped(self, pair: Pair) -> None:
-        """The slots of E.4, two a round, for as many layers as either has: an exchange beside what is computed."""
+        """The slots of V3 Fig. 4, two per round, until neither has layers left: each exchange next to a computation."""
         forward, backward = self._forward(pair.forward), self._backward(pair.backward, later=True)
         key, running = _of(pair.backward), True
-        next(backward, None)  # what follows the last exchange of a slice
+        next(backward, None)  # the phase after the last exchange of a slice
         while running:
-            # 1: combine B beside attention W of the layer before and attention F; 3: dispatch B beside MLP W and MLP F
-            if running := _go(backward):
+            # 1: combine B next to attention W of the layer before and attention F; 3: dispatch B next to MLP W and MLP F
+            if running := _advance(backward):
                 self.store.run(key)
-            running |= _go(forward)
-            # 2: dispatch F beside MLP B; 4: combine F beside attention B
-            running |= _go(forward)
-            running |= _go(backward)
-        self._pass_on(pair.forward)
-        self._pass_on(pair.backward)
+            running |= _advance(forward)
+            # 2: dispatch F next to MLP B; 4: combine F next to attention B
+            running |= _advance(forward)
+            running |= _advance(backward)
+        self._send_on(pair.forward)
+        self._send_on(pair.backward)
         self.store.run(key)
 
     def _forward(self, action: Action) -> Iterator[None]:
@@ -140,8 +151,8 @@ class Executor:
         dy = None if part.last else self.channels.receive(action._replace(kind="B"))
         yield from self._chunks[key][0].backward(dy, lambda: self._computing(key, later))
 
-    def _pass_on(self, action: Action) -> None:
-        """What another stage waits for."""
+    def _send_on(self, action: Action) -> None:
+        """Sends the output of an F, or the input gradient of a B or I, to the stage that needs it."""
         if action.kind == "F":
             chunk, _ = self._chunks[_of(action)]
             self._losses.append(chunk.loss)
@@ -164,7 +175,7 @@ class Executor:
 
 
 def _phases(part: Slice, x: Tensor, work: Work) -> Phases:
-    """Of the slice, and of the loss that it adds."""
+    """The phases of a slice; ends with (output to send on or None, loss term)."""
     out = yield from part.phases(x, work.tokens_BT, work.segments_BT, work.mtp)
     if part.last:
         return None, work.loss(out, part.head.weight)
@@ -172,10 +183,131 @@ def _phases(part: Slice, x: Tensor, work: Work) -> Phases:
 
 
 def _of(action: Action) -> Action:
-    """The forward that a piece of work belongs to."""
+    """The forward that an action belongs to."""
     return action._replace(kind="F")
 
 
-def _go(phases: Iterator[None]) -> bool:
-    """One phase on; whether there are more."""
+def _advance(phases: Iterator[None]) -> bool:
+    """Runs one phase; whether there are more."""
     return next(phases, phases) is None
+
+
+def message(action: Action, stages: int) -> Action | None:
+    """The action at another stage that needs the result of this one: F its output, B the gradient of its input. The
+    message is identified by that action."""
+    kind, stage, micro, lane = action
+    if kind == "F":
+        return Action("F", stage + 1, micro, lane) if stage < stages - 1 else None
+    return Action("B", stage - 1, micro, lane) if kind in "BI" and stage else None
+
+
+def orders(table: Table) -> dict[tuple[int, int], list[Action]]:
+    """Messages from rank to rank in the order in which they are sent; of a pair, the forward's first."""
+    messages: dict[tuple[int, int], list[Action]] = {}
+    for rank, steps in enumerate(table.steps):
+        for action in actions(steps):
+            if (sent := message(action, table.stages)) and (to := table.place[sent.lane][sent.stage]) != rank:
+                messages.setdefault((rank, to), []).append(sent)
+    return messages
+
+
+def sharing_ranks(table: Table) -> list[tuple[int, ...]]:
+    """Sets of ranks that share parameters: copies of a stage, or the first and the last (the embedding, with MTP)."""
+    last = table.stages - 1
+    stages = [{stage} for stage in range(table.stages)] + [{0, last}]
+    ranks = [{lane[stage] for lane in table.place for stage in some} for some in stages]
+    return sorted({tuple(sorted(some)) for some in ranks if len(some) > 1})
+
+
+class Channels:
+    """This rank's ends of all directions. `pipelines` are the ranks of every pipeline of the world, in the order of the
+    table. Collective over all ranks of the world.
+
+    The first message of a direction makes the connection, and NCCL's two ends wait for each other there. So it is sent
+    in the constructor, in the same order on all ranks.
+    """
+
+    def __init__(self, table: Table, pipelines: Sequence[Sequence[int]], device: torch.device):
+        self.table, self._orders, world = table, orders(table), dist.get_rank()
+        self.me = next(list(peers).index(world) for peers in pipelines if world in peers)
+        self._to: dict[int, tuple[int, Any]] = {}
+        self._from: dict[int, tuple[int, Any]] = {}
+        self._shared: dict[tuple[int, ...], Any] = {}
+        for peers in pipelines:
+            me = self.me if world in peers else None
+            for source, target in sorted(self._orders):
+                group, greeting = dist.new_group([peers[source], peers[target]]), torch.zeros(1, device=device)
+                if me == source:
+                    self._to[target] = peers[target], group
+                    dist.send(greeting, peers[target], group)
+                elif me == target:
+                    self._from[source] = peers[source], group
+                    dist.recv(greeting, peers[source], group)
+            for ranks in sharing_ranks(table):
+                group = dist.new_group([peers[rank] for rank in ranks])
+                if me in ranks:
+                    self._shared[ranks] = group
+        self._expected: dict[int, deque[Action]] = {}
+        self._arriving: dict[int, dict[Action, tuple[Any, Tensor]]] = {}
+        self._sent: list[tuple[Any, Tensor]] = []
+        self._local: dict[Action, Tensor] = {}
+
+    def set_table(self, table: Table) -> None:
+        """Another number of micro-batches, between the same stages and ranks."""
+        self.table, self._orders = table, orders(table)
+
+    def begin(self, room: Callable[[Action], Tensor]) -> None:
+        """Starts a step; `room(message)` is an empty tensor for that message."""
+        self._room = room
+        self._expected = {source: deque(self._orders.get((source, self.me), ())) for source in self._from}
+        self._arriving = {source: {} for source in self._from}
+
+    def send(self, action: Action, x: Tensor) -> None:
+        """Passes the result of an action to the stage that needs it, if any; on this rank or another."""
+        sent = message(action, self.table.stages)
+        if sent is None:
+            return
+        to = self.table.place[sent.lane][sent.stage]
+        if to == self.me:
+            self._local[sent] = x
+            return
+        peer, group = self._to[to]
+        x = x.contiguous()
+        self._sent = [(handle, kept) for handle, kept in self._sent if not handle.is_completed()]
+        self._sent.append((dist.isend(x, peer, group), x))
+
+    def receive(self, needed: Action) -> Tensor:
+        stage = needed.stage + (-1 if needed.kind == "F" else 1)
+        source = self.table.place[needed.lane][stage]
+        if source == self.me:
+            return self._local.pop(needed)
+        arriving = self._arriving[source]
+        while needed not in arriving:
+            self._post(source)
+        handle, x = arriving.pop(needed)
+        what = f"{'activations' if needed.kind == 'F' else 'gradients'} of micro-batch {needed.micro}"
+        with watchdog.waiting(f"{what} for stage {needed.stage}", [self._from[source][0]]):
+            handle.wait()
+        while self._expected[source] and len(arriving) < AHEAD:
+            self._post(source)
+        return x
+
+    def _post(self, source: int) -> None:
+        peer, group = self._from[source]
+        message = self._expected[source].popleft()
+        x = self._room(message)
+        self._arriving[source][message] = dist.irecv(x, peer, group), x
+
+    def end(self) -> None:
+        """Ends a step; every message has been received."""
+        for handle, _ in self._sent:
+            handle.wait()
+        self._sent.clear()
+        assert not self._local and not any(self._expected.values()) and not any(self._arriving.values()), "work undone"
+
+    def sum_with(self, others: Sequence[int], x: Tensor) -> None:
+        """Sums x over this rank and the others, in place; the same bits on all of them."""
+        if others:
+            group = self._shared[tuple(sorted([self.me, *others]))]
+            with watchdog.waiting("shared gradients", dist.get_process_group_ranks(group)):
+                dist.all_reduce(x, group=group)

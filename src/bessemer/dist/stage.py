@@ -1,6 +1,6 @@
-"""A slice of the network: some of its layers; the embedding before the first; norm, head, MTP modules after the last.
+"""A pipeline stage's slice of the network: some layers; the embedding on the first stage; norm, head and MTP on the last.
 
-Parameters keep the names they have in the whole network (`layers.17.attn.wo.weight`), whatever slice they are in.
+Parameters keep the names they have in the whole network (`layers.17.attn.wo.weight`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from bessemer.dist.expert_parallel import Exchange
 
 
 def cut(cfg: ModelConfig, stages: int) -> list[range]:
-    """Layers of every stage, so that the stage with most to compute has as little as can be: weighed by the weights
-    that a token uses, with the head, the MTP modules and their uses of the head on the last. V3 on 16: four layers
-    each, and the last main layer, MTP and head on the last (the reports leave it open)."""
+    """Layers of every stage, such that the slowest stage is as fast as possible. The cost of a layer is the number of
+    weights that a token uses; the last stage also has the head and the MTP modules with their uses of the head. V3 on
+    16 stages: four layers each, and the last main layer, MTP and head on the last (the paper does not say)."""
     attend, sparse = attention_params(cfg), moe_ffn_params(cfg, active_only=True)
     head = embedding_params(cfg)
     costs = [attend + (dense_ffn_params(cfg) if i < cfg.n_dense_layers else sparse) for i in range(cfg.n_layers)]
@@ -32,12 +32,12 @@ def cut(cfg: ModelConfig, stages: int) -> list[range]:
 
 
 def partition(costs: Sequence[float], last: float, stages: int) -> list[range]:
-    """Layers of these costs over stages, of which the last has `last` to do beside its own. Every stage has a layer; if
-    there is one too few, the last has none."""
+    """Splits layers of these costs over stages; the last stage has an extra cost of `last`. Every stage gets at least
+    one layer; if there is one layer too few, the last stage has none."""
     sums = [0.0, *accumulate(costs)]
     if stages > len(costs):
         return [*partition(costs, 0.0, stages - 1), range(len(costs), len(costs))]
-    # best[s][n]: of s stages with the first n layers the slowest, as fast as can be, and where the last of them begins
+    # best[s][n]: time of the slowest of s stages over the first n layers, minimised, and where the last of them starts
     best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
     for stage in range(1, stages + 1):
         extra, row = last if stage == stages else 0.0, {}
@@ -52,7 +52,7 @@ def partition(costs: Sequence[float], last: float, stages: int) -> list[range]:
 
 
 def keep_experts(model: Transformer, experts: range) -> None:
-    """Leaves a rank its own routed experts, in every layer and MTP module."""
+    """Reduces the routed experts of every layer and MTP module to those of this rank."""
     for module in model.modules():
         if isinstance(module, Experts):
             for name in ("w13", "w2"):
@@ -61,7 +61,7 @@ def keep_experts(model: Transformer, experts: range) -> None:
 
 
 def keep(model: Transformer, slices: Iterable[Slice]) -> None:
-    """Lets go of all that none of the slices needs; the parameters that are left keep their names."""
+    """Drops the modules that none of the slices needs; the remaining parameters keep their names."""
     slices = list(slices)
     needed = {int(i) for part in slices for i in part.layers}
     for i in range(len(model.layers)):
@@ -74,22 +74,22 @@ def keep(model: Transformer, slices: Iterable[Slice]) -> None:
 
 
 class Handed(NamedTuple):
-    """What a phase gives away."""
+    """What a phase passes on."""
 
     on: Any
     """To the next phase."""
     kept: Any = ()
-    """To the one after that, or later."""
+    """To a later phase."""
 
 
 Phases = Generator[Handed, Handed, Any]
-"""A forward that stops after every phase and goes on with what it is given back for what it gave away: the same, or the
-same cut off from its graph. Computation and communication take turns; the first phase and the last compute."""
+"""A forward that yields what each phase passes on and continues with what it is sent back: the same tensors, or the same
+detached from their graph. Computation and communication alternate; the first and the last phase compute."""
 
 
 def through(layer: Layer, exchange: Exchange | None, x_BTD: Tensor, attend: Attend, carried: Any = ()) -> Phases:
     """`Layer.forward`, with the experts on several ranks if there is an exchange. Returns the residual stream, the
-    balance term and what was carried past the layer. A dense layer does not stop."""
+    balance term and `carried`. A dense layer does not yield."""
     attended = attend(layer, x_BTD)
     if attended.routing is None:
         return layer.feed_forward(attended), None, carried
@@ -105,14 +105,14 @@ def through(layer: Layer, exchange: Exchange | None, x_BTD: Tensor, attend: Atte
 
 
 def holding(name: str, slices: Mapping[Any, Slice], holders: Sequence[set[int]]) -> list[int]:
-    """Pipeline ranks that hold the parameter of this name; `slices` of any rank know which stages have it."""
+    """Pipeline ranks that hold the parameter of this name; the slices of any rank know which stages have it."""
     owners = next(iter(slices.values())).owners(name)
     return [rank for rank, stages in enumerate(holders) if stages & owners]
 
 
 class Slice(nn.Module):
-    """Stage number `stage` of `stages`; shares its modules with the `model` it is cut from. With an exchange the routed
-    experts of the model are those of this rank (`keep_experts`); with a `Context` rows are cut over ranks, too."""
+    """Stage number `stage` of `stages`; shares its modules with `model`. With an exchange the routed experts of the
+    model are those of this rank (`keep_experts`); with a `Context` rows are split over ranks as well."""
 
     def __init__(
         self, model: Transformer, stage: int, stages: int, exchange: Exchange | None = None,
@@ -135,12 +135,12 @@ class Slice(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the residual stream."""
+        """Dtype of the residual stream."""
         layers = [*self.layers.values(), *(module.layer for module in self.mtp)]
         return layers[0].attn.wo.weight.dtype
 
     def room(self, tokens_BT: Tensor) -> Tensor:
-        """Empty, of the shape of what the stage before sends of these tokens."""
+        """An empty tensor for what the previous stage sends for these tokens."""
         B, T = tokens_BT.shape
         return torch.empty(B, self.context.length(T), self.width, dtype=self.dtype, device=tokens_BT.device)
 
@@ -155,13 +155,14 @@ class Slice(nn.Module):
     def phases(
         self, x: Tensor, tokens_BT: Tensor, segments_BT: Tensor | None = None, mtp: bool = True
     ) -> Generator[Handed, Handed, tuple[Tensor, Tensor] | TrainOutputs]:
-        """(residual stream after the slice [B, T, D], balance term), of the last stage `Transformer.train_outputs` with
-        the balance term of this slice alone. x: what the stage before returned, at the first the tokens. Where rows are
-        cut, tokens and segments are of the whole rows, and all that comes out is of this rank's positions."""
+        """Returns (residual stream after the slice [B, T, D], balance term); the last stage returns
+        `Transformer.train_outputs` with the balance term of this slice alone. x: the output of the previous stage, or
+        the tokens at the first. With context parallelism tokens and segments are of the whole rows, outputs of this
+        rank's positions."""
         context, T = self.context, tokens_BT.shape[1]
         if self.first:
             x = self.embed(context.take(x))
-        # sums terms that are cut off already, so it may reach over phases; other tensors must be handed on
+        # a sum of detached terms, so it may live across phases; other tensors must be passed on
         balance = torch.zeros((), dtype=torch.float32, device=x.device)
         attend = context.attention(T, 0, self.rope_table, segments_BT)
         for layer in self.layers.values():
