@@ -36,9 +36,8 @@ from typing import Any
 from machine import processor, spread
 
 from bessemer.curate import origins
-from bessemer.curate.engine import Processes
+from bessemer.curate.jobs import Job, ProcessPool
 from bessemer.curate.settings import Source, Tokens
-from bessemer.curate.work import Job
 from bessemer.data import sources
 from bessemer.data.tokenizer import Tokenizer
 
@@ -210,7 +209,7 @@ def ours(units: list[Path], tokenizer: Path, row_length: int, workers: int, out:
         )
         for number, unit in enumerate(units)
     ]  # fmt: skip
-    engine = Processes(workers)
+    engine = ProcessPool(workers)
     try:
         done = [facts for _, facts in engine.run(jobs)]
     finally:

@@ -13,9 +13,9 @@ from made_texts import jsonl, prose
 
 from bessemer.curate import origins
 from bessemer.curate.build import Build
-from bessemer.curate.check import check
+from bessemer.curate.jobs import Job
+from bessemer.curate.output import check
 from bessemer.curate.settings import Source
-from bessemer.curate.work import Job
 from bessemer.data import corpus, local
 from bessemer.errors import UserError
 from bessemer.pipeline.curation import Curation, build, engine
@@ -202,7 +202,7 @@ def test_two_builds_do_not_write_to_one_folder(made, tmp_path):
 
 
 def test_nothing_left_is_an_error_that_names_the_part(made, tmp_path):
-    with pytest.raises(UserError, match='part "code" has no training document left'):
+    with pytest.raises(UserError, match='part "code" has no training documents left'):
         build(Curation.load(made, ["code.rules.min_words=100000"]), tmp_path / "out")
     assert "min_words" in (tmp_path / "out" / "report.txt").read_text()
 

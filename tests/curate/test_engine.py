@@ -11,16 +11,15 @@ from pathlib import Path
 import pytest
 
 from bessemer.curate import origins
-from bessemer.curate.engine import Processes
+from bessemer.curate.jobs import Job, ProcessPool, facts_of
 from bessemer.curate.settings import Source
-from bessemer.curate.work import Job, facts_of
 from bessemer.errors import UserError
 
 
 def _job(folder: Path, file: Path, name: str) -> Job:
     unit = origins.Unit(
         Source("s", str(file), "english", "english", bad="skip", retries=0, pause=0.0), 0,
-        (origins.Piece(str(file), ".txt", 0, 1, 1, 0),), 1,
+        (origins.SourcePiece(str(file), ".txt", 0, 1, 1, 0),), 1,
     )  # fmt: skip
     return Job("read", name, folder / name, name, {"unit": unit, "cache": None})
 
@@ -40,7 +39,7 @@ def test_a_killed_worker_is_named_and_the_other_jobs_are_done(tmp_path):
     jobs = [_job(tmp_path / "out", path, path.stem) for path in [fifo, *(tmp_path / f"{i}.txt" for i in range(3))]]
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text("One.")
-    scratch, engine, killed = tmp_path / "out" / ".pipe.tmp", Processes(2), []
+    scratch, engine, killed = tmp_path / "out" / ".pipe.tmp", ProcessPool(2), []
 
     def kill() -> None:
         _wait(lambda: (jobs[3].folder / "facts.json").exists())
@@ -53,7 +52,7 @@ def test_a_killed_worker_is_named_and_the_other_jobs_are_done(tmp_path):
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        with pytest.raises(UserError, match=r"did read of pipe was killed, twice.*lower"):
+        with pytest.raises(UserError, match=r"for read of pipe was killed, twice.*lower"):
             list(engine.run(jobs))
     finally:
         killer.join()
@@ -67,7 +66,7 @@ def test_a_mistake_in_a_worker_comes_back_as_one(tmp_path):
     path.write_text("{\n")
     source = Source("s", str(path), "english", "english", bad="refuse")
     unit = origins.units(source, 1 << 20, None)[0][0]
-    engine = Processes(2)
+    engine = ProcessPool(2)
     try:
         with pytest.raises(UserError, match="not JSON"):
             list(engine.run([Job("read", "a", tmp_path / "out" / "a", "a", {"unit": unit, "cache": None})]))
@@ -80,11 +79,11 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_engine import _job
-from bessemer.curate.engine import Processes
+from bessemer.curate.jobs import ProcessPool
 if __name__ == "__main__":
     folder = Path({folder!r})
     print("ready", flush=True)
-    list(Processes(2).run([_job(folder / "out", folder / "pipe.txt", "pipe")]))
+    list(ProcessPool(2).run([_job(folder / "out", folder / "pipe.txt", "pipe")]))
 """
 
 

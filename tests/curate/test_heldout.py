@@ -5,7 +5,7 @@ import json
 from made_texts import prose
 
 from bessemer import tasks
-from bessemer.curate.heldout import Asked, Index, asked
+from bessemer.curate.decontaminate import EvalText, Index, eval_texts
 from bessemer.curate.words import words
 
 QUESTION = (
@@ -23,7 +23,7 @@ def test_ten_words_of_a_question_or_a_solution_are_a_hit(tmp_path):
     lines = [{"question": QUESTION, "answer": SOLUTION}, {"question": prose(8, 2) + " How many?", "answer": "#### 3"}]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "train.jsonl").write_text(json.dumps({"question": prose(9, 2), "answer": "#### 1"}) + "\n")
-    index = Index(asked([f"gsm8k:{tmp_path}"], 10), 10)
+    index = Index(eval_texts([f"gsm8k:{tmp_path}"], 10), 10)
     ten = "sold clips to 48 of her friends in April and"
     found = _hits(
         index, f"{prose(1)} {ten} {prose(2)}", f"{prose(1)} sold clips to 48 of her friends in April {prose(2)}",
@@ -34,7 +34,7 @@ def test_ten_words_of_a_question_or_a_solution_are_a_hit(tmp_path):
 
 def test_a_run_of_figures_is_no_sign():
     index = Index(
-        [Asked("q", "48 / 2 = 24 and 48 + 24 = 72 so 72 - 5 = 67 is what we get in the end of it", False)], 10
+        [EvalText("q", "48 / 2 = 24 and 48 + 24 = 72 so 72 - 5 = 67 is what we get in the end of it", False)], 10
     )
     assert not _hits(index, "it is 48 / 2 = 24 and 48 + 24 = 72 so there")
     assert _hits(index, "5 = 67 is what we get in the end of it")
@@ -42,13 +42,15 @@ def test_a_run_of_figures_is_no_sign():
 
 def test_what_several_questions_share_is_wording():
     shared = "read the following story about the old farmer and then answer this question in one word"
-    index = Index([Asked("a", f"{shared} {prose(1, 1)}", False), Asked("b", f"{shared} {prose(2, 1)}", False)], 10)
+    index = Index(
+        [EvalText("a", f"{shared} {prose(1, 1)}", False), EvalText("b", f"{shared} {prose(2, 1)}", False)], 10
+    )
     assert not _hits(index, shared)
     assert _hits(index, prose(2, 1)) == {0: "b"}
 
 
 def test_a_generated_question_must_be_there_whole_and_its_numbers_must_end():
-    index = Index([Asked("g", "Use the numbers 3 7 25 and 50 each once to make 81 + 3", True)], 10)
+    index = Index([EvalText("g", "Use the numbers 3 7 25 and 50 each once to make 81 + 3", True)], 10)
     assert _hits(index, "x. Use the numbers 3, 7, 25 and 50 each once, to make 81 + 3. Now go") == {0: "g"}
     assert not _hits(index, "Use the numbers 3 7 25 and 50 each once to make 82 + 3")
     assert not _hits(index, "Use the numbers 3 7 25 and 50 each once to make 81 + 3 * 4")
@@ -56,7 +58,7 @@ def test_a_generated_question_must_be_there_whole_and_its_numbers_must_end():
 
 
 def test_held_out_problems_of_a_task_are_found_and_training_pages_are_not():
-    index = Index(asked(["countdown"], 50), 10)
+    index = Index(eval_texts(["countdown"], 50), 10)
     task = tasks.get("countdown")
     tests = [task.problem("test", i, 0, language).prompt for i in range(50) for language in task.all_languages]
     assert len(_hits(index, *[f"A page. {text}\nThe answer." for text in tests])) == len(tests)

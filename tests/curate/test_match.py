@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.curate import documents, steps
-from bessemer.curate.match import EXACT, Signed, bins, clusters, match
+from bessemer.curate import output, steps
+from bessemer.curate.duplicates import EXACT, SignedUnit, bins, clusters, match
 from bessemer.curate.settings import Dedup
 
 DEDUP = Dedup()
@@ -54,11 +54,11 @@ def signed(tmp_path):
         read, sign = tmp_path / f"read{number}", tmp_path / f"sign{number}"
         read.mkdir()
         sign.mkdir()
-        with documents.create(read) as file:
+        with output.create(read) as file:
             for text in some:
-                documents.dump(file, {"text": text})
+                output.dump(file, {"text": text})
         steps.sign(sign, read, DEDUP, None, 10)
-        units.append(Signed(sign, first, len(some)))
+        units.append(SignedUnit(sign, first, len(some)))
         first += len(some)
     return units, texts
 

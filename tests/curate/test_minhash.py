@@ -4,10 +4,10 @@ import random
 
 import numpy as np
 
-from bessemer.curate.minhash import Shape, keys, signed
+from bessemer.curate.duplicates import SignatureShape, keys, signed
 from bessemer.curate.words import words as words_of
 
-SHAPE = Shape()
+SHAPE = SignatureShape()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 

@@ -20,9 +20,8 @@ from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from bessemer.curate import origins, steps
-from bessemer.curate.decode import decode
-from bessemer.curate.reading import Gone, texts
-from bessemer.curate.records import Fault, Text
+from bessemer.curate.decode import RawText, ReadError, decode
+from bessemer.curate.reading import SourceGone, texts
 from bessemer.curate.settings import Source
 from bessemer.errors import UserError
 
@@ -46,8 +45,8 @@ def _read(spec: Path, unit: int = 1 << 20, **more) -> tuple[list[str], Counter]:
     found = [
         one for u in origins.units(source, unit, None)[0] for piece in u.pieces for one in texts(piece, source, None)
     ]
-    return [one.text for one in found if isinstance(one, Text)], Counter(
-        one.reason for one in found if isinstance(one, Fault)
+    return [one.text for one in found if isinstance(one, RawText)], Counter(
+        one.reason for one in found if isinstance(one, ReadError)
     )
 
 
@@ -130,7 +129,7 @@ def test_a_data_set_is_read_file_by_file(tmp_path, monkeypatch):
     found = [one.text for unit in units for one in texts(unit.pieces[0], source, None)]
     assert sorted(found) == sorted(want)
     (tmp_path / "owner" / "name" / "train-1.parquet").write_bytes(b"PAR1")
-    with pytest.raises(Gone, match="cannot be read"):
+    with pytest.raises(SourceGone, match="cannot be read"):
         list(texts(units[1].pieces[0], source, None))
 
 
@@ -267,7 +266,7 @@ def test_a_source_that_is_gone_for_good_is_refused_or_counted(tmp_path):
     path.unlink()
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(UserError, match=r"a\.jsonl cannot be read any more.*2 attempts"):
+    with pytest.raises(UserError, match=r"a\.jsonl can no longer be read.*2 attempts"):
         steps.read(out, refused, None)
     facts = steps.read(out, skipped, None)
     assert facts["dropped"]["gone"]["documents"] == 1
@@ -281,7 +280,7 @@ def test_a_file_that_is_written_to_meanwhile_is_noticed(tmp_path):
     next(reading)
     with path.open("a") as file:
         file.write('{"text": "Three."}\n')
-    with pytest.raises(Gone, match="written to"):
+    with pytest.raises(SourceGone, match="changed while it was read"):
         list(reading)
 
 

@@ -5,7 +5,7 @@ import random
 import pytest
 from made_texts import prose
 
-from bessemer.curate import rules
+from bessemer.curate import filters
 
 GOOD = prose(1)
 CHINESE = (
@@ -51,21 +51,21 @@ BREAKS = {
 
 
 def test_every_rule_is_tested():
-    assert set(BREAKS) == set(rules.RULES)
+    assert set(BREAKS) == set(filters.RULES)
 
 
-@pytest.mark.parametrize("rule", rules.RULES)
+@pytest.mark.parametrize("rule", filters.RULES)
 def test_a_rule_fails_on_what_it_is_for(rule):
-    assert rules.broken(BREAKS[rule], {rule: rules.RULES[rule].number}) == rule
+    assert filters.broken(BREAKS[rule], {rule: filters.RULES[rule].number}) == rule
 
 
 def test_good_texts_break_no_rule():
-    assert rules.broken(GOOD, rules.preset("web")) is None
-    assert rules.broken(CHINESE, rules.preset("web")) is None
-    assert rules.broken("def f(x):\n    return x + 1\n", rules.preset("code")) is None
+    assert filters.broken(GOOD, filters.preset("web")) is None
+    assert filters.broken(CHINESE, filters.preset("web")) is None
+    assert filters.broken("def f(x):\n    return x + 1\n", filters.preset("code")) is None
 
 
 def test_the_first_rule_in_order_is_named_and_numbers_can_be_set():
-    assert rules.broken("", rules.preset("web")) == "min_words"
-    assert rules.broken(GOOD, {"min_words": 10_000}) == "min_words"
-    assert rules.broken("The fox.", {"min_words": 2}) is None
+    assert filters.broken("", filters.preset("web")) == "min_words"
+    assert filters.broken(GOOD, {"min_words": 10_000}) == "min_words"
+    assert filters.broken("The fox.", {"min_words": 2}) is None

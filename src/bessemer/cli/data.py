@@ -48,7 +48,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Compare every file of a build with its checksum."""
-    from bessemer.curate.check import check as compare
+    from bessemer.curate.output import check as compare
 
     found = compare(folder)
     if as_json:

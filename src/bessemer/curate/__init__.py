@@ -1,5 +1,5 @@
-"""From raw text to clean documents: what is read, kept, found twice, found in an evaluation, and tokenised.
+"""From raw text to clean, deduplicated, decontaminated shards.
 
-A build is five steps over units (`origins`), each a function of files that writes files:
+A build is a sequence of steps over units (`origins`). Each step is a function that reads files and writes files:
 read -> sign -> match -> join -> write (`steps`, in the order in which `build` runs them).
 """

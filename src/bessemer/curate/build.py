@@ -1,12 +1,12 @@
-"""A build from its settings to its report: which jobs there are, which of them are done, and in what order.
+"""A build, from its settings to its report: its jobs, their order, and which of them are already done.
 
 OUT/
-  report.json, report.txt       what came in, what was left out and why, what is there now
-  manifest.json                 checksums of all documents (shards have their own); the same for any engine
-  documents/SOURCE/00000.jsonl.zst   the documents that are left
-  PART/                         their tokens: a part of a training recipe is "shards:OUT/PART"
+  report.json, report.txt       what was read, what was dropped and why, what remains
+  manifest.json                 checksums of all documents (shards have their own); identical for every runner
+  documents/SOURCE/00000.jsonl.zst   the documents that remain
+  PART/                         their tokens: a training recipe reads them as "shards:OUT/PART"
   tokenizer/
-  work/                         what the steps wrote; may be deleted, and then everything is done again
+  work/                         output of the steps; if you delete it, the next build starts over
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ from typing import Any, Protocol
 
 import filelock
 
-from bessemer.curate import heldout, match, origins, publish, report
-from bessemer.curate.engine import Engine
+from bessemer.curate import decontaminate, duplicates, origins, output, report
+from bessemer.curate.jobs import Job, JobRunner, facts_of
 from bessemer.curate.settings import Settings, identity
-from bessemer.curate.work import Job, facts_of
 from bessemer.data import sources
 from bessemer.errors import UserError
 from bessemer.hf.foreign_tokenizer import load_tokenizer
 
 VERSION = 1
-"""Raised when a step makes something else of the same things."""
+"""Increase it when a step produces different output from the same inputs."""
 STEPS = ("read", "sign", "match", "join", "tokenizer", "write")
 
 
-class Stage(Protocol):
+class StepProgress(Protocol):
     """Progress of one step."""
 
     def total(self, work: float, units: str, done: float = 0.0) -> None: ...
@@ -44,37 +43,37 @@ class Stage(Protocol):
     def advance(self, work: float = 1.0, note: str = "") -> None: ...
 
 
-class Progress(Protocol):
+class BuildProgress(Protocol):
     """Progress of a build."""
 
-    def begin(self, name: str) -> Stage: ...
+    def begin(self, name: str) -> StepProgress: ...
 
     def end(self, name: str, seconds: float) -> None: ...
 
 
 @dataclass
 class Step:
-    """What became of the jobs of a step."""
+    """The outcome of a step."""
 
     facts: list[dict[str, Any]]
-    """Of each job, in order."""
+    """Facts of each job, in order."""
     wall: float
     fresh: int
-    """Jobs done now; the others were done before."""
+    """Jobs that ran in this build; the others had finished before."""
 
 
 @dataclass
 class Build:
-    """One build under way."""
+    """One build."""
 
     settings: Settings
     out: Path
-    engine: Engine
-    progress: Progress
+    engine: JobRunner
+    progress: BuildProgress
     steps: dict[str, Step] = field(default_factory=dict)
 
     def run(self) -> dict[str, Any]:
-        """The report. UserError for what the user can mend; what is done stays done."""
+        """Run the build and return its report. Finished jobs stay finished after a UserError."""
         self.out.mkdir(parents=True, exist_ok=True)
         try:
             with filelock.FileLock(self.out / ".lock", timeout=0):
@@ -88,28 +87,28 @@ class Build:
         began = time.monotonic()
         units, ignored = self._units()
         reads = [self._read(unit) for unit in units]
-        read = self._do("read", reads, "bytes")
+        read = self._run_step("read", reads, "bytes")
         firsts = [0]
         for facts in read.facts:
             firsts.append(firsts[-1] + facts["kept"]["documents"])
         signs = self._signs(reads, read.facts)
-        self._do("sign", signs, "bytes")
-        join = self._joined(signs, firsts)
+        self._run_step("sign", signs, "bytes")
+        join = self._match_and_join(signs, firsts)
         tokenizer = self._tokenizer(units, reads, signs, join, firsts)
         writes = self._writes(units, reads, signs, join, firsts, tokenizer)
-        write = self._do("write", writes, "bytes")
-        publish.lay_out(self.out, units, writes, write.facts, tokenizer, self.settings)
-        self._forget([*reads, *signs, *writes])
+        write = self._run_step("write", writes, "bytes")
+        output.publish(self.out, units, writes, write.facts, tokenizer, self.settings)
+        self._remove_stale([*reads, *signs, *writes])
         facts = report.gather(
             self.settings, units, ignored, read.facts, write.facts,
             {name: vars(step) for name, step in self.steps.items()}, time.monotonic() - began,
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, self.engine.workers,
             load_tokenizer(tokenizer).vocab_size,
         )  # fmt: skip
-        publish.write(self.out / "report.json", json.dumps(facts, indent=1, ensure_ascii=False))
-        publish.write(self.out / "report.txt", report.text(facts))
+        output.write(self.out / "report.json", json.dumps(facts, indent=1, ensure_ascii=False))
+        output.write(self.out / "report.txt", report.text(facts))
         if empty := [name for name, part in facts["parts"].items() if not part["train"]["tokens"]]:
-            raise UserError(f'part "{empty[0]}" has no training document left; {self.out / "report.txt"} says why')
+            raise UserError(f'part "{empty[0]}" has no training documents left; {self.out / "report.txt"} says why')
         return facts
 
     def _units(self) -> tuple[list[origins.Unit], dict[str, int]]:
@@ -132,31 +131,35 @@ class Build:
 
     def _signs(self, reads: Sequence[Job], facts: Sequence[dict[str, Any]]) -> list[Job]:
         dedup, wanted = self.settings.dedup, self.settings.decontaminate
-        asked = None
+        eval_texts = None
         if wanted.tasks:
-            asked = str(heldout.save(heldout.asked(wanted.tasks, wanted.problems), self.out / "work"))
+            eval_texts = str(
+                decontaminate.save(decontaminate.eval_texts(wanted.tasks, wanted.problems), self.out / "work")
+            )
         matters = replace(dedup, exact=True, threshold=0.0)
         return [
             Job(
                 "sign", job.title, self._folder("sign", job.title),
-                identity(VERSION, "sign", of_job["sha256"], matters, asked and Path(asked).name, wanted.n),
-                {"read": job.folder, "dedup": dedup, "asked": asked, "n": wanted.n}, job.weight,
+                identity(VERSION, "sign", of_job["sha256"], matters, eval_texts and Path(eval_texts).name, wanted.n),
+                {"read": job.folder, "dedup": dedup, "eval_texts": eval_texts, "n": wanted.n}, job.weight,
             )
             for job, of_job in zip(reads, facts, strict=True)
         ]  # fmt: skip
 
-    def _joined(self, signs: Sequence[Job], firsts: Sequence[int]) -> Job:
+    def _match_and_join(self, signs: Sequence[Job], firsts: Sequence[int]) -> Job:
         dedup = self.settings.dedup
         units = [
-            match.Signed(job.folder, first, last - first)
+            duplicates.SignedUnit(job.folder, first, last - first)
             for job, first, last in zip(signs, firsts[:-1], firsts[1:], strict=True)
         ]
-        bands = ([match.EXACT] if dedup.exact else []) + (list(range(dedup.bands)) if dedup.near else [])
+        bands = ([duplicates.EXACT] if dedup.exact else []) + (list(range(dedup.bands)) if dedup.near else [])
         matters = [[job.identity for job in signs], list(firsts)]
         jobs = []
-        for which in match.bins(firsts[-1], bands, self.settings.memory):
-            title = f"{'exact' if which.band == match.EXACT else f'band{which.band:03d}'}-{which.number}-of-{which.of}"
-            threshold = 1.0 if which.band == match.EXACT else dedup.threshold
+        for which in duplicates.bins(firsts[-1], bands, self.settings.memory):
+            title = (
+                f"{'exact' if which.band == duplicates.EXACT else f'band{which.band:03d}'}-{which.number}-of-{which.of}"
+            )
+            threshold = 1.0 if which.band == duplicates.EXACT else dedup.threshold
             jobs.append(
                 Job(
                     "match", title, self._folder("match", title),
@@ -164,7 +167,7 @@ class Build:
                     {"units": units, "which": which, "threshold": threshold},
                 )
             )  # fmt: skip
-        self._do("match", jobs, "bins")
+        self._run_step("match", jobs, "bins")
         exact = [job.folder for job in jobs if job.title.startswith("exact")]
         near = [job.folder for job in jobs if not job.title.startswith("exact")]
         join = Job(
@@ -172,8 +175,8 @@ class Build:
             identity(VERSION, "join", [job.identity for job in jobs], list(firsts)),
             {"exact": exact, "near": near, "firsts": list(firsts[:-1])},
         )  # fmt: skip
-        self._do("join", [join], "clusters")
-        self._forget(jobs)
+        self._run_step("join", [join], "clusters")
+        self._remove_stale(jobs)
         return join
 
     def _tokenizer(
@@ -197,8 +200,8 @@ class Build:
             {"units": texts, "tokens": wanted},
         )  # fmt: skip
         if not firsts[-1]:
-            raise UserError("no document is left of any source to train a tokenizer on; look at filters and languages")
-        self._do("tokenizer", [job], "tokenizer")
+            raise UserError("no source has documents left to train a tokenizer on; check filters and languages")
+        self._run_step("tokenizer", [job], "tokenizer")
         return job.folder / "tokenizer"
 
     def _writes(
@@ -228,8 +231,8 @@ class Build:
             )  # fmt: skip
         return jobs
 
-    def _do(self, name: str, jobs: Sequence[Job], units: str) -> Step:
-        """Does what is not done yet of a step, and shows how far it is."""
+    def _run_step(self, name: str, jobs: Sequence[Job], units: str) -> Step:
+        """Run the unfinished jobs of a step, and report progress."""
         began = time.monotonic()
         known = {job.folder: facts_of(job) for job in jobs}
         wanted = [job for job in jobs if known[job.folder] is None]
@@ -250,8 +253,8 @@ class Build:
         folder.parent.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def _forget(self, jobs: Iterable[Job]) -> None:
-        """Removes what earlier settings left in the folders of these steps."""
+    def _remove_stale(self, jobs: Iterable[Job]) -> None:
+        """Remove what earlier settings left in the folders of these steps."""
         known = {job.folder for job in jobs}
         for step in {job.step for job in jobs}:
             for facts in list((self.out / "work" / step).rglob("facts.json")):

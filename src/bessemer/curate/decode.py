@@ -1,28 +1,32 @@
-"""Bytes to text, whatever wrote them: UTF-8 first, a byte-order mark, what the page declares, and then a guess."""
+"""Bytes to text, and what reading a source yields: texts, and read errors with one of a few reasons.
+
+Decoding tries a byte-order mark, UTF-8, the encoding that a page declares, and then a guess.
+"""
 
 import codecs
 import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from bessemer.data.local import opened
 from bessemer.errors import UserError
 
 UTF8 = "utf-8"
 GUESSED = 1 << 16
-"""Bytes that a guess looks at."""
+"""Bytes that a guess examines."""
 GUESSES = (
     "gb18030", "big5", "cp932", "euc_jp", "cp949", "cp1251", "koi8_r", "cp1252", "cp1250", "cp1253", "cp1254", "cp1255",
     "cp1256", "cp1257", "cp1258", "cp874",
 )  # fmt: skip
-"""What text is written in that is not Unicode; among all that Python knows, short texts fit too many."""
+"""Candidate encodings. Short texts are valid in too many of all the encodings that Python knows."""
 _DECLARED = re.compile(rb"""charset\s*=\s*["']?\s*([A-Za-z0-9_.:-]{2,30})""")
 _NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
 
 def decode(data: bytes, declared: bool = False) -> tuple[str, str] | None:
-    """(text, name of the encoding), or None for bytes that are no text. `declared` looks for a page's charset."""
+    """(text, encoding), or None if the bytes are not text. With `declared`, a charset declared in the page counts."""
     for mark, name in ((codecs.BOM_UTF8, UTF8), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
         if data.startswith(mark):
             return _checked(data, "utf-8-sig" if name == UTF8 else name)
@@ -31,7 +35,7 @@ def decode(data: bytes, declared: bool = False) -> tuple[str, str] | None:
     if declared and (match := _DECLARED.search(data[:4096])) and (found := _checked(data, match[1].decode())):
         return found
     try:
-        from charset_normalizer import from_bytes  # slow to import, and seldom needed
+        from charset_normalizer import from_bytes  # slow to import, and rarely needed
     except ImportError:
         raise UserError("text that is not UTF-8 needs charset-normalizer: pip install 'bessemer[data]'") from None
     best = from_bytes(data[:GUESSED], cp_isolation=list(GUESSES)).best()
@@ -44,12 +48,12 @@ def _checked(data: bytes, encoding: str) -> tuple[str, str] | None:
     except (UnicodeDecodeError, LookupError):
         return None
     if encoding not in (UTF8, "utf-8-sig") and _NOT_TEXT.search(text):
-        return None  # a picture, say, which some 8-bit encoding can always be made of
+        return None  # an image, say: some 8-bit encoding always fits
     return text, UTF8 if encoding == "utf-8-sig" else codecs.lookup(encoding).name
 
 
 class Lines:
-    """The lines of a file from `start` on, with a bound on each: nothing longer is ever in memory.
+    """The lines of a file from byte `start` on, each bounded: no longer line is ever in memory.
 
     Iterating gives (offset, line with its break, or None for one of more than `longest` bytes). Lines of UTF-16 files
     come as UTF-8, with `encoding` saying what they were; their offsets are those of the UTF-8.
@@ -67,7 +71,7 @@ class Lines:
         if start:
             self._file.seek(start - 1)
             self.offset = start - 1
-            self._line()  # the line that began before, or the break just before `start`
+            self._line()  # the rest of the line before, or the line break just before `start`
         elif head == codecs.BOM_UTF8:
             self.offset = len(self._file.read(3))
 
@@ -105,3 +109,39 @@ class _Recoded:
 
     def close(self) -> None:
         self._text.close()
+
+
+EMPTY, TOO_LONG, BROKEN_RECORD, BROKEN_FILE = "empty", "too-long", "broken-record", "broken-file"
+ENCODING, NO_TEXT, GONE = "encoding", "no-text", "gone"
+REASONS = {
+    EMPTY: "only white space",
+    TOO_LONG: "more bytes than the source's longest",
+    BROKEN_RECORD: "not JSON, or not a record with a text",
+    BROKEN_FILE: "a truncated or corrupted archive or file",
+    ENCODING: "bytes that are not text in any known encoding",
+    NO_TEXT: "a page without a main text",
+    GONE: "a file or source that disappeared or changed during the build",
+}
+
+
+class RawText(NamedTuple):
+    """A document as it was read."""
+
+    text: str
+    where: str
+    bytes: int
+    encoding: str = UTF8
+    address: str | None = None
+    """URL of a page."""
+
+
+class ReadError(NamedTuple):
+    """A record that could not be read as a document."""
+
+    reason: str
+    where: str
+    detail: str
+    bytes: int = 0
+
+
+ReadResult = RawText | ReadError

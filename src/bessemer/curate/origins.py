@@ -1,8 +1,8 @@
-"""What a source consists of, cut into units of about equal work.
+"""The files of a source, divided into units of about equal work.
 
-A unit is a list of pieces: small files together, a byte range of a big .jsonl or .txt, row groups of a big .parquet,
-some files of a data set on the hub, or a whole registered source. What is compressed, an archive or UTF-16 cannot be
-cut and is a piece of its own. Units follow from the source alone, never from the number of workers.
+A unit is a list of pieces: several small files, a byte range of a large .jsonl or .txt, row groups of a large .parquet,
+some files of a data set on the Hub, or a whole registered source. Compressed files, archives and UTF-16 files cannot be
+cut and are one piece each. Units depend on the source alone, never on the number of workers.
 """
 
 import codecs
@@ -20,27 +20,27 @@ from bessemer.errors import UserError
 HTML = (".html", ".htm")
 WARC = (".warc", ".wet")
 KINDS = (".jsonl", ".txt", ".parquet", *HTML, *WARC)
-"""What is read, plain or, all but .parquet, as .gz or .zst."""
+"""Readable suffixes; all except .parquet may also be compressed as .gz or .zst."""
 SMALLEST_FILE = 64 << 10
-"""Opening a file costs something, so none counts for less when units are cut."""
+"""Smallest weight of a file when units are cut; opening a file has a cost."""
 REGISTERED, HUB = "registered", "hub"
 
 
-class Piece(NamedTuple):
-    """Part of a source. Equal pieces hold equal texts: a file that was written to is another piece."""
+class SourcePiece(NamedTuple):
+    """Part of a source. Equal pieces hold equal texts: a modified file is a different piece."""
 
     path: str
-    """A file, or the spec of a source that is none."""
+    """A file, or the spec of a source that is not a file."""
     kind: str
     """A suffix of KINDS, REGISTERED or HUB."""
     start: int = 0
-    """First byte, row group, or part of a data set."""
+    """First byte, row group, or Hub file."""
     end: int = 0
-    """One past the last; of HUB, the number of parts."""
+    """One past the last; for HUB, the number of files."""
     size: int = 0
-    """Of the whole file, bytes."""
+    """Bytes of the whole file."""
     changed: int = 0
-    """When the file was written to last, ns."""
+    """Modification time of the file, ns."""
 
     @property
     def whole(self) -> bool:
@@ -49,13 +49,13 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Unit:
-    """What one worker reads at a time."""
+    """What one job reads."""
 
     source: Source
     number: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SourcePiece, ...]
     bytes: int
-    """About; 0 where nobody knows."""
+    """Approximate size; 0 if unknown."""
 
     @property
     def name(self) -> str:
@@ -66,19 +66,19 @@ class Unit:
 
 
 def units(source: Source, unit_bytes: int, cache: str | None) -> tuple[list[Unit], int]:
-    """(the units of a source, number of files in its folder that nobody can read)."""
+    """(the units of a source, number of files in its folder that are ignored)."""
     if source.spec.startswith(local.HUB):
         parts = local.hub_files(source.spec)
-        return [_unit(source, i, [Piece(source.spec, HUB, i, parts)], 0) for i in range(parts)], 0
+        return [_unit(source, i, [SourcePiece(source.spec, HUB, i, parts)], 0) for i in range(parts)], 0
     if source.spec in sources.SOURCES:
         if package := sources.SOURCES[source.spec].package:
             from bessemer.data.fetch import fetch
 
-            fetch(package, cache)  # here, once, and not in every worker
-        return [_unit(source, 0, [Piece(source.spec, REGISTERED)], 0)], 0
+            fetch(package, cache)  # once, instead of in every worker
+        return [_unit(source, 0, [SourcePiece(source.spec, REGISTERED)], 0)], 0
     files, others = _files(source)
     found: list[Unit] = []
-    some: list[Piece] = []
+    some: list[SourcePiece] = []
     size = 0
     for file in files:
         for piece, weight in _pieces(file, source, unit_bytes):
@@ -92,7 +92,7 @@ def units(source: Source, unit_bytes: int, cache: str | None) -> tuple[list[Unit
     return found, others
 
 
-def _unit(source: Source, number: int, pieces: list[Piece], size: int) -> Unit:
+def _unit(source: Source, number: int, pieces: list[SourcePiece], size: int) -> Unit:
     return Unit(source, number, tuple(pieces), size)
 
 
@@ -105,7 +105,7 @@ def _files(source: Source) -> tuple[list[Path], int]:
     elif any(mark in source.spec for mark in "*?["):
         every = sorted(Path(found) for found in glob.glob(source.spec, recursive=True) if Path(found).is_file())
     else:
-        sources.documents(source.spec)  # says what is wrong with it
+        sources.documents(source.spec)  # raises the UserError that explains what is wrong
         raise AssertionError(source.spec)
     files = [file for file in every if _readable(file)]
     if not files:
@@ -120,8 +120,8 @@ def _readable(file: Path) -> bool:
     return local.kind(file) in KINDS and not (local.kind(file) == ".parquet" and file.suffix in local.COMPRESSED)
 
 
-def _pieces(file: Path, source: Source, unit_bytes: int) -> Iterator[tuple[Piece, int]]:
-    """(piece, its weight in bytes) of a file, in order."""
+def _pieces(file: Path, source: Source, unit_bytes: int) -> Iterator[tuple[SourcePiece, int]]:
+    """The pieces of a file with their weights in bytes, in order."""
     facts, kind = file.stat(), local.kind(file)
     size, changed = facts.st_size, facts.st_mtime_ns
     if kind == ".parquet":
@@ -130,27 +130,29 @@ def _pieces(file: Path, source: Source, unit_bytes: int) -> Iterator[tuple[Piece
         count = -(-size // unit_bytes)
         edges = [size * i // count for i in range(count + 1)]
         for start, end in pairwise(edges):
-            yield Piece(str(file), kind, start, end, size, changed), end - start
+            yield SourcePiece(str(file), kind, start, end, size, changed), end - start
     else:
-        yield Piece(str(file), kind, 0, size, size, changed), max(size, SMALLEST_FILE)
+        yield SourcePiece(str(file), kind, 0, size, size, changed), max(size, SMALLEST_FILE)
 
 
-def _row_groups(file: Path, source: Source, size: int, changed: int, unit_bytes: int) -> Iterator[tuple[Piece, int]]:
+def _row_groups(
+    file: Path, source: Source, size: int, changed: int, unit_bytes: int
+) -> Iterator[tuple[SourcePiece, int]]:
     import pyarrow.parquet as pq  # slow to import, and needed here only
 
     try:
         facts = pq.ParquetFile(file).metadata
         weights = [facts.row_group(group).total_byte_size for group in range(facts.num_row_groups)]
-    except (OSError, ValueError):  # broken: reading it says so, as the source's `bad` wants
-        yield Piece(str(file), ".parquet", 0, 0, size, changed), max(size, SMALLEST_FILE)
+    except (OSError, ValueError):  # corrupt: reading it reports that, according to the source's `bad` key
+        yield SourcePiece(str(file), ".parquet", 0, 0, size, changed), max(size, SMALLEST_FILE)
         return
     start = weight = 0
     for group, bytes_ in enumerate(weights):
         if group > start and weight + bytes_ > unit_bytes:
-            yield Piece(str(file), ".parquet", start, group, size, changed), weight
+            yield SourcePiece(str(file), ".parquet", start, group, size, changed), weight
             start, weight = group, 0
         weight += bytes_
-    yield Piece(str(file), ".parquet", start, len(weights), size, changed), max(weight, SMALLEST_FILE)
+    yield SourcePiece(str(file), ".parquet", start, len(weights), size, changed), max(weight, SMALLEST_FILE)
 
 
 def _utf16(file: Path) -> bool:

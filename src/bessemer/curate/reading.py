@@ -1,8 +1,7 @@
-"""Pieces to texts. What cannot be read becomes a `Fault` with a reason, and reading goes on behind it.
+"""Reads pieces into texts. What cannot be read becomes a `ReadError` with a reason, and reading continues after it.
 
-Memory is bounded: a line, a record of an archive or a page is read up to the source's `longest` bytes and then left;
-a row group of a parquet file is what pyarrow holds of 1,024 rows.
-"""
+Memory is bounded: a line, an archive record or a page is read up to the source's `longest` bytes; of a parquet file,
+pyarrow holds 1,024 rows."""
 
 import json
 import os
@@ -11,41 +10,53 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bessemer.curate import web
-from bessemer.curate.decode import UTF8, Lines, decode
-from bessemer.curate.origins import HTML, HUB, REGISTERED, Piece
-from bessemer.curate.records import BROKEN_FILE, BROKEN_RECORD, EMPTY, ENCODING, REASONS, TOO_LONG, Fault, Found, Text
+from bessemer.curate.decode import (
+    BROKEN_FILE,
+    BROKEN_RECORD,
+    EMPTY,
+    ENCODING,
+    REASONS,
+    TOO_LONG,
+    UTF8,
+    Lines,
+    RawText,
+    ReadError,
+    ReadResult,
+    decode,
+)
+from bessemer.curate.origins import HTML, HUB, REGISTERED, SourcePiece
 from bessemer.curate.settings import Source
 from bessemer.data import local, sources
 from bessemer.errors import UserError
 
 
-class Gone(Exception):
-    """A source that was there when the build began and is not now: worth another try."""
+class SourceGone(Exception):
+    """A source that existed when the build began has disappeared or changed; worth a retry."""
 
 
-def texts(piece: Piece, source: Source, cache: str | None) -> Iterator[Found]:
-    """The documents of a piece, in order; `Gone` where it disappears or changes under the reader."""
+def texts(piece: SourcePiece, source: Source, cache: str | None) -> Iterator[ReadResult]:
+    """The documents of a piece, in order. Raises SourceGone if the piece disappears or changes meanwhile."""
     if piece.kind == REGISTERED:
         for number, document in enumerate(sources.documents(piece.path, cache), 1):
-            yield Text(document.text, f"{piece.path}: {number}", len(document.text.encode()))
+            yield RawText(document.text, f"{piece.path}: {number}", len(document.text.encode()))
         return
     if piece.kind == HUB:
         try:
             for where, record in local.hub_records(piece.path, piece.start, piece.end):
                 yield _record(record, where, source)
         except UserError as error:
-            raise Gone(str(error)) from error
+            raise SourceGone(str(error)) from error
         return
     try:
         yield from _file(piece, source)
         facts = os.stat(piece.path)
-    except OSError as error:  # what is wrong with its bytes, the readers have said: this is the system
-        raise Gone(f"{piece.path} cannot be read any more ({error.strerror or error})") from error
+    except OSError as error:  # from the system; corrupt content is a ReadError
+        raise SourceGone(f"{piece.path} can no longer be read ({error.strerror or error})") from error
     if (facts.st_size, facts.st_mtime_ns) != (piece.size, piece.changed):
-        raise Gone(f"{piece.path} was written to while it was read")
+        raise SourceGone(f"{piece.path} changed while it was read")
 
 
-def _file(piece: Piece, source: Source) -> Iterator[Found]:
+def _file(piece: SourcePiece, source: Source) -> Iterator[ReadResult]:
     path = Path(piece.path)
     os.stat(path)
     try:
@@ -62,11 +73,11 @@ def _file(piece: Piece, source: Source) -> Iterator[Found]:
             yield from web.archive(path, source.longest)
     except (OSError, EOFError, zlib.error, UserError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise  # of the system, not of what is in the file
-        yield Fault(BROKEN_FILE, piece.path, str(error))
+            raise  # from the system, not from the content
+        yield ReadError(BROKEN_FILE, piece.path, str(error))
 
 
-def _jsonl(piece: Piece, source: Source) -> Iterator[Found]:
+def _jsonl(piece: SourcePiece, source: Source) -> Iterator[ReadResult]:
     lines = Lines(Path(piece.path), piece.start, source.longest)
     try:
         for offset, line in lines:
@@ -81,72 +92,72 @@ def _jsonl(piece: Piece, source: Source) -> Iterator[Found]:
         lines.close()
 
 
-def _json(line: bytes, where: str, encoding: str, source: Source) -> Found:
+def _json(line: bytes, where: str, encoding: str, source: Source) -> ReadResult:
     if not line.strip():
-        return Fault(EMPTY, where, "an empty line", len(line))
+        return ReadError(EMPTY, where, "an empty line", len(line))
     decoded = decode(line)
     if decoded is None:
-        return Fault(ENCODING, where, REASONS[ENCODING], len(line))
+        return ReadError(ENCODING, where, REASONS[ENCODING], len(line))
     try:
         record = json.loads(decoded[0])
     except (ValueError, RecursionError) as error:
-        return Fault(BROKEN_RECORD, where, f"not JSON ({error})", len(line))
+        return ReadError(BROKEN_RECORD, where, f"not JSON ({error})", len(line))
     return _record(record, where, source, encoding if encoding != UTF8 else decoded[1])
 
 
-def _record(record: object, where: str, source: Source, encoding: str = UTF8) -> Found:
+def _record(record: object, where: str, source: Source, encoding: str = UTF8) -> ReadResult:
     if isinstance(record, dict) and record.get(source.text_key) is None and source.text_key in record:
-        return Fault(EMPTY, where, f"{source.text_key} is null")
+        return ReadError(EMPTY, where, f"{source.text_key} is null")
     if isinstance(record, dict) and isinstance(text := record.get(source.text_key), str) and not text.strip():
-        return Fault(EMPTY, where, f"{source.text_key} is empty", len(text))
+        return ReadError(EMPTY, where, f"{source.text_key} is empty", len(text))
     try:
         document = local.document(record, source.domain, where, source.text_key)
     except UserError as error:
-        return Fault(BROKEN_RECORD, where, str(error).removeprefix(f"{where}: "))
+        return ReadError(BROKEN_RECORD, where, str(error).removeprefix(f"{where}: "))
     return _text(document.text, where, encoding, source)
 
 
-def _text(text: str, where: str, encoding: str, source: Source) -> Found:
+def _text(text: str, where: str, encoding: str, source: Source) -> ReadResult:
     size = len(text.encode(UTF8))
-    return _too_long(where, source, size) if size > source.longest else Text(text, where, size, encoding)
+    return _too_long(where, source, size) if size > source.longest else RawText(text, where, size, encoding)
 
 
-def _too_long(where: str, source: Source, size: int = 0) -> Fault:
-    return Fault(TOO_LONG, where, f"more than {source.longest:,} bytes in one document", size)
+def _too_long(where: str, source: Source, size: int = 0) -> ReadError:
+    return ReadError(TOO_LONG, where, f"more than {source.longest:,} bytes in one document", size)
 
 
-def _txt(piece: Piece, source: Source) -> Iterator[Found]:
-    """Documents are parted by blank lines. A document belongs to the piece in which the blank line before it begins."""
+def _txt(piece: SourcePiece, source: Source) -> Iterator[ReadResult]:
+    """Blank lines separate documents. A document belongs to the piece in which the blank line before it begins."""
     lines = Lines(Path(piece.path), piece.start, source.longest)
-    ours, start, size = piece.start == 0, 0, 0
-    held: list[bytes] | None = []
+    inside, start, size = piece.start == 0, 0, 0
+    lines_so_far: list[bytes] | None = []
     try:
         for offset, line in lines:
             if line is not None and not line.strip():
                 if size:
-                    yield _paragraph(held, size, f"{piece.path} at byte {start}", lines.encoding, source)
-                    held, size = [], 0
-                ours = piece.whole or offset < piece.end
-                if not ours:
+                    yield _paragraph(lines_so_far, size, f"{piece.path} at byte {start}", lines.encoding, source)
+                    lines_so_far, size = [], 0
+                inside = piece.whole or offset < piece.end
+                if not inside:
                     return
-            elif ours:
+            elif inside:
                 if not size:
                     start = offset
                 size += len(line) if line is not None else source.longest + 1
                 if size > source.longest:
-                    held = None
-                elif held is not None:
-                    held.append(line)
+                    lines_so_far = None
+                elif lines_so_far is not None:
+                    lines_so_far.append(line)
         if size:
-            yield _paragraph(held, size, f"{piece.path} at byte {start}", lines.encoding, source)
+            yield _paragraph(lines_so_far, size, f"{piece.path} at byte {start}", lines.encoding, source)
     finally:
         lines.close()
 
 
-def _paragraph(held: list[bytes] | None, size: int, where: str, encoding: str, source: Source) -> Found:
-    if held is None:
+def _paragraph(lines_so_far: list[bytes] | None, size: int, where: str, encoding: str, source: Source) -> ReadResult:
+    if lines_so_far is None:
         return _too_long(where, source, size)
-    decoded = decode(b"".join(held))
+    decoded = decode(b"".join(lines_so_far))
     if decoded is None:
-        return Fault(ENCODING, where, REASONS[ENCODING], size)
+        return ReadError(ENCODING, where, REASONS[ENCODING], size)
     return _text(decoded[0].rstrip("\r\n"), where, encoding if encoding != UTF8 else decoded[1], source)

@@ -1,13 +1,59 @@
-"""What a build came to: facts for machines, and the same as a page of plain text."""
+"""The report of a build: counts of documents and bytes by reason, as JSON and as plain text."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bessemer.curate.origins import Unit
 from bessemer.curate.settings import Settings
-from bessemer.curate.tally import added
+
+EXAMPLES = 3
+SHOWN = 160
+"""Characters of an example."""
+
+
+class Tally:
+    """Counts and examples by name. `facts` are plain JSON, so that those of many units can be summed (`added`)."""
+
+    def __init__(self) -> None:
+        self.documents: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def add(self, name: str, size: int, example: str | None = None) -> None:
+        self.documents[name] += 1
+        self.bytes[name] += size
+        if example is not None and len(known := self.examples.setdefault(name, [])) < EXAMPLES:
+            known.append(example)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            name: {"documents": n, "bytes": self.bytes[name], "examples": self.examples.get(name, [])}
+            for name, n in sorted(self.documents.items())
+        }
+
+
+def example(where: str, text: str) -> str:
+    """One line that identifies a document and shows its beginning."""
+    line = " ".join(text[: 2 * SHOWN].split())
+    return f"{where}: {line[:SHOWN]}{'...' if len(line) > SHOWN else ''}"
+
+
+def added(many: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of facts: numbers are added, tables are added by key, lists keep their first EXAMPLES entries."""
+    total: dict[str, Any] = {}
+    for one in many:
+        for key, value in one.items():
+            if isinstance(value, dict):
+                total[key] = added([total.get(key, {}), value])
+            elif isinstance(value, list):
+                total[key] = (total.get(key, []) + value)[:EXAMPLES]
+            else:
+                total[key] = total.get(key, 0) + value
+    return total
+
 
 MB = 1e6
 SIDES = ("train", "heldout")
@@ -69,7 +115,7 @@ def _ratio(size: int, tokens: Mapping[str, Any]) -> float:
 
 
 def _step(step: Mapping[str, Any], found: int) -> dict[str, Any]:
-    """`bytes_per_second` is of what was found, where all jobs of the step were done in this run."""
+    """Facts of a step; `bytes_per_second` relates to the bytes read, if all its jobs ran in this build."""
     facts, whole = step["facts"], step["fresh"] == len(step["facts"])
     return {
         "jobs": len(facts),
@@ -83,11 +129,11 @@ def _step(step: Mapping[str, Any], found: int) -> dict[str, Any]:
 
 
 def text(facts: Mapping[str, Any]) -> str:
-    """The report for people."""
+    """The report as plain text."""
     total = facts["total"]
     lines = [
-        f"{facts['name']}: {total['found']['documents']:,} documents ({total['found']['bytes'] / MB:,.1f} MB) came in, "
-        f"{total['kept']['documents']:,} ({total['kept']['bytes'] / MB:,.1f} MB) are left: {total['tokens']:,} tokens",
+        f"{facts['name']}: {total['found']['documents']:,} documents ({total['found']['bytes'] / MB:,.1f} MB) read, "
+        f"{total['kept']['documents']:,} ({total['kept']['bytes'] / MB:,.1f} MB) kept: {total['tokens']:,} tokens",
         f"{facts['seconds']:,.1f} s with {facts['workers']} workers, at most {facts['peak_memory'] / MB:,.0f} MB each",
         "",
         _row(("part", "documents", "held out", "tokens", "bytes/token")),
@@ -126,7 +172,7 @@ def _source(name: str, source: Mapping[str, Any]) -> list[str]:
     if source["decoded"]:
         lines.append(f"  not UTF-8: {_most(source['decoded'])}")
     if source["files_ignored"]:
-        lines.append(f"  {source['files_ignored']:,} files of other kinds were not looked at")
+        lines.append(f"  {source['files_ignored']:,} files of other kinds were ignored")
     for reason, counts in sorted(source["dropped"].items(), key=lambda item: -item[1]["documents"]):
         lines.append(f"  {reason:<30}{counts['documents']:>12,} documents{counts['bytes'] / MB:>12,.1f} MB")
         lines += [f"      {example}" for example in counts["examples"][:1]]

@@ -1,6 +1,6 @@
-"""What a build is told, checked already: plain values that travel to worker processes and name what was made of them.
+"""The validated settings of a build: plain values that travel to worker processes and identify what was made from them.
 
-`pipeline/curation.py` reads them from TOML; what each means for a user stands there.
+`bessemer keys data` explains each one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Bad = Literal["skip", "refuse"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where texts come from, and which of them are wanted."""
+    """Where texts come from, and which of them to keep."""
 
     name: str
     spec: str
@@ -34,7 +34,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Dedup:
-    """How copies are found."""
+    """How duplicates are detected."""
 
     exact: bool = True
     near: bool = True
@@ -46,7 +46,7 @@ class Dedup:
 
 @dataclass(frozen=True)
 class Decontaminate:
-    """Which evaluations must not be in the texts."""
+    """Evaluations whose questions and solutions must not occur in the texts."""
 
     tasks: tuple[str, ...] = ()
     n: int = 10
@@ -58,7 +58,7 @@ class Tokens:
     """How texts become shards."""
 
     tokenizer: str | None
-    """A directory; None to train one."""
+    """A directory; None: train one."""
     vocab_size: int
     sample: int
     row_length: int
@@ -70,7 +70,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Settings:
-    """A whole build."""
+    """A complete build."""
 
     name: str
     seed: int
@@ -84,7 +84,7 @@ class Settings:
 
 
 def identity(*facts: Any) -> str:
-    """A name for what something was made of: equal facts, equal name."""
+    """A hash that identifies inputs: equal facts give equal hashes."""
     plain = [asdict(fact) if hasattr(fact, "__dataclass_fields__") else fact for fact in facts]
     text = json.dumps(
         plain, sort_keys=True, default=lambda value: str(value) if isinstance(value, Path) else list(value)

@@ -1,11 +1,11 @@
-"""The steps of a build, each a function that writes a folder and returns facts. They run in worker processes.
+"""The steps of a build. Each is a function that writes a folder and returns facts; they run in worker processes.
 
-read        a unit's pieces   -> its documents, as they were found, without what no rule or reader lets through
-sign        its documents     -> MinHash signatures, keys and exact hashes; which documents are contaminated
-match       all signatures    -> pairs of copies, in one bin of keys
-join        all pairs         -> which documents are copies of an earlier one
-tokenizer   what is left      -> a tokenizer
-write       a unit's documents -> those that are left, and their tokens as a shard
+read        a unit's pieces     -> its documents, without unreadable ones and those that the filters drop
+sign        its documents       -> MinHash signatures, LSH keys and exact hashes; which documents are contaminated
+match       all signatures      -> pairs of duplicates, in one bin of keys
+join        all pairs           -> which documents duplicate an earlier one
+tokenizer   what remains        -> a tokenizer
+write       a unit's documents  -> those that remain, and their tokens as a shard
 """
 
 import hashlib
@@ -20,36 +20,34 @@ from typing import Any
 
 import numpy as np
 
-from bessemer.curate import documents, heldout, rules
-from bessemer.curate import match as matching
-from bessemer.curate.decode import UTF8
-from bessemer.curate.language import language
-from bessemer.curate.minhash import Shape, keys, signed
+from bessemer.curate import decontaminate, duplicates, filters, output
+from bessemer.curate.decode import GONE, NO_TEXT, UTF8, ReadError, ReadResult
+from bessemer.curate.duplicates import SignatureShape, keys, signed
+from bessemer.curate.filters import language
 from bessemer.curate.origins import Unit
-from bessemer.curate.reading import Gone, texts
-from bessemer.curate.records import GONE, NO_TEXT, Fault, Found
+from bessemer.curate.output import ShardPair
+from bessemer.curate.reading import SourceGone, texts
+from bessemer.curate.report import Tally, example
 from bessemer.curate.settings import Dedup, Source, Tokens
-from bessemer.curate.tally import Tally, example
-from bessemer.curate.tokens import Shards
 from bessemer.curate.words import words
 from bessemer.data.fetch import sha256_of
 from bessemer.errors import UserError
 
 LANGUAGE = "language"
-"""Why a text is dropped that is in none of the source's languages."""
+"""Drop reason of a text in none of the source's languages."""
 
 
 def read(folder: Path, unit: Unit, cache: str | None) -> dict[str, Any]:
-    """Reads a unit; a source that disappears is tried again, then skipped or refused as it says itself."""
+    """Read a unit. A source that disappears is retried, then skipped or refused according to its `bad` key."""
     source = unit.source
     for attempt in range(source.retries + 1):
         try:
-            with redirect_stderr(io.StringIO()):  # libraries that complain of what is counted here
+            with redirect_stderr(io.StringIO()):  # libraries print about what is counted here
                 return _read_once(folder, unit, cache, last=attempt == source.retries)
-        except Gone as gone:
+        except SourceGone as gone:
             if attempt == source.retries:
                 raise UserError(
-                    f'source "{source.name}": {gone}; {attempt + 1} attempts. Bring it back and run the same command, '
+                    f'source "{source.name}": {gone}; {attempt + 1} attempts. Restore it and run the same command, '
                     'or set bad = "skip" for this source'
                 ) from gone
             time.sleep(source.pause * 2**attempt)
@@ -62,28 +60,28 @@ def _read_once(folder: Path, unit: Unit, cache: str | None, last: bool) -> dict[
     decoded: Counter[str] = Counter()
     found = size = 0
     complete = True
-    with documents.create(folder) as file:
+    with output.create(folder) as file:
         for one in _found(unit, cache, last):
             found += 1
             size += one.bytes
-            if isinstance(one, Fault):
+            if isinstance(one, ReadError):
                 _check(one, source)
                 complete = complete and one.reason != GONE
                 dropped.add(one.reason, one.bytes, example(one.where, one.detail))
                 continue
             if one.encoding != UTF8:
                 decoded[one.encoding] += 1
-            tongue, sure = language(one.text)
-            languages[tongue] += 1
-            if source.languages and (tongue not in source.languages or sure < source.confidence):
-                dropped.add(LANGUAGE, one.bytes, example(f"{one.where} ({tongue} {sure})", one.text))
+            code, confidence = language(one.text)
+            languages[code] += 1
+            if source.languages and (code not in source.languages or confidence < source.confidence):
+                dropped.add(LANGUAGE, one.bytes, example(f"{one.where} ({code} {confidence})", one.text))
                 continue
-            if rule := rules.broken(one.text, source.rules):
+            if rule := filters.broken(one.text, source.rules):
                 dropped.add(rule, one.bytes, example(one.where, one.text))
                 continue
             kept.add("documents", one.bytes)
-            record = {"text": one.text, "source": source.name, "language": tongue, "where": one.where}
-            documents.dump(file, record | ({"address": one.address} if one.address else {}))
+            record = {"text": one.text, "source": source.name, "language": code, "where": one.where}
+            output.dump(file, record | ({"address": one.address} if one.address else {}))
     return {
         "complete": complete,
         "found": {"documents": found, "bytes": size},
@@ -91,40 +89,40 @@ def _read_once(folder: Path, unit: Unit, cache: str | None, last: bool) -> dict[
         "dropped": dropped.facts(),
         "languages": dict(sorted(languages.items())),
         "decoded": dict(sorted(decoded.items())),
-        "sha256": sha256_of(folder / documents.NAME),
+        "sha256": sha256_of(folder / output.NAME),
     }
 
 
-def _found(unit: Unit, cache: str | None, last: bool) -> Iterator[Found]:
+def _found(unit: Unit, cache: str | None, last: bool) -> Iterator[ReadResult]:
     for piece in unit.pieces:
         try:
             yield from texts(piece, unit.source, cache)
-        except Gone as gone:
+        except SourceGone as gone:
             if not last or unit.source.bad == "refuse":
                 raise
-            yield Fault(GONE, piece.path, str(gone))
+            yield ReadError(GONE, piece.path, str(gone))
 
 
-def _check(fault: Fault, source: Source) -> None:
+def _check(fault: ReadError, source: Source) -> None:
     if source.bad == "refuse" and fault.reason != NO_TEXT:
         raise UserError(
-            f'source "{source.name}": {fault.where}: {fault.detail} ({fault.reason}); mend it, or set bad = "skip" for '
-            "this source to leave such things out and count them"
+            f'source "{source.name}": {fault.where}: {fault.detail} ({fault.reason}); fix it, or set bad = "skip" for '
+            "this source to drop and count such records"
         )
 
 
-def sign(folder: Path, read: Path, dedup: Dedup, asked: str | None, n: int) -> dict[str, Any]:
-    """Signs the documents of a unit. Contaminated ones get no keys, so nothing is dropped as a copy of one."""
-    shape = Shape(dedup.ngram, dedup.permutations, dedup.bands)
-    index = _index(asked, n) if asked else None
+def sign(folder: Path, read: Path, dedup: Dedup, eval_texts: str | None, n: int) -> dict[str, Any]:
+    """Sign the documents of a unit. Contaminated ones get no keys, so no document is dropped as a duplicate of one."""
+    shape = SignatureShape(dedup.ngram, dedup.permutations, dedup.bands)
+    index = _index(eval_texts, n) if eval_texts else None
     signatures, exact, have, hits = [], [], [], {}
     first = 0
-    for group in documents.blocks(read):
+    for group in output.blocks(read):
         found = words(group)
-        here = index.hits(found) if index else {}
-        hits |= {first + number: name for number, name in here.items()}
+        new_hits = index.hits(found) if index else {}
+        hits |= {first + number: name for number, name in new_hits.items()}
         clean = np.ones(len(group), bool)
-        clean[list(here)] = False
+        clean[list(new_hits)] = False
         exact.append(np.stack([_exact(text) for text in group]))
         if dedup.near:
             signed_NP, any_N = signed(found, len(group), shape)
@@ -142,41 +140,44 @@ def sign(folder: Path, read: Path, dedup: Dedup, asked: str | None, n: int) -> d
     if dedup.near:
         signed_NP = np.concatenate([*signatures, np.zeros((0, shape.permutations), np.uint32)])
         np.save(folder / "signatures.npy", signed_NP.astype(np.uint16))
-        who = np.flatnonzero(have_N).astype(np.uint32)
+        documents = np.flatnonzero(have_N).astype(np.uint32)
         keys_BN = keys(signed_NP[have_N], shape)
         order = np.argsort(keys_BN, axis=1, kind="stable")
         np.save(folder / "keys.npy", np.take_along_axis(keys_BN, order, 1))
-        np.save(folder / "order.npy", who[order])
+        np.save(folder / "order.npy", documents[order])
     return {"documents": first, "contaminated": len(hits), "found_in": dict(Counter(hits.values()).most_common(20))}
 
 
 @lru_cache(maxsize=2)
-def _index(file: str, n: int) -> heldout.Index:
-    """Once in a process: the file's name changes with what is in it."""
-    return heldout.Index(heldout.load(Path(file)), n)
+def _index(file: str, n: int) -> decontaminate.Index:
+    """The index, built once per process; the file's name changes with its content."""
+    return decontaminate.Index(decontaminate.load(Path(file)), n)
 
 
 def _exact(text: str) -> np.ndarray:
-    """128 bits of a text, blind to case and white space."""
+    """A 128-bit hash of a text that ignores case and white space."""
     normal = " ".join(text.lower().split())
     return np.frombuffer(hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=16).digest(), np.uint64)
 
 
-def match(folder: Path, units: Sequence[matching.Signed], which: matching.Bin, threshold: float) -> dict[str, Any]:
-    """The pairs of one bin."""
-    pairs = matching.match(units, which, threshold)
+def match(
+    folder: Path, units: Sequence[duplicates.SignedUnit], which: duplicates.Bin, threshold: float
+) -> dict[str, Any]:
+    """Write the duplicate pairs of one bin."""
+    pairs = duplicates.match(units, which, threshold)
     np.save(folder / "pairs.npy", pairs)
     return {"pairs": len(pairs)}
 
 
 def join(folder: Path, exact: Sequence[Path], near: Sequence[Path], firsts: Sequence[int]) -> dict[str, Any]:
-    """copies.npy: the documents that repeat an earlier one, ascending; exact.npy: which of them are equal to it.
+    """Write copies.npy, the documents that duplicate an earlier one, ascending, and exact.npy, which of them are equal
+    to it.
 
-    `firsts` are the numbers of the first documents of all units; the facts hold a digest of each unit's copies.
+    `firsts`: number of each unit's first document. The facts hold a digest of each unit's duplicates.
     """
-    same, leaders = matching.clusters(np.load(bin_ / "pairs.npy") for bin_ in exact)
+    same, leaders = duplicates.clusters(np.load(bin_ / "pairs.npy") for bin_ in exact)
     equal = same[same != leaders]
-    every, leaders = matching.clusters(np.load(bin_ / "pairs.npy") for bin_ in [*exact, *near])
+    every, leaders = duplicates.clusters(np.load(bin_ / "pairs.npy") for bin_ in [*exact, *near])
     copies = every[every != leaders]
     np.save(folder / "copies.npy", copies)
     np.save(folder / "exact.npy", np.isin(copies, equal))
@@ -190,9 +191,9 @@ def join(folder: Path, exact: Sequence[Path], near: Sequence[Path], firsts: Sequ
 
 
 def tokenizer(folder: Path, units: Sequence[tuple[Path, Path, Path, int, str]], tokens: Tokens) -> dict[str, Any]:
-    """Trains on the beginning of every unit, as many characters of each source as `tokens.sample`.
+    """Train a tokenizer on the beginning of every unit, `tokens.sample` characters of each source.
 
-    `units`: (read, sign, join folders, number of the first document, source).
+    `units`: (read folder, sign folder, join folder, number of the first document, source).
     """
     from bessemer.data.tokenizer import Tokenizer
 
@@ -201,8 +202,8 @@ def tokenizer(folder: Path, units: Sequence[tuple[Path, Path, Path, int, str]], 
     def sample() -> Iterator[str]:
         for read, sign, join, first, source in units:
             left = -(-tokens.sample // of_source[source])
-            for _, record, why in documents.judged(read, sign, join, first):
-                if why is None:
+            for _, record, reason in output.with_drop_reason(read, sign, join, first):
+                if reason is None:
                     yield record["text"]
                     left -= len(record["text"])
                 if left <= 0:
@@ -217,14 +218,14 @@ def write(
     folder: Path, read: Path, sign: Path, join: Path, first: int, part: str, number: int, tokens: Tokens,
     tokenizer: Path, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """What is left of a unit: its documents, and shard `number` of the part, with the rows of `tokens.row_length`."""
+    """Write what remains of a unit: its documents, and shard `number` of the part, packed for `tokens.row_length`."""
     kept, dropped = Tally(), Tally()
     languages: Counter[str] = Counter()
-    with documents.create(folder) as file, Shards(folder, part, number, tokens, tokenizer, seed) as shards:
-        for line, record, why in documents.judged(read, sign, join, first):
+    with output.create(folder) as file, ShardPair(folder, part, number, tokens, tokenizer, seed) as shards:
+        for line, record, reason in output.with_drop_reason(read, sign, join, first):
             size = len(record["text"].encode())
-            if why:
-                dropped.add(why, size, example(record["where"], record["text"]))
+            if reason:
+                dropped.add(reason, size, example(record["where"], record["text"]))
                 continue
             kept.add("documents", size)
             languages[record["language"]] += 1
@@ -234,6 +235,6 @@ def write(
         "kept": {"documents": kept.documents["documents"], "bytes": kept.bytes["documents"]},
         "dropped": dropped.facts(),
         "languages": dict(sorted(languages.items())),
-        "sha256": sha256_of(folder / documents.NAME),
+        "sha256": sha256_of(folder / output.NAME),
         "shards": shards.facts,
     }

@@ -1,9 +1,9 @@
-"""The words of many texts at once, as 64-bit numbers: what duplicates and contamination are searched by.
+"""Words of many texts as 64-bit hashes, for the search for duplicates and contamination.
 
 A word is what `tasks/reading/ngrams.words` calls one: a run of letters in lower case, a whole number, one Han or kana
-character, one operator. Alphabets that are not listed there are letters too, and scripts that are written without
-spaces (Thai, Lao, Khmer, Burmese) count by the character. Nothing here loops over words: code points are looked up in
-a table, and words are hashed as stretches of an array (`data/hashing`).
+character, one operator. Alphabets that are not listed there are letters too, and scripts without spaces (Thai,
+Lao, Khmer, Burmese) count by character. Nothing loops over words: code points are looked up in a table, and words are
+hashed as ranges of an array (`data/hashing`).
 
 Legend: C characters, W words.
 """
@@ -29,21 +29,21 @@ _ALONE = (
 _OPERATORS = "-+*/=<>^%×"
 
 
-class Words(NamedTuple):
+class WordBlock(NamedTuple):
     """The words of a block of texts, in order."""
 
     hashes_W: np.ndarray
-    """uint64; equal words have equal numbers."""
+    """uint64; equal words have equal hashes."""
     texts_W: np.ndarray
-    """int32; the text each word is in."""
+    """int32; index of the text that contains the word."""
     kinds_W: np.ndarray
     """uint8; LETTERS, DIGITS, SINGLE or OPERATOR."""
     lengths_W: np.ndarray
     """int32; characters."""
 
 
-def words(texts: Sequence[str]) -> Words:
-    """The words of one block; `texts_W` counts from 0 within it."""
+def words(texts: Sequence[str]) -> WordBlock:
+    """The words of a block of texts; `texts_W` counts from 0."""
     lowered = [text.lower() for text in texts]
     points_C = np.frombuffer("\n".join(lowered).encode("utf-32-le", "surrogatepass"), np.uint32)
     kinds_C = _table()[points_C]
@@ -57,14 +57,14 @@ def words(texts: Sequence[str]) -> Words:
     hashes_W = stretches(points_C, starts_W, ends_W)
     firsts = np.cumsum([0] + [len(text) + 1 for text in lowered])
     texts_W = (np.searchsorted(firsts, starts_W, "right") - 1).astype(np.int32)
-    return Words(hashes_W, texts_W, kinds_C[starts_W], (ends_W - starts_W).astype(np.int32))
+    return WordBlock(hashes_W, texts_W, kinds_C[starts_W], (ends_W - starts_W).astype(np.int32))
 
 
 @cache
 def _table() -> np.ndarray:
-    """uint8 [code points]: the kind of each."""
+    """uint8 [code points]: the kind of each code point."""
     kinds = np.zeros(sys.maxunicode + 1, np.uint8)
-    for point in chain(range(0x80, 0x40000), range(0xE0000, 0xE0200)):  # the other planes hold nothing yet
+    for point in chain(range(0x80, 0x40000), range(0xE0000, 0xE0200)):  # the other planes are unassigned
         if unicodedata.category(chr(point))[0] in "LNM":
             kinds[point] = LETTERS
     for low, high in _LISTED:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from bessemer.curate.heldout import GENERATED, SHORTEST
+from bessemer.curate.decontaminate import GENERATED, SHORTEST
 from bessemer.tasks import Problem
 from bessemer.tasks.reading.ngrams import run_hashes, words
 

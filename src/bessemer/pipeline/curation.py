@@ -20,8 +20,8 @@ from pydantic import Field
 from bessemer.config.table import ConfigTable, nearest, validate
 from bessemer.config.units import Bytes, Tokens
 from bessemer.curate import build as building
-from bessemer.curate import rules, settings
-from bessemer.curate.engine import Engine, Here, Processes
+from bessemer.curate import filters, settings
+from bessemer.curate.jobs import InProcess, JobRunner, ProcessPool
 from bessemer.errors import UserError
 from bessemer.runs.files import explained
 from bessemer.runs.progress import RunProgress
@@ -176,8 +176,8 @@ class Curation(ConfigTable):
             if names.count(source.name) > 1:
                 raise UserError(f"{told} is there twice; give each its own name")
             for rule in source.rules:
-                if rule not in rules.RULES:
-                    raise UserError(f"{told}: there is no rule {rule!r}; {nearest(rule, list(rules.RULES))}")
+                if rule not in filters.RULES:
+                    raise UserError(f"{told}: there is no rule {rule!r}; {nearest(rule, list(filters.RULES))}")
                 if source.rules[rule] is True:
                     raise UserError(f"{told}: rule {rule} is true; give its number, or false to leave it out")
         if self.dedup.permutations % self.dedup.bands:
@@ -206,7 +206,7 @@ class Curation(ConfigTable):
 
 
 def _plain_source(table: SourceTable) -> settings.Source:
-    wanted = rules.preset(table.filters)
+    wanted = filters.preset(table.filters)
     for rule, number in table.rules.items():
         if number is False:
             wanted.pop(rule, None)
@@ -228,7 +228,7 @@ def build(curation: Curation, out: Path, progress: RunProgress | None = None) ->
         shown.close()
 
 
-def engine(table: EngineTable) -> Engine:
+def engine(table: EngineTable) -> JobRunner:
     """Who does the jobs."""
     from bessemer.workers import cores
 
@@ -237,7 +237,7 @@ def engine(table: EngineTable) -> Engine:
 
         return Ray(table.workers)
     workers = table.workers or cores()
-    return Processes(workers) if workers > 1 else Here()
+    return ProcessPool(workers) if workers > 1 else InProcess()
 
 
 def _override(values: dict[str, Any], override: str) -> None:

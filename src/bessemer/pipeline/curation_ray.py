@@ -10,8 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bessemer.curate.engine import Done
-from bessemer.curate.work import Job, perform
+from bessemer.curate.jobs import Done, Job, perform
 from bessemer.errors import UserError
 from bessemer.rl import ray_cluster
 
