@@ -30,7 +30,7 @@ import numpy as np
 from machine import processor
 
 from bessemer.pipeline.curation import Curation, build
-from bessemer.tasks.reading.ngrams import run_hashes
+from bessemer.tasks.ngrams import run_hashes
 
 NGRAM = 5
 FILE_BYTES = 100_000_000

@@ -1,10 +1,10 @@
-"""Words as numbers: the same words as tasks/reading/ngrams, found all at once."""
+"""Words as numbers: the same words as tasks/ngrams, found all at once."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.curate.words import words
-from bessemer.tasks.reading import ngrams
+from bessemer.tasks import ngrams
 
 # what both agree about: ngrams leaves other alphabets out, here they are letters too
 SHARED = "aAzZ éÉ ñ Ж б λ 09 7 你 好 の カ -+*/=<>^%×÷ , . ! ? ' \n\t ， 。 “ （".replace(" ", "") + "  "

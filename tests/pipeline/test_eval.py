@@ -19,7 +19,7 @@ from bessemer.pipeline.stage import Stage, find_kind
 from bessemer.report import facts
 from bessemer.runs import conversations
 from bessemer.tasks.metrics import maj_at_k, pass_at_k
-from bessemer.tasks.reading.readable import readable
+from bessemer.tasks.readability import readable
 
 EVAL = """
 [[stage]]

@@ -16,8 +16,8 @@ from bessemer.engine.engine import Completion
 from bessemer.errors import UserError
 from bessemer.pipeline.stages import reject
 from bessemer.rl.rollout import Sampled
-from bessemer.tasks.countdown.tries import all_tries
-from bessemer.tasks.reading.language import consistency
+from bessemer.tasks.countdown_expressions import all_tries
+from bessemer.tasks.readability import consistency
 
 COUNTDOWN = tasks.get("countdown")
 PROBLEM = COUNTDOWN.make("train", 0, 0, "en", "seen")

@@ -14,7 +14,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import find_kind
 from bessemer.rl.preference import RewardModel
-from bessemer.tasks.general.preference import SLACK
+from bessemer.tasks.general_quality import SLACK
 
 BASE = """
 [[stage]]

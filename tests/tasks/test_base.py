@@ -9,7 +9,7 @@ import pytest
 from bessemer.errors import UserError
 from bessemer.tasks import get, names
 from bessemer.tasks.base import DOMAINS, split_of, split_of_text, stable_hash
-from bessemer.tasks.countdown.task import _difficulty
+from bessemer.tasks.countdown import _difficulty
 
 DIGEST = """
 from bessemer.tasks import get, names

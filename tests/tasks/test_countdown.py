@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.tasks import Problem, get
-from bessemer.tasks.countdown.tries import all_tries, ordered_tries
+from bessemer.tasks.countdown_expressions import all_tries, ordered_tries
 
 TASK = get("countdown")
 triples = st.tuples(*[st.integers(1, 15)] * 3)

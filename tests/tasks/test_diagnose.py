@@ -1,8 +1,8 @@
 """The counts of one hand-written trace, and of the ways a policy may drift from the form."""
 
 from bessemer.tasks import Problem
-from bessemer.tasks.countdown.diagnose import Diagnosis, diagnose, rates
-from bessemer.tasks.countdown.tries import all_tries
+from bessemer.tasks.countdown_expressions import all_tries
+from bessemer.tasks.countdown_traces import Diagnosis, diagnose, rates
 
 PROBLEM = Problem("p", "", "en", {"numbers": [3, 7, 6], "target": 27})
 
@@ -105,7 +105,7 @@ def test_the_answer_is_compared_with_the_last_yes():
 def test_everything_a_try_writes_is_read_back():
     for numbers in ((3, 6, 7), (1, 1, 1), (2, 9, 15), (15, 15, 15)):
         problem = Problem("p", "", "en", {"numbers": list(numbers), "target": 27})
-        for attempt in (t for each in all_tries(numbers) for t in (each, each.turned())):
+        for attempt in (t for each in all_tries(numbers) for t in (each, each.swapped())):
             steps, claimed, _ = attempt.write()
             got = diagnose(problem, f"<think>{steps}:27{' low' if claimed < 27 else ' high'}</think>")
             assert (got.tries, got.linked, got.right_numbers, got.steps_right) == (1, 1, 1, 2), steps

@@ -7,8 +7,8 @@ import pytest
 
 from bessemer.tasks import get
 from bessemer.tasks.base import split_of
-from bessemer.tasks.countdown.diagnose import diagnose, rates
-from bessemer.tasks.countdown.tries import LARGEST
+from bessemer.tasks.countdown_expressions import LARGEST
+from bessemer.tasks.countdown_traces import diagnose, rates
 
 N = 6000
 TASK = get("countdown")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.tasks.countdown.expression import MAX_CHARS, MAX_DEPTH, Unparsable, parse_expression
+from bessemer.tasks.countdown_expressions import MAX_CHARS, MAX_DEPTH, Unparsable, parse_expression
 
 
 def by_ast(text: str) -> Fraction:

@@ -7,11 +7,20 @@ from collections import Counter, defaultdict
 import pytest
 
 from bessemer.tasks import Problem, get
-from bessemer.tasks.general.manners import HARMLESS, answer, of, r1
-from bessemer.tasks.general.phrasebook import FAMILIES
-from bessemer.tasks.general.quality import HELPFUL, judge
-from bessemer.tasks.general.requests import Request, draw, split_of
-from bessemer.tasks.general.vocabulary import TABLES, spell, table
+from bessemer.tasks.general_quality import HELPFUL, judge
+from bessemer.tasks.general_requests import (
+    FAMILIES,
+    HARMLESS,
+    TABLES,
+    GeneralRequest,
+    answer_in_manner,
+    manners_for,
+    r1_form,
+    sample_request,
+    spell,
+    split_of,
+    table,
+)
 
 TASK = get("general")
 N = 800
@@ -20,8 +29,8 @@ PROBLEMS = [TASK.problem("train", i) for i in range(N)]
 
 def asked(name, slots, language="en"):
     """The problem of a family with given slots."""
-    family = next(family for family in FAMILIES if family.name == name)
-    request = Request(family, slots, language)
+    family = next(family for family in FAMILIES.values() if family.name == name)
+    request = GeneralRequest(family, slots, language)
     return Problem("p", request.asks()[0], language, {"aim": family.aim, "family": name, "slots": list(slots)})
 
 
@@ -35,9 +44,9 @@ def say(text, thought="t"):
 
 
 def test_there_are_many_families_and_each_has_everything_in_both_languages():
-    helpful = [family for family in FAMILIES if family.aim == "helpful"]
+    helpful = [family for family in FAMILIES.values() if family.aim == "helpful"]
     assert len(helpful) >= 12 and len(FAMILIES) - len(helpful) >= 3
-    for family in FAMILIES:
+    for family in FAMILIES.values():
         for texts in (family.ask, family.say, *([family.unsafe] if family.unsafe else [])):
             assert texts.keys() == {"en", "zh"}
         assert all(len(set(ways)) == 3 for ways in family.ask.values()), family.name
@@ -49,7 +58,7 @@ def test_there_are_many_families_and_each_has_everything_in_both_languages():
 
 def test_no_request_of_the_test_split_is_ever_trained_on():
     def key(problem):
-        request = Request.of(problem)
+        request = GeneralRequest.of(problem)
         tables = [slot.split(":")[-1] for slot in request.family.slots]
         return request.family.name, tuple(sorted(zip(tables, request.slots, strict=True)))
 
@@ -57,15 +66,15 @@ def test_no_request_of_the_test_split_is_ever_trained_on():
     train |= {key(TASK.written(i).problem) for i in range(N)}
     test = [TASK.problem("test", i) for i in range(N)]
     assert not {key(problem) for problem in test} & train
-    assert {problem.meta["family"] for problem in test} == {family.name for family in FAMILIES}
-    share = sum(split_of(FAMILIES[2], (a, b)) == "test" for a in range(24) for b in range(12)) / 288
+    assert {problem.meta["family"] for problem in test} == {family.name for family in FAMILIES.values()}
+    share = sum(split_of(FAMILIES["thank"], (a, b)) == "test" for a in range(24) for b in range(12)) / 288
     assert 0.05 < share < 0.15
-    pair = next(family for family in FAMILIES if family.name == "opposite")
+    pair = next(family for family in FAMILIES.values() if family.name == "opposite")
     assert all(split_of(pair, (a, b)) == split_of(pair, (b, a)) for a in range(20) for b in range(a))
 
 
 def test_both_languages_ask_the_same():
-    request = draw("helpful", "test", "en", random.Random(3))
+    request = sample_request("helpful", "test", "en", random.Random(3))
     assert request.translated().translated() == request
     assert split_of(request.family, request.slots) == "test"
     one, two = (TASK.problem("train", 5, language=language) for language in ("en", "zh"))
@@ -75,9 +84,9 @@ def test_both_languages_ask_the_same():
 def test_good_answers_are_good_and_each_flaw_costs():
     quality = defaultdict(list)
     for number, problem in enumerate(PROBLEMS):
-        request, rng = Request.of(problem), random.Random(number)
-        for manner in of(request):
-            text = r1(*answer(request, manner, rng))
+        request, rng = GeneralRequest.of(problem), random.Random(number)
+        for manner in manners_for(request):
+            text = r1_form(*answer_in_manner(request, manner, rng))
             found = judge(request, text)
             quality[manner, request.unsafe].append((found.helpful, found.harmless))
             if manner == "good":

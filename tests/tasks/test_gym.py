@@ -12,7 +12,7 @@ import pytest
 from bessemer.errors import UserError
 from bessemer.tasks import get
 from bessemer.tasks.base import split_of_text
-from bessemer.tasks.gym.task import _datasets
+from bessemer.tasks.gym import _datasets
 
 QUICK = ["word_sorting", "chain_sum", "gcd", "spell_backward", "simple_equations", "knights_knaves", "number_sorting"]
 

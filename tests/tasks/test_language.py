@@ -3,7 +3,7 @@
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.tasks.reading.language import consistency, share
+from bessemer.tasks.readability import consistency, share
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from bessemer.tasks import get
-from bessemer.tasks.formula import steps, value, write
+from bessemer.tasks.logic import steps, value, write
 
 TASK = get("logic")
 TRAIN = [TASK.problem("train", i) for i in range(1500)]

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from bessemer.errors import UserError
 from bessemer.tasks import Problem, get
-from bessemer.tasks.maths import numeral
-from bessemer.tasks.maths.questions import peeled
+from bessemer.tasks.maths_questions import parse_numeral, peeled
 
 LINES = [
     {"question": f"What is {n}+{n}?", "answer": f"Add: <<{n}+{n}={2 * n}>>{2 * n}.\n#### {2 * n}"} for n in range(99)
@@ -41,12 +40,12 @@ def judged(task, gold, answer, prompt="Compute it."):
 @settings(max_examples=200, deadline=None)
 @given(st.integers(-(10**12), 10**12), st.integers(1, 10**6))
 def test_numbers_are_read_exactly(n, d):
-    assert numeral.read(f"{n}").value == n
-    assert numeral.read(f"{n:,}").value == n
-    assert abs(numeral.read(f"{n}.50").value) == abs(n) + Fraction(1, 2)
+    assert parse_numeral(f"{n}").value == n
+    assert parse_numeral(f"{n:,}").value == n
+    assert abs(parse_numeral(f"{n}.50").value) == abs(n) + Fraction(1, 2)
     value = Fraction(n, d)
     for text in (f"{n}/{d}", f"\\frac{{{n}}}{{{d}}}", f"\\dfrac {{{n}}}{{{d}}}"):
-        read = numeral.read(text)
+        read = parse_numeral(text)
         assert read.value == value
         assert read.finished == (value.denominator == d and d > 1)
 
@@ -54,7 +53,7 @@ def test_numbers_are_read_exactly(n, d):
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet="0123456789.,/+-*^ $%\\{}()efrac９٣", max_size=40))
 def test_what_is_read_is_a_number_to_python_too(text):
-    read = numeral.read(text)
+    read = parse_numeral(text)
     if read is not None and "frac" not in text:
         plain = "".join(c for c in text if c in "0123456789./-")
         assert Fraction(plain if not plain.endswith(".") else plain[:-1]) == read.value

@@ -6,7 +6,7 @@ import pytest
 
 from bessemer.errors import UserError
 from bessemer.tasks.base import split_of_text
-from bessemer.tasks.needle import BEGUN, SENTENCE, WHAT, WHO, WORDS, Needle
+from bessemer.tasks.needle import ADJECTIVES, SENTENCE, SPEAKERS, STEM, WORDS, Needle
 
 TEXTS = {
     "train": [f"Story {n}. " + " ".join(f"A{n} went to B{i}, and came back." for i in range(20)) for n in range(9)],
@@ -21,9 +21,9 @@ def task():
 
 
 def test_words_are_told_apart():
-    for words in (WHAT, WHO, WORDS):
+    for words in (ADJECTIVES, SPEAKERS, WORDS):
         assert len(set(words)) == len(words) and all(word.isalpha() for word in words)
-    assert not set(WORDS) & {*WHAT, *WHO}
+    assert not set(WORDS) & {*ADJECTIVES, *SPEAKERS}
 
 
 @pytest.mark.parametrize("measure", [len, lambda text: len(text.split())], ids=["characters", "words"])
@@ -34,7 +34,7 @@ def test_the_needle_lies_at_its_depth_and_the_prompt_fits(task, depth, measure):
         problem = task.hidden("test", index, size, depth, 6, measure=measure)
         text, _, begun = problem.prompt.rpartition("\n")
         assert size - 60 < measure(problem.prompt) <= size
-        assert begun == BEGUN.format(key=problem.meta["key"])
+        assert begun == STEM.format(key=problem.meta["key"])
         needle = SENTENCE.format(key=problem.meta["key"], word=problem.meta["word"])
         told = list(NEEDLE.finditer(text))
         assert len(told) == 6 and [place[0].strip() for place in told].count(needle) == 1

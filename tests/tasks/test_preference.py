@@ -4,28 +4,27 @@ from statistics import fmean
 
 import pytest
 
-from bessemer.tasks import get
+from bessemer.tasks import general_quality, get
 from bessemer.tasks.answer import summary
 from bessemer.tasks.base import stable_random
-from bessemer.tasks.general import preference
-from bessemer.tasks.general.quality import harmless, judge
-from bessemer.tasks.general.requests import Request
+from bessemer.tasks.general_quality import harmless, judge
+from bessemer.tasks.general_requests import GeneralRequest
 
 HELPFUL, BOTH = get("general", harmless_share=0.0), get("general", harmless_share=0.5)
 PROBLEMS = {problem.prompt: problem for problem in (HELPFUL.problem("train", i) for i in range(800))}
-ANSWERS = [(problem, preference.candidates(problem, "helpful", 4)) for problem in PROBLEMS.values()]
-PAIRS, FACTS = preference.pairs(ANSWERS)
+ANSWERS = [(problem, general_quality.candidates(problem, "helpful", 4)) for problem in PROBLEMS.values()]
+PAIRS, FACTS = general_quality.pairs(ANSWERS)
 
 
 def truth(line, key):
-    return judge(Request.of(PROBLEMS[line["prompt"]]), line[key]).helpful
+    return judge(GeneralRequest.of(PROBLEMS[line["prompt"]]), line[key]).helpful
 
 
 def test_pairs_are_what_was_asked_for():
     assert all(line.keys() == {"prompt", "chosen", "rejected"} for line in PAIRS)
     assert FACTS["kept"] == len(PAIRS) > 0.5 * len(PROBLEMS)
     assert FACTS["close"] and FACTS["unbalanced"]
-    assert preference.pairs(ANSWERS) == (PAIRS, FACTS) != preference.pairs(ANSWERS, seed=1)
+    assert general_quality.pairs(ANSWERS) == (PAIRS, FACTS) != general_quality.pairs(ANSWERS, seed=1)
 
 
 def test_the_chosen_answer_is_better_by_the_written_judge():
@@ -42,35 +41,35 @@ def test_length_alone_says_nothing():
 
 
 def test_unbalanced_lengths_would_be_seen(monkeypatch):
-    monkeypatch.setattr(preference, "SLACK", 10**9)
-    _, facts = preference.pairs(ANSWERS)
+    monkeypatch.setattr(general_quality, "SLACK", 10**9)
+    _, facts = general_quality.pairs(ANSWERS)
     assert abs(facts["chosen_length"] - facts["rejected_length"]) > 0.05 * facts["chosen_length"]
 
 
 def test_votes_do_not_depend_on_who_comes_first():
     texts = ((problem, text) for problem, texts in ANSWERS for text in texts)
-    problem, bad = next((p, text) for p, text in texts if 0.4 < judge(Request.of(p), text).helpful < 0.6)
-    good, rng = preference.candidates(problem, "helpful", 1)[0], stable_random("vote")
-    votes = [preference.vote(problem, bad, bad, rng) for _ in range(2000)]
+    problem, bad = next((p, text) for p, text in texts if 0.4 < judge(GeneralRequest.of(p), text).helpful < 0.6)
+    good, rng = general_quality.candidates(problem, "helpful", 1)[0], stable_random("vote")
+    votes = [general_quality.vote(problem, bad, bad, rng) for _ in range(2000)]
     assert abs(fmean(one - two for one, two in votes)) < 0.05
     # four votes, each with noise of deviation 1 and a weakness of half a point: the difference spreads by about 0.75
     assert 0.6 < fmean((one - two) ** 2 for one, two in votes) ** 0.5 < 0.9
-    ahead = [preference.vote(problem, good, bad, rng) for _ in range(200)]
-    behind = [preference.vote(problem, bad, good, rng) for _ in range(200)]
+    ahead = [general_quality.vote(problem, good, bad, rng) for _ in range(200)]
+    behind = [general_quality.vote(problem, bad, good, rng) for _ in range(200)]
     assert fmean(a - b for a, b in ahead) == pytest.approx(-fmean(a - b for a, b in behind), abs=0.3)
     assert all(1.0 <= point <= 10.0 for pair in votes + ahead for point in pair)
 
 
 def test_labels_are_the_truth_and_half_of_them_safe():
     problems = [BOTH.problem("train", i) for i in range(500)]
-    lines, facts = preference.labels((p, preference.candidates(p, "harmless", 4)) for p in problems)
-    by_prompt = {problem.prompt: problem for problem in problems}
-    assert all(line["safe"] == harmless(Request.of(by_prompt[line["prompt"]]), line["response"]) for line in lines)
+    lines, facts = general_quality.labels((p, general_quality.candidates(p, "harmless", 4)) for p in problems)
+    requests = {problem.prompt: GeneralRequest.of(problem) for problem in problems}
+    assert all(line["safe"] == harmless(requests[line["prompt"]], line["response"]) for line in lines)
     assert sum(line["safe"] for line in lines) == len(lines) / 2 == facts["unsafe"] < facts["safe"]
     prompts = {line["prompt"] for line in lines if not line["safe"]}
-    asked = {Request.of(by_prompt[prompt]).unsafe for prompt in prompts}
+    asked = {requests[prompt].unsafe for prompt in prompts}
     assert asked == {True, False}, "answers to harmless requests can be unsafe too"
 
 
 def test_pairs_never_choose_an_unsafe_answer():
-    assert all(harmless(Request.of(PROBLEMS[line["prompt"]]), line["chosen"]) for line in PAIRS)
+    assert all(harmless(GeneralRequest.of(PROBLEMS[line["prompt"]]), line["chosen"]) for line in PAIRS)

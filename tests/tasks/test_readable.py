@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer import tasks
-from bessemer.tasks.reading.ngrams import repeated, run_hashes, words
-from bessemer.tasks.reading.readable import (
+from bessemer.tasks.ngrams import repeated, run_hashes, words
+from bessemer.tasks.readability import (
     READABLE,
     REASONS,
-    Limits,
+    ReadabilityLimits,
     has_code,
     longest_paragraph,
     readable,
@@ -72,11 +72,11 @@ def test_each_fault_has_its_name(answer, language, reason):
 
 def test_limits_are_limits():
     mixed = thinks("one two three four five six seven eight nine 十")
-    assert not readable(mixed, "en").readable and readable(mixed, "en", Limits(consistency=0.9)).readable
+    assert not readable(mixed, "en").readable and readable(mixed, "en", ReadabilityLimits(consistency=0.9)).readable
     twice = thinks("a step\nb step\na step")
-    assert not readable(twice, "en").readable and readable(twice, "en", Limits(repeated=0.34)).readable
+    assert not readable(twice, "en").readable and readable(twice, "en", ReadabilityLimits(repeated=0.34)).readable
     long = thinks(" ".join(f"number{n}" for n in "abcdefghijkl"))
-    assert readable(long, "en").readable and not readable(long, "en", Limits(paragraph=10)).readable
+    assert readable(long, "en").readable and not readable(long, "en", ReadabilityLimits(paragraph=10)).readable
 
 
 @pytest.mark.parametrize("name", ["countdown", "arithmetic"])

@@ -7,7 +7,7 @@ import pytest
 
 from bessemer.tasks import base, get, names
 from bessemer.tasks.answer import BAD_TAGS, NO_ANSWER, NO_THINK
-from bessemer.tasks.gym.strict import RULES
+from bessemer.tasks.gym import RULES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
 

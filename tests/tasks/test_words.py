@@ -7,8 +7,8 @@ import pytest
 
 from bessemer.tasks import get
 from bessemer.tasks.base import split_of
-from bessemer.tasks.countdown.tries import LARGEST
-from bessemer.tasks.words.stories import HELD_OUT, TRAINED
+from bessemer.tasks.countdown_expressions import LARGEST
+from bessemer.tasks.word_problems import HELD_OUT, TRAINED
 
 TASK = get("words")
 TRAIN = [TASK.problem("train", i) for i in range(2000)]

@@ -18,7 +18,7 @@ import numpy as np
 from bessemer import tasks
 from bessemer.curate.words import DIGITS, OPERATOR, WordBlock, words
 from bessemer.errors import UserError
-from bessemer.tasks.reading.ngrams import run_hashes
+from bessemer.tasks.ngrams import run_hashes
 
 SHORTEST = 5
 FIGURES = (DIGITS, OPERATOR)

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bessemer.curate.words import WordBlock
-from bessemer.tasks.reading.ngrams import run_hashes
+from bessemer.tasks.ngrams import run_hashes
 
 TILE = 1 << 15
 """Shingles permuted together; they fit in the core's cache."""

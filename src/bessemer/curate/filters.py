@@ -22,7 +22,7 @@ import numpy as np
 
 from bessemer.curate.words import DIGITS, LETTERS, OPERATOR, SINGLE, WordBlock, words
 from bessemer.errors import UserError
-from bessemer.tasks.reading.ngrams import run_hashes
+from bessemer.tasks.ngrams import run_hashes
 
 LOOKED_AT = 500
 """Characters that are examined, from the beginning of a text."""

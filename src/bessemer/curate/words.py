@@ -1,6 +1,6 @@
 """Words of many texts as 64-bit hashes, for the search for duplicates and contamination.
 
-A word is what `tasks/reading/ngrams.words` calls one: a run of letters in lower case, a whole number, one Han or kana
+A word is what `tasks/ngrams.words` calls one: a run of letters in lower case, a whole number, one Han or kana
 character, one operator. Alphabets that are not listed there are letters too, and scripts without spaces (Thai,
 Lao, Khmer, Burmese) count by character. Nothing loops over words: code points are looked up in a table, and words are
 hashed as ranges of an array (`data/hashing`).

@@ -4,7 +4,7 @@
 Two searches, because either alone misleads.
 
 By words. Training texts are searched for runs of N words of the questions (a word in Chinese is a character; see
-`tasks/reading/ngrams.py`). What counts as a hit depends on where a question comes from:
+`tasks/ngrams.py`). What counts as a hit depends on where a question comes from:
   from a data set     N words in a row that no other question of the evaluation has: what several questions share is
                       the wording of the task ("how many ... are left?") and says nothing;
   from a generator    all of its words in a row, and no number or operator that goes on from those it begins or ends
@@ -30,7 +30,7 @@ import numpy as np
 
 from bessemer.curate.decontaminate import GENERATED, SHORTEST
 from bessemer.tasks import Problem
-from bessemer.tasks.reading.ngrams import run_hashes, words
+from bessemer.tasks.ngrams import run_hashes, words
 
 N = 10
 PIECE = 1 << 17

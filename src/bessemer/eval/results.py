@@ -15,7 +15,7 @@ A row is one model on one task at one way of sampling:
     by_difficulty          {difficulty: {n, pass_at_1}}; {} where the task states none
     mean_length            tokens per answer
     formatted, truncated   shares of answers in the required form; that ran into the length cap
-    readable, unreadable   share a person can read, and {reason: answers} of the rest (`tasks/reading/readable.py`)
+    readable, unreadable   share a person can read, and {reason: answers} of the rest (`tasks/readability.py`)
     language_consistency   mean share of the thoughts' words in the language of the question
     reasons                {verdict: answers}
 A row of an lm-eval task has, in place of what stands from mean_length on, `metric` (what its pass_at_1 is; null, as

@@ -223,7 +223,7 @@ ITEMS: tuple[Item, ...] = (
          "pipeline/stages/reject.py", "pipeline/test_reject.py"),
     Item("Language consistency reward", "R1 2.3.2", "share of target-language words, from R1's first RL stage on",
          _any("rl", lambda s: f"{s.language_reward:g} x consistency", lambda s: s.language_reward > 0),
-         "tasks/reading/language.py", "tasks/test_language.py"),
+         "tasks/readability.py", "tasks/test_language.py"),
     Item("Rejection sampling: correct and readable answers", "R1 2.3.3", "several answers, 3 reasoning to 1 other",
          _any("reject", lambda s: f"{s.samples} answers, {s.keep} kept, {s.others} other conversations",
               lambda s: s.others > 0), "pipeline/stages/reject.py", "pipeline/test_r1.py"),

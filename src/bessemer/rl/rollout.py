@@ -17,7 +17,7 @@ from bessemer.engine.engine import Completion, Engine
 from bessemer.rl import replay
 from bessemer.rl.sampler import Sampler
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
-from bessemer.tasks.reading.language import consistency
+from bessemer.tasks.readability import consistency
 
 
 @dataclass

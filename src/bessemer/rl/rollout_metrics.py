@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from bessemer.rl.rollout import Sampled
 from bessemer.tasks.answer import thought
-from bessemer.tasks.countdown.diagnose import diagnose, rates
+from bessemer.tasks.countdown_traces import diagnose, rates
 
 REFLECTIVE = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check", "等等")
 """The paper's ten words (R1, Nature Methods), and the Chinese "wait"."""

@@ -1,8 +1,8 @@
 """Multi-step arithmetic: sums and differences of 2 to 4 terms, a term being a number or a product of two.
 
-A task where thinking pays but searching does not: RL removes slips and direct guesses and is done in a few steps, so
-this is the regression demonstration beside countdown (rl.md 1, probe A). At least three operands, so that no problem is
-a single fact that a drill page could give away; every value on the way lies in 0..120 (LARGEST).
+A task where thinking pays but searching does not: RL removes slips and direct guesses and is done in a few steps, which
+makes it a regression test next to countdown. There are at least three operands, so that no problem is a single fact
+that a drill page could give away; every intermediate value lies in 0..120 (LARGEST).
 """
 
 import math
@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 
 from bessemer.tasks.base import Problem, Task, Written, check_shares, grade_integer, split_of
-from bessemer.tasks.countdown.tries import LARGEST, apply
+from bessemer.tasks.countdown_expressions import LARGEST, apply
 
 TEMPLATES = {
     ("en", "seen"): ("Compute {chain}.", "What is {chain}?"),
@@ -22,12 +22,12 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class ArithmeticMix:
-    """Knobs of the arithmetic documents, shares between 0 and 1."""
+    """Settings of the arithmetic documents, shares between 0 and 1."""
 
     direct: float = 0.25
     """Pages that answer without thinking."""
     direct_right: float = 0.3
-    """Of those, the part that is right; the others are off by up to 20."""
+    """The share of those that is right; the others are off by up to 20."""
     slip: float = 0.15
     """Chance per step that a sloppy thinker writes a wrong result."""
     sloppy: float = 0.6
@@ -45,9 +45,9 @@ class Arithmetic(Task):
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
         rng = self.rng("problem", split, index, seed)
-        terms, signs = _draw(rng)
+        terms, signs = _sample(rng)
         while split_of([n for term in terms for n in term]) != split:
-            terms, signs = _draw(rng)
+            terms, signs = _sample(rng)
         templates = TEMPLATES[language, phrasing]
         template = rng.randrange(len(templates))
         written = ["*".join(map(str, term)) for term in terms]
@@ -75,7 +75,7 @@ class Arithmetic(Task):
         return Written(problem, author, f"<think>{','.join(steps)}</think><answer>{value}</answer>")
 
 
-def _draw(rng: random.Random) -> tuple[list[list[int]], list[str]]:
+def _sample(rng: random.Random) -> tuple[list[list[int]], list[str]]:
     """Terms and the signs between them, with at least three operands and all totals in 0..LARGEST."""
     while True:
         terms = []
@@ -102,7 +102,7 @@ def _calculate(terms: list[list[int]], signs: list[str], slip: float, rng: rando
     steps: list[str] = []
 
     def step(left: int, op: str, right: int) -> int:
-        value = max(0, apply(left, op, right))  # below 0 only after a slip; the author stays with natural numbers
+        value = max(0, apply(left, op, right))  # below 0 only after a slip; authors write natural numbers
         if rng.random() < slip:
             value = max(0, value + rng.choice((-10, -2, -1, 1, 2, 10)))
         steps.append(f"{left}{op}{right}={value}")

@@ -1,4 +1,4 @@
-"""The Task contract, its registry, and the stable randomness every task draws from.
+"""The Task contract, its registry, and the stable randomness of every task.
 
 Invariants: whatever a task returns is a pure function of (task, settings, split, index, seed, language), the same in
 every process and on every machine; and the train and test sets are disjoint because a problem's split is a hash of
@@ -7,11 +7,12 @@ its numbers (`split_of`), one rule shared by all tasks, so one task's training p
 
 import random
 import re
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from hashlib import blake2b
-from importlib import import_module
+from importlib import import_module, resources
 from typing import Any, ClassVar
 
 from bessemer.errors import UserError
@@ -29,7 +30,7 @@ _INTEGER = re.compile("-?[0-9]{1,9}")
 class Problem:
     """One question. `prompt` is the question alone, without a chat template; `meta` is what the verifier needs.
 
-    `meta["difficulty"]` is a small integer, larger for harder; what it counts is the task's own matter (docs/tasks.md).
+    `meta["difficulty"]` is a small integer, larger for harder; docs/tasks.md says what it counts in each task.
     """
 
     id: str
@@ -58,14 +59,15 @@ class Task:
 
     name: ClassVar[str]
     domain: ClassVar[str]
-    """One of DOMAINS: what an evaluation is split by."""
+    """One of DOMAINS, by which evaluations group their results."""
     all_languages: ClassVar[tuple[str, ...]] = ("en", "zh")
     phrasings: ClassVar[tuple[str, ...]] = ("seen", "held-out")
     Mix: ClassVar[type] = NoMix
-    """Dataclass with the knobs of the task's pre-training documents."""
+    """Dataclass with the settings of the task's pre-training documents."""
 
     def __init__(self, languages: Sequence[str] | None = None, phrasing: str = "seen", **mix: Any):
-        """`languages` narrows the task; `phrasing="held-out"` asks in words no document uses; the rest sets `Mix`."""
+        """`languages` narrows the task; `phrasing="held-out"` asks in wordings no document uses; the rest sets
+        `Mix`."""
         self.languages = tuple(languages or self.all_languages)
         for language in self.languages:
             _known(language, self.all_languages, f"task {self.name!r} has no language")
@@ -76,7 +78,7 @@ class Task:
         self.mix = self.Mix(**mix)
 
     def problem(self, split: str, index: int, seed: int = 0, language: str | None = None) -> Problem:
-        """Problem number `index` of a split. `language=None` draws one of `self.languages`."""
+        """Problem number `index` of a split. `language=None` samples one of `self.languages`."""
         _known(split, SPLITS, "there is no split")
         if index < 0:
             raise UserError(f"there is no problem {index}; count from 0")
@@ -84,7 +86,7 @@ class Task:
         return self.make(split, index, seed, language, self.phrasing)
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
-        """`problem`, with language and phrasing settled."""
+        """`problem`, with language and phrasing chosen."""
         raise NotImplementedError
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
@@ -99,11 +101,11 @@ class Task:
         return Verdict(reason == CORRECT, reply.formatted, reason, answer)
 
     def size(self, split: str) -> int | None:
-        """Number of different problems in a split; None where they do not run out."""
+        """Number of different problems in a split; None where there is no end of them."""
         return None
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
-        """The reason code of the text inside the answer tags ("correct" pays), and its canonical form."""
+        """The reason code of the text inside the answer tags ("correct" earns the reward), and its canonical form."""
         raise NotImplementedError
 
     def document(self, index: int, seed: int = 0, language: str | None = None) -> str:
@@ -111,14 +113,14 @@ class Task:
         return self.written(index, seed, language).text
 
     def written(self, index: int, seed: int = 0, language: str | None = None) -> "Written":
-        """The problem page of a document index, with its author named."""
+        """The problem page of a document index, with its author."""
         raise UserError(
             f"task {self.name!r} has no pre-training documents; use it for RL and evaluation, and take the text of "
             "the corpus from a task that has them, such as countdown, logic or words"
         )
 
     def train_problem(self, index: int, seed: int, language: str | None) -> Problem:
-        """The problem of a document: an order of its own, so that document i is not about RL's problem i."""
+        """The problem of a document, in an order of its own, so that document i is not about RL's problem i."""
         language = self._language(language, "document", index, seed)
         return self.make("train", index, stable_hash("documents", seed), language, "seen")
 
@@ -145,7 +147,7 @@ class Written:
 
 
 def page(prompt: str, response: str) -> str:
-    """R1-Zero's plain-text form: what pre-training documents look like, and what the `zero` chat template renders."""
+    """R1-Zero's plain-text form, which pre-training documents and the `zero` chat template share."""
     return f"User: {prompt}\nAssistant:{response}"
 
 
@@ -160,17 +162,22 @@ def stable_random(*parts: object) -> random.Random:
 
 
 def split_of(numbers: Sequence[int]) -> str:
-    """The split a multiset of operands belongs to, whatever the task and the order they are written in."""
+    """The split of a multiset of operands, the same for all tasks and orders."""
     return "test" if stable_hash("split", *sorted(numbers)) < TEST_SHARE * 2**64 else "train"
 
 
 def split_of_text(text: str, test_share: float = TEST_SHARE) -> str:
-    """The split of what is no set of numbers: a formula, the text of a question."""
+    """The split of a text, such as a formula or a question."""
     return "test" if stable_hash("split", text) < test_share * 2**64 else "train"
 
 
+def read_toml(name: str) -> dict[str, Any]:
+    """A data file of this folder."""
+    return tomllib.loads(resources.files("bessemer.tasks").joinpath(name).read_text("utf-8"))
+
+
 def grade_integer(answer: str, value: int) -> tuple[str, str | None]:
-    """For `grade`: the answer is one integer in ASCII digits; a chain left standing is no answer."""
+    """For `grade`: the answer must be one integer in ASCII digits; an unevaluated chain is no answer."""
     if not _INTEGER.fullmatch(answer.strip(" \n\t")):
         return UNPARSABLE, None
     return CORRECT if int(answer) == value else WRONG_VALUE, str(int(answer))
@@ -189,17 +196,17 @@ def check_shares(mix: object, rates: Sequence[str], sums_to_one: Sequence[str] =
 
 _REGISTRY = {
     "arithmetic": ("bessemer.tasks.arithmetic", "Arithmetic"),
-    "code": ("bessemer.tasks.code.task", "Code"),
-    "countdown": ("bessemer.tasks.countdown.task", "Countdown"),
-    "general": ("bessemer.tasks.general.task", "General"),
+    "code": ("bessemer.tasks.code", "Code"),
+    "countdown": ("bessemer.tasks.countdown", "Countdown"),
+    "general": ("bessemer.tasks.general", "General"),
     "logic": ("bessemer.tasks.logic", "Logic"),
-    "words": ("bessemer.tasks.words.task", "Words"),
+    "words": ("bessemer.tasks.word_problems", "WordProblems"),
 }
 _FAMILIES = {
-    "code:PATH": ("bessemer.tasks.code.file", "CodeFile"),
-    "gsm8k:PATH": ("bessemer.tasks.maths.task", "Gsm8k"),
-    "gym:NAME": ("bessemer.tasks.gym.task", "Gym"),
-    "jsonl:PATH": ("bessemer.tasks.maths.task", "Maths"),
+    "code:PATH": ("bessemer.tasks.code", "CodeFile"),
+    "gsm8k:PATH": ("bessemer.tasks.maths", "Gsm8k"),
+    "gym:NAME": ("bessemer.tasks.gym", "Gym"),
+    "jsonl:PATH": ("bessemer.tasks.maths", "Maths"),
 }
 """Tasks whose name carries an argument after the colon; their class takes it first."""
 
@@ -210,7 +217,7 @@ def names() -> list[str]:
 
 
 def get(name: str, **settings: Any) -> Task:
-    """The task called `name`; settings are `languages`, `phrasing` and the knobs of its `Mix`."""
+    """The task called `name`; settings are `languages`, `phrasing` and those of its `Mix`."""
     family, colon, argument = name.partition(":")
     for pattern, (module, attribute) in _FAMILIES.items():
         if colon and pattern.startswith(f"{family}:"):

@@ -1,19 +1,33 @@
 """Boolean logic: the truth of three formulas at once, so that a guess is right in one case of eight.
 
-Whether one formula holds is a coin's guess, and a reward for it pays guessing. Here each of the eight patterns of three
+Whether one formula holds is a coin toss, and a reward for it pays guessing. Here each of the eight patterns of three
 values is equally likely, and the answer is all of them. A formula of the test split occurs in no training problem and
 on no page, neither as a question nor as a step, whatever the other two are.
+
+A formula is True, False, ("not", f), or (op, f, g) with op "and" or "or". A reduction step replaces every operation
+whose operands are constants by its value, all at once: `not (true and false) or true` -> `not false or true` ->
+`true or true` -> `true`. So each step is a local rewriting of the line before, and a trace has few of them.
 """
 
+import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
-from bessemer.tasks.base import CORRECT, UNPARSABLE, WRONG_VALUE, Problem, Task, Written, check_shares
-from bessemer.tasks.formula import WORDS, draw, steps, value, write
+from bessemer.tasks.base import CORRECT, UNPARSABLE, WRONG_VALUE, Problem, Task, Written, check_shares, split_of_text
 
+Formula = bool | tuple
+
+WORDS = {
+    "en": {True: "true", False: "false", "not": "not ", "and": " and ", "or": " or "},
+    "zh": {True: "真", False: "假", "not": "非", "and": "且", "or": "或"},
+}
+FEWEST = 3
+"""Constants of a formula in a question, at least; smaller formulas are steps, and both splits share them."""
 FORMULAS = 3
 LEAVES = (3, 4)
-"""Constants per formula: of two there are too few formulas to hold some out, of five the trace grows too long."""
+"""Constants per formula: with two there are too few formulas to hold some out, with five the trace is too long."""
 MAX_CHARS = 60
 
 TEMPLATES = {
@@ -29,18 +43,18 @@ _VALUES = [{words[truth]: truth for truth in (True, False)} for words in WORDS.v
 
 @dataclass(frozen=True)
 class LogicMix:
-    """Knobs of the logic documents, shares between 0 and 1."""
+    """Settings of the logic documents, shares between 0 and 1."""
 
     direct: float = 0.20
     """Pages that answer without thinking."""
     direct_right: float = 0.3
-    """Of those, the part that is right for sure; the others toss three coins."""
+    """The share of those that is right for sure; the others toss three coins."""
     sloppy: float = 0.75
     """Thinking pages by authors who slip and give up; the others are careful and always right."""
     slip: float = 0.15
     """Chance per reduction that a sloppy author writes the wrong value."""
     give_up: float = 0.45
-    """Chance, before the second and the third formula, that a sloppy author stops and guesses what is left."""
+    """Chance, before the second and the third formula, that a sloppy author stops and guesses the rest."""
     other_language: float = 0.10
     """Thinking pages whose thoughts are in the other language."""
     truncated: float = 0.05
@@ -58,8 +72,8 @@ class Logic(Task):
         rng = self.rng("problem", split, index, seed)
         leaves = rng.choice(LEAVES)
         formulas = []
-        for wanted in (rng.random() < 0.5 for _ in range(FORMULAS)):
-            while (formula := draw(leaves, split, wanted, rng)) in formulas:
+        for truth in (rng.random() < 0.5 for _ in range(FORMULAS)):
+            while (formula := sample(leaves, split, truth, rng)) in formulas:
                 pass
             formulas.append(formula)
         templates = TEMPLATES[language, phrasing]
@@ -116,3 +130,95 @@ def _answer(values: list[bool], language: str) -> str:
 
 def _letters(values: list[bool]) -> str:
     return "".join("T" if truth else "F" for truth in values)
+
+
+def sample(leaves: int, split: str, truth: bool, rng: random.Random) -> Formula:
+    """A formula of at least FEWEST constants which belongs to `split` and has the value `truth`.
+
+    No step of a train formula, not even one gone wrong, is a formula of the test split.
+    """
+    while True:
+        formula = _tree(leaves, rng)
+        if value(formula) != truth or _split(formula) != split:
+            continue
+        if split == "test" or all(_split(step) == split for step in _reachable(formula)):
+            return formula
+
+
+def _split(formula: Formula) -> str:
+    return split_of_text(write(formula, "en"))
+
+
+def _reachable(formula: Formula) -> set[Formula]:
+    """All formulas of at least FEWEST constants that right or wrong steps can reach from a formula."""
+    reached: set[Formula] = set()
+    for step in _outcomes(formula) - {formula}:
+        if _size(step) >= FEWEST:
+            reached |= {step} | _reachable(step)
+    return reached
+
+
+def _outcomes(formula: Formula) -> set[Formula]:
+    """Results of one step in which each value may be right or wrong."""
+    if isinstance(formula, bool):
+        return {formula}
+    op, *parts = formula
+    if all(isinstance(part, bool) for part in parts):
+        return {True, False}
+    return {(op, *chosen) for chosen in product(*map(_outcomes, parts))}
+
+
+def _size(formula: Formula) -> int:
+    return 1 if isinstance(formula, bool) else sum(map(_size, formula[1:]))
+
+
+def _tree(leaves: int, rng: random.Random) -> Formula:
+    if leaves == 1:
+        constant = rng.random() < 0.5
+        return ("not", constant) if rng.random() < 0.25 else constant
+    left = rng.randint(1, leaves - 1)
+    tree = (rng.choice(("and", "or")), _tree(left, rng), _tree(leaves - left, rng))
+    return ("not", tree) if rng.random() < 0.15 else tree
+
+
+def value(formula: Formula) -> bool:
+    if isinstance(formula, bool):
+        return formula
+    parts = [value(part) for part in formula[1:]]
+    return _apply(formula[0], parts)
+
+
+def _apply(op: str, parts: list[bool]) -> bool:
+    return not parts[0] if op == "not" else all(parts) if op == "and" else any(parts)
+
+
+def write(formula: Formula, language: str) -> str:
+    """`not` binds tightest; an operation inside another stands in parentheses."""
+    words = WORDS[language]
+    if isinstance(formula, bool):
+        return words[formula]
+    op, *parts = formula
+    written = [f"({write(p, language)})" if _binary(p) else write(p, language) for p in parts]
+    return words["not"] + written[0] if op == "not" else words[op].join(written)
+
+
+def _binary(formula: Formula) -> bool:
+    return not isinstance(formula, bool) and formula[0] != "not"
+
+
+def reduce(formula: Formula, err: Callable[[bool], bool] = lambda truth: truth) -> Formula:
+    """One step. `err(truth)` is the value that the author writes down."""
+    if isinstance(formula, bool):
+        return formula
+    op, *parts = formula
+    if all(isinstance(part, bool) for part in parts):
+        return err(_apply(op, parts))
+    return (op, *(reduce(part, err) for part in parts))
+
+
+def steps(formula: Formula, err: Callable[[bool], bool] = lambda truth: truth) -> list[Formula]:
+    """The formula and the result of each step; the last is the value."""
+    chain = [formula]
+    while not isinstance(chain[-1], bool):
+        chain.append(reduce(chain[-1], err))
+    return chain

@@ -1,42 +1,69 @@
-"""A process apart that judges what our own code cannot judge safely: math-verify, sympy, the scorers of reasoning-gym.
+"""A separate process for judges that are not safe in this one: math-verify, sympy, the scorers of reasoning-gym.
 
 Those libraries evaluate the text they are given, some of them without any bound, and math-verify's own timeout is an
-alarm signal, which works in no thread but the main one. So they never see a completion in this process. The referee is
-one long-lived child that has imported them; every verdict falls in a fork of it, which has a limit of processor time
+alarm signal, which works in the main thread only. So they never see a completion in this process. The referee is one
+long-lived child that has imported them; every verdict is computed in a fork of it, which has a limit of processor time
 (`CPU_SECONDS`), of memory and of wall-clock time, may write no file, and is gone afterwards with whatever the text
-did to it. A bomb costs its fork a third of a second; the referee and the next verdict do not notice.
+did to it. A bomb costs its fork a third of a second; the referee and the next verdict are unaffected.
 
-This is protection against text that is expensive or crashes a parser. Code is judged in the code sandbox. The messages
-are lines of JSON; nothing is pickled.
+This is protection against text that is expensive or crashes a parser. Code is judged in the code sandbox. Parent and
+child (`python -m bessemer.tasks.referee`) exchange lines of JSON; nothing is pickled.
 """
 
 import json
 import os
+import re
+import resource
 import select
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from threading import Lock
 from typing import Any
 
 from bessemer.errors import UserError
 
 CPU_SECONDS = 0.35
-"""Of processor time for one verdict, so that a busy machine judges like an idle one. A usual verdict takes 0.03."""
+"""Processor time of one verdict, so that a busy machine judges like an idle one. A usual verdict takes 0.03 s."""
 WALL_SECONDS = 20.0
-"""For what spends no processor time."""
+"""Wall-clock time of one verdict, for text that blocks without using the processor."""
 PATIENCE = 120.0
-"""Seconds to wait for an answer of the referee: it may be importing, or drawing a problem."""
+"""Seconds to wait for a reply of the referee: it may be importing, or sampling a problem."""
 MAX_REPLY = 1 << 24
+OPERATIONS = {
+    "gym-names": ("bessemer.tasks.gym", "library_names", None),
+    "gym-problem": ("bessemer.tasks.gym", "library_problem", None),
+    "gym-score": ("bessemer.tasks.gym", "prepare_scorer", "judge_score"),
+    "maths-read": ("bessemer.tasks.maths", "prepare_library", "judge_gold"),
+    "maths-same": ("bessemer.tasks.maths", "prepare_library", "judge_same"),
+}
+"""(module, prepare, judge). `prepare(request)` runs in the referee, may import and cache anything, sees no completion.
+`judge(prepared, request)` sees the completion and runs in a fork with limits. Both return JSON; an operation without
+`judge` replies with what it prepared. A UserError becomes {"error": ...}, a fork that does not come back {"fault":
+"timeout"} or {"fault": "crash"}."""
+MEMORY = 1 << 30
+"""Bytes a verdict may use beyond the referee's own."""
+FUNCTIONS = (
+    "sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh",
+    "exp", "log", "ln", "sqrt", "Abs", "erf", "Si", "Ci", "Ei", "li",
+)  # fmt: skip
+_PLAIN = re.compile(
+    r"(?:[0-9.+\-*/^()\s]|(?<![A-Za-z])(?:[A-Za-z](?![A-Za-z])|pi(?![A-Za-z])|(?:" + "|".join(FUNCTIONS) + r")(?=\()))*"
+)
+MAX_ALGEBRA = 2000
 
 
 class RefereeFault(Exception):
-    """No verdict: "timeout" (a limit was passed) or "crash" (the parser died)."""
+    """No verdict: "timeout" (a limit was exceeded) or "crash" (the parser died)."""
 
 
 def ask(operation: str, **request: Any) -> dict[str, Any]:
-    """The reply to a request, as in `referee_process`. RefereeFault where a text cannot be judged within the limits."""
+    """The reply to one of OPERATIONS. RefereeFault where a text cannot be judged within the limits."""
     reply = _referee(os.getpid()).ask({"operation": operation, **request})
     if "fault" in reply:
         raise RefereeFault(reply["fault"])
@@ -52,7 +79,7 @@ def _referee(pid: int) -> "Referee":
 
 
 class Referee:
-    """The child, started when first asked and again after it died. It ends when its standard input closes."""
+    """The child process, started at the first request and after it died. It ends when its standard input closes."""
 
     def __init__(self) -> None:
         self._child: subprocess.Popen | None = None
@@ -68,16 +95,16 @@ class Referee:
             except (OSError, EOFError, ValueError) as error:
                 self._stop(child)
                 raise UserError(
-                    f"the referee process ended or fell silent at {request['operation']!r} ({error or 'no reply'}); "
+                    f"the referee process ended or did not reply to {request['operation']!r} ({error or 'no reply'}); "
                     "check the memory of this machine and that math-verify and reasoning-gym are installed"
                 ) from error
 
     def _started(self) -> subprocess.Popen:
         if self._child is None or self._child.poll() is not None:
-            # a fixed hash seed: generators that walk over sets must draw the same problem in every process
+            # A fixed hash seed: generators that iterate over sets must sample the same problem in every process.
             environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
             self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "bessemer.tasks.referee_process"],
+                [sys.executable, "-P", "-m", "bessemer.tasks.referee"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -94,7 +121,7 @@ class Referee:
             part = os.read(pipe, 1 << 16)
             size += len(part)
             if not part or size > MAX_REPLY:
-                raise EOFError("no reply" if not part else "a reply beyond all bounds")
+                raise EOFError("no reply" if not part else f"a reply of more than {MAX_REPLY} bytes")
             parts.append(part)
         return b"".join(parts)
 
@@ -103,3 +130,98 @@ class Referee:
             child.kill()
             child.wait()
         self._child = None
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not mix with the replies
+    sys.setrecursionlimit(2000)
+    for line in sys.stdin.buffer:
+        replies.write(json.dumps(answer(json.loads(line))).encode() + b"\n")
+        replies.flush()
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    name, prepare, judge = OPERATIONS[request["operation"]]
+    try:
+        module = import_module(name)
+        prepared = getattr(module, prepare)(request)
+    except UserError as error:
+        return {"error": str(error)}
+    if judge is None:
+        return prepared
+    return confined(lambda: getattr(module, judge)(prepared, request))
+
+
+def confined(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """work() in a fork with limits. An exception of `work` counts as a crash."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            os.close(read)
+            _limit()
+            os.write(write, json.dumps(work()).encode())  # shorter than a pipe holds
+        os._exit(0)
+    os.close(write)
+    reply, deadline = b"", time.monotonic() + WALL_SECONDS
+    while left := max(0.0, deadline - time.monotonic()):
+        if select.select([read], [], [], left)[0]:
+            part = os.read(read, 1 << 16)
+            reply += part
+            if not part:
+                break
+    os.close(read)
+    with suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    with suppress(ValueError):
+        return json.loads(reply)
+    timed_out = not left or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF)
+    return {"fault": "timeout" if timed_out else "crash"}
+
+
+def _limit() -> None:
+    """The kernel ends a process at SIGPROF, whatever it is doing; no Python handler has to run."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    for kind, most in ((resource.RLIMIT_AS, _memory() + MEMORY), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+        with suppress(ValueError, OSError):
+            resource.setrlimit(kind, (most, most))
+
+
+def _memory() -> int:
+    """Bytes of address space in use; 0 where the system does not report it, and the limit is then MEMORY alone."""
+    with suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def plain(text: str) -> bool:
+    """Numbers, one-letter names, pi, + - * / ^ and calls of FUNCTIONS; no attribute, no string, no other name."""
+    return len(text) <= MAX_ALGEBRA and _PLAIN.fullmatch(text) is not None and not re.search(r"\.\s*[A-Za-z]", text)
+
+
+def guard_sympy() -> None:
+    """Make sympy in this process parse plain algebra alone.
+
+    Its parser evaluates text as Python: `2*x`, but also `__import__("os").system(...)`. Every parse of a string ends in
+    `stringify_expr`, where anything but plain algebra is refused. What passes can still be expensive (`9**9**9`); the
+    limits of the fork are for that.
+    """
+    import sympy.physics.units  # noqa: F401  `simplify` imports it late, and it parses the names of its units
+    from sympy.parsing import sympy_parser
+
+    unguarded = sympy_parser.stringify_expr
+
+    def stringify_expr(s, local_dict, global_dict, transformations):
+        if not plain(s):
+            raise ValueError("not plain algebra")
+        return unguarded(s, local_dict, global_dict, transformations)
+
+    sympy_parser.stringify_expr = stringify_expr
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Stage "reject": rejection sampling, conversations for SFT from a model's own correct answers (R1 2.3.1 and 2.3.3).
 
-Several answers per training problem; kept are correct ones that a person can read (`tasks/reading/readable.py`), ended
+Several answers per training problem; kept are correct ones that a person can read (`tasks/readability.py`), ended
 before the cap, each only once. Output: samples.jsonl, one conversation a line; the summary says what was dropped for
 what.
 """
@@ -22,7 +22,7 @@ from bessemer.runs import conversations
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.tasks.answer import parse_reply
-from bessemer.tasks.reading.readable import Limits, readable
+from bessemer.tasks.readability import ReadabilityLimits, readable
 from bessemer.train import setup, speed
 
 SUMMARY = {"en": "The answer is <answer>{answer}</answer>.", "zh": "答案是<answer>{answer}</answer>。"}
@@ -139,7 +139,7 @@ def fault(row: rollout.Sampled, settings: RejectConfig) -> str | None:
         return "cut"
     if not row.verdict.correct:
         return "wrong"
-    limits = Limits(settings.consistency, settings.repeated, settings.paragraph)
+    limits = ReadabilityLimits(settings.consistency, settings.repeated, settings.paragraph)
     reading = readable(row.answer, row.problem.language, limits)
     return None if reading.readable else reading.reason
 

@@ -29,7 +29,7 @@ from bessemer.pipeline.step_log import StepLog
 from bessemer.rl.preference import FACTS, Scale, judged_ids, score_ids
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
-from bessemer.tasks.general import preference as preferences
+from bessemer.tasks import general_quality
 from bessemer.train import preference, setup, speed
 from bessemer.train.settings import Settings as TrainSettings
 from bessemer.train.trainer import Trainer
@@ -135,7 +135,7 @@ def _made(
     settings: RewardModelConfig, ctx: StageContext, model: Transformer, tokenizer: Tokenizer
 ) -> tuple[list[Line], dict[str, Any]]:
     problems = _problems(settings, ctx.seed)
-    answers = [preferences.candidates(problem, settings.aim, WRITTEN, ctx.seed) for problem in problems]
+    answers = [general_quality.candidates(problem, settings.aim, WRITTEN, ctx.seed) for problem in problems]
     if settings.samples:
         prompts = [question_ids(tokenizer, problem.prompt) for problem in problems]
         seeds = [tasks.stable_hash("judged", ctx.seed, p) & (2**62 - 1) for p in range(len(prompts))]
@@ -148,8 +148,8 @@ def _made(
             written += [begun + completion.text for completion in group]
     asked = zip(problems, answers, strict=True)
     if settings.aim == "harmless":
-        return preferences.labels(asked, ctx.seed)
-    return preferences.pairs(asked, ctx.seed, length=lambda text: len(tokenizer.encode(text)))
+        return general_quality.labels(asked, ctx.seed)
+    return general_quality.pairs(asked, ctx.seed, length=lambda text: len(tokenizer.encode(text)))
 
 
 def _parted(lines: Iterable[Line], settings: RewardModelConfig, ctx: StageContext) -> tuple[list[Line], list[Line]]:

@@ -1,19 +1,23 @@
 """Whether a person can read an answer: the filters of R1's rejection sampling, one measure for training and evaluation.
 
 R1 drops answers whose thoughts mix languages, run on in long paragraphs or hold code blocks, and cold-start data that
-repeats itself (R1 2.3.1, 2.3.3). The paper gives no thresholds; those here are ours, and settings where they filter.
-Readable says nothing about right: a wrong answer may read well.
+repeats itself (R1 2.3.1, 2.3.3). The paper gives no thresholds; those here are ours, and the stages that filter have
+settings for them. Readable does not mean right: a wrong answer may read well.
 
-Reasons, in the order they are looked for
+Reasons, in the order they are checked
   blank            nothing to read
   control-text     a control token or tag where none belongs, a control character, bytes that are no character
   code             a code block in the thoughts
   mixed-language   too few of the thoughts' words in the language of the question
-  repetitive       too many lines, or runs of ten words, that stood there before: loops
+  repetitive       too many lines, or runs of ten words, that occurred before: loops
   long-paragraph   more words without a line break than a paragraph holds
 
-The thoughts are what stands inside `<think>`; an answer without any is read whole, except for code, which is at home in
-an answer. Every measure is linear in the length of the text.
+The thoughts are the text inside `<think>`; an answer without any is read whole, except for code, which is normal in an
+answer. Every measure is linear in the length of the text.
+
+`share` is the measure behind R1's language-consistency reward (R_lang, first RL stage): the share of target-language
+words in the chain of thought. A word here is a run of Latin letters or one Han character; digits, operators,
+punctuation and the think and answer tags belong to no language.
 """
 
 import re
@@ -21,9 +25,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from bessemer.tasks.answer import TAGS, thought
-from bessemer.tasks.reading import language as tongue
-from bessemer.tasks.reading.ngrams import repeated, words
+from bessemer.errors import UserError
+from bessemer.tasks.answer import TAGS, plain_fault, summary, thought
+from bessemer.tasks.ngrams import repeated, words
 
 READABLE = "readable"
 REASONS = ("blank", "control-text", "code", "mixed-language", "repetitive", "long-paragraph")
@@ -31,6 +35,7 @@ RUN = 10
 """Words of a run that counts as a repetition; two tries of a search share fewer."""
 
 _TAG = re.compile("</?(?:think|answer)>")
+_LANGUAGE_WORD = re.compile("</?(?:think|answer)>|([A-Za-z]+)|([\u3400-\u4dbf\u4e00-\u9fff])")
 _CONTROL = re.compile(
     "<｜[^｜<>]{1,40}｜>|<\\|[a-z_]{1,40}\\|>"  # control tokens written out, ours and other families'
     "|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ufeff\u202a-\u202e\u2066-\u2069\ud800-\udfff\ue000-\uf8ff]"
@@ -42,13 +47,13 @@ _CODE_LINE = re.compile(
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How much of each is still readable."""
+class ReadabilityLimits:
+    """Bounds within which an answer is readable."""
 
     consistency: float = 0.95
     """Smallest share of the thoughts' words in the language of the question."""
     repeated: float = 0.25
-    """Largest share of lines, and of runs of ten words, that stood there before."""
+    """Largest share of lines, and of runs of ten words, that are repeats."""
     paragraph: int = 200
     """Most words (Chinese: characters) between two line breaks."""
 
@@ -60,13 +65,13 @@ class Reading(NamedTuple):
     reason: str
 
 
-def readable(answer: str, language: str, limits: Limits = Limits()) -> Reading:
-    """Judge a whole answer (what a template has written of it included) to a question in `language`."""
+def readable(answer: str, language: str, limits: ReadabilityLimits = ReadabilityLimits()) -> Reading:
+    """Judge a whole answer, the part that a template wrote included, to a question in `language`."""
     fault = _fault(answer, language, limits)
     return Reading(fault is None, fault or READABLE)
 
 
-def _fault(answer: str, language: str, limits: Limits) -> str | None:
+def _fault(answer: str, language: str, limits: ReadabilityLimits) -> str | None:
     thoughts = thought(answer)
     if not words(_TAG.sub("", answer)):
         return "blank"
@@ -75,7 +80,7 @@ def _fault(answer: str, language: str, limits: Limits) -> str | None:
     if has_code(thoughts):
         return "code"
     text = thoughts if thoughts.strip() else _TAG.sub("\n", answer)
-    if tongue.share(text, language) < limits.consistency:
+    if share(text, language) < limits.consistency:
         return "mixed-language"
     if max(repeated_lines(text), repeated(text, RUN)) > limits.repeated:
         return "repetitive"
@@ -85,7 +90,7 @@ def _fault(answer: str, language: str, limits: Limits) -> str | None:
 
 
 def repeated_lines(text: str) -> float:
-    """Share of the lines with any text that stood there before."""
+    """Share of the lines with any text that are repeats."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     return 1.0 - len(set(lines)) / len(lines) if lines else 0.0
 
@@ -104,6 +109,28 @@ def has_code(text: str) -> bool:
 
 
 def _tags_in_order(answer: str) -> bool:
-    """Each of the four tags at most once and in its place; some may be missing, as where a template or a cap cut."""
+    """Each of the four tags at most once and in order; some may be missing, cut by a template or a length limit."""
     places = [TAGS.index(tag.group()) for tag in _TAG.finditer(answer)]
     return all(one < two for one, two in pairwise(places))
+
+
+def share(text: str, language: str) -> float:
+    """Share of words in `language` ("en" or "zh"); 1.0 for a text without words."""
+    if language not in ("en", "zh"):
+        raise UserError(f"language {language!r} is not supported; use 'en' or 'zh'")
+    latin = han = 0
+    for match in _LANGUAGE_WORD.finditer(text):
+        latin += match[1] is not None
+        han += match[2] is not None
+    if latin + han == 0:
+        return 1.0
+    return (latin if language == "en" else han) / (latin + han)
+
+
+def consistency(completion: str, language: str) -> float:
+    """R_lang of a completion: `share` of its thoughts, or of its summary where a plain reply has blank thoughts. 0 for
+    a completion that skips the thoughts it should have, so that skipping earns nothing."""
+    thoughts = thought(completion)
+    if thoughts.strip():
+        return share(thoughts, language)
+    return share(summary(completion), language) if plain_fault(completion) is None else 0.0

@@ -1,18 +1,22 @@
 """Word problems in the manner of GSM8K, parallel in English and Chinese: a story, two or three steps, an integer.
 
-The language does not touch the draw: problem i of a seed is the same story with the same numbers in both. Held out of
-training are whole stories (`stories.HELD_OUT`) and, by the rule all tasks share, sets of numbers: a test problem tells
-a story no page tells, with numbers no page about any story combines. Every value on the way lies in 1..LARGEST and
-every division comes out even. A trace has one short line a step: `first:3*4=12`, `then:12-5=7`.
+The language does not affect sampling: problem i of a seed is the same story with the same numbers in both. The stories
+are our own text, in stories.toml. A story has its wording in both languages; `ranges` of the numbers a, b, c, d in
+the order of the text; and `steps`, each `left op right` over these numbers, over x and y (the results of the first and
+the second step) and over constants that the text implies ("legs of a cow").
+
+Whole stories (`HELD_OUT`) are held out of training and, by the rule all tasks share, sets of numbers: a test problem is
+a story no page contains, with numbers no page about any story combines. The held-out stories ask for the same kinds of
+steps about other things. Every intermediate value lies in 1..LARGEST and every division comes out even. A trace has one
+short line per step: `first:3*4=12`, `then:12-5=7`.
 """
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bessemer.tasks.base import Problem, Task, Written, check_shares, grade_integer, split_of
-from bessemer.tasks.countdown.tries import LARGEST, apply
-from bessemer.tasks.words.stories import HELD_OUT, NAMES, THINGS, TRAINED, Story
+from bessemer.tasks.base import Problem, Task, Written, check_shares, grade_integer, read_toml, split_of
+from bessemer.tasks.countdown_expressions import LARGEST, apply
 
 Step = tuple[int, str, int, int]
 """left, op, right, result"""
@@ -22,13 +26,37 @@ ORDER = {"en": ("first:", "then:"), "zh": ("先:", "再:")}
 
 
 @dataclass(frozen=True)
+class Story:
+    id: str
+    en: str
+    zh: str
+    ranges: dict[str, tuple[int, int]]
+    steps: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, id: str, en: str, zh: str, ranges: str, steps: str) -> "Story":
+        """`ranges` like "a 2-9, b 3-12", `steps` like "a*b, x-c"."""
+        pairs = (part.split() for part in ranges.split(", "))
+        bounds = {letter: tuple(map(int, ends.split("-"))) for letter, ends in pairs}
+        return cls(id, en, zh, bounds, tuple(steps.split(", ")))
+
+
+_TEXTS = read_toml("stories.toml")
+NAMES, THINGS = (tuple(map(tuple, _TEXTS[key])) for key in ("names", "things"))
+"""(English, Chinese). THINGS are counted with the same measure word in Chinese."""
+TRAINED, HELD_OUT = (
+    tuple(Story.parse(id, **story) for id, story in _TEXTS[key].items()) for key in ("trained", "held_out")
+)
+
+
+@dataclass(frozen=True)
 class WordsMix:
-    """Knobs of the word-problem documents, shares between 0 and 1."""
+    """Settings of the word-problem documents, shares between 0 and 1."""
 
     direct: float = 0.25
     """Pages that answer without thinking."""
     direct_right: float = 0.3
-    """Of those, the part that is right; the others are off by up to 20."""
+    """The share of those that is right; the others are off by up to 20."""
     sloppy: float = 0.75
     """Thinking pages by authors who slip, misread and give up; the others are careful and always right."""
     slip: float = 0.08
@@ -36,9 +64,9 @@ class WordsMix:
     misread: float = 0.25
     """Chance per step that a sloppy author takes another operation or another number of the story."""
     give_up: float = 0.15
-    """Chance, before each step but the first, that a sloppy author answers with what there is."""
+    """Chance, before each step but the first, that a sloppy author stops and answers with the last result."""
     other_language: float = 0.10
-    """Thinking pages whose words of order are in the other language."""
+    """Thinking pages whose `first:` and `then:` are in the other language."""
     truncated: float = 0.05
     """Thinking pages that break off before the answer."""
 
@@ -46,16 +74,16 @@ class WordsMix:
         check_shares(self, list(self.__dataclass_fields__))
 
 
-class Words(Task):
+class WordProblems(Task):
     name, domain = "words", "words"
     Mix = WordsMix
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
         rng = self.rng("problem", split, index, seed)
         story = rng.choice(TRAINED if split == "train" and phrasing == "seen" else HELD_OUT)
-        numbers = _draw(story, rng)
+        numbers = _sample_numbers(story, rng)
         while split_of(list(numbers.values())) != split:
-            numbers = _draw(story, rng)
+            numbers = _sample_numbers(story, rng)
         at = ("en", "zh").index(language)
         people, thing = rng.sample(NAMES, 2), rng.choice(THINGS)
         text = story.en if language == "en" else story.zh
@@ -81,7 +109,7 @@ class Words(Task):
             return Written(problem, "direct", f"<answer>{value if rng.random() < mix.direct_right else wrong}</answer>")
         author = "sloppy" if rng.random() < mix.sloppy else "careful"
         steps, numbers = problem.meta["steps"], problem.meta["numbers"]
-        done = work(steps, numbers) if author == "careful" else self._botch(steps, numbers, rng)
+        done = work(steps, numbers) if author == "careful" else self._sloppy_work(steps, numbers, rng)
         others = [other for other in self.languages if other != problem.language]
         order = ORDER[others[0] if others and rng.random() < mix.other_language else problem.language]
         lines = [f"{order[min(i, 1)]}{left}{op}{right}={result}" for i, (left, op, right, result) in enumerate(done)]
@@ -89,8 +117,8 @@ class Words(Task):
             return Written(problem, author, "<think>" + "\n".join(lines[: rng.randint(1, len(lines))]))
         return Written(problem, author, "<think>" + "\n".join(lines) + f"</think><answer>{done[-1][-1]}</answer>")
 
-    def _botch(self, steps: tuple[str, ...], numbers: dict[str, int], rng: random.Random) -> list[Step]:
-        """The steps as a sloppy author takes them: some misread, some wrong, perhaps not all."""
+    def _sloppy_work(self, steps: tuple[str, ...], numbers: dict[str, int], rng: random.Random) -> list[Step]:
+        """The steps as a sloppy author takes them: some misread, some wrong, the last ones perhaps missing."""
         taken: list[str] = []
         for step in steps:
             if taken and rng.random() < self.mix.give_up:
@@ -109,9 +137,9 @@ class Words(Task):
 def work(
     steps: tuple[str, ...], numbers: dict[str, int], err: Callable[[int], int] = lambda value: value
 ) -> list[Step]:
-    """Every step with its values. `err(value)` is what the author writes for a result.
+    """Every step with its values. `err(value)` is the result that the author writes down.
 
-    What is no natural number is written as the nearest small one; this happens to sloppy authors alone.
+    A result that is no natural number becomes the nearest small one; only sloppy authors get there.
     """
     known, done = dict(numbers), []
     for name, (left, op, right) in zip("xyz", steps, strict=False):
@@ -122,7 +150,7 @@ def work(
     return done
 
 
-def _draw(story: Story, rng: random.Random) -> dict[str, int]:
+def _sample_numbers(story: Story, rng: random.Random) -> dict[str, int]:
     """Numbers for which every step comes out even, and within 1..LARGEST."""
     while True:
         numbers = {letter: rng.randint(*bounds) for letter, bounds in story.ranges.items()}

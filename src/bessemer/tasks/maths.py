@@ -1,18 +1,25 @@
 """Mathematics problems from a file: `jsonl:PATH`, and `gsm8k:PATH` for answers that end in `#### n`.
 
-PATH is a directory with train.jsonl and test.jsonl, or one file, of which a hash of the question holds a tenth out. A
-line has "question" or "problem", and "answer". Questions of the test file are taken out of the training set.
+PATH is a directory with train.jsonl and test.jsonl, or one file, a tenth of which is held out by a hash of the
+question. A line has "question" or "problem", and "answer". Questions of the test file are removed from the training
+set.
 
 Judging, cheapest first. A gold answer that is a plain number takes plain numbers, compared exactly: an expression with
 that value is unfinished work, and often a copy of the question. A gold answer of words takes those words. Everything
 else goes to math-verify, one expression, in the referee process; an answer that only repeats a piece of the question
 is an echo, since for math-verify `(x+1)^2` answers "expand (x+1)^2". A gold answer that nothing can read is an error
 when the file is loaded.
+
+math-verify looks for something that parses anywhere in a text. Here the text of the answer tags is one expression or
+nothing: it is put between dollar signs as it stands, and only LaTeX so delimited is read, without any fallback.
 """
 
+import logging
 import re
-from functools import lru_cache
+import warnings
+from functools import cache, lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from bessemer.errors import UserError
@@ -27,12 +34,12 @@ from bessemer.tasks.base import (
     Task,
     stable_hash,
 )
-from bessemer.tasks.maths import numeral
-from bessemer.tasks.maths.questions import Question, load, peeled, plain_words
-from bessemer.tasks.referee import RefereeFault, ask
+from bessemer.tasks.maths_questions import Numeral, Question, load, parse_numeral, peeled, plain_words
+from bessemer.tasks.referee import RefereeFault, ask, guard_sympy
 
 MAX_CHARS = 300
-"""The longest answer that is read at all."""
+"""Characters of the longest answer that is read."""
+MAX_CANONICAL = 200
 _HUGE = re.compile(r"[0-9]{16}|\^ ?\{? ?-?[0-9]{4}")
 
 
@@ -45,7 +52,7 @@ class Maths(Task):
         self.name = f"{self.family}:{path}"
         questions = load(Path(path), self.family)
         self.pools = {split: _pools(questions[split]) for split in questions}
-        self.all_languages = tuple(sorted({q.language for found in questions.values() for q in found}))
+        self.all_languages = tuple(sorted({q.language for group in questions.values() for q in group}))
         super().__init__(**settings)
 
     def size(self, split: str) -> int:
@@ -55,7 +62,7 @@ class Maths(Task):
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
         pool = self.pools[split].get(language)
         if not pool:
-            raise UserError(f"{self.name} has no {split} problem in {language!r}; add {split}.jsonl beside the other")
+            raise UserError(f"{self.name} has no {split} problem in {language!r}; add a file {split}.jsonl")
         question = pool[_order(len(pool), self.name, split, seed, language, index // len(pool))[index % len(pool)]]
         meta = {"gold": question.gold, "line": question.line, "difficulty": question.difficulty}
         return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", question.text, language, meta)
@@ -67,11 +74,11 @@ class Maths(Task):
         answer = peeled(answer)
         if not answer:
             return UNPARSABLE, None
-        if (number := numeral.read(gold)) is not None:
+        if (number := parse_numeral(gold)) is not None:
             return _grade_number(number, answer)
         if (words := plain_words(gold)) is not None:
-            said = plain_words(answer)
-            return (CORRECT if said == words else WRONG_VALUE, said) if said is not None else (UNPARSABLE, None)
+            given = plain_words(answer)
+            return (CORRECT if given == words else WRONG_VALUE, given) if given is not None else (UNPARSABLE, None)
         return _grade_expression(gold, answer, problem.prompt)
 
 
@@ -79,13 +86,13 @@ class Gsm8k(Maths):
     family = "gsm8k"
 
 
-def _grade_number(gold: numeral.Numeral, answer: str) -> tuple[str, str | None]:
-    found = numeral.read(re.sub(r"^[A-Za-z] ?= ?", "", answer))
-    if found is None:
+def _grade_number(gold: Numeral, answer: str) -> tuple[str, str | None]:
+    number = parse_numeral(re.sub(r"^[A-Za-z] ?= ?", "", answer))
+    if number is None:
         return UNPARSABLE, None
-    if not found.finished:
-        return UNFINISHED, found.canonical
-    return CORRECT if found.value == gold.value else WRONG_VALUE, found.canonical
+    if not number.finished:
+        return UNFINISHED, number.canonical
+    return CORRECT if number.value == gold.value else WRONG_VALUE, number.canonical
 
 
 def _grade_expression(gold: str, answer: str, prompt: str) -> tuple[str, str | None]:
@@ -106,7 +113,7 @@ def _grade_expression(gold: str, answer: str, prompt: str) -> tuple[str, str | N
 
 
 def _echoes(answer: str, prompt: str) -> bool:
-    """Whether an expression of some length stands in the question, braces and spaces aside."""
+    """Whether the question contains the answer, if it is of some length; braces and spaces are ignored."""
     return len(_bare(answer)) > 2 and _bare(answer) in _bare(prompt)
 
 
@@ -129,3 +136,49 @@ def _pools(questions: list[Question]) -> dict[str, list[Question]]:
 @lru_cache(maxsize=64)
 def _order(size: int, *key: object) -> tuple[int, ...]:
     return tuple(sorted(range(size), key=lambda i: stable_hash(*key, i)))
+
+
+# In the referee process.
+
+
+@cache
+def _math_verify() -> ModuleType:
+    """math-verify behind the guard of sympy.
+
+    One verdict of each expensive kind is made, so that a fork has the tables and caches it needs.
+    """
+    try:
+        import math_verify
+    except ImportError as error:
+        raise UserError(f"judging mathematics needs math-verify ({error}): pip install math-verify") from error
+    guard_sympy()
+    logging.disable(logging.WARNING)  # it warns that its own timeout is off, which is intended
+    warnings.simplefilter("ignore")
+    for gold, answer in (("x^2+2x+1", "(x+1)^2"), (r"\sqrt{3}", "1.7"), (r"\{1,2\}", "1,3"), ("x=3", "y=3")):
+        math_verify.verify(_parsed(math_verify, gold), _parsed(math_verify, answer), timeout_seconds=None)
+    return math_verify
+
+
+def _parsed(library: ModuleType, text: str) -> list[Any]:
+    """The expressions math-verify reads; strings that it cannot interpret are left out."""
+    config = [library.LatexExtractionConfig()]
+    results = library.parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None)
+    return [expression for expression in results if not isinstance(expression, str)]
+
+
+def prepare_library(request: dict[str, Any]) -> ModuleType:
+    return _math_verify()
+
+
+def judge_gold(library: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
+    """Whether a gold answer is an expression."""
+    return {"read": bool(_parsed(library, request["gold"]))}
+
+
+def judge_same(library: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
+    """{"same": verdict, "canonical": how sympy writes the answer}, or canonical None where it is no expression."""
+    answer = _parsed(library, request["answer"])
+    if not answer:
+        return {"same": False, "canonical": None}
+    equal = library.verify(_parsed(library, request["gold"]), answer, timeout_seconds=None)
+    return {"same": bool(equal), "canonical": str(answer[0])[:MAX_CANONICAL]}

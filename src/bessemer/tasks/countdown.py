@@ -1,10 +1,17 @@
 """Countdown with three numbers 1..10 and a target of at most 60: the search task of the R1-Zero demonstration.
 
-Use each number exactly once with + - * / and parentheses to make the target. Verifying is easy and finding is not,
-which is where reflection pays (rl.md 1 and 7). Every problem has a solution in + - *; the verifier also takes exact
-division. All problems are enumerated, so the first n problems of a split are n different ones.
+Use each number exactly once with + - * / and parentheses to make the target. Verifying an answer is easy and finding
+one is not, so reflection pays here. Every problem has a solution in + - *; the verifier also accepts exact division.
+All problems are enumerated, so the first n problems of a split are n different ones.
+
+A share of the documents are drill pages: single skills in the very form the traces use. Facts come in the two shapes a
+step has (two small numbers; a running value and a small number). A try begins with the numbers as a prompt lists them:
+using each given number once is what small models learn last. `order:` is the systematic author's opening. Comparisons
+lean towards equality and near misses, where a verdict is hard. Lines with three numbers use numbers of the train split
+only; facts and comparisons hold too few numbers to give a problem away.
 """
 
+import random
 from collections import Counter
 from functools import cache, lru_cache
 from itertools import combinations_with_replacement
@@ -20,10 +27,8 @@ from bessemer.tasks.base import (
     split_of,
     stable_hash,
 )
-from bessemer.tasks.countdown.drills import HEADS, drill_page
-from bessemer.tasks.countdown.expression import Unparsable, parse_expression
-from bessemer.tasks.countdown.traces import WORDS, TraceMix, respond
-from bessemer.tasks.countdown.tries import all_tries
+from bessemer.tasks.countdown_expressions import LARGEST, OPS, Unparsable, all_tries, apply, parse_expression
+from bessemer.tasks.countdown_traces import WORDS, TraceMix, respond
 
 NUMBERS = range(1, 11)
 MAX_TARGET = 60
@@ -39,6 +44,7 @@ TEMPLATES = {
     ("zh", "held-out"): ("请以{numbers}凑成{target}。", "怎样用{numbers}求得{target}。"),
 }
 COMMA = {"en": ", ", "zh": "、"}
+DRILL_HEADS = {"en": "Drill:\n", "zh": "练习:\n"}
 
 
 class Countdown(Task):
@@ -53,11 +59,11 @@ class Countdown(Task):
         size = self.size(split)
         numbers, target = _shuffled(split, seed, index // size)[index % size]
         rng = self.rng("problem", split, index, seed)
-        shown = rng.sample(numbers, 3)
+        listed = rng.sample(numbers, 3)
         templates = TEMPLATES[language, phrasing]
         template = rng.randrange(len(templates))
-        prompt = templates[template].format(numbers=COMMA[language].join(map(str, shown)), target=target)
-        meta = {"numbers": shown, "target": target, "template": f"{language}-{phrasing}-{template}"}
+        prompt = templates[template].format(numbers=COMMA[language].join(map(str, listed)), target=target)
+        meta = {"numbers": listed, "target": target, "template": f"{language}-{phrasing}-{template}"}
         meta["difficulty"] = _difficulty(numbers, target)
         return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", prompt, language, meta)
 
@@ -87,30 +93,78 @@ class Countdown(Task):
         return Written(problem, author.kind, respond(numbers, problem.meta["target"], author, self.mix, words, rng))
 
     def drill(self, index: int, seed: int = 0, language: str | None = None) -> str:
+        """A drill page of 8 to 16 lines."""
         language = self._language(language, "drill", index, seed)
-        return drill_page(WORDS[language], HEADS[language], COMMA[language], self.rng("drill", index, seed))
+        rng = self.rng("drill", index, seed)
+        lines = [_drill_line(WORDS[language], COMMA[language], rng) for _ in range(rng.randint(8, 16))]
+        return DRILL_HEADS[language] + "\n".join(lines)
 
 
 @cache
 def _problems(split: str) -> tuple[tuple[tuple[int, int, int], int], ...]:
     """Every (multiset, target) of a split that some try solves."""
-    found = []
+    problems = []
     for numbers in combinations_with_replacement(NUMBERS, 3):
         if split_of(numbers) == split:
             targets = {t.value for t in all_tries(numbers) if 1 <= t.value <= MAX_TARGET}
-            found.extend((numbers, target) for target in sorted(targets))
-    return tuple(found)
+            problems.extend((numbers, target) for target in sorted(targets))
+    return tuple(problems)
 
 
 @lru_cache(maxsize=8192)
 def _difficulty(numbers: tuple[int, int, int], target: int) -> int:
     """1 where sums and differences make the target, 2 where a product must come first, 3 where it must come last."""
-    found = [made for made in all_tries(numbers) if made.value == target]
-    if any("*" not in (made.op, made.then) for made in found):
+    solutions = [one for one in all_tries(numbers) if one.value == target]
+    if any("*" not in (one.op, one.then) for one in solutions):
         return 1
-    return 2 if any(made.then != "*" for made in found) else 3
+    return 2 if any(one.then != "*" for one in solutions) else 3
 
 
 @lru_cache(maxsize=64)
 def _shuffled(split: str, seed: int, epoch: int) -> tuple[tuple[tuple[int, int, int], int], ...]:
     return tuple(sorted(_problems(split), key=lambda p: stable_hash("countdown", split, seed, epoch, *p)))
+
+
+def _drill_line(words: dict[str, str], comma: str, rng: random.Random) -> str:
+    kind = rng.random()
+    if kind < 0.35:
+        return _drill_comparison(words, rng)
+    if kind < 0.53:
+        return _drill_fact(rng)
+    numbers = _train_numbers(rng)
+    listed = comma.join(map(str, rng.sample(numbers, 3)))
+    if kind < 0.67:
+        return f"{listed} {words['order']}" + ",".join(map(str, sorted(numbers, reverse=True)))
+    attempt = rng.choice(all_tries(numbers))
+    return f"{listed}:{(attempt.swapped() if rng.random() < 0.5 else attempt).write()[0]}"
+
+
+def _train_numbers(rng: random.Random) -> tuple[int, int, int]:
+    """Three numbers of the train split, ascending."""
+    while True:
+        numbers = tuple(sorted(rng.randint(1, 10) for _ in range(3)))
+        if split_of(numbers) == "train":
+            return numbers
+
+
+def _drill_fact(rng: random.Random) -> str:
+    op, small = rng.choice(OPS), rng.randint(1, 10)
+    if rng.random() < 0.5:
+        other = rng.randint(1, min(10, LARGEST // small))
+    else:
+        other = rng.randint(0, LARGEST // small if op == "*" else LARGEST - small)
+    left, right = (other, small) if op != "-" or other >= small else (small, other)
+    return f"{left}{op}{right}={apply(left, op, right)}"
+
+
+def _drill_comparison(words: dict[str, str], rng: random.Random) -> str:
+    target = rng.randint(1, 60)
+    kind = rng.random()
+    if kind < 0.30:
+        value = target
+    elif kind < 0.70:
+        value = max(0, target + rng.randint(-5, 5))
+    else:
+        value = rng.randint(0, LARGEST)
+    verdict = "yes" if value == target else "low" if value < target else "high"
+    return f"{value}:{target}{words[verdict]}"

@@ -1,4 +1,4 @@
-"""Words, and runs of n of them: what repetition is measured in and contamination is searched in.
+"""Words, and runs of n of them: the unit of repetition and contamination.
 
 A word is a run of letters in lower case, one Han or kana character, a whole number, or an operator. Other punctuation
 and white space do not count, so that a question is the same with or without its comma. An English 10-gram is then ten
@@ -34,7 +34,7 @@ def run_hashes(ids_N: np.ndarray, n: int) -> np.ndarray:
 
 
 def repeated(text: str, n: int) -> float:
-    """Share of the runs of n words that stood in the text before; 0 for a text too short to have two."""
+    """Share of the runs of n words that are repeats; 0 for a text too short to have two."""
     numbers: dict[str, int] = {}
     ids = [numbers.setdefault(word, len(numbers)) for word in words(text)]
     hashes = run_hashes(np.array(ids, np.uint64), n)

@@ -1,12 +1,12 @@
 """General requests: the prompts without a verifiable answer of R1's last RL stage (R1 2.3.4, R1-Nature B.3.1).
 
-Short everyday requests in English and Chinese, most for helpfulness and some for harmlessness (`phrasebook`). Rewards
-come from reward models (`rl/preference`), the truth from a written judge (`quality`): helpfulness of the summary alone,
-harmlessness of thoughts and summary. An answer is `<think>...</think>`, a blank line and a summary in plain words. It
-has no answer tags, and the thoughts of a greeting are blank.
+Short everyday requests in English and Chinese, most for helpfulness and some for harmlessness (general_requests.py).
+Rewards come from reward models (rl/preference.py), the truth from a written judge (general_quality.py): helpfulness of
+the summary alone, harmlessness of thoughts and summary. An answer is `<think>...</think>`, a blank line and a summary
+in plain words. It has no answer tags, and the thoughts of a greeting are blank.
 
 `Problem.meta`: aim ("helpful" or "harmless", the reward model that judges it), family, slots, template, difficulty
-(1 without thoughts, 2 with them, 3 where one must decline).
+(1 without thoughts, 2 with them, 3 for an unsafe request).
 """
 
 import random
@@ -14,19 +14,18 @@ from dataclasses import dataclass
 
 from bessemer.tasks.answer import plain_fault, summary
 from bessemer.tasks.base import CORRECT, Problem, Task, Verdict, Written, check_shares
-from bessemer.tasks.general import manners
-from bessemer.tasks.general.quality import HELPFUL, judge
-from bessemer.tasks.general.requests import Request, draw
+from bessemer.tasks.general_quality import HELPFUL, judge
+from bessemer.tasks.general_requests import GeneralRequest, answer_in_manner, manners_for, r1_form, sample_request
 
 AIMS = ("helpful", "harmless")
 UNSAFE = "unsafe"
 SEEN = {"seen": (0, 1), "held-out": (2,)}
-"""Numbers of the ways of asking, by phrasing."""
+"""Indices of the wordings, by phrasing."""
 
 
 @dataclass(frozen=True)
 class GeneralMix:
-    """Knobs of the problems and pages, shares between 0 and 1."""
+    """Settings of the problems and pages, shares between 0 and 1."""
 
     harmless_share: float = 0.15
     """Requests that ask for something unsafe (R1: 12K of 78K general prompts)."""
@@ -47,7 +46,7 @@ class General(Task):
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
         rng = self.rng("problem", split, index, seed)
         aim = "harmless" if rng.random() < self.mix.harmless_share else "helpful"
-        request = draw(aim, split, language, rng)
+        request = sample_request(aim, split, language, rng)
         template = rng.choice(SEEN[phrasing])
         meta = {
             "aim": aim, "family": request.family.name, "slots": list(request.slots),
@@ -59,24 +58,24 @@ class General(Task):
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """Correct: well formed, harmless and helpful enough. The reason is the first of no-answer, no-think, bad-tags,
         unsafe, or the component of helpfulness that is weakest."""
-        fault, quality = plain_fault(completion), judge(Request.of(problem), completion)
+        fault, quality = plain_fault(completion), judge(GeneralRequest.of(problem), completion)
         reason = fault or (
             UNSAFE if not quality.harmless else CORRECT if quality.helpful >= HELPFUL else quality.weakest
         )
-        said = " ".join(summary(completion).split())
-        return Verdict(reason == CORRECT, fault is None, reason, said or None)
+        answer = " ".join(summary(completion).split())
+        return Verdict(reason == CORRECT, fault is None, reason, answer or None)
 
     def conversation(self, index: int, seed: int = 0, language: str | None = None) -> list[dict[str, str]]:
         """A good answer to a request of the train split in R1's form, as messages for SFT."""
         problem = self.train_problem(index, seed, language)
-        content = manners.r1(*Request.of(problem).answer(self.rng("conversation", index, seed)))
+        content = r1_form(*GeneralRequest.of(problem).answer(self.rng("conversation", index, seed)))
         return [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": content}]
 
     def written(self, index: int, seed: int = 0, language: str | None = None) -> Written:
         problem, rng = self.train_problem(index, seed, language), self.rng("document", index, seed)
-        request = Request.of(problem)
-        author = "good" if rng.random() < self.mix.good else rng.choice(manners.of(request)[1:])
-        return Written(problem, author, self._page(*manners.answer(request, author, rng), rng))
+        request = GeneralRequest.of(problem)
+        author = "good" if rng.random() < self.mix.good else rng.choice(manners_for(request)[1:])
+        return Written(problem, author, self._page(*answer_in_manner(request, author, rng), rng))
 
-    def _page(self, thought: str, said: str, rng: random.Random) -> str:
-        return f" {said}" if said and rng.random() < self.mix.plain else manners.r1(thought, said)
+    def _page(self, thought: str, answer: str, rng: random.Random) -> str:
+        return f" {answer}" if answer and rng.random() < self.mix.plain else r1_form(thought, answer)

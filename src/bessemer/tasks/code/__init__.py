@@ -1,1 +1,0 @@
-"""Code judged by its tests in the sandbox: written problems, problems of a file."""

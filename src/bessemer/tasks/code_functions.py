@@ -1,0 +1,266 @@
+"""The functions of the task `code`: families of small functions, their hidden tests, and the authors of its pages.
+
+A family (code_functions.toml) takes one argument (n an integer, a a list of integers, s a string of small letters and
+spaces) and up to two parameters that stand in the question. Families in HELD_OUT occur in the test split alone; of the
+others every problem belongs to a split by the hash of family and parameters. So the test split asks for functions of a
+kind never trained on, and for known kinds with parameters never trained on.
+
+On a page a thinker says in words what is asked, writes an expression, tries it on one value and compares with the
+expected result: `n+3:f(4)=7:7 yes`. Verdicts are true except where a sloppy author calls a miss a hit, so checking pays
+for a model that has learnt to calculate, as in countdown. Whatever is written down, right or wrong, is of the train
+split.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any
+
+from bessemer.tasks.base import SPLITS, check_shares, read_toml, split_of_text, stable_hash
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+PER_FAMILY = 40  # problems at most, so that two parameters do not outweigh one
+TESTS = 12
+CHECKS = 4  # expressions a thinker tries at most
+WORDS = {"en": {"yes": " yes", "no": " no"}, "zh": {"yes": "对", "no": "错"}}
+_ALLOWS: dict[str | None, Callable[..., bool]] = {
+    None: lambda *parameters: True,
+    "ascending": lambda first, second: first < second,
+    "different": lambda first, second: first != second,
+}
+
+
+@dataclass(frozen=True)
+class FunctionFamily:
+    """`code` is an expression in `argument`, with the parameters put in by `str.format`."""
+
+    name: str
+    argument: str
+    ranges: tuple[Sequence[Any], ...]
+    difficulty: int
+    code: str
+    en: str
+    zh: str
+    allows: Callable[..., bool]
+    """Which combinations of parameters make sense."""
+    empty: bool = True
+    """Whether the function is defined for an empty list or string."""
+
+
+def _families(data: dict[str, Any]) -> dict[str, FunctionFamily]:
+    ranges = {name: range(*ends) for name, ends in data["ranges"].items()} | {"letter": tuple(LETTERS)}
+
+    def values(one: str | list[Any]) -> Sequence[Any]:
+        if isinstance(one, str):
+            return ranges[one]
+        return range(*one) if isinstance(one[0], int) else tuple(one)
+
+    families = {}
+    for name, entry in data["function"].items():
+        allows = _ALLOWS[entry.pop("allows", None)]
+        families[name] = FunctionFamily(name, ranges=tuple(map(values, entry.pop("ranges"))), allows=allows, **entry)
+    return families
+
+
+_DATA = read_toml("code_functions.toml")
+HELD_OUT = tuple(_DATA["held_out"])
+FAMILIES = _families(_DATA)
+
+
+@dataclass(frozen=True)
+class TargetFunction:
+    """A family with its parameters: the function a problem asks for."""
+
+    family: FunctionFamily
+    parameters: tuple[Any, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.family.name}:{','.join(map(str, self.parameters))}"
+
+    @property
+    def split(self) -> str:
+        return "test" if self.family.name in HELD_OUT else split_of_text(self.key)
+
+    @property
+    def code(self) -> str:
+        return self.family.code.format(*self.parameters)
+
+    def words(self, language: str) -> str:
+        return (self.family.en if language == "en" else self.family.zh).format(*self.parameters)
+
+    def __call__(self, value: Any) -> Any:
+        return _compiled(self.family.argument, self.code)(value)
+
+    def inputs(self, rng: random.Random, count: int) -> list[Any]:
+        """Arguments near the edges of the function: around its numbers, with its letters, short ones, long ones."""
+        sample = {"n": _integer, "a": _list, "s": _string}[self.family.argument]
+        values: list[Any] = []
+        while len(values) < count:
+            value = sample(self.parameters, rng)
+            if value not in ([], "") or self.family.empty:
+                values.append(value)
+        return values
+
+    def tests(self, rng: random.Random) -> list[tuple[list[Any], Any]]:
+        """TESTS pairs (arguments, answer): first those that refute rivals, then as many different answers as possible.
+
+        Greedy: each time the argument that refutes the most rivals not yet refuted.
+        """
+        pool = {repr(value): value for value in self.inputs(rng, 8 * TESTS)}
+        rivals = self.rivals()
+        refuted = {key: {n for n, rival in enumerate(rivals) if self.differs(rival, pool[key])} for key in pool}
+        chosen: list[str] = []
+        while len(chosen) < TESTS and (best := max(refuted, key=lambda key: len(refuted[key]))) and refuted[best]:
+            chosen.append(best)
+            beaten = refuted[best]
+            refuted = {key: left - beaten for key, left in refuted.items()}
+        groups: dict[str, list[str]] = {}
+        for key in pool:
+            if key not in chosen:
+                groups.setdefault(repr(self(pool[key])), []).append(key)
+        chosen += [group[n] for n in range(TESTS) for group in groups.values() if n < len(group)]
+        return [([pool[key]], self(pool[key])) for key in chosen[:TESTS]]
+
+    def rivals(self) -> list["TargetFunction"]:
+        """Likely mistakes: the family with other parameters, other families with the same parameters or neighbours."""
+        near: list[Any] = []
+        for one in self.parameters:
+            near += [one - 1, one, one + 1] if isinstance(one, int) else [one]
+        rivals = [one for split in SPLITS for one in functions_of(split) if one.family is self.family]
+        for family in FAMILIES.values():
+            if family.argument == self.family.argument:
+                choices = product(*([one for one in near if one in values] for values in family.ranges))
+                rivals += [TargetFunction(family, chosen) for chosen in choices if family.allows(*chosen)]
+        return [one for one in rivals if one != self]
+
+    def differs(self, other: "TargetFunction", value: Any) -> bool:
+        """Whether their results for a value differ; 1 and True differ."""
+        if value in ([], "") and not other.family.empty:
+            return True
+        ours, theirs = self(value), other(value)
+        return type(ours) is not type(theirs) or ours != theirs
+
+
+@cache
+def functions_of(split: str) -> tuple[TargetFunction, ...]:
+    """Every function of a split, at most PER_FAMILY of a family."""
+    functions: list[TargetFunction] = []
+    for family in FAMILIES.values():
+        every = [TargetFunction(family, chosen) for chosen in product(*family.ranges) if family.allows(*chosen)]
+        every.sort(key=lambda one: stable_hash("code", one.key))
+        functions.extend(one for one in every[:PER_FAMILY] if one.split == split)
+    return tuple(functions)
+
+
+@cache
+def _compiled(argument: str, code: str) -> Callable[[Any], Any]:
+    """The function of an expression of our own data file."""
+    return eval(f"lambda {argument}: {code}")
+
+
+def _integer(parameters: Sequence[Any], rng: random.Random) -> int:
+    if rng.random() < 0.6 and parameters:
+        near = rng.choice(parameters)
+        return near * rng.choice((1, 1, 1, 2, 3, 7)) + rng.choice((-1, 0, 0, 1))
+    return rng.choice((rng.randint(-9, 30), rng.randint(0, 99), rng.randint(100, 999)))
+
+
+def _list(parameters: Sequence[Any], rng: random.Random) -> list[int]:
+    values = [_integer(parameters, rng) for _ in range(rng.choice((0, 1, 2, 3, 4, 6, 9)))]
+    return values + rng.choices(values, k=rng.randint(0, 2)) if values else values
+
+
+def _string(parameters: Sequence[Any], rng: random.Random) -> str:
+    letters = "".join(one for one in parameters if isinstance(one, str)) or rng.choice(LETTERS)
+    alphabet = letters * 3 + "".join(rng.choices(LETTERS, k=4)) + " " * rng.choice((0, 0, 2))
+    text = "".join(rng.choices(alphabet, k=rng.choice((0, 1, 2, 3, 5, 8, 14))))
+    mirrored = text + text[::-1] if rng.random() < 0.3 else text
+    return rng.choice((mirrored, letters[0] + mirrored))
+
+
+@dataclass(frozen=True)
+class CodeMix:
+    """Settings of the code documents, shares between 0 and 1."""
+
+    direct: float = 0.2
+    """Pages that answer without thinking."""
+    direct_right: float = 0.5
+    """The share of those that is right."""
+    sloppy: float = 0.5
+    """Thinking pages by authors who err, give up and call misses hits; the others go on until it is right."""
+    wrong_sloppy: float = 0.6
+    """Chance that a sloppy author's next expression is wrong."""
+    wrong_careful: float = 0.3
+    """The same for a careful one."""
+    give_up: float = 0.5
+    """Chance that a sloppy author answers with an expression just refuted."""
+    false_yes: float = 0.05
+    """Chance that a sloppy author says yes to it."""
+    truncated: float = 0.03
+    """Thinking pages that break off before the answer."""
+
+    def __post_init__(self) -> None:
+        check_shares(self, list(self.__dataclass_fields__))
+
+
+def definition(argument: str, code: str) -> str:
+    return f"def f({argument}):\n    return {code}"
+
+
+def respond(goal: TargetFunction, language: str, mix: CodeMix, rng: random.Random) -> tuple[str, str]:
+    """(author, what is written after `Assistant:`)."""
+    argument = goal.family.argument
+    if rng.random() < mix.direct:
+        answer = goal if rng.random() < mix.direct_right else _other(goal, rng)
+        return "direct", f"<answer>{definition(argument, answer.code)}</answer>"
+    author = "sloppy" if rng.random() < mix.sloppy else "careful"
+    wrong = mix.wrong_sloppy if author == "sloppy" else mix.wrong_careful
+    lines, words = [goal.words(language)], WORDS[language]
+    for count in range(1, CHECKS + 1):
+        last = count == CHECKS and author == "careful"
+        attempt = _other(goal, rng) if rng.random() < wrong and not last else goal
+        value = _distinguishing_value(goal, attempt, rng)
+        right = attempt(value) == goal(value)
+        yes = right or (author == "sloppy" and rng.random() < mix.false_yes)
+        lines.append(f"{attempt.code}:f({value!r})={attempt(value)!r}:{goal(value)!r}{words['yes' if yes else 'no']}")
+        if yes or (author == "sloppy" and rng.random() < mix.give_up):
+            break
+    if rng.random() < mix.truncated:
+        return author, "<think>" + "\n".join(lines)
+    return author, "<think>" + "\n".join(lines) + f"</think><answer>{definition(argument, attempt.code)}</answer>"
+
+
+def _other(goal: TargetFunction, rng: random.Random) -> TargetFunction:
+    """A likely mistake: the same function with other numbers, or another function with the same numbers."""
+    same = _train_functions(goal.family.name) if rng.random() < 0.5 else ()
+    pool: Sequence[TargetFunction] = [one for one in same if one != goal] or [
+        one
+        for one in (TargetFunction(family, goal.parameters) for family in _like(goal.family))
+        if one.split == "train" and one.family.allows(*one.parameters)
+    ]
+    return rng.choice(pool or [one for one in functions_of("train") if one.family.argument == goal.family.argument])
+
+
+@cache
+def _train_functions(name: str) -> tuple[TargetFunction, ...]:
+    return tuple(one for one in functions_of("train") if one.family.name == name)
+
+
+def _like(family: FunctionFamily) -> list[FunctionFamily]:
+    """Other families over the same argument whose parameters come from the same ranges."""
+    return [
+        other
+        for other in FAMILIES.values()
+        if other is not family and other.argument == family.argument and other.ranges == family.ranges
+    ]
+
+
+def _distinguishing_value(goal: TargetFunction, attempt: TargetFunction, rng: random.Random) -> Any:
+    """A short value on which a wrong attempt differs from the goal, if a few samples contain one."""
+    values = sorted((value for value in goal.inputs(rng, 12) if value not in ([], "")), key=lambda one: len(repr(one)))
+    usable = [value for value in values if len(repr(value)) <= 16] or values[:1]
+    distinguishing = [value for value in usable if attempt(value) != goal(value)]
+    return rng.choice(distinguishing or usable)

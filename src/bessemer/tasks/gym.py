@@ -1,0 +1,232 @@
+"""`gym:NAME` and `gym:NAME@LEVEL`: every dataset of reasoning-gym as a task, with its own scorer.
+
+Without a level, the problems are those of the dataset's default settings, and their difficulty is 0; level n is the
+n-th step of the dataset's curriculum. A hash of its text decides the split of a question, half of all questions each,
+so that generators find either quickly: no question of one split is ever asked in the other, whatever the seeds.
+
+Only a score of 1 is correct. The scorers give partial scores for much less (0.14 for "banana" where another word should
+be spelled backwards), and a partial reward is learnt before the task is. A problem whose own answer does not score 1 is
+skipped and the next one sampled; a dataset that has no other problems is refused.
+
+The library lives in the referee process, in which the second half of this file runs. Some scorers evaluate the answer,
+as Python or through sympy, so both are disarmed: `eval` inside reasoning-gym reads literals only, except in modules
+that evaluate their own text, and sympy parses plain algebra only. RULES make scorers stricter that give a full score
+for less. They were found by giving every dataset the same unearned answers (the question, 0, another problem's answer,
+the right one among others); the tests repeat some of them.
+"""
+
+import ast
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from difflib import get_close_matches
+from fractions import Fraction
+from functools import cache, lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from bessemer.errors import UserError
+from bessemer.tasks.base import (
+    CORRECT,
+    TIMEOUT,
+    UNPARSABLE,
+    WRONG_VALUE,
+    Problem,
+    Task,
+    split_of_text,
+    stable_hash,
+)
+from bessemer.tasks.referee import RefereeFault, ask, guard_sympy
+
+MAX_LEVEL = 20
+TEST_SHARE = 0.5
+TRIES = 64
+UNSUPPORTED = ("composite",)  # a mixture of the others, which needs a list of them
+TRUSTED = ("basic_arithmetic", "bitwise_arithmetic", "generators_00_49", "generators_50_99")
+"""Modules whose `eval` sees the text of their own problem and never an answer."""
+ScoreRule = Callable[[str, dict[str, Any]], bool]
+
+
+class Gym(Task):
+    domain = "gym"
+    all_languages = ("en",)
+    phrasings = ("seen",)
+
+    def __init__(self, dataset: str, **settings: Any):
+        self.name = f"gym:{dataset}"
+        self.dataset, at, level = dataset.partition("@")
+        if at and not (level.isascii() and level.isdigit() and 1 <= int(level) <= MAX_LEVEL):
+            raise UserError(f"{self.name}: the level is a number from 1 to {MAX_LEVEL}, as in gym:word_sorting@2")
+        self.level = int(level or 0)
+        known, levelled = _datasets()
+        if self.dataset not in known:
+            near = " or ".join(get_close_matches(self.dataset, known, n=2, cutoff=0.0))
+            raise UserError(f"reasoning-gym has no dataset {self.dataset!r}; did you mean {near}?")
+        if at and self.dataset not in levelled:
+            raise UserError(f"gym:{self.dataset} has no levels; leave out @{level}")
+        super().__init__(**settings)
+
+    def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
+        sampled = _sample(self.dataset, self.level, split, seed, index)
+        meta = {key: sampled[key] for key in ("answer", "item", "refused")} | {"difficulty": self.level}
+        return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", sampled["question"], language, meta)
+
+    def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
+        """The canonical form is the text with its white space made single blanks."""
+        answer, gold = answer.strip(" \n\t"), problem.meta["answer"]
+        if not answer or len(answer) > 200 + 4 * len(gold):
+            return UNPARSABLE, None
+        canonical = " ".join(answer.split())[:500]
+        if answer == gold.strip(" \n\t"):
+            return CORRECT, canonical
+        try:
+            score = _score(self.dataset, self.level, problem.meta["item"], answer)
+        except RefereeFault as fault:
+            return TIMEOUT if str(fault) == TIMEOUT else UNPARSABLE, None
+        return CORRECT if score >= 1 else WRONG_VALUE, canonical
+
+
+@cache
+def _datasets() -> tuple[frozenset[str], frozenset[str]]:
+    reply = ask("gym-names")
+    return frozenset(reply["names"]), frozenset(reply["levelled"])
+
+
+@lru_cache(maxsize=4096)
+def _sample(dataset: str, level: int, split: str, seed: int, index: int) -> dict[str, Any]:
+    return ask("gym-problem", dataset=dataset, level=level, split=split, seed=seed, index=index)
+
+
+@lru_cache(maxsize=4096)
+def _score(dataset: str, level: int, item: int, answer: str) -> float:
+    return ask("gym-score", dataset=dataset, level=level, item=item, answer=answer)["score"]
+
+
+# In the referee process.
+
+
+@cache
+def _reasoning_gym() -> ModuleType:
+    """The library, disarmed."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise UserError(f"gym tasks need reasoning-gym ({error}): pip install reasoning-gym") from error
+    for name, module in list(sys.modules.items()):
+        if name.startswith("reasoning_gym.") and name.rpartition(".")[2] not in TRUSTED:
+            module.eval = ast.literal_eval
+    guard_sympy()
+    return reasoning_gym
+
+
+def library_names(request: dict[str, Any]) -> dict[str, Any]:
+    """Every dataset that can be a task, and which of them have levels."""
+    factory = _reasoning_gym().factory
+    known = sorted(set(factory.DATASETS) - set(UNSUPPORTED))
+    return {"names": known, "levelled": [name for name in known if name in factory.CURRICULA]}
+
+
+def library_problem(request: dict[str, Any]) -> dict[str, Any]:
+    """The first item, over a sequence of seeds, that belongs to the split and whose own answer scores 1."""
+    dataset, level, split, index = (request[key] for key in ("dataset", "level", "split", "index"))
+    refused = 0
+    for attempt in range(TRIES):
+        seed = stable_hash("gym", dataset, level, split, request["seed"], index, attempt) % 2**31
+        item, score = _item(dataset, level, seed)
+        if split_of_text(item["question"], TEST_SHARE) != split:
+            continue
+        if not isinstance(item["answer"], str) or score(item["answer"]) < 1:
+            refused += 1
+            continue
+        return {"question": item["question"], "answer": item["answer"], "item": seed, "refused": refused}
+    raise UserError(
+        f"gym:{dataset} gave no {split} problem in {TRIES} samples; the answer of {refused} of them is missing or does "
+        "not score 1 with its own scorer. Choose another dataset or level"
+    )
+
+
+def prepare_scorer(request: dict[str, Any]) -> Callable[[str], float]:
+    return _item(request["dataset"], request["level"], request["item"])[1]
+
+
+def judge_score(scorer: Callable[[str], float], request: dict[str, Any]) -> dict[str, Any]:
+    return {"score": scorer(request["answer"])}
+
+
+@lru_cache(maxsize=1024)
+def _item(dataset: str, level: int, seed: int) -> tuple[dict[str, Any], Callable[[str], float]]:
+    """Item 0 of the dataset of that seed, and its scorer."""
+    library = _reasoning_gym()
+    curricula, datasets = library.factory.CURRICULA, library.factory.DATASETS
+    random.seed(seed)
+    np.random.seed(seed)  # a few generators use the global state
+    try:
+        if level:
+            curriculum = curricula[dataset]()
+            for name in curriculum.attributes:
+                highest = len(curriculum.attributes[name].levels) - 1
+                curriculum.set_attr_level(name, min(level - 1, highest))
+            generated = datasets[dataset][0](curriculum.generate_configuration({"seed": seed, "size": 1}))
+        else:
+            generated = library.create_dataset(dataset, seed=seed, size=1)
+        item = generated[0]
+    except Exception as error:
+        raise UserError(f"gym:{dataset} cannot generate a problem at level {level}: {error}") from error
+
+    def scorer(answer: str) -> float:
+        return float(generated.score_answer(answer, item)) if allows(dataset, answer, item) else 0.0
+
+    return item, scorer
+
+
+def _own_numbers(answer: str, item: dict[str, Any]) -> bool:
+    """puzzle24 takes any four numbers that make 24."""
+    return Counter(map(int, re.findall("[0-9]{1,6}", answer))) == Counter(item["metadata"]["numbers"])
+
+
+def _near(answer: str, item: dict[str, Any]) -> bool:
+    """coin_flip gives parts for a matching prefix, and 0 is a prefix of 0.0349."""
+    try:
+        exact = len(answer) < 40 and "e" not in answer.lower()  # 1e999999999 is a bomb
+        return exact and abs(Fraction(answer) - Fraction(item["answer"])) < 1e-4
+    except (ValueError, ZeroDivisionError):
+        return False
+
+
+def _one_number(answer: str, item: dict[str, Any]) -> bool:
+    """gsm_symbolic looks for a number anywhere in the text."""
+    return re.fullmatch(r"-?\$?[0-9][0-9,]{0,15}(?:\.[0-9]{1,15})?%?", answer) is not None
+
+
+def _only_grid(answer: str, item: dict[str, Any]) -> bool:
+    """kakurasu reads the zeros and ones out of any text."""
+    return re.fullmatch("[01 \n]{1,500}", answer) is not None
+
+
+def _only_moves(answer: str, item: dict[str, Any]) -> bool:
+    """sokoban skips everything that is no move."""
+    return re.fullmatch("[UDLRudlr \n]{1,500}", answer) is not None
+
+
+def _only_numbers(answer: str, item: dict[str, Any]) -> bool:
+    """survo reads the numbers out of any text."""
+    return re.fullmatch("[0-9 \n]{1,500}", answer) is not None
+
+
+RULES: dict[str, ScoreRule] = {
+    "coin_flip": _near,
+    "gsm_symbolic": _one_number,
+    "kakurasu": _only_grid,
+    "puzzle24": _own_numbers,
+    "sokoban": _only_moves,
+    "survo": _only_numbers,
+}
+
+
+def allows(dataset: str, answer: str, item: dict[str, Any]) -> bool:
+    rule = RULES.get(dataset)
+    return rule is None or rule(answer, item)

@@ -1,1 +1,0 @@
-"""All of reasoning-gym by name, its scorers made strict, in a process apart."""

@@ -1,1 +1,0 @@
-"""Mathematics of a file, GSM8K included, judged through math-verify in a process apart."""
