@@ -10,8 +10,7 @@ from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.tasks import metrics
 from bessemer.tasks.base import Problem, Task, stable_hash
-from bessemer.tasks.readability import consistency
-from bessemer.tasks.readability import READABLE, readable
+from bessemer.tasks.readability import READABLE, consistency, readable
 from bessemer.train.setup import batch_rows
 
 
