@@ -10,12 +10,13 @@ from test_execute import CFG, TERMS
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
-from bessemer.dist import latent_core
+from bessemer.dist import context_parallel
 from bessemer.dist.context_parallel import Context, attention
-from bessemer.dist.latent_core import Cut, blocks
+from bessemer.dist.context_parallel import Cut, blocks
 from bessemer.dist.mesh import Layout, Mesh, check, drawn, nearest
+from bessemer.dist import model_shard
 from bessemer.dist.model_shard import ModelShard
-from bessemer.dist import heldout
+from bessemer.train import loss
 from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
@@ -41,7 +42,7 @@ def close(found, wanted, bound):
 
 @pytest.mark.parametrize(("n", "size", "short"), [(1, 130, 0), (2, 100, 3), (4, 70, 1), (3, 64, 0)])
 def test_every_query_meets_every_key_it_may_see_once_and_its_own_first(n, size, short, monkeypatch):
-    monkeypatch.setattr(latent_core, "KEYS", 128)
+    monkeypatch.setattr(context_parallel, "KEYS", 128)
     for rank in range(n):
         cut = Cut(None, n, rank, size)
         t = 2 * size - (short if rank == 0 else 0)
@@ -165,7 +166,7 @@ def steps_on_a_rank(rank, layout, name, micro, folder, first, count):
         for step in range(first, first + count)
     ]
     values = [training.update([batch(n) for n in lot]) for lot in lots]
-    nats = heldout.nats_across(part, [batch(n) for n in range(1000, 1003)])
+    nats = model_shard.heldout_nats(part, [batch(n) for n in range(1000, 1003)])
     training.save()
     training.finish()
     weights = {n: t.numpy() for n, t in training.optimizer.masters().items()}
@@ -185,7 +186,7 @@ def test_steps_held_out_loss_and_a_checkpoint_that_goes_on_without_cutting(tmp_p
                 assert values[step % 2][key] == pytest.approx(wanted[key], rel=1e-4), (step, key)
         if step % 2 == 0:
             continue
-        nats, tokens = heldout.nats(trainer.model, [batch(n) for n in range(1000, 1003)])
+        nats, tokens = loss.heldout_nats(trainer.model, [batch(n) for n in range(1000, 1003)])
         masters = trainer.optimizer.masters()
         for _, theirs, weights, biases, counted in cut if step < 2 else rest:
             assert theirs == (pytest.approx(nats, rel=1e-4), tokens) and counted == (trainer.rows, trainer.tokens)
@@ -198,7 +199,7 @@ def test_steps_held_out_loss_and_a_checkpoint_that_goes_on_without_cutting(tmp_p
 
 
 def test_rows_that_cannot_be_cut_are_refused():
-    with pytest.raises(UserError, match=r"rows of 26 tokens cannot be cut into 4 equal chunks.*such as 24"):
+    with pytest.raises(UserError, match=r"rows of 26 tokens cannot be split into 4 equal chunks.*such as 24"):
         Context(None, 2, 0).positions(26)
     with pytest.raises(UserError, match=r"pp 1 x dp 1 x ep 1 x cp 4 on 6 ranks: it makes 4 ranks"):
         check(Layout(cp=4), CFG, 6)

@@ -8,8 +8,9 @@ from test_execute import CFG, batch, model_of
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 from bessemer.dist.mesh import Layout, Mesh
-from bessemer.dist.model_shard import ModelShard, assemble, rows_of
-from bessemer.dist import heldout
+from bessemer.dist import model_shard
+from bessemer.dist.model_shard import ModelShard, gather_into, rows_of
+from bessemer.train import loss
 
 ODD = CFG.model_copy(update={"moe_inter_dim": 9})  # experts that cannot be drawn one by one
 
@@ -28,7 +29,7 @@ def made(rank, cfg, layout, schedule, folder):
     biases = [t for n, t in read.model.state_dict().items() if n.endswith("bias_E")]
     assert all(t.abs().sum() > 0 for t in biases), "a directory has routing biases, too"
     into = Transformer(cfg) if rank != 1 else None
-    assemble(read, into)
+    gather_into(read, into)
     return None if into is None else {n: t.numpy() for n, t in into.state_dict().items()}
 
 
@@ -50,7 +51,7 @@ def test_fresh_read_and_cut_out_are_the_same(cfg, layout, schedule, tmp_path):
 
 def held_out(rank, layout, schedule, n):
     part = ModelShard(model_of(CFG, False), Mesh(layout, CFG), schedule)
-    found = heldout.nats_across(part, [batch(i, False) for i in range(n)])
+    found = model_shard.heldout_nats(part, [batch(i, False) for i in range(n)])
     return found, part.model.training, max(float(gate.load_E.sum()) for gate in part.gates.values())
 
 
@@ -61,7 +62,7 @@ def held_out(rank, layout, schedule, n):
     ids=lambda value: str(value),
 )  # fmt: skip
 def test_held_out_loss_is_that_of_one_process(layout, schedule, n):
-    nats, tokens = heldout.nats(model_of(CFG, False), [batch(i, False) for i in range(n)])
+    nats, tokens = loss.heldout_nats(model_of(CFG, False), [batch(i, False) for i in range(n)])
     for (theirs, count), training, load in on_ranks(layout.world, held_out, layout, schedule, n):
         assert theirs == pytest.approx(nats, rel=1e-6) and count == tokens
         assert training and load == 0, "validation leaves no trace"

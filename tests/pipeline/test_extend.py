@@ -185,13 +185,13 @@ def test_the_evaluation_says_what_it_asked(base):
 def test_the_first_buckets_of_the_loss_are_those_of_a_plain_forward(base):
     """The mean over all buckets, weighted, is the held-out loss of the rows as pre-training measures it."""
     from bessemer.data.rows import open_rows
-    from bessemer.dist import heldout
     from bessemer.eval import long_context
+    from bessemer.train import loss
 
     model = bessemer.load(out_of(base, "to-256") / "model")
     rows = open_rows(out_of(base, "rows-256") / "english", "heldout")
     found = long_context.loss_by_position(model, rows, 2)
-    nats, tokens = heldout.nats(model, [rows.batch([0, 1])])
+    nats, tokens = loss.heldout_nats(model, [rows.batch([0, 1])])
     assert sum(b["n"] for b in found) == tokens
     assert sum(b["nats"] * b["n"] for b in found) == pytest.approx(nats, rel=1e-5)
 

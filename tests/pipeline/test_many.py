@@ -137,7 +137,7 @@ def test_a_killed_rank_takes_nothing_with_it(base, out):
     os.kill(rank_of(process, 1), signal.SIGKILL)
     status, said = finished(process)
     assert status == 0, said
-    assert "rank 1 was killed by SIGKILL; starting all of them again" in said
+    assert "rank 1 was killed by SIGKILL; restarting all ranks" in said
     assert "going on from step" in said and "2 ranks: pp 2 x dp 1 x ep 1\n" in said
     assert "schedule: dualpipe, 1f1b for steps of fewer than 4 micro-batches" in said
     assert "Traceback" not in said
@@ -223,7 +223,7 @@ def test_fine_tuning_and_rl_on_two_ranks(base, tmp_path):
     wait_for_step(out, 2, "zero")
     os.kill(rank_of(process, 1), signal.SIGKILL)
     status, said = finished(process)
-    assert status == 0 and "rank 1 was killed by SIGKILL; starting all of them again" in said, said
+    assert status == 0 and "rank 1 was killed by SIGKILL; restarting all ranks" in said, said
     same_curve(losses(out, "sft"), losses(base / "one", "sft"))
     kept = ("rl/filter_left_out", "rl/filter_explored")
     for key in ("rl/kl", "rl/entropy", "rl/length", "rl/grad_norm", "rl/heldout_pass_at_1", *kept):

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from bessemer.train import logprob, loss
-from bessemer.train.logprob import token_logprobs, token_logprobs_reference
-from bessemer.train.loss import cross_entropy, cross_entropy_reference
+from bessemer.train import loss
+from bessemer.train.loss import cross_entropy, cross_entropy_reference, token_logprobs, token_logprobs_reference
 
 N, D, V = 70, 24, 50
 
@@ -14,7 +13,6 @@ N, D, V = 70, 24, 50
 def small_chunks(monkeypatch):
     """Several chunks, the last one ragged."""
     monkeypatch.setattr(loss, "chunk_rows", lambda n_vocabulary, device: 16)
-    monkeypatch.setattr(logprob, "chunk_rows", lambda n_vocabulary, device: 16)
 
 
 def inputs(dtype=torch.float32, seed=0):

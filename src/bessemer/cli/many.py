@@ -29,7 +29,7 @@ def start(recipe: Recipe, root: Path) -> Ranks | None:
         if wanted > 1:
             for settings in recipe.stages:  # what ranks would refuse
                 find_kind(settings.kind)().resolve(settings, recipe)
-            from bessemer.dist.launch import launch
+            from bessemer.dist.ranks import launch
 
             print(f"{wanted} ranks on this machine ([layout])", file=sys.stderr)
             sys.exit(launch(wanted, sys.argv[1:], lambda: sorted(root.glob("*/state/step-*"))))
@@ -51,14 +51,14 @@ def together(ranks: Ranks | None) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _end(error, first=ranks.first_to_say(str(error)), ranks=ranks)
+        _end(error, first=ranks.first_to_report(str(error)), ranks=ranks)
     except RuntimeError as error:  # torch has no class for gloo's
         if not _connection_lost(error):
             raise
         from bessemer.dist import watchdog
 
         time.sleep(1.0)  # who started us should meet first the rank that is gone
-        if ranks.first_to_say("lost"):
+        if ranks.first_to_report("lost"):
             words = found[0] if (found := re.findall(r"Connection \w+ by peer", str(error))) else str(error)[:200]
             print(f"error: lost another rank ({words}); the same command goes on from the last checkpoint",
                   file=sys.stderr)  # fmt: skip

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from bessemer.dist import heldout, mesh, schedules, sharded_checkpoint
+from bessemer.dist import mesh, schedules, sharded_checkpoint
 from bessemer.dist.context_parallel import refusal as not_cut
 from bessemer.dist.distributed_trainer import DistributedTrainer
-from bessemer.dist.model_shard import ModelShard, assemble
+from bessemer.dist.model_shard import ModelShard, gather_into, heldout_nats
 from bessemer.dist.ranks import Ranks
 from bessemer.errors import UserError
 from bessemer.hf import hub
@@ -24,7 +24,7 @@ from bessemer.hf.causal_lm import is_foreign
 from bessemer.hf.foreign_tokenizer import load_tokenizer
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
-from bessemer.train import setup
+from bessemer.train import loss, setup
 from bessemer.train.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def trainer(network: Any, *arguments: Any, **options: Any) -> Trainer:
 def nats(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
     """(cross entropy in nats, loss tokens) of held-out batches, sums."""
     if not isinstance(trainer, DistributedTrainer):
-        return heldout.nats(trainer.model, batches)
-    return heldout.nats_across(trainer.shard, batches)
+        return loss.heldout_nats(trainer.model, batches)
+    return heldout_nats(trainer.shard, batches)
 
 
 def gather(trainer: Trainer) -> Transformer | None:
@@ -83,7 +83,7 @@ def gather(trainer: Trainer) -> Transformer | None:
     if layout.pp == layout.ep == 1:
         return trainer.model if leads else None
     into = _empty_model(trainer) if leads else None
-    assemble(trainer.shard, into)
+    gather_into(trainer.shard, into)
     return into
 
 
@@ -102,7 +102,7 @@ class GatheredModel:
     def refresh(self) -> None:
         """Copies the current weights. Collective."""
         if self._copied and self._at != self.trainer.rows:  # every update counts its rows
-            assemble(self.trainer.shard, self.model)
+            gather_into(self.trainer.shard, self.model)
             self._at = self.trainer.rows
 
 

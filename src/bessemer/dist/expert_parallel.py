@@ -1,22 +1,32 @@
-"""Tokens to their experts and back, where a layer's experts live on several ranks (V3 3.2.2; reference E.3, D.6).
+"""Tokens to their experts and back, where a layer's experts live on several ranks (V3 3.2.2).
 
-Rank r of an expert-parallel group of n holds experts r E/n to (r+1) E/n - 1. `dispatch` gives it all rows for its
-experts in expert order, as `moe.dispatch` does on one device; `combine` brings the results back and sums them.
+Rank r of an expert-parallel group of n holds experts r E/n to (r+1) E/n - 1. `Exchange.dispatch` gives it all rows for
+its experts in expert order, as `moe.dispatch` does on one device; `combine` returns the results and sums them.
 
-A token makes one hop or two. In a hop it travels once to every place that needs it, however many experts it has there:
+A token makes one hop or two. In a hop it is sent once to every place that needs it, however many experts it has there:
 
     one hop     to the ranks of its experts
-    two hops    to the nodes of its experts, to the rank there whose number in its node is the sender's own; from there
-                to the ranks of that node. On the route back every hop sums what it holds of a token before it sends
+    two hops    to the nodes of its experts, to the rank there with the sender's number within the node; from there to
+                the ranks of that node. On the way back every hop sums the copies of a token before it sends
 
 With node-limited routing a token goes to at most `n_limited_groups` nodes, so the slow links carry that many copies of
-it and not K. Nothing is dropped or padded; a rank may send or receive nothing. `PlainExchange`, the reference, sends a
-token once for every expert.
+it instead of K. Nothing is dropped or padded; a rank may send or receive nothing. `PlainExchange`, the reference, sends
+a token once for every expert.
 
-In FP8 training rows go to the experts in FP8 with powers of two, forward and, as gradients, backward; all that comes
-back is in the compute dtype (D.6).
+In FP8 training rows go to the experts in FP8 with power-of-two scales, forward and, as gradients, backward; everything
+that is returned is in the compute dtype (V3 3.3.3).
 
-Shapes: T tokens at some place of their route, M rows of own experts, D hidden, K experts per token.
+A hop is made of differentiable all-to-alls. Sums are in float32 and rounded once; tensors are sent as bytes, so every
+dtype works.
+
+    send_rows     rows to the places that need them        backward: returned, the copies of a token summed
+    grad_anchor   stands in for `send_rows` where rows are sent separately as FP8 bytes: no memory, no message, only the
+                  gradient's path back
+    return_       results returned, copies summed          backward: sent again, in FP8 if the route has a recipe
+    exchanged     rows that have no gradient
+
+Shapes: T tokens at some place of their route, M rows of own experts, D hidden, K experts per token, S rows sent, R rows
+received.
 """
 
 from __future__ import annotations
@@ -26,40 +36,165 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from bessemer.dist import watchdog
 from bessemer.model import fp8, moe
-from bessemer.dist import all_to_all
-from bessemer.dist.all_to_all import Route
 from bessemer.precision.fp8_linear import FP8Recipe
-from bessemer.precision.operand import Operand
+from bessemer.precision.operand import TILE, Operand
+
+
+class Route(NamedTuple):
+    """How the rows of one hop were sent."""
+
+    token: Tensor
+    """The token of each sent row, int64 [S]."""
+    send: list[int]
+    """Rows to every place, S in total."""
+    receive: list[int]
+    """Rows from every place, R in total."""
+    n_tokens: int
+    """T."""
+    group: Any
+    recipe: FP8Recipe | None
+
+
+def received(send: list[int], group: Any, device: torch.device) -> list[int]:
+    """How many rows every place will send to this rank."""
+    mine = torch.tensor(send, device=device)
+    theirs = torch.empty_like(mine)
+    with watchdog.waiting("tokens for the experts", dist.get_process_group_ranks(group)):
+        dist.all_to_all_single(theirs, mine, group=group)
+        return theirs.tolist()
+
+
+def _rows(x: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+    """Sends x [S, ...], split by `send`; returns the received rows, split by `receive`."""
+    out = x.new_empty(sum(receive), *x.shape[1:])
+    as_bytes = (t.contiguous().view(torch.uint8) if t.dtype != torch.int64 else t for t in (out, x))
+    with watchdog.waiting("tokens for the experts", dist.get_process_group_ranks(group)):
+        dist.all_to_all_single(*as_bytes, receive, send, group=group)
+    return out
+
+
+def exchanged(x: Tensor, route: Route) -> Tensor:
+    """Sends rows [S, ...]; no gradient."""
+    return _rows(x, route.send, route.receive, route.group)
+
+
+def summed(x_SD: Tensor, token: Tensor, n_tokens: int) -> Tensor:
+    """[T, D]: the sum of the rows of every token; 0 for a token without any."""
+    return _Summed.apply(x_SD, token, n_tokens)
+
+
+class _Summed(torch.autograd.Function):
+    """torch's index_add would keep its argument for backward: in float32 four bytes per element of every routed row."""
+
+    @staticmethod
+    def forward(ctx, x_SD: Tensor, token: Tensor, n_tokens: int) -> Tensor:
+        ctx.save_for_backward(token)
+        out = torch.zeros(n_tokens, x_SD.shape[1], dtype=torch.float32, device=x_SD.device)
+        return out.index_add_(0, token, x_SD.float()).to(x_SD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TD: Tensor):
+        (token,) = ctx.saved_tensors
+        return dy_TD.index_select(0, token), None, None
+
+
+def send_rows(x_TD: Tensor, route: Route) -> Tensor:
+    """Sends every token to the places that need it; returns [R, D]."""
+    return _Send.apply(x_TD, route, False)
+
+
+def grad_anchor(x_TD: Tensor, route: Route | None = None) -> Tensor:
+    """A tensor without memory that stands in for the result of `send_rows`, or without a route for x itself."""
+    return _Send.apply(x_TD, route, True)
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, route: Route | None, empty: bool) -> Tensor:
+        ctx.route = route
+        if empty:
+            return _empty(x_TD, len(x_TD) if route is None else sum(route.receive))
+        return exchanged(x_TD[route.token], route)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_RD: Tensor):
+        return dx_RD if ctx.route is None else _returned(dx_RD, ctx.route), None, None
+
+
+def _returned(x_RD: Tensor, route: Route) -> Tensor:
+    return summed(_rows(x_RD.contiguous(), route.receive, route.send, route.group), route.token, route.n_tokens)
+
+
+def _empty(x_TD: Tensor, rows: int) -> Tensor:
+    return x_TD.new_zeros(()).expand(rows, x_TD.shape[1])
+
+
+def return_(y_RD: Tensor, route: Route) -> Tensor:
+    """Returns results to the tokens' ranks, copies summed: [T, D]."""
+    return _Return.apply(y_RD, route)
+
+
+class _Return(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_RD: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        return _returned(y_RD, route)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TD: Tensor):
+        route: Route = ctx.route
+        if route.recipe is None:
+            return exchanged(dy_TD[route.token], route), None
+        sent = packed(route.recipe.quantised_gradient(dy_TD, power_of_two=True))[route.token]
+        return unpacked(exchanged(sent, route), dy_TD.shape[1]).dequantise().to(dy_TD.dtype), None
+
+
+def packed(operand: Operand) -> Tensor:
+    """Values and scales of each row as bytes, uint8 [T, D + 4 J]: 7,392 bytes per token of V3."""
+    value, scale = operand.value_MK.contiguous(), operand.scale_MJ.contiguous()
+    return torch.cat((value.view(torch.uint8), scale.view(torch.uint8)), 1)
+
+
+def unpacked(payload: Tensor, columns: int) -> Operand:
+    value, scale = payload.split([columns, payload.shape[1] - columns], 1)
+    assert scale.shape[1] == 4 * -(-columns // TILE), "not a payload of this width"
+    return Operand(value.contiguous().view(torch.float8_e4m3fn), scale.contiguous().view(torch.float32))
 
 
 @dataclass(frozen=True)
 class Hop:
-    """Places that tokens can go to at once: the ranks of a process group."""
+    """Places that tokens can be sent to at once: the ranks of a process group."""
 
     group: Any
     places: int
     own: int
-    """This rank's number among them."""
+    """This rank's index among them."""
     first: int
     """The first expert that can be reached."""
     width: int
     """Experts of one place."""
     link: str
-    """What its bytes are counted under."""
+    """The name its bytes are counted under."""
 
 
 class Sent(NamedTuple):
-    """What `Experts` computes with, and the route back."""
+    """The input of `Experts`, and the routes back."""
 
     rows_MD: Tensor
     weight_M: Tensor
     count_E: Tensor
     """Rows of each of this rank's experts."""
     token_M: Tensor
-    """Which of the tokens that arrived each row is."""
+    """The received token of each row."""
     operand: Operand | None
     routes: tuple[Route, ...]
 
@@ -68,23 +203,23 @@ class _At(NamedTuple):
     """Tokens at one place of their route."""
 
     x_TD: Tensor
-    """In FP8 without memory, to lead the gradient back."""
+    """In FP8 a tensor without memory, for the gradient's path back."""
     expert_TK: Tensor
-    """Their experts; -1 for those that are elsewhere."""
+    """Their experts; -1 for experts at another place."""
     weight_TK: Tensor
     payload: Tensor | None
-    """In FP8, values and factors: bytes [T, D + 4 J]."""
+    """In FP8, values and scales: bytes [T, D + 4 J]."""
 
 
 @dataclass
 class Exchange:
-    """The exchange of one rank; layers may share it."""
+    """The all-to-alls of one rank; layers may share it."""
 
     hops: tuple[Hop, ...]
     first: int
     """This rank's first expert."""
     n_local: int
-    """Its experts."""
+    """The number of its experts."""
     n_activated: int
     """Experts of a token."""
     sent_bytes: Counter = field(default_factory=Counter)
@@ -95,8 +230,8 @@ class Exchange:
         if recipe is None:
             at = _At(x_ND, routing.expert_NK, routing.weight_NK, None)
         else:
-            payload = all_to_all.packed(recipe.quantised(x_ND, power_of_two=True))
-            at = _At(all_to_all.grad_anchor(x_ND), routing.expert_NK, routing.weight_NK, payload)
+            payload = packed(recipe.quantised(x_ND, power_of_two=True))
+            at = _At(grad_anchor(x_ND), routing.expert_NK, routing.weight_NK, payload)
         routes = []
         for hop in self.hops:
             at, route = self._hop(at, hop, recipe)
@@ -104,10 +239,10 @@ class Exchange:
         return self._sorted(at, tuple(routes))
 
     def combine(self, y_MD: Tensor, sent: Sent) -> Tensor:
-        """The sum over all of its experts for every own token, [N, D]."""
-        y = all_to_all.summed(y_MD, sent.token_M, sum(sent.routes[-1].receive))
+        """For every own token the sum over all of its experts, [N, D]."""
+        y = summed(y_MD, sent.token_M, sum(sent.routes[-1].receive))
         for route in reversed(sent.routes):
-            y = all_to_all.return_(y, route)
+            y = return_(y, route)
         return y
 
     def _hop(self, at: _At, hop: Hop, recipe: FP8Recipe | None) -> tuple[_At, Route]:
@@ -116,19 +251,19 @@ class Exchange:
         goes_PT = torch.stack([(place_TK == place).any(1) for place in range(hop.places)])
         to, token = goes_PT.nonzero(as_tuple=True)  # place by place, tokens in order
         send = goes_PT.sum(1).tolist()
-        route = Route(token, send, all_to_all.received(send, hop.group, token.device), len(at.x_TD), hop.group, recipe)
+        route = Route(token, send, received(send, hop.group, token.device), len(at.x_TD), hop.group, recipe)
         row = at.x_TD.shape[1] * at.x_TD.element_size() if at.payload is None else at.payload.shape[1]
         self.sent_bytes[hop.link] += (len(token) - send[hop.own]) * row
         expert = torch.where(place_TK[token] == to[:, None], at.expert_TK[token], -1)
         return _At(
-            all_to_all.send(at.x_TD, route) if at.payload is None else all_to_all.grad_anchor(at.x_TD, route),
-            all_to_all.moved(expert, route),
-            all_to_all.send(at.weight_TK, route),
-            None if at.payload is None else all_to_all.moved(at.payload[token], route),
+            send_rows(at.x_TD, route) if at.payload is None else grad_anchor(at.x_TD, route),
+            exchanged(expert, route),
+            send_rows(at.weight_TK, route),
+            None if at.payload is None else exchanged(at.payload[token], route),
         ), route
 
     def _sorted(self, at: _At, routes: tuple[Route, ...]) -> Sent:
-        """Every token once for each of its experts here."""
+        """Repeats every token once for each of its experts on this rank."""
         K = at.expert_TK.shape[1]
         place = (at.expert_TK >= 0).flatten().nonzero().squeeze(1)
         expert, order = (at.expert_TK.flatten()[place] - self.first).sort(stable=True)
@@ -137,12 +272,12 @@ class Exchange:
         weight_M = at.weight_TK.flatten().index_select(0, place)
         if at.payload is None:
             return Sent(at.x_TD.index_select(0, token), weight_M, count_E, token, None, routes)
-        operand = all_to_all.unpacked(at.payload[token], at.x_TD.shape[1])
+        operand = unpacked(at.payload[token], at.x_TD.shape[1])
         return Sent(fp8.lead(at.x_TD, token), weight_M, count_E, token, operand, routes)
 
 
 class PlainExchange(Exchange):
-    """One all-to-all as anyone would write it: a row for every token and expert, summed at home."""
+    """The plain all-to-all: a row for every token and expert, summed on the token's rank."""
 
     def dispatch(self, x_ND: Tensor, routing: moe.Routing, recipe: FP8Recipe | None = None) -> Sent:
         each = moe.Routing(routing.expert_NK.reshape(-1, 1), routing.weight_NK.reshape(-1, 1), routing.balance)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
-from bessemer.dist.context_parallel import Alone, Context
+from bessemer.dist.context_parallel import WholeRows, Context
 from bessemer.dist.expert_parallel import Exchange, Hop
 
 Kind = Literal["pp", "ep", "cp", "expert", "dense", "network", "within"]
@@ -160,9 +160,9 @@ class Mesh:
         local = self.cfg.n_routed_experts // self.layout.ep
         return range(self.ep * local, (self.ep + 1) * local)
 
-    def context(self) -> Alone:
+    def context(self) -> WholeRows:
         """How rows are cut."""
-        return Context(self.group["cp"], self.layout.cp, self.cp) if self.layout.cp > 1 else Alone()
+        return Context(self.group["cp"], self.layout.cp, self.cp) if self.layout.cp > 1 else WholeRows()
 
     def exchange(self) -> Exchange:
         """One hop where an expert-parallel group lies within a node, else two."""

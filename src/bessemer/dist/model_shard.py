@@ -4,14 +4,15 @@
     ModelShard.fresh(cfg, mesh, schedule, 7)  as `Transformer.initialise(7)` would have made it, without the rest
     ModelShard.read(folder, mesh, schedule)   out of a Hugging Face directory, reading no other tensors
 
-All three give the same parameters, under the names of the whole network.
+All three give the same parameters, under the names of the whole network. `gather_into` puts the whole network together
+again, `forward` runs it without a backward, `heldout_nats` measures its loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,11 +21,15 @@ from torch import Tensor, nn
 from bessemer.hf import hub
 from bessemer.model.config import ModelConfig
 from bessemer.model.moe import EXPERTS, Gate
-from bessemer.model.transformer import Transformer
+from bessemer.model.transformer import TrainOutputs, Transformer
+from bessemer.train.loss import next_token_nats
+
+if TYPE_CHECKING:
+    from bessemer.data.batch import Batch
 from bessemer.dist import schedules, watchdog
 from bessemer.dist.context_parallel import Context
 from bessemer.dist.mesh import Mesh
-from bessemer.dist.stage import Slice, holding, keep, keep_experts
+from bessemer.dist.stage import Phases, Slice, holding, keep, keep_experts
 from bessemer.dist.table import Table
 
 
@@ -130,7 +135,7 @@ class ModelShard:
 
 
 @torch.no_grad()
-def assemble(shard: ModelShard, into: Transformer | None) -> None:
+def gather_into(shard: ModelShard, into: Transformer | None) -> None:
     """Copies the current weights of all shards into `into` on every rank that passes one. Collective over all ranks;
     broadcasts one tensor at a time, in float32."""
     mine = shard.model.state_dict()
@@ -157,3 +162,67 @@ def rows_of(n_rows: int, n_pipelines: int, pipeline_index: int, micro: int) -> l
     """The rows of a step that one of the data-parallel pipelines takes, split into micro-batches as evenly as possible."""
     cuts, first = n_pipelines * micro, pipeline_index * micro
     return [range(n_rows * i // cuts, n_rows * (i + 1) // cuts) for i in range(first, first + micro)]
+
+
+@torch.no_grad()
+def forward(shard: ModelShard, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> list[TrainOutputs | None]:
+    """The outputs of the last stage for every (tokens [B, T], segments or None), without MTP; None on other ranks.
+
+    Micro-batches go through the first lane one after another. All ranks of a pipeline pass the same inputs, and all
+    pipelines the same number. With context parallelism the outputs are of this rank's positions.
+    """
+    place, mesh = shard.place[0], shard.mesh
+    peers = [mesh.layout.rank(pp, mesh.dp, mesh.ep, mesh.cp) for pp in range(mesh.layout.pp)]
+    outputs: list[TrainOutputs | None] = []
+    sends = []
+    for tokens_BT, segments_BT in inputs:
+        x, outcome = tokens_BT, None
+        for stage, rank in enumerate(place):
+            if rank != mesh.pp:
+                continue
+            one = shard.slices[0, stage]
+            if stage and place[stage - 1] != rank:
+                x = one.room(tokens_BT)
+                with watchdog.waiting("activations", [peers[place[stage - 1]]]):
+                    dist.recv(x, peers[place[stage - 1]])
+            out = _run(one.phases(x, tokens_BT, segments_BT, mtp=False))
+            if one.last:
+                outcome = out
+                continue
+            x, _ = out
+            if place[stage + 1] != rank:
+                x = x.contiguous()
+                sends.append((dist.isend(x, peers[place[stage + 1]]), x))
+        outputs.append(outcome)
+    for handle, _ in sends:
+        handle.wait()
+    return outputs
+
+
+def _run(phases: Phases) -> Any:
+    """Runs all phases; returns what the last one returns."""
+    handed = None
+    try:
+        while True:
+            handed = phases.send(handed)
+    except StopIteration as end:
+        return end.value
+
+
+@torch.no_grad()
+def heldout_nats(shard: ModelShard, batches: Sequence[Batch]) -> tuple[float, float]:
+    """As `train.loss.heldout_nats`, over all ranks. All pass the same batches, which are split over the pipelines."""
+    shard.model.eval()
+    mine = list(batches[shard.pipeline_index :: shard.n_pipelines])
+    n = -(-len(batches) // shard.n_pipelines)
+    mine += [batches[0].as_filler()] * (n - len(mine))
+    mine = [batch.at(shard.context.positions(batch.tokens_BT.shape[1])).to(shard.device) for batch in mine]
+    sums = torch.zeros(2, dtype=torch.float64, device=shard.device)
+    for out, batch in zip(forward(shard, [(batch.tokens_BT, None) for batch in mine]), mine, strict=True):
+        if out is not None:
+            sums[0] += next_token_nats(out.hidden_BTD, shard.model.head.weight, batch)
+            sums[1] += batch.predicted(1)[1].sum()
+    with watchdog.waiting("held-out loss", range(shard.mesh.layout.world)):
+        dist.all_reduce(sums)
+    shard.model.train()
+    return tuple(sums.tolist())

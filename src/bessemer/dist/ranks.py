@@ -1,42 +1,61 @@
-"""The processes that run together: how they find each other, agree, and follow the first of them.
+"""The processes of a run: starting them on this machine, how they find each other, agree, and follow rank 0.
 
-torchrun (or anything that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) starts them; `Ranks.join` is what each
-does first. Rank 0 leads: it keeps the run directory, decides which stage is next and does alone what is not for many.
-The others `follow` its orders. Small facts go through torch's store as JSON; tensors through process groups.
+torchrun (or anything that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) starts them, or `launch` does, through
+torch's own agent; `Ranks.join` is the first call of each. Rank 0 leads: it keeps the run directory, decides which
+stage is next and runs alone what is not distributed. The others `follow` its orders. Small facts go through torch's
+store as JSON, tensors through process groups.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
+import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 import bessemer
-from bessemer.errors import UserError
 from bessemer.dist import watchdog
 from bessemer.dist.watchdog import Watchdog
+from bessemer.errors import UserError
+from bessemer.workers import cores
 
-PATIENCE = 0.1
-"""Seconds between looks for a word of rank 0."""
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+"""(out, parts, group=, async_op=): the sum over the ranks of this rank's part. torch 2.13 deprecates the older name."""
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""(out, part, group=, async_op=): the parts of all ranks, one after the other."""
+
+POLL_SECONDS = 0.1
+"""Time between reads of the store while rank 0 has not answered."""
+USER_ERROR, STOPPED = 2, 130
+"""Exit statuses after which nothing is restarted."""
+SHUTDOWN_SECONDS = 300
+"""Time for a last checkpoint after a signal; torch's own default is 30."""
+MAX_RESTARTS = 3
+"""Restarts without progress, at most."""
+
+_Made = TypeVar("_Made")
 
 
 class Ranks:
-    """This process among those that run together."""
+    """This process among all processes of the run."""
 
     def __init__(self, store: dist.Store, me: int, n: int, device: torch.device):
         self.store, self.me, self.n, self.device = store, me, n, device
         self._agreed = self._orders = 0
-        self._watch: Watchdog | None = None
+        self._watchdog: Watchdog | None = None
 
     @staticmethod
     def started() -> bool:
@@ -45,59 +64,58 @@ class Ranks:
 
     @staticmethod
     def world_size() -> int:
-        """How many were started together; 1 without torchrun."""
+        """Number of processes that were started; 1 without torchrun."""
         return int(os.environ["WORLD_SIZE"]) if Ranks.started() else 1
 
     @classmethod
     def join(cls, facts: dict[str, Any], timeout: float) -> Ranks:
-        """Meets the others. UserError on all of them, with one message, if their facts (versions, the recipe) differ.
-        `timeout`: seconds that one may wait for another."""
-        patience = timedelta(seconds=timeout)
-        store, me, n = next(dist.rendezvous("env://", timeout=patience))
+        """Joins the other processes. UserError on all of them, with the same message, if their facts (versions, the
+        recipe) differ. `timeout`: seconds that one may wait for another."""
+        store, me, n = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
         device, backend = torch.device("cpu"), "gloo"
         if torch.cuda.is_available():
             device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(device)
         ranks = cls(store, me, n, device)
         ranks._compare(facts)
-        # the watch tells more than the backend's own timeout does, so it comes first
-        later = timedelta(seconds=timeout + 60)
+        # the watchdog reports more than the backend's own timeout does, so it must come first
+        backend_timeout = timedelta(seconds=timeout + 60)
         dist.init_process_group(
-            backend, store=dist.PrefixStore("groups", store), rank=me, world_size=n, timeout=later,
+            backend, store=dist.PrefixStore("groups", store), rank=me, world_size=n, timeout=backend_timeout,
             device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
-        ranks._watch = Watchdog(store, me, n, timeout)
+        ranks._watchdog = Watchdog(store, me, n, timeout)
         return ranks
 
     def leave(self) -> None:
-        if self._watch is not None:
-            self._watch.stop()
+        if self._watchdog is not None:
+            self._watchdog.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def agree(self, value: Any) -> Any:
-        """Rank 0's value (plain JSON) on all ranks, however long it takes to come; all call it in the same order."""
+        """Rank 0's value (plain JSON) on all ranks, however long rank 0 takes; all call it in the same order."""
         key, self._agreed = f"agree/{self._agreed}", self._agreed + 1
         if self.me == 0:
             self.store.set(key, json.dumps(value))
         return self._read(key)
 
-    def everyone(self, value: Any, what: str) -> list[Any]:
-        """Every rank's value on all of them. (Pickled: both ends are this very program.)"""
-        found: list[Any] = [None] * self.n
+    def all_gather(self, value: _Made, what: str) -> list[_Made]:
+        """Every rank's value on all of them, pickled: both ends are this very program."""
+        values: list[Any] = [None] * self.n
         with watchdog.waiting(what, range(self.n)):
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(values, value)
+        return values
 
-    def from_first(self, make: Callable[[], Any], what: str) -> Any:
+    def broadcast(self, make: Callable[[], _Made], what: str) -> _Made:
         """What rank 0 makes, on all ranks."""
-        found = [make() if self.me == 0 else None]
+        values = [make() if self.me == 0 else None]
         with watchdog.waiting(what, range(self.n)):
-            dist.broadcast_object_list(found, 0)
-        return found[0]
+            dist.broadcast_object_list(values, 0)
+        return values[0]
 
     def order(self, what: dict[str, Any]) -> None:
-        """Of rank 0, to all others."""
+        """Sent by rank 0 to all others."""
         self.store.set(f"order/{self._orders}", json.dumps(what))
         self._orders += 1
 
@@ -111,43 +129,94 @@ class Ranks:
             yield what
 
     def _read(self, key: str) -> Any:
-        """What rank 0 has yet to write: it may be packing a corpus, so this is no wait that a watch should end."""
-        while not self.store.check([key]):  # raises when whoever keeps the store is gone
-            time.sleep(PATIENCE)
+        """Waits for rank 0 to write a key. It may be packing a corpus, so the watchdog must not end this wait."""
+        while not self.store.check([key]):  # raises once the process with the store is gone
+            time.sleep(POLL_SECONDS)
         return json.loads(self.store.get(key))
 
     def end_together(self, seconds: float = 5.0) -> None:
-        """Before a process ends because of an error: the store may be in rank 0's, so that goes last."""
+        """Called before a process exits with an error: the store may be in rank 0's process, so rank 0 exits last."""
         with suppress(dist.DistError):
             self.store.set(f"ended/{self.me}", "")
             if self.me == 0:
                 self.store.wait([f"ended/{rank}" for rank in range(self.n)], timedelta(seconds=seconds))
 
-    def first_to_say(self, text: str) -> bool:
-        """Whether no other rank has come with this text before."""
+    def first_to_report(self, text: str) -> bool:
+        """Whether no other rank has reported this text before."""
         try:
             return self.store.add(f"said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
-        except dist.DistError:  # who kept the store has gone, after having said it
+        except dist.DistError:  # the process with the store is gone, after reporting it
             return False
 
     def _compare(self, facts: dict[str, Any]) -> None:
         mine = {"bessemer": bessemer.__version__, "source": _source(), "torch": torch.__version__,
                 "python": platform.python_version(), **facts}  # fmt: skip
         self.store.set(f"facts/{self.me}", json.dumps(mine))
-        everyone = [json.loads(self.store.get(f"facts/{rank}")) for rank in range(self.n)]
+        facts_of = [json.loads(self.store.get(f"facts/{rank}")) for rank in range(self.n)]
         self.store.set(f"compared/{self.me}", "")
-        if self.me == 0:  # it may keep the store, so it goes last
+        if self.me == 0:  # the store may be in this process, so it goes last
             self.store.wait([f"compared/{rank}" for rank in range(self.n)])
         for what in mine:
-            values = [json.dumps(theirs.get(what)) for theirs in everyone]
+            values = [json.dumps(theirs.get(what)) for theirs in facts_of]
             if other := next((rank for rank, value in enumerate(values) if value != values[0]), 0):
-                shown = " and ".join(f"{values[rank][:60]} on rank {rank}" for rank in (0, other))
-                raise UserError(f"{what} differs between ranks: {shown}; give all of them the same and start again")
+                values_shown = " and ".join(f"{values[rank][:60]} on rank {rank}" for rank in (0, other))
+                raise UserError(f"{what} differs between ranks: {values_shown}; give all of them the same and start again")
 
 
 def _source() -> str:
-    """Of the package's own files: two checkouts of one version differ here."""
+    """Hash of the package's own files: tells apart two checkouts of one version."""
     digest, root = hashlib.sha256(), Path(bessemer.__file__).parent
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def launch(n: int, arguments: Sequence[str], progress: Callable[[], object]) -> int:
+    """Runs `bessemer ARGUMENTS` as n ranks on this machine and returns the exit status.
+
+    A rank that is killed, or that ends because it waited too long, takes the others with it, and all are restarted: the
+    run continues from its last checkpoint. An error that the user must fix, or a requested stop, ends it. The value of
+    `progress()` changes when the run has advanced.
+    """
+    from torch.distributed.elastic.agent.server.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if torch.cuda.is_available() and torch.cuda.device_count() < n:
+        raise UserError(
+            f"the recipe's [layout] needs {n} ranks, this machine has {torch.cuda.device_count()} GPUs; make it "
+            "smaller, or start it with torchrun on several machines (examples/)"
+        )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // n)))
+    restarts, seen = 0, progress()
+    shutdown = {"shutdown_timeout": SHUTDOWN_SECONDS} if "shutdown_timeout" in LaunchConfig.__dataclass_fields__ else {}
+    while True:
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0", max_restarts=0, monitor_interval=0.2, **shutdown,
+        )  # fmt: skip
+        try:
+            elastic_launch(config, sys.executable)("-m", "bessemer", *arguments)
+            return 0
+        except SignalException:
+            return STOPPED
+        except ChildFailedError as error:
+            # a rank that only lost its connection is not the cause
+            rank, failure = min(error.failures.items(), key=lambda item: item[1].exitcode == watchdog.LOST)
+        if failure.exitcode in (USER_ERROR, STOPPED):
+            return failure.exitcode
+        restarts, seen = (restarts + 1, seen) if progress() == seen else (1, progress())
+        again = restarts <= MAX_RESTARTS and failure.exitcode != 1  # 1: an error of the program, which would recur
+        next_step = "restarting all ranks" if again else "the same command goes on from the last checkpoint"
+        print(f"rank {rank} {_ending(failure.exitcode)}; {next_step}", file=sys.stderr)
+        if not again:
+            return failure.exitcode if failure.exitcode > 0 else 1
+
+
+def _ending(status: int) -> str:
+    """How a rank with this exit status ended."""
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    known = {watchdog.EXIT: "waited too long for another rank", watchdog.LOST: "lost another rank", 1: "failed (traceback above)"}
+    return known.get(status, f"ended with status {status}")

@@ -17,7 +17,7 @@ from bessemer.model.counts import attention_params, dense_ffn_params, embedding_
 from bessemer.model.layer import Layer
 from bessemer.model.moe import Experts
 from bessemer.model.transformer import TrainOutputs, Transformer
-from bessemer.dist.context_parallel import Alone, Attend
+from bessemer.dist.context_parallel import WholeRows, Attend
 from bessemer.dist.expert_parallel import Exchange
 
 
@@ -116,10 +116,10 @@ class Slice(nn.Module):
 
     def __init__(
         self, model: Transformer, stage: int, stages: int, exchange: Exchange | None = None,
-        context: Alone | None = None,
+        context: WholeRows | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.exchange, self.context = exchange, context or Alone()
+        self.exchange, self.context = exchange, context or WholeRows()
         self.first, self.last = stage == 0, stage == stages - 1
         self.width, self.rope_table = model.cfg.dim, model.rope_table
         self.cuts, self.n_mtp = cut(model.cfg, stages), len(model.mtp)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bessemer.model.moe import EXPERTS
 from bessemer.dist import watchdog
-from bessemer.dist.collectives import all_gather, reduce_scatter
+from bessemer.dist.ranks import all_gather, reduce_scatter
 from bessemer.dist.mesh import Mesh
 from bessemer.train.checkpoint import CheckpointReader
 from bessemer.train.adamw import adamw_

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from bessemer.data.rows import Rows
-from bessemer.dist import heldout
 from bessemer.engine.engine import Engine
 from bessemer.model.mode import evaluating
 from bessemer.tasks.needle import Needle
+from bessemer.train import loss
 
 ANSWER = 8
 """Tokens of an answer: a word and a full stop."""
@@ -72,7 +72,7 @@ def loss_by_position(model: Any, rows: Rows, n_rows: int) -> list[dict[str, Any]
     nats_T, count_T = torch.zeros(rows.row_length), torch.zeros(rows.row_length)
     with evaluating(model):
         for row in range(n_rows):
-            nats, weight = heldout.nats_by_position(model, rows.batch([row]))
+            nats, weight = loss.nats_by_position(model, rows.batch([row]))
             nats_T += nats
             count_T += weight
     found = []

@@ -19,7 +19,7 @@ from bessemer.data.batch import Batch
 from bessemer.model.transformer import TrainOutputs
 from bessemer.rl import replay
 from bessemer.rl.surrogates import SURROGATES, k3
-from bessemer.train.logprob import token_logprobs
+from bessemer.train.loss import token_logprobs
 from bessemer.train.objective import Loss
 
 

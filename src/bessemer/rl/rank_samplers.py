@@ -37,7 +37,7 @@ class Dealt:
         plan, n = self.engine.plan(prompts, **asked), self.ranks.n
         mine = [self.engine.run(call) for call in plan.calls[self.ranks.me :: n]]
         found: list[list[Completion]] = [[] for _ in plan.calls]
-        for rank, drawn in enumerate(self.ranks.everyone(mine, "samples")):
+        for rank, drawn in enumerate(self.ranks.all_gather(mine, "samples")):
             found[rank::n] = drawn
         return plan.answers(found)
 
@@ -91,4 +91,4 @@ class _Answer:
         return self.ranks.agree(self.answer is not None and self.answer.ready())
 
     def take(self) -> Groups:
-        return self.ranks.from_first(lambda: self.answer.take(), "samples")
+        return self.ranks.broadcast(lambda: self.answer.take(), "samples")

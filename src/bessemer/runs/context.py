@@ -84,7 +84,7 @@ class StageContext:
 
     def once(self, make: Callable[[], Any]) -> Any:
         """As `agree`, for anything that can be sent: one rank makes it, all have it."""
-        return make() if self.ranks is None else self.ranks.from_first(make, f"what rank 0 does in {self.name}")
+        return make() if self.ranks is None else self.ranks.broadcast(make, f"what rank 0 does in {self.name}")
 
     def interrupt(self) -> NoReturn:
         raise Interrupted(self.name)

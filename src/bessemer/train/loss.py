@@ -1,17 +1,31 @@
-"""Next-token cross entropy from hidden states, without ever holding all logits.
+"""Cross entropy and log-probabilities from hidden states, without ever holding all logits.
 
-For a chunk of tokens: logits, log-softmax, and at once the gradients with respect to the hidden states and the head
-weight; then the logits are gone. Peak memory is one chunk of logits instead of N x V twice, and backward is one
-multiplication. Sums over chunks are float32 whatever the compute dtype.
+`cross_entropy`, for training: for a chunk of tokens the logits, the log-softmax and at once the gradients of the hidden
+states and the head weight; then the logits are freed. Peak memory is one chunk of logits instead of N x V twice, and
+backward is one multiplication. Sums over chunks are float32 whatever the compute dtype.
+
+`token_logprobs`, per token and differentiable, for RL: forward keeps one number per token (the log of the softmax
+denominator); backward recomputes each chunk of logits, because the gradient per token is only known then.
+
+The plain version of each is its reference.
 
 Shapes: N tokens, D hidden, V vocabulary, C tokens of one chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from bessemer.data.batch import Batch
+
+POSITIONS = 1024
+"""Positions whose logits exist at once."""
 
 
 def chunk_rows(n_vocabulary: int, device: torch.device) -> int:
@@ -68,3 +82,122 @@ def cross_entropy(hidden: Tensor, weight_VD: Tensor, target: Tensor, loss_weight
     if keep.numel() < loss_N.numel():
         hidden_ND, target_N, loss_N = hidden_ND[keep], target_N[keep], loss_N[keep]
     return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, target_N, loss_N, torch.is_grad_enabled())
+
+
+def predicting(hidden_BTD: Tensor, weight_VD: Tensor, batch: Batch, ahead: int) -> Tensor:
+    """Cross entropy of the tokens `ahead` positions further; the last positions have none."""
+    target_BT, loss_BT = batch.predicted(ahead)
+    n = min(hidden_BTD.shape[1], target_BT.shape[1])
+    return cross_entropy(hidden_BTD[:, :n], weight_VD, target_BT[:, :n], loss_BT[:, :n])
+
+
+def next_token_nats(hidden_BTD: Tensor, weight_VD: Tensor, batch: Batch) -> float:
+    """Cross entropy in nats over the loss tokens of a batch, a sum."""
+    return float(predicting(hidden_BTD, weight_VD, batch, 1))
+
+
+@torch.no_grad()
+def heldout_nats(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
+    """(cross entropy in nats, loss tokens) of held-out batches, sums."""
+    training = model.training
+    model.eval()
+    total, tokens = 0.0, 0.0
+    for batch in batches:
+        batch = batch.to(model.head_weight.device)
+        out = model.train_outputs(batch.tokens_BT, mtp=False)
+        total += next_token_nats(out.hidden_BTD, model.head_weight, batch)
+        tokens += float(batch.loss_BT.sum())
+    model.train(training)
+    return total, tokens
+
+
+@torch.no_grad()
+def nats_by_position(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(cross entropy in nats, loss tokens) of each position of the rows, sums over rows, [T] in float32 on the CPU. The
+    model is in eval mode."""
+    batch = batch.to(model.head_weight.device)
+    hidden_BTD = model.train_outputs(batch.tokens_BT, mtp=False).hidden_BTD
+    nats_T = torch.zeros(batch.tokens_BT.shape[1])
+    for first in range(1, len(nats_T), POSITIONS):
+        block = slice(first, first + POSITIONS)
+        logits = F.linear(hidden_BTD[:, :-1][:, first - 1 : first - 1 + POSITIONS], model.head_weight)
+        target_BT = batch.tokens_BT[:, block]
+        nats_BT = F.cross_entropy(logits.float().transpose(1, 2), target_BT, reduction="none")
+        nats_T[block] = (nats_BT * batch.loss_BT[:, block]).sum(0).cpu()
+    return nats_T, batch.loss_BT.sum(0).cpu()
+
+
+class TokenLogprobs(NamedTuple):
+    """Per-token results, float32, shaped like the targets."""
+
+    logp: Tensor
+    """log softmax(W h / temperature)[target]; differentiable."""
+    entropy: Tensor | None
+    """-sum_v p_v log p_v of the same distribution; differentiable; None unless asked for."""
+
+
+def token_logprobs_reference(
+    hidden: Tensor, weight_VD: Tensor, target: Tensor, temperature: float = 1.0, entropy: bool = False
+) -> TokenLogprobs:
+    """All logits at once."""
+    logp = ((hidden @ weight_VD.T).float() / temperature).log_softmax(-1)
+    chosen = logp.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    return TokenLogprobs(chosen, -(logp.exp() * logp).sum(-1) if entropy else None)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, target_N, temperature, with_entropy):
+        N = hidden_ND.shape[0]
+        logp_N = torch.empty(N, dtype=torch.float32, device=hidden_ND.device)
+        entropy_N = torch.zeros_like(logp_N)
+        lse_N = torch.empty_like(logp_N)
+        size = chunk_rows(weight_VD.shape[0], weight_VD.device)
+        for start in range(0, N, size):
+            rows = slice(start, start + size)
+            logits_CV = _logits(hidden_ND[rows], weight_VD, temperature)
+            lse_N[rows] = torch.logsumexp(logits_CV, -1)
+            logp_N[rows] = logits_CV.gather(1, target_N[rows, None]).squeeze(1) - lse_N[rows]
+            if with_entropy:
+                logits_CV -= lse_N[rows, None]
+                entropy_N[rows] = -(logits_CV.exp() * logits_CV).sum(-1)
+        ctx.save_for_backward(hidden_ND, weight_VD, target_N, lse_N, entropy_N)
+        ctx.temperature, ctx.with_entropy = temperature, with_entropy
+        return logp_N, entropy_N
+
+    @staticmethod
+    def backward(ctx, grad_logp_N, grad_entropy_N):
+        hidden_ND, weight_VD, target_N, lse_N, entropy_N = ctx.saved_tensors
+        grad_hidden_ND = torch.empty_like(hidden_ND)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        size = chunk_rows(weight_VD.shape[0], weight_VD.device)
+        for start in range(0, hidden_ND.shape[0], size):
+            rows = slice(start, start + size)
+            hidden_CD, g_C1 = hidden_ND[rows], grad_logp_N[rows, None]
+            logp_CV = _logits(hidden_CD, weight_VD, ctx.temperature).sub_(lse_N[rows, None])
+            p_CV = logp_CV.exp()
+            # d logp_t / d z_v = onehot - p ; d H / d z_v = -p (log p + H)
+            if ctx.with_entropy:
+                factor_CV = logp_CV.add_(entropy_N[rows, None]).mul_(grad_entropy_N[rows, None]).add_(g_C1).neg_()
+                grad_CV = p_CV.mul_(factor_CV)
+            else:
+                grad_CV = p_CV.mul_(-g_C1)
+            grad_CV.scatter_add_(1, target_N[rows, None], g_C1)
+            grad_CV = grad_CV.div_(ctx.temperature).to(hidden_CD.dtype)
+            grad_hidden_ND[rows] = grad_CV @ weight_VD
+            grad_weight_VD += grad_CV.T @ hidden_CD
+        return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None, None
+
+
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
+    logits_CV = (hidden_CD @ weight_VD.T).float()
+    return logits_CV if temperature == 1.0 else logits_CV.div_(temperature)
+
+
+@torch.compiler.disable
+def token_logprobs(
+    hidden: Tensor, weight_VD: Tensor, target: Tensor, temperature: float = 1.0, entropy: bool = False
+) -> TokenLogprobs:
+    """log p(target) for hidden [..., D] (after the final norm) and targets [...]; see `TokenLogprobs`."""
+    logp_N, entropy_N = _TokenLogprobs.apply(hidden.flatten(0, -2), weight_VD, target.flatten(), temperature, entropy)
+    return TokenLogprobs(logp_N.view(target.shape), entropy_N.view(target.shape) if entropy else None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.model.transformer import TrainOutputs
-from bessemer.train.loss import cross_entropy
+from bessemer.train.loss import predicting
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
@@ -125,13 +125,6 @@ class NextToken:
 
 
 next_token = NextToken()
-
-
-def predicting(hidden_BTD: Tensor, weight_VD: Tensor, batch: Batch, ahead: int) -> Tensor:
-    """Cross entropy of the tokens `ahead` positions further; the last positions have none."""
-    target_BT, loss_BT = batch.predicted(ahead)
-    n = min(hidden_BTD.shape[1], target_BT.shape[1])
-    return cross_entropy(hidden_BTD[:, :n], weight_VD, target_BT[:, :n], loss_BT[:, :n])
 
 
 def balance_weight(batch: Batch, balance_alpha: float) -> Tensor:

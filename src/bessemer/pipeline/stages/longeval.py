@@ -14,7 +14,6 @@ from typing import Any
 
 from bessemer.config.evaluation import LongEvalConfig
 from bessemer.data.rows import open_rows
-from bessemer.dist import heldout
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import haystack, long_context, long_context_table
@@ -22,7 +21,7 @@ from bessemer.hf import hub
 from bessemer.pipeline.stage import Stage, register
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
-from bessemer.train import setup, speed
+from bessemer.train import loss, setup, speed
 
 OWN, SWITCHED = "", " + YaRN"
 """What is added to a model's name: nothing, or that it was given the last model's positions without training on
@@ -128,7 +127,7 @@ def _short(model: Any, folder: Path, n_rows: int) -> float:
         raise UserError(f"{folder} holds no document out, so nothing can be measured on it; raise the corpus' heldout")
     n_rows = min(n_rows, rows.n_rows)
     lots = [rows.batch(range(first, min(first + 16, n_rows))) for first in range(0, n_rows, 16)]
-    nats, tokens = heldout.nats(model, lots)
+    nats, tokens = loss.heldout_nats(model, lots)
     return nats / tokens / math.log(2) / rows.bytes_per_token
 
 
