@@ -239,8 +239,8 @@ class Build:
         stage = self.progress.begin(name)
         weight = sum(job.weight for job in jobs)
         stage.total(weight, units, weight - sum(job.weight for job in wanted))
-        for job, facts in self.engine.run(wanted):
-            known[job.folder] = facts
+        for job, result in self.engine.run(wanted):
+            known[job.folder] = result
             stage.advance(job.weight, job.title)
         wall = time.monotonic() - began
         self.progress.end(name, wall)

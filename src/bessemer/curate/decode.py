@@ -8,7 +8,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 from bessemer.data.local import opened
 from bessemer.errors import UserError
@@ -61,7 +61,7 @@ class Lines:
 
     def __init__(self, path: Path, start: int, longest: int) -> None:
         self._longest = longest
-        self._file = opened(path)
+        self._file: io.BufferedIOBase | _Recoded = opened(path)
         self.encoding = UTF8
         head = self._file.peek(3)[:3] if hasattr(self._file, "peek") else b""
         if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
@@ -102,7 +102,7 @@ class _Recoded:
     """A UTF-16 file that reads as UTF-8."""
 
     def __init__(self, file: io.BufferedIOBase) -> None:
-        self._text = io.TextIOWrapper(file, "utf-16", newline="\n")
+        self._text = io.TextIOWrapper(cast("BinaryIO", file), "utf-16", newline="\n")
 
     def readline(self, most: int) -> bytes:
         return self._text.readline(most).encode(UTF8, "surrogatepass")

@@ -164,7 +164,8 @@ def _begin() -> None:
 
 
 def _end_with_parent() -> None:
-    connection.wait([parent_process().sentinel])
+    if (parent := parent_process()) is not None:
+        connection.wait([parent.sentinel])
     os._exit(1)
 
 

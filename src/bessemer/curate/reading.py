@@ -146,7 +146,7 @@ def _txt(piece: SourcePiece, source: Source) -> Iterator[ReadResult]:
                 size += len(line) if line is not None else source.longest + 1
                 if size > source.longest:
                     lines_so_far = None
-                elif lines_so_far is not None:
+                elif lines_so_far is not None and line is not None:
                     lines_so_far.append(line)
         if size:
             yield _paragraph(lines_so_far, size, f"{piece.path} at byte {start}", lines.encoding, source)

@@ -115,7 +115,8 @@ def sign(folder: Path, read: Path, dedup: Dedup, eval_texts: str | None, n: int)
     """Sign the documents of a unit. Contaminated ones get no keys, so no document is dropped as a duplicate of one."""
     shape = SignatureShape(dedup.ngram, dedup.permutations, dedup.bands)
     index = _index(eval_texts, n) if eval_texts else None
-    signatures, exact, have, hits = [], [], [], {}
+    signatures, exact, have = [], [], []
+    hits: dict[int, str] = {}
     first = 0
     for group in output.blocks(read):
         found = words(group)
