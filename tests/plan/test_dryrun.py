@@ -10,7 +10,7 @@ from bessemer import cli
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.pipeline.conformance import rows
-from bessemer.plan import dry_run, from_recipe
+from bessemer.plan import dry_run, plan_config
 
 V3 = Path(__file__).parents[2] / "recipes" / "v3.toml"
 TINY = V3.with_name("tiny.toml")
@@ -24,7 +24,7 @@ def test_v3_on_2048_ranks():
     ]  # fmt: skip
     assert list(found.ranks) == [0, 1024, 1920]
     assert found.ranks[0] == found.ranks[1920], "DualPipe's ends hold the same two stages"
-    said = dry_run.described(found)
+    said = dry_run.describe(found)
     assert "pipeline 15, copy 1: 1984 to 2047" in said and "fits on H800" in said
     assert not dry_run.of_recipe(Recipe.load(V3), device_name="RTX4090").fits
 
@@ -69,12 +69,12 @@ def test_rows_cut_over_ranks():
     assert after["weights"] == pytest.approx(before["weights"], rel=0.01), "up to the filling"
     assert after["moments"] == pytest.approx(before["moments"] / 4, rel=0.01)
     assert after["activations"] < 0.26 * before["activations"]
-    assert "4096 ranks" not in dry_run.described(plain) and "pipeline 0, copy 1, piece 3: " in dry_run.described(cut)
+    assert "4096 ranks" not in dry_run.describe(plain) and "pipeline 0, copy 1, piece 3: " in dry_run.describe(cut)
 
 
 def test_the_planner_does_not_price_it():
     with pytest.raises(UserError, match="does not price context parallelism"):
-        from_recipe.of_recipe(Recipe.load(V3, ["layout.cp=2"]), None, None)
+        plan_config.of_recipe(Recipe.load(V3, ["layout.cp=2"]), None, None)
 
 
 def test_a_recipe_without_pre_training():

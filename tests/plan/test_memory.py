@@ -17,8 +17,8 @@ from bessemer.dist.stage import cut
 from bessemer.dist.table import Action, Pair, actions
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
-from bessemer.plan import dry_run, memory, param_memory
-from bessemer.plan.memory import Numbers
+from bessemer.plan import dry_run, memory
+from bessemer.plan.memory import NumberFormats
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.train import flat
 from bessemer.train.objective import next_token
@@ -41,24 +41,26 @@ def test_held_is_what_the_real_classes_hold(name, layout, micro):
         if table.stages > cfg.n_layers + cfg.n_mtp:
             continue
         for number in (2, 4):
-            numbers = Numbers(number, number)
+            numbers = NumberFormats(number, number)
             for pp in range(layout.pp):
-                planned = param_memory.held(cfg, layout, table, pp, number).bytes(number, number)
-                real = dry_run.held(cfg, layout, table, layout.rank(pp, layout.dp - 1, 0), numbers)
+                planned = memory.rank_params(cfg, layout, table, pp, number).bytes(number, number)
+                real = dry_run.measure(cfg, layout, table, layout.rank(pp, layout.dp - 1, 0), numbers)
                 assert planned == real, (cfg, pp, number)
 
 
 def test_held_with_one_table_for_both_ends():
     cfg, layout, table = preset("tiny", tie_embeddings=True), Layout(), schedule("gpipe", 1, 1)
-    assert param_memory.held(cfg, layout, table, 0).bytes(2, 4) == dry_run.held(cfg, layout, table, 0, Numbers(2, 4))
-    assert (param_memory.ALIGN, param_memory.BLOCK) == (flat.ALIGN, flat.NORM_BLOCK)
+    assert memory.rank_params(cfg, layout, table, 0).bytes(2, 4) == dry_run.measure(
+        cfg, layout, table, 0, NumberFormats(2, 4)
+    )
+    assert (memory.ALIGN, memory.BLOCK) == (flat.ALIGN, flat.NORM_BLOCK)
 
 
 def test_v3_at_scale_takes_no_memory_here():
     """2,048 ranks: the whole network is in the pipeline ranks, experts once in each copy and DualPipe's lane."""
     cfg, layout = V3, Layout(16, 2, 64)
     table = schedule("dualpipe", 16, 120)
-    found = [param_memory.held(cfg, layout, table, pp) for pp in range(16)]
+    found = [memory.rank_params(cfg, layout, table, pp) for pp in range(16)]
     experts = sum(size for one in found for kind, size in one.vectors.items() if kind.expert)
     assert experts == 2 * 59 * 4 * 3 * 7168 * 2048  # two lanes, 58 layers and MTP, 256 / 64 experts
     middle = next(one for one in found if one.gates == 8)  # E.1: about 3.27e9 with two stages of 4 MoE layers
@@ -98,8 +100,8 @@ def on_a_rank(rank, name, layout, dtype, fp8):
     model.rope_table(LENGTH)
     batches = [batch(100 * rank + number).at(training.shard.context.positions(LENGTH)) for number in range(MICRO)]
     groups = training.optimizer.groups
-    param_memory = [t for g in groups for t in (g.compute, g.grad, g.summed, g.master, *g.moments.values())]
-    before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in param_memory}.values())
+    held = [t for g in groups for t in (g.compute, g.grad, g.summed, g.master, *g.moments.values())]
+    before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
     training.update(batches)
     work = training._work(executor, batches, TERMS)
 
@@ -131,9 +133,9 @@ CASES = [("dualpipe", Layout(2, 1, 2), torch.bfloat16, True), ("1f1b", Layout(2,
 def test_memory_of_real_ranks(name, layout, dtype, fp8):
     """Mean of the ranks of a pipeline stage, for real routing is not balanced. In FP8 the emulation on a CPU needs
     working memory that no GPU does, so only what is kept is compared there."""
-    table, numbers = schedule(name, layout.pp, MICRO), Numbers(dtype.itemsize, 4, fp8, fused=False)
+    table, numbers = schedule(name, layout.pp, MICRO), NumberFormats(dtype.itemsize, 4, fp8, fused=False)
     found = on_ranks(layout.world, on_a_rank, name, layout, dtype, fp8)
-    kept = memory.kept_by_stage(TINY, cut(TINY, table.stages), ROWS, LENGTH, numbers, cp=layout.cp)
+    kept = memory.saved_by_stage(TINY, cut(TINY, table.stages), ROWS, LENGTH, numbers, cp=layout.cp)
     planned = memory.per_rank(TINY, layout, table, ROWS, LENGTH, numbers)
     for pp in range(layout.pp):
         ranks = [found[layout.rank(pp, 0, ep, cp)] for ep in range(layout.ep) for cp in range(layout.cp)]
@@ -158,8 +160,8 @@ def test_most_live_walks_the_table():
 
 def test_recomputation_keeps_less_of_its_phase():
     for fp8 in (False, True):
-        numbers = Numbers(fp8=fp8)
-        sizes = {again: sum(memory.kept_by_stage(V3, cut(V3, 16), 1, 4096, numbers, again).values())
+        numbers = NumberFormats(fp8=fp8)
+        sizes = {again: sum(memory.saved_by_stage(V3, cut(V3, 16), 1, 4096, numbers, again).values())
                  for again in ((), ("attend",), ("experts",), ("attend", "experts"))}  # fmt: skip
         assert (
             sizes["attend", "experts"]

@@ -15,20 +15,30 @@ from bessemer.dist.timeline import Costs, simulate
 from bessemer.errors import UserError
 from bessemer.model import counts
 from bessemer.model.presets import preset
-from bessemer.plan import audit, overlap, plan_config, routing, validate, work
-from bessemer.plan.cost import ideas, priced
-from bessemer.plan.hardware import cluster, device, devices, figures
-from bessemer.plan.kernels import Kernels, attention_rates, data, filled, fitted, gemm, moved
-from bessemer.plan.layers import cuts, layer_times
-from bessemer.plan.overlap import Times
+from bessemer.plan import audit, layer_time, plan_config, training_setup, validate
+from bessemer.plan import layer_kernels as kernels
+from bessemer.plan.cost import ideas, plan_run
+from bessemer.plan.hardware import (
+    Kernels,
+    attention_rates,
+    device,
+    devices,
+    efficiency,
+    fit_gemm,
+    gemm,
+    memory_op,
+    parse_cluster,
+    read_toml,
+    wave_fill,
+)
+from bessemer.plan.inference import Deployment, decode
+from bessemer.plan.layer_time import LayerTimes, cuts, layer_times
 from bessemer.plan.search import search
-from bessemer.plan.serving import Deployment, decode
-from bessemer.plan.setup import Setup
-from bessemer.plan.shape import Shape
-from bessemer.plan.step import step_time
+from bessemer.plan.step_time import step_time
+from bessemer.plan.training_setup import ModelShape, Setup
 
 V3 = preset("v3")
-SHAPE = Shape.of(V3)
+SHAPE = ModelShape.of(V3)
 OWN = Setup(SHAPE, Layout(16, 2, 64), device("H800"), "dualpipe", 120)
 ROOT = Path(__file__).parents[2]
 
@@ -37,11 +47,11 @@ def test_shapes_count_as_the_model_does():
     """But for norms and biases, which no kernel multiplies with."""
     for name in ("v3", "moonlight", "v2-lite", "tiny"):
         cfg = preset(name)
-        shape = Shape.of(cfg)
+        shape = ModelShape.of(cfg)
         assert shape.params == pytest.approx(counts.main_params(cfg), rel=1e-3)
         assert shape.kv_bytes() == counts.kv_cache_bytes(cfg)
         assert shape.flops(4096) == pytest.approx(counts.flops_per_token(cfg, 4096).training, rel=1e-6)
-    llama = Shape(128256, 4096, 32, 32, 14336, heads=32, kv_heads=8)
+    llama = ModelShape(128256, 4096, 32, 32, 14336, heads=32, kv_heads=8)
     assert llama.params / 1e9 == pytest.approx(8.03, abs=0.005)
     assert SHAPE.without_mla().kv_bytes() / SHAPE.kv_bytes() == pytest.approx(32768 / 576)  # reference A.7
 
@@ -50,21 +60,21 @@ def test_kernels_do_the_flops_of_the_model():
     """All phases of all layers, head included; in FP8 plus the up-projections that are made again."""
     tokens, length = 4096, 4096
     for fp8 in (False, True):
-        layers = [work.attend(SHAPE, tokens, length, fp8, gated=False) + work.dense(SHAPE, tokens, fp8)] * 3
-        sparse = work.experts(SHAPE, tokens, 4, 7.5, fp8) + work.finish(SHAPE, tokens, fp8)
-        layers += [work.attend(SHAPE, tokens, length, fp8) + sparse] * 58
-        total = sum(phase.flops for phase in layers) + work.head(SHAPE, tokens).flops
+        layers = [kernels.attend(SHAPE, tokens, length, fp8, gated=False) + kernels.dense(SHAPE, tokens, fp8)] * 3
+        sparse = kernels.experts(SHAPE, tokens, 4, 7.5, fp8) + kernels.finish(SHAPE, tokens, fp8)
+        layers += [kernels.attend(SHAPE, tokens, length, fp8) + sparse] * 58
+        total = sum(phase.flops for phase in layers) + kernels.head(SHAPE, tokens).flops
         core = sum(op.flops for op in layers[0].input if op.length) / 5  # FlashAttention makes scores again: 5 for 4
-        again = sum(2 * n * k for name, n, k, _ in SHAPE.linears() if "up" in name) * 61 * tokens if fp8 else 0
+        again = sum(2 * n * k for name, n, k in SHAPE.linears() if "up" in name) * 61 * tokens if fp8 else 0
         wanted_flops = counts.flops_per_token(V3, length).training * tokens + 61 * core + again
         assert total == pytest.approx(wanted_flops, rel=1e-5)
 
 
 def test_fits_go_through_their_points():
     for format, bound in (("fp8", 0.04), ("bf16", 0.20)):
-        table, (rate, k0) = data()["gemm"][format], fitted(format)
+        table, (rate, k0) = efficiency()["gemm"][format], fit_gemm(format)
         for groups, m, n, k, tflops in table["points"]:
-            q = filled((groups, m, n, k), device(table["device"]).units)
+            q = wave_fill((groups, m, n, k), device(table["device"]).units)
             assert rate * q * k / (k + k0) == pytest.approx(tflops, rel=bound)
     forward, backward, l0 = attention_rates()
     assert forward / (1 + l0 / 16384) == pytest.approx(616)
@@ -79,39 +89,42 @@ def test_a_kernel_is_bound_by_what_is_slower():
     assert on.seconds(thin) == pytest.approx(bytes_ / (3.35e12 * 0.896) + 5e-6)
     assert on.seconds(square) < 1.1 * square.flops / (1300e12)
     assert Kernels.of(device("H800"), 20).seconds(square) > 1.1 * on.seconds(square)
-    memory = moved("x", 1e9)
+    memory = memory_op("x", 1e9)
     assert Kernels.of(device("H800"), 20).seconds(memory) == on.seconds(memory)
     assert on.collective(1e9, 1, 8) == 0 and on.collective(1e9, 16, 8) > on.collective(1e9, 8, 8)
 
 
 def test_tokens_go_to_the_nodes_that_the_gate_allows():
-    limited, free = routing.places(SHAPE, 64, 8), routing.places(replace(SHAPE, limited=8), 64, 8)
+    limited, free = (
+        training_setup.destinations(SHAPE, 64, 8),
+        training_setup.destinations(replace(SHAPE, limited=8), 64, 8),
+    )
     assert limited.nodes <= 4 < free.nodes
     assert free.nodes == pytest.approx(8 * (1 - (7 / 8) ** 8), rel=0.02)  # 8 draws among 8 nodes
     assert 7 < limited.ranks < 8
-    one = routing.places(replace(SHAPE, limited=8), 1, 8)
-    assert one == routing.Places(1.0, 1.0)
+    one = training_setup.destinations(replace(SHAPE, limited=8), 1, 8)
+    assert one == training_setup.Destinations(1.0, 1.0)
 
 
 def test_a_load_trace(tmp_path):
     path = tmp_path / "loads.json"
     path.write_text(json.dumps({"3": [4, 0, 2, 2], "4": [1, 1, 1, 1]}))
-    assert routing.imbalance(path, 4) == pytest.approx((2 + 1) / 2)
-    assert routing.imbalance(path, 2) == 1.0
+    assert training_setup.imbalance(path, 4) == pytest.approx((2 + 1) / 2)
+    assert training_setup.imbalance(path, 2) == 1.0
     for text in ("{}", "[[1, 2, 3]]", "nonsense", "[[0, 0]]"):
         path.write_text(text)
         with pytest.raises(UserError, match="load trace"):
-            routing.imbalance(path, 2)
+            training_setup.imbalance(path, 2)
 
 
 def test_pairs_hide_what_is_shorter():
-    short = Times((1, 2, 1), (1, 1, 1), 0.5, 0.5, 0.5, 0.5)
-    assert overlap.pair([short] * 4, [short] * 4) == pytest.approx(4 * short.compute)
-    long = Times((1, 1, 1), (1, 1, 1), 5, 5, 5, 5)
-    assert overlap.pair([long] * 4, [long] * 4) >= 4 * long.communication
-    assert overlap.pair([long], [long]) <= long.forward + long.input + long.weight
-    assert overlap.pair([short], []) == pytest.approx(short.forward)
-    assert overlap.pair([short], [], sends=3.0) == pytest.approx(short.forward + 3.0)
+    short = LayerTimes((1, 2, 1), (1, 1, 1), 0.5, 0.5, 0.5, 0.5)
+    assert layer_time.pair([short] * 4, [short] * 4) == pytest.approx(4 * short.compute)
+    long = LayerTimes((1, 1, 1), (1, 1, 1), 5, 5, 5, 5)
+    assert layer_time.pair([long] * 4, [long] * 4) >= 4 * long.communication
+    assert layer_time.pair([long], [long]) <= long.forward + long.input + long.weight
+    assert layer_time.pair([short], []) == pytest.approx(short.forward)
+    assert layer_time.pair([short], [], sends=3.0) == pytest.approx(short.forward + 3.0)
 
 
 def test_messages_between_ranks_take_time():
@@ -122,15 +135,15 @@ def test_messages_between_ranks_take_time():
 def test_stages_of_equal_time():
     assert [len(layers) for layers in cuts(OWN, 16)] == [4] * 15 + [1]
     assert [len(layers) for layers in cuts(replace(OWN, even=True), 16)][:4] == [3, 4, 4, 4]
-    brute = Setup(Shape.of(preset("tiny")), Layout(2, 1, 1), device("H100"), "1f1b", 4, length=256)
+    brute = Setup(ModelShape.of(preset("tiny")), Layout(2, 1, 1), device("H100"), "1f1b", 4, length=256)
     found = cuts(brute, 2)
 
     def slowest(split):
         times = [layer_times(brute, i < 1, 0) for i in range(4)]
         sums = [t.compute + t.communication for t in times]
-        tail = work.head(brute.shape, 256) + work.join(brute.shape, 256) + work.head(brute.shape, 256)
-        kernels = Kernels.of(brute.device)
-        last = brute.in_step * sum(kernels.seconds(op) for ops in (tail.forward, tail.input, tail.weight) for op in ops)
+        tail = kernels.head(brute.shape, 256) + kernels.join(brute.shape, 256) + kernels.head(brute.shape, 256)
+        on = Kernels.of(brute.device)
+        last = brute.in_step * sum(on.seconds(op) for ops in (tail.forward, tail.input, tail.weight) for op in ops)
         last += sums[-1]
         return max(sum(sums[:split]), sum(sums[split:]) + last)
 
@@ -141,8 +154,8 @@ def test_a_step_is_its_parts():
     found = step_time(OWN)
     assert sum(found.parts.values()) == pytest.approx(found.seconds)
     pairs = sum(isinstance(one, Pair) for steps in found.table.steps for one in steps)
-    layer = layer_times(OWN, False, data()["exchange"]["units"])
-    assert found.parts["pairs"] * 16 / pairs == pytest.approx(overlap.pair([layer] * 4, [layer] * 4), rel=0.05)
+    layer = layer_times(OWN, False, efficiency()["exchange"]["units"])
+    assert found.parts["pairs"] * 16 / pairs == pytest.approx(layer_time.pair([layer] * 4, [layer] * 4), rel=0.05)
     slower = step_time(replace(OWN, imbalance=1.2))
     assert slower.seconds > 1.03 * found.seconds
     assert step_time(replace(OWN, schedule="1f1b")).seconds > 1.15 * found.seconds
@@ -157,31 +170,31 @@ def test_the_published_run():
     without = ideas(plan)
     assert all(one["factor"] > 1 for name, one in without.items() if not name.startswith("MTP"))
     assert without["node limit of the routing"]["factor"] < without["FP8"]["factor"]
-    read = [figures(name) for name in ("hardware.toml", "efficiency.toml", "published.toml")]
+    read = [read_toml(name) for name in ("hardware.toml", "efficiency.toml", "published.toml")]
     assert not any(number in json.dumps(read) for number in ("2664", "2788", "19.926", "13.95"))
 
 
 def test_a_growing_batch_costs_more():
-    full = priced(V3, OWN, 1e12)
-    ramp = priced(V3, OWN, 1e12, lambda tokens: 3072 + 12288 * min(1.0, tokens / 469e9))
+    full = plan_run(V3, OWN, 1e12)
+    ramp = plan_run(V3, OWN, 1e12, lambda tokens: 3072 + 12288 * min(1.0, tokens / 469e9))
     assert ramp.gpu_hours > 1.02 * full.gpu_hours
 
 
 def test_search_finds_what_fits_and_says_why_others_do_not():
     want = plan_config.parse(["batch=15360 seq=4096 tokens=1T"])
-    found = search(V3, want, cluster("2048xH800"))
-    assert all(one.bytes <= one.setup.device.room for one in found.found)
-    assert found.found == sorted(found.found, key=lambda one: -one.rate)
+    found = search(V3, want, parse_cluster("2048xH800"))
+    assert all(one.bytes <= one.setup.device.room for one in found.candidates)
+    assert found.candidates == sorted(found.candidates, key=lambda one: -one.rate)
     published_rate = OWN.step_tokens / step_time(OWN).seconds / 2048
-    assert found.found[0].rate >= 0.999 * published_rate, "it finds the published layout or a better one"
-    assert found.considered > 1000 and "needs more memory than a H800 has" in found.refused
+    assert found.candidates[0].rate >= 0.999 * published_rate, "it finds the published layout or a better one"
+    assert found.considered > 1000 and "needs more memory than a H800 has" in found.rejected
     with pytest.raises(UserError, match=r"no layout of 8 H100 can hold this run \(the smallest needs \d+ GiB\)"):
-        search(V3, want, cluster("8xH100"))
+        search(V3, want, parse_cluster("8xH100"))
 
 
 def test_settings_by_hand():
     want = plan_config.parse(["layout.pp=8 layout.ep=32", "precision=bf16", "batch=8192 tokens=2.5T recompute=attend"])
-    made = plan_config.setup(want.over(plan_config.published("v3")), V3, cluster("2048xH800"))
+    made = plan_config.setup(want.over(plan_config.published("v3")), V3, parse_cluster("2048xH800"))
     assert (made.layout, made.fp8, made.recompute) == (Layout(8, 8, 32), False, ("attend",))
     assert made.micro == 8192 // 256 and want.tokens == 2.5e12
     assert plan_config.parse(["model.n_mtp=0"]).model == {"n_mtp": 0}
@@ -191,11 +204,11 @@ def test_settings_by_hand():
 
 
 def test_devices_and_clusters():
-    assert cluster("2,048 x h800").size == 2048 and cluster("8xB200").device.fp8 == 4500
+    assert parse_cluster("2,048 x h800").size == 2048 and parse_cluster("8xB200").device.fp8 == 4500
     assert all(one.sources and one.memory > 0 for one in devices().values())
     for wrong in ("H800", "0xH800", "8xH8000", "-3xH100", "x"):
         with pytest.raises(UserError):
-            cluster(wrong)
+            parse_cluster(wrong)
     with pytest.raises(UserError, match="A100 has no FP8"):
         step_time(replace(OWN, device=device("A100")))
 

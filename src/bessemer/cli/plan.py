@@ -61,7 +61,7 @@ def plan(
         from bessemer.plan import audit as audits
 
         lines = audits.audit(audit)
-        print_json([line.facts() for line in lines]) if as_json else print(audits.described(lines))
+        print_json([line.facts() for line in lines]) if as_json else print(audits.describe(lines))
     elif here:
         _here(target, settings, run, as_json)
     else:
@@ -69,31 +69,31 @@ def plan(
 
 
 def _cost(target: str, on: str | None, settings: list[str], search: bool, html: Path | None, as_json: bool) -> None:
-    from bessemer.plan import from_recipe, plan_config, render, serving
+    from bessemer.plan import inference, plan_config, render
     from bessemer.plan.cost import ideas as worth
-    from bessemer.plan.cost import priced
-    from bessemer.plan.hardware import cluster as read_cluster
+    from bessemer.plan.cost import plan_run, rl_costs
+    from bessemer.plan.hardware import parse_cluster
     from bessemer.plan.search import search as best_layouts
 
-    told = plan_config.parse(settings)
-    name, cfg, want, recipe = from_recipe.target(target, told)
+    given = plan_config.parse(settings)
+    name, cfg, config, recipe = plan_config.resolve(target, given)
     if on is None:
         raise UserError("say what it would run on: --cluster 2048xH800 (or --here, for this machine)")
-    devices = read_cluster(on)
-    rl_only = recipe is not None and want.tokens is None and bool(from_recipe.rl_stages(recipe))
-    tokens = 0.0 if rl_only else plan_config.tokens_of(want, name)
+    devices = parse_cluster(on)
+    rl_only = recipe is not None and config.tokens is None and any(stage.kind == "rl" for stage in recipe.stages)
+    tokens = 0.0 if rl_only else plan_config.tokens_of(config, name)
     found = None
-    if search or (not told.laid_out and devices.size % want.ranks):  # or the layout is another cluster's
-        want = want.free(told)
-    if search or (not want.laid_out and devices.size > 1):
-        found = best_layouts(cfg, want, devices)
-        setup = found.found[0].setup
+    if search or (not given.has_layout and devices.size % config.ranks):  # or the layout is another cluster's
+        config = config.for_search(given)
+    if search or (not config.has_layout and devices.size > 1):
+        found = best_layouts(cfg, config, devices)
+        setup = found.candidates[0].setup
     else:
-        setup = plan_config.setup(want, cfg, devices)
-    price = want.usd or devices.device.usd_hour
-    made = priced(cfg, setup, tokens, want.rows if want.batch and len(want.batch) > 1 else None, price)
+        setup = plan_config.setup(config, cfg, devices)
+    price = config.usd or devices.device.usd_hour
+    made = plan_run(cfg, setup, tokens, config.rows if config.batch and len(config.batch) > 1 else None, price)
     ideas = worth(made)
-    stages, served = _rl(made, recipe), serving.offer(setup.shape, setup.device, setup.fp8)
+    stages, served = rl_costs(made, recipe), inference.cheapest_unit(setup.shape, setup.device, setup.fp8)
     offer = None if served is None else served.facts(price)
     if html is not None:
         from bessemer.report import plan_page
@@ -104,48 +104,27 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
     if as_json:
         facts = made.facts() | {"name": name, "without": ideas, "rl": stages, "serving": offer}
         if found is not None:
-            facts |= {"considered": found.considered, "runners_up": [one.facts() for one in found.found[1:]],
-                      "refused": dict(found.refused)}  # fmt: skip
+            facts |= {"considered": found.considered, "runners_up": [one.facts() for one in found.candidates[1:]],
+                      "refused": dict(found.rejected)}  # fmt: skip
         print_json(facts)
         return
     if found is not None:
-        print(render.searched(found) + "\n")
-    print(render.described(name, made, ideas, stages, offer))
+        print(render.describe_search(found) + "\n")
+    print(render.describe(name, made, ideas, stages, offer))
     if html is not None:
         print(html)
 
 
-def _rl(made: Any, recipe: Any) -> list[dict[str, Any]]:
-    """RL stages of the recipe, on the same devices."""
-    if recipe is None:
-        return []
-    from bessemer.plan import rl
-    from bessemer.plan.from_recipe import rl_stages
-
-    found, setup = [], made.setup
-    for stage in rl_stages(recipe):
-        one = {
-            cap: rl.rollout(setup.shape, setup.device, made.gpus, stage["answers"], cap, made.rate, min(made.gpus, 64))
-            for cap in set(stage["caps"])
-        }
-        hours = sum(one[cap].seconds for cap in stage["caps"]) * made.gpus / 3600
-        last = one[stage["caps"][-1]]
-        found.append({"stage": stage["name"], "gpu_hours": hours, "days": hours / made.gpus / 24,
-                      "sampling_seconds": last.sampling, "updating_seconds": last.updating,
-                      "bound": last.bound})  # fmt: skip
-    return found
-
-
 def _here(target: str, overrides: list[str], run: Path | None, as_json: bool) -> None:
     from bessemer.config.recipe import Recipe
-    from bessemer.plan.estimate import here
+    from bessemer.plan.estimate import estimate
 
     recipe = Recipe.load(target, overrides)
-    found = here(recipe, run=run or Path("runs") / recipe.name)
+    found = estimate(recipe, run=run or Path("runs") / recipe.name)
     if as_json:
         print_json(found.facts())
     else:
-        print(found.described())
+        print(found.describe())
 
 
 def _schedule(name: str, pp: int, micro: int, costs: str, svg: Path | None, as_json: bool) -> None:

@@ -81,7 +81,7 @@ def _dry_run(recipe: Path, overrides: list[str], world: int | None, device: str 
     if as_json:
         print_json(found.facts())
     else:
-        print(dry_run.described(found))
+        print(dry_run.describe(found))
 
 
 @app.command()

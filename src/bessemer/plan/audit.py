@@ -1,5 +1,6 @@
-"""Claims of the DeepSeek reports beside what the planner makes of them: prediction, error, a verdict with its
-assumptions (reference F). What was published is read from `claims.toml`; no prediction uses it."""
+"""Claims of the DeepSeek reports next to the planner's predictions: error, verdict and assumptions of each.
+
+Published values are read from `claims.toml`; no prediction uses them."""
 
 from __future__ import annotations
 
@@ -11,19 +12,18 @@ from typing import Any
 from bessemer.errors import UserError
 from bessemer.model import counts
 from bessemer.model.presets import preset
-from bessemer.plan import rl
-from bessemer.plan.cost import Plan, priced
-from bessemer.plan.hardware import cluster, figures
+from bessemer.plan.cost import RunPlan, plan_run
+from bessemer.plan.hardware import parse_cluster, read_toml
+from bessemer.plan.inference import ACCEPTED, CONTEXT, MEAN, Deployment, decode, prefill, rollout_time
 from bessemer.plan.plan_config import published, setup
-from bessemer.plan.serving import CONTEXT, Deployment, decode, prefill
 
 CLOSE, LOOSE = 0.10, 0.35
-"""Relative errors within which a claim is borne out, and within which it is plausible."""
+"""Largest relative errors of a claim that is borne out, and of one that is plausible."""
 
 
 @dataclass(frozen=True)
-class Line:
-    """One claim."""
+class Claim:
+    """A published figure and its prediction."""
 
     claim: str
     unit: str
@@ -32,7 +32,7 @@ class Line:
     source: str
     assumptions: str
     exact: bool = False
-    """Arithmetic, not an estimate."""
+    """The prediction is arithmetic, not an estimate."""
 
     @property
     def error(self) -> float:
@@ -54,35 +54,34 @@ class Line:
         }  # fmt: skip
 
 
-def v3() -> Plan:
+def v3() -> RunPlan:
     """The published run of DeepSeek-V3 on its own cluster."""
-    wanted, cfg, on = published("v3"), preset("v3"), cluster("2048xH800")
-    return priced(cfg, setup(wanted, cfg, on), wanted.tokens, wanted.rows, on.device.usd_hour)
+    run, cfg, cluster = published("v3"), preset("v3"), parse_cluster("2048xH800")
+    return plan_run(cfg, setup(run, cfg, cluster), run.tokens, run.rows, cluster.device.usd_hour)
 
 
-def deepseek_v3() -> list[Line]:
-    plan, said = v3(), figures("claims.toml")
-    found = []
+def deepseek_v3() -> list[Claim]:
+    plan, published_claims = v3(), read_toml("claims.toml")
+    claims = []
     for key, predicted, assumptions in (*_counts(plan), *_training(plan), *_rl(plan), *_serving(plan)):
-        claim = said[key]
-        exact = claim.get("exact", False)
-        given = (claim["claim"], claim["unit"], claim["value"], predicted, claim["source"])
-        found.append(Line(*given, assumptions, exact))
-    return found
+        claim = published_claims[key]
+        values = (claim["claim"], claim["unit"], claim["value"], predicted, claim["source"])
+        claims.append(Claim(*values, assumptions, claim.get("exact", False)))
+    return claims
 
 
 Predicted = Iterator[tuple[str, float, str]]
-"""(claim, what the planner makes of it, assumptions)."""
+"""(key in claims.toml, predicted value, assumptions)."""
 
 
-def _counts(plan: Plan) -> Predicted:
+def _counts(plan: RunPlan) -> Predicted:
     cfg = plan.cfg
     yield "params", counts.main_params(cfg) / 1e9, "counted from the config"
     yield "flops", counts.flops_per_token(cfg, 4096).training / 1e9, "causal, without MTP"
     yield "kv_bytes", counts.kv_cache_bytes(cfg) / 1e3, "BF16, 61 layers x 576 numbers"
 
 
-def _training(plan: Plan) -> Predicted:
+def _training(plan: RunPlan) -> Predicted:
     own, cfg = plan.setup, plan.cfg
     run = f"balanced routing, {own.layout}, {own.schedule}, kernels {own.in_step:g} x as long as alone"
     yield "hours_per_trillion", plan.hours_per_trillion / 1e3, run
@@ -99,20 +98,20 @@ def _training(plan: Plan) -> Predicted:
     yield "usd", 2e-6 * whole, "$2 a GPU hour: research, failed runs, data, salaries and hardware are not in it"
 
 
-def _rl(plan: Plan) -> Predicted:
+def _rl(plan: RunPlan) -> Predicted:
     seconds = 0.0
     for rollouts, cap in ((513, 32768), (137, 65536)):
-        one = rl.rollout(plan.setup.shape, plan.setup.device, 512, 8192, cap, plan.rate, 64)
+        one = rollout_time(plan.setup.shape, plan.setup.device, 512, 8192, cap, plan.rate, 64)
         seconds += rollouts * one.seconds
     longest = (
         "650 rollouts of 8,192 answers on 512 H800; cap 32K, 64K for the last fifth, reached by the longest of every "
-        f"rollout; mean {100 * rl.MEAN:.0f} % of it; MTP guesses {100 * rl.ACCEPTED:.0f} % right"
+        f"rollout; mean {100 * MEAN:.0f} % of it; MTP guesses {100 * ACCEPTED:.0f} % right"
     )
     yield "r1_zero", seconds * 512 / 3600e3, longest
     yield "r1_usd", 2 * 147, "147K GPU hours x $2, in thousands; the base model is not in it"
 
 
-def _serving(plan: Plan) -> Predicted:
+def _serving(plan: RunPlan) -> Predicted:
     shape, device = plan.setup.shape, plan.setup.device
 
     def unit(batch: int) -> Deployment:
@@ -131,11 +130,11 @@ def _serving(plan: Plan) -> Predicted:
     yield "margin", 100 * margin, "published revenue at list prices; nodes as predicted, $2 an hour"
 
 
-AUDITS: dict[str, Callable[[], list[Line]]] = {"deepseek-v3": deepseek_v3}
+AUDITS: dict[str, Callable[[], list[Claim]]] = {"deepseek-v3": deepseek_v3}
 
 
-def audit(name: str) -> list[Line]:
-    """UserError for an unknown one."""
+def audit(name: str) -> list[Claim]:
+    """The claims of an audit; UserError for an unknown name."""
     if name not in AUDITS:
         near = difflib.get_close_matches(name, AUDITS, n=1, cutoff=0.3)
         raise UserError(
@@ -144,14 +143,14 @@ def audit(name: str) -> list[Line]:
     return AUDITS[name]()
 
 
-def described(lines: list[Line]) -> str:
-    """For a terminal."""
-    width = max(len(line.claim) for line in lines)
-    found = [f"{'claim':<{width}}  {'published':>12} {'predicted':>12} {'error':>8}  verdict"]
-    for line in lines:
-        found.append(
-            f"{line.claim:<{width}}  {line.published:>12,.6g} {line.predicted:>12,.6g} {100 * line.error:>+7.1f}%  "
-            f"{line.verdict}"
+def describe(claims: list[Claim]) -> str:
+    """The audit for a terminal."""
+    width = max(len(claim.claim) for claim in claims)
+    lines = [f"{'claim':<{width}}  {'published':>12} {'predicted':>12} {'error':>8}  verdict"]
+    for claim in claims:
+        lines.append(
+            f"{claim.claim:<{width}}  {claim.published:>12,.6g} {claim.predicted:>12,.6g} {100 * claim.error:>+7.1f}%  "
+            f"{claim.verdict}"
         )
-        found.append(f"{'':<{width}}    {line.unit}; {line.assumptions} [{line.source}]")
-    return "\n".join(found)
+        lines.append(f"{'':<{width}}    {claim.unit}; {claim.assumptions} [{claim.source}]")
+    return "\n".join(lines)

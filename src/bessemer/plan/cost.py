@@ -1,4 +1,4 @@
-"""A whole run: hours, days and dollars, what bounds it, and what each idea of the paper is worth in it."""
+"""A whole run: hours, days, dollars, what limits its speed, and how much each idea of the paper saves."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from bessemer.config.recipe import Recipe
 from bessemer.dist import schedules
 from bessemer.errors import UserError
 from bessemer.model import counts
 from bessemer.model.config import ModelConfig
 from bessemer.plan import memory
 from bessemer.plan.hardware import GIB
-from bessemer.plan.layers import cuts
-from bessemer.plan.memory import Numbers
+from bessemer.plan.inference import rollout_time
+from bessemer.plan.layer_time import cuts
+from bessemer.plan.memory import NumberFormats
 from bessemer.plan.plan_config import micro_batches
-from bessemer.plan.setup import Setup
-from bessemer.plan.shape import Shape
-from bessemer.plan.step import StepTime, step_time
+from bessemer.plan.step_time import StepTime, step_time
+from bessemer.plan.training_setup import Setup
 
 RAMP = 8
-"""Points at which a batch that grows is priced."""
+"""Intervals over which the cost of a growing batch is summed."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run costs, and under which assumptions. Times are of the full batch, hours of all tokens."""
+class RunPlan:
+    """What a run costs, and under which assumptions. Step times are those of the full batch; hours cover all tokens."""
 
     cfg: ModelConfig
     setup: Setup
@@ -35,7 +36,7 @@ class Plan:
     gpu_hours: float
     usd_hour: float | None
     memory: list[dict[str, int]]
-    """Bytes by kind, of every pipeline rank."""
+    """Bytes by kind of every pipeline rank."""
 
     @property
     def gpus(self) -> int:
@@ -43,7 +44,7 @@ class Plan:
 
     @property
     def rate(self) -> float:
-        """Tokens a second and GPU."""
+        """Tokens per second per GPU."""
         return self.setup.step_tokens / self.step.seconds / self.gpus
 
     @property
@@ -59,12 +60,12 @@ class Plan:
         return None if self.usd_hour is None else self.gpu_hours * self.usd_hour
 
     def mfu(self, peak: float) -> float:
-        """Of the FLOPs of a token with a causal mask, forward and backward, MTP left out, at the length of the run."""
+        """Model FLOPs utilisation: causal FLOPs at the run's sequence length, forward and backward, without MTP."""
         return self.rate * self.setup.shape.flops(self.setup.length) / (peak * 1e12)
 
     @property
     def highest(self) -> int:
-        """Bytes of the fullest rank."""
+        """Bytes of the rank that needs most."""
         return max(sum(kinds.values()) for kinds in self.memory)
 
     @property
@@ -73,10 +74,10 @@ class Plan:
 
     @property
     def bound(self) -> str:
-        """In words, what the step waits for most."""
+        """What limits the speed of a step, in words."""
         parts = self.step.parts
         share = parts["bubble"] / self.step.seconds
-        times = next(iter(self.step.slices[len(self.step.slices) // 2].layers), None)
+        times = next(iter(self.step.stages[len(self.step.stages) // 2].layers), None)
         if share > 0.25:
             return f"the pipeline's bubble ({100 * share:.0f} % of the step)"
         if times is not None and parts["pairs"] and times.communication > times.compute:
@@ -90,7 +91,7 @@ class Plan:
         return "computation"
 
     def facts(self) -> dict[str, Any]:
-        """For --json; units in the names, else as the docstrings say."""
+        """The plan as JSON (`--json`), with units in the keys."""
         cfg, layout, device = self.cfg, self.setup.layout, self.setup.device
         gib = [{kind: size / GIB for kind, size in kinds.items()} for kinds in self.memory]
         return {
@@ -110,42 +111,42 @@ class Plan:
         }  # fmt: skip
 
 
-def priced(
+def plan_run(
     cfg: ModelConfig, setup: Setup, tokens: float, batch: Callable[[float], float] | None = None,
     usd_hour: float | None = None,
-) -> Plan:  # fmt: skip
-    """The plan of a run over `tokens`. `batch`: sequences of a step over consumed tokens, if they grow; where too few
-    for the schedule, 1F1B stands in."""
+) -> RunPlan:  # fmt: skip
+    """The plan of a run over `tokens`. `batch`: sequences of a step as a function of consumed tokens, if they grow;
+    where they are too few for the schedule, 1F1B is assumed."""
     step = step_time(setup)
     hours = tokens * step.seconds / setup.step_tokens * setup.layout.world / 3600
     if batch is not None:
-        hours = _over(setup, tokens, batch)
-    return Plan(cfg, setup, step, tokens, hours, usd_hour, _memory(cfg, setup, step))
+        hours = _ramp_hours(setup, tokens, batch)
+    return RunPlan(cfg, setup, step, tokens, hours, usd_hour, _memory(cfg, setup, step))
 
 
 def _memory(cfg: ModelConfig, setup: Setup, step: StepTime) -> list[dict[str, int]]:
     return memory.per_rank(
-        cfg, setup.layout, step.table, setup.rows, setup.length, Numbers(fp8=setup.fp8), setup.recompute, setup.mtp,
-        cuts(setup, step.table.stages),
+        cfg, setup.layout, step.table, setup.rows, setup.length, NumberFormats(fp8=setup.fp8), setup.recompute,
+        setup.mtp, cuts(setup, step.table.stages),
     )  # fmt: skip
 
 
-def _over(setup: Setup, tokens: float, batch: Callable[[float], float]) -> float:
-    """GPU hours of all tokens, the batch taken at the middle of pieces that halve towards the beginning."""
+def _ramp_hours(setup: Setup, tokens: float, batch: Callable[[float], float]) -> float:
+    """GPU hours of all tokens, with the batch at the middle of intervals that halve in length towards the beginning."""
     edges = [0.0, *(tokens / 2**k for k in range(RAMP - 1, -1, -1))]
     seconds, each = 0.0, setup.layout.dp * setup.layout.ep * setup.rows
     for low, high in pairwise(edges):
-        wanted = round(batch((low + high) / 2)) // each
-        few = wanted < schedules.least(setup.schedule, setup.layout.pp)
-        name, micro = micro_batches("1f1b" if few else setup.schedule, setup.layout.pp, wanted)
+        target = round(batch((low + high) / 2)) // each
+        few = target < schedules.least(setup.schedule, setup.layout.pp)
+        name, micro = micro_batches("1f1b" if few else setup.schedule, setup.layout.pp, target)
         at = replace(setup, micro=micro, schedule=name)
         seconds += (high - low) / at.step_tokens * step_time(at).seconds
     return seconds * setup.layout.world / 3600
 
 
-def ideas(plan: Plan) -> dict[str, dict[str, float] | str]:
-    """GPU hours per trillion tokens without one idea at a time, all else equal, the factor and, where the network is
-    the same, GiB of the fullest rank; or why it cannot be."""
+def ideas(plan: RunPlan) -> dict[str, dict[str, float] | str]:
+    """For each idea, the run without it and all else equal: GPU hours per trillion tokens, their ratio to the plan's
+    and, where the network is the same, GiB of the fullest rank; or the reason why it is impossible."""
     setup, shape = plan.setup, plan.setup.shape
     changes: dict[str, Setup] = {}
     if setup.fp8:
@@ -160,26 +161,43 @@ def ideas(plan: Plan) -> dict[str, dict[str, float] | str]:
         changes["MTP (what it costs)"] = replace(setup, mtp=False)
     if not setup.even and setup.layout.pp > 1:
         changes["stages of equal work instead of equal layers"] = replace(setup, even=True)
-    found: dict[str, dict[str, float] | str] = {}
+    costs: dict[str, dict[str, float] | str] = {}
     for name, other in changes.items():
         try:
             step = step_time(other)
         except UserError as error:
-            found[name] = str(error)
+            costs[name] = str(error)
             continue
         hours = 1e12 / other.step_tokens * step.seconds * other.layout.world / 3600
-        worth = {"gpu_hours_per_trillion_tokens": hours, "factor": hours / plan.hours_per_trillion}
+        cost = {"gpu_hours_per_trillion_tokens": hours, "factor": hours / plan.hours_per_trillion}
         if not other.shape.kv_heads:
-            worth["memory_gib"] = max(sum(kinds.values()) for kinds in _memory(plan.cfg, other, step)) / GIB
-        found[name] = worth
-    return found
+            cost["memory_gib"] = max(sum(kinds.values()) for kinds in _memory(plan.cfg, other, step)) / GIB
+        costs[name] = cost
+    return costs
 
 
-def assumptions(plan: Plan) -> list[str]:
-    """In words, everything the figures rest on."""
+def rl_costs(plan: RunPlan, recipe: Recipe | None) -> list[dict[str, Any]]:
+    """The cost of every RL stage of a recipe on the devices of `plan`."""
+    costs = []
+    for stage in (stage for stage in recipe.stages if stage.kind == "rl") if recipe is not None else ():
+        answers = stage.prompts_per_rollout * stage.samples
+        caps = [int(stage.max_new_tokens(n * stage.updates_per_rollout)) for n in range(stage.rollouts)]
+        setup, unit = plan.setup, min(plan.gpus, 64)
+        by_cap = {
+            cap: rollout_time(setup.shape, setup.device, plan.gpus, answers, cap, plan.rate, unit) for cap in set(caps)
+        }
+        hours, last = sum(by_cap[cap].seconds for cap in caps) * plan.gpus / 3600, by_cap[caps[-1]]
+        costs.append({"stage": stage.name, "gpu_hours": hours, "days": hours / plan.gpus / 24,
+                      "sampling_seconds": last.sampling, "updating_seconds": last.updating,
+                      "bound": last.bound})  # fmt: skip
+    return costs
+
+
+def assumptions(plan: RunPlan) -> list[str]:
+    """The assumptions behind the figures, in words."""
     setup = plan.setup
     routing = "balanced routing" if setup.imbalance == 1 else f"busiest expert rank {setup.imbalance:.2f} x the mean"
-    found = [
+    texts = [
         f"{routing}, no token dropped, {setup.shape.limited} of {setup.shape.groups} groups of experts a token"
         if setup.shape.experts else "no experts",
         "single kernels and collectives as published (plan/efficiency.toml), communication as fast in a step as alone",
@@ -189,11 +207,7 @@ def assumptions(plan: Plan) -> list[str]:
         f"stages of {'equal numbers of layers' if setup.even else 'nearly equal work'}",
     ]  # fmt: skip
     if setup.recompute:
-        found.append(f"made again in backward: {', '.join(setup.recompute)}")
+        texts.append(f"made again in backward: {', '.join(setup.recompute)}")
     if plan.usd_hour is not None:
-        found.append(f"${plan.usd_hour:g} a GPU hour")
-    return found
-
-
-def setup_of(cfg: ModelConfig, **values: Any) -> Setup:
-    return Setup(Shape.of(cfg), **values)
+        texts.append(f"${plan.usd_hour:g} a GPU hour")
+    return texts

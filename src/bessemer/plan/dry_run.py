@@ -1,4 +1,4 @@
-"""What every rank of a run would hold, on one machine and before anything runs (`bessemer run RECIPE --dry-run`).
+"""What every rank of a run would hold, computed on one machine before anything runs (`bessemer run RECIPE --dry-run`).
 
 Weights, gradients and optimizer state are those of the real classes: `ModelShard` and `Zero1` are made as a rank of
 the world makes them, with torch's fake process group in place of a network and the model on the meta device, so nothing
@@ -29,7 +29,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
 from bessemer.plan import memory
 from bessemer.plan.hardware import GIB, Device, device
-from bessemer.plan.memory import Numbers
+from bessemer.plan.memory import NumberFormats
 from bessemer.train import setup
 
 
@@ -40,7 +40,7 @@ class DryRun:
     layout: Layout
     table: Table
     """Of a step with the largest batch."""
-    numbers: Numbers
+    numbers: NumberFormats
     rows: int
     length: int
     ramp: list[dict[str, Any]]
@@ -83,7 +83,7 @@ def of_recipe(recipe: Recipe, world: int | None = None, device_name: str | None 
     half = settings.precision == "bfloat16" or (settings.precision == "auto" and device_name is not None)
     moments = torch.bfloat16 if settings.moments == "bfloat16" else torch.float32
     fused = device_name is not None
-    numbers = Numbers(2 if half else 4, moments.itemsize, settings.fp8 != "off", fused)
+    numbers = NumberFormats(2 if half else 4, moments.itemsize, settings.fp8 != "off", fused)
     ramp = _ramp(settings, layout, recipe.layout.schedule)
     last = ramp[-1]
     table = schedules.schedule(last["schedule"], layout.pp, last["micro"])
@@ -95,7 +95,7 @@ def of_recipe(recipe: Recipe, world: int | None = None, device_name: str | None 
 
 
 def dry_run(
-    cfg: ModelConfig, layout: Layout, table: Table, rows: int, length: int, numbers: Numbers,
+    cfg: ModelConfig, layout: Layout, table: Table, rows: int, length: int, numbers: NumberFormats,
     recompute: Collection[str] = (),
 ) -> dict[int, dict[str, int]]:  # fmt: skip
     """Bytes by kind of the first, a middle and the last pipeline rank, for micro-batches of `rows` sequences of
@@ -104,12 +104,12 @@ def dry_run(
     found = {}
     for pp in sorted({0, layout.pp // 2, layout.pp - 1}):
         rank = layout.rank(pp, 0, 0)
-        found[rank] = computed[pp] | held(cfg, layout, table, rank, numbers)
+        found[rank] = computed[pp] | measure(cfg, layout, table, rank, numbers)
     return found
 
 
-def held(cfg: ModelConfig, layout: Layout, table: Table, rank: int, numbers: Numbers) -> dict[str, int]:
-    """Bytes of the tensors that a rank of the world makes before its first step."""
+def measure(cfg: ModelConfig, layout: Layout, table: Table, rank: int, numbers: NumberFormats) -> dict[str, int]:
+    """Bytes of the tensors that a rank of the world creates before its first step, by kind."""
     half = numbers.compute == 2
     with _as_rank(rank, layout.world):
         with torch.device("meta"):
@@ -168,7 +168,7 @@ def _ramp(settings: Any, layout: Layout, schedule: str) -> list[dict[str, Any]]:
     return found
 
 
-def described(run: DryRun) -> str:
+def describe(run: DryRun) -> str:
     """For a terminal."""
     numbers, table = run.numbers, run.table
     formats = ("bfloat16" if numbers.compute == 2 else "float32") + (", matrices in FP8" if numbers.fp8 else "")

@@ -39,7 +39,7 @@ CORPUS = 60.0
 
 
 @dataclass(frozen=True)
-class Here:
+class LocalEstimate:
     """Seconds by stage, and the rates they rest on."""
 
     stages: dict[str, float]
@@ -60,7 +60,7 @@ class Here:
             "assumptions": list(self.notes),
         }
 
-    def described(self) -> str:
+    def describe(self) -> str:
         lines = [f"{'stage':<16}{'planned':>12}{'measured':>12}{'error':>9}"]
         for name, seconds in self.stages.items():
             real = self.measured.get(name)
@@ -71,7 +71,7 @@ class Here:
         return "\n".join([*lines, *self.notes])
 
 
-def here(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> Here:
+def estimate(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> LocalEstimate:
     """`seconds` for each thing that is measured; `run`: the run directory to compare with, if there is one."""
     settings = next((stage for stage in recipe.stages if stage.kind == "pretrain"), None)
     if settings is None:
@@ -100,7 +100,7 @@ def here(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> Here:
         f"answers of {100 * ANSWER:.0f} % of their cap; {CORPUS:.0f} s for a corpus, not measured",
         "the machine as busy as it was while measuring" + ("; layers compiled" if compiled else ""),
     )
-    return Here(stages, rates, measured, notes)
+    return LocalEstimate(stages, rates, measured, notes)
 
 
 def _training(model: Transformer, settings: Any, length: int, seconds: float) -> float:

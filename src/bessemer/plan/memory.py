@@ -1,19 +1,23 @@
-"""Bytes of every rank of a layout, by kind (V3 3.2.3; reference E.6, E.7).
+"""Bytes of every rank of a layout, by kind (V3 3.2.3).
 
-    weights, gradients, masters, moments, routing    `held`: exact
-    activations    what the micro-batches keep that are between their forward and their backward, at the moment of the
-                   schedule when that is most: `model.kept` for every slice, the table for how many
+    weights, gradients, masters, moments, routing    exact: the layers of the rank's stages, its own routed experts and
+                   everything else whole (`stage.cut`, `keep_experts`), with compute weights and float32 gradients of
+                   all of it, masters and moments of a share (`zero1.Zero1`). With two copies of the model (DualPipe) a
+                   rank holds two stages. Tests compare with the real classes, to the byte
+    activations    what micro-batches keep between their forward and their backward, at the step of the schedule where
+                   that is most: `model.activation_memory` for a slice, the table for how many
     working        what is needed while one layer, or the loss, is computed: exchange buffers, gradients of the rows of
-                   the experts, one chunk of logits; the greatest of them, once. An estimate (`working`)
+                   the experts, one chunk of logits; the largest of them, once. An estimate (`working`)
 
-Routing is taken as balanced: every rank's experts get as many rows as its tokens send. A runtime's own (CUDA context,
-NCCL buffers, fragmentation) is not in it.
+Routing is assumed balanced: every rank's experts get as many rows as its tokens send. The runtime's own memory (CUDA
+context, NCCL buffers, fragmentation) is not counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from bessemer.dist.context_parallel import KEYS
 from bessemer.dist.mesh import Layout
@@ -21,49 +25,48 @@ from bessemer.dist.stage import cut
 from bessemer.dist.table import Step, Table, actions
 from bessemer.model.activation_memory import slice_bytes
 from bessemer.model.config import ModelConfig
-from bessemer.plan.param_memory import held
 
 KINDS = ("weights", "gradients", "masters", "moments", "routing", "activations", "working")
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """Formats of a training run."""
+class NumberFormats:
+    """Number formats of a training run."""
 
     compute: int = 2
     """Bytes of the compute dtype."""
     moments: int = 2
     """Bytes of AdamW's moments (V3: BF16)."""
     fp8: bool = False
-    """Matrices in FP8, with activations kept in FP8."""
+    """Matrices in FP8, with activations saved in FP8."""
     fused: bool = True
-    """Attention as FlashAttention keeps it; False: as on a CPU."""
+    """Attention saves what FlashAttention saves; False: what the CPU kernel saves."""
 
 
 def per_rank(
-    cfg: ModelConfig, layout: Layout, table: Table, rows: int, length: int, numbers: Numbers = Numbers(),
+    cfg: ModelConfig, layout: Layout, table: Table, rows: int, length: int, numbers: NumberFormats = NumberFormats(),
     recompute: Collection[str] = (), mtp: bool = True, cuts: Sequence[range] | None = None,
 ) -> list[dict[str, int]]:  # fmt: skip
     """Bytes by kind of every pipeline rank, for micro-batches of `rows` sequences of `length` tokens. `cuts`: layers of
-    the stages, if not `stage.cut`'s."""
+    every stage; by default those of `stage.cut`."""
     cuts = cuts or cut(cfg, table.stages)
     need = working(cfg, layout, rows, length, numbers)
-    kept = kept_by_stage(cfg, cuts, rows, length, numbers, recompute, mtp, layout.cp)
-    found = []
+    saved = saved_by_stage(cfg, cuts, rows, length, numbers, recompute, mtp, layout.cp)
+    ranks = []
     for rank in range(table.ranks):
-        bytes_ = held(cfg, layout, table, rank, numbers.compute, cuts).bytes(numbers.compute, numbers.moments)
-        bytes_["activations"] = most_live(table.steps[rank], kept)
+        bytes_ = rank_params(cfg, layout, table, rank, numbers.compute, cuts).bytes(numbers.compute, numbers.moments)
+        bytes_["activations"] = most_live(table.steps[rank], saved)
         last = any(stage == table.stages - 1 for _, stage in table.held(rank))
         bytes_["working"] = max(need["layer"], need["loss"] if last else 0)
-        found.append(bytes_)
-    return found
+        ranks.append(bytes_)
+    return ranks
 
 
-def kept_by_stage(
-    cfg: ModelConfig, cuts: Sequence[range], rows: int, length: int, numbers: Numbers,
+def saved_by_stage(
+    cfg: ModelConfig, cuts: Sequence[range], rows: int, length: int, numbers: NumberFormats,
     recompute: Collection[str] = (), mtp: bool = True, cp: int = 1,
 ) -> dict[int, int]:  # fmt: skip
-    """Bytes that one micro-batch keeps in every stage, of rows that are cut over `cp` ranks."""
+    """Bytes that one micro-batch saves for backward in every stage, with rows split over `cp` ranks."""
     return {
         stage: slice_bytes(
             cfg, layers, rows, length // cp, last=stage == len(cuts) - 1, fp8=numbers.fp8,
@@ -73,27 +76,27 @@ def kept_by_stage(
     }  # fmt: skip
 
 
-def most_live(steps: tuple[Step, ...], kept: Mapping[int, int]) -> int:
-    """The most bytes that are kept at once on one rank. A forward takes those of its stage, B gives them back, I leaves
-    them to its W."""
+def most_live(steps: tuple[Step, ...], saved: Mapping[int, int]) -> int:
+    """Most bytes saved at the same time on one rank. A forward saves those of its stage and B frees them; after an I
+    (input gradients only) its W frees them."""
     most = now = 0
     for action in actions(steps):
         if action.kind == "F":
-            now += kept[action.stage]
+            now += saved[action.stage]
         elif action.kind in "BW":
-            now -= kept[action.stage]
+            now -= saved[action.stage]
         most = max(most, now)
     return most
 
 
-def working(cfg: ModelConfig, layout: Layout, rows: int, length: int, numbers: Numbers) -> dict[str, int]:
+def working(cfg: ModelConfig, layout: Layout, rows: int, length: int, numbers: NumberFormats) -> dict[str, int]:
     """Bytes in use only while a layer or the loss is computed; estimates.
 
-    Layer: backward of the experts, with its rows as they came and their gradients, gradients between the two matrices
-    in float32, and what of the exchange lies on either side. Loss: one chunk of logits in the compute dtype, in float32
-    and after the softmax, and the head's gradient in float32, with its chunk's in the compute dtype. Core, of rows that
-    are cut: everybody's latents with their gradients in float32, own queries, outputs and their gradients in float32
-    with one copy in making, and a block of keys and values with theirs.
+    Layer: backward of the experts, with its input rows and their gradients, gradients between the two matrices in
+    float32, and the exchange buffers on both sides. Loss: one chunk of logits in the compute dtype, in float32 and
+    after the softmax, and the head's gradient in float32, with its chunk's in the compute dtype. Core (context
+    parallelism): the latents of all ranks with their gradients in float32, this rank's queries, outputs and gradients
+    in float32 with one copy being written, and a block of keys and values with its gradients.
     """
     tokens, number = rows * length // layout.cp, numbers.compute
     routed = tokens * cfg.n_activated_experts
@@ -108,3 +111,137 @@ def working(cfg: ModelConfig, layout: Layout, rows: int, length: int, numbers: N
         latents = rows * length * (cfg.kv_lora_rank + cfg.qk_rope_head_dim) * (4 + number)
         core = latents + 4 * pair * (3 * tokens + 2 * rows * keys)
     return {"layer": max(between + exchange, core), "loss": chunk * cfg.vocab_size * (8 + number) + head}
+
+
+ALIGN, BLOCK = 64, 4096
+"""As in `train.flat`: alignment of a parameter in a flat vector, and what the length of a vector is a multiple of."""
+
+
+class VectorKind(NamedTuple):
+    """What decides which flat vector a parameter belongs to (a group of `Optimizer`)."""
+
+    expert: bool
+    """Sharded over the ranks that replicate these experts; everything else is over the data-parallel ranks."""
+    decayed: bool
+    full: bool
+    """Float32 whatever the compute dtype: norm gains and gates."""
+    shared: bool
+    """Also held by another pipeline rank."""
+
+
+class Parameter(NamedTuple):
+    """One parameter tensor."""
+
+    numel: int
+    expert: bool = False
+    full: bool = False
+    matrix: bool = True
+
+
+@dataclass(frozen=True)
+class RankParams:
+    """The parameters that one rank holds, in elements."""
+
+    vectors: dict[VectorKind, int]
+    """Lengths of the flat vectors, padding included."""
+    parameters: int
+    """Without padding."""
+    ranks: dict[bool, int]
+    """Over how many ranks optimizer state is sharded: of experts (True), of everything else (False)."""
+    gates: int
+    """Layers with a routing bias and a load counter."""
+    experts: int
+    """Routed experts of a gate."""
+
+    def bytes(self, number: int, moment: int) -> dict[str, int]:
+        """Bytes by kind. `number`: bytes of the compute dtype; `moment`: of each of AdamW's two moments."""
+        sizes = dict.fromkeys(("weights", "gradients", "masters", "moments", "routing"), 0)
+        for kind, size in self.vectors.items():
+            share = size // self.ranks[kind.expert]
+            full = kind.full or number == 4
+            sizes["weights"] += size * (4 if full else number)
+            sizes["gradients"] += (size + share) * 4  # with this rank's share of their sum
+            sizes["masters"] += 0 if full else share * 4  # in float32 the weights are the masters
+            sizes["moments"] += 2 * share * moment
+        sizes["routing"] = self.gates * self.experts * 8
+        return sizes
+
+
+def rank_params(
+    cfg: ModelConfig, layout: Layout, table: Table, pp: int, number: int = 2, cuts: Sequence[range] | None = None
+) -> RankParams:
+    """The parameters of pipeline rank `pp`, whatever its other coordinates. `number`: bytes of the compute dtype (in
+    float32, gates are in the same vectors as matrices); `cuts`: layers of every stage, by default `stage.cut`'s."""
+    cuts = cuts or cut(cfg, table.stages)
+    mine = {stage for _, stage in table.held(pp)}
+    others = {stage for rank in range(table.ranks) if rank != pp for _, stage in table.held(rank)}
+    copies = layout.dp * layout.cp
+    last, ranks = table.stages - 1, {True: copies, False: copies * layout.ep}
+    vectors: dict[VectorKind, int] = {}
+    total = 0
+
+    def add(parts: Iterator[Parameter], owners: set[int]) -> None:
+        nonlocal total
+        for part in parts:
+            kind = VectorKind(part.expert, part.matrix, part.full and number != 4, bool(owners & others))
+            vectors[kind] = vectors.get(kind, 0) + _padded(part.numel, ALIGN)
+            total += part.numel
+
+    sparse = 0
+    for stage in sorted(mine):
+        for i in cuts[stage]:
+            dense = i < cfg.n_dense_layers
+            sparse += not dense
+            add(layer(cfg, dense, layout.ep), {stage})
+    if 0 in mine or (last in mine and (cfg.n_mtp or cfg.tie_embeddings)):
+        add(iter([Parameter(cfg.vocab_size * cfg.dim)]), {0, last} if cfg.n_mtp else {0})
+    if last in mine:
+        if not cfg.tie_embeddings:
+            add(iter([Parameter(cfg.vocab_size * cfg.dim)]), {last})
+        add(iter([_gain(cfg.dim)]), {last})
+        for _ in range(cfg.n_mtp):
+            add(module(cfg, layout.ep), {last})
+        sparse += cfg.n_mtp
+    wave_fill = {kind: _padded(size, BLOCK * ranks[kind.expert]) for kind, size in vectors.items()}
+    gates = sparse if cfg.topk_method == "noaux_tc" else 0
+    return RankParams(wave_fill, total, ranks, gates, cfg.n_routed_experts)
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _gain(width: int) -> Parameter:
+    return Parameter(width, full=True, matrix=False)
+
+
+def attention(cfg: ModelConfig) -> Iterator[Parameter]:
+    heads, dim = cfg.n_heads, cfg.dim
+    if cfg.q_lora_rank:
+        yield from (Parameter(cfg.q_lora_rank * dim), _gain(cfg.q_lora_rank))
+        yield Parameter(heads * cfg.qk_head_dim * cfg.q_lora_rank)
+    else:
+        yield Parameter(heads * cfg.qk_head_dim * dim)
+    yield from (Parameter((cfg.kv_lora_rank + cfg.qk_rope_head_dim) * dim), _gain(cfg.kv_lora_rank))
+    yield Parameter(heads * (cfg.qk_nope_head_dim + cfg.v_head_dim) * cfg.kv_lora_rank)
+    yield Parameter(dim * heads * cfg.v_head_dim)
+
+
+def layer(cfg: ModelConfig, dense: bool, ep: int) -> Iterator[Parameter]:
+    """Parameters of a layer, with one of `ep` shares of its routed experts."""
+    yield from (_gain(cfg.dim), _gain(cfg.dim))
+    yield from attention(cfg)
+    if dense:
+        yield from (Parameter(2 * cfg.inter_dim * cfg.dim), Parameter(cfg.dim * cfg.inter_dim))
+        return
+    yield Parameter(cfg.n_routed_experts * cfg.dim, full=True)  # the gate
+    local, inner = cfg.n_routed_experts // ep, cfg.moe_inter_dim
+    yield from (Parameter(local * 2 * inner * cfg.dim, expert=True), Parameter(local * cfg.dim * inner, expert=True))
+    if shared := cfg.n_shared_experts * inner:
+        yield from (Parameter(2 * shared * cfg.dim), Parameter(cfg.dim * shared))
+
+
+def module(cfg: ModelConfig, ep: int) -> Iterator[Parameter]:
+    """Parameters of an MTP module, without the shared embedding and head."""
+    yield from (Parameter(2 * cfg.dim * cfg.dim), _gain(cfg.dim), _gain(cfg.dim), _gain(cfg.dim))
+    yield from layer(cfg, False, ep)

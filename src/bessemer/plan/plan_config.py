@@ -1,5 +1,5 @@
-"""What the user asks the planner for: settings by hand (`--set layout.pp=8 batch=8192 precision=bf16 ...`) over those
-of a published run or a recipe, made into a `Setup` that can be, or one clear error."""
+"""The planner's input: options by hand (`--set layout.pp=8 batch=8192 precision=bf16 ...`) over those of a published
+run or a recipe, checked and made into a `Setup`, or one clear error."""
 
 from __future__ import annotations
 
@@ -10,39 +10,41 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from bessemer.config.recipe import Recipe
+from bessemer.config.table import nearest
 from bessemer.dist import mesh, schedules
 from bessemer.dist.mesh import Layout
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
+from bessemer.model.presets import PRESETS, preset
 from bessemer.model.recompute import PHASES
-from bessemer.plan import routing
-from bessemer.plan.hardware import Cluster, figures
-from bessemer.plan.setup import IN_STEP, Setup
-from bessemer.plan.shape import Shape
+from bessemer.plan.hardware import ClusterSpec, read_toml
+from bessemer.plan.training_setup import IN_STEP, ModelShape, Setup, imbalance
+from bessemer.train.setup import model_config
 
 SEARCHED = ("pp", "ep", "dp", "schedule", "recompute", "micro_rows", "precision")
-"""What a search decides."""
+"""Options that a search may choose."""
 UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Everything that can be set. None: not said."""
+class PlanConfig:
+    """Every option of a plan; None where it is not set."""
 
     pp: int | None = None
     """Pipeline ranks."""
     ep: int | None = None
     """Expert-parallel ranks."""
     dp: int | None = None
-    """Data-parallel ranks; what the cluster leaves where it is not said."""
+    """Data-parallel ranks; by default as many as the cluster allows."""
     node: int | None = None
-    """Ranks of a node; those of the device where it is not said."""
+    """Ranks of a node; by default the devices of a node."""
     schedule: str | None = None
     """A pipeline schedule, or auto."""
     tokens: float | None = None
-    """Of the whole run."""
+    """Tokens of the whole run."""
     batch: tuple[tuple[float, float], ...] | None = None
-    """Sequences of a step: a number, or points over consumed tokens."""
+    """Sequences of a step, as points over consumed tokens."""
     seq: int | None = None
     """Tokens of a sequence."""
     micro_rows: int | None = None
@@ -54,37 +56,37 @@ class Wanted:
     routing: str | None = None
     """balanced, or a load trace (JSON: tokens of each expert, layer by layer)."""
     recompute: tuple[str, ...] | None = None
-    """Phases that backward makes again: attend, experts, finish, or none."""
+    """Phases that backward recomputes: attend, experts, finish, or none."""
     stages: str | None = None
     """balanced: pipeline stages of nearly equal work; even: of equal numbers of layers."""
     in_step: float | None = None
-    """What kernels take in a step over what they take alone."""
+    """Time of kernels in a step over their time alone."""
     usd: float | None = None
-    """Price of a device hour."""
+    """Dollars per device hour."""
     model: dict[str, Any] = field(default_factory=dict)
     """Changes to the network's config."""
 
-    def over(self, other: Wanted) -> Wanted:
-        """What this one says, else what the other does."""
-        said = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None and f.name != "model"}
-        return replace(other, **said, model={**other.model, **self.model})
+    def over(self, other: PlanConfig) -> PlanConfig:
+        """This config, with options that it does not set taken from `other`."""
+        given = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None and f.name != "model"}
+        return replace(other, **given, model={**other.model, **self.model})
 
     @property
-    def laid_out(self) -> bool:
-        """Whether it says how ranks are laid out."""
+    def has_layout(self) -> bool:
+        """Whether any parallel size is set."""
         return any(size is not None for size in (self.pp, self.ep, self.dp))
 
     @property
     def ranks(self) -> int:
-        """Of one data-parallel copy."""
+        """Ranks of one data-parallel replica."""
         return (self.pp or 1) * (self.ep or 1)
 
-    def free(self, told: Wanted) -> Wanted:
-        """The same with no more of what a search looks for than the user told."""
-        return replace(self, **{name: getattr(told, name) for name in SEARCHED})
+    def for_search(self, given: PlanConfig) -> PlanConfig:
+        """The same, with only those searched options set that the user gave."""
+        return replace(self, **{name: getattr(given, name) for name in SEARCHED})
 
     def rows(self, tokens: float) -> float:
-        """Sequences of a step after so many tokens."""
+        """Sequences of a step after `tokens` consumed tokens."""
         points = self.batch or ((0.0, 1.0),)
         for (at, value), (end, then) in pairwise(points):
             if at <= tokens < end:
@@ -92,33 +94,33 @@ class Wanted:
         return points[0][1] if tokens < points[0][0] else points[-1][1]
 
 
-def published(name: str) -> Wanted:
-    """The run of a preset as published; nothing said for others."""
-    values = dict(figures("published.toml").get(name, {}))
+def published(name: str) -> PlanConfig:
+    """The published run of a preset; an empty config for presets without one."""
+    values = dict(read_toml("published.toml").get(name, {}))
     values.pop("source", None)
     if "batch" in values:
         values["batch"] = tuple(map(tuple, values["batch"]))
-    return Wanted(**values)
+    return PlanConfig(**values)
 
 
-def parse(settings: Sequence[str]) -> Wanted:
-    """Of `--set` arguments, each key=value or several."""
-    found: dict[str, Any] = {"model": {}}
-    known = {f.name for f in fields(Wanted)} - {"model"}
+def parse(settings: Sequence[str]) -> PlanConfig:
+    """The config of `--set` arguments, each one or several key=value."""
+    values: dict[str, Any] = {"model": {}}
+    known = {f.name for f in fields(PlanConfig)} - {"model"}
     for setting in (part for text in settings for part in text.split()):
         key, equals, text = setting.partition("=")
         name = key.removeprefix("layout.")
         if not equals or not text:
             raise UserError(f"--set {setting}: write key=value, such as layout.pp=8 or precision=bf16")
         if key.startswith("model."):
-            found["model"][key.removeprefix("model.")] = _number(setting, text, float) if _numeric(text) else text
+            values["model"][key.removeprefix("model.")] = _number(setting, text, float) if _numeric(text) else text
             continue
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(f"--set {setting}: unknown key; {hint}There are: {', '.join(sorted(known))}, model.KEY")
-        found[name] = _READ.get(name, _whole)(setting, text)
-    return Wanted(**found)
+        values[name] = _READ.get(name, _whole)(setting, text)
+    return PlanConfig(**values)
 
 
 def _numeric(text: str) -> bool:
@@ -177,47 +179,88 @@ _READ: dict[str, Callable[[str, str], Any]] = {
 }  # fmt: skip
 
 
-def micro_batches(name: str, ranks: int, wanted: int) -> tuple[str, int]:
-    """(schedule, micro-batches of a step), rounded down to what it takes. "auto": DualPipe where it can be."""
+def micro_batches(name: str, ranks: int, target: int) -> tuple[str, int]:
+    """(schedule, micro-batches of a step), with `target` rounded down to what the schedule allows. "auto": DualPipe
+    where possible, otherwise 1F1B."""
     if name == "auto":
-        name = "dualpipe" if ranks % 2 == 0 and wanted >= schedules.least("dualpipe", ranks) else "1f1b"
+        name = "dualpipe" if ranks % 2 == 0 and target >= schedules.least("dualpipe", ranks) else "1f1b"
     multiple = schedules.SCHEDULES[name].multiple(ranks)
-    return name, max(multiple, wanted // multiple * multiple)
+    return name, max(multiple, target // multiple * multiple)
 
 
-def tokens_of(wanted: Wanted, name: str) -> float:
-    """The budget; UserError for a run without one."""
-    if wanted.tokens is None:
+def tokens_of(config: PlanConfig, name: str) -> float:
+    """The token budget; UserError for a run without one."""
+    if config.tokens is None:
         raise UserError(f"{name} has no budget; say how many tokens it trains on, such as --set tokens=1T")
-    return wanted.tokens
+    return config.tokens
 
 
-def setup(wanted: Wanted, cfg: ModelConfig, cluster: Cluster) -> Setup:
-    """The run on a cluster; UserError for a layout that cannot exist, with the nearest that can."""
-    node = wanted.node or cluster.device.devices
-    pp, ep = wanted.pp or 1, wanted.ep or 1
-    dp = wanted.dp or max(1, cluster.size // (pp * ep))
+def setup(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec) -> Setup:
+    """The run on a cluster; UserError for an impossible layout, with the nearest possible ones."""
+    node = config.node or cluster.device.devices
+    pp, ep = config.pp or 1, config.ep or 1
+    dp = config.dp or max(1, cluster.size // (pp * ep))
     layout = Layout(pp, dp, ep, node)
     mesh.check(layout, cfg, cluster.size)
-    return with_layout(wanted, cfg, cluster, layout)
+    return with_layout(config, cfg, cluster, layout)
 
 
-def with_layout(wanted: Wanted, cfg: ModelConfig, cluster: Cluster, layout: Layout) -> Setup:
-    """The same with a layout that is known to fit."""
-    rows = wanted.micro_rows or 1
-    batch = wanted.rows(wanted.tokens or 0.0) if wanted.batch else layout.dp * layout.ep * rows * 4 * layout.pp
+def with_layout(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec, layout: Layout) -> Setup:
+    """The run in a valid layout."""
+    rows = config.micro_rows or 1
+    batch = config.rows(config.tokens or 0.0) if config.batch else layout.dp * layout.ep * rows * 4 * layout.pp
     each = layout.dp * layout.ep * rows
     if batch < each:
         raise UserError(
             f"a batch of {batch:.0f} sequences gives none to some of the {layout.dp * layout.ep} data-parallel ranks "
             f"({rows} a micro-batch); raise batch to {each} at least, or use more pipeline ranks"
         )
-    name, micro = micro_batches(wanted.schedule or "auto", layout.pp, round(batch) // each)
+    name, micro = micro_batches(config.schedule or "auto", layout.pp, round(batch) // each)
     busiest = 1.0
-    if wanted.routing not in (None, "balanced"):
-        busiest = routing.imbalance(Path(wanted.routing), layout.ep)
-    fp8 = wanted.precision == "fp8" if wanted.precision else cluster.device.fp8 is not None
+    if config.routing not in (None, "balanced"):
+        busiest = imbalance(Path(config.routing), layout.ep)
+    fp8 = config.precision == "fp8" if config.precision else cluster.device.fp8 is not None
     return Setup(
-        Shape.of(cfg), layout, cluster.device, name, micro, rows, wanted.seq or cfg.max_seq_len, fp8,
-        wanted.mtp != 0, wanted.recompute or (), busiest, wanted.in_step or IN_STEP, wanted.stages == "even",
+        ModelShape.of(cfg), layout, cluster.device, name, micro, rows, config.seq or cfg.max_seq_len, fp8,
+        config.mtp != 0, config.recompute or (), busiest, config.in_step or IN_STEP, config.stages == "even",
+    )  # fmt: skip
+
+
+def resolve(name: str, given: PlanConfig) -> tuple[str, ModelConfig, PlanConfig, Recipe | None]:
+    """(name, network, config, recipe if it is one) of a preset or a recipe's path, with the user's options over its
+    own; UserError if it is neither."""
+    if name in PRESETS:
+        return name, preset(name, **given.model), given.over(published(name)), None
+    path = Path(name)
+    if path.suffix != ".toml" and not path.exists():
+        raise UserError(f'no model "{name}": {nearest(name, list(PRESETS))} (or the path of a recipe, such as my.toml)')
+    recipe = Recipe.load(path)
+    settings = next((stage for stage in recipe.stages if stage.kind == "pretrain"), None)
+    cfg = model_config(recipe, (settings.model if settings else {}) | given.model)
+    return recipe.name, cfg, given.over(of_recipe(recipe, settings, cfg)), recipe
+
+
+def of_recipe(recipe: Recipe, settings: Any, cfg: ModelConfig) -> PlanConfig:
+    """The layout of a recipe, and its pre-training if it has one."""
+    table = recipe.layout
+    if table.cp > 1:
+        raise UserError(
+            f'recipe "{recipe.name}": the planner does not price context parallelism; set cp = 1 in [layout] to plan '
+            "without it (bessemer run RECIPE --dry-run says what every rank would hold with it)"
+        )
+    parallel = table.pp * table.ep > 1 or table.dp not in (1, "auto")
+    layout: dict[str, Any] = {"pp": table.pp, "ep": table.ep, "node": table.node} if parallel else {}
+    if parallel and table.dp != "auto":
+        layout["dp"] = table.dp
+    if table.schedule != "auto":
+        layout["schedule"] = table.schedule
+    if table.recompute:
+        layout["recompute"] = tuple(table.recompute)
+    if settings is None:
+        return PlanConfig(**layout)
+    corpus = next((stage for stage in recipe.stages if stage.kind == "corpus"), None)
+    return PlanConfig(
+        **layout, tokens=float(settings.tokens), batch=tuple(map(tuple, settings.batch_rows.plain())),
+        seq=cfg.max_seq_len if corpus is None else corpus.row_length, micro_rows=settings.micro_rows,
+        precision="fp8" if settings.fp8 != "off" else "bf16", mtp=int(any(settings.mtp_lambda.values)),
     )  # fmt: skip

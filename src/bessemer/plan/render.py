@@ -1,4 +1,4 @@
-"""A plan in words, for a terminal."""
+"""A plan as text for a terminal."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bessemer.model import counts
-from bessemer.plan.cost import Plan, assumptions
+from bessemer.plan.cost import RunPlan, assumptions
 from bessemer.plan.hardware import GIB
 from bessemer.plan.memory import KINDS
-from bessemer.plan.search import Searched
+from bessemer.plan.search import SearchResult
 
 PARTS = {"forward": "forward alone", "backward": "backward alone", "weights": "weight gradients alone",
          "pairs": "overlapped forward and backward", "bubble": "bubble", "optimizer": "optimizer"}  # fmt: skip
@@ -29,24 +29,24 @@ def hours(value: float) -> str:
 
 
 def duration(days: float) -> str:
-    """In the unit that suits it."""
+    """0.5 -> 12.0 hours, in the largest unit that gives at least 1."""
     for unit, size in (("days", 1.0), ("hours", 1 / 24), ("minutes", 1 / 1440)):
         if days >= size:
             return f"{days / size:.1f} {unit}"
     return f"{86400 * days:.2g} seconds"
 
 
-def described(
-    name: str, plan: Plan, ideas: Mapping[str, Any], rl: Sequence[Mapping[str, Any]] = (),
+def describe(
+    name: str, plan: RunPlan, ideas: Mapping[str, Any], rl: Sequence[Mapping[str, Any]] = (),
     serving: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
-    """All of it; `ideas`, `rl` and `serving` as their modules give them."""
-    parts = [_run(name, plan), _step(plan), _memory(plan), _worth(plan, ideas), *(_rl(stage) for stage in rl)]
-    parts += [_served(serving), ["assumed", *(f"  {text}" for text in assumptions(plan))]]
+    """The whole plan; `ideas`, `rl`, `serving`: results of `cost.ideas`, `cost.rl_costs` and `ServingOffer.facts`."""
+    parts = [_run(name, plan), _step(plan), _memory(plan), _ideas(plan, ideas), *(_rl(stage) for stage in rl)]
+    parts += [_serving(serving), ["assumed", *(f"  {text}" for text in assumptions(plan))]]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
-def _run(name: str, plan: Plan) -> list[str]:
+def _run(name: str, plan: RunPlan) -> list[str]:
     setup, cfg, device = plan.setup, plan.cfg, plan.setup.device
     lines = [
         f"{name}: {amount(counts.main_params(cfg))} parameters, {amount(counts.active_params(cfg))} a token, "
@@ -68,7 +68,7 @@ def _run(name: str, plan: Plan) -> list[str]:
     return [*lines, f"bound by {plan.bound}"]
 
 
-def _step(plan: Plan) -> list[str]:
+def _step(plan: RunPlan) -> list[str]:
     tokens = amount(plan.setup.step_tokens)
     lines = [f"a step of {tokens} tokens: {plan.step.seconds:.3f} s, means over the ranks of a pipeline"]
     lines += [f"  {PARTS[part]:<34}{seconds:9.3f} s" for part, seconds in plan.step.parts.items() if seconds]
@@ -76,7 +76,7 @@ def _step(plan: Plan) -> list[str]:
     return lines + [f"  {link:<34}{size / 1e9:9.1f}" for link, size in plan.step.links.items()]
 
 
-def _memory(plan: Plan) -> list[str]:
+def _memory(plan: RunPlan) -> list[str]:
     device, ranks = plan.setup.device, plan.memory
     worst = max(range(len(ranks)), key=lambda rank: sum(ranks[rank].values()))
     shown = list(dict.fromkeys((0, len(ranks) // 2, len(ranks) - 1, worst)))
@@ -88,19 +88,19 @@ def _memory(plan: Plan) -> list[str]:
     return [*lines, f"  {'fits' if plan.fits else 'DOES NOT FIT'}: {room} can be filled"]
 
 
-def _worth(plan: Plan, ideas: Mapping[str, Any]) -> list[str]:
+def _ideas(plan: RunPlan, ideas: Mapping[str, Any]) -> list[str]:
     lines = ["without one of its ideas, thousand GPU hours a trillion tokens"]
-    for idea, worth in ideas.items():
-        if isinstance(worth, str):
-            lines.append(f"  {idea:<48} {worth}")
+    for idea, cost in ideas.items():
+        if isinstance(cost, str):
+            lines.append(f"  {idea:<48} {cost}")
             continue
-        held = worth.get("memory_gib", 0.0)
-        over = f"  but {held:.0f} GiB do not fit" if held * GIB > plan.setup.device.room else ""
-        thousands = worth["gpu_hours_per_trillion_tokens"] / 1e3
-        lines.append(f"  {idea:<48}{thousands:9.1f}  x {worth['factor']:.3f}{over}")
+        gib = cost.get("memory_gib", 0.0)
+        over = f"  but {gib:.0f} GiB do not fit" if gib * GIB > plan.setup.device.room else ""
+        thousands = cost["gpu_hours_per_trillion_tokens"] / 1e3
+        lines.append(f"  {idea:<48}{thousands:9.1f}  x {cost['factor']:.3f}{over}")
     if "MLA" in ideas:
         ratio = plan.setup.shape.without_mla().kv_bytes() / plan.setup.shape.kv_bytes()
-        lines.append(f"  without MLA a token's cache is {ratio:.0f} x as large, which serving pays for")
+        lines.append(f"  without MLA a token's cache is {ratio:.0f} x as large, a cost of serving")
     return lines if ideas else []
 
 
@@ -112,27 +112,28 @@ def _rl(stage: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _served(offer: Mapping[str, Any] | None) -> list[str]:
+def _serving(offer: Mapping[str, Any] | None) -> list[str]:
     if offer is None:
         return []
     out, read = offer["usd_per_million_output_tokens"], offer["usd_per_million_input_tokens"]
-    paid = "" if out is None else f"; ${out:.2f} a million of them, ${read:.3f} a million read"
+    price = "" if out is None else f"; ${out:.2f} a million of them, ${read:.3f} a million read"
     return [
         f"served from units of {offer['gpus_of_a_unit']}, {offer['answers_per_gpu']} answers a GPU, each "
         f"{offer['tokens_per_second_of_an_answer']:.0f} tokens/s: "
-        f"{offer['output_tokens_per_second_per_node']:,.0f} tokens/s a node{paid}"
+        f"{offer['output_tokens_per_second_per_node']:,.0f} tokens/s a node{price}"
     ]
 
 
-def searched(found: Searched, shown: int = 8) -> str:
-    """The best layouts, and why others are out."""
-    lines = [f"{found.considered:,} layouts considered, the {len(found.found)} most promising that fit simulated",
-             f"{'pp':>4}{'ep':>5}{'dp':>5}  {'schedule':<13}{'made again':<16}{'rows':>5}{'micro':>7}  {'format':<7}"
+def describe_search(result: SearchResult, shown: int = 8) -> str:
+    """The best layouts, and why others were rejected."""
+    most = len(result.candidates)
+    lines = [f"{result.considered:,} layouts considered, the {most} most promising that fit simulated",
+             f"{'pp':>4}{'ep':>5}{'dp':>5}  {'schedule':<13}{'recomputed':<16}{'rows':>5}{'micro':>7}  {'format':<7}"
              f"{'tokens/s/GPU':>13}{'GiB':>7}"]  # fmt: skip
-    for one in found.found[:shown]:
+    for one in result.candidates[:shown]:
         s = one.setup
         lines.append(
             f"{s.layout.pp:>4}{s.layout.ep:>5}{s.layout.dp:>5}  {s.schedule:<13}{','.join(s.recompute) or '-':<16}"
             f"{s.rows:>5}{s.micro:>7}  {'fp8' if s.fp8 else 'bf16':<7}{one.rate:>13,.0f}{one.bytes / GIB:>7.1f}"
         )
-    return "\n".join(lines + [f"out: {count:,} because {reason}" for reason, count in found.refused.most_common()])
+    return "\n".join(lines + [f"out: {count:,} because {reason}" for reason, count in result.rejected.most_common()])

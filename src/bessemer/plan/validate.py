@@ -13,17 +13,15 @@ from typing import Any
 from bessemer.dist.mesh import Layout
 from bessemer.model.config import ModelConfig
 from bessemer.model.presets import preset
-from bessemer.plan import audit, overlap
-from bessemer.plan.hardware import device, figures
-from bessemer.plan.kernels import attention_rates, data, filled, fitted
-from bessemer.plan.layers import layer_times
-from bessemer.plan.setup import IN_STEP, Setup
-from bessemer.plan.shape import Shape
-from bessemer.plan.step import step_time
+from bessemer.plan import audit, layer_time
+from bessemer.plan.hardware import attention_rates, device, efficiency, fit_gemm, read_toml, wave_fill
+from bessemer.plan.layer_time import layer_times
+from bessemer.plan.step_time import step_time
+from bessemer.plan.training_setup import IN_STEP, ModelShape, Setup
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One comparison."""
 
     what: str
@@ -37,20 +35,20 @@ class Row:
         return self.predicted / self.published - 1
 
 
-def others() -> list[Row]:
+def others() -> list[Comparison]:
     """Runs of other systems: tokens a second and device."""
-    return [_other(run) for run in figures("validation.toml")["run"]]
+    return [_other(run) for run in read_toml("validation.toml")["run"]]
 
 
-def _other(run: dict[str, Any]) -> Row:
+def _other(run: dict[str, Any]) -> Comparison:
     on = device(run["device"])
     if "bandwidth" in run:
         on = replace(on, bandwidth=run["bandwidth"])
     if "shape" in run:
         values = run["shape"]
-        shape = Shape(**values, dense=values["n_layers"])
+        shape = ModelShape(**values, dense=values["n_layers"])
     else:
-        shape = Shape.of(preset(run["preset"]) if "preset" in run else ModelConfig.make(run["model"]))
+        shape = ModelShape.of(preset(run["preset"]) if "preset" in run else ModelConfig.make(run["model"]))
     pp, ep, rows = run.get("pp", 1), run.get("ep", 1), run.get("micro_rows", 1)
     layout = Layout(pp, run["gpus"] // (pp * ep), ep, on.devices)
     micro = max(1, run["batch"] // (layout.dp * ep * rows))
@@ -59,12 +57,12 @@ def _other(run: dict[str, Any]) -> Row:
         recompute=tuple(run.get("recompute", ())), fsdp=run.get("fsdp", False),
     )  # fmt: skip
     rate = setup.step_tokens / step_time(setup).seconds / layout.world
-    return Row(run["name"], run["tokens_s"], rate, "tokens/s/GPU", f"{run['source']}. Assumed: {run['assumed']}")
+    return Comparison(run["name"], run["tokens_s"], rate, "tokens/s/GPU", f"{run['source']}. Assumed: {run['assumed']}")
 
 
-def isca() -> list[Row]:
+def isca() -> list[Comparison]:
     """Parts of a step of V3, means over the ranks of a pipeline."""
-    said, parts = figures("claims.toml")["isca"], audit.v3().step.parts
+    said, parts = read_toml("claims.toml")["isca"], audit.v3().step.parts
     names = {
         "forward": "1F",
         "bubble": "bubble",
@@ -73,15 +71,17 @@ def isca() -> list[Row]:
         "pairs": "1F1B",
         "optimizer": "optimizer",
     }
-    return [Row(names[part], said[part], parts[part], "s", said["source"]) for part in names]
+    return [Comparison(names[part], said[part], parts[part], "s", said["source"]) for part in names]
 
 
-def pair(in_step: float = 1.0) -> Row:
+def pair(in_step: float = 1.0) -> Comparison:
     """The 4 + 4 layers of the public trace, from kernels alone."""
-    said = figures("claims.toml")["trace"]
+    said = read_toml("claims.toml")["trace"]
     own = replace(audit.v3().setup, in_step=in_step)
-    times = layer_times(own, False, data()["exchange"]["units"])
-    return Row("4 + 4 layers", said["pair_ms"], 1e3 * overlap.pair([times] * 4, [times] * 4), "ms", said["source"])
+    times = layer_times(own, False, efficiency()["exchange"]["units"])
+    return Comparison(
+        "4 + 4 layers", said["pair_ms"], 1e3 * layer_time.pair([times] * 4, [times] * 4), "ms", said["source"]
+    )
 
 
 def imbalances() -> list[tuple[float, float]]:
@@ -94,16 +94,16 @@ def imbalances() -> list[tuple[float, float]]:
     return found
 
 
-def gemms() -> list[Row]:
+def gemms() -> list[Comparison]:
     """The fit of the FP8 GEMMs against the points it was made of."""
-    table = data()["gemm"]["fp8"]
-    rate, k0 = fitted("fp8")
+    table = efficiency()["gemm"]["fp8"]
+    rate, k0 = fit_gemm("fp8")
     units = device(table["device"]).units
     return [
-        Row(
+        Comparison(
             f"{g} x {m} x {n} x {k}",
             tflops,
-            rate * filled((g, m, n, k), units) * k / (k + k0),
+            rate * wave_fill((g, m, n, k), units) * k / (k + k0),
             "TFLOPS",
             table["source"],
         )
@@ -111,7 +111,7 @@ def gemms() -> list[Row]:
     ]
 
 
-def _table(rows: list[Row]) -> list[str]:
+def _table(rows: list[Comparison]) -> list[str]:
     lines = ["| what | published | predicted | error |", "|---|---|---|---|"]
     lines += [
         f"| {r.what} | {r.published:,.5g} {r.unit} | {r.predicted:,.4g} {r.unit} | {100 * r.error:+.1f} % |"
@@ -202,7 +202,7 @@ endless sequences, {l0:.0f} tokens of fixed cost.
 def page() -> str:
     """docs/planner.md."""
     alone, inside, runs, uneven = pair(), pair(IN_STEP), others(), imbalances()
-    (r8, k8), (r16, k16), (forward, backward, l0) = fitted("fp8"), fitted("bf16"), attention_rates()
+    (r8, k8), (r16, k16), (forward, backward, l0) = fit_gemm("fp8"), fit_gemm("bf16"), attention_rates()
     claims = [
         (f"{one.claim}, {one.unit}", f"{one.published:,.6g}", f"{one.predicted:,.4g}", percent(one.error), one.verdict)
         for one in audit.deepseek_v3()
@@ -223,15 +223,15 @@ def _pairs() -> dict[str, float]:
     """Overlapped pairs: how many a rank has, ms of one as published and as predicted."""
     step = audit.v3().step
     count = sum(step.timeline.pairs) / step.table.ranks
-    said = figures("claims.toml")["isca"]["pairs"]
+    said = read_toml("claims.toml")["isca"]["pairs"]
     return {"count": count, "theirs": 1e3 * said / count, "ours": 1e3 * step.parts["pairs"] / count}
 
 
-def own() -> list[Row]:
+def own() -> list[Comparison]:
     """Stages of this repository's recipes: seconds as `bessemer plan RECIPE --here` said before, and as measured."""
     return [
-        Row(f"{run['what']}; {run['load']}", run["measured"], run["planned"], run["unit"], "")
-        for run in figures("validation.toml")["own"]
+        Comparison(f"{run['what']}; {run['load']}", run["measured"], run["planned"], run["unit"], "")
+        for run in read_toml("validation.toml")["own"]
     ]
 
 
@@ -239,7 +239,7 @@ def percent(share: float) -> str:
     return f"{100 * share:+.1f} %"
 
 
-def rows(found: list[Row]) -> str:
+def rows(found: list[Comparison]) -> str:
     cells = [(r.what, f"{r.published:,.5g} {r.unit}", f"{r.predicted:,.4g} {r.unit}", percent(r.error)) for r in found]
     return table(("what", "published" if found[0].note else "measured", "predicted", "error"), cells)
 

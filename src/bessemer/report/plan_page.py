@@ -1,4 +1,4 @@
-"""A plan as one HTML file: the figures, where the time goes, who does what when, memory, what each idea is worth."""
+"""A plan as one HTML file: the read_toml, where the time goes, who does what when, memory, what each idea is worth."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from bessemer.dist.timeline import as_svg
 from bessemer.model import counts
-from bessemer.plan.cost import Plan, assumptions
+from bessemer.plan.cost import RunPlan, assumptions
 from bessemer.plan.hardware import GIB
 from bessemer.plan.memory import KINDS
 from bessemer.plan.render import PARTS, amount
 from bessemer.report import page
 
 
-def document(name: str, plan: Plan, ideas: Mapping[str, Any]) -> str:
+def document(name: str, plan: RunPlan, ideas: Mapping[str, Any]) -> str:
     setup, device = plan.setup, plan.setup.device
     usd = "no price given" if plan.usd is None else f"${amount(plan.usd)} at ${plan.usd_hour:g} a GPU hour"
     fits = "fits" if plan.fits else "does not fit"
@@ -46,7 +46,7 @@ def document(name: str, plan: Plan, ideas: Mapping[str, Any]) -> str:
     return page.document(f"Plan: {name}", body)
 
 
-def _parts(plan: Plan) -> str:
+def _parts(plan: RunPlan) -> str:
     rows = [
         (page.text(PARTS[part]), f"{seconds:.3f}", page.meter(seconds / plan.step.seconds, None, part == "pairs"))
         for part, seconds in plan.step.parts.items()
@@ -57,7 +57,7 @@ def _parts(plan: Plan) -> str:
     )
 
 
-def _memory(plan: Plan) -> str:
+def _memory(plan: RunPlan) -> str:
     rows = [
         (str(rank), *(f"{kinds[kind] / GIB:.2f}" for kind in KINDS), f"{sum(kinds.values()) / GIB:.2f}")
         for rank, kinds in enumerate(plan.memory)
@@ -65,7 +65,7 @@ def _memory(plan: Plan) -> str:
     return page.table(("rank", *KINDS, "total"), rows, tuple(range(len(KINDS) + 2)))
 
 
-def _ideas(plan: Plan, ideas: Mapping[str, Any]) -> str:
+def _ideas(plan: RunPlan, ideas: Mapping[str, Any]) -> str:
     rows = []
     for idea, worth in ideas.items():
         if isinstance(worth, str):
