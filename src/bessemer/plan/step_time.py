@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from bessemer.dist.schedules import schedule
-from bessemer.dist.timeline import Timeline, simulate
 from bessemer.dist.table import Action, Pair, Step, Table
+from bessemer.dist.timeline import Timeline, simulate
 from bessemer.errors import UserError
 from bessemer.plan import layer_kernels, layer_time
 from bessemer.plan.hardware import Kernels, efficiency, memory_op
