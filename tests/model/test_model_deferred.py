@@ -16,7 +16,7 @@ from bessemer.model.transformer import Transformer
 from bessemer.precision import backends
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.train.objective import next_token
-from bessemer.train.optim import Optimizer
+from bessemer.train.optimizer import Optimizer
 
 KINDS = {"float32": (torch.float32, None), "bf16": (torch.bfloat16, None), "fp8": (torch.float32, PAPER),
          "fp8-bf16": (torch.bfloat16, PAPER)}  # fmt: skip

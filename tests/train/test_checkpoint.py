@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from bessemer.errors import UserError
-from bessemer.train import checkpoint, rng
+from bessemer.train import checkpoint, guard
 from bessemer.train.checkpoint import State, latest, load, save, steps
 
 CONFIG = {"model": {"dim": 32, "experts": [8, 2]}, "seed": 7}
@@ -202,9 +202,9 @@ def test_random_states_come_back():
 
     np.random.seed(0), random.seed(0)
     draw()  # one Gaussian each: the other half of the pair waits in the state
-    tensors, values = rng.capture(own)
+    tensors, values = guard.capture_rng(own)
     values = json.loads(json.dumps(values))
     expected = draw()
     draw()
-    rng.restore(tensors, values, own)
+    guard.restore_rng(tensors, values, own)
     assert draw() == expected

@@ -7,7 +7,7 @@ import tiny_run
 import torch
 
 from bessemer.data.batch import Batch
-from bessemer.train.distill import OnPolicy, divergence
+from bessemer.train.objective import OnPolicyDistillation, divergence_of
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def naive(student, teacher, made, which, temperature):
 def test_the_sum_and_its_gradient_against_a_naive_loop(pair, which, temperature):
     student, teacher = pair
     made = batch(vocab=student.cfg.vocab_size)
-    loss = OnPolicy(teacher, which, temperature)(student, made)
+    loss = OnPolicyDistillation(teacher, which, temperature)(student, made)
     assert loss.tokens == made.loss_BT.sum()
     loss.total.backward()
     assert all(p.grad is None for p in teacher.parameters()), "the teacher is frozen"
@@ -54,21 +54,21 @@ def test_the_sum_and_its_gradient_against_a_naive_loop(pair, which, temperature)
 
 def test_equal_models_do_not_diverge(pair):
     student = pair[0]
-    loss = OnPolicy(copy.deepcopy(student))(student, batch(vocab=student.cfg.vocab_size))
+    loss = OnPolicyDistillation(copy.deepcopy(student))(student, batch(vocab=student.cfg.vocab_size))
     assert abs(loss.total.item()) < 1e-5
 
 
 def test_the_two_directions_differ_and_are_never_negative():
     a, b = (torch.randn(50, 7, generator=torch.Generator().manual_seed(s)).log_softmax(-1) for s in (1, 2))
-    one, two = divergence(a, b, "reverse"), divergence(a, b, "forward")
+    one, two = divergence_of(a, b, "reverse"), divergence_of(a, b, "forward")
     assert (one > 0).all() and (two > 0).all() and not torch.allclose(one, two)
-    torch.testing.assert_close(two, divergence(b, a, "reverse"))
+    torch.testing.assert_close(two, divergence_of(b, a, "reverse"))
 
 
 def test_the_student_comes_closer(pair):
     student, teacher = pair
     made = batch(vocab=student.cfg.vocab_size)
-    objective = OnPolicy(teacher)
+    objective = OnPolicyDistillation(teacher)
     optimizer = torch.optim.Adam(student.parameters(), 3e-3)
     first = objective(student, made).total.item()
     for _ in range(30):

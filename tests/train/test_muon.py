@@ -6,8 +6,8 @@ from torch import nn
 
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
-from bessemer.train import muon
-from bessemer.train.optim import Optimizer
+from bessemer.train import update_rules
+from bessemer.train.optimizer import Optimizer
 
 LR, DECAY = 0.02, 0.1
 
@@ -15,20 +15,20 @@ LR, DECAY = 0.02, 0.1
 @pytest.mark.parametrize("shape", [(3, 24, 16), (2, 16, 40), (1, 8, 8)])
 def test_the_orthogonal_factor_keeps_directions_and_evens_their_sizes(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    got = muon.orthogonal(x)
+    got = update_rules.orthogonal(x)
     u, s, v = torch.linalg.svd(x, full_matrices=False)
     inside = u.mT @ got @ v.mT  # in the basis of the singular vectors: diagonal, between .68 and 1.2
     sizes = inside.diagonal(dim1=-2, dim2=-1)
     assert (inside - torch.diag_embed(sizes)).abs().max() < 1e-9
     assert sizes[s > 0.02 * s.max()].min() > 0.6 and sizes.max() < 1.25
-    assert torch.equal(muon.orthogonal(torch.zeros(shape)), torch.zeros(shape))
+    assert torch.equal(update_rules.orthogonal(torch.zeros(shape)), torch.zeros(shape))
 
 
 def test_large_stacks_go_in_parts(monkeypatch):
     x = torch.randn(5, 8, 6, generator=torch.Generator().manual_seed(0))
-    whole = muon.orthogonal(x)
-    monkeypatch.setattr(muon, "LIMIT", 2 * 48)
-    assert torch.allclose(muon.orthogonal(x), whole, atol=1e-6)
+    whole = update_rules.orthogonal(x)
+    monkeypatch.setattr(update_rules, "LIMIT", 2 * 48)
+    assert torch.allclose(update_rules.orthogonal(x), whole, atol=1e-6)
 
 
 class Net(nn.Module):

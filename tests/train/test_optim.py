@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bessemer.errors import UserError
-from bessemer.train.optim import Optimizer
+from bessemer.train.optimizer import Optimizer
 
 
 class Net(nn.Module):

@@ -13,7 +13,7 @@ from trl import RewardTrainer
 from bessemer.data import preference_rows
 from bessemer.hf import hub
 from bessemer.model.scorer import Scorer
-from bessemer.train.preference import pairwise, pointwise
+from bessemer.train.objective import pairwise, pointwise
 from bessemer.train.trainer import Trainer
 
 hf_logging.disable_progress_bar()

@@ -24,7 +24,7 @@ from bessemer.dist import schedules, watchdog
 from bessemer.dist.executor import Executor, Work
 from bessemer.dist.model_shard import ModelShard, rows_of
 from bessemer.dist import sharded_checkpoint
-from bessemer.train import balance, checkpoint, rng
+from bessemer.train import balance, checkpoint, guard
 from bessemer.train.checkpoint import CheckpointReader, Damaged
 from bessemer.train.objective import Loss, Sums, balance_weight
 from bessemer.train.trainer import COUNTERS, Trainer
@@ -203,7 +203,7 @@ class DistributedTrainer(Trainer):
 
     def _write(self) -> Path:
         """Goes on as soon as the copies are made."""
-        random_tensors, random_values = rng.capture(self.generators)
+        random_tensors, random_values = guard.capture_rng(self.generators)
         counters = {name: getattr(self, name) for name in COUNTERS}
         counters |= {"updates": self.optimizer.steps, "rng": random_values, "extras": self.extras}
         tensors = self.optimizer.pieces()
@@ -271,7 +271,7 @@ class DistributedTrainer(Trainer):
         self.extras = reader.counters["extras"]
         states = [name for name in reader.locations if name.startswith("rng/")]
         tensors = {name.removeprefix("rng/"): t for name, t in reader.read(states).items()}
-        rng.restore(tensors, reader.counters["rng"], self.generators)
+        guard.restore_rng(tensors, reader.counters["rng"], self.generators)
 
 
 def _place(gate: str) -> str:

@@ -22,10 +22,10 @@ from bessemer.dist import watchdog
 from bessemer.dist.ranks import all_gather, reduce_scatter
 from bessemer.dist.mesh import Mesh
 from bessemer.train.checkpoint import CheckpointReader
-from bessemer.train.adamw import adamw_
-from bessemer.train.flat import NORM_BLOCK, Group, Members, Slot, Update
-from bessemer.train.matrices import Matrices
-from bessemer.train.optim import Optimizer
+from bessemer.train.update_rules import adamw_
+from bessemer.train.optimizer import NORM_BLOCK, Group, Members, ParameterSlot, Update
+from bessemer.train.optimizer import Matrices
+from bessemer.train.optimizer import Optimizer
 from bessemer.workers import Workers
 
 
@@ -204,6 +204,6 @@ class Zero1(Optimizer):
         return state
 
     @staticmethod
-    def _gathered(group: Share, share: Tensor) -> list[tuple[Slot, Tensor]]:
+    def _gathered(group: Share, share: Tensor) -> list[tuple[ParameterSlot, Tensor]]:
         whole = group.gathered(share)
         return [(slot, slot.of(whole)) for slot in group.slots]

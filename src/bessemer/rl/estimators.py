@@ -24,7 +24,7 @@ from bessemer.model.mode import evaluating
 from bessemer.model.transformer import Transformer
 from bessemer.rl import advantage, ppo, rollout
 from bessemer.rl.rollout import Sampled
-from bessemer.train.optim import load_exactly
+from bessemer.train.optimizer import load_exactly
 from bessemer.train.settings import Settings as TrainSettings
 from bessemer.train.trainer import Trainer
 

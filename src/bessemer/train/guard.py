@@ -1,28 +1,32 @@
-"""What to do when a step is not finite: skip, name the culprit, roll back, and stop when that does not help.
+"""What a trainer does about a non-finite step: skip it, name the cause, roll back, and stop if that does not help.
 
 (V3 4.2 had no irrecoverable spike and no rollback; smaller runs and real hardware do.) A bad step never touches the
 weights. After `failures` bad steps in a row the trainer goes back to its last checkpoint but not to the same data: the
 cursor stays past the rows that failed. After `rollbacks` of these without progress, a UserError says what to try.
+
+`capture_rng` and `restore_rng` save every random state a step can depend on (torch, CUDA, numpy, Python, named
+generators), for checkpoints and for running a step again.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bessemer.errors import UserError
-from bessemer.train import rng
 
 SKIP, ROLL_BACK = "skip", "roll back"
 
 
 @dataclass
-class Guard:
-    """Counts bad steps and decides."""
+class StepGuard:
+    """Counts bad steps and decides what to do."""
 
     failures: int = 3
     """Bad steps in a row before a rollback."""
@@ -37,7 +41,7 @@ class Guard:
         self.streak = 0
 
     def saved(self) -> None:
-        """A checkpoint of a later step is written: unless in the middle of bad steps, the trouble is behind."""
+        """A checkpoint of a later step was written. Outside a streak of bad steps that is progress."""
         if self.streak == 0:
             self.rolled_back = 0
 
@@ -58,31 +62,31 @@ class Guard:
 
 
 def bad_gradients(names: list[str]) -> str:
-    """What is said of gradients that are not finite, in the model's order, where the loss is."""
-    # Backward runs from the last parameter to the first: the last bad one is where it began.
+    """Describes non-finite gradients of a finite loss; names are in the model's order."""
+    # Backward runs from the last parameter to the first, so the last bad one is where it started.
     where = names[-1] if names else "none (their norm overflows)"
     return f"loss is finite but {len(names)} gradients are not, beginning at {where}"
 
 
 def nonfinite_activation(model: nn.Module, run: Callable[[], Any]) -> str | None:
-    """Runs `run` (a forward pass) again, watching every module; returns the first whose output is not finite.
+    """Runs `run` (a forward pass) again, checking every module; returns the first whose output is not finite.
 
-    The cause is that module or an operation on its inputs. Random states are put back; gate loads are the caller's.
+    The cause is that module or an operation on its inputs. Restores random states; gate loads are the caller's.
     """
     first: list[str] = []
     names = {module: name or type(model).__name__ for name, module in model.named_modules()}
 
-    def watch(module: nn.Module, inputs: tuple, output: Any) -> None:
+    def check(module: nn.Module, inputs: tuple, output: Any) -> None:
         if not first and not _finite(output):
             weights = "" if _finite(list(module.parameters(recurse=False))) else " (its own weights are not finite)"
             first.append(names[module] + weights)
 
-    handles = [module.register_forward_hook(watch) for module in names]
-    tensors, values = rng.capture()
+    handles = [module.register_forward_hook(check) for module in names]
+    tensors, values = capture_rng()
     try:
         run()
     finally:
-        rng.restore(tensors, values)
+        restore_rng(tensors, values)
         for handle in handles:
             handle.remove()
     return first[0] if first else None
@@ -96,3 +100,42 @@ def _finite(value: Any) -> bool:
     if isinstance(value, Iterable) and not isinstance(value, str):
         return all(_finite(item) for item in value)
     return True
+
+
+def capture_rng(generators: dict[str, np.random.Generator] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and JSON values that `restore_rng` takes."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors.update({f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, words, gauss = random.getstate()
+    values = {
+        "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
+        "python": [version, list(words), gauss],
+        "generators": {key: _plain(g.bit_generator.state) for key, g in (generators or {}).items()},
+    }
+    return tensors, values
+
+
+def restore_rng(
+    tensors: dict[str, Tensor], values: dict[str, Any], generators: dict[str, np.random.Generator] | None = None
+) -> None:
+    """Restores every state. CUDA states of devices that this machine lacks are ignored."""
+    torch.set_rng_state(tensors["torch"])
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            if f"cuda{i}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"cuda{i}"], i)
+    name, keys, position, has_gauss, cached = values["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    version, words, gauss = values["python"]
+    random.setstate((version, tuple(words), gauss))
+    for key, generator in (generators or {}).items():
+        generator.bit_generator.state = values["generators"][key]
+
+
+def _plain(state: Any) -> Any:
+    """Bit-generator state with arrays as lists."""
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in state.items()}
+    return state.tolist() if isinstance(state, np.ndarray | np.generic) else state

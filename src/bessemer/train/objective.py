@@ -1,9 +1,23 @@
-"""The pre-training and SFT objective (V3 2.2, A.9): L_main + L_MTP + L_Bal.
+"""The objectives: next-token prediction, reward models, and distillation on the student's own samples.
 
 An objective is `objective(model, batch, **terms) -> Loss`. Everything it returns is a *sum* over the tokens of its
 micro-batch; the trainer adds the micro-batches of a step and divides once by the step's `tokens`. So a step's result
-does not depend on how it was cut, and L_MTP is averaged like L_main (never per micro-batch, never not at all).
-`terms` are schedules of the recipe, evaluated by the trainer at the step (lambda and alpha here).
+does not depend on how it was split, and L_MTP is averaged like L_main. `terms` are schedules of the recipe, evaluated
+by the trainer at the step (lambda and alpha here).
+
+    next token   L_main + L_MTP + L_Bal                                          V3 2.2, Eq. 24-25; pre-training and SFT
+    pairwise     -log sigmoid(r_chosen - r_rejected)                             Bradley-Terry; a mean over pairs
+    pointwise    -y log sigmoid(r) - (1 - y) log(1 - sigmoid(r))                 cross-entropy; a mean over texts
+    reverse      sum_t KL(pi_student(. | x_<t) || pi_teacher(. | x_<t))          keeps to what the teacher would write
+    forward      sum_t KL(pi_teacher || pi_student)                              covers everything it might write
+
+Pairwise and pointwise are R1's reward models (R1-Nature Methods): helpfulness and safety. Their batches are those of
+`data.preference_rows`; scores are read at the last token of each text.
+
+The divergences run over the whole vocabulary, not only the sampled token, so their gradient has no sampling noise
+beyond the prefixes. R1 distils from text alone (R1 2.4); this extra needs one tokenizer for both models.
+
+Shapes: B rows, T tokens of a row, D hidden, N tokens, V vocabulary, C tokens of one chunk, P pairs, S texts.
 """
 
 from __future__ import annotations
@@ -13,13 +27,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bessemer.model.transformer import TrainOutputs
-from bessemer.train.loss import predicting
+from bessemer.train.loss import chunk_rows, predicting
 
 if TYPE_CHECKING:
+    from bessemer.config.training import Divergence
     from bessemer.data.batch import Batch
+    from bessemer.model.scorer import Scorer
 
 
 @dataclass
@@ -27,7 +45,7 @@ class Loss:
     """Sums over one micro-batch."""
 
     total: Tensor
-    """What is differentiated."""
+    """The value that is differentiated."""
     tokens: Tensor
     """The divisor: sum of loss weights (an objective with a constant divisor returns that)."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -38,7 +56,7 @@ class Loss:
 
 @dataclass
 class Sums:
-    """What the micro-batches of one step came to; their gradients lie in the parameters."""
+    """The results of one step's micro-batches; their gradients are in the parameters."""
 
     batches: list[Batch]
     """This process's."""
@@ -51,14 +69,14 @@ class Sums:
     """Of the whole step, padding included."""
     finite: bool
     values: dict[str, float]
-    """What the objective logs."""
+    """The metrics of the objective."""
 
 
 Objective = Callable[..., Loss]
 
 
 def means(losses: list[Loss], divisor: float) -> dict[str, float]:
-    """What a step logs: summed metrics over the step's divisor and the largest of the peaks, as `train/NAME`."""
+    """The metrics of a step: summed metrics over the step's divisor and the largest of the peaks, as `train/NAME`."""
     peaks = {f"train/{name}": max(loss.peaks[name].item() for loss in losses) for name in losses[0].peaks}
     names = list(losses[0].metrics)
     if not names:
@@ -68,7 +86,7 @@ def means(losses: list[Loss], divisor: float) -> dict[str, float]:
 
 
 class Divided(Protocol):
-    """An objective for a network that is computed in slices, on several ranks."""
+    """An objective for a network whose slices are computed on several ranks."""
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch, **terms: float) -> Loss:
         """The loss from the outputs of the last slice, whose balance term alone is in them."""
@@ -80,7 +98,7 @@ class Divided(Protocol):
         """Weight of the balance terms."""
 
     def names(self, depths: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Its metrics and its peaks, with so many MTP modules."""
+        """Names of its metrics and of its peaks, with `depths` MTP modules."""
 
 
 class NextToken:
@@ -99,7 +117,7 @@ class NextToken:
         return self.of(out, model.head_weight, batch, mtp_lambda, balance_alpha)
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
-        """For who computed the outputs otherwise."""
+        """The same from outputs that were computed elsewhere."""
         main = predicting(out.hidden_BTD, weight_VD, batch, 1)
         tokens = batch.predicted(1)[1].sum()
         metrics = {"loss": main.detach()}
@@ -128,5 +146,90 @@ next_token = NextToken()
 
 
 def balance_weight(batch: Batch, balance_alpha: float) -> Tensor:
-    """What a sum over sequences is multiplied by, so that the trainer's division leaves alpha times their mean."""
+    """The factor on a sum over sequences with which the trainer's division leaves alpha times their mean."""
     return balance_alpha * (batch.loss_BT.sum() / batch.tokens_BT.shape[0])
+
+
+def pairwise(model: Scorer, batch: Batch, balance_alpha: float) -> Loss:
+    """`accuracy` is the share of pairs whose chosen text scores higher, `margin` the mean difference."""
+    scores_BT, balance = _scores(model, batch)
+    row_P, place_P = batch.loss_BT.nonzero(as_tuple=True)
+    rival_P = batch.extras["rival_BT"][row_P, place_P]
+    margin_P = scores_BT[row_P, place_P] - scores_BT[row_P, rival_P]
+    metrics = {"accuracy": (margin_P > 0).sum(), "margin": margin_P.sum()}
+    return _preference_loss(-F.logsigmoid(margin_P).sum(), batch, balance, balance_alpha, metrics)
+
+
+def pointwise(model: Scorer, batch: Batch, balance_alpha: float) -> Loss:
+    """`accuracy` is the share of texts on the right side of 0."""
+    scores_BT, balance = _scores(model, batch)
+    at = batch.loss_BT.nonzero(as_tuple=True)
+    score_S, safe_S = scores_BT[at], batch.extras["safe_BT"][at]
+    metrics = {"accuracy": ((score_S > 0) == (safe_S > 0)).sum()}
+    total = F.binary_cross_entropy_with_logits(score_S, safe_S, reduction="sum")
+    return _preference_loss(total, batch, balance, balance_alpha, metrics)
+
+
+def _scores(model: Scorer, batch: Batch) -> tuple[Tensor, Tensor]:
+    out = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=False)
+    return model.scores(out.hidden_BTD), out.balance
+
+
+def _preference_loss(total: Tensor, batch: Batch, balance: Tensor, alpha: float, metrics: dict[str, Tensor]) -> Loss:
+    units = batch.loss_BT.sum()
+    balance = balance * (units / batch.n_rows)
+    sums = {"loss": total, "balance": balance, **metrics}
+    return Loss(total + alpha * balance, units, {name: value.detach() for name, value in sums.items()})
+
+
+@dataclass(frozen=True)
+class OnPolicyDistillation:
+    """Distillation of the student's samples; `teacher` is frozen and gets the same tokens."""
+
+    teacher: nn.Module
+    divergence: Divergence = "reverse"
+    temperature: float = 1.0
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+        weight = batch.loss_BT[:, 1:].flatten()
+        keep = weight.nonzero().squeeze(1)
+        with torch.no_grad():
+            teacher_ND = _hidden(self.teacher, batch)[keep]
+        total = _weighted_divergence(
+            _hidden(model, batch)[keep], model.head_weight, teacher_ND, self.teacher.head_weight.detach(),
+            weight[keep], self.divergence, self.temperature,
+        )  # fmt: skip
+        return Loss(total, weight.sum(), {"loss": total.detach()})
+
+
+def divergence_of(student_NV: Tensor, teacher_NV: Tensor, which: Divergence) -> Tensor:
+    """Per-token divergence of two rows of log-probabilities, [N]."""
+    left, right = (student_NV, teacher_NV) if which == "reverse" else (teacher_NV, student_NV)
+    return (left.exp() * (left - right)).sum(-1)
+
+
+def _hidden(model: nn.Module, batch: Batch) -> Tensor:
+    """Hidden states that predict tokens 1.., flat [B * (T - 1), D]."""
+    return model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=False).hidden_BTD[:, :-1].flatten(0, 1)
+
+
+def _weighted_divergence(
+    student_ND: Tensor, student_VD: Tensor, teacher_ND: Tensor, teacher_VD: Tensor, weight_N: Tensor,
+    which: Divergence, temperature: float,
+) -> Tensor:  # fmt: skip
+    """sum_n weight_n * divergence_n; a chunk's logits are recomputed in backward, so that all of them never exist at
+    once."""
+
+    def chunk(student_CD: Tensor, head_VD: Tensor, teacher_CD: Tensor, weight_C: Tensor) -> Tensor:
+        student_CV = ((student_CD @ head_VD.T).float() / temperature).log_softmax(-1)
+        teacher_CV = ((teacher_CD @ teacher_VD.T).float() / temperature).log_softmax(-1)
+        return (divergence_of(student_CV, teacher_CV, which) * weight_C).sum()
+
+    size = chunk_rows(student_VD.shape[0], student_VD.device)
+    parts = [
+        checkpoint(chunk, student, student_VD, teacher, weight, use_reentrant=False)
+        for student, teacher, weight in zip(
+            student_ND.split(size), teacher_ND.split(size), weight_N.split(size), strict=True
+        )
+    ]
+    return torch.stack(parts).sum()

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.errors import UserError
-from bessemer.train import balance, checkpoint, guard, rng
+from bessemer.train import balance, checkpoint, guard
 from bessemer.train.objective import Loss, Objective, Sums, means
-from bessemer.train.optim import Optimizer, load_exactly
+from bessemer.train.optimizer import Optimizer, load_exactly
 from bessemer.train.settings import Settings
 from bessemer.workers import rank
 
@@ -79,7 +79,7 @@ class Trainer:
             stacked=model.hidden_matrices() if settings.optimizer == "muon" else None,
         )  # fmt: skip
         self.gates: dict[str, balance.Gate] = self._find_gates()
-        self.guard = guard.Guard(settings.failures, settings.rollbacks)
+        self.guard = guard.StepGuard(settings.failures, settings.rollbacks)
         self.step = self.tokens = self.rows = self.skipped = 0
         self.loads: dict[str, Tensor] = {}
         """Tokens per expert of the last step, by gate."""
@@ -303,7 +303,7 @@ class Trainer:
         return path
 
     def _state(self) -> checkpoint.State:
-        random_tensors, random_values = rng.capture(self.generators)
+        random_tensors, random_values = guard.capture_rng(self.generators)
         return checkpoint.State(
             tensors={
                 "model": self.optimizer.masters() | self._buffers(),
@@ -321,7 +321,7 @@ class Trainer:
         self.optimizer.refresh()
         self.optimizer.load_state_dict(state.tensors["optimizer"])
         load_exactly(self._gate_tensors(), state.tensors["gates"], "gate")
-        rng.restore(state.tensors["rng"], state.counters["rng"], self.generators)
+        guard.restore_rng(state.tensors["rng"], state.counters["rng"], self.generators)
         self.extra_tensors, self.extras = state.tensors["extras"], state.counters["extras"]
         for name in COUNTERS:
             setattr(self, name, state.counters[name])

@@ -19,7 +19,7 @@ from bessemer.pipeline.stage import Stage, register
 from bessemer.rl import rollout
 from bessemer.runs.context import StageContext
 from bessemer.train import setup, speed
-from bessemer.train.distill import OnPolicy
+from bessemer.train.objective import OnPolicyDistillation
 from bessemer.train.settings import Settings as TrainSettings
 from bessemer.train.trainer import Trainer
 
@@ -72,7 +72,7 @@ class _Run:
         self.workers = setup.workers()
         self.engine = Engine(self.student, self.tokenizer, self.workers)
         self.trainer = Trainer(
-            self.student, OnPolicy(teacher, settings.divergence, settings.temperature), None,
+            self.student, OnPolicyDistillation(teacher, settings.divergence, settings.temperature), None,
             self._train_settings(), ctx.state, stop=lambda: ctx.stop, config=self.student.cfg.model_dump(),
             warn=ctx.say,
         )  # fmt: skip

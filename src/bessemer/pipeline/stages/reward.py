@@ -30,7 +30,7 @@ from bessemer.rl.preference import FACTS, Scale, judged_ids, score_ids
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.tasks import general_quality
-from bessemer.train import preference, setup, speed
+from bessemer.train import objective, setup, speed
 from bessemer.train.settings import Settings as TrainSettings
 from bessemer.train.trainer import Trainer
 
@@ -102,8 +102,8 @@ class RewardModelling(Stage):
 
 
 _HOW = {
-    "helpful": (preference_rows.Pairs, preference.pairwise),
-    "harmless": (preference_rows.Labels, preference.pointwise),
+    "helpful": (preference_rows.Pairs, objective.pairwise),
+    "harmless": (preference_rows.Labels, objective.pointwise),
 }
 
 

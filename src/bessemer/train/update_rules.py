@@ -1,0 +1,100 @@
+"""The update rules: AdamW of a flat vector, and Muon of a matrix.
+
+AdamW (Loshchilov and Hutter 2019; constants in V3 4.2):
+
+    g = grad / divisor
+    w <- w (1 - lr * decay)                      decoupled
+    m <- b1 m + (1-b1) g ;  v <- b2 v + (1-b2) g^2
+    w <- w - lr * (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)
+
+torch's fused kernel does it in one pass over memory and applies the divisor (token count and clip together) for free;
+moments in another dtype than float32 go through the formulas in cache-sized blocks.
+
+Muon (Jordan et al. 2024; decay and scale of Liu et al. 2025, "Muon is scalable", 2.2):
+
+    g = grad / divisor
+    m <- b m + (1-b) g
+    u = b m + (1-b) g                            Nesterov
+    O = U V^T of u = U S V^T                     by five steps of Newton-Schulz, all singular values to about 1
+    w <- w (1 - lr * decay) - lr * 0.2 * sqrt(max(rows, columns)) * O
+
+The factor gives an update the root mean square of AdamW's, so learning rate and decay carry over. Muon is not in the
+V3 paper, which uses AdamW throughout; Moonlight and Kimi K2 trained V3's architecture with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 16
+"""Elements per block on a CPU where moments are not float32."""
+MOMENTUM = 0.95
+STEPS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the odd polynomial a x + b x^3 + c x^5: steep at 0, within 0.7 to 1.2 after five steps (Jordan et al. 2024)."""
+LIMIT = 1 << 18
+"""Elements orthogonalised at a time: three such float32 matrices fit a cache."""
+
+
+def adamw_(
+    w: Tensor, grad: Tensor, m: Tensor, v: Tensor,
+    *, step: int, lr: float, betas: tuple[float, float], eps: float, decay: float, divisor: float,
+) -> None:  # fmt: skip
+    """Updates w, m and v in place; grad may be overwritten. `step` counts from 1."""
+    if m.dtype == torch.float32:
+        # The kernel takes t after the increment, and divides the gradient by grad_scale.
+        torch._fused_adamw_(
+            [w], [grad], [m], [v], [], [torch.tensor(float(step), device=w.device)],
+            lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
+            grad_scale=torch.tensor(divisor, dtype=torch.float32, device=w.device), found_inf=None,
+        )  # fmt: skip
+        return
+    block = BLOCK if w.device.type == "cpu" else w.numel()
+    for start in range(0, w.numel(), block):
+        part = slice(start, start + block)
+        adamw_reference_(
+            w[part], grad[part], m[part], v[part],
+            step=step, lr=lr, betas=betas, eps=eps, decay=decay, divisor=divisor,
+        )  # fmt: skip
+
+
+def adamw_reference_(
+    w: Tensor, grad: Tensor, m: Tensor, v: Tensor,
+    *, step: int, lr: float, betas: tuple[float, float], eps: float, decay: float, divisor: float,
+) -> None:  # fmt: skip
+    """The formulas above in float32; moments are rounded to their dtype after use."""
+    b1, b2 = betas
+    g = grad / divisor
+    w.mul_(1 - lr * decay)
+    m32 = m.float().lerp_(g, 1 - b1)
+    v32 = v.float().mul_(b2).addcmul_(g, g, value=1 - b2)
+    denominator = (v32 / (1 - b2**step)).sqrt_().add_(eps)
+    w.addcdiv_(m32, denominator, value=-lr / (1 - b1**step))
+    m.copy_(m32)
+    v.copy_(v32)
+
+
+def orthogonal(x_NRC: Tensor) -> Tensor:
+    """U V^T of every matrix [R, C], singular values between 0.7 and 1.2; a zero matrix stays zero. Computes in the
+    input's dtype."""
+    parts = x_NRC.split(max(1, LIMIT // (x_NRC.shape[-2] * x_NRC.shape[-1])))
+    return torch.cat([_newton_schulz(part) for part in parts])
+
+
+def _newton_schulz(x: Tensor) -> Tensor:
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.transpose(-2, -1)
+    a, b, c = COEFFICIENTS
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(1e-12)
+    for _ in range(STEPS):
+        square = x @ x.transpose(-2, -1)
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.transpose(-2, -1) if tall else x
+
+
+def muon_scale(rows: int, columns: int) -> float:
+    """The factor that gives an orthogonal matrix a root mean square of 0.2, that of AdamW's updates."""
+    return 0.2 * max(rows, columns) ** 0.5
