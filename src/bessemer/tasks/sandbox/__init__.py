@@ -1,8 +1,9 @@
-"""Running code that nobody has read: `run` a program, or `judge` a function by its answers.
+"""Running untrusted code: `run` a program, or `judge` a function by its answers.
 
-What a program writes may be a lie, so a pass cannot be written: `judge` sends the arguments of one test at a time and
-compares the answer out here; what is expected never enters the sandbox. Print a marker, leave early, redefine what you
-like: only right answers pass. Without isolation nothing runs, unless the user forces it by name (FORCE).
+The output of a program may be a lie, so printing a pass must not help: `judge` sends the arguments of one test at a
+time and compares the answer on this side; expected values never enter the sandbox. Printing a marker, exiting early or
+redefining anything does not help: only right answers pass. Without isolation nothing runs, unless the user forces it
+with an environment variable (FORCE).
 """
 
 import json
@@ -16,10 +17,7 @@ from functools import cache
 from typing import Any
 
 from bessemer.errors import UserError
-from bessemer.tasks.sandbox.cell import Cell, SandboxError, Stopped
-from bessemer.tasks.sandbox.walls import LEVELS, Bounds
-
-__all__ = ["FORCE", "LEVELS", "Judgement", "Result", "SandboxError", "chosen", "judge", "level", "run", "same", "trial"]
+from bessemer.tasks.sandbox.process import LEVELS, Bounds, LimitExceeded, SandboxError, SandboxProcess
 
 FORCE = "BESSEMER_RUN_UNTRUSTED_CODE_WITHOUT_ISOLATION"
 """Environment variable; "1" lets hostile code run with the user's own rights where no isolation works."""
@@ -46,7 +44,7 @@ class Judgement:
 
     reason: str
     passed: int
-    """Tests passed before the first that was not."""
+    """Tests passed before the first failure."""
     detail: str
     seconds: float
 
@@ -66,18 +64,18 @@ def run(
 ) -> Result:
     """Run a script. `isolation` names a level; None takes the best that works here."""
     bounds = _bounds(seconds, memory_mb, output_kb)
-    with Cell(chosen(isolation), bounds, _bytes(stdin)) as cell:
+    with SandboxProcess(resolve_level(isolation), bounds, _bytes(stdin)) as process:
         source = _bytes(program)
-        cell.send(b"run %d\n" % len(source) + source)
+        process.send(b"run %d\n" % len(source) + source)
         try:
-            line = cell.line()
-            status = ERROR if cell.finish() or line else OK
+            line = process.line()
+            status = ERROR if process.finish() or line else OK
             if line and _reply(line).get("error") == "MemoryError":
                 status = MEMORY
-        except Stopped as stopped:
-            status = str(stopped)
-        took = cell.seconds
-    return Result(status, cell.stdout.decode(errors="replace"), cell.stderr.decode(errors="replace"), took)
+        except LimitExceeded as exceeded:
+            status = str(exceeded)
+        elapsed = process.seconds
+    return Result(status, process.stdout.decode(errors="replace"), process.stderr.decode(errors="replace"), elapsed)
 
 
 def judge(
@@ -94,27 +92,27 @@ def judge(
     A test is (arguments, expected), both made of None, bool, int, float, str, list and dict; see `same`.
     """
     if not tests or not function.isidentifier():
-        raise ValueError("judging takes the name of a function, and tests: without them nothing could be wrong")
-    began = time.monotonic()
+        raise ValueError("judging takes the name of a function and at least one test")
+    start = time.monotonic()
     bounds = _bounds(seconds, memory_mb, 64)
-    with Cell(chosen(isolation), bounds) as cell:
+    with SandboxProcess(resolve_level(isolation), bounds) as process:
         data, passed = _bytes(source), 0
-        cell.send(b"call %s %d\n" % (function.encode(), len(data)) + data)
+        process.send(b"call %s %d\n" % (function.encode(), len(data)) + data)
         try:
-            reason, detail = _heard(cell, True)
+            reason, detail = _read_verdict(process, True)
             for arguments, expected in tests:
                 if reason != CORRECT:
                     break
-                cell.send(repr(tuple(arguments)).encode() + b"\n")
-                reason, detail = _heard(cell, expected)
+                process.send(repr(tuple(arguments)).encode() + b"\n")
+                reason, detail = _read_verdict(process, expected)
                 passed += reason == CORRECT
-        except Stopped as stopped:
-            reason, detail = str(stopped), ""
-    return Judgement(reason, passed, detail, time.monotonic() - began)
+        except LimitExceeded as exceeded:
+            reason, detail = str(exceeded), ""
+    return Judgement(reason, passed, detail, time.monotonic() - start)
 
 
 def same(expected: Any, got: Any) -> bool:
-    """Equal in value and shape. A bool is no number; a float may be off by a part in 10^9 where one is expected."""
+    """Equal in value and shape. A bool is no number; where a float is expected, a relative error of 10^-9 is fine."""
     if isinstance(expected, bool) or isinstance(got, bool) or expected is None or got is None:
         return expected is got
     if isinstance(expected, float):
@@ -127,12 +125,12 @@ def same(expected: Any, got: Any) -> bool:
 
 
 def level() -> str:
-    """The strongest level that works on this machine; tried once, and "none" always works."""
+    """The strongest level that works on this machine, found by a trial of each; "none" always works."""
     return next(name for name in LEVELS if not trial(name))
 
 
-def chosen(isolation: str | None = None) -> str:
-    """The level that is named, else `level()`, or a UserError where that is "none" and nobody forced it."""
+def resolve_level(isolation: str | None = None) -> str:
+    """The named level, else `level()`. UserError where that is "none" and FORCE is not set."""
     if isolation is not None:
         if isolation not in LEVELS:
             raise UserError(f"the sandbox has no level {isolation!r}; known: {', '.join(LEVELS)}")
@@ -147,7 +145,7 @@ def chosen(isolation: str | None = None) -> str:
 
 @cache
 def trial(name: str) -> str:
-    """Why a level does not work here; "" where it does, which a program run at that level has shown."""
+    """Why a level does not work here, found by running a program at that level; "" where it does."""
     if name == "none":
         return ""
     if name == "bubblewrap" and shutil.which("bwrap") is None:
@@ -161,24 +159,24 @@ def trial(name: str) -> str:
 
 
 def advice() -> str:
-    """What to do for a better level, in words."""
+    """How to get a better level, in words."""
     return (
         "install bubblewrap (apt install bubblewrap), or allow user namespaces (sysctl user.max_user_namespaces=10000, "
         "kernel.apparmor_restrict_unprivileged_userns=0; in Docker --security-opt seccomp=unconfined)"
     )
 
 
-def _heard(cell: Cell, expected: Any) -> tuple[str, str]:
-    """The verdict on one reply, and in words what was wrong."""
-    line = cell.line()
+def _read_verdict(process: SandboxProcess, expected: Any) -> tuple[str, str]:
+    """The verdict on one reply, and what was wrong in words."""
+    line = process.line()
     if line is None:
-        return ERROR, f"it ended early, with exit status {cell.close()}"
+        return ERROR, f"it ended early, with exit status {process.close()}"
     reply = _reply(line)
     if "value" in reply:
-        return (CORRECT, "") if same(expected, reply["value"]) else (WRONG_OUTPUT, _shown(line))
+        return (CORRECT, "") if same(expected, reply["value"]) else (WRONG_OUTPUT, _excerpt(line))
     error = reply.get("error")
     known = {"no-function": NO_FUNCTION, "SyntaxError": SYNTAX_ERROR, "MemoryError": MEMORY}
-    return known.get(error, ERROR) if isinstance(error, str) else ERROR, _shown(line)
+    return known.get(error, ERROR) if isinstance(error, str) else ERROR, _excerpt(line)
 
 
 def _reply(line: bytes) -> dict[str, Any]:
@@ -190,7 +188,7 @@ def _reply(line: bytes) -> dict[str, Any]:
     return reply if isinstance(reply, dict) else {}
 
 
-def _shown(line: bytes) -> str:
+def _excerpt(line: bytes) -> str:
     return line[:300].decode(errors="replace")
 
 

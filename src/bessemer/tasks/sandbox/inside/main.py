@@ -2,34 +2,30 @@
 
 main.py LEVEL ASK REPLY INFO PARENT CPU MEMORY FILE PROCESSES [+PATH...] [-PATH...]
 
-ASK, REPLY and INFO are file descriptors (see cell.py), PARENT the trusted process, CPU seconds, MEMORY and FILE bytes;
-the program may read what lies under a +PATH and not under a -PATH. Whoever returns from `enter` runs the program.
+ASK, REPLY and INFO are file descriptors (see ../process.py), PARENT the trusted process, CPU seconds, MEMORY and FILE
+bytes; the program may read below each +PATH and not below a -PATH.
 """
 
 import os
 import sys
 
-import limits
+import confine
 import serve
-from first import fork_program
-from libc import tell
 
 
 def main(level: str, ask: int, reply: int, info: int, parent: int, bounds: list[int], paths: list[str]) -> None:
     if level == "namespaces":
-        import namespaces
-
-        shown, hidden = ([path[1:] for path in paths if path[0] == sign] for sign in "+-")
-        namespaces.enter(info, (ask, reply), parent, shown, hidden)
+        readable, hidden = ([path[1:] for path in paths if path[0] == sign] for sign in "+-")
+        confine.enter_namespaces(info, (ask, reply), parent, readable, hidden)
     elif level == "bubblewrap":
-        fork_program((ask, reply))
+        confine.fork_program((ask, reply))
     else:
-        tell(info, os.getpid())
+        confine.report_pid(info, os.getpid())
     low, high = sorted((ask, reply))
     for first, end in ((3, low), (low + 1, high), (high + 1, 1024)):
         os.closerange(first, end)
     sys.path.pop(0)  # this folder
-    limits.apply(*bounds, parent=parent if level == "none" else 1, isolated=level != "none")
+    confine.limit(*bounds, parent=parent if level == "none" else 1, isolated=level != "none")
     serve.serve(ask, reply)
 
 

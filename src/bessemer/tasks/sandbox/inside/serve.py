@@ -1,9 +1,9 @@
-"""Running the program, in a process that has nothing left to lose.
+"""Running the program, in a process without any rights left.
 
-The trusted side sends `run LENGTH` or `call NAME LENGTH` on a line, then so many bytes of source. A program that is run
-is a script: its exit status and what it prints are the result. One that is called answers, for every line of arguments
-(a Python literal, from the trusted side), one line of JSON: {"value": ...} or {"error": name, "text": ...}. Whatever
-the program does to this process, it can only send lines; that they are right is judged by who knows what is right.
+The trusted side sends `run LENGTH` or `call NAME LENGTH` on a line, then that many bytes of source. `run` executes a
+script: its exit status and output are the result. `call` answers every line of arguments (a Python literal, from the
+trusted side) with one line of JSON: {"value": ...} or {"error": name, "text": ...}. Whatever the program does to this
+process, it can only send lines; the trusted side, which knows the expected values, judges them.
 """
 
 import os
@@ -67,7 +67,7 @@ def _error(error: BaseException) -> str:
 
 
 def encode(value: object, depth: int) -> str:
-    """JSON of what can be compared: None, bool, int, float, str, lists and tuples alike, dicts with str keys."""
+    """JSON of comparable values: None, bool, int, float, str, lists and tuples alike, dicts with str keys."""
     if depth > 50:
         raise ValueError("the answer is nested too deeply")
     if value is None or value is True or value is False:

@@ -1,0 +1,260 @@
+"""One program in the sandbox: the levels of isolation, the command that builds each, and the trusted end of the pipes.
+
+bubblewrap   bwrap builds the sandbox: new namespaces of every kind, a read-only root with the interpreter and the
+             system's libraries, an empty /tmp of 16 MB, no network
+namespaces   the same, built by inside/confine.py where bubblewrap is not installed
+none         rlimits, the filter of system calls (which also refuses new processes) and the clock, but the program reads
+             and writes files with the user's rights
+
+There are three pipes in addition to standard input, output and error: `ask` carries what we send, `reply` the answers
+line by line (first `ready`), `info` the number of the process whose death ends everything inside. Time is counted from
+`ready`, on this side; output is counted while it is read. When a sandbox is closed, every process of it is gone and
+reaped, however it was left.
+"""
+
+import errno
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from bessemer.errors import UserError
+
+LEVELS = ("bubblewrap", "namespaces", "none")
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}  # complete; equal hashes make equal verdicts
+SCRATCH = 16 << 20  # bytes under /tmp
+PROCESSES = 16
+NOBODY = "65534"
+_INSIDE = Path(__file__).parent / "inside"
+_BWRAP_INSIDE = "/inside"
+START_SECONDS = 20.0  # to build the sandbox, on a busy machine
+GRACE_SECONDS = 0.5
+END_SECONDS = 10.0  # for the kernel to clean up after a kill
+CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a program may use. `output` counts bytes of each of its streams."""
+
+    seconds: float
+    memory_mb: int
+    output: int
+
+
+class SandboxError(UserError):
+    """The sandbox could not be built; nothing of the program has run."""
+
+
+class LimitExceeded(Exception):
+    """The program exceeded a bound: "timeout" or "output"."""
+
+
+class SandboxProcess:
+    """A context manager. Raises SandboxError on entry; `line` and `finish` raise LimitExceeded."""
+
+    def __init__(self, level: str, bounds: Bounds, stdin: bytes = b""):
+        self.stdout, self.stderr, self._lines = bytearray(), bytearray(), bytearray()
+        self._limit, self._seconds = bounds.output, bounds.seconds
+        self._selector = selectors.DefaultSelector()
+        self._outgoing: dict[int, bytearray] = {}
+        (ask, self._ask), (self._reply, reply), (self._info, info) = os.pipe(), os.pipe(), os.pipe()
+        inner = (ask, reply, info)
+        try:
+            self._process = subprocess.Popen(
+                _command(level, bounds, *inner),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=inner,
+                env=ENVIRONMENT,
+                cwd="/",
+                start_new_session=True,
+                bufsize=0,
+            )
+        except OSError as error:
+            for fd in (self._ask, self._reply, self._info):
+                os.close(fd)
+            raise SandboxError(f"the sandbox cannot be started: {error}") from error
+        finally:
+            for fd in inner:
+                os.close(fd)
+        self._sinks = {self._process.stdout.fileno(): self.stdout, self._process.stderr.fileno(): self.stderr}
+        self._sinks[self._reply] = self._lines
+        for fd in self._sinks:
+            self._selector.register(fd, selectors.EVENT_READ)
+        for fd in (self._ask, self._process.stdin.fileno()):
+            os.set_blocking(fd, False)
+            self._outgoing[fd] = bytearray()
+        self._send(self._process.stdin.fileno(), stdin)
+
+    def __enter__(self) -> "SandboxProcess":
+        self._deadline = time.monotonic() + START_SECONDS
+        try:
+            ready = self.line() == b"ready"
+        except LimitExceeded:
+            ready = False
+        if not ready:
+            self.close()
+            lines = self.stderr.decode(errors="replace").strip().splitlines() or ["it gave no reason"]
+            raise SandboxError(f"the sandbox cannot be started: {lines[-1]}")
+        self._started = time.monotonic()
+        self._deadline = self._started + self._seconds
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def seconds(self) -> float:
+        """Time since the program could start."""
+        return time.monotonic() - self._started
+
+    def send(self, data: bytes) -> None:
+        self._send(self._ask, data)
+
+    def line(self) -> bytes | None:
+        """The next line of the reply without its end; None after the last."""
+        self._pump(lambda: b"\n" in self._lines or self._reply not in self._sinks)
+        line, end, rest = bytes(self._lines).partition(b"\n")
+        self._lines[:] = rest
+        return line if end else None
+
+    def finish(self) -> int:
+        """Wait for the end; the exit status, 128 + n after signal n."""
+        self._pump(lambda: not self._sinks)
+        return self.close()
+
+    def close(self) -> int:
+        """End what still runs, wait until it is gone, and return the exit status. Closing twice does nothing."""
+        if self._process.returncode is None:
+            self._end()
+            self._selector.close()
+            for fd in (self._ask, self._reply, self._info):
+                os.close(fd)
+            for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+                pipe.close()
+        code = self._process.returncode
+        return code if code >= 0 else 128 - code
+
+    def _end(self) -> None:
+        """Kill the process that the launcher reported; the launcher then cleans up. Its death kills that process too."""
+        if self._reply not in self._sinks:  # the program has ended or is about to: wait for its exit status
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE_SECONDS)
+        if self._process.poll() is None:
+            try:
+                os.set_blocking(self._info, False)
+                os.kill(json.loads(os.read(self._info, CHUNK))["child-pid"], signal.SIGKILL)
+            except (OSError, ValueError):  # not reported yet, or just ended
+                self._process.kill()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _send(self, fd: int, data: bytes) -> None:
+        self._outgoing[fd] += data
+        if fd not in self._selector.get_map():
+            self._selector.register(fd, selectors.EVENT_WRITE)
+
+    def _pump(self, done: Callable[[], bool]) -> None:
+        """Move bytes both ways until `done`."""
+        while not done():
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise LimitExceeded("timeout")
+            for key, _ in self._selector.select(left):
+                (self._write if key.fd in self._outgoing else self._read)(key.fd)
+
+    def _read(self, fd: int) -> None:
+        data, sink = os.read(fd, CHUNK), self._sinks[fd]
+        if not data:
+            self._selector.unregister(fd)
+            del self._sinks[fd]
+        sink += data[: self._limit - len(sink) + 1]
+        if len(sink) > self._limit:
+            del sink[self._limit :]
+            raise LimitExceeded("output")
+
+    def _write(self, fd: int) -> None:
+        try:
+            del self._outgoing[fd][: os.write(fd, self._outgoing[fd][:CHUNK])]
+        except BrokenPipeError:
+            self._outgoing[fd].clear()
+        if not self._outgoing[fd]:
+            self._selector.unregister(fd)
+            if fd != self._ask:
+                self._process.stdin.close()
+                del self._outgoing[fd]
+
+
+def _command(level: str, bounds: Bounds, ask: int, reply: int, info: int) -> list[str]:
+    """The command line of a sandbox. Processor time is bounded a little above wall time, which thus strikes first."""
+    numbers = (ask, reply, info, os.getpid(), int(bounds.seconds) + 2, bounds.memory_mb << 20, SCRATCH, PROCESSES)
+    script = ["main.py", level, *map(str, numbers)]
+    if level == "bubblewrap":
+        return [*_bwrap(info), *_python(), f"{_BWRAP_INSIDE}/{script[0]}", *script[1:]]
+    paths = [f"+{path}" for path in _readable()] + [f"-{path}" for path in _hidden()]
+    return [*_python(), f"{_INSIDE}/{script[0]}", *script[1:], *paths]
+
+
+def _python() -> list[str]:
+    """The interpreter under this one's virtual environment, without site-packages; UTF-8 whatever the locale."""
+    return [_executable(), "-S", "-s", "-X", "utf8"]
+
+
+def _bwrap(info: int) -> list[str]:
+    """As root without a user namespace, so that confine.py can become a user whose processes are counted."""
+    new = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+    if os.geteuid() == 0:
+        new += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    else:
+        new += ["--unshare-user", "--uid", NOBODY, "--gid", NOBODY, "--cap-drop", "ALL"]
+    tree = ["--perms", "1777", "--size", str(SCRATCH), "--tmpfs", "/tmp"]
+    for path in _readable():
+        for folder in reversed(Path(path).parents[:-1]):
+            tree += ["--perms", "0111", "--dir", str(folder)]
+        tree += ["--ro-bind", path, path]
+    for path in _hidden():
+        tree += ["--perms", "0111", "--tmpfs", path, "--remount-ro", path]
+    for name in ("null", "zero", "urandom"):
+        tree += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    tree += ["--ro-bind", str(_INSIDE), _BWRAP_INSIDE, "--remount-ro", "/", "--chdir", "/tmp"]
+    ends = ["--die-with-parent", "--new-session", "--as-pid-1"]  # bubblewrap's own process 1 may outlive bubblewrap
+    if (program := shutil.which("bwrap")) is None:
+        raise FileNotFoundError(errno.ENOENT, "not on the PATH", "bwrap")
+    return [program, *ends, "--info-fd", str(info), *new, *tree]
+
+
+def _executable() -> str:
+    return os.path.realpath(sys._base_executable)
+
+
+@cache
+def _readable() -> tuple[str, ...]:
+    """Paths a program can read: the interpreter, its library, and the shared libraries of the system."""
+    library = Path(sys.base_prefix, "lib")
+    paths = [_executable(), library, sysconfig.get_path("stdlib"), "/lib", "/lib64", "/usr/lib", "/usr/lib64"]
+    paths = {Path(path) for path in (*paths, "/etc/ld.so.cache") if os.path.exists(path)}
+    return tuple(sorted(str(path) for path in paths if not paths & set(path.parents)))
+
+
+@cache
+def _hidden() -> tuple[str, ...]:
+    """Installed packages below those: not needed, and one of them may contain the tests."""
+    library, stdlib = Path(sys.base_prefix, "lib"), Path(sysconfig.get_path("stdlib"))
+    folders = [stdlib, library / "python3", Path("/usr/lib/python3"), Path("/lib/python3")]
+    packages = [folder / name for folder in folders for name in ("site-packages", "dist-packages")]
+    return tuple(sorted({str(path) for path in packages if path.is_dir()}))
