@@ -8,7 +8,7 @@ from typing import Any
 
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.tasks import metrics
+from bessemer.tasks import verdict_metrics as metrics
 from bessemer.tasks.base import Problem, Task, stable_hash
 from bessemer.tasks.readability import READABLE, consistency, readable
 from bessemer.train.setup import batch_rows

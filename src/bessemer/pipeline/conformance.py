@@ -238,7 +238,7 @@ ITEMS: tuple[Item, ...] = (
                         ABSENT), "pipeline/stages/sft.py", "pipeline/test_r1.py"),
     Item("Evaluation by sampling", "R1 3", "pass@1 over k samples, T 0.6, and cons@k",
          _of("eval", lambda s: f"{s.samples} samples, T {', '.join(f'{t:g}' for t in s.temperatures)}"),
-         "tasks/metrics.py", "tasks/test_metrics.py"),
+         "tasks/verdict_metrics.py", "tasks/test_verdict_metrics.py"),
 )  # fmt: skip
 
 

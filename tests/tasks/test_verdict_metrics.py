@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bessemer.errors import UserError
 from bessemer.tasks import Verdict
-from bessemer.tasks.metrics import by_difficulty, maj_at_k, mean_interval, pass_at_k, reasons, score
+from bessemer.tasks.verdict_metrics import by_difficulty, maj_at_k, mean_interval, pass_at_k, reasons, score
 
 
 @pytest.mark.parametrize("n", range(1, 8))
