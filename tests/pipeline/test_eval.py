@@ -18,8 +18,8 @@ from bessemer.pipeline import lineage
 from bessemer.pipeline.stage import Stage, find_kind
 from bessemer.report import facts
 from bessemer.runs import conversations
-from bessemer.tasks.verdict_metrics import maj_at_k, pass_at_k
 from bessemer.tasks.readability import readable
+from bessemer.tasks.verdict_metrics import maj_at_k, pass_at_k
 
 EVAL = """
 [[stage]]

@@ -148,7 +148,7 @@ class SandboxProcess:
         return code if code >= 0 else 128 - code
 
     def _end(self) -> None:
-        """Kill the process that the launcher reported, after which the launcher cleans up; its own death does the same."""
+        """Kill the process that the launcher reported, and let the launcher clean up. Its death does the same."""
         if self._reply not in self._sinks:  # the program has ended or is about to: wait for its exit status
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE_SECONDS)
