@@ -34,12 +34,10 @@ import bessemer
 from bessemer import tasks
 from bessemer.data.chat import question_ids
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.decode import new_cache
+from bessemer.engine.decode import new_cache, prefill_all
 from bessemer.engine.engine import Engine
-from bessemer.engine.prefill import take_in
-from bessemer.engine.request import Request, Token
-from bessemer.engine.sampling import Sampling
 from bessemer.engine.scheduler import Scheduler
+from bessemer.engine.sequence import Request, SamplingParams, Token
 from bessemer.model.counts import kv_cache_bytes
 from bessemer.train.speed import keep_memory
 
@@ -140,10 +138,10 @@ def guesses(engine: Engine, rounds: int) -> list[dict[str, Any]]:
             texts, figures = [], {"drafted": 0, "accepted": 0}
             for question in questions:
                 scheduler = Scheduler(engine, rows=1, drafts=depth)
-                scheduler.add(Request(tuple(question), 1, 160, Sampling(0.0), tuple(engine.tokenizer.stop_ids)))
+                scheduler.add(Request(tuple(question), 1, 160, SamplingParams(0.0), tuple(engine.tokenizer.stop_ids)))
                 while not scheduler.idle:
                     texts += [event.token for event in scheduler.step() if isinstance(event, Token)]
-                figures = {name: figures[name] + scheduler.figures().get(name, 0) for name in figures}
+                figures = {name: figures[name] + scheduler.stats().get(name, 0) for name in figures}
             seconds[depth].append(time.process_time() - began)
             written[depth], accepted[depth] = texts, figures["accepted"] / max(1, figures["drafted"])
     return [
@@ -165,7 +163,7 @@ def cache(engine: Engine) -> dict[str, Any]:
     with torch.inference_mode():
         held = new_cache(engine.model)
         waiting = [held.open([3] * 256) for _ in range(64)]
-        take_in(engine.model, held, waiting)
+        prefill_all(engine.model, held, waiting)
         held.admit([(one, 1) for one in waiting])
     stored = sum(pool.untyped_storage().nbytes() for pool in held.layers)
     heads = cfg.n_layers * cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim) * 4

@@ -22,9 +22,8 @@ from machine import processor, spread
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.engine.request import Request, Token
-from bessemer.engine.sampling import Sampling
 from bessemer.engine.scheduler import Scheduler
+from bessemer.engine.sequence import Request, SamplingParams, Token
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train.loss import cross_entropy
@@ -105,13 +104,13 @@ def recite(engine: Engine, ids: list[int], args: argparse.Namespace) -> list[dic
         for drafts in seconds:
             began = time.perf_counter()
             scheduler = Scheduler(engine, rows=1, drafts=drafts)
-            scheduler.add(Request(tuple(ids[:32]), 1, args.tokens, Sampling(0.0), ()))
+            scheduler.add(Request(tuple(ids[:32]), 1, args.tokens, SamplingParams(0.0), ()))
             said[drafts] = []
             while not scheduler.idle:
                 said[drafts] += [event.token for event in scheduler.step() if isinstance(event, Token)]
             if round_ >= 0:  # the first one warms up (and compiles)
                 seconds[drafts].append(time.perf_counter() - began)
-            figures = scheduler.figures()
+            figures = scheduler.stats()
             accepted[drafts] = figures.get("accepted", 0) / max(1, figures.get("drafted", 0))
     return [
         {"drafts": drafts, "accepted": accepted[drafts], "same_tokens": said[drafts] == said[0],

@@ -47,25 +47,25 @@ def engine_and_requests(model: str, streams: int, tokens: int):
     import torch
 
     from bessemer.data.chat import question_ids
-    from bessemer.engine.engine import digest
-    from bessemer.engine.generate import load_engine
-    from bessemer.engine.request import Request
-    from bessemer.engine.sampling import Sampling, stream_key
+    from bessemer.engine.engine import load_engine, prompt_digest
+    from bessemer.engine.sampling import stream_key
+    from bessemer.engine.sequence import Request, SamplingParams
     from bessemer.runs.directory import model_dir
 
     torch.set_num_threads(1)
     engine = load_engine(model_dir(model))
     prompts = [tuple(question_ids(engine.tokenizer, question(n))) for n in range(streams)]
     made = [
-        Request(ids, stream_key(n, digest(ids), 0), tokens, Sampling(**SAMPLING)) for n, ids in enumerate(prompts)
-    ]  # fmt: skip
+        Request(ids, stream_key(n, prompt_digest(ids), 0), tokens, SamplingParams(**SAMPLING))
+        for n, ids in enumerate(prompts)
+    ]
     return engine, made
 
 
 def bare(model: str, streams: int, tokens: int) -> dict:
     """All requests in a scheduler with nothing around it."""
-    from bessemer.engine.request import Token
     from bessemer.engine.scheduler import Scheduler
+    from bessemer.engine.sequence import Token
 
     engine, requests = engine_and_requests(model, streams, tokens)
     engine.generate([requests[0].prompt], max_new_tokens=2, **SAMPLING)  # whatever is made at first use

@@ -151,8 +151,8 @@ def test_an_interrupted_run_says_how_to_go_on(call, recipe):
      (("eval", "nothing", "--task", "t"), "no model or run"), (("keys", "cli-nope"), 'did you mean "cli-note"')],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_status_2(call, recipe, stub, arguments, words):
-    stub("bessemer.engine.chat", chat=None)
-    stub("bessemer.engine.generate", generate_texts=None)
+    stub("bessemer.engine.terminal_chat", chat=None)
+    stub("bessemer.engine.engine", generate_texts=None, read_prompts=None)
     stub("bessemer.eval.evaluate", evaluate=None)
     status, out, err = call(*arguments)
     assert status == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err
@@ -165,7 +165,7 @@ def test_usage_mistakes_are_status_2_and_bugs_keep_their_traceback(call, stub, m
     def broken(*_, **__):
         raise KeyError("a bug")
 
-    stub("bessemer.engine.chat", chat=broken)
+    stub("bessemer.engine.terminal_chat", chat=broken)
     with pytest.raises(KeyError):
         call("chat", model)
 
@@ -215,7 +215,8 @@ def test_eval_refuses_what_would_have_no_effect(call, model, arguments, complain
 
 def test_generate(call, stub, model):
     stub(
-        "bessemer.engine.generate",
+        "bessemer.engine.engine",
+        read_prompts=None,
         generate_texts=lambda folder, prompts, **options: [f"!{options['seed']}" for _ in prompts],
     )
     assert json.loads(call("generate", model, "a", "b", "--seed", 4, "--json")[1]) == [
@@ -226,7 +227,7 @@ def test_generate(call, stub, model):
 
 def test_chat_finds_the_model_of_a_run(call, stub, recipe, tmp_path):
     seen = []
-    stub("bessemer.engine.chat", chat=lambda folder, **options: seen.append(str(folder)))
+    stub("bessemer.engine.terminal_chat", chat=lambda folder, **options: seen.append(str(folder)))
     call("run", recipe)
     assert call("chat", "runs/note")[0] == 0 and call("chat", "note")[0] == 0
     assert seen == ["runs/note/02-b/model"] * 2
@@ -310,5 +311,5 @@ def test_a_message_of_two_lines_becomes_one(call, stub, model):
     def refuse(*_, **__):
         raise UserError("first\nsecond")
 
-    stub("bessemer.engine.chat", chat=refuse)
+    stub("bessemer.engine.terminal_chat", chat=refuse)
     assert call("chat", model) == (2, "", "error: first second\n")

@@ -1,10 +1,10 @@
-"""Compiled steps: the plain step's numbers, whatever the batch looks like, and nothing compiled twice."""
+"""CompiledSteps steps: the plain step's numbers, whatever the batch looks like, and nothing compiled twice."""
 
 import pytest
 import torch
 
 from bessemer.engine import compiled, kv_cache
-from bessemer.engine.compiled import Compiled
+from bessemer.engine.compiled import CompiledSteps
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
@@ -39,7 +39,7 @@ def test_compiled_steps_say_the_same(engine, fast, prompts, monkeypatch):
     agree(engine, fast, prompts[:5], record_routing=True)
     agree(engine, fast, prompts[:1], temperature=0.0, drafts=1)
     with monkeypatch.context() as patch:
-        patch.setattr(kv_cache, "BLOCK_BYTES", 1)  # no two rows fit: attention goes row by row
+        patch.setattr(kv_cache, "GROUP_BYTES", 1)  # no two rows fit: attention goes row by row
         agree(engine, fast, prompts[:4], record_routing=True)
     with torch._dynamo.config.patch(error_on_recompile=True):  # other sizes, the same graphs
         agree(engine, fast, [prompts[2]], max_new_tokens=90)
@@ -50,14 +50,14 @@ def test_compiled_steps_say_the_same(engine, fast, prompts, monkeypatch):
 
 
 def test_too_many_tokens_take_the_plain_step(engine, fast, prompts, monkeypatch):
-    monkeypatch.setattr(fast.compiled, "most_tokens", 1)
-    monkeypatch.setattr(Compiled, "__call__", lambda *_: pytest.fail("went through the compiled step"))
+    monkeypatch.setattr(fast.compiled, "max_tokens", 1)
+    monkeypatch.setattr(CompiledSteps, "__call__", lambda *_: pytest.fail("went through the compiled step"))
     agree(engine, fast, prompts[:2])
 
 
 def test_what_cannot_be_compiled_is_said(engine, monkeypatch):
     with pytest.raises(UserError, match="this family"):
-        Compiled(torch.nn.Linear(1, 1), 300)
+        CompiledSteps(torch.nn.Linear(1, 1), 300)
     monkeypatch.setattr(compiled, "cpp_compiler", lambda: None)
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
         Engine(engine.model, engine.tokenizer, compile=True)

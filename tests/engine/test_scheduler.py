@@ -2,19 +2,24 @@
 
 import pytest
 import torch
-from tests_of_infer import drain
+from drain import drain
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine import batch
+from bessemer.engine import model_runner
 from bessemer.engine.engine import Engine
-from bessemer.engine.pages import PAGE
-from bessemer.engine.request import Finished, Request, Token
-from bessemer.engine.sampling import Sampling, penalise, stream_key
+from bessemer.engine.kv_cache import PAGE
+from bessemer.engine.sampling import penalise, stream_key
 from bessemer.engine.scheduler import Scheduler
+from bessemer.engine.sequence import Finished, Request, SamplingParams, Token
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM
 
-SAMPLINGS = [Sampling(), Sampling(0.0), Sampling(0.7, top_p=0.9), Sampling(1.3, top_k=20, min_p=0.02)]
+SAMPLINGS = [
+    SamplingParams(),
+    SamplingParams(0.0),
+    SamplingParams(0.7, top_p=0.9),
+    SamplingParams(1.3, top_k=20, min_p=0.02),
+]
 
 
 def requests(prompts, n=24, **options):
@@ -43,7 +48,7 @@ def alone(engine, request):
 
 
 def used(scheduler):
-    return scheduler.figures()["cache_tokens_used"]
+    return scheduler.stats()["cache_tokens_used"]
 
 
 @pytest.mark.parametrize(
@@ -60,8 +65,8 @@ def test_a_request_gets_what_it_would_get_alone(engine, prompts, options):
         assert [event.token for event in tokens] == expected.tokens
         assert [event.logprob for event in tokens] == pytest.approx(expected.logprobs, abs=2e-5)
         assert end.reason == expected.finish_reason
-    assert used(scheduler) == 0 and not scheduler.queue.under_way
-    assert (scheduler.figures()["preempted"] > 0) == ("cache_tokens" in options)
+    assert used(scheduler) == 0 and not scheduler.queue.running
+    assert (scheduler.stats()["preempted"] > 0) == ("cache_tokens" in options)
 
 
 def test_samples_of_one_prompt_share_its_prefill_and_a_known_beginning_is_found(engine, prompts, monkeypatch):
@@ -70,7 +75,7 @@ def test_samples_of_one_prompt_share_its_prefill_and_a_known_beginning_is_found(
     for k in range(8):
         scheduler.add(Request(prompt, stream_key(1, k), 5))
     _, found = drain(scheduler)
-    assert scheduler.figures()["prompt_tokens"] == 130
+    assert scheduler.stats()["prompt_tokens"] == 130
     assert len({tuple(t.token for t in tokens) for tokens, _ in found.values()}) == 8
     again = Request((*prompt[:128], 9, 9), stream_key(2), 20)
     ((tokens, end),), _ = drain(scheduler, [again])
@@ -115,22 +120,22 @@ def test_a_cancelled_request_leaves_nothing_behind(engine, prompts, steps):
     assert {ticket: found[ticket] for ticket in gone} == before
     for ticket, request in list(zip(tickets, wanted, strict=True))[::2]:
         assert found[ticket] == alone(engine, request).tokens
-    assert used(scheduler) == 0 and not scheduler.queue.under_way
+    assert used(scheduler) == 0 and not scheduler.queue.running
 
 
 def test_a_row_whose_logits_break_ends_alone(engine, prompts, monkeypatch):
     scheduler = Scheduler(engine)
-    inner, broken = batch.step, []
+    inner, broken = model_runner.step, []
 
     def overflow(model, token, position, cache, trace):
         logits = inner(model, token, position, cache, trace)
         if not broken:
             broken.append(True)
-            cache.layers[0][cache.owned[1][-1]] = float("nan")  # as the network would have left it
+            cache.layers[0][cache.row_pages[1][-1]] = float("nan")  # as the network would have left it
             logits = logits.index_fill(0, torch.tensor([1]), float("nan"))
         return logits
 
-    monkeypatch.setattr(batch, "step", overflow)
+    monkeypatch.setattr(model_runner, "step", overflow)
     wanted = [Request(tuple(prompts[i]), stream_key(i), 9) for i in (3, 4, 5)]
     for request in wanted:
         scheduler.add(request)
@@ -146,7 +151,7 @@ def test_a_row_whose_logits_break_ends_alone(engine, prompts, monkeypatch):
 
 def test_penalties_equal_the_definition(engine, prompts):
     """Greedy under penalties, token by token, against the formula on the plain model's logits."""
-    sampling = Sampling(0.0, repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.3)
+    sampling = SamplingParams(0.0, repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.3)
     request = Request(tuple(prompts[4]), 5, 15, sampling)
     ((tokens, _),), _ = drain(Scheduler(engine), [request])
     row = list(request.prompt)
@@ -160,9 +165,9 @@ def test_penalties_equal_the_definition(engine, prompts):
         assert event.token == int(logits[: engine.tokenizer.vocab_size].argmax())
         assert event.logprob == pytest.approx(float(free[event.token]), abs=1e-5)
         row.append(event.token)
-    plain = Request(request.prompt, 5, 15, Sampling(0.0))
+    plain = Request(request.prompt, 5, 15, SamplingParams(0.0))
     assert [t.token for t in tokens] != alone(engine, plain).tokens
-    assert torch.equal(penalise(logits[None], Sampling(), *torch.ones(2, 1, len(logits))), logits[None])
+    assert torch.equal(penalise(logits[None], SamplingParams(), *torch.ones(2, 1, len(logits))), logits[None])
 
 
 def test_a_thought_ends_when_its_budget_is_used_up(model):
@@ -182,7 +187,7 @@ def test_a_thought_ends_when_its_budget_is_used_up(model):
 
 
 def test_alternatives_and_routing_are_reported(engine, prompts):
-    request = Request(tuple(prompts[5]), 3, 8, Sampling(0.0), top=3, routing=True)
+    request = Request(tuple(prompts[5]), 3, 8, SamplingParams(0.0), top=3, routing=True)
     (tokens, _), _ = drain(Scheduler(engine), [request, Request(tuple(prompts[2]), 4, 8)], every=1)[0]
     recorded = engine.generate([request.prompt], max_new_tokens=8, temperature=0.0, stop_ids=[], record_routing=True)
     row = list(request.prompt)

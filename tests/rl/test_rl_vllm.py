@@ -39,14 +39,14 @@ def test_weights_have_the_names_and_values_of_an_export_without_mtp(engine, tmp_
 
 def test_a_request_in_its_words(engine):
     plan = engine.plan([[0, 5, 6]], samples=3, temperature=0.7, top_k=9, max_new_tokens=11, seeds=[4])
-    asked = [vllm_engine.asked(sample.request) for sample in plan.calls[0].samples]
+    asked = [vllm_engine.asked(sample.request) for sample in plan.batches[0].samples]
     assert len({one["seed"] for one in asked}) == 3 and all(0 <= one["seed"] < 2**63 for one in asked)
     assert asked[0] | {"seed": 0} == dict(
         temperature=0.7, top_p=1.0, top_k=9, min_p=0.0, repetition_penalty=1.0, seed=0, max_tokens=11,
         stop_token_ids=list(engine.tokenizer.stop_ids), ignore_eos=True, logprobs=0, detokenize=False,
     )  # fmt: skip
     with pytest.raises(UserError, match="leave stop strings"):
-        vllm_engine.asked(engine.plan([[0, 5]], stop_strings=["x"]).calls[0].samples[0].request)
+        vllm_engine.asked(engine.plan([[0, 5]], stop_strings=["x"]).batches[0].samples[0].request)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")

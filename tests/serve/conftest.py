@@ -10,7 +10,7 @@ import torch
 from serving import running
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.generate import load_engine
+from bessemer.engine.engine import load_engine
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 from bessemer.serve.service import launch

@@ -13,7 +13,7 @@ from foreign_cases import made
 from foreign_tokenizers import byte_level
 
 from bessemer.data.chat import render_ids
-from bessemer.engine.generate import load_engine
+from bessemer.engine.engine import load_engine
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,7 @@ def test_a_failing_step_costs_only_who_was_reading(r1, monkeypatch):
         return step(self)
 
     def clients(scheduler):
-        return [row.request.client for row in scheduler.batch.rows]
+        return [sequence.request.client for sequence in scheduler.runner.sequences]
 
     monkeypatch.setattr(Scheduler, "step", broken)
     with running(r1, settings=Settings(rows=1)) as server:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.stop import cut
+from bessemer.engine.sequence import cut_at_stop
 from bessemer.serve.events import event
 from bessemer.serve.reasoning_parser import Writing
 from bessemer.serve.text import Vocabulary
@@ -37,7 +37,7 @@ def written(ids, tokenizer=TOKENIZER, **options):
 def test_what_is_shown_is_the_text_up_to_the_first_stop_string(ids, stops):
     ids = generated(ids, stops)
     _, content, _ = written(ids, stops=stops, split=False)
-    assert content == cut(TOKENIZER.decode(ids), stops)
+    assert content == cut_at_stop(TOKENIZER.decode(ids), stops)
 
 
 @settings(max_examples=300, deadline=None)
@@ -47,7 +47,7 @@ def test_thought_and_content_are_told_apart(thought, content, stops):
     for opened in (True, False):
         ids = TOKENIZER.encode(("" if opened else "<think>") + thought + "</think>" + content)
         ids = generated(ids, stops)
-        shown, _, rest = cut(TOKENIZER.decode(ids), stops).removeprefix("<think>").partition("</think>")
+        shown, _, rest = cut_at_stop(TOKENIZER.decode(ids), stops).removeprefix("<think>").partition("</think>")
         got = written(ids, stops=stops, thinking=opened)
         assert got[:2] == (shown.strip(), rest.lstrip())
     assert written(TOKENIZER.encode("two</think>4"), stops=["</think>"], thinking=True)[:2] == ("two", "")
@@ -71,7 +71,9 @@ def test_tags_that_are_text(thought, content, stops, opened):
     stops = [stop for stop in stops if not set(stop) & set("</think>")]
     text = ("" if opened else "<think>") + thought + "</think>" + content
     ids = generated([LETTERS[bytes([byte])] for byte in text.encode()], stops)
-    shown, _, rest = cut(TOKENIZER.decode(ids), stops).removeprefix("" if opened else "<think>").partition("</think>")
+    shown, _, rest = (
+        cut_at_stop(TOKENIZER.decode(ids), stops).removeprefix("" if opened else "<think>").partition("</think>")
+    )
     assert written(ids, Plain(), stops=stops, thinking=opened)[:2] == (shown.strip(), rest.lstrip())
     plain = [LETTERS[bytes([byte])] for byte in f"x{text}".encode()]
     assert written(plain, Plain())[:2] == ("", "x" + text)

@@ -100,7 +100,7 @@ def placement(
 ) -> None:
     """Place the experts on GPUs by their real loads (EPLB), and say what that is worth."""
     from bessemer.engine import placement as placing
-    from bessemer.engine.prompts import read_prompts
+    from bessemer.engine.engine import read_prompts
     from bessemer.hf.hub import read_config
     from bessemer.runs.directory import model_dir
 

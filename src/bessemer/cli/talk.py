@@ -33,8 +33,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue texts."""
-    from bessemer.engine.generate import generate_texts
-    from bessemer.engine.prompts import read_prompts
+    from bessemer.engine.engine import generate_texts, read_prompts
     from bessemer.runs.directory import model_dir
 
     texts_to_continue = [*(prompts or []), *(read_prompts(file) if file else [])]
@@ -61,7 +60,7 @@ def chat(
     seed: Seed = 0,
 ) -> None:
     """Talk to a model."""
-    from bessemer.engine.chat import chat as talk
+    from bessemer.engine.terminal_chat import chat as talk
     from bessemer.runs.directory import model_dir
 
     talk(

@@ -84,6 +84,18 @@ def question_ids(tokenizer: "Tokenizer", question: str) -> list[int]:
     return render_ids(tokenizer, [{"role": "user", "content": question}])
 
 
+def template_style(tokenizer: "Tokenizer") -> str | None:
+    """The style that a model directory was trained with; None if it has a template of its own. Without either: R1's
+    where its control tokens exist, else `zero`."""
+    if tokenizer.chat_style or tokenizer.chat_template:
+        return tokenizer.chat_style
+    try:
+        tokenizer.special_id(USER)
+    except UserError:
+        return "zero"
+    return "r1"
+
+
 def opening(style: str | None) -> str:
     """What a generation prompt has already written of the answer: a completion alone is not the whole answer."""
     return f"{THINK}\n" if style == "r1" else ""

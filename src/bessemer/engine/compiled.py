@@ -1,16 +1,16 @@
 """Decoding steps through torch.compile: the same functions, fused, in one call (or one per layer) instead of hundreds.
 
-A small model's step is bound by the number of calls. Few rows go through the network in one compiled graph that also
-gathers their cache; where the rows' cache does not fit a core's second-level cache, attention stays outside, block by
-block as in `decode`, and what lies between two attentions is one graph. Experts are computed token by token from their
-matrices in place, which the compiler turns into loops over memory; that is no way to go for more tokens than FEW_BYTES
-allow, and those take the plain step.
+A small model's step is bound by the number of calls. When few rows decode, one compiled graph runs the whole network
+and gathers their cache. When the cache of the rows exceeds a core's second-level cache, attention stays outside, one
+row group at a time as in `decode`, and the code between two attentions is one graph. Experts are computed token by
+token from their matrices in place, which the compiler turns into loops over memory; for more tokens than MAX_BYTES
+allows that is slower than the plain step, which is used instead.
 
-Compiling takes half a minute for each form at the first start; torch keeps the result on the disk for later ones. Sizes
-that change from step to step (rows, pages) are symbols in the graph, so nothing is compiled again later. One row has
-graphs of its own: the compiler treats a size of 1 as a constant.
+Compiling takes half a minute for each form at the first start; torch caches the result on disk. Sizes that change from
+step to step (rows, pages) are symbols in the graph, so nothing is compiled again later. One row has graphs of its own:
+the compiler specialises on a size of 1.
 
-Results equal the plain step's up to the last bits. Weights are read where they lie, so they may change between steps.
+Results equal the plain step's up to the last bits. Weights are read in place, so they may change between steps.
 
 Shapes: B rows, T tokens of each, N = B * T, P pages of a row, S slots, X = C + R, K experts per token, V vocabulary.
 """
@@ -25,127 +25,126 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bessemer.engine.decode import absorbed_output, absorbed_queries, attend, new_cache
-from bessemer.engine.decode_experts import gathered_ffn
-from bessemer.engine.kv_cache import LatentCache
-from bessemer.engine.pages import PAGE
-from bessemer.engine.routing_trace import Trace
-from bessemer.engine.sampling import Peaks, peaks
+from bessemer.engine.decode import RoutingTrace, absorbed_output, absorbed_queries, attend, new_cache
+from bessemer.engine.kv_cache import PAGE, LatentCache
+from bessemer.engine.sampling import GreedyTokens, greedy_tokens
 from bessemer.errors import UserError
 from bessemer.model.compiler import cpp_compiler
 from bessemer.model.layer import Layer
 from bessemer.model.mode import evaluating
 from bessemer.model.transformer import Transformer
 
-DEEPEST = 8
-"""Tokens that may be guessed ahead at most."""
-FEW_BYTES = 64 << 20
+MAX_DRAFTS = 8
+"""Largest number of tokens drafted per step."""
+MAX_BYTES = 64 << 20
 """Weights of routed experts that the tokens of a step may read per layer, counted once for every token."""
 
 
-class Passed(NamedTuple):
-    """What a pass leaves."""
+class ForwardOutput(NamedTuple):
+    """The result of one pass of the model."""
 
     state_BTD: Tensor
     """After the final norm."""
     logits_BTV: Tensor
-    peaks: Peaks | None = None
+    greedy: GreedyTokens | None = None
 
 
-class Compiled:
+class CompiledSteps:
     """The compiled steps of one model."""
 
     def __init__(self, model: Transformer, vocab: int):
-        """`vocab`: ids that may be drawn. UserError for another network, and where there is no C++ compiler."""
+        """`vocab`: ids that may be sampled. UserError for a foreign model, and where there is no C++ compiler."""
         if not isinstance(model, Transformer):
             raise UserError("compiled steps are for models of this family; leave --compile off")
         device = model.embed.weight.device
         if device.type == "cpu" and cpp_compiler() is None:
             raise UserError("compiled steps need a C++ compiler (g++ or clang++); install one or leave --compile off")
         self.model, self.vocab = model, vocab
-        # after 8 graphs of one function torch warns and goes on without, 20 times slower; a process may hold several
+        # after 8 graphs of one function torch warns and continues without, 20 times slower; a process may hold several
         # models, each with graphs of its own
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        # the calls between two kernels made from C++ and not from Python: a fifth of a step of one row
+        # calls between two kernels from C++ instead of Python: a fifth of a step of one row
         options = {"cpp_wrapper": True} if device.type == "cpu" else {}
-        compiled = (torch.compile(part, options=options) for part in (_whole, _guess, _first, _between, _last))
-        self._whole, self._guess, self._first, self._between, self._last = compiled
+        compiled = (torch.compile(part, options=options) for part in (_whole, _draft, _first, _between, _last))
+        self._whole, self._draft, self._first, self._between, self._last = compiled
         self._marked: set[tuple[str, int, int]] = set()
-        self._rope = model.rope_table(model.cfg.max_seq_len + DEEPEST)  # guesses may point beyond the end
+        self._rope = model.rope_table(model.cfg.max_seq_len + MAX_DRAFTS)  # drafts may stand beyond the end
         sparse = [layer.ffn.experts for layer in model.layers if not layer.dense]
         one = max((experts.w13[0].nbytes + experts.w2[0].nbytes for experts in sparse), default=0)
-        self.most_tokens = FEW_BYTES // max(1, one * model.cfg.n_activated_experts)
-        """Tokens of one pass for which the compiled forms pay."""
+        self.max_tokens = MAX_BYTES // max(1, one * model.cfg.n_activated_experts)
+        """Tokens of one pass up to which the compiled forms are faster."""
 
-    def __call__(self, token_BT: Tensor, position_B: Tensor, cache: LatentCache, trace: Trace | None = None) -> Passed:
+    def __call__(
+        self, token_BT: Tensor, position_B: Tensor, cache: LatentCache, trace: RoutingTrace | None = None
+    ) -> ForwardOutput:
         """T tokens per row, the first at position_B, through the network; all enter the cache."""
         T = token_BT.shape[1]
         length = [position + T for position in position_B.tolist()]
         cache.reserve(length)
         page_BP = cache.pages_BP(max(length))
-        if cache.one_block(page_BP.shape[1]):
+        if cache.one_group(page_BP.shape[1]):
             pools = cache.layers[: self.model.cfg.n_layers]
             self._mark("whole", token_BT.shape, (token_BT, position_B, page_BP), pools)
-            passed, chosen = self._whole(self.model, token_BT, position_B, page_BP, self._rope, pools, self.vocab)
+            output, chosen = self._whole(self.model, token_BT, position_B, page_BP, self._rope, pools, self.vocab)
         else:
-            passed, chosen = self._by_layer(token_BT, position_B, cache)
+            output, chosen = self._by_layer(token_BT, position_B, cache)
         if trace is not None:
             for expert_NK in chosen:
-                trace.chose(expert_NK)
-        return passed
+                trace.add_layer(expert_NK)
+        return output
 
     def prepare(self, drafts: int = 0) -> None:
-        """Compiles now what a scheduler with so many drafts will need, rather than while somebody waits."""
+        """Compiles everything a scheduler with this many drafts needs, before the first request."""
         device, T = self.model.embed.weight.device, drafts + 1
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=device)  # noqa: E731
         with evaluating(self.model), torch.inference_mode():
             for B in (1, 3):
                 cache = new_cache(self.model, drafts=drafts > 0)
-                held = cache.open([0])
-                cache.extend(held, 1)
-                cache.admit([(held, B)])
+                prompt = cache.open([0])
+                cache.extend(prompt, 1)
+                cache.admit([(prompt, B)])
                 self(zeros(B, T), zeros(B), cache)
                 if B > 1:
                     self._by_layer(zeros(B, T), zeros(B), cache)
                 for places in (T, 1)[:drafts]:
                     hidden_BTD = self.model.embed(zeros(B, places))
-                    self.guess(hidden_BTD, zeros(B, places), zeros(B), zeros(B), cache)
+                    self.draft(hidden_BTD, zeros(B, places), zeros(B), zeros(B), cache)
 
-    def guess(
+    def draft(
         self, hidden_BTD: Tensor, token_BT: Tensor, position_B: Tensor, known_B: Tensor, cache: LatentCache
     ) -> tuple[Tensor, Tensor]:
-        """The MTP module over T places, the first at position_B: its state at place known_B, [B, D], and what it
-        expects after it, [B, V]."""
+        """The MTP module over T tokens, the first at position_B: its state at token known_B, [B, D], and its logits
+        there, [B, V]."""
         length = [position + token_BT.shape[1] for position in position_B.tolist()]
         cache.reserve(length)
         page_BP, pool = cache.pages_BP(max(length)), cache.layers[self.model.cfg.n_layers]
-        self._mark("guess", token_BT.shape, (token_BT, position_B, page_BP, hidden_BTD, known_B), [pool])
-        return self._guess(self.model, token_BT, position_B, page_BP, self._rope, pool, hidden_BTD, known_B)
+        self._mark("draft", token_BT.shape, (token_BT, position_B, page_BP, hidden_BTD, known_B), [pool])
+        return self._draft(self.model, token_BT, position_B, page_BP, self._rope, pool, hidden_BTD, known_B)
 
-    def _by_layer(self, token_BT: Tensor, position_B: Tensor, cache: LatentCache) -> tuple[Passed, list[Tensor]]:
+    def _by_layer(self, token_BT: Tensor, position_B: Tensor, cache: LatentCache) -> tuple[ForwardOutput, list[Tensor]]:
         model, T = self.model, token_BT.shape[1]
         position_BT = position_B[:, None] + torch.arange(T, device=position_B.device)
         rope, slot_N = self._rope[position_BT], cache.slots_BT(position_BT).flatten()
-        blocks = cache.blocks(position_B, T)
+        groups = cache.row_groups(position_B, T)
         self._mark("first", token_BT.shape, (token_BT, rope))
         x_BTD, latent_NX, q_BQX = self._first(model, token_BT, rope)
         chosen: list[Tensor] = []
         for i, (layer, after) in enumerate(pairwise((*model.layers, None))):
             cache.write(i, slot_N, latent_NX)
-            context_BQX = attend(q_BQX, cache, i, blocks, model.cfg)
+            context_BQX = attend(q_BQX, cache, i, groups, model.cfg)
             if after is None:
                 self._mark("last", token_BT.shape, (x_BTD, context_BQX))
-                passed, expert_NK = self._last(model, x_BTD, context_BQX, self.vocab)
+                output, expert_NK = self._last(model, x_BTD, context_BQX, self.vocab)
             else:
                 self._mark(f"between {layer.dense, after.dense}", token_BT.shape, (x_BTD, context_BQX, rope))
                 x_BTD, latent_NX, q_BQX, expert_NK = self._between(layer, after, x_BTD, context_BQX, rope)
             if expert_NK is not None:
                 chosen.append(expert_NK)
-        return passed, chosen
+        return output, chosen
 
     def _mark(self, name: str, size: Sequence[int], by_row: Sequence[Tensor], pools: Sequence[Tensor] = ()) -> None:
-        """Tells the compiler, when it is about to make a graph, which sizes will change: the number of rows (where it
-        is not 1), of pages of a row, and of pages of a pool."""
+        """Before a new graph is compiled, marks the sizes that will change: the number of rows (where it is not 1), of
+        pages of a row, and of pages of a pool."""
         rows, T = size
         if (graph := (name, min(rows, 2), T)) in self._marked:
             return
@@ -159,89 +158,99 @@ class Compiled:
 
 
 def _whole(
-    model: Transformer, token_BT: Tensor, position_B: Tensor, page_BP: Tensor, rope: Tensor, pools: list[Tensor],
+    model: Transformer,
+    token_BT: Tensor,
+    position_B: Tensor,
+    page_BP: Tensor,
+    rope: Tensor,
+    pools: list[Tensor],
     vocab: int,
-) -> tuple[Passed, list[Tensor]]:  # fmt: skip
-    """The network from tokens to logits. The rows' pages are read as one block."""
+) -> tuple[ForwardOutput, list[Tensor]]:
+    """The network from tokens to logits, with all rows in one group."""
     x_BTD, chosen = model.embed(token_BT), []
-    place = _places(position_B, token_BT.shape[1], page_BP)
+    slots = _slots(position_B, token_BT.shape[1], page_BP)
     for layer, pool in zip(model.layers, pools, strict=True):
-        x_BTD, expert_NK = _layer(layer, x_BTD, rope[place.position_BT], pool, page_BP, place)
+        x_BTD, expert_NK = _layer(layer, x_BTD, rope[slots.position_BT], pool, page_BP, slots)
         if expert_NK is not None:
             chosen.append(expert_NK)
-    return _said(model, x_BTD, vocab), chosen
+    return _output(model, x_BTD, vocab), chosen
 
 
-def _guess(
-    model: Transformer, token_BT: Tensor, position_B: Tensor, page_BP: Tensor, rope: Tensor, pool: Tensor,
-    hidden_BTD: Tensor, known_B: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _draft(
+    model: Transformer,
+    token_BT: Tensor,
+    position_B: Tensor,
+    page_BP: Tensor,
+    rope: Tensor,
+    pool: Tensor,
+    hidden_BTD: Tensor,
+    known_B: Tensor,
+) -> tuple[Tensor, Tensor]:
     module = model.mtp[0]
-    place = _places(position_B, token_BT.shape[1], page_BP)
+    slots = _slots(position_B, token_BT.shape[1], page_BP)
     x_BTD = module.join(hidden_BTD, F.embedding(token_BT, model.embed.weight))
-    x_BTD, _ = _layer(module.layer, x_BTD, rope[place.position_BT], pool, page_BP, place)
+    x_BTD, _ = _layer(module.layer, x_BTD, rope[slots.position_BT], pool, page_BP, slots)
     state_BD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), known_B]
     return state_BD, model.head(module.norm(state_BD)).float()
 
 
-class _Places(NamedTuple):
-    """Where the tokens of a pass stand, and what each may see."""
+class _Slots(NamedTuple):
+    """Positions of the tokens of a pass, their slots in the flat pool, and the slots that each may attend to."""
 
     position_BT: Tensor
     slot_N: Tensor
     visible_BTS: Tensor
 
 
-def _places(position_B: Tensor, T: int, page_BP: Tensor) -> _Places:
+def _slots(position_B: Tensor, T: int, page_BP: Tensor) -> _Slots:
     position_BT = position_B[:, None] + torch.arange(T, device=position_B.device)
     slot_N = (page_BP.gather(1, position_BT // PAGE) * PAGE + position_BT % PAGE).flatten()
     slot_S = torch.arange(page_BP.shape[1] * PAGE, device=position_B.device)
-    return _Places(position_BT, slot_N, slot_S <= position_BT.unsqueeze(-1))
+    return _Slots(position_BT, slot_N, slot_S <= position_BT.unsqueeze(-1))
 
 
 def _layer(
-    layer: Layer, x_BTD: Tensor, rope: Tensor, pool: Tensor, page_BP: Tensor, place: _Places
+    layer: Layer, x_BTD: Tensor, rope: Tensor, pool: Tensor, page_BP: Tensor, slots: _Slots
 ) -> tuple[Tensor, Tensor | None]:
     u_BTD = layer.attn_norm(x_BTD)
-    pool.flatten(0, 1).index_copy_(0, place.slot_N, layer.attn.latent(u_BTD, rope).flatten(0, 1))
-    held_BSX = pool.index_select(0, page_BP.flatten()).view(page_BP.shape[0], -1, pool.shape[-1])
-    return _feed_forward(layer, x_BTD + layer.attn.absorbed(u_BTD, held_BSX, place.visible_BTS, rope))
+    pool.flatten(0, 1).index_copy_(0, slots.slot_N, layer.attn.latent(u_BTD, rope).flatten(0, 1))
+    latent_BSX = pool.index_select(0, page_BP.flatten()).view(page_BP.shape[0], -1, pool.shape[-1])
+    return _feed_forward(layer, x_BTD + layer.attn.absorbed(u_BTD, latent_BSX, slots.visible_BTS, rope))
 
 
 def _first(model: Transformer, token_BT: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Up to the first attention: residual stream, what goes into the cache [N, X], and what it is asked
-    [B, T * H, X]."""
+    """Up to the first attention: residual stream, latents for the cache [N, X], and queries [B, T * H, X]."""
     x_BTD = model.embed(token_BT)
-    return x_BTD, *_enter(model.layers[0], x_BTD, rope)
+    return x_BTD, *_before_attention(model.layers[0], x_BTD, rope)
 
 
 def _between(
     layer: Layer, after: Layer, x_BTD: Tensor, context_BQX: Tensor, rope: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """From what the attention of a layer saw up to the next layer's attention, as `_first`; and the experts chosen."""
-    x_BTD, expert_NK = _leave(layer, x_BTD, context_BQX)
-    return x_BTD, *_enter(after, x_BTD, rope), expert_NK
+    """From one layer's attention output to the next layer's attention, as `_first`; and the experts chosen."""
+    x_BTD, expert_NK = _after_attention(layer, x_BTD, context_BQX)
+    return x_BTD, *_before_attention(after, x_BTD, rope), expert_NK
 
 
-def _last(model: Transformer, x_BTD: Tensor, context_BQX: Tensor, vocab: int) -> tuple[Passed, Tensor | None]:
-    """From what the last layer's attention saw to the end."""
-    x_BTD, expert_NK = _leave(model.layers[-1], x_BTD, context_BQX)
-    return _said(model, x_BTD, vocab), expert_NK
+def _last(model: Transformer, x_BTD: Tensor, context_BQX: Tensor, vocab: int) -> tuple[ForwardOutput, Tensor | None]:
+    """From the last layer's attention output to the logits."""
+    x_BTD, expert_NK = _after_attention(model.layers[-1], x_BTD, context_BQX)
+    return _output(model, x_BTD, vocab), expert_NK
 
 
-def _enter(layer: Layer, x_BTD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+def _before_attention(layer: Layer, x_BTD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
     u_BTD = layer.attn_norm(x_BTD)
     return layer.attn.latent(u_BTD, rope).flatten(0, 1), absorbed_queries(layer.attn, u_BTD, rope)
 
 
-def _leave(layer: Layer, x_BTD: Tensor, context_BQX: Tensor) -> tuple[Tensor, Tensor | None]:
+def _after_attention(layer: Layer, x_BTD: Tensor, context_BQX: Tensor) -> tuple[Tensor, Tensor | None]:
     return _feed_forward(layer, x_BTD + absorbed_output(layer.attn, context_BQX, x_BTD.shape[1]))
 
 
-def _said(model: Transformer, x_BTD: Tensor, vocab: int) -> Passed:
+def _output(model: Transformer, x_BTD: Tensor, vocab: int) -> ForwardOutput:
     state_BTD = model.norm(x_BTD)
     logits_BTV = model.head(state_BTD).float()
-    return Passed(state_BTD, logits_BTV, peaks(logits_BTV, vocab))
+    return ForwardOutput(state_BTD, logits_BTV, greedy_tokens(logits_BTV, vocab))
 
 
 def _feed_forward(layer: Layer, h_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -251,3 +260,10 @@ def _feed_forward(layer: Layer, h_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
     experts, routing = layer.ffn.experts, attended.routing
     routed_ND = gathered_ffn(attended.u_ND, routing.expert_NK, routing.weight_NK, experts.w13, experts.w2)
     return layer.finish(attended, routed_ND), routing.expert_NK
+
+
+def gathered_ffn(u_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """`decode.few_tokens_ffn`, [N, D], for the compiler, which fuses the copies of the matrices away."""
+    gate, up = (w13[expert_NK] * u_ND[:, None, None, :]).sum(-1).chunk(2, -1)
+    act_NKF = F.silu(gate) * up * weight_NK.unsqueeze(-1)
+    return (w2[expert_NK] * act_NKF.unsqueeze(2)).sum((1, 3)).to(u_ND.dtype)

@@ -1,6 +1,13 @@
-"""Prefill and one decoding step of a foreign model: what `decode` does for our network, through transformers.
+"""Foreign models in the engine: `decode.new_cache`, `prefill` and `step` through transformers, and their cache.
 
-The batch, the sampling and the random streams are the same for both; only these functions know the difference.
+`SlotCache` replaces transformers' own cache and has the interface and invariants of `LatentCache`: slot s of a row has
+the token at position s, rows [0, rows) are the live ones, every slot is finite. Rows of different length therefore step
+together without left padding, and a row that leaves costs one row's copy. Scheduling, sampling and random streams are
+the same as for our network.
+
+`Engine` imports this module when it gets a foreign model, because it needs transformers.
+
+Shapes: B live rows, P prompts, H key-value heads, S slots, T prompt tokens, W width of a head, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,43 +16,205 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from bessemer.engine import decode
-from bessemer.engine.routing_trace import Trace
+from bessemer.engine.decode import PrefillChunk, RoutingTrace
+from bessemer.engine.kv_cache import PromptPages
 from bessemer.hf.causal_lm import CausalLM
+
+SLOT_STEP = 64
+"""Slots are added in multiples of this: 1 % of decode time goes into the copies, at most 63 slots per row are idle."""
 
 
 @decode.new_cache.register(CausalLM)
-def new_cache(model: CausalLM, limit: int | None = None, remember: bool = False, drafts: bool = False):
-    """Keys and values in the place of transformers' own. Prompts are not remembered, and only rows bound its size."""
-    from bessemer.engine.hf_cache import SlotCache
-
+def new_cache(model: CausalLM, limit: int | None = None, prefix_cache: bool = False, drafts: bool = False) -> SlotCache:
+    """An empty cache. Prefixes are not cached, and the size is bounded by the number of rows only."""
     return SlotCache(model.cfg.n_layers)
 
 
 @decode.prefill.register(CausalLM)
-def prefill(model: CausalLM, cache, parts: Sequence[decode.Part], trace: Trace | None = None) -> Tensor:
-    """Logits after each prompt, [P, V]. Prompts stand left; causality hides the padding behind them."""
-    assert all(part.whole for part in parts), "a foreign model takes a prompt in whole"
+def prefill(
+    model: CausalLM, cache: SlotCache, chunks: Sequence[PrefillChunk], trace: RoutingTrace | None = None
+) -> Tensor:
+    """Logits after each prompt, [P, V]. Padding stands on the right, hidden by causality."""
+    assert all(chunk.whole for chunk in chunks), "a foreign model takes whole prompts"
     device = model.embed.weight.device
-    longest = max(part.end for part in parts)
-    tokens_PT = torch.tensor([[*part.held.ids, *[0] * (longest - part.end)] for part in parts], device=device)
-    fresh = cache.prompts([part.held for part in parts])
+    longest = max(chunk.end for chunk in chunks)
+    tokens_PT = torch.tensor([[*chunk.prompt.ids, *[0] * (longest - chunk.end)] for chunk in chunks], device=device)
+    fresh = cache.for_prompts([chunk.prompt for chunk in chunks])
     hidden_PTD = model.hidden(tokens_PT, **{model.cache_word: fresh})
-    row_P = torch.arange(len(parts), device=device)
-    last_P = torch.tensor([part.end - 1 for part in parts], device=device)
+    row_P = torch.arange(len(chunks), device=device)
+    last_P = torch.tensor([chunk.end - 1 for chunk in chunks], device=device)
     return _logits(model, hidden_PTD[row_P, last_P])
 
 
 @decode.step.register(CausalLM)
-def step(model: CausalLM, token_B: Tensor, position_B: Tensor, cache, trace: Trace | None = None) -> Tensor:
+def step(
+    model: CausalLM, token_B: Tensor, position_B: Tensor, cache: SlotCache, trace: RoutingTrace | None = None
+) -> Tensor:
     """Logits [B, V] of the token after `token_B`, which stands at `position_B` and enters the cache."""
-    seen_BS = cache.begin(position_B)
+    visible_BS = cache.start_step(position_B)
     hidden_BTD = model.hidden(
-        token_B[:, None], position_B[:, None], attention_mask=seen_BS, **{model.cache_word: cache}
+        token_B[:, None], position_B[:, None], attention_mask=visible_BS, **{model.cache_word: cache}
     )
     return _logits(model, hidden_BTD[:, 0])
 
 
 def _logits(model: CausalLM, hidden_BD: Tensor) -> Tensor:
     return (hidden_BD @ model.head_weight.T).float()
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer: `keys` and `values`, [rows, H, S, W]. The methods are those that transformers calls in a forward."""
+
+    def __init__(self, cache: SlotCache):
+        super().__init__()
+        self.cache = cache
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Stores the keys and values of the new tokens; returns all that the queries may attend to."""
+        position_B = self.cache.position_B
+        if position_B is None:  # prefill: the cache is empty
+            self.lazy_initialization(key_states, value_states)
+            return key_states, value_states
+        rows, slots = self.cache.rows, self.cache.slots
+        row_B = torch.arange(rows, device=position_B.device)
+        for stored, new in ((self.keys, key_states), (self.values, value_states)):
+            stored[row_B, :, position_B] = new[:, :, 0]
+        return self.keys[:rows, :, :slots], self.values[:rows, :, :slots]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = _with_slots(key_states), _with_slots(value_states)
+        self.is_initialized = True
+
+    def reserve(self, rows: int, slots: int) -> None:
+        if slots > self.keys.shape[2]:
+            self.keys, self.values = _with_slots(self.keys[:rows], slots), _with_slots(self.values[:rows], slots)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (query_length if self.cache.position_B is None else self.cache.slots), 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self.cache.position_B is None else self.cache.slots - 1
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class SlotCache(Cache):
+    """The keys and values of the rows that decode together, and of prompts during prefill."""
+
+    chunked_prefill = False
+
+    def __init__(self, n_layers: int):
+        super().__init__(layers=[SlotLayer(self) for _ in range(n_layers)])
+        self.rows = 0
+        self.slots = 0
+        """Slots of the longest row, which a step attends to."""
+        self.position_B: Tensor | None = None
+        """Positions of the tokens of the current step; None during prefill."""
+
+    @property
+    def used_tokens(self) -> int:
+        return self.rows * self.slots
+
+    @property
+    def allocated_bytes(self) -> int:
+        stored = [states for layer in self.layers if layer.is_initialized for states in (layer.keys, layer.values)]
+        return sum(states.numel() * states.element_size() for states in stored)
+
+    def free_pages(self) -> int | None:
+        """No limit of its own."""
+        return None
+
+    def open(self, ids: Sequence[int]) -> PromptPages:
+        return PromptPages(tuple(ids))
+
+    def extend(self, prompt: PromptPages, length: int) -> None:
+        """Slots are allocated when they are written."""
+
+    def drop(self, prompt: PromptPages) -> None:
+        prompt.slots = None
+
+    def pages_needed(self, length_B: Sequence[int]) -> int:
+        return 0
+
+    def cache_row(self, row: int, ids: Sequence[int]) -> None:
+        """There is no prefix cache."""
+
+    def scrub(self, row: int) -> None:
+        for layer in self.layers:
+            layer.keys[row], layer.values[row] = 0.0, 0.0
+
+    def for_prompts(self, prompts: Sequence[PromptPages]) -> SlotCache:
+        """A separate cache for prompts that are prefilled together."""
+        fresh = SlotCache(len(self.layers))
+        fresh.rows = len(prompts)
+        for row, prompt in enumerate(prompts):
+            prompt.slots, prompt.length = (fresh, row), len(prompt.ids)
+        return fresh
+
+    def admit(self, prompts: Sequence[tuple[PromptPages, int]]) -> None:
+        """Appends `copies` rows for each prompt. The prompts must not be used afterwards."""
+        sources: dict[int, tuple[SlotCache, list[int]]] = {}
+        for prompt, copies in prompts:
+            source, row = prompt.slots
+            sources.setdefault(id(source), (source, []))[1].extend([row] * copies)
+            prompt.slots = None
+        self._append([source._select(torch.tensor(rows)) for source, rows in sources.values()])
+
+    def start_step(self, position_B: Tensor) -> Tensor | None:
+        """Allocates slots for a step; the slots visible to each row, [B, S] (None: all of them)."""
+        low, high = (int(x) for x in position_B.aminmax())
+        self.position_B, self.slots = position_B, high + 1
+        for layer in self.layers:
+            layer.reserve(self.rows, self.slots)
+        if low == high:
+            return None
+        return torch.arange(self.slots, device=position_B.device) <= position_B[:, None]
+
+    def keep(self, live_B: Tensor) -> Tensor:
+        """Drops the rows where live_B is False. Returns source [B']: new row b is old row source[b]. Live rows from
+        beyond B' move into the holes, all others stay."""
+        live = live_B.nonzero().squeeze(-1)
+        self.rows = live.numel()
+        source = torch.arange(self.rows, device=live.device)
+        holes = (~live_B[: self.rows]).nonzero().squeeze(-1)
+        movers = live[live >= self.rows]  # exactly as many as there are holes
+        source[holes] = movers
+        if holes.numel():
+            for layer in self.layers:
+                layer.keys[holes], layer.values[holes] = layer.keys[movers], layer.values[movers]
+        return source
+
+    def _select(self, source_B: Tensor) -> SlotCache:
+        """A cache whose row b is a copy of this one's row source_B[b]."""
+        selected = SlotCache(len(self.layers))
+        selected.rows = source_B.numel()
+        for new, old in zip(selected.layers, self.layers, strict=True):
+            rows = source_B.to(old.keys.device)
+            new.keys, new.values = old.keys.index_select(0, rows), old.values.index_select(0, rows)
+            new.is_initialized = True
+        return selected
+
+    def _append(self, others: list[SlotCache]) -> None:
+        """Appends the rows of other caches."""
+        caches = [self, *others] if self.rows else others
+        slots = max(cache.layers[0].keys.shape[2] for cache in caches)
+        for cache in caches:
+            for layer in cache.layers:
+                layer.reserve(cache.rows, slots)
+        for own, same in zip(self.layers, zip(*(cache.layers for cache in caches), strict=True), strict=True):
+            keys = [layer.keys[: cache.rows] for cache, layer in zip(caches, same, strict=True)]
+            values = [layer.values[: cache.rows] for cache, layer in zip(caches, same, strict=True)]
+            own.keys, own.values, own.is_initialized = torch.cat(keys), torch.cat(values), True
+        self.rows = sum(cache.rows for cache in caches)
+
+
+def _with_slots(states: Tensor, slots: int = 0) -> Tensor:
+    """A copy with room for at least `slots` slots."""
+    B, H, T, W = states.shape
+    copy = states.new_zeros(B, H, -(-max(slots, T) // SLOT_STEP) * SLOT_STEP, W)
+    copy[:, :, :T] = states
+    return copy

@@ -1,28 +1,36 @@
-"""Where the experts of a model would go on a cluster, by loads that the engine records, and what that is worth.
+"""Expert loads recorded by the engine, and where the experts of a model would go on a cluster by those loads.
 
-As in a deployment, experts are placed by the traffic seen so far and judged on what comes next: the prompts are cut
-into windows, the moving average over all but the last one places, the last one judges. Only loads are real here; the
-GPUs need not exist. The figures are means over a window: a single batch is less even than that.
+`ExpertLoads` is a moving average of tokens per expert and window; a window is the traffic of some period, such as one
+call of `Engine.generate`. The newest window has the largest weight, and a busy window weighs more than an idle one.
 
-Shapes: L sparse layers, E experts, G GPUs.
+As in a deployment, `report` places experts by past traffic and evaluates the placement on what follows: the prompts are
+divided into windows, the moving average over all but the last one gives the placement, the last one evaluates it. Only
+the loads are real; the GPUs need not exist. The results are means over a window: a single batch is less balanced.
+
+Shapes: T tokens fed, L sparse layers, K experts per token, E experts, G GPUs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from bessemer import tasks
 from bessemer.data.chat import question_ids
 from bessemer.engine import eplb
-from bessemer.engine.engine import Engine, Prompt
-from bessemer.engine.expert_loads import Loads
-from bessemer.engine.generate import load_engine
+from bessemer.engine.engine import Engine, Prompt, load_engine
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
+
+FORMAT = "bessemer expert loads"
 
 
 def report(
@@ -66,7 +74,7 @@ def report(
         loads.add(_routing(engine, window, sampling))
     load_LE, before = loads.estimate(), (loads.windows, loads.tokens)
     placement = eplb.place(load_LE, *sizes)
-    newest = Loads(*loads.shape)
+    newest = ExpertLoads(*loads.shape)
     records = _routing(engine, last, sampling)
     newest.add(records)
     if loads_file is not None:
@@ -143,15 +151,15 @@ def _sparse(engine: Engine, model_dir: str | Path) -> ModelConfig:
     return cfg
 
 
-def _loads(cfg: ModelConfig, path: str | Path | None) -> Loads:
+def _loads(cfg: ModelConfig, path: str | Path | None) -> ExpertLoads:
     shape = (cfg.n_layers - cfg.n_dense_layers, cfg.n_routed_experts)
     if path is None:
-        return Loads(*shape)
+        return ExpertLoads(*shape)
     if not Path(path).exists():
         if not Path(path).parent.is_dir():  # said now, not after the work
             raise UserError(f"{path}: its folder does not exist; make it, or choose another file")
-        return Loads(*shape)
-    loads = Loads.load(path)
+        return ExpertLoads(*shape)
+    loads = ExpertLoads.load(path)
     if loads.shape != shape:
         raise UserError(
             f"{path} has loads of {loads.shape[0]} layers and {loads.shape[1]} experts, the model has {shape[0]} and "
@@ -166,7 +174,8 @@ def _questions(engine: Engine, chosen: Sequence[tasks.Task], problems: int) -> l
 
 
 def _windows(traffic: Sequence[Prompt], windows: int, known: bool) -> list[Sequence[Prompt]]:
-    """Every n-th prompt, so that each window has something of every task. Loads known before need no first window."""
+    """Every n-th prompt, so that each window contains every task. With loads from an earlier call the first window is
+    not needed."""
     least = 1 if known else 2
     if windows < least:
         raise UserError(f"windows must be at least {least}, is {windows}: the last one judges what the others placed")
@@ -179,3 +188,115 @@ def _windows(traffic: Sequence[Prompt], windows: int, known: bool) -> list[Seque
 
 def _routing(engine: Engine, prompts: Sequence[Prompt], sampling: dict[str, Any]) -> list:
     return [completion.routing for (completion,) in engine.generate(prompts, **sampling)]
+
+
+class ExpertLoads:
+    """A moving average of the tokens that each expert of each layer got per window."""
+
+    def __init__(self, n_layers: int, n_experts: int, decay: float = 0.9):
+        """`decay`: a window's weight over that of the next one; 0 knows the last window only, 1 is the plain mean."""
+        if not 0 <= decay <= 1:
+            raise UserError(f"decay must lie between 0 and 1, is {decay}")
+        self.decay = float(decay)
+        self.windows = 0
+        """Windows seen; those without tokens are not counted."""
+        self.tokens = 0
+        """Tokens seen."""
+        self._mean_LE = np.zeros((n_layers, n_experts))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(L, E)."""
+        return self._mean_LE.shape
+
+    def add(self, routing: Tensor | Iterable[Tensor]) -> None:
+        """One more window: `Completion.routing`, [T, L, K], of one sample or of all its samples.
+
+        A prompt counts once for every sample that continues it, as if each had been a request of its own.
+        """
+        records = [routing] if routing is None or isinstance(routing, Tensor) else list(routing)
+        window_LE = sum((expert_counts(record, *self.shape) for record in records), np.zeros(self.shape))
+        tokens = sum(len(record) for record in records)
+        if not tokens:
+            return
+        self.windows, self.tokens = self.windows + 1, self.tokens + tokens
+        # the weight of all windows, 1 + decay + decay^2 ...: the first one is the whole estimate, not a tenth of it
+        weight = self.windows if self.decay == 1 else (1 - self.decay**self.windows) / (1 - self.decay)
+        self._mean_LE += (window_LE - self._mean_LE) / weight
+
+    def estimate(self) -> NDArray[np.float64]:
+        """Tokens per window that each expert gets, [L, E]."""
+        if not self.windows:
+            raise UserError("no routing was added yet, so nothing is known of the loads; generate with record_routing")
+        return self._mean_LE.copy()
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON; the file is its old self or its new self, never something between."""
+        path = Path(path)
+        facts = {"format": FORMAT, "decay": self.decay, "windows": self.windows, "tokens": self.tokens,
+                 "load": self._mean_LE.tolist()}  # fmt: skip
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        try:
+            temporary.write_text(json.dumps(facts) + "\n", "utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"cannot write {path}: {error.strerror}; choose a file in a folder you may write") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> ExpertLoads:
+        """The same object again, to the last bit."""
+        try:
+            facts = json.loads(Path(path).read_text("utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; give a file that ExpertLoads.save wrote") from None
+        except ValueError:
+            raise UserError(f"{path} is not JSON; give a file that ExpertLoads.save wrote") from None
+        mean_LE = _checked(facts, path)
+        loads = cls(*mean_LE.shape, decay=facts["decay"])
+        loads.windows, loads.tokens, loads._mean_LE = facts["windows"], facts["tokens"], mean_LE
+        return loads
+
+
+def expert_counts(routing: Tensor, n_layers: int, n_experts: int) -> NDArray[np.int64]:
+    """How many of these T tokens chose each expert, [L, E], from a record [T, L, K]."""
+    if routing is None:
+        raise UserError("this completion has no record of its routing; generate with record_routing=True")
+    if routing.ndim != 3 or routing.shape[1] != n_layers or routing.is_floating_point():
+        raise UserError(
+            f"a record of routing is whole numbers [tokens, {n_layers} layers, experts per token], this one is "
+            f"{str(routing.dtype).removeprefix('torch.')} {list(routing.shape)}; add what an engine with the same "
+            "model recorded"
+        )
+    expert_TLK = routing.long()
+    if expert_TLK.numel() and not 0 <= expert_TLK.min() <= expert_TLK.max() < n_experts:
+        raise UserError(
+            f"a record of routing names experts {int(expert_TLK.min())} to {int(expert_TLK.max())} of a model that has "
+            f"{n_experts}; add what an engine with the same model recorded"
+        )
+    cell_TLK = expert_TLK + n_experts * torch.arange(n_layers, device=routing.device)[:, None]
+    count = torch.bincount(cell_TLK.flatten(), minlength=n_layers * n_experts)
+    return count.view(n_layers, n_experts).cpu().numpy()
+
+
+def _checked(facts: Any, path: str | Path) -> NDArray[np.float64]:
+    """The table [L, E] of a file's contents, all of which can be trusted afterwards."""
+
+    def wrong(what: str) -> UserError:
+        return UserError(f"{path}: {what}; record the loads again")
+
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise wrong(f'not a file of expert loads ("format" is not "{FORMAT}")')
+    decay = facts.get("decay")
+    if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
+        raise wrong(f'"decay" is {decay!r}, not a number between 0 and 1')
+    for key in ("windows", "tokens"):
+        if type(facts.get(key)) is not int or facts[key] < 0:
+            raise wrong(f'"{key}" is {facts.get(key)!r}, not a whole number of at least 0')
+    try:
+        mean_LE = np.array(facts.get("load"), dtype=np.float64)
+    except (TypeError, ValueError):
+        mean_LE = np.empty(0)
+    if mean_LE.ndim != 2 or not mean_LE.size or not np.isfinite(mean_LE).all() or (mean_LE < 0).any():
+        raise wrong('"load" is not a table [layers, experts] of counts, 0 or more')
+    return mean_LE

@@ -1,46 +1,51 @@
-"""Continuous batching: requests come and go while the others decode.
+"""Continuous batching: requests join and leave while others decode.
 
-One `step` is: start prompts while rows and pages last; take in a bounded piece of prompts, so that nobody who decodes
-waits long for a long prompt; draw a token for every row; let what is finished go. When the cache is full the youngest
-row leaves and waits; when it comes back its tokens so far are taken in like a prompt, and since a row's stream is
-counted by position, it goes on with the same tokens.
+One `step` starts prompts while rows and pages suffice, prefills a bounded number of prompt tokens, so that a long
+prompt delays the decoding sequences only a little, samples a token for every sequence, and retires finished ones. When
+the cache is full the youngest sequence is preempted and waits; on its return its tokens so far are prefilled like a
+prompt, and since its random stream is indexed by position, it continues with the same tokens.
 
-Prompts that begin alike share pages: several samples of one prompt at once, a repeated system prompt or an earlier
-turn of a conversation through what the cache remembers.
+Prompts with a common prefix share pages: several samples of one prompt at once, and a repeated system prompt or an
+earlier turn of a conversation through the prefix cache.
 """
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
-from torch import Tensor
 
-from bessemer.engine.batch import Batch, not_finite
-from bessemer.engine.decode import Part, new_cache, prefill
+from bessemer.engine.decode import PrefillChunk, RoutingTrace, new_cache, prefill
 from bessemer.engine.engine import Engine
-from bessemer.engine.kv_cache import Held
-from bessemer.engine.pages import pages_for
-from bessemer.engine.queue import Queue
-from bessemer.engine.request import Finished, Request, Token
-from bessemer.engine.routing_trace import Trace
-from bessemer.engine.sequence import Row, think_ids
+from bessemer.engine.kv_cache import PromptPages, pages_for
+from bessemer.engine.model_runner import ModelRunner, not_finite
+from bessemer.engine.sequence import (
+    Finished,
+    Request,
+    Sequence,
+    StopStrings,
+    Token,
+    check_positive,
+    check_stop_strings,
+    think_ids,
+)
 from bessemer.engine.speculative import check_drafts
-from bessemer.engine.stop import StopStrings, check_strings
 from bessemer.errors import UserError
 
 
 @dataclass(eq=False)
-class _Filling:
-    """A prompt that is being taken in, and the rows that will continue it."""
+class _Prefill:
+    """A prompt during prefill, and the sequences that will continue it."""
 
-    held: Held
-    rows: list[Row]
+    prompt: PromptPages
+    sequences: list[Sequence]
 
-    def missing(self, ahead: int) -> int:
-        """Pages it will still take until its rows decode: the rest of the prompt, then one for every further row."""
-        return pages_for(len(self.held.ids) + ahead) - len(self.held.pages) + len(self.rows) - 1
+    def pages_needed(self, lookahead: int) -> int:
+        """Pages to allocate until its sequences decode: the rest of the prompt, then one per additional sequence."""
+        total = pages_for(len(self.prompt.ids) + lookahead)
+        return total - len(self.prompt.pages) + len(self.sequences) - 1
 
 
 class Scheduler:
@@ -55,176 +60,262 @@ class Scheduler:
         prefill_tokens: int = 2048,
         drafts: int = 0,
     ) -> None:
-        """At most `rows` requests decode together; the cache holds `cache_tokens` tokens (None: rows of full length);
-        a step takes in at most `prefill_tokens` tokens of prompts, so that long prompts do not stall the others.
-        `drafts` tokens are guessed by the MTP module each step (see `speculate`)."""
-        for name, value in (("rows", rows), ("cache_tokens", cache_tokens), ("prefill_tokens", prefill_tokens)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise UserError(f"{name} must be a whole number of at least 1, is {value!r}")
+        """At most `rows` requests decode together; the cache holds `cache_tokens` tokens (None: `rows` sequences of
+        full length); a step prefills at most `prefill_tokens` prompt tokens, so that long prompts do not stall the
+        others. The MTP module drafts `drafts` tokens per step (see `speculative`)."""
+        check_positive(rows=rows, prefill_tokens=prefill_tokens)
+        if cache_tokens is not None:
+            check_positive(cache_tokens=cache_tokens)
         self.engine, self.model = engine, engine.model
-        self.most_rows, self.prefill_tokens = rows, prefill_tokens
+        self.max_rows, self.prefill_tokens = rows, prefill_tokens
         self.drafts = check_drafts(self.model, drafts)
         self.cache_tokens = cache_tokens or rows * (self.model.cfg.max_seq_len + self.drafts)
-        self.preempted = self.prompt_tokens = self.found_tokens = 0
-        self.queue = Queue()
-        self._numbers = count(1)
+        self.preempted = self.prompt_tokens = self.cached_tokens = 0
+        self.queue = WaitingQueue()
+        self._tickets = count(1)
         self._think = think_ids(engine.tokenizer)
-        self._filling: list[_Filling] = []
+        self._prefills: list[_Prefill] = []
         self.model.eval()
         routed = any(not layer.dense for layer in self.model.layers)
-        trace = Trace(self.model.cfg) if routed else None
-        self.cache = new_cache(self.model, self.cache_tokens, remember=True, drafts=self.drafts > 0)
-        self.batch = Batch(self.model, engine.tokenizer, self.cache, trace, self.drafts, engine.compiled)
+        trace = RoutingTrace(self.model.cfg) if routed else None
+        self.cache = new_cache(self.model, self.cache_tokens, prefix_cache=True, drafts=self.drafts > 0)
+        self.runner = ModelRunner(self.model, engine.tokenizer, self.cache, trace, self.drafts, engine.compiled)
 
     def add(self, request: Request) -> int:
-        """Queues a request and returns its ticket. UserError if it can never run (empty, too long, bad ids)."""
+        """Queues a request and returns its ticket. UserError if it can never run (empty, too long, invalid ids)."""
         self.engine.check_prompt(request.prompt)
         room = self.model.cfg.max_seq_len - len(request.prompt)
         request = replace(request, max_new_tokens=min(request.max_new_tokens, room))
         if request.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, is {request.max_new_tokens}")
-        if request.routing and self.batch.trace is None:
+        if request.routing and self.runner.trace is None:
             raise UserError("routing: no layer of this model has routed experts; leave it off")
-        strings = check_strings(request.stop_strings)
-        needed, limit = len(request.prompt) + request.max_new_tokens + self.drafts, pages_for(self.cache_tokens)
-        if pages_for(needed) > limit:
+        strings = check_stop_strings(request.stop_strings)
+        needed = len(request.prompt) + request.max_new_tokens + self.drafts
+        if pages_for(needed) > pages_for(self.cache_tokens):
             raise UserError(
                 f"the request needs room for {needed} tokens and the cache holds {self.cache_tokens}; shorten the "
                 "prompt or max_new_tokens, or give the cache more tokens"
             )
         stop = StopStrings(self.engine.tokenizer, strings) if strings else None
-        row = Row(request, next(self._numbers), stop, self._think)
-        self.queue.add(row)
-        return row.number
+        sequence = Sequence(request, next(self._tickets), stop, self._think)
+        self.queue.add(sequence)
+        return sequence.number
 
     def cancel(self, ticket: int) -> None:
-        """Its row, pages and place in the queue are free at once; no event follows. Unknown tickets are ignored."""
+        """Frees the request's row, pages and place in the queue at once; no event follows. Unknown tickets are
+        ignored."""
         if self.queue.remove(ticket):
             return
-        for job in self._filling:
-            for row in job.rows:
-                if row.number == ticket:
-                    job.rows.remove(row)
-                    self.queue.done(row)
-                    if not job.rows:
-                        self.cache.drop(job.held)
-                        self._filling.remove(job)
+        for job in self._prefills:
+            for sequence in job.sequences:
+                if sequence.number == ticket:
+                    job.sequences.remove(sequence)
+                    self.queue.finished(sequence)
+                    if not job.sequences:
+                        self.cache.drop(job.prompt)
+                        self._prefills.remove(job)
                     return
-        live = [row.number != ticket for row in self.batch.rows]
+        live = [sequence.number != ticket for sequence in self.runner.sequences]
         if not all(live):
-            self.queue.done(self.batch.rows[live.index(False)])
-            self.batch.take(live)
+            self.queue.finished(self.runner.sequences[live.index(False)])
+            self.runner.keep(live)
 
     @property
     def idle(self) -> bool:
-        """Nothing waits and nothing runs."""
-        return not (self.queue or self._filling or self.batch.rows)
+        """No request waits or runs."""
+        return not (self.queue or self._prefills or self.runner.sequences)
 
-    def figures(self) -> dict[str, float]:
-        """How things stand, for a page of metrics."""
+    def stats(self) -> dict[str, float]:
+        """The current state, for a metrics page."""
+        drafter = self.runner.drafter
+        drafts = {} if drafter is None else {"drafted": drafter.drafted, "accepted": drafter.accepted}
         return {
-            "running": len(self.batch.rows),
-            "prefilling": sum(len(job.rows) for job in self._filling),
+            "running": len(self.runner.sequences),
+            "prefilling": sum(len(job.sequences) for job in self._prefills),
             "waiting": len(self.queue),
             "cache_tokens": self.cache_tokens,
             "cache_tokens_used": self.cache.used_tokens,
             "cache_bytes": self.cache.allocated_bytes,
             "prompt_tokens": self.prompt_tokens,
-            "prompt_tokens_found": self.found_tokens,
+            "prompt_tokens_found": self.cached_tokens,
             "preempted": self.preempted,
-            **self._guesses(),
+            **drafts,
         }
 
-    def _guesses(self) -> dict[str, float]:
-        drafter = self.batch.drafter
-        return {} if drafter is None else {"drafted": drafter.drafted, "accepted": drafter.accepted}
-
     def step(self) -> list[Token | Finished]:
-        """Admits what fits, decodes one token for every running row, and says what happened."""
+        """Admits requests that fit, decodes one token (more with drafts) per sequence, and returns the events."""
         with torch.inference_mode():
-            self._start()
-            self._fill()
-            self._make_room()
-            if not self.batch.rows:
+            self._start_prompts()
+            self._prefill()
+            self._preempt()
+            if not self.runner.sequences:
                 return []
-            events: list[Token | Finished] = []
-            token_B = self.batch.draw()
-            token_B = self.batch.retire(self._told(events, token_B))
-            if self.batch.rows:
-                self.batch.advance(token_B)
+            token_B = self.runner.sample()
+            events = self._emit()
+            token_B = self.runner.retire(token_B)
+            if self.runner.sequences:
+                self.runner.advance(token_B)
                 if self.drafts:
-                    self.batch.retire(self._told(events))
+                    events += self._emit()
+                    self.runner.retire()
             return events
 
-    def _start(self) -> None:
-        """Opens the prompts that rows and pages suffice for; with nothing under way the next one always fits."""
+    def _start_prompts(self) -> None:
+        """Starts prompts while rows and pages suffice; when nothing is running the next one always fits."""
         while True:
-            busy = len(self.batch.rows) + sum(len(job.rows) for job in self._filling)
-            rows = self.queue.next(self.most_rows - busy) if busy < self.most_rows else []
-            if not rows:
+            busy = len(self.runner.sequences) + sum(len(job.sequences) for job in self._prefills)
+            sequences = self.queue.peek(self.max_rows - busy) if busy < self.max_rows else []
+            if not sequences:
                 return
-            job = _Filling(self.cache.open(rows[0].ids), rows)
-            room = self.cache.room()
-            promised = sum(other.missing(self.batch.ahead) for other in self._filling)
-            while room is not None and promised + job.missing(self.batch.ahead) > room and len(job.rows) > 1:
-                job.rows.pop()
-            if busy and room is not None and promised + job.missing(self.batch.ahead) > room:
-                self.cache.drop(job.held)
+            job = _Prefill(self.cache.open(sequences[0].ids), sequences)
+            free = self.cache.free_pages()
+            reserved = self._reserved_pages()
+            lookahead = self.runner.lookahead
+            while free is not None and reserved + job.pages_needed(lookahead) > free and len(job.sequences) > 1:
+                job.sequences.pop()
+            if busy and free is not None and reserved + job.pages_needed(lookahead) > free:
+                self.cache.drop(job.prompt)
                 return
-            for row in job.rows:
-                row.found = job.held.found
-            self.found_tokens += job.held.found
-            self.prompt_tokens += len(job.held.ids)
-            self.queue.take(job.rows)
-            self._filling.append(job)
+            for sequence in job.sequences:
+                sequence.cached_tokens = job.prompt.cached
+            self.cached_tokens += job.prompt.cached
+            self.prompt_tokens += len(job.prompt.ids)
+            self.queue.take(job.sequences)
+            self._prefills.append(job)
 
-    def _fill(self) -> None:
-        """A piece of the prompts through the network; those that are complete become rows."""
-        budget, parts = self.prefill_tokens, []
-        for job in self._filling:
-            rest = len(job.held.ids) - job.held.length
-            if parts and rest > budget and (budget <= 0 or not self.cache.chunks):
+    def _prefill(self) -> None:
+        """Prefills a bounded number of tokens; completed prompts become live sequences."""
+        budget, chunks = self.prefill_tokens, []
+        for job in self._prefills:
+            rest = len(job.prompt.ids) - job.prompt.length
+            if chunks and rest > budget and (budget <= 0 or not self.cache.chunked_prefill):
                 break
-            end = job.held.length + (min(rest, budget) if self.cache.chunks else rest)
-            self.cache.extend(job.held, end)
-            parts.append(Part(job.held, end))
+            end = job.prompt.length + (min(rest, budget) if self.cache.chunked_prefill else rest)
+            self.cache.extend(job.prompt, end)
+            chunks.append(PrefillChunk(job.prompt, end))
             budget -= rest
             if budget <= 0:
                 break
-        if not parts:
+        if not chunks:
             return
-        logits_PV = prefill(self.model, self.cache, parts, self.batch.trace)
-        done = [p for p, part in enumerate(parts) if part.end == len(part.held.ids)]
+        logits_PV = prefill(self.model, self.cache, chunks, self.runner.trace)
+        done = [p for p, chunk in enumerate(chunks) if chunk.end == len(chunk.prompt.ids)]
         if done:
-            jobs = [self._filling[p] for p in done]
-            self._filling = [job for job in self._filling if job not in jobs]
-            self.batch.admit([(job.held, job.rows) for job in jobs], logits_PV[done])
+            jobs = [self._prefills[p] for p in done]
+            self._prefills = [job for job in self._prefills if job not in jobs]
+            self.runner.admit([(job.prompt, job.sequences) for job in jobs], logits_PV[done])
 
-    def _told(self, events: list[Token | Finished], token_B: Tensor | None = None) -> Tensor | None:
-        """Adds what the rows wrote since the last time; hands token_B through."""
-        for row in self.batch.rows:
-            for n in range(row.said, len(row.tokens)):
-                top, routes = row.top[n] if row.top else (), row.routes[n] if row.routes else None
-                events.append(Token(row.number, row.tokens[n], row.logp[n], row.raw_logp[n], top, routes))
-            row.said = len(row.tokens)
-            if row.finish is not None:
-                message = str(not_finite(1, 1, row.said + 1)) if row.finish == "error" else ""
-                events.append(Finished(row.number, row.finish, message, row.found))
-                self.queue.done(row)
-        return token_B
+    def _emit(self) -> list[Token | Finished]:
+        """The events since the last call."""
+        events: list[Token | Finished] = []
+        for seq in self.runner.sequences:
+            for n in range(seq.n_emitted, len(seq.tokens)):
+                top, routes = seq.top[n] if seq.top else (), seq.routes[n] if seq.routes else None
+                events.append(Token(seq.number, seq.tokens[n], seq.logp[n], seq.raw_logp[n], top, routes))
+            seq.n_emitted = len(seq.tokens)
+            if seq.finish is not None:
+                message = str(not_finite(1, 1, seq.n_emitted + 1)) if seq.finish == "error" else ""
+                events.append(Finished(seq.number, seq.finish, message, seq.cached_tokens))
+                self.queue.finished(seq)
+        return events
 
-    def _make_room(self) -> None:
-        """Sends the youngest away until every row can take in its next tokens."""
-        while self.batch.rows and (room := self.cache.room()) is not None:
-            promised = sum(job.missing(self.batch.ahead) for job in self._filling)
-            if self.cache.need([p + self.batch.ahead for p in self.batch.position_B.tolist()]) + promised <= room:
+    def _preempt(self) -> None:
+        """Preempts the youngest sequences until the others have room for their next tokens."""
+        while (sequences := self.runner.sequences) and (free := self.cache.free_pages()) is not None:
+            length_B = [position + self.runner.lookahead for position in self.runner.position_B.tolist()]
+            if self.cache.pages_needed(length_B) + self._reserved_pages() <= free:
                 break
             self.preempted += 1
-            if self._filling:  # younger than any row that decodes
-                job = self._filling.pop()
-                self.cache.drop(job.held)
-                for row in reversed(job.rows):
-                    self.queue.give_back(row)
+            if self._prefills:  # younger than any sequence that decodes
+                job = self._prefills.pop()
+                self.cache.drop(job.prompt)
+                for sequence in reversed(job.sequences):
+                    self.queue.requeue(sequence)
             else:
-                youngest = max(range(len(self.batch.rows)), key=lambda b: self.batch.rows[b].number)
-                self.queue.give_back(self.batch.leave(youngest))
+                youngest = max(range(len(sequences)), key=lambda b: sequences[b].number)
+                self.queue.requeue(self.runner.preempt(youngest))
+
+    def _reserved_pages(self) -> int:
+        """Pages that the prompts in prefill will still allocate."""
+        return sum(job.pages_needed(self.runner.lookahead) for job in self._prefills)
+
+
+class WaitingQueue:
+    """Sequences that wait for a row, served round-robin by client, so that a client with a thousand requests does not
+    starve another.
+
+    The client with the fewest running sequences goes first; among equals, the least recently served. Within a client,
+    first come first served. Preempted sequences return before new ones start.
+    """
+
+    def __init__(self) -> None:
+        self.running: Counter[str] = Counter()
+        """Each client's sequences in prefill or decoding."""
+        self._preempted: deque[Sequence] = deque()
+        self._waiting: dict[str, deque[Sequence]] = {}
+        self._last_turn: dict[str, int] = {}
+        """When each client with waiting or running sequences was last served."""
+        self._turns = 0
+
+    def __len__(self) -> int:
+        return len(self._preempted) + sum(map(len, self._waiting.values()))
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.setdefault(sequence.request.client, deque()).append(sequence)
+
+    def requeue(self, sequence: Sequence) -> None:
+        """Puts a preempted sequence before all others."""
+        self.running[sequence.request.client] -= 1
+        self._preempted.appendleft(sequence)
+
+    def peek(self, most: int) -> list[Sequence]:
+        """The next sequence, and up to `most` in total with the same prompt that follow it; they stay in the queue."""
+        if self._preempted:
+            return [self._preempted[0]]
+        heads = [
+            (self.running[client], self._last_turn.get(client, 0), sequences[0].number, client)
+            for client, sequences in self._waiting.items()
+        ]
+        if not heads:
+            return []
+        sequences = self._waiting[min(heads)[-1]]
+        most = max(1, most // len(heads))
+        same: list[Sequence] = []
+        for sequence in sequences:
+            if sequence.request.prompt != sequences[0].request.prompt or len(same) == most:
+                break
+            same.append(sequence)
+        return same
+
+    def take(self, sequences: list[Sequence]) -> None:
+        """Removes sequences returned by `peek` and counts them as running."""
+        for sequence in sequences:
+            client = sequence.request.client
+            preempted = self._preempted and self._preempted[0] is sequence
+            line = self._preempted if preempted else self._waiting[client]
+            assert line.popleft() is sequence
+            self.running[client] += 1
+            if not self._waiting.get(client, True):
+                del self._waiting[client]
+        self._turns += 1
+        self._last_turn[sequences[0].request.client] = self._turns
+
+    def finished(self, sequence: Sequence) -> None:
+        """A running sequence has ended."""
+        client = sequence.request.client
+        self.running[client] -= 1
+        if not self.running[client]:
+            del self.running[client]
+            if client not in self._waiting:
+                self._last_turn.pop(client, None)
+
+    def remove(self, number: int) -> bool:
+        """Drops a waiting sequence; False if none has this number."""
+        for line in (self._preempted, *self._waiting.values()):
+            for sequence in line:
+                if sequence.number == number:
+                    line.remove(sequence)
+                    self._waiting = {client: rest for client, rest in self._waiting.items() if rest}
+                    return True
+        return False

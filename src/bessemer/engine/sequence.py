@@ -1,94 +1,250 @@
-"""One request as far as it has got: its tokens, its figures, and whether it has ended."""
+"""Requests and sequences: what a caller asks for, what comes back token by token, and when a sequence ends.
+
+A stop string can only be completed by a token that contains its last byte. `StopStrings` collects those tokens once per
+set of strings, so almost every token is checked without decoding; the few candidates are compared as bytes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.request import Finish, Request
-from bessemer.engine.stop import StopStrings
 from bessemer.errors import UserError
 
-Top = tuple[tuple[int, float], ...]
+FinishReason = Literal["stop", "length", "error"]
+TopTokens = tuple[tuple[int, float], ...]
 Routes = tuple[tuple[int, ...], ...]
+
+MIN_TEMPERATURE = 1e-4
+MAX_FLOAT = torch.finfo(torch.float32).max
+BOUNDS = {
+    "temperature": (0.0, MAX_FLOAT),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "presence_penalty": (-100.0, 100.0),
+    "frequency_penalty": (-100.0, 100.0),
+}
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is sampled from the logits."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Keep the most likely tokens that together hold this mass; 1 keeps all."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the most likely one; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of every token in the prompt or the answer, and multiplies the negative ones."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token in the answer."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of a token once for each time it occurs in the answer."""
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in BOUNDS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                bound = f"at least {low:g}" if high == MAX_FLOAT else f"between {low:g} and {high:g}"
+                raise UserError(f"{name} must be a number {bound}, is {value!r}")
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise UserError(f"temperature {self.temperature:g} is too small for float32; 0 takes the most likely token")
+        if self.top_p == 0:
+            raise UserError("top_p 0 keeps no token; use temperature 0 for the most likely token")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise UserError(f"top_k must be a whole number of at least 0 (0 keeps all tokens), is {self.top_k!r}")
+
+    @property
+    def penalised(self) -> bool:
+        """The logits depend on the tokens before them."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to generate."""
+
+    prompt: tuple[int, ...]
+    """Token ids, used as given."""
+    key: int
+    """The random stream, from `sampling.stream_key`: the same key and prompt give the same tokens in any batch."""
+    max_new_tokens: int = 256
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    """The sequence ends with the token that completes one of them; the caller cuts the text (`cut_at_stop`)."""
+    top: int = 0
+    """Report this many of the most likely tokens with each token."""
+    routing: bool = False
+    """Report the experts of each token fed to the model."""
+    thinking_budget: int | None = None
+    """After this many tokens inside <think>, the next token is forced to be </think>."""
+    client: str = ""
+    """Waiting requests are admitted round-robin by client, first come first served within a client."""
+
+
+class Token(NamedTuple):
+    """One token of one request."""
+
+    ticket: int
+    """The number returned by `Scheduler.add`."""
+    token: int
+    logprob: float
+    """Under softmax(logits / temperature), without truncation."""
+    raw_logprob: float
+    """The same at temperature 1."""
+    top: TopTokens = ()
+    """(id, raw log-probability) of the most likely tokens at this position, best first."""
+    routing: Routes | None = None
+    """Experts chosen in each sparse layer by the preceding token; None unless requested."""
+
+
+class Finished(NamedTuple):
+    """The end of one request; no event follows it."""
+
+    ticket: int
+    reason: FinishReason
+    message: str = ""
+    """With `error`: what went wrong with this request alone."""
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache."""
 
 
 @dataclass(eq=False)
-class Row:
-    """Everything that is known of one request outside of the tensors."""
+class Sequence:
+    """The state of one request outside the tensors: tokens so far, their log-probabilities, whether it has ended."""
 
     request: Request
     number: int
-    """The caller's name for it."""
+    """The caller's identifier."""
     stop: StopStrings | None = None
     think: tuple[int | None, int | None] = (None, None)
     """Ids of <think> and </think>."""
     tokens: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     raw_logp: list[float] = field(default_factory=list)
-    top: list[Top] = field(default_factory=list)
-    """The likeliest tokens where each token was drawn, if the request wants them."""
+    top: list[TopTokens] = field(default_factory=list)
+    """The most likely tokens at each position, if requested."""
     routes: list[Routes] = field(default_factory=list)
-    """The experts of the token that each one was drawn after, if the request wants them."""
-    finish: Finish | None = None
-    said: int = 0
-    """Tokens that the caller has been told."""
-    thought: int | None = None
-    """Tokens of the thought under way; None outside of one, and where no budget is set."""
-    q_V: Tensor | None = None
-    """While the row waits outside of the batch: what its refused guess was drawn from."""
-    found: int = 0
-    """Prompt tokens that were in the cache before."""
+    """The experts of the token preceding each one, if requested."""
+    finish: FinishReason | None = None
+    n_emitted: int = 0
+    """Tokens already reported to the caller."""
+    n_thinking: int | None = None
+    """Tokens of the current thought; None outside a thought, and without a budget."""
+    rejected_q_V: Tensor | None = None
+    """While preempted: the distribution of its rejected draft."""
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache."""
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """Everything so far."""
+        """Prompt and tokens so far."""
         return (*self.request.prompt, *self.tokens)
 
     @property
-    def plain(self) -> bool:
-        """Its next token depends on the logits alone: it may be guessed."""
+    def draftable(self) -> bool:
+        """The next token depends on the logits alone, so it can be drafted."""
         return not self.request.sampling.penalised and self.request.thinking_budget is None
 
     @property
-    def bound(self) -> bool:
+    def must_end_thinking(self) -> bool:
         """The thought has used up its budget: the next token is </think>."""
-        return self.thought is not None and self.thought >= self.request.thinking_budget
+        return self.n_thinking is not None and self.n_thinking >= self.request.thinking_budget
 
-    def begin(self) -> None:
-        """The row enters a batch: is it inside a thought?"""
+    def start(self) -> None:
+        """Called when the sequence enters a batch: finds out whether it is inside a thought."""
         if self.request.thinking_budget is None or self.think[1] is None:
             return
-        self.thought = None
-        self._follow(self.request.prompt)
-        self.thought = None if self.thought is None else 0
-        self._follow(self.tokens)
+        self.n_thinking = None
+        self._count_thinking(self.request.prompt)
+        self.n_thinking = None if self.n_thinking is None else 0
+        self._count_thinking(self.tokens)
 
-    def write(self, token: int, logp: float, raw_logp: float) -> None:
-        """One more token; may end the row."""
+    def append(self, token: int, logp: float, raw_logp: float) -> None:
+        """Adds one token, and sets `finish` if it is the last."""
         self.tokens.append(token)
         self.logp.append(logp)
         self.raw_logp.append(raw_logp)
         request = self.request
         if request.thinking_budget is not None:
-            self._follow((token,))
+            self._count_thinking((token,))
         if token in request.stop_ids or (self.stop is not None and self.stop.hit(self.tokens)):
             self.finish = "stop"
         elif len(self.tokens) >= request.max_new_tokens:
             self.finish = "length"
 
-    def _follow(self, ids: Sequence[int]) -> None:
-        begin, end = self.think
+    def _count_thinking(self, ids: Iterable[int]) -> None:
+        start, end = self.think
         for token in ids:
-            if token == begin:
-                self.thought = 0
+            if token == start:
+                self.n_thinking = 0
             elif token == end:
-                self.thought = None
-            elif self.thought is not None:
-                self.thought += 1
+                self.n_thinking = None
+            elif self.n_thinking is not None:
+                self.n_thinking += 1
+
+
+class StopStrings:
+    """Strings that end an answer."""
+
+    def __init__(self, tokenizer: Tokenizer, strings: list[str]):
+        self.tokenizer = tokenizer
+        self.needles = [string.encode() for string in strings]
+        last_bytes = {needle[-1] for needle in self.needles}
+        self.candidates = {i for byte in last_bytes for i in _tokens_with(tokenizer, byte)}
+        # Every token of an answer is at least one byte, so a needle lies within as many tokens as it has bytes.
+        self.width = max(map(len, self.needles))
+
+    def hit(self, tokens: list[int]) -> bool:
+        """Whether the last of an answer's tokens completed a stop string."""
+        if tokens[-1] not in self.candidates:
+            return False
+        text = b"".join(_token_bytes(self.tokenizer, i) for i in tokens[-self.width :])
+        return any(needle in text for needle in self.needles)
+
+
+@lru_cache(maxsize=1024)
+def _tokens_with(tokenizer: Tokenizer, byte: int) -> tuple[int, ...]:
+    """The tokens whose bytes contain `byte`."""
+    return tuple(i for i in range(tokenizer.vocab_size) if byte in _token_bytes(tokenizer, i))
+
+
+def _token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    return b"" if tokenizer.is_special(token_id) else tokenizer.token_bytes(token_id)
+
+
+def cut_at_stop(text: str, strings: Iterable[str]) -> str:
+    """`text` up to the first stop string in it."""
+    return text[: min((text.find(s) for s in strings if s in text), default=len(text))]
+
+
+def check_stop_strings(strings: Iterable[str] | None) -> list[str]:
+    """The stop strings as a list; UserError for strings that would never or always match."""
+    if isinstance(strings, str):
+        raise UserError(f"stop_strings must be a list of strings; write [{strings!r}]")
+    checked = list(strings or ())
+    if not all(isinstance(string, str) and string for string in checked):
+        raise UserError(f"stop_strings must be strings of at least one character, are {checked!r}")
+    return checked
+
+
+def check_positive(**values: int) -> None:
+    """UserError for a value that is not a whole number of at least 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{name} must be a whole number of at least 1, is {value!r}")
 
 
 def think_ids(tokenizer: Tokenizer) -> tuple[int | None, int | None]:

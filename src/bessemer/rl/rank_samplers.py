@@ -35,11 +35,11 @@ class Dealt:
     def generate(self, prompts: Sequence[Prompt], **asked: Any) -> Groups:
         self.refresh()
         plan, n = self.engine.plan(prompts, **asked), self.ranks.n
-        mine = [self.engine.run(call) for call in plan.calls[self.ranks.me :: n]]
-        found: list[list[Completion]] = [[] for _ in plan.calls]
+        mine = [self.engine.run(call) for call in plan.batches[self.ranks.me :: n]]
+        found: list[list[Completion]] = [[] for _ in plan.batches]
         for rank, drawn in enumerate(self.ranks.all_gather(mine, "samples")):
             found[rank::n] = drawn
-        return plan.answers(found)
+        return plan.gather(found)
 
     def figures(self) -> dict[str, float]:
         return {}

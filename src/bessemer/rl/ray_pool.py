@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bessemer.engine.engine import Call
+from bessemer.engine.engine import GenerationBatch
 from bessemer.errors import UserError
 from bessemer.rl.ray_cluster import Cluster
 from bessemer.rl.ray_worker import Drew, Kind, Worker, versions
@@ -32,7 +32,7 @@ _DETAIL = re.compile(r"Worker exit detail: ([^.\n]+)")
 class Job:
     """One call, the number of the weights that answer it, and where they lie (a reference into Ray's store)."""
 
-    call: Call
+    call: GenerationBatch
     version: int
     weights: Any
     drew: Drew | None = None

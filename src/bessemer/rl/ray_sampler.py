@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bessemer.engine.engine import Engine, Plan, Prompt
+from bessemer.engine.engine import Engine, GenerationPlan, Prompt
 from bessemer.rl import ray_weights
 from bessemer.rl.ray_pool import Job, Pool
 from bessemer.rl.sampler import Groups
@@ -88,7 +88,7 @@ class Version:
 
     def submit(self, prompts: Sequence[Prompt], **asked: Any) -> Coming:
         plan = self.sampler.engine.plan(prompts, **asked)
-        jobs = [Job(call, self.number, self.ref) for call in plan.calls]
+        jobs = [Job(call, self.number, self.ref) for call in plan.batches]
         self.sampler.pool.deal(jobs)
         return Coming(self.sampler, plan, jobs)
 
@@ -96,7 +96,7 @@ class Version:
 class Coming:
     """An answer that workers are drawing."""
 
-    def __init__(self, sampler: Apart, plan: Plan, jobs: list[Job]) -> None:
+    def __init__(self, sampler: Apart, plan: GenerationPlan, jobs: list[Job]) -> None:
         self.sampler, self.plan, self.jobs = sampler, plan, jobs
 
     def ready(self) -> bool:
@@ -107,4 +107,4 @@ class Coming:
         began = time.monotonic()
         self.sampler.pool.wait(self.jobs)
         self.sampler.waited += time.monotonic() - began
-        return self.plan.answers([job.drew.completions for job in self.jobs])
+        return self.plan.gather([job.drew.completions for job in self.jobs])

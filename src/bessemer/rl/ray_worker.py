@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 
 import bessemer
-from bessemer.engine.engine import Call, Completion, Engine
+from bessemer.engine.engine import Completion, Engine, GenerationBatch
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import load_any
 from bessemer.hf.foreign_tokenizer import load_tokenizer
@@ -38,7 +38,7 @@ class Backend(Protocol):
 
     def load(self, items: Mapping[str, Packed]) -> None: ...
 
-    def run(self, call: Call) -> list[Completion]: ...
+    def run(self, call: GenerationBatch) -> list[Completion]: ...
 
 
 class Ours:
@@ -52,7 +52,7 @@ class Ours:
     def load(self, items: Mapping[str, Packed]) -> None:
         ray_weights.load(self.model, items)
 
-    def run(self, call: Call) -> list[Completion]:
+    def run(self, call: GenerationBatch) -> list[Completion]:
         return self.engine.run(call)
 
 
@@ -73,7 +73,7 @@ class Worker:
             self.backend = self._backend()
         return {**versions(), "node": _node()}
 
-    def draw(self, version: int, items: Mapping[str, Packed], call: Call) -> Drew:
+    def draw(self, version: int, items: Mapping[str, Packed], call: GenerationBatch) -> Drew:
         """The samples of one call, by the weights of this version."""
         self.open()
         if version != self.version:

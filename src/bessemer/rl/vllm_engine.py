@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bessemer.engine.engine import Call, Completion
+from bessemer.engine.engine import Completion, GenerationBatch
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.causal_lm import is_foreign
@@ -60,7 +60,7 @@ class VLLM:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)})
         self.llm.reset_prefix_cache()
 
-    def run(self, call: Call) -> list[Completion]:
+    def run(self, call: GenerationBatch) -> list[Completion]:
         prompts = [{"prompt_token_ids": list(sample.request.prompt)} for sample in call.samples]
         params = [self.params(**asked(sample.request)) for sample in call.samples]
         outputs = self.llm.generate(prompts, params, use_tqdm=False)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bessemer.engine.request import Finished, Request, Token
+from bessemer.engine.sequence import Finished, Request, Token
 from bessemer.serve.inflight import Event
 from bessemer.serve.reasoning_parser import Writing
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from bessemer.data.special import THINK
-from bessemer.engine.request import Request, Token
+from bessemer.engine.sequence import Request, Token
 from bessemer.serve import prompt, sampling_params
 from bessemer.serve.answer import Answer, Piece, likeliest, usage
 from bessemer.serve.envelope import LEAST_LOGPROB, Envelope

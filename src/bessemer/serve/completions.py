@@ -12,7 +12,7 @@ import codecs
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
-from bessemer.engine.request import Finished, Request, Token
+from bessemer.engine.sequence import Finished, Request, Token
 from bessemer.serve import sampling_params
 from bessemer.serve.answer import Answer, Piece, likeliest, usage
 from bessemer.serve.chat import LONG_TEXT, check_size

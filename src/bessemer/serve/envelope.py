@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from bessemer.engine.request import Token
+from bessemer.engine.sequence import Token
 from bessemer.serve.answer import Answer
 from bessemer.serve.errors import ApiError
 from bessemer.serve.protocol import Generation

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
-from bessemer.engine.request import Finished, Request, Token
+from bessemer.engine.sequence import Finished, Request, Token
 
 PAUSE = 0.001
 """Seconds between two chunks of one stream, per open sample."""

@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bessemer.data.chat import opening, render_ids
+from bessemer.data.chat import opening, render_ids, template_style
 from bessemer.data.special import THINK, THINK_END
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.chat import template_style
 from bessemer.engine.sequence import think_ids
 from bessemer.serve.protocol import ChatRequest, Thinking, Turn
 

@@ -6,9 +6,9 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from bessemer.engine.engine import digest
-from bessemer.engine.request import Request
-from bessemer.engine.sampling import SMALLEST_TEMPERATURE, Sampling, stream_key
+from bessemer.engine.engine import prompt_digest
+from bessemer.engine.sampling import stream_key
+from bessemer.engine.sequence import MIN_TEMPERATURE, Request, SamplingParams
 from bessemer.serve.errors import invalid, too_long, unsupported
 from bessemer.serve.models import Loaded
 from bessemer.serve.protocol import Generation
@@ -17,7 +17,7 @@ DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What generation_config.json may decide where a request does not."""
 
 
-def sampling(body: Generation, defaults: dict[str, Any]) -> Sampling:
+def sampling(body: Generation, defaults: dict[str, Any]) -> SamplingParams:
     """How tokens are drawn. A temperature too small for float32, or a top_p of 0, means the likeliest token."""
     values = {name: getattr(body, name) for name in DEFAULTED}
     values = {name: defaults.get(name) if value is None else value for name, value in values.items()}
@@ -27,9 +27,9 @@ def sampling(body: Generation, defaults: dict[str, Any]) -> Sampling:
         given["top_k"] = 0
     if given.get("top_p") == 0:
         given |= {"top_p": 1.0, "temperature": 0.0}
-    if given.get("temperature", 1.0) < SMALLEST_TEMPERATURE:
+    if given.get("temperature", 1.0) < MIN_TEMPERATURE:
         given["temperature"] = 0.0
-    return Sampling(**given)
+    return SamplingParams(**given)
 
 
 def requests(
@@ -56,8 +56,8 @@ def requests(
         room = context - len(ids)
         made += [
             Request(
-                ids, stream_key(seed, digest(ids), k), room if most is None else min(most, room), how, ends, stops, top,
-                bool(body.return_routing), thinking_budget, client,
+                ids, stream_key(seed, prompt_digest(ids), k), room if most is None else min(most, room), how, ends,
+                stops, top, bool(body.return_routing), thinking_budget, client,
             )
             for k in range(body.n or 1)
         ]  # fmt: skip

@@ -19,7 +19,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from bessemer.engine.request import Finished, Request, Token
+from bessemer.engine.sequence import Finished, Request, Token
 from bessemer.errors import UserError
 from bessemer.serve import worker
 from bessemer.serve.errors import ApiError

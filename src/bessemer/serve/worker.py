@@ -37,8 +37,8 @@ from typing import Any, NamedTuple
 import torch
 
 from bessemer.engine.engine import Engine
-from bessemer.engine.request import Finished, Request
 from bessemer.engine.scheduler import Scheduler
+from bessemer.engine.sequence import Finished, Request
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import load_any
 from bessemer.hf.foreign_tokenizer import load_tokenizer
@@ -222,7 +222,7 @@ class Worker:
         now, figures = monotonic(), None
         if now >= self._figures_due or self._scheduler.idle:
             self._figures_due = now + FIGURES_SECONDS
-            figures = self._scheduler.figures() | {"failures": self.failures}
+            figures = self._scheduler.stats() | {"failures": self.failures}
         if told or figures is not None:
             self._send(TOLD, told, figures)
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from bessemer.engine.sampling import Sampling, inverse_cdf, sample, stream_key, truncate, uniform
+from bessemer.engine.sampling import inverse_cdf, sample, stream_key, truncate, uniform
+from bessemer.engine.sequence import SamplingParams
 from bessemer.errors import UserError
 
 
@@ -64,9 +65,16 @@ def nucleus(p, sampling):
 
 
 CUTS = [
-    Sampling(top_k=1), Sampling(top_k=5), Sampling(top_p=0.9), Sampling(top_p=0.01), Sampling(min_p=0.2),
-    Sampling(top_k=20, top_p=0.7), Sampling(top_k=9, top_p=0.95, min_p=0.1), Sampling(top_k=500), Sampling(),
-]  # fmt: skip
+    SamplingParams(top_k=1),
+    SamplingParams(top_k=5),
+    SamplingParams(top_p=0.9),
+    SamplingParams(top_p=0.01),
+    SamplingParams(min_p=0.2),
+    SamplingParams(top_k=20, top_p=0.7),
+    SamplingParams(top_k=9, top_p=0.95, min_p=0.1),
+    SamplingParams(top_k=500),
+    SamplingParams(),
+]
 
 
 @pytest.mark.parametrize("sampling", CUTS, ids=str)
@@ -81,12 +89,14 @@ def test_frequencies_follow_the_probabilities():
     """30,000 draws over 8 tokens: chi-square with 7 degrees of freedom exceeds 30 once in 10,000 times."""
     logits, temperature, n = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5, 0.0]), 0.7, 30000
     u = uniform(torch.full((n,), stream_key(5)), torch.arange(n))
-    drawn = sample(logits.expand(n, -1).clone(), Sampling(temperature=temperature), u).token_B
+    drawn = sample(logits.expand(n, -1).clone(), SamplingParams(temperature=temperature), u).token_B
     expected = (logits / temperature).softmax(-1) * n
     assert float(((torch.bincount(drawn, minlength=8) - expected) ** 2 / expected).sum()) < 30
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.6), Sampling(1.7, top_p=0.5, top_k=40), Sampling(0)])
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(0.6), SamplingParams(1.7, top_p=0.5, top_k=40), SamplingParams(0)]
+)
 def test_logprobs_are_of_the_uncut_distribution(sampling):
     logits = torch.randn(40, 300, generator=torch.Generator().manual_seed(2)) * 3
     drawn = sample(logits.clone(), sampling, torch.rand(40, dtype=torch.float64))
@@ -101,7 +111,7 @@ def test_extreme_logits_stay_exact():
     logits = torch.tensor([[1e4, 0.0, -1e4, 9999.0], [-3e38, 3e38, 0.0, 0.0], [float("-inf"), 0.0, 0.0, float("-inf")]])
     for temperature in (1e-4, 1.0, 1e4):
         u = torch.full((3,), 0.6, dtype=torch.float64)
-        drawn = sample(logits.clone(), Sampling(temperature), u)
+        drawn = sample(logits.clone(), SamplingParams(temperature), u)
         assert torch.isfinite(drawn.logp_B).all() and torch.isfinite(drawn.raw_logp_B).all()
         assert drawn.token_B[1] == 1 and drawn.token_B[2] in (1, 2)
 
@@ -109,7 +119,7 @@ def test_extreme_logits_stay_exact():
 def test_spare_rows_of_the_model_are_never_drawn_but_count():
     logits = torch.zeros(500, 100)
     logits[:, 90:] = 3.0
-    for sampling in (Sampling(), Sampling(0), Sampling(top_p=0.5), Sampling(min_p=0.9)):
+    for sampling in (SamplingParams(), SamplingParams(0), SamplingParams(top_p=0.5), SamplingParams(min_p=0.9)):
         drawn = sample(logits.clone(), sampling, torch.rand(500, dtype=torch.float64), vocab=90)
         assert drawn.token_B.max() < 90
         assert torch.allclose(drawn.logp_B, torch.tensor(-math.log(90 + 10 * math.e**3)), atol=1e-5)
@@ -120,7 +130,7 @@ def test_spare_rows_of_the_model_are_never_drawn_but_count():
 def test_bad_logits_give_a_logprob_that_is_not_finite(bad, temperature):
     logits = torch.zeros(3, 70)
     logits[1, 66] = bad
-    finite = torch.isfinite(sample(logits, Sampling(temperature), torch.rand(3, dtype=torch.float64)).logp_B)
+    finite = torch.isfinite(sample(logits, SamplingParams(temperature), torch.rand(3, dtype=torch.float64)).logp_B)
     assert finite.tolist() == [True, False, True]
 
 
@@ -134,4 +144,4 @@ def test_bad_logits_give_a_logprob_that_is_not_finite(bad, temperature):
 )  # fmt: skip
 def test_absurd_values_are_refused_by_name(field, value):
     with pytest.raises(UserError, match=field):
-        Sampling(**{field: value})
+        SamplingParams(**{field: value})

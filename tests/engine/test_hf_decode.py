@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bessemer.data.chat import render_ids
-from bessemer.engine import hf_cache
-from bessemer.engine.chat import Conversation
+from bessemer.engine import hf_decode
 from bessemer.engine.engine import Engine
+from bessemer.engine.terminal_chat import Conversation
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.workers import Workers
@@ -151,14 +151,14 @@ def test_a_conversation_is_asked_in_the_models_own_template(engine, tokenizer):
 
 def test_rows_that_leave_take_their_slots_along():
     """The cache alone: after rows left and others grew, every live row still has its own keys."""
-    cache = hf_cache.SlotCache(1)
+    cache = hf_decode.SlotCache(1)
     cache.rows = 4
     (layer,) = cache.layers
     states = torch.arange(4.0)[:, None, None, None].expand(4, 2, 3, 5).clone()
     layer.update(states, states + 10)
     source = cache.keep(torch.tensor([False, True, False, True]))
     assert source.tolist() == [3, 1] and cache.rows == 2
-    seen = cache.begin(torch.tensor([3, 70]))
+    seen = cache.start_step(torch.tensor([3, 70]))
     keys, values = layer.update(torch.full((2, 2, 1, 5), 7.0), torch.full((2, 2, 1, 5), 8.0))
     assert keys.shape == (2, 2, 71, 5) and seen.sum(1).tolist() == [4, 71]
     assert keys[:, 0, 0, 0].tolist() == [3.0, 1.0] and values[:, 1, 2, 4].tolist() == [13.0, 11.0]

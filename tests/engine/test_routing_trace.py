@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bessemer.engine import prefill
+from bessemer.engine import decode
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
@@ -53,7 +53,7 @@ def test_records_do_not_depend_on_batches_or_processes(engine, prompts, monkeypa
     expected = records(engine.generate(prompts, record_routing=True, **OPTIONS))
     apart = records(Engine(engine.model, engine.tokenizer, Workers(2)).generate(
         prompts, record_routing=True, batch_rows=4, **OPTIONS))  # fmt: skip
-    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 20)
+    monkeypatch.setattr(decode, "PREFILL_TOKENS", 20)
     alone = records(engine.generate(prompts, record_routing=True, **OPTIONS))
     for found in (apart, alone):
         assert [record.shape for record in found] == [record.shape for record in expected]

@@ -2,17 +2,17 @@
 
 from itertools import pairwise, product
 
+import plain_decoder
 import pytest
 import torch
-from tests_of_infer import drain
+from drain import drain
 
-from bessemer.engine import reference
 from bessemer.engine.engine import Engine
-from bessemer.engine.pages import PAGE
-from bessemer.engine.request import Request
-from bessemer.engine.sampling import Sampling, stream_key
+from bessemer.engine.kv_cache import PAGE
+from bessemer.engine.sampling import accept, probabilities, residual, stream_key
 from bessemer.engine.scheduler import Scheduler
-from bessemer.engine.speculative import Drafter, accepted, rest, shares
+from bessemer.engine.sequence import Request, SamplingParams
+from bessemer.engine.speculative import Drafter
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 
@@ -37,14 +37,14 @@ def test_guesses_are_made_from_true_states(cfg, tokenizer, prompts, drafts, monk
     """The first guess of every turn is what the module says when it reads the whole text at once (as in training),
     however many guesses were taken before; its keys of refused and of chained guesses were written over."""
     engine = flat(cfg, tokenizer)
-    seen, inner = [], Drafter.logits
+    seen, inner = [], Drafter.first_logits
 
     def logits(self, token_B):
         found = inner(self, token_B)
         seen.append((self._position.tolist(), found))
         return found
 
-    monkeypatch.setattr(Drafter, "logits", logits)
+    monkeypatch.setattr(Drafter, "first_logits", logits)
     (done,) = engine.generate([prompts[7]], max_new_tokens=50, drafts=drafts, seed=3, stop_ids=[])
     text = [*prompts[7], *done[0].tokens]
     with torch.no_grad():
@@ -59,13 +59,13 @@ def test_guesses_are_made_from_true_states(cfg, tokenizer, prompts, drafts, monk
 def test_samples_are_distributed_as_without_guesses(cfg, tokenizer, prompts):
     """All texts of three tokens under top-k 3, counted over 6,000 samples, against their exact probabilities."""
     engine = Engine(Transformer(cfg.model_copy(update={"init_std": 0.07})).initialise(8), tokenizer)
-    sampling, prompt = Sampling(0.8, top_k=3), prompts[4]
+    sampling, prompt = SamplingParams(0.8, top_k=3), prompts[4]
     exact = {}
     for a, b, c in product(range(3), repeat=3):
         text, probability = list(prompt), 1.0
         for rank in (a, b, c):
             with torch.no_grad():
-                p = shares(reference.next_logits(engine.model, [text]), sampling, tokenizer.vocab_size)[0]
+                p = probabilities(plain_decoder.next_logits(engine.model, [text]), sampling, tokenizer.vocab_size)[0]
             token = int(p.argsort(descending=True)[rank])
             probability *= float(p[token])
             text.append(token)
@@ -84,21 +84,26 @@ def test_the_rule_of_acceptance():
     p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.6, 0.2]])
     for x, bound in ((0, 1.0), (1, 0.5), (2, 1.0)):
         u = torch.linspace(0, 0.999, 1000, dtype=torch.float64)
-        taken = accepted(p.expand(1000, 3), q.expand(1000, 3), torch.full((1000,), x), u)
+        taken = accept(p.expand(1000, 3), q.expand(1000, 3), torch.full((1000,), x), u)
         assert float(taken.float().mean()) == pytest.approx(bound, abs=0.002)
-    assert torch.allclose(rest(p, q), torch.tensor([[0.3, 0.0, 0.0]])) and torch.equal(rest(p, p), p)
+    assert torch.allclose(residual(p, q), torch.tensor([[0.3, 0.0, 0.0]])) and torch.equal(residual(p, p), p)
 
 
 def test_logprobs_are_the_main_models(cfg, tokenizer, prompts):
     engine = flat(cfg, tokenizer)
     (done,) = engine.generate([prompts[5]], max_new_tokens=30, temperature=0.9, drafts=2, seed=2, stop_ids=[])
-    expected = reference.logprobs(engine.model, prompts[5], done[0].tokens, 0.9).detach()
+    expected = plain_decoder.logprobs(engine.model, prompts[5], done[0].tokens, 0.9).detach()
     assert done[0].logprobs == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def wanted(prompts):
     long = (prompts[7] * 2)[:100]
-    samplings = [Sampling(0.0), Sampling(1.0), Sampling(0.8, top_p=0.9), Sampling(0.0, repetition_penalty=1.3)]
+    samplings = [
+        SamplingParams(0.0),
+        SamplingParams(1.0),
+        SamplingParams(0.8, top_p=0.9),
+        SamplingParams(0.0, repetition_penalty=1.3),
+    ]
     return [
         Request(tuple([*prompts, long][i % 9]), stream_key(5, i), 20 + 17 * i % 70, samplings[i % 4],
                 top=2 * (i % 3 == 0), routing=i % 5 == 0)
@@ -112,7 +117,7 @@ def test_with_guesses_too_company_changes_nothing(cfg, tokenizer, prompts, optio
     requests = wanted(prompts)
     scheduler = Scheduler(engine, drafts=2, **options)
     together, _ = drain(scheduler, requests, every=1)
-    assert (scheduler.figures()["preempted"] > 0) == bool(options)
+    assert (scheduler.stats()["preempted"] > 0) == bool(options)
     guesses = Scheduler(engine, drafts=2)
     for request, (events, end) in zip(requests, together, strict=True):
         ((alone, alone_end),), _ = drain(guesses, [request])
@@ -125,7 +130,7 @@ def test_with_guesses_too_company_changes_nothing(cfg, tokenizer, prompts, optio
             assert [e.token for e in plain] == [e.token for e in events]
             assert [e.routing for e in plain] == [e.routing for e in events]
             assert [[i for i, _ in e.top] for e in plain] == [[i for i, _ in e.top] for e in events]
-    figures = guesses.figures()
+    figures = guesses.stats()
     assert 50 < figures["accepted"] < figures["drafted"], "both outcomes were met"
 
 

@@ -2,15 +2,12 @@
 
 from itertools import chain
 
+import plain_decoder
 import pytest
 import torch
 
-from bessemer.engine import reference
-from bessemer.engine.decode import Part, new_cache, prefill, step
-from bessemer.engine.decode_experts import expert_ffn, feed_forward
-from bessemer.engine.kv_cache import CacheFull, LatentCache
-from bessemer.engine.pages import PAGE, Pages
-from bessemer.engine.prefill import take_in
+from bessemer.engine.decode import PrefillChunk, expert_ffn, feed_forward, new_cache, prefill, prefill_all, step
+from bessemer.engine.kv_cache import PAGE, CacheFull, LatentCache, PageAllocator
 from bessemer.model.counts import kv_cache_bytes
 from bessemer.model.experts import expert_ffn_reference
 from bessemer.model.presets import preset
@@ -21,7 +18,7 @@ def begun(model, rows, copies=1, **options):
     """(logits after each of these prompts, a cache in which they are rows)."""
     cache = new_cache(model, **options)
     prompts = [cache.open(row) for row in rows]
-    logits = torch.stack(take_in(model, cache, prompts))
+    logits = torch.stack(prefill_all(model, cache, prompts))
     cache.admit([(held, copies) for held in prompts])
     return logits, cache
 
@@ -38,7 +35,7 @@ def go_on(model, cache, rows, steps, seed=9):
         token = torch.randint(3, model.cfg.vocab_size, (len(rows),), generator=generator)
         logits = step(model, token, positions(rows), cache)
         rows = [[*row, int(t)] for row, t in zip(rows, token, strict=True)]
-    assert distance(logits, reference.next_logits(model, rows)) < 1e-5
+    assert distance(logits, plain_decoder.next_logits(model, rows)) < 1e-5
     return rows
 
 
@@ -61,7 +58,7 @@ VARIANTS = {
 def test_logits_equal_the_plain_decoder(variant, cfg, prompts):
     model = Transformer(cfg.model_copy(update=VARIANTS[variant])).initialise(1).eval()
     logits, cache = begun(model, prompts)
-    assert distance(logits, reference.next_logits(model, prompts)) < 1e-5
+    assert distance(logits, plain_decoder.next_logits(model, prompts)) < 1e-5
     rows = list(prompts)
     for seed in range(4):
         rows = go_on(model, cache, rows, 1, seed)
@@ -71,7 +68,7 @@ def test_logits_equal_the_plain_decoder(variant, cfg, prompts):
 def test_rows_of_equal_length_take_no_mask_and_agree(model, prompts):
     rows = [p[:5] for p in prompts if len(p) >= 5]
     _, cache = begun(model, rows)
-    assert cache.blocks(positions(rows))[0].bias is None
+    assert cache.row_groups(positions(rows))[0].bias is None
     go_on(model, cache, rows, 1)
 
 
@@ -80,8 +77,8 @@ def test_rows_are_read_in_blocks_of_like_length(model, monkeypatch):
     """Rows of 1, 2 and 3 pages in any order, blocks of at most two short rows: every row is read once."""
     rows = [[5 + n % 7] * n for n in (130, 3, 70, 10, 64, 127, 90, 20)]
     _, cache = begun(model, rows)
-    monkeypatch.setattr("bessemer.engine.kv_cache.BLOCK_BYTES", 2 * PAGE * cache.layers[0].shape[-1] * 4)
-    blocks = cache.blocks(positions(rows))
+    monkeypatch.setattr("bessemer.engine.kv_cache.GROUP_BYTES", 2 * PAGE * cache.layers[0].shape[-1] * 4)
+    blocks = cache.row_groups(positions(rows))
     members = [list(range(8))[b.rows] if isinstance(b.rows, slice) else b.rows.tolist() for b in blocks]
     assert sorted(chain(*members)) == list(range(8)) and [len(m) for m in members] == [1, 1, 1, 1, 1, 2, 1]
     assert [block.page_N.numel() // block.count for block in blocks] == [3, 2, 2, 2, 2, 1, 1]
@@ -102,18 +99,18 @@ def test_rows_of_unequal_pages_keep_their_own_context(model, lengths):
 def test_a_prompt_in_parts_is_the_prompt(model, prompts):
     """Taken in over several turns, beside others, and from where a remembered beginning ends."""
     long = (prompts[7] * 3)[:150]
-    cache = new_cache(model, remember=True)
+    cache = new_cache(model, prefix_cache=True)
     held = cache.open(long)
     cache.extend(held, len(long))
     for end in (1, 40, 64, 129, 150):
-        logits = prefill(model, cache, [Part(held, end)])[0]
-        assert distance(logits, reference.next_logits(model, [long[:end]])[0]) < 1e-5
+        logits = prefill(model, cache, [PrefillChunk(held, end)])[0]
+        assert distance(logits, plain_decoder.next_logits(model, [long[:end]])[0]) < 1e-5
     cache.admit([(held, 1)])
     for other, found in ((long[:140], 128), (long[:128], 64), (long[:64], 0), ([9, *long[:140]], 0)):
         held = cache.open(other)
-        assert held.found == found
-        logits = take_in(model, cache, [held, fresh := cache.open([5, 6])])
-        assert distance(torch.stack(logits), reference.next_logits(model, [other, [5, 6]])) < 1e-5
+        assert held.cached == found
+        logits = prefill_all(model, cache, [held, fresh := cache.open([5, 6])])
+        assert distance(torch.stack(logits), plain_decoder.next_logits(model, [other, [5, 6]])) < 1e-5
         cache.drop(held)
         cache.drop(fresh)
     go_on(model, cache, [long], 5)
@@ -126,8 +123,8 @@ def test_padding_is_seen_by_nothing(model, prompts):
     _, alone = begun(model, [short, short])
     _, padded = begun(model, [short, long])
     for a, b in zip(alone.layers, padded.layers, strict=True):
-        assert distance(b[padded.owned[0][0], : len(short)], a[alone.owned[0][0], : len(short)]) < 1e-6
-        assert not b[padded.owned[0][0], len(short) :].any()
+        assert distance(b[padded.row_pages[0][0], : len(short)], a[alone.row_pages[0][0], : len(short)]) < 1e-6
+        assert not b[padded.row_pages[0][0], len(short) :].any()
 
 
 @torch.no_grad()
@@ -152,16 +149,18 @@ def test_only_last_positions_reach_the_head(model, prompts, monkeypatch):
 def test_rows_take_a_page_when_they_need_one(model):
     rows = [[5, 6, 7], [8] * 60]
     _, cache = begun(model, rows)
-    assert [len(pages) for pages in cache.owned] == [1, 1]
+    assert [len(pages) for pages in cache.row_pages] == [1, 1]
     go_on(model, cache, rows, 10)
-    assert [len(pages) for pages in cache.owned] == [1, 2]
+    assert [len(pages) for pages in cache.row_pages] == [1, 2]
 
 
 @torch.no_grad()
 def test_copies_share_full_pages_and_go_their_own_ways(model, prompts):
     rows = [prompts[7], prompts[2]]
     _, cache = begun(model, rows, copies=3)
-    assert len({pages[0] for pages in cache.owned[:3]}) == 1 and len({pages[1] for pages in cache.owned[:3]}) == 3
+    assert (
+        len({pages[0] for pages in cache.row_pages[:3]}) == 1 and len({pages[1] for pages in cache.row_pages[:3]}) == 3
+    )
     assert cache.pages.total - cache.pages.available == 1 + 3 + 3
     rows = go_on(model, cache, [rows[0]] * 3 + [rows[1]] * 3, 3)
     kept = cache.keep(torch.tensor([False, True, False, True, False, True]))
@@ -178,10 +177,10 @@ def test_a_full_cache_says_so_and_stays_as_it_is(model):
     held = cache.open([7] * 100)
     with pytest.raises(CacheFull):
         cache.extend(held, 100)
-    assert held.pages == [] and cache.room() == 1 and cache.need([65, 65]) == 2
+    assert held.pages == [] and cache.free_pages() == 1 and cache.pages_needed([65, 65]) == 2
     cache.keep(torch.tensor([True, False]))
     cache.extend(held, 100)
-    assert cache.room() == 0
+    assert cache.free_pages() == 0
 
 
 def test_bytes_per_token_follow_the_count():
@@ -189,27 +188,27 @@ def test_bytes_per_token_follow_the_count():
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         cache = LatentCache(cfg, dtype, torch.device("cpu"))
         cache.extend(cache.open([3] * 100), 100)
-        assert cache.bytes_per_token == kv_cache_bytes(cfg, size)
         held = sum(layer.untyped_storage().nbytes() for layer in cache.layers)
         assert held == cache.allocated_bytes == 2 * PAGE * kv_cache_bytes(cfg, size)
     v3 = LatentCache(preset("v3"), torch.bfloat16, torch.device("meta"))
-    assert v3.bytes_per_token == 70272  # ISCA Table 1
+    assert sum(pool.shape[-1] * pool.element_size() for pool in v3.layers) == 70272  # ISCA Table 1
 
 
 def test_pages_are_free_used_or_remembered():
-    pages = Pages()
-    pages.add(4)
-    first, ids = pages.take(3), list(range(3 * PAGE))
-    pages.remember(ids, first)
-    assert pages.find([*ids, 7]) == first and pages.find(ids) == first[:2] and pages.find([1, *ids]) == []
+    pages = PageAllocator()
+    pages.grow(4)
+    first, ids = pages.allocate(3), list(range(3 * PAGE))
+    pages.cache(ids, first)
+    assert pages.match([*ids, 7]) == first and pages.match(ids) == first[:2] and pages.match([1, *ids]) == []
     pages.release(first)
     assert pages.available == 4
-    pages.share(found := pages.find(ids))  # in use again: only the third may be forgotten
-    taken = pages.take(2)
-    assert set(taken).isdisjoint(found) and pages.find([*ids, 7]) == found and pages.available == 0
+    pages.share(found := pages.match(ids))  # in use again: only the third may be forgotten
+    taken = pages.allocate(2)
+    assert set(taken).isdisjoint(found) and pages.match([*ids, 7]) == found and pages.available == 0
     pages.release(found)
-    pages.forget_all()
-    assert pages.find(ids) == [] and pages.available == 2
+    assert pages.match(ids) == found and pages.available == 2
+    pages.allocate(2)
+    assert pages.match(ids) == [] and pages.available == 0
 
 
 def test_experts_equal_the_loop(cfg):
@@ -227,6 +226,6 @@ def test_one_or_two_tokens_take_the_same_way_through_their_experts(model, monkey
     for N in (1, 2):
         attended = layer.route(torch.randn(N, 1, model.cfg.dim, generator=torch.Generator().manual_seed(N)))
         few = feed_forward(layer, attended)
-        monkeypatch.setattr("bessemer.engine.decode_experts.FEW_TOKENS", 0)
+        monkeypatch.setattr("bessemer.engine.decode.FEW_TOKENS", 0)
         assert distance(few, feed_forward(layer, attended)) < 1e-6
         monkeypatch.undo()

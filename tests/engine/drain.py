@@ -1,6 +1,6 @@
 """What several tests of the scheduler share."""
 
-from bessemer.engine.request import Token
+from bessemer.engine.sequence import Token
 
 
 def drain(scheduler, late=(), every=3):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bessemer.engine import placement
-from bessemer.engine.expert_loads import Loads, counts
+from bessemer.engine.placement import ExpertLoads, expert_counts
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 
@@ -23,7 +23,7 @@ def test_counts_are_what_the_gates_of_the_plain_model_count(engine, prompts):
     """The trainer's own counters see the same tokens; two scores closer than 1e-6 may swap places, nothing else."""
     model, cfg = engine.model, engine.model.cfg
     groups = engine.generate(prompts, samples=2, **OPTIONS)
-    loads = Loads(cfg.n_layers - cfg.n_dense_layers, cfg.n_routed_experts)
+    loads = ExpertLoads(cfg.n_layers - cfg.n_dense_layers, cfg.n_routed_experts)
     loads.add(c.routing for group in groups for c in group)
     model.train()
     for prompt, group in zip(prompts, groups, strict=True):
@@ -41,20 +41,22 @@ def test_counts_are_what_the_gates_of_the_plain_model_count(engine, prompts):
 
 def test_counts_by_hand():
     record = torch.tensor([[[0, 2], [1, 2]], [[0, 1], [2, 0]], [[2, 0], [2, 1]]], dtype=torch.uint8)
-    assert counts(record, 2, 4).tolist() == [[3, 1, 2, 0], [1, 2, 3, 0]]
-    assert counts(torch.full((1, 1, 1), 255, dtype=torch.uint8), 1, 256)[0, 255] == 1
+    assert expert_counts(record, 2, 4).tolist() == [[3, 1, 2, 0], [1, 2, 3, 0]]
+    assert expert_counts(torch.full((1, 1, 1), 255, dtype=torch.uint8), 1, 256)[0, 255] == 1
 
 
 @pytest.mark.parametrize("decay", [0, 0.5, 0.9, 1])
 def test_the_average_weighs_the_newest_most(decay):
     generator = torch.Generator().manual_seed(1)
     windows = [torch.randint(5, (n, 2, 3), generator=generator) for n in (4, 9, 2)]
-    loads = Loads(2, 5, decay=decay)
+    loads = ExpertLoads(2, 5, decay=decay)
     for window in windows:
         loads.add(window)
         loads.add([])  # silence is no window
     weights = [decay**2, decay, 1]
-    expected_LE = sum(w * counts(window, 2, 5) for w, window in zip(weights, windows, strict=True)) / sum(weights)
+    expected_LE = sum(w * expert_counts(window, 2, 5) for w, window in zip(weights, windows, strict=True)) / sum(
+        weights
+    )
     assert np.allclose(loads.estimate(), expected_LE, rtol=1e-12)
     assert (loads.windows, loads.tokens) == (3, 15)
 
@@ -62,11 +64,11 @@ def test_the_average_weighs_the_newest_most(decay):
 def test_a_file_goes_on_as_if_nothing_had_been(tmp_path):
     generator = torch.Generator().manual_seed(2)
     one, two, three = (torch.randint(6, (7, 3, 2), generator=generator) for _ in range(3))
-    loads = Loads(3, 6, decay=0.7)
+    loads = ExpertLoads(3, 6, decay=0.7)
     loads.add(one)
     loads.add([two, two[:3]])
     loads.save(tmp_path / "loads.json")
-    again = Loads.load(tmp_path / "loads.json")
+    again = ExpertLoads.load(tmp_path / "loads.json")
     for each in (loads, again):
         each.add(three)
     assert np.array_equal(again.estimate(), loads.estimate())
@@ -91,14 +93,14 @@ def test_a_file_goes_on_as_if_nothing_had_been(tmp_path):
 )
 def test_a_spoilt_file(tmp_path, change, message):
     path = tmp_path / "loads.json"
-    Loads(1, 2).save(path)
+    ExpertLoads(1, 2).save(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=re.escape(message)):
-        Loads.load(path)
+        ExpertLoads.load(path)
 
 
 def test_what_is_no_record(tmp_path):
-    loads = Loads(2, 4)
+    loads = ExpertLoads(2, 4)
     for wrong in (torch.zeros(3, 1, 2, dtype=torch.uint8), torch.zeros(3, 2, dtype=torch.uint8), torch.zeros(3, 2, 2)):
         with pytest.raises(UserError, match="an engine with the same model"):
             loads.add(wrong)
@@ -109,11 +111,11 @@ def test_what_is_no_record(tmp_path):
     with pytest.raises(UserError, match="nothing is known"):
         loads.estimate()  # a refused window leaves nothing behind
     with pytest.raises(UserError, match="decay"):
-        Loads(2, 4, decay=1.1)
+        ExpertLoads(2, 4, decay=1.1)
     (tmp_path / "no.json").write_text("{")
     for path, message in ((tmp_path / "none", "cannot read"), (tmp_path / "no.json", "is not JSON")):
         with pytest.raises(UserError, match=message):
-            Loads.load(path)
+            ExpertLoads.load(path)
     with pytest.raises(UserError, match="cannot write"):
         loads.save(tmp_path / "none" / "loads.json")
 
@@ -130,7 +132,7 @@ def test_report_places_by_the_past_and_judges_on_what_comes_next(folder, engine,
     kept = tmp_path / "loads.json"
     sizes = dict(replicas=20, gpus=4, nodes=2, windows=2, max_new_tokens=12, seed=4)
     facts = json.loads(json.dumps(placement.report(folder, prompts=prompts, loads_file=kept, **sizes)))
-    seen, last = (sum(counts(r, 2, 16) for r in records(engine, prompts[first::2])) for first in (0, 1))
+    seen, last = (sum(expert_counts(r, 2, 16) for r in records(engine, prompts[first::2])) for first in (0, 1))
     assert (facts["policy"], facts["groups"], facts["windows"]) == ("hierarchical", engine.model.cfg.n_expert_groups, 1)
     assert [layer["layer"] for layer in facts["layers"]] == [1, 2]
     for n, layer in enumerate(facts["layers"]):
@@ -144,7 +146,7 @@ def test_report_places_by_the_past_and_judges_on_what_comes_next(folder, engine,
     assert np.mean([layer["fitted"] for layer in facts["layers"]]) < np.mean(
         [layer["naive"] for layer in facts["layers"]]
     )
-    assert np.allclose(Loads.load(kept).estimate(), (0.9 * seen + last) / 1.9), "the last window is kept too"
+    assert np.allclose(ExpertLoads.load(kept).estimate(), (0.9 * seen + last) / 1.9), "the last window is kept too"
 
     text = placement.describe(facts)
     first = facts["layers"][0]
@@ -155,7 +157,7 @@ def test_report_places_by_the_past_and_judges_on_what_comes_next(folder, engine,
     later = placement.report(
         folder, prompts=[prompts[0]], loads_file=kept, **sizes | {"windows": 1, "gpus": 5, "nodes": 5}
     )
-    assert later["policy"] == "global" and later["windows"] == 2 and Loads.load(kept).windows == 3
+    assert later["policy"] == "global" and later["windows"] == 2 and ExpertLoads.load(kept).windows == 3
     assert "5 nodes do not divide 4 expert groups" in placement.describe(later)
 
 
@@ -163,7 +165,7 @@ def test_report_asks_tasks_and_says_what_it_cannot_do(folder, cfg, tokenizer, pr
     sizes = dict(replicas=16, gpus=2, max_new_tokens=2)
     facts = placement.report(folder, names=["countdown"], problems=2, windows=2, **sizes)
     assert "one node" in placement.describe(facts) and facts["judged_on_tokens"] > 20
-    Loads(7, 16).save(tmp_path / "other.json")
+    ExpertLoads(7, 16).save(tmp_path / "other.json")
     for change, message in (
         (dict(prompts=prompts[:3], replicas=17), "not a multiple of 2 GPUs"),  # sizes first: they cost nothing
         (dict(prompts=prompts[:3]), "3 prompts do not fill 4 windows"),

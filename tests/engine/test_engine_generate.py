@@ -3,14 +3,14 @@
 import math
 from itertools import chain
 
+import plain_decoder
 import pytest
 import torch
 
-from bessemer.engine import batch, reference
+from bessemer.engine import decode, model_runner
 from bessemer.engine import engine as engine_module
-from bessemer.engine import prefill as prefill_module
 from bessemer.engine.engine import Engine
-from bessemer.engine.request import Request
+from bessemer.engine.sequence import Request
 from bessemer.errors import UserError
 
 
@@ -21,7 +21,7 @@ def tokens(results):
 @torch.no_grad()
 def test_greedy_equals_the_plain_decoder(engine, tokenizer, prompts):
     found = engine.generate(prompts, max_new_tokens=12, temperature=0, stop_ids=[])
-    expected = [[reference.greedy(engine.model, prompt, 12, tokenizer.vocab_size)] for prompt in prompts]
+    expected = [[plain_decoder.greedy(engine.model, prompt, 12, tokenizer.vocab_size)] for prompt in prompts]
     assert tokens(found) == expected
 
 
@@ -34,14 +34,14 @@ def test_logprobs_equal_the_trainers(engine, prompts, temperature):
     for prompt, group in zip(prompts, found, strict=True):
         for c in group:
             for logp, t in ((c.logprobs, temperature or 1.0), (c.raw_logprobs, 1.0)):
-                expected = reference.logprobs(engine.model, prompt, c.tokens, t)
+                expected = plain_decoder.logprobs(engine.model, prompt, c.tokens, t)
                 worst = max(worst, float((torch.tensor(logp) - expected).abs().max()))
     assert worst < 1e-5
 
 
 def test_cuts_do_not_change_what_a_token_counts(engine, prompts):
     (c,) = engine.generate(prompts[3:4], max_new_tokens=20, top_p=0.5, top_k=7)[0]
-    expected = reference.logprobs(engine.model, prompts[3], c.tokens)
+    expected = plain_decoder.logprobs(engine.model, prompts[3], c.tokens)
     assert torch.allclose(torch.tensor(c.logprobs), expected, atol=1e-5, rtol=0)
 
 
@@ -127,23 +127,23 @@ def test_text_prompts_begin_with_bos(engine, tokenizer):
 
 def test_one_prefill_per_distinct_prompt(engine, prompts, monkeypatch):
     seen = []
-    inner = prefill_module.prefill
+    inner = decode.prefill
     monkeypatch.setattr(
-        prefill_module, "prefill", lambda m, c, parts, t: seen.append([p.end for p in parts]) or inner(m, c, parts, t)
+        decode, "prefill", lambda m, c, parts, t: seen.append([p.end for p in parts]) or inner(m, c, parts, t)
     )
     one = tokens(engine.generate([prompts[5], prompts[6], prompts[5]], samples=5, max_new_tokens=3))
     assert seen == [[len(prompts[5]), len(prompts[6])]]
     seen.clear()
-    monkeypatch.setattr(prefill_module, "PREFILL_TOKENS", 20)
+    monkeypatch.setattr(decode, "PREFILL_TOKENS", 20)
     assert tokens(engine.generate([prompts[5], prompts[6], prompts[5]], samples=5, max_new_tokens=3)) == one
     assert seen == [[len(prompts[5])], [len(prompts[6])]]
 
 
 def test_finished_rows_leave_the_batch(engine, prompts, monkeypatch):
     seen = []
-    inner = batch.step
+    inner = model_runner.step
     monkeypatch.setattr(
-        batch, "step", lambda m, t, p, c, *rest: seen.append((len(t), c.rows)) or inner(m, t, p, c, *rest)
+        model_runner, "step", lambda m, t, p, c, *rest: seen.append((len(t), c.rows)) or inner(m, t, p, c, *rest)
     )
     found = engine.generate(prompts, samples=8, max_new_tokens=30, stop_ids=list(range(3, 20)))
     lengths = [len(c.tokens) for group in found for c in group]
@@ -232,13 +232,13 @@ def test_a_tokenizer_larger_than_the_model_is_refused(engine, tokenizer):
 
 
 def test_broken_weights_name_the_step(engine, prompts, monkeypatch):
-    inner = batch.step
+    inner = model_runner.step
 
     def overflow(model, token, position, cache, trace):
         logits = inner(model, token, position, cache, trace)
         return logits.index_fill(0, torch.tensor([1]), float("nan")) if int(position.min()) == 7 else logits
 
-    monkeypatch.setattr(batch, "step", overflow)
+    monkeypatch.setattr(model_runner, "step", overflow)
     with pytest.raises(UserError, match=r"not finite for 1 of 3 rows at generated token 4"):
         engine.generate([prompts[2]], samples=3, max_new_tokens=9, stop_ids=[])
     with torch.no_grad():

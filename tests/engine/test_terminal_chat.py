@@ -4,13 +4,9 @@ import io
 
 import pytest
 
-from bessemer.data.chat import render_ids
-from bessemer.engine import chat as chat_module
-from bessemer.engine.chat import HELP, Conversation, chat
-from bessemer.engine.engine import Engine
-from bessemer.engine.generate import generate_texts
-from bessemer.engine.prompts import read_prompts
-from bessemer.engine.screen import DIM, PLAIN, Screen
+from bessemer.data.chat import render_ids, template_style
+from bessemer.engine.engine import Engine, generate_texts, read_prompts
+from bessemer.engine.terminal_chat import DIM, HELP, PLAIN, Conversation, Screen, chat
 from bessemer.errors import UserError
 
 
@@ -185,7 +181,7 @@ def test_output_that_cannot_show_a_character_shows_another(engine):
 
 def test_a_directory_without_template_still_talks(engine, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "")
-    assert chat_module.template_style(tokenizer) == "r1"
+    assert template_style(tokenizer) == "r1"
     talk = Conversation(Engine(engine.model, tokenizer), io.StringIO(), 1.0, 3, 0)
     talk.answer("hello")
     assert len(talk.messages) == 2

@@ -1,0 +1,281 @@
+"""The sequences that decode together: they enter with their prompt's logits, sample a token, and go through the model.
+
+One step is `sample` (a token for every sequence), `retire` (finished sequences leave, their rows are free at once) and
+`advance` (the new tokens through the network). Sequences can join between steps; outputs do not depend on batch
+composition, because a token depends on the logits, key and position of its own sequence only.
+
+With a drafter a step may append several tokens: `advance` processes the sampled token together with drafts of what
+follows, and appends those that the main model accepts.
+
+Shapes: B live sequences, T tokens of one pass, V vocabulary, L sparse layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine.compiled import CompiledSteps, ForwardOutput
+from bessemer.engine.decode import RoutingTrace, hidden_step, step
+from bessemer.engine.kv_cache import LatentCache, PromptPages
+from bessemer.engine.sampling import (
+    GreedyTokens,
+    RejectedDrafts,
+    SampledTokens,
+    accept,
+    greedy_tokens,
+    inverse_cdf,
+    probabilities_batch,
+    sample_batch,
+    score_batch,
+    stream_key,
+    top_tokens,
+    uniform,
+)
+from bessemer.engine.sequence import Sequence
+from bessemer.engine.speculative import Drafter
+from bessemer.errors import UserError
+from bessemer.hf.causal_lm import CausalLM
+from bessemer.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from bessemer.engine.hf_decode import SlotCache
+
+DRAFT, ACCEPT = (stream_key(number) for number in (1, 2))
+"""Turn a sequence's random stream into two more."""
+
+
+class ModelRunner:
+    """Live sequences and their rows in the cache. Row b of every tensor, of `sequences` and of the cache agree."""
+
+    def __init__(
+        self,
+        model: Transformer | CausalLM,
+        tokenizer: Tokenizer,
+        cache: LatentCache | SlotCache,
+        trace: RoutingTrace | None = None,
+        drafts: int = 0,
+        compiled: CompiledSteps | None = None,
+    ):
+        self.model, self.cache, self.trace, self.compiled = model, cache, trace, compiled
+        self.vocab = tokenizer.vocab_size
+        self.drafter = Drafter(model, cache, drafts, compiled) if drafts else None
+        device = model.embed.weight.device
+        self.sequences: list[Sequence] = []
+        self.key_B = torch.zeros(0, dtype=torch.int64, device=device)
+        self.position_B = torch.zeros(0, dtype=torch.int64, device=device)
+        """Position of each sequence's next token."""
+        self.logits_BV: Tensor | None = None
+        self.greedy: GreedyTokens | None = None
+        """The most likely tokens, [B, 1], where the step has already found them."""
+        self.expert_BLK: Tensor | None = None
+        """The experts of each sequence's last fed token, where they are recorded."""
+        self.rejected: RejectedDrafts | None = None
+
+    @property
+    def all_greedy(self) -> bool:
+        """Every sequence takes its most likely token, whatever came before."""
+        return all(s.draftable and s.request.sampling.temperature == 0 for s in self.sequences)
+
+    @property
+    def lookahead(self) -> int:
+        """Slots that a step writes in every row."""
+        return 1 if self.drafter is None else self.drafter.depth + 1
+
+    def admit(self, prompts: list[tuple[PromptPages, list[Sequence]]], logits_PV: Tensor) -> None:
+        """Adds the sequences of prefilled prompts, with the logits after each prompt."""
+        device = logits_PV.device
+        self.cache.admit([(prompt, len(sequences)) for prompt, sequences in prompts])
+        fresh = [sequence for _, sequences in prompts for sequence in sequences]
+        source = torch.tensor([p for p, (_, sequences) in enumerate(prompts) for _ in sequences], device=device)
+        keys = torch.tensor([sequence.request.key for sequence in fresh], dtype=torch.int64, device=device)
+        positions = torch.tensor([len(prompt.ids) for prompt, _ in prompts], device=device)[source]
+        self.logits_BV, self.greedy = _append(self.logits_BV, logits_PV[source]), None
+        self.key_B, self.position_B = torch.cat((self.key_B, keys)), torch.cat((self.position_B, positions))
+        if self.trace is not None:
+            last_PLK = torch.stack([prompt.routing[-1][-1] for prompt, _ in prompts])
+            self.expert_BLK = _append(self.expert_BLK, last_PLK[source])
+        if self.drafter is not None:
+            state_PD = torch.stack([prompt.state for prompt, _ in prompts])
+            self.drafter.admit(state_PD[source], positions - 1)
+            zero_V = logits_PV.new_zeros(self.vocab)
+            rejected_B = torch.tensor([s.rejected_q_V is not None for s in fresh], device=device)
+            q_BV = torch.stack([zero_V if s.rejected_q_V is None else s.rejected_q_V for s in fresh])
+            n = len(self.sequences)
+            old = self.rejected or RejectedDrafts(rejected_B.new_zeros(n), q_BV.new_zeros(n, self.vocab))
+            self.rejected = RejectedDrafts(torch.cat((old.rejected_B, rejected_B)), torch.cat((old.q_BV, q_BV)))
+        for sequence in fresh:
+            sequence.start()
+            sequence.rejected_q_V = None
+        self.sequences += fresh
+
+    def sample(self) -> Tensor:
+        """One token for every sequence, [B]. Finished sequences have `finish` set and stay until `retire`."""
+        self._record(self.logits_BV, self.expert_BLK)
+        if self.greedy is not None and self.all_greedy:
+            logp_B = self.greedy.logp_BT[:, 0]
+            sampled = SampledTokens(self.greedy.token_BT[:, 0], logp_B, logp_B)
+        else:
+            uniform_B = uniform(self.key_B, self.position_B)
+            sampled = sample_batch(self.sequences, self.logits_BV, uniform_B, self.vocab, self.rejected)
+        finite_B = torch.isfinite(sampled.logp_B)
+        if not bool(finite_B.all()):
+            for b in (~finite_B).nonzero().squeeze(-1).tolist():
+                self.sequences[b].finish = "error"
+        columns = (column.tolist() for column in sampled)
+        for sequence, token, logp, raw_logp in zip(self.sequences, *columns, strict=True):
+            if sequence.finish is None:
+                sequence.append(token, logp, raw_logp)
+        return sampled.token_B
+
+    def retire(self, token_B: Tensor | None = None) -> Tensor | None:
+        """Drops the finished sequences; returns the tokens of the others."""
+        live = [sequence.finish is None for sequence in self.sequences]
+        if all(live):
+            return token_B
+        fed = self.position_B.tolist()
+        for b, sequence in enumerate(self.sequences):
+            if sequence.finish == "error":
+                self.cache.scrub(b)
+            elif sequence.finish is not None:
+                self.cache.cache_row(b, sequence.ids[: fed[b]])
+        source = self.keep(live)
+        return None if token_B is None else token_B[source]
+
+    def keep(self, live: Iterable[bool]) -> Tensor:
+        """Drops the other sequences. Returns source [B']: new row b is old row source[b]."""
+        source = self.cache.keep(torch.tensor(list(live), device=self.key_B.device))
+        self.sequences = [self.sequences[b] for b in source.tolist()]
+        self.key_B, self.position_B = self.key_B[source], self.position_B[source]
+        self.expert_BLK = None if self.expert_BLK is None else self.expert_BLK[source]
+        self.logits_BV, self.greedy = None if self.logits_BV is None else self.logits_BV[source], None
+        self.rejected = None if self.rejected is None else self.rejected.select(source)
+        if self.drafter is not None:
+            self.drafter.select(source)
+        return source
+
+    def preempt(self, b: int) -> Sequence:
+        """Removes a sequence before it samples; admitted again with all its tokens, it continues unchanged."""
+        sequence = self.sequences[b]
+        if self.rejected is not None and self.rejected.rejected_B[b]:
+            sequence.rejected_q_V = self.rejected.q_BV[b]
+        self.keep(other != b for other in range(len(self.sequences)))
+        return sequence
+
+    def advance(self, token_B: Tensor) -> None:
+        """Runs the new tokens through the network; with a drafter also the drafts that follow them, which may finish
+        some sequences."""
+        if self.drafter is not None:
+            return self._advance_with_drafts(token_B)
+        if self._use_compiled(token_B):
+            output = self._forward(token_B.unsqueeze(1))
+            self.logits_BV, self.greedy = output.logits_BTV.squeeze(1), output.greedy
+        else:
+            self.logits_BV = step(self.model, token_B, self.position_B, self.cache, self.trace)
+            self.greedy = None
+        self.position_B = self.position_B + 1
+        if self.trace is not None:
+            self.expert_BLK = self.trace.take()
+
+    def _advance_with_drafts(self, token_B: Tensor) -> None:
+        drafter, depth, greedy = self.drafter, self.drafter.depth, self.all_greedy
+        drafts, q = self._draft(token_B, greedy)
+        token_BT = torch.stack((token_B, *drafts), 1)
+        state_BTD, logits_BTV, best = self._forward(token_BT)
+        expert_BTLK = None if self.trace is None else self.trace.take().unflatten(0, token_BT.shape)
+        if greedy:
+            best = best or greedy_tokens(logits_BTV, self.vocab)
+            match_BT = (best.token_BT[:, :-1] == token_BT[:, 1:]).tolist()
+            logp_BT = best.logp_BT.tolist()
+        n_accepted = [0] * len(self.sequences)
+        open_ = [sequence.draftable for sequence in self.sequences]
+        drafter.drafted += depth * sum(open_)
+        for j in range(depth):
+            if greedy:
+                accepted = [match[j] for match in match_BT]
+            else:
+                p_BV = probabilities_batch(self.sequences, logits_BTV[:, j], self.vocab)
+                accepted = accept(p_BV, q[j], drafts[j], self._uniform(ACCEPT, j + 1)).tolist()
+            open_ = [still and yes for still, yes in zip(open_, accepted, strict=True)]
+            if not any(open_):
+                break
+            self._record(logits_BTV[:, j], None if expert_BTLK is None else expert_BTLK[:, j], open_)
+            if greedy:
+                logps = [(logp[j], logp[j]) for logp in logp_BT]
+            else:
+                scored = score_batch(self.sequences, logits_BTV[:, j], drafts[j])
+                logps = list(zip(scored.logp_B.tolist(), scored.raw_logp_B.tolist(), strict=True))
+            for b, (token, (logp, raw_logp)) in enumerate(zip(drafts[j].tolist(), logps, strict=True)):
+                if open_[b]:
+                    self.sequences[b].append(token, logp, raw_logp)
+                    n_accepted[b] += 1
+                    open_[b] = self.sequences[b].finish is None
+        drafter.accepted += sum(n_accepted)
+        known_B = torch.tensor(n_accepted, device=token_B.device)
+        row_B = torch.arange(len(n_accepted), device=token_B.device)
+        drafter.update(state_BTD, token_BT, self.position_B, known_B)
+        self.position_B = self.position_B + 1 + known_B
+        self.logits_BV = logits_BTV[row_B, known_B]
+        self.expert_BLK = None if expert_BTLK is None else expert_BTLK[row_B, known_B]
+        if greedy:
+            known_B1 = known_B.unsqueeze(1)
+            self.greedy, self.rejected = GreedyTokens(*(x_BT.gather(1, known_B1) for x_BT in best)), None
+            return
+        draftable_B = torch.tensor([sequence.draftable for sequence in self.sequences], device=token_B.device)
+        self.greedy = None
+        last_q_BV = torch.stack(q, 1)[row_B, known_B.clamp(max=depth - 1)]
+        self.rejected = RejectedDrafts(draftable_B & (known_B < depth), last_q_BV)
+
+    def _draft(self, token_B: Tensor, greedy: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """The drafts after token_B, [B] each, and the distributions they were sampled from, [B, V]; none if greedy."""
+        drafts, q = [], []
+        logits_BV = self.drafter.first_logits(token_B)
+        for j in range(self.drafter.depth):
+            if j:
+                logits_BV = self.drafter.next_logits(drafts[-1])
+            if greedy:
+                drafts.append(logits_BV[:, : self.vocab].argmax(-1))
+                continue
+            q.append(probabilities_batch(self.sequences, logits_BV, self.vocab))
+            drafts.append(inverse_cdf(q[-1], self._uniform(DRAFT, j + 1)))
+        return drafts, q
+
+    def _forward(self, token_BT: Tensor) -> ForwardOutput:
+        if self._use_compiled(token_BT):
+            return self.compiled(token_BT, self.position_B, self.cache, self.trace)
+        state_BTD = self.model.norm(hidden_step(self.model, token_BT, self.position_B, self.cache, self.trace))
+        return ForwardOutput(state_BTD, self.model.head(state_BTD).float())
+
+    def _use_compiled(self, tokens: Tensor) -> bool:
+        return self.compiled is not None and tokens.numel() <= self.compiled.max_tokens
+
+    def _uniform(self, purpose: int, ahead: int) -> Tensor:
+        return uniform(self.key_B ^ purpose, self.position_B + ahead)
+
+    def _record(self, logits_BV: Tensor, expert_BLK: Tensor | None, selected: list[bool] | None = None) -> None:
+        """Stores the requested top tokens and routes of the token about to be appended, for `selected` sequences."""
+        top = top_tokens(self.sequences, logits_BV, self.vocab)
+        routes = None
+        if any(sequence.request.routing for sequence in self.sequences):
+            routes = expert_BLK.tolist()
+        for b, sequence in enumerate(self.sequences) if top or routes else ():
+            if selected is None or selected[b]:
+                if sequence.request.top:
+                    sequence.top.append(top[b])
+                if sequence.request.routing:
+                    sequence.routes.append(tuple(map(tuple, routes[b])))
+
+
+def _append(old: Tensor | None, new: Tensor) -> Tensor:
+    return new if old is None else torch.cat((old, new))
+
+
+def not_finite(rows: int, of: int, token: int) -> UserError:
+    return UserError(
+        f"the model's logits are not finite for {rows} of {of} rows at generated token {token}: its weights hold NaN "
+        "or infinity or overflow in this number format; load an earlier checkpoint or compute in float32"
+    )
