@@ -13,7 +13,7 @@ from bessemer.model.transformer import Transformer
 from bessemer.dist import context_parallel
 from bessemer.dist.context_parallel import Context, attention
 from bessemer.dist.context_parallel import Cut, blocks
-from bessemer.dist.mesh import Layout, Mesh, check, drawn, nearest
+from bessemer.dist.mesh import Layout, Mesh, check, describe, nearest
 from bessemer.dist import model_shard
 from bessemer.dist.model_shard import ModelShard
 from bessemer.train import loss
@@ -205,4 +205,4 @@ def test_rows_that_cannot_be_cut_are_refused():
         check(Layout(cp=4), CFG, 6)
     assert all(near.cp == 2 for near in nearest(Layout(cp=2, dp=2), CFG, 8))
     assert all(near.cp == 1 for near in nearest(Layout(cp=3), CFG, 8))
-    assert "pipeline 0, copy 0, piece 1: 2 3" in drawn(Layout(ep=2, cp=2))
+    assert "pipeline 0, copy 0, piece 1: 2 3" in describe(Layout(ep=2, cp=2))

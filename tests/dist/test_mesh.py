@@ -10,7 +10,7 @@ from ranks import on_ranks
 from bessemer.errors import UserError
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
-from bessemer.dist.mesh import Layout, Mesh, check, drawn, nearest, refusal
+from bessemer.dist.mesh import Layout, Mesh, check, describe, nearest, refusal
 from bessemer.precision.fp8_linear import PAPER
 
 TINY = preset("tiny")
@@ -43,7 +43,7 @@ def test_v3():
         "pp": 16, "ep": 64, "cp": 1, "expert": 2, "dense": 128, "network": 8, "within": 8,
     }  # fmt: skip
     assert layout.groups("network")[3] == [3 + 8 * n for n in range(8)]
-    text = drawn(layout).splitlines()
+    text = describe(layout).splitlines()
     assert text[0] == "2048 ranks: pp 16 x dp 2 x ep 64, a group of experts on 8 nodes"
     assert text[2] == "pipeline 0, copy 1: 64 to 127" and len(text) == 33
 

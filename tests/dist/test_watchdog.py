@@ -1,4 +1,4 @@
-"""Who waits for whom, in words, and the watch that says it."""
+"""The report on who waits for whom, and the watchdog that prints it."""
 
 import subprocess
 import sys
@@ -21,18 +21,18 @@ def words(others, ranks=(0, 1, 2), timeout=100.0):
     ("others", "wanted"),
     [
         ([[NOW - 300, 6, "working", None, NOW - 310], [NOW - 1, 7, "tokens", [0, 1], NOW - 90]],
-         "rank 1 has given no sign of life for 300 s, last in step 6 (working)"),
+         "rank 1 has not reported for 300 s, last in step 6 (working)"),
         ([[NOW - 1, 7, "working", None, NOW - 110], [NOW - 1, 7, "tokens", [0, 1], NOW - 90]],
          "rank 1 has been in step 7 (working) for 110 s"),
-        ([None, [NOW - 1, 7, "tokens", [0, 1], NOW - 90]], "rank 1 never gave a sign of life"),
+        ([None, [NOW - 1, 7, "tokens", [0, 1], NOW - 90]], "rank 1 never reported"),
         ([[NOW - 1, 7, "loads", [0, 2], NOW - 90], [NOW - 1, 7, "tokens", [0, 1, 2], NOW - 90]],
-         "all others wait, too: rank 1 for loads of ranks 0, 2; rank 2 for tokens of ranks 0, 1"),
+         "all others wait as well: rank 1 for loads of ranks 0, 2; rank 2 for tokens of ranks 0, 1"),
     ],
     ids=["silent", "busy", "never", "all wait"],
 )  # fmt: skip
-def test_what_is_said(others, wanted):
-    said = words(others)
-    assert said.startswith("rank 0 has waited 120 s for tokens of ranks 1, 2 in step 7; ") and wanted in said
+def test_the_report_names_the_cause(others, wanted):
+    report = words(others)
+    assert report.startswith("rank 0 has waited 120 s for tokens of ranks 1, 2 in step 7; ") and wanted in report
 
 
 def test_threads_wait_side_by_side():
@@ -48,18 +48,18 @@ def test_threads_wait_side_by_side():
     thread.start()
     inside.wait(10)
     with watchdog.waiting("activations", range(3)):
-        assert watchdog.RankStatus.doing().what == "exchange", "the longest"
+        assert watchdog.RankStatus.current().what == "exchange", "the longest"
         out.set()
         thread.join()
-        assert watchdog.RankStatus.doing().what == "activations"
-    assert watchdog.RankStatus.doing().ranks is None
+        assert watchdog.RankStatus.current().what == "activations"
+    assert watchdog.RankStatus.current().ranks is None
     with watchdog.waiting("outer", [1]):
         with watchdog.waiting("inner", [2]):
-            assert watchdog.RankStatus.doing().what == "inner"
-        assert watchdog.RankStatus.doing().what == "outer"
+            assert watchdog.RankStatus.current().what == "inner"
+        assert watchdog.RankStatus.current().what == "outer"
     with pytest.raises(OSError), watchdog.waiting("x", [1]):
         raise OSError
-    assert watchdog.RankStatus.doing().ranks is None
+    assert watchdog.RankStatus.current().ranks is None
 
 
 WAITS = """
@@ -77,4 +77,4 @@ def test_a_rank_that_waits_too_long_says_so_and_ends():
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True, timeout=60)
     assert done.returncode == watchdog.EXIT and time.monotonic() - began < 25
-    assert "rank 0 has waited 1 s for the figures of the step of rank 1 in step 3; rank 1 never gave" in done.stderr
+    assert "rank 0 has waited 1 s for the figures of the step of rank 1 in step 3; rank 1 never reported" in done.stderr

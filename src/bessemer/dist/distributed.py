@@ -195,5 +195,5 @@ def _mesh(
     if layout.cp > 1 and not split_rows:
         layout = replace(layout, dp=layout.dp * layout.cp, cp=1)
     made = mesh.Mesh(layout, cfg, slices)
-    say(f"{mesh.drawn(layout)}\nschedule: {_named(schedule, layout.pp)}")
+    say(f"{mesh.describe(layout)}\nschedule: {_named(schedule, layout.pp)}")
     return made, schedule

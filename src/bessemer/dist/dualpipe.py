@@ -1,9 +1,9 @@
-"""DualPipe and DualPipeV as tables (V3 3.2.1 and Fig. 5; reference E.5, E.6).
+"""DualPipe and DualPipeV as tables (V3 3.2.1 and Fig. 5).
 
 DualPipe has two copies of the model on P ranks: rank r holds stage r of lane 0 and stage P - 1 - r of lane 1, and half
-of the micro-batches enter at either end. DualPipeV folds one copy: R ranks, rank r holds stages r and 2R - 1 - r, all
-enter at rank 0 and turn at the last rank. Both follow the same eight steps: DualPipeV's rank r does what DualPipe's
-would among P = 2R ranks, with its second stage in the place of the second lane.
+of the micro-batches enter at each end. DualPipeV folds one copy: R ranks, rank r holds stages r and 2R - 1 - r, all
+micro-batches enter at rank 0 and turn around at the last rank. Both follow the same eight steps: rank r of DualPipeV
+does what it would do among P = 2R ranks of DualPipe, with its second stage in place of the second lane.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def dualpipe(ranks: int, micro: int) -> Table:
     if micro < 2 * ranks or micro % 2:
         least = max(2 * ranks, micro + micro % 2)
         raise UserError(
-            f"dualpipe on {ranks} ranks needs an even number of micro-batches, {2 * ranks} at least, is {micro}; "
+            f"dualpipe on {ranks} ranks needs an even number of micro-batches, at least {2 * ranks}, is {micro}; "
             f"use {least}"
         )
     steps = []
@@ -39,7 +39,7 @@ def dualpipe_v(ranks: int, micro: int) -> Table:
     if ranks < 1:
         raise UserError(f"dualpipe-v needs at least one pipeline rank, is {ranks}")
     if micro < 2 * ranks:
-        raise UserError(f"dualpipe-v on {ranks} ranks needs {2 * ranks} micro-batches at least, is {micro}")
+        raise UserError(f"dualpipe-v on {ranks} ranks needs at least {2 * ranks} micro-batches, is {micro}")
     stages = 2 * ranks
     steps = [
         _eight_steps(ranks, rank, micro - stages + rank + 1, [(0, rank), (0, stages - 1 - rank)])
@@ -49,10 +49,10 @@ def dualpipe_v(ranks: int, micro: int) -> Table:
 
 
 def _eight_steps(H: int, h: int, pairs: int, mine: list[tuple[int, int]]) -> tuple[Step, ...]:
-    """One rank's work: `mine` holds (lane, stage) of phase 0 and of phase 1, `pairs` the repeats of step 4."""
+    """One rank's steps: `mine` is (lane, stage) of phase 0 and of phase 1, `pairs` the repeats of step 4."""
     steps: list[Step] = []
     forwards, backwards = [0, 0], [0, 0]
-    left: deque[Action] = deque()  # weight gradients for later
+    deferred: deque[Action] = deque()  # weight gradients
 
     def F(phase: int) -> Action:
         forwards[phase] += 1
@@ -64,7 +64,7 @@ def _eight_steps(H: int, h: int, pairs: int, mine: list[tuple[int, int]]) -> tup
 
     def I(phase: int) -> Action:  # noqa: E743 (the field's letter)
         work = B(phase)._replace(kind="I")
-        left.append(work._replace(kind="W"))
+        deferred.append(work._replace(kind="W"))
         return work
 
     for _ in range(2 * (H - h - 1)):  # 1: F0
@@ -72,18 +72,18 @@ def _eight_steps(H: int, h: int, pairs: int, mine: list[tuple[int, int]]) -> tup
     for _ in range(h + 1):  # 2: F0 F1
         steps += [F(0), F(1)]
     for _ in range(H - h - 1):  # 3: I1 W F1
-        steps += [I(1), left.popleft(), F(1)]
+        steps += [I(1), deferred.popleft(), F(1)]
     for number in range(pairs):  # 4: F0&B1 F1&B0
         forward, backward = F(0), B(1)
-        # in the middle the first backward is of a micro-batch that has just arrived, and its forward feeds nobody yet
-        alone = number == 0 and h == H - 1
-        steps += [forward, backward] if alone else [Pair(forward, backward)]
+        # in the middle the first backward needs a micro-batch that has just arrived, so it cannot overlap
+        separate = number == 0 and h == H - 1
+        steps += [forward, backward] if separate else [Pair(forward, backward)]
         steps.append(Pair(F(1), B(0)))
     for _ in range(H - h - 1):  # 5: B1 F1&B0
         steps.append(B(1))
         steps.append(Pair(F(1), B(0)))
     split = False
-    for number in range(h + 1):  # 6: B1 B0, from half-way on I1 I0
+    for number in range(h + 1):  # 6: B1 B0, from halfway on I1 I0
         if number == (h + 1) // 2 and h % 2:
             split = True
         steps.append(I(1) if split else B(1))
@@ -91,8 +91,8 @@ def _eight_steps(H: int, h: int, pairs: int, mine: list[tuple[int, int]]) -> tup
             split = True
         steps.append(I(0) if split else B(0))
     for _ in range(H - h - 1):  # 7: W I0
-        steps += [left.popleft(), I(0)]
+        steps += [deferred.popleft(), I(0)]
     for _ in range(h + 1):  # 8: W
-        steps.append(left.popleft())
-    assert not left
+        steps.append(deferred.popleft())
+    assert not deferred
     return tuple(steps)

@@ -1,11 +1,12 @@
-"""Which rank does what: pipeline x data x context x expert parallel (reference E.1, E.8).
+"""The layout of ranks: pipeline x data x context x expert parallel (V3 3.2).
 
-World = pp * dp * cp * ep. Ranks are numbered with ep innermost, so that an expert-parallel group is a run of neighbours
-on as few nodes as can be, then cp, and pp outermost, where the messages are smallest. Within one pipeline rank
+World = pp * dp * cp * ep. Ranks are numbered with ep innermost, so that an expert-parallel group has consecutive
+numbers and spans as few nodes as possible, then cp, and pp outermost, where the messages are smallest. Within one
+pipeline rank
 
-    experts            are spread over the ep ranks of a group, and equal on all dp * cp ranks
+    experts            are split over the ep ranks of a group, and equal on all dp * cp ranks
     everything else    is equal on all dp * cp * ep ranks
-    batches            are each dp * ep rank's own; the cp ranks of one compute a piece of every row each
+    batches            differ on each of the dp * ep ranks; the cp ranks of one compute a part of every row each
 
 V3: pp 16, dp 2, ep 64 on 2,048 ranks.
 """
@@ -20,7 +21,7 @@ import torch.distributed as dist
 
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
-from bessemer.dist.context_parallel import WholeRows, Context
+from bessemer.dist.context_parallel import Context, WholeRows
 from bessemer.dist.expert_parallel import Exchange, Hop
 
 Kind = Literal["pp", "ep", "cp", "expert", "dense", "network", "within"]
@@ -34,7 +35,7 @@ class Layout:
     dp: int = 1
     ep: int = 1
     node: int = 8
-    """Ranks of one node."""
+    """Ranks per node."""
     cp: int = 1
 
     @property
@@ -43,7 +44,7 @@ class Layout:
 
     @property
     def nodes(self) -> int:
-        """Nodes that an expert-parallel group lies on."""
+        """Nodes that an expert-parallel group spans."""
         return max(1, self.ep // self.node)
 
     def rank(self, pp: int, dp: int, ep: int, cp: int = 0) -> int:
@@ -56,9 +57,9 @@ class Layout:
         return *divmod(outer, self.dp), ep, cp
 
     def groups(self, kind: Kind) -> list[list[int]]:
-        """Every group of a kind: "pp"; "ep"; "cp", ranks with pieces of the same rows; "expert", ranks with equal
-        experts; "dense", ranks with all else equal; for two hops "network", one number in every node of an ep group,
-        and "within", an ep group's ranks of a node."""
+        """Every group of a kind: "pp"; "ep"; "cp", ranks with parts of the same rows; "expert", ranks with equal
+        experts; "dense", ranks with equal other parameters; for two hops "network", the ranks of an ep group with the
+        same number within their node, and "within", an ep group's ranks of one node."""
         p, e, size = range(self.pp), range(self.ep), self.ep // self.nodes
         copies = [(j, c) for j in range(self.dp) for c in range(self.cp)]
         n, k = range(self.nodes), range(size)
@@ -80,20 +81,20 @@ class Layout:
         return f"pp {self.pp} x dp {self.dp} x ep {self.ep}" + (f" x cp {self.cp}" if self.cp > 1 else "")
 
 
-def drawn(layout: Layout) -> str:
-    """A line for every pipeline rank and copy: the ranks that share its experts."""
+def describe(layout: Layout) -> str:
+    """A line for every pipeline rank and copy, with the ranks that share its experts."""
     width = len(str(layout.world - 1))
     lines = [f"{layout.world} ranks: {layout}" + (f", a group of experts on {layout.nodes} nodes" * (layout.nodes > 1))]
     for ranks in layout.groups("ep"):
         pp, dp, _, cp = layout.place(ranks[0])
-        shown = " ".join(f"{r:>{width}}" for r in ranks) if len(ranks) <= 16 else f"{ranks[0]} to {ranks[-1]}"
-        lines.append(f"pipeline {pp}, copy {dp}{f', piece {cp}' if layout.cp > 1 else ''}: {shown}")
+        numbers = " ".join(f"{r:>{width}}" for r in ranks) if len(ranks) <= 16 else f"{ranks[0]} to {ranks[-1]}"
+        lines.append(f"pipeline {pp}, copy {dp}{f', piece {cp}' if layout.cp > 1 else ''}: {numbers}")
     return "\n".join(lines)
 
 
 def check(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> None:
-    """UserError for a layout that does not fit the model or the world, with the nearest that do. The schedule gives
-    every pipeline rank so many slices of the model (copies of one count as one)."""
+    """UserError for a layout that does not fit the model or the world, with the nearest that do. `slices`: different
+    slices of the model per pipeline rank."""
     if why := refusal(layout, cfg, world, slices):
         near = nearest(layout, cfg, world, slices)
         hint = f"these fit: {'; '.join(map(str, near))}" if near else f"no layout fits {world} ranks"
@@ -101,12 +102,12 @@ def check(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> None
 
 
 def refusal(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> str | None:
-    """Why a layout cannot be; None if it can."""
+    """Why a layout is impossible; None if it is possible."""
     if min(layout.pp, layout.dp, layout.ep, layout.cp, layout.node, world) < 1:
         return "every size must be at least 1"
     if layout.world != world:
         return f"it makes {layout.world} ranks"
-    blocks = cfg.n_layers + min(cfg.n_mtp, 1)  # all MTP modules are on the last
+    blocks = cfg.n_layers + min(cfg.n_mtp, 1)  # all MTP modules are on the last stage
     if layout.pp * slices > blocks:
         each = f" with {slices} slices each" if slices > 1 else ""
         return f"{layout.pp} pipeline ranks{each} for {blocks} layers, MTP as one of them"
@@ -120,8 +121,7 @@ def refusal(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> st
 
 
 def nearest(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1, most: int = 3) -> list[Layout]:
-    """Layouts that fit, those that differ least in how many times each size would have to change first; with the
-    same cp where the world has room for it."""
+    """Layouts that fit, the smallest factors of change first; with the same cp if it divides the world."""
 
     def distance(other: Layout) -> float:
         pairs = ((layout.pp, other.pp), (layout.dp, other.dp), (layout.ep, other.ep))
@@ -129,8 +129,8 @@ def nearest(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1, most:
 
     node, cp = max(layout.node, 1), layout.cp if layout.cp > 0 and world % layout.cp == 0 else 1
     rest = world // cp
-    found = [Layout(pp, dp, rest // (pp * dp), node, cp) for pp, dp in _factors(rest)]
-    return sorted((other for other in found if not refusal(other, cfg, world, slices)), key=distance)[:most]
+    candidates = [Layout(pp, dp, rest // (pp * dp), node, cp) for pp, dp in _factors(rest)]
+    return sorted((other for other in candidates if not refusal(other, cfg, world, slices)), key=distance)[:most]
 
 
 def _factors(world: int) -> Iterator[tuple[int, int]]:
@@ -139,7 +139,7 @@ def _factors(world: int) -> Iterator[tuple[int, int]]:
 
 
 class Mesh:
-    """The process groups of this rank. Every rank of the world must make it, in the same order."""
+    """The process groups of this rank. Collective over all ranks of the world."""
 
     def __init__(self, layout: Layout, cfg: ModelConfig, slices: int = 1):
         check(layout, cfg, dist.get_world_size(), slices)
@@ -161,11 +161,11 @@ class Mesh:
         return range(self.ep * local, (self.ep + 1) * local)
 
     def context(self) -> WholeRows:
-        """How rows are cut."""
+        """How rows are split."""
         return Context(self.group["cp"], self.layout.cp, self.cp) if self.layout.cp > 1 else WholeRows()
 
     def exchange(self) -> Exchange:
-        """One hop where an expert-parallel group lies within a node, else two."""
+        """One hop if an expert-parallel group fits in a node, else two."""
         experts, n, layout = self.cfg.n_routed_experts, len(self.experts), self.layout
         if layout.nodes == 1:
             hops = (Hop(self.group["ep"], layout.ep, self.ep, 0, n, "node"),)

@@ -110,7 +110,7 @@ def zbv(ranks: int, micro: int) -> Table:
     if ranks < 1:
         raise UserError(f"zbv needs at least one pipeline rank, is {ranks}")
     if micro < 2 * ranks - 1:
-        raise UserError(f"zbv on {ranks} ranks needs {2 * ranks - 1} micro-batches at least, is {micro}")
+        raise UserError(f"zbv on {ranks} ranks needs at least {2 * ranks - 1} micro-batches, is {micro}")
     steps = tuple(_v(rank, ranks, micro) for rank in range(ranks))
     place = tuple([*range(ranks), *reversed(range(ranks))])
     return Table("zbv", 2 * ranks, (place,), micro, steps)

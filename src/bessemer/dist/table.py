@@ -1,17 +1,17 @@
 """A pipeline schedule as data: what every rank does, in order (V3 3.2.1).
 
-The executor runs a table, the planner times it, the viewer draws it, and this file checks it; so what is planned is
+The executor runs a table, the planner times it, `timeline` draws it, and this file checks it; so what is planned is
 what runs. Four kinds of work on one micro-batch at one stage:
 
     F    forward
-    B    backward whole: gradients of inputs and weights
-    I    backward for the inputs alone; the other half is left for a W
-    W    the weight gradients that an I left
+    B    full backward: gradients of inputs and weights
+    I    backward for the inputs only; the other half is left for a W
+    W    the weight gradients that an I deferred
 
-and `Pair`, a forward and a backward of two micro-batches run overlapped (F & B).
+and `Pair`, an overlapped forward and backward of two micro-batches (F & B).
 
-A stage is a slice of the model's depth, 0 to S - 1. With two copies of the model (DualPipe), the micro-batches of lane
-0 enter at rank 0 and those of lane 1 at the last rank; otherwise there is lane 0 alone.
+A stage is a slice of the model's depth, 0 to S - 1. With two copies of the model (DualPipe) the micro-batches of lane 0
+enter at rank 0 and those of lane 1 at the last rank; otherwise there is only lane 0.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ Kind = Literal["F", "B", "I", "W"]
 
 
 class Action(NamedTuple):
-    """One piece of work."""
+    """One unit of work."""
 
     kind: Kind
     stage: int
     micro: int
-    """Micro-batch of its lane, from 0."""
+    """Micro-batch within its lane, from 0."""
     lane: int = 0
 
 
 class Pair(NamedTuple):
-    """Two pieces of work that overlap: the communication of each behind the computation of the other."""
+    """Two overlapped actions: the communication of each is hidden behind the computation of the other."""
 
     forward: Action
     backward: Action
@@ -54,9 +54,9 @@ class Table:
     micro: int
     """Micro-batches of all lanes together."""
     steps: tuple[tuple[Step, ...], ...]
-    """Of every rank."""
+    """The steps of every rank."""
     idle: int = 0
-    """Lanes at the end that no micro-batch enters; ranks hold their slices all the same."""
+    """Lanes at the end that no micro-batch enters; ranks still hold their slices."""
 
     @property
     def ranks(self) -> int:
@@ -80,7 +80,7 @@ class Table:
 
 
 def actions(steps: tuple[Step, ...]) -> Iterator[Action]:
-    """Pairs taken apart, forward first."""
+    """The actions of these steps; of a pair the forward first."""
     for step in steps:
         if isinstance(step, Pair):
             yield from step
@@ -89,7 +89,7 @@ def actions(steps: tuple[Step, ...]) -> Iterator[Action]:
 
 
 def needs(action: Action, stages: int) -> list[tuple[Kind, ...]]:
-    """What must be done before: keys (kinds, stage, micro, lane), of which one kind suffices."""
+    """What must be done before: (kinds, stage, micro, lane); one of the kinds suffices."""
     kind, stage, micro, lane = action
     if kind == "F":
         return [(("F",), stage - 1, micro, lane)] if stage else []
@@ -100,8 +100,8 @@ def needs(action: Action, stages: int) -> list[tuple[Kind, ...]]:
 
 
 def check(table: Table) -> None:
-    """AssertionError unless every stage does every micro-batch once, on its own rank, forward and backward, and no rank
-    waits for another for ever."""
+    """AssertionError unless every stage runs every micro-batch once, on its own rank, forward and backward, and the
+    table has no deadlock."""
     seen: dict[tuple, int] = {}
     for rank, steps in enumerate(table.steps):
         for step in steps:
@@ -116,11 +116,11 @@ def check(table: Table) -> None:
             for micro in range(table.per_lane):
                 done = "".join(kind for kind in "FBIW" if Action(kind, stage, micro, lane) in seen)
                 assert done in ("FB", "FIW"), f"stage {stage}, micro-batch {micro} of lane {lane}: {done or 'nothing'}"
-    _ends(table)
+    _check_deadlock(table)
 
 
-def _ends(table: Table) -> None:
-    """Runs every rank as far as it gets; what all of them wait for is named."""
+def _check_deadlock(table: Table) -> None:
+    """Runs every rank as far as possible; AssertionError with the steps that wait for each other."""
     at, done = [0] * table.ranks, set()
     moved = True
     while moved:
@@ -131,7 +131,7 @@ def _ends(table: Table) -> None:
                 done.update(step if isinstance(step, Pair) else (step,))
                 at[rank], moved = at[rank] + 1, True
     waiting = {rank: steps[at[rank]] for rank, steps in enumerate(table.steps) if at[rank] < len(steps)}
-    assert not waiting, f"ranks wait for each other for ever: {waiting}"
+    assert not waiting, f"deadlock: {waiting}"
 
 
 def _ready(step: Step, done: set[Action], stages: int) -> bool:

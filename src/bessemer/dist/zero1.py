@@ -1,9 +1,9 @@
-"""ZeRO-1: every rank keeps the masters and moments of a share of its parameters alone (V3 3.2; reference D.4, E.8).
+"""ZeRO-1: every rank keeps the masters and moments of only a share of its parameters (V3 3.2; Rajbhandari et al. 2020).
 
-A parameter's gradients are summed over the ranks that hold it equally: for routed experts the data-parallel ones, for
-all else the expert-parallel ones, too. Each of n ranks updates an n-th of the vector, and what forward reads is
-gathered again. The gradient's norm is one number over all ranks: shares are counted once, and parameters that two
-pipeline ranks hold (`Executor.sum_shared` has made their gradients equal) by half on either.
+A parameter's gradients are summed over the ranks that hold a copy of it: for routed experts the data-parallel ranks,
+for everything else the expert-parallel ones as well. Each of n ranks updates an n-th of the vector, and the updated
+shares are gathered again. The gradient norm is one number over all ranks: each share counts once, and a parameter that
+two pipeline ranks hold (`Executor.sum_shared` has made their gradients equal) counts half on each.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from bessemer.train.optimizer import Optimizer
 from bessemer.workers import Workers
 
 
-class Share(Group):
-    """Parameters as flat vectors, of which this rank updates a part."""
+class ShardedGroup(Group):
+    """Parameters as flat vectors, of which this rank updates one share."""
 
     def __init__(
         self, members: Members, decay: float, moments: torch.dtype, ranks: Any, holders: int, whole: bool = False
@@ -41,26 +41,26 @@ class Share(Group):
         size = self.master.numel() // n
         own = dist.get_rank(ranks) * size
         self.mine = slice(own, own + size)
-        # in float32 compute a view: what forward reads of this rank's share is its master
+        # with float32 compute a view: forward reads the master of this rank's share directly
         share = self.master[self.mine]
         self.master = share if self.compute is self.master else share.clone()
         self.moments = {name: torch.zeros(size, dtype=moments, device=share.device) for name in self.MOMENTS}
         self.summed = torch.zeros(size, device=share.device)
         """This rank's share of the gradient, summed over the ranks."""
-        self._under_way: Any = None
+        self._pending: Any = None
 
-    def kept(self) -> dict[str, Tensor]:
-        """This rank's shares of all that a checkpoint holds of these parameters, by kind."""
+    def checkpoint_shares(self) -> dict[str, Tensor]:
+        """This rank's shares of everything a checkpoint stores of these parameters, by kind."""
         return {"model": self.master, **self.state()}
 
     def begin_sum(self) -> None:
-        """Sends every rank its share of the gradient; `square` waits for it."""
-        self._under_way = reduce_scatter(self.summed, self.grad, group=self.ranks, async_op=True)
+        """Starts the reduce-scatter of the gradient; `square` waits for it."""
+        self._pending = reduce_scatter(self.summed, self.grad, group=self.ranks, async_op=True)
 
     def square(self) -> Tensor:
-        """Of this rank's share of the summed gradient; over all ranks that hold the parameters, each counts once."""
+        """Sum of squares of this rank's share of the summed gradient, divided by the pipeline ranks that hold it."""
         with watchdog.waiting("gradients of equal parameters", dist.get_process_group_ranks(self.ranks)):
-            self._under_way.wait()
+            self._pending.wait()
         return torch.linalg.vector_norm(self.summed.view(-1, NORM_BLOCK), dim=1).double().square().sum() / self.holders
 
     def step(self, update: Update) -> None:
@@ -71,18 +71,18 @@ class Share(Group):
         )  # fmt: skip
 
     def publish(self, source: Tensor | None = None) -> None:
-        """This rank's share to all, theirs to this one; `wait` says when they are there."""
+        """Starts the all-gather of updated shares; `wait` waits for it."""
         share = self.compute[self.mine]
         share.copy_(self.master if source is None else source)
         whole, mine = self.compute.view(torch.uint8), share.clone().view(torch.uint8)
-        self._under_way = all_gather(whole, mine, group=self.ranks, async_op=True)
+        self._pending = all_gather(whole, mine, group=self.ranks, async_op=True)
 
     def wait(self) -> None:
         with watchdog.waiting("weights of equal parameters", dist.get_process_group_ranks(self.ranks)):
-            self._under_way.wait()
+            self._pending.wait()
 
     def gathered(self, share: Tensor) -> Tensor:
-        """The whole vector of which every rank has such a share."""
+        """The whole vector, gathered from the shares of all ranks."""
         whole = torch.empty(self.grad.numel(), dtype=share.dtype, device=self.grad.device)
         mine = share.to(whole.device).contiguous()
         with watchdog.waiting("shares of the optimizer", dist.get_process_group_ranks(self.ranks)):
@@ -90,8 +90,8 @@ class Share(Group):
         return whole
 
 
-class MuonShare(Share):
-    """Matrices, of which every rank has some, whole."""
+class ShardedMuonGroup(ShardedGroup):
+    """Matrices for Muon; every matrix is whole on one rank."""
 
     MOMENTS = ("m",)
 
@@ -111,9 +111,9 @@ class MuonShare(Share):
 
 
 class Zero1(Optimizer):
-    """AdamW, and Muon for the matrices that `stacked` names, of a rank's part of the network. `model` has the
-    parameters of its slices and its own experts under the names of the whole (`stage.keep`); `others(name)` are the
-    further pipeline ranks that hold a parameter. All ranks call `grad_norm` and then `step`."""
+    """AdamW, and Muon for the matrices that `stacked` names, of one rank's shard of the network. `model` has the
+    parameters of its slices and its own experts under the names of the whole network (`stage.keep`); `others(name)` are
+    the other pipeline ranks that hold a parameter. All ranks call `grad_norm` and then `step`."""
 
     def __init__(self, model: nn.Module, mesh: Mesh, others: Callable[[str], list[int]], **options: Any):
         self.mesh, self.others = mesh, others
@@ -122,15 +122,15 @@ class Zero1(Optimizer):
     def _home(self, name: str) -> tuple[str, int]:
         return "expert" if EXPERTS in name else "dense", 1 + len(self.others(name))
 
-    def _group(self, members: Members, decay: float, moments: torch.dtype) -> Share:
+    def _group(self, members: Members, decay: float, moments: torch.dtype) -> ShardedGroup:
         kind, holders = self._home(members[0][0])
-        return Share(members, decay, moments, self.mesh.group[kind], holders)
+        return ShardedGroup(members, decay, moments, self.mesh.group[kind], holders)
 
     def _muon_group(
         self, members: Members, decay: float, moments: torch.dtype, stacked: dict[str, int], workers: Workers
-    ) -> MuonShare:
+    ) -> ShardedMuonGroup:
         kind, holders = self._home(members[0][0])
-        return MuonShare(members, decay, moments, self.mesh.group[kind], holders, stacked)
+        return ShardedMuonGroup(members, decay, moments, self.mesh.group[kind], holders, stacked)
 
     def grad_norm(self) -> Tensor:
         for group in self.groups:
@@ -147,36 +147,36 @@ class Zero1(Optimizer):
             group.wait()
 
     def pieces(self) -> dict[str, Tensor]:
-        """What this rank writes into a checkpoint, by the names on disk: copies on the CPU. Of the ranks that hold a
-        piece one writes it, chosen by its name; one vector at a time is gathered."""
-        found = {}
+        """The tensors that this rank writes into a checkpoint, by their names on disk: copies on the CPU. Of the ranks
+        that hold a tensor one writes it, chosen by its name; gathers one vector at a time."""
+        pieces = {}
         for group in self.groups:
             n, me = dist.get_world_size(group.ranks), dist.get_rank(group.ranks)
-            for kind, share in group.kept().items():
+            for kind, share in group.checkpoint_shares().items():
                 whole = group.gathered(share)
                 for slot in group.slots:
                     holders = sorted([self.mesh.pp, *self.others(slot.name)])
                     number = holders.index(self.mesh.pp) * n + me
                     for name, piece in self._pieces(f"{kind}/{slot.name}", slot.of(whole)):
                         if zlib.crc32(name.encode()) % (n * len(holders)) == number:
-                            found[name] = piece.to("cpu", copy=True)
-        return found
+                            pieces[name] = piece.to("cpu", copy=True)
+        return pieces
 
     def names_on_disk(self) -> list[str]:
-        """All that `load_pieces` reads."""
+        """The names of all tensors that `load_pieces` reads."""
         return [
             name
             for group in self.groups
-            for kind in group.kept()
+            for kind in group.checkpoint_shares()
             for slot in group.slots
             for name, _ in self._pieces(f"{kind}/{slot.name}", slot.parameter)
         ]
 
     @torch.no_grad()
     def load_pieces(self, reader: CheckpointReader) -> None:
-        """Exact inverse, from a checkpoint of any layout."""
+        """Exact inverse of `pieces`, from a checkpoint of any layout."""
         for group in self.groups:
-            for kind, share in group.kept().items():
+            for kind, share in group.checkpoint_shares().items():
                 whole = torch.zeros(group.grad.numel(), dtype=share.dtype)
                 for slot in group.slots:
                     names = [name for name, _ in self._pieces(f"{kind}/{slot.name}", slot.parameter)]
@@ -186,17 +186,17 @@ class Zero1(Optimizer):
         self.refresh()
 
     def _pieces(self, name: str, whole: Tensor) -> list[tuple[str, Tensor]]:
-        """A tensor by its names on disk: experts one by one."""
+        """A tensor by its names on disk; experts one by one."""
         if EXPERTS not in name:
             return [(name, whole)]
         return [(f"{name}/{self.mesh.experts.start + i}", part) for i, part in enumerate(whole)]
 
     def masters(self) -> dict[str, Tensor]:
-        """Float32 weights by name, gathered from all shares: copies."""
+        """Float32 weights by name, gathered from all shares; copies."""
         return {slot.name: t for group in self.groups for slot, t in self._gathered(group, group.master)}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """As `Optimizer.state_dict`, gathered: copies."""
+        """As `Optimizer.state_dict`, gathered; copies."""
         state = {"steps": torch.tensor(self.steps)}
         for group in self.groups:
             for kind, share in group.state().items():
@@ -204,6 +204,6 @@ class Zero1(Optimizer):
         return state
 
     @staticmethod
-    def _gathered(group: Share, share: Tensor) -> list[tuple[ParameterSlot, Tensor]]:
+    def _gathered(group: ShardedGroup, share: Tensor) -> list[tuple[ParameterSlot, Tensor]]:
         whole = group.gathered(share)
         return [(slot, slot.of(whole)) for slot in group.slots]

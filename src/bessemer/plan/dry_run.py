@@ -172,7 +172,7 @@ def describe(run: DryRun) -> str:
     """For a terminal."""
     numbers, table = run.numbers, run.table
     formats = ("bfloat16" if numbers.compute == 2 else "float32") + (", matrices in FP8" if numbers.fp8 else "")
-    lines = [mesh.drawn(run.layout), "", f"micro-batches of {run.rows} x {run.length:,} tokens; {formats}"]
+    lines = [mesh.describe(run.layout), "", f"micro-batches of {run.rows} x {run.length:,} tokens; {formats}"]
     lines += [f"from {show_tokens(p['tokens'])} tokens: {p['rows']:,} rows a step, {p['micro']} micro-batches a "
               f"pipeline, {p['schedule']}" for p in run.ramp]  # fmt: skip
     heads = [f"rank {rank}" for rank in run.ranks]
