@@ -27,6 +27,8 @@ import torch.distributed as dist
 from machine import processor, spread
 from torch.autograd.profiler import profile
 
+from bessemer.config.training import PretrainConfig
+from bessemer.config.units import Points
 from bessemer.data.batch import Batch
 from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.dist.mesh import Layout, Mesh
@@ -35,17 +37,14 @@ from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train import balance
 from bessemer.train.objective import next_token
-from bessemer.train.settings import Settings
+from bessemer.train.trainer import Runtime, constant
 
 TERMS = {"mtp_lambda": 0.3, "balance_alpha": 1e-4}
 
 
-def settings() -> Settings:
-    def constant(value: float):
-        return lambda tokens, step: value
-
-    return Settings(
-        tokens=1, lr=constant(1e-3), gamma=constant(1e-3), batch_rows=constant(1), micro_rows=1,
+def config() -> tuple[PretrainConfig, Runtime]:
+    return PretrainConfig(kind="pretrain", lr=Points(1e-3), micro_rows=1), Runtime(
+        tokens=1, gamma=constant(1e-3), batch_rows=constant(1),
         terms={name: constant(value) for name, value in TERMS.items()},
     )  # fmt: skip
 
@@ -64,7 +63,7 @@ def on_a_rank(rank: int, store: str, cp: int, args: argparse.Namespace, answers:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=cp)
     cfg = preset("tiny", max_seq_len=max(args.lengths))
     shard = ModelShard(Transformer(cfg).initialise(0), Mesh(Layout(cp=cp), cfg), "gpipe")
-    training = DistributedTrainer(shard, next_token, None, settings())
+    training = DistributedTrainer(shard, next_token, None, *config())
     for length in args.lengths:
         training.update(rows(length))
     while (length := turn.get()) is not None:

@@ -23,6 +23,8 @@ import torch
 from machine import processor, spread
 from torch.autograd.profiler import profile
 
+from bessemer.config.training import PretrainConfig
+from bessemer.config.units import Points
 from bessemer.data.batch import Batch
 from bessemer.model import counts
 from bessemer.model.activation_memory import kept_bytes
@@ -32,8 +34,7 @@ from bessemer.model.transformer import Transformer
 from bessemer.precision import backends
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.train import objective, speed
-from bessemer.train.settings import Settings
-from bessemer.train.trainer import Trainer
+from bessemer.train.trainer import Runtime, Trainer, constant
 
 TERMS = {"mtp_lambda": 0.3, "balance_alpha": 1e-4}
 ONE_BILLION = dict(
@@ -50,15 +51,12 @@ def trainer(cfg: ModelConfig, case: dict[str, Any], device: torch.device, rows: 
     if case["compile"]:
         speed.compile_layers(model)
 
-    def constant(value: float):
-        return lambda tokens, step: value
-
     return Trainer(
         model, objective.next_token, None,
-        Settings(
-            tokens=1, lr=constant(1e-3), gamma=constant(1e-3), batch_rows=constant(rows), micro_rows=rows,
-            terms={name: constant(value) for name, value in TERMS.items()}, compute_dtype=case["dtype"],
-            moments_dtype=torch.bfloat16,
+        PretrainConfig(kind="pretrain", lr=Points(1e-3), micro_rows=rows, moments="bfloat16"),
+        Runtime(
+            tokens=1, gamma=constant(1e-3), batch_rows=constant(rows), compute_dtype=case["dtype"],
+            terms={name: constant(value) for name, value in TERMS.items()},
         ),
     )  # fmt: skip
 

@@ -59,6 +59,8 @@ def problems(first: int, count: int) -> list:
 
 
 def ours(args: argparse.Namespace, case: dict) -> dict:
+    from bessemer.config.training import PretrainConfig
+    from bessemer.config.units import Points
     from bessemer.data.chat import question_ids
     from bessemer.dist.distributed import GatheredModel
     from bessemer.engine.engine import Engine
@@ -68,17 +70,14 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
     from bessemer.rl.reference import Reference
     from bessemer.rl.reward import Reward
     from bessemer.train import setup, speed
-    from bessemer.train.settings import Settings
-    from bessemer.train.trainer import Trainer
+    from bessemer.train.trainer import Runtime, Trainer
 
     speed.keep_memory()
     model, tokenizer = setup.load_model(args.directory / "model")
     workers = setup.workers()
-    constant = lambda value: lambda tokens, step: value  # noqa: E731
     trainer = Trainer(
         model, GRPO(CLIP_LOW, CLIP_HIGH, KL), None,
-        Settings(tokens=0, lr=constant(LR), gamma=constant(0.0), batch_rows=constant(0), micro_rows=1, terms={},
-                 weight_decay=0.0, workers=workers),
+        PretrainConfig(kind="pretrain", lr=Points(LR), weight_decay=0.0), Runtime(workers=workers),
     )  # fmt: skip
     engine, estimator, reward = Engine(model, tokenizer, workers), GroupEstimator(True), Reward()
     reference = Reference(trainer, GatheredModel(trainer), workers, 10**9, 1.0)

@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 
 from bessemer import tasks
+from bessemer.config.training import PretrainConfig
+from bessemer.config.units import Points
 from bessemer.data import corpus, sft_rows, sources
 from bessemer.data.document import Document
 from bessemer.data.mixture import Mixture
@@ -30,9 +32,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train import objective, speed
-from bessemer.train.schedule import Points
-from bessemer.train.settings import Settings
-from bessemer.train.trainer import Trainer
+from bessemer.train.trainer import Runtime, Trainer, constant
 
 PARTS = ("fables-en", "fables-zh", "python-code", "shakespeare")
 LENGTHS = (256, 1024, 4096)
@@ -60,11 +60,12 @@ def loader(folder: Path, steps: int) -> dict[str, float]:
         return batch
 
     speed.keep_memory()
-    settings = Settings(
-        tokens=10**12, lr=Points.constant(1e-3), gamma=Points.constant(1e-3), batch_rows=Points.constant(ROWS),
-        micro_rows=ROWS, terms={"mtp_lambda": Points.constant(0.3), "balance_alpha": Points.constant(1e-4)},
+    config = PretrainConfig(kind="pretrain", lr=Points(1e-3), micro_rows=ROWS)
+    runtime = Runtime(
+        tokens=10**12, gamma=constant(1e-3), batch_rows=constant(ROWS),
+        terms={"mtp_lambda": constant(0.3), "balance_alpha": constant(1e-4)},
     )  # fmt: skip
-    trainer = Trainer(Transformer(preset("tiny")).initialise(0), objective.next_token, batches, settings)
+    trainer = Trainer(Transformer(preset("tiny")).initialise(0), objective.next_token, batches, config, runtime)
     taken = []
     for _ in range(steps):
         began = time.perf_counter()

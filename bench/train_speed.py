@@ -48,14 +48,15 @@ def measure(step, steps: int) -> dict[str, float]:
 def ours(preset_name: str, case: dict, steps: int) -> dict:
     import torch
 
+    from bessemer.config.training import PretrainConfig
+    from bessemer.config.units import Points
     from bessemer.data.batch import Batch
     from bessemer.model.counts import flops_per_token
     from bessemer.model.presets import preset
     from bessemer.model.transformer import Transformer
     from bessemer.precision import probe
     from bessemer.train import objective, speed
-    from bessemer.train.settings import Settings
-    from bessemer.train.trainer import Trainer
+    from bessemer.train.trainer import Runtime, Trainer, constant
     from bessemer.workers import one_core_each
 
     speed.keep_memory()
@@ -66,14 +67,12 @@ def ours(preset_name: str, case: dict, steps: int) -> dict:
         speed.compile_layers(model)
     dtype = probe.compute_dtype(rates).dtype if case["dtype"] == "auto" else getattr(torch, case["dtype"])
 
-    def constant(value):
-        return lambda tokens, step: value
-
     workers = one_core_each()
     trainer = Trainer(
         model, objective.next_token, None,
-        Settings(
-            tokens=1, lr=constant(1e-3), gamma=constant(1e-3), batch_rows=constant(ROWS), micro_rows=ROWS,
+        PretrainConfig(kind="pretrain", lr=Points(1e-3), micro_rows=ROWS),
+        Runtime(
+            tokens=1, gamma=constant(1e-3), batch_rows=constant(ROWS),
             terms={"mtp_lambda": constant(0.3 if case["mtp"] else 0.0), "balance_alpha": constant(1e-4)},
             compute_dtype=dtype, workers=workers,
         ),

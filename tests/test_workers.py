@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from train_config import train_config
 
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train.objective import next_token
-from bessemer.train.settings import Settings
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers, cores, rank
 
@@ -160,18 +160,14 @@ def test_cores_follow_the_users_setting(monkeypatch):
     assert cores() >= 1
 
 
-def constant(value):
-    return lambda tokens, step: value
-
-
 def trained(workers, steps=3, optimizer="adamw"):
     cfg = preset("tiny", vocab_size=128, dim=32, n_layers=2, n_heads=2, inter_dim=64, moe_inter_dim=16)
     model = Transformer(cfg).initialise(0)
-    settings = Settings(
-        tokens=1, lr=constant(1e-2), gamma=constant(1e-3), batch_rows=constant(6), micro_rows=2, workers=workers,
-        terms={"mtp_lambda": constant(0.3), "balance_alpha": constant(1e-3)}, optimizer=optimizer,
+    made = train_config(
+        tokens=1, lr=1e-2, gamma=1e-3, batch_rows=6, micro_rows=2, workers=workers,
+        terms={"mtp_lambda": 0.3, "balance_alpha": 1e-3}, optimizer=optimizer,
     )  # fmt: skip
-    trainer = Trainer(model, next_token, None, settings)
+    trainer = Trainer(model, next_token, None, *made)
     generator = torch.Generator().manual_seed(0)
     loads = []
     for _ in range(steps):

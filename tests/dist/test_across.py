@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from ranks import on_ranks
 from test_execute import CFG, TERMS, batch
 
+from train_config import train_config
 from bessemer.model.transformer import Transformer
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard
@@ -16,7 +17,6 @@ from bessemer.precision.fp8_linear import PAPER
 from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.train.optimizer import ALIGN, NORM_BLOCK, placed
 from bessemer.train.objective import next_token
-from bessemer.train.settings import Settings
 from bessemer.train.trainer import Trainer
 
 STEPS, CLIP, LR, GAMMA = 4, 0.05, 3e-3, 0.01
@@ -30,13 +30,9 @@ def batches(step, lot, micro):
     return [batch(1000 * step + lot * micro + number, False) for number in range(micro)]
 
 
-def settings(dtype=torch.float32, terms=TERMS, **more):
-    def constant(value):
-        return lambda tokens, step: value
-
-    return Settings(
-        tokens=1, lr=constant(LR), gamma=constant(GAMMA), batch_rows=constant(1), micro_rows=1, clip=CLIP,
-        terms={name: constant(value) for name, value in terms.items()}, compute_dtype=dtype, **more,
+def config(dtype=torch.float32, terms=TERMS, **more):
+    return train_config(
+        tokens=1, lr=LR, gamma=GAMMA, batch_rows=1, micro_rows=1, clip=CLIP, terms=terms, compute_dtype=dtype, **more,
     )  # fmt: skip
 
 
@@ -46,7 +42,7 @@ def part_of(layout, name, cfg=CFG, fp8=False):
 
 def across(layout, name, cfg=CFG, fp8=False, dtype=torch.float32, state_dir=None, warn=print, **more):
     part = part_of(layout, name, cfg, fp8)
-    return DistributedTrainer(part, next_token, None, settings(dtype, **more), state_dir, config=cfg.model_dump(), warn=warn)
+    return DistributedTrainer(part, next_token, None, *config(dtype, **more), state_dir, model_config=cfg.model_dump(), warn=warn)
 
 
 def update(training, step, micro):
@@ -66,7 +62,7 @@ def on_a_rank(rank, name, layout, micro, dtype=torch.float32, fp8=False):
 def at_home(lots, micro, dtype=torch.float32, fp8=False, **more):
     """The trainer, after the same steps, and what it logged."""
 
-    trainer = Trainer(model_of(CFG, fp8), next_token, None, settings(dtype, **more))
+    trainer = Trainer(model_of(CFG, fp8), next_token, None, *config(dtype, **more))
     values = [trainer.update([b for lot in range(lots) for b in batches(step, lot, micro)]) for step in range(STEPS)]
     return trainer, values
 
@@ -130,7 +126,7 @@ def with_few(rank, layout):
 
 
 def test_fillers_are_computed_and_never_counted():
-    trainer = Trainer(model_of(CFG), next_token, None, settings())
+    trainer = Trainer(model_of(CFG), next_token, None, *config())
     wanted = trainer.update(batches(0, 0, 3))
     for values, rows, tokens in on_ranks(2, with_few, Layout(1, 2, 1)):
         assert (rows, tokens) == (trainer.rows, trainer.tokens)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from test_across import LR, settings
+from test_across import LR, config
 from test_execute import CFG, TERMS
 
 from bessemer.data.batch import Batch
@@ -110,7 +110,7 @@ def test_attention_over_ranks_is_attention(n, segmented, dtype):
 def gradients_on_a_rank(rank, layout, name, micro, segmented, recompute):
     model = Transformer(CFG).initialise(1).set_recompute(recompute)
     part = ModelShard(model, Mesh(layout, CFG), name)
-    training = DistributedTrainer(part, next_token, None, settings(), config=CFG.model_dump(), warn=print)
+    training = DistributedTrainer(part, next_token, None, *config(), model_config=CFG.model_dump(), warn=print)
     batches = [batch(part.pipeline_index * micro + number, segmented) for number in range(micro)]
     model.train()
     sums = training._accumulate(batches, TERMS)
@@ -137,7 +137,7 @@ def test_a_step_over_pieces_of_rows_is_a_step_over_the_rows(layout, name, micro,
     """Every figure and gradient, MTP and balance terms among them, to float32's last digits; loads exactly."""
     found = on_ranks(layout.world, gradients_on_a_rank, layout, name, micro, segmented, recompute)
     model = Transformer(CFG).initialise(1)
-    trainer = Trainer(model, next_token, None, settings())
+    trainer = Trainer(model, next_token, None, *config())
     model.train()
     sums = trainer._accumulate([batch(n, segmented) for n in range(layout.dp * layout.ep * micro)], TERMS)
     wanted = dict(model.named_parameters())
@@ -159,7 +159,7 @@ def test_a_step_over_pieces_of_rows_is_a_step_over_the_rows(layout, name, micro,
 def steps_on_a_rank(rank, layout, name, micro, folder, first, count):
     """Some steps, from the checkpoint that is there; then the held-out loss, and a checkpoint."""
     part = ModelShard(Transformer(CFG).initialise(1), Mesh(layout, CFG), name)
-    training = DistributedTrainer(part, next_token, None, settings(), folder, config=CFG.model_dump(), warn=print)
+    training = DistributedTrainer(part, next_token, None, *config(), folder, model_config=CFG.model_dump(), warn=print)
     assert training.start() == (first > 0)
     lots = [
         range(part.pipeline_index * micro + 100 * step, (part.pipeline_index + 1) * micro + 100 * step)
@@ -178,7 +178,7 @@ def test_steps_held_out_loss_and_a_checkpoint_that_goes_on_without_cutting(tmp_p
     """Two steps over cut rows and two over whole ones are four steps of one process."""
     cut = on_ranks(4, steps_on_a_rank, Layout(pp=2, cp=2), "1f1b", 2, tmp_path, 0, 2)
     rest = on_ranks(2, steps_on_a_rank, Layout(pp=2), "1f1b", 2, tmp_path, 2, 2)
-    trainer = Trainer(Transformer(CFG).initialise(1), next_token, None, settings())
+    trainer = Trainer(Transformer(CFG).initialise(1), next_token, None, *config())
     for step in range(4):
         wanted = trainer.update([batch(100 * step + n) for n in range(2)])
         for values, *_ in cut if step < 2 else rest:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from test_across import CFG, LR, across, at_home, batches, model_of, settings, update
+from test_across import CFG, LR, across, at_home, batches, model_of, config, update
 
 from bessemer.errors import UserError
 from bessemer.hf import hub
@@ -35,7 +35,7 @@ def alone(first, last, folder, ema=0.0):
     """The same on one process."""
     said = []
     trainer = Trainer(
-        model_of(CFG), next_token, None, settings(ema_decay=ema), folder, config=CFG.model_dump(), warn=said.append
+        model_of(CFG), next_token, None, *config(ema_decay=ema), folder, model_config=CFG.model_dump(), warn=said.append
     )
     assert trainer.start() == (first > 0) and trainer.step == first
     norms = [trainer.update(batches(step, 0, ALL))["train/grad_norm"] for step in range(first, last)]
@@ -82,8 +82,8 @@ def test_a_model_directory_out_of_a_checkpoint(tmp_path, dtype):
     path = tmp_path / "state" / "step-00000001"
     sharded_checkpoint.export(path, CFG, tmp_path / "model", dtype=dtype)
     sharded_checkpoint.export(path, CFG, tmp_path / "ema", kind="ema", dtype=dtype)
-    trainer = Trainer(model_of(CFG), next_token, None, settings(dtype, ema_decay=0.5), tmp_path / "state",
-                      config=CFG.model_dump())  # fmt: skip
+    trainer = Trainer(model_of(CFG), next_token, None, *config(dtype, ema_decay=0.5), tmp_path / "state",
+                      model_config=CFG.model_dump())  # fmt: skip
     trainer.start()
     for folder, wanted in (("model", trainer.model.state_dict()), ("ema", None)):
         if wanted is None:

@@ -64,7 +64,9 @@ def test_points_may_jump_and_may_be_a_number():
 @pytest.mark.parametrize(
     ("points", "words"),
     [([["5", 1.0], ["2", 1.0]], "sort the points"), ([], "points in consumed tokens"), ([["5"]], "pair"),
-     ([["x", 1.0]], "tokens are 'x'"), ([["5", "y"]], "value is 'y'"), ("fast", "points in consumed tokens"),
+     ([["x", 1.0]], "tokens are 'x'"), ([["5", "y"]], "value is 'y'"), ([["5", float("nan")]], "value is nan"),
+     ([["-1", 2.0]], "tokens are '-1'"),
+     ("fast", "points in consumed tokens"),
      ([["1", 1.0], ["1", 2.0], ["1", 3.0]], "jump"), (True, "a number")],
 )  # fmt: skip
 def test_points_refused(points, words):

@@ -145,6 +145,8 @@ def test_a_critic_s_dial_without_a_critic_is_refused(base, tmp_path, name):
 def test_a_foreign_policy_has_no_critic(base, tmp_path):
     shape = dict(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     loop_ = rl_stage.Stage(base, tmp_path / "run", *CRITIC).loop()
-    policy = Trainer(CausalLM(LlamaForCausalLM(LlamaConfig(**shape))), loop_.objective, None, loop_.trainer.settings)
+    policy = Trainer(
+        CausalLM(LlamaForCausalLM(LlamaConfig(**shape))), loop_.objective, None, loop_.settings, loop_.trainer.runtime
+    )
     with pytest.raises(UserError, match="makes a critic of a network of the DeepSeek family, and this is another"):
-        estimators.CriticEstimator(policy, policy.settings, loop_.settings, 2)
+        estimators.CriticEstimator(policy, loop_.settings, 2)

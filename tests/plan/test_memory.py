@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from allocator import live_and_highest
 from ranks import on_ranks
+from train_config import train_config
 
 from bessemer.data.batch import Batch
 from bessemer.dist.distributed_trainer import DistributedTrainer
@@ -22,7 +23,6 @@ from bessemer.plan.memory import NumberFormats
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.train import optimizer
 from bessemer.train.objective import next_token
-from bessemer.train.settings import Settings
 
 BEFORE = ("weights", "gradients", "masters", "moments", "routing")
 TINY, V3 = preset("tiny"), preset("v3")
@@ -81,21 +81,15 @@ def batch(number):
     return Batch(tokens, loss)
 
 
-def settings(dtype):
-    def constant(value):
-        return lambda tokens, step: value
-
-    return Settings(
-        tokens=1, lr=constant(1e-3), gamma=constant(1e-3), batch_rows=constant(1), micro_rows=1,
-        terms={name: constant(value) for name, value in TERMS.items()}, compute_dtype=dtype,
-    )  # fmt: skip
+def config(dtype):
+    return train_config(tokens=1, lr=1e-3, gamma=1e-3, batch_rows=1, micro_rows=1, terms=TERMS, compute_dtype=dtype)
 
 
 def on_a_rank(rank, name, layout, dtype, fp8):
     """Bytes held before a step, kept by the forwards of a step, and the most that a step took on top, at least and at
     most: what gloo's threads free the profiler does not see, so what is left at the end is what it missed."""
     model = Transformer(TINY).initialise(1).set_fp8(PAPER if fp8 else None)
-    training = DistributedTrainer(ModelShard(model, Mesh(layout, TINY), name), next_token, None, settings(dtype))
+    training = DistributedTrainer(ModelShard(model, Mesh(layout, TINY), name), next_token, None, *config(dtype))
     executor = training._executor_for(MICRO)
     model.rope_table(LENGTH)
     batches = [batch(100 * rank + number).at(training.shard.context.positions(LENGTH)) for number in range(MICRO)]

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from train_config import train_config
 
 from bessemer.data.batch import Batch
 from bessemer.engine.engine import Completion
 from bessemer.rl import ppo, rollout
 from bessemer.rl.rollout import Sampled
 from bessemer.tasks.base import Problem, Verdict
-from bessemer.train.schedule import Points
-from bessemer.train.settings import Settings
 from bessemer.train.trainer import Trainer
 
 PAD = 2
@@ -137,10 +136,7 @@ def test_advantages_of_tokens_lie_where_their_tokens_lie():
 
 def test_a_critic_learns_what_each_first_token_is_worth(model):
     """Outputs that begin with 7 are worth 1, with 8 worth 0: known after the first token, a half before it."""
-    zero = Points.constant(0.0)
-    settings = Settings(tokens=0, lr=Points.constant(3e-3), gamma=zero, batch_rows=zero, micro_rows=1, terms={},
-                        weight_decay=0.0)  # fmt: skip
-    run = Trainer(ppo.critic_of(model), ppo.ValueLoss(), None, settings)
+    run = Trainer(ppo.critic_of(model), ppo.ValueLoss(), None, *train_config(lr=3e-3, weight_decay=0.0))
     rows = [row([4, 5], [first, 9, 9], 0.0, float(first == 7)) for first in (7, 8)]
 
     def seen():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from train_config import train_config
 
 from bessemer.data.batch import Batch
 from bessemer.engine.engine import Engine
@@ -9,8 +10,6 @@ from bessemer.rl import replay, rollout
 from bessemer.rl.objective import GRPO, policy_logprobs, reference_logprobs
 from bessemer.rl.rollout import Sampled
 from bessemer.tasks.base import Problem, Verdict
-from bessemer.train.schedule import Points
-from bessemer.train.settings import Settings
 from bessemer.train.trainer import Trainer
 
 PROMPTS, PAD = [[0, 9, 8], [0, 40], [0, *range(5, 30)]], 2
@@ -149,12 +148,13 @@ def test_padding_and_the_last_token_are_free_to_go_anywhere(sampled, make_model)
 def test_an_update_does_not_depend_on_cuts_with_replay(sampled, make_model):
     """Through the trainer; the largest gap of a step is that of its worst micro-batch."""
     rows, found = sampled(disturbed(make_model(3)), stop_ids=[]), []
-    zero = Points.constant(0.0)
     for max_tokens in (60, 10_000):
-        settings = Settings(tokens=0, lr=Points.constant(1e-3), gamma=zero, batch_rows=zero, micro_rows=1, terms={},
-                            eps=1e-4, weight_decay=0.0)  # fmt: skip
         batches = rollout.batches(rows, PAD, max_tokens, "sequence")
-        found.append(Trainer(make_model(3), GRPO(0.2, 0.28, 0.0), None, settings).update(batches))
+        found.append(
+            Trainer(
+                make_model(3), GRPO(0.2, 0.28, 0.0), None, *train_config(lr=1e-3, eps=1e-4, weight_decay=0.0)
+            ).update(batches)
+        )
     assert len(rollout.batches(rows, PAD, 60, "sequence")) > 5
     for name in ("logp_gap", "logp_gap_max", "sampler_kl", "ratio", "grad_norm"):
         assert found[0][f"train/{name}"] == pytest.approx(found[1][f"train/{name}"], rel=1e-3, abs=1e-6), name

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from train_config import train_config
 
 from bessemer.data.batch import Batch
 from bessemer.engine.engine import Completion
@@ -12,8 +13,6 @@ from bessemer.rl.advantage import group_advantages
 from bessemer.rl.objective import GRPO, reference_logprobs
 from bessemer.rl.rollout import Sampled
 from bessemer.tasks.base import Problem, Verdict
-from bessemer.train.schedule import Points
-from bessemer.train.settings import Settings
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
@@ -24,12 +23,8 @@ LR = 1e-3
 def trainer(model, objective=None, eps=1e-4, workers=1):
     """eps: Adam divides a gradient by its own size, so with the usual 1e-8 an entry that should be zero moves its
     weight by the whole learning rate, in the direction of a rounding error."""
-    zero = Points.constant(0.0)
-    settings = Settings(
-        tokens=0, lr=Points.constant(LR), gamma=zero, batch_rows=zero, micro_rows=1, terms={}, eps=eps,
-        weight_decay=0.0, workers=Workers(workers),
-    )  # fmt: skip
-    return Trainer(model, objective or GRPO(0.2, 0.28, 0.001), None, settings)
+    made = train_config(lr=LR, eps=eps, weight_decay=0.0, workers=Workers(workers))
+    return Trainer(model, objective or GRPO(0.2, 0.28, 0.001), None, *made)
 
 
 @pytest.fixture
@@ -131,7 +126,7 @@ def test_an_update_is_the_same_bits_on_one_process_and_on_two(rows, make_model, 
         batches = with_reference(rollout.batches(rows, PAD, 50, "sequence"), reference)
         assert len(batches) >= 5
         logged = [run.update(batches) for _ in range(3)]
-        run.settings.workers.stop()
+        run.runtime.workers.stop()
         found.append((weights(run.model), [{k: v for k, v in x.items() if "per_second" not in k} for x in logged]))
     (one, logged_one), (two, logged_two) = found
     assert torch.equal(one, two) and logged_one == logged_two

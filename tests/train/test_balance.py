@@ -4,8 +4,8 @@ import torch
 from tiny_run import ROWS, T, batches, model, trainer
 from torch.utils.checkpoint import checkpoint
 
+from bessemer.config.units import Points
 from bessemer.train import balance
-from bessemer.train.schedule import Points
 
 
 class Gate:
@@ -85,7 +85,7 @@ def test_bias_evens_out_a_skewed_gate():
         network.layers[1].ffn.gate.weight[0] += 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(1))
     log = []
     run = trainer(
-        network, steps=100, lr=Points.constant(1e-5), gamma=Points([[0, 0.02], [100 * ROWS * T, 0.001]]),
+        network, steps=100, lr=1e-5, gamma=Points([[0, 0.02], [100 * ROWS * T, 0.001]]),
         log=lambda step, tokens, values: log.append(values["moe/max_vio/1"]),
     )  # fmt: skip
     run.run()

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from train_config import train_config
 
 from bessemer.data.batch import Batch
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.rl.objective import GRPO, reference_logprobs
 from bessemer.train import objective
-from bessemer.train.schedule import Points
-from bessemer.train.settings import Settings
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
@@ -21,14 +20,12 @@ sys.path.append(str(Path(__file__).parents[1] / "model"))
 from foreign_cases import made, tokens
 
 torch.set_num_threads(1)
-ZERO = Points.constant(0.0)
 
 
-def settings(rows=3, **more):
-    options = dict(tokens=4 * rows * 24, lr=Points.constant(1e-2), gamma=ZERO, batch_rows=Points.constant(rows),
-                   micro_rows=1, terms={"mtp_lambda": ZERO, "balance_alpha": Points.constant(1e-4)},
-                   weight_decay=0.0)  # fmt: skip
-    return Settings(**(options | more))
+def config(rows=3, **more):
+    options = dict(tokens=4 * rows * 24, lr=1e-2, batch_rows=rows, micro_rows=1,
+                   terms={"mtp_lambda": 0.0, "balance_alpha": 1e-4}, weight_decay=0.0)  # fmt: skip
+    return train_config(**(options | more))
 
 
 def rows(first, count):
@@ -43,7 +40,7 @@ def rows(first, count):
 def trained(folder=None, kind="llama", stop_after=None, **options):
     losses, steps = [], []
     run = Trainer(
-        CausalLM(made(kind)), objective.next_token, rows, settings(**options), folder,
+        CausalLM(made(kind)), objective.next_token, rows, *config(**options), folder,
         log=lambda step, tokens, values: (losses.append(values["train/loss"]), steps.append(step)),
         stop=lambda: len(steps) == stop_after,
     )  # fmt: skip
@@ -103,7 +100,7 @@ def test_grpo_moves_tokens_by_their_advantage_and_stays_near_a_copy():
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None].expand(4, 12).contiguous()
     batch.extras |= {"old_logp_BT": old, "advantage_BT": advantage}
     batch.extras |= {"ref_logp_BT": reference_logprobs(reference, batch, 1.0)}
-    run = Trainer(model, GRPO(kl=0.01), None, settings(terms={}, tokens=0, lr=Points.constant(1e-3)))
+    run = Trainer(model, GRPO(kl=0.01), None, *config(terms={}, tokens=0, lr=1e-3))
     logged = [run.update([batch]) for _ in range(3)]
     assert logged[0]["train/ratio"] == 1.0 and logged[0]["train/kl"] == 0.0 < logged[1]["train/kl"]
     moved = (reference_logprobs(model, batch, 1.0) - old).sum(1)
@@ -113,7 +110,7 @@ def test_grpo_moves_tokens_by_their_advantage_and_stays_near_a_copy():
 
 def test_a_bad_step_names_the_module(tmp_path):
     said = []
-    run = Trainer(CausalLM(made("llama")), objective.next_token, rows, settings(), warn=said.append)
+    run = Trainer(CausalLM(made("llama")), objective.next_token, rows, *config(), warn=said.append)
     with torch.no_grad():
         run.model.inner.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     run.update(map(partial(rows, count=1), range(3)))

@@ -122,9 +122,10 @@ def test_a_step_does_not_depend_on_how_it_is_cut(objective, pairs, labels):
 @pytest.mark.parametrize("objective", [pairwise, pointwise])
 def test_the_trainer_fits_them(objective, pairs, labels):
     data = pairs if objective is pairwise else labels
-    settings = tiny_run.settings(1, batch_rows=lambda t, s: data.n_rows, terms={"balance_alpha": lambda t, s: 1e-4})
-    settings.tokens, settings.gamma, settings.lr = 15 * data.n_rows * T, lambda t, s: 0.0, lambda t, s: 1e-2
+    made = tiny_run.config(
+        1, tokens=15 * data.n_rows * T, batch_rows=data.n_rows, gamma=0.0, lr=1e-2, terms={"balance_alpha": 1e-4}
+    )
     seen = []
-    Trainer(network(), objective, data.batch, settings, log=lambda step, tokens, values: seen.append(values)).run()
+    Trainer(network(), objective, data.batch, *made, log=lambda step, tokens, values: seen.append(values)).run()
     assert seen[-1]["train/accuracy"] == 1.0 > seen[0]["train/accuracy"]
     assert seen[-1]["train/loss"] < 0.2 * seen[0]["train/loss"]

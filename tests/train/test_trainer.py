@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from tiny_run import ROWS, T, batches, model, settings, trainer
+from tiny_run import ROWS, T, batches, config, model, trainer
 
+from bessemer.config.units import Points
 from bessemer.errors import UserError
 from bessemer.train.checkpoint import latest
 from bessemer.train.objective import Loss, next_token
-from bessemer.train.schedule import Points
 from bessemer.train.trainer import Trainer
 
 
@@ -49,9 +49,9 @@ def test_resume_is_bitwise(tmp_path, dtype):
         np.random.seed(1 if seed == 0 else 99)
         logged = {}
         made = Trainer(
-            model(seed), noisy, batches, settings(20, compute_dtype=dtype), directory,
+            model(seed), noisy, batches, *config(20, compute_dtype=dtype), directory,
             log=lambda step, tokens, values: logged.update({step: (tokens, values["train/loss"], values["train/lr"])}),
-            stop=lambda: made.step == stop_at, config={"seed": 7},
+            stop=lambda: made.step == stop_at, model_config={"seed": 7},
         )  # fmt: skip
         assert made.run() == (stop_at is None)
         return made, logged
@@ -67,7 +67,8 @@ def test_resume_is_bitwise(tmp_path, dtype):
 
 def test_resume_after_kill_9_is_bitwise(tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("tiny_run.py")), str(tmp_path / "killed"), "14"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}  # pytest's, with what rooms share
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | path)
     for line in process.stdout:
         if int(line) == 8:
             os.kill(process.pid, signal.SIGKILL)
@@ -125,7 +126,7 @@ def test_uneven_rows_are_averaged_by_token():
     """A row with 3 loss tokens next to one with 15: the step's gradient is that of all 18 tokens together."""
     data = batches(0, 2)
     data.loss_BT[0, 4:] = 0
-    terms = {"mtp_lambda": Points.constant(0.3), "balance_alpha": Points.constant(0.0)}
+    terms = {"mtp_lambda": 0.3, "balance_alpha": 0.0}
     one, two = trainer(terms=terms), trainer(terms=terms)
     a, b = one.update([data]), two.update(data.micro(1))
     assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-6)
@@ -141,9 +142,9 @@ def test_counters_schedules_and_log(tmp_path):
     run.run()
     tokens, row = 0, 0
     for step, (logged_step, logged_tokens, values) in enumerate(log):
-        assert values["train/lr"] == run.settings.lr(tokens, step)
-        assert values["train/mtp_lambda"] == run.settings.terms["mtp_lambda"](tokens, step)
-        rows = int(run.settings.batch_rows(tokens, step))
+        assert values["train/lr"] == run.config.lr(tokens)
+        assert values["train/mtp_lambda"] == run.runtime.terms["mtp_lambda"](tokens)
+        rows = int(run.runtime.batch_rows(tokens))
         row, tokens = row + rows, tokens + rows * T
         assert (logged_step, logged_tokens) == (step + 1, tokens)
         assert {"train/loss", "train/mtp_1", "train/balance", "train/max_vio", "moe/max_vio/mtp0"} <= values.keys()
@@ -185,20 +186,20 @@ def test_checkpoint_holds_masters_and_extras(tmp_path):
 
 
 def test_other_config_on_resume_is_an_error(tmp_path):
-    trainer(steps=1, state_dir=tmp_path, config={"lr": [[0, 1.0]]}).run()
+    trainer(steps=1, state_dir=tmp_path, model_config={"lr": [[0, 1.0]]}).run()
     with pytest.raises(UserError, match=r"lr is \[\[0, 2.0\]\] in this run but \[\[0, 1.0\]\]"):
-        trainer(steps=1, state_dir=tmp_path, config={"lr": [[0, 2.0]]}).run()
+        trainer(steps=1, state_dir=tmp_path, model_config={"lr": [[0, 2.0]]}).run()
 
 
 def test_other_moments_dtype_on_resume_is_an_error(tmp_path):
     trainer(steps=1, state_dir=tmp_path).run()
     with pytest.raises(UserError, match="bfloat16"):
-        trainer(steps=1, state_dir=tmp_path, moments_dtype=torch.bfloat16).run()
+        trainer(steps=1, state_dir=tmp_path, moments="bfloat16").run()
 
 
 def test_zero_rows_is_an_error():
     with pytest.raises(UserError, match="batch_rows is 0"):
-        trainer(batch_rows=Points.constant(0.5)).run()
+        trainer(batch_rows=0.5).run()
 
 
 def test_validation_between_steps_leaves_no_trace():
@@ -214,7 +215,7 @@ def test_validation_between_steps_leaves_no_trace():
 
 def test_compiled_objective_learns_the_same():
     """Tracing only (inductor takes a minute): parameters that are views of flat vectors survive torch.compile."""
-    terms = {"mtp_lambda": Points.constant(0.0), "balance_alpha": Points.constant(1e-3)}
+    terms = {"mtp_lambda": 0.0, "balance_alpha": 1e-3}
     plain, compiled = (trainer(model(n_mtp=0), steps=2, terms=terms, micro_rows=ROWS) for _ in range(2))
     compiled.objective = torch.compile(next_token, backend="aot_eager")
     plain.run(), compiled.run()

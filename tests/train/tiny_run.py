@@ -6,14 +6,15 @@ As a script (`python tiny_run.py STATE_DIR STEPS`) it trains and can be killed.
 import sys
 
 import torch
+from train_config import train_config
 
+from bessemer.config.training import PretrainConfig
+from bessemer.config.units import Points
 from bessemer.data.batch import Batch
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
 from bessemer.train.objective import next_token
-from bessemer.train.schedule import Points
-from bessemer.train.settings import Settings
-from bessemer.train.trainer import Trainer
+from bessemer.train.trainer import Runtime, Trainer
 
 torch.set_num_threads(1)
 T, V = 16, 64
@@ -39,22 +40,23 @@ def batches(first_row: int, n_rows: int) -> Batch:
     return Batch(tokens, loss)
 
 
-def settings(steps: int, **changes) -> Settings:
+def config(steps: int, **changes) -> tuple[PretrainConfig, Runtime]:
     per_step = ROWS * T
     values = dict(
-        tokens=steps * per_step, lr=Points([[0, 1e-3], [20 * per_step, 3e-3]]), gamma=Points.constant(0.01),
-        batch_rows=Points.constant(ROWS), micro_rows=4,
-        terms={"mtp_lambda": Points([[0, 0.3], [10 * per_step, 0.1]]), "balance_alpha": Points.constant(1e-3)},
-        save_seconds=None,
+        tokens=steps * per_step, lr=Points([[0, 1e-3], [20 * per_step, 3e-3]]), gamma=0.01,
+        batch_rows=ROWS, micro_rows=4,
+        terms={"mtp_lambda": Points([[0, 0.3], [10 * per_step, 0.1]]), "balance_alpha": 1e-3},
     )  # fmt: skip
-    return Settings(**(values | changes))
+    return train_config(**(values | changes))
 
 
 def trainer(network=None, steps: int = 10, state_dir=None, data=batches, **changes) -> Trainer:
     keywords = {
-        key: changes.pop(key) for key in ("log", "stop", "on_step", "config", "warn", "generators") if key in changes
+        key: changes.pop(key)
+        for key in ("log", "stop", "on_step", "model_config", "warn", "generators")
+        if key in changes
     }
-    return Trainer(network or model(), next_token, data, settings(steps, **changes), state_dir, **keywords)
+    return Trainer(network or model(), next_token, data, *config(steps, **changes), state_dir, **keywords)
 
 
 if __name__ == "__main__":

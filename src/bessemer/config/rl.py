@@ -4,8 +4,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from bessemer.config.table import ConfigTable, StageConfig, StageRef
-from bessemer.config.units import Points, Seconds
+from bessemer.config.table import ConfigTable, StageRef
+from bessemer.config.training import OnPolicyConfig
+from bessemer.config.units import Points
 
 Exported = Literal["nothing", "correct", "all"]
 """Which samples of a run are exported as conversations."""
@@ -29,7 +30,7 @@ class RolloutConfig(ConfigTable):
     such batches have nothing to do."""
 
 
-class RLConfig(StageConfig):
+class RLConfig(OnPolicyConfig):
     renamed: ClassVar = {"ahead": "max_off_policy_rollouts", "draws": "max_resamples", "leaves": "export_samples"}
     runtime_only = frozenset({"save_seconds", "micro_tokens", "rollout"})
     ignore_at_default = frozenset({"difficulty_filter", "filter_explore", "filter_window", "filter_pool"})
@@ -119,20 +120,12 @@ class RLConfig(StageConfig):
     overlong: int = Field(0, ge=0)
     """Tokens before the cap over which an answer is punished more and more, up to 1 (DAPO: 4,096; R1: none)."""
     reward: Literal["task", "format", "random"] = "task"
-    """What is paid: the task's verdict, or for controls the form alone or a coin."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """Of the matrices inside the layers; the rest is AdamW's (undocumented)."""
+    """What is rewarded: the task's verdict, or for controls the form alone or a coin."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decay of matrices in RL (undocumented)."""
-    clip_norm: float = Field(1.0, gt=0)
-    """Largest gradient norm."""
-    micro_tokens: int = Field(4096, ge=16)
-    """Padded tokens per forward; changes memory and speed only."""
+    """Decoupled decay of matrices, none of norms and biases (undocumented)."""
     eval_every: int = Field(10, ge=1)
     """Held-out evaluation every so many rollouts."""
     eval_problems: int = Field(64, ge=1)
     """Held-out problems of that evaluation, 4 samples each."""
     minimum_pass: float = Field(0.02, ge=0, le=1)
     """Refuse to start when the base solves fewer: RL cannot amplify what is not there."""
-    save_seconds: Seconds = 60.0
-    """Checkpoint this often."""

@@ -1,6 +1,7 @@
 """Stages that train by gradient descent on given data: pre-training, extension, SFT, distillation, reward models."""
 
-from typing import Any, Literal
+import math
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,7 +14,62 @@ Divergence = Literal["reverse", "forward"]
 """KL of student from teacher (reverse), or of teacher from student (forward)."""
 
 
-class PretrainConfig(StageConfig):
+class OptimizerConfig(StageConfig):
+    """The keys of every stage that trains. The trainer gets the stage's table itself, so a value set in a recipe is the
+    value that the optimizer uses.
+
+    Each kind has its own `lr`, and says in `learning_rate` what it means. A key that a kind does not have is a class
+    constant there.
+    """
+
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.95)  # decay rates of AdamW's moments (V3 4.2)
+    eps: ClassVar[float] = 1e-8  # of AdamW (undocumented in V3)
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of the matrices inside the layers; the rest is AdamW's (V3: adamw for all; R1: undocumented)."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled decay of matrices, none of norms and biases (V3: 0.1; R1: undocumented)."""
+    clip: float = Field(1.0, gt=0)
+    """Largest gradient norm (V3: 1.0)."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the optimizer's moments (V3: bfloat16)."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Decay of a moving average of the weights, which is validated too and exported as model-ema/; 0: none (V3 keeps
+    one in CPU memory, of undocumented decay)."""
+    micro_rows: int = Field(4, ge=1)
+    """Rows per forward; changes memory and speed only."""
+    save_seconds: Seconds = 60.0
+    """Checkpoint this often."""
+
+    def learning_rate(self, tokens: int, step: int, total: int) -> float:
+        """The rate of the step that begins at `tokens` consumed tokens of `total`, after `step` optimizer steps."""
+        raise NotImplementedError
+
+
+class FineTuningConfig(OptimizerConfig):
+    """Stages that train a model further on samples with loss on the answers: float32 moments, no moving average."""
+
+    moments: ClassVar = "float32"  # type: ignore[misc]
+    ema_decay: ClassVar = 0.0  # type: ignore[misc]
+
+
+class OnPolicyConfig(FineTuningConfig):
+    """Stages that train a model on its own samples: schedules over optimizer steps, batches of a number of tokens."""
+
+    micro_rows: ClassVar = 1  # type: ignore[misc]
+
+    lr: Points
+    """Learning rate over optimizer steps."""
+    clip: float = Field(1.0, gt=0, alias="clip_norm")
+    """Largest gradient norm."""
+    micro_tokens: int = Field(4096, ge=16)
+    """Padded tokens per forward; changes memory and speed only."""
+
+    def learning_rate(self, tokens: int, step: int, total: int) -> float:
+        return self.lr(step)
+
+
+class PretrainConfig(OptimizerConfig):
     runtime_only = frozenset({"save_seconds", "micro_rows"})
     ignore_at_default = frozenset({"fp8", "moments", "ema_decay", "temperature", "epoch_caps", "on_cap", "lengths"})
 
@@ -45,12 +101,6 @@ class PretrainConfig(StageConfig):
     """Weight of the MTP loss (V3: 0.3, then 0.1 from 10T)."""
     balance_alpha: float = Field(1e-4, ge=0)
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """Of the matrices inside the layers; the rest is AdamW's (V3: adamw for all)."""
-    weight_decay: float = Field(0.1, ge=0)
-    """Decay of matrices (V3: 0.1)."""
-    clip: float = Field(1.0, gt=0)
-    """Largest gradient norm (V3: 1.0)."""
     validate_every: Tokens = 1_000_000
     """Held-out bits per byte of every part, this often."""
     sample_every: Tokens = 1_000_000
@@ -67,16 +117,12 @@ class PretrainConfig(StageConfig):
     fp8: Literal["off", "paper", "power-of-two", "block-gradients", "per-tensor"] = "off"
     """Matrices of attention, FFN and experts in FP8, with activations kept in FP8 (V3: paper). power-of-two: all
     factors are; block-gradients, per-tensor: variants to compare with. On a CPU it is emulated, and slower."""
-    moments: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the optimizer's moments (V3: bfloat16)."""
-    ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Decay of a moving average of the weights, validated beside them and left as model-ema/; 0: none (V3 keeps
-    one in CPU memory, of undocumented decay)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the layers; auto does with a GPU, and with a C++ compiler where a long training pays for it.
     Never with fp8 or on many ranks."""
-    save_seconds: Seconds = 60.0
-    """Checkpoint this often."""
+
+    def learning_rate(self, tokens: int, step: int, total: int) -> float:
+        return self.lr(tokens)
 
 
 class ExtendConfig(PretrainConfig):
@@ -102,7 +148,7 @@ class ExtendConfig(PretrainConfig):
     """Not for this kind: the model is that of the stage it starts from."""
 
 
-class SFTConfig(StageConfig):
+class SFTConfig(FineTuningConfig):
     runtime_only = frozenset({"micro_rows", "save_seconds"})
 
     data: list[str] = Field(default_factory=list)
@@ -114,35 +160,31 @@ class SFTConfig(StageConfig):
     row_length: int = Field(512, ge=2)
     """Tokens per row; longer conversations are left out and counted (R1: 32,768)."""
     lr: float = Field(gt=0)
-    """Learning rate at the start (R1: 5e-5)."""
+    """Learning rate at the start of a cosine over consumed tokens (R1: 5e-5)."""
     lr_final: float = Field(ge=0)
     """Learning rate at the end of the cosine (R1: 5e-6)."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """Of the matrices inside the layers; the rest is AdamW's (R1: undocumented, V3: adamw for all)."""
     batch_rows: int = Field(8, ge=1)
     """Rows per optimizer step (R1: 128)."""
-    micro_rows: int = Field(4, ge=1)
-    """Rows per forward; changes memory and speed only."""
     style: Literal["zero", "r1"] | None = None
     """Chat template to train in, and to leave with the model; the model's own unless named."""
     mtp_lambda: float = Field(0.1, ge=0)
     """Weight of the MTP loss, so that the module stays of use for speculation (undocumented; V3 ends with 0.1)."""
     balance_alpha: float = Field(1e-4, ge=0)
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""
-    weight_decay: float = Field(0.1, ge=0)
-    """Decay of matrices (undocumented)."""
-    clip: float = Field(1.0, gt=0)
-    """Largest gradient norm."""
     prompts: list[str] = Field(default_factory=list)
     """Questions to answer after every epoch, for people to read."""
     precision: Precision = "auto"
     """Compute dtype; auto measures which is faster here. Masters are float32 always."""
-    save_seconds: Seconds = 60.0
-    """Checkpoint this often."""
+
+    def learning_rate(self, tokens: int, step: int, total: int) -> float:
+        share = (1 + math.cos(math.pi * min(1.0, tokens / total))) / 2
+        return self.lr_final + (self.lr - self.lr_final) * share
 
 
-class DistillConfig(StageConfig):
+class DistillConfig(OnPolicyConfig):
     runtime_only = frozenset({"save_seconds", "micro_tokens"})
+    optimizer: ClassVar = "adamw"  # type: ignore[misc]
+    weight_decay: ClassVar = 0.0  # type: ignore[misc]
 
     teacher: StageRef
     """The earlier stage whose model teaches; the student is the model of `from`."""
@@ -162,20 +204,15 @@ class DistillConfig(StageConfig):
     """KL of student from teacher (reverse), or of teacher from student (forward)."""
     lr: Points = Points(1e-3)
     """Learning rate over optimizer steps."""
-    clip_norm: float = Field(1.0, gt=0)
-    """Largest gradient norm."""
-    micro_tokens: int = Field(4096, ge=16)
-    """Padded tokens per forward; changes memory and speed only."""
     eval_every: int = Field(25, ge=1)
     """Held-out evaluation every so many steps."""
     eval_problems: int = Field(64, ge=1)
     """Held-out problems per task of that evaluation, 4 answers each."""
-    save_seconds: Seconds = 60.0
-    """Checkpoint this often."""
 
 
-class RewardModelConfig(StageConfig):
+class RewardModelConfig(FineTuningConfig):
     runtime_only = frozenset({"micro_rows", "save_seconds"})
+    optimizer: ClassVar = "adamw"  # type: ignore[misc]
 
     aim: Literal["helpful", "harmless"]
     """helpful: pairwise, reads prompt and summary; harmless: pointwise, reads the thoughts as well."""
@@ -194,20 +231,16 @@ class RewardModelConfig(StageConfig):
     row_length: int = Field(256, ge=8)
     """Tokens per row, which holds several pairs; longer ones are left out and counted (R1: 8,192, none in use)."""
     lr: float = Field(gt=0)
-    """Learning rate at the start; a cosine takes it to a tenth (R1: 6e-6, its schedule undocumented)."""
+    """Learning rate at the start of a cosine over consumed tokens, which ends at a tenth of it (R1: 6e-6, its schedule
+    undocumented)."""
     batch_rows: int = Field(8, ge=1)
     """Rows per optimizer step (R1: 256 pairs)."""
-    micro_rows: int = Field(4, ge=1)
-    """Rows per forward; changes memory and speed only."""
     style: Literal["zero", "r1"] | None = None
     """Chat template to read answers in; the model's own unless named."""
     balance_alpha: float = Field(1e-4, ge=0)
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""
-    weight_decay: float = Field(0.1, ge=0)
-    """Decay of matrices (undocumented)."""
-    clip: float = Field(1.0, gt=0)
-    """Largest gradient norm."""
     precision: Precision = "auto"
     """Compute dtype; auto measures which is faster here. Masters are float32 always."""
-    save_seconds: Seconds = 60.0
-    """Checkpoint this often."""
+
+    def learning_rate(self, tokens: int, step: int, total: int) -> float:
+        return self.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, tokens / total))) / 2)

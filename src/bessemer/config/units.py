@@ -9,6 +9,7 @@
 the paper. Decimal arithmetic keeps "1.1B" exact.
 """
 
+import math
 import re
 from bisect import bisect_right
 from decimal import Decimal, InvalidOperation
@@ -111,8 +112,8 @@ class Points:
         except UserError as error:
             raise UserError(f"point {number}: tokens are {point[0]!r}, {error}") from None
         value = point[1]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"point {number}: value is {value!r}, expected a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"point {number}: value is {value!r}, expected a finite number")
         if self.tokens and at < self.tokens[-1]:
             raise UserError(
                 f"point {number} is at {at:,} tokens, before point {number - 1} at {self.tokens[-1]:,}; sort the points"

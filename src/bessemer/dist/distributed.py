@@ -107,7 +107,7 @@ class GatheredModel:
 
 
 def _empty_model(trainer: DistributedTrainer) -> Transformer:
-    return Transformer(trainer.mesh.cfg).to(trainer.device).to_compute(trainer.settings.compute_dtype)
+    return Transformer(trainer.mesh.cfg).to(trainer.device).to_compute(trainer.runtime.compute_dtype)
 
 
 def save(
@@ -121,7 +121,7 @@ def save(
         if trainer.mesh.me == 0:
             last = trainer.state_dir / f"step-{trainer.step:08d}"
             sharded_checkpoint.export(
-                last, trainer.mesh.cfg, directory, kind=kind, dtype=trainer.settings.compute_dtype,
+                last, trainer.mesh.cfg, directory, kind=kind, dtype=trainer.runtime.compute_dtype,
                 tokenizer_dir=tokenizer_dir,
             )  # fmt: skip
     elif kind == "ema":

@@ -51,7 +51,7 @@ class DistributedTrainer(Trainer):
         self._sums, self._peaks = self.objective.names(n_mtp)
         self._saver: sharded_checkpoint.Saver | None = None
         if self.state_dir is not None:
-            self._saver = sharded_checkpoint.Saver(self.state_dir, self.config, self.settings.keep)
+            self._saver = sharded_checkpoint.Saver(self.state_dir, self.model_config, self.runtime.keep)
         wish, self.stop = self.stop, lambda: self._stopping
         self._wishes_to_stop = wish
 
@@ -193,11 +193,10 @@ class DistributedTrainer(Trainer):
         return found[0] if found else "the gradients overflow in their norm, or in a balance term"
 
     def _by_time(self) -> bool:
-        seconds = self.settings.save_seconds
-        return seconds is not None and time.monotonic() - self._saved_at >= seconds
+        return time.monotonic() - self._saved_at >= self.config.save_seconds
 
     def save_if_due(self) -> None:
-        steps = self.settings.save_steps
+        steps = self.runtime.save_steps
         if (self._due or (steps is not None and self.step % steps == 0)) and self.guard.streak == 0:
             self.save()
 
@@ -247,7 +246,7 @@ class DistributedTrainer(Trainer):
                 damage = str(error)
             damages = self._everyone(damage)
             if not any(damages):
-                checkpoint.check_config(reader.config, self.config, path)
+                checkpoint.check_config(reader.config, self.model_config, path)
                 return path, reader
             self.warn(f"checkpoint {path} is damaged ({next(filter(None, damages))}); trying the one before it")
         if found:

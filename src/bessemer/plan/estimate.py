@@ -24,7 +24,7 @@ from bessemer.errors import UserError
 from bessemer.model.counts import flops_per_token
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import find_kind
-from bessemer.pipeline.stages.pretrain import HELDOUT_ROWS, train_settings
+from bessemer.pipeline.stages.pretrain import HELDOUT_ROWS, runtime
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.runs import record
 from bessemer.runs.directory import stage_folders
@@ -108,7 +108,7 @@ def _training(model: Transformer, settings: Any, length: int, seconds: float) ->
     do not count: kernels are compiled then for every number of rows that an expert gets."""
     choice = setup.choose_precision(settings.precision)
     trainer = Trainer(
-        model, objective.next_token, None, train_settings(settings, choice.dtype, setup.workers()),
+        model, objective.next_token, None, settings, runtime(settings, choice.dtype, setup.workers()),
         warn=lambda text: None,
     )  # fmt: skip
     rows = max(1, round(settings.batch_rows(settings.tokens)))

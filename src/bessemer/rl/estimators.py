@@ -9,7 +9,6 @@ step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import Protocol
 
@@ -25,7 +24,6 @@ from bessemer.model.transformer import Transformer
 from bessemer.rl import advantage, ppo, rollout
 from bessemer.rl.rollout import Sampled
 from bessemer.train.optimizer import load_exactly
-from bessemer.train.settings import Settings as TrainSettings
 from bessemer.train.trainer import Trainer
 
 MODEL, MOMENTS = "critic/model/", "critic/optimizer/"
@@ -70,20 +68,20 @@ class GroupEstimator:
 
 
 class CriticEstimator:
-    """A token against what the critic expected before it. `trainer` is the policy's, as it stands after `start()`;
-    `train` are the policy's dials, which the critic shares but for its learning rate."""
+    """A token against what the critic expected before it. `trainer` is the policy's, as it stands after `start()`.
+    The critic shares its keys and workers, except for its own learning rate, and counts the same steps."""
 
-    def __init__(self, trainer: Trainer, train: TrainSettings, settings: RLConfig, pad_id: int) -> None:
+    def __init__(self, trainer: Trainer, settings: RLConfig, pad_id: int) -> None:
         self.policy, self.settings, self.pad_id = trainer, settings, pad_id
-        self.workers = train.workers
+        self.workers = trainer.runtime.workers
         if not isinstance(trainer.model, Transformer):
             raise UserError(
                 f'stage "{settings.name}": advantage = "critic" makes a critic of a network of the DeepSeek family, '
                 'and this is another; use "group"'
             )
-        lr = lambda tokens, step: settings.critic_lr(trainer.step)  # noqa: E731 (both count the policy's steps)
+        own = settings.model_copy(update={"lr": settings.critic_lr})
         model = ppo.critic_of(trainer.model)
-        self.trainer = Trainer(model, ppo.ValueLoss(), None, replace(train, lr=lr), warn=trainer.warn)
+        self.trainer = Trainer(model, ppo.ValueLoss(), None, own, trainer.runtime, warn=trainer.warn)
         self._explained, self._updates = 0.0, []
         self.load()
 

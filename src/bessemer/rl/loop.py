@@ -38,7 +38,7 @@ from bessemer.rl.reference import Reference
 from bessemer.rl.reward import Judge
 from bessemer.runs.context import StageContext
 from bessemer.train import speed
-from bessemer.train.settings import Settings as TrainSettings
+from bessemer.train.trainer import Runtime
 from bessemer.workers import Workers
 
 
@@ -60,8 +60,8 @@ class Loop:
             longest if settings.normalise == "constant" else 0,
         )  # fmt: skip
         self.trainer = distributed.trainer(
-            network, self.objective, None, _train_settings(settings, self.workers), ctx.state,
-            stop=lambda: ctx.stop, config=distributed.model_of(network).cfg.model_dump(), warn=ctx.say,
+            network, self.objective, None, settings, Runtime(workers=self.workers), ctx.state,
+            stop=lambda: ctx.stop, model_config=distributed.model_of(network).cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         self.policy = distributed.GatheredModel(self.trainer)
         engine = Engine(self.policy.model, self.tokenizer, self.workers)
@@ -104,7 +104,7 @@ class Loop:
                 trainer, self.policy, self.workers, settings.reference_every, settings.temperature
             )
         if settings.advantage == "critic":
-            self.estimator = CriticEstimator(trainer, trainer.settings, settings, self.tokenizer.pad_id)
+            self.estimator = CriticEstimator(trainer, settings, self.tokenizer.pad_id)
         if trainer.step == 0:
             self.watch.gate(self._cap())
         for number in range(first, settings.rollouts):
@@ -178,12 +178,3 @@ class Loop:
             if self.reference is not None:
                 self.reference.follow(before)
         return found
-
-
-def _train_settings(settings: RLConfig, workers: Any) -> TrainSettings:
-    zero = lambda tokens, step: 0.0  # noqa: E731 (three schedules that are zero)
-    return TrainSettings(
-        tokens=0, lr=lambda tokens, step: settings.lr(step), gamma=zero, batch_rows=zero, micro_rows=1,
-        terms={}, clip=settings.clip_norm, weight_decay=settings.weight_decay, optimizer=settings.optimizer,
-        workers=workers, save_seconds=settings.save_seconds,
-    )  # fmt: skip

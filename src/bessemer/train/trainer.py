@@ -17,7 +17,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,18 +29,55 @@ from bessemer.errors import UserError
 from bessemer.train import balance, checkpoint, guard
 from bessemer.train.objective import Loss, Objective, Sums, means
 from bessemer.train.optimizer import Optimizer, load_exactly
-from bessemer.train.settings import Settings
-from bessemer.workers import rank
+from bessemer.workers import Workers, rank
 
 if TYPE_CHECKING:
+    from bessemer.config.training import OptimizerConfig
     from bessemer.data.batch import Batch
 
-
 COUNTERS = ("step", "tokens", "rows", "skipped")
+Schedule = Callable[[int], float]
+"""A value over consumed tokens, evaluated with what was consumed before the step."""
+
+
+def constant(value: float) -> Schedule:
+    return lambda tokens: value
+
+
+ZERO, ONE = constant(0.0), constant(1.0)
+
+
+@dataclass
+class Runtime:
+    """What a stage decides when it runs; everything else the trainer reads from the stage's `OptimizerConfig`."""
+
+    tokens: int = 0
+    """Consumed tokens at which the run is complete (padding counts); unused where the caller brings micro-batches."""
+    batch_rows: Schedule = ZERO
+    """Rows per optimizer step."""
+    row_scale: Schedule = ONE
+    """Factor on the rows of a step and of a forward: above 1 where rows are shorter than those that `batch_rows` and
+    `micro_rows` count."""
+    gamma: Schedule = ZERO
+    """Speed of the routing bias."""
+    terms: dict[str, Schedule] = field(default_factory=dict)
+    """Further arguments of the objective, such as mtp_lambda and balance_alpha."""
+    workers: Workers = field(default_factory=lambda: Workers(1))
+    """Processes that compute micro-batches in parallel; the result does not depend on how many there are."""
+    compute_dtype: torch.dtype = torch.float32
+    """Dtype of forward and backward; masters and accumulation are always float32."""
+    save_steps: int | None = None
+    """Checkpoint every so many steps, in addition to `save_seconds`."""
+    keep: int = 2
+    """Checkpoints kept."""
+    failures: int = 3
+    """Non-finite steps in a row before going back to the last checkpoint."""
+    rollbacks: int = 2
+    """Rollbacks without progress before giving up."""
 
 
 class _Handed(NamedTuple):
-    """What a helper says beside the gradients, which lie in its outbox."""
+    """What a helper returns besides the gradients, which are in its outbox."""
 
     helper: int
     loads: dict[str, Tensor]
@@ -51,7 +88,8 @@ class Trainer:
 
     `batches(first_row, n_rows) -> Batch`; None when the caller brings its own micro-batches to `update` (RL).
     `log(step, tokens, values)` after every step; `on_step` hooks get the trainer; `stop()` is polled between steps.
-    `config` is stored and must be equal on resume. `extras` (JSON) and `extra_tensors` travel with the checkpoints.
+    `config` is the table of the stage. `model_config` is stored and must be equal on resume. `extras` (JSON) and
+    `extra_tensors` travel with the checkpoints.
     """
 
     def __init__(
@@ -59,27 +97,29 @@ class Trainer:
         model: nn.Module,
         objective: Objective,
         batches: Callable[[int, int], Batch] | None,
-        settings: Settings,
+        config: OptimizerConfig,
+        runtime: Runtime,
         state_dir: str | Path | None = None,
         log: Callable[[int, int, dict[str, float]], None] = lambda step, tokens, values: None,
         stop: Callable[[], bool] = lambda: False,
         *,
         on_step: Sequence[Callable[[Trainer], None]] = (),
-        config: dict[str, Any] | None = None,
+        model_config: dict[str, Any] | None = None,
         generators: dict[str, np.random.Generator] | None = None,
         warn: Callable[[str], None] = warnings.warn,
     ):
-        self.model, self.objective, self.batches, self.settings = model, objective, batches, settings
+        self.model, self.objective, self.batches = model, objective, batches
+        self.config, self.runtime = config, runtime
         self.state_dir = None if state_dir is None else Path(state_dir)
         self.log, self.stop, self.on_step, self.warn = log, stop, on_step, warn
-        self.config, self.generators = config or {}, generators or {}
+        self.model_config, self.generators = model_config or {}, generators or {}
         self.optimizer = self._make_optimizer(
-            compute_dtype=settings.compute_dtype, betas=settings.betas, eps=settings.eps,
-            weight_decay=settings.weight_decay, moments_dtype=settings.moments_dtype, ema_decay=settings.ema_decay,
-            stacked=model.hidden_matrices() if settings.optimizer == "muon" else None,
+            compute_dtype=runtime.compute_dtype, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
+            moments_dtype=getattr(torch, config.moments), ema_decay=config.ema_decay,
+            stacked=model.hidden_matrices() if config.optimizer == "muon" else None,
         )  # fmt: skip
         self.gates: dict[str, balance.Gate] = self._find_gates()
-        self.guard = guard.StepGuard(settings.failures, settings.rollbacks)
+        self.guard = guard.StepGuard(runtime.failures, runtime.rollbacks)
         self.step = self.tokens = self.rows = self.skipped = 0
         self.loads: dict[str, Tensor] = {}
         """Tokens per expert of the last step, by gate."""
@@ -88,11 +128,11 @@ class Trainer:
         self._saved_at, self._saved_step = time.monotonic(), -1
         self.device = next(model.parameters()).device
         self._prepare()
-        if settings.gamma(0, 0) and not self._has_biases():
+        if runtime.gamma(0) and not self._has_biases():
             self.warn("gamma has no effect: no layer of this model has a routing bias (set gamma to 0)")
 
     def _make_optimizer(self, **options: Any) -> Optimizer:
-        return Optimizer(self.model, workers=self.settings.workers, **options)
+        return Optimizer(self.model, workers=self.runtime.workers, **options)
 
     def _find_gates(self) -> dict[str, balance.Gate]:
         return self.model.gates()
@@ -102,7 +142,7 @@ class Trainer:
 
     def _prepare(self) -> None:
         """Weights and outboxes to where helpers see them."""
-        workers, groups = self.settings.workers, self.optimizer.groups
+        workers, groups = self.runtime.workers, self.optimizer.groups
         biases = [gate.bias_E for gate in self.gates.values() if gate.bias_E is not None]
         workers.share([group.compute for group in groups] + biases)
         self._outboxes = [[torch.zeros_like(group.grad) for group in groups] for _ in range(1, workers.n)]
@@ -112,7 +152,7 @@ class Trainer:
         """Trains to the end (True) or until `stop` (False); resumes from the newest checkpoint if there is one."""
         assert self.batches is not None, "run() needs batches; without them call update()"
         self.start()
-        while self.tokens < self.settings.tokens:
+        while self.tokens < self.runtime.tokens:
             values = self.update(self._micro_batches())
             self.log(self.step, self.tokens, values)
             for hook in self.on_step:
@@ -140,20 +180,19 @@ class Trainer:
         """The newest whole checkpoint, whatever layout wrote it."""
         if self.state_dir is None:
             return None
-        return checkpoint.latest(self.state_dir, self.config, self.warn)
+        return checkpoint.latest(self.state_dir, self.model_config, self.warn)
 
     def finish(self) -> None:
         """Waits for what is still being written."""
 
     def _rows_of_step(self) -> int:
-        at = (self.tokens, self.step)
-        rows = int(self.settings.batch_rows(*at) * self.settings.row_scale(*at))
-        if rows < 1 or self.settings.micro_rows < 1:
-            raise UserError(f"batch_rows is {rows}, micro_rows {self.settings.micro_rows}: both must be at least 1")
+        rows = int(self.runtime.batch_rows(self.tokens) * self.runtime.row_scale(self.tokens))
+        if rows < 1:
+            raise UserError(f"batch_rows is {rows} at {self.tokens} tokens; it must be at least 1")
         return rows
 
     def _rows_of_forward(self) -> int:
-        return max(1, int(self.settings.micro_rows * self.settings.row_scale(self.tokens, self.step)))
+        return max(1, int(self.config.micro_rows * self.runtime.row_scale(self.tokens)))
 
     def _micro_batches(self) -> Iterable[Batch]:
         rows, size = self._rows_of_step(), self._rows_of_forward()
@@ -171,8 +210,9 @@ class Trainer:
     def update(self, micro_batches: Iterable[Batch]) -> dict[str, float]:
         """One optimizer step; returns what to log. A non-finite step is skipped and may roll the run back (`guard`)."""
         began = time.monotonic()
-        at = (self.tokens, self.step)
-        terms = {name: schedule(*at) for name, schedule in self.settings.terms.items()}
+        terms = {name: schedule(self.tokens) for name, schedule in self.runtime.terms.items()}
+        lr = self.config.learning_rate(self.tokens, self.step, self.runtime.tokens)
+        gamma = self.runtime.gamma(self.tokens)
         self.model.train()
         sums = self._accumulate(micro_batches, terms)
         norm = float(self.optimizer.grad_norm())
@@ -185,8 +225,7 @@ class Trainer:
             return {"train/skipped": self.skipped}
         if not (math.isfinite(norm) and sums.finite):
             return self._bad_step(sums, terms)
-        lr, gamma = self.settings.lr(*at), self.settings.gamma(*at)
-        self.optimizer.step(lr, sums.divisor, norm, self.settings.clip)
+        self.optimizer.step(lr, sums.divisor, norm, self.config.clip)
         self.loads = {name: gate.load_E.clone() for name, gate in self.gates.items()}
         violation = balance.update(self.gates, gamma)
         self.guard.good()
@@ -206,7 +245,7 @@ class Trainer:
         """Adds the gradients of all micro-batches to the parameters'."""
         batches, losses = [], []
         items = ((batches.append(batch) or batch, terms) for batch in micro_batches)
-        for loss, handed in self.settings.workers.map(self._gradients, items):
+        for loss, handed in self.runtime.workers.map(self._gradients, items):
             losses.append(loss)
             if handed is not None:
                 self._collect(handed)
@@ -283,10 +322,10 @@ class Trainer:
         )
 
     def save_if_due(self) -> None:
-        """Checkpoints by the settings' steps and seconds; never in the middle of a bad streak."""
-        steps, seconds = self.settings.save_steps, self.settings.save_seconds
+        """Checkpoints by steps and by seconds; never in the middle of a bad streak."""
+        steps, seconds = self.runtime.save_steps, self.config.save_seconds
         by_steps = steps is not None and self.step % steps == 0
-        by_time = seconds is not None and time.monotonic() - self._saved_at >= seconds
+        by_time = time.monotonic() - self._saved_at >= seconds
         if (by_steps or by_time) and self.guard.streak == 0:
             self.save()
 
@@ -298,7 +337,7 @@ class Trainer:
         return self._write()
 
     def _write(self) -> Path:
-        path = checkpoint.save(self.state_dir, self.step, self._state(), self.settings.keep)
+        path = checkpoint.save(self.state_dir, self.step, self._state(), self.runtime.keep)
         self._saved_at, self._saved_step = time.monotonic(), self.step
         return path
 
@@ -313,7 +352,7 @@ class Trainer:
                 "extras": self.extra_tensors,
             },
             counters={name: getattr(self, name) for name in COUNTERS} | {"rng": random_values, "extras": self.extras},
-            config=self.config,
+            config=self.model_config,
         )
 
     def _restore(self, state: checkpoint.State) -> None:

@@ -20,8 +20,7 @@ from bessemer.rl import rollout
 from bessemer.runs.context import StageContext
 from bessemer.train import setup, speed
 from bessemer.train.objective import OnPolicyDistillation
-from bessemer.train.settings import Settings as TrainSettings
-from bessemer.train.trainer import Trainer
+from bessemer.train.trainer import Runtime, Trainer
 
 
 @register
@@ -73,16 +72,8 @@ class _Run:
         self.engine = Engine(self.student, self.tokenizer, self.workers)
         self.trainer = Trainer(
             self.student, OnPolicyDistillation(teacher, settings.divergence, settings.temperature), None,
-            self._train_settings(), ctx.state, stop=lambda: ctx.stop, config=self.student.cfg.model_dump(),
-            warn=ctx.say,
-        )  # fmt: skip
-
-    def _train_settings(self) -> TrainSettings:
-        zero = lambda tokens, step: 0.0  # noqa: E731 (two schedules that are zero)
-        return TrainSettings(
-            tokens=0, lr=lambda tokens, step: self.settings.lr(step), gamma=zero, batch_rows=zero, micro_rows=1,
-            terms={}, clip=self.settings.clip_norm, weight_decay=0.0, workers=self.workers,
-            save_seconds=self.settings.save_seconds,
+            settings, Runtime(workers=self.workers), ctx.state, stop=lambda: ctx.stop,
+            model_config=self.student.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
 
     def run(self) -> dict[str, Any]:

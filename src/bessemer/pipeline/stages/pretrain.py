@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bessemer.config.training import PretrainConfig
-from bessemer.config.units import Points, show_tokens
+from bessemer.config.units import show_tokens
 from bessemer.data.batch import Batch
 from bessemer.data.rows import Rows
 from bessemer.data.tokenizer import Tokenizer
@@ -29,8 +29,7 @@ from bessemer.precision import backends
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.runs.context import StageContext
 from bessemer.train import objective, setup, speed
-from bessemer.train.settings import Settings as TrainSettings
-from bessemer.train.trainer import Trainer
+from bessemer.train.trainer import ONE, Runtime, Trainer, constant
 from bessemer.workers import Workers
 
 HELDOUT_ROWS = 64
@@ -105,8 +104,8 @@ class Pretrain(Stage):
         workers = setup.workers() if ctx.ranks is None else Workers(1)
         trainer = distributed.trainer(
             network, objective.next_token, fed.batch,
-            train_settings(settings, choice.dtype, workers, fed.scale), ctx.state,
-            log=watch.log, stop=lambda: ctx.stop, on_step=[watch], config=cfg.model_dump(), warn=ctx.say,
+            settings, runtime(settings, choice.dtype, workers, fed.scale), ctx.state,
+            log=watch.log, stop=lambda: ctx.stop, on_step=[watch], model_config=cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         fed.follow(trainer)
         resumed = trainer.start()
@@ -124,37 +123,15 @@ class Pretrain(Stage):
         return {"tokens": trainer.tokens, "steps": trainer.step, **{f"bpb_{k}": round(v, 4) for k, v in last.items()}}
 
 
-def train_settings(
-    settings: PretrainConfig,
-    dtype: torch.dtype,
-    workers: Workers,
-    scale: Callable[[float], float] = lambda tokens: 1.0,
-) -> TrainSettings:
-    """The dials of the trainer, from those of the stage; `scale` as in `feed.scale`."""
-
-    def over_tokens(points: Points):
-        return lambda tokens, step: points(tokens)
-
-    return TrainSettings(
-        tokens=settings.tokens,
-        lr=over_tokens(settings.lr),
-        gamma=over_tokens(settings.gamma),
-        batch_rows=over_tokens(settings.batch_rows),
-        micro_rows=settings.micro_rows,
-        row_scale=lambda tokens, step: scale(tokens),
-        terms={
-            "mtp_lambda": over_tokens(settings.mtp_lambda),
-            "balance_alpha": lambda tokens, step: settings.balance_alpha,
-        },
-        workers=workers,
-        clip=settings.clip,
-        optimizer=settings.optimizer,
-        weight_decay=settings.weight_decay,
-        compute_dtype=dtype,
-        moments_dtype=getattr(torch, settings.moments),
-        ema_decay=settings.ema_decay,
-        save_seconds=settings.save_seconds,
-    )
+def runtime(
+    config: PretrainConfig, dtype: torch.dtype, workers: Workers, row_scale: Callable[[float], float] = ONE
+) -> Runtime:
+    """What the trainer needs besides the stage's table; `row_scale` as in `feed.scale`."""
+    return Runtime(
+        tokens=config.tokens, batch_rows=config.batch_rows, row_scale=row_scale, gamma=config.gamma,
+        terms={"mtp_lambda": config.mtp_lambda, "balance_alpha": constant(config.balance_alpha)},
+        workers=workers, compute_dtype=dtype,
+    )  # fmt: skip
 
 
 class _Watch(StepLog):
@@ -192,7 +169,7 @@ class _Watch(StepLog):
 
     def _bits_per_byte(self, trainer: Trainer) -> dict[str, float]:
         if self.ctx.ranks is None:
-            sums = trainer.settings.workers.map(self._nats, self.heldout)
+            sums = trainer.runtime.workers.map(self._nats, self.heldout)
         else:
             sums = (distributed.nats(trainer, _lots(rows)) for rows in self.heldout.values())
         return {

@@ -8,7 +8,6 @@ scale of rewards (`rl/preference`) are measured on them.
 """
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -31,8 +30,7 @@ from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.tasks import general_quality
 from bessemer.train import objective, setup, speed
-from bessemer.train.settings import Settings as TrainSettings
-from bessemer.train.trainer import Trainer
+from bessemer.train.trainer import Runtime, Trainer, constant
 
 Line = dict[str, Any]
 WRITTEN = 4
@@ -85,12 +83,12 @@ class RewardModelling(Stage):
         ctx.say(f"{packed['units']} judged answers in {packed['rows']} rows, {len(heldout)} held out")
         watch = _Watch(settings, ctx, tokenizer, heldout)
         trainer = Trainer(
-            network, objective, rows.batch, _train_settings(settings, rows.n_rows), ctx.state,
-            log=watch.log, stop=lambda: ctx.stop, on_step=[watch], config=network.cfg.model_dump(), warn=ctx.say,
+            network, objective, rows.batch, settings, _runtime(settings, rows.n_rows), ctx.state,
+            log=watch.log, stop=lambda: ctx.stop, on_step=[watch], model_config=network.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         resumed = trainer.start()
         ctx.rewind(trainer.step if resumed else -1)
-        ctx.progress.total(trainer.settings.tokens, "tokens", done=trainer.tokens)
+        ctx.progress.total(trainer.runtime.tokens, "tokens", done=trainer.tokens)
         watch.begin(trainer)
         if not trainer.run():
             ctx.interrupt()
@@ -177,20 +175,12 @@ def _texts(line: Line, aim: str, tokenizer: Tokenizer) -> list[tuple[list[int], 
     return [(ids("response"), preference_rows.GOOD if line["safe"] else preference_rows.BAD)]
 
 
-def _train_settings(settings: RewardModelConfig, n_rows: int) -> TrainSettings:
-    total = settings.epochs * n_rows * settings.row_length
-
-    def cosine(tokens: int, step: int) -> float:
-        return settings.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, tokens / total))) / 2)
-
-    def rows_of_step(tokens: int, step: int) -> int:
-        return min(settings.batch_rows, (total - tokens) // settings.row_length)
-
-    return TrainSettings(
-        tokens=total, lr=cosine, gamma=lambda tokens, step: 0.0, batch_rows=rows_of_step,
-        micro_rows=settings.micro_rows, terms={"balance_alpha": lambda tokens, step: settings.balance_alpha},
-        workers=setup.workers(), clip=settings.clip, weight_decay=settings.weight_decay,
-        compute_dtype=setup.choose_precision(settings.precision).dtype, save_seconds=settings.save_seconds,
+def _runtime(config: RewardModelConfig, n_rows: int) -> Runtime:
+    total = config.epochs * n_rows * config.row_length
+    return Runtime(
+        tokens=total, batch_rows=lambda tokens: min(config.batch_rows, (total - tokens) // config.row_length),
+        terms={"balance_alpha": constant(config.balance_alpha)}, workers=setup.workers(),
+        compute_dtype=setup.choose_precision(config.precision).dtype,
     )  # fmt: skip
 
 
@@ -204,7 +194,7 @@ class _Watch(StepLog):
         self.settings, self.tokenizer, self.heldout = settings, tokenizer, heldout
 
     def __call__(self, trainer: Trainer) -> None:
-        if trainer.tokens < trainer.settings.tokens:
+        if trainer.tokens < trainer.runtime.tokens:
             return
         units = [_texts(line, self.settings.aim, self.tokenizer) for line in self.heldout]
         flat = score_ids(trainer.model, [ids for unit in units for ids, _ in unit], self.tokenizer.pad_id)

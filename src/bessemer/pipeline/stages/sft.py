@@ -5,7 +5,6 @@ see each other. The learning rate falls along a cosine from `lr` to `lr_final`, 
 """
 
 import itertools
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,7 @@ from bessemer.pipeline.step_log import StepLog
 from bessemer.runs import conversations
 from bessemer.runs.context import StageContext
 from bessemer.train import objective, setup, speed
-from bessemer.train.settings import Settings as TrainSettings
-from bessemer.train.trainer import Trainer
+from bessemer.train.trainer import Runtime, Trainer, constant
 from bessemer.workers import Workers
 
 
@@ -70,12 +68,12 @@ class SFT(Stage):
         ctx.say(_about(facts))
         watch = _Watch(settings, ctx, tokenizer, rows.n_rows * settings.row_length)
         trainer = distributed.trainer(
-            network, objective.next_token, rows.batch, _train_settings(settings, rows.n_rows, model, ctx), ctx.state,
-            log=watch.log, stop=lambda: ctx.stop, on_step=[watch], config=model.cfg.model_dump(), warn=ctx.say,
+            network, objective.next_token, rows.batch, settings, _runtime(settings, rows.n_rows, model, ctx), ctx.state,
+            log=watch.log, stop=lambda: ctx.stop, on_step=[watch], model_config=model.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         resumed = trainer.start()
         ctx.rewind(trainer.step if resumed else -1)
-        ctx.progress.total(trainer.settings.tokens, "tokens", done=trainer.tokens)
+        ctx.progress.total(trainer.runtime.tokens, "tokens", done=trainer.tokens)
         watch.begin(trainer)
         if not trainer.run():
             ctx.interrupt()
@@ -99,29 +97,16 @@ def _about(facts: dict[str, Any]) -> str:
     )
 
 
-def _train_settings(settings: SFTConfig, n_rows: int, model: torch.nn.Module, ctx: StageContext) -> TrainSettings:
-    total = settings.epochs * n_rows * settings.row_length
-
-    def cosine(tokens: int, step: int) -> float:
-        share = (1 + math.cos(math.pi * min(1.0, tokens / total))) / 2
-        return settings.lr_final + (settings.lr - settings.lr_final) * share
-
-    def rows_of_step(tokens: int, step: int) -> int:
-        return min(settings.batch_rows, (total - tokens) // settings.row_length)
-
-    def constant(value: float):
-        return lambda tokens, step: value
-
-    return TrainSettings(
-        tokens=total, lr=cosine, gamma=constant(0.0), batch_rows=rows_of_step, micro_rows=settings.micro_rows,
+def _runtime(config: SFTConfig, n_rows: int, model: torch.nn.Module, ctx: StageContext) -> Runtime:
+    total = config.epochs * n_rows * config.row_length
+    return Runtime(
+        tokens=total, batch_rows=lambda tokens: min(config.batch_rows, (total - tokens) // config.row_length),
         terms={
-            "mtp_lambda": constant(settings.mtp_lambda if model.cfg.n_mtp else 0.0),
-            "balance_alpha": constant(settings.balance_alpha),
+            "mtp_lambda": constant(config.mtp_lambda if model.cfg.n_mtp else 0.0),
+            "balance_alpha": constant(config.balance_alpha),
         },
-        workers=setup.workers() if ctx.ranks is None else Workers(1), clip=settings.clip,
-        optimizer=settings.optimizer, weight_decay=settings.weight_decay,
-        compute_dtype=setup.choose_precision(settings.precision, ctx.agree).dtype,
-        save_seconds=settings.save_seconds,
+        workers=setup.workers() if ctx.ranks is None else Workers(1),
+        compute_dtype=setup.choose_precision(config.precision, ctx.agree).dtype,
     )  # fmt: skip
 
 

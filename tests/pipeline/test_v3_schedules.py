@@ -1,0 +1,56 @@
+"""The schedules of recipes/v3.toml against the published run (V3 4.2)."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from bessemer.config.recipe import Recipe
+
+T = 10**12
+
+
+@pytest.fixture(scope="module")
+def v3():
+    return Recipe.load(Path(__file__).parents[2] / "recipes" / "v3.toml").stage("pretrain")
+
+
+def published_lr(tokens: float) -> float:
+    """After the warm-up: constant to 10T, cosine over 4.3T, two constant tails."""
+    if tokens < 10 * T:
+        return 2.2e-4
+    if tokens < 14.3 * T:
+        return 2.2e-5 + 0.5 * (2.2e-4 - 2.2e-5) * (1 + math.cos(math.pi * (tokens - 10 * T) / (4.3 * T)))
+    return 2.2e-5 if tokens < 14.633 * T else 7.3e-6
+
+
+def test_learning_rate(v3):
+    def lr(tokens):
+        return v3.learning_rate(int(tokens), 0, v3.tokens)
+
+    assert [lr(0), lr(14.05e9), lr(28.1e9)] == pytest.approx([0, 1.1e-4, 2.2e-4], rel=1e-9)
+    late = {9.99 * T: 2.2e-4, 12.15 * T: 1.21e-4, 14.5 * T: 2.2e-5, 14.7 * T: 7.3e-6}
+    for tokens, rate in late.items():
+        assert published_lr(tokens) == pytest.approx(rate, rel=1e-9) == lr(tokens)
+    assert lr(14.3 * T - 1) == pytest.approx(2.2e-5, rel=1e-6), "the cosine ends where the tail begins"
+    for tokens in range(30 * 10**9, v3.tokens, 10**10):
+        assert lr(tokens) == pytest.approx(published_lr(tokens), abs=0.004 * 2.2e-4)
+
+
+def test_the_batch_ramp_gives_the_derived_step_count(v3):
+    """Steps of the ramp take as many tokens as the warm-up, which the paper counts in steps, is given here."""
+    tokens = steps = warm_up = 0
+    while tokens < 469e9:
+        tokens += int(v3.batch_rows(tokens)) * 4096
+        steps += 1
+        warm_up = tokens if steps == 2000 else warm_up
+    assert v3.batch_rows(0) == 3072 and v3.batch_rows(tokens) == 15360
+    assert warm_up == pytest.approx(28.1e9, rel=0.01)
+    assert steps == pytest.approx(15.0e3, rel=0.01)
+    rest = (14.8 * T - tokens) / (15360 * 4096)
+    assert rest == pytest.approx(227.8e3, rel=0.001) and steps + rest == pytest.approx(243e3, rel=0.002)
+
+
+def test_lambda_and_gamma(v3):
+    assert [v3.mtp_lambda(at) for at in (0, 10 * T - 1, 10 * T)] == [0.3, 0.3, 0.1]
+    assert [v3.gamma(at) for at in (0, int(14.3 * T) - 1, int(14.3 * T))] == [0.001, 0.001, 0.0]
