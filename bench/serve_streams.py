@@ -95,10 +95,10 @@ def alone(model: str, streams: int, tokens: int) -> list[str]:
 
 def served(model: str, streams: int, tokens: int) -> dict:
     """All requests at once over HTTP."""
-    settings = f"Settings(rows={streams}, waiting={streams})"
+    config = f"ServeConfig(rows={streams}, waiting={streams})"
     code = (
-        "from bessemer.serve.server import serve; from bessemer.serve.settings import Settings\n"
-        f"serve({model!r}, port=0, settings={settings})"
+        "from bessemer.serve.server import serve; from bessemer.serve import ServeConfig\n"
+        f"serve({model!r}, port=0, config={config})"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:

@@ -9,11 +9,10 @@ from multiprocessing import Pipe
 
 import httpx
 
-from bessemer.serve import worker
-from bessemer.serve.connection import Limits
-from bessemer.serve.models import offered
+from bessemer.serve import ServeConfig, worker
+from bessemer.serve.middleware import ConnectionLimits
+from bessemer.serve.models import find_models
 from bessemer.serve.server import Server
-from bessemer.serve.settings import Settings
 
 
 class Thread(threading.Thread):
@@ -25,13 +24,13 @@ class Thread(threading.Thread):
     wait = threading.Thread.join
 
 
-def in_thread(folder, settings):
-    """A worker beside the server's thread: what it does is the same, and it starts at once."""
+def in_thread(folder, config):
+    """A worker in another thread of this process: it does the same, and it starts at once."""
     ours, theirs = Pipe()
 
     def work():
         with theirs:
-            worker.work(theirs, folder, settings)
+            worker.work(theirs, folder, config)
 
     thread = Thread(target=work, daemon=True)
     thread.start()
@@ -41,15 +40,14 @@ def in_thread(folder, settings):
 class Running:
     """A server under test; `url` ends without a slash."""
 
-    def __init__(self, folder, settings=None, limits=None, drain_seconds=5.0, name=None, launch=in_thread):
-        settings = settings or Settings()
-        self.models = offered(folder, settings, name, launch)
+    def __init__(self, folder, config=None, limits=None, drain_seconds=5.0, name=None, launch=in_thread):
+        self.models = find_models(folder, config or ServeConfig(), name, launch)
         self.models.preload()
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.server = Server(self.models, settings, limits or Limits(), drain_seconds)
+        self.server = Server(self.models, limits or ConnectionLimits(), drain_seconds)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
     def start(self):
@@ -83,14 +81,14 @@ class Running:
 
     @property
     def open_samples(self):
-        return sum(model.service.figures.open for model in self.models.loaded.values())
+        return sum(model.service.stats.open for model in self.models.loaded.values())
 
     def settles(self, seconds=10.0):
         """Whether every slot is free again before long, by the counts of the server and of the schedulers."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            figures = [model.service.figures for model in self.models.loaded.values()]
-            if not any(f.open or f.scheduler.get("running") or f.scheduler.get("waiting") for f in figures):
+            stats = [model.service.stats for model in self.models.loaded.values()]
+            if not any(f.open or f.scheduler.get("running") or f.scheduler.get("waiting") for f in stats):
                 return True
             time.sleep(0.02)
         return False

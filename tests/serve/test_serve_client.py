@@ -1,15 +1,44 @@
 """The official client against a real server, and every answer against the Engine's own of the same seed."""
 
 import asyncio
+from typing import Literal
 
 import openai
 import pytest
+from pydantic import BaseModel
 
 from bessemer.data.chat import render_ids
-from bessemer.serve.replies import ChatChunk, ChatReply, TextReply
+from bessemer.serve.protocol import ChatLogprobs, ChatReply, Finish, Routing, TextReply, Usage
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.95}
 """generation_config.json's, which count where a request names none."""
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: Finish | None
+    routing: Routing | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatChunk(BaseModel):
+    """One event of a stream; the OpenAPI document gives events as text."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
 
 
 def client(server, kind=openai.OpenAI):

@@ -9,9 +9,9 @@ import pytest
 from serving import error_of, in_thread, running
 
 from bessemer.errors import UserError
+from bessemer.serve import ServeConfig
 from bessemer.serve import server as serve_module
-from bessemer.serve.models import offered
-from bessemer.serve.settings import Settings
+from bessemer.serve.models import find_models
 
 CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "the fox"}]
@@ -138,7 +138,7 @@ def test_the_client_raises_its_own_errors(server):
 
 
 def test_an_api_key_is_asked_for_everywhere_but_at_the_door(r1):
-    with running(r1, settings=Settings(api_key="s3cret", origins=("https://page.example",))) as server:
+    with running(r1, config=ServeConfig(api_key="s3cret", origins=("https://page.example",))) as server:
         for path in ("/v1/models", "/metrics", "/tokenizer_info"):
             answer = httpx.get(server.url + path)
             assert (answer.status_code, error_of(answer)["type"]) == (401, "authentication_error")
@@ -156,7 +156,7 @@ def test_an_api_key_is_asked_for_everywhere_but_at_the_door(r1):
 
 def test_another_name_is_refused(r1):
     """A web page that gives its own name this address (DNS rebinding) is not let in."""
-    with running(r1, settings=Settings(hosts=("127.0.0.1", "localhost", "[::1]"))) as server:
+    with running(r1, config=ServeConfig(hosts=("127.0.0.1", "localhost", "[::1]"))) as server:
         assert httpx.get(server.url + "/v1/models", headers={"Host": "localhost:99"}).status_code == 200
         answer = httpx.get(server.url + "/v1/models", headers={"Host": "evil.example"})
         assert (answer.status_code, error_of(answer)["code"]) == (403, "unknown_host")
@@ -184,4 +184,4 @@ def test_what_cannot_be_served_is_said_at_the_start(r1, zero, tmp_path):
         spec["model"]["vocab"].setdefault(f"!{n}", len(spec["model"]["vocab"]))
     (wrong / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(UserError, match="do not belong together"):
-        offered(wrong, Settings(), launch=in_thread).preload()
+        find_models(wrong, ServeConfig(), launch=in_thread).preload()

@@ -18,9 +18,9 @@ from serving import error_of, running
 from bessemer.engine.scheduler import Scheduler
 from bessemer.errors import UserError
 from bessemer.runs.directory import model_dir
-from bessemer.serve.connection import Limits
-from bessemer.serve.models import offered
-from bessemer.serve.settings import Settings
+from bessemer.serve import ServeConfig
+from bessemer.serve.middleware import ConnectionLimits
+from bessemer.serve.models import find_models
 
 CHAT = "/v1/chat/completions"
 LONG = {"messages": [{"role": "user", "content": "the fox"}], "ignore_eos": True, "stream": True}
@@ -52,7 +52,7 @@ def test_a_client_that_vanishes_frees_its_slot(server):
         raw_request(server.port, LONG | {"stream": stream, "n": 3}) for stream in (True, False) for _ in range(2)
     ]
     wait_for(lambda: server.open_samples == 12)
-    generated = server.models.loaded["r1"].service.figures
+    generated = server.models.loaded["r1"].service.stats
     wait_for(lambda: generated.scheduler.get("running", 0) == 12)
     before = generated.generated
     for plug in cancelled:
@@ -62,7 +62,7 @@ def test_a_client_that_vanishes_frees_its_slot(server):
 
 
 def test_a_full_queue_is_refused_and_drains(r1):
-    with running(r1, settings=Settings(rows=2, waiting=3)) as server:
+    with running(r1, config=ServeConfig(rows=2, waiting=3)) as server:
         plugs = [raw_request(server.port, LONG) for _ in range(5)]
         wait_for(lambda: server.open_samples == 5)
         answer = server.chat(max_tokens=1)
@@ -82,7 +82,7 @@ def test_a_full_queue_is_refused_and_drains(r1):
 
 def test_a_thousand_half_open_connections(r1):
     """Silent ones, half a header, half a body: all are closed in time, and nobody else waits for them."""
-    with running(r1, limits=Limits(request_seconds=3.0, connections=600)) as server:
+    with running(r1, limits=ConnectionLimits(request_seconds=3.0, connections=600)) as server:
         starts = (b"", b"POST /v1/chat/comp", b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
                   b"Content-Type: application/json\r\n\r\n{")  # fmt: skip
         plugs = []
@@ -105,7 +105,7 @@ def test_a_thousand_half_open_connections(r1):
 
 
 def test_who_does_not_read_is_given_up(r1):
-    with running(r1, limits=Limits(unread_seconds=0.5)) as server:
+    with running(r1, limits=ConnectionLimits(unread_seconds=0.5)) as server:
         plug = socket.socket()
         plug.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         plug.connect(("127.0.0.1", server.port))
@@ -132,8 +132,8 @@ def test_a_failing_step_costs_only_who_was_reading(r1, monkeypatch):
         return [sequence.request.client for sequence in scheduler.runner.sequences]
 
     monkeypatch.setattr(Scheduler, "step", broken)
-    with running(r1, settings=Settings(rows=1)) as server:
-        figures = server.models.loaded["r1"].service.figures
+    with running(r1, config=ServeConfig(rows=1)) as server:
+        figures = server.models.loaded["r1"].service.stats
         with httpx.stream("POST", server.url + CHAT, json=LONG, timeout=30) as reading:
             lines = reading.iter_lines()
             wait_for(lambda: figures.generated > 2)
@@ -155,9 +155,9 @@ def test_a_failing_step_costs_only_who_was_reading(r1, monkeypatch):
 def test_a_killed_model_is_replaced(server):
     """Killed for memory, say: who waited for it is told, and the next request has it again."""
     first = server.models.loaded["r1"].service
-    before = first.figures.generated
+    before = first.stats.generated
     plug = raw_request(server.port, LONG | {"stream": False})
-    wait_for(lambda: first.figures.generated > before)
+    wait_for(lambda: first.stats.generated > before)
     first.process.kill()
     said = b""
     while not said.endswith(b"}}"):
@@ -185,7 +185,7 @@ def run_folder(r1, zero, tmp_path_factory):
 
 
 def test_the_models_of_a_run(run_folder):
-    with running(run_folder, settings=Settings(loaded=2)) as server:
+    with running(run_folder, config=ServeConfig(loaded=2)) as server:
         names = [model["id"] for model in httpx.get(server.url + "/v1/models").json()["data"]]
         assert names == ["base", "zero", "r1"] and "03-broken" in server.models.broken[0]
         assert server.chat(max_tokens=1).json()["model"] == "r1"
@@ -212,7 +212,8 @@ def test_the_models_of_a_run(run_folder):
 def test_signals_end_a_server(r1):
     """After the first the answers under way end, and new questions are refused; after the second they are cut off."""
     code = f"import bessemer.serve.server as s, serving; s.serve({str(r1)!r}, port=0, launch=serving.in_thread)"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    path = os.pathsep.join((os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         said = process.stdout.readline()
@@ -247,7 +248,7 @@ def refused(url):
 
 
 def test_who_waits_hears_from_the_server(r1):
-    with running(r1, settings=Settings(rows=1, keep_alive_seconds=0.05)) as server:
+    with running(r1, config=ServeConfig(rows=1, keep_alive_seconds=0.05)) as server:
         plug = raw_request(server.port, LONG)
         wait_for(lambda: server.open_samples == 1)
         with httpx.stream("POST", server.url + CHAT, json=LONG | {"max_tokens": 1}, timeout=30) as answer:
@@ -284,5 +285,5 @@ def test_names_are_for_single_models(run_folder, r1):
 def test_a_model_outside_of_a_run_goes_by_its_directory(r1, tmp_path):
     for path in ("hero/model", "other"):
         shutil.copytree(model_dir(r1), tmp_path / path)
-    names = [offered(tmp_path / path, Settings()).default.name for path in ("hero/model", "other")]
+    names = [find_models(tmp_path / path, ServeConfig()).default.name for path in ("hero/model", "other")]
     assert names == ["hero", "other"]

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.sequence import cut_at_stop
 from bessemer.serve.events import event
-from bessemer.serve.reasoning_parser import Writing
-from bessemer.serve.text import Vocabulary
+from bessemer.serve.models import Vocabulary
+from bessemer.serve.reasoning_parser import ReasoningParser
 
 TOKENIZER = Tokenizer.train(["the quick brown fox", "<think>two</think> <answer>4</answer>", "盛钢水"] * 8, 290)
 IDS = st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30)
@@ -24,10 +24,10 @@ def generated(ids, stops):
     return ids
 
 
-def written(ids, tokenizer=TOKENIZER, **options):
+def written(ids, tokenizer=TOKENIZER, stops=(), **options):
     """(thought, content, deltas one by one) of a whole answer."""
-    writing = Writing(tokenizer, **options)
-    deltas = [delta for i in ids for delta in writing.push(i)] + writing.end()
+    parser = ReasoningParser(tokenizer, stops, **options)
+    deltas = [delta for i in ids for delta in parser.push(i)] + parser.end()
     join = lambda kind: "".join(delta.text for delta in deltas if delta.thinking is kind)  # noqa: E731
     return join(True), join(False), deltas
 
@@ -82,8 +82,8 @@ def test_tags_that_are_text(thought, content, stops, opened):
 
 
 def test_nothing_is_held_longer_than_needed():
-    writing = Writing(TOKENIZER, stops=["fox jumps"], split=False)
-    out = [[delta.text for delta in writing.push(i)] for c in "a fox jumped" for i in TOKENIZER.encode(c)]
+    parser = ReasoningParser(TOKENIZER, ["fox jumps"], split=False)
+    out = [[delta.text for delta in parser.push(i)] for c in "a fox jumped" for i in TOKENIZER.encode(c)]
     assert out[:3] == [["a"], [" "], []] and out[10] == ["fox jumpe"] and out[11] == ["d"]
 
 

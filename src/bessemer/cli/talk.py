@@ -91,11 +91,11 @@ def serve(
     force: Annotated[bool, typer.Option("--force", help="Serve other machines without an API key.")] = False,
 ) -> None:
     """Serve the models of a run: an OpenAI-compatible API and a chat page."""
+    from bessemer.serve import ServeConfig
     from bessemer.serve.server import serve as run_server
-    from bessemer.serve.settings import Settings
 
-    settings = Settings(
+    config = ServeConfig(
         rows=rows, waiting=waiting, cache_tokens=cache_tokens, drafts=drafts, compile=compile, threads=threads,
         loaded=loaded, api_key=api_key, origins=tuple(origin or ()), reasoning_format=reasoning_format.value,
     )  # fmt: skip
-    run_server(model, host=host, port=port, settings=settings, drain_seconds=drain, force=force)
+    run_server(model, host=host, port=port, config=config, drain_seconds=drain, force=force)

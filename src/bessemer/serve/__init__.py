@@ -1,0 +1,51 @@
+"""The OpenAI-compatible server and its chat page: `server.serve` starts it, and these are its options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bessemer.workers import cores
+
+ReasoningFormat = Literal["auto", "deepseek", "none", "hidden"]
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Limits and habits of one server; the defaults suit one machine and its user."""
+
+    rows: int = 64
+    """Samples that decode together, per model; the others wait."""
+    waiting: int = 256
+    """Samples that may wait, per model; one more is refused with 429."""
+    cache_tokens: int | None = None
+    """Tokens that the cache of a model holds (None: rows of full length)."""
+    prefill_tokens: int = 2048
+    """Prompt tokens processed between two decoding steps."""
+    drafts: int = 0
+    """Tokens that the MTP module drafts at each step; every model must have one."""
+    compile: bool = False
+    """Run decoding steps through torch.compile; the first load of a model takes a minute or two longer."""
+    threads: int | None = None
+    """Threads of each model's arithmetic. None: all cores but one, which is left to the network and its clients. Two
+    busy threads on one core cost far more than one thread less."""
+    loaded: int = 4
+    """Models in memory at once, as many as the page compares; the least recently used one makes room."""
+    body_bytes: int = 4_000_000
+    """Largest request body."""
+    api_key: str | None = None
+    """With a key every endpoint but the page and /health requires `Authorization: Bearer KEY`."""
+    hosts: tuple[str, ...] | None = None
+    """Names a browser may use for the server (the Host header); None accepts any. Without this check any web page could
+    reach a server on the loopback address by pointing its own domain at that address."""
+    origins: tuple[str, ...] = ()
+    """Web origins whose pages may call the API from a browser (CORS); "*" is any."""
+    reasoning_format: ReasoningFormat = "auto"
+    """auto, deepseek: thoughts in a separate field, as reasoning_content and reasoning; none: <think> tags in the
+    content; hidden: the answer alone. A request may override it."""
+    keep_alive_seconds: float = 15.0
+    """A stream without a new token sends a comment this often."""
+
+    @property
+    def model_threads(self) -> int:
+        return self.threads or max(1, cores() - 1)

@@ -1,10 +1,11 @@
-"""The HTTP application: endpoints, errors, and an OpenAPI document that says no more and no less than they do."""
+"""The HTTP application: endpoints, errors, the chat page, and an OpenAPI document that describes exactly these."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator, Sequence
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -17,41 +18,60 @@ from starlette.middleware.cors import CORSMiddleware
 
 from bessemer import __version__
 from bessemer.errors import UserError
-from bessemer.serve import chat, completions, static, tokens
-from bessemer.serve.errors import ApiError, ErrorResponse, invalid
-from bessemer.serve.events import EventStream, event, while_connected
-from bessemer.serve.facts import Facts
-from bessemer.serve.inflight import Stream
-from bessemer.serve.metrics import Metrics
-from bessemer.serve.middleware import Counted, Guard
-from bessemer.serve.models import Models
-from bessemer.serve.protocol import FIELDS, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from bessemer.serve.replies import (
+from bessemer.serve import chat, completions
+from bessemer.serve.events import EventStream, Responder, while_connected
+from bessemer.serve.metrics import ServerMetrics
+from bessemer.serve.middleware import RequestCounter, RequestGuard
+from bessemer.serve.models import LoadedModel, ModelFacts, Models, tokenise
+from bessemer.serve.protocol import (
+    FIELDS,
+    ApiError,
     ChatReply,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeReply,
+    DetokenizeRequest,
+    ErrorResponse,
     Health,
-    ModelFacts,
+    ModelDetails,
     ModelList,
     ModelReply,
-    PlainText,
     TextReply,
+    TokenizeReply,
+    TokenizeRequest,
     TokenizerInfo,
-    Tokens,
+    invalid,
 )
-from bessemer.serve.sampling_params import client_of
-from bessemer.serve.settings import Settings
 
-log = logging.getLogger("bessemer.serve")
-EVENTS = {"text/event-stream": {"schema": {
-    "type": "object", "required": ["data"], "description": "One event: a chunk of the answer, an error, or [DONE].",
+EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "description": "One event: a chunk of the answer, an error, or [DONE].",
     "properties": {"data": {"type": "string"}},
-}}}  # fmt: skip
+}
+STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": EVENT}}}
 FAILED = {"model": ErrorResponse, "description": "What is wrong."}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": FAILED, "5XX": FAILED}
+PAGE = Path(__file__).with_name("page")
+PAGE_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
+        "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
-def build(models: Models, settings: Settings | None = None) -> FastAPI:
+def build(models: Models) -> FastAPI:
     """The application over these models; `app.state.draining` set to True makes it refuse new work."""
-    settings = settings or models.settings
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -60,135 +80,176 @@ def build(models: Models, settings: Settings | None = None) -> FastAPI:
         await models.stop()
 
     app = FastAPI(
-        title="Bessemer", version=__version__, description="An OpenAI-compatible API over models of this machine.",
-        lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS, redirect_slashes=False,
-    )  # fmt: skip
+        title="Bessemer",
+        version=__version__,
+        description="An OpenAI-compatible API over models of this machine.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=ERRORS,
+        redirect_slashes=False,
+    )
     app.state.draining = False
-    metrics = Metrics(models)
-    _errors(app)
-    _generation(app, models, settings, metrics)
-    _about(app, models, settings, metrics)
-    static.add(app)
-    app.add_middleware(Guard, settings=settings)
-    if settings.origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"],
-                           allow_headers=["*"], expose_headers=["Retry-After"])  # fmt: skip
-    app.add_middleware(Counted, metrics=metrics)
+    metrics = ServerMetrics(models)
+    _add_errors(app)
+    _add_generation(app, models, metrics)
+    _add_tokenizer(app, models)
+    _add_status(app, models, metrics)
+    _add_page(app)
+    app.add_middleware(RequestGuard, config=models.config)
+    if models.config.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(models.config.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
+    app.add_middleware(RequestCounter, metrics=metrics)
     return app
 
 
-def _generation(app: FastAPI, models: Models, settings: Settings, metrics: Metrics) -> None:
+def _add_generation(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
 
-    @app.post("/v1/chat/completions", response_model=None,
-              responses={200: {"model": ChatReply, "content": EVENTS}, **ERRORS})  # fmt: skip
+    @app.post("/v1/chat/completions", response_model=None, responses={200: {"model": ChatReply, **STREAM}, **ERRORS})
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answers a conversation, at once or as a stream of chunks."""
-        _check_draining(app)
-        began = monotonic()
-        async with models.use(body.model) as model:
-            task = await chat.prepare(body, model, settings.reasoning_format, client_of(_address(request), body))
-            stream = await model.service.submit(task.requests)
-        return await _answer(request, task, stream, metrics, began)
+        return await answer(body, request, chat.prepare)
 
-    @app.post("/v1/completions", response_model=None,
-              responses={200: {"model": TextReply, "content": EVENTS}, **ERRORS})  # fmt: skip
+    @app.post("/v1/completions", response_model=None, responses={200: {"model": TextReply, **STREAM}, **ERRORS})
     async def text_completions(body: CompletionRequest, request: Request) -> Response:
         """Continues texts, at once or as a stream of chunks."""
-        _check_draining(app)
+        return await answer(body, request, completions.prepare)
+
+    async def answer(
+        body: Any, request: Request, prepare: Callable[[Any, LoadedModel, str], Awaitable[Responder]]
+    ) -> Response:
+        if app.state.draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
         began = monotonic()
         async with models.use(body.model) as model:
-            task = await completions.prepare(body, model, client_of(_address(request), body))
-            await task.score()
-            stream = await task.submit()
-        return await _answer(request, task, stream, metrics, began)
+            responder = await prepare(body, model, request.client.host if request.client else "")
+            stream = await responder.submit()
+
+        def ended() -> None:
+            first = stream.first_token if stream else None
+            metrics.answered(model.facts.name, began, first, responder.choices, responder.prompt_tokens)
+
+        if body.stream:
+            return EventStream(stream, responder.events(stream), ended)
+        try:
+            async with while_connected(request.receive, stream):
+                return JSONResponse(await responder.whole(stream))
+        finally:
+            ended()
 
 
-async def _answer(
-    request: Request, task: chat.ChatCompletion | completions.Completion, stream: Stream | None, metrics: Metrics,
-    began: float,
-) -> Response:  # fmt: skip
-    def ended() -> None:
-        first = stream.first if stream else None
-        metrics.answered(task.model.facts.name, began, first, task.answers, task.prompt_tokens)
+def _add_tokenizer(app: FastAPI, models: Models) -> None:
+    """In the form of vLLM's endpoints, which lm-eval's remote tokenizer reads."""
 
-    if task.body.stream:
-        return EventStream(stream, task.events(stream), _failed, ended)
-    try:
-        async with while_connected(request.receive, stream):
-            return JSONResponse(await task.whole(stream))
-    finally:
-        ended()
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> TokenizeReply:
+        """A text, or a conversation as the model sees it, in tokens."""
+        async with models.use(body.model) as model:
+            if (body.prompt is None) == (body.messages is None):
+                raise invalid("give either prompt or messages", "prompt")
+
+            def encode() -> list[int]:
+                if body.messages is not None:
+                    return list(chat.chat_prompt(model.tokenizer, body.messages).ids)
+                return model.vocabulary.prompt_ids(body.prompt, body.add_special_tokens is not False)
+
+            texts = [body.prompt or "", *(text for turn in body.messages or () for text in chat.turn_texts(turn))]
+            ids = await tokenise(encode, sum(map(len, texts)))
+            names = [model.vocabulary.name(i) for i in ids]
+            return TokenizeReply(tokens=ids, count=len(ids), max_model_len=model.facts.context, token_strs=names)
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> DetokenizeReply:
+        """The text of tokens, control tokens by their names."""
+        async with models.use(body.model) as model:
+            vocab_size = model.tokenizer.vocab_size
+            if bad := [i for i in body.tokens if i >= vocab_size]:
+                raise invalid(f"token id {bad[0]} is outside the vocabulary of {vocab_size}", "tokens")
+            return DetokenizeReply(prompt=model.tokenizer.decode(body.tokens, skip_special=False))
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> TokenizerInfo:
+        """The default model's tokenizer."""
+        async with models.use(None) as model:
+            tokenizer = model.tokenizer
+            ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+            return TokenizerInfo(
+                tokenizer_class="PreTrainedTokenizerFast",
+                chat_template=tokenizer.chat_template or None,
+                **{
+                    f"{name}_token": None if i is None else tokenizer.token_bytes(i).decode("utf-8", "replace")
+                    for name, i in ids.items()
+                },
+            )
 
 
-def _failed(error: Exception) -> bytes:
-    if not isinstance(error, ApiError):
-        log.error("a stream failed", exc_info=error)
-        error = ApiError(500, "the server failed and the rest of the answer is lost; ask again")
-    return event(error.body)
-
-
-def _about(app: FastAPI, models: Models, settings: Settings, metrics: Metrics) -> None:
+def _add_status(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
     @app.get("/v1/models")
     async def list_models() -> ModelList:
-        """What this server has; the last is the default."""
-        return ModelList(data=[_reply(facts, models) for facts in models.offers.values()])
+        """The models of this server; the last is the default."""
+        return ModelList(data=[reply(facts) for facts in models.offers.values()])
 
     @app.get("/v1/models/{model}")
     async def get_model(model: str) -> ModelReply:
         """One of them."""
-        return _reply(models.find(model), models)
+        return reply(models.find(model))
+
+    def reply(facts: ModelFacts) -> ModelReply:
+        known = {name: getattr(facts, name) for name in ModelDetails.model_fields if hasattr(facts, name)}
+        default, loaded = facts is models.default, facts.name in models.loaded
+        details = ModelDetails(stage=facts.name, default=default, loaded=loaded, **known)
+        return ModelReply(id=facts.name, created=facts.created, bessemer=details)
 
     @app.get("/health")
     async def health(response: Response) -> Health:
-        """Whether it is up, and how busy."""
-        figures = [model.service.figures for model in models.loaded.values()]
-        running = sum(int(f.scheduler.get("running", 0)) for f in figures)
-        waiting = sum(f.open for f in figures) - running
-        status = "draining" if app.state.draining else "ok"
-        return Health(status=status, auth=bool(settings.api_key), running=running, waiting=max(0, waiting),
-                      version=__version__)  # fmt: skip
+        """Whether the server is up, and how busy."""
+        stats = [model.service.stats for model in models.loaded.values()]
+        running = sum(int(s.scheduler.get("running", 0)) for s in stats)
+        return Health(
+            status="draining" if app.state.draining else "ok",
+            auth=bool(models.config.api_key),
+            running=running,
+            waiting=max(0, sum(s.open for s in stats) - running),
+            version=__version__,
+        )
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Figures for Prometheus."""
         return Response(metrics.page(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> Tokens:
-        """A text, or a conversation as the model sees it, in tokens."""
-        async with models.use(body.model) as model:
-            return await tokens.tokenize(body, model)
 
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> PlainText:
-        """The text of tokens, control tokens by their names."""
-        async with models.use(body.model) as model:
-            return PlainText(prompt=tokens.detokenize(body, model))
+def _add_page(app: FastAPI) -> None:
+    """The chat page: the files in page/ and nothing else, under a policy that admits nothing from other origins."""
 
-    @app.get("/tokenizer_info")
-    async def tokenizer_info() -> TokenizerInfo:
-        """The default model's tokenizer."""
-        async with models.use(None) as model:
-            return tokens.info(model)
+    @app.get("/", include_in_schema=False)
+    async def index(request: Request) -> Response:
+        return static("index.html", request)
 
+    @app.get("/static/{name}", include_in_schema=False)
+    async def static_file(name: str, request: Request) -> Response:
+        return static(name, request)
 
-def _reply(facts: Facts, models: Models) -> ModelReply:
-    shown = {name: getattr(facts, name) for name in ModelFacts.model_fields if hasattr(facts, name)}
-    about = ModelFacts(stage=facts.name, default=facts is models.default, loaded=facts.name in models.loaded, **shown)
-    return ModelReply(id=facts.name, created=facts.created, bessemer=about)
-
-
-def _check_draining(app: FastAPI) -> None:
-    if app.state.draining:
-        raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
+    def static(name: str, request: Request) -> Response:
+        known = {path.name: path for path in PAGE.iterdir() if path.suffix in PAGE_TYPES}
+        if name not in known:
+            raise ApiError(404, f"there is no file {name!r} here", code="not_found")
+        data = known[name].read_bytes()
+        tag = f'"{hashlib.sha256(data).hexdigest()[:24]}"'
+        headers = PAGE_HEADERS | {"ETag": tag}
+        if tag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(data, headers=headers | {"Content-Type": PAGE_TYPES[known[name].suffix]})
 
 
-def _address(request: Request) -> str:
-    return request.client.host if request.client else ""
-
-
-def _errors(app: FastAPI) -> None:
-    """Every way to fail, in OpenAI's form."""
+def _add_errors(app: FastAPI) -> None:
+    """Every failure, in OpenAI's form."""
 
     def answer(error: ApiError) -> JSONResponse:
         return JSONResponse(error.body, error.status, error.headers)
@@ -203,27 +264,28 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(_misshapen(error.errors()))
+        return answer(_validation_error(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         if isinstance(error.__cause__, ApiError):  # FastAPI wraps what is raised while it reads a body
             return answer(error.__cause__)
-        codes = {404: "not_found", 405: "method_not_allowed", 400: "invalid_body"}
-        what = {
-            404: f"there is nothing at {request.url.path}", 405: f"{request.url.path} does not take {request.method}",
-            400: "the body cannot be read: it must be JSON in UTF-8",
-        }.get(error.status_code, str(error.detail))  # fmt: skip
-        return answer(ApiError(error.status_code, what, code=codes.get(error.status_code), headers=error.headers))
+        known = {
+            400: ("invalid_body", "the body cannot be read: it must be JSON in UTF-8"),
+            404: ("not_found", f"there is nothing at {request.url.path}"),
+            405: ("method_not_allowed", f"{request.url.path} does not take {request.method}"),
+        }
+        code, message = known.get(error.status_code, (None, str(error.detail)))
+        return answer(ApiError(error.status_code, message, code=code, headers=error.headers))
 
     @app.exception_handler(Exception)
     async def other(request: Request, error: Exception) -> JSONResponse:
         return answer(ApiError(500, "the server failed on this request; its log says why", code="internal_error"))
 
 
-def _misshapen(errors: Sequence[Any]) -> ApiError:
-    """Validation errors in words. Where a field may be of several kinds, the kind that the value came closest to
-    speaks; pydantic's names for kinds are left out of the place."""
+def _validation_error(errors: Sequence[Any]) -> ApiError:
+    """Validation errors in words. Where a field may have several types, the error is that of the type that fits best;
+    pydantic's names of types are left out of the location."""
     worst = max(errors, key=lambda error: len(error["loc"]))  # the first of the longest
     if worst["type"] == "json_invalid":
         return invalid(f"the body is not JSON: {worst.get('ctx', {}).get('error', worst['msg'])}", code="invalid_json")

@@ -1,119 +1,97 @@
-"""POST /v1/chat/completions: chunks and whole answers from one description of each.
+"""POST /v1/chat/completions: messages to the ids of a prompt, and an answer as chunks or as a whole.
 
-Thoughts go out under both names in use, `reasoning_content` (DeepSeek, SGLang, llama.cpp) and `reasoning` (vLLM).
+The model's own template makes the prompt. R1's opens the thought, R1-Zero's leaves that to the model, a foreign
+template may do either. The thinking switch closes the thought before it begins, with the line breaks that R1 was
+trained on, so that the model continues an answer without a thought; or it opens the thought where the template does
+not. A last message of the assistant is continued: it stands where the answer would, and the answer follows it.
+
+Thoughts are sent under both names in use, `reasoning_content` (DeepSeek, SGLang, llama.cpp) and `reasoning` (vLLM).
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from bessemer.data.special import THINK
-from bessemer.engine.sequence import Request, Token
-from bessemer.serve import prompt, sampling_params
-from bessemer.serve.answer import Answer, Piece, likeliest, usage
-from bessemer.serve.envelope import LEAST_LOGPROB, Envelope
-from bessemer.serve.errors import invalid, too_long, unsupported
-from bessemer.serve.events import KEEP_ALIVE, event
-from bessemer.serve.inflight import Event, Stream
-from bessemer.serve.models import Loaded
-from bessemer.serve.protocol import ChatRequest, StreamOptions
-from bessemer.serve.reasoning_parser import Writing
-from bessemer.serve.settings import ReasoningFormat
-from bessemer.serve.text import Vocabulary
-
-LONG_TEXT = 20_000
-"""Characters above which a text is tokenised beside the event loop."""
+from bessemer.data.chat import opening, render_ids, template_style
+from bessemer.data.special import THINK, THINK_END
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine.sequence import Token, think_ids
+from bessemer.serve import sampling_params
+from bessemer.serve.events import MIN_LOGPROB, ChoiceBuilder, Responder, likeliest
+from bessemer.serve.models import LoadedModel, Vocabulary, tokenise
+from bessemer.serve.protocol import ChatRequest, Thinking, Turn, invalid, unsupported
+from bessemer.serve.reasoning_parser import AnswerEvent, ReasoningParser
 
 
-class ChatCompletion:
-    """One request on its way: what to ask the model, and what to make of its tokens."""
+class ChatPrompt(NamedTuple):
+    """A conversation as the model sees it."""
 
-    def __init__(self, body: ChatRequest, model: Loaded, asked: prompt.Prompt, how: ReasoningFormat, client: str):
+    ids: tuple[int, ...]
+    thinking: bool
+    """It ends inside a thought."""
+    continued: bool
+    """It ends inside a message of the assistant."""
+
+
+class ChatResponder(Responder):
+    """A request for the next message of a conversation."""
+
+    id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, body: ChatRequest, model: LoadedModel, prompt: ChatPrompt, client: str):
         if body.top_logprobs is not None and not body.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
-        self.body, self.model, self.asked = body, model, asked
-        self.how = body.reasoning_format or how
-        most = body.max_completion_tokens or body.max_tokens
-        if most == 0:
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        if max_tokens == 0:
             raise invalid("max_tokens must be at least 1", "max_tokens")
-        budget = prompt.budget(body, sampling_params.room(model, len(asked.ids), most))
-        self.requests = sampling_params.requests(
-            body, model, [asked.ids], most=most, param="messages", top=body.top_logprobs or 0, thinking_budget=budget,
+        self.body, self.prompt = body, prompt
+        self.format = body.reasoning_format or model.service.config.reasoning_format
+        requests = sampling_params.requests(
+            body,
+            model,
+            [prompt.ids],
             client=client,
-        )  # fmt: skip
-        self.answers = [Answer(request, self._writing(request)) for request in self.requests]
-        self.prompt_tokens = len(asked.ids)
-        self.envelope = Envelope("chatcmpl", "chat.completion", model.facts.name)
+            max_tokens=max_tokens,
+            param="messages",
+            top=body.top_logprobs or 0,
+            thinking_budget=_thinking_budget(body, sampling_params.room(model, len(prompt.ids), max_tokens)),
+        )
+        parsers = [
+            ReasoningParser(
+                model.tokenizer,
+                request.stop_strings,
+                thinking=prompt.thinking,
+                split=self.format != "none",
+                trim=not prompt.continued,
+            )
+            for request in requests
+        ]
+        choices = [ChoiceBuilder(parser, r.stop_ids) for parser, r in zip(parsers, requests, strict=True)]
+        super().__init__(body, model, requests, choices, len(prompt.ids))
 
-    async def events(self, stream: Stream) -> AsyncIterator[bytes]:
-        """The chunks of a stream, up to the usage."""
-        options = self.body.stream_options or StreamOptions()
-        self._running = bool(options.continuous_usage_stats)
-        lead = f"{THINK}\n" if self.how == "none" and self.asked.thinking else ""
-        yield b"".join(self._chunk(n, {"role": "assistant", "content": lead}) for n in range(len(self.answers)))
-        async for events in stream:
-            yield KEEP_ALIVE if events is None else b"".join(self._chunks(events))
-        if options.include_usage:
-            yield event(self.envelope.chunk([], usage(self.answers, self.prompt_tokens)))
+    def opening(self) -> Sequence[dict[str, Any]]:
+        return [{"delta": {"role": "assistant", "content": self._lead}, "logprobs": None} for _ in self.choices]
 
-    async def whole(self, stream: Stream) -> dict[str, Any]:
-        """The answer in one object."""
-        pieces: list[list[Piece]] = [[] for _ in self.answers]
-        async for events in stream:
-            for n, one in events or ():
-                pieces[n] += self.answers[n].take((one,))
-                self.envelope.check(self.answers[n])
-        choices = [self._choice(n, found) for n, found in enumerate(pieces)]
-        return self.envelope.whole(choices, usage(self.answers, self.prompt_tokens))
+    def fields(self, n: int, event: AnswerEvent) -> dict[str, Any]:
+        delta = {}
+        if event.text and not event.thinking:
+            delta = {"content": event.text}
+        elif event.text and self.format != "hidden":
+            delta = {"reasoning_content": event.text, "reasoning": event.text}
+        return {"delta": delta, "logprobs": self._logprobs(event.tokens)}
 
-    def _writing(self, request: Request) -> Writing:
-        split = self.how != "none"
-        return Writing(
-            self.model.tokenizer, request.stop_strings, thinking=self.asked.thinking, split=split,
-            trim=not self.asked.continued,
-        )  # fmt: skip
-
-    def _chunks(self, events: Sequence[tuple[int, Event]]) -> list[bytes]:
-        found = []
-        for n in sorted({n for n, _ in events}):
-            answer = self.answers[n]
-            pieces = answer.take(one for m, one in events if m == n)
-            found += [self._chunk(n, self._texts(piece), piece.tokens) for piece in pieces]
-            self.envelope.check(answer)
-            if answer.finish:
-                found.append(self._chunk(n, {}, finish=answer.finish))
-        return found
-
-    def _chunk(
-        self, n: int, delta: dict[str, Any], tokens: Sequence[Token] | None = None, finish: str | None = None
-    ) -> bytes:
-        choice = {"index": n, "delta": delta, "logprobs": None, "finish_reason": finish}
-        if tokens is not None:
-            choice |= {"logprobs": self._logprobs(tokens), **self.envelope.extras(self.body, tokens)}
-        so_far = usage((self.answers[n],), self.prompt_tokens) if self._running else None
-        return event(self.envelope.chunk([choice], so_far))
-
-    def _texts(self, piece: Piece) -> dict[str, str]:
-        if not piece.text or (piece.thinking and self.how == "hidden"):
-            return {}
-        if piece.thinking:
-            return {"reasoning_content": piece.text, "reasoning": piece.text}
-        return {"content": piece.text}
-
-    def _choice(self, n: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        thought = "".join(piece.text for piece in pieces if piece.thinking) if self.how != "hidden" else ""
-        content = "".join(piece.text for piece in pieces if not piece.thinking)
-        tokens = [token for piece in pieces for token in piece.tokens]
-        if self.how == "none" and self.asked.thinking:
-            content = f"{THINK}\n{content}"
-        message = {"role": "assistant", "content": content}
+    def whole_fields(self, n: int, events: Sequence[AnswerEvent]) -> dict[str, Any]:
+        thought = "".join(event.text for event in events if event.thinking) if self.format != "hidden" else ""
+        content = "".join(event.text for event in events if not event.thinking)
+        message = {"role": "assistant", "content": self._lead + content}
         message |= {"reasoning_content": thought, "reasoning": thought} if thought else {}
-        return {
-            "index": n, "message": message, "logprobs": self._logprobs(tokens),
-            "finish_reason": self.answers[n].finish, **self.envelope.extras(self.body, tokens),
-        }  # fmt: skip
+        return {"message": message, "logprobs": self._logprobs([token for e in events for token in e.tokens])}
+
+    @property
+    def _lead(self) -> str:
+        """What the template has already written of an answer that is shown with its tags."""
+        return f"{THINK}\n" if self.format == "none" and self.prompt.thinking else ""
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self.body.logprobs:
@@ -121,37 +99,88 @@ class ChatCompletion:
         vocabulary = self.model.vocabulary
         content = []
         for token in tokens:
-            top = [_entry(vocabulary, i, logprob) for i, logprob in likeliest(token)]
-            content.append(_entry(vocabulary, token.token, token.raw_logprob) | {"top_logprobs": top})
+            top = [_logprob(vocabulary, i, logprob) for i, logprob in likeliest(token)]
+            content.append(_logprob(vocabulary, token.token, token.raw_logprob) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
 
 
-async def prepare(body: ChatRequest, model: Loaded, how: ReasoningFormat, client: str) -> ChatCompletion:
-    """A request as a task for this model; ApiError or UserError if it cannot be one."""
+async def prepare(body: ChatRequest, model: LoadedModel, client: str) -> ChatResponder:
+    """The request for this model; ApiError or UserError if it cannot be served."""
     if body.tools:
         raise unsupported("tools", "tools are not supported by these models; leave them out")
     if body.response_format and body.response_format.get("type", "text") != "text":
         raise unsupported("response_format", "only text is supported; ask for the format in the message")
-    return ChatCompletion(body, model, await render(body, model), how, client)
+    size = sum(len(text) for turn in body.messages for text in turn_texts(turn))
+    thinking = _thinking_switch(body)
+    model.check_length(size, "messages")
+    prompt = await tokenise(lambda: chat_prompt(model.tokenizer, body.messages, thinking), size)
+    return ChatResponder(body, model, prompt, client)
 
 
-async def render(body: ChatRequest, model: Loaded) -> prompt.Prompt:
-    """The conversation as ids."""
-    tokenizer, turns = model.tokenizer, body.messages
-    size = sum(len(part) for turn in turns for part in prompt.texts(turn))
-    check_size(size, model, "messages")
-    if size < LONG_TEXT:
-        return prompt.of(tokenizer, turns, prompt.switch(body))
-    return await asyncio.to_thread(prompt.of, tokenizer, turns, prompt.switch(body))
+def chat_prompt(tokenizer: Tokenizer, turns: Sequence[Turn], thinking: bool | None = None) -> ChatPrompt:
+    """The prompt. UserError for what the template cannot represent."""
+    messages = [
+        {"role": "system" if turn.role == "developer" else turn.role, "content": "".join(turn_texts(turn))}
+        for turn in turns
+    ]
+    begun = messages.pop()["content"] if messages[-1]["role"] == "assistant" and len(messages) > 1 else None
+    style = template_style(tokenizer)
+    ids = render_ids(tokenizer, messages, style)
+    is_open = THINK in (opening(style) if style else tokenizer.opening)
+    more: list[int] = []
+    if begun:
+        more = tokenizer.encode(_begin(begun, style, is_open))
+    elif thinking is not None and None not in think_ids(tokenizer):
+        more = tokenizer.encode(_switch(thinking, style, is_open))
+    for token_id in more:  # only these: tags inside of a question open and close nothing
+        if token_id in think_ids(tokenizer):
+            is_open = token_id == think_ids(tokenizer)[0]
+    return ChatPrompt((*ids, *more), is_open, bool(begun))
 
 
-def check_size(characters: int, model: Loaded, param: str) -> None:
-    """Refuses a text that is too long whatever its tokens, without tokenising it."""
-    least = characters // model.vocabulary.longest
-    if least > model.facts.context:
-        raise too_long(f"more than {least}", model.facts.context, param)
+def turn_texts(turn: Turn) -> list[str]:
+    """The text of a message, in its parts."""
+    return [part.text for part in turn.content] if isinstance(turn.content, list) else [turn.content or ""]
 
 
-def _entry(vocabulary: Vocabulary, token_id: int, logprob: float) -> dict[str, Any]:
+def _thinking_switch(body: ChatRequest) -> bool | None:
+    """Whether the request wants thoughts; the first field that decides counts. None: the model decides."""
+    arguments, thinking = body.chat_template_kwargs, body.thinking
+    if isinstance(thinking, Thinking):
+        thinking = {"enabled": True, "disabled": False, "auto": None}[thinking.type]
+    values = [thinking, body.enable_thinking]
+    values += [arguments.thinking, arguments.enable_thinking] if arguments else []
+    values += [False if body.reasoning_effort == "none" else None]
+    return next((value for value in values if value is not None), None)
+
+
+def _thinking_budget(body: ChatRequest, room: int) -> int | None:
+    """Tokens of thought in an answer of `room` tokens; None: no bound."""
+    arguments = body.chat_template_kwargs
+    values = [body.thinking_budget, body.thinking_token_budget, arguments.thinking_budget if arguments else None]
+    values += [body.thinking.budget_tokens if isinstance(body.thinking, Thinking) else None]
+    values += [{"minimal": room // 8, "low": room // 4}.get(body.reasoning_effort or "")]
+    return next((value for value in values if value is not None), None)
+
+
+def _switch(thinking: bool, style: str | None, is_open: bool) -> str:
+    if thinking:
+        return "" if is_open else THINK
+    if is_open:
+        return f"\n{THINK_END}\n\n"
+    # Zero's answer follows the tag after one blank, which the model writes itself
+    return f"{THINK}{THINK_END}" if style == "zero" else f"{THINK}\n\n{THINK_END}\n\n"
+
+
+def _begin(content: str, style: str | None, is_open: bool) -> str:
+    """The beginning of an answer, as the template would have written it."""
+    if style == "zero":
+        return content if content.startswith(THINK) else f" {content}"
+    if is_open and THINK_END not in content and not content.startswith(THINK):
+        return f"\n{THINK_END}\n\n{content}"
+    return content.removeprefix(f"{THINK}\n") if is_open else content
+
+
+def _logprob(vocabulary: Vocabulary, token_id: int, logprob: float) -> dict[str, Any]:
     raw = vocabulary.tokenizer.token_bytes(token_id)
-    return {"token": vocabulary.name(token_id), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(raw)}
+    return {"token": vocabulary.name(token_id), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(raw)}

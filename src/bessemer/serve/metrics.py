@@ -1,43 +1,41 @@
-"""/metrics for Prometheus. Every server has a registry of its own."""
+"""/metrics for Prometheus. Every server has its own registry."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from time import monotonic
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
-from bessemer.serve.answer import Answer
+from bessemer.serve.events import ChoiceBuilder
 from bessemer.serve.models import Models
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-GONE = 499
+CLIENT_GONE = 499
 """Status of a request whose client went away before its answer was complete, as nginx counts it."""
 
 
-class Metrics:
-    """Counters that requests fill, and gauges that are read off the models when somebody looks."""
+class ServerMetrics:
+    """Counters that requests increment, and gauges that are read from the models on demand."""
 
     def __init__(self, models: Models):
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "bessemer_requests", "HTTP requests by endpoint and status; 499: the client went away",
-            ["endpoint", "status"], registry=self.registry,
-        )  # fmt: skip
+        text = "HTTP requests by endpoint and status; 499: the client went away"
+        self.requests = Counter("bessemer_requests", text, ["endpoint", "status"], registry=self.registry)
         self.prompt = self._counter("prompt_tokens", "Tokens of prompts of answered requests")
         self.generated = self._counter("completion_tokens", "Tokens of answers")
         self.first = self._timer("time_to_first_token", "From the request to the first token of an answer")
-        self.each = self._timer("time_per_output_token", "Between two tokens of an answer, its average")
+        self.each = self._timer("time_per_output_token", "Average time between two tokens of an answer")
         self.whole = self._timer("request", "From the request to the end of its answers")
         self.registry.register(_Gauges(models))
 
     def answered(
-        self, model: str, began: float, first: float | None, answers: list[Answer], prompt_tokens: int
+        self, model: str, began: float, first: float | None, choices: Sequence[ChoiceBuilder], prompt_tokens: int
     ) -> None:
-        """A request has ended, one way or another. began, first: when it came and when its first token did."""
-        now, tokens = monotonic(), [answer.tokens for answer in answers]
+        """A request has ended, in whatever way. began, first: when it came and when its first token did."""
+        now, tokens = monotonic(), [choice.completion_tokens for choice in choices]
         self.whole.labels(model).observe(now - began)
         self.prompt.labels(model).inc(prompt_tokens)
         self.generated.labels(model).inc(sum(tokens))
@@ -57,7 +55,7 @@ class Metrics:
 
 
 class _Gauges:
-    """What the models are doing right now."""
+    """The present state of the models."""
 
     def __init__(self, models: Models):
         self.models = models
@@ -65,12 +63,12 @@ class _Gauges:
     def collect(self) -> Iterator[GaugeMetricFamily]:
         loaded = list(self.models.loaded.values())
         open_ = GaugeMetricFamily("bessemer_open_samples", "Samples that run or wait", labels=["model"])
-        found: dict[str, GaugeMetricFamily] = {}
+        gauges: dict[str, GaugeMetricFamily] = {}
         for model in loaded:
-            figures = model.service.figures
-            open_.add_metric([model.facts.name], figures.open)
-            for key, value in figures.scheduler.items():
+            stats = model.service.stats
+            open_.add_metric([model.facts.name], stats.open)
+            for key, value in stats.scheduler.items():
                 name = "bessemer_scheduler_" + re.sub(r"\W", "_", key)
-                gauge = found.setdefault(name, GaugeMetricFamily(name, f"The scheduler's {key}", labels=["model"]))
+                gauge = gauges.setdefault(name, GaugeMetricFamily(name, f"The scheduler's {key}", labels=["model"]))
                 gauge.add_metric([model.facts.name], value)
-        yield from (open_, *found.values())
+        yield from (open_, *gauges.values())

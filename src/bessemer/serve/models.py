@@ -1,68 +1,224 @@
-"""The models a server offers: every finished writing model of a run by the name of its stage, or one directory.
+"""The models that a server offers: every finished language model of a run under its stage's name, or one directory.
 
-The last one is the default. A model is loaded when it is first asked for; when more than `Settings.loaded` would be in
-memory, one that nobody uses makes room.
+The last one is the default. A model is loaded when it is first requested; when more than `ServeConfig.loaded` would be
+in memory, an idle one makes room. What /v1/models reports is read from a model's directory without loading it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import difflib
+import json
+import math
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from bessemer.data.tokenizer import Tokenizer
+from bessemer.data import chat
+from bessemer.data.special import THINK, THINK_END
+from bessemer.data.tokenizer import Tokenizer, read_json
 from bessemer.errors import UserError
+from bessemer.hf import hub
+from bessemer.hf.causal_lm import LIMITS, is_foreign
 from bessemer.hf.foreign_tokenizer import load_tokenizer
+from bessemer.hf.reader import Checkpoint
+from bessemer.model import counts
 from bessemer.runs.directory import model_dir, stage_folders, writing_models
-from bessemer.serve.errors import ApiError
-from bessemer.serve.facts import Facts, read
+from bessemer.serve import ServeConfig
+from bessemer.serve.protocol import ApiError, too_long
 from bessemer.serve.service import Launch, Service, launch
-from bessemer.serve.settings import Settings
-from bessemer.serve.text import Vocabulary
+
+T = TypeVar("T")
+LONG_TEXT = 20_000
+"""Characters above which a text is tokenised outside the event loop's thread."""
+NUMBER = (int, float)
+GENERATION = {"temperature": NUMBER, "top_p": NUMBER, "top_k": int, "min_p": NUMBER, "repetition_penalty": NUMBER}
+"""Keys of generation_config.json that are used, and their types."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """One model that the server offers."""
+
+    name: str
+    """The `model` of a request."""
+    folder: Path
+    """Its Hugging Face directory."""
+    created: int
+    """Unix time of its config.json."""
+    architecture: str
+    parameters: int
+    active_parameters: int | None
+    """Parameters that one token uses; None where only transformers knows."""
+    context: int
+    """Tokens of prompt and answer together."""
+    thinks: bool
+    """Its vocabulary has <think> and </think>."""
+    style: Literal["r1", "zero", "own"] | None
+    """Its chat template: one of Bessemer's, one of its own, or none."""
+    layers: int
+    sparse_layers: int = 0
+    """Layers with routed experts, whose choices can be reported."""
+    experts: int = 0
+    experts_per_token: int = 0
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """Sampling defaults of its generation_config.json."""
+    end_ids: tuple[int, ...] = ()
+    """End-of-answer tokens that generation_config.json names."""
+
+
+def read_facts(name: str, folder: Path) -> ModelFacts:
+    """UserError where something is missing or broken."""
+    created = int((folder / "config.json").stat().st_mtime)
+    common: dict[str, Any] = dict(name=name, folder=folder, created=created, **_template(folder), **_generation(folder))
+    if is_foreign(folder):
+        config = read_json(folder / "config.json")
+        config |= config.get("text_config") or {}
+        limits = [config.get(key) for key in (*LIMITS, "n_positions")]
+        return ModelFacts(
+            architecture=str(config.get("model_type")),
+            parameters=sum(math.prod(entry.shape) for entry in Checkpoint(folder).entries.values()),
+            active_parameters=None,
+            context=min((limit for limit in limits if limit), default=0),
+            layers=int(config.get("num_hidden_layers") or config.get("n_layer") or 0),
+            **common,
+        )
+    cfg = hub.read_config(folder)
+    sparse = cfg.n_layers - cfg.n_dense_layers
+    return ModelFacts(
+        architecture=str(read_json(folder / "config.json").get("model_type")),
+        parameters=counts.main_params(cfg),
+        active_parameters=counts.active_params(cfg),
+        context=cfg.max_seq_len,
+        layers=cfg.n_layers,
+        sparse_layers=sparse,
+        experts=cfg.n_routed_experts if sparse else 0,
+        experts_per_token=cfg.n_activated_experts if sparse else 0,
+        **common,
+    )
+
+
+def _template(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "tokenizer_config.json")
+    added = {token.get("content") for token in read_json(folder / "tokenizer.json").get("added_tokens", [])}
+    path, named = folder / "chat_template.jinja", config.get("chat_template")
+    template = path.read_text("utf-8") if path.is_file() else json.dumps(named) if isinstance(named, list) else named
+    style = next((style for style in chat.STYLES if chat.jinja(style) == template), "own" if template else None)
+    return {"thinks": {THINK, THINK_END} <= added, "style": style}
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    """Defaults of generation_config.json; none where it is absent or broken."""
+    try:
+        advice = json.loads((folder / "generation_config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(advice, dict):
+        return {}
+    given = {key: advice.get(key) for key in GENERATION if not isinstance(advice.get(key), bool)}
+    sampling = {key: value for key, value in given.items() if isinstance(value, GENERATION[key])}
+    if advice.get("do_sample") is False:
+        sampling = {"temperature": 0.0}
+    ends = advice.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    return {"sampling": sampling, "end_ids": tuple(i for i in ends if isinstance(i, int) and i >= 0)}
+
+
+class Vocabulary:
+    """Between text and tokens: the ids of a raw prompt, and the name of a token in `logprobs`. Made once per model."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        specials = [i for i in range(tokenizer.vocab_size) if tokenizer.is_special(i)]
+        self._control = {tokenizer.token_bytes(i).decode("utf-8", "replace"): i for i in specials}
+        names = sorted(filter(None, self._control), key=len, reverse=True)
+        self._names = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self.longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
+        """Bytes of the longest token: a text of N bytes has at least N / longest tokens."""
+        self.name = lru_cache(maxsize=1 << 16)(self._name)
+        """A token as `logprobs` shows it; "bytes:\\xe4\\xbd" for bytes that are no text on their own."""
+
+    def prompt_ids(self, text: str, begin: bool = True) -> list[int]:
+        """A raw prompt. Its author writes the turns, so names of control tokens become these tokens. `begin`: BOS comes
+        first, once, where the model's documents had it."""
+        ids: list[int] = []
+        place = 0
+        for match in self._names.finditer(text):
+            ids += self._plain(text[place : match.start()])
+            ids.append(self._control[match.group()])
+            place = match.end()
+        ids += self._plain(text[place:])
+        bos = self.tokenizer.bos_id
+        return [bos, *ids] if begin and bos is not None and ids[:1] != [bos] else ids
+
+    def text(self, token_id: int) -> bytes:
+        """The visible bytes of a token: none for a control token."""
+        return b"" if self.tokenizer.is_special(token_id) else self.tokenizer.token_bytes(token_id)
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text) if text else []
+
+    def _name(self, token_id: int) -> str:
+        raw = self.tokenizer.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+async def tokenise(encode: Callable[[], T], characters: int) -> T:
+    """`encode()`, which tokenises so many characters; a long text does not block the event loop."""
+    return encode() if characters < LONG_TEXT else await asyncio.to_thread(encode)
 
 
 @dataclass(eq=False)
-class Loaded:
+class LoadedModel:
     """A model in memory."""
 
-    facts: Facts
+    facts: ModelFacts
     service: Service
     tokenizer: Tokenizer
     vocabulary: Vocabulary
     stop_ids: tuple[int, ...]
-    """What ends an answer."""
+    """Tokens that end an answer."""
     users: int = 0
-    """Requests that are about to ask it."""
+    """Requests that are being prepared for it."""
+
+    def check_length(self, characters: int, param: str) -> None:
+        """ApiError for a text of which no tokenisation could fit into the context; does not tokenise it."""
+        least = characters // self.vocabulary.longest
+        if least > self.facts.context:
+            raise too_long(f"more than {least}", self.facts.context, param)
 
 
 class Models:
-    """Made by `offered`."""
+    """The models of one server; made by `find_models`."""
 
     def __init__(
-        self, offers: list[Facts], settings: Settings, broken: list[str] | None = None, launch: Launch = launch
+        self, offers: list[ModelFacts], config: ServeConfig, broken: list[str] | None = None, launch: Launch = launch
     ):
         """`launch` starts a model's worker."""
-        self.offers, self.settings = {facts.name: facts for facts in offers}, settings
+        self.offers, self.config = {facts.name: facts for facts in offers}, config
         self.broken = broken or []
         """Why other models of the run are not offered."""
         self.launch = launch
-        self.loaded: dict[str, Loaded] = {}
+        self.loaded: dict[str, LoadedModel] = {}
         self._locks = {name: asyncio.Lock() for name in self.offers}
 
     @property
-    def default(self) -> Facts:
+    def default(self) -> ModelFacts:
         return list(self.offers.values())[-1]
 
     def preload(self) -> None:
-        """Loads the default model; UserError now rather than in an answer later."""
+        """Loads the default model, so that a UserError comes now and not in an answer later."""
         self.loaded[self.default.name] = self._load(self.default)
 
     def start(self) -> None:
-        """On the event loop, before the first request."""
+        """Called on the event loop, before the first request."""
         for model in self.loaded.values():
             model.service.start()
 
@@ -71,12 +227,12 @@ class Models:
         self.loaded.clear()
 
     def abort(self, message: str) -> None:
-        """Every answer under way ends with an error."""
+        """Ends every unfinished answer with an error."""
         for model in self.loaded.values():
             model.service.abort(message)
 
-    def find(self, name: str | None) -> Facts:
-        """The model a request means: by its id, or by the path of its directory."""
+    def find(self, name: str | None) -> ModelFacts:
+        """The requested model, by its id or by the path of its directory."""
         if name is None:
             return self.default
         if name in self.offers:
@@ -89,8 +245,8 @@ class Models:
         raise ApiError(404, f"there is no model {name!r}; {hint}", param="model", code="model_not_found")
 
     @asynccontextmanager
-    async def use(self, name: str | None) -> AsyncIterator[Loaded]:
-        """The model, in memory and staying there for the length of the block."""
+    async def use(self, name: str | None) -> AsyncIterator[LoadedModel]:
+        """The model, which stays in memory for the duration of the block."""
         facts = self.find(name)
         async with self._locks[facts.name]:
             model = self.loaded.get(facts.name)
@@ -109,52 +265,52 @@ class Models:
         finally:
             model.users -= 1
 
-    def _load(self, facts: Facts) -> Loaded:
+    def _load(self, facts: ModelFacts) -> LoadedModel:
         tokenizer = load_tokenizer(facts.folder)
-        service = Service(facts.folder, self.settings, self.launch)
+        service = Service(facts.folder, self.config, self.launch)
         ends = dict.fromkeys((*tokenizer.stop_ids, *facts.end_ids))
         known = tuple(i for i in ends if i < tokenizer.vocab_size)
         facts = replace(facts, context=service.facts.context)
-        return Loaded(facts, service, tokenizer, Vocabulary(tokenizer), known)
+        return LoadedModel(facts, service, tokenizer, Vocabulary(tokenizer), known)
 
     async def _make_room(self, name: str) -> None:
         self.loaded.pop(name, None)
-        while len(self.loaded) >= self.settings.loaded:
-            idle = [m for m in self.loaded.values() if not m.users and not m.service.figures.open]
+        while len(self.loaded) >= self.config.loaded:
+            idle = [m for m in self.loaded.values() if not m.users and not m.service.stats.open]
             if not idle:
-                why = f"{len(self.loaded)} models are in memory and all at work; try again later"
+                why = f"{len(self.loaded)} models are in memory and all are busy; try again later"
                 raise ApiError(429, why, code="models_busy", headers={"Retry-After": "5"})
-            oldest = min(idle, key=lambda m: m.service.used)
+            oldest = min(idle, key=lambda m: m.service.last_used)
             del self.loaded[oldest.facts.name]
             await oldest.service.stop()
 
 
-def offered(given: str | Path, settings: Settings, name: str | None = None, launch: Launch = launch) -> Models:
+def find_models(given: str | Path, config: ServeConfig, name: str | None = None, launch: Launch = launch) -> Models:
     """The models of a run, a stage or a directory; `name` renames a single one."""
     for path in (Path(given), Path("runs") / given):
         if (path / "recipe.toml").is_file():
             if name is not None:
                 raise UserError(f"{given} is a run: its models go by the names of their stages; leave the name out")
-            return _of_run(given, path, settings, launch)
+            return _of_run(given, path, config, launch)
     folder = model_dir(given)
-    return Models([read(name or _name(folder), folder)], settings, launch=launch)
+    return Models([read_facts(name or _name(folder), folder)], config, launch=launch)
 
 
-def _of_run(given: str | Path, root: Path, settings: Settings, launch: Launch) -> Models:
+def _of_run(given: str | Path, root: Path, config: ServeConfig, launch: Launch) -> Models:
     offers, broken = [], []
     for stage, folder in writing_models(root):
         try:
-            offers.append(read(stage, folder / "model"))
+            offers.append(read_facts(stage, folder / "model"))
         except UserError as error:
             broken.append(str(error))
     if not offers:
-        model_dir(given)  # says what is there instead
+        model_dir(given)  # its error lists what the folder holds
         raise UserError(f"no model of {root} can be served: {broken[0]}")
-    return Models(offers, settings, broken, launch)
+    return Models(offers, config, broken, launch)
 
 
 def _name(folder: Path) -> str:
-    """The stage's name for a model in a run, else the directory's, or its parent's where that says only "model"."""
+    """The stage's name for a model in a run, else the directory's, or its parent's where that is only "model"."""
     folder = folder.resolve()
     for _, stage, path in stage_folders(folder.parent.parent) if folder.name == "model" else ():
         if path == folder.parent:

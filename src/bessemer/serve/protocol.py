@@ -1,16 +1,21 @@
-"""Requests as the API takes them. Unknown fields are ignored, as every server of this kind does; known ones are checked
-strictly: no text for a number, no NaN, nothing out of bounds. null counts as absent.
+"""The OpenAI API as JSON: requests, replies and errors.
 
-What OpenAI's API has and no model here (tools, logit_bias, ...) is listed too, so that it is refused and not ignored.
+Unknown fields of a request are ignored, as every server of this kind does; known ones are checked strictly: no text for
+a number, no NaN, nothing out of bounds. null counts as absent. Fields of OpenAI's API that no model here supports
+(tools, logit_bias, ...) are listed too, so that they are refused and not ignored.
+
+Replies are built as plain dictionaries, which costs a tenth of the time; their models here make the OpenAPI document,
+and the tests check one against the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bessemer.serve.settings import ReasoningFormat
+from bessemer.serve import ReasoningFormat
 
 MOST_SAMPLES = 128
 Id = Annotated[int, Field(ge=0, lt=2**31)]
@@ -21,12 +26,13 @@ Name = Annotated[str, Field(max_length=1024)]
 class Body(BaseModel):
     """A JSON object from outside."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=(),
-                              use_attribute_docstrings=True)  # fmt: skip
+    model_config = ConfigDict(
+        strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class StreamOptions(Body):
-    """How a stream is accounted for."""
+    """Which usage figures a stream reports."""
 
     include_usage: bool | None = None
     """One more chunk before [DONE] with the usage of the whole request."""
@@ -35,7 +41,7 @@ class StreamOptions(Body):
 
 
 class Generation(Body):
-    """What both ways of generating share."""
+    """Fields of both generation endpoints."""
 
     model: Name | None = None
     """An id of /v1/models; without it the default model."""
@@ -43,9 +49,9 @@ class Generation(Body):
     """Answer in server-sent events."""
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=0, le=2**53)
-    """New tokens at most; what the context leaves is the bound in any case."""
+    """At most this many new tokens, and never more than the context has room for."""
     temperature: float | None = Field(None, ge=0, le=2)
-    """0 takes the likeliest token. Without it the model's generation_config.json decides, as for the next four."""
+    """0 takes the likeliest token. The default is the model's generation_config.json, as for the next four."""
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=2**31)
     """0 and -1 keep all tokens."""
@@ -54,20 +60,20 @@ class Generation(Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    """The same seed and prompt give the same samples; without it every request draws another one."""
+    """The same seed and prompt give the same samples; without it every request gets a random seed."""
     stop: Text | Annotated[list[Text], Field(max_length=64)] | None = None
     """Texts that end the answer; they are not part of it."""
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
-    """Go on past the end of the answer, for measuring."""
+    """Continue past the end of the answer, for measurements."""
     n: int | None = Field(None, ge=1, le=MOST_SAMPLES)
     """Samples of each prompt."""
     return_routing: bool | None = None
-    """Report the experts chosen, token by token."""
+    """Report the experts chosen for every token."""
     return_token_ids: bool | None = None
     """Report the ids of the tokens."""
     user: Name | None = None
-    """Whose request it is: those who wait are admitted in turn."""
+    """The user behind the request: waiting requests are admitted in turn by user."""
     logit_bias: dict[str, float] | None = None
     """Not supported."""
 
@@ -80,21 +86,21 @@ class TextPart(Body):
 
 
 class Turn(Body):
-    """One message. Thoughts that come back with it (reasoning_content) are dropped, as the templates want it."""
+    """One message. Thoughts returned with it (reasoning_content) are dropped, as the templates require."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] | None = None
 
 
 class Thinking(Body):
-    """The switch in the form of DeepSeek's own API."""
+    """The thinking switch of DeepSeek's own API."""
 
     type: Literal["enabled", "disabled", "auto"]
     budget_tokens: int | None = Field(None, ge=0, le=2**53)
 
 
 class TemplateArguments(Body):
-    """What other servers hand to their chat template."""
+    """Arguments that other servers pass to the chat template."""
 
     thinking: bool | None = None
     enable_thinking: bool | None = None
@@ -110,18 +116,18 @@ class ChatRequest(Generation):
     messages: Messages
     """The conversation. A last message of the assistant is continued."""
     max_completion_tokens: int | None = Field(None, ge=1, le=2**53)
-    """The same as max_tokens, and counts before it."""
+    """The same as max_tokens, and takes precedence over it."""
     thinking: bool | Thinking | None = None
-    """false closes the thought before it begins, true opens it; without it the model does as it learned."""
+    """false closes the thought before it begins, true opens it; by default the model decides as it was trained to."""
     enable_thinking: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     """none: no thought; minimal and low: an eighth and a quarter of the answer's tokens; above: no bound."""
     thinking_budget: int | None = Field(None, ge=0, le=2**53)
-    """Tokens of thought, after which </think> is written for the model."""
+    """Tokens of thought, after which the server inserts </think>."""
     thinking_token_budget: int | None = Field(None, ge=0, le=2**53)
     chat_template_kwargs: TemplateArguments | None = None
     reasoning_format: ReasoningFormat | None = None
-    """auto, deepseek: thoughts apart; none: <think> tags in the content; hidden: the answer alone."""
+    """auto, deepseek: thoughts in a separate field; none: <think> tags in the content; hidden: the answer alone."""
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[Any] | None = None
@@ -134,11 +140,11 @@ class CompletionRequest(Generation):
     """POST /v1/completions."""
 
     prompt: str | list[Id] | list[str] | list[list[Id]]
-    """Text (BOS is put in front, names of control tokens count as these), ids as they are, or a list of either."""
+    """Text (BOS is prepended, names of control tokens become these tokens), ids as they are, or a list of either."""
     logprobs: int | None = Field(None, ge=0, le=20)
-    """Log-probability of every token and of so many of the likeliest."""
+    """Log-probability of every token, and of this many of the likeliest ones."""
     echo: bool | None = None
-    """The answer begins with the prompt; with logprobs it is scored too."""
+    """The answer begins with the prompt; with logprobs the prompt is scored too."""
     add_special_tokens: bool | None = None
     """false: no BOS in front of a text."""
     best_of: int | None = Field(None, ge=0, le=MOST_SAMPLES)
@@ -165,9 +171,222 @@ class DetokenizeRequest(Body):
 
 
 FIELDS = frozenset(
-    name
-    for body in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, Turn, TextPart, StreamOptions,
-                 TemplateArguments, Thinking)
-    for name in body.model_fields
-)  # fmt: skip
-"""What a place in a request may be called."""
+    name for body in (*Body.__subclasses__(), ChatRequest, CompletionRequest) for name in body.model_fields
+)
+"""Names that may occur in the location of a validation error."""
+
+
+Finish = Literal["stop", "length"]
+Routing = list[list[list[int]] | None]
+
+
+class PromptDetails(BaseModel):
+    cached_tokens: int
+    """Tokens of one prompt that were in the cache."""
+
+
+class CompletionDetails(BaseModel):
+    reasoning_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
+
+
+class Likely(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(Likely):
+    top_logprobs: list[Likely]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class ReplyMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ReplyMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Finish
+    routing: Routing | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatReply(BaseModel):
+    """A complete answer."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class TextLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Finish | None
+    routing: Routing | None = None
+    token_ids: list[int] | None = None
+
+
+class TextReply(BaseModel):
+    """A complete answer, or one event of a stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+
+
+class ModelDetails(BaseModel):
+    stage: str
+    default: bool
+    loaded: bool
+    architecture: str
+    parameters: int
+    active_parameters: int | None
+    context: int
+    thinks: bool
+    style: Literal["r1", "zero", "own"] | None
+    layers: int
+    sparse_layers: int
+    experts: int
+    experts_per_token: int
+    sampling: dict[str, Any]
+
+
+class ModelReply(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["bessemer"] = "bessemer"
+    bessemer: ModelDetails
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelReply]
+
+
+class Health(BaseModel):
+    status: Literal["ok", "draining"]
+    auth: bool
+    """An API key is required."""
+    running: int
+    waiting: int
+    version: str
+
+
+class TokenizeReply(BaseModel):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    token_strs: list[str]
+
+
+class DetokenizeReply(BaseModel):
+    prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """What lm-eval asks of a remote tokenizer."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str
+    pad_token: str | None
+    chat_template: str | None = Field(description="Jinja, with <think>, as stored in the model's directory.")
+
+
+ERROR_TYPES = {
+    **dict.fromkeys((400, 404, 405, 413, 415), "invalid_request_error"),
+    401: "authentication_error",
+    403: "permission_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    503: "service_unavailable",
+}
+"""The `type` that goes with a status; every other status is the server's own fault."""
+
+
+Headers = Mapping[str, str] | None
+
+
+class ErrorBody(BaseModel):
+    """One error: whatever goes wrong is reported in this form."""
+
+    message: str
+    type: str
+    param: str | None
+    """The field of the request at fault."""
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """Every answer with a status of 400 or more, and the last event of an aborted stream."""
+
+    error: ErrorBody
+
+
+class ApiError(Exception):
+    """Ends a request with a status and a body of `ErrorResponse`'s shape."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Headers = None
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+    @property
+    def body(self) -> dict[str, Any]:
+        # the request may contain half a surrogate pair, which JSON can represent and UTF-8 cannot
+        message = str(self).encode("utf-8", "replace").decode()
+        kind = ERROR_TYPES.get(self.status, "server_error")
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
+    """An invalid request."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def unsupported(param: str, message: str) -> ApiError:
+    """A field of the API that no model here supports; ignoring it would answer a different question."""
+    return ApiError(400, message, param=param, code="unsupported_parameter")
+
+
+def too_long(tokens: int | str, context: int, param: str) -> ApiError:
+    """A prompt that leaves no room for an answer."""
+    message = (
+        f"the prompt has {tokens} tokens, and this model's context of {context} must hold prompt and answer; "
+        "shorten the prompt"
+    )
+    return ApiError(400, message, param=param, code="context_length_exceeded")

@@ -1,48 +1,62 @@
-"""One answer as it is written: tokens go in, and what may be shown comes out, split into thought and content.
+"""From the tokens of one answer to its text, split into thought and content.
 
-Three things keep text back for a while: a character whose bytes are not all there, the beginning of what may become a
-stop string or a tag, and blanks at the edges of a thought (nothing hangs on them, and R1's template puts them there).
+Three things delay text: a character whose bytes are incomplete, text that may be the beginning of a stop string or a
+tag, and white space at the edges of a thought (it means nothing, and R1's template puts it there).
 
-Where the prompt has opened the thought (R1), all up to </think> is thought; elsewhere <think> opens it. A tag is one
-token where the vocabulary has it. Elsewhere it is text, and then only an answer that begins with <think> has a thought.
-Tags are never shown, unless the format is `none`, where nothing is split.
+Where the prompt has opened the thought (R1), everything up to </think> is thought; elsewhere <think> opens it. A tag is
+one token where the vocabulary has it. Elsewhere it is text, and then only an answer that begins with <think> has a
+thought. Tags are never shown, unless the format is `none`, where nothing is split.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 from bessemer.data.special import THINK, THINK_END
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.sequence import think_ids
+from bessemer.engine.sequence import Token, think_ids
 
 TEXT, OPEN, CLOSE = 0, 1, 2
-Marked = tuple[str, int]
-"""A stretch of text and what it is."""
+TaggedText = tuple[str, int]
+"""Text and its kind: plain text or one of the two tags."""
 
 
-class Delta(NamedTuple):
-    """A stretch of an answer."""
+@dataclass
+class AnswerEvent:
+    """Text of one kind and the tokens that came with it; a chunk of a stream shows one. Text may lag its tokens."""
 
-    thinking: bool
-    text: str
+    thinking: bool = False
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    """Without the one that ended the answer."""
+
+    def extend(self, event: AnswerEvent) -> None:
+        """Appends an event of the same kind, or of any kind where one of them has no text."""
+        self.thinking = event.thinking if event.text else self.thinking
+        self.text += event.text
+        self.tokens += event.tokens
 
 
-class Writing:
+class ReasoningParser:
     """The text of one sample."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, thinking: bool = False, split: bool = True,
+        self,
+        tokenizer: Tokenizer,
+        stop_strings: Sequence[str] = (),
+        *,
+        thinking: bool = False,
+        split: bool = True,
         trim: bool = True,
-    ):  # fmt: skip
-        """`thinking`: the prompt has opened a thought. `split` False: thoughts are content, tags and all. `trim`: the
-        answer begins a message, so blanks before it are not meant."""
+    ):
+        """`thinking`: the prompt has opened a thought. `split` False: thoughts are content, tags included. `trim`: the
+        answer begins a message, so leading white space is dropped."""
         self.decoder = tokenizer.stream()
-        self.hold = Hold(stops)
-        self.marks = dict(zip(think_ids(tokenizer), (OPEN, CLOSE), strict=True))
-        self.tags = Tags(thinking, begins=trim) if None in self.marks and split else None
-        self.thoughts = 0
+        self.stop_buffer = StopBuffer(stop_strings)
+        self.tag_ids = dict(zip(think_ids(tokenizer), (OPEN, CLOSE), strict=True))
+        self.tags = TagSplitter(thinking, begins=trim) if None in self.tag_ids and split else None
+        self.reasoning_tokens = 0
         """Tokens inside of thoughts, the closing one included."""
         self._split = split
         self._inside = thinking
@@ -50,126 +64,126 @@ class Writing:
         self._thinking = thinking and split
         """In a thought, as far as text has been shown."""
         self._trim = trim and split
-        """Blanks that come next are not shown."""
+        """Drop the white space that comes next."""
         self._tail = ""
-        """Blanks at the end of a thought, shown only if the thought goes on."""
+        """White space at the end of a thought, shown only if the thought continues."""
 
-    def push(self, token_id: int) -> list[Delta]:
-        """What `token_id` lets out."""
-        mark = self.marks.get(token_id, TEXT)
-        self.thoughts += self._thinking if self.tags else self._inside
-        if mark != TEXT:
-            self._inside = mark == OPEN
-        if mark == TEXT or not self._split:
-            return self._show(self.hold.push(self.decoder.push(token_id), TEXT))
-        before = self.hold.push(self.decoder.flush(), TEXT)  # a character that the tag leaves unfinished
-        return self._show(before + self.hold.push(self.decoder.push(token_id), mark))
+    def push(self, token_id: int) -> list[AnswerEvent]:
+        """The text that `token_id` releases."""
+        kind = self.tag_ids.get(token_id, TEXT)
+        self.reasoning_tokens += self._thinking if self.tags else self._inside
+        if kind != TEXT:
+            self._inside = kind == OPEN
+        if kind == TEXT or not self._split:
+            return self._show(self.stop_buffer.push(self.decoder.push(token_id), TEXT))
+        before = self.stop_buffer.push(self.decoder.flush(), TEXT)  # a character that the tag leaves unfinished
+        return self._show(before + self.stop_buffer.push(self.decoder.push(token_id), kind))
 
-    def end(self) -> list[Delta]:
-        """What was kept back and is shown now that nothing follows."""
-        deltas = self._show(self.hold.push(self.decoder.flush(), TEXT) + self.hold.end())
-        return deltas + self._deltas(self.tags.end() if self.tags else [])
+    def end(self) -> list[AnswerEvent]:
+        """The text that was delayed and is shown now that nothing follows."""
+        events = self._show(self.stop_buffer.push(self.decoder.flush(), TEXT) + self.stop_buffer.end())
+        return events + self._events(self.tags.end() if self.tags else [])
 
-    def _show(self, pieces: Sequence[Marked]) -> list[Delta]:
+    def _show(self, texts: Sequence[TaggedText]) -> list[AnswerEvent]:
         if self.tags is not None:
-            pieces = self.tags.push("".join(text for text, _ in pieces))
-        return self._deltas(pieces)
+            texts = self.tags.push("".join(text for text, _ in texts))
+        return self._events(texts)
 
-    def _deltas(self, pieces: Iterable[Marked]) -> list[Delta]:
-        deltas: list[Delta] = []
-        for text, mark in pieces:
-            if mark != TEXT:
-                self._thinking, self._trim, self._tail = mark == OPEN, True, ""
+    def _events(self, texts: Iterable[TaggedText]) -> list[AnswerEvent]:
+        events: list[AnswerEvent] = []
+        for text, kind in texts:
+            if kind != TEXT:
+                self._thinking, self._trim, self._tail = kind == OPEN, True, ""
                 continue
             if self._trim:
                 text = text.lstrip()
                 self._trim = not text
             if self._thinking:
                 text = self._tail + text
-                kept = text.rstrip()
-                text, self._tail = kept, text[len(kept) :]
+                visible = text.rstrip()
+                text, self._tail = visible, text[len(visible) :]
             if not text:
                 continue
-            if deltas and deltas[-1].thinking == self._thinking:
-                deltas[-1] = Delta(self._thinking, deltas[-1].text + text)
+            if events and events[-1].thinking == self._thinking:
+                events[-1].text += text
             else:
-                deltas.append(Delta(self._thinking, text))
-        return deltas
+                events.append(AnswerEvent(self._thinking, text))
+        return events
 
 
-class Tags:
+class TagSplitter:
     """Finds the tags in text: <think> at the very beginning, </think> in a thought, none after it."""
 
     def __init__(self, thinking: bool, begins: bool):
-        self._wanted = THINK_END if thinking else THINK if begins else ""
+        self._next_tag = THINK_END if thinking else THINK if begins else ""
         """The tag that may come next."""
         self._pending = ""
 
-    def push(self, text: str) -> list[Marked]:
-        """What is certain by now."""
+    def push(self, text: str) -> list[TaggedText]:
+        """The text whose kind is certain by now."""
         self._pending += text
-        shown: list[Marked] = []
-        if self._wanted == THINK and self._pending.lstrip().startswith(THINK):
-            shown.append((THINK, OPEN))
-            self._pending, self._wanted = self._pending.lstrip().removeprefix(THINK), THINK_END
-        elif self._wanted == THINK and not THINK.startswith(self._pending.lstrip()):
-            self._wanted = ""
-        if self._wanted == THINK_END and THINK_END in self._pending:
+        certain: list[TaggedText] = []
+        if self._next_tag == THINK and self._pending.lstrip().startswith(THINK):
+            certain.append((THINK, OPEN))
+            self._pending, self._next_tag = self._pending.lstrip().removeprefix(THINK), THINK_END
+        elif self._next_tag == THINK and not THINK.startswith(self._pending.lstrip()):
+            self._next_tag = ""
+        if self._next_tag == THINK_END and THINK_END in self._pending:
             thought, _, self._pending = self._pending.partition(THINK_END)
-            shown += [(thought, TEXT), (THINK_END, CLOSE)]
-            self._wanted = ""
-        if self._wanted == THINK:
-            return shown
-        sure = len(self._pending) - (_overlap(self._pending, self._wanted) if self._wanted else 0)
-        shown.append((self._pending[:sure], TEXT))
-        self._pending = self._pending[sure:]
-        return shown
+            certain += [(thought, TEXT), (THINK_END, CLOSE)]
+            self._next_tag = ""
+        if self._next_tag == THINK:
+            return certain
+        end = len(self._pending) - (_overlap(self._pending, self._next_tag) if self._next_tag else 0)
+        certain.append((self._pending[:end], TEXT))
+        self._pending = self._pending[end:]
+        return certain
 
-    def end(self) -> list[Marked]:
-        """What was kept back."""
+    def end(self) -> list[TaggedText]:
+        """The rest, which turned out to be no tag."""
         return [(self._pending, TEXT)]
 
 
-class Hold:
-    """Keeps back what may be the beginning of a stop string; after one is complete nothing more comes out."""
+class StopBuffer:
+    """Delays what may be the beginning of a stop string; after a complete one nothing more comes out."""
 
-    def __init__(self, stops: Sequence[str]):
-        self.stops = tuple(stops)
-        self.hit = False
-        self._pieces: list[Marked] = []
+    def __init__(self, stop_strings: Sequence[str]):
+        self.stop_strings = tuple(stop_strings)
+        self.stopped = False
+        self._texts: list[TaggedText] = []
 
-    def push(self, text: str, mark: int) -> list[Marked]:
-        """Pieces (text, mark) that may be shown; a piece with a mark is never cut in two."""
-        if self.hit:
+    def push(self, text: str, kind: int) -> list[TaggedText]:
+        """The texts that may be shown; a tag is never cut in two."""
+        if self.stopped:
             return []
-        if text or mark:
-            self._pieces.append((text, mark))
-        if not self.stops:
+        if text or kind:
+            self._texts.append((text, kind))
+        if not self.stop_strings:
             return self.end()
-        pending = "".join(piece for piece, _ in self._pieces)
-        found = min((place for stop in self.stops if (place := pending.find(stop)) >= 0), default=-1)
-        if found >= 0:
-            self.hit = True
-            shown, self._pieces = self._up_to(found), []
+        pending = "".join(text for text, _ in self._texts)
+        place = min((place for stop in self.stop_strings if (place := pending.find(stop)) >= 0), default=-1)
+        if place >= 0:
+            self.stopped = True
+            shown, self._texts = self._up_to(place), []
             return shown
-        return self._up_to(len(pending) - max(_overlap(pending, stop) for stop in self.stops))
+        return self._up_to(len(pending) - max(_overlap(pending, stop) for stop in self.stop_strings))
 
-    def end(self) -> list[Marked]:
-        shown, self._pieces = self._pieces, []
+    def end(self) -> list[TaggedText]:
+        shown, self._texts = self._texts, []
         return shown
 
-    def _up_to(self, count: int) -> list[Marked]:
+    def _up_to(self, count: int) -> list[TaggedText]:
         """Takes `count` characters off the front."""
         shown = []
-        while self._pieces:
-            text, mark = self._pieces[0]
+        while self._texts:
+            text, kind = self._texts[0]
             if len(text) <= count:
-                shown.append(self._pieces.pop(0))
+                shown.append(self._texts.pop(0))
                 count -= len(text)
                 continue
-            if count and mark == TEXT:
+            if count and kind == TEXT:
                 shown.append((text[:count], TEXT))
-                self._pieces[0] = (text[count:], TEXT)
+                self._texts[0] = (text[count:], TEXT)
             break
         return shown
 

@@ -1,7 +1,7 @@
-"""`bessemer serve`: one process, one port, until it is told to stop.
+"""`bessemer serve`: one process, one port, until a signal.
 
-SIGTERM and Ctrl-C: no new connection is taken and no new request; answers under way may end within `drain_seconds`,
-then they end with an error event. A second signal does not wait. The exit status is 0.
+SIGTERM and Ctrl-C: no new connection and no new request is accepted; unfinished answers have `drain_seconds` to
+complete, then they end with an error event. A second signal does not wait. The exit status is 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import resource
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -24,78 +24,91 @@ from types import FrameType
 import uvicorn
 
 from bessemer.errors import UserError
+from bessemer.serve import ServeConfig
 from bessemer.serve.app import build
-from bessemer.serve.connection import Limits, protocol
-from bessemer.serve.models import Models, offered
+from bessemer.serve.middleware import ConnectionLimiter, ConnectionLimits
+from bessemer.serve.models import Models, find_models
 from bessemer.serve.service import Launch, launch
-from bessemer.serve.settings import Settings
 
 BACKLOG = 2048
-"""Connections the system keeps for us until we get to them."""
+"""Connections that the system queues until they are accepted."""
 LAST_SECONDS = 5
-"""For error events to reach their clients after the drain."""
+"""Time for error events to reach their clients after the drain."""
 
 
 def serve(
-    model: str | Path, *, host: str = "127.0.0.1", port: int = 8000, name: str | None = None,
-    settings: Settings | None = None, limits: Limits | None = None, drain_seconds: float = 30.0, force: bool = False,
-    launch: Launch = launch, say: Callable[[str], None] = lambda line: print(line, flush=True),
-) -> None:  # fmt: skip
+    model: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    config: ServeConfig | None = None,
+    drain_seconds: float = 30.0,
+    force: bool = False,
+    launch: Launch = launch,
+) -> None:
     """Serves a run, a stage or a model directory until a signal ends it.
 
-    force: allow a host that other machines reach without an API key. port 0 takes a free one. `launch` starts a model's
-    worker.
-    UserError: no such model, a tokenizer that is not the model's, the port is taken, the host is not this machine's.
+    port 0 takes a free one. name: what requests call a single model. force: allow a host that other machines can reach
+    without an API key. `launch` starts a model's worker.
+    UserError: no such model, a tokenizer of another model, the port is taken, the host is no address of this machine.
     """
-    settings = settings or Settings()
-    if not _loopback(host) and not settings.api_key and not force:
+    config = config or ServeConfig()
+    if not _is_loopback(host) and not config.api_key and not force:
         raise UserError(
             f"{host} can be reached from other machines, and without an API key anybody could use the model; set one "
             "(--api-key), stay on 127.0.0.1, or say --force"
         )
-    if _loopback(host) and not settings.api_key and settings.hosts is None:
-        settings = replace(settings, hosts=("127.0.0.1", "localhost", "[::1]"))
-    models = offered(model, settings, name, launch)
+    if _is_loopback(host) and not config.api_key and config.hosts is None:
+        config = replace(config, hosts=("127.0.0.1", "localhost", "[::1]"))
+    models = find_models(model, config, name, launch)
     for line in models.broken:
-        say(f"not served: {line}")
-    if settings.compile:
-        say("compiling the decoding steps: a minute or two the first time, seconds later")
+        print(f"not served: {line}", flush=True)
+    if config.compile:
+        print("compiling the decoding steps: a minute or two the first time, seconds later", flush=True)
     with _bind(host, port) as bound:
         models.preload()
-        bound.listen(BACKLOG)  # who reads the line may call at once
-        say(f"bessemer: http://{_shown(host)}:{bound.getsockname()[1]}  models: {', '.join(models.offers)} "
-            f"(default {models.default.name}); Ctrl-C stops")  # fmt: skip
-        _room_for_connections()
-        server = Server(models, settings, limits or Limits(), drain_seconds)
-        gc.freeze()  # what is there by now stays; to look through it again and again would cost 0.1 s each time
+        bound.listen(BACKLOG)  # a reader of the next line may call at once
+        address = f"[{host}]" if ":" in host else host
+        names = f"models: {', '.join(models.offers)} (default {models.default.name})"
+        print(f"bessemer: http://{address}:{bound.getsockname()[1]}  {names}; Ctrl-C stops", flush=True)
+        _raise_open_file_limit()
+        server = Server(models, ConnectionLimits(), drain_seconds)
+        gc.freeze()  # these objects stay; searching them for garbage again and again would cost 0.1 s each time
         server.run(sockets=[bound])
 
 
 class Server(uvicorn.Server):
-    """uvicorn with our limits, our way to end, and no logs but errors."""
+    """uvicorn with limits on connections, a drain at the end, and no logs but errors."""
 
-    def __init__(self, models: Models, settings: Settings, limits: Limits, drain_seconds: float):
+    def __init__(self, models: Models, limits: ConnectionLimits, drain_seconds: float):
         self.models, self.drain_seconds = models, drain_seconds
-        self.application = build(models, settings)
-        super().__init__(
-            uvicorn.Config(
-                self.application, http=protocol(limits), ws="none", lifespan="on", log_level="error", access_log=False,
-                server_header=False, proxy_headers=False,
-                timeout_graceful_shutdown=math.ceil(drain_seconds) + LAST_SECONDS,
-            )
-        )  # fmt: skip
+        self.application, self.limiter = build(models), ConnectionLimiter(limits)
+        config = uvicorn.Config(
+            self.application,
+            http=self.limiter.connect,  # type: ignore[arg-type]  # uvicorn only calls it
+            ws="none",
+            lifespan="on",
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=math.ceil(drain_seconds) + LAST_SECONDS,
+        )
+        super().__init__(config)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.application.state.draining = True
-        late = asyncio.create_task(self._end_what_is_late())
+        self.limiter.close_incomplete()
+        abort = asyncio.create_task(self._abort_after_drain())
         try:
             await super().shutdown(sockets)
         finally:
-            late.cancel()
+            abort.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but the signal is not raised again afterwards: to stop when asked to is no failure."""
+        """As uvicorn's, but the signal is not raised again afterwards: stopping on request is no failure."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -111,7 +124,7 @@ class Server(uvicorn.Server):
             self.drain_seconds = 0.0
         self.should_exit = True
 
-    async def _end_what_is_late(self) -> None:
+    async def _abort_after_drain(self) -> None:
         waited = 0.0
         while waited < self.drain_seconds:
             await asyncio.sleep(0.1)
@@ -138,7 +151,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _loopback(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
@@ -147,12 +160,8 @@ def _loopback(host: str) -> bool:
         return False
 
 
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _room_for_connections() -> None:
-    """As many open files as the system allows: the usual 1024 are few for a server."""
+def _raise_open_file_limit() -> None:
+    """As many open files as the system allows: the usual 1024 are too few for a server."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(ValueError, OSError):

@@ -1,7 +1,8 @@
-"""The server's side of a served model: what is under way, and the way there and back.
+"""The server's side of a model: its worker process, the samples in progress, and their tokens as streams.
 
-Everything here happens on the event loop. One message brings what a step of the model made, however many streams it is
-for; `inflight` decides when each of them is woken.
+Everything here runs on the event loop. One message brings the tokens of a whole decoding step, however many streams
+they belong to. A stream that has just been read is not woken again at once: with S open samples it waits S * PAUSE
+seconds, so that the tokens of several steps make one chunk and writing chunks stays a small, bounded share of the time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection, Pipe
@@ -21,65 +22,142 @@ from typing import Any
 
 from bessemer.engine.sequence import Finished, Request, Token
 from bessemer.errors import UserError
-from bessemer.serve import worker
-from bessemer.serve.errors import ApiError
-from bessemer.serve.inflight import Sample, Stream
-from bessemer.serve.score import Scored
-from bessemer.serve.settings import Settings
+from bessemer.serve import ServeConfig, worker
+from bessemer.serve.protocol import ApiError
+from bessemer.serve.worker import Scored, WorkerFacts
 
+PAUSE = 0.001
+"""Seconds between two chunks of one stream, per open sample."""
+LONGEST_PAUSE = 0.25
 SMOOTHING = 0.1
 """Weight of the newest duration in the moving average."""
-Launch = Callable[[Path, Settings], tuple[Connection, "subprocess.Popen[bytes] | None"]]
+Launch = Callable[[Path, ServeConfig], tuple[Connection, "subprocess.Popen[bytes] | None"]]
 """Starts a worker: our end of its pipe, and its process."""
 
 
 @dataclass
-class Figures:
-    """What /metrics says about a model."""
+class ServiceStats:
+    """What /metrics reports about a model."""
 
     open: int = 0
     """Samples that run or wait."""
     generated: int = 0
-    """Tokens taken in since the start."""
+    """Tokens received since the start."""
     scheduler: dict[str, float] = field(default_factory=dict)
-    """The scheduler's own."""
+    """The scheduler's own figures."""
 
 
-def launch(folder: Path, settings: Settings) -> tuple[Connection, subprocess.Popen[bytes]]:
+@dataclass(eq=False)
+class Sample:
+    """One request to the scheduler, and the stream it belongs to."""
+
+    request: Request
+    stream: Stream
+    index: int
+    """Its place among the samples of the stream."""
+    number: int
+    """Its name in messages to and from the worker."""
+    started: float = field(default_factory=monotonic)
+
+
+class Stream:
+    """The tokens of one HTTP request: iterates over lists of records until all samples have finished or it is closed.
+
+    The `ticket` of a record is the index of its sample. The iterator yields None when `patience` seconds pass without
+    a token.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        numbers: Iterator[int],
+        patience: float,
+        release: Callable[[Stream], None],
+    ):
+        self.samples = [Sample(request, self, index, next(numbers)) for index, request in enumerate(requests)]
+        self.patience = patience
+        self.unfinished = len(self.samples)
+        self.closed = False
+        self.pause = 0.0
+        """Seconds that a reader is left alone after it was served."""
+        self.first_token: float | None = None
+        """When the first token came, on the clock of `monotonic`."""
+        self._release = release
+        self._pending: list[Token | Finished] = []
+        self._wake = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._due = 0.0
+
+    def push(self, record: Token | Finished, now: float, open_samples: int) -> None:
+        """Adds what the worker has sent."""
+        self.pause = min(PAUSE * open_samples, LONGEST_PAUSE)
+        self._pending.append(record)
+        if type(record) is Finished:
+            self.unfinished -= 1
+            self._wake.set()
+        else:
+            self.first_token = self.first_token or monotonic()
+            if now >= self._due:
+                self._wake.set()
+
+    def close(self) -> None:
+        """Ends the stream and cancels what still runs. May be called at any time, and twice."""
+        if not self.closed:
+            self.closed = True
+            self._release(self)
+            self._wake.set()
+
+    async def __aiter__(self) -> AsyncIterator[list[Token | Finished] | None]:
+        while not self.closed:
+            if self._pending:
+                records, self._pending = self._pending, []
+                self._wake.clear()
+                yield records
+                if self.unfinished == 0 and not self._pending:
+                    return
+                self._due = self._loop.time() + self.pause
+            try:
+                async with asyncio.timeout(self.patience):
+                    await self._wake.wait()
+            except TimeoutError:
+                if not self._pending:
+                    yield None
+
+
+def launch(folder: Path, config: ServeConfig) -> tuple[Connection, subprocess.Popen[bytes]]:
     """A worker in a fresh process: a fork of this one would copy its threads' locks but not its threads."""
     ours, theirs = Pipe()
     command = [sys.executable, "-c", f"from {worker.__name__} import main; main()", str(theirs.fileno())]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
     theirs.close()
-    ours.send((folder, settings))
+    ours.send((folder, config))
     return ours, process
 
 
 class Service:
-    """A model that serves. UserError where it cannot be loaded."""
+    """A model in memory, ready to generate. UserError where it cannot be loaded."""
 
-    def __init__(self, folder: Path, settings: Settings, launch: Launch = launch):
+    def __init__(self, folder: Path, config: ServeConfig, launch: Launch = launch):
         """Waits until the model is loaded."""
-        self.settings = settings
-        self.connection, self.process = launch(folder, settings)
+        self.config = config
+        self.connection, self.process = launch(folder, config)
         try:
             kind, *rest = self.connection.recv()
         except EOFError:
             raise UserError(f"{folder}: the model's process ended while it loaded (no memory left?)") from None
         if kind == worker.REFUSED:
             raise UserError(rest[1])
-        self.facts: worker.Facts = rest[0]
-        self.figures = Figures()
+        self.facts: WorkerFacts = rest[0]
+        self.stats = ServiceStats()
         self.alive = True
-        self.used = monotonic()
-        """When it was last asked."""
+        self.last_used = monotonic()
         self._seconds = 1.0
-        """What a sample takes, a moving average."""
+        """Duration of a sample, a moving average."""
         self._numbers = count(1)
         self._samples: dict[int, Sample] = {}
-        """What is under way, by number."""
+        """Samples in progress, by number."""
         self._calls: dict[int, asyncio.Future[Any]] = {}
-        """What the worker has not answered yet."""
+        """Calls that the worker has not answered yet."""
 
     def start(self) -> None:
         """From now on the event loop listens to the worker."""
@@ -89,51 +167,48 @@ class Service:
     async def submit(self, requests: Sequence[Request]) -> Stream:
         """The stream of these requests, all of them accepted; UserError or ApiError if one cannot be."""
         self._admit(len(requests))
-        stream = Stream(requests, self.settings.keep_alive_seconds, self._release)
-        numbered = [(next(self._numbers), sample) for sample in stream.samples]
-        for number, sample in numbered:
-            sample.number = number
-            self._samples[number] = sample
-        self.figures.open += len(numbered)
+        stream = Stream(requests, self._numbers, self.config.keep_alive_seconds, self._release)
+        self._samples |= {sample.number: sample for sample in stream.samples}
+        self.stats.open += len(stream.samples)
         try:
-            await self._ask(worker.ADD, [(number, sample.request) for number, sample in numbered])
+            await self._call(worker.ADD, [(sample.number, sample.request) for sample in stream.samples])
         except BaseException:
             stream.close()
             raise
         return stream
 
     async def score(self, prompts: Sequence[tuple[int, ...]], top: int) -> list[Scored]:
-        """Log-probabilities of texts, `score.score` on the worker's side."""
+        """Log-probabilities of texts, computed by `worker.score`."""
         self._admit(1)
-        self.figures.open += 1
+        self.stats.open += 1
         try:
-            return await self._ask(worker.SCORE, list(prompts), top)
+            return await self._call(worker.SCORE, list(prompts), top)
         finally:
-            self.figures.open -= 1
+            self.stats.open -= 1
 
     def abort(self, reason: str) -> None:
-        """Every stream ends with an error now."""
+        """Ends every stream with an error now."""
         self._send(worker.END, reason)
 
     async def stop(self) -> None:
         """Ends the worker; what runs is lost."""
-        self._close("the model is put away")
+        self._close("the model was unloaded")
         if self.process is not None:  # it has nothing to save, and a step may take long
             self.process.kill()
             await asyncio.to_thread(self.process.wait)
 
     def _admit(self, count: int) -> None:
-        self.used = monotonic()
-        room = self.settings.rows + self.settings.waiting
+        self.last_used = monotonic()
+        room = self.config.rows + self.config.waiting
         if count > room:
             why = f"the request asks for {count} samples, this server takes {room} at a time; ask for fewer"
             raise ApiError(400, why, code="too_many_samples")
-        if self.figures.open + count > room:
+        if self.stats.open + count > room:
             seconds = max(1, min(60, math.ceil(self._seconds / 2)))
-            why = f"{self.figures.open} samples are under way and no more may wait; try again in {seconds} s"
+            why = f"{self.stats.open} samples are in progress and no more may wait; try again in {seconds} s"
             raise ApiError(429, why, code="queue_full", headers={"Retry-After": str(seconds)})
 
-    async def _ask(self, kind: str, *rest: Any) -> Any:
+    async def _call(self, kind: str, *rest: Any) -> Any:
         call = next(self._numbers)
         self._calls[call] = answer = self.loop.create_future()
         try:
@@ -154,7 +229,7 @@ class Service:
     def _release(self, stream: Stream) -> None:
         """Frees what a closed stream still holds."""
         running = [sample.number for sample in stream.samples if self._samples.pop(sample.number, None)]
-        self.figures.open -= len(running)
+        self.stats.open -= len(running)
         if running and self.alive:
             self._send(worker.CANCEL, running)
 
@@ -164,43 +239,44 @@ class Service:
         except (EOFError, OSError):
             self._close("its process has ended")
             return
-        if kind == worker.TOLD:
-            self._told(*rest)
+        if kind == worker.EVENTS:
+            self._on_events(*rest)
         elif (future := self._calls.get(rest[0])) and not future.done():
             future.set_exception(UserError(rest[1])) if kind == worker.REFUSED else future.set_result(rest[1])
 
-    def _told(self, events: list[tuple[int, tuple[Any, ...]]], figures: dict[str, float] | None) -> None:
+    def _on_events(self, records: Iterable[tuple[Any, ...]], scheduler: dict[str, float] | None) -> None:
         now = self.loop.time()
-        self.figures.scheduler = figures or self.figures.scheduler
-        for number, event in events:
+        self.stats.scheduler = scheduler or self.stats.scheduler
+        for number, *fields in records:
             sample = self._samples.get(number)
             if sample is None:
                 continue
-            if len(event) == FINISHED:
+            if len(fields) == FINISHED:
                 del self._samples[number]
-                self.figures.open -= 1
-                self._seconds += SMOOTHING * (monotonic() - sample.began - self._seconds)
-                sample.stream.take(sample.index, Finished(*event), now, self.figures.open)
+                self.stats.open -= 1
+                self._seconds += SMOOTHING * (monotonic() - sample.started - self._seconds)
+                sample.stream.push(Finished(sample.index, *fields), now, self.stats.open)
             else:
-                self.figures.generated += 1
-                sample.stream.take(sample.index, Token(*event), now, self.figures.open)
+                self.stats.generated += 1
+                sample.stream.push(Token(sample.index, *fields), now, self.stats.open)
 
     def _close(self, why: str) -> None:
-        """The worker is gone or goes; whoever waits for it is told."""
+        """The worker is gone: fails all calls and ends all streams."""
         if not self.alive:
             return
         self.alive = False
         self.loop.remove_reader(self.connection.fileno())
         self.connection.close()
-        self.figures.scheduler = {}
+        self.stats.scheduler = {}
         for future in self._calls.values():
             _fail(future, f"{why}; ask again")
-        lost = Finished(-1, "error", f"{why} and the answer is lost; ask again")
-        self._told([(number, tuple(lost)) for number in self._samples], None)
+        message = f"{why} and the answer is lost; ask again"
+        self._on_events([Finished(number, "error", message) for number in self._samples], None)
 
 
-FINISHED = len(Finished._fields)
-assert len(Token._fields) != FINISHED
+FINISHED = len(Finished._fields) - 1
+"""Number of fields after the ticket; a token has more or fewer."""
+assert len(Token._fields) - 1 != FINISHED
 
 
 def _fail(future: asyncio.Future[Any], why: str) -> None:

@@ -1,19 +1,24 @@
-"""The model's side of a served model: a process that owns the scheduler and does what the server asks.
+"""The worker process of a model: it owns the scheduler and does what the server asks.
 
-A process and not a thread, because Python threads wait for each other's interpreter lock between any two operations of
-the network, and because a model that dies (killed for memory, a crash inside a library) must not take the server along.
+It is a process and not a thread, because Python threads wait for each other's interpreter lock between any two
+operations of the network, and because a model that dies (out of memory, a crash in a library) must not take the server
+with it.
 
 Messages are pickled tuples; both ends of the pipe are this very program, and nothing from outside can write to it.
-The first one to the worker is (folder, settings), the first one back READY or REFUSED.
-    to the worker      ADD number-of-call, [(sample, Request)...]     CANCEL [sample...]     END reason
-                       SCORE number-of-call, prompts, top
-    from the worker    READY facts    REFUSED call, reason    DONE call, result    TOLD [(sample, event)...], figures
+The first one to the worker is (folder, config), the first one back READY or REFUSED.
+    to the worker      ADD call, [(number, Request)...]     CANCEL [number...]     END reason
+                       SCORE call, prompts, top
+    from the worker    READY facts    REFUSED call, reason    DONE call, result    EVENTS records, figures
+A record is the scheduler's Token or Finished as a plain tuple, with the sample's number in place of the ticket.
 
-A thread takes messages in as they come, so that the server never waits for a step. The pipe's end is the worker's end.
+A thread receives messages as they come, so that the server never waits for a step. Closing the pipe ends the worker.
 
-A step that raises costs those their answer who have been told some of it already; a fresh scheduler takes on the
-others. Who was there when it happens a second time is ended too, so that a request the model cannot stand does not go
-round for ever.
+A step that raises ends the samples of which some tokens were sent; a new scheduler takes over the others. A sample that
+sees it happen twice is ended too, so that a request the model cannot handle does not circulate for ever.
+
+`score` gives log-probabilities of given texts in one forward pass, for `echo` with `logprobs` (and lm-eval through it).
+Shapes: B rows, T tokens (padded on the right, which causality hides), N real tokens, C of one chunk, D hidden,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from os import dup
@@ -42,102 +47,118 @@ from bessemer.engine.sequence import Finished, Request
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import load_any
 from bessemer.hf.foreign_tokenizer import load_tokenizer
-from bessemer.serve.score import score
-from bessemer.serve.settings import Settings
+from bessemer.model.mode import evaluating
+from bessemer.serve import ServeConfig
 from bessemer.train.setup import device
 
 ADD, CANCEL, END, SCORE = "add", "cancel", "end", "score"
-READY, REFUSED, DONE, TOLD = "ready", "refused", "done", "told"
-TRIES = 2
-"""Schedulers that a request may see break."""
+READY, REFUSED, DONE, EVENTS = "ready", "refused", "done", "events"
+MAX_TRIES = 2
+"""Failing steps after which a sample is given up."""
 FIGURES_SECONDS = 0.1
-"""How often the figures go along with the tokens."""
+"""How often the figures are sent along with the tokens."""
 BUFFER = 1 << 22
 """Bytes of tokens that may wait for the server to read them before the model waits for it."""
+BATCH_TOKENS = 4096
+"""Padded tokens per scoring pass: a fraction of a second on one core with a small model, so that streams hardly
+notice."""
+LOGITS = 1 << 20
+"""Logits held at a time, so that a large vocabulary does not multiply the memory."""
 log = logging.getLogger("bessemer.serve")
 
 
-class Facts(NamedTuple):
-    """What a loaded model says of itself."""
+class WorkerFacts(NamedTuple):
+    """What a worker reports about its model."""
 
     context: int
     """Tokens of prompt and answer together."""
     vocabulary: int
-    """Ids that may stand in a prompt."""
+    """Ids that may occur in a prompt."""
 
 
-class Held:
+class Scored(NamedTuple):
+    """One text of T tokens."""
+
+    logprobs: list[float]
+    """Of tokens 1 to T-1, given those before them."""
+    tops: list[tuple[tuple[int, float], ...]]
+    """(id, log-probability) of the likeliest tokens after each of the T tokens, best first, at least one."""
+
+
+class ScheduledSample:
     """A sample that the scheduler has."""
 
     def __init__(self, number: int, request: Request):
         self.number, self.request = number, request
-        self.told, self.tries = False, 0
+        self.started, self.tries = False, 0
 
 
 def main() -> None:
-    """The program of the process: its argument is the number of the pipe's file."""
+    """The program of the process: its argument is the file descriptor of the pipe."""
     for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, signal.SIG_IGN)  # Ctrl-C reaches us too, but the server decides what it means
+        signal.signal(sign, signal.SIG_IGN)  # Ctrl-C reaches this process too, but the server decides what it means
     connection = Connection(int(sys.argv[1]))
     work(connection, *connection.recv())
 
 
-def work(connection: Connection, folder: Path, settings: Settings) -> None:
+def work(connection: Connection, folder: Path, config: ServeConfig) -> None:
     """Loads the model and serves until the pipe is closed."""
-    torch.set_num_threads(settings.model_threads)
+    torch.set_num_threads(config.model_threads)
     with socket.socket(fileno=dup(connection.fileno())) as pipe:
         pipe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
     try:
-        model = load_any(folder, device=device(), mtp=settings.drafts > 0)
-        engine = Engine(model, load_tokenizer(folder), compile=settings.compile)
-        worker = Worker(connection, engine, settings)
+        model = load_any(folder, device=device(), mtp=config.drafts > 0)
+        engine = Engine(model, load_tokenizer(folder), compile=config.compile)
+        worker = ModelWorker(connection, engine, config)
         if engine.compiled is not None:
-            engine.compiled.prepare(settings.drafts)
+            engine.compiled.prepare(config.drafts)
     except UserError as error:
         connection.send((REFUSED, 0, str(error)))
         return
-    gc.freeze()  # the model stays: no use looking through it for garbage
-    connection.send((READY, Facts(engine.model.cfg.max_seq_len, engine.model.cfg.vocab_size)))
+    gc.freeze()  # the model stays: searching it for garbage is a waste
+    connection.send((READY, WorkerFacts(engine.model.cfg.max_seq_len, engine.model.cfg.vocab_size)))
     with suppress(OSError):  # the server has gone
         worker.run()
 
 
-class Worker:
-    """Steps one scheduler; UserError where the scheduler cannot do what `settings` ask of it."""
+class ModelWorker:
+    """Steps one scheduler; UserError where the scheduler cannot do what `config` asks of it."""
 
-    def __init__(self, connection: Connection, engine: Engine, settings: Settings):
-        self.connection, self.engine, self.settings = connection, engine, settings
+    def __init__(self, connection: Connection, engine: Engine, config: ServeConfig):
+        self.connection, self.engine, self.config = connection, engine, config
         self.failures = 0
         """Steps that raised."""
-        self._scheduler = self._fresh()
-        self._held: dict[int, Held] = {}
+        self._scheduler = self._new_scheduler()
+        self._samples: dict[int, ScheduledSample] = {}
         """By ticket."""
         self._tickets: dict[int, int] = {}
-        """By sample."""
+        """By number."""
         self._inbox: deque[tuple[Any, ...]] = deque()
         self._scores: deque[tuple[Any, ...]] = deque()
-        """Texts to be scored: one batch stands between two steps, as it may take as long as a step."""
+        """Texts to be scored: one batch between two steps, as it may take as long as a step."""
         self._changed = threading.Condition()
-        self._over = False
+        self._closed = False
         self._figures_due = 0.0
 
     def run(self) -> None:
         """Until the pipe is closed."""
         threading.Thread(target=self._receive, daemon=True).start()
-        doing: dict[str, Callable[..., None]] = {ADD: self._add, CANCEL: self._cancel, END: self._end}
+        actions: dict[str, Callable[..., None]] = {
+            ADD: self._add,
+            CANCEL: self._cancel,
+            END: self._end,
+            SCORE: lambda *call: self._scores.append(call),
+        }
         while True:
             with self._changed:
-                while self._scheduler.idle and not (self._inbox or self._scores or self._over):
+                while self._scheduler.idle and not (self._inbox or self._scores or self._closed):
                     self._changed.wait()
                 messages = list(self._inbox)
                 self._inbox.clear()
-            if self._over:
+            if self._closed:
                 return
             for kind, *rest in messages:
-                if kind == SCORE:
-                    self._scores.append(tuple(rest))
-                else:
-                    doing[kind](*rest)
+                actions[kind](*rest)
             if self._scores:
                 self._score(*self._scores.popleft())
             if not self._scheduler.idle:
@@ -152,46 +173,46 @@ class Worker:
                     self._changed.notify()
         except (EOFError, OSError):
             with self._changed:
-                self._over = True
+                self._closed = True
                 self._changed.notify()
 
     def _send(self, *message: Any) -> None:
         self.connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
 
-    def _fresh(self) -> Scheduler:
-        s = self.settings
+    def _new_scheduler(self) -> Scheduler:
+        c = self.config
         return Scheduler(
-            self.engine, rows=s.rows, cache_tokens=s.cache_tokens, prefill_tokens=s.prefill_tokens, drafts=s.drafts
+            self.engine, rows=c.rows, cache_tokens=c.cache_tokens, prefill_tokens=c.prefill_tokens, drafts=c.drafts
         )
 
     def _add(self, call: int, samples: list[tuple[int, Request]]) -> None:
         """All of them, or none."""
         try:
             for number, request in samples:
-                self._take(Held(number, request))
+                self._schedule(ScheduledSample(number, request))
         except UserError as error:
             self._cancel([number for number, _ in samples])
             self._send(REFUSED, call, str(error))
         else:
             self._send(DONE, call, None)
 
-    def _take(self, held: Held) -> None:
-        ticket = self._scheduler.add(held.request)
-        self._held[ticket], self._tickets[held.number] = held, ticket
+    def _schedule(self, sample: ScheduledSample) -> None:
+        ticket = self._scheduler.add(sample.request)
+        self._samples[ticket], self._tickets[sample.number] = sample, ticket
 
     def _cancel(self, numbers: list[int]) -> None:
         for number in numbers:
             ticket = self._tickets.pop(number, None)
             if ticket is not None:
-                del self._held[ticket]
+                del self._samples[ticket]
                 self._scheduler.cancel(ticket)
         if self._scheduler.idle:
-            self._tell([])
+            self._send_events([])
 
     def _end(self, reason: str) -> None:
         numbers = list(self._tickets)
         self._cancel(numbers)
-        self._tell([(number, Finished(-1, "error", reason)) for number in numbers])
+        self._send_events([tuple(Finished(number, "error", reason)) for number in numbers])
 
     def _score(self, call: int, prompts: list[tuple[int, ...]], top: int) -> None:
         try:
@@ -204,39 +225,77 @@ class Worker:
         try:
             events = self._scheduler.step()
         except Exception as error:
-            self._broken(error)
+            self._recover(error)
             return
-        told = []
+        records = []
         for event in events:
-            held = self._held.get(event.ticket)
-            if held is not None:
-                held.told = True
+            sample = self._samples.get(event.ticket)
+            if sample is not None:
+                sample.started = True
                 if type(event) is Finished:
-                    del self._held[event.ticket], self._tickets[held.number]
-                # a plain tuple takes a third of the time to pickle
-                told.append((held.number, tuple(event)))
-        self._tell(told)
+                    del self._samples[event.ticket], self._tickets[sample.number]
+                records.append((sample.number, *event[1:]))
+        self._send_events(records)
 
-    def _tell(self, told: list[tuple[int, tuple[Any, ...]]]) -> None:
-        """Events, and now and then the figures; always when all work is done, so that they end at zero."""
+    def _send_events(self, records: list[tuple[Any, ...]]) -> None:
+        """Sends records (plain tuples take a third of the time to pickle), and now and then the scheduler's figures;
+        always when all work is done, so that they end at zero."""
         now, figures = monotonic(), None
         if now >= self._figures_due or self._scheduler.idle:
             self._figures_due = now + FIGURES_SECONDS
             figures = self._scheduler.stats() | {"failures": self.failures}
-        if told or figures is not None:
-            self._send(TOLD, told, figures)
+        if records or figures is not None:
+            self._send(EVENTS, records, figures)
 
-    def _broken(self, error: Exception) -> None:
-        log.error("a step failed; its scheduler is made anew", exc_info=error)
+    def _recover(self, error: Exception) -> None:
+        log.error("a step failed; its scheduler is replaced", exc_info=error)
         self.failures += 1
-        samples, self._held, self._tickets = list(self._held.values()), {}, {}
-        self._scheduler = self._fresh()
+        samples, self._samples, self._tickets = list(self._samples.values()), {}, {}
+        self._scheduler = self._new_scheduler()
         lost = []
-        for held in samples:
-            held.tries += 1
-            if held.told or held.tries == TRIES:
+        for sample in samples:
+            sample.tries += 1
+            if sample.started or sample.tries == MAX_TRIES:
                 message = f"the model failed ({type(error).__name__}) and the answer is lost; ask again"
-                lost.append((held.number, Finished(-1, "error", message)))
+                lost.append(tuple(Finished(sample.number, "error", message)))
             else:
-                self._take(held)
-        self._tell(lost)
+                self._schedule(sample)
+        self._send_events(lost)
+
+
+def scoring_batches(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+    """Which prompts to score together: indices, longest first, of at most BATCH_TOKENS padded tokens."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    start = 0
+    while start < len(order):
+        stop = start + max(1, BATCH_TOKENS // len(prompts[order[start]]))
+        yield order[start:stop]
+        start = stop
+
+
+def score(engine: Engine, prompts: Sequence[tuple[int, ...]], top: int) -> list[Scored]:
+    """One forward pass over all of them. A token is among the `top` exactly if its own log-probability is, bit for
+    bit."""
+    model, vocab = engine.model, engine.tokenizer.vocab_size
+    device = model.embed.weight.device
+    T = max(map(len, prompts))
+    tokens_BT = torch.tensor([[*ids, *[0] * (T - len(ids))] for ids in prompts], device=device)
+    real_N = torch.tensor([b * T + t for b, ids in enumerate(prompts) for t in range(len(ids))], device=device)
+    target_N = torch.tensor([i for ids in prompts for i in (*ids[1:], 0)], device=device)
+    logp, ids, values = [], [], []
+    with evaluating(model), torch.inference_mode():
+        h_ND = model.train_outputs(tokens_BT, mtp=False).hidden_BTD.flatten(0, 1)[real_N]
+        size = max(128, LOGITS // model.cfg.vocab_size)
+        for h_CD, target_C in zip(h_ND.split(size), target_N.split(size), strict=True):
+            logp_CV = (h_CD @ model.head_weight.T).float().log_softmax(-1)
+            best = logp_CV[:, :vocab].topk(min(max(top, 1), vocab), -1)
+            logp += logp_CV.gather(1, target_C[:, None]).squeeze(1).tolist()
+            ids += best.indices.tolist()
+            values += best.values.tolist()
+    scored, start = [], 0
+    for prompt in prompts:
+        end = start + len(prompt)
+        tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids[start:end], values[start:end], strict=True)]
+        scored.append(Scored(logp[start : end - 1], tops))
+        start = end
+    return scored
