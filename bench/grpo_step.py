@@ -65,8 +65,8 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
     from bessemer.dist.distributed import GatheredModel
     from bessemer.engine.engine import Engine
     from bessemer.rl import rollout
-    from bessemer.rl.estimators import GroupEstimator
-    from bessemer.rl.objective import GRPO
+    from bessemer.rl.advantage import assign_group_advantages
+    from bessemer.rl.losses import GRPO
     from bessemer.rl.reference import Reference
     from bessemer.rl.reward import Reward
     from bessemer.train import setup, speed
@@ -79,7 +79,7 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
         model, GRPO(CLIP_LOW, CLIP_HIGH, KL), None,
         PretrainConfig(kind="pretrain", lr=Points(LR), weight_decay=0.0), Runtime(workers=workers),
     )  # fmt: skip
-    engine, estimator, reward = Engine(model, tokenizer, workers), GroupEstimator(True), Reward()
+    engine, reward = Engine(model, tokenizer, workers), Reward()
     reference = Reference(trainer, GatheredModel(trainer), workers, 10**9, 1.0)
     rows = args.prompts * SAMPLES
 
@@ -90,10 +90,10 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
             samples=SAMPLES, seed=number, max_new_tokens=args.length, stop_ids=[], batch_rows=-(-rows // workers.n),
         )  # fmt: skip
         generated = time.perf_counter() - begin
-        reward.pay(groups, args.length)
-        estimator.fill(groups)
-        batches = rollout.batches([row for group in groups for row in group], tokenizer.pad_id, 4096, "sequence")
-        reference.fill(batches)
+        reward.score(groups, args.length)
+        assign_group_advantages(groups)
+        batches = rollout.to_batches([row for group in groups for row in group], tokenizer.pad_id, 4096, "sequence")
+        reference.add_logprobs(batches)
         trainer.update(batches)
         lengths = {len(row.completion.tokens) for group in groups for row in group}
         assert lengths == {args.length}, lengths
@@ -113,7 +113,7 @@ def peer(args: argparse.Namespace, case: dict) -> dict:
     from bessemer import tasks
     from bessemer.data.chat import render
     from bessemer.rl.reward import Reward
-    from bessemer.rl.rollout import Sampled
+    from bessemer.rl.rollout import ScoredSample
     from bessemer.train import speed
 
     speed.keep_memory()
@@ -127,7 +127,7 @@ def peer(args: argparse.Namespace, case: dict) -> dict:
     def reward(prompts, completions, completion_ids, **_):
         assert {len(ids) for ids in completion_ids} == {args.length}
         verdicts = (task.verify(by_prompt[p], c) for p, c in zip(prompts, completions, strict=True))
-        return [pay.of(Sampled(None, [], _Length(ids), v), args.length)
+        return [pay.of(ScoredSample(None, [], _Length(ids), v), args.length)
                 for ids, v in zip(completion_ids, verdicts, strict=True)]  # fmt: skip
 
     rows, cuts = args.prompts * SAMPLES, case["micro_batches"]

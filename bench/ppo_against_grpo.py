@@ -78,25 +78,26 @@ class Clock:
 
 
 def arm(args: argparse.Namespace) -> dict:
+
     from bessemer.config.recipe import Recipe
-    from bessemer.rl.estimators import CriticEstimator, GroupEstimator
-    from bessemer.rl.evaluator import Watch
-    from bessemer.rl.generation import Draw
-    from bessemer.rl.loop import Loop
+    from bessemer.rl import loop as rl_loop
+    from bessemer.rl.critic import Critic
+    from bessemer.rl.monitor import Evaluator
     from bessemer.rl.reference import Reference
+    from bessemer.rl.rollout_queue import RolloutQueue
     from bessemer.runs.context import StageContext, StopFlag
     from bessemer.runs.metrics import Metrics, StageMetrics
     from bessemer.runs.progress import RunProgress
     from bessemer.train.trainer import Trainer
 
     clock = Clock()
-    clock.watch(Draw, "__call__", "sampling")
-    for estimator in (GroupEstimator, CriticEstimator):
-        clock.watch(estimator, "fill", "critic")
-        clock.watch(estimator, "learn", "critic")
+    clock.watch(RolloutQueue, "take", "sampling")
+    clock.watch(rl_loop, "assign_group_advantages", "critic")
+    clock.watch(Critic, "assign_advantages", "critic")
+    clock.watch(Critic, "update", "critic")
     clock.watch(Trainer, "update", "update")
-    clock.watch(Reference, "fill", "update")
-    clock.watch(Reference, "follow", "update")
+    clock.watch(Reference, "add_logprobs", "update")
+    clock.watch(Reference, "after_step", "update")
     parts = ("sampling", "critic", "update")
     curve = []
 
@@ -107,7 +108,7 @@ def arm(args: argparse.Namespace) -> dict:
                 curve.append({"step": step, "seconds": trained, "pass_at_1": values["rl/heldout_pass_at_1"]})
             super().write(step, tokens, values)
 
-    clock.watch(Watch, "evaluate", "evaluation")
+    clock.watch(Evaluator, "evaluate", "evaluation")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "recipe.toml").write_text(RECIPE.format(**vars(args)))
@@ -119,14 +120,14 @@ def arm(args: argparse.Namespace) -> dict:
             "arm", folder / "arm", {}, folder / "base", recipe, folder,
             Curve(Metrics(folder / "metrics.jsonl"), "arm"), RunProgress({}).begin("arm"), StopFlag(),
         )  # fmt: skip
-        loop = Loop(recipe.stage("arm"), ctx, {})
+        loop = rl_loop.Loop(recipe.stage("arm"), ctx, {})
         loop.run()
     held = {
         "policy": held_bytes(loop.trainer),
         "reference": sum(nbytes(t) for t in loop.policy.model.state_dict().values()),
     }
-    if isinstance(loop.estimator, CriticEstimator):
-        held["critic"] = held_bytes(loop.estimator.trainer)
+    if loop.critic is not None:
+        held["critic"] = held_bytes(loop.critic.trainer)
     return {
         "seconds": {part: clock.seconds.get(part, 0.0) / args.rollouts for part in parts},
         "curve": curve,

@@ -91,10 +91,10 @@ def main() -> None:
         run = loop.Loop(recipe.stage("zero"), ctx, {})
         run.trainer.start()
         run.reference = loop.Reference(run.trainer, run.policy, timed, recipe.stage("zero").reference_every, 1.0)
-        take = run.ahead.take
+        take = run.queue.take
         for number in range(args.rollouts):
             drawn, sample_one, sample_two = phase(timed, lambda n=number: take(n))
-            run.ahead.take = lambda n, drawn=drawn: drawn
+            run.queue.take = lambda n, drawn=drawn: drawn
             _, train_one, train_two = phase(timed, lambda n=number: run._rollout(n))
             if number:  # the first draws two
                 row = {"sample": sample_one, "train": train_one, "after": sample_two + train_two}

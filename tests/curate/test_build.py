@@ -98,7 +98,7 @@ def test_any_engine_makes_the_same_files(made, tmp_path):
     assert sum("train-" in name and "tokens" in name for name in _files(tmp_path / "one")) >= 4
 
 
-@pytest.mark.skipif(not ray_cluster.is_there(), reason="needs Ray")
+@pytest.mark.skipif(not ray_cluster.is_installed(), reason="needs Ray")
 def test_ray_makes_the_same_files_and_passes_mistakes_on(made, tmp_path):
     build(Curation.load(made), tmp_path / "one")
     curation = Curation.load(made, ['engine.kind="ray"', "engine.workers=2"])

@@ -15,7 +15,7 @@ from bessemer.config.data import RejectConfig
 from bessemer.engine.engine import Completion
 from bessemer.errors import UserError
 from bessemer.pipeline.stages import reject
-from bessemer.rl.rollout import Sampled
+from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.countdown_expressions import all_tries
 from bessemer.tasks.readability import consistency
 
@@ -33,7 +33,7 @@ def sampled(thought, answer=None, end="stop"):
     text = f"<think>{thought}</think><answer>{answer or right_answer()}</answer>"
     verdict = COUNTDOWN.verify(PROBLEM, text)
     completion = Completion([5] * 9, text, [-1.0] * 9, [-1.0] * 9, end, 3)
-    return Sampled(PROBLEM, [1, 2], completion, verdict, 0.0, language=consistency(text, "en"))
+    return ScoredSample(PROBLEM, [1, 2], completion, verdict, 0.0, language=consistency(text, "en"))
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.pipeline.stages.rl import RL
-from bessemer.rl import estimators, loop
-from bessemer.rl.estimators import MODEL, MOMENTS
-from bessemer.rl.objective import GRPO
+from bessemer.rl import critic, loop
+from bessemer.rl.critic import MODEL, MOMENTS
+from bessemer.rl.losses import GRPO
 from bessemer.runs.metrics import StageMetrics
 from bessemer.train import checkpoint
 from bessemer.train.trainer import Trainer
@@ -39,11 +39,11 @@ def test_the_critic_learns_beside_the_policy(whole, base):
     assert whole.loop_.summary["steps"] == 6
     assert len(whole.values("critic/loss")) == 3 and whole.values("critic/explained")[0] == pytest.approx(0, abs=1e-6)
     assert all(0 < norm < math.inf for norm in whole.values("critic/grad_norm"))
-    estimator = whole.loop_.estimator
-    assert estimator.trainer.optimizer.steps == 6 and estimator.trainer.model.score.weight.any()
+    made = whole.loop_.critic
+    assert made.trainer.optimizer.steps == 6 and made.trainer.model.score.weight.any()
     (_, state) = checkpoint.latest(whole.out / "state")
     kept = {name for name in state.tensors["extras"] if name.startswith((MODEL, MOMENTS))}
-    for name, tensor in estimator.trainer.model.state_dict().items():
+    for name, tensor in made.trainer.model.state_dict().items():
         assert torch.equal(state.tensors["extras"][MODEL + name], tensor)
     assert int(state.tensors["extras"][MOMENTS + "steps"]) == 6 and len(kept) > 50
 
@@ -51,8 +51,8 @@ def test_the_critic_learns_beside_the_policy(whole, base):
 def test_advantages_are_per_token_centred_and_of_spread_one(whole):
     """Of a new rollout; returns are reward to come, advantages what the critic did not expect."""
     trained = whole.loop_
-    groups = trained.draw.begin(7, 12).finish().groups
-    trained.estimator.fill(groups)
+    groups = trained.generator.start(7, 12, 6).finish().groups
+    trained.critic.assign_advantages(groups)
     rows = [row for group in groups for row in group]
     flat = torch.tensor([value for row in rows for value in row.advantage], dtype=torch.float64)
     assert float(flat.mean()) == pytest.approx(0, abs=1e-9) and float(flat.std(correction=0)) == pytest.approx(1, 1e-4)
@@ -121,17 +121,17 @@ def test_when_the_guard_goes_back_so_does_the_critic(base, tmp_path, monkeypatch
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(loop, "GRPO", Sick)
     steps = []
-    load = estimators.CriticEstimator.load
+    restore = critic.Critic.restore
     monkeypatch.setattr(
-        estimators.CriticEstimator, "load",
-        lambda self: load(self) or steps.append((self.policy.step, self.trainer.optimizer.steps)),
+        critic.Critic, "restore",
+        lambda self: restore(self) or steps.append((self.policy.step, self.trainer.optimizer.steps)),
     )  # fmt: skip
     changes = (*CRITIC, "rollouts=4", "micro_tokens=9000", f"save_seconds={save_seconds}", "kl=0")
     trained = rl_stage.Stage(base, tmp_path / "run", *changes).run()
     went_back_to = 2 if save_seconds == 0 else 0
     assert steps == [(0, 0), (went_back_to, went_back_to)]
     # eight updates were tried, three were lost, and with them what came after the checkpoint
-    assert trained.summary["steps"] == trained.estimator.trainer.optimizer.steps == went_back_to + 3
+    assert trained.summary["steps"] == trained.critic.trainer.optimizer.steps == went_back_to + 3
 
 
 @pytest.mark.parametrize("name", ["gae_lambda=0.95", "critic_lr=1e-4"])
@@ -149,4 +149,4 @@ def test_a_foreign_policy_has_no_critic(base, tmp_path):
         CausalLM(LlamaForCausalLM(LlamaConfig(**shape))), loop_.objective, None, loop_.settings, loop_.trainer.runtime
     )
     with pytest.raises(UserError, match="makes a critic of a network of the DeepSeek family, and this is another"):
-        estimators.CriticEstimator(policy, loop_.settings, 2)
+        critic.Critic(policy, loop_.settings, 2)

@@ -5,7 +5,6 @@ import rl_stage
 
 from bessemer import tasks
 from bessemer.rl import rollout
-from bessemer.rl.generation import Coming
 from bessemer.rl.reward import Reward
 from bessemer.train import setup
 
@@ -18,9 +17,9 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture
-def draw(base, tmp_path):
-    """Changes -> what draws the samples of that stage."""
-    return lambda *changes: rl_stage.Stage(base, tmp_path / "run", *changes).loop().draw
+def generator(base, tmp_path):
+    """Changes -> the rollout generator of that stage."""
+    return lambda *changes: rl_stage.Stage(base, tmp_path / "run", *changes).loop().generator
 
 
 def alive(group):
@@ -35,40 +34,46 @@ def facts(groups):
     return [[(row.problem.id, row.completion.tokens, row.completion.logprobs, row.reward) for row in g] for g in groups]
 
 
-def lots(draw, number):
-    """All groups of rollout `number`, lot by lot, made here from the rule: window n * draws + lot of one list."""
-    found, task, size = [], tasks.get("arithmetic"), draw.settings.prompts_per_rollout
-    for lot in range(draw.settings.max_resamples):
-        chosen = rollout.problems_of([task], "train", (number * draw.settings.max_resamples + lot) * size, size, 7)
-        name = (7, "zero", number, lot) if lot else (7, "zero", number)
+def problems(generator, number, round=0):
+    general, chosen, _ = generator.select(number, round, None)
+    return general + chosen
+
+
+def rounds(generator, number):
+    """All groups of rollout `number`, round by round, from the rule: window n * max_resamples + round."""
+    found, task, size = [], tasks.get("arithmetic"), generator.settings.prompts_per_rollout
+    for round in range(generator.settings.max_resamples):
+        first = (number * generator.settings.max_resamples + round) * size
+        chosen = rollout.problems_of([task], "train", first, size, 7)
+        name = (7, "zero", number, round) if round else (7, "zero", number)
         groups = rollout.sample(
-            draw.sampler, chosen, draw.encode, samples=2, seed=tasks.stable_hash(*name), max_new_tokens=12,
+            generator.sampler, chosen, generator.encode, samples=2, seed=tasks.stable_hash(*name), max_new_tokens=12,
             batch_rows=setup.batch_rows(2 * len(chosen)),
         )  # fmt: skip
-        Reward(format=0.1, kind="random").pay(groups, 12)
+        Reward(format=0.1, kind="random").score(groups, 12)
         found.append(groups)
     return found
 
 
 @pytest.mark.parametrize("number", [0, 3])
-def test_one_draw_takes_every_group_in_the_order_of_its_problems(draw, number):
+def test_one_round_takes_every_group_in_the_order_of_its_problems(generator, number):
     """Exactly what a rollout was before there was dynamic sampling: one window, its seed, dead groups kept."""
-    sampler = draw(COIN)
-    paid = sampler.begin(number, 12).finish()
-    groups, asked = paid.groups, paid.asked
-    (expected,) = lots(sampler, number)
+    made = generator(COIN)
+    taken = made.start(number, 12, 0).finish()
+    groups, asked = taken.groups, taken.n_problems
+    (expected,) = rounds(made, number)
     assert facts(groups) == facts(expected) and asked == 4
     task = tasks.get("arithmetic")
     assert ids(groups) == [task.problem("train", 4 * number + n, 7).id for n in range(4)]
 
 
-def test_groups_that_differ_are_taken_first_and_no_lot_more_than_needed(draw):
-    sampler = draw(COIN, "max_resamples=6", "prompts_per_rollout=2")
+def test_groups_that_differ_are_taken_first_and_no_lot_more_than_needed(generator):
+    made = generator(COIN, "max_resamples=6", "prompts_per_rollout=2")
     needed = set()
     for number in range(8):
-        paid = sampler.begin(number, 12).finish()
-        groups, asked = paid.groups, paid.asked
-        every = lots(sampler, number)
+        taken = made.start(number, 12, 0).finish()
+        groups, asked = taken.groups, taken.n_problems
+        every = rounds(made, number)
         wanted, count = [], 0
         while len(wanted) < 2 and count < 6:
             wanted += [group for group in every[count] if alive(group)]
@@ -76,14 +81,14 @@ def test_groups_that_differ_are_taken_first_and_no_lot_more_than_needed(draw):
         assert facts(groups) == facts(wanted[:2]), "the living, in the order they were asked"
         assert asked == 2 * count
         needed.add(count)
-    assert len(needed) > 1 and max(needed) < 6, "some rollouts need more lots than others"
+    assert len(needed) > 1 and max(needed) < 6, "some rollouts need more rounds than others"
 
 
-def test_too_few_living_are_filled_up_with_dead_ones(draw):
-    sampler = draw(COIN, "max_resamples=2", "prompts_per_rollout=6")
+def test_too_few_living_are_filled_up_with_dead_ones(generator):
+    made = generator(COIN, "max_resamples=2", "prompts_per_rollout=6")
     for number in range(10):
-        paid = sampler.begin(number, 12).finish()
-        groups, asked = paid.groups, paid.asked
+        taken = made.start(number, 12, 0).finish()
+        groups, asked = taken.groups, taken.n_problems
         found = [alive(group) for group in groups]
         assert len(groups) == 6 and found == sorted(found, reverse=True)
         if not all(found):
@@ -92,24 +97,24 @@ def test_too_few_living_are_filled_up_with_dead_ones(draw):
     pytest.fail("ten rollouts, and none with fewer than 6 living groups of 12")
 
 
-def test_no_problem_is_asked_twice_in_a_run(draw):
-    sampler = draw(COIN, "max_resamples=3")
-    asked = [problem.id for number in range(5) for lot in range(3) for _, problem in sampler.problems(number, lot)]
+def test_no_problem_is_asked_twice_in_a_run(generator):
+    made = generator(COIN, "max_resamples=3")
+    asked = [problem.id for number in range(5) for round in range(3) for _, problem in problems(made, number, round)]
     assert len(set(asked)) == len(asked) == 5 * 3 * 4
 
 
-def test_samples_of_a_later_lot_are_new_ones(draw):
-    """The seed names the lot: the same problem in two lots gets other samples."""
-    sampler = draw(COIN, "max_resamples=2")
-    chosen = sampler.problems(0)
-    policy = sampler.sampler.policy()
-    one, two = (Coming(sampler._sample(policy, chosen, 0, lot, 12)).finish() for lot in (0, 1))
+def test_samples_of_a_later_lot_are_new_ones(generator):
+    """The seed names the round: the same problem in two rounds gets other samples."""
+    made = generator(COIN, "max_resamples=2")
+    chosen = problems(made, 0)
+    prompts, policy = [made.encode(problem) for _, problem in chosen], made.sampler.policy()
+    one, two = (made.score(chosen, prompts, made.submit(policy, prompts, 0, round, 12).take(), 12) for round in (0, 1))
     assert ids(one) == ids(two)
     assert all(a[0].completion.tokens != b[0].completion.tokens for a, b in zip(one, two, strict=True))
 
 
 def test_a_pool_that_is_all_dead_costs_its_lots_and_goes_on(base, tmp_path):
-    """Nothing is ever paid: every rollout asks all it may, trains on dead groups without effect, and ends."""
+    """Nothing is ever taken: every rollout asks all it may, trains on dead groups without effect, and ends."""
     stage = rl_stage.Stage(base, tmp_path / "run", "max_resamples=3", "kl=0", "rollouts=2")
     loop = stage.run()
     assert loop.summary["steps"] == 4
@@ -132,9 +137,9 @@ def test_the_stage_trains_on_the_living_and_says_what_it_asked(base, tmp_path):
 
 
 def test_overlong_answers_are_paid_less_in_the_stage(base, tmp_path):
-    """DAPO eq. 13 with cap 12 and buffer 8: nothing up to 4 tokens, then an eighth per token; nothing else is paid."""
-    sampler = rl_stage.Stage(base, tmp_path / "run", "overlong=8", "prompts_per_rollout=16").loop().draw
-    groups = sampler.begin(0, 12).finish().groups
+    """DAPO eq. 13 with cap 12 and buffer 8: nothing up to 4 tokens, then an eighth per token; nothing else is taken."""
+    made = rl_stage.Stage(base, tmp_path / "run", "overlong=8", "prompts_per_rollout=16").loop().generator
+    groups = made.start(0, 12, 0).finish().groups
     rows = [row for group in groups for row in group]
     lengths = {len(row.completion.tokens) for row in rows}
     assert 12 in lengths and len(lengths) > 2

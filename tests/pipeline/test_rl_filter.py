@@ -16,9 +16,9 @@ from bessemer.errors import UserError
 from bessemer.eval.contamination import identity
 from bessemer.pipeline.stages.rl import RL
 from bessemer.rl import loop
-from bessemer.rl.difficulty import Choice, Name, Tried
-from bessemer.rl.objective import GRPO
-from bessemer.rl.rollout import Sampled
+from bessemer.rl.difficulty import PassCount, ProblemKey, Selection
+from bessemer.rl.losses import GRPO
+from bessemer.rl.rollout import ScoredSample
 from bessemer.runs.metrics import StageMetrics
 from bessemer.train import setup
 from bessemer.workers import Workers
@@ -50,21 +50,26 @@ def changes(few):
 
 @pytest.fixture(scope="module")
 def whole(base, few, tmp_path_factory):
-    """A run, and for every lot what was asked and paid."""
+    """A run, and for every round what was asked and rewarded."""
     stage = rl_stage.Stage(base, tmp_path_factory.mktemp("whole") / "run", *changes(few))
-    stage.lots = []
+    stage.rounds = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "workers", lambda: Workers(1))
         run = stage.loop()
-        sample = run.draw._sample
+        submit, score, names = run.generator.submit, run.generator.score, {}
 
-        def watched(policy, chosen, number, lot, cap):
-            groups = yield from sample(policy, chosen, number, lot, cap)
+        def watched_submit(policy, prompts, number, round, cap):
+            names[id(prompts)] = (number, round)
+            return submit(policy, prompts, number, round, cap)
+
+        def watched_score(problems, prompts, completions, cap):
+            groups = score(problems, prompts, completions, cap)
             rewards = [[row.reward for row in group] for group in groups]
-            stage.lots.append((number, lot, list(zip([p.prompt for _, p in chosen], rewards, strict=True))))
+            asked = list(zip([p.prompt for _, p in problems], rewards, strict=True))
+            stage.rounds.append((*names.pop(id(prompts)), asked))
             return groups
 
-        run.draw._sample = watched
+        run.generator.submit, run.generator.score = watched_submit, watched_score
         run.run()
     return stage
 
@@ -79,8 +84,8 @@ def test_what_a_rollout_asks_follows_from_what_was_paid_two_rollouts_before_it(w
     """Computed here anew: with G = 2 a problem is left out below a quarter and above three; a dead one is asked only
     where the draw explores, or where nothing else is left."""
     task, explored, left_out = tasks.get(few), defaultdict(int), defaultdict(int)
-    for number, lot, asked in whole.lots:
-        paid = [group for n, _, groups in sorted(whole.lots) if n <= number - 2 for group in groups]
+    for number, lot, asked in whole.rounds:
+        paid = [group for n, _, groups in sorted(whole.rounds) if n <= number - 2 for group in groups]
         own, every = defaultdict(list), [rewards for _, rewards in paid]
         for prompt, rewards in paid:
             own[prompt].append(rewards)
@@ -98,13 +103,13 @@ def test_what_a_rollout_asks_follows_from_what_was_paid_two_rollouts_before_it(w
             explored[number] += bool(out and (explores or not keep))
             wanted.append((out if out and (explores or not keep) else keep).pop(0))
         assert [prompt for prompt, _ in asked] == [candidates[place] for place in sorted(wanted)]
-    lots = defaultdict(int)
-    for number, _, _ in whole.lots:
-        lots[number] += 1
-    assert whole.values("rl/filter_left_out") == pytest.approx([left_out[n] / (8 * lots[n]) for n in range(6)])
-    assert whole.values("rl/filter_explored") == pytest.approx([explored[n] / (4 * lots[n]) for n in range(6)])
+    rounds = defaultdict(int)
+    for number, _, _ in whole.rounds:
+        rounds[number] += 1
+    assert whole.values("rl/filter_left_out") == pytest.approx([left_out[n] / (8 * rounds[n]) for n in range(6)])
+    assert whole.values("rl/filter_explored") == pytest.approx([explored[n] / (4 * rounds[n]) for n in range(6)])
     assert left_out[0] == left_out[1] == 0 < sum(explored.values()) < sum(left_out.values())
-    paid = [rewards for _, _, groups in sorted(whole.lots) for _, rewards in groups]
+    paid = [rewards for _, _, groups in sorted(whole.rounds) for _, rewards in groups]
     assert whole.values(f"rl/pass/{few} 0 en")[-1] == pytest.approx(rate_of(paid, 2 * 2.0 * 16))
 
 
@@ -153,72 +158,73 @@ def test_when_the_guard_goes_back_so_do_the_estimates(base, few, tmp_path, monke
     monkeypatch.setattr(loop, "GRPO", Sick)
     run = rl_stage.Stage(base, tmp_path / "run", *changes(few), "save_seconds=99", "micro_tokens=9000",
                          "updates_per_rollout=4", "rollouts=3").loop()  # fmt: skip
-    seen, see = [], run.pick.see
-    run.pick.see = lambda choice: seen.append(len(run.pick.estimates.problems)) or see(choice)
+    seen, update = [], run.difficulty.update
+    run.difficulty.update = lambda selection: seen.append(len(run.difficulty.estimates.problems)) or update(selection)
     run.run()
     assert seen[0] == 0 and 0 in seen[1:], "what was known when a rollout was taken: nothing again, after going back"
 
 
 @pytest.fixture
-def draw(base, tmp_path):
-    return lambda *changes: rl_stage.Stage(base, tmp_path / "run", *changes).loop().draw
+def generator(base, tmp_path):
+    return lambda *changes: rl_stage.Stage(base, tmp_path / "run", *changes).loop().generator
 
 
-def test_general_prompts_are_all_asked(draw):
+def test_general_prompts_are_all_asked(generator):
     given = ('general_tasks=["general"]', "general_prompts=2", 'tasks=["arithmetic", "countdown"]', "filter_pool=3")
-    sampler = draw(FILTER, *given)
-    general, candidates = sampler._candidates(1, 0)
+    made = generator(FILTER, *given)
+    general, candidates = made.candidates(1, 0)
     assert len(general) == 2 and len(candidates) == 2 * 3
-    pick = sampler.pick
-    tried = [Tried(pick._name(*candidates[n]), 0, 2) for n in (1, 3) for _ in range(4)]
-    pick.estimates = pick.estimates.after(tried)
-    asked = sampler.problems(1)
+    filter = made.difficulty
+    counts = [PassCount(filter.key(*candidates[n]), 0, 2) for n in (1, 3) for _ in range(4)]
+    filter.estimates = filter.estimates.updated(counts)
+    asked, chosen, _ = made.select(1, 0, filter.estimates)
+    asked = asked + chosen
     assert asked[:2] == general and not {candidates[1][1].id, candidates[3][1].id} & {p.id for _, p in asked}
-    assert {p.id for _, p in asked} <= set(sampler.asked(1)) and len(sampler.asked(1)) == 8
-    assert len(sampler.begin(1, 12).finish().choice.tried) == 2, "only problems of the tasks teach the filter"
+    assert {p.id for _, p in asked} <= set(made.candidates_by_id(1)) and len(made.candidates_by_id(1)) == 8
+    assert len(made.start(1, 12, 0).finish().selection.counts) == 2, "only problems of the tasks teach the filter"
 
 
-def test_what_is_paid_while_a_rollout_is_drawn_changes_none_of_its_lots(draw, few):
-    sampler = draw(FILTER, f'tasks=["{few}"]', "max_resamples=2", "filter_pool=2")
-    expected = sampler.begin(1, 12).finish().choice
-    coming = sampler.begin(1, 12)
-    first = sampler.tasks[0].problem("train", 0, 7)
-    sampler.pick.see(Choice(tried=(Tried(sampler.pick._name(sampler.tasks[0], first), 0, 2),) * 4))
-    assert coming.finish().choice == expected, "the second lot is chosen only after the first is paid"
-    assert sampler.begin(1, 12).finish().choice.left_out > expected.left_out
+def test_what_is_rewarded_while_a_rollout_is_sampled_changes_none_of_its_rounds(generator, few):
+    made = generator(FILTER, f'tasks=["{few}"]', "max_resamples=2", "filter_pool=2")
+    expected = made.start(1, 12, 0).finish().selection
+    pending = made.start(1, 12, 0)
+    first = made.tasks[0].problem("train", 0, 7)
+    made.difficulty.update(Selection(counts=(PassCount(made.difficulty.key(made.tasks[0], first), 0, 2),) * 4))
+    assert pending.finish().selection == expected, "the second round is selected only after the first is scored"
+    assert made.start(1, 12, 0).finish().selection.left_out > expected.left_out
 
 
-def test_a_problem_is_the_same_in_other_words_and_not_in_another_language(draw):
-    pick = draw(FILTER).pick
+def test_a_problem_is_the_same_in_other_words_and_not_in_another_language(generator):
+    key = generator(FILTER).difficulty.key
     task = tasks.get("countdown")
     size = task.size("train")
     problem = task.problem("train", 0, 7, "en")
     again = next(
         p for i in range(size, 2 * size) if identity(p := task.problem("train", i, 7, "en")) == identity(problem)
     )
-    assert again.id != problem.id and pick._name(task, again) == pick._name(task, problem)
-    other = pick._name(task, task.problem("train", 0, 7, "zh"))
-    assert other.problem not in (None, pick._name(task, problem).problem) and other.family.endswith(" zh")
+    assert again.id != problem.id and key(task, again) == key(task, problem)
+    other = key(task, task.problem("train", 0, 7, "zh"))
+    assert other.problem not in (None, key(task, problem).problem) and other.family.endswith(" zh")
     sums = tasks.get("arithmetic")
     endless = sums.problem("train", 0, 7, "en")
-    assert pick._name(sums, endless) == Name(f"arithmetic {endless.meta['difficulty']} en", None)
+    assert key(sums, endless) == ProblemKey(f"arithmetic {endless.meta['difficulty']} en", None)
 
 
 @pytest.mark.parametrize(
     ("kind", "passed"), [("task", [True, False]), ("format", [True, True]), ("random", [False, True])]
 )
-def test_passed_is_what_the_way_of_paying_asks_for(draw, kind, passed):
-    reward = draw(f'reward="{kind}"').reward
+def test_passed_is_what_the_way_of_paying_asks_for(generator, kind, passed):
+    reward = generator(f'reward="{kind}"').reward
     verdicts = [tasks.Verdict(correct, True, "", None) for correct in (True, False)]
-    rows = [Sampled(None, [], None, verdict, paid) for verdict, paid in zip(verdicts, (0.0, 1.0), strict=True)]
+    rows = [ScoredSample(None, [], None, verdict, paid) for verdict, paid in zip(verdicts, (0.0, 1.0), strict=True)]
     assert [reward.passed(row) for row in rows] == passed
 
 
 def test_what_the_stage_shows_holds_every_problem_it_may_ask(base, tmp_path):
     stage = rl_stage.Stage(base, tmp_path / "run", FILTER, "max_resamples=2")
-    settings, sampler = stage.recipe.stage("zero"), stage.loop().draw
+    settings, made = stage.recipe.stage("zero"), stage.loop().generator
     shown = {problem.id for problem in RL().shown(settings, stage.recipe, stage.out, tmp_path)}
-    assert shown == {name for number in range(settings.rollouts) for name in sampler.asked(number)}
+    assert shown == {name for number in range(settings.rollouts) for name in made.candidates_by_id(number)}
 
 
 def test_the_recipe_that_a_run_writes_down_can_go_on(base, tmp_path):

@@ -20,7 +20,7 @@ from bessemer.data.chat import render_ids
 from bessemer.errors import UserError
 from bessemer.eval import scoring
 from bessemer.rl import loop, rollout
-from bessemer.rl.objective import GRPO
+from bessemer.rl.losses import GRPO
 from bessemer.runs.context import Interrupted
 from bessemer.runs.metrics import StageMetrics
 
@@ -221,8 +221,8 @@ def test_rl_goes_on_with_new_problems_when_the_guard_went_back(copy, monkeypatch
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(loop, "GRPO", Sick)
     problems = []
-    verified = rollout.verified
-    monkeypatch.setattr(rollout, "verified", lambda *a: problems.append(a[0][0][1].id) or verified(*a))
+    verify = rollout.verify
+    monkeypatch.setattr(rollout, "verify", lambda *a: problems.append(a[0][0][1].id) or verify(*a))
     results = copy("zero.rollouts=5", "zero.save_seconds=99", "zero.micro_tokens=9000", "zero.eval_every=9")
     assert results["zero"].status == "done" and results["zero"].summary["steps"] == 5 * 2 - 3
     train = [problem for problem in problems if "/train/" in problem]

@@ -6,9 +6,7 @@ import random
 
 import pytest
 
-from bessemer.rl import alarms
-from bessemer.rl.alarms import Watchman
-from bessemer.rl.metric_history import WINDOW, Figures, Track
+from bessemer.rl.alarms import WINDOW, AlarmTracker, MetricTrack
 
 HEALTHY = {
     "accuracy": (0.2, 0.6), "format": (0.7, 0.95), "length": (68, 131), "think_share": (0.8, 0.95),
@@ -42,8 +40,13 @@ def made(rollouts=40, noise=0.0, **ends):
     return lines
 
 
+def active(history):
+    """The alarms at the end of a history of tables."""
+    return AlarmTracker(enumerate(history)).active
+
+
 def codes(history):
-    return [alarm.code for alarm in alarms.alarms(history)]
+    return [alarm.code for alarm in active(history)]
 
 
 @pytest.mark.parametrize(
@@ -66,11 +69,11 @@ def codes(history):
     ],
 )
 def test_each_rings_alone(code, ends):
-    found = alarms.alarms(made(**ends))
+    found = active(made(**ends))
     assert [alarm.code for alarm in found] == [code]
     told = str(found[0])
     assert told.startswith(code.replace("-", " ") + ": ") and "Likely cause: " in told and "What to do: " in told
-    assert any(digit.isdigit() for digit in found[0].words)
+    assert any(digit.isdigit() for digit in found[0].message)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -92,50 +95,50 @@ def test_healthy_runs_stay_silent_from_first_to_last(seed):
         # already good at the start
         {"accuracy": (0.9, 0.93), "format": (0.9, 1.0), "dead_groups": (0.6, 0.7)},
     ):  # fmt: skip
-        watch = Watchman()
+        tracker = AlarmTracker()
         for step, values in enumerate(made(rollouts=40 + 40 * seed, noise=0.04, **ends)):
-            assert watch.see(step, values) == [], ends
+            assert tracker.add(step, values) == [], ends
 
 
 def test_the_tiny_recipe_as_it_learnt_stays_silent():
     """As measured, then on to where docs/results.md and docs/log.md say it ended: half solved, a third cut off."""
-    watch = Watchman()
+    tracker = AlarmTracker()
     held = {0: 0.211, 10: 0.398, 20: 0.434, 30: 0.492}
     for number in range(32):
         if number in held:
-            assert watch.see(number, {"rl/heldout_pass_at_1": held[number]}) == []
+            assert tracker.add(number, {"rl/heldout_pass_at_1": held[number]}) == []
         values = {f"rl/{name}": column[min(number, 7 + number % 3)] for name, column in MEASURED.items()}
         if number > 9:
             values |= {"rl/truncated": 0.33, "rl/length": 131, "rl/entropy": 0.08, "rl/format": 0.69}
-        assert watch.see(number, values) == []
+        assert tracker.add(number, values) == []
 
 
 def test_said_once_and_again_only_in_the_report():
-    watch, rung = Watchman(), []
+    tracker, rung = AlarmTracker(), []
     for step, values in enumerate(made(kl=(0.0, 5.0))):
-        rung += [(step, alarm.code) for alarm in watch.see(step, values)]
+        rung += [(step, alarm.code) for alarm in tracker.add(step, values)]
     assert [code for _, code in rung] == ["kl-runaway"] and 5 < rung[0][0] < 20
-    assert watch.raised["kl-runaway"][0] == rung[0][0]
-    assert [alarm.code for alarm in watch.standing] == ["kl-runaway"]
+    assert tracker.raised["kl-runaway"][0] == rung[0][0]
+    assert [alarm.code for alarm in tracker.active] == ["kl-runaway"]
     for step in range(40, 50):
-        assert watch.see(step, {"rl/kl": 0.01}) == []
-    assert watch.standing == [] and list(watch.raised) == ["kl-runaway"]
+        assert tracker.add(step, {"rl/kl": 0.01}) == []
+    assert tracker.active == [] and list(tracker.raised) == ["kl-runaway"]
 
 
-def test_a_resumed_watchman_is_where_it_was():
+def test_a_resumed_tracker_is_where_it_was():
     """Also through JSON, as metrics.jsonl keeps the tables: what is not finite comes back as null."""
     ends = {"truncated": (0.1, 0.9), "kl": (0.0, 4.0), "preference": (0.2, 0.9), "accuracy": (0.6, 0.2)}
     lines = list(enumerate(made(noise=0.1, **ends)))
     lines[7][1]["rl/kl"] = math.nan
     lines[9][1]["rl/entropy"] = math.inf
-    whole = Watchman()
-    told = [[alarm.code for alarm in whole.see(step, values)] for step, values in lines]
+    whole = AlarmTracker()
+    told = [[alarm.code for alarm in whole.add(step, values)] for step, values in lines]
     assert sum(map(len, told)) > 2
     for cut in (1, 8, 20, 39):
         kept = [(step, {n: v if math.isfinite(v) else None for n, v in values.items()}) for step, values in lines[:cut]]
-        resumed = Watchman(json.loads(json.dumps(kept)))
-        assert [[alarm.code for alarm in resumed.see(step, values)] for step, values in lines[cut:]] == told[cut:]
-        assert resumed.raised == whole.raised and resumed.standing == whole.standing
+        resumed = AlarmTracker(json.loads(json.dumps(kept)))
+        assert [[alarm.code for alarm in resumed.add(step, values)] for step, values in lines[cut:]] == told[cut:]
+        assert resumed.raised == whole.raised and resumed.active == whole.active
 
 
 def test_too_little_is_no_reason():
@@ -162,8 +165,8 @@ def test_the_form_may_come_before_the_task():
         {"rl/accuracy": 0.1 if n < 12 else 0.1 + 0.02 * (n - 12), "rl/format": min(1.0, 0.5 + 0.1 * n)}
         for n in range(40)
     ]
-    watch = Watchman()
-    assert [alarm for step, values in enumerate(lines) for alarm in watch.see(step, values)] == []
+    tracker = AlarmTracker()
+    assert [alarm for step, values in enumerate(lines) for alarm in tracker.add(step, values)] == []
     assert codes([{**values, "rl/accuracy": 0.1} for values in lines]) == ["format-hacking"]
 
 
@@ -189,8 +192,8 @@ def test_a_reward_model_is_measured_from_where_it_joined():
     assert codes(with_held(before, 0.4, 0.6) + with_held(late, 0.55, 0.4)) == ["reward-model-hacking"]
     # it fell between the last question before and the first one after
     assert codes(with_held(before, 0.4, 0.6) + with_held(late, 0.45, 0.45)) == ["reward-model-hacking"]
-    fallen = alarms.alarms(before + made(rollouts=20, accuracy=(0.7, 0.55), preference=(0.4, 0.8)))
-    assert [alarm.code for alarm in fallen] == ["reward-model-hacking"] and "while accuracy fell" in fallen[0].words
+    fallen = active(before + made(rollouts=20, accuracy=(0.7, 0.55), preference=(0.4, 0.8)))
+    assert [alarm.code for alarm in fallen] == ["reward-model-hacking"] and "while accuracy fell" in fallen[0].message
 
 
 def test_mixing_is_judged_among_answers_that_think():
@@ -200,9 +203,10 @@ def test_mixing_is_judged_among_answers_that_think():
 
 
 def test_memory_does_not_grow():
-    track = Track()
+    track = MetricTrack()
     for number in range(1000):
         track.add(float(number % 100))
     assert len(track.first) == len(track.recent) == WINDOW and track.count == 1000
     assert (track.start, track.now, track.peak) == (2.0, 97.0, 97.0)
-    assert Figures([{"rl/a": 1.0}, {"rl/a": 3.0}])["a"].now == 2.0
+    history = AlarmTracker(enumerate([{"rl/a": 1.0}, {"rl/a": 3.0}])).history
+    assert history["a"].now == 2.0

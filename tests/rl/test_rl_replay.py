@@ -1,14 +1,17 @@
 """Routing replay between the true Engine and the true network: what the trainer computes, with and without."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from train_config import train_config
 
 from bessemer.data.batch import Batch
 from bessemer.engine.engine import Engine
-from bessemer.rl import replay, rollout
-from bessemer.rl.objective import GRPO, policy_logprobs, reference_logprobs
-from bessemer.rl.rollout import Sampled
+from bessemer.rl import rollout
+from bessemer.rl.importance import own_choice, routing_disagreement
+from bessemer.rl.losses import GRPO, policy_logprobs, reference_logprobs
+from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.train.trainer import Trainer
 
@@ -25,7 +28,7 @@ def sampled(tokenizer):
         groups = Engine(model, tokenizer).generate(PROMPTS, **options)
         problem, verdict = Problem("p", "", "en"), Verdict(True, True, "", None)
         return [
-            Sampled(problem, prompt, completion, verdict, 1.0, (-1.0) ** k)
+            ScoredSample(problem, prompt, completion, verdict, 1.0, (-1.0) ** k)
             for prompt, group in zip(PROMPTS, groups, strict=True)
             for k, completion in enumerate(group)
         ]
@@ -36,10 +39,15 @@ def sampled(tokenizer):
 def gaps(model, rows, see=lambda batch: batch):
     """|log pi - log pi_sampler| of every trained token."""
     found = []
-    for batch in rollout.batches(rows, PAD, 10_000, "token"):
+    for batch in rollout.to_batches(rows, PAD, 10_000, "token"):
         gap = policy_logprobs(model, see(batch), 1.0) - batch.extras["old_logp_BT"]
         found.append(gap[batch.loss_BT > 0].abs())
     return torch.cat(found)
+
+
+def without(batch):
+    """The batch without the choice to replay."""
+    return replace(batch, extras={k: v for k, v in batch.extras.items() if k != "choice_BTLK"})
 
 
 def disturbed(model, size=0.02):
@@ -55,7 +63,7 @@ def disturbed(model, size=0.02):
 def test_a_batch_holds_what_every_fed_token_chose(sampled, model, max_tokens):
     rows = sampled(model)
     found = 0
-    for batch in rollout.batches(rows, PAD, max_tokens, "token"):
+    for batch in rollout.to_batches(rows, PAD, max_tokens, "token"):
         choice = batch.extras["choice_BTLK"]
         assert choice.dtype == torch.int16 and choice.shape == (*batch.tokens_BT.shape, LAYERS, K)
         for tokens, mine in zip(batch.tokens_BT.tolist(), choice, strict=True):
@@ -72,8 +80,8 @@ def mine_tokens(row):
 
 
 def test_without_a_record_there_is_nothing_to_replay(sampled, model):
-    for batch in rollout.batches(sampled(model, record_routing=False), PAD, 10_000, "token"):
-        assert replay.CHOICE not in batch.extras and replay.arguments(batch) == {}
+    for batch in rollout.to_batches(sampled(model, record_routing=False), PAD, 10_000, "token"):
+        assert "choice_BTLK" not in batch.extras
 
 
 def test_replay_of_the_policy_s_own_choice_gives_the_sampler_s_logprobs(sampled, model):
@@ -91,33 +99,33 @@ def test_replay_closes_what_other_choices_opened(make_model, sampled, sampler, s
     other = make_model(seed)
     rows = sampled(disturbed(other) if sampler == "router" else other.to_compute(torch.bfloat16), stop_ids=[])
     model = make_model(seed)
-    replayed, free = gaps(model, rows), gaps(model, rows, replay.without)
+    replayed, free = gaps(model, rows), gaps(model, rows, without)
     assert replayed.max() < 0.2 * free.max() and replayed.mean() < 0.9 * free.mean()
-    (batch,) = rollout.batches(rows, PAD, 10_000, "token")
-    assert 0 < replay.disagreement(model, batch) < 0.2
+    (batch,) = rollout.to_batches(rows, PAD, 10_000, "token")
+    assert 0 < routing_disagreement(model, batch) < 0.2
 
 
 def test_disagreement_counts_pairs_of_token_and_layer(sampled, model):
-    (batch,) = rollout.batches(sampled(model), PAD, 10_000, "token")
+    (batch,) = rollout.to_batches(sampled(model), PAD, 10_000, "token")
     choice = batch.extras["choice_BTLK"]
     pairs = int((choice[..., 0] >= 0).sum())
-    assert replay.disagreement(model, batch) * pairs == pytest.approx(0, abs=1)  # a rounding error may decide one
-    batch.extras["choice_BTLK"] = replay.own_choice(model, batch).flip(-1).short().where(choice >= 0, choice)
-    assert replay.disagreement(model, batch) == 0.0, "the order does not count"
+    assert routing_disagreement(model, batch) * pairs == pytest.approx(0, abs=1)  # a rounding error may decide one
+    batch.extras["choice_BTLK"] = own_choice(model, batch).flip(-1).short().where(choice >= 0, choice)
+    assert routing_disagreement(model, batch) == 0.0, "the order does not count"
     other = batch.extras["choice_BTLK"]
     for b, t in ((0, 0), (1, 5), (2, 1)):
         other[b, t, 0, 0] = next(e for e in range(8) if e not in other[b, t, 0].tolist())
-    assert replay.disagreement(model, batch) == pytest.approx(3 / pairs)
+    assert routing_disagreement(model, batch) == pytest.approx(3 / pairs)
 
 
 def test_the_objective_replays_and_its_gradient_reaches_the_router(make_model, sampled):
     """The ratios of a policy whose router moved are those of a network told whom to ask; the reference is not told."""
     rows, model = sampled(disturbed(make_model(3)), stop_ids=[]), make_model(3)
-    (batch,) = rollout.batches(rows, PAD, 10_000, "token")
+    (batch,) = rollout.to_batches(rows, PAD, 10_000, "token")
     model.train()
     loss = GRPO(0.2, 0.28, 0.0)(model, batch)
     loss.total.backward()
-    replayed, free = (policy_logprobs(model, seen, 1.0) for seen in (batch, replay.without(batch)))
+    replayed, free = (policy_logprobs(model, seen, 1.0) for seen in (batch, without(batch)))
     assert not torch.allclose(replayed, free, atol=0.1)
     assert torch.equal(reference_logprobs(model, batch, 1.0), free)
     gap, weight = (replayed - batch.extras["old_logp_BT"])[batch.loss_BT > 0], batch.loss_BT[batch.loss_BT > 0]
@@ -135,7 +143,7 @@ def test_padding_and_the_last_token_are_free_to_go_anywhere(sampled, make_model)
     results = []
     for fill in (-1, 5):
         model = make_model(3)
-        (batch,) = rollout.batches(rows, PAD, 10_000, "token")
+        (batch,) = rollout.to_batches(rows, PAD, 10_000, "token")
         choice = batch.extras["choice_BTLK"]
         choice[choice < 0] = fill
         loss = GRPO(0.2, 0.28, 0.0)(model.train(), batch)
@@ -149,13 +157,10 @@ def test_an_update_does_not_depend_on_cuts_with_replay(sampled, make_model):
     """Through the trainer; the largest gap of a step is that of its worst micro-batch."""
     rows, found = sampled(disturbed(make_model(3)), stop_ids=[]), []
     for max_tokens in (60, 10_000):
-        batches = rollout.batches(rows, PAD, max_tokens, "sequence")
-        found.append(
-            Trainer(
-                make_model(3), GRPO(0.2, 0.28, 0.0), None, *train_config(lr=1e-3, eps=1e-4, weight_decay=0.0)
-            ).update(batches)
-        )
-    assert len(rollout.batches(rows, PAD, 60, "sequence")) > 5
+        made = train_config(lr=1e-3, eps=1e-4, weight_decay=0.0)
+        batches = rollout.to_batches(rows, PAD, max_tokens, "sequence")
+        found.append(Trainer(make_model(3), GRPO(0.2, 0.28, 0.0), None, *made).update(batches))
+    assert len(rollout.to_batches(rows, PAD, 60, "sequence")) > 5
     for name in ("logp_gap", "logp_gap_max", "sampler_kl", "ratio", "grad_norm"):
         assert found[0][f"train/{name}"] == pytest.approx(found[1][f"train/{name}"], rel=1e-3, abs=1e-6), name
     assert found[0]["train/logp_gap_max"] > 3 * found[0]["train/logp_gap"] > 0 and found[0]["train/sampler_kl"] > 0

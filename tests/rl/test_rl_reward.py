@@ -7,13 +7,13 @@ import pytest
 from bessemer.engine.engine import Completion
 from bessemer.errors import UserError
 from bessemer.rl.reward import Reward, overlong
-from bessemer.rl.rollout import Sampled
+from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 
 
 def sampled(correct=False, formatted=False, language=0.5, tokens=(5, 6), **meta):
     completion = Completion(list(tokens), "text", [-1.0] * len(tokens), [-1.0] * len(tokens), "stop", 3)
-    return Sampled(Problem("p/0", "ask", "en", meta), [0], completion, Verdict(correct, formatted, "", None),
+    return ScoredSample(Problem("p/0", "ask", "en", meta), [0], completion, Verdict(correct, formatted, "", None),
                    language=language)  # fmt: skip
 
 
@@ -46,28 +46,28 @@ def test_a_judge_pays_the_prompts_of_its_aim_and_the_verifier_the_others():
     helpful, harmless = Judge(lambda answer: 0.75), Judge(lambda answer: 0.25)
     groups = [[sampled(True, True, aim="helpful"), sampled(True, True, aim="helpful")],
               [sampled(False, True, aim="harmless")], [sampled(True, False)]]  # fmt: skip
-    Reward(0.5, preference=2.0).pay(groups, 9, {"helpful": helpful, "harmless": harmless})
+    Reward(0.5, preference=2.0).score(groups, 9, {"helpful": helpful, "harmless": harmless})
     assert [[row.reward for row in group] for group in groups] == [[2.0, 2.0], [1.0], [1.0]]
     assert [[row.preference for row in group] for group in groups] == [[0.75, 0.75], [0.25], [None]]
     assert helpful.heard == [[("ask", "text")] * 2] and harmless.heard == [[("ask", "text")]]
-    Reward(0.5).pay(groups[:1], 9)  # without a judge of that aim
-    assert [row.reward for row in [sampled(True, True, aim="helpful")] if not Reward(0.5).pay([[row]], 9)] == [1.5]
+    Reward(0.5).score(groups[:1], 9)  # without a judge of that aim
+    assert [row.reward for row in [sampled(True, True, aim="helpful")] if not Reward(0.5).score([[row]], 9)] == [1.5]
 
 
 def test_a_reward_that_is_no_number_names_its_source():
     with pytest.raises(UserError, match=r"p/0 is nan; its reward model must give a finite number"):
-        Reward().pay([[sampled(aim="helpful")]], 9, {"helpful": Judge(lambda answer: math.nan)})
+        Reward().score([[sampled(aim="helpful")]], 9, {"helpful": Judge(lambda answer: math.nan)})
 
 
 def test_the_control_arms_do_not_look_at_the_verdict():
     rows = [sampled(c, f) for c, f in FOUR]
     assert [Reward(kind="format").of(row, 9) for row in rows] == [1.0, 0.0, 1.0, 0.0]
     many = [[sampled(c, f, tokens=(n,)) for c, f in FOUR for n in range(200)]]
-    Reward(kind="random").pay(many, 9)
+    Reward(kind="random").score(many, 9)
     right = [row.reward for row in many[0] if row.verdict.correct]
     wrong = [row.reward for row in many[0] if not row.verdict.correct]
     assert set(right) == {0.0, 1.0}
     assert abs(sum(right) / 400 - 0.5) < 0.1 and abs(sum(wrong) / 400 - 0.5) < 0.1
     again = [row.reward for row in many[0]]
-    Reward(kind="random").pay(many, 9)
+    Reward(kind="random").score(many, 9)
     assert again == [row.reward for row in many[0]], "a coin that falls the same in a resumed run"

@@ -10,7 +10,7 @@ from bessemer.data.chat import jinja, render_ids
 from bessemer.engine.engine import Completion
 from bessemer.rl import rollout
 from bessemer.rl.reward import Reward
-from bessemer.rl.rollout import Sampled
+from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Verdict
 
 TASKS = [tasks.get("countdown"), tasks.get("arithmetic")]
@@ -20,7 +20,7 @@ PAD = 2
 def row(prompt, answer, advantage=0.0, logprobs=None):
     logprobs = [-0.5] * len(answer) if logprobs is None else logprobs
     completion = Completion(answer, "", logprobs, logprobs, "stop", len(prompt))
-    return Sampled(TASKS[0].problem("train", 0), prompt, completion, Verdict(True, True, "", None), 1.0, advantage)
+    return ScoredSample(TASKS[0].problem("train", 0), prompt, completion, Verdict(True, True, "", None), 1.0, advantage)
 
 
 def some_rows(count=17, seed=0):
@@ -53,7 +53,7 @@ def test_problems_take_the_tasks_in_turn_and_follow_from_their_number():
 def test_a_batch_holds_every_token_where_it_belongs(normalise):
     rows = some_rows()
     found = []
-    for batch in rollout.batches(rows, PAD, 60, normalise):
+    for batch in rollout.to_batches(rows, PAD, 60, normalise):
         for b in range(batch.n_rows):
             found.append([values[b].tolist() for values in (batch.tokens_BT, batch.loss_BT, *batch.extras.values())])
             assert list(batch.extras) == ["advantage_BT", "old_logp_BT"]
@@ -94,7 +94,7 @@ def test_a_task_named_twice_has_two_turns_and_never_the_same_problem():
 def test_rows_of_like_length_share_a_batch_of_bounded_size(max_tokens):
     rows = some_rows(40)
     lengths = sorted((len(r.prompt_tokens) + len(r.completion.tokens) for r in rows), reverse=True)
-    made = rollout.batches(rows, PAD, max_tokens, "token")
+    made = rollout.to_batches(rows, PAD, max_tokens, "token")
     start = 0
     for batch in made:
         assert batch.n_rows == 1 or batch.tokens_BT.numel() <= max_tokens
@@ -107,7 +107,7 @@ def test_rows_of_like_length_share_a_batch_of_bounded_size(max_tokens):
 
 
 def test_no_rows_make_no_batch():
-    assert rollout.batches([], PAD, 100, "token") == []
+    assert rollout.to_batches([], PAD, 100, "token") == []
 
 
 def test_rewards_keep_prompts_and_samples_apart():
@@ -175,7 +175,7 @@ def test_mixed_thoughts_cost_what_the_language_reward_says(engine, draw, monkeyp
     monkeypatch.setattr(type(engine), "generate", told)
     english = [(TASKS[1], TASKS[1].problem("train", 0, language="en"))]
     (group,) = rollout.sample(engine, english, lambda p: [0, 5], samples=4, seed=1, max_new_tokens=2)
-    Reward(language=2.0).pay([group], cap=2)
+    Reward(language=2.0).score([group], cap=2)
     assert [sampled.language for sampled in group] == [1.0, 0.0, 0.5, 0.0]
     assert [sampled.reward for sampled in group] == [2.0, 0.0, 1.0, 0.0]
 

@@ -30,8 +30,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from bessemer.engine.engine import Completion
 from bessemer.rl import rollout
-from bessemer.rl.objective import GRPO
-from bessemer.rl.rollout import Sampled
+from bessemer.rl.losses import GRPO
+from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 
 hf_logging.disable_progress_bar()
@@ -110,12 +110,12 @@ class Rollout:
     def ours(self, normalise):
         def batches(logprobs):
             rows = [
-                Sampled(Problem("p", "", "en"), prompt, Completion(answer, "", logp, logp, "stop", len(prompt)),
+                ScoredSample(Problem("p", "", "en"), prompt, Completion(answer, "", logp, logp, "stop", len(prompt)),
                         Verdict(True, True, "", None), 1.0, advantage)
                 for prompt, answer, logp, advantage
                 in zip(self.prompts, self.answers, logprobs, self.advantage, strict=True)
             ]  # fmt: skip
-            return rollout.batches(rows, PAD, 10_000, normalise)
+            return rollout.to_batches(rows, PAD, 10_000, normalise)
 
         ((batch,), (reference,)) = batches(self.old), batches(self.ref)
         batch.extras["ref_logp_BT"] = reference.extras["old_logp_BT"]

@@ -10,8 +10,8 @@ from bessemer.data.batch import Batch
 from bessemer.engine.engine import Completion
 from bessemer.rl import rollout
 from bessemer.rl.advantage import group_advantages
-from bessemer.rl.objective import GRPO, reference_logprobs
-from bessemer.rl.rollout import Sampled
+from bessemer.rl.losses import GRPO, reference_logprobs
+from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
@@ -40,7 +40,7 @@ def rows(engine, tokenizer):
     advantage = group_advantages(torch.rand(PROMPTS, SAMPLES, generator=generator)).tolist()
     problem, verdict = Problem("p", "", "en"), Verdict(True, True, "", None)
     return [
-        Sampled(problem, prompt, completion, verdict, 1.0, value)
+        ScoredSample(problem, prompt, completion, verdict, 1.0, value)
         for prompt, group, values in zip(prompts, groups, advantage, strict=True)
         for completion, value in zip(group, values, strict=True)
     ]
@@ -84,17 +84,17 @@ def close(got, expected):
 
 @pytest.mark.parametrize("normalise", ["sequence", "token"])
 def test_an_update_does_not_depend_on_how_its_rows_were_cut(rows, update, normalise):
-    whole = update(rollout.batches(rows, PAD, 10_000, normalise))
+    whole = update(rollout.to_batches(rows, PAD, 10_000, normalise))
     assert whole[2][1]["train/ratio"] != pytest.approx(1.0, abs=1e-4), "the second update is off policy"
     for max_tokens in (1, 50):
-        cut = rollout.batches(rows, PAD, max_tokens, normalise)
+        cut = rollout.to_batches(rows, PAD, max_tokens, normalise)
         assert len(cut) > 2
         close(update(cut), whole)
 
 
 @pytest.mark.parametrize("normalise", ["sequence", "token"])
 def test_an_update_does_not_depend_on_padding(rows, update, normalise):
-    plain = rollout.batches(rows, PAD, 60, normalise)
+    plain = rollout.to_batches(rows, PAD, 60, normalise)
 
     def wider(values, fill):
         return torch.nn.functional.pad(values, (0, 13), value=fill)
@@ -108,11 +108,11 @@ def test_an_update_does_not_depend_on_padding(rows, update, normalise):
 
 def test_an_update_does_not_depend_on_the_order_of_rows(rows, update):
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist()
-    expected = update(rollout.batches(rows, PAD, 60, "sequence"))
-    close(update(rollout.batches([rows[i] for i in order], PAD, 60, "sequence")), expected)
+    expected = update(rollout.to_batches(rows, PAD, 60, "sequence"))
+    close(update(rollout.to_batches([rows[i] for i in order], PAD, 60, "sequence")), expected)
     backwards = [
         Batch(b.tokens_BT.flip(0), b.loss_BT.flip(0), extras={name: value.flip(0) for name, value in b.extras.items()})
-        for b in reversed(rollout.batches(rows, PAD, 60, "sequence"))
+        for b in reversed(rollout.to_batches(rows, PAD, 60, "sequence"))
     ]
     close(update(backwards), expected)
 
@@ -123,7 +123,7 @@ def test_an_update_is_the_same_bits_on_one_process_and_on_two(rows, make_model, 
     reference, found = make_model(8).eval(), []
     for n in (1, 2):
         run = trainer(make_model(3), GRPO(0.2, 0.28, 0.001, surrogate=surrogate), workers=n)
-        batches = with_reference(rollout.batches(rows, PAD, 50, "sequence"), reference)
+        batches = with_reference(rollout.to_batches(rows, PAD, 50, "sequence"), reference)
         assert len(batches) >= 5
         logged = [run.update(batches) for _ in range(3)]
         run.runtime.workers.stop()
@@ -138,7 +138,7 @@ def test_both_normalisations_against_a_loop(rows, make_model, normalise):
     """Outputs one at a time, unpadded, in float64: the mean over outputs of means, or the mean over all tokens."""
     policy, reference = make_model(4), make_model(8)
     objective = GRPO(0.2, 0.28, 0.05, 0.9)
-    batches = with_reference(rollout.batches(rows, PAD, 60, normalise), reference, 0.9)
+    batches = with_reference(rollout.to_batches(rows, PAD, 60, normalise), reference, 0.9)
     losses = [objective(policy, batch) for batch in batches]
     got = float(sum(loss.total.detach() for loss in losses) / sum(loss.tokens for loss in losses))
     per_output, clipped, tokens = [], 0, 0
@@ -170,11 +170,11 @@ def test_sampler_and_trainer_agree_on_the_first_update(engine, model, tokenizer,
     groups = engine.generate([[0, 9, 8], [0, 40]], samples=6, max_new_tokens=40, temperature=temperature, seed=2)
     problem, verdict = Problem("p", "", "en"), Verdict(True, True, "", None)
     rows = [
-        Sampled(problem, prompt, completion, verdict, 1.0, (-1.0) ** k)
+        ScoredSample(problem, prompt, completion, verdict, 1.0, (-1.0) ** k)
         for prompt, group in zip(([0, 9, 8], [0, 40]), groups, strict=True)
         for k, completion in enumerate(group)
     ]
-    batches = rollout.batches(rows, tokenizer.pad_id, 10_000, "token")
+    batches = rollout.to_batches(rows, tokenizer.pad_id, 10_000, "token")
     for batch in batches:
         got = reference_logprobs(model, batch, temperature)
         assert (got - batch.extras["old_logp_BT"]).abs().max() < 1e-5
@@ -187,7 +187,7 @@ def test_sampler_and_trainer_agree_on_the_first_update(engine, model, tokenizer,
 
 def test_rewarded_tokens_become_likelier_and_the_others_less_likely(rows, make_model):
     model = make_model(3)
-    batches = rollout.batches(rows, PAD, 10_000, "sequence")
+    batches = rollout.to_batches(rows, PAD, 10_000, "sequence")
     run = trainer(model, GRPO(kl=0.0), eps=1e-8)
     for _ in range(5):
         run.update(batches)
@@ -204,7 +204,7 @@ def test_equal_rewards_change_nothing(rows, make_model):
         row.advantage = 0.0
     run = trainer(make_model(3), GRPO(kl=0.0))
     before = weights(run.model)
-    logged = run.update(rollout.batches(rows, PAD, 10_000, "sequence"))
+    logged = run.update(rollout.to_batches(rows, PAD, 10_000, "sequence"))
     assert logged["train/grad_norm"] == 0.0 and torch.equal(weights(run.model), before)
 
 
@@ -212,8 +212,8 @@ def test_prompts_and_padding_get_no_gradient(make_model):
     """A batch whose only trained token follows token 5: no other embedding of its future may move."""
     model = make_model(3)
     completion = Completion([7], "", [-1.0], [-1.0], "stop", 2)
-    row = Sampled(Problem("p", "", "en"), [4, 5], completion, Verdict(True, True, "", None), 1.0, 1.0)
-    (batch,) = rollout.batches([row], PAD, 100, "token")
+    row = ScoredSample(Problem("p", "", "en"), [4, 5], completion, Verdict(True, True, "", None), 1.0, 1.0)
+    (batch,) = rollout.to_batches([row], PAD, 100, "token")
     batch = Batch(
         torch.nn.functional.pad(batch.tokens_BT, (0, 3), value=PAD), torch.nn.functional.pad(batch.loss_BT, (0, 3)),
         extras={name: torch.nn.functional.pad(value, (0, 3)) for name, value in batch.extras.items()},

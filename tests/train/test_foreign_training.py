@@ -11,7 +11,7 @@ from train_config import train_config
 
 from bessemer.data.batch import Batch
 from bessemer.hf.causal_lm import CausalLM
-from bessemer.rl.objective import GRPO, reference_logprobs
+from bessemer.rl.losses import GRPO, reference_logprobs
 from bessemer.train import objective
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers

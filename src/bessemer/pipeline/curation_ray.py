@@ -20,9 +20,9 @@ class Ray:
 
     def __init__(self, workers: int) -> None:
         """workers: jobs at a time; 0: one per CPU of the cluster."""
-        if not ray_cluster.is_there():
+        if not ray_cluster.is_installed():
             raise UserError("engine.kind = \"ray\" needs Ray: pip install 'bessemer[scale]'")
-        self._cluster = ray_cluster.Cluster(0)
+        self._cluster = ray_cluster.RayCluster(0)
         self._ray = self._cluster.ray
         cpus = int(self._ray.cluster_resources().get("CPU", 1))
         self.workers = min(workers or cpus, cpus)

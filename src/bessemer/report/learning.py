@@ -6,7 +6,7 @@ Controls are not among them: they are drawn beside the stage they belong to (`co
 from bessemer.report import controls, curves, page
 from bessemer.report.facts import RunFacts, StageFacts
 from bessemer.report.panels import LEARNING
-from bessemer.rl.alarms import Alarm, Watchman
+from bessemer.rl.alarms import Alarm, AlarmTracker
 
 
 def html(facts: RunFacts) -> str:
@@ -26,12 +26,12 @@ def _stage(stage: StageFacts) -> str:
 
 def _alarms(stage: StageFacts) -> str:
     """Every alarm the stage raised, when, and whether it stands at the end."""
-    watch = Watchman(stage.lines)
-    if not watch.raised:
+    tracker = AlarmTracker(stage.lines)
+    if not tracker.raised:
         return '<p class="calm">No alarm.</p>'
-    standing = {alarm.code: alarm for alarm in watch.standing}
+    standing = {alarm.code: alarm for alarm in tracker.active}
     return "".join(
-        _alarm(step, standing.get(code, alarm), code in standing) for code, (step, alarm) in watch.raised.items()
+        _alarm(step, standing.get(code, alarm), code in standing) for code, (step, alarm) in tracker.raised.items()
     )
 
 
@@ -39,7 +39,7 @@ def _alarm(step: int, alarm: Alarm, stands: bool) -> str:
     when = f"since step {step}" if stands else f"at step {step}, over by the end"
     return (
         f'<div class="alarm{"" if stands else " over"}"><b>{page.text(alarm.title)}</b> '
-        f'<span class="unit">{page.text(when)}</span><p>{page.text(_sentence(alarm.words))}</p>'
+        f'<span class="unit">{page.text(when)}</span><p>{page.text(_sentence(alarm.message))}</p>'
         f'<p class="unit">Likely cause: {page.text(alarm.cause)}. What to do: {page.text(alarm.advice)}.</p></div>'
     )
 

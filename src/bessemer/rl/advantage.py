@@ -1,4 +1,4 @@
-"""Group-relative advantages (DeepSeekMath 4.1, R1 2.2.1): a sample is judged against the others of its prompt.
+"""Group-relative advantages (DeepSeekMath 4.1, R1 2.2.1): a sample is compared with the others of its prompt.
 
     A_i = (r_i - mean(r)) / std(r)
 
@@ -7,12 +7,22 @@ The reports do not say which std; the population std is used. A group of equal r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from bessemer.errors import UserError
+from bessemer.rl.rollout import Group, rewards
 
 EPSILON = 1e-6
 """Guard of the division (value undocumented)."""
+
+
+def assign_group_advantages(groups: Sequence[Group], scale_by_std: bool = True) -> None:
+    """Sets the advantage of every sample."""
+    for group, advantages in zip(groups, group_advantages(rewards(groups), scale_by_std).tolist(), strict=True):
+        for sample, advantage in zip(group, advantages, strict=True):
+            sample.advantage = advantage
 
 
 def group_advantages(reward_PG: Tensor, scale_by_std: bool = True) -> Tensor:
@@ -32,5 +42,5 @@ def group_advantages(reward_PG: Tensor, scale_by_std: bool = True) -> Tensor:
 
 
 def dead_groups(reward_PG: Tensor) -> float:
-    """Share of groups without any difference to learn from."""
+    """Share of groups whose samples all have the same reward."""
     return (reward_PG == reward_PG[:, :1]).all(1).float().mean().item()

@@ -1,27 +1,31 @@
-"""Alarms in words: what the figures of a run say is going wrong, the likely cause, and what to do about it.
+"""Alarms: what the metrics of a run say is going wrong, the likely cause, and what to do about it.
 
-The figures are those that the stage writes to metrics.jsonl (`board.of_rollout` and the update's own), one table a
-rollout and one a held-out evaluation. `alarms(history)` is what stands at the end of a history; a `Watchman` sees the
-tables one by one and raises each alarm once. What it knows follows from the tables alone, so a resumed run that shows
-it the old ones again is where it was.
+They read the tables that the stage writes to metrics.jsonl, one per rollout and one per held-out evaluation. An
+`AlarmTracker` takes the tables one by one and raises each alarm once. Its state follows from the tables alone, so a
+resumed run that replays the old ones is where it was.
 
-Judgements compare windows (`figures`): the first of the run, the last, and the best. A trend is judged from LEARNT
-values on, so that what a policy learns first (the form) does not look like all it learns.
+Rules compare windows: the first of the run, the last, and the best. A window is a mean of WINDOW values, which has half
+the noise of one rollout. A trend is judged from LEARNT values on, so that what a policy learns first (the form) does
+not look like all it learns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import mean, median
 
-from bessemer.rl.metric_history import WINDOW, Figures, Values
-
+WINDOW = 5
+"""Values in a window."""
+Values = Mapping[str, object]
+"""One table of metrics.jsonl by name; values that are not numbers are ignored."""
 LEARNT = 20
 """Values before a trend is judged."""
 
 FORM_RISE, ACCURACY_RISE = 0.08, 0.02
-"""Format hacking: the form gained this much, accuracy, of less than half, not even this."""
+"""Format hacking: the form gained this much, accuracy, of less than half, less than this."""
 SHORTER = 0.6
 """Length collapse: below this share of the longest window. 57 -> 27 tokens was one."""
 THINKS_LESS = 0.5
@@ -53,10 +57,10 @@ MIXED_ALWAYS = 0.6
 
 @dataclass(frozen=True)
 class Alarm:
-    """`words` what is seen, with its figures; `cause` the likeliest reason; `advice` what to change."""
+    """`message` is the observation with its numbers, `cause` the likeliest reason, `advice` what to change."""
 
     code: str
-    words: str
+    message: str
     cause: str
     advice: str
 
@@ -65,43 +69,103 @@ class Alarm:
         return self.code.replace("-", " ")
 
     def __str__(self) -> str:
-        return f"{self.title}: {self.words}. Likely cause: {self.cause}. What to do: {self.advice}."
+        return f"{self.title}: {self.message}. Likely cause: {self.cause}. What to do: {self.advice}."
 
 
-def _format_hacking(seen: Figures) -> Alarm | None:
-    if not seen.has("format", "accuracy", values=LEARNT):
+class MetricTrack:
+    """One metric so far; memory does not grow with the run."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[float] = []
+        self.recent: deque[float] = deque(maxlen=WINDOW)
+        self.peak = -math.inf
+        """The highest window so far."""
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        if len(self.first) < WINDOW:
+            self.first.append(value)
+        self.recent.append(value)
+        if len(self.recent) == WINDOW:
+            self.peak = max(self.peak, mean(self.recent))
+
+    @property
+    def start(self) -> float:
+        return mean(self.first)
+
+    @property
+    def now(self) -> float:
+        return mean(self.recent)
+
+    @property
+    def rise(self) -> float:
+        return self.now - self.start
+
+
+class MetricHistory:
+    """The tracks of a run by metric name, without the "rl/". Missing and non-finite values count as not measured."""
+
+    def __init__(self) -> None:
+        self.tracks: dict[str, MetricTrack] = {}
+        self.judged: dict[str, MetricTrack] = {}
+        """The same since a reward model joined, which is late (R1: the last quarter of stage 4)."""
+        self.before: dict[str, list[float]] = {}
+        """The last values before that moment."""
+
+    def add(self, values: Values) -> None:
+        known = {
+            name.removeprefix("rl/"): float(value)
+            for name, value in values.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
+        if "preference" in known and not self.judged:
+            self.before = {name: list(track.recent) for name, track in self.tracks.items()}
+        for tracks in [self.tracks, self.judged] if "preference" in known or self.judged else [self.tracks]:
+            for name, value in known.items():
+                tracks.setdefault(name, MetricTrack()).add(value)
+
+    def has(self, *names: str, values: int = WINDOW) -> bool:
+        return all(name in self.tracks and self.tracks[name].count >= values for name in names)
+
+    def __getitem__(self, name: str) -> MetricTrack:
+        return self.tracks[name]
+
+
+def _format_hacking(history: MetricHistory) -> Alarm | None:
+    if not history.has("format", "accuracy", values=LEARNT):
         return None
-    form, right = seen["format"], seen["accuracy"]
+    form, right = history["format"], history["accuracy"]
     if form.rise < FORM_RISE or right.rise >= ACCURACY_RISE or right.now > 0.5:
         return None
     return Alarm(
         "format-hacking",
         f"well-formed answers went from {form.start:.0%} to {form.now:.0%}, correct ones from {right.start:.1%} to "
         f"{right.now:.1%}",
-        "the form pays and the problems are out of reach, so the form is all there is to learn",
+        "the form is rewarded and the problems are out of reach, so the form is all there is to learn",
         "lower format_reward, choose easier problems, or start from a better base",
     )
 
 
-def _length_collapse(seen: Figures) -> Alarm | None:
-    if not seen.has("length", "accuracy", values=LEARNT):
+def _length_collapse(history: MetricHistory) -> Alarm | None:
+    if not history.has("length", "accuracy", values=LEARNT):
         return None
-    length, right = seen["length"], seen["accuracy"]
+    length, right = history["length"], history["accuracy"]
     if length.now >= SHORTER * length.peak or right.rise >= ACCURACY_RISE:
         return None
     return Alarm(
         "length-collapse",
         f"answers shrank from {length.peak:.0f} to {length.now:.0f} tokens and accuracy did not gain "
         f"({right.start:.1%} to {right.now:.1%})",
-        "thinking does not pay: it goes wrong too often, or the normalisation favours short answers",
+        "thinking is not worth it: it goes wrong too often, or the normalisation favours short answers",
         'pre-train longer on worked problems, lower format_reward, or use normalise = "token"',
     )
 
 
-def _thinking_stops(seen: Figures) -> Alarm | None:
-    if not seen.has("think_share", values=LEARNT):
+def _thinking_stops(history: MetricHistory) -> Alarm | None:
+    if not history.has("think_share", values=LEARNT):
         return None
-    share = seen["think_share"]
+    share = history["think_share"]
     if share.peak < 0.2 or share.now >= THINKS_LESS * share.peak:
         return None
     return Alarm(
@@ -111,39 +175,39 @@ def _thinking_stops(seen: Figures) -> Alarm | None:
     )  # fmt: skip
 
 
-def _collapse(seen: Figures) -> Alarm | None:
-    if not seen.has("accuracy", values=2 * WINDOW):
+def _collapse(history: MetricHistory) -> Alarm | None:
+    if not history.has("accuracy", values=2 * WINDOW):
         return None
-    right = seen["accuracy"]
+    right = history["accuracy"]
     if right.peak < 0.1 or right.now >= FALLEN * right.peak:
         return None
     return Alarm(
         "collapse",
         f"accuracy fell from {right.peak:.1%} to {right.now:.1%}",
         "steps too large (a learning rate too high for so few samples, too many updates on one rollout), or a reward "
-        "that pays for something else than right answers",
+        "that is for something else than right answers",
         "go on from an earlier checkpoint with a lower lr, fewer updates_per_rollout or more prompts_per_rollout",
     )
 
 
-def _entropy_collapse(seen: Figures) -> Alarm | None:
-    if not seen.has("entropy", values=2 * WINDOW):
+def _entropy_collapse(history: MetricHistory) -> Alarm | None:
+    if not history.has("entropy", values=2 * WINDOW):
         return None
-    entropy = seen["entropy"]
+    entropy = history["entropy"]
     if entropy.now >= ENTROPY_LOW or entropy.now >= ENTROPY_SHARE * entropy.start:
         return None
     return Alarm(
         "entropy-collapse",
         f"entropy fell from {entropy.start:.2g} to {entropy.now:.2g} nats per token",
-        "the policy has become certain, so the samples of a group are alike and nothing new is found",
+        "the policy has become certain, so the samples of a group are alike and nothing new is tried",
         "raise clip_high, lower lr, or refresh the problems",
     )
 
 
-def _entropy_explosion(seen: Figures) -> Alarm | None:
-    if not seen.has("entropy", values=2 * WINDOW):
+def _entropy_explosion(history: MetricHistory) -> Alarm | None:
+    if not history.has("entropy", values=2 * WINDOW):
         return None
-    entropy = seen["entropy"]
+    entropy = history["entropy"]
     if entropy.rise < ENTROPY_RISE or entropy.now < ENTROPY_TIMES * entropy.start:
         return None
     return Alarm(
@@ -154,28 +218,28 @@ def _entropy_explosion(seen: Figures) -> Alarm | None:
     )
 
 
-def _dead_groups(seen: Figures) -> Alarm | None:
-    if not seen.has("dead_groups", "accuracy"):
+def _dead_groups(history: MetricHistory) -> Alarm | None:
+    if not history.has("dead_groups", "accuracy"):
         return None
-    dead, right = seen["dead_groups"], seen["accuracy"]
+    dead, right = history["dead_groups"], history["accuracy"]
     if dead.now < DEAD:
         return None
-    words = f"{dead.now:.0%} of the groups have no contrast, {right.now:.1%} of the answers are right"
+    message = f"{dead.now:.0%} of the groups have no contrast, {right.now:.1%} of the answers are right"
     if right.now < 0.5:
         return Alarm(
-            "groups-too-hard", words, "the problems are too hard: nearly every group is all wrong",
+            "groups-too-hard", message, "the problems are too hard: nearly every group is all wrong",
             "choose easier problems, take more samples, or start from a better base",
         )  # fmt: skip
     return Alarm(
-        "groups-too-easy", words, "the problems are too easy: nearly every group is all right",
+        "groups-too-easy", message, "the problems are too easy: nearly every group is all right",
         "choose harder problems, or stop here",
     )  # fmt: skip
 
 
-def _never_ending(seen: Figures) -> Alarm | None:
-    if not seen.has("truncated", "accuracy"):
+def _never_ending(history: MetricHistory) -> Alarm | None:
+    if not history.has("truncated", "accuracy"):
         return None
-    cut, right = seen["truncated"], seen["accuracy"]
+    cut, right = history["truncated"], history["accuracy"]
     falling = right.peak - right.now >= ACCURACY_FALL
     if cut.now < (CUT_FALLING if falling else CUT):
         return None
@@ -188,11 +252,11 @@ def _never_ending(seen: Figures) -> Alarm | None:
     )
 
 
-def _sampler_mismatch(seen: Figures) -> Alarm | None:
-    if not seen.has("sampler_gap"):
+def _sampler_mismatch(history: MetricHistory) -> Alarm | None:
+    if not history.has("sampler_gap"):
         return None
-    gap = seen["sampler_gap"]
-    stale = seen.has("staleness", values=1) and seen["staleness"].now > 0
+    gap = history["sampler_gap"]
+    stale = history.has("staleness", values=1) and history["staleness"].now > 0
     if gap.now < (STALE_GAP if stale else GAP):
         return None
     return Alarm(
@@ -205,24 +269,24 @@ def _sampler_mismatch(seen: Figures) -> Alarm | None:
     )
 
 
-def _kl_runaway(seen: Figures) -> Alarm | None:
-    if not seen.has("kl"):
+def _kl_runaway(history: MetricHistory) -> Alarm | None:
+    if not history.has("kl"):
         return None
-    kl = median(seen["kl"].recent)
+    kl = median(history["kl"].recent)
     if kl < KL:
         return None
     return Alarm(
         "kl-runaway", f"the policy is {kl:.2g} nats per token from its reference",
         "steps too large, or drift into a language of its own that the reward does not see",
-        "lower lr, raise kl, or pay for readability (format_reward, language_reward)",
+        "lower lr, raise kl, or reward readability (format_reward, language_reward)",
     )  # fmt: skip
 
 
-def _reward_model_hacking(seen: Figures) -> Alarm | None:
-    score = seen.judged.get("preference")
+def _reward_model_hacking(history: MetricHistory) -> Alarm | None:
+    score = history.judged.get("preference")
     if score is None or score.count < 2 * WINDOW or score.rise < PREFERENCE_RISE:
         return None
-    true = _true_accuracy(seen)
+    true = _true_accuracy(history)
     if true is None or true[1] - true[2] < TRUE_FALL:
         return None
     what, before, now = true
@@ -235,21 +299,21 @@ def _reward_model_hacking(seen: Figures) -> Alarm | None:
     )
 
 
-def _true_accuracy(seen: Figures) -> tuple[str, float, float] | None:
-    """(what, when the reward model joined, now): held-out if asked twice since, else of the problems trained on."""
+def _true_accuracy(history: MetricHistory) -> tuple[str, float, float] | None:
+    """(what, when the reward model joined, now): held-out if measured twice since, else of the problems trained on."""
     for name, what, few in (("heldout_pass_at_1", "held-out accuracy", 2), ("accuracy", "accuracy", WINDOW)):
-        track, before = seen.judged.get(name), seen.before.get(name, [])
+        track, before = history.judged.get(name), history.before.get(name, [])
         if track is not None and track.count >= few:
             first = before[-few:] or track.first[:few]
             return what, mean(first), mean(list(track.recent)[-few:])
     return None
 
 
-def _language_mixing(seen: Figures) -> Alarm | None:
-    if not seen.has("language", "think_share"):
+def _language_mixing(history: MetricHistory) -> Alarm | None:
+    if not history.has("language", "think_share"):
         return None
     # An answer that does not think has no language share, which counts as 0: judge the thinking ones alone.
-    language, think = seen["language"], seen["think_share"]
+    language, think = history["language"], history["think_share"]
     if think.now < 0.2 or think.start < 0.2:
         return None
     before, now = language.start / think.start, language.now / think.now
@@ -258,44 +322,35 @@ def _language_mixing(seen: Figures) -> Alarm | None:
     return Alarm(
         "language-mixing",
         f"{now:.0%} of the words of a thought are in the problem's language, {before:.0%} at the start",
-        "only the answer is paid for, and mixing costs it nothing",
+        "only the answer is rewarded, and mixing costs nothing",
         "set language_reward (R1's first RL stage: 1)",
     )
 
 
-RULES: tuple[Callable[[Figures], Alarm | None], ...] = (
+RULES: tuple[Callable[[MetricHistory], Alarm | None], ...] = (
     _format_hacking, _length_collapse, _thinking_stops, _collapse, _entropy_collapse, _entropy_explosion, _dead_groups,
     _never_ending, _sampler_mismatch, _kl_runaway, _reward_model_hacking, _language_mixing,
 )  # fmt: skip
 
 
-def alarms(history: Iterable[Values]) -> list[Alarm]:
-    """What is wrong at the end of a history of metric tables, oldest first."""
-    return _standing(Figures(history))
-
-
-def _standing(seen: Figures) -> list[Alarm]:
-    return [alarm for rule in RULES if (alarm := rule(seen)) is not None]
-
-
-class Watchman:
-    """Raises each alarm once, when it first stands. `history` is what an earlier attempt has already shown."""
+class AlarmTracker:
+    """Raises each alarm once, when it first holds. `history`: the tables of earlier attempts."""
 
     def __init__(self, history: Iterable[tuple[int, Values]] = ()) -> None:
-        self.seen = Figures()
+        self.history = MetricHistory()
         self.raised: dict[str, tuple[int, Alarm]] = {}
         """Step and alarm, by code."""
         for step, values in history:
-            self.see(step, values)
+            self.add(step, values)
 
-    def see(self, step: int, values: Values) -> list[Alarm]:
-        """Take in one table, as it goes to metrics.jsonl; returns the alarms that are new."""
-        self.seen.add(values)
-        new = [alarm for alarm in _standing(self.seen) if alarm.code not in self.raised]
+    def add(self, step: int, values: Values) -> list[Alarm]:
+        """Takes one table, as it goes to metrics.jsonl; returns the alarms that are new."""
+        self.history.add(values)
+        new = [alarm for alarm in self.active if alarm.code not in self.raised]
         self.raised |= {alarm.code: (step, alarm) for alarm in new}
         return new
 
     @property
-    def standing(self) -> list[Alarm]:
-        """What is wrong now, raised before or not."""
-        return _standing(self.seen)
+    def active(self) -> list[Alarm]:
+        """All alarms that hold now, raised before or not."""
+        return [alarm for rule in RULES if (alarm := rule(self.history)) is not None]

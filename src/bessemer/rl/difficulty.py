@@ -1,15 +1,16 @@
-"""Which problems are worth asking: those the policy solves now and then, told by a moving estimate of their pass rate.
+"""The difficulty filter: sample problems that the policy solves sometimes, by a moving estimate of their pass rate.
 
 A group whose samples are all right or all wrong has no advantage and teaches nothing (R1 eq. 3). The filter keeps
 problems whose pass rate lies strictly between 0 and 1: where fewer than half a sample in a group is expected to be
 right, or to be wrong, the group is expected to be dead. DeepSeek's reports describe no such filter.
 
-The estimate is an exponential moving average over samples. A problem has its own where its task has a set of problems
-that ends, so that it comes again; until it was tried, and where problems never end, that of its family counts (task,
-difficulty, language). What nobody has tried is kept. A share of the draws goes to what is left out, since a policy that
-learns makes old estimates wrong.
+The estimate is an exponential moving average over samples. A problem has its own where its task has a finite set of
+problems, so that it comes again; until it is sampled, and where problems never come again, the estimate of its family
+counts (task, difficulty, language). A problem without an estimate is kept. A share of the selection explores problems
+that are left out, since a policy that learns makes old estimates wrong.
 
-`Estimates` never change: a rollout that is being drawn holds on to those it began with, however long it takes.
+`Estimates` are immutable: a pending rollout keeps those it started with. The loop updates them with a rollout once it
+is taken from the queue, when all rollouts that start before it have started, so a selection never depends on timing.
 """
 
 from __future__ import annotations
@@ -19,20 +20,25 @@ from dataclasses import dataclass, field
 from math import exp
 from typing import Any
 
-from bessemer.tasks.base import stable_hash
+from bessemer.config.rl import RLConfig
+from bessemer.eval.contamination import identity
+from bessemer.tasks.base import Problem, Task, stable_hash
+from bessemer.train.trainer import Trainer
 
 FAMILY_WINDOW = 16
-"""How many times as far back the estimate of a family goes as that of one problem."""
+"""The window of a family's estimate, in windows of one problem's."""
 FAMILY_FIRST = 4
-"""Groups that must have been seen of a family before it says anything: its problems differ among each other."""
+"""Groups of a family before its estimate counts: its problems differ among each other."""
+KEY = "difficulty"
+"""Of the estimates in the trainer's checkpoint."""
 
-Tally = tuple[float, float]
+PassTally = tuple[float, float]
 """(samples, right ones), older ones counting less."""
 
 
 @dataclass(frozen=True)
-class Name:
-    """What a problem is known by."""
+class ProblemKey:
+    """The identity of a problem for the estimates."""
 
     family: str
     problem: str | None
@@ -40,87 +46,89 @@ class Name:
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A group of samples as the estimates take it in."""
+class PassCount:
+    """The result of one group of samples."""
 
-    name: Name
+    key: ProblemKey
     right: int
     samples: int
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What the filter did in a rollout, and what the rollout tells it."""
+class Selection:
+    """What the filter did in a rollout, and the pass counts of all its groups."""
 
     candidates: int = 0
     left_out: int = 0
     """Candidates outside the band."""
     explored: int = 0
-    """Problems asked all the same, because they were left out."""
-    tried: tuple[Tried, ...] = ()
+    """Left-out problems that were sampled to keep their estimates alive."""
+    counts: tuple[PassCount, ...] = ()
 
-    def plus(self, other: Choice) -> Choice:
-        return Choice(
-            self.candidates + other.candidates, self.left_out + other.left_out, self.explored + other.explored,
-            self.tried + other.tried,
-        )  # fmt: skip
+    def __add__(self, other: Selection) -> Selection:
+        return Selection(
+            self.candidates + other.candidates,
+            self.left_out + other.left_out,
+            self.explored + other.explored,
+            self.counts + other.counts,
+        )
 
-    def told(self) -> dict[str, Any]:
-        """As JSON."""
-        tried = [[one.name.family, one.name.problem, one.right, one.samples] for one in self.tried]
-        return {
-            "candidates": self.candidates, "left_out": self.left_out, "explored": self.explored, "tried": tried,
-        }  # fmt: skip
+    def to_json(self) -> dict[str, Any]:
+        tried = [[count.key.family, count.key.problem, count.right, count.samples] for count in self.counts]
+        return {"candidates": self.candidates, "left_out": self.left_out, "explored": self.explored, "tried": tried}
 
     @staticmethod
-    def read(told: Mapping[str, Any]) -> Choice:
-        tried = [Tried(Name(family, problem), right, samples) for family, problem, right, samples in told["tried"]]
-        return Choice(told["candidates"], told["left_out"], told["explored"], tuple(tried))
+    def from_json(values: Mapping[str, Any]) -> Selection:
+        counts = [
+            PassCount(ProblemKey(family, problem), right, samples)
+            for family, problem, right, samples in values["tried"]
+        ]
+        return Selection(values["candidates"], values["left_out"], values["explored"], tuple(counts))
 
-    def figures(self) -> dict[str, float]:
-        """Shares of the candidates, and of the problems asked."""
+    def metrics(self) -> dict[str, float]:
+        """Shares of the candidates, and of the problems sampled."""
         return {
             "rl/filter_left_out": self.left_out / max(1, self.candidates),
-            "rl/filter_explored": self.explored / max(1, len(self.tried)),
+            "rl/filter_explored": self.explored / max(1, len(self.counts)),
         }
 
 
 @dataclass(frozen=True)
 class Estimates:
-    """Pass rates after some history. `group` is the samples of a problem G, `window` how many groups an estimate goes
-    back over: of two groups so far apart the older counts 1/e."""
+    """Pass rates after some history. `group` is the samples of a problem G, `window` the groups an estimate goes back
+    over: of two groups so far apart the older counts 1/e."""
 
     group: int
     window: float
-    problems: Mapping[str, Tally] = field(default_factory=dict)
-    families: Mapping[str, Tally] = field(default_factory=dict)
+    problems: Mapping[str, PassTally] = field(default_factory=dict)
+    families: Mapping[str, PassTally] = field(default_factory=dict)
 
-    def rate(self, name: Name) -> float | None:
+    def rate(self, key: ProblemKey) -> float | None:
         """None where nothing, or too little, is known."""
-        if name.problem in self.problems:
-            return _rate(self.problems[name.problem])
-        if self.families.get(name.family, (0.0, 0.0))[0] >= self._first:
-            return _rate(self.families[name.family])
+        if key.problem in self.problems:
+            return _rate(self.problems[key.problem])
+        if self.families.get(key.family, (0.0, 0.0))[0] >= self._first:
+            return _rate(self.families[key.family])
         return None
 
-    def keeps(self, name: Name) -> bool:
+    def keeps(self, key: ProblemKey) -> bool:
         """Whether at least half a sample of a group is expected to be right, and half a one to be wrong."""
-        rate, margin = self.rate(name), 0.5 / self.group
+        rate, margin = self.rate(key), 0.5 / self.group
         return rate is None or margin < rate < 1 - margin
 
-    def after(self, tried: Sequence[Tried]) -> Estimates:
-        """With these groups seen, in their order."""
+    def updated(self, counts: Sequence[PassCount]) -> Estimates:
+        """With these groups, in their order."""
         problems, families = dict(self.problems), dict(self.families)
-        for one in tried:
-            if one.name.problem is not None:
-                _see(problems, one.name.problem, one, self.group * self.window)
-            _see(families, one.name.family, one, self.group * self.window * FAMILY_WINDOW)
+        for count in counts:
+            if count.key.problem is not None:
+                _add(problems, count.key.problem, count, self.group * self.window)
+            _add(families, count.key.family, count, self.group * self.window * FAMILY_WINDOW)
         return Estimates(self.group, self.window, problems, families)
 
-    def figures(self) -> dict[str, float]:
-        """The estimate of every family that says something."""
-        told = {name: tally for name, tally in sorted(self.families.items()) if tally[0] >= self._first}
-        return {f"rl/pass/{name}": _rate(tally) for name, tally in told.items()}
+    def metrics(self) -> dict[str, float]:
+        """The estimate of every family that has one."""
+        known = {name: tally for name, tally in sorted(self.families.items()) if tally[0] >= self._first}
+        return {f"rl/pass/{name}": _rate(tally) for name, tally in known.items()}
 
     @property
     def _first(self) -> float:
@@ -129,29 +137,77 @@ class Estimates:
         return self.group * sum(fade**age for age in range(FAMILY_FIRST)) * (1 - 1e-9)
 
 
-def choose(
-    estimates: Estimates, names: Sequence[Name], wanted: int, explore: float, seed: int
-) -> tuple[list[int], Choice]:
-    """`wanted` places of the candidates, in their order: of those kept the first; each of the draws is with probability
-    `explore` one of those left out. Where either runs short the other fills up. Depends on the arguments alone."""
-    kept = [place for place, name in enumerate(names) if estimates.keeps(name)]
-    out = sorted(set(range(len(names))) - set(kept))
-    found, explored, left_out = [], 0, len(out)
-    for draw in range(wanted):
-        explores = stable_hash("explore", seed, draw) < explore * 2**64
+def select(
+    estimates: Estimates, keys: Sequence[ProblemKey], count: int, explore: float, seed: int
+) -> tuple[list[int], Selection]:
+    """`count` places of the candidates, in their order: the first of those kept, and with probability `explore` each
+    one of those left out instead. Where either runs short the other fills up. A function of the arguments alone."""
+    kept = [place for place, key in enumerate(keys) if estimates.keeps(key)]
+    out = sorted(set(range(len(keys))) - set(kept))
+    places, explored, left_out = [], 0, len(out)
+    for n in range(count):
+        explores = stable_hash("explore", seed, n) < explore * 2**64
         if out and (explores or not kept):
             explored += 1
-            found.append(out.pop(0))
+            places.append(out.pop(0))
         else:
-            found.append(kept.pop(0))
-    return sorted(found), Choice(len(names), left_out, explored)
+            places.append(kept.pop(0))
+    return sorted(places), Selection(len(keys), left_out, explored)
 
 
-def _see(tallies: dict[str, Tally], name: str, one: Tried, window: float) -> None:
+class DifficultyFilter:
+    """The filter of one run; its estimates lie in the trainer's checkpoint and go back to it with the weights. `pool`
+    is the number of candidates for each problem sampled."""
+
+    def __init__(self, settings: RLConfig, trainer: Trainer) -> None:
+        self.settings, self.trainer, self.pool = settings, trainer, settings.filter_pool
+        self.estimates = self._no_estimates()
+        self._finite: dict[str, bool] = {}
+
+    def select(
+        self, estimates: Estimates, candidates: list[tuple[Task, Problem]], count: int, seed: int
+    ) -> tuple[list[tuple[Task, Problem]], Selection]:
+        keys = [self.key(task, problem) for task, problem in candidates]
+        places, selection = select(estimates, keys, count, self.settings.filter_explore, seed)
+        return [candidates[place] for place in places], selection
+
+    def key(self, task: Task, problem: Problem) -> ProblemKey:
+        """A problem is the same however it is worded, but not in another language."""
+        if task.name not in self._finite:
+            self._finite[task.name] = task.size("train") is not None
+        difficulty = problem.meta.get("difficulty")
+        family = [task.name, *([] if difficulty is None else [difficulty]), problem.language]
+        own = None
+        if self._finite[task.name]:
+            own = f"{stable_hash(task.name, problem.language, identity(problem)):016x}"
+        return ProblemKey(" ".join(map(str, family)), own)
+
+    def update(self, selection: Selection) -> dict[str, float]:
+        """Updates the estimates with a rollout; returns metrics."""
+        self.estimates = self.estimates.updated(selection.counts)
+        stored = {"problems": dict(self.estimates.problems), "families": dict(self.estimates.families)}
+        self.trainer.extras = self.trainer.extras | {KEY: stored}
+        return selection.metrics() | self.estimates.metrics()
+
+    def restore(self) -> None:
+        """The estimates of the checkpoint that the trainer came from."""
+        self.estimates = self._no_estimates()
+        if KEY in self.trainer.extras:
+            stored = {
+                name: {key: (weight, right) for key, (weight, right) in tallies.items()}
+                for name, tallies in self.trainer.extras[KEY].items()
+            }
+            self.estimates = Estimates(self.estimates.group, self.estimates.window, **stored)
+
+    def _no_estimates(self) -> Estimates:
+        return Estimates(self.settings.samples, self.settings.filter_window)
+
+
+def _add(tallies: dict[str, PassTally], name: str, count: PassCount, window: float) -> None:
     weight, right = tallies.get(name, (0.0, 0.0))
-    fade = exp(-one.samples / window)
-    tallies[name] = (weight * fade + one.samples, right * fade + one.right)
+    fade = exp(-count.samples / window)
+    tallies[name] = (weight * fade + count.samples, right * fade + count.right)
 
 
-def _rate(tally: Tally) -> float:
+def _rate(tally: PassTally) -> float:
     return tally[1] / tally[0]

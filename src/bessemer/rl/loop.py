@@ -1,19 +1,19 @@
-"""The loop of an RL stage: sample, pay, compare, update (R1 2.2, R1-Nature B.1).
+"""The loop of an RL stage (R1 2.2, R1-Nature B.1). For every rollout:
 
-    draw      problems of this rollout, G samples each, paid                       policy/draw.py, policy/ahead.py
-              of candidates those worth asking, where a filter is on               policy/pick.py, rl/difficulty.py
-              by this process or by workers apart                                  policy/samplers.py, rl/sampler
-    compare   advantages within each group, or against a critic                    policy/estimate.py
-    gap       what sampler and trainer disagree on, measured and corrected         policy/gap.py
-    update    mini-batches, one inner epoch, divergence from the reference         rl/objective.py, policy/reference.py
-    watch     held-out problems every so many rollouts                             policy/watch.py
-    leave     samples as conversations for another stage, where one asks           policy/leave.py
+    sample and score    P problems, G samples each, verified and rewarded        rollout_queue, rollout, sampler, reward
+    advantages          within each group, or by a critic                        advantage, critic
+    correction          weights of samples that are not the policy's own         importance
+    updates             mini-batches, one inner epoch, KL to the reference       losses, reference
+    evaluation          held-out problems every so many rollouts, alarms         monitor, alarms
+    checkpoint          everything that must survive a kill lies in the trainer's
 
-All that must survive a kill lies in the trainer's checkpoint.
+A "step" is one optimizer step, as in the paper. `difficulty` filters the problems, `ray_sampler` samples by separate
+workers, `monitor.SampleExport` writes the samples for another stage; an option that is off has no object here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,17 +25,17 @@ from bessemer.data.chat import question_ids
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.rl import advantage, make_sampler, rollout, rollout_metrics
-from bessemer.rl.estimators import CriticEstimator, Estimator, GroupEstimator
-from bessemer.rl.evaluator import Watch
-from bessemer.rl.export import Leave
-from bessemer.rl.generation import Draw
-from bessemer.rl.importance import Gap
-from bessemer.rl.objective import GRPO
-from bessemer.rl.problem_picker import Pick
-from bessemer.rl.queue import Ahead
+from bessemer.rl import importance, ray_sampler
+from bessemer.rl.advantage import assign_group_advantages, dead_groups
+from bessemer.rl.critic import Critic
+from bessemer.rl.difficulty import DifficultyFilter
+from bessemer.rl.losses import GRPO
+from bessemer.rl.monitor import Evaluator, SampleExport, rollout_metrics
 from bessemer.rl.reference import Reference
-from bessemer.rl.reward import Judge
+from bessemer.rl.reward import PreferenceScorer
+from bessemer.rl.rollout import Group, rewards, to_batches
+from bessemer.rl.rollout_queue import RolloutGenerator, RolloutQueue
+from bessemer.rl.sampler import LocalSampler, Rank0Sampler, Sampler, ShardedSampler
 from bessemer.runs.context import StageContext
 from bessemer.train import speed
 from bessemer.train.trainer import Runtime
@@ -45,7 +45,7 @@ from bessemer.workers import Workers
 class Loop:
     """One RL run."""
 
-    def __init__(self, settings: RLConfig, ctx: StageContext, judges: dict[str, Judge]) -> None:
+    def __init__(self, settings: RLConfig, ctx: StageContext, reward_models: Mapping[str, PreferenceScorer]) -> None:
         self.settings, self.ctx = settings, ctx
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a stage with a model before it')
@@ -53,27 +53,54 @@ class Loop:
         network, self.tokenizer = distributed.read(
             ctx.source / "model", ctx.ranks, ctx.recipe.layout, ctx.say, split_rows=False
         )
-        self.workers = make_sampler.workers_beside(settings.rollout) if ctx.ranks is None else Workers(1)
+        self.workers = ray_sampler.trainer_workers(settings.rollout) if ctx.ranks is None else Workers(1)
         longest = round(max(settings.max_new_tokens.values))
         self.objective = GRPO(
-            settings.clip_low, settings.clip_high, settings.kl, settings.temperature, settings.surrogate,
+            settings.clip_low,
+            settings.clip_high,
+            settings.kl,
+            settings.temperature,
+            settings.surrogate,
             longest if settings.normalise == "constant" else 0,
-        )  # fmt: skip
+        )
         self.trainer = distributed.trainer(
-            network, self.objective, None, settings, Runtime(workers=self.workers), ctx.state,
-            stop=lambda: ctx.stop, model_config=distributed.model_of(network).cfg.model_dump(), warn=ctx.say,
-        )  # fmt: skip
+            network,
+            self.objective,
+            None,
+            settings,
+            Runtime(workers=self.workers),
+            ctx.state,
+            stop=lambda: ctx.stop,
+            model_config=distributed.model_of(network).cfg.model_dump(),
+            warn=ctx.say,
+        )
         self.policy = distributed.GatheredModel(self.trainer)
-        engine = Engine(self.policy.model, self.tokenizer, self.workers)
-        self.sampler = make_sampler.make(settings, ctx, engine, self.trainer, self.policy.refresh)
-        self.pick = Pick(settings, self.trainer)
-        self.draw = Draw(self.sampler, self._encode, self.pick, ctx.seed, judges, ctx.once)
-        self.ahead = Ahead(self.draw, self.trainer, self._cap, settings.max_off_policy_rollouts, settings.rollouts)
-        self.gap = Gap(self.policy.model, self.workers, settings)
-        self.watch = Watch(self.draw, self.trainer, ctx)
-        self.leave = Leave(settings.export_samples if ctx.leads else "nothing", ctx.state)
+        self.sampler = self._make_sampler(Engine(self.policy.model, self.tokenizer, self.workers))
+        self.difficulty = DifficultyFilter(settings, self.trainer) if settings.difficulty_filter else None
+        self.generator = RolloutGenerator(
+            settings, self.sampler, self._encode, ctx.seed, reward_models, self.difficulty, ctx.once
+        )
+        self.queue = RolloutQueue(self.generator, self.trainer, self._cap)
+        self.correction: importance.ImportanceCorrection | None = None
+        if settings.correction != "none":
+            self.correction = importance.ImportanceCorrection(self.policy.model, self.workers, settings)
+        if settings.routing_replay:
+            importance.check_replay(settings.name, self.policy.model)
+        self.evaluator = Evaluator(self.generator, self.trainer, ctx)
+        self.export: SampleExport | None = None
+        if settings.export_samples != "nothing" and ctx.leads:
+            self.export = SampleExport(settings.export_samples, ctx.state)
         self.reference: Reference | None = None
-        self.estimator: Estimator = GroupEstimator(settings.scale_by_std)
+        self.critic: Critic | None = None
+
+    def _make_sampler(self, engine: Engine) -> Sampler:
+        ctx, local = self.ctx, self.settings.rollout.engine == "local"
+        if ctx.ranks is not None and local:
+            return ShardedSampler(engine, self.policy.refresh, ctx.ranks)
+        if ctx.ranks is not None:
+            ray = ray_sampler.make(self.settings, ctx, engine, self.trainer) if ctx.leads else None
+            return Rank0Sampler(ray, self.tokenizer, self.policy.refresh, ctx.ranks)
+        return LocalSampler(engine) if local else ray_sampler.make(self.settings, ctx, engine, self.trainer)
 
     def _encode(self, problem: tasks.Problem) -> list[int]:
         return question_ids(self.tokenizer, problem.prompt)
@@ -91,30 +118,15 @@ class Loop:
 
     def _run(self) -> dict[str, Any]:
         settings, ctx, trainer = self.settings, self.ctx, self.trainer
-        trainer.start()
-        self.pick.load()
-        self.ahead.load()
-        # The cursor is rows, as in pre-training: it stays where it is when the guard goes back to older weights.
-        first = -(-trainer.rows // (settings.prompts_per_rollout * settings.samples))
-        ctx.rewind(trainer.step or -1)  # at step 0 the gate writes its lines anew
-        self.watch.begin()
-        ctx.progress.total(settings.rollouts, "rollouts", done=first)
-        if settings.kl > 0:
-            self.reference = Reference(
-                trainer, self.policy, self.workers, settings.reference_every, settings.temperature
-            )
-        if settings.advantage == "critic":
-            self.estimator = CriticEstimator(trainer, settings, self.tokenizer.pad_id)
-        if trainer.step == 0:
-            self.watch.gate(self._cap())
+        first = self._start()
         for number in range(first, settings.rollouts):
             values = self._rollout(number)
-            self.watch.write(values)
+            self.evaluator.write(values)
             accuracy, length, tries = (values[f"rl/{name}"] for name in ("accuracy", "length", "tries"))
             ctx.progress.advance(1, f"accuracy {accuracy:.3f}, length {length:.0f}, tries {tries:.1f}")
             if (number + 1) % settings.eval_every == 0 or number + 1 == settings.rollouts:
-                self.watch.evaluate(self._cap())
-            self.ahead.settle(number + 1)
+                self.evaluator.evaluate(self._cap())
+            self.queue.settle(number + 1)
             if trainer.stop():
                 trainer.save()
                 trainer.finish()
@@ -122,59 +134,107 @@ class Loop:
             trainer.save_if_due()
         trainer.save()
         distributed.save(trainer, ctx.dir / "model", ctx.source / "model")
-        self.leave.finish(settings.rollouts, ctx.dir)
-        done = {"steps": trainer.step}
-        return done | {"accuracy": round(values["rl/accuracy"], 4)} if first < settings.rollouts else done
+        if self.export is not None:
+            self.export.finish(settings.rollouts, ctx.dir)
+        summary: dict[str, Any] = {"steps": trainer.step}
+        return summary | {"accuracy": round(values["rl/accuracy"], 4)} if first < settings.rollouts else summary
+
+    def _start(self) -> int:
+        """Resumes from the last checkpoint, or evaluates the base; returns the number of the next rollout."""
+        settings, ctx, trainer = self.settings, self.ctx, self.trainer
+        trainer.start()
+        self._restore()
+        # The cursor is rows, as in pre-training: it stays where it is when the guard goes back to older weights.
+        first = -(-trainer.rows // (settings.prompts_per_rollout * settings.samples))
+        ctx.rewind(trainer.step or -1)  # at step 0 the gate writes its lines again
+        self.evaluator.begin()
+        ctx.progress.total(settings.rollouts, "rollouts", done=first)
+        if settings.kl > 0:
+            self.reference = Reference(
+                trainer, self.policy, self.workers, settings.reference_every, settings.temperature
+            )
+        if settings.advantage == "critic":
+            self.critic = Critic(trainer, settings, self.tokenizer.pad_id)
+        if trainer.step == 0:
+            self.evaluator.gate(self._cap())
+        return first
 
     def _rollout(self, number: int) -> dict[str, float]:
-        drawn = self.ahead.take(number)
-        groups, staleness = drawn.paid.groups, self.trainer.step - drawn.step
-        filtered = self.pick.see(drawn.paid.choice)
-        self.leave.add(number, groups)
-        self.estimator.fill(groups)
-        lots = self._lots([sampled for group in groups for sampled in group], number)
+        """One rollout and its updates; returns metrics."""
+        rollout = self.queue.take(number)
+        staleness = self.trainer.step - rollout.step
+        filtering = {} if self.difficulty is None else self.difficulty.update(rollout.selection)
+        if self.export is not None:
+            self.export.add(number, rollout.groups)
+        if self.critic is None:
+            assign_group_advantages(rollout.groups, self.settings.scale_by_std)
+        else:
+            self.critic.assign_advantages(rollout.groups)
+        mini_batches = self._mini_batches(rollout.groups, number)
         self.policy.refresh()
-        gap = self.trainer.average(self.gap.close([batch for batches in lots for batch in batches]))
-        updates = self._updates(lots)
-        values = {
-            **rollout_metrics.of_rollout(groups),
-            "rl/cap": drawn.cap,
-            **self.estimator.figures(),
-            **gap,
-            **filtered,
+        corrections = self._correct([batch for batches in mini_batches for batch in batches])
+        updates = [self._update(batches) for batches in mini_batches]
+        return {
+            **rollout_metrics(rollout.groups),
+            "rl/cap": rollout.cap,
+            **({} if self.critic is None else self.critic.metrics()),
+            **corrections,
+            **filtering,
+            "rl/dead_groups": dead_groups(rewards(rollout.groups)),
+            "rl/staleness": staleness,
+            **({"rl/problems_asked": rollout.n_problems} if self.settings.max_resamples > 1 else {}),
+            **_update_metrics(updates),
+            **self.sampler.metrics(),
         }
-        values |= {"rl/dead_groups": advantage.dead_groups(rollout.rewards(groups)), "rl/staleness": staleness}
-        if self.settings.max_resamples > 1:
-            values["rl/problems_asked"] = drawn.paid.asked
-        for name in ("kl", "entropy", "clip_share", "grad_norm"):
-            values[f"rl/{name}"] = float(np.mean([update.get(f"train/{name}", 0.0) for update in updates]))
-        for name, measured in (("gap", "logp_gap"), ("gap_max", "logp_gap_max"), ("kl", "sampler_kl")):
-            values[f"rl/sampler_{name}"] = updates[0].get(f"train/{measured}", 0.0)
-        values["rl/lr"] = updates[-1].get("train/lr", 0.0)
-        return values | self.sampler.figures()
 
-    def _lots(self, rows: list[rollout.Sampled], number: int) -> list[list[Batch]]:
-        """Random mini-batches of equal size, each as the trainer takes it (R1: 16 of 512)."""
-        settings = self.settings
+    def _mini_batches(self, groups: Sequence[Group], number: int) -> list[list[Batch]]:
+        """Random mini-batches of equal size (R1: 16 of 512), each as this rank's micro-batches."""
+        settings, rows = self.settings, [row for group in groups for row in group]
         order = np.random.default_rng([self.ctx.seed, number]).permutation(len(rows))
         size = len(rows) // settings.updates_per_rollout
-        lots = [[rows[i] for i in order[start : start + size]] for start in range(0, len(rows), size)]
-        pad = self.tokenizer.pad_id
-        cut = [rollout.batches(lot, pad, settings.micro_tokens, settings.normalise) for lot in lots]
-        return [list(self.trainer.mine(batches)) for batches in cut]
+        mini_batches = []
+        for start in range(0, len(rows), size):
+            part = [rows[i] for i in order[start : start + size]]
+            batches = to_batches(part, self.tokenizer.pad_id, settings.micro_tokens, settings.normalise)
+            mini_batches.append(list(self.trainer.mine(batches)))
+        return mini_batches
 
-    def _updates(self, lots: list[list[Batch]]) -> list[dict[str, float]]:
-        """One inner epoch, an optimizer step for every lot."""
-        trainer, found = self.trainer, []
-        for batches in lots:
-            if self.reference is not None:
-                self.reference.fill(batches)
-            before = trainer.step
-            self.estimator.learn(batches)
-            found.append(trainer.update(batches))
-            self.estimator.follow(before)
-            self.pick.follow(before)
-            self.ahead.follow(before)
-            if self.reference is not None:
-                self.reference.follow(before)
-        return found
+    def _correct(self, batches: list[Batch]) -> dict[str, float]:
+        """Before the first update: importance weights, and how far the sampler's routing is from the policy's."""
+        values = {}
+        if self.settings.routing_replay:  # one more forward pass, so of one micro-batch
+            values["rl/routing_disagreement"] = importance.routing_disagreement(self.policy.model, batches[0])
+        if self.correction is not None:
+            values |= self.correction.apply(batches)
+        return self.trainer.average(values)
+
+    def _update(self, batches: list[Batch]) -> dict[str, float]:
+        """One optimizer step on one mini-batch."""
+        trainer, before = self.trainer, self.trainer.step
+        if self.reference is not None:
+            self.reference.add_logprobs(batches)
+        if self.critic is not None:
+            self.critic.update(batches)
+        values = trainer.update(batches)
+        if trainer.step <= before:  # the guard went back to a checkpoint
+            self._restore()
+        elif self.reference is not None:
+            self.reference.after_step()
+        self.queue.poll()
+        return values
+
+    def _restore(self) -> None:
+        """Brings all components to the checkpoint that the trainer came from."""
+        for component in (self.critic, self.difficulty, self.queue, self.reference):
+            if component is not None:
+                component.restore()
+
+
+def _update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over a rollout's updates, and of the first one the gap between sampler and trainer."""
+    values = {}
+    for name in ("kl", "entropy", "clip_share", "grad_norm"):
+        values[f"rl/{name}"] = float(np.mean([update.get(f"train/{name}", 0.0) for update in updates]))
+    for name, measured in (("gap", "logp_gap"), ("gap_max", "logp_gap_max"), ("kl", "sampler_kl")):
+        values[f"rl/sampler_{name}"] = updates[0].get(f"train/{measured}", 0.0)
+    return values | {"rl/lr": updates[-1].get("train/lr", 0.0)}

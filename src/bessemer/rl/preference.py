@@ -1,14 +1,14 @@
-"""Reward models in use: what they read of an answer, and what RL is told (R1 2.3.4, R1-Nature Methods).
+"""Reward models in use: how an answer is rendered for them, and the reward that RL gets (R1 2.3.4, R1-Nature Methods).
 
-    helpful    prompt + final summary          the thoughts are nobody's business
+    helpful    prompt + final summary          the thoughts are not judged
     harmless   prompt + thoughts + summary     nothing unsafe may stand anywhere
 
-Training (`recipe/stages/reward`) and RL render an answer by the same function, `judged_ids`, in the model's own chat
-template, and read the score at the last token, the EOS.
+Training (`pipeline/stages/reward.py`) and RL render an answer by the same function, `judged_ids`, in the model's own
+chat template, and read the score at the last token, the EOS.
 
 A reward is the score on a fixed scale learnt from held-out answers: 0 is the mean of the rejected (unsafe) ones, 1 that
-of the chosen (safe) ones. It is not clipped: a policy that games the model is seen to do so. The scale lies in
-`reward.json` beside the weights, with the aim and the fingerprint of the tokenizer.
+of the chosen (safe) ones. It is not clipped, so that reward hacking shows. The scale lies in `reward.json` next to the
+weights, with the aim and the fingerprint of the tokenizer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BATCH_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Scale:
-    """What a reward model's directory says beside its weights."""
+    """The content of `reward.json`."""
 
     aim: str
     zero: float
@@ -77,15 +77,15 @@ class Scale:
 
 
 def judged_ids(tokenizer: Tokenizer, aim: str, prompt: str, answer: str) -> list[int]:
-    """What a reward model of this aim reads of an answer, thoughts and tags included, to a prompt."""
+    """The input of a reward model of this aim; `answer` includes thoughts and tags."""
     read = summary(answer) if aim == "helpful" else answer
     return render_ids(tokenizer, [{"role": "user", "content": prompt}, {"role": "assistant", "content": read}])
 
 
 @torch.no_grad()
 def score_ids(network: Scorer, texts: Sequence[Sequence[int]], pad_id: int) -> list[float]:
-    """The score at the last token of each text. Texts of like length share a forward; padding follows them, so that
-    none sees it."""
+    """The score at the last token of each text. Texts of similar length share a forward; padding follows them, so no
+    text attends to it."""
     device, was_training = network.embed.weight.device, network.training
     network.eval()
     scores = [0.0] * len(texts)
@@ -114,7 +114,7 @@ def _batches(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 
 class RewardModel:
-    """A trained reward model; `score` is what RL calls."""
+    """A trained reward model; RL calls `score`."""
 
     def __init__(self, network: Scorer, tokenizer: Tokenizer, scale: Scale, name: str = "reward model"):
         if tokenizer.fingerprint != scale.tokenizer:
@@ -135,7 +135,7 @@ class RewardModel:
 
     @property
     def aim(self) -> str:
-        """helpful or harmless: which prompts it judges (`Problem.meta["aim"]`)."""
+        """helpful or harmless: the prompts it judges (`Problem.meta["aim"]`)."""
         return self.scale.aim
 
     def score(self, items: Sequence[tuple[str, str]]) -> list[float]:

@@ -1,118 +1,151 @@
-"""A rollout worker: one process with the whole network, which draws what it is given by the weights it is given.
+"""A rollout worker: one process with the whole network, which generates the samples of each job from its weights.
 
-Weights come with every job, under a number, and are loaded when the number is another than the one held. So a worker
-that has just been started needs nothing from the one whose place it takes.
+Weights come with every job, under a number, and are loaded when the number differs from the one that is loaded. So a
+worker that has just started needs nothing from the one whose place it takes. Weights travel as plain bytes under their
+names, nothing pickled: `pack_weights` gives views of the tensors in the trainer's memory, so an object store copies
+them once, and a worker maps them there and copies them into its network. Then it has the trainer's dtypes and, bit for
+bit, its values, routing biases included.
 """
 
 from __future__ import annotations
 
+import socket
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 import bessemer
 from bessemer.engine.engine import Completion, Engine, GenerationBatch
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import load_any
 from bessemer.hf.foreign_tokenizer import load_tokenizer
-from bessemer.rl import ray_weights
-from bessemer.rl.ray_weights import Packed
+from bessemer.rl.vllm_engine import VLLMEngine
 from bessemer.train import speed
 
 Kind = Literal["ray", "vllm"]
 
 
-class Drew(NamedTuple):
-    """What became of one call."""
+class PackedTensor(NamedTuple):
+    """One tensor of the weights."""
 
+    dtype: str
+    """The name in torch: "bfloat16"."""
+    shape: tuple[int, ...]
+    data: np.ndarray
+    """Its bytes, uint8."""
+
+
+def pack_weights(state: Mapping[str, Tensor]) -> dict[str, PackedTensor]:
+    """A model's state dict, in its order."""
+    packed = {}
+    for name, tensor in state.items():
+        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        packed[name] = PackedTensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat.numpy())
+    return packed
+
+
+def unpack_weights(packed: Mapping[str, PackedTensor]) -> dict[str, Tensor]:
+    """Views of the bytes; they must not be written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable")
+        return {
+            name: torch.from_numpy(item.data).view(getattr(torch, item.dtype)).view(item.shape)
+            for name, item in packed.items()
+        }
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copies the weights into a network of the same shapes; UserError where the shapes differ."""
+    state = model.state_dict(keep_vars=True)
+    if state.keys() != weights.keys() or any(own.shape != weights[name].shape for name, own in state.items()):
+        raise UserError("a rollout worker's model is not the trainer's: its folder changed since the run began")
+    for name, own in state.items():
+        if own.dtype != weights[name].dtype:
+            own.data = torch.empty_like(own, dtype=weights[name].dtype)
+        own.data.copy_(weights[name])
+
+
+class JobResult(NamedTuple):
     completions: list[Completion]
     seconds: float
-    """Spent on drawing; loading of weights is not in it."""
+    """Time of sampling; the loading of weights is not in it."""
 
 
-class Backend(Protocol):
-    """A network that draws."""
+class WorkerEngine(Protocol):
+    """A network that generates."""
 
-    def load(self, items: Mapping[str, Packed]) -> None: ...
+    def load(self, weights: Mapping[str, Tensor]) -> None: ...
 
-    def run(self, call: GenerationBatch) -> list[Completion]: ...
+    def run(self, batch: GenerationBatch) -> list[Completion]: ...
 
 
-class Ours:
-    """Our Engine: the samples are, bit for bit, those the trainer's own process would have drawn."""
+class BessemerEngine:
+    """Our Engine: the samples are, bit for bit, those of the trainer's own process."""
 
     def __init__(self, directory: Path) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_any(directory, dtype=torch.float32, device=device)
         self.engine = Engine(self.model, load_tokenizer(directory))
 
-    def load(self, items: Mapping[str, Packed]) -> None:
-        ray_weights.load(self.model, items)
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        load_weights(self.model, weights)
 
-    def run(self, call: GenerationBatch) -> list[Completion]:
-        return self.engine.run(call)
+    def run(self, batch: GenerationBatch) -> list[Completion]:
+        return self.engine.run(batch)
 
 
-class Worker:
-    """What runs in the process. Its methods are called one after another."""
+class RolloutWorker:
+    """The actor. Its methods are called one after another."""
 
     def __init__(self, kind: Kind, directory: str, gpus: int) -> None:
         self.kind, self.directory, self.gpus = kind, Path(directory), gpus
-        self.backend: Backend | None = None
+        self.engine: WorkerEngine | None = None
         self.version = 0
-        """Of the weights it holds; 0 before the first."""
+        """Of the weights that are loaded; 0 before the first."""
 
     def open(self) -> dict[str, str]:
-        """Loads the network and says what it runs on."""
-        if self.backend is None:
+        """Loads the network; returns the node's name and versions."""
+        if self.engine is None:
             torch.set_num_threads(1)  # a worker is a core: more cores are more workers
             speed.keep_memory()
-            self.backend = self._backend()
-        return {**versions(), "node": _node()}
+            self.engine = self._make_engine()
+        return {**versions(), "node": socket.gethostname()}
 
-    def draw(self, version: int, items: Mapping[str, Packed], call: GenerationBatch) -> Drew:
-        """The samples of one call, by the weights of this version."""
+    def generate(self, version: int, weights: Mapping[str, PackedTensor], batch: GenerationBatch) -> JobResult:
+        """The samples of one batch, from the weights of this version."""
         self.open()
         if version != self.version:
-            self.backend.load(items)
+            self.engine.load(unpack_weights(weights))
             self.version = version
         began = time.monotonic()
-        return Drew(self.backend.run(call), time.monotonic() - began)
+        return JobResult(self.engine.run(batch), time.monotonic() - began)
 
-    def _backend(self) -> Backend:
+    def _make_engine(self) -> WorkerEngine:
+        node = socket.gethostname()
         if not self.directory.is_dir():
             raise UserError(
-                f"the rollout worker on {_node()} does not see {self.directory}: keep the run directory on a file "
+                f"the rollout worker on {node} does not see {self.directory}: keep the run directory on a file "
                 "system that every node of the Ray cluster mounts under the same path"
             )
         try:
-            if self.kind == "vllm":
-                from bessemer.rl.vllm_engine import VLLM
-
-                return VLLM(self.directory, self.gpus)
-            return Ours(self.directory)
+            return VLLMEngine(self.directory, self.gpus) if self.kind == "vllm" else BessemerEngine(self.directory)
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
                 raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"the rollout worker on {_node()} has no room for the model ({_first_line(error)}): give Ray nodes or "
-                "GPUs with more memory, or lower rollout.workers"
+                f"the rollout worker on {node} has no room for the model ({reason}): give Ray nodes or GPUs with more "
+                "memory, or lower rollout.workers"
             ) from None
 
 
 def versions() -> dict[str, str]:
-    """What must be the same in trainer and workers for samples to be."""
+    """Programs that must be the same in trainer and workers for equal samples."""
     return {"bessemer": bessemer.__version__, "torch": torch.__version__}
-
-
-def _node() -> str:
-    import socket
-
-    return socket.gethostname()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,11 +1,11 @@
-"""What a completion is paid (R1 2.2.2, 2.3.2, 2.3.4):
+"""Rewards of samples (R1 2.2.2, 2.3.2, 2.3.4):
 
     reasoning   R_accuracy + f R_format + l R_language
-    general     p R_preference + f R_format + l R_language      where a reward model judges the prompt's aim
+    general     p R_preference + f R_format + l R_language      where a reward model serves the prompt's aim
 
 R1 adds the terms with equal weight; R1-Zero has no language term and no general prompts. DAPO's soft punishment of
-over-long answers (DAPO 3.4) comes off. Two other ways of paying are controls: what a run shows under them is not learnt
-from the task.
+over-long answers (DAPO 3.4) is subtracted. Two other kinds of reward are controls: what a run shows under them is not
+learnt from the task.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from bessemer.errors import UserError
-from bessemer.rl.rollout import Sampled
+from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.tasks.base import stable_hash
 
-Kind = Literal["task", "format", "random"]
 
-
-class Judge(Protocol):
-    """A reward model as RL sees it."""
+class PreferenceScorer(Protocol):
+    """A reward model as RL uses it."""
 
     def score(self, items: Sequence[tuple[str, str]]) -> list[float]:
         """One number per (prompt, answer), about 0 to 1."""
@@ -32,22 +30,24 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Reward:
-    """Weights of the terms. `kind` "format" pays the form alone and "random" a coin per sample: the control arms."""
+    """Weights of the terms. `kind` "format" rewards the form alone and "random" a coin per sample: the control arms."""
 
     format: float = 1.0
     language: float = 0.0
     preference: float = 1.0
     overlong: int = 0
     """Tokens before the cap over which the punishment grows from 0 to 1; 0 for none."""
-    kind: Kind = "task"
+    kind: Literal["task", "format", "random"] = "task"
 
-    def pay(self, groups: Sequence[Sequence[Sampled]], cap: int, judges: Mapping[str, Judge] | None = None) -> None:
-        """Sets the reward of every sample, and its preference where a judge of the prompt's aim exists."""
+    def score(
+        self, groups: Sequence[Group], cap: int, reward_models: Mapping[str, PreferenceScorer] | None = None
+    ) -> None:
+        """Sets the reward of every sample, and its preference where `reward_models` has one for the prompt's aim."""
         rows = [row for group in groups for row in group]
-        for aim, judge in (judges or {}).items():
-            mine = [row for row in rows if row.problem.meta.get("aim") == aim]
-            scores = judge.score([(row.problem.prompt, row.answer) for row in mine]) if mine else []
-            for row, score in zip(mine, scores, strict=True):
+        for aim, model in (reward_models or {}).items():
+            judged = [row for row in rows if row.problem.meta.get("aim") == aim]
+            scores = model.score([(row.problem.prompt, row.answer) for row in judged]) if judged else []
+            for row, score in zip(judged, scores, strict=True):
                 row.preference = score
         for number, row in enumerate(rows):
             row.reward = self.of(row, cap, number)
@@ -58,19 +58,19 @@ class Reward:
                     + " must give a finite number"
                 )
 
-    def of(self, row: Sampled, cap: int, number: int = 0) -> float:
-        """What one sample is paid; `number` is its place in the rollout, for the coin."""
+    def of(self, row: ScoredSample, cap: int, number: int = 0) -> float:
+        """The reward of one sample; `number` is its place in the rollout, for the coin."""
         if self.kind == "random":
             return float(stable_hash("coin", row.problem.id, number, *row.completion.tokens) & 1)
         verdict = row.verdict
         if self.kind == "format":
             return float(verdict.formatted)
         aim = float(verdict.correct) if row.preference is None else self.preference * row.preference
-        paid = aim + self.format * float(verdict.formatted) + self.language * row.language
-        return paid - overlong(len(row.completion.tokens), cap, self.overlong)
+        reward = aim + self.format * float(verdict.formatted) + self.language * row.language
+        return reward - overlong(len(row.completion.tokens), cap, self.overlong)
 
-    def passed(self, row: Sampled) -> bool:
-        """Whether a paid sample did what this way of paying asks for: a right answer; the form; heads."""
+    def passed(self, row: ScoredSample) -> bool:
+        """Whether a scored sample did what this kind of reward asks for: a right answer; the form; heads."""
         if self.kind == "random":
             return row.reward > 0
         return row.verdict.formatted if self.kind == "format" else row.verdict.correct

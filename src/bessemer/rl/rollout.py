@@ -1,133 +1,151 @@
-"""One rollout: P prompts, G samples each, verified, and laid out as training batches (R1 2.2).
+"""One rollout: P problems, G samples each, verified and scored, and the training batches made of it (R1 2.2).
 
-The prompt of rollout r is found by arithmetic, and a sample's seed from (run seed, rollout, prompt, sample), so a
+The problems of rollout r follow by arithmetic, and the seed of a sample from (run seed, rollout, prompt, sample), so a
 resumed run samples what the uninterrupted one would have sampled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bessemer.data.batch import Batch
 from bessemer.engine.engine import Completion, Engine
-from bessemer.rl import replay
+from bessemer.rl.difficulty import Selection
 from bessemer.rl.sampler import Sampler
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
 from bessemer.tasks.readability import consistency
 
 
 @dataclass
-class Sampled:
-    """One verified completion."""
+class ScoredSample:
+    """One verified completion; `reward.Reward` scores it, then its advantage is estimated."""
 
     problem: Problem
     prompt_tokens: list[int]
     completion: Completion
     verdict: Verdict
     reward: float = 0.0
-    """Set by `reward.Reward`."""
     advantage: float | list[float] = 0.0
-    """Of the whole output, or of each of its tokens where a critic judges them."""
+    """Of the whole output, or of each of its tokens where a critic estimates them."""
     values: list[float] | None = None
-    """What the critic expected before each token; None without one."""
+    """The critic's value before each token; None without a critic."""
     returns: list[float] | None = None
-    """What it should have expected."""
+    """The critic's targets."""
     preference: float | None = None
-    """What a reward model said of it; None where the verifier pays."""
+    """The score of a reward model; None where the verifier decides."""
     language: float = 1.0
     """Share of the thoughts' words that are in the language of the problem; 0 without thoughts."""
     begun: str = ""
-    """What the prompt's template has already written of the answer."""
+    """The beginning of the answer that the prompt's template has already written."""
 
     @property
     def answer(self) -> str:
-        """All of it, as a verifier reads it."""
+        """The whole answer, as a verifier reads it."""
         return self.begun + self.completion.text
+
+
+Group = list[ScoredSample]
+"""The samples of one problem."""
+TaskProblems = Sequence[tuple[Task, Problem]]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A finished rollout, as it is trained on."""
+
+    groups: list[Group]
+    """P groups of G samples, scored."""
+    n_problems: int
+    """Problems that were sampled, those of discarded groups included."""
+    cap: int
+    """Longest completion allowed, tokens."""
+    step: int
+    """Optimizer steps of the policy that sampled it."""
+    selection: Selection | None = None
+    """How the difficulty filter selected the problems, and their pass counts; None without the filter."""
 
 
 def problems_of(tasks: Sequence[Task], split: str, first: int, count: int, seed: int) -> list[tuple[Task, Problem]]:
     """Problems first..first+count-1 of the endless list that takes the tasks in turn; a task named twice has two turns
     a round, with problems of its own in each."""
     names = [task.name for task in tasks]
-    found = []
+    problems = []
     for n in range(first, first + count):
         turn, place = divmod(n, len(tasks))
         index = turn * names.count(names[place]) + names[:place].count(names[place])
-        found.append((tasks[place], tasks[place].problem(split, index, seed)))
-    return found
+        problems.append((tasks[place], tasks[place].problem(split, index, seed)))
+    return problems
 
 
 def sample(
     engine: Engine | Sampler,
-    chosen: Sequence[tuple[Task, Problem]],
+    problems: TaskProblems,
     encode: Callable[[Problem], list[int]],
     *,
     samples: int,
     seed: int,
     **sampling,
-) -> list[list[Sampled]]:
-    """G verified completions of every problem, prompt by prompt; `reward.Reward` pays them."""
-    prompts = [encode(problem) for _, problem in chosen]
-    found = engine.generate(prompts, samples=samples, seeds=seeds_of(seed, len(prompts)), **sampling)
-    return verified(chosen, prompts, found, engine.tokenizer.opening)
+) -> list[Group]:
+    """G verified completions of every problem, not yet scored; `sampling` as in `Engine.plan`."""
+    prompts = [encode(problem) for _, problem in problems]
+    completions = engine.generate(prompts, samples=samples, seeds=prompt_seeds(seed, len(prompts)), **sampling)
+    return verify(problems, prompts, completions, engine.tokenizer.opening)
 
 
-def seeds_of(seed: int, prompts: int) -> list[int]:
-    """What names the random streams of each prompt of a rollout."""
+def prompt_seeds(seed: int, prompts: int) -> list[int]:
+    """The name of each prompt's random streams."""
     return [stable_hash("rollout", seed, p) & (2**62 - 1) for p in range(prompts)]
 
 
-def verified(
-    chosen: Sequence[tuple[Task, Problem]],
-    prompts: Sequence[list[int]],
-    groups: Sequence[Sequence[Completion]],
-    begun: str,
-) -> list[list[Sampled]]:
-    """Completions as their tasks judge them; `begun` is what the prompt's template has written of the answer."""
-    judged = []
-    for (task, problem), prompt, group in zip(chosen, prompts, groups, strict=True):
+def verify(
+    problems: TaskProblems, prompts: Sequence[list[int]], completions: Sequence[Sequence[Completion]], begun: str
+) -> list[Group]:
+    """The verdict of each problem's task on its completions; `begun` as in `ScoredSample`."""
+    groups = []
+    for (task, problem), prompt, group in zip(problems, prompts, completions, strict=True):
         rows = []
         for completion in group:
             answer = begun + completion.text
             verdict, language = task.verify(problem, answer), consistency(answer, problem.language)
-            rows.append(Sampled(problem, prompt, completion, verdict, language=language, begun=begun))
-        judged.append(rows)
-    return judged
+            rows.append(ScoredSample(problem, prompt, completion, verdict, language=language, begun=begun))
+        groups.append(rows)
+    return groups
 
 
-def rewards(groups: Sequence[Sequence[Sampled]]) -> Tensor:
+def rewards(groups: Sequence[Group]) -> Tensor:
     """[P, G]."""
     return torch.tensor([[row.reward for row in group] for group in groups], dtype=torch.float32)
 
 
-def batches(rows: Sequence[Sampled], pad_id: int, max_tokens: int, normalise: str) -> list[Batch]:
-    """`cut(rows)` as batches.
+def to_batches(rows: Sequence[ScoredSample], pad_id: int, max_tokens: int, normalise: str) -> list[Batch]:
+    """`split_by_length(rows)` as batches.
 
     normalise "sequence": every output counts 1 (the paper); "token" (DAPO) and "constant" (Dr. GRPO): every token does.
     """
-    return [_batch(part, _length(part[0]), pad_id, normalise) for part in cut(rows, max_tokens)]
+    return [_batch(part, _length(part[0]), pad_id, normalise) for part in split_by_length(rows, max_tokens)]
 
 
-def cut(rows: Sequence[Sampled], max_tokens: int) -> list[list[Sampled]]:
+def split_by_length(rows: Sequence[ScoredSample], max_tokens: int) -> list[list[ScoredSample]]:
     """Rows of similar length together, longest first, each part at most `max_tokens` padded tokens (at least a row)."""
     ordered = sorted(rows, key=_length, reverse=True)
-    out, start = [], 0
+    parts, start = [], 0
     while start < len(ordered):
         stop = min(len(ordered), start + max(1, max_tokens // _length(ordered[start])))
-        out.append(ordered[start:stop])
+        parts.append(ordered[start:stop])
         start = stop
-    return out
+    return parts
 
 
-def _length(row: Sampled) -> int:
+def _length(row: ScoredSample) -> int:
     return len(row.prompt_tokens) + len(row.completion.tokens)
 
 
-def _batch(rows: Sequence[Sampled], width: int, pad_id: int, normalise: str) -> Batch:
+def _batch(rows: Sequence[ScoredSample], width: int, pad_id: int, normalise: str) -> Batch:
     shape = (len(rows), width)
     tokens = torch.full(shape, pad_id, dtype=torch.int64)
     loss, advantage, old_logp = (torch.zeros(shape) for _ in range(3))
@@ -139,15 +157,82 @@ def _batch(rows: Sequence[Sampled], width: int, pad_id: int, normalise: str) -> 
         old_logp[i, start:stop] = torch.tensor(row.completion.logprobs)
     extras = {"advantage_BT": advantage, "old_logp_BT": old_logp}
     if rows[0].values is not None:
-        extras |= {"value_BT": _aligned(rows, width, "values"), "return_BT": _aligned(rows, width, "returns")}
+        extras |= {"value_BT": _align(rows, width, "values"), "return_BT": _align(rows, width, "returns")}
     if rows[0].completion.routing is not None:
-        extras[replay.CHOICE] = replay.laid_out([row.completion.routing for row in rows], width)
+        extras["choice_BTLK"] = pad_routing([row.completion.routing for row in rows], width)
     return Batch(tokens, loss, extras=extras)
 
 
-def _aligned(rows: Sequence[Sampled], width: int, field: str) -> Tensor:
-    """A list per row, each entry where its token stands."""
-    found = torch.zeros(len(rows), width)
+def _align(rows: Sequence[ScoredSample], width: int, field: str) -> Tensor:
+    """One list per row, each entry at the position of its token."""
+    aligned = torch.zeros(len(rows), width)
     for i, row in enumerate(rows):
-        found[i, len(row.prompt_tokens) : _length(row)] = torch.tensor(getattr(row, field))
-    return found
+        aligned[i, len(row.prompt_tokens) : _length(row)] = torch.tensor(getattr(row, field))
+    return aligned
+
+
+def pad_routing(routings: Sequence[Tensor], width: int) -> Tensor:
+    """The records of `Completion.routing` as one choice_BTLK, int16; -1 (the gate chooses) at a row's last token, which
+    was never fed, and at padding. Nothing that is trained on comes after either."""
+    choice_BTLK = torch.full((len(routings), width, *routings[0].shape[1:]), -1, dtype=torch.int16)
+    for row, routing in zip(choice_BTLK, routings, strict=True):
+        row[: len(routing)] = routing
+    return choice_BTLK
+
+
+_PER_TOKEN = {"tokens": torch.int32, "logprobs": torch.float32, "raw_logprobs": torch.float32}
+"""Fields of a completion with one number per token: a checkpoint holds each as one vector over all samples."""
+_PLAIN = {field.name for field in fields(ScoredSample)} - {"problem", "prompt_tokens", "completion", "verdict"}
+"""Fields of a sample that are JSON as they are."""
+
+
+def pack(groups: Sequence[Group]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Groups as a checkpoint holds them: one JSON object per group, and tensors over all samples. A problem is stored
+    as its id."""
+    completions = [row.completion for group in groups for row in group]
+    tensors = {
+        name: torch.tensor([value for c in completions for value in getattr(c, name)], dtype=dtype)
+        for name, dtype in _PER_TOKEN.items()
+    }
+    if completions[0].routing is not None:
+        tensors["routing"] = torch.cat([c.routing for c in completions])
+    packed = [
+        {"problem": group[0].problem.id, "prompt": group[0].prompt_tokens, "rows": [_pack_row(row) for row in group]}
+        for group in groups
+    ]
+    return packed, tensors
+
+
+def unpack(
+    packed: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor], problems: Mapping[str, Problem]
+) -> list[Group]:
+    """The groups that `pack` was given, without a bit lost; `problems` by their ids."""
+    lengths = [row["length"] for group in packed for row in group["rows"]]
+    fed = [len(group["prompt"]) + row["length"] - 1 for group in packed for row in group["rows"]]
+    per_token = {name: iter([part.tolist() for part in tensors[name].split(lengths)]) for name in _PER_TOKEN}
+    routing = iter(tensors["routing"].split(fed)) if "routing" in tensors else None
+    groups = []
+    for group in packed:
+        rows = []
+        for row in group["rows"]:
+            completion = Completion(
+                **{name: next(parts) for name, parts in per_token.items()},
+                text=row["text"],
+                finish_reason=row["finish_reason"],
+                prompt_tokens=len(group["prompt"]),
+                routing=None if routing is None else next(routing),
+            )
+            plain = {name: value for name, value in row.items() if name in _PLAIN}
+            prompt, verdict = list(group["prompt"]), Verdict(**row["verdict"])
+            rows.append(ScoredSample(problems[group["problem"]], prompt, completion, verdict, **plain))
+        groups.append(rows)
+    return groups
+
+
+def _pack_row(row: ScoredSample) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in sorted(_PLAIN)} | {
+        "verdict": asdict(row.verdict),
+        "text": row.completion.text,
+        "length": len(row.completion.tokens),
+        "finish_reason": row.completion.finish_reason,
+    }

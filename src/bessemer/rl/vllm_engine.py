@@ -1,10 +1,10 @@
-"""vLLM as a rollout worker: another program's engine behind the same two methods. Not run yet: this was written
-against the API of vLLM 0.33, on machines that had no GPU to run it on.
+"""vLLM in a rollout worker, behind the interface of `ray_worker.WorkerEngine`. Not yet run: written against the API of
+vLLM 0.33 without a GPU.
 
 Weights go in by the documented route, as a checkpoint in Hugging Face's names in this node's memory and the workers'
-`reload_weights`; what vLLM remembers of prompts is of older weights and is dropped. It computes in BF16 and has random
+`reload_weights`; vLLM's prefix cache belongs to older weights and is dropped. It computes in BF16 and has random
 streams of its own: a sample is a function of its key and the weights, but not the sample of our Engine, and its
-log-probabilities differ from the trainer's by rounding, which is what `correction` weighs.
+log-probabilities differ from the trainer's by rounding, which `correction` corrects.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Any
 from torch import Tensor
 
 from bessemer.engine.engine import Completion, GenerationBatch
+from bessemer.engine.sequence import Request
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.causal_lm import is_foreign
 from bessemer.hf.foreign_tokenizer import load_tokenizer
 from bessemer.hf.names import slots
-from bessemer.rl.ray_weights import Packed, tensor_of
+from bessemer.model.config import ModelConfig
 from bessemer.workers import SHARED
 
 FILE = "model.safetensors"
@@ -33,7 +34,7 @@ KEY_BITS = (1 << 63) - 1
 UNKNOWN = float("nan")
 
 
-class VLLM:
+class VLLMEngine:
     """One vLLM engine over `gpus` GPUs."""
 
     def __init__(self, directory: Path, gpus: int) -> None:
@@ -48,26 +49,28 @@ class VLLM:
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         shutil.copy(directory / "config.json", self.folder)
         self.llm = LLM(
-            model=str(directory), dtype="bfloat16", tensor_parallel_size=gpus, skip_tokenizer_init=True,
+            model=str(directory),
+            dtype="bfloat16",
+            tensor_parallel_size=gpus,
+            skip_tokenizer_init=True,
             logprobs_mode="processed_logprobs",  # under softmax(logits / temperature), as the trainer computes them
-        )  # fmt: skip
+        )
 
-    def load(self, items: Mapping[str, Packed]) -> None:
+    def load(self, weights: Mapping[str, Tensor]) -> None:
         from safetensors.torch import save_file
 
-        state = hub_state({name: tensor_of(item) for name, item in items.items()}, self.cfg)
-        save_file(state, self.folder / FILE, metadata={"format": "pt"})
+        save_file(hub_state(weights, self.cfg), self.folder / FILE, metadata={"format": "pt"})
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)})
         self.llm.reset_prefix_cache()
 
-    def run(self, call: GenerationBatch) -> list[Completion]:
-        prompts = [{"prompt_token_ids": list(sample.request.prompt)} for sample in call.samples]
-        params = [self.params(**asked(sample.request)) for sample in call.samples]
+    def run(self, batch: GenerationBatch) -> list[Completion]:
+        prompts = [{"prompt_token_ids": list(sample.request.prompt)} for sample in batch.samples]
+        params = [self.params(**sampling_params(sample.request)) for sample in batch.samples]
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        found = zip(call.samples, outputs, strict=True)
-        return [self._completion(sample.request, output.outputs[0]) for sample, output in found]
+        pairs = zip(batch.samples, outputs, strict=True)
+        return [self._completion(sample.request, output.outputs[0]) for sample, output in pairs]
 
-    def _completion(self, request: Any, output: Any) -> Completion:
+    def _completion(self, request: Request, output: Any) -> Completion:
         tokens = [int(token) for token in output.token_ids]
         logprobs = [step[token].logprob for step, token in zip(output.logprobs, tokens, strict=True)]
         return Completion(
@@ -80,23 +83,30 @@ class VLLM:
         )
 
 
-def asked(request: Any) -> dict[str, Any]:
-    """A request in vLLM's words; UserError for what it cannot be asked."""
+def sampling_params(request: Request) -> dict[str, Any]:
+    """A request as arguments of vLLM's SamplingParams; UserError for an unsupported one."""
     if request.stop_strings:
         raise UserError(
             'rollout.engine = "vllm" ends answers at token ids only; leave stop strings to "ray" or "local"'
         )
     sampling = request.sampling
     return dict(
-        temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty, seed=request.key & KEY_BITS,
-        max_tokens=request.max_new_tokens, stop_token_ids=list(request.stop_ids), ignore_eos=True, logprobs=0,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=request.key & KEY_BITS,
+        max_tokens=request.max_new_tokens,
+        stop_token_ids=list(request.stop_ids),
+        ignore_eos=True,
+        logprobs=0,
         detokenize=False,
-    )  # fmt: skip
+    )
 
 
-def hub_state(state: Mapping[str, Tensor], cfg: Any) -> dict[str, Tensor]:
-    """Weights under the names they have on disk, MTP modules left out; cfg None: a foreign model's."""
+def hub_state(state: Mapping[str, Tensor], cfg: ModelConfig | None) -> dict[str, Tensor]:
+    """Weights under the names they have on disk, MTP modules left out; cfg None: a model of another family."""
     if cfg is None:
         return {name.removeprefix("inner."): tensor.contiguous() for name, tensor in state.items()}
     main = [slot for slot in slots(cfg) if not slot.copy and not slot.name.startswith("mtp.")]

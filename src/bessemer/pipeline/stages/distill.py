@@ -111,7 +111,7 @@ class _Run:
             batch_rows=setup.batch_rows(count * settings.samples),
         )  # fmt: skip
         rows = [row for group in groups for row in group]
-        values = self.trainer.update(rollout.batches(rows, self.tokenizer.pad_id, settings.micro_tokens, "token"))
+        values = self.trainer.update(rollout.to_batches(rows, self.tokenizer.pad_id, settings.micro_tokens, "token"))
         return values | {"distill/accuracy": sum(row.verdict.correct for row in rows) / len(rows)}
 
     def _evaluate(self) -> float:

@@ -115,7 +115,7 @@ def _others(settings: RejectConfig, seed: int) -> Iterator[list[dict[str, str]]]
     return (task.conversation(index, seed) for index in range(settings.others))
 
 
-def select(groups: list[list[rollout.Sampled]], settings: RejectConfig) -> tuple[list[Any], dict[str, int]]:
+def select(groups: list[list[rollout.ScoredSample]], settings: RejectConfig) -> tuple[list[Any], dict[str, int]]:
     """Conversations to keep, and how many answers were dropped for what."""
     kept, dropped = [], Counter()
     for group in groups:
@@ -133,7 +133,7 @@ def select(groups: list[list[rollout.Sampled]], settings: RejectConfig) -> tuple
     return kept, dict(dropped)
 
 
-def fault(row: rollout.Sampled, settings: RejectConfig) -> str | None:
+def fault(row: rollout.ScoredSample, settings: RejectConfig) -> str | None:
     """Why an answer is not to be learnt from."""
     if row.completion.finish_reason == "length":
         return "cut"
@@ -144,7 +144,7 @@ def fault(row: rollout.Sampled, settings: RejectConfig) -> str | None:
     return None if reading.readable else reading.reason
 
 
-def written(row: rollout.Sampled, form: str) -> str:
+def written(row: rollout.ScoredSample, form: str) -> str:
     """The assistant's turn."""
     reply = parse_reply(row.answer)
     if form == "as-is" or reply.answer is None:

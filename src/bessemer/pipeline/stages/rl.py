@@ -1,7 +1,7 @@
 """Stage "rl": GRPO on problems with rewards, from a base model (R1-Zero) or a fine-tuned one (R1 2.2, 2.3.2, 2.3.4).
 
-One rollout: `prompts_per_rollout` problems x `samples` completions through the Engine, paid; then `updates_per_rollout`
-optimizer steps on it, one inner epoch. A "step" is one optimizer step, as in the paper. The loop is `recipe/policy`.
+One rollout: `prompts_per_rollout` problems x `samples` completions, scored; then `updates_per_rollout` optimizer steps
+on it, one inner epoch. A "step" is one optimizer step, as in the paper. The loop is `rl/loop.py`.
 """
 
 import json
@@ -15,10 +15,9 @@ from bessemer.config.table import changed
 from bessemer.dist.ranks import Ranks
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import Stage, register
-from bessemer.rl import make_sampler, rollout
+from bessemer.rl import ray_sampler, rollout
 from bessemer.rl.loop import Loop
 from bessemer.rl.preference import RewardModel
-from bessemer.rl.reward import Judge
 from bessemer.runs.context import StageContext
 from bessemer.train import setup
 
@@ -65,7 +64,7 @@ class RL(Stage):
                 f'stage "{settings.name}": {count} samples cannot be split into {settings.updates_per_rollout} equal '
                 "updates; change updates_per_rollout or samples"
             )
-        return make_sampler.facts(settings.name, settings.rollout, settings.routing_replay)
+        return ray_sampler.facts(settings.name, settings.rollout, settings.routing_replay)
 
     def leaves_conversations(self, settings: RLConfig) -> bool:
         return settings.export_samples != "nothing"
@@ -75,7 +74,7 @@ class RL(Stage):
         return setup.estimate_seconds(recipe, samples * max(settings.max_new_tokens.values))
 
     def shown(self, settings: RLConfig, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem]:
-        """Every problem its rollouts can have asked."""
+        """Every problem that its rollouts may have sampled."""
         seed, lots = recipe.seed_of(settings), settings.rollouts * settings.max_resamples
         pool = settings.filter_pool if settings.difficulty_filter else 1
         pools = (
@@ -87,15 +86,15 @@ class RL(Stage):
             yield from (problem for _, problem in asked)
 
     def run(self, settings: RLConfig, ctx: StageContext) -> dict[str, Any]:
-        return Loop(settings, ctx, _judges(settings, ctx)).run()
+        return Loop(settings, ctx, _reward_models(settings, ctx)).run()
 
 
-def _judges(settings: RLConfig, ctx: StageContext) -> dict[str, Judge]:
+def _reward_models(settings: RLConfig, ctx: StageContext) -> dict[str, RewardModel]:
     """The reward models by their aim."""
-    found: dict[str, Judge] = {}
+    models: dict[str, RewardModel] = {}
     for name in settings.reward_models:
         model = RewardModel.load(ctx.inputs[name] / "model", setup.device())
-        if model.aim in found:
+        if model.aim in models:
             raise UserError(f'stage "{ctx.name}": two reward models are for {model.aim}; give one for each aim')
-        found[model.aim] = model
-    return found
+        models[model.aim] = model
+    return models

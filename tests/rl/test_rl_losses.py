@@ -15,9 +15,8 @@ from bessemer.engine.engine import Completion
 from bessemer.model.transformer import TrainOutputs
 from bessemer.rl import rollout
 from bessemer.rl.advantage import group_advantages
-from bessemer.rl.objective import GRPO, reference_logprobs
-from bessemer.rl.rollout import Sampled
-from bessemer.rl.surrogates import SURROGATES, Surrogate, grpo, k3
+from bessemer.rl.losses import GRPO, SURROGATES, Surrogate, grpo, k3, reference_logprobs
+from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 
 LETTERS = 3
@@ -272,7 +271,7 @@ def outputs_of(sampler):
     for letters, worth in zip(STOPPING, REWARD.tolist(), strict=False):
         logp = [float(sampler.log_softmax(-1)[c, a]) for c, a in zip((0, 1 + letters[0]), letters, strict=False)]
         completion = Completion(list(letters), "", logp, logp, "stop", 1)
-        rows.append(Sampled(Problem("p", "", "en"), [0], completion, Verdict(True, True, "", None), worth, worth))
+        rows.append(ScoredSample(Problem("p", "", "en"), [0], completion, Verdict(True, True, "", None), worth, worth))
     return rows
 
 
@@ -285,7 +284,7 @@ def test_every_surrogate_and_normalisation_against_enumeration(start, name, norm
     sampler, reference, logits = table(4), table(5), table(start).requires_grad_()
     model = Table(logits.detach())
     objective = GRPO(0.2, 0.28, 0.05, surrogate=name, constant=20 if normalise == "constant" else 0)
-    batches = rollout.batches(outputs_of(sampler), 0, 12, normalise)
+    batches = rollout.to_batches(outputs_of(sampler), 0, 12, normalise)
     assert len(batches) > 1
     losses = []
     for batch in batches:
@@ -319,7 +318,7 @@ def test_only_the_mean_over_outputs_of_means_leans_towards_short_ones(normalise)
     does not (Dr. GRPO 3.1)."""
     sampler = table(4)
     model = Table(sampler)
-    (batch,) = rollout.batches(outputs_of(sampler), 0, 10_000, normalise)
+    (batch,) = rollout.to_batches(outputs_of(sampler), 0, 10_000, normalise)
     batch.loss_BT = batch.loss_BT * batch.extras["old_logp_BT"].sum(1, keepdim=True).exp()
     GRPO(kl=0.0)(model, batch).total.backward()
     logits = sampler.clone().requires_grad_()

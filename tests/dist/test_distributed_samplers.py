@@ -1,4 +1,4 @@
-"""Samples that several ranks draw together are those of one process, in order."""
+"""Samples that several ranks generate together are those of one process, in order."""
 
 import pytest
 import torch
@@ -9,8 +9,7 @@ from bessemer.engine.engine import Engine
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 from bessemer.dist.ranks import Ranks
-from bessemer.rl.sampler import Here
-from bessemer.rl.rank_samplers import Dealt, Led
+from bessemer.rl.sampler import LocalSampler, Rank0Sampler, ShardedSampler
 
 ASKED = {"samples": 3, "seeds": [5, 6, 7], "max_new_tokens": 6, "temperature": 1.0, "batch_rows": 2}
 PROMPTS = ["one fox", "two", "a crow and a ring"]
@@ -26,20 +25,19 @@ def texts(groups):
     return [[completion.text for completion in group] for group in groups]
 
 
-def drawn(rank, kind):
+def generated(rank, kind):
     ranks, calls = Ranks(None, rank, 2, torch.device("cpu")), []
     made = engine()
-    if kind == "dealt":
-        sampler = Dealt(made, lambda: calls.append(rank), ranks)
+    if kind == "sharded":
+        sampler = ShardedSampler(made, lambda: calls.append(rank), ranks)
     else:
-        sampler = Led(Here(made) if rank == 0 else None, made.tokenizer, lambda: calls.append(rank), ranks)
-    answer = sampler.policy().submit(PROMPTS, **ASKED)
-    return texts(answer.take()), calls
+        sampler = Rank0Sampler(LocalSampler(made) if rank == 0 else None, made.tokenizer, lambda: calls.append(rank), ranks)
+    return texts(sampler.policy()(PROMPTS, **ASKED).take()), calls
 
 
-@pytest.mark.parametrize("kind", ["dealt", "led"])
+@pytest.mark.parametrize("kind", ["sharded", "rank0"])
 def test_all_ranks_have_the_samples_of_one_process(kind):
     wanted = texts(engine().generate(PROMPTS, **ASKED))
     assert len({text for group in wanted for text in group}) > 4
-    for rank, (found, calls) in enumerate(on_ranks(2, drawn, kind)):
+    for rank, (found, calls) in enumerate(on_ranks(2, generated, kind)):
         assert found == wanted and calls == [rank], "the weights were refreshed once"

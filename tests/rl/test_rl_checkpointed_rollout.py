@@ -8,14 +8,14 @@ import torch
 
 from bessemer import tasks
 from bessemer.data.chat import render_ids
-from bessemer.rl import buffer, rollout
+from bessemer.rl import rollout
 from bessemer.rl.reward import Reward
 from bessemer.train import checkpoint
 
 
 @pytest.fixture
 def groups(engine, tokenizer):
-    """Make groups of real samples, paid, one of them as a reward model would."""
+    """Make groups of real samples, scored, one of them as by a reward model."""
 
     def groups(record_routing):
         chosen = rollout.problems_of([tasks.get("arithmetic"), tasks.get("countdown")], "train", 0, 3, seed=0)
@@ -27,7 +27,7 @@ def groups(engine, tokenizer):
             engine, chosen, encode, samples=4, seed=1, max_new_tokens=12, record_routing=record_routing,
             temperature=0.7,
         )  # fmt: skip
-        Reward(0.1, 0.2).pay(found, 12)
+        Reward(0.1, 0.2).score(found, 12)
         found[0][1].preference, found[2][3].language, found[1][0].reward = 1 / 3, 0.7, -0.1
         return found
 
@@ -37,11 +37,11 @@ def groups(engine, tokenizer):
 @pytest.mark.parametrize("record_routing", [True, False])
 def test_nothing_is_lost(groups, record_routing, tmp_path):
     before = groups(record_routing)
-    told, tensors = buffer.pack(before)
-    state = checkpoint.State({"extras": tensors}, {"extras": told})
+    packed, tensors = rollout.pack(before)
+    state = checkpoint.State({"extras": tensors}, {"extras": packed})
     kept = checkpoint.load(checkpoint.save(tmp_path, 1, state))
     problems = {group[0].problem.id: group[0].problem for group in before}
-    after = buffer.unpack(kept.counters["extras"], kept.tensors["extras"], problems)
+    after = rollout.unpack(kept.counters["extras"], kept.tensors["extras"], problems)
     assert after == before, "all but what does not take part in comparisons"
     completions = [[row.completion for group in groups for row in group] for groups in (before, after)]
     assert len({len(c.tokens) for c in completions[0]}) > 1
@@ -51,12 +51,12 @@ def test_nothing_is_lost(groups, record_routing, tmp_path):
             assert torch.equal(one.routing, other.routing) and one.routing.dtype == other.routing.dtype
         else:
             assert one.routing is other.routing is None
-    laid = [rollout.batches([row for group in g for row in group], 2, 100, "token") for g in (before, after)]
+    laid = [rollout.to_batches([row for group in g for row in group], 2, 100, "token") for g in (before, after)]
     for one, other in zip(*laid, strict=True):
         assert all(torch.equal(one.extras[name], other.extras[name]) for name in one.extras)
 
 
 def test_a_problem_is_named_not_written(groups):
-    told, _ = buffer.pack(groups(False))
-    text = json.dumps(told)
+    packed, _ = rollout.pack(groups(False))
+    text = json.dumps(packed)
     assert '"problem": "arithmetic/train/0/' in text and "meta" not in text

@@ -17,11 +17,9 @@ from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import load_any
 from bessemer.pipeline.stages.rl import RL
-from bessemer.rl import make_sampler, ray_cluster, ray_pool, ray_weights
-from bessemer.rl.ray_pool import Pool
-from bessemer.rl.ray_sampler import Apart
-from bessemer.rl.ray_worker import Worker
-from bessemer.runs import record
+from bessemer.rl import ray_cluster, ray_sampler, ray_worker
+from bessemer.rl.ray_sampler import RaySampler, WorkerPool
+from bessemer.rl.ray_worker import RolloutWorker
 from bessemer.train import setup
 
 COIN = 'reward="random"'
@@ -52,7 +50,7 @@ def ray():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(ray_cluster.ADDRESS, raising=False)
         patch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-        connection = ray_cluster.Cluster(weights=1 << 20)
+        connection = ray_cluster.RayCluster(weights=1 << 20)
     yield connection.ray
     connection.close()
 
@@ -67,14 +65,14 @@ def opened(ray, base, said):
     """(engine, its model) -> a sampler with so many workers."""
     made = []
 
-    def start(n=1, kind=Worker):
+    def start(n=1, kind=RolloutWorker):
         directory = str(base / "model")
         model, tokenizer = setup.load_model(base / "model")
         version = iter(range(10**6))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ray_pool, "Worker", kind)
-            make = lambda: Pool(ray_cluster.Cluster(weights=0), "ray", directory, n, 0, said.append)  # noqa: E731
-            made.append(Apart(Engine(model, tokenizer), model.state_dict, lambda: next(version), make))
+            patch.setattr(ray_sampler, "RolloutWorker", kind)
+            make = lambda: WorkerPool(ray_cluster.RayCluster(weights=0), "ray", directory, n, 0, said.append)  # noqa: E731
+            made.append(RaySampler(Engine(model, tokenizer), model.state_dict, lambda: next(version), make))
             made[-1].open()
         return made[-1]
 
@@ -100,28 +98,28 @@ def whole(base, tmp_path_factory):
 
 def test_a_run_with_workers_is_the_run_without_though_one_is_killed(ray, whole, base, tmp_path, monkeypatch):
     """One rollout ahead, two lots, routing replayed, and the second rollout loses a worker while it is drawn."""
-    monkeypatch.setattr(make_sampler, "workers_beside", lambda rollout: setup.Workers(2))  # forks beside Ray's threads
+    monkeypatch.setattr(ray_sampler, "trainer_workers", lambda rollout: setup.Workers(2))  # forks beside Ray's threads
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "rollout.engine=ray", "rollout.workers=2")
     loop = stage.loop()
     loop.sampler.open()
-    deal, dealt, lines = loop.sampler.pool.deal, [], []
+    submit, submitted, lines = loop.sampler.pool.submit, [], []
     monkeypatch.setattr(loop.ctx.progress, "say", lines.append)
     victims = [pid_of(ray, loop.sampler.pool.workers[0])]
 
     def deadly(jobs):
-        deal(jobs)
-        dealt.extend(jobs)
+        submit(jobs)
+        submitted.extend(jobs)
         if jobs and jobs[0].version == 2 and victims:
             os.kill(victims.pop(), signal.SIGKILL)
 
-    loop.sampler.pool.deal = deadly
+    loop.sampler.pool.submit = deadly
     loop.run()
     assert leaves(stage) == leaves(whole)
     assert stage.values("rl/staleness") == [0, 2, 2, 2]
     assert sum(stage.values("rl/worker_restarts")) == 1 and len([x for x in lines if "worker died" in str(x)]) == 1
     for name in TIMES[:2]:
         assert all(0 <= share <= 1 for share in stage.values(name)) and len(stage.values(name)) == 4
-    assert sum(len(job.call.samples) == 2 for job in dealt) >= 4 * 4, "a lot of eight is cut into four calls"
+    assert sum(len(job.batch.samples) == 2 for job in submitted) >= 4 * 4, "a lot of eight is cut into four calls"
 
 
 def test_without_ahead_it_is_the_same_run_too(ray, base, tmp_path):
@@ -142,21 +140,20 @@ def test_weights_arrive_bit_for_bit_and_late_answers_have_theirs(ray, opened):
             tensor.add_(torch.randn(tensor.shape, dtype=tensor.dtype) * 0.01)
     new = sampler.policy()
     assert sampler.engine.model.gates() and any("bias_E" in name for name in model.state_dict())
-    after = new.submit(PROMPTS, **ASKED).take()
-    held = ray.get(
-        sampler.pool.workers[0].__ray_call__.remote(lambda self: ray_weights.packed(self.backend.model.state_dict()))
-    )
+    after = new(PROMPTS, **ASKED).take()
+    pack = lambda self: ray_worker.pack_weights(self.engine.model.state_dict())  # noqa: E731
+    held = ray_worker.unpack_weights(ray.get(sampler.pool.workers[0].__ray_call__.remote(pack)))
     for name, tensor in model.state_dict().items():
-        assert torch.equal(ray_weights.tensor_of(held[name]), tensor), name
+        assert torch.equal(held[name], tensor), name
     assert held.keys() == model.state_dict().keys()
     assert after == sampler.engine.generate(PROMPTS, **ASKED) != expected
-    assert old.submit(PROMPTS, **ASKED).take() == expected, "asked now, drawn by the weights of then"
+    assert old(PROMPTS, **ASKED).take() == expected, "asked now, drawn by the weights of then"
 
 
 def test_workers_draw_while_nobody_looks(ray, opened):
     """Several calls in a worker's queue, and the trainer elsewhere until all are done."""
     sampler = opened(1)
-    answer = sampler.policy().submit(PROMPTS, **ASKED)
+    answer = sampler.policy()(PROMPTS, **ASKED)
     refs = [ref for queue in sampler.pool._queues for ref in queue]
     assert len(refs) == 4 and not answer.ready()
     done, _ = ray.wait(refs, num_returns=len(refs), timeout=MINUTE)
@@ -172,7 +169,7 @@ def test_all_workers_killed_in_the_middle_cost_nothing_but_time(ray, opened, sai
     asked = ASKED | dict(samples=48, batch_rows=48)
     expected = sampler.engine.generate(PROMPTS, **asked)
     victims = [pid_of(ray, worker) for worker in sampler.pool.workers]
-    answer = sampler.policy().submit(PROMPTS, **asked)
+    answer = sampler.policy()(PROMPTS, **asked)
     first, second = sampler.pool._queues[0]
     ray.wait([first], timeout=MINUTE)
     for victim in victims:
@@ -180,12 +177,12 @@ def test_all_workers_killed_in_the_middle_cost_nothing_but_time(ray, opened, sai
     assert not ray.wait([second], timeout=0)[0], "it was drawing its second call"
     assert answer.take() == expected
     assert len(said) == 2 and all("a rollout worker died (killed by a signal" in line for line in said)
-    assert any("samples are drawn again" in line for line in said)
-    assert sampler.figures()["rl/worker_restarts"] == 2
+    assert any("samples are generated again" in line for line in said)
+    assert sampler.metrics()["rl/worker_restarts"] == 2
 
 
 def test_a_worker_that_cannot_start_says_why(ray, opened):
-    class Lost(Worker):
+    class Lost(RolloutWorker):
         def __init__(self, *args):
             import numpy.nowhere  # noqa: F401
 
@@ -194,10 +191,10 @@ def test_a_worker_that_cannot_start_says_why(ray, opened):
 
 
 def test_workers_that_die_again_and_again_stop_the_run(ray, opened, said, monkeypatch):
-    monkeypatch.setattr(ray_pool, "DEATHS", 2)
+    monkeypatch.setattr(ray_sampler, "DEATHS", 2)
 
-    class Doomed(Worker):
-        def draw(self, version, items, call):
+    class Doomed(RolloutWorker):
+        def generate(self, version, weights, batch):
             os.kill(os.getpid(), signal.SIGKILL)
 
     sampler = opened(1, Doomed)
@@ -275,16 +272,16 @@ def test_without_ray_the_extra_is_named_before_anything_runs(base, tmp_path, mon
         RL().resolve(stage.recipe.stage("zero"), stage.recipe)
     monkeypatch.delenv(ray_cluster.ADDRESS, raising=False)
     with pytest.raises(UserError, match=r"pip install 'bessemer\[scale\]'"):
-        ray_cluster.Cluster(weights=0)
+        ray_cluster.RayCluster(weights=0)
 
 
-def test_who_draws_makes_no_other_stage_of_it(base, tmp_path):
+def test_the_sampler_makes_no_other_stage_of_it(base, tmp_path):
     """Finished stages stay finished; only what changes samples counts."""
 
     def identity(*changes):
         stage = rl_stage.Stage(base, tmp_path / "run", *changes)
         settings = stage.recipe.stage("zero")
-        return record.identity(RL(), settings, stage.recipe, RL().resolve(settings, stage.recipe), {})
+        return RL().identity(settings, stage.recipe, RL().resolve(settings, stage.recipe), {})
 
     written = rl_stage.Stage(base, tmp_path / "run", "rollout.engine=ray", "rollout.workers=7").recipe
     assert Recipe.parse(written.to_toml()).stage("zero").rollout == written.stage("zero").rollout
@@ -296,24 +293,24 @@ def test_who_draws_makes_no_other_stage_of_it(base, tmp_path):
 
 
 def test_a_cluster_that_is_too_small_or_absent_is_refused(ray, base, tmp_path, monkeypatch):
-    connection = ray_cluster.Cluster(weights=0)
+    connection = ray_cluster.RayCluster(weights=0)
     with pytest.raises(UserError, match="3 rollout workers need a CPU each, and Ray has 2 CPUs"):
-        Pool(connection, "ray", str(base / "model"), 3, 0, print)
+        WorkerPool(connection, "ray", str(base / "model"), 3, 0, print)
     with pytest.raises(UserError, match="1 rollout workers need 2 GPUs each, and Ray has 0 GPUs"):
-        Pool(connection, "ray", str(base / "model"), 1, 2, print)
+        WorkerPool(connection, "ray", str(base / "model"), 1, 2, print)
     with pytest.raises(UserError, match=r"does not see .*nowhere: keep the run directory on a file system"):
-        Pool(connection, "ray", str(tmp_path / "nowhere"), 1, 0, print)
+        WorkerPool(connection, "ray", str(tmp_path / "nowhere"), 1, 0, print)
 
     class Other:
         def here(self):
             return True
 
     other = ray.remote(num_cpus=2)(Other).remote()
-    monkeypatch.setattr(ray_pool, "START_SECONDS", 2.0)
+    monkeypatch.setattr(ray_sampler, "START_SECONDS", 2.0)
     try:
         ray.get(other.here.remote())
         with pytest.raises(UserError, match="no rollout worker was ready after 2 s; Ray has free: 0 CPUs, 0 GPUs"):
-            Pool(connection, "ray", str(base / "model"), 1, 0, print)
+            WorkerPool(connection, "ray", str(base / "model"), 1, 0, print)
     finally:
         ray.kill(other)
 
@@ -322,25 +319,26 @@ def test_a_model_too_large_for_shared_memory_is_refused(monkeypatch):
     monkeypatch.delenv(ray_cluster.ADDRESS, raising=False)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(UserError, match="enlarge /dev/shm"):
-        ray_cluster.Cluster(weights=1 << 60)
+        ray_cluster.RayCluster(weights=1 << 60)
 
 
 def test_a_cluster_where_nobody_listens_is_refused_at_once(monkeypatch):
     monkeypatch.setenv(ray_cluster.ADDRESS, "127.0.0.1:1")
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(UserError, match=r"no Ray cluster at RAY_ADDRESS=127.0.0.1:1 \(.*refused"):
-        ray_cluster.Cluster(weights=0)
+        ray_cluster.RayCluster(weights=0)
 
 
 def test_weights_of_another_network_or_number_format(base):
     model = load_any(base / "model", dtype=torch.float32)
-    items = ray_weights.packed(model.to_compute(torch.bfloat16).state_dict())
+    packed = ray_worker.pack_weights(model.to_compute(torch.bfloat16).state_dict())
+    weights = ray_worker.unpack_weights(packed)
     other = load_any(base / "model", dtype=torch.float32)
-    ray_weights.load(other, items)
+    ray_worker.load_weights(other, weights)
     for name, tensor in model.state_dict().items():
         found = other.state_dict()[name]
         assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
-    assert {item.dtype for item in items.values()} == {"bfloat16", "float32"}
-    items.popitem()
+    assert {item.dtype for item in packed.values()} == {"bfloat16", "float32"}
+    weights.popitem()
     with pytest.raises(UserError, match="is not the trainer's"):
-        ray_weights.load(other, items)
+        ray_worker.load_weights(other, weights)

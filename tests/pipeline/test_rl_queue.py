@@ -14,8 +14,8 @@ from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stages.rl import RL
 from bessemer.rl import loop, rollout
-from bessemer.rl.importance import Gap
-from bessemer.rl.objective import GRPO
+from bessemer.rl.importance import check_replay
+from bessemer.rl.losses import GRPO
 from bessemer.runs.context import Interrupted
 from bessemer.runs.metrics import StageMetrics
 from bessemer.train import checkpoint, setup
@@ -70,11 +70,11 @@ def test_a_rollout_ahead_is_the_next_one_of_the_policy_before(base, whole, tmp_p
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "updates_per_rollout=1")
     run = stage.loop()
     run.trainer.start()
-    first, second = run.ahead.take(0), run.ahead.waiting[1]
-    alone = rl_stage.Stage(base, tmp_path / "alone", *ALL).loop().draw.begin(1, 12).finish().groups
-    tokens = [[[row.completion.tokens for row in group] for group in groups] for groups in (second.paid.groups, alone)]
+    first, second = run.queue.take(0), run.queue.finished[1]
+    alone = rl_stage.Stage(base, tmp_path / "alone", *ALL).loop().generator.start(1, 12, 0).finish().groups
+    tokens = [[[row.completion.tokens for row in group] for group in groups] for groups in (second.groups, alone)]
     assert tokens[0] == tokens[1] and second.step == first.step == 0
-    assert [group[0].problem for group in second.paid.groups] == [group[0].problem for group in alone]
+    assert [group[0].problem for group in second.groups] == [group[0].problem for group in alone]
 
 
 def test_pi_old_is_the_trainer_s_and_the_first_ratio_one(base, tmp_path, monkeypatch):
@@ -127,8 +127,8 @@ def test_killed_twice_it_ends_the_same_bit_for_bit(whole, base, tmp_path):
     assert numbers == ["2"] and {f"rollouts/2/{name}" for name in ("tokens", "logprobs", "routing")} <= tensors.keys()
     drawn = []
     run = stage.loop()
-    begin = run.draw.begin
-    run.draw.begin = lambda number, cap: drawn.append(number) or begin(number, cap)
+    start = run.generator.start
+    run.generator.start = lambda number, *options: drawn.append(number) or start(number, *options)
     run.run()
     assert drawn == [3], "rollout 2 was not drawn again: the policy that drew it is gone"
     assert leaves(stage) == leaves(whole)
@@ -144,13 +144,13 @@ def test_it_ends_the_same_on_one_process_and_on_two(whole, base, tmp_path, monke
 def test_stopped_it_saves_what_waits(whole, base, tmp_path):
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "save_seconds=99")
     run = stage.loop()
-    take = run.ahead.take
+    take = run.queue.take
 
     def stop_at_two(number):
         run.ctx.stop_flag.signal = signal.SIGTERM if number == 2 else None
         return take(number)
 
-    run.ahead.take = stop_at_two
+    run.queue.take = stop_at_two
     with pytest.raises(Interrupted):
         run.run()
     assert waiting(stage)[0] == ["3"]
@@ -172,8 +172,8 @@ def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_pa
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "save_seconds=99", "micro_tokens=9000", "rollouts=6",
                            "updates_per_rollout=4")  # fmt: skip
     drawn = []
-    verified = rollout.verified
-    monkeypatch.setattr(rollout, "verified", lambda *a: drawn.append(a[0][0][1].id) or verified(*a))
+    verify = rollout.verify
+    monkeypatch.setattr(rollout, "verify", lambda *a: drawn.append(a[0][0][1].id) or verify(*a))
     run = stage.run()
     train = [name for name in drawn if "/train/" in name]
     assert run.summary["steps"] < 6 * 4
@@ -200,4 +200,4 @@ def test_a_dense_model_has_no_routing_to_replay(base, tmp_path):
     stage = rl_stage.Stage(base, tmp_path / "run", "routing_replay=true")
     dense = Transformer(stage.loop().policy.model.cfg.model_copy(update={"n_dense_layers": 2, "n_mtp": 0}))
     with pytest.raises(UserError, match="routing_replay has nothing to replay"):
-        Gap(dense, Workers(1), stage.recipe.stage("zero"))
+        check_replay("zero", dense)

@@ -3,8 +3,8 @@
 import pytest
 
 from bessemer.engine.engine import Completion
-from bessemer.rl import rollout_metrics
-from bessemer.rl.rollout import Sampled
+from bessemer.rl.monitor import rollout_metrics
+from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 
 
@@ -12,7 +12,7 @@ def sampled(
     text, *, reward=0.0, correct=False, formatted=False, tokens=4, end="stop", language=0.5, preference=None, meta=None
 ):
     completion = Completion([5] * tokens, text, [-1.0] * tokens, [-1.0] * tokens, end, 3)
-    return Sampled(
+    return ScoredSample(
         Problem("p", "", "en", meta or {}), [1, 2, 3], completion, Verdict(correct, formatted, "", None), reward,
         language=language, preference=preference,
     )  # fmt: skip
@@ -30,7 +30,7 @@ def test_means_over_all_samples_of_all_groups():
             sampled("<think>no end, wait", tokens=50, end="length"),
         ],
     ]  # fmt: skip
-    found = rollout_metrics.of_rollout(groups)
+    found = rollout_metrics(groups)
     words = {name: found.pop(name) for name in list(found) if name.startswith("rl/words/")}
     assert len(words) == 11 and words.pop("rl/words/wait") == 0.5 and set(words.values()) == {0.0}
     assert found == pytest.approx({
@@ -59,11 +59,11 @@ def test_means_over_all_samples_of_all_groups():
     ],
 )
 def test_the_paper_s_ten_words_and_the_chinese_one(text, count):
-    assert rollout_metrics.of_rollout([[sampled(text)]])["rl/reflective_words"] == count
+    assert rollout_metrics([[sampled(text)]])["rl/reflective_words"] == count
 
 
 def test_words_one_by_one():
-    found = rollout_metrics.of_rollout([[sampled("Wait, but WAIT 等等"), sampled("check")]])
+    found = rollout_metrics([[sampled("Wait, but WAIT 等等"), sampled("check")]])
     counts = {name.removeprefix("rl/words/"): value for name, value in found.items() if "/words/" in name}
     assert {word: value for word, value in counts.items() if value} == {
         "wait": 1.0, "but": 0.5, "等等": 0.5, "check": 0.5
@@ -73,20 +73,20 @@ def test_words_one_by_one():
 
 def test_what_a_reward_model_judged_is_not_counted_as_wrong():
     rows = [sampled("", correct=True), sampled(""), sampled("", preference=0.25), sampled("", preference=0.75)]
-    found = rollout_metrics.of_rollout([rows])
+    found = rollout_metrics([rows])
     assert found["rl/accuracy"] == 0.5 and found["rl/preference"] == 0.5
-    assert "rl/preference" not in rollout_metrics.of_rollout([rows[:2]])
-    assert rollout_metrics.of_rollout([rows[2:]])["rl/accuracy"] == 0.0  # nothing was verified
+    assert "rl/preference" not in rollout_metrics([rows[:2]])
+    assert rollout_metrics([rows[2:]])["rl/accuracy"] == 0.0  # nothing was verified
 
 
 def test_inside_a_countdown_trace():
     meta = {"numbers": [3, 7, 6], "target": 27}
     right = "<think>(3*7)+6=21+6=27:27 yes</think><answer>(3*7)+6</answer>"
     wrong = "<think>(3*7)-6=21-6=15:27 low\n(3*6)+7=18+7=26:27 low</think><answer>(3*6)+7</answer>"
-    found = rollout_metrics.of_rollout([[sampled(right, meta=meta), sampled(wrong, meta=meta), sampled("no trace")]])
+    found = rollout_metrics([[sampled(right, meta=meta), sampled(wrong, meta=meta), sampled("no trace")]])
     traces = {name.removeprefix("rl/trace/"): value for name, value in found.items() if "/trace/" in name}
     assert traces == pytest.approx({
         "step_right": 5 / 6, "right_numbers": 1.0, "yes_given_hit": 1.0, "yes_given_miss": 0.0, "repeated": 0.0,
         "gave_up": 1 / 2,
     })  # fmt: skip
-    assert not any("/trace/" in name for name in rollout_metrics.of_rollout([[sampled("no trace")]]))
+    assert not any("/trace/" in name for name in rollout_metrics([[sampled("no trace")]]))

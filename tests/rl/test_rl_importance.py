@@ -15,9 +15,10 @@ from torch import nn
 
 from bessemer.data.batch import Batch
 from bessemer.model.transformer import TrainOutputs
-from bessemer.rl.correction import CORRECTIONS
-from bessemer.rl.objective import GRPO
+from bessemer.rl.importance import importance_weights
+from bessemer.rl.losses import GRPO
 
+CORRECTIONS = ("token-truncate", "token-mask", "sequence-truncate", "sequence-mask")
 LETTERS = 3
 SEQUENCES = torch.tensor(list(itertools.product(range(LETTERS), repeat=2)))
 REWARD = torch.tensor([1.0, 0.0, 0.3, -0.7, 2.0, 0.1, 0.0, -1.0, 0.5])
@@ -31,9 +32,9 @@ def some_ratios(seed=0):
 
 
 def weights(name, log_ratio, mask, cap):
-    """As `gap` calls it: only the tokens that count, in one line."""
+    """As the stage calls it: only the tokens that count, in one line."""
     keep = mask.flatten().nonzero().squeeze(1)
-    return CORRECTIONS[name](log_ratio.flatten()[keep], keep // mask.shape[1], cap)
+    return importance_weights(name, log_ratio.flatten()[keep], keep // mask.shape[1], cap)
 
 
 @pytest.mark.parametrize("cap", [1.0, 1.5, 1e9])
@@ -138,7 +139,7 @@ def expected_loss(policy, sampler, correction, cap, kl=0.0):
     extras["ref_logp_BT"] = laid_out(Table(5).logp().detach())
     if correction is not None:
         output = torch.arange(9).repeat_interleave(2)
-        weight = CORRECTIONS[correction]((old - sampler).flatten(), output, cap).weight.view(9, 2)
+        weight = importance_weights(correction, (old - sampler).flatten(), output, cap).weight.view(9, 2)
         extras |= {"sampler_logp_BT": laid_out(sampler), "importance_BT": laid_out(weight)}
     frequency = sampler.sum(1).exp()[:, None].expand(9, 2)
     return GRPO(0.2, 0.28, kl)(policy, Batch(tokens, laid_out(frequency), extras=extras))

@@ -5,7 +5,7 @@ import json
 import pytest
 import rl_stage
 
-from bessemer.rl.export import Leave
+from bessemer.rl.monitor import SampleExport
 from bessemer.runs.context import Interrupted
 
 COIN = 'reward="random"'
@@ -25,13 +25,13 @@ def conversations(made):
 
 
 def test_all_ended_samples_are_left_in_order_and_training_is_the_same(base, tmp_path, monkeypatch):
-    seen, add = [], Leave.add
+    seen, add = [], SampleExport.add
 
     def noted(self, number, groups):
         seen.extend(row for group in groups for row in group)
         add(self, number, groups)
 
-    monkeypatch.setattr(Leave, "add", noted)
+    monkeypatch.setattr(SampleExport, "add", noted)
     made = stage(base, tmp_path / "all", 'export_samples="all"')
     made.run()
     ended = [row for row in seen if row.completion.finish_reason == "stop"]

@@ -6,8 +6,9 @@ from train_config import train_config
 
 from bessemer.data.batch import Batch
 from bessemer.engine.engine import Completion
-from bessemer.rl import ppo, rollout
-from bessemer.rl.rollout import Sampled
+from bessemer.rl import critic as critics
+from bessemer.rl import rollout
+from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.train.trainer import Trainer
 
@@ -30,7 +31,7 @@ def gae_by_definition(reward, value, length, lam, gamma):
 @pytest.mark.parametrize("lam", [1.0, 0.95, 0.5, 0.0])
 def test_gae_against_its_double_sum(lam, gamma):
     length, value, reward = torch.tensor([1, 7, 12, 3]), random(4, 12), random(4, seed=1)
-    got = ppo.gae(reward, value, length, lam, gamma)
+    got = critics.gae(reward, value, length, lam, gamma)
     for r, n in enumerate(length.tolist()):
         expected = gae_by_definition(float(reward[r]), value[r].tolist(), n, lam, gamma)
         assert got[r, :n].tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
@@ -40,16 +41,16 @@ def test_gae_against_its_double_sum(lam, gamma):
 def test_lambda_one_is_what_came_minus_what_was_expected_and_zero_is_one_step():
     value, reward = random(1, 5), random(1, seed=1)
     length = torch.tensor([5])
-    assert torch.allclose(ppo.gae(reward, value, length, 1.0), reward - value, rtol=0, atol=1e-14)
+    assert torch.allclose(critics.gae(reward, value, length, 1.0), reward - value, rtol=0, atol=1e-14)
     one_step = torch.cat((value[:, 1:], reward[None]), 1) - value
-    assert torch.allclose(ppo.gae(reward, value, length, 0.0), one_step, rtol=0, atol=1e-14)
+    assert torch.allclose(critics.gae(reward, value, length, 0.0), one_step, rtol=0, atol=1e-14)
 
 
 def test_what_stands_behind_an_end_does_not_matter():
     value, reward, length = random(2, 6), random(2, seed=1), torch.tensor([4, 6])
     other = value.clone()
     other[0, 4:] = 1e6
-    assert torch.equal(ppo.gae(reward, value, length, 0.9), ppo.gae(reward, other, length, 0.9))
+    assert torch.equal(critics.gae(reward, value, length, 0.9), critics.gae(reward, other, length, 0.9))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_what_stands_behind_an_end_does_not_matter():
 def test_the_clipped_value_loss(value, old, wanted, error, slope, clipped):
     value, old, wanted = (torch.tensor([x], dtype=torch.float64) for x in (value, old, wanted))
     value.requires_grad_()
-    got, cut = ppo.value_errors(value, old, wanted, 0.2)
+    got, cut = critics.value_errors(value, old, wanted, 0.2)
     got.sum().backward()
     assert got.item() == pytest.approx(error) and value.grad.item() == pytest.approx(slope) and cut.item() == clipped
 
@@ -74,42 +75,42 @@ def row(prompt, answer, value=0.0, wanted=0.0):
     completion = Completion(answer, "", [-1.0] * len(answer), [-1.0] * len(answer), "stop", len(prompt))
     values, returns = ([x] * len(answer) for x in (value, wanted))
     verdict = Verdict(True, True, "", None)
-    return Sampled(Problem("p", "", "en"), prompt, completion, verdict, values=values, returns=returns)
+    return ScoredSample(Problem("p", "", "en"), prompt, completion, verdict, values=values, returns=returns)
 
 
 def test_a_critic_begins_with_the_policy_s_layers_and_expects_nothing(model):
-    critic = ppo.critic_of(model)
+    critic = critics.critic_of(model)
     assert critic.score.weight.shape == (1, model.cfg.dim) and not critic.score.weight.any()
     policy, mine = model.state_dict(), critic.state_dict()
     assert {name for name in policy if name not in mine} == {n for n in policy if n.startswith(("mtp.", "head."))}
     assert all(torch.equal(mine[name], policy[name]) for name in mine if name != "score.weight")
     assert mine["embed.weight"].data_ptr() != policy["embed.weight"].data_ptr()
-    (batch,) = rollout.batches([row([4, 5], [7, 8, 9])], PAD, 100, "token")
-    assert not ppo.values(critic, batch).any()
+    (batch,) = rollout.to_batches([row([4, 5], [7, 8, 9])], PAD, 100, "token")
+    assert not critics.values(critic, batch).any()
 
 
 @torch.no_grad()
 def test_a_value_is_read_before_its_token(model):
     """From the hidden state of the token before: the last token of an output changes no value of it."""
-    critic = ppo.critic_of(model).eval()
+    critic = critics.critic_of(model).eval()
     torch.nn.init.normal_(critic.score.weight, generator=torch.Generator().manual_seed(1))
-    (batch,) = rollout.batches([row([4, 5], [7, 8, 9]), row([6], [3, 3])], PAD, 100, "token")
-    got = ppo.values(critic, batch)
+    (batch,) = rollout.to_batches([row([4, 5], [7, 8, 9]), row([6], [3, 3])], PAD, 100, "token")
+    got = critics.values(critic, batch)
     hidden = critic.norm(critic.hidden(batch.tokens_BT)) @ critic.score.weight.T
     assert torch.allclose(got, torch.cat((hidden[0, 1:4, 0], hidden[1, 0:2, 0])), atol=1e-6)
     batch.tokens_BT[0, 4] = 11
-    assert torch.allclose(ppo.values(critic, batch), got, atol=1e-6)
+    assert torch.allclose(critics.values(critic, batch), got, atol=1e-6)
     batch.tokens_BT[0, 3] = 11
-    assert (ppo.values(critic, batch) - got).abs()[2] > 0.01
+    assert (critics.values(critic, batch) - got).abs()[2] > 0.01
 
 
 @pytest.mark.parametrize("normalise", ["sequence", "token"])
 def test_the_value_loss_is_weighted_like_the_policy_s(model, normalise):
     """Against a loop over outputs, in two micro-batches; and prompts and padding count nothing."""
-    critic = ppo.critic_of(model).eval()
+    critic = critics.critic_of(model).eval()
     torch.nn.init.normal_(critic.score.weight, generator=torch.Generator().manual_seed(1))
     rows = [row([4, 5], [7, 8, 9], -1.0, 1.0), row([6], [3], -0.2, 0.5), row([6, 9, 9], [3, 4, 5, 6, 7], 1.0, -1.0)]
-    losses = [ppo.ValueLoss(0.2)(critic, batch) for batch in rollout.batches(rows, PAD, 16, normalise)]
+    losses = [critics.ValueLoss(0.2)(critic, batch) for batch in rollout.to_batches(rows, PAD, 16, normalise)]
     assert len(losses) == 2
     got = float(sum(loss.total.detach() for loss in losses) / sum(loss.tokens for loss in losses))
     per_output = []
@@ -128,7 +129,7 @@ def test_the_value_loss_is_weighted_like_the_policy_s(model, normalise):
 def test_advantages_of_tokens_lie_where_their_tokens_lie():
     one = row([4, 5], [7, 8, 9])
     one.advantage, one.values, one.returns = [1.0, -2.0, 3.0], [0.1, 0.2, 0.3], [4.0, 5.0, 6.0]
-    (batch,) = rollout.batches([one, row([6], [3])], PAD, 100, "token")
+    (batch,) = rollout.to_batches([one, row([6], [3])], PAD, 100, "token")
     assert batch.extras["advantage_BT"][0].tolist() == [0, 0, 1, -2, 3] and not batch.extras["advantage_BT"][1].any()
     assert batch.extras["value_BT"][0].tolist() == pytest.approx([0, 0, 0.1, 0.2, 0.3])
     assert batch.extras["return_BT"][0].tolist() == [0, 0, 4, 5, 6]
@@ -136,18 +137,18 @@ def test_advantages_of_tokens_lie_where_their_tokens_lie():
 
 def test_a_critic_learns_what_each_first_token_is_worth(model):
     """Outputs that begin with 7 are worth 1, with 8 worth 0: known after the first token, a half before it."""
-    run = Trainer(ppo.critic_of(model), ppo.ValueLoss(), None, *train_config(lr=3e-3, weight_decay=0.0))
+    run = Trainer(critics.critic_of(model), critics.ValueLoss(), None, *train_config(lr=3e-3, weight_decay=0.0))
     rows = [row([4, 5], [first, 9, 9], 0.0, float(first == 7)) for first in (7, 8)]
 
     def seen():
         with torch.no_grad():
-            (batch,) = rollout.batches(rows, PAD, 100, "token")
-            return ppo.values(run.model.eval(), batch).view(2, 3)
+            (batch,) = rollout.to_batches(rows, PAD, 100, "token")
+            return critics.values(run.model.eval(), batch).view(2, 3)
 
     for _ in range(60):
         for one, mine in zip(rows, seen().tolist(), strict=True):
             one.values = mine
-        run.update(rollout.batches(rows, PAD, 100, "token"))
+        run.update(rollout.to_batches(rows, PAD, 100, "token"))
     got = seen()
     assert got[0, 1:].tolist() == pytest.approx([1.0, 1.0], abs=0.1)
     assert got[1, 1:].tolist() == pytest.approx([0.0, 0.0], abs=0.1)

@@ -1,0 +1,192 @@
+"""The GRPO objective (DeepSeekMath 4.1, R1 2.2.1), per token, and its relatives:
+
+    J = sum_t w_t { min(rho_t A, clip(rho_t, 1 - eps_low, 1 + eps_high) A) - beta (pi_ref/pi - log(pi_ref/pi) - 1) }
+
+rho_t = pi(o_t) / pi_old(o_t). The weights w lie in the batch: 1/|o| per output makes the paper's mean over outputs of
+means over tokens ("sequence"), 1 per token the mean over all tokens of the step ("token"); the trainer divides by their
+sum, or by a constant per output ("constant", Dr. GRPO). The KL term is the k3 estimator, inside the loss and not in the
+reward. The first term is one of the surrogates:
+
+    grpo        min(rho A, clip(rho, 1 - low, 1 + high) A)              PPO's clip
+    gspo        the same with s_i = (pi(o_i) / pi_old(o_i))^(1/|o_i|)   one ratio per output (GSPO eq. 5-7)
+    cispo       sg(clip(rho, 1 - low, 1 + high)) A log pi(o_t)          the weight is cut, no token's gradient
+    reinforce   A log pi(o_t)                                           no ratio: for one update per rollout
+
+Dr. GRPO and DAPO are `grpo` with other settings: Dr. GRPO divides by a constant instead of the length and does not
+scale advantages; DAPO counts every token alike, clips higher than lower, resamples dead groups and punishes over-long
+outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bessemer.data.batch import Batch
+from bessemer.model.transformer import TrainOutputs
+from bessemer.train.loss import token_logprobs
+from bessemer.train.objective import Loss
+
+LOG_RATIO_LIMIT = 20.0
+"""exp() of more than this says nothing but that the policies parted; it keeps ratio and divergence finite."""
+
+
+class Surrogate(NamedTuple):
+    """Per token."""
+
+    value: Tensor
+    """The summand of the objective; its gradient is the update."""
+    clipped: Tensor
+    """1 where the clip binds: no gradient (grpo, gspo) or a cut weight (cispo)."""
+    ratio: Tensor
+    """rho, or s for gspo."""
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """The objective with its settings; the trainer calls `GRPO(...)(model, batch)`.
+
+    Batch extras, aligned with the tokens they belong to: `advantage_BT`, `old_logp_BT` and, if `kl` > 0, `ref_logp_BT`.
+    Where the sampler is not pi_old: `sampler_logp_BT`, and `importance_BT` from `importance` as a further factor of the
+    first term. `choice_BTLK`: the sampler's experts, replayed (`importance`).
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl: float = 0.001
+    temperature: float = 1.0
+    surrogate: str = "grpo"
+    """One of `SURROGATES`."""
+    constant: int = 0
+    """0: the trainer divides by the sum of the weights. L > 0: by L per output whatever its length (Dr. GRPO)."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+        out = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=False, **_replayed(batch))
+        return self.of(out, model.head_weight, batch)
+
+    def with_mtp(self) -> bool:
+        return False
+
+    def balance_alpha(self) -> float:
+        return 0.0
+
+    def names(self, depths: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return ("kl", "entropy", "clip_share", "ratio", "logp_gap", "sampler_kl"), ("logp_gap_max",)
+
+    def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch) -> Loss:
+        """The loss of outputs that were computed elsewhere (`Divided`)."""
+        tokens_BT, weight_BT = batch.tokens_BT[:, 1:], batch.loss_BT[:, 1:]
+        # Only the positions that are trained on go through the head: prompts and padding cost nothing there.
+        keep = weight_BT.flatten().nonzero().squeeze(1)
+        hidden_ND = out.hidden_BTD[:, :-1].flatten(0, 1)[keep]
+        logp, entropy = token_logprobs(hidden_ND, weight_VD, tokens_BT.flatten()[keep], self.temperature, entropy=True)
+
+        def extra(name: str) -> Tensor:
+            return batch.extras[name][:, 1:].flatten()[keep]
+
+        old, advantage, output = extra("old_logp_BT"), extra("advantage_BT"), keep // weight_BT.shape[1]
+        terms = SURROGATES[self.surrogate](logp, old, advantage, output, self.clip_low, self.clip_high)
+        kl = k3(logp, extra("ref_logp_BT")) if self.kl > 0 else torch.zeros_like(logp)
+        weight = weight_BT.flatten()[keep]
+        value = terms.value * extra("importance_BT") if "importance_BT" in batch.extras else terms.value
+        total = -(weight * (value - self.kl * kl)).sum()
+        sampler = extra("sampler_logp_BT") if "sampler_logp_BT" in batch.extras else old
+        gap = (logp - sampler).detach().abs()
+        metrics = {
+            "kl": (weight * kl).sum(),
+            "entropy": (weight * entropy).sum(),
+            "clip_share": (weight * terms.clipped).sum(),
+            "ratio": (weight * terms.ratio).sum(),
+            # in the first update after a rollout these are the gap between sampler and trainer
+            "logp_gap": (weight * gap).sum(),
+            "sampler_kl": (weight * k3(sampler, logp)).sum(),
+        }
+        peaks = {"logp_gap_max": torch.cat((gap, gap.new_zeros(1))).max()}  # a micro-batch may train on no token
+        divisor = weight.new_tensor(float(self.constant * batch.counted[0])) if self.constant else weight.sum()
+        return Loss(total, divisor, {name: value.detach() for name, value in metrics.items()}, peaks)
+
+
+# The surrogates: one number per token, N tokens; `output_N` is the number of the output that a token belongs to.
+
+
+def grpo(
+    logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, output_N: Tensor, low: float, high: float
+) -> Surrogate:
+    return _pessimistic(_exp(logp_N - old_logp_N), advantage_N, low, high)
+
+
+def gspo(
+    logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, output_N: Tensor, low: float, high: float
+) -> Surrogate:
+    """With weights 1/|o| per token this is the paper's mean over outputs. Its clips are small: 3e-4 and 4e-4."""
+    outputs, index_N = output_N.unique(return_inverse=True)
+    total = logp_N.new_zeros(outputs.numel()).index_add(0, index_N, logp_N - old_logp_N)
+    length = index_N.bincount(minlength=outputs.numel())
+    return _pessimistic(_exp(total / length)[index_N], advantage_N, low, high)
+
+
+def cispo(
+    logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, output_N: Tensor, low: float, high: float
+) -> Surrogate:
+    ratio = _exp(logp_N - old_logp_N)
+    weight = ratio.detach().clamp(1.0 - low, 1.0 + high)
+    return Surrogate(weight * advantage_N * logp_N, (weight != ratio.detach()).float(), ratio)
+
+
+def reinforce(
+    logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, output_N: Tensor, low: float, high: float
+) -> Surrogate:
+    return Surrogate(advantage_N * logp_N, torch.zeros_like(advantage_N), _exp(logp_N - old_logp_N))
+
+
+SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Surrogate]] = {
+    "grpo": grpo,
+    "gspo": gspo,
+    "cispo": cispo,
+    "reinforce": reinforce,
+}
+
+
+def k3(logp_N: Tensor, ref_logp_N: Tensor) -> Tensor:
+    """The k3 estimator of KL(pi | pi_ref): pi_ref/pi - log(pi_ref/pi) - 1, never negative."""
+    gap = (ref_logp_N - logp_N).clamp(max=LOG_RATIO_LIMIT)
+    return gap.exp() - gap - 1.0
+
+
+def _pessimistic(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Surrogate:
+    """PPO's min: moves that went too far are cut, moves back are not."""
+    bounded = ratio.clamp(1.0 - low, 1.0 + high)
+    clipped = (ratio * advantage > bounded * advantage).float()
+    return Surrogate(torch.minimum(ratio * advantage, bounded * advantage), clipped, ratio)
+
+
+def _exp(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(max=LOG_RATIO_LIMIT).exp()
+
+
+@torch.no_grad()
+def policy_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
+    """log pi of every trained token, [B, T], 0 elsewhere."""
+    weight = batch.loss_BT[:, 1:].flatten()
+    keep = weight.nonzero().squeeze(1)
+    out = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=False, **_replayed(batch))
+    hidden = out.hidden_BTD[:, :-1].flatten(0, 1)[keep]
+    logp = token_logprobs(hidden, model.head_weight, batch.tokens_BT[:, 1:].flatten()[keep], temperature).logp
+    flat = torch.zeros_like(weight)
+    flat[keep] = logp
+    return torch.nn.functional.pad(flat.view(batch.tokens_BT.shape[0], -1), (1, 0))
+
+
+def reference_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
+    """log pi_ref of every trained token, [B, T], 0 elsewhere. The reference chooses its experts itself."""
+    extras = {name: tensor for name, tensor in batch.extras.items() if name != "choice_BTLK"}
+    return policy_logprobs(model, replace(batch, extras=extras), temperature)
+
+
+def _replayed(batch: Batch) -> dict[str, Tensor]:
+    """The argument of `train_outputs` that replays the sampler's experts; without it the gates choose."""
+    return {name: batch.extras[name] for name in ("choice_BTLK",) if name in batch.extras}

@@ -1,0 +1,278 @@
+"""What an RL stage records: the metrics of a rollout, held-out evaluations, the start gate, and exported samples.
+
+RL amplifies what a policy already does now and then; a group whose samples are all wrong teaches nothing (R1-Zero's
+base solved 15.6 % of AIME). So a run is evaluated once before its first step: `start_gate` decides whether it can work,
+with advice that follows from how the answers fail.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bessemer import tasks
+from bessemer.config.rl import Exported
+from bessemer.data.chat import exchange
+from bessemer.errors import UserError
+from bessemer.eval import scoring
+from bessemer.rl import rollout
+from bessemer.rl.alarms import AlarmTracker
+from bessemer.rl.rollout import Group, ScoredSample
+from bessemer.rl.rollout_queue import RolloutGenerator
+from bessemer.runs import conversations
+from bessemer.runs.context import StageContext
+from bessemer.runs.files import write_atomic
+from bessemer.tasks.answer import thought
+from bessemer.tasks.countdown_traces import diagnose, rates
+from bessemer.train.trainer import Trainer
+
+REFLECTIVE = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check", "等等")
+"""The paper's ten words (R1, Nature Methods), and the Chinese "wait"."""
+# ASCII: a Chinese neighbour must not count as a letter of the word.
+_REFLECTIVE = re.compile(
+    "|".join(f"\\b{word}\\b" if word.isascii() else word for word in REFLECTIVE), re.ASCII | re.IGNORECASE
+)
+_TRACE = ("step_right", "right_numbers", "yes_given_hit", "yes_given_miss", "repeated", "gave_up")
+"""Rates inside a countdown trace that say what RL changed: arithmetic, copying, verdicts, persistence."""
+
+PROBES = 6
+"""Held-out problems whose answers are kept every evaluation."""
+SAMPLES = 4
+"""Answers per held-out problem."""
+
+FEW_ALIVE = 0.1
+"""pass@k below which nearly every group will be dead: worth a warning."""
+SOLVED = 0.95
+"""pass@1 from which nearly every group will be all right."""
+UNFORMED, CUT, UNTHINKING = 0.2, 0.5, 0.05
+"""Shares of answers: well-formed below this, cut off above this, thinking below this."""
+FORM_ONLY = 10.0
+"""Well-formed answers per right one from which the form is far easier to learn than the task."""
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Means over all samples of a rollout; accuracy over the samples with a verifier, if any."""
+    rows = [row for group in groups for row in group]
+    judged = [row for row in rows if row.preference is not None]
+    verified = [row for row in rows if row.preference is None] or rows
+    thoughts = [thought(row.answer).strip() for row in rows]
+    words = Counter(word.lower() for row in rows for word in _REFLECTIVE.findall(row.answer))
+    values = {
+        "rl/reward": _mean(row.reward for row in rows),
+        "rl/accuracy": _mean(row.verdict.correct for row in verified),
+        "rl/format": _mean(row.verdict.formatted for row in rows),
+        "rl/length": _mean(len(row.completion.tokens) for row in rows),
+        "rl/think_share": _mean(bool(text) for text in thoughts),
+        "rl/language": _mean(row.language for row in rows),
+        "rl/truncated": _mean(row.completion.finish_reason == "length" for row in rows),
+        # By structure, whatever the words between: a line of the thoughts is a try or a step.
+        "rl/tries": _mean(text.count("\n") + 1 if text else 0 for text in thoughts),
+        "rl/reflective_words": words.total() / len(rows),
+        **{f"rl/words/{word}": words[word] / len(rows) for word in REFLECTIVE},
+    }
+    if judged:
+        values["rl/preference"] = _mean(row.preference for row in judged)
+    return values | _trace_metrics(rows)
+
+
+def _trace_metrics(rows: Sequence[ScoredSample]) -> dict[str, float]:
+    """Conditional rates of the countdown traces among the samples; none where there is nothing to count."""
+    found = rates(diagnose(row.problem, row.answer) for row in rows if row.problem.meta.keys() >= {"numbers", "target"})
+    return {f"rl/trace/{name}": value for name in _TRACE if (value := found[name]) is not None}
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+class Evaluator:
+    """Writes metrics with their alarms, and evaluates on held-out problems, so that the curve of a run does not come
+    from the problems it trains on. `begin()` once the stage's lines end at the step it resumes from."""
+
+    def __init__(self, generator: RolloutGenerator, trainer: Trainer, ctx: StageContext) -> None:
+        self.generator, self.trainer, self.ctx, self.settings = generator, trainer, ctx, generator.settings
+        self.alarms = AlarmTracker()
+
+    def begin(self) -> None:
+        self.alarms = AlarmTracker(self.ctx.metrics.history())
+
+    def write(self, values: dict[str, float]) -> None:
+        self.ctx.metrics.write(self.trainer.step, self.trainer.tokens, values)
+        for alarm in self.alarms.add(self.trainer.step, values):
+            self.ctx.say(f"alarm at step {self.trainer.step}: {alarm}")
+
+    def gate(self, cap: int) -> None:
+        """UserError where the base solves too little to begin with."""
+        mean = self.evaluate(cap)
+        decision = start_gate(self.ctx.agree(lambda: mean), self.settings.minimum_pass, self.settings.format_reward)
+        for warning in decision.warnings:
+            self.ctx.say(f"warning: {warning}")
+        if not decision.passed:
+            raise UserError(decision.message)
+
+    def evaluate(self, cap: int) -> dict[str, Any]:
+        """Means over the tasks, written and printed; each task's own pass@1 too where there are several."""
+        generator, settings, trainer = self.generator, self.settings, self.trainer
+        families = {task.name: task for task in generator.tasks + generator.general}
+        rows = {name: self._row(task, cap) for name, task in families.items()}
+        main = [rows[task.name] for task in generator.tasks]
+        self._probe(cap)
+        keys = ("pass_at_1", "pass_at_k", "maj_at_k", "mean_length", "language_consistency", "formatted", "truncated")
+        mean = {key: sum(row[key] for row in main) / len(main) for key in keys} | {"k": SAMPLES}
+        values = {f"rl/heldout_{key.replace('_k', '_4')}": mean[key] for key in keys[:3]}
+        values["rl/heldout_language"] = mean["language_consistency"]
+        each = ""
+        if len(rows) > 1:
+            values |= {f"rl/heldout/{name}": row["pass_at_1"] for name, row in rows.items()}
+            each = " (" + ", ".join(f"{name} {row['pass_at_1']:.3f}" for name, row in rows.items()) + ")"
+        self.write(values)
+        self.ctx.say(
+            f"step {trainer.step}: held-out pass@1 {mean['pass_at_1']:.3f}{each}, pass@4 {mean['pass_at_k']:.3f}, "
+            f"maj@4 {mean['maj_at_k']:.3f}, length {mean['mean_length']:.0f}"
+            + (f", language {mean['language_consistency']:.3f}" if settings.language_reward else "")
+        )
+        return mean
+
+    def _row(self, task: tasks.Task, cap: int) -> dict[str, Any]:
+        generator, settings = self.generator, self.settings
+        size = task.size("test") or settings.eval_problems
+        return scoring.evaluate(
+            generator.sampler,
+            generator.encode,
+            task,
+            problems=min(size, settings.eval_problems),
+            samples=SAMPLES,
+            temperature=1.0,
+            max_new_tokens=cap,
+            seed=self.ctx.seed,
+        )
+
+    def _probe(self, cap: int) -> None:
+        """Answers to the same few held-out problems every time: how they change is the story of the run."""
+        generator, step = self.generator, self.trainer.step
+        problems = rollout.problems_of(generator.tasks + generator.general, "test", 0, PROBES, self.ctx.seed)
+        groups = rollout.sample(
+            generator.sampler,
+            problems,
+            generator.encode,
+            samples=2,
+            seed=self.ctx.seed,
+            temperature=self.settings.temperature,
+            max_new_tokens=cap,
+        )
+        generator.reward.score(groups, cap, generator.reward_models)
+        self.ctx.rollouts([_line(row, step) for group in groups for row in group])
+        for group in groups[:2]:
+            text = f"User: {group[0].problem.prompt}\nAssistant:{group[0].answer}"
+            self.ctx.sample(step, self.trainer.tokens, text, title=group[0].verdict.reason)
+
+
+def _line(row: ScoredSample, step: int) -> dict[str, Any]:
+    return {
+        "step": step,
+        "id": row.problem.id,
+        "prompt": row.problem.prompt,
+        "completion": row.answer,
+        "reward": row.reward,
+        "correct": row.verdict.correct,
+        "formatted": row.verdict.formatted,
+        "reason": row.verdict.reason,
+        "length": len(row.completion.tokens),
+    }
+
+
+@dataclass(frozen=True)
+class GateDecision:
+    """`message` says what was measured and, where it did not pass, why; `warnings` are for a run that starts anyway."""
+
+    passed: bool
+    message: str
+    warnings: tuple[str, ...] = ()
+
+
+def start_gate(row: Mapping[str, object], minimum_pass: float, format_reward: float = 0.0) -> GateDecision:
+    """`row` as of `scoring.evaluate`: pass_at_1, pass_at_k; used where present: k, formatted, truncated, think_share.
+
+    With a `minimum_pass` of 0 every model passes, with warnings.
+    """
+    one, some, k = _share(row, "pass_at_1") or 0.0, _share(row, "pass_at_k") or 0.0, row.get("k", "k")
+    measured = f"the model solves {one:.1%} of held-out problems (pass@{k} {some:.1%})"
+    faults = _faults(row)
+    if one < minimum_pass:
+        advice = [*faults, "pre-train longer, raise the share of the task's documents, or choose an easier task"]
+        advice = ". ".join(part[0].upper() + part[1:] for part in advice)
+        message = f"{measured}, below minimum_pass {minimum_pass:.1%}: RL has nothing to amplify. {advice}"
+        return GateDecision(False, message)
+    warnings = list(faults)
+    if some < FEW_ALIVE:
+        warnings.append(
+            f"only {some:.0%} of the problems are solved in any of {k} tries, so nearly all groups will be all wrong: "
+            "take more samples per problem, or mix in easier problems"
+        )
+    if one > SOLVED:
+        warnings.append(f"{one:.0%} are solved already, so nearly all groups will be all right: choose harder problems")
+    form = _share(row, "formatted")
+    if format_reward > 0 and form is not None and form < SOLVED and form > FORM_ONLY * one:
+        warnings.append(
+            f"{form:.0%} of the answers are well-formed and {one:.1%} right: with a format_reward of {format_reward:g} "
+            "the form alone may be learnt; lower it"
+        )
+    return GateDecision(True, measured, tuple(warnings))
+
+
+def _faults(row: Mapping[str, object]) -> list[str]:
+    """How the answers fail, each with its remedy."""
+    faults = []
+    cut, form, think = _share(row, "truncated"), _share(row, "formatted"), _share(row, "think_share")
+    if cut is not None and cut > CUT:
+        faults.append(
+            f"{cut:.0%} of the answers are cut off at the cap: raise max_new_tokens, or teach the model to end its "
+            "answers"
+        )
+    if form is not None and form < UNFORMED:
+        faults.append(
+            f"{form:.0%} of the answers have the form the verifier reads: begin with SFT on answers in that form (a "
+            "cold start), or check that the chat template is the one the model was trained in"
+        )
+    if think is not None and think < UNTHINKING:
+        faults.append(
+            f"{think:.0%} of the answers think, so there is no thinking to reward: pre-train on worked problems, or "
+            "begin with SFT on answers that think"
+        )
+    return faults
+
+
+def _share(row: Mapping[str, object], key: str) -> float | None:
+    value = row.get(key)
+    return float(value) if isinstance(value, int | float) else None
+
+
+class SampleExport:
+    """Samples as conversations, for the arm that trains on the same tokens without RL.
+
+    One file per rollout, written atomically before its updates: a rollout that a kill undoes is written again, the
+    same. Samples that ran into the cap are left out, since the end of a conversation is learnt as its end.
+    """
+
+    def __init__(self, which: Exported, state: Path) -> None:
+        self.which, self.folder = which, state / "left"
+
+    def add(self, number: int, groups: Sequence[Group]) -> None:
+        """The samples of rollout `number`."""
+        self.folder.mkdir(exist_ok=True)
+        rows = [row for group in groups for row in group if row.completion.finish_reason == "stop"]
+        rows = [row for row in rows if row.verdict.correct or self.which == "all"]
+        lines = (conversations.line(exchange(row.problem.prompt, row.answer)) for row in rows)
+        write_atomic(self._file(number), "".join(line + "\n" for line in lines))
+
+    def finish(self, rollouts: int, folder: Path) -> None:
+        """All samples, in order, as the file of conversations of the stage's folder."""
+        write_atomic(folder / conversations.FILE, b"".join(self._file(n).read_bytes() for n in range(rollouts)))
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.jsonl"

@@ -1,0 +1,266 @@
+"""The queue of rollouts: each is generated up to `max_off_policy_rollouts` rollouts before its updates.
+
+With `max_off_policy_rollouts = 1` rollout n + 1 is sampled by the policy as it was before the updates of rollout n, so
+its sampling depends on nothing those updates do and may run at the same time. It is at most `updates_per_rollout` steps
+old when its own updates begin (`rl/staleness`). A run depends on this order alone, never on timing. Ray workers sample
+while the trainer computes; in the trainer's process sampling and updates take turns, each on all cores, since a core
+for each takes longer there (bench/rl_overlap.py).
+
+Everything in a rollout follows from its number and the policy, so a resumed run samples what the uninterrupted one
+would have sampled. A finished rollout of an older policy that no update has used yet lies in the trainer's checkpoint.
+A rollout of the checkpoint's own policy does not: it is sampled again.
+
+Dynamic sampling (DAPO 3.2): groups whose samples all have the same reward teach nothing, so up to `max_resamples`
+rounds of problems are sampled until enough groups are alive; a pool that is too hard or too easy costs those rounds and
+never stops the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from bessemer import tasks
+from bessemer.config.rl import RLConfig
+from bessemer.rl import rollout
+from bessemer.rl.difficulty import DifficultyFilter, Estimates, PassCount, Selection
+from bessemer.rl.reward import PreferenceScorer, Reward
+from bessemer.rl.rollout import Group, Rollout
+from bessemer.rl.sampler import Completions, PendingSamples, Sampler, Submit
+from bessemer.train import setup
+from bessemer.train.trainer import Trainer
+
+KEY = "rollouts"
+"""Of the finished rollouts in the trainer's checkpoint."""
+Problems = list[tuple[tasks.Task, tasks.Problem]]
+
+
+class RolloutGenerator:
+    """Chooses the problems of a rollout, submits them to the sampler, and scores the samples.
+
+    `once(make)`: of many ranks one makes the value for all, for a verdict may depend on the clock.
+    """
+
+    def __init__(
+        self,
+        settings: RLConfig,
+        sampler: Sampler,
+        encode: Callable[[tasks.Problem], list[int]],
+        seed: int,
+        reward_models: Mapping[str, PreferenceScorer],
+        difficulty: DifficultyFilter | None,
+        once: Callable[[Callable[[], list[Group]]], list[Group]],
+    ) -> None:
+        self.settings, self.sampler, self.encode, self.seed = settings, sampler, encode, seed
+        self.reward_models, self.difficulty, self.once = reward_models, difficulty, once
+        self.tasks = [tasks.get(name) for name in settings.tasks]
+        self.general = [tasks.get(name) for name in settings.general_tasks]
+        self.reward = Reward(
+            settings.format_reward,
+            settings.language_reward,
+            settings.preference_reward,
+            settings.overlong,
+            settings.reward,
+        )
+
+    def start(self, number: int, cap: int, step: int) -> PendingRollout:
+        """Submits rollout `number` to the policy of this moment, which has made `step` optimizer steps."""
+        return PendingRollout(self, number, cap, step)
+
+    def candidates(self, number: int, round: int) -> tuple[Problems, Problems]:
+        """(general prompts, once the run has come to them; problems of the tasks). With a difficulty filter there are
+        `filter_pool` candidates for every problem of the tasks. No two rounds of a run share any."""
+        settings, pool = self.settings, 1 if self.difficulty is None else self.difficulty.pool
+        total, place = settings.prompts_per_rollout, number * settings.max_resamples + round
+        general = settings.general_prompts if number >= settings.general_from else 0
+        return (
+            rollout.problems_of(self.general, "train", place * general, general, self.seed),
+            rollout.problems_of(self.tasks, "train", place * total * pool, (total - general) * pool, self.seed),
+        )
+
+    def candidates_by_id(self, number: int) -> dict[str, tasks.Problem]:
+        """Every problem that rollout `number` may sample."""
+        rounds = [self.candidates(number, round) for round in range(self.settings.max_resamples)]
+        return {problem.id: problem for general, others in rounds for _, problem in general + others}
+
+    def select(
+        self, number: int, round: int, estimates: Estimates | None
+    ) -> tuple[Problems, Problems, Selection | None]:
+        """(general prompts, problems of the tasks, how the difficulty filter selected these by the estimates)."""
+        general, problems = self.candidates(number, round)
+        if estimates is None:
+            return general, problems, None
+        count = self.settings.prompts_per_rollout - len(general)
+        return general, *self.difficulty.select(estimates, problems, count, self.round_seed(number, round))
+
+    def submit(self, policy: Submit, prompts: Sequence[list[int]], number: int, round: int, cap: int) -> PendingSamples:
+        settings = self.settings
+        return policy(
+            prompts,
+            samples=settings.samples,
+            seeds=rollout.prompt_seeds(self.round_seed(number, round), len(prompts)),
+            temperature=settings.temperature,
+            max_new_tokens=cap,
+            batch_rows=settings.rollout.rows or setup.batch_rows(len(prompts) * settings.samples),
+            record_routing=settings.routing_replay,
+        )
+
+    def score(
+        self, problems: Problems, prompts: Sequence[list[int]], completions: Completions, cap: int
+    ) -> list[Group]:
+        """Verifies the completions and sets their rewards."""
+
+        def make() -> list[Group]:
+            groups = rollout.verify(problems, prompts, completions, self.sampler.tokenizer.opening)
+            self.reward.score(groups, cap, self.reward_models)
+            return groups
+
+        return self.once(make)
+
+    def round_seed(self, number: int, round: int) -> int:
+        """The name of a round's random streams."""
+        return tasks.stable_hash(self.seed, self.settings.name, number, *([round] if round else []))
+
+
+class PendingRollout:
+    """A rollout that is being sampled. Its rounds follow one another: each is submitted once the one before is scored.
+    The policy and the difficulty estimates of all rounds are those of its start."""
+
+    def __init__(self, generator: RolloutGenerator, number: int, cap: int, step: int) -> None:
+        self.generator, self.number, self.cap, self.step = generator, number, cap, step
+        self.policy = generator.sampler.policy()
+        self.estimates = None if generator.difficulty is None else generator.difficulty.estimates
+        self.rollout: Rollout | None = None
+        """Set once it is finished."""
+        self._round, self._n_problems = 0, 0
+        self._alive: list[Group] = []
+        self._dead: list[Group] = []
+        self._selection = None if self.estimates is None else Selection()
+        self._submit_round()
+
+    def poll(self) -> bool:
+        """Scores the rounds that are sampled, without waiting for more; whether the rollout is finished."""
+        while self.rollout is None and self._samples.ready():
+            self._complete_round()
+        return self.rollout is not None
+
+    def finish(self) -> Rollout:
+        """The finished rollout; waits for its samples if necessary."""
+        while self.rollout is None:
+            self._complete_round()
+        return self.rollout
+
+    def _submit_round(self) -> None:
+        generator = self.generator
+        general, problems, selection = generator.select(self.number, self._round, self.estimates)
+        if selection is not None:
+            self._selection += selection
+        self._n_general, self._problems = len(general), general + problems
+        self._prompts = [generator.encode(problem) for _, problem in self._problems]
+        self._samples = generator.submit(self.policy, self._prompts, self.number, self._round, self.cap)
+
+    def _complete_round(self) -> None:
+        settings = self.generator.settings
+        groups = self.generator.score(self._problems, self._prompts, self._samples.take(), self.cap)
+        if self.estimates is not None:
+            self._selection += self._pass_counts(groups)
+        self._n_problems += len(groups)
+        self._round += 1
+        if settings.max_resamples == 1:  # every group is trained on, in the order of the problems
+            self.rollout = Rollout(groups, self._n_problems, self.cap, self.step, self._selection)
+            return
+        for group in groups:
+            (self._dead if _equal_rewards(group) else self._alive).append(group)
+        if len(self._alive) >= settings.prompts_per_rollout or self._round == settings.max_resamples:
+            chosen = (self._alive + self._dead)[: settings.prompts_per_rollout]
+            self.rollout = Rollout(chosen, self._n_problems, self.cap, self.step, self._selection)
+        else:
+            self._submit_round()
+
+    def _pass_counts(self, groups: list[Group]) -> Selection:
+        """Only problems of the tasks update the estimates."""
+        passed, key = self.generator.reward.passed, self.generator.difficulty.key
+        counts = [
+            PassCount(key(task, problem), sum(map(passed, group)), len(group))
+            for (task, problem), group in zip(self._problems[self._n_general :], groups[self._n_general :], strict=True)
+        ]
+        return Selection(counts=tuple(counts))
+
+
+class RolloutQueue:
+    """`take(number)` is called once per rollout, in order; `poll()` after each step; `settle(number)` before a save;
+    `restore()` once the trainer is back at a checkpoint. `cap()` is the longest completion at this moment."""
+
+    def __init__(self, generator: RolloutGenerator, trainer: Trainer, cap: Callable[[], int]) -> None:
+        self.generator, self.trainer, self.cap = generator, trainer, cap
+        self.settings = generator.settings
+        self.finished: dict[int, Rollout] = {}
+        """Finished and not yet taken, by number."""
+        self.pending: dict[int, PendingRollout] = {}
+
+    def take(self, number: int) -> Rollout:
+        """Rollout `number`. The policy of this moment starts those up to `max_off_policy_rollouts` after it."""
+        self._start(number)
+        taken = self._finish(number)
+        # lower numbers: from before the guard went back, which leaves the cursor where it is
+        self.finished = {n: rollout for n, rollout in self.finished.items() if n > number}
+        self._store()
+        return taken
+
+    def poll(self) -> None:
+        """Scores the samples that have arrived."""
+        for number, pending in list(self.pending.items()):
+            if pending.poll():
+                self._finish(number)
+
+    def settle(self, number: int) -> None:
+        """Before a checkpoint that precedes the updates of rollout `number`: waits for the samples of older policies.
+        Later rollouts are started first, so that no worker waits for the checkpoint; `take(number)` finds the same
+        policy."""
+        if older := [n for n, pending in self.pending.items() if pending.step < self.trainer.step]:
+            self._start(number)
+            for n in older:
+                self._finish(n)
+            self._store()
+
+    def restore(self) -> None:
+        """The queue of the checkpoint that the trainer came from."""
+        self.finished, self.pending = {}, {}
+        for name, stored in self.trainer.extras.get(KEY, {}).items():
+            number, prefix = int(name), f"{KEY}/{name}/"
+            tensors = {
+                key.removeprefix(prefix): value
+                for key, value in self.trainer.extra_tensors.items()
+                if key.startswith(prefix)
+            }
+            groups = rollout.unpack(stored["groups"], tensors, self.generator.candidates_by_id(number))
+            selection = Selection.from_json(stored["choice"]) if "choice" in stored else None
+            self.finished[number] = Rollout(groups, stored["asked"], stored["cap"], stored["step"], selection)
+
+    def _start(self, number: int) -> None:
+        for n in range(number, min(number + self.settings.max_off_policy_rollouts + 1, self.settings.rollouts)):
+            if n not in self.finished and n not in self.pending:
+                self.pending[n] = self.generator.start(n, self.cap(), self.trainer.step)
+        self.poll()
+
+    def _finish(self, number: int) -> Rollout:
+        if number not in self.finished:
+            self.finished[number] = self.pending.pop(number).finish()
+        return self.finished[number]
+
+    def _store(self) -> None:
+        trainer = self.trainer
+        tensors = {key: value for key, value in trainer.extra_tensors.items() if not key.startswith(f"{KEY}/")}
+        stored = {}
+        for number, waiting in self.finished.items():
+            groups, packed = rollout.pack(waiting.groups)
+            stored[str(number)] = {
+                "groups": groups, "asked": waiting.n_problems, "cap": waiting.cap, "step": waiting.step,
+            }  # fmt: skip
+            if waiting.selection is not None:
+                stored[str(number)]["choice"] = waiting.selection.to_json()
+            tensors |= {f"{KEY}/{number}/{name}": value for name, value in packed.items()}
+        trainer.extras, trainer.extra_tensors = trainer.extras | {KEY: stored}, tensors
+
+
+def _equal_rewards(group: Group) -> bool:
+    return all(row.reward == group[0].reward for row in group)

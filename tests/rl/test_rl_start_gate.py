@@ -1,0 +1,50 @@
+"""The start gate: what a base solves decides, how it fails advises."""
+
+import pytest
+
+from bessemer.rl.monitor import start_gate
+
+GOOD = {
+    "pass_at_1": 0.2, "pass_at_k": 0.5, "k": 4, "formatted": 0.8, "truncated": 0.05, "think_share": 0.9, "reasons": {},
+}  # fmt: skip
+
+
+def test_a_base_that_solves_something_may_start():
+    decision = start_gate(GOOD, 0.02, format_reward=1.0)
+    assert decision.passed and decision.warnings == ()
+    assert decision.message == "the model solves 20.0% of held-out problems (pass@4 50.0%)"
+    assert start_gate({"pass_at_1": 0.2, "pass_at_k": 0.5}, 0.02).passed  # older rows know less
+
+
+def test_a_hopeless_one_is_refused_with_advice():
+    decision = start_gate(GOOD | {"pass_at_1": 0.01, "pass_at_k": 0.03}, 0.02)
+    assert not decision.passed
+    assert "below minimum_pass 2.0%: RL has nothing to amplify. Pre-train longer" in decision.message
+    assert "held-out problems" in decision.message
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ({"truncated": 0.9}, "90% of the answers are cut off at the cap: raise max_new_tokens"),
+        ({"formatted": 0.05}, "5% of the answers have the form the verifier reads: begin with SFT"),
+        ({"think_share": 0.0}, "0% of the answers think"),
+    ],
+)
+def test_the_advice_follows_from_how_it_fails(change, advice):
+    hopeless = start_gate(GOOD | {"pass_at_1": 0.0, "pass_at_k": 0.0} | change, 0.02)
+    assert not hopeless.passed and advice in hopeless.message and "pre-train longer" in hopeless.message.lower()
+    able = start_gate(GOOD | change, 0.02)
+    assert able.passed and len(able.warnings) == 1 and advice in able.warnings[0]
+
+
+def test_what_may_start_but_will_learn_little_is_warned():
+    few = start_gate(GOOD | {"pass_at_1": 0.03, "pass_at_k": 0.06, "formatted": 0.25}, 0.02)
+    assert few.passed and len(few.warnings) == 1 and "nearly all groups will be all wrong" in few.warnings[0]
+    done = start_gate(GOOD | {"pass_at_1": 0.97, "pass_at_k": 1.0}, 0.02)
+    assert done.passed and "choose harder problems" in done.warnings[0]
+    form = GOOD | {"pass_at_1": 0.04, "pass_at_k": 0.2}
+    assert "the form alone may be learnt" in start_gate(form, 0.02, format_reward=0.5).warnings[0]
+    assert start_gate(form, 0.02, format_reward=0.0).warnings == ()
+    forced = start_gate(GOOD | {"pass_at_1": 0.0, "pass_at_k": 0.0}, 0.0)  # a minimum of 0 starts anything
+    assert forced.passed and "0%" in forced.warnings[0]
