@@ -92,7 +92,7 @@ class WholeRows:
 class Context(WholeRows):
     """This rank's chunks of rows that are split over the `n` ranks of a group; its number there is `rank`."""
 
-    group: Any
+    group: dist.ProcessGroup
     n: int
     rank: int
 
@@ -159,7 +159,7 @@ class Cut:
     """How rows are split: rank r of the n of a group has chunks r and 2n - 1 - r of `size` tokens; the last chunk of a
     row may be shorter."""
 
-    group: Any
+    group: dist.ProcessGroup
     n: int
     rank: int
     size: int

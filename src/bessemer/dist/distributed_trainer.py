@@ -1,7 +1,7 @@
 """The trainer on many ranks: pipeline, experts, data and optimizer state in parallel (V3 3.2).
 
 A step is the step of `Trainer`: the same sums, divided once by the loss tokens of the whole step, one clipping by the
-norm of everything, routing biases from the loads of all ranks. The rows of a step are split over the data-parallel pipelines and
+norm of all gradients, routing biases from the loads of all ranks. The rows of a step are split over the pipelines and
 then into as many micro-batches as the schedule needs; all ranks of one pipeline get the same micro-batches, and so do
 context-parallel ranks (`dist.context_parallel`). Everything a decision depends on (metrics, whether to stop, save or
 skip) is summed over all ranks once per step, so every rank decides alike.
@@ -20,40 +20,42 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bessemer.dist import schedules, watchdog
+from bessemer.dist import schedules, sharded_checkpoint, watchdog
 from bessemer.dist.executor import Executor, Work
 from bessemer.dist.model_shard import ModelShard, rows_of
-from bessemer.dist import sharded_checkpoint
+from bessemer.dist.zero1 import Zero1
+from bessemer.model.transformer import TrainOutputs
 from bessemer.train import balance, checkpoint, guard
 from bessemer.train.checkpoint import CheckpointReader, Damaged
-from bessemer.train.objective import Loss, Sums, balance_weight
+from bessemer.train.objective import Divided, Loss, Sums, balance_weight
 from bessemer.train.trainer import COUNTERS, Trainer
-from bessemer.dist.zero1 import Zero1
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
 
 
 class DistributedTrainer(Trainer):
-    """One rank's trainer; `shard` is its share of the network, everything else as in `Trainer`.
+    """One rank's trainer; `shard` is its shard of the network, everything else as in `Trainer`.
 
     The objective is `Divided`. `update` takes the micro-batches of this rank's pipeline, `micro_batches` of them.
     Metrics are those of the whole step, equal on all ranks.
     """
 
+    objective: Divided  # type: ignore[assignment]  # a callable with the methods of Divided
+    optimizer: Zero1
+
     def __init__(self, shard: ModelShard, *arguments: Any, **options: Any):
         self.shard, self.mesh = shard, shard.mesh
         self._stopping = self._due = False
         self._executor: Executor | None = None
-        self._found: list[Loss] = []
+        self._losses: list[Loss] = []
         super().__init__(shard.model, *arguments, **options)
         n_mtp = shard.mesh.cfg.n_mtp
         self._sums, self._peaks = self.objective.names(n_mtp)
         self._saver: sharded_checkpoint.Saver | None = None
         if self.state_dir is not None:
             self._saver = sharded_checkpoint.Saver(self.state_dir, self.model_config, self.runtime.keep)
-        wish, self.stop = self.stop, lambda: self._stopping
-        self._wishes_to_stop = wish
+        self._stop_requested, self.stop = self.stop, lambda: self._stopping
 
     def _make_optimizer(self, **options: Any) -> Zero1:
         return Zero1(self.model, self.mesh, self.shard.others, **options)
@@ -100,7 +102,7 @@ class DistributedTrainer(Trainer):
         own = self.shard.context.positions
         batches = [batch.at(own(batch.tokens_BT.shape[1])).to(self.device) for batch in micro_batches]
         executor = self._executor_for(len(batches))
-        self._found = []
+        self._losses = []
         executor.run(self._work(executor, batches, terms))
         executor.sum_shared()
         self._sum_loads(executor)
@@ -118,10 +120,10 @@ class DistributedTrainer(Trainer):
 
     def _work(self, executor: Executor, batches: Sequence[Batch], terms: dict[str, float]) -> list[list[Work]]:
         def one(batch: Batch) -> Work:
-            def loss(out: Any, head: Tensor) -> Tensor:
-                found = self.objective.of(out, head, batch, **terms)
-                self._found.append(replace(found, total=found.total.detach()))
-                return found.total
+            def loss(out: TrainOutputs, head: Tensor) -> Tensor:
+                result = self.objective.of(out, head, batch, **terms)
+                self._losses.append(replace(result, total=result.total.detach()))
+                return result.total
 
             weight = balance_weight(batch, self.objective.balance_alpha(**terms))
             return Work(batch.tokens_BT, batch.segments_BT, loss, weight, mtp=self.objective.with_mtp(**terms))
@@ -131,66 +133,66 @@ class DistributedTrainer(Trainer):
         return [[one(batch) for batch in batches[lane * per : (lane + 1) * per]] for lane in lanes]
 
     def _sums_of(self, batches: Sequence[Batch], losses: list[float], terms: dict[str, float]) -> Sums:
-        """Of all ranks: last stages know the loss and its tokens, first ones count what came in, others add their
-        balance terms."""
-        last = {name: math.fsum(float(loss.metrics.get(name, 0.0)) for loss in self._found) for name in self._sums}
+        """Sums over all ranks: last stages know the loss and its tokens, first stages count rows and tokens, all others
+        add their balance terms."""
+        last = {name: math.fsum(float(loss.metrics.get(name, 0.0)) for loss in self._losses) for name in self._sums}
         alpha = self.objective.balance_alpha(**terms)
-        elsewhere = math.fsum(losses) - math.fsum(float(loss.total) for loss in self._found)
+        other_stages = math.fsum(losses) - math.fsum(float(loss.total) for loss in self._losses)
         if "total" in last:
-            last["total"] += elsewhere
+            last["total"] += other_stages
         if "balance" in last and alpha:
-            last["balance"] += elsewhere / alpha
+            last["balance"] += other_stages / alpha
         rows, tokens = map(sum, zip(*(batch.counted for batch in batches), strict=True))
-        enters = self.mesh.pp == self.mesh.cp == 0  # one rank of every pipeline counts
-        mine = [
-            math.fsum(losses), math.fsum(float(loss.tokens) for loss in self._found),
-            tokens * enters, rows * enters, self._wishes_to_stop(), self.mesh.me == 0 and self._by_time(),
+        counts = self.mesh.pp == self.mesh.cp == 0  # one rank of every pipeline counts
+        mine: list[float] = [
+            math.fsum(losses), math.fsum(float(loss.tokens) for loss in self._losses),
+            tokens * counts, rows * counts, self._stop_requested(), self.mesh.me == 0 and self._by_time(),
             *last.values(),
         ]  # fmt: skip
         links = sorted({hop.link for hop in self.shard.exchange.hops}) if self.mesh.layout.ep > 1 else []
         mine += [self.shard.exchange.sent_bytes[link] for link in links]
         self.shard.exchange.sent_bytes.clear()
-        total, divisor, tokens, rows, stop, due, *more = self._reduced(mine, dist.ReduceOp.SUM)
+        total, divisor, all_tokens, all_rows, stop, due, *more = self._reduced(mine, dist.ReduceOp.SUM)
         values, sent = more[: len(last)], more[len(last) :]
         self._stopping, self._due = stop > 0, due > 0
-        found = {}
+        values_by_name = {}
         if divisor > 0:
-            found = {f"train/{name}": value / divisor for name, value in zip(self._sums, values, strict=True)}
-            found |= {f"moe/sent_bytes/{link}": n / tokens for link, n in zip(links, sent, strict=True)}
+            values_by_name = {f"train/{name}": value / divisor for name, value in zip(self._sums, values, strict=True)}
+            values_by_name |= {f"moe/sent_bytes/{link}": n / all_tokens for link, n in zip(links, sent, strict=True)}
         if self._peaks:
-            peaks = [max((float(loss.peaks[name]) for loss in self._found), default=-math.inf) for name in self._peaks]
+            peaks = [max((float(loss.peaks[name]) for loss in self._losses), default=-math.inf) for name in self._peaks]
             highest = self._reduced(peaks, dist.ReduceOp.MAX)
-            found |= {f"train/{name}": value for name, value in zip(self._peaks, highest, strict=True)}
-        return Sums(list(batches), self._found, divisor, int(tokens), int(rows), math.isfinite(total), found)
+            values_by_name |= {f"train/{name}": value for name, value in zip(self._peaks, highest, strict=True)}
+        return Sums(list(batches), self._losses, divisor, int(all_tokens), int(all_rows), math.isfinite(total), values_by_name)
 
-    def _reduced(self, values: list[float], how: dist.ReduceOp) -> list[float]:
-        found = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with watchdog.waiting("the figures of the step", range(self.mesh.layout.world)):
-            dist.all_reduce(found, how)
-            return found.tolist()
+    def _reduced(self, values: list[float], how: dist.ReduceOp.RedOpType) -> list[float]:
+        reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
+        with watchdog.waiting("the metrics of the step", range(self.mesh.layout.world)):
+            dist.all_reduce(reduced, how)
+            return reduced.tolist()
 
-    def _everyone(self, said: str) -> list[str]:
-        """What every rank says, by rank."""
-        found = [""] * self.mesh.layout.world
-        with watchdog.waiting("a word", range(len(found))):
-            dist.all_gather_object(found, said)
-        return found
+    def _all_gather(self, text: str) -> list[str]:
+        """The text of every rank, by rank."""
+        texts = [""] * self.mesh.layout.world
+        with watchdog.waiting("an error report", range(len(texts))):
+            dist.all_gather_object(texts, text)
+        return texts
 
     def _sum_loads(self, executor: Executor) -> None:
         with watchdog.waiting("expert loads", dist.get_process_group_ranks(self.mesh.group["dense"])):
             for name in sorted(self.gates):
                 load_E = self.gates[name].load_E
                 dist.all_reduce(load_E, group=self.mesh.group["dense"])
-                executor.sum_with_others(_place(name), load_E)
+                executor.sum_with_others(_parameter_prefix(name), load_E)
 
     def _culprit(self, sums: Sums, terms: dict[str, float]) -> str:
         bad = [number for number, loss in enumerate(sums.losses) if not math.isfinite(float(loss.total))]
         names = self.optimizer.nonfinite_gradients()
         mine = f"the loss of micro-batch {bad[0]} on rank {self.mesh.me} is not finite" if bad else ""
         if not bad and names:
-            mine = f"{len(names)} gradients on rank {self.mesh.me} are not finite, beginning at {names[-1]}"
-        found = sorted(filter(None, self._everyone(mine)), key=lambda text: not text.startswith("the loss"))
-        return found[0] if found else "the gradients overflow in their norm, or in a balance term"
+            mine = f"{len(names)} gradients on rank {self.mesh.me} are not finite, starting at {names[-1]}"
+        causes = sorted(filter(None, self._all_gather(mine)), key=lambda text: not text.startswith("the loss"))
+        return causes[0] if causes else "the gradients overflow in their norm, or in a balance term"
 
     def _by_time(self) -> bool:
         return time.monotonic() - self._saved_at >= self.config.save_seconds
@@ -201,7 +203,7 @@ class DistributedTrainer(Trainer):
             self.save()
 
     def _write(self) -> Path:
-        """Goes on as soon as the copies are made."""
+        """Returns as soon as the copies are made."""
         random_tensors, random_values = guard.capture_rng(self.generators)
         counters = {name: getattr(self, name) for name in COUNTERS}
         counters |= {"updates": self.optimizer.steps, "rng": random_values, "extras": self.extras}
@@ -220,37 +222,37 @@ class DistributedTrainer(Trainer):
             self._saver.finish()
 
     def _own_gate_tensors(self) -> dict[str, Tensor]:
-        """Those that no earlier pipeline rank writes."""
-        found = {}
+        """The gate tensors that no earlier pipeline rank writes."""
+        mine = {}
         for name, tensor in self._gate_tensors().items():
-            place = _place(name.partition("/")[2])
-            if self.mesh.pp < min(self.shard.others(place), default=math.inf):
-                found[name] = tensor
-        return found
+            prefix = _parameter_prefix(name.partition("/")[2])
+            if self.mesh.pp < min(self.shard.others(prefix), default=math.inf):
+                mine[name] = tensor
+        return mine
 
     def _latest(self) -> tuple[Path, CheckpointReader] | None:
-        """The newest checkpoint in which every rank finds what it needs undamaged."""
+        """The newest checkpoint in which every rank's tensors are undamaged."""
         if self.state_dir is None:
             return None
         self.finish()
         if self.mesh.me == 0:
             checkpoint.sweep(self.state_dir)
         dist.barrier()
-        found = checkpoint.steps(self.state_dir)
-        for path in reversed(found):
+        paths = checkpoint.steps(self.state_dir)
+        for path in reversed(paths):
             damage = ""
             try:
                 reader = CheckpointReader(path)
                 reader.verify(self._names_of_mine())
             except Damaged as error:
                 damage = str(error)
-            damages = self._everyone(damage)
+            damages = self._all_gather(damage)
             if not any(damages):
                 checkpoint.check_config(reader.config, self.model_config, path)
                 return path, reader
             self.warn(f"checkpoint {path} is damaged ({next(filter(None, damages))}); trying the one before it")
-        if found:
-            raise checkpoint.none_whole(self.state_dir, len(found))
+        if paths:
+            raise checkpoint.none_whole(self.state_dir, len(paths))
         return None
 
     def _names_of_mine(self) -> list[str]:
@@ -273,6 +275,6 @@ class DistributedTrainer(Trainer):
         guard.restore_rng(tensors, reader.counters["rng"], self.generators)
 
 
-def _place(gate: str) -> str:
-    """What the names of the parameters beside a gate begin with."""
+def _parameter_prefix(gate: str) -> str:
+    """The prefix of the names of the parameters in a gate's layer."""
     return f"mtp.{gate[3:]}." if gate.startswith("mtp") else f"layers.{gate}."

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from bessemer.errors import UserError
 from bessemer.dist.table import Action, Pair, Step, Table
+from bessemer.errors import UserError
 
 
 def dualpipe(ranks: int, micro: int) -> Table:

@@ -10,8 +10,7 @@ A token makes one hop or two. In a hop it is sent once to every place that needs
                 the ranks of that node. On the way back every hop sums the copies of a token before it sends
 
 With node-limited routing a token goes to at most `n_limited_groups` nodes, so the slow links carry that many copies of
-it instead of K. Nothing is dropped or padded; a rank may send or receive nothing. `PlainExchange`, the reference, sends
-a token once for every expert.
+it instead of K. Nothing is dropped or padded; a rank may send or receive nothing.
 
 In FP8 training rows go to the experts in FP8 with power-of-two scales, forward and, as gradients, backward; everything
 that is returned is in the compute dtype (V3 3.3.3).
@@ -33,7 +32,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,11 +56,11 @@ class Route(NamedTuple):
     """Rows from every place, R in total."""
     n_tokens: int
     """T."""
-    group: Any
+    group: dist.ProcessGroup
     recipe: FP8Recipe | None
 
 
-def received(send: list[int], group: Any, device: torch.device) -> list[int]:
+def received(send: list[int], group: dist.ProcessGroup, device: torch.device) -> list[int]:
     """How many rows every place will send to this rank."""
     mine = torch.tensor(send, device=device)
     theirs = torch.empty_like(mine)
@@ -70,7 +69,7 @@ def received(send: list[int], group: Any, device: torch.device) -> list[int]:
         return theirs.tolist()
 
 
-def _rows(x: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+def _rows(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
     """Sends x [S, ...], split by `send`; returns the received rows, split by `receive`."""
     out = x.new_empty(sum(receive), *x.shape[1:])
     as_bytes = (t.contiguous().view(torch.uint8) if t.dtype != torch.int64 else t for t in (out, x))
@@ -174,7 +173,7 @@ def unpacked(payload: Tensor, columns: int) -> Operand:
 class Hop:
     """Places that tokens can be sent to at once: the ranks of a process group."""
 
-    group: Any
+    group: dist.ProcessGroup
     places: int
     own: int
     """This rank's index among them."""
@@ -274,15 +273,3 @@ class Exchange:
             return Sent(at.x_TD.index_select(0, token), weight_M, count_E, token, None, routes)
         operand = unpacked(at.payload[token], at.x_TD.shape[1])
         return Sent(fp8.lead(at.x_TD, token), weight_M, count_E, token, operand, routes)
-
-
-class PlainExchange(Exchange):
-    """The plain all-to-all: a row for every token and expert, summed on the token's rank."""
-
-    def dispatch(self, x_ND: Tensor, routing: moe.Routing, recipe: FP8Recipe | None = None) -> Sent:
-        each = moe.Routing(routing.expert_NK.reshape(-1, 1), routing.weight_NK.reshape(-1, 1), routing.balance)
-        return super().dispatch(x_ND.repeat_interleave(routing.expert_NK.shape[1], 0), each, recipe)
-
-    def combine(self, y_MD: Tensor, sent: Sent) -> Tensor:
-        y = super().combine(y_MD, sent)
-        return y.unflatten(0, (-1, self.n_activated)).sum(1)

@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from bessemer.errors import UserError
-from bessemer.model.config import ModelConfig
 from bessemer.dist.context_parallel import Context, WholeRows
 from bessemer.dist.expert_parallel import Exchange, Hop
+from bessemer.errors import UserError
+from bessemer.model.config import ModelConfig
 
 Kind = Literal["pp", "ep", "cp", "expert", "dense", "network", "within"]
 

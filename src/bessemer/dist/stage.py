@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bessemer.dist.context_parallel import Attend, WholeRows
+from bessemer.dist.expert_parallel import Exchange
 from bessemer.model.config import ModelConfig
 from bessemer.model.counts import attention_params, dense_ffn_params, embedding_params, moe_ffn_params
 from bessemer.model.layer import Layer
 from bessemer.model.moe import Experts
 from bessemer.model.transformer import TrainOutputs, Transformer
-from bessemer.dist.context_parallel import WholeRows, Attend
-from bessemer.dist.expert_parallel import Exchange
 
 
 def cut(cfg: ModelConfig, stages: int) -> list[range]:

@@ -17,15 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bessemer.model.moe import EXPERTS
 from bessemer.dist import watchdog
-from bessemer.dist.ranks import all_gather, reduce_scatter
 from bessemer.dist.mesh import Mesh
+from bessemer.dist.ranks import all_gather, reduce_scatter
+from bessemer.model.moe import EXPERTS
 from bessemer.train.checkpoint import CheckpointReader
+from bessemer.train.optimizer import NORM_BLOCK, Group, Matrices, Members, Optimizer, ParameterSlot, Update
 from bessemer.train.update_rules import adamw_
-from bessemer.train.optimizer import NORM_BLOCK, Group, Members, ParameterSlot, Update
-from bessemer.train.optimizer import Matrices
-from bessemer.train.optimizer import Optimizer
 from bessemer.workers import Workers
 
 
