@@ -35,11 +35,11 @@ from bessemer.train import setup
 
 @dataclass(frozen=True)
 class DryRun:
-    """Everything that can be said before the first step."""
+    """Layout, schedule and memory of a run, known before its first step."""
 
     layout: Layout
     table: Table
-    """Of a step with the largest batch."""
+    """The schedule of a step with the largest batch."""
     numbers: NumberFormats
     rows: int
     length: int
@@ -58,7 +58,7 @@ class DryRun:
         return None if self.device is None else self.worst <= self.device.room
 
     def facts(self) -> dict[str, Any]:
-        """For --json."""
+        """The dry run as JSON (`--json`)."""
         gib = {rank: {kind: n / GIB for kind, n in kinds.items()} for rank, kinds in self.ranks.items()}
         return {
             "world": self.layout.world, "pp": self.layout.pp, "dp": self.layout.dp, "ep": self.layout.ep,
@@ -70,7 +70,8 @@ class DryRun:
 
 
 def of_recipe(recipe: Recipe, world: int | None = None, device_name: str | None = None) -> DryRun:
-    """Of a recipe's pre-training. `world`: ranks (None: as few as [layout] needs); UserError for what cannot be."""
+    """The dry run of a recipe's pre-training on `world` ranks (None: as few as [layout] needs); UserError for an
+    impossible layout."""
     settings = next((stage for stage in recipe.stages if stage.kind == "pretrain"), None)
     if settings is None:
         raise UserError(f'recipe "{recipe.name}": --dry-run is for pre-training, and no stage is of kind "pretrain"')
@@ -101,11 +102,11 @@ def dry_run(
     """Bytes by kind of the first, a middle and the last pipeline rank, for micro-batches of `rows` sequences of
     `length` tokens."""
     computed = memory.per_rank(cfg, layout, table, rows, length, numbers, recompute)
-    found = {}
+    ranks = {}
     for pp in sorted({0, layout.pp // 2, layout.pp - 1}):
         rank = layout.rank(pp, 0, 0)
-        found[rank] = computed[pp] | measure(cfg, layout, table, rank, numbers)
-    return found
+        ranks[rank] = computed[pp] | measure(cfg, layout, table, rank, numbers)
+    return ranks
 
 
 def measure(cfg: ModelConfig, layout: Layout, table: Table, rank: int, numbers: NumberFormats) -> dict[str, int]:
@@ -120,7 +121,7 @@ def measure(cfg: ModelConfig, layout: Layout, table: Table, rank: int, numbers: 
             moments_dtype=torch.bfloat16 if numbers.moments == 2 else torch.float32,
         )  # fmt: skip
     groups = optimizer.groups
-    own = [group for group in groups if group.compute.dtype != torch.float32]  # else weights are the masters
+    own = [group for group in groups if group.compute.dtype != torch.float32]  # in float32 the weights are the masters
     gates = [t for gate in shard.gates.values() for t in (gate.bias_E, gate.load_E) if t is not None]
     return {
         "weights": sum(group.compute.nbytes for group in groups),
@@ -133,8 +134,8 @@ def measure(cfg: ModelConfig, layout: Layout, table: Table, rank: int, numbers: 
 
 @contextmanager
 def _as_rank(rank: int, world: int) -> Iterator[None]:
-    """One rank of a world whose messages go nowhere."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it is what makes "fake" known
+    """This process as one rank of a world with a fake process group."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # the import registers "fake"
 
     if dist.is_initialized():
         raise UserError("--dry-run is for one process; run it without torchrun")
@@ -146,7 +147,7 @@ def _as_rank(rank: int, world: int) -> Iterator[None]:
 
 
 def _ramp(settings: Any, layout: Layout, schedule: str) -> list[dict[str, Any]]:
-    """Micro-batches per pipeline at the points of batch_rows, and where "auto" changes its mind between them."""
+    """Micro-batches per pipeline at the points of batch_rows, and where "auto" changes its schedule between them."""
     each = layout.dp * layout.ep * settings.micro_rows
 
     def at(tokens: float) -> dict[str, Any]:
@@ -156,20 +157,20 @@ def _ramp(settings: Any, layout: Layout, schedule: str) -> list[dict[str, Any]]:
         return {"tokens": int(tokens), "rows": rows, "micro": micro, "schedule": name}
 
     points = [tokens for tokens in settings.batch_rows.tokens if tokens <= settings.tokens]
-    found = [at(tokens) for tokens in points or [0]]
-    for before, after in pairwise(found):
+    ramp = [at(tokens) for tokens in points or [0]]
+    for before, after in pairwise(ramp):
         if before["schedule"] != after["schedule"]:
             low, high = before["tokens"], after["tokens"]
             while high - low > max(1, (after["tokens"] - before["tokens"]) // 1000):
                 middle = (low + high) // 2
                 low, high = (middle, high) if at(middle)["schedule"] == before["schedule"] else (low, middle)
-            found.append(at(high))
-    found.sort(key=lambda point: point["tokens"])
-    return found
+            ramp.append(at(high))
+    ramp.sort(key=lambda point: point["tokens"])
+    return ramp
 
 
 def describe(run: DryRun) -> str:
-    """For a terminal."""
+    """The dry run for a terminal."""
     numbers, table = run.numbers, run.table
     formats = ("bfloat16" if numbers.compute == 2 else "float32") + (", matrices in FP8" if numbers.fp8 else "")
     lines = [mesh.describe(run.layout), "", f"micro-batches of {run.rows} x {run.length:,} tokens; {formats}"]

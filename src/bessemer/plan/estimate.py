@@ -1,8 +1,8 @@
-"""How long a recipe takes on this machine, from a few seconds of its own work (`bessemer plan RECIPE --here`).
+"""How long a recipe takes on this machine, from a few seconds of measurement (`bessemer plan RECIPE --here`).
 
-Measured: optimizer steps of the pre-training, held-out forwards, decoding with a network of that shape. Not known
-before a run, and assumed: the length of answers (half of their cap) and what fetching a corpus takes. After a run the
-measured stages stand beside the planned ones.
+Measured: optimizer steps of the pre-training, held-out forwards, decoding with a network of that shape. Assumed: the
+length of answers (half of their cap) and the time of a corpus stage. If the run exists, planned stages are compared
+with its measured ones.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from bessemer.train import objective, setup, speed
 from bessemer.train.trainer import Trainer
 
 ANSWER = 0.5
-"""Share of `max_new_tokens` that answers take, in the mean."""
+"""Mean length of answers over `max_new_tokens`."""
 CORPUS = 60.0
-"""Seconds of a corpus stage: fetching, a tokenizer, packing. Not measured."""
+"""Seconds of a corpus stage: download, tokenizer, packing. Not measured."""
 
 
 @dataclass(frozen=True)
 class LocalEstimate:
-    """Seconds by stage, and the rates they rest on."""
+    """Predicted seconds by stage, and the measured rates behind them."""
 
     stages: dict[str, float]
     rates: dict[str, float]
     measured: dict[str, float]
-    """Seconds of stages that a run has finished."""
+    """Seconds of the stages that a run has finished."""
     notes: tuple[str, ...]
 
     def facts(self) -> dict[str, Any]:
@@ -61,18 +61,19 @@ class LocalEstimate:
         }
 
     def describe(self) -> str:
+        """The estimate for a terminal."""
         lines = [f"{'stage':<16}{'planned':>12}{'measured':>12}{'error':>9}"]
         for name, seconds in self.stages.items():
             real = self.measured.get(name)
-            beside = "" if real is None else f"{show_seconds(real):>12}{100 * (seconds / real - 1):>+8.0f}%"
-            lines.append(f"{name:<16}{show_seconds(seconds):>12}{beside}")
+            measured = "" if real is None else f"{show_seconds(real):>12}{100 * (seconds / real - 1):>+8.0f}%"
+            lines.append(f"{name:<16}{show_seconds(seconds):>12}{measured}")
         lines.append(f"{'in all':<16}{show_seconds(sum(self.stages.values())):>12}")
         lines += [f"{name.replace('_', ' ')}: {value:,.0f}" for name, value in self.rates.items()]
         return "\n".join([*lines, *self.notes])
 
 
 def estimate(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> LocalEstimate:
-    """`seconds` for each thing that is measured; `run`: the run directory to compare with, if there is one."""
+    """`seconds`: length of each measurement; `run`: the run directory to compare with, if it exists."""
     settings = next((stage for stage in recipe.stages if stage.kind == "pretrain"), None)
     if settings is None:
         raise UserError(f'recipe "{recipe.name}": --here measures pre-training, and no stage is of kind "pretrain"')
@@ -104,8 +105,8 @@ def estimate(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> L
 
 
 def _training(model: Transformer, settings: Any, length: int, seconds: float) -> float:
-    """Tokens a second of the trainer that the stage makes, on random tokens. Its first steps, for a third of the time,
-    do not count: kernels are compiled then for every number of rows that an expert gets."""
+    """Tokens per second of the stage's trainer, on random tokens. Steps of the first third of the time are not counted:
+    kernels are then compiled for every number of rows that an expert may get."""
     choice = setup.choose_precision(settings.precision)
     trainer = Trainer(
         model, objective.next_token, None, settings, runtime(settings, choice.dtype, setup.workers()),
@@ -118,7 +119,7 @@ def _training(model: Transformer, settings: Any, length: int, seconds: float) ->
         trainer.update(_batch(size, length, model) for size in sizes)
 
     def steps(least: int, seconds: float) -> float:
-        """Seconds of one, in the median: other work on the machine comes in bursts."""
+        """Median seconds of a step: other work on the machine comes in bursts."""
         taken: list[float] = []
         while len(taken) < least or sum(taken) < seconds:
             began = time.monotonic()
@@ -139,7 +140,7 @@ def _batch(rows: int, length: int, model: Transformer) -> Batch:
 
 @torch.no_grad()
 def _held_out(model: Transformer, length: int, seconds: float) -> float:
-    """Tokens a second of forwards, one process."""
+    """Tokens per second of forward passes in one process."""
     model.eval()
     done, began = 0, time.monotonic()
     while done < 1 or time.monotonic() - began < seconds:
@@ -149,8 +150,8 @@ def _held_out(model: Transformer, length: int, seconds: float) -> float:
 
 
 def _decoding(model: Transformer, seconds: float) -> float:
-    """Tokens a second of the engine with a batch as large as a rollout's, on all cores; the network is untrained, so
-    answers run to their cap."""
+    """Tokens per second of the engine with a batch as large as a rollout's, on all cores. The network is untrained, so
+    that answers run to their cap."""
     workers = setup.workers()
     task = Arithmetic()
     tokenizer = Tokenizer.train((task.document(i) for i in range(200)), min(400, model.cfg.vocab_size))
@@ -170,19 +171,19 @@ def _stage(stage: Any, recipe: Recipe, rates: dict[str, float], length: int) -> 
     if stage.kind == "corpus":
         return CORPUS
     if stage.kind == "pretrain":
-        looks = 1 + stage.tokens // stage.validate_every
-        held_out = looks * len(stage.mixture) * HELDOUT_ROWS * length / rates["held_out_tokens_per_second"]
+        evaluations = 1 + stage.tokens // stage.validate_every
+        held_out = evaluations * len(stage.mixture) * HELDOUT_ROWS * length / rates["held_out_tokens_per_second"]
         return stage.tokens / train + held_out / setup.workers().n
     if stage.kind == "rl":
         samples = stage.rollouts * stage.prompts_per_rollout * stage.samples
-        looks = 2 + stage.rollouts // stage.eval_every
-        asked = looks * stage.eval_problems * 4 * len(stage.tasks)
+        evaluations = 2 + stage.rollouts // stage.eval_every
+        asked = evaluations * stage.eval_problems * 4 * len(stage.tasks)
         mean = ANSWER * sum(stage.max_new_tokens.values) / len(stage.max_new_tokens.values)
-        # the reference and the policy's own log-probabilities go through the network again, forward alone
+        # the log-probabilities of the policy and of the reference take a forward pass each
         return (samples + asked) * mean / decode + samples * mean * (1 + 2 / 3) / train
     if stage.kind == "eval":
         rows = len(stage.models) * len(stage.tasks) * len(stage.temperatures) * 2
         return rows * stage.problems * stage.samples * ANSWER * stage.max_new_tokens / decode
-    # what progress bars begin with, corrected by how far that guess is off for pre-training
+    # the initial guess of the progress bar, scaled by its error for pre-training
     guess = find_kind(stage.kind)().estimate(stage, recipe)
     return guess / setup.estimate_seconds(recipe, train)

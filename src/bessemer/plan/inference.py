@@ -181,15 +181,17 @@ def cheapest_unit(shape: ModelShape, device: Device, fp8: bool) -> ServingOffer 
     for ep in UNITS:
         if ep > max(1, shape.experts):
             break
-        batch, found = 1, None
+        batch, fastest = 1, None
         while batch <= 512:
             deployment = Deployment(shape, device, ep, batch, CONTEXT, fp8=fp8)
             step = decode(deployment)
             if (step.weights_gib + step.cache_gib) * GIB > device.room or SPEED * step.seconds > 1:
                 break
-            found, batch = (deployment, step), batch + max(1, batch // 8)
-        if found is not None and (best is None or found[1].rate(found[0]) > best.step.rate(best.deployment)):
-            best = ServingOffer(*found, prefill(shape, device, min(ep, max(device.devices, ep // 4)), 16384, 4096, fp8))
+            fastest, batch = (deployment, step), batch + max(1, batch // 8)
+        if fastest is not None and (best is None or fastest[1].rate(fastest[0]) > best.step.rate(best.deployment)):
+            best = ServingOffer(
+                *fastest, prefill(shape, device, min(ep, max(device.devices, ep // 4)), 16384, 4096, fp8)
+            )
     return best
 
 

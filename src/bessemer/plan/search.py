@@ -68,27 +68,27 @@ def search(cfg: ModelConfig, config: PlanConfig, cluster: ClusterSpec) -> Search
     setups, rejected = _setups(cfg, config, cluster)
     considered = len(setups) + sum(rejected.values())
     setups.sort(key=_lower_bound)
-    found: list[Candidate] = []
+    candidates: list[Candidate] = []
     least = float("inf")
     for setup in setups:
-        if len(found) == SIMULATED:
+        if len(candidates) == SIMULATED:
             break
         size = _peak_bytes(cfg, setup)
         if size > setup.device.room:
             rejected[f"needs more memory than a {setup.device.name} has"] += 1
             least = min(least, size)
             continue
-        found.append(Candidate(setup, setup.step_tokens / step_time(setup).seconds / setup.layout.world, size))
-    if not found:
+        candidates.append(Candidate(setup, setup.step_tokens / step_time(setup).seconds / setup.layout.world, size))
+    if not candidates:
         why = "; ".join(f"{count} {reason}" for reason, count in rejected.most_common(3))
         need = f" (the smallest needs {least / GIB:.0f} GiB)" if least < float("inf") else ""
         raise UserError(f"no layout of {cluster} can hold this run{need}: {why}; use more devices or a smaller batch")
-    found.sort(key=lambda one: -one.rate)
-    return SearchResult(found, considered, rejected)
+    candidates.sort(key=lambda one: -one.rate)
+    return SearchResult(candidates, considered, rejected)
 
 
 def _setups(cfg: ModelConfig, config: PlanConfig, cluster: ClusterSpec) -> tuple[list[Setup], Counter]:
-    found: list[Setup] = []
+    setups: list[Setup] = []
     rejected: Counter = Counter()
     formats = (config.precision,) if config.precision else ("fp8", "bf16") if cluster.device.fp8 else ("bf16",)
     for layout in _layouts(cfg, config, cluster):
@@ -110,23 +110,23 @@ def _setups(cfg: ModelConfig, config: PlanConfig, cluster: ClusterSpec) -> tuple
                         elif setup.micro < 2 * layout.pp and name in ("dualpipe", "dualpipe-v"):
                             rejected["too few micro-batches for the schedule"] += 1
                         else:
-                            found.append(setup)
-    return found, rejected
+                            setups.append(setup)
+    return setups, rejected
 
 
 def _layouts(cfg: ModelConfig, config: PlanConfig, cluster: ClusterSpec) -> list[Layout]:
     size, node = cluster.size, config.node or cluster.device.devices
-    found = []
+    layouts = []
     for pp in (config.pp,) if config.pp else [n for n in range(1, min(size, PIPELINES) + 1) if size % n == 0]:
         for ep in (config.ep,) if config.ep else [n for n in range(1, cfg.n_routed_experts + 1)]:
             if size % (pp * ep) or (config.dp and pp * ep * config.dp != size):
                 continue
             layout = Layout(pp, size // (pp * ep), ep, node)
             if not mesh.refusal(layout, cfg, size):
-                found.append(layout)
-    if not found:
+                layouts.append(layout)
+    if not layouts:
         mesh.check(Layout(config.pp or 1, config.dp or 1, config.ep or 1, node), cfg, size)
-    return found
+    return layouts
 
 
 def _enough(setup: Setup) -> int:

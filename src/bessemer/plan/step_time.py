@@ -79,14 +79,14 @@ class StepTime:
         """Means over the ranks of a pipeline: forwards, backwards (of inputs, and of weights where they are not split),
         weight gradients, overlapped pairs, bubble, optimizer; the rows of ISCA 2025, Table 4."""
         kinds = {"F": "forward", "B": "backward", "I": "backward", "W": "weights"}
-        found = dict.fromkeys(("forward", "backward", "weights", "pairs"), 0.0)
+        parts = dict.fromkeys(("forward", "backward", "weights", "pairs"), 0.0)
         for spans in self.timeline.spans:
             for span in spans:
                 kind = "pairs" if isinstance(span.step, Pair) else kinds[span.step.kind]
-                found[kind] += (span.end - span.start) / self.table.ranks
-        found["bubble"] = sum(self.timeline.idle) / self.table.ranks
-        found["optimizer"] = self.sync + self.update
-        return found
+                parts[kind] += (span.end - span.start) / self.table.ranks
+        parts["bubble"] = sum(self.timeline.idle) / self.table.ranks
+        parts["optimizer"] = self.sync + self.update
+        return parts
 
 
 def step_time(setup: Setup) -> StepTime:

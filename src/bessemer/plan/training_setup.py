@@ -188,8 +188,8 @@ def imbalance(path: Path, ep: int) -> float:
     """Rows of the busiest of `ep` ranks over the mean, averaged over the layers of a load trace: JSON with a list of
     tokens per expert for every layer (or an object of such lists)."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        layers = list(found.values()) if isinstance(found, dict) else found
+        trace = json.loads(path.read_text(encoding="utf-8"))
+        layers = list(trace.values()) if isinstance(trace, dict) else trace
         loads = np.array(layers, dtype=float)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the load trace {path}: {error}") from None
