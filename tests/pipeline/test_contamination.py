@@ -7,7 +7,7 @@ import pytest
 
 from bessemer import tasks
 from bessemer.eval import contamination
-from bessemer.eval.contamination import Search, identity
+from bessemer.eval.contamination import ContaminationSearch, identity
 from bessemer.tasks import Problem
 from bessemer.tasks.ngrams import words
 
@@ -24,8 +24,8 @@ def heldout(name, count, **settings):
 
 
 def found(problems, *shown, stage="corpus"):
-    search = Search(problems)
-    search.stage(stage, shown, 10**9)
+    search = ContaminationSearch(problems)
+    search.add_stage(stage, shown, 10**9)
     return search.result()
 
 
@@ -96,10 +96,10 @@ def test_words_agree_with_a_naive_search():
         own = [run for run in runs if len(grams[tuple(run.split())]) == 1 or size < contamination.N]
         if size >= contamination.SHORTEST and any(run in text for run in own for text in texts):
             expected.add(problem.id)
-    search = Search(problems)
-    search.stage("corpus", texts, 10**9)
+    search = ContaminationSearch(problems)
+    search.add_stage("corpus", texts, 10**9)
     search.result()
-    assert set(search._found) == expected and 5 < len(expected) < 40
+    assert set(search._matches) == expected and 5 < len(expected) < 40
 
 
 def test_a_templated_question_must_be_whole():
@@ -152,13 +152,13 @@ def test_identity_ignores_how_a_problem_is_asked():
 
 
 def test_what_is_left_out_is_said():
-    search = Search([FOX])
-    search.stage("sft", ["one two three"] * 5 + [FOX.prompt], most_words=7)
-    search.stage("zero", [FOX.prompt], most_words=7)
+    search = ContaminationSearch([FOX])
+    search.add_stage("sft", ["one two three"] * 5 + [FOX.prompt], most_words=7)
+    search.add_stage("zero", [FOX.prompt], most_words=7)
     result = search.result()
     assert result["searched"]["sft"] == {"texts": 3, "words": 9, "texts_left_out": 3}
     assert result["hit"] == 1 and result["worst"]["stage"] == "zero"
-    told = contamination.line(result)
+    told = contamination.summary(result)
     assert "1 of 1 held-out problems" in told and "3 texts were not searched" in told and "gsm8k/test/0 in zero" in told
 
 
@@ -168,9 +168,9 @@ def test_a_million_words_take_seconds():
     pages = [task.document(i, 3) for i in range(1500)]
     size = sum(len(words(page)) for page in pages)
     began = time.perf_counter()
-    search = Search(problems)
+    search = ContaminationSearch(problems)
     while size * search._seen["corpus"]["texts"] / len(pages) < 1e6:
-        search.stage("corpus", pages, 10**9)
+        search.add_stage("corpus", pages, 10**9)
     result = search.result()
     assert result["hit"] == 0 and result["searched"]["corpus"]["words"] >= 1e6
     print(time.perf_counter() - began)

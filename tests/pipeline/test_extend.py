@@ -199,7 +199,7 @@ def test_the_first_buckets_of_the_loss_are_those_of_a_plain_forward(base):
 def test_needles_are_counted_from_what_the_model_writes(base):
     """With an engine that always writes what stood first in the text, the needle at depth 0 is found and no other."""
     from bessemer.engine.engine import Engine
-    from bessemer.eval import long_context, long_context_table
+    from bessemer.eval import long_context, tables
     from bessemer.train import setup
 
     model, tokenizer = setup.load_model(out_of(base, "to-256") / "model")
@@ -214,10 +214,11 @@ def test_needles_are_counted_from_what_the_model_writes(base):
             words = [prompt.partition(" says ")[2].partition(".")[0] for prompt in prompts]
             return [[replace(answer, text=f" {word}")] for word, (answer,) in zip(words, answers, strict=True)]
 
-    cells = long_context.find_needles(First(model, tokenizer), task, long_context.Grid([250], [0.0, 1.0], 3, 3), 250)
+    grid = long_context.NeedleGrid([250], [0.0, 1.0], 3, 3)
+    cells = long_context.find_needles(First(model, tokenizer), task, grid, 250)
     assert [(cell["depth"], cell["correct"], cell["n"]) for cell in cells] == [(0.0, 3, 3), (1.0, 0, 3)]
     assert all(200 < n <= 250 - long_context.ANSWER - 1 for n in asked)
-    whole = long_context_table.overall(cells)
+    whole = tables.needles_found(cells)
     assert whole["share"] == 0.5 and 0.1 < whole["low"] < 0.5 < whole["high"] < 0.9
 
 

@@ -11,7 +11,7 @@ import fake_run
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.report import card, charts, curves, facts, page, standings
+from bessemer.report import card, charts, curves, facts, page
 
 
 class Page(html.parser.HTMLParser):

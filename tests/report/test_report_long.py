@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bessemer.eval import long_context_table
+from bessemer.eval import tables
 from bessemer.report import card
 
 RECIPE = """name = "long"
@@ -39,7 +39,7 @@ def root(tmp_path):
     (tmp_path / "recipe.toml").write_text(RECIPE)
     folder = tmp_path / "01-longeval"
     folder.mkdir()
-    (folder / long_context_table.FILE).write_text(json.dumps(long_context_table.table(found, 0.1)))
+    (folder / tables.LONG_FILE).write_text(json.dumps(tables.long_table(found, 0.1)))
     (folder / "done.json").write_text(json.dumps({"seconds": 3.0, "summary": {}}))
     return tmp_path
 
@@ -75,12 +75,12 @@ def test_a_terminal_gets_the_figures(root):
 
 
 def test_a_share_of_none_or_all_has_an_interval():
-    none, all_ = long_context_table.overall(cells(0.0, 0.0)), long_context_table.overall(cells(1.0, 1.0))
+    none, all_ = tables.needles_found(cells(0.0, 0.0)), tables.needles_found(cells(1.0, 1.0))
     assert (none["share"], none["low"], all_["share"], all_["high"]) == (0.0, 0.0, 1.0, 1.0)
     assert 0.05 < none["high"] < 0.1 and 0.9 < all_["low"] < 0.95  # 40 problems: about 1 - 0.05^(1/40)
 
 
 def test_a_run_without_one_has_no_such_section(root):
-    (root / "01-longeval" / long_context_table.FILE).unlink()
+    (root / "01-longeval" / tables.LONG_FILE).unlink()
     html = card.write(root).read_text(encoding="utf-8")
     assert '<section id="long">' not in html and "long context (no long.json in a stage)" in html

@@ -9,7 +9,8 @@ import fake_run
 import pytest
 from test_card import Page
 
-from bessemer.report import card, controls, facts, stagetable, standings, stories
+from bessemer.eval import tables
+from bessemer.report import card, controls, facts, stagetable, stories
 from bessemer.report.facts import read
 
 MAIN = ["pretrain", "zero", "dev1", "dev2", "dev3", "r1", "student", "alone"]
@@ -94,7 +95,7 @@ def test_the_head_names_models_from_elsewhere(root):
 
 
 def test_what_is_not_there_is_left_out():
-    (table,) = standings.standings([row("a", mean_length=10.0), row("b"), row("b", "u", readable=0.4)])
+    (table,) = tables.stage_tables([row("a", mean_length=10.0), row("b"), row("b", "u", readable=0.4)])
     assert table.models == ("a", "b")
     cells = {line.label: line.cells for _, lines in table.accuracy for line in lines}
     assert cells["u en"][0] is None and cells["t en"][0].value == 0.5
@@ -103,19 +104,19 @@ def test_what_is_not_there_is_left_out():
     assert readable.cells[0] is None and readable.cells[1].value == 0.4  # asked of one task, by one model
     assert length.cells[0].value == 10.0 and length.cells[1] is None
     assert "–" in stagetable.html(facts.RunFacts(None, {}, "", [], [], 0.0), [row("a"), row("b", "u")])
-    assert standings.standings([{"model": "a", "pass_at_1": None}, {"model": "b"}]) == []
+    assert tables.stage_tables([{"model": "a", "pass_at_1": None}, {"model": "b"}]) == []
 
 
 def test_means_are_of_tasks_that_all_were_asked():
     rows = [row("a", maj_at_k=0.2), row("a", "u", maj_at_k=0.4), row("b", maj_at_k=0.9)]
-    (table,) = standings.standings(rows)
+    (table,) = tables.stage_tables(rows)
     (cons,) = table.overall
     assert cons.label == "cons@4" and cons.cells[0].value == pytest.approx(0.3) and cons.cells[1] is None
 
 
 def test_difficulties_and_ways_of_sampling():
     levels = {"1": {"n": 20, "pass_at_1": 0.9}, "10": {"n": 30, "pass_at_1": 0.2}}
-    tables = standings.standings([row("a", by_difficulty=levels), row("a", temperature=0.6, top_p=0.95)])
+    tables = tables.stage_tables([row("a", by_difficulty=levels), row("a", temperature=0.6, top_p=0.95)])
     assert [table.sampling for table in tables] == ["8 samples each", "8 samples each at temperature 0.6, top-p 0.95"]
     ((title, lines),) = tables[0].details
     assert title == "pass@1 by difficulty"
@@ -123,7 +124,7 @@ def test_difficulties_and_ways_of_sampling():
 
 
 def test_the_last_evaluation_counts(root):
-    (table,) = standings.standings([row("a"), row("b"), row("a", pass_at_1=0.75)])
+    (table,) = tables.stage_tables([row("a"), row("b"), row("a", pass_at_1=0.75)])
     assert [cell.value for cell in table.accuracy[0][1][0].cells] == [0.75, 0.5]
 
 

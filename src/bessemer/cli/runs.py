@@ -156,9 +156,7 @@ def evaluate(
         return
     from rich.console import Console
 
-    from bessemer.eval.results import table
-
-    Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
+    Console(width=None if sys.stdout.isatty() else 200).print(evaluation.table(rows))
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

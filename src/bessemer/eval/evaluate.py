@@ -1,10 +1,13 @@
-"""`bessemer eval`: any model directory on any tasks, ours and lm-eval's, as rows of `results`."""
+"""`bessemer eval`: a model directory on our tasks and on those of lm-eval, as evaluation rows (`scoring`), and the
+table for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from bessemer import tasks
 from bessemer.data.chat import question_ids
@@ -26,8 +29,8 @@ def evaluate(
     max_new_tokens: int = 200,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """A row for each of our tasks, over all its languages; a task with fewer held-out problems gives all it has."""
-    chosen = [tasks.get(name) for name in names]  # before loading: a misspelt name should not cost a minute
+    """A row for each of our tasks, over all its languages; with all held-out problems of a task that has fewer."""
+    chosen = [tasks.get(name) for name in names]  # first, so that a misspelt name fails before the model is loaded
     engine = _engine(model_dir)
 
     def encode(problem: tasks.Problem) -> list[int]:
@@ -46,7 +49,7 @@ def evaluate(
 def evaluate_lm_eval(
     model_dir: Path, *, names: Sequence[str], include: Path | None = None, limit: int | None = None, chat: bool = False
 ) -> list[dict[str, Any]]:
-    """A row for each lm-eval task; see `harness.evaluate`."""
+    """A row for each lm-eval task; see `lm_eval_model.evaluate`."""
     try:
         from bessemer.eval import lm_eval_model
     except ModuleNotFoundError as error:
@@ -62,3 +65,32 @@ def evaluate_lm_eval(
 def _engine(model_dir: Path) -> Engine:
     speed.keep_memory()
     return Engine(*setup.load_model(model_dir), setup.workers())
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The models of a task in consecutive rows, in the order in which tasks, temperatures and models first appear."""
+    ks = {row["k"] for row in rows}
+    k = "k" if len(ks) > 1 else str(*ks)
+    grid = Table(title="held-out problems", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    of_k = [f"pass@{k}", f"maj@{k}"] if ks != {1} else []
+    for column in ("domain", "task", "T", "model", "n", "pass@1", "95 % interval", *of_k, "readable", "tokens"):
+        grid.add_column(column, justify="left" if column in ("domain", "task", "model") else "right")
+    keys = ("domain", "task", "language", "temperature", "model")
+    orders = {key: list(dict.fromkeys(row[key] for row in rows)) for key in keys}
+    for row in sorted(rows, key=lambda row: [orders[key].index(row[key]) for key in keys]):
+        name = f"{row['task']} {row['language']}".strip()
+        rates = [_percent(row[key]) for key in ("pass_at_k", "maj_at_k")] if of_k else []
+        grid.add_row(
+            row["domain"], name, f"{row['temperature']:g}", row["model"], str(row["n"]), _percent(row["pass_at_1"]),
+            _between(row["pass_at_1_interval"]), *rates, _percent(row.get("readable")),
+            f"{row['mean_length']:.0f}" if "mean_length" in row else "-",
+        )  # fmt: skip
+    return grid
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _between(interval: list[float] | None) -> str:
+    return "-" if interval is None else f"{100 * interval[0]:.1f} - {100 * interval[1]:.1f}"

@@ -7,9 +7,9 @@ What is scored
 - A context begins with BOS, as every document in training did (HFLM with add_bos_token=True). An empty context is BOS.
 - Context and continuation are one text: blanks that end the context belong to the continuation, and the ids of the
   whole are split where the context's ids end. Where a token reaches across that border there is no such place; then
-  both are encoded apart, as prompt and completion are in the Engine.
-- What is longer than max_seq_len loses ids on the left, and is counted in `truncated`.
-- Greedy means: every id of the continuation is the likeliest of the whole vocabulary.
+  both are encoded separately, as prompt and completion are in the Engine.
+- Requests longer than max_seq_len lose ids on the left, and are counted in `truncated`.
+- A continuation is greedy if each of its ids is the likeliest of the whole vocabulary.
 
 Shapes: B rows, T tokens (padded on the right), M scored positions, D hidden, V vocabulary.
 """
@@ -37,31 +37,31 @@ from bessemer.train.loss import chunk_rows
 BATCH_TOKENS = 16384
 """Padded tokens per forward."""
 MAX_GEN_TOKENS = 256
-"""New tokens where a task names no number, as in lm-eval's own models; at most half of max_seq_len."""
+"""New tokens for tasks that set no limit, as in lm-eval's own models; at most half of max_seq_len."""
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What tasks call the number of new tokens; the first that is there counts, as in lm-eval."""
+"""Keys that tasks use for the number of new tokens; the first one present counts, as in lm-eval."""
 ACCURACIES = ("exact_match", "acc")
-"""Metrics that are an accuracy, the first of which a task has becoming its pass_at_1."""
+"""Metrics that are an accuracy; the first one that a task has becomes its pass_at_1."""
 
 
 class _Scored(NamedTuple):
-    """Ids to be scored given those before them."""
+    """The ids of a continuation to score, and of its context."""
 
     context: list[int]
     continuation: list[int]
 
 
 class BessemerLM(LM):
-    """One of our models, as lm-eval asks it."""
+    """One of our models behind lm-eval's interface."""
 
     def __init__(self, engine: Engine, batch_tokens: int = BATCH_TOKENS) -> None:
         super().__init__()
         self.engine, self.batch_tokens = engine, batch_tokens
         self.truncated = 0
-        """Requests whose context was cut on the left."""
+        """Requests whose context was truncated on the left."""
         self._rendered: dict[str, list[int]] = {}
-        """Ids of the conversations that `apply_chat_template` made: their text alone cannot tell a control token from
-        a question that spells one."""
+        """Ids of the conversations that `apply_chat_template` rendered: in their text, a control token cannot be
+        distinguished from a question that spells one."""
 
     @property
     def max_length(self) -> int:
@@ -91,10 +91,9 @@ class BessemerLM(LM):
         counts = []
         for request in requests:
             ids = self.engine.tokenizer.encode(request.args[0])
-            windows = get_rolling_token_windows(ids, self.engine.tokenizer.bos_id, self.max_length, 1)
-            found = [_Scored(*make_disjoint_window(window)) for window in windows]
-            pieces += found
-            counts.append(len(found))
+            windows = list(get_rolling_token_windows(ids, self.engine.tokenizer.bos_id, self.max_length, 1))
+            pieces += [_Scored(*make_disjoint_window(window)) for window in windows]
+            counts.append(len(windows))
         scores = iter(self._score(pieces))
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
@@ -137,20 +136,20 @@ class BessemerLM(LM):
         return ids[-room:]
 
     def _sampling(self, settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """How the Engine is to generate, and the tokens it leaves for a prompt."""
-        asked = dict(settings)
-        lengths = [asked.pop(name) for name in LENGTHS if name in asked]
-        until, temperature = asked.pop("until", None) or [], asked.pop("temperature", None)
-        sampled = asked.pop("do_sample", bool(temperature))
+        """The Engine's sampling options, and the tokens they leave for a prompt."""
+        left = dict(settings)
+        lengths = [left.pop(name) for name in LENGTHS if name in left]
+        until, temperature = left.pop("until", None) or [], left.pop("temperature", None)
+        sampled = left.pop("do_sample", bool(temperature))
         sampling: dict[str, Any] = {
             "max_new_tokens": int(lengths[0]) if lengths else min(MAX_GEN_TOKENS, self.max_length // 2),
             "temperature": float(1.0 if temperature is None else temperature) if sampled else 0.0,
             "stop_strings": [until] if isinstance(until, str) else list(until),
         }
-        sampling |= {name: asked.pop(name) for name in ("top_p", "top_k", "min_p") if name in asked}
-        if asked:
+        sampling |= {name: left.pop(name) for name in ("top_p", "top_k", "min_p") if name in left}
+        if left:
             raise UserError(
-                f"generation_kwargs has {', '.join(asked)}, which the engine does not have; known: until, "
+                f"generation_kwargs has {', '.join(left)}, which the engine does not have; known: until, "
                 "max_gen_toks, do_sample, temperature, top_p, top_k, min_p"
             )
         room = self.max_length - sampling["max_new_tokens"]
@@ -162,7 +161,7 @@ class BessemerLM(LM):
         return sampling, room
 
     def _score(self, pieces: list[_Scored]) -> list[tuple[float, bool]]:
-        rows: list[tuple[list[int], int]] = []  # input ids, how many of the ids after the first are scored
+        rows: list[tuple[list[int], int]] = []  # (ids, how many of them are scored, counted from the end)
         for context, continuation in pieces:
             if len(continuation) > self.max_length:
                 raise UserError(
@@ -174,8 +173,8 @@ class BessemerLM(LM):
         batches = list(_batches(order, rows, self.batch_tokens))
         results: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         scored = self.engine.workers.map(self._score_batch, ([rows[i] for i in batch] for batch in batches))
-        for batch, found in zip(batches, scored, strict=True):
-            for i, result in zip(batch, found, strict=True):
+        for batch, scores in zip(batches, scored, strict=True):
+            for i, result in zip(batch, scores, strict=True):
                 results[i] = result
         return results
 
@@ -183,7 +182,7 @@ class BessemerLM(LM):
         model = self.engine.model
         device = model.embed.weight.device
         width = max(len(ids) for ids, _ in rows) - 1
-        tokens_BT = torch.zeros(len(rows), width, dtype=torch.int64)  # causality hides what stands to the right
+        tokens_BT = torch.zeros(len(rows), width, dtype=torch.int64)  # padding on the right is hidden by causality
         places, targets = [], []
         for i, (ids, scored) in enumerate(rows):
             tokens_BT[i, : len(ids) - 1] = torch.tensor(ids[:-1])
@@ -208,7 +207,7 @@ class BessemerLM(LM):
 
 
 def _batches(order: list[int], rows: list[tuple[list[int], int]], tokens: int) -> Iterator[list[int]]:
-    """Rows of like length, longest first, at most `tokens` padded tokens together (at least one row)."""
+    """Rows of similar length, longest first, with at most `tokens` padded tokens in a batch (at least one row)."""
     start = 0
     while start < len(order):
         stop = start + max(1, tokens // len(rows[order[start]][0]))
@@ -219,16 +218,14 @@ def _batches(order: list[int], rows: list[tuple[list[int], int]], tokens: int) -
 def evaluate(
     engine: Callable[[], Engine], names: Sequence[str], *, include: Path | None, limit: int | None, chat: bool
 ) -> list[dict[str, Any]]:
-    """A row of `results` for every task that `names` (tasks, groups, tags) stand for.
-
-    include   folder with tasks of your own; limit   questions per task, at most; chat   ask in the model's template
-    """
+    """An evaluation row (`scoring`) for every task that `names` (tasks, groups, tags) stand for. `include`: folder with
+    tasks of your own; `limit`: most questions per task; `chat`: ask in the model's template."""
     manager = _manager(names, include)
     lm = BessemerLM(engine())
     if chat and lm.engine.tokenizer.chat_style is None:
         raise UserError("the model carries none of our chat templates; leave --chat out")
     try:
-        found = simple_evaluate(
+        results = simple_evaluate(
             lm, tasks=list(names), task_manager=manager, limit=limit, apply_chat_template=chat, log_samples=False,
             bootstrap_iters=1000,
         )  # fmt: skip
@@ -237,11 +234,13 @@ def evaluate(
             f"the data of {', '.join(names)} cannot be read ({str(error).splitlines()[0]}). Built-in tasks download "
             "theirs; without a network write a task whose dataset_path is json and whose data_files are local"
         ) from error
-    return [_row(name, values, found, lm) for name, values in found["results"].items() if name in found["configs"]]
+    return [
+        _row(name, values, results, lm) for name, values in results["results"].items() if name in results["configs"]
+    ]
 
 
 def _manager(names: Sequence[str], include: Path | None) -> TaskManager:
-    """The tasks of `include` alone where they suffice: reading lm-eval's own thousands takes seconds."""
+    """The tasks of `include` alone if they suffice: reading the thousands of lm-eval takes seconds."""
     if include is not None and not include.is_dir():
         raise UserError(f"there is no folder {include}; --include is the folder of your task YAML files")
     if include is not None:
@@ -257,8 +256,8 @@ def _manager(names: Sequence[str], include: Path | None) -> TaskManager:
     return manager
 
 
-def _row(name: str, values: dict[str, Any], found: dict[str, Any], lm: BessemerLM) -> dict[str, Any]:
-    """lm-eval's "metric,filter" keys as a row; an interval is the mean and 1.96 standard errors to either side."""
+def _row(name: str, values: dict[str, Any], results: dict[str, Any], lm: BessemerLM) -> dict[str, Any]:
+    """lm-eval's "metric,filter" keys as a row; an interval is the mean plus and minus 1.96 standard errors."""
     metrics = {
         key.removesuffix(",none"): {"value": float(value), "stderr": _number(values.get(key.replace(",", "_stderr,")))}
         for key, value in values.items()
@@ -270,12 +269,12 @@ def _row(name: str, values: dict[str, Any], found: dict[str, Any], lm: BessemerL
         value, stderr = metrics[metric]["value"], metrics[metric]["stderr"]
         if stderr is not None:
             interval = [max(0.0, value - 1.96 * stderr), min(1.0, value + 1.96 * stderr)]
-    config = found["configs"][name]
+    config = results["configs"][name]
     return {
         "task": name,
         "domain": "lm-eval",
         "language": "",
-        "n": found["n-samples"][name]["effective"],
+        "n": results["n-samples"][name]["effective"],
         "samples": 1,
         "k": 1,
         "temperature": float((config.get("generation_kwargs") or {}).get("temperature", 0.0)),
@@ -285,11 +284,11 @@ def _row(name: str, values: dict[str, Any], found: dict[str, Any], lm: BessemerL
         "by_difficulty": {},
         "metric": metric,
         "metrics": metrics,
-        "shots": found["n-shot"].get(name, 0),
+        "shots": results["n-shot"].get(name, 0),
         "contexts_cut": lm.truncated,
     }
 
 
-def _number(value: Any) -> float | None:
-    """lm-eval writes "N/A" where it has no standard error."""
+def _number(value: object) -> float | None:
+    """None for lm-eval's "N/A", where it has no standard error."""
     return float(value) if isinstance(value, int | float) else None

@@ -1,8 +1,11 @@
-"""What a model makes of a long context: needles found by length and depth, and loss by position in the row.
+"""Long-context evaluation: needles found by length and depth (V3 4.3, Figure 8), and loss by position in the row.
 
-The needle's problems are those of `tasks.needle` with test keys in held-out text; the text is continued greedily and
-counts when the word is exact. The loss is of held-out rows: one that uses its context falls with the position, one that
-cannot tell far positions apart rises beyond the length it was trained at.
+Needle problems are those of `tasks.needle` with test keys in held-out text; the model continues the text greedily, and
+the word must be exact. The loss is that of held-out rows: with a model that uses its context it falls with the
+position; with one that cannot distinguish distant positions it rises beyond the training length.
+
+The text comes from a real source. Documents are held out by the rule of the corpus (`data.encoded.is_heldout`), so that
+a corpus and an evaluation with the same source and share agree on every document.
 """
 
 from __future__ import annotations
@@ -10,54 +13,60 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from bessemer.data import sources
+from bessemer.data.encoded import is_heldout
 from bessemer.data.rows import Rows
 from bessemer.engine.engine import Engine
+from bessemer.errors import UserError
 from bessemer.model.mode import evaluating
 from bessemer.tasks.needle import Needle
 from bessemer.train import loss
 
+NEEDLE = "needle:"
+"""Prefix of the task's name in a recipe: needle:SOURCE."""
 ANSWER = 8
-"""Tokens of an answer: a word and a full stop."""
+"""Most tokens of an answer: a word and a full stop."""
 FIRST_BUCKET = 64
-"""Positions of the first bucket of the loss; every next one ends at twice the position."""
+"""End of the first bucket of positions; every next bucket ends at twice the position."""
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The needle's heat map."""
+class NeedleGrid:
+    """Axes of the needle's heat map."""
 
     lengths: Sequence[int]
-    """Tokens of prompt and answer together."""
+    """Tokens of prompt and answer."""
     depths: Sequence[float]
-    """Share of the text before the needle."""
+    """Shares of the text that lie before the needle."""
     problems: int
-    """Of every length and depth."""
+    """Problems per length and depth."""
     needles: int
-    """In every problem; one is asked for."""
+    """Needles in every problem, of which one is asked for."""
 
 
-def find_needles(engine: Engine, task: Needle, grid: Grid, length: int) -> list[dict[str, Any]]:
+def find_needles(engine: Engine, task: Needle, grid: NeedleGrid, length: int) -> list[dict[str, Any]]:
     """One row of the heat map, a cell per depth: {length, depth, n, correct, share}."""
     tokenizer = engine.tokenizer
-    size = length - ANSWER - 1  # and what begins a document
+    size = length - ANSWER - 1  # 1: the token that begins a document
 
     def measure(text: str) -> int:
         return len(tokenizer.encode(text))
 
-    asked = [
+    problems = [
         (depth, task.hidden("test", index, size, depth, grid.needles, measure=measure))
         for depth in grid.depths
         for index in range(grid.problems)
     ]
-    prompts = [problem.prompt for _, problem in asked]
-    rows = max(1, min(16, 16384 // length))  # what is taken in together is a part of a batch; both grow with it
+    prompts = [problem.prompt for _, problem in problems]
+    rows = max(1, min(16, 16384 // length))
     answers = engine.generate(prompts, max_new_tokens=ANSWER, temperature=0.0, stop_strings=["."], batch_rows=rows)
     right = dict.fromkeys(grid.depths, 0)
-    for (depth, problem), (answer,) in zip(asked, answers, strict=True):
+    for (depth, problem), (answer,) in zip(problems, answers, strict=True):
         right[depth] += task.verify(problem, answer.text).correct
     return [
         {"length": length, "depth": depth, "n": grid.problems, "correct": right[depth],
@@ -67,7 +76,7 @@ def find_needles(engine: Engine, task: Needle, grid: Grid, length: int) -> list[
 
 
 def loss_by_position(model: Any, rows: Rows, n_rows: int) -> list[dict[str, Any]]:
-    """Of the first `n_rows` rows, bucket by bucket: {first, end, nats, bits_per_byte, n}; `nats` per token."""
+    """Loss of the first `n_rows` rows by bucket: {first, end, n, nats, bits_per_byte}, `nats` per token."""
     n_rows = min(n_rows, rows.n_rows)
     nats_T, count_T = torch.zeros(rows.row_length), torch.zeros(rows.row_length)
     with evaluating(model):
@@ -75,18 +84,33 @@ def loss_by_position(model: Any, rows: Rows, n_rows: int) -> list[dict[str, Any]
             nats, weight = loss.nats_by_position(model, rows.batch([row]))
             nats_T += nats
             count_T += weight
-    found = []
+    losses = []
     for first, end in buckets(rows.row_length):
         n = float(count_T[first:end].sum())
         mean = float(nats_T[first:end].sum()) / n if n else float("nan")
-        found.append({"first": first, "end": end, "n": int(n), "nats": mean,
+        losses.append({"first": first, "end": end, "n": int(n), "nats": mean,
                       "bits_per_byte": mean / math.log(2) / rows.bytes_per_token})  # fmt: skip
-    return found
+    return losses
 
 
 def buckets(length: int) -> Iterator[tuple[int, int]]:
-    """(first position, end) of each: 1 to 64, 64 to 128, 128 to 256 and so on."""
+    """(first position, end) of every bucket: 1 to 64, 64 to 128, 128 to 256 and so on."""
     first, end = 1, FIRST_BUCKET
     while first < length:
         yield first, min(end, length)
         first, end = end, 2 * end
+
+
+def needle(source: str, share: float, cache: Path | None, **settings: Any) -> Needle:
+    """The needle task in the text of `source`, with a `share` of its documents held out; `settings` as for `Needle`.
+    UserError if a split is left without documents."""
+    texts: dict[str, list[str]] = {"train": [], "test": []}
+    for document in sources.documents(source, cache):
+        texts["test" if is_heldout(document.text, share) else "train"].append(document.text)
+    for split, owned in texts.items():
+        if not owned:
+            raise UserError(
+                f'no document of "{source}" is in the {split} split at heldout = {share:g}; give a larger source, or '
+                "another heldout"
+            )
+    return Needle(texts, **settings)

@@ -1,4 +1,29 @@
-"""Scoring a model on a task's held-out problems: pass@1 as a mean over samples, pass@k, maj@k (R1 3, G.9)."""
+"""Scoring a model on a task's held-out problems: pass@1 as a mean over samples, pass@k, maj@k (R1 3).
+
+The rows are in `results.json`; keys are only ever added.
+
+    {"rows": [...], "contamination": {...}}       the stage `eval`; the second is `ContaminationSearch.result`
+    {"model": directory, "rows": [...]}           `bessemer eval --json`
+
+A row is one model on one task at one way of sampling:
+    model                  name of the stage; from the command line the directory
+    task, domain           name of the task, and what it is counted under (`tasks.base.DOMAINS`; "lm-eval" there)
+    language               "en", "zh", or "en+zh" where both are asked
+    n, samples, k          problems; answers to each; k of pass@k and maj@k
+    temperature, top_p     how answers were sampled
+    pass_at_1              mean over problems and samples
+    pass_at_k, maj_at_k    unbiased (Chen et al. 2021); maj@k is the paper's cons@k, see `tasks/metrics.py`
+    *_interval             [low, high] of each of the three: 95 % bootstrap over problems
+    by_difficulty          {difficulty: {n, pass_at_1}}; {} where the task states none
+    mean_length            tokens per answer
+    formatted, truncated   shares of answers in the required form; that ran into the length cap
+    readable, unreadable   share a person can read, and {reason: answers} of the rest (`tasks/readability.py`)
+    language_consistency   mean share of the thoughts' words in the language of the question
+    reasons                {verdict: answers}
+A row of an lm-eval task has, instead of mean_length and what follows it, `metric` (what its pass_at_1 is; null, as
+the rates are, where the task has no accuracy), `metrics` {name: {value, stderr}}, `shots`, and `contexts_cut` (requests
+of the call that lost ids on the left). Its samples and k are 1, its intervals 1.96 standard errors to either side.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +37,8 @@ from bessemer.tasks import verdict_metrics as metrics
 from bessemer.tasks.base import Problem, Task, stable_hash
 from bessemer.tasks.readability import READABLE, consistency, readable
 from bessemer.train.setup import batch_rows
+
+FIGURES = ("pass_at_1", "pass_at_k", "maj_at_k")
 
 
 def evaluate(
@@ -27,7 +54,7 @@ def evaluate(
     seed: int = 0,
     k: int | None = None,
 ) -> dict[str, Any]:
-    """One row of results over problems 0..problems-1 of the test split; `results` says what its keys are."""
+    """One evaluation row over problems 0..problems-1 of the test split."""
     k = samples if k is None else k
     if not 1 <= k <= samples:
         raise UserError(f"k is {k}: choose between 1 and the {samples} samples per problem")
@@ -37,14 +64,14 @@ def evaluate(
         [encode(problem) for problem in chosen], samples=samples, seeds=seeds, temperature=temperature, top_p=top_p,
         max_new_tokens=max_new_tokens, batch_rows=batch_rows(problems * samples),
     )  # fmt: skip
-    begun = engine.tokenizer.opening
-    answers = [[begun + completion.text for completion in group] for group in groups]
+    opening = engine.tokenizer.opening
+    answers = [[opening + completion.text for completion in group] for group in groups]
     verdicts = [[task.verify(problem, text) for text in group] for problem, group in zip(chosen, answers, strict=True)]
     score = metrics.score(verdicts, k, seed)
     completions = [completion for group in groups for completion in group]
-    written = [(text, problem.language) for problem, group in zip(chosen, answers, strict=True) for text in group]
-    consistent = [consistency(text, language) for text, language in written]
-    readings = Counter(readable(text, language).reason for text, language in written)
+    texts = [(text, problem.language) for problem, group in zip(chosen, answers, strict=True) for text in group]
+    consistent = [consistency(text, language) for text, language in texts]
+    readings = Counter(readable(text, language).reason for text, language in texts)
     return {
         "task": task.name,
         "domain": task.domain,
@@ -72,7 +99,7 @@ def evaluate(
 
 
 def heldout(task: Task, problems: int) -> list[Problem]:
-    """Problems 0..problems-1 of the test split, those that every evaluation of the task asks."""
+    """Problems 0..problems-1 of the test split: those of every evaluation of the task."""
     size = task.size("test")
     if size is not None and problems > size:
         raise UserError(f"{problems} problems asked for, {task.name} has {size} held-out ones; take at most {size}")

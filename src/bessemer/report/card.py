@@ -13,10 +13,10 @@ from typing import Any
 from bessemer import __version__
 from bessemer.config.units import show_seconds, show_tokens
 from bessemer.eval import contamination
+from bessemer.eval.tables import by_sampling
 from bessemer.report import controls, curves, formats, learning, longcontext, page, stagetable, stories
 from bessemer.report.charts import short
 from bessemer.report.facts import RunFacts, StageFacts, read
-from bessemer.report.standings import compared
 from bessemer.runs.files import explained, write_atomic
 
 
@@ -155,7 +155,7 @@ def _summary(stage: StageFacts) -> str:
 
 def _headline(facts: RunFacts) -> list[list[dict[str, Any]]]:
     """At most two comparisons of the same task under the first way of sampling: its rows, model by model."""
-    tables = list(compared(controls.main_line(facts)).values())
+    tables = list(by_sampling(controls.main_line(facts)).values())
     return [list(rows.values()) for rows in tables[0].values()][:2] if tables else []
 
 
@@ -180,7 +180,7 @@ def _last_taught(facts: RunFacts, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _stages(facts: RunFacts) -> str:
     tables = stagetable.html(facts, controls.main_line(facts))
-    searched = [contamination.line(stage.contamination) for stage in facts.stages if stage.contamination]
+    searched = [contamination.summary(stage.contamination) for stage in facts.stages if stage.contamination]
     return tables + "".join(f'<p class="missing">{page.text(words)}.</p>' for words in searched) if tables else ""
 
 

@@ -9,10 +9,10 @@ Whatever a control gains too was not learnt from the task. A control that fits s
 
 from dataclasses import dataclass
 
+from bessemer.eval.tables import Row
 from bessemer.report import curves, page, stagetable
 from bessemer.report.facts import RunFacts, StageFacts
 from bessemer.report.panels import COMPARED, NAMES
-from bessemer.report.standings import Row
 
 _WORDS = {"random": "paid by a coin", "format": "paid for the form alone"}
 _SAME_TOKENS = "SFT on the same tokens"

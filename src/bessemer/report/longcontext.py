@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bessemer.eval.long_context_table import FILE, lost
+from bessemer.eval.tables import LONG_FILE, short_loss
 from bessemer.report import charts, page
 from bessemer.report.facts import RunFacts, StageFacts
 from bessemer.runs.record import read_json
@@ -26,13 +26,14 @@ def text(facts: RunFacts) -> str:
             found = {row["length"]: f"{100 * row['share']:.1f} %" for row in rows}
             lines.append(f"{model:<32}" + "".join(f"{found.get(length, ''):>10}" for length in lengths))
         lines += [
-            f"{model:<32}{value:+10.4f} bits per byte on short rows" for model, value in list(lost(table).items())[1:]
+            f"{model:<32}{value:+10.4f} bits per byte on short rows"
+            for model, value in list(short_loss(table).items())[1:]
         ]
     return "\n".join(lines)
 
 
 def _tables(facts: RunFacts) -> list[tuple[StageFacts, dict[str, Any]]]:
-    found = ((stage, read_json(stage.folder / FILE)) for stage in facts.stages if stage.kind == "longeval")
+    found = ((stage, read_json(stage.folder / LONG_FILE)) for stage in facts.stages if stage.kind == "longeval")
     return [(stage, table) for stage, table in found if table is not None]
 
 
@@ -85,7 +86,7 @@ def _short(table: dict[str, Any]) -> str:
     if not table["short"]:
         return ""
     parts = list(_by_part(table["short"]))
-    more = lost(table)
+    more = short_loss(table)
     rows = []
     for model, found in _by_model(table["short"]).items():
         by_part = {row["part"]: row["bpb"] for row in found}

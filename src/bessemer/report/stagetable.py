@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 
+from bessemer.eval.tables import Row, Score, StageTable, TableRow, stage_tables
 from bessemer.report import page
 from bessemer.report.facts import RunFacts
-from bessemer.report.standings import Cell, Line, Row, Standings, standings
 
 
 def html(facts: RunFacts, rows: Sequence[Row]) -> str:
     """Every table of `rows`; "" when there is none."""
     kinds = {stage.name: stage.kind for stage in facts.stages}
-    return "\n".join(_html(table, kinds) for table in standings(rows))
+    return "\n".join(_html(table, kinds) for table in stage_tables(rows))
 
 
-def _html(table: Standings, kinds: dict[str, str]) -> str:
+def _html(table: StageTable, kinds: dict[str, str]) -> str:
     heads = [
         f"{page.text(model)}<small>{page.text(kinds[model]) if kinds.get(model, model) != model else '&nbsp;'}</small>"
         for model in table.models
@@ -29,7 +29,7 @@ def _html(table: Standings, kinds: dict[str, str]) -> str:
     return shown
 
 
-def _table(heads: Sequence[str], groups: Sequence[tuple[str, Sequence[Line]]]) -> str:
+def _table(heads: Sequence[str], groups: Sequence[tuple[str, Sequence[TableRow]]]) -> str:
     body = []
     for title, lines in groups:
         if lines:
@@ -44,7 +44,7 @@ def _table(heads: Sequence[str], groups: Sequence[tuple[str, Sequence[Line]]]) -
     return f'<div class="scroll"><table class="stages">{inner}</table></div>'
 
 
-def _cell(line: Line, place: int) -> str:
+def _cell(line: TableRow, place: int) -> str:
     """The figure, the best of its line marked; a bar with its interval where there is one."""
     cell = line.cells[place]
     if cell is None:
@@ -61,16 +61,16 @@ def _cell(line: Line, place: int) -> str:
     return f"{shown}{between}{page.meter(cell.value, cell.interval, strong=best)}"
 
 
-def _figure(line: Line, cell: Cell) -> str:
+def _figure(line: TableRow, cell: Score) -> str:
     return f"{100 * cell.value:.1f}" if line.measure.share else f"{cell.value:.0f}"
 
 
 def text(rows: Sequence[Row]) -> str:
     """The tables for a terminal, without the details; "" when there is none."""
-    return "\n\n".join(_text(table) for table in standings(rows))
+    return "\n\n".join(_text(table) for table in stage_tables(rows))
 
 
-def _text(table: Standings) -> str:
+def _text(table: StageTable) -> str:
     grid: list[list[str]] = []
     for domain, lines in table.accuracy:
         for line in lines:
@@ -93,7 +93,7 @@ def _text(table: Standings) -> str:
     return "\n".join(shown)
 
 
-def _between(cell: Cell | None) -> str:
+def _between(cell: Score | None) -> str:
     if cell is None or cell.interval is None:
         return ""
     return f"{100 * cell.interval[0]:.0f}-{100 * cell.interval[1]:.0f}"

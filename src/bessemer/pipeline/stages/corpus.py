@@ -20,7 +20,7 @@ from bessemer.data.document import Document
 from bessemer.data.fetch import sha256_of
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.eval.haystack import NEEDLE, needle
+from bessemer.eval.long_context import NEEDLE, needle
 from bessemer.pipeline.stage import Stage, register
 from bessemer.runs.context import StageContext
 from bessemer.tasks.needle import Needle

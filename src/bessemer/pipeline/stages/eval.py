@@ -1,5 +1,5 @@
 """Stage "eval": models of earlier stages on held-out problems, side by side, and a search for those problems in what
-the models were trained on. Output: results.json, whose keys `eval/results.py` explains.
+the models were trained on. Output: results.json, whose keys `eval/scoring.py` explains.
 
 A finished row, and the finished search, survive a kill: the stage goes on with the next.
 """
@@ -13,7 +13,7 @@ from bessemer.config.evaluation import EvalConfig
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.eval import contamination, results, scoring
+from bessemer.eval import contamination, scoring
 from bessemer.pipeline import lineage
 from bessemer.pipeline.stage import Stage, register
 from bessemer.runs.context import StageContext
@@ -69,23 +69,23 @@ class Eval(Stage):
             rows.append({"model": model, **row})
             write_atomic(path, json.dumps(rows))
             tag = f"eval/{model}/{task.name}/{row['language']}/T{temperature:g}"
-            ctx.metrics.write(len(rows), 0, {f"{tag}/{key}": row[key] for key in (*results.FIGURES, "readable")})
+            ctx.metrics.write(len(rows), 0, {f"{tag}/{key}": row[key] for key in (*scoring.FIGURES, "readable")})
             ctx.progress.advance(1, f"{model} {task.name} {row['language']}: pass@1 {row['pass_at_1']:.3f}")
             if ctx.stop:
                 ctx.interrupt()
         write_atomic(ctx.dir / "results.json", json.dumps({"rows": rows, "contamination": found}, indent=1))
-        ctx.say(contamination.line(found))
+        ctx.say(contamination.summary(found))
         return {"rows": len(rows), "contaminated": found["hit"]}
 
     def _contamination(self, settings: EvalConfig, ctx: StageContext) -> dict[str, Any]:
         path = ctx.state / "contamination.json"
         if path.exists():
             return json.loads(path.read_text())
-        search = contamination.Search(
+        search = contamination.ContaminationSearch(
             [problem for task in _tasks(settings) for problem in scoring.heldout(task, settings.problems)]
         )
         for stage, shown in lineage.shown(ctx.recipe, settings.models, ctx.dir.parent, ctx.cache):
-            search.stage(stage, shown, settings.searched_words)
+            search.add_stage(stage, shown, settings.searched_words)
             if ctx.stop:
                 ctx.interrupt()
         found = search.result()

@@ -16,7 +16,7 @@ from bessemer.config.evaluation import LongEvalConfig
 from bessemer.data.rows import open_rows
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.eval import haystack, long_context, long_context_table
+from bessemer.eval import long_context, tables
 from bessemer.hf import hub
 from bessemer.pipeline.stage import Stage, register
 from bessemer.runs.context import StageContext
@@ -78,8 +78,8 @@ class LongEval(Stage):
             ctx.progress.advance(1, f"{key}: {_figure(found[key]):.3f}")
             if ctx.stop:
                 ctx.interrupt()
-        table = long_context_table.table(found, settings.short_bound)
-        write_atomic(ctx.dir / long_context_table.FILE, json.dumps(table, indent=1))
+        table = tables.long_table(found, settings.short_bound)
+        write_atomic(ctx.dir / tables.LONG_FILE, json.dumps(table, indent=1))
         _say(settings, ctx, table)
         last = settings.models[-1]
         return {f"found at {row['length']}": round(row["share"], 3) for row in table["needle"] if row["model"] == last}
@@ -100,8 +100,8 @@ class LongEval(Stage):
         task = None
         if settings.haystack:
             share = ctx.recipe.stage(settings.corpus).heldout
-            task = haystack.needle(settings.haystack, share, ctx.cache)
-        grid = long_context.Grid(settings.lengths, settings.depths, settings.problems, settings.needles)
+            task = long_context.needle(settings.haystack, share, ctx.cache)
+        grid = long_context.NeedleGrid(settings.lengths, settings.depths, settings.problems, settings.needles)
         entries = [(model, added) for model in settings.models
                    for added in ((OWN, SWITCHED) if model in settings.switched else (OWN,))]  # fmt: skip
         for model, added in entries:
@@ -135,7 +135,7 @@ def _figure(found: Any) -> float:
     """One number of what was measured: the share found, or bits per byte of the last bucket."""
     if isinstance(found, float):
         return found
-    return long_context_table.overall(found)["share"] if "correct" in found[0] else found[-1]["bits_per_byte"]
+    return tables.needles_found(found)["share"] if "correct" in found[0] else found[-1]["bits_per_byte"]
 
 
 def _say(settings: LongEvalConfig, ctx: StageContext, table: dict[str, Any]) -> None:
@@ -144,7 +144,7 @@ def _say(settings: LongEvalConfig, ctx: StageContext, table: dict[str, Any]) -> 
             f"{row['model']}: {100 * row['share']:.1f} % of {row['n']:.0f} needles in {row['length']} tokens "
             f"({100 * row['low']:.0f} to {100 * row['high']:.0f})"
         )
-    for model, value in long_context_table.lost(table).items():
+    for model, value in tables.short_loss(table).items():
         if model in settings.models[1:]:
             over = f", beyond the bound of {settings.short_bound:g}" if value > settings.short_bound else ""
             ctx.say(f"{model}: {value:+.4f} bits per byte on short rows{over}")

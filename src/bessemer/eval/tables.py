@@ -1,0 +1,219 @@
+"""Evaluations as tables of figures: models side by side, from results.json and long.json.
+
+Stage table (R1-Nature, Table 2), from evaluation rows (`scoring` lists their keys). Rows with the same sampling
+settings (samples, k, temperature, top_p) are comparable and make one `StageTable`; of two rows of a model, the last
+counts. Nothing is interpolated: a measure that no row has is left out. The only figure computed here is the plain mean
+over the tasks of a table, for models that were evaluated on all of them.
+
+Long contexts, from `long.json`:
+
+    needle      model, length, n, share with its 95 % interval (low, high), and cells: depth, n, correct, share
+    positions   model, part (the source), and buckets: first, end, n, nats per token, bits_per_byte
+    short       model, part, bpb: held-out bits per byte of short rows
+    short_bound bits per byte that a model may lose on short rows
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+LONG_FILE = "long.json"
+_SAMPLING = ("samples", "k", "temperature", "top_p")
+_TASK = ("domain", "task", "language")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of an evaluation row."""
+
+    key: str
+    name: str
+    share: bool = True
+    """A share between 0 and 1, shown in percent; otherwise a plain number."""
+    higher_is_better: bool = True
+    """Whether the best value of a row is marked."""
+
+
+MEASURES = (
+    Measure("pass_at_1", "pass@1"),
+    Measure("pass_at_k", "pass@{k}"),
+    Measure("maj_at_k", "cons@{k}"),
+    Measure("readable", "readable"),
+    Measure("language_consistency", "language consistency"),
+    Measure("formatted", "well-formed"),
+    Measure("truncated", "cut off", higher_is_better=False),
+    Measure("mean_length", "tokens per answer", share=False, higher_is_better=False),
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    value: float
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A measure of every model; `cells` are in the order of the models, None where a model was not evaluated."""
+
+    label: str
+    measure: Measure
+    cells: tuple[Score | None, ...]
+
+    @property
+    def best(self) -> float | None:
+        """The best value; None if no value is best."""
+        values = [cell.value for cell in self.cells if cell is not None]
+        return max(values) if self.measure.higher_is_better and len(set(values)) > 1 else None
+
+
+@dataclass(frozen=True)
+class StageTable:
+    """Models across, measures down."""
+
+    models: tuple[str, ...]
+    problems: str
+    """Problems per task."""
+    sampling: str
+    accuracy: tuple[tuple[str, tuple[TableRow, ...]], ...]
+    """pass@1 of every task, by domain ("" for rows without one)."""
+    overall: tuple[TableRow, ...]
+    """Every other measure, as a mean over the tasks."""
+    details: tuple[tuple[str, tuple[TableRow, ...]], ...]
+    """With several tasks, the same measures task by task; pass@1 by difficulty where tasks have one."""
+
+
+def by_sampling(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[tuple[str, ...], dict[str, Row]]]:
+    """Sampling settings -> (domain, task, language) -> model -> its last row."""
+    groups: dict[tuple[Any, ...], dict[tuple[str, ...], dict[str, Row]]] = {}
+    for row in rows:
+        if _number(row.get("pass_at_1")) is not None:
+            sampling = tuple(str(row.get(part, "")) for part in _SAMPLING)
+            task = tuple(str(row.get(part, "")) for part in _TASK)
+            groups.setdefault(sampling, {}).setdefault(task, {})[str(row.get("model", ""))] = row
+    return groups
+
+
+def stage_tables(rows: Sequence[Row]) -> list[StageTable]:
+    """One table per sampling settings, in the order of the rows; models in the order of their first evaluation."""
+    return [_stage_table(by_task) for by_task in by_sampling(rows).values()]
+
+
+def _stage_table(by_task: dict[tuple[str, ...], dict[str, Row]]) -> StageTable:
+    models = tuple(dict.fromkeys(model for row in by_task.values() for model in row))
+    some = next(iter(next(iter(by_task.values())).values()))
+    k = some.get("k", some.get("samples", "k"))
+    measures = [
+        replace(measure, name=measure.name.format(k=k))
+        for measure in MEASURES
+        if any(_number(row.get(measure.key)) is not None for rows in by_task.values() for row in rows.values())
+    ]
+    domains: dict[str, list[TableRow]] = {}
+    for task, row in by_task.items():
+        domains.setdefault(task[0], []).append(_table_row(_name(task), measures[0], models, row))
+    overall = tuple(_mean(measure, models, list(by_task.values())) for measure in measures[1:])
+    details = []
+    if len(by_task) > 1:
+        for measure in measures[1:]:
+            lines = [_table_row(_name(task), measure, models, row) for task, row in by_task.items()]
+            details.append((measure.name, tuple(lines)))
+    if levels := _levels(by_task, measures[0], models):
+        details.append((f"{measures[0].name} by difficulty", levels))
+    counts = sorted({str(row["n"]) for rows in by_task.values() for row in rows.values() if "n" in row})
+    return StageTable(
+        models=models, problems=" or ".join(counts) or "?", sampling=_sampling(some),
+        accuracy=tuple((domain, tuple(lines)) for domain, lines in domains.items()), overall=overall,
+        details=tuple(details),
+    )  # fmt: skip
+
+
+def _sampling(row: Row) -> str:
+    temperature = _number(row.get("temperature"))
+    words = f"{row.get('samples', 1)} samples each"
+    words += "" if temperature is None else f" at temperature {temperature:g}"
+    top_p = _number(row.get("top_p"))
+    return words if top_p is None or top_p == 1 else f"{words}, top-p {top_p:g}"
+
+
+def _table_row(label: str, measure: Measure, models: Sequence[str], rows: dict[str, Row]) -> TableRow:
+    def cell(model: str) -> Score | None:
+        value = _number(rows.get(model, {}).get(measure.key))
+        return None if value is None else Score(value, _interval(rows[model].get(f"{measure.key}_interval")))
+
+    return TableRow(label, measure, tuple(cell(model) for model in models))
+
+
+def _levels(
+    by_task: dict[tuple[str, ...], dict[str, Row]], measure: Measure, models: Sequence[str]
+) -> tuple[TableRow, ...]:
+    """pass@1 of every difficulty of every task, in the order of the rows: easiest first."""
+    lines = []
+    for task, rows in by_task.items():
+        levels = {
+            model: row["by_difficulty"] for model, row in rows.items() if isinstance(row.get("by_difficulty"), dict)
+        }
+        for level in dict.fromkeys(level for by_level in levels.values() for level in by_level):
+            at = {model: by_level[level] for model, by_level in levels.items() if isinstance(by_level.get(level), dict)}
+            lines.append(_table_row(f"{_name(task)}, {level}", measure, models, at))
+    return tuple(lines)
+
+
+def _name(task: tuple[str, ...]) -> str:
+    return " ".join(filter(None, task[1:]))
+
+
+def _mean(measure: Measure, models: Sequence[str], tasks: Sequence[dict[str, Row]]) -> TableRow:
+    """The mean over tasks; None for a model that lacks a value which another model has."""
+    measured = [rows for rows in tasks if any(_number(row.get(measure.key)) is not None for row in rows.values())]
+
+    def cell(model: str) -> Score | None:
+        values = [_number(rows.get(model, {}).get(measure.key)) for rows in measured]
+        known = [value for value in values if value is not None]
+        return Score(sum(known) / len(known)) if len(known) == len(values) else None
+
+    return TableRow(measure.name, measure, tuple(cell(model) for model in models))
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _interval(value: object) -> tuple[float, float] | None:
+    if isinstance(value, list) and len(value) == 2 and all(_number(end) is not None for end in value):
+        return float(value[0]), float(value[1])
+    return None
+
+
+def long_table(measured: dict[str, Any], short_bound: float) -> dict[str, Any]:
+    """The content of `long.json`. `measured`: values by the key "needle/MODEL/LENGTH", "positions/MODEL/SOURCE" or
+    "short/MODEL/SOURCE"."""
+    rows: dict[str, Any] = {"needle": [], "positions": [], "short": [], "short_bound": short_bound}
+    for key, value in measured.items():
+        kind, model, last = key.split("/", 2)
+        if kind == "needle":
+            rows[kind].append({"model": model, "length": int(last), **needles_found(value), "cells": value})
+        else:
+            rows[kind].append({"model": model, "part": last, "buckets" if kind == "positions" else "bpb": value})
+    return rows
+
+
+def short_loss(table: dict[str, Any]) -> dict[str, float]:
+    """Model -> its bits per byte on short rows minus those of the first model, as means over the sources."""
+    by_model: dict[str, list[float]] = {}
+    for row in table["short"]:
+        by_model.setdefault(row["model"], []).append(row["bpb"])
+    means = {model: sum(values) / len(values) for model, values in by_model.items()}
+    first = next(iter(means.values()), 0.0)
+    return {model: value - first for model, value in means.items()}
+
+
+def needles_found(cells: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """{n, share, low, high} over cells of a heat map, with Wilson's 95 % interval, which is not empty at shares of 0
+    and 1."""
+    n, correct = sum(cell["n"] for cell in cells), sum(cell["correct"] for cell in cells)
+    share, z = correct / n, 1.96
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return {"n": n, "share": share, "low": max(0.0, middle - half), "high": min(1.0, middle + half)}
