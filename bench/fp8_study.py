@@ -15,7 +15,7 @@ from pathlib import Path
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
-from bessemer.report import card, formats
+from bessemer.report import card, comparisons
 from bessemer.report.facts import read
 
 COLOURS = ("#1f6fb4", "#6b6b6b", "#c8641b", "#2e8b57", "#8e44ad")
@@ -27,29 +27,29 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--svg", type=Path)
     args = parser.parse_args()
-    pairs = formats.pairs(read(args.run))
+    gaps = comparisons.format_gaps(read(args.run))
     print(card.table(args.run))
     if args.json:
         curves = [
-            {"format": pair.label, "seed": pair.seed, "tokens": pair.tokens[::5], "heldout_percent": pair.heldout,
-             "gap_percent": [round(value, 4) for value in pair.gap[::5]]}
-            for pair in pairs
+            {"format": one.label, "seed": one.seed, "tokens": one.tokens[::5], "heldout_percent": one.heldout,
+             "gap_percent": [round(value, 4) for value in one.gap[::5]]}
+            for one in gaps
         ]  # fmt: skip
         args.json.write_text(json.dumps({"every": "5th step", "curves": curves}, indent=None) + "\n")
     if args.svg:
-        draw(pairs, args.svg)
+        draw(gaps, args.svg)
 
 
-def draw(pairs: list[formats.Pair], path: Path) -> None:
-    labels = list(dict.fromkeys(pair.label for pair in pairs))
+def draw(gaps: list[comparisons.FormatGap], path: Path) -> None:
+    labels = list(dict.fromkeys(one.label for one in gaps))
     rcParams["svg.fonttype"] = "none"
     figure = Figure(figsize=(10, 2.6), layout="constrained")
     panels = figure.subplots(1, len(labels), sharey=True)
     for axes, label, colour in zip(panels, labels, COLOURS, strict=False):
-        for pair in pairs:
-            if pair.label == label:
-                axes.plot([tokens / 1e6 for tokens in pair.tokens[::2]], pair.gap[::2], color=colour, linewidth=1.1)
-        for bound in (-formats.AIM, formats.AIM):
+        for one in gaps:
+            if one.label == label:
+                axes.plot([tokens / 1e6 for tokens in one.tokens[::2]], one.gap[::2], color=colour, linewidth=1.1)
+        for bound in (-comparisons.BOUND, comparisons.BOUND):
             axes.axhline(bound, color="#999999", linewidth=0.7, linestyle="--")
         axes.set_title(label, fontsize=9)
         axes.set_xlabel("million tokens", fontsize=8)

@@ -11,7 +11,7 @@ import fake_run
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.report import card, charts, curves, facts, page
+from bessemer.report import card, charts, facts, page, panels
 
 
 class Page(html.parser.HTMLParser):
@@ -171,8 +171,8 @@ def test_results_in_all_spellings_and_what_may_be_compared(tmp_path):
     ):
         (tmp_path / f"0{number}-e{number}").mkdir()
         (tmp_path / f"0{number}-e{number}" / "results.json").write_text(json.dumps(found))
-    found = standings.compared(facts.read(tmp_path).evaluations)
-    assert [list(rows) for tables in found.values() for rows in tables.values()] == [["a", "before", "c"], ["after"]]
+    found = tables.by_sampling(facts.read(tmp_path).evaluations)
+    assert [list(rows) for tasks in found.values() for rows in tasks.values()] == [["a", "before", "c"], ["after"]]
     (tmp_path / "01-e1" / "results.json").write_text("{")
     with pytest.raises(UserError, match=r"results.json is not valid JSON"):
         facts.read(tmp_path)
@@ -217,7 +217,7 @@ def test_layers_are_in_order_and_nan_is_skipped(tmp_path):
     names = [f"moe/max_vio/{layer}" for layer in ("mtp0", "10", "2", "1")]
     lines = [{"stage": "p", "step": s, "tokens": s, "values": {n: 0.5 if s else None for n in names}} for s in range(3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    shown = curves.curves(facts.read(tmp_path))
+    shown = panels.training(facts.read(tmp_path))
     assert re.findall(r"layer \d+|MTP \d+", shown) == ["layer 1", "layer 2", "layer 10", "MTP 1"]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bessemer.report import card, formats
+from bessemer.report import card, comparisons
 from bessemer.report.facts import RunFacts, Series, StageFacts
 
 SETTINGS = {"kind": "pretrain", "from": "corpus", "tokens": 1000, "lr": [["0", 1.0]], "fp8": "off",
@@ -29,14 +29,14 @@ def curve(shift, n=40):
 
 def test_the_gap_is_that_of_smoothed_losses():
     base, other = curve(0.01), curve(0.02)
-    (pair,) = formats.pairs(run(stage("a", base, 1.0), stage("b", other, 1.01, fp8="paper")))
+    (one,) = comparisons.format_gaps(run(stage("a", base, 1.0), stage("b", other, 1.01, fp8="paper")))
     e, f, wanted = base[0], other[0], [100 * (other[0] - base[0]) / base[0]]
     for x, y in zip(base[1:], other[1:], strict=True):
         e, f = 0.9 * e + 0.1 * x, 0.9 * f + 0.1 * y
         wanted.append(100 * (f - e) / e)
-    assert pair.gap == pytest.approx(wanted) and pair.tokens == [10 * n for n in range(1, 41)]
-    assert pair.heldout == pytest.approx(1.0) and pair.label == "FP8, paper"
-    assert pair.settled == [abs(value) for value in pair.gap[4:]]
+    assert one.gap == pytest.approx(wanted) and one.tokens == [10 * n for n in range(1, 41)]
+    assert one.heldout == pytest.approx(1.0) and one.label == "FP8, paper"
+    assert one.settled == [abs(value) for value in one.gap[4:]]
 
 
 def test_only_stages_that_share_all_else_are_compared():
@@ -45,10 +45,10 @@ def test_only_stages_that_share_all_else_are_compared():
         stage("plain", curve(0.1), precision="float32"), stage("other-rate", curve(0.3), lr=[["0", 2.0]], fp8="paper"),
         stage("two", curve(0.0), seed=2), stage("fp8-2", curve(0.2), seed=2, fp8="paper"),
     ]  # fmt: skip
-    found = {(pair.label, pair.seed) for pair in formats.pairs(run(*stages))}
+    found = {(one.label, one.seed) for one in comparisons.format_gaps(run(*stages))}
     assert found == {("FP8, paper", 1), ("float32", 1), ("FP8, paper", 2)}
-    assert formats.pairs(run(stages[0], stages[3])) == [] and formats.text(run(stages[0])) == ""
-    assert formats.html(run(stages[0], stages[4])) == ""
+    assert comparisons.format_gaps(run(stages[0], stages[3])) == [] and comparisons.formats_text(run(stages[0])) == ""
+    assert comparisons.formats_html(run(stages[0], stages[4])) == ""
 
 
 def test_the_table_and_the_page():
@@ -56,7 +56,7 @@ def test_the_table_and_the_page():
         stage("a", curve(0.0), 1.0), stage("b", curve(0.1), 1.02, fp8="block-gradients"),
         stage("c", curve(0.0), 1.0, seed=2), stage("d", curve(0.2), 1.00, seed=2, fp8="block-gradients"),
     )  # fmt: skip
-    lines = formats.text(facts).splitlines()
+    lines = comparisons.formats_text(facts).splitlines()
     assert "BF16 of the same seed" in lines[0] and len({len(line) for line in lines[1:]}) == 1
     label, seeds, mean, largest, end, heldout = lines[2].rsplit(None, 5)
     assert (label.strip(), seeds, heldout) == ("FP8, block gradients", "2", "+1.000")

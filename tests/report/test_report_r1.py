@@ -10,7 +10,7 @@ import pytest
 from test_card import Page
 
 from bessemer.eval import tables
-from bessemer.report import card, controls, facts, stagetable, stories
+from bessemer.report import card, comparisons, facts, transcripts
 from bessemer.report.facts import read
 
 MAIN = ["pretrain", "zero", "dev1", "dev2", "dev3", "r1", "student", "alone"]
@@ -68,11 +68,11 @@ def test_the_stage_table_on_a_terminal(root):
     assert lines[2].startswith("search: countdown en, pass@1 %") and lines[2].split()[-3:] == ["74.0", "49.0", "31.0"]
     assert lines[3].split()[-3:] == ["68-80", "43-55", "25-37"]
     assert len({len(line) for line in lines[1:]}) == 1  # columns stand under their names
-    assert stagetable.text([]) == ""
-    told, _, heads, *_ = beside.split("\n")
+    assert comparisons.stage_table_text([]) == ""
+    title, _, heads, *_ = beside.split("\n")
     assert (
-        told
-        == "controls of zero: coin is paid by a coin, form is paid for the form alone, copied is SFT on the same tokens"
+        title
+        == "controls of zero (coin: random reward, form: reward for the format alone, copied: SFT on the same tokens)"
     )
     assert heads.split() == ["pretrain", "zero", "coin", "form", "copied"]
 
@@ -83,8 +83,8 @@ def test_a_control_stands_beside_one_stage_only(root):
     zero = next(stage for stage in found.stages if stage.name == "zero")
     twin = replace(zero, name="zero-language")
     found.stages.insert(found.stages.index(zero) + 1, twin)
-    (trial,) = controls.trials(found)
-    assert trial.main.name == "zero" and [stage.name for stage, _ in trial.arms] == ["coin", "form", "copied"]
+    (group,) = comparisons.control_groups(found)
+    assert group.main.name == "zero" and [stage.name for stage, _ in group.controls] == ["coin", "form", "copied"]
 
 
 def test_the_head_names_models_from_elsewhere(root):
@@ -103,7 +103,7 @@ def test_what_is_not_there_is_left_out():
     readable, length = table.overall
     assert readable.cells[0] is None and readable.cells[1].value == 0.4  # asked of one task, by one model
     assert length.cells[0].value == 10.0 and length.cells[1] is None
-    assert "–" in stagetable.html(facts.RunFacts(None, {}, "", [], [], 0.0), [row("a"), row("b", "u")])
+    assert "–" in comparisons.stage_table_html(facts.RunFacts(None, {}, "", [], [], 0.0), [row("a"), row("b", "u")])
     assert tables.stage_tables([{"model": "a", "pass_at_1": None}, {"model": "b"}]) == []
 
 
@@ -116,9 +116,9 @@ def test_means_are_of_tasks_that_all_were_asked():
 
 def test_difficulties_and_ways_of_sampling():
     levels = {"1": {"n": 20, "pass_at_1": 0.9}, "10": {"n": 30, "pass_at_1": 0.2}}
-    tables = tables.stage_tables([row("a", by_difficulty=levels), row("a", temperature=0.6, top_p=0.95)])
-    assert [table.sampling for table in tables] == ["8 samples each", "8 samples each at temperature 0.6, top-p 0.95"]
-    ((title, lines),) = tables[0].details
+    found = tables.stage_tables([row("a", by_difficulty=levels), row("a", temperature=0.6, top_p=0.95)])
+    assert [table.sampling for table in found] == ["8 samples each", "8 samples each at temperature 0.6, top-p 0.95"]
+    ((title, lines),) = found[0].details
     assert title == "pass@1 by difficulty"
     assert [(line.label, line.cells[0].value) for line in lines] == [("t en, 1", 0.9), ("t en, 10", 0.2)]
 
@@ -177,10 +177,12 @@ def test_an_alarm_that_is_over_says_so(tmp_path):
 
 def test_controls_beside_the_main_run(root, text):
     run = read(root)
-    assert controls.arm_names(run) == {"coin", "form", "copied"}
-    ((main, arms),) = [(trial.main.name, [words for _, words in trial.arms]) for trial in controls.trials(run)]
+    assert comparisons.control_names(run) == {"coin", "form", "copied"}
+    ((main, differences),) = [
+        (group.main.name, [words for _, words in group.controls]) for group in comparisons.control_groups(run)
+    ]
     assert main == "zero"
-    assert arms == ["paid by a coin", "paid for the form alone", "SFT on the same tokens"]
+    assert differences == ["random reward", "reward for the format alone", "SFT on the same tokens"]
     shown = section(text, "controls")
     assert re.findall(r'<th scope="col">([a-z0-9]+)<small>', shown)[:5] == [
         "pretrain",
@@ -191,7 +193,7 @@ def test_controls_beside_the_main_run(root, text):
     ]
     charts = [words(chart) for chart in re.findall(r"<figure.*?</figure>", shown, re.DOTALL)]
     assert len(charts) == 6
-    for chart in charts:  # one pair of axes for all arms that have the metric
+    for chart in charts:  # one pair of axes for all stages that have the metric
         assert "zero" in chart and "coin" in chart and "form" in chart
     assert len({clip for clip in re.findall(r'<clipPath id="([^"]+)"', text)}) == text.count("<clipPath id=")
 
@@ -214,8 +216,8 @@ def test_long_runs_leave_small_rollouts(tmp_path):
         for step in range(200) for p in range(8) for _ in range(2)
     ]  # fmt: skip
     (run / "04-zero" / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    shown = stories.rollouts(read(run))
+    shown = transcripts.rollouts(read(run))
     assert len(shown) < 400_000 and 'data-step="0"' in shown and 'data-step="199"' in shown
     short = [line | {"completion": "x"} for line in lines]
     (run / "04-zero" / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in short))
-    assert stories.rollouts(read(run)).count('class="when"') == 8 * 24
+    assert transcripts.rollouts(read(run)).count('class="when"') == 8 * 24

@@ -12,7 +12,7 @@ A row is one model on one task at one way of sampling:
     n, samples, k          problems; answers to each; k of pass@k and maj@k
     temperature, top_p     how answers were sampled
     pass_at_1              mean over problems and samples
-    pass_at_k, maj_at_k    unbiased (Chen et al. 2021); maj@k is the paper's cons@k, see `tasks/metrics.py`
+    pass_at_k, maj_at_k    unbiased (Chen et al. 2021); maj@k is the paper's cons@k, see `tasks/verdict_metrics.py`
     *_interval             [low, high] of each of the three: 95 % bootstrap over problems
     by_difficulty          {difficulty: {n, pass_at_1}}; {} where the task states none
     mean_length            tokens per answer

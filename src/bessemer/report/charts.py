@@ -1,11 +1,12 @@
-"""Curves and heat maps as inline SVG: drawn by matplotlib, coloured by the page.
+"""Chart panels: curves and heat maps as inline SVG, drawn by matplotlib and coloured by the page.
 
-Colours in the drawing are stand-ins that become CSS variables, so one SVG serves light and dark; text stays text and
-takes the page's font. Charts carry no titles and no names: those are HTML beside them, where escaping is in one place.
+Colours in a drawing are placeholders that become CSS variables, so that one SVG serves light and dark themes; text
+stays text in the page's font. Titles, units and legends are HTML (`page.chart`), so that escaping is in one place.
 """
 
 import io
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib import rc_context
@@ -14,19 +15,47 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-SERIES = 6  # hues; more lines than that are drawn in a ramp of one
-_STAND_INS = {"ink": "#010201", "muted": "#010202", "line": "#010203"}
-_STAND_INS |= {f"s{number}": f"#0103{number:02x}" for number in range(1, SERIES + 1)}
-_STAND_INS |= {f"r{number}": f"#0104{number:02x}" for number in range(1, SERIES + 1)}
+from bessemer.report import page
+
+SERIES = 6  # hues; more lines than that get shades of one hue
+_PLACEHOLDERS = {"ink": "#010201", "muted": "#010202", "line": "#010203"}
+_PLACEHOLDERS |= {f"s{number}": f"#0103{number:02x}" for number in range(1, SERIES + 1)}
+_PLACEHOLDERS |= {f"r{number}": f"#0104{number:02x}" for number in range(1, SERIES + 1)}
 _MOST_POINTS = 240  # per line: more than the chart has pixels to show
-_SMOOTH_FROM = 60  # points from which a noisy line is drawn faint, with its smoothed self on top
-# idle - even - overloaded; the middle is a grey that stands on white and on black
-_FOUND_COLOURS = LinearSegmentedColormap.from_list("found", ["#e2885c", "#e6dfc8", "#6fb58a"])
+_SMOOTH_FROM = 60  # points from which a line is drawn faint, with its smoothed form on top
+# idle, even, overloaded; the middle is a grey that is visible on white and on black
+_SHARE_COLOURS = LinearSegmentedColormap.from_list("share", ["#e2885c", "#e6dfc8", "#6fb58a"])
 _LOAD_COLOURS = LinearSegmentedColormap.from_list("load", ["#2a6fb0", "#b9bab6", "#d4641c"])
 
 
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart."""
+
+    label: str
+    """"": the only line of a chart, with its first and last values in the chart's heading instead of a legend."""
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def panel(
+    title: str, unit: str, curves: Sequence[Curve], salt: str, *, ordered: bool = False, floor: float | None = None,
+    ceiling: float | None = None, log: bool = False, names: Sequence[str] = (),
+) -> page.Html:  # fmt: skip
+    """A chart panel of `curves`, with their last values in the legend. `ordered`: shades of one hue; the rest as for
+    `lines`."""
+    hues = colours(len(curves), ordered)
+    drawn = [(curve.x, curve.y, hue) for curve, hue in zip(curves, hues, strict=True)]
+    svg = lines(drawn, salt, floor, ceiling, log, names)
+    if not curves[0].label:
+        return page.chart(title, unit, svg, last=_first_to_last(curves[0].y))
+    return page.chart(
+        title, unit, svg, [(hue, curve.label, short(curve.y[-1])) for curve, hue in zip(curves, hues, strict=True)]
+    )
+
+
 def colours(count: int, ordered: bool) -> list[str]:
-    """CSS variable names for `count` lines: distinct hues, or a ramp for things with an order such as layers."""
+    """CSS variable names for `count` lines: distinct hues, or shades of one for ordered things such as layers."""
     if not ordered and count <= SERIES:
         return [f"s{number}" for number in range(1, count + 1)]
     return [f"r{1 + round(place * (SERIES - 1) / max(1, count - 1))}" for place in range(count)]
@@ -36,17 +65,17 @@ def lines(
     curves: Sequence[tuple[Sequence[float], Sequence[float], str]], salt: str, floor: float | None = None,
     ceiling: float | None = None, log: bool = False, names: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """SVG of curves (x, y, colour name). `salt` keeps the ids of several SVGs on one page apart. `names`: what stands
-    at x = 0, 1, 2 and so on, in the place of numbers."""
+    """SVG of curves (x, y, colour name). `salt` makes the ids of an SVG unique on its page. `names`: labels of
+    x = 0, 1, 2 and so on."""
     with rc_context(_style(salt)):
         figure, axes = _canvas(2.3)
         for x, y, colour in curves:
             x, y = _thin(x, y)
             smooth = _smooth(y)
             if len(y) >= _SMOOTH_FROM:
-                axes.plot(x, y, color=_STAND_INS[colour], linewidth=0.8, alpha=0.28)
+                axes.plot(x, y, color=_PLACEHOLDERS[colour], linewidth=0.8, alpha=0.28)
             mark = "o" if len(y) == 1 else None
-            axes.plot(x, smooth, color=_STAND_INS[colour], linewidth=1.7, marker=mark, markersize=4)
+            axes.plot(x, smooth, color=_PLACEHOLDERS[colour], linewidth=1.7, marker=mark, markersize=4)
         if log and _wide(value for _, y, _ in curves for value in y):
             axes.set_yscale("log")
             axes.minorticks_off()
@@ -55,7 +84,7 @@ def lines(
             low, high = axes.get_ylim()
             axes.set_ylim(low if floor is None else min(floor, low), high if ceiling is None else max(ceiling, high))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        axes.grid(axis="y", color=_STAND_INS["line"], linewidth=0.7)
+        axes.grid(axis="y", color=_PLACEHOLDERS["line"], linewidth=0.7)
         _finish(axes)
         if names:
             axes.set_xticks(range(len(names)), names)
@@ -63,7 +92,7 @@ def lines(
 
 
 def heat(x: Sequence[float], loads: Sequence[Sequence[float]], salt: str) -> str:
-    """SVG of experts (down) over time (across); a load of 1 is an even share, 2 and above the full colour."""
+    """SVG of experts (down) over time (across); 1 is an even share, 2 and above have the full colour."""
     with rc_context(_style(salt)):
         figure, axes = _canvas(1.7)
         step = max(1, len(loads) // _MOST_POINTS)
@@ -85,21 +114,21 @@ def cells(shares: Sequence[Sequence[float]], down: Sequence[str], across: Sequen
     """SVG of shares between 0 and 1, one row of cells for each of `down`, with the percentage in every cell."""
     with rc_context(_style(salt)):
         figure, axes = _canvas(0.7 + 0.24 * len(down))
-        axes.imshow(shares, aspect="auto", cmap=_FOUND_COLOURS, vmin=0.0, vmax=1.0, interpolation="nearest")
+        axes.imshow(shares, aspect="auto", cmap=_SHARE_COLOURS, vmin=0.0, vmax=1.0, interpolation="nearest")
         for row, line in enumerate(shares):
             for column, share in enumerate(line):
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color="#10140f", fontsize=8)
         axes.set_xticks(range(len(across)), across)
         axes.set_yticks(range(len(down)), down)
-        axes.tick_params(colors=_STAND_INS["muted"], length=0, pad=5)
+        axes.tick_params(colors=_PLACEHOLDERS["muted"], length=0, pad=5)
         axes.spines[:].set_visible(False)
         return _svg(figure)
 
 
 def _wide(values: Iterable[float]) -> bool:
     """Whether numbers span enough, and are positive enough, for a logarithmic axis to help."""
-    found = list(values)
-    return min(found) > 0 and max(found) / min(found) > 30
+    values = list(values)
+    return min(values) > 0 and max(values) / min(values) > 30
 
 
 def short(value: float) -> str:
@@ -114,7 +143,7 @@ def short(value: float) -> str:
 
 
 def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Means of equal runs of points, so a long run stays a small file."""
+    """Means of groups of points, so that a long run leaves a small file."""
     size = -(-len(y) // _MOST_POINTS)
     if size == 1:
         return list(x), list(y)
@@ -126,12 +155,19 @@ def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[flo
 
 
 def _smooth(y: list[float]) -> list[float]:
-    """A centred mean over about a thirtieth of the line; short lines are left alone."""
+    """A centred mean over about a thirtieth of the line; short lines are returned unchanged."""
     if len(y) < _SMOOTH_FROM:
         return y
     reach = max(1, len(y) // 60)
     windows = [y[max(0, place - reach) : place + reach + 1] for place in range(len(y))]
     return [sum(window) / len(window) for window in windows]
+
+
+def _first_to_last(y: Sequence[float]) -> str:
+    """Both ends of a line, each as a mean of a few points, so that one noisy step does not set the headline."""
+    few = max(1, min(5, len(y) // 10))
+    first, last = sum(y[:few]) / few, sum(y[-few:]) / few
+    return short(last) if len(y) == 1 else f"{short(first)} → {short(last)}"
 
 
 def _style(salt: str) -> dict[str, Any]:
@@ -149,11 +185,11 @@ def _canvas(height: float) -> tuple[Figure, Axes]:
 def _finish(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    axes.tick_params(colors=_STAND_INS["muted"], length=0, pad=5)
+    axes.tick_params(colors=_PLACEHOLDERS["muted"], length=0, pad=5)
     axes.margins(x=0.01)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
-        spine.set_color(_STAND_INS["line"])
+        spine.set_color(_PLACEHOLDERS["line"])
 
 
 def _svg(figure: Figure) -> str:
@@ -161,6 +197,6 @@ def _svg(figure: Figure) -> str:
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]  # without the XML prologue, whose DOCTYPE names a remote file
-    for name, stand_in in _STAND_INS.items():
-        text = text.replace(stand_in, f"var(--{name})")
+    for name, placeholder in _PLACEHOLDERS.items():
+        text = text.replace(placeholder, f"var(--{name})")
     return text.replace("<svg ", '<svg role="img" aria-hidden="true" ', 1)

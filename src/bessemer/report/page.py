@@ -1,8 +1,9 @@
-"""The report card's HTML: small pieces, each escaping what it is given.
+"""The HTML of a report: a few generic pieces, from which every page is built.
 
-Every piece takes plain text and returns HTML. What a model wrote is hostile: it goes through `text`, which escapes
-markup, shows control characters instead of obeying them, and cuts what is too long. The page carries one script, ours
-(`card.js`), and a policy that forbids loading anything and running any script but the one with its hash.
+Every piece takes plain text, escapes it and returns `Html`, which the other pieces insert as it is. Model output is
+hostile: `text` escapes its markup, shows control characters instead of obeying them, and `block` cuts what is too long.
+The page has one script of our own (`card.js`) and a policy that forbids loading anything and running any script except
+the one with its hash.
 """
 
 import base64
@@ -16,16 +17,27 @@ _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} |
 LONGEST = 4000  # characters of one completion that are shown
 
 
-def text(value: object) -> str:
+class Html(str):
+    """Markup. Pieces escape a plain string and insert this as it is."""
+
+
+def text(value: object) -> Html:
     """Any value as safe HTML text."""
-    return html.escape(str(value).replace("\r\n", "\n").translate(_CONTROLS), quote=True)
+    if isinstance(value, Html):
+        return value
+    return Html(html.escape(str(value).replace("\r\n", "\n").translate(_CONTROLS), quote=True))
 
 
-def block(value: object) -> str:
+def join(*parts: str, by: str = "\n") -> Html:
+    """The parts that are not empty, one after another."""
+    return Html(by.join(text(part) for part in parts if part))
+
+
+def block(value: object) -> Html:
     """Model output: as it is, line by line, cut when too long."""
     whole = str(value)
     cut = f"\n… {len(whole) - LONGEST:,} more characters" if len(whole) > LONGEST else ""
-    return f"<pre>{text(whole[:LONGEST] + cut)}</pre>"
+    return Html(f"<pre>{text(whole[:LONGEST] + cut)}</pre>")
 
 
 def document(title: str, body: str) -> str:
@@ -39,38 +51,75 @@ def document(title: str, body: str) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="color-scheme" content="light dark">\n<title>{text(title)}</title>\n'
-        f"<style>\n{css}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
+        f"<style>\n{css}</style>\n</head>\n<body>\n<main>\n{text(body)}\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 
-def section(anchor: str, title: str, body: str, lead: str = "") -> str:
-    lead = f'<p class="lead">{text(lead)}</p>' if lead else ""
-    return f'<section id="{anchor}">\n<h2>{text(title)}</h2>\n{lead}\n{body}\n</section>'
+def section(anchor: str, title: str, body: str, lead: str = "") -> Html:
+    return Html(
+        f'<section id="{anchor}">\n<h2>{text(title)}</h2>\n{paragraph(lead, "lead") if lead else ""}\n{text(body)}\n'
+        "</section>"
+    )
 
 
-def tile(label: str, value: str, detail: str = "", before: str = "") -> str:
+def heading(title: str, unit: str = "") -> Html:
+    """The heading of a panel or of a group of panels, such as a stage."""
+    unit = Html(f' <span class="unit">{text(unit)}</span>') if unit else ""
+    return Html(f"<h3>{text(title)}{unit}</h3>")
+
+
+def paragraph(body: str, kind: str) -> Html:
+    return Html(f'<p class="{kind}">{text(body)}</p>')
+
+
+def tile(label: str, value: str, detail: str = "", before: str = "") -> Html:
     """A headline figure; with `before` it reads "before -> value"."""
     old = f'<span class="before">{text(before)}</span><span class="arrow">→</span>' if before else ""
-    return (
+    return Html(
         f'<div class="tile"><div class="label">{text(label)}</div><div class="value">{old}{text(value)}</div>'
         f'<div class="detail">{text(detail)}</div></div>'
     )
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int] = (), kind: str = "") -> str:
-    """Rows of cells that are HTML already; `numeric` columns are set to the right."""
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        marks = [' class="n"' if place in numeric else "" for place in range(len(row))]
-        return "".join(f"<{tag}{mark}>{cell}</{tag}>" for mark, cell in zip(marks, row, strict=True))
-
-    head = cells("th", [text(heading) for heading in headings])
-    body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    inner = f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody>"
-    return f'<div class="scroll"><table class="{kind}">{inner}</table></div>'
+def tiles(panels: Iterable[str]) -> Html:
+    return Html(f'<div class="tiles">{"".join(panels)}</div>')
 
 
-def meter(share: float, interval: tuple[float, float] | None, strong: bool) -> str:
+def pill(word: str, on: bool = False) -> Html:
+    return Html(f'<span class="pill {"on" if on else "off"}">{text(word)}</span>')
+
+
+def table(
+    headings: Sequence[str], rows: Iterable[Sequence[str] | str], numeric: Sequence[int] = (), kind: str = "",
+    row_headings: bool = False,
+) -> Html:  # fmt: skip
+    """A table panel. A row that is a string is the heading of the rows below it; `numeric` columns are right-aligned;
+    `row_headings`: the first column names the rows and the others share the width."""
+
+    def cell(name: str, place: int, value: object) -> str:
+        mark = ' class="n"' if place in numeric else ""
+        return f"<{name}{mark}>{text(value)}</{name}>"
+
+    body = []
+    for row in rows:
+        if isinstance(row, str):
+            body.append(f'<tr class="group"><th colspan="{len(headings)}"><span>{text(row)}</span></th></tr>')
+            continue
+        first = [f'<th scope="row">{text(row[0])}</th>'] if row_headings else []
+        cells = first + [cell("td", place, value) for place, value in enumerate(row)][len(first) :]
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    if row_headings:
+        others = len(headings) - 1
+        columns = f'<colgroup><col style="width:22%"><col span="{others}" style="width:{78 / others:.1f}%"></colgroup>'
+        head = "<td></td>" + "".join(f'<th scope="col">{text(value)}</th>' for value in headings[1:])
+    else:
+        columns, head = "", "".join(cell("th", place, value) for place, value in enumerate(headings))
+    body_html = "\n".join(body)
+    inner = f"{columns}<thead><tr>{head}</tr></thead>\n<tbody>{body_html}</tbody>"
+    return Html(f'<div class="scroll"><table class="{kind}">{inner}</table></div>')
+
+
+def meter(share: float, interval: tuple[float, float] | None = None, strong: bool = False) -> Html:
     """A bar from 0 to 1 with its interval as a whisker."""
 
     def percent(value: float) -> str:
@@ -80,23 +129,43 @@ def meter(share: float, interval: tuple[float, float] | None, strong: bool) -> s
     if interval is not None:
         low, high = interval
         whisker = f'<i style="left:{percent(low)};width:{percent(high - low)}"></i>'
-    return f'<div class="meter{" strong" if strong else ""}"><b style="width:{percent(share)}"></b>{whisker}</div>'
+    kind = "meter strong" if strong else "meter"
+    return Html(f'<div class="{kind}"><b style="width:{percent(share)}"></b>{whisker}</div>')
 
 
-def chart(title: str, unit: str, svg: str, legend: Sequence[tuple[str, str, str]] = (), last: str = "") -> str:
-    """A drawing with its names: `legend` holds (colour name, label, last value)."""
+def chart(title: str, unit: str, svg: str, legend: Sequence[tuple[str, str, str]] = (), last: str = "") -> Html:
+    """A chart panel: `legend` holds (colour name, label, last value) of every line."""
     names = "".join(
         f'<li><span style="background:var(--{colour})"></span>{text(label)}<em>{text(value)}</em></li>'
         for colour, label, value in legend
     )
     names = f'<ul class="legend">{names}</ul>' if names else ""
     last = f'<span class="last">{text(last)}</span>' if last else ""
-    return (
+    return Html(
         f'<figure class="chart"><figcaption><span class="title">{text(title)}</span>{last}'
         f'<span class="unit">{text(unit)}</span></figcaption>{svg}{names}</figure>'
     )
 
 
-def fold(summary: str, body: str, opened: bool = False) -> str:
-    """Something to open; `summary` is HTML."""
-    return f"<details{' open' if opened else ''}><summary>{summary}</summary>{body}</details>"
+def charts(panels: Iterable[str]) -> Html:
+    """A grid of chart panels; "" without any."""
+    inner = "".join(panels)
+    return Html(f'<div class="charts">{inner}</div>' if inner else "")
+
+
+def fold(summary: str, body: str, opened: bool = False) -> Html:
+    """A panel that opens with a click."""
+    return Html(f"<details{' open' if opened else ''}><summary>{text(summary)}</summary>{text(body)}</details>")
+
+
+def grid(rows: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal: the first column left-aligned, the others right-aligned."""
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
