@@ -11,6 +11,7 @@ import fake_run
 import pytest
 
 from bessemer.errors import UserError
+from bessemer.eval import tables
 from bessemer.report import card, charts, facts, page, panels
 
 

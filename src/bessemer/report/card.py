@@ -214,7 +214,7 @@ SECTIONS = (
     Section("rollouts", "Rollouts", transcripts.rollouts, "no rollouts.jsonl in a stage",
             "Answers of the model while it learned, at several moments for prompts that the run asked repeatedly."),
     Section("controls", "Controls", comparisons.controls_html, "no stage that differs from another by its reward",
-            "The same start and the same problems with another reward: a control's gains are not learnt from the task."),
+            "The same start and problems with another reward: a control's gains are not learnt from the task."),
     Section("formats", "Number formats", comparisons.formats_html,
             "no two pre-trainings that differ by number format alone"),
     Section("long", "Long context", comparisons.long_html, "no long.json in a stage",
