@@ -171,6 +171,8 @@ def test_usage_mistakes_are_status_2_and_bugs_keep_their_traceback(call, stub, m
 
 
 def test_eval(call, stub, model):
+    from bessemer.eval.evaluate import table
+
     seen = []
 
     def row(name, pass_at_1):
@@ -186,7 +188,7 @@ def test_eval(call, stub, model):
         seen.append((folder, options))
         return [{**row(name, 0.25), "domain": "lm-eval", "k": 1} for name in options["names"]]
 
-    stub("bessemer.eval.evaluate", evaluate=evaluate, evaluate_lm_eval=evaluate_lm_eval)
+    stub("bessemer.eval.evaluate", evaluate=evaluate, evaluate_lm_eval=evaluate_lm_eval, table=table)
     asked = "--task countdown --task logic --samples 4 --k 2 --seed 3 --temperature 0.6 --top-p 0.95 --problems 5"
     status, out, _ = call("eval", model, *asked.split(), "--max-tokens", 9, "--json")
     facts = json.loads(out)

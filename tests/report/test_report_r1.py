@@ -159,7 +159,7 @@ def test_alarms_where_they_belong(text):
         part.split(" ")[0]: re.findall(r'class="alarm[^"]*"><b>([^<]+)</b>', part) for part in shown.split("<h3>")[1:]
     }
     assert alarms == {"zero": ["language mixing"], "dev2": [], "r1": ["reward model hacking"], "alone": []}
-    assert shown.count("No alarm.") == 2 and "Likely cause: only the answer is paid for" in words(shown)
+    assert shown.count("No alarm.") == 2 and "Likely cause: only the answer is rewarded" in words(shown)
 
 
 def test_an_alarm_that_is_over_says_so(tmp_path):
