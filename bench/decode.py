@@ -39,7 +39,7 @@ from bessemer.engine.engine import Engine
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Token
 from bessemer.model.counts import kv_cache_bytes
-from bessemer.train.speed import keep_memory
+from bessemer.train.setup import keep_memory
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from bessemer.model.presets import PRESETS, preset
 from bessemer.model.transformer import Transformer
 from bessemer.precision import backends
 from bessemer.precision.fp8_linear import FP8_RECIPES
-from bessemer.train import objective, speed
+from bessemer.train import objective, setup
 from bessemer.train.trainer import Runtime, Trainer, constant
 
 TERMS = {"mtp_lambda": 0.3, "balance_alpha": 1e-4}
@@ -49,7 +49,7 @@ def trainer(cfg: ModelConfig, case: dict[str, Any], device: torch.device, rows: 
     if case["fp8"]:
         model.set_fp8(FP8_RECIPES[case["fp8"]])
     if case["compile"]:
-        speed.compile_layers(model)
+        setup.compile_layers(model)
 
     return Trainer(
         model, objective.next_token, None,
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    speed.keep_memory()
+    setup.keep_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     changes = dict(ONE_BILLION) if args.one_billion else {"preset": args.preset}
     cfg = preset(changes.pop("preset"), **changes)

@@ -69,10 +69,10 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
     from bessemer.rl.losses import GRPO
     from bessemer.rl.reference import Reference
     from bessemer.rl.reward import Reward
-    from bessemer.train import setup, speed
+    from bessemer.train import setup
     from bessemer.train.trainer import Runtime, Trainer
 
-    speed.keep_memory()
+    setup.keep_memory()
     model, tokenizer = setup.load_model(args.directory / "model")
     workers = setup.workers()
     trainer = Trainer(
@@ -114,9 +114,9 @@ def peer(args: argparse.Namespace, case: dict) -> dict:
     from bessemer.data.chat import render
     from bessemer.rl.reward import Reward
     from bessemer.rl.rollout import ScoredSample
-    from bessemer.train import speed
+    from bessemer.train import setup
 
-    speed.keep_memory()
+    setup.keep_memory()
     torch.set_num_threads(case["threads"])
     steps = args.steps + 1
     chosen = [problem for _, problem in problems(0, steps * args.prompts)]

@@ -27,7 +27,7 @@ from bessemer.engine.sequence import Request, SamplingParams, Token
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train.loss import cross_entropy
-from bessemer.train.speed import keep_memory
+from bessemer.train.setup import keep_memory
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT, WINDOW, ROWS, LEARNT, STEPS = 400, 128, 8, 0.02, 1500

@@ -31,7 +31,7 @@ from bessemer.data.rows import open_rows
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
-from bessemer.train import objective, speed
+from bessemer.train import objective, setup
 from bessemer.train.trainer import Runtime, Trainer, constant
 
 PARTS = ("fables-en", "fables-zh", "python-code", "shakespeare")
@@ -59,7 +59,7 @@ def loader(folder: Path, steps: int) -> dict[str, float]:
         reading.append(time.perf_counter() - began)
         return batch
 
-    speed.keep_memory()
+    setup.keep_memory()
     config = PretrainConfig(kind="pretrain", lr=Points(1e-3), micro_rows=ROWS)
     runtime = Runtime(
         tokens=10**12, gamma=constant(1e-3), batch_rows=constant(ROWS),

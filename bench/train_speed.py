@@ -55,16 +55,16 @@ def ours(preset_name: str, case: dict, steps: int) -> dict:
     from bessemer.model.presets import preset
     from bessemer.model.transformer import Transformer
     from bessemer.precision import probe
-    from bessemer.train import objective, speed
+    from bessemer.train import objective, setup
     from bessemer.train.trainer import Runtime, Trainer, constant
     from bessemer.workers import one_core_each
 
-    speed.keep_memory()
+    setup.keep_memory()
     rates = probe.gemm_rates()
     cfg = preset(preset_name, n_mtp=1 if case["mtp"] else 0)
     model = Transformer(cfg).initialise(0)
     if case["compile"]:
-        speed.compile_layers(model)
+        setup.compile_layers(model)
     dtype = probe.compute_dtype(rates).dtype if case["dtype"] == "auto" else getattr(torch, case["dtype"])
 
     workers = one_core_each()
@@ -97,10 +97,10 @@ def peer(preset_name: str, case: dict, steps: int) -> dict:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     from bessemer.model.presets import preset
-    from bessemer.train import speed
+    from bessemer.train import setup
 
     if case["allocator"]:
-        speed.keep_memory()
+        setup.keep_memory()
     c = preset(preset_name)
     config = DeepseekV3Config(
         vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.inter_dim,

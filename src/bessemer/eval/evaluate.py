@@ -14,7 +14,7 @@ from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
-from bessemer.train import setup, speed
+from bessemer.train import setup
 
 
 def evaluate(
@@ -63,7 +63,7 @@ def evaluate_lm_eval(
 
 
 def _engine(model_dir: Path) -> Engine:
-    speed.keep_memory()
+    setup.keep_memory()
     return Engine(*setup.load_model(model_dir), setup.workers())
 
 

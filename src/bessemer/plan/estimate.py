@@ -29,7 +29,7 @@ from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.runs import record
 from bessemer.runs.directory import stage_folders
 from bessemer.tasks.arithmetic import Arithmetic
-from bessemer.train import objective, setup, speed
+from bessemer.train import objective, setup
 from bessemer.train.trainer import Trainer
 
 ANSWER = 0.5
@@ -83,11 +83,11 @@ def estimate(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> L
     model = Transformer(cfg).initialise(recipe.seed).to(setup.device())
     if settings.fp8 != "off":
         model.set_fp8(FP8_RECIPES[settings.fp8])
-    speed.keep_memory()
+    setup.keep_memory()
     flops = settings.tokens * flops_per_token(cfg, length, mtp=cfg.n_mtp > 0).training
-    compiled = settings.fp8 == "off" and speed.want_compile(settings.compile, flops)
+    compiled = settings.fp8 == "off" and setup.want_compile(settings.compile, flops)
     if compiled:
-        speed.compile_layers(model)
+        setup.compile_layers(model)
     rates = {"training_tokens_per_second": _training(model, settings, length, seconds)}
     rates["held_out_tokens_per_second"] = _held_out(model, length, seconds / 3)
     if any(stage.kind in ("rl", "eval", "reject") for stage in recipe.stages):

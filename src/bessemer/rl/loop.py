@@ -37,7 +37,7 @@ from bessemer.rl.rollout import Group, rewards, to_batches
 from bessemer.rl.rollout_queue import RolloutGenerator, RolloutQueue
 from bessemer.rl.sampler import LocalSampler, Rank0Sampler, Sampler, ShardedSampler
 from bessemer.runs.context import StageContext
-from bessemer.train import speed
+from bessemer.train import setup
 from bessemer.train.trainer import Runtime
 from bessemer.workers import Workers
 
@@ -49,7 +49,7 @@ class Loop:
         self.settings, self.ctx = settings, ctx
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a stage with a model before it')
-        speed.keep_memory()
+        setup.keep_memory()
         network, self.tokenizer = distributed.read(
             ctx.source / "model", ctx.ranks, ctx.recipe.layout, ctx.say, split_rows=False
         )

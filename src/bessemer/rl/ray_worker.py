@@ -26,7 +26,7 @@ from bessemer.errors import UserError
 from bessemer.hf.causal_lm import load_any
 from bessemer.hf.foreign_tokenizer import load_tokenizer
 from bessemer.rl.vllm_engine import VLLMEngine
-from bessemer.train import speed
+from bessemer.train import setup
 
 Kind = Literal["ray", "vllm"]
 
@@ -114,7 +114,7 @@ class RolloutWorker:
         """Loads the network; returns the node's name and versions."""
         if self.engine is None:
             torch.set_num_threads(1)  # a worker is a core: more cores are more workers
-            speed.keep_memory()
+            setup.keep_memory()
             self.engine = self._make_engine()
         return {**versions(), "node": socket.gethostname()}
 

@@ -1,12 +1,15 @@
-"""What the stages share about models: the recipe's config, the compute dtype, loading with its tokenizer."""
+"""What stages share: the recipe's model config, a model with its tokenizer, and how this machine computes fastest."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 
 from bessemer.config.training import Precision
 from bessemer.data.tokenizer import Tokenizer
@@ -14,6 +17,7 @@ from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.causal_lm import CausalLM, is_foreign, load_any
 from bessemer.hf.foreign_tokenizer import load_tokenizer
+from bessemer.model.compiler import cpp_compiler
 from bessemer.model.config import ModelConfig
 from bessemer.model.counts import flops_per_token
 from bessemer.model.presets import preset
@@ -21,22 +25,28 @@ from bessemer.model.transformer import Transformer
 from bessemer.precision import probe
 from bessemer.workers import Workers, cores, one_core_each
 
+if TYPE_CHECKING:
+    from bessemer.config.recipe import Recipe
 
-def model_config(recipe: Any, changes: dict[str, Any] | None = None) -> ModelConfig:
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+"""Parameters of glibc's mallopt."""
+
+
+def model_config(recipe: Recipe, changes: dict[str, Any] | None = None) -> ModelConfig:
     """The recipe's [model] table as a config, with a stage's own changes to it."""
     values = dict(recipe.model) | (changes or {})
     return preset(values.pop("preset", "tiny"), **values)
 
 
-def estimate_seconds(recipe: Any, tokens: float, changes: dict[str, Any] | None = None, length: int = 256) -> float:
-    """A first guess at how long training on so many tokens, in rows of `length`, takes here, before anything is
-    measured: 25 GFLOPS a core (measured with `tiny` and `small` on two Xeons), 100 TFLOPS on a GPU."""
+def estimate_seconds(recipe: Recipe, tokens: float, changes: dict[str, Any] | None = None, length: int = 256) -> float:
+    """A first estimate of the seconds to train on `tokens` in rows of `length` on this machine, before anything is
+    measured: 25 GFLOPS per core (measured with `tiny` and `small` on two Xeons), 100 TFLOPS on a GPU."""
     rate = 1e14 if torch.cuda.is_available() else 25e9 * cores()
     return tokens * flops_per_token(model_config(recipe, changes), length).training / rate
 
 
-def decode_seconds(recipe: Any, tokens: float) -> float:
-    """The same for decoding, which costs about a quarter of training."""
+def decode_seconds(recipe: Recipe, tokens: float) -> float:
+    """The same for decoding, about a quarter of the cost of training."""
     return estimate_seconds(recipe, tokens / 4)
 
 
@@ -45,20 +55,20 @@ def device() -> torch.device:
 
 
 def workers() -> Workers:
-    """A process per core on a CPU; on a GPU one stream of work is enough."""
+    """One process per core on a CPU; one process on a GPU."""
     return one_core_each() if device().type == "cpu" else Workers(1)
 
 
 def batch_rows(samples: int) -> int:
-    """Rows the engine decodes together: four batches for the cores to share, of a size that pays (512 rows make 1.8x
-    the tokens/s of 128). A function of the job alone, so that samples do not depend on how many cores there are."""
+    """Rows the engine decodes together: four batches for the cores to share, of 128 to 512 rows (512 rows decode 1.8x
+    the tokens/s of 128). A function of the job alone, so that samples do not depend on the number of cores."""
     return min(max(-(-samples // 4), 128), 512)
 
 
 def choose_precision(
     precision: Precision, agree: Callable[[Callable[[], Any]], Any] = lambda decide: decide()
 ) -> probe.Choice:
-    """The compute dtype: as named, or the faster one by measurement; many ranks `agree` on that of the first."""
+    """The compute dtype: as named, or the faster one by measurement; many ranks `agree` on rank 0's."""
     if precision != "auto":
         return probe.Choice(getattr(torch, precision), f"{precision} (set by the recipe)")
 
@@ -71,8 +81,8 @@ def choose_precision(
 
 
 def load_model(directory: Path, context: Mapping[str, Any] | None = None) -> tuple[Transformer | CausalLM, Tokenizer]:
-    """A model directory, ours or any Hugging Face causal LM, on this machine's device, in float32. `context`, for ours
-    alone: as in `hub.open_directory`."""
+    """A model directory, ours or any Hugging Face causal LM, on this machine's device, in float32. `context`, only for
+    ours: as in `hub.open_directory`."""
     if not directory.is_dir():
         raise UserError(f"no model directory at {directory}")
     if context and not is_foreign(directory):
@@ -80,3 +90,39 @@ def load_model(directory: Path, context: Mapping[str, Any] | None = None) -> tup
     if context:
         raise UserError(f"{directory} is not of the DeepSeek V3 family; its context cannot be changed here")
     return load_any(directory, dtype=torch.float32, device=device()), load_tokenizer(directory)
+
+
+def keep_memory() -> bool:
+    """Makes glibc keep freed memory. A training step allocates the same large tensors again and again; by default each
+    is a fresh mapping whose pages the kernel must clear first. Returns whether it took effect."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return bool(
+            libc.mallopt(M_MMAP_MAX, 0)
+            and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+            and libc.mallopt(M_TOP_PAD, 256 << 20)
+        )
+    except (OSError, AttributeError):  # another C library
+        return False
+
+
+COMPILE_FLOPS = 5e13
+"""Training FLOPs from which compiling for a CPU is worth it: it takes one to two minutes and saves a seventh of half an
+hour of one core at 25 GFLOPS."""
+
+
+def want_compile(setting: Literal["auto", "on", "off"], flops: float) -> bool:
+    """auto: with a GPU, or with a C++ compiler if the training is at least `COMPILE_FLOPS`."""
+    if setting == "auto":
+        return torch.cuda.is_available() or (cpp_compiler() is not None and flops > COMPILE_FLOPS)
+    return setting == "on"
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compiles the layers in place; names and parameters stay, results change by rounding."""
+    for layer in model.layers:
+        layer.compile(dynamic=False)
+    for module in model.mtp:
+        module.compile(dynamic=False)

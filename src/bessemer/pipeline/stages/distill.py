@@ -18,7 +18,7 @@ from bessemer.eval import scoring
 from bessemer.pipeline.stage import Stage, register
 from bessemer.rl import rollout
 from bessemer.runs.context import StageContext
-from bessemer.train import setup, speed
+from bessemer.train import setup
 from bessemer.train.objective import OnPolicyDistillation
 from bessemer.train.trainer import Runtime, Trainer
 
@@ -57,7 +57,7 @@ class _Run:
         self.settings, self.ctx = settings, ctx
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a student to start from: name its stage with from = "..."')
-        speed.keep_memory()
+        setup.keep_memory()
         self.student, self.tokenizer = setup.load_model(ctx.source / "model")
         teacher, its_tokenizer = setup.load_model(ctx.inputs[settings.teacher] / "model")
         if self.tokenizer.fingerprint != its_tokenizer.fingerprint:

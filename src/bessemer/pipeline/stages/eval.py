@@ -18,7 +18,7 @@ from bessemer.pipeline import lineage
 from bessemer.pipeline.stage import Stage, register
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
-from bessemer.train import setup, speed
+from bessemer.train import setup
 
 
 @register
@@ -43,7 +43,7 @@ class Eval(Stage):
         return setup.decode_seconds(recipe, rows * settings.problems * settings.samples * settings.max_new_tokens)
 
     def run(self, settings: EvalConfig, ctx: StageContext) -> dict[str, Any]:
-        speed.keep_memory()
+        setup.keep_memory()
         path = ctx.state / "rows.json"
         rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
         ctx.rewind(-1 if not rows else len(rows))

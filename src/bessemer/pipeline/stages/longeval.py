@@ -21,7 +21,7 @@ from bessemer.hf import hub
 from bessemer.pipeline.stage import Stage, register
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
-from bessemer.train import loss, setup, speed
+from bessemer.train import loss, setup
 
 OWN, SWITCHED = "", " + YaRN"
 """What is added to a model's name: nothing, or that it was given the last model's positions without training on
@@ -59,7 +59,7 @@ class LongEval(Stage):
         return setup.estimate_seconds(recipe, models * asked / 3, length=max(settings.lengths))
 
     def run(self, settings: LongEvalConfig, ctx: StageContext) -> dict[str, Any]:
-        speed.keep_memory()
+        setup.keep_memory()
         path = ctx.state / "rows.json"
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         ctx.rewind(len(found) if found else -1)

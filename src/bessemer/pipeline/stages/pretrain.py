@@ -28,7 +28,7 @@ from bessemer.pipeline.step_log import StepLog
 from bessemer.precision import backends
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.runs.context import StageContext
-from bessemer.train import objective, setup, speed
+from bessemer.train import objective, setup
 from bessemer.train.trainer import ONE, Runtime, Trainer, constant
 from bessemer.workers import Workers
 
@@ -89,7 +89,7 @@ class Pretrain(Stage):
         fed = feed.Feed(settings, ctx, corpus, row_length, tokenizer.bos_id)
         choice = setup.choose_precision(settings.precision, ctx.agree)
         ctx.say(f"compute in {choice.why}")
-        speed.keep_memory()
+        setup.keep_memory()
         network = network_of()
         model = distributed.model_of(network).set_recompute(ctx.recipe.layout.recompute)
         if settings.fp8 != "off":
@@ -97,9 +97,9 @@ class Pretrain(Stage):
             served = backends.summary(backends.table(setup.device()))
             ctx.say(f"matrices of attention, FFN and experts in FP8 ({settings.fp8}), {served}")
         flops = settings.tokens * flops_per_token(cfg, fed.row_length, mtp=cfg.n_mtp > 0).training
-        if ctx.ranks is None and settings.fp8 == "off" and speed.want_compile(settings.compile, flops):
+        if ctx.ranks is None and settings.fp8 == "off" and setup.want_compile(settings.compile, flops):
             ctx.say("compiling the layers (about a minute, once per machine)")
-            speed.compile_layers(model)
+            setup.compile_layers(model)
         watch = _Watch(settings, ctx, tokenizer, fed)
         workers = setup.workers() if ctx.ranks is None else Workers(1)
         trainer = distributed.trainer(

@@ -23,7 +23,7 @@ from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.tasks.answer import parse_reply
 from bessemer.tasks.readability import ReadabilityLimits, readable
-from bessemer.train import setup, speed
+from bessemer.train import setup
 
 SUMMARY = {"en": "The answer is <answer>{answer}</answer>.", "zh": "答案是<answer>{answer}</answer>。"}
 """What follows the thoughts in R1's form: a sentence in the language of the question."""
@@ -60,7 +60,7 @@ class Reject(Stage):
     def run(self, settings: RejectConfig, ctx: StageContext) -> dict[str, Any]:
         if ctx.source is None or not (ctx.source / "model").is_dir():
             raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
-        speed.keep_memory()
+        setup.keep_memory()
         engine = Engine(*setup.load_model(ctx.source / "model"), setup.workers())
         families = [tasks.get(name) for name in settings.tasks]
 

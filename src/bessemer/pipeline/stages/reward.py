@@ -29,7 +29,7 @@ from bessemer.rl.preference import FACTS, Scale, judged_ids, score_ids
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.tasks import general_quality
-from bessemer.train import objective, setup, speed
+from bessemer.train import objective, setup
 from bessemer.train.trainer import Runtime, Trainer, constant
 
 Line = dict[str, Any]
@@ -67,7 +67,7 @@ class RewardModelling(Stage):
     def run(self, settings: RewardModelConfig, ctx: StageContext) -> dict[str, Any]:
         if ctx.source is None or not (ctx.source / "model").is_dir():
             raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
-        speed.keep_memory()
+        setup.keep_memory()
         model, tokenizer = setup.load_model(ctx.source / "model")
         if settings.style is not None:
             tokenizer.chat_style = settings.style

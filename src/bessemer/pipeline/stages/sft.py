@@ -23,7 +23,7 @@ from bessemer.pipeline.stage import Stage, find_kind, register
 from bessemer.pipeline.step_log import StepLog
 from bessemer.runs import conversations
 from bessemer.runs.context import StageContext
-from bessemer.train import objective, setup, speed
+from bessemer.train import objective, setup
 from bessemer.train.trainer import Runtime, Trainer, constant
 from bessemer.workers import Workers
 
@@ -55,7 +55,7 @@ class SFT(Stage):
     def run(self, settings: SFTConfig, ctx: StageContext) -> dict[str, Any]:
         if ctx.source is None or not (ctx.source / "model").is_dir():
             raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
-        speed.keep_memory()
+        setup.keep_memory()
         network, tokenizer = distributed.read(ctx.source / "model", ctx.ranks, ctx.recipe.layout, ctx.say)
         model = distributed.model_of(network)
         if ctx.recipe.layout.recompute:

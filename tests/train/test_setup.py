@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bessemer.train import speed
+from bessemer.train import setup
 
 
 @pytest.mark.parametrize(
@@ -19,5 +19,5 @@ from bessemer.train import speed
 )
 def test_auto_compiles_where_it_pays(monkeypatch, setting, gpu, compiler, flops, wanted):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(speed, "cpp_compiler", lambda: compiler)
-    assert speed.want_compile(setting, flops) is wanted
+    monkeypatch.setattr(setup, "cpp_compiler", lambda: compiler)
+    assert setup.want_compile(setting, flops) is wanted
