@@ -104,6 +104,46 @@ def test_a_thousand_half_open_connections(r1):
         wait_for(lambda: len(server.server.server_state.connections) == 0)
 
 
+def receive(plug):
+    """The status and the JSON of one answer."""
+    data = b""
+    while b"\r\n\r\n" not in data or len(data.split(b"\r\n\r\n", 1)[1]) < length(data):
+        part = plug.recv(65536)
+        assert part, data
+        data += part
+    return int(data.split()[1]), json.loads(data.split(b"\r\n\r\n", 1)[1])
+
+
+def length(answer):
+    return int(answer.lower().split(b"content-length: ", 1)[1].split(b"\r\n", 1)[0])
+
+
+def test_a_connection_serves_one_request_after_another(r1):
+    """Refused and pipelined ones too, for longer than one request may take; a late or a broken body ends it."""
+    short = {"messages": [{"role": "user", "content": "the fox"}], "max_tokens": 1}
+    chunked = request({}).replace(b"Content-Length: 2", b"Transfer-Encoding: chunked").removesuffix(b"{}")
+    with running(r1, limits=ConnectionLimits(request_seconds=1.0)) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as plug:
+            for _ in range(4):
+                plug.sendall(request(short).replace(b"application/json", b"text/plain"))
+                assert receive(plug)[0] == 415
+                plug.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert receive(plug)[0] == 200
+                time.sleep(0.4)
+            plug.sendall(request(short) + request(short)[:-1])
+            assert receive(plug)[0] == 200
+            status, body = receive(plug)
+            assert status == 408 and body["error"]["code"] == "request_timeout" and plug.recv(99) == b""
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as plug:
+            plug.sendall(chunked)
+            time.sleep(0.2)
+            plug.sendall(b"this is no length\r\n")
+            status, body = receive(plug)
+            assert status == 400 and body["error"]["code"] == "invalid_http" and plug.recv(99) == b""
+        wait_for(lambda: len(server.server.server_state.connections) == 0)
+        assert server.server.limiter.open == 0 and not server.server.limiter.incomplete
+
+
 def test_who_does_not_read_is_given_up(r1):
     with running(r1, limits=ConnectionLimits(unread_seconds=0.5)) as server:
         plug = socket.socket()

@@ -18,30 +18,12 @@ from starlette.middleware.cors import CORSMiddleware
 
 from bessemer import __version__
 from bessemer.errors import UserError
-from bessemer.serve import chat, completions
+from bessemer.serve import chat, completions, protocol
 from bessemer.serve.events import EventStream, Responder, while_connected
 from bessemer.serve.metrics import ServerMetrics
 from bessemer.serve.middleware import RequestCounter, RequestGuard
 from bessemer.serve.models import LoadedModel, ModelFacts, Models, tokenise
-from bessemer.serve.protocol import (
-    FIELDS,
-    ApiError,
-    ChatReply,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeReply,
-    DetokenizeRequest,
-    ErrorResponse,
-    Health,
-    ModelDetails,
-    ModelList,
-    ModelReply,
-    TextReply,
-    TokenizeReply,
-    TokenizeRequest,
-    TokenizerInfo,
-    invalid,
-)
+from bessemer.serve.protocol import FIELDS, ApiError, invalid
 
 EVENT = {
     "type": "object",
@@ -50,7 +32,7 @@ EVENT = {
     "properties": {"data": {"type": "string"}},
 }
 STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": EVENT}}}
-FAILED = {"model": ErrorResponse, "description": "What is wrong."}
+FAILED = {"model": protocol.ErrorResponse, "description": "What is wrong."}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": FAILED, "5XX": FAILED}
 PAGE = Path(__file__).with_name("page")
 PAGE_TYPES = {
@@ -111,13 +93,17 @@ def build(models: Models) -> FastAPI:
 
 def _add_generation(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
 
-    @app.post("/v1/chat/completions", response_model=None, responses={200: {"model": ChatReply, **STREAM}, **ERRORS})
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    @app.post(
+        "/v1/chat/completions", response_model=None, responses={200: {"model": protocol.ChatReply, **STREAM}, **ERRORS}
+    )
+    async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:
         """Answers a conversation, at once or as a stream of chunks."""
         return await answer(body, request, chat.prepare)
 
-    @app.post("/v1/completions", response_model=None, responses={200: {"model": TextReply, **STREAM}, **ERRORS})
-    async def text_completions(body: CompletionRequest, request: Request) -> Response:
+    @app.post(
+        "/v1/completions", response_model=None, responses={200: {"model": protocol.TextReply, **STREAM}, **ERRORS}
+    )
+    async def text_completions(body: protocol.CompletionRequest, request: Request) -> Response:
         """Continues texts, at once or as a stream of chunks."""
         return await answer(body, request, completions.prepare)
 
@@ -126,14 +112,14 @@ def _add_generation(app: FastAPI, models: Models, metrics: ServerMetrics) -> Non
     ) -> Response:
         if app.state.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
-        began = monotonic()
+        started = monotonic()
         async with models.use(body.model) as model:
             responder = await prepare(body, model, request.client.host if request.client else "")
             stream = await responder.submit()
 
         def ended() -> None:
             first = stream.first_token if stream else None
-            metrics.answered(model.facts.name, began, first, responder.choices, responder.prompt_tokens)
+            metrics.answered(model.facts.name, started, first, responder.choices, responder.prompt_tokens)
 
         if body.stream:
             return EventStream(stream, responder.events(stream), ended)
@@ -148,7 +134,7 @@ def _add_tokenizer(app: FastAPI, models: Models) -> None:
     """In the form of vLLM's endpoints, which lm-eval's remote tokenizer reads."""
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> TokenizeReply:
+    async def tokenize(body: protocol.TokenizeRequest) -> protocol.TokenizeReply:
         """A text, or a conversation as the model sees it, in tokens."""
         async with models.use(body.model) as model:
             if (body.prompt is None) == (body.messages is None):
@@ -162,56 +148,60 @@ def _add_tokenizer(app: FastAPI, models: Models) -> None:
             texts = [body.prompt or "", *(text for turn in body.messages or () for text in chat.turn_texts(turn))]
             ids = await tokenise(encode, sum(map(len, texts)))
             names = [model.vocabulary.name(i) for i in ids]
-            return TokenizeReply(tokens=ids, count=len(ids), max_model_len=model.facts.context, token_strs=names)
+            return protocol.TokenizeReply(
+                tokens=ids, count=len(ids), max_model_len=model.facts.context, token_strs=names
+            )
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> DetokenizeReply:
+    async def detokenize(body: protocol.DetokenizeRequest) -> protocol.DetokenizeReply:
         """The text of tokens, control tokens by their names."""
         async with models.use(body.model) as model:
             vocab_size = model.tokenizer.vocab_size
             if bad := [i for i in body.tokens if i >= vocab_size]:
                 raise invalid(f"token id {bad[0]} is outside the vocabulary of {vocab_size}", "tokens")
-            return DetokenizeReply(prompt=model.tokenizer.decode(body.tokens, skip_special=False))
+            return protocol.DetokenizeReply(prompt=model.tokenizer.decode(body.tokens, skip_special=False))
 
     @app.get("/tokenizer_info")
-    async def tokenizer_info() -> TokenizerInfo:
+    async def tokenizer_info() -> protocol.TokenizerInfo:
         """The default model's tokenizer."""
         async with models.use(None) as model:
             tokenizer = model.tokenizer
-            ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
-            return TokenizerInfo(
+
+            def name(token_id: int | None) -> str | None:
+                return None if token_id is None else tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
+            return protocol.TokenizerInfo(
                 tokenizer_class="PreTrainedTokenizerFast",
+                bos_token=name(tokenizer.bos_id),
+                eos_token=name(tokenizer.eos_id),
+                pad_token=name(tokenizer.pad_id),
                 chat_template=tokenizer.chat_template or None,
-                **{
-                    f"{name}_token": None if i is None else tokenizer.token_bytes(i).decode("utf-8", "replace")
-                    for name, i in ids.items()
-                },
             )
 
 
 def _add_status(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
     @app.get("/v1/models")
-    async def list_models() -> ModelList:
+    async def list_models() -> protocol.ModelList:
         """The models of this server; the last is the default."""
-        return ModelList(data=[reply(facts) for facts in models.offers.values()])
+        return protocol.ModelList(data=[reply(facts) for facts in models.offers.values()])
 
     @app.get("/v1/models/{model}")
-    async def get_model(model: str) -> ModelReply:
+    async def get_model(model: str) -> protocol.ModelReply:
         """One of them."""
         return reply(models.find(model))
 
-    def reply(facts: ModelFacts) -> ModelReply:
-        known = {name: getattr(facts, name) for name in ModelDetails.model_fields if hasattr(facts, name)}
+    def reply(facts: ModelFacts) -> protocol.ModelReply:
+        known = {name: getattr(facts, name) for name in protocol.ModelDetails.model_fields if hasattr(facts, name)}
         default, loaded = facts is models.default, facts.name in models.loaded
-        details = ModelDetails(stage=facts.name, default=default, loaded=loaded, **known)
-        return ModelReply(id=facts.name, created=facts.created, bessemer=details)
+        details = protocol.ModelDetails(stage=facts.name, default=default, loaded=loaded, **known)
+        return protocol.ModelReply(id=facts.name, created=facts.created, bessemer=details)
 
     @app.get("/health")
-    async def health(response: Response) -> Health:
+    async def health(response: Response) -> protocol.Health:
         """Whether the server is up, and how busy."""
         stats = [model.service.stats for model in models.loaded.values()]
         running = sum(int(s.scheduler.get("running", 0)) for s in stats)
-        return Health(
+        return protocol.Health(
             status="draining" if app.state.draining else "ok",
             auth=bool(models.config.api_key),
             running=running,
@@ -251,36 +241,32 @@ def _add_page(app: FastAPI) -> None:
 def _add_errors(app: FastAPI) -> None:
     """Every failure, in OpenAI's form."""
 
-    def answer(error: ApiError) -> JSONResponse:
+    async def answer(request: Request, failure: Exception) -> JSONResponse:
+        error = _api_error(request, failure)
         return JSONResponse(error.body, error.status, error.headers)
 
-    @app.exception_handler(ApiError)
-    async def api(request: Request, error: ApiError) -> JSONResponse:
-        return answer(error)
+    for kind in (ApiError, UserError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
 
-    @app.exception_handler(UserError)
-    async def user(request: Request, error: UserError) -> JSONResponse:
-        return answer(invalid(str(error)))
 
-    @app.exception_handler(RequestValidationError)
-    async def validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(_validation_error(error.errors()))
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
-        if isinstance(error.__cause__, ApiError):  # FastAPI wraps what is raised while it reads a body
-            return answer(error.__cause__)
+def _api_error(request: Request, failure: Exception) -> ApiError:
+    if isinstance(failure, HTTPException) and isinstance(failure.__cause__, ApiError):
+        return failure.__cause__  # FastAPI wraps what is raised while it reads a body
+    if isinstance(failure, HTTPException):
         known = {
             400: ("invalid_body", "the body cannot be read: it must be JSON in UTF-8"),
             404: ("not_found", f"there is nothing at {request.url.path}"),
             405: ("method_not_allowed", f"{request.url.path} does not take {request.method}"),
         }
-        code, message = known.get(error.status_code, (None, str(error.detail)))
-        return answer(ApiError(error.status_code, message, code=code, headers=error.headers))
-
-    @app.exception_handler(Exception)
-    async def other(request: Request, error: Exception) -> JSONResponse:
-        return answer(ApiError(500, "the server failed on this request; its log says why", code="internal_error"))
+        code, message = known.get(failure.status_code, (None, str(failure.detail)))
+        return ApiError(failure.status_code, message, code=code, headers=failure.headers)
+    if isinstance(failure, RequestValidationError):
+        return _validation_error(failure.errors())
+    if isinstance(failure, UserError):
+        return invalid(str(failure))
+    if isinstance(failure, ApiError):
+        return failure
+    return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
 
 
 def _validation_error(errors: Sequence[Any]) -> ApiError:

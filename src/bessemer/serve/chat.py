@@ -90,7 +90,7 @@ class ChatResponder(Responder):
 
     @property
     def _lead(self) -> str:
-        """What the template has already written of an answer that is shown with its tags."""
+        """The part of the answer in the prompt, where the tags are part of the content."""
         return f"{THINK}\n" if self.format == "none" and self.prompt.thinking else ""
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
@@ -123,19 +123,19 @@ def chat_prompt(tokenizer: Tokenizer, turns: Sequence[Turn], thinking: bool | No
         {"role": "system" if turn.role == "developer" else turn.role, "content": "".join(turn_texts(turn))}
         for turn in turns
     ]
-    begun = messages.pop()["content"] if messages[-1]["role"] == "assistant" and len(messages) > 1 else None
+    prefix = messages.pop()["content"] if messages[-1]["role"] == "assistant" and len(messages) > 1 else None
     style = template_style(tokenizer)
     ids = render_ids(tokenizer, messages, style)
     is_open = THINK in (opening(style) if style else tokenizer.opening)
     more: list[int] = []
-    if begun:
-        more = tokenizer.encode(_begin(begun, style, is_open))
+    if prefix:
+        more = tokenizer.encode(_begin(prefix, style, is_open))
     elif thinking is not None and None not in think_ids(tokenizer):
         more = tokenizer.encode(_switch(thinking, style, is_open))
     for token_id in more:  # only these: tags inside of a question open and close nothing
         if token_id in think_ids(tokenizer):
             is_open = token_id == think_ids(tokenizer)[0]
-    return ChatPrompt((*ids, *more), is_open, bool(begun))
+    return ChatPrompt((*ids, *more), is_open, bool(prefix))
 
 
 def turn_texts(turn: Turn) -> list[str]:

@@ -32,15 +32,15 @@ class ServerMetrics:
         self.registry.register(_Gauges(models))
 
     def answered(
-        self, model: str, began: float, first: float | None, choices: Sequence[ChoiceBuilder], prompt_tokens: int
+        self, model: str, started: float, first: float | None, choices: Sequence[ChoiceBuilder], prompt_tokens: int
     ) -> None:
-        """A request has ended, in whatever way. began, first: when it came and when its first token did."""
+        """A request has ended, successfully or not. started, first: times of its arrival and of its first token."""
         now, tokens = monotonic(), [choice.completion_tokens for choice in choices]
-        self.whole.labels(model).observe(now - began)
+        self.whole.labels(model).observe(now - started)
         self.prompt.labels(model).inc(prompt_tokens)
         self.generated.labels(model).inc(sum(tokens))
         if first is not None:
-            self.first.labels(model).observe(first - began)
+            self.first.labels(model).observe(first - started)
             if max(tokens) > 1:
                 self.each.labels(model).observe((now - first) / (max(tokens) - 1))
 

@@ -70,7 +70,7 @@ class Connection(asyncio.Protocol):
         self._complete = False
         """A complete request is being answered."""
         self._answering = False
-        """Its answer has begun."""
+        """The answer has started."""
         self.parsing = False
         """uvicorn's protocol is reading bytes."""
         self._deadline: asyncio.TimerHandle | None = None
@@ -129,7 +129,7 @@ class Connection(asyncio.Protocol):
         self.refuse(ApiError(408, late, code="request_timeout"))
 
     def refuse(self, error: ApiError) -> None:
-        """Answers with an error, unless an answer has begun, and closes."""
+        """Answers with an error, unless an answer has started, and closes."""
         if self.transport.is_closing():
             return
         if not self._answering:

@@ -291,22 +291,18 @@ def find_models(given: str | Path, config: ServeConfig, name: str | None = None,
         if (path / "recipe.toml").is_file():
             if name is not None:
                 raise UserError(f"{given} is a run: its models go by the names of their stages; leave the name out")
-            return _of_run(given, path, config, launch)
+            offers, broken = [], []
+            for stage, folder in writing_models(path):
+                try:
+                    offers.append(read_facts(stage, folder / "model"))
+                except UserError as error:
+                    broken.append(str(error))
+            if not offers:
+                model_dir(given)  # raises where the run has no model at all
+                raise UserError(f"no model of {path} can be served: {broken[0]}")
+            return Models(offers, config, broken, launch)
     folder = model_dir(given)
     return Models([read_facts(name or _name(folder), folder)], config, launch=launch)
-
-
-def _of_run(given: str | Path, root: Path, config: ServeConfig, launch: Launch) -> Models:
-    offers, broken = [], []
-    for stage, folder in writing_models(root):
-        try:
-            offers.append(read_facts(stage, folder / "model"))
-        except UserError as error:
-            broken.append(str(error))
-    if not offers:
-        model_dir(given)  # its error lists what the folder holds
-        raise UserError(f"no model of {root} can be served: {broken[0]}")
-    return Models(offers, config, broken, launch)
 
 
 def _name(folder: Path) -> str:

@@ -12,9 +12,8 @@ import math
 import pickle
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from time import monotonic
@@ -47,19 +46,6 @@ class ServiceStats:
     """The scheduler's own figures."""
 
 
-@dataclass(eq=False)
-class Sample:
-    """One request to the scheduler, and the stream it belongs to."""
-
-    request: Request
-    stream: Stream
-    index: int
-    """Its place among the samples of the stream."""
-    number: int
-    """Its name in messages to and from the worker."""
-    started: float = field(default_factory=monotonic)
-
-
 class Stream:
     """The tokens of one HTTP request: iterates over lists of records until all samples have finished or it is closed.
 
@@ -67,19 +53,15 @@ class Stream:
     a token.
     """
 
-    def __init__(
-        self,
-        requests: Sequence[Request],
-        numbers: Iterator[int],
-        patience: float,
-        release: Callable[[Stream], None],
-    ):
-        self.samples = [Sample(request, self, index, next(numbers)) for index, request in enumerate(requests)]
+    def __init__(self, numbers: range, patience: float, release: Callable[[Stream], None]):
+        self.numbers = numbers
+        """Names of its samples in messages to and from the worker."""
         self.patience = patience
-        self.unfinished = len(self.samples)
+        self.unfinished = len(numbers)
         self.closed = False
         self.pause = 0.0
         """Seconds that a reader is left alone after it was served."""
+        self.started = monotonic()
         self.first_token: float | None = None
         """When the first token came, on the clock of `monotonic`."""
         self._release = release
@@ -153,9 +135,10 @@ class Service:
         self.last_used = monotonic()
         self._seconds = 1.0
         """Duration of a sample, a moving average."""
-        self._numbers = count(1)
-        self._samples: dict[int, Sample] = {}
-        """Samples in progress, by number."""
+        self._numbered = 0
+        """The highest number of a sample or call so far."""
+        self._streams: dict[int, Stream] = {}
+        """The streams of samples in progress, by the sample's number."""
         self._calls: dict[int, asyncio.Future[Any]] = {}
         """Calls that the worker has not answered yet."""
 
@@ -167,11 +150,12 @@ class Service:
     async def submit(self, requests: Sequence[Request]) -> Stream:
         """The stream of these requests, all of them accepted; UserError or ApiError if one cannot be."""
         self._admit(len(requests))
-        stream = Stream(requests, self._numbers, self.config.keep_alive_seconds, self._release)
-        self._samples |= {sample.number: sample for sample in stream.samples}
-        self.stats.open += len(stream.samples)
+        numbers = self._new_numbers(len(requests))
+        stream = Stream(numbers, self.config.keep_alive_seconds, self._release)
+        self._streams |= dict.fromkeys(numbers, stream)
+        self.stats.open += len(numbers)
         try:
-            await self._call(worker.ADD, [(sample.number, sample.request) for sample in stream.samples])
+            await self._call(worker.ADD, list(zip(numbers, requests, strict=True)))
         except BaseException:
             stream.close()
             raise
@@ -208,8 +192,12 @@ class Service:
             why = f"{self.stats.open} samples are in progress and no more may wait; try again in {seconds} s"
             raise ApiError(429, why, code="queue_full", headers={"Retry-After": str(seconds)})
 
+    def _new_numbers(self, count: int) -> range:
+        first, self._numbered = self._numbered + 1, self._numbered + count
+        return range(first, self._numbered + 1)
+
     async def _call(self, kind: str, *rest: Any) -> Any:
-        call = next(self._numbers)
+        (call,) = self._new_numbers(1)
         self._calls[call] = answer = self.loop.create_future()
         try:
             self._send(kind, call, *rest)
@@ -228,7 +216,7 @@ class Service:
 
     def _release(self, stream: Stream) -> None:
         """Frees what a closed stream still holds."""
-        running = [sample.number for sample in stream.samples if self._samples.pop(sample.number, None)]
+        running = [number for number in stream.numbers if self._streams.pop(number, None)]
         self.stats.open -= len(running)
         if running and self.alive:
             self._send(worker.CANCEL, running)
@@ -248,17 +236,18 @@ class Service:
         now = self.loop.time()
         self.stats.scheduler = scheduler or self.stats.scheduler
         for number, *fields in records:
-            sample = self._samples.get(number)
-            if sample is None:
+            stream = self._streams.get(number)
+            if stream is None:
                 continue
+            index = number - stream.numbers.start
             if len(fields) == FINISHED:
-                del self._samples[number]
+                del self._streams[number]
                 self.stats.open -= 1
-                self._seconds += SMOOTHING * (monotonic() - sample.started - self._seconds)
-                sample.stream.push(Finished(sample.index, *fields), now, self.stats.open)
+                self._seconds += SMOOTHING * (monotonic() - stream.started - self._seconds)
+                stream.push(Finished(index, *fields), now, self.stats.open)
             else:
                 self.stats.generated += 1
-                sample.stream.push(Token(sample.index, *fields), now, self.stats.open)
+                stream.push(Token(index, *fields), now, self.stats.open)
 
     def _close(self, why: str) -> None:
         """The worker is gone: fails all calls and ends all streams."""
@@ -271,7 +260,7 @@ class Service:
         for future in self._calls.values():
             _fail(future, f"{why}; ask again")
         message = f"{why} and the answer is lost; ask again"
-        self._on_events([Finished(number, "error", message) for number in self._samples], None)
+        self._on_events([Finished(number, "error", message) for number in self._streams], None)
 
 
 FINISHED = len(Finished._fields) - 1

@@ -33,6 +33,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from os import dup
 from pathlib import Path
@@ -53,7 +54,7 @@ from bessemer.train.setup import device
 
 ADD, CANCEL, END, SCORE = "add", "cancel", "end", "score"
 READY, REFUSED, DONE, EVENTS = "ready", "refused", "done", "events"
-MAX_TRIES = 2
+MAX_FAILURES = 2
 """Failing steps after which a sample is given up."""
 FIGURES_SECONDS = 0.1
 """How often the figures are sent along with the tokens."""
@@ -85,12 +86,16 @@ class Scored(NamedTuple):
     """(id, log-probability) of the likeliest tokens after each of the T tokens, best first, at least one."""
 
 
+@dataclass(eq=False)
 class ScheduledSample:
     """A sample that the scheduler has."""
 
-    def __init__(self, number: int, request: Request):
-        self.number, self.request = number, request
-        self.started, self.tries = False, 0
+    number: int
+    request: Request
+    started: bool = False
+    """Tokens were sent."""
+    failures: int = 0
+    """Steps that failed with it."""
 
 
 def main() -> None:
@@ -254,8 +259,8 @@ class ModelWorker:
         self._scheduler = self._new_scheduler()
         lost = []
         for sample in samples:
-            sample.tries += 1
-            if sample.started or sample.tries == MAX_TRIES:
+            sample.failures += 1
+            if sample.started or sample.failures == MAX_FAILURES:
                 message = f"the model failed ({type(error).__name__}) and the answer is lost; ask again"
                 lost.append(tuple(Finished(sample.number, "error", message)))
             else:

@@ -18,24 +18,24 @@ export class AnswerView {
     this.now = make("span.now");
     this.halt = button("Stop", "Stop this answer", () => page.stop(answer));
     this.summary = make("summary", { onclick: () => page.open(answer, !this.thought.open) });
-    this.thinking = make("div.lines", { role: "group", "aria-label": `Thought of ${answer.model}` });
+    this.thinking = make("div.lines", { role: "group", "aria-label": `Thought by ${answer.model}` });
     this.thought = make("details.thought", {}, this.summary, this.thinking);
-    this.text = make("div.lines.text", { role: "group", "aria-label": `Answer of ${answer.model}` });
+    this.text = make("div.lines.text", { role: "group", "aria-label": `Answer by ${answer.model}` });
     this.trouble = make("p.trouble");
     this.figures = make("span.figures");
     this.seed = make("button.quiet.seed", {
       type: "button",
-      title: "Take this seed for the next answers too",
+      title: "Use this seed for the next answers too",
       onclick: () => page.takeSeed(answer.seed),
     });
     this.copy = button("Copy", "Copy the answer", () => this.copied());
-    this.more = button("Continue", "Let it go on from here", () => page.more(turn, answer));
+    this.more = button("Continue", "Let it continue from here", () => page.more(turn, answer));
     this.again = button("Retry", "Ask this model again", () => page.retry(turn, answer));
     const acts = make("span.acts", {}, this.copy, this.more, this.again);
     this.foot = make("footer", {}, this.figures, this.seed, acts);
     this.root = make(
       "article.answer",
-      { "aria-label": `Answer of ${answer.model}` },
+      { "aria-label": `Answer by ${answer.model}` },
       make("header", {}, make("i.dot"), this.who, this.now, this.halt),
       this.thought,
       this.text,

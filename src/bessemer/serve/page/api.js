@@ -25,7 +25,7 @@ export async function models() {
   const response = await call("v1/models", {});
   const told = await response.json().catch(() => null);
   const known = Array.isArray(told?.data) ? told.data.filter((model) => typeof model?.id === "string") : [];
-  if (!known.length) throw new Trouble("server", "The server names no model.");
+  if (!known.length) throw new Trouble("server", "The server offers no model.");
   return known.map(({ id, bessemer: facts = {} }) => {
     const talks = facts.style !== null; // without a chat template it goes on with a text, thoughts are not told apart
     return { ...facts, id, talks, thinks: Boolean(facts.thinks && talks) };
@@ -58,7 +58,7 @@ export async function* stream(model, talk, sampling, signal) {
     if (told.error) throw new Trouble("server", sentence(told.error.message));
     yield chunk(told);
   }
-  if (!ended) throw new Trouble("gone", "The connection broke off before the answer was complete.");
+  if (!ended) throw new Trouble("gone", "The connection was lost before the answer was complete.");
 }
 
 // A model without a chat template goes on with a text: what was asked, what it wrote after that, and so on.
@@ -81,14 +81,14 @@ function troubleOf(response, error) {
   const said = sentence(error.message);
   switch (response.status) {
     case 401:
-      return new Trouble("key", key() ? "The server does not take this key." : "This server asks for a key.");
+      return new Trouble("key", key() ? "The server rejected this key." : "This server requires a key.");
     case 404:
       return new Trouble("model", said || "The server does not know this model.");
     case 413:
       return new Trouble("asked", "The conversation is too large for the server.");
     case 429:
       return error.code === "models_busy"
-        ? new Trouble("busy", "All models in memory are at work.", after ?? 5)
+        ? new Trouble("busy", "All models in memory are busy.", after ?? 5)
         : new Trouble("full", "The queue is full.", after ?? 1);
     case 502:
     case 504:
@@ -124,7 +124,7 @@ export async function* events(body, signal) {
       if (done) return;
     }
   } catch (failure) {
-    throw signal?.aborted ? failure : new Trouble("gone", "The connection broke off before the answer was complete.");
+    throw signal?.aborted ? failure : new Trouble("gone", "The connection was lost before the answer was complete.");
   } finally {
     reader.cancel().catch(() => {}); // whoever stops reading frees the slot
   }
@@ -137,7 +137,7 @@ function parsed(event) {
   } catch {
     // said below
   }
-  throw new Trouble("server", "The server sent something that is no chunk of an answer.");
+  throw new Trouble("server", "The server sent something that is not a chunk of an answer.");
 }
 
 function chunk(told) {

@@ -48,7 +48,7 @@ export class Connection {
       this.ready = false;
       if (failure.kind === "key") return this.askKey(failure.message);
       const often = wait > 2 ? ` every ${wait} seconds` : "";
-      this.show(`${failure.message} Looking for it again${often}.`, "Now", () => this.begin());
+      this.show(`${failure.message} Trying again${often}.`, "Now", () => this.begin());
       this.timer = setTimeout(() => this.begin(Math.min(LAST, wait * 2)), wait * 1000);
     }
   }

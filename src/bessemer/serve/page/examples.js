@@ -24,11 +24,11 @@ export function showExamples(ask) {
     ),
   );
   find("start").append(
-    make("h2", {}, "Ask any stage of the way"),
+    make("h2", {}, "Ask any stage of the run"),
     make(
       "p.lead",
       {},
-      "Each stage of the run answers for itself. Put up to four side by side and watch what training changed.",
+      "Every stage is a model of its own. Put up to four side by side and watch what training changed.",
     ),
     make("div.groups", {}, ...groups),
     answering,

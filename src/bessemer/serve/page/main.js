@@ -135,7 +135,7 @@ function forget() {
   changed();
   conversation.draw();
   state.forgetAll();
-  connection.notice("Nothing of this page is stored any more.");
+  connection.notice("Nothing is stored any more.");
 }
 
 function changed() {

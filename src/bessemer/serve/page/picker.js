@@ -7,7 +7,7 @@ import { MOST } from "./state.js";
 const STAGES = {
   base: "pre-trained only",
   zero: "R1-Zero: reinforcement learning from the base, no examples of thinking",
-  r1: "R1, at the end of the way",
+  r1: "R1, the final model",
   dev1: "R1 Dev1: fine-tuned on the cold start",
   dev2: "R1 Dev2: reinforcement learning on reasoning",
   dev3: "R1 Dev3: fine-tuned on chosen answers of Dev2",
@@ -77,7 +77,7 @@ export class Picker {
             {
               type: "button",
               "data-pick": "*way",
-              title: "The models along DeepSeek-R1's way",
+              title: "The models on the way to DeepSeek-R1",
               onclick: () => this.take(milestones, true),
             },
             milestones.join(" · "),
@@ -125,7 +125,7 @@ export function about(model) {
   if (model.parameters) {
     const active =
       model.active_parameters && model.active_parameters !== model.parameters
-        ? `, ${short(model.active_parameters)} at work per token`
+        ? `, ${short(model.active_parameters)} active per token`
         : "";
     words.push(`${short(model.parameters)} parameters${active}`);
   }

@@ -6,12 +6,12 @@ import { DEFAULTS, LIMITS, setting } from "./state.js";
 // name, label, step of the field, what it does
 const NUMBERS = [
   ["temperature", "Temperature", 0.05, "0 always takes the likeliest token; higher is more varied"],
-  ["top_p", "Top-p", 0.01, "draws among the likeliest tokens that together have this probability"],
-  ["top_k", "Top-k", 1, "draws among so many of the likeliest tokens; 0 among all"],
-  ["min_p", "Min-p", 0.01, "draws among tokens with at least this share of the likeliest one's probability"],
-  ["repetition_penalty", "Repetition penalty", 0.05, "above 1 makes tokens that were there already less likely"],
-  ["max_tokens", "Most tokens", 1, "the answer is cut off there, thought included"],
-  ["seed", "Seed", 1, "empty: a fresh one for every answer. The same seed and question give the same answer"],
+  ["top_p", "Top-p", 0.01, "samples from the likeliest tokens that together have this probability"],
+  ["top_k", "Top-k", 1, "samples from this many of the likeliest tokens; 0: from all"],
+  ["min_p", "Min-p", 0.01, "samples from tokens with at least this share of the likeliest one's probability"],
+  ["repetition_penalty", "Repetition penalty", 0.05, "above 1, tokens that have already occurred become less likely"],
+  ["max_tokens", "Maximum tokens", 1, "the longest answer, thought included"],
+  ["seed", "Seed", 1, "empty: a new one for every answer. The same seed and question give the same answer"],
 ];
 const CHOICES = [
   [
@@ -19,7 +19,7 @@ const CHOICES = [
     "Thinking",
     "whether the models think before they answer",
     [
-      ["own", "as they like"],
+      ["own", "the model decides"],
       ["always", "always"],
       ["never", "never"],
     ],
@@ -48,7 +48,7 @@ const BUDGET = [
   "thinking_budget",
   "Thinking budget",
   1,
-  "after so many tokens of thought the answer begins; empty: no limit",
+  "after this many tokens of thought the answer begins; empty: no limit",
 ];
 const NEUTRAL = { temperature: 1, top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1 };
 
@@ -80,14 +80,14 @@ export class Settings {
       make(
         "div.choices",
         {},
-        make("button.quiet", { type: "button", onclick: () => this.reset() }, "Back to the defaults"),
+        make("button.quiet", { type: "button", onclick: () => this.reset() }, "Reset to the defaults"),
         make(
           "button.quiet",
           { type: "button", title: "The conversation, the settings and the key", onclick: forget },
-          "Forget all that is stored here",
+          "Delete everything stored here",
         ),
       ),
-      make("p.unit", {}, "Conversation and settings are kept in this browser only."),
+      make("p.unit", {}, "The conversation and settings are stored in this browser only."),
     );
     this.opener.addEventListener("click", () => this.open(this.panel.hidden));
     this.panel.addEventListener("keydown", (event) => {
@@ -157,10 +157,10 @@ export class Settings {
       const own = models.map((model) => model.sampling?.[name] ?? NEUTRAL[name]);
       const rooms = models.map((model) => model.context).filter(Boolean);
       if (name === "max_tokens")
-        field.placeholder = rooms.length ? `up to ${Math.max(...rooms)}` : "all there is room for";
+        field.placeholder = rooms.length ? `up to ${Math.max(...rooms)}` : "as many as fit";
       else if (name === "seed") field.placeholder = "fresh";
       else if (name === "thinking_budget") field.placeholder = "no limit";
-      else field.placeholder = new Set(own).size === 1 ? String(own[0]) : "as each model likes";
+      else field.placeholder = new Set(own).size === 1 ? String(own[0]) : "each model's default";
     }
     this.thinking.hidden = !models.some((model) => model.thinks);
   }
