@@ -1,4 +1,4 @@
-"""Batch: what every objective receives.
+"""Batch: the input of every objective.
 
 Legend: B rows, T tokens per row.
 
@@ -33,7 +33,7 @@ class Batch:
     own_T: Tensor | None = None
     """Positions of the rows that this process computes, in order (context parallelism); None: all."""
     filler: bool = False
-    """Whether it fills the place of a micro-batch for which no rows were left: computed, and never counted."""
+    """Whether it stands in for a micro-batch without rows: computed, and never counted."""
 
     def __post_init__(self) -> None:
         shape = self.tokens_BT.shape
@@ -41,8 +41,8 @@ class Batch:
         assert self.tokens_BT.dtype == torch.int64, f"tokens_BT must be int64, not {self.tokens_BT.dtype}"
         assert self.loss_BT.dtype == torch.float32, f"loss_BT must be float32, not {self.loss_BT.dtype}"
         for name, tensor in self._named():
-            found = tensor.shape[:2] if name in self.extras else tensor.shape
-            assert found == shape, f"{name} is {tuple(tensor.shape)}, tokens_BT is {tuple(shape)}"
+            actual = tensor.shape[:2] if name in self.extras else tensor.shape
+            assert actual == shape, f"{name} is {tuple(tensor.shape)}, tokens_BT is {tuple(shape)}"
         # On an accelerator this check would wait for the device, and the batch was checked when it was made.
         if self.loss_BT.device.type == "cpu" and shape[1]:
             assert not self.loss_BT[:, 0].any(), "loss_BT[:, 0] must be 0: nothing precedes the first token"
@@ -59,7 +59,7 @@ class Batch:
 
     @property
     def counted(self) -> tuple[int, int]:
-        """(rows, tokens) that are consumed by training on it."""
+        """(rows, tokens) that training on it consumes."""
         return (0, 0) if self.filler else (self.n_rows, self.tokens_BT.numel())
 
     @property
@@ -68,22 +68,24 @@ class Batch:
         return int(torch.count_nonzero(self.loss_BT))
 
     def predicted(self, ahead: int) -> tuple[Tensor, Tensor]:
-        """(tokens, loss weights) of what is predicted `ahead` positions further, [B, T - ahead] from the first position
-        on; where some positions are this process's alone, from these, [B, t], of weight 0 beyond the end. Further than
-        one, no weight where that looks across a segment border."""
+        """(tokens, loss weights) of the tokens `ahead` positions further, [B, T - ahead] from the first position on.
+
+        With `own_T` they start from these positions, [B, t], with weight 0 beyond the end. For `ahead` > 1 the weight
+        is 0 across a segment border.
+        """
         T, segments_BT = self.tokens_BT.shape[1], self.segments_BT
         if self.own_T is None:
-            here, there = slice(0, T - ahead), slice(ahead, T)
-            loss_BT = self.loss_BT[:, there]
+            source, target = slice(0, T - ahead), slice(ahead, T)
+            loss_BT = self.loss_BT[:, target]
         else:
-            here, there = self.own_T, (self.own_T + ahead).clamp(max=T - 1)
-            loss_BT = self.loss_BT[:, there] * (self.own_T + ahead < T)
+            source, target = self.own_T, (self.own_T + ahead).clamp(max=T - 1)
+            loss_BT = self.loss_BT[:, target] * (self.own_T + ahead < T)
         if ahead > 1 and segments_BT is not None:
-            loss_BT = loss_BT * (segments_BT[:, here] == segments_BT[:, there])
-        return self.tokens_BT[:, there], loss_BT
+            loss_BT = loss_BT * (segments_BT[:, source] == segments_BT[:, target])
+        return self.tokens_BT[:, target], loss_BT
 
     def at(self, own_T: Tensor | None) -> "Batch":
-        """The same rows, of which this process computes these positions."""
+        """The same rows, of which this process computes the positions `own_T`."""
         return replace(self, own_T=own_T)
 
     def rows(self, start: int, stop: int) -> "Batch":

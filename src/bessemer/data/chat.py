@@ -1,4 +1,4 @@
-"""Conversations as prompts: R1-Zero's plain text and R1's template (R1 Table 1, reference B.7, G.2).
+"""Special tokens, and conversations as prompts: R1-Zero's plain text and R1's template (R1 Table 1).
 
 `zero`   BOS + preamble, newline + `User: {content}` newline `Assistant:` + answer + EOS
 `r1`     BOS + system + <｜User｜> + content + <｜Assistant｜> + answer + EOS; a prompt ends in `<｜Assistant｜><think>`
@@ -6,27 +6,45 @@
 
 System messages are collected at the front and joined by a blank line; in `zero` they are the preamble.
 
-Why `zero` ends in `Assistant:` without a blank. A prompt and its completion are tokenised apart, a document in one
-go, and both must give the same ids. An answer that opens with `<think>` follows the colon directly: the added token
+Why `zero` ends in `Assistant:` without a blank. A prompt and its completion are tokenised separately, a document as one
+text, and both must give the same ids. An answer that opens with `<think>` follows the colon directly: the added token
 cuts the text there. Any other answer follows one blank, and `:` before a blank is a token end in V3's pre-split. A
 prompt that ended in a blank would break the second case, for ` word` is one token.
 
 Invariants
 - `render_ids` never looks for control tokens in a content; they enter as ids only. BOS stands once, at the start.
-- An assistant turn that is the last message is kept whole, since it is what one trains on; `r1` drops the thinking of
-  every earlier turn. After an assistant turn there is nothing to answer, so no generation prompt follows.
+- An assistant turn that is the last message is kept whole, because it is trained on; `r1` drops the thinking of every
+  earlier turn. After an assistant turn there is nothing to answer, so no generation prompt follows.
 - `jinja(style)` renders the same text as `render`.
+
+The special tokens are those of the DeepSeek family. The bars are U+FF5C and the underscores U+2581, as in the published
+tokenizer. Their position in `ADDED` is their id in a tokenizer of our own training; a tokenizer read from elsewhere
+keeps its own ids. `<think>`, `</think>` and R1-Zero's `<answer>`, `</answer>` are added tokens that are *not* special:
+each is one id wherever it stands in a text, and decoding with `skip_special` keeps it, because reasoning parsers look
+for it. The answer tags are ours: V3's pre-split would glue the colon of `Assistant:` to a `<` that follows it, so that
+a prompt ending in a colon could never lead to an answer without thoughts.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
-from bessemer.data.special import ASSISTANT, BOS, EOS, THINK, THINK_END, USER
 from bessemer.errors import UserError
 
-if TYPE_CHECKING:
-    from bessemer.data.tokenizer import Tokenizer
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+PAD = "<｜▁pad▁｜>"
+USER = "<｜User｜>"
+ASSISTANT = "<｜Assistant｜>"
+THINK = "<think>"
+THINK_END = "</think>"
+FIM_HOLE = "<｜fim▁hole｜>"
+FIM_BEGIN = "<｜fim▁begin｜>"
+FIM_END = "<｜fim▁end｜>"
+ANSWER = "<answer>"
+ANSWER_END = "</answer>"
 
+ADDED = (BOS, EOS, PAD, USER, ASSISTANT, THINK, THINK_END, FIM_HOLE, FIM_BEGIN, FIM_END, ANSWER, ANSWER_END)
+NOT_SPECIAL = frozenset({THINK, THINK_END, ANSWER, ANSWER_END})
 STYLES = ("zero", "r1")
 
 ZERO_PREAMBLE = (
@@ -39,15 +57,38 @@ ZERO_PREAMBLE = (
 Message = dict[str, str]
 
 
-class Piece(NamedTuple):
-    """A stretch of a conversation. Two texts meet at a line break before a letter, or as said above, so that the ids of
-    the pieces are the ids of the whole."""
+class ChatTokenizer(Protocol):
+    """What rendering needs of a tokenizer."""
+
+    bos_id: int | None
+    eos_id: int
+
+    @property
+    def chat_style(self) -> str | None: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def special_id(self, content: str) -> int: ...
+
+    def render_answers(
+        self, messages: Sequence["Message"], add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[bool]]: ...
+
+
+def is_special(content: str) -> bool:
+    """Whether an added token is control, not text. The hub's own files leave `<｜User｜>` unmarked; the bars tell."""
+    return content.startswith("<｜") and content.endswith("｜>")
+
+
+class ChatPiece(NamedTuple):
+    """A piece of a conversation. Two texts meet at a line break before a letter, or as explained above, so that the ids
+    of the pieces are the ids of the whole."""
 
     text: str
     control: bool = False
     """The text is one control token, not text."""
     answer: bool = False
-    """Written by the assistant: what SFT trains on."""
+    """Written by the assistant; SFT trains on it."""
 
 
 def render(messages: Sequence[Message], style: str = "r1", add_generation_prompt: bool = True) -> str:
@@ -56,14 +97,14 @@ def render(messages: Sequence[Message], style: str = "r1", add_generation_prompt
 
 
 def render_ids(
-    tokenizer: "Tokenizer", messages: Sequence[Message], style: str | None = None, add_generation_prompt: bool = True
+    tokenizer: ChatTokenizer, messages: Sequence[Message], style: str | None = None, add_generation_prompt: bool = True
 ) -> list[int]:
     """The conversation as ids, BOS included. `style` None is the tokenizer's own."""
     return render_answers(tokenizer, messages, style, add_generation_prompt)[0]
 
 
 def render_answers(
-    tokenizer: "Tokenizer", messages: Sequence[Message], style: str | None = None, add_generation_prompt: bool = False
+    tokenizer: ChatTokenizer, messages: Sequence[Message], style: str | None = None, add_generation_prompt: bool = False
 ) -> tuple[list[int], list[bool]]:
     """Ids as in `render_ids`, and for each whether the assistant wrote it (answers and the EOS after them)."""
     style = style or tokenizer.chat_style
@@ -79,7 +120,7 @@ def render_answers(
     return ids, answers
 
 
-def question_ids(tokenizer: "Tokenizer", question: str) -> list[int]:
+def question_ids(tokenizer: ChatTokenizer, question: str) -> list[int]:
     """The prompt that asks one question, in the tokenizer's own style."""
     return render_ids(tokenizer, [{"role": "user", "content": question}])
 
@@ -97,7 +138,7 @@ def template_style(tokenizer: "Tokenizer") -> str | None:
 
 
 def opening(style: str | None) -> str:
-    """What a generation prompt has already written of the answer: a completion alone is not the whole answer."""
+    """The start of the answer that a generation prompt already contains; a completion continues it."""
     return f"{THINK}\n" if style == "r1" else ""
 
 
@@ -114,38 +155,40 @@ def jinja(style: str) -> str:
     return _JINJA_HEAD + (_JINJA_ZERO if style == "zero" else _JINJA_R1)
 
 
-def _pieces(messages: Sequence[Message], style: str, add_generation_prompt: bool) -> list[Piece]:
+def _pieces(messages: Sequence[Message], style: str, add_generation_prompt: bool) -> list[ChatPiece]:
     _check_style(style)
     _check_messages(messages)
     system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
     turn = _zero_turn if style == "zero" else _r1_turn
-    pieces = [Piece(BOS, control=True)]
+    pieces = [ChatPiece(BOS, control=True)]
     if system:
-        pieces.append(Piece(system + "\n" if style == "zero" else system))
+        pieces.append(ChatPiece(system + "\n" if style == "zero" else system))
     for number, message in enumerate(messages):
         if message["role"] != "system":
             pieces += turn(message["role"], message["content"], last=number == len(messages) - 1)
     if add_generation_prompt and messages[-1]["role"] != "assistant":
-        pieces += [Piece("Assistant:")] if style == "zero" else [Piece(ASSISTANT, control=True), Piece(opening(style))]
+        r1 = [ChatPiece(ASSISTANT, control=True), ChatPiece(opening(style))]
+        pieces += [ChatPiece("Assistant:")] if style == "zero" else r1
     return pieces
 
 
-def _zero_turn(role: str, content: str, last: bool) -> list[Piece]:
+def _zero_turn(role: str, content: str, last: bool) -> list[ChatPiece]:
     if role == "user":
-        return [Piece(f"User: {content}\n")]
+        return [ChatPiece(f"User: {content}\n")]
     gap = "" if content.startswith(THINK) else " "
-    return [Piece("Assistant:"), Piece(gap + content, answer=True), Piece(EOS, control=True, answer=True)]
+    return [ChatPiece("Assistant:"), ChatPiece(gap + content, answer=True), ChatPiece(EOS, control=True, answer=True)]
 
 
-def _r1_turn(role: str, content: str, last: bool) -> list[Piece]:
+def _r1_turn(role: str, content: str, last: bool) -> list[ChatPiece]:
     if role == "user":
-        return [Piece(USER, control=True), Piece(content)]
+        return [ChatPiece(USER, control=True), ChatPiece(content)]
     if not last:
         content = content.split(THINK_END)[-1]
-    return [Piece(ASSISTANT, control=True), Piece(content, answer=True), Piece(EOS, control=True, answer=True)]
+    start, end = ChatPiece(ASSISTANT, control=True), ChatPiece(EOS, control=True, answer=True)
+    return [start, ChatPiece(content, answer=True), end]
 
 
-def _control_ids(tokenizer: "Tokenizer", text: str) -> list[int]:
+def _control_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:
     """The one id of a control token; none for BOS where a foreign tokenizer puts none in front of a text."""
     if text == BOS:
         return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -173,7 +216,7 @@ def _check_messages(messages: Sequence[Message]) -> None:
         if not isinstance(message["content"], str):
             raise UserError(f"message {number} has a content that is not text")
         if extra := sorted(message.keys() - {"role", "content"}):
-            raise UserError(f"message {number} has {extra[0]!r}, which no template here shows; put it into the content")
+            raise UserError(f"message {number} has {extra[0]!r}, which no template renders; put it into the content")
 
 
 _JINJA_HEAD = (

@@ -1,36 +1,46 @@
-"""Documents to shards and packed rows on disk (V3 4.1, reference C.2, C.3, C.4).
+"""Documents to shards and packed rows on disk (V3 4.1).
 
 Every document is BOS + ids + EOS. Rows are packed by best fit, with no cross-document mask.
 
 Invariants
-- Which side a document falls on, train or held-out, depends on its text alone: copies never straddle, and neither the
-  order of the documents nor the tokenizer matters. The transformations of V3 (FIM, split boundaries) touch the
-  training side only.
+- The split of a document, train or held-out, depends on its text alone: copies are always in the same split, and
+  neither the order of the documents nor the tokenizer matters. The transformations of V3 touch the train split only,
+  and depend on the text and the seed alone.
 - The same documents, tokenizer and settings give the same bytes.
 - The directory appears complete or not at all.
 
-Bits per byte of a part: total nats over its rows / ln 2 / its `bytes`. The tokens that open a row are not predicted
+FIM (V3 4.1.1): prefix-suffix-middle at document level, `<fim_begin> prefix <fim_hole> suffix <fim_end> middle`, cut at
+two uniform points (the paper does not say where; this is the usual choice). Every token is trained on.
+
+Split boundaries (V3 4.1): the pre-split makes tokens such as ".\\n". A prompt that ends without its line break would
+then end in a way the model never saw, so a share of these tokens is replaced by the ids of its two halves.
+
+Bits per byte of a split: total nats over its rows / ln 2 / its `bytes`. The tokens that open a row are not predicted
 (mostly BOS), so this is a little too low; the share is at most 1 / row_length of the tokens.
 """
 
+from __future__ import annotations
+
+import hashlib
 import os
+import random
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
 import numpy as np
 
-from bessemer.data import rowplan, shards
-from bessemer.data.augment import Augment
-from bessemer.data.document import Document
-from bessemer.data.encoded import tokenised
+from bessemer.data import rows, shards
+from bessemer.data.chat import FIM_BEGIN, FIM_END, FIM_HOLE
+from bessemer.data.documents import Document
 from bessemer.data.encoder import Encoder
-from bessemer.data.rows import Rows, open_rows
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 
+_BOUNDARY = re.compile(r"(.*[^\s\w])([\r\n]+)", re.DOTALL)
 CHUNK_CHARS = 2_000_000
 """Documents are tokenised in groups of about this size: enough to keep the tokenizer's threads busy, little memory."""
 
@@ -39,8 +49,8 @@ CHUNK_CHARS = 2_000_000
 class Corpus:
     path: Path
     meta: dict
-    train: Rows
-    heldout: Rows
+    train: rows.Rows
+    heldout: rows.Rows
 
 
 def build(
@@ -59,15 +69,15 @@ def build(
     """Tokenise `documents` into shards in `out_dir`, plan their rows, and open the result.
 
     heldout               share of documents kept for evaluation
-    limit_tokens          stop after the document that brings the training side to this many tokens
+    limit_tokens          stop after the document that brings the train split to this many tokens
     limit_documents       stop after this many documents
     fim_rate              share of training documents in prefix-suffix-middle order (V3: 0.1)
-    boundary_split_rate   share of "punctuation + line break" tokens split in two (reference C.4)
+    boundary_split_rate   share of "punctuation + line break" tokens split in two (V3 4.1)
 
     A corpus already at `out_dir` is replaced once the new one is complete.
     """
     out_dir = Path(out_dir).absolute()
-    rowplan.check_length(row_length)
+    rows.check_length(row_length)
     if not 0 <= heldout < 1:
         raise UserError(f"heldout {heldout} must be at least 0 and less than 1")
     if out_dir.exists() and not (out_dir / "meta.json").exists() and any(out_dir.iterdir()):
@@ -94,7 +104,7 @@ def build(
 def load(directory: str | Path) -> Corpus:
     """Open a corpus; UserError naming the file that is missing or altered."""
     at, meta = shards.follow(Path(directory))
-    return Corpus(at, meta, *(open_rows(directory, part) for part in shards.PARTS))
+    return Corpus(at, meta, *(rows.open_rows(directory, split) for split in shards.SPLITS))
 
 
 def _write(
@@ -108,34 +118,34 @@ def _write(
     augment: Augment,
 ) -> None:
     encoder = Encoder(tokenizer)
-    sides = {part: _Side(folder, part, row_length, shards.dtype_of(tokenizer)) for part in shards.PARTS}
+    writers = {split: _SplitWriter(folder, split, row_length, shards.dtype_of(tokenizer)) for split in shards.SPLITS}
     for chunk in _chunks(documents, limit_documents):
-        for document, part, ids in tokenised(chunk, encoder, heldout, augment):
-            if limit_tokens is not None and sides["train"].tokens >= limit_tokens:
+        for document, split, ids in tokenise(chunk, encoder, heldout, augment):
+            if limit_tokens is not None and writers["train"].tokens >= limit_tokens:
                 break
-            sides[part].add(document, ids)
-        if limit_tokens is not None and sides["train"].tokens >= limit_tokens:
+            writers[split].add(document, ids)
+        if limit_tokens is not None and writers["train"].tokens >= limit_tokens:
             break
-    if not sides["train"].tokens:
+    if not writers["train"].tokens:
         raise UserError("there is no training document: the source is empty, or the limits leave nothing")
     shards.seal(
-        folder, tokenizer, row_length, {part: side.finish() for part, side in sides.items()},
+        folder, tokenizer, row_length, {split: writer.finish() for split, writer in writers.items()},
         heldout=heldout, limit_tokens=limit_tokens, limit_documents=limit_documents, **augment.settings,
     )  # fmt: skip
 
 
-class _Side:
-    """The shards of one side, written one after the other."""
+class _SplitWriter:
+    """The shards of one split, written one after the other."""
 
-    def __init__(self, folder: Path, part: str, row_length: int, dtype: np.dtype) -> None:
-        self.folder, self.part, self.row_length, self.dtype = folder, part, row_length, dtype
+    def __init__(self, folder: Path, split: str, row_length: int, dtype: np.dtype) -> None:
+        self.folder, self.split, self.row_length, self.dtype = folder, split, row_length, dtype
         self.done: list[dict] = []
         self.tokens = 0
         self._open: shards.Writer | None = None
 
     def add(self, document: Document, ids: list[int]) -> None:
         if self._open is None:
-            self._open = shards.Writer(self.folder, self.part, len(self.done), self.dtype)
+            self._open = shards.Writer(self.folder, self.split, len(self.done), self.dtype)
         self._open.add(ids, document.domain, len(document.text.encode("utf-8")))
         self.tokens += len(ids)
         if self._open.full:
@@ -149,7 +159,7 @@ class _Side:
 
     def _close(self) -> None:
         self.done.append(self._open.finish())
-        rowplan.write(
+        rows.write_plan(
             self.folder, self.folder / f"rows-{self.row_length}", self._open.name, self.dtype, self.row_length
         )
         self._open = None
@@ -172,3 +182,71 @@ def _chunks(documents: Iterable[Document], limit: int | None) -> Iterator[list[D
             chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+def is_heldout(text: str, share: float) -> bool:
+    """Whether a document belongs to the held-out split."""
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def tokenise(
+    documents: Sequence[Document], encoder: Encoder, heldout: float, augment: Augment
+) -> Iterator[tuple[Document, str, np.ndarray]]:
+    """(document, "train" or "heldout", BOS + ids + EOS) of each; training documents as `augment` makes them."""
+    plain = encoder.encode_batch([document.text for document in documents])
+    for document, ids in zip(documents, plain, strict=True):
+        split = "heldout" if is_heldout(document.text, heldout) else "train"
+        inner = augment(document.text, ids) if split == "train" else ids
+        yield document, split, np.concatenate([encoder.opening, inner, encoder.ending], dtype=np.int32)
+
+
+class Augment:
+    """`augment(text, ids)` gives the ids to train on, without BOS and EOS."""
+
+    def __init__(self, tokenizer: Tokenizer, fim_rate: float, boundary_split_rate: float, seed: int = 0):
+        for name, rate in (("fim_rate", fim_rate), ("boundary_split_rate", boundary_split_rate)):
+            if not 0 <= rate <= 1:
+                raise UserError(f"{name} {rate} must lie between 0 and 1")
+        self.settings = {"fim_rate": fim_rate, "boundary_split_rate": boundary_split_rate, "seed": seed}
+        self._tokenizer = tokenizer
+        self._fim_rate, self._split_rate, self._seed = fim_rate, boundary_split_rate, seed
+        self._halves = boundary_tokens(tokenizer) if boundary_split_rate else {}
+        self._is_boundary = np.zeros(tokenizer.vocab_size, bool)
+        self._is_boundary[list(self._halves)] = True
+        self._fim_ids = [tokenizer.special_id(name) for name in (FIM_BEGIN, FIM_HOLE, FIM_END)] if fim_rate else []
+
+    def __call__(self, text: str, ids: Sequence[int] | np.ndarray) -> Sequence[int] | np.ndarray:
+        if not (self._fim_rate or self._split_rate):
+            return ids
+        digest = hashlib.sha256(f"{self._seed}\n{text}".encode()).digest()
+        rng = random.Random(int.from_bytes(digest, "big"))
+        if rng.random() < self._fim_rate:
+            ids = self._fim(text, rng)
+        return self._split(ids, rng) if self._halves else ids
+
+    def _fim(self, text: str, rng: random.Random) -> list[int]:
+        first, second = sorted(rng.randint(0, len(text)) for _ in range(2))
+        prefix, middle, suffix = self._tokenizer.encode_batch([text[:first], text[first:second], text[second:]])
+        begin, hole, end = self._fim_ids
+        return [begin, *prefix, hole, *suffix, end, *middle]
+
+    def _split(self, ids: Sequence[int] | np.ndarray, rng: random.Random) -> np.ndarray:
+        ids = np.asarray(ids, np.int32)
+        at = np.flatnonzero(self._is_boundary[ids])
+        at = [place for place in at.tolist() if rng.random() < self._split_rate]
+        halves = [self._halves[int(ids[place])] for place in at]
+        pieces = np.split(ids, [edge for place in at for edge in (place, place + 1)])
+        pieces[1::2] = [np.array(half, np.int32) for half in halves]
+        return np.concatenate(pieces)
+
+
+def boundary_tokens(tokenizer: Tokenizer) -> dict[int, list[int]]:
+    """For each token that is punctuation and then line breaks: the ids of its two halves, one after the other."""
+    halves = {}
+    for token_id in range(tokenizer.vocab_size):
+        match = _BOUNDARY.fullmatch(tokenizer.token_bytes(token_id).decode("utf-8", "replace"))
+        if match and "\ufffd" not in match[0]:
+            mark, breaks = tokenizer.encode_batch([match[1], match[2]])
+            halves[token_id] = mark + breaks
+    return halves

@@ -1,21 +1,53 @@
 """The ids of many texts, every piece of them encoded once: the ids of `Tokenizer.encode_batch`, many times as fast.
 
-Texts are cut into the pieces that merges may not cross (`presplit`); a piece, mostly a word, is looked up by a 64-bit
-hash of its characters, and only new ones are given to the tokenizer. Among 10^7 different pieces the chance that any
-two share a hash is 3 in 10^6. A tokenizer with another pre-split or a normaliser is asked as it is, and so are single
-texts with an added token or with characters that are newer than this Python's Unicode.
+Texts are cut into the pieces that merges may not cross; a piece, mostly a word, is looked up by a 64-bit hash of its
+characters, and only new ones are given to the tokenizer. Among 10^7 different pieces the chance that any two share a
+hash is 3 in 10^6. Tokenizers with another pre-split or a normaliser are called as they are, and so are single texts
+with an added token or with characters newer than this Python's Unicode.
+
+The cuts are V3's pre-split on arrays, for a whole batch of texts at once: the tokenizer's three regular expressions
+(`tokenizer.DIGITS`, `CJK`, `WORDS`) take most of the time of encoding. They look at kinds of characters only, so their
+cuts follow from runs of kinds. Rule by rule, in the order of WORDS:
+
+    1  [ASCII punctuation][A-Za-z]+      one punctuation mark that nothing before it takes, and ASCII letters behind it
+    2  [^\\r\\n LPS]?[LM]+                a word, with one white space or other character before it
+    3   ?[PS]+[\\r\\n]*                   a run of punctuation, with one blank before and line breaks behind it
+    4  \\s*[\\r\\n]+                      white space up to its last line break
+    5  \\s+(?!\\S)                       the rest of it, but for the last character where something follows
+    6  \\s+                             that last character, where neither 2 nor 3 took it
+       anything else                    a run of other characters is a piece
+
+Digits are cut in threes from where they begin; they, and runs of Han and kana, are fences for all of the above. Inside
+those, signs such as the middle dot are separated from letters.
+
+The hash of a piece is h(s, e) = sum over s <= i < e of x_i B^(i - s) modulo 2^64, by prefix sums: B is odd, so B^-s
+exists.
 """
 
+import unicodedata
 from collections.abc import Sequence
+from functools import cache
+from itertools import chain
 
 import numpy as np
 
-from bessemer.data import presplit
-from bessemer.data.hashing import stretches
 from bessemer.data.tokenizer import CJK, DIGITS, WORDS, Tokenizer
 
+NEW = 255
+"""Not assigned in this Python's Unicode: the library may classify it, so such a text is left to the library."""
+LETTER, MARK, PUNCTUATION, BREAK, BLANK, SPACE, OTHER, DIGIT, HAN, HAN_SIGN, FENCE = range(11)
+WORD, SIGN, WHITE, REST, NUMBER, KANA, KANA_SIGN, EDGE = range(8)
+"""Kinds of runs; up to REST they are inside a fence."""
+_RUN_OF = np.array([WORD, WORD, SIGN, WHITE, WHITE, WHITE, REST, NUMBER, KANA, KANA_SIGN, EDGE], np.uint8)
+_ASCII_SIGNS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+_BASE = 0x9E3779B97F4A7C15
+_INVERSE = pow(_BASE, -1, 1 << 64)
+SMALLEST_POWERS = 5 << 18
+"""Powers are made for at least this many positions at once."""
+
+_powers_cache: list[tuple[np.ndarray, np.ndarray]] = []
 MOST_PIECES = 1 << 20
-"""Pieces that are remembered, about 40 MB; then all are forgotten, for what comes now is something else."""
+"""Pieces that are remembered, about 40 MB; then all are forgotten."""
 
 
 class Encoder:
@@ -24,46 +56,46 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.opening = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
-        """What a document begins with."""
+        """Ids at the start of a document."""
         self.ending = np.array([tokenizer.eos_id], np.int32)
-        """What it ends with."""
-        self.cuts = cuts_as_v3(tokenizer)
-        added = tokenizer.spec["added_tokens"] if self.cuts else ()
+        """Ids at its end."""
+        self.has_v3_split = has_v3_split(tokenizer)
+        added = tokenizer.spec["added_tokens"] if self.has_v3_split else ()
         self._added = [one["content"] for one in added if not one["special"]]
         self._forget()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 ids of each text."""
-        if not self.cuts:
+        if not self.has_v3_split:
             return [np.array(ids, np.int32) for ids in self._tokenizer.encode_batch(texts)]
         joined = "\n".join(texts)
         try:
             points_C = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
         except UnicodeEncodeError:
-            self._tokenizer.encode_batch(texts)  # says which text holds half a character
+            self._tokenizer.encode_batch(texts)  # names the text with half a character
             raise
         lengths = np.array([len(text) for text in texts], np.int64)
         ends = np.cumsum(lengths + 1) - 1
-        kinds_C = presplit.kinds()[points_C]
-        kinds_C[ends[:-1]] = presplit.FENCE
+        kinds_C = kinds()[points_C]
+        kinds_C[ends[:-1]] = FENCE
         odd = self._odd(texts, kinds_C, ends)
-        kinds_C[kinds_C == presplit.NEW] = presplit.OTHER
-        found = self._encoded(points_C, kinds_C, ends, len(texts))
+        kinds_C[kinds_C == NEW] = OTHER
+        encoded = self._encoded(points_C, kinds_C, ends, len(texts))
         for number in odd:
-            found[number] = np.array(self._tokenizer.encode(texts[number]), np.int32)
-        return found
+            encoded[number] = np.array(self._tokenizer.encode(texts[number]), np.int32)
+        return encoded
 
     def _odd(self, texts: Sequence[str], kinds_C: np.ndarray, ends: np.ndarray) -> list[int]:
         """Texts that only the tokenizer itself can encode."""
-        new = set(np.searchsorted(ends, np.flatnonzero(kinds_C == presplit.NEW)).tolist())
+        new = set(np.searchsorted(ends, np.flatnonzero(kinds_C == NEW)).tolist())
         return sorted(new | {i for i, text in enumerate(texts) if any(added in text for added in self._added)})
 
     def _encoded(self, points_C: np.ndarray, kinds_C: np.ndarray, ends: np.ndarray, n_texts: int) -> list[np.ndarray]:
-        places = presplit.cuts(points_C, kinds_C) if len(points_C) else np.zeros(1, np.int64)
+        places = cuts(points_C, kinds_C) if len(points_C) else np.zeros(1, np.int64)
         first, last = places[:-1], places[1:]
-        real = kinds_C[first] != presplit.FENCE
+        real = kinds_C[first] != FENCE
         first, last = first[real], last[real]
-        hashes, example, which = _distinct(stretches(points_C, first, last))
+        hashes, example, which = _distinct(hash_pieces(points_C, first, last))
         at = self._remember(hashes, first[example], last[example], points_C)
         lengths = self._lengths[at][which]
         starts = self._starts[at][which]
@@ -75,14 +107,14 @@ class Encoder:
         return [ids[edges[number] : edges[number + 1]] for number in range(n_texts)]
 
     def _remember(self, hashes: np.ndarray, first: np.ndarray, last: np.ndarray, points_C: np.ndarray) -> np.ndarray:
-        """Where these pieces (hashes ascend) stand among what is known, once the new ones are."""
+        """Positions of these pieces (hashes ascend) among the known ones, after encoding the new ones."""
         if len(self._hashes) + len(hashes) > MOST_PIECES:
             self._forget()
         at = np.searchsorted(self._hashes, hashes)
         new = np.flatnonzero(self._hashes[np.minimum(at, len(self._hashes) - 1)] != hashes)
         if not len(new):
             return at
-        ids, lengths = self._tokenizer.encode_stretches(points_C, first[new], last[new])
+        ids, lengths = self._tokenizer.encode_pieces(points_C, first[new], last[new])
         starts = len(self._ids) + np.cumsum(lengths) - lengths
         self._ids = np.concatenate([self._ids, ids])
         self._hashes = np.insert(self._hashes, at[new], hashes[new])
@@ -91,7 +123,7 @@ class Encoder:
         return np.searchsorted(self._hashes, hashes)
 
     def _forget(self) -> None:
-        """One piece is always known, the empty one, so that there is something to look in."""
+        """One piece is always known, the empty one, so that the table is never empty."""
         self._hashes = np.zeros(1, np.uint64)
         self._lengths = np.zeros(1, np.int64)
         self._starts = np.zeros(1, np.int64)
@@ -99,7 +131,7 @@ class Encoder:
 
 
 def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """np.unique with an index and the inverse, twice as fast since it may be the index of any of the equal ones."""
+    """np.unique with an index and the inverse, twice as fast because the index may be that of any equal value."""
     order = np.argsort(values)
     ascending = values[order]
     new = np.concatenate(([True], ascending[1:] != ascending[:-1]))[: len(values)]
@@ -108,7 +140,7 @@ def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ascending[new], order[new], which
 
 
-def cuts_as_v3(tokenizer: Tokenizer) -> bool:
+def has_v3_split(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer's pre-split is V3's and nothing else changes a text before."""
     if type(tokenizer) is not Tokenizer or tokenizer.spec.get("normalizer") is not None:
         return False
@@ -121,3 +153,145 @@ def cuts_as_v3(tokenizer: Tokenizer) -> bool:
     last = steps[-1] if steps else {}
     plain = last.get("type") == "ByteLevel" and not last.get("add_prefix_space") and not last.get("use_regex")
     return patterns == [DIGITS, CJK, WORDS] and isolated and plain
+
+
+@cache
+def kinds() -> np.ndarray:
+    """uint8 [code points]."""
+    table = np.full(0x110000, NEW, np.uint8)
+    by_category = {"L": LETTER, "M": MARK, "N": DIGIT, "P": PUNCTUATION, "S": PUNCTUATION, "Z": SPACE}
+    for point in chain(range(0x40000), range(0xE0000, 0xE0200)):  # the other planes hold nothing yet
+        category = unicodedata.category(chr(point))
+        table[point] = NEW if category == "Cn" else by_category.get(category[0], OTHER)
+    for space in "\t\v\f\x85":
+        table[ord(space)] = SPACE
+    table[ord(" ")] = BLANK
+    table[[ord("\r"), ord("\n")]] = BREAK
+    for low, high in (("一", "龥"), ("぀", "ゟ"), ("゠", "ヿ")):
+        within = table[ord(low) : ord(high) + 1]
+        within[within == PUNCTUATION] = HAN_SIGN
+        within[within <= MARK] = HAN
+    return table
+
+
+@cache
+def _ascii() -> tuple[np.ndarray, np.ndarray]:
+    """bool [256]: the signs of rule 1, and A-Z a-z."""
+    signs, letters = np.zeros(256, bool), np.zeros(256, bool)
+    signs[[ord(sign) for sign in _ASCII_SIGNS]] = True
+    letters[ord("A") : ord("Z") + 1] = letters[ord("a") : ord("z") + 1] = True
+    return signs, letters
+
+
+def cuts(points_C: np.ndarray, kinds_C: np.ndarray) -> np.ndarray:
+    """Ascending places, 0 and the end among them, between which the pieces lie. A FENCE is a piece of its own."""
+    size = len(points_C)
+    runs_C = _RUN_OF[kinds_C]
+    begins = np.concatenate(([True], (runs_C[1:] != runs_C[:-1]) | (runs_C[1:] == EDGE)))
+    start = np.flatnonzero(begins)
+    end = np.append(start[1:], size)
+    run = runs_C[start]
+    before = np.append(EDGE, run[:-1]).astype(np.uint8)
+    after = np.append(run[1:], EDGE).astype(np.uint8)
+    cut = np.zeros(size + 1, bool)
+    cut[start] = cut[size] = True
+    _numbers(cut, start, end, run)
+    taken = _white(cut, kinds_C, start, end, (run, before, after))
+    rest = (run == REST) & (after == WORD)
+    cut[end[rest]] = False
+    cut[end[rest] - 1] = True
+    _signs(cut, points_C, start, end, (run, after), taken)
+    return np.flatnonzero(cut)
+
+
+def _numbers(cut: np.ndarray, start: np.ndarray, end: np.ndarray, run: np.ndarray) -> None:
+    """Digits in threes."""
+    long = np.flatnonzero((run == NUMBER) & (end - start > 3))
+    at = 3
+    while len(long := long[end[long] - start[long] > at]):
+        cut[start[long] + at] = True
+        at += 3
+
+
+def _white(
+    cut: np.ndarray, kinds_C: np.ndarray, start: np.ndarray, end: np.ndarray, runs: tuple[np.ndarray, ...]
+) -> np.ndarray:
+    """White space: rules 4 to 6, and what 2 and 3 take of it. Returns the starts of signs that rule 3 begins before."""
+    run, before, after = runs
+    white = run == WHITE
+    # nearly all of it: one blank, which a word or sign behind it takes
+    single = white & (end - start == 1) & (kinds_C[start] == BLANK)
+    cut[end[single & (after <= SIGN)]] = False
+    taken = end[single & (after == SIGN)]
+    white &= ~single
+    s, e, behind = start[white], end[white], after[white]
+    # line breaks right behind punctuation are rule 3's
+    begin = s.copy()
+    taking = np.flatnonzero(before[white] == SIGN)
+    while len(taking := taking[(begin[taking] < e[taking]) & (kinds_C[begin[taking] % len(kinds_C)] == BREAK)]):
+        cut[s[taking]] = False
+        begin[taking] += 1
+    cut[begin] |= begin > s
+    # rule 4: up to the last line break
+    breaks = np.flatnonzero(kinds_C == BREAK)
+    last = np.searchsorted(breaks, e) - 1
+    past = np.where(last >= 0, breaks[np.maximum(last, 0)] + 1, 0) if len(breaks) else np.zeros_like(e)
+    rest = np.where(past > begin, past, begin)
+    left = e - rest
+    cut[rest[left > 0]] = True
+    # rules 5 and 6: all of it at a fence, else all but the last character
+    follows = (left > 0) & (behind <= REST)
+    cut[e[follows] - 1] = True
+    blank = kinds_C[np.maximum(e - 1, 0)] == BLANK
+    joins = follows & ((behind == WORD) | ((behind == SIGN) & blank))
+    cut[e[joins]] = False
+    return np.concatenate([taken, e[joins & (behind == SIGN)]])
+
+
+def _signs(
+    cut: np.ndarray, points_C: np.ndarray, start: np.ndarray, end: np.ndarray, runs: tuple[np.ndarray, ...],
+    taken: np.ndarray,
+) -> None:  # fmt: skip
+    """Rule 1: a single sign and the ASCII letters behind it."""
+    run, after = runs
+    signs, letters = _ascii()
+    alone = np.flatnonzero((run == SIGN) & (end - start == 1) & (after == WORD))
+    at = start[alone]
+    small = np.minimum(points_C, 255)
+    is_letter_C = letters[small] & (points_C < 255)
+    fits = signs[small[at]] & (points_C[at] < 255) & is_letter_C[np.minimum(at + 1, len(points_C) - 1)]
+    free = np.ones(len(points_C) + 1, bool)
+    free[taken] = False
+    fits &= free[at]
+    alone = alone[fits]
+    cut[end[alone]] = False
+    other = np.append(np.flatnonzero(~is_letter_C), len(points_C))
+    stops = other[np.searchsorted(other, end[alone])]
+    inside = stops < end[alone + 1]
+    cut[stops[inside]] = True
+
+
+def hash_pieces(points_C: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """uint64 hash of every points_C[start:end]; equal pieces have equal hashes wherever they stand."""
+    powers_C, inverses_C = _powers(len(points_C) + 1)
+    sums_C = np.zeros(len(points_C) + 1, np.uint64)
+    # the square keeps a sum of code points from being another sum of nearby ones
+    mixed_C = points_C.astype(np.uint64) + np.uint64(1)
+    mixed_C *= mixed_C + np.uint64(0xD1B54A32D192ED03)
+    np.cumsum(mixed_C * powers_C[:-1], out=sums_C[1:])
+    return (sums_C[ends] - sums_C[starts]) * inverses_C[starts]
+
+
+def _powers(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """B^i and B^-i for i < n."""
+    if not _powers_cache or len(_powers_cache[0][0]) < n:
+        size = max(n, SMALLEST_POWERS)
+        _powers_cache[:] = [(_cumulated(_BASE, size), _cumulated(_INVERSE, size))]
+    powers, inverses = _powers_cache[0]
+    return powers[:n], inverses[:n]
+
+
+def _cumulated(factor: int, n: int) -> np.ndarray:
+    powers = np.full(n, factor, np.uint64)
+    powers[0] = 1
+    return np.cumprod(powers, out=powers)  # wraps, as it must

