@@ -1,0 +1,210 @@
+"""Documents, and the user's own text: files of three kinds, a directory of them, or a data set of the Hugging Face hub.
+
+.jsonl     one object a line: {"text": ...} or {"messages": [...]} (also {"conversations": [...]})
+.txt       documents separated by one or more blank lines
+.parquet   a column `text`, or `messages`
+
+The first two may be compressed: .jsonl.gz, .txt.zst. A broken record is an error that names file and line; nothing is
+skipped silently.
+"""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bessemer.data import chat
+from bessemer.errors import UserError
+
+COMPRESSED = (".gz", ".zst")
+SUFFIXES = (".jsonl", ".txt", ".parquet", *(kind + packed for kind in (".jsonl", ".txt") for packed in COMPRESSED))
+COLUMNS = ("messages", "conversations")
+"""Columns a record may have instead of a text."""
+HUB = "hf://"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, and the domain it belongs to."""
+
+    text: str
+    domain: str
+    """english, chinese, code, mathematics, or the user's name for a source of their own."""
+    messages: tuple[dict[str, str], ...] | None = None
+    """The conversation, if the record was one; `text` is then its plain transcript."""
+
+
+def read_files(path: Path, domain: str) -> Iterator[Document]:
+    """Documents of a file, or of every such file under a directory in the order of their names."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
+        if not files:
+            raise UserError(f"{path} holds no {', '.join(SUFFIXES)} file")
+        for file in files:
+            yield from read_files(file, domain)
+        return
+    readers = {".jsonl": _jsonl, ".txt": _txt, ".parquet": _parquet}
+    if not path.name.endswith(SUFFIXES):
+        raise UserError(f"{path} must end in {', '.join(SUFFIXES)}, or be a directory of such files")
+    try:
+        yield from readers[kind(path)](path, domain)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error}); convert it, for example with iconv") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}); make it again") from error
+
+
+def kind(path: Path) -> str:
+    """The suffix that names the format of a file, without that of its compression."""
+    return (path.suffixes[-2] if path.suffix in COMPRESSED and len(path.suffixes) > 1 else path.suffix).lower()
+
+
+def opened(path: Path) -> io.BufferedIOBase:
+    """The bytes of a file, uncompressed as they are read. One that is cut short raises OSError or EOFError."""
+    if path.suffix == ".zst":
+        import pyarrow  # slow to import, and needed here only
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb", buffering=1 << 18)
+
+
+def _jsonl(path: Path, domain: str) -> Iterator[Document]:
+    with io.TextIOWrapper(opened(path), "utf-8-sig") as file:  # some editors write a byte-order mark
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            if not line.strip():
+                raise UserError(f"{where}: empty line; remove it")
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{where}: not JSON ({error}); each line must be one object") from error
+            yield document(record, domain, where)
+
+
+def _txt(path: Path, domain: str) -> Iterator[Document]:
+    lines: list[str] = []
+    with io.TextIOWrapper(opened(path), "utf-8-sig") as file:
+        for line in file:
+            if line.strip():
+                lines.append(line)
+            elif lines:
+                yield Document("".join(lines).rstrip("\n"), domain)
+                lines = []
+    if lines:
+        yield Document("".join(lines).rstrip("\n"), domain)
+
+
+def _parquet(path: Path, domain: str) -> Iterator[Document]:
+    for where, record in parquet_records(path):
+        yield document(record, domain, where)
+
+
+def parquet_records(
+    path: Path, groups: Sequence[int] | None = None, key: str = "text"
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, record) of the row groups with these numbers, or of all; the record has `key` alone, or messages."""
+    import pyarrow.parquet as pq  # slow to import, and needed here only
+
+    try:
+        table = pq.ParquetFile(path)
+        column = next((name for name in (key, *COLUMNS) if name in table.schema_arrow.names), None)
+        if column is None:
+            raise UserError(f"{path} has no column {key} or messages, only {', '.join(table.schema_arrow.names)}")
+        number = sum(table.metadata.row_group(group).num_rows for group in range(groups[0] if groups else 0))
+        for records in table.iter_batches(batch_size=1024, row_groups=groups, columns=[column]):
+            for value in records.column(0).to_pylist():
+                number += 1
+                yield f"{path}: row {number}", {column: value}
+    except OSError as error:  # pyarrow's ArrowInvalid is a ValueError, its I/O trouble an OSError
+        raise UserError(f"{path} is not a readable parquet file ({error})") from error
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not a readable parquet file ({error})") from error
+
+
+def read_hub(spec: str, domain: str) -> Iterator[Document]:
+    """`hf://owner/name[/config][#split]`, streamed; the split is `train` unless named."""
+    for where, record in hub_records(spec):
+        yield document(record, domain, where)
+
+
+def hub_records(spec: str, index: int = 0, of: int = 1) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, record) of share `index` of `of` shares of the data set; a share is some of its files."""
+    with _hub_errors(spec):
+        rows = _hub(spec)
+        if of > 1:
+            rows = rows.shard(num_shards=of, index=index)
+        where = f"{spec}: part {index + 1} of {of}, row" if of > 1 else f"{spec}: row"
+        for number, record in enumerate(rows, 1):
+            yield f"{where} {number}", record
+
+
+def hub_files(spec: str) -> int:
+    """The number of shares the data set can be divided into."""
+    with _hub_errors(spec):
+        return max(1, _hub(spec).num_shards)
+
+
+def _hub(spec: str) -> Any:
+    address, _, split = spec.removeprefix(HUB).partition("#")
+    parts = address.split("/")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise UserError(f"{spec!r} must read hf://owner/name, or hf://owner/name/config, with an optional #split")
+    try:
+        import datasets  # an extra, not a dependency
+    except ImportError:
+        raise UserError(f"{spec} needs the datasets library: pip install 'bessemer[hf]'") from None
+    return datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train", streaming=True)
+
+
+@contextmanager
+def _hub_errors(spec: str) -> Iterator[None]:
+    try:
+        yield
+    except (UserError, GeneratorExit):
+        raise
+    except Exception as error:  # the library raises its own, fsspec's and httpx's errors
+        first = next(iter(str(error).splitlines()), "")
+        raise UserError(
+            f"{spec} cannot be read ({type(error).__name__}: {first}). Check the name and the network, or download the "
+            "data and give the path of the .parquet or .jsonl files"
+        ) from error
+
+
+def document(record: Any, domain: str, where: str, key: str = "text") -> Document:
+    """The document of a record: the text under `key`, or a conversation. UserError that begins with `where`."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: must be a JSON object, not {type(record).__name__}")
+    messages = record.get("messages", record.get("conversations"))
+    if key in record:
+        text, messages = record[key], None
+        if not isinstance(text, str):
+            raise UserError(f"{where}: {key} must be a string, not {type(text).__name__}")
+    elif isinstance(messages, list):
+        try:
+            messages = [_without_none(message) for message in messages]
+            text = chat.transcript(messages)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+    else:
+        raise UserError(
+            f"{where}: needs {key} (a string) or messages (a list), has {', '.join(map(str, record)) or 'nothing'}"
+        )
+    if not text.strip():
+        raise UserError(f"{where}: the text is empty; remove the record")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half a surrogate pair (\\ud800-\\udfff), which is no character") from None
+    return Document(text, domain, tuple(messages) if messages is not None else None)
+
+
+def _without_none(message: Any) -> Any:
+    """Parquet gives every message every key, with None where the record had none."""
+    return {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else message
