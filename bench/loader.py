@@ -25,7 +25,7 @@ from bessemer import tasks
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
 from bessemer.data import corpus, sft_rows, sources
-from bessemer.data.document import Document
+from bessemer.data.documents import Document
 from bessemer.data.mixture import Mixture
 from bessemer.data.rows import open_rows
 from bessemer.data.tokenizer import Tokenizer

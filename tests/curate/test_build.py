@@ -16,7 +16,7 @@ from bessemer.curate.build import Build
 from bessemer.curate.jobs import Job
 from bessemer.curate.output import check
 from bessemer.curate.settings import Source
-from bessemer.data import corpus, local
+from bessemer.data import corpus, documents
 from bessemer.errors import UserError
 from bessemer.pipeline.curation import Curation, build, engine
 from bessemer.rl import ray_cluster
@@ -79,7 +79,7 @@ def test_what_is_left_and_why(made, tmp_path):
         assert source["found"]["documents"] == source["kept"]["documents"] + dropped
         assert source["kept"]["documents"] == sum(side["documents"] for side in source["tokens"].values())
     assert facts["sources"]["code"]["kept"]["documents"] == 3
-    left = [one.text for one in local.read(tmp_path / "out" / "documents" / "second", "x")]
+    left = [one.text for one in documents.read_files(tmp_path / "out" / "documents" / "second", "x")]
     # the last is nearly a copy of the contaminated one, which is not there to be a copy of
     assert left == [*(prose(100 + i) for i in range(30)), f"{prose(80)} {prose(81)}"]
     found = corpus.load(tmp_path / "out" / "english")

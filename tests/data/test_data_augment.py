@@ -2,13 +2,13 @@
 
 import pytest
 
-from bessemer.data import corpus, special
-from bessemer.data.augment import Augment, boundary_tokens
+from bessemer.data import chat, corpus
+from bessemer.data.corpus import Augment, boundary_tokens
 
 
 def test_fim_is_prefix_suffix_middle_of_the_same_text(tokenizer, texts):
     augment = Augment(tokenizer, fim_rate=1.0, boundary_split_rate=0.0)
-    begin, hole, end = (tokenizer.special_id(x) for x in (special.FIM_BEGIN, special.FIM_HOLE, special.FIM_END))
+    begin, hole, end = (tokenizer.special_id(x) for x in (chat.FIM_BEGIN, chat.FIM_HOLE, chat.FIM_END))
     for text in texts[:50]:
         ids = augment(text, tokenizer.encode(text))
         assert ids[0] == begin
@@ -19,7 +19,7 @@ def test_fim_is_prefix_suffix_middle_of_the_same_text(tokenizer, texts):
 
 def test_fim_meets_its_rate_and_depends_on_text_and_seed_only(tokenizer):
     texts = [f"document number {n} of many" for n in range(2000)]
-    begin = tokenizer.special_id(special.FIM_BEGIN)
+    begin = tokenizer.special_id(chat.FIM_BEGIN)
 
     def chosen(seed):
         augment = Augment(tokenizer, 0.1, 0.0, seed)

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.data import corpus, packing, rows
-from bessemer.data.document import Document
-from bessemer.data.encoded import is_heldout
-from bessemer.data.packing import best_fit
+from bessemer.data import corpus
+from bessemer.data import rows as packing
+from bessemer.data.corpus import is_heldout
+from bessemer.data.documents import Document
+from bessemer.data.rows import best_fit
 from bessemer.errors import UserError
 
 
@@ -177,7 +178,7 @@ def test_mistakes(documents, tokenizer, tmp_path):
         (lambda: corpus.build([], tokenizer, 64, tmp_path / "c"), "no training document"),
         (lambda: corpus.build([Document(" \n", "own")], tokenizer, 64, tmp_path / "c"), "no training document"),
         (lambda: corpus.build(documents, tokenizer, 64, tmp_path / "c", fim_rate=2), "fim_rate"),
-        (lambda: rows.open_rows(tmp_path / "mine"), "not a finished corpus"),
+        (lambda: packing.open_rows(tmp_path / "mine"), "not a finished corpus"),
     ]:
         with pytest.raises(UserError, match=word):
             call()

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
+from bessemer.data import encoder
 from bessemer.data import encoder as fast
-from bessemer.data import presplit
 from bessemer.data.tokenizer import CJK, DIGITS, WORDS, Tokenizer
 from bessemer.errors import UserError
 
@@ -36,7 +36,7 @@ def tokenizer() -> Tokenizer:
 
 def _pieces(text: str) -> list[str]:
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    places = presplit.cuts(points, presplit.kinds()[points]).tolist()
+    places = encoder.cuts(points, encoder.kinds()[points]).tolist()
     return [text[start:end] for start, end in pairwise(places)]
 
 
@@ -50,26 +50,26 @@ def test_cuts_are_those_of_the_three_expressions(text):
 @settings(deadline=None, max_examples=150)
 def test_cuts_of_any_text(text):
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    if (presplit.kinds()[points] != presplit.NEW).all():
+    if (encoder.kinds()[points] != encoder.NEW).all():
         assert _pieces(text) == [piece for piece, _ in SPLIT.pre_tokenize_str(text)]
 
 
 def test_kinds_are_those_of_the_library():
     points = [p for p in range(0x3400) if unicodedata.category(chr(p)) not in ("Cn", "Cs")]
     text = "".join(map(chr, points))
-    table = presplit.kinds()
+    table = encoder.kinds()
     for pattern, kinds in (
-        (r"\p{L}", [presplit.LETTER]),
-        (r"\p{M}", [presplit.MARK]),
-        (r"\p{N}", [presplit.DIGIT]),
-        (r"[\p{P}\p{S}]", [presplit.PUNCTUATION]),
-        (r"\s", [presplit.BREAK, presplit.BLANK, presplit.SPACE]),
+        (r"\p{L}", [encoder.LETTER]),
+        (r"\p{M}", [encoder.MARK]),
+        (r"\p{N}", [encoder.DIGIT]),
+        (r"[\p{P}\p{S}]", [encoder.PUNCTUATION]),
+        (r"\s", [encoder.BREAK, encoder.BLANK, encoder.SPACE]),
     ):
         left = set(
             "".join(piece for piece, _ in pre_tokenizers.Split(Regex(pattern), "removed").pre_tokenize_str(text))
         )
         ours = {chr(p) for p in points if table[p] in kinds}
-        han = {chr(p) for p in points if table[p] in (presplit.HAN, presplit.HAN_SIGN)}
+        han = {chr(p) for p in points if table[p] in (encoder.HAN, encoder.HAN_SIGN)}
         assert set(text) - left - han == ours - han, pattern
 
 

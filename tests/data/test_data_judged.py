@@ -28,7 +28,7 @@ def test_every_pair_once_with_its_rival(tmp_path):
     facts, rows = build(
         [*units, [(text(1, 20), preference_rows.GOOD), (text(2, 20), preference_rows.BAD)]],
         tmp_path,
-        preference_rows.Pairs,
+        preference_rows.PairRows,
     )
     assert (facts["units"], facts["too_long"]) == (60, 1)
     batch = rows.batch(0, rows.n_rows)
@@ -53,7 +53,7 @@ def test_every_pair_once_with_its_rival(tmp_path):
 
 def test_labels_sit_on_last_tokens(tmp_path):
     units = [[(text(n, 5 + n % 3), preference_rows.GOOD if n % 3 else preference_rows.BAD)] for n in range(40)]
-    facts, rows = build(units, tmp_path, preference_rows.Labels)
+    facts, rows = build(units, tmp_path, preference_rows.LabelRows)
     batch = rows.batch(0, rows.n_rows)
     assert batch.n_loss_tokens == facts["units"] == 40
     assert batch.extras["safe_BT"].sum() == sum(n % 3 > 0 for n in range(40))
@@ -65,11 +65,11 @@ def test_labels_sit_on_last_tokens(tmp_path):
 
 def test_nothing_that_fits_is_an_error(tmp_path):
     with pytest.raises(UserError, match="all 1 judged answers are longer than a row of 8 tokens; raise row_length"):
-        build([[(text(0, 9), preference_rows.GOOD)]], tmp_path, preference_rows.Labels, row_length=8)
+        build([[(text(0, 9), preference_rows.GOOD)]], tmp_path, preference_rows.LabelRows, row_length=8)
     with pytest.raises(UserError, match="not a single judged answer"):
-        build([], tmp_path, preference_rows.Labels)
+        build([], tmp_path, preference_rows.LabelRows)
     with pytest.raises(UserError, match="holds no packed answers"):
-        preference_rows.load(tmp_path / "nowhere", preference_rows.Pairs, 0)
+        preference_rows.load(tmp_path / "nowhere", preference_rows.PairRows, 0)
 
 
 GOOD_PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}

@@ -10,10 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.data import shards
-from bessemer.data.mixture import Mixture, by_size
-from bessemer.data.order import permute
-from bessemer.data.quota import Span
-from bessemer.data.rows import open_rows
+from bessemer.data.mixture import Mixture, Span, by_size
+from bessemer.data.rows import open_rows, permute
 from bessemer.errors import UserError
 
 FOLDER = tempfile.TemporaryDirectory()
@@ -23,7 +21,7 @@ def part(n_rows, mark, row_length=4, tokenizer="t"):
     """Rows that carry their part and number as tokens; the last token is padding."""
     folder = Path(FOLDER.name) / f"{mark}-{row_length}-{tokenizer}"
     folder.mkdir()
-    writer = shards.Writer(folder, "train", 0, np.dtype("<u2"))
+    writer = shards.ShardWriter(folder, "train", 0, np.dtype("<u2"))
     for number in range(n_rows):
         writer.add([mark, number, *[2] * (row_length - 3)], "own", 1)
     made = SimpleNamespace(vocab_size=1000, pad_id=2, fingerprint=tokenizer)

@@ -6,11 +6,10 @@ import os
 import numpy as np
 import pytest
 
-from bessemer.data import corpus, rowplan, shards
-from bessemer.data.augment import Augment
-from bessemer.data.encoded import tokenised
+from bessemer.data import corpus, shards
+from bessemer.data.corpus import Augment, tokenise
 from bessemer.data.encoder import Encoder
-from bessemer.data.rows import open_rows
+from bessemer.data.rows import open_rows, plan_files, write_plan
 from bessemer.errors import UserError
 
 
@@ -23,13 +22,13 @@ def split(documents, tokenizer, folder, row_length=64):
     folder.mkdir()
     done = []
     for number, first in enumerate(range(0, len(documents), 100)):
-        writer = shards.Writer(folder, "train", number, shards.dtype_of(tokenizer))
-        for document, _, ids in tokenised(
+        writer = shards.ShardWriter(folder, "train", number, shards.dtype_of(tokenizer))
+        for document, _, ids in tokenise(
             documents[first : first + 100], Encoder(tokenizer), 0.0, Augment(tokenizer, 0, 0)
         ):
             writer.add(ids, document.domain, len(document.text.encode()))
         done.append(writer.finish())
-        rowplan.write(folder, folder / f"rows-{row_length}", writer.name, shards.dtype_of(tokenizer), row_length)
+        write_plan(folder, folder / f"rows-{row_length}", writer.name, shards.dtype_of(tokenizer), row_length)
     shards.seal(folder, tokenizer, row_length, {"train": done})
 
 
@@ -46,7 +45,7 @@ def test_many_shards_are_one_corpus(documents, tokenizer, tmp_path):
         assert many.facts[key] == one.train.facts[key]
     assert tokens_of(many) == tokens_of(one.train)
     assert [ids.tolist() for ids in many.documents()] == [ids.tolist() for ids in one.train.documents()]
-    first = [len(np.load(rowplan.files(tmp_path / "many" / "rows-64", name)[1])) for name in many._names]
+    first = [len(np.load(plan_files(tmp_path / "many" / "rows-64", name)[1])) for name in many._names]
     across = [first[0], first[0] - 1, 0, many.n_rows - 1]  # rows on both sides of a border, in any order
     assert (many.take(across) == content(many)[across]).all()
     with pytest.raises(IndexError):
@@ -103,7 +102,7 @@ def test_a_large_corpus_is_compared_by_size_until_it_is_asked_for_more(documents
 
 def test_a_plan_that_was_cut_short_by_a_kill_is_made_again(documents, tokenizer, tmp_path):
     rows = corpus.build(documents, tokenizer, 64, tmp_path / "c", heldout=0).train
-    pieces, counts = rowplan.files(tmp_path / "c" / "rows-64", "train-00000")
+    pieces, counts = plan_files(tmp_path / "c" / "rows-64", "train-00000")
     pieces.unlink()
     assert (content(open_rows(tmp_path / "c")) == content(rows)).all()
     counts.write_bytes(counts.read_bytes()[:50])

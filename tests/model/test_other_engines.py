@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from bessemer.data import special
+from bessemer.data import chat
 from bessemer.data.chat import render_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
@@ -187,7 +187,7 @@ def test_what_reasoning_parsers_and_chat_servers_read_from_the_tokenizer(saved, 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     # Parsers look the tags up in the vocabulary, and in text that was decoded without special tokens.
     vocabulary = tokenizer.get_vocab()
-    assert [vocabulary[tag] for tag in (special.THINK, special.THINK_END)] == [words.think_id, words.think_end_id]
+    assert [vocabulary[tag] for tag in (chat.THINK, chat.THINK_END)] == [words.think_id, words.think_end_id]
     thought = "<think>2</think>2"
     assert tokenizer.decode(tokenizer.encode(thought), skip_special_tokens=True) == thought
 

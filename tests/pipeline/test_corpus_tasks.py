@@ -8,7 +8,7 @@ from bessemer import tasks
 from bessemer.config.data import CorpusConfig
 from bessemer.config.recipe import Recipe
 from bessemer.data import corpus
-from bessemer.data.document import Document
+from bessemer.data.documents import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.pipeline.stages.corpus import Corpus, _task

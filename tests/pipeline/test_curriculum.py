@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from bessemer.config.recipe import Recipe
 from bessemer.config.training import PretrainConfig
 from bessemer.data import corpus
-from bessemer.data.document import Document
+from bessemer.data.documents import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 

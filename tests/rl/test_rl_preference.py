@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from bessemer.data.special import EOS
+from bessemer.data.chat import EOS
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.model.scorer import Scorer

@@ -40,13 +40,13 @@ def rows(units, kind, folder):
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     units = [[(good, preference_rows.GOOD), (bad, preference_rows.BAD)] for good, bad in PAIRS]
-    return rows(units, preference_rows.Pairs, tmp_path_factory.mktemp("pairs"))
+    return rows(units, preference_rows.PairRows, tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory):
     units = [[(ids, preference_rows.GOOD if safe else preference_rows.BAD)] for ids, safe in LABELS]
-    return rows(units, preference_rows.Labels, tmp_path_factory.mktemp("labels"))
+    return rows(units, preference_rows.LabelRows, tmp_path_factory.mktemp("labels"))
 
 
 @torch.no_grad()

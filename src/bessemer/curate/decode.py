@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
-from bessemer.data.local import opened
+from bessemer.data.documents import opened
 from bessemer.errors import UserError
 
 UTF8 = "utf-8"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bessemer.curate.settings import Source
-from bessemer.data import local, sources
+from bessemer.data import documents, sources
 from bessemer.errors import UserError
 
 HTML = (".html", ".htm")
@@ -67,8 +67,8 @@ class Unit:
 
 def units(source: Source, unit_bytes: int, cache: str | None) -> tuple[list[Unit], int]:
     """(the units of a source, number of files in its folder that are ignored)."""
-    if source.spec.startswith(local.HUB):
-        parts = local.hub_files(source.spec)
+    if source.spec.startswith(documents.HUB):
+        parts = documents.hub_files(source.spec)
         return [_unit(source, i, [SourcePiece(source.spec, HUB, i, parts)], 0) for i in range(parts)], 0
     if source.spec in sources.SOURCES:
         if package := sources.SOURCES[source.spec].package:
@@ -117,12 +117,14 @@ def _files(source: Source) -> tuple[list[Path], int]:
 
 
 def _readable(file: Path) -> bool:
-    return local.kind(file) in KINDS and not (local.kind(file) == ".parquet" and file.suffix in local.COMPRESSED)
+    return documents.kind(file) in KINDS and not (
+        documents.kind(file) == ".parquet" and file.suffix in documents.COMPRESSED
+    )
 
 
 def _pieces(file: Path, source: Source, unit_bytes: int) -> Iterator[tuple[SourcePiece, int]]:
     """The pieces of a file with their weights in bytes, in order."""
-    facts, kind = file.stat(), local.kind(file)
+    facts, kind = file.stat(), documents.kind(file)
     size, changed = facts.st_size, facts.st_mtime_ns
     if kind == ".parquet":
         yield from _row_groups(file, source, size, changed, unit_bytes)

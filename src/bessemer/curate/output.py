@@ -1,6 +1,6 @@
 """What a build writes: document files, shards, and the finished folders that people and training recipes read.
 
-Document files are zstd-compressed JSON lines, one object per document; `data/local` reads them. A published folder
+Document files are zstd-compressed JSON lines, one object per document; `data/documents.py` reads them. A published folder
 appears atomically."""
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ import numpy as np
 from bessemer.curate.jobs import Job
 from bessemer.curate.origins import Unit
 from bessemer.curate.settings import Settings, Tokens
-from bessemer.data import rowplan, shards
-from bessemer.data import shards as shardfiles
-from bessemer.data.augment import Augment
-from bessemer.data.document import Document
-from bessemer.data.encoded import tokenised
+from bessemer.data import shards
+from bessemer.data.corpus import Augment, tokenise
+from bessemer.data.documents import Document, opened
 from bessemer.data.encoder import Encoder
 from bessemer.data.fetch import sha256_of
-from bessemer.data.local import opened
+from bessemer.data.rows import plan_files, write_plan
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf.foreign_tokenizer import load_tokenizer
@@ -98,8 +96,8 @@ class ShardPair:
         )
         self._tokenizer = _tokenizer(str(tokenizer))
         self._encoder = _encoder(str(tokenizer))
-        dtype = shardfiles.dtype_of(self._tokenizer)
-        self._writers = {side: shardfiles.Writer(folder, side, number, dtype) for side in shardfiles.PARTS}
+        dtype = shards.dtype_of(self._tokenizer)
+        self._writers = {side: shards.ShardWriter(folder, side, number, dtype) for side in shards.SPLITS}
         self._group: list[Document] = []
         self._size = 0
         self.facts: dict[str, dict[str, Any]] = {}
@@ -111,7 +109,7 @@ class ShardPair:
             self._flush()
 
     def _flush(self) -> None:
-        for document, side, ids in tokenised(self._group, self._encoder, self._tokens.heldout, self._augment):
+        for document, side, ids in tokenise(self._group, self._encoder, self._tokens.heldout, self._augment):
             self._writers[side].add(ids, document.domain, len(document.text.encode()))
         self._group, self._size = [], 0
 
@@ -127,9 +125,9 @@ class ShardPair:
         if kind is None:
             length = self._tokens.row_length
             for writer in self._writers.values():
-                rowplan.write(
+                write_plan(
                     self._folder, self._folder / f"rows-{length}", writer.name,
-                    shardfiles.dtype_of(self._tokenizer), length,
+                    shards.dtype_of(self._tokenizer), length,
                 )  # fmt: skip
 
 
@@ -160,14 +158,14 @@ def seal(
         for shard in facts.values():
             if shard["documents"]:
                 name = shard["name"]
-                for file in (shardfiles.tokens_file(folder, name), shardfiles.ends_file(folder, name)):
+                for file in (shards.tokens_file(folder, name), shards.ends_file(folder, name)):
                     place(file, scratch / file.name)
-                for file in rowplan.files(folder / rows.name, name):
+                for file in plan_files(folder / rows.name, name):
                     place(file, rows / file.name)
-    sides = {side: [facts[side] for _, facts in units] for side in shardfiles.PARTS}
+    sides = {side: [facts[side] for _, facts in units] for side in shards.SPLITS}
     fim_rate = tokens.fim_rate if part.name in tokens.fim_parts else 0.0
     rates = {"fim_rate": fim_rate, "boundary_split_rate": tokens.boundary_split_rate, "seed": seed}
-    shardfiles.seal(scratch, tokenizer, tokens.row_length, sides, heldout=tokens.heldout, **rates)
+    shards.seal(scratch, tokenizer, tokens.row_length, sides, heldout=tokens.heldout, **rates)
     shutil.rmtree(part, ignore_errors=True)
     os.replace(scratch, part)
 

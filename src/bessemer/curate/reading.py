@@ -26,7 +26,7 @@ from bessemer.curate.decode import (
 )
 from bessemer.curate.origins import HTML, HUB, REGISTERED, SourcePiece
 from bessemer.curate.settings import Source
-from bessemer.data import local, sources
+from bessemer.data import documents, sources
 from bessemer.errors import UserError
 
 
@@ -42,7 +42,7 @@ def texts(piece: SourcePiece, source: Source, cache: str | None) -> Iterator[Rea
         return
     if piece.kind == HUB:
         try:
-            for where, record in local.hub_records(piece.path, piece.start, piece.end):
+            for where, record in documents.hub_records(piece.path, piece.start, piece.end):
                 yield _record(record, where, source)
         except UserError as error:
             raise SourceGone(str(error)) from error
@@ -61,7 +61,7 @@ def _file(piece: SourcePiece, source: Source) -> Iterator[ReadResult]:
     os.stat(path)
     try:
         if piece.kind == ".parquet":
-            for where, record in local.parquet_records(path, range(piece.start, piece.end), source.text_key):
+            for where, record in documents.parquet_records(path, range(piece.start, piece.end), source.text_key):
                 yield _record(record, where, source)
         elif piece.kind in HTML:
             yield from web.page(path, source.longest)
@@ -111,7 +111,7 @@ def _record(record: object, where: str, source: Source, encoding: str = UTF8) ->
     if isinstance(record, dict) and isinstance(text := record.get(source.text_key), str) and not text.strip():
         return ReadError(EMPTY, where, f"{source.text_key} is empty", len(text))
     try:
-        document = local.document(record, source.domain, where, source.text_key)
+        document = documents.document(record, source.domain, where, source.text_key)
     except UserError as error:
         return ReadError(BROKEN_RECORD, where, str(error).removeprefix(f"{where}: "))
     return _text(document.text, where, encoding, source)

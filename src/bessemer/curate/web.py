@@ -22,7 +22,7 @@ from bessemer.curate.decode import (
     ReadResult,
     decode,
 )
-from bessemer.data.local import COMPRESSED, opened
+from bessemer.data.documents import COMPRESSED, opened
 from bessemer.errors import UserError
 
 _HTML = re.compile(r"text/html|application/xhtml", re.IGNORECASE)

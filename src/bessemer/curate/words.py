@@ -3,7 +3,7 @@
 A word is what `tasks/ngrams.words` calls one: a run of letters in lower case, a whole number, one Han or kana
 character, one operator. Alphabets that are not listed there are letters too, and scripts without spaces (Thai,
 Lao, Khmer, Burmese) count by character. Nothing loops over words: code points are looked up in a table, and words are
-hashed as ranges of an array (`data/hashing`).
+hashed as ranges of an array (`data/encoder.py`).
 
 Legend: C characters, W words.
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bessemer.data.hashing import stretches
+from bessemer.data.encoder import hash_pieces
 
 BETWEEN, LETTERS, DIGITS, SINGLE, OPERATOR = range(5)
 """Kinds of characters. A word is a run of LETTERS or of DIGITS, or one character of the last two."""
@@ -54,7 +54,7 @@ def words(texts: Sequence[str]) -> WordBlock:
     starts, ends = edges[:-1], edges[1:]
     real = kinds_C[starts] != BETWEEN if len(starts) else np.zeros(0, bool)
     starts_W, ends_W = starts[real], ends[real]
-    hashes_W = stretches(points_C, starts_W, ends_W)
+    hashes_W = hash_pieces(points_C, starts_W, ends_W)
     firsts = np.cumsum([0] + [len(text) + 1 for text in lowered])
     texts_W = (np.searchsorted(firsts, starts_W, "right") - 1).astype(np.int32)
     return WordBlock(hashes_W, texts_W, kinds_C[starts_W], (ends_W - starts_W).astype(np.int32))

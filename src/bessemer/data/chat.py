@@ -62,6 +62,7 @@ class ChatTokenizer(Protocol):
 
     bos_id: int | None
     eos_id: int
+    chat_template: str
 
     @property
     def chat_style(self) -> str | None: ...
@@ -125,7 +126,7 @@ def question_ids(tokenizer: ChatTokenizer, question: str) -> list[int]:
     return render_ids(tokenizer, [{"role": "user", "content": question}])
 
 
-def template_style(tokenizer: "Tokenizer") -> str | None:
+def template_style(tokenizer: ChatTokenizer) -> str | None:
     """The style that a model directory was trained with; None if it has a template of its own. Without either: R1's
     where its control tokens exist, else `zero`."""
     if tokenizer.chat_style or tokenizer.chat_template:

@@ -141,11 +141,11 @@ class _SplitWriter:
         self.folder, self.split, self.row_length, self.dtype = folder, split, row_length, dtype
         self.done: list[dict] = []
         self.tokens = 0
-        self._open: shards.Writer | None = None
+        self._open: shards.ShardWriter | None = None
 
     def add(self, document: Document, ids: list[int]) -> None:
         if self._open is None:
-            self._open = shards.Writer(self.folder, self.split, len(self.done), self.dtype)
+            self._open = shards.ShardWriter(self.folder, self.split, len(self.done), self.dtype)
         self._open.add(ids, document.domain, len(document.text.encode("utf-8")))
         self.tokens += len(ids)
         if self._open.full:

