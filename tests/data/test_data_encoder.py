@@ -82,7 +82,7 @@ def test_ids_are_those_of_the_tokenizer(tokenizer, texts):
 
 def test_what_is_remembered_changes_nothing(tokenizer, monkeypatch):
     encoder = fast.Encoder(tokenizer)
-    assert encoder.cuts
+    assert encoder.has_v3_split
     monkeypatch.setattr(fast, "MOST_PIECES", 40)
     for _ in range(3):
         for text in SAMPLES:
@@ -100,5 +100,5 @@ def test_half_a_character_is_refused(tokenizer):
 def test_another_pre_split_is_left_to_the_tokenizer(tokenizer):
     spec = dict(tokenizer.spec, normalizer={"type": "NFC"})
     other = Tokenizer(spec, "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "")
-    assert not fast.Encoder(other).cuts
+    assert not fast.Encoder(other).has_v3_split
     assert fast.Encoder(other).encode_batch(SAMPLES)[0].tolist() == other.encode(SAMPLES[0])

@@ -1,7 +1,7 @@
 """What a build writes: document files, shards, and the finished folders that people and training recipes read.
 
-Document files are zstd-compressed JSON lines, one object per document; `data/documents.py` reads them. A published folder
-appears atomically."""
+Document files are zstd-compressed JSON lines, one object per document (read by `data/documents.py`). A published
+folder appears atomically."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ ITEMS: tuple[Item, ...] = (
          _of("rl", lambda s: f"accuracy + {s.format_reward:g} x format"), "rl/reward.py", "rl/test_rl_reward.py"),
     Item("SFT: answers only, samples packed with masks", "V3 5.1, R1 2.3.1", "cosine 5e-5 -> 5e-6, 2 to 3 epochs",
          _of("sft", lambda s: f"cosine {s.lr:g} -> {s.lr_final:g}, {s.epochs} epochs"),
-         "data/sft_rows.py", "data/test_data_turns.py"),
+         "data/sft_rows.py", "data/test_sft_rows.py"),
     Item("Length cap raised mid-run", "R1-Nature Methods", "32,768 -> 65,536 at step 8.2k",
          _any("rl", lambda s: f"{_points(s.max_new_tokens)} tokens", lambda s: len(set(s.max_new_tokens.values)) > 1),
          "rl/loop.py", "pipeline/test_r1.py"),
