@@ -55,7 +55,7 @@ def test_many_shards_are_one_corpus(documents, tokenizer, tmp_path):
 def test_rows_of_another_length_need_no_other_copy(documents, tokenizer, tmp_path):
     built = corpus.build(documents, tokenizer, 64, tmp_path / "c", heldout=0.1)
     before = sorted(path.name for path in (tmp_path / "c").iterdir())
-    wide = open_rows(tmp_path / "c", "train", 256, beside=tmp_path / "plans")
+    wide = open_rows(tmp_path / "c", "train", 256, plans=tmp_path / "plans")
     fresh = corpus.build(documents, tokenizer, 256, tmp_path / "fresh", heldout=0.1)
     assert (content(wide) == content(fresh.train)).all()
     assert tokens_of(wide) == tokens_of(built.train)
