@@ -4,7 +4,7 @@ Needle problems are those of `tasks.needle` with test keys in held-out text; the
 the word must be exact. The loss is that of held-out rows: with a model that uses its context it falls with the
 position; with one that cannot distinguish distant positions it rises beyond the training length.
 
-The text comes from a real source. Documents are held out by the rule of the corpus (`data.encoded.is_heldout`), so that
+The text comes from a real source. Documents are held out by the rule of the corpus (`data.corpus.is_heldout`), so that
 a corpus and an evaluation with the same source and share agree on every document.
 """
 
