@@ -33,7 +33,7 @@ from bessemer.data.batch import Batch
 from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train import balance
 from bessemer.train.objective import next_token

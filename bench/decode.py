@@ -38,7 +38,7 @@ from bessemer.engine.decode import new_cache, prefill_all
 from bessemer.engine.engine import Engine
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Token
-from bessemer.model.counts import kv_cache_bytes
+from bessemer.model.accounting import kv_cache_bytes
 from bessemer.train.setup import keep_memory
 
 

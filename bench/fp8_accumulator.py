@@ -3,8 +3,9 @@
     python bench/fp8_accumulator.py [--k 4096] [--rounds 5]
 
 Random normal matrices of 256 x K, quantised as the paper does (as a whole where nothing is promoted, since one factor
-is all that can be applied then), multiplied by `precision/fp8_gemm.gemm`, against float64 of the same E4M3 operands.
-Errors are over the root mean square of the result: the largest of the matrix and the mean, medians over the rounds.
+is all that can be applied then), multiplied by `precision.emulation.reference_gemm`, against float64 of the same
+E4M3 operands. Errors are over the root mean square of the result: the largest of the matrix and the mean, medians
+over the rounds.
 """
 
 from __future__ import annotations

@@ -26,10 +26,9 @@ from torch.autograd.profiler import profile
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
 from bessemer.data.batch import Batch
-from bessemer.model import counts
-from bessemer.model.activation_memory import kept_bytes
-from bessemer.model.config import ModelConfig
-from bessemer.model.presets import PRESETS, preset
+from bessemer.model import accounting
+from bessemer.model.accounting import activation_bytes
+from bessemer.model.config import PRESETS, ModelConfig, preset
 from bessemer.model.transformer import Transformer
 from bessemer.precision import backends
 from bessemer.precision.fp8_linear import FP8_RECIPES
@@ -129,7 +128,7 @@ def main() -> None:
     name_of = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     facts: dict[str, Any] = {
         "device": name_of, "torch": torch.__version__, "threads": args.threads, "rows": args.rows,
-        "length": args.length, "active_params": counts.active_params(cfg), "params": counts.main_params(cfg),
+        "length": args.length, "active_params": accounting.active_params(cfg), "params": accounting.main_params(cfg),
         "served": backends.summary(backends.table(device)), "cases": {},
     }  # fmt: skip
     print(f"{name_of}, {args.threads} threads, {args.rows} x {args.length} tokens, {facts['active_params']:,} active; "
@@ -140,7 +139,7 @@ def main() -> None:
         kept, highest = memory(trainers[name], fresh(cfg, args.rows, args.length, 99))
         fp8, number_bytes, computed = cases[name]["fp8"] is not None, cases[name]["dtype"].itemsize, None
         if fp8 or device.type == "cpu":  # the plain formula is the CPU's
-            computed = kept_bytes(cfg, args.rows, args.length, fp8=fp8, number_bytes=number_bytes)
+            computed = activation_bytes(cfg, args.rows, args.length, fp8=fp8, number_bytes=number_bytes)
         facts["cases"][name] = {
             "seconds": spread(found), "against_bf16": spread(ratios), "kept_bytes": kept, "highest_bytes": highest,
             "kept_bytes_computed": computed,

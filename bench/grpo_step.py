@@ -41,7 +41,7 @@ def prepare(directory: Path) -> None:
     from bessemer import tasks
     from bessemer.data.tokenizer import Tokenizer
     from bessemer.hf import hub
-    from bessemer.model.presets import preset
+    from bessemer.model.config import preset
     from bessemer.model.transformer import Transformer
 
     task = tasks.get(TASK)

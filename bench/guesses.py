@@ -24,7 +24,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Token
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train.loss import cross_entropy
 from bessemer.train.setup import keep_memory

@@ -32,7 +32,7 @@ import torch
 import bessemer
 from bessemer.data.chat import question_ids, render
 from bessemer.hf import gguf_writer
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 
 LENGTHS = (1, 2, 5, 9, 17, 33, 70)

@@ -29,7 +29,7 @@ from bessemer.data.documents import Document
 from bessemer.data.mixture import Mixture
 from bessemer.data.rows import open_rows
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train import objective, setup
 from bessemer.train.trainer import Runtime, Trainer, constant

@@ -3,7 +3,7 @@
     python bench/long_attention.py --json bench/results/long_attention.json
 
 Three backends of one function at the head sizes of `tiny`: "kept" keeps probabilities
-(`attention_cpu.latent_attention`), "long" makes them again (`attention_cpu.long_attention`), "sdpa" is torch's
+(`attention_cpu.latent_attention`), "long" recomputes them (`attention_cpu.long_attention`), "sdpa" is torch's
 scaled_dot_product_attention, which has no fused kernel for a CPU where keys and values differ in width, as in MLA. With
 segments, tokens see documents of 500 tokens only. One row, one thread, float32; processor time, since the machine is
 shared; the backends take turns, and figures are medians with the smallest and the largest. Memory is what torch's
@@ -24,17 +24,15 @@ from machine import processor, spread
 from torch import Tensor
 from torch.autograd.profiler import profile
 
-from bessemer.model import attention, attention_cpu
-from bessemer.model.presets import preset
+from bessemer.model import attention_cpu, mla
+from bessemer.model.config import preset
 
 DOCUMENT = 500
 """Tokens of a segment."""
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "kept": lambda *a: attention_cpu.latent_attention(*a)[0],
     "long": lambda *a: attention_cpu.long_attention(*a)[0],
-    "sdpa": lambda q, kv, k_rope, rope, segments, scale: attention._torch_attention(
-        q, kv, k_rope, rope, scale, segments
-    ),
+    "sdpa": lambda q, kv, k_rope, rope, segments, scale: mla._torch_attention(q, kv, k_rope, rope, scale, segments),
 }
 
 

@@ -40,7 +40,7 @@ from bessemer.dist.schedules import SCHEDULES, schedule
 from bessemer.dist.stage import Slice, cut
 from bessemer.dist.table import Pair, Step
 from bessemer.dist.timeline import Costs, Timeline, simulate
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train.loss import cross_entropy
 

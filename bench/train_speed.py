@@ -51,8 +51,8 @@ def ours(preset_name: str, case: dict, steps: int) -> dict:
     from bessemer.config.training import PretrainConfig
     from bessemer.config.units import Points
     from bessemer.data.batch import Batch
-    from bessemer.model.counts import flops_per_token
-    from bessemer.model.presets import preset
+    from bessemer.model.accounting import flops_per_token
+    from bessemer.model.config import preset
     from bessemer.model.transformer import Transformer
     from bessemer.precision import probe
     from bessemer.train import objective, setup
@@ -96,7 +96,7 @@ def peer(preset_name: str, case: dict, steps: int) -> dict:
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    from bessemer.model.presets import preset
+    from bessemer.model.config import preset
     from bessemer.train import setup
 
     if case["allocator"]:

@@ -14,7 +14,7 @@ from train_config import train_config
 
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer

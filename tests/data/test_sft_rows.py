@@ -11,7 +11,7 @@ from bessemer.data import chat, sft_rows
 from bessemer.data.documents import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train.objective import next_token
 

@@ -6,7 +6,7 @@ from ranks import on_ranks
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.dist.ranks import Ranks
 from bessemer.rl.sampler import LocalSampler, Rank0Sampler, ShardedSampler

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from ranks import on_ranks
 
 from bessemer.data.batch import Batch
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.dist.executor import Executor, Work
 from bessemer.dist.mesh import Layout, Mesh

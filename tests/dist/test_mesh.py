@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ranks import on_ranks
 
 from bessemer.errors import UserError
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.dist.mesh import Layout, Mesh, check, describe, nearest, refusal
 from bessemer.precision.fp8_linear import PAPER

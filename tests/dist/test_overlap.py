@@ -12,7 +12,7 @@ from ranks import on_ranks
 from test_execute import CFG, TERMS, batch, model_of, whole
 
 from bessemer.data.batch import Batch
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.dist import chunk
 from bessemer.dist.chunk import Chunk
 from bessemer.dist.executor import Executor, Work

@@ -8,9 +8,9 @@ import torch
 
 from bessemer.engine.decode import PrefillChunk, expert_ffn, feed_forward, new_cache, prefill, prefill_all, step
 from bessemer.engine.kv_cache import PAGE, CacheFull, LatentCache, PageAllocator
-from bessemer.model.counts import kv_cache_bytes
+from bessemer.model.accounting import kv_cache_bytes
+from bessemer.model.config import preset
 from bessemer.model.experts import expert_ffn_reference
-from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 
 

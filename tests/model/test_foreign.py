@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from bessemer.errors import UserError
 from bessemer.hf import causal_lm
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 
 BOUND = 1e-5

@@ -354,7 +354,7 @@ from pathlib import Path
 from bessemer.hf import gguf_facts, gguf_writer, hub
 from bessemer.hf.names import slots
 from bessemer.hf.writer import Planned, write_tensors
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 gguf_writer._library()
 
 def memory(which):

@@ -10,8 +10,7 @@ from model_cases import V2, YARN, configs, tiny
 
 from bessemer.errors import UserError
 from bessemer.hf import config_json, hub
-from bessemer.model.config import ModelConfig
-from bessemer.model.presets import PRESETS, preset
+from bessemer.model.config import PRESETS, ModelConfig, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.names import slots
-from bessemer.model import counts
-from bessemer.model.presets import preset
+from bessemer.model import accounting
+from bessemer.model.config import preset
 from bessemer.precision.formats import dequantise_blocks, quantise_blocks, scale_shape
 
 # ragged everywhere: dim 160 = 1.25 tiles, kv_a has 136 + 8 = 144 rows
@@ -107,7 +107,7 @@ def test_the_released_checkpoint_tensor_by_tensor():
     size = {slot.key: torch.Size(slot.shape).numel() for slot in layout}
     scales = {slot.key: torch.Size(scale_shape(slot.shape)).numel() for slot in layout if is_fp8(slot.key)}
     assert len(size) == len(layout)  # no key twice
-    assert sum(size.values()) == counts.stored_params(preset("v3")) == 684_489_845_504
+    assert sum(size.values()) == accounting.stored_params(preset("v3")) == 684_489_845_504
     assert len(size) + len(scales) == 91_991
     assert sum(scales.values()) == 41_540_496
     wide = sum(n for key, n in size.items() if key.endswith("e_score_correction_bias")) + sum(scales.values())

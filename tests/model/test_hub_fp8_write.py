@@ -23,7 +23,7 @@ from transformers import DeepseekV3ForCausalLM
 from bessemer.errors import UserError
 from bessemer.hf import block_fp8_export, hub
 from bessemer.hf.names import slots
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.scorer import Scorer
 from bessemer.precision.formats import quantise_blocks
 

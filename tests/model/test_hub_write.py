@@ -250,7 +250,7 @@ from pathlib import Path
 from bessemer.hf import hub
 from bessemer.hf.names import slots
 from bessemer.hf.writer import Planned, write_tensors
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 
 def memory(which):
     line = next(line for line in open("/proc/self/status") if line.startswith(which))

@@ -5,9 +5,18 @@ import torch
 from allocator import live_and_highest, live_bytes
 from model_cases import YARN, random_model, relative, tiny
 
-from bessemer.model import attention, attention_cpu, rope
-from bessemer.model.attention import attention_reference, causal_mask, heads, latent_attention
-from bessemer.model.mla import MLA, absorbed_reference
+from bessemer.model import attention_cpu
+from bessemer.model import mla as mla_module
+from bessemer.model.mla import (
+    MLA,
+    attention_backward,
+    attention_forward,
+    attention_reference,
+    causal_mask,
+    heads,
+    latent_attention,
+    rope_table,
+)
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [5, 5, 5, 5, 5, 5, 5, 5, 5]])
@@ -35,6 +44,13 @@ def two_segments(T):
 
 def mla_of(cfg) -> MLA:
     return random_model(cfg).layers[0].attn
+
+
+def absorbed_reference(mla: MLA, x_BTD: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """`MLA.absorbed` over a whole sequence with its own latent: equals `MLA.forward`."""
+    T = x_BTD.shape[1]
+    visible = torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).tril().expand(x_BTD.shape[0], -1, -1)
+    return mla.absorbed(x_BTD, mla.latent(x_BTD, rope), visible, rope)
 
 
 # one query, a part of a block, exactly one and two blocks of 64, and a ragged third
@@ -73,17 +89,17 @@ def test_gradients_of_the_core(T, dtype, bound):
 def test_attention_that_keeps_no_probabilities(monkeypatch, T, backend, segmented):
     """Values and gradients against float64; a rounded output moves the gradient by as much as it was rounded."""
     if backend == "torch":
-        monkeypatch.setattr(attention, "attention_cpu", None)
-        monkeypatch.setattr(attention, "_on_cpu", lambda x: False)
+        monkeypatch.setattr(mla_module, "attention_cpu", None)
+        monkeypatch.setattr(mla_module, "_on_cpu", lambda x: False)
     inputs, table = projections(T)
     segments = two_segments(T) if segmented else None
     exact = [x.detach().double().requires_grad_() for x in inputs]
     wanted = in_float64(*exact, table, segments)
     plain = [x.detach() for x in inputs]
-    out, lse = attention.recomputing(*plain, table, 0.3, segments)
+    out, lse = attention_forward(*plain, table, 0.3, segments)
     assert relative(out, wanted) < 1e-6
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    found = attention.recomputing_backward(cotangent, *plain, table, 0.3, segments, out, lse)
+    found = attention_backward(cotangent, *plain, table, 0.3, segments, out, lse)
     for a, b in zip(found, torch.autograd.grad(wanted, exact, cotangent.double()), strict=True):
         assert relative(a, b) < 2e-6 if b.norm() > 1e-9 else a.norm() < 2e-6
 
@@ -117,7 +133,7 @@ def test_long_sequences_keep_no_probabilities_and_come_out_the_same(monkeypatch,
     segments = two_segments(150) if segmented else None
     exact = [x.double().requires_grad_() for x in inputs]
     wanted = in_float64(*exact, table, segments)
-    monkeypatch.setattr(attention, "LONGEST", 149)
+    monkeypatch.setattr(mla_module, "LONGEST_STORED", 149)
     monkeypatch.setattr(attention_cpu, "latent_attention", None)
     inputs = [x.requires_grad_() for x in inputs]
     out = latent_attention(*inputs, table, 0.3, segments)
@@ -134,7 +150,7 @@ def test_segments_may_have_any_numbers_in_any_order(numbers):
     inputs, table = projections(200)
     at = torch.tensor(numbers)
     segments = torch.stack((at.repeat_interleave(40), at.repeat_interleave(40).roll(30)))
-    out, _ = attention_cpu.recomputing(*inputs, table, segments, 0.3)
+    out, _ = attention_cpu.flash_forward(*inputs, table, segments, 0.3)
     assert relative(out, in_float64(*(x.double() for x in inputs), table, segments)) < 2e-6
 
 
@@ -203,7 +219,7 @@ CASES = [{}, dict(q_lora_rank=0), YARN]
 def test_absorbed_equals_expanded(changes):
     cfg = tiny(**changes)
     mla, x = mla_of(cfg), torch.randn(2, 9, cfg.dim, generator=torch.Generator().manual_seed(2))
-    table = rope.table(cfg, 9)
+    table = rope_table(cfg, 9)
     with torch.no_grad():
         assert relative(absorbed_reference(mla, x, table), mla(x, table)) < 1e-6
 
@@ -212,7 +228,7 @@ def test_absorbed_decodes_token_by_token_from_the_cache():
     """One query per row, rows at different positions, S larger than what a row may see."""
     cfg = tiny(**YARN)
     mla, x = mla_of(cfg), torch.randn(2, 9, cfg.dim, generator=torch.Generator().manual_seed(2))
-    table = rope.table(cfg, 9)
+    table = rope_table(cfg, 9)
     with torch.no_grad():
         wanted = mla(x, table)
         cache = mla.latent(x, table)
@@ -227,7 +243,7 @@ def test_latent_norm_is_applied_to_the_latent_only():
     cfg = tiny()
     mla, x = mla_of(cfg), torch.randn(1, 4, cfg.dim, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        latent = mla.latent(x, rope.table(cfg, 4))
+        latent = mla.latent(x, rope_table(cfg, 4))
         raw = mla.wkv_a(x)
         c = raw[..., : cfg.kv_lora_rank]
         torch.testing.assert_close(

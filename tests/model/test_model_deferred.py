@@ -10,8 +10,8 @@ from model_cases import V2, random_model, tiny, tokens
 from torch.autograd.profiler import profile
 
 from bessemer.data.batch import Batch
+from bessemer.model.config import preset
 from bessemer.model.deferred import Store
-from bessemer.model.presets import preset
 from bessemer.model.transformer import Transformer
 from bessemer.precision import backends
 from bessemer.precision.fp8_linear import PAPER

@@ -13,10 +13,9 @@ from model_cases import V2, random_model, relative, tiny, tokens
 from bessemer.data.batch import Batch
 from bessemer.hf.names import slots
 from bessemer.model import fp8
-from bessemer.model.activation_memory import kept_bytes
-from bessemer.model.attention import latent_attention
-from bessemer.model.config import ModelConfig
-from bessemer.model.presets import preset
+from bessemer.model.accounting import activation_bytes
+from bessemer.model.config import ModelConfig, preset
+from bessemer.model.mla import latent_attention
 from bessemer.model.transformer import Transformer
 from bessemer.precision.formats import pack_e5m6
 from bessemer.precision.fp8_linear import PAPER, FP8Recipe
@@ -292,7 +291,7 @@ def test_bytes_kept_are_as_computed(name):
         model.train()
         model.rope_table(128)
         live, _ = live_and_highest(lambda model=model: next_token(model, data, mtp_lambda=0.3, balance_alpha=1e-4))
-        wanted = kept_bytes(cfg, 4, 128, fp8=recipe is not None, number_bytes=dtype.itemsize)
+        wanted = activation_bytes(cfg, 4, 128, fp8=recipe is not None, number_bytes=dtype.itemsize)
         assert live == pytest.approx(wanted, rel=0.05), (dtype, recipe)
         found[dtype, recipe] = live
     assert found[torch.bfloat16, PAPER] < found[torch.bfloat16, None] / 2.5
@@ -306,7 +305,7 @@ def test_kept_bytes_of_other_shapes():
         live, _ = live_and_highest(
             lambda model=model, data=data: next_token(model, data, mtp_lambda=0.3, balance_alpha=1e-4)
         )
-        assert live == pytest.approx(kept_bytes(cfg, 8, 48, fp8=True, number_bytes=4), rel=0.05)
+        assert live == pytest.approx(activation_bytes(cfg, 8, 48, fp8=True, number_bytes=4), rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -319,8 +318,8 @@ def test_bytes_kept_of_long_rows_grow_with_their_length(dtype):
     model.rope_table(1100)
     data = batch(cfg, rows=1, length=1100)
     live, _ = live_and_highest(lambda: next_token(model, data, mtp_lambda=0.3, balance_alpha=1e-4))
-    assert live == pytest.approx(kept_bytes(cfg, 1, 1100, fp8=False, number_bytes=dtype.itemsize), rel=0.05)
-    assert kept_bytes(cfg, 1, 4400, fp8=False) < 4.01 * kept_bytes(cfg, 1, 1100, fp8=False)
+    assert live == pytest.approx(activation_bytes(cfg, 1, 1100, fp8=False, number_bytes=dtype.itemsize), rel=0.05)
+    assert activation_bytes(cfg, 1, 4400, fp8=False) < 4.01 * activation_bytes(cfg, 1, 1100, fp8=False)
 
 
 def test_pack_is_given_powers_of_two():

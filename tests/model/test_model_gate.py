@@ -7,8 +7,8 @@ import torch
 from model_cases import V2, tiny
 
 from bessemer.model import moe
+from bessemer.model.config import preset
 from bessemer.model.moe import Gate
-from bessemer.model.presets import preset
 
 GREEDY = {**V2, "topk_method": "group_limited_greedy", "n_expert_groups": 4, "n_limited_groups": 2}
 

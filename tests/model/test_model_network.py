@@ -8,8 +8,7 @@ import torch
 from model_cases import V2, random_model, relative, tiny, tokens
 
 from bessemer.errors import UserError
-from bessemer.model.config import ModelConfig
-from bessemer.model.presets import PRESETS, preset
+from bessemer.model.config import PRESETS, ModelConfig, preset
 from bessemer.model.transformer import Transformer
 
 SEGMENTS = torch.tensor([[0] * 7 + [1] * 8 + [2] * 5, [0] * 20])
@@ -233,7 +232,7 @@ def test_saving_needs_the_room_that_writes_directories():
     """`Transformer` knows no file format; where nothing imported `bessemer.hf`, the error names the import."""
     code = (
         "from bessemer.errors import UserError\n"
-        "from bessemer.model.presets import preset\n"
+        "from bessemer.model.config import preset\n"
         "from bessemer.model.transformer import Transformer\n"
         "try:\n"
         "    Transformer(preset('tiny')).save('nowhere')\n"

@@ -1,4 +1,4 @@
-"""Phases made again in backward: the same bits, fewer bytes."""
+"""Phases recomputed in backward: the same bits, fewer bytes."""
 
 import pytest
 import torch
@@ -9,10 +9,10 @@ from bessemer.data.batch import Batch
 from bessemer.dist.chunk import Chunk, Serial
 from bessemer.dist.stage import Slice
 from bessemer.errors import UserError
-from bessemer.model.activation_memory import kept_bytes
+from bessemer.model.accounting import activation_bytes
+from bessemer.model.config import preset
 from bessemer.model.deferred import Store
-from bessemer.model.presets import preset
-from bessemer.model.recompute import PHASES
+from bessemer.model.layer import PHASES
 from bessemer.model.transformer import Transformer
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.train import balance
@@ -86,7 +86,7 @@ def test_fewer_bytes_are_kept(dtype):
         model.train()
         model.rope_table(128)
         kept[phases] = live_bytes(lambda model=model: next_token(model, data, **TERMS))
-        wanted = kept_bytes(cfg, 4, 128, fp8=False, number_bytes=dtype.itemsize, recompute=phases)
+        wanted = activation_bytes(cfg, 4, 128, fp8=False, number_bytes=dtype.itemsize, recompute=phases)
         assert kept[phases] == pytest.approx(wanted, rel=0.02), phases
     assert all(kept[(phase,)] < 0.97 * kept[()] for phase in PHASES)
     assert kept[PHASES] < 0.35 * kept[()]
@@ -101,7 +101,7 @@ def test_in_eval_mode_and_without_gradients_nothing_is_kept_or_repeated():
 
 def test_what_cannot_be_is_refused():
     model = in_training(())
-    with pytest.raises(UserError, match='phase "combine" cannot be made again in backward; choose from attend, exp'):
+    with pytest.raises(UserError, match='phase "combine" cannot be recomputed in backward; choose from attend, exp'):
         model.set_recompute(["attend", "combine"])
     with pytest.raises(UserError, match="by itself"):
         in_training(()).set_fp8(PAPER).set_recompute(["attend"])

@@ -6,16 +6,16 @@ import pytest
 import torch
 from model_cases import tiny
 
-from bessemer.model import rope
-from bessemer.model.presets import preset
+from bessemer.model import mla
+from bessemer.model.config import preset
 
 SHORT = preset("v3")
 LONG = preset("v3", rope_factor=40.0)
 
 
 def test_published_numbers():
-    assert rope.correction_range(LONG) == (10, 23)
-    assert rope.yarn_mscale(40, 1.0) == pytest.approx(1.3688879, abs=5e-8)
+    assert mla.correction_range(LONG) == (10, 23)
+    assert mla.yarn_mscale(40, 1.0) == pytest.approx(1.3688879, abs=5e-8)
     assert SHORT.softmax_scale == pytest.approx(0.0721688, abs=5e-8)
     assert LONG.softmax_scale == pytest.approx(0.1352338, abs=5e-8)
     assert LONG.softmax_scale / SHORT.softmax_scale == pytest.approx(1.8738542, abs=5e-8)
@@ -23,29 +23,29 @@ def test_published_numbers():
 
 def test_the_ramp_is_rounded_outwards():
     """corr = 8.064 and 20.105 for a model trained on 2048 tokens: 8 and 21, not 20."""
-    assert rope.correction_range(preset("v3", rope_factor=4.0, original_seq_len=2048)) == (8, 21)
+    assert mla.correction_range(preset("v3", rope_factor=4.0, original_seq_len=2048)) == (8, 21)
 
 
 def test_frequencies():
     plain = [10000 ** (-2 * j / 64) for j in range(32)]
-    torch.testing.assert_close(rope.frequencies(SHORT), torch.tensor(plain))
+    torch.testing.assert_close(mla.rope_frequencies(SHORT), torch.tensor(plain))
     ramp = [min(max((j - 10) / 13, 0), 1) for j in range(32)]
     yarn = [theta * (1 - r) + theta / 40 * r for theta, r in zip(plain, ramp, strict=True)]
-    torch.testing.assert_close(rope.frequencies(LONG), torch.tensor(yarn))
-    assert torch.equal(rope.frequencies(LONG)[:11], rope.frequencies(SHORT)[:11])
+    torch.testing.assert_close(mla.rope_frequencies(LONG), torch.tensor(yarn))
+    assert torch.equal(mla.rope_frequencies(LONG)[:11], mla.rope_frequencies(SHORT)[:11])
 
 
 def test_yarn_follows_the_config_not_the_length():
     """A long batch does not switch it on, a short one not off."""
-    assert torch.equal(rope.table(SHORT, 9000)[:10], rope.table(SHORT, 10))
-    assert torch.equal(rope.table(LONG, 9000)[:10], rope.table(LONG, 10))
-    assert not torch.equal(rope.table(LONG, 10), rope.table(SHORT, 10))
+    assert torch.equal(mla.rope_table(SHORT, 9000)[:10], mla.rope_table(SHORT, 10))
+    assert torch.equal(mla.rope_table(LONG, 9000)[:10], mla.rope_table(LONG, 10))
+    assert not torch.equal(mla.rope_table(LONG, 10), mla.rope_table(SHORT, 10))
 
 
 @pytest.mark.parametrize("mscale, all_dim, wanted", [(1.0, 1.0, 1.0), (0.707, 0.707, 1.0), (1.0, 0.0, 1.3688879)])
 def test_table_scale(mscale, all_dim, wanted):
     cfg = preset("v3", rope_factor=40.0, mscale=mscale, mscale_all_dim=all_dim)
-    radius = rope.table(cfg, 7).norm(dim=-1)
+    radius = mla.rope_table(cfg, 7).norm(dim=-1)
     torch.testing.assert_close(radius, torch.full_like(radius, wanted))
 
 
@@ -59,27 +59,27 @@ def test_v2_temperature():
 def test_rotation_is_complex_multiplication_of_interleaved_pairs():
     cfg = tiny()
     x = torch.randn(3, 11, cfg.qk_rope_head_dim, generator=torch.Generator().manual_seed(0))
-    angle = torch.arange(11).double()[:, None] * rope.frequencies(cfg).double()
+    angle = torch.arange(11).double()[:, None] * mla.rope_frequencies(cfg).double()
     turned = torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angle), angle)
     torch.testing.assert_close(
-        rope.rotate(x, rope.table(cfg, 11)).double(), torch.view_as_real(turned).flatten(-2), atol=1e-6, rtol=1e-6
+        mla.rotate(x, mla.rope_table(cfg, 11)).double(), torch.view_as_real(turned).flatten(-2), atol=1e-6, rtol=1e-6
     )
 
 
 def test_scores_depend_on_distance_only():
     cfg = tiny()
     q, k = torch.randn(2, cfg.qk_rope_head_dim, generator=torch.Generator().manual_seed(1))
-    table = rope.table(cfg, 40)
-    near = [rope.rotate(q, table[p + 5]) @ rope.rotate(k, table[p]) for p in (0, 3, 30)]
+    table = mla.rope_table(cfg, 40)
+    near = [mla.rotate(q, table[p + 5]) @ mla.rotate(k, table[p]) for p in (0, 3, 30)]
     torch.testing.assert_close(near[0], near[1])
     torch.testing.assert_close(near[0], near[2])
-    assert (near[0] - rope.rotate(q, table[9]) @ rope.rotate(k, table[0])).abs() > 1e-3
+    assert (near[0] - mla.rotate(q, table[9]) @ mla.rotate(k, table[0])).abs() > 1e-3
 
 
 def test_rotation_keeps_dtype_and_computes_in_float32():
     cfg = tiny()
     x = torch.randn(6, cfg.qk_rope_head_dim).to(torch.bfloat16)
-    table = rope.table(cfg, 6)
-    found = rope.rotate(x, table)
+    table = mla.rope_table(cfg, 6)
+    found = mla.rotate(x, table)
     assert found.dtype == torch.bfloat16
-    assert torch.equal(found, rope.rotate(x.float(), table).to(torch.bfloat16))
+    assert torch.equal(found, mla.rotate(x.float(), table).to(torch.bfloat16))

@@ -19,7 +19,7 @@ from bessemer.data.chat import render_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.hf import gguf_writer, hub
-from bessemer.model.presets import PRESETS, preset
+from bessemer.model.config import PRESETS, preset
 
 hf_logging.disable_progress_bar()
 TEXTS = (

@@ -46,7 +46,7 @@ def test_the_body_is_copied_and_the_head_is_new():
 
 
 def test_it_is_made_from_our_networks_alone():
-    with pytest.raises(UserError, match="not from Linear; start from a model"):
+    with pytest.raises(UserError, match="not from Linear; use a model"):
         Scorer.of(torch.nn.Linear(2, 2), seed=1)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from bessemer.config.recipe import Recipe
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.rl.loop import Loop
 from bessemer.runs.context import Interrupted, StageContext, StopFlag

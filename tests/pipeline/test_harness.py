@@ -29,7 +29,7 @@ from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import evaluate, lm_eval_model
 from bessemer.eval.lm_eval_model import BessemerLM
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.workers import Workers
 

@@ -16,7 +16,7 @@ from bessemer.dist.model_shard import ModelShard
 from bessemer.dist.schedules import schedule
 from bessemer.dist.stage import cut
 from bessemer.dist.table import Action, Pair, actions
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.plan import dry_run, memory
 from bessemer.plan.memory import NumberFormats

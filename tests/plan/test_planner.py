@@ -13,8 +13,8 @@ from bessemer.dist.schedules import schedule
 from bessemer.dist.table import Pair
 from bessemer.dist.timeline import Costs, simulate
 from bessemer.errors import UserError
-from bessemer.model import counts
-from bessemer.model.presets import preset
+from bessemer.model import accounting
+from bessemer.model.config import preset
 from bessemer.plan import audit, layer_time, plan_config, training_setup, validate
 from bessemer.plan import layer_kernels as kernels
 from bessemer.plan.cost import ideas, plan_run
@@ -48,9 +48,9 @@ def test_shapes_count_as_the_model_does():
     for name in ("v3", "moonlight", "v2-lite", "tiny"):
         cfg = preset(name)
         shape = ModelShape.of(cfg)
-        assert shape.params == pytest.approx(counts.main_params(cfg), rel=1e-3)
-        assert shape.kv_bytes() == counts.kv_cache_bytes(cfg)
-        assert shape.flops(4096) == pytest.approx(counts.flops_per_token(cfg, 4096).training, rel=1e-6)
+        assert shape.params == pytest.approx(accounting.main_params(cfg), rel=1e-3)
+        assert shape.kv_bytes() == accounting.kv_cache_bytes(cfg)
+        assert shape.flops(4096) == pytest.approx(accounting.flops_per_token(cfg, 4096).training, rel=1e-6)
     llama = ModelShape(128256, 4096, 32, 32, 14336, heads=32, kv_heads=8)
     assert llama.params / 1e9 == pytest.approx(8.03, abs=0.005)
     assert SHAPE.without_mla().kv_bytes() / SHAPE.kv_bytes() == pytest.approx(32768 / 576)  # reference A.7
@@ -66,7 +66,7 @@ def test_kernels_do_the_flops_of_the_model():
         total = sum(phase.flops for phase in layers) + kernels.head(SHAPE, tokens).flops
         core = sum(op.flops for op in layers[0].input if op.length) / 5  # FlashAttention makes scores again: 5 for 4
         again = sum(2 * n * k for name, n, k in SHAPE.linears() if "up" in name) * 61 * tokens if fp8 else 0
-        wanted_flops = counts.flops_per_token(V3, length).training * tokens + 61 * core + again
+        wanted_flops = accounting.flops_per_token(V3, length).training * tokens + 61 * core + again
         assert total == pytest.approx(wanted_flops, rel=1e-5)
 
 

@@ -426,7 +426,7 @@ def test_bad_operands():
         "2 groups .* and 1 matrices": lambda: backends.grouped_gemm(x, [10, 10], stack(x)),
         "w must be an Operand": lambda: backends.grouped_gemm(x, [10, 10], [x, w]),
         r"\[25, -5\] rows do not fit": lambda: backends.retile(x, [25, -5]),
-        r"make them with turn\(operand, count\)": lambda: backends.grouped_wgrad(x, x, [100, 200]),
+        r"make them with retile\(operand, count\)": lambda: backends.grouped_wgrad(x, x, [100, 200]),
         "differ within a block": lambda: backends.gemm(x, x, w_group="block"),
     }
     for match, call in bad.items():

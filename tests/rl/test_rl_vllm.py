@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.rl import vllm_engine
 from bessemer.rl.ray_worker import RolloutWorker, pack_weights, unpack_weights

@@ -11,7 +11,7 @@ from serving import running
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import load_engine
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.serve.service import launch
 

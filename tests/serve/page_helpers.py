@@ -18,7 +18,7 @@ import pytest
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.hf import hub
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")

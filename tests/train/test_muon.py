@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bessemer.model.presets import preset
+from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train import update_rules
 from bessemer.train.optimizer import Optimizer

@@ -46,9 +46,9 @@ from torch.autograd.function import once_differentiable
 from bessemer.dist import watchdog
 from bessemer.dist.ranks import all_gather, reduce_scatter
 from bessemer.errors import UserError
-from bessemer.model import mtp
 from bessemer.model.layer import Attended, Layer
 from bessemer.model.mla import MLA
+from bessemer.model.transformer import mtp_inputs
 
 QUERIES = 64
 """Queries whose scores exist at once."""
@@ -84,7 +84,7 @@ class WholeRows:
 
     def ahead(self, k: int, h_BTD: Tensor, tokens_BT: Tensor, embedding_VD: Tensor) -> tuple[Tensor, Tensor]:
         """What depth k reads at this rank's positions: h^{k-1}, and the embeddings of the tokens k further on."""
-        h, embedded, _ = mtp.ahead(k, h_BTD, tokens_BT, None, embedding_VD)
+        h, embedded, _ = mtp_inputs(k, h_BTD, tokens_BT, None, embedding_VD)
         return h, embedded
 
 
@@ -117,7 +117,7 @@ class Context(WholeRows):
 
         def attend(layer: Layer, x_BTD: Tensor) -> Attended:
             assert not (layer.fp8 and layer.training), "attention in FP8 takes whole rows"
-            return layer.run("attend", _attend, layer, x_BTD, rope, segments_BT, cut)
+            return layer.run_phase("attend", _attend, layer, x_BTD, rope, segments_BT, cut)
 
         return attend
 
@@ -126,7 +126,7 @@ class Context(WholeRows):
         return h_BTD[:, : len(at)], F.embedding(tokens_BT[:, at + k], embedding_VD)
 
     def counts(self, count_SE: Tensor) -> Tensor:
-        """Expert counts of whole sequences, for `Gate.whole`: the sum over all ranks."""
+        """Expert counts of whole sequences, for `Gate.sum_counts`: the sum over all ranks."""
         count_SE = count_SE.clone()
         with watchdog.waiting("the experts' counts of a sequence", dist.get_process_group_ranks(self.group)):
             dist.all_reduce(count_SE, group=self.group)

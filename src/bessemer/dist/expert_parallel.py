@@ -272,4 +272,4 @@ class Exchange:
         if at.payload is None:
             return Sent(at.x_TD.index_select(0, token), weight_M, count_E, token, None, routes)
         operand = unpacked(at.payload[token], at.x_TD.shape[1])
-        return Sent(fp8.lead(at.x_TD, token), weight_M, count_E, token, operand, routes)
+        return Sent(fp8.grad_anchor(at.x_TD, token), weight_M, count_E, token, operand, routes)

@@ -52,7 +52,7 @@ class ModelShard:
         held = {name for part in self.slices.values() for name in part.gates}
         self.gates: dict[str, Gate] = {name: gate for name, gate in model.gates().items() if name in held}
         for gate in self.gates.values() if isinstance(self.context, Context) else ():
-            gate.whole = self.context.counts
+            gate.sum_counts = self.context.counts
         keep(model, self.slices.values())
 
     @classmethod
@@ -61,7 +61,7 @@ class ModelShard:
             whole, shard = Transformer(cfg), cls(Transformer(cfg), mesh, schedule)
         parameters = shard._allocate(device, torch.float32)
         with torch.no_grad():
-            for name, expert, values in whole.draws(seed):
+            for name, expert, values in whole.initial_values(seed):
                 shard._put(parameters, name, expert, values)
         return shard
 

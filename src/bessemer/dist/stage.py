@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bessemer.dist.context_parallel import Attend, WholeRows
 from bessemer.dist.expert_parallel import Exchange
 from bessemer.model.config import ModelConfig
-from bessemer.model.counts import attention_params, dense_ffn_params, embedding_params, moe_ffn_params
+from bessemer.model.accounting import attention_params, embedding_params, ffn_params
 from bessemer.model.layer import Layer
 from bessemer.model.moe import Experts
 from bessemer.model.transformer import TrainOutputs, Transformer
@@ -25,9 +25,9 @@ def cut(cfg: ModelConfig, stages: int) -> list[range]:
     """Layers of every stage, such that the slowest stage is as fast as possible. The cost of a layer is the number of
     weights that a token uses; the last stage also has the head and the MTP modules with their uses of the head. V3 on
     16 stages: four layers each, and the last main layer, MTP and head on the last (the paper does not say)."""
-    attend, sparse = attention_params(cfg), moe_ffn_params(cfg, active_only=True)
+    attend, dense, sparse = attention_params(cfg), ffn_params(cfg, dense=True), ffn_params(cfg, False, active_only=True)
     head = embedding_params(cfg)
-    costs = [attend + (dense_ffn_params(cfg) if i < cfg.n_dense_layers else sparse) for i in range(cfg.n_layers)]
+    costs = [attend + (dense if i < cfg.n_dense_layers else sparse) for i in range(cfg.n_layers)]
     return partition(costs, head + cfg.n_mtp * (attend + sparse + 2 * cfg.dim**2 + head), stages)
 
 

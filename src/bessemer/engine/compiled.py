@@ -29,10 +29,9 @@ from bessemer.engine.decode import RoutingTrace, absorbed_output, absorbed_queri
 from bessemer.engine.kv_cache import PAGE, LatentCache
 from bessemer.engine.sampling import GreedyTokens, greedy_tokens
 from bessemer.errors import UserError
-from bessemer.model.compiler import cpp_compiler
 from bessemer.model.layer import Layer
-from bessemer.model.mode import evaluating
-from bessemer.model.transformer import Transformer
+from bessemer.model.transformer import Transformer, evaluating
+from bessemer.precision.probe import cpp_compiler
 
 MAX_DRAFTS = 8
 """Largest number of tokens drafted per step."""

@@ -40,8 +40,7 @@ from bessemer.engine.speculative import check_drafts
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM, load_any
 from bessemer.hf.foreign_tokenizer import load_tokenizer
-from bessemer.model.mode import evaluating
-from bessemer.model.transformer import Transformer
+from bessemer.model.transformer import Transformer, evaluating
 from bessemer.workers import Workers
 
 Prompt = str | abc.Sequence[int]

@@ -31,7 +31,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from bessemer.data import chat as templates
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.model.mode import evaluating
+from bessemer.model.transformer import evaluating
 from bessemer.train.loss import chunk_rows
 
 BATCH_TOKENS = 16384

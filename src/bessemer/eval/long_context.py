@@ -23,7 +23,7 @@ from bessemer.data.corpus import is_heldout
 from bessemer.data.rows import Rows
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.model.mode import evaluating
+from bessemer.model.transformer import evaluating
 from bessemer.tasks.needle import Needle
 from bessemer.train import loss
 

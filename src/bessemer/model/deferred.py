@@ -1,13 +1,15 @@
-"""Weight gradients that wait: the W of a backward pass that a schedule cuts in I and W (V3 3.2.1, E.4).
+"""Deferred weight gradients: the W of a backward pass that a schedule splits into I and W (V3 3.2.1; Zero Bubble
+Pipeline Parallelism 2).
 
-Of the two gradients of a product y = x W^T the stage before waits for dx = dy W; dW = dy^T x nobody needs before the
-optimizer does. While a `Store` is open, the backward of a matrix computes dx and leaves in the store how dW is made,
-with what that reads and nothing else; all other activations go with the graph. Later the store makes the gradients and
-adds them up as autograd would have: the bits are those of a backward in one piece.
+Of the two gradients of a product y = x W^T, the previous stage waits for dx = dy W; only the optimizer needs dW = dy^T
+x. While a `Store` is open, the backward of a matrix computes dx and leaves a closure for dW in the store, which holds
+the operands of dW and nothing else; all other activations are freed with the graph. Later the store computes the
+gradients and accumulates them as autograd would have: the bits are those of an undivided backward.
 
-What is small (norms, gates, the embedding) does not wait, and the head has its gradient from the forward of the loss.
+Small gradients (norms, gates, the embedding) are not deferred, and the head gets its gradient in the forward of the
+loss.
 
-A weight knows its store, not the thread that runs its backward: on a GPU that is one of autograd's own.
+The store is an attribute of the weight, not of the thread: on a GPU autograd runs the backward in a thread of its own.
 """
 
 from __future__ import annotations
@@ -22,23 +24,23 @@ from torch.autograd.function import once_differentiable
 
 
 class Store:
-    """How the weight gradients are made that backward passes left, each under the key it was open for."""
+    """Closures for deferred weight gradients, each under the key that was open in its backward pass."""
 
     def __init__(self) -> None:
-        self._left: dict[Hashable, list[tuple[Tensor, Callable[[], Tensor]]]] = {}
+        self._deferred: dict[Hashable, list[tuple[Tensor, Callable[[], Tensor]]]] = {}
         self._key: Hashable | None = None
 
     def serve(self, module: nn.Module) -> None:
-        """From now on the matrices of a module ask this store in their backward."""
-        for part in module.modules():
-            if type(part) is nn.Linear:  # torch's own backward cannot be cut
-                part.__class__ = _Linear
+        """Makes the matrices of a module use this store in their backward."""
+        for child in module.modules():
+            if type(child) is nn.Linear:  # torch's own backward cannot be split
+                child.__class__ = _Linear
         for weight in module.parameters():
             weight.store = self
 
     @contextmanager
     def open(self, key: Hashable) -> Iterator[None]:
-        """Backward passes in here leave their weight gradients; one after the other, never two at once."""
+        """Defers the weight gradients of backward passes in the block; one pass at a time, never two concurrently."""
         self._key = key
         try:
             yield
@@ -49,15 +51,15 @@ class Store:
     def is_open(self) -> bool:
         return self._key is not None
 
-    def leave(self, weight: Tensor, compute: Callable[[], Tensor]) -> None:
-        self._left.setdefault(self._key, []).append((weight, compute))
+    def defer(self, weight: Tensor, compute: Callable[[], Tensor]) -> None:
+        self._deferred.setdefault(self._key, []).append((weight, compute))
 
     @torch.no_grad()
     def run(self, key: Hashable) -> None:
-        """Adds what was left under a key to the gradients; what it held is free piece by piece."""
-        left = self._left.pop(key, [])[::-1]
-        while left:
-            weight, compute = left.pop()
+        """Computes what is deferred under a key and adds it to the gradients, freeing operands one by one."""
+        waiting = self._deferred.pop(key, [])[::-1]
+        while waiting:
+            weight, compute = waiting.pop()
             gradient = compute().to(weight.grad_dtype)
             if weight.grad is None:
                 weight.grad = gradient
@@ -65,22 +67,22 @@ class Store:
                 weight.grad += gradient
 
     def __len__(self) -> int:
-        """Gradients that wait."""
-        return sum(map(len, self._left.values()))
+        """Deferred gradients."""
+        return sum(map(len, self._deferred.values()))
 
 
 def store_of(weight: Tensor) -> Store | None:
-    """The open store of a weight, if it has one."""
+    """The store of a weight, if it has one and it is open."""
     store = getattr(weight, "store", None)
     return store if store is not None and store.is_open else None
 
 
 def gradient(weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
-    """What a backward gives as the gradient of a weight: `compute()`, or nothing where an open store takes that."""
+    """The gradient that a backward returns for a weight: `compute()`, or None if an open store defers it."""
     store = store_of(weight)
     if store is None:
         return compute()
-    store.leave(weight, compute)
+    store.defer(weight, compute)
     return None
 
 
@@ -90,7 +92,7 @@ class _Linear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T as torch computes and differentiates it."""
+    """x W^T, computed and differentiated as torch does."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The grouped SwiGLU of the routed experts: rows sorted by expert, one weight set per group.
 
-`expert_ffn_reference` is the loop anyone would write; `expert_ffn` is the same function with a hand-written backward
-that keeps each expert's rows in cache and recomputes the activation instead of storing it (V3 3.2.3 caches SwiGLU
-inputs and recomputes its output). The gate weight is applied between the two matrices, where rows are narrowest.
+`expert_ffn_reference` is the plain loop; `expert_ffn` is the same function with a hand-written backward that keeps each
+expert's rows in cache and recomputes the activation instead of storing it (V3 3.2.3 stores the inputs of SwiGLU and
+recomputes its output). The gate weight is applied between the two matrices, where rows are narrowest.
 
 Shapes: M routed rows in expert order, D hidden, E experts, F inner width; count_E rows per expert, sum M.
 """
@@ -30,7 +30,7 @@ def expert_ffn_reference(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13
 
 @torch.library.custom_op("bessemer::expert_ffn", mutates_args=())
 def _forward(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (y [M, D], h [M, 2F]); h is kept for backward."""
+    """Returns (y [M, D], h [M, 2F]); h is saved for backward."""
     inner = w2.shape[2]
     h_MH = rows_MD.new_empty(rows_MD.shape[0], 2 * inner)
     y_MD = torch.empty_like(rows_MD)
@@ -42,13 +42,14 @@ def _forward(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2
 
 
 PADDED = 32
+"""Rows of a window are a multiple of this, for BF16 on a CPU."""
 
 
 def _segments(count_E: Tensor, rows_MD: Tensor) -> Iterator[tuple[int, slice, slice, slice]]:
-    """(expert, its rows, a window of rows around them, where its rows lie in the window) of every expert in use.
+    """(expert, its rows, a window of rows around them, position of its rows in the window) of every expert in use.
 
-    The window is what is computed. It is the rows themselves but for BF16 on a CPU: oneDNN compiles a kernel for every
-    number of rows, a millisecond each, so windows come in multiples of 32 and reach into the neighbours' rows.
+    GEMMs run on the window. It equals the rows except for BF16 on a CPU: oneDNN compiles a kernel for every number of
+    rows, a millisecond each, so windows come in multiples of 32 and extend into neighbouring rows.
     """
     total = len(rows_MD)
     padded = PADDED if rows_MD.dtype == torch.bfloat16 and rows_MD.device.type == "cpu" else 1
@@ -63,7 +64,7 @@ def _segments(count_E: Tensor, rows_MD: Tensor) -> Iterator[tuple[int, slice, sl
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, mine: slice) -> Tensor:
-    """a b, whose own rows are written to `out`."""
+    """a b; the expert's own rows are written to `out`."""
     if len(out) == len(a):
         return torch.mm(a, b, out=out)
     y = torch.mm(a, b)
@@ -84,17 +85,17 @@ def _backward(
     drows, dweight = torch.empty_like(rows_MD), torch.empty_like(weight_M)
     dw13, dw2 = torch.zeros_like(w13), torch.zeros_like(w2)
     for e, rows, window, mine in _segments(count_E, rows_MD):
-        dy = _alone(dy_MD, rows, window, mine)
+        dy = _own_rows(dy_MD, rows, window, mine)
         weight = weight_M[window, None].to(dy.dtype)
-        act, dh, dweight[rows] = _past(dy, weight, h_MH[window], w2[e], mine)
+        act, dh, dweight[rows] = _activation_backward(dy, weight, h_MH[window], w2[e], mine)
         torch.mm(dy.t(), act, out=dw2[e])
         _product(dh, w13[e], drows[rows], mine)
         torch.mm(dh.t(), rows_MD[window], out=dw13[e])
     return drows, dweight, dw13, dw2
 
 
-def _alone(x_MX: Tensor, rows: slice, window: slice, mine: slice) -> Tensor:
-    """A window of gradients with zeros for the neighbours, who then add nothing to the sums over rows."""
+def _own_rows(x_MX: Tensor, rows: slice, window: slice, mine: slice) -> Tensor:
+    """A window of gradients with zeros for neighbouring rows, which then add nothing to sums over rows."""
     x = x_MX[window]
     if mine.stop - mine.start < len(x):
         x = torch.zeros_like(x)
@@ -102,8 +103,10 @@ def _alone(x_MX: Tensor, rows: slice, window: slice, mine: slice) -> Tensor:
     return x
 
 
-def _past(dy: Tensor, weight: Tensor, h: Tensor, w2: Tensor, mine: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Back past W2 and the activation of one expert: what W2 read, the gradient of h, and that of its own weights."""
+def _activation_backward(
+    dy: Tensor, weight: Tensor, h: Tensor, w2: Tensor, mine: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of W2 and the activation of one expert: the input of W2, the gradient of h, and that of the gates."""
     inner = w2.shape[1]
     gate, up = h[:, :inner], h[:, inner:]
     sig = torch.sigmoid(gate)
@@ -122,13 +125,13 @@ def _past(dy: Tensor, weight: Tensor, h: Tensor, w2: Tensor, mine: slice) -> tup
 def _backward_input(
     dy_MD: Tensor, rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor, h_MH: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rows and weights; then what those of w2 and w13 are made of beside dy and rows: act and dh."""
+    """Gradients of rows and weights, and act and dh, from which those of w2 and w13 follow with dy and rows."""
     drows, dweight = torch.empty_like(rows_MD), torch.empty_like(weight_M)
     act_MF, dh_MH = h_MH.new_empty(len(h_MH), w2.shape[2]), torch.empty_like(h_MH)
     for e, rows, window, mine in _segments(count_E, rows_MD):
-        dy = _alone(dy_MD, rows, window, mine)
+        dy = _own_rows(dy_MD, rows, window, mine)
         weight = weight_M[window, None].to(dy.dtype)
-        act, dh, dweight[rows] = _past(dy, weight, h_MH[window], w2[e], mine)
+        act, dh, dweight[rows] = _activation_backward(dy, weight, h_MH[window], w2[e], mine)
         _product(dh, w13[e], drows[rows], mine)
         act_MF[rows], dh_MH[rows] = act[mine], dh[mine]
     return drows, dweight, act_MF, dh_MH
@@ -138,7 +141,7 @@ def _weight_gradient(dy_MX: Tensor, x_MY: Tensor, count_E: Tensor, weight: Tenso
     """dy^T x of every expert's rows, [E, X, Y]."""
     dw = torch.zeros_like(weight)
     for e, rows, window, mine in _segments(count_E, x_MY):
-        torch.mm(_alone(dy_MX, rows, window, mine).t(), x_MY[window], out=dw[e])
+        torch.mm(_own_rows(dy_MX, rows, window, mine).t(), x_MY[window], out=dw[e])
     return dw
 
 
@@ -149,7 +152,7 @@ def _(dy_MD, rows_MD, weight_M, count_E, w13, w2, h_MH):
 
 def _setup(ctx, inputs, output):
     rows_MD, weight_M, count_E, w13, w2 = inputs
-    ctx.set_materialize_grads(False)  # h has no gradient; zeros of its size would be one more pass
+    ctx.set_materialize_grads(False)  # h has no gradient; zeros of its size would cost one more pass
     ctx.save_for_backward(rows_MD, weight_M, count_E, w13, w2, output[1])
 
 

@@ -1,58 +1,52 @@
-"""What of a layer is computed in FP8 in training, and what is kept for backward (V3 3.3.1, 3.3.3, 3.2.3; reference D.4,
-D.5, E.7).
+"""Which products of a layer training computes in FP8, and what it saves for backward (V3 3.2.3, 3.3.1, 3.3.3).
 
     in FP8     all matrices of attention, dense FFN, routed and shared experts: forward and both gradients
     not        embedding, head, gate, norms, attention core, M_k of MTP
 
-Kept per token
+Saved per token
 - attention: its input (before the norm), the latents (before their norms), the output in E5M6, one number per head.
-  Norms and up-projections are made again.
-- SwiGLU: its input and what lies between the two matrices, both in FP8. The product of gate and up is made again.
-- between attention and experts: the residual stream alone. Norm and gate are made again (`Layer.route`).
+  Norms and up-projections are recomputed.
+- SwiGLU: its input and the activations between the two matrices, both in FP8. The product of gate and up is recomputed.
+- between attention and experts: only the residual stream. Norm and gate are recomputed (`Layer.route`).
 
-What goes to the experts, and the gradients that come back to them, have powers of two as factors, as they are sent
-(D.6).
+Rows dispatched to the experts, and the gradients that return to them, have powers of two as scaling factors (V3 3.3.3).
 
-Shapes: B rows, T tokens, N = B*T, D hidden, H heads, M routed rows, F inner width.
+Shapes: B sequences, T tokens, N = B*T, D hidden, H heads, M routed rows, F inner width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bessemer.model.attention import recomputing, recomputing_backward
 from bessemer.model.deferred import gradient
+from bessemer.model.mla import MLA, attention_backward, attention_forward
 from bessemer.model.norm import RMSNorm, normalise, normalise_backward
 from bessemer.precision import backends
 from bessemer.precision.formats import PackedE5M6, pack_e5m6
 from bessemer.precision.fp8_linear import FP8Recipe, TokenTiles, forward, input_gradient, token_tiles, weight_gradient
 from bessemer.precision.operand import Operand
 
-if TYPE_CHECKING:
-    from bessemer.model.mla import MLA
-
 
 @torch.compiler.disable
 def send(x_ND: Tensor, token_M: Tensor, recipe: FP8Recipe) -> tuple[Tensor, Operand]:
-    """What goes to the experts, a token once for each of them: `lead`, and the rows of the operand. V3: 7,168 + 4 * 56
-    bytes a row instead of 14,336."""
+    """The dispatched rows, one per token and expert: the gradient's anchor, and the rows of the operand. V3: 7,168 +
+    4 * 56 bytes per row instead of 14,336."""
     x = recipe.quantised(x_ND, power_of_two=True)
     value_MD = x.value_MK.view(torch.uint8).index_select(0, token_M).view(torch.float8_e4m3fn)
-    return lead(x_ND, token_M), Operand(value_MD, x.scale_MJ.index_select(0, token_M))
+    return grad_anchor(x_ND, token_M), Operand(value_MD, x.scale_MJ.index_select(0, token_M))
 
 
-def lead(x_ND: Tensor, token_M: Tensor) -> Tensor:
-    """A tensor [M, D] without memory in the place of rows that travel in FP8: it takes their gradient back to x."""
-    return _Lead.apply(x_ND, token_M)
+def grad_anchor(x_ND: Tensor, token_M: Tensor) -> Tensor:
+    """A tensor [M, D] without memory that stands in the graph for rows sent in FP8, and carries their gradient to x."""
+    return _GradAnchor.apply(x_ND, token_M)
 
 
-class _Lead(torch.autograd.Function):
+class _GradAnchor(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, token_M):
         ctx.n_tokens = len(x_ND)
@@ -76,21 +70,21 @@ def swiglu(x_MD: Tensor, w13: Tensor, w2: Tensor, recipe: FP8Recipe) -> Tensor:
 def expert_swiglu(
     rows_MD: Tensor, sent: Operand, w13: Tensor, w2: Tensor, recipe: FP8Recipe, weight_M: Tensor, count: Sequence[int]
 ) -> Tensor:
-    """The same of routed experts: rows as `send` gives them, in expert order, `count` of each; w13 [E, 2F, D] and w2
+    """`swiglu` for routed experts: rows as `send` returns them, in expert order, `count` of each; w13 [E, 2F, D] and w2
     [E, D, F]; every row times its gate `weight_M`."""
     return _SwiGLU.apply(rows_MD, *sent, weight_M, w13, w2, recipe, count)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Of an operand; x_MD is what the gradient belongs to."""
+    """SwiGLU of an operand; x_MD receives its gradient."""
 
     @staticmethod
     def forward(ctx, x_MD, value_MD, scale_MJ, weight_M, w13, w2, recipe, count):
         h_MH = forward(Operand(value_MD, scale_MJ), w13, recipe, count)
-        kept = backends.quantise(h_MH, "tile", recipe.power_of_two)
+        h = backends.quantise(h_MH, "tile", recipe.power_of_two)
         y_MD = forward(_activated(h_MH, weight_M, recipe), w2, recipe, count)
         ctx.recipe, ctx.count, ctx.dtype = recipe, count, x_MD.dtype
-        ctx.save_for_backward(value_MD, scale_MJ, *kept, weight_M, w13, w2)
+        ctx.save_for_backward(value_MD, scale_MJ, *h, weight_M, w13, w2)
         return y_MD
 
     @staticmethod
@@ -133,11 +127,13 @@ def attention(
 ) -> Tensor:
     """mla(norm(x)), [B, T, D]."""
     weights = {"norm": norm.weight, **{name.removesuffix(".weight"): p for name, p in mla.named_parameters()}}
-    return _Attention.apply(x_BTD, rope, segments_BT, _Shape(mla, norm.eps, recipe, tuple(weights)), *weights.values())
+    return _Attention.apply(
+        x_BTD, rope, segments_BT, _AttentionContext(mla, norm.eps, recipe, tuple(weights)), *weights.values()
+    )
 
 
-class _Shape:
-    """What `_Attention` knows beside tensors, and the half of its forward that backward repeats."""
+class _AttentionContext:
+    """The arguments of `_Attention` that are not tensors, and the half of its forward that backward repeats."""
 
     def __init__(self, mla: MLA, eps: float, recipe: FP8Recipe, names: tuple[str, ...]):
         self.cfg, self.latent_eps, self.eps, self.recipe, self.names = mla.cfg, mla.kv_norm.eps, eps, recipe, names
@@ -146,7 +142,7 @@ class _Shape:
         return self.recipe.quantised(normalise(x, gain, eps))
 
     def expand(self, w: dict[str, Tensor], x: Operand, q_latent: Tensor | None, kv_latent: Tensor, shape: torch.Size):
-        """Operands of the up-projections, and their results as the core takes them."""
+        """Operands of the up-projections, and their results as arguments of the core."""
         c, k_rope = kv_latent.split([self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim], -1)
         q_in = x if q_latent is None else self.normed(q_latent, w["q_norm"], self.latent_eps)
         kv_in = self.normed(c, w["kv_norm"], self.latent_eps)
@@ -164,7 +160,7 @@ class _Attention(torch.autograd.Function):
         q_latent = forward(x, w["wq_a"], recipe) if "wq_a" in w else None
         kv_latent = forward(x, w["wkv_a"], recipe)
         _, _, core = shape.expand(w, x, q_latent, kv_latent, x_BTD.shape[:2])
-        out, lse = recomputing(*core, rope, shape.cfg.softmax_scale, segments_BT)
+        out, lse = attention_forward(*core, rope, shape.cfg.softmax_scale, segments_BT)
         out = out.flatten(0, 1).flatten(1)
         o = recipe.quantised(out, power_of_two=True)
         y = forward(o, w["wo"], recipe)
@@ -180,7 +176,7 @@ class _Attention(torch.autograd.Function):
         w, grads = dict(zip(shape.names, weights, strict=True)), {}
 
         def through(name: str, dy: Tensor, x: Operand | TokenTiles) -> Tensor:
-            """Past one matrix: its gradient into `grads`, its input's returned."""
+            """Backward of one matrix: stores its gradient in `grads`, returns that of its input."""
             operand = recipe.quantised_gradient(dy)
             grads[name] = gradient(w[name], lambda: weight_gradient(operand, x, recipe))
             return input_gradient(operand, w[name], recipe)
@@ -190,7 +186,7 @@ class _Attention(torch.autograd.Function):
         x = shape.normed(x_BTD.flatten(0, 1), w["norm"], shape.eps)
         q_in, kv_in, core = shape.expand(w, x, q_latent, kv_latent, x_BTD.shape[:2])
         dout, out = (t.view(*x_BTD.shape[:2], cfg.n_heads, -1) for t in (dout, out))
-        dq, dkv, dk_rope = recomputing_backward(dout, *core, rope, cfg.softmax_scale, segments_BT, out, lse)
+        dq, dkv, dk_rope = attention_backward(dout, *core, rope, cfg.softmax_scale, segments_BT, out, lse)
         dq, dkv = (t.flatten(0, 1).flatten(1) for t in (dq, dkv))
         dc, grads["kv_norm"] = normalise_backward(
             through("wkv_b", dkv, kv_in), kv_latent[:, : cfg.kv_lora_rank], w["kv_norm"], shape.latent_eps

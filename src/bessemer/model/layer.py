@@ -8,25 +8,56 @@
 
 `forward` is their composition. Expert parallelism, pipeline overlap, recomputation and profiling cut nowhere else.
 A dense layer has nothing to exchange: its dispatch and combine pass the tokens through.
+
+For speed some code repeats the math of a layer, and changes together with it:
+
+    SwiGLU          `moe.FFN` (plain), `experts` (grouped, hand-written backward), `fp8._SwiGLU`, `emulation.swiglu` and
+                    `triton_quantise.swiglu` (into FP8), `engine.decode_experts` (few tokens)
+    MLA             `mla.MLA` (expanded and absorbed), `fp8._Attention`, `engine.decode` (against the KV cache),
+                    `dist.context_parallel` (sequences split over ranks)
+    softmax core    `mla._torch_attention`, `attention_cpu` (two forms), `dist.latent_core` (ring of ranks)
+    layer wiring    `Layer.forward`, `dist.stage.through` (stops between the phases), `engine.decode`
+    MTP wiring      `transformer.mtp_states`, `dist.stage.Slice.phases`
+
+Selective recomputation (V3 3.2.3): a phase saves only its input for backward, which computes the rest again.
+
+    attend    norms, attention and gate: saves the residual stream and the phase's results
+    experts   routed experts or dense FFN: saves their input
+    finish    shared expert: saves its input
+
+Dispatch and combine are communication and are never repeated. Recomputing `attend` makes the gate count its tokens
+again; wrap such a backward in `train.balance.counted_once`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bessemer.model import fp8, moe
 from bessemer.model.config import ModelConfig
 from bessemer.model.mla import MLA
 from bessemer.model.norm import RMSNorm
-from bessemer.model.recompute import Phase, recomputed
 from bessemer.precision.fp8_linear import FP8Recipe
+
+Phase = Literal["attend", "experts", "finish"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+"""The phases that can be recomputed."""
+
+
+def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), saving only the arguments for backward."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class Attended(NamedTuple):
-    """What `attend` hands on: residual stream h [B, T, D], normalised FFN input u [N, D], routing (None if dense)."""
+    """Result of `attend`: residual stream h [B, T, D], normalised FFN input u [N, D], routing (None if dense)."""
 
     h_BTD: Tensor
     u_ND: Tensor
@@ -37,9 +68,9 @@ class Layer(nn.Module):
     """x + Attn(norm(x)), then h + FFN(norm(h)) (V3 2.1)."""
 
     fp8: FP8Recipe | None = None
-    """How training computes the matrices (`Transformer.set_fp8`); None: in the compute dtype."""
+    """How training computes matrix products (`Transformer.set_fp8`); None: in the compute dtype."""
     recompute: frozenset[Phase] = frozenset()
-    """Phases that training makes again in backward (`Transformer.set_recompute`)."""
+    """Phases that training recomputes in backward (`Transformer.set_recompute`)."""
 
     def __init__(self, cfg: ModelConfig, dense: bool):
         super().__init__()
@@ -56,13 +87,13 @@ class Layer(nn.Module):
         if self.fp8 is not None and self.training:
             h_BTD = x_BTD + fp8.attention(self.attn_norm, self.attn, x_BTD, rope, segments_BT, self.fp8)
             return recomputed(self.route, h_BTD, choice_NK)
-        return self.run("attend", self._attend, x_BTD, rope, segments_BT, choice_NK)
+        return self.run_phase("attend", self._attend, x_BTD, rope, segments_BT, choice_NK)
 
     def _attend(self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, choice_NK: Tensor | None) -> Attended:
         return self.route(x_BTD + self.attn(self.attn_norm(x_BTD), rope, segments_BT), choice_NK)
 
-    def run(self, phase: Phase, function: Callable[..., Any], *arguments: Any) -> Any:
-        """function(*arguments), which computes this phase: made again in backward if the phase is to be."""
+    def run_phase(self, phase: Phase, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(*arguments), which computes this phase; recomputed in backward if the phase is chosen."""
         return recomputed(function, *arguments) if phase in self.recompute and self.training else function(*arguments)
 
     def route(self, h_BTD: Tensor, choice_NK: Tensor | None = None) -> Attended:
@@ -77,14 +108,14 @@ class Layer(nn.Module):
         return moe.dispatch(attended.u_ND, attended.routing, self.cfg.n_routed_experts, recipe)
 
     def experts(self, sent: Tensor | moe.Dispatched) -> Tensor:
-        return self.run("experts", self.ffn if self.dense else self.ffn.experts, sent)
+        return self.run_phase("experts", self.ffn if self.dense else self.ffn.experts, sent)
 
     def combine(self, rows: Tensor, sent: Tensor | moe.Dispatched) -> Tensor:
         return rows if self.dense else moe.combine(rows, sent.slot_NK)
 
     def finish(self, attended: Attended, routed_ND: Tensor) -> Tensor:
         if not self.dense and self.ffn.shared is not None:
-            routed_ND = routed_ND + self.run("finish", self.ffn.shared, attended.u_ND)
+            routed_ND = routed_ND + self.run_phase("finish", self.ffn.shared, attended.u_ND)
         return attended.h_BTD + routed_ND.view_as(attended.h_BTD)
 
     def feed_forward(self, attended: Attended) -> Tensor:

@@ -1,25 +1,41 @@
-"""Multi-head Latent Attention (V2 2.1, V3 2.1.1).
+"""Multi-head Latent Attention (V2 2.1, V3 2.1.1), its rotary position embedding and its softmax core.
 
 Keys and values of all heads are rebuilt from one latent of `kv_lora_rank` numbers plus one shared rotary key of
 `qk_rope_head_dim` numbers per token; only those are cached. Two forms of the same function:
 
 - `forward`, expanded: keys and values are materialised per head. Fewer FLOPs for many queries: training and prefill.
 - `absorbed`: W_UK moves to the query and W_UV to the output, so attention reads the latent itself. Fewer bytes for one
-  query per row: decode.
+  query per sequence: decode.
 
-Shapes: B rows, T queries, S cached tokens, D hidden, H heads, N/R nope and rope widths, V value width, C latent rank.
+Rotary pairs are interleaved: pair j of a head is (x_{2j}, x_{2j+1}), rotated as a complex number by position * theta_j.
+Plain RoPE serves the whole short-context stage; the config switches on YaRN (V3 4.3), never the length of a batch.
+
+`attention_reference` is the softmax core as an equation. `latent_attention` takes the projections, rotates them, builds
+the heads and picks a backend:
+
+    CPU, T <= LONGEST_STORED   `attention_cpu.latent_attention`: one operation from the projections to the output, with
+                               its own backward
+    CPU, longer                `attention_cpu.long_attention`: the same, and what it saves grows with T instead of T^2
+    everything else            torch's scaled_dot_product_attention
+
+Shapes: B sequences, T queries, S cached tokens, D hidden, H heads, N/R nope and rope widths, V value width, C latent
+rank.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bessemer.model.attention import latent_attention
-from bessemer.model.config import ModelConfig
+from bessemer.model import attention_cpu
+from bessemer.model.config import ModelConfig, yarn_mscale
 from bessemer.model.norm import RMSNorm
-from bessemer.model.rope import rotate
 
+LONGEST_STORED = 1024
+"""Up to this length the CPU backend saves probabilities, which grow with T^2; beyond it backward recomputes them."""
 # The released code gives the latent norms RMSNorm's default and only the block norms rms_norm_eps; the two differ in
 # Moonlight (1e-5).
 LATENT_EPS = 1e-6
@@ -64,7 +80,7 @@ class MLA(nn.Module):
         return self.cached(*self.compress(x_BTD), rope)
 
     def cached(self, c_BTC: Tensor, k_rope_BTR: Tensor, rope: Tensor) -> Tensor:
-        """`latent` for a caller that compressed already."""
+        """`latent` from the results of `compress`."""
         return torch.cat((c_BTC, rotate(k_rope_BTR, rope)), -1)
 
     def forward(self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None) -> Tensor:
@@ -74,15 +90,15 @@ class MLA(nn.Module):
     def expanded(
         self, x_BTD: Tensor, c_BTC: Tensor, k_rope_BTR: Tensor, rope: Tensor, segments_BT: Tensor | None = None
     ) -> Tensor:
-        """`forward` for a caller that compressed (and may cache) already."""
+        """`forward` from the results of `compress`."""
         kv = self.wkv_b(c_BTC).unflatten(-1, (self.cfg.n_heads, -1))
         out = latent_attention(self.project(x_BTD), kv, k_rope_BTR, rope, self.cfg.softmax_scale, segments_BT)
         return self.wo(out.flatten(-2))
 
     def absorbed(self, x_BTD: Tensor, cache_BSX: Tensor, visible_BTS: Tensor, rope: Tensor) -> Tensor:
-        """Absorbed form: T new tokens per row against a latent cache that already holds them.
+        """Absorbed form: T new tokens per sequence against a latent cache that already holds them.
 
-        cache_BSX [B, S, C + R]; visible_BTS bool, True where query t of row b may look; rope [B, T, R/2, 2] or
+        cache_BSX [B, S, C + R]; visible_BTS bool, True where query t of sequence b may attend; rope [B, T, R/2, 2] or
         [T, R/2, 2]. Returns [B, T, D].
         """
         cfg = self.cfg
@@ -101,8 +117,133 @@ class MLA(nn.Module):
         return self.wo(out.flatten(-2))
 
 
-def absorbed_reference(mla: MLA, x_BTD: Tensor, rope: Tensor) -> Tensor:
-    """`absorbed` over a whole sequence with its own latent: equals `forward`; the tests compare the two."""
-    T = x_BTD.shape[1]
-    visible = torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).tril().expand(x_BTD.shape[0], -1, -1)
-    return mla.absorbed(x_BTD, mla.latent(x_BTD, rope), visible, rope)
+# --- rotary position embedding ---------------------------------------------------------------------------------------
+
+
+def correction_range(cfg: ModelConfig) -> tuple[int, int]:
+    """First and last pair of the YaRN ramp: faster pairs keep their frequency, slower ones are divided by s."""
+
+    def pair(rotations: float) -> float:
+        length = cfg.original_seq_len / (rotations * 2 * math.pi)
+        return cfg.qk_rope_head_dim * math.log(length) / (2 * math.log(cfg.rope_theta))
+
+    low, high = math.floor(pair(cfg.beta_fast)), math.ceil(pair(cfg.beta_slow))
+    return max(low, 0), min(high, cfg.qk_rope_head_dim - 1)
+
+
+def rope_frequencies(cfg: ModelConfig) -> Tensor:
+    """theta_j for each pair, [d_h^R / 2], float32."""
+    exponent = torch.arange(0, cfg.qk_rope_head_dim, 2, dtype=torch.float32) / cfg.qk_rope_head_dim
+    theta = 1.0 / (cfg.rope_theta**exponent)
+    if not cfg.yarn:
+        return theta
+    low, high = correction_range(cfg)
+    pairs = torch.arange(cfg.qk_rope_head_dim // 2, dtype=torch.float32)
+    ramp = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+    return theta * (1 - ramp) + theta / cfg.rope_factor * ramp
+
+
+def rope_table(cfg: ModelConfig, length: int, device: torch.device | None = None) -> Tensor:
+    """cos and sin for positions 0..length-1: [length, d_h^R / 2, 2], float32.
+
+    Multiplied by m(mscale) / m(mscale_all_dim), which is 1 for V3: its temperature sits in the softmax scale.
+    """
+    angle = torch.arange(length, dtype=torch.float32)[:, None] * rope_frequencies(cfg)
+    scale = 1.0
+    if cfg.yarn:
+        scale = yarn_mscale(cfg.rope_factor, cfg.mscale) / yarn_mscale(cfg.rope_factor, cfg.mscale_all_dim)
+    return (torch.stack((angle.cos(), angle.sin()), dim=-1) * scale).to(device)
+
+
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotates the last dimension of x by the table rows given.
+
+    x [..., d_h^R]; cos_sin broadcastable to [..., d_h^R / 2, 2]. Computed in float32, rerotated in x's dtype.
+    """
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # the same result in a fifth of the time
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+        rotated = pairs * torch.view_as_complex(cos_sin.contiguous())
+        return torch.view_as_real(rotated).flatten(-2).to(x.dtype)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos_sin.unbind(-1)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+# --- softmax core ----------------------------------------------------------------------------------------------------
+
+
+def causal_mask(T: int, segments_BT: Tensor | None, device: torch.device) -> Tensor:
+    """True where a query may attend: [T, T], or [B, 1, T, T] when tokens attend only to their own segment."""
+    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    if segments_BT is None:
+        return causal
+    return (causal & (segments_BT[:, :, None] == segments_BT[:, None, :])).unsqueeze(1)
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, segments_BT: Tensor | None = None) -> Tensor:
+    """softmax(scale q k^T) v in float32 with all scores materialised. q, k [B, H, T, N + R], v [B, H, T, V]."""
+    score = q.float() @ k.float().transpose(-1, -2) * scale
+    score = score.masked_fill(~causal_mask(q.shape[-2], segments_BT, q.device), float("-inf"))
+    return (score.softmax(-1) @ v.float()).to(q.dtype)
+
+
+def heads(q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated q and k [B, H, T, N + R] and v [B, H, T, V] from the arguments of `latent_attention`."""
+    nope = q.shape[-1] - k_rope.shape[-1]
+    q_rope = rotate(q[..., nope:], rope.unsqueeze(-3))
+    k_rope = rotate(k_rope, rope).unsqueeze(2).expand(-1, -1, q.shape[2], -1)
+    q = torch.cat((q[..., :nope], q_rope), -1)
+    k = torch.cat((kv[..., :nope], k_rope), -1)
+    return q.transpose(1, 2), k.transpose(1, 2), kv[..., nope:].transpose(1, 2)
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def latent_attention(
+    q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments_BT: Tensor | None = None
+) -> Tensor:
+    """MLA's core, expanded: q [B, T, H, N + R] and k_rope [B, T, R], both before rotation; kv [B, T, H, N + V] holds
+    keys and values of every head; rope [T, R/2, 2] or [B, T, R/2, 2]. Returns [B, T, H, V]."""
+    if _on_cpu(q):
+        core = attention_cpu.latent_attention if q.shape[1] <= LONGEST_STORED else attention_cpu.long_attention
+        return core(q, kv, k_rope, rope, segments_BT, scale)[0]
+    return _torch_attention(q, kv, k_rope, rope, scale, segments_BT)
+
+
+def _torch_attention(
+    q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments_BT: Tensor | None
+) -> Tensor:
+    q, k, v = heads(q, kv, k_rope, rope)
+    if segments_BT is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        mask = causal_mask(q.shape[-2], segments_BT, q.device)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.transpose(1, 2)
+
+
+def attention_forward(
+    q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments_BT: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`latent_attention` without a graph, for a caller that saves the arguments elsewhere: the output, and the log of
+    the softmax denominators (empty where torch's attention recomputes its own)."""
+    if _on_cpu(q):
+        return attention_cpu.flash_forward(q, kv, k_rope, rope, segments_BT, scale)
+    with torch.no_grad():
+        return _torch_attention(q, kv, k_rope, rope, scale, segments_BT), q.new_empty(0, dtype=torch.float32)
+
+
+def attention_backward(
+    dout: Tensor, q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments_BT: Tensor | None,
+    out: Tensor, lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, kv and k_rope. `out` and `lse` as `attention_forward` returned them; `out` may be rounded."""
+    if _on_cpu(q):
+        return attention_cpu.flash_backward(dout, q, kv, k_rope, rope, segments_BT, scale, out, lse)
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, kv, k_rope)]
+        again = _torch_attention(*inputs, rope, scale, segments_BT)
+    return torch.autograd.grad(again, inputs, dout)

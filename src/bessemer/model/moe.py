@@ -3,8 +3,8 @@
 The bias b takes part in the choice of experts only; gates are made from unbiased scores. Excluded groups are masked
 with -inf (0 would let an excluded expert win when biases are negative). No token is ever dropped.
 
-A caller may hand the gate a choice made elsewhere (RL: the sampler's). Gates are made from the scores of this pass all
-the same, so gradient reaches the router.
+A caller may pass the gate a choice made elsewhere (RL: the sampler's). Gate weights still come from the scores of this
+pass, so gradient reaches the router.
 
 Shapes: N tokens, D hidden, E experts, K experts per token, F expert inner width, M = N*K routed rows sorted by expert.
 """
@@ -26,10 +26,10 @@ from bessemer.precision.fp8_linear import FP8Recipe
 from bessemer.precision.operand import Operand
 
 EXPERTS = ".experts."
-"""In the name of every tensor that has a row for each routed expert."""
+"""Part of the name of every tensor that has one row per routed expert."""
 
 _COUNTING = Lock()
-"""Micro-batches may run side by side in threads; their counts must not be lost."""
+"""Micro-batches may run concurrently in threads; their counts must not be lost."""
 
 
 class Routing(NamedTuple):
@@ -53,7 +53,7 @@ class Dispatched(NamedTuple):
     slot_NK: Tensor
     """Row of each (token, choice)."""
     operand: Operand | None = None
-    """In FP8 training what is really sent. `rows_MD` then takes no memory and leads the gradient back, no more."""
+    """The rows in FP8 training. `rows_MD` is then a tensor without memory that only carries the gradient back."""
 
 
 class Gate(nn.Module):
@@ -67,10 +67,10 @@ class Gate(nn.Module):
             self.register_buffer("bias_E", torch.zeros(cfg.n_routed_experts, dtype=torch.float32))
         else:
             self.bias_E = None
-        # Tokens per expert since the trainer last looked; the trainer reads, sums over ranks and clears it.
+        # Tokens per expert since the trainer last read it; the trainer sums over ranks and clears it.
         self.register_buffer("load_E", torch.zeros(cfg.n_routed_experts, dtype=torch.float32), persistent=False)
-        self.whole: Callable[[Tensor], Tensor] | None = None
-        """[S, E] of the pieces of sequences that are here -> of the whole sequences; None where they are whole."""
+        self.sum_counts: Callable[[Tensor], Tensor] | None = None
+        """[S, E] of this rank's pieces of sequences -> of the whole sequences; None if sequences are not split."""
 
     def scores(self, x_ND: Tensor) -> Tensor:
         """s_i in float32, [N, E]."""
@@ -95,7 +95,7 @@ class Gate(nn.Module):
         return z_NE.topk(cfg.n_activated_experts, dim=-1).indices
 
     def forward(self, x_ND: Tensor, n_sequences: int, choice_NK: Tensor | None = None) -> Routing:
-        """Routes N = n_sequences * T tokens; where entries of `choice_NK` are at least 0, to the experts they name."""
+        """Routes N = n_sequences * T tokens. Entries of `choice_NK` that are at least 0 override the gate's choice."""
         cfg = self.cfg
         score_NE = self.scores(x_ND)
         expert_NK = self.choose(score_NE)
@@ -110,8 +110,8 @@ class Gate(nn.Module):
             count_SE = selections(expert_NK, n_sequences, cfg.n_routed_experts)
             with _COUNTING:
                 self.load_E += count_SE.sum(0)
-            whole_SE = None if self.whole is None else self.whole(count_SE)
-            balance = sequence_balance(score_NE, count_SE, cfg.n_activated_experts, whole_SE)
+            total_SE = None if self.sum_counts is None else self.sum_counts(count_SE)
+            balance = sequence_balance(score_NE, count_SE, cfg.n_activated_experts, total_SE)
         return Routing(expert_NK, weight_NK, balance)
 
 
@@ -122,17 +122,17 @@ def selections(expert_NK: Tensor, n_sequences: int, n_experts: int) -> Tensor:
     return torch.zeros(n_sequences, n_experts, device=expert_NK.device).scatter_add_(1, chosen_SX, ones)
 
 
-def sequence_balance(score_NE: Tensor, count_SE: Tensor, n_activated: int, whole_SE: Tensor | None = None) -> Tensor:
+def sequence_balance(score_NE: Tensor, count_SE: Tensor, n_activated: int, total_SE: Tensor | None = None) -> Tensor:
     """Sum over sequences of sum_i f_i P_i (V3 eq. 17-20); equals the number of sequences when balanced.
 
     f_i = E / (K T) * selections, without gradient; P_i = mean over the sequence of scores normalised over experts.
-    Where a piece of every sequence is here and `whole_SE` are the selections of all pieces, this piece's addend of it.
+    Where sequences are split over ranks and `total_SE` holds the selections of all pieces, this piece's addend.
     """
     n_sequences, n_experts = count_SE.shape
     share_STE = (score_NE / score_NE.sum(-1, keepdim=True)).view(n_sequences, -1, n_experts)
-    if whole_SE is not None:
-        T_S1 = whole_SE.sum(1, keepdim=True) / n_activated
-        return (whole_SE * (n_experts / n_activated) / T_S1 * (share_STE.sum(1) / T_S1)).sum()
+    if total_SE is not None:
+        T_S1 = total_SE.sum(1, keepdim=True) / n_activated
+        return (total_SE * (n_experts / n_activated) / T_S1 * (share_STE.sum(1) / T_S1)).sum()
     T = share_STE.shape[1]
     f_SE = count_SE * (n_experts / (n_activated * T))
     return (f_SE * share_STE.mean(1)).sum()

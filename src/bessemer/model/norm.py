@@ -1,4 +1,4 @@
-"""RMSNorm: w * z / sqrt(mean(z^2) + eps), computed in float32 (V3 A.3 of the released code)."""
+"""RMSNorm: w * z / sqrt(mean(z^2) + eps), computed in float32 (as in the released code)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
-            function = _FewPasses.apply if torch.is_grad_enabled() else normalise
+            function = _CPUNorm.apply if torch.is_grad_enabled() else normalise
             return function(x, self.weight, self.eps)
         return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).to(x.dtype)
 
@@ -45,9 +45,9 @@ def normalise_backward(dy: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> t
     return dz.addcmul_(z, inner).mul_(scale).to(x.dtype), dweight_D
 
 
-class _FewPasses(torch.autograd.Function):
-    """F.rms_norm for CPUs, where it is a chain of operations forward and a longer one backward: 4x as fast. Keeps its
-    input alone, in the dtype it has."""
+class _CPUNorm(torch.autograd.Function):
+    """F.rms_norm for CPUs, where torch runs a chain of operations forward and a longer one backward: 4x as fast. Saves
+    only its input, in its own dtype."""
 
     @staticmethod
     def forward(ctx, x, weight_D, eps):

@@ -1,4 +1,4 @@
-"""A reward model's network: the same body with a scalar head in the place of the vocabulary's (R1-Nature Methods).
+"""A reward model's network: the same body with a scalar head instead of the vocabulary's (R1, Nature 2025, Methods).
 
 On disk it is transformers' `DeepseekV3ForSequenceClassification` with one label: `score.weight` instead of
 `lm_head.weight`, no MTP layers. The score of a text is read at its last token.
@@ -25,11 +25,11 @@ class Scorer(Transformer):
     @classmethod
     @torch.no_grad()
     def of(cls, model: Transformer, seed: int) -> Scorer:
-        """The body of a language model, copied, and a fresh head."""
+        """A copy of a language model's body with a new head."""
         if not isinstance(model, Transformer):
             raise UserError(
-                f"a reward model is made from a network of the DeepSeek family, not from {type(model).__name__}; start "
-                "from a model that this program trained or read as deepseek_v3 or deepseek_v2"
+                f"a reward model starts from a network of the DeepSeek family, not from {type(model).__name__}; use a "
+                "model that this program trained or read as deepseek_v3 or deepseek_v2"
             )
         device, dtype = model.embed.weight.device, model.embed.weight.dtype
         scorer = cls(model.cfg).to_compute(dtype).to(device)
@@ -45,5 +45,5 @@ class Scorer(Transformer):
         return self.scores(self.norm(self.hidden(tokens_BT, segments_BT)))
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """Scores [...] of hidden states [..., D] after the final norm. In float32: two answers differ by little."""
+        """Scores [...] of hidden states [..., D] after the final norm, in float32: two answers differ by little."""
         return hidden.float() @ self.score.weight.float().squeeze(0)

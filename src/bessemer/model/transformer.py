@@ -1,30 +1,38 @@
-"""The whole network: embedding, layers, final norm, head, MTP modules (V3 2).
+"""The whole network: embedding, layers, final norm, head and MTP modules (V3 2).
 
 Plain math on one device. `model(tokens)` gives logits; `train_outputs` gives what the objectives need without ever
 materialising all logits.
+
+Multi-token prediction (V3 2.2): module k predicts token i+k+1 from h^{k-1}_i and the embedding of token i+k.
+
+    h'_i = M_k [RMSNorm_e(Emb(t_{i+k})) ; RMSNorm_h(h^{k-1}_i)]      embedding first, as the released eh_proj expects
+    h^k  = Block_k(h')                                               one full MLA + MoE layer
+    P^k  = softmax(W_head RMSNorm_out(h^k))                          embedding and head shared with the main model
+
+h^0 is the main model's output after its final norm, as released weights expect (the paper leaves it open).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bessemer.errors import UserError
-from bessemer.model import rope
 from bessemer.model.config import ModelConfig
-from bessemer.model.layer import Layer
+from bessemer.model.layer import PHASES, Layer, Phase
+from bessemer.model.mla import rope_table
 from bessemer.model.moe import FFN, Experts, Gate
-from bessemer.model.mtp import MTPModule, predictions
 from bessemer.model.norm import RMSNorm
-from bessemer.model.recompute import PHASES, Phase
 from bessemer.precision.fp8_linear import FP8Recipe
 
 RECOMPUTES_ITSELF = (
-    "training in FP8 makes norms, gates and activations again by itself; choose no phases for it (recompute = [])"
+    "training in FP8 recomputes norms, gates and activations by itself; choose no phases for it (recompute = [])"
 )
 
 
@@ -39,6 +47,28 @@ class TrainOutputs(NamedTuple):
     """Sum over MoE layers (MTP included) and sequences of sum_i f_i P_i."""
 
 
+class MTPModule(nn.Module):
+    """One prediction depth."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.enorm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.hnorm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.eh_proj = nn.Linear(2 * cfg.dim, cfg.dim, bias=False)  # M_k
+        self.layer = Layer(cfg, dense=False)
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)  # shared_head.norm on disk: its own gain despite the name
+
+    def join(self, h_BTD: Tensor, embedded_BTD: Tensor) -> Tensor:
+        """Input of the block; position i holds h^{k-1}_i and the embedding of token i+k."""
+        return self.eh_proj(torch.cat((self.enorm(embedded_BTD), self.hnorm(h_BTD)), -1))
+
+    def forward(
+        self, h_BTD: Tensor, embedded_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(h^k [B, T, D] before the output norm, balance term)."""
+        return self.layer(self.join(h_BTD, embedded_BTD), rope, segments_BT)
+
+
 class Transformer(nn.Module):
     """A network of the DeepSeek V2/V3 family."""
 
@@ -49,7 +79,7 @@ class Transformer(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
-        # not nn.Embedding(V, D): its way to draw values imports torch's compiler on meta tensors, 1.5 s at every start
+        # not nn.Embedding(V, D): on meta tensors its initialisation imports torch's compiler, 1.5 s at every start
         self.embed = nn.Embedding.from_pretrained(torch.rand(cfg.vocab_size, cfg.dim), freeze=False)
         self.layers = nn.ModuleList(Layer(cfg, dense=i < cfg.n_dense_layers) for i in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -63,14 +93,14 @@ class Transformer(nn.Module):
     def initialise(self, seed: int) -> Transformer:
         """Normal(0, init_std) for every matrix, ones for norms, zeros for routing biases; the same on every device."""
         parameters = dict(self.named_parameters())
-        for name, expert, values in self.draws(seed):
+        for name, expert, values in self.initial_values(seed):
             parameter = parameters[name]
             (parameter if expert is None else parameter[expert]).copy_(values)
         return self
 
-    def draws(self, seed: int) -> Iterator[tuple[str, int | None, Tensor]]:
-        """(parameter, expert, first values) of every matrix in turn, drawn as they are asked for. Stacked experts come
-        one by one where that draws the same numbers as all at once (the generator works in blocks of 16)."""
+    def initial_values(self, seed: int) -> Iterator[tuple[str, int | None, Tensor]]:
+        """(parameter, expert, initial values) of every matrix in turn, generated lazily. Stacked experts come one by
+        one where that gives the same numbers as all at once (the generator works in blocks of 16)."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             one_by_one = parameter.dim() == 3 and parameter[0].numel() % 16 == 0
@@ -90,8 +120,8 @@ class Transformer(nn.Module):
         return self
 
     def set_fp8(self, recipe: FP8Recipe | None) -> Transformer:
-        """Training computes the matrices of attention, FFN and experts in FP8 (`fp8`), all else as before; in eval mode
-        nothing changes. None: not in FP8."""
+        """Makes training compute the matrices of attention, FFN and experts in FP8 (`fp8`); eval mode does not change.
+        None: not in FP8."""
         if recipe is not None and any(getattr(module, "recompute", ()) for module in self.modules()):
             raise UserError(RECOMPUTES_ITSELF)
         for module in self.modules():
@@ -100,11 +130,11 @@ class Transformer(nn.Module):
         return self
 
     def set_recompute(self, phases: Iterable[Phase]) -> Transformer:
-        """Training keeps of these phases of every layer the inputs only (`recompute`). UserError for a phase that does
-        not exist or is communication, and in FP8, which has its own way to keep little."""
+        """Makes training recompute these phases of every layer in backward (`layer`). UserError for a phase that does
+        not exist or is communication, and in FP8, which recomputes by itself."""
         chosen = frozenset(phases)
         for phase in sorted(chosen - set(PHASES)):
-            raise UserError(f'phase "{phase}" cannot be made again in backward; choose from {", ".join(PHASES)}')
+            raise UserError(f'phase "{phase}" cannot be recomputed in backward; choose from {", ".join(PHASES)}')
         layers = [module for module in self.modules() if isinstance(module, Layer)]
         if chosen and any(layer.fp8 is not None for layer in layers):
             raise UserError(RECOMPUTES_ITSELF)
@@ -117,8 +147,8 @@ class Transformer(nn.Module):
         return self.head.weight
 
     def hidden_matrices(self) -> dict[str, int]:
-        """Names of the matrices inside the layers, gates excepted, with the number stacked along their rows: 2 where
-        w1 and w3 lie in one tensor."""
+        """Names of the matrices inside the layers, gates excepted, with the number of matrices stacked along their
+        rows: 2 where one tensor holds w1 and w3."""
         layers = [(f"layers.{i}", layer) for i, layer in enumerate(self.layers)]
         layers += [(f"mtp.{k}.layer", module.layer) for k, module in enumerate(self.mtp)]
         return {
@@ -130,16 +160,15 @@ class Transformer(nn.Module):
 
     def gates(self) -> dict[str, Gate]:
         """Every gate by the name of its layer: '3' for layer 3, 'mtp0' for the first MTP module."""
-        found = {str(i): layer.ffn.gate for i, layer in enumerate(self.layers) if not layer.dense}
-        found.update({f"mtp{k}": module.layer.ffn.gate for k, module in enumerate(self.mtp)})
-        return found
+        gates = {str(i): layer.ffn.gate for i, layer in enumerate(self.layers) if not layer.dense}
+        return gates | {f"mtp{k}": module.layer.ffn.gate for k, module in enumerate(self.mtp)}
 
     def rope_table(self, length: int) -> Tensor:
         """[length, R/2, 2] on the model's device; grown on demand."""
         device = next(self.parameters()).device
         if self._rope is None or self._rope.shape[0] < length or self._rope.device != device:
             with torch.inference_mode(False):  # the table outlives the caller's mode, and training saves it
-                self._rope = rope.table(self.cfg, max(length, min(self.cfg.max_seq_len, 4096)), device)
+                self._rope = rope_table(self.cfg, max(length, min(self.cfg.max_seq_len, 4096)), device)
         return self._rope[:length]
 
     def hidden(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
@@ -174,13 +203,13 @@ class Transformer(nn.Module):
     ) -> TrainOutputs:
         """Main and MTP hidden states of a batch.
 
-        `choice_BTLK`, integers: the K experts that each token is to be sent to in each of the main model's L sparse
-        layers; entries below 0 leave the choice to the gate.
+        `choice_BTLK`, integers: the K experts of each token in each of the main model's L sparse layers; entries below
+        0 leave the choice to the gate.
         """
         x, balance = self._run(tokens_BT, segments_BT, choice_BTLK)
         hidden = self.norm(x)
         modules = self.mtp if mtp else ()
-        depths, term = predictions(modules, hidden, tokens_BT, segments_BT, self.embed.weight, self.rope_table)
+        depths, term = mtp_states(modules, hidden, tokens_BT, segments_BT, self.embed.weight, self.rope_table)
         return TrainOutputs(hidden, depths, balance + term)
 
     def save(self, directory: str | Path, **options: Any) -> None:
@@ -188,3 +217,40 @@ class Transformer(nn.Module):
         if Transformer.saver is None:
             raise UserError("nothing that writes a model directory is loaded: import bessemer.hf.hub, then save again")
         Transformer.saver(self, directory, **options)
+
+
+def mtp_states(
+    modules: Iterable[MTPModule], hidden_BTD: Tensor, tokens_BT: Tensor, segments_BT: Tensor | None,
+    embedding_VD: Tensor, rope_table: Callable[[int], Tensor],
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """(hidden states of every depth, ready for the head; sum of the balance terms) from h^0 [B, T, D]."""
+    h, depths = hidden_BTD, []
+    balance = torch.zeros((), dtype=torch.float32, device=h.device)
+    for k, module in enumerate(modules, start=1):
+        h, embedded, segments = mtp_inputs(k, h, tokens_BT, segments_BT, embedding_VD)
+        h, term = module(h, embedded, rope_table(h.shape[1]), segments)
+        balance = balance + term
+        depths.append(module.norm(h))
+    return depths, balance
+
+
+def mtp_inputs(
+    k: int, h_BTD: Tensor, tokens_BT: Tensor, segments_BT: Tensor | None, embedding_VD: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inputs of depth k at the positions that have all of them: h^{k-1}, the embeddings of the tokens k further, and
+    the segments."""
+    T = tokens_BT.shape[1] - k
+    embedded = F.embedding(tokens_BT[:, k:], embedding_VD)
+    return h_BTD[:, :T], embedded, None if segments_BT is None else segments_BT[:, :T]
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every module is back in its own mode, frozen parts included."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

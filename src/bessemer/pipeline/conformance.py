@@ -121,7 +121,7 @@ ITEMS: tuple[Item, ...] = (
     Item("Interleaved RoPE, YaRN off in the short stage", "V3 4.2-4.3", "theta 10000, plain at 4K",
          _model(lambda m: f"theta {m.rope_theta:g}, " + (f"YaRN {m.rope_factor:g}" if m.yarn else "plain"),
                 lambda m: not m.yarn),
-         "model/rope.py", "model/test_model_rope.py"),
+         "model/mla.py", "model/test_model_rope.py"),
     Item("DeepSeekMoE", "V3 2.1.2", "256 routed + 1 shared, top-8",
          _model(lambda m: f"{m.n_routed_experts} routed + {m.n_shared_experts} shared, top-{m.n_activated_experts}",
                 _sparse), "model/moe.py", "model/test_model_network.py"),
@@ -143,7 +143,7 @@ ITEMS: tuple[Item, ...] = (
     Item("Multi-token prediction", "V3 2.2", "depth 1, lambda 0.3 then 0.1",
          lambda f: IMPORTED if f.imported() else (f"depth {f.model.n_mtp}" + (
              f", lambda {_points(f.stage('pretrain').mtp_lambda)}" if f.stage("pretrain") else ""), f.model.n_mtp > 0),
-         "model/mtp.py", "model/test_hub_mtp.py"),
+         "model/transformer.py", "model/test_hub_mtp.py"),
     Item("AdamW, FP32 masters", "V3 4.2, 3.3.2", "0.9 / 0.95, decay 0.1, clip 1.0",
          _of("pretrain", lambda s: ("Muon for matrices inside layers, else " if s.optimizer == "muon" else "")
              + f"0.9 / 0.95, decay {s.weight_decay:g}, clip {s.clip:g}", lambda s: s.optimizer == "adamw"),
@@ -194,7 +194,7 @@ ITEMS: tuple[Item, ...] = (
     Item("YaRN on the rotary key, the same in every phase", "V3 4.3", "s 40, alpha 1, beta 32, sqrt(t) 0.1 ln s + 1",
          lambda f: (f"s {f.stage('extend').rope_factor:g}, alpha {f.model.beta_slow:g}, beta {f.model.beta_fast:g}, "
                     f"sqrt(t) {0.1 * f.model.mscale_all_dim:g} ln s + 1", True) if f.stage("extend") else ABSENT,
-         "model/rope.py", "model/test_model_rope.py"),
+         "model/mla.py", "model/test_model_rope.py"),
     Item("Needle in a haystack over lengths and depths", "V3 4.3, Figure 8", "up to 128K, after SFT",
          _of("longeval", lambda s: f"up to {max(s.lengths)}, {s.problems * len(s.depths)} problems of each length",
              lambda s: bool(s.haystack)), "tasks/needle.py", "tasks/test_needle.py"),

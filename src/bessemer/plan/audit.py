@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bessemer.errors import UserError
-from bessemer.model import counts
-from bessemer.model.presets import preset
+from bessemer.model import accounting
+from bessemer.model.config import preset
 from bessemer.plan.cost import RunPlan, plan_run
 from bessemer.plan.hardware import parse_cluster, read_toml
 from bessemer.plan.inference import ACCEPTED, CONTEXT, MEAN, Deployment, decode, prefill, rollout_time
@@ -76,9 +76,9 @@ Predicted = Iterator[tuple[str, float, str]]
 
 def _counts(plan: RunPlan) -> Predicted:
     cfg = plan.cfg
-    yield "params", counts.main_params(cfg) / 1e9, "counted from the config"
-    yield "flops", counts.flops_per_token(cfg, 4096).training / 1e9, "causal, without MTP"
-    yield "kv_bytes", counts.kv_cache_bytes(cfg) / 1e3, "BF16, 61 layers x 576 numbers"
+    yield "params", accounting.main_params(cfg) / 1e9, "counted from the config"
+    yield "flops", accounting.flops_per_token(cfg, 4096).training / 1e9, "causal, without MTP"
+    yield "kv_bytes", accounting.kv_cache_bytes(cfg) / 1e3, "BF16, 61 layers x 576 numbers"
 
 
 def _training(plan: RunPlan) -> Predicted:
@@ -89,8 +89,8 @@ def _training(plan: RunPlan) -> Predicted:
     yield "step", plan.step.seconds, run
     yield "mfu", 100 * plan.mfu(own.device.bf16), f"causal FLOPs over {own.device.bf16:.0f} TFLOPS, {run}"
     yield "pretraining", plan.gpu_hours / 1e3, f"{run}; batch ramp linear in tokens, 1F1B below 32 micro-batches"
-    base = counts.flops_per_token(cfg, own.length).training
-    at_4k = sum(62.9e9 * counts.flops_per_token(cfg, length).training / base for length in (32768, 131072))
+    base = accounting.flops_per_token(cfg, own.length).training
+    at_4k = sum(62.9e9 * accounting.flops_per_token(cfg, length).training / base for length in (32768, 131072))
     extension = at_4k / plan.rate / 3600
     yield "extension", extension / 1e3, "as many FLOPs a second as at 4K; no cost of context parallelism"
     whole = plan.gpu_hours + extension + 5e3

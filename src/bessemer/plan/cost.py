@@ -10,7 +10,7 @@ from typing import Any
 from bessemer.config.recipe import Recipe
 from bessemer.dist import schedules
 from bessemer.errors import UserError
-from bessemer.model import counts
+from bessemer.model import accounting
 from bessemer.model.config import ModelConfig
 from bessemer.plan import memory
 from bessemer.plan.hardware import GIB
@@ -95,8 +95,8 @@ class RunPlan:
         cfg, layout, device = self.cfg, self.setup.layout, self.setup.device
         gib = [{kind: size / GIB for kind, size in kinds.items()} for kinds in self.memory]
         return {
-            "params_total": counts.main_params(cfg), "params_active": counts.active_params(cfg),
-            "params_mtp": counts.mtp_params(cfg), "device": device.name, "gpus": self.gpus,
+            "params_total": accounting.main_params(cfg), "params_active": accounting.active_params(cfg),
+            "params_mtp": accounting.mtp_params(cfg), "device": device.name, "gpus": self.gpus,
             "layout": {"pp": layout.pp, "ep": layout.ep, "dp": layout.dp, "node": layout.node},
             "schedule": self.setup.schedule, "micro_batches": self.setup.micro, "micro_rows": self.setup.rows,
             "sequence_length": self.setup.length, "precision": "fp8" if self.setup.fp8 else "bf16",

@@ -21,7 +21,7 @@ from bessemer.data.batch import Batch
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.model.counts import flops_per_token
+from bessemer.model.accounting import flops_per_token
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.stages.pretrain import HELDOUT_ROWS, runtime

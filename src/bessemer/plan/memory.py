@@ -5,7 +5,7 @@
                    all of it, masters and moments of a share (`zero1.Zero1`). With two copies of the model (DualPipe) a
                    rank holds two stages. Tests compare with the real classes, to the byte
     activations    what micro-batches keep between their forward and their backward, at the step of the schedule where
-                   that is most: `model.activation_memory` for a slice, the table for how many
+                   that is most: `model.accounting` for a stage, the table for how many
     working        what is needed while one layer, or the loss, is computed: exchange buffers, gradients of the rows of
                    the experts, one chunk of logits; the largest of them, once. An estimate (`working`)
 
@@ -23,7 +23,7 @@ from bessemer.dist.context_parallel import KEYS
 from bessemer.dist.mesh import Layout
 from bessemer.dist.stage import cut
 from bessemer.dist.table import Step, Table, actions
-from bessemer.model.activation_memory import slice_bytes
+from bessemer.model.accounting import ParamTensor, gain, layer_tensors, mtp_tensors, stage_activation_bytes
 from bessemer.model.config import ModelConfig
 
 KINDS = ("weights", "gradients", "masters", "moments", "routing", "activations", "working")
@@ -68,7 +68,7 @@ def saved_by_stage(
 ) -> dict[int, int]:  # fmt: skip
     """Bytes that one micro-batch saves for backward in every stage, with rows split over `cp` ranks."""
     return {
-        stage: slice_bytes(
+        stage: stage_activation_bytes(
             cfg, layers, rows, length // cp, last=stage == len(cuts) - 1, fp8=numbers.fp8,
             number_bytes=numbers.compute, mtp=mtp, fused=numbers.fused, recompute=recompute, cut=cp > 1,
         )
@@ -129,15 +129,6 @@ class VectorKind(NamedTuple):
     """Also held by another pipeline rank."""
 
 
-class Parameter(NamedTuple):
-    """One parameter tensor."""
-
-    numel: int
-    expert: bool = False
-    full: bool = False
-    matrix: bool = True
-
-
 @dataclass(frozen=True)
 class RankParams:
     """The parameters that one rank holds, in elements."""
@@ -180,10 +171,10 @@ def rank_params(
     vectors: dict[VectorKind, int] = {}
     total = 0
 
-    def add(parts: Iterator[Parameter], owners: set[int]) -> None:
+    def add(parts: Iterator[ParamTensor], owners: set[int]) -> None:
         nonlocal total
         for part in parts:
-            kind = VectorKind(part.expert, part.matrix, part.full and number != 4, bool(owners & others))
+            kind = VectorKind(part.expert, part.matrix, part.float32 and number != 4, bool(owners & others))
             vectors[kind] = vectors.get(kind, 0) + _padded(part.numel, ALIGN)
             total += part.numel
 
@@ -192,15 +183,15 @@ def rank_params(
         for i in cuts[stage]:
             dense = i < cfg.n_dense_layers
             sparse += not dense
-            add(layer(cfg, dense, layout.ep), {stage})
+            add(layer_tensors(cfg, dense, layout.ep), {stage})
     if 0 in mine or (last in mine and (cfg.n_mtp or cfg.tie_embeddings)):
-        add(iter([Parameter(cfg.vocab_size * cfg.dim)]), {0, last} if cfg.n_mtp else {0})
+        add(iter([ParamTensor(cfg.vocab_size * cfg.dim)]), {0, last} if cfg.n_mtp else {0})
     if last in mine:
         if not cfg.tie_embeddings:
-            add(iter([Parameter(cfg.vocab_size * cfg.dim)]), {last})
-        add(iter([_gain(cfg.dim)]), {last})
+            add(iter([ParamTensor(cfg.vocab_size * cfg.dim)]), {last})
+        add(iter([gain(cfg.dim)]), {last})
         for _ in range(cfg.n_mtp):
-            add(module(cfg, layout.ep), {last})
+            add(mtp_tensors(cfg, layout.ep), {last})
         sparse += cfg.n_mtp
     wave_fill = {kind: _padded(size, BLOCK * ranks[kind.expert]) for kind, size in vectors.items()}
     gates = sparse if cfg.topk_method == "noaux_tc" else 0
@@ -209,39 +200,3 @@ def rank_params(
 
 def _padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-
-def _gain(width: int) -> Parameter:
-    return Parameter(width, full=True, matrix=False)
-
-
-def attention(cfg: ModelConfig) -> Iterator[Parameter]:
-    heads, dim = cfg.n_heads, cfg.dim
-    if cfg.q_lora_rank:
-        yield from (Parameter(cfg.q_lora_rank * dim), _gain(cfg.q_lora_rank))
-        yield Parameter(heads * cfg.qk_head_dim * cfg.q_lora_rank)
-    else:
-        yield Parameter(heads * cfg.qk_head_dim * dim)
-    yield from (Parameter((cfg.kv_lora_rank + cfg.qk_rope_head_dim) * dim), _gain(cfg.kv_lora_rank))
-    yield Parameter(heads * (cfg.qk_nope_head_dim + cfg.v_head_dim) * cfg.kv_lora_rank)
-    yield Parameter(dim * heads * cfg.v_head_dim)
-
-
-def layer(cfg: ModelConfig, dense: bool, ep: int) -> Iterator[Parameter]:
-    """Parameters of a layer, with one of `ep` shares of its routed experts."""
-    yield from (_gain(cfg.dim), _gain(cfg.dim))
-    yield from attention(cfg)
-    if dense:
-        yield from (Parameter(2 * cfg.inter_dim * cfg.dim), Parameter(cfg.dim * cfg.inter_dim))
-        return
-    yield Parameter(cfg.n_routed_experts * cfg.dim, full=True)  # the gate
-    local, inner = cfg.n_routed_experts // ep, cfg.moe_inter_dim
-    yield from (Parameter(local * 2 * inner * cfg.dim, expert=True), Parameter(local * cfg.dim * inner, expert=True))
-    if shared := cfg.n_shared_experts * inner:
-        yield from (Parameter(2 * shared * cfg.dim), Parameter(cfg.dim * shared))
-
-
-def module(cfg: ModelConfig, ep: int) -> Iterator[Parameter]:
-    """Parameters of an MTP module, without the shared embedding and head."""
-    yield from (Parameter(2 * cfg.dim * cfg.dim), _gain(cfg.dim), _gain(cfg.dim), _gain(cfg.dim))
-    yield from layer(cfg, False, ep)

@@ -15,9 +15,8 @@ from bessemer.config.table import nearest
 from bessemer.dist import mesh, schedules
 from bessemer.dist.mesh import Layout
 from bessemer.errors import UserError
-from bessemer.model.config import ModelConfig
-from bessemer.model.presets import PRESETS, preset
-from bessemer.model.recompute import PHASES
+from bessemer.model.config import PRESETS, ModelConfig, preset
+from bessemer.model.layer import PHASES
 from bessemer.plan.hardware import ClusterSpec, read_toml
 from bessemer.plan.training_setup import IN_STEP, ModelShape, Setup, imbalance
 from bessemer.train.setup import model_config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bessemer.model import counts
+from bessemer.model import accounting
 from bessemer.plan.cost import RunPlan, assumptions
 from bessemer.plan.hardware import GIB
 from bessemer.plan.memory import KINDS
@@ -49,7 +49,7 @@ def describe(
 def _run(name: str, plan: RunPlan) -> list[str]:
     setup, cfg, device = plan.setup, plan.cfg, plan.setup.device
     lines = [
-        f"{name}: {amount(counts.main_params(cfg))} parameters, {amount(counts.active_params(cfg))} a token, "
+        f"{name}: {amount(accounting.main_params(cfg))} parameters, {amount(accounting.active_params(cfg))} a token, "
         f"{amount(plan.tokens)} tokens",
         f"{plan.gpus:,} {device.name}, {setup.layout}, {setup.schedule}, {setup.micro} micro-batches of {setup.rows} x "
         f"{setup.length:,} tokens a step, {'FP8' if setup.fp8 else 'BF16'}",

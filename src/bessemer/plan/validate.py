@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bessemer.dist.mesh import Layout
-from bessemer.model.config import ModelConfig
-from bessemer.model.presets import preset
+from bessemer.model.config import ModelConfig, preset
 from bessemer.plan import audit, layer_time
 from bessemer.plan.hardware import attention_rates, device, efficiency, fit_gemm, read_toml, wave_fill
 from bessemer.plan.layer_time import layer_times

@@ -1,11 +1,12 @@
-"""What this machine's matrix units really do: measured GEMM rates, and the compute dtype that follows.
+"""What this machine can do: measured GEMM rates, the compute dtype that follows, and the compiler for torch.compile.
 
 A CPU may list BF16 instructions and still multiply FP32 matrices faster (no AMX: 87 against 170 GFLOPS per core were
-measured on one), so the choice is measured at start, never assumed.
+measured on one), so the choice is measured at start-up, never assumed.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from typing import NamedTuple
 
@@ -53,3 +54,8 @@ def compute_dtype(rates: dict[str, float]) -> Choice:
     if half > 1.2 * full:
         return Choice(torch.bfloat16, f"bfloat16 with float32 masters ({measured})")
     return Choice(torch.float32, f"float32 ({measured})")
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile would use on a CPU."""
+    return next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bessemer.dist.timeline import as_svg
-from bessemer.model import counts
+from bessemer.model import accounting
 from bessemer.plan.cost import RunPlan, assumptions
 from bessemer.plan.hardware import GIB
 from bessemer.plan.memory import KINDS
@@ -19,7 +19,7 @@ from bessemer.report.page import Html
 def document(name: str, plan: RunPlan, ideas: Mapping[str, Any]) -> str:
     setup = plan.setup
     lead = (
-        f"{amount(counts.main_params(plan.cfg))} parameters, {amount(counts.active_params(plan.cfg))} a token; "
+        f"{amount(accounting.main_params(plan.cfg))} parameters, {amount(accounting.active_params(plan.cfg))} a token; "
         f"{amount(plan.tokens)} tokens; {setup.layout}; {setup.schedule}; {'FP8' if setup.fp8 else 'BF16'}. "
         f"Bound by {plan.bound}."
     )

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
-from bessemer.model.mode import evaluating
 from bessemer.model.scorer import Scorer
-from bessemer.model.transformer import Transformer
+from bessemer.model.transformer import Transformer, evaluating
 from bessemer.rl import rollout
 from bessemer.rl.rollout import Group
 from bessemer.train.objective import Loss

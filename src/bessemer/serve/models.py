@@ -26,7 +26,7 @@ from bessemer.hf import hub
 from bessemer.hf.causal_lm import LIMITS, is_foreign
 from bessemer.hf.foreign_tokenizer import load_tokenizer
 from bessemer.hf.reader import Checkpoint
-from bessemer.model import counts
+from bessemer.model import accounting
 from bessemer.runs.directory import model_dir, stage_folders, writing_models
 from bessemer.serve import ServeConfig
 from bessemer.serve.protocol import ApiError, too_long
@@ -91,8 +91,8 @@ def read_facts(name: str, folder: Path) -> ModelFacts:
     sparse = cfg.n_layers - cfg.n_dense_layers
     return ModelFacts(
         architecture=str(read_json(folder / "config.json").get("model_type")),
-        parameters=counts.main_params(cfg),
-        active_parameters=counts.active_params(cfg),
+        parameters=accounting.main_params(cfg),
+        active_parameters=accounting.active_params(cfg),
         context=cfg.max_seq_len,
         layers=cfg.n_layers,
         sparse_layers=sparse,

@@ -17,12 +17,11 @@ from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.causal_lm import CausalLM, is_foreign, load_any
 from bessemer.hf.foreign_tokenizer import load_tokenizer
-from bessemer.model.compiler import cpp_compiler
-from bessemer.model.config import ModelConfig
-from bessemer.model.counts import flops_per_token
-from bessemer.model.presets import preset
+from bessemer.model.accounting import flops_per_token
+from bessemer.model.config import ModelConfig, preset
 from bessemer.model.transformer import Transformer
 from bessemer.precision import probe
+from bessemer.precision.probe import cpp_compiler
 from bessemer.workers import Workers, cores, one_core_each
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from bessemer.dist import distributed
 from bessemer.dist.model_shard import ModelShard
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
+from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig
-from bessemer.model.counts import flops_per_token
 from bessemer.model.transformer import RECOMPUTES_ITSELF, Transformer
 from bessemer.pipeline import feed
 from bessemer.pipeline.stage import Stage, register
