@@ -51,7 +51,8 @@ class Critic:
             )
         own = settings.model_copy(update={"lr": settings.critic_lr})
         self.trainer = Trainer(critic_of(policy.model), ValueLoss(), None, own, policy.runtime, warn=policy.warn)
-        self._explained, self._updates = 0.0, []
+        self._explained = 0.0
+        self._updates: list[dict[str, float]] = []
         self.restore()
 
     def assign_advantages(self, groups: Sequence[Group]) -> None:

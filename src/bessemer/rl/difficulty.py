@@ -105,7 +105,7 @@ class Estimates:
 
     def rate(self, key: ProblemKey) -> float | None:
         """None where nothing, or too little, is known."""
-        if key.problem in self.problems:
+        if key.problem is not None and key.problem in self.problems:
             return _rate(self.problems[key.problem])
         if self.families.get(key.family, (0.0, 0.0))[0] >= self._first:
             return _rate(self.families[key.family])

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine, GenerationBatch, GenerationPlan, Prompt
 from bessemer.errors import UserError
 from bessemer.rl import ray_cluster
-from bessemer.rl.ray_worker import JobResult, Kind, RolloutWorker, pack_weights, versions
-from bessemer.rl.sampler import Completions, Submit
+from bessemer.rl.ray_worker import JobResult, RolloutWorker, pack_weights, versions
+from bessemer.rl.sampler import Completions, SamplingOptions, Submit
 from bessemer.runs.context import StageContext
 from bessemer.train import setup
 from bessemer.train.trainer import Trainer
@@ -137,7 +137,9 @@ class RaySampler:
         self.engine, self.state, self.moment, self._start = engine, state, moment, start
         self.tokenizer: Tokenizer = engine.tokenizer
         self._pool: WorkerPool | None = None
-        self._version, self._moment, self._weights = 0, None, None
+        self._version = 0
+        self._moment: Hashable = None
+        self._weights: ObjectRef | None = None
         """Number, moment and reference of the newest weights in Ray's store."""
         self.waited = 0.0
         """Seconds the trainer waited for samples."""
@@ -163,13 +165,15 @@ class RaySampler:
             self.handover += time.monotonic() - began
         return partial(self._submit, self._version, self._weights)
 
-    def _submit(self, version: int, weights: ObjectRef, prompts: Sequence[Prompt], **options: Any) -> RaySamples:
+    def _submit(
+        self, version: int, weights: ObjectRef, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]
+    ) -> RaySamples:
         plan = self.engine.plan(prompts, **options)
         jobs = [RolloutJob(batch, version, weights) for batch in plan.batches]
         self.pool.submit(jobs)
         return RaySamples(self, plan, jobs)
 
-    def generate(self, prompts: Sequence[Prompt], **options: Any) -> Completions:
+    def generate(self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
         return self.policy()(prompts, **options).take()
 
     def metrics(self) -> dict[str, float]:
@@ -215,14 +219,14 @@ class WorkerPool:
     """`n` workers. `submit` distributes jobs, `poll` collects results that are there, `wait` until all of some are."""
 
     def __init__(
-        self, cluster: ray_cluster.RayCluster, kind: Kind, directory: str, n: int, gpus: int, say: Callable[[str], None]
+        self, cluster: ray_cluster.RayCluster, kind: str, directory: str, n: int, gpus: int, say: Callable[[str], None]
     ) -> None:
         self.cluster, self.ray, self.say = cluster, cluster.ray, say
         cluster.check(n, gpus)
         # Ray's own restarts would hide a death, and lose the queue of the worker
         actor = self.ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(RolloutWorker)
-        self._new = lambda: actor.remote(kind, directory, gpus)
-        self.workers: list[ActorHandle] = [None] * n
+        self._new: Callable[[], ActorHandle] = lambda: actor.remote(kind, directory, gpus)
+        self.workers: list[ActorHandle] = [self._new() for _ in range(n)]
         """The actor at each place."""
         self.deaths = 0
         """Workers that died."""
@@ -251,7 +255,7 @@ class WorkerPool:
         while places and self._backlog:
             job = self._backlog.pop(0)
             load = {w: sum(waiting.rows for waiting in self._queues[w].values()) for w in places}
-            w = min(load, key=load.get)
+            w = min(places, key=load.__getitem__)
             self._queues[w][self.workers[w].generate.remote(job.version, job.weights, job.batch)] = job
 
     def poll(self, seconds: float = 0.0) -> None:
@@ -295,14 +299,10 @@ class WorkerPool:
     def _open(self) -> None:
         """Until every worker has loaded the model, or after START_SECONDS one of them."""
         until = time.monotonic() + START_SECONDS
-        for w in range(len(self.workers)):
-            self._start(w)
+        for w, worker in enumerate(self.workers):
+            self._loading[worker.open.remote()] = w
         while self._loading and (time.monotonic() < until or len(self._loading) == len(self.workers)):
             self.poll(1.0)
-
-    def _start(self, w: int) -> None:
-        self.workers[w] = self._new()
-        self._loading[self.workers[w].open.remote()] = w
 
     def _check_stall(self) -> None:
         """Nothing came back for long: UserError where no worker ever started, else a line that says so."""
@@ -348,7 +348,8 @@ class WorkerPool:
         self.ray.kill(self.workers[w])  # it may only be out of reach
         self._loading = {ref: place for ref, place in self._loading.items() if place != w}
         jobs, self._queues[w] = list(self._queues[w].values()), {}
-        self._start(w)
+        self.workers[w] = self._new()
+        self._loading[self.workers[w].open.remote()] = w
         again = f"; its {sum(job.rows for job in jobs)} samples are generated again" if jobs else ""
         self.say(f"a rollout worker died ({why}) and is replaced{again}")
         self.submit(jobs)

@@ -121,6 +121,7 @@ class RolloutWorker:
     def generate(self, version: int, weights: Mapping[str, PackedTensor], batch: GenerationBatch) -> JobResult:
         """The samples of one batch, from the weights of this version."""
         self.open()
+        assert self.engine is not None
         if version != self.version:
             self.engine.load(unpack_weights(weights))
             self.version = version

@@ -66,8 +66,8 @@ class Rollout:
     """Longest completion allowed, tokens."""
     step: int
     """Optimizer steps of the policy that sampled it."""
-    selection: Selection | None = None
-    """How the difficulty filter selected the problems, and their pass counts; None without the filter."""
+    selection: Selection
+    """How the difficulty filter selected the problems, and their pass counts; empty without the filter."""
 
 
 def problems_of(tasks: Sequence[Task], split: str, first: int, count: int, seed: int) -> list[tuple[Task, Problem]]:

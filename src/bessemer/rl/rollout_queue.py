@@ -82,13 +82,11 @@ class RolloutGenerator:
         rounds = [self.candidates(number, round) for round in range(self.settings.max_resamples)]
         return {problem.id: problem for general, others in rounds for _, problem in general + others}
 
-    def select(
-        self, number: int, round: int, estimates: Estimates | None
-    ) -> tuple[Problems, Problems, Selection | None]:
+    def select(self, number: int, round: int, estimates: Estimates | None) -> tuple[Problems, Problems, Selection]:
         """(general prompts, problems of the tasks, how the difficulty filter selected these by the estimates)."""
         general, problems = self.candidates(number, round)
-        if estimates is None:
-            return general, problems, None
+        if self.difficulty is None or estimates is None:
+            return general, problems, Selection()
         count = self.settings.prompts_per_rollout - len(general)
         return general, *self.difficulty.select(estimates, problems, count, self.round_seed(number, round))
 
@@ -134,7 +132,7 @@ class PendingRollout:
         self._round, self._n_problems = 0, 0
         self._alive: list[Group] = []
         self._dead: list[Group] = []
-        self._selection = None if self.estimates is None else Selection()
+        self._selection = Selection()
         self._submit_round()
 
     def poll(self) -> bool:
@@ -152,17 +150,16 @@ class PendingRollout:
     def _submit_round(self) -> None:
         generator = self.generator
         general, problems, selection = generator.select(self.number, self._round, self.estimates)
-        if selection is not None:
-            self._selection += selection
+        self._selection += selection
         self._n_general, self._problems = len(general), general + problems
         self._prompts = [generator.encode(problem) for _, problem in self._problems]
         self._samples = generator.submit(self.policy, self._prompts, self.number, self._round, self.cap)
 
     def _complete_round(self) -> None:
-        settings = self.generator.settings
-        groups = self.generator.score(self._problems, self._prompts, self._samples.take(), self.cap)
-        if self.estimates is not None:
-            self._selection += self._pass_counts(groups)
+        generator, settings = self.generator, self.generator.settings
+        groups = generator.score(self._problems, self._prompts, self._samples.take(), self.cap)
+        if generator.difficulty is not None:
+            self._selection += Selection(counts=self._pass_counts(generator.difficulty, groups))
         self._n_problems += len(groups)
         self._round += 1
         if settings.max_resamples == 1:  # every group is trained on, in the order of the problems
@@ -176,14 +173,13 @@ class PendingRollout:
         else:
             self._submit_round()
 
-    def _pass_counts(self, groups: list[Group]) -> Selection:
+    def _pass_counts(self, difficulty: DifficultyFilter, groups: list[Group]) -> tuple[PassCount, ...]:
         """Only problems of the tasks update the estimates."""
-        passed, key = self.generator.reward.passed, self.generator.difficulty.key
-        counts = [
-            PassCount(key(task, problem), sum(map(passed, group)), len(group))
+        passed = self.generator.reward.passed
+        return tuple(
+            PassCount(difficulty.key(task, problem), sum(map(passed, group)), len(group))
             for (task, problem), group in zip(self._problems[self._n_general :], groups[self._n_general :], strict=True)
-        ]
-        return Selection(counts=tuple(counts))
+        )
 
 
 class RolloutQueue:
@@ -233,7 +229,7 @@ class RolloutQueue:
                 if key.startswith(prefix)
             }
             groups = rollout.unpack(stored["groups"], tensors, self.generator.candidates_by_id(number))
-            selection = Selection.from_json(stored["choice"]) if "choice" in stored else None
+            selection = Selection.from_json(stored["choice"]) if "choice" in stored else Selection()
             self.finished[number] = Rollout(groups, stored["asked"], stored["cap"], stored["step"], selection)
 
     def _start(self, number: int) -> None:
@@ -256,7 +252,7 @@ class RolloutQueue:
             stored[str(number)] = {
                 "groups": groups, "asked": waiting.n_problems, "cap": waiting.cap, "step": waiting.step,
             }  # fmt: skip
-            if waiting.selection is not None:
+            if self.generator.difficulty is not None:
                 stored[str(number)]["choice"] = waiting.selection.to_json()
             tensors |= {f"{KEY}/{number}/{name}": value for name, value in packed.items()}
         trainer.extras, trainer.extra_tensors = trainer.extras | {KEY: stored}, tensors

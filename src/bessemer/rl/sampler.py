@@ -15,7 +15,7 @@ after a crash. With many ranks all of them make the same calls at the same time,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypedDict, Unpack
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist.ranks import Ranks
@@ -23,6 +23,19 @@ from bessemer.engine.engine import Completion, Engine, Prompt
 
 Completions = list[list[Completion]]
 """`samples` completions of each prompt, in order."""
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Those options of `Engine.plan` that RL sets."""
+
+    samples: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    batch_rows: int
+    stop_ids: Sequence[int]
+    seeds: Sequence[int]
+    record_routing: bool
 
 
 class PendingSamples(Protocol):
@@ -44,7 +57,7 @@ class Sampler(Protocol):
 
     def policy(self) -> Submit: ...
 
-    def generate(self, prompts: Sequence[Prompt], **options: Any) -> Completions:
+    def generate(self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
         """Samples of the policy of this moment, at once."""
         ...
 
@@ -53,22 +66,6 @@ class Sampler(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-class _InProcess:
-    """Samples are generated when they are submitted, before the weights can change."""
-
-    def open(self) -> None:
-        pass
-
-    def policy(self) -> Submit:
-        return lambda prompts, **options: ReadySamples(self.generate(prompts, **options))
-
-    def metrics(self) -> dict[str, float]:
-        return {}
-
-    def close(self) -> None:
-        pass
 
 
 class ReadySamples:
@@ -82,21 +79,36 @@ class ReadySamples:
         return self.completions
 
 
-class LocalSampler(_InProcess):
+class LocalSampler:
+    """Samples are generated when they are submitted, before the weights can change."""
+
     def __init__(self, engine: Engine) -> None:
         self.engine, self.tokenizer = engine, engine.tokenizer
 
-    def generate(self, prompts: Sequence[Prompt], **options: Any) -> Completions:
+    def open(self) -> None:
+        pass
+
+    def policy(self) -> Submit:
+        return lambda prompts, **options: ReadySamples(self.generate(prompts, **options))
+
+    def generate(self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
         return self.engine.generate(prompts, **options)
 
+    def metrics(self) -> dict[str, float]:
+        return {}
 
-class ShardedSampler(_InProcess):
+    def close(self) -> None:
+        pass
+
+
+class ShardedSampler(LocalSampler):
     """`refresh` brings this rank's copy of the whole network to the trainer's weights."""
 
     def __init__(self, engine: Engine, refresh: Callable[[], None], ranks: Ranks) -> None:
-        self.engine, self.tokenizer, self.refresh, self.ranks = engine, engine.tokenizer, refresh, ranks
+        super().__init__(engine)
+        self.refresh, self.ranks = refresh, ranks
 
-    def generate(self, prompts: Sequence[Prompt], **options: Any) -> Completions:
+    def generate(self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
         self.refresh()
         plan, n = self.engine.plan(prompts, **options), self.ranks.n
         own = [self.engine.run(batch) for batch in plan.batches[self.ranks.me :: n]]
@@ -122,12 +134,12 @@ class Rank0Sampler:
         self.refresh()
         submit = None if self.sampler is None else self.sampler.policy()
 
-        def submit_on_rank0(prompts: Sequence[Prompt], **options: Any) -> PendingSamples:
+        def submit_on_rank0(prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> PendingSamples:
             return _Rank0Samples(None if submit is None else submit(prompts, **options), self.ranks)
 
         return submit_on_rank0
 
-    def generate(self, prompts: Sequence[Prompt], **options: Any) -> Completions:
+    def generate(self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
         return self.policy()(prompts, **options).take()
 
     def metrics(self) -> dict[str, float]:
@@ -148,4 +160,8 @@ class _Rank0Samples:
         return self.ranks.agree(self.samples is not None and self.samples.ready())
 
     def take(self) -> Completions:
-        return self.ranks.broadcast(lambda: self.samples.take(), "samples")
+        def take_on_rank0() -> Completions:
+            assert self.samples is not None
+            return self.samples.take()
+
+        return self.ranks.broadcast(take_on_rank0, "samples")
