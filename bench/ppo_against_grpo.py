@@ -82,8 +82,8 @@ def arm(args: argparse.Namespace) -> dict:
     from bessemer.config.recipe import Recipe
     from bessemer.rl import loop as rl_loop
     from bessemer.rl.critic import Critic
+    from bessemer.rl.losses import Reference
     from bessemer.rl.monitor import Evaluator
-    from bessemer.rl.reference import Reference
     from bessemer.rl.rollout_queue import RolloutQueue
     from bessemer.runs.context import StageContext, StopFlag
     from bessemer.runs.metrics import Metrics, StageMetrics

@@ -1,4 +1,4 @@
-"""Seconds per RL step with a rollout worker apart (`rollout.engine = "ray"`) against the same run in one place.
+"""Seconds per RL step with a separate rollout worker (`rollout.engine = "ray"`) against the same run in one place.
 
     bessemer run recipes/tiny.toml --until pretrain --out runs/tiny
     python bench/rl_apart.py runs/tiny/02-pretrain --json bench/results/rl_apart.json

@@ -1,4 +1,4 @@
-"""Would sampling one rollout ahead beside the updates pay on two cores? From the CPU seconds of every piece.
+"""Is sampling one rollout ahead, at the same time as the updates, faster on two cores? From CPU seconds of every piece.
 
     python bench/rl_overlap.py runs/tiny/02-pretrain --json bench/results/rl_overlap.json
 

@@ -3,7 +3,7 @@
     sample and score    P problems, G samples each, verified and rewarded        rollout_queue, rollout, sampler, reward
     advantages          within each group, or by a critic                        advantage, critic
     correction          weights of samples that are not the policy's own         importance
-    updates             mini-batches, one inner epoch, KL to the reference       losses, reference
+    updates             mini-batches, one inner epoch, KL to the reference       losses
     evaluation          held-out problems every so many rollouts, alarms         monitor, alarms
     checkpoint          everything that must survive a kill lies in the trainer's
 
@@ -29,9 +29,8 @@ from bessemer.rl import importance, ray_sampler
 from bessemer.rl.advantage import assign_group_advantages, dead_groups
 from bessemer.rl.critic import Critic
 from bessemer.rl.difficulty import DifficultyFilter
-from bessemer.rl.losses import GRPO
+from bessemer.rl.losses import GRPO, Reference
 from bessemer.rl.monitor import Evaluator, SampleExport, rollout_metrics
-from bessemer.rl.reference import Reference
 from bessemer.rl.reward import PreferenceScorer
 from bessemer.rl.rollout import Group, rewards, to_batches
 from bessemer.rl.rollout_queue import RolloutGenerator, RolloutQueue

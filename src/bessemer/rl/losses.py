@@ -1,4 +1,4 @@
-"""The GRPO objective (DeepSeekMath 4.1, R1 2.2.1), per token, and its relatives:
+"""The GRPO objective (DeepSeekMath 4.1, R1 2.2.1), per token, its relatives, and its reference policy:
 
     J = sum_t w_t { min(rho_t A, clip(rho_t, 1 - eps_low, 1 + eps_high) A) - beta (pi_ref/pi - log(pi_ref/pi) - 1) }
 
@@ -19,6 +19,7 @@ outputs.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -27,12 +28,18 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.data.batch import Batch
+from bessemer.dist.distributed import GatheredModel
 from bessemer.model.transformer import TrainOutputs
+from bessemer.train import setup
 from bessemer.train.loss import token_logprobs
 from bessemer.train.objective import Loss
+from bessemer.train.trainer import Trainer
+from bessemer.workers import Workers
 
 LOG_RATIO_LIMIT = 20.0
 """exp() of more than this says nothing but that the policies parted; it keeps ratio and divergence finite."""
+REFERENCE = "reference/"
+"""Prefix of the reference policy in the trainer's checkpoint."""
 
 
 class Surrogate(NamedTuple):
@@ -190,3 +197,52 @@ def reference_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Te
 def _replayed(batch: Batch) -> dict[str, Tensor]:
     """The argument of `train_outputs` that replays the sampler's experts; without it the gates choose."""
     return {name: batch.extras[name] for name in ("choice_BTLK",) if name in batch.extras}
+
+
+class Reference:
+    """The reference policy: a copy of the policy, replaced by a hard copy every `every` optimizer steps (R1-Nature B).
+
+    It lies in the trainer's checkpoint (`extra_tensors`), so a resumed run measures its divergence from the same place.
+    """
+
+    def __init__(
+        self, trainer: Trainer, policy: GatheredModel, workers: Workers, every: int, temperature: float
+    ) -> None:
+        self.trainer, self.policy, self.workers = trainer, policy, workers
+        self.every, self.temperature = every, temperature
+        policy.refresh()
+        self.model = copy.deepcopy(policy.model)
+        self.model.eval().requires_grad_(False)
+        workers.share([*self.model.parameters(), *self.model.buffers()])
+        self.restore()
+
+    def add_logprobs(self, batches: list[Batch]) -> None:
+        """Puts ref_logp_BT into every batch."""
+        for batch, logp_BT in zip(batches, self.workers.map(self._logprobs, batches), strict=True):
+            batch.extras["ref_logp_BT"] = logp_BT
+
+    def after_step(self) -> None:
+        """Copies the policy where it is time."""
+        if self.trainer.step % self.every == 0:
+            self.policy.refresh()
+            self.model.load_state_dict(self.policy.model.state_dict())
+            self._store()
+
+    def restore(self) -> None:
+        """The reference of the checkpoint that the trainer came from; at the very beginning the base itself."""
+        stored = {
+            name.removeprefix(REFERENCE): value
+            for name, value in self.trainer.extra_tensors.items()
+            if name.startswith(REFERENCE)
+        }
+        self.policy.refresh()
+        self.model.load_state_dict(stored or self.policy.model.state_dict())
+        self._store()
+
+    def _store(self) -> None:
+        others = {k: v for k, v in self.trainer.extra_tensors.items() if not k.startswith(REFERENCE)}
+        own = {REFERENCE + name: value.clone() for name, value in self.model.state_dict().items()}
+        self.trainer.extra_tensors = others | own
+
+    def _logprobs(self, batch: Batch) -> Tensor:
+        return reference_logprobs(self.model, batch.to(setup.device()), self.temperature)

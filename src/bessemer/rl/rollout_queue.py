@@ -250,8 +250,11 @@ class RolloutQueue:
         for number, waiting in self.finished.items():
             groups, packed = rollout.pack(waiting.groups)
             stored[str(number)] = {
-                "groups": groups, "asked": waiting.n_problems, "cap": waiting.cap, "step": waiting.step,
-            }  # fmt: skip
+                "groups": groups,
+                "asked": waiting.n_problems,
+                "cap": waiting.cap,
+                "step": waiting.step,
+            }
             if self.generator.difficulty is not None:
                 stored[str(number)]["choice"] = waiting.selection.to_json()
             tensors |= {f"{KEY}/{number}/{name}": value for name, value in packed.items()}
