@@ -90,25 +90,25 @@ def model(tmp_path):
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch, stub):
+    class NoteConfig(StageConfig):
+        words: str = "hello"
+        """What to write."""
+        stop: bool = False
+        """Stop as if the user had asked."""
+
     class Note(Stage):
         kind = "cli-note"
 
-        class config(StageConfig):
-            words: str = "hello"
-            """What to write."""
-            stop: bool = False
-            """Stop as if the user had asked."""
-
-        def run(self, settings, ctx):
-            if settings.stop:
+        def run(self, config, ctx):
+            if config.stop:
                 ctx.interrupt()
             (ctx.dir / "model").mkdir()
             (ctx.dir / "model" / "config.json").write_text("{}")
             ctx.metrics.write(1, 10, {"train/loss": 2.0})
-            return {"words": settings.words}
+            return {"words": config.words}
 
     monkeypatch.setitem(KINDS, "cli-note", Note)
-    monkeypatch.setitem(STAGES, "cli-note", Note.config)
+    monkeypatch.setitem(STAGES, "cli-note", NoteConfig)
     rows = [{"item": "MTP", "section": "2.2", "paper": "1", "here": "1", "on": True}]
     stub("bessemer.pipeline.conformance", rows=lambda recipe: rows)
     path = tmp_path / "note.toml"
@@ -122,7 +122,7 @@ def recipe(tmp_path, monkeypatch, stub):
 def test_run_and_run_again(call, recipe, tmp_path):
     status, out, err = call("run", recipe)
     assert status == 0 and "runs/note/report.html" in out and "bessemer chat runs/note" in out
-    assert "MTP" in err and "a: done" in err
+    assert "1 of 1 items of the papers' recipe are on" in err and "a: done" in err
     assert (tmp_path / "runs" / "note" / "report.html").exists()
     status, out, _ = call("run", recipe, "--set", "b.words=bye", "--json")
     facts = json.loads(out)

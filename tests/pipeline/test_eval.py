@@ -14,10 +14,10 @@ from bessemer.data.chat import exchange, question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import contamination, evaluate, scoring
-from bessemer.pipeline import lineage
 from bessemer.pipeline.stage import Stage, find_kind
+from bessemer.pipeline.stages.eval import ancestors
 from bessemer.report import facts
-from bessemer.runs import conversations
+from bessemer.runs import files
 from bessemer.tasks.readability import readable
 from bessemer.tasks.verdict_metrics import maj_at_k, pass_at_k
 
@@ -167,27 +167,27 @@ def test_rl_and_rejection_show_what_they_asked(tmp_path):
 
     def ids(name):
         settings = recipe.stage(name)
-        shown = find_kind(settings.kind)().shown(settings, recipe, tmp_path, tmp_path)
+        shown = find_kind(settings.kind)().training_data(settings, recipe, tmp_path, tmp_path)
         return [problem if isinstance(problem, str) else problem.id for problem in shown]
 
     assert ids("zero") == [one.problem("train", i, 7).id for i in range(9)]
     (tmp_path / "samples.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "1+1"}]}) + "\n")
     asked = [one.problem("train", 2, 7), two.problem("train", 2, 7), one.problem("train", 3, 7)]
     assert ids("reject") == ["1+1", *(problem.id for problem in asked)]
-    assert [stage.name for stage in lineage.ancestors(recipe, ["pretrain"])] == ["corpus", "pretrain"]
-    assert [stage.name for stage in lineage.ancestors(recipe, ["zero"])] == ["corpus", "pretrain", "zero"]
+    assert [stage.name for stage in ancestors(recipe, ["pretrain"])] == ["corpus", "pretrain"]
+    assert [stage.name for stage in ancestors(recipe, ["zero"])] == ["corpus", "pretrain", "zero"]
 
 
 def test_a_stage_shows_the_conversations_it_leaves(tmp_path):
     class Talk(Stage):
         kind = "talk"
 
-        def leaves_conversations(self, settings):
+        def exports_conversations(self, settings):
             return True
 
-    conversations.write(tmp_path, [conversations.line(exchange("小?", "大"))])
-    assert list(Talk().shown(StageConfig(kind="talk"), None, tmp_path, tmp_path)) == ["小?\n大"]
-    assert list(Stage().shown(StageConfig(kind="x"), None, tmp_path, tmp_path)) == []
+    files.write_conversations(tmp_path, [files.conversation_line(exchange("小?", "大"))])
+    assert list(Talk().training_data(StageConfig(kind="talk"), None, tmp_path, tmp_path)) == ["小?\n大"]
+    assert list(Stage().training_data(StageConfig(kind="x"), None, tmp_path, tmp_path)) == []
 
 
 def test_several_tasks_from_the_command_line(done, monkeypatch):

@@ -234,8 +234,9 @@ def test_logits_of_two_tokenizers_cannot_be_compared(chain, tmp_path):
 
 def _record(folder, done):
     """The stage's record again, as if it had made these files."""
-    from bessemer.runs import record
+    from bessemer.runs.directory import write_done
+    from bessemer.runs.files import read_json
 
-    begun = record.read_json(folder / "stage.json")
+    begun = read_json(folder / "stage.json")
     (folder / "done.json").unlink()
-    record.write_done(folder, begun, done["summary"], done["seconds"])
+    write_done(folder, begun, done["summary"], done["seconds"])

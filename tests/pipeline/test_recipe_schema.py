@@ -155,6 +155,6 @@ def test_missing_and_empty_recipes(tmp_path):
 
 
 def test_help_text_stands_beside_each_key():
-    fields = toy_stage.Count.config.model_fields
+    fields = toy_stage.CountConfig.model_fields
     assert fields["steps"].description == "How many steps to take."
     assert all(field.description for field in fields.values())

@@ -12,8 +12,8 @@ from bessemer.config.stages import STAGES
 from bessemer.config.table import StageConfig
 from bessemer.errors import UserError
 from bessemer.pipeline import runner, stage
-from bessemer.runs import record
 from bessemer.runs.context import Interrupted
+from bessemer.runs.directory import digest
 
 RECIPE = """
 name = "old"
@@ -159,7 +159,7 @@ def test_fingerprints_are_those_of_0_1_0(name):
     recipe, _ = parse(EVERY_KIND)
     config = recipe.stage(name)
     identity = stage.find_kind(config.kind)().identity(config, recipe, {}, {})
-    assert record.digest(identity)[:16] == FINGERPRINTS[name]
+    assert digest(identity)[:16] == FINGERPRINTS[name]
 
 
 class OldConfig(StageConfig):

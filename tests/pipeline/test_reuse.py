@@ -8,9 +8,9 @@ import toy_stage  # noqa: F401 (registers the kinds)
 
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
-from bessemer.pipeline import reuse, runner
+from bessemer.pipeline import runner
 from bessemer.pipeline.stage import find_kind
-from bessemer.runs import record
+from bessemer.runs.directory import digest
 
 
 def run(toy, **kwargs):
@@ -59,7 +59,7 @@ def test_a_kill_while_copying_leaves_nothing_in_the_way(toy, other_toy, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(reuse.os, "rename", killed)
+        patch.setattr(runner.os, "rename", killed)
         run(other_toy, reuse=toy.out)
     assert not (other_toy.out / "01-first").exists()
     assert set(run(other_toy, reuse=toy.out if again else None).values()) == {"skipped" if again else "done"}
@@ -82,6 +82,6 @@ def test_the_controls_can_take_their_base_from_the_run_they_are_controls_of():
         for settings in recipe.stages[:2]:
             kind = find_kind(settings.kind)()
             facts = kind.resolve(settings, recipe)
-            found[settings.name] = record.digest(kind.identity(settings, recipe, facts, dict(found)))
+            found[settings.name] = digest(kind.identity(settings, recipe, facts, dict(found)))
         known.append(found)
     assert known[0] == known[1] and list(known[0]) == ["corpus", "base"]

@@ -145,7 +145,7 @@ def test_it_says_what_a_policy_can_learn_from_it(done):
     folder, _ = done
     recipe = Recipe.load(folder / "small.toml")
     stage = recipe.stage("helpful")
-    shown = list(find_kind(stage.kind)().shown(stage, recipe, folder / "run" / "03-helpful", folder))
+    shown = list(find_kind(stage.kind)().training_data(stage, recipe, folder / "run" / "03-helpful", folder))
     texts = [item for item in shown if isinstance(item, str)]
     assert len(texts) == 160 and texts[7].startswith("Say 7.\n<think>") and "stupid" in texts[7]
     assert len(shown) - len(texts) == 60 and all("/train/" in item.id for item in shown[160:])

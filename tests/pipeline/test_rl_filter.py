@@ -223,7 +223,7 @@ def test_passed_is_what_the_way_of_paying_asks_for(generator, kind, passed):
 def test_what_the_stage_shows_holds_every_problem_it_may_ask(base, tmp_path):
     stage = rl_stage.Stage(base, tmp_path / "run", FILTER, "max_resamples=2")
     settings, made = stage.recipe.stage("zero"), stage.loop().generator
-    shown = {problem.id for problem in RL().shown(settings, stage.recipe, stage.out, tmp_path)}
+    shown = {problem.id for problem in RL().training_data(settings, stage.recipe, stage.out, tmp_path)}
     assert shown == {name for number in range(settings.rollouts) for name in made.candidates_by_id(number)}
 
 

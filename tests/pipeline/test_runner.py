@@ -195,11 +195,18 @@ def test_a_stage_without_a_state_starts_over_and_so_do_its_lines(toy, monkeypatc
     assert len(toy.lines()) == 1 and (toy.out / "01-first" / "samples.md").read_text().count("## step") == 1
 
 
-def test_conformance_is_written_and_shown(toy, capsys):
-    rows = [{"item": "MTP [depth]", "section": "2.2", "paper": "1", "here": "1", "on": True}]
+def test_the_first_screen(toy, capsys):
+    """What will run, on what, how long; the conformance table goes to its file, with a line of summary here."""
+    mtp = {"item": "MTP [depth]", "section": "2.2", "paper": "1", "here": "1", "on": True}
+    rows = [mtp, mtp | {"item": "FP8", "on": False}]
     run(toy, until="first", conformance=lambda recipe: rows)
     assert json.loads((toy.out / "conformance.json").read_text()) == rows
-    assert "MTP [depth]" in capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith(f"toy in {toy.out}: 3 stages, about 1m 30s on ") and "CPU core" in said[0]
+    assert [line.split()[:3] for line in said[1:4]] == [
+        ["1", "first", "about"], ["2", "second", "about"], ["3", "compare", "about"]
+    ]  # fmt: skip
+    assert said[4] == "1 of 2 items of the papers' recipe are on; the table is in report.html and conformance.json"
 
 
 def test_resolve_runs_for_every_stage_before_anything_is_written(toy, monkeypatch):

@@ -27,8 +27,8 @@ def start(recipe: Recipe, root: Path) -> Ranks | None:
 
     if not Ranks.started():
         if wanted > 1:
-            for settings in recipe.stages:  # what ranks would refuse
-                find_kind(settings.kind)().resolve(settings, recipe)
+            for config in recipe.stages:  # what ranks would refuse
+                find_kind(config.kind)().resolve(config, recipe)
             from bessemer.dist.ranks import launch
 
             print(f"{wanted} ranks on this machine ([layout])", file=sys.stderr)

@@ -37,7 +37,7 @@ def run(
     from bessemer.config.recipe import Recipe
     from bessemer.config.units import show_seconds
     from bessemer.pipeline import conformance
-    from bessemer.pipeline.follow import follow
+    from bessemer.pipeline.runner import follow
     from bessemer.pipeline.runner import run as run_recipe
     from bessemer.report import card
     from bessemer.runs.context import Interrupted

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bessemer.config.recipe import Recipe
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points, show_tokens
 from bessemer.data.batch import Batch
@@ -25,43 +26,43 @@ class Feed:
     """Rows for a trainer, and what they were made of."""
 
     def __init__(
-        self, settings: PretrainConfig, ctx: StageContext, corpus: Path, row_length: int | None, bos_id: int
+        self, config: PretrainConfig, ctx: StageContext, corpus: Path, row_length: int | None, bos_id: int
     ) -> None:
         """`row_length`: of the rows that batch_rows counts and validation reads; None: the corpus' own."""
-        self.settings, self._bos_id = settings, bos_id
-        names = _parts(settings, corpus)
+        self.config, self._bos_id = config, bos_id
+        names = _parts(config, corpus)
 
         def opened(length: int | None, part: str = "train") -> dict[str, Rows]:
             return {name: open_rows(corpus / name, part, length, ctx.state / "rows" / name) for name in names}
 
         self.heldout = opened(row_length, "heldout")
         self.row_length = next(iter(self.heldout.values())).row_length
-        self.scale = scale(settings, self.row_length)
+        self.scale = scale(config, self.row_length)
 
         def rows_of_step(tokens: int) -> int:
-            return int(settings.batch_rows(tokens) * self.scale(tokens))
+            return int(config.batch_rows(tokens) * self.scale(tokens))
 
-        plan = sections(settings.tokens, lambda tokens: self.row_length / self.scale(tokens), rows_of_step)
-        weights = settings.mixture or by_size(opened(self.row_length), settings.temperature)
+        plan = sections(config.tokens, lambda tokens: self.row_length / self.scale(tokens), rows_of_step)
+        weights = config.mixture or by_size(opened(self.row_length), config.temperature)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("once")
-            self._curriculum = Curriculum(plan, opened, weights, ctx.seed, settings.epoch_caps)
+            self._curriculum = Curriculum(plan, opened, weights, ctx.seed, config.epoch_caps)
         for one in told[:1]:
             ctx.say(str(one.message))
         self._say(ctx, weights)
         self._tokens: Callable[[], int] = lambda: 0
 
     def _say(self, ctx: StageContext, weights: dict[str, Any]) -> None:
-        if not self.settings.mixture:
+        if not self.config.mixture:
             ctx.say("mixture: " + ", ".join(f"{name} {share:.3f}" for name, share in weights.items()))
-        for stretch in self._curriculum.plan if self.settings.lengths else ():
+        for stretch in self._curriculum.plan if self.config.lengths else ():
             ctx.say(f"rows of {stretch.length} tokens from {show_tokens(stretch.first_token)} tokens on")
         for name, tokens in self._curriculum.ended.items():
-            cap = self.settings.epoch_caps[name]
+            cap = self.config.epoch_caps[name]
             what = f"{name} has been read {cap:g} times at {show_tokens(tokens)} tokens, its cap"
-            if self.settings.on_cap == "refuse":
+            if self.config.on_cap == "refuse":
                 raise UserError(
-                    f'stage "{self.settings.name}": {what}, before the end at {show_tokens(self.settings.tokens)}; '
+                    f'stage "{self.config.name}": {what}, before the end at {show_tokens(self.config.tokens)}; '
                     'raise its cap, lower its weight, add text, or set on_cap = "redistribute"'
                 )
             ctx.say(f"{what}; the other parts take its share from there on")
@@ -73,7 +74,7 @@ class Feed:
     def batch(self, first_row: int, n_rows: int) -> Batch:
         """As a trainer asks for it."""
         batch = self._curriculum.batch(self._tokens(), first_row, n_rows)
-        if not self.settings.document_mask:
+        if not self.config.document_mask:
             return batch
         return replace(batch, segments_BT=(batch.tokens_BT == self._bos_id).cumsum(1))
 
@@ -86,13 +87,13 @@ class Feed:
         }
 
 
-def check(settings: PretrainConfig, corpus_name: str | None, recipe: Any, longest: int) -> None:
+def check(config: PretrainConfig, corpus_name: str | None, recipe: Recipe, longest: int) -> None:
     """UserError for a mixture or lengths that cannot be, before anything runs. `longest` is the model's max_seq_len."""
-    where = f'stage "{settings.name}"'
+    where = f'stage "{config.name}"'
     corpus = next((stage for stage in recipe.stages if stage.name == corpus_name and stage.kind == "corpus"), None)
-    if not settings.mixture and settings.temperature is None:
+    if not config.mixture and config.temperature is None:
         raise UserError(f"{where}: mixture is empty; give every part of the corpus a share, or set temperature = 0.7")
-    for name, weight in settings.mixture.items():
+    for name, weight in config.mixture.items():
         values = weight.values if isinstance(weight, Points) else [weight]
         if not (min(values) >= 0 and 0 < max(values) < math.inf):
             told = " to ".join(f"{value:g}" for value in dict.fromkeys(values))
@@ -100,34 +101,34 @@ def check(settings: PretrainConfig, corpus_name: str | None, recipe: Any, longes
                 f"{where}: the weight of {name} is {told}; it must be positive somewhere and nowhere negative "
                 "(leave the part out to use none of it)"
             )
-    if settings.mixture and settings.temperature is not None:
+    if config.mixture and config.temperature is not None:
         raise UserError(
             f"{where}: temperature makes the shares from the parts' sizes; leave mixture out, or temperature"
         )
-    if unknown := [name for name in settings.epoch_caps if settings.mixture and name not in settings.mixture]:
-        raise UserError(f'{where}: epoch_caps names "{unknown[0]}", the mixture has {", ".join(settings.mixture)}')
-    if corpus is not None and (unknown := [part for part in settings.mixture if part not in corpus.parts]):
+    if unknown := [name for name in config.epoch_caps if config.mixture and name not in config.mixture]:
+        raise UserError(f'{where}: epoch_caps names "{unknown[0]}", the mixture has {", ".join(config.mixture)}')
+    if corpus is not None and (unknown := [part for part in config.mixture if part not in corpus.parts]):
         raise UserError(f'{where}: mixture names "{unknown[0]}", the corpus has {", ".join(corpus.parts)}')
-    if not settings.lengths:
+    if not config.lengths:
         return
-    if min(settings.lengths.values) < 8 or max(settings.lengths.values) > longest:
+    if min(config.lengths.values) < 8 or max(config.lengths.values) > longest:
         raise UserError(f"{where}: lengths must lie between 8 and the model's max_seq_len {longest}")
     if corpus is not None:
-        few = min(settings.batch_rows.values) * corpus.row_length / max(settings.lengths.values)
+        few = min(config.batch_rows.values) * corpus.row_length / max(config.lengths.values)
         if few < 1:
             raise UserError(
-                f"{where}: a step of {min(settings.batch_rows.values):g} rows of {corpus.row_length} tokens is less "
-                f"than one row of {max(settings.lengths.values):g}; raise batch_rows"
+                f"{where}: a step of {min(config.batch_rows.values):g} rows of {corpus.row_length} tokens is less "
+                f"than one row of {max(config.lengths.values):g}; raise batch_rows"
             )
 
 
-def scale(settings: PretrainConfig, row_length: int) -> Callable[[float], float]:
+def scale(config: PretrainConfig, row_length: int) -> Callable[[float], float]:
     """Rows of a step at so many tokens per row that batch_rows asks for: more where rows are shorter."""
-    lengths = settings.lengths
+    lengths = config.lengths
     return (lambda tokens: row_length / lengths(tokens)) if lengths else (lambda tokens: 1.0)
 
 
-def _parts(settings: PretrainConfig, corpus: Path) -> Sequence[str]:
-    if settings.mixture:
-        return list(settings.mixture)
+def _parts(config: PretrainConfig, corpus: Path) -> Sequence[str]:
+    if config.mixture:
+        return list(config.mixture)
     return sorted(folder.name for folder in corpus.iterdir() if (folder / "meta.json").is_file())

@@ -1,37 +1,36 @@
 """Running a recipe: stage after stage, skipping what is done, going on where a kill left off.
 
-For each stage: its identity (settings, seed, model, inputs) against what the folder records.
+For each stage: its identity (config, seed, model, inputs) against what the folder records.
     same and complete, output intact      -> skipped
     same, incomplete                      -> entered again; the stage goes on from its own state/
-    absent, but finished in a run to reuse -> copied from there (reuse.py)
+    absent, but finished in a run to reuse -> copied from there (`Donor`)
     other, damaged, or made from an input that has changed since -> moved aside, and run anew
-The first SIGINT or SIGTERM lets the stage save and stop; the second kills.
+The first SIGINT or SIGTERM lets the stage save and stop; the second kills. Of many ranks, rank 0 runs the recipe and
+the others `follow`.
 """
 
+from __future__ import annotations
+
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.table import Table
-from rich.text import Text
 
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig, stage_refs
 from bessemer.config.units import show_seconds
 from bessemer.data.fetch import cache_dir
-from bessemer.pipeline.reuse import Donor
-from bessemer.pipeline.signals import signals
+from bessemer.errors import UserError
 from bessemer.pipeline.stage import Stage, find_kind
-from bessemer.runs import record
-from bessemer.runs.context import Interrupted, StageContext, StopFlag
-from bessemer.runs.directory import RunDir, stage_folders
-from bessemer.runs.files import explained
-from bessemer.runs.metrics import Metrics, StageMetrics
+from bessemer.runs.context import Interrupted, StageContext, StopFlag, signals
+from bessemer.runs.directory import RunDir, damage, difference, digest, stage_folders, write_begun, write_done
+from bessemer.runs.files import explained, read_json, sync_folder, write_atomic, write_json
+from bessemer.runs.metrics import Metrics, NoMetrics, StageMetrics, read_lines
 from bessemer.runs.progress import RunProgress
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class StageResult:
 class _Planned:
     """A stage with everything known about it before it runs."""
 
-    settings: StageConfig
+    config: StageConfig
     stage: Stage
     folder: Path
     identity: dict[str, Any]
@@ -63,7 +62,7 @@ class _Planned:
 
     @property
     def name(self) -> str:
-        return self.settings.name
+        return self.config.name
 
 
 def run(
@@ -74,21 +73,21 @@ def run(
     conformance: Callable[[Recipe], list[dict[str, Any]]] | None = None,
     progress: RunProgress | None = None,
     reuse: Path | None = None,
-    ranks: "Ranks | None" = None,
+    ranks: Ranks | None = None,
 ) -> list[StageResult]:
     """Run `recipe` in `out` (default runs/NAME) up to and with the stage `until`; a result for each stage.
 
     Raises UserError for what the user can mend and Interrupted (its text says how to go on) after a stop signal.
-    With `ranks` this is rank 0, which the others follow (`follow.py`).
-    `conformance` gives the rows {item, section, paper, here, on} printed at the start and kept in conformance.json.
+    With `ranks` this is rank 0, which the others `follow`.
+    `conformance` gives the rows {item, section, paper, here, on} of conformance.json, summarised at the start.
     """
     if until is not None:
         recipe.stage(until)
     root = out or Path("runs") / recipe.name
     donor = None if reuse is None else Donor(reuse)
-    kinds = {settings.name: find_kind(settings.kind)() for settings in recipe.stages}
-    derived = {settings.name: kinds[settings.name].resolve(settings, recipe) for settings in recipe.stages}
-    estimates = {settings.name: kinds[settings.name].estimate(settings, recipe) for settings in recipe.stages}
+    kinds = {config.name: find_kind(config.kind)() for config in recipe.stages}
+    derived = {config.name: kinds[config.name].resolve(config, recipe) for config in recipe.stages}
+    estimates = {config.name: kinds[config.name].estimate(config, recipe) for config in recipe.stages}
     progress = progress or RunProgress(estimates)
     with RunDir.open(root, recipe.name) as rundir, explained(root), signals(together=ranks is not None) as stop:
         rundir.record_recipe(recipe.to_toml())
@@ -96,8 +95,9 @@ def run(
         try:
             plan = _plan(recipe, rundir, kinds, derived)
             _set_aside_stale(plan, rundir, metrics, progress)
+            progress.say(_overview(recipe, root, estimates, ranks))
             if conformance is not None:
-                _show_conformance(conformance(recipe), root, progress)
+                progress.say(_write_conformance(conformance(recipe), root))
             return _run_all(plan, recipe, rundir, until, cache_dir(cache), metrics, progress, stop, donor, ranks)
         finally:
             if ranks is not None:
@@ -111,17 +111,17 @@ def _plan(
 ) -> list[_Planned]:
     planned: list[_Planned] = []
     fingerprints: dict[str, str] = {}
-    for number, settings in enumerate(recipe.stages, start=1):
-        sources = list(dict.fromkeys(name for _, name in stage_refs(settings)))
-        stage, facts = kinds[settings.name], derived[settings.name]
-        what = stage.identity(settings, recipe, facts, {name: fingerprints[name] for name in sources})
-        fingerprints[settings.name] = record.digest(what)
-        planned.append(_Planned(settings, stage, rundir.folder(number, settings.name), what, sources))
+    for number, config in enumerate(recipe.stages, start=1):
+        sources = list(dict.fromkeys(name for _, name in stage_refs(config)))
+        stage, facts = kinds[config.name], derived[config.name]
+        what = stage.identity(config, recipe, facts, {name: fingerprints[name] for name in sources})
+        fingerprints[config.name] = digest(what)
+        planned.append(_Planned(config, stage, rundir.folder(number, config.name), what, sources))
     return planned
 
 
 def _set_aside_stale(plan: list[_Planned], rundir: RunDir, metrics: Metrics, progress: RunProgress) -> None:
-    """Before anything runs, move aside what other settings made, and stages the recipe no longer has."""
+    """Before anything runs, move aside stages that other settings made, and stages the recipe no longer has."""
     names = {item.name for item in plan}
     for _, name, folder in stage_folders(rundir.root):
         if name not in names:
@@ -130,12 +130,12 @@ def _set_aside_stale(plan: list[_Planned], rundir: RunDir, metrics: Metrics, pro
     for item in plan:
         if not item.folder.exists() or all(_is_temporary(path) for path in item.folder.iterdir()):
             continue
-        begun = record.read_json(item.folder / "stage.json")
-        if begun is not None and begun.get("fingerprint") == record.digest(item.identity):
+        begun = read_json(item.folder / "stage.json")
+        if begun is not None and begun.get("fingerprint") == digest(item.identity):
             continue
         why = "its record is missing"
         if begun:
-            why = record.difference(begun["identity"], item.identity, item.settings.renamed)
+            why = difference(begun["identity"], item.identity, item.config.renamed)
         aside = rundir.set_aside(item.folder, item.name, metrics)
         progress.say(f"{item.name}: {why}; the old one is moved to {aside}")
 
@@ -147,7 +147,7 @@ def _is_temporary(path: Path) -> bool:
 
 def _run_all(
     plan: list[_Planned], recipe: Recipe, rundir: RunDir, until: str | None, cache: Path, metrics: Metrics,
-    progress: RunProgress, stop: StopFlag, donor: Donor | None, ranks: "Ranks | None",
+    progress: RunProgress, stop: StopFlag, donor: Donor | None, ranks: Ranks | None,
 ) -> list[StageResult]:  # fmt: skip
     results: list[StageResult] = []
     digests: dict[str, str] = {}
@@ -155,13 +155,13 @@ def _run_all(
     past_until = False
     for item in plan:
         if past_until:
-            results.append(StageResult(item.name, item.settings.kind, "waiting", 0.0, {}, item.folder))
+            results.append(StageResult(item.name, item.config.kind, "waiting", 0.0, {}, item.folder))
             continue
         inputs = {name: digests[name] for name in item.sources}
         done = _finished(item, inputs, rundir, metrics, progress)
         how = "already done"
         if done is None and donor is not None and not item.folder.exists():
-            done = donor.give(item.folder, item.name, record.digest(item.identity), inputs, metrics)
+            done = donor.give(item.folder, item.name, digest(item.identity), inputs, metrics)
             how = f"taken from {donor.root}"
         status = "skipped" if done else "done"
         if done is None:
@@ -170,15 +170,15 @@ def _run_all(
                 raise Interrupted(_how_to_go_on(recipe, rundir.root, item.name, "before"))
             ctx = StageContext(
                 name=item.name, dir=item.folder, inputs={name: folders[name] for name in item.sources},
-                source=folders.get(item.settings.source or ""), recipe=recipe, cache=cache,
+                source=folders.get(item.config.source or ""), recipe=recipe, cache=cache,
                 metrics=StageMetrics(metrics, item.name), progress=progress.begin(item.name), stop_flag=stop,
-                ranks=ranks if item.stage.across else None,
+                ranks=ranks if item.stage.distributed else None,
             )  # fmt: skip
             done = _run_one(item, ctx, inputs, rundir.root)
         digests[item.name] = done["digest"]
         progress.end(item.name, done["seconds"])
         progress.say(f"{item.name}: {how} ({show_seconds(done['seconds'])}) {_facts(done['summary'])}".rstrip())
-        kind, seconds, summary = item.settings.kind, done["seconds"], done["summary"]
+        kind, seconds, summary = item.config.kind, done["seconds"], done["summary"]
         results.append(StageResult(item.name, kind, status, seconds, summary, item.folder))
         past_until = item.name == until
     return results
@@ -188,15 +188,15 @@ def _finished(
     item: _Planned, inputs: dict[str, str], rundir: RunDir, metrics: Metrics, progress: RunProgress
 ) -> dict[str, Any] | None:
     """The record of a stage that need not run; None when it must, with what is in its way moved aside."""
-    begun = record.read_json(item.folder / "stage.json")
-    done = record.read_json(item.folder / "done.json")
+    begun = read_json(item.folder / "stage.json")
+    done = read_json(item.folder / "done.json")
     if begun is None:
         return None
     why = ""
     if begun.get("inputs") != inputs:
         changed = [name for name in inputs if begun.get("inputs", {}).get(name) != inputs[name]]
         why = f"the output of {' and '.join(changed)} is not the one it was made from"
-    elif done is not None and (damaged := record.damage(item.folder, done)):
+    elif done is not None and (damaged := damage(item.folder, done)):
         why = damaged
     if why:
         aside = rundir.set_aside(item.folder, item.name, metrics)
@@ -210,8 +210,8 @@ def _run_one(item: _Planned, ctx: StageContext, inputs: dict[str, str], root: Pa
         ctx.dir.mkdir(exist_ok=True)
         for leftover in filter(_is_temporary, [*ctx.dir.iterdir(), *root.iterdir()]):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        record.write_begun(ctx.dir, item.identity, inputs)
-        ctx.spent = (record.read_json(ctx.dir / "wall.json") or {}).get("seconds", 0.0)
+        write_begun(ctx.dir, item.identity, inputs)
+        ctx.spent = (read_json(ctx.dir / "wall.json") or {}).get("seconds", 0.0)
         if not (ctx.dir / "state").exists():
             ctx.rewind(-1)  # nothing to go on from: the stage starts over, and so do its lines
         if ctx.ranks is not None:
@@ -221,12 +221,12 @@ def _run_one(item: _Planned, ctx: StageContext, inputs: dict[str, str], root: Pa
             )  # fmt: skip
         with _clock(ctx):
             try:
-                summary = item.stage.run(item.settings, ctx)
+                summary = item.stage.run(item.config, ctx)
             except Interrupted:
                 raise Interrupted(_how_to_go_on(ctx.recipe, root, item.name, "in")) from None
-        begun = record.read_json(ctx.dir / "stage.json")
+        begun = read_json(ctx.dir / "stage.json")
         assert begun is not None
-        return record.write_done(ctx.dir, begun, summary, ctx.elapsed())
+        return write_done(ctx.dir, begun, summary, ctx.elapsed())
 
 
 @contextmanager
@@ -237,7 +237,7 @@ def _clock(ctx: StageContext) -> Iterator[None]:
     def tick() -> None:
         while not over.wait(2.0):
             try:
-                record.write_json(ctx.dir / "wall.json", {"seconds": round(ctx.elapsed(), 3)})
+                write_json(ctx.dir / "wall.json", {"seconds": round(ctx.elapsed(), 3)})
             except OSError:  # a full disk is for the stage to meet; a clock that misses a second is no reason to stop
                 continue
 
@@ -248,7 +248,7 @@ def _clock(ctx: StageContext) -> Iterator[None]:
     finally:
         over.set()
         ticker.join()
-        record.write_json(ctx.dir / "wall.json", {"seconds": round(ctx.elapsed(), 3)})
+        write_json(ctx.dir / "wall.json", {"seconds": round(ctx.elapsed(), 3)})
 
 
 def _how_to_go_on(recipe: Recipe, root: Path, name: str, where: str) -> str:
@@ -264,12 +264,77 @@ def _facts(summary: dict[str, Any]) -> str:
     return ", ".join(shown)
 
 
-def _show_conformance(rows: list[dict[str, Any]], root: Path, progress: RunProgress) -> None:
-    record.write_atomic(root / "conformance.json", json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
-    table = Table(title="the paper's recipe, here", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for heading in ("", "item", "section", "paper", "here"):
-        table.add_column(heading)
-    for row in rows:
-        mark = "on" if row["on"] else "off"
-        table.add_row(*(Text(str(cell)) for cell in (mark, row["item"], row["section"], row["paper"], row["here"])))
-    progress.say(table)
+def _overview(recipe: Recipe, root: Path, estimates: dict[str, float], ranks: Ranks | None) -> str:
+    """What will run, on what, and for about how long: a line for the run and one for each stage."""
+    from bessemer.train import setup
+
+    precisions = {config.precision for config in recipe.stages if hasattr(config, "precision")}
+    dtypes = "/".join("the faster dtype, measured" if name == "auto" else name for name in sorted(precisions))
+    device = setup.describe_device() if ranks is None else f"{ranks.n} ranks"
+    where = f"on {device}" + (f", in {dtypes}" if dtypes else "")
+    lines = [f"{recipe.name} in {root}: {len(estimates)} stages, about {show_seconds(sum(estimates.values()))} {where}"]
+    width = max(map(len, estimates))
+    for number, config in enumerate(recipe.stages, start=1):
+        kind = "" if config.kind == config.name else f" ({config.kind})"
+        time = show_seconds(estimates[config.name])
+        lines.append(f"  {number:>2} {config.name:<{width}}  about {time:<8}{kind}".rstrip())
+    return "\n".join(lines)
+
+
+def _write_conformance(rows: list[dict[str, Any]], root: Path) -> str:
+    """Writes the whole table; returns a line for the screen."""
+    write_atomic(root / "conformance.json", json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+    on = sum(row["on"] for row in rows)
+    return f"{on} of {len(rows)} items of the papers' recipe are on; the table is in report.html and conformance.json"
+
+
+class Donor:
+    """A run whose finished stages may be taken over."""
+
+    def __init__(self, root: Path) -> None:
+        if not (root / "recipe.toml").is_file():
+            raise UserError(f"--reuse {root}: not a run directory (no recipe.toml in it)")
+        self.root = root
+
+    def give(
+        self, folder: Path, name: str, fingerprint: str, inputs: dict[str, str], metrics: Metrics
+    ) -> dict[str, Any] | None:
+        """Copies a finished stage to `folder`, which must not exist; its record, or None where this run has none.
+
+        `inputs` maps the stages it reads to the digests of their output.
+        """
+        source = {theirs: path for _, theirs, path in stage_folders(self.root)}.get(name)
+        done = source and read_json(source / "done.json")
+        if not done or (done["fingerprint"], done["inputs"]) != (fingerprint, inputs) or damage(source, done):
+            return None
+        fresh = folder.with_name(f"{folder.name}.tmp-reuse")  # a kill may leave it; `_is_temporary` knows it
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.copytree(source, fresh, ignore=lambda at, names: ["state"] if Path(at) == source else [])
+        metrics.rewind(name, -1)
+        for line in read_lines(self.root / "metrics.jsonl"):
+            if line.get("stage") == name:
+                metrics.write(name, line["step"], line["tokens"], line["values"])
+        os.rename(fresh, folder)
+        sync_folder(folder.parent)
+        return done
+
+
+def follow(recipe: Recipe, ranks: Ranks, cache: Path | None = None) -> None:
+    """Until rank 0 says that the run has ended."""
+    for config in recipe.stages:
+        find_kind(config.kind)().resolve(config, recipe)
+    with open(os.devnull, "w") as nowhere:
+        progress = RunProgress({}, out=nowhere)
+        with signals(together=True, quiet=True) as stop:
+            for order in ranks.follow():
+                config = recipe.stage(order["stage"])
+                stage = find_kind(config.kind)()
+                ctx = StageContext(
+                    name=config.name, dir=Path(order["folder"]), ranks=ranks,
+                    inputs={name: Path(path) for name, path in order["inputs"].items()},
+                    source=None if order["source"] is None else Path(order["source"]), recipe=recipe,
+                    cache=cache_dir(cache), metrics=NoMetrics(), progress=progress.begin(config.name),
+                    stop_flag=stop, spent=order["spent"],
+                )  # fmt: skip
+                with suppress(Interrupted):  # rank 0 says how to go on
+                    stage.run(config, ctx)

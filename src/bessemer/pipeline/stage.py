@@ -1,17 +1,15 @@
-"""The skeleton every stage shares, what it is handed, and the register of kinds.
+"""The skeleton that every stage shares, and the register of kinds.
 
-A stage is one file in `recipe/stages/`, found by walking that folder:
+A stage is one file in `pipeline/stages/`, found by walking that folder; its table is a class in `config/`:
 
     @register
     class Pretrain(Stage):
         kind = "pretrain"
 
-        config = PretrainConfig
-
-        def run(self, settings, ctx):
+        def run(self, config, ctx):
             step = ...                      # load ctx.state if it holds a checkpoint
             ctx.rewind(step)                # metrics, samples and rollouts as they were at that step
-            ctx.progress.total(settings.tokens, "tokens", done=...)
+            ctx.progress.total(config.tokens, "tokens", done=...)
             while ...:
                 ctx.metrics.write(step, tokens, {"train/loss": loss})
                 ctx.progress.advance(tokens_of_step, f"loss {loss:.3f}")
@@ -20,82 +18,109 @@ A stage is one file in `recipe/stages/`, found by walking that folder:
                     ctx.interrupt()
             return {"tokens": tokens, "loss": loss}
 
-Invariants: a stage reads its inputs and writes inside `ctx.dir` only. What it needs to go on after a kill lies in
-`ctx.state`; everything else it leaves in `ctx.dir` is its output, hashed when it ends. Same settings, seed and inputs
-give the same output, whether or not it was killed on the way.
+Invariants: a stage reads its inputs and writes inside `ctx.dir` only. What it needs to go on after a kill is in
+`ctx.state`; everything else in `ctx.dir` is its output, hashed when it ends. Same config, seed and inputs give the same
+output, whether or not the stage was killed on the way.
 """
+
+from __future__ import annotations
 
 import importlib
 import json
+import math
 import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from bessemer.config.recipe import Recipe
-from bessemer.config.stages import STAGES
-from bessemer.config.table import StageConfig
-from bessemer.runs import conversations
-from bessemer.runs.context import StageContext
-from bessemer.runs.record import RUN_FORMAT
-from bessemer.tasks import Problem
+from bessemer.runs import files
+from bessemer.runs.directory import RUN_FORMAT
+
+if TYPE_CHECKING:
+    from bessemer.config.recipe import Recipe
+    from bessemer.config.table import StageConfig
+    from bessemer.runs.context import StageContext
+    from bessemer.tasks import Problem
+    from bessemer.train.trainer import Trainer
 
 
 class Stage:
     """One step of a recipe: input directories in, one output directory out."""
 
     kind: ClassVar[str]
-    config: ClassVar[type[StageConfig]] = StageConfig
-    """The keys of its table."""
     format: ClassVar[int] = 1
-    """Raise it when the stage writes something else than before for the same settings: old output is then redone."""
+    """Raise it when the stage writes something else than before for the same config: old output is then redone."""
     uses_model: ClassVar[bool] = True
     """Whether the recipe's [model] table changes what this stage makes."""
     uses_seed: ClassVar[bool] = True
     """Whether the recipe's seed changes what this stage makes."""
-    across: ClassVar[bool] = False
-    """Whether all ranks run it together; otherwise rank 0 does, alone."""
+    distributed: ClassVar[bool] = False
+    """Whether all ranks run it together; otherwise rank 0 alone does."""
 
-    def resolve(self, settings: Any, recipe: Recipe) -> dict[str, Any]:
-        """Check settings against the recipe before anything runs (UserError), and return facts derived from them.
+    def resolve(self, config: Any, recipe: Recipe) -> dict[str, Any]:
+        """Check the stage's table against the recipe before anything runs (UserError); return facts derived from it.
 
-        The facts are plain JSON; they count as settings, so a preset that changes in the code redoes the stage.
+        The facts are plain JSON and part of the identity, so a preset that changes in the code redoes the stage.
         """
         return {}
 
     def identity(
-        self, settings: StageConfig, recipe: Recipe, derived: dict[str, Any], inputs: dict[str, str]
+        self, config: StageConfig, recipe: Recipe, derived: dict[str, Any], inputs: dict[str, str]
     ) -> dict[str, Any]:
         """Everything the output of this stage follows from; `inputs` maps the stages it reads to their fingerprints."""
         what = {
             "format": [RUN_FORMAT, self.kind, self.format],
-            "settings": settings.fingerprint_values(),
-            "seed": recipe.seed_of(settings) if self.uses_seed else None,
+            "settings": config.fingerprint_values(),
+            "seed": recipe.seed_of(config) if self.uses_seed else None,
             "model": recipe.model if self.uses_model else None,
             "derived": derived,
             "inputs": inputs,
         }
         return json.loads(json.dumps(what))  # as it reads back from disk, tuples and all
 
-    def estimate(self, settings: Any, recipe: Recipe) -> float:
+    def estimate(self, config: Any, recipe: Recipe) -> float:
         """Rough seconds on two CPU cores: only for the whole run's time left, corrected by what the run measures."""
         return 30.0
 
-    def run(self, settings: Any, ctx: StageContext) -> dict[str, Any]:
+    def run(self, config: Any, ctx: StageContext) -> dict[str, Any]:
         """Do the work; return the facts worth a line in the summary."""
         raise NotImplementedError
 
-    def leaves_conversations(self, settings: Any) -> bool:
-        """Whether it leaves a file of `conversations` for SFT with these settings."""
+    def exports_conversations(self, config: Any) -> bool:
+        """Whether it writes a file of conversations for SFT."""
         return False
 
-    def shown(self, settings: Any, recipe: Recipe, folder: Path, cache: Path) -> Iterator[Problem | str]:
+    def training_data(self, config: Any, recipe: Recipe, folder: Path, cache: Path) -> Iterator[Problem | str]:
         """What a model can have learnt from this finished stage: training texts, and problems it was asked.
 
-        The contamination check of evaluation reads it. Here: the conversations that the stage leaves.
+        The contamination check of evaluation reads it. By default: the conversations that the stage exports.
         """
-        if self.leaves_conversations(settings):
-            yield from conversations.texts(folder)
+        if self.exports_conversations(config):
+            yield from files.conversation_texts(folder)
+
+
+class StepLog:
+    """Metrics and progress of a stage that trains, step by step; `log` is the trainer's."""
+
+    def __init__(self, ctx: StageContext) -> None:
+        self.ctx = ctx
+        self.tokens = self.before = 0
+        """Consumed tokens after and before the last step."""
+
+    def begin(self, trainer: Trainer) -> None:
+        """After `trainer.start()`, which may have gone back to a checkpoint."""
+        self.tokens = self.before = trainer.tokens
+
+    def log(self, step: int, tokens: int, values: dict[str, Any]) -> None:
+        self.ctx.metrics.write(step, tokens, values)
+        loss = values.get("train/loss", math.nan)
+        rate = values.get("train/tokens_per_second", 0.0)
+        self.ctx.progress.advance(tokens - self.tokens, f"loss {loss:.3f}, {rate:,.0f} tokens/s")
+        self.before, self.tokens = self.tokens, tokens
+
+    def passed(self, every: int) -> bool:
+        """Whether the last step passed a multiple of so many tokens; never when `every` is 0."""
+        return every > 0 and self.tokens // every > max(0, self.before) // every
 
 
 KINDS: dict[str, type[Stage]] = {}
@@ -107,7 +132,6 @@ def register(stage: _StageType) -> _StageType:
     known = KINDS.get(stage.kind)
     assert known is None or known.__qualname__ == stage.__qualname__, f"two stages of kind {stage.kind}"
     KINDS[stage.kind] = stage
-    STAGES.setdefault(stage.kind, stage.config)
     return stage
 
 

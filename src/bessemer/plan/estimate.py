@@ -26,8 +26,8 @@ from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.stages.pretrain import HELDOUT_ROWS, runtime
 from bessemer.precision.fp8_linear import FP8_RECIPES
-from bessemer.runs import record
 from bessemer.runs.directory import stage_folders
+from bessemer.runs.files import read_json
 from bessemer.tasks.arithmetic import Arithmetic
 from bessemer.train import objective, setup
 from bessemer.train.trainer import Trainer
@@ -95,7 +95,7 @@ def estimate(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> L
     stages = {stage.name: _stage(stage, recipe, rates, length) for stage in recipe.stages}
     measured = {}
     for _, name, folder in stage_folders(run) if run is not None and run.is_dir() else ():
-        if (done := record.read_json(folder / "done.json")) is not None:
+        if (done := read_json(folder / "done.json")) is not None:
             measured[name] = done["seconds"]
     notes = (
         f"answers of {100 * ANSWER:.0f} % of their cap; {CORPUS:.0f} s for a corpus, not measured",

@@ -23,7 +23,7 @@ from bessemer.report import charts, page, panels
 from bessemer.report.charts import Curve
 from bessemer.report.facts import RunFacts, StageFacts
 from bessemer.report.page import Html
-from bessemer.runs.record import read_json
+from bessemer.runs.files import read_json
 
 # --- the stage table ------------------------------------------------------------------------------------------------
 

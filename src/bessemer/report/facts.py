@@ -13,8 +13,8 @@ from typing import Any
 
 from bessemer.errors import UserError
 from bessemer.runs.directory import stage_folders
+from bessemer.runs.files import read_json
 from bessemer.runs.metrics import read_lines
-from bessemer.runs.record import read_json
 
 _SAMPLE_HEADING = re.compile(r"^## ", re.MULTILINE)
 

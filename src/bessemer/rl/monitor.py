@@ -23,9 +23,8 @@ from bessemer.rl import rollout
 from bessemer.rl.alarms import AlarmTracker
 from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.rl.rollout_queue import RolloutGenerator
-from bessemer.runs import conversations
 from bessemer.runs.context import StageContext
-from bessemer.runs.files import write_atomic
+from bessemer.runs.files import CONVERSATIONS, conversation_line, write_atomic
 from bessemer.tasks.answer import thought
 from bessemer.tasks.countdown_traces import diagnose, rates
 from bessemer.train.trainer import Trainer
@@ -267,12 +266,12 @@ class SampleExport:
         self.folder.mkdir(exist_ok=True)
         rows = [row for group in groups for row in group if row.completion.finish_reason == "stop"]
         rows = [row for row in rows if row.verdict.correct or self.which == "all"]
-        lines = (conversations.line(exchange(row.problem.prompt, row.answer)) for row in rows)
+        lines = (conversation_line(exchange(row.problem.prompt, row.answer)) for row in rows)
         write_atomic(self._file(number), "".join(line + "\n" for line in lines))
 
     def finish(self, rollouts: int, folder: Path) -> None:
         """All samples, in order, as the file of conversations of the stage's folder."""
-        write_atomic(folder / conversations.FILE, b"".join(self._file(n).read_bytes() for n in range(rollouts)))
+        write_atomic(folder / CONVERSATIONS, b"".join(self._file(n).read_bytes() for n in range(rollouts)))
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.jsonl"

@@ -1,12 +1,18 @@
-"""The run directory: who owns it, who is at work in it, which folder is which stage's.
+"""The run directory: its owner, its lock, the folder of each stage, and the records in that folder.
 
     runs/NAME/{recipe.toml, metrics.jsonl, conformance.json, report.html, NN-stage/, NN-stage.stale-K/}
+
+`stage.json` says what a stage was made from, `done.json` that its output is whole. `identity` is everything a stage's
+output follows from: format, settings, seed, model, derived facts, and the fingerprints of its inputs; its hash is the
+fingerprint. `done.json` is written last and atomically, with size and sha256 of every output file, so it exists exactly
+when the stage is complete. Output is every file of the stage's folder outside `state/`, except the records.
 
 Invariants: one process at a time (a POSIX lock on `.lock`, which the system frees even after kill -9); one recipe name
 per directory; nothing a stage made is deleted, only moved aside.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -14,11 +20,13 @@ import tomllib
 from pathlib import Path
 from typing import IO, Any
 
+from bessemer import __version__
 from bessemer.errors import UserError
-from bessemer.runs.files import explained, sync_folder, write_atomic
+from bessemer.runs.files import explained, read_json, sha256, sync_folder, write_atomic, write_json
 from bessemer.runs.metrics import Metrics
-from bessemer.runs.record import read_json
 
+RUN_FORMAT = 1  # raise it when run directories change in a way that old ones cannot be continued
+_RECORDS = {"done.json", "stage.json", "wall.json"}
 _STAGE = re.compile(r"(\d\d+)-([A-Za-z0-9][A-Za-z0-9_-]*)")
 
 
@@ -186,3 +194,78 @@ def _last_model(root: Path) -> Path:
 def _runs() -> str:
     found = sorted(path.parent.name for path in Path("runs").glob("*/recipe.toml"))
     return f"runs here: {', '.join(f'runs/{name}' for name in found)}" if found else "there are no runs here yet"
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], renamed: dict[str, str]) -> str:
+    """In words, what separates two identities: 'lr 0.003 -> 0.001, seed 7 -> 8'.
+
+    Identities hold the old names of `renamed` keys (old -> new); the text has the new ones.
+    """
+    before, after = _flat(old), _flat(new)
+    changed = [key for key in after | before if before.get(key) != after.get(key)]
+    words = []
+    for key in changed:
+        short = key.removeprefix("settings.").removeprefix("derived.")
+        if key.startswith("inputs."):
+            words.append(f'its input "{key.removeprefix("inputs.")}" changed')
+        elif key == "format":
+            words.append("this version writes the stage differently")
+        else:
+            words.append(f"{renamed.get(short, short)} {_short(before.get(key))} -> {_short(after.get(key))}")
+    return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return "nothing" if value is None else text if len(text) <= 40 else text[:37] + "..."
+
+
+def write_begun(folder: Path, what: dict[str, Any], inputs: dict[str, str]) -> None:
+    """`inputs` maps the stages it reads to the digests of their output, which a rerun may change."""
+    write_json(folder / "stage.json", {"fingerprint": digest(what), "identity": what, "inputs": inputs})
+
+
+def write_done(folder: Path, begun: dict[str, Any], summary: dict[str, Any], seconds: float) -> dict[str, Any]:
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)} for path in outputs(folder)
+    }
+    done = {
+        "fingerprint": begun["fingerprint"], "inputs": begun["inputs"], "summary": summary,
+        "seconds": round(seconds, 3),
+        "outputs": files, "digest": digest(files), "version": __version__,
+    }  # fmt: skip
+    write_json(folder / "done.json", done)
+    return done
+
+
+def outputs(folder: Path) -> list[Path]:
+    """The stage's output files, in a fixed order."""
+    return sorted(
+        path for path in folder.rglob("*")
+        if path.is_file() and path.relative_to(folder).parts[0] != "state"
+        and not (path.parent == folder and path.name in _RECORDS) and ".tmp-" not in path.name
+    )  # fmt: skip
+
+
+def damage(folder: Path, done: dict[str, Any]) -> str:
+    """Why the recorded output is no longer there as it was written; '' when it is."""
+    for name, fact in done["outputs"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != fact["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {fact['size']}"
+        if sha256(path) != fact["sha256"]:
+            return f"{name} is not what was written (checksum differs)"
+    return ""

@@ -1,23 +1,30 @@
-"""Writing that survives a kill at any moment, and the operating system's complaints in words a user can act on.
+"""Files of a run: writing that survives a kill at any moment, JSON records, the conversations that a stage exports.
 
-Invariant: a file written by `write_atomic` is either its old self or its new self, never something between.
+Invariant: a file written by `write_atomic` has its old content or its new content, never something between. Errors of
+the operating system become UserErrors that name the path and the fix.
 """
 
 import errno
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from bessemer.data.chat import Message
 from bessemer.errors import UserError
+
+CONVERSATIONS = "samples.jsonl"
+"""The file of conversations that a stage exports for SFT: one JSON object a line, {"messages": [...]}."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Temporary file beside it, fsync, rename, fsync of the folder."""
+    """Temporary file in the same folder, fsync, rename, fsync of the folder."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -32,7 +39,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable. Some file systems refuse to sync a folder; then the rename is all we have."""
+    """Make a rename in `folder` durable. Some file systems refuse to sync a folder; then the rename has to do."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -72,6 +79,36 @@ def explained(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if (told := explain(error, path)) is not None:
-            raise told from error
+        if (refusal := explain(error, path)) is not None:
+            raise refusal from error
         raise
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a record; None when there is none, or when it is unreadable and so worth nothing."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def conversation_line(messages: Sequence[Message]) -> str:
+    """A conversation as a line of the file, without the line break."""
+    return json.dumps({"messages": list(messages)}, ensure_ascii=False)
+
+
+def write_conversations(folder: Path, lines: Iterable[str]) -> None:
+    """The whole file in a stage's folder."""
+    write_atomic(folder / CONVERSATIONS, "".join(line + "\n" for line in lines))
+
+
+def conversation_texts(folder: Path) -> Iterator[str]:
+    """The contents of each conversation in a stage's folder, as one text."""
+    with open(folder / CONVERSATIONS, encoding="utf-8") as file:
+        for line in file:
+            yield "\n".join(message["content"] for message in json.loads(line)["messages"])

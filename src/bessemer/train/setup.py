@@ -53,6 +53,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def describe_device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{cores()} CPU core" + ("s" if cores() > 1 else "")
+
+
 def workers() -> Workers:
     """One process per core on a CPU; one process on a GPU."""
     return one_core_each() if device().type == "cpu" else Workers(1)

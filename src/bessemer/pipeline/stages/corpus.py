@@ -14,6 +14,7 @@ from typing import Any
 
 from bessemer import tasks
 from bessemer.config.data import CorpusConfig
+from bessemer.config.recipe import Recipe
 from bessemer.config.units import show_tokens
 from bessemer.data import corpus, shards, sources
 from bessemer.data.documents import Document
@@ -35,116 +36,116 @@ class Corpus(Stage):
     kind = "corpus"
     format = 2
 
-    config = CorpusConfig
-
-    def resolve(self, settings: CorpusConfig, recipe: Any) -> dict[str, Any]:
-        if not settings.parts:
-            raise UserError(f'stage "{settings.name}": parts is empty; name at least one source')
-        for key in (*settings.limits, *settings.fim_parts, *settings.mix):
-            if key not in settings.parts:
-                known = ", ".join(settings.parts)
-                raise UserError(f'stage "{settings.name}": "{key}" is not one of its parts ({known})')
-        for part, spec in settings.parts.items():
+    def resolve(self, config: CorpusConfig, recipe: Recipe) -> dict[str, Any]:
+        if not config.parts:
+            raise UserError(f'stage "{config.name}": parts is empty; name at least one source')
+        for key in (*config.limits, *config.fim_parts, *config.mix):
+            if key not in config.parts:
+                known = ", ".join(config.parts)
+                raise UserError(f'stage "{config.name}": "{key}" is not one of its parts ({known})')
+        for part, spec in config.parts.items():
             if spec.startswith((TASK, NEEDLE)):
                 if spec.startswith(TASK):
-                    _task(settings, part).document(0)  # some tasks have none
-                if part not in settings.limits:
-                    raise UserError(f'stage "{settings.name}": part "{part}" is endless; give it a limit in tokens')
-            elif spec.startswith(SHARDS) and part in (*settings.limits, *settings.fim_parts):
+                    _task(config, part).document(0)  # some tasks have none
+                if part not in config.limits:
+                    raise UserError(f'stage "{config.name}": part "{part}" is endless; give it a limit in tokens')
+            elif spec.startswith(SHARDS) and part in (*config.limits, *config.fim_parts):
                 raise UserError(
-                    f'stage "{settings.name}": "{part}" is tokenised already; limits and fim_parts are for other parts'
+                    f'stage "{config.name}": "{part}" is tokenised already; limits and fim_parts are for other parts'
                 )
-            elif part in settings.mix:
-                raise UserError(f'stage "{settings.name}": mix is for documents of tasks, "{part}" is not one')
-        for part in settings.mix:
-            if settings.parts[part].startswith(NEEDLE):
-                Needle({}, **settings.mix[part])  # checks the knobs
-        return {"vocab_size": model_config(recipe).vocab_size} | _built(settings)
+            elif part in config.mix:
+                raise UserError(f'stage "{config.name}": mix is for documents of tasks, "{part}" is not one')
+        for part in config.mix:
+            if config.parts[part].startswith(NEEDLE):
+                Needle({}, **config.mix[part])  # checks the knobs
+        return {"vocab_size": model_config(recipe).vocab_size} | _built(config)
 
-    def estimate(self, settings: CorpusConfig, recipe: Any) -> float:
+    def estimate(self, config: CorpusConfig, recipe: Recipe) -> float:
         return 60.0
 
-    def run(self, settings: CorpusConfig, ctx: StageContext) -> dict[str, Any]:
+    def run(self, config: CorpusConfig, ctx: StageContext) -> dict[str, Any]:
         ctx.rewind(-1)
         vocab_size = model_config(ctx.recipe).vocab_size
-        ctx.progress.total(2 * len(settings.parts), "parts")  # the tokenizer takes about as long as all of them
-        if settings.tokenizer is not None:
-            tokenizer = Tokenizer.load(ctx.inputs[settings.tokenizer] / "tokenizer")
+        ctx.progress.total(2 * len(config.parts), "parts")  # the tokenizer takes about as long as all of them
+        if config.tokenizer is not None:
+            tokenizer = Tokenizer.load(ctx.inputs[config.tokenizer] / "tokenizer")
         else:
-            tokenizer = _tokenizer(settings) or Tokenizer.train(self._sample(settings, ctx), vocab_size, "zero")
+            tokenizer = _tokenizer(config) or Tokenizer.train(self._sample(config, ctx), vocab_size, "zero")
         tokenizer.save(ctx.dir / "tokenizer")
-        ctx.progress.advance(len(settings.parts), "tokenizer")
+        ctx.progress.advance(len(config.parts), "tokenizer")
         facts: dict[str, Any] = {}
 
         def build(names: list[str]) -> dict[str, Any]:
-            return {name: self._build(settings, name, tokenizer, ctx) for name in names}
+            return {name: self._build(config, name, tokenizer, ctx) for name in names}
 
         workers = Workers(cores())
-        for built in workers.map(build, _shares(settings, workers.n)):
+        for built in workers.map(build, _shares(config, workers.n)):
             for name, part in built.items():
                 facts[name] = part
                 ctx.say(f"{name}: {show_tokens(part['tokens'])} tokens, {part['bytes_per_token']:.2f} bytes per token")
                 ctx.progress.advance(1, name)
-        facts = {name: facts[name] for name in settings.parts}
+        facts = {name: facts[name] for name in config.parts}
         (ctx.dir / "parts.json").write_text(json.dumps(facts, indent=1))
         return {"tokens": sum(part["tokens"] for part in facts.values()), "parts": len(facts)}
 
-    def _build(self, settings: CorpusConfig, name: str, tokenizer: Tokenizer, ctx: StageContext) -> dict[str, Any]:
+    def _build(self, config: CorpusConfig, name: str, tokenizer: Tokenizer, ctx: StageContext) -> dict[str, Any]:
         if ctx.stop:
             ctx.interrupt()
-        if settings.parts[name].startswith(SHARDS):
-            shards.link(ctx.dir / name, _folder(settings, name), settings.row_length)
+        if config.parts[name].startswith(SHARDS):
+            shards.link(ctx.dir / name, _folder(config, name), config.row_length)
             return _counts(corpus.load(ctx.dir / name))
         built = corpus.build(
-            self._documents(settings, name, ctx),
+            self._documents(config, name, ctx),
             tokenizer,
-            settings.row_length,
+            config.row_length,
             ctx.dir / name,
-            heldout=settings.heldout,
-            limit_tokens=settings.limits.get(name),
-            fim_rate=settings.fim_rate if name in settings.fim_parts else 0.0,
-            boundary_split_rate=settings.boundary_split_rate,
+            heldout=config.heldout,
+            limit_tokens=config.limits.get(name),
+            fim_rate=config.fim_rate if name in config.fim_parts else 0.0,
+            boundary_split_rate=config.boundary_split_rate,
             seed=ctx.seed,
         )
         return _counts(built)
 
-    def shown(self, settings: CorpusConfig, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem | str]:
+    def training_data(
+        self, config: CorpusConfig, recipe: Recipe, folder: Path, cache: Path
+    ) -> Iterator[tasks.Problem | str]:
         """The training documents, and the problems behind the pages of tasks."""
         tokenizer = Tokenizer.load(folder / "tokenizer")
-        for name, spec in settings.parts.items():
+        for name, spec in config.parts.items():
             built = corpus.load(folder / name)
             for ids in built.train.documents():
                 yield tokenizer.decode(ids.tolist())
             if spec.startswith((TASK, NEEDLE)):
-                task = _task(settings, name, cache)
+                task = _task(config, name, cache)
                 pages = built.train.facts["documents"] + built.heldout.facts["documents"]
-                yield from (task.train_problem(i, recipe.seed_of(settings), None) for i in range(pages))
+                yield from (task.train_problem(i, recipe.seed_of(config), None) for i in range(pages))
 
-    def _documents(self, settings: CorpusConfig, name: str, ctx: StageContext) -> Iterator[Document]:
-        spec = settings.parts[name]
+    def _documents(self, config: CorpusConfig, name: str, ctx: StageContext) -> Iterator[Document]:
+        spec = config.parts[name]
         if not spec.startswith((TASK, NEEDLE)):
             return iter(sources.documents(spec, ctx.cache, domain=name))
-        task = _task(settings, name, ctx.cache)
+        task = _task(config, name, ctx.cache)
         return (Document(task.document(i, ctx.seed), task.name) for i in itertools.count())
 
-    def _sample(self, settings: CorpusConfig, ctx: StageContext) -> Iterator[str]:
+    def _sample(self, config: CorpusConfig, ctx: StageContext) -> Iterator[str]:
         """The first characters of every part, for the tokenizer."""
-        for name in settings.parts:  # none is shards: those bring their tokenizer
-            left = settings.vocab_sample
-            for document in self._documents(settings, name, ctx):
+        for name in config.parts:  # none is shards: those bring their tokenizer
+            left = config.vocab_sample
+            for document in self._documents(config, name, ctx):
                 yield document.text
                 left -= len(document.text)
                 if left <= 0:
                     break
 
 
-def _task(settings: CorpusConfig, part: str, cache: Path | None = None) -> tasks.Task:
+def _task(config: CorpusConfig, part: str, cache: Path | None = None) -> tasks.Task:
     """The task whose documents are a part, with the part's knobs."""
-    name, mix = settings.parts[part].removeprefix(TASK), settings.mix.get(part, {})
+    name, mix = config.parts[part].removeprefix(TASK), config.mix.get(part, {})
     if name.startswith(NEEDLE):
-        return needle(name.removeprefix(NEEDLE), settings.heldout, cache, **mix)
+        return needle(name.removeprefix(NEEDLE), config.heldout, cache, **mix)
     if taken := {"languages", "phrasing"} & set(mix):
-        raise UserError(f'stage "{settings.name}": mix sets shares of documents, not {" or ".join(sorted(taken))}')
+        raise UserError(f'stage "{config.name}": mix sets shares of documents, not {" or ".join(sorted(taken))}')
     return tasks.get(name, **mix)
 
 
@@ -154,49 +155,49 @@ def _counts(built: corpus.Corpus) -> dict[str, Any]:
             "waste": round(rows.waste, 5)}  # fmt: skip
 
 
-def _folder(settings: CorpusConfig, part: str) -> Path:
-    return Path(settings.parts[part].removeprefix(SHARDS))
+def _folder(config: CorpusConfig, part: str) -> Path:
+    return Path(config.parts[part].removeprefix(SHARDS))
 
 
-def _shards(settings: CorpusConfig) -> list[str]:
+def _shards(config: CorpusConfig) -> list[str]:
     """The parts that are shards already."""
-    return [part for part, spec in settings.parts.items() if spec.startswith(SHARDS)]
+    return [part for part, spec in config.parts.items() if spec.startswith(SHARDS)]
 
 
-def _built(settings: CorpusConfig) -> dict[str, Any]:
+def _built(config: CorpusConfig) -> dict[str, Any]:
     """What identifies the shards that others made: their meta.json, which holds the checksums of everything."""
     found = {}
-    for part in _shards(settings):
-        folder = _folder(settings, part)
+    for part in _shards(config):
+        folder = _folder(config, part)
         try:
             shards.read_meta(folder)
             found[part] = sha256_of(folder / "meta.json")
         except UserError as error:
-            raise UserError(f'stage "{settings.name}": part "{part}": {error} with bessemer data build') from None
+            raise UserError(f'stage "{config.name}": part "{part}": {error} with bessemer data build') from None
     return {"shards": found} if found else {}
 
 
-def _tokenizer(settings: CorpusConfig) -> Tokenizer | None:
+def _tokenizer(config: CorpusConfig) -> Tokenizer | None:
     """The one that the shards were made with; None where no part is shards."""
     found = None
-    for part in _shards(settings):
-        folder = _folder(settings, part)
+    for part in _shards(config):
+        folder = _folder(config, part)
         tokenizer = Tokenizer.load(folder.parent / "tokenizer")
         if shards.read_meta(folder)["tokenizer"] != tokenizer.fingerprint or (
             found is not None and found.fingerprint != tokenizer.fingerprint
         ):
             raise UserError(
-                f'stage "{settings.name}": the shards of "{part}" were made with another tokenizer than '
+                f'stage "{config.name}": the shards of "{part}" were made with another tokenizer than '
                 f"{folder.parent / 'tokenizer'} or the other parts; build all of them with one"
             )
         found = tokenizer
     return found
 
 
-def _shares(settings: CorpusConfig, n: int) -> list[list[str]]:
+def _shares(config: CorpusConfig, n: int) -> list[list[str]]:
     """The parts in n lists of about equal work, largest first. A part without a limit counts as the largest limit."""
-    unknown = max(settings.limits.values(), default=1)
-    size = {name: settings.limits.get(name, unknown) for name in settings.parts}
+    unknown = max(config.limits.values(), default=1)
+    size = {name: config.limits.get(name, unknown) for name in config.parts}
     shares: list[list[str]] = [[] for _ in range(n)]
     for name in sorted(size, key=lambda name: -size[name]):
         min(shares, key=lambda share: sum(size[part] for part in share)).append(name)

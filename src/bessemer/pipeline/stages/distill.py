@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer import tasks
+from bessemer.config.recipe import Recipe
 from bessemer.config.training import DistillConfig
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
@@ -27,39 +28,39 @@ from bessemer.train.trainer import Runtime, Trainer
 class Distill(Stage):
     kind = "distill"
 
-    config = DistillConfig
-
-    def resolve(self, settings: DistillConfig, recipe: Any) -> dict[str, Any]:
-        if not settings.tasks:
-            raise UserError(f'stage "{settings.name}": tasks is empty; known: {", ".join(tasks.names())}')
-        for name in settings.tasks:
+    def resolve(self, config: DistillConfig, recipe: Recipe) -> dict[str, Any]:
+        if not config.tasks:
+            raise UserError(f'stage "{config.name}": tasks is empty; known: {", ".join(tasks.names())}')
+        for name in config.tasks:
             tasks.get(name)
         return {}
 
-    def estimate(self, settings: DistillConfig, recipe: Any) -> float:
-        samples = settings.steps * settings.prompts_per_step * settings.samples
-        return setup.estimate_seconds(recipe, samples * settings.max_new_tokens)
+    def estimate(self, config: DistillConfig, recipe: Recipe) -> float:
+        samples = config.steps * config.prompts_per_step * config.samples
+        return setup.estimate_seconds(recipe, samples * config.max_new_tokens)
 
-    def shown(self, settings: DistillConfig, recipe: Any, folder: Path, cache: Path) -> Iterator[tasks.Problem]:
+    def training_data(
+        self, config: DistillConfig, recipe: Recipe, folder: Path, cache: Path
+    ) -> Iterator[tasks.Problem]:
         """The problems its steps ask."""
-        families, seed = [tasks.get(name) for name in settings.tasks], recipe.seed_of(settings)
-        asked = rollout.problems_of(families, "train", 0, settings.steps * settings.prompts_per_step, seed)
+        families, seed = [tasks.get(name) for name in config.tasks], recipe.seed_of(config)
+        asked = rollout.problems_of(families, "train", 0, config.steps * config.prompts_per_step, seed)
         yield from (problem for _, problem in asked)
 
-    def run(self, settings: DistillConfig, ctx: StageContext) -> dict[str, Any]:
-        return _Run(settings, ctx).run()
+    def run(self, config: DistillConfig, ctx: StageContext) -> dict[str, Any]:
+        return _Run(config, ctx).run()
 
 
 class _Run:
     """One distillation; everything that must survive a kill lies in the trainer's checkpoint."""
 
-    def __init__(self, settings: DistillConfig, ctx: StageContext) -> None:
-        self.settings, self.ctx = settings, ctx
+    def __init__(self, config: DistillConfig, ctx: StageContext) -> None:
+        self.config, self.ctx = config, ctx
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a student to start from: name its stage with from = "..."')
         setup.keep_memory()
         self.student, self.tokenizer = setup.load_model(ctx.source / "model")
-        teacher, its_tokenizer = setup.load_model(ctx.inputs[settings.teacher] / "model")
+        teacher, its_tokenizer = setup.load_model(ctx.inputs[config.teacher] / "model")
         if self.tokenizer.fingerprint != its_tokenizer.fingerprint:
             raise UserError(
                 f'stage "{ctx.name}": student and teacher have different tokenizers, so their distributions cannot be '
@@ -67,30 +68,30 @@ class _Run:
             )
         self.tokenizer.chat_style = its_tokenizer.chat_style  # the student learns the teacher's form
         teacher.eval().requires_grad_(False)
-        self.tasks = [tasks.get(name) for name in settings.tasks]
+        self.tasks = [tasks.get(name) for name in config.tasks]
         self.workers = setup.workers()
         self.engine = Engine(self.student, self.tokenizer, self.workers)
         self.trainer = Trainer(
-            self.student, OnPolicyDistillation(teacher, settings.divergence, settings.temperature), None,
-            settings, Runtime(workers=self.workers), ctx.state, stop=lambda: ctx.stop,
+            self.student, OnPolicyDistillation(teacher, config.divergence, config.temperature), None,
+            config, Runtime(workers=self.workers), ctx.state, stop=lambda: ctx.stop,
             model_config=self.student.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
 
     def run(self) -> dict[str, Any]:
-        settings, ctx, trainer = self.settings, self.ctx, self.trainer
+        config, ctx, trainer = self.config, self.ctx, self.trainer
         trainer.start()
-        first = -(-trainer.rows // (settings.prompts_per_step * settings.samples))
+        first = -(-trainer.rows // (config.prompts_per_step * config.samples))
         ctx.rewind(trainer.step or -1)
-        ctx.progress.total(settings.steps, "steps", done=first)
-        summary = {"steps": settings.steps}
+        ctx.progress.total(config.steps, "steps", done=first)
+        summary = {"steps": config.steps}
         if trainer.step == 0:
             self._evaluate()
-        for number in range(first, settings.steps):
+        for number in range(first, config.steps):
             values = self._step(number)
             ctx.metrics.write(trainer.step, trainer.tokens, values)
             shown = f"divergence {values.get('train/loss', 0.0):.3f}, accuracy {values['distill/accuracy']:.3f}"
             ctx.progress.advance(1, shown)
-            if (number + 1) % settings.eval_every == 0 or number + 1 == settings.steps:
+            if (number + 1) % config.eval_every == 0 or number + 1 == config.steps:
                 summary["pass_at_1"] = round(self._evaluate(), 4)
             if ctx.stop:
                 trainer.save()
@@ -103,23 +104,23 @@ class _Run:
 
     def _step(self, number: int) -> dict[str, float]:
         """Samples of the student as it is now, and one update on them."""
-        settings, count = self.settings, self.settings.prompts_per_step
+        config, count = self.config, self.config.prompts_per_step
         chosen = rollout.problems_of(self.tasks, "train", number * count, count, self.ctx.seed)
         groups = rollout.sample(
-            self.engine, chosen, self._encode, samples=settings.samples, temperature=settings.temperature,
-            seed=tasks.stable_hash(self.ctx.seed, self.ctx.name, number), max_new_tokens=settings.max_new_tokens,
-            batch_rows=setup.batch_rows(count * settings.samples),
+            self.engine, chosen, self._encode, samples=config.samples, temperature=config.temperature,
+            seed=tasks.stable_hash(self.ctx.seed, self.ctx.name, number), max_new_tokens=config.max_new_tokens,
+            batch_rows=setup.batch_rows(count * config.samples),
         )  # fmt: skip
         rows = [row for group in groups for row in group]
-        values = self.trainer.update(rollout.to_batches(rows, self.tokenizer.pad_id, settings.micro_tokens, "token"))
+        values = self.trainer.update(rollout.to_batches(rows, self.tokenizer.pad_id, config.micro_tokens, "token"))
         return values | {"distill/accuracy": sum(row.verdict.correct for row in rows) / len(rows)}
 
     def _evaluate(self) -> float:
         """Mean held-out pass@1 over the tasks."""
         rows = [
             scoring.evaluate(
-                self.engine, self._encode, task, problems=min(task.size("test") or 10**9, self.settings.eval_problems),
-                samples=4, max_new_tokens=self.settings.max_new_tokens, seed=self.ctx.seed,
+                self.engine, self._encode, task, problems=min(task.size("test") or 10**9, self.config.eval_problems),
+                samples=4, max_new_tokens=self.config.max_new_tokens, seed=self.ctx.seed,
             )
             for task in self.tasks
         ]  # fmt: skip

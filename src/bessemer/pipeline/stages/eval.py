@@ -5,18 +5,21 @@ A finished row, and the finished search, survive a kill: the stage goes on with 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from bessemer import tasks
 from bessemer.config.evaluation import EvalConfig
+from bessemer.config.recipe import Recipe
+from bessemer.config.table import StageConfig, stage_refs
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import contamination, scoring
-from bessemer.pipeline import lineage
-from bessemer.pipeline.stage import Stage, register
+from bessemer.pipeline.stage import Stage, find_kind, register
 from bessemer.runs.context import StageContext
+from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import write_atomic
 from bessemer.train import setup
 
@@ -26,35 +29,33 @@ class Eval(Stage):
     kind = "eval"
     format = 2
 
-    config = EvalConfig
-
-    def resolve(self, settings: EvalConfig, recipe: Any) -> dict[str, Any]:
+    def resolve(self, config: EvalConfig, recipe: Recipe) -> dict[str, Any]:
         for key in ("models", "tasks", "temperatures"):
-            if not getattr(settings, key):
-                raise UserError(f'stage "{settings.name}": {key} is empty')
-        if settings.k is not None and settings.k > settings.samples:
-            raise UserError(f'stage "{settings.name}": k is {settings.k}, of {settings.samples} samples; lower k')
-        for name in settings.tasks:
+            if not getattr(config, key):
+                raise UserError(f'stage "{config.name}": {key} is empty')
+        if config.k is not None and config.k > config.samples:
+            raise UserError(f'stage "{config.name}": k is {config.k}, of {config.samples} samples; lower k')
+        for name in config.tasks:
             tasks.get(name)
         return {}
 
-    def estimate(self, settings: EvalConfig, recipe: Any) -> float:
-        rows = len(settings.models) * len(settings.tasks) * len(settings.temperatures) * 2
-        return setup.decode_seconds(recipe, rows * settings.problems * settings.samples * settings.max_new_tokens)
+    def estimate(self, config: EvalConfig, recipe: Recipe) -> float:
+        rows = len(config.models) * len(config.tasks) * len(config.temperatures) * 2
+        return setup.decode_seconds(recipe, rows * config.problems * config.samples * config.max_new_tokens)
 
-    def run(self, settings: EvalConfig, ctx: StageContext) -> dict[str, Any]:
+    def run(self, config: EvalConfig, ctx: StageContext) -> dict[str, Any]:
         setup.keep_memory()
         path = ctx.state / "rows.json"
         rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
         ctx.rewind(-1 if not rows else len(rows))
         grid = [
             (model, task, temperature)
-            for model in settings.models
-            for task in _tasks(settings)
-            for temperature in settings.temperatures
+            for model in config.models
+            for task in _tasks(config)
+            for temperature in config.temperatures
         ]
         ctx.progress.total(len(grid), "rows", done=len(rows))
-        found = self._contamination(settings, ctx)
+        found = self._contamination(config, ctx)
         loaded: dict[str, Engine] = {}
         for model, task, temperature in grid[len(rows) :]:
             if model not in loaded:
@@ -63,8 +64,8 @@ class Eval(Stage):
             row = scoring.evaluate(
                 engine,
                 lambda problem, tokenizer=engine.tokenizer: question_ids(tokenizer, problem.prompt),
-                task, problems=settings.problems, samples=settings.samples, k=settings.k, temperature=temperature,
-                top_p=settings.top_p, max_new_tokens=settings.max_new_tokens, seed=ctx.seed,
+                task, problems=config.problems, samples=config.samples, k=config.k, temperature=temperature,
+                top_p=config.top_p, max_new_tokens=config.max_new_tokens, seed=ctx.seed,
             )  # fmt: skip
             rows.append({"model": model, **row})
             write_atomic(path, json.dumps(rows))
@@ -77,15 +78,15 @@ class Eval(Stage):
         ctx.say(contamination.summary(found))
         return {"rows": len(rows), "contaminated": found["hit"]}
 
-    def _contamination(self, settings: EvalConfig, ctx: StageContext) -> dict[str, Any]:
+    def _contamination(self, config: EvalConfig, ctx: StageContext) -> dict[str, Any]:
         path = ctx.state / "contamination.json"
         if path.exists():
             return json.loads(path.read_text())
         search = contamination.ContaminationSearch(
-            [problem for task in _tasks(settings) for problem in scoring.heldout(task, settings.problems)]
+            [problem for task in _tasks(config) for problem in scoring.heldout(task, config.problems)]
         )
-        for stage, shown in lineage.shown(ctx.recipe, settings.models, ctx.dir.parent, ctx.cache):
-            search.add_stage(stage, shown, settings.searched_words)
+        for stage, shown in training_data(ctx.recipe, config.models, ctx.dir.parent, ctx.cache):
+            search.add_stage(stage, shown, config.searched_words)
             if ctx.stop:
                 ctx.interrupt()
         found = search.result()
@@ -93,8 +94,33 @@ class Eval(Stage):
         return found
 
 
-def _tasks(settings: EvalConfig) -> Iterator[tasks.Task]:
+def _tasks(config: EvalConfig) -> Iterator[tasks.Task]:
     """The tasks in one language each, in the order of the table."""
-    for name in settings.tasks:
+    for name in config.tasks:
         for language in tasks.get(name).languages:
             yield tasks.get(name, languages=[language])
+
+
+def ancestors(recipe: Recipe, names: Sequence[str]) -> list[StageConfig]:
+    """The stages that `names` come from, including themselves, in the order of the recipe."""
+    wanted, left = set(), list(names)
+    while left:
+        name = left.pop()
+        if name not in wanted:
+            wanted.add(name)
+            left += [other for _, other in stage_refs(recipe.stage(name))]
+    return [stage for stage in recipe.stages if stage.name in wanted]
+
+
+def training_data(
+    recipe: Recipe, names: Sequence[str], root: Path, cache: Path
+) -> Iterator[tuple[str, Iterator[tasks.Problem | str]]]:
+    """(stage, its training data) of every stage behind the models `names` of the run in `root`.
+
+    The folders read here belong to inputs of inputs: their fingerprints are part of the models' own, so a change in
+    them redoes the models, and with them whatever reads this.
+    """
+    folders = {name: folder for _, name, folder in stage_folders(root)}
+    for config in ancestors(recipe, names):
+        stage = find_kind(config.kind)()
+        yield config.name, stage.training_data(config, recipe, folders[config.name], cache)

@@ -11,10 +11,11 @@ from typing import Any
 
 from bessemer import tasks
 from bessemer.config.data import ExamplesConfig
+from bessemer.config.recipe import Recipe
 from bessemer.data.chat import exchange
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import Stage, register
-from bessemer.runs import conversations
+from bessemer.runs import files
 from bessemer.runs.context import StageContext
 
 PATIENCE = 50
@@ -26,36 +27,34 @@ class Examples(Stage):
     kind = "examples"
     uses_model = False
 
-    config = ExamplesConfig
-
-    def resolve(self, settings: ExamplesConfig, recipe: Any) -> dict[str, Any]:
-        if not settings.tasks:
-            raise UserError(f'stage "{settings.name}": tasks is empty; known: {", ".join(tasks.names())}')
-        for name in settings.tasks:
+    def resolve(self, config: ExamplesConfig, recipe: Recipe) -> dict[str, Any]:
+        if not config.tasks:
+            raise UserError(f'stage "{config.name}": tasks is empty; known: {", ".join(tasks.names())}')
+        for name in config.tasks:
             tasks.get(name).written(0)  # UserError for a task without documents
         return {}
 
-    def leaves_conversations(self, settings: ExamplesConfig) -> bool:
+    def exports_conversations(self, config: ExamplesConfig) -> bool:
         return True
 
-    def run(self, settings: ExamplesConfig, ctx: StageContext) -> dict[str, Any]:
+    def run(self, config: ExamplesConfig, ctx: StageContext) -> dict[str, Any]:
         ctx.rewind(-1)
-        families = [tasks.get(name) for name in settings.tasks]
+        families = [tasks.get(name) for name in config.tasks]
         kept: dict[str, None] = {}
         passed_over: Counter[str] = Counter()
         for n in count():
-            if len(kept) == settings.examples:
+            if len(kept) == config.examples:
                 break
-            if n == PATIENCE * settings.examples:
+            if n == PATIENCE * config.examples:
                 told = ", ".join(f"{reason} {times}" for reason, times in passed_over.most_common())
                 raise UserError(f'stage "{ctx.name}": only {len(kept)} of {n} pages are of use ({told}); ask for fewer')
             task = families[n % len(families)]
             page = task.written(n // len(families), ctx.seed)
             verdict = task.verify(page.problem, page.response)
-            line = conversations.line(exchange(page.problem.prompt, page.response))
+            line = files.conversation_line(exchange(page.problem.prompt, page.response))
             if verdict.correct and line not in kept:
                 kept[line] = None
             else:
                 passed_over["duplicate" if verdict.correct else verdict.reason] += 1
-        conversations.write(ctx.dir, kept)
+        files.write_conversations(ctx.dir, kept)
         return {"kept": len(kept), **dict(passed_over.most_common())}

@@ -9,6 +9,7 @@ Output: model/ with `rope_factor`, `original_seq_len` and `max_seq_len` of its o
 
 from typing import Any
 
+from bessemer.config.recipe import Recipe
 from bessemer.config.training import ExtendConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
@@ -28,38 +29,36 @@ from bessemer.train import setup
 class Extend(Pretrain):
     kind = "extend"
 
-    config = ExtendConfig
-
-    def resolve(self, settings: ExtendConfig, recipe: Any) -> dict[str, Any]:
-        where = f'stage "{settings.name}"'
-        corpus = recipe.stage(settings.corpus)
+    def resolve(self, config: ExtendConfig, recipe: Recipe) -> dict[str, Any]:
+        where = f'stage "{config.name}"'
+        corpus = recipe.stage(config.corpus)
         if corpus.kind != "corpus":
             raise UserError(
-                f'{where}: corpus = "{settings.corpus}" is of kind {corpus.kind}; name a stage of kind corpus'
+                f'{where}: corpus = "{config.corpus}" is of kind {corpus.kind}; name a stage of kind corpus'
             )
-        for earlier in _phases(settings, recipe):
-            if earlier.rope_factor != settings.rope_factor:
+        for earlier in _phases(config, recipe):
+            if earlier.rope_factor != config.rope_factor:
                 raise UserError(
-                    f'{where}: rope_factor is {settings.rope_factor:g}, "{earlier.name}" has {earlier.rope_factor:g}; '
+                    f'{where}: rope_factor is {config.rope_factor:g}, "{earlier.name}" has {earlier.rope_factor:g}; '
                     "all phases of one model keep the same"
                 )
-            if earlier.length >= settings.length:
+            if earlier.length >= config.length:
                 raise UserError(
-                    f'{where}: length is {settings.length}, "{earlier.name}" reached {earlier.length} already; raise it'
+                    f'{where}: length is {config.length}, "{earlier.name}" reached {earlier.length} already; raise it'
                 )
-        original = original_length(settings, recipe)
+        original = original_length(config, recipe)
         if original is not None:
-            check_reach(where, settings, original)
-        super().resolve(settings, recipe)
+            check_reach(where, config, original)
+        super().resolve(config, recipe)
         return {"original_length": original}
 
-    def check_feed(self, settings: ExtendConfig, recipe: Any, cfg: ModelConfig) -> None:
-        feed.check(settings, settings.corpus, recipe, settings.length)
+    def check_feed(self, config: ExtendConfig, recipe: Recipe, cfg: ModelConfig) -> None:
+        feed.check(config, config.corpus, recipe, config.length)
 
-    def estimate(self, settings: ExtendConfig, recipe: Any) -> float:
-        return setup.estimate_seconds(recipe, settings.tokens, length=settings.length)
+    def estimate(self, config: ExtendConfig, recipe: Recipe) -> float:
+        return setup.estimate_seconds(recipe, config.tokens, length=config.length)
 
-    def begins(self, settings: ExtendConfig, ctx: StageContext) -> Begins:
+    def begins(self, config: ExtendConfig, ctx: StageContext) -> Begins:
         """The model of an earlier stage, with YaRN, trained on longer rows."""
         folder = None if ctx.source is None else ctx.source / "model"
         if folder is None or not folder.is_dir():
@@ -68,35 +67,35 @@ class Extend(Pretrain):
             raise UserError(
                 f'stage "{ctx.name}": {folder} is not of the DeepSeek V3 family; it cannot be extended here'
             )
-        corpus, cfg = ctx.inputs[settings.corpus], hub.read_config(folder)
+        corpus, cfg = ctx.inputs[config.corpus], hub.read_config(folder)
         if Tokenizer.load(corpus / "tokenizer").fingerprint != load_tokenizer(folder).fingerprint:
             raise UserError(
-                f'stage "{ctx.name}": the rows of "{settings.corpus}" were made with another tokenizer than the model '
+                f'stage "{ctx.name}": the rows of "{config.corpus}" were made with another tokenizer than the model '
                 f'has; give that stage tokenizer = "..." with the name of the corpus that the model was trained on'
             )
-        if cfg.yarn and cfg.rope_factor != settings.rope_factor:
+        if cfg.yarn and cfg.rope_factor != config.rope_factor:
             raise UserError(
-                f'stage "{ctx.name}": rope_factor is {settings.rope_factor:g}, the model was extended with '
+                f'stage "{ctx.name}": rope_factor is {config.rope_factor:g}, the model was extended with '
                 f"{cfg.rope_factor:g}; all phases of one model keep the same"
             )
-        original = original_length(settings, ctx.recipe) or (cfg.original_seq_len if cfg.yarn else cfg.max_seq_len)
-        check_reach(f'stage "{ctx.name}"', settings, original)
+        original = original_length(config, ctx.recipe) or (cfg.original_seq_len if cfg.yarn else cfg.max_seq_len)
+        check_reach(f'stage "{ctx.name}"', config, original)
         context = {
-            "max_seq_len": settings.length, "rope_factor": settings.rope_factor, "original_seq_len": original,
+            "max_seq_len": config.length, "rope_factor": config.rope_factor, "original_seq_len": original,
         }  # fmt: skip
-        ctx.say(f"YaRN: s {settings.rope_factor:g} over {original} tokens, rows of {settings.length}")
+        ctx.say(f"YaRN: s {config.rope_factor:g} over {original} tokens, rows of {config.length}")
         return Begins(
             corpus,
-            settings.length,
+            config.length,
             cfg.at_length(context),
             lambda: distributed.read(folder, ctx.ranks, ctx.recipe.layout, ctx.say, context)[0],
         )
 
 
-def original_length(settings: ExtendConfig, recipe: Any) -> int | None:
+def original_length(config: ExtendConfig, recipe: Recipe) -> int | None:
     """Tokens of the rows that the model was pre-trained on; None where the recipe does not say."""
-    first = [settings, *_phases(settings, recipe)][-1]
-    for phase in [settings, *_phases(settings, recipe)]:
+    first = [config, *_phases(config, recipe)][-1]
+    for phase in [config, *_phases(config, recipe)]:
         if phase.original_length is not None:
             return phase.original_length
     trained = recipe.stage(first.source)
@@ -104,21 +103,21 @@ def original_length(settings: ExtendConfig, recipe: Any) -> int | None:
     return corpus.row_length if corpus is not None and corpus.kind == "corpus" else None
 
 
-def check_reach(where: str, settings: ExtendConfig, original: int) -> None:
+def check_reach(where: str, config: ExtendConfig, original: int) -> None:
     """UserError if YaRN does not reach the length, or has nothing to do."""
-    if settings.length <= original:
-        raise UserError(f"{where}: length is {settings.length}, the model reads {original} already; raise it")
-    if settings.length > original * settings.rope_factor:
+    if config.length <= original:
+        raise UserError(f"{where}: length is {config.length}, the model reads {original} already; raise it")
+    if config.length > original * config.rope_factor:
         raise UserError(
-            f"{where}: length is {settings.length}, but rope_factor {settings.rope_factor:g} reaches "
-            f"{original * settings.rope_factor:.0f} tokens from {original}; raise it to at least "
-            f"{settings.length / original:.3g}"
+            f"{where}: length is {config.length}, but rope_factor {config.rope_factor:g} reaches "
+            f"{original * config.rope_factor:.0f} tokens from {original}; raise it to at least "
+            f"{config.length / original:.3g}"
         )
 
 
-def _phases(settings: ExtendConfig, recipe: Any) -> list[ExtendConfig]:
+def _phases(config: ExtendConfig, recipe: Recipe) -> list[ExtendConfig]:
     """The extensions before this one, the nearest first."""
-    found, source = [], settings.source
+    found, source = [], config.source
     while source is not None and (stage := recipe.stage(source)).kind == "extend":
         found.append(stage)
         source = stage.source

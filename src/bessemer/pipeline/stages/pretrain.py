@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bessemer.config.recipe import Recipe
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import show_tokens
 from bessemer.data.batch import Batch
@@ -23,8 +24,7 @@ from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import RECOMPUTES_ITSELF, Transformer
 from bessemer.pipeline import feed
-from bessemer.pipeline.stage import Stage, register
-from bessemer.pipeline.step_log import StepLog
+from bessemer.pipeline.stage import Stage, StepLog, register
 from bessemer.precision import backends
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.runs.context import StageContext
@@ -52,59 +52,57 @@ class Begins(NamedTuple):
 @register
 class Pretrain(Stage):
     kind = "pretrain"
-    across = True
+    distributed = True
 
-    config = PretrainConfig
-
-    def resolve(self, settings: PretrainConfig, recipe: Any) -> dict[str, Any]:
-        cfg = setup.model_config(recipe, settings.model)
-        distributed.check(recipe, settings.name, settings.batch_rows.values, cfg)
-        if settings.fp8 != "off" and settings.compile == "on":
-            raise UserError(f'stage "{settings.name}": compile = "on" and fp8 do not go together; set compile = "off"')
-        if settings.fp8 != "off" and recipe.layout.recompute:
-            raise UserError(f'stage "{settings.name}": {RECOMPUTES_ITSELF}')
-        self.check_feed(settings, recipe, cfg)
+    def resolve(self, config: PretrainConfig, recipe: Recipe) -> dict[str, Any]:
+        cfg = setup.model_config(recipe, config.model)
+        distributed.check(recipe, config.name, config.batch_rows.values, cfg)
+        if config.fp8 != "off" and config.compile == "on":
+            raise UserError(f'stage "{config.name}": compile = "on" and fp8 do not go together; set compile = "off"')
+        if config.fp8 != "off" and recipe.layout.recompute:
+            raise UserError(f'stage "{config.name}": {RECOMPUTES_ITSELF}')
+        self.check_feed(config, recipe, cfg)
         return {"model": cfg.model_dump()}
 
-    def check_feed(self, settings: PretrainConfig, recipe: Any, cfg: ModelConfig) -> None:
-        feed.check(settings, settings.source, recipe, cfg.max_seq_len)
+    def check_feed(self, config: PretrainConfig, recipe: Recipe, cfg: ModelConfig) -> None:
+        feed.check(config, config.source, recipe, cfg.max_seq_len)
 
-    def estimate(self, settings: PretrainConfig, recipe: Any) -> float:
-        return setup.estimate_seconds(recipe, settings.tokens, settings.model)
+    def estimate(self, config: PretrainConfig, recipe: Recipe) -> float:
+        return setup.estimate_seconds(recipe, config.tokens, config.model)
 
-    def begins(self, settings: PretrainConfig, ctx: StageContext) -> Begins:
+    def begins(self, config: PretrainConfig, ctx: StageContext) -> Begins:
         """Random weights, trained on the corpus before."""
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a corpus stage before it')
-        cfg = setup.model_config(ctx.recipe, settings.model)
+        cfg = setup.model_config(ctx.recipe, config.model)
         return Begins(
             ctx.source, None, cfg, lambda: distributed.fresh(cfg, ctx.seed, ctx.ranks, ctx.recipe.layout, ctx.say)
         )
 
-    def run(self, settings: PretrainConfig, ctx: StageContext) -> dict[str, Any]:
-        corpus, row_length, cfg, network_of = self.begins(settings, ctx)
+    def run(self, config: PretrainConfig, ctx: StageContext) -> dict[str, Any]:
+        corpus, row_length, cfg, network_of = self.begins(config, ctx)
         tokenizer = Tokenizer.load(corpus / "tokenizer")
         if tokenizer.vocab_size > cfg.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {cfg.vocab_size}")
-        fed = feed.Feed(settings, ctx, corpus, row_length, tokenizer.bos_id)
-        choice = setup.choose_precision(settings.precision, ctx.agree)
+        fed = feed.Feed(config, ctx, corpus, row_length, tokenizer.bos_id)
+        choice = setup.choose_precision(config.precision, ctx.agree)
         ctx.say(f"compute in {choice.why}")
         setup.keep_memory()
         network = network_of()
         model = distributed.model_of(network).set_recompute(ctx.recipe.layout.recompute)
-        if settings.fp8 != "off":
-            model.set_fp8(FP8_RECIPES[settings.fp8])
+        if config.fp8 != "off":
+            model.set_fp8(FP8_RECIPES[config.fp8])
             served = backends.summary(backends.table(setup.device()))
-            ctx.say(f"matrices of attention, FFN and experts in FP8 ({settings.fp8}), {served}")
-        flops = settings.tokens * flops_per_token(cfg, fed.row_length, mtp=cfg.n_mtp > 0).training
-        if ctx.ranks is None and settings.fp8 == "off" and setup.want_compile(settings.compile, flops):
+            ctx.say(f"matrices of attention, FFN and experts in FP8 ({config.fp8}), {served}")
+        flops = config.tokens * flops_per_token(cfg, fed.row_length, mtp=cfg.n_mtp > 0).training
+        if ctx.ranks is None and config.fp8 == "off" and setup.want_compile(config.compile, flops):
             ctx.say("compiling the layers (about a minute, once per machine)")
             setup.compile_layers(model)
-        watch = _Watch(settings, ctx, tokenizer, fed)
+        watch = _Watch(config, ctx, tokenizer, fed)
         workers = setup.workers() if ctx.ranks is None else Workers(1)
         trainer = distributed.trainer(
             network, objective.next_token, fed.batch,
-            settings, runtime(settings, choice.dtype, workers, fed.scale), ctx.state,
+            config, runtime(config, choice.dtype, workers, fed.scale), ctx.state,
             log=watch.log, stop=lambda: ctx.stop, on_step=[watch], model_config=cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         fed.follow(trainer)
@@ -112,13 +110,13 @@ class Pretrain(Stage):
         if resumed:
             ctx.say(f"going on from step {trainer.step}, {show_tokens(trainer.tokens)} tokens")
         ctx.rewind(trainer.step if resumed else -1)
-        ctx.progress.total(settings.tokens, "tokens", done=trainer.tokens)
+        ctx.progress.total(config.tokens, "tokens", done=trainer.tokens)
         watch.begin(trainer)
         if not trainer.run():
             ctx.interrupt()
         last = watch.validate(trainer)
         distributed.save(trainer, ctx.dir / "model", corpus / "tokenizer")
-        if settings.ema_decay:
+        if config.ema_decay:
             distributed.save(trainer, ctx.dir / "model-ema", corpus / "tokenizer", "ema")
         return {"tokens": trainer.tokens, "steps": trainer.step, **{f"bpb_{k}": round(v, 4) for k, v in last.items()}}
 
@@ -138,10 +136,10 @@ class _Watch(StepLog):
     """What a person sees of the training: metrics, held-out bits per byte, samples."""
 
     def __init__(
-        self, settings: PretrainConfig, ctx: StageContext, tokenizer: Tokenizer, fed: feed.Feed,
+        self, config: PretrainConfig, ctx: StageContext, tokenizer: Tokenizer, fed: feed.Feed,
     ) -> None:  # fmt: skip
         super().__init__(ctx)
-        self.settings, self.tokenizer, self.fed = settings, tokenizer, fed
+        self.config, self.tokenizer, self.fed = config, tokenizer, fed
         self.heldout = {name: rows for name, rows in fed.heldout.items() if rows.n_rows}
 
     def begin(self, trainer: Trainer) -> None:
@@ -149,17 +147,17 @@ class _Watch(StepLog):
         self.trainer = trainer
 
     def __call__(self, trainer: Trainer) -> None:
-        if self.passed(self.settings.validate_every):
+        if self.passed(self.config.validate_every):
             self.validate(trainer)
-        first = self.before < self.settings.first_sample <= self.tokens
-        if first or self.passed(self.settings.sample_every):
+        first = self.before < self.config.first_sample <= self.tokens
+        if first or self.passed(self.config.sample_every):
             self.samples(trainer)
 
     def validate(self, trainer: Trainer) -> dict[str, float]:
         """Held-out bits per byte of every part (at most HELDOUT_ROWS rows each)."""
         found = self._bits_per_byte(trainer)
         values: dict[str, Any] = {f"val/bpb/{name}": value for name, value in found.items()}
-        if self.settings.ema_decay:
+        if self.config.ema_decay:
             with trainer.optimizer.averaged():
                 values |= {f"val/bpb_ema/{name}": value for name, value in self._bits_per_byte(trainer).items()}
         values |= self.fed.figures(trainer)
@@ -181,15 +179,15 @@ class _Watch(StepLog):
         return distributed.nats(self.trainer, _lots(self.heldout[name]))
 
     def samples(self, trainer: Trainer) -> None:
-        if not self.settings.prompts:
+        if not self.config.prompts:
             return
         model = distributed.gather(trainer)
         if model is None:
             return
         engine = Engine(model, self.tokenizer)
-        prompts = [[self.tokenizer.bos_id, *self.tokenizer.encode(text)] for text in self.settings.prompts]
+        prompts = [[self.tokenizer.bos_id, *self.tokenizer.encode(text)] for text in self.config.prompts]
         answers = engine.generate(prompts, max_new_tokens=80, temperature=0.8, top_p=0.95, seed=self.ctx.seed)
-        for text, (answer,) in zip(self.settings.prompts, answers, strict=True):
+        for text, (answer,) in zip(self.config.prompts, answers, strict=True):
             self.ctx.sample(trainer.step, trainer.tokens, text + answer.text)
             shown = (text + answer.text).replace("\n", " / ")
             self.ctx.say(f"sample at {show_tokens(trainer.tokens)} tokens: {shown[:160]}")

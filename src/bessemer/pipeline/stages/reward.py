@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from bessemer import tasks
+from bessemer.config.recipe import Recipe
 from bessemer.config.training import RewardModelConfig
 from bessemer.data import preference_rows
 from bessemer.data.chat import opening, question_ids
@@ -23,8 +24,7 @@ from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.model.scorer import Scorer
 from bessemer.model.transformer import Transformer
-from bessemer.pipeline.stage import Stage, register
-from bessemer.pipeline.step_log import StepLog
+from bessemer.pipeline.stage import Stage, StepLog, register
 from bessemer.rl.preference import FACTS, Scale, judged_ids, score_ids
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
@@ -43,47 +43,43 @@ SHOWN = 6
 class RewardModelling(Stage):
     kind = "reward-model"
 
-    config = RewardModelConfig
-
-    def resolve(self, settings: RewardModelConfig, recipe: Any) -> dict[str, Any]:
-        if not settings.data and not settings.made:
-            raise UserError(f'stage "{settings.name}": nothing to judge; give data = [...] or made = 2000')
-        if settings.samples and not settings.made:
-            raise UserError(f'stage "{settings.name}": samples are answers to made prompts; set made too')
+    def resolve(self, config: RewardModelConfig, recipe: Recipe) -> dict[str, Any]:
+        if not config.data and not config.made:
+            raise UserError(f'stage "{config.name}": nothing to judge; give data = [...] or made = 2000')
+        if config.samples and not config.made:
+            raise UserError(f'stage "{config.name}": samples are answers to made prompts; set made too')
         return {}
 
-    def estimate(self, settings: RewardModelConfig, recipe: Any) -> float:
-        sampled = setup.decode_seconds(recipe, settings.made * settings.samples * settings.max_new_tokens)
-        return sampled + setup.estimate_seconds(recipe, settings.epochs * settings.made * 100)
+    def estimate(self, config: RewardModelConfig, recipe: Recipe) -> float:
+        sampled = setup.decode_seconds(recipe, config.made * config.samples * config.max_new_tokens)
+        return sampled + setup.estimate_seconds(recipe, config.epochs * config.made * 100)
 
-    def shown(
-        self, settings: RewardModelConfig, recipe: Any, folder: Path, cache: Path
+    def training_data(
+        self, config: RewardModelConfig, recipe: Recipe, folder: Path, cache: Path
     ) -> Iterator[tasks.Problem | str]:
         """The lines of its files and the problems it made answers for: a policy learns from them by way of rewards."""
-        for line in _from_files(settings):
+        for line in _from_files(config):
             yield "\n".join(str(line[key]) for key in ("prompt", *_keys(line)))
-        yield from _problems(settings, recipe.seed_of(settings))
+        yield from _problems(config, recipe.seed_of(config))
 
-    def run(self, settings: RewardModelConfig, ctx: StageContext) -> dict[str, Any]:
+    def run(self, config: RewardModelConfig, ctx: StageContext) -> dict[str, Any]:
         if ctx.source is None or not (ctx.source / "model").is_dir():
             raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
         setup.keep_memory()
         model, tokenizer = setup.load_model(ctx.source / "model")
-        if settings.style is not None:
-            tokenizer.chat_style = settings.style
+        if config.style is not None:
+            tokenizer.chat_style = config.style
         network = Scorer.of(model, ctx.seed)
-        lines, facts = _judged(settings, ctx, model, tokenizer)
-        kept, heldout = _parted(lines, settings, ctx)
-        units = ([(ids, mark) for ids, mark in _texts(line, settings.aim, tokenizer)] for line in kept)
-        packed = preference_rows.build(
-            units, settings.row_length, tokenizer.pad_id, tokenizer.bos_id, ctx.state / "rows"
-        )
-        kind, objective = _HOW[settings.aim]
+        lines, facts = _judged(config, ctx, model, tokenizer)
+        kept, heldout = _parted(lines, config, ctx)
+        units = ([(ids, mark) for ids, mark in _texts(line, config.aim, tokenizer)] for line in kept)
+        packed = preference_rows.build(units, config.row_length, tokenizer.pad_id, tokenizer.bos_id, ctx.state / "rows")
+        kind, objective = _HOW[config.aim]
         rows = preference_rows.load(ctx.state / "rows", kind, ctx.seed)
         ctx.say(f"{packed['units']} judged answers in {packed['rows']} rows, {len(heldout)} held out")
-        watch = _Watch(settings, ctx, tokenizer, heldout)
+        watch = _Watch(config, ctx, tokenizer, heldout)
         trainer = Trainer(
-            network, objective, rows.batch, settings, _runtime(settings, rows.n_rows), ctx.state,
+            network, objective, rows.batch, config, _runtime(config, rows.n_rows), ctx.state,
             log=watch.log, stop=lambda: ctx.stop, on_step=[watch], model_config=network.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         resumed = trainer.start()
@@ -92,7 +88,7 @@ class RewardModelling(Stage):
         watch.begin(trainer)
         if not trainer.run():
             ctx.interrupt()
-        scale = Scale.learn(settings.aim, trainer.extras["bad"], trainer.extras["good"], tokenizer.fingerprint)
+        scale = Scale.learn(config.aim, trainer.extras["bad"], trainer.extras["good"], tokenizer.fingerprint)
         tokenizer.save(ctx.state / "tokenizer")
         hub.save(network, ctx.dir / "model", tokenizer_dir=ctx.state / "tokenizer", files={FACTS: scale.to_json()})
         counts = {"steps": trainer.step, "trained": packed["units"], "heldout": len(heldout)}
@@ -106,57 +102,57 @@ _HOW = {
 
 
 def _judged(
-    settings: RewardModelConfig, ctx: StageContext, model: Transformer, tokenizer: Tokenizer
+    config: RewardModelConfig, ctx: StageContext, model: Transformer, tokenizer: Tokenizer
 ) -> tuple[list[Line], dict[str, Any]]:
     """All lines, and facts about the made ones. Kept in the state, for sampling takes time."""
     path = ctx.state / "judged.json"
     if not path.exists():
-        made, facts = _made(settings, ctx, model, tokenizer) if settings.made else ([], {})
-        write_atomic(path, json.dumps([[*_from_files(settings), *made], facts]))
+        made, facts = _made(config, ctx, model, tokenizer) if config.made else ([], {})
+        write_atomic(path, json.dumps([[*_from_files(config), *made], facts]))
     lines, facts = json.loads(path.read_text())
     return lines, facts
 
 
-def _from_files(settings: RewardModelConfig) -> Iterator[Line]:
-    fields = preference_rows.PAIR if settings.aim == "helpful" else preference_rows.LABEL
-    for name in settings.data:
+def _from_files(config: RewardModelConfig) -> Iterator[Line]:
+    fields = preference_rows.PAIR if config.aim == "helpful" else preference_rows.LABEL
+    for name in config.data:
         yield from preference_rows.read(Path(name), fields)
 
 
-def _problems(settings: RewardModelConfig, seed: int) -> list[tasks.Problem]:
+def _problems(config: RewardModelConfig, seed: int) -> list[tasks.Problem]:
     """What made answers are for; half of the harmless model's prompts ask for something unsafe."""
-    task = tasks.get("general", harmless_share=0.0 if settings.aim == "helpful" else 0.5)
-    return [task.problem("train", i, seed) for i in range(settings.made)]
+    task = tasks.get("general", harmless_share=0.0 if config.aim == "helpful" else 0.5)
+    return [task.problem("train", i, seed) for i in range(config.made)]
 
 
 def _made(
-    settings: RewardModelConfig, ctx: StageContext, model: Transformer, tokenizer: Tokenizer
+    config: RewardModelConfig, ctx: StageContext, model: Transformer, tokenizer: Tokenizer
 ) -> tuple[list[Line], dict[str, Any]]:
-    problems = _problems(settings, ctx.seed)
-    answers = [general_quality.candidates(problem, settings.aim, WRITTEN, ctx.seed) for problem in problems]
-    if settings.samples:
+    problems = _problems(config, ctx.seed)
+    answers = [general_quality.candidates(problem, config.aim, WRITTEN, ctx.seed) for problem in problems]
+    if config.samples:
         prompts = [question_ids(tokenizer, problem.prompt) for problem in problems]
         seeds = [tasks.stable_hash("judged", ctx.seed, p) & (2**62 - 1) for p in range(len(prompts))]
         engine, begun = Engine(model, tokenizer, setup.workers()), opening(tokenizer.chat_style)
         groups = engine.generate(
-            prompts, samples=settings.samples, seeds=seeds, max_new_tokens=settings.max_new_tokens,
-            batch_rows=setup.batch_rows(len(prompts) * settings.samples),
+            prompts, samples=config.samples, seeds=seeds, max_new_tokens=config.max_new_tokens,
+            batch_rows=setup.batch_rows(len(prompts) * config.samples),
         )  # fmt: skip
         for written, group in zip(answers, groups, strict=True):
             written += [begun + completion.text for completion in group]
     asked = zip(problems, answers, strict=True)
-    if settings.aim == "harmless":
+    if config.aim == "harmless":
         return general_quality.labels(asked, ctx.seed)
     return general_quality.pairs(asked, ctx.seed, length=lambda text: len(tokenizer.encode(text)))
 
 
-def _parted(lines: Iterable[Line], settings: RewardModelConfig, ctx: StageContext) -> tuple[list[Line], list[Line]]:
+def _parted(lines: Iterable[Line], config: RewardModelConfig, ctx: StageContext) -> tuple[list[Line], list[Line]]:
     """Trained on and held out; all lines of a prompt are on one side."""
     parts: tuple[list[Line], list[Line]] = [], []
     for line in lines:
-        parts[tasks.stable_hash("heldout", line["prompt"]) < settings.heldout * 2**64].append(line)
+        parts[tasks.stable_hash("heldout", line["prompt"]) < config.heldout * 2**64].append(line)
     marks = {line.get("safe") for line in parts[1]}
-    if not parts[1] or (settings.aim == "harmless" and marks != {True, False}):
+    if not parts[1] or (config.aim == "harmless" and marks != {True, False}):
         raise UserError(
             f'stage "{ctx.name}": {len(parts[1])} judged answers are held out, too few (of both kinds) to measure on; '
             "give more data or raise heldout or made"
@@ -188,15 +184,15 @@ class _Watch(StepLog):
     """Metrics of every step; after the last one the held-out scores, which travel in the checkpoint's extras."""
 
     def __init__(
-        self, settings: RewardModelConfig, ctx: StageContext, tokenizer: Tokenizer, heldout: Sequence[Line]
+        self, config: RewardModelConfig, ctx: StageContext, tokenizer: Tokenizer, heldout: Sequence[Line]
     ) -> None:
         super().__init__(ctx)
-        self.settings, self.tokenizer, self.heldout = settings, tokenizer, heldout
+        self.config, self.tokenizer, self.heldout = config, tokenizer, heldout
 
     def __call__(self, trainer: Trainer) -> None:
         if trainer.tokens < trainer.runtime.tokens:
             return
-        units = [_texts(line, self.settings.aim, self.tokenizer) for line in self.heldout]
+        units = [_texts(line, self.config.aim, self.tokenizer) for line in self.heldout]
         flat = score_ids(trainer.model, [ids for unit in units for ids, _ in unit], self.tokenizer.pad_id)
         scores = iter(flat)
         scored = [[(next(scores), mark) for _, mark in unit] for unit in units]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bessemer.config.recipe import Recipe
 from bessemer.config.training import SFTConfig
 from bessemer.data import sft_rows, sources
 from bessemer.data.chat import question_ids
@@ -19,9 +20,8 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.pipeline.stage import Stage, find_kind, register
-from bessemer.pipeline.step_log import StepLog
-from bessemer.runs import conversations
+from bessemer.pipeline.stage import Stage, StepLog, find_kind, register
+from bessemer.runs import files
 from bessemer.runs.context import StageContext
 from bessemer.train import objective, setup
 from bessemer.train.trainer import Runtime, Trainer, constant
@@ -31,28 +31,26 @@ from bessemer.workers import Workers
 @register
 class SFT(Stage):
     kind = "sft"
-    across = True
+    distributed = True
 
-    config = SFTConfig
-
-    def resolve(self, settings: SFTConfig, recipe: Any) -> dict[str, Any]:
-        distributed.check(recipe, settings.name, [settings.batch_rows])
-        if not settings.data and not settings.samples:
-            raise UserError(f'stage "{settings.name}": nothing to train on; give data = [...] or samples = [...]')
-        for stage in map(recipe.stage, settings.samples):
-            if not find_kind(stage.kind)().leaves_conversations(stage):
+    def resolve(self, config: SFTConfig, recipe: Recipe) -> dict[str, Any]:
+        distributed.check(recipe, config.name, [config.batch_rows])
+        if not config.data and not config.samples:
+            raise UserError(f'stage "{config.name}": nothing to train on; give data = [...] or samples = [...]')
+        for stage in map(recipe.stage, config.samples):
+            if not find_kind(stage.kind)().exports_conversations(stage):
                 raise UserError(
                     f'stage "{stage.name}" (kind {stage.kind}) leaves no conversations; a stage of kind reject '
                     'does, and one of kind rl with export_samples = "correct"'
                 )
         return {}
 
-    def shown(self, settings: SFTConfig, recipe: Any, folder: Path, cache: Path) -> Iterator[Any]:
+    def training_data(self, config: SFTConfig, recipe: Recipe, folder: Path, cache: Path) -> Iterator[Any]:
         """The conversations it was given; those of earlier stages are theirs to show."""
-        for spec in settings.data:
+        for spec in config.data:
             yield from (document.text for document in sources.documents(spec, cache, domain=spec))
 
-    def run(self, settings: SFTConfig, ctx: StageContext) -> dict[str, Any]:
+    def run(self, config: SFTConfig, ctx: StageContext) -> dict[str, Any]:
         if ctx.source is None or not (ctx.source / "model").is_dir():
             raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
         setup.keep_memory()
@@ -60,15 +58,15 @@ class SFT(Stage):
         model = distributed.model_of(network)
         if ctx.recipe.layout.recompute:
             model.set_recompute(ctx.recipe.layout.recompute)
-        if settings.style is not None:
-            tokenizer.chat_style = settings.style
+        if config.style is not None:
+            tokenizer.chat_style = config.style
         folder = ctx.state / "rows"
-        facts = ctx.agree(lambda: sft_rows.build(_conversations(settings, ctx), tokenizer, settings.row_length, folder))
+        facts = ctx.agree(lambda: sft_rows.build(_conversations(config, ctx), tokenizer, config.row_length, folder))
         rows = sft_rows.load(ctx.state / "rows", ctx.seed)
         ctx.say(_about(facts))
-        watch = _Watch(settings, ctx, tokenizer, rows.n_rows * settings.row_length)
+        watch = _Watch(config, ctx, tokenizer, rows.n_rows * config.row_length)
         trainer = distributed.trainer(
-            network, objective.next_token, rows.batch, settings, _runtime(settings, rows.n_rows, model, ctx), ctx.state,
+            network, objective.next_token, rows.batch, config, _runtime(config, rows.n_rows, model, ctx), ctx.state,
             log=watch.log, stop=lambda: ctx.stop, on_step=[watch], model_config=model.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         resumed = trainer.start()
@@ -83,9 +81,9 @@ class SFT(Stage):
         return {"steps": trainer.step, **{key: facts[key] for key in ("samples", "too_long", "answer_tokens")}}
 
 
-def _conversations(settings: SFTConfig, ctx: StageContext) -> Iterator[Document]:
-    made = [ctx.inputs[name] / conversations.FILE for name in settings.samples]
-    specs = [*settings.data, *map(str, made)]
+def _conversations(config: SFTConfig, ctx: StageContext) -> Iterator[Document]:
+    made = [ctx.inputs[name] / files.CONVERSATIONS for name in config.samples]
+    specs = [*config.data, *map(str, made)]
     return itertools.chain.from_iterable(sources.documents(spec, ctx.cache, domain=spec) for spec in specs)
 
 
@@ -113,12 +111,12 @@ def _runtime(config: SFTConfig, n_rows: int, model: torch.nn.Module, ctx: StageC
 class _Watch(StepLog):
     """Metrics, and the prompts answered after every epoch."""
 
-    def __init__(self, settings: SFTConfig, ctx: StageContext, tokenizer: Tokenizer, epoch: int) -> None:
+    def __init__(self, config: SFTConfig, ctx: StageContext, tokenizer: Tokenizer, epoch: int) -> None:
         super().__init__(ctx)
-        self.settings, self.tokenizer, self.epoch = settings, tokenizer, epoch
+        self.config, self.tokenizer, self.epoch = config, tokenizer, epoch
 
     def __call__(self, trainer: Trainer) -> None:
-        prompts = self.settings.prompts if self.passed(self.epoch) else []
+        prompts = self.config.prompts if self.passed(self.epoch) else []
         if not prompts:
             return
         model = distributed.gather(trainer)
