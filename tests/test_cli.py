@@ -284,7 +284,7 @@ def test_plan_draws_a_schedule(call, tmp_path):
 
 
 def test_doctor(call, monkeypatch, tmp_path):
-    from bessemer.report import doctor
+    from bessemer.cli import doctor
 
     monkeypatch.setattr(doctor.probe, "gemm_rates", lambda: {"float32": 60.0, "bfloat16": 70.0})
     facts = json.loads(call("doctor", "--json", "--folder", tmp_path)[1])

@@ -74,7 +74,7 @@ def test_rows_cut_over_ranks():
 
 def test_the_planner_does_not_price_it():
     with pytest.raises(UserError, match="does not price context parallelism"):
-        plan_config.of_recipe(Recipe.load(V3, ["layout.cp=2"]), None, None)
+        plan_config.of_recipe(Recipe.load(V3, ["layout.cp=2"]), None, 4096)
 
 
 def test_a_recipe_without_pre_training():

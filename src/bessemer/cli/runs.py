@@ -105,7 +105,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """What this machine is good for, and what will be slow on it."""
-    from bessemer.report import doctor as machine
+    from bessemer.cli import doctor as machine
 
     facts = machine.examine(folder)
     if as_json:

@@ -230,14 +230,14 @@ def _generated(problem: Problem) -> bool:
     return not GENERATED.isdisjoint(problem.meta)
 
 
-def _canonical(value: Any) -> Hashable:
+def _canonical(value: object) -> Hashable:
     """Tables and lists as tuples; values under a key of UNORDERED are sorted, at every depth."""
     if isinstance(value, dict):
         return tuple((key, (_sorted if key in UNORDERED else _canonical)(value[key])) for key in sorted(value))
     return tuple(map(_canonical, value)) if isinstance(value, list | tuple) else value
 
 
-def _sorted(value: Any) -> Hashable:
+def _sorted(value: object) -> Hashable:
     return tuple(sorted(map(_sorted, value), key=repr)) if isinstance(value, list | tuple) else _canonical(value)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from bessemer.config.recipe import Recipe
 from bessemer.dist import schedules
+from bessemer.dist.table import Table
 from bessemer.errors import UserError
 from bessemer.model import accounting
 from bessemer.model.config import ModelConfig
@@ -121,13 +122,14 @@ def plan_run(
     hours = tokens * step.seconds / setup.step_tokens * setup.layout.world / 3600
     if batch is not None:
         hours = _ramp_hours(setup, tokens, batch)
-    return RunPlan(cfg, setup, step, tokens, hours, usd_hour, _memory(cfg, setup, step))
+    return RunPlan(cfg, setup, step, tokens, hours, usd_hour, setup_memory(cfg, setup, step.table))
 
 
-def _memory(cfg: ModelConfig, setup: Setup, step: StepTime) -> list[dict[str, int]]:
+def setup_memory(cfg: ModelConfig, setup: Setup, table: Table) -> list[dict[str, int]]:
+    """Bytes by kind of every pipeline rank of a run with this schedule."""
     return memory.per_rank(
-        cfg, setup.layout, step.table, setup.rows, setup.length, NumberFormats(fp8=setup.fp8), setup.recompute,
-        setup.mtp, cuts(setup, step.table.stages),
+        cfg, setup.layout, table, setup.rows, setup.length, NumberFormats(fp8=setup.fp8), setup.recompute,
+        setup.mtp, cuts(setup, table.stages),
     )  # fmt: skip
 
 
@@ -171,7 +173,7 @@ def ideas(plan: RunPlan) -> dict[str, dict[str, float] | str]:
         hours = 1e12 / other.step_tokens * step.seconds * other.layout.world / 3600
         cost = {"gpu_hours_per_trillion_tokens": hours, "factor": hours / plan.hours_per_trillion}
         if not other.shape.kv_heads:
-            cost["memory_gib"] = max(sum(kinds.values()) for kinds in _memory(plan.cfg, other, step)) / GIB
+            cost["memory_gib"] = max(sum(kinds.values()) for kinds in setup_memory(plan.cfg, other, step.table)) / GIB
         costs[name] = cost
     return costs
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from bessemer.config.recipe import Recipe
+from bessemer.config.training import PretrainConfig
 from bessemer.config.units import show_tokens
 from bessemer.dist import distributed, mesh, schedules
 from bessemer.dist.mesh import Layout
@@ -30,7 +31,7 @@ from bessemer.model.transformer import Transformer
 from bessemer.plan import memory
 from bessemer.plan.hardware import GIB, Device, device
 from bessemer.plan.memory import NumberFormats
-from bessemer.train import setup
+from bessemer.plan.plan_config import pretraining
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,10 @@ class DryRun:
 def of_recipe(recipe: Recipe, world: int | None = None, device_name: str | None = None) -> DryRun:
     """The dry run of a recipe's pre-training on `world` ranks (None: as few as [layout] needs); UserError for an
     impossible layout."""
-    settings = next((stage for stage in recipe.stages if stage.kind == "pretrain"), None)
-    if settings is None:
-        raise UserError(f'recipe "{recipe.name}": --dry-run is for pre-training, and no stage is of kind "pretrain"')
-    corpus = next((stage for stage in recipe.stages if stage.kind == "corpus"), None)
-    cfg = setup.model_config(recipe, settings.model)
+    settings, cfg, length = pretraining(recipe, needed_for="--dry-run is for")
     n = world or recipe.layout.fewest
     layout, *_ = distributed.layout_of(recipe.layout, n)
     distributed.check(recipe, settings.name, settings.batch_rows.values, cfg, n)
-    length = cfg.max_seq_len if corpus is None else corpus.row_length
     half = settings.precision == "bfloat16" or (settings.precision == "auto" and device_name is not None)
     moments = torch.bfloat16 if settings.moments == "bfloat16" else torch.float32
     fused = device_name is not None
@@ -146,7 +142,7 @@ def _as_rank(rank: int, world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _ramp(settings: Any, layout: Layout, schedule: str) -> list[dict[str, Any]]:
+def _ramp(settings: PretrainConfig, layout: Layout, schedule: str) -> list[dict[str, Any]]:
     """Micro-batches per pipeline at the points of batch_rows, and where "auto" changes its schedule between them."""
     each = layout.dp * layout.ep * settings.micro_rows
 

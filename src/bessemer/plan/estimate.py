@@ -16,15 +16,17 @@ from typing import Any
 import torch
 
 from bessemer.config.recipe import Recipe
+from bessemer.config.table import StageConfig
+from bessemer.config.training import PretrainConfig
 from bessemer.config.units import show_seconds
 from bessemer.data.batch import Batch
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.errors import UserError
 from bessemer.model.accounting import flops_per_token
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.stages.pretrain import HELDOUT_ROWS, runtime
+from bessemer.plan.plan_config import pretraining
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import read_json
@@ -74,12 +76,7 @@ class LocalEstimate:
 
 def estimate(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> LocalEstimate:
     """`seconds`: length of each measurement; `run`: the run directory to compare with, if it exists."""
-    settings = next((stage for stage in recipe.stages if stage.kind == "pretrain"), None)
-    if settings is None:
-        raise UserError(f'recipe "{recipe.name}": --here measures pre-training, and no stage is of kind "pretrain"')
-    corpus = next((stage for stage in recipe.stages if stage.kind == "corpus"), None)
-    cfg = setup.model_config(recipe, settings.model)
-    length = cfg.max_seq_len if corpus is None else corpus.row_length
+    settings, cfg, length = pretraining(recipe, needed_for="--here measures")
     model = Transformer(cfg).initialise(recipe.seed).to(setup.device())
     if settings.fp8 != "off":
         model.set_fp8(FP8_RECIPES[settings.fp8])
@@ -104,7 +101,7 @@ def estimate(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> L
     return LocalEstimate(stages, rates, measured, notes)
 
 
-def _training(model: Transformer, settings: Any, length: int, seconds: float) -> float:
+def _training(model: Transformer, settings: PretrainConfig, length: int, seconds: float) -> float:
     """Tokens per second of the stage's trainer, on random tokens. Steps of the first third of the time are not counted:
     kernels are then compiled for every number of rows that an expert may get."""
     choice = setup.choose_precision(settings.precision)
@@ -166,7 +163,7 @@ def _decoding(model: Transformer, seconds: float) -> float:
         tokens = min(2 * tokens, model.cfg.max_seq_len - 41)
 
 
-def _stage(stage: Any, recipe: Recipe, rates: dict[str, float], length: int) -> float:
+def _stage(stage: StageConfig, recipe: Recipe, rates: dict[str, float], length: int) -> float:
     train, decode = rates["training_tokens_per_second"], rates.get("decoding_tokens_per_second", 1.0)
     if stage.kind == "corpus":
         return CORPUS

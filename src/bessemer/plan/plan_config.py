@@ -12,6 +12,7 @@ from typing import Any
 
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import nearest
+from bessemer.config.training import PretrainConfig
 from bessemer.dist import mesh, schedules
 from bessemer.dist.mesh import Layout
 from bessemer.errors import UserError
@@ -234,13 +235,25 @@ def resolve(name: str, given: PlanConfig) -> tuple[str, ModelConfig, PlanConfig,
     if path.suffix != ".toml" and not path.exists():
         raise UserError(f'no model "{name}": {nearest(name, list(PRESETS))} (or the path of a recipe, such as my.toml)')
     recipe = Recipe.load(path)
+    settings, cfg, length = pretraining(recipe, given.model)
+    return recipe.name, cfg, given.over(of_recipe(recipe, settings, length)), recipe
+
+
+def pretraining(
+    recipe: Recipe, model: dict[str, Any] | None = None, needed_for: str = ""
+) -> tuple[PretrainConfig | None, ModelConfig, int]:
+    """(pre-training stage or None, network with the changes `model`, tokens of a sequence) of a recipe. `needed_for`:
+    the option whose error is raised for a recipe without pre-training."""
     settings = next((stage for stage in recipe.stages if stage.kind == "pretrain"), None)
-    cfg = model_config(recipe, (settings.model if settings else {}) | given.model)
-    return recipe.name, cfg, given.over(of_recipe(recipe, settings, cfg)), recipe
+    if settings is None and needed_for:
+        raise UserError(f'recipe "{recipe.name}": {needed_for} pre-training, and no stage is of kind "pretrain"')
+    cfg = model_config(recipe, (settings.model if settings else {}) | (model or {}))
+    corpus = next((stage for stage in recipe.stages if stage.kind == "corpus"), None)
+    return settings, cfg, cfg.max_seq_len if corpus is None else corpus.row_length
 
 
-def of_recipe(recipe: Recipe, settings: Any, cfg: ModelConfig) -> PlanConfig:
-    """The layout of a recipe, and its pre-training if it has one."""
+def of_recipe(recipe: Recipe, settings: PretrainConfig | None, length: int) -> PlanConfig:
+    """The layout of a recipe, and its pre-training on sequences of `length` tokens if it has one."""
     table = recipe.layout
     if table.cp > 1:
         raise UserError(
@@ -257,9 +270,8 @@ def of_recipe(recipe: Recipe, settings: Any, cfg: ModelConfig) -> PlanConfig:
         layout["recompute"] = tuple(table.recompute)
     if settings is None:
         return PlanConfig(**layout)
-    corpus = next((stage for stage in recipe.stages if stage.kind == "corpus"), None)
     return PlanConfig(
         **layout, tokens=float(settings.tokens), batch=tuple(map(tuple, settings.batch_rows.plain())),
-        seq=cfg.max_seq_len if corpus is None else corpus.row_length, micro_rows=settings.micro_rows,
+        seq=length, micro_rows=settings.micro_rows,
         precision="fp8" if settings.fp8 != "off" else "bf16", mtp=int(any(settings.mtp_lambda.values)),
     )  # fmt: skip

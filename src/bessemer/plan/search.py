@@ -17,10 +17,9 @@ from bessemer.dist.schedules import schedule
 from bessemer.dist.table import Table
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
-from bessemer.plan import memory
+from bessemer.plan.cost import setup_memory
 from bessemer.plan.hardware import GIB, ClusterSpec
-from bessemer.plan.layer_time import cuts, layer_times
-from bessemer.plan.memory import NumberFormats
+from bessemer.plan.layer_time import layer_times
 from bessemer.plan.plan_config import PlanConfig, with_layout
 from bessemer.plan.step_time import step_time
 from bessemer.plan.training_setup import Setup
@@ -141,11 +140,7 @@ def _table(name: str, ranks: int, micro: int) -> Table:
 
 def _peak_bytes(cfg: ModelConfig, setup: Setup) -> int:
     table = _table(setup.schedule, setup.layout.pp, _enough(setup))
-    ranks = memory.per_rank(
-        cfg, setup.layout, table, setup.rows, setup.length, NumberFormats(fp8=setup.fp8), setup.recompute, setup.mtp,
-        cuts(setup, table.stages),
-    )  # fmt: skip
-    return max(sum(kinds.values()) for kinds in ranks)
+    return max(sum(kinds.values()) for kinds in setup_memory(cfg, setup, table))
 
 
 def _lower_bound(setup: Setup) -> float:

@@ -1,7 +1,8 @@
 """Predictions next to published values, with every error: `python -m bessemer.plan.validate` writes docs/planner.md.
 
 The model is calibrated on `efficiency.toml` (single kernels) and `IN_STEP` (one number of a training profile); it is
-validated on `claims.toml` and `validation.toml`. A test compares the page with the output of this module.
+validated on `claims.toml` and `validation.toml`; `page.toml` has the text of the page. A test compares the page with
+the output of this module.
 """
 
 from __future__ import annotations
@@ -103,86 +104,6 @@ def gemms() -> list[Comparison]:
     ]
 
 
-PAGE = """\
-# The planner against what was published
-
-This page is written by `python -m bessemer.plan.validate`, and a test keeps it up to date. The planner's inputs are
-makers' figures (`plan/hardware.toml`), published measurements of single kernels and collectives
-(`plan/efficiency.toml`), and one number of a training profile: kernels take {in_step:g} x as long within a step as
-alone (the compute streams of the public DeepSeek trace are busy 124.3 ms; the same kernels alone take 103.6). Published
-throughputs and GPU hours are in `plan/claims.toml` and `plan/validation.toml`, and no prediction reads them. Errors are
-stated as they are: nothing was tuned to reduce one. Routing is balanced throughout.
-
-    bessemer plan v3 --cluster 2048xH800 --html v3.html    cost, memory, timeline, savings of each idea
-    bessemer plan v3 --cluster 1024xH100 --search          the best layout that fits, and why others do not
-    bessemer plan mine.toml --cluster 64xH100 --set batch=2048 precision=bf16 recompute=attend
-    bessemer plan mine.toml --here                         this machine, measured for a few seconds
-    bessemer plan --audit deepseek-v3                      claims next to predictions
-
-## DeepSeek-V3 on 2,048 H800
-
-`bessemer plan --audit deepseek-v3`
-
-{claims}
-
-The planner does not know how uneven the expert loads of a micro-batch are in real training. A trillion tokens take, by
-the load of the busiest of the 64 ranks over the mean:
-
-{imbalances}
-
-The context extension used another, undocumented layout, and long sequences cost more than their FLOPs. Serving is
-planned for an even load, whereas the published number of nodes follows the load of the day. A prefill rate of 72
-thousand tokens per second is what 32 GPUs reach when they always have prompts of 4K; the published rate is a mean over
-the actual demand.
-
-## A step of DeepSeek-V3, part by part (ISCA 2025, Table 4)
-
-{isca}
-
-Stages have nearly equal work: 4 layers on each of 15, and the last main layer, MTP and both uses of the head on the
-last; the reports do not specify this. With equal numbers of layers the bubble would be twice as large. The difference
-is in the overlapped pairs, {count:.1f} per rank: {theirs:.0f} ms each in the published table, 129 in the trace below,
-which has balanced routing and no pipeline, and {ours:.0f} here. Two effects are not modelled: waits inside a pair
-(4 %: 129 ms in the trace, of which 124.3 are busy) and the cost of real routing and messages (8 %).
-
-## The public training trace: 4 + 4 MoE layers on H800
-
-{pair}
-
-The second row is not a validation: the factor comes from this trace's busy time, though not from its length.
-
-## Runs of other systems
-
-{others}
-
-Predictions assume fused kernels, no failures and the clock rates implied by the factor above. Runs with unfused
-operations, lower power limits, or recomputation and waits that their authors do not describe are slower, here by up to
-40 %: a prediction is what a system with the best known kernels would reach.
-
-{notes}
-
-## Our own runs on CPUs
-
-{own}
-
-All trials of `bessemer plan recipes/tiny.toml --here` on 2 cores of a Xeon. The first ran on an idle machine; its
-corpus was planned at 60 s and took 16, because the files were already there, and everything else was measured. The
-others, of pre-training only, shared the machine with other work: where the load stayed the same, plan and run agree
-(-3 %); where it changed, a measurement of a few seconds did not represent the following minutes.
-
-Memory: planned sizes of what a rank holds before a step are exact to the byte; those of what it saves and uses within
-a step are within 5 % of what torch's allocator counted in real gloo processes (`tests/plan/test_memory.py`).
-
-## Calibration: the fit of the FP8 GEMMs
-
-{gemms}
-
-TFLOPS = R q K / (K + K0), where q is the share of multiprocessors that have a tile, over all waves: R = {r8:,.0f},
-K0 = {k8:,.0f}; for BF16 on H100, R = {r16:,.0f}, K0 = {k16:,.0f}. Attention on H100: forward {forward:.0f}, backward
-{backward:.0f} TFLOPS in the limit of long sequences, with a fixed cost of {l0:.0f} tokens.
-"""
-
-
 def page() -> str:
     """The text of docs/planner.md."""
     alone, inside, runs, uneven = pair(), pair(IN_STEP), other_runs(), imbalances()
@@ -192,7 +113,7 @@ def page() -> str:
         for one in audit.deepseek_v3()
     ]
     hours = [("thousand GPU hours", *(f"{n:.1f}" for _, n in uneven))]
-    return PAGE.format(
+    return read_toml("page.toml")["text"].format(
         in_step=IN_STEP, r8=r8, k8=k8, r16=r16, k16=k16, forward=forward, backward=backward, l0=l0,
         claims=table(("claim", "published", "predicted", "error", "verdict"), claims),
         imbalances=table(("busiest rank", *(f"{busiest:g} x" for busiest, _ in uneven)), hours),

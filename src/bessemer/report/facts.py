@@ -1,7 +1,7 @@
-"""What a run directory says, read once for every view: stages, metrics as series, evaluations, samples, rollouts.
+"""The facts of a run directory, read once for every view: stages, metrics as series, evaluations, samples, rollouts.
 
-Nothing here computes a new figure and nothing is guessed: what a run did not record is absent. A run may be unfinished
-or running while it is read.
+Nothing is computed or guessed here: what a run did not record is absent. The run may be unfinished, or running while it
+is read.
 """
 
 import json
@@ -30,7 +30,7 @@ class Series:
 
 @dataclass
 class StageFacts:
-    """One stage's folder."""
+    """The folder of one stage."""
 
     name: str
     kind: str
@@ -41,13 +41,13 @@ class StageFacts:
     settings: dict[str, Any] = field(default_factory=dict)
     """Its table in the recipe."""
     lines: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
-    """(step, values) as written, for what needs their order."""
+    """(step, values) in the order of writing."""
     series: dict[str, Series] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     contamination: dict[str, Any] = field(default_factory=dict)
-    """What the search for the evaluation's problems in the training text found (`eval/contamination.py`)."""
+    """Result of the contamination search (`eval/contamination.py`)."""
     samples: list[tuple[str, str]] = field(default_factory=list)
-    """(heading, text) in the order they were written."""
+    """(heading, text) in the order of writing."""
     rollouts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -56,7 +56,7 @@ class StageFacts:
 
     @property
     def source(self) -> str:
-        """The stage it starts from."""
+        """The stage whose model it starts from."""
         return str(self.settings.get("from", ""))
 
 
@@ -70,7 +70,7 @@ class RunFacts:
     stages: list[StageFacts]
     conformance: list[dict[str, Any]]
     finished_at: float
-    """Unix time of the last thing the run recorded; 0 when it recorded nothing."""
+    """Unix time of the last record; 0 without any."""
 
     @property
     def seconds(self) -> float:
@@ -82,7 +82,7 @@ class RunFacts:
 
 
 def read(root: Path) -> RunFacts:
-    """Facts of the run in `root`; UserError when it is no run, or a file in it is damaged."""
+    """The facts of the run in `root`; UserError if it is no run, or one of its files is damaged."""
     try:
         text = (root / "recipe.toml").read_text(encoding="utf-8")
         recipe = tomllib.loads(text)
@@ -122,20 +122,20 @@ def _stage(name: str, settings: dict[str, Any], folder: Path) -> StageFacts:
 
 
 def _json(path: Path) -> Any:
-    """What a file holds; an empty list when there is none."""
+    """The content of a file; an empty list if it does not exist."""
     try:
         return json.loads(path.read_bytes()) if path.exists() else []
     except ValueError:
         raise UserError(f"{path} is not valid JSON; delete it and run the recipe again") from None
 
 
-def _rows(found: Any) -> list[dict[str, Any]]:
+def _rows(content: object) -> list[dict[str, Any]]:
     """A list of tables, bare or as "rows"; also {"before": {...}, "after": {...}}, whose keys name the model."""
-    if isinstance(found, dict) and isinstance(found.get("rows"), list):
-        found = found["rows"]
-    elif isinstance(found, dict):
-        found = [{"model": name, **row} for name, row in found.items() if isinstance(row, dict)]
-    return [row for row in found if isinstance(row, dict)]
+    if isinstance(content, dict) and isinstance(content.get("rows"), list):
+        content = content["rows"]
+    elif isinstance(content, dict):
+        content = [{"model": name, **row} for name, row in content.items() if isinstance(row, dict)]
+    return [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
 
 
 def _samples(path: Path) -> list[tuple[str, str]]:
@@ -144,9 +144,9 @@ def _samples(path: Path) -> list[tuple[str, str]]:
     text = path.read_text(encoding="utf-8", errors="replace")
     if not _SAMPLE_HEADING.search(text):
         return [("samples.md", text)]
-    found = []
+    samples = []
     for part in _SAMPLE_HEADING.split(text)[1:]:
         heading, _, body = part.partition("\n")
         lines = [line.removeprefix("    ") for line in body.strip("\n").split("\n")]
-        found.append((heading.strip(), "\n".join(lines)))
-    return found
+        samples.append((heading.strip(), "\n".join(lines)))
+    return samples

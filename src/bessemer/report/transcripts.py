@@ -81,7 +81,7 @@ def _steps(lines: list[Answer]) -> int:
     return len({line.get("step") for line in lines})
 
 
-def _moment(step: Any, group: list[Answer]) -> str:
+def _moment(step: object, group: list[Answer]) -> str:
     right = f", {sum(bool(line.get('correct')) for line in group)} of {len(group)} in the group correct"
     when = f"step {step}" + (right if len(group) > 1 and any("correct" in line for line in group) else "")
     answers = "".join(_answer(line) for line in group[:_PER_MOMENT])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bessemer.report import doctor
+from bessemer.cli import doctor
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """`bessemer doctor`: what this machine has, measured, and what will be slow on it and why.
 
-`examine` gathers facts (plain JSON), each judgement a note with a level: ok, slow (it works, and this is what it costs)
-or bad (it will not work until mended). `describe` is the text for a person.
+`examine` gathers facts (plain JSON) with notes, each of a level: ok, slow (it works, at a stated cost) or bad (it does
+not work until fixed). `describe` is the text for a terminal.
 """
 
 import os
@@ -18,14 +18,14 @@ from bessemer.tasks import sandbox
 from bessemer.workers import cores, shared_free
 
 _GB = 1e9
-_NEED_DISK_GB = 2.0  # packages, packed rows and the checkpoints of the tiny recipe, with room to spare
+_NEED_DISK_GB = 2.0  # packages, packed rows and checkpoints of the tiny recipe, with a margin
 _NEED_MEMORY_GB = 4.0
-_NEED_SHARED_MB = 256  # `small`: weights and one set of gradients a helper
-_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16")  # the last is arm's name
+_NEED_SHARED_MB = 256  # `small`: weights, and gradients of every worker
+_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16")  # the last is the name on ARM
 
 
 def examine(folder: Path) -> dict[str, Any]:
-    """Facts about this machine; `folder` is where runs would be kept. Takes a second or two: it measures."""
+    """Facts about this machine; `folder` is where runs would be stored. Measuring takes a second or two."""
     rates = {name: round(float(rate), 1) for name, rate in probe.gemm_rates().items()}
     choice = probe.compute_dtype(rates)
     total, available = _memory()
@@ -58,11 +58,11 @@ def examine(folder: Path) -> dict[str, Any]:
 
 
 def describe(facts: dict[str, Any]) -> str:
-    """One line a note: mark, subject, what is here and what it means."""
+    """One line per note: level, subject, fact and consequence."""
     marks = {"ok": "ok  ", "slow": "slow", "bad": "BAD "}
     lines = [f"{marks[note['level']]}  {note['about']:<9} {note['text']}" for note in facts["notes"]]
     bad = sum(note["level"] == "bad" for note in facts["notes"])
-    lines.append(f"{bad} thing{'s' * (bad != 1)} to mend before a run" if bad else "ready to run")
+    lines.append(f"{bad} problem{'s' * (bad != 1)} to fix before a run" if bad else "ready to run")
     return "\n".join(lines)
 
 
@@ -84,7 +84,7 @@ def _judge(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _about_device(facts: dict[str, Any]) -> tuple[str, str, str]:
     if facts["gpus"]:
         return "GPU", "ok", ", ".join(facts["gpus"])
-    text = "none: models past some ten million active parameters take days here; recipes/tiny.toml is made for this"
+    text = "none: models of more than ten million active parameters take days; recipes/tiny.toml is made for a CPU"
     return "GPU", "slow", text
 
 
@@ -92,7 +92,7 @@ def _about_threads(facts: dict[str, Any]) -> tuple[str, str, str]:
     cores, threads = facts["cores"], facts["threads"]
     text = f"{facts['cpu']}: {cores} cores, torch uses {threads} thread{'s' * (threads != 1)}"
     if threads > cores:
-        return "CPU", "slow", f"{text}: more threads than cores wait for each other; set OMP_NUM_THREADS={cores}"
+        return "CPU", "slow", f"{text}: more threads than cores, which slows all of them; set OMP_NUM_THREADS={cores}"
     if threads < cores // 2:
         return "CPU", "slow", f"{text}: the other cores are idle; unset OMP_NUM_THREADS"
     return "CPU", "ok", text
@@ -102,7 +102,7 @@ def _about_workers(facts: dict[str, Any]) -> tuple[str, str, str]:
     n, shared = facts["workers"], facts["shared_memory_mb"]
     if n == 1:
         return "workers", "ok", "one process does all the work"
-    text = f"{n} processes train and sample side by side; {shared} MiB of shared memory for the weights they share"
+    text = f"{n} processes train and sample in parallel; {shared} MiB of shared memory for the weights they share"
     if shared < _NEED_SHARED_MB:
         return "workers", "slow", f"{text}: too little for most models, one process will do the work; raise --shm-size"
     return "workers", "ok", text
@@ -110,7 +110,7 @@ def _about_workers(facts: dict[str, Any]) -> tuple[str, str, str]:
 
 def _about_numbers(facts: dict[str, Any]) -> tuple[str, str, str]:
     flags = facts["flags"]
-    has = ", ".join(flags) or "no vector instructions that matter"
+    has = ", ".join(flags) or "no relevant vector instructions"
     text = f"CPU has {has}; training computes in {facts['dtype_reason']}"
     if facts["gpus"] or facts["dtype"] != "float32":
         return "numbers", "ok", text
@@ -120,7 +120,7 @@ def _about_numbers(facts: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _about_fp8(facts: dict[str, Any]) -> tuple[str, str, str]:
-    """Which code serves the calls of FP8 training; emulation is exact and slow."""
+    """Which backend serves the calls of FP8 training; emulation is exact and slow."""
     emulated = [(call, why) for call, backend, why in facts["fp8"] if backend == "emulation"]
     if not emulated:
         return "FP8", "ok", f"training in FP8: {backends.summary(facts['fp8'])}"
@@ -135,25 +135,25 @@ def _about_compiler(facts: dict[str, Any]) -> tuple[str, str, str]:
     return (
         "compiler",
         "slow",
-        "no C++ compiler: torch.compile is off, everything runs eagerly; install g++ to change it",
+        "no C++ compiler: torch.compile is off, everything runs eagerly; install g++",
     )
 
 
 def _about_sandbox(facts: dict[str, Any]) -> tuple[str, str, str]:
-    found, trials = facts["sandbox"], facts["sandbox_trials"]
-    stronger = sandbox.LEVELS[: sandbox.LEVELS.index(found)]
+    level, trials = facts["sandbox"], facts["sandbox_trials"]
+    stronger = sandbox.LEVELS[: sandbox.LEVELS.index(level)]
     why = "; ".join(f"{name}: {trials[name]}" for name in stronger)
-    if found == "none":
+    if level == "none":
         text = f"none, so answers in code are not run ({why}); {sandbox.advice()}"
         return "sandbox", "slow", text
-    text = f"{found}: answers in code run without network, files of yours or a way to stay"
-    return "sandbox", "ok", text + (f"; to go a level up, install bubblewrap ({why})" if why else "")
+    text = f"{level}: answers in code run without network, your files or lasting processes"
+    return "sandbox", "ok", text + (f"; for a stronger level, install bubblewrap ({why})" if why else "")
 
 
 def _about_memory(facts: dict[str, Any]) -> tuple[str, str, str]:
     total, available = facts["memory_gb"], facts["memory_available_gb"]
     if total is None:
-        return "memory", "ok", "not known on this system"
+        return "memory", "ok", "unknown on this system"
     text = f"{available:.1f} of {total:.1f} GB free"
     if available < _NEED_MEMORY_GB:
         return "memory", "bad", f"{text}: less than the {_NEED_MEMORY_GB:.0f} GB a run needs; close something"
@@ -170,7 +170,7 @@ def _about_disk(facts: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _compilers() -> list[str]:
-    given = os.environ.get("CXX")  # what torch.compile itself asks first
+    given = os.environ.get("CXX")  # torch.compile tries this first
     return [*([given] if given else []), "g++", "clang++", "c++"]
 
 
@@ -196,7 +196,7 @@ def _flags() -> list[str]:
 
 
 def _memory() -> tuple[float | None, float | None]:
-    """(total, available) in GB, from the kernel; None where it does not say."""
+    """(total, available) in GB as the kernel reports them, or None."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         total, available = (int(lines[key].split()[0]) * 1024 / _GB for key in ("MemTotal", "MemAvailable"))
@@ -206,7 +206,7 @@ def _memory() -> tuple[float | None, float | None]:
 
 
 def _existing(folder: Path) -> Path:
-    """The nearest folder upwards that exists: where `folder` would be made."""
+    """The nearest existing parent, in which `folder` would be created."""
     folder = folder.absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
