@@ -46,7 +46,7 @@ def test_facts_are_json_and_every_one_is_here(machine):
      ("sandbox", {"sandbox": "none", "sandbox_trials": {"bubblewrap": "x", "namespaces": "y"}}, "slow",
       "not run (bubblewrap: x; namespaces: y); install bubblewrap"),
      ("memory", {"memory_gb": 2.0, "memory_available_gb": 1.0}, "bad", "close something"),
-     ("memory", {"memory_gb": None, "memory_available_gb": None}, "ok", "not known"),
+     ("memory", {"memory_gb": None, "memory_available_gb": None}, "ok", "unknown"),
      ("disk", {"writable": False}, "bad", "cannot be written"), ("disk", {"disk_free_gb": 0.1}, "bad", "--out")],
 )  # fmt: skip
 def test_judgements(machine, about, change, level, words):
@@ -54,7 +54,7 @@ def test_judgements(machine, about, change, level, words):
     assert found_level == level and words in text
 
 
-def test_the_last_line_counts_what_is_to_mend(machine):
+def test_the_last_line_counts_what_is_to_fix(machine):
     bad = {"about": "disk", "level": "bad", "text": "full"}
-    assert doctor.describe(machine | {"notes": [bad]}).endswith("1 thing to mend before a run")
+    assert doctor.describe(machine | {"notes": [bad]}).endswith("1 problem to fix before a run")
     assert doctor.describe(machine | {"notes": []}) == "ready to run"
