@@ -139,7 +139,7 @@ def test_an_evaluation_that_dies_goes_on_with_the_next_row(done, tmp_path, monke
         stages_run.run(folder / "small.toml", out)
     state = out / "03-eval" / "state"
     assert len(json.loads((state / "rows.json").read_text())) == 3 and not (out / "03-eval" / "results.json").exists()
-    monkeypatch.setattr(contamination, "Search", None)  # found already
+    monkeypatch.setattr(contamination, "ContaminationSearch", None)  # found already
     stages_run.run(folder / "small.toml", out)
     assert asked[3] == asked[4] and len(asked) == 4 + 5
     for name in ("03-eval/results.json", "metrics.jsonl"):
