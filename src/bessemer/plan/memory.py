@@ -121,7 +121,8 @@ class VectorKind(NamedTuple):
     """What decides which flat vector a parameter belongs to (a group of `Optimizer`)."""
 
     expert: bool
-    """Sharded over the ranks that replicate these experts; everything else is over the data-parallel ranks."""
+    """Optimizer state is sharded over the ranks with the same experts; for other parameters, over all data-parallel
+    ranks."""
     decayed: bool
     full: bool
     """Float32 whatever the compute dtype: norm gains and gates."""
@@ -171,12 +172,12 @@ def rank_params(
     vectors: dict[VectorKind, int] = {}
     total = 0
 
-    def add(parts: Iterator[ParamTensor], owners: set[int]) -> None:
+    def add(tensors: Iterator[ParamTensor], owners: set[int]) -> None:
         nonlocal total
-        for part in parts:
-            kind = VectorKind(part.expert, part.matrix, part.float32 and number != 4, bool(owners & others))
-            vectors[kind] = vectors.get(kind, 0) + _padded(part.numel, ALIGN)
-            total += part.numel
+        for tensor in tensors:
+            kind = VectorKind(tensor.expert, tensor.matrix, tensor.float32 and number != 4, bool(owners & others))
+            vectors[kind] = vectors.get(kind, 0) + _padded(tensor.numel, ALIGN)
+            total += tensor.numel
 
     sparse = 0
     for stage in sorted(mine):
@@ -193,9 +194,9 @@ def rank_params(
         for _ in range(cfg.n_mtp):
             add(mtp_tensors(cfg, layout.ep), {last})
         sparse += cfg.n_mtp
-    wave_fill = {kind: _padded(size, BLOCK * ranks[kind.expert]) for kind, size in vectors.items()}
+    padded = {kind: _padded(size, BLOCK * ranks[kind.expert]) for kind, size in vectors.items()}
     gates = sparse if cfg.topk_method == "noaux_tc" else 0
-    return RankParams(wave_fill, total, ranks, gates, cfg.n_routed_experts)
+    return RankParams(padded, total, ranks, gates, cfg.n_routed_experts)
 
 
 def _padded(size: int, multiple: int) -> int:
