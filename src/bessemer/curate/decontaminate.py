@@ -8,7 +8,6 @@ different words collide once in 10^19."""
 
 import hashlib
 import json
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +17,8 @@ import numpy as np
 from bessemer import tasks
 from bessemer.curate.words import DIGITS, OPERATOR, WordBlock, words
 from bessemer.errors import UserError
-from bessemer.tasks.ngrams import run_hashes
+from bessemer.tasks.ngrams import SHORTEST, NgramIndex
 
-SHORTEST = 5
 FIGURES = (DIGITS, OPERATOR)
 GENERATED = frozenset({"template", "story", "item"})
 """Keys of `Problem.meta`; a generated problem has at least one of them."""
@@ -80,42 +78,21 @@ class Index:
                 seen.add(key)
                 whole = one.whole or len(found.hashes_W) < n
                 self._known.append(_Known(one.name, found.hashes_W, whole, np.isin(found.kinds_W, FIGURES)))
-        self._places = self._index(n)
-        self._keys = {length: np.array(sorted(table), np.uint64) for length, table in self._places.items()}
-
-    def _index(self, n: int) -> dict[int, dict[int, list[tuple[int, int]]]]:
-        """length -> hash -> (text, position): the rarest n-gram of a text that hits as a whole, all unique n-grams of
-        the others."""
-        hashes = [run_hashes(known.hashes_W, min(n, len(known.hashes_W))).tolist() for known in self._known]
-        common = Counter(one for of_one in hashes for one in set(of_one))
-        places: dict[int, dict[int, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
-        for number, (known, of_one) in enumerate(zip(self._known, hashes, strict=True)):
-            own = [place for place, one in enumerate(of_one) if common[one] == 1 and known.is_specific(place, n)]
-            if known.whole or not own:
-                self._known[number] = known._replace(whole=True)
-                own = [min(range(len(of_one)), key=lambda place: (common[of_one[place]], place))]
-            for place in own:
-                places[min(n, len(known.hashes_W))][of_one[place]].append((number, place))
-        return places
+        phrases, whole = [known.hashes_W for known in self._known], [known.whole for known in self._known]
+        self._index = NgramIndex(phrases, whole, n, lambda number, place: self._known[number].is_specific(place, n))
 
     def hits(self, found: WordBlock) -> dict[int, str]:
         """Index of a text in the block -> name of an evaluation text that it contains."""
         hit: dict[int, str] = {}
-        for length, keys in self._keys.items():
-            hashes = run_hashes(found.hashes_W, length)
-            if not len(hashes):
+        for start, length, places in self._index.matches(found.hashes_W):
+            text = int(found.texts_W[start])
+            if text in hit or found.texts_W[start + length - 1] != text:
                 continue
-            at = np.searchsorted(keys, hashes).clip(max=len(keys) - 1)
-            inside = found.texts_W[: len(hashes)] == found.texts_W[length - 1 :]
-            for start in np.flatnonzero((keys[at] == hashes) & inside).tolist():
-                text = int(found.texts_W[start])
-                if text in hit:
-                    continue
-                for number, place in self._places[length][int(hashes[start])]:
-                    known = self._known[number]
-                    if not known.whole or _whole(found, start - place, known):
-                        hit[text] = known.name
-                        break
+            for number, place in places:
+                known = self._known[number]
+                if not self._index.whole[number] or _whole(found, start - place, known):
+                    hit[text] = known.name
+                    break
         return hit
 
 

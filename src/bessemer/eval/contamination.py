@@ -30,9 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from bessemer.curate.decontaminate import GENERATED, SHORTEST
+from bessemer.curate.decontaminate import GENERATED
 from bessemer.tasks import Problem
-from bessemer.tasks.ngrams import run_hashes, words
+from bessemer.tasks.ngrams import SHORTEST, NgramIndex, words
 
 N = 10
 PIECE = 1 << 17
@@ -51,8 +51,8 @@ class _Question:
 
     words: list[str]
     ids: np.ndarray
-    needed: int
-    """Words in a row that make a hit."""
+    whole: bool
+    """Whether only all of its words make a hit, not N of them."""
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -84,8 +84,8 @@ class ContaminationSearch:
         self._same: dict[Hashable, list[Problem]] = defaultdict(list)
         for problem in self._problems:
             self._same[identity(problem)].append(problem)
-        self._places = self._index()
-        self._keys = {length: np.array(sorted(table), np.uint64) for length, table in self._places.items()}
+        phrases, whole = [one.ids for one in self._questions], [one.whole for one in self._questions]
+        self._index = NgramIndex(phrases, whole, N)
         self._matches: dict[str, _Match] = {}
         self._seen: dict[str, Counter[str]] = defaultdict(Counter)
         self._piece: list[int] = []
@@ -156,41 +156,22 @@ class ContaminationSearch:
             question = questions.get(tuple(prompt))
             if question is None:
                 ids = [self._numbers.setdefault(word, len(self._numbers) + 2) for word in prompt]
-                whole = _generated(problem) or len(prompt) < N
-                question = _Question(prompt, np.array(ids, np.uint64), len(prompt) if whole else N)
+                whole = _generated(problem) or len(prompt) <= N
+                question = _Question(prompt, np.array(ids, np.uint64), whole)
                 questions[tuple(prompt)] = question
             question.problems.append(problem)
         return list(questions.values())
 
-    def _index(self) -> dict[int, dict[int, list[tuple[_Question, int]]]]:
-        """length -> hash -> questions with that run of words, and its place in them. A question that must occur as a
-        whole has its rarest run here; any other has all the runs that it shares with no question."""
-        hashes = [run_hashes(question.ids, min(N, len(question.ids))).tolist() for question in self._questions]
-        common = Counter(h for of_one in hashes for h in set(of_one))
-        places: dict[int, dict[int, list[tuple[_Question, int]]]] = defaultdict(lambda: defaultdict(list))
-        for question, of_one in zip(self._questions, hashes, strict=True):
-            if len(question.words) < SHORTEST:
-                continue
-            own = [place for place, h in enumerate(of_one) if common[h] == 1]
-            if question.needed == len(question.words) or not own:
-                question.needed = len(question.words)
-                own = [min(range(len(of_one)), key=lambda place: (common[of_one[place]], place))]
-            for place in own:
-                places[min(N, len(question.words))][of_one[place]].append((question, place))
-        return places
-
     def _flush(self) -> None:
         ids_N, self._piece = np.array(self._piece, np.uint64), []
-        for length, keys in self._keys.items():
-            hashes = run_hashes(ids_N, length)
-            nearest = keys[np.searchsorted(keys, hashes).clip(max=len(keys) - 1)]
-            for at in np.flatnonzero(nearest == hashes):
-                for question, place in self._places[length][int(hashes[at])]:
-                    self._compare(ids_N, int(at) - place, question, place, length)
+        for start, length, places in self._index.matches(ids_N):
+            for number, place in places:
+                self._compare(ids_N, start - place, number, place, length)
 
-    def _compare(self, ids_N: np.ndarray, start: int, question: _Question, place: int, length: int) -> None:
+    def _compare(self, ids_N: np.ndarray, start: int, number: int, place: int, length: int) -> None:
         """Extend the match of the question's run at `place` with the text, in both directions, and note it if it is
         long enough. `start`: where the question would begin in the text."""
+        question = self._questions[number]
         size = len(question.ids)
         first, last = max(0, -start), min(size, len(ids_N) - start)
         differs = np.flatnonzero(ids_N[start + first : start + last] != question.ids[first:last]) + first
@@ -199,8 +180,8 @@ class ContaminationSearch:
         before, after = differs[differs < place], differs[differs >= place + length]
         low = int(before[-1]) + 1 if len(before) else first
         high = int(after[0]) if len(after) else last
-        whole = question.needed == size
-        if high - low >= question.needed and not (whole and self._continues(ids_N, start, size)):
+        whole = self._index.whole[number]
+        if high - low >= (size if whole else N) and not (whole and self._continues(ids_N, start, size)):
             text = " ".join(question.words[low:high])
             for problem in question.problems:
                 self._note(_Match(problem, self._stage, "words", high - low, size, text))

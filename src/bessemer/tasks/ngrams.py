@@ -6,12 +6,16 @@ words, a Chinese one ten characters.
 """
 
 import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 _WORD = re.compile(
     "[0-9]+|[a-z\u00df-\u024f\u0370-\u03ff\u0400-\u04ff]+|[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[-+*/=<>^%×÷]"
 )
+SHORTEST = 5
+"""Phrases of fewer words occur in any text by chance, so they are not searched."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -39,3 +43,43 @@ def repeated(text: str, n: int) -> float:
     ids = [numbers.setdefault(word, len(numbers)) for word in words(text)]
     hashes = run_hashes(np.array(ids, np.uint64), n)
     return 1.0 - len(np.unique(hashes)) / len(hashes) if len(hashes) else 0.0
+
+
+class NgramIndex:
+    """Finds the n-grams of known phrases in texts; the caller decides what makes a hit.
+
+    A phrase that must occur as a whole is found by its rarest n-gram, any other by each n-gram that no other phrase
+    has and that is `specific` to it. A phrase without such an n-gram must occur as a whole, and so must a shorter one.
+    """
+
+    def __init__(
+        self,
+        phrases: Sequence[np.ndarray],
+        whole: Sequence[bool],
+        n: int,
+        specific: Callable[[int, int], bool] = lambda phrase, position: True,
+    ) -> None:
+        """`phrases`: uint64 ids of the words of each. `specific(phrase, position)`: whether that n-gram may count."""
+        self.whole = list(whole)
+        """Which phrases must occur as a whole."""
+        hashes = [run_hashes(ids, min(n, len(ids))).tolist() for ids in phrases]
+        common = Counter(one for of_phrase in hashes for one in set(of_phrase))
+        self._places: dict[int, dict[int, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
+        for phrase, (ids, of_phrase) in enumerate(zip(phrases, hashes, strict=True)):
+            if len(ids) < SHORTEST:
+                continue
+            own = [at for at, one in enumerate(of_phrase) if common[one] == 1 and specific(phrase, at)]
+            if self.whole[phrase] or not own:
+                self.whole[phrase] = True
+                own = [min(range(len(of_phrase)), key=lambda at: (common[of_phrase[at]], at))]
+            for at in own:
+                self._places[min(n, len(ids))][of_phrase[at]].append((phrase, at))
+        self._keys = {length: np.array(sorted(table), np.uint64) for length, table in self._places.items()}
+
+    def matches(self, ids_N: np.ndarray) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+        """(start, length, places) of every indexed run of words in a text; places are (phrase, position in it)."""
+        for length, keys in self._keys.items():
+            hashes = run_hashes(ids_N, length)
+            nearest = keys[np.searchsorted(keys, hashes).clip(max=len(keys) - 1)]
+            for start in np.flatnonzero(nearest == hashes).tolist():
+                yield start, length, self._places[length][int(hashes[start])]
