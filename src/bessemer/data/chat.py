@@ -26,6 +26,8 @@ a prompt ending in a colon could never lead to an answer without thoughts.
 """
 
 from collections.abc import Sequence
+from functools import cache
+from importlib import resources
 from typing import NamedTuple, Protocol
 
 from bessemer.errors import UserError
@@ -150,10 +152,11 @@ def transcript(messages: Sequence[Message]) -> str:
     return text.removesuffix("\n")
 
 
+@cache
 def jinja(style: str) -> str:
-    """The chat template of a model directory."""
+    """The chat template of a model directory. Line breaks of its file are layout only."""
     _check_style(style)
-    return _JINJA_HEAD + (_JINJA_ZERO if style == "zero" else _JINJA_R1)
+    return resources.files("bessemer.data").joinpath(f"chat_{style}.jinja").read_text("utf-8").replace("\n", "")
 
 
 def _pieces(messages: Sequence[Message], style: str, add_generation_prompt: bool) -> list[ChatPiece]:
@@ -218,42 +221,3 @@ def _check_messages(messages: Sequence[Message]) -> None:
             raise UserError(f"message {number} has a content that is not text")
         if extra := sorted(message.keys() - {"role", "content"}):
             raise UserError(f"message {number} has {extra[0]!r}, which no template renders; put it into the content")
-
-
-_JINJA_HEAD = (
-    "{%- set ns = namespace(system='', seen=false) -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
-    "{{- raise_exception('unknown role ' + message['role']) -}}"
-    "{%- elif message['role'] == 'system' -%}"
-    "{%- set ns.system = ns.system + ('\\n\\n' if ns.seen else '') + message['content'] -%}"
-    "{%- set ns.seen = true -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{{- bos_token -}}"
-)
-
-_JINJA_ZERO = (
-    "{%- if ns.system -%}{{- ns.system + '\\n' -}}{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}{{- 'User: ' + message['content'] + '\\n' -}}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{{- 'Assistant:' + ('' if message['content'].startswith('<think>') else ' ') + message['content'] + eos_token -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt and messages[-1]['role'] != 'assistant' -%}{{- 'Assistant:' -}}{%- endif -%}"
-)
-
-_JINJA_R1 = (
-    "{{- ns.system -}}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}{{- '<｜User｜>' + message['content'] -}}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{%- set content = message['content'] if loop.last else message['content'].split('</think>')[-1] -%}"
-    "{{- '<｜Assistant｜>' + content + eos_token -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt and messages[-1]['role'] != 'assistant' -%}"
-    "{{- '<｜Assistant｜><think>\\n' -}}"
-    "{%- endif -%}"
-)

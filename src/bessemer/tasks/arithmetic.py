@@ -9,15 +9,10 @@ import math
 import random
 from dataclasses import dataclass
 
-from bessemer.tasks.base import Problem, Task, Written, check_shares, grade_integer, split_of
+from bessemer.tasks.base import Problem, Task, Written, check_shares, grade_integer, read_templates, split_of
 from bessemer.tasks.countdown_expressions import LARGEST, apply
 
-TEMPLATES = {
-    ("en", "seen"): ("Compute {chain}.", "What is {chain}?"),
-    ("en", "held-out"): ("Work out {chain}.",),
-    ("zh", "seen"): ("计算{chain}。", "{chain}等于几？"),
-    ("zh", "held-out"): ("请求出{chain}。",),
-}
+TEMPLATES = read_templates("arithmetic")
 
 
 @dataclass(frozen=True)

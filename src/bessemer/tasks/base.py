@@ -176,6 +176,14 @@ def read_toml(name: str) -> dict[str, Any]:
     return tomllib.loads(resources.files("bessemer.tasks").joinpath(name).read_text("utf-8"))
 
 
+def read_templates(task: str) -> dict[tuple[str, str], tuple[str, ...]]:
+    """The wordings of a task's questions in templates.toml, by (language, phrasing)."""
+    texts = read_toml("templates.toml")[task]
+    return {
+        (language, phrasing): tuple(texts[language][phrasing]) for language in texts for phrasing in texts[language]
+    }
+
+
 def grade_integer(answer: str, value: int) -> tuple[str, str | None]:
     """For `grade`: the answer must be one integer in ASCII digits; an unevaluated chain is no answer."""
     if not _INTEGER.fullmatch(answer.strip(" \n\t")):

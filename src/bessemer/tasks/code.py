@@ -22,19 +22,24 @@ from typing import Any
 from bessemer.errors import UserError
 from bessemer.tasks import sandbox
 from bessemer.tasks.answer import parse_reply
-from bessemer.tasks.base import SPLITS, Problem, Task, Verdict, Written, split_of_text, stable_hash, stable_random
+from bessemer.tasks.base import (
+    SPLITS,
+    Problem,
+    Task,
+    Verdict,
+    Written,
+    read_templates,
+    split_of_text,
+    stable_hash,
+    stable_random,
+)
 from bessemer.tasks.code_functions import FAMILIES, HELD_OUT, CodeMix, TargetFunction, functions_of, respond
 from bessemer.tasks.readability import share
 
 NAME = "f"
 LONGEST = 10_000  # characters of an answer
 TOO_LONG = "too-long"
-TEMPLATES = {
-    ("en", "seen"): ("Write f({argument}): {words}.", "Code a function f({argument}) that returns {words}."),
-    ("en", "held-out"): ("Define f({argument}) in Python to give {words}.",),
-    ("zh", "seen"): ("写函数f({argument})：{words}。", "编写f({argument})，返回{words}。"),
-    ("zh", "held-out"): ("请用Python定义f({argument})，求{words}。",),
-}
+TEMPLATES = read_templates("code")
 _FENCE = re.compile("```(?:python|py)?[ \t]*\n")
 _FIELDS = {"prompt": str, "entry_point": str, "tests": list}
 

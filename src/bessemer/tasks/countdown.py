@@ -24,6 +24,7 @@ from bessemer.tasks.base import (
     Problem,
     Task,
     Written,
+    read_templates,
     split_of,
     stable_hash,
 )
@@ -33,16 +34,7 @@ from bessemer.tasks.countdown_traces import WORDS, TraceMix, respond
 NUMBERS = range(1, 11)
 MAX_TARGET = 60
 
-TEMPLATES = {
-    ("en", "seen"): (
-        "Use {numbers} to make {target}.",
-        "Make {target} from {numbers}.",
-        "Get {target} from {numbers}.",
-    ),
-    ("en", "held-out"): ("Combine {numbers} into {target}.", "Reach {target} by using {numbers}."),
-    ("zh", "seen"): ("用{numbers}算出{target}。", "由{numbers}得到{target}。", "把{numbers}变成{target}。"),
-    ("zh", "held-out"): ("请以{numbers}凑成{target}。", "怎样用{numbers}求得{target}。"),
-}
+TEMPLATES = read_templates("countdown")
 COMMA = {"en": ", ", "zh": "、"}
 DRILL_HEADS = {"en": "Drill:\n", "zh": "练习:\n"}
 

@@ -15,7 +15,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
-from bessemer.tasks.base import CORRECT, UNPARSABLE, WRONG_VALUE, Problem, Task, Written, check_shares, split_of_text
+from bessemer.tasks.base import (
+    CORRECT,
+    UNPARSABLE,
+    WRONG_VALUE,
+    Problem,
+    Task,
+    Written,
+    check_shares,
+    read_templates,
+    split_of_text,
+)
 
 Formula = bool | tuple
 
@@ -30,12 +40,7 @@ LEAVES = (3, 4)
 """Constants per formula: with two there are too few formulas to hold some out, with five the trace is too long."""
 MAX_CHARS = 60
 
-TEMPLATES = {
-    ("en", "seen"): ("True or false: {list}.", "Evaluate {list}.", "Which are true: {list}?"),
-    ("en", "held-out"): ("Decide the truth of {list}.", "Give the values of {list}."),
-    ("zh", "seen"): ("判断真假：{list}。", "求值：{list}。", "哪些为真：{list}？"),
-    ("zh", "held-out"): ("请算出{list}的真假。", "{list}各是真还是假？"),
-}
+TEMPLATES = read_templates("logic")
 BETWEEN = {"en": "; ", "zh": "；"}
 COMMA = {"en": ", ", "zh": "、"}
 _VALUES = [{words[truth]: truth for truth in (True, False)} for words in WORDS.values()]
