@@ -166,7 +166,8 @@ def cpu_seconds(pid: int) -> float:
 def in_a_process(what: str, *arguments: object) -> object:
     """A function of this file in a fresh interpreter."""
     code = f"import json, serve_streams as s; print(json.dumps(s.{what}(*{arguments!r})))"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
+    environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

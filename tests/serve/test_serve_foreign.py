@@ -1,4 +1,4 @@
-"""A model of another house, through the same server."""
+"""A Hugging Face model of another architecture, through the same server."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Text on its way out: characters whole, stop strings never shown in part, thoughts told from content."""
+"""Text of an answer: whole characters, no part of a stop string, thoughts separate from content."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_what_is_shown_is_the_text_up_to_the_first_stop_string(ids, stops):
 
 @settings(max_examples=300, deadline=None)
 @given(st.text("abfox 盛钢\n", max_size=20), st.text("abfox 盛钢\n", max_size=20), STOPS)
-def test_thought_and_content_are_told_apart(thought, content, stops):
+def test_thought_and_content_are_separated(thought, content, stops):
     stops = [stop for stop in stops if not set(stop) & set("</think>")]
     for opened in (True, False):
         ids = TOKENIZER.encode(("" if opened else "<think>") + thought + "</think>" + content)
@@ -54,7 +54,7 @@ def test_thought_and_content_are_told_apart(thought, content, stops):
 
 
 class Plain:
-    """A tokenizer of another house: the tags are text, here cut at every letter."""
+    """A foreign tokenizer: the tags are text, here cut at every letter."""
 
     think_id = property(lambda self: TOKENIZER.special_id("<no such token>"))
     think_end_id = think_id
@@ -81,7 +81,7 @@ def test_tags_that_are_text(thought, content, stops, opened):
         assert written([LETTERS[bytes([byte])] for byte in beginning.encode()], Plain())[1] == beginning.lstrip()
 
 
-def test_nothing_is_held_longer_than_needed():
+def test_text_is_delayed_no_longer_than_needed():
     parser = ReasoningParser(TOKENIZER, ["fox jumps"], split=False)
     out = [[delta.text for delta in parser.push(i)] for c in "a fox jumped" for i in TOKENIZER.encode(c)]
     assert out[:3] == [["a"], [" "], []] and out[10] == ["fox jumpe"] and out[11] == ["d"]
