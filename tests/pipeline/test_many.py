@@ -262,7 +262,7 @@ def together(base, out, *overrides):
     [
         ([("--set", "layout.dp=3")] * 2, "layout pp 1 x dp 3 x ep 1 on 2 ranks: it makes 3 ranks; these fit: "),
         ([("--set", "layout.pp=2", "--set", "layout.schedule=dualpipe", "--set", "pretrain.batch_rows=3")] * 2,
-         "a step of 3 rows is too small for pp 2 x dp 1 x ep 1: 1 pipelines side by side need 4 micro-batches each "
+         "a step of 3 rows is too small for pp 2 x dp 1 x ep 1: 1 parallel pipelines need 4 micro-batches each "
          "(dualpipe on 2 pipeline ranks), 4 rows in all"),
         ([("--set", "seed=8"), ("--set", "seed=9")], "recipe differs between ranks: "),
     ],

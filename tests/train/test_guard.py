@@ -86,7 +86,7 @@ def test_three_in_a_row_roll_back_and_go_past_the_rows(tmp_path):
     run.run()
     assert asked == list(range(11)), "data go forward: 4 good steps, 3 bad, 4 more from step 4 on"
     assert run.step == 8 and run.optimizer.steps == 8 and run.skipped == 3
-    assert len(told) == 4 and "back to step-00000004, going on with row 56 (rollback 1 of 2)" in told[-1]
+    assert len(told) == 4 and "back to step-00000004, continuing with row 56 (rollback 1 of 2)" in told[-1]
 
 
 def test_progress_between_rollbacks_forgives(tmp_path):

@@ -85,7 +85,8 @@ class Chunk:
     """One micro-batch at one stage. `phases` returns (output to send on or None, loss term)."""
 
     def __init__(self, phases: Phases, streams: Serial):
-        self._phases, self._streams = phases, streams
+        self._phases: Phases | None = phases
+        self._streams = streams
         self._handed: Handed | None = None
         self._cuts: list[list[_Output]] = []
         """The outputs of every phase that was run."""
@@ -93,7 +94,7 @@ class Chunk:
         self._needed = torch.zeros((), requires_grad=True)
         self._ends: tuple[_Output | None, _Output | None] = None, None
         self.sent: Tensor | None = None
-        self.loss: Tensor | None = None
+        self.loss: Tensor
 
     def forward(self) -> Iterator[None]:
         """Yields after every phase except the last."""

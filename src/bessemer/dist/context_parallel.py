@@ -198,7 +198,7 @@ def blocks(cut: Cut, t: int) -> Iterator[tuple[_Keys, list[_Queries]]]:
     for chunk in range(cut.own[1], -1, -1):
         for first in range((cut.size - 1) // KEYS * KEYS, -1, -KEYS):
             keys = _Keys(chunk, first, min(first + KEYS, cut.size))
-            queries = []
+            queries: list[_Queries] = []
             for half, own in enumerate(cut.own):
                 if own >= chunk:
                     queries += _queries(cut, keys, half, own, t)

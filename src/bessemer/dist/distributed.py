@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from bessemer.dist import mesh, schedules, sharded_checkpoint
-from bessemer.dist.context_parallel import refusal as not_cut
+from bessemer.dist.context_parallel import refusal as split_refusal
 from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.dist.model_shard import ModelShard, gather_into, heldout_nats
 from bessemer.dist.ranks import Ranks
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.causal_lm import is_foreign
+from bessemer.hf.causal_lm import CausalLM, is_foreign
 from bessemer.hf.foreign_tokenizer import load_tokenizer
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
@@ -75,7 +75,7 @@ def nats(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
     return heldout_nats(trainer.shard, batches)
 
 
-def gather(trainer: Trainer) -> Transformer | None:
+def gather(trainer: Trainer) -> Transformer | CausalLM | None:
     """The whole network on rank 0, to sample from; None on the other ranks. Collective."""
     if not isinstance(trainer, DistributedTrainer):
         return trainer.model
@@ -91,19 +91,17 @@ class GatheredModel:
     """The whole network on every rank, next to the shard that the rank trains; on one process the trained model."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.model, self._at = trainer, trainer.model, -1
-        self._copied = isinstance(trainer, DistributedTrainer) and (
-            (trainer.mesh.layout.pp, trainer.mesh.layout.ep) != (1, 1)
-        )
-        if self._copied:
-            self.model = _empty_model(trainer)
+        self.model, self._copied_at = trainer.model, -1
+        self._source: DistributedTrainer | None = None
+        if isinstance(trainer, DistributedTrainer) and (trainer.mesh.layout.pp, trainer.mesh.layout.ep) != (1, 1):
+            self._source, self.model = trainer, _empty_model(trainer)
             self.model.requires_grad_(False)
 
     def refresh(self) -> None:
         """Copies the current weights. Collective."""
-        if self._copied and self._at != self.trainer.rows:  # every update counts its rows
-            gather_into(self.trainer.shard, self.model)
-            self._at = self.trainer.rows
+        if self._source is not None and self._copied_at != self._source.rows:  # every update counts its rows
+            gather_into(self._source.shard, self.model)
+            self._copied_at = self._source.rows
 
 
 def _empty_model(trainer: DistributedTrainer) -> Transformer:
@@ -134,8 +132,8 @@ def save(
 def check(
     recipe: Recipe, stage: str, rows: Iterable[float], cfg: ModelConfig | None = None, n: int | None = None
 ) -> None:
-    """UserError, before anything runs, if the recipe's layout does not fit this model or n ranks (None: those that were
-    started), or if a step of so few rows does not fill its pipelines."""
+    """UserError, before anything runs, if the recipe's layout does not fit the model or n ranks (None: the ranks that
+    were started), or if a step has too few rows to fill its pipelines."""
     wanted = recipe.layout
     n = n or (Ranks.world_size() if Ranks.started() else wanted.fewest)
     if n == wanted.fewest == 1:
@@ -144,35 +142,35 @@ def check(
     if cfg is not None:
         mesh.check(layout, cfg, n, slices)
     if layout.cp > 1:
-        _check_cut(recipe, stage, layout.cp)
+        _check_split(recipe, stage, layout.cp)
     least, n_pipelines = schedules.micro_batches(schedule, layout.pp, 1), layout.dp * layout.ep
     if min(rows) < n_pipelines * least:
         raise UserError(
-            f'stage "{stage}": a step of {min(rows):.0f} rows is too small for {layout}: {n_pipelines} pipelines side by side '
+            f'stage "{stage}": a step of {min(rows):.0f} rows is too small for {layout}: {n_pipelines} parallel pipelines '
             f"need {least} micro-batches each ({schedule} on {layout.pp} pipeline ranks), {n_pipelines * least} rows in all; "
             "raise batch_rows, or take fewer ranks or another [layout] schedule"
         )
 
 
 def layout_of(wanted: LayoutConfig, n: int) -> tuple[mesh.Layout, str, int]:
-    """(layout of n ranks, schedule, slices that it gives every pipeline rank)."""
+    """(layout of n ranks, schedule, slices of the model per pipeline rank)."""
     dp = wanted.dp if wanted.dp != "auto" else max(1, n // (wanted.pp * wanted.ep * wanted.cp))
     slices = schedules.stages_of(wanted.schedule, wanted.pp) // wanted.pp
     return mesh.Layout(wanted.pp, dp, wanted.ep, wanted.node, wanted.cp), wanted.schedule, slices
 
 
-def _check_cut(recipe: Recipe, stage: str, cp: int) -> None:
-    """UserError for a stage whose rows cannot be cut over ranks."""
+def _check_split(recipe: Recipe, stage: str, cp: int) -> None:
+    """UserError for a stage whose rows cannot be split over ranks."""
     settings = recipe.stage(stage)
     if getattr(settings, "fp8", "off") != "off":
         raise UserError(f'stage "{stage}": fp8 and layout.cp = {cp} do not go together; set fp8 = "off", or cp = 1')
     for length in _lengths(settings, recipe):
         if length % (2 * cp):
-            raise UserError(f'stage "{stage}": {not_cut(length, cp)}')
+            raise UserError(f'stage "{stage}": {split_refusal(length, cp)}')
 
 
 def _lengths(settings: Any, recipe: Recipe) -> list[int]:
-    """The row lengths of a stage that trains, as far as the recipe says."""
+    """The row lengths of a training stage, as far as the recipe says."""
     if lengths := getattr(settings, "lengths", None):
         return [int(length) for length in lengths.values]
     corpus = recipe.stage(settings.source) if settings.source else settings
@@ -180,7 +178,7 @@ def _lengths(settings: Any, recipe: Recipe) -> list[int]:
     return [length for length in (own or getattr(corpus, "row_length", None),) if length is not None]
 
 
-def _named(schedule: str, pp: int) -> str:
+def _schedule_text(schedule: str, pp: int) -> str:
     if schedule != "auto":
         return schedule
     return "1f1b" if pp % 2 else f"dualpipe, 1f1b for steps of fewer than {2 * pp} micro-batches"
@@ -195,5 +193,5 @@ def _mesh(
     if layout.cp > 1 and not split_rows:
         layout = replace(layout, dp=layout.dp * layout.cp, cp=1)
     made = mesh.Mesh(layout, cfg, slices)
-    say(f"{mesh.describe(layout)}\nschedule: {_named(schedule, layout.pp)}")
+    say(f"{mesh.describe(layout)}\nschedule: {_schedule_text(schedule, layout.pp)}")
     return made, schedule

@@ -60,7 +60,7 @@ class DistributedTrainer(Trainer):
     def _make_optimizer(self, **options: Any) -> Zero1:
         return Zero1(self.model, self.mesh, self.shard.others, **options)
 
-    def _find_gates(self) -> dict[str, balance.Gate]:
+    def _find_gates(self) -> dict[str, balance.BalancedGate]:
         return self.shard.gates
 
     def _has_biases(self) -> bool:
@@ -252,7 +252,7 @@ class DistributedTrainer(Trainer):
                 return path, reader
             self.warn(f"checkpoint {path} is damaged ({next(filter(None, damages))}); trying the one before it")
         if paths:
-            raise checkpoint.none_whole(self.state_dir, len(paths))
+            raise checkpoint.none_intact(self.state_dir, len(paths))
         return None
 
     def _names_of_mine(self) -> list[str]:

@@ -145,7 +145,7 @@ class Mesh:
         check(layout, cfg, dist.get_world_size(), slices)
         self.layout, self.cfg, self.me = layout, cfg, dist.get_rank()
         self.pp, self.dp, self.ep, self.cp = layout.place(self.me)
-        self.group: dict[str, Any] = {}
+        self.group: dict[str, dist.ProcessGroup] = {}
         """The group of each kind that this rank is in."""
         more = [*(("cp",) if layout.cp > 1 else ()), *(("network", "within") if layout.nodes > 1 else ())]
         for kind in ("pp", "ep", "expert", "dense", *more):
@@ -168,7 +168,7 @@ class Mesh:
         """One hop if an expert-parallel group fits in a node, else two."""
         experts, n, layout = self.cfg.n_routed_experts, len(self.experts), self.layout
         if layout.nodes == 1:
-            hops = (Hop(self.group["ep"], layout.ep, self.ep, 0, n, "node"),)
+            hops: tuple[Hop, ...] = (Hop(self.group["ep"], layout.ep, self.ep, 0, n, "node"),)
         else:
             size, per_node = layout.node, experts // layout.nodes
             node, own = divmod(self.ep, size)

@@ -51,8 +51,9 @@ class ModelShard:
         """The stages of every pipeline rank."""
         held = {name for part in self.slices.values() for name in part.gates}
         self.gates: dict[str, Gate] = {name: gate for name, gate in model.gates().items() if name in held}
-        for gate in self.gates.values() if isinstance(self.context, Context) else ():
-            gate.sum_counts = self.context.counts
+        if isinstance(self.context, Context):
+            for gate in self.gates.values():
+                gate.sum_counts = self.context.counts
         keep(model, self.slices.values())
 
     @classmethod

@@ -109,7 +109,7 @@ class Ranks:
 
     def broadcast(self, make: Callable[[], _Made], what: str) -> _Made:
         """What rank 0 makes, on all ranks."""
-        values = [make() if self.me == 0 else None]
+        values: list[Any] = [make() if self.me == 0 else None]
         with watchdog.waiting(what, range(self.n)):
             dist.broadcast_object_list(values, 0)
         return values[0]
@@ -190,7 +190,7 @@ def launch(n: int, arguments: Sequence[str], progress: Callable[[], object]) -> 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // n)))
     restarts, seen = 0, progress()
-    shutdown = {"shutdown_timeout": SHUTDOWN_SECONDS} if "shutdown_timeout" in LaunchConfig.__dataclass_fields__ else {}
+    shutdown: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS} if "shutdown_timeout" in LaunchConfig.__dataclass_fields__ else {}
     while True:
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=uuid.uuid4().hex, rdzv_backend="c10d",

@@ -14,12 +14,12 @@ Zero-bubble schedules split every backward, so that weight gradients fill what w
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from bessemer.dist.dualpipe import dualpipe, dualpipe_v
-from bessemer.dist.table import Action, Step, Table
+from bessemer.dist.table import Action, Kind, Step, Table
 from bessemer.errors import UserError
 
 
@@ -68,7 +68,7 @@ def interleaved(ranks: int, micro: int, slices: int = 2) -> Table:
     return _looped("interleaved", ranks, slices, micro, steps)
 
 
-def _turn(kind: str, n: int, rank: int, ranks: int, slices: int) -> Action:
+def _turn(kind: Kind, n: int, rank: int, ranks: int, slices: int) -> Action:
     """A rank's n-th forward or backward: rounds of P micro-batches through all slices, for backwards from the last."""
     turn, within = divmod(n, ranks * slices)
     number, m = divmod(within, ranks)
@@ -76,7 +76,7 @@ def _turn(kind: str, n: int, rank: int, ranks: int, slices: int) -> Action:
     return Action(kind, number * ranks + rank, turn * ranks + m)
 
 
-def _looped(name: str, ranks: int, slices: int, micro: int, steps: list[list[Step]]) -> Table:
+def _looped(name: str, ranks: int, slices: int, micro: int, steps: Sequence[Sequence[Step]]) -> Table:
     place = tuple(stage % ranks for stage in range(ranks * slices))
     return Table(name, ranks * slices, (place,), micro, tuple(map(tuple, steps)))
 
@@ -122,7 +122,7 @@ def _v(rank: int, ranks: int, micro: int) -> tuple[Step, ...]:
     count = {kind: [0, 0] for kind in "FIW"}
     order: list[Step] = []
 
-    def do(kind: str, leg: int) -> None:
+    def do(kind: Kind, leg: int) -> None:
         if count[kind][leg] < micro:
             order.append(Action(kind, stage[leg], count[kind][leg]))
             count[kind][leg] += 1

@@ -88,14 +88,18 @@ def actions(steps: tuple[Step, ...]) -> Iterator[Action]:
             yield step
 
 
-def needs(action: Action, stages: int) -> list[tuple[Kind, ...]]:
-    """What must be done before: (kinds, stage, micro, lane); one of the kinds suffices."""
+Need = tuple[tuple[Kind, ...], int, int, int]
+"""(kinds, stage, micro, lane): one of the kinds must be done."""
+
+
+def needs(action: Action, stages: int) -> list[Need]:
+    """What must be done before an action."""
     kind, stage, micro, lane = action
     if kind == "F":
         return [(("F",), stage - 1, micro, lane)] if stage else []
     if kind == "W":
         return [(("I",), stage, micro, lane)]
-    later = [(("B", "I"), stage + 1, micro, lane)] if stage < stages - 1 else []
+    later: list[Need] = [(("B", "I"), stage + 1, micro, lane)] if stage < stages - 1 else []
     return [(("F",), stage, micro, lane), *later]
 
 
@@ -121,7 +125,8 @@ def check(table: Table) -> None:
 
 def _check_deadlock(table: Table) -> None:
     """Runs every rank as far as possible; AssertionError with the steps that wait for each other."""
-    at, done = [0] * table.ranks, set()
+    at = [0] * table.ranks
+    done: set[Action] = set()
     moved = True
     while moved:
         moved = False
@@ -137,5 +142,7 @@ def _check_deadlock(table: Table) -> None:
 def _ready(step: Step, done: set[Action], stages: int) -> bool:
     parts = step if isinstance(step, Pair) else (step,)
     return all(
-        any(Action(kind, *rest) in done for kind in kinds) for part in parts for kinds, *rest in needs(part, stages)
+        any(Action(kind, stage, micro, lane) in done for kind in kinds)
+        for part in parts
+        for kinds, stage, micro, lane in needs(part, stages)
     )

@@ -99,8 +99,8 @@ def _start(step: Step, end: dict[Action, float], table: Table, message: float) -
     latest = 0.0
     for part in step if isinstance(step, Pair) else (step,):
         place = table.place[part.lane]
-        for kinds, stage, *rest in needs(part, table.stages):
-            ends = [end[key] for kind in kinds if (key := Action(kind, stage, *rest)) in end]
+        for kinds, stage, micro, lane in needs(part, table.stages):
+            ends = [end[key] for kind in kinds if (key := Action(kind, stage, micro, lane)) in end]
             if not ends:
                 return None
             latest = max(latest, max(ends) + (message if place[stage] != place[part.stage] else 0.0))

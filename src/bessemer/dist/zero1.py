@@ -31,7 +31,7 @@ class ShardedGroup(Group):
     """Parameters as flat vectors, of which this rank updates one share."""
 
     def __init__(
-        self, members: Members, decay: float, moments: torch.dtype, ranks: Any, holders: int, whole: bool = False
+        self, members: Members, decay: float, moments: torch.dtype, ranks: dist.ProcessGroup, holders: int, whole: bool = False
     ):  # fmt: skip
         self.ranks, self.holders = ranks, holders
         n = dist.get_world_size(ranks)
@@ -45,7 +45,7 @@ class ShardedGroup(Group):
         self.moments = {name: torch.zeros(size, dtype=moments, device=share.device) for name in self.MOMENTS}
         self.summed = torch.zeros(size, device=share.device)
         """This rank's share of the gradient, summed over the ranks."""
-        self._pending: Any = None
+        self._pending: dist.Work
 
     def checkpoint_shares(self) -> dict[str, Tensor]:
         """This rank's shares of everything a checkpoint stores of these parameters, by kind."""
@@ -94,7 +94,7 @@ class ShardedMuonGroup(ShardedGroup):
     MOMENTS = ("m",)
 
     def __init__(
-        self, members: Members, decay: float, moments: torch.dtype, ranks: Any, holders: int, stacked: dict[str, int]
+        self, members: Members, decay: float, moments: torch.dtype, ranks: dist.ProcessGroup, holders: int, stacked: dict[str, int]
     ):  # fmt: skip
         super().__init__(members, decay, moments, ranks, holders, whole=True)
         mine = [
@@ -112,6 +112,8 @@ class Zero1(Optimizer):
     """AdamW, and Muon for the matrices that `stacked` names, of one rank's shard of the network. `model` has the
     parameters of its slices and its own experts under the names of the whole network (`stage.keep`); `others(name)` are
     the other pipeline ranks that hold a parameter. All ranks call `grad_norm` and then `step`."""
+
+    groups: list[ShardedGroup]  # type: ignore[assignment]
 
     def __init__(self, model: nn.Module, mesh: Mesh, others: Callable[[str], list[int]], **options: Any):
         self.mesh, self.others = mesh, others

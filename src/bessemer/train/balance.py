@@ -2,7 +2,7 @@
 
     b_i <- b_i + gamma * sign(mean load - load_i)
 
-with the loads of the whole finished step, MTP layers included. A gate offers `load_E` (float32, counted by its
+with the loads of the whole step, MTP layers included. A gate has `load_E` (float32, counted by its
 training-mode forward) and `bias_E` (float32, or None where the model balances by loss alone).
 MaxVio = (max load - mean load) / mean load is the published measure of imbalance.
 """
@@ -17,28 +17,30 @@ import torch
 from torch import Tensor
 
 
-class Gate(Protocol):
+class BalancedGate(Protocol):
+    """What balancing needs of a gate."""
+
     load_E: Tensor
     bias_E: Tensor | None
 
 
 @contextmanager
-def counted_once(gates: dict[str, Gate]) -> Iterator[None]:
-    """Around a backward pass: recomputed forwards count their tokens again, so the loads from before are put back."""
+def counted_once(gates: dict[str, BalancedGate]) -> Iterator[None]:
+    """Around a backward pass: recomputed forwards count their tokens again, so the loads before it are restored."""
     before = [gate.load_E.clone() for gate in gates.values()]
     yield
     for gate, load_E in zip(gates.values(), before, strict=True):
         gate.load_E.copy_(load_E)
 
 
-def clear(gates: dict[str, Gate]) -> None:
-    """Forgets the loads of a step that was not applied."""
+def clear(gates: dict[str, BalancedGate]) -> None:
+    """Clears the loads of a step that was not applied."""
     for gate in gates.values():
         gate.load_E.zero_()
 
 
 @torch.no_grad()
-def update(gates: dict[str, Gate], gamma: float) -> dict[str, Tensor]:
+def update(gates: dict[str, BalancedGate], gamma: float) -> dict[str, Tensor]:
     """One bias step for every gate; returns MaxVio per gate name and clears the loads.
 
     A gate that saw no token (an MTP module in a stage without MTP) keeps its bias and reports nothing.
@@ -57,8 +59,8 @@ def update(gates: dict[str, Gate], gamma: float) -> dict[str, Tensor]:
     return violation
 
 
-def shown(violation: dict[str, Tensor]) -> dict[str, float]:
-    """What a step logs of `update`'s answer: MaxVio per gate and the worst of them."""
+def metrics(violation: dict[str, Tensor]) -> dict[str, float]:
+    """The metrics of a step from the result of `update`: MaxVio per gate and the largest of them."""
     if not violation:
         return {}
     values = torch.stack(list(violation.values())).tolist()

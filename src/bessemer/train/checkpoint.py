@@ -81,7 +81,7 @@ def save(state_dir: Path, step: int, state: State, keep: int = 2) -> Path:
 
 
 def put_in_place(temporary: Path, state_dir: Path, step: int, keep: int) -> Path:
-    """A finished directory becomes the checkpoint of its step; all but the newest `keep` go."""
+    """Renames a finished directory to the checkpoint of its step and deletes all but the newest `keep`."""
     final, old = state_dir / f"step-{step:08d}", state_dir / f".old-step-{step:08d}"
     if final.exists():  # the same step again, after a rollback
         final.rename(old)
@@ -158,8 +158,8 @@ def latest(
     UserError.
     """
     sweep(state_dir)
-    found = steps(state_dir)
-    for path in reversed(found):
+    paths = steps(state_dir)
+    for path in reversed(paths):
         try:
             state = load(path)
         except Damaged as damage:
@@ -168,12 +168,12 @@ def latest(
         if config is not None:
             check_config(state.config, config, path)
         return path, state
-    if found:
-        raise none_whole(state_dir, len(found))
+    if paths:
+        raise none_intact(state_dir, len(paths))
     return None
 
 
-def none_whole(state_dir: Path, n: int) -> UserError:
+def none_intact(state_dir: Path, n: int) -> UserError:
     return UserError(f"none of the {n} checkpoints in {state_dir} is whole; delete it to start this stage again")
 
 
@@ -251,7 +251,8 @@ class CheckpointReader:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors of these names, in this order. Files are verified when first read; UserError for a name that is
         missing."""
-        names, by_file = list(names), {}
+        names = list(names)
+        by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self._location(name).file, []).append(name)
         tensors = {}
@@ -304,7 +305,7 @@ def verified_manifest(path: Path) -> dict[str, Any]:
     if manifest["format"] > FORMAT:
         raise UserError(
             f"{path} was written by a newer Bessemer (checkpoint format {manifest['format']}, this one reads up to "
-            f"{FORMAT}); upgrade, or delete it to go on from an older checkpoint"
+            f"{FORMAT}); upgrade, or delete it to continue from an older checkpoint"
         )
     return manifest
 
@@ -338,7 +339,7 @@ def steps(state_dir: Path) -> list[Path]:
 
 
 def sweep(state_dir: Path) -> None:
-    """Removes what a killed save left; a checkpoint it had moved aside comes back if its successor never arrived."""
+    """Removes what a killed save left; restores a checkpoint it had moved aside if its successor is missing."""
     for old in state_dir.glob(".old-step-*"):
         target = state_dir / old.name.removeprefix(".old-")
         if target.exists():

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
+    from bessemer.hf.causal_lm import CausalLM
+    from bessemer.model.transformer import Transformer
 
 POSITIONS = 1024
 """Positions whose logits exist at once."""
@@ -97,7 +99,7 @@ def next_token_nats(hidden_BTD: Tensor, weight_VD: Tensor, batch: Batch) -> floa
 
 
 @torch.no_grad()
-def heldout_nats(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
+def heldout_nats(model: Transformer | CausalLM, batches: Sequence[Batch]) -> tuple[float, float]:
     """(cross entropy in nats, loss tokens) of held-out batches, sums."""
     training = model.training
     model.eval()
@@ -112,7 +114,7 @@ def heldout_nats(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, flo
 
 
 @torch.no_grad()
-def nats_by_position(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def nats_by_position(model: Transformer | CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     """(cross entropy in nats, loss tokens) of each position of the rows, sums over rows, [T] in float32 on the CPU. The
     model is in eval mode."""
     batch = batch.to(model.head_weight.device)

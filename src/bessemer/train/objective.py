@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bessemer.model.transformer import TrainOutputs
@@ -37,7 +37,9 @@ from bessemer.train.loss import chunk_rows, predicting
 if TYPE_CHECKING:
     from bessemer.config.training import Divergence
     from bessemer.data.batch import Batch
+    from bessemer.hf.causal_lm import CausalLM
     from bessemer.model.scorer import Scorer
+    from bessemer.model.transformer import Transformer
 
 
 @dataclass
@@ -112,7 +114,7 @@ class NextToken:
     sequences weighted by the loss tokens of their micro-batch.
     """
 
-    def __call__(self, model: nn.Module, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
+    def __call__(self, model: Transformer | CausalLM, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
         out = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=mtp_lambda > 0)
         return self.of(out, model.head_weight, batch, mtp_lambda, balance_alpha)
 
@@ -186,11 +188,11 @@ def _preference_loss(total: Tensor, batch: Batch, balance: Tensor, alpha: float,
 class OnPolicyDistillation:
     """Distillation of the student's samples; `teacher` is frozen and gets the same tokens."""
 
-    teacher: nn.Module
+    teacher: Transformer | CausalLM
     divergence: Divergence = "reverse"
     temperature: float = 1.0
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+    def __call__(self, model: Transformer | CausalLM, batch: Batch) -> Loss:
         weight = batch.loss_BT[:, 1:].flatten()
         keep = weight.nonzero().squeeze(1)
         with torch.no_grad():
@@ -208,7 +210,7 @@ def divergence_of(student_NV: Tensor, teacher_NV: Tensor, which: Divergence) -> 
     return (left.exp() * (left - right)).sum(-1)
 
 
-def _hidden(model: nn.Module, batch: Batch) -> Tensor:
+def _hidden(model: Transformer | CausalLM, batch: Batch) -> Tensor:
     """Hidden states that predict tokens 1.., flat [B * (T - 1), D]."""
     return model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=False).hidden_BTD[:, :-1].flatten(0, 1)
 

@@ -104,7 +104,7 @@ Members = list[tuple[str, nn.Parameter, Tensor]]
 class Group:
     """Parameters that share rule, weight decay and compute dtype, as flat vectors."""
 
-    MOMENTS = ("m", "v")
+    MOMENTS: tuple[str, ...] = ("m", "v")
 
     def __init__(
         self, members: Members, decay: float, moments: torch.dtype, shares: int = 1, whole: bool = False

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
 from bessemer.config.training import Precision
 from bessemer.data.tokenizer import Tokenizer
@@ -125,7 +124,7 @@ def want_compile(setting: Literal["auto", "on", "off"], flops: float) -> bool:
     return setting == "on"
 
 
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: Transformer) -> None:
     """Compiles the layers in place; names and parameters stay, results change by rounding."""
     for layer in model.layers:
         layer.compile(dynamic=False)

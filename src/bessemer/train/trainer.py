@@ -6,8 +6,8 @@
     gradient / (loss tokens of the whole step), clip, optimizer
     routing bias from the loads of the whole step
 
-`run` is the loop around it for data that is index arithmetic: schedules in consumed tokens, log, hooks, checkpoints.
-Stopping and running again gives bitwise the run that was never stopped: weights, moments, biases, random states,
+`run` is the loop around it for data addressed by row number: schedules in consumed tokens, log, hooks, checkpoints. A
+run that is stopped and resumed has the bits of one that was never stopped: weights, moments, biases, random states,
 counters and the data cursor are all in the checkpoint.
 """
 
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bessemer.errors import UserError
 from bessemer.train import balance, checkpoint, guard
@@ -34,6 +34,8 @@ from bessemer.workers import Workers, rank
 if TYPE_CHECKING:
     from bessemer.config.training import OptimizerConfig
     from bessemer.data.batch import Batch
+    from bessemer.hf.causal_lm import CausalLM
+    from bessemer.model.transformer import Transformer
 
 COUNTERS = ("step", "tokens", "rows", "skipped")
 Schedule = Callable[[int], float]
@@ -76,7 +78,7 @@ class Runtime:
     """Rollbacks without progress before giving up."""
 
 
-class _Handed(NamedTuple):
+class _HelperResult(NamedTuple):
     """What a helper returns besides the gradients, which are in its outbox."""
 
     helper: int
@@ -94,7 +96,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Transformer | CausalLM,
         objective: Objective,
         batches: Callable[[int, int], Batch] | None,
         config: OptimizerConfig,
@@ -118,7 +120,7 @@ class Trainer:
             moments_dtype=getattr(torch, config.moments), ema_decay=config.ema_decay,
             stacked=model.hidden_matrices() if config.optimizer == "muon" else None,
         )  # fmt: skip
-        self.gates: dict[str, balance.Gate] = self._find_gates()
+        self.gates: dict[str, balance.BalancedGate] = self._find_gates()
         self.guard = guard.StepGuard(runtime.failures, runtime.rollbacks)
         self.step = self.tokens = self.rows = self.skipped = 0
         self.loads: dict[str, Tensor] = {}
@@ -134,14 +136,14 @@ class Trainer:
     def _make_optimizer(self, **options: Any) -> Optimizer:
         return Optimizer(self.model, workers=self.runtime.workers, **options)
 
-    def _find_gates(self) -> dict[str, balance.Gate]:
+    def _find_gates(self) -> dict[str, balance.BalancedGate]:
         return self.model.gates()
 
     def _has_biases(self) -> bool:
         return any(gate.bias_E is not None for gate in self.gates.values())
 
     def _prepare(self) -> None:
-        """Weights and outboxes to where helpers see them."""
+        """Moves weights and gradient outboxes into memory shared with the helper processes."""
         workers, groups = self.runtime.workers, self.optimizer.groups
         biases = [gate.bias_E for gate in self.gates.values() if gate.bias_E is not None]
         workers.share([group.compute for group in groups] + biases)
@@ -168,22 +170,22 @@ class Trainer:
 
     def start(self) -> bool:
         """Resumes (True), or writes the first checkpoint, so that there is always one to go back to."""
-        found = self._latest()
-        if found is not None:
-            self._restore(found[1])
+        latest = self._latest()
+        if latest is not None:
+            self._restore(latest[1])
             self._saved_step = self.step
             return True
         self.save()
         return False
 
     def _latest(self) -> tuple[Path, Any] | None:
-        """The newest whole checkpoint, whatever layout wrote it."""
+        """The newest intact checkpoint, whatever layout wrote it."""
         if self.state_dir is None:
             return None
         return checkpoint.latest(self.state_dir, self.model_config, self.warn)
 
     def finish(self) -> None:
-        """Waits for what is still being written."""
+        """Waits for checkpoints that are still being written."""
 
     def _rows_of_step(self) -> int:
         rows = int(self.runtime.batch_rows(self.tokens) * self.runtime.row_scale(self.tokens))
@@ -200,16 +202,16 @@ class Trainer:
             yield self.batches(self.rows + done, min(size, rows - done))
 
     def mine(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """Of a step's micro-batches those that this process computes: here all."""
+        """The micro-batches of a step that this process computes; on one process all of them."""
         return batches
 
     def average(self, values: dict[str, float]) -> dict[str, float]:
-        """Means over all processes of what each found on its own micro-batches."""
+        """Means over all processes of metrics that each computed on its own micro-batches."""
         return values
 
     def update(self, micro_batches: Iterable[Batch]) -> dict[str, float]:
         """One optimizer step; returns what to log. A non-finite step is skipped and may roll the run back (`guard`)."""
-        began = time.monotonic()
+        start = time.monotonic()
         terms = {name: schedule(self.tokens) for name, schedule in self.runtime.terms.items()}
         lr = self.config.learning_rate(self.tokens, self.step, self.runtime.tokens)
         gamma = self.runtime.gamma(self.tokens)
@@ -229,10 +231,10 @@ class Trainer:
         self.loads = {name: gate.load_E.clone() for name, gate in self.gates.items()}
         violation = balance.update(self.gates, gamma)
         self.guard.good()
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start
         return {
             **sums.values,
-            **balance.shown(violation),
+            **balance.metrics(violation),
             **{f"train/{name}": value for name, value in terms.items()},
             "train/lr": lr,
             "train/gamma": gamma,
@@ -242,23 +244,23 @@ class Trainer:
         }
 
     def _accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
-        """Adds the gradients of all micro-batches to the parameters'."""
+        """Adds the gradients of all micro-batches to those of the parameters."""
         batches, losses = [], []
         items = ((batches.append(batch) or batch, terms) for batch in micro_batches)
-        for loss, handed in self.runtime.workers.map(self._gradients, items):
+        for loss, result in self.runtime.workers.map(self._gradients, items):
             losses.append(loss)
-            if handed is not None:
-                self._collect(handed)
+            if result is not None:
+                self._collect(result)
         divisor = float(torch.stack([loss.tokens for loss in losses]).double().sum())
         finite = bool(torch.stack([loss.total.float() for loss in losses]).isfinite().all())
         rows, tokens = map(sum, zip(*(batch.counted for batch in batches), strict=True))
         return Sums(batches, losses, divisor, tokens, rows, finite, means(losses, divisor) if divisor > 0 else {})
 
-    def _gradients(self, item: tuple[Batch, dict[str, float]]) -> tuple[Loss, _Handed | None]:
+    def _gradients(self, item: tuple[Batch, dict[str, float]]) -> tuple[Loss, _HelperResult | None]:
         """Adds the gradients of one micro-batch to this process's; a helper starts from zero and hands them over."""
         batch, terms = item
         helper = rank()
-        if helper:  # forked at any moment, it may have begun with gradients that are not its own
+        if helper:  # forked at any moment, it may have inherited gradients
             self.optimizer.zero_grad()
             balance.clear(self.gates)
         self.model.train()
@@ -271,13 +273,13 @@ class Trainer:
             return loss, None
         for group, out in zip(self.optimizer.groups, self._outboxes[helper - 1], strict=True):
             out.copy_(group.grad)
-        return loss, _Handed(helper, {name: gate.load_E.clone() for name, gate in self.gates.items()})
+        return loss, _HelperResult(helper, {name: gate.load_E.clone() for name, gate in self.gates.items()})
 
-    def _collect(self, handed: _Handed) -> None:
+    def _collect(self, result: _HelperResult) -> None:
         """Adds what a helper computed, in the order of the micro-batches."""
-        for group, out in zip(self.optimizer.groups, self._outboxes[handed.helper - 1], strict=True):
+        for group, out in zip(self.optimizer.groups, self._outboxes[result.helper - 1], strict=True):
             group.grad += out
-        for name, load_E in handed.loads.items():
+        for name, load_E in result.loads.items():
             self.gates[name].load_E += load_E
 
     def _discard(self) -> None:
@@ -296,7 +298,7 @@ class Trainer:
         return {"train/skipped": self.skipped}
 
     def _culprit(self, sums: Sums, terms: dict[str, float]) -> str:
-        """Where a step that is not finite began."""
+        """Where a non-finite step started to go wrong."""
         totals = torch.stack([loss.total.float() for loss in sums.losses])
         bad = (~totals.isfinite()).nonzero().flatten().tolist()
         if not bad:
@@ -308,16 +310,16 @@ class Trainer:
         return what + (f", first in the output of {where}" if where else ", though every module's output is finite")
 
     def _roll_back(self, what: str) -> None:
-        found = self._latest()
-        if found is None:
+        latest = self._latest()
+        if latest is None:
             raise UserError(f"{self.guard.failures} non-finite steps in a row and no checkpoint to go back to: {what}")
-        path, state = found
+        path, state = latest
         rows, skipped = self.rows, self.skipped
         self._restore(state)
         self.rows, self.skipped = rows, skipped
         self._write()  # with the new cursor: a kill now must not lead to the same rows again
         self.warn(
-            f"{self.guard.failures} non-finite steps in a row: back to {path.name}, going on with row {rows} "
+            f"{self.guard.failures} non-finite steps in a row: back to {path.name}, continuing with row {rows} "
             f"(rollback {self.guard.rolled_back} of {self.guard.rollbacks})"
         )
 
@@ -370,6 +372,6 @@ class Trainer:
         return tensors | {f"bias/{name}": g.bias_E for name, g in self.gates.items() if g.bias_E is not None}
 
     def _buffers(self) -> dict[str, Tensor]:
-        """Persistent buffers that are not the gates'."""
-        kept, gates = self.model.state_dict().keys(), {id(tensor) for tensor in self._gate_tensors().values()}
-        return {name: b for name, b in self.model.named_buffers() if name in kept and id(b) not in gates}
+        """Persistent buffers other than those of the gates."""
+        persistent, gates = self.model.state_dict().keys(), {id(tensor) for tensor in self._gate_tensors().values()}
+        return {name: b for name, b in self.model.named_buffers() if name in persistent and id(b) not in gates}
