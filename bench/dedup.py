@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from machine import processor
 
-from bessemer.pipeline.curation import Curation, build
+from bessemer.pipeline.curation import build, load
 from bessemer.tasks.ngrams import run_hashes
 
 NGRAM = 5
@@ -62,15 +62,15 @@ def main() -> None:
         truth = made(folder / "raw", args.megabytes * 1_000_000)
         recipe = folder / "dedup.toml"
         recipe.write_text(RECIPE.format(folder=json.dumps(str(folder / "raw")), workers=args.workers))
-        curation = Curation.load(recipe)
-        load = os.getloadavg()[0]
+        curation = load(recipe)
+        busy = os.getloadavg()[0]
         began = time.monotonic()
         report = build(curation, folder / "out")
         facts = {
             "megabytes": args.megabytes,
             "documents": report["total"]["found"]["documents"],
             "copies": len(truth["copy"]),
-            "machine": {"processor": processor(), "workers": args.workers, "load_before": round(load, 1)},
+            "machine": {"processor": processor(), "workers": args.workers, "load_before": round(busy, 1)},
             "seconds": round(time.monotonic() - began, 1),
             "seconds_of_finding_copies": round(
                 sum(report["steps"][s]["seconds"] for s in ("sign", "match", "join")), 1

@@ -18,7 +18,7 @@ from bessemer.curate.output import check
 from bessemer.curate.settings import Source
 from bessemer.data import corpus, documents
 from bessemer.errors import UserError
-from bessemer.pipeline.curation import Curation, build, engine
+from bessemer.pipeline.curation import build, engine, load, plain
 from bessemer.rl import ray_cluster
 from bessemer.runs.progress import RunProgress
 
@@ -67,7 +67,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_is_left_and_why(made, tmp_path):
-    facts = build(Curation.load(made), tmp_path / "out")
+    facts = build(load(made), tmp_path / "out")
     second = facts["sources"]["second"]
     reasons = {reason: counts["documents"] for reason, counts in second["dropped"].items()}
     assert reasons == {
@@ -92,23 +92,23 @@ def test_what_is_left_and_why(made, tmp_path):
 
 
 def test_any_engine_makes_the_same_files(made, tmp_path):
-    build(Curation.load(made), tmp_path / "one")
-    build(Curation.load(made, ["engine.workers=3", "engine.memory=3000"]), tmp_path / "three")
+    build(load(made), tmp_path / "one")
+    build(load(made, ["engine.workers=3", "engine.memory=3000"]), tmp_path / "three")
     assert _files(tmp_path / "one") == _files(tmp_path / "three")
     assert sum("train-" in name and "tokens" in name for name in _files(tmp_path / "one")) >= 4
 
 
 @pytest.mark.skipif(not ray_cluster.is_installed(), reason="needs Ray")
 def test_ray_makes_the_same_files_and_passes_mistakes_on(made, tmp_path):
-    build(Curation.load(made), tmp_path / "one")
-    curation = Curation.load(made, ['engine.kind="ray"', "engine.workers=2"])
+    build(load(made), tmp_path / "one")
+    curation = load(made, ['engine.kind="ray"', "engine.workers=2"])
     on_ray = engine(curation.engine)
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{")
     unit = origins.units(Source("s", str(broken), "english", "english"), 1000, None)[0][0]
     with pytest.raises(UserError, match=r"broken\.jsonl at byte 0: not JSON"):
         list(on_ray.run([Job("read", "b", tmp_path / "b", "b", {"unit": unit, "cache": None})]))
-    facts = Build(curation.plain(), tmp_path / "ray", on_ray, RunProgress({})).run()
+    facts = Build(plain(curation), tmp_path / "ray", on_ray, RunProgress({})).run()
     assert facts["workers"] == 2
     assert _files(tmp_path / "one") == _files(tmp_path / "ray")
 
@@ -119,27 +119,27 @@ def _times(out: Path, step: str) -> dict[str, int]:
 
 def test_only_what_changed_is_done_again(made, tmp_path):
     out = tmp_path / "out"
-    build(Curation.load(made), out)
+    build(load(made), out)
     before = {step: _times(out, step) for step in ("read", "sign", "match", "write")}
-    again = build(Curation.load(made), out)
+    again = build(load(made), out)
     assert all(step["done_now"] == 0 for step in again["steps"].values())
     assert before == {step: _times(out, step) for step in before}
     code = tmp_path / "raw" / "code.txt"
     os.utime(code, (1, 1))  # the same bytes: read again, and found to be the same
-    touched = build(Curation.load(made), out)
+    touched = build(load(made), out)
     assert {name: step["done_now"] for name, step in touched["steps"].items()} == {
         "read": 1, "sign": 0, "match": 0, "join": 0, "tokenizer": 0, "write": 0
     }  # fmt: skip
     code.write_text(code.read_text() + "\n\ndef three():\n    return 3\n")
-    changed = build(Curation.load(made), out)
+    changed = build(load(made), out)
     assert changed["steps"]["read"]["done_now"] == changed["steps"]["sign"]["done_now"] == 1
     assert changed["sources"]["code"]["kept"]["documents"] == 4
-    stricter = build(Curation.load(made, ["dedup.threshold=1"]), out)
+    stricter = build(load(made, ["dedup.threshold=1"]), out)
     assert stricter["steps"]["read"]["done_now"] == stricter["steps"]["sign"]["done_now"] == 0
     assert stricter["sources"]["second"]["kept"]["documents"] == 32
     fewer = made.read_text().split("[[source]]")
     made.write_text("[[source]]".join(fewer[:2]) + "[engine]\nunit_bytes = 20000\n")
-    build(Curation.load(made), out)
+    build(load(made), out)
     assert not (out / "documents" / "code").exists()
     assert not (out / "code").exists()
     assert not any("code" in name for name in _times(out, "write"))
@@ -149,7 +149,7 @@ COMMAND = [sys.executable, "-m", "bessemer", "data", "build"]
 
 
 def test_killed_anywhere_it_goes_on_and_makes_the_same(made, tmp_path):
-    build(Curation.load(made), tmp_path / "whole")
+    build(load(made), tmp_path / "whole")
     out = tmp_path / "out"
     kills = 0
     for step in ("read", "sign", "write"):
@@ -161,7 +161,7 @@ def test_killed_anywhere_it_goes_on_and_makes_the_same(made, tmp_path):
         kills += process.returncode == -9
     assert kills >= 2
     done = _times(out, "read")
-    build(Curation.load(made), out)
+    build(load(made), out)
     assert _files(out) == _files(tmp_path / "whole")
     assert all(_times(out, "read")[name] == when for name, when in done.items())
 
@@ -198,18 +198,18 @@ def test_two_builds_do_not_write_to_one_folder(made, tmp_path):
 
     (tmp_path / "out").mkdir()
     with filelock.FileLock(tmp_path / "out" / ".lock"), pytest.raises(UserError, match="another build"):
-        build(Curation.load(made), tmp_path / "out")
+        build(load(made), tmp_path / "out")
 
 
 def test_nothing_left_is_an_error_that_names_the_part(made, tmp_path):
     with pytest.raises(UserError, match='part "code" has no training documents left'):
-        build(Curation.load(made, ["code.rules.min_words=100000"]), tmp_path / "out")
+        build(load(made, ["code.rules.min_words=100000"]), tmp_path / "out")
     assert "min_words" in (tmp_path / "out" / "report.txt").read_text()
 
 
 def test_what_was_altered_is_found(made, tmp_path):
     out = tmp_path / "out"
-    build(Curation.load(made), out)
+    build(load(made), out)
     for pattern in ("documents/first/*.zst", "english/train-*.tokens", "english/train-*.ends.npy"):
         file = next(iter(sorted(out.glob(pattern))))
         data = file.read_bytes()
@@ -224,7 +224,7 @@ def test_what_was_altered_is_found(made, tmp_path):
 
 
 def test_the_command_prints_json_and_a_tokenizer_can_be_brought_along(made, tmp_path):
-    build(Curation.load(made), tmp_path / "out")
+    build(load(made), tmp_path / "out")
     command = [*COMMAND, str(made), "--out", str(tmp_path / "two"), "--json",
                "--set", f"tokenizer.from={tmp_path / 'out' / 'tokenizer'}", "--set", "first.languages=[]"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)

@@ -6,15 +6,15 @@ import pytest
 
 from bessemer.config.help import describe_keys
 from bessemer.errors import UserError
-from bessemer.pipeline.curation import Curation
+from bessemer.pipeline.curation import load, plain
 
 SOURCE = 'name = "a"\nfrom = "fables-en"\ndomain = "english"'
 
 
 def test_the_recipe_that_comes_along_is_read():
-    found = Curation.load(Path(__file__).parents[2] / "recipes" / "data.toml")
-    assert found.plain().sources[1].rules["min_words"] == 20
-    assert "min_ended_lines" not in found.plain().sources[2].rules
+    found = load(Path(__file__).parents[2] / "recipes" / "data.toml")
+    assert plain(found).sources[1].rules["min_words"] == 20
+    assert "min_ended_lines" not in plain(found).sources[2].rules
 
 
 @pytest.mark.parametrize(
@@ -36,27 +36,27 @@ def test_the_recipe_that_comes_along_is_read():
 )
 def test_mistakes_are_named(recipe, sources, more, told):
     with pytest.raises(UserError) as error:
-        Curation.load(recipe(*sources, more=more))
+        load(recipe(*sources, more=more))
     assert told in str(error.value)
 
 
 def test_keys_can_be_set_from_the_command_line(recipe):
     path = recipe(SOURCE)
-    found = Curation.load(path, ["seed=9", "dedup.near=false", "a.bad=skip", "a.rules.min_words=7", "heldout=0.2"])
+    found = load(path, ["seed=9", "dedup.near=false", "a.bad=skip", "a.rules.min_words=7", "heldout=0.2"])
     assert (found.seed, found.dedup.near, found.heldout) == (9, False, 0.2)
     assert found.sources[0].bad == "skip"
-    assert found.plain().sources[0].rules == {"min_words": 7}
+    assert plain(found).sources[0].rules == {"min_words": 7}
     with pytest.raises(UserError, match="no table or source is called b"):
-        Curation.load(path, ["b.bad=skip"])
+        load(path, ["b.bad=skip"])
     with pytest.raises(UserError, match="must read key=value"):
-        Curation.load(path, ["seed"])
+        load(path, ["seed"])
     with pytest.raises(UserError, match="no recipe at"):
-        Curation.load(path.with_name("none.toml"))
+        load(path.with_name("none.toml"))
 
 
 def test_a_training_recipe_is_told_apart():
     with pytest.raises(UserError, match=r"tiny\.toml is a training recipe; run it with bessemer run"):
-        Curation.load(Path(__file__).parents[2] / "recipes" / "tiny.toml")
+        load(Path(__file__).parents[2] / "recipes" / "tiny.toml")
 
 
 def test_every_key_is_explained():

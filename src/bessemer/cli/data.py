@@ -26,7 +26,7 @@ def build(
     from bessemer.curate import report
     from bessemer.pipeline import curation
 
-    loaded = curation.Curation.load(recipe, set_ or [])
+    loaded = curation.load(recipe, set_ or [])
     folder = out or Path("data") / loaded.name
     try:
         facts = curation.build(loaded, folder)

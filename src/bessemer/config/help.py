@@ -1,4 +1,4 @@
-"""The recipe's keys as text, from the docstrings beside the settings."""
+"""The recipe's keys as text, from the docstrings under the fields."""
 
 import json
 import textwrap
@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
+from bessemer.config.curation import Curation, SourceTable
 from bessemer.config.recipe import Head, LayoutConfig
 from bessemer.config.stages import STAGES, stage_config
 from bessemer.config.table import ConfigTable, StageConfig, StageRef
@@ -20,8 +21,6 @@ DATA = "data"
 def describe_keys(kind: str | None = None) -> str:
     """All tables of a recipe, or the one of a stage kind (UserError when there is no such kind), or a data recipe's."""
     if kind == DATA:
-        from bessemer.pipeline.curation import Curation, SourceTable
-
         return _table("data recipe", Curation) + "\n\n" + _table("[[source]]", SourceTable)
     if kind is not None:
         return _table(f'[[stage]] kind = "{kind}"', stage_config(kind, "keys"))

@@ -1,0 +1,55 @@
+"""What starting costs: reading recipes and their help imports nothing heavy, `bessemer --help` is instant."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+HEAVY = ("torch", "numpy", "transformers", "pyarrow", "tokenizers")
+LOAD = """
+from bessemer.config.recipe import Recipe
+for path in {paths}:
+    Recipe.load(path)
+"""
+KEYS = """
+from bessemer.cli import main
+sys.argv = ["bessemer", *{arguments}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+
+
+def loaded(code: str) -> list[str]:
+    """The heavy modules that a fresh process has after running `code`."""
+    code = f"import json, sys\n{code}\nprint(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_loading_any_recipe_imports_nothing_heavy():
+    paths = [str(path) for path in sorted(RECIPES.glob("*.toml")) if "[[stage]]" in path.read_text()]
+    assert len(paths) > 3
+    assert loaded(LOAD.format(paths=paths)) == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["keys"], ["keys", "rl"], ["keys", "data"]])
+def test_help_and_keys_import_nothing_heavy(arguments):
+    assert loaded(KEYS.format(arguments=arguments)) == []
+
+
+def test_help_is_instant():
+    """0.25 s of CPU on two cores; the least of three, since other work on a machine makes any of them slower."""
+
+    def cpu_seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "bessemer", "--help"], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(cpu_seconds() for _ in range(3)) < 0.5
