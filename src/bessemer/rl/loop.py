@@ -48,10 +48,9 @@ class Loop:
         self.settings, self.ctx = settings, ctx
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a stage with a model before it')
+        self.base = ctx.source / "model"
         setup.keep_memory()
-        network, self.tokenizer = distributed.read(
-            ctx.source / "model", ctx.ranks, ctx.recipe.layout, ctx.say, split_rows=False
-        )
+        network, self.tokenizer = distributed.read(self.base, ctx.ranks, ctx.recipe.layout, ctx.say, split_rows=False)
         self.workers = ray_sampler.trainer_workers(settings.rollout) if ctx.ranks is None else Workers(1)
         longest = round(max(settings.max_new_tokens.values))
         self.objective = GRPO(
@@ -132,7 +131,7 @@ class Loop:
                 ctx.interrupt()
             trainer.save_if_due()
         trainer.save()
-        distributed.save(trainer, ctx.dir / "model", ctx.source / "model")
+        distributed.save(trainer, ctx.dir / "model", self.base)
         if self.export is not None:
             self.export.finish(settings.rollouts, ctx.dir)
         summary: dict[str, Any] = {"steps": trainer.step}

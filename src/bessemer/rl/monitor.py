@@ -80,8 +80,9 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 def _trace_metrics(rows: Sequence[ScoredSample]) -> dict[str, float]:
     """Conditional rates of the countdown traces among the samples; none where there is nothing to count."""
-    found = rates(diagnose(row.problem, row.answer) for row in rows if row.problem.meta.keys() >= {"numbers", "target"})
-    return {f"rl/trace/{name}": value for name in _TRACE if (value := found[name]) is not None}
+    traces = [row for row in rows if row.problem.meta.keys() >= {"numbers", "target"}]
+    trace_rates = rates(diagnose(row.problem, row.answer) for row in traces)
+    return {f"rl/trace/{name}": value for name in _TRACE if (value := trace_rates[name]) is not None}
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -203,8 +204,8 @@ def start_gate(row: Mapping[str, object], minimum_pass: float, format_reward: fl
     measured = f"the model solves {one:.1%} of held-out problems (pass@{k} {some:.1%})"
     faults = _faults(row)
     if one < minimum_pass:
-        advice = [*faults, "pre-train longer, raise the share of the task's documents, or choose an easier task"]
-        advice = ". ".join(part[0].upper() + part[1:] for part in advice)
+        parts = [*faults, "pre-train longer, raise the share of the task's documents, or choose an easier task"]
+        advice = ". ".join(part[0].upper() + part[1:] for part in parts)
         message = f"{measured}, below minimum_pass {minimum_pass:.1%}: RL has nothing to amplify. {advice}"
         return GateDecision(False, message)
     warnings = list(faults)

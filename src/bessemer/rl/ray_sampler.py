@@ -1,4 +1,4 @@
-"""Rollout workers as Ray actors, apart from the trainer's processes: weights go out under numbers, samples come back.
+"""Rollout workers as Ray actors, separate from the trainer: weights go out under numbers, samples come back.
 
 Before the first sample after an update, the trainer's weights are put into Ray's object store once (one copy); every
 node fetches them once and its workers map them. A policy holds its weights there as long as a rollout may still ask it,
@@ -102,6 +102,7 @@ def _start_pool(rollout: RolloutConfig, ctx: StageContext, engine: Engine) -> Wo
         gpus = min(1, cluster.gpus()) if rollout.gpus is None else rollout.gpus
         if rollout.engine == "vllm" and not gpus:
             raise UserError("rollouts by vLLM need GPUs, and Ray has none")
+        assert ctx.source is not None
         directory = str((ctx.source / "model").resolve())
         return WorkerPool(cluster, rollout.engine, directory, rollout.workers, gpus, ctx.say)
     except BaseException:
