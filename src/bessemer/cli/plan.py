@@ -23,7 +23,7 @@ def plan(
                                        "run.")] = False,
     run: Annotated[Path | None, typer.Option(metavar="RUN", help="With --here: the run to compare with. "
                                              "Default: runs/NAME.")] = None,
-    audit: Annotated[str | None, typer.Option(metavar="NAME", help="Published claims beside predictions: "
+    audit: Annotated[str | None, typer.Option(metavar="NAME", help="Published claims next to predictions: "
                                               "deepseek-v3.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the plan as a page, with its Gantt chart.")] = None,
     schedule: Annotated[str | None, typer.Option(metavar="NAME", help="A pipeline schedule alone: gpipe, 1f1b, "
