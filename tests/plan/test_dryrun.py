@@ -20,8 +20,10 @@ def test_v3_on_2048_ranks():
     found = dry_run.of_recipe(Recipe.load(V3), device_name="h800")
     assert found.layout.world == 2048 and found.fits
     assert [(point["micro"], point["schedule"]) for point in found.ramp] == [
-        (24, "1f1b"), (32, "dualpipe"), (120, "dualpipe"),
-    ]  # fmt: skip
+        (24, "1f1b"),
+        (32, "dualpipe"),
+        (120, "dualpipe"),
+    ]
     assert list(found.ranks) == [0, 1024, 1920]
     assert found.ranks[0] == found.ranks[1920], "DualPipe's ends hold the same two stages"
     said = dry_run.describe(found)

@@ -155,8 +155,10 @@ def test_most_live_walks_the_table():
 def test_recomputation_keeps_less_of_its_phase():
     for fp8 in (False, True):
         numbers = NumberFormats(fp8=fp8)
-        sizes = {again: sum(memory.saved_by_stage(V3, cut(V3, 16), 1, 4096, numbers, again).values())
-                 for again in ((), ("attend",), ("experts",), ("attend", "experts"))}  # fmt: skip
+        sizes = {
+            again: sum(memory.saved_by_stage(V3, cut(V3, 16), 1, 4096, numbers, again).values())
+            for again in ((), ("attend",), ("experts",), ("attend", "experts"))
+        }
         assert (
             sizes["attend", "experts"]
             < min(sizes["attend",], sizes["experts",])

@@ -97,12 +97,15 @@ def _pretrain(rng: random.Random) -> list[dict]:
         share = step / 500
         loss = 1.7 + 5.9 * math.exp(-7 * share**0.55) + rng.gauss(0, 0.06)
         values = {
-            "train/loss": loss, "train/mtp_1": loss + 0.35 + rng.gauss(0, 0.05),
-            "train/mtp_lambda": 0.3, "train/balance": 1e-4 * (1 + math.exp(-9 * share)),
+            "train/loss": loss,
+            "train/mtp_1": loss + 0.35 + rng.gauss(0, 0.05),
+            "train/mtp_lambda": 0.3,
+            "train/balance": 1e-4 * (1 + math.exp(-9 * share)),
             "train/lr": 3e-3 * min(1.0, share * 40) * (1.0 if share < 0.75 else 1 - 3.6 * (share - 0.75)),
             "train/grad_norm": 0.6 + 3 * math.exp(-12 * share) + abs(rng.gauss(0, 0.12)),
-            "train/tokens_per_second": 21400 + rng.gauss(0, 700), "guard/skipped": 0,
-        }  # fmt: skip
+            "train/tokens_per_second": 21400 + rng.gauss(0, 700),
+            "guard/skipped": 0,
+        }
         if step % 10 == 0:
             for layer in range(1, 4):
                 loads = _loads(rng, share)
@@ -123,14 +126,17 @@ def _zero(rng: random.Random) -> list[dict]:
         values = {
             "rl/accuracy": 0.16 + 0.42 * rise + rng.gauss(0, 0.04),
             "rl/format": min(1.0, 0.6 + 0.39 * rise + rng.gauss(0, 0.02)),
-            "rl/reward": 0.2 + 0.45 * rise + rng.gauss(0, 0.04), "rl/length": 10.8 + 29 * rise + rng.gauss(0, 1.2),
+            "rl/reward": 0.2 + 0.45 * rise + rng.gauss(0, 0.04),
+            "rl/length": 10.8 + 29 * rise + rng.gauss(0, 1.2),
             "rl/think_share": min(1.0, 0.51 + 0.46 * rise + rng.gauss(0, 0.02)),
             "rl/entropy": 0.62 - 0.3 * rise + rng.gauss(0, 0.02),
-            "rl/kl": 0.13 * rise + abs(rng.gauss(0, 0.004)), "rl/clip_share": abs(rng.gauss(0.01, 0.004)),
+            "rl/kl": 0.13 * rise + abs(rng.gauss(0, 0.004)),
+            "rl/clip_share": abs(rng.gauss(0.01, 0.004)),
             "rl/dead_groups": max(0.0, 0.3 - 0.2 * rise + rng.gauss(0, 0.04)),
             "rl/truncated": max(0.0, 0.02 + 0.05 * rise + rng.gauss(0, 0.01)),
-            "rl/grad_norm": 0.3 + abs(rng.gauss(0, 0.05)), "rl/tries": 1.2 + 3.4 * rise + rng.gauss(0, 0.2),
-        }  # fmt: skip
+            "rl/grad_norm": 0.3 + abs(rng.gauss(0, 0.05)),
+            "rl/tries": 1.2 + 3.4 * rise + rng.gauss(0, 0.2),
+        }
         lines.append(_line("zero", step, step * 9000, values))
     return lines
 

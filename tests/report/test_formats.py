@@ -41,10 +41,13 @@ def test_the_gap_is_that_of_smoothed_losses():
 
 def test_only_stages_that_share_all_else_are_compared():
     stages = [
-        stage("one", curve(0.0)), stage("fp8", curve(0.1), fp8="paper", micro_rows=4),
-        stage("plain", curve(0.1), precision="float32"), stage("other-rate", curve(0.3), lr=[["0", 2.0]], fp8="paper"),
-        stage("two", curve(0.0), seed=2), stage("fp8-2", curve(0.2), seed=2, fp8="paper"),
-    ]  # fmt: skip
+        stage("one", curve(0.0)),
+        stage("fp8", curve(0.1), fp8="paper", micro_rows=4),
+        stage("plain", curve(0.1), precision="float32"),
+        stage("other-rate", curve(0.3), lr=[["0", 2.0]], fp8="paper"),
+        stage("two", curve(0.0), seed=2),
+        stage("fp8-2", curve(0.2), seed=2, fp8="paper"),
+    ]
     found = {(one.label, one.seed) for one in comparisons.format_gaps(run(*stages))}
     assert found == {("FP8, paper", 1), ("float32", 1), ("FP8, paper", 2)}
     assert comparisons.format_gaps(run(stages[0], stages[3])) == [] and comparisons.formats_text(run(stages[0])) == ""
@@ -53,9 +56,11 @@ def test_only_stages_that_share_all_else_are_compared():
 
 def test_the_table_and_the_page():
     facts = run(
-        stage("a", curve(0.0), 1.0), stage("b", curve(0.1), 1.02, fp8="block-gradients"),
-        stage("c", curve(0.0), 1.0, seed=2), stage("d", curve(0.2), 1.00, seed=2, fp8="block-gradients"),
-    )  # fmt: skip
+        stage("a", curve(0.0), 1.0),
+        stage("b", curve(0.1), 1.02, fp8="block-gradients"),
+        stage("c", curve(0.0), 1.0, seed=2),
+        stage("d", curve(0.2), 1.00, seed=2, fp8="block-gradients"),
+    )
     lines = comparisons.formats_text(facts).splitlines()
     assert "BF16 of the same seed" in lines[0] and len({len(line) for line in lines[1:]}) == 1
     label, seeds, mean, largest, end, heldout = lines[2].rsplit(None, 5)

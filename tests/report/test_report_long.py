@@ -69,8 +69,10 @@ def test_what_was_measured_is_on_the_page(root):
 def test_a_terminal_gets_the_figures(root):
     said = card.table(root)
     assert [line.split()[-4:] for line in said.splitlines() if line.startswith(("before", "after"))] == [
-        ["97.5", "%", "10.0", "%"], ["90.0", "%", "92.5", "%"], ["byte", "on", "short", "rows"],
-    ]  # fmt: skip
+        ["97.5", "%", "10.0", "%"],
+        ["90.0", "%", "92.5", "%"],
+        ["byte", "on", "short", "rows"],
+    ]
     assert "+0.1600 bits per byte on short rows" in said
 
 

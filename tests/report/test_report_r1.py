@@ -213,8 +213,10 @@ def test_long_runs_leave_small_rollouts(tmp_path):
     run = fake_run.make(tmp_path / "run")
     lines = [
         {"step": step, "id": f"p{p}", "prompt": "p", "completion": "x" * 3000, "correct": False}
-        for step in range(200) for p in range(8) for _ in range(2)
-    ]  # fmt: skip
+        for step in range(200)
+        for p in range(8)
+        for _ in range(2)
+    ]
     (run / "04-zero" / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shown = transcripts.rollouts(read(run))
     assert len(shown) < 400_000 and 'data-step="0"' in shown and 'data-step="199"' in shown

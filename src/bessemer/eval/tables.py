@@ -123,10 +123,13 @@ def _stage_table(by_task: dict[tuple[str, ...], dict[str, Row]]) -> StageTable:
         details.append((f"{measures[0].name} by difficulty", levels))
     counts = sorted({str(row["n"]) for rows in by_task.values() for row in rows.values() if "n" in row})
     return StageTable(
-        models=models, problems=" or ".join(counts) or "?", sampling=_sampling(some),
-        accuracy=tuple((domain, tuple(lines)) for domain, lines in domains.items()), overall=overall,
+        models=models,
+        problems=" or ".join(counts) or "?",
+        sampling=_sampling(some),
+        accuracy=tuple((domain, tuple(lines)) for domain, lines in domains.items()),
+        overall=overall,
         details=tuple(details),
-    )  # fmt: skip
+    )
 
 
 def _sampling(row: Row) -> str:

@@ -113,9 +113,12 @@ class RunPlan:
 
 
 def plan_run(
-    cfg: ModelConfig, setup: Setup, tokens: float, batch: Callable[[float], float] | None = None,
+    cfg: ModelConfig,
+    setup: Setup,
+    tokens: float,
+    batch: Callable[[float], float] | None = None,
     usd_hour: float | None = None,
-) -> RunPlan:  # fmt: skip
+) -> RunPlan:
     """The plan of a run over `tokens`. `batch`: sequences of a step as a function of consumed tokens, if they grow;
     where they are too few for the schedule, 1F1B is assumed."""
     step = step_time(setup)
@@ -201,13 +204,14 @@ def assumptions(plan: RunPlan) -> list[str]:
     routing = "balanced routing" if setup.imbalance == 1 else f"busiest expert rank {setup.imbalance:.2f} x the mean"
     texts = [
         f"{routing}, no token dropped, {setup.shape.limited} of {setup.shape.groups} groups of experts a token"
-        if setup.shape.experts else "no experts",
+        if setup.shape.experts
+        else "no experts",
         "single kernels and collectives as published (plan/efficiency.toml), communication as fast in a step as alone",
         f"kernels take {setup.in_step:g} x as long within a step as alone"
         + (" (from the public training profile of DeepSeek, H800)" if setup.in_step != 1 else ""),
         "synchronisation of gradients and the update hidden behind nothing; no failures, no evaluation, no restarts",
         f"stages of {'equal numbers of layers' if setup.even else 'nearly equal work'}",
-    ]  # fmt: skip
+    ]
     if setup.recompute:
         texts.append(f"made again in backward: {', '.join(setup.recompute)}")
     if plan.usd_hour is not None:

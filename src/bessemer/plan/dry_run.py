@@ -113,9 +113,12 @@ def measure(cfg: ModelConfig, layout: Layout, table: Table, rank: int, numbers: 
             model = Transformer(cfg)
             shard = ModelShard(model, mesh.Mesh(layout, cfg), table.name)
         optimizer = Zero1(
-            shard.model, shard.mesh, shard.others, compute_dtype=torch.bfloat16 if half else torch.float32,
+            shard.model,
+            shard.mesh,
+            shard.others,
+            compute_dtype=torch.bfloat16 if half else torch.float32,
             moments_dtype=torch.bfloat16 if numbers.moments == 2 else torch.float32,
-        )  # fmt: skip
+        )
     groups = optimizer.groups
     own = [group for group in groups if group.compute.dtype != torch.float32]  # in float32 the weights are the masters
     gates = [t for gate in shard.gates.values() for t in (gate.bias_E, gate.load_E) if t is not None]
@@ -170,8 +173,11 @@ def describe(run: DryRun) -> str:
     numbers, table = run.numbers, run.table
     formats = ("bfloat16" if numbers.compute == 2 else "float32") + (", matrices in FP8" if numbers.fp8 else "")
     lines = [mesh.describe(run.layout), "", f"micro-batches of {run.rows} x {run.length:,} tokens; {formats}"]
-    lines += [f"from {show_tokens(p['tokens'])} tokens: {p['rows']:,} rows a step, {p['micro']} micro-batches a "
-              f"pipeline, {p['schedule']}" for p in run.ramp]  # fmt: skip
+    lines += [
+        f"from {show_tokens(p['tokens'])} tokens: {p['rows']:,} rows a step, {p['micro']} micro-batches a "
+        f"pipeline, {p['schedule']}"
+        for p in run.ramp
+    ]
     heads = [f"rank {rank}" for rank in run.ranks]
     unit, size = ("GiB", GIB) if run.worst >= GIB else ("MiB", 2**20)
     lines += ["", f"{unit} per rank with {table.name}, {table.micro} micro-batches, balanced routing:"]

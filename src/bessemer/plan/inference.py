@@ -68,10 +68,12 @@ def decode(deployment: Deployment) -> DecodeStep:
     size = 1 if deployment.fp8 else 2
     mine = sum(sum(shape.layer_params(i < shape.dense, local)) for i in range(shape.n_layers)) * size
     return DecodeStep(
-        rounds * longest + head, rounds * compute + head, rounds * communication,
+        rounds * longest + head,
+        rounds * compute + head,
+        rounds * communication,
         deployment.batch * deployment.context * shape.kv_bytes() / GIB,
         (mine + 4 * shape.vocab * shape.dim) / GIB,
-    )  # fmt: skip
+    )
 
 
 def _layer(deployment: Deployment, rows: int, local: int, dense: bool) -> list[Op]:
@@ -89,8 +91,10 @@ def _layer(deployment: Deployment, rows: int, local: int, dense: bool) -> list[O
     if dense:
         return ops + list(layer_kernels.ffn(shape, rows, shape.inner, deployment.fp8).forward)
     routed = max(1.0, rows * shape.chosen * deployment.ep / (local * deployment.ep))
-    ops += [gemm("experts up", routed, 2 * shape.expert_inner, shape.dim, form, groups=local),
-            gemm("experts down", routed, shape.dim, shape.expert_inner, form, groups=local)]  # fmt: skip
+    ops += [
+        gemm("experts up", routed, 2 * shape.expert_inner, shape.dim, form, groups=local),
+        gemm("experts down", routed, shape.dim, shape.expert_inner, form, groups=local),
+    ]
     if shape.shared:
         ops += list(layer_kernels.ffn(shape, rows, shape.shared * shape.expert_inner, deployment.fp8).forward)
     return ops
@@ -166,13 +170,15 @@ class ServingOffer:
             return None if usd_hour is None else usd_hour / 3600 / rate * 1e6
 
         return {
-            "gpus_of_a_unit": self.deployment.ep, "answers_per_gpu": self.deployment.batch,
+            "gpus_of_a_unit": self.deployment.ep,
+            "answers_per_gpu": self.deployment.batch,
             "tokens_per_second_of_an_answer": 1 / self.step.seconds,
             "output_tokens_per_second_per_gpu": out,
             "output_tokens_per_second_per_node": out * self.deployment.device.devices,
-            "usd_per_million_output_tokens": price(out), "input_tokens_per_second_per_gpu": into,
+            "usd_per_million_output_tokens": price(out),
+            "input_tokens_per_second_per_gpu": into,
             "usd_per_million_input_tokens": price(into),
-        }  # fmt: skip
+        }
 
 
 def cheapest_unit(shape: ModelShape, device: Device, fp8: bool) -> ServingOffer | None:

@@ -159,10 +159,12 @@ def head(shape: ModelShape, tokens: int) -> Phase:
     """Norm, logits and loss in BF16; the forward computes their gradients too (`train.loss`)."""
     V, D = shape.vocab, shape.dim
     logits = (
-        memory_op("norm", 2 * BF16 * D * tokens), gemm("head", tokens, V, D, "bf16"),
-        memory_op("softmax", tokens * V * (2 * BF16 + 2 * F32)), gemm("head dx", tokens, D, V, "bf16"),
+        memory_op("norm", 2 * BF16 * D * tokens),
+        gemm("head", tokens, V, D, "bf16"),
+        memory_op("softmax", tokens * V * (2 * BF16 + 2 * F32)),
+        gemm("head dx", tokens, D, V, "bf16"),
         gemm("head dw", V, D, tokens, "bf16", write=F32, read=F32),
-    )  # fmt: skip
+    )
     return Phase(logits, (memory_op("norm back", 4 * BF16 * D * tokens),))
 
 

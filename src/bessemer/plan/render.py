@@ -37,9 +37,12 @@ def duration(days: float) -> str:
 
 
 def describe(
-    name: str, plan: RunPlan, ideas: Mapping[str, Any], rl: Sequence[Mapping[str, Any]] = (),
+    name: str,
+    plan: RunPlan,
+    ideas: Mapping[str, Any],
+    rl: Sequence[Mapping[str, Any]] = (),
     serving: Mapping[str, Any] | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """The whole plan; `ideas`, `rl`, `serving`: results of `cost.ideas`, `cost.rl_costs` and `ServingOffer.facts`."""
     parts = [_run(name, plan), _step(plan), _memory(plan), _ideas(plan, ideas), *(_rl(stage) for stage in rl)]
     parts += [_serving(serving), ["assumed", *(f"  {text}" for text in assumptions(plan))]]
@@ -127,9 +130,11 @@ def _serving(offer: Mapping[str, Any] | None) -> list[str]:
 def describe_search(result: SearchResult, shown: int = 8) -> str:
     """The best layouts, and why others were rejected."""
     most = len(result.candidates)
-    lines = [f"{result.considered:,} layouts considered, the {most} most promising that fit simulated",
-             f"{'pp':>4}{'ep':>5}{'dp':>5}  {'schedule':<13}{'recomputed':<16}{'rows':>5}{'micro':>7}  {'format':<7}"
-             f"{'tokens/s/GPU':>13}{'GiB':>7}"]  # fmt: skip
+    lines = [
+        f"{result.considered:,} layouts considered, the {most} most promising that fit simulated",
+        f"{'pp':>4}{'ep':>5}{'dp':>5}  {'schedule':<13}{'recomputed':<16}{'rows':>5}{'micro':>7}  {'format':<7}"
+        f"{'tokens/s/GPU':>13}{'GiB':>7}",
+    ]
     for one in result.candidates[:shown]:
         s = one.setup
         lines.append(

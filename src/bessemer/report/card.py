@@ -23,7 +23,7 @@ from bessemer.runs.files import explained, write_atomic
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """One section of the page."""
 
     anchor: str
@@ -191,10 +191,12 @@ def _conformance(facts: RunFacts) -> Html:
         return Html()
     on = sum(bool(row.get("on")) for row in facts.conformance)
     rows = [
-        [page.pill("on", True) if row.get("on") else page.pill("off"),
-         *(row.get(key, "") for key in ("item", "section", "paper", "here"))]
+        [
+            page.pill("on", True) if row.get("on") else page.pill("off"),
+            *(row.get(key, "") for key in ("item", "section", "paper", "here")),
+        ]
         for row in facts.conformance
-    ]  # fmt: skip
+    ]
     count = page.paragraph(f"{on} of {len(rows)} items on.", "lead")
     return page.join(count, page.table(["", "item", "section", "in the paper", "here"], rows, kind="conformance"))
 
@@ -207,24 +209,24 @@ def _recipe(facts: RunFacts) -> Html:
 
 
 SECTIONS = (
-    Section("stages", "Stage by stage", _stages, "no results.json in a stage",
+    PageSection("stages", "Stage by stage", _stages, "no results.json in a stage",
             "Problems never trained on. Small figures and whiskers: 95 % intervals. Bold: the best of its row."),
-    Section("learning", "Watching it learn", _learning, "no rl/ metrics",
+    PageSection("learning", "Watching it learn", _learning, "no rl/ metrics",
             "Noisy curves: faint as measured, bold smoothed."),
-    Section("rollouts", "Rollouts", transcripts.rollouts, "no rollouts.jsonl in a stage",
+    PageSection("rollouts", "Rollouts", transcripts.rollouts, "no rollouts.jsonl in a stage",
             "Answers of the model while it learned, at several moments for prompts that the run asked repeatedly."),
-    Section("controls", "Controls", comparisons.controls_html, "no stage that differs from another by its reward",
+    PageSection("controls", "Controls", comparisons.controls_html, "no stage that differs from another by its reward",
             "The same start and problems with another reward: a control's gains are not learnt from the task."),
-    Section("formats", "Number formats", comparisons.formats_html,
+    PageSection("formats", "Number formats", comparisons.formats_html,
             "no two pre-trainings that differ by number format alone"),
-    Section("long", "Long context", comparisons.long_html, "no long.json in a stage",
+    PageSection("long", "Long context", comparisons.long_html, "no long.json in a stage",
             "Text and keys never trained on; greedy answers that must be exact."),
-    Section("curves", "Training", panels.training, "no lines in metrics.jsonl",
+    PageSection("curves", "Training", panels.training, "no lines in metrics.jsonl",
             "Noisy curves: faint as measured, bold smoothed."),
-    Section("experts", "Expert load", panels.expert_loads, "no moe/load metrics",
+    PageSection("experts", "Expert load", panels.expert_loads, "no moe/load metrics",
             "Each row is an expert, time runs to the right. Grey is an even share of the tokens."),
-    Section("samples", "Samples", transcripts.samples, "no samples.md in a stage"),
-    Section("cost", "What it cost", _cost, "no stage has started"),
-    Section("conformance", "The papers' recipe, here", _conformance, "no conformance.json"),
-    Section("recipe", "Do it again", _recipe, "no recipe.toml"),
+    PageSection("samples", "Samples", transcripts.samples, "no samples.md in a stage"),
+    PageSection("cost", "What it cost", _cost, "no stage has started"),
+    PageSection("conformance", "The papers' recipe, here", _conformance, "no conformance.json"),
+    PageSection("recipe", "Do it again", _recipe, "no recipe.toml"),
 )  # fmt: skip

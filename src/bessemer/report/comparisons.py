@@ -174,10 +174,11 @@ def _control_group(facts: RunFacts, group: ControlGroup) -> Html:
         for stage, words in [(group.main, "reward of the task"), *group.controls]
     )
     return page.join(
-        page.heading(group.main.name, f"from {group.main.source}"), Html(f'<ul class="arms">{items}</ul>'),
+        page.heading(group.main.name, f"from {group.main.source}"),
+        Html(f'<ul class="arms">{items}</ul>'),
         page.charts(panels.compared(group.stages, metric) for metric in panels.COMPARED),
         stage_table_html(facts, group.rows(facts)),
-    )  # fmt: skip
+    )
 
 
 def controls_text(facts: RunFacts) -> str:
@@ -303,12 +304,15 @@ def formats_html(facts: RunFacts) -> Html:
         return Html()
     drawn = [
         charts.panel(
-            label, "gap of the loss, per cent, over tokens",
-            [Curve(f"seed {one.seed}", one.tokens, one.gap) for one in of_format], f"formats/{label}",
-            floor=-BOUND, ceiling=BOUND,
+            label,
+            "gap of the loss, per cent, over tokens",
+            [Curve(f"seed {one.seed}", one.tokens, one.gap) for one in of_format],
+            f"formats/{label}",
+            floor=-BOUND,
+            ceiling=BOUND,
         )
         for label, of_format in _by_label(gaps).items()
-    ]  # fmt: skip
+    ]
     table = page.table(_HEADS, _format_rows(gaps), numeric=range(1, len(_HEADS)))
     return page.join(page.paragraph(_format_lead(facts), "lead"), table, page.charts(drawn))
 
@@ -368,9 +372,12 @@ def _positions(stage: StageFacts, source: str, rows: list[dict[str, Any]]) -> Ht
     buckets = rows[0]["buckets"]
     curves = [Curve(row["model"], range(len(buckets)), [b["bits_per_byte"] for b in row["buckets"]]) for row in rows]
     return charts.panel(
-        f"Loss by position, {source}", "held-out bits per byte over positions in the row", curves,
-        f"{stage.name}/positions/{source}", names=[f"to {charts.short(bucket['end'])}" for bucket in buckets],
-    )  # fmt: skip
+        f"Loss by position, {source}",
+        "held-out bits per byte over positions in the row",
+        curves,
+        f"{stage.name}/positions/{source}",
+        names=[f"to {charts.short(bucket['end'])}" for bucket in buckets],
+    )
 
 
 def _short_rows(table: dict[str, Any]) -> Html:

@@ -90,9 +90,12 @@ def pill(word: str, on: bool = False) -> Html:
 
 
 def table(
-    headings: Sequence[str], rows: Iterable[Sequence[str] | str], numeric: Sequence[int] = (), kind: str = "",
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str] | str],
+    numeric: Sequence[int] = (),
+    kind: str = "",
     row_headings: bool = False,
-) -> Html:  # fmt: skip
+) -> Html:
     """A table panel. A row that is a string is the heading of the rows below it; `numeric` columns are right-aligned;
     `row_headings`: the first column names the rows and the others share the width."""
 

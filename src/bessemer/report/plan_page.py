@@ -28,12 +28,13 @@ def document(name: str, plan: RunPlan, ideas: Mapping[str, Any]) -> str:
     parts = [
         page.section("figures", "What it costs", page.tiles(_tiles(plan)), lead),
         page.section("time", "Where a step goes", _parts(plan)),
-        page.section("gantt", "The schedule", gantt,
-                     "A row per pipeline rank, seconds to the right; the optimizer comes after."),
+        page.section(
+            "gantt", "The schedule", gantt, "A row per pipeline rank, seconds to the right; the optimizer comes after."
+        ),
         page.section("memory", "Memory of every rank, GiB", _memory(plan)),
         page.section("ideas", "Without one of its ideas", _ideas(ideas)) if ideas else "",
         page.section("assumed", "Assumptions", Html(f"<ul>{rows}</ul>")),
-    ]  # fmt: skip
+    ]
     return page.document(f"Plan: {name}", page.join(Html(f"<h1>{page.text(name)}</h1>"), *parts))
 
 
