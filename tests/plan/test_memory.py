@@ -109,10 +109,10 @@ def on_a_rank(rank, name, layout, dtype, fp8):
             executor._do(action)
         executor.channels.end()
 
-    executor.follow(replace(table, steps=alone))
+    executor.set_table(replace(table, steps=alone))
     kept, _ = live_and_highest(forwards)
     executor._chunks.clear()
-    executor.follow(table)
+    executor.set_table(table)
     dist.barrier()
     missed, most = live_and_highest(lambda: executor.run(work))
     return before, kept, most - missed, most
