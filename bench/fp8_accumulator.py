@@ -1,4 +1,4 @@
-"""What a short accumulator costs an FP8 GEMM, and what promotion gives back (V3 3.3.2, Fig. 7b; reference D.3).
+"""What a short accumulator costs an FP8 GEMM, and what promotion gives back (V3 3.3.2, Fig. 7b).
 
     python bench/fp8_accumulator.py [--k 4096] [--rounds 5]
 

@@ -31,7 +31,7 @@ import torch
 
 import bessemer
 from bessemer.data.chat import question_ids, render
-from bessemer.hf import gguf_writer
+from bessemer.hf import gguf_file
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 
@@ -187,7 +187,7 @@ def main() -> None:
         folder, file = Path(scratch) / "model", Path(scratch) / "model.gguf"
         if args.model:
             model, tokenizer = bessemer.load(args.model, dtype="float32").eval(), bessemer.Tokenizer.load(args.model)
-            gguf_writer.write(args.model, file, "float32")
+            gguf_file.write(args.model, file, "float32")
             task = bessemer.tasks.get(args.task)
             questions = [task.problem("test", i).prompt for i in range(args.problems)]
             prompts = [question_ids(tokenizer, question) for question in questions]
@@ -205,7 +205,7 @@ def main() -> None:
         for name, cfg in random_cases(tokenizer.vocab_size).items():
             model = trained_like(cfg)
             model.save(folder, tokenizer_dir=Path(scratch) / "tokenizer")
-            gguf_writer.write(folder, file, "float32")
+            gguf_file.write(folder, file, "float32")
             peer = Peer(file, 256)
             prompts = [torch.randint(3, cfg.vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]
             cases[name] = compare(model, tokenizer, peer, prompts, args.new_tokens)

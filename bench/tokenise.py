@@ -140,9 +140,9 @@ def same_ids(texts: list[str], tokenizer: Path) -> None:
 
     from bessemer.data.encoder import Encoder
 
-    foreign = AutoTokenizer.from_pretrained(tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tokenizer)
     found = [ids.tolist() for ids in Encoder(Tokenizer.load(tokenizer)).encode_batch(texts)]
-    assert found == foreign(texts, add_special_tokens=False)["input_ids"]
+    assert found == theirs(texts, add_special_tokens=False)["input_ids"]
 
 
 def theirs_from(texts: list[str], folder: Path) -> Path:

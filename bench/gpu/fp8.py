@@ -11,7 +11,7 @@ Every backend that takes a call on this card is checked and timed by itself (BES
     time       CUDA events around one call, the L2 cache overwritten before it, after a warm-up; the median
     TFLOPS     2 M N K / time, and its share of what a large BF16 GEMM of torch reaches here
     GB/s       operands read and results written once / time, and its share of a device-to-device copy
-    published  DeepGEMM's first release on an H800 (reference D.8), and our share of it
+    published  DeepGEMM's first release on an H800 (its README), and our share of it
 
 GEMMs are timed with the factors in the layout that our quantisation leaves; what a backend still has to rearrange is
 part of its time. Inputs are normal, routing is balanced.
@@ -297,7 +297,7 @@ def speed(device: torch.device, rounds: int, wrong: set[tuple[str, str]]) -> dic
 
 
 def gemms(device: torch.device) -> Iterator[tuple[str, float, float, float | None, Operand, Operand, list[int] | None]]:
-    """The cases of reference D.8: shape, FLOPs, bytes moved, published TFLOPS, operands, rows per group."""
+    """The cases of DeepGEMM's README: shape, FLOPs, bytes moved, published TFLOPS, operands, rows per group."""
     for rows in (4096, FEW):
         for (N, K), published in DENSE.items():
             x, w = (_ours(o) for o in operands(rows, N, K, "block", device))

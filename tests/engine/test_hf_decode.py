@@ -16,10 +16,10 @@ from bessemer.hf.causal_lm import CausalLM
 from bessemer.workers import Workers
 
 sys.path += [str(Path(__file__).parents[1] / name) for name in ("model", "data")]
-import foreign_tokenizers as houses
-from foreign_cases import made, tokens
+import hf_tokenizers as houses
+from hf_cases import made, tokens
 
-from bessemer.hf.foreign_tokenizer import load_tokenizer
+from bessemer.hf.hf_tokenizer import load_tokenizer
 
 torch.set_num_threads(1)
 KINDS = ("llama", "qwen2", "gpt2", "mixtral", "gemma3")

@@ -15,13 +15,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from foreign_cases import made
+from hf_cases import made
 from model_cases import YARN, random_model, tiny
 from safetensors.torch import load_file, save_file
 
 from bessemer.data import chat, tokenizer
 from bessemer.errors import UserError
-from bessemer.hf import gguf_facts, gguf_writer, hub
+from bessemer.hf import gguf_file, hf_tokenizer, hub
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.scorer import Scorer
 from bessemer.precision.formats import dequantise_blocks, quantise_blocks
@@ -106,7 +106,7 @@ def same(found, wanted):
 @pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
 def test_every_tensor_is_that_of_the_source(source, tmp_path, changes, dtype):
     directory, file = source(**changes), tmp_path / "out.gguf"
-    gguf_writer.write(directory, file, dtype)
+    gguf_file.write(directory, file, dtype)
     tensors, facts = read(file)
     stored, cfg = load_file(directory / "model.safetensors"), hub.read_config(directory)
     same(tensors, expected(stored, cfg, torch.float32 if dtype is None else getattr(torch, dtype)))
@@ -116,7 +116,7 @@ def test_every_tensor_is_that_of_the_source(source, tmp_path, changes, dtype):
 
 def test_the_default_dtype_is_the_stored_one(source, tmp_path):
     directory, file = source(dtype="bfloat16"), tmp_path / "out.gguf"
-    gguf_writer.write(directory, file)
+    gguf_file.write(directory, file)
     stored = load_file(directory / "model.safetensors")
     same(read(file)[0], expected(stored, hub.read_config(directory), torch.bfloat16))
 
@@ -131,13 +131,13 @@ def test_block_fp8_is_written_as_what_it_stands_for(source, tmp_path, dtype):
             stored[key], stored[key + "_scale_inv"] = quantise_blocks(tensor)
             exact[key] = dequantise_blocks(stored[key], stored[key + "_scale_inv"], dtype=torch.float32)
     save_file(stored, directory / "model.safetensors")
-    gguf_writer.write(directory, file, dtype)
+    gguf_file.write(directory, file, dtype)
     same(read(file)[0], expected(exact, hub.read_config(directory), torch.float32 if dtype else torch.bfloat16))
 
 
 def test_the_shape_and_the_rules(source, tmp_path):
     """Every key that llama.cpp's loader reads for this architecture, spelled out."""
-    gguf_writer.write(source(**YARN, mscale=0.707, mscale_all_dim=0.707), tmp_path / "out.gguf")
+    gguf_file.write(source(**YARN, mscale=0.707, mscale_all_dim=0.707), tmp_path / "out.gguf")
     facts = read(tmp_path / "out.gguf")[1]
     found = {key.removeprefix("deepseek2."): value for key, value in facts.items() if key.startswith("deepseek2.")}
     assert found.pop("rope.scaling.yarn_log_multiplier") == pytest.approx(0.0707)
@@ -169,7 +169,7 @@ def test_the_shape_and_the_rules(source, tmp_path):
 )
 def test_groups_are_named_only_where_they_limit(source, tmp_path, changes, limited):
     """llama.cpp refuses a file that allows every group, and knows no choice that ignores groups it was told of."""
-    gguf_writer.write(source(**changes), tmp_path / "out.gguf")
+    gguf_file.write(source(**changes), tmp_path / "out.gguf")
     facts = read(tmp_path / "out.gguf")[1]
     assert [key for key in facts if "expert_group" in key] == limited * [
         "deepseek2.expert_group_count", "deepseek2.expert_group_used_count",
@@ -180,7 +180,7 @@ def test_groups_are_named_only_where_they_limit(source, tmp_path, changes, limit
 
 def test_tokenizer_and_template(source, tmp_path, words):
     directory = source()
-    gguf_writer.write(directory, tmp_path / "out.gguf")
+    gguf_file.write(directory, tmp_path / "out.gguf")
     facts = read(tmp_path / "out.gguf")[1]
     found = {key.rpartition(".")[2]: value for key, value in facts.items() if key.startswith("tokenizer.")}
     spec = json.loads((directory / "tokenizer.json").read_text("utf-8"))
@@ -200,7 +200,7 @@ def test_tokenizer_and_template(source, tmp_path, words):
 
 def test_the_split_is_that_of_our_tokenizer():
     """The model room cannot import the data room, so the rules stand in both."""
-    assert gguf_facts.SPLITS == (tokenizer.DIGITS, tokenizer.CJK, tokenizer.WORDS)
+    assert hf_tokenizer.SPLITS == (tokenizer.DIGITS, tokenizer.CJK, tokenizer.WORDS)
 
 
 REFUSED = {
@@ -219,7 +219,7 @@ REFUSED = {
 @pytest.mark.parametrize("words_, changes", REFUSED.items(), ids=REFUSED)
 def test_what_llama_cpp_would_compute_differently_is_refused(words_, changes):
     with pytest.raises(UserError, match=words_):
-        gguf_facts.check_shape(tiny(**changes), "here")
+        gguf_file.check_network(tiny(**changes), "here")
 
 
 @pytest.mark.parametrize("changes", [
@@ -227,7 +227,7 @@ def test_what_llama_cpp_would_compute_differently_is_refused(words_, changes):
     dict(topk_method="group_limited_greedy", n_limited_groups=4), dict(n_layers=28, beta_fast=16.0),
 ])  # fmt: skip
 def test_what_only_looks_like_it_is_not(changes):
-    gguf_facts.check_shape(tiny(**changes), "here")
+    gguf_file.check_network(tiny(**changes), "here")
 
 
 def changed(file, change):
@@ -251,7 +251,7 @@ def test_another_tokenizer_is_refused(source, tmp_path, change):
     directory = source()
     changed(directory / "tokenizer.json", change)
     with pytest.raises(UserError, match=r"not byte-level BPE with DeepSeek-V3's pre-split.*convert_hf_to_gguf"):
-        gguf_writer.write(directory, tmp_path / "out.gguf")
+        gguf_file.write(directory, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
 
@@ -264,34 +264,34 @@ def test_a_published_tokenizer_spells_line_breaks_as_they_are(source, tmp_path):
         pattern["Regex"] = pattern["Regex"].replace(r"\r", "\r").replace(r"\n", "\n")
 
     changed(directory / "tokenizer.json", spell)
-    gguf_writer.write(directory, tmp_path / "out.gguf")
+    gguf_file.write(directory, tmp_path / "out.gguf")
 
 
 def test_directories_that_are_refused(source, words, tmp_path):
     out = tmp_path / "out.gguf"
     directory = source()
     with pytest.raises(UserError, match=r"is a directory; name the GGUF file to write, such as .*model\.gguf"):
-        gguf_writer.write(directory, tmp_path)
+        gguf_file.write(directory, tmp_path)
     with pytest.raises(UserError, match="dtype 'int8' is not one of float32, bfloat16, float16"):
-        gguf_writer.write(directory, out, "int8")
+        gguf_file.write(directory, out, "int8")
     CausalLM(made("llama")).save(tmp_path / "foreign")
     with pytest.raises(UserError, match=r"'llama' is not of the DeepSeek family.*llama\.cpp's own convert_hf_to_gguf"):
-        gguf_writer.write(tmp_path / "foreign", out)
+        gguf_file.write(tmp_path / "foreign", out)
     scorer = Scorer(tiny(vocab_size=words.vocab_size, n_mtp=0)).initialise(0)
     scorer.save(tmp_path / "scorer", tokenizer_dir=tmp_path / "words")
     with pytest.raises(UserError, match="holds a reward model"):
-        gguf_writer.write(tmp_path / "scorer", out)
+        gguf_file.write(tmp_path / "scorer", out)
     random_model(tiny(vocab_size=words.vocab_size - 1)).save(tmp_path / "small", tokenizer_dir=tmp_path / "words")
     with pytest.raises(UserError, match=r"the tokenizer has 300 tokens, but the embedding 299 rows"):
-        gguf_writer.write(tmp_path / "small", out)
+        gguf_file.write(tmp_path / "small", out)
     tensors = load_file(directory / "model.safetensors")
     tensors["model.layers.1.mlp.experts.3.up_proj.weight"][0, 0] = 7e4
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(UserError, match=r"experts\.3\.up_proj\.weight holds values too large for F16; take float32"):
-        gguf_writer.write(directory, out, "float16")
+        gguf_file.write(directory, out, "float16")
     (directory / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
-        gguf_writer.write(directory, out)
+        gguf_file.write(directory, out)
     assert not [path for path in tmp_path.iterdir() if ".gguf" in path.name]
 
 
@@ -301,7 +301,7 @@ def test_a_tied_head_that_differs_is_refused(source, tmp_path):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(UserError, match=r"lm_head\.weight differs"):
-        gguf_writer.write(directory, tmp_path / "out.gguf")
+        gguf_file.write(directory, tmp_path / "out.gguf")
 
 
 def test_a_write_the_system_refuses_leaves_the_old_file(source, tmp_path):
@@ -314,14 +314,14 @@ def test_a_write_the_system_refuses_leaves_the_old_file(source, tmp_path):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            gguf_writer.write(directory, file)
+            gguf_file.write(directory, file)
         except UserError as error:
             code = 7 if "File too large" in str(error) else 2
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert file.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir() if ".gguf" in p.name] == ["out.gguf"]
-    gguf_writer.write(directory, file)
+    gguf_file.write(directory, file)
     assert file.read_bytes()[:4] == b"GGUF"
 
 
@@ -332,7 +332,7 @@ FLIPPED = {"magic": 0, "number of tensors": 8, "length of a key": 24, "name of t
 def test_damage_between_writing_and_reading_back_is_found(source, tmp_path, monkeypatch, place):
     """One bit of the file."""
     directory, file = source(), tmp_path / "out.gguf"
-    original = gguf_writer._write
+    original = gguf_file._write
 
     def damaged(path, *args):
         sums = original(path, *args)
@@ -341,9 +341,9 @@ def test_damage_between_writing_and_reading_back_is_found(source, tmp_path, monk
         path.write_bytes(data)
         return sums
 
-    monkeypatch.setattr(gguf_writer, "_write", damaged)
+    monkeypatch.setattr(gguf_file, "_write", damaged)
     with pytest.raises(UserError, match=r"(reads back differently|cannot be read back).*check the disk"):
-        gguf_writer.write(directory, file)
+        gguf_file.write(directory, file)
     assert not [p for p in tmp_path.iterdir() if ".gguf" in p.name]
 
 
@@ -351,11 +351,11 @@ MEMORY = """
 import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from bessemer.hf import gguf_facts, gguf_writer, hub
-from bessemer.hf.names import slots
-from bessemer.hf.writer import Planned, write_tensors
+from bessemer.hf import gguf_file, hub
+from bessemer.hf.mapping import slots
+from bessemer.hf.safetensors_writer import TensorSpec, write_tensors
 from bessemer.model.config import preset
-gguf_writer._library()
+gguf_file._library()
 
 def memory(which):
     line = next(line for line in open("/proc/self/status") if line.startswith(which))
@@ -363,14 +363,14 @@ def memory(which):
 
 root = Path(sys.argv[1])
 cfg = preset("tiny", vocab_size=512, dim=256, n_layers=5, moe_inter_dim=256, n_routed_experts=32, n_mtp=0)
-plan = [Planned(slot.key, torch.bfloat16, slot.shape) for slot in slots(cfg)]
+plan = [TensorSpec(slot.key, torch.bfloat16, slot.shape) for slot in slots(cfg)]
 hub.write_config(cfg, root)
 write_tensors(root, plan, (torch.randn(slot.shape) for slot in slots(cfg)), 4e6)
 start = memory("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # forget the high-water mark of the imports
 peak = []
-gguf_writer._verify = lambda *_: peak.append(memory("VmHWM") - start)  # it maps the file, which counts as resident
-gguf_writer.write(root, root / "out.gguf", "float32")
+gguf_file._verify = lambda *_: peak.append(memory("VmHWM") - start)  # it maps the file, which counts as resident
+gguf_file.write(root, root / "out.gguf", "float32")
 print(peak[0], (root / "out.gguf").stat().st_size / 2**20)
 """
 

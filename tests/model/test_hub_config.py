@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from model_cases import V2, YARN, configs, tiny
 
 from bessemer.errors import UserError
-from bessemer.hf import config_json, hub
+from bessemer.hf import hub, mapping
 from bessemer.model.config import PRESETS, ModelConfig, preset
 
 
@@ -23,20 +23,20 @@ def test_presets_survive(name, tmp_path):
 @given(cfg=configs(), beta=st.floats(1.5, 64), eps=st.floats(1e-9, 1e-3), rule=st.sampled_from([{}, V2]))
 def test_random_configs_survive(cfg, beta, eps, rule):
     cfg = ModelConfig.make({**cfg.model_dump(), "beta_fast": beta, "norm_eps": eps, **rule, "n_activated_experts": 1})
-    text = json.dumps(config_json.to_hf(cfg, torch.float32))
-    assert config_json.from_hf(json.loads(text), "here") == cfg
+    text = json.dumps(mapping.to_hf(cfg, torch.float32))
+    assert mapping.from_hf(json.loads(text), "here") == cfg
 
 
 def test_every_field_has_a_key():
     """A field added to ModelConfig without a place on disk fails here."""
-    written = {*config_json.FIELDS, *config_json.YARN, "rope_theta"}
+    written = {*mapping.FIELDS, *mapping.YARN, "rope_theta"}
     assert written == set(ModelConfig.model_fields)
 
 
 def test_the_published_config_is_written():
     """Reference A.1: V3 after context extension, key by key."""
     cfg = preset("v3", rope_factor=40.0, max_seq_len=163840)
-    found = config_json.to_hf(cfg, torch.bfloat16)
+    found = mapping.to_hf(cfg, torch.bfloat16)
     wanted = dict(
         architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", vocab_size=129280, hidden_size=7168,
         intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61, num_attention_heads=128,
@@ -55,19 +55,19 @@ def test_the_published_config_is_written():
 
 def test_either_rope_spelling_is_enough_and_two_must_agree():
     cfg = tiny(**YARN, rope_theta=5000.0)
-    values = config_json.to_hf(cfg, torch.float32)
+    values = mapping.to_hf(cfg, torch.float32)
     new = {k: v for k, v in values.items() if k not in ("rope_theta", "rope_scaling")}
     old = {k: v for k, v in values.items() if k != "rope_parameters"}
-    assert config_json.from_hf(new, "here") == config_json.from_hf(old, "here") == cfg
+    assert mapping.from_hf(new, "here") == mapping.from_hf(old, "here") == cfg
     for change in ({"rope_theta": 7.0}, {"rope_scaling": {**values["rope_scaling"], "factor": 2.0}}):
         with pytest.raises(UserError, match="here: rope_theta and rope_scaling say"):
-            config_json.from_hf({**values, **change}, "here")
+            mapping.from_hf({**values, **change}, "here")
 
 
 def test_absent_mscale_means_what_the_released_code_takes():
-    values = config_json.to_hf(tiny(**YARN), torch.float32)
+    values = mapping.to_hf(tiny(**YARN), torch.float32)
     del values["rope_parameters"], values["rope_scaling"]["mscale_all_dim"], values["rope_scaling"]["mscale"]
-    cfg = config_json.from_hf(values, "here")
+    cfg = mapping.from_hf(values, "here")
     assert (cfg.mscale, cfg.mscale_all_dim) == (1.0, 0.0)
 
 
@@ -91,20 +91,20 @@ def test_absent_mscale_means_what_the_released_code_takes():
 )
 def test_what_the_network_lacks_is_refused(change, words):
     with pytest.raises(UserError, match=words):
-        config_json.from_hf({**config_json.to_hf(tiny(), torch.float32), **change}, "config.json")
+        mapping.from_hf({**mapping.to_hf(tiny(), torch.float32), **change}, "config.json")
 
 
 def test_kimi_and_v2_defaults():
-    values = config_json.to_hf(tiny(), torch.float32)
-    assert config_json.from_hf({**values, "model_type": "kimi_k2"}, "here") == tiny()
+    values = mapping.to_hf(tiny(), torch.float32)
+    assert mapping.from_hf({**values, "model_type": "kimi_k2"}, "here") == tiny()
     bare = {k: v for k, v in values.items() if k not in ("scoring_func", "topk_method", "norm_topk_prob")}
-    cfg = config_json.from_hf({**bare, "model_type": "deepseek_v2"}, "here")
+    cfg = mapping.from_hf({**bare, "model_type": "deepseek_v2"}, "here")
     assert (cfg.score_func, cfg.topk_method, cfg.norm_topk_prob) == ("softmax", "greedy", False)
 
 
 def test_a_rule_that_transformers_ignores_is_announced():
     with pytest.warns(UserWarning, match="ignores norm_topk_prob"):
-        config_json.to_hf(tiny(**{**V2, "norm_topk_prob": True}), torch.float32)
+        mapping.to_hf(tiny(**{**V2, "norm_topk_prob": True}), torch.float32)
 
 
 @pytest.mark.parametrize("text, words", [("{", "not valid JSON"), ("[]", "not a JSON object"),

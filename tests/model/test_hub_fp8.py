@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.names import slots
+from bessemer.hf.mapping import slots
 from bessemer.model import accounting
 from bessemer.model.config import preset
 from bessemer.precision.formats import dequantise_blocks, quantise_blocks, scale_shape
@@ -21,7 +21,7 @@ KV_A = "model.layers.2.self_attn.kv_a_proj_with_mqa.weight"
 
 
 def is_fp8(key: str) -> bool:
-    """What the release quantises (reference B.1): projections, but not eh_proj."""
+    """What the release quantises (V3 3.3.1): projections, but not eh_proj."""
     return key.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight")) and "eh_proj" not in key
 
 

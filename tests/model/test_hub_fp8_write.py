@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFa
 from transformers import DeepseekV3ForCausalLM
 
 from bessemer.errors import UserError
-from bessemer.hf import block_fp8_export, hub
-from bessemer.hf.names import slots
+from bessemer.hf import hub, safetensors_writer
+from bessemer.hf.mapping import slots
 from bessemer.model.config import preset
 from bessemer.model.scorer import Scorer
 from bessemer.precision.formats import quantise_blocks
@@ -384,12 +384,12 @@ def not_a_power_of_two(weight, block, ue8m0):
 )  # fmt: skip
 def test_an_export_that_is_not_the_model_is_never_put_in_place(mistake, scales, model, tmp_path, monkeypatch):
     model.save(tmp_path / "m")
-    monkeypatch.setattr(block_fp8_export, "quantise_blocks", mistake)
+    monkeypatch.setattr(safetensors_writer, "quantise_blocks", mistake)
     for write in (
         lambda: model.save(tmp_path / "m", fp8=scales),
         lambda: hub.convert(tmp_path / "m", tmp_path / "n", fp8=scales),
     ):
-        with pytest.raises(UserError, match="does not stand for the matrix it was made of"):
+        with pytest.raises(UserError, match="does not represent its source matrix"):
             write()
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert torch.equal(hub.load(tmp_path / "m").head.weight, model.head.weight)

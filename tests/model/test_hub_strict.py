@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.names import slots
+from bessemer.hf.mapping import slots
 
 Q = "model.layers.1.self_attn.q_a_proj.weight"
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"

@@ -17,8 +17,8 @@ from model_cases import random_model, tiny
 from safetensors.torch import load_file, save_file
 
 from bessemer.errors import UserError
-from bessemer.hf import hub, writer
-from bessemer.hf.names import slots
+from bessemer.hf import hub, safetensors_writer
+from bessemer.hf.mapping import slots
 
 SPECIAL = [{"content": "<s>", "id": 3}, {"content": "</s>", "id": 4}]
 
@@ -131,7 +131,7 @@ def test_full_disk_leaves_the_old_directory(model, tmp_path, monkeypatch):
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device", file.name)
 
-    monkeypatch.setattr(writer, "_sync", full)
+    monkeypatch.setattr(safetensors_writer, "_sync", full)
     with pytest.raises(UserError, match=r"cannot write .*No space left on device; .*m is as it was"):
         random_model(tiny(), seed=4).save(tmp_path / "m")
     assert same(hub.load(tmp_path / "m"), model)
@@ -184,7 +184,7 @@ def test_killed_at_any_moment(tmp_path):
             os._exit(0)
         finished = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         if not target.exists():  # the instant between two renames: the next writer brings the old one back first
-            with pytest.raises(ZeroDivisionError), writer.replacing(target):
+            with pytest.raises(ZeroDivisionError), safetensors_writer.replacing(target):
                 raise ZeroDivisionError
         found = hub.load(target)
         assert same(found, new) if finished else same(found, old) or same(found, new)
@@ -196,7 +196,7 @@ def test_killed_at_any_moment(tmp_path):
 @pytest.mark.parametrize("damage", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:-8]])
 def test_damage_between_writing_and_reading_back_is_found(model, tmp_path, monkeypatch, damage):
     model.save(tmp_path / "m")
-    original = writer.write_tensors
+    original = safetensors_writer.write_tensors
 
     def damaged(directory, *args):
         sums = original(directory, *args)
@@ -248,8 +248,8 @@ import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from bessemer.hf import hub
-from bessemer.hf.names import slots
-from bessemer.hf.writer import Planned, write_tensors
+from bessemer.hf.mapping import slots
+from bessemer.hf.safetensors_writer import TensorSpec, write_tensors
 from bessemer.model.config import preset
 
 def memory(which):
@@ -265,7 +265,7 @@ def peak(work):
 root = Path(sys.argv[1])
 cfg = preset("tiny", vocab_size=512, dim=256, n_layers=8, moe_inter_dim=256, n_routed_experts=32, n_mtp=0)
 layout = slots(cfg)
-plan = [Planned(slot.key, torch.bfloat16, slot.shape) for slot in layout]
+plan = [TensorSpec(slot.key, torch.bfloat16, slot.shape) for slot in layout]
 torch.randn(1000, 1000).to(torch.bfloat16)
 (root / "a").mkdir()
 hub.write_config(cfg, root / "a")

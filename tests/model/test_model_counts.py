@@ -1,4 +1,4 @@
-"""Counts equal the published totals (reference A.2, A.7, Z.1) and the tensors of real networks."""
+"""Counts equal the published totals (V3 4.2; ISCA 2025, Tables 1 and 2) and the tensors of real networks."""
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ from fp8_layers import fp8_grouped_linear, fp8_linear
 from model_cases import V2, random_model, relative, tiny, tokens
 
 from bessemer.data.batch import Batch
-from bessemer.hf.names import slots
+from bessemer.hf.mapping import slots
 from bessemer.model import fp8
 from bessemer.model.accounting import activation_bytes
 from bessemer.model.config import ModelConfig, preset

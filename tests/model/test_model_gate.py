@@ -28,7 +28,7 @@ def inputs(cfg, n=60, seed=3):
 
 
 def naive(gate, x):
-    """One token in float64 as in reference A.8: {expert: weight}."""
+    """One token in float64 as in the gate of V3 2.1.2: {expert: weight}."""
     cfg = gate.cfg
     logit = (gate.weight.detach().double() @ x.double()).tolist()
     if cfg.score_func == "sigmoid":

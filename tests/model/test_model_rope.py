@@ -1,4 +1,4 @@
-"""RoPE and YaRN: the numbers of reference A.5 and Z.1, and rotation as multiplication of complex numbers."""
+"""RoPE and YaRN: the numbers of the released code, and rotation as multiplication of complex numbers."""
 
 import math
 

@@ -18,7 +18,7 @@ from bessemer.data import chat
 from bessemer.data.chat import render_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.hf import gguf_writer, hub
+from bessemer.hf import gguf_file, hub
 from bessemer.model.config import PRESETS, preset
 
 hf_logging.disable_progress_bar()
@@ -116,7 +116,7 @@ def peer():
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 def test_llama_cpp_generates_the_same_greedy_tokens(saved, words, peer, changes, tmp_path):
     model, directory, prompts = saved(**changes)
-    gguf_writer.write(directory, tmp_path / "model.gguf")
+    gguf_file.write(directory, tmp_path / "model.gguf")
     theirs = peer(tmp_path / "model.gguf")
     for prompt, ours in zip(prompts, telling(greedy(model, words, prompts), words), strict=True):
         theirs.reset()
@@ -126,7 +126,7 @@ def test_llama_cpp_generates_the_same_greedy_tokens(saved, words, peer, changes,
 
 def test_llama_cpp_has_the_same_tokenizer_and_template(saved, words, peer, tmp_path):
     _, directory, prompts = saved()
-    gguf_writer.write(directory, tmp_path / "model.gguf")
+    gguf_file.write(directory, tmp_path / "model.gguf")
     theirs = peer(tmp_path / "model.gguf")
     for text in TEXTS:
         assert theirs.tokenize(text.encode(), add_bos=False, special=False) == words.encode(text), text

@@ -21,8 +21,8 @@ from bessemer.tasks import get
 from bessemer.train import setup
 
 sys.path += [str(Path(__file__).parents[1] / name) for name in ("model", "data")]
-import foreign_tokenizers as houses
-from foreign_cases import made
+import hf_tokenizers as houses
+from hf_cases import made
 
 torch.set_num_threads(1)
 

@@ -114,7 +114,7 @@ def test_gemm_against_float64(M, N, K, power_of_two):
 
 
 def test_a_short_accumulator_and_its_cure():
-    """Reference D.3: K = 4096, random matrices, errors near 2 % with about 14 bits; promotion every 128 cures it."""
+    """V3 3.3.2: K = 4096, random matrices, errors near 2 % with about 14 bits; promotion every 128 cures it."""
     x, w = quantise(normal(256, 4096), "tensor"), quantise(normal(256, 4096, seed=1), "tensor")
     exact = x.dequantise().double() @ w.dequantise().double().t()
 

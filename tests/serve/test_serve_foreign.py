@@ -9,8 +9,8 @@ from serving import error_of, running
 
 pytest.importorskip("transformers")
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("data", "model")]
-from foreign_cases import made
-from foreign_tokenizers import byte_level
+from hf_cases import made
+from hf_tokenizers import byte_level
 
 from bessemer.data.chat import render_ids
 from bessemer.engine.engine import load_engine

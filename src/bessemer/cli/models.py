@@ -65,7 +65,7 @@ def convert(
             raise UserError("--fp8: a GGUF file has no FP8 in tiles; leave --fp8 out, or take --to hf")
         if mtp:
             raise UserError("--mtp: a GGUF file of this architecture has no place for MTP layers; leave --mtp out")
-        from bessemer.hf.gguf_writer import write
+        from bessemer.hf.gguf_file import write
 
         write(src, dst, wanted)
         print(dst)

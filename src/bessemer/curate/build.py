@@ -28,7 +28,7 @@ from bessemer.curate.jobs import Job, JobRunner, facts_of
 from bessemer.curate.settings import Settings, identity
 from bessemer.data import sources
 from bessemer.errors import UserError
-from bessemer.hf.foreign_tokenizer import load_tokenizer
+from bessemer.hf.hf_tokenizer import load_tokenizer
 
 VERSION = 1
 """Increase it when a step produces different output from the same inputs."""

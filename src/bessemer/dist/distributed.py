@@ -20,8 +20,8 @@ from bessemer.dist.model_shard import ModelShard, gather_into, heldout_nats
 from bessemer.dist.ranks import Ranks
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.causal_lm import CausalLM, is_foreign
-from bessemer.hf.foreign_tokenizer import load_tokenizer
+from bessemer.hf.causal_lm import CausalLM, needs_transformers
+from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
 from bessemer.train import loss, setup
@@ -49,7 +49,7 @@ def read(
     `context`: as in `hub.open_directory`; `split_rows`: as in `_mesh`."""
     if ranks is None:
         return setup.load_model(folder, context)
-    if is_foreign(folder):
+    if needs_transformers(folder):
         raise UserError(f"{folder} is not of the DeepSeek V3 family; such a model is trained by one process")
     cfg = hub.read_config(folder).at_length(context or {})
     shard = ModelShard.read(folder, *_mesh(cfg, ranks, layout, say, split_rows), ranks.device, context)

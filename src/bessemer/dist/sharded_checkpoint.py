@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.names import Slot
+from bessemer.hf.mapping import Slot
 from bessemer.model.config import ModelConfig
 from bessemer.model.moe import EXPERTS
 from bessemer.model.transformer import Transformer

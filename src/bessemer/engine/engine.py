@@ -39,7 +39,7 @@ from bessemer.engine.sequence import (
 from bessemer.engine.speculative import check_drafts
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM, load_any
-from bessemer.hf.foreign_tokenizer import load_tokenizer
+from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.transformer import Transformer, evaluating
 from bessemer.workers import Workers
 

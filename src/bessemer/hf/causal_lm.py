@@ -1,15 +1,16 @@
-"""Any Hugging Face causal language model behind the surface of our own network.
+"""Any Hugging Face causal language model behind the interface of our own network.
 
 Trainer, objectives, Engine, reference policy and checkpoints use a model through `train_outputs`, `head_weight`,
 `embed`, `cfg`, `gates`, `to_compute` and `save`; `CausalLM` offers these over a model of the transformers library (the
-extra `hf`). Every other room of the house treats both alike.
+extra `hf`), so the rest of the package treats both alike. `read_gguf` turns a GGUF file into such a model: transformers
+undoes the quantisation (with the `gguf` package), and the weights are plain numbers on the grid of the quantisation.
 
 Invariants
-- Nothing that comes with a model is run: only architectures that the installed transformers has, only safetensors.
-- Strict as `hub`: a missing, unknown or misshapen tensor is a UserError that names it; what was saved is read back.
-- Logits are `head_weight` times the hidden state, and packed samples do not see each other. Both are tried out on a few
-  tokens when a model is loaded; one that does more to its logits (a bias, a scale, a cap) is refused.
-- Dropout is off always: the policy that is trained must be the one that sampled.
+- No code that comes with a model is run: only architectures of the installed transformers, only safetensors.
+- Strict as `hub`: a missing, unknown or misshapen tensor is a UserError that names it; every save is read back.
+- Logits are `head_weight` times the hidden state, and packed samples do not see each other. Loading checks both on a
+  few tokens and refuses a model that does more to its logits (a bias, a scale, a cap).
+- Dropout is always off: the trained policy must be the one that sampled.
 
 Shapes: B rows, T tokens, D hidden, V vocabulary.
 """
@@ -17,8 +18,11 @@ Shapes: B rows, T tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import io
 import shutil
+from contextlib import redirect_stderr
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,39 +31,39 @@ from torch import Tensor, nn
 
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.config_json import FAMILIES
-from bessemer.hf.reader import Checkpoint, read_json
-from bessemer.hf.writer import replacing
+from bessemer.hf.mapping import FAMILIES
+from bessemer.hf.safetensors_reader import Checkpoint, read_json
+from bessemer.hf.safetensors_writer import replacing
 from bessemer.model.transformer import TrainOutputs, Transformer
 
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-"""Kinds of layers whose memory is keys and values; a recurrent state cannot be handed from row to row like those."""
+"""Layer types whose cache is keys and values; a recurrent state cannot be shared between sequences like those."""
 LIMITS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
 CLOSE = 1e-3
-"""Largest relative difference of the trials at loading; float32 gives 1e-6, bfloat16 a few 1e-3 at D = 64."""
+"""Largest relative difference in the checks at loading; float32 gives 1e-6, bfloat16 a few 1e-3 at D = 64."""
 
 
-class ForeignConfig(BaseModel):
-    """The facts of a foreign model that the rest of the house asks for."""
+class CausalLMConfig(BaseModel):
+    """Sizes of a transformers model, as far as the rest of the package needs them."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
     model_type: str
     """The architecture, as config.json names it."""
     vocab_size: int
-    """Rows of the embedding, which may be more than the tokenizer has."""
+    """Rows of the embedding; may exceed the tokenizer's tokens."""
     dim: int
     """Width D of the residual stream."""
     n_layers: int
     """Decoder layers."""
     max_seq_len: int
-    """Positions it was made for; a shorter attention window counts as the limit, so that no window ever closes."""
+    """Longest supported sequence; a shorter attention window counts as the limit, so the window never applies."""
     n_mtp: int = 0
-    """MTP modules: a foreign model has none."""
+    """MTP modules: none."""
 
 
 class CausalLM(nn.Module):
-    """A transformers model with a head. `inner` stays what transformers made, names of parameters included."""
+    """A transformers model with a head. `inner` is the unchanged transformers model, names of parameters included."""
 
     layers: tuple = ()
     """Layers whose routing could be replayed: none."""
@@ -67,14 +71,14 @@ class CausalLM(nn.Module):
     def __init__(self, inner: Any):
         super().__init__()
         self.inner = inner
-        self.cfg = _facts(inner)
+        self.cfg = _config_of(inner)
         accepted = inspect.signature(inner.base_model.forward).parameters
         self.cache_word = "cache" if "cache" in accepted else "past_key_values"
-        """What this version of transformers calls the memory of earlier tokens."""
+        """The argument for the KV cache in this version of transformers."""
         self.train(False)
 
     def train(self, mode: bool = True) -> CausalLM:
-        """Stays in evaluation mode whatever is asked for; see the invariants."""
+        """Always stays in evaluation mode; see the invariants."""
         return super().train(False)
 
     @property
@@ -86,7 +90,7 @@ class CausalLM(nn.Module):
         return self.inner.get_output_embeddings().weight
 
     def gates(self) -> dict[str, Any]:
-        """No gate of a foreign model is balanced here."""
+        """No gates: those of a transformers model are not balanced here."""
         return {}
 
     def to_compute(self, dtype: torch.dtype) -> CausalLM:
@@ -96,7 +100,7 @@ class CausalLM(nn.Module):
         return self
 
     def hidden(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, **cached: Any) -> Tensor:
-        """Hidden states ready for the head, [B, T, D]. Positions that begin again at 0 begin a new segment."""
+        """Hidden states ready for the head, [B, T, D]. A position of 0 starts a new segment."""
         out = self.inner.base_model(input_ids=tokens_BT, position_ids=positions_BT, use_cache=bool(cached), **cached)
         return out.last_hidden_state
 
@@ -130,32 +134,32 @@ class CausalLM(nn.Module):
                     raise UserError(f"{fresh}: tensor {name} reads back differently from what was written")
 
 
-def is_foreign(directory: str | Path) -> bool:
-    """Whether config.json announces another architecture than `Transformer`'s."""
+def needs_transformers(directory: str | Path) -> bool:
+    """Whether config.json announces an architecture other than `Transformer`'s."""
     return read_json(Path(directory) / "config.json").get("model_type") not in FAMILIES
 
 
 def load_any(
     directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", mtp: bool = True
 ) -> Transformer | CausalLM:
-    """The model of a directory, whichever kind it is. dtype as in `hub.load`."""
+    """The model of a directory: a `Transformer` for the DeepSeek family, else a `CausalLM`. dtype as in `hub.load`."""
     if not Path(directory).is_dir():
         raise UserError(f"{directory} is not a directory; name the folder that holds config.json")
-    return load(directory, dtype, device) if is_foreign(directory) else hub.load(directory, dtype, device, mtp)
+    return load(directory, dtype, device) if needs_transformers(directory) else hub.load(directory, dtype, device, mtp)
 
 
 def load(directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> CausalLM:
-    """A foreign model. dtype: of all parameters (None: as stored)."""
+    """A transformers model. dtype: of all parameters (None: as stored)."""
     directory = Path(directory)
     if read_json(directory / "config.json").get("quantization_config"):
         raise UserError(f"{directory} holds quantised weights, which cannot be trained; take the original ones")
     Checkpoint(directory)  # refuses pickles, and names what is damaged
-    return tried(CausalLM(_read(directory, hub.DTYPES.get(dtype, dtype)).to(device)), str(directory))
+    return checked(CausalLM(_read(directory, hub.DTYPES.get(dtype, dtype)).to(device)), str(directory))
 
 
 @torch.no_grad()
-def tried(model: CausalLM, where: str) -> CausalLM:
-    """The model itself, after a trial on six tokens of what the invariants promise."""
+def checked(model: CausalLM, where: str) -> CausalLM:
+    """The model itself, after checking the invariants on six tokens."""
     device = model.embed.weight.device
     tokens_BT = (torch.arange(6, device=device) * 7 % model.cfg.vocab_size)[None]
     ours, theirs = model(tokens_BT), model.inner(input_ids=tokens_BT, use_cache=False).logits
@@ -169,12 +173,34 @@ def tried(model: CausalLM, where: str) -> CausalLM:
     if not _close(packed, alone):
         raise UserError(
             f"{where}: transformers lets packed samples of {model.cfg.model_type} see each other; such a model is not "
-            "supported (a newer transformers may keep them apart)"
+            "supported (a newer transformers may separate them)"
         )
     return model
 
 
-def library() -> Any:
+def read_gguf(file: Path, tokenizer_dir: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
+    """The model of a GGUF file in `dtype`; its tokenizer and chat template are written to `tokenizer_dir`."""
+    transformers = transformers_library()
+    options = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    try:
+        with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+            inner = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
+    except ImportError as error:
+        raise UserError(f"{file.name}: GGUF files need more packages ({error}): pip install 'bessemer[hf]'") from None
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise UserError(f"{file}: transformers does not read this GGUF file ({error}); take safetensors") from error
+    tokenizer.save_pretrained(tokenizer_dir)
+    # The weights are plain now, but the config still announces quantisation, and transformers would not save the model.
+    config = inner.config
+    del config.quantization_config
+    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    plain.load_state_dict(inner.state_dict())
+    plain.generation_config = inner.generation_config
+    return checked(CausalLM(plain), str(file))
+
+
+def transformers_library() -> ModuleType:
     """The transformers library; UserError where it is not installed."""
     try:
         import transformers
@@ -185,8 +211,8 @@ def library() -> Any:
 
 
 def _read(directory: Path, dtype: torch.dtype | None) -> Any:
-    """The transformers model of a directory, every tensor of it read and none left over."""
-    transformers = library()
+    """The transformers model of a directory; UserError unless its tensors are exactly those of the files."""
+    transformers = transformers_library()
     try:
         inner, report = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, use_safetensors=True,
@@ -205,26 +231,26 @@ def _read(directory: Path, dtype: torch.dtype | None) -> Any:
     return inner
 
 
-def _facts(inner: Any) -> ForeignConfig:
+def _config_of(inner: Any) -> CausalLMConfig:
     config = inner.config
     head = inner.get_output_embeddings()
     kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION
     if kinds or getattr(inner, "_is_stateful", False):
-        raise UserError(f"{config.model_type} is not supported: it remembers by {', '.join(kinds) or 'a state'}")
+        raise UserError(f"{config.model_type} is not supported: its memory is {', '.join(kinds) or 'a state'}")
     if not isinstance(head, nn.Linear) or head.bias is not None or inner.base_model is inner:
         raise UserError(f"{config.model_type} is not supported: its head is not one matrix")
     limits = [getattr(config, name, None) for name in LIMITS]
     if limits[0] is None:
         raise UserError(f"{config.model_type} is not supported: config.json has no max_position_embeddings")
     rows, dim = inner.get_input_embeddings().weight.shape
-    return ForeignConfig(
+    return CausalLMConfig(
         model_type=config.model_type, vocab_size=rows, dim=dim, n_layers=config.num_hidden_layers,
         max_seq_len=min(limit for limit in limits if limit),
     )  # fmt: skip
 
 
 def _positions(segments_BT: Tensor | None) -> Tensor | None:
-    """Position of each token within its segment; transformers takes every return to 0 for a new segment."""
+    """Position of each token within its segment; transformers takes every position of 0 as a new segment."""
     if segments_BT is None:
         return None
     T = segments_BT.shape[1]

@@ -1,4 +1,4 @@
-"""The network on disk: plain Hugging Face model directories, read and written without loss.
+"""The network on disk: Hugging Face model directories, read and written without loss.
 
     load(dir)          a Transformer, from BF16, F32 or block-FP8 weights; with kind=Scorer a reward model
     save(model, dir)   config.json, generation_config.json, safetensors, tokenizer files; with fp8= block-FP8 weights
@@ -8,10 +8,10 @@
 Invariants
 - Strict in both directions: a missing, unknown, misshapen, doubled or unreadable tensor is a UserError that names
   tensor and file. The only absences allowed are stated: copies of shared tensors, and all MTP layers at once.
-- Every export is read back and compared before it takes the place of an older one.
+- Every export is read back and compared before it replaces an older one.
 - A checkpoint never has to fit in memory to be converted.
 
-Names: `hub_names`. Configs: `hub_config`. Files: `hub_reader`, `hub_writer`. Quantised weights: `hub_fp8`.
+Names: `mapping`. Files and quantised weights: `safetensors_reader`, `safetensors_writer`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,19 @@ import torch
 from torch import Tensor
 
 from bessemer.errors import UserError
-from bessemer.hf import config_json
-from bessemer.hf.block_fp8_export import Export, Scales, block_of, keep, quantisation
-from bessemer.hf.names import Slot, is_mtp_key, slots
-from bessemer.hf.reader import INDEX, PICKLES, Checkpoint, read_json
-from bessemer.hf.writer import replacing, verify, write_json, write_tensors
+from bessemer.hf.mapping import Slot, from_hf, is_mtp_key, is_reward_model, reward_model_json, slots, to_hf
+from bessemer.hf.safetensors_reader import INDEX, PICKLES, Checkpoint, read_json
+from bessemer.hf.safetensors_writer import (
+    Export,
+    Scales,
+    fp8_block_size,
+    quantization_config,
+    replacing,
+    stored_fp8,
+    verify,
+    write_json,
+    write_tensors,
+)
 from bessemer.model.config import ModelConfig
 from bessemer.model.scorer import Scorer
 from bessemer.model.transformer import Transformer
@@ -46,7 +54,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 def read_config(directory: str | Path) -> ModelConfig:
     """The config of a model directory."""
     path = Path(directory) / "config.json"
-    return config_json.from_hf(read_json(path), str(path))
+    return from_hf(read_json(path), str(path))
 
 
 def write_config(cfg: ModelConfig, directory: str | Path, *, dtype: torch.dtype = torch.float32, bos: int = 0,
@@ -54,9 +62,9 @@ def write_config(cfg: ModelConfig, directory: str | Path, *, dtype: torch.dtype 
     """config.json and generation_config.json (the sampling that R1 advises); with `pad` the config of a reward model,
     which is only scored; with `fp8` that of quantised weights."""
     directory = Path(directory)
-    values = config_json.to_hf(cfg, dtype, bos, eos) | ({"quantization_config": quantisation(fp8)} if fp8 else {})
+    values = to_hf(cfg, dtype, bos, eos) | ({"quantization_config": quantization_config(fp8)} if fp8 else {})
     if pad is not None:
-        write_json(directory / "config.json", config_json.scoring(values, pad))
+        write_json(directory / "config.json", reward_model_json(values, pad))
         return
     write_json(directory / "config.json", values)
     generation = {"bos_token_id": bos, "eos_token_id": eos, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
@@ -70,7 +78,7 @@ def load(
     """The model of a directory. dtype: of the matrices (None: as stored, BF16 for FP8); norm gains, gates and routing
     biases are always float32. mtp=False leaves the MTP layers on the disk. context: as in `open_directory`."""
     checkpoint, cfg, layout = open_directory(Path(directory), mtp, kind, context)
-    model = _allocate(cfg, as_dtype(dtype) or checkpoint.stored_dtype(EMBEDDING), device, kind)
+    model = _allocate(cfg, parse_dtype(dtype) or checkpoint.stored_dtype(EMBEDDING), device, kind)
     state = model.state_dict()
     with torch.no_grad():
         for slot in layout:
@@ -112,8 +120,8 @@ def write(
     fp8: Scales | None = None, max_shard_bytes: float = SHARD_BYTES, tokenizer_dir: str | Path | None = None,
     files: dict[str, str] | None = None,
 ) -> None:  # fmt: skip
-    """`save` for tensors that lie anywhere, one in memory at a time: `read(slot, dtype)` gives each, `dtype_of(slot)`
-    says what it has there."""
+    """`save` for tensors stored anywhere, one in memory at a time: `read(slot, dtype)` returns each, `dtype_of(slot)`
+    its stored dtype."""
     forced = _forced(dtype, fp8)
     layout = [slot for slot in slots(cfg, kind) if slot.key != TIED_HEAD or not cfg.tie_embeddings]
     dtypes = [_target_dtype(slot, dtype_of(slot), forced) for slot in layout]
@@ -137,8 +145,8 @@ def convert(
 ) -> None:  # fmt: skip
     """Rewrites a model directory, one tensor in memory at a time, verified by reading it back.
 
-    FP8 becomes BF16 or `dtype`; dtype None otherwise keeps each tensor as stored. fp8: as in `save`; what is FP8
-    already and has such scales keeps its bytes. Everything beside config and weights is copied.
+    FP8 becomes BF16 or `dtype`; dtype None otherwise keeps each tensor as stored. fp8: as in `save`; a matrix that is
+    FP8 already, with such scales, keeps its bytes. All files except config and weights are copied.
     """
     src = Path(src)
     checkpoint, cfg, layout = open_directory(src, mtp, Transformer)
@@ -152,7 +160,7 @@ def convert(
     dtypes = [_target_dtype(slot, checkpoint.stored_dtype(keys[slot.key]), forced) for slot in layout]
     export = Export(
         layout, dtypes, lambda slot, dtype: checkpoint.read(keys[slot.key], dtype), fp8,
-        kept=lambda slot: keep(checkpoint, slot.key, fp8),
+        stored=lambda slot: stored_fp8(checkpoint, slot.key, fp8),
     )  # fmt: skip
     values = read_json(src / "config.json")
     bos, eos = (default if values.get(k) is None else values[k] for k, default in DEFAULT_IDS.items())
@@ -171,15 +179,15 @@ def _write(directory: Path, export: Export, max_shard_bytes: float) -> None:
 def open_directory(
     directory: Path, mtp: bool, kind: type[Transformer], context: Mapping[str, Any] | None = None
 ) -> tuple[Checkpoint, ModelConfig, list[Slot]]:
-    """The checked checkpoint, the config of what will be read from it, and where each tensor goes. `context`: other
-    values for fields of the config that say how positions are told, `config.CONTEXT`; no tensor depends on them."""
+    """The checked checkpoint, the config of the part to read, and where each tensor goes. `context`: other values for
+    the fields of `config.CONTEXT`, on which no tensor depends."""
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; name the folder that holds config.json")
     cfg, values = read_config(directory).at_length(context or {}), read_json(directory / "config.json")
-    if config_json.scores(values) != issubclass(kind, Scorer):
-        found, wanted = ("reward", "language") if config_json.scores(values) else ("language", "reward")
-        raise UserError(f"{directory} holds a {found} model, a {wanted} model is needed here; name another directory")
-    checkpoint = Checkpoint(directory, block_of(values, str(directory / "config.json")))
+    if is_reward_model(values) != issubclass(kind, Scorer):
+        stored, needed = ("reward", "language") if is_reward_model(values) else ("language", "reward")
+        raise UserError(f"{directory} holds a {stored} model, a {needed} model is needed here; name another directory")
+    checkpoint = Checkpoint(directory, fp8_block_size(values, str(directory / "config.json")))
     stored = {key for key in checkpoint.entries if is_mtp_key(key, cfg.n_layers)}
     if mtp and cfg.n_mtp and not stored:
         warnings.warn(f"{directory} announces {cfg.n_mtp} MTP layers but has none; read without MTP", stacklevel=3)
@@ -191,7 +199,7 @@ def open_directory(
 
 
 def _allocate(cfg: ModelConfig, dtype: torch.dtype, device: str | torch.device, kind: type[Network]) -> Network:
-    """A model with memory but no values: every parameter is about to be read, so none is initialised.
+    """A model with uninitialised memory, since every parameter is about to be read.
 
     torch's own `to_empty` takes a second at its first call: on meta tensors it goes through Python and imports sympy.
     """
@@ -201,10 +209,10 @@ def _allocate(cfg: ModelConfig, dtype: torch.dtype, device: str | torch.device, 
     model.load_state_dict({name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in state.items()},
                           assign=True)  # fmt: skip
     if cfg.tie_embeddings and not isinstance(model, Scorer):
-        model.head.weight = model.embed.weight  # the lines above made two of the one
+        model.head.weight = model.embed.weight  # the assignment above split the shared tensor
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:  # counters, which no checkpoint holds
+            if buffer.is_meta:  # counters are not in checkpoints
                 setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
     return model
 
@@ -213,7 +221,7 @@ def compare_copy(checkpoint: Checkpoint, slot: Slot, main: Tensor) -> None:
     if not torch.equal(checkpoint.read(slot.key, main.dtype), main):
         raise UserError(
             f"{checkpoint.entries[slot.key].file}: tensor {slot.key} differs from the main model's, which it must copy "
-            "(embedding and head are shared); mend the file, or leave the MTP layers out"
+            "(embedding and head are shared); correct the file, or leave the MTP layers out"
         )
 
 
@@ -226,10 +234,10 @@ def _target_dtype(slot: Slot, stored: torch.dtype, forced: torch.dtype | None) -
 
 
 def _forced(dtype: str | torch.dtype | None, fp8: Scales | None) -> torch.dtype | None:
-    return as_dtype(dtype) or (torch.bfloat16 if fp8 else None)
+    return parse_dtype(dtype) or (torch.bfloat16 if fp8 else None)
 
 
-def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or dtype in DTYPES.values():
         return dtype
     if dtype not in DTYPES:

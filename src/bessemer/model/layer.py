@@ -32,7 +32,7 @@ again; wrap such a backward in `train.balance.counted_once`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +44,13 @@ from bessemer.model.mla import MLA
 from bessemer.model.norm import RMSNorm
 from bessemer.precision.fp8_linear import FP8Recipe
 
+Result = TypeVar("Result")
 Phase = Literal["attend", "experts", "finish"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 """The phases that can be recomputed."""
 
 
-def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+def recomputed(function: Callable[..., Result], *arguments: Any) -> Result:
     """function(*arguments), saving only the arguments for backward."""
     if not torch.is_grad_enabled():
         return function(*arguments)
@@ -92,7 +93,7 @@ class Layer(nn.Module):
     def _attend(self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, choice_NK: Tensor | None) -> Attended:
         return self.route(x_BTD + self.attn(self.attn_norm(x_BTD), rope, segments_BT), choice_NK)
 
-    def run_phase(self, phase: Phase, function: Callable[..., Any], *arguments: Any) -> Any:
+    def run_phase(self, phase: Phase, function: Callable[..., Result], *arguments: Any) -> Result:
         """function(*arguments), which computes this phase; recomputed in backward if the phase is chosen."""
         return recomputed(function, *arguments) if phase in self.recompute and self.training else function(*arguments)
 

@@ -26,7 +26,7 @@ from bessemer.data.chat import render_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.reader import read_json
+from bessemer.hf.safetensors_reader import read_json
 from bessemer.model.scorer import Scorer
 from bessemer.tasks.answer import summary
 

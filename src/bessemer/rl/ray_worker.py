@@ -24,7 +24,7 @@ import bessemer
 from bessemer.engine.engine import Completion, Engine, GenerationBatch
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import load_any
-from bessemer.hf.foreign_tokenizer import load_tokenizer
+from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.rl.vllm_engine import VLLMEngine
 from bessemer.train import setup
 

@@ -22,9 +22,9 @@ from bessemer.engine.engine import Completion, GenerationBatch
 from bessemer.engine.sequence import Request
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.causal_lm import is_foreign
-from bessemer.hf.foreign_tokenizer import load_tokenizer
-from bessemer.hf.names import slots
+from bessemer.hf.causal_lm import needs_transformers
+from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.mapping import slots
 from bessemer.model.config import ModelConfig
 from bessemer.workers import SHARED
 
@@ -44,7 +44,7 @@ class VLLMEngine:
             raise UserError("rollout.engine = \"vllm\" needs vLLM: pip install 'bessemer[vllm]'") from None
         self.params = SamplingParams
         self.tokenizer = load_tokenizer(directory)
-        self.cfg = None if is_foreign(directory) else hub.read_config(directory)
+        self.cfg = None if needs_transformers(directory) else hub.read_config(directory)
         self.folder = Path(tempfile.mkdtemp(prefix="bessemer-weights-", dir=SHARED if Path(SHARED).is_dir() else None))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         shutil.copy(directory / "config.json", self.folder)

@@ -23,9 +23,9 @@ from bessemer.data.chat import THINK, THINK_END
 from bessemer.data.tokenizer import Tokenizer, read_json
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.causal_lm import LIMITS, is_foreign
-from bessemer.hf.foreign_tokenizer import load_tokenizer
-from bessemer.hf.reader import Checkpoint
+from bessemer.hf.causal_lm import LIMITS, needs_transformers
+from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model import accounting
 from bessemer.runs.directory import model_dir, stage_folders, writing_models
 from bessemer.serve import ServeConfig
@@ -75,7 +75,7 @@ def read_facts(name: str, folder: Path) -> ModelFacts:
     """UserError where something is missing or broken."""
     created = int((folder / "config.json").stat().st_mtime)
     common: dict[str, Any] = dict(name=name, folder=folder, created=created, **_template(folder), **_generation(folder))
-    if is_foreign(folder):
+    if needs_transformers(folder):
         config = read_json(folder / "config.json")
         config |= config.get("text_config") or {}
         limits = [config.get(key) for key in (*LIMITS, "n_positions")]

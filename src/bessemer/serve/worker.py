@@ -47,7 +47,7 @@ from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Finished, Request
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import load_any
-from bessemer.hf.foreign_tokenizer import load_tokenizer
+from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.transformer import evaluating
 from bessemer.serve import ServeConfig
 from bessemer.train.setup import device

@@ -14,8 +14,8 @@ from bessemer.config.training import Precision
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.causal_lm import CausalLM, is_foreign, load_any
-from bessemer.hf.foreign_tokenizer import load_tokenizer
+from bessemer.hf.causal_lm import CausalLM, load_any, needs_transformers
+from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig, preset
 from bessemer.model.transformer import Transformer
@@ -89,7 +89,7 @@ def load_model(directory: Path, context: Mapping[str, Any] | None = None) -> tup
     ours: as in `hub.open_directory`."""
     if not directory.is_dir():
         raise UserError(f"no model directory at {directory}")
-    if context and not is_foreign(directory):
+    if context and not needs_transformers(directory):
         return hub.load(directory, torch.float32, device(), context=context), load_tokenizer(directory)
     if context:
         raise UserError(f"{directory} is not of the DeepSeek V3 family; its context cannot be changed here")

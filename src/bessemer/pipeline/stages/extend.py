@@ -15,8 +15,8 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.causal_lm import is_foreign
-from bessemer.hf.foreign_tokenizer import load_tokenizer
+from bessemer.hf.causal_lm import needs_transformers
+from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.config import ModelConfig
 from bessemer.pipeline import feed
 from bessemer.pipeline.stage import register
@@ -63,7 +63,7 @@ class Extend(Pretrain):
         folder = None if ctx.source is None else ctx.source / "model"
         if folder is None or not folder.is_dir():
             raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
-        if is_foreign(folder):
+        if needs_transformers(folder):
             raise UserError(
                 f'stage "{ctx.name}": {folder} is not of the DeepSeek V3 family; it cannot be extended here'
             )

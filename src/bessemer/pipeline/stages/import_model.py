@@ -18,8 +18,8 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM, load_any
-from bessemer.hf.foreign_tokenizer import ForeignTokenizer, load_tokenizer
-from bessemer.hf.gguf_import import read_gguf
+from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
+from bessemer.hf.causal_lm import read_gguf
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import Stage, register
 from bessemer.runs.context import StageContext
@@ -59,7 +59,7 @@ class Import(Stage):
             if config.style is not None:
                 tokenizer.chat_style = config.style
             if config.system is not None:
-                if not isinstance(tokenizer, ForeignTokenizer):
+                if not isinstance(tokenizer, HFTokenizer):
                     raise UserError(f'stage "{ctx.name}": system needs a model with a chat template of its own kind')
                 tokenizer.set_system(config.system)
             Engine(model, tokenizer)  # refuses a tokenizer that is not the model's

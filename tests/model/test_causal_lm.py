@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
-from foreign_cases import KINDS, made, relative, tokens
+from hf_cases import KINDS, made, relative, tokens
 from safetensors.torch import load_file, save_file
 
 from bessemer.errors import UserError
@@ -169,7 +169,7 @@ def test_logits_that_are_more_than_a_product_are_refused(tmp_path):
 
 def test_a_recurrent_state_is_refused():
     config = transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1)
-    with pytest.raises(UserError, match="mamba is not supported: it remembers by"):
+    with pytest.raises(UserError, match="mamba is not supported: its memory is"):
         causal_lm.CausalLM(transformers.MambaForCausalLM(config))
 
 

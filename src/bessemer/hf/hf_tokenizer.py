@@ -1,16 +1,18 @@
-"""The tokenizer of a foreign model: its own tokenizer.json, its own chat template, behind our `Tokenizer`'s surface.
+"""The tokenizer of another model: its own tokenizer.json and chat template behind the interface of `Tokenizer`.
 
-What differs from ours and is settled here, once, when a tokenizer is loaded:
-- BOS stands where the model's own tokenizer puts it in front of a document, which may be nowhere (`bos_id` None). A
-  prompt has the BOS its template writes, and no other.
-- An answer ends with the token that the template writes after it (`eos_id`); the tokenizer's own end of text stops it
-  too (`stop_ids`).
-- A byte-level vocabulary and one of SentencePiece's kind (▁ for a blank, <0x0A> for a byte) both become a table of
-  bytes.
+Differences from our own tokenizer, resolved once when it is loaded:
+- BOS stands where the model's own tokenizer puts it before a document, which may be nowhere (`bos_id` None). A prompt
+  has only the BOS that its template writes.
+- An answer ends with the token that the template writes after it (`eos_id`); the tokenizer's own end of text also stops
+  it (`stop_ids`).
+- Byte-level and SentencePiece vocabularies (▁ for a blank, <0x0A> for a byte) both become a table of bytes.
+
+A chat template is Jinja code from outside. It runs in the sandbox of the transformers library, which other software
+uses too, so it renders the text that the model was trained on.
 
 Invariants
-- A control token inside a content is text, never control: contents are masked while the template runs.
-- The ids of a conversation are those of `apply_chat_template(..., tokenize=True)`, cut where an answer begins, because
+- A control token inside a message is text, never control: contents are masked while the template runs.
+- The ids of a conversation are those of `apply_chat_template(..., tokenize=True)`, split where an answer begins, since
   there a prompt ends and a completion begins.
 - A template that drops part of the last answer, writes no end after it or changes earlier turns is an error.
 """
@@ -25,15 +27,21 @@ from typing import Any
 import tokenizers
 
 from bessemer.data import chat
-from bessemer.data.chat import BOS
+from bessemer.data.chat import BOS, Message
 from bessemer.data.tokenizer import Tokenizer, byte_of_character, fingerprint_of, read_json, token_text
 from bessemer.errors import UserError
-from bessemer.hf.chat_template import Template, add_system
 
 TEMPLATE_FILE = "chat_template.jinja"
 NO_TEMPLATE = (
     'this model has no chat template, so it cannot be asked a question: import it with style = "zero" (the plain prompt'
     " of R1-Zero), or put the template of its instruct sibling into chat_template.jinja"
+)
+# The pre-split that llama.cpp calls deepseek-v3, as in a tokenizer.json of V3 or of our own.
+SPLITS = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
@@ -44,11 +52,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     ours = token_text(config.get("bos_token")) == BOS and _template_of(Path(directory), config) in map(
         chat.jinja, chat.STYLES
     )
-    return Tokenizer.load(directory) if ours else ForeignTokenizer.load(directory)
+    return Tokenizer.load(directory) if ours else HFTokenizer.load(directory)
 
 
-class ForeignTokenizer(Tokenizer):
-    """Made by `load`."""
+class HFTokenizer(Tokenizer):
+    """A tokenizer in the Hugging Face format with a chat template of its own; made by `load`."""
 
     def __init__(self, spec: dict, config: dict, names: dict[str, str], chat_template: str):
         """`spec` and `config` are tokenizer.json and tokenizer_config.json, `names` the special tokens they name."""
@@ -69,7 +77,7 @@ class ForeignTokenizer(Tokenizer):
         self._adopt(chat_template)
 
     @classmethod
-    def load(cls, directory: str | Path) -> "ForeignTokenizer":
+    def load(cls, directory: str | Path) -> "HFTokenizer":
         directory = Path(directory)
         if not (directory / "tokenizer.json").is_file():
             raise UserError(
@@ -85,7 +93,7 @@ class ForeignTokenizer(Tokenizer):
             raise UserError(f"{directory / 'tokenizer.json'} is broken ({error}); download it again") from error
 
     def save(self, directory: str | Path) -> None:
-        """The files as they were read, with the present template."""
+        """The files as they were read, with the current template."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = {name: value for name, value in self._config.items() if name != "chat_template"} | self._names
@@ -104,7 +112,7 @@ class ForeignTokenizer(Tokenizer):
         self._adopt(chat.jinja(style))
 
     def set_system(self, system: str) -> None:
-        """From now on the template begins every conversation that has no system message with this one."""
+        """Makes the template start every conversation without a system message with this one."""
         if self._template is None:
             raise UserError("a system message needs a chat template of the model's own, and this model has none")
         self._adopt(add_system(self.chat_template, system))
@@ -118,7 +126,7 @@ class ForeignTokenizer(Tokenizer):
         return self._opening if self._template else super().opening
 
     def render_answers(
-        self, messages: Sequence[chat.Message], add_generation_prompt: bool = False
+        self, messages: Sequence[Message], add_generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
         """`chat.render_answers` in the model's own template."""
         if self._template is None:
@@ -137,25 +145,25 @@ class ForeignTokenizer(Tokenizer):
         return ids, answers
 
     def _adopt(self, chat_template: str) -> None:
-        """Makes a template this tokenizer's, and learns from a trial how answers begin and end in it."""
+        """Sets the template, and finds how answers begin and end in it by rendering a test conversation."""
         self.chat_template, self._template, self._opening, self.eos_id = chat_template, None, "", self._end
         if not chat_template or self.chat_style is not None:
             return
-        self._template = Template(chat_template, self._names)
+        self._template = ChatTemplate(chat_template, self._names)
         question = [{"role": "user", "content": "question"}]
         prompt = self._template(question, add_generation_prompt=True)
         whole = self._template([*question, {"role": "assistant", "content": "\ue000"}], add_generation_prompt=False)
-        begin = _parting(prompt, whole)
+        begin = _first_difference(prompt, whole)
         if not whole[begin:].lstrip().startswith("\ue000"):
-            raise UserError("the chat template does not lead up to an answer; it must heed add_generation_prompt")
+            raise UserError("the chat template does not lead up to an answer; it must respect add_generation_prompt")
         self._opening = prompt[begin:]
         end = next(self._controls(whole, begin), None)
         if end is None:
             raise UserError("the chat template writes no control token after an answer: no answer would ever end")
         self.eos_id = self._control[end.group()]
 
-    def _spans(self, messages: Sequence[chat.Message], text: str) -> list[tuple[int, int]]:
-        """From where to where each assistant message stands in the text, the token that ends it included."""
+    def _spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+        """Start and end of each assistant message in the text, its end token included."""
         spans = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -164,7 +172,7 @@ class ForeignTokenizer(Tokenizer):
             if not text.startswith(before):
                 raise UserError(
                     "the chat template changes earlier turns when later ones follow, so the answers before the last "
-                    "cannot be found again; cut the conversation into one with a single answer"
+                    "cannot be located; split the conversation so that each part has a single answer"
                 )
             end = next(self._controls(text, len(before)), None)
             if end is None:
@@ -193,12 +201,12 @@ class ForeignTokenizer(Tokenizer):
         return ids
 
     def _controls(self, text: str, start: int = 0):
-        """Control tokens in a text, in order; of two that begin at one place the longer."""
+        """Control tokens in a text, in order; of two that begin at the same place the longer."""
         names = sorted(self._control, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)) or "(?!)").finditer(text, start)
 
-    def _mask(self, messages: Sequence[chat.Message]) -> tuple[list[chat.Message], dict[str, str]]:
-        """Messages whose contents hold no control token, and what stands for which."""
+    def _mask(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
+        """Messages without control tokens in their contents, and the token behind every placeholder."""
         contents = "".join(message["content"] for message in messages)
         mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in contents)
         unmask = {f"{mark}{n}{mark}": name for n, name in enumerate(self._control) if name in contents}
@@ -211,8 +219,39 @@ class ForeignTokenizer(Tokenizer):
         return [message | {"content": masked(message["content"])} for message in messages], unmask
 
 
-def _parting(one: str, other: str) -> int:
-    """Where two texts begin to differ."""
+class ChatTemplate:
+    """`template(messages, add_generation_prompt) -> text`. `names`: the special tokens that it may write."""
+
+    def __init__(self, text: str, names: dict[str, str]):
+        try:
+            from transformers.utils import chat_template_utils
+        except ImportError:
+            raise UserError("chat templates of other models need transformers: pip install 'bessemer[hf]'") from None
+        self.text, self.names = text, names
+        self._render = chat_template_utils.render_jinja_template
+
+    def __call__(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        try:
+            (text,), _ = self._render(
+                [list(messages)], chat_template=self.text, add_generation_prompt=add_generation_prompt, **self.names
+            )
+        except Exception as error:  # a template can raise anything
+            raise UserError(f"the chat template of this model refuses the conversation: {error}") from error
+        return text
+
+
+def add_system(template: str, system: str) -> str:
+    """A template that starts every conversation without a system message with this one."""
+    content = json.dumps(system, ensure_ascii=False)
+    return (
+        "{%- if messages[0]['role'] != 'system' -%}"
+        "{%- set messages = [{'role': 'system', 'content': " + content + "}] + messages -%}"
+        "{%- endif -%}" + template
+    )
+
+
+def _first_difference(one: str, other: str) -> int:
+    """Position of the first difference of two texts."""
     shorter = min(len(one), len(other))
     return next((i for i in range(shorter) if one[i] != other[i]), shorter)
 
@@ -234,10 +273,10 @@ def _without_first_blank(spec: dict) -> dict:
 
 
 def _byte_table(tok: tokenizers.Tokenizer, decoder: dict, added: dict[int, str]) -> list[bytes]:
-    """The bytes of every id; ids that no token has are empty."""
+    """The bytes of every id; ids without a token are empty."""
     kinds = {part.get("type") for part in (decoder, *decoder.get("decoders", ()))}
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
-        raise UserError("tokenizer.json is neither byte-level nor of SentencePiece's kind; no other kind is supported")
+        raise UserError("tokenizer.json is neither byte-level nor SentencePiece; no other kind is supported")
     vocab, alphabet = tok.get_vocab(with_added_tokens=True), byte_of_character()
     table = [b""] * (max(vocab.values()) + 1)
     for token, i in vocab.items():
@@ -252,7 +291,7 @@ def _byte_table(tok: tokenizers.Tokenizer, decoder: dict, added: dict[int, str])
 
 
 def _names(directory: Path, config: dict) -> dict[str, str]:
-    """The special tokens that the directory names: eos_token, bos_token, ..."""
+    """The special tokens named in the directory: eos_token, bos_token, ..."""
     older = directory / "special_tokens_map.json"
     named = (read_json(older) if older.is_file() else {}) | config
     texts = {key: token_text(value) for key, value in named.items() if key.endswith("_token")}
@@ -267,3 +306,26 @@ def _template_of(directory: Path, config: dict[str, Any]) -> str:
     if isinstance(found, list):
         found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
     return found if isinstance(found, str) else ""
+
+
+def check_pretokenizer(spec: dict[str, Any], where: str) -> None:
+    """UserError unless the tokenizer is byte-level BPE behind V3's pre-split and nothing else."""
+    model, splitter, normalizer = spec["model"], spec.get("pre_tokenizer") or {}, spec.get("normalizer") or {}
+    steps = []
+    for step in splitter.get("pretokenizers", [splitter]):
+        rule = (step.get("pattern") or {}).get("Regex", "").replace("\r", r"\r").replace("\n", r"\n")
+        ways = ("behavior", "invert") if step.get("type") == "Split" else ("add_prefix_space", "use_regex")
+        steps.append((step.get("type"), rule, *map(step.get, ways)))
+    other = ("dropout", "byte_fallback", "ignore_merges", "unk_token")
+    other += ("continuing_subword_prefix", "end_of_word_suffix")
+    if (
+        model["type"] != "BPE"
+        or any(model.get(key) for key in other)
+        or normalizer.get("normalizers", normalizer)
+        or steps != [*(("Split", rule, "Isolated", False) for rule in SPLITS), ("ByteLevel", "", False, False)]
+        or any(token.get(way) for token in spec["added_tokens"] for way in ("lstrip", "rstrip", "single_word"))
+    ):
+        raise UserError(
+            f"{where} is not byte-level BPE with DeepSeek-V3's pre-split, and no other kind is written as GGUF here; "
+            "llama.cpp's own convert_hf_to_gguf.py may know it"
+        )

@@ -1,6 +1,6 @@
 """Tokenizers and chat templates of other houses, against transformers' own rendering of the same directory."""
 
-import foreign_tokenizers as houses
+import hf_tokenizers as houses
 import pytest
 import transformers
 
@@ -8,7 +8,7 @@ from bessemer.data import chat, sft_rows
 from bessemer.data.documents import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.hf.foreign_tokenizer import ForeignTokenizer, load_tokenizer
+from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
 
 QUESTION = [{"role": "user", "content": "What is 12*3+4?"}]
 ANSWER = {"role": "assistant", "content": "<think>36</think> 40, é漢"}
@@ -162,7 +162,7 @@ def test_our_own_directories_stay_ours(tmp_path):
     foreign = Tokenizer.train(houses.TEXTS, 300)
     foreign.chat_template = OURS
     foreign.save(tmp_path / "changed")
-    assert type(load_tokenizer(tmp_path / "changed")) is ForeignTokenizer
+    assert type(load_tokenizer(tmp_path / "changed")) is HFTokenizer
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
 sys.path.append(str(Path(__file__).parents[1] / "model"))
-from foreign_cases import made, tokens
+from hf_cases import made, tokens
 
 torch.set_num_threads(1)
 

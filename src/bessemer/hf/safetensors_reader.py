@@ -1,11 +1,11 @@
-"""Reading the safetensors files of a model directory, one tensor at a time and strictly.
+"""Strict reading of the safetensors files of a model directory, one tensor at a time.
 
 Headers are parsed here rather than by the library for three reasons: a tensor is read with one `readinto` and freed
 (mapped shards would stay resident), every defect is reported with tensor and file, and duplicate keys are seen at all.
 
 Invariants
 - Index and headers agree in both directions, offsets fill each file exactly, no key occurs twice. Pickle is refused.
-- Peak memory of `read` is the tensor asked for, in its stored and in its final dtype.
+- Peak memory of `read` is one tensor, in its stored and in its final dtype.
 
 Format: 8 bytes little-endian length of a JSON header {key: {dtype, shape, data_offsets}}, then the data.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bessemer.errors import UserError
-from bessemer.hf.names import DERIVED, SCALE_SUFFIX, Slot
+from bessemer.hf.mapping import DERIVED, SCALE_SUFFIX, Slot
 from bessemer.precision.formats import dequantise_blocks, scale_shape
 
 INDEX = "model.safetensors.index.json"
@@ -37,7 +38,7 @@ AGAIN = "copy or download it again"
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies."""
+    """The location of one tensor."""
 
     file: Path
     dtype: torch.dtype
@@ -56,23 +57,23 @@ class Checkpoint:
         self.block = block
         self.entries: dict[str, Entry] = {}
         for file, listed in _files(directory).items():
-            found = read_header(file)
-            for key in found:
+            header = read_header(file)
+            for key in header:
                 if key in self.entries:
                     raise UserError(f"{file}: tensor {key} is also in {self.entries[key].file}; {AGAIN}")
                 if listed is not None and key not in listed:
                     raise UserError(f"{file}: tensor {key} has no entry in {INDEX}; {AGAIN}")
             for key in listed or ():
-                if key not in found:
+                if key not in header:
                     raise UserError(f"{file}: tensor {key} is missing, although {INDEX} places it there; {AGAIN}")
-            self.entries |= found
+            self.entries |= header
 
     def check(self, slots: list[Slot], others: set[str] = frozenset()) -> None:
-        """Every slot present with its shape, FP8 with its scales, and nothing else but `others`.
+        """UserError unless every slot is present with its shape, FP8 with its scales, and nothing else but `others`.
 
-        Copies of shared tensors may be absent (they say nothing new).
+        Copies of shared tensors may be absent.
         """
-        wanted = set(others)
+        expected = set(others)
         for slot in slots:
             entry = self.entries.get(slot.key)
             if entry is None and slot.copy:
@@ -84,18 +85,18 @@ class Checkpoint:
                     f"{entry.file}: tensor {slot.key} is {list(entry.shape)}, but config.json asks for "
                     f"{list(slot.shape)}; the two do not belong together"
                 )
-            wanted.add(slot.key)
+            expected.add(slot.key)
             if entry.dtype is torch.float8_e4m3fn:
-                wanted.add(slot.key + SCALE_SUFFIX)
+                expected.add(slot.key + SCALE_SUFFIX)
                 self._check_scale(slot.key)
             elif entry.dtype is torch.float8_e8m0fnu:
                 raise UserError(f"{entry.file}: tensor {slot.key} holds scales (E8M0), not weights; {AGAIN}")
-        extra = sorted(key for key in self.entries.keys() - wanted if not DERIVED.fullmatch(key))
+        extra = sorted(key for key in self.entries.keys() - expected if not DERIVED.fullmatch(key))
         if extra:
             more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
             raise UserError(
                 f"{self.entries[extra[0]].file}: tensor {extra[0]}{more} has no place in a model of this config.json; "
-                "nothing is ever dropped in silence, so mend config.json or the file"
+                "correct config.json or the file"
             )
 
     def _check_scale(self, key: str) -> None:
@@ -103,10 +104,10 @@ class Checkpoint:
         if scale is None:
             raise UserError(f"{entry.file}: tensor {key} is FP8, but {key}{SCALE_SUFFIX} is missing; {AGAIN}")
         if len(entry.shape) != 2 or scale.shape != scale_shape(entry.shape, self.block):
-            wanted = list(scale_shape(entry.shape, self.block)) if len(entry.shape) == 2 else "none (not a matrix)"
+            needed = list(scale_shape(entry.shape, self.block)) if len(entry.shape) == 2 else "none (not a matrix)"
             raise UserError(
                 f"{scale.file}: tensor {key}{SCALE_SUFFIX} is {list(scale.shape)}, but {list(entry.shape)} in tiles of "
-                f"{self.block} needs {wanted}; {AGAIN}"
+                f"{self.block} needs {needed}; {AGAIN}"
             )
 
     def stored_dtype(self, key: str) -> torch.dtype:
@@ -134,7 +135,7 @@ class Checkpoint:
         return torch.frombuffer(data, dtype=torch.uint8).view(entry.dtype).view(entry.shape)
 
 
-def _fill(file: Any, view: memoryview, entry: Entry, key: str) -> None:
+def _fill(file: FileIO, view: memoryview, entry: Entry, key: str) -> None:
     # one read returns at most 2 GiB on Linux
     while view:
         count = file.readinto(view)
@@ -155,12 +156,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def parse_object(data: bytes, where: str) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        values = dict(pairs)
+        if len(values) != len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
             raise UserError(f"{where}: key {twice} occurs twice; {AGAIN}")
-        return found
+        return values
 
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=once)
