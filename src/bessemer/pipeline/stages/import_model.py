@@ -17,9 +17,8 @@ from bessemer.data.documents import HUB
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import CausalLM, load_any
+from bessemer.hf.causal_lm import CausalLM, load_any, read_gguf
 from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
-from bessemer.hf.causal_lm import read_gguf
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import Stage, register
 from bessemer.runs.context import StageContext
