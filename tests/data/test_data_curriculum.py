@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bessemer.data import corpus
-from bessemer.data.mixture import Curriculum, Section, sections
+from bessemer.data.mixture import Curriculum, CurriculumSection, sections
 from bessemer.data.rows import open_rows
 
 
@@ -12,7 +12,7 @@ def test_stretches_change_with_the_length_and_keep_their_rows():
     lengths = lambda tokens: 32 if tokens < 1000 else 64  # noqa: E731 (a schedule)
     found = sections(2000, lengths, lambda tokens: 256 // lengths(tokens))
     # steps of 256 tokens: four until 1,024, then four more
-    assert found == [Section(32, 0, 0, 32), Section(64, 1024, 32, 16)]
+    assert found == [CurriculumSection(32, 0, 0, 32), CurriculumSection(64, 1024, 32, 16)]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def parts_of(documents, tokenizer, tmp_path_factory):
 
 
 def test_a_stretch_reads_on_where_the_one_before_ended(parts_of):
-    plan = [Section(32, 0, 0, 40), Section(64, 40 * 32, 40, 20)]
+    plan = [CurriculumSection(32, 0, 0, 40), CurriculumSection(64, 40 * 32, 40, 20)]
     made = Curriculum(plan, parts_of, {"a": 0.25, "b": 0.75}, seed=1, caps={"a": 50})
     first, second = made.mixtures
     assert made.batch(0, 0, 3).tokens_BT.tolist() == first.batch(0, 3).tokens_BT.tolist()

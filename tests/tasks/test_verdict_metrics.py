@@ -75,7 +75,7 @@ def test_interval_against_every_resample():
     means = [fmean(picks) for picks in product(values, repeat=4)]
     expected = np.quantile(means, [0.025, 0.975], method="inverted_cdf")
     for seed in range(5):
-        mean, low, high = mean_interval(values, seed, draws=20_000)
+        mean, low, high = mean_interval(values, seed, resamples=20_000)
         assert mean == 0.4375 and (low, high) == pytest.approx(tuple(expected), abs=1 / 16)
         assert min(means) <= low < mean < high <= max(means)
 

@@ -46,7 +46,7 @@ CHUNK_CHARS = 2_000_000
 
 
 @dataclass(frozen=True)
-class Corpus:
+class PackedCorpus:
     path: Path
     meta: dict
     train: rows.Rows
@@ -65,7 +65,7 @@ def build(
     fim_rate: float = 0.0,
     boundary_split_rate: float = 0.0,
     seed: int = 0,
-) -> Corpus:
+) -> PackedCorpus:
     """Tokenise `documents` into shards in `out_dir`, plan their rows, and open the result.
 
     heldout               share of documents kept for evaluation
@@ -101,10 +101,10 @@ def build(
     return load(out_dir)
 
 
-def load(directory: str | Path) -> Corpus:
+def load(directory: str | Path) -> PackedCorpus:
     """Open a corpus; UserError naming the file that is missing or altered."""
     at, meta = shards.follow(Path(directory))
-    return Corpus(at, meta, *(rows.open_rows(directory, split) for split in shards.SPLITS))
+    return PackedCorpus(at, meta, *(rows.open_rows(directory, split) for split in shards.SPLITS))
 
 
 def _write(
@@ -129,9 +129,15 @@ def _write(
     if not writers["train"].tokens:
         raise UserError("there is no training document: the source is empty, or the limits leave nothing")
     shards.seal(
-        folder, tokenizer, row_length, {split: writer.finish() for split, writer in writers.items()},
-        heldout=heldout, limit_tokens=limit_tokens, limit_documents=limit_documents, **augment.settings,
-    )  # fmt: skip
+        folder,
+        tokenizer,
+        row_length,
+        {split: writer.finish() for split, writer in writers.items()},
+        heldout=heldout,
+        limit_tokens=limit_tokens,
+        limit_documents=limit_documents,
+        **augment.settings,
+    )
 
 
 class _SplitWriter:

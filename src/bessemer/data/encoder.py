@@ -249,9 +249,13 @@ def _white(
 
 
 def _signs(
-    cut: np.ndarray, points_C: np.ndarray, start: np.ndarray, end: np.ndarray, runs: tuple[np.ndarray, ...],
+    cut: np.ndarray,
+    points_C: np.ndarray,
+    start: np.ndarray,
+    end: np.ndarray,
+    runs: tuple[np.ndarray, ...],
     taken: np.ndarray,
-) -> None:  # fmt: skip
+) -> None:
     """Rule 1: a single sign and the ASCII letters behind it."""
     run, after = runs
     signs, letters = _ascii()

@@ -81,8 +81,14 @@ def _check(path: Path, package: Package) -> None:
 
 
 def _download(package: Package, target: Path) -> None:
-    log.info("fetching %s %s from %s: %s MB, %s", package.name, package.version, package.registry, package.megabytes,
-             package.licence)  # fmt: skip
+    log.info(
+        "fetching %s %s from %s: %s MB, %s",
+        package.name,
+        package.version,
+        package.registry,
+        package.megabytes,
+        package.licence,
+    )
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
         reason = _run(_command(package, scratch))
         arrived = Path(scratch) / package.filename

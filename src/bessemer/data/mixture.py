@@ -304,7 +304,7 @@ def _check_alike(sources: dict[str, Rows]) -> None:
 
 
 @dataclass(frozen=True)
-class Section:
+class CurriculumSection:
     """A section of a run with rows of one length."""
 
     length: int
@@ -313,14 +313,14 @@ class Section:
     rows: int
 
 
-def sections(tokens: int, length: Callable[[int], float], rows: Callable[[int], int]) -> list[Section]:
+def sections(tokens: int, length: Callable[[int], float], rows: Callable[[int], int]) -> list[CurriculumSection]:
     """The sections of a run over `tokens` tokens, when `rows(tokens)` rows of `length(tokens)` tokens make a step."""
     done = row = 0
-    plan: list[Section] = []
+    plan: list[CurriculumSection] = []
     while done < tokens:
         now, n_rows = int(length(done)), rows(done)
         if not plan or plan[-1].length != now:
-            plan.append(Section(now, done, row, 0))
+            plan.append(CurriculumSection(now, done, row, 0))
         row, done = row + n_rows, done + n_rows * now
         plan[-1] = replace(plan[-1], rows=row - plan[-1].first_row)
     return plan
@@ -330,9 +330,13 @@ class Curriculum:
     """`sources_of(length)` opens the sources with rows of that length; `weights`, `caps` as in `Mixture` and `Span`."""
 
     def __init__(
-        self, plan: Sequence[Section], sources_of: Callable[[int], Mapping[str, Rows]], weights: Mapping[str, Weight],
-        seed: int = 0, caps: Mapping[str, float] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        plan: Sequence[CurriculumSection],
+        sources_of: Callable[[int], Mapping[str, Rows]],
+        weights: Mapping[str, Weight],
+        seed: int = 0,
+        caps: Mapping[str, float] | None = None,
+    ) -> None:
         self.plan = list(plan)
         self.mixtures: list[Mixture] = []
         read: dict[str, float] = {}

@@ -289,11 +289,11 @@ def token_text(entry: str | dict | None) -> str | None:
 
 def read_json(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; a tokenizer directory is written by Tokenizer.save") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); save the tokenizer again") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object; save the tokenizer again")
-    return found
+    return content

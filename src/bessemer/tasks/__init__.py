@@ -1,6 +1,6 @@
 """Problems, verifiers and the documents that teach them: `tasks.get("countdown")`.
 
-A task is one object with three uses: its problems feed RL and evaluation, its verifier pays the reward, its documents
+A task is one object with three uses: its problems feed RL and evaluation, its verifier gives the reward, its documents
 join the pre-training mixture. Pure Python and numpy; nothing here imports torch.
 """
 

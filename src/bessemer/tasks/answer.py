@@ -18,7 +18,7 @@ from itertools import islice
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 SUMMARY = 200
-"""Letters that a summary may have beside its answer and still count as form."""
+"""Most letters of a summary around the answer that still counts as well formatted."""
 NO_ANSWER, BAD_TAGS, NO_THINK = "no-answer", "bad-tags", "no-think"
 
 _TAG = re.compile("</?(?:think|answer)>")
@@ -49,13 +49,13 @@ def parse_reply(text: str) -> Reply:
 
 
 def thought(text: str) -> str:
-    """What stands after `<think>`, also where the cap came before the closing tag."""
+    """The text after `<think>`, also where a length limit cut the closing tag."""
     closed = _first_block(text, "think")
     return text.partition("<think>")[2] if closed is None else closed
 
 
 def summary(text: str) -> str:
-    """What follows the thoughts: all of a text that does not think, nothing of one that does not stop thinking."""
+    """The text after the thoughts: all of a text without thoughts, nothing of one whose thoughts do not end."""
     before, closed, after = text.partition("</think>")
     if closed:
         return after.strip()
@@ -73,7 +73,7 @@ def plain_fault(text: str) -> str | None:
 
 
 def _is_summary(gap: str, tail: str) -> bool:
-    """One paragraph of at most SUMMARY letters, apart from the thoughts."""
+    """One paragraph of at most SUMMARY letters, separate from the thoughts."""
     return gap.startswith("\n\n") and len(gap + tail) <= SUMMARY and "\n" not in (gap + tail).strip()
 
 

@@ -49,10 +49,12 @@ class General(Task):
         request = sample_request(aim, split, language, rng)
         template = rng.choice(SEEN[phrasing])
         meta = {
-            "aim": aim, "family": request.family.name, "slots": list(request.slots),
+            "aim": aim,
+            "family": request.family.name,
+            "slots": list(request.slots),
             "template": f"{language}-{request.family.name}-{template}",
             "difficulty": 3 if request.unsafe else 1 + bool(request.family.think),
-        }  # fmt: skip
+        }
         return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", request.asks()[template], language, meta)
 
     def verify(self, problem: Problem, completion: str) -> Verdict:

@@ -1,6 +1,6 @@
 """Boolean logic: the truth of three formulas at once, so that a guess is right in one case of eight.
 
-Whether one formula holds is a coin toss, and a reward for it pays guessing. Here each of the eight patterns of three
+Whether one formula holds is a coin toss, and a reward for it rewards guessing. Here each of the eight patterns of three
 values is equally likely, and the answer is all of them. A formula of the test split occurs in no training problem and
 on no page, neither as a question nor as a step, whatever the other two are.
 

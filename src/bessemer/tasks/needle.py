@@ -80,9 +80,16 @@ class Needle(Task):
         return self.hidden(split, index, self.size, depth, self.needles, seed=seed)
 
     def hidden(
-        self, split: str, index: int, size: int, depth: float, needles: int, *,
-        seed: int = 0, measure: Callable[[str], int] = len,
-    ) -> Problem:  # fmt: skip
+        self,
+        split: str,
+        index: int,
+        size: int,
+        depth: float,
+        needles: int,
+        *,
+        seed: int = 0,
+        measure: Callable[[str], int] = len,
+    ) -> Problem:
         """A problem whose prompt measures at most `size`, and less than one piece of text below it.
 
         The needle to complete stands at `depth` (0: at the start, 1: at the end). UserError if the needles leave

@@ -1,6 +1,6 @@
 """Scores over k samples per problem: pass@k, maj@k (the paper's cons@k), and a mean with its 95 % interval.
 
-maj@k, exactly: draw k of the n samples without replacement, give each answer one vote (None abstains), and let the
+maj@k, exactly: take k of the n samples without replacement, give each answer one vote (None abstains), and let the
 answer with most votes win. A tie is settled by a fair coin, and the coin's expectation is taken in place of a toss:
 when t answers tie, each counts 1/t. So the score is deterministic and favours neither the first nor the right answer.
 """
@@ -60,13 +60,13 @@ def _wins(votes: Counter, answer: str, abstain: int, k: int) -> Fraction:
     return total
 
 
-def mean_interval(values: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
     """(mean, low, high): 95 % percentile bootstrap over problems, seeded; blind to spread when all values are equal."""
     if not len(values):
         raise UserError("there is nothing to average; score at least one problem")
     sample = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
-    picks = rng.integers(len(sample), size=(draws, len(sample)))
+    picks = rng.integers(len(sample), size=(resamples, len(sample)))
     low, high = np.quantile(sample[picks].mean(axis=1), [0.025, 0.975])
     return float(sample.mean()), float(low), float(high)
 

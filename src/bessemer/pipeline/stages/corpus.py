@@ -149,7 +149,7 @@ def _task(config: CorpusConfig, part: str, cache: Path | None = None) -> tasks.T
     return tasks.get(name, **mix)
 
 
-def _counts(built: corpus.Corpus) -> dict[str, Any]:
+def _counts(built: corpus.PackedCorpus) -> dict[str, Any]:
     rows = built.train
     return {"tokens": rows.facts["tokens"], "bytes_per_token": round(rows.bytes_per_token, 3), "rows": rows.n_rows,
             "waste": round(rows.waste, 5)}  # fmt: skip
