@@ -28,7 +28,7 @@ _RESERVED = ("model", "layout", "stage", "name", "seed")  # what --set already m
 
 
 class LayoutConfig(ConfigTable):
-    """[layout]: how the run is spread over devices. It changes speed and memory, not what a stage makes."""
+    """[layout]: how the run is distributed over devices. It changes speed and memory, not the output."""
 
     pp: int = Field(1, ge=1)
     """Pipeline-parallel ranks (V3: 16)."""
@@ -45,13 +45,13 @@ class LayoutConfig(ConfigTable):
     """Of the pipeline; auto: dualpipe where pp is even (V3), else 1f1b, as in steps with fewer than 2 pp
     micro-batches."""
     recompute: list[Literal["attend", "experts", "finish"]] = Field(default_factory=list)
-    """Phases of every layer that backward computes again instead of keeping what they made; FP8 has its own way."""
+    """Phases of every layer that backward recomputes instead of storing their activations; FP8 has its own way."""
     timeout: Seconds = 600.0
-    """How long one rank may wait for another before the run ends and says who waited for whom."""
+    """How long one rank may wait for another before the run ends with a report of which rank waits for which."""
 
     @property
     def fewest(self) -> int:
-        """Ranks that it needs."""
+        """The smallest number of ranks that fits."""
         return self.pp * self.ep * self.cp * (1 if self.dp == "auto" else self.dp)
 
 

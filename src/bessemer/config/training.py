@@ -85,7 +85,7 @@ class PretrainConfig(OptimizerConfig):
     epoch_caps: dict[str, float] = Field(default_factory=dict)
     """Part = how many times it may be read at most."""
     on_cap: Literal["redistribute", "refuse"] = "redistribute"
-    """When a part comes to its cap before the end the others take its share, or the run is refused."""
+    """When a part reaches its cap before the end: the others take its share, or the run is refused."""
     lengths: Steps | None = None
     """Tokens per row over consumed tokens, such as [["0", 128], ["2M", 256]]; steps keep their tokens, so shorter
     rows are more rows. Default: the corpus' row_length throughout (V3 in pre-training)."""
@@ -129,8 +129,8 @@ class ExtendConfig(PretrainConfig):
     ignore_at_default = frozenset()
 
     corpus: StageRef
-    """The corpus stage whose documents are read, the model's own or another made with the same tokenizer; rows of
-    `length` are planned from them."""
+    """The corpus stage whose documents are read: the model's own, or another one made with the same tokenizer. Rows of
+    `length` tokens are packed from them."""
     length: int = Field(ge=16)
     """Tokens per row, and the longest the model reads from now on (V3: 32,768, then 131,072)."""
     rope_factor: float = Field(40.0, gt=1)
@@ -166,7 +166,7 @@ class SFTConfig(FineTuningConfig):
     batch_rows: int = Field(8, ge=1)
     """Rows per optimizer step (R1: 128)."""
     style: Literal["zero", "r1"] | None = None
-    """Chat template to train in, and to leave with the model; the model's own unless named."""
+    """Chat template to train in and to export with the model. Default: the model's own."""
     mtp_lambda: float = Field(0.1, ge=0)
     """Weight of the MTP loss, so that the module stays of use for speculation (undocumented; V3 ends with 0.1)."""
     balance_alpha: float = Field(1e-4, ge=0)
@@ -221,7 +221,7 @@ class RewardModelConfig(FineTuningConfig):
     made: int = Field(2000, ge=0)
     """Prompts of the general task to make judged answers for (R1: 66,000 pairs, 106,000 labelled answers)."""
     samples: int = Field(0, ge=0)
-    """Answers to each of them that the model it starts from gives, judged beside the written ones."""
+    """Answers to each of them that the model it starts from gives, judged like the written ones."""
     max_new_tokens: Tokens = 100
     """Length cap of a sampled answer."""
     heldout: float = Field(0.1, gt=0, lt=0.5)
@@ -236,7 +236,7 @@ class RewardModelConfig(FineTuningConfig):
     batch_rows: int = Field(8, ge=1)
     """Rows per optimizer step (R1: 256 pairs)."""
     style: Literal["zero", "r1"] | None = None
-    """Chat template to read answers in; the model's own unless named."""
+    """Chat template to read answers in. Default: the model's own."""
     balance_alpha: float = Field(1e-4, ge=0)
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""
     precision: Precision = "auto"

@@ -1,6 +1,6 @@
 """The paper's recipe item by item: the published value, the value of this run, and where it is built and tested.
 
-`rows(recipe)` is printed when a run starts and kept in conformance.json; `markdown()` is docs/conformance.md, and a
+`rows(recipe)` is the table of conformance.json and of the report; `markdown()` is docs/conformance.md, and a
 test fails when that file differs or an entry points nowhere. "off" is stated as plainly as "on".
 """
 
@@ -16,19 +16,19 @@ from bessemer.model.config import ModelConfig
 from bessemer.train.setup import model_config
 
 
-class Facts:
-    """What an item may ask about a recipe."""
+class RecipeFacts:
+    """The recipe and its model, as an item reads them."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.model: ModelConfig = model_config(recipe)
 
     def stage(self, kind: str) -> Any | None:
-        """Settings of the first stage of a kind."""
+        """The table of the first stage of a kind."""
         return next((stage for stage in self.recipe.stages if stage.kind == kind), None)
 
     def stages(self, kind: str) -> list[Any]:
-        """Settings of every stage of a kind."""
+        """The tables of all stages of a kind."""
         return [stage for stage in self.recipe.stages if stage.kind == kind]
 
     def is_student(self, name: str | None) -> bool:
@@ -46,9 +46,9 @@ class Facts:
         return pretrain is not None and pretrain.document_mask
 
 
-Here = tuple[str, bool]
-ABSENT: Here = ("no such stage", False)
-IMPORTED: Here = ("the imported model's own", False)
+Status = tuple[str, bool]
+ABSENT: Status = ("no such stage", False)
+IMPORTED: Status = ("the imported model's own", False)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Item:
     item: str
     section: str
     paper: str
-    here: Callable[[Facts], Here]
+    here: Callable[[RecipeFacts], Status]
     code: str
     """File under src/bessemer."""
     test: str
@@ -73,7 +73,7 @@ def _model(show: Callable[[ModelConfig], Any], on: Callable[[ModelConfig], bool]
 
 
 def _of(kind: str, show: Callable[[Any], Any], on: Callable[[Any], bool] = lambda s: True) -> Callable:
-    def here(facts: Facts) -> Here:
+    def here(facts: RecipeFacts) -> Status:
         stage = facts.stage(kind)
         return ABSENT if stage is None else (str(show(stage)), on(stage))
 
@@ -83,7 +83,7 @@ def _of(kind: str, show: Callable[[Any], Any], on: Callable[[Any], bool] = lambd
 def _any(kind: str, show: Callable[[Any], Any], on: Callable[[Any], bool]) -> Callable:
     """As `_of`, of the first stage that has the item on; several stages of a kind differ on purpose."""
 
-    def here(facts: Facts) -> Here:
+    def here(facts: RecipeFacts) -> Status:
         stages = facts.stages(kind)
         stage = next(filter(on, stages), stages[0] if stages else None)
         return ABSENT if stage is None else (f"{stage.name}: {show(stage)}", on(stage))
@@ -92,14 +92,14 @@ def _any(kind: str, show: Callable[[Any], Any], on: Callable[[Any], bool]) -> Ca
 
 
 def _layout(show: Callable[[LayoutConfig], str], on: Callable[[LayoutConfig], bool]) -> Callable:
-    def here(facts: Facts) -> Here:
+    def here(facts: RecipeFacts) -> Status:
         layout = facts.recipe.layout
         return ("one process", False) if layout.fewest == 1 else (show(layout), on(layout))
 
     return here
 
 
-def _extended(facts: Facts) -> Here:
+def _extended(facts: RecipeFacts) -> Status:
     phases = facts.stages("extend")
     if not phases:
         return ABSENT
@@ -244,7 +244,7 @@ ITEMS: tuple[Item, ...] = (
 
 def rows(recipe: Recipe) -> list[dict[str, Any]]:
     """The table for one run."""
-    facts = Facts(recipe)
+    facts = RecipeFacts(recipe)
     found = []
     for item in ITEMS:
         here, on = item.here(facts)

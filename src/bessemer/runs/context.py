@@ -1,7 +1,7 @@
-"""What a stage is handed while it runs: its folders, the recipe, and where it reports to.
+"""The context of a running stage: its folders, the recipe, where it reports to, and the signals that stop it.
 
-Invariants: a stage reads its inputs and writes inside `ctx.dir` only. What it needs to go on after a kill lies in
-`ctx.state`; everything else it leaves in `ctx.dir` is its output.
+Invariants: a stage reads its inputs and writes inside `ctx.dir` only. What it needs to go on after a kill is in
+`ctx.state`; everything else in `ctx.dir` is its output.
 """
 
 import os
@@ -39,8 +39,8 @@ class StopFlag:
 
 @contextmanager
 def signals(together: bool = False, quiet: bool = False) -> Iterator[StopFlag]:
-    """The first SIGINT or SIGTERM raises the flag, the second does what it always did. To ranks that were started
-    `together` Ctrl-C may come twice, from the terminal and from who started them: within a second it counts as one."""
+    """The first SIGINT or SIGTERM sets the flag, the second kills as usual. Ranks that were started `together` may get
+    Ctrl-C twice, from the terminal and from their launcher: within a second it counts as one."""
     stop, first = StopFlag(), 0.0
 
     def on_signal(number: int, _: Any) -> None:
@@ -67,7 +67,7 @@ def signals(together: bool = False, quiet: bool = False) -> Iterator[StopFlag]:
 
 @dataclass
 class StageContext:
-    """Everything a stage is handed."""
+    """Everything a stage gets."""
 
     name: str
     dir: Path
@@ -105,17 +105,17 @@ class StageContext:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes what the stage leaves; of many, rank 0 does."""
+        """Whether this process writes the stage's output; of many, rank 0 does."""
         return self.ranks is None or self.ranks.me == 0
 
     def agree(self, decide: Callable[[], Any]) -> Any:
-        """What rank 0 decides (plain JSON), on all ranks; the others do not ask themselves."""
+        """The result of `decide` (plain JSON) on rank 0, on all ranks; the others do not call it."""
         if self.ranks is None:
             return decide()
         return self.ranks.agree(decide() if self.leads else None)
 
     def once(self, make: Callable[[], Any]) -> Any:
-        """As `agree`, for anything that can be sent: one rank makes it, all have it."""
+        """As `agree`, for any picklable result."""
         return make() if self.ranks is None else self.ranks.broadcast(make, f"what rank 0 does in {self.name}")
 
     def interrupt(self) -> NoReturn:
@@ -134,7 +134,7 @@ class StageContext:
         return Every(seconds)
 
     def say(self, text: str) -> None:
-        """A line for the person who watches, above the progress bar."""
+        """Print a line above the progress bar."""
         self.progress.say(text)
 
     def sample(self, step: int, tokens: int, text: str, title: str = "") -> None:

@@ -108,7 +108,7 @@ class Metrics:
         return list(read_lines(self._lines.path))
 
     def rewind(self, stage: str, step: int) -> list[dict[str, Any]]:
-        """Forget the lines of `stage` after `step` (-1 forgets all of them); return what was forgotten."""
+        """Drop the lines of `stage` after `step` (-1: all of them); return the dropped lines."""
         return self._lines.rewind(lambda line: line.get("stage") != stage or line.get("step", 0) <= step)
 
     def close(self) -> None:
@@ -116,7 +116,7 @@ class Metrics:
 
 
 class StageMetrics:
-    """A stage's pen on the run's metrics: the same writer with the stage's name filled in."""
+    """The run's metrics with the stage's name filled in."""
 
     def __init__(self, metrics: Metrics, stage: str) -> None:
         self._metrics, self._stage = metrics, stage
@@ -131,12 +131,12 @@ class StageMetrics:
         return [(line.get("step", 0), line.get("values", {})) for line in mine]
 
     def rewind(self, step: int) -> None:
-        """Forget this stage's lines after `step`; call it once the checkpoint to go on from is known."""
+        """Drop this stage's lines after `step`; call it once the checkpoint to resume from is known."""
         self._metrics.rewind(self._stage, step)
 
 
 class NoMetrics(StageMetrics):
-    """A pen without ink, for ranks that do not lead."""
+    """Discards everything: for ranks other than 0."""
 
     def __init__(self) -> None:
         pass

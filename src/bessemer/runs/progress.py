@@ -15,7 +15,7 @@ from rich.text import Text
 
 from bessemer.config.units import show_seconds, show_tokens
 
-PLAIN_EVERY = 10.0  # seconds between lines when nobody watches a terminal
+PLAIN_EVERY = 10.0  # seconds between lines where the output is no terminal
 
 
 class RunProgress:
@@ -50,7 +50,7 @@ class RunProgress:
         return StageProgress(self, name)
 
     def end(self, name: str, seconds: float) -> None:
-        """`name` took so long in all (or was skipped, having taken so long before)."""
+        """Record the total seconds of `name`; for a skipped stage, those of the earlier run."""
         self.spent[name] = seconds
         self.close()
 
@@ -89,7 +89,7 @@ class RunProgress:
 
 
 class StageProgress:
-    """What a stage calls: `total` once it knows its work, `advance` as it goes."""
+    """Progress of one stage, which calls `total` once it knows its work and `advance` as it goes."""
 
     def __init__(self, run: RunProgress, name: str) -> None:
         self.run, self.name = run, name
@@ -103,7 +103,7 @@ class StageProgress:
         self.started = self.run.clock()
 
     def advance(self, work: float = 1.0, note: str = "") -> None:
-        """So much more is done; `note` is a few words such as "loss 3.21"."""
+        """Add `work` to what is done; `note` is a few words such as "loss 3.21"."""
         self.done += work
         self.note = note or self.note
         now = self.run.clock()

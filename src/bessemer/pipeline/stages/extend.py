@@ -1,8 +1,8 @@
 """Stage "extend": a model goes on training on longer rows, with YaRN (V3 4.3; Peng et al. 2023).
 
 V3 does it twice, 4K -> 32K and 32K -> 128K, with one set of YaRN's numbers: s = 40, alpha = 1, beta = 32 and
-sqrt(t) = 0.1 ln s + 1. All else is pre-training, under the recipe's own keys. Positions are told by the config that the
-stage writes: nothing looks at how long a row, a prompt or a cache is.
+sqrt(t) = 0.1 ln s + 1. All else is pre-training, under the recipe's own keys. Positions depend on the config that the
+stage writes alone, never on the length of a row, a prompt or a cache.
 
 Output: model/ with `rope_factor`, `original_seq_len` and `max_seq_len` of its own.
 """
@@ -18,9 +18,8 @@ from bessemer.hf import hub
 from bessemer.hf.causal_lm import needs_transformers
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.config import ModelConfig
-from bessemer.pipeline import feed
 from bessemer.pipeline.stage import register
-from bessemer.pipeline.stages.pretrain import Begins, Pretrain
+from bessemer.pipeline.stages.pretrain import Pretrain, Start, check_mixture
 from bessemer.runs.context import StageContext
 from bessemer.train import setup
 
@@ -52,13 +51,13 @@ class Extend(Pretrain):
         super().resolve(config, recipe)
         return {"original_length": original}
 
-    def check_feed(self, config: ExtendConfig, recipe: Recipe, cfg: ModelConfig) -> None:
-        feed.check(config, config.corpus, recipe, config.length)
+    def check_data(self, config: ExtendConfig, recipe: Recipe, cfg: ModelConfig) -> None:
+        check_mixture(config, config.corpus, recipe, config.length)
 
     def estimate(self, config: ExtendConfig, recipe: Recipe) -> float:
         return setup.estimate_seconds(recipe, config.tokens, length=config.length)
 
-    def begins(self, config: ExtendConfig, ctx: StageContext) -> Begins:
+    def start(self, config: ExtendConfig, ctx: StageContext) -> Start:
         """The model of an earlier stage, with YaRN, trained on longer rows."""
         folder = None if ctx.source is None else ctx.source / "model"
         if folder is None or not folder.is_dir():
@@ -84,7 +83,7 @@ class Extend(Pretrain):
             "max_seq_len": config.length, "rope_factor": config.rope_factor, "original_seq_len": original,
         }  # fmt: skip
         ctx.say(f"YaRN: s {config.rope_factor:g} over {original} tokens, rows of {config.length}")
-        return Begins(
+        return Start(
             corpus,
             config.length,
             cfg.at_length(context),

@@ -3,8 +3,12 @@
 Every schedule is a function of consumed tokens. Output: model/ (a Hugging Face directory) with its tokenizer.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +16,10 @@ import torch
 
 from bessemer.config.recipe import Recipe
 from bessemer.config.training import PretrainConfig
-from bessemer.config.units import show_tokens
+from bessemer.config.units import Points, show_tokens
 from bessemer.data.batch import Batch
-from bessemer.data.rows import Rows
+from bessemer.data.mixture import Curriculum, by_size, sections
+from bessemer.data.rows import Rows, open_rows
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
 from bessemer.dist.model_shard import ModelShard
@@ -23,7 +28,6 @@ from bessemer.errors import UserError
 from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import RECOMPUTES_ITSELF, Transformer
-from bessemer.pipeline import feed
 from bessemer.pipeline.stage import Stage, StepLog, register
 from bessemer.precision import backends
 from bessemer.precision.fp8_linear import FP8_RECIPES
@@ -33,10 +37,10 @@ from bessemer.train.trainer import ONE, Runtime, Trainer, constant
 from bessemer.workers import Workers
 
 HELDOUT_ROWS = 64
-"""Of each part, at every validation."""
+"""Rows of each part in a validation."""
 
 
-class Begins(NamedTuple):
+class Start(NamedTuple):
     """What a next-token training starts from."""
 
     corpus: Path
@@ -44,9 +48,9 @@ class Begins(NamedTuple):
     row_length: int | None
     """Of the rows to train on; None: what the corpus was built for."""
     cfg: ModelConfig
-    """Of the network that is trained, and left."""
+    """Of the network."""
     network: Callable[[], Transformer | ModelShard]
-    """Makes it, with its first weights."""
+    """Makes the network with its initial weights."""
 
 
 @register
@@ -61,30 +65,30 @@ class Pretrain(Stage):
             raise UserError(f'stage "{config.name}": compile = "on" and fp8 do not go together; set compile = "off"')
         if config.fp8 != "off" and recipe.layout.recompute:
             raise UserError(f'stage "{config.name}": {RECOMPUTES_ITSELF}')
-        self.check_feed(config, recipe, cfg)
+        self.check_data(config, recipe, cfg)
         return {"model": cfg.model_dump()}
 
-    def check_feed(self, config: PretrainConfig, recipe: Recipe, cfg: ModelConfig) -> None:
-        feed.check(config, config.source, recipe, cfg.max_seq_len)
+    def check_data(self, config: PretrainConfig, recipe: Recipe, cfg: ModelConfig) -> None:
+        check_mixture(config, config.source, recipe, cfg.max_seq_len)
 
     def estimate(self, config: PretrainConfig, recipe: Recipe) -> float:
         return setup.estimate_seconds(recipe, config.tokens, config.model)
 
-    def begins(self, config: PretrainConfig, ctx: StageContext) -> Begins:
+    def start(self, config: PretrainConfig, ctx: StageContext) -> Start:
         """Random weights, trained on the corpus before."""
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a corpus stage before it')
         cfg = setup.model_config(ctx.recipe, config.model)
-        return Begins(
+        return Start(
             ctx.source, None, cfg, lambda: distributed.fresh(cfg, ctx.seed, ctx.ranks, ctx.recipe.layout, ctx.say)
         )
 
     def run(self, config: PretrainConfig, ctx: StageContext) -> dict[str, Any]:
-        corpus, row_length, cfg, network_of = self.begins(config, ctx)
+        corpus, row_length, cfg, network_of = self.start(config, ctx)
         tokenizer = Tokenizer.load(corpus / "tokenizer")
         if tokenizer.vocab_size > cfg.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {cfg.vocab_size}")
-        fed = feed.Feed(config, ctx, corpus, row_length, tokenizer.bos_id)
+        fed = Feed(config, ctx, corpus, row_length, tokenizer.bos_id)
         choice = setup.choose_precision(config.precision, ctx.agree)
         ctx.say(f"compute in {choice.why}")
         setup.keep_memory()
@@ -98,12 +102,12 @@ class Pretrain(Stage):
         if ctx.ranks is None and config.fp8 == "off" and setup.want_compile(config.compile, flops):
             ctx.say("compiling the layers (about a minute, once per machine)")
             setup.compile_layers(model)
-        watch = _Watch(config, ctx, tokenizer, fed)
+        monitor = _Monitor(config, ctx, tokenizer, fed)
         workers = setup.workers() if ctx.ranks is None else Workers(1)
         trainer = distributed.trainer(
             network, objective.next_token, fed.batch,
             config, runtime(config, choice.dtype, workers, fed.scale), ctx.state,
-            log=watch.log, stop=lambda: ctx.stop, on_step=[watch], model_config=cfg.model_dump(), warn=ctx.say,
+            log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor], model_config=cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         fed.follow(trainer)
         resumed = trainer.start()
@@ -111,10 +115,10 @@ class Pretrain(Stage):
             ctx.say(f"going on from step {trainer.step}, {show_tokens(trainer.tokens)} tokens")
         ctx.rewind(trainer.step if resumed else -1)
         ctx.progress.total(config.tokens, "tokens", done=trainer.tokens)
-        watch.begin(trainer)
+        monitor.begin(trainer)
         if not trainer.run():
             ctx.interrupt()
-        last = watch.validate(trainer)
+        last = monitor.validate(trainer)
         distributed.save(trainer, ctx.dir / "model", corpus / "tokenizer")
         if config.ema_decay:
             distributed.save(trainer, ctx.dir / "model-ema", corpus / "tokenizer", "ema")
@@ -124,7 +128,7 @@ class Pretrain(Stage):
 def runtime(
     config: PretrainConfig, dtype: torch.dtype, workers: Workers, row_scale: Callable[[float], float] = ONE
 ) -> Runtime:
-    """What the trainer needs besides the stage's table; `row_scale` as in `feed.scale`."""
+    """What the trainer needs besides the stage's table; `row_scale` as in `Feed`."""
     return Runtime(
         tokens=config.tokens, batch_rows=config.batch_rows, row_scale=row_scale, gamma=config.gamma,
         terms={"mtp_lambda": config.mtp_lambda, "balance_alpha": constant(config.balance_alpha)},
@@ -132,11 +136,123 @@ def runtime(
     )  # fmt: skip
 
 
-class _Watch(StepLog):
+class Feed:
+    """Rows for the trainer: the mixture of the recipe over the parts of a corpus."""
+
+    def __init__(
+        self, config: PretrainConfig, ctx: StageContext, corpus: Path, row_length: int | None, bos_id: int
+    ) -> None:
+        """`row_length`: of the rows that batch_rows counts and validation reads; None: that of the corpus."""
+        self.config, self._bos_id = config, bos_id
+        names = _parts(config, corpus)
+
+        def opened(length: int | None, part: str = "train") -> dict[str, Rows]:
+            return {name: open_rows(corpus / name, part, length, ctx.state / "rows" / name) for name in names}
+
+        self.heldout = opened(row_length, "heldout")
+        self.row_length = next(iter(self.heldout.values())).row_length
+        self.scale = row_scale(config, self.row_length)
+
+        def rows_of_step(tokens: int) -> int:
+            return int(config.batch_rows(tokens) * self.scale(tokens))
+
+        plan = sections(config.tokens, lambda tokens: self.row_length / self.scale(tokens), rows_of_step)
+        weights = config.mixture or by_size(opened(self.row_length), config.temperature)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("once")
+            self._curriculum = Curriculum(plan, opened, weights, ctx.seed, config.epoch_caps)
+        for one in caught[:1]:
+            ctx.say(str(one.message))
+        self._say(ctx, weights)
+        self._tokens: Callable[[], int] = lambda: 0
+
+    def _say(self, ctx: StageContext, weights: dict[str, Any]) -> None:
+        if not self.config.mixture:
+            ctx.say("mixture: " + ", ".join(f"{name} {share:.3f}" for name, share in weights.items()))
+        for stretch in self._curriculum.plan if self.config.lengths else ():
+            ctx.say(f"rows of {stretch.length} tokens from {show_tokens(stretch.first_token)} tokens on")
+        for name, tokens in self._curriculum.ended.items():
+            cap = self.config.epoch_caps[name]
+            what = f"{name} has been read {cap:g} times at {show_tokens(tokens)} tokens, its cap"
+            if self.config.on_cap == "refuse":
+                raise UserError(
+                    f'stage "{self.config.name}": {what}, before the end at {show_tokens(self.config.tokens)}; '
+                    'raise its cap, lower its weight, add text, or set on_cap = "redistribute"'
+                )
+            ctx.say(f"{what}; the other parts take its share from there on")
+
+    def follow(self, trainer: Trainer) -> None:
+        """Take the position in the run from `trainer`."""
+        self._tokens = lambda: trainer.tokens
+
+    def batch(self, first_row: int, n_rows: int) -> Batch:
+        """The trainer's `batches`."""
+        batch = self._curriculum.batch(self._tokens(), first_row, n_rows)
+        if not self.config.document_mask:
+            return batch
+        return replace(batch, segments_BT=(batch.tokens_BT == self._bos_id).cumsum(1))
+
+    def metrics(self, trainer: Trainer) -> dict[str, float]:
+        """Realised shares and epochs of every part so far."""
+        shares = self._curriculum.realised(trainer.tokens, trainer.rows)
+        epochs = self._curriculum.epochs(trainer.tokens, trainer.rows)
+        return {f"data/share/{name}": share for name, share in shares.items()} | {
+            f"data/epochs/{name}": times for name, times in epochs.items()
+        }
+
+
+def check_mixture(config: PretrainConfig, corpus_name: str | None, recipe: Recipe, longest: int) -> None:
+    """UserError for a mixture or lengths that cannot be, before anything runs. `longest` is the model's max_seq_len."""
+    where = f'stage "{config.name}"'
+    corpus = next((stage for stage in recipe.stages if stage.name == corpus_name and stage.kind == "corpus"), None)
+    if not config.mixture and config.temperature is None:
+        raise UserError(f"{where}: mixture is empty; give every part of the corpus a share, or set temperature = 0.7")
+    for name, weight in config.mixture.items():
+        values = weight.values if isinstance(weight, Points) else [weight]
+        if not (min(values) >= 0 and 0 < max(values) < math.inf):
+            given = " to ".join(f"{value:g}" for value in dict.fromkeys(values))
+            raise UserError(
+                f"{where}: the weight of {name} is {given}; it must be positive somewhere and nowhere negative "
+                "(leave the part out to use none of it)"
+            )
+    if config.mixture and config.temperature is not None:
+        raise UserError(
+            f"{where}: temperature makes the shares from the parts' sizes; leave mixture out, or temperature"
+        )
+    if unknown := [name for name in config.epoch_caps if config.mixture and name not in config.mixture]:
+        raise UserError(f'{where}: epoch_caps names "{unknown[0]}", the mixture has {", ".join(config.mixture)}')
+    if corpus is not None and (unknown := [part for part in config.mixture if part not in corpus.parts]):
+        raise UserError(f'{where}: mixture names "{unknown[0]}", the corpus has {", ".join(corpus.parts)}')
+    if not config.lengths:
+        return
+    if min(config.lengths.values) < 8 or max(config.lengths.values) > longest:
+        raise UserError(f"{where}: lengths must lie between 8 and the model's max_seq_len {longest}")
+    if corpus is not None:
+        few = min(config.batch_rows.values) * corpus.row_length / max(config.lengths.values)
+        if few < 1:
+            raise UserError(
+                f"{where}: a step of {min(config.batch_rows.values):g} rows of {corpus.row_length} tokens is less "
+                f"than one row of {max(config.lengths.values):g}; raise batch_rows"
+            )
+
+
+def row_scale(config: PretrainConfig, row_length: int) -> Callable[[float], float]:
+    """Factor on batch_rows over consumed tokens: above 1 where rows are shorter than `row_length`."""
+    lengths = config.lengths
+    return (lambda tokens: row_length / lengths(tokens)) if lengths else (lambda tokens: 1.0)
+
+
+def _parts(config: PretrainConfig, corpus: Path) -> Sequence[str]:
+    if config.mixture:
+        return list(config.mixture)
+    return sorted(folder.name for folder in corpus.iterdir() if (folder / "meta.json").is_file())
+
+
+class _Monitor(StepLog):
     """What a person sees of the training: metrics, held-out bits per byte, samples."""
 
     def __init__(
-        self, config: PretrainConfig, ctx: StageContext, tokenizer: Tokenizer, fed: feed.Feed,
+        self, config: PretrainConfig, ctx: StageContext, tokenizer: Tokenizer, fed: Feed,
     ) -> None:  # fmt: skip
         super().__init__(ctx)
         self.config, self.tokenizer, self.fed = config, tokenizer, fed
@@ -160,7 +276,7 @@ class _Watch(StepLog):
         if self.config.ema_decay:
             with trainer.optimizer.averaged():
                 values |= {f"val/bpb_ema/{name}": value for name, value in self._bits_per_byte(trainer).items()}
-        values |= self.fed.figures(trainer)
+        values |= self.fed.metrics(trainer)
         values.update({f"moe/load/{name}": load / load.sum() for name, load in trainer.loads.items() if load.any()})
         self.ctx.metrics.write(trainer.step, trainer.tokens, values)
         return found
@@ -169,14 +285,14 @@ class _Watch(StepLog):
         if self.ctx.ranks is None:
             sums = trainer.runtime.workers.map(self._nats, self.heldout)
         else:
-            sums = (distributed.nats(trainer, _lots(rows)) for rows in self.heldout.values())
+            sums = (distributed.nats(trainer, _heldout_batches(rows)) for rows in self.heldout.values())
         return {
             name: nats / tokens / math.log(2) / rows.bytes_per_token
             for (name, rows), (nats, tokens) in zip(self.heldout.items(), sums, strict=True)
         }
 
     def _nats(self, name: str) -> tuple[float, float]:
-        return distributed.nats(self.trainer, _lots(self.heldout[name]))
+        return distributed.nats(self.trainer, _heldout_batches(self.heldout[name]))
 
     def samples(self, trainer: Trainer) -> None:
         if not self.config.prompts:
@@ -193,6 +309,6 @@ class _Watch(StepLog):
             self.ctx.say(f"sample at {show_tokens(trainer.tokens)} tokens: {shown[:160]}")
 
 
-def _lots(rows: Rows) -> list[Batch]:
+def _heldout_batches(rows: Rows) -> list[Batch]:
     n_rows = min(HELDOUT_ROWS, rows.n_rows)
     return [rows.batch(range(start, min(start + 16, n_rows))) for start in range(0, n_rows, 16)]

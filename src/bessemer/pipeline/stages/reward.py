@@ -77,15 +77,16 @@ class RewardModelling(Stage):
         kind, objective = _HOW[config.aim]
         rows = preference_rows.load(ctx.state / "rows", kind, ctx.seed)
         ctx.say(f"{packed['units']} judged answers in {packed['rows']} rows, {len(heldout)} held out")
-        watch = _Watch(config, ctx, tokenizer, heldout)
+        monitor = _Monitor(config, ctx, tokenizer, heldout)
         trainer = Trainer(
             network, objective, rows.batch, config, _runtime(config, rows.n_rows), ctx.state,
-            log=watch.log, stop=lambda: ctx.stop, on_step=[watch], model_config=network.cfg.model_dump(), warn=ctx.say,
+            log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor],
+            model_config=network.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         resumed = trainer.start()
         ctx.rewind(trainer.step if resumed else -1)
         ctx.progress.total(trainer.runtime.tokens, "tokens", done=trainer.tokens)
-        watch.begin(trainer)
+        monitor.begin(trainer)
         if not trainer.run():
             ctx.interrupt()
         scale = Scale.learn(config.aim, trainer.extras["bad"], trainer.extras["good"], tokenizer.fingerprint)
@@ -180,7 +181,7 @@ def _runtime(config: RewardModelConfig, n_rows: int) -> Runtime:
     )  # fmt: skip
 
 
-class _Watch(StepLog):
+class _Monitor(StepLog):
     """Metrics of every step; after the last one the held-out scores, which travel in the checkpoint's extras."""
 
     def __init__(

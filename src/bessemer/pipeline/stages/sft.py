@@ -64,15 +64,16 @@ class SFT(Stage):
         facts = ctx.agree(lambda: sft_rows.build(_conversations(config, ctx), tokenizer, config.row_length, folder))
         rows = sft_rows.load(ctx.state / "rows", ctx.seed)
         ctx.say(_about(facts))
-        watch = _Watch(config, ctx, tokenizer, rows.n_rows * config.row_length)
+        monitor = _Monitor(config, ctx, tokenizer, rows.n_rows * config.row_length)
         trainer = distributed.trainer(
             network, objective.next_token, rows.batch, config, _runtime(config, rows.n_rows, model, ctx), ctx.state,
-            log=watch.log, stop=lambda: ctx.stop, on_step=[watch], model_config=model.cfg.model_dump(), warn=ctx.say,
+            log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor],
+            model_config=model.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         resumed = trainer.start()
         ctx.rewind(trainer.step if resumed else -1)
         ctx.progress.total(trainer.runtime.tokens, "tokens", done=trainer.tokens)
-        watch.begin(trainer)
+        monitor.begin(trainer)
         if not trainer.run():
             ctx.interrupt()
         if ctx.leads:
@@ -108,7 +109,7 @@ def _runtime(config: SFTConfig, n_rows: int, model: torch.nn.Module, ctx: StageC
     )  # fmt: skip
 
 
-class _Watch(StepLog):
+class _Monitor(StepLog):
     """Metrics, and the prompts answered after every epoch."""
 
     def __init__(self, config: SFTConfig, ctx: StageContext, tokenizer: Tokenizer, epoch: int) -> None:
