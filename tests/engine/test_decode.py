@@ -81,7 +81,7 @@ def test_rows_are_read_in_blocks_of_like_length(model, monkeypatch):
     blocks = cache.row_groups(positions(rows))
     members = [list(range(8))[b.rows] if isinstance(b.rows, slice) else b.rows.tolist() for b in blocks]
     assert sorted(chain(*members)) == list(range(8)) and [len(m) for m in members] == [1, 1, 1, 1, 1, 2, 1]
-    assert [block.page_N.numel() // block.count for block in blocks] == [3, 2, 2, 2, 2, 1, 1]
+    assert [block.page_N.numel() // block.n_rows for block in blocks] == [3, 2, 2, 2, 2, 1, 1]
     go_on(model, cache, rows, 3)
 
 

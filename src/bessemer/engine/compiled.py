@@ -18,6 +18,7 @@ Shapes: B rows, T tokens of each, N = B * T, P pages of a row, S slots, X = C + 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from bessemer.engine.decode import RoutingTrace, absorbed_output, absorbed_queri
 from bessemer.engine.kv_cache import PAGE, LatentCache
 from bessemer.engine.sampling import GreedyTokens, greedy_tokens
 from bessemer.errors import UserError
+from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.layer import Layer
 from bessemer.model.transformer import Transformer, evaluating
 from bessemer.precision.probe import cpp_compiler
@@ -51,7 +53,7 @@ class ForwardOutput(NamedTuple):
 class CompiledSteps:
     """The compiled steps of one model."""
 
-    def __init__(self, model: Transformer, vocab: int):
+    def __init__(self, model: Transformer | CausalLM, vocab: int):
         """`vocab`: ids that may be sampled. UserError for a foreign model, and where there is no C++ compiler."""
         if not isinstance(model, Transformer):
             raise UserError("compiled steps are for models of this family; leave --compile off")
@@ -63,9 +65,9 @@ class CompiledSteps:
         # models, each with graphs of its own
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         # calls between two kernels from C++ instead of Python: a fifth of a step of one row
-        options = {"cpp_wrapper": True} if device.type == "cpu" else {}
-        compiled = (torch.compile(part, options=options) for part in (_whole, _draft, _first, _between, _last))
-        self._whole, self._draft, self._first, self._between, self._last = compiled
+        compile_ = partial(torch.compile, options={"cpp_wrapper": True} if device.type == "cpu" else {})
+        self._whole, self._draft = compile_(_whole), compile_(_draft)
+        self._first, self._between, self._last = compile_(_first), compile_(_between), compile_(_last)
         self._marked: set[tuple[str, int, int]] = set()
         self._rope = model.rope_table(model.cfg.max_seq_len + MAX_DRAFTS)  # drafts may stand beyond the end
         sparse = [layer.ffn.experts for layer in model.layers if not layer.dense]

@@ -12,7 +12,8 @@ The routed experts give the same bits as `model.experts.expert_ffn` without grad
 handful of rows per expert and is bound by the number of calls, not by arithmetic. The activation runs once over all
 rows, which is 1.4 times faster at 256 rows of the tiny preset and 2 times at 64 and less.
 
-`new_cache`, `prefill` and `step` dispatch on the type of the model: `hf_decode` registers those of foreign models.
+`new_cache`, `prefill` and `step` dispatch on the type of the model: `hf_decode` registers those of foreign models,
+whose cache has the interface of `LatentCache`.
 
 Shapes: B rows, T tokens of each, N real tokens, M routed rows in expert order, S slots, D hidden, H heads, X = C + R,
 E experts, K experts per token, F expert inner width, L sparse layers, V vocabulary.
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.engine.kv_cache import LatentCache, PromptPages, RowGroup
+from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Attended, Layer
 from bessemer.model.mla import MLA
@@ -70,15 +72,19 @@ class PrefillChunk(NamedTuple):
 
 @singledispatch
 def new_cache(
-    model: Transformer, limit: int | None = None, prefix_cache: bool = False, drafts: bool = False
+    model: Transformer | CausalLM, limit: int | None = None, prefix_cache: bool = False, drafts: bool = False
 ) -> LatentCache:
     """An empty cache for the model; arguments as in `LatentCache`. `drafts`: with a layer for the MTP module."""
+    assert isinstance(model, Transformer)
     weight = model.embed.weight
     return LatentCache(model.cfg, weight.dtype, weight.device, limit, prefix_cache, model.cfg.n_layers + drafts)
 
 
 def prefill_all(
-    model: Transformer, cache: LatentCache, prompts: Sequence[PromptPages], trace: RoutingTrace | None = None
+    model: Transformer | CausalLM,
+    cache: LatentCache,
+    prompts: Sequence[PromptPages],
+    trace: RoutingTrace | None = None,
 ) -> list[Tensor]:
     """Prefills whole prompts in batches of bounded size; the logits [V] after each. Sorting the prompts by length
     saves padding."""
@@ -105,12 +111,16 @@ def _prefill_batches(chunks: Sequence[PrefillChunk]) -> Iterator[list[PrefillChu
 
 @singledispatch
 def prefill(
-    model: Transformer, cache: LatentCache, chunks: Sequence[PrefillChunk], trace: RoutingTrace | None = None
+    model: Transformer | CausalLM,
+    cache: LatentCache,
+    chunks: Sequence[PrefillChunk],
+    trace: RoutingTrace | None = None,
 ) -> Tensor:
     """Runs chunks, whose pages are allocated, through the model; the logits after each chunk, [len(chunks), V].
 
     Whole prompts run together, padded to the longest; a chunk that continues a prompt runs alone.
     """
+    assert isinstance(model, Transformer)
     whole = [chunk for chunk in chunks if chunk.whole]
     logits_PV = _prefill_whole(model, cache, whole, trace) if whole else None
     next_logits = iter(() if logits_PV is None else logits_PV)
@@ -201,9 +211,14 @@ def _write_mtp_latents(
 
 @singledispatch
 def step(
-    model: Transformer, token_B: Tensor, position_B: Tensor, cache: LatentCache, trace: RoutingTrace | None = None
+    model: Transformer | CausalLM,
+    token_B: Tensor,
+    position_B: Tensor,
+    cache: LatentCache,
+    trace: RoutingTrace | None = None,
 ) -> Tensor:
     """Logits [B, V] of the token after `token_B`, which stands at `position_B` and enters the cache."""
+    assert isinstance(model, Transformer)
     return logits_of(model, hidden_step(model, token_B.unsqueeze(1), position_B, cache, trace).squeeze(1))
 
 

@@ -98,11 +98,11 @@ class GenerationPlan:
 
     def gather(self, results: Iterable[list[Completion]]) -> list[list[Completion]]:
         """`samples` completions of each prompt, in order, from the completions of each batch, in order."""
-        gathered: list[list[Completion | None]] = [[None] * self.samples for _ in range(self.prompts)]
+        gathered: dict[tuple[int, int], Completion] = {}
         for batch, completions in zip(self.batches, results, strict=True):
             for sample, completion in zip(batch.samples, completions, strict=True):
-                gathered[sample.prompt][sample.sample] = completion
-        return gathered
+                gathered[sample.prompt, sample.sample] = completion
+        return [[gathered[p, k] for k in range(self.samples)] for p in range(self.prompts)]
 
 
 class Engine:
@@ -241,30 +241,32 @@ class Engine:
         stop = StopStrings(self.tokenizer, batch.stop_strings) if batch.stop_strings else None
         sequences = [Sequence(sample.request, number, stop) for number, sample in enumerate(batch.samples)]
         by_prompt = {ids: list(same) for ids, same in groupby(sequences, key=lambda s: s.request.prompt)}
-        trace, record = (RoutingTrace(self.model.cfg), RoutingRecord()) if batch.record_routing else (None, None)
-        with evaluating(self.model), torch.inference_mode():
-            cache = new_cache(self.model, drafts=batch.drafts > 0)
-            runner = ModelRunner(self.model, self.tokenizer, cache, trace, batch.drafts, self.compiled)
+        model, trace, record = self.model, None, RoutingRecord()
+        if batch.record_routing and isinstance(model, Transformer):
+            trace = RoutingTrace(model.cfg)
+        with evaluating(model), torch.inference_mode():
+            cache = new_cache(model, drafts=batch.drafts > 0)
+            runner = ModelRunner(model, self.tokenizer, cache, trace, batch.drafts, self.compiled)
             prompts = [cache.open(ids) for ids in by_prompt]
-            logits_PV = torch.stack(prefill_all(self.model, cache, prompts, trace))
+            logits_PV = torch.stack(prefill_all(model, cache, prompts, trace))
             runner.admit(list(zip(prompts, by_prompt.values(), strict=True)), logits_PV)
             while runner.sequences:
-                token_B = runner.sample()
+                runner.sample()
                 if failed := [s for s in runner.sequences if s.finish == "error"]:
                     raise not_finite(len(failed), len(runner.sequences), len(failed[0].tokens) + 1)
                 _emit(batch, runner.sequences)
-                token_B = runner.retire(token_B)
+                runner.retire()
                 if runner.sequences:
-                    runner.advance(token_B)
-                    if record is not None:
+                    runner.advance()
+                    if runner.expert_BLK is not None:
                         record.add_step([s.number for s in runner.sequences], runner.expert_BLK)
                     if batch.drafts:
                         _emit(batch, runner.sequences)
                         runner.retire()
-        routing = [None] * len(sequences)
-        if record is not None:
+        routing: list[Tensor | None] = [None] * len(sequences)
+        if trace is not None:
             by_ids = {prompt.ids: torch.cat(prompt.routing) for prompt in prompts}
-            routing = record.by_sequence([by_ids[s.request.prompt] for s in sequences])
+            routing[:] = record.by_sequence([by_ids[s.request.prompt] for s in sequences])
         return [self._completion(*both) for both in zip(sequences, routing, strict=True)]
 
     def _completion(self, sequence: Sequence, routing: Tensor | None) -> Completion:

@@ -68,6 +68,9 @@ def _logits(model: CausalLM, hidden_BD: Tensor) -> Tensor:
 class SlotLayer(CacheLayerMixin):
     """One layer: `keys` and `values`, [rows, H, S, W]. The methods are those that transformers calls in a forward."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, cache: SlotCache):
         super().__init__()
         self.cache = cache
@@ -108,7 +111,8 @@ class SlotCache(Cache):
     chunked_prefill = False
 
     def __init__(self, n_layers: int):
-        super().__init__(layers=[SlotLayer(self) for _ in range(n_layers)])
+        self.slot_layers = [SlotLayer(self) for _ in range(n_layers)]
+        super().__init__(layers=list(self.slot_layers))
         self.rows = 0
         self.slots = 0
         """Slots of the longest row, which a step attends to."""
@@ -121,7 +125,7 @@ class SlotCache(Cache):
 
     @property
     def allocated_bytes(self) -> int:
-        stored = [states for layer in self.layers if layer.is_initialized for states in (layer.keys, layer.values)]
+        stored = [states for layer in self.slot_layers if layer.is_initialized for states in (layer.keys, layer.values)]
         return sum(states.numel() * states.element_size() for states in stored)
 
     def free_pages(self) -> int | None:
@@ -144,12 +148,12 @@ class SlotCache(Cache):
         """There is no prefix cache."""
 
     def scrub(self, row: int) -> None:
-        for layer in self.layers:
+        for layer in self.slot_layers:
             layer.keys[row], layer.values[row] = 0.0, 0.0
 
     def for_prompts(self, prompts: Sequence[PromptPages]) -> SlotCache:
         """A separate cache for prompts that are prefilled together."""
-        fresh = SlotCache(len(self.layers))
+        fresh = SlotCache(len(self.slot_layers))
         fresh.rows = len(prompts)
         for row, prompt in enumerate(prompts):
             prompt.slots, prompt.length = (fresh, row), len(prompt.ids)
@@ -168,7 +172,7 @@ class SlotCache(Cache):
         """Allocates slots for a step; the slots visible to each row, [B, S] (None: all of them)."""
         low, high = (int(x) for x in position_B.aminmax())
         self.position_B, self.slots = position_B, high + 1
-        for layer in self.layers:
+        for layer in self.slot_layers:
             layer.reserve(self.rows, self.slots)
         if low == high:
             return None
@@ -184,15 +188,15 @@ class SlotCache(Cache):
         movers = live[live >= self.rows]  # exactly as many as there are holes
         source[holes] = movers
         if holes.numel():
-            for layer in self.layers:
+            for layer in self.slot_layers:
                 layer.keys[holes], layer.values[holes] = layer.keys[movers], layer.values[movers]
         return source
 
     def _select(self, source_B: Tensor) -> SlotCache:
         """A cache whose row b is a copy of this one's row source_B[b]."""
-        selected = SlotCache(len(self.layers))
+        selected = SlotCache(len(self.slot_layers))
         selected.rows = source_B.numel()
-        for new, old in zip(selected.layers, self.layers, strict=True):
+        for new, old in zip(selected.slot_layers, self.slot_layers, strict=True):
             rows = source_B.to(old.keys.device)
             new.keys, new.values = old.keys.index_select(0, rows), old.values.index_select(0, rows)
             new.is_initialized = True
@@ -201,11 +205,11 @@ class SlotCache(Cache):
     def _append(self, others: list[SlotCache]) -> None:
         """Appends the rows of other caches."""
         caches = [self, *others] if self.rows else others
-        slots = max(cache.layers[0].keys.shape[2] for cache in caches)
+        slots = max(cache.slot_layers[0].keys.shape[2] for cache in caches)
         for cache in caches:
-            for layer in cache.layers:
+            for layer in cache.slot_layers:
                 layer.reserve(cache.rows, slots)
-        for own, same in zip(self.layers, zip(*(cache.layers for cache in caches), strict=True), strict=True):
+        for own, same in zip(self.slot_layers, zip(*(cache.slot_layers for cache in caches), strict=True), strict=True):
             keys = [layer.keys[: cache.rows] for cache, layer in zip(caches, same, strict=True)]
             values = [layer.values[: cache.rows] for cache, layer in zip(caches, same, strict=True)]
             own.keys, own.values, own.is_initialized = torch.cat(keys), torch.cat(values), True

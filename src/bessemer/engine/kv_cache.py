@@ -58,15 +58,15 @@ class PromptPages:
     """Chosen experts, [n, L, K] for each chunk, where they are recorded."""
     state: Tensor | None = None
     """With an MTP module: the main model's state at the last token, [D]."""
-    slots: Any = None
-    """In the cache of a foreign model: (its `SlotCache`, row)."""
+    slots: tuple[Any, int] | None = None
+    """In a foreign model: its `hf_decode.SlotCache` and row."""
 
 
 class RowGroup(NamedTuple):
     """Rows whose attention is computed together."""
 
     rows: slice | Tensor
-    count: int
+    n_rows: int
     page_N: Tensor
     """Their pages, row after row."""
     slots: int
@@ -211,7 +211,7 @@ class LatentCache:
     def read(self, layer: int, group: RowGroup) -> Tensor:
         """The latents of a row group, [b, S, X]."""
         gathered = self.layers[layer].index_select(0, group.page_N)
-        return gathered.view(group.count, -1, gathered.shape[-1])[:, : group.slots]
+        return gathered.view(group.n_rows, -1, gathered.shape[-1])[:, : group.slots]
 
     def read_prompt(self, layer: int, prompt: PromptPages, length: int) -> Tensor:
         """[S, X]: the first `length` tokens of a prompt."""

@@ -12,9 +12,6 @@ Shapes: B live sequences, T tokens of one pass, V vocabulary, L sparse layers, K
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -42,9 +39,6 @@ from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import Transformer
 
-if TYPE_CHECKING:
-    from bessemer.engine.hf_decode import SlotCache
-
 DRAFT, ACCEPT = (stream_key(number) for number in (1, 2))
 """Turn a sequence's random stream into two more."""
 
@@ -56,19 +50,24 @@ class ModelRunner:
         self,
         model: Transformer | CausalLM,
         tokenizer: Tokenizer,
-        cache: LatentCache | SlotCache,
+        cache: LatentCache,
         trace: RoutingTrace | None = None,
         drafts: int = 0,
         compiled: CompiledSteps | None = None,
     ):
         self.model, self.cache, self.trace, self.compiled = model, cache, trace, compiled
         self.vocab = tokenizer.vocab_size
-        self.drafter = Drafter(model, cache, drafts, compiled) if drafts else None
+        self.drafter: Drafter | None = None
+        if drafts:
+            assert isinstance(model, Transformer)
+            self.drafter = Drafter(model, cache, drafts, compiled)
         device = model.embed.weight.device
         self.sequences: list[Sequence] = []
         self.key_B = torch.zeros(0, dtype=torch.int64, device=device)
         self.position_B = torch.zeros(0, dtype=torch.int64, device=device)
         """Position of each sequence's next token."""
+        self.token_B: Tensor | None = None
+        """Between `sample` and `advance`: the sampled tokens."""
         self.logits_BV: Tensor | None = None
         self.greedy: GreedyTokens | None = None
         """The most likely tokens, [B, 1], where the step has already found them."""
@@ -113,8 +112,9 @@ class ModelRunner:
             sequence.rejected_q_V = None
         self.sequences += fresh
 
-    def sample(self) -> Tensor:
-        """One token for every sequence, [B]. Finished sequences have `finish` set and stay until `retire`."""
+    def sample(self) -> None:
+        """Appends one token to every sequence. Finished sequences have `finish` set and stay until `retire`."""
+        assert self.logits_BV is not None
         self._record(self.logits_BV, self.expert_BLK)
         if self.greedy is not None and self.all_greedy:
             logp_B = self.greedy.logp_BT[:, 0]
@@ -130,47 +130,48 @@ class ModelRunner:
         for sequence, token, logp, raw_logp in zip(self.sequences, *columns, strict=True):
             if sequence.finish is None:
                 sequence.append(token, logp, raw_logp)
-        return sampled.token_B
+        self.token_B = sampled.token_B
 
-    def retire(self, token_B: Tensor | None = None) -> Tensor | None:
-        """Drops the finished sequences; returns the tokens of the others."""
+    def retire(self) -> None:
+        """Drops the finished sequences."""
         live = [sequence.finish is None for sequence in self.sequences]
         if all(live):
-            return token_B
+            return
         fed = self.position_B.tolist()
         for b, sequence in enumerate(self.sequences):
             if sequence.finish == "error":
                 self.cache.scrub(b)
             elif sequence.finish is not None:
                 self.cache.cache_row(b, sequence.ids[: fed[b]])
-        source = self.keep(live)
-        return None if token_B is None else token_B[source]
+        self.keep(live)
 
-    def keep(self, live: Iterable[bool]) -> Tensor:
-        """Drops the other sequences. Returns source [B']: new row b is old row source[b]."""
-        source = self.cache.keep(torch.tensor(list(live), device=self.key_B.device))
+    def keep(self, live: list[bool]) -> None:
+        """Drops the other sequences."""
+        source = self.cache.keep(torch.tensor(live, device=self.key_B.device))
         self.sequences = [self.sequences[b] for b in source.tolist()]
         self.key_B, self.position_B = self.key_B[source], self.position_B[source]
+        self.token_B = None if self.token_B is None else self.token_B[source]
         self.expert_BLK = None if self.expert_BLK is None else self.expert_BLK[source]
         self.logits_BV, self.greedy = None if self.logits_BV is None else self.logits_BV[source], None
         self.rejected = None if self.rejected is None else self.rejected.select(source)
         if self.drafter is not None:
             self.drafter.select(source)
-        return source
 
     def preempt(self, b: int) -> Sequence:
         """Removes a sequence before it samples; admitted again with all its tokens, it continues unchanged."""
         sequence = self.sequences[b]
         if self.rejected is not None and self.rejected.rejected_B[b]:
             sequence.rejected_q_V = self.rejected.q_BV[b]
-        self.keep(other != b for other in range(len(self.sequences)))
+        self.keep([other != b for other in range(len(self.sequences))])
         return sequence
 
-    def advance(self, token_B: Tensor) -> None:
-        """Runs the new tokens through the network; with a drafter also the drafts that follow them, which may finish
-        some sequences."""
+    def advance(self) -> None:
+        """Runs the sampled tokens through the network; with a drafter also the drafts that follow them, which may
+        finish some sequences."""
+        assert self.token_B is not None
+        token_B, self.token_B = self.token_B, None
         if self.drafter is not None:
-            return self._advance_with_drafts(token_B)
+            return self._advance_with_drafts(self.drafter, token_B)
         if self._use_compiled(token_B):
             output = self._forward(token_B.unsqueeze(1))
             self.logits_BV, self.greedy = output.logits_BTV.squeeze(1), output.greedy
@@ -181,21 +182,21 @@ class ModelRunner:
         if self.trace is not None:
             self.expert_BLK = self.trace.take()
 
-    def _advance_with_drafts(self, token_B: Tensor) -> None:
-        drafter, depth, greedy = self.drafter, self.drafter.depth, self.all_greedy
-        drafts, q = self._draft(token_B, greedy)
+    def _advance_with_drafts(self, drafter: Drafter, token_B: Tensor) -> None:
+        depth, greedy = drafter.depth, self.all_greedy
+        drafts, q = self._draft(drafter, token_B, greedy)
         token_BT = torch.stack((token_B, *drafts), 1)
         state_BTD, logits_BTV, best = self._forward(token_BT)
         expert_BTLK = None if self.trace is None else self.trace.take().unflatten(0, token_BT.shape)
-        if greedy:
-            best = best or greedy_tokens(logits_BTV, self.vocab)
+        best = (best or greedy_tokens(logits_BTV, self.vocab)) if greedy else None
+        if best is not None:
             match_BT = (best.token_BT[:, :-1] == token_BT[:, 1:]).tolist()
             logp_BT = best.logp_BT.tolist()
         n_accepted = [0] * len(self.sequences)
         open_ = [sequence.draftable for sequence in self.sequences]
         drafter.drafted += depth * sum(open_)
         for j in range(depth):
-            if greedy:
+            if best is not None:
                 accepted = [match[j] for match in match_BT]
             else:
                 p_BV = probabilities_batch(self.sequences, logits_BTV[:, j], self.vocab)
@@ -204,7 +205,7 @@ class ModelRunner:
             if not any(open_):
                 break
             self._record(logits_BTV[:, j], None if expert_BTLK is None else expert_BTLK[:, j], open_)
-            if greedy:
+            if best is not None:
                 logps = [(logp[j], logp[j]) for logp in logp_BT]
             else:
                 scored = score_batch(self.sequences, logits_BTV[:, j], drafts[j])
@@ -221,7 +222,7 @@ class ModelRunner:
         self.position_B = self.position_B + 1 + known_B
         self.logits_BV = logits_BTV[row_B, known_B]
         self.expert_BLK = None if expert_BTLK is None else expert_BTLK[row_B, known_B]
-        if greedy:
+        if best is not None:
             known_B1 = known_B.unsqueeze(1)
             self.greedy, self.rejected = GreedyTokens(*(x_BT.gather(1, known_B1) for x_BT in best)), None
             return
@@ -230,13 +231,14 @@ class ModelRunner:
         last_q_BV = torch.stack(q, 1)[row_B, known_B.clamp(max=depth - 1)]
         self.rejected = RejectedDrafts(draftable_B & (known_B < depth), last_q_BV)
 
-    def _draft(self, token_B: Tensor, greedy: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def _draft(self, drafter: Drafter, token_B: Tensor, greedy: bool) -> tuple[list[Tensor], list[Tensor]]:
         """The drafts after token_B, [B] each, and the distributions they were sampled from, [B, V]; none if greedy."""
-        drafts, q = [], []
-        logits_BV = self.drafter.first_logits(token_B)
-        for j in range(self.drafter.depth):
+        drafts: list[Tensor] = []
+        q: list[Tensor] = []
+        logits_BV = drafter.first_logits(token_B)
+        for j in range(drafter.depth):
             if j:
-                logits_BV = self.drafter.next_logits(drafts[-1])
+                logits_BV = drafter.next_logits(drafts[-1])
             if greedy:
                 drafts.append(logits_BV[:, : self.vocab].argmax(-1))
                 continue
@@ -245,8 +247,9 @@ class ModelRunner:
         return drafts, q
 
     def _forward(self, token_BT: Tensor) -> ForwardOutput:
-        if self._use_compiled(token_BT):
+        if self.compiled is not None and self._use_compiled(token_BT):
             return self.compiled(token_BT, self.position_B, self.cache, self.trace)
+        assert isinstance(self.model, Transformer)
         state_BTD = self.model.norm(hidden_step(self.model, token_BT, self.position_B, self.cache, self.trace))
         return ForwardOutput(state_BTD, self.model.head(state_BTD).float())
 
@@ -260,13 +263,13 @@ class ModelRunner:
         """Stores the requested top tokens and routes of the token about to be appended, for `selected` sequences."""
         top = top_tokens(self.sequences, logits_BV, self.vocab)
         routes = None
-        if any(sequence.request.routing for sequence in self.sequences):
+        if expert_BLK is not None and any(sequence.request.routing for sequence in self.sequences):
             routes = expert_BLK.tolist()
         for b, sequence in enumerate(self.sequences) if top or routes else ():
             if selected is None or selected[b]:
-                if sequence.request.top:
+                if top and sequence.request.top:
                     sequence.top.append(top[b])
-                if sequence.request.routing:
+                if routes and sequence.request.routing:
                     sequence.routes.append(tuple(map(tuple, routes[b])))
 
 

@@ -253,7 +253,8 @@ class ExpertLoads:
         except ValueError:
             raise UserError(f"{path} is not JSON; give a file that ExpertLoads.save wrote") from None
         mean_LE = _checked(facts, path)
-        loads = cls(*mean_LE.shape, decay=facts["decay"])
+        n_layers, n_experts = mean_LE.shape
+        loads = cls(n_layers, n_experts, facts["decay"])
         loads.windows, loads.tokens, loads._mean_LE = facts["windows"], facts["tokens"], mean_LE
         return loads
 

@@ -33,6 +33,7 @@ from bessemer.engine.sequence import (
 )
 from bessemer.engine.speculative import check_drafts
 from bessemer.errors import UserError
+from bessemer.model.transformer import Transformer
 
 
 @dataclass(eq=False)
@@ -76,8 +77,9 @@ class Scheduler:
         self._think = think_ids(engine.tokenizer)
         self._prefills: list[_Prefill] = []
         self.model.eval()
-        routed = any(not layer.dense for layer in self.model.layers)
-        trace = RoutingTrace(self.model.cfg) if routed else None
+        trace = None
+        if isinstance(self.model, Transformer) and any(not layer.dense for layer in self.model.layers):
+            trace = RoutingTrace(self.model.cfg)
         self.cache = new_cache(self.model, self.cache_tokens, prefix_cache=True, drafts=self.drafts > 0)
         self.runner = ModelRunner(self.model, engine.tokenizer, self.cache, trace, self.drafts, engine.compiled)
 
@@ -151,11 +153,11 @@ class Scheduler:
             self._preempt()
             if not self.runner.sequences:
                 return []
-            token_B = self.runner.sample()
+            self.runner.sample()
             events = self._emit()
-            token_B = self.runner.retire(token_B)
+            self.runner.retire()
             if self.runner.sequences:
-                self.runner.advance(token_B)
+                self.runner.advance()
                 if self.drafts:
                     events += self._emit()
                     self.runner.retire()
@@ -186,7 +188,8 @@ class Scheduler:
 
     def _prefill(self) -> None:
         """Prefills a bounded number of tokens; completed prompts become live sequences."""
-        budget, chunks = self.prefill_tokens, []
+        chunks: list[PrefillChunk] = []
+        budget = self.prefill_tokens
         for job in self._prefills:
             rest = len(job.prompt.ids) - job.prompt.length
             if chunks and rest > budget and (budget <= 0 or not self.cache.chunked_prefill):

@@ -161,7 +161,8 @@ class Sequence:
     @property
     def must_end_thinking(self) -> bool:
         """The thought has used up its budget: the next token is </think>."""
-        return self.n_thinking is not None and self.n_thinking >= self.request.thinking_budget
+        budget = self.request.thinking_budget
+        return budget is not None and self.n_thinking is not None and self.n_thinking >= budget
 
     def start(self) -> None:
         """Called when the sequence enters a batch: finds out whether it is inside a thought."""
