@@ -165,7 +165,7 @@ def test_copies_share_full_pages_and_go_their_own_ways(model, prompts):
     rows = go_on(model, cache, [rows[0]] * 3 + [rows[1]] * 3, 3)
     kept = cache.keep(torch.tensor([False, True, False, True, False, True]))
     rows = [rows[b] for b in kept.tolist()]
-    assert cache.rows == 3 and cache.pages.total - cache.pages.available == 2 + 1 + 1
+    assert len(cache.row_pages) == 3 and cache.pages.total - cache.pages.available == 2 + 1 + 1
     go_on(model, cache, rows, 2)
     cache.keep(torch.zeros(3, dtype=torch.bool))
     assert cache.pages.total == cache.pages.available

@@ -143,7 +143,9 @@ def test_finished_rows_leave_the_batch(engine, prompts, monkeypatch):
     seen = []
     inner = model_runner.step
     monkeypatch.setattr(
-        model_runner, "step", lambda m, t, p, c, *rest: seen.append((len(t), c.rows)) or inner(m, t, p, c, *rest)
+        model_runner,
+        "step",
+        lambda m, t, p, c, *rest: seen.append((len(t), len(c.row_pages))) or inner(m, t, p, c, *rest),
     )
     found = engine.generate(prompts, samples=8, max_new_tokens=30, stop_ids=list(range(3, 20)))
     lengths = [len(c.tokens) for group in found for c in group]

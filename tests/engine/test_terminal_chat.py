@@ -156,9 +156,9 @@ def test_characters_are_never_split_and_never_steer_the_terminal(tokenizer):
     ids = [tokenizer.encode(chr(b))[0] if b < 128 else None for b in range(128)]
     table = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size)}
     for byte in "钢é\x1b[2J\n".encode():
-        screen.take([(0, 0, table[bytes([byte])])])
+        screen.add([(0, 0, table[bytes([byte])])])
     assert None not in ids and [s for s in shown if s] == ["钢", "é", "[", "2", "J", "\n"]
-    screen.take([(0, 0, table["钢".encode()[:1]])])
+    screen.add([(0, 0, table["钢".encode()[:1]])])
     screen.close()
     assert screen.text == "钢é\x1b[2J\n\ufffd"
 

@@ -26,11 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bessemer.engine.decode import RoutingTrace, absorbed_output, absorbed_queries, attend, new_cache
+from bessemer.engine.decode import Model, RoutingTrace, absorbed_output, absorbed_queries, attend, new_cache
 from bessemer.engine.kv_cache import PAGE, LatentCache
 from bessemer.engine.sampling import GreedyTokens, greedy_tokens
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.layer import Layer
 from bessemer.model.transformer import Transformer, evaluating
 from bessemer.precision.probe import cpp_compiler
@@ -53,7 +52,7 @@ class ForwardOutput(NamedTuple):
 class CompiledSteps:
     """The compiled steps of one model."""
 
-    def __init__(self, model: Transformer | CausalLM, vocab: int):
+    def __init__(self, model: Model, vocab: int):
         """`vocab`: ids that may be sampled. UserError for a foreign model, and where there is no C++ compiler."""
         if not isinstance(model, Transformer):
             raise UserError("compiled steps are for models of this family; leave --compile off")

@@ -36,6 +36,7 @@ from bessemer.model.layer import Attended, Layer
 from bessemer.model.mla import MLA
 from bessemer.model.transformer import Transformer
 
+Model = Transformer | CausalLM
 PREFILL_TOKENS = 16384
 """Approximate tokens of one prefill forward, padding included; bounds the memory."""
 FEW_TOKENS = 2
@@ -71,9 +72,7 @@ class PrefillChunk(NamedTuple):
 
 
 @singledispatch
-def new_cache(
-    model: Transformer | CausalLM, limit: int | None = None, prefix_cache: bool = False, drafts: bool = False
-) -> LatentCache:
+def new_cache(model: Model, limit: int | None = None, prefix_cache: bool = False, drafts: bool = False) -> LatentCache:
     """An empty cache for the model; arguments as in `LatentCache`. `drafts`: with a layer for the MTP module."""
     assert isinstance(model, Transformer)
     weight = model.embed.weight
@@ -81,10 +80,7 @@ def new_cache(
 
 
 def prefill_all(
-    model: Transformer | CausalLM,
-    cache: LatentCache,
-    prompts: Sequence[PromptPages],
-    trace: RoutingTrace | None = None,
+    model: Model, cache: LatentCache, prompts: Sequence[PromptPages], trace: RoutingTrace | None = None
 ) -> list[Tensor]:
     """Prefills whole prompts in batches of bounded size; the logits [V] after each. Sorting the prompts by length
     saves padding."""
@@ -111,10 +107,7 @@ def _prefill_batches(chunks: Sequence[PrefillChunk]) -> Iterator[list[PrefillChu
 
 @singledispatch
 def prefill(
-    model: Transformer | CausalLM,
-    cache: LatentCache,
-    chunks: Sequence[PrefillChunk],
-    trace: RoutingTrace | None = None,
+    model: Model, cache: LatentCache, chunks: Sequence[PrefillChunk], trace: RoutingTrace | None = None
 ) -> Tensor:
     """Runs chunks, whose pages are allocated, through the model; the logits after each chunk, [len(chunks), V].
 
@@ -211,11 +204,7 @@ def _write_mtp_latents(
 
 @singledispatch
 def step(
-    model: Transformer | CausalLM,
-    token_B: Tensor,
-    position_B: Tensor,
-    cache: LatentCache,
-    trace: RoutingTrace | None = None,
+    model: Model, token_B: Tensor, position_B: Tensor, cache: LatentCache, trace: RoutingTrace | None = None
 ) -> Tensor:
     """Logits [B, V] of the token after `token_B`, which stands at `position_B` and enters the cache."""
     assert isinstance(model, Transformer)

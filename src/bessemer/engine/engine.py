@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.compiled import CompiledSteps
-from bessemer.engine.decode import RoutingTrace, new_cache, prefill_all
+from bessemer.engine.decode import Model, RoutingTrace, new_cache, prefill_all
 from bessemer.engine.model_runner import ModelRunner, not_finite
 from bessemer.engine.sampling import stream_key
 from bessemer.engine.sequence import (
@@ -108,13 +108,7 @@ class GenerationPlan:
 class Engine:
     """Generates with a model and its tokenizer. No state outlives a call, so the model may be trained in between."""
 
-    def __init__(
-        self,
-        model: Transformer | CausalLM,
-        tokenizer: Tokenizer,
-        workers: Workers | None = None,
-        compile: bool = False,
-    ):
+    def __init__(self, model: Model, tokenizer: Tokenizer, workers: Workers | None = None, compile: bool = False):
         """compile: decoding steps go through torch.compile (`compiled`)."""
         if tokenizer.vocab_size > model.cfg.vocab_size:
             raise UserError(

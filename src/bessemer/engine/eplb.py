@@ -1,16 +1,16 @@
 """The expert-parallel load balancer (EPLB; V3 3.4): which GPU holds which experts, hot experts more than once.
 
-A placement gives every layer R slots, one replica of an expert in each: GPU g holds R / gpus consecutive slots, node n
-gpus / nodes consecutive GPUs. Tokens of an expert are shared out evenly over its replicas, so a replica's load is the
-expert's load / its replicas. Two greedy rules make it: `replicate` gives spare slots to the hottest experts, `pack`
-fills bins of equal size. The published balancer's worked example comes out slot by slot. As there, nothing keeps two
-replicas of one expert off one GPU.
+A placement gives every layer R slots, one replica of an expert in each: GPU g has R / gpus consecutive slots, node n
+gpus / nodes consecutive GPUs. An expert's tokens are divided evenly among its replicas, so the load of a replica is the
+load of the expert / its replicas. Two greedy rules make a placement: `replicate` gives spare slots to the hottest
+experts, `pack` fills bins of equal size. The worked example of the published EPLB is reproduced slot by slot. As there,
+two replicas of one expert may share a GPU.
 
-Hierarchical, when the nodes divide the expert groups: whole groups onto nodes, replication within each node, replicas
-onto its GPUs. Routing reaches few groups, hence few nodes; for prefill, few GPUs. Global otherwise: the same with one
-node and one group; for decoding, many GPUs.
+Hierarchical, if the nodes divide the expert groups: whole groups onto nodes, replication within each node, replicas
+onto its GPUs. Routing reaches few groups, hence few nodes; suited to prefill on few GPUs. Global otherwise: the same
+with one node and one group; suited to decoding on many GPUs.
 
-Shapes: L sparse layers, E experts, R replicas, X the most replicas an expert has, G GPUs, I items to pack into B bins.
+Shapes: L sparse layers, E experts, R replicas, X the most replicas of an expert, G GPUs, I items to pack into B bins.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Placement:
 
 
 def place(load_LE: ArrayLike, replicas: int, groups: int, nodes: int, gpus: int) -> Placement:
-    """Slots for loads [L, E] in any unit; `groups` of consecutive experts are the model's (n_expert_groups).
+    """A placement for loads [L, E] in any unit; `groups` of consecutive experts as in the model (n_expert_groups).
 
-    UserError where the numbers cannot be served: gpus not a multiple of nodes, replicas not one of gpus or fewer than
-    the experts, experts not a multiple of groups, loads that are negative or not numbers.
+    UserError if gpus is not a multiple of nodes, replicas not a multiple of gpus or fewer than the experts, experts not
+    a multiple of groups, or loads are negative or not numbers.
     """
     load_LE = _loads(load_LE)
     _check_sizes(load_LE.shape[1], replicas, groups, nodes, gpus)
@@ -61,8 +61,8 @@ def _place_layer(load_E: NDArray, replicas: int, groups: int, nodes: int, gpus: 
     members = np.arange(len(load_E)).reshape(groups, -1)
     slots = []
     for group in pack(load_E[members].sum(1), nodes):  # step 1: groups onto nodes
-        here = members[group].ravel()
-        expert_R = here[replicate(load_E[here], replicas // nodes)]  # step 2: replicas within the node
+        local_E = members[group].ravel()
+        expert_R = local_E[replicate(load_E[local_E], replicas // nodes)]  # step 2: replicas within the node
         count_E = np.bincount(expert_R, minlength=len(load_E))
         share_R = load_E[expert_R] / count_E[expert_R]
         slots.append(expert_R[pack(share_R, gpus // nodes)].ravel())  # step 3: replicas onto the node's GPUs
@@ -72,8 +72,8 @@ def _place_layer(load_E: NDArray, replicas: int, groups: int, nodes: int, gpus: 
 def replicate(load_E: NDArray, replicas: int) -> NDArray[np.int64]:
     """The expert of each replica, [replicas]: one each, then one at a time for the largest load per replica.
 
-    No other numbers of replicas have a smaller largest load per replica. Of equals, the expert with fewer replicas
-    comes first, then the lower number: where there is no load, spare replicas are spread, not heaped on expert 0.
+    No other allocation has a smaller largest load per replica. Ties go to the expert with fewer replicas, then to the
+    lower number, so that without load the spare replicas are spread out.
     """
     hottest = [(-load, 1, expert) for expert, load in enumerate(load_E.tolist())]
     heapify(hottest)
@@ -86,15 +86,15 @@ def replicate(load_E: NDArray, replicas: int) -> NDArray[np.int64]:
 
 
 def pack(weight_I: NDArray, bins: int) -> NDArray[np.int64]:
-    """The items of each bin, [B, I / B], in the order they went in: by weight, into the lightest bin with room.
+    """The items of each bin, [B, I / B], in order of insertion: by weight, into the lightest bin with room.
 
-    Of equals, the earlier item and the lower bin. With one item a bin nothing can be gained, and the order stays.
+    Ties go to the earlier item and the lower bin. With one item per bin the order is unchanged.
     """
     room = len(weight_I) // bins
     if room == 1:
         return np.arange(bins)[:, None]
     bin_B: list[list[int]] = [[] for _ in range(bins)]
-    lightest = [(0.0, b) for b in range(bins)]  # those with room; already a heap
+    lightest = [(0.0, b) for b in range(bins)]  # bins with room; already a heap
     for item in np.argsort(-weight_I, kind="stable").tolist():
         total, b = heappop(lightest)
         bin_B[b].append(item)
@@ -104,7 +104,7 @@ def pack(weight_I: NDArray, bins: int) -> NDArray[np.int64]:
 
 
 def gpu_loads(placement: Placement, load_LE: ArrayLike, gpus: int) -> NDArray[np.float64]:
-    """What each GPU gets of these loads, [L, G]."""
+    """The load of each GPU, [L, G]."""
     load_LE = _loads(load_LE)
     slots_LR, count_LE = placement.replica_to_expert_LR, placement.count_LE
     if load_LE.shape != count_LE.shape:
@@ -119,12 +119,12 @@ def gpu_loads(placement: Placement, load_LE: ArrayLike, gpus: int) -> NDArray[np
 
 
 def balance(placement: Placement, load_LE: ArrayLike, gpus: int) -> NDArray[np.float64]:
-    """Busiest GPU / mean GPU in each layer, [L]: 1 is best, and the layer takes so much longer than it need."""
+    """Busiest GPU / mean GPU in each layer, [L]: the factor by which imbalance slows the layer down; 1 is best."""
     return _busiest(gpu_loads(placement, load_LE, gpus))
 
 
 def naive_balance(load_LE: ArrayLike, gpus: int) -> NDArray[np.float64]:
-    """`balance` of the experts in their order, one slot each; block sizes differ by one where gpus do not divide E."""
+    """`balance` of the experts in order, one slot each; block sizes differ by one where gpus do not divide E."""
     load_LE = _loads(load_LE)
     _check_whole(gpus=gpus)
     n_experts = load_LE.shape[1]
@@ -133,7 +133,7 @@ def naive_balance(load_LE: ArrayLike, gpus: int) -> NDArray[np.float64]:
 
 
 def _busiest(load_LG: NDArray) -> NDArray[np.float64]:
-    """Largest / mean; 1 in a layer without load, where nothing is out of balance."""
+    """Largest / mean; 1 in a layer without load."""
     mean_L = load_LG.mean(1)
     return np.divide(load_LG.max(1), mean_L, out=np.ones_like(mean_L), where=mean_L > 0)
 
@@ -141,12 +141,12 @@ def _busiest(load_LG: NDArray) -> NDArray[np.float64]:
 def _slots_of_experts(slots_LR: NDArray, count_LE: NDArray) -> NDArray[np.int64]:
     """[L, E, X], padded with -1."""
     n_layers, n_experts = count_LE.shape
-    found_LEX = np.full((n_layers, n_experts, count_LE.max()), -1, dtype=np.int64)
+    slots_LEX = np.full((n_layers, n_experts, count_LE.max()), -1, dtype=np.int64)
     for layer, slot_R in enumerate(slots_LR):
         for expert in range(n_experts):
-            mine = np.flatnonzero(slot_R == expert)
-            found_LEX[layer, expert, : len(mine)] = mine
-    return found_LEX
+            slots = np.flatnonzero(slot_R == expert)
+            slots_LEX[layer, expert, : len(slots)] = slots
+    return slots_LEX
 
 
 def _loads(load_LE: ArrayLike) -> NDArray[np.float64]:

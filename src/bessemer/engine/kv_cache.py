@@ -103,10 +103,6 @@ class LatentCache:
         """The pages of every live row, in order."""
 
     @property
-    def rows(self) -> int:
-        return len(self.row_pages)
-
-    @property
     def drafts(self) -> bool:
         """There is a layer for the MTP module."""
         return len(self.layers) > self.cfg.n_layers

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.compiled import CompiledSteps, ForwardOutput
-from bessemer.engine.decode import RoutingTrace, hidden_step, step
+from bessemer.engine.decode import Model, RoutingTrace, hidden_step, step
 from bessemer.engine.kv_cache import LatentCache, PromptPages
 from bessemer.engine.sampling import (
     GreedyTokens,
@@ -36,7 +36,6 @@ from bessemer.engine.sampling import (
 from bessemer.engine.sequence import Sequence
 from bessemer.engine.speculative import Drafter
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import Transformer
 
 DRAFT, ACCEPT = (stream_key(number) for number in (1, 2))
@@ -48,7 +47,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Transformer | CausalLM,
+        model: Model,
         tokenizer: Tokenizer,
         cache: LatentCache,
         trace: RoutingTrace | None = None,

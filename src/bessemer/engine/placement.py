@@ -49,23 +49,23 @@ def report(
     seed: int = 0,
     loads_file: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Generates, places and judges; plain JSON.
+    """Generates, places the experts and evaluates the placement; plain JSON.
 
-    Traffic: `prompts` as `Engine.generate` takes them, and of each task in `names` its first training `problems`.
-    groups: None is the model's own. loads_file: where the moving average is kept from one call to the next; read if it
-    is there, written afterwards with all windows of this call, the last one too.
+    Traffic: `prompts` as for `Engine.generate`, and the first training `problems` of each task in `names`.
+    groups: None uses the model's. loads_file: stores the moving average between calls; read if it exists, and written
+    afterwards with all windows of this call, including the last.
 
-    Beside the sizes, `layers` has of each sparse layer: busiest GPU / mean GPU on the last window for the experts in
-    order, one each ("naive") and as placed ("placed"), the latter also on the loads it was made from ("fitted"); those
+    `layers` contains for each sparse layer: busiest GPU / mean GPU on the last window for the experts in order, one
+    slot each ("naive"), and as placed ("placed"), the latter also on the loads used for the placement ("fitted"); those
     loads and the replicas of each expert ("load", "count"); the experts of each GPU ("gpus").
     """
-    chosen = [tasks.get(name) for name in names]  # before loading: a misspelt name should not cost a minute
+    chosen = [tasks.get(name) for name in names]  # before loading: a misspelt name should fail at once
     engine = load_engine(model_dir)
     cfg = _sparse(engine, model_dir)
     groups = cfg.n_expert_groups if groups is None else groups
     sizes = (replicas, groups, nodes, gpus)
     loads = _loads(cfg, loads_file)
-    eplb.place(np.ones(loads.shape), *sizes)  # refuses what cannot be served before anything is generated
+    eplb.place(np.ones(loads.shape), *sizes)  # checks the sizes before anything is generated
     traffic = [*prompts, *_questions(engine, chosen, problems)]
     *seen, last = _windows(traffic, windows, known=loads.windows > 0)
 
@@ -81,14 +81,24 @@ def report(
         loads.add(records)
         loads.save(loads_file)
 
-    facts = {"model": str(model_dir), "experts": cfg.n_routed_experts, "replicas": replicas, "groups": groups,
-             "nodes": nodes, "gpus": gpus, "policy": placement.policy, "windows": before[0], "tokens": before[1],
-             "decay": loads.decay, "judged_on_tokens": newest.tokens}  # fmt: skip
-    return facts | {"layers": _layers(cfg.n_dense_layers, placement, load_LE, newest.estimate(), gpus)}
+    return {
+        "model": str(model_dir),
+        "experts": cfg.n_routed_experts,
+        "replicas": replicas,
+        "groups": groups,
+        "nodes": nodes,
+        "gpus": gpus,
+        "policy": placement.policy,
+        "windows": before[0],
+        "tokens": before[1],
+        "decay": loads.decay,
+        "judged_on_tokens": newest.tokens,
+        "layers": _layers(cfg.n_dense_layers, placement, load_LE, newest.estimate(), gpus),
+    }
 
 
 def describe(facts: dict[str, Any]) -> str:
-    """For a person: the sizes, the balance of every layer, then its GPUs with their experts."""
+    """The report as text: the sizes, the balance of every layer, then its GPUs with their experts."""
     slots, spare = facts["replicas"] // facts["gpus"], facts["replicas"] - facts["experts"]
     layers = facts["layers"]
     lines = [
@@ -114,8 +124,10 @@ def _policy(facts: dict[str, Any]) -> str:
         return f"global placement: {nodes} nodes do not divide {groups} expert groups, so any expert may go anywhere"
     if nodes == 1:
         return "one node: any expert may go to any GPU"
-    held = groups // nodes
-    return f"hierarchical placement: {held} of {groups} expert {_plural('group', groups)} on each node, all of it there"
+    share = groups // nodes
+    return (
+        f"hierarchical placement: {share} of {groups} expert {_plural('group', groups)} on each node, all of it there"
+    )
 
 
 def _slots(expert_GS: list[list[int]], facts: dict[str, Any]) -> str:
@@ -136,10 +148,17 @@ def _layers(
     fitted_L = eplb.balance(placement, load_LE, gpus)
     expert_LGS = placement.replica_to_expert_LR.reshape(len(load_LE), gpus, -1)
     return [
-        {"layer": first + n, "naive": float(naive_L[n]), "placed": float(placed_L[n]), "fitted": float(fitted_L[n]),
-         "load": load_LE[n].tolist(), "count": placement.count_LE[n].tolist(), "gpus": expert_LGS[n].tolist()}
+        {
+            "layer": first + n,
+            "naive": float(naive_L[n]),
+            "placed": float(placed_L[n]),
+            "fitted": float(fitted_L[n]),
+            "load": load_LE[n].tolist(),
+            "count": placement.count_LE[n].tolist(),
+            "gpus": expert_LGS[n].tolist(),
+        }
         for n in range(len(load_LE))
-    ]  # fmt: skip
+    ]
 
 
 def _sparse(engine: Engine, model_dir: str | Path) -> ModelConfig:
@@ -156,7 +175,7 @@ def _loads(cfg: ModelConfig, path: str | Path | None) -> ExpertLoads:
     if path is None:
         return ExpertLoads(*shape)
     if not Path(path).exists():
-        if not Path(path).parent.is_dir():  # said now, not after the work
+        if not Path(path).parent.is_dir():  # fail before the work, not after it
             raise UserError(f"{path}: its folder does not exist; make it, or choose another file")
         return ExpertLoads(*shape)
     loads = ExpertLoads.load(path)
@@ -178,7 +197,7 @@ def _windows(traffic: Sequence[Prompt], windows: int, known: bool) -> list[Seque
     not needed."""
     least = 1 if known else 2
     if windows < least:
-        raise UserError(f"windows must be at least {least}, is {windows}: the last one judges what the others placed")
+        raise UserError(f"windows must be at least {least}, is {windows}: the last one evaluates the placement")
     if len(traffic) < windows:
         raise UserError(
             f"{len(traffic)} prompts do not fill {windows} windows; give more prompts or problems, or fewer windows"
@@ -191,17 +210,17 @@ def _routing(engine: Engine, prompts: Sequence[Prompt], sampling: dict[str, Any]
 
 
 class ExpertLoads:
-    """A moving average of the tokens that each expert of each layer got per window."""
+    """Moving average of the tokens per window of each expert in each layer."""
 
     def __init__(self, n_layers: int, n_experts: int, decay: float = 0.9):
-        """`decay`: a window's weight over that of the next one; 0 knows the last window only, 1 is the plain mean."""
+        """`decay`: a window's weight relative to the next one; 0 uses the last window only, 1 is the plain mean."""
         if not 0 <= decay <= 1:
             raise UserError(f"decay must lie between 0 and 1, is {decay}")
         self.decay = float(decay)
         self.windows = 0
-        """Windows seen; those without tokens are not counted."""
+        """Number of windows; those without tokens are not counted."""
         self.tokens = 0
-        """Tokens seen."""
+        """Number of tokens in them."""
         self._mean_LE = np.zeros((n_layers, n_experts))
 
     @property
@@ -210,9 +229,9 @@ class ExpertLoads:
         return self._mean_LE.shape
 
     def add(self, routing: Tensor | Iterable[Tensor]) -> None:
-        """One more window: `Completion.routing`, [T, L, K], of one sample or of all its samples.
+        """Adds a window: `Completion.routing`, [T, L, K], of one sample or of all its samples.
 
-        A prompt counts once for every sample that continues it, as if each had been a request of its own.
+        A prompt counts once for every sample that continues it, as if each were a separate request.
         """
         records = [routing] if routing is None or isinstance(routing, Tensor) else list(routing)
         window_LE = sum((expert_counts(record, *self.shape) for record in records), np.zeros(self.shape))
@@ -220,21 +239,26 @@ class ExpertLoads:
         if not tokens:
             return
         self.windows, self.tokens = self.windows + 1, self.tokens + tokens
-        # the weight of all windows, 1 + decay + decay^2 ...: the first one is the whole estimate, not a tenth of it
+        # the total weight of all windows, 1 + decay + decay^2 ..., so that the estimate is not biased towards zero
         weight = self.windows if self.decay == 1 else (1 - self.decay**self.windows) / (1 - self.decay)
         self._mean_LE += (window_LE - self._mean_LE) / weight
 
     def estimate(self) -> NDArray[np.float64]:
-        """Tokens per window that each expert gets, [L, E]."""
+        """Tokens per window of each expert, [L, E]."""
         if not self.windows:
             raise UserError("no routing was added yet, so nothing is known of the loads; generate with record_routing")
         return self._mean_LE.copy()
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON; the file is its old self or its new self, never something between."""
+        """Writes JSON atomically."""
         path = Path(path)
-        facts = {"format": FORMAT, "decay": self.decay, "windows": self.windows, "tokens": self.tokens,
-                 "load": self._mean_LE.tolist()}  # fmt: skip
+        facts = {
+            "format": FORMAT,
+            "decay": self.decay,
+            "windows": self.windows,
+            "tokens": self.tokens,
+            "load": self._mean_LE.tolist(),
+        }
         temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         try:
             temporary.write_text(json.dumps(facts) + "\n", "utf-8")
@@ -245,7 +269,7 @@ class ExpertLoads:
 
     @classmethod
     def load(cls, path: str | Path) -> ExpertLoads:
-        """The same object again, to the last bit."""
+        """Reads a file written by `save`; the result is bitwise equal to the saved object."""
         try:
             facts = json.loads(Path(path).read_text("utf-8"))
         except OSError as error:
@@ -260,7 +284,7 @@ class ExpertLoads:
 
 
 def expert_counts(routing: Tensor, n_layers: int, n_experts: int) -> NDArray[np.int64]:
-    """How many of these T tokens chose each expert, [L, E], from a record [T, L, K]."""
+    """How many of T tokens chose each expert, [L, E], from a record [T, L, K]."""
     if routing is None:
         raise UserError("this completion has no record of its routing; generate with record_routing=True")
     if routing.ndim != 3 or routing.shape[1] != n_layers or routing.is_floating_point():
@@ -280,8 +304,8 @@ def expert_counts(routing: Tensor, n_layers: int, n_experts: int) -> NDArray[np.
     return count.view(n_layers, n_experts).cpu().numpy()
 
 
-def _checked(facts: Any, path: str | Path) -> NDArray[np.float64]:
-    """The table [L, E] of a file's contents, all of which can be trusted afterwards."""
+def _checked(facts: object, path: str | Path) -> NDArray[np.float64]:
+    """Validates the contents of a file and returns its table [L, E]."""
 
     def wrong(what: str) -> UserError:
         return UserError(f"{path}: {what}; record the loads again")

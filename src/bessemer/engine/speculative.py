@@ -21,14 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.engine.compiled import MAX_DRAFTS, CompiledSteps
-from bessemer.engine.decode import layer_step
+from bessemer.engine.decode import Model, layer_step
 from bessemer.engine.kv_cache import LatentCache
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import Transformer
 
 
-def check_drafts(model: Transformer | CausalLM, depth: int) -> int:
+def check_drafts(model: Model, depth: int) -> int:
     """The number of drafts per step; UserError where the model cannot draft."""
     if isinstance(depth, bool) or not isinstance(depth, int) or not 0 <= depth <= MAX_DRAFTS:
         raise UserError(f"drafts must be a whole number from 0 to {MAX_DRAFTS}, is {depth!r}")

@@ -37,8 +37,8 @@ def chat(
     input: Callable[[str], str] = builtins.input,
     output: TextIO | None = None,
 ) -> None:
-    """Talks until /exit or the end of the input. `input` takes the text to ask with, as the builtin does; `drafts` as
-    in `Engine.generate`, `compile` as in `Engine`."""
+    """Runs a session until /exit or the end of the input. `input` takes the prompt to show, as the builtin does;
+    `drafts` as in `Engine.generate`, `compile` as in `Engine`."""
     engine = load_engine(model_dir, drafts, compile)
     talk = Conversation(engine, output or sys.stdout, temperature, max_new_tokens, seed, drafts)
     talk.show(HELP + "\n")
@@ -65,7 +65,7 @@ def chat(
 
 
 class Conversation:
-    """The turns so far, and how an answer gets onto the screen."""
+    """The turns so far, and the output they are written to."""
 
     def __init__(
         self, engine: Engine, output: TextIO, temperature: float, max_new_tokens: int, seed: int, drafts: int = 0
@@ -82,50 +82,50 @@ class Conversation:
 
     def answer(self, line: str) -> None:
         """One turn; a turn that fails leaves the conversation as it was."""
-        # A terminal hands on bytes that are not UTF-8 as lone surrogates, which no tokenizer takes.
+        # A terminal passes bytes that are not UTF-8 as lone surrogates, which no tokenizer accepts.
         line = line.encode("utf-8", "replace").decode()
         before = list(self.messages)
         self.messages.append({"role": "user", "content": line})
         try:
             prompt = self._prompt()
             screen = Screen(self.engine.tokenizer, self.show, self.dim, prompt)
-            self.seed += 1  # the same question again gets another answer
+            self.seed += 1  # a repeated question gets a different answer
             try:
-                self.engine.generate([prompt], seed=self.seed, on_tokens=screen.take, **self.options)
+                self.engine.generate([prompt], seed=self.seed, on_tokens=screen.add, **self.options)
             except KeyboardInterrupt:
                 screen.interrupted = True
             screen.close()
-            self.thought = screen.thought_shown()
+            self.thought = screen.styled_thought()
             self.messages.append({"role": "assistant", "content": screen.content(self.style)})
         except UserError as error:
             self.messages = before
             self.show(f"error: {error}\n")
 
     def _prompt(self) -> list[int]:
-        """The conversation as ids; the oldest turns are forgotten when it leaves too little room for an answer."""
-        longest = self.engine.model.cfg.max_seq_len
-        room = min(self.options["max_new_tokens"], longest // 2)
+        """The conversation as ids; the oldest turns are dropped when it leaves too little room for an answer."""
+        max_seq_len = self.engine.model.cfg.max_seq_len
+        room = min(self.options["max_new_tokens"], max_seq_len // 2)
         while True:
             ids = render_ids(self.engine.tokenizer, self.messages, self.style)
-            if len(ids) + room <= longest or len(self.messages) < 3:
+            if len(ids) + room <= max_seq_len or len(self.messages) < 3:
                 return ids
             del self.messages[:2]
 
     def show(self, text: str) -> None:
-        """Writes at once, with what the output cannot encode replaced."""
+        """Writes and flushes; characters that the output cannot encode are replaced."""
         encoding = getattr(self.output, "encoding", None) or "utf-8"
         self.output.write(text.encode(encoding, "replace").decode(encoding))
         self.output.flush()
 
 
 class Screen:
-    """One answer as it comes in."""
+    """One answer as it streams in: whole characters only, no control characters, thoughts dim and then folded."""
 
     def __init__(self, tokenizer: Tokenizer, show: Callable[[str], None], dim: bool, prompt: list[int]):
         self.tokenizer = tokenizer
         self.show = show
         self.dim = dim
-        """A terminal: thoughts are dim and folded."""
+        """On a terminal: thoughts are dim, and folded when they end."""
         self.decoder = tokenizer.stream()
         self.text = ""
         self.interrupted = False
@@ -139,8 +139,8 @@ class Screen:
         else:
             self._style(False)
 
-    def take(self, drawn: list[tuple[int, int, int]]) -> None:
-        for _, _, token in drawn:
+    def add(self, tokens: list[tuple[int, int, int]]) -> None:
+        for _, _, token in tokens:
             if token == self.think:
                 self._begin()
             self.tokens += self.thinking
@@ -155,22 +155,22 @@ class Screen:
         self._style(False)
         self.show(" [stopped]\n" if self.interrupted else "\n")
 
-    def thought_shown(self) -> str:
-        """The thought of this answer for a second look; empty if there was none."""
+    def styled_thought(self) -> str:
+        """The thought of this answer, to be shown again; empty if there was none."""
         if not self.thought:
             return ""
         return f"{DIM}{self.thought}{PLAIN}\n" if self.dim else self.thought + "\n"
 
     def content(self, style: str | None) -> str:
-        """The answer as a message. The template puts the blank before a plain answer, and drops R1's thinking: of a
-        thought that never ended nothing is left."""
+        """The answer as a message. The template adds the space before a plain answer and drops R1's thinking, so a
+        thought that never ended leaves nothing."""
         if style == "r1":
             return "" if self.thinking else self.text
         return self.text.removeprefix(" ")
 
     def _begin(self) -> None:
         self.thinking, self.tokens, self.since, self.thought = True, 0, time.monotonic(), ""
-        self.foldable = not self.text.strip()  # nothing stands before it on the screen
+        self.foldable = not self.text.strip()  # nothing precedes it on the screen
         self._style(True)
 
     def _put(self, text: str) -> None:
@@ -179,20 +179,20 @@ class Screen:
         if self.thinking:
             self.thought += shown
         elif self.folded:
-            shown = shown.lstrip("\n")  # R1 leaves a line free after its thought
+            shown = shown.lstrip("\n")  # R1 writes a blank line after its thought
             self.folded = not shown
         self.show(shown)
 
     def _fold(self) -> None:
-        """In the place of the thought one line that says how long it was; a thought that has scrolled away stays."""
+        """Replaces the thought with one line that gives its length; a thought that has scrolled away stays."""
         self._style(False)
         size = shutil.get_terminal_size()
         rows = sum(max(1, -(-cell_len(line.expandtabs()) // size.columns)) for line in self.thought.split("\n"))
         if not self.dim or not self.foldable or rows >= size.lines:
             return
         up = f"\x1b[{rows - 1}A" if rows > 1 else ""
-        said = f"thought for {self.tokens} tokens, {time.monotonic() - self.since:.1f} s (/think shows it)"
-        self.show(f"{up}\r\x1b[J{DIM}{said}{PLAIN}\n")
+        summary = f"thought for {self.tokens} tokens, {time.monotonic() - self.since:.1f} s (/think shows it)"
+        self.show(f"{up}\r\x1b[J{DIM}{summary}{PLAIN}\n")
         self.folded = True
 
     def _style(self, thinking: bool) -> None:
