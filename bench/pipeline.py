@@ -119,7 +119,7 @@ def executor(name: str, rank: int, args: argparse.Namespace, streams: Serial | N
     table = schedule(name, args.ranks, args.micro)
     model = Transformer(CFG).initialise(0).to_compute(DTYPES[args.dtype])
     model.train()
-    slices = {(lane, stage): Slice(model, stage, table.stages) for lane, stage in table.held(rank)}
+    slices = {(lane, stage): Slice(model, stage, table.stages) for lane, stage in table.slices_on(rank)}
     return Watched(table, rank, slices, [range(args.ranks)], streams=streams)
 
 

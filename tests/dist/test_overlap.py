@@ -9,7 +9,7 @@ import pytest
 import torch
 from allocator import live_bytes
 from ranks import on_ranks
-from test_execute import CFG, TERMS, batch, model_of, whole
+from test_executor import CFG, TERMS, batch, model_of, whole
 
 from bessemer.data.batch import Batch
 from bessemer.model.config import preset
@@ -57,7 +57,7 @@ def step(table, pipelines, rank, cfg, fp8, exchange, experts, first, streams):
     model = model_of(cfg, fp8)
     if experts is not None:
         keep_experts(model, experts)
-    slices = {(lane, stage): Slice(model, stage, table.stages, exchange) for lane, stage in table.held(rank)}
+    slices = {(lane, stage): Slice(model, stage, table.stages, exchange) for lane, stage in table.slices_on(rank)}
     gates = {name: gate for name, gate in model.gates().items() if any(name in part.gates for part in slices.values())}
     executor = Executor(table, rank, slices, pipelines, lambda: balance.counted_once(gates), streams)
     work = []

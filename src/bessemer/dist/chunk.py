@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 
-from bessemer.dist.stage import Handed, Phases
+from bessemer.dist.stage import PhaseOutput, Phases
 
 
 class Serial:
@@ -87,7 +87,7 @@ class Chunk:
     def __init__(self, phases: Phases, streams: Serial):
         self._phases: Phases | None = phases
         self._streams = streams
-        self._handed: Handed | None = None
+        self._output: PhaseOutput | None = None
         self._cuts: list[list[_Output]] = []
         """The outputs of every phase that was run."""
         self._after: Any = None
@@ -123,15 +123,15 @@ class Chunk:
     def _next(self, exchange: bool) -> None:
         outputs: list[_Output] = []
         try:
-            handed = self._phases.send(self._handed)
+            output = self._phases.send(self._output)
         except StopIteration as end:
             self._end(*end.value)
         else:
             with self._streams.on(not exchange):
-                on = tree_map(partial(self._cut, outputs), handed.on)
+                following = tree_map(partial(self._cut, outputs), output.next)
             with self._streams.on(exchange):
-                kept = tree_map(partial(self._cut, outputs), handed.kept)
-            self._handed = Handed(on, kept)
+                later = tree_map(partial(self._cut, outputs), output.later)
+            self._output = PhaseOutput(following, later)
             self._cuts.append(outputs)
 
     def _end(self, sent: Tensor | None, loss: Tensor) -> None:
@@ -139,7 +139,7 @@ class Chunk:
         self._ends = ends[0], ends[1]
         self._cuts.append([output for output in ends if output is not None])
         self.sent, self.loss = None if sent is None else sent.detach(), loss.detach()
-        self._phases = self._handed = None
+        self._phases = self._output = None
 
     def _cut(self, outputs: list[_Output], x: Any) -> Any:
         if not isinstance(x, Tensor):

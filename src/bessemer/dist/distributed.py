@@ -134,11 +134,11 @@ def check(
 ) -> None:
     """UserError, before anything runs, if the recipe's layout does not fit the model or n ranks (None: the ranks that
     were started), or if a step has too few rows to fill its pipelines."""
-    wanted = recipe.layout
-    n = n or (Ranks.world_size() if Ranks.started() else wanted.fewest)
-    if n == wanted.fewest == 1:
+    layout_config = recipe.layout
+    n = n or (Ranks.world_size() if Ranks.started() else layout_config.fewest)
+    if n == layout_config.fewest == 1:
         return
-    layout, schedule, slices = layout_of(wanted, n)
+    layout, schedule, slices = layout_of(layout_config, n)
     if cfg is not None:
         mesh.check(layout, cfg, n, slices)
     if layout.cp > 1:
@@ -152,11 +152,11 @@ def check(
         )
 
 
-def layout_of(wanted: LayoutConfig, n: int) -> tuple[mesh.Layout, str, int]:
+def layout_of(layout_config: LayoutConfig, n: int) -> tuple[mesh.Layout, str, int]:
     """(layout of n ranks, schedule, slices of the model per pipeline rank)."""
-    dp = wanted.dp if wanted.dp != "auto" else max(1, n // (wanted.pp * wanted.ep * wanted.cp))
-    slices = schedules.stages_of(wanted.schedule, wanted.pp) // wanted.pp
-    return mesh.Layout(wanted.pp, dp, wanted.ep, wanted.node, wanted.cp), wanted.schedule, slices
+    dp = layout_config.dp if layout_config.dp != "auto" else max(1, n // (layout_config.pp * layout_config.ep * layout_config.cp))
+    slices = schedules.stages_of(layout_config.schedule, layout_config.pp) // layout_config.pp
+    return mesh.Layout(layout_config.pp, dp, layout_config.ep, layout_config.node, layout_config.cp), layout_config.schedule, slices
 
 
 def _check_split(recipe: Recipe, stage: str, cp: int) -> None:
@@ -185,11 +185,11 @@ def _schedule_text(schedule: str, pp: int) -> str:
 
 
 def _mesh(
-    cfg: ModelConfig, ranks: Ranks, wanted: LayoutConfig, say: Callable[[str], None], split_rows: bool = True
+    cfg: ModelConfig, ranks: Ranks, layout_config: LayoutConfig, say: Callable[[str], None], split_rows: bool = True
 ) -> tuple[mesh.Mesh, str]:
     """The mesh and the schedule's name. Without `split_rows`, for rows of any length, context-parallel ranks become
     data-parallel ones."""
-    layout, schedule, slices = layout_of(wanted, ranks.n)
+    layout, schedule, slices = layout_of(layout_config, ranks.n)
     if layout.cp > 1 and not split_rows:
         layout = replace(layout, dp=layout.dp * layout.cp, cp=1)
     made = mesh.Mesh(layout, cfg, slices)

@@ -66,8 +66,8 @@ class Executor:
         self, table: Table, me: int, slices: dict[tuple[int, int], Slice], pipelines: Sequence[Sequence[int]],
         around_backward: Callable[[], AbstractContextManager] = nullcontext, streams: Serial | None = None,
     ):  # fmt: skip
-        if set(slices) != set(table.held(me)):
-            raise ValueError(f"rank {me} of {table.name} holds {table.held(me)}, was given {sorted(slices)}")
+        if set(slices) != set(table.slices_on(me)):
+            raise ValueError(f"rank {me} of {table.name} holds {table.slices_on(me)}, was given {sorted(slices)}")
         self.table, self.me, self.slices, self.around_backward = table, me, slices, around_backward
         self._device = next(next(iter(slices.values())).parameters()).device
         self.channels, self.store = Channels(table, pipelines, self._device), Store()

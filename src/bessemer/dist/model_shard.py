@@ -45,7 +45,7 @@ class ModelShard:
         self.exchange, self.context = mesh.exchange(), mesh.context()
         self.slices = {
             (lane, stage): Slice(model, stage, table.stages, self.exchange, self.context)
-            for lane, stage in table.held(mesh.pp)
+            for lane, stage in table.slices_on(mesh.pp)
         }
         self.holders = table.holders()
         """The stages of every pipeline rank."""

@@ -118,7 +118,7 @@ def zbv(ranks: int, micro: int) -> Table:
 
 def _v(rank: int, ranks: int, micro: int) -> tuple[Step, ...]:
     """The steps of one rank of ZBV."""
-    stage = (rank, 2 * ranks - 1 - rank)  # on the way down, on the way up
+    stage = (rank, 2 * ranks - 1 - rank)  # going down, coming back up
     count = {kind: [0, 0] for kind in "FIW"}
     order: list[Step] = []
 
@@ -201,13 +201,13 @@ def least(name: str, ranks: int) -> int:
     return 1 if name == "auto" else _rule(name).least(ranks)
 
 
-def micro_batches(name: str, ranks: int, wanted: int) -> int:
-    """The smallest number of micro-batches that a schedule accepts and that is at least `wanted`."""
+def micro_batches(name: str, ranks: int, at_least: int) -> int:
+    """The smallest number of micro-batches that a schedule accepts and that is at least `at_least`."""
     if name == "auto":
-        enough = ranks % 2 == 0 and wanted >= SCHEDULES["dualpipe"].least(ranks)
-        return micro_batches("dualpipe" if enough else "1f1b", ranks, wanted)
+        enough = ranks % 2 == 0 and at_least >= SCHEDULES["dualpipe"].least(ranks)
+        return micro_batches("dualpipe" if enough else "1f1b", ranks, at_least)
     multiple = _rule(name).multiple(ranks)
-    return -(-max(wanted, least(name, ranks)) // multiple) * multiple
+    return -(-max(at_least, least(name, ranks)) // multiple) * multiple
 
 
 def _rule(name: str) -> ScheduleRule:

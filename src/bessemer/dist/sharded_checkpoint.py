@@ -29,26 +29,26 @@ from bessemer.train.checkpoint import CheckpointReader, Damaged, write_synced, w
 
 
 class Saver:
-    """One rank's pen. Every rank has one and calls `save` and `finish` at the same steps."""
+    """Writes one rank's files. Every rank has one and calls `save` and `finish` at the same steps."""
 
     def __init__(self, state_dir: Path, config: dict[str, Any], keep: int):
         self.state_dir, self.config, self.keep = state_dir, config, keep
-        # its own group: its messages go on beside those of the training
+        # a group of its own, because its messages overlap those of the training
         self._group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], counters: dict[str, Any]) -> Path:
-        """Begins state_dir/step-XXXXXXXX; `tensors` are what this rank writes, by the names on disk: copies, or what
-        does not change before `finish`. Waits for the save before it, and raises what became of that."""
+        """Starts writing state_dir/step-XXXXXXXX. `tensors` are those of this rank by their names on disk: copies, or
+        tensors that do not change before `finish`. Waits for the previous save and raises its error."""
         self.finish()
         self._thread = threading.Thread(target=self._write, args=(step, tensors, counters), name="saving")
         self._thread.start()
         return self.state_dir / f"step-{step:08d}"
 
     def finish(self) -> None:
-        """Waits until the last save is on the disk. UserError on all ranks if any could not write; then earlier
-        checkpoints are untouched."""
+        """Waits until the last save is on disk. UserError on all ranks if any could not write; earlier checkpoints are
+        then untouched."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -108,14 +108,14 @@ def export(
     checkpoint: Path, cfg: ModelConfig, directory: Path, *, kind: Literal["model", "ema"] = "model",
     dtype: torch.dtype = torch.float32, **options: Any,
 ) -> None:  # fmt: skip
-    """The masters of a checkpoint, or their moving average, rounded as a model of this compute dtype has them.
-    `options` as in `hub.write`. Damaged for a file that is not as it was written."""
+    """Writes the masters of a checkpoint, or their moving average, rounded to this compute dtype, as a Hugging Face
+    directory; one tensor in memory at a time. `options` as in `hub.write`. Damaged for a damaged file."""
     _export(CheckpointReader(checkpoint), cfg, directory, kind, dtype, options)
 
 
 def of_checkpoint(checkpoint: Path, directory: Path, *, mtp: bool = True, **options: Any) -> None:
-    """The same of a checkpoint whose config is in it, as every stage's is: its float32 masters; `options` as in
-    `hub.write`. UserError if it is damaged, or none of a language model."""
+    """Exports the float32 masters of a checkpoint that stores its model config, as every stage's does; `options` as in
+    `hub.write`. UserError if it is damaged or not of a language model."""
     try:
         reader = CheckpointReader(checkpoint)
         cfg = ModelConfig(**reader.config)
@@ -123,7 +123,7 @@ def of_checkpoint(checkpoint: Path, directory: Path, *, mtp: bool = True, **opti
     except Damaged as damage:
         raise UserError(f"checkpoint {checkpoint} is damaged ({damage}); take the one before it") from None
     except (TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {checkpoint} is none of a language model: {str(error).splitlines()[0]}") from None
+        raise UserError(f"checkpoint {checkpoint} is not of a language model: {str(error).splitlines()[0]}") from None
 
 
 def _export(
@@ -132,7 +132,7 @@ def _export(
     with torch.device("meta"):
         state = Transformer(cfg).to_compute(dtype).state_dict()
 
-    def read(slot: Slot, wanted: torch.dtype) -> Tensor:
+    def read(slot: Slot, stored_dtype: torch.dtype) -> Tensor:
         name, index = f"{kind}/{slot.name}", slot.index
         if gate := re.fullmatch(r"(layers|mtp)\.(\d+)\..*bias_E", slot.name):
             name = f"bias/{'mtp' if gate[1] == 'mtp' else ''}{gate[2]}"
@@ -140,6 +140,6 @@ def _export(
             name, index = f"{name}/{index[0]}", index[1:]
         (value,) = reader.read([name]).values()
         value = (value[index] if index else value).to(state[slot.name].dtype)
-        return value.to(wanted)
+        return value.to(stored_dtype)
 
     hub.write(cfg, read, lambda slot: state[slot.name].dtype, directory, **options)

@@ -73,16 +73,16 @@ def keep(model: Transformer, slices: Iterable[Slice]) -> None:
         model.embed = nn.Identity()
 
 
-class Handed(NamedTuple):
+class PhaseOutput(NamedTuple):
     """What a phase passes on."""
 
-    on: Any
-    """To the next phase."""
-    kept: Any = ()
-    """To a later phase."""
+    next: Any
+    """For the next phase."""
+    later: Any = ()
+    """For the phase after that."""
 
 
-Phases = Generator[Handed, Handed, Any]
+Phases = Generator[PhaseOutput, PhaseOutput, Any]
 """A forward that yields what each phase passes on and continues with what it is sent back: the same tensors, or the same
 detached from their graph. Computation and communication alternate; the first and the last phase compute."""
 
@@ -93,14 +93,14 @@ def through(layer: Layer, exchange: Exchange | None, x_BTD: Tensor, attend: Atte
     attended = attend(layer, x_BTD)
     if attended.routing is None:
         return layer.feed_forward(attended), None, carried
-    leaving, (attended, carried) = yield Handed(attended, (attended, carried))
+    leaving, (attended, carried) = yield PhaseOutput(attended, (attended, carried))
     if exchange is None:
         sent = layer.dispatch(leaving)
     else:
         sent = exchange.dispatch(leaving.u_ND, leaving.routing, layer.fp8 if layer.training else None)
-    sent, _ = yield Handed(sent)
-    rows, _ = yield Handed(layer.experts(sent))
-    routed, _ = yield Handed(layer.combine(rows, sent) if exchange is None else exchange.combine(rows, sent))
+    sent, _ = yield PhaseOutput(sent)
+    rows, _ = yield PhaseOutput(layer.experts(sent))
+    routed, _ = yield PhaseOutput(layer.combine(rows, sent) if exchange is None else exchange.combine(rows, sent))
     return layer.finish(attended, routed), attended.routing.balance, carried
 
 
@@ -154,7 +154,7 @@ class Slice(nn.Module):
 
     def phases(
         self, x: Tensor, tokens_BT: Tensor, segments_BT: Tensor | None = None, mtp: bool = True
-    ) -> Generator[Handed, Handed, tuple[Tensor, Tensor] | TrainOutputs]:
+    ) -> Generator[PhaseOutput, PhaseOutput, tuple[Tensor, Tensor] | TrainOutputs]:
         """Returns (residual stream after the slice [B, T, D], balance term); the last stage returns
         `Transformer.train_outputs` with the balance term of this slice alone. x: the output of the previous stage, or
         the tokens at the first. With context parallelism tokens and segments are of the whole rows, outputs of this

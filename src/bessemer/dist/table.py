@@ -72,9 +72,9 @@ class Table:
 
     def holders(self) -> list[set[int]]:
         """The stages of every rank."""
-        return [{stage for _, stage in self.held(rank)} for rank in range(self.ranks)]
+        return [{stage for _, stage in self.slices_on(rank)} for rank in range(self.ranks)]
 
-    def held(self, rank: int) -> list[tuple[int, int]]:
+    def slices_on(self, rank: int) -> list[tuple[int, int]]:
         """(lane, stage) of every slice of the model that a rank holds."""
         return [(lane, s) for lane, ranks in enumerate(self.place) for s, r in enumerate(ranks) if r == rank]
 

@@ -56,7 +56,7 @@ def per_rank(
     for rank in range(table.ranks):
         bytes_ = rank_params(cfg, layout, table, rank, numbers.compute, cuts).bytes(numbers.compute, numbers.moments)
         bytes_["activations"] = most_live(table.steps[rank], saved)
-        last = any(stage == table.stages - 1 for _, stage in table.held(rank))
+        last = any(stage == table.stages - 1 for _, stage in table.slices_on(rank))
         bytes_["working"] = max(need["layer"], need["loss"] if last else 0)
         ranks.append(bytes_)
     return ranks
@@ -165,8 +165,8 @@ def rank_params(
     """The parameters of pipeline rank `pp`, whatever its other coordinates. `number`: bytes of the compute dtype (in
     float32, gates are in the same vectors as matrices); `cuts`: layers of every stage, by default `stage.cut`'s."""
     cuts = cuts or cut(cfg, table.stages)
-    mine = {stage for _, stage in table.held(pp)}
-    others = {stage for rank in range(table.ranks) if rank != pp for _, stage in table.held(rank)}
+    mine = {stage for _, stage in table.slices_on(pp)}
+    others = {stage for rank in range(table.ranks) if rank != pp for _, stage in table.slices_on(rank)}
     copies = layout.dp * layout.cp
     last, ranks = table.stages - 1, {True: copies, False: copies * layout.ep}
     vectors: dict[VectorKind, int] = {}

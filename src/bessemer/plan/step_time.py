@@ -147,7 +147,7 @@ def _params_of_rank(setup: Setup, table: Table, rank: int) -> tuple[float, float
     local = shape.experts // layout.ep if shape.experts else 0
     expert = rest = 0.0
     layers, embedding = cuts(setup, table.stages), shape.vocab * shape.dim
-    stages = {stage for _, stage in table.held(rank)}
+    stages = {stage for _, stage in table.slices_on(rank)}
     for stage in stages:
         kinds = [i < shape.dense for i in layers[stage]]
         kinds += [False] * (shape.n_mtp if stage == table.stages - 1 else 0)
@@ -190,7 +190,7 @@ def links(setup: Setup, table: Table) -> dict[str, float]:
     """Bytes that a rank in the middle of the pipeline sends in a step, by kind."""
     at, layout, rank = destinations(setup.shape, setup.layout.ep, setup.layout.node), setup.layout, table.ranks // 2
     layers, micro = cuts(setup, table.stages), table.per_lane
-    sparse = sum(i >= setup.shape.dense for _, stage in table.held(rank) for i in layers[stage]) * micro
+    sparse = sum(i >= setup.shape.dense for _, stage in table.slices_on(rank) for i in layers[stage]) * micro
     rows = 2 * (row_bytes(setup, "dispatch") + row_bytes(setup, "combine")) * setup.tokens * sparse
     groups = _groups(setup, table, rank)
     sent = {"gradients and weights": sum((GRADIENT + WEIGHT) * p * (ranks - 1) / ranks for p, ranks, _ in groups)}
@@ -200,5 +200,5 @@ def links(setup: Setup, table: Table) -> dict[str, float]:
     elif layout.ep > 1:
         sent["exchange within nodes"] = rows * at.ranks * (1 - 1 / layout.ep)
     if table.ranks > 1:
-        sent["pipeline"] = 2.0 * len(table.held(rank)) * micro * setup.tokens * setup.shape.dim * WEIGHT
+        sent["pipeline"] = 2.0 * len(table.slices_on(rank)) * micro * setup.tokens * setup.shape.dim * WEIGHT
     return sent

@@ -37,7 +37,7 @@ def batch(number, segmented):
 def on_a_rank(rank, name, ranks, micro, cfg, fp8, segmented):
     table = schedule(name, ranks, micro)
     model = model_of(cfg, fp8)
-    slices = {(lane, stage): Slice(model, stage, table.stages) for lane, stage in table.held(rank)}
+    slices = {(lane, stage): Slice(model, stage, table.stages) for lane, stage in table.slices_on(rank)}
     executor = Executor(table, rank, slices, [range(ranks)])
     work = []
     for lane in range(table.lanes):
@@ -59,7 +59,7 @@ def on_a_rank_of_a_mesh(rank, name, layout, micro, fp8):
     table = schedule(name, layout.pp, micro)
     keep_experts(model, mesh.experts)
     exchange = mesh.exchange()
-    slices = {(lane, stage): Slice(model, stage, table.stages, exchange) for lane, stage in table.held(mesh.pp)}
+    slices = {(lane, stage): Slice(model, stage, table.stages, exchange) for lane, stage in table.slices_on(mesh.pp)}
     executor = Executor(table, mesh.pp, slices, layout.groups("pp"))
     first = (mesh.dp * layout.ep + mesh.ep) * micro
     batches = [batch(first + number, False) for number in range(micro)]

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from test_across import LR, config
-from test_execute import CFG, TERMS
+from test_distributed_trainer import LR, config
+from test_executor import CFG, TERMS
 
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import on_ranks
-from test_execute import CFG, TERMS, batch
+from test_executor import CFG, TERMS, batch
 
 from train_config import train_config
 from bessemer.model.transformer import Transformer

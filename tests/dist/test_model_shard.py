@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ranks import on_ranks
-from test_execute import CFG, batch, model_of
+from test_executor import CFG, batch, model_of
 
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from test_across import CFG, LR, across, at_home, batches, model_of, config, update
+from test_distributed_trainer import CFG, LR, across, at_home, batches, model_of, config, update
 
 from bessemer.errors import UserError
 from bessemer.hf import hub
