@@ -1,8 +1,8 @@
 #!/bin/bash
 # A recipe on a Slurm cluster: sbatch examples/slurm.sh recipes/mine.toml /shared/runs/mine
 #
-# [layout] in the recipe says how the ranks are used; with dp = "auto" whatever nodes the job gets are filled. The run
-# directory must lie where all nodes can write. Killed, out of time or short of a node: submit it again, it goes on.
+# [layout] in the recipe assigns the ranks; with dp = "auto" it uses every node of the job. The run directory must be
+# writable from all nodes. After a kill, a time limit or a lost node, submit the job again and it resumes.
 #SBATCH --job-name=bessemer
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -13,10 +13,10 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@300
-# five minutes before the end every step gets SIGTERM: a last checkpoint is written and the run stops
+# SIGTERM reaches every step five minutes before the time limit: the run writes a final checkpoint and stops
 
 set -euo pipefail
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240 # for that checkpoint; torch's own is 30 seconds
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240 # for that checkpoint; torch's default is 30 seconds
 recipe=$1 out=$2
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
