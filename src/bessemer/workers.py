@@ -146,7 +146,7 @@ class _Helper:
             os._exit(0)
         theirs.close()
 
-    def send(self, index: int, item: Any) -> None:
+    def send(self, index: int, item: object) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # `receive` says what happened
             self._pipe.send_bytes(pickle.dumps((index, item), pickle.HIGHEST_PROTOCOL))
 

@@ -39,12 +39,13 @@ def _keys(table: type[BaseModel], prefix: str = "") -> list[str]:
     for name, field in table.model_fields.items():
         if issubclass(table, StageConfig) and name == "kind":
             continue
-        inner = isinstance(field.annotation, type) and issubclass(field.annotation, ConfigTable)
-        facts = "table" if inner else _type(field) + _default(field)
+        kind = field.annotation
+        inner = kind if isinstance(kind, type) and issubclass(kind, ConfigTable) else None
+        facts = "table" if inner is not None else _type(field) + _default(field)
         lines.append(f"  {prefix}{field.alias or name} ({facts})")
         lines += textwrap.wrap(field.description or "", 100, initial_indent="      ", subsequent_indent="      ")
-        if inner:
-            lines += _keys(field.annotation, f"{prefix}{name}.")
+        if inner is not None:
+            lines += _keys(inner, f"{prefix}{name}.")
     return lines
 
 
@@ -55,14 +56,14 @@ def _default(field: FieldInfo) -> str:
     return "" if value in (None, "") else f", default {json.dumps(_plain(value), ensure_ascii=False)}"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return value.plain() if hasattr(value, "plain") else to_jsonable_python(value)
 
 
 def _type(field: FieldInfo) -> str:
     quantities = {parse_tokens: "tokens", parse_bytes: "bytes", parse_seconds: "duration"}
     for item in field.metadata:
-        if item in StageRef.__metadata__:
+        if item in get_args(StageRef)[1:]:
             return "earlier stage"
         if isinstance(item, BeforeValidator) and item.func in quantities:
             return quantities[item.func]

@@ -243,8 +243,8 @@ def _override(data: dict[str, Any], override: str, renames: dict[str, str]) -> N
         config = _configs(data["stage"]).get(parts[0])
     else:
         raise UserError(f'--set {override}: no stage "{parts[0]}"; {nearest(parts[0], [*stages, "model", "layout"])}')
-    change: Any = _value(override, text)
-    for part in reversed(parts[1:]):
+    change: dict[str, Any] = {parts[-1]: _value(override, text)}
+    for part in reversed(parts[1:-1]):
         change = {part: change}
     if config is not None:
         change = current_names(config, change, f"--set {override}", renames)
@@ -283,7 +283,7 @@ def _key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
 
 
-def _toml(value: Any) -> str:
+def _toml(value: object) -> str:
     """A value as TOML. JSON's spelling of strings, numbers, lists and booleans is TOML's, tables are not."""
     if isinstance(value, dict):
         return "{ " + ", ".join(_pairs(value)) + " }" if value else "{}"

@@ -1,7 +1,6 @@
 """The kinds of stage, each with the class of its table."""
 
 import json
-from typing import Any
 
 from bessemer.config.data import CorpusConfig, ExamplesConfig, ImportConfig, RejectConfig
 from bessemer.config.evaluation import EvalConfig, LongEvalConfig
@@ -27,7 +26,7 @@ STAGES: dict[str, type[StageConfig]] = {
 """Kind -> its table; what runs for it is in `pipeline/stages/`."""
 
 
-def stage_config(kind: Any, where: str) -> type[StageConfig]:
+def stage_config(kind: object, where: str) -> type[StageConfig]:
     """The table of a kind; a UserError that starts with `where` when there is no such kind."""
     if not isinstance(kind, str) or kind not in STAGES:
         raise UserError(f"{where}: unknown kind {json.dumps(kind, default=str)}; {nearest(str(kind), list(STAGES))}")

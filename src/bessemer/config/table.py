@@ -10,7 +10,7 @@ written before the change go on.
 
 import difflib
 import json
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -37,6 +37,9 @@ class ConfigTable(BaseModel):
         extra="forbid", strict=True, frozen=True, populate_by_name=True, use_attribute_docstrings=True,
         protected_namespaces=(), validate_default=True,
     )  # fmt: skip
+
+
+AnyTable = TypeVar("AnyTable", bound=ConfigTable)
 
 
 class StageConfig(ConfigTable):
@@ -82,7 +85,7 @@ def stage_refs(settings: StageConfig) -> list[tuple[str, str]]:
     return found
 
 
-def _mentions_ref(annotation: Any) -> bool:
+def _mentions_ref(annotation: object) -> bool:
     return annotation is _Ref or any(_mentions_ref(part) for part in get_args(annotation))
 
 
@@ -135,7 +138,7 @@ def original_names(table: type[ConfigTable], values: dict[str, Any]) -> dict[str
     return found
 
 
-def validate(table: type[ConfigTable], values: dict[str, Any], where: str) -> Any:
+def validate(table: type[AnyTable], values: dict[str, Any], where: str) -> AnyTable:
     """`values` as a `table`, or a UserError that starts with `where` (file and table) and names the key."""
     # through JSON, because pydantic's strict mode then still takes a list for a tuple and a string for a path
     try:
@@ -190,11 +193,11 @@ def _table_at(table: type[ConfigTable], path: list[str]) -> type[ConfigTable]:
     return table
 
 
-def _tables_in(annotation: Any) -> list[type[ConfigTable]]:
+def _tables_in(annotation: object) -> list[type[ConfigTable]]:
     if isinstance(annotation, type) and issubclass(annotation, ConfigTable):
         return [annotation]
     return [found for part in get_args(annotation) for found in _tables_in(part)]
 
 
-def _type_name(value: Any) -> str:
+def _type_name(value: object) -> str:
     return _TYPES.get(type(value), "nothing" if value is None else type(value).__name__)

@@ -28,7 +28,7 @@ SECONDS_HELP = 'a duration such as "90s", "8m", "1h30m", or a number of seconds'
 POINTS_HELP = 'a number, or points in consumed tokens such as [["0", 0.0], ["200K", 3e-3], ["8M", 3e-4]]'
 
 
-def parse_tokens(value: Any) -> int:
+def parse_tokens(value: object) -> int:
     """ "8M" -> 8_000_000. Raises UserError for anything that is not a whole, non-negative count."""
     wrong = UserError(f"expected {TOKENS_HELP}")
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -45,7 +45,7 @@ def parse_tokens(value: Any) -> int:
     return int(count)
 
 
-def parse_bytes(value: Any) -> int:
+def parse_bytes(value: object) -> int:
     """ "64MB" -> 64_000_000."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?)B?\s*", str(value), re.IGNORECASE)
     if isinstance(value, bool) or not match:
@@ -53,7 +53,7 @@ def parse_bytes(value: Any) -> int:
     return int(Decimal(match[1]) * _SIZE[match[2].upper()])
 
 
-def parse_seconds(value: Any) -> float:
+def parse_seconds(value: object) -> float:
     """ "1h30m" -> 5400.0. A bare number is seconds."""
     wrong = UserError(f"expected {SECONDS_HELP}")
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -92,6 +92,8 @@ class Points:
     """
 
     def __init__(self, points: "Points | float | list[Any]") -> None:
+        self.tokens: list[int] = []
+        self.values: list[float] = []
         if isinstance(points, Points):
             self.tokens, self.values = points.tokens, points.values
             return
@@ -99,12 +101,10 @@ class Points:
             points = [[0, points]]
         if not isinstance(points, list | tuple) or not points:
             raise UserError(f"expected {POINTS_HELP}")
-        self.tokens: list[int] = []
-        self.values: list[float] = []
         for number, point in enumerate(points, start=1):
             self._add(number, point)
 
-    def _add(self, number: int, point: Any) -> None:
+    def _add(self, number: int, point: object) -> None:
         if not isinstance(point, list | tuple) or len(point) != 2:
             raise UserError(f"point {number} is {point!r}, expected a pair [tokens, value]; write {POINTS_HELP}")
         try:
@@ -147,7 +147,7 @@ class Points:
         return f"Points({[[show_tokens(at), value] for at, value in self.plain()]})"
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(cls, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
             cls, serialization=core_schema.plain_serializer_function_ser_schema(lambda points: points.plain())
         )
@@ -160,7 +160,7 @@ class Steps(Points):
         return self.values[max(0, bisect_right(self.tokens, tokens) - 1)]
 
 
-def _weight(value: Any) -> float | Points:
+def _weight(value: Points | float | list[Any]) -> float | Points:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     return Points(value)

@@ -61,19 +61,21 @@ class Lines:
 
     def __init__(self, path: Path, start: int, longest: int) -> None:
         self._longest = longest
-        self._file: io.BufferedIOBase | _Recoded = opened(path)
+        file = opened(path)
+        self._file: io.BufferedIOBase | _Recoded = file
         self.encoding = UTF8
-        head = self._file.peek(3)[:3] if hasattr(self._file, "peek") else b""
+        head = file.peek(3)[:3] if hasattr(file, "peek") else b""
         if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             self.encoding = "utf-16"
-            self._file = _Recoded(self._file)
+            assert not start, "files in UTF-16 are not split"
+            self._file = _Recoded(file)
         self.offset = 0
         if start:
-            self._file.seek(start - 1)
+            file.seek(start - 1)
             self.offset = start - 1
             self._line()  # the rest of the line before, or the line break just before `start`
         elif head == codecs.BOM_UTF8:
-            self.offset = len(self._file.read(3))
+            self.offset = len(file.read(3))
 
     def __iter__(self) -> Iterator[tuple[int, bytes | None]]:
         while True:

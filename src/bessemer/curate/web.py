@@ -3,12 +3,14 @@
 Records are read up to a bound. A truncated WARC, or WET with plain text, yields the records before the cut.
 """
 
+from __future__ import annotations
+
 import io
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bessemer.curate.decode import (
     BROKEN_FILE,
@@ -24,6 +26,9 @@ from bessemer.curate.decode import (
 )
 from bessemer.data.documents import COMPRESSED, opened
 from bessemer.errors import UserError
+
+if TYPE_CHECKING:
+    from warcio.recordloader import ArcWarcRecord
 
 _HTML = re.compile(r"text/html|application/xhtml", re.IGNORECASE)
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?([A-Za-z0-9_.:-]+)", re.IGNORECASE)
@@ -43,7 +48,7 @@ def archive(path: Path, longest: int) -> Iterator[ReadResult]:
 
     # warcio handles gzip itself and must see it record by record; other compressions are undone here
     with path.open("rb") if path.suffix not in COMPRESSED[1:] else opened(path) as file:
-        found: Iterator[Any] = iter(ArchiveIterator(file))
+        found: Iterator[ArcWarcRecord] = iter(ArchiveIterator(file))
         number = 0
         while True:
             where = f"{path}: record {number + 1}"
@@ -73,7 +78,7 @@ def archive(path: Path, longest: int) -> Iterator[ReadResult]:
             yield ReadError(BROKEN_FILE, str(path), "holds no WARC record")
 
 
-def _is_page(record: Any) -> bool:
+def _is_page(record: ArcWarcRecord) -> bool:
     if record.rec_type == "conversion":
         return True
     headers = record.http_headers

@@ -52,7 +52,7 @@ class ShardWriter:
         self.tokens = 0
         self._domains: dict[str, dict[str, int]] = {}
 
-    def add(self, ids: Sequence[int], domain: str, n_bytes: int) -> None:
+    def add(self, ids: Sequence[int] | np.ndarray, domain: str, n_bytes: int) -> None:
         """A document: its ids, BOS and EOS included, and the bytes of its text."""
         self._file.write(np.array(ids, self._dtype).tobytes())
         self.tokens += len(ids)
