@@ -62,9 +62,11 @@ Message = dict[str, str]
 class ChatTokenizer(Protocol):
     """What rendering needs of a tokenizer."""
 
-    bos_id: int | None
     eos_id: int
     chat_template: str
+
+    @property
+    def bos_id(self) -> int | None: ...
 
     @property
     def chat_style(self) -> str | None: ...
