@@ -52,12 +52,14 @@ def test_the_readme_is_short_and_both_languages_say_the_same():
 
 
 def found_at(name: str, path: str) -> int:
-    """The line where a file defines `name`, or else where it first mentions it."""
-    last = name.rpartition(".")[2].removesuffix("()")
+    """The line where a file defines `name` (`Class.method`: inside that class), or else where it first mentions it."""
     lines = (WALKTHROUGH.parent / path).resolve().read_text(encoding="utf-8").splitlines()
+    owner, _, last = name.rpartition(".")
+    start = next((number for number, line in enumerate(lines) if owner and re.match(rf"class {owner}\b", line)), 0)
     defined = re.compile(rf"^\s*(async def|def|class) {re.escape(last)}\b|^\s*{re.escape(last)}\b\s*[:=]")
-    matches = [number for number, line in enumerate(lines, start=1) if defined.match(line)]
-    matches = matches or [number for number, line in enumerate(lines, start=1) if last in line]
+    after = list(enumerate(lines, start=1))[start:]
+    matches = [number for number, line in after if defined.match(line)]
+    matches = matches or [number for number, line in after if last in line]
     assert matches, f"{path} does not hold {name}"
     return matches[0]
 
@@ -72,7 +74,7 @@ def test_the_walkthrough_leads_to_the_lines_it_names():
         assert len(steps) >= 10, f"{title}: {len(steps)} links"
         for name, path, line in steps:
             lines = (WALKTHROUGH.parent / path).resolve().read_text(encoding="utf-8").splitlines()
-            last = name.rpartition(".")[2].removesuffix("()")
+            last = name.rpartition(".")[2]
             assert int(line) <= len(lines) and last in lines[int(line) - 1], (
                 f"{title}: {path} line {line} does not hold {name}; run: python tests/test_docs.py"
             )
