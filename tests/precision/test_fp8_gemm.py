@@ -210,8 +210,8 @@ def test_experts_do_not_share_tiles():
         own = fp8_linear(own_x, own_w)
         own.square().sum().backward()
         assert torch.equal(y[rows], own) and torch.equal(x.grad[rows], own_x.grad)
-        # Shared tiles would differ by E4M3 rounding, some 1e-2. Where rows begin in memory decides which GEMM kernel a CPU
-        # takes and with it the order of these sums, so last bits of float32 may differ (they do on an AMD EPYC).
+        # Shared tiles would differ by E4M3 rounding, some 1e-2. Where rows begin in memory decides which GEMM kernel a
+        # CPU takes, and so the order of these sums: the last bits of float32 may differ (they do on an AMD EPYC).
         assert (weight.grad[g] - own_w.grad).norm() <= 1e-6 * own_w.grad.norm()
     assert weight.grad[1].eq(0).all()
     with pytest.raises(ValueError, match="do not fit 300 tokens"):
