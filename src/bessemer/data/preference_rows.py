@@ -56,7 +56,9 @@ class LabelRows(PairRows):
         return self._marked(tokens, (mark > 0).float(), safe_BT=(mark == GOOD).float())
 
 
-def build(units: Iterable[Sequence[tuple[Ids, int]]], row_length: int, pad_id: int, bos_id: int, out_dir: Path) -> dict:
+def build(
+    units: Iterable[Sequence[tuple[Ids, int]]], row_length: int, pad_id: int, bos_id: int | None, out_dir: Path
+) -> dict:
     """Pack units, each a pair [(ids, GOOD), (ids, BAD)] or one labelled text [(ids, mark)]; returns the facts."""
     facts: dict[str, Any] = {"units": 0, "too_long": 0, "row_length": row_length, "bos_id": bos_id}
     out_dir.mkdir(parents=True, exist_ok=True)

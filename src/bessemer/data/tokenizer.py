@@ -17,7 +17,6 @@ from functools import cached_property
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import tokenizers
@@ -41,6 +40,9 @@ SMALLEST = len(ADDED) + 256
 
 class Tokenizer:
     """Text to ids and back. Make one with `train` or `load`."""
+
+    bos_id: int | None
+    """None for a tokenizer of another model that writes no BOS (`hf.hf_tokenizer`)."""
 
     def __init__(self, spec: dict, bos: str, eos: str, pad: str, chat_template: str):
         """`spec` is a parsed tokenizer.json, `chat_template` the Jinja text that belongs to it ("" for none)."""
@@ -155,7 +157,9 @@ class Tokenizer:
         """The start of the answer that a prompt of `chat` already contains; a completion continues it."""
         return chat.opening(self.chat_style)
 
-    def render_answers(self, messages: Sequence[chat.Message], add_generation_prompt: bool = False) -> NoReturn:
+    def render_answers(
+        self, messages: Sequence[chat.Message], add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[bool]]:
         """Called by `chat` for a tokenizer whose chat template is not one of `chat.STYLES`."""
         raise UserError(f"this tokenizer carries none of our chat templates; name a style: {' or '.join(chat.STYLES)}")
 

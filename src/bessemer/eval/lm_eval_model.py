@@ -113,7 +113,8 @@ class BessemerLM(LM):
     def _context(self, text: str) -> list[int]:
         tokenizer = self.engine.tokenizer
         if not self._rendered:
-            return [tokenizer.bos_id, *tokenizer.encode(text)]
+            bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+            return [*bos, *tokenizer.encode(text)]
         if text in self._rendered:
             return self._rendered[text]
         conversation = max((made for made in self._rendered if text.startswith(made)), key=len, default=None)

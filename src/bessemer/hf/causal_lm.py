@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import inspect
 import io
-import shutil
 from contextlib import redirect_stderr
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +33,8 @@ from bessemer.hf import hub
 from bessemer.hf.mapping import FAMILIES
 from bessemer.hf.safetensors_reader import Checkpoint, read_json
 from bessemer.hf.safetensors_writer import replacing
+from bessemer.model.layer import Layer
+from bessemer.model.moe import Gate
 from bessemer.model.transformer import TrainOutputs, Transformer
 
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -65,7 +66,7 @@ class CausalLMConfig(BaseModel):
 class CausalLM(nn.Module):
     """A transformers model with a head. `inner` is the unchanged transformers model, names of parameters included."""
 
-    layers: tuple = ()
+    layers: tuple[Layer, ...] = ()
     """Layers whose routing could be replayed: none."""
 
     def __init__(self, inner: Any):
@@ -89,7 +90,7 @@ class CausalLM(nn.Module):
     def head_weight(self) -> Tensor:
         return self.inner.get_output_embeddings().weight
 
-    def gates(self) -> dict[str, Any]:
+    def gates(self) -> dict[str, Gate]:
         """No gates: those of a transformers model are not balanced here."""
         return {}
 
@@ -99,7 +100,7 @@ class CausalLM(nn.Module):
             parameter.data = parameter.data.to(dtype)
         return self
 
-    def hidden(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, **cached: Any) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, /, **cached: object) -> Tensor:
         """Hidden states ready for the head, [B, T, D]. A position of 0 starts a new segment."""
         out = self.inner.base_model(input_ids=tokens_BT, position_ids=positions_BT, use_cache=bool(cached), **cached)
         return out.last_hidden_state
@@ -123,9 +124,8 @@ class CausalLM(nn.Module):
                 self.inner.save_pretrained(fresh)
             except ValueError as error:  # generation settings that contradict each other
                 raise UserError(f"{directory}: transformers does not write this model: {_first_line(error)}") from None
-            for name in hub.TOKENIZER_FILES if tokenizer_dir is not None else ():
-                if (Path(tokenizer_dir) / name).is_file():
-                    shutil.copyfile(Path(tokenizer_dir) / name, fresh / name)
+            if tokenizer_dir is not None:
+                hub.copy_files(Path(tokenizer_dir), fresh, hub.TOKENIZER_FILES)
             for name, text in (files or {}).items():
                 (fresh / name).write_text(text, "utf-8")
             again = _read(fresh, next(self.parameters()).dtype).state_dict()
@@ -154,7 +154,8 @@ def load(directory: str | Path, dtype: str | torch.dtype | None = None, device: 
     if read_json(directory / "config.json").get("quantization_config"):
         raise UserError(f"{directory} holds quantised weights, which cannot be trained; take the original ones")
     Checkpoint(directory)  # refuses pickles, and names what is damaged
-    return checked(CausalLM(_read(directory, hub.DTYPES.get(dtype, dtype)).to(device)), str(directory))
+    known = hub.DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    return checked(CausalLM(_read(directory, known).to(device)), str(directory))
 
 
 @torch.no_grad()
@@ -210,7 +211,7 @@ def transformers_library() -> ModuleType:
     return transformers
 
 
-def _read(directory: Path, dtype: torch.dtype | None) -> Any:
+def _read(directory: Path, dtype: str | torch.dtype | None) -> Any:
     """The transformers model of a directory; UserError unless its tensors are exactly those of the files."""
     transformers = transformers_library()
     try:

@@ -198,7 +198,7 @@ def _parts(item: GGUFTensor, checkpoint: Checkpoint) -> Iterator[memoryview]:
             raise UserError(
                 f"{checkpoint.entries[key].file}: tensor {key} holds values too large for {item.kind}; take float32"
             )
-        yield memoryview(made.contiguous().view(-1).view(torch.uint8).numpy())
+        yield made.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _verify(file: Path, facts: dict[str, Any], plan: list[GGUFTensor], sums: dict[str, int]) -> None:
@@ -360,8 +360,8 @@ def tokenizer_facts(directory: Path, rows: int) -> dict[str, Any]:
     if len(set(texts)) < rows:
         twice = next(one for one in texts if texts.count(one) > 1)
         raise UserError(f"{directory / 'tokenizer.json'} gives {twice!r} two ids; save the tokenizer again")
-    template = directory / "chat_template.jinja"
-    template = template.read_text("utf-8") if template.is_file() else config.get("chat_template")
+    file = directory / "chat_template.jinja"
+    template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
     facts = {
         "model": "gpt2",
         "pre": "deepseek-v3",

@@ -19,10 +19,10 @@ Invariants
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tokenizers
 
@@ -164,6 +164,7 @@ class HFTokenizer(Tokenizer):
 
     def _spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
         """Start and end of each assistant message in the text, its end token included."""
+        assert self._template is not None, "our own templates mark the answers themselves"
         spans = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -228,7 +229,8 @@ class ChatTemplate:
         except ImportError:
             raise UserError("chat templates of other models need transformers: pip install 'bessemer[hf]'") from None
         self.text, self.names = text, names
-        self._render = chat_template_utils.render_jinja_template
+        # transformers declares its result as a text; it is a text for each conversation, and the answers' places
+        self._render = cast(Callable[..., tuple[list[str], list]], chat_template_utils.render_jinja_template)
 
     def __call__(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
@@ -316,7 +318,7 @@ def check_pretokenizer(spec: dict[str, Any], where: str) -> None:
         rule = (step.get("pattern") or {}).get("Regex", "").replace("\r", r"\r").replace("\n", r"\n")
         ways = ("behavior", "invert") if step.get("type") == "Split" else ("add_prefix_space", "use_regex")
         steps.append((step.get("type"), rule, *map(step.get, ways)))
-    other = ("dropout", "byte_fallback", "ignore_merges", "unk_token")
+    other: tuple[str, ...] = ("dropout", "byte_fallback", "ignore_merges", "unk_token")
     other += ("continuing_subword_prefix", "end_of_word_suffix")
     if (
         model["type"] != "BPE"

@@ -20,7 +20,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -71,10 +71,24 @@ def write_config(cfg: ModelConfig, directory: str | Path, *, dtype: torch.dtype 
     write_json(directory / "generation_config.json", generation)
 
 
+@overload
 def load(
     directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", mtp: bool = True,
-    kind: type[Network] = Transformer, context: Mapping[str, Any] | None = None,
-) -> Network:  # fmt: skip
+    *, context: Mapping[str, Any] | None = None,
+) -> Transformer: ...  # fmt: skip
+
+
+@overload
+def load(
+    directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", mtp: bool = True,
+    *, kind: type[Network], context: Mapping[str, Any] | None = None,
+) -> Network: ...  # fmt: skip
+
+
+def load(
+    directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", mtp: bool = True,
+    *, kind: type[Transformer] = Transformer, context: Mapping[str, Any] | None = None,
+) -> Transformer:  # fmt: skip
     """The model of a directory. dtype: of the matrices (None: as stored, BF16 for FP8); norm gains, gates and routing
     biases are always float32. mtp=False leaves the MTP layers on the disk. context: as in `open_directory`."""
     checkpoint, cfg, layout = open_directory(Path(directory), mtp, kind, context)
@@ -130,7 +144,7 @@ def write(
     with replacing(Path(directory)) as fresh:
         bos, eos, pad = 0, 1, 2 if issubclass(kind, Scorer) else None
         if tokenizer_dir is not None:
-            _copy(Path(tokenizer_dir), fresh, TOKENIZER_FILES)
+            copy_files(Path(tokenizer_dir), fresh, TOKENIZER_FILES)
             bos, eos = token_id_of(fresh, "bos_token"), token_id_of(fresh, "eos_token")
             pad = None if pad is None else token_id_of(fresh, "pad_token")
         write_config(cfg, fresh, dtype=forced or dtype_of(embedding), bos=bos, eos=eos, pad=pad, fp8=fp8)
@@ -166,7 +180,7 @@ def convert(
     bos, eos = (default if values.get(k) is None else values[k] for k, default in DEFAULT_IDS.items())
     with replacing(Path(dst)) as fresh:
         write_config(cfg, fresh, dtype=forced or checkpoint.stored_dtype(EMBEDDING), bos=bos, eos=eos, fp8=fp8)
-        _copy(src, fresh, [path.name for path in src.iterdir() if _is_companion(path)])
+        copy_files(src, fresh, [path.name for path in src.iterdir() if _is_companion(path)])
         _write(fresh, export, max_shard_bytes)
 
 
@@ -188,13 +202,13 @@ def open_directory(
         stored, needed = ("reward", "language") if is_reward_model(values) else ("language", "reward")
         raise UserError(f"{directory} holds a {stored} model, a {needed} model is needed here; name another directory")
     checkpoint = Checkpoint(directory, fp8_block_size(values, str(directory / "config.json")))
-    stored = {key for key in checkpoint.entries if is_mtp_key(key, cfg.n_layers)}
-    if mtp and cfg.n_mtp and not stored:
+    mtp_keys = {key for key in checkpoint.entries if is_mtp_key(key, cfg.n_layers)}
+    if mtp and cfg.n_mtp and not mtp_keys:
         warnings.warn(f"{directory} announces {cfg.n_mtp} MTP layers but has none; read without MTP", stacklevel=3)
-    if not mtp or not stored:
+    if not mtp or not mtp_keys:
         cfg = _without_mtp(cfg)
     layout = slots(cfg, kind)
-    checkpoint.check(layout, others=set() if mtp else stored)
+    checkpoint.check(layout, others=() if mtp else mtp_keys)
     return checkpoint, cfg, layout
 
 
@@ -238,9 +252,9 @@ def _forced(dtype: str | torch.dtype | None, fp8: Scales | None) -> torch.dtype 
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype in DTYPES.values():
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
         return dtype
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
@@ -250,7 +264,8 @@ def _is_companion(path: Path) -> bool:
     return path.is_file() and path.name != "config.json" and not weights
 
 
-def _copy(source: Path, target: Path, names: Iterable[str]) -> None:
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copies those of the named files that exist."""
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

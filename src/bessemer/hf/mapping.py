@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -241,7 +243,8 @@ SCALE_SUFFIX = "_scale_inv"
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True)
+class Slot:
     """One tensor on disk and its place in the model: `state_dict()[name][index]`."""
 
     key: str
@@ -289,14 +292,14 @@ def keys_of(name: str, n_layers: int) -> tuple[str, ...]:
 def _spread(name: str, shape: tuple[int, ...], keys: tuple[str, ...]) -> list[Slot]:
     if len(keys) == 1 and "{e}" not in keys[0]:
         return [Slot(keys[0], name, (), shape)]
-    experts = range(shape[0]) if "{e}" in keys[0] else (None,)
+    experts: Iterable[int | None] = range(shape[0]) if "{e}" in keys[0] else (None,)
     *_, rows, columns = shape
     each = rows // len(keys)
     spread = []
     for e in experts:
         for part, key in enumerate(keys):
             span = slice(part * each, (part + 1) * each)
-            index = (span,) if e is None else (e, span)
+            index: tuple[int | slice, ...] = (span,) if e is None else (e, span)
             spread.append(Slot(key.format(e=e), name, index, (each, columns)))
     return spread
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -68,7 +69,7 @@ class Checkpoint:
                     raise UserError(f"{file}: tensor {key} is missing, although {INDEX} places it there; {AGAIN}")
             self.entries |= header
 
-    def check(self, slots: list[Slot], others: set[str] = frozenset()) -> None:
+    def check(self, slots: list[Slot], others: Iterable[str] = ()) -> None:
         """UserError unless every slot is present with its shape, FP8 with its scales, and nothing else but `others`.
 
         Copies of shared tensors may be absent.

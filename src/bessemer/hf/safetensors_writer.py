@@ -33,7 +33,6 @@ from io import BufferedWriter, TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,7 +89,7 @@ def write_tensors(directory: Path, plan: list[TensorSpec], tensors: Iterable[Ten
             for item in shard:
                 tensor = next(stream).to(item.dtype)
                 assert tuple(tensor.shape) == item.shape, (item, tensor.shape)
-                data = memoryview(_bytes(tensor))
+                data = _bytes(tensor)
                 file.write(data)
                 sums[item.key] = zlib.crc32(data)
                 del tensor, data
@@ -104,7 +103,7 @@ def verify(directory: Path, plan: list[TensorSpec], sums: dict[str, int]) -> Non
     for item in plan:
         entry = written.entries.get(item.key)
         same = entry is not None and (entry.dtype, entry.shape) == (item.dtype, item.shape)
-        if not same or zlib.crc32(memoryview(_bytes(written.raw(item.key)))) != sums[item.key]:
+        if not same or zlib.crc32(_bytes(written.raw(item.key))) != sums[item.key]:
             where = entry.file if entry else directory
             raise UserError(f"{where}: tensor {item.key} reads back differently from what was written; check the disk")
     if len(written.entries) != len(plan):
@@ -188,8 +187,8 @@ def _header(shard: list[TensorSpec]) -> bytes:
     return len(head).to_bytes(8, "little") + head
 
 
-def _bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _sync(file: BufferedWriter | TextIOWrapper) -> None:

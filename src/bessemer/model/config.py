@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from bessemer.errors import UserError
 
@@ -166,7 +167,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
-def _explain(item: dict[str, Any], where: str) -> str:
+def _explain(item: ErrorDetails, where: str) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, [*ModelConfig.model_fields, "preset"], n=1)
@@ -234,7 +235,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(name: str, **overrides: Any) -> ModelConfig:
+def preset(name: str, **overrides: object) -> ModelConfig:
     """The named shape with some fields replaced; unknown names and keys are UserErrors with the nearest valid one."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)

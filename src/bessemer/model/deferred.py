@@ -22,6 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+STORE = "store"
+"""The attribute of a weight that holds its store."""
+
 
 class Store:
     """Closures for deferred weight gradients, each under the key that was open in its backward pass."""
@@ -36,7 +39,7 @@ class Store:
             if type(child) is nn.Linear:  # torch's own backward cannot be split
                 child.__class__ = _Linear
         for weight in module.parameters():
-            weight.store = self
+            setattr(weight, STORE, self)
 
     @contextmanager
     def open(self, key: Hashable) -> Iterator[None]:
@@ -73,7 +76,7 @@ class Store:
 
 def store_of(weight: Tensor) -> Store | None:
     """The store of a weight, if it has one and it is open."""
-    store = getattr(weight, "store", None)
+    store: Store | None = getattr(weight, STORE, None)
     return store if store is not None and store.is_open else None
 
 

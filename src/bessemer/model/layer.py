@@ -32,7 +32,7 @@ again; wrap such a backward in `train.balance.counted_once`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Literal, NamedTuple, TypeVar, TypeVarTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +45,13 @@ from bessemer.model.norm import RMSNorm
 from bessemer.precision.fp8_linear import FP8Recipe
 
 Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
 Phase = Literal["attend", "experts", "finish"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 """The phases that can be recomputed."""
 
 
-def recomputed(function: Callable[..., Result], *arguments: Any) -> Result:
+def recomputed(function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
     """function(*arguments), saving only the arguments for backward."""
     if not torch.is_grad_enabled():
         return function(*arguments)
@@ -72,6 +73,7 @@ class Layer(nn.Module):
     """How training computes matrix products (`Transformer.set_fp8`); None: in the compute dtype."""
     recompute: frozenset[Phase] = frozenset()
     """Phases that training recomputes in backward (`Transformer.set_recompute`)."""
+    ffn: moe.FFN | moe.MoE
 
     def __init__(self, cfg: ModelConfig, dense: bool):
         super().__init__()
@@ -81,6 +83,12 @@ class Layer(nn.Module):
         self.attn = MLA(cfg)
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.ffn = moe.FFN(cfg.dim, cfg.inter_dim) if dense else moe.MoE(cfg)
+
+    @property
+    def sparse_ffn(self) -> moe.MoE:
+        """`ffn` of a layer that is not dense."""
+        assert isinstance(self.ffn, moe.MoE), "a dense layer has neither gate nor routed experts"
+        return self.ffn
 
     def attend(
         self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None, choice_NK: Tensor | None = None
@@ -93,14 +101,14 @@ class Layer(nn.Module):
     def _attend(self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, choice_NK: Tensor | None) -> Attended:
         return self.route(x_BTD + self.attn(self.attn_norm(x_BTD), rope, segments_BT), choice_NK)
 
-    def run_phase(self, phase: Phase, function: Callable[..., Result], *arguments: Any) -> Result:
+    def run_phase(self, phase: Phase, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """function(*arguments), which computes this phase; recomputed in backward if the phase is chosen."""
         return recomputed(function, *arguments) if phase in self.recompute and self.training else function(*arguments)
 
     def route(self, h_BTD: Tensor, choice_NK: Tensor | None = None) -> Attended:
         """The second half of `attend`, for callers that computed the attention themselves (decode)."""
         u_ND = self.ffn_norm(h_BTD).flatten(0, 1)
-        return Attended(h_BTD, u_ND, None if self.dense else self.ffn.gate(u_ND, h_BTD.shape[0], choice_NK))
+        return Attended(h_BTD, u_ND, None if self.dense else self.sparse_ffn.gate(u_ND, h_BTD.shape[0], choice_NK))
 
     def dispatch(self, attended: Attended) -> Tensor | moe.Dispatched:
         if attended.routing is None:
@@ -109,14 +117,15 @@ class Layer(nn.Module):
         return moe.dispatch(attended.u_ND, attended.routing, self.cfg.n_routed_experts, recipe)
 
     def experts(self, sent: Tensor | moe.Dispatched) -> Tensor:
-        return self.run_phase("experts", self.ffn if self.dense else self.ffn.experts, sent)
+        return self.run_phase("experts", self.ffn if self.dense else self.sparse_ffn.experts, sent)
 
     def combine(self, rows: Tensor, sent: Tensor | moe.Dispatched) -> Tensor:
-        return rows if self.dense else moe.combine(rows, sent.slot_NK)
+        return moe.combine(rows, sent.slot_NK) if isinstance(sent, moe.Dispatched) else rows
 
     def finish(self, attended: Attended, routed_ND: Tensor) -> Tensor:
-        if not self.dense and self.ffn.shared is not None:
-            routed_ND = routed_ND + self.run_phase("finish", self.ffn.shared, attended.u_ND)
+        shared = None if self.dense else self.sparse_ffn.shared
+        if shared is not None:
+            routed_ND = routed_ND + self.run_phase("finish", shared, attended.u_ND)
         return attended.h_BTD + routed_ND.view_as(attended.h_BTD)
 
     def feed_forward(self, attended: Attended) -> Tensor:

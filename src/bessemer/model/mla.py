@@ -244,6 +244,7 @@ def attention_backward(
     if _on_cpu(q):
         return attention_cpu.flash_backward(dout, q, kv, k_rope, rope, segments_BT, scale, out, lse)
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, kv, k_rope)]
-        again = _torch_attention(*inputs, rope, scale, segments_BT)
-    return torch.autograd.grad(again, inputs, dout)
+        q, kv, k_rope = (x.detach().requires_grad_() for x in (q, kv, k_rope))
+        again = _torch_attention(q, kv, k_rope, rope, scale, segments_BT)
+    dq, dkv, dk_rope = torch.autograd.grad(again, (q, kv, k_rope), dout)
+    return dq, dkv, dk_rope

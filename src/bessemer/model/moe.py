@@ -59,6 +59,9 @@ class Dispatched(NamedTuple):
 class Gate(nn.Module):
     """Affinity of tokens to experts and the choice of K of them."""
 
+    bias_E: Tensor | None
+    load_E: Tensor
+
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg

@@ -14,10 +14,10 @@ h^0 is the main model's output after its final norm, as released weights expect 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -75,22 +75,26 @@ class Transformer(nn.Module):
     saver: ClassVar[Callable[..., None] | None] = None
     """What `save` calls. `bessemer.hf.hub`, which reads and writes model directories, sets it when it is imported: the
     network itself knows nothing of file formats."""
+    # both are nn.ModuleList, which torch does not declare as generic
+    layers: Sequence[Layer]
+    mtp: Sequence[MTPModule]
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
         # not nn.Embedding(V, D): on meta tensors its initialisation imports torch's compiler, 1.5 s at every start
         self.embed = nn.Embedding.from_pretrained(torch.rand(cfg.vocab_size, cfg.dim), freeze=False)
-        self.layers = nn.ModuleList(Layer(cfg, dense=i < cfg.n_dense_layers) for i in range(cfg.n_layers))
+        layers = (Layer(cfg, dense=i < cfg.n_dense_layers) for i in range(cfg.n_layers))
+        self.layers = cast(Sequence[Layer], nn.ModuleList(layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
-        self.mtp = nn.ModuleList(MTPModule(cfg) for _ in range(cfg.n_mtp))
+        self.mtp = cast(Sequence[MTPModule], nn.ModuleList(MTPModule(cfg) for _ in range(cfg.n_mtp)))
         self._rope: Tensor | None = None
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> Transformer:
+    def initialise(self, seed: int) -> Self:
         """Normal(0, init_std) for every matrix, ones for norms, zeros for routing biases; the same on every device."""
         parameters = dict(self.named_parameters())
         for name, expert, values in self.initial_values(seed):
@@ -110,7 +114,7 @@ class Transformer(nn.Module):
                     fresh = torch.empty(shape, dtype=torch.float32)
                     yield name, expert, fresh.normal_(0.0, self.cfg.init_std, generator=generator)
 
-    def to_compute(self, dtype: torch.dtype) -> Transformer:
+    def to_compute(self, dtype: torch.dtype) -> Self:
         """Matrices in the compute dtype; norm gains, gates and routing biases stay float32 (V3 3.3.1)."""
         for module in self.modules():
             if isinstance(module, (RMSNorm, Gate)):
@@ -119,7 +123,7 @@ class Transformer(nn.Module):
                 parameter.data = parameter.data.to(dtype)
         return self
 
-    def set_fp8(self, recipe: FP8Recipe | None) -> Transformer:
+    def set_fp8(self, recipe: FP8Recipe | None) -> Self:
         """Makes training compute the matrices of attention, FFN and experts in FP8 (`fp8`); eval mode does not change.
         None: not in FP8."""
         if recipe is not None and any(getattr(module, "recompute", ()) for module in self.modules()):
@@ -129,7 +133,7 @@ class Transformer(nn.Module):
                 module.fp8 = recipe
         return self
 
-    def set_recompute(self, phases: Iterable[Phase]) -> Transformer:
+    def set_recompute(self, phases: Iterable[Phase]) -> Self:
         """Makes training recompute these phases of every layer in backward (`layer`). UserError for a phase that does
         not exist or is communication, and in FP8, which recomputes by itself."""
         chosen = frozenset(phases)
@@ -160,8 +164,8 @@ class Transformer(nn.Module):
 
     def gates(self) -> dict[str, Gate]:
         """Every gate by the name of its layer: '3' for layer 3, 'mtp0' for the first MTP module."""
-        gates = {str(i): layer.ffn.gate for i, layer in enumerate(self.layers) if not layer.dense}
-        return gates | {f"mtp{k}": module.layer.ffn.gate for k, module in enumerate(self.mtp)}
+        gates = {str(i): layer.sparse_ffn.gate for i, layer in enumerate(self.layers) if not layer.dense}
+        return gates | {f"mtp{k}": module.layer.sparse_ffn.gate for k, module in enumerate(self.mtp)}
 
     def rope_table(self, length: int) -> Tensor:
         """[length, R/2, 2] on the model's device; grown on demand."""

@@ -153,6 +153,7 @@ def _decoding(model: Transformer, seconds: float) -> float:
     task = Arithmetic()
     tokenizer = Tokenizer.train((task.document(i) for i in range(200)), min(400, model.cfg.vocab_size))
     engine = Engine(model, tokenizer, workers)
+    assert tokenizer.bos_id is not None, "our own tokenizer has one"
     prompts = [[tokenizer.bos_id, *tokenizer.encode(task.document(i))[:40]] for i in range(16)]
     tokens, done, began = 16, 0, time.monotonic()
     while True:

@@ -20,6 +20,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +46,8 @@ ORDER = ("deep_gemm", "torch", "triton", "emulation")
 VARIABLE = "BESSEMER_FP8_BACKEND"
 
 
-class Call(NamedTuple):
+@dataclass(frozen=True)
+class Call:
     """What a backend must know to take a call or refuse it. None: not known yet, any value that it can serve."""
 
     name: str
@@ -216,7 +218,7 @@ def _triton(module: str, function: str) -> Callable[..., Any]:
     """The kernel's launcher, imported at the first call because triton is optional. Triton launches on the current
     device whatever its operands are on, so theirs is made the current one."""
 
-    def call(first: Tensor | Operand, *rest: Any) -> Any:
+    def call(first: Tensor | Operand, *rest: object) -> Tensor | Operand:
         launch = getattr(importlib.import_module(f"bessemer.precision.{module}"), function)
         with torch.cuda.device_of(first if isinstance(first, Tensor) else first.value_MK):
             return launch(first, *rest)
@@ -249,8 +251,10 @@ def _torch_refuses(call: Call) -> str | None:
         return "this torch has no torch.nn.functional.scaled_mm (it came with 2.10)"
     if _capability(call.device)[0] != 9:
         return "its block scales are for Hopper (compute capability 9.0) only"
-    if tuple(map(int, torch.version.cuda.split(".")[:2])) < (12, 9):
-        return f"its block scales need CUDA 12.9 or newer; this torch was built with {torch.version.cuda}"
+    cuda = torch.version.cuda
+    assert cuda is not None, "only a CUDA device has a capability"
+    if tuple(map(int, cuda.split(".")[:2])) < (12, 9):
+        return f"its block scales need CUDA 12.9 or newer; this torch was built with {cuda}"
     if call.group == "tensor":
         return "it is used for w by tiles or by blocks"
     if call.shape and (any(size % 16 for size in call.shape) or 0 in call.shape):

@@ -104,7 +104,7 @@ def weight_gradient(dy: Operand, x: Operand | TokenTiles, recipe: FP8Recipe, cou
     left = _along_tokens(dy, recipe.gradient, recipe.power_of_two, count)
     right = x.operand if isinstance(x, TokenTiles) else _along_tokens(x, recipe.activation, recipe.power_of_two, count)
     if recipe.bits is not None:
-        ends = [None] if count is None else [-(-tokens // TILE) for tokens in count]
+        ends = None if count is None else [-(-tokens // TILE) for tokens in count]
         parts = zip(_columns(left, ends), _columns(right, ends), strict=True)
         products = [emulation.reference_gemm(*part, recipe.bits) for part in parts]
         return products[0] if count is None else torch.stack(products)
@@ -121,9 +121,9 @@ def _along_tokens(x: Operand | Tensor, group: Group, power_of_two: bool, count: 
     return backends.quantise(emulation.pad_groups(values, count).t(), group, power_of_two)
 
 
-def _columns(operand: Operand, numbers: list[int | None]) -> list[Operand]:
+def _columns(operand: Operand, numbers: list[int] | None) -> list[Operand]:
     """Split after so many tiles of columns; None: not at all."""
-    if numbers == [None]:
+    if numbers is None:
         return [operand]
     values = operand.value_MK.split([n * TILE for n in numbers], 1)
     return [Operand(*part) for part in zip(values, operand.scale_MJ.split(numbers, 1), strict=True)]

@@ -140,7 +140,7 @@ class Feed:
     """Rows for the trainer: the mixture of the recipe over the parts of a corpus."""
 
     def __init__(
-        self, config: PretrainConfig, ctx: StageContext, corpus: Path, row_length: int | None, bos_id: int
+        self, config: PretrainConfig, ctx: StageContext, corpus: Path, row_length: int | None, bos_id: int | None
     ) -> None:
         """`row_length`: of the rows that batch_rows counts and validation reads; None: that of the corpus."""
         self.config, self._bos_id = config, bos_id
@@ -190,6 +190,8 @@ class Feed:
         batch = self._curriculum.batch(self._tokens(), first_row, n_rows)
         if not self.config.document_mask:
             return batch
+        if self._bos_id is None:
+            raise UserError("document_mask = true separates documents at their BOS, but this tokenizer writes none")
         return replace(batch, segments_BT=(batch.tokens_BT == self._bos_id).cumsum(1))
 
     def metrics(self, trainer: Trainer) -> dict[str, float]:
@@ -301,8 +303,9 @@ class _Monitor(StepLog):
         if model is None:
             return
         engine = Engine(model, self.tokenizer)
-        prompts = [[self.tokenizer.bos_id, *self.tokenizer.encode(text)] for text in self.config.prompts]
-        answers = engine.generate(prompts, max_new_tokens=80, temperature=0.8, top_p=0.95, seed=self.ctx.seed)
+        answers = engine.generate(
+            self.config.prompts, max_new_tokens=80, temperature=0.8, top_p=0.95, seed=self.ctx.seed
+        )
         for text, (answer,) in zip(self.config.prompts, answers, strict=True):
             self.ctx.sample(trainer.step, trainer.tokens, text + answer.text)
             shown = (text + answer.text).replace("\n", " / ")
