@@ -1,12 +1,13 @@
-"""What a step over long rows takes of one rank, whole and cut over several: memory, processor time, messages.
+"""Memory, processor time and wall time of a training step on long rows, on one rank and split over several ranks.
 
     python bench/context_parallel.py --json bench/results/context_parallel.json
 
-Every rank is a process with one core that communicates over gloo, with the real trainer (`DistributedTrainer`) on the
-preset `tiny` with rows of random tokens, one row a micro-batch. `highest` is the most bytes that torch's allocator had
-given out in a step, beyond weights and optimizer; `cpu_seconds` of a step is the processor time of its busiest rank,
-which waiting and other work on the machine do not reach; `seconds` is from the first rank's start to the last one's
-end, which they do. Cases take turns."""
+Every rank is a process with one core that communicates over gloo and runs the real trainer (`DistributedTrainer`) on
+the preset `tiny`, with rows of random tokens and one row per micro-batch. `highest` is the peak number of bytes that
+torch's allocator handed out in a step, not counting weights and optimizer. `cpu_seconds` is the processor time of the
+busiest rank, which excludes waiting and other work on the machine. `seconds` is the time from the first rank's start to
+the last rank's end, which includes both. The cases alternate.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +77,7 @@ def on_a_rank(rank: int, store: str, cp: int, args: argparse.Namespace, answers:
 
 
 def highest(training: DistributedTrainer, length: int) -> int:
-    """Bytes of one step's forwards and backwards."""
+    """Peak bytes over the forward and backward passes of one step."""
     with profile(use_cpu=True, profile_memory=True) as profiler:
         training._accumulate(rows(length), TERMS)
     live = most = 0
@@ -90,7 +91,7 @@ def highest(training: DistributedTrainer, length: int) -> int:
 
 
 class World:
-    """The ranks of one way to cut."""
+    """The processes of one context-parallel degree."""
 
     def __init__(self, cp: int, folder: str, args: argparse.Namespace) -> None:
         context = get_context("spawn")
@@ -135,8 +136,8 @@ def main() -> None:
         cases.append({"cp": n, "length": length, "highest_mib": round(most / 2**20, 1), "cpu_seconds": spread(spent),
                       "seconds": spread(seconds)})  # fmt: skip
         print(
-            f"{length:>6} tokens, cp {n}: highest {most / 2**20:7.1f} MiB a rank, "
-            f"{statistics.median(spent):6.2f} s of processor, {statistics.median(seconds):6.2f} s"
+            f"{length:>6} tokens, cp {n}: peak {most / 2**20:7.1f} MiB a rank, "
+            f"{statistics.median(spent):6.2f} s processor time, {statistics.median(seconds):6.2f} s wall time"
         )
     if args.json:
         facts = {"processor": processor(), "torch": torch.__version__, "turns": args.turns, "cases": cases}

@@ -2,19 +2,19 @@
 
     python bench/decode.py MODEL [--rounds 5] [--tokens 96] [--threads 1] [--json bench/results/decode.json]
 
-MODEL is a directory of our family with its MTP layer, such as runs/zero/03-zero/model. Prompts are texts the model
-knows: countdown problems, repeated up to --prompt tokens where a longer context is asked for. Float32; routing is the
-model's own. Both sides decode the same number of tokens past every stop. Rounds alternate between the two, each figure
-is the median of its rounds with the smallest and the largest.
+MODEL is a directory of our model family with its MTP layer, such as runs/zero/03-zero/model. Prompts are familiar to
+the model: countdown problems, repeated where a longer context is needed. Float32, the model's own routing. Both sides
+ignore stop tokens and decode the same number of tokens. Rounds alternate between the two sides; each figure is the
+median over the rounds with the minimum and the maximum.
 
-    plain       our decoder as it comes
-    compiled    the same with its steps through torch.compile (--compile), compiled before the clock runs
+    plain       our decoder with default settings
+    compiled    the same with its steps through torch.compile, compiled before the timing starts
     tokens/s    new tokens of all rows divided by the time of the whole call, prefill included; and "decoding alone",
-                with the time of prefill and the first token taken off on both sides
-    guesses     our decoder at batch 1 with 0 to 3 tokens guessed by the MTP module, in processor seconds of the same
-                run; accepted: share of the guesses that the main model took
-    cache       bytes allocated for the rows, per token that they hold room for, against the formula, and against keys
-                and values of all heads at the same shape
+                with the time of prefill and the first token subtracted on both sides
+    guesses     our decoder at batch 1 with 0 to 3 draft tokens from the MTP module, in processor seconds of the same
+                run; accepted: share of the draft tokens that the main model accepts
+    cache       bytes allocated for the rows per token of capacity, against the formula, and against keys and values of
+                all heads at the same shape
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
     facts["guesses"] = {name: guesses(engine, args.rounds) for name, engine in engines.items()}
     for name, lines in facts["guesses"].items():
         for line in lines:
-            print(f"{name}, {line['drafts']} guessed: {line['tokens_per_second']['median']:.0f} tokens/s, "
+            print(f"{name}, {line['drafts']} draft tokens: {line['tokens_per_second']['median']:.0f} tokens/s, "
                   f"{line['ratio']:.2f}x, accepted {line['accepted']:.3f}")  # fmt: skip
     facts["cache"] = cache(engines["plain"])
     print(f"cache: {facts['cache']}")
@@ -80,14 +80,14 @@ def main() -> None:
 
 
 def prompts(engine: Engine, rows: int, length: int) -> list[list[int]]:
-    """Countdown questions, repeated to exactly `length` tokens: transformers pads on the left, which would cost it."""
+    """Countdown questions, repeated to exactly `length` tokens: left padding would slow transformers down."""
     task = tasks.get("countdown")
     texts = [question_ids(engine.tokenizer, task.problem("test", n).prompt) for n in range(rows)]
     return [(ids * (length // len(ids) + 1))[:length] for ids in texts]
 
 
 def case(engines: dict[str, Engine], peer: Any, asked: list[list[int]], tokens: int, rounds: int) -> dict[str, Any]:
-    """All decoders on the same prompts, in turn."""
+    """Times all decoders on the same prompts, alternating between them."""
     ids = torch.tensor(asked)
     options = dict(do_sample=False, eos_token_id=None, pad_token_id=2, attention_mask=torch.ones_like(ids))
 
@@ -102,7 +102,7 @@ def case(engines: dict[str, Engine], peer: Any, asked: list[list[int]], tokens: 
             return peer.generate(ids, max_new_tokens=n, min_new_tokens=n, **options)[:, ids.shape[1] :].tolist()
 
     calls = {name: ours(engine) for name, engine in engines.items()} | {"theirs": theirs}
-    said = {name: call(tokens) for name, call in calls.items()}  # compiles, too
+    said = {name: call(tokens) for name, call in calls.items()}  # also compiles
     whole: dict[str, list[float]] = {name: [] for name in calls}
     first: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -128,7 +128,7 @@ def case(engines: dict[str, Engine], peer: Any, asked: list[list[int]], tokens: 
 
 
 def guesses(engine: Engine, rounds: int) -> list[dict[str, Any]]:
-    """Batch 1, greedy, whole answers to eight problems, with more and more guesses."""
+    """Batch 1, greedy, whole answers to eight problems, by number of draft tokens."""
     questions = prompts_whole(engine, 8)
     seconds: dict[int, list[float]] = {depth: [] for depth in range(4)}
     accepted, written = {}, {}
@@ -158,7 +158,7 @@ def prompts_whole(engine: Engine, rows: int) -> list[list[int]]:
 
 
 def cache(engine: Engine) -> dict[str, Any]:
-    """What 64 rows of 256 tokens take, measured."""
+    """Measured cache bytes of 64 rows of 256 tokens."""
     cfg = engine.model.cfg
     with torch.inference_mode():
         held = new_cache(engine.model)

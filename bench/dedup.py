@@ -1,17 +1,18 @@
-"""Near-duplicate removal with copies that are known: how long, how much memory, how many found, how many wrongly.
+"""Near-duplicate removal on known duplicates: time, memory, recall and precision.
 
     python bench/dedup.py [--megabytes 1000] [--workers 2] [--dir DIR] [--json bench/results/dedup.json]
 
-Documents are random words after Zipf's law, log-normal in length (median 300 words, about 2 kB), written as JSON lines.
-One in five is a copy of an earlier one: one in ten of those is equal, the others have a share of their words replaced,
-one after another or a passage at once, so that their similarities spread over 0.4 to 1. The truth is the Jaccard
-similarity of the sets of 5-word runs, computed exactly for each pair. Then `bessemer data build` runs as it comes.
+Documents are random words with Zipf-distributed frequencies, log-normal in length (median 300 words, about 2 kB),
+written as JSON lines. One in five is a copy of an earlier one. One in ten copies is exact; in the others a share of the
+words is replaced, as single words or as one passage, so that similarities range from 0.4 to 1. The ground truth is the
+Jaccard similarity of the sets of 5-word n-grams, computed exactly for each pair. Then `bessemer data build` runs with
+its defaults.
 
     recall       of the pairs at or above the threshold, the share whose later document was dropped; also by similarity
     precision    of the dropped documents, the share whose similarity to an earlier one is at or above the threshold,
-                 and at or above threshold - 0.08 (two deviations of the estimate)
-    seconds      wall and processor time of each step, all of it included (reading and writing the documents, too)
-    memory       largest resident set of a worker and of the program itself
+                 and at or above threshold - 0.08 (two standard deviations of the estimate)
+    seconds      wall and processor time of each step, including reading and writing the documents
+    memory       peak resident set of a worker and of the main process
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--dir", type=Path, help="where documents and build go; default: a temporary folder")
+    parser.add_argument("--dir", type=Path, help="folder for documents and build; default: a temporary folder")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -89,7 +90,7 @@ def main() -> None:
 
 
 def made(folder: Path, size: int) -> dict[str, np.ndarray]:
-    """Writes the documents; {"copy": numbers of the copies, "of": of what, "jaccard": how similar}."""
+    """Writes the documents. Returns {"copy": indices of the copies, "of": their originals, "jaccard": similarities}."""
     folder.mkdir(parents=True)
     draw = np.random.Generator(np.random.PCG64(7))
     letters = np.array(list("etaoinshrdlucmfwyp"))
@@ -134,7 +135,7 @@ def _changed(ids: np.ndarray, draw: np.random.Generator, n: int) -> np.ndarray:
     kind = draw.random()
     if kind < 0.1:
         return changed
-    if kind < 0.55:  # single words: each touches five runs
+    if kind < 0.55:  # single words: each affects five n-grams
         at = draw.choice(len(ids), max(1, round(draw.uniform(0, 0.1) * len(ids))), replace=False)
         changed[at] = draw.integers(0, n, len(at))
         return changed
@@ -151,7 +152,7 @@ def _jaccard(left: np.ndarray, right: np.ndarray) -> float:
 
 
 def judged(out: Path, truth: dict[str, np.ndarray], threshold: float) -> dict[str, Any]:
-    """Recall and precision. Numbers of documents are the order in which they were written, as in the build."""
+    """Recall and precision. A document's index is its position in the written order, as in the build."""
     dropped = np.load(out / "work" / "join" / "all" / "copies.npy").astype(np.int64)
     copies, similar = truth["copy"], truth["jaccard"]
     found = np.isin(copies, dropped)

@@ -1,11 +1,11 @@
-"""What a short accumulator costs an FP8 GEMM, and what promotion gives back (V3 3.3.2, Fig. 7b).
+"""Error of an FP8 GEMM with a short accumulator, with and without promotion (V3 3.3.2, Fig. 7b).
 
     python bench/fp8_accumulator.py [--k 4096] [--rounds 5]
 
-Random normal matrices of 256 x K, quantised as the paper does (as a whole where nothing is promoted, since one factor
-is all that can be applied then), multiplied by `precision.emulation.reference_gemm`, against float64 of the same
-E4M3 operands. Errors are over the root mean square of the result: the largest of the matrix and the mean, medians
-over the rounds.
+Random normal matrices of 256 x K are quantised as in the paper (per tensor where nothing is promoted, since only one
+factor can be applied then) and multiplied by `precision.emulation.reference_gemm`. The reference is float64 on the same
+E4M3 operands. Errors are divided by the root mean square of the result: the maximum over the matrix and the mean,
+medians over the rounds.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from bessemer.precision.operand import quantise
 
 ROWS = 256
 CASES = ((13, None), (14, None), (None, None), (13, 128), (14, 128), (14, 32), (None, 128))
-"""(bits of the accumulator, columns after which its sum moves to float32)."""
+"""(bits of the accumulator, number of columns after which its sum is promoted to float32)."""
 
 
 def errors(k: int, bits: int | None, promote: int | None, seed: int) -> tuple[float, float]:
-    """(largest, mean) over the root mean square."""
+    """(maximum, mean) error divided by the root mean square."""
     generator = torch.Generator().manual_seed(seed)
     x, w = (torch.randn(ROWS, k, generator=generator) for _ in range(2))
     whole = promote is None
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    print(f"K = {args.k}; error over the result's root mean square: largest, mean")
+    print(f"K = {args.k}; error divided by the result's root mean square: maximum, mean")
     for bits, promote in CASES:
         found = [errors(args.k, bits, promote, seed) for seed in range(args.rounds)]
         largest, mean = (statistics.median(values) for values in zip(*found, strict=True))

@@ -1,12 +1,13 @@
-"""A training step in FP8 against the same step in BF16 and in float32: time, and what it keeps for backward.
+"""A training step in FP8 against the same step in BF16 and in float32: time, and memory saved for backward.
 
     python bench/fp8_step.py --preset small --threads 1 --json bench/results/fp8_step_small_1.json
     python bench/fp8_step.py --one-billion --rows 4 --length 4096 --json bench/results/fp8_step_h100.json    on a GPU
 
 One step is forward, backward, clipping and AdamW on fresh random tokens with MTP; routing is real and changes from step
-to step. The cases take turns, so that a noisy machine is noisy to all of them; figures are medians with the smallest
-and the largest. On a CPU FP8 is emulated, and memory is what torch's allocator says between forward and backward, and
-at the highest point of both, beside the formula in `model/kept`. On a GPU BF16 is also measured with compiled layers.
+to step. The cases alternate, so that a noisy machine affects all of them; figures are medians with the minimum and the
+maximum. On a CPU FP8 is emulated. Memory is torch's allocator reading between forward and backward and its peak over
+both, next to the formula `activation_bytes` of `model/accounting.py`. On a GPU BF16 is also measured with compiled
+layers.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def seconds(one: Trainer, batch: Batch) -> float:
 
 
 def memory(one: Trainer, batch: Batch) -> tuple[int, int]:
-    """(kept from forward to backward, highest point of both) in bytes beyond what was there, gradients left out."""
+    """(bytes saved from forward for backward, peak over both) above the bytes allocated before, without gradients."""
     one.model.train()
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
@@ -90,7 +91,7 @@ def memory(one: Trainer, batch: Batch) -> tuple[int, int]:
 
 
 def allocations(function: Callable[[], Any]) -> tuple[Any, list[int]]:
-    """What a function returns, and the bytes that torch took (positive) and gave back meanwhile, in their order."""
+    """A function's result, and the bytes that torch allocated (positive) and freed (negative) meanwhile, in order."""
     with profile(use_cpu=True, profile_memory=True) as profiler:
         found = function()
     return found, [event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -138,7 +139,7 @@ def main() -> None:
         ratios = [a / b for a, b in zip(found, times["BF16"][2:], strict=True)]
         kept, highest = memory(trainers[name], fresh(cfg, args.rows, args.length, 99))
         fp8, number_bytes, computed = cases[name]["fp8"] is not None, cases[name]["dtype"].itemsize, None
-        if fp8 or device.type == "cpu":  # the plain formula is the CPU's
+        if fp8 or device.type == "cpu":  # without FP8 the formula describes the CPU path
             computed = activation_bytes(cfg, args.rows, args.length, fp8=fp8, number_bytes=number_bytes)
         facts["cases"][name] = {
             "seconds": spread(found), "against_bf16": spread(ratios), "kept_bytes": kept, "highest_bytes": highest,
@@ -147,8 +148,8 @@ def main() -> None:
         ratio = facts["cases"][name]["against_bf16"]
         said = f" (computed {computed / 2**20:.1f})" if computed else ""
         print(f"{name:15} {spread(found)['median']:.3f} s, {ratio['median']:.2f} of BF16 "
-              f"({ratio['low']:.2f}-{ratio['high']:.2f}); kept {kept / 2**20:.1f} MiB{said}, "
-              f"highest {highest / 2**20:.1f} MiB", flush=True)  # fmt: skip
+              f"({ratio['low']:.2f}-{ratio['high']:.2f}); saved for backward {kept / 2**20:.1f} MiB{said}, "
+              f"peak {highest / 2**20:.1f} MiB", flush=True)  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(facts, indent=1) + "\n")
 

@@ -1,9 +1,9 @@
-"""The curves of `bessemer run recipes/fp8-study.toml`, kept as figures and as a picture.
+"""Writes the curves of `bessemer run recipes/fp8-study.toml` as JSON and as an SVG plot.
 
     python bench/fp8_study.py runs/fp8-study --json bench/results/fp8_study.json --svg docs/fp8-study.svg
 
-Losses are smoothed as in the paper (e <- 0.9 e + 0.1 loss); the gap is that of a format to BF16 of the same seed, per
-cent, step by step. The table is the one the run prints.
+Losses are smoothed as in the paper (e <- 0.9 e + 0.1 loss). The gap of a format is its difference from BF16 with the
+same seed, in per cent, at every step. The printed table is that of the run.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""Seconds of a GRPO step against TRL's GRPOTrainer: same weights, prompts, verifier, group size, lengths and machine.
+"""Seconds per GRPO step against TRL's GRPOTrainer: same weights, prompts, verifier, group size, lengths and machine.
 
     python bench/grpo_step.py --json bench/results/grpo_step.json
     python bench/grpo_step.py --quick --rounds 1 --steps 2
 
-A step is what both sides do between two optimizer steps: sample PROMPTS x 16 completions, have them verified, compare
-them within their groups, log-probabilities under the reference (the paper's KL), forward, backward, clip, AdamW. One
-update per rollout, so no side needs the sampler's log-probabilities again. Float32, real routing (the tiny preset with
-random weights, exported to a Hugging Face directory that both load). Every completion has exactly LENGTH tokens: the
-peer's end token is suppressed (min_new_tokens), ours ends nothing (stop_ids = []).
+A step is the work of both sides between two optimizer steps: sample PROMPTS x 16 completions, verify them, compute
+group-relative advantages and log-probabilities under the reference (the paper's KL), forward, backward, clip, AdamW.
+There is one update per rollout, so neither side recomputes the sampler's log-probabilities. Float32, real routing (the
+tiny preset with random weights, exported to a Hugging Face directory that both sides load). Every completion has
+exactly LENGTH tokens: the peer's end token is suppressed (min_new_tokens), ours is not a stop token (stop_ids = []).
 
-The peer generates with transformers (use_cache) and is given its best of: grouped or eager experts; a paged
-continuous batch; the whole rollout as one micro-batch or four; compiled; one or two threads; our allocator setting in
-all cases; no gradient checkpointing (its default, which costs a second forward). Ours: one process or two. Each case
-runs in a process of its own, and the cases take turns, `--rounds` times, so that a machine with other work on it
-slows both sides alike; the load average at each start is kept. With one thread the CPU seconds of the process are given
-too, which other work hardly touches.
+The peer generates with transformers (use_cache). Its figure is its best of: grouped or eager experts; a paged
+continuous batch; the whole rollout as one micro-batch or four; compiled; one or two threads. It uses our allocator
+setting in all cases and no gradient checkpointing (its default, which costs a second forward pass). Ours uses one
+process or two. Each case runs in its own process, and the cases alternate `--rounds` times, so that other work on the
+machine slows both sides equally; the load average at each start is recorded. With one thread the CPU seconds of the
+process are reported too, which other work hardly affects.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LR, KL, CLIP_LOW, CLIP_HIGH = 1e-4, 0.001, 0.2, 0.28
 
 
 def prepare(directory: Path) -> None:
-    """The model directory that both sides load. The peer has no MTP, so neither trains it."""
+    """Writes the model directory that both sides load. The peer has no MTP, so neither side trains it."""
     from bessemer import tasks
     from bessemer.data.tokenizer import Tokenizer
     from bessemer.hf import hub
@@ -45,7 +45,7 @@ def prepare(directory: Path) -> None:
     from bessemer.model.transformer import Transformer
 
     task = tasks.get(TASK)
-    tokenizer = Tokenizer.train((task.document(i) for i in range(2000)), 400)  # the network's 2,048 rows are kept
+    tokenizer = Tokenizer.train((task.document(i) for i in range(2000)), 400)  # the network keeps its 2,048 rows
     tokenizer.save(directory / "tokenizer")
     model = Transformer(preset("tiny", n_mtp=0)).initialise(0)
     hub.save(model, directory / "model", tokenizer_dir=directory / "tokenizer")
@@ -175,14 +175,14 @@ def peer(args: argparse.Namespace, case: dict) -> dict:
 
 
 class _Length:
-    """As much of a completion as a reward reads."""
+    """The part of a completion that a reward reads."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
 
 
 def check_prompts(tokenizer, prompts: list[str], chosen: list, args: argparse.Namespace) -> None:
-    """Both sides read the same ids."""
+    """Checks that both sides read the same ids."""
     from bessemer.data.chat import question_ids
     from bessemer.data.tokenizer import Tokenizer
 
@@ -191,7 +191,7 @@ def check_prompts(tokenizer, prompts: list[str], chosen: list, args: argparse.Na
 
 
 def measure(step: Callable[[int], float], steps: int) -> dict:
-    """Seconds of `steps` steps after one to warm up; `step` returns those it spent on generation."""
+    """Seconds of `steps` steps after one warm-up step; `step` returns its seconds of generation."""
     seconds, cpu, generation = [], [], []
     for number in range(steps + 1):
         begin, spent = time.perf_counter(), time.process_time()
@@ -223,7 +223,7 @@ def every_case(quick: bool) -> list[dict]:
 
 
 def machine() -> str:
-    """The processor's name where the system tells it."""
+    """The processor's name, or the architecture if the system does not report one."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
@@ -240,7 +240,7 @@ def run_case(args: argparse.Namespace, case: dict) -> dict:
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=args.timeout)
     except subprocess.TimeoutExpired:
-        return {"error": f"not done within {args.timeout} s", "load": load}
+        return {"error": f"not finished within {args.timeout} s", "load": load}
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["failed"]
         return {"error": lines[-1][:300], "load": load}
@@ -275,11 +275,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a case in a round, after one to warm up")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps per case and round, after one warm-up step")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--timeout", type=int, default=600, help="seconds for a case in a round")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], choices=(1, 2), help="cores of a case")
-    parser.add_argument("--quick", action="store_true", help="only the peer's usual best case")
+    parser.add_argument("--timeout", type=int, default=600, help="time limit of a case in a round, seconds")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], choices=(1, 2), help="core counts to measure")
+    parser.add_argument("--quick", action="store_true", help="measure only the peer's usual best case")
     parser.add_argument("--json", help="write the results here")
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -303,7 +303,7 @@ def main() -> None:
 
 def _shown(result: dict) -> str:
     step, generation = (statistics.median(result[name]) for name in ("seconds", "generation"))
-    return f"{step:7.2f} s a step, {generation:6.2f} s of it generation"
+    return f"{step:7.2f} s per step, including {generation:6.2f} s of generation"
 
 
 def report(args: argparse.Namespace, results: list[dict]) -> None:
@@ -319,7 +319,7 @@ def report(args: argparse.Namespace, results: list[dict]) -> None:
     }  # fmt: skip
     for threads in args.threads:
         one, other = best("ours", threads), best("peer", threads)
-        if one is None or other is None:  # every case of one side failed or took too long; the rows say how
+        if one is None or other is None:  # every case of one side failed or timed out; the rows hold the errors
             continue
         summary[f"cores_{threads}"] = {
             "ours": one["step"], "peer": other["step"], "ratio": other["step"] / one["step"],

@@ -1,12 +1,12 @@
-"""What the MTP module's guesses are worth at batch 1, by depth of the network, on text the model knows by heart.
+"""Speed-up by MTP speculative decoding at batch 1, by network depth, on memorised text.
 
     python bench/guesses.py [--layers 4 16] [--drafts 3] [--rounds 5] [--compile] [--json bench/results/guesses.json]
 
-One network per depth, otherwise of the preset `tiny`, is trained here on 400 tokens of this project's README until it
-recites them; then it recites them greedily from their first 32 tokens, with 0, 1, ... tokens guessed per step. The
-module is one layer and a head, so a guess costs what it costs whatever the depth: a quarter of a network of four
-layers, one sixty-first of V3. Figures are tokens per second of the decoding loop, prefill included, each the median of
-the rounds with the smallest and the largest; guesses change no token, which is checked.
+For every depth, one network, otherwise the preset `tiny`, is trained on 400 tokens of this project's README until it
+reproduces them. It then recites them greedily from their first 32 tokens, with 0, 1, ... draft tokens per step. The MTP
+module is one layer and a head, so a draft token costs the same at any depth: a quarter of a network of four layers, one
+sixty-first of V3. Figures are tokens per second of the decoding loop, prefill included, as the median over the rounds
+with the minimum and the maximum. The benchmark checks that drafts change no token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bessemer.train.setup import keep_memory
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT, WINDOW, ROWS, LEARNT, STEPS = 400, 128, 8, 0.02, 1500
-"""Tokens of the text, of a training row, rows per step, the loss at which it is known, steps at most."""
+"""Tokens of the text, tokens per training row, rows per step, loss at which training ends, maximum number of steps."""
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=300)
-    parser.add_argument("--compile", action="store_true", help="the steps through torch.compile")
+    parser.add_argument("--compile", action="store_true", help="run the steps through torch.compile")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     keep_memory()
@@ -53,14 +53,14 @@ def main() -> None:
     }  # fmt: skip
     for layers in args.layers:
         model, steps, losses = learn(ids, tokenizer.vocab_size, layers)
-        print(f"{layers} layers: {steps} steps, loss {losses[0]:.3f}, of the module {losses[1]:.3f}", flush=True)
+        print(f"{layers} layers: {steps} steps, loss {losses[0]:.3f}, MTP loss {losses[1]:.3f}", flush=True)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         lines = recite(Engine(model, tokenizer, compile=args.compile), ids, args)
         torch.set_num_threads(threads)
         facts["networks"].append({"layers": layers, "steps": steps, "losses": losses, "guesses": lines})
         for line in lines:
-            print(f"  {line['drafts']} guessed: {line['tokens_per_second']['median']:.0f} tokens/s = "
+            print(f"  {line['drafts']} draft tokens: {line['tokens_per_second']['median']:.0f} tokens/s = "
                   f"{line['ratio']['median']:.2f}x ({line['ratio']['low']:.2f} to {line['ratio']['high']:.2f}), "
                   f"accepted {line['accepted']:.3f}, same tokens {line['same_tokens']}", flush=True)  # fmt: skip
     if args.json:
@@ -69,14 +69,14 @@ def main() -> None:
 
 
 def learn(ids: list[int], vocab: int, layers: int) -> tuple[Transformer, int, list[float]]:
-    """A network that knows the text: steps taken, last losses of the main model and of the module."""
+    """Trains a network on the text. Returns (model, steps, final losses of the main model and of the MTP module)."""
     model = Transformer(preset("tiny", vocab_size=vocab, n_layers=layers)).initialise(7).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
     generator, text = torch.Generator().manual_seed(7), torch.tensor(ids)
     smooth = [9.0, 9.0]
-    for step in range(1, STEPS + 1):  # noqa: B007 (told to the caller)
+    for step in range(1, STEPS + 1):  # noqa: B007 (returned to the caller)
         starts = torch.randint(-WINDOW // 2, len(ids) - WINDOW // 2, (ROWS,), generator=generator)
-        starts = starts.clamp(0, len(ids) - WINDOW - 2)  # both ends as often as the middle
+        starts = starts.clamp(0, len(ids) - WINDOW - 2)  # samples both ends as often as the middle
         rows_BT = torch.stack([text[s : s + WINDOW + 2] for s in starts.tolist()])
         out = model.train_outputs(rows_BT[:, :-1])
         losses = []
@@ -97,7 +97,7 @@ def learn(ids: list[int], vocab: int, layers: int) -> tuple[Transformer, int, li
 
 
 def recite(engine: Engine, ids: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The text from its beginning, with more and more guesses; the depths take turns."""
+    """Recites the text from its beginning with every number of draft tokens, alternating between them."""
     seconds: dict[int, list[float]] = {drafts: [] for drafts in range(args.drafts + 1)}
     said, accepted = {}, {}
     for round_ in range(-1, args.rounds):
@@ -108,7 +108,7 @@ def recite(engine: Engine, ids: list[int], args: argparse.Namespace) -> list[dic
             said[drafts] = []
             while not scheduler.idle:
                 said[drafts] += [event.token for event in scheduler.step() if isinstance(event, Token)]
-            if round_ >= 0:  # the first one warms up (and compiles)
+            if round_ >= 0:  # the first round warms up (and compiles)
                 seconds[drafts].append(time.perf_counter() - began)
             figures = scheduler.stats()
             accepted[drafts] = figures.get("accepted", 0) / max(1, figures.get("drafted", 0))

@@ -1,10 +1,11 @@
-"""Kills a whole run with SIGKILL, twice, starts it again with the same command, and compares what it leaves.
+"""Kills a run twice with SIGKILL, restarts it with the same command, and compares its output with a run never killed.
 
-    bessemer run recipes/tiny.toml --out runs/tiny                          (a run that nobody killed)
+    bessemer run recipes/tiny.toml --out runs/tiny                          (a run never killed)
     python bench/killed_twice.py recipes/tiny.toml --like runs/tiny --out runs/killed
 
-Kills when a stage has logged so many steps (`--kill STAGE:STEPS`, by default in the middle of pre-training and of RL).
-Weights, rollouts and evaluation results must be equal byte for byte, metrics equal but for seconds and speeds.
+The kill happens when a stage has logged the given number of steps (`--kill STAGE:STEPS`, by default in the middle of
+pre-training and of RL). Weights, rollouts and evaluation results must be equal byte for byte, and metrics must be equal
+except for seconds and speeds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def logged(out: Path, stage: str) -> int:
 
 
 def run(recipe: Path, out: Path, kill: tuple[str, int] | None, log) -> None:
-    """Runs to the end, or to the kill."""
+    """Runs to the end, or until the kill."""
     command = [sys.executable, "-m", "bessemer", "run", str(recipe), "--out", str(out)]
     with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process:
         while process.poll() is None:
@@ -34,9 +35,9 @@ def run(recipe: Path, out: Path, kill: tuple[str, int] | None, log) -> None:
                 os.kill(process.pid, signal.SIGKILL)
                 break
     if kill is None:
-        assert process.returncode == 0, f"the run ended with {process.returncode}: see the log"
+        assert process.returncode == 0, f"the run exited with {process.returncode}: see the log"
     else:
-        assert process.returncode == -signal.SIGKILL, f"the run ended ({process.returncode}) before {kill} was reached"
+        assert process.returncode == -signal.SIGKILL, f"the run exited ({process.returncode}) before it reached {kill}"
         print(f"killed in {kill[0]} at step {logged(out, kill[0])}", flush=True)
 
 
@@ -57,7 +58,7 @@ def main() -> None:
     if differing := differences(args.like, args.out):
         print(*differing, sep="\n")
         sys.exit(1)
-    print("the same, bit for bit")
+    print("identical, bit for bit")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The same pre-training under several layouts: does the curve change? And killed, and gone on with under another one?
+"""The same pre-training under several layouts, and resumed under a different one: does the curve change?
 
     python bench/layouts.py --out runs/layouts [--recipe recipes/tiny.toml] [--tokens 120K] [--json FILE]
 
-The corpus is made once. Every layout then pre-trains from the same weights; "then" rows are stopped by SIGTERM half-way
-and gone on with under the second layout. Shown: the largest distance of the loss from that of one process over the
-first 20 steps and over all, relative, and held-out bits per byte at the end.
+The corpus is built once. Every layout then pre-trains from the same weights. Rows named "A, then B" are stopped by
+SIGTERM half-way and resumed under the second layout. Reported: the largest relative difference of the loss from that of
+one process, over the first 20 steps and over all steps, and held-out bits per byte at the end.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def lines(out: Path, key: str) -> dict[int, float]:
 
 def row(name: str, out: Path, base: Path, seconds: float) -> dict:
     mine, wanted = lines(out, "train/loss"), lines(base, "train/loss")
-    assert list(mine) == list(wanted), f"{name}: steps are missing or there twice"
+    assert list(mine) == list(wanted), f"{name}: steps are missing or duplicated"
     away = {step: abs(mine[step] - loss) / loss for step, loss in wanted.items()}
     parts = json.loads((out / "02-pretrain" / "done.json").read_text())["summary"]
     bits = {key: value for key, value in parts.items() if key.startswith("bpb_")}

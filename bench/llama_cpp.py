@@ -1,18 +1,18 @@
-"""llama.cpp against our Engine: the same weights, prompts and greedy rule, through a GGUF file of our own writing.
+"""llama.cpp against our Engine: the same weights, prompts and greedy decoding, through a GGUF file that we write.
 
     python bench/llama_cpp.py
     python bench/llama_cpp.py --model runs/zero/03-zero/model --json bench/results/llama_cpp.json
 
 Cases: random networks (norm gains off 1, negative routing biases) of the preset `tiny` and of `servable` cut to three
-layers, variants of `tiny` for each rule that the file states (YaRN, uncompressed queries, softmax gate, no group limit,
-tied embeddings), and the model of --model with problems of its task as prompts. Weights and cache are F32 on both
-sides, and no vocabulary has spare rows (the Engine never draws those, llama.cpp may).
-Compared: every generated token; the logits of the prompts (largest difference relative to the largest logit); the
-tokenizer's ids of texts in several languages; and, for --model, the answer to a chat request by its own template.
-Needs llama-cpp-python, which builds llama.cpp.
+layers, variants of `tiny` for each option that the file records (YaRN, uncompressed queries, softmax gate, no group
+limit, tied embeddings), and the model of --model with problems of its task as prompts. Weights and cache are F32 on
+both sides, and no vocabulary has spare rows (the Engine never samples those, llama.cpp may). Compared: every generated
+token; the logits of the prompts (largest difference relative to the largest logit); the token ids of texts in several
+languages; and, for --model, the answer to a chat request with the model's own template. Requires llama-cpp-python,
+which builds llama.cpp.
 """
 
-# ruff: noqa: E402  (the path is mended between imports)
+# ruff: noqa: E402  (the path is fixed between imports)
 from __future__ import annotations
 
 import argparse
@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# This file has the name of the library it measures, and its folder comes first in the path.
+# This file has the same name as the library it measures, and its folder comes first on the path.
 sys.path = [place for place in sys.path if Path(place or ".").resolve() != Path(__file__).resolve().parent]
 import llama_cpp
 import numpy as np
@@ -55,7 +55,7 @@ TEXTS = (
 
 
 class Peer:
-    """llama.cpp with a GGUF file: greedy tokens, logits and ids, on one thread with an F32 cache."""
+    """llama.cpp on a GGUF file: greedy tokens, logits and ids, on one thread with an F32 cache."""
 
     def __init__(self, file: Path, length: int, flash: bool = False):
         self.llama = llama_cpp.Llama(
@@ -64,7 +64,7 @@ class Peer:
         )  # fmt: skip
 
     def greedy(self, prompt: list[int], n: int, stop: int) -> list[int]:
-        """At most n tokens; the stop token is the last one."""
+        """At most n tokens; a stop token is included as the last one."""
         found: list[int] = []
         self.llama.reset()
         for token in self.llama.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0):
@@ -88,7 +88,7 @@ class Peer:
 
 @torch.no_grad()
 def trained_like(cfg) -> Transformer:
-    """Random, with what training changes: gains off 1, routing biases off 0 (negative, the harder sign)."""
+    """Random weights that look trained: gains off 1, routing biases off 0 (negative, the harder sign)."""
     model = Transformer(cfg).initialise(0).eval()
     generator = torch.Generator().manual_seed(1)
     for name, tensor in model.state_dict().items():
@@ -120,7 +120,7 @@ def random_cases(vocabulary: int) -> dict:
 
 
 def compare(model, tokenizer, peer: Peer, prompts: list[list[int]], n: int) -> dict:
-    """Greedy tokens and prompt logits of both."""
+    """Compares greedy tokens and prompt logits of both engines."""
     begin = time.perf_counter()
     ours = [rows[0].tokens for rows in bessemer.Engine(model, tokenizer).generate(
         prompts, max_new_tokens=n, temperature=0)]  # fmt: skip
@@ -151,7 +151,7 @@ def texts_equal(tokenizer, peer: Peer) -> dict:
 
 
 def chat_equal(model, tokenizer, peer: Peer, question: str, n: int) -> dict:
-    """The template rendered and answered by llama-cpp-python, and by us."""
+    """Compares a chat request rendered and answered by llama-cpp-python with ours."""
     messages = [{"role": "user", "content": question}]
     ids = question_ids(tokenizer, question)
     reply = peer.llama.create_chat_completion(messages, temperature=0.0, max_tokens=n)
@@ -175,10 +175,10 @@ def passed(case: dict) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a trained model directory")
-    parser.add_argument("--task", default="countdown", help="task whose test problems are the prompts of --model")
+    parser.add_argument("--model", type=Path, help="directory of a trained model")
+    parser.add_argument("--task", default="countdown", help="task whose test problems are the prompts for --model")
     parser.add_argument("--problems", type=int, default=16)
-    parser.add_argument("--new-tokens", type=int, default=64, help="greedy tokens per random prompt; --model gets 4x")
+    parser.add_argument("--new-tokens", type=int, default=64, help="greedy tokens per random prompt; 4x for --model")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,11 +1,11 @@
-"""What reading data costs beside training, and what packing wastes.
+"""The cost of reading data relative to training, and the padding of packed rows.
 
     python bench/loader.py --json bench/results/loader.json
 
-Loader: seconds that batches of a step take (mixture, packed rows read from shards, checksum of every row) against the
-seconds of the training step itself, one process on one core, `tiny` in float32, 16 rows of 256 tokens, real text, real
-routing; medians over the steps. Packing: padding of pre-training rows (best fit, no mask) and of SFT rows (samples
-whole, with masks) for several row lengths, on the same text and on the arithmetic task's conversations.
+Loader: seconds to assemble a step's batches (mixture, packed rows read from shards, checksum of every row) against
+seconds of the training step itself. One process on one core, `tiny` in float32, 16 rows of 256 tokens, real text, real
+routing; medians over the steps. Packing: padding of pre-training rows (best fit, no mask) and of SFT rows (whole
+samples, with masks) for several row lengths, on the same text and on the arithmetic task's conversations.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def build(folder: Path) -> Tokenizer:
 
 
 def loader(folder: Path, steps: int) -> dict[str, float]:
-    """Seconds of a step, and of its batches."""
+    """Seconds of a step and of loading its batches."""
     mixture = Mixture({part: open_rows(folder / part) for part in PARTS}, dict.fromkeys(PARTS, 1 / len(PARTS)))
     reading: list[float] = []
 

@@ -1,13 +1,13 @@
-"""The attention core of a CPU at training lengths: time and memory of forward and backward, by backend and by length.
+"""The attention core on a CPU at training lengths: time and memory of forward and backward, by backend and length.
 
     python bench/long_attention.py --json bench/results/long_attention.json
 
-Three backends of one function at the head sizes of `tiny`: "kept" keeps probabilities
-(`attention_cpu.latent_attention`), "long" recomputes them (`attention_cpu.long_attention`), "sdpa" is torch's
-scaled_dot_product_attention, which has no fused kernel for a CPU where keys and values differ in width, as in MLA. With
-segments, tokens see documents of 500 tokens only. One row, one thread, float32; processor time, since the machine is
-shared; the backends take turns, and figures are medians with the smallest and the largest. Memory is what torch's
-allocator says: kept for backward, and the highest of both directions beyond the arguments.
+Three backends of one function at the head sizes of `tiny`: "kept" stores probabilities
+(`attention_cpu.latent_attention`), "long" recomputes them (`attention_cpu.long_attention`), and "sdpa" is torch's
+scaled_dot_product_attention, which has no fused CPU kernel when keys and values differ in width, as in MLA. With
+segments, attention is limited to documents of 500 tokens. One row, one thread, float32. Times are processor time, since
+the machine is shared; the backends alternate, and figures are medians with the minimum and the maximum. Memory is
+measured by torch's allocator: bytes saved for backward, and the peak over both directions, without the arguments.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bessemer.model import attention_cpu, mla
 from bessemer.model.config import preset
 
 DOCUMENT = 500
-"""Tokens of a segment."""
+"""Tokens per segment."""
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "kept": lambda *a: attention_cpu.latent_attention(*a)[0],
     "long": lambda *a: attention_cpu.long_attention(*a)[0],
@@ -57,7 +57,7 @@ def timed(backend: Callable[..., Tensor], given: tuple[Any, ...]) -> float:
 
 
 def memory(backend: Callable[..., Tensor], given: tuple[Any, ...]) -> dict[str, float]:
-    """MiB, kept after forward and highest until backward has ended."""
+    """MiB saved after forward, and peak MiB until the end of backward."""
 
     def live(function: Callable[[], Any]) -> tuple[int, int]:
         with profile(use_cpu=True, profile_memory=True) as profiler:
@@ -103,7 +103,7 @@ def main() -> None:
                 rows.append(row)
                 middle = row["seconds"]["median"]
                 print(f"{T:>6} {'segments' if segmented else 'whole':<9}{row['backend']:<6}{middle:8.3f} s "
-                      f"{row['kept_mib']:8.1f} MiB kept {row['highest_mib']:8.1f} MiB highest", flush=True)  # fmt: skip
+                      f"{row['kept_mib']:8.1f} MiB saved {row['highest_mib']:8.1f} MiB peak", flush=True)  # fmt: skip
     if asked.json:
         facts = {"processor": processor(), "torch": torch.__version__, "threads": 1, "rows": 1, "dtype": "float32",
                  "heads": "tiny", "document": DOCUMENT, "rounds": asked.rounds, "measured": rows}  # fmt: skip

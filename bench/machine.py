@@ -1,4 +1,4 @@
-"""What several benches say about the machine and about repeated measurements."""
+"""Helpers shared by the benchmarks: the processor's name and statistics of repeated measurements."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """Its name."""
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -18,5 +18,5 @@ def processor() -> str:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median with the smallest and the largest."""
+    """The median with the minimum and the maximum."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}

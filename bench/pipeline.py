@@ -1,16 +1,16 @@
-"""The bubble of every pipeline schedule, measured on real processes beside what its table predicts.
+"""The bubble of every pipeline schedule, measured on real processes and predicted from its table.
 
     python bench/pipeline.py --ranks 2 --json bench/results/pipeline_2.json
 
-Every rank is a process with one core that talks over gloo. A step is forward and backward of all micro-batches of a
-network like the preset `tiny` with 7 layers and an MTP module, so that 8 blocks lie on the ranks evenly; routing is
-real. The schedules take turns, so that a noisy machine is noisy to all of them; a step lasts from the first rank's
-start to the last rank's end, and a rank is idle while it waits for a message. The medians of what F, B, I, W and pairs
-took (without waiting) are the costs with which `simulate` predicts the step and its idle share; and the shortest ones
-predict the shortest step, which is what other work on the machine disturbs least.
+Every rank is a process with one core that communicates over gloo. A step is forward and backward of all micro-batches
+of a network like the preset `tiny` with 7 layers and an MTP module, so that 8 blocks divide evenly over the ranks;
+routing is real. The schedules alternate, so that a noisy machine affects all of them. A step lasts from the first
+rank's start to the last rank's end, and a rank is idle while it waits for a message. From the median durations of F, B,
+I, W and pairs (without waiting), `simulate` predicts the step time and the idle share. The shortest durations predict
+the shortest step, which other work on the machine disturbs least.
 
-What overlap is worth is shown with a network that is slow on purpose: every exchange sleeps for a while, which takes no
-core. `serial` waits for it, `beside` computes meanwhile where the table has pairs.
+The benefit of overlap is measured with an artificially slow network: every exchange sleeps for a fixed time, which uses
+no core. `serial` waits for it; `beside` computes meanwhile where the table has pairs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Watched(Executor):
-    """Notes (begin, end, seconds waited) of every step of its list."""
+    """Records (begin, end, seconds waited) of every step it executes."""
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -72,7 +72,7 @@ class Watched(Executor):
 
 @dataclass(frozen=True)
 class Measured(Costs):
-    """Seconds of every kind of step."""
+    """Measured seconds of every kind of step."""
 
     seconds: dict[Any, float] = field(default_factory=dict)
 
@@ -81,7 +81,7 @@ class Measured(Costs):
 
 
 def kind(step: Step) -> Any:
-    """What takes equally long: the same work of the same slice, whatever the micro-batch."""
+    """The key of steps with equal duration: the same work on the same slice, for any micro-batch."""
     if isinstance(step, Pair):
         return kind(step.forward), kind(step.backward)
     return step.kind, step.stage
@@ -106,7 +106,7 @@ CFG = preset("tiny", n_layers=7)
 
 
 def hideable(name: str, pause: float, args: argparse.Namespace) -> float:
-    """Seconds of exchanges inside pairs, on the rank with most of them: all that overlap can hide."""
+    """Seconds of exchanges inside pairs, on the rank with the most of them: an upper bound for overlap."""
     table = schedule(name, args.ranks, args.micro)
     cuts = cut(CFG, table.stages)
     sparse = [sum(i >= CFG.n_dense_layers for i in layers) for layers in cuts]
@@ -165,7 +165,7 @@ def on_a_rank(rank: int, store: str, args: argparse.Namespace, answers: Any) -> 
     for turn in range(args.turns + 1):
         for name, one in cases.items():
             spans = step(one, work(one, args))
-            if turn:  # the first warms up
+            if turn:  # the first turn warms up
                 found[name].append(spans)
     answers.put((rank, found))
     dist.barrier()
@@ -173,7 +173,7 @@ def on_a_rank(rank: int, store: str, args: argparse.Namespace, answers: Any) -> 
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[list]]:
-    """[of every rank [of every turn the spans]] by case."""
+    """Spans by case: [rank][turn] -> list of spans."""
     context = get_context("spawn")
     answers = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
@@ -225,13 +225,13 @@ def row(name: str, ranks: list[list], args: argparse.Namespace) -> dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--micro", type=int, default=8, help="micro-batches of a step")
-    parser.add_argument("--rows", type=int, default=4, help="sequences of a micro-batch")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--micro", type=int, default=8, help="micro-batches per step")
+    parser.add_argument("--rows", type=int, default=4, help="sequences per micro-batch")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
-    parser.add_argument("--exchange-ms", nargs="*", type=float, default=[], help="of a slow network, for dualpipe")
+    parser.add_argument("--exchange-ms", nargs="*", type=float, default=[], help="delay per exchange, for dualpipe")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found = measure(args)
@@ -265,8 +265,8 @@ def main() -> None:
     for one in slowed:
         serial, beside, inside = (1e3 * x for x in (*(one[way]["median"] for way in WAYS), one["inside_pairs"]))
         print(
-            f"\n{one['schedule']}, every exchange {one['exchange_ms']:g} ms longer: {serial:.0f} ms one after the "
-            f"other, {beside:.0f} ms beside one another; of {inside:.0f} ms inside pairs {one['hidden']:.0%} hidden"
+            f"\n{one['schedule']}, every exchange {one['exchange_ms']:g} ms longer: {serial:.0f} ms "
+            f"serial, {beside:.0f} ms overlapped; {one['hidden']:.0%} of {inside:.0f} ms inside pairs hidden"
         )
     if args.json:
         args.json.write_text(json.dumps({**about, "schedules": rows, "slow_network": slowed}, indent=1) + "\n")

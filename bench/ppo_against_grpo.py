@@ -1,16 +1,17 @@
-"""What leaving the critic out saves: PPO against GRPO from one base, on the same problems (R1-Nature A.3).
+"""The savings of GRPO without a critic: PPO against GRPO from one base, on the same problems (R1-Nature A.3).
 
     python bench/ppo_against_grpo.py BASE/model --task countdown --json bench/results/ppo_against_grpo.json
 
-Arms: `group` (GRPO), `critic` with lambda 1 and with 0.95 (PPO). All run the real stage `rl` on one core, each in a
-fresh process, seed by seed in turn; they ask the same problems and start from the same weights. Reported per arm:
+Arms: `group` (GRPO), `critic` with lambda 1 and with 0.95 (PPO). Every arm runs the real stage `rl` on one core in a
+fresh process; the arms alternate for every seed. They use the same problems and start from the same weights. Reported
+per arm:
 
-    memory    peak resident size of the process (getrusage), and the exact bytes of what training holds: weights,
-              gradients and moments of the policy and of the critic, the reference's weights
-    seconds   per rollout, CPU seconds of the process, which other work on the machine hardly touches: sampling with
-              its verifier, critic (values, advantages and its own update), update (reference included)
+    memory    peak resident size of the process (getrusage), and the exact bytes of the training state: weights,
+              gradients and moments of the policy and of the critic, and the reference's weights
+    seconds   CPU seconds of the process per rollout, which other work on the machine hardly affects: sampling with
+              verification, critic (values, advantages and its own update), update (with the reference)
     accuracy  held-out pass@1 at the start, after equal rollouts, and at the last evaluation within the CPU seconds
-              that GRPO took in all (evaluations not counted)
+              that GRPO took in total (without evaluations)
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ save_seconds = 1e9
 
 
 class Clock:
-    """CPU seconds by part. A part inside another counts for the outer one."""
+    """CPU seconds by phase. Nested phases count towards the outer one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -141,7 +142,7 @@ def nbytes(tensor) -> int:
 
 
 def held_bytes(trainer) -> int:
-    """Weights, gradients and moments."""
+    """Bytes of weights, gradients and moments."""
     return sum(
         nbytes(t) for group in trainer.optimizer.groups for t in (group.master, group.grad, *group.moments.values())
     )
@@ -153,12 +154,12 @@ def run_arm(args: argparse.Namespace, name: str, seed: int) -> dict:
         command += [f"--{field.replace('_', '-')}", str(getattr(args, field))]
     done = subprocess.run(command, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        sys.exit(f"the arm {name!r} ended with status {done.returncode}")
+        sys.exit(f"the arm {name!r} exited with status {done.returncode}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def summarise(runs: list[dict]) -> dict:
-    """Medians over seeds of costs, means of accuracies; `within` is what was reached in the seconds GRPO took."""
+    """Medians of costs, means of accuracies over seeds; `within`: accuracy reached in the seconds GRPO took."""
     found = {}
     for name in ARMS:
         mine = [run for run in runs if run["arm"] == name]
@@ -182,12 +183,12 @@ def summarise(runs: list[dict]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a model directory that solves some of the task")
+    parser.add_argument("model", type=Path, help="directory of a model that solves some problems of the task")
     parser.add_argument("--task", default="countdown")
     parser.add_argument("--rollouts", type=int, default=30)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--updates", type=int, default=2, help="optimizer steps per rollout")
-    parser.add_argument("--cap", type=int, default=160, help="longest completion, tokens")
+    parser.add_argument("--cap", type=int, default=160, help="maximum tokens per completion")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--eval-every", type=int, default=5)
     parser.add_argument("--eval-problems", type=int, default=64)
@@ -206,7 +207,7 @@ def main() -> None:
             runs.append({"arm": name, "seed": seed, **run})
             seconds = " ".join(f"{part} {value:.2f}" for part, value in run["seconds"].items())
             print(
-                f"{name} (seed {seed}): pass@1 {run['curve'][-1]['pass_at_1']:.3f}, {seconds} s a rollout", flush=True
+                f"{name} (seed {seed}): pass@1 {run['curve'][-1]['pass_at_1']:.3f}, {seconds} s per rollout", flush=True
             )
     summary = summarise(runs)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

@@ -1,11 +1,11 @@
-"""Seconds per RL step with a separate rollout worker (`rollout.engine = "ray"`) against the same run in one place.
+"""Seconds per RL step with a separate rollout worker (`rollout.engine = "ray"`) against the same run in one process.
 
     bessemer run recipes/tiny.toml --until pretrain --out runs/tiny
     python bench/rl_apart.py runs/tiny/02-pretrain --json bench/results/rl_apart.json
 
-The RL stage of recipes/tiny.toml for a few rollouts with `max_off_policy_rollouts = 1`: "here" on all cores, sampling
-and updates in turns; "ray" with one core for the worker and the others for the trainer, at the same time. Both give the
-same bits. The first two rollouts of a run are left out: processes start there.
+The RL stage of recipes/tiny.toml runs for a few rollouts with `max_off_policy_rollouts = 1`. "here" alternates sampling
+and updates on all cores; "ray" runs the worker on one core and the trainer on the others, concurrently. Both give the
+same bits. The first two rollouts of a run are excluded, because processes start during them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEFT_OUT = 2
 
 
 def stage(base: Path, engine: str, rollouts: int) -> dict[str, float]:
-    """One run in this process."""
+    """Runs the stage once in this process."""
     from bessemer.config.recipe import Recipe
     from bessemer.rl import loop
     from bessemer.runs.context import StageContext, StopFlag
@@ -55,10 +55,10 @@ def stage(base: Path, engine: str, rollouts: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", type=Path, help="folder of a stage with a model")
+    parser.add_argument("base", type=Path, help="folder of a stage that has a model")
     parser.add_argument("--rollouts", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--engine", choices=ENGINES, help="one run in this process, as JSON")
+    parser.add_argument("--engine", choices=ENGINES, help="do one run in this process and print it as JSON")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.engine:

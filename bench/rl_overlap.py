@@ -1,17 +1,17 @@
-"""Is sampling one rollout ahead, at the same time as the updates, faster on two cores? From CPU seconds of every piece.
+"""Is sampling one rollout ahead, concurrently with the updates, faster on two cores? Computed from CPU seconds.
 
     python bench/rl_overlap.py runs/tiny/02-pretrain --json bench/results/rl_overlap.json
 
-The RL stage of recipes/tiny.toml runs for a few rollouts in one process, with `max_off_policy_rollouts = 1`; the
-CPU seconds of every piece that workers would share (a batch of the Engine, a micro-batch of the trainer or the
-reference) and of all that they would not are recorded. CPU seconds, because other work on the machine hardly touches
-them. Two schedules follow:
+The RL stage of recipes/tiny.toml runs for a few rollouts in one process, with `max_off_policy_rollouts = 1`. The bench
+records the CPU seconds of every item that workers would share (a batch of the Engine, a micro-batch of the trainer or
+the reference) and of the remaining work. CPU seconds are used because other work on the machine hardly affects them.
+From them follow the times of two schedules:
 
-    after one another   sampling on both cores, then the updates on both cores: pieces go out in pairs and a pair takes
-                        as long as its longer piece, the rest takes one core
-    beside each other   a core for the sampler, a core for the trainer: a rollout takes as long as the longer of the two
+    sequential   (`after`) sampling on both cores, then the updates on both cores: items are processed in pairs, a pair
+                 takes as long as its longer item, and the remaining work takes one core
+    concurrent   (`beside`) one core for the sampler, one for the trainer: a rollout takes as long as the longer of both
 
-The second needs `max_off_policy_rollouts = 1`, hence older samples; it is worth building where it is clearly shorter.
+The second needs `max_off_policy_rollouts = 1`, hence older samples; it is worth building only if it is clearly shorter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 class Timed:
-    """`Workers` of one process that keeps what each piece took."""
+    """`Workers` of one process that record the CPU seconds of each item."""
 
     n = 1
 
@@ -48,7 +48,7 @@ class Timed:
 
 
 def phase(timed: Timed, work):
-    """(result, CPU seconds on one core, on two as `Workers` shares them)."""
+    """(result, CPU seconds on one core, CPU seconds on two cores with the items shared as `Workers` does)."""
     timed.pieces.clear()
     began = time.process_time()
     result = work()
@@ -68,7 +68,7 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", type=Path, help="folder of a stage with a model")
+    parser.add_argument("base", type=Path, help="folder of a stage that has a model")
     parser.add_argument("--rollouts", type=int, default=4)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -96,7 +96,7 @@ def main() -> None:
             drawn, sample_one, sample_two = phase(timed, lambda n=number: take(n))
             run.queue.take = lambda n, drawn=drawn: drawn
             _, train_one, train_two = phase(timed, lambda n=number: run._rollout(n))
-            if number:  # the first draws two
+            if number:  # the first one samples two
                 row = {"sample": sample_one, "train": train_one, "after": sample_two + train_two}
                 rows.append(row | {"beside": max(sample_one, train_one)})
     mean = {name: round(sum(row[name] for row in rows) / len(rows), 3) for name in rows[0]}

@@ -1,9 +1,9 @@
-"""Compares two runs of one recipe bit for bit: what a refactoring must leave unchanged.
+"""Compares two runs of one recipe bit for bit, to check that a refactoring changed nothing.
 
     python bench/same_run.py OLD_RUN NEW_RUN
 
 Corpora, weights, tokenizers, rollouts, samples and evaluation results must be equal byte for byte; metric lines must be
-equal except for seconds and speeds. `RENAMED` maps metric names that a version changed on purpose.
+equal except for seconds and speeds. `RENAMED` maps metric names that a version changed intentionally.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ RENAMED: dict[str, str] = {}
 
 
 def metric_lines(run: Path) -> list[dict]:
-    """The complete lines of metrics.jsonl; a half-written last line does not count yet."""
+    """The complete lines of metrics.jsonl; a partly written last line is ignored."""
     path = run / "metrics.jsonl"
     complete = path.read_text().rpartition("\n")[0] if path.exists() else ""
     return [json.loads(line) for line in complete.splitlines()]
 
 
 def metrics(run: Path) -> list[tuple]:
-    """Metric lines without what depends on the clock."""
+    """Metric lines without values that depend on the clock."""
     return [
         (
             line["stage"],
@@ -48,7 +48,7 @@ def metrics(run: Path) -> list[tuple]:
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """The names of what differs between two runs."""
+    """The names of files that differ between two runs, and the first metric line that differs."""
     names = sorted({path.relative_to(run) for run in (a, b) for p in COMPARED for path in run.glob(p)})
     if not names:
         raise SystemExit(f"nothing to compare in {a} and {b}")
@@ -71,7 +71,7 @@ def main() -> None:
     if result := differences(args.old, args.new):
         print(*result, sep="\n")
         sys.exit(1)
-    print("the same, bit for bit")
+    print("identical, bit for bit")
 
 
 if __name__ == "__main__":

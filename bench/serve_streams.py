@@ -1,14 +1,14 @@
-"""200 streams at once through the server against the same requests in a bare scheduler.
+"""200 concurrent streams through the server against the same requests in a bare scheduler.
 
     python bench/serve_streams.py MODEL [--streams 200] [--tokens 96] [--rounds 3] [--out FILE]
 
-Every round runs, one after the other and each in a fresh process: the bare scheduler with all requests, and the server
-with a client that opens all streams at once. Overhead is what the server takes longer from the first request to the
-last token. On a busy machine that says more about the other work than about the server, so processor time is reported
-too: of the model's process, which is what remains where the server has a core of its own, and of the server's.
+Every round runs two cases in turn, each in a fresh process: the bare scheduler with all requests, and the server with a
+client that opens all streams at once. Overhead is the extra time of the server from the first request to the last
+token. On a busy machine the wall time mostly reflects other work, so processor time is reported too: that of the
+model's process, which is the relevant figure when the server has its own core, and that of the server's process.
 
-Lost: a stream without [DONE], or with another number of tokens than asked for. Mixed: a text that is not that of the
-same request alone in an engine.
+Lost: a stream without [DONE], or with a number of tokens other than requested. Mixed: a text that differs from that of
+the same request run alone in an engine.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def body(n: int, tokens: int) -> dict:
 
 
 def engine_and_requests(model: str, streams: int, tokens: int):
-    """The engine, and the requests as the server makes them."""
+    """The engine, and the requests as the server builds them."""
     import torch
 
     from bessemer.data.chat import question_ids
@@ -63,12 +63,12 @@ def engine_and_requests(model: str, streams: int, tokens: int):
 
 
 def bare(model: str, streams: int, tokens: int) -> dict:
-    """All requests in a scheduler with nothing around it."""
+    """Runs all requests in a bare scheduler."""
     from bessemer.engine.scheduler import Scheduler
     from bessemer.engine.sequence import Token
 
     engine, requests = engine_and_requests(model, streams, tokens)
-    engine.generate([requests[0].prompt], max_new_tokens=2, **SAMPLING)  # whatever is made at first use
+    engine.generate([requests[0].prompt], max_new_tokens=2, **SAMPLING)  # initialises whatever is created on first use
     gc.freeze()  # as the server does
     scheduler = Scheduler(engine, rows=streams)
     begun, cpu = time.perf_counter(), time.process_time()
@@ -81,7 +81,7 @@ def bare(model: str, streams: int, tokens: int) -> dict:
 
 
 def alone(model: str, streams: int, tokens: int) -> list[str]:
-    """Every request by itself."""
+    """The text of every request run alone."""
     engine, requests = engine_and_requests(model, streams, tokens)
     opening = engine.tokenizer.opening
     return [
@@ -94,7 +94,7 @@ def alone(model: str, streams: int, tokens: int) -> list[str]:
 
 
 def served(model: str, streams: int, tokens: int) -> dict:
-    """All requests at once over HTTP."""
+    """Sends all requests at once over HTTP."""
     config = f"ServeConfig(rows={streams}, waiting={streams})"
     code = (
         "from bessemer.serve.server import serve; from bessemer.serve import ServeConfig\n"
@@ -103,7 +103,7 @@ def served(model: str, streams: int, tokens: int) -> dict:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         port = int(process.stdout.readline().split()[1].rsplit(":", 1)[1])
-        asyncio.run(ask(port, 0, 2, time.perf_counter()))  # whatever is made at first use
+        asyncio.run(ask(port, 0, 2, time.perf_counter()))  # initialises whatever is created on first use
         (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         pids = (process.pid, int(worker))
         before, begun = list(map(cpu_seconds, pids)), time.perf_counter()
@@ -122,7 +122,7 @@ async def ask_all(port: int, streams: int, tokens: int) -> list[dict]:
 
 
 async def ask(port: int, n: int, tokens: int, begun: float) -> dict:
-    """One stream, read as it comes and understood afterwards, so that the client costs little."""
+    """Reads one stream as it arrives; it is parsed later, so that the client costs little."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     data = json.dumps(body(n, tokens)).encode()
     writer.write(
@@ -146,7 +146,7 @@ async def ask(port: int, n: int, tokens: int, begun: float) -> dict:
 
 
 def understood(raw: bytes) -> tuple[str, int, bool]:
-    """(text, tokens, whether the stream ended as it should)."""
+    """(text, number of tokens, whether the stream ended with [DONE])."""
     rest, joined = raw.split(b"\r\n\r\n", 1)[1], b""
     while rest:
         size, rest = rest.split(b"\r\n", 1)
@@ -164,7 +164,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def in_a_process(what: str, *arguments: object) -> object:
-    """A function of this file in a fresh interpreter."""
+    """Calls a function of this file in a fresh interpreter."""
     code = f"import json, serve_streams as s; print(json.dumps(s.{what}(*{arguments!r})))"
     path = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
     environment = os.environ | {"PYTHONPATH": path}

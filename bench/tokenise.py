@@ -2,18 +2,18 @@
 
     python bench/tokenise.py [--rounds 3] [--workers 2] [--row-length 256] [--json bench/results/tokenise.json]
 
-Texts are real, each once, in an order drawn by a seed: the registered sources in English and Chinese, and the source
-code of the Python packages installed here, one file a document, up to --code-megabytes. The tokenizer is trained on
+Texts are real and occur once each, shuffled with a fixed seed: the registered sources in English and Chinese, and the
+source code of the installed Python packages, one document per file, up to --code-megabytes. The tokenizer is trained on
 them (--vocab-size).
 
     datasets   the usual script (transformers' run_clm): map(tokenizer, batched=True, num_proc=N), then map(group_texts,
                batched=True, num_proc=N), which concatenates and cuts every column and adds labels
-    lean       the same with ids alone, which few do: no attention masks, no labels
-    ours       shards of documents with BOS and EOS, held-out documents apart, a plan of best-fit rows with checksums
+    lean       the same with ids only, which is unusual: no attention masks, no labels
+    ours       shards of documents with BOS and EOS, held-out documents separate, a plan of best-fit rows with checksums
 
-Both start from files of their own format (Arrow, JSON lines), end with files on disk, and the clock includes starting
-the worker processes. Rounds alternate. Processor time is that of this process and its children; where others
-use the machine it says more than the wall clock. Before the clock the ids of both are compared on a sample.
+Both sides start from files of their own format (Arrow, JSON lines) and end with files on disk; the time includes
+starting the worker processes. Rounds alternate. Processor time is that of this process and its children; on a shared
+machine it is more meaningful than the wall clock. Before the timing, the ids of both sides are compared on a sample.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def main() -> None:
     parser.add_argument("--row-length", type=int, default=256)
     parser.add_argument("--vocab-size", type=int, default=16_384)
     parser.add_argument("--code-megabytes", type=int, default=30)
-    parser.add_argument("--only", choices=GROUPS, help="one group of texts alone")
+    parser.add_argument("--only", choices=GROUPS, help="use only this group of texts")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are what is compared; threads in them would be too many
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # worker processes are compared; threads would oversubscribe cores
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     groups = [args.only] if args.only else list(GROUPS)
     texts = [text for group in groups for text in texts_of(group, args.code_megabytes)]
@@ -120,7 +120,7 @@ def texts_of(group: str, megabytes: int) -> list[str]:
 
 
 def clocked(run: Callable[[Path], int], out: Path) -> dict[str, float]:
-    """Seconds, processor seconds and tokens of one run; what it wrote is removed."""
+    """Seconds, processor seconds and tokens of one run; its output is deleted."""
     out.mkdir()
     before, began = _cpu(), time.monotonic()
     tokens = run(out)
@@ -135,7 +135,7 @@ def _cpu() -> float:
 
 
 def same_ids(texts: list[str], tokenizer: Path) -> None:
-    """Both see the same ids, or the comparison means nothing."""
+    """Checks that both sides produce the same ids; the comparison is meaningless otherwise."""
     from transformers import AutoTokenizer
 
     from bessemer.data.encoder import Encoder
@@ -153,7 +153,7 @@ def theirs_from(texts: list[str], folder: Path) -> Path:
 
 
 def theirs(data: Path, tokenizer: Path, row_length: int, workers: int, out: Path, lean: bool) -> int:
-    """The usual two maps."""
+    """Runs the two usual maps."""
     from datasets import disable_progress_bars, load_from_disk
     from transformers import AutoTokenizer
 
@@ -177,7 +177,7 @@ def theirs(data: Path, tokenizer: Path, row_length: int, workers: int, out: Path
 
 
 def ours_from(texts: list[str], folder: Path) -> list[Path]:
-    """Documents as the steps before the last leave them: compressed, with nothing dropped."""
+    """Documents as the earlier build steps leave them: compressed, with nothing dropped."""
     from bessemer.curate import steps
     from bessemer.curate.settings import Dedup
 
@@ -199,7 +199,7 @@ def ours_from(texts: list[str], folder: Path) -> list[Path]:
 
 
 def ours(units: list[Path], tokenizer: Path, row_length: int, workers: int, out: Path) -> int:
-    """The last step of `bessemer data build`."""
+    """Runs the last step of `bessemer data build`."""
     tokens = Tokens(str(tokenizer), 0, 0, row_length, 0.01, 0.0, (), 0.0)
     jobs = [
         Job(

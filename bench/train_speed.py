@@ -3,11 +3,11 @@
     python bench/train_speed.py --preset tiny --threads 1
     python bench/train_speed.py --preset small --threads 2 --json bench/results/train_speed_small_2.json
 
-One step is forward, backward, clipping and AdamW. The peer is given its best of: eager or compiled; float32,
-autocast or bfloat16; every experts implementation; and the allocator setting that we use (one case without it, for the
-record). On several cores the peer uses OpenMP threads, which is what it has; ours uses a process per core. Neither
-side trains MTP (the peer cannot); ours is also measured with it. Routing is real (random weights, random tokens). Each
-case runs in a process of its own; the figure is the median of the timed steps.
+One step is forward, backward, clipping and AdamW. The peer's figure is its best of: eager or compiled; float32,
+autocast or bfloat16; every experts implementation. It uses our allocator setting (one case runs without it, for the
+record). On several cores the peer uses OpenMP threads, the parallelism it offers; ours uses one process per core.
+Neither side trains MTP (the peer cannot); ours is also measured with it. Routing is real (random weights, random
+tokens). Each case runs in its own process; the figure is the median of the timed steps.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def peer(preset_name: str, case: dict, steps: int) -> dict:
 
 
 def machine() -> str:
-    """The processor's name where the system tells it."""
+    """The processor's name, or the architecture if the system does not report one."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="only the peer's usual best case")
+    parser.add_argument("--quick", action="store_true", help="measure only the peer's usual best case")
     parser.add_argument("--json", help="write the results here")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,20 +1,20 @@
-"""FP8 kernels on a GPU: every one against the emulation on fresh random inputs, then its speed.
+"""FP8 kernels on a GPU: checks each against the emulation on fresh random inputs, then measures its speed.
 
     python bench/gpu/fp8.py [--check-only] [--json bench/results/fp8_h100.json] [--rounds 30] [--seed N]
-    TRITON_INTERPRET=1 python bench/gpu/fp8.py --interpret      the checks alone, on a CPU
+    TRITON_INTERPRET=1 python bench/gpu/fp8.py --interpret      only the checks, on a CPU
 
-Every backend that takes a call on this card is checked and timed by itself (BESSEMER_FP8_BACKEND).
+Every backend that supports a call on this GPU is checked and timed separately (BESSEMER_FP8_BACKEND).
 
-    checks     quantisation bit for bit against the emulation on the CPU (on CUDA torch divides by a number through its
-               reciprocal, and a factor is off by its last bit now and then); SwiGLU and GEMMs against the emulation by
-               1 - 2 <a, b> / (|a|^2 + |b|^2), which must stay below 1e-6 and 1e-3
-    time       CUDA events around one call, the L2 cache overwritten before it, after a warm-up; the median
-    TFLOPS     2 M N K / time, and its share of what a large BF16 GEMM of torch reaches here
+    checks     quantisation bit for bit against the emulation on the CPU (on CUDA torch divides by a scalar through its
+               reciprocal, which occasionally changes the last bit of a factor); SwiGLU and GEMMs against the emulation
+               by 1 - 2 <a, b> / (|a|^2 + |b|^2), which must stay below 1e-6 and 1e-3
+    time       median over CUDA events around one call, after a warm-up, with the L2 cache overwritten before each call
+    TFLOPS     2 M N K / time, and its share of a large BF16 GEMM of torch on the same GPU
     GB/s       operands read and results written once / time, and its share of a device-to-device copy
     published  DeepGEMM's first release on an H800 (its README), and our share of it
 
-GEMMs are timed with the factors in the layout that our quantisation leaves; what a backend still has to rearrange is
-part of its time. Inputs are normal, routing is balanced.
+GEMMs are timed with the factors in the layout that our quantisation produces; a backend's time includes any
+rearrangement it needs. Inputs are normal, routing is balanced.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ DENSE = {
     (2112, 7168): 1058, (24576, 1536): 990, (32768, 512): 590, (7168, 16384): 1358, (4096, 7168): 1304,
     (7168, 2048): 1025,
 }  # fmt: skip
-"""(N, K) at M = 4096: TFLOPS published."""
+"""(N, K) at M = 4096: published TFLOPS."""
 GROUPED = {(4096, 7168): 1297, (7168, 2048): 1099}
-"""(N, K) with 4 groups of 8192 rows."""
+"""(N, K) with 4 groups of 8192 rows: published TFLOPS."""
 FEW = 64
-"""Rows of the cases that memory bounds; published between 1,700 and 2,700 GB/s."""
+"""Rows of the memory-bound cases; published figures lie between 1,700 and 2,700 GB/s."""
 BOUND = 1e-3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check-only", action="store_true", help="no timing")
-    parser.add_argument("--interpret", action="store_true", help="the checks in Triton's interpreter, on the CPU")
+    parser.add_argument("--check-only", action="store_true", help="check without timing")
+    parser.add_argument("--interpret", action="store_true", help="only check, in Triton's interpreter on the CPU")
     parser.add_argument("--rounds", type=int, default=30, help="timed calls of each kernel")
-    parser.add_argument("--seed", type=int, default=None, help="of the inputs; fresh ones without it")
+    parser.add_argument("--seed", type=int, default=None, help="seed of the inputs; random by default")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
@@ -65,13 +65,13 @@ def main() -> None:
         sys.exit(f"error: {fault}")
     torch.manual_seed(seed)
     facts: dict[str, Any] = {"torch": torch.__version__, "seed": seed, "device": card(device)}
-    print(f"{facts['device']}, torch {torch.__version__}, inputs of seed {seed}")
+    print(f"{facts['device']}, torch {torch.__version__}, input seed {seed}")
     facts["table"] = backends.table(device)
     for call, backend, why in facts["table"]:
         print(f"  {call}: {backend} ({why})")
     facts["checks"] = checks(device, small=args.interpret)
     if not facts["checks"]:
-        sys.exit("error: no backend but the emulation serves this card; is triton installed?")
+        sys.exit("error: only the emulation supports this GPU; is triton installed?")
     failed = [line for line in facts["checks"] if not line["good"]]
     if not (args.check_only or args.interpret):
         facts |= speed(device, args.rounds, {(line["call"], line["backend"]) for line in failed})
@@ -79,15 +79,15 @@ def main() -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(facts, indent=1) + "\n")
     if failed:
-        sys.exit(f"{len(failed)} of {len(facts['checks'])} checks failed; what failed was not timed")
+        sys.exit(f"{len(failed)} of {len(facts['checks'])} checks failed; the failed backends were not timed")
     print(f"{len(facts['checks'])} checks passed")
 
 
 def place(interpret: bool) -> torch.device:
-    """The GPU, or the CPU for the interpreter. UserError without either."""
+    """The GPU, or the CPU for the interpreter. Raises UserError if neither is available."""
     if interpret:
         if os.environ.get("TRITON_INTERPRET") != "1":
-            raise UserError("--interpret needs TRITON_INTERPRET=1 in the environment, before Python starts")
+            raise UserError("--interpret needs TRITON_INTERPRET=1 in the environment before Python starts")
         torch.set_num_threads(1)
         return torch.device("cpu")
     if not torch.cuda.is_available() or torch.version.cuda is None:
@@ -104,7 +104,7 @@ def card(device: torch.device) -> str:
 
 @contextmanager
 def only(backend: str) -> Iterator[None]:
-    """Every call goes to this backend."""
+    """Routes every call to this backend."""
     before = os.environ.get(backends.VARIABLE)
     os.environ[backends.VARIABLE] = backend
     try:
@@ -117,7 +117,7 @@ def only(backend: str) -> Iterator[None]:
 
 
 def fast(name: str, *operands: Any) -> list[str]:
-    """The backends beside the emulation that take this call."""
+    """The backends other than the emulation that support this call."""
     found = []
     for backend in backends.ORDER:
         with only(backend):
@@ -133,7 +133,7 @@ def fast(name: str, *operands: Any) -> list[str]:
 
 
 def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
-    """Lines {call, backend, shape, difference, good}; every one is printed, too."""
+    """Runs and prints all checks. Returns dicts {call, backend, shape, difference, good}."""
     lines: list[dict[str, Any]] = []
 
     def check(
@@ -144,7 +144,7 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
         apart: Callable[[Any], float],
         bound: float,
     ) -> None:
-        """Every backend that takes the call, one line each; one that raises has failed."""
+        """Checks every backend that supports the call, one line each; an exception counts as a failure."""
         for backend in fast(name, *asked):
             difference, fault = float("nan"), ""
             with only(backend):
@@ -152,7 +152,7 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
                     difference = apart(run())
                 except Exception as error:
                     fault = f", {type(error).__name__}: {error}"
-            good = difference <= bound  # NaN is not
+            good = difference <= bound  # False for NaN
             lines.append({"call": name, "backend": backend, "shape": said, "difference": difference, "good": good})
             print(f"{'ok  ' if good else 'FAIL'} {name} {said} by {backend}: {difference:.1e}{fault}", flush=True)
 
@@ -196,19 +196,19 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
 
 
 def spread(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Magnitudes over twelve decades, with zeros."""
+    """Random values whose magnitudes span twelve decades, with zeros."""
     x = torch.randn(rows, columns, device=device) * torch.logspace(-6, 6, columns, device=device)
     x[:, ::13] = 0
     return x
 
 
 def operands(M: int, N: int, K: int, group: Group, device: torch.device) -> tuple[Operand, Operand]:
-    """x by tiles, w by `group`, from the emulation."""
+    """x quantised by tiles and w by `group`, with the emulation."""
     return quantise(torch.randn(M, K, device=device)), quantise(torch.randn(N, K, device=device), group)
 
 
 def grouped_operands(count: list[int], N: int, K: int, device: torch.device) -> tuple[Operand, Operand]:
-    """x by tiles and stacked w by blocks, a matrix for every group."""
+    """x quantised by tiles and stacked w by blocks, one matrix per group."""
     w = [quantise(torch.randn(N, K, device=device), "block") for _ in count]
     return quantise(torch.randn(sum(count), K, device=device)), Operand(*map(torch.stack, zip(*w, strict=True)))
 
@@ -220,7 +220,7 @@ def apart(wanted: Tensor | Operand, got: Tensor | Operand) -> float:
 
 
 def unlike(wanted: Operand, got: Operand) -> float:
-    """Values and factors that differ in any bit; `wanted` is on the CPU."""
+    """Number of values and factors that differ in any bit; `wanted` is on the CPU."""
     values = [o.value_MK.cpu().contiguous().view(torch.uint8) for o in (got, wanted)]
     return float((values[0] != values[1]).sum() + (got.scale_MJ.cpu() != wanted.scale_MJ).sum())
 
@@ -229,7 +229,7 @@ def unlike(wanted: Operand, got: Operand) -> float:
 
 
 def seconds(call: Callable[[], Any], rounds: int, cold: Tensor) -> float:
-    """Median time of a call that finds nothing of its operands in the L2 cache."""
+    """Median seconds of a call with none of its operands in the L2 cache."""
     for _ in range(3):  # tunes, compiles and warms up
         call()
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
@@ -243,7 +243,7 @@ def seconds(call: Callable[[], Any], rounds: int, cold: Tensor) -> float:
 
 
 def ceilings(rounds: int, cold: Tensor) -> dict[str, float]:
-    """What torch reaches here: a large BF16 GEMM, a device-to-device copy (read and written bytes)."""
+    """torch's rates on this GPU: a large BF16 GEMM, and a device-to-device copy (bytes read and written)."""
     a, b = (torch.randn(8192, 8192, device=cold.device, dtype=torch.bfloat16) for _ in range(2))
     target = torch.empty_like(cold)
     best = {
@@ -255,7 +255,7 @@ def ceilings(rounds: int, cold: Tensor) -> dict[str, float]:
 
 
 def speed(device: torch.device, rounds: int, wrong: set[tuple[str, str]]) -> dict[str, Any]:
-    """What this card reaches at best, and every kernel's part of it; (call, backend) that are wrong are left out."""
+    """The peak rates of this GPU and every kernel's share of them, without the (call, backend) pairs in `wrong`."""
     cold = torch.empty(512 * 2**20, dtype=torch.uint8, device=device)  # larger than any L2
     best = ceilings(rounds, cold)
     lines: list[dict[str, Any]] = []
@@ -273,7 +273,7 @@ def speed(device: torch.device, rounds: int, wrong: set[tuple[str, str]]) -> dic
         if flops:
             said += f", {tflops:.0f} TFLOPS ({tflops / best['bf16_tflops']:.2f} of BF16)"
         said += f", {rate:.0f} GB/s ({rate / best['copy_gb_per_s']:.2f} of a copy)"
-        print(said + (f"; published {published}, {tflops / published:.2f} of it" if published else ""), flush=True)
+        print(said + (f"; {tflops / published:.2f} of the published {published}" if published else ""), flush=True)
 
     for shape, flops, moved, published, x, w, count in gemms(device):
         call, rest = ("gemm", ()) if count is None else ("grouped_gemm", (tuple(count),))
@@ -312,14 +312,14 @@ def gemms(device: torch.device) -> Iterator[tuple[str, float, float, float | Non
 
 
 def _ours(operand: Operand) -> Operand:
-    """The same factors, stored column by column as our kernels do."""
+    """The same factors in column-major order, as our kernels store them."""
     return Operand(operand.value_MK, operand.scale_MJ.t().contiguous().t())
 
 
 def passes(
     device: torch.device,
 ) -> Iterator[tuple[str, str, float, float, Callable[[], Any], tuple[Any, ...]]]:
-    """The rest of an FP8 step at the widths of V3: call, shape, FLOPs, bytes moved, what is run, whom to ask."""
+    """The other FP8 kernels at V3 widths: call, shape, FLOPs, bytes moved, function, operands for `fast`."""
     M, K, N = 4096, 7168, 4096
     x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
     for group in ("tile", "block"):
@@ -336,8 +336,7 @@ def passes(
     yield "grouped_wgrad", f"4x8192x{N}x{K}", flops, moved, partial(backends.grouped_wgrad, *sides, count), asked
 
 
-# The step of a 1B-active model in FP8 against BF16 belongs here as `step(device, rounds) -> dict`, beside `speed` and
-# called by `main` after it. It waits for fp8_linear to go through the table.
+# bench/fp8_step.py measures the step of a 1B-active model in FP8 against BF16.
 
 
 if __name__ == "__main__":
