@@ -102,7 +102,7 @@ def case(engines: dict[str, Engine], peer: Any, asked: list[list[int]], tokens: 
             return peer.generate(ids, max_new_tokens=n, min_new_tokens=n, **options)[:, ids.shape[1] :].tolist()
 
     calls = {name: ours(engine) for name, engine in engines.items()} | {"theirs": theirs}
-    said = {name: call(tokens) for name, call in calls.items()}  # also compiles
+    outputs = {name: call(tokens) for name, call in calls.items()}  # also compiles
     whole: dict[str, list[float]] = {name: [] for name in calls}
     first: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -120,7 +120,7 @@ def case(engines: dict[str, Engine], peer: Any, asked: list[list[int]], tokens: 
         }
         if name != "theirs":
             facts[name] |= {
-                "rows_with_equal_tokens": sum(map(list.__eq__, said[name], said["theirs"])),
+                "rows_with_equal_tokens": sum(map(list.__eq__, outputs[name], outputs["theirs"])),
                 "ratio": spread([b / a for a, b in zip(whole[name], whole["theirs"], strict=True)]),
                 "decoding_alone_ratio": alone["theirs"] / alone[name],
             }

@@ -92,9 +92,9 @@ def main() -> None:
 def made(folder: Path, size: int) -> dict[str, np.ndarray]:
     """Writes the documents. Returns {"copy": indices of the copies, "of": their originals, "jaccard": similarities}."""
     folder.mkdir(parents=True)
-    draw = np.random.Generator(np.random.PCG64(7))
+    rng = np.random.Generator(np.random.PCG64(7))
     letters = np.array(list("etaoinshrdlucmfwyp"))
-    known = list({"".join(draw.choice(letters, draw.integers(2, 11))) for _ in range(VOCABULARY)})
+    known = list({"".join(rng.choice(letters, rng.integers(2, 11))) for _ in range(VOCABULARY)})
     known.sort()
     vocabulary = np.array(known, object)
     weights = 1 / (np.arange(len(vocabulary)) + 2.7)
@@ -108,19 +108,19 @@ def made(folder: Path, size: int) -> dict[str, np.ndarray]:
             if file:
                 file.close()
             file, in_file = (folder / f"{written // FILE_BYTES:05d}.jsonl").open("w"), 0
-        if recent and draw.random() < 0.2:
-            of, ids = recent.pop(draw.integers(len(recent)))
-            changed = _changed(ids, draw, len(vocabulary))
+        if recent and rng.random() < 0.2:
+            of, ids = recent.pop(rng.integers(len(recent)))
+            changed = _changed(ids, rng, len(vocabulary))
             copies.append(number)
             originals.append(of)
             similar.append(_jaccard(ids, changed))
             ids = changed
         else:
-            count = int(np.clip(draw.lognormal(np.log(300), 0.7), 30, 5000))
-            ids = np.minimum(np.searchsorted(edges, draw.random(count)), len(vocabulary) - 1)
+            count = int(np.clip(rng.lognormal(np.log(300), 0.7), 30, 5000))
+            ids = np.minimum(np.searchsorted(edges, rng.random(count)), len(vocabulary) - 1)
             recent.append((number, ids))
             if len(recent) > 20_000:
-                recent.pop(draw.integers(len(recent)))
+                recent.pop(rng.integers(len(recent)))
         line = '{"text": "' + " ".join(vocabulary[ids]) + '"}\n'
         file.write(line)
         written += len(line)
@@ -130,18 +130,18 @@ def made(folder: Path, size: int) -> dict[str, np.ndarray]:
     return {"copy": np.array(copies), "of": np.array(originals), "jaccard": np.array(similar)}
 
 
-def _changed(ids: np.ndarray, draw: np.random.Generator, n: int) -> np.ndarray:
+def _changed(ids: np.ndarray, rng: np.random.Generator, n: int) -> np.ndarray:
     changed = ids.copy()
-    kind = draw.random()
+    kind = rng.random()
     if kind < 0.1:
         return changed
     if kind < 0.55:  # single words: each affects five n-grams
-        at = draw.choice(len(ids), max(1, round(draw.uniform(0, 0.1) * len(ids))), replace=False)
-        changed[at] = draw.integers(0, n, len(at))
+        at = rng.choice(len(ids), max(1, round(rng.uniform(0, 0.1) * len(ids))), replace=False)
+        changed[at] = rng.integers(0, n, len(at))
         return changed
-    length = round(draw.uniform(0, 0.4) * len(ids))
-    start = draw.integers(0, len(ids) - length + 1)
-    passage = draw.integers(0, n, draw.integers(0, length + 1))
+    length = round(rng.uniform(0, 0.4) * len(ids))
+    start = rng.integers(0, len(ids) - length + 1)
+    passage = rng.integers(0, n, rng.integers(0, length + 1))
     return np.concatenate([ids[:start], passage, ids[start + length :]])
 
 

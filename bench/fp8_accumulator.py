@@ -30,8 +30,8 @@ def errors(k: int, bits: int | None, promote: int | None, seed: int) -> tuple[fl
     whole = promote is None
     a, b = quantise(x, "tensor" if whole else "tile"), quantise(w, "tensor" if whole else "block")
     exact = a.dequantise().double() @ b.dequantise().double().t()
-    apart = (reference_gemm(a, b, bits, promote).double() - exact).abs() / exact.square().mean().sqrt()
-    return float(apart.max()), float(apart.mean())
+    error = (reference_gemm(a, b, bits, promote).double() - exact).abs() / exact.square().mean().sqrt()
+    return float(error.max()), float(error.mean())
 
 
 def main() -> None:

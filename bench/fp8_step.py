@@ -146,9 +146,9 @@ def main() -> None:
             "kept_bytes_computed": computed,
         }  # fmt: skip
         ratio = facts["cases"][name]["against_bf16"]
-        said = f" (computed {computed / 2**20:.1f})" if computed else ""
+        formula = f" (computed {computed / 2**20:.1f})" if computed else ""
         print(f"{name:15} {spread(found)['median']:.3f} s, {ratio['median']:.2f} of BF16 "
-              f"({ratio['low']:.2f}-{ratio['high']:.2f}); saved for backward {kept / 2**20:.1f} MiB{said}, "
+              f"({ratio['low']:.2f}-{ratio['high']:.2f}); saved for backward {kept / 2**20:.1f} MiB{formula}, "
               f"peak {highest / 2**20:.1f} MiB", flush=True)  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(facts, indent=1) + "\n")

@@ -99,22 +99,22 @@ def learn(ids: list[int], vocab: int, layers: int) -> tuple[Transformer, int, li
 def recite(engine: Engine, ids: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Recites the text from its beginning with every number of draft tokens, alternating between them."""
     seconds: dict[int, list[float]] = {drafts: [] for drafts in range(args.drafts + 1)}
-    said, accepted = {}, {}
+    outputs, accepted = {}, {}
     for round_ in range(-1, args.rounds):
         for drafts in seconds:
             began = time.perf_counter()
             scheduler = Scheduler(engine, rows=1, drafts=drafts)
             scheduler.add(Request(tuple(ids[:32]), 1, args.tokens, SamplingParams(0.0), ()))
-            said[drafts] = []
+            outputs[drafts] = []
             while not scheduler.idle:
-                said[drafts] += [event.token for event in scheduler.step() if isinstance(event, Token)]
+                outputs[drafts] += [event.token for event in scheduler.step() if isinstance(event, Token)]
             if round_ >= 0:  # the first round warms up (and compiles)
                 seconds[drafts].append(time.perf_counter() - began)
             figures = scheduler.stats()
             accepted[drafts] = figures.get("accepted", 0) / max(1, figures.get("drafted", 0))
     return [
-        {"drafts": drafts, "accepted": accepted[drafts], "same_tokens": said[drafts] == said[0],
-         "recited": sum(a == b for a, b in zip(said[drafts], ids[32:], strict=False)),
+        {"drafts": drafts, "accepted": accepted[drafts], "same_tokens": outputs[drafts] == outputs[0],
+         "recited": sum(a == b for a, b in zip(outputs[drafts], ids[32:], strict=False)),
          "tokens_per_second": spread([args.tokens / t for t in times]),
          "ratio": spread([a / b for a, b in zip(seconds[0], times, strict=True)])}
         for drafts, times in seconds.items()

@@ -49,12 +49,12 @@ def lines(out: Path, key: str) -> dict[int, float]:
 
 
 def row(name: str, out: Path, base: Path, seconds: float) -> dict:
-    mine, wanted = lines(out, "train/loss"), lines(base, "train/loss")
-    assert list(mine) == list(wanted), f"{name}: steps are missing or duplicated"
-    away = {step: abs(mine[step] - loss) / loss for step, loss in wanted.items()}
+    mine, expected = lines(out, "train/loss"), lines(base, "train/loss")
+    assert list(mine) == list(expected), f"{name}: steps are missing or duplicated"
+    gap = {step: abs(mine[step] - loss) / loss for step, loss in expected.items()}
     parts = json.loads((out / "02-pretrain" / "done.json").read_text())["summary"]
     bits = {key: value for key, value in parts.items() if key.startswith("bpb_")}
-    return {"layout": name, "steps": len(mine), "first_20": max(list(away.values())[:20]), "all": max(away.values()),
+    return {"layout": name, "steps": len(mine), "first_20": max(list(gap.values())[:20]), "all": max(gap.values()),
             "last_loss": mine[max(mine)], **bits, "seconds": seconds}  # fmt: skip
 
 

@@ -130,8 +130,8 @@ def compare(model, tokenizer, peer: Peer, prompts: list[list[int]], n: int) -> d
     error = 0.0
     for prompt in prompts:
         with torch.no_grad():
-            wanted = model(torch.tensor([prompt]))[0].float().numpy()
-        error = max(error, float(np.abs(peer.logits(prompt) - wanted).max() / np.abs(wanted).max()))
+            expected = model(torch.tensor([prompt]))[0].float().numpy()
+        error = max(error, float(np.abs(peer.logits(prompt) - expected).max() / np.abs(expected).max()))
     return {
         "prompts": len(prompts),
         "tokens": sum(map(len, ours)),

@@ -94,20 +94,20 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for T in asked.lengths:
+    for T in args.lengths:
         for segmented in (False, True):
-            for row in measured(T, segmented, asked.rounds):
+            for row in measured(T, segmented, args.rounds):
                 rows.append(row)
                 middle = row["seconds"]["median"]
                 print(f"{T:>6} {'segments' if segmented else 'whole':<9}{row['backend']:<6}{middle:8.3f} s "
                       f"{row['kept_mib']:8.1f} MiB saved {row['highest_mib']:8.1f} MiB peak", flush=True)  # fmt: skip
-    if asked.json:
+    if args.json:
         facts = {"processor": processor(), "torch": torch.__version__, "threads": 1, "rows": 1, "dtype": "float32",
-                 "heads": "tiny", "document": DOCUMENT, "rounds": asked.rounds, "measured": rows}  # fmt: skip
-        asked.json.write_text(json.dumps(facts, indent=1) + "\n")
+                 "heads": "tiny", "document": DOCUMENT, "rounds": args.rounds, "measured": rows}  # fmt: skip
+        args.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

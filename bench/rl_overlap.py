@@ -93,8 +93,8 @@ def main() -> None:
         run.reference = loop.Reference(run.trainer, run.policy, timed, recipe.stage("zero").reference_every, 1.0)
         take = run.queue.take
         for number in range(args.rollouts):
-            drawn, sample_one, sample_two = phase(timed, lambda n=number: take(n))
-            run.queue.take = lambda n, drawn=drawn: drawn
+            samples, sample_one, sample_two = phase(timed, lambda n=number: take(n))
+            run.queue.take = lambda n, samples=samples: samples
             _, train_one, train_two = phase(timed, lambda n=number: run._rollout(n))
             if number:  # the first one samples two
                 row = {"sample": sample_one, "train": train_one, "after": sample_two + train_two}

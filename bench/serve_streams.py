@@ -71,13 +71,13 @@ def bare(model: str, streams: int, tokens: int) -> dict:
     engine.generate([requests[0].prompt], max_new_tokens=2, **SAMPLING)  # initialises whatever is created on first use
     gc.freeze()  # as the server does
     scheduler = Scheduler(engine, rows=streams)
-    begun, cpu = time.perf_counter(), time.process_time()
+    start, cpu = time.perf_counter(), time.process_time()
     for request in requests:
         scheduler.add(request)
-    drawn = 0
+    generated = 0
     while not scheduler.idle:
-        drawn += sum(type(event) is Token for event in scheduler.step())
-    return {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu, "tokens": drawn}
+        generated += sum(type(event) is Token for event in scheduler.step())
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu, "tokens": generated}
 
 
 def alone(model: str, streams: int, tokens: int) -> list[str]:
@@ -106,9 +106,9 @@ def served(model: str, streams: int, tokens: int) -> dict:
         asyncio.run(ask(port, 0, 2, time.perf_counter()))  # initialises whatever is created on first use
         (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         pids = (process.pid, int(worker))
-        before, begun = list(map(cpu_seconds, pids)), time.perf_counter()
+        before, start = list(map(cpu_seconds, pids)), time.perf_counter()
         found = asyncio.run(ask_all(port, streams, tokens))
-        seconds = max(stream["ended"] for stream in found) - begun
+        seconds = max(stream["ended"] for stream in found) - start
         server, model = (cpu_seconds(pid) - first for pid, first in zip(pids, before, strict=True))
         return {"seconds": seconds, "server_cpu": server, "model_cpu": model, "streams": found}
     finally:
@@ -117,11 +117,11 @@ def served(model: str, streams: int, tokens: int) -> dict:
 
 
 async def ask_all(port: int, streams: int, tokens: int) -> list[dict]:
-    begun = time.perf_counter()
-    return await asyncio.gather(*(ask(port, n, tokens, begun) for n in range(streams)))
+    start = time.perf_counter()
+    return await asyncio.gather(*(ask(port, n, tokens, start) for n in range(streams)))
 
 
-async def ask(port: int, n: int, tokens: int, begun: float) -> dict:
+async def ask(port: int, n: int, tokens: int, start: float) -> dict:
     """Reads one stream as it arrives; it is parsed later, so that the client costs little."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     data = json.dumps(body(n, tokens)).encode()
@@ -140,12 +140,12 @@ async def ask(port: int, n: int, tokens: int, begun: float) -> dict:
     return {
         "raw": raw,
         "ended": parts[-1][0],
-        "first": (first or parts[-1][0]) - begun,
+        "first": (first or parts[-1][0]) - start,
         "pause": max(pauses, default=0.0),
     }
 
 
-def understood(raw: bytes) -> tuple[str, int, bool]:
+def parse_stream(raw: bytes) -> tuple[str, int, bool]:
     """(text, number of tokens, whether the stream ended with [DONE])."""
     rest, joined = raw.split(b"\r\n\r\n", 1)[1], b""
     while rest:
@@ -179,16 +179,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "serve_streams.json")
-    asked = parser.parse_args()
-    size = (asked.model, asked.streams, asked.tokens)
+    args = parser.parse_args()
+    size = (args.model, args.streams, args.tokens)
     expected = in_a_process("alone", *size)
     lost = mixed = 0
     rounds = []
-    for _ in range(asked.rounds):
+    for _ in range(args.rounds):
         one, other = in_a_process("bare", *size), served(*size)
         for text, stream in zip(expected, other["streams"], strict=True):
-            got, count, ended = understood(stream["raw"])
-            lost += not ended or count != asked.tokens
+            got, count, ended = parse_stream(stream["raw"])
+            lost += not ended or count != args.tokens
             mixed += got != text
         firsts = sorted(stream["first"] for stream in other["streams"])
         rounds.append({
@@ -201,17 +201,17 @@ def main() -> None:
         })  # fmt: skip
         print(json.dumps({key: round(value, 3) for key, value in rounds[-1].items()}), flush=True)
     middle = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-    total = asked.streams * asked.tokens
+    total = args.streams * args.tokens
     result = {
-        "streams": asked.streams, "tokens_each": asked.tokens, "lost": lost, "mixed": mixed,
+        "streams": args.streams, "tokens_each": args.tokens, "lost": lost, "mixed": mixed,
         "bare_tokens_per_second": total / middle["bare_seconds"],
         "served_tokens_per_second": total / middle["served_seconds"],
         "median": middle, "rounds": rounds, "load_average": os.getloadavg()[0], "cores": os.cpu_count(),
         "processor": processor(), "threads": 1, "dtype": "float32",
-        "model": Path(asked.model).name,
+        "model": Path(args.model).name,
     }  # fmt: skip
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(result, indent=1) + "\n")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(
         f"lost {lost}, mixed {mixed}, overhead {middle['overhead']:.1%} "
         f"(processor time of the model's process {middle['model_cpu_overhead']:.1%})"

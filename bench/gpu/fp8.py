@@ -138,60 +138,67 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
 
     def check(
         name: str,
-        said: str,
-        asked: tuple[Any, ...],
+        label: str,
+        call_args: tuple[Any, ...],
         run: Callable[[], Any],
-        apart: Callable[[Any], float],
+        compare: Callable[[Any], float],
         bound: float,
     ) -> None:
         """Checks every backend that supports the call, one line each; an exception counts as a failure."""
-        for backend in fast(name, *asked):
+        for backend in fast(name, *call_args):
             difference, fault = float("nan"), ""
             with only(backend):
                 try:
-                    difference = apart(run())
+                    difference = compare(run())
                 except Exception as error:
                     fault = f", {type(error).__name__}: {error}"
             good = difference <= bound  # False for NaN
-            lines.append({"call": name, "backend": backend, "shape": said, "difference": difference, "good": good})
-            print(f"{'ok  ' if good else 'FAIL'} {name} {said} by {backend}: {difference:.1e}{fault}", flush=True)
+            lines.append({"call": name, "backend": backend, "shape": label, "difference": difference, "good": good})
+            print(f"{'ok  ' if good else 'FAIL'} {name} {label} by {backend}: {difference:.1e}{fault}", flush=True)
 
     sizes = [(70, 200)] if small else [(1, 1), (70, 200), (129, 7168), (4096, 7168), (8192, 576)]
     for rows, columns, dtype in ((*size, dtype) for size in sizes for dtype in (torch.float32, torch.bfloat16)):
-        x, said = spread(rows, columns, device).to(dtype), f"{rows}x{columns} {dtype}"
+        x, label = spread(rows, columns, device).to(dtype), f"{rows}x{columns} {dtype}"
         for power_of_two in (False, True):
             for group in ("tile", "block"):
-                wanted = quantise(x.cpu(), group, power_of_two)
+                expected = quantise(x.cpu(), group, power_of_two)
                 run = partial(backends.quantise, x, group, power_of_two)
-                check("quantise", f"{said} by {group}", (x, group), run, partial(unlike, wanted), 0)
+                check("quantise", f"{label} by {group}", (x, group), run, partial(mismatches, expected), 0)
             operand = quantise(x, "tile", power_of_two)
             for count in (None, [rows // 3, 0, rows - rows // 3]):
-                wanted = emulation.retile(Operand(*(part.cpu() for part in operand)), count, power_of_two)
+                expected = emulation.retile(Operand(*(part.cpu() for part in operand)), count, power_of_two)
                 run = partial(backends.retile, operand, count, power_of_two)
-                check("retile", f"{said} {count}", (operand,), run, partial(unlike, wanted), 0)
+                check("retile", f"{label} {count}", (operand,), run, partial(mismatches, expected), 0)
         h, weight = torch.randn(rows, 2 * columns, device=device).to(dtype), torch.rand(rows, device=device)
-        wanted = emulation.swiglu(h, weight, False)
-        check("swiglu", said, (h,), partial(backends.swiglu, h, weight), partial(apart, wanted), 1e-6)
+        expected = emulation.swiglu(h, weight, False)
+        check("swiglu", label, (h,), partial(backends.swiglu, h, weight), partial(calc_diff, expected), 1e-6)
     sizes = [(70, 144, 200)]
     if not small:
         sizes += [(1, 1, 1), (64, 2112, 7168), (333, 576, 7168), (4096, 4096, 2048)]
     for M, N, K, group in ((*size, group) for size in sizes for group in ("tile", "block")):
         x, w = operands(M, N, K, group, device)
-        wanted = emulation.reference_gemm(x, w)
+        expected = emulation.reference_gemm(x, w)
         for out in (torch.float32, torch.bfloat16):
             run = partial(backends.gemm, x, w, out, group)
-            check("gemm", f"{M}x{N}x{K} by {group} {out}", (x, w, out, group), run, partial(apart, wanted), BOUND)
+            check("gemm", f"{M}x{N}x{K} by {group} {out}", (x, w, out, group), run, partial(calc_diff, expected), BOUND)
     for count, N, K in [([70, 0, 30], 72, 200)] + ([] if small else [([256, 0, 512, 128], 4096, 7168)]):
         x, w = grouped_operands(count, N, K, device)
-        wanted, said = emulation.grouped_gemm(x, count, w, torch.float32, "block"), f"{count}x{N}x{K}"
+        expected, label = emulation.grouped_gemm(x, count, w, torch.float32, "block"), f"{count}x{N}x{K}"
         run = partial(backends.grouped_gemm, x, count, w, torch.bfloat16, "block")
-        asked = (x, w, torch.bfloat16, "block", tuple(count))
-        check("grouped_gemm", said, asked, run, partial(apart, wanted), BOUND)
+        call_args = (x, w, torch.bfloat16, "block", tuple(count))
+        check("grouped_gemm", label, call_args, run, partial(calc_diff, expected), BOUND)
         dy = quantise(torch.randn(sum(count), N, device=device))
         sides = emulation.retile(dy, count, False), emulation.retile(x, count, False)
-        wanted = emulation.grouped_wgrad(*sides, count, torch.float32)
+        expected = emulation.grouped_wgrad(*sides, count, torch.float32)
         run = partial(backends.grouped_wgrad, *sides, count)
-        check("grouped_wgrad", said, (*sides, torch.float32, "tile", tuple(count)), run, partial(apart, wanted), BOUND)
+        check(
+            "grouped_wgrad",
+            label,
+            (*sides, torch.float32, "tile", tuple(count)),
+            run,
+            partial(calc_diff, expected),
+            BOUND,
+        )
     return lines
 
 
@@ -213,16 +220,16 @@ def grouped_operands(count: list[int], N: int, K: int, device: torch.device) -> 
     return quantise(torch.randn(sum(count), K, device=device)), Operand(*map(torch.stack, zip(*w, strict=True)))
 
 
-def apart(wanted: Tensor | Operand, got: Tensor | Operand) -> float:
+def calc_diff(expected: Tensor | Operand, got: Tensor | Operand) -> float:
     """1 - 2 <a, b> / (|a|^2 + |b|^2)."""
-    got, wanted = ((o.dequantise() if isinstance(o, Operand) else o).double() for o in (got, wanted))
-    return abs(float(1 - 2 * (got * wanted).sum() / (got.square().sum() + wanted.square().sum())))
+    got, expected = ((o.dequantise() if isinstance(o, Operand) else o).double() for o in (got, expected))
+    return abs(float(1 - 2 * (got * expected).sum() / (got.square().sum() + expected.square().sum())))
 
 
-def unlike(wanted: Operand, got: Operand) -> float:
-    """Number of values and factors that differ in any bit; `wanted` is on the CPU."""
-    values = [o.value_MK.cpu().contiguous().view(torch.uint8) for o in (got, wanted)]
-    return float((values[0] != values[1]).sum() + (got.scale_MJ.cpu() != wanted.scale_MJ).sum())
+def mismatches(expected: Operand, got: Operand) -> float:
+    """Number of values and factors that differ in any bit; `expected` is on the CPU."""
+    values = [o.value_MK.cpu().contiguous().view(torch.uint8) for o in (got, expected)]
+    return float((values[0] != values[1]).sum() + (got.scale_MJ.cpu() != expected.scale_MJ).sum())
 
 
 # --- speed -----------------------------------------------------------------------------------------------------------
@@ -269,11 +276,11 @@ def speed(device: torch.device, rounds: int, wrong: set[tuple[str, str]]) -> dic
             "of_bf16": tflops / best["bf16_tflops"], "of_copy": rate / best["copy_gb_per_s"],
             "published_tflops": published, "of_published": tflops / published if published else None,
         })  # fmt: skip
-        said = f"{call} {shape} by {backend}: {time * 1e6:.0f} us"
+        label = f"{call} {shape} by {backend}: {time * 1e6:.0f} us"
         if flops:
-            said += f", {tflops:.0f} TFLOPS ({tflops / best['bf16_tflops']:.2f} of BF16)"
-        said += f", {rate:.0f} GB/s ({rate / best['copy_gb_per_s']:.2f} of a copy)"
-        print(said + (f"; {tflops / published:.2f} of the published {published}" if published else ""), flush=True)
+            label += f", {tflops:.0f} TFLOPS ({tflops / best['bf16_tflops']:.2f} of BF16)"
+        label += f", {rate:.0f} GB/s ({rate / best['copy_gb_per_s']:.2f} of a copy)"
+        print(label + (f"; {tflops / published:.2f} of the published {published}" if published else ""), flush=True)
 
     for shape, flops, moved, published, x, w, count in gemms(device):
         call, rest = ("gemm", ()) if count is None else ("grouped_gemm", (tuple(count),))
@@ -287,8 +294,8 @@ def speed(device: torch.device, rounds: int, wrong: set[tuple[str, str]]) -> dic
             with only(backend):
                 time = seconds(run, rounds, cold)
             line(call, backend, shape, time, flops, moved, published)
-    for call, shape, flops, moved, run, asked in passes(device):
-        for backend in fast(call, *asked):
+    for call, shape, flops, moved, run, call_args in passes(device):
+        for backend in fast(call, *call_args):
             if (call, backend) in wrong:
                 continue
             with only(backend):
@@ -332,8 +339,8 @@ def passes(
     count = [8192] * 4
     sides = [_ours(quantise(torch.randn(rows, sum(count), device=device))) for rows in (N, K)]
     flops, moved = 2 * sum(count) * N * K, (N + K) * sum(count) + 4 * len(count) * N * K
-    asked = (*sides, torch.float32, "tile", tuple(count))
-    yield "grouped_wgrad", f"4x8192x{N}x{K}", flops, moved, partial(backends.grouped_wgrad, *sides, count), asked
+    call_args = (*sides, torch.float32, "tile", tuple(count))
+    yield "grouped_wgrad", f"4x8192x{N}x{K}", flops, moved, partial(backends.grouped_wgrad, *sides, count), call_args
 
 
 # bench/fp8_step.py measures the step of a 1B-active model in FP8 against BF16.
