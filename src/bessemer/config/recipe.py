@@ -256,7 +256,7 @@ def _override(data: dict[str, Any], override: str, renames: dict[str, str]) -> N
     target |= change
 
 
-def _value(override: str, text: str) -> Any:
+def _value(override: str, text: str) -> object:
     """TOML, or a bare word as a string: the shell eats quotes, and `tokens=8M` should simply work."""
     try:
         parsed = tomllib.loads(f"value = {text}")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
@@ -31,7 +32,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from bessemer.data import chat as templates
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.model.transformer import evaluating
+from bessemer.model.transformer import Transformer, evaluating
 from bessemer.train.loss import chunk_rows
 
 BATCH_TOKENS = 16384
@@ -77,6 +78,7 @@ class BessemerLM(LM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         tokenizer = self.engine.tokenizer
         ids = templates.render_ids(tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
+        assert tokenizer.chat_style is not None, "`evaluate` refuses --chat for a model without one of our templates"
         text = templates.render(chat_history, tokenizer.chat_style, add_generation_prompt)
         self._rendered[text] = ids
         return text
@@ -194,10 +196,12 @@ class BessemerLM(LM):
         place_M, target_M = torch.tensor(places, device=device), torch.tensor(targets, device=device)
         logp, greedy = [], []
         with evaluating(model), torch.inference_mode():
-            h_MD = model.norm(model.hidden(tokens_BT.to(device)).flatten(0, 1)[place_M])
+            h_MD = model.hidden(tokens_BT.to(device)).flatten(0, 1)[place_M]
+            if isinstance(model, Transformer):  # the hidden states of a transformers model are normalised
+                h_MD = model.norm(h_MD)
             size = chunk_rows(model.cfg.vocab_size, device)
             for h_CD, target_C in zip(h_MD.split(size), target_M.split(size), strict=True):
-                logp_CV = model.head(h_CD).float().log_softmax(-1)
+                logp_CV = F.linear(h_CD, model.head_weight).float().log_softmax(-1)
                 logp.append(logp_CV.gather(1, target_C[:, None]).squeeze(1))
                 greedy.append(logp_CV.argmax(-1) == target_C)
         counts = [scored for _, scored in rows]
@@ -259,16 +263,17 @@ def _manager(names: Sequence[str], include: Path | None) -> TaskManager:
 
 def _row(name: str, values: dict[str, Any], results: dict[str, Any], lm: BessemerLM) -> dict[str, Any]:
     """lm-eval's "metric,filter" keys as a row; an interval is the mean plus and minus 1.96 standard errors."""
-    metrics = {
+    metrics: dict[str, dict[str, float | None]] = {
         key.removesuffix(",none"): {"value": float(value), "stderr": _number(values.get(key.replace(",", "_stderr,")))}
         for key, value in values.items()
         if "," in key and "_stderr," not in key and isinstance(value, int | float)
     }
     metric = next((key for kind in ACCURACIES for key in metrics if key.split(",")[0] == kind), None)
-    value = interval = None
+    value: float | None = None
+    interval: list[float] | None = None
     if metric is not None:
         value, stderr = metrics[metric]["value"], metrics[metric]["stderr"]
-        if stderr is not None:
+        if value is not None and stderr is not None:
             interval = [max(0.0, value - 1.96 * stderr), min(1.0, value + 1.96 * stderr)]
     config = results["configs"][name]
     return {

@@ -15,7 +15,7 @@ from bessemer.model.config import preset
 from bessemer.plan.cost import RunPlan, plan_run
 from bessemer.plan.hardware import parse_cluster, read_toml
 from bessemer.plan.inference import ACCEPTED, CONTEXT, MEAN, Deployment, decode, prefill, rollout_time
-from bessemer.plan.plan_config import published, setup
+from bessemer.plan.plan_config import published, setup, tokens_of
 
 CLOSE, LOOSE = 0.10, 0.35
 """Largest relative errors of a claim that is borne out, and of one that is plausible."""
@@ -57,7 +57,7 @@ class Claim:
 def v3() -> RunPlan:
     """The published run of DeepSeek-V3 on its own cluster."""
     run, cfg, cluster = published("v3"), preset("v3"), parse_cluster("2048xH800")
-    return plan_run(cfg, setup(run, cfg, cluster), run.tokens, run.rows, cluster.device.usd_hour)
+    return plan_run(cfg, setup(run, cfg, cluster), tokens_of(run, "v3"), run.rows, cluster.device.usd_hour)
 
 
 def deepseek_v3() -> list[Claim]:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from bessemer.config.recipe import Recipe
+from bessemer.config.rl import RLConfig
 from bessemer.dist import schedules
 from bessemer.dist.table import Table
 from bessemer.errors import UserError
@@ -184,7 +185,7 @@ def ideas(plan: RunPlan) -> dict[str, dict[str, float] | str]:
 def rl_costs(plan: RunPlan, recipe: Recipe | None) -> list[dict[str, Any]]:
     """The cost of every RL stage of a recipe on the devices of `plan`."""
     costs = []
-    for stage in (stage for stage in recipe.stages if stage.kind == "rl") if recipe is not None else ():
+    for stage in (stage for stage in recipe.stages if isinstance(stage, RLConfig)) if recipe is not None else ():
         answers = stage.prompts_per_rollout * stage.samples
         caps = [int(stage.max_new_tokens(n * stage.updates_per_rollout)) for n in range(stage.rollouts)]
         setup, unit = plan.setup, min(plan.gpus, 64)

@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 
+from bessemer.config.data import CorpusConfig
+from bessemer.config.evaluation import EvalConfig
 from bessemer.config.recipe import Recipe
+from bessemer.config.rl import RLConfig
 from bessemer.config.table import StageConfig
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import show_seconds
@@ -166,20 +169,20 @@ def _decoding(model: Transformer, seconds: float) -> float:
 
 def _stage(stage: StageConfig, recipe: Recipe, rates: dict[str, float], length: int) -> float:
     train, decode = rates["training_tokens_per_second"], rates.get("decoding_tokens_per_second", 1.0)
-    if stage.kind == "corpus":
+    if isinstance(stage, CorpusConfig):
         return CORPUS
-    if stage.kind == "pretrain":
+    if isinstance(stage, PretrainConfig) and stage.kind == "pretrain":
         evaluations = 1 + stage.tokens // stage.validate_every
         held_out = evaluations * len(stage.mixture) * HELDOUT_ROWS * length / rates["held_out_tokens_per_second"]
         return stage.tokens / train + held_out / setup.workers().n
-    if stage.kind == "rl":
+    if isinstance(stage, RLConfig):
         samples = stage.rollouts * stage.prompts_per_rollout * stage.samples
         evaluations = 2 + stage.rollouts // stage.eval_every
         asked = evaluations * stage.eval_problems * 4 * len(stage.tasks)
         mean = ANSWER * sum(stage.max_new_tokens.values) / len(stage.max_new_tokens.values)
         # the log-probabilities of the policy and of the reference take a forward pass each
         return (samples + asked) * mean / decode + samples * mean * (1 + 2 / 3) / train
-    if stage.kind == "eval":
+    if isinstance(stage, EvalConfig):
         rows = len(stage.models) * len(stage.tasks) * len(stage.temperatures) * 2
         return rows * stage.problems * stage.samples * ANSWER * stage.max_new_tokens / decode
     # the initial guess of the progress bar, scaled by its error for pre-training

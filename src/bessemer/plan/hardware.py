@@ -195,6 +195,7 @@ class Kernels:
         return self._memory(op.bytes, op.cast) + least
 
     def _gemm(self, op: Op) -> float:
+        assert op.shape is not None, "an operation with a shape is a GEMM"
         format = op.format if op.format == "bf16" or self.device.fp8 else "bf16"
         rate, k0 = fit_gemm(format)
         rate *= best_gemm(format, self.device.name) / best_gemm(format, efficiency()["gemm"][format]["device"])

@@ -111,20 +111,25 @@ def _layer_times(setup: Setup, dense: bool, taken: int) -> LayerTimes:
     else:
         routed = layer_kernels.experts(shape, tokens, max(1, shape.experts // setup.layout.ep), at.ranks, setup.fp8)
         parts = [(setup.imbalance, routed, "experts"), (1.0, layer_kernels.finish(shape, tokens, setup.fp8), "finish")]
-    ffn = [0.0, 0.0, 0.0]
+    ffn = (0.0, 0.0, 0.0)
     for busy, phase, name in parts:
         phase = phase.recomputed() if {name, "layer"} & set(setup.recompute) else phase
-        ffn = [before + busy * one for before, one in zip(ffn, _ways(kernels, phase, setup), strict=True)]
-    times = (_ways(kernels, attend, setup), tuple(ffn))
+        forward, backward, weights = _ways(kernels, phase, setup)
+        ffn = (ffn[0] + busy * forward, ffn[1] + busy * backward, ffn[2] + busy * weights)
+    times = (_ways(kernels, attend, setup), ffn)
     if dense or setup.layout.ep == 1:
         return LayerTimes(*times)
     sent, back = (exchange_seconds(setup, way, at) for way in ("dispatch", "combine"))
     return LayerTimes(*times, sent, back, sent, back)
 
 
-def _ways(kernels: Kernels, phase: Phase, setup: Setup) -> tuple[float, ...]:
+def _ways(kernels: Kernels, phase: Phase, setup: Setup) -> tuple[float, float, float]:
     """Seconds of forward, gradients of inputs, gradients of weights."""
-    return tuple(seconds(kernels, ops, setup) for ops in (phase.forward, phase.input, phase.weight))
+    return (
+        seconds(kernels, phase.forward, setup),
+        seconds(kernels, phase.input, setup),
+        seconds(kernels, phase.weight, setup),
+    )
 
 
 def row_bytes(setup: Setup, way: str) -> int:

@@ -25,6 +25,7 @@ from bessemer.dist.stage import cut
 from bessemer.dist.table import Step, Table, actions
 from bessemer.model.accounting import ParamTensor, gain, layer_tensors, mtp_tensors, stage_activation_bytes
 from bessemer.model.config import ModelConfig
+from bessemer.model.layer import PHASES
 
 KINDS = ("weights", "gradients", "masters", "moments", "routing", "activations", "working")
 
@@ -67,10 +68,11 @@ def saved_by_stage(
     recompute: Collection[str] = (), mtp: bool = True, cp: int = 1,
 ) -> dict[int, int]:  # fmt: skip
     """Bytes that one micro-batch saves for backward in every stage, with rows split over `cp` ranks."""
+    phases = [phase for phase in PHASES if phase in recompute]
     return {
         stage: stage_activation_bytes(
             cfg, layers, rows, length // cp, last=stage == len(cuts) - 1, fp8=numbers.fp8,
-            number_bytes=numbers.compute, mtp=mtp, fused=numbers.fused, recompute=recompute, cut=cp > 1,
+            number_bytes=numbers.compute, mtp=mtp, fused=numbers.fused, recompute=phases, cut=cp > 1,
         )
         for stage, layers in enumerate(cuts)
     }  # fmt: skip

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+from bessemer.config.data import CorpusConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import nearest
 from bessemer.config.training import PretrainConfig
@@ -131,9 +132,9 @@ def _numeric(text: str) -> bool:
     return True
 
 
-def _number(setting: str, text: str, kind: Callable[[str], Any]) -> Any:
+def _number(setting: str, text: str, kind: type[int] | type[float]) -> float:
     try:
-        value = kind(text)
+        value: float = kind(text)
     except ValueError:
         value = float("nan")
     if (not value > 0 and kind is not float) or value != value:
@@ -144,7 +145,7 @@ def _number(setting: str, text: str, kind: Callable[[str], Any]) -> Any:
 
 
 def _whole(setting: str, text: str) -> int:
-    return _number(setting, text, int)
+    return int(_number(setting, text, int))
 
 
 def _amount(setting: str, text: str) -> float:
@@ -239,16 +240,27 @@ def resolve(name: str, given: PlanConfig) -> tuple[str, ModelConfig, PlanConfig,
     return recipe.name, cfg, given.over(of_recipe(recipe, settings, length)), recipe
 
 
+@overload
+def pretraining(recipe: Recipe, *, needed_for: str) -> tuple[PretrainConfig, ModelConfig, int]: ...
+
+
+@overload
+def pretraining(
+    recipe: Recipe, model: dict[str, Any] | None = None
+) -> tuple[PretrainConfig | None, ModelConfig, int]: ...
+
+
 def pretraining(
     recipe: Recipe, model: dict[str, Any] | None = None, needed_for: str = ""
 ) -> tuple[PretrainConfig | None, ModelConfig, int]:
     """(pre-training stage or None, network with the changes `model`, tokens of a sequence) of a recipe. `needed_for`:
     the option whose error is raised for a recipe without pre-training."""
-    settings = next((stage for stage in recipe.stages if stage.kind == "pretrain"), None)
+    pretrainings = (stage for stage in recipe.stages if isinstance(stage, PretrainConfig) and stage.kind == "pretrain")
+    settings = next(pretrainings, None)
     if settings is None and needed_for:
         raise UserError(f'recipe "{recipe.name}": {needed_for} pre-training, and no stage is of kind "pretrain"')
     cfg = model_config(recipe, (settings.model if settings else {}) | (model or {}))
-    corpus = next((stage for stage in recipe.stages if stage.kind == "corpus"), None)
+    corpus = next((stage for stage in recipe.stages if isinstance(stage, CorpusConfig)), None)
     return settings, cfg, cfg.max_seq_len if corpus is None else corpus.row_length
 
 
@@ -270,8 +282,9 @@ def of_recipe(recipe: Recipe, settings: PretrainConfig | None, length: int) -> P
         layout["recompute"] = tuple(table.recompute)
     if settings is None:
         return PlanConfig(**layout)
+    rows = settings.batch_rows
     return PlanConfig(
-        **layout, tokens=float(settings.tokens), batch=tuple(map(tuple, settings.batch_rows.plain())),
+        **layout, tokens=float(settings.tokens), batch=tuple(zip(rows.tokens, rows.values, strict=True)),
         seq=length, micro_rows=settings.micro_rows,
         precision="fp8" if settings.fp8 != "off" else "bf16", mtp=int(any(settings.mtp_lambda.values)),
     )  # fmt: skip

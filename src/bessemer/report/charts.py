@@ -4,10 +4,12 @@ Colours in a drawing are placeholders that become CSS variables, so that one SVG
 stays text in the page's font. Titles, units and legends are HTML (`page.chart`), so that escaping is in one place.
 """
 
+from __future__ import annotations
+
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -16,6 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from bessemer.report import page
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 SERIES = 6  # hues; more lines than that get shades of one hue
 _PLACEHOLDERS = {"ink": "#010201", "muted": "#010202", "line": "#010203"}
@@ -170,7 +175,7 @@ def _first_to_last(y: Sequence[float]) -> str:
     return short(last) if len(y) == 1 else f"{short(first)} → {short(last)}"
 
 
-def _style(salt: str) -> dict[str, Any]:
+def _style(salt: str) -> dict[RcKeyType, Any]:
     return {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, "axes.linewidth": 0.7, "path.simplify": True}
 
 

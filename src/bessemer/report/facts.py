@@ -121,7 +121,7 @@ def _stage(name: str, settings: dict[str, Any], folder: Path) -> StageFacts:
     )  # fmt: skip
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path) -> object:
     """The content of a file; an empty list if it does not exist."""
     try:
         return json.loads(path.read_bytes()) if path.exists() else []

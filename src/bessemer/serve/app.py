@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -25,6 +25,7 @@ from bessemer.serve.middleware import RequestCounter, RequestGuard
 from bessemer.serve.models import LoadedModel, ModelFacts, Models, tokenise
 from bessemer.serve.protocol import FIELDS, ApiError, invalid
 
+AnyBody = TypeVar("AnyBody", bound=protocol.Generation)
 EVENT = {
     "type": "object",
     "required": ["data"],
@@ -108,7 +109,7 @@ def _add_generation(app: FastAPI, models: Models, metrics: ServerMetrics) -> Non
         return await answer(body, request, completions.prepare)
 
     async def answer(
-        body: Any, request: Request, prepare: Callable[[Any, LoadedModel, str], Awaitable[Responder]]
+        body: AnyBody, request: Request, prepare: Callable[[AnyBody, LoadedModel, str], Awaitable[Responder]]
     ) -> Response:
         if app.state.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
@@ -143,6 +144,7 @@ def _add_tokenizer(app: FastAPI, models: Models) -> None:
             def encode() -> list[int]:
                 if body.messages is not None:
                     return list(chat.chat_prompt(model.tokenizer, body.messages).ids)
+                assert body.prompt is not None
                 return model.vocabulary.prompt_ids(body.prompt, body.add_special_tokens is not False)
 
             texts = [body.prompt or "", *(text for turn in body.messages or () for text in chat.turn_texts(turn))]

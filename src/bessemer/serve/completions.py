@@ -11,7 +11,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from bessemer.engine.sequence import Finished, Request, Token
+from bessemer.engine.sequence import Finished, FinishReason, Request, Token
 from bessemer.serve import sampling_params
 from bessemer.serve.events import MIN_LOGPROB, ChoiceBuilder, Responder, likeliest
 from bessemer.serve.models import LoadedModel, Vocabulary, tokenise
@@ -53,7 +53,7 @@ class CompletionResponder(Responder):
                 top=body.logprobs or 0,
             )
         )
-        choices = [self._choice(request) for request in requests or [None] * len(self.tables)]
+        choices = [self._choice(request) for request in requests] or [self._choice(None) for _ in self.tables]
         super().__init__(body, model, requests, choices, sum(len(prompt.ids) for prompt in prompts))
 
     def _choice(self, request: Request | None) -> ChoiceBuilder:
@@ -84,9 +84,10 @@ class CompletionResponder(Responder):
         scores hold the whole answer (this is how lm-eval asks)."""
         ids = [prompt.ids for prompt in self.prompts]
         scores: dict[int, Scored] = {}
-        for batch in scoring_batches(ids) if self.body.logprobs is not None else ():
-            part = [ids[i] for i in batch]
-            scores |= zip(batch, await self.model.service.score(part, self.body.logprobs), strict=True)
+        if (top := self.body.logprobs) is not None:
+            for batch in scoring_batches(ids):
+                part = [ids[i] for i in batch]
+                scores |= zip(batch, await self.model.service.score(part, top), strict=True)
         greedy = scores and all(_is_one_greedy_token(request) for request in self.requests)
         for n, table in enumerate(self.tables):
             prompt = n // (self.body.n or 1)
@@ -109,9 +110,13 @@ class LogprobTable:
     def begin(self, prompt: TextPrompt, scored: Scored | None) -> None:
         """The prompt comes first."""
         self.text += prompt.text
-        for i in range(prompt.added, len(prompt.ids)) if scored else ():
-            known = (scored.logprobs[i - 1], scored.tops[i - 1]) if i else (None, None)
-            self._row(prompt.ids[i], *known)
+        if scored is None:
+            return
+        for i in range(prompt.added, len(prompt.ids)):
+            if i:
+                self._row(prompt.ids[i], scored.logprobs[i - 1], scored.tops[i - 1])
+            else:
+                self._row(prompt.ids[i], None, ())
 
     def add(self, event: AnswerEvent) -> None:
         self.text += event.text
@@ -128,7 +133,7 @@ class LogprobTable:
         logprobs = {name: list(column) for name, column in zip(names, columns, strict=True)}
         return logprobs if self.top else logprobs | {"top_logprobs": None}
 
-    def _row(self, token_id: int, logprob: float | None, top: Sequence[tuple[int, float]] | None) -> None:
+    def _row(self, token_id: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> None:
         top_logprobs: dict[str, float] | None = None
         if logprob is not None:
             logprob = max(logprob, MIN_LOGPROB)
@@ -152,7 +157,8 @@ async def prepare(body: CompletionRequest, model: LoadedModel, client: str) -> C
         encode = lambda: [_text_prompt(text, model, body.add_special_tokens is not False) for text in texts]  # noqa: E731
         prompts = await tokenise(encode, sum(map(len, texts)))
     else:
-        lists = [body.prompt] if body.prompt and isinstance(body.prompt[0], int) else body.prompt
+        one = [i for i in body.prompt if isinstance(i, int)]
+        lists = [one] if one else [ids for ids in body.prompt if isinstance(ids, list)]
         decode, known = model.tokenizer.decode, model.tokenizer.vocab_size
         prompts = [TextPrompt(tuple(ids), 0, decode(i for i in ids if i < known)) for ids in lists]
     return CompletionResponder(body, model, prompts, client)
@@ -188,5 +194,5 @@ def _is_one_greedy_token(request: Request) -> bool:
 
 def _likeliest_token(n: int, request: Request, scored: Scored) -> list[Token | Finished]:
     token, logprob = scored.tops[-1][0]
-    reason = "stop" if token in request.stop_ids else "length"
+    reason: FinishReason = "stop" if token in request.stop_ids else "length"
     return [Token(n, token, logprob, logprob, scored.tops[-1][: request.top]), Finished(n, reason)]

@@ -48,7 +48,7 @@ class ChoiceBuilder:
         """The events that these records make. ApiError where the model failed on this sample."""
         events: list[AnswerEvent] = []
         for record in records:
-            if type(record) is Finished:
+            if isinstance(record, Finished):
                 if record.reason in ("error", "cancelled"):
                     raise ApiError(500, record.message or "the answer was aborted; ask again", code="generation_failed")
                 new = self.parser.end()

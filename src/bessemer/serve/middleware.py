@@ -18,7 +18,7 @@ import hmac
 import json
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -91,10 +91,11 @@ class Connection(asyncio.Protocol):
         self._complete = self._answering = False
         self._stop_clock()
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        self.loop, self.transport = asyncio.get_running_loop(), transport
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.transport = cast("asyncio.Transport", transport)  # a socket's always is
         self.limiter.open += 1
-        self._http.connection_made(_Transport(self))
+        self._http.connection_made(cast("asyncio.Transport", _Transport(self)))
         if self.limiter.open > self.limits.connections:
             next(iter(self.limiter.incomplete), self).time_out()
         self._start_clock()

@@ -36,7 +36,13 @@ T = TypeVar("T")
 LONG_TEXT = 20_000
 """Characters above which a text is tokenised outside the event loop's thread."""
 NUMBER = (int, float)
-GENERATION = {"temperature": NUMBER, "top_p": NUMBER, "top_k": int, "min_p": NUMBER, "repetition_penalty": NUMBER}
+GENERATION: dict[str, type | tuple[type, ...]] = {
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "top_k": int,
+    "min_p": NUMBER,
+    "repetition_penalty": NUMBER,
+}
 """Keys of generation_config.json that are used, and their types."""
 
 

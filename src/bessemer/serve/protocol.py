@@ -170,9 +170,8 @@ class DetokenizeRequest(Body):
     tokens: Annotated[list[Id], Field(max_length=1_000_000)]
 
 
-FIELDS = frozenset(
-    name for body in (*Body.__subclasses__(), ChatRequest, CompletionRequest) for name in body.model_fields
-)
+_BODIES: tuple[type[Body], ...] = (*Body.__subclasses__(), ChatRequest, CompletionRequest)
+FIELDS = frozenset(name for body in _BODIES for name in body.model_fields)
 """Names that may occur in the location of a validation error."""
 
 

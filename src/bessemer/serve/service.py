@@ -196,7 +196,7 @@ class Service:
         first, self._numbered = self._numbered + 1, self._numbered + count
         return range(first, self._numbered + 1)
 
-    async def _call(self, kind: str, *rest: Any) -> Any:
+    async def _call(self, kind: str, *rest: object) -> Any:
         (call,) = self._new_numbers(1)
         self._calls[call] = answer = self.loop.create_future()
         try:
@@ -205,7 +205,7 @@ class Service:
         finally:
             self._calls.pop(call, None)
 
-    def _send(self, *message: Any) -> None:
+    def _send(self, *message: object) -> None:
         try:
             self.connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
         except OSError:

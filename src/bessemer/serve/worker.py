@@ -181,7 +181,7 @@ class ModelWorker:
                 self._closed = True
                 self._changed.notify()
 
-    def _send(self, *message: Any) -> None:
+    def _send(self, *message: object) -> None:
         self.connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
 
     def _new_scheduler(self) -> Scheduler:
