@@ -8,9 +8,9 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import NamedTuple
 
-from bessemer.data.documents import opened
+from bessemer.data.documents import ByteFile, opened
 from bessemer.errors import UserError
 
 UTF8 = "utf-8"
@@ -62,7 +62,7 @@ class Lines:
     def __init__(self, path: Path, start: int, longest: int) -> None:
         self._longest = longest
         file = opened(path)
-        self._file: io.BufferedIOBase | _Recoded = file
+        self._file: ByteFile | _Recoded = file
         self.encoding = UTF8
         head = file.peek(3)[:3] if hasattr(file, "peek") else b""
         if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
@@ -103,8 +103,8 @@ class Lines:
 class _Recoded:
     """A UTF-16 file that reads as UTF-8."""
 
-    def __init__(self, file: io.BufferedIOBase) -> None:
-        self._text = io.TextIOWrapper(cast("BinaryIO", file), "utf-16", newline="\n")
+    def __init__(self, file: ByteFile) -> None:
+        self._text = io.TextIOWrapper(file, "utf-16", newline="\n")
 
     def readline(self, most: int) -> bytes:
         return self._text.readline(most).encode(UTF8, "surrogatepass")

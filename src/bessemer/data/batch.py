@@ -74,6 +74,8 @@ class Batch:
         is 0 across a segment border.
         """
         T, segments_BT = self.tokens_BT.shape[1], self.segments_BT
+        source: slice | Tensor
+        target: slice | Tensor
         if self.own_T is None:
             source, target = slice(0, T - ahead), slice(ahead, T)
             loss_BT = self.loss_BT[:, target]

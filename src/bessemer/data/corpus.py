@@ -149,25 +149,23 @@ class _SplitWriter:
         self.tokens = 0
         self._open: shards.ShardWriter | None = None
 
-    def add(self, document: Document, ids: list[int]) -> None:
+    def add(self, document: Document, ids: Sequence[int] | np.ndarray) -> None:
         if self._open is None:
             self._open = shards.ShardWriter(self.folder, self.split, len(self.done), self.dtype)
         self._open.add(ids, document.domain, len(document.text.encode("utf-8")))
         self.tokens += len(ids)
         if self._open.full:
-            self._close()
+            self._close(self._open)
 
     def finish(self) -> list[dict]:
         """Facts of all its shards."""
         if self._open is not None:
-            self._close()
+            self._close(self._open)
         return self.done
 
-    def _close(self) -> None:
-        self.done.append(self._open.finish())
-        rows.write_plan(
-            self.folder, self.folder / f"rows-{self.row_length}", self._open.name, self.dtype, self.row_length
-        )
+    def _close(self, writer: shards.ShardWriter) -> None:
+        self.done.append(writer.finish())
+        rows.write_plan(self.folder, self.folder / f"rows-{self.row_length}", writer.name, self.dtype, self.row_length)
         self._open = None
 
 
@@ -239,8 +237,8 @@ class Augment:
 
     def _split(self, ids: Sequence[int] | np.ndarray, rng: random.Random) -> np.ndarray:
         ids = np.asarray(ids, np.int32)
-        at = np.flatnonzero(self._is_boundary[ids])
-        at = [place for place in at.tolist() if rng.random() < self._split_rate]
+        boundaries = np.flatnonzero(self._is_boundary[ids]).tolist()
+        at = [place for place in boundaries if rng.random() < self._split_rate]
         halves = [self._halves[int(ids[place])] for place in at]
         pieces = np.split(ids, [edge for place in at for edge in (place, place + 1)])
         pieces[1::2] = [np.array(half, np.int32) for half in halves]

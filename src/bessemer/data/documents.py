@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from bessemer.data import chat
 from bessemer.errors import UserError
@@ -26,6 +26,8 @@ SUFFIXES = (".jsonl", ".txt", ".parquet", *(kind + packed for kind in (".jsonl",
 COLUMNS = ("messages", "conversations")
 """Columns a record may have instead of a text."""
 HUB = "hf://"
+
+ByteFile = BinaryIO | gzip.GzipFile
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def kind(path: Path) -> str:
     return (path.suffixes[-2] if path.suffix in COMPRESSED and len(path.suffixes) > 1 else path.suffix).lower()
 
 
-def opened(path: Path) -> io.BufferedIOBase:
+def opened(path: Path) -> ByteFile:
     """The bytes of a file, uncompressed as they are read. One that is cut short raises OSError or EOFError."""
     if path.suffix == ".zst":
         import pyarrow  # slow to import, and needed here only

@@ -53,6 +53,15 @@ MOST_PIECES = 1 << 20
 class Encoder:
     """`encode_batch` of one tokenizer, in this thread."""
 
+    _hashes: np.ndarray
+    """uint64 [known pieces], ascending."""
+    _lengths: np.ndarray
+    """int64 [known pieces]: number of ids of each."""
+    _starts: np.ndarray
+    """int64 [known pieces]: where its ids begin in `_ids`."""
+    _ids: np.ndarray
+    """int32: the ids of all known pieces."""
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.opening = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)

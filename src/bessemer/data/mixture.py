@@ -174,7 +174,8 @@ class Mixture:
             _check_caps(self.names, span)
             self.quota, self.ended = planned_quota(self.names, weights, rows_of, self.row_length, span)
         else:
-            self.quota = constant_quota(self.names, _normalised(self.names, weights))
+            constant = {name: weight for name, weight in weights.items() if not callable(weight)}
+            self.quota = constant_quota(self.names, _normalised(self.names, constant))
         self._known = lru_cache(4)(self._ordered)
         read = {} if span is None else span.read
         self._first = np.array([round(read.get(name, 0.0) * rows_of[name]) for name in self.names])

@@ -199,7 +199,7 @@ def write_plan(folder: Path, target: Path, name: str, dtype: np.dtype, row_lengt
 def _crc(tokens: np.ndarray, row: list[range]) -> int:
     crc = 0
     for piece in row:
-        crc = zlib.crc32(tokens[piece.start : piece.stop], crc)
+        crc = zlib.crc32(tokens[piece.start : piece.stop].data, crc)
     return crc
 
 

@@ -132,7 +132,8 @@ def excerpts(archive: Path, name: str) -> Iterator[str]:
 def boolean_logic(archive: Path) -> Iterator[str]:
     """`(not (true and false)) is true`, one expression a document; half of them are true."""
     for item in _jsonl(archive, f"{EVALS}/formal_logic/formal_logic_expressions.jsonl"):
-        yield f"{_EXPRESSION.search(item['input'][-1]['content'])[1]} is {item['ideal']}"
+        expression = _EXPRESSION.findall(item["input"][-1]["content"])[0]
+        yield f"{expression} is {item['ideal']}"
 
 
 def idioms(archive: Path) -> Iterator[str]:
@@ -165,7 +166,9 @@ def poems(archive: Path) -> Iterator[str]:
             m.name: m for m in package.getmembers() if re.fullmatch(r"package/dist/songci/ci\.song\.\d+\.json", m.name)
         }
         for name in sorted(files, key=lambda name: int(name.split(".")[2])):
-            for poem in json.load(package.extractfile(files[name])):
+            file = package.extractfile(files[name])
+            assert file is not None, f"{name} is not a regular file"
+            for poem in json.load(file):
                 body = "\n".join(poem["paragraphs"])
                 if body and "□" not in body:
                     yield f"{poem['rhythmic']}　{poem['author']}\n{body}"

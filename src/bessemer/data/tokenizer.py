@@ -101,15 +101,15 @@ class Tokenizer:
         spec, config = (read_json(directory / name) for name in ("tokenizer.json", "tokenizer_config.json"))
         template_file = directory / "chat_template.jinja"
         template = template_file.read_text("utf-8") if template_file.is_file() else config.get("chat_template")
-        names = [token_text(config.get(f"{kind}_token")) for kind in ("bos", "eos", "pad")]
-        if None in names:
+        bos, eos, pad = (token_text(config.get(f"{kind}_token")) for kind in ("bos", "eos", "pad"))
+        if bos is None or eos is None or pad is None:
             raise UserError(f"{directory / 'tokenizer_config.json'} names no bos_token, eos_token or pad_token")
         try:
             if (spec.get("decoder") or {}).get("type") != "ByteLevel" or spec["model"]["type"] != "BPE":
                 raise UserError(
                     f"{directory / 'tokenizer.json'} is not a byte-level BPE tokenizer; no other kind is supported"
                 )
-            return cls(spec, *names, template if isinstance(template, str) else "")
+            return cls(spec, bos, eos, pad, template if isinstance(template, str) else "")
         except UserError:
             raise
         except Exception as error:  # the Rust library raises plain Exception

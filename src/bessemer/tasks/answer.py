@@ -39,7 +39,7 @@ def parse_reply(text: str) -> Reply:
     tags = list(islice(_TAG.finditer(text), len(TAGS) + 1))  # one more than well-formed text has
     order = tuple(tag.group() for tag in tags)
     if order == TAGS and not text[: tags[0].start()].strip():
-        if not think.strip():
+        if think is None or not think.strip():
             return Reply(think, answer, NO_THINK, False)
         gap, tail = text[tags[1].end() : tags[2].start()], text[tags[3].end() :]
         return Reply(think, answer, None, not (gap + tail).strip() or _is_summary(gap, tail))

@@ -57,10 +57,12 @@ class NoMix:
 class Task:
     """Base class. A subclass sets the class attributes and writes `make`, `grade` and, for documents, `written`."""
 
-    name: ClassVar[str]
+    name: str
+    """Of the class, or of the object where the name carries an argument."""
     domain: ClassVar[str]
     """One of DOMAINS, by which evaluations group their results."""
-    all_languages: ClassVar[tuple[str, ...]] = ("en", "zh")
+    all_languages: tuple[str, ...] = ("en", "zh")
+    """Of the class, or of the object where a file decides."""
     phrasings: ClassVar[tuple[str, ...]] = ("seen", "held-out")
     Mix: ClassVar[type] = NoMix
     """Dataclass with the settings of the task's pre-training documents."""

@@ -142,9 +142,9 @@ class CodeFile(SandboxedTask):
         super().__init__(**settings)
 
     def size(self, split: str) -> int:
-        return len(self._lines(split, None))
+        return len(self._lines(split, ""))
 
-    def make(self, split: str, index: int, seed: int, language: str | None, phrasing: str) -> Problem:
+    def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
         numbers = self._lines(split, language)
         if not numbers:
             raise UserError(f"{self.name}: none of its {len(self._rows)} lines falls into the {split} split; add more")
@@ -157,13 +157,13 @@ class CodeFile(SandboxedTask):
     def tests(self, problem: Problem) -> sandbox.Tests:
         return [(test["input"], test["output"]) for test in self._rows[problem.meta["row"]]["tests"]]
 
-    def _language(self, language: str | None, *parts: object) -> str | None:
-        """Lines have their own language; None leaves the choice to the order of the lines."""
-        return None if language is None else super()._language(language, *parts)
+    def _language(self, language: str | None, *parts: object) -> str:
+        """ "" (any) where none is asked for: each line has its own language, and the order of the lines chooses."""
+        return "" if language is None else super()._language(language, *parts)
 
-    def _lines(self, split: str, language: str | None) -> list[int]:
-        """Line numbers of a split, from 0."""
-        languages = self.languages if language is None else (language,)
+    def _lines(self, split: str, language: str) -> list[int]:
+        """Line numbers of a split, from 0; those in any of the task's languages where `language` is ""."""
+        languages = (language,) if language else self.languages
         rows = enumerate(self._rows)
         return [n for n, row in rows if split_of_text(row["prompt"]) == split and row["language"] in languages]
 

@@ -95,7 +95,7 @@ class Countdown(Task):
 @cache
 def _problems(split: str) -> tuple[tuple[tuple[int, int, int], int], ...]:
     """Every (multiset, target) of a split that some try solves."""
-    problems = []
+    problems: list[tuple[tuple[int, int, int], int]] = []
     for numbers in combinations_with_replacement(NUMBERS, 3):
         if split_of(numbers) == split:
             targets = {t.value for t in all_tries(numbers) if 1 <= t.value <= MAX_TARGET}
@@ -134,7 +134,8 @@ def _drill_line(words: dict[str, str], comma: str, rng: random.Random) -> str:
 def _train_numbers(rng: random.Random) -> tuple[int, int, int]:
     """Three numbers of the train split, ascending."""
     while True:
-        numbers = tuple(sorted(rng.randint(1, 10) for _ in range(3)))
+        low, middle, high = sorted(rng.randint(1, 10) for _ in range(3))
+        numbers = (low, middle, high)
         if split_of(numbers) == "train":
             return numbers
 

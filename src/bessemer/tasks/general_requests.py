@@ -132,7 +132,7 @@ class GeneralRequest:
 
     def answer(self, rng: random.Random) -> tuple[str, str]:
         """(thoughts, summary) of a good answer; empty thoughts where none are needed."""
-        fields = self._fields()
+        fields: dict[str, str | tuple[str, ...]] = {**self._fields()}
         if self.family.name == "list":
             fields["picked"] = _enumerate(rng.sample(self.choice(), self.count), self.language)
         thought = self.family.think.get(self.language, "").format(**fields)

@@ -118,7 +118,7 @@ def _reasoning_gym() -> ModuleType:
         raise UserError(f"gym tasks need reasoning-gym ({error}): pip install reasoning-gym") from error
     for name, module in list(sys.modules.items()):
         if name.startswith("reasoning_gym.") and name.rpartition(".")[2] not in TRUSTED:
-            module.eval = ast.literal_eval
+            module.eval = ast.literal_eval  # type: ignore[attr-defined]  # hides the builtin in this module
     guard_sympy()
     return reasoning_gym
 

@@ -122,7 +122,7 @@ class Logic(Task):
                 break
             reduced = steps(formula, lambda truth: truth != (rng.random() < slip))
             lines.append("=".join(write(step, thinks_in) for step in reduced))
-            values.append(reduced[-1])
+            values.append(value(reduced[-1]))
         if rng.random() < mix.truncated:
             return Written(problem, author, "<think>" + "\n".join(lines[: rng.randint(1, len(lines))]))
         values += tossed[len(values) :]

@@ -72,12 +72,12 @@ class Needle(Task):
     def __init__(self, texts: Mapping[str, Sequence[str]], needles: int = 8, size: int = 2000, **settings):
         """`texts`: the documents of each split. `problem` hides `needles` sentences in `size` characters."""
         super().__init__(**settings)
-        self.needles, self.size = needles, size
+        self.needles, self.haystack_size = needles, size
         self._pieces = {split: [_PIECE.findall(text) for text in documents] for split, documents in texts.items()}
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
         depth = self.rng("depth", split, index, seed).random()
-        return self.hidden(split, index, self.size, depth, self.needles, seed=seed)
+        return self.hidden(split, index, self.haystack_size, depth, self.needles, seed=seed)
 
     def hidden(
         self,

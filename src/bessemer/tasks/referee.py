@@ -88,6 +88,7 @@ class Referee:
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         with self._lock:
             child = self._started()
+            assert child.stdin is not None
             try:
                 child.stdin.write(json.dumps(request).encode() + b"\n")
                 child.stdin.flush()
@@ -114,7 +115,9 @@ class Referee:
 
     def _line(self, child: subprocess.Popen) -> bytes:
         """One line of its output; OSError when it takes longer than PATIENCE, EOFError when it ends."""
-        parts, size, pipe = [], 0, child.stdout.fileno()
+        assert child.stdout is not None
+        parts: list[bytes] = []
+        size, pipe = 0, child.stdout.fileno()
         while not (parts and parts[-1].endswith(b"\n")):
             if not select.select([pipe], [], [], PATIENCE)[0]:
                 raise TimeoutError(f"no reply in {PATIENCE:.0f} s")

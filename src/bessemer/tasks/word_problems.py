@@ -36,8 +36,11 @@ class Story:
     @classmethod
     def parse(cls, id: str, en: str, zh: str, ranges: str, steps: str) -> "Story":
         """`ranges` like "a 2-9, b 3-12", `steps` like "a*b, x-c"."""
-        pairs = (part.split() for part in ranges.split(", "))
-        bounds = {letter: tuple(map(int, ends.split("-"))) for letter, ends in pairs}
+        bounds: dict[str, tuple[int, int]] = {}
+        for entry in ranges.split(", "):
+            letter, ends = entry.split()
+            lowest, highest = map(int, ends.split("-"))
+            bounds[letter] = (lowest, highest)
         return cls(id, en, zh, bounds, tuple(steps.split(", ")))
 
 
@@ -142,7 +145,8 @@ def work(
     A result that is no natural number becomes the nearest small one; only sloppy authors get there.
     """
     known, done = dict(numbers), []
-    for name, (left, op, right) in zip("xyz", steps, strict=False):
+    for name, step in zip("xyz", steps, strict=False):
+        left, op, right = tuple(step)
         a, b = (known.get(side) or int(side) for side in (left, right))
         result = max(1, a // b if op == "/" else apply(a, op, b))
         known[name] = err(min(result, LARGEST))

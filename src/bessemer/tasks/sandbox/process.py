@@ -89,14 +89,16 @@ class SandboxProcess:
         finally:
             for fd in inner:
                 os.close(fd)
-        self._sinks = {self._process.stdout.fileno(): self.stdout, self._process.stderr.fileno(): self.stderr}
+        pipes = (self._process.stdin, self._process.stdout, self._process.stderr)
+        self._stdin, self._stdout, self._stderr = (pipe for pipe in pipes if pipe is not None)
+        self._sinks = {self._stdout.fileno(): self.stdout, self._stderr.fileno(): self.stderr}
         self._sinks[self._reply] = self._lines
         for fd in self._sinks:
             self._selector.register(fd, selectors.EVENT_READ)
-        for fd in (self._ask, self._process.stdin.fileno()):
+        for fd in (self._ask, self._stdin.fileno()):
             os.set_blocking(fd, False)
             self._outgoing[fd] = bytearray()
-        self._send(self._process.stdin.fileno(), stdin)
+        self._send(self._stdin.fileno(), stdin)
 
     def __enter__(self) -> "SandboxProcess":
         self._deadline = time.monotonic() + START_SECONDS
@@ -142,7 +144,7 @@ class SandboxProcess:
             self._selector.close()
             for fd in (self._ask, self._reply, self._info):
                 os.close(fd)
-            for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            for pipe in (self._stdin, self._stdout, self._stderr):
                 pipe.close()
         code = self._process.returncode
         return code if code >= 0 else 128 - code
@@ -196,7 +198,7 @@ class SandboxProcess:
         if not self._outgoing[fd]:
             self._selector.unregister(fd)
             if fd != self._ask:
-                self._process.stdin.close()
+                self._stdin.close()
                 del self._outgoing[fd]
 
 
@@ -239,15 +241,15 @@ def _bwrap(info: int) -> list[str]:
 
 
 def _executable() -> str:
-    return os.path.realpath(sys._base_executable)
+    return os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]  # CPython's own
 
 
 @cache
 def _readable() -> tuple[str, ...]:
     """Paths a program can read: the interpreter, its library, and the shared libraries of the system."""
-    library = Path(sys.base_prefix, "lib")
-    paths = [_executable(), library, sysconfig.get_path("stdlib"), "/lib", "/lib64", "/usr/lib", "/usr/lib64"]
-    paths = {Path(path) for path in (*paths, "/etc/ld.so.cache") if os.path.exists(path)}
+    interpreter = (_executable(), f"{sys.base_prefix}/lib", sysconfig.get_path("stdlib"))
+    system = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
+    paths = {Path(path) for path in (*interpreter, *system) if os.path.exists(path)}
     return tuple(sorted(str(path) for path in paths if not paths & set(path.parents)))
 
 

@@ -30,7 +30,8 @@ def _run(source: str, reply: int) -> None:
         exec(compile(source, "<program>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
     except Exception as error:
         _send(reply, _error(error))
-        sys.excepthook(type(error), error.with_traceback(error.__traceback__.tb_next), None)
+        trace = error.__traceback__  # begins with this frame, which the program's own report leaves out
+        sys.excepthook(type(error), error.with_traceback(trace and trace.tb_next), None)
         sys.exit(1)
 
 
@@ -44,7 +45,8 @@ def _call(source: str, name: str, questions, reply: int) -> None:
     _send(reply, '{"value": true}' if callable(space.get(name)) else '{"error": "no-function", "text": ""}')
     for line in questions:
         try:
-            answer = '{"value": ' + encode(space[name](*eval(line)), 0) + "}"
+            # Looked up for every call, as the program may bind it again; what cannot be called is an error like others.
+            answer = '{"value": ' + encode(space[name](*eval(line)), 0) + "}"  # type: ignore[operator]
         except BaseException as error:
             answer = _error(error)
         _send(reply, answer)
