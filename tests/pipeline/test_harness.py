@@ -7,6 +7,7 @@ import json
 import os
 import random
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -21,11 +22,15 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("data", "model")]
+from hf_cases import made
+from hf_tokenizers import byte_level
+
 import bessemer
 from bessemer import cli
 from bessemer.data.chat import render_ids
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.engine import Engine
+from bessemer.engine.engine import Engine, load_engine
 from bessemer.errors import UserError
 from bessemer.eval import evaluate, lm_eval_model
 from bessemer.eval.lm_eval_model import BessemerLM
@@ -97,6 +102,20 @@ def test_loglikelihoods_are_those_of_hflm(engine, theirs):
         assert greedy == their_greedy, pair
     assert any(greedy for _, greedy in got) and not all(greedy for _, greedy in got)
     assert ours.truncated == 3
+
+
+def test_loglikelihoods_of_a_transformers_model_are_those_of_hflm(tmp_path):
+    folder = tmp_path / "tiny-llama"
+    made("llama", vocab_size=400).save_pretrained(folder)
+    bos, end = "<|text|>", "<|im_end|>"
+    byte_level(folder, bos=bos, bos_token=bos, eos_token=end, pad_token=end)
+    asked = requests("loglikelihood", [("the fox", " jumps over"), ("What is 12*3", "+4?"), ("", "yes")])
+    got = BessemerLM(load_engine(folder)).loglikelihood(asked)
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", add_bos_token=True)
+    for (logp, greedy), (their_logp, their_greedy) in zip(
+        got, theirs.loglikelihood(asked, disable_tqdm=True), strict=True
+    ):
+        assert logp == pytest.approx(their_logp, abs=1e-4) and greedy == their_greedy
 
 
 def test_batches_and_workers_change_nothing(engine):
