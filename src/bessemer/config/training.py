@@ -49,14 +49,14 @@ class OptimizerConfig(StageConfig):
 class FineTuningConfig(OptimizerConfig):
     """Stages that train a model further on samples with loss on the answers: float32 moments, no moving average."""
 
-    moments: ClassVar = "float32"  # type: ignore[misc]
-    ema_decay: ClassVar = 0.0  # type: ignore[misc]
+    moments: ClassVar = "float32"  # type: ignore[misc]  # constant, no key of the table
+    ema_decay: ClassVar = 0.0  # type: ignore[misc]  # constant, no key of the table
 
 
 class OnPolicyConfig(FineTuningConfig):
     """Stages that train a model on its own samples: schedules over optimizer steps, batches of a number of tokens."""
 
-    micro_rows: ClassVar = 1  # type: ignore[misc]
+    micro_rows: ClassVar = 1  # type: ignore[misc]  # constant, no key of the table
 
     lr: Points
     """Learning rate over optimizer steps."""
@@ -183,8 +183,8 @@ class SFTConfig(FineTuningConfig):
 
 class DistillConfig(OnPolicyConfig):
     runtime_only = frozenset({"save_seconds", "micro_tokens"})
-    optimizer: ClassVar = "adamw"  # type: ignore[misc]
-    weight_decay: ClassVar = 0.0  # type: ignore[misc]
+    optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table
+    weight_decay: ClassVar = 0.0  # type: ignore[misc]  # constant, no key of the table
 
     teacher: StageRef
     """The earlier stage whose model teaches; the student is the model of `from`."""
@@ -212,7 +212,7 @@ class DistillConfig(OnPolicyConfig):
 
 class RewardModelConfig(FineTuningConfig):
     runtime_only = frozenset({"micro_rows", "save_seconds"})
-    optimizer: ClassVar = "adamw"  # type: ignore[misc]
+    optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table
 
     aim: Literal["helpful", "harmless"]
     """helpful: pairwise, reads prompt and summary; harmless: pointwise, reads the thoughts as well."""
