@@ -7,7 +7,7 @@ output (as JSON with --json), everything else to standard error. Exit status: 0 
 
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -35,7 +35,7 @@ def main() -> None:
         warnings.showwarning = before
 
 
-def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+def _warn(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
     """What is said to users, in one line and without the place in the program."""
     name = "warning" if category is UserWarning else category.__name__
     print(f"{name}: " + " ".join(str(message).split("\n")), file=sys.stderr)

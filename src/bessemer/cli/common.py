@@ -2,7 +2,7 @@
 
 import json
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -29,5 +29,5 @@ class YesNo(StrEnum):
     no = "no"
 
 
-def print_json(facts: Any) -> None:
+def print_json(facts: object) -> None:
     print(json.dumps(facts, ensure_ascii=False, indent=1))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import find_kind
@@ -75,7 +75,7 @@ def _connection_lost(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
 
 
-def _end(error: UserError, first: bool, ranks: Ranks | None = None) -> None:
+def _end(error: UserError, first: bool, ranks: Ranks | None = None) -> NoReturn:
     if first:
         print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
         sys.stderr.flush()

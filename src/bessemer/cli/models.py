@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -70,7 +70,11 @@ def convert(
         write(src, dst, wanted)
         print(dst)
         return
-    how = {"mtp": mtp is not False, "dtype": wanted, "fp8": (scales or Scales.float32).value if fp8 else None}
+    how: dict[str, Any] = {
+        "mtp": mtp is not False,
+        "dtype": wanted,
+        "fp8": (scales or Scales.float32).value if fp8 else None,
+    }
     if trained:
         from bessemer.dist.sharded_checkpoint import of_checkpoint
         from bessemer.runs.directory import tokenizer_beside

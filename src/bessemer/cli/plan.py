@@ -1,13 +1,18 @@
 """The verb that answers before anything runs."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bessemer.cli.common import AsJson, app, print_json
 from bessemer.errors import UserError
+
+if TYPE_CHECKING:
+    from bessemer.dist.timeline import Costs
 
 
 @app.command()
@@ -48,7 +53,7 @@ def plan(
     if len(asked) != 1:
         what = f"both {' and '.join(asked)}" if asked else "nothing"
         raise UserError(f"{what} to plan; give a model or recipe, or --audit NAME, or --schedule NAME")
-    costing = {"--cluster": cluster, "--search": search, "--html": html}
+    costing: dict[str, object] = {"--cluster": cluster, "--search": search, "--html": html}
     idle = {} if target and not here else costing
     idle |= {} if here else {"--run": run}
     idle |= {} if target else {"--here": here, "--set": settings}
@@ -62,9 +67,9 @@ def plan(
 
         lines = audits.audit(audit)
         print_json([line.facts() for line in lines]) if as_json else print(audits.describe(lines))
-    elif here:
+    elif target is not None and here:
         _here(target, settings, run, as_json)
-    else:
+    elif target is not None:
         _cost(target, cluster, settings, search, html, as_json)
 
 
@@ -149,7 +154,7 @@ def _schedule(name: str, pp: int, micro: int, costs: str, svg: Path | None, as_j
         print(svg)
 
 
-def _costs(text: str) -> Any:
+def _costs(text: str) -> Costs:
     from bessemer.dist.timeline import Costs
 
     try:

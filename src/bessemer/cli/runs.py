@@ -163,9 +163,9 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _check_used(what_for: str, wanted: Any, options: dict[str, Any]) -> None:
+def _check_used(what_for: str, used: object, options: dict[str, Any]) -> None:
     """Refuse options that could have no effect."""
-    if not wanted and (given := _given(options)):
+    if not used and (given := _given(options)):
         name = next(iter(given)).replace("max_new_tokens", "max_tokens").replace("_", "-")
         raise UserError(f"--{name} has no effect without {what_for}; add {what_for}, or leave it out")
 

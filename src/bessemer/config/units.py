@@ -91,9 +91,11 @@ class Points:
     Two points at the same count are a jump: the value there and after is the second one.
     """
 
+    tokens: list[int]
+    values: list[float]
+
     def __init__(self, points: "Points | float | list[Any]") -> None:
-        self.tokens: list[int] = []
-        self.values: list[float] = []
+        self.tokens, self.values = [], []
         if isinstance(points, Points):
             self.tokens, self.values = points.tokens, points.values
             return

@@ -28,10 +28,11 @@ of the call that lost ids on the left). Its samples and k are 1, its intervals 1
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from bessemer.engine.engine import Engine
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine.engine import Completion, Prompt
 from bessemer.errors import UserError
 from bessemer.tasks import verdict_metrics as metrics
 from bessemer.tasks.base import Problem, Task, stable_hash
@@ -41,8 +42,20 @@ from bessemer.train.setup import batch_rows
 FIGURES = ("pass_at_1", "pass_at_k", "maj_at_k")
 
 
+class Generator(Protocol):
+    """What generates the answers: an `Engine`, or a sampler of RL."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, samples: int, seeds: Sequence[int], temperature: float, top_p: float,
+        max_new_tokens: int, batch_rows: int,
+    ) -> list[list[Completion]]: ...  # fmt: skip
+
+
 def evaluate(
-    engine: Engine,
+    engine: Generator,
     encode: Callable[[Problem], list[int]],
     task: Task,
     *,

@@ -142,7 +142,7 @@ ITEMS: tuple[Item, ...] = (
          "model/moe.py", "model/test_model_gate.py"),
     Item("Multi-token prediction", "V3 2.2", "depth 1, lambda 0.3 then 0.1",
          lambda f: IMPORTED if f.imported() else (f"depth {f.model.n_mtp}" + (
-             f", lambda {_points(f.stage('pretrain').mtp_lambda)}" if f.stage("pretrain") else ""), f.model.n_mtp > 0),
+             f", lambda {_points(s.mtp_lambda)}" if (s := f.stage("pretrain")) else ""), f.model.n_mtp > 0),
          "model/transformer.py", "model/test_hub_mtp.py"),
     Item("AdamW, FP32 masters", "V3 4.2, 3.3.2", "0.9 / 0.95, decay 0.1, clip 1.0",
          _of("pretrain", lambda s: ("Muon for matrices inside layers, else " if s.optimizer == "muon" else "")
@@ -157,8 +157,8 @@ ITEMS: tuple[Item, ...] = (
          _model(lambda m: f"std {m.init_std:g} at width {m.dim}"),
          "model/transformer.py", "model/test_model_network.py"),
     Item("Packing without cross-document mask", "V3 4.1", "rows of 4096",
-         lambda f: (f"rows of {f.stage('corpus').row_length}" + (", masked" if f.masked() else ""), not f.masked())
-         if f.stage("corpus") else ABSENT, "data/rows.py", "data/test_data_corpus.py"),
+         lambda f: (f"rows of {s.row_length}" + (", masked" if f.masked() else ""), not f.masked())
+         if (s := f.stage("corpus")) else ABSENT, "data/rows.py", "data/test_data_corpus.py"),
     Item("Fill-in-the-middle", "V3 4.1", "rate 0.1, PSM",
          _of("corpus", lambda s: f"rate {s.fim_rate:g} on {', '.join(s.fim_parts) or 'no part'}",
              lambda s: s.fim_rate > 0 and bool(s.fim_parts)), "data/corpus.py", "data/test_data_augment.py"),
@@ -170,7 +170,7 @@ ITEMS: tuple[Item, ...] = (
     Item("FP8 training", "V3 3.3", "E4M3, 1x128 and 128x128, sums to float32 every 128",
          _any("pretrain", lambda s: s.fp8, lambda s: s.fp8 in ("paper", "power-of-two")),
          "precision/fp8_linear.py", "precision/test_fp8_gemm.py"),
-    Item("Activations kept in FP8 and E5M6; norms and up-projections made again", "V3 3.2.3, 3.3.3", "a byte, 12 bits",
+    Item("Activations stored in FP8 and E5M6; norms and up-projections recomputed", "V3 3.2.3, 3.3.3", "a byte, 12 bits",
          _any("pretrain", lambda s: "with FP8" if s.fp8 != "off" else "no FP8", lambda s: s.fp8 != "off"),
          "model/fp8.py", "model/test_model_fp8.py"),
     Item("Moments of the optimizer in BF16", "V3 3.3.2", "bfloat16, masters and gradients float32",
@@ -182,18 +182,18 @@ ITEMS: tuple[Item, ...] = (
     Item("DualPipe", "V3 3.2.1", "16 pipeline ranks",
          _layout(lambda x: f"{x.pp} pipeline ranks, {x.schedule}",
                  lambda x: x.schedule == "dualpipe" or (x.schedule == "auto" and x.pp % 2 == 0)),
-         "dist/executor.py", "dist/test_execute.py"),
+         "dist/executor.py", "dist/test_executor.py"),
     Item("Expert parallelism, a token to a node once", "V3 3.2.2", "64 ranks on 8 nodes",
          _layout(lambda x: f"{x.ep} ranks, {x.node} a node", lambda x: x.ep > 1),
-         "dist/expert_parallel.py", "dist/test_exchange.py"),
-    Item("ZeRO-1", "V3 3.2", "optimizer state shared out over data parallel",
+         "dist/expert_parallel.py", "dist/test_expert_parallel.py"),
+    Item("ZeRO-1", "V3 3.2", "optimizer state sharded over data-parallel ranks",
          _layout(lambda x: f"{x.dp if x.dp != 'auto' else 'all'} x {x.ep} ranks", lambda x: x.ep > 1 or x.dp != 1),
-         "dist/zero1.py", "dist/test_across.py"),
+         "dist/zero1.py", "dist/test_distributed_trainer.py"),
     Item("Long-context extension in phases", "V3 4.3", "4K -> 32K -> 128K, 1000 steps each", _extended,
          "pipeline/stages/extend.py", "pipeline/test_extend.py"),
     Item("YaRN on the rotary key, the same in every phase", "V3 4.3", "s 40, alpha 1, beta 32, sqrt(t) 0.1 ln s + 1",
-         lambda f: (f"s {f.stage('extend').rope_factor:g}, alpha {f.model.beta_slow:g}, beta {f.model.beta_fast:g}, "
-                    f"sqrt(t) {0.1 * f.model.mscale_all_dim:g} ln s + 1", True) if f.stage("extend") else ABSENT,
+         lambda f: (f"s {s.rope_factor:g}, alpha {f.model.beta_slow:g}, beta {f.model.beta_fast:g}, "
+                    f"sqrt(t) {0.1 * f.model.mscale_all_dim:g} ln s + 1", True) if (s := f.stage("extend")) else ABSENT,
          "model/mla.py", "model/test_model_rope.py"),
     Item("Needle in a haystack over lengths and depths", "V3 4.3, Figure 8", "up to 128K, after SFT",
          _of("longeval", lambda s: f"up to {max(s.lengths)}, {s.problems * len(s.depths)} problems of each length",

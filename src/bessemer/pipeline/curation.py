@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bessemer.config.curation import Curation, EngineTable, SourceTable
 from bessemer.config.table import nearest
@@ -17,6 +17,9 @@ from bessemer.rl import ray_cluster
 from bessemer.runs.files import explained
 from bessemer.runs.progress import RunProgress
 from bessemer.workers import cores
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 SECONDS_PER_MB = {"read": 1.0, "sign": 0.15, "match": 0.02, "join": 0.01, "tokenizer": 0.3, "write": 0.6}
 """For the progress bar of the whole build, until it has measured itself."""
@@ -99,7 +102,8 @@ class RayRunner:
         self._perform = self._ray.remote(num_cpus=1, max_retries=2)(_perform)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Done]:
-        left, under_way = list(reversed(jobs)), {}
+        left = list(reversed(jobs))
+        under_way: dict[ObjectRef, Job] = {}
         while left or under_way:
             while left and len(under_way) < self.workers:
                 job = left.pop()
@@ -108,7 +112,7 @@ class RayRunner:
                 job = under_way.pop(reference)
                 yield job, self._facts(reference, job)
 
-    def _facts(self, reference: Any, job: Job) -> dict[str, Any]:
+    def _facts(self, reference: ObjectRef, job: Job) -> dict[str, Any]:
         try:
             facts, mistake = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError:

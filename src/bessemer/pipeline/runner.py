@@ -55,7 +55,7 @@ class _Planned:
     """A stage with everything known about it before it runs."""
 
     config: StageConfig
-    stage: Stage
+    stage: Stage[Any]
     folder: Path
     identity: dict[str, Any]
     sources: list[str]
@@ -107,7 +107,7 @@ def run(
 
 
 def _plan(
-    recipe: Recipe, rundir: RunDir, kinds: dict[str, Stage], derived: dict[str, dict[str, Any]]
+    recipe: Recipe, rundir: RunDir, kinds: dict[str, Stage[Any]], derived: dict[str, dict[str, Any]]
 ) -> list[_Planned]:
     planned: list[_Planned] = []
     fingerprints: dict[str, str] = {}
@@ -304,8 +304,13 @@ class Donor:
         `inputs` maps the stages it reads to the digests of their output.
         """
         source = {theirs: path for _, theirs, path in stage_folders(self.root)}.get(name)
-        done = source and read_json(source / "done.json")
-        if not done or (done["fingerprint"], done["inputs"]) != (fingerprint, inputs) or damage(source, done):
+        done = None if source is None else read_json(source / "done.json")
+        if (
+            source is None
+            or not done
+            or (done["fingerprint"], done["inputs"]) != (fingerprint, inputs)
+            or damage(source, done)
+        ):
             return None
         fresh = folder.with_name(f"{folder.name}.tmp-reuse")  # a kill may leave it; `_is_temporary` knows it
         shutil.rmtree(fresh, ignore_errors=True)

@@ -3,7 +3,7 @@
 A stage is one file in `pipeline/stages/`, found by walking that folder; its table is a class in `config/`:
 
     @register
-    class Pretrain(Stage):
+    class Pretrain(Stage[PretrainConfig]):
         kind = "pretrain"
 
         def run(self, config, ctx):
@@ -31,21 +31,24 @@ import math
 import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from bessemer.config.table import StageConfig
 from bessemer.runs import files
 from bessemer.runs.directory import RUN_FORMAT
 
 if TYPE_CHECKING:
     from bessemer.config.recipe import Recipe
-    from bessemer.config.table import StageConfig
     from bessemer.runs.context import StageContext
     from bessemer.tasks import Problem
     from bessemer.train.trainer import Trainer
 
 
-class Stage:
-    """One step of a recipe: input directories in, one output directory out."""
+_Config = TypeVar("_Config", bound=StageConfig)
+
+
+class Stage(Generic[_Config]):
+    """One step of a recipe: input directories in, one output directory out. `_Config` is the class of its table."""
 
     kind: ClassVar[str]
     format: ClassVar[int] = 1
@@ -57,7 +60,7 @@ class Stage:
     distributed: ClassVar[bool] = False
     """Whether all ranks run it together; otherwise rank 0 alone does."""
 
-    def resolve(self, config: Any, recipe: Recipe) -> dict[str, Any]:
+    def resolve(self, config: _Config, recipe: Recipe) -> dict[str, Any]:
         """Check the stage's table against the recipe before anything runs (UserError); return facts derived from it.
 
         The facts are plain JSON and part of the identity, so a preset that changes in the code redoes the stage.
@@ -65,7 +68,7 @@ class Stage:
         return {}
 
     def identity(
-        self, config: StageConfig, recipe: Recipe, derived: dict[str, Any], inputs: dict[str, str]
+        self, config: _Config, recipe: Recipe, derived: dict[str, Any], inputs: dict[str, str]
     ) -> dict[str, Any]:
         """Everything the output of this stage follows from; `inputs` maps the stages it reads to their fingerprints."""
         what = {
@@ -78,19 +81,19 @@ class Stage:
         }
         return json.loads(json.dumps(what))  # as it reads back from disk, tuples and all
 
-    def estimate(self, config: Any, recipe: Recipe) -> float:
+    def estimate(self, config: _Config, recipe: Recipe) -> float:
         """Rough seconds on two CPU cores: only for the whole run's time left, corrected by what the run measures."""
         return 30.0
 
-    def run(self, config: Any, ctx: StageContext) -> dict[str, Any]:
+    def run(self, config: _Config, ctx: StageContext) -> dict[str, Any]:
         """Do the work; return the facts worth a line in the summary."""
         raise NotImplementedError
 
-    def exports_conversations(self, config: Any) -> bool:
+    def exports_conversations(self, config: _Config) -> bool:
         """Whether it writes a file of conversations for SFT."""
         return False
 
-    def training_data(self, config: Any, recipe: Recipe, folder: Path, cache: Path) -> Iterator[Problem | str]:
+    def training_data(self, config: _Config, recipe: Recipe, folder: Path, cache: Path) -> Iterator[Problem | str]:
         """What a model can have learnt from this finished stage: training texts, and problems it was asked.
 
         The contamination check of evaluation reads it. By default: the conversations that the stage exports.
@@ -123,8 +126,8 @@ class StepLog:
         return every > 0 and self.tokens // every > max(0, self.before) // every
 
 
-KINDS: dict[str, type[Stage]] = {}
-_StageType = TypeVar("_StageType", bound=type[Stage])
+KINDS: dict[str, type[Stage[Any]]] = {}
+_StageType = TypeVar("_StageType", bound=type[Stage[Any]])
 
 
 def register(stage: _StageType) -> _StageType:
@@ -135,13 +138,13 @@ def register(stage: _StageType) -> _StageType:
     return stage
 
 
-def load_kinds() -> dict[str, type[Stage]]:
+def load_kinds() -> dict[str, type[Stage[Any]]]:
     """Every kind there is: each file of `pipeline/stages/` registers its own when imported."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent / "stages")]):
         importlib.import_module(f"bessemer.pipeline.stages.{module.name}")
     return KINDS
 
 
-def find_kind(kind: str) -> type[Stage]:
+def find_kind(kind: str) -> type[Stage[Any]]:
     """The stage of a kind that a recipe names, and that reading the recipe has found to exist."""
     return (KINDS if kind in KINDS else load_kinds())[kind]

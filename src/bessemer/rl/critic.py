@@ -67,7 +67,7 @@ class Critic:
             for row, own in zip(part, value_N.split(lengths), strict=True):
                 row.values = own.tolist()
         value_RL = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.values) for row in rows], batch_first=True)
-        length_R = torch.tensor([len(row.values) for row in rows])
+        length_R = torch.tensor([len(row.completion.tokens) for row in rows])
         reward_R = torch.tensor([row.reward for row in rows], dtype=torch.float64)
         raw_RL = gae(reward_R, value_RL, length_R, self.settings.gae_lambda)
         inside_RL = torch.arange(value_RL.shape[1]) < length_R[:, None]
@@ -100,6 +100,7 @@ class Critic:
             for prefix in (MODEL, MOMENTS)
         )
         if not model:
+            assert isinstance(self.policy.model, Transformer)
             model = critic_of(self.policy.model).state_dict()
             moments = {name: torch.zeros_like(value) for name, value in optimizer.state_dict().items()}
         load_exactly(self.trainer.model.state_dict(), model, "critic")
@@ -117,6 +118,7 @@ class Critic:
     @torch.no_grad()
     def _values(self, batch: Batch) -> Tensor:
         model = self.trainer.model
+        assert isinstance(model, Scorer)
         with evaluating(model):
             return values(model, batch.to(model.embed.weight.device)).cpu()
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
+from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import Transformer
 from bessemer.rl.losses import LOG_RATIO_LIMIT, policy_logprobs
 from bessemer.workers import Workers
@@ -62,7 +63,7 @@ def importance_weights(kind: str, log_ratio_N: Tensor, output_N: Tensor, cap: fl
 class ImportanceCorrection:
     """`apply(batches)` before the first update of a rollout."""
 
-    def __init__(self, model: Transformer, workers: Workers, settings: RLConfig) -> None:
+    def __init__(self, model: Transformer | CausalLM, workers: Workers, settings: RLConfig) -> None:
         self.model, self.workers, self.settings = model, workers, settings
 
     def apply(self, batches: list[Batch]) -> dict[str, float]:
@@ -83,7 +84,7 @@ class ImportanceCorrection:
         return policy_logprobs(self.model, batch.to(self.model.embed.weight.device), self.settings.temperature).cpu()
 
 
-def check_replay(stage: str, model: Transformer) -> None:
+def check_replay(stage: str, model: Transformer | CausalLM) -> None:
     """UserError for a model without routed experts."""
     if all(layer.dense for layer in model.layers):
         raise UserError(

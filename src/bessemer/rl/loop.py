@@ -25,6 +25,7 @@ from bessemer.data.chat import question_ids
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
+from bessemer.model.transformer import Transformer
 from bessemer.rl import importance, ray_sampler
 from bessemer.rl.advantage import assign_group_advantages, dead_groups
 from bessemer.rl.critic import Critic
@@ -201,6 +202,7 @@ class Loop:
         """Before the first update: importance weights, and how far the sampler's routing is from the policy's."""
         values = {}
         if self.settings.routing_replay:  # one more forward pass, so of one micro-batch
+            assert isinstance(self.policy.model, Transformer)
             values["rl/routing_disagreement"] = importance.routing_disagreement(self.policy.model, batches[0])
         if self.correction is not None:
             values |= self.correction.apply(batches)

@@ -25,11 +25,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bessemer.data.batch import Batch
 from bessemer.dist.distributed import GatheredModel
-from bessemer.model.transformer import TrainOutputs
+from bessemer.hf.causal_lm import CausalLM
+from bessemer.model.transformer import TrainOutputs, Transformer
 from bessemer.train import setup
 from bessemer.train.loss import token_logprobs
 from bessemer.train.objective import Loss
@@ -71,7 +72,7 @@ class GRPO:
     constant: int = 0
     """0: the trainer divides by the sum of the weights. L > 0: by L per output whatever its length (Dr. GRPO)."""
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+    def __call__(self, model: Transformer | CausalLM, batch: Batch) -> Loss:
         out = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=False, **_replayed(batch))
         return self.of(out, model.head_weight, batch)
 
@@ -176,7 +177,7 @@ def _exp(log_ratio: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def policy_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
+def policy_logprobs(model: Transformer | CausalLM, batch: Batch, temperature: float) -> Tensor:
     """log pi of every trained token, [B, T], 0 elsewhere."""
     weight = batch.loss_BT[:, 1:].flatten()
     keep = weight.nonzero().squeeze(1)
@@ -188,7 +189,7 @@ def policy_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Tenso
     return torch.nn.functional.pad(flat.view(batch.tokens_BT.shape[0], -1), (1, 0))
 
 
-def reference_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
+def reference_logprobs(model: Transformer | CausalLM, batch: Batch, temperature: float) -> Tensor:
     """log pi_ref of every trained token, [B, T], 0 elsewhere. The reference chooses its experts itself."""
     extras = {name: tensor for name, tensor in batch.extras.items() if name != "choice_BTLK"}
     return policy_logprobs(model, replace(batch, extras=extras), temperature)

@@ -56,7 +56,7 @@ FORM_ONLY = 10.0
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Means over all samples of a rollout; accuracy over the samples with a verifier, if any."""
     rows = [row for group in groups for row in group]
-    judged = [row for row in rows if row.preference is not None]
+    preferences = [row.preference for row in rows if row.preference is not None]
     verified = [row for row in rows if row.preference is None] or rows
     thoughts = [thought(row.answer).strip() for row in rows]
     words = Counter(word.lower() for row in rows for word in _REFLECTIVE.findall(row.answer))
@@ -73,8 +73,8 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "rl/reflective_words": words.total() / len(rows),
         **{f"rl/words/{word}": words[word] / len(rows) for word in REFLECTIVE},
     }
-    if judged:
-        values["rl/preference"] = _mean(row.preference for row in judged)
+    if preferences:
+        values["rl/preference"] = _mean(preferences)
     return values | _trace_metrics(rows)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from bessemer.config.rl import RLConfig, RolloutConfig
 from bessemer.config.table import changed
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.engine import Engine, GenerationBatch, GenerationPlan, Prompt
+from bessemer.engine.engine import Completion, Engine, GenerationBatch, GenerationPlan, Prompt
 from bessemer.errors import UserError
 from bessemer.rl import ray_cluster
 from bessemer.rl.ray_worker import JobResult, RolloutWorker, pack_weights, versions
@@ -123,6 +123,12 @@ class RolloutJob:
     def rows(self) -> int:
         return len(self.batch.samples)
 
+    @property
+    def completions(self) -> list[Completion]:
+        """Of a finished job."""
+        assert self.result is not None
+        return self.result.completions
+
 
 class RaySampler:
     """`state()` gives the weights by name, `moment()` a value that differs whenever they do; `start()` makes the pool.
@@ -213,7 +219,7 @@ class RaySamples:
         began = time.monotonic()
         self.sampler.pool.wait(self.jobs)
         self.sampler.waited += time.monotonic() - began
-        return self.plan.gather([job.result.completions for job in self.jobs])
+        return self.plan.gather([job.completions for job in self.jobs])
 
 
 class WorkerPool:

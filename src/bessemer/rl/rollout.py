@@ -158,8 +158,8 @@ def _batch(rows: Sequence[ScoredSample], width: int, pad_id: int, normalise: str
     extras = {"advantage_BT": advantage, "old_logp_BT": old_logp}
     if rows[0].values is not None:
         extras |= {"value_BT": _align(rows, width, "values"), "return_BT": _align(rows, width, "returns")}
-    if rows[0].completion.routing is not None:
-        extras["choice_BTLK"] = pad_routing([row.completion.routing for row in rows], width)
+    if routings := [row.completion.routing for row in rows if row.completion.routing is not None]:
+        extras["choice_BTLK"] = pad_routing(routings, width)
     return Batch(tokens, loss, extras=extras)
 
 
@@ -194,8 +194,8 @@ def pack(groups: Sequence[Group]) -> tuple[list[dict[str, Any]], dict[str, Tenso
         name: torch.tensor([value for c in completions for value in getattr(c, name)], dtype=dtype)
         for name, dtype in _PER_TOKEN.items()
     }
-    if completions[0].routing is not None:
-        tensors["routing"] = torch.cat([c.routing for c in completions])
+    if routings := [c.routing for c in completions if c.routing is not None]:
+        tensors["routing"] = torch.cat(routings)
     packed = [
         {"problem": group[0].problem.id, "prompt": group[0].prompt_tokens, "rows": [_pack_row(row) for row in group]}
         for group in groups

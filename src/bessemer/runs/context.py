@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import show_tokens
@@ -21,6 +22,8 @@ from bessemer.dist.ranks import Ranks
 from bessemer.runs.files import write_atomic
 from bessemer.runs.metrics import LineFile, StageMetrics
 from bessemer.runs.progress import StageProgress
+
+_Result = TypeVar("_Result")
 
 
 class Interrupted(Exception):
@@ -43,7 +46,7 @@ def signals(together: bool = False, quiet: bool = False) -> Iterator[StopFlag]:
     Ctrl-C twice, from the terminal and from their launcher: within a second it counts as one."""
     stop, first = StopFlag(), 0.0
 
-    def on_signal(number: int, _: Any) -> None:
+    def on_signal(number: int, _: FrameType | None) -> None:
         nonlocal first
         if stop and not (together and time.monotonic() - first < 1.0):
             signal.signal(number, signal.SIG_DFL)
@@ -108,13 +111,13 @@ class StageContext:
         """Whether this process writes the stage's output; of many, rank 0 does."""
         return self.ranks is None or self.ranks.me == 0
 
-    def agree(self, decide: Callable[[], Any]) -> Any:
+    def agree(self, decide: Callable[[], _Result]) -> _Result:
         """The result of `decide` (plain JSON) on rank 0, on all ranks; the others do not call it."""
         if self.ranks is None:
             return decide()
         return self.ranks.agree(decide() if self.leads else None)
 
-    def once(self, make: Callable[[], Any]) -> Any:
+    def once(self, make: Callable[[], _Result]) -> _Result:
         """As `agree`, for any picklable result."""
         return make() if self.ranks is None else self.ranks.broadcast(make, f"what rank 0 does in {self.name}")
 

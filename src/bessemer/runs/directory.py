@@ -65,7 +65,7 @@ class RunDir:
     def __enter__(self) -> "RunDir":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._lock.close()
 
     def record_recipe(self, text: str) -> None:
@@ -196,7 +196,7 @@ def _runs() -> str:
     return f"runs here: {', '.join(f'runs/{name}' for name in found)}" if found else "there are no runs here yet"
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()
 
 
@@ -226,7 +226,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return "nothing" if value is None else text if len(text) <= 40 else text[:37] + "..."
 

@@ -7,9 +7,9 @@ the stages so far compared with theirs. Progress is for people only: nothing rea
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
@@ -36,7 +36,7 @@ class RunProgress:
                 console=self.console, transient=True,
             )  # fmt: skip
 
-    def say(self, what: Any) -> None:
+    def say(self, what: RenderableType) -> None:
         """Print text, or anything rich can draw, above the bars. Text is taken as it is, without rich's markup."""
         self.console.print(Text(what) if isinstance(what, str) else what)
 
@@ -111,7 +111,7 @@ class StageProgress:
             self.shown = now
             self.run.show(self)
 
-    def say(self, text: Any) -> None:
+    def say(self, text: RenderableType) -> None:
         self.run.say(text)
 
     def elapsed(self) -> float:

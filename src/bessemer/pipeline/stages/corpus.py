@@ -32,7 +32,7 @@ TASK, SHARDS = "task:", "shards:"
 
 
 @register
-class Corpus(Stage):
+class Corpus(Stage[CorpusConfig]):
     kind = "corpus"
     format = 2
 
@@ -57,7 +57,8 @@ class Corpus(Stage):
                 raise UserError(f'stage "{config.name}": mix is for documents of tasks, "{part}" is not one')
         for part in config.mix:
             if config.parts[part].startswith(NEEDLE):
-                Needle({}, **config.mix[part])  # checks the knobs
+                knobs: dict[str, Any] = config.mix[part]
+                Needle({}, **knobs)  # checks them
         return {"vocab_size": model_config(recipe).vocab_size} | _built(config)
 
     def estimate(self, config: CorpusConfig, recipe: Recipe) -> float:

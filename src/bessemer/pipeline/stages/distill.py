@@ -25,7 +25,7 @@ from bessemer.train.trainer import Runtime, Trainer
 
 
 @register
-class Distill(Stage):
+class Distill(Stage[DistillConfig]):
     kind = "distill"
 
     def resolve(self, config: DistillConfig, recipe: Recipe) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class _Run:
         first = -(-trainer.rows // (config.prompts_per_step * config.samples))
         ctx.rewind(trainer.step or -1)
         ctx.progress.total(config.steps, "steps", done=first)
-        summary = {"steps": config.steps}
+        summary: dict[str, float] = {"steps": config.steps}
         if trainer.step == 0:
             self._evaluate()
         for number in range(first, config.steps):

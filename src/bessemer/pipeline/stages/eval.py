@@ -6,6 +6,7 @@ A finished row, and the finished search, survive a kill: the stage goes on with 
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bessemer.config.evaluation import EvalConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig, stage_refs
 from bessemer.data.chat import question_ids
+from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import contamination, scoring
@@ -25,7 +27,7 @@ from bessemer.train import setup
 
 
 @register
-class Eval(Stage):
+class Eval(Stage[EvalConfig]):
     kind = "eval"
     format = 2
 
@@ -62,9 +64,8 @@ class Eval(Stage):
                 loaded = {model: Engine(*setup.load_model(ctx.inputs[model] / "model"), setup.workers())}
             engine = loaded[model]
             row = scoring.evaluate(
-                engine,
-                lambda problem, tokenizer=engine.tokenizer: question_ids(tokenizer, problem.prompt),
-                task, problems=config.problems, samples=config.samples, k=config.k, temperature=temperature,
+                engine, partial(_encode, engine.tokenizer), task,
+                problems=config.problems, samples=config.samples, k=config.k, temperature=temperature,
                 top_p=config.top_p, max_new_tokens=config.max_new_tokens, seed=ctx.seed,
             )  # fmt: skip
             rows.append({"model": model, **row})
@@ -92,6 +93,10 @@ class Eval(Stage):
         found = search.result()
         write_atomic(path, json.dumps(found))
         return found
+
+
+def _encode(tokenizer: Tokenizer, problem: tasks.Problem) -> list[int]:
+    return question_ids(tokenizer, problem.prompt)
 
 
 def _tasks(config: EvalConfig) -> Iterator[tasks.Task]:

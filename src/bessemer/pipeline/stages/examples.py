@@ -23,7 +23,7 @@ PATIENCE = 50
 
 
 @register
-class Examples(Stage):
+class Examples(Stage[ExamplesConfig]):
     kind = "examples"
     uses_model = False
 

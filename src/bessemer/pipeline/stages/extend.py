@@ -9,6 +9,7 @@ Output: model/ with `rope_factor`, `original_seq_len` and `max_seq_len` of its o
 
 from typing import Any
 
+from bessemer.config.data import CorpusConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.training import ExtendConfig
 from bessemer.data.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ from bessemer.train import setup
 
 
 @register
-class Extend(Pretrain):
+class Extend(Pretrain[ExtendConfig]):
     kind = "extend"
 
     def resolve(self, config: ExtendConfig, recipe: Recipe) -> dict[str, Any]:
@@ -97,9 +98,11 @@ def original_length(config: ExtendConfig, recipe: Recipe) -> int | None:
     for phase in [config, *_phases(config, recipe)]:
         if phase.original_length is not None:
             return phase.original_length
-    trained = recipe.stage(first.source)
-    corpus = recipe.stage(trained.source) if trained.kind == "pretrain" and trained.source else None
-    return corpus.row_length if corpus is not None and corpus.kind == "corpus" else None
+    trained = None if first.source is None else recipe.stage(first.source)
+    if trained is None or trained.kind != "pretrain" or trained.source is None:
+        return None
+    corpus = recipe.stage(trained.source)
+    return corpus.row_length if isinstance(corpus, CorpusConfig) else None
 
 
 def check_reach(where: str, config: ExtendConfig, original: int) -> None:
@@ -116,8 +119,9 @@ def check_reach(where: str, config: ExtendConfig, original: int) -> None:
 
 def _phases(config: ExtendConfig, recipe: Recipe) -> list[ExtendConfig]:
     """The extensions before this one, the nearest first."""
-    found, source = [], config.source
-    while source is not None and (stage := recipe.stage(source)).kind == "extend":
-        found.append(stage)
+    phases: list[ExtendConfig] = []
+    source = config.source
+    while source is not None and isinstance(stage := recipe.stage(source), ExtendConfig):
+        phases.append(stage)
         source = stage.source
-    return found
+    return phases

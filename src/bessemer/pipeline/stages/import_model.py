@@ -29,7 +29,7 @@ FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
 @register
-class Import(Stage):
+class Import(Stage[ImportConfig]):
     kind = "import"
     uses_model = False
     uses_seed = False

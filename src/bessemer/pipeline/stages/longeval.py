@@ -9,12 +9,14 @@ A finished row survives a kill: the stage goes on with the next.
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bessemer.config.data import CorpusConfig
 from bessemer.config.evaluation import LongEvalConfig
 from bessemer.config.recipe import Recipe
-from bessemer.data.rows import open_rows
+from bessemer.data.rows import Rows, open_rows
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import long_context, tables
@@ -30,7 +32,7 @@ them."""
 
 
 @register
-class LongEval(Stage):
+class LongEval(Stage[LongEvalConfig]):
     kind = "longeval"
 
     def resolve(self, config: LongEvalConfig, recipe: Recipe) -> dict[str, Any]:
@@ -42,11 +44,9 @@ class LongEval(Stage):
             raise UserError(f"{where}: switched names a stage that is not among models; add it there")
         if not all(0 <= depth <= 1 for depth in config.depths):
             raise UserError(f"{where}: depths are shares of the text; set them between 0 and 1")
-        for name in filter(None, (config.corpus, config.short)):
-            if recipe.stage(name).kind != "corpus":
-                raise UserError(f'{where}: "{name}" is of kind {recipe.stage(name).kind}; name a stage of kind corpus')
-        for key, name in (("parts", config.corpus), ("short_parts", config.short)):
-            known = recipe.stage(name).parts if name else {}
+        parts = _corpus(where, config.corpus, recipe).parts
+        short_parts = _corpus(where, config.short, recipe).parts if config.short else {}
+        for key, known in (("parts", parts), ("short_parts", short_parts)):
             for part in getattr(config, key):
                 if part not in known:
                     raise UserError(f'{where}: {key} names "{part}", the corpus has {", ".join(known) or "none"}')
@@ -89,7 +89,7 @@ class LongEval(Stage):
         if added == SWITCHED:
             last = hub.read_config(ctx.inputs[config.models[-1]] / "model")
             context = {key: getattr(last, key) for key in ("rope_factor", "original_seq_len")}
-        context["max_seq_len"] = max(*config.lengths, ctx.recipe.stage(config.corpus).row_length)
+        context["max_seq_len"] = max(*config.lengths, _corpus("", config.corpus, ctx.recipe).row_length)
         return Engine(*setup.load_model(ctx.inputs[model] / "model", context), setup.workers())
 
     def _work(
@@ -98,39 +98,51 @@ class LongEval(Stage):
         """(key, model, what is added, what is measured), model by model."""
         task = None
         if config.haystack:
-            share = ctx.recipe.stage(config.corpus).heldout
+            share = _corpus("", config.corpus, ctx.recipe).heldout
             task = long_context.needle(config.haystack, share, ctx.cache)
         grid = long_context.NeedleGrid(config.lengths, config.depths, config.problems, config.needles)
         entries = [(model, added) for model in config.models
                    for added in ((OWN, SWITCHED) if model in config.switched else (OWN,))]  # fmt: skip
         for model, added in entries:
-            for length in config.lengths if task is not None else ():
-                yield (f"needle/{model}{added}/{length}", model, added,
-                       lambda engine, n=length: long_context.find_needles(engine, task, grid, n))  # fmt: skip
+            if task is not None:
+                for length in config.lengths:
+                    measure = partial(long_context.find_needles, task=task, grid=grid, length=length)
+                    yield f"needle/{model}{added}/{length}", model, added, measure
             for part in config.parts:
                 rows = open_rows(ctx.inputs[config.corpus] / part, "heldout")
-                yield (f"positions/{model}{added}/{part}", model, added,
-                       lambda engine, r=rows: long_context.loss_by_position(engine.model, r, config.rows),
-                       )  # fmt: skip
-            known = () if config.short is None else ctx.recipe.stage(config.short).parts
-            for part in config.short_parts or known:
+                yield f"positions/{model}{added}/{part}", model, added, partial(_positions, rows, config.rows)
+            if config.short is None:
+                continue
+            for part in config.short_parts or _corpus("", config.short, ctx.recipe).parts:
                 folder = ctx.inputs[config.short] / part
-                yield (f"short/{model}{added}/{part}", model, added,
-                       lambda engine, f=folder: _short(engine.model, f, 4 * config.rows))  # fmt: skip
+                yield f"short/{model}{added}/{part}", model, added, partial(_short, folder, 4 * config.rows)
 
 
-def _short(model: Any, folder: Path, n_rows: int) -> float:
+def _corpus(where: str, name: str, recipe: Recipe) -> CorpusConfig:
+    """The table of the corpus stage `name`; a UserError that starts with `where` when it is of another kind."""
+    config = recipe.stage(name)
+    if not isinstance(config, CorpusConfig):
+        raise UserError(f'{where}: "{name}" is of kind {config.kind}; name a stage of kind corpus')
+    return config
+
+
+def _positions(rows: Rows, n_rows: int, engine: Engine) -> list[dict[str, Any]]:
+    """Loss by position of the first `n_rows` rows."""
+    return long_context.loss_by_position(engine.model, rows, n_rows)
+
+
+def _short(folder: Path, n_rows: int, engine: Engine) -> float:
     """Held-out bits per byte of a part of short rows."""
     rows = open_rows(folder, "heldout")
     if not rows.n_rows:
         raise UserError(f"{folder} holds no document out, so nothing can be measured on it; raise the corpus' heldout")
     n_rows = min(n_rows, rows.n_rows)
-    lots = [rows.batch(range(first, min(first + 16, n_rows))) for first in range(0, n_rows, 16)]
-    nats, tokens = loss.heldout_nats(model, lots)
+    batches = [rows.batch(range(first, min(first + 16, n_rows))) for first in range(0, n_rows, 16)]
+    nats, tokens = loss.heldout_nats(engine.model, batches)
     return nats / tokens / math.log(2) / rows.bytes_per_token
 
 
-def _figure(found: Any) -> float:
+def _figure(found: float | list[dict[str, Any]]) -> float:
     """One number of what was measured: the share found, or bits per byte of the last bucket."""
     if isinstance(found, float):
         return found

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from bessemer.config.data import CorpusConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points, show_tokens
@@ -33,7 +34,7 @@ from bessemer.precision import backends
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.runs.context import StageContext
 from bessemer.train import objective, setup
-from bessemer.train.trainer import ONE, Runtime, Trainer, constant
+from bessemer.train.trainer import ONE, Runtime, Schedule, Trainer, constant
 from bessemer.workers import Workers
 
 HELDOUT_ROWS = 64
@@ -53,12 +54,15 @@ class Start(NamedTuple):
     """Makes the network with its initial weights."""
 
 
+_Config = TypeVar("_Config", bound=PretrainConfig)
+
+
 @register
-class Pretrain(Stage):
+class Pretrain(Stage[_Config]):
     kind = "pretrain"
     distributed = True
 
-    def resolve(self, config: PretrainConfig, recipe: Recipe) -> dict[str, Any]:
+    def resolve(self, config: _Config, recipe: Recipe) -> dict[str, Any]:
         cfg = setup.model_config(recipe, config.model)
         distributed.check(recipe, config.name, config.batch_rows.values, cfg)
         if config.fp8 != "off" and config.compile == "on":
@@ -68,13 +72,13 @@ class Pretrain(Stage):
         self.check_data(config, recipe, cfg)
         return {"model": cfg.model_dump()}
 
-    def check_data(self, config: PretrainConfig, recipe: Recipe, cfg: ModelConfig) -> None:
+    def check_data(self, config: _Config, recipe: Recipe, cfg: ModelConfig) -> None:
         check_mixture(config, config.source, recipe, cfg.max_seq_len)
 
-    def estimate(self, config: PretrainConfig, recipe: Recipe) -> float:
+    def estimate(self, config: _Config, recipe: Recipe) -> float:
         return setup.estimate_seconds(recipe, config.tokens, config.model)
 
-    def start(self, config: PretrainConfig, ctx: StageContext) -> Start:
+    def start(self, config: _Config, ctx: StageContext) -> Start:
         """Random weights, trained on the corpus before."""
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a corpus stage before it')
@@ -83,7 +87,7 @@ class Pretrain(Stage):
             ctx.source, None, cfg, lambda: distributed.fresh(cfg, ctx.seed, ctx.ranks, ctx.recipe.layout, ctx.say)
         )
 
-    def run(self, config: PretrainConfig, ctx: StageContext) -> dict[str, Any]:
+    def run(self, config: _Config, ctx: StageContext) -> dict[str, Any]:
         corpus, row_length, cfg, network_of = self.start(config, ctx)
         tokenizer = Tokenizer.load(corpus / "tokenizer")
         if tokenizer.vocab_size > cfg.vocab_size:
@@ -125,9 +129,7 @@ class Pretrain(Stage):
         return {"tokens": trainer.tokens, "steps": trainer.step, **{f"bpb_{k}": round(v, 4) for k, v in last.items()}}
 
 
-def runtime(
-    config: PretrainConfig, dtype: torch.dtype, workers: Workers, row_scale: Callable[[float], float] = ONE
-) -> Runtime:
+def runtime(config: PretrainConfig, dtype: torch.dtype, workers: Workers, row_scale: Schedule = ONE) -> Runtime:
     """What the trainer needs besides the stage's table; `row_scale` as in `Feed`."""
     return Runtime(
         tokens=config.tokens, batch_rows=config.batch_rows, row_scale=row_scale, gamma=config.gamma,
@@ -157,7 +159,9 @@ class Feed:
             return int(config.batch_rows(tokens) * self.scale(tokens))
 
         plan = sections(config.tokens, lambda tokens: self.row_length / self.scale(tokens), rows_of_step)
-        weights = config.mixture or by_size(opened(self.row_length), config.temperature)
+        weights: Mapping[str, float | Points] = config.mixture
+        if config.temperature is not None:
+            weights = by_size(opened(self.row_length), config.temperature)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("once")
             self._curriculum = Curriculum(plan, opened, weights, ctx.seed, config.epoch_caps)
@@ -166,7 +170,7 @@ class Feed:
         self._say(ctx, weights)
         self._tokens: Callable[[], int] = lambda: 0
 
-    def _say(self, ctx: StageContext, weights: dict[str, Any]) -> None:
+    def _say(self, ctx: StageContext, weights: Mapping[str, float | Points]) -> None:
         if not self.config.mixture:
             ctx.say("mixture: " + ", ".join(f"{name} {share:.3f}" for name, share in weights.items()))
         for stretch in self._curriculum.plan if self.config.lengths else ():
@@ -206,7 +210,8 @@ class Feed:
 def check_mixture(config: PretrainConfig, corpus_name: str | None, recipe: Recipe, longest: int) -> None:
     """UserError for a mixture or lengths that cannot be, before anything runs. `longest` is the model's max_seq_len."""
     where = f'stage "{config.name}"'
-    corpus = next((stage for stage in recipe.stages if stage.name == corpus_name and stage.kind == "corpus"), None)
+    corpora = (stage for stage in recipe.stages if isinstance(stage, CorpusConfig))
+    corpus = next((stage for stage in corpora if stage.name == corpus_name), None)
     if not config.mixture and config.temperature is None:
         raise UserError(f"{where}: mixture is empty; give every part of the corpus a share, or set temperature = 0.7")
     for name, weight in config.mixture.items():

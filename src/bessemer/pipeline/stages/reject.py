@@ -14,7 +14,7 @@ from typing import Any
 from bessemer import tasks
 from bessemer.config.data import RejectConfig
 from bessemer.config.recipe import Recipe
-from bessemer.data.chat import exchange, question_ids
+from bessemer.data.chat import Message, exchange, question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import Stage, register
@@ -23,6 +23,7 @@ from bessemer.runs import files
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.tasks.answer import parse_reply
+from bessemer.tasks.general import General
 from bessemer.tasks.readability import ReadabilityLimits, readable
 from bessemer.train import setup
 
@@ -33,7 +34,7 @@ LOT = 64
 
 
 @register
-class Reject(Stage):
+class Reject(Stage[RejectConfig]):
     kind = "reject"
 
     def resolve(self, config: RejectConfig, recipe: Recipe) -> dict[str, Any]:
@@ -87,8 +88,9 @@ class Reject(Stage):
                 ctx.interrupt()
         return self._finish(config, ctx, [ctx.state / f"lot-{first:08d}.json" for first in lots])
 
-    def _finish(self, config: RejectConfig, ctx: StageContext, lots: list) -> dict[str, Any]:
-        kept, dropped = {}, Counter()
+    def _finish(self, config: RejectConfig, ctx: StageContext, lots: list[Path]) -> dict[str, Any]:
+        kept: dict[str, None] = {}
+        dropped: Counter[str] = Counter()
         for path in lots:
             lot = json.loads(path.read_text())
             dropped.update(lot["dropped"])
@@ -113,12 +115,16 @@ class Reject(Stage):
 def _others(config: RejectConfig, seed: int) -> Iterator[list[dict[str, str]]]:
     """What R1 takes from V3's data: kind answers to everyday requests, with thoughts where they help."""
     task = tasks.get("general")
+    assert isinstance(task, General)
     return (task.conversation(index, seed) for index in range(config.others))
 
 
-def select(groups: list[list[rollout.ScoredSample]], config: RejectConfig) -> tuple[list[Any], dict[str, int]]:
+def select(
+    groups: list[list[rollout.ScoredSample]], config: RejectConfig
+) -> tuple[list[list[Message]], dict[str, int]]:
     """Conversations to keep, and how many answers were dropped for what."""
-    kept, dropped = [], Counter()
+    kept: list[list[Message]] = []
+    dropped: Counter[str] = Counter()
     for group in groups:
         taken: list[str] = []
         for row in group:

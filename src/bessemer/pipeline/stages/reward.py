@@ -22,6 +22,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.hf import hub
+from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.scorer import Scorer
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import Stage, StepLog, register
@@ -40,7 +41,7 @@ SHOWN = 6
 
 
 @register
-class RewardModelling(Stage):
+class RewardModelling(Stage[RewardModelConfig]):
     kind = "reward-model"
 
     def resolve(self, config: RewardModelConfig, recipe: Recipe) -> dict[str, Any]:
@@ -103,7 +104,7 @@ _HOW = {
 
 
 def _judged(
-    config: RewardModelConfig, ctx: StageContext, model: Transformer, tokenizer: Tokenizer
+    config: RewardModelConfig, ctx: StageContext, model: Transformer | CausalLM, tokenizer: Tokenizer
 ) -> tuple[list[Line], dict[str, Any]]:
     """All lines, and facts about the made ones. Kept in the state, for sampling takes time."""
     path = ctx.state / "judged.json"
@@ -127,7 +128,7 @@ def _problems(config: RewardModelConfig, seed: int) -> list[tasks.Problem]:
 
 
 def _made(
-    config: RewardModelConfig, ctx: StageContext, model: Transformer, tokenizer: Tokenizer
+    config: RewardModelConfig, ctx: StageContext, model: Transformer | CausalLM, tokenizer: Tokenizer
 ) -> tuple[list[Line], dict[str, Any]]:
     problems = _problems(config, ctx.seed)
     answers = [general_quality.candidates(problem, config.aim, WRITTEN, ctx.seed) for problem in problems]
@@ -193,6 +194,7 @@ class _Monitor(StepLog):
     def __call__(self, trainer: Trainer) -> None:
         if trainer.tokens < trainer.runtime.tokens:
             return
+        assert isinstance(trainer.model, Scorer)
         units = [_texts(line, self.config.aim, self.tokenizer) for line in self.heldout]
         flat = score_ids(trainer.model, [ids for unit in units for ids, _ in unit], self.tokenizer.pad_id)
         scores = iter(flat)

@@ -24,7 +24,7 @@ from bessemer.train import setup
 
 
 @register
-class RL(Stage):
+class RL(Stage[RLConfig]):
     kind = "rl"
     distributed = True
 

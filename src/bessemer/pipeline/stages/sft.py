@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bessemer.config.recipe import Recipe
 from bessemer.config.training import SFTConfig
 from bessemer.data import sft_rows, sources
@@ -20,6 +18,8 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
+from bessemer.hf.causal_lm import CausalLM
+from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import Stage, StepLog, find_kind, register
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
@@ -29,7 +29,7 @@ from bessemer.workers import Workers
 
 
 @register
-class SFT(Stage):
+class SFT(Stage[SFTConfig]):
     kind = "sft"
     distributed = True
 
@@ -45,7 +45,7 @@ class SFT(Stage):
                 )
         return {}
 
-    def training_data(self, config: SFTConfig, recipe: Recipe, folder: Path, cache: Path) -> Iterator[Any]:
+    def training_data(self, config: SFTConfig, recipe: Recipe, folder: Path, cache: Path) -> Iterator[str]:
         """The conversations it was given; those of earlier stages are theirs to show."""
         for spec in config.data:
             yield from (document.text for document in sources.documents(spec, cache, domain=spec))
@@ -96,7 +96,7 @@ def _about(facts: dict[str, Any]) -> str:
     )
 
 
-def _runtime(config: SFTConfig, n_rows: int, model: torch.nn.Module, ctx: StageContext) -> Runtime:
+def _runtime(config: SFTConfig, n_rows: int, model: Transformer | CausalLM, ctx: StageContext) -> Runtime:
     total = config.epochs * n_rows * config.row_length
     return Runtime(
         tokens=total, batch_rows=lambda tokens: min(config.batch_rows, (total - tokens) // config.row_length),
