@@ -79,7 +79,7 @@ def test_a_stage_like_another():
 
 @pytest.mark.parametrize("other", ['"frist"', '"third"', '"again"', "3"])
 def test_a_stage_like_none_before_it(other):
-    with pytest.raises(UserError, match=r'"again": like = .* is no earlier stage; '):
+    with pytest.raises(UserError, match=r'"again": like = .* is not an earlier stage; '):
         Recipe.parse(GOOD + LIKE.replace('"first"', other, 1))
 
 
@@ -105,7 +105,7 @@ MISTAKES = [
     ("steps = 3", 'from = "count"', ['from = "count" comes later', "no stage comes before it"]),
     ('name = "first"', 'name = "count"', ['two stages are named "count"']),
     ('name = "first"', 'name = "../up"', ['a stage is named "../up"']),
-    ('name = "first"', 'name = "model"', ["a word --set uses"]),
+    ('name = "first"', 'name = "model"', ["a word that --set reserves"]),
     ('name = "toy"', 'name = "../toy"', ['name is "../toy"']),
     ('name = "toy"', "", ['key "name" is required']),
     ("seed = 7", "seed = ", ["not valid TOML", "line 3"]),
@@ -146,7 +146,7 @@ def test_a_bad_override_is_named(override, words):
 
 def test_missing_and_empty_recipes(tmp_path):
     (tmp_path / "other.toml").write_text("")
-    with pytest.raises(UserError, match=r"no recipe at .*tinny.toml; recipes here: .*other.toml"):
+    with pytest.raises(UserError, match=r"no recipe at .*tinny.toml; available recipes: .*other.toml"):
         Recipe.load(tmp_path / "tinny.toml")
     with pytest.raises(UserError, match=r"no stages"):
         Recipe.load(tmp_path / "other.toml")

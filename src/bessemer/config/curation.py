@@ -1,4 +1,4 @@
-"""The recipe of `bessemer data build`: which sources, what is kept of them, and how they become shards.
+"""The recipe of `bessemer data build`: the sources, their filters, and how they become shards.
 
     name, seed, row_length, heldout, fim_rate, fim_parts, boundary_split_rate
     [tokenizer] | [[source]] ... | [dedup] | [decontaminate] | [engine]
@@ -22,119 +22,122 @@ from bessemer.config.units import Bytes, Tokens
 from bessemer.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_TAKEN = ("documents", "work", "tokenizer")
-"""Folders of a build that no part may be called after."""
+_RESERVED = ("documents", "work", "tokenizer")
+"""Folders of a build; no part can have one of these names."""
 
 
 class SourceTable(ConfigTable):
     """[[source]]: where texts come from."""
 
     name: str
-    """What reports, folders and --set call it."""
+    """Name in reports, folders and --set."""
     source: str = Field(alias="from")
     """A registered source, hf://owner/name[/config][#split], or a file, folder or pattern (data/**/*.jsonl.gz) of
     .jsonl, .txt, .parquet, .html, .warc and .wet files, also .gz and .zst."""
     domain: str
     """english, chinese, code, mathematics, or a name of your own."""
     part: str = ""
-    """The folder of shards its tokens go to, a part of the training mixture. Default: its domain."""
+    """Part of the training mixture, and folder of its shards. Default: the domain."""
     text: str = "text"
     """The key or column that holds the text."""
     languages: list[str] = Field(default_factory=list)
-    """Languages to keep (en, zh, ...); empty: all, whatever they are."""
+    """Languages to keep (en, zh, ...); empty: all."""
     confidence: float = Field(0.65, ge=0, le=1)
-    """Least confidence in the language, where some are asked for (FineWeb: 0.65)."""
+    """Minimum confidence of the language detector, if `languages` is set (FineWeb: 0.65)."""
     filters: Literal["none", "repetition", "web", "code"] = "none"
-    """A set of rules of quality with the numbers their authors published."""
+    """Quality filters: a set of rules with its published thresholds."""
     rules: dict[str, float | bool] = Field(default_factory=dict)
-    """Other numbers for single rules; false leaves one out, one that is not in `filters` is added."""
+    """Thresholds of single rules that replace those of `filters`; false removes a rule, a rule outside `filters` is
+    added."""
     bad: Literal["refuse", "skip"] = "refuse"
-    """What to do about what cannot be read: end the build and say where it is, or leave it out and count it."""
+    """Treatment of unreadable input. refuse: end the build with an error that names the place; skip: leave it out and
+    count it."""
     longest: Bytes = 10_000_000
-    """Bytes of the longest document, line or page; what is longer is bad."""
+    """Maximum bytes of a document, line or page; longer ones count as unreadable."""
     retries: int = Field(3, ge=0)
-    """How often a source that disappears while it is read is tried again."""
+    """Retries of a source that disappears while it is read."""
     pause: float = Field(1.0, ge=0)
-    """Seconds before the first of them; twice as long before each next one."""
+    """Seconds before the first retry, doubled before each further one."""
 
 
 class TokenizerTable(ConfigTable):
-    """[tokenizer]: made of the texts that are left, or brought along."""
+    """[tokenizer]: trained on the filtered texts, or an existing one."""
 
     source: str | None = Field(None, alias="from")
-    """A tokenizer or model directory. Default: one is trained."""
+    """A tokenizer or model directory. Default: train a new tokenizer."""
     vocab_size: int = Field(32_768, ge=300)
-    """Size of one that is trained."""
+    """Vocabulary size of a new tokenizer."""
     sample: Tokens = 20_000_000
-    """Characters of each source that it is trained on."""
+    """Characters of each source to train a new tokenizer on."""
 
 
 class DedupTable(ConfigTable):
-    """[dedup]: which copies are dropped. The first stays: a source that stands earlier in the recipe wins."""
+    """[dedup]: removal of duplicates. The first copy stays; sources earlier in the recipe take precedence."""
 
     exact: bool = True
-    """Texts that are equal but for case and white space."""
+    """Remove texts that differ only in case and white space."""
     near: bool = True
-    """Texts that share most of their runs of words, by MinHash."""
+    """Remove texts that share most of their n-grams, by MinHash."""
     ngram: int = Field(5, ge=1)
-    """Words of a run; in Chinese, characters (FineWeb: 5)."""
+    """Words of an n-gram; in Chinese, characters (FineWeb: 5)."""
     permutations: int = Field(120, ge=8)
-    """Hashes in a signature."""
+    """Hashes in a MinHash signature."""
     bands: int = Field(20, ge=1)
-    """Keys by which candidates meet; must divide the permutations."""
+    """Bands of a signature; texts that share one are compared. Must divide the permutations."""
     threshold: float = Field(0.75, ge=0.1, le=1)
-    """Share of equal places from which on two texts are copies."""
+    """Minimum share of equal hashes between the signatures of two copies."""
 
 
 class DecontaminateTable(ConfigTable):
-    """[decontaminate]: evaluations whose questions and solutions must not be in the texts."""
+    """[decontaminate]: evaluations whose questions and solutions must not occur in the texts."""
 
     tasks: list[str] = Field(default_factory=list)
     """Tasks, such as "countdown" or "gsm8k:data/gsm8k"."""
     n: int = Field(10, ge=5)
-    """Words in a row that make a hit (R1-Nature D.1: 10)."""
+    """Consecutive words that count as a match (R1-Nature D.1: 10)."""
     problems: int = Field(1000, ge=1)
-    """Held-out problems of a task that never runs out of them, per language."""
+    """Held-out problems per language of a task that generates endlessly many."""
 
 
 class EngineTable(ConfigTable):
     """[engine]: where jobs run. It does not change the output."""
 
     kind: Literal["processes", "ray"] = "processes"
-    """Processes of this machine, or a Ray cluster (RAY_ADDRESS) whose nodes all see the sources and --out."""
+    """processes: of this machine; ray: tasks on a Ray cluster (RAY_ADDRESS) whose nodes all see the sources and
+    --out."""
     workers: int = Field(0, ge=0)
-    """Jobs at a time; 0: one per core."""
+    """Jobs that run in parallel; 0: one per core."""
     unit_bytes: Bytes = 64_000_000
-    """About this much input is one job. Unlike the other keys of this table it decides how many shards there are."""
+    """Approximate input of one job. Unlike the other keys of this table, it determines the number of shards."""
     memory: Bytes = 512_000_000
-    """What one job of finding copies may take."""
+    """Memory limit of one deduplication job."""
 
 
 class Curation(ConfigTable):
-    """A whole recipe."""
+    """A data recipe."""
 
     name: str
-    """The build's name; its folder is data/NAME unless --out says otherwise."""
+    """Name of the build; its folder is data/NAME unless --out says otherwise."""
     seed: int = 0
-    """Decides which documents get fill-in-the-middle and which tokens are split."""
+    """Seed that selects the documents for fill-in-the-middle and the tokens to split."""
     row_length: int = Field(256, ge=8)
-    """Tokens of a row; training may ask for rows of another length."""
+    """Tokens per row; a training stage can read rows of another length."""
     heldout: float = Field(0.01, ge=0, lt=0.5)
-    """Share of documents, chosen by hash, kept for validation."""
+    """Share of documents held out for validation, chosen by hash."""
     fim_rate: float = Field(0.1, ge=0, le=1)
     """Share of training documents of `fim_parts` in prefix-suffix-middle order (V3 4.1: 0.1)."""
     fim_parts: list[str] = Field(default_factory=list)
-    """Parts that it applies to; the paper applies it to all."""
+    """Parts with fill-in-the-middle (V3: all)."""
     boundary_split_rate: float = Field(0.05, ge=0, le=1)
-    """Share of "punctuation + line break" tokens split in two (V3 4.1 leaves the share open)."""
+    """Share of "punctuation + line break" tokens split in two (V3 4.1 does not state the share)."""
     tokenizer: TokenizerTable = TokenizerTable()
-    """Where ids come from."""
+    """The tokenizer."""
     sources: list[SourceTable] = Field(alias="source")
     """The sources, the most trusted first."""
     dedup: DedupTable = DedupTable()
-    """Copies."""
+    """Removal of duplicates."""
     decontaminate: DecontaminateTable = DecontaminateTable()
-    """Evaluations."""
+    """Removal of evaluation problems."""
     engine: EngineTable = EngineTable()
     """Where jobs run."""
 
@@ -144,16 +147,16 @@ class Curation(ConfigTable):
         try:
             values = tomllib.loads(path.read_text("utf-8"))
         except FileNotFoundError:
-            raise UserError(f"no recipe at {path}; a first one is recipes/data.toml") from None
+            raise UserError(f"no recipe at {path}; an example is recipes/data.toml") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error})") from None
         if "stage" in values:
             raise UserError(f"{path} is a training recipe; run it with bessemer run, or name a data recipe")
         for override in overrides:
             _override(values, override)
-        found = validate(cls, values, str(path))
-        found._check(str(path))
-        return found
+        curation = validate(cls, values, str(path))
+        curation._check(str(path))
+        return curation
 
     def _check(self, where: str) -> None:
         if not self.sources:
@@ -164,10 +167,10 @@ class Curation(ConfigTable):
             for key, name in (("name", source.name), ("part", source.part or source.domain)):
                 if not _NAME.fullmatch(name):
                     raise UserError(f"{table}: {key} {name!r} must be letters, digits, - and _, as it names a folder")
-            if (source.part or source.domain) in _TAKEN:
-                raise UserError(f"{table}: no part may be called {' or '.join(_TAKEN)}; give it another part")
+            if (source.part or source.domain) in _RESERVED:
+                raise UserError(f"{table}: no part may be called {' or '.join(_RESERVED)}; give it another part")
             if names.count(source.name) > 1:
-                raise UserError(f"{table} is there twice; give each its own name")
+                raise UserError(f"{table} occurs twice; give each source its own name")
             for rule, number in source.rules.items():
                 if number is True:
                     raise UserError(f"{table}: rule {rule} is true; give its number, or false to leave it out")
@@ -178,7 +181,7 @@ class Curation(ConfigTable):
         parts = list(dict.fromkeys(source.part or source.domain for source in self.sources))
         for part in self.fim_parts:
             if part not in parts:
-                raise UserError(f'{where}: fim_parts has "{part}", which is no part; {nearest(part, parts)}')
+                raise UserError(f'{where}: fim_parts names "{part}", which is not a part; {nearest(part, parts)}')
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -208,5 +211,5 @@ def _override(values: dict[str, Any], override: str) -> None:
     for step in path:
         table = table.setdefault(step, {})
     if not isinstance(table, dict):
-        raise UserError(f"--set {override}: {head} is no table")
+        raise UserError(f"--set {override}: {head} is not a table")
     table[last] = value

@@ -18,42 +18,43 @@ class EvalConfig(StageConfig):
     k: int | None = Field(None, ge=1)
     """k of pass@k and maj@k (the paper's cons@k). Default: all samples."""
     temperatures: list[float] = Field(default=[1.0])
-    """Sampling temperatures (R1: 0.6); a second one tells sharpening from ability."""
+    """Sampling temperatures (R1: 0.6); a second one distinguishes a sharper distribution from more ability."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus of the sampling (R1: 0.95); 1 asks the model as it is."""
+    """Nucleus sampling threshold (R1: 0.95); 1: the model's full distribution."""
     max_new_tokens: Tokens = 160
     """Length cap of a completion (R1: 32,768)."""
     searched_words: Tokens = 50_000_000
-    """Words of each earlier stage's training text that are searched for the problems, at most; 0: none are."""
+    """Maximum words of each earlier stage's training text to search for the problems; 0: no search."""
 
 
 class LongEvalConfig(StageConfig):
     models: list[StageRef]
-    """Stages whose models are compared, before the extension first and the longest last."""
+    """Stages whose models are compared: the one before the extension first, the longest last."""
     switched: list[StageRef] = Field(default_factory=list)
-    """Of these also with the positions of the last model, untrained: what YaRN alone gives."""
+    """Those of `models` to evaluate also with the last model's positions, without training: the effect of YaRN
+    alone."""
     haystack: str = ""
-    """Source of the text that needles are hidden in; its documents are held out as those of `corpus` are. Empty: no
+    """Source of the text that hides the needles, held out in the same way as the documents of `corpus`. Empty: no
     needles."""
     corpus: StageRef
-    """The corpus whose held-out rows give the loss by position, as long as the longest length."""
+    """Corpus whose held-out rows give the loss by position; its rows are as long as the longest length."""
     parts: list[str] = Field(default_factory=list)
-    """Of `corpus`, those for the loss by position."""
+    """Parts of `corpus` for the loss by position."""
     lengths: list[int] = Field(default=[256, 1024, 4096])
-    """Tokens of a prompt with its answer."""
+    """Tokens per prompt, answer included."""
     depths: list[float] = Field(default=[0.0, 0.25, 0.5, 0.75, 1.0])
-    """Share of the text that lies before the needle."""
+    """Depths of the needle: the share of the text before it."""
     problems: int = Field(40, ge=1)
-    """Of every length and depth."""
+    """Problems per length and depth."""
     needles: int = Field(8, ge=1)
-    """In every text; one of them is asked for, the others are there to be taken for it."""
+    """Needles per text: one is asked for, the others are distractors."""
     rows: int = Field(32, ge=1)
-    """Held-out rows of every part, for the loss by position and of short rows."""
+    """Held-out rows per part for the loss by position; of short rows, four times as many."""
     short: StageRef | None = None
-    """A corpus of short rows, for what the extension costs there. Default: not measured."""
+    """Corpus of short rows, to measure what the extension costs on them. Default: not measured."""
     short_parts: list[str] = Field(default_factory=list)
-    """Of `short`, those that are measured. Default: all. Rows are read without a document mask here, so parts of
-    many short documents that were trained with one say little."""
+    """Parts of `short` to measure. Default: all. Rows are read without a document mask, so parts of many short
+    documents that were trained with a mask say little."""
     short_bound: float = Field(0.1, gt=0)
-    """Bits per byte, as a mean over those parts, that a model may lose there against the first one; more
-    is said aloud."""
+    """Acceptable increase over the first model in bits per byte, as a mean over those parts; a larger one is
+    reported."""

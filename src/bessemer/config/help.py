@@ -15,11 +15,11 @@ from bessemer.config.table import ConfigTable, StageConfig, StageRef
 from bessemer.config.units import Points, parse_bytes, parse_seconds, parse_tokens
 
 DATA = "data"
-"""In place of a stage kind: the recipe of `bessemer data build`."""
+"""Stands for a stage kind: the recipe of `bessemer data build`."""
 
 
 def describe_keys(kind: str | None = None) -> str:
-    """All tables of a recipe, or the one of a stage kind (UserError when there is no such kind), or a data recipe's."""
+    """The keys of all tables of a recipe, of one stage kind (UserError for an unknown kind), or of a data recipe."""
     if kind == DATA:
         return _table("data recipe", Curation) + "\n\n" + _table("[[source]]", SourceTable)
     if kind is not None:

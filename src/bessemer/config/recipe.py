@@ -1,12 +1,11 @@
-"""The recipe: a TOML file that says what a run is, read strictly.
+"""The recipe: a TOML file that defines a run, parsed strictly.
 
     name, seed | [model] | [layout] | [[stage]] ...
 
-`Recipe.load(path, overrides)` gives a validated recipe or a UserError that names file, table and key. Overrides are the
-`--set` arguments: `stage.key=value` with the stage's name, `model.key=value`, `layout.key=value`, `seed=8`. A stage
-with `like = "other"` has that earlier stage's keys where it sets none of its own. The [model] table stays a plain
-dictionary here; the stages that build a model check it (`Stage.resolve`) before anything runs.
-"""
+`Recipe.load(path, overrides)` returns a validated recipe or raises a UserError that names file, table and key.
+Overrides are the `--set` arguments: `stage.key=value` with the stage's name, `model.key=value`, `layout.key=value`,
+`seed=8`. A stage with `like = "other"` has that earlier stage's keys where it sets none of its own. The [model] table
+stays a plain dictionary here; the stages that build a model check it (`Stage.resolve`) before anything runs."""
 
 import json
 import re
@@ -24,7 +23,7 @@ from bessemer.config.units import Seconds
 from bessemer.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_RESERVED = ("model", "layout", "stage", "name", "seed")  # what --set already means by these words
+_RESERVED = ("model", "layout", "stage", "name", "seed")  # words with a meaning of their own in --set
 
 
 class LayoutConfig(ConfigTable):
@@ -35,19 +34,22 @@ class LayoutConfig(ConfigTable):
     ep: int = Field(1, ge=1)
     """Expert-parallel ranks (V3: 64)."""
     dp: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Data-parallel ranks (V3: 2 of 64 experts' ranks each); auto: all that were started, divided by pp, ep and cp."""
+    """Data-parallel ranks (V3: 2, of 64 expert-parallel ranks each); auto: the started ranks divided by pp, ep and
+    cp."""
     cp: int = Field(1, ge=1)
-    """Context-parallel ranks: each computes a piece of every row, for rows too long for one (V3: none). 2 cp must
-    divide the length of the rows. RL, whose rows have any length, has data-parallel ranks instead; not with fp8."""
+    """Context-parallel ranks: each computes a slice of every row, for rows too long for one rank (V3: none). 2 cp
+    must divide the row length. RL, whose row lengths vary, uses data-parallel ranks instead. Not with fp8."""
     node: int = Field(8, ge=1)
-    """Ranks of one node; tokens cross to another node at most once."""
+    """Ranks per node; a token crosses to another node at most once."""
     schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipe-v"] = "auto"
-    """Of the pipeline; auto: dualpipe where pp is even (V3), else 1f1b, as in steps with fewer than 2 pp
+    """Pipeline schedule. auto: dualpipe if pp is even (V3); 1f1b otherwise, and in steps with fewer than 2 pp
     micro-batches."""
     recompute: list[Literal["attend", "experts", "finish"]] = Field(default_factory=list)
-    """Phases of every layer that backward recomputes instead of storing their activations; FP8 has its own way."""
+    """Phases of every layer that backward recomputes instead of storing their activations. Not with fp8, which
+    recomputes by its own rules."""
     timeout: Seconds = 600.0
-    """How long one rank may wait for another before the run ends with a report of which rank waits for which."""
+    """Maximum time that one rank waits for another; after it the run ends with a report of which rank waits for
+    which."""
 
     @property
     def fewest(self) -> int:
@@ -61,16 +63,16 @@ class Head(ConfigTable):
     name: str
     """The run's name; its folder is runs/NAME unless --out says otherwise."""
     seed: int = 0
-    """Every random choice of the run follows from it."""
+    """Seed of every random choice in the run."""
     model: dict[str, Any] = Field(default_factory=lambda: {"preset": "tiny"})
     """preset = "tiny", plus any field of the model's config to override."""
 
 
 class Recipe(Head):
-    """What a run is."""
+    """A recipe, the definition of a run."""
 
     layout: LayoutConfig = LayoutConfig()
-    """Devices."""
+    """How the run is distributed over devices."""
     stages: list[SerializeAsAny[StageConfig]] = Field(alias="stage")
     """The stages, in order; each [[stage]] table has a kind and that kind's own keys."""
 
@@ -103,7 +105,7 @@ class Recipe(Head):
             _override(data, override, renames)
         for sentence in renames.values():
             warnings.warn(f"{where}: {sentence}; the old name works in this release only", stacklevel=2)
-        data["stage"] = tables = _likened(data["stage"], where)
+        data["stage"] = tables = _inherit_keys(data["stage"], where)
         unknown = [key for key in data if key not in keys(cls)]
         if unknown:
             raise UserError(f'{where}: unknown key "{unknown[0]}" at the top level; {nearest(unknown[0], keys(cls))}')
@@ -126,11 +128,11 @@ class Recipe(Head):
         return [settings.name for settings in self.stages]
 
     def seed_of(self, stage: StageConfig) -> int:
-        """The stage's own seed where it has one."""
+        """The stage's own seed, or the recipe's."""
         return self.seed if stage.seed is None else stage.seed
 
     def to_toml(self) -> str:
-        """The recipe with overrides and defaults written out: running it again is running this."""
+        """The recipe with overrides and defaults written out; running it repeats this run."""
         plain = self.model_dump(mode="json", by_alias=True)
         stages = plain.pop("stage")
         lines = [f"{_key(key)} = {_toml(value)}" for key, value in plain.items() if not isinstance(value, dict)]
@@ -145,13 +147,13 @@ class Recipe(Head):
 def _configs(tables: list[dict[str, Any]]) -> dict[str, type[StageConfig]]:
     """Stage name -> the class of its table, its own kind's or that of the stage it is `like`. Stages without a known
     kind are left out; `_stage` reports them."""
-    found: dict[str, type[StageConfig]] = {}
+    configs: dict[str, type[StageConfig]] = {}
     for table in tables:
         kind = table.get("kind")
-        config = STAGES.get(kind) if isinstance(kind, str) else found.get(str(table.get("like")))
+        config = STAGES.get(kind) if isinstance(kind, str) else configs.get(str(table.get("like")))
         if config is not None:
-            found[str(table["name"])] = config
-    return found
+            configs[str(table["name"])] = config
+    return configs
 
 
 def _use_current_names(data: dict[str, Any], where: str, renames: dict[str, str]) -> None:
@@ -163,29 +165,30 @@ def _use_current_names(data: dict[str, Any], where: str, renames: dict[str, str]
         data["layout"] = current_names(LayoutConfig, data["layout"], f"{where}: [layout]", renames)
 
 
-def _likened(tables: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """Tables with the keys of those that they are `like`; what a table sets itself, it sets whole."""
+def _inherit_keys(tables: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Tables with the keys inherited through `like`; a key that a table sets itself replaces the inherited one
+    whole."""
     done: dict[str, dict[str, Any]] = {}
-    found = []
+    complete = []
     for table in tables:
         if "like" in table:
             other = table["like"]
             if not isinstance(other, str) or other not in done:
                 named = json.dumps(other, default=str)
                 raise UserError(
-                    f'{where}: [[stage]] "{table["name"]}": like = {named} is no earlier stage; '
+                    f'{where}: [[stage]] "{table["name"]}": like = {named} is not an earlier stage; '
                     f"{nearest(str(other), list(done))}"
                 )
             table = {**done[other], **{key: value for key, value in table.items() if key != "like"}}
-        found.append(table)
+        complete.append(table)
         done[str(table["name"])] = table
-    return found
+    return complete
 
 
 def _stage(table: dict[str, Any], number: int, where: str) -> StageConfig:
     place = f"{where}: [[stage]] number {number}"
     if "kind" not in table:
-        raise UserError(f'{place}: key "kind" is required, it says which stage this is')
+        raise UserError(f'{place}: key "kind" is required; it names the kind of stage')
     return validate(
         stage_config(table["kind"], place), table, f'{where}: [[stage]] "{table["name"]}" (kind {table["kind"]})'
     )
@@ -197,7 +200,9 @@ def _check_names(stages: list[StageConfig], where: str) -> None:
         if not _NAME.fullmatch(stage.name):
             raise UserError(f'{where}: a stage is named "{stage.name}"; use letters, digits, "-" and "_"')
         if stage.name in _RESERVED:
-            raise UserError(f'{where}: a stage cannot be named "{stage.name}", a word --set uses; give it another name')
+            raise UserError(
+                f'{where}: a stage cannot be named "{stage.name}", a word that --set reserves; give it another name'
+            )
         if stage.name in seen:
             raise UserError(f'{where}: two stages are named "{stage.name}"; give one of them its own name = "..."')
         seen.add(stage.name)
@@ -257,7 +262,7 @@ def _override(data: dict[str, Any], override: str, renames: dict[str, str]) -> N
 
 
 def _value(override: str, text: str) -> object:
-    """TOML, or a bare word as a string: the shell eats quotes, and `tokens=8M` should simply work."""
+    """TOML, or a bare word as a string: the shell removes quotes, and `tokens=8M` should work."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError as error:
@@ -265,14 +270,14 @@ def _value(override: str, text: str) -> object:
             raise UserError(f"--set {override}: {text!r} is not a TOML value: {error}") from None
         return text
     if set(parsed) != {"value"}:
-        raise UserError(f"--set {override}: one value, please")
+        raise UserError(f"--set {override}: expected one value")
     return parsed["value"]
 
 
 def _nearby(path: Path) -> str:
     folders = [path.parent, Path("recipes")]
-    found = sorted({str(file) for folder in folders if folder.is_dir() for file in folder.glob("*.toml")})
-    return f"recipes here: {', '.join(found)}" if found else "give the path of a .toml file"
+    recipes = sorted({str(file) for folder in folders if folder.is_dir() for file in folder.glob("*.toml")})
+    return f"available recipes: {', '.join(recipes)}" if recipes else "give the path of a .toml file"
 
 
 def _pairs(table: dict[str, Any]) -> list[str]:
@@ -292,5 +297,5 @@ def _toml(value: object) -> str:
     if isinstance(value, str):  # TOML has no surrogate escapes and forbids a raw DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, float):
-        return repr(value)  # inf and nan are spelt the same
+        return repr(value)  # inf and nan are spelled the same
     return json.dumps(value)

@@ -18,16 +18,17 @@ class RolloutConfig(ConfigTable):
     renamed_values: ClassVar = {"engine": {"here": "local"}}
 
     engine: Literal["local", "ray", "vllm"] = "local"
-    """local: the trainer's processes, taking turns with the updates; ray: separate rollout workers with our Engine, on
-    Ray; vllm: the same with vLLM, whose samples differ by rounding and random numbers."""
+    """local: in the trainer's processes, alternating with the updates; ray: in separate rollout workers on Ray, with
+    Bessemer's engine; vllm: the same with vLLM, whose samples differ by rounding and random numbers."""
     workers: int = Field(1, ge=1)
-    """Separate rollout workers, each with the whole model: a core each, or `gpus` GPUs."""
+    """Number of separate rollout workers. Each holds the whole model, on one core or on `gpus` GPUs."""
     gpus: int | None = Field(None, ge=0)
-    """GPUs of each worker. Default: 1 where Ray has any; vLLM spreads one copy of the model over several. Ray takes the
-    trainer's GPU for free: start it with the others (CUDA_VISIBLE_DEVICES=1,2,3 ray start --head, RAY_ADDRESS=auto)."""
+    """GPUs per worker. Default: 1 if Ray has any. vLLM spreads one copy of the model over several. Ray believes that
+    the trainer's GPU is free, so start it with the others (CUDA_VISIBLE_DEVICES=1,2,3 ray start --head,
+    RAY_ADDRESS=auto)."""
     rows: int = Field(0, ge=0)
-    """Samples that are decoded together. 0: a quarter of the rollout, 128 to 512. More workers than a rollout has
-    such batches have nothing to do."""
+    """Samples decoded together. 0: a quarter of the rollout, 128 to 512. Workers beyond a rollout's number of such
+    batches are idle."""
 
 
 class RLConfig(OnPolicyConfig):
@@ -36,48 +37,49 @@ class RLConfig(OnPolicyConfig):
     ignore_at_default = frozenset({"difficulty_filter", "filter_explore", "filter_window", "filter_pool"})
 
     tasks: list[str]
-    """Task families; problems are taken from them in turn, from their train split."""
+    """Task families; problems come from their train splits in turn."""
     general_tasks: list[str] = Field(default_factory=list)
-    """Task families whose prompts are judged by reward models where `reward_models` has one for their aim."""
+    """Task families whose answers are scored by reward models, if `reward_models` has one for their aim."""
     general_prompts: int = Field(0, ge=0)
-    """How many of a rollout's problems are taken from general_tasks."""
+    """Problems per rollout that come from general_tasks."""
     general_from: int = Field(0, ge=0)
     """First rollout with general prompts (R1: the last 400 of 1,700 steps; longer invites reward hacking)."""
     reward_models: list[StageRef] = Field(default_factory=list)
     """Earlier stages of kind reward-model."""
     rollouts: int = Field(60, ge=1)
-    """How many rollouts; optimizer steps are this times updates_per_rollout."""
+    """Number of rollouts; each is followed by updates_per_rollout optimizer steps."""
     prompts_per_rollout: int = Field(16, ge=1)
     """Problems per rollout (R1: 512)."""
     samples: int = Field(16, ge=2)
-    """Completions per problem G (R1: 16)."""
+    """Completions per problem, the group size G (R1: 16)."""
     updates_per_rollout: int = Field(1, ge=1)
     """Optimizer steps per rollout, each sample used once (R1: 16)."""
     max_resamples: int = Field(1, ge=1)
-    """Maximum sampling rounds per rollout, each with new problems, until enough groups differ in their rewards (DAPO's
-    dynamic sampling); 1: every group is trained on, whether its rewards differ or not (the paper)."""
+    """Maximum sampling rounds per rollout, each with new problems, until enough groups have differing rewards
+    (DAPO's dynamic sampling); 1: train on every group, even one whose rewards are all equal (the paper)."""
     difficulty_filter: bool = False
-    """Ask only problems whose pass rate lies strictly between 0 and 1 by a moving estimate: its own or, before it
-    was asked, that of its task, difficulty and language. General prompts are all asked (R1: every prompt is)."""
+    """Use only problems whose estimated pass rate lies strictly between 0 and 1. The moving estimate is the problem's
+    own or, before its first group, that of its task, difficulty and language. General prompts are not filtered (R1: no
+    filter)."""
     filter_explore: float = Field(0.1, ge=0, lt=1)
-    """Share of the draws that ask what the filter leaves out, so that its estimates stay alive."""
+    """Share of problems that bypass the filter, to keep the estimates of rejected problems current."""
     filter_window: float = Field(2.0, gt=0)
-    """Groups of samples that a problem's estimate goes back over (fading by 1/e); a family's goes back 16 times as
-    far."""
+    """Groups after which a group's weight in a problem's estimate has decayed to 1/e; 16 times as many in a family's
+    estimate."""
     filter_pool: int = Field(4, ge=2)
-    """Candidates that the filter looks at for each problem asked; where too few pass it, others fill up."""
+    """Candidate problems per problem used; if too few pass the filter, rejected ones fill the rollout."""
     max_off_policy_rollouts: int = Field(0, ge=0, le=1)
-    """How many rollouts before its own updates a rollout is generated (R1: 0). 1: the policy that generates it is
+    """How many rollouts ahead of its own updates a rollout is generated (R1: 0). 1: by a policy that is
     updates_per_rollout steps old."""
     rollout: RolloutConfig = RolloutConfig()
     """Where samples are generated."""
     routing_replay: bool = False
-    """Train with the experts that the sampler chose for each token; gates are still made from current scores."""
+    """Train with the experts that the sampler chose for each token; gate values still come from current scores."""
     correction: Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"] = "none"
-    """Importance weights from the sampler to the policy before the updates, per token or per output, cut at
-    correction_cap or left out above it; for samples that are older or were drawn in another number format."""
+    """Importance weights from the sampler to the policy before the updates, per token or per output: truncated at
+    correction_cap, or masked above it. For off-policy samples, or samples generated in another number format."""
     correction_cap: float = Field(2.0, ge=1)
-    """Largest importance weight."""
+    """Maximum importance weight."""
     max_new_tokens: Points = Points(160)
     """Length cap of a completion over optimizer steps (R1-Zero: 32,768, 65,536 from step 8.2k)."""
     temperature: float = Field(1.0, gt=0)
@@ -91,41 +93,42 @@ class RLConfig(OnPolicyConfig):
     kl: float = Field(0.001, ge=0)
     """Coefficient of the k3 divergence from the reference (R1: 0.001)."""
     reference_every: int = Field(400, ge=1)
-    """Optimizer steps after which the reference becomes the current policy (R1: 400)."""
+    """Optimizer steps between replacements of the reference by the current policy (R1: 400)."""
     surrogate: Literal["grpo", "gspo", "cispo", "reinforce"] = "grpo"
-    """What a token contributes: the paper's clipped ratio; one ratio per output (GSPO, clips of 3e-4); a cut weight
-    that spares every gradient (CISPO); no ratio at all."""
+    """Contribution of a token. grpo: the paper's clipped ratio; gspo: one ratio per output (clips of 3e-4); cispo: a
+    truncated weight that keeps every token's gradient; reinforce: no ratio."""
     normalise: Literal["sequence", "token", "constant"] = "sequence"
     """sequence: mean over each output, then over outputs (the paper); token: mean over all tokens (DAPO);
-    constant: sum over an output divided by max_new_tokens, whatever its length (Dr. GRPO)."""
+    constant: sum over an output divided by max_new_tokens, whatever the output's length (Dr. GRPO)."""
     scale_by_std: bool = True
     """Divide advantages by the standard deviation of the group (the paper), or of the rollout with a critic."""
     advantage: Literal["group", "critic"] = "group"
-    """What a sample is measured against: the others of its prompt (the paper), or a second network that says before
-    every token what reward to expect (PPO, for comparison; costs that network's memory and time)."""
+    """Baseline of a sample. group: the other samples of its prompt (the paper); critic: a second network that predicts
+    the reward before every token (PPO, for comparison; costs that network's memory and time)."""
     gae_lambda: float = Field(1.0, ge=0, le=1)
-    """Lambda of the critic's advantages (R1-Nature A.3: 1 is nearly GRPO's equal, 0.95 much worse)."""
+    """Lambda of the critic's advantages (R1-Nature A.3: 1 nearly equals GRPO, 0.95 is much worse)."""
     critic_lr: Points = Points(1e-3)
     """Learning rate of the critic over optimizer steps (undocumented)."""
     format_reward: float = Field(0.1, ge=0)
-    """Weight of the format reward beside accuracy (R1: 1; at this size a large one teaches form alone)."""
+    """Weight of the format reward relative to accuracy (R1: 1; for small models a large weight teaches only the
+    form)."""
     language_reward: float = Field(0.0, ge=0)
     """Weight of language consistency, the share of the thoughts' words in the problem's language (R1-Zero: none;
     R1's first RL stage: 1)."""
     preference_reward: float = Field(1.0, ge=0)
     """Weight of a reward model's score on general prompts (R1: 1)."""
     export_samples: Exported = "nothing"
-    """Samples exported as conversations for an SFT stage, never those that hit the length cap: a control on the same
-    tokens."""
+    """Samples to export as conversations for an SFT stage, except those that reach the length cap: a control trained on
+    the same tokens."""
     overlong: int = Field(0, ge=0)
-    """Tokens before the cap over which an answer is punished more and more, up to 1 (DAPO: 4,096; R1: none)."""
+    """Tokens before the length cap over which a penalty grows to 1 (DAPO: 4,096; R1: none)."""
     reward: Literal["task", "format", "random"] = "task"
-    """What is rewarded: the task's verdict, or for controls the form alone or a coin."""
+    """What is rewarded: the task's verdict or, for controls, only the form, or a random value."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled decay of matrices, none of norms and biases (undocumented)."""
+    """Decoupled weight decay of matrices; norms and biases have none (undocumented)."""
     eval_every: int = Field(10, ge=1)
-    """Held-out evaluation every so many rollouts."""
+    """Rollouts between held-out evaluations."""
     eval_problems: int = Field(64, ge=1)
-    """Held-out problems of that evaluation, 4 samples each."""
+    """Held-out problems per evaluation, 4 samples each."""
     minimum_pass: float = Field(0.02, ge=0, le=1)
-    """Refuse to start when the base solves fewer: RL cannot amplify what is not there."""
+    """Minimum pass rate of the base model. Below it the stage refuses to start: RL cannot amplify what is not there."""

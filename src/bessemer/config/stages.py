@@ -23,7 +23,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "rl": RLConfig,
     "sft": SFTConfig,
 }
-"""Kind -> its table; what runs for it is in `pipeline/stages/`."""
+"""Kind -> the class of its table; the code that runs it is in `pipeline/stages/`."""
 
 
 def stage_config(kind: object, where: str) -> type[StageConfig]:

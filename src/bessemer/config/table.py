@@ -46,19 +46,19 @@ class StageConfig(ConfigTable):
     """The keys every stage has."""
 
     runtime_only: ClassVar[frozenset[str]] = frozenset()
-    # keys that change how a stage runs but never what it makes (how often to save): excluded from the fingerprint
+    # keys that change how a stage runs but never its output (how often to save): excluded from the fingerprint
 
     ignore_at_default: ClassVar[frozenset[str]] = frozenset()
-    # keys added after 0.1.0 runs existed, whose default is what those runs did: excluded while at their default
+    # keys added after version 0.1.0, whose default is the behaviour of 0.1.0: excluded while at their default
 
     kind: str
     """Which stage this is."""
     name: str = ""
-    """What other stages and --set call it, and the name of its folder. Default: its kind."""
+    """Name of the stage, for other stages, --set and its folder. Default: its kind."""
     source: StageRef | None = Field(default=None, alias="from")
     """The earlier stage whose output this one starts from. Default: the stage before it."""
     like: str | None = Field(default=None, exclude=True)
-    """An earlier stage, whose keys count wherever this table sets none of its own."""
+    """Earlier stage whose keys apply wherever this table does not set them."""
     seed: int | None = None
     """Random seed of this stage alone, to repeat it on the same inputs. Default: the recipe's."""
 
@@ -70,7 +70,7 @@ class StageConfig(ConfigTable):
 
 
 def changed(settings: BaseModel, name: str) -> bool:
-    """Whether a key was set to something else than its default; a run's own recipe has all of them written out."""
+    """Whether a key differs from its default. Being set is no evidence: a run's own recipe writes out every default."""
     return getattr(settings, name) != type(settings).model_fields[name].default
 
 
@@ -90,7 +90,7 @@ def _mentions_ref(annotation: object) -> bool:
 
 
 def nearest(key: str, known: list[str]) -> str:
-    """' (did you mean "tokens"?)', or the list of what exists when nothing is near."""
+    """'did you mean "tokens"?', or the list of known keys if none is close."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(sorted(known))}"
 
@@ -178,7 +178,7 @@ def _sentence(table: type[ConfigTable], error: ValidationError) -> str:
     expected = _EXPECTED.get(first["type"])
     if expected is None and first["type"] == "literal_error":
         expected = "one of " + first["ctx"]["expected"]
-    if expected is None:  # bounds and the like, which pydantic says well: "Input should be greater than 0"
+    if expected is None:  # bounds and the like, which pydantic words well: "Input should be greater than 0"
         expected = first["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
     return f'key "{key}" is {given} ({_type_name(first["input"])}), expected {expected}'
 

@@ -9,7 +9,7 @@ from bessemer.config.table import StageConfig, StageRef
 from bessemer.config.units import Points, Seconds, Steps, Tokens, Weight
 
 Precision = Literal["auto", "float32", "bfloat16"]
-"""Dtype of forward and backward; auto: the faster one on this machine, measured."""
+"""Dtype of forward and backward; auto: the one that measures faster on this machine."""
 Divergence = Literal["reverse", "forward"]
 """KL of student from teacher (reverse), or of teacher from student (forward)."""
 
@@ -18,28 +18,27 @@ class OptimizerConfig(StageConfig):
     """The keys of every stage that trains. The trainer gets the stage's table itself, so a value set in a recipe is the
     value that the optimizer uses.
 
-    Each kind has its own `lr`, and says in `learning_rate` what it means. A key that a kind does not have is a class
-    constant there.
-    """
+    Each kind has its own `lr`; its `learning_rate` defines what the value means. A key that a kind does not have is a
+    class constant there."""
 
     betas: ClassVar[tuple[float, float]] = (0.9, 0.95)  # decay rates of AdamW's moments (V3 4.2)
     eps: ClassVar[float] = 1e-8  # of AdamW (undocumented in V3)
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """Of the matrices inside the layers; the rest is AdamW's (V3: adamw for all; R1: undocumented)."""
+    """Optimizer of the matrices inside the layers; AdamW updates the rest (V3: adamw for all; R1: undocumented)."""
     weight_decay: float = Field(0.1, ge=0)
-    """Decoupled decay of matrices, none of norms and biases (V3: 0.1; R1: undocumented)."""
+    """Decoupled weight decay of matrices; norms and biases have none (V3: 0.1; R1: undocumented)."""
     clip: float = Field(1.0, gt=0)
-    """Largest gradient norm (V3: 1.0)."""
+    """Maximum gradient norm (V3: 1.0)."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the optimizer's moments (V3: bfloat16)."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Decay of a moving average of the weights, which is validated too and exported as model-ema/; 0: none (V3 keeps
-    one in CPU memory, of undocumented decay)."""
+    """Decay of a moving average of the weights, also validated and exported as model-ema/; 0: none (V3 has one in
+    CPU memory; its decay is undocumented)."""
     micro_rows: int = Field(4, ge=1)
     """Rows per forward; changes memory and speed only."""
     save_seconds: Seconds = 60.0
-    """Checkpoint this often."""
+    """Time between checkpoints."""
 
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
         """The rate of the step that begins at `tokens` consumed tokens of `total`, after `step` optimizer steps."""
@@ -61,7 +60,7 @@ class OnPolicyConfig(FineTuningConfig):
     lr: Points
     """Learning rate over optimizer steps."""
     clip: float = Field(1.0, gt=0, alias="clip_norm")
-    """Largest gradient norm."""
+    """Maximum gradient norm."""
     micro_tokens: int = Field(4096, ge=16)
     """Padded tokens per forward; changes memory and speed only."""
 
@@ -74,52 +73,54 @@ class PretrainConfig(OptimizerConfig):
     ignore_at_default = frozenset({"fp8", "moments", "ema_decay", "temperature", "epoch_caps", "on_cap", "lengths"})
 
     model: dict[str, Any] = Field(default_factory=dict)
-    """Changes to the recipe's [model] for this stage, such as a smaller student to distil into."""
+    """Overrides of the recipe's [model] for this stage, such as a smaller student for distillation."""
     tokens: Tokens = 8_000_000
     """Tokens to train on, padding included."""
     mixture: dict[str, Weight] = Field(default_factory=dict)
     """Part of the corpus = its share of the rows, a number or a function of consumed tokens: [["0", 0.5],
-    ["2M", 0.5], ["2M", 0.2]] is a cool-down mix from 2M tokens on."""
+    ["2M", 0.5], ["2M", 0.2]] switches to a cool-down mix at 2M tokens."""
     temperature: float | None = Field(None, ge=0, le=1)
-    """Instead of a mixture: shares in proportion to (tokens of the part)^temperature."""
+    """Alternative to a mixture: shares proportional to (tokens of the part)^temperature."""
     epoch_caps: dict[str, float] = Field(default_factory=dict)
-    """Part = how many times it may be read at most."""
+    """Part = maximum number of times it is read."""
     on_cap: Literal["redistribute", "refuse"] = "redistribute"
-    """When a part reaches its cap before the end: the others take its share, or the run is refused."""
+    """If a part reaches its cap before the end: redistribute its share to the other parts, or refuse the run."""
     lengths: Steps | None = None
-    """Tokens per row over consumed tokens, such as [["0", 128], ["2M", 256]]; steps keep their tokens, so shorter
-    rows are more rows. Default: the corpus' row_length throughout (V3 in pre-training)."""
+    """Tokens per row over consumed tokens, such as [["0", 128], ["2M", 256]]; a step keeps its number of tokens, so
+    shorter rows mean more rows. Default: the corpus' row_length throughout (V3 in pre-training)."""
     lr: Points
     """Learning rate over consumed tokens (V3: 0 -> 2.2e-4 in 2000 steps, constant to 10T, cosine to 2.2e-5)."""
     batch_rows: Points = Points(64)
     """Rows per optimizer step over consumed tokens (V3: 3072 -> 15360), in rows of the corpus' row_length."""
     micro_rows: int = Field(32, ge=1)
-    """Rows per forward; changes memory and speed only (with fp8 also last digits: tiles go along the tokens)."""
+    """Rows per forward; changes memory and speed only (with fp8 also the last digits: tiles run along the tokens)."""
     gamma: Points = Points(0.001)
-    """Speed of the routing bias (V3: 0.001, 0 for the last 500B of 14.8T)."""
+    """Update speed of the routing bias (V3: 0.001, 0 for the last 500B of 14.8T)."""
     mtp_lambda: Points = Points([["0", 0.3]])
     """Weight of the MTP loss (V3: 0.3, then 0.1 from 10T)."""
     balance_alpha: float = Field(1e-4, ge=0)
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""
     validate_every: Tokens = 1_000_000
-    """Held-out bits per byte of every part, this often."""
+    """Tokens between measurements of the held-out bits per byte of every part."""
     sample_every: Tokens = 1_000_000
-    """Continue the prompts below, this often."""
+    """Tokens between continuations of `prompts`."""
     first_sample: Tokens = 400_000
-    """The first sample comes this early."""
+    """Consumed tokens at the first continuation."""
     prompts: list[str] = Field(default_factory=list)
-    """Texts to continue, for people to read."""
+    """Texts to continue, for reading."""
     document_mask: bool = False
-    """Tokens see their own document only. V3 packs without a mask; with many short documents a row, small models
-    learn to copy from a prompt far sooner with one."""
+    """Tokens attend to their own document only. V3 packs without a mask; with many short documents per row, small
+    models learn to copy from a prompt far sooner with one."""
     precision: Precision = "auto"
-    """Compute dtype; auto measures which is faster here. Masters and gradients are float32 always."""
+    """Compute dtype; auto: the one that measures faster on this machine. Master weights and gradients are always
+    float32."""
     fp8: Literal["off", "paper", "power-of-two", "block-gradients", "per-tensor"] = "off"
-    """Matrices of attention, FFN and experts in FP8, with activations kept in FP8 (V3: paper). power-of-two: all
-    factors are; block-gradients, per-tensor: variants to compare with. On a CPU it is emulated, and slower."""
+    """Matrices of attention, FFN and experts in FP8, with activations stored in FP8 (V3: paper). power-of-two: all
+    scaling factors are powers of two; block-gradients, per-tensor: variants for comparison. On a CPU, FP8 is emulated,
+    and slower."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the layers; auto does with a GPU, and with a C++ compiler where a long training pays for it.
-    Never with fp8 or on many ranks."""
+    """torch.compile the layers. auto: with a GPU, or with a C++ compiler if the training is long enough to gain from
+    it. Never with fp8 or on many ranks."""
 
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
         return self.lr(tokens)
@@ -129,23 +130,23 @@ class ExtendConfig(PretrainConfig):
     ignore_at_default = frozenset()
 
     corpus: StageRef
-    """The corpus stage whose documents are read: the model's own, or another one made with the same tokenizer. Rows of
-    `length` tokens are packed from them."""
+    """Corpus stage whose documents are packed into rows of `length` tokens: the model's own, or another one with the
+    same tokenizer."""
     length: int = Field(ge=16)
-    """Tokens per row, and the longest the model reads from now on (V3: 32,768, then 131,072)."""
+    """Tokens per row, and the model's maximum length from then on (V3: 32,768, then 131,072)."""
     rope_factor: float = Field(40.0, gt=1)
-    """YaRN's s, the same in every phase: how many times the original length it reaches (V3: 40)."""
+    """YaRN's scale s, equal in every phase: the reachable length over the original length (V3: 40)."""
     original_length: int | None = Field(None, ge=8)
-    """Length that the model was trained at before any extension. Default: that of the corpus it was pre-trained on;
-    of an imported model what its config says."""
+    """Length at which the model was trained before any extension. Default: the row length of its pre-training corpus;
+    for an imported model, the value in its config."""
     tokens: Tokens = 1_000_000
     """Tokens to train on, padding included (V3: 62.9B in each phase)."""
     gamma: Points = Points(0.0)
-    """Speed of the routing bias (V3: 0 since 14.3T)."""
+    """Update speed of the routing bias (V3: 0 since 14.3T)."""
     mtp_lambda: Points = Points(0.1)
     """Weight of the MTP loss (V3: 0.1 since 10T)."""
     model: dict[str, Any] = Field(default_factory=dict, max_length=0)
-    """Not for this kind: the model is that of the stage it starts from."""
+    """Not available for this kind: the model is that of the stage it starts from."""
 
 
 class SFTConfig(FineTuningConfig):
@@ -154,9 +155,9 @@ class SFTConfig(FineTuningConfig):
     data: list[str] = Field(default_factory=list)
     """Conversations: .jsonl or .parquet files with `messages`, directories of them, or hf://owner/name."""
     samples: list[StageRef] = Field(default_factory=list)
-    """Earlier stages whose conversations are used too, such as one of kind reject."""
+    """Earlier stages whose conversations are added, such as one of kind reject."""
     epochs: int = Field(2, ge=1)
-    """How often every row is read (R1: 2 to 3)."""
+    """Passes over the rows (R1: 2 to 3)."""
     row_length: int = Field(512, ge=2)
     """Tokens per row; longer conversations are left out and counted (R1: 32,768)."""
     lr: float = Field(gt=0)
@@ -166,15 +167,16 @@ class SFTConfig(FineTuningConfig):
     batch_rows: int = Field(8, ge=1)
     """Rows per optimizer step (R1: 128)."""
     style: Literal["zero", "r1"] | None = None
-    """Chat template to train in and to export with the model. Default: the model's own."""
+    """Chat template for training, exported with the model. Default: the model's own."""
     mtp_lambda: float = Field(0.1, ge=0)
-    """Weight of the MTP loss, so that the module stays of use for speculation (undocumented; V3 ends with 0.1)."""
+    """Weight of the MTP loss, which keeps the module useful for speculative decoding (undocumented; V3 ends with
+    0.1)."""
     balance_alpha: float = Field(1e-4, ge=0)
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""
     prompts: list[str] = Field(default_factory=list)
-    """Questions to answer after every epoch, for people to read."""
+    """Questions to answer after every epoch, for reading."""
     precision: Precision = "auto"
-    """Compute dtype; auto measures which is faster here. Masters are float32 always."""
+    """Compute dtype; auto: the one that measures faster on this machine. Master weights are always float32."""
 
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
         share = (1 + math.cos(math.pi * min(1.0, tokens / total))) / 2
@@ -189,11 +191,11 @@ class DistillConfig(OnPolicyConfig):
     teacher: StageRef
     """The earlier stage whose model teaches; the student is the model of `from`."""
     tasks: list[str]
-    """Task families; problems are taken from them in turn, from their train split."""
+    """Task families; problems come from their train splits in turn."""
     steps: int = Field(100, ge=1)
     """Optimizer steps, each on new samples of the student."""
     prompts_per_step: int = Field(64, ge=1)
-    """Problems answered per step."""
+    """Problems per step."""
     samples: int = Field(1, ge=1)
     """Answers per problem."""
     max_new_tokens: Tokens = 200
@@ -205,9 +207,9 @@ class DistillConfig(OnPolicyConfig):
     lr: Points = Points(1e-3)
     """Learning rate over optimizer steps."""
     eval_every: int = Field(25, ge=1)
-    """Held-out evaluation every so many steps."""
+    """Steps between held-out evaluations."""
     eval_problems: int = Field(64, ge=1)
-    """Held-out problems per task of that evaluation, 4 answers each."""
+    """Held-out problems per task and evaluation, 4 answers each."""
 
 
 class RewardModelConfig(FineTuningConfig):
@@ -215,32 +217,33 @@ class RewardModelConfig(FineTuningConfig):
     optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table
 
     aim: Literal["helpful", "harmless"]
-    """helpful: pairwise, reads prompt and summary; harmless: pointwise, reads the thoughts as well."""
+    """helpful: pairwise, reads the prompt and the summary; harmless: pointwise, also reads the thoughts."""
     data: list[str] = Field(default_factory=list)
     """Files of lines {"prompt", "chosen", "rejected"} for helpful, {"prompt", "response", "safe"} for harmless."""
     made: int = Field(2000, ge=0)
-    """Prompts of the general task to make judged answers for (R1: 66,000 pairs, 106,000 labelled answers)."""
+    """Prompts of the task `general` to generate judged answers for (R1: 66,000 pairs, 106,000 labelled answers)."""
     samples: int = Field(0, ge=0)
-    """Answers to each of them that the model it starts from gives, judged like the written ones."""
+    """Answers per generated prompt sampled from the starting model, judged like the written ones."""
     max_new_tokens: Tokens = 100
     """Length cap of a sampled answer."""
     heldout: float = Field(0.1, gt=0, lt=0.5)
-    """Share of prompts, chosen by hash, that accuracy and the scale of rewards are measured on."""
+    """Share of prompts held out, chosen by hash, to measure the accuracy and the scale of rewards."""
     epochs: int = Field(1, ge=1)
-    """How often every row is read (R1: 1)."""
+    """Passes over the rows (R1: 1)."""
     row_length: int = Field(256, ge=8)
-    """Tokens per row, which holds several pairs; longer ones are left out and counted (R1: 8,192, none in use)."""
+    """Tokens per row, which holds several pairs; longer ones are left out and counted (R1: 8,192 in training, no
+    limit in use)."""
     lr: float = Field(gt=0)
     """Learning rate at the start of a cosine over consumed tokens, which ends at a tenth of it (R1: 6e-6, its schedule
     undocumented)."""
     batch_rows: int = Field(8, ge=1)
     """Rows per optimizer step (R1: 256 pairs)."""
     style: Literal["zero", "r1"] | None = None
-    """Chat template to read answers in. Default: the model's own."""
+    """Chat template for reading answers. Default: the model's own."""
     balance_alpha: float = Field(1e-4, ge=0)
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""
     precision: Precision = "auto"
-    """Compute dtype; auto measures which is faster here. Masters are float32 always."""
+    """Compute dtype; auto: the one that measures faster on this machine. Master weights are always float32."""
 
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
         return self.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, tokens / total))) / 2)

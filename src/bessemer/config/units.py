@@ -1,4 +1,4 @@
-"""Quantities as people write them: token counts ("8M"), durations ("90s"), schedules in consumed tokens.
+"""Quantities in readable form: token counts ("8M"), durations ("90s"), schedules in consumed tokens.
 
     Tokens    "200K", "8M", "1.5B", "14.8T" or a whole number        -> int
     Bytes     "64MB", "1GB" or a whole number                        -> int
@@ -156,7 +156,8 @@ class Points:
 
 
 class Steps(Points):
-    """As `Points`, but every value holds until the next point: nothing lies between 128 and 256 tokens a row."""
+    """`Points` without interpolation: each value holds until the next point, so rows have 128 or 256 tokens and nothing
+    between."""
 
     def __call__(self, tokens: float) -> float:
         return self.values[max(0, bisect_right(self.tokens, tokens) - 1)]

@@ -269,9 +269,9 @@ def _overview(recipe: Recipe, root: Path, estimates: dict[str, float], ranks: Ra
     from bessemer.train import setup
 
     precisions = {config.precision for config in recipe.stages if hasattr(config, "precision")}
-    dtypes = "/".join("the faster dtype, measured" if name == "auto" else name for name in sorted(precisions))
+    dtypes = sorted(precisions - {"auto"}) + ["the dtype that measures faster"] * ("auto" in precisions)
     device = setup.describe_device() if ranks is None else f"{ranks.n} ranks"
-    where = f"on {device}" + (f", in {dtypes}" if dtypes else "")
+    where = f"on {device}" + (f", in {' or '.join(dtypes)}" if dtypes else "")
     lines = [f"{recipe.name} in {root}: {len(estimates)} stages, about {show_seconds(sum(estimates.values()))} {where}"]
     width = max(map(len, estimates))
     for number, config in enumerate(recipe.stages, start=1):
