@@ -19,22 +19,26 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.cuda import Event
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from bessemer.dist.stage import PhaseOutput, Phases
 
+Handle = Future[Event | None] | Event | None
+"""What the next phase waits for: an exchange in its thread, or on a GPU the end of a computation."""
+
 
 class Serial:
     """One phase after the other."""
 
-    def run(self, exchange: bool, phase: Callable[[], None], after: Any) -> Any:
+    def run(self, exchange: bool, phase: Callable[[], None], after: Handle) -> Handle:
         phase()
+        return None
 
     def on(self, exchange: bool) -> AbstractContextManager:
         """Where the backward of what is made inside will run."""
@@ -53,12 +57,13 @@ class Overlapped(Serial):
         cuda = device.type == "cuda"
         self._streams = (torch.cuda.current_stream(device), torch.cuda.Stream(device)) if cuda else ()
 
-    def run(self, exchange: bool, phase: Callable[[], None], after: Any) -> Any:
+    def run(self, exchange: bool, phase: Callable[[], None], after: Handle) -> Handle:
         if exchange:
+            assert not isinstance(after, Future), "an exchange follows computation"
             return self._thread.submit(self._run, exchange, phase, after)
         return self._run(exchange, phase, after.result() if isinstance(after, Future) else after)
 
-    def _run(self, exchange: bool, phase: Callable[[], None], after: Any) -> Any:
+    def _run(self, exchange: bool, phase: Callable[[], None], after: Event | None) -> Event | None:
         with self.on(exchange):
             if after is not None:
                 self._streams[exchange].wait_event(after)
@@ -90,7 +95,7 @@ class Chunk:
         self._output: PhaseOutput | None = None
         self._cuts: list[list[_Output]] = []
         """The outputs of every phase that was run."""
-        self._after: Any = None
+        self._after: Handle = None
         self._needed = torch.zeros((), requires_grad=True)
         self._ends: tuple[_Output | None, _Output | None] = None, None
         self.sent: Tensor | None = None
@@ -123,7 +128,8 @@ class Chunk:
     def _next(self, exchange: bool) -> None:
         outputs: list[_Output] = []
         try:
-            output = self._phases.send(self._output)
+            assert self._phases is not None, "no phase follows the last"
+            output = next(self._phases) if self._output is None else self._phases.send(self._output)
         except StopIteration as end:
             self._end(*end.value)
         else:
@@ -141,7 +147,7 @@ class Chunk:
         self.sent, self.loss = None if sent is None else sent.detach(), loss.detach()
         self._phases = self._output = None
 
-    def _cut(self, outputs: list[_Output], x: Any) -> Any:
+    def _cut(self, outputs: list[_Output], x: object) -> object:
         if not isinstance(x, Tensor):
             return x
         self._streams.share(x)

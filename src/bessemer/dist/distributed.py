@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from bessemer.dist import mesh, schedules, sharded_checkpoint
 from bessemer.dist.context_parallel import refusal as split_refusal
 from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.dist.model_shard import ModelShard, gather_into, heldout_nats
 from bessemer.dist.ranks import Ranks
+from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.causal_lm import CausalLM, needs_transformers
@@ -30,6 +29,9 @@ from bessemer.train.trainer import Trainer
 if TYPE_CHECKING:
     from bessemer.config.recipe import LayoutConfig, Recipe
     from bessemer.data.batch import Batch
+
+Network = Transformer | CausalLM
+_Network = TypeVar("_Network", bound=Network)
 
 
 def fresh(
@@ -44,7 +46,7 @@ def fresh(
 def read(
     folder: Path, ranks: Ranks | None, layout: LayoutConfig, say: Callable[[str], None],
     context: Mapping[str, Any] | None = None, split_rows: bool = True,
-) -> tuple[Any, Any]:  # fmt: skip
+) -> tuple[Network | ModelShard, Tokenizer]:  # fmt: skip
     """(network, tokenizer) of a model directory. On many ranks only our own format, of which each reads its shard.
     `context`: as in `hub.open_directory`; `split_rows`: as in `_mesh`."""
     if ranks is None:
@@ -56,16 +58,16 @@ def read(
     return shard, load_tokenizer(folder)
 
 
-def model_of(network: Transformer | ModelShard) -> Any:
+def model_of(network: _Network | ModelShard) -> _Network | Transformer:
     """The module that holds the parameters."""
-    return network if isinstance(network, torch.nn.Module) else network.model
+    return network.model if isinstance(network, ModelShard) else network
 
 
-def trainer(network: Any, *arguments: Any, **options: Any) -> Trainer:
+def trainer(network: Network | ModelShard, *arguments: Any, **options: Any) -> Trainer:
     """`Trainer` for a model, `DistributedTrainer` for a shard."""
-    if isinstance(network, torch.nn.Module):
-        return Trainer(network, *arguments, **options)
-    return DistributedTrainer(network, *arguments, **options)
+    if isinstance(network, ModelShard):
+        return DistributedTrainer(network, *arguments, **options)
+    return Trainer(network, *arguments, **options)
 
 
 def nats(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
@@ -100,6 +102,7 @@ class GatheredModel:
     def refresh(self) -> None:
         """Copies the current weights. Collective."""
         if self._source is not None and self._copied_at != self._source.rows:  # every update counts its rows
+            assert isinstance(self.model, Transformer), "a model on many ranks is our own"
             gather_into(self._source.shard, self.model)
             self._copied_at = self._source.rows
 
@@ -117,6 +120,7 @@ def save(
         trainer.save()
         trainer.finish()
         if trainer.mesh.me == 0:
+            assert trainer.state_dir is not None, "a stage's trainer has a folder"
             last = trainer.state_dir / f"step-{trainer.step:08d}"
             sharded_checkpoint.export(
                 last, trainer.mesh.cfg, directory, kind=kind, dtype=trainer.runtime.compute_dtype,

@@ -24,7 +24,8 @@ from bessemer.dist import schedules, sharded_checkpoint, watchdog
 from bessemer.dist.executor import Executor, Work
 from bessemer.dist.model_shard import ModelShard, rows_of
 from bessemer.dist.zero1 import Zero1
-from bessemer.model.transformer import TrainOutputs
+from bessemer.model.moe import Gate
+from bessemer.model.transformer import TrainOutputs, Transformer
 from bessemer.train import balance, checkpoint, guard
 from bessemer.train.checkpoint import CheckpointReader, Damaged
 from bessemer.train.objective import Divided, Loss, Sums, balance_weight
@@ -41,6 +42,7 @@ class DistributedTrainer(Trainer):
     Metrics are those of the whole step, equal on all ranks.
     """
 
+    model: Transformer
     objective: Divided  # type: ignore[assignment]  # a callable with the methods of Divided
     optimizer: Zero1
 
@@ -60,7 +62,7 @@ class DistributedTrainer(Trainer):
     def _make_optimizer(self, **options: Any) -> Zero1:
         return Zero1(self.model, self.mesh, self.shard.others, **options)
 
-    def _find_gates(self) -> dict[str, balance.BalancedGate]:
+    def _find_gates(self) -> dict[str, Gate]:
         return self.shard.gates
 
     def _has_biases(self) -> bool:
@@ -90,6 +92,7 @@ class DistributedTrainer(Trainer):
         return dict(zip(values, mean, strict=True))
 
     def _micro_batches(self) -> Iterable[Batch]:
+        assert self.batches is not None, "run() has checked it"
         rows = self._rows_of_step()
         for mine in rows_of(rows, self.shard.n_pipelines, self.shard.pipeline_index, self.micro_batches(rows)):
             if mine:
@@ -213,6 +216,7 @@ class DistributedTrainer(Trainer):
         if self.mesh.me == 0:
             tensors |= {f"rng/{name}": tensor for name, tensor in random_tensors.items()}
             tensors |= {f"extras/{name}": tensor.cpu() for name, tensor in self.extra_tensors.items()}
+        assert self._saver is not None, "save() has checked the folder"
         path = self._saver.save(self.step, tensors, counters)
         self._saved_at, self._saved_step = time.monotonic(), self.step
         return path
@@ -230,8 +234,8 @@ class DistributedTrainer(Trainer):
                 mine[name] = tensor
         return mine
 
-    def _latest(self) -> tuple[Path, CheckpointReader] | None:
-        """The newest checkpoint in which every rank's tensors are undamaged."""
+    def _restore_latest(self) -> Path | None:
+        """Goes back to the newest checkpoint in which every rank's tensors are undamaged."""
         if self.state_dir is None:
             return None
         self.finish()
@@ -249,7 +253,8 @@ class DistributedTrainer(Trainer):
             damages = self._all_gather(damage)
             if not any(damages):
                 checkpoint.check_config(reader.config, self.model_config, path)
-                return path, reader
+                self._restore_from(reader)
+                return path
             self.warn(f"checkpoint {path} is damaged ({next(filter(None, damages))}); trying the one before it")
         if paths:
             raise checkpoint.none_intact(self.state_dir, len(paths))
@@ -259,7 +264,7 @@ class DistributedTrainer(Trainer):
         return [*self.optimizer.names_on_disk(), *self._gate_tensors()]
 
     @torch.no_grad()
-    def _restore(self, reader: CheckpointReader) -> None:
+    def _restore_from(self, reader: CheckpointReader) -> None:
         self.optimizer.load_pieces(reader)
         mine = self._gate_tensors()
         for name, value in reader.read(mine).items():

@@ -98,9 +98,10 @@ class Executor:
     def sum_shared(self) -> None:
         """Sums the gradients of parameters that several pipeline ranks hold (the two copies of DualPipe, and the
         embedding where MTP modules on the last stage need it). All of them get the same sum."""
-        mine = {name: p for one in self.slices.values() for name, p in one.named_parameters() if p.grad is not None}
-        for name in sorted(mine):
-            self.sum_with_others(name, mine[name].grad)
+        parameters = [pair for one in self.slices.values() for pair in one.named_parameters()]
+        gradients = {name: p.grad for name, p in parameters if p.grad is not None}
+        for name in sorted(gradients):
+            self.sum_with_others(name, gradients[name])
 
     def others(self, name: str) -> list[int]:
         """Other pipeline ranks that hold the parameter of this name."""
@@ -177,7 +178,8 @@ class Executor:
 def _phases(part: Slice, x: Tensor, work: Work) -> Phases:
     """The phases of a slice; ends with (output to send on or None, loss term)."""
     out = yield from part.phases(x, work.tokens_BT, work.segments_BT, work.mtp)
-    if part.last:
+    if isinstance(out, TrainOutputs):
+        assert part.head is not None, "the last stage has the head"
         return None, work.loss(out, part.head.weight)
     return out[0], work.balance_weight * out[1]
 
@@ -262,11 +264,12 @@ class Channels:
         self._expected = {source: deque(self._orders.get((source, self.me), ())) for source in self._from}
         self._arriving = {source: {} for source in self._from}
 
-    def send(self, action: Action, x: Tensor) -> None:
+    def send(self, action: Action, x: Tensor | None) -> None:
         """Passes the result of an action to the stage that needs it, if any; on this rank or another."""
         sent = message(action, self.table.stages)
         if sent is None:
             return
+        assert x is not None, f"{action} has no result"
         to = self.table.place[sent.lane][sent.stage]
         if to == self.me:
             self._local[sent] = x

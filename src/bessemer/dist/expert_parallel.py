@@ -72,9 +72,9 @@ def received(send: list[int], group: dist.ProcessGroup, device: torch.device) ->
 def _rows(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
     """Sends x [S, ...], split by `send`; returns the received rows, split by `receive`."""
     out = x.new_empty(sum(receive), *x.shape[1:])
-    as_bytes = (t.contiguous().view(torch.uint8) if t.dtype != torch.int64 else t for t in (out, x))
+    theirs, mine = (t.contiguous().view(torch.uint8) if t.dtype != torch.int64 else t for t in (out, x))
     with watchdog.waiting("tokens for the experts", dist.get_process_group_ranks(group)):
-        dist.all_to_all_single(*as_bytes, receive, send, group=group)
+        dist.all_to_all_single(theirs, mine, receive, send, group=group)
     return out
 
 
@@ -120,6 +120,7 @@ class _Send(torch.autograd.Function):
         ctx.route = route
         if empty:
             return _empty(x_TD, len(x_TD) if route is None else sum(route.receive))
+        assert route is not None, "only an anchor has no route"
         return exchanged(x_TD[route.token], route)
 
     @staticmethod

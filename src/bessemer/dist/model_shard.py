@@ -81,9 +81,11 @@ class ModelShard:
                     continue
                 target, index = state[slot.name], slot.index
                 if EXPERTS in slot.name:
-                    if index[0] not in mesh.experts:
+                    expert, *rest = index
+                    assert isinstance(expert, int), "a slot of stacked experts starts with the expert"
+                    if expert not in mesh.experts:
                         continue
-                    index = (index[0] - mesh.experts.start, *index[1:])
+                    index = (expert - mesh.experts.start, *rest)
                 view = target[index] if index else target
                 view.copy_(checkpoint.read(slot.key, target.dtype))
         return shard
@@ -196,16 +198,17 @@ def forward(shard: ModelShard, inputs: Sequence[tuple[Tensor, Tensor | None]]) -
                 sends.append((dist.isend(x, peers[place[stage + 1]]), x))
         outputs.append(outcome)
     for handle, _ in sends:
+        assert handle is not None, "every rank is in the default group"
         handle.wait()
     return outputs
 
 
 def _run(phases: Phases) -> Any:
     """Runs all phases; returns what the last one returns."""
-    handed = None
     try:
+        output = next(phases)
         while True:
-            handed = phases.send(handed)
+            output = phases.send(output)
     except StopIteration as end:
         return end.value
 

@@ -26,7 +26,8 @@ from bessemer.errors import UserError
 def gpipe(ranks: int, micro: int) -> Table:
     """All forwards, then all backwards."""
     _positive("gpipe", ranks, micro)
-    steps = [[Action(kind, rank, m) for kind in "FB" for m in range(micro)] for rank in range(ranks)]
+    kinds: tuple[Kind, ...] = ("F", "B")
+    steps = [[Action(kind, rank, m) for kind in kinds for m in range(micro)] for rank in range(ranks)]
     return _looped("gpipe", ranks, 1, micro, steps)
 
 

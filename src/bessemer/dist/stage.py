@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.accounting import attention_params, embedding_params, ffn_params
 from bessemer.model.layer import Layer
 from bessemer.model.moe import Experts
-from bessemer.model.transformer import TrainOutputs, Transformer
+from bessemer.model.norm import RMSNorm
+from bessemer.model.transformer import MTPModule, TrainOutputs, Transformer
 
 
 def cut(cfg: ModelConfig, stages: int) -> list[range]:
@@ -66,11 +67,13 @@ def keep(model: Transformer, slices: Iterable[Slice]) -> None:
     needed = {int(i) for part in slices for i in part.layers}
     for i in range(len(model.layers)):
         if i not in needed:
-            model.layers[i] = nn.Identity()
+            model.set_submodule(f"layers.{i}", nn.Identity())
     if not any(part.last for part in slices):
-        model.norm, model.head, model.mtp = nn.Identity(), nn.Identity(), nn.ModuleList()
+        for name in ("norm", "head"):
+            model.set_submodule(name, nn.Identity())
+        model.set_submodule("mtp", nn.ModuleList())
     if all(part.embed is None for part in slices):
-        model.embed = nn.Identity()
+        model.set_submodule("embed", nn.Identity())
 
 
 class PhaseOutput(NamedTuple):
@@ -95,10 +98,10 @@ def through(layer: Layer, exchange: Exchange | None, x_BTD: Tensor, attend: Atte
         return layer.feed_forward(attended), None, carried
     leaving, (attended, carried) = yield PhaseOutput(attended, (attended, carried))
     if exchange is None:
-        sent = layer.dispatch(leaving)
+        sent, _ = yield PhaseOutput(layer.dispatch(leaving))
     else:
-        sent = exchange.dispatch(leaving.u_ND, leaving.routing, layer.fp8 if layer.training else None)
-    sent, _ = yield PhaseOutput(sent)
+        recipe = layer.fp8 if layer.training else None
+        sent, _ = yield PhaseOutput(exchange.dispatch(leaving.u_ND, leaving.routing, recipe))
     rows, _ = yield PhaseOutput(layer.experts(sent))
     routed, _ = yield PhaseOutput(layer.combine(rows, sent) if exchange is None else exchange.combine(rows, sent))
     return layer.finish(attended, routed), attended.routing.balance, carried
@@ -114,6 +117,12 @@ class Slice(nn.Module):
     """Stage number `stage` of `stages`; shares its modules with `model`. With an exchange the routed experts of the
     model are those of this rank (`keep_experts`); with a `Context` rows are split over ranks as well."""
 
+    layers: Mapping[str, Layer]
+    mtp: Sequence[MTPModule]
+    embed: nn.Embedding | None
+    norm: RMSNorm | None
+    head: nn.Linear | None
+
     def __init__(
         self, model: Transformer, stage: int, stages: int, exchange: Exchange | None = None,
         context: WholeRows | None = None,
@@ -123,8 +132,10 @@ class Slice(nn.Module):
         self.first, self.last = stage == 0, stage == stages - 1
         self.width, self.rope_table = model.cfg.dim, model.rope_table
         self.cuts, self.n_mtp = cut(model.cfg, stages), len(model.mtp)
-        self.layers = nn.ModuleDict({str(i): model.layers[i] for i in self.cuts[stage]})
-        self.mtp = model.mtp if self.last else nn.ModuleList()
+        # ModuleDict and ModuleList are not declared as generic
+        layers = nn.ModuleDict({str(i): model.layers[i] for i in self.cuts[stage]})
+        self.layers = cast(Mapping[str, Layer], layers)
+        self.mtp = model.mtp if self.last else cast(Sequence[MTPModule], nn.ModuleList())
         self.embed = model.embed if self.first or len(self.mtp) else None
         self.norm, self.head = (model.norm, model.head) if self.last else (None, None)
 
@@ -161,6 +172,7 @@ class Slice(nn.Module):
         rank's positions."""
         context, T = self.context, tokens_BT.shape[1]
         if self.first:
+            assert self.embed is not None, "the first stage has the embedding"
             x = self.embed(context.take(x))
         # a sum of detached terms, so it may live across phases; other tensors must be passed on
         balance = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -171,9 +183,11 @@ class Slice(nn.Module):
                 balance = balance + term
         if not self.last:
             return x, balance
+        assert self.norm is not None, "the last stage has the norm"
         h = self.norm(x)
         ready = (h,)
         for k, module in enumerate(self.mtp if mtp else (), start=1):
+            assert self.embed is not None, "MTP modules share the embedding"
             h, embedded = context.ahead(k, h, tokens_BT, self.embed.weight)
             joined, attend = module.join(h, embedded), context.attention(T, k, self.rope_table, segments_BT)
             h, term, ready = yield from through(module.layer, self.exchange, joined, attend, ready)

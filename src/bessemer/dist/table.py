@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 Kind = Literal["F", "B", "I", "W"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Action(NamedTuple):
@@ -118,7 +119,7 @@ def check(table: Table) -> None:
     for lane in range(table.lanes - table.idle):
         for stage in range(table.stages):
             for micro in range(table.per_lane):
-                done = "".join(kind for kind in "FBIW" if Action(kind, stage, micro, lane) in seen)
+                done = "".join(kind for kind in KINDS if Action(kind, stage, micro, lane) in seen)
                 assert done in ("FB", "FIW"), f"stage {stage}, micro-batch {micro} of lane {lane}: {done or 'nothing'}"
     _check_deadlock(table)
 

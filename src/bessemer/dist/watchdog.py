@@ -16,7 +16,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 EXIT = 75
 """Exit status of a process that waited too long (EX_TEMPFAIL: try again)."""
@@ -69,7 +72,7 @@ def waiting(what: str, ranks: Sequence[int]) -> Iterator[None]:
 class Watchdog:
     """The watchdog thread of one rank; `store` is torch's, shared by `n` ranks."""
 
-    def __init__(self, store: Any, me: int, n: int, timeout: float):
+    def __init__(self, store: Store, me: int, n: int, timeout: float):
         self.store, self.me, self.n, self.timeout = store, me, n, timeout
         self.every = min(5.0, timeout / 4)
         self._over = threading.Event()

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from bessemer.dist import watchdog
 from bessemer.dist.mesh import Mesh
 from bessemer.dist.ranks import all_gather, reduce_scatter
 from bessemer.model.moe import EXPERTS
+from bessemer.model.transformer import Transformer
 from bessemer.train.checkpoint import CheckpointReader
 from bessemer.train.optimizer import NORM_BLOCK, Group, Matrices, Members, Optimizer, ParameterSlot, Update
 from bessemer.train.update_rules import adamw_
@@ -115,7 +116,7 @@ class Zero1(Optimizer):
 
     groups: list[ShardedGroup]  # type: ignore[assignment]
 
-    def __init__(self, model: nn.Module, mesh: Mesh, others: Callable[[str], list[int]], **options: Any):
+    def __init__(self, model: Transformer, mesh: Mesh, others: Callable[[str], list[int]], **options: Any):
         self.mesh, self.others = mesh, others
         super().__init__(model, **options)
 
@@ -137,9 +138,9 @@ class Zero1(Optimizer):
             group.begin_sum()
         square = super().grad_norm().square()
         for kind in ("dense", "pp"):
-            group = self.mesh.group[kind]
-            with watchdog.waiting("the gradient's norm", dist.get_process_group_ranks(group)):
-                dist.all_reduce(square, group=group)
+            ranks = self.mesh.group[kind]
+            with watchdog.waiting("the gradient's norm", dist.get_process_group_ranks(ranks)):
+                dist.all_reduce(square, group=ranks)
         return square.sqrt()
 
     def _wait(self) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 import io
+from collections.abc import Collection
 from contextlib import redirect_stderr
 from pathlib import Path
 from types import ModuleType
@@ -99,6 +100,11 @@ class CausalLM(nn.Module):
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype)
         return self
+
+    def set_recompute(self, phases: Collection[str]) -> None:
+        """UserError for any phase: `Transformer.set_recompute` knows those of its own layers."""
+        if phases:
+            raise UserError(f"{self.cfg.model_type} has no phases to recompute in backward; set recompute = []")
 
     def hidden(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, /, **cached: object) -> Tensor:
         """Hidden states ready for the head, [B, T, D]. A position of 0 starts a new segment."""

@@ -11,21 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-
-class BalancedGate(Protocol):
-    """What balancing needs of a gate."""
-
-    load_E: Tensor
-    bias_E: Tensor | None
+from bessemer.model.moe import Gate
 
 
 @contextmanager
-def counted_once(gates: dict[str, BalancedGate]) -> Iterator[None]:
+def counted_once(gates: dict[str, Gate]) -> Iterator[None]:
     """Around a backward pass: recomputed forwards count their tokens again, so the loads before it are restored."""
     before = [gate.load_E.clone() for gate in gates.values()]
     yield
@@ -33,14 +27,14 @@ def counted_once(gates: dict[str, BalancedGate]) -> Iterator[None]:
         gate.load_E.copy_(load_E)
 
 
-def clear(gates: dict[str, BalancedGate]) -> None:
+def clear(gates: dict[str, Gate]) -> None:
     """Clears the loads of a step that was not applied."""
     for gate in gates.values():
         gate.load_E.zero_()
 
 
 @torch.no_grad()
-def update(gates: dict[str, BalancedGate], gamma: float) -> dict[str, Tensor]:
+def update(gates: dict[str, Gate], gamma: float) -> dict[str, Tensor]:
     """One bias step for every gate; returns MaxVio per gate name and clears the loads.
 
     A gate that saw no token (an MTP module in a stage without MTP) keeps its bias and reports nothing.

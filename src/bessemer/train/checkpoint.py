@@ -290,7 +290,7 @@ class CheckpointReader:
                     self.locations[prefix + key] = _Location(file, key, None)
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except Exception as error:  # the library's own type
@@ -320,7 +320,7 @@ def verify(path: Path, name: str, expected: str) -> None:
         raise Damaged(f"{name}: {error.strerror}") from error
 
 
-def check_config(saved: Any, ours: Any, path: Path, field: str = "") -> None:
+def check_config(saved: object, ours: object, path: Path, field: str = "") -> None:
     """UserError naming the first field in which a checkpoint's config differs from this run's."""
     if isinstance(saved, dict) and isinstance(ours, dict):
         for key in [*ours, *(k for k in saved if k not in ours)]:

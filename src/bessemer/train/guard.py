@@ -76,7 +76,7 @@ def nonfinite_activation(model: nn.Module, run: Callable[[], Any]) -> str | None
     first: list[str] = []
     names = {module: name or type(model).__name__ for name, module in model.named_modules()}
 
-    def check(module: nn.Module, inputs: tuple, output: Any) -> None:
+    def check(module: nn.Module, inputs: tuple, output: object) -> None:
         if not first and not _finite(output):
             weights = "" if _finite(list(module.parameters(recurse=False))) else " (its own weights are not finite)"
             first.append(names[module] + weights)
@@ -92,7 +92,7 @@ def nonfinite_activation(model: nn.Module, run: Callable[[], Any]) -> str | None
     return first[0] if first else None
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: object) -> bool:
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(torch.isfinite(value).all())
     if isinstance(value, dict):
@@ -107,7 +107,9 @@ def capture_rng(generators: dict[str, np.random.Generator] | None = None) -> tup
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors.update({f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple), "the legacy form is a tuple"
+    name, keys, position, has_gauss, cached = state
     version, words, gauss = random.getstate()
     values = {
         "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
@@ -134,7 +136,7 @@ def restore_rng(
         generator.bit_generator.state = values["generators"][key]
 
 
-def _plain(state: Any) -> Any:
+def _plain(state: object) -> object:
     """Bit-generator state with arrays as lists."""
     if isinstance(state, dict):
         return {key: _plain(value) for key, value in state.items()}

@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,10 @@ from torch import Tensor, nn
 from bessemer.errors import UserError
 from bessemer.train import update_rules
 from bessemer.workers import Workers
+
+if TYPE_CHECKING:
+    from bessemer.hf.causal_lm import CausalLM
+    from bessemer.model.transformer import Transformer
 
 ALIGN = 64
 """Every parameter starts at a multiple of this many elements: whole cache lines, as GEMM kernels prefer."""
@@ -68,6 +73,7 @@ class MovingAverage:
 
     def _add_staged(self, arrived: torch.cuda.Event) -> None:
         arrived.synchronize()
+        assert self._staging is not None, "only a copy from a GPU is staged"
         self._add(self._staging)
 
     def _add(self, master: Tensor) -> None:
@@ -256,7 +262,7 @@ class Optimizer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Transformer | CausalLM,
         *,
         compute_dtype: torch.dtype = torch.float32,
         betas: tuple[float, float] = (0.9, 0.95),

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from bessemer.errors import UserError
+from bessemer.model.moe import Gate
+from bessemer.model.transformer import Transformer
 from bessemer.train import balance, checkpoint, guard
 from bessemer.train.objective import Loss, Objective, Sums, means
 from bessemer.train.optimizer import Optimizer, load_exactly
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from bessemer.config.training import OptimizerConfig
     from bessemer.data.batch import Batch
     from bessemer.hf.causal_lm import CausalLM
-    from bessemer.model.transformer import Transformer
 
 COUNTERS = ("step", "tokens", "rows", "skipped")
 Schedule = Callable[[int], float]
@@ -118,9 +119,9 @@ class Trainer:
         self.optimizer = self._make_optimizer(
             compute_dtype=runtime.compute_dtype, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
             moments_dtype=getattr(torch, config.moments), ema_decay=config.ema_decay,
-            stacked=model.hidden_matrices() if config.optimizer == "muon" else None,
+            stacked=_stacked(model) if config.optimizer == "muon" else None,
         )  # fmt: skip
-        self.gates: dict[str, balance.BalancedGate] = self._find_gates()
+        self.gates = self._find_gates()
         self.guard = guard.StepGuard(runtime.failures, runtime.rollbacks)
         self.step = self.tokens = self.rows = self.skipped = 0
         self.loads: dict[str, Tensor] = {}
@@ -136,7 +137,7 @@ class Trainer:
     def _make_optimizer(self, **options: Any) -> Optimizer:
         return Optimizer(self.model, workers=self.runtime.workers, **options)
 
-    def _find_gates(self) -> dict[str, balance.BalancedGate]:
+    def _find_gates(self) -> dict[str, Gate]:
         return self.model.gates()
 
     def _has_biases(self) -> bool:
@@ -170,19 +171,20 @@ class Trainer:
 
     def start(self) -> bool:
         """Resumes (True), or writes the first checkpoint, so that there is always one to go back to."""
-        latest = self._latest()
-        if latest is not None:
-            self._restore(latest[1])
+        if self._restore_latest() is not None:
             self._saved_step = self.step
             return True
         self.save()
         return False
 
-    def _latest(self) -> tuple[Path, Any] | None:
-        """The newest intact checkpoint, whatever layout wrote it."""
-        if self.state_dir is None:
+    def _restore_latest(self) -> Path | None:
+        """Goes back to the newest intact checkpoint, whatever layout wrote it; returns its path, None without one."""
+        latest = None if self.state_dir is None else checkpoint.latest(self.state_dir, self.model_config, self.warn)
+        if latest is None:
             return None
-        return checkpoint.latest(self.state_dir, self.model_config, self.warn)
+        path, state = latest
+        self._restore(state)
+        return path
 
     def finish(self) -> None:
         """Waits for checkpoints that are still being written."""
@@ -197,6 +199,7 @@ class Trainer:
         return max(1, int(self.config.micro_rows * self.runtime.row_scale(self.tokens)))
 
     def _micro_batches(self) -> Iterable[Batch]:
+        assert self.batches is not None, "run() has checked it"
         rows, size = self._rows_of_step(), self._rows_of_forward()
         for done in range(0, rows, size):
             yield self.batches(self.rows + done, min(size, rows - done))
@@ -245,9 +248,15 @@ class Trainer:
 
     def _accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
         """Adds the gradients of all micro-batches to those of the parameters."""
-        batches, losses = [], []
-        items = ((batches.append(batch) or batch, terms) for batch in micro_batches)
-        for loss, result in self.runtime.workers.map(self._gradients, items):
+        batches: list[Batch] = []
+        losses: list[Loss] = []
+
+        def items() -> Iterator[tuple[Batch, dict[str, float]]]:
+            for batch in micro_batches:
+                batches.append(batch)
+                yield batch, terms
+
+        for loss, result in self.runtime.workers.map(self._gradients, items()):
             losses.append(loss)
             if result is not None:
                 self._collect(result)
@@ -310,12 +319,10 @@ class Trainer:
         return what + (f", first in the output of {where}" if where else ", though every module's output is finite")
 
     def _roll_back(self, what: str) -> None:
-        latest = self._latest()
-        if latest is None:
-            raise UserError(f"{self.guard.failures} non-finite steps in a row and no checkpoint to go back to: {what}")
-        path, state = latest
         rows, skipped = self.rows, self.skipped
-        self._restore(state)
+        path = self._restore_latest()
+        if path is None:
+            raise UserError(f"{self.guard.failures} non-finite steps in a row and no checkpoint to go back to: {what}")
         self.rows, self.skipped = rows, skipped
         self._write()  # with the new cursor: a kill now must not lead to the same rows again
         self.warn(
@@ -339,6 +346,7 @@ class Trainer:
         return self._write()
 
     def _write(self) -> Path:
+        assert self.state_dir is not None, "save() has checked it"
         path = checkpoint.save(self.state_dir, self.step, self._state(), self.runtime.keep)
         self._saved_at, self._saved_step = time.monotonic(), self.step
         return path
@@ -375,3 +383,9 @@ class Trainer:
         """Persistent buffers other than those of the gates."""
         persistent, gates = self.model.state_dict().keys(), {id(tensor) for tensor in self._gate_tensors().values()}
         return {name: b for name, b in self.model.named_buffers() if name in persistent and id(b) not in gates}
+
+
+def _stacked(model: Transformer | CausalLM) -> dict[str, int]:
+    if not isinstance(model, Transformer):
+        raise UserError('optimizer = "muon" knows the matrices of our own networks only; set optimizer = "adamw"')
+    return model.hidden_matrices()

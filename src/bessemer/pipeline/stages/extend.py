@@ -14,11 +14,13 @@ from bessemer.config.recipe import Recipe
 from bessemer.config.training import ExtendConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
+from bessemer.dist.model_shard import ModelShard
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.causal_lm import needs_transformers
+from bessemer.hf.causal_lm import CausalLM, needs_transformers
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.config import ModelConfig
+from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import register
 from bessemer.pipeline.stages.pretrain import Pretrain, Start, check_mixture
 from bessemer.runs.context import StageContext
@@ -84,12 +86,13 @@ class Extend(Pretrain[ExtendConfig]):
             "max_seq_len": config.length, "rope_factor": config.rope_factor, "original_seq_len": original,
         }  # fmt: skip
         ctx.say(f"YaRN: s {config.rope_factor:g} over {original} tokens, rows of {config.length}")
-        return Start(
-            corpus,
-            config.length,
-            cfg.at_length(context),
-            lambda: distributed.read(folder, ctx.ranks, ctx.recipe.layout, ctx.say, context)[0],
-        )
+
+        def network() -> Transformer | ModelShard:
+            made, _ = distributed.read(folder, ctx.ranks, ctx.recipe.layout, ctx.say, context)
+            assert not isinstance(made, CausalLM), "a network of another family has no YaRN to set"
+            return made
+
+        return Start(corpus, config.length, cfg.at_length(context), network)
 
 
 def original_length(config: ExtendConfig, recipe: Recipe) -> int | None:
