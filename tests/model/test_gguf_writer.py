@@ -23,7 +23,7 @@ from bessemer.data import chat, tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import gguf_file, hf_tokenizer, hub
 from bessemer.hf.causal_lm import CausalLM
-from bessemer.model.scorer import Scorer
+from bessemer.model.transformer import Scorer
 from bessemer.precision.formats import dequantise_blocks, quantise_blocks
 
 TEXTS = ["the quick brown fox", "<think>two and two</think> <answer>4</answer>", "盛钢水 1234"] * 4

@@ -24,7 +24,7 @@ from bessemer.errors import UserError
 from bessemer.hf import hub, safetensors_writer
 from bessemer.hf.mapping import slots
 from bessemer.model.config import preset
-from bessemer.model.scorer import Scorer
+from bessemer.model.transformer import Scorer
 from bessemer.precision.formats import quantise_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is not cut evenly by tiles:UserWarning")

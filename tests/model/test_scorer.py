@@ -14,7 +14,7 @@ from transformers.utils import logging as hf_logging
 
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.model.scorer import Scorer
+from bessemer.model.transformer import Scorer
 
 hf_logging.disable_progress_bar()
 EAGER = dict(attn_implementation="eager", experts_implementation="eager")

@@ -10,7 +10,7 @@ import pytest
 from test_card import Page
 
 from bessemer.eval import tables
-from bessemer.report import card, comparisons, facts, transcripts
+from bessemer.report import card, comparisons, facts
 from bessemer.report.facts import read
 
 MAIN = ["pretrain", "zero", "dev1", "dev2", "dev3", "r1", "student", "alone"]
@@ -218,8 +218,8 @@ def test_long_runs_leave_small_rollouts(tmp_path):
         for _ in range(2)
     ]
     (run / "04-zero" / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    shown = transcripts.rollouts(read(run))
+    shown = card.rollouts(read(run))
     assert len(shown) < 400_000 and 'data-step="0"' in shown and 'data-step="199"' in shown
     short = [line | {"completion": "x"} for line in lines]
     (run / "04-zero" / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in short))
-    assert transcripts.rollouts(read(run)).count('class="when"') == 8 * 24
+    assert card.rollouts(read(run)).count('class="when"') == 8 * 24

@@ -9,7 +9,7 @@ import torch
 from bessemer.data.chat import EOS
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.model.scorer import Scorer
+from bessemer.model.transformer import Scorer
 from bessemer.rl import preference
 from bessemer.rl.preference import FACTS, RewardModel, Scale, judged_ids, score_ids
 

@@ -12,7 +12,7 @@ from trl import RewardTrainer
 
 from bessemer.data import preference_rows
 from bessemer.hf import hub
-from bessemer.model.scorer import Scorer
+from bessemer.model.transformer import Scorer
 from bessemer.train.objective import pairwise, pointwise
 from bessemer.train.trainer import Trainer
 

@@ -40,8 +40,7 @@ from bessemer.hf.safetensors_writer import (
     write_tensors,
 )
 from bessemer.model.config import ModelConfig
-from bessemer.model.scorer import Scorer
-from bessemer.model.transformer import Transformer
+from bessemer.model.transformer import Scorer, Transformer
 
 Network = TypeVar("Network", bound=Transformer)
 SHARD_BYTES = 5e9

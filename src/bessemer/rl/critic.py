@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
-from bessemer.model.scorer import Scorer
-from bessemer.model.transformer import Transformer, evaluating
+from bessemer.model.transformer import Scorer, Transformer, evaluating
 from bessemer.rl import rollout
 from bessemer.rl.rollout import Group
 from bessemer.train.objective import Loss

@@ -27,7 +27,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.safetensors_reader import read_json
-from bessemer.model.scorer import Scorer
+from bessemer.model.transformer import Scorer
 from bessemer.tasks.answer import summary
 
 AIMS = ("helpful", "harmless")

@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from bessemer.config.training import Divergence
     from bessemer.data.batch import Batch
     from bessemer.hf.causal_lm import CausalLM
-    from bessemer.model.scorer import Scorer
-    from bessemer.model.transformer import Transformer
+    from bessemer.model.transformer import Scorer, Transformer
 
 
 @dataclass

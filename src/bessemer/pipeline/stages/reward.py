@@ -23,8 +23,7 @@ from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.causal_lm import CausalLM
-from bessemer.model.scorer import Scorer
-from bessemer.model.transformer import Transformer
+from bessemer.model.transformer import Scorer, Transformer
 from bessemer.pipeline.stage import Stage, StepLog, register
 from bessemer.rl.preference import FACTS, Scale, judged_ids, score_ids
 from bessemer.runs.context import StageContext
