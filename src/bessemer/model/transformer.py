@@ -274,7 +274,7 @@ class Scorer(Transformer):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Transformer, seed: int) -> Scorer:
+    def of(cls, model: nn.Module, seed: int) -> Scorer:
         """A copy of a language model's body with a new head."""
         if not isinstance(model, Transformer):
             raise UserError(
