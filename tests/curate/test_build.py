@@ -186,7 +186,7 @@ def test_interrupted_it_says_so_and_leaves_no_worker(made, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.rstrip().endswith("stopped; the same command goes on from here")
+    assert said.rstrip().endswith("stopped; run the same command again to continue")
     until = time.monotonic() + 20
     while _alive(process.pid):
         assert time.monotonic() < until, "a worker is left"
@@ -235,4 +235,4 @@ def test_the_command_prints_json_and_a_tokenizer_can_be_brought_along(made, tmp_
     first, second = (corpus.load(tmp_path / name / "english").meta["tokenizer"] for name in ("out", "two"))
     assert first == second
     checked = subprocess.run([*COMMAND[:-1], "check", str(tmp_path / "two")], capture_output=True, text=True)
-    assert "is as it was written" in checked.stdout
+    assert "is intact: " in checked.stdout

@@ -54,7 +54,7 @@ def test_a_reward_model_is_nobody_to_talk_to(root):
 
 
 def test_errors_list_what_exists(root):
-    with pytest.raises(UserError, match=r"no model or run at tinny; runs here: runs/tiny"):
+    with pytest.raises(UserError, match=r"no model or run at tinny; available runs: runs/tiny"):
         model_dir("tinny")
     with pytest.raises(UserError, match=r"none yet; go on with: bessemer run"):
         model_dir(root)
@@ -65,6 +65,6 @@ def test_errors_list_what_exists(root):
     os.mkdir("empty")
     with pytest.raises(UserError, match=r"no config.json; it holds nothing"):
         model_dir("empty")
-    with pytest.raises(UserError, match=r"runs here: runs/tiny"):
+    with pytest.raises(UserError, match=r"available runs: runs/tiny"):
         run_dir("empty")
     assert run_dir("tiny").samefile(root)

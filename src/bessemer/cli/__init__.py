@@ -1,7 +1,7 @@
-"""The command line: one verb per thing a user wants.
+"""The command line: one command per task of a user.
 
 Nothing heavy is imported before a command has its arguments, so `bessemer --help` is instant. Figures go to standard
-output (as JSON with --json), everything else to standard error. Exit status: 0 done, 2 a mistake the user can mend
+output (as JSON with --json), everything else to standard error. Exit status: 0 done, 2 an error that the user can fix
 (`error: ...`), 130 stopped by a signal with everything saved.
 """
 
@@ -36,13 +36,13 @@ def main() -> None:
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
-    """What is said to users, in one line and without the place in the program."""
+    """Prints a warning on one line, without the place in the source."""
     name = "warning" if category is UserWarning else category.__name__
     print(f"{name}: " + " ".join(str(message).split("\n")), file=sys.stderr)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         print(f"bessemer {__version__}")
         raise typer.Exit
 

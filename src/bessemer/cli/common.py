@@ -1,4 +1,4 @@
-"""What the commands share: the program, options that several have, JSON."""
+"""Shared by the commands: the program, common options, JSON output."""
 
 import json
 from enum import StrEnum
@@ -17,11 +17,11 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or a run: its last finished model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same text.")]
-Drafts = Annotated[int, typer.Option(min=0, max=8, help="Tokens that the MTP module guesses ahead at each step.")]
+Drafts = Annotated[int, typer.Option(min=0, max=8, help="Tokens that the MTP module drafts at each step.")]
 Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the decoding steps: a minute or two the first time, then faster.")
 ]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 picks the most likely token.")]
 
 
 class YesNo(StrEnum):

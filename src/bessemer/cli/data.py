@@ -1,4 +1,4 @@
-"""Commands about training text: build it, check it."""
+"""Commands on training text: build and check."""
 
 import sys
 from pathlib import Path
@@ -19,10 +19,10 @@ def build(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override table.key or SOURCE.key; may be repeated."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to put it. Default: data/NAME.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output directory. Default: data/NAME.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read, filter, deduplicate, decontaminate and tokenise; what is done already is not done again."""
+    """Read, filter, deduplicate, decontaminate and tokenise; finished jobs are skipped."""
     from bessemer.curate import report
     from bessemer.pipeline import curation
 
@@ -31,28 +31,28 @@ def build(
     try:
         facts = curation.build(loaded, folder)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
     if as_json:
         print_json(facts | {"directory": str(folder)})
         return
     print(report.text(facts))
-    print(f"\nall of it: {folder / 'report.json'}; in a training recipe:")
+    print(f"\nfull report: {folder / 'report.json'}; for a training recipe:")
     parts = ", ".join(f'{part} = "shards:{folder / part}"' for part in facts["parts"])
     print(f"parts = {{ {parts} }}")
 
 
 @data.command()
 def check(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What data build made.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output directory of data build.")],
     as_json: AsJson = False,
 ) -> None:
     """Compare every file of a build with its checksum."""
     from bessemer.curate.output import check as compare
 
-    found = compare(folder)
+    facts = compare(folder)
     if as_json:
-        print_json(found)
+        print_json(facts)
         return
-    parts = ", ".join(f"{name} {part['tokens']:,} tokens" for name, part in found["parts"].items())
-    print(f"{folder} is as it was written: {found['documents']} document files; {parts}")
+    parts = ", ".join(f"{name} {part['tokens']:,} tokens" for name, part in facts["parts"].items())
+    print(f"{folder} is intact: {facts['documents']} document files; {parts}")

@@ -1,4 +1,4 @@
-"""`bessemer doctor`: what this machine has, measured, and what will be slow on it and why.
+"""`bessemer doctor`: the measured capabilities of this machine, what will be slow on it, and why.
 
 `examine` gathers facts (plain JSON) with notes, each of a level: ok, slow (it works, at a stated cost) or bad (it does
 not work until fixed). `describe` is the text for a terminal.
@@ -46,7 +46,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "fp8": [list(row) for row in backends.table("cuda" if torch.cuda.is_available() else "cpu")],
         "sandbox": sandbox.level(),
         "sandbox_trials": {name: sandbox.trial(name) for name in sandbox.LEVELS},
-        "compiler": next((found for name in _compilers() if (found := shutil.which(name))), None),
+        "compiler": next((path for name in _compilers() if (path := shutil.which(name))), None),
         "memory_gb": total,
         "memory_available_gb": available,
         "folder": str(folder),
@@ -156,7 +156,7 @@ def _about_memory(facts: dict[str, Any]) -> tuple[str, str, str]:
         return "memory", "ok", "unknown on this system"
     text = f"{available:.1f} of {total:.1f} GB free"
     if available < _NEED_MEMORY_GB:
-        return "memory", "bad", f"{text}: less than the {_NEED_MEMORY_GB:.0f} GB a run needs; close something"
+        return "memory", "bad", f"{text}: less than the {_NEED_MEMORY_GB:.0f} GB a run needs; close other programs"
     return "memory", "ok", text
 
 

@@ -1,4 +1,4 @@
-"""A run on many ranks: joining those that torchrun started, or starting them here."""
+"""A run on many ranks: join the ranks that torchrun started, or start them on this machine."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 
 def start(recipe: Recipe, root: Path) -> Ranks | None:
-    """None: one process runs it all. Where the recipe's [layout] needs more and nobody has started them, they are
-    started here, and this process ends as they do."""
-    wanted = recipe.layout.fewest
+    """The ranks of this run; None when one process runs it all. If the recipe's [layout] needs more and none have been
+    started, this process starts them and exits with their status."""
+    n_ranks = recipe.layout.fewest
     from bessemer.dist.ranks import Ranks
 
     if not Ranks.started():
-        if wanted > 1:
-            for config in recipe.stages:  # what ranks would refuse
+        if n_ranks > 1:
+            for config in recipe.stages:  # errors that every rank would raise
                 find_kind(config.kind)().resolve(config, recipe)
             from bessemer.dist.ranks import launch
 
-            print(f"{wanted} ranks on this machine ([layout])", file=sys.stderr)
-            sys.exit(launch(wanted, sys.argv[1:], lambda: sorted(root.glob("*/state/step-*"))))
+            print(f"{n_ranks} ranks on this machine ([layout])", file=sys.stderr)
+            sys.exit(launch(n_ranks, sys.argv[1:], lambda: sorted(root.glob("*/state/step-*"))))
         return None
-    if Ranks.world_size() == 1 and wanted == 1:
+    if Ranks.world_size() == 1 and n_ranks == 1:
         return None
     try:
         return Ranks.join({"recipe": recipe.to_toml()}, recipe.layout.timeout)
@@ -44,7 +44,7 @@ def start(recipe: Recipe, root: Path) -> Ranks | None:
 
 @contextmanager
 def together(ranks: Ranks | None) -> Iterator[None]:
-    """Around the run: an error that all ranks find is said once, and one that is gone ends all that wait for it."""
+    """Wraps the run: an error that all ranks raise is printed once, and a lost rank ends the ranks that wait for it."""
     if ranks is None:
         yield
         return
@@ -57,13 +57,13 @@ def together(ranks: Ranks | None) -> Iterator[None]:
             raise
         from bessemer.dist import watchdog
 
-        time.sleep(1.0)  # who started us should meet first the rank that is gone
+        time.sleep(1.0)  # so that the launcher notices the lost rank first
         if ranks.first_to_report("lost"):
-            words = found[0] if (found := re.findall(r"Connection \w+ by peer", str(error))) else str(error)[:200]
+            words = matches[0] if (matches := re.findall(r"Connection \w+ by peer", str(error))) else str(error)[:200]
             print(f"error: lost another rank ({words}); the same command goes on from the last checkpoint",
                   file=sys.stderr)  # fmt: skip
         sys.stderr.flush()
-        os._exit(watchdog.LOST)  # the groups cannot be taken down in order any more
+        os._exit(watchdog.LOST)  # the process groups can no longer be destroyed in order
     finally:
         if sys.exc_info()[0] is None:
             ranks.leave()

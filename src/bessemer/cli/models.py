@@ -1,4 +1,4 @@
-"""Commands on model directories: other formats, experts on a cluster."""
+"""Commands on model directories: conversion, and placement of experts on a cluster."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -32,54 +32,52 @@ def convert(
         Path,
         typer.Argument(
             metavar="SRC",
-            help="A Hugging Face model directory, or a checkpoint of a training "
-            "(RUN/NN-STAGE/state/step-...), whatever layout wrote it.",
+            help="A Hugging Face model directory, or a training checkpoint "
+            "(RUN/NN-STAGE/state/step-...), written on any layout.",
         ),
     ],
-    dst: Annotated[Path, typer.Argument(metavar="DST", help="Where to write the new one.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="Where to write the result.")],
     to: Annotated[Format, typer.Option("--to", help="hf: a directory; gguf: one file for llama.cpp.")] = Format.hf,
     mtp: Annotated[
         bool | None, typer.Option("--mtp/--no-mtp", help="Keep the multi-token-prediction layers. Default: hf yes.")
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Number format. Default: as it is; bfloat16 beside FP8 matrices.")
+        Dtype | None, typer.Option(help="Dtype. Default: unchanged; bfloat16 next to FP8 matrices.")
     ] = None,
     fp8: Annotated[
         bool, typer.Option("--fp8", help="Matrices in FP8 with a scale per 128 x 128 tile, as V3 was released.")
     ] = False,
     scales: Annotated[
-        Scales | None, typer.Option(help="Of --fp8. ue8m0: powers of two, as V3.1 was released. Default: float32.")
+        Scales | None, typer.Option(help="With --fp8. ue8m0: powers of two, as V3.1 was released. Default: float32.")
     ] = None,
 ) -> None:
     """Rewrite a model directory: FP8 to plain and back, with or without MTP, another dtype, or as a GGUF file."""
-    wanted = dtype.value if dtype else None
+    target = dtype.value if dtype else None
     trained = (src / "manifest.json").is_file()
     if trained and to is Format.gguf:
-        raise UserError(
-            f"{src} is a checkpoint of a training; convert it to a model directory first, then that to GGUF"
-        )
+        raise UserError(f"{src} is a training checkpoint; convert it to a model directory first, then that to GGUF")
     if scales and not fp8:
         raise UserError("--scales: only FP8 matrices have scales; add --fp8 or leave it out")
     if to is Format.gguf:
         if fp8:
-            raise UserError("--fp8: a GGUF file has no FP8 in tiles; leave --fp8 out, or take --to hf")
+            raise UserError("--fp8: a GGUF file has no FP8 in tiles; leave --fp8 out, or use --to hf")
         if mtp:
             raise UserError("--mtp: a GGUF file of this architecture has no place for MTP layers; leave --mtp out")
         from bessemer.hf.gguf_file import write
 
-        write(src, dst, wanted)
+        write(src, dst, target)
         print(dst)
         return
     how: dict[str, Any] = {
         "mtp": mtp is not False,
-        "dtype": wanted,
+        "dtype": target,
         "fp8": (scales or Scales.float32).value if fp8 else None,
     }
     if trained:
         from bessemer.dist.sharded_checkpoint import of_checkpoint
-        from bessemer.runs.directory import tokenizer_beside
+        from bessemer.runs.directory import tokenizer_of_checkpoint
 
-        of_checkpoint(src, dst, tokenizer_dir=tokenizer_beside(src), **how)
+        of_checkpoint(src, dst, tokenizer_dir=tokenizer_of_checkpoint(src), **how)
     else:
         from bessemer.hf.hub import convert as rewrite
 
@@ -92,17 +90,17 @@ def placement(
     model: Model,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that the experts are spread over.")],
     replicas: Annotated[
-        int | None, typer.Option(min=1, help="Places for experts in all. Default: one each, rounded up to the GPUs.")
+        int | None, typer.Option(min=1, help="Expert replicas in total. Default: the experts, rounded up to the GPUs.")
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines that the GPUs stand in.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines that hold the GPUs.")] = 1,
     task: Annotated[list[str] | None, typer.Option(help="Traffic: problems of a task; may be repeated.")] = None,
     file: Annotated[Path | None, typer.Option(help="Traffic: prompts, as bessemer generate takes them.")] = None,
     problems: Annotated[int, typer.Option(min=1, help="Problems of each task.")] = 32,
-    loads: Annotated[Path | None, typer.Option(help="A file that keeps the loads from one call to the next.")] = None,
+    loads: Annotated[Path | None, typer.Option(help="File that stores the loads between calls.")] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Place the experts on GPUs by their real loads (EPLB), and say what that is worth."""
+    """Place the experts on GPUs by their measured loads (EPLB), and print the gain."""
     from bessemer.engine import placement as placing
     from bessemer.engine.engine import read_prompts
     from bessemer.hf.hub import read_config

@@ -1,4 +1,4 @@
-"""The verb that answers before anything runs."""
+"""`bessemer plan`: cost and fit of a run, before it runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def plan(
     words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL|RECIPE]", help="A preset such as v3, or a "
                                                       "recipe.")] = None,
-    cluster: Annotated[str | None, typer.Option(metavar="NxDEVICE", help="What it would run on: 2048xH800.")] = None,
+    cluster: Annotated[str | None, typer.Option(metavar="NxDEVICE", help="Devices, such as 2048xH800.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="layout.pp, layout.ep, "
                     "layout.dp, node, schedule, tokens, batch, seq, micro_rows, precision, mtp, routing, recompute, "
                     "stages, in_step, usd, model.KEY; several after it, or repeated. With --here as in a run.")] = None,
@@ -38,7 +38,7 @@ def plan(
     costs: Annotated[str, typer.Option(metavar="F,I,W[,F&B]", help="With --schedule: times of a stage's forward, input "
                                        "gradients, weight gradients, and of an overlapped pair (default: the "
                                        "sum).")] = "1,1,1",
-    svg: Annotated[Path | None, typer.Option(help="With --schedule: draw it into this file.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="With --schedule: write its chart to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """What a run would cost, whether it fits, and whether a published claim can be true."""
@@ -83,16 +83,16 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
     given = plan_config.parse(settings)
     name, cfg, config, recipe = plan_config.resolve(target, given)
     if on is None:
-        raise UserError("say what it would run on: --cluster 2048xH800 (or --here, for this machine)")
+        raise UserError("name the devices to plan for: --cluster 2048xH800 (or --here, for this machine)")
     devices = parse_cluster(on)
     rl_only = recipe is not None and config.tokens is None and any(stage.kind == "rl" for stage in recipe.stages)
     tokens = 0.0 if rl_only else plan_config.tokens_of(config, name)
-    found = None
-    if search or (not given.has_layout and devices.size % config.ranks):  # or the layout is another cluster's
+    result = None
+    if search or (not given.has_layout and devices.size % config.ranks):  # or the layout is for another cluster
         config = config.for_search(given)
     if search or (not config.has_layout and devices.size > 1):
-        found = best_layouts(cfg, config, devices)
-        setup = found.candidates[0].setup
+        result = best_layouts(cfg, config, devices)
+        setup = result.candidates[0].setup
     else:
         setup = plan_config.setup(config, cfg, devices)
     price = config.usd or devices.device.usd_hour
@@ -108,13 +108,13 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
             write_atomic(html, plan_page.document(name, made, ideas))
     if as_json:
         facts = made.facts() | {"name": name, "without": ideas, "rl": stages, "serving": offer}
-        if found is not None:
-            facts |= {"considered": found.considered, "runners_up": [one.facts() for one in found.candidates[1:]],
-                      "refused": dict(found.rejected)}  # fmt: skip
+        if result is not None:
+            facts |= {"considered": result.considered, "runners_up": [one.facts() for one in result.candidates[1:]],
+                      "refused": dict(result.rejected)}  # fmt: skip
         print_json(facts)
         return
-    if found is not None:
-        print(render.describe_search(found) + "\n")
+    if result is not None:
+        print(render.describe_search(result) + "\n")
     print(render.describe(name, made, ideas, stages, offer))
     if html is not None:
         print(html)
@@ -125,11 +125,11 @@ def _here(target: str, overrides: list[str], run: Path | None, as_json: bool) ->
     from bessemer.plan.estimate import estimate
 
     recipe = Recipe.load(target, overrides)
-    found = estimate(recipe, run=run or Path("runs") / recipe.name)
+    prediction = estimate(recipe, run=run or Path("runs") / recipe.name)
     if as_json:
-        print_json(found.facts())
+        print_json(prediction.facts())
     else:
-        print(found.describe())
+        print(prediction.describe())
 
 
 def _schedule(name: str, pp: int, micro: int, costs: str, svg: Path | None, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Commands about runs: make one, look at it, measure its models."""
+"""Commands on runs: run a recipe, write its report, evaluate its models."""
 
 import sys
 from pathlib import Path
@@ -19,16 +19,21 @@ def run(
     out: Annotated[Path | None, typer.Option(help="The run's directory. Default: runs/NAME.")] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     reuse: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Copy finished stages from this run where they would be equal.")
+        Path | None, typer.Option(metavar="RUN", help="Copy finished stages from this run if they would be identical.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Lay the pre-training out over its ranks, here, and say what each holds.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Lay out the pre-training over its ranks on this machine, and print what each holds."
+        ),
     ] = False,
-    world: Annotated[int | None, typer.Option(min=1, metavar="N", help="With --dry-run: how many ranks.")] = None,
-    device: Annotated[str | None, typer.Option(help="With --dry-run: whether it fits on this, such as H800.")] = None,
+    world: Annotated[int | None, typer.Option(min=1, metavar="N", help="With --dry-run: number of ranks.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="With --dry-run: check whether it fits on this device, such as H800.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe; what is finished is skipped, what was interrupted goes on."""
+    """Run a recipe; finished stages are skipped, an interrupted stage continues."""
     if dry_run:
         _dry_run(recipe, set_ or [], world, device, as_json)
         return
@@ -77,17 +82,17 @@ def _dry_run(recipe: Path, overrides: list[str], world: int | None, device: str 
     from bessemer.config.recipe import Recipe
     from bessemer.plan import dry_run
 
-    found = dry_run.of_recipe(Recipe.load(recipe, overrides), world, device)
+    layout = dry_run.of_recipe(Recipe.load(recipe, overrides), world, device)
     if as_json:
-        print_json(found.facts())
+        print_json(layout.facts())
     else:
-        print(dry_run.describe(found))
+        print(dry_run.describe(layout))
 
 
 @app.command()
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or its name under runs/.")],
-    open_: Annotated[YesNo, typer.Option("--open", help="Show it in the browser.")] = YesNo.no,
+    open_: Annotated[YesNo, typer.Option("--open", help="Open it in the browser.")] = YesNo.no,
 ) -> None:
     """Write the run's report card, one HTML file."""
     from bessemer.report import card
@@ -101,10 +106,10 @@ def report(
 
 @app.command()
 def doctor(
-    folder: Annotated[Path, typer.Option("--folder", help="Where runs would be kept.")] = Path("runs"),
+    folder: Annotated[Path, typer.Option("--folder", help="Where runs would be stored.")] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """What this machine is good for, and what will be slow on it."""
+    """Measure this machine: what it can run, and what will be slow on it."""
     from bessemer.cli import doctor as machine
 
     facts = machine.examine(folder)
@@ -121,9 +126,13 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(min=1, help="Answers per problem. Default: 8.")] = None,
     problems: Annotated[int | None, typer.Option(min=1, help="Held-out problems per task. Default: 100.")] = None,
     k: Annotated[int | None, typer.Option("--k", min=1, help="k of pass@k and maj@k. Default: all answers.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="Default: 1; 0 takes the likeliest token.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus. Default: 1 (R1: 0.95).")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per answer, at most. Default: 200.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Default: 1; 0 picks the most likely token.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Nucleus threshold. Default: 1 (R1: 0.95).")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens per answer. Default: 200.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answers. Default: 0.")] = None,
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", metavar="TASK[,TASK]", help="Tasks of lm-eval, after those of --task.")
@@ -164,7 +173,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_used(what_for: str, used: object, options: dict[str, Any]) -> None:
-    """Refuse options that could have no effect."""
+    """UserError for options that have no effect."""
     if not used and (given := _given(options)):
         name = next(iter(given)).replace("max_new_tokens", "max_tokens").replace("_", "-")
         raise UserError(f"--{name} has no effect without {what_for}; add {what_for}, or leave it out")
@@ -174,7 +183,9 @@ def _check_used(what_for: str, used: object, options: dict[str, Any]) -> None:
 def keys(
     kind: Annotated[
         str | None,
-        typer.Argument(metavar="[KIND]", help="One stage kind, or data: a data recipe. Default: a recipe's, all."),
+        typer.Argument(
+            metavar="[KIND]", help="A stage kind, or data for a data recipe. Default: all keys of a training recipe."
+        ),
     ] = None,
 ) -> None:
     """Every key a recipe may have, its default and what it does."""

@@ -1,4 +1,4 @@
-"""Commands that let a model speak: on the terminal, over HTTP, for a file of prompts."""
+"""Commands that generate text: for prompts, on the terminal, over HTTP."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -20,13 +20,13 @@ class Reasoning(StrEnum):
 @app.command()
 def generate(
     model: Model,
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to go on from.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue.")] = None,
     file: Annotated[
         Path | None, typer.Option(help='More prompts: one a line, or {"prompt": "..."} a line in a .jsonl file.')
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens each.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum new tokens per text.")] = 128,
     temperature: Temperature = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus; 1 keeps all tokens.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus threshold; 1 keeps all tokens.")] = 1.0,
     drafts: Drafts = 0,
     compile: Compile = False,
     seed: Seed = 0,
@@ -53,7 +53,7 @@ def generate(
 @app.command()
 def chat(
     model: Model,
-    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens per answer.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum new tokens per answer.")] = 256,
     temperature: Temperature = 0.6,
     drafts: Drafts = 0,
     compile: Compile = False,
@@ -72,13 +72,13 @@ def chat(
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to serve at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(envvar="BESSEMER_API_KEY", help="Only who sends it may use the models.")
+        str | None, typer.Option(envvar="BESSEMER_API_KEY", help="Key that every client must send.")
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Answers written at once, per model.")] = 64,
-    waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait; more are refused with 429.")] = 256,
-    cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a model's cache holds.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Answers generated in parallel, per model.")] = 64,
+    waiting: Annotated[int, typer.Option(min=0, help="Answers that may queue; more are rejected with 429.")] = 256,
+    cache_tokens: Annotated[int | None, typer.Option(min=1, help="Capacity of a model's KV cache in tokens.")] = None,
     drafts: Drafts = 0,
     compile: Compile = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads per model. Default: all cores but one.")] = None,
@@ -87,7 +87,9 @@ def serve(
         list[str] | None, typer.Option(help="A web origin whose pages may call the API; may be repeated.")
     ] = None,
     reasoning_format: Annotated[Reasoning, typer.Option(help="Where thoughts go in an answer.")] = Reasoning.auto,
-    drain: Annotated[float, typer.Option(min=0.0, help="Seconds for answers under way when told to stop.")] = 30.0,
+    drain: Annotated[
+        float, typer.Option(min=0.0, help="Seconds to finish running answers after a stop signal.")
+    ] = 30.0,
     force: Annotated[bool, typer.Option("--force", help="Serve other machines without an API key.")] = False,
 ) -> None:
     """Serve the models of a run: an OpenAI-compatible API and a chat page."""

@@ -28,7 +28,7 @@ from bessemer.data.fetch import cache_dir
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import Stage, find_kind
 from bessemer.runs.context import Interrupted, StageContext, StopFlag, signals
-from bessemer.runs.directory import RunDir, damage, difference, digest, stage_folders, write_begun, write_done
+from bessemer.runs.directory import RunDir, damage, difference, digest, stage_folders, write_done, write_stage_record
 from bessemer.runs.files import explained, read_json, sync_folder, write_atomic, write_json
 from bessemer.runs.metrics import Metrics, NoMetrics, StageMetrics, read_lines
 from bessemer.runs.progress import RunProgress
@@ -130,12 +130,12 @@ def _set_aside_stale(plan: list[_Planned], rundir: RunDir, metrics: Metrics, pro
     for item in plan:
         if not item.folder.exists() or all(_is_temporary(path) for path in item.folder.iterdir()):
             continue
-        begun = read_json(item.folder / "stage.json")
-        if begun is not None and begun.get("fingerprint") == digest(item.identity):
+        record = read_json(item.folder / "stage.json")
+        if record is not None and record.get("fingerprint") == digest(item.identity):
             continue
         why = "its record is missing"
-        if begun:
-            why = difference(begun["identity"], item.identity, item.config.renamed)
+        if record:
+            why = difference(record["identity"], item.identity, item.config.renamed)
         aside = rundir.set_aside(item.folder, item.name, metrics)
         progress.say(f"{item.name}: {why}; the old one is moved to {aside}")
 
@@ -188,13 +188,13 @@ def _finished(
     item: _Planned, inputs: dict[str, str], rundir: RunDir, metrics: Metrics, progress: RunProgress
 ) -> dict[str, Any] | None:
     """The record of a stage that need not run; None when it must, with what is in its way moved aside."""
-    begun = read_json(item.folder / "stage.json")
+    record = read_json(item.folder / "stage.json")
     done = read_json(item.folder / "done.json")
-    if begun is None:
+    if record is None:
         return None
     why = ""
-    if begun.get("inputs") != inputs:
-        changed = [name for name in inputs if begun.get("inputs", {}).get(name) != inputs[name]]
+    if record.get("inputs") != inputs:
+        changed = [name for name in inputs if record.get("inputs", {}).get(name) != inputs[name]]
         why = f"the output of {' and '.join(changed)} is not the one it was made from"
     elif done is not None and (damaged := damage(item.folder, done)):
         why = damaged
@@ -210,7 +210,7 @@ def _run_one(item: _Planned, ctx: StageContext, inputs: dict[str, str], root: Pa
         ctx.dir.mkdir(exist_ok=True)
         for leftover in filter(_is_temporary, [*ctx.dir.iterdir(), *root.iterdir()]):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        write_begun(ctx.dir, item.identity, inputs)
+        write_stage_record(ctx.dir, item.identity, inputs)
         ctx.spent = (read_json(ctx.dir / "wall.json") or {}).get("seconds", 0.0)
         if not (ctx.dir / "state").exists():
             ctx.rewind(-1)  # nothing to go on from: the stage starts over, and so do its lines
@@ -224,9 +224,9 @@ def _run_one(item: _Planned, ctx: StageContext, inputs: dict[str, str], root: Pa
                 summary = item.stage.run(item.config, ctx)
             except Interrupted:
                 raise Interrupted(_how_to_go_on(ctx.recipe, root, item.name, "in")) from None
-        begun = read_json(ctx.dir / "stage.json")
-        assert begun is not None
-        return write_done(ctx.dir, begun, summary, ctx.elapsed())
+        record = read_json(ctx.dir / "stage.json")
+        assert record is not None
+        return write_done(ctx.dir, record, summary, ctx.elapsed())
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class StageContext:
     """The folder of the stage it starts `from`; None for the first stage."""
     recipe: Recipe
     cache: Path
-    """Where downloads are kept between runs."""
+    """Where downloads are cached between runs."""
     metrics: StageMetrics
     progress: StageProgress
     stop_flag: StopFlag
@@ -93,7 +93,7 @@ class StageContext:
 
     @property
     def state(self) -> Path:
-        """The folder for what the stage needs to go on after a kill; made on first use."""
+        """Folder of the state that the stage needs to continue after a kill; created on first use."""
         (self.dir / "state").mkdir(exist_ok=True)
         return self.dir / "state"
 
@@ -141,7 +141,7 @@ class StageContext:
         self.progress.say(text)
 
     def sample(self, step: int, tokens: int, text: str, title: str = "") -> None:
-        """Append to `samples.md`. The text is indented, so nothing a model writes can pass for a heading."""
+        """Append to `samples.md`. The text is indented, so a model's text cannot look like a heading."""
         if not self.leads:
             return
         body = "\n".join("    " + line for line in text.split("\n"))
@@ -159,7 +159,7 @@ class StageContext:
         file.close()
 
     def rewind(self, step: int) -> None:
-        """Forget metrics, samples and rollouts written after `step` (-1: all of them)."""
+        """Drop metrics, samples and rollouts written after `step` (-1: all of them)."""
         if not self.leads:
             return
         self.metrics.rewind(step)
@@ -172,14 +172,14 @@ class StageContext:
 
 
 def _rewind_samples(path: Path, step: int) -> None:
-    kept, keeping = [], True
+    remaining, keep = [], True
     with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         for line in file:
             if heading := re.match(r"## step (\d+) ", line):
-                keeping = int(heading[1]) <= step
-            if keeping:
-                kept.append(line)
-    write_atomic(path, "".join(kept))
+                keep = int(heading[1]) <= step
+            if keep:
+                remaining.append(line)
+    write_atomic(path, "".join(remaining))
 
 
 class Every:

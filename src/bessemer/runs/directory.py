@@ -2,13 +2,13 @@
 
     runs/NAME/{recipe.toml, metrics.jsonl, conformance.json, report.html, NN-stage/, NN-stage.stale-K/}
 
-`stage.json` says what a stage was made from, `done.json` that its output is whole. `identity` is everything a stage's
-output follows from: format, settings, seed, model, derived facts, and the fingerprints of its inputs; its hash is the
-fingerprint. `done.json` is written last and atomically, with size and sha256 of every output file, so it exists exactly
-when the stage is complete. Output is every file of the stage's folder outside `state/`, except the records.
+`stage.json` records what a stage was made from, `done.json` that its output is complete. `identity` is everything that
+determines a stage's output: format, settings, seed, model, derived facts, and the fingerprints of its inputs; its hash
+is the fingerprint. `done.json` is written last and atomically, with size and sha256 of every output file, so it exists
+exactly when the stage is complete. Output is every file of the stage's folder outside `state/`, except the records.
 
 Invariants: one process at a time (a POSIX lock on `.lock`, which the system frees even after kill -9); one recipe name
-per directory; nothing a stage made is deleted, only moved aside.
+per directory; no output of a stage is deleted, only moved aside.
 """
 
 import fcntl
@@ -49,10 +49,10 @@ class RunDir:
                     f"cannot make the folder {root} ({error.strerror}); choose another one with --out"
                 ) from None
             if not (root / "recipe.toml").exists():
-                strangers = sorted(path.name for path in root.iterdir() if path.name != ".lock")
-                if strangers:
+                other_files = sorted(path.name for path in root.iterdir() if path.name != ".lock")
+                if other_files:
                     raise UserError(
-                        f"{root} is not a run directory and not empty (it holds {', '.join(strangers[:3])}); "
+                        f"{root} is not a run directory and not empty (it holds {', '.join(other_files[:3])}); "
                         "choose another folder with --out"
                     )
             elif (owner := recipe_name(root)) != name:
@@ -74,12 +74,13 @@ class RunDir:
             write_atomic(path, text)
 
     def folder(self, number: int, name: str) -> Path:
-        """The folder of stage `name`, `number`-th of the recipe (from 1); renumbered when stages came before it."""
-        wanted = self.root / f"{number:02d}-{name}"
+        """The folder of stage `name`, `number`-th of the recipe (from 1); renumbered if stages were inserted before
+        it."""
+        folder = self.root / f"{number:02d}-{name}"
         for found_number, found_name, path in stage_folders(self.root):
             if found_name == name and found_number != number:
-                os.rename(path, wanted)
-        return wanted
+                os.rename(path, folder)
+        return folder
 
     def set_aside(self, folder: Path, name: str, metrics: Metrics) -> Path:
         """Move a stage's folder to NN-name.stale-K, its metric lines with it."""
@@ -125,12 +126,12 @@ def recipe_name(root: Path) -> str:
 
 
 def stage_folders(root: Path) -> list[tuple[int, str, Path]]:
-    """(number, stage name, folder) in order; folders that were set aside are not among them."""
-    found = []
+    """(number, stage name, folder) in order, without folders that were set aside."""
+    folders = []
     for path in root.iterdir():
         if path.is_dir() and (match := _STAGE.fullmatch(path.name)):
-            found.append((int(match[1]), match[2], path))
-    return sorted(found)
+            folders.append((int(match[1]), match[2], path))
+    return sorted(folders)
 
 
 def run_dir(given: str | Path) -> Path:
@@ -159,7 +160,7 @@ def model_dir(given: str | Path) -> Path:
     raise UserError(f"no model or run at {given}; {_runs()}")
 
 
-def tokenizer_beside(checkpoint: Path) -> Path | None:
+def tokenizer_of_checkpoint(checkpoint: Path) -> Path | None:
     """The tokenizer that belongs to a checkpoint RUN/NN-STAGE/state/step-...: its stage's, or the run's."""
     stage = checkpoint.resolve().parents[1]
     places = [stage / "state" / "tokenizer", stage / "model", *sorted(stage.parent.glob("*/tokenizer"))]
@@ -168,14 +169,14 @@ def tokenizer_beside(checkpoint: Path) -> Path | None:
 
 def writing_models(root: Path) -> list[tuple[str, Path]]:
     """(stage, folder) of every finished model that writes text; reward models do not."""
-    found = []
+    models = []
     for _, name, folder in stage_folders(root):
         config = read_json(folder / "model" / "config.json")
         if config is None or not (folder / "done.json").is_file():
             continue
         if not str(config.get("architectures", "")).count("ForSequenceClassification"):
-            found.append((name, folder))
-    return found
+            models.append((name, folder))
+    return models
 
 
 def _last_model(root: Path) -> Path:
@@ -192,8 +193,8 @@ def _last_model(root: Path) -> Path:
 
 
 def _runs() -> str:
-    found = sorted(path.parent.name for path in Path("runs").glob("*/recipe.toml"))
-    return f"runs here: {', '.join(f'runs/{name}' for name in found)}" if found else "there are no runs here yet"
+    names = sorted(path.parent.name for path in Path("runs").glob("*/recipe.toml"))
+    return f"available runs: {', '.join(f'runs/{name}' for name in names)}" if names else "runs/ holds no runs yet"
 
 
 def digest(value: object) -> str:
@@ -201,7 +202,7 @@ def digest(value: object) -> str:
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], renamed: dict[str, str]) -> str:
-    """In words, what separates two identities: 'lr 0.003 -> 0.001, seed 7 -> 8'.
+    """The differences of two identities as text: 'lr 0.003 -> 0.001, seed 7 -> 8'.
 
     Identities hold the old names of `renamed` keys (old -> new); the text has the new ones.
     """
@@ -231,17 +232,17 @@ def _short(value: object) -> str:
     return "nothing" if value is None else text if len(text) <= 40 else text[:37] + "..."
 
 
-def write_begun(folder: Path, what: dict[str, Any], inputs: dict[str, str]) -> None:
+def write_stage_record(folder: Path, what: dict[str, Any], inputs: dict[str, str]) -> None:
     """`inputs` maps the stages it reads to the digests of their output, which a rerun may change."""
     write_json(folder / "stage.json", {"fingerprint": digest(what), "identity": what, "inputs": inputs})
 
 
-def write_done(folder: Path, begun: dict[str, Any], summary: dict[str, Any], seconds: float) -> dict[str, Any]:
+def write_done(folder: Path, record: dict[str, Any], summary: dict[str, Any], seconds: float) -> dict[str, Any]:
     files = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)} for path in outputs(folder)
     }
     done = {
-        "fingerprint": begun["fingerprint"], "inputs": begun["inputs"], "summary": summary,
+        "fingerprint": record["fingerprint"], "inputs": record["inputs"], "summary": summary,
         "seconds": round(seconds, 3),
         "outputs": files, "digest": digest(files), "version": __version__,
     }  # fmt: skip
@@ -259,7 +260,7 @@ def outputs(folder: Path) -> list[Path]:
 
 
 def damage(folder: Path, done: dict[str, Any]) -> str:
-    """Why the recorded output is no longer there as it was written; '' when it is."""
+    """How the output differs from its record; '' when it is intact."""
     for name, fact in done["outputs"].items():
         path = folder / name
         if not path.is_file():

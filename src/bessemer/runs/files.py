@@ -39,7 +39,8 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable. Some file systems refuse to sync a folder; then the rename has to do."""
+    """Make a rename in `folder` durable. Some file systems refuse to sync a folder; the rename alone must suffice
+    there."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -55,8 +56,8 @@ def sha256(path: Path) -> str:
 
 
 def explain(error: BaseException, path: Path) -> UserError | None:
-    """The UserError that `error` amounts to, or None when it is a bug. `path` is named when the error names none."""
-    # libraries that write from Rust or C++ (safetensors, torch) raise their own types; the words are the system's
+    """The UserError for `error`, or None when it is a bug. The message names `path` if the error names no file."""
+    # libraries that write from Rust or C++ (safetensors, torch) raise their own types, with the system's message
     number = error.errno if isinstance(error, OSError) else None
     where = error.filename if isinstance(error, OSError) and error.filename else path
     if number in _FULL or "No space left on device" in str(error):
@@ -85,7 +86,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a record; None when there is none, or when it is unreadable and so worth nothing."""
+    """The object in a record; None when the file is missing or unreadable."""
     try:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

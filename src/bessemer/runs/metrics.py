@@ -20,7 +20,7 @@ from bessemer.runs.files import write_atomic
 
 
 def plain(value: Any) -> Any:
-    """Numbers, lists and tensors as JSON knows them: not-a-number and infinities become null."""
+    """Numbers, lists and tensors as plain JSON: not-a-number and infinities become null."""
     if hasattr(value, "tolist"):  # a tensor or an array of any rank
         value = value.tolist()
     if isinstance(value, dict):
@@ -48,9 +48,9 @@ class LineFile:
             while end > 0:
                 start = max(0, end - 65536)
                 file.seek(start)
-                found = file.read(end - start).rfind(b"\n")
-                if found >= 0:
-                    end = start + found + 1
+                newline = file.read(end - start).rfind(b"\n")
+                if newline >= 0:
+                    end = start + newline + 1
                     break
                 end = start
             if end < size:
@@ -62,12 +62,13 @@ class LineFile:
             data = data[self._file.write(data) :]
 
     def rewind(self, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-        """Drop the lines that `keep` refuses; return them. The file is replaced whole, so a kill loses nothing."""
+        """Drops the lines that `keep` rejects and returns them. The file is replaced as a whole, so a kill loses
+        nothing."""
         lines = list(read_lines(self.path))
         dropped = [line for line in lines if not keep(line)]
         if dropped:
-            kept = [line for line in lines if keep(line)]
-            text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in kept)
+            remaining = [line for line in lines if keep(line)]
+            text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in remaining)
             write_atomic(self.path, text)
             self._file.close()
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115

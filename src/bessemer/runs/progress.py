@@ -15,7 +15,7 @@ from rich.text import Text
 
 from bessemer.config.units import show_seconds, show_tokens
 
-PLAIN_EVERY = 10.0  # seconds between lines where the output is no terminal
+PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
 
 
 class RunProgress:
@@ -37,7 +37,8 @@ class RunProgress:
             )  # fmt: skip
 
     def say(self, what: RenderableType) -> None:
-        """Print text, or anything rich can draw, above the bars. Text is taken as it is, without rich's markup."""
+        """Print text, or anything that rich can render, above the bars. Text is printed verbatim, without rich's
+        markup."""
         self.console.print(Text(what) if isinstance(what, str) else what)
 
     def begin(self, name: str) -> "StageProgress":
@@ -62,7 +63,7 @@ class RunProgress:
             self._tasks = None
 
     def run_left(self, name: str, elapsed: float, left: float) -> float:
-        """Seconds left of the run while `name`, begun `elapsed` ago, has `left` to go."""
+        """Seconds left of the run while `name`, started `elapsed` seconds ago, has `left` to go."""
         measured = sum(self.spent.values()) + elapsed + left
         estimated = sum(self.estimates.get(stage, 0.0) for stage in [*self.spent, name])
         scale = measured / estimated if estimated > 0 else 1.0
