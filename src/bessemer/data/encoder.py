@@ -1,24 +1,24 @@
-"""The ids of many texts, every piece of them encoded once: the ids of `Tokenizer.encode_batch`, many times as fast.
+"""Encodes many texts, each distinct piece once: the same ids as `Tokenizer.encode_batch`, many times faster.
 
 Texts are cut into the pieces that merges may not cross; a piece, mostly a word, is looked up by a 64-bit hash of its
-characters, and only new ones are given to the tokenizer. Among 10^7 different pieces the chance that any two share a
-hash is 3 in 10^6. Tokenizers with another pre-split or a normaliser are called as they are, and so are single texts
-with an added token or with characters newer than this Python's Unicode.
+characters, and only new pieces go through the tokenizer. Among 10^7 different pieces the chance that any two share a
+hash is 3 in 10^6. A tokenizer with another pre-split or a normaliser is called directly. So is V3's for a text that
+contains an added token or a character newer than this Python's Unicode tables.
 
-The cuts are V3's pre-split on arrays, for a whole batch of texts at once: the tokenizer's three regular expressions
-(`tokenizer.DIGITS`, `CJK`, `WORDS`) take most of the time of encoding. They look at kinds of characters only, so their
-cuts follow from runs of kinds. Rule by rule, in the order of WORDS:
+The cuts reproduce V3's pre-split with array operations on a whole batch of texts, because the tokenizer's three regular
+expressions (`tokenizer.DIGITS`, `CJK`, `WORDS`) take most of the encoding time. They depend only on the kinds of
+characters, so the cuts follow from runs of kinds. Rule by rule, in the order of WORDS:
 
-    1  [ASCII punctuation][A-Za-z]+      one punctuation mark that nothing before it takes, and ASCII letters behind it
+    1  [ASCII punctuation][A-Za-z]+      one punctuation mark not taken by an earlier match, and the ASCII letters after it
     2  [^\\r\\n LPS]?[LM]+                a word, with one white space or other character before it
-    3   ?[PS]+[\\r\\n]*                   a run of punctuation, with one blank before and line breaks behind it
+    3   ?[PS]+[\\r\\n]*                   a run of punctuation, with one blank before it and line breaks after it
     4  \\s*[\\r\\n]+                      white space up to its last line break
-    5  \\s+(?!\\S)                       the rest of it, but for the last character where something follows
-    6  \\s+                             that last character, where neither 2 nor 3 took it
+    5  \\s+(?!\\S)                       the rest of it, except the last character if something follows
+    6  \\s+                             that last character, if neither 2 nor 3 takes it
        anything else                    a run of other characters is a piece
 
-Digits are cut in threes from where they begin; they, and runs of Han and kana, are fences for all of the above. Inside
-those, signs such as the middle dot are separated from letters.
+Runs of digits are cut into threes from their start. Runs of digits, Han and kana are fences: no rule above crosses one.
+Within Han and kana, signs such as the middle dot are separated from letters.
 
 The hash of a piece is h(s, e) = sum over s <= i < e of x_i B^(i - s) modulo 2^64, by prefix sums: B is odd, so B^-s
 exists.
@@ -34,20 +34,20 @@ import numpy as np
 from bessemer.data.tokenizer import CJK, DIGITS, WORDS, Tokenizer
 
 NEW = 255
-"""Not assigned in this Python's Unicode: the library may classify it, so such a text is left to the library."""
+"""Not assigned in this Python's Unicode tables. The library's may be newer, so it encodes texts with such characters."""
 LETTER, MARK, PUNCTUATION, BREAK, BLANK, SPACE, OTHER, DIGIT, HAN, HAN_SIGN, FENCE = range(11)
 WORD, SIGN, WHITE, REST, NUMBER, KANA, KANA_SIGN, EDGE = range(8)
-"""Kinds of runs; up to REST they are inside a fence."""
+"""Kinds of runs; those after REST are fences."""
 _RUN_OF = np.array([WORD, WORD, SIGN, WHITE, WHITE, WHITE, REST, NUMBER, KANA, KANA_SIGN, EDGE], np.uint8)
 _ASCII_SIGNS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 _BASE = 0x9E3779B97F4A7C15
 _INVERSE = pow(_BASE, -1, 1 << 64)
 SMALLEST_POWERS = 5 << 18
-"""Powers are made for at least this many positions at once."""
+"""Powers are computed for at least this many positions at a time."""
 
 _powers_cache: list[tuple[np.ndarray, np.ndarray]] = []
 MOST_PIECES = 1 << 20
-"""Pieces that are remembered, about 40 MB; then all are forgotten."""
+"""Size of the cache in pieces, about 40 MB; a full cache is cleared."""
 
 
 class Encoder:
@@ -81,7 +81,7 @@ class Encoder:
         try:
             points_C = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
         except UnicodeEncodeError:
-            self._tokenizer.encode_batch(texts)  # names the text with half a character
+            self._tokenizer.encode_batch(texts)  # raises a UserError that names the problem
             raise
         lengths = np.array([len(text) for text in texts], np.int64)
         ends = np.cumsum(lengths + 1) - 1
@@ -132,7 +132,7 @@ class Encoder:
         return np.searchsorted(self._hashes, hashes)
 
     def _forget(self) -> None:
-        """One piece is always known, the empty one, so that the table is never empty."""
+        """Clear the cache except for the empty piece, so that the table is never empty."""
         self._hashes = np.zeros(1, np.uint64)
         self._lengths = np.zeros(1, np.int64)
         self._starts = np.zeros(1, np.int64)
@@ -150,7 +150,7 @@ def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def has_v3_split(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer's pre-split is V3's and nothing else changes a text before."""
+    """Whether the tokenizer's pre-split is V3's and no earlier step changes the text."""
     if type(tokenizer) is not Tokenizer or tokenizer.spec.get("normalizer") is not None:
         return False
     spec = tokenizer.spec
@@ -166,10 +166,10 @@ def has_v3_split(tokenizer: Tokenizer) -> bool:
 
 @cache
 def kinds() -> np.ndarray:
-    """uint8 [code points]."""
+    """uint8 [code points]: the kind of each character."""
     table = np.full(0x110000, NEW, np.uint8)
     by_category = {"L": LETTER, "M": MARK, "N": DIGIT, "P": PUNCTUATION, "S": PUNCTUATION, "Z": SPACE}
-    for point in chain(range(0x40000), range(0xE0000, 0xE0200)):  # the other planes hold nothing yet
+    for point in chain(range(0x40000), range(0xE0000, 0xE0200)):  # the other planes have no assigned characters
         category = unicodedata.category(chr(point))
         table[point] = NEW if category == "Cn" else by_category.get(category[0], OTHER)
     for space in "\t\v\f\x85":
@@ -193,7 +193,7 @@ def _ascii() -> tuple[np.ndarray, np.ndarray]:
 
 
 def cuts(points_C: np.ndarray, kinds_C: np.ndarray) -> np.ndarray:
-    """Ascending places, 0 and the end among them, between which the pieces lie. A FENCE is a piece of its own."""
+    """Boundaries of the pieces, ascending, 0 and the end included. A FENCE is a piece of its own."""
     size = len(points_C)
     runs_C = _RUN_OF[kinds_C]
     begins = np.concatenate(([True], (runs_C[1:] != runs_C[:-1]) | (runs_C[1:] == EDGE)))
@@ -214,7 +214,7 @@ def cuts(points_C: np.ndarray, kinds_C: np.ndarray) -> np.ndarray:
 
 
 def _numbers(cut: np.ndarray, start: np.ndarray, end: np.ndarray, run: np.ndarray) -> None:
-    """Digits in threes."""
+    """Cut runs of digits into threes."""
     long = np.flatnonzero((run == NUMBER) & (end - start > 3))
     at = 3
     while len(long := long[end[long] - start[long] > at]):
@@ -225,16 +225,16 @@ def _numbers(cut: np.ndarray, start: np.ndarray, end: np.ndarray, run: np.ndarra
 def _white(
     cut: np.ndarray, kinds_C: np.ndarray, start: np.ndarray, end: np.ndarray, runs: tuple[np.ndarray, ...]
 ) -> np.ndarray:
-    """White space: rules 4 to 6, and what 2 and 3 take of it. Returns the starts of signs that rule 3 begins before."""
+    """White space: rules 4 to 6, and the blanks that rules 2 and 3 take. Returns the starts of signs whose blank 3 takes."""
     run, before, after = runs
     white = run == WHITE
-    # nearly all of it: one blank, which a word or sign behind it takes
+    # the common case: one blank, which the word or sign after it takes
     single = white & (end - start == 1) & (kinds_C[start] == BLANK)
     cut[end[single & (after <= SIGN)]] = False
     taken = end[single & (after == SIGN)]
     white &= ~single
     s, e, behind = start[white], end[white], after[white]
-    # line breaks right behind punctuation are rule 3's
+    # line breaks right after punctuation belong to rule 3
     begin = s.copy()
     taking = np.flatnonzero(before[white] == SIGN)
     while len(taking := taking[(begin[taking] < e[taking]) & (kinds_C[begin[taking] % len(kinds_C)] == BREAK)]):
@@ -265,7 +265,7 @@ def _signs(
     runs: tuple[np.ndarray, ...],
     taken: np.ndarray,
 ) -> None:
-    """Rule 1: a single sign and the ASCII letters behind it."""
+    """Rule 1: a single sign and the ASCII letters after it."""
     run, after = runs
     signs, letters = _ascii()
     alone = np.flatnonzero((run == SIGN) & (end - start == 1) & (after == WORD))
@@ -288,7 +288,7 @@ def hash_pieces(points_C: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> n
     """uint64 hash of every points_C[start:end]; equal pieces have equal hashes wherever they stand."""
     powers_C, inverses_C = _powers(len(points_C) + 1)
     sums_C = np.zeros(len(points_C) + 1, np.uint64)
-    # the square keeps a sum of code points from being another sum of nearby ones
+    # squared, so that sums of nearby code points do not coincide
     mixed_C = points_C.astype(np.uint64) + np.uint64(1)
     mixed_C *= mixed_C + np.uint64(0xD1B54A32D192ED03)
     np.cumsum(mixed_C * powers_C[:-1], out=sums_C[1:])

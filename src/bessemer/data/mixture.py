@@ -1,20 +1,20 @@
-"""Mixture: several sources read as one endless list of rows, where row n is found by arithmetic.
+"""Mixture: several sources read as one endless list of rows; row n is computed, without a table of rows.
 
-The cursor of a run is one integer, the number of rows consumed. It means the same on any number of workers and at any
-batch size, so resuming, or going on with another world size, reads exactly the rows that were not read yet.
+The cursor of a run is one integer, the number of rows consumed. It does not depend on the number of
+workers or the batch size, so a resumed run, even on another world size, reads exactly the rows not read yet.
 
-Row n lies in slot n mod S of period n div S. The number of slots of each source in a period is its quota, their order a
-permutation (`rows.permute`). The k-th row of a source is number `k mod n_rows` of a permutation that belongs to epoch
-`k // n_rows` of that source: no row comes twice before all have come once.
+Row n is in slot n mod S of period n div S. The number of slots of each source in a period is its quota; a permutation
+(`rows.permute`) orders the slots. The k-th row of a source is element `k mod n_rows` of the permutation of epoch
+`k // n_rows` of that source: no row repeats before every row has been read.
 
 Constant weights give every period the same counts. Weights that are functions of consumed tokens, and caps on how often
-a source may be read, give a table that is made before the run: what a period cannot give in whole rows is carried over
-to the next, so that realised shares follow the weights to a row, whatever happens to the run.
+a source may be read, use a table of counts computed before the run: fractions of rows carry over to the next period, so
+that realised shares match the weights to within a row, even if the run is interrupted.
 
-A `Curriculum` is a sequence of mixtures, each with its own row length. A step has the same number of tokens whatever
-the length of its rows, so a schedule of lengths changes nothing else in a run. Each section of the run continues a
-source where the section before it ended, as a share of that source; rows of another length are cut differently, so near
-a change of length some documents come again and some a little later.
+A `Curriculum` is a sequence of mixtures, each with its own row length. A step has the same number of tokens at
+every row length, so a schedule of lengths changes nothing else in a run. Each section continues a source at the share
+of it that earlier sections have read. Rows of another length are cut differently, so near a change of length some
+documents repeat and some come a little later.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from bessemer.errors import UserError
 SLOTS = 1000
 """Rows of a period where weights are constant."""
 PERIODS = 100_000
-"""Periods of a table, at most, approximately."""
+"""Approximate maximum number of periods in a table."""
 SHORTEST = 32
-"""Rows of a period in a table, at least: weights change no more finely than that."""
+"""Minimum rows of a period in a table: weights cannot change more often than that."""
 
 Weight = float | Callable[[float], float]
 """A share of the rows: constant, or a function of the tokens consumed."""
@@ -45,20 +45,20 @@ Weight = float | Callable[[float], float]
 
 @dataclass(frozen=True)
 class Span:
-    """The section of a run that a mixture is for."""
+    """The section of a run that a mixture covers."""
 
     rows: int
-    """Rows that will be read, approximately; beyond them the last period goes on."""
+    """Approximate number of rows to read; beyond them the last period repeats."""
     first_token: int = 0
     """Tokens consumed before it."""
     caps: Mapping[str, float] = field(default_factory=dict)
-    """Source = how many times it may be read in the whole run; absent: no limit."""
+    """How many times each source may be read in the whole run; no limit for a source not named."""
     read: Mapping[str, float] = field(default_factory=dict)
-    """Source = how many times it was read before this section."""
+    """How many times each source was read before this section."""
 
 
 class Quota:
-    """`counts_PK[p]` rows of each of K sources in period p of `slots` rows; the last period goes on for ever."""
+    """`counts_PK[p]` rows of each of K sources in period p of `slots` rows; the last period repeats."""
 
     def __init__(self, counts_PK: np.ndarray) -> None:
         self.counts_PK = counts_PK
@@ -110,7 +110,7 @@ def planned_quota(
 
 
 def _left(name: str, n_rows: int, span: Span) -> float:
-    """Rows that a source may still give."""
+    """Rows that a source can still supply."""
     cap = span.caps.get(name, float("inf"))
     return max(0.0, (cap - span.read.get(name, 0.0)) * n_rows) if cap < float("inf") else cap
 
@@ -140,7 +140,7 @@ def _period(shares: np.ndarray, carried: np.ndarray, left: np.ndarray, slots: in
     while (missing := slots - counts.sum()) and (available := (counts < most) & (shares > 0)).any():
         rest = np.where(
             available, np.maximum(due - counts, shares * 1e-9), 0.0
-        )  # the others take over what a capped source cannot give
+        )  # the others make up for a capped source
         counts = np.minimum(counts + largest_remainder(list(rest / rest.sum()), int(missing)), most)
     return counts, np.where(counts < most, shares * slots + carried - counts, 0.0)
 
@@ -156,8 +156,8 @@ def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
 
 
 class Mixture:
-    """`sources` by name, mixed by `weights` (shares of rows, hence of tokens up to the different waste of the sources).
-    Weights that change, and caps, need the `span` of the run they are for."""
+    """`sources` by name, mixed by `weights` (shares of rows; shares of tokens differ by the
+    padding of each source). Weights that change, and caps, need the `span` of the run."""
 
     def __init__(
         self, sources: Mapping[str, Rows], weights: Mapping[str, Weight], seed: int = 0, span: Span | None = None
@@ -206,10 +206,10 @@ class Mixture:
     def epochs(self, n_rows: int) -> dict[str, float]:
         """How often each source has been read through after `n_rows` rows, earlier sections included."""
         taken = self._first + self._given(n_rows)
-        return {name: float(taken[i] / part.n_rows) for i, (name, part) in enumerate(self.sources.items())}
+        return {name: float(taken[i] / source.n_rows) for i, (name, source) in enumerate(self.sources.items())}
 
     def _given(self, n_rows: int) -> np.ndarray:
-        """Rows of each part among the first `n_rows`."""
+        """Rows of each source among the first `n_rows`."""
         period, rest = divmod(n_rows, self.quota.slots)
         return self.quota.before(period) + np.bincount(self._pattern(period)[0][:rest], minlength=len(self.names))
 
@@ -315,7 +315,7 @@ class CurriculumSection:
 
 
 def sections(tokens: int, length: Callable[[int], float], rows: Callable[[int], int]) -> list[CurriculumSection]:
-    """The sections of a run over `tokens` tokens, when `rows(tokens)` rows of `length(tokens)` tokens make a step."""
+    """The sections of a run over `tokens` tokens, where a step has `rows(tokens)` rows of `length(tokens)` tokens."""
     done = row = 0
     plan: list[CurriculumSection] = []
     while done < tokens:

@@ -1,20 +1,20 @@
 """Rows: documents packed into rows of one length, planned once, read from the shards of a corpus on demand.
 
-Packing is best fit (V3 4.1; Ding et al. 2024, "Fewer Truncations"). A piece longer than a row is cut into row-sized
-pieces; every other piece goes, whole, into the row that it fills best, the longest first. So only documents longer than
-a row are ever cut, and little is padded. Rows come in the order of their first document, so the first few rows are a
-sample like any other.
+Packing is best fit (V3 4.1; Ding et al. 2024, "Fewer Truncations"). A document longer than a row is cut into row-sized
+pieces; then each piece, the longest first, goes into the fullest row with room for it. So only documents longer than a
+row are cut, and there is little padding. Rows are in the order of their first document, so the first few rows are as
+representative as any.
 
-A plan says which pieces of a shard's documents make up each row, for one row length:
+A plan lists the pieces of a shard's documents that make up each row, for one row length:
 
     rows-256/train-00000.pieces.npy    (start, length) of every piece, in tokens of the shard; rows one after the other
     rows-256/train-00000.rows.npy      (end, crc) of every row: where its pieces end, CRC-32 of its tokens
 
-It follows from the lengths of the documents alone, so rows of another length cost a plan, not another copy of the
-tokens; it is made on first use. A row that does not have its CRC was altered since.
+It depends only on the lengths of the documents, so rows of another length need another plan, made on first use, and no
+second copy of the tokens. A row whose tokens do not match its CRC was altered after it was planned.
 
-`permute` gives orders without a table: position n of a permutation follows by arithmetic from a key. The permutations
-are Feistel networks: no state, and the same on every version of every library.
+`permute` needs no table: it computes position n of a permutation from a key. The permutations are Feistel networks:
+they have no state, and do not depend on the version of any library.
 
 Legend: B rows, T tokens per row; P pieces, R rows of a plan.
 """
@@ -41,12 +41,12 @@ from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 
 CHUNK_TOKENS = 1 << 25
-"""Samples are packed in groups of about this many tokens, which are held in memory."""
+"""Samples are packed in groups of about this many tokens, one group in memory at a time."""
 PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])
 ROW = np.dtype([("end", "<i8"), ("crc", "<u4")])
 ROUNDS = 6
 OPEN = 128
-"""Shards kept open at a time: a corpus may have more of them than a process may have files."""
+"""Most shards open at a time: a corpus may have more shards than a process may open files."""
 
 
 class Rows:
@@ -68,7 +68,7 @@ class Rows:
 
     @property
     def waste(self) -> float:
-        """Share of the rows that is padding."""
+        """Share of the positions in rows that is padding."""
         return 1 - self.facts["tokens"] / (self.n_rows * self.row_length) if self.n_rows else 0.0
 
     @property
@@ -93,7 +93,7 @@ class Rows:
         return to_batch(self.take(rows), self.pad_id)
 
     def documents(self) -> Iterator[np.ndarray]:
-        """The ids of every document, in the order they came."""
+        """The ids of every document, in corpus order."""
         for name in self._names:
             tokens = np.fromfile(shards.tokens_file(self.path, name), self._dtype)
             yield from np.split(tokens, np.load(shards.ends_file(self.path, name), allow_pickle=False)[:-1])
@@ -135,7 +135,7 @@ def _open_shard(folder: Path, plan: Path, name: str) -> _OpenShard:
 
 
 def to_batch(tokens_BT: np.ndarray, pad_id: int) -> Batch:
-    """Pre-training batch: every token counts but padding and the first of a row, which nothing precedes."""
+    """Pre-training batch: every token is predicted except padding and the first of a row."""
     tokens = torch.from_numpy(tokens_BT.astype(np.int64))
     loss = (tokens != pad_id).float()
     loss[:, :1] = 0.0
@@ -181,7 +181,7 @@ def check_length(row_length: int) -> None:
 
 
 def write_plan(folder: Path, target: Path, name: str, dtype: np.dtype, row_length: int) -> None:
-    """Plan one shard. A process that is killed leaves no file under a final name."""
+    """Plan one shard. A process that is killed leaves no partial file under a final name."""
     check_length(row_length)
     target.mkdir(exist_ok=True)
     tokens = np.fromfile(shards.tokens_file(folder, name), dtype)
@@ -209,14 +209,14 @@ def plan_files(target: Path, name: str) -> tuple[Path, Path]:
 
 
 class PackedPieces(NamedTuple):
-    """Pieces of documents that lie one after the other, row by row."""
+    """Pieces of documents in row order."""
 
     start_P: np.ndarray
     """int64: where each piece begins."""
     length_P: np.ndarray
     """int64."""
     end_R: np.ndarray
-    """int64: how many pieces lie in this row and those before it."""
+    """int64: number of pieces in this row and those before it."""
 
     def rows(self) -> Iterator[list[range]]:
         """The pieces of each row."""
@@ -228,7 +228,7 @@ class PackedPieces(NamedTuple):
 
 
 def best_fit(lengths: np.ndarray, row_length: int) -> PackedPieces:
-    """Packs documents of these lengths, none of them 0."""
+    """Pack documents of these lengths, all positive."""
     start_P, length_P = _pieces(np.asarray(lengths, np.int64), row_length)
     row_P = np.empty(len(start_P), dtype=np.int64)
     by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
@@ -269,7 +269,7 @@ def _pieces(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarra
 def write_rows(
     samples: Iterable[np.ndarray], row_length: int, padding: int, dtype: np.dtype, file: BinaryIO
 ) -> tuple[int, float]:
-    """Packs samples, none longer than a row, into rows of `file`; (rows, share of them that is padding)."""
+    """Pack samples, none longer than a row, into rows written to `file`. Returns (rows, share of padding)."""
     n_rows = used = 0
     for group in _groups(samples):
         tokens = np.concatenate(group)
@@ -296,10 +296,10 @@ def _groups(samples: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """The images of `index` under a permutation of 0..n-1 that `key` chooses.
+    """The images of `index` under the permutation of 0..n-1 chosen by `key`.
 
-    A Feistel network permutes the smallest 4^h >= n; an image outside 0..n-1 is sent through again until it falls
-    inside (cycle walking), which leaves a permutation of 0..n-1. On average fewer than four walks are needed.
+    A Feistel network permutes the smallest 4^h >= n; an image outside 0..n-1 is permuted again until it falls
+    inside (cycle walking), which gives a permutation of 0..n-1. On average fewer than four walks are needed.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)

@@ -2,18 +2,18 @@
 
 A corpus is a folder with two splits, train and heldout:
 
-    meta.json               facts about all of it: tokenizer, dtype, counts, checksums
-    train-00000.tokens      the ids of its documents, one after the other, little endian, no header
-    train-00000.ends.npy    int64 [documents]: where each ends
+    meta.json               the corpus's metadata: tokenizer, dtype, counts, checksums
+    train-00000.tokens      the ids of its documents, concatenated, little endian, no header
+    train-00000.ends.npy    int64 [documents]: where each document ends, in tokens
     heldout-00000.tokens    the same for the held-out documents
-    rows-256/               which pieces of the documents make a row of 256 tokens (`rows`)
+    rows-256/               the pieces of documents that make up each row of 256 tokens (see `rows`)
 
 Invariants
 - One process writes a shard; any number of processes write shards of one folder in parallel. The folder is a corpus
   once `seal` has written meta.json.
 - The same documents in the same order give the same bytes.
-- Nothing is trusted: sizes and checksums of small corpora are compared when they are opened, every row is compared with
-  its own checksum when it is read, and `check` compares everything.
+- Corruption is detected: opening a corpus verifies its file sizes and, if it is small, its checksums; reading a row
+  verifies the row's own checksum; and `check` verifies everything.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from bessemer.errors import UserError
 SPLITS = ("train", "heldout")
 REBUILD = "delete the directory and build it again"
 SHARD_TOKENS = 1 << 27
-"""A shard ends after the document that brings it to this many tokens."""
+"""A shard is full once it has this many tokens."""
 CHECKED_BYTES = 1 << 30
-"""Up to this size a corpus is compared with its checksums whenever it is opened, which takes about a second."""
+"""Opening a corpus of up to this size verifies its checksums, which takes about a second."""
 COUNTS = ("documents", "tokens", "bytes")
 
 
@@ -53,7 +53,7 @@ class ShardWriter:
         self._domains: dict[str, dict[str, int]] = {}
 
     def add(self, ids: Sequence[int] | np.ndarray, domain: str, n_bytes: int) -> None:
-        """A document: its ids, BOS and EOS included, and the bytes of its text."""
+        """Append a document: `ids` include BOS and EOS, `n_bytes` is the size of its text."""
         self._file.write(np.array(ids, self._dtype).tobytes())
         self.tokens += len(ids)
         self._ends.append(self.tokens)
@@ -66,7 +66,7 @@ class ShardWriter:
         return self.tokens >= SHARD_TOKENS
 
     def finish(self) -> dict[str, Any]:
-        """Close the files; returns the shard's facts for `seal`."""
+        """Close the files and return the shard's metadata, for `seal`."""
         self._file.close()
         np.save(ends_file(self._folder, self.name), np.array(self._ends, np.int64))
         return {
@@ -81,7 +81,7 @@ class ShardWriter:
 def seal(
     folder: Path, tokenizer: Tokenizer, row_length: int, shards: Mapping[str, Sequence[dict]], **facts: Any
 ) -> None:
-    """Write meta.json over finished shards, {"train": [facts of `ShardWriter.finish`], "heldout": [...]}.
+    """Write meta.json for the finished shards, {"train": [facts of `ShardWriter.finish`], "heldout": [...]}.
 
     `row_length` is the default length of rows; `facts` are added to meta.json.
     """
@@ -109,7 +109,7 @@ def _sum(shards: Sequence[dict]) -> dict[str, Any]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The facts of a corpus folder."""
+    """The metadata of a corpus."""
     meta = _read(folder)
     try:
         good = all(isinstance(meta["parts"][split]["shards"], list) for split in SPLITS)
@@ -132,8 +132,8 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def link(folder: Path, target: Path, row_length: int) -> None:
-    """Make `folder` a link to the corpus `target` with rows of this length, without a copy. Missing row plans are made
-    in `folder`. Building `target` again breaks the link."""
+    """Make `folder` a link to the corpus `target`, with rows of this length; nothing is copied. Missing row plans are
+    made in `folder`. Rebuilding `target` breaks the link."""
     folder.mkdir(parents=True, exist_ok=True)
     meta = target / "meta.json"
     read_meta(target)
@@ -142,7 +142,7 @@ def link(folder: Path, target: Path, row_length: int) -> None:
 
 
 def follow(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """(folder of the shards, their facts) of a corpus folder or a link to one."""
+    """(folder of the shards, metadata) of a corpus or of a link to one."""
     facts = _read(folder)
     if "link" not in facts:
         return folder, read_meta(folder)
@@ -154,9 +154,9 @@ def follow(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def check(folder: Path, meta: Mapping[str, Any], splits: Iterable[str] = SPLITS, all_bytes: bool = True) -> None:
-    """UserError naming the file that is missing, cut short or altered.
+    """Raise UserError naming the file that is missing, truncated or altered.
 
-    Without `all_bytes` the tokens of a corpus larger than CHECKED_BYTES are compared by size alone.
+    Without `all_bytes`, tokens of a split larger than CHECKED_BYTES are checked by size only.
     """
     width = np.dtype(meta["dtype"]).itemsize
     for split in splits:

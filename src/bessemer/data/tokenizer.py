@@ -1,11 +1,11 @@
 """Byte-level BPE with DeepSeek-V3's pre-split (V3 4.1).
 
 Invariants
-- `decode(encode(text)) == text` for every text that UTF-8 can hold.
-- `encode` adds nothing: no BOS, no EOS. The text of a control token (`<｜User｜>`) inside a text is plain text, so
-  no document can contain a turn; `<think>` and `</think>` are single ids.
-- Training is a function of the texts and the size alone.
-- A saved directory gives the same ids through transformers' AutoTokenizer.
+- `decode(encode(text)) == text` for every text that UTF-8 can encode.
+- `encode` adds no BOS or EOS. A control token (`<｜User｜>`) spelled out in a text is encoded as plain text, so a
+  document cannot fake a turn; `<think>` and `</think>` are single ids.
+- Training depends only on the texts and the vocabulary size.
+- transformers' AutoTokenizer gives the same ids from a saved directory.
 """
 
 import codecs
@@ -26,8 +26,8 @@ from bessemer.data import chat
 from bessemer.data.chat import ADDED, BOS, EOS, NOT_SPECIAL, PAD, THINK, THINK_END, is_special
 from bessemer.errors import UserError
 
-# The three splits of V3 in their order, as in the published tokenizer.json. Digits come in threes, Han and kana runs
-# stand alone, and the third keeps a punctuation run together with the line breaks after it (V3 4.1).
+# V3's three pre-split patterns, in the order of the published tokenizer.json. The first takes up to three digits, the
+# second runs of Han and kana; the third keeps a run of punctuation together with the line breaks after it (V3 4.1).
 DIGITS = r"\p{N}{1,3}"
 CJK = "[一-龥぀-ゟ゠-ヿ]+"
 WORDS = (
@@ -39,13 +39,13 @@ SMALLEST = len(ADDED) + 256
 
 
 class Tokenizer:
-    """Text to ids and back. Make one with `train` or `load`."""
+    """Converts text to ids and back. Create one with `train` or `load`."""
 
     bos_id: int | None
     """None for a tokenizer of another model that writes no BOS (`hf.hf_tokenizer`)."""
 
     def __init__(self, spec: dict, bos: str, eos: str, pad: str, chat_template: str):
-        """`spec` is a parsed tokenizer.json, `chat_template` the Jinja text that belongs to it ("" for none)."""
+        """`spec` is a parsed tokenizer.json, `chat_template` its Jinja chat template ("" for none)."""
         for token in spec["added_tokens"]:
             token["special"] = token["content"] not in NOT_SPECIAL and (
                 token["special"] or is_special(token["content"])
@@ -140,7 +140,7 @@ class Tokenizer:
 
     @property
     def chat_style(self) -> str | None:
-        """The style of `chat` whose template this tokenizer carries; None for a foreign template or none."""
+        """The style of `chat` whose template this tokenizer has; None if it has another template or none."""
         return next((style for style in chat.STYLES if chat.jinja(style) == self.chat_template), None)
 
     @chat_style.setter
@@ -205,15 +205,15 @@ class Tokenizer:
 
     @cached_property
     def _alphabet(self) -> np.ndarray:
-        """uint32 [256]: how byte-level BPE writes each byte."""
+        """uint32 [256]: the character that byte-level BPE writes for each byte."""
         return np.array(
             [ord(sign) for sign, _ in sorted(byte_of_character().items(), key=lambda one: one[1])], np.uint32
         )
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. `skip_special` drops control tokens."""
-        kept = (i for i in ids if not (skip_special and i in self._special))
-        return b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")
+        visible = (i for i in ids if not (skip_special and i in self._special))
+        return b"".join(map(self.token_bytes, visible)).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one id stands for."""
@@ -250,7 +250,7 @@ class StreamDecoder:
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """The rest at the end: U+FFFD for an unfinished character, otherwise nothing."""
+        """The text left at the end: U+FFFD for an unfinished character, otherwise empty."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -274,7 +274,7 @@ def _byte_table(tok: tokenizers.Tokenizer, added: dict[int, str]) -> list[bytes]
 
 
 def fingerprint_of(spec: dict) -> str:
-    """sha256 over everything that decides the ids; rows carry the fingerprint of their tokenizer."""
+    """sha256 of everything that determines the ids; a corpus records the fingerprint of its tokenizer."""
     added = [(token["id"], token["content"], token["special"]) for token in spec["added_tokens"]]
     facts = [spec["model"]["vocab"], spec["model"].get("merges"), added, spec["pre_tokenizer"], spec.get("normalizer")]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
