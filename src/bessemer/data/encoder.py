@@ -9,7 +9,7 @@ The cuts reproduce V3's pre-split with array operations on a whole batch of text
 expressions (`tokenizer.DIGITS`, `CJK`, `WORDS`) take most of the encoding time. They depend only on the kinds of
 characters, so the cuts follow from runs of kinds. Rule by rule, in the order of WORDS:
 
-    1  [ASCII punctuation][A-Za-z]+      one punctuation mark not taken by an earlier match, and the ASCII letters after it
+    1  [ASCII punctuation][A-Za-z]+      one free punctuation mark, and the ASCII letters after it
     2  [^\\r\\n LPS]?[LM]+                a word, with one white space or other character before it
     3   ?[PS]+[\\r\\n]*                   a run of punctuation, with one blank before it and line breaks after it
     4  \\s*[\\r\\n]+                      white space up to its last line break
@@ -34,7 +34,7 @@ import numpy as np
 from bessemer.data.tokenizer import CJK, DIGITS, WORDS, Tokenizer
 
 NEW = 255
-"""Not assigned in this Python's Unicode tables. The library's may be newer, so it encodes texts with such characters."""
+"""Not assigned in this Python's Unicode tables. The library's may be newer, so it encodes texts with one."""
 LETTER, MARK, PUNCTUATION, BREAK, BLANK, SPACE, OTHER, DIGIT, HAN, HAN_SIGN, FENCE = range(11)
 WORD, SIGN, WHITE, REST, NUMBER, KANA, KANA_SIGN, EDGE = range(8)
 """Kinds of runs; those after REST are fences."""
@@ -225,7 +225,7 @@ def _numbers(cut: np.ndarray, start: np.ndarray, end: np.ndarray, run: np.ndarra
 def _white(
     cut: np.ndarray, kinds_C: np.ndarray, start: np.ndarray, end: np.ndarray, runs: tuple[np.ndarray, ...]
 ) -> np.ndarray:
-    """White space: rules 4 to 6, and the blanks that rules 2 and 3 take. Returns the starts of signs whose blank 3 takes."""
+    """White space: rules 4 to 6, and the blanks of rules 2 and 3. Returns the starts of signs that rule 3 joins to a blank."""
     run, before, after = runs
     white = run == WHITE
     # the common case: one blank, which the word or sign after it takes

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -69,7 +68,7 @@ class CompiledSteps:
         self._first, self._between, self._last = compile_(_first), compile_(_between), compile_(_last)
         self._marked: set[tuple[str, int, int]] = set()
         self._rope = model.rope_table(model.cfg.max_seq_len + MAX_DRAFTS)  # drafts may stand beyond the end
-        sparse = [layer.ffn.experts for layer in model.layers if not layer.dense]
+        sparse = [layer.sparse_ffn.experts for layer in model.layers if not layer.dense]
         one = max((experts.w13[0].nbytes + experts.w2[0].nbytes for experts in sparse), default=0)
         self.max_tokens = MAX_BYTES // max(1, one * model.cfg.n_activated_experts)
         """Tokens of one pass up to which the compiled forms are faster."""
@@ -129,7 +128,8 @@ class CompiledSteps:
         self._mark("first", token_BT.shape, (token_BT, rope))
         x_BTD, latent_NX, q_BQX = self._first(model, token_BT, rope)
         chosen: list[Tensor] = []
-        for i, (layer, after) in enumerate(pairwise((*model.layers, None))):
+        layers = list(model.layers)
+        for i, (layer, after) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
             cache.write(i, slot_N, latent_NX)
             context_BQX = attend(q_BQX, cache, i, groups, model.cfg)
             if after is None:
@@ -257,7 +257,7 @@ def _feed_forward(layer: Layer, h_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
     attended = layer.route(h_BTD)
     if attended.routing is None:
         return layer.finish(attended, layer.ffn(attended.u_ND)), None
-    experts, routing = layer.ffn.experts, attended.routing
+    experts, routing = layer.sparse_ffn.experts, attended.routing
     routed_ND = gathered_ffn(attended.u_ND, routing.expert_NK, routing.weight_NK, experts.w13, experts.w2)
     return layer.finish(attended, routed_ND), routing.expert_NK
 

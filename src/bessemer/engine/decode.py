@@ -34,6 +34,7 @@ from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Attended, Layer
 from bessemer.model.mla import MLA
+from bessemer.model.moe import Dispatched
 from bessemer.model.transformer import Transformer
 
 Model = Transformer | CausalLM
@@ -149,8 +150,9 @@ def _prefill_whole(
             attended = layer.route(h_BTD[row_B, last_B].unsqueeze(1))
             x_BTD = feed_forward(layer, attended)
             if trace is not None and attended.routing is not None:
-                expert_NK = layer.route(h_BTD.flatten(0, 1)[real_N].unsqueeze(0)).routing.expert_NK
-                trace.add_layer(expert_NK.index_copy(0, length_B.cumsum(0) - 1, attended.routing.expert_NK))
+                everywhere = layer.route(h_BTD.flatten(0, 1)[real_N].unsqueeze(0)).routing
+                assert everywhere is not None
+                trace.add_layer(everywhere.expert_NK.index_copy(0, length_B.cumsum(0) - 1, attended.routing.expert_NK))
     if cache.drafts:
         state_BTD = model.norm(x_BTD)
         for chunk, state_TD, n in zip(chunks, state_BTD, lengths, strict=True):
@@ -329,16 +331,17 @@ def _feed_forward_real(layer: Layer, h_BTD: Tensor, real_N: Tensor, trace: Routi
 
 def feed_forward(layer: Layer, attended: Attended) -> Tensor:
     """`Layer.feed_forward` with the experts below."""
-    if not layer.dense and len(attended.u_ND) <= FEW_TOKENS:
-        experts, routing = layer.ffn.experts, attended.routing
+    routing = attended.routing  # None in a dense layer
+    if routing is not None and len(attended.u_ND) <= FEW_TOKENS:
+        experts = layer.sparse_ffn.experts
         few_ND = few_tokens_ffn(attended.u_ND, routing.expert_NK, routing.weight_NK, experts.w13, experts.w2)
         return layer.finish(attended, few_ND)
     sent = layer.dispatch(attended)
-    if layer.dense:
-        routed = layer.experts(sent)
-    else:
-        experts = layer.ffn.experts
+    if isinstance(sent, Dispatched):
+        experts = layer.sparse_ffn.experts
         routed = expert_ffn(sent.rows_MD, sent.weight_M, sent.count_E, experts.w13, experts.w2)
+    else:
+        routed = layer.experts(sent)
     return layer.finish(attended, layer.combine(routed, sent))
 
 

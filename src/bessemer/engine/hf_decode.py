@@ -163,6 +163,7 @@ class SlotCache(Cache):
         """Appends `copies` rows for each prompt. The prompts must not be used afterwards."""
         sources: dict[int, tuple[SlotCache, list[int]]] = {}
         for prompt, copies in prompts:
+            assert prompt.slots is not None, "an admitted prompt was used again"
             source, row = prompt.slots
             sources.setdefault(id(source), (source, []))[1].extend([row] * copies)
             prompt.slots = None

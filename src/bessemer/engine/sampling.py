@@ -88,8 +88,9 @@ def _sample_group(
     sequences: list[Sequence], logits_BV: Tensor, uniform_B: Tensor, vocab: int, rejected: RejectedDrafts | None
 ) -> SampledTokens:
     first, params = sequences[0], sequences[0].request.sampling
-    if first.must_end_thinking:
-        end_B = torch.full_like(uniform_B, first.think[1], dtype=torch.int64)
+    think_end = first.think[1]
+    if first.must_end_thinking and think_end is not None:
+        end_B = torch.full_like(uniform_B, think_end, dtype=torch.int64)
         return score(logits_BV, params.temperature, end_B)
     if params.penalised:
         penalised_BV = penalise(logits_BV, params, *_token_counts(sequences, logits_BV))
