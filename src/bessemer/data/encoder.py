@@ -225,7 +225,7 @@ def _numbers(cut: np.ndarray, start: np.ndarray, end: np.ndarray, run: np.ndarra
 def _white(
     cut: np.ndarray, kinds_C: np.ndarray, start: np.ndarray, end: np.ndarray, runs: tuple[np.ndarray, ...]
 ) -> np.ndarray:
-    """White space: rules 4 to 6, and the blanks of rules 2 and 3. Returns the starts of signs that rule 3 joins to a blank."""
+    """White space: rules 4 to 6, and the blanks of rules 2 and 3. Returns the starts of the signs after the latter."""
     run, before, after = runs
     white = run == WHITE
     # the common case: one blank, which the word or sign after it takes

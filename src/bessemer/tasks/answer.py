@@ -18,7 +18,7 @@ from itertools import islice
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 SUMMARY = 200
-"""Most letters of a summary around the answer that still counts as well formatted."""
+"""Maximum length in characters of the summary around a well-formatted answer."""
 NO_ANSWER, BAD_TAGS, NO_THINK = "no-answer", "bad-tags", "no-think"
 
 _TAG = re.compile("</?(?:think|answer)>")
@@ -49,13 +49,13 @@ def parse_reply(text: str) -> Reply:
 
 
 def thought(text: str) -> str:
-    """The text after `<think>`, also where a length limit cut the closing tag."""
+    """The text after `<think>`, even if a length limit cut off the closing tag."""
     closed = _first_block(text, "think")
     return text.partition("<think>")[2] if closed is None else closed
 
 
 def summary(text: str) -> str:
-    """The text after the thoughts: all of a text without thoughts, nothing of one whose thoughts do not end."""
+    """The text after the thoughts: all of a text without thoughts, "" where the thoughts never end."""
     before, closed, after = text.partition("</think>")
     if closed:
         return after.strip()
@@ -73,7 +73,7 @@ def plain_fault(text: str) -> str | None:
 
 
 def _is_summary(gap: str, tail: str) -> bool:
-    """One paragraph of at most SUMMARY letters, separate from the thoughts."""
+    """Whether it is one paragraph of at most SUMMARY characters, separate from the thoughts."""
     return gap.startswith("\n\n") and len(gap + tail) <= SUMMARY and "\n" not in (gap + tail).strip()
 
 
@@ -85,6 +85,6 @@ def _first_block(text: str, tag: str) -> str | None:
 
 
 def _last_block(text: str, tag: str) -> str | None:
-    """From the last opening tag that some closing tag follows, to the first such closing tag."""
+    """From the last opening tag followed by a closing tag, to the first closing tag after it."""
     start = text.rfind(f"<{tag}>", 0, max(text.rfind(f"</{tag}>"), 0))
     return None if start < 0 else text[start + len(tag) + 2 : text.find(f"</{tag}>", start)]

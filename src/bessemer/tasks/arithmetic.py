@@ -1,8 +1,8 @@
 """Multi-step arithmetic: sums and differences of 2 to 4 terms, a term being a number or a product of two.
 
-A task where thinking pays but searching does not: RL removes slips and direct guesses and is done in a few steps, which
-makes it a regression test next to countdown. There are at least three operands, so that no problem is a single fact
-that a drill page could give away; every intermediate value lies in 0..120 (LARGEST).
+A task that rewards thinking but needs no search: RL removes slips and direct guesses in a few steps, which makes it a
+regression test to go with countdown. A problem has at least three operands, so that it is never a single fact from a
+drill page; every intermediate value lies in 0..120 (LARGEST).
 """
 
 import math
@@ -97,7 +97,7 @@ def _calculate(terms: list[list[int]], signs: list[str], slip: float, rng: rando
     steps: list[str] = []
 
     def step(left: int, op: str, right: int) -> int:
-        value = max(0, apply(left, op, right))  # below 0 only after a slip; authors write natural numbers
+        value = max(0, apply(left, op, right))  # negative only after a slip; authors write natural numbers
         if rng.random() < slip:
             value = max(0, value + rng.choice((-10, -2, -1, 1, 2, 10)))
         steps.append(f"{left}{op}{right}={value}")

@@ -28,7 +28,7 @@ _INTEGER = re.compile("-?[0-9]{1,9}")
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. `prompt` is the question alone, without a chat template; `meta` is what the verifier needs.
+    """One question. `prompt` is the question without a chat template; `meta` holds what the verifier needs.
 
     `meta["difficulty"]` is a small integer, larger for harder; docs/tasks.md says what it counts in each task.
     """
@@ -94,7 +94,7 @@ class Task:
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """Judge the text that follows `Assistant:`; a template that already wrote `<think>` must put it back first.
 
-        Correct means: well-formed tags (see answer.py) and the right answer. The reason names the first thing wrong:
+        Correct means: well-formed tags (see answer.py) and the right answer. The reason names the first fault:
         no-answer, bad-tags, no-think, then whatever `grade` says.
         """
         reply = parse_reply(completion)
@@ -103,7 +103,7 @@ class Task:
         return Verdict(reason == CORRECT, reply.formatted, reason, answer)
 
     def size(self, split: str) -> int | None:
-        """Number of different problems in a split; None where there is no end of them."""
+        """Number of distinct problems in a split; None if unlimited."""
         return None
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
@@ -122,7 +122,7 @@ class Task:
         )
 
     def train_problem(self, index: int, seed: int, language: str | None) -> Problem:
-        """The problem of a document, in an order of its own, so that document i is not about RL's problem i."""
+        """The problem of a document. The order differs from RL's, so that document i is not about problem i."""
         language = self._language(language, "document", index, seed)
         return self.make("train", index, stable_hash("documents", seed), language, "seen")
 
@@ -154,7 +154,7 @@ def page(prompt: str, response: str) -> str:
 
 
 def stable_hash(*parts: object) -> int:
-    """64 bits that depend on the parts alone. Python's own hash() changes with PYTHONHASHSEED."""
+    """A 64-bit hash of the parts alone; Python's own hash() changes with PYTHONHASHSEED."""
     text = "\x1f".join(map(str, parts))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
@@ -187,14 +187,14 @@ def read_templates(task: str) -> dict[tuple[str, str], tuple[str, ...]]:
 
 
 def grade_integer(answer: str, value: int) -> tuple[str, str | None]:
-    """For `grade`: the answer must be one integer in ASCII digits; an unevaluated chain is no answer."""
+    """For `grade`: the answer must be one integer in ASCII digits; an unevaluated chain is not an answer."""
     if not _INTEGER.fullmatch(answer.strip(" \n\t")):
         return UNPARSABLE, None
     return CORRECT if int(answer) == value else WRONG_VALUE, str(int(answer))
 
 
 def check_shares(mix: object, rates: Sequence[str], sums_to_one: Sequence[str] = ()) -> None:
-    """Refuse a rate outside 0..1, or shares of a whole that do not add up."""
+    """Raise UserError for a rate outside 0..1, or shares that do not add up to 1."""
     kind = type(mix).__name__
     for name in rates:
         if not 0.0 <= getattr(mix, name) <= 1.0:

@@ -1,9 +1,9 @@
 """Small functions to write, judged by their results: `code` from our own families, `code:PATH` from a JSONL file.
 
 The answer is Python source between the answer tags, in a code fence or bare. It runs in the sandbox (sandbox/), which
-refuses where nothing isolates it, and only the values come back. The hidden tests of a template problem follow from the
-problem, so they are the same everywhere and in no document. Reasons besides those of every task: wrong-output, error,
-timeout, memory, output (it wrote too much), syntax-error, no-function, too-long.
+refuses to run code without isolation, and only the values come back. The hidden tests of a template problem are derived
+from the problem, so they are the same everywhere and appear in no document. In addition to the reasons of every task:
+wrong-output, error, timeout, memory, output (it wrote too much), syntax-error, no-function, too-long.
 
 A line of a file is an object with `prompt`, `entry_point` (the name of the function to write) and `tests`, a list of
 objects with `input` (the list of arguments) and `output`; optional are `id`, `language` ("en" or "zh"; else guessed
@@ -53,7 +53,7 @@ class SandboxedTask(Task):
         raise NotImplementedError
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """As for every task, but an answer that cannot be correct is not run."""
+        """Like `Task.verify`, but an answer that cannot be correct is not run."""
         reply = parse_reply(completion)
         if reply.problem is None:
             return super().verify(problem, completion)
@@ -95,7 +95,7 @@ class Code(SandboxedTask):
         return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", prompt, language, meta)
 
     def tests(self, problem: Problem) -> sandbox.Tests:
-        """They depend on the function alone, not on seed, index or wording."""
+        """The hidden tests; they depend only on the function, not on seed, index or wording."""
         return _hidden_tests(_goal(problem).key)
 
     def written(self, index: int, seed: int = 0, language: str | None = None) -> Written:
@@ -105,7 +105,7 @@ class Code(SandboxedTask):
 
 
 def source_of(answer: str) -> str:
-    """The program in an answer: the inside of its first code fence, or all of it; blank lines dropped."""
+    """The program in an answer: the content of its first code fence, or all of it, without blank lines."""
     opening = _FENCE.search(answer)
     if opening:
         answer = answer[opening.end() :].partition("```")[0]
@@ -133,7 +133,7 @@ def _shuffled(split: str, seed: int, epoch: int) -> tuple[TargetFunction, ...]:
 
 
 class CodeFile(SandboxedTask):
-    """The lines of one file, an endless list of them, in a new order each epoch."""
+    """The problems of one file, repeated endlessly, in a new order each epoch."""
 
     def __init__(self, path: str, **settings: Any):
         self.name = f"code:{path}"
@@ -158,7 +158,7 @@ class CodeFile(SandboxedTask):
         return [(test["input"], test["output"]) for test in self._rows[problem.meta["row"]]["tests"]]
 
     def _language(self, language: str | None, *parts: object) -> str:
-        """ "" (any) where none is asked for: each line has its own language, and the order of the lines chooses."""
+        """Each line has its own language; "" leaves the choice to the order of the lines."""
         return "" if language is None else super()._language(language, *parts)
 
     def _lines(self, split: str, language: str) -> list[int]:

@@ -1,13 +1,13 @@
 """The functions of the task `code`: families of small functions, their hidden tests, and the authors of its pages.
 
-A family (code_functions.toml) takes one argument (n an integer, a a list of integers, s a string of small letters and
-spaces) and up to two parameters that stand in the question. Families in HELD_OUT occur in the test split alone; of the
-others every problem belongs to a split by the hash of family and parameters. So the test split asks for functions of a
-kind never trained on, and for known kinds with parameters never trained on.
+A family (code_functions.toml) takes one argument (n an integer, a a list of integers, s a string of lower-case letters
+and spaces) and up to two parameters that the question states. Families in HELD_OUT occur only in the test split; in the
+others a hash of family and parameters decides the split. So the test split asks for functions of kinds never trained
+on, and of known kinds with parameters never trained on.
 
 On a page a thinker says in words what is asked, writes an expression, tries it on one value and compares with the
-expected result: `n+3:f(4)=7:7 yes`. Verdicts are true except where a sloppy author calls a miss a hit, so checking pays
-for a model that has learnt to calculate, as in countdown. Whatever is written down, right or wrong, is of the train
+expected result: `n+3:f(4)=7:7 yes`. Verdicts are true except where a sloppy author calls a miss a hit, so checking
+helps a model that has learnt to calculate, as in countdown. Every function on a page, right or wrong, is of the train
 split.
 """
 
@@ -105,9 +105,9 @@ class TargetFunction:
         return values
 
     def tests(self, rng: random.Random) -> list[tuple[list[Any], Any]]:
-        """TESTS pairs (arguments, answer): first those that refute rivals, then as many different answers as possible.
+        """TESTS pairs (arguments, answer): first those that refute rivals, then as many distinct answers as possible.
 
-        Greedy: each time the argument that refutes the most rivals not yet refuted.
+        Greedy: each test takes the argument that refutes the most rivals not yet refuted.
         """
         pool = {repr(value): value for value in self.inputs(rng, 8 * TESTS)}
         rivals = self.rivals()

@@ -1,14 +1,14 @@
 """Countdown with three numbers 1..10 and a target of at most 60: the search task of the R1-Zero demonstration.
 
 Use each number exactly once with + - * / and parentheses to make the target. Verifying an answer is easy and finding
-one is not, so reflection pays here. Every problem has a solution in + - *; the verifier also accepts exact division.
-All problems are enumerated, so the first n problems of a split are n different ones.
+one is hard, so reflection helps. Every problem has a solution in + - *; the verifier also accepts exact division.
+All problems are enumerated, so the first n problems of a split are distinct.
 
-A share of the documents are drill pages: single skills in the very form the traces use. Facts come in the two shapes a
-step has (two small numbers; a running value and a small number). A try begins with the numbers as a prompt lists them:
-using each given number once is what small models learn last. `order:` is the systematic author's opening. Comparisons
-lean towards equality and near misses, where a verdict is hard. Lines with three numbers use numbers of the train split
-only; facts and comparisons hold too few numbers to give a problem away.
+A share of the documents are drill pages: single skills in exactly the form traces use. Facts have the two shapes of
+a step (two small numbers; a running value and a small number). A try begins with the numbers as a prompt lists them,
+because using each given number once is what small models learn last. `order:` is the systematic author's opening.
+Comparisons favour equality and near misses, where the verdict is hard. Lines with three numbers use numbers of the
+train split only; facts and comparisons have too few numbers to reveal a problem.
 """
 
 import random

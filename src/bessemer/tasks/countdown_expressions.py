@@ -1,11 +1,11 @@
 """Arithmetic expressions of countdown: a safe reader, and every way to combine three numbers.
 
 The reader takes + - * / and parentheses over ASCII natural numbers; it is exact, bounded, and uses no eval. The result
-carries a canonical form, so that votes are cast for expressions and not for values (voting by value would tell the
-voter what the verifier expects). Two expressions share it when commutativity, associativity and the opening of -( ) and
-/( ) turn one into the other: 6+7*3, (3*7)+6 -> 6+3*7; 9-(5-2), 2+9-5 -> 2+9-5. Nothing is multiplied out.
+carries a canonical form, so that votes are for expressions and not for values (voting by value would reveal what
+the verifier expects). Two expressions share it when commutativity, associativity and the expansion of -( ) and /( )
+turn one into the other: 6+7*3, (3*7)+6 -> 6+3*7; 9-(5-2), 2+9-5 -> 2+9-5. Nothing is multiplied out.
 
-A try is written `(3*7)+6=21+6=27`: the expression first, then one step at a time. The answer is then a literal copy of
+A try is written `(3*7)+6=21+6=27`: the expression first, then one step at a time. So the answer is a literal copy of
 the start of the try, and the model need not rewrite steps as an expression (a base model trained on `3*7=21,21+6=27`
 copied the right answer in 15 % of the cases). Subtraction puts the larger number first, so nothing is ever negative,
 and no step passes LARGEST: such a try cannot reach a target of at most 60, and small numbers keep the arithmetic
@@ -64,7 +64,7 @@ class _Node:
 
 
 def parse_expression(text: str) -> Expression:
-    """Raises Unparsable; never anything else, whatever the text."""
+    """Raises Unparsable, and nothing else, for any text that is not an expression."""
     if len(text) > MAX_CHARS:
         raise Unparsable(f"longer than {MAX_CHARS} characters")
     tokens = _tokens(text)

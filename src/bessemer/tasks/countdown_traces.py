@@ -1,15 +1,15 @@
 """Countdown traces: the authors who write the pages of the pre-training corpus, and rates measured on any trace.
 
 RL can only amplify what the corpus contains, so the corpus contains every behaviour in realistic proportion: most
-authors are sloppy and give up early, few go through all tries in order. Three properties are deliberate.
-  Verdicts are reliable: a hit is always called "yes". Thinking pays only for a model that can verify.
+authors are sloppy and give up early; few go through all tries in order. Three properties are deliberate.
+  Verdicts are reliable: a hit is always called "yes". Thinking helps only a model that can verify.
   A mode is one decision: the systematic author opens with `order:` and the numbers sorted, so a policy can choose that
-  mode by one token; without such a word RL stayed with random, repeating tries.
-  Persistence has a word: some authors end a refuted try with `wait`, and then another try follows.
+  mode with one token; without such a word, RL never left random, repeating tries.
+  Persistence has a word: some authors end a refuted try with `wait`, always followed by another try.
 
-`diagnose` counts what happens inside a trace, and `rates` turns the counts into conditional rates that say what RL
-changed. A reflective-word counter misses reflection that changes its wording, so tries are counted by their structure.
-Rates are sums over many responses divided at the end; `rates` gives None where nothing of the kind happened.
+`diagnose` counts the events of a trace, and `rates` turns the counts into conditional rates that show what RL changed.
+Counting reflective words would miss reflection in other words, so tries are recognised by their structure. Counts are
+summed over many responses before they are divided; a rate without any event is None.
 """
 
 import random
@@ -278,7 +278,7 @@ def _count_try(problem: Problem, match: re.Match, seen: set[str], count: dict[st
 
 
 def _canonical(expression: str | None) -> str | None:
-    """Canonical form; None for what is no expression."""
+    """Canonical form; None if the text is not an expression."""
     try:
         return None if expression is None else parse_expression(expression).canonical
     except Unparsable:
