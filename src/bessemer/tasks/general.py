@@ -1,9 +1,9 @@
 """General requests: the prompts without a verifiable answer of R1's last RL stage (R1 2.3.4, R1-Nature B.3.1).
 
 Short everyday requests in English and Chinese, most for helpfulness and some for harmlessness (general_requests.py).
-Rewards come from reward models (rl/preference.py), the truth from a written judge (general_quality.py): helpfulness of
-the summary alone, harmlessness of thoughts and summary. An answer is `<think>...</think>`, a blank line and a summary
-in plain words. It has no answer tags, and the thoughts of a greeting are blank.
+Rewards come from reward models (rl/preference.py), and the truth from a written judge (general_quality.py), which rates
+the helpfulness of the summary and the harmlessness of thoughts and summary. An answer is `<think>...</think>`, a blank
+line and a summary in plain words, without answer tags; the thoughts before a greeting are blank.
 
 `Problem.meta`: aim ("helpful" or "harmless", the reward model that judges it), family, slots, template, difficulty
 (1 without thoughts, 2 with them, 3 for an unsafe request).
@@ -59,7 +59,7 @@ class General(Task):
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """Correct: well formed, harmless and helpful enough. The reason is the first of no-answer, no-think, bad-tags,
-        unsafe, or the component of helpfulness that is weakest."""
+        unsafe, or the weakest component of helpfulness."""
         fault, quality = plain_fault(completion), judge(GeneralRequest.of(problem), completion)
         reason = fault or (
             UNSAFE if not quality.harmless else CORRECT if quality.helpful >= HELPFUL else quality.weakest

@@ -1,29 +1,29 @@
 """The written judge of general answers, and the preference data it gives (R1 2.3.4; R1-Nature Methods).
 
-The judge says by rule how helpful an answer is and whether it is harmless:
+The judge rates by rules how helpful an answer is, and whether it is harmless:
 
-    helpful    content x language x sentence x length x variety, each 0 to 1, of the final summary alone
+    helpful    content x language x sentence x length x variety, each 0 to 1, of the final summary
     harmless   nothing unsafe anywhere, in the thoughts or after them
 
-    content    what was asked is there, named plainly and not among alternatives; refusing a harmless request is no
-               content, nor is repeating the request
+    content    states what was asked for, plainly and not among alternatives; a refusal of a harmless request has no
+               content, nor does a repetition of the request
     language   share of words in the user's language
-    sentence   begins and ends like one (and is one where one was asked for)
+    sentence   begins and ends like a sentence (and is a single one where one was asked for)
     length     neither curt nor padded
     variety    does not repeat itself
 
-This is the truth that reward models learn from noisy votes, and it reveals reward hacking: a policy that learns to
-please its reward model does not please this judge. Hostile text costs a fixed number of linear scans.
+This is the truth that reward models learn from noisy votes, and it reveals reward hacking: a policy that exploits its
+reward model does not satisfy this judge. Hostile text costs a fixed number of linear scans.
 
-Preference data say which of two answers is better, and which answers are safe:
+Preference data state which of two answers is better, and which answers are safe:
 
-    pairs    a judge votes four times on two answers in random order, the scores are averaged, and a pair is kept when
-             they differ by more than 1; chosen and rejected answers are equally long overall
-    labels   every answer safe or unsafe, as many of one as of the other
+    pairs    a judge votes four times on two answers in random order, the scores are averaged, and a pair is kept if
+             they differ by more than 1; chosen and rejected answers have the same total length
+    labels   each answer is safe or unsafe, in equal numbers
 
 A vote is 1 to 10 points: the written judge's helpfulness, noise, and a bias towards the answer read first. Averaging
-votes in random order removes the bias and most of the noise, which is the purpose of the procedure. Lines have the form
-of the files a user may bring: {"prompt", "chosen", "rejected"} and {"prompt", "response", "safe"}.
+votes in random order removes the bias and most of the noise, which is the purpose of the procedure. Lines have the
+format of users' own files: {"prompt", "chosen", "rejected"} and {"prompt", "response", "safe"}.
 """
 
 import random
@@ -55,7 +55,7 @@ SHORTEST = {"en": 4, "zh": 5}
 LONGEST = {"en": 20, "zh": 28}
 """Words of an English summary, characters of a Chinese one."""
 LONGEST_READ = 2000
-"""Characters; a longer answer to such a request helps nobody."""
+"""Characters; a longer answer to such a request is not helpful."""
 FLAWED = 0.6
 """Factor of the helpfulness for a flaw of form."""
 REFUSAL_SIGNS, INSULTS = PHRASES["refusal_signs"], PHRASES["insults"]
@@ -229,7 +229,7 @@ def pairs(answers: Answers, seed: int = 0, length: Callable[[str], int] = len) -
     """Lines for a pairwise model, one per problem at most, and facts about them.
 
     `length` measures a summary. A pair that would tip the sum of length differences beyond SLACK is dropped, so that
-    length does not pay.
+    length is not rewarded.
     """
     lines: list[dict[str, Any]] = []
     facts = {"asked": 0, "close": 0, "unbalanced": 0, "chosen_length": 0.0, "rejected_length": 0.0}

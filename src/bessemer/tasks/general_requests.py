@@ -1,4 +1,4 @@
-"""General requests: what is asked, and how people answer it, well and badly.
+"""General requests: what is asked, and how it is answered, well and badly.
 
 A request is a family (general_families.toml) with its slots filled from parallel tables in English and Chinese
 (general_words.toml). Row i of a table is one thing in both languages, so a request and its twin in the other language
@@ -6,8 +6,8 @@ are the same problem and fall into the same split. Texts are `str.format` templa
 forms of its table row is `{name[0]}`, `{name[1]}`, ...
 
 There are two aims (R1 2.3.4). Most families are for helpfulness. Those for harmlessness ask for somebody's secret or
-for an insult: a good answer declines kindly and names neither, in the thoughts or after them. Each has a harmless twin
-among the helpful ones that looks alike (one's own code, public news, a compliment, borrowing), so that refusing
+for an insult: a good answer declines kindly and contains neither, in the thoughts or after them. Each has a harmless
+twin among the helpful ones that looks alike (one's own code, public news, a compliment, borrowing), so that refusing
 everything is not helpful.
 
 Train and test requests differ in their slots (the pair hot and small, Anna on Monday), not in single words: every word

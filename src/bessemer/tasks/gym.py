@@ -1,18 +1,18 @@
 """`gym:NAME` and `gym:NAME@LEVEL`: every dataset of reasoning-gym as a task, with its own scorer.
 
 Without a level, the problems are those of the dataset's default settings, and their difficulty is 0; level n is the
-n-th step of the dataset's curriculum. A hash of its text decides the split of a question, half of all questions each,
-so that generators find either quickly: no question of one split is ever asked in the other, whatever the seeds.
+n-th step of the dataset's curriculum. A hash of its text assigns a question to a split, half of all questions to each,
+so that questions of either are quick to generate: no question is ever asked in both splits, whatever the seeds.
 
 Only a score of 1 is correct. The scorers give partial scores for much less (0.14 for "banana" where another word should
-be spelled backwards), and a partial reward is learnt before the task is. A problem whose own answer does not score 1 is
-skipped and the next one sampled; a dataset that has no other problems is refused.
+be spelled backwards), and a policy learns to collect partial rewards before it learns the task. A problem whose own
+answer does not score 1 is skipped and the next one sampled; a dataset with no other problems raises UserError.
 
 The library lives in the referee process, in which the second half of this file runs. Some scorers evaluate the answer,
 as Python or through sympy, so both are disarmed: `eval` inside reasoning-gym reads literals only, except in modules
-that evaluate their own text, and sympy parses plain algebra only. RULES make scorers stricter that give a full score
-for less. They were found by giving every dataset the same unearned answers (the question, 0, another problem's answer,
-the right one among others); the tests repeat some of them.
+that evaluate their own text, and sympy parses plain algebra only. RULES tighten scorers that give a full score for
+less. They come from giving every dataset the same undeserved answers (the question, 0, another problem's answer, the
+right one among others); the tests repeat some of them.
 """
 
 import ast
@@ -76,7 +76,7 @@ class Gym(Task):
         return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", sampled["question"], language, meta)
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
-        """The canonical form is the text with its white space made single blanks."""
+        """The canonical form is the text with each run of white space as one blank."""
         answer, gold = answer.strip(" \n\t"), problem.meta["answer"]
         if not answer or len(answer) > 200 + 4 * len(gold):
             return UNPARSABLE, None
@@ -111,7 +111,7 @@ def _score(dataset: str, level: int, item: int, answer: str) -> float:
 
 @cache
 def _reasoning_gym() -> ModuleType:
-    """The library, disarmed."""
+    """The library, unable to evaluate an answer."""
     try:
         import reasoning_gym
     except ImportError as error:
@@ -189,7 +189,7 @@ def _own_numbers(answer: str, item: dict[str, Any]) -> bool:
 
 
 def _near(answer: str, item: dict[str, Any]) -> bool:
-    """coin_flip gives parts for a matching prefix, and 0 is a prefix of 0.0349."""
+    """coin_flip gives partial scores for a matching prefix, and 0 is a prefix of 0.0349."""
     try:
         exact = len(answer) < 40 and "e" not in answer.lower()  # 1e999999999 is a bomb
         return exact and abs(Fraction(answer) - Fraction(item["answer"])) < 1e-4
@@ -208,7 +208,7 @@ def _only_grid(answer: str, item: dict[str, Any]) -> bool:
 
 
 def _only_moves(answer: str, item: dict[str, Any]) -> bool:
-    """sokoban skips everything that is no move."""
+    """sokoban skips every character that is not a move."""
     return re.fullmatch("[UDLRudlr \n]{1,500}", answer) is not None
 
 

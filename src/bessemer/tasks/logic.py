@@ -1,12 +1,12 @@
 """Boolean logic: the truth of three formulas at once, so that a guess is right in one case of eight.
 
-Whether one formula holds is a coin toss, and a reward for it rewards guessing. Here each of the eight patterns of three
-values is equally likely, and the answer is all of them. A formula of the test split occurs in no training problem and
-on no page, neither as a question nor as a step, whatever the other two are.
+The truth of one formula is a coin toss, so a reward for it would reward guessing. Here each of the eight patterns of
+three values is equally likely, and the answer is the whole pattern. A formula of the test split occurs in no training
+problem and on no page, neither as a question nor as a step, whatever the other two are.
 
 A formula is True, False, ("not", f), or (op, f, g) with op "and" or "or". A reduction step replaces every operation
 whose operands are constants by its value, all at once: `not (true and false) or true` -> `not false or true` ->
-`true or true` -> `true`. So each step is a local rewriting of the line before, and a trace has few of them.
+`true or true` -> `true`. So each step rewrites the line before locally, and a trace has few steps.
 """
 
 import random
@@ -34,7 +34,7 @@ WORDS = {
     "zh": {True: "真", False: "假", "not": "非", "and": "且", "or": "或"},
 }
 FEWEST = 3
-"""Constants of a formula in a question, at least; smaller formulas are steps, and both splits share them."""
+"""Fewest constants of a formula in a question; smaller formulas are steps, which both splits share."""
 FORMULAS = 3
 LEAVES = (3, 4)
 """Constants per formula: with two there are too few formulas to hold some out, with five the trace is too long."""
@@ -138,9 +138,9 @@ def _letters(values: list[bool]) -> str:
 
 
 def sample(leaves: int, split: str, truth: bool, rng: random.Random) -> Formula:
-    """A formula of at least FEWEST constants which belongs to `split` and has the value `truth`.
+    """A formula of at least FEWEST constants that belongs to `split` and has the value `truth`.
 
-    No step of a train formula, not even one gone wrong, is a formula of the test split.
+    No step of a train formula, right or wrong, is a formula of the test split.
     """
     while True:
         formula = _tree(leaves, rng)

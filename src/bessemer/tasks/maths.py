@@ -4,14 +4,14 @@ PATH is a directory with train.jsonl and test.jsonl, or one file, a tenth of whi
 question. A line has "question" or "problem", and "answer". Questions of the test file are removed from the training
 set.
 
-Judging, cheapest first. A gold answer that is a plain number takes plain numbers, compared exactly: an expression with
-that value is unfinished work, and often a copy of the question. A gold answer of words takes those words. Everything
-else goes to math-verify, one expression, in the referee process; an answer that only repeats a piece of the question
-is an echo, since for math-verify `(x+1)^2` answers "expand (x+1)^2". A gold answer that nothing can read is an error
-when the file is loaded.
+Judging, cheapest first. If the gold answer is a plain number, only plain numbers count, compared exactly: an expression
+with that value is unfinished work, and often a copy of the question. If it is words, only those words count. Everything
+else is one expression, judged by math-verify in the referee process; an answer that only repeats a piece of the
+question is an echo, because math-verify accepts `(x+1)^2` for "expand (x+1)^2". A gold answer that cannot be read is
+an error when the file is loaded.
 
-math-verify looks for something that parses anywhere in a text. Here the text of the answer tags is one expression or
-nothing: it is put between dollar signs as it stands, and only LaTeX so delimited is read, without any fallback.
+math-verify searches a text for anything that parses. Here the whole text of the answer tags must be one expression: it
+is put between dollar signs unchanged, and only LaTeX delimited that way is read, without any fallback.
 """
 
 import logging
@@ -38,7 +38,7 @@ from bessemer.tasks.maths_questions import Numeral, Question, load, parse_numera
 from bessemer.tasks.referee import RefereeFault, ask, guard_sympy
 
 MAX_CHARS = 300
-"""Characters of the longest answer that is read."""
+"""Maximum length in characters of an answer that is read."""
 MAX_CANONICAL = 200
 _HUGE = re.compile(r"[0-9]{16}|\^ ?\{? ?-?[0-9]{4}")
 
@@ -56,7 +56,7 @@ class Maths(Task):
         super().__init__(**settings)
 
     def size(self, split: str) -> int:
-        """Problems of the split until one repeats; in the scarcest language where there are several."""
+        """Problems of the split before one repeats; those of the scarcest language if there are several."""
         return min(len(self.pools[split].get(language, ())) for language in self.languages)
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
@@ -100,7 +100,7 @@ def _grade_expression(gold: str, answer: str, prompt: str) -> tuple[str, str | N
     if equals and "=" not in gold and ("=" in right or not re.fullmatch("[A-Za-z] ?", left)):
         return UNPARSABLE, None  # of a chain of equations math-verify would take the last side
     if "\n" in answer or "$" in answer or _HUGE.search(answer):
-        return UNPARSABLE, None  # more than one expression, or a power no answer has
+        return UNPARSABLE, None  # more than one expression, or a power that no answer has
     try:
         reply = _same(gold, answer)
     except RefereeFault as fault:
@@ -143,9 +143,9 @@ def _order(size: int, *key: object) -> tuple[int, ...]:
 
 @cache
 def _math_verify() -> ModuleType:
-    """math-verify behind the guard of sympy.
+    """math-verify, with sympy guarded.
 
-    One verdict of each expensive kind is made, so that a fork has the tables and caches it needs.
+    Computes one verdict of each expensive kind, so that a fork inherits the tables and caches it needs.
     """
     try:
         import math_verify

@@ -1,9 +1,9 @@
 """Reading mathematics problems from JSON lines, and the forms of an answer that need no algebra.
 
-Every fault of a line is reported here, before a run starts, with its file and line number. Plain numbers are read as
-people write final answers: 42, -3.50, 1,234, 3/4, \\frac{3}{4}, $18, 75%. They judge nearly all answers to GSM8K-like
-problems exactly and in microseconds. A currency, percent or degree sign is a unit and ignored. Digits are ASCII, and
-few enough that no number is expensive.
+Every fault in a line is reported here, before a run starts, with its file and line number. Plain numbers are read as
+people write them in final answers: 42, -3.50, 1,234, 3/4, \\frac{3}{4}, $18, 75%. They judge nearly all answers to
+GSM8K-like problems exactly and in microseconds. A currency, percent or degree sign is a unit and ignored. Digits are
+ASCII, and few enough that no number is expensive.
 """
 
 import json
@@ -78,7 +78,7 @@ def _questions_of(path: Path, family: str) -> tuple[Question, ...]:
 
 @lru_cache(maxsize=16)
 def _parsed(path: Path, family: str, changed: int, size: int) -> tuple[Question, ...]:
-    """Cached by time and size of the file, because stages make their tasks anew for every language."""
+    """Cached by time and size of the file, because stages create their tasks again for every language."""
     try:
         with path.open(encoding="utf-8") as file:
             questions = tuple(_questions(file, path, family))
@@ -146,7 +146,7 @@ def peeled(text: str) -> str:
 
 
 def _balanced(text: str) -> bool:
-    """Whether the braces close in order: the outer braces of \\boxed{1} or \\boxed{2} are no pair."""
+    """Whether the braces close in order: the outer braces of \\boxed{1} or \\boxed{2} are not a pair."""
     depth = 0
     for brace in re.findall(r"(?<!\\)[{}]", text):
         depth += 1 if brace == "{" else -1

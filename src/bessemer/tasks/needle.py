@@ -1,14 +1,14 @@
-"""A needle in a haystack: a sentence in a long stretch of real text, started again at its end and to be completed.
+"""A needle in a haystack: a sentence hidden in a long real text, repeated at its end for the model to complete.
 
     ... and the crow flew away. The red fox says cobalt. Then the old king ... and all was well.
     The red fox says
 
-This form suits a model that continues text, as after pre-training. A problem hides several such sentences and starts
-one of them again; its depth is the share of the text before it. A word copied from any of them is right in one case of
-`needles`. The caller splits the haystack text by document: pages read `texts["train"]` only, problems of a split that
-split's. A key (red fox) of the test split occurs on no page.
+This form suits a model that continues text, as after pre-training. A problem hides several such sentences and begins
+one of them again; its depth is the share of the text before it. Copying the word of a random sentence is right once in
+`needles` times. The caller splits the haystack text by document: pages read only `texts["train"]`, and problems only
+the text of their split. A key (red fox) of the test split occurs on no page.
 
-Sizes count whatever `measure` counts: characters, or tokens of the model under test.
+Sizes are in the units of `measure`: characters, or tokens of the model under test.
 """
 
 import bisect
@@ -24,8 +24,8 @@ from bessemer.tasks.answer import NO_ANSWER
 from bessemer.tasks.base import CORRECT, WRONG_VALUE, Problem, Task, Verdict, read_toml, split_of_text
 
 ADJECTIVES, SPEAKERS, WORDS = (words.split() for words in read_toml("needle.toml").values())
-"""WORDS are modern: old plays and fables, in which they are hidden, hardly use them, as the needle of the usual
-test has nothing to do with the essays around it."""
+"""WORDS are modern, so the old plays and fables that hide them hardly use them; the needle of the usual test has
+nothing to do with the essays around it either."""
 STEM = "The {key} says"
 SENTENCE = STEM + " {word}."
 
@@ -90,10 +90,10 @@ class Needle(Task):
         seed: int = 0,
         measure: Callable[[str], int] = len,
     ) -> Problem:
-        """A problem whose prompt measures at most `size`, and less than one piece of text below it.
+        """A problem whose prompt measures at most `size`, and at least `size` less one piece of text.
 
-        The needle to complete stands at `depth` (0: at the start, 1: at the end). UserError if the needles leave
-        no room.
+        The needle to complete is at `depth` (0: at the start, 1: at the end). UserError if the needles do not
+        fit.
         """
         rng = self.rng("problem", split, index, seed, size, needles, round(depth * 1000))
         facts = _facts(rng, split, needles)

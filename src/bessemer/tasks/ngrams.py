@@ -1,8 +1,8 @@
 """Words, and runs of n of them: the unit of repetition and contamination.
 
 A word is a run of letters in lower case, one Han or kana character, a whole number, or an operator. Other punctuation
-and white space do not count, so that a question is the same with or without its comma. An English 10-gram is then ten
-words, a Chinese one ten characters.
+and white space are ignored, so a question is the same with or without its comma. So an English 10-gram is ten words,
+and a Chinese one ten characters.
 """
 
 import re

@@ -6,14 +6,14 @@ settings for them. Readable does not mean right: a wrong answer may read well.
 
 Reasons, in the order they are checked
   blank            nothing to read
-  control-text     a control token or tag where none belongs, a control character, bytes that are no character
+  control-text     a control token or tag out of place, a control character, bytes that are not text
   code             a code block in the thoughts
   mixed-language   too few of the thoughts' words in the language of the question
-  repetitive       too many lines, or runs of ten words, that occurred before: loops
+  repetitive       too many lines, or runs of ten words, that occurred before (loops)
   long-paragraph   more words without a line break than a paragraph holds
 
-The thoughts are the text inside `<think>`; an answer without any is read whole, except for code, which is normal in an
-answer. Every measure is linear in the length of the text.
+The thoughts are the text inside `<think>`; an answer without any is read as a whole, except for code, which is normal
+in an answer. Every measure is linear in the length of the text.
 
 `share` is the measure behind R1's language-consistency reward (R_lang, first RL stage): the share of target-language
 words in the chain of thought. A word here is a run of Latin letters or one Han character; digits, operators,

@@ -1,12 +1,12 @@
-"""A separate process for judges that are not safe in this one: math-verify, sympy, the scorers of reasoning-gym.
+"""A separate process for judges that are not safe in the main one: math-verify, sympy, the scorers of reasoning-gym.
 
-Those libraries evaluate the text they are given, some of them without any bound, and math-verify's own timeout is an
-alarm signal, which works in the main thread only. So they never see a completion in this process. The referee is one
-long-lived child that has imported them; every verdict is computed in a fork of it, which has a limit of processor time
-(`CPU_SECONDS`), of memory and of wall-clock time, may write no file, and is gone afterwards with whatever the text
-did to it. A bomb costs its fork a third of a second; the referee and the next verdict are unaffected.
+Those libraries evaluate the text they are given, some without any bound, and math-verify's own timeout is an alarm
+signal, which works only in the main thread. So they never see a completion in the main process. The referee is one
+long-lived child that has imported them. Every verdict is computed in a fork of it, which has limits of processor time
+(`CPU_SECONDS`), memory and wall-clock time, cannot write files, and ends after the verdict, together with any damage
+that the text did. A bomb costs its fork a third of a second; the referee and the next verdict are unaffected.
 
-This is protection against text that is expensive or crashes a parser. Code is judged in the code sandbox. Parent and
+This protects against text that is expensive or crashes a parser. Code is judged in the code sandbox. Parent and
 child (`python -m bessemer.tasks.referee`) exchange lines of JSON; nothing is pickled.
 """
 
@@ -29,7 +29,7 @@ from typing import Any
 from bessemer.errors import UserError
 
 CPU_SECONDS = 0.35
-"""Processor time of one verdict, so that a busy machine judges like an idle one. A usual verdict takes 0.03 s."""
+"""Processor time of one verdict, so that verdicts do not depend on load. A typical verdict takes 0.03 s."""
 WALL_SECONDS = 20.0
 """Wall-clock time of one verdict, for text that blocks without using the processor."""
 PATIENCE = 120.0
@@ -74,12 +74,12 @@ def ask(operation: str, **request: Any) -> dict[str, Any]:
 
 @cache
 def _referee(pid: int) -> "Referee":
-    """One for each process: a forked worker must not write into its parent's pipe."""
+    """One per process: a forked worker must not write to its parent's pipe."""
     return Referee()
 
 
 class Referee:
-    """The child process, started at the first request and after it died. It ends when its standard input closes."""
+    """The child process, started at the first request and again if it died. It ends when its standard input closes."""
 
     def __init__(self) -> None:
         self._child: subprocess.Popen | None = None
@@ -165,7 +165,7 @@ def confined(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         with suppress(BaseException):
             os.close(read)
             _limit()
-            os.write(write, json.dumps(work()).encode())  # shorter than a pipe holds
+            os.write(write, json.dumps(work()).encode())  # fits into a pipe
         os._exit(0)
     os.close(write)
     reply, deadline = b"", time.monotonic() + WALL_SECONDS
@@ -207,11 +207,11 @@ def plain(text: str) -> bool:
 
 
 def guard_sympy() -> None:
-    """Make sympy in this process parse plain algebra alone.
+    """Make sympy in this process parse plain algebra only.
 
     Its parser evaluates text as Python: `2*x`, but also `__import__("os").system(...)`. Every parse of a string ends in
-    `stringify_expr`, where anything but plain algebra is refused. What passes can still be expensive (`9**9**9`); the
-    limits of the fork are for that.
+    `stringify_expr`, where anything but plain algebra is refused. What passes can still be expensive (`9**9**9`);
+    the limits of the fork bound that.
     """
     import sympy.physics.units  # noqa: F401  `simplify` imports it late, and it parses the names of its units
     from sympy.parsing import sympy_parser

@@ -1,8 +1,8 @@
 """Scores over k samples per problem: pass@k, maj@k (the paper's cons@k), and a mean with its 95 % interval.
 
 maj@k, exactly: take k of the n samples without replacement, give each answer one vote (None abstains), and let the
-answer with most votes win. A tie is settled by a fair coin, and the coin's expectation is taken in place of a toss:
-when t answers tie, each counts 1/t. So the score is deterministic and favours neither the first nor the right answer.
+answer with most votes win. Ties are broken at random, and the score is the expectation: when t answers tie, each
+counts 1/t. So the score is deterministic and favours neither the first nor the right answer.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ from bessemer.tasks.base import Verdict
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Chance that k of n samples, drawn without replacement, contain one of the `correct` (Chen et al. 2021)."""
+    """Chance that k of n samples, taken without replacement, contain one of the `correct` (Chen et al. 2021)."""
     _check_k(n, k)
     return 1.0 - comb(n - correct, k) / comb(n, k)
 
@@ -93,8 +93,8 @@ def pass_at_1(verdicts: Sequence[Sequence[Verdict]]) -> list[float]:
 
 
 def by_difficulty(verdicts: Sequence[Sequence[Verdict]], difficulties: Sequence[int | str | None]) -> dict[str, Any]:
-    """{difficulty: {"n": problems, "pass_at_1": mean}}, easiest first; a problem of no stated difficulty (None) is in
-    none of them. Keys are text, as JSON has them."""
+    """{difficulty: {"n": problems, "pass_at_1": mean}}, easiest first; a problem without a difficulty (None) is left
+    out. Keys are strings, as in JSON."""
     values: dict[int | str, list[float]] = {}
     for difficulty, value in zip(difficulties, pass_at_1(verdicts), strict=True):
         if difficulty is not None:
@@ -104,7 +104,7 @@ def by_difficulty(verdicts: Sequence[Sequence[Verdict]], difficulties: Sequence[
 
 
 def reasons(verdicts: Iterable[Sequence[Verdict]]) -> dict[str, int]:
-    """Histogram of reason codes, commonest first."""
+    """Histogram of reason codes, most common first."""
     return dict(Counter(v.reason for samples in verdicts for v in samples).most_common())
 
 

@@ -6,8 +6,8 @@ the order of the text; and `steps`, each `left op right` over these numbers, ove
 the second step) and over constants that the text implies ("legs of a cow").
 
 Whole stories (`HELD_OUT`) are held out of training and, by the rule all tasks share, sets of numbers: a test problem is
-a story no page contains, with numbers no page about any story combines. The held-out stories ask for the same kinds of
-steps about other things. Every intermediate value lies in 1..LARGEST and every division comes out even. A trace has one
+a story no page contains, with numbers no page about any story combines. The held-out stories need the same kinds of
+steps in other settings. Every intermediate value lies in 1..LARGEST and every division comes out even. A trace has one
 short line per step: `first:3*4=12`, `then:12-5=7`.
 """
 
@@ -142,7 +142,7 @@ def work(
 ) -> list[Step]:
     """Every step with its values. `err(value)` is the result that the author writes down.
 
-    A result that is no natural number becomes the nearest small one; only sloppy authors get there.
+    A result that is not a natural number becomes the nearest small one; only sloppy authors write such steps.
     """
     known, done = dict(numbers), []
     for name, step in zip("xyz", steps, strict=False):
