@@ -132,11 +132,11 @@ def test_killed_it_ends_with_the_same_bits(done, tmp_path):
         ({"{data}": "nowhere.jsonl"}, "nowhere.jsonl"),
         (
             {'kind = "sft"': 'kind = "sft"\nsamples = ["pretrain"]'},
-            "leaves no conversations; a stage of kind reject does, and one of kind rl",
+            "exports no conversations; a stage of kind reject does, and one of kind rl",
         ),
         (
             {'[[stage]]\nkind = "sft"': RL + '[[stage]]\nkind = "sft"\nfrom = "pretrain"\nsamples = ["policy"]'},
-            'stage "policy" .* leaves no conversations; .* one of kind rl with export_samples = "correct"',
+            'stage "policy" .* exports no conversations; .* one of kind rl with export_samples = "correct"',
         ),
         ({'kind = "sft"': 'kind = "sft"\nfrom = "corpus"'}, "needs a model to start from"),
         ({"lr = 1e-2\n": ""}, '"lr"'),

@@ -5,7 +5,8 @@
 `Recipe.load(path, overrides)` returns a validated recipe or raises a UserError that names file, table and key.
 Overrides are the `--set` arguments: `stage.key=value` with the stage's name, `model.key=value`, `layout.key=value`,
 `seed=8`. A stage with `like = "other"` has that earlier stage's keys where it sets none of its own. The [model] table
-stays a plain dictionary here; the stages that build a model check it (`Stage.resolve`) before anything runs."""
+stays a plain dictionary here; the stages that build a model check it (`Stage.resolve`) before anything runs.
+"""
 
 import json
 import re

@@ -19,7 +19,8 @@ class OptimizerConfig(StageConfig):
     value that the optimizer uses.
 
     Each kind has its own `lr`; its `learning_rate` defines what the value means. A key that a kind does not have is a
-    class constant there."""
+    class constant there.
+    """
 
     betas: ClassVar[tuple[float, float]] = (0.9, 0.95)  # decay rates of AdamW's moments (V3 4.2)
     eps: ClassVar[float] = 1e-8  # of AdamW (undocumented in V3)

@@ -27,8 +27,8 @@ from bessemer.data.sft_rows import DTYPE, SFTRows, read_packed
 from bessemer.errors import UserError
 
 GOOD, BAD = 1, 2
-PAIR = {"prompt": str, "chosen": str, "rejected": str}
-LABEL = {"prompt": str, "response": str, "safe": bool}
+PAIR: dict[str, type] = {"prompt": str, "chosen": str, "rejected": str}
+LABEL: dict[str, type] = {"prompt": str, "response": str, "safe": bool}
 Ids = Sequence[int]
 
 

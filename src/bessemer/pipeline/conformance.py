@@ -1,7 +1,7 @@
 """The paper's recipe item by item: the published value, the value of this run, and where it is built and tested.
 
 `rows(recipe)` is the table of conformance.json and of the report; `markdown()` is docs/conformance.md, and a
-test fails when that file differs or an entry points nowhere. "off" is stated as plainly as "on".
+test fails when that file differs or an entry points nowhere. Items that are off are listed as well.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bessemer.train.setup import model_config
 
 
 class RecipeFacts:
-    """The recipe and its model, as an item reads them."""
+    """The recipe and its model, for the items."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -56,7 +56,8 @@ class Item:
     item: str
     section: str
     paper: str
-    here: Callable[[RecipeFacts], Status]
+    status: Callable[[RecipeFacts], Status]
+    """The value of a run, and whether the item is on."""
     code: str
     """File under src/bessemer."""
     test: str
@@ -64,39 +65,43 @@ class Item:
 
 
 def _points(points: Points) -> str:
-    shown = [f"{value:g} at {show_tokens(at)}" for at, value in points.plain()]
-    return f"{points.values[0]:g}" if len(shown) == 1 else ", ".join(shown)
+    texts = [f"{value:g} at {show_tokens(at)}" for at, value in points.plain()]
+    return f"{points.values[0]:g}" if len(texts) == 1 else ", ".join(texts)
 
 
-def _model(show: Callable[[ModelConfig], Any], on: Callable[[ModelConfig], bool] = lambda m: True) -> Callable:
+def _model(
+    show: Callable[[ModelConfig], Any], on: Callable[[ModelConfig], bool] = lambda m: True
+) -> Callable[[RecipeFacts], Status]:
     return lambda facts: IMPORTED if facts.imported() else (str(show(facts.model)), on(facts.model))
 
 
-def _of(kind: str, show: Callable[[Any], Any], on: Callable[[Any], bool] = lambda s: True) -> Callable:
-    def here(facts: RecipeFacts) -> Status:
+def _of(
+    kind: str, show: Callable[[Any], Any], on: Callable[[Any], bool] = lambda s: True
+) -> Callable[[RecipeFacts], Status]:
+    def status(facts: RecipeFacts) -> Status:
         stage = facts.stage(kind)
         return ABSENT if stage is None else (str(show(stage)), on(stage))
 
-    return here
+    return status
 
 
-def _any(kind: str, show: Callable[[Any], Any], on: Callable[[Any], bool]) -> Callable:
+def _any(kind: str, show: Callable[[Any], Any], on: Callable[[Any], bool]) -> Callable[[RecipeFacts], Status]:
     """As `_of`, of the first stage that has the item on; several stages of a kind differ on purpose."""
 
-    def here(facts: RecipeFacts) -> Status:
+    def status(facts: RecipeFacts) -> Status:
         stages = facts.stages(kind)
         stage = next(filter(on, stages), stages[0] if stages else None)
         return ABSENT if stage is None else (f"{stage.name}: {show(stage)}", on(stage))
 
-    return here
+    return status
 
 
-def _layout(show: Callable[[LayoutConfig], str], on: Callable[[LayoutConfig], bool]) -> Callable:
-    def here(facts: RecipeFacts) -> Status:
+def _layout(show: Callable[[LayoutConfig], str], on: Callable[[LayoutConfig], bool]) -> Callable[[RecipeFacts], Status]:
+    def status(facts: RecipeFacts) -> Status:
         layout = facts.recipe.layout
         return ("one process", False) if layout.fewest == 1 else (show(layout), on(layout))
 
-    return here
+    return status
 
 
 def _extended(facts: RecipeFacts) -> Status:
@@ -246,11 +251,11 @@ ITEMS: tuple[Item, ...] = (
 def rows(recipe: Recipe) -> list[dict[str, Any]]:
     """The table for one run."""
     facts = RecipeFacts(recipe)
-    found = []
+    table = []
     for item in ITEMS:
-        here, on = item.here(facts)
-        found.append({"item": item.item, "section": item.section, "paper": item.paper, "here": here, "on": on})
-    return found
+        value, on = item.status(facts)
+        table.append({"item": item.item, "section": item.section, "paper": item.paper, "here": value, "on": on})
+    return table
 
 
 def markdown() -> str:

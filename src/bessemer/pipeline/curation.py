@@ -37,7 +37,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Curation:
 
 
 def plain(curation: Curation, cache: str | None = None) -> settings.Settings:
-    """As the build takes it."""
+    """The recipe as the build's settings."""
     tokenizer = curation.tokenizer
     return settings.Settings(
         curation.name, curation.seed, tuple(map(_plain_source, curation.sources)),
@@ -54,30 +54,30 @@ def plain(curation: Curation, cache: str | None = None) -> settings.Settings:
 
 
 def _plain_source(table: SourceTable) -> settings.Source:
-    wanted = filters.preset(table.filters)
+    rules = filters.preset(table.filters)
     for rule, number in table.rules.items():
         if number is False:
-            wanted.pop(rule, None)
+            rules.pop(rule, None)
         else:
-            wanted[rule] = float(number)
+            rules[rule] = float(number)
     return settings.Source(
         table.name, table.source, table.domain, table.part or table.domain, table.text, tuple(table.languages),
-        table.confidence, wanted, table.bad, table.longest, table.retries, table.pause,
+        table.confidence, rules, table.bad, table.longest, table.retries, table.pause,
     )  # fmt: skip
 
 
 def build(curation: Curation, out: Path, progress: RunProgress | None = None) -> dict[str, Any]:
     """Builds into `out` and returns the report."""
-    shown = progress or RunProgress(dict(SECONDS_PER_MB))
+    bar = progress or RunProgress(dict(SECONDS_PER_MB))
     try:
         with explained(out):
-            return building.Build(plain(curation), out, engine(curation.engine), shown).run()
+            return building.Build(plain(curation), out, engine(curation.engine), bar).run()
     finally:
-        shown.close()
+        bar.close()
 
 
 def engine(table: EngineTable) -> JobRunner:
-    """What runs the jobs."""
+    """The job runner of an [engine] table."""
     if table.kind == "ray":
         return RayRunner(table.workers)
     workers = table.workers or cores()
@@ -92,7 +92,7 @@ class RayRunner:
     """
 
     def __init__(self, workers: int) -> None:
-        """workers: jobs at a time; 0: one per CPU of the cluster."""
+        """workers: parallel jobs; 0: one per CPU of the cluster."""
         if not ray_cluster.is_installed():
             raise UserError("engine.kind = \"ray\" needs Ray: pip install 'bessemer[scale]'")
         self._cluster = ray_cluster.RayCluster(0)
@@ -119,8 +119,8 @@ class RayRunner:
             raise
         except self._ray.exceptions.RayError as error:
             raise UserError(
-                f"Ray lost {job.step} of {job.title} for good ({type(error).__name__}); look at memory and disks of "
-                "its nodes. The same command goes on from here"
+                f"Ray lost {job.step} of {job.title} for good ({type(error).__name__}); check the memory and the disks "
+                "of its nodes, then run the same command again to continue"
             ) from error
         if mistake is not None:
             raise UserError(mistake)
@@ -131,7 +131,7 @@ class RayRunner:
 
 
 def _perform(job: Job, folder: str) -> tuple[dict[str, Any], str | None]:
-    """In a worker, whose paths count from `folder`. A user's mistake comes back as words: Ray would wrap it."""
+    """In a worker, whose paths count from `folder`. A UserError is returned as its message, since Ray would wrap it."""
     os.chdir(folder)
     try:
         return perform(job), None

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class StageResult:
-    """What became of one stage."""
+    """The outcome of one stage."""
 
     name: str
     kind: str
@@ -52,7 +52,7 @@ class StageResult:
 
 @dataclass
 class _Planned:
-    """A stage with everything known about it before it runs."""
+    """A stage, with everything that is known before it runs."""
 
     config: StageConfig
     stage: Stage[Any]
@@ -77,7 +77,7 @@ def run(
 ) -> list[StageResult]:
     """Run `recipe` in `out` (default runs/NAME) up to and with the stage `until`; a result for each stage.
 
-    Raises UserError for what the user can mend and Interrupted (its text says how to go on) after a stop signal.
+    Raises UserError for errors that the user can fix and Interrupted (its text says how to go on) after a stop signal.
     With `ranks` this is rank 0, which the others `follow`.
     `conformance` gives the rows {item, section, paper, here, on} of conformance.json, summarised at the start.
     """
@@ -141,7 +141,8 @@ def _set_aside_stale(plan: list[_Planned], rundir: RunDir, metrics: Metrics, pro
 
 
 def _is_temporary(path: Path) -> bool:
-    """Left by `write_atomic` or `reuse` in a process that was killed; the lock says that nobody is writing it now."""
+    """A file or folder that `write_atomic` or `reuse` left in a killed process; under the lock, nothing is writing
+    it."""
     return ".tmp-" in path.name
 
 
@@ -187,7 +188,7 @@ def _run_all(
 def _finished(
     item: _Planned, inputs: dict[str, str], rundir: RunDir, metrics: Metrics, progress: RunProgress
 ) -> dict[str, Any] | None:
-    """The record of a stage that need not run; None when it must, with what is in its way moved aside."""
+    """The record of a stage that is complete; None when it must run, after its outdated folder was moved aside."""
     record = read_json(item.folder / "stage.json")
     done = read_json(item.folder / "done.json")
     if record is None:
@@ -213,7 +214,7 @@ def _run_one(item: _Planned, ctx: StageContext, inputs: dict[str, str], root: Pa
         write_stage_record(ctx.dir, item.identity, inputs)
         ctx.spent = (read_json(ctx.dir / "wall.json") or {}).get("seconds", 0.0)
         if not (ctx.dir / "state").exists():
-            ctx.rewind(-1)  # nothing to go on from: the stage starts over, and so do its lines
+            ctx.rewind(-1)  # no state to resume from: the stage starts over, and so do its lines
         if ctx.ranks is not None:
             ctx.ranks.order(
                 {"stage": ctx.name, "folder": str(ctx.dir), "inputs": {n: str(p) for n, p in ctx.inputs.items()},
@@ -238,7 +239,7 @@ def _clock(ctx: StageContext) -> Iterator[None]:
         while not over.wait(2.0):
             try:
                 write_json(ctx.dir / "wall.json", {"seconds": round(ctx.elapsed(), 3)})
-            except OSError:  # a full disk is for the stage to meet; a clock that misses a second is no reason to stop
+            except OSError:  # the stage reports a full disk itself; a missed tick of the clock must not stop it
                 continue
 
     ticker = threading.Thread(target=tick, daemon=True)
@@ -259,13 +260,13 @@ def _how_to_go_on(recipe: Recipe, root: Path, name: str, where: str) -> str:
 
 
 def _facts(summary: dict[str, Any]) -> str:
-    shown = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in summary.items()
+    texts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in summary.items()
              if isinstance(value, int | float | str)]  # fmt: skip
-    return ", ".join(shown)
+    return ", ".join(texts)
 
 
 def _overview(recipe: Recipe, root: Path, estimates: dict[str, float], ranks: Ranks | None) -> str:
-    """What will run, on what, and for about how long: a line for the run and one for each stage."""
+    """The stages, the device and the estimated time: a line for the run and one for each stage."""
     from bessemer.train import setup
 
     precisions = {config.precision for config in recipe.stages if hasattr(config, "precision")}
@@ -289,7 +290,7 @@ def _write_conformance(rows: list[dict[str, Any]], root: Path) -> str:
 
 
 class Donor:
-    """A run whose finished stages may be taken over."""
+    """A run whose finished stages may be copied."""
 
     def __init__(self, root: Path) -> None:
         if not (root / "recipe.toml").is_file():
@@ -299,7 +300,8 @@ class Donor:
     def give(
         self, folder: Path, name: str, fingerprint: str, inputs: dict[str, str], metrics: Metrics
     ) -> dict[str, Any] | None:
-        """Copies a finished stage to `folder`, which must not exist; its record, or None where this run has none.
+        """Copies a finished stage to `folder`, which must not exist; returns its record, or None if this run has no
+        such stage.
 
         `inputs` maps the stages it reads to the digests of their output.
         """
@@ -325,7 +327,7 @@ class Donor:
 
 
 def follow(recipe: Recipe, ranks: Ranks, cache: Path | None = None) -> None:
-    """Until rank 0 says that the run has ended."""
+    """Runs the stages that rank 0 orders, until rank 0 ends the run."""
     for config in recipe.stages:
         find_kind(config.kind)().resolve(config, recipe)
     with open(os.devnull, "w") as nowhere:

@@ -52,7 +52,7 @@ class Stage(Generic[_Config]):
 
     kind: ClassVar[str]
     format: ClassVar[int] = 1
-    """Raise it when the stage writes something else than before for the same config: old output is then redone."""
+    """Raise it when the stage's output changes for the same config: old output is then redone."""
     uses_model: ClassVar[bool] = True
     """Whether the recipe's [model] table changes what this stage makes."""
     uses_seed: ClassVar[bool] = True
@@ -70,7 +70,8 @@ class Stage(Generic[_Config]):
     def identity(
         self, config: _Config, recipe: Recipe, derived: dict[str, Any], inputs: dict[str, str]
     ) -> dict[str, Any]:
-        """Everything the output of this stage follows from; `inputs` maps the stages it reads to their fingerprints."""
+        """Everything that determines the output of this stage; `inputs` maps the stages it reads to their
+        fingerprints."""
         what = {
             "format": [RUN_FORMAT, self.kind, self.format],
             "settings": config.fingerprint_values(),
@@ -122,7 +123,7 @@ class StepLog:
         self.before, self.tokens = self.tokens, tokens
 
     def passed(self, every: int) -> bool:
-        """Whether the last step passed a multiple of so many tokens; never when `every` is 0."""
+        """Whether the last step crossed a multiple of `every` tokens; never when `every` is 0."""
         return every > 0 and self.tokens // every > max(0, self.before) // every
 
 
@@ -139,12 +140,12 @@ def register(stage: _StageType) -> _StageType:
 
 
 def load_kinds() -> dict[str, type[Stage[Any]]]:
-    """Every kind there is: each file of `pipeline/stages/` registers its own when imported."""
+    """All kinds: each file of `pipeline/stages/` registers its own when imported."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent / "stages")]):
         importlib.import_module(f"bessemer.pipeline.stages.{module.name}")
     return KINDS
 
 
 def find_kind(kind: str) -> type[Stage[Any]]:
-    """The stage of a kind that a recipe names, and that reading the recipe has found to exist."""
+    """The stage class of a kind; reading a recipe has checked that the kind exists."""
     return (KINDS if kind in KINDS else load_kinds())[kind]

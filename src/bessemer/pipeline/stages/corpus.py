@@ -3,7 +3,7 @@
 Output: tokenizer/ and one folder of packed rows per part. A part's text comes from a source (registry name, path,
 hf://owner/name); as "task:NAME", from the pre-training documents of a task, which exist for its train split only; or,
 as "needle:SOURCE", from pages that hide sentences in the training documents of a source. "shards:FOLDER" is a part that
-`bessemer data build` made: it stays where it is, and its tokenizer serves all parts.
+`bessemer data build` made: it stays in place, and its tokenizer serves all parts.
 """
 
 import itertools
@@ -46,7 +46,7 @@ class Corpus(Stage[CorpusConfig]):
         for part, spec in config.parts.items():
             if spec.startswith((TASK, NEEDLE)):
                 if spec.startswith(TASK):
-                    _task(config, part).document(0)  # some tasks have none
+                    _task(config, part).document(0)  # UserError for a task without documents
                 if part not in config.limits:
                     raise UserError(f'stage "{config.name}": part "{part}" is endless; give it a limit in tokens')
             elif spec.startswith(SHARDS) and part in (*config.limits, *config.fim_parts):
@@ -166,33 +166,33 @@ def _shards(config: CorpusConfig) -> list[str]:
 
 
 def _built(config: CorpusConfig) -> dict[str, Any]:
-    """What identifies the shards that others made: their meta.json, which holds the checksums of everything."""
-    found = {}
+    """The identity of the parts that are existing shards: the digest of their meta.json, which holds all checksums."""
+    digests = {}
     for part in _shards(config):
         folder = _folder(config, part)
         try:
             shards.read_meta(folder)
-            found[part] = sha256_of(folder / "meta.json")
+            digests[part] = sha256_of(folder / "meta.json")
         except UserError as error:
             raise UserError(f'stage "{config.name}": part "{part}": {error} with bessemer data build') from None
-    return {"shards": found} if found else {}
+    return {"shards": digests} if digests else {}
 
 
 def _tokenizer(config: CorpusConfig) -> Tokenizer | None:
-    """The one that the shards were made with; None where no part is shards."""
-    found = None
+    """The tokenizer of the parts that are shards; None if there are none."""
+    common = None
     for part in _shards(config):
         folder = _folder(config, part)
         tokenizer = Tokenizer.load(folder.parent / "tokenizer")
         if shards.read_meta(folder)["tokenizer"] != tokenizer.fingerprint or (
-            found is not None and found.fingerprint != tokenizer.fingerprint
+            common is not None and common.fingerprint != tokenizer.fingerprint
         ):
             raise UserError(
                 f'stage "{config.name}": the shards of "{part}" were made with another tokenizer than '
                 f"{folder.parent / 'tokenizer'} or the other parts; build all of them with one"
             )
-        found = tokenizer
-    return found
+        common = tokenizer
+    return common
 
 
 def _shares(config: CorpusConfig, n: int) -> list[list[str]]:

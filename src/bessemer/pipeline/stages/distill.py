@@ -1,7 +1,7 @@
 """Stage "distill": on-policy logit distillation of a student from an earlier stage's model.
 
-The student answers training problems, and at every token of its own answers its distribution is drawn to the
-teacher's (`train/distill.py`). R1's distillation is SFT on the teacher's samples (R1 2.4): that is a stage of kind
+The student answers training problems, and at every token of its own answers its distribution is trained towards
+the teacher's (`train/distill.py`). R1's distillation is SFT on the teacher's samples (R1 2.4): that is a stage of kind
 reject from the teacher and one of kind sft from the student. This stage is the extra for models that share a tokenizer.
 """
 
@@ -52,7 +52,7 @@ class Distill(Stage[DistillConfig]):
 
 
 class _Run:
-    """One distillation; everything that must survive a kill lies in the trainer's checkpoint."""
+    """One distillation; the trainer's checkpoint holds everything that must survive a kill."""
 
     def __init__(self, config: DistillConfig, ctx: StageContext) -> None:
         self.config, self.ctx = config, ctx
@@ -66,7 +66,8 @@ class _Run:
                 f'stage "{ctx.name}": student and teacher have different tokenizers, so their distributions cannot be '
                 "compared; distil from text instead (a stage of kind reject from the teacher, then one of kind sft)"
             )
-        self.tokenizer.chat_style = its_tokenizer.chat_style  # the student learns the teacher's form
+        # the student learns the form of the teacher; the setter refuses a teacher without a style
+        self.tokenizer.chat_style = its_tokenizer.chat_style  # type: ignore[assignment]
         teacher.eval().requires_grad_(False)
         self.tasks = [tasks.get(name) for name in config.tasks]
         self.workers = setup.workers()
@@ -89,8 +90,8 @@ class _Run:
         for number in range(first, config.steps):
             values = self._step(number)
             ctx.metrics.write(trainer.step, trainer.tokens, values)
-            shown = f"divergence {values.get('train/loss', 0.0):.3f}, accuracy {values['distill/accuracy']:.3f}"
-            ctx.progress.advance(1, shown)
+            note = f"divergence {values.get('train/loss', 0.0):.3f}, accuracy {values['distill/accuracy']:.3f}"
+            ctx.progress.advance(1, note)
             if (number + 1) % config.eval_every == 0 or number + 1 == config.steps:
                 summary["pass_at_1"] = round(self._evaluate(), 4)
             if ctx.stop:

@@ -57,7 +57,7 @@ class Eval(Stage[EvalConfig]):
             for temperature in config.temperatures
         ]
         ctx.progress.total(len(grid), "rows", done=len(rows))
-        found = self._contamination(config, ctx)
+        contaminated = self._contamination(config, ctx)
         loaded: dict[str, Engine] = {}
         for model, task, temperature in grid[len(rows) :]:
             if model not in loaded:
@@ -75,9 +75,9 @@ class Eval(Stage[EvalConfig]):
             ctx.progress.advance(1, f"{model} {task.name} {row['language']}: pass@1 {row['pass_at_1']:.3f}")
             if ctx.stop:
                 ctx.interrupt()
-        write_atomic(ctx.dir / "results.json", json.dumps({"rows": rows, "contamination": found}, indent=1))
-        ctx.say(contamination.summary(found))
-        return {"rows": len(rows), "contaminated": found["hit"]}
+        write_atomic(ctx.dir / "results.json", json.dumps({"rows": rows, "contamination": contaminated}, indent=1))
+        ctx.say(contamination.summary(contaminated))
+        return {"rows": len(rows), "contaminated": contaminated["hit"]}
 
     def _contamination(self, config: EvalConfig, ctx: StageContext) -> dict[str, Any]:
         path = ctx.state / "contamination.json"
@@ -86,13 +86,13 @@ class Eval(Stage[EvalConfig]):
         search = contamination.ContaminationSearch(
             [problem for task in _tasks(config) for problem in scoring.heldout(task, config.problems)]
         )
-        for stage, shown in training_data(ctx.recipe, config.models, ctx.dir.parent, ctx.cache):
-            search.add_stage(stage, shown, config.searched_words)
+        for stage, texts in training_data(ctx.recipe, config.models, ctx.dir.parent, ctx.cache):
+            search.add_stage(stage, texts, config.searched_words)
             if ctx.stop:
                 ctx.interrupt()
-        found = search.result()
-        write_atomic(path, json.dumps(found))
-        return found
+        result = search.result()
+        write_atomic(path, json.dumps(result))
+        return result
 
 
 def _encode(tokenizer: Tokenizer, problem: tasks.Problem) -> list[int]:
@@ -108,13 +108,13 @@ def _tasks(config: EvalConfig) -> Iterator[tasks.Task]:
 
 def ancestors(recipe: Recipe, names: Sequence[str]) -> list[StageConfig]:
     """The stages that `names` come from, including themselves, in the order of the recipe."""
-    wanted, left = set(), list(names)
+    included, left = set(), list(names)
     while left:
         name = left.pop()
-        if name not in wanted:
-            wanted.add(name)
+        if name not in included:
+            included.add(name)
             left += [other for _, other in stage_refs(recipe.stage(name))]
-    return [stage for stage in recipe.stages if stage.name in wanted]
+    return [stage for stage in recipe.stages if stage.name in included]
 
 
 def training_data(

@@ -1,7 +1,7 @@
 """Stage "examples": worked examples of tasks, as conversations for a cold start (R1 2.3.1).
 
-R1 has its cold-start data written by prompting a model with examples, and by people. A model from elsewhere that does
-not know the form at all, and so would never be paid by RL, gets its first examples from the tasks' own pages: right
+R1's cold-start data come from a model prompted with examples, and from human annotators. An imported model that does
+not know the form at all would never earn a reward in RL; its first examples come from the tasks' own pages: right
 answers in the right form, of train problems only. Output: samples.jsonl, one conversation a line.
 """
 
@@ -19,7 +19,7 @@ from bessemer.runs import files
 from bessemer.runs.context import StageContext
 
 PATIENCE = 50
-"""Pages read per example wanted, at most; a third of those of arithmetic are right and well formed."""
+"""Maximum pages read per example; a third of those of arithmetic are right and well formed."""
 
 
 @register
@@ -41,13 +41,15 @@ class Examples(Stage[ExamplesConfig]):
         ctx.rewind(-1)
         families = [tasks.get(name) for name in config.tasks]
         kept: dict[str, None] = {}
-        passed_over: Counter[str] = Counter()
+        rejected: Counter[str] = Counter()
         for n in count():
             if len(kept) == config.examples:
                 break
             if n == PATIENCE * config.examples:
-                told = ", ".join(f"{reason} {times}" for reason, times in passed_over.most_common())
-                raise UserError(f'stage "{ctx.name}": only {len(kept)} of {n} pages are of use ({told}); ask for fewer')
+                counts = ", ".join(f"{reason} {times}" for reason, times in rejected.most_common())
+                raise UserError(
+                    f'stage "{ctx.name}": only {len(kept)} of {n} pages are usable ({counts}); ask for fewer'
+                )
             task = families[n % len(families)]
             page = task.written(n // len(families), ctx.seed)
             verdict = task.verify(page.problem, page.response)
@@ -55,6 +57,6 @@ class Examples(Stage[ExamplesConfig]):
             if verdict.correct and line not in kept:
                 kept[line] = None
             else:
-                passed_over["duplicate" if verdict.correct else verdict.reason] += 1
+                rejected["duplicate" if verdict.correct else verdict.reason] += 1
         files.write_conversations(ctx.dir, kept)
-        return {"kept": len(kept), **dict(passed_over.most_common())}
+        return {"kept": len(kept), **dict(rejected.most_common())}

@@ -1,4 +1,4 @@
-"""Stage "extend": a model goes on training on longer rows, with YaRN (V3 4.3; Peng et al. 2023).
+"""Stage "extend": continued training of a model on longer rows, with YaRN (V3 4.3; Peng et al. 2023).
 
 V3 does it twice, 4K -> 32K and 32K -> 128K, with one set of YaRN's numbers: s = 40, alpha = 1, beta = 32 and
 sqrt(t) = 0.1 ln s + 1. All else is pre-training, under the recipe's own keys. Positions depend on the config that the

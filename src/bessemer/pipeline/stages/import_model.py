@@ -1,7 +1,7 @@
-"""Stage "import": bring in a model that was trained elsewhere, as the start of other stages. Output: model/.
+"""Stage "import": import a model that was trained elsewhere, as the start of other stages. Output: model/.
 
 From a pinned package (GGUF weights become plain ones), a local Hugging Face directory, or the hub. The result is a
-plain Hugging Face directory like that of every stage; what other stages can do with it is tried out here.
+plain Hugging Face directory like that of every stage; an engine is built from it here, as a check.
 """
 
 import tempfile
@@ -25,7 +25,7 @@ from bessemer.runs.context import StageContext
 
 PACKAGE = "package:"
 FILES = ["*.json", "*.safetensors", "*.jinja"]
-"""What is taken from the hub: weights, configuration, tokenizer; no code and no pickles."""
+"""Files downloaded from the hub: weights, configuration, tokenizer; no code and no pickles."""
 
 
 @register
@@ -83,7 +83,7 @@ def _read(config: ImportConfig, ctx: StageContext, scratch: Path) -> tuple[Trans
 def _hub_address(spec: str) -> tuple[str, str | None]:
     name, _, revision = spec.removeprefix(HUB).partition("@")
     if len(name.split("/")) != 2 or not all(name.split("/")):
-        raise UserError(f"{spec!r} must read hf://owner/name, with @REVISION (a commit, to pin it) at will")
+        raise UserError(f"{spec!r} must read hf://owner/name, optionally with @REVISION (a commit, to pin it)")
     return name, revision or None
 
 
@@ -98,6 +98,6 @@ def _download(spec: str, cache: Path) -> Path:
     except Exception as error:  # the client raises its own, httpx's and the system's errors
         first = next(iter(str(error).splitlines()), "")
         raise UserError(
-            f"{spec} cannot be had ({type(error).__name__}: {first}). Check name and network, or download the model "
-            "and give its directory"
+            f"cannot download {spec} ({type(error).__name__}: {first}). Check the name and the network, or download "
+            "the model and give its directory"
         ) from error

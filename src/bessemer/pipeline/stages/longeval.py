@@ -1,7 +1,7 @@
-"""Stage "longeval": what models make of a long context, side by side (V3 4.3, Figure 8).
+"""Stage "longeval": a comparison of models on long contexts (V3 4.3, Figure 8).
 
-Needles found by length and depth, loss by position in held-out rows, and, so that nobody pays for length with what the
-model could before, held-out bits per byte of short rows. Output: long.json with "needle", "positions" and "short".
+Needles found by length and depth, loss by position in held-out rows, and, to show what the
+extension costs on short rows, their held-out bits per byte. Output: long.json with "needle", "positions" and "short".
 
 A finished row survives a kill: the stage goes on with the next.
 """
@@ -27,8 +27,7 @@ from bessemer.runs.files import write_atomic
 from bessemer.train import loss, setup
 
 OWN, SWITCHED = "", " + YaRN"
-"""What is added to a model's name: nothing, or that it was given the last model's positions without training on
-them."""
+"""Suffixes of a model's name: its own positions, or the last model's positions without training on them."""
 
 
 @register
@@ -53,9 +52,9 @@ class LongEval(Stage[LongEvalConfig]):
         return {}
 
     def estimate(self, config: LongEvalConfig, recipe: Recipe) -> float:
-        asked = len(config.depths) * config.problems * sum(config.lengths)
+        prompts = len(config.depths) * config.problems * sum(config.lengths)
         models = len(config.models) + len(config.switched)
-        return setup.estimate_seconds(recipe, models * asked / 3, length=max(config.lengths))
+        return setup.estimate_seconds(recipe, models * prompts / 3, length=max(config.lengths))
 
     def run(self, config: LongEvalConfig, ctx: StageContext) -> dict[str, Any]:
         setup.keep_memory()
@@ -84,7 +83,8 @@ class LongEval(Stage[LongEvalConfig]):
         return {f"found at {row['length']}": round(row["share"], 3) for row in table["needle"] if row["model"] == last}
 
     def _engine(self, config: LongEvalConfig, ctx: StageContext, model: str, added: str) -> Engine:
-        """`added` SWITCHED: with the positions of the last model. All may read as far as the longest length."""
+        """The engine of a model; with `added` SWITCHED, at the positions of the last model. All read up to the longest
+        length."""
         context: dict[str, Any] = {}
         if added == SWITCHED:
             last = hub.read_config(ctx.inputs[config.models[-1]] / "model")
@@ -95,7 +95,7 @@ class LongEval(Stage[LongEvalConfig]):
     def _work(
         self, config: LongEvalConfig, ctx: StageContext
     ) -> Iterator[tuple[str, str, str, Callable[[Engine], Any]]]:
-        """(key, model, what is added, what is measured), model by model."""
+        """(key, model, suffix of its name, measurement), model by model."""
         task = None
         if config.haystack:
             share = _corpus("", config.corpus, ctx.recipe).heldout
@@ -135,7 +135,7 @@ def _short(folder: Path, n_rows: int, engine: Engine) -> float:
     """Held-out bits per byte of a part of short rows."""
     rows = open_rows(folder, "heldout")
     if not rows.n_rows:
-        raise UserError(f"{folder} holds no document out, so nothing can be measured on it; raise the corpus' heldout")
+        raise UserError(f"{folder} has no held-out documents to measure on; raise the corpus' heldout")
     n_rows = min(n_rows, rows.n_rows)
     batches = [rows.batch(range(first, min(first + 16, n_rows))) for first in range(0, n_rows, 16)]
     nats, tokens = loss.heldout_nats(engine.model, batches)

@@ -42,14 +42,14 @@ HELDOUT_ROWS = 64
 
 
 class Start(NamedTuple):
-    """What a next-token training starts from."""
+    """The start of a next-token training."""
 
     corpus: Path
     """Folder of the documents and their tokenizer."""
     row_length: int | None
-    """Of the rows to train on; None: what the corpus was built for."""
+    """Of the rows to train on; None: that of the corpus."""
     cfg: ModelConfig
-    """Of the network."""
+    """Config of the network."""
     network: Callable[[], Transformer | ModelShard]
     """Makes the network with its initial weights."""
 
@@ -92,7 +92,7 @@ class Pretrain(Stage[_Config]):
         tokenizer = Tokenizer.load(corpus / "tokenizer")
         if tokenizer.vocab_size > cfg.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {cfg.vocab_size}")
-        fed = Feed(config, ctx, corpus, row_length, tokenizer.bos_id)
+        feed = Feed(config, ctx, corpus, row_length, tokenizer.bos_id)
         choice = setup.choose_precision(config.precision, ctx.agree)
         ctx.say(f"compute in {choice.why}")
         setup.keep_memory()
@@ -102,18 +102,18 @@ class Pretrain(Stage[_Config]):
             model.set_fp8(FP8_RECIPES[config.fp8])
             served = backends.summary(backends.table(setup.device()))
             ctx.say(f"matrices of attention, FFN and experts in FP8 ({config.fp8}), {served}")
-        flops = config.tokens * flops_per_token(cfg, fed.row_length, mtp=cfg.n_mtp > 0).training
+        flops = config.tokens * flops_per_token(cfg, feed.row_length, mtp=cfg.n_mtp > 0).training
         if ctx.ranks is None and config.fp8 == "off" and setup.want_compile(config.compile, flops):
             ctx.say("compiling the layers (about a minute, once per machine)")
             setup.compile_layers(model)
-        monitor = _Monitor(config, ctx, tokenizer, fed)
+        monitor = _Monitor(config, ctx, tokenizer, feed)
         workers = setup.workers() if ctx.ranks is None else Workers(1)
         trainer = distributed.trainer(
-            network, objective.next_token, fed.batch,
-            config, runtime(config, choice.dtype, workers, fed.scale), ctx.state,
+            network, objective.next_token, feed.batch,
+            config, runtime(config, choice.dtype, workers, feed.scale), ctx.state,
             log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor], model_config=cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
-        fed.follow(trainer)
+        feed.follow(trainer)
         resumed = trainer.start()
         if resumed:
             ctx.say(f"going on from step {trainer.step}, {show_tokens(trainer.tokens)} tokens")
@@ -130,7 +130,7 @@ class Pretrain(Stage[_Config]):
 
 
 def runtime(config: PretrainConfig, dtype: torch.dtype, workers: Workers, row_scale: Schedule = ONE) -> Runtime:
-    """What the trainer needs besides the stage's table; `row_scale` as in `Feed`."""
+    """The trainer's inputs besides the stage's table; `row_scale` as in `Feed`."""
     return Runtime(
         tokens=config.tokens, batch_rows=config.batch_rows, row_scale=row_scale, gamma=config.gamma,
         terms={"mtp_lambda": config.mtp_lambda, "balance_alpha": constant(config.balance_alpha)},
@@ -208,7 +208,8 @@ class Feed:
 
 
 def check_mixture(config: PretrainConfig, corpus_name: str | None, recipe: Recipe, longest: int) -> None:
-    """UserError for a mixture or lengths that cannot be, before anything runs. `longest` is the model's max_seq_len."""
+    """UserError for an impossible mixture or impossible lengths, before anything runs. `longest` is the model's
+    max_seq_len."""
     where = f'stage "{config.name}"'
     corpora = (stage for stage in recipe.stages if isinstance(stage, CorpusConfig))
     corpus = next((stage for stage in corpora if stage.name == corpus_name), None)
@@ -219,7 +220,7 @@ def check_mixture(config: PretrainConfig, corpus_name: str | None, recipe: Recip
         if not (min(values) >= 0 and 0 < max(values) < math.inf):
             given = " to ".join(f"{value:g}" for value in dict.fromkeys(values))
             raise UserError(
-                f"{where}: the weight of {name} is {given}; it must be positive somewhere and nowhere negative "
+                f"{where}: the weight of {name} is {given}; it must never be negative, and must be positive somewhere "
                 "(leave the part out to use none of it)"
             )
     if config.mixture and config.temperature is not None:
@@ -256,14 +257,14 @@ def _parts(config: PretrainConfig, corpus: Path) -> Sequence[str]:
 
 
 class _Monitor(StepLog):
-    """What a person sees of the training: metrics, held-out bits per byte, samples."""
+    """Output of the training for people: metrics, held-out bits per byte, samples."""
 
     def __init__(
-        self, config: PretrainConfig, ctx: StageContext, tokenizer: Tokenizer, fed: Feed,
+        self, config: PretrainConfig, ctx: StageContext, tokenizer: Tokenizer, feed: Feed,
     ) -> None:  # fmt: skip
         super().__init__(ctx)
-        self.config, self.tokenizer, self.fed = config, tokenizer, fed
-        self.heldout = {name: rows for name, rows in fed.heldout.items() if rows.n_rows}
+        self.config, self.tokenizer, self.feed = config, tokenizer, feed
+        self.heldout = {name: rows for name, rows in feed.heldout.items() if rows.n_rows}
 
     def begin(self, trainer: Trainer) -> None:
         super().begin(trainer)
@@ -283,7 +284,7 @@ class _Monitor(StepLog):
         if self.config.ema_decay:
             with trainer.optimizer.averaged():
                 values |= {f"val/bpb_ema/{name}": value for name, value in self._bits_per_byte(trainer).items()}
-        values |= self.fed.metrics(trainer)
+        values |= self.feed.metrics(trainer)
         values.update({f"moe/load/{name}": load / load.sum() for name, load in trainer.loads.items() if load.any()})
         self.ctx.metrics.write(trainer.step, trainer.tokens, values)
         return found
@@ -313,8 +314,8 @@ class _Monitor(StepLog):
         )
         for text, (answer,) in zip(self.config.prompts, answers, strict=True):
             self.ctx.sample(trainer.step, trainer.tokens, text + answer.text)
-            shown = (text + answer.text).replace("\n", " / ")
-            self.ctx.say(f"sample at {show_tokens(trainer.tokens)} tokens: {shown[:160]}")
+            line = (text + answer.text).replace("\n", " / ")
+            self.ctx.say(f"sample at {show_tokens(trainer.tokens)} tokens: {line[:160]}")
 
 
 def _heldout_batches(rows: Rows) -> list[Batch]:

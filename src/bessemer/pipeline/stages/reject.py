@@ -1,8 +1,8 @@
 """Stage "reject": rejection sampling, conversations for SFT from a model's own correct answers (R1 2.3.1 and 2.3.3).
 
-Several answers per training problem; kept are correct ones that a person can read (`tasks/readability.py`), ended
-before the cap, each only once. Output: samples.jsonl, one conversation a line; the summary says what was dropped for
-what.
+Several answers per training problem. It keeps the correct and readable ones (`tasks/readability.py`) that end before
+the cap, without duplicates. Output: samples.jsonl, one conversation a line; the summary counts the dropped answers by
+reason.
 """
 
 import json
@@ -29,8 +29,8 @@ from bessemer.train import setup
 
 SUMMARY = {"en": "The answer is <answer>{answer}</answer>.", "zh": "答案是<answer>{answer}</answer>。"}
 """What follows the thoughts in R1's form: a sentence in the language of the question."""
-LOT = 64
-"""Problems sampled together; a kill costs at most one lot."""
+BATCH = 64
+"""Problems sampled together; a kill costs at most one batch."""
 
 
 @register
@@ -56,8 +56,8 @@ class Reject(Stage[RejectConfig]):
         """The conversations, and the problems they answer."""
         yield from super().training_data(config, recipe, folder, cache)
         families, seed = [tasks.get(name) for name in config.tasks], recipe.seed_of(config)
-        asked = rollout.problems_of(families, "train", config.first_problem, config.problems, seed)
-        yield from (problem for _, problem in asked)
+        problems = rollout.problems_of(families, "train", config.first_problem, config.problems, seed)
+        yield from (problem for _, problem in problems)
 
     def run(self, config: RejectConfig, ctx: StageContext) -> dict[str, Any]:
         if ctx.source is None or not (ctx.source / "model").is_dir():
@@ -69,12 +69,12 @@ class Reject(Stage[RejectConfig]):
         def encode(problem: tasks.Problem) -> list[int]:
             return question_ids(engine.tokenizer, problem.prompt)
 
-        lots = range(0, config.problems, LOT)
-        found = [path for first in lots if (path := ctx.state / f"lot-{first:08d}.json").exists()]
+        firsts = range(0, config.problems, BATCH)
+        finished = [path for first in firsts if (path := ctx.state / f"lot-{first:08d}.json").exists()]
         ctx.rewind(-1)
-        ctx.progress.total(config.problems, "problems", done=min(config.problems, len(found) * LOT))
-        for first in lots[len(found) :]:
-            count = min(LOT, config.problems - first)
+        ctx.progress.total(config.problems, "problems", done=min(config.problems, len(finished) * BATCH))
+        for first in firsts[len(finished) :]:
+            count = min(BATCH, config.problems - first)
             chosen = rollout.problems_of(families, "train", config.first_problem + first, count, ctx.seed)
             groups = rollout.sample(
                 engine, chosen, encode, samples=config.samples,
@@ -86,12 +86,12 @@ class Reject(Stage[RejectConfig]):
             ctx.progress.advance(count, f"{len(kept)} kept of {count * config.samples}")
             if ctx.stop:
                 ctx.interrupt()
-        return self._finish(config, ctx, [ctx.state / f"lot-{first:08d}.json" for first in lots])
+        return self._finish(config, ctx, [ctx.state / f"lot-{first:08d}.json" for first in firsts])
 
-    def _finish(self, config: RejectConfig, ctx: StageContext, lots: list[Path]) -> dict[str, Any]:
+    def _finish(self, config: RejectConfig, ctx: StageContext, paths: list[Path]) -> dict[str, Any]:
         kept: dict[str, None] = {}
         dropped: Counter[str] = Counter()
-        for path in lots:
+        for path in paths:
             lot = json.loads(path.read_text())
             dropped.update(lot["dropped"])
             for messages in lot["kept"]:
@@ -99,9 +99,9 @@ class Reject(Stage[RejectConfig]):
                 dropped["duplicate"] += line in kept
                 kept[line] = None
         if not kept:
-            told = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common())
+            reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common())
             raise UserError(
-                f'stage "{ctx.name}": none of {config.problems * config.samples} answers was kept ({told}). Start '
+                f'stage "{ctx.name}": none of {config.problems * config.samples} answers was kept ({reasons}). Start '
                 "from a better model, take more samples, or loosen consistency and repeated"
             )
         others = [files.conversation_line(messages) for messages in _others(config, ctx.seed)]
@@ -113,7 +113,7 @@ class Reject(Stage[RejectConfig]):
 
 
 def _others(config: RejectConfig, seed: int) -> Iterator[list[dict[str, str]]]:
-    """What R1 takes from V3's data: kind answers to everyday requests, with thoughts where they help."""
+    """R1's share of V3's data: good answers to everyday requests, with thoughts where they help."""
     task = tasks.get("general")
     assert isinstance(task, General)
     return (task.conversation(index, seed) for index in range(config.others))
@@ -122,7 +122,7 @@ def _others(config: RejectConfig, seed: int) -> Iterator[list[dict[str, str]]]:
 def select(
     groups: list[list[rollout.ScoredSample]], config: RejectConfig
 ) -> tuple[list[list[Message]], dict[str, int]]:
-    """Conversations to keep, and how many answers were dropped for what."""
+    """Conversations to keep, and the number of dropped answers by reason."""
     kept: list[list[Message]] = []
     dropped: Counter[str] = Counter()
     for group in groups:
@@ -141,7 +141,7 @@ def select(
 
 
 def fault(row: rollout.ScoredSample, config: RejectConfig) -> str | None:
-    """Why an answer is not to be learnt from."""
+    """The reason to drop an answer, or None."""
     if row.completion.finish_reason == "length":
         return "cut"
     if not row.verdict.correct:

@@ -35,8 +35,8 @@ from bessemer.train.trainer import Runtime, Trainer, constant
 Line = dict[str, Any]
 WRITTEN = 4
 """Candidates per made prompt that are written, not sampled."""
-SHOWN = 6
-"""Held-out judgements written to samples.md."""
+SAMPLES = 6
+"""Held-out answers, with their scores, written to samples.md."""
 
 
 @register
@@ -57,7 +57,7 @@ class RewardModelling(Stage[RewardModelConfig]):
     def training_data(
         self, config: RewardModelConfig, recipe: Recipe, folder: Path, cache: Path
     ) -> Iterator[tasks.Problem | str]:
-        """The lines of its files and the problems it made answers for: a policy learns from them by way of rewards."""
+        """The lines of its files and the problems it made answers for: a policy learns from them through rewards."""
         for line in _from_files(config):
             yield "\n".join(str(line[key]) for key in ("prompt", *_keys(line)))
         yield from _problems(config, recipe.seed_of(config))
@@ -71,10 +71,10 @@ class RewardModelling(Stage[RewardModelConfig]):
             tokenizer.chat_style = config.style
         network = Scorer.of(model, ctx.seed)
         lines, facts = _judged(config, ctx, model, tokenizer)
-        kept, heldout = _parted(lines, config, ctx)
-        units = ([(ids, mark) for ids, mark in _texts(line, config.aim, tokenizer)] for line in kept)
+        train, heldout = _split(lines, config, ctx)
+        units = ([(ids, mark) for ids, mark in _texts(line, config.aim, tokenizer)] for line in train)
         packed = preference_rows.build(units, config.row_length, tokenizer.pad_id, tokenizer.bos_id, ctx.state / "rows")
-        kind, objective = _HOW[config.aim]
+        kind, objective = _BY_AIM[config.aim]
         rows = preference_rows.load(ctx.state / "rows", kind, ctx.seed)
         ctx.say(f"{packed['units']} judged answers in {packed['rows']} rows, {len(heldout)} held out")
         monitor = _Monitor(config, ctx, tokenizer, heldout)
@@ -96,7 +96,7 @@ class RewardModelling(Stage[RewardModelConfig]):
         return counts | {"accuracy": trainer.extras["accuracy"], "too_long": packed["too_long"], **facts}
 
 
-_HOW = {
+_BY_AIM = {
     "helpful": (preference_rows.PairRows, objective.pairwise),
     "harmless": (preference_rows.LabelRows, objective.pointwise),
 }
@@ -105,7 +105,7 @@ _HOW = {
 def _judged(
     config: RewardModelConfig, ctx: StageContext, model: Transformer | CausalLM, tokenizer: Tokenizer
 ) -> tuple[list[Line], dict[str, Any]]:
-    """All lines, and facts about the made ones. Kept in the state, for sampling takes time."""
+    """All lines, and facts about the made ones. Stored in the state, since sampling takes time."""
     path = ctx.state / "judged.json"
     if not path.exists():
         made, facts = _made(config, ctx, model, tokenizer) if config.made else ([], {})
@@ -121,7 +121,7 @@ def _from_files(config: RewardModelConfig) -> Iterator[Line]:
 
 
 def _problems(config: RewardModelConfig, seed: int) -> list[tasks.Problem]:
-    """What made answers are for; half of the harmless model's prompts ask for something unsafe."""
+    """The problems of the generated answers; half of the harmless model's prompts ask for something unsafe."""
     task = tasks.get("general", harmless_share=0.0 if config.aim == "helpful" else 0.5)
     return [task.problem("train", i, seed) for i in range(config.made)]
 
@@ -134,31 +134,31 @@ def _made(
     if config.samples:
         prompts = [question_ids(tokenizer, problem.prompt) for problem in problems]
         seeds = [tasks.stable_hash("judged", ctx.seed, p) & (2**62 - 1) for p in range(len(prompts))]
-        engine, begun = Engine(model, tokenizer, setup.workers()), opening(tokenizer.chat_style)
+        engine, prefix = Engine(model, tokenizer, setup.workers()), opening(tokenizer.chat_style)
         groups = engine.generate(
             prompts, samples=config.samples, seeds=seeds, max_new_tokens=config.max_new_tokens,
             batch_rows=setup.batch_rows(len(prompts) * config.samples),
         )  # fmt: skip
         for written, group in zip(answers, groups, strict=True):
-            written += [begun + completion.text for completion in group]
+            written += [prefix + completion.text for completion in group]
     asked = zip(problems, answers, strict=True)
     if config.aim == "harmless":
         return general_quality.labels(asked, ctx.seed)
     return general_quality.pairs(asked, ctx.seed, length=lambda text: len(tokenizer.encode(text)))
 
 
-def _parted(lines: Iterable[Line], config: RewardModelConfig, ctx: StageContext) -> tuple[list[Line], list[Line]]:
-    """Trained on and held out; all lines of a prompt are on one side."""
-    parts: tuple[list[Line], list[Line]] = [], []
+def _split(lines: Iterable[Line], config: RewardModelConfig, ctx: StageContext) -> tuple[list[Line], list[Line]]:
+    """(train, held out); all lines of a prompt are on one side."""
+    splits: tuple[list[Line], list[Line]] = [], []
     for line in lines:
-        parts[tasks.stable_hash("heldout", line["prompt"]) < config.heldout * 2**64].append(line)
-    marks = {line.get("safe") for line in parts[1]}
-    if not parts[1] or (config.aim == "harmless" and marks != {True, False}):
+        splits[tasks.stable_hash("heldout", line["prompt"]) < config.heldout * 2**64].append(line)
+    marks = {line.get("safe") for line in splits[1]}
+    if not splits[1] or (config.aim == "harmless" and marks != {True, False}):
         raise UserError(
-            f'stage "{ctx.name}": {len(parts[1])} judged answers are held out, too few (of both kinds) to measure on; '
+            f'stage "{ctx.name}": {len(splits[1])} judged answers are held out, too few (of both kinds) to measure on; '
             "give more data or raise heldout or made"
         )
-    return parts
+    return splits
 
 
 def _texts(line: Line, aim: str, tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
@@ -182,7 +182,7 @@ def _runtime(config: RewardModelConfig, n_rows: int) -> Runtime:
 
 
 class _Monitor(StepLog):
-    """Metrics of every step; after the last one the held-out scores, which travel in the checkpoint's extras."""
+    """Metrics of every step; after the last one the held-out scores, which are stored in the checkpoint's extras."""
 
     def __init__(
         self, config: RewardModelConfig, ctx: StageContext, tokenizer: Tokenizer, heldout: Sequence[Line]
@@ -206,9 +206,9 @@ class _Monitor(StepLog):
         trainer.extras = {"good": good, "bad": bad, "accuracy": accuracy}
         values = {"reward/accuracy": accuracy, "reward/good": fmean(good), "reward/bad": fmean(bad)}
         self.ctx.metrics.write(trainer.step, trainer.tokens, values)
-        for line, unit in list(zip(self.heldout, scored, strict=True))[:SHOWN]:
-            told = [f"{line[key]}\n[{score:+.2f}]" for key, (score, _) in zip(_keys(line), unit, strict=True)]
-            self.ctx.sample(trainer.step, trainer.tokens, "\n\n".join([line["prompt"], *told]))
+        for line, unit in list(zip(self.heldout, scored, strict=True))[:SAMPLES]:
+            texts = [f"{line[key]}\n[{score:+.2f}]" for key, (score, _) in zip(_keys(line), unit, strict=True)]
+            self.ctx.sample(trainer.step, trainer.tokens, "\n\n".join([line["prompt"], *texts]))
 
 
 def _right(unit: list[tuple[float, int]]) -> bool:

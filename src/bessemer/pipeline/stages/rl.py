@@ -74,14 +74,14 @@ class RL(Stage[RLConfig]):
 
     def training_data(self, config: RLConfig, recipe: Recipe, folder: Path, cache: Path) -> Iterator[tasks.Problem]:
         """Every problem that its rollouts may have sampled."""
-        seed, lots = recipe.seed_of(config), config.rollouts * config.max_resamples
+        seed, rounds = recipe.seed_of(config), config.rollouts * config.max_resamples
         pool = config.filter_pool if config.difficulty_filter else 1
         pools = (
             (config.tasks, config.prompts_per_rollout * pool), (config.general_tasks, config.general_prompts),
         )  # fmt: skip
         for names, each in pools:
             families = [tasks.get(name) for name in names]
-            asked = rollout.problems_of(families, "train", 0, lots * each, seed)
+            asked = rollout.problems_of(families, "train", 0, rounds * each, seed)
             yield from (problem for _, problem in asked)
 
     def run(self, config: RLConfig, ctx: StageContext) -> dict[str, Any]:

@@ -40,13 +40,13 @@ class SFT(Stage[SFTConfig]):
         for stage in map(recipe.stage, config.samples):
             if not find_kind(stage.kind)().exports_conversations(stage):
                 raise UserError(
-                    f'stage "{stage.name}" (kind {stage.kind}) leaves no conversations; a stage of kind reject '
+                    f'stage "{stage.name}" (kind {stage.kind}) exports no conversations; a stage of kind reject '
                     'does, and one of kind rl with export_samples = "correct"'
                 )
         return {}
 
     def training_data(self, config: SFTConfig, recipe: Recipe, folder: Path, cache: Path) -> Iterator[str]:
-        """The conversations it was given; those of earlier stages are theirs to show."""
+        """The conversations of `data`; earlier stages report their own."""
         for spec in config.data:
             yield from (document.text for document in sources.documents(spec, cache, domain=spec))
 
@@ -124,9 +124,9 @@ class _Monitor(StepLog):
         if model is None:
             return
         encoded = [question_ids(self.tokenizer, text) for text in prompts]
-        begun = self.tokenizer.opening
+        prefix = self.tokenizer.opening
         answers = Engine(model, self.tokenizer).generate(
             encoded, max_new_tokens=200, temperature=0.6, seed=self.ctx.seed
         )
         for text, (answer,) in zip(prompts, answers, strict=True):
-            self.ctx.sample(trainer.step, trainer.tokens, f"{text}\n\n{begun}{answer.text}")
+            self.ctx.sample(trainer.step, trainer.tokens, f"{text}\n\n{prefix}{answer.text}")
