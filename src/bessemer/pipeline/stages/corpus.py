@@ -1,9 +1,9 @@
 """Stage "corpus": fetch documents, train a tokenizer, pack rows (V3 4.1).
 
-Output: tokenizer/ and one folder of packed rows per part. A part's text comes from a source (registry name, path,
-hf://owner/name); as "task:NAME", from the pre-training documents of a task, which exist for its train split only; or,
-as "needle:SOURCE", from pages that hide sentences in the training documents of a source. "shards:FOLDER" is a part that
-`bessemer data build` made: it stays in place, and its tokenizer serves all parts.
+Output: tokenizer/ and one folder of packed rows per source (an entry of `parts`). The text of a source comes from a
+registry name, a path or hf://owner/name; from the pre-training documents of a task ("task:NAME"), which exist for its
+train split only; or from pages that hide sentences in the training documents of another source ("needle:SOURCE").
+"shards:FOLDER" is a source that `bessemer data build` made: it is not copied, and all sources use its tokenizer.
 """
 
 import itertools
@@ -43,21 +43,21 @@ class Corpus(Stage[CorpusConfig]):
             if key not in config.parts:
                 known = ", ".join(config.parts)
                 raise UserError(f'stage "{config.name}": "{key}" is not one of its parts ({known})')
-        for part, spec in config.parts.items():
+        for source, spec in config.parts.items():
             if spec.startswith((TASK, NEEDLE)):
                 if spec.startswith(TASK):
-                    _task(config, part).document(0)  # UserError for a task without documents
-                if part not in config.limits:
-                    raise UserError(f'stage "{config.name}": part "{part}" is endless; give it a limit in tokens')
-            elif spec.startswith(SHARDS) and part in (*config.limits, *config.fim_parts):
+                    _task(config, source).document(0)  # UserError for a task without documents
+                if source not in config.limits:
+                    raise UserError(f'stage "{config.name}": part "{source}" is endless; give it a limit in tokens')
+            elif spec.startswith(SHARDS) and source in (*config.limits, *config.fim_parts):
                 raise UserError(
-                    f'stage "{config.name}": "{part}" is tokenised already; limits and fim_parts are for other parts'
+                    f'stage "{config.name}": "{source}" is tokenised already; limits and fim_parts are for other parts'
                 )
-            elif part in config.mix:
-                raise UserError(f'stage "{config.name}": mix is for documents of tasks, "{part}" is not one')
-        for part in config.mix:
-            if config.parts[part].startswith(NEEDLE):
-                knobs: dict[str, Any] = config.mix[part]
+            elif source in config.mix:
+                raise UserError(f'stage "{config.name}": mix is for documents of tasks, "{source}" is not one')
+        for source in config.mix:
+            if config.parts[source].startswith(NEEDLE):
+                knobs: dict[str, Any] = config.mix[source]
                 Needle({}, **knobs)  # checks them
         return {"vocab_size": model_config(recipe).vocab_size} | _built(config)
 
@@ -81,13 +81,13 @@ class Corpus(Stage[CorpusConfig]):
 
         workers = Workers(cores())
         for built in workers.map(build, _shares(config, workers.n)):
-            for name, part in built.items():
-                facts[name] = part
-                ctx.say(f"{name}: {show_tokens(part['tokens'])} tokens, {part['bytes_per_token']:.2f} bytes per token")
+            for name, info in built.items():
+                facts[name] = info
+                ctx.say(f"{name}: {show_tokens(info['tokens'])} tokens, {info['bytes_per_token']:.2f} bytes per token")
                 ctx.progress.advance(1, name)
         facts = {name: facts[name] for name in config.parts}
         (ctx.dir / "parts.json").write_text(json.dumps(facts, indent=1))
-        return {"tokens": sum(part["tokens"] for part in facts.values()), "parts": len(facts)}
+        return {"tokens": sum(info["tokens"] for info in facts.values()), "parts": len(facts)}
 
     def _build(self, config: CorpusConfig, name: str, tokenizer: Tokenizer, ctx: StageContext) -> dict[str, Any]:
         if ctx.stop:
@@ -130,7 +130,7 @@ class Corpus(Stage[CorpusConfig]):
         return (Document(task.document(i, ctx.seed), task.name) for i in itertools.count())
 
     def _sample(self, config: CorpusConfig, ctx: StageContext) -> Iterator[str]:
-        """The first characters of every part, for the tokenizer."""
+        """The first characters of every source, for the tokenizer."""
         for name in config.parts:  # none is shards: those bring their tokenizer
             left = config.vocab_sample
             for document in self._documents(config, name, ctx):
@@ -140,9 +140,9 @@ class Corpus(Stage[CorpusConfig]):
                     break
 
 
-def _task(config: CorpusConfig, part: str, cache: Path | None = None) -> tasks.Task:
-    """The task whose documents are a part, with the part's knobs."""
-    name, mix = config.parts[part].removeprefix(TASK), config.mix.get(part, {})
+def _task(config: CorpusConfig, source: str, cache: Path | None = None) -> tasks.Task:
+    """The task whose documents are a source, with the source's knobs."""
+    name, mix = config.parts[source].removeprefix(TASK), config.mix.get(source, {})
     if name.startswith(NEEDLE):
         return needle(name.removeprefix(NEEDLE), config.heldout, cache, **mix)
     if taken := {"languages", "phrasing"} & set(mix):
@@ -156,39 +156,39 @@ def _counts(built: corpus.PackedCorpus) -> dict[str, Any]:
             "waste": round(rows.waste, 5)}  # fmt: skip
 
 
-def _folder(config: CorpusConfig, part: str) -> Path:
-    return Path(config.parts[part].removeprefix(SHARDS))
+def _folder(config: CorpusConfig, source: str) -> Path:
+    return Path(config.parts[source].removeprefix(SHARDS))
 
 
 def _shards(config: CorpusConfig) -> list[str]:
-    """The parts that are shards already."""
-    return [part for part, spec in config.parts.items() if spec.startswith(SHARDS)]
+    """The sources that are shards already."""
+    return [source for source, spec in config.parts.items() if spec.startswith(SHARDS)]
 
 
 def _built(config: CorpusConfig) -> dict[str, Any]:
-    """The identity of the parts that are existing shards: the digest of their meta.json, which holds all checksums."""
+    """The identity of sources that are existing shards: the digest of their meta.json, which holds all checksums."""
     digests = {}
-    for part in _shards(config):
-        folder = _folder(config, part)
+    for source in _shards(config):
+        folder = _folder(config, source)
         try:
             shards.read_meta(folder)
-            digests[part] = sha256_of(folder / "meta.json")
+            digests[source] = sha256_of(folder / "meta.json")
         except UserError as error:
-            raise UserError(f'stage "{config.name}": part "{part}": {error} with bessemer data build') from None
+            raise UserError(f'stage "{config.name}": part "{source}": {error} with bessemer data build') from None
     return {"shards": digests} if digests else {}
 
 
 def _tokenizer(config: CorpusConfig) -> Tokenizer | None:
-    """The tokenizer of the parts that are shards; None if there are none."""
+    """The tokenizer of the sources that are shards; None if there are none."""
     common = None
-    for part in _shards(config):
-        folder = _folder(config, part)
+    for source in _shards(config):
+        folder = _folder(config, source)
         tokenizer = Tokenizer.load(folder.parent / "tokenizer")
         if shards.read_meta(folder)["tokenizer"] != tokenizer.fingerprint or (
             common is not None and common.fingerprint != tokenizer.fingerprint
         ):
             raise UserError(
-                f'stage "{config.name}": the shards of "{part}" were made with another tokenizer than '
+                f'stage "{config.name}": the shards of "{source}" were made with another tokenizer than '
                 f"{folder.parent / 'tokenizer'} or the other parts; build all of them with one"
             )
         common = tokenizer
@@ -196,10 +196,10 @@ def _tokenizer(config: CorpusConfig) -> Tokenizer | None:
 
 
 def _shares(config: CorpusConfig, n: int) -> list[list[str]]:
-    """The parts in n lists of about equal work, largest first. A part without a limit counts as the largest limit."""
+    """The sources in n lists of about equal work, largest first. One without a limit counts as the largest limit."""
     unknown = max(config.limits.values(), default=1)
     size = {name: config.limits.get(name, unknown) for name in config.parts}
     shares: list[list[str]] = [[] for _ in range(n)]
     for name in sorted(size, key=lambda name: -size[name]):
-        min(shares, key=lambda share: sum(size[part] for part in share)).append(name)
+        min(shares, key=lambda share: sum(size[source] for source in share)).append(name)
     return [share for share in shares if share]

@@ -108,14 +108,14 @@ class LongEval(Stage[LongEvalConfig]):
                 for length in config.lengths:
                     measure = partial(long_context.find_needles, task=task, grid=grid, length=length)
                     yield f"needle/{model}{added}/{length}", model, added, measure
-            for part in config.parts:
-                rows = open_rows(ctx.inputs[config.corpus] / part, "heldout")
-                yield f"positions/{model}{added}/{part}", model, added, partial(_positions, rows, config.rows)
+            for source in config.parts:
+                rows = open_rows(ctx.inputs[config.corpus] / source, "heldout")
+                yield f"positions/{model}{added}/{source}", model, added, partial(_positions, rows, config.rows)
             if config.short is None:
                 continue
-            for part in config.short_parts or _corpus("", config.short, ctx.recipe).parts:
-                folder = ctx.inputs[config.short] / part
-                yield f"short/{model}{added}/{part}", model, added, partial(_short, folder, 4 * config.rows)
+            for source in config.short_parts or _corpus("", config.short, ctx.recipe).parts:
+                folder = ctx.inputs[config.short] / source
+                yield f"short/{model}{added}/{source}", model, added, partial(_short, folder, 4 * config.rows)
 
 
 def _corpus(where: str, name: str, recipe: Recipe) -> CorpusConfig:
@@ -132,7 +132,7 @@ def _positions(rows: Rows, n_rows: int, engine: Engine) -> list[dict[str, Any]]:
 
 
 def _short(folder: Path, n_rows: int, engine: Engine) -> float:
-    """Held-out bits per byte of a part of short rows."""
+    """Held-out bits per byte of a source of short rows."""
     rows = open_rows(folder, "heldout")
     if not rows.n_rows:
         raise UserError(f"{folder} has no held-out documents to measure on; raise the corpus' heldout")

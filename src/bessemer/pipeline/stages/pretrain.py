@@ -38,7 +38,7 @@ from bessemer.train.trainer import ONE, Runtime, Schedule, Trainer, constant
 from bessemer.workers import Workers
 
 HELDOUT_ROWS = 64
-"""Rows of each part in a validation."""
+"""Rows of each source in a validation."""
 
 
 class Start(NamedTuple):
@@ -148,8 +148,8 @@ class Feed:
         self.config, self._bos_id = config, bos_id
         names = _parts(config, corpus)
 
-        def opened(length: int | None, part: str = "train") -> dict[str, Rows]:
-            return {name: open_rows(corpus / name, part, length, ctx.state / "rows" / name) for name in names}
+        def opened(length: int | None, split: str = "train") -> dict[str, Rows]:
+            return {name: open_rows(corpus / name, split, length, ctx.state / "rows" / name) for name in names}
 
         self.heldout = opened(row_length, "heldout")
         self.row_length = next(iter(self.heldout.values())).row_length
@@ -199,7 +199,7 @@ class Feed:
         return replace(batch, segments_BT=(batch.tokens_BT == self._bos_id).cumsum(1))
 
     def metrics(self, trainer: Trainer) -> dict[str, float]:
-        """Realised shares and epochs of every part so far."""
+        """Realised shares and epochs of every source so far."""
         shares = self._curriculum.realised(trainer.tokens, trainer.rows)
         epochs = self._curriculum.epochs(trainer.tokens, trainer.rows)
         return {f"data/share/{name}": share for name, share in shares.items()} | {
@@ -278,7 +278,7 @@ class _Monitor(StepLog):
             self.samples(trainer)
 
     def validate(self, trainer: Trainer) -> dict[str, float]:
-        """Held-out bits per byte of every part (at most HELDOUT_ROWS rows each)."""
+        """Held-out bits per byte of every source (at most HELDOUT_ROWS rows each)."""
         found = self._bits_per_byte(trainer)
         values: dict[str, Any] = {f"val/bpb/{name}": value for name, value in found.items()}
         if self.config.ema_decay:
