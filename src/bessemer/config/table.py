@@ -76,13 +76,13 @@ def changed(settings: BaseModel, name: str) -> bool:
 
 def stage_refs(settings: StageConfig) -> list[tuple[str, str]]:
     """(key, stage name) for every stage that these settings name."""
-    found = []
+    refs = []
     for field_name, field in type(settings).model_fields.items():
         if _Ref in field.metadata or _mentions_ref(field.annotation):
             value = getattr(settings, field_name)
             names = [value] if isinstance(value, str) else list(value or [])
-            found += [(field.alias or field_name, name) for name in names]
-    return found
+            refs += [(field.alias or field_name, name) for name in names]
+    return refs
 
 
 def _mentions_ref(annotation: object) -> bool:
@@ -108,7 +108,7 @@ def current_names(
     Adds one sentence to `renames` for each old name it meets. An old key next to its new one is a UserError that
     starts with `where`.
     """
-    found = {}
+    renamed = {}
     for key, value in values.items():
         name = table.renamed.get(key, key)
         if name != key:
@@ -121,21 +121,21 @@ def current_names(
         inner = _table_at(table, [name])
         if isinstance(value, dict) and inner is not table:
             value = current_names(inner, value, f"{where}: {name}", renames)
-        found[name] = value
-    return found
+        renamed[name] = value
+    return renamed
 
 
 def original_names(table: type[ConfigTable], values: dict[str, Any]) -> dict[str, Any]:
     """The reverse of `current_names`."""
     old_keys = {new: old for old, new in table.renamed.items()}
-    found = {}
+    original = {}
     for key, value in values.items():
         old_values = {new: old for old, new in table.renamed_values.get(key, {}).items()}
         inner = _table_at(table, [key])
         if isinstance(value, dict) and inner is not table:
             value = original_names(inner, value)
-        found[old_keys.get(key, key)] = old_values.get(value, value) if isinstance(value, str) else value
-    return found
+        original[old_keys.get(key, key)] = old_values.get(value, value) if isinstance(value, str) else value
+    return original
 
 
 def validate(table: type[AnyTable], values: dict[str, Any], where: str) -> AnyTable:
@@ -196,7 +196,7 @@ def _table_at(table: type[ConfigTable], path: list[str]) -> type[ConfigTable]:
 def _tables_in(annotation: object) -> list[type[ConfigTable]]:
     if isinstance(annotation, type) and issubclass(annotation, ConfigTable):
         return [annotation]
-    return [found for part in get_args(annotation) for found in _tables_in(part)]
+    return [table for part in get_args(annotation) for table in _tables_in(part)]
 
 
 def _type_name(value: object) -> str:

@@ -59,24 +59,24 @@ class LongEval(Stage[LongEvalConfig]):
     def run(self, config: LongEvalConfig, ctx: StageContext) -> dict[str, Any]:
         setup.keep_memory()
         path = ctx.state / "rows.json"
-        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        ctx.rewind(len(found) if found else -1)
+        results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        ctx.rewind(len(results) if results else -1)
         work = list(self._work(config, ctx))
-        ctx.progress.total(len(work), "rows", done=len(found))
+        ctx.progress.total(len(work), "rows", done=len(results))
         engines: dict[str, Engine] = {}
         for number, (key, model, added, measure) in enumerate(work, start=1):
-            if key in found:
+            if key in results:
                 continue
             named = model + added
             if named not in engines:
                 engines = {named: self._engine(config, ctx, model, added)}
-            found[key] = measure(engines[named])
-            write_atomic(path, json.dumps(found))
-            ctx.metrics.write(number, 0, {f"long/{key}": _figure(found[key])})
-            ctx.progress.advance(1, f"{key}: {_figure(found[key]):.3f}")
+            results[key] = measure(engines[named])
+            write_atomic(path, json.dumps(results))
+            ctx.metrics.write(number, 0, {f"long/{key}": _figure(results[key])})
+            ctx.progress.advance(1, f"{key}: {_figure(results[key]):.3f}")
             if ctx.stop:
                 ctx.interrupt()
-        table = tables.long_table(found, config.short_bound)
+        table = tables.long_table(results, config.short_bound)
         write_atomic(ctx.dir / tables.LONG_FILE, json.dumps(table, indent=1))
         _say(config, ctx, table)
         last = config.models[-1]
@@ -142,11 +142,11 @@ def _short(folder: Path, n_rows: int, engine: Engine) -> float:
     return nats / tokens / math.log(2) / rows.bytes_per_token
 
 
-def _figure(found: float | list[dict[str, Any]]) -> float:
+def _figure(result: float | list[dict[str, Any]]) -> float:
     """One number of what was measured: the share found, or bits per byte of the last bucket."""
-    if isinstance(found, float):
-        return found
-    return tables.needles_found(found)["share"] if "correct" in found[0] else found[-1]["bits_per_byte"]
+    if isinstance(result, float):
+        return result
+    return tables.needles_found(result)["share"] if "correct" in result[0] else result[-1]["bits_per_byte"]
 
 
 def _say(config: LongEvalConfig, ctx: StageContext, table: dict[str, Any]) -> None:

@@ -279,15 +279,15 @@ class _Monitor(StepLog):
 
     def validate(self, trainer: Trainer) -> dict[str, float]:
         """Held-out bits per byte of every source (at most HELDOUT_ROWS rows each)."""
-        found = self._bits_per_byte(trainer)
-        values: dict[str, Any] = {f"val/bpb/{name}": value for name, value in found.items()}
+        bits = self._bits_per_byte(trainer)
+        values: dict[str, Any] = {f"val/bpb/{name}": value for name, value in bits.items()}
         if self.config.ema_decay:
             with trainer.optimizer.averaged():
                 values |= {f"val/bpb_ema/{name}": value for name, value in self._bits_per_byte(trainer).items()}
         values |= self.feed.metrics(trainer)
         values.update({f"moe/load/{name}": load / load.sum() for name, load in trainer.loads.items() if load.any()})
         self.ctx.metrics.write(trainer.step, trainer.tokens, values)
-        return found
+        return bits
 
     def _bits_per_byte(self, trainer: Trainer) -> dict[str, float]:
         if self.ctx.ranks is None:
