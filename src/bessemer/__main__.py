@@ -1,7 +1,5 @@
 """`python -m bessemer` is the `bessemer` command."""
 
-import sys
-
 from bessemer.cli import main
 
-sys.exit(main())
+main()
