@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "bessemer"
 BESIDE_THE_CORE = ("plan", "curate")
 MOST = {"files": 260, "lines": 44_500, "core files": 210, "core lines": 39_000, "Any lines": 100, "repeated names": 10}
-"""A ratchet: lower it when the package shrinks. The aims are 41,000 lines, and 200 files of 35,000 lines in the core."""
+"""A ratchet: lower it when the package shrinks. The aims: 41,000 lines, and in the core 200 files of 35,000 lines."""
 
 
 def modules() -> dict[str, Path]:
