@@ -19,7 +19,7 @@ from bessemer.dist.timeline import Costs, as_svg, as_text, label, simulate, summ
 from bessemer.dist.table import Action, Pair, Table, check
 from bessemer.dist.schedules import zb1p, zbv
 
-# reference Z.3: P, M, F&B -> makespan, worst idle, held at once, overlapped pairs of ranks h = 0, 1, ...
+# Derived from the figure of V3 3.2.1. P, M, F&B -> makespan, worst idle, held at once, overlapped pairs of ranks h = 0, 1, ...
 PUBLISHED = [
     (4, 8, 3.0, 26, 2, 5, [3, 3]),
     (4, 20, 2.5, 54, 1.5, 5, [15, 15]),

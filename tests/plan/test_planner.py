@@ -53,7 +53,7 @@ def test_shapes_count_as_the_model_does():
         assert shape.flops(4096) == pytest.approx(accounting.flops_per_token(cfg, 4096).training, rel=1e-6)
     llama = ModelShape(128256, 4096, 32, 32, 14336, heads=32, kv_heads=8)
     assert llama.params / 1e9 == pytest.approx(8.03, abs=0.005)
-    assert SHAPE.without_mla().kv_bytes() / SHAPE.kv_bytes() == pytest.approx(32768 / 576)  # reference A.7
+    assert SHAPE.without_mla().kv_bytes() / SHAPE.kv_bytes() == pytest.approx(32768 / 576)  # V3 2.1.1
 
 
 def test_kernels_do_the_flops_of_the_model():

@@ -1,4 +1,4 @@
-"""Group-relative advantages: reference Z.1, dead groups, broken rewards, Dr. GRPO's form."""
+"""Group-relative advantages: worked examples (DeepSeekMath 4.1), dead groups, broken rewards, Dr. GRPO's form."""
 
 import pytest
 import torch

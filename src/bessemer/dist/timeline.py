@@ -1,6 +1,6 @@
 """The timeline of a schedule: when every step happens, given the time of each step and of a message; as text and SVG.
 
-The planner supplies measured or estimated times (`plan.step`); with the unit times of `Costs` and free messages the
+The planner supplies measured or estimated times (`plan.step_time`); with the unit times of `Costs` and free messages the
 timeline shows the schedule itself (V3 Fig. 5).
 
 Text: one row per rank, time to the right. F3 is the forward of micro-batch 3, B its backward, I and W the two halves of

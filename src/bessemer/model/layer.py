@@ -12,10 +12,10 @@ A dense layer has nothing to exchange: its dispatch and combine pass the tokens 
 For speed some code repeats the math of a layer, and changes together with it:
 
     SwiGLU          `moe.FFN` (plain), `experts` (grouped, hand-written backward), `fp8._SwiGLU`, `emulation.swiglu` and
-                    `triton_quantise.swiglu` (into FP8), `engine.decode_experts` (few tokens)
+                    `triton_quantise.swiglu` (into FP8), `engine.decode` (few tokens)
     MLA             `mla.MLA` (expanded and absorbed), `fp8._Attention`, `engine.decode` (against the KV cache),
                     `dist.context_parallel` (sequences split over ranks)
-    softmax core    `mla._torch_attention`, `attention_cpu` (two forms), `dist.latent_core` (ring of ranks)
+    softmax core    `mla._torch_attention`, `attention_cpu` (two forms), `dist.context_parallel` (over ranks)
     layer wiring    `Layer.forward`, `dist.stage.through` (stops between the phases), `engine.decode`
     MTP wiring      `transformer.mtp_states`, `dist.stage.Slice.phases`
 

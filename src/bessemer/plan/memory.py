@@ -116,7 +116,8 @@ def working(cfg: ModelConfig, layout: Layout, rows: int, length: int, numbers: N
 
 
 ALIGN, BLOCK = 64, 4096
-"""As in `train.flat`: alignment of a parameter in a flat vector, and what the length of a vector is a multiple of."""
+"""As in `train.optimizer`: alignment of a parameter in a flat vector, and what the length of a vector is a multiple
+of."""
 
 
 class VectorKind(NamedTuple):

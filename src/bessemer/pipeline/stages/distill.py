@@ -1,7 +1,7 @@
 """Stage "distill": on-policy logit distillation of a student from an earlier stage's model.
 
-The student answers training problems, and at every token of its own answers its distribution is trained towards
-the teacher's (`train/distill.py`). R1's distillation is SFT on the teacher's samples (R1 2.4): that is a stage of kind
+The student answers training problems, and at every token of its own answers its distribution is trained towards the
+teacher's (`train/objective.py`). R1's distillation is SFT on the teacher's samples (R1 2.4): that is a stage of kind
 reject from the teacher and one of kind sft from the student. This stage is the extra for models that share a tokenizer.
 """
 
