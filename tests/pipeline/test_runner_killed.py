@@ -1,5 +1,6 @@
 """Real processes, real signals: a run that was killed ends as one that was not."""
 
+import itertools
 import json
 import signal
 
@@ -60,8 +61,8 @@ def test_the_second_signal_kills(toy):
     process = toy.start()
     toy.wait_for(lambda: (toy.out / "01-first" / "stage.json").exists())
     process.send_signal(signal.SIGTERM)
-    line = process.stderr.readline() + process.stderr.readline()
-    assert "once more to stop at once" in line and process.poll() is None
+    lines = itertools.takewhile(lambda line: "once more to stop at once" not in line, process.stderr)
+    assert len(list(lines)) < 10 and process.poll() is None  # after the opening lines, and the process lives
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == -signal.SIGTERM
     process.communicate()
