@@ -45,7 +45,7 @@ def test_facts_are_json_and_every_one_is_here(machine):
       "install bubblewrap (bubblewrap: not there)"),
      ("sandbox", {"sandbox": "none", "sandbox_trials": {"bubblewrap": "x", "namespaces": "y"}}, "slow",
       "not run (bubblewrap: x; namespaces: y); install bubblewrap"),
-     ("memory", {"memory_gb": 2.0, "memory_available_gb": 1.0}, "bad", "close something"),
+     ("memory", {"memory_gb": 2.0, "memory_available_gb": 1.0}, "bad", "close other programs"),
      ("memory", {"memory_gb": None, "memory_available_gb": None}, "ok", "unknown"),
      ("disk", {"writable": False}, "bad", "cannot be written"), ("disk", {"disk_free_gb": 0.1}, "bad", "--out")],
 )  # fmt: skip
