@@ -1,0 +1,33 @@
+"""Marks the files whose tests take ten seconds or more together, so that `-m "not slow"` leaves them out."""
+
+import pytest
+
+SLOW = {
+    "test_build.py",
+    "test_compiled.py",
+    "test_curriculum.py",
+    "test_extend.py",
+    "test_fp8_kernels.py",
+    "test_fp8_stage.py",
+    "test_hub_fp8_write.py",
+    "test_many.py",
+    "test_memory.py",
+    "test_planner.py",
+    "test_r1.py",
+    "test_reject.py",
+    "test_reward_stage.py",
+    "test_rl_ray.py",
+    "test_runner_killed.py",
+    "test_scheduler.py",
+    "test_serve_life.py",
+    "test_sft.py",
+    "test_speculative.py",
+    "test_stages.py",
+    "test_trainer.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in SLOW:
+            item.add_marker(pytest.mark.slow)
