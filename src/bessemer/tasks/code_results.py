@@ -1,6 +1,12 @@
-"""Reference implementations of the functions of the task `code`, independent of the expressions in its data file."""
+"""What the functions of the task `code` return, written independently of the expressions in its data file.
 
-GIVES = {
+These judge answers; a test compares them with the expressions that prompts and documents show.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+GIVES: dict[str, Callable[..., Any]] = {
     "add": lambda n, k: n + k,
     "subtract": lambda n, k: k - n,
     "multiply": lambda n, k: n * k,
