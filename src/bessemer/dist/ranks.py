@@ -144,7 +144,7 @@ class Ranks:
     def first_to_report(self, text: str) -> bool:
         """Whether no other rank has reported this text before."""
         try:
-            return self.store.add(f"said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
+            return self.store.add(f"reported/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
         except dist.DistError:  # the process with the store is gone, after reporting it
             return False
 

@@ -222,7 +222,7 @@ class Diagnosis:
     gave_up: int = 0
     """Responses that closed their thinking after a last try that did not say yes."""
     answered_yes: int = 0
-    """The share of `said_yes` that answers with the very expression it said yes to."""
+    """The share of `said_yes` whose answer is exactly the accepted expression."""
 
     def __add__(self, other: "Diagnosis") -> "Diagnosis":
         return Diagnosis(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
