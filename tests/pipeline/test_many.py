@@ -138,7 +138,7 @@ def test_a_killed_rank_takes_nothing_with_it(base, out):
     status, said = finished(process)
     assert status == 0, said
     assert "rank 1 was killed by SIGKILL; restarting all ranks" in said
-    assert "going on from step" in said and "2 ranks: pp 2 x dp 1 x ep 1\n" in said
+    assert "resuming at step" in said and "2 ranks: pp 2 x dp 1 x ep 1\n" in said
     assert "schedule: dualpipe, 1f1b for steps of fewer than 4 micro-batches" in said
     assert "Traceback" not in said
     same_curve(losses(out), losses(base / "one"))
@@ -161,7 +161,7 @@ def test_stopped_on_two_ranks_and_gone_on_with_on_one(base, out, tmp_path):
     assert f'stopped in stage "pretrain", nothing is lost; go on with: bessemer run {out}/recipe.toml' in said
     done = max(losses(out))
     status, said = finished(start(base, out, *SHORT))
-    assert status == 0 and f"going on from step {done}," in said
+    assert status == 0 and f"resuming at step {done}," in said
     same_curve(losses(out), losses(base / "one"))
     consolidated(out, tmp_path)
 
@@ -194,7 +194,7 @@ def test_begun_on_one_process_and_gone_on_with_under_torchrun(base, out):
         text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "2 ranks: pp 1 x dp 2 x ep 1" in done.stderr and "going on from step" in done.stderr
+    assert "2 ranks: pp 1 x dp 2 x ep 1" in done.stderr and "resuming at step" in done.stderr
     same_curve(losses(out), losses(base / "one"))
 
 

@@ -231,12 +231,16 @@ def watching(pid: int):
 @isolated
 @pytest.mark.parametrize("name", CLINGING)
 def test_nothing_stays(isolation, name):
-    with watching(os.getpid()) as seen:
-        ends = name == "an orphan left behind"
-        result = run(IMPORTS + CLINGING[name], seconds=10 if ends else 0.5, isolation=isolation)
-    assert result.status == ("ok" if ends else "timeout")
-    assert (PROCESSES / 2 if name.startswith("fork") else 2) <= len(seen)  # it did begin; 2: the launcher, the program
-    assert alive(seen) == set()
+    ends = name == "an orphan left behind"
+    began = PROCESSES / 2 if name.startswith("fork") else 2  # 2: the launcher, the program
+    for seconds in [10] if ends else [0.5, 2, 8]:  # a busy machine may not have begun the program after 0.5 s
+        with watching(os.getpid()) as seen:
+            result = run(IMPORTS + CLINGING[name], seconds=seconds, isolation=isolation)
+        assert result.status == ("ok" if ends else "timeout")
+        assert alive(seen) == set()
+        if began <= len(seen):
+            return
+    raise AssertionError(f"{len(seen)} processes were seen, not {began:.0f}: the program did not begin")
 
 
 @pytest.mark.parametrize("name", CLINGING)

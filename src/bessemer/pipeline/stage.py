@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from bessemer.config.table import StageConfig
+from bessemer.config.units import show_tokens
 from bessemer.runs import files
 from bessemer.runs.directory import RUN_FORMAT
 
@@ -114,6 +115,17 @@ class StepLog:
     def begin(self, trainer: Trainer) -> None:
         """After `trainer.start()`, which may have gone back to a checkpoint."""
         self.tokens = self.before = trainer.tokens
+
+    def train(self, trainer: Trainer) -> None:
+        """Start or resume, and train to the end; a stop signal saves and raises Interrupted."""
+        ctx, resumed = self.ctx, trainer.start()
+        if resumed:
+            ctx.say(f"resuming at step {trainer.step}, {show_tokens(trainer.tokens)} tokens")
+        ctx.rewind(trainer.step if resumed else -1)
+        ctx.progress.total(trainer.runtime.tokens, "tokens", done=trainer.tokens)
+        self.begin(trainer)
+        if not trainer.run():
+            ctx.interrupt()
 
     def log(self, step: int, tokens: int, values: dict[str, Any]) -> None:
         self.ctx.metrics.write(step, tokens, values)

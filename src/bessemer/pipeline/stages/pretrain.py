@@ -114,14 +114,7 @@ class Pretrain(Stage[_Config]):
             log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor], model_config=cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         feed.follow(trainer)
-        resumed = trainer.start()
-        if resumed:
-            ctx.say(f"going on from step {trainer.step}, {show_tokens(trainer.tokens)} tokens")
-        ctx.rewind(trainer.step if resumed else -1)
-        ctx.progress.total(config.tokens, "tokens", done=trainer.tokens)
-        monitor.begin(trainer)
-        if not trainer.run():
-            ctx.interrupt()
+        monitor.train(trainer)
         last = monitor.validate(trainer)
         distributed.save(trainer, ctx.dir / "model", corpus / "tokenizer")
         if config.ema_decay:

@@ -83,12 +83,7 @@ class RewardModelling(Stage[RewardModelConfig]):
             log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor],
             model_config=network.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
-        resumed = trainer.start()
-        ctx.rewind(trainer.step if resumed else -1)
-        ctx.progress.total(trainer.runtime.tokens, "tokens", done=trainer.tokens)
-        monitor.begin(trainer)
-        if not trainer.run():
-            ctx.interrupt()
+        monitor.train(trainer)
         scale = Scale.learn(config.aim, trainer.extras["bad"], trainer.extras["good"], tokenizer.fingerprint)
         tokenizer.save(ctx.state / "tokenizer")
         hub.save(network, ctx.dir / "model", tokenizer_dir=ctx.state / "tokenizer", files={FACTS: scale.to_json()})

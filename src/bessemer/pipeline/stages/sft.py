@@ -70,12 +70,7 @@ class SFT(Stage[SFTConfig]):
             log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor],
             model_config=model.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
-        resumed = trainer.start()
-        ctx.rewind(trainer.step if resumed else -1)
-        ctx.progress.total(trainer.runtime.tokens, "tokens", done=trainer.tokens)
-        monitor.begin(trainer)
-        if not trainer.run():
-            ctx.interrupt()
+        monitor.train(trainer)
         if ctx.leads:
             tokenizer.save(ctx.state / "tokenizer")
         distributed.save(trainer, ctx.dir / "model", ctx.state / "tokenizer")
