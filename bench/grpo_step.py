@@ -65,9 +65,8 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
     from bessemer.dist.distributed import GatheredModel
     from bessemer.engine.engine import Engine
     from bessemer.rl import rollout
-    from bessemer.rl.advantage import assign_group_advantages
     from bessemer.rl.losses import GRPO, Reference
-    from bessemer.rl.reward import Reward
+    from bessemer.rl.reward import Reward, assign_group_advantages
     from bessemer.train import setup
     from bessemer.train.trainer import Runtime, Trainer
 

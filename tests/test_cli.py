@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bessemer import cli
-from bessemer.config.stages import STAGES
+from bessemer.config.recipe import STAGES
 from bessemer.config.table import StageConfig
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import KINDS, Stage

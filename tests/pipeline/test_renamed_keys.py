@@ -7,8 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from bessemer.config.recipe import Recipe
-from bessemer.config.stages import STAGES
+from bessemer.config.recipe import STAGES, Recipe
 from bessemer.config.table import StageConfig
 from bessemer.errors import UserError
 from bessemer.pipeline import runner, stage

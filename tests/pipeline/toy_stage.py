@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import Field
 
 from bessemer.config import recipe
-from bessemer.config.stages import STAGES
+from bessemer.config.recipe import STAGES
 from bessemer.config.table import StageConfig, StageRef
 from bessemer.config.units import Points, Tokens
 from bessemer.errors import UserError

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bessemer.errors import UserError
-from bessemer.rl.advantage import dead_groups, group_advantages
+from bessemer.rl.reward import dead_groups, group_advantages
 
 
 def test_the_published_vector_with_the_population_std():

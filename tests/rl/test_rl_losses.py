@@ -14,8 +14,8 @@ from bessemer.data.batch import Batch
 from bessemer.engine.engine import Completion
 from bessemer.model.transformer import TrainOutputs
 from bessemer.rl import rollout
-from bessemer.rl.advantage import group_advantages
 from bessemer.rl.losses import GRPO, SURROGATES, Surrogate, grpo, k3, reference_logprobs
+from bessemer.rl.reward import group_advantages
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 

@@ -9,8 +9,8 @@ from train_config import train_config
 from bessemer.data.batch import Batch
 from bessemer.engine.engine import Completion
 from bessemer.rl import rollout
-from bessemer.rl.advantage import group_advantages
 from bessemer.rl.losses import GRPO, reference_logprobs
+from bessemer.rl.reward import group_advantages
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.train.trainer import Trainer

@@ -9,8 +9,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from bessemer.config.curation import Curation, SourceTable
-from bessemer.config.recipe import Head, LayoutConfig
-from bessemer.config.stages import STAGES, stage_config
+from bessemer.config.recipe import STAGES, Head, LayoutConfig, stage_config
 from bessemer.config.table import ConfigTable, StageConfig, StageRef
 from bessemer.config.units import Points, parse_bytes, parse_seconds, parse_tokens
 

@@ -1,4 +1,4 @@
-"""The recipe: a TOML file that defines a run, parsed strictly.
+"""he recipe: a TOML file that defines a run, parsed strictly.
 
     name, seed | [model] | [layout] | [[stage]] ...
 
@@ -18,10 +18,37 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny
 
-from bessemer.config.stages import STAGES, stage_config
+from bessemer.config.data import CorpusConfig, ExamplesConfig, ImportConfig, RejectConfig
+from bessemer.config.evaluation import EvalConfig, LongEvalConfig
+from bessemer.config.rl import RLConfig
 from bessemer.config.table import ConfigTable, StageConfig, current_names, keys, nearest, stage_refs, validate
+from bessemer.config.training import DistillConfig, ExtendConfig, PretrainConfig, RewardModelConfig, SFTConfig
 from bessemer.config.units import Seconds
 from bessemer.errors import UserError
+
+STAGES: dict[str, type[StageConfig]] = {
+    "corpus": CorpusConfig,
+    "distill": DistillConfig,
+    "eval": EvalConfig,
+    "examples": ExamplesConfig,
+    "extend": ExtendConfig,
+    "import": ImportConfig,
+    "longeval": LongEvalConfig,
+    "pretrain": PretrainConfig,
+    "reject": RejectConfig,
+    "reward-model": RewardModelConfig,
+    "rl": RLConfig,
+    "sft": SFTConfig,
+}
+"""Kind -> the class of its table; the code that runs it is in `pipeline/stages/`."""
+
+
+def stage_config(kind: object, where: str) -> type[StageConfig]:
+    """The table of a kind; a UserError that starts with `where` when there is no such kind."""
+    if not isinstance(kind, str) or kind not in STAGES:
+        raise UserError(f"{where}: unknown kind {json.dumps(kind, default=str)}; {nearest(str(kind), list(STAGES))}")
+    return STAGES[kind]
+
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _RESERVED = ("model", "layout", "stage", "name", "seed")  # words with a meaning of their own in --set

@@ -208,7 +208,7 @@ ITEMS: tuple[Item, ...] = (
          _of("rl", lambda s: "tasks: " + ", ".join(s.tasks)), "pipeline/stages/rl.py", "pipeline/test_stages.py"),
     Item("GRPO groups", "R1 2.2.1", "16 samples, 512 prompts a rollout",
          _of("rl", lambda s: f"{s.samples} samples, {s.prompts_per_rollout} prompts a rollout"),
-         "rl/advantage.py", "rl/test_rl_advantage.py"),
+         "rl/reward.py", "rl/test_rl_advantage.py"),
     Item("Clip", "R1-Nature B", "eps 10", _of("rl", lambda s: f"-{s.clip_low:g} / +{s.clip_high:g}"),
          "rl/losses.py", "rl/test_rl_losses.py"),
     Item("KL to the reference (k3, in the loss)", "R1-Nature B", "0.001, refreshed every 400 steps",

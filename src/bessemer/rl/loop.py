@@ -27,12 +27,11 @@ from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 from bessemer.rl import importance, ray_sampler
-from bessemer.rl.advantage import assign_group_advantages, dead_groups
 from bessemer.rl.critic import Critic
 from bessemer.rl.difficulty import DifficultyFilter
 from bessemer.rl.losses import GRPO, Reference
 from bessemer.rl.monitor import Evaluator, SampleExport, rollout_metrics
-from bessemer.rl.reward import PreferenceScorer
+from bessemer.rl.reward import PreferenceScorer, assign_group_advantages, dead_groups
 from bessemer.rl.rollout import Group, rewards, to_batches
 from bessemer.rl.rollout_queue import RolloutGenerator, RolloutQueue
 from bessemer.rl.sampler import LocalSampler, Rank0Sampler, Sampler, ShardedSampler

@@ -19,7 +19,6 @@ from itertools import product
 from typing import Any
 
 from bessemer.tasks.base import SPLITS, check_shares, read_toml, split_of_text, stable_hash
-from bessemer.tasks.code_results import GIVES
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PER_FAMILY = 40  # problems at most, so that two parameters do not outweigh one
@@ -259,3 +258,61 @@ def _distinguishing_value(goal: TargetFunction, attempt: TargetFunction, rng: ra
     usable = [value for value in values if len(repr(value)) <= 16] or values[:1]
     distinguishing = [value for value in usable if attempt(value) != goal(value)]
     return rng.choice(distinguishing or usable)
+
+
+GIVES: dict[str, Callable[..., Any]] = {
+    "add": lambda n, k: n + k,
+    "subtract": lambda n, k: k - n,
+    "multiply": lambda n, k: n * k,
+    "affine": lambda n, k, m: n * k + m,
+    "power": lambda n, k, m: n**k + m,
+    "remainder": lambda n, k: n % k,
+    "quotient": lambda n, k: n // k,
+    "divisible": lambda n, k: n % k == 0,
+    "clamp": lambda n, k, m: max(k, min(m, n)),
+    "distance": lambda n, k: abs(n - k),
+    "between": lambda n, k, m: k <= n <= m,
+    "larger": lambda n, k: max(n, k),
+    "smaller": lambda n, k: min(n, k),
+    "digit": lambda n, k: str(n).count(str(k)),
+    "multiples": lambda n, k: sum(range(0, n + 1, k)),
+    "total": lambda a, k: sum(a) + k,
+    "largest": lambda a, k: max(a) + k,
+    "smallest": lambda a, k: min(a) - k,
+    "spread": lambda a, k: (max(a) - min(a)) * k,
+    "sum-divisible": lambda a, k: sum(x for x in a if x % k == 0),
+    "count-greater": lambda a, k: sum(x > k for x in a),
+    "count-between": lambda a, k, m: sum(k <= x <= m for x in a),
+    "square-sum": lambda a, k: sum(x * x for x in a if x > k),
+    "below": lambda a, k: [x for x in a if x < k],
+    "without": lambda a, k: [x for x in a if x != k],
+    "scale": lambda a, k: [x * k for x in a],
+    "shift": lambda a, k: [x + k for x in a],
+    "first": lambda a, k: a[:k],
+    "last": lambda a, k: a[-k:],
+    "drop": lambda a, k: a[k:],
+    "step": lambda a, k: a[::k],
+    "rotate": lambda a, k: a[k:] + a[:k],
+    "contains": lambda a, k: k in a,
+    "tally": lambda a, k: a.count(k),
+    "top": lambda a, k: sorted(a)[-k:],
+    "bottom": lambda a, k: sorted(a)[:k],
+    "ordered": lambda a, k: sorted([*a, k]),
+    "letter": lambda s, c: s.count(c),
+    "vowels": lambda s, c: sum(x in c for x in s),
+    "replace": lambda s, c, d: s.replace(c, d),
+    "erase": lambda s, c: s.replace(c, ""),
+    "repeat": lambda s, k: s * k,
+    "prefix": lambda s, k: s[:k],
+    "suffix": lambda s, k: s[-k:],
+    "starts": lambda s, c: s.startswith(c),
+    "ends": lambda s, c: s.endswith(c),
+    "position": lambda s, c: s.find(c),
+    "append": lambda s, c: s + c,
+    "reverse-append": lambda s, c: s[::-1] + c,
+    "palindrome": lambda s, c: s + c == c + s[::-1],
+    "join": lambda s, c: c.join(s.split()),
+    "long-words": lambda s, k: sum(len(x) > k for x in s.split()),
+}
+"""What each family returns, written independently of the expressions in its data file. These judge answers; a test
+compares them with the expressions that prompts and documents show."""
