@@ -150,3 +150,24 @@ def test_a_foreign_policy_has_no_critic(base, tmp_path):
     )
     with pytest.raises(UserError, match="makes a critic of a network of the DeepSeek family, and this is another"):
         critic.Critic(policy, loop_.settings, 2)
+
+
+def test_process_supervision_gives_advantages_per_token_without_a_critic(base, tmp_path, monkeypatch):
+    seen, cut = [], loop.Loop._mini_batches
+
+    def noted(self, groups, number):
+        seen.extend(row for group in groups for row in group)
+        return cut(self, groups, number)
+
+    monkeypatch.setattr(loop.Loop, "_mini_batches", noted)
+    stage = rl_stage.Stage(base, tmp_path / "run", 'supervision="process"', "rollouts=1")
+    stage.run()
+    assert len(seen) == 8 and len(stage.values("rl/steps")) == len(stage.values("rl/steps_right")) == 1
+    assert all(len(row.advantage) == len(row.completion.tokens) for row in seen)
+
+
+@pytest.mark.parametrize("change", ['reward="format"', 'advantage="critic"'])
+def test_process_supervision_rewards_the_steps_of_a_task(base, tmp_path, change):
+    stage = rl_stage.Stage(base, tmp_path / "run", 'supervision="process"', change)
+    with pytest.raises(UserError, match='supervision = "process" needs advantage = "group" and reward = "task"'):
+        RL().resolve(stage.recipe.stage("zero"), stage.recipe)

@@ -34,7 +34,9 @@ class RolloutConfig(ConfigTable):
 class RLConfig(OnPolicyConfig):
     renamed: ClassVar = {"ahead": "max_off_policy_rollouts", "draws": "max_resamples", "leaves": "export_samples"}
     runtime_only = frozenset({"save_seconds", "micro_tokens", "rollout"})
-    ignore_at_default = frozenset({"difficulty_filter", "filter_explore", "filter_window", "filter_pool"})
+    ignore_at_default = frozenset(
+        {"difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision"}
+    )
 
     tasks: list[str]
     """Task families; problems come from their train splits in turn."""
@@ -105,6 +107,10 @@ class RLConfig(OnPolicyConfig):
     advantage: Literal["group", "critic"] = "group"
     """Baseline of a sample. group: the other samples of its prompt (the paper); critic: a second network that predicts
     the reward before every token (PPO, for comparison; costs that network's memory and time)."""
+    supervision: Literal["outcome", "process"] = "outcome"
+    """What is rewarded with advantage = "group". outcome: the whole output (R1); process: every calculation in it, 1 if
+    it is right and 0 if not, and the whole output at its end (DeepSeekMath 4.1.3, with a rule for its process reward
+    model)."""
     gae_lambda: float = Field(1.0, ge=0, le=1)
     """Lambda of the critic's advantages (R1-Nature A.3: 1 nearly equals GRPO, 0.95 is much worse)."""
     critic_lr: Points = Points(1e-3)

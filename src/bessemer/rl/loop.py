@@ -1,7 +1,7 @@
 """The loop of an RL stage (R1 2.2, R1-Nature B.1). For every rollout:
 
     sample and score    P problems, G samples each, verified and rewarded        rollout_queue, rollout, sampler, reward
-    advantages          within each group, or by a critic                        advantage, critic
+    advantages          within each group, by steps, or by a critic              reward, process, critic
     correction          weights of samples that are not the policy's own         importance
     updates             mini-batches, one inner epoch, KL to the reference       losses
     evaluation          held-out problems every so many rollouts, alarms         monitor, alarms
@@ -26,7 +26,7 @@ from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
-from bessemer.rl import importance, ray_sampler
+from bessemer.rl import importance, process, ray_sampler
 from bessemer.rl.critic import Critic
 from bessemer.rl.difficulty import DifficultyFilter
 from bessemer.rl.losses import GRPO, Reference
@@ -164,16 +164,20 @@ class Loop:
         filtering = {} if self.difficulty is None else self.difficulty.update(rollout.selection)
         if self.export is not None:
             self.export.add(number, rollout.groups)
-        if self.critic is None:
-            assign_group_advantages(rollout.groups, self.settings.scale_by_std)
-        else:
+        step_metrics: dict[str, float] = {}
+        if self.critic is not None:
             self.critic.assign_advantages(rollout.groups)
+        elif self.settings.supervision == "process":
+            step_metrics = process.assign_advantages(rollout.groups, self.tokenizer, self.settings.scale_by_std)
+        else:
+            assign_group_advantages(rollout.groups, self.settings.scale_by_std)
         mini_batches = self._mini_batches(rollout.groups, number)
         self.policy.refresh()
         corrections = self._correct([batch for batches in mini_batches for batch in batches])
         updates = [self._update(batches) for batches in mini_batches]
         return {
             **rollout_metrics(rollout.groups),
+            **step_metrics,
             "rl/cap": rollout.cap,
             **({} if self.critic is None else self.critic.metrics()),
             **corrections,

@@ -43,6 +43,10 @@ class RL(Stage[RLConfig]):
         for name in ("gae_lambda", "critic_lr"):
             if changed(config, name) and config.advantage != "critic":
                 raise UserError(f'stage "{config.name}": {name} has no effect without advantage = "critic"')
+        if config.supervision == "process" and (config.advantage, config.reward) != ("group", "task"):
+            raise UserError(
+                f'stage "{config.name}": supervision = "process" needs advantage = "group" and reward = "task"'
+            )
         for name in ("filter_explore", "filter_window", "filter_pool"):
             if changed(config, name) and not config.difficulty_filter:
                 raise UserError(f'stage "{config.name}": {name} has no effect without difficulty_filter = true')
