@@ -1,6 +1,7 @@
 """The reward-model stage end to end: both aims learn, killed and resumed, from files, from samples, and refused."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import stages_run
+import torch
+from safetensors.torch import load_file
 
 from bessemer.config.recipe import Recipe
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
+from bessemer.hf import hub
 from bessemer.pipeline.stage import find_kind
+from bessemer.rl.losses import Reference
 from bessemer.rl.preference import RewardModel
 from bessemer.tasks.general_quality import SLACK
 
@@ -169,9 +174,75 @@ def test_killed_it_ends_with_the_same_bits(done, tmp_path):
     assert leaves(out) == leaves(folder / "run")
 
 
+ITERATION = """
+[[stage]]
+kind = "rl"
+name = "policy-1"
+from = "pretrain"
+tasks = ["arithmetic"]
+general_tasks = ["general"]
+general_prompts = 1
+reward_models = ["helpful"]
+rollouts = 1
+prompts_per_rollout = 2
+samples = 4
+lr = 3e-3
+max_new_tokens = 8
+minimum_pass = 0.0
+eval_problems = 1
+
+[[stage]]
+name = "helpful-2"
+like = "helpful"
+from = "policy-1"
+previous = "helpful"
+lr = 1e-9
+
+[[stage]]
+name = "policy-2"
+like = "policy-1"
+from = "policy-1"
+reward_models = ["helpful-2"]
+"""
+
+
+def test_two_iterations_of_grpo(done, tmp_path, monkeypatch):
+    """DeepSeekMath, Algorithm 1: policy, reward model on its answers and a tenth of old ones, reference, policy."""
+    folder, _ = done
+    path = tmp_path / "small.toml"
+    path.write_text((folder / "small.toml").read_text() + ITERATION)
+    references, restore = [], Reference.restore
+
+    def noted(self):
+        restore(self)
+        references.append({name: value.clone() for name, value in self.model.state_dict().items()})
+
+    monkeypatch.setattr(Reference, "restore", noted)
+    out = shutil.copytree(folder / "run", tmp_path / "run")
+    results = stages_run.run(path, out)
+
+    for reference, start in zip(references, ("02-pretrain", "05-policy-1"), strict=True):
+        own = hub.load(out / start / "model").state_dict()
+        assert all(torch.equal(reference[name], value) for name, value in own.items())
+    first, second = (load_file(out / name / "model" / "model.safetensors") for name in ("03-helpful", "06-helpful-2"))
+    assert all(torch.allclose(first[name], value, atol=1e-6) for name, value in second.items()), "it goes on"
+
+    summary = results["helpful-2"].summary
+    lines = [(out / name / "judged.jsonl").read_text().splitlines() for name in ("03-helpful", "06-helpful-2")]
+    assert summary["replayed"] == round((len(lines[1]) - summary["heldout"]) / 10) > 5
+    assert summary["trained"] + summary["too_long"] + summary["heldout"] == len(lines[1])
+    new = len(lines[1]) - summary["heldout"] - summary["replayed"]
+    assert set(lines[1][new : new + summary["replayed"]]) <= set(lines[0])
+    heldout = {json.loads(line)["prompt"] for line in lines[1][-summary["heldout"] :]}
+    assert heldout.isdisjoint(json.loads(line)["prompt"] for line in lines[1][: -summary["heldout"]])
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
+        ({'aim = "harmless"': 'aim = "harmless"\nprevious = "helpful"'}, 'no reward model for aim = "harmless"'),
+        ({'aim = "helpful"': 'aim = "helpful"\nprevious = "pretrain"'}, "is no reward model"),
+        ({'aim = "helpful"': 'aim = "helpful"\nreplay = 0.2'}, "replay has no effect without previous"),
         ({"made = 60": "made = 0", "samples = 1": "", 'data = ["{pairs}"]': ""}, "nothing to judge; give data"),
         ({"made = 60": "made = 0"}, "samples are answers to made prompts"),
         ({"row_length = 192": "row_length = 9"}, "longer than a row of 9 tokens; raise row_length"),

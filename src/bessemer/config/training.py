@@ -215,8 +215,14 @@ class DistillConfig(OnPolicyConfig):
 
 class RewardModelConfig(FineTuningConfig):
     runtime_only = frozenset({"micro_rows", "save_seconds"})
+    ignore_at_default = frozenset({"previous", "replay"})
     optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table
 
+    previous: StageRef | None = None
+    """Earlier reward-model stage to continue from: its weights, and some of its judged answers. New answers are sampled
+    from the model of `from`, the policy that was trained with it (DeepSeekMath 4.1.4, iterative GRPO)."""
+    replay: float = Field(0.1, ge=0, lt=1)
+    """Share of the training answers that are those of `previous` (DeepSeekMath: 0.1)."""
     aim: Literal["helpful", "harmless"]
     """helpful: pairwise, reads the prompt and the summary; harmless: pointwise, also reads the thoughts."""
     data: list[str] = Field(default_factory=list)

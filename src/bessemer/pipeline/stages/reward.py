@@ -4,7 +4,11 @@ The body of an earlier stage's model and a scalar head. Helpfulness learns from 
 r_rejected), and reads summaries; harmlessness learns from answers labelled safe or unsafe and reads thoughts too.
 Judged answers come from files, or are made from the `general` task: candidates written in different manners, and
 samples of the model itself, which are what it will judge in RL. Prompts chosen by hash are held out; accuracy and the
-scale of rewards (`rl/preference`) are measured on them.
+scale of rewards (`rl/preference`) are measured on them. `judged.jsonl` holds the answers.
+
+Iterative GRPO (DeepSeekMath 4.1.4, Algorithm 1) is RL stages and reward models in turn: a reward model with `previous`
+continues that stage's weights on answers of the newest policy and a share of old ones; the next RL stage starts from
+the policy, which is also its reference.
 """
 
 import json
@@ -15,6 +19,7 @@ from typing import Any
 
 from bessemer import tasks
 from bessemer.config.recipe import Recipe
+from bessemer.config.table import changed
 from bessemer.config.training import RewardModelConfig
 from bessemer.data import preference_rows
 from bessemer.data.chat import opening, question_ids
@@ -25,7 +30,7 @@ from bessemer.hf import hub
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import Scorer, Transformer
 from bessemer.pipeline.stage import Stage, StepLog, register
-from bessemer.rl.preference import FACTS, Scale, judged_ids, score_ids
+from bessemer.rl.preference import FACTS, RewardModel, Scale, judged_ids, score_ids
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.tasks import general_quality
@@ -35,6 +40,8 @@ from bessemer.train.trainer import Runtime, Trainer, constant
 Line = dict[str, Any]
 WRITTEN = 4
 """Candidates per made prompt that are written, not sampled."""
+JUDGED = "judged.jsonl"
+"""File of the judged answers that the model was trained and measured on, in the format of `data`."""
 SAMPLES = 6
 """Held-out answers, with their scores, written to samples.md."""
 
@@ -48,6 +55,15 @@ class RewardModelling(Stage[RewardModelConfig]):
             raise UserError(f'stage "{config.name}": nothing to judge; give data = [...] or made = 2000')
         if config.samples and not config.made:
             raise UserError(f'stage "{config.name}": samples are answers to made prompts; set made too')
+        if config.previous is None and changed(config, "replay"):
+            raise UserError(f'stage "{config.name}": replay has no effect without previous')
+        if config.previous is not None:
+            other = recipe.stage(config.previous)
+            if not isinstance(other, RewardModelConfig) or other.aim != config.aim:
+                raise UserError(
+                    f'stage "{config.name}": previous = "{other.name}" is no reward model for aim = "{config.aim}"; '
+                    "name one"
+                )
         return {}
 
     def estimate(self, config: RewardModelConfig, recipe: Recipe) -> float:
@@ -69,9 +85,19 @@ class RewardModelling(Stage[RewardModelConfig]):
         model, tokenizer = setup.load_model(ctx.source / "model")
         if config.style is not None:
             tokenizer.chat_style = config.style
-        network = Scorer.of(model, ctx.seed)
         lines, facts = _judged(config, ctx, model, tokenizer)
         train, heldout = _split(lines, config, ctx)
+        if config.previous is None:
+            network = Scorer.of(model, ctx.seed)
+        else:
+            before = RewardModel.load(ctx.inputs[config.previous] / "model", setup.device())
+            if before.tokenizer.fingerprint != tokenizer.fingerprint:
+                raise UserError(f'stage "{ctx.name}": {config.previous} has another tokenizer than the model of from')
+            network = before.network
+            replayed = _replayed(config, ctx, len(train))
+            train, facts = [*train, *replayed], {**facts, "replayed": len(replayed)}
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [*train, *heldout])
+        write_atomic(ctx.dir / JUDGED, text)
         units = ([(ids, mark) for ids, mark in _texts(line, config.aim, tokenizer)] for line in train)
         packed = preference_rows.build(units, config.row_length, tokenizer.pad_id, tokenizer.bos_id, ctx.state / "rows")
         kind, objective = _BY_AIM[config.aim]
@@ -110,9 +136,12 @@ def _judged(
 
 
 def _from_files(config: RewardModelConfig) -> Iterator[Line]:
-    fields = preference_rows.PAIR if config.aim == "helpful" else preference_rows.LABEL
     for name in config.data:
-        yield from preference_rows.read(Path(name), fields)
+        yield from preference_rows.read(Path(name), _fields(config))
+
+
+def _fields(config: RewardModelConfig) -> dict[str, type]:
+    return preference_rows.PAIR if config.aim == "helpful" else preference_rows.LABEL
 
 
 def _problems(config: RewardModelConfig, seed: int) -> list[tasks.Problem]:
@@ -154,6 +183,14 @@ def _split(lines: Iterable[Line], config: RewardModelConfig, ctx: StageContext) 
             "give more data or raise heldout or made"
         )
     return splits
+
+
+def _replayed(config: RewardModelConfig, ctx: StageContext, new: int) -> list[Line]:
+    """Training answers of the previous reward model, `replay` of the whole with `new` ones beside them."""
+    assert config.previous is not None
+    old, _ = _split(preference_rows.read(ctx.inputs[config.previous] / JUDGED, _fields(config)), config, ctx)
+    order = sorted(old, key=lambda line: tasks.stable_hash("replay", ctx.seed, *map(line.get, sorted(line))))
+    return order[: round(new * config.replay / (1 - config.replay))]
 
 
 def _texts(line: Line, aim: str, tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
