@@ -8,6 +8,7 @@ import re
 import sys
 import tomllib
 from collections import Counter
+from fnmatch import fnmatch
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -58,6 +59,13 @@ def repeated_names() -> list[str]:
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in modules().values()]
     classes = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
     return sorted(name for name, number in classes.items() if number > 1 and not name.startswith("_"))
+
+
+def test_every_folder_of_tests_is_collected(pytestconfig):
+    """pytest leaves out folders by name: its own list has "dist"."""
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    skipped = pytestconfig.getini("norecursedirs")
+    assert not [folder for folder in folders if any(fnmatch(folder.name, pattern) for pattern in skipped)]
 
 
 def test_no_circle_of_imports():
