@@ -115,3 +115,17 @@ def test_a_label_must_be_true_or_false_and_a_file_must_exist(tmp_path):
     path.write_bytes(b"\xff\n")
     with pytest.raises(UserError, match="not UTF-8"):
         list(preference_rows.read(path, preference_rows.LABEL))
+
+
+def test_pairs_and_labelled_texts_are_counted_by_row(tmp_path):
+    pairs = [[(good, preference_rows.GOOD), (bad, preference_rows.BAD)] for good, bad in PAIRS]
+    labelled = [[(good, preference_rows.GOOD if n % 3 else preference_rows.BAD)] for n, (good, _) in enumerate(PAIRS)]
+    for name, units, kind in (("p", pairs, preference_rows.PairRows), ("l", labelled, preference_rows.LabelRows)):
+        _, rows = build(units, tmp_path / name, kind)
+        assert rows.examples().sum() == 60
+        of_step, row = rows.rows_of_steps(8, epochs=1), 0
+        counts = []
+        while row < rows.n_rows:
+            counts.append(rows.batch(row, of_step(row)).n_loss_tokens)
+            row += of_step(row)
+        assert sum(counts) == 60 and all(abs(sum(counts[: n + 1]) - 8 * (n + 1)) < 8 for n in range(len(counts) - 1))

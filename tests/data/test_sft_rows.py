@@ -132,3 +132,20 @@ def test_a_damaged_directory_is_named(tokenizer, tmp_path):
     (tmp_path / "meta.json").write_text(json.dumps(facts | {"rows": facts["rows"] + 1}))
     with pytest.raises(UserError, match=r"holds no packed conversations .*delete it"):
         sft_rows.load(tmp_path, 0)
+
+
+@pytest.mark.parametrize("examples", [1, 3, 7, 1000])
+def test_steps_of_a_number_of_conversations(packed, examples):
+    """Steps follow each other without a gap; after each, the conversations so far reach its goal, not a row earlier."""
+    _, facts, rows = packed
+    of_step, row, ends, epochs = rows.rows_of_steps(examples, 2), 0, [], 2
+    while row < epochs * rows.n_rows:
+        assert of_step(row) >= 1
+        row += of_step(row)
+        ends.append(row)
+    assert row == epochs * rows.n_rows
+    seen = [len(list(samples_of(rows.batch(n, 1)))) for n in range(row)]
+    goals = [sum(seen[:end]) // examples for end in ends]
+    assert goals[:-1] == sorted(set(goals[:-1])), "every step passes a goal of its own"
+    assert all(sum(seen[: end - 1]) // examples < sum(seen[:end]) // examples for end in ends[:-1])
+    assert sum(seen) == 2 * facts["samples"]

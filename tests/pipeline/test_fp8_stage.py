@@ -1,12 +1,14 @@
 """Pre-training in FP8 as a stage: it learns, survives a kill bit for bit, and says what it is."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import rl_stage
 import stages_run
 import torch
 
@@ -78,3 +80,21 @@ def test_fp8_and_compiled_layers_do_not_go_together(tmp_path):
     path.write_text(path.read_text().replace('compile = "off"', 'compile = "on"'))
     with pytest.raises(UserError, match='compile = "on" and fp8 do not go together; set compile = "off"'):
         stages_run.run(path, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("change", "said"), [("precision=bfloat16", "bfloat16"), ('fp8="paper"', "FP8 (paper)")])
+def test_rl_in_a_format_of_its_own(tmp_path, capsys, change, said):
+    """The policy is sampled and trained in it, and the weights that are saved are of its dtype."""
+    base = rl_stage.write_base(tmp_path / "base")
+    plain, other = (
+        rl_stage.Stage(base, tmp_path / name, 'reward="random"', "rollouts=1", *changes)
+        for name, changes in (("plain", ()), ("other", (change,)))
+    )
+    plain.run()
+    loop = other.run()
+    assert said in capsys.readouterr().err
+    dtype = loop.trainer.model.embed.weight.dtype
+    assert dtype == (torch.bfloat16 if "bfloat16" in change else torch.float32)
+    assert all(layer.fp8 is not None for layer in loop.trainer.model.layers) == ("fp8" in change)
+    assert plain.values("rl/grad_norm") != other.values("rl/grad_norm")
+    assert all(math.isfinite(value) and value > 0 for value in other.values("rl/grad_norm"))

@@ -35,7 +35,7 @@ class RLConfig(OnPolicyConfig):
     renamed: ClassVar = {"ahead": "max_off_policy_rollouts", "draws": "max_resamples", "leaves": "export_samples"}
     runtime_only = frozenset({"save_seconds", "micro_tokens", "rollout"})
     ignore_at_default = frozenset(
-        {"difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision"}
+        {"difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision", "precision", "fp8"}
     )
 
     tasks: list[str]

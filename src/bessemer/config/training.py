@@ -36,6 +36,13 @@ class OptimizerConfig(StageConfig):
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay of a moving average of the weights, also validated and exported as model-ema/; 0: none (V3 has one in
     CPU memory; its decay is undocumented)."""
+    precision: Precision = "auto"
+    """Compute dtype; auto: the one that measures faster on this machine. Master weights and gradients are always
+    float32."""
+    fp8: Literal["off", "paper", "power-of-two", "block-gradients", "per-tensor"] = "off"
+    """Matrices of attention, FFN and experts in FP8, with activations stored in FP8 (V3: paper). power-of-two: all
+    scaling factors are powers of two; block-gradients, per-tensor: variants for comparison. On a CPU, FP8 is emulated,
+    and slower."""
     micro_rows: int = Field(4, ge=1)
     """Rows per forward; changes memory and speed only."""
     save_seconds: Seconds = 60.0
@@ -64,6 +71,9 @@ class OnPolicyConfig(FineTuningConfig):
     """Maximum gradient norm."""
     micro_tokens: int = Field(4096, ge=16)
     """Padded tokens per forward; changes memory and speed only."""
+    precision: Precision = "float32"
+    """Compute dtype of sampling and training; auto: the one that measures faster on this machine. Master weights and
+    gradients are always float32."""
 
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
         return self.lr(step)
@@ -112,13 +122,6 @@ class PretrainConfig(OptimizerConfig):
     document_mask: bool = False
     """Tokens attend to their own document only. V3 packs without a mask; with many short documents per row, small
     models learn to copy from a prompt far sooner with one."""
-    precision: Precision = "auto"
-    """Compute dtype; auto: the one that measures faster on this machine. Master weights and gradients are always
-    float32."""
-    fp8: Literal["off", "paper", "power-of-two", "block-gradients", "per-tensor"] = "off"
-    """Matrices of attention, FFN and experts in FP8, with activations stored in FP8 (V3: paper). power-of-two: all
-    scaling factors are powers of two; block-gradients, per-tensor: variants for comparison. On a CPU, FP8 is emulated,
-    and slower."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the layers. auto: with a GPU, or with a C++ compiler if the training is long enough to gain from
     it. Never with fp8 or on many ranks."""
@@ -152,6 +155,7 @@ class ExtendConfig(PretrainConfig):
 
 class SFTConfig(FineTuningConfig):
     runtime_only = frozenset({"micro_rows", "save_seconds"})
+    ignore_at_default = frozenset({"fp8", "batch_examples"})
 
     data: list[str] = Field(default_factory=list)
     """Conversations: .jsonl or .parquet files with `messages`, directories of them, or hf://owner/name."""
@@ -166,7 +170,10 @@ class SFTConfig(FineTuningConfig):
     lr_final: float = Field(ge=0)
     """Learning rate at the end of the cosine (R1: 5e-6)."""
     batch_rows: int = Field(8, ge=1)
-    """Rows per optimizer step (R1: 128)."""
+    """Packed rows per optimizer step."""
+    batch_examples: int = Field(0, ge=0)
+    """Conversations per optimizer step, instead of batch_rows (R1: 128). Steps end with a row, so that each has a few
+    more or less; their mean is exact. 0: batch_rows decides."""
     style: Literal["zero", "r1"] | None = None
     """Chat template for training, exported with the model. Default: the model's own."""
     mtp_lambda: float = Field(0.1, ge=0)
@@ -176,8 +183,6 @@ class SFTConfig(FineTuningConfig):
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""
     prompts: list[str] = Field(default_factory=list)
     """Questions to answer after every epoch, for reading."""
-    precision: Precision = "auto"
-    """Compute dtype; auto: the one that measures faster on this machine. Master weights are always float32."""
 
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
         share = (1 + math.cos(math.pi * min(1.0, tokens / total))) / 2
@@ -186,6 +191,7 @@ class SFTConfig(FineTuningConfig):
 
 class DistillConfig(OnPolicyConfig):
     runtime_only = frozenset({"save_seconds", "micro_tokens"})
+    ignore_at_default = frozenset({"precision", "fp8"})
     optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table
     weight_decay: ClassVar = 0.0  # type: ignore[misc]  # constant, no key of the table
 
@@ -215,7 +221,7 @@ class DistillConfig(OnPolicyConfig):
 
 class RewardModelConfig(FineTuningConfig):
     runtime_only = frozenset({"micro_rows", "save_seconds"})
-    ignore_at_default = frozenset({"previous", "replay"})
+    ignore_at_default = frozenset({"previous", "replay", "fp8", "batch_examples"})
     optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table
 
     previous: StageRef | None = None
@@ -244,13 +250,14 @@ class RewardModelConfig(FineTuningConfig):
     """Learning rate at the start of a cosine over consumed tokens, which ends at a tenth of it (R1: 6e-6, its schedule
     undocumented)."""
     batch_rows: int = Field(8, ge=1)
-    """Rows per optimizer step (R1: 256 pairs)."""
+    """Packed rows per optimizer step."""
+    batch_examples: int = Field(0, ge=0)
+    """Pairs or labelled answers per optimizer step, instead of batch_rows (R1: 256). Steps end with a row, so that each
+    has a few more or less; their mean is exact. 0: batch_rows decides."""
     style: Literal["zero", "r1"] | None = None
     """Chat template for reading answers. Default: the model's own."""
     balance_alpha: float = Field(1e-4, ge=0)
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""
-    precision: Precision = "auto"
-    """Compute dtype; auto: the one that measures faster on this machine. Master weights are always float32."""
 
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
         return self.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, tokens / total))) / 2)

@@ -44,6 +44,9 @@ class PairRows(SFTRows):
         assert torch.equal((mark == GOOD).sum(1), torch.bincount(rows, minlength=len(tokens)))
         return self._marked(tokens, (mark == GOOD).float(), rival_BT=rival)
 
+    def _examples(self, packed_BT: np.ndarray) -> np.ndarray:
+        return ((packed_BT & 3) == GOOD).sum(1)
+
     def _marked(self, tokens: torch.Tensor, loss: torch.Tensor, **extras: torch.Tensor) -> Batch:
         return Batch(tokens, loss, segments_BT=(tokens == self.facts["bos_id"]).cumsum(1), extras=extras)
 
@@ -54,6 +57,9 @@ class LabelRows(PairRows):
     def _batch(self, packed_BT: np.ndarray) -> Batch:
         tokens, mark = _unpacked(packed_BT)
         return self._marked(tokens, (mark > 0).float(), safe_BT=(mark == GOOD).float())
+
+    def _examples(self, packed_BT: np.ndarray) -> np.ndarray:
+        return ((packed_BT & 3) > 0).sum(1)
 
 
 def build(

@@ -13,13 +13,14 @@ Legend: B rows, T tokens per row.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from bessemer.config.training import RewardModelConfig, SFTConfig
 from bessemer.data import chat
 from bessemer.data.batch import Batch
 from bessemer.data.documents import Document
@@ -39,6 +40,24 @@ class SFTRows:
     @property
     def n_rows(self) -> int:
         return self.packed_RT.shape[0]
+
+    def examples(self) -> np.ndarray:
+        """Samples in every row of an epoch without order, [R]."""
+        chunks = range(0, self.n_rows, 1024)
+        return np.concatenate([self._examples(self.packed_RT[start : start + 1024]) for start in chunks])
+
+    def _examples(self, packed_BT: np.ndarray) -> np.ndarray:
+        return (packed_BT >> 1 & 1).sum(1)
+
+    def rows_of_steps(self, examples: int, epochs: int) -> Callable[[int], int]:
+        """Rows of the optimizer step that begins at a row number, so that steps have `examples` samples each: a step
+        ends with the row that completes them, and what that row has more counts for the next step."""
+        counts, places = self.examples(), np.arange(self.n_rows)
+        orders = (permute(places, self.n_rows, permutation_key(self.seed, "turns", epoch)) for epoch in range(epochs))
+        passed = np.concatenate([counts[order] for order in orders]).cumsum()
+        goals = np.arange(examples, passed[-1] + examples, examples)
+        ends = np.unique(np.minimum(np.searchsorted(passed, goals) + 1, len(passed)))
+        return lambda row: int(ends[np.searchsorted(ends, row, side="right")]) - row
 
     def batch(self, first_row: int, n_rows: int) -> Batch:
         """Rows `first_row` to `first_row + n_rows` of the endless list, not included."""
@@ -83,6 +102,16 @@ def build(
     facts |= {"rows": rows, "row_length": row_length, "waste": waste}
     (out_dir / "meta.json").write_text(json.dumps(facts, indent=1))
     return facts
+
+
+def batch_rows(rows: SFTRows, config: SFTConfig | RewardModelConfig) -> Callable[[int], int]:
+    """Rows of a step over consumed tokens, by `batch_examples` or `batch_rows`; the last step takes what is left."""
+    length = rows.packed_RT.shape[1]
+    total = config.epochs * rows.n_rows
+    if not config.batch_examples:
+        return lambda tokens: min(config.batch_rows, total - tokens // length)
+    of_step = rows.rows_of_steps(config.batch_examples, config.epochs)
+    return lambda tokens: of_step(tokens // length)
 
 
 def load(directory: Path, seed: int) -> SFTRows:

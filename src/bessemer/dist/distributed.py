@@ -22,7 +22,7 @@ from bessemer.hf import hub
 from bessemer.hf.causal_lm import CausalLM, needs_transformers
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.config import ModelConfig
-from bessemer.model.transformer import Transformer
+from bessemer.model.transformer import RECOMPUTES_ITSELF, Transformer
 from bessemer.train import loss, setup
 from bessemer.train.trainer import Trainer
 
@@ -139,6 +139,8 @@ def check(
     """UserError, before anything runs, if the recipe's layout does not fit the model or n ranks (None: the ranks that
     were started), or if a step has too few rows to fill its pipelines."""
     layout_config = recipe.layout
+    if layout_config.recompute and getattr(recipe.stage(stage), "fp8", "off") != "off":
+        raise UserError(f'stage "{stage}": {RECOMPUTES_ITSELF}')
     n = n or (Ranks.world_size() if Ranks.started() else layout_config.fewest)
     if n == layout_config.fewest == 1:
         return

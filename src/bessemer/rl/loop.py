@@ -52,6 +52,7 @@ class Loop:
         setup.keep_memory()
         network, self.tokenizer = distributed.read(self.base, ctx.ranks, ctx.recipe.layout, ctx.say, split_rows=False)
         self.workers = ray_sampler.trainer_workers(settings.rollout) if ctx.ranks is None else Workers(1)
+        dtype = setup.set_precision(distributed.model_of(network), settings, ctx.say, ctx.agree)
         longest = round(max(settings.max_new_tokens.values))
         self.objective = GRPO(
             settings.clip_low,
@@ -66,7 +67,7 @@ class Loop:
             self.objective,
             None,
             settings,
-            Runtime(workers=self.workers),
+            Runtime(workers=self.workers, compute_dtype=dtype),
             ctx.state,
             stop=lambda: ctx.stop,
             model_config=distributed.model_of(network).cfg.model_dump(),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from bessemer.config.training import Precision
+from bessemer.config.training import OptimizerConfig, Precision
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
@@ -19,7 +19,8 @@ from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig, preset
 from bessemer.model.transformer import Transformer
-from bessemer.precision import probe
+from bessemer.precision import backends, probe
+from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.precision.probe import cpp_compiler
 from bessemer.workers import Workers, cores, one_core_each
 
@@ -82,6 +83,22 @@ def choose_precision(
 
     dtype, why = agree(measured)
     return probe.Choice(getattr(torch, dtype), why)
+
+
+def set_precision(
+    model: Transformer | CausalLM, config: OptimizerConfig, say: Callable[[str], None],
+    agree: Callable[[Callable[[], Any]], Any] = lambda decide: decide(),
+) -> torch.dtype:  # fmt: skip
+    """The compute dtype that a stage's `precision` chooses, as in `choose_precision`; `fp8` takes effect in `model`."""
+    choice = choose_precision(config.precision, agree)
+    say(f"compute in {choice.why}")
+    if config.fp8 != "off":
+        if not isinstance(model, Transformer):
+            raise UserError(f'stage "{config.name}": fp8 is for models of the DeepSeek V3 family; set fp8 = "off"')
+        model.set_fp8(FP8_RECIPES[config.fp8])
+        served = backends.summary(backends.table(device()))
+        say(f"matrices of attention, FFN and experts in FP8 ({config.fp8}), {served}")
+    return choice.dtype
 
 
 def load_model(directory: Path, context: Mapping[str, Any] | None = None) -> tuple[Transformer | CausalLM, Tokenizer]:

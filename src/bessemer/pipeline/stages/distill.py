@@ -71,10 +71,11 @@ class _Run:
         teacher.eval().requires_grad_(False)
         self.tasks = [tasks.get(name) for name in config.tasks]
         self.workers = setup.workers()
+        dtype = setup.set_precision(self.student, config, ctx.say)
         self.engine = Engine(self.student, self.tokenizer, self.workers)
         self.trainer = Trainer(
             self.student, OnPolicyDistillation(teacher, config.divergence, config.temperature), None,
-            config, Runtime(workers=self.workers), ctx.state, stop=lambda: ctx.stop,
+            config, Runtime(workers=self.workers, compute_dtype=dtype), ctx.state, stop=lambda: ctx.stop,
             model_config=self.student.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
 

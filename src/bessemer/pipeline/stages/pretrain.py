@@ -28,10 +28,8 @@ from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig
-from bessemer.model.transformer import RECOMPUTES_ITSELF, Transformer
+from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import Stage, StepLog, register
-from bessemer.precision import backends
-from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.runs.context import StageContext
 from bessemer.train import objective, setup
 from bessemer.train.trainer import ONE, Runtime, Schedule, Trainer, constant
@@ -67,8 +65,6 @@ class Pretrain(Stage[_Config]):
         distributed.check(recipe, config.name, config.batch_rows.values, cfg)
         if config.fp8 != "off" and config.compile == "on":
             raise UserError(f'stage "{config.name}": compile = "on" and fp8 do not go together; set compile = "off"')
-        if config.fp8 != "off" and recipe.layout.recompute:
-            raise UserError(f'stage "{config.name}": {RECOMPUTES_ITSELF}')
         self.check_data(config, recipe, cfg)
         return {"model": cfg.model_dump()}
 
@@ -93,15 +89,10 @@ class Pretrain(Stage[_Config]):
         if tokenizer.vocab_size > cfg.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {cfg.vocab_size}")
         feed = Feed(config, ctx, corpus, row_length, tokenizer.bos_id)
-        choice = setup.choose_precision(config.precision, ctx.agree)
-        ctx.say(f"compute in {choice.why}")
         setup.keep_memory()
         network = network_of()
         model = distributed.model_of(network).set_recompute(ctx.recipe.layout.recompute)
-        if config.fp8 != "off":
-            model.set_fp8(FP8_RECIPES[config.fp8])
-            served = backends.summary(backends.table(setup.device()))
-            ctx.say(f"matrices of attention, FFN and experts in FP8 ({config.fp8}), {served}")
+        dtype = setup.set_precision(model, config, ctx.say, ctx.agree)
         flops = config.tokens * flops_per_token(cfg, feed.row_length, mtp=cfg.n_mtp > 0).training
         if ctx.ranks is None and config.fp8 == "off" and setup.want_compile(config.compile, flops):
             ctx.say("compiling the layers (about a minute, once per machine)")
@@ -110,7 +101,7 @@ class Pretrain(Stage[_Config]):
         workers = setup.workers() if ctx.ranks is None else Workers(1)
         trainer = distributed.trainer(
             network, objective.next_token, feed.batch,
-            config, runtime(config, choice.dtype, workers, feed.scale), ctx.state,
+            config, runtime(config, dtype, workers, feed.scale), ctx.state,
             log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor], model_config=cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         feed.follow(trainer)

@@ -17,11 +17,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from bessemer import tasks
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import changed
 from bessemer.config.training import RewardModelConfig
-from bessemer.data import preference_rows
+from bessemer.data import preference_rows, sft_rows
 from bessemer.data.chat import opening, question_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
@@ -104,8 +106,9 @@ class RewardModelling(Stage[RewardModelConfig]):
         rows = preference_rows.load(ctx.state / "rows", kind, ctx.seed)
         ctx.say(f"{packed['units']} judged answers in {packed['rows']} rows, {len(heldout)} held out")
         monitor = _Monitor(config, ctx, tokenizer, heldout)
+        dtype = setup.set_precision(network, config, ctx.say)
         trainer = Trainer(
-            network, objective, rows.batch, config, _runtime(config, rows.n_rows), ctx.state,
+            network, objective, rows.batch, config, _runtime(config, rows, dtype), ctx.state,
             log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor],
             model_config=network.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
@@ -204,12 +207,11 @@ def _texts(line: Line, aim: str, tokenizer: Tokenizer) -> list[tuple[list[int], 
     return [(ids("response"), preference_rows.GOOD if line["safe"] else preference_rows.BAD)]
 
 
-def _runtime(config: RewardModelConfig, n_rows: int) -> Runtime:
-    total = config.epochs * n_rows * config.row_length
+def _runtime(config: RewardModelConfig, rows: preference_rows.PairRows, dtype: torch.dtype) -> Runtime:
     return Runtime(
-        tokens=total, batch_rows=lambda tokens: min(config.batch_rows, (total - tokens) // config.row_length),
+        tokens=config.epochs * rows.n_rows * config.row_length, batch_rows=sft_rows.batch_rows(rows, config),
         terms={"balance_alpha": constant(config.balance_alpha)}, workers=setup.workers(),
-        compute_dtype=setup.choose_precision(config.precision).dtype,
+        compute_dtype=dtype,
     )  # fmt: skip
 
 

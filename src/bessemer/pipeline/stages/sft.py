@@ -34,7 +34,7 @@ class SFT(Stage[SFTConfig]):
     distributed = True
 
     def resolve(self, config: SFTConfig, recipe: Recipe) -> dict[str, Any]:
-        distributed.check(recipe, config.name, [config.batch_rows])
+        distributed.check(recipe, config.name, [config.batch_examples or config.batch_rows])
         if not config.data and not config.samples:
             raise UserError(f'stage "{config.name}": nothing to train on; give data = [...] or samples = [...]')
         for stage in map(recipe.stage, config.samples):
@@ -66,7 +66,7 @@ class SFT(Stage[SFTConfig]):
         ctx.say(_about(facts))
         monitor = _Monitor(config, ctx, tokenizer, rows.n_rows * config.row_length)
         trainer = distributed.trainer(
-            network, objective.next_token, rows.batch, config, _runtime(config, rows.n_rows, model, ctx), ctx.state,
+            network, objective.next_token, rows.batch, config, _runtime(config, rows, model, ctx), ctx.state,
             log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor],
             model_config=model.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
@@ -91,16 +91,15 @@ def _about(facts: dict[str, Any]) -> str:
     )
 
 
-def _runtime(config: SFTConfig, n_rows: int, model: Transformer | CausalLM, ctx: StageContext) -> Runtime:
-    total = config.epochs * n_rows * config.row_length
+def _runtime(config: SFTConfig, rows: sft_rows.SFTRows, model: Transformer | CausalLM, ctx: StageContext) -> Runtime:
     return Runtime(
-        tokens=total, batch_rows=lambda tokens: min(config.batch_rows, (total - tokens) // config.row_length),
+        tokens=config.epochs * rows.n_rows * config.row_length, batch_rows=sft_rows.batch_rows(rows, config),
         terms={
             "mtp_lambda": constant(config.mtp_lambda if model.cfg.n_mtp else 0.0),
             "balance_alpha": constant(config.balance_alpha),
         },
         workers=setup.workers() if ctx.ranks is None else Workers(1),
-        compute_dtype=setup.choose_precision(config.precision, ctx.agree).dtype,
+        compute_dtype=setup.set_precision(model, config, ctx.say, ctx.agree),
     )  # fmt: skip
 
 
