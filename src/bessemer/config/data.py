@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from bessemer.config.judge import JudgeConfig
 from bessemer.config.table import StageConfig, StageRef
 from bessemer.config.units import Tokens
 
@@ -54,6 +55,8 @@ class ExamplesConfig(StageConfig):
 
 
 class RejectConfig(StageConfig):
+    ignore_at_default = frozenset({"judge"})
+
     tasks: list[str]
     """Task families; problems come from their train splits in turn."""
     problems: int = Field(1000, ge=1)
@@ -62,6 +65,9 @@ class RejectConfig(StageConfig):
     """Index of the first problem, to avoid problems that RL has seen."""
     samples: int = Field(4, ge=1)
     """Answers per problem."""
+    judge: JudgeConfig | None = None
+    """A model that judges answers to problems with a reference answer and no rule, such as general prompts (R1 2.3.3).
+    Without it such answers count as wrong."""
     keep: int = Field(1, ge=1)
     """Maximum number of answers kept per problem."""
     temperature: float = Field(1.0, gt=0)

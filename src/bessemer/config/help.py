@@ -10,7 +10,7 @@ from pydantic_core import to_jsonable_python
 
 from bessemer.config.curation import Curation, SourceTable
 from bessemer.config.recipe import STAGES, Head, LayoutConfig, stage_config
-from bessemer.config.table import ConfigTable, StageConfig, StageRef
+from bessemer.config.table import StageConfig, StageRef, tables_in
 from bessemer.config.units import Points, parse_bytes, parse_seconds, parse_tokens
 
 DATA = "data"
@@ -38,8 +38,7 @@ def _keys(table: type[BaseModel], prefix: str = "") -> list[str]:
     for name, field in table.model_fields.items():
         if issubclass(table, StageConfig) and name == "kind":
             continue
-        kind = field.annotation
-        inner = kind if isinstance(kind, type) and issubclass(kind, ConfigTable) else None
+        inner = next(iter(tables_in(field.annotation)), None)
         facts = "table" if inner is not None else _type(field) + _default(field)
         lines.append(f"  {prefix}{field.alias or name} ({facts})")
         lines += textwrap.wrap(field.description or "", 100, initial_indent="      ", subsequent_indent="      ")

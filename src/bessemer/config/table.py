@@ -33,6 +33,9 @@ class ConfigTable(BaseModel):
     renamed_values: ClassVar[dict[str, dict[str, str]]] = {}
     # key -> {old value: the value that replaced it}
 
+    runtime_only: ClassVar[frozenset[str]] = frozenset()
+    # keys that change how a stage runs but never its output (how often to save): excluded from the fingerprint
+
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, populate_by_name=True, use_attribute_docstrings=True,
         protected_namespaces=(), validate_default=True,
@@ -44,9 +47,6 @@ AnyTable = TypeVar("AnyTable", bound=ConfigTable)
 
 class StageConfig(ConfigTable):
     """The keys every stage has."""
-
-    runtime_only: ClassVar[frozenset[str]] = frozenset()
-    # keys that change how a stage runs but never its output (how often to save): excluded from the fingerprint
 
     ignore_at_default: ClassVar[frozenset[str]] = frozenset()
     # keys added after version 0.1.0, whose default is the behaviour of 0.1.0: excluded while at their default
@@ -65,7 +65,10 @@ class StageConfig(ConfigTable):
     def fingerprint_values(self) -> dict[str, Any]:
         """The values that decide the output, as JSON, under the names their keys had first."""
         at_default = {name for name in self.ignore_at_default if not changed(self, name)}
-        excluded = {*self.runtime_only, *at_default, "seed"}
+        excluded: dict[str, Any] = dict.fromkeys({*self.runtime_only, *at_default, "seed"}, True)
+        for name, value in self:
+            if isinstance(value, ConfigTable) and value.runtime_only:
+                excluded.setdefault(name, set(value.runtime_only))
         return original_names(type(self), self.model_dump(mode="json", by_alias=True, exclude=excluded))
 
 
@@ -74,11 +77,13 @@ def changed(settings: BaseModel, name: str) -> bool:
     return getattr(settings, name) != type(settings).model_fields[name].default
 
 
-def stage_refs(settings: StageConfig) -> list[tuple[str, str]]:
-    """(key, stage name) for every stage that these settings name."""
+def stage_refs(settings: ConfigTable) -> list[tuple[str, str]]:
+    """(key, stage name) for every stage that these settings and their tables name."""
     refs = []
     for field_name, field in type(settings).model_fields.items():
-        if _Ref in field.metadata or _mentions_ref(field.annotation):
+        if isinstance(inner := getattr(settings, field_name), ConfigTable):
+            refs += [(f"{field_name}.{key}", name) for key, name in stage_refs(inner)]
+        elif _Ref in field.metadata or _mentions_ref(field.annotation):
             value = getattr(settings, field_name)
             names = [value] if isinstance(value, str) else list(value or [])
             refs += [(field.alias or field_name, name) for name in names]
@@ -188,15 +193,16 @@ def _table_at(table: type[ConfigTable], path: list[str]) -> type[ConfigTable]:
     for part in path:
         for name, field in table.model_fields.items():
             if part in (name, field.alias):
-                inner = _tables_in(field.annotation)
+                inner = tables_in(field.annotation)
                 table = inner[0] if inner else table
     return table
 
 
-def _tables_in(annotation: object) -> list[type[ConfigTable]]:
+def tables_in(annotation: object) -> list[type[ConfigTable]]:
+    """The tables that a key may hold, such as that of `JudgeConfig | None`."""
     if isinstance(annotation, type) and issubclass(annotation, ConfigTable):
         return [annotation]
-    return [table for part in get_args(annotation) for table in _tables_in(part)]
+    return [table for part in get_args(annotation) for table in tables_in(part)]
 
 
 def _type_name(value: object) -> str:

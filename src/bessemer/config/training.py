@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from bessemer.config.judge import JudgeConfig
 from bessemer.config.table import StageConfig, StageRef
 from bessemer.config.units import Points, Seconds, Steps, Tokens, Weight
 
@@ -221,7 +222,7 @@ class DistillConfig(OnPolicyConfig):
 
 class RewardModelConfig(FineTuningConfig):
     runtime_only = frozenset({"micro_rows", "save_seconds"})
-    ignore_at_default = frozenset({"previous", "replay", "fp8", "batch_examples"})
+    ignore_at_default = frozenset({"previous", "replay", "judge", "tasks", "fp8", "batch_examples"})
     optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table
 
     previous: StageRef | None = None
@@ -235,8 +236,13 @@ class RewardModelConfig(FineTuningConfig):
     """Files of lines {"prompt", "chosen", "rejected"} for helpful, {"prompt", "response", "safe"} for harmless."""
     made: int = Field(2000, ge=0)
     """Prompts of the task `general` to generate judged answers for (R1: 66,000 pairs, 106,000 labelled answers)."""
+    tasks: list[str] = Field(["general"])
+    """Task families of these prompts, in turn; others than general need a `judge` and samples."""
     samples: int = Field(0, ge=0)
     """Answers per generated prompt sampled from the starting model, judged like the written ones."""
+    judge: JudgeConfig | None = None
+    """A model that compares answers for aim = "helpful" (R1: V3; pairs whose mean scores differ by more than 1 are
+    kept, chosen and rejected ones of the same total length). Default: the written judge of `general`, with noise."""
     max_new_tokens: Tokens = 100
     """Length cap of a sampled answer."""
     heldout: float = Field(0.1, gt=0, lt=0.5)

@@ -225,22 +225,41 @@ def vote(problem: Problem, one: str, two: str, rng: random.Random) -> tuple[floa
     return fmean(scores[0]), fmean(scores[1])
 
 
-def pairs(answers: Answers, seed: int = 0, length: Callable[[str], int] = len) -> tuple[list[dict[str, Any]], dict]:
+Pair = tuple[Problem, str, str, random.Random]
+"""Two answers to compare, and the randomness of their votes."""
+Scores = tuple[float, float] | None
+"""Mean points of both; None where a judge came to no result."""
+
+
+def votes(pairs: Sequence[Pair]) -> list[Scores]:
+    """Of the written judge."""
+    return [vote(*pair) for pair in pairs]
+
+
+def pairs(
+    answers: Answers,
+    seed: int = 0,
+    length: Callable[[str], int] = len,
+    judge: Callable[[Sequence[Pair]], Sequence[Scores]] = votes,
+) -> tuple[list[dict[str, Any]], dict]:
     """Lines for a pairwise model, one per problem at most, and facts about them.
 
     `length` measures a summary. A pair that would tip the sum of length differences beyond SLACK is dropped, so that
     length is not rewarded.
     """
     lines: list[dict[str, Any]] = []
-    facts = {"asked": 0, "close": 0, "unbalanced": 0, "chosen_length": 0.0, "rejected_length": 0.0}
-    tip = 0
+    asked: list[Pair] = []
     for problem, texts in answers:
         rng = stable_random("pairs", problem.id, seed)
-        if len(set(texts)) < 2:
+        if len(different := list(dict.fromkeys(texts))) > 1:
+            one, two = rng.sample(different, 2)
+            asked.append((problem, one, two, rng))
+    facts = {"asked": len(asked), "close": 0, "unbalanced": 0, "chosen_length": 0.0, "rejected_length": 0.0}
+    tip = 0
+    for (problem, one, two, _), scores in zip(asked, judge(asked), strict=True):
+        if scores is None:
+            facts["unjudged"] = facts.get("unjudged", 0) + 1
             continue
-        facts["asked"] += 1
-        one, two = rng.sample(list(dict.fromkeys(texts)), 2)
-        scores = vote(problem, one, two, rng)
         if abs(scores[0] - scores[1]) <= MARGIN:
             facts["close"] += 1
             continue

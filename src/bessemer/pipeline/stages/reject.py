@@ -1,13 +1,15 @@
 """Stage "reject": rejection sampling, conversations for SFT from a model's own correct answers (R1 2.3.1 and 2.3.3).
 
 Several answers per training problem. It keeps the correct and readable ones (`tasks/readability.py`) that end before
-the cap, without duplicates. Output: samples.jsonl, one conversation a line; the summary counts the dropped answers by
+the cap, without duplicates. Rules say which are correct; where a problem has only a reference answer, a model does
+(`rl/judge.py`). Output: samples.jsonl, one conversation a line; the summary counts the dropped answers by
 reason.
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,19 @@ from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import Stage, register
 from bessemer.rl import rollout
+from bessemer.rl.judge import Judge, api_key
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
-from bessemer.tasks.answer import parse_reply
+from bessemer.tasks.answer import parse_reply, summary
+from bessemer.tasks.base import CORRECT, WRONG_VALUE
 from bessemer.tasks.general import General
 from bessemer.tasks.readability import ReadabilityLimits, readable
 from bessemer.train import setup
 
 SUMMARY = {"en": "The answer is <answer>{answer}</answer>.", "zh": "答案是<answer>{answer}</answer>。"}
 """What follows the thoughts in R1's form: a sentence in the language of the question."""
+NO_VERDICT = "no-verdict"
 BATCH = 64
 """Problems sampled together; a kill costs at most one batch."""
 
@@ -40,8 +45,11 @@ class Reject(Stage[RejectConfig]):
     def resolve(self, config: RejectConfig, recipe: Recipe) -> dict[str, Any]:
         if not config.tasks:
             raise UserError(f'stage "{config.name}": tasks is empty; known: {", ".join(tasks.names())}')
-        for name in config.tasks:
-            tasks.get(name)
+        families, seed = [tasks.get(name) for name in config.tasks], recipe.seed_of(config)
+        if config.judge is not None:
+            if not any(_reference(family.problem("train", 0, seed)) for family in families):
+                raise UserError(f'stage "{config.name}": judge has no effect: no problem has a reference answer')
+            api_key(config.name, config.judge)
         return {}
 
     def exports_conversations(self, config: RejectConfig) -> bool:
@@ -65,6 +73,7 @@ class Reject(Stage[RejectConfig]):
         setup.keep_memory()
         engine = Engine(*setup.load_model(ctx.source / "model"), setup.workers())
         families = [tasks.get(name) for name in config.tasks]
+        judge = None if config.judge is None else Judge(config.judge, ctx)
 
         def encode(problem: tasks.Problem) -> list[int]:
             return question_ids(engine.tokenizer, problem.prompt)
@@ -81,6 +90,8 @@ class Reject(Stage[RejectConfig]):
                 seed=tasks.stable_hash(ctx.seed, ctx.name, first), temperature=config.temperature,
                 max_new_tokens=config.max_new_tokens, batch_rows=setup.batch_rows(count * config.samples),
             )  # fmt: skip
+            if judge is not None:
+                judge_answers(judge, groups, config)
             kept, dropped = select(groups, config)
             write_atomic(ctx.state / f"lot-{first:08d}.json", json.dumps({"kept": kept, "dropped": dropped}))
             ctx.progress.advance(count, f"{len(kept)} kept of {count * config.samples}")
@@ -145,10 +156,36 @@ def fault(row: rollout.ScoredSample, config: RejectConfig) -> str | None:
     if row.completion.finish_reason == "length":
         return "cut"
     if not row.verdict.correct:
-        return "wrong"
+        return NO_VERDICT if row.verdict.reason == NO_VERDICT else "wrong"
+    return _unreadable(row, config)
+
+
+def _unreadable(row: rollout.ScoredSample, config: RejectConfig) -> str | None:
     limits = ReadabilityLimits(config.consistency, config.repeated, config.paragraph)
     reading = readable(row.answer, row.problem.language, limits)
     return None if reading.readable else reading.reason
+
+
+def _reference(problem: tasks.Problem) -> str | None:
+    """The answer that a model may judge by."""
+    reference = problem.meta.get("reference")
+    return reference if isinstance(reference, str) else None
+
+
+def judge_answers(judge: Judge, groups: list[list[rollout.ScoredSample]], config: RejectConfig) -> None:
+    """Replaces the verdicts on answers to problems with a reference answer. Only answers that could be kept are
+    judged, by what follows their thoughts."""
+    asked: list[tuple[rollout.ScoredSample, tuple[str, str, str]]] = []
+    for row in (row for group in groups for row in group):
+        reference, answer = _reference(row.problem), summary(row.answer)
+        if reference is not None and answer and row.completion.finish_reason != "length":
+            if _unreadable(row, config) is None:
+                asked.append((row, (row.problem.prompt, reference, answer)))
+            else:  # `fault` names what is wrong with it
+                row.verdict = replace(row.verdict, correct=True)
+    for (row, _), right in zip(asked, judge.verdicts([texts for _, texts in asked]), strict=True):
+        reason = NO_VERDICT if right is None else CORRECT if right else WRONG_VALUE
+        row.verdict = replace(row.verdict, correct=bool(right), reason=reason)
 
 
 def written(row: rollout.ScoredSample, form: str) -> str:

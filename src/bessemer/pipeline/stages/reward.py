@@ -3,7 +3,8 @@
 The body of an earlier stage's model and a scalar head. Helpfulness learns from pairs, -log sigmoid(r_chosen -
 r_rejected), and reads summaries; harmlessness learns from answers labelled safe or unsafe and reads thoughts too.
 Judged answers come from files, or are made from the `general` task: candidates written in different manners, and
-samples of the model itself, which are what it will judge in RL. Prompts chosen by hash are held out; accuracy and the
+samples of the model itself, which are what it will judge in RL. Pairs may be judged by another model (`rl/judge`), as
+R1's were by V3, and then be answers to any prompts. Prompts chosen by hash are held out; accuracy and the
 scale of rewards (`rl/preference`) are measured on them. `judged.jsonl` holds the answers.
 
 Iterative GRPO (DeepSeekMath 4.1.4, Algorithm 1) is RL stages and reward models in turn: a reward model with `previous`
@@ -13,6 +14,7 @@ the policy, which is also its reference.
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,10 +34,14 @@ from bessemer.hf import hub
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import Scorer, Transformer
 from bessemer.pipeline.stage import Stage, StepLog, register
+from bessemer.rl import rollout
+from bessemer.rl.judge import Judge, api_key
 from bessemer.rl.preference import FACTS, RewardModel, Scale, judged_ids, score_ids
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.tasks import general_quality
+from bessemer.tasks.answer import summary
+from bessemer.tasks.general import General
 from bessemer.train import objective, setup
 from bessemer.train.trainer import Runtime, Trainer, constant
 
@@ -57,6 +63,15 @@ class RewardModelling(Stage[RewardModelConfig]):
             raise UserError(f'stage "{config.name}": nothing to judge; give data = [...] or made = 2000')
         if config.samples and not config.made:
             raise UserError(f'stage "{config.name}": samples are answers to made prompts; set made too')
+        if config.judge is None and config.tasks != [General.name]:
+            raise UserError(f'stage "{config.name}": only a judge can compare answers to {", ".join(config.tasks)}')
+        if config.judge is not None:
+            if config.aim != "helpful" or not config.made or config.samples < 2 or config.judge.samples % 2:
+                raise UserError(
+                    f'stage "{config.name}": a judge compares answers of the model, for aim = "helpful", in both '
+                    "orders: it needs made, samples of 2 or more, and an even judge.samples"
+                )
+            api_key(config.name, config.judge)
         if config.previous is None and changed(config, "replay"):
             raise UserError(f'stage "{config.name}": replay has no effect without previous')
         if config.previous is not None:
@@ -149,15 +164,21 @@ def _fields(config: RewardModelConfig) -> dict[str, type]:
 
 def _problems(config: RewardModelConfig, seed: int) -> list[tasks.Problem]:
     """The problems of the generated answers; half of the harmless model's prompts ask for something unsafe."""
-    task = tasks.get("general", harmless_share=0.0 if config.aim == "helpful" else 0.5)
-    return [task.problem("train", i, seed) for i in range(config.made)]
+    share = {"harmless_share": 0.0 if config.aim == "helpful" else 0.5}
+    families = [tasks.get(name, **(share if name == General.name else {})) for name in config.tasks]
+    return [problem for _, problem in rollout.problems_of(families, "train", 0, config.made, seed)]
 
 
 def _made(
     config: RewardModelConfig, ctx: StageContext, model: Transformer | CausalLM, tokenizer: Tokenizer
 ) -> tuple[list[Line], dict[str, Any]]:
     problems = _problems(config, ctx.seed)
-    answers = [general_quality.candidates(problem, config.aim, WRITTEN, ctx.seed) for problem in problems]
+    answers = [
+        general_quality.candidates(problem, config.aim, WRITTEN, ctx.seed)
+        if problem.id.startswith(f"{General.name}/")
+        else []
+        for problem in problems
+    ]
     if config.samples:
         prompts = [question_ids(tokenizer, problem.prompt) for problem in problems]
         seeds = [tasks.stable_hash("judged", ctx.seed, p) & (2**62 - 1) for p in range(len(prompts))]
@@ -171,7 +192,13 @@ def _made(
     asked = zip(problems, answers, strict=True)
     if config.aim == "harmless":
         return general_quality.labels(asked, ctx.seed)
-    return general_quality.pairs(asked, ctx.seed, length=lambda text: len(tokenizer.encode(text)))
+    scores = general_quality.votes if config.judge is None else partial(_model_votes, Judge(config.judge, ctx))
+    return general_quality.pairs(asked, ctx.seed, lambda text: len(tokenizer.encode(text)), scores)
+
+
+def _model_votes(judge: Judge, pairs: Sequence[general_quality.Pair]) -> list[general_quality.Scores]:
+    """The judge reads what the reward model will read: the summaries."""
+    return judge.scores([(problem.prompt, summary(one), summary(two)) for problem, one, two, _ in pairs])
 
 
 def _split(lines: Iterable[Line], config: RewardModelConfig, ctx: StageContext) -> tuple[list[Line], list[Line]]:

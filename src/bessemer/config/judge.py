@@ -1,0 +1,67 @@
+"""The table of a model that judges where no rule can: [stage.judge] of the stages reject and reward-model."""
+
+import re
+from typing import ClassVar
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from bessemer.config.table import ConfigTable, StageRef
+from bessemer.config.units import Seconds, Tokens
+
+
+class JudgeConfig(ConfigTable):
+    runtime_only: ClassVar = frozenset({"api_key_env", "concurrency", "timeout", "retries"})
+
+    stage: StageRef | None = None
+    """Earlier stage whose model judges. A stage of kind import makes one of any model directory."""
+    url: str | None = None
+    """Instead of a stage: OpenAI-compatible API, such as "http://127.0.0.1:8000/v1" (bessemer serve, vLLM, a provider).
+    Its replies are kept in the cache, so that no request is paid for twice, not even in another run."""
+    served_model: str | None = None
+    """Name of the model at `url`."""
+    api_key_env: str | None = None
+    """Environment variable that holds the API key, which is written nowhere. It travels as it is: use https, except on
+    this machine."""
+    samples: int = Field(4, ge=1)
+    """Judgements of each answer, of which the majority counts, or of each pair, half of them in each order (R1: 4 of
+    each pair, in random order)."""
+    temperature: float = Field(0.7, ge=0, le=2)
+    """Sampling temperature (undocumented)."""
+    max_new_tokens: Tokens = 1024
+    """Length cap of a judgement."""
+    concurrency: int = Field(8, ge=1, le=256)
+    """Requests to `url` at the same time."""
+    timeout: Seconds = 300.0
+    """Maximum time of a request."""
+    retries: int = Field(8, ge=0)
+    """Further tries of a request that fails or is answered with 429 or 5xx; pauses grow to a minute."""
+
+    @field_validator("url")
+    @classmethod
+    def _plain_url(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError('give the base of an API, such as "https://api.example.com/v1"')
+        if parts.username is not None:
+            raise ValueError("a recipe must hold no credentials; name the variable of the key in api_key_env")
+        return url.rstrip("/")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _variable(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError("give the name of an environment variable, such as JUDGE_KEY")
+        return name
+
+    @model_validator(mode="after")
+    def _one_model(self) -> "JudgeConfig":
+        if (self.stage is None) == (self.url is None):
+            raise ValueError("give either stage or url")
+        if (self.url is None) != (self.served_model is None):
+            raise ValueError("url and served_model belong together")
+        if self.url is None and self.api_key_env is not None:
+            raise ValueError("api_key_env has no effect without url")
+        return self
