@@ -63,8 +63,17 @@ def test_transformers_gives_the_same_text_and_ids(tokenizer, tmp_path, style):
 
 def test_zero_reads_as_the_paper_writes_it():
     assert chat.render([TALK[1]], "zero") == f"{chat.BOS}User: 1+1?\nAssistant:"
-    messages = [{"role": "system", "content": chat.ZERO_PREAMBLE}, TALK[1]]
-    assert chat.render(messages, "zero") == f"{chat.BOS}{chat.ZERO_PREAMBLE}\nUser: 1+1?\nAssistant:"
+    assert chat.render([TALK[1]], "r1-zero") == f"{chat.BOS}{chat.ZERO_PREAMBLE}\nUser: 1+1?\nAssistant:"
+    assert chat.render(TALK[:2], "r1-zero") == f"{chat.BOS}Be brief.\nUser: 1+1?\nAssistant:"
+
+
+def test_the_preamble_names_roles_order_and_tags_in_the_order_of_table_1():
+    said = chat.ZERO_PREAMBLE
+    parts = ["conversation", "User", "Assistant", "asks", "solves", "first", "reasons", "answer", "<think>", "</think>"]
+    parts += ["<answer>", "</answer>", "in this form", "<think>", "</think> <answer>", "</answer>"]
+    place = 0
+    for part in parts:
+        place = said.index(part, place) + len(part)
 
 
 def test_r1_drops_the_thinking_of_earlier_turns_and_opens_a_new_one():
@@ -128,7 +137,7 @@ def test_transcript_is_plain_text():
         ([{"role": "user"}], "r1", "role and a content"),
         ([{"role": "user", "content": None}], "r1", "not text"),
         ([{"role": "user", "content": "x", "tool_calls": []}], "r1", "tool_calls"),
-        ([{"role": "user", "content": "x"}], "chatml", "zero or r1"),
+        ([{"role": "user", "content": "x"}], "chatml", "zero, r1-zero, r1"),
     ],
 )
 def test_mistakes_are_named(messages, style, word):

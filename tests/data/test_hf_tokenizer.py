@@ -143,7 +143,7 @@ def test_what_is_saved_is_what_was_loaded(directory, tmp_path):
 
 def test_a_base_model_speaks_the_zero_style(tmp_path):
     tok = load_tokenizer(houses.byte_level(tmp_path / "base", template=None))
-    with pytest.raises(UserError, match=r'no chat template.*style = "zero"'):
+    with pytest.raises(UserError, match=r'no chat template.*style = "r1-zero"'):
         chat.question_ids(tok, "2+2?")
     tok.chat_style = "zero"
     assert tok.decode(chat.question_ids(tok, "2+2?"), skip_special=False) == "User: 2+2?\nAssistant:"

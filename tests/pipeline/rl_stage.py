@@ -40,7 +40,7 @@ def write_base(folder: Path) -> Path:
     shape = dict(
         vocab_size=tokenizer.vocab_size, dim=32, n_layers=2, inter_dim=48, moe_inter_dim=16, n_heads=2, q_lora_rank=16,
         kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=8,
-        n_activated_experts=2, n_expert_groups=4, n_limited_groups=2, max_seq_len=192, init_std=0.2,
+        n_activated_experts=2, n_expert_groups=4, n_limited_groups=2, max_seq_len=640, init_std=0.2,
     )  # fmt: skip
     Transformer(preset("tiny", **shape)).initialise(3).save(folder / "model", tokenizer_dir=folder / "tokenizer")
     return folder

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from bessemer.config.recipe import Recipe
 from bessemer.data import sources
+from bessemer.data.chat import ZERO_PREAMBLE, question_ids
 from bessemer.data.fetch import Package
 from bessemer.errors import UserError
 from bessemer.pipeline import conformance
@@ -183,11 +184,12 @@ def test_a_base_model_takes_the_zero_prompt(tmp_path):
     assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
 
 
-def test_without_a_template_a_question_is_an_error(tmp_path):
+def test_a_base_without_a_template_gets_that_of_r1_zero(tmp_path, capsys):
     base = directory(tmp_path / "base", "llama", houses.byte_level, template=None)
-    stages = f'[[stage]]\nkind = "import"\nmodel = "{base}"\n[[stage]]\nkind = "rl"\ntasks = ["arithmetic"]\n'
-    with pytest.raises(UserError, match=r'no chat template.*style = "zero"'):
-        once(tmp_path, stages)
+    once(tmp_path, f'[[stage]]\nkind = "import"\nmodel = "{base}"\n')
+    _, tokenizer = setup.load_model(tmp_path / "run" / "01-import" / "model")
+    assert tokenizer.decode(question_ids(tokenizer, "1+2?")) == f"{ZERO_PREAMBLE}\nUser: 1+2?\nAssistant:"
+    assert "it is asked in R1-Zero's" in capsys.readouterr().err
 
 
 def test_a_changed_directory_is_imported_again(tmp_path):

@@ -1,14 +1,25 @@
-"""Samples of an RL stage as conversations: whose they are, and that a kill changes nothing."""
+"""What an RL stage exports: its samples as conversations, which a kill does not change, and the template they were
+asked in, which later stages take over."""
 
 import json
 
 import pytest
 import rl_stage
 
+from bessemer import tasks
+from bessemer.config.data import RejectConfig
+from bessemer.config.evaluation import EvalConfig
+from bessemer.data.chat import ZERO_PREAMBLE, question_ids
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.eval import scoring
+from bessemer.pipeline.stages.eval import Eval
+from bessemer.pipeline.stages.reject import Reject
+from bessemer.rl import rollout
 from bessemer.rl.monitor import SampleExport
 from bessemer.runs.context import Interrupted
 
 COIN = 'reward="random"'
+COUNTDOWN = tasks.get("countdown")
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +78,42 @@ def test_stopped_and_gone_on_with_it_leaves_the_same(base, tmp_path, monkeypatch
     assert not (made.out / "samples.jsonl").exists()
     made.run()
     assert conversations(made) == conversations(whole) and made.leaves() == whole.leaves()
+
+
+def test_the_template_of_table_1_is_asked_in_and_exported(base, tmp_path):
+    made = stage(base, tmp_path / "preamble", 'prompt_template="r1-zero"', "rollouts=1", "max_new_tokens=4")
+    loop = made.run()
+    problem = loop.generator.tasks[0].problem("train", 0)
+    asked = f"{ZERO_PREAMBLE}\nUser: {problem.prompt}\nAssistant:"
+    exported = Tokenizer.load(made.out / "model")
+    assert loop.tokenizer.decode(loop.generator.encode(problem)) == asked
+    assert exported.decode(question_ids(exported, problem.prompt)) == asked
+    plain = stage(base, tmp_path / "plain", "rollouts=1", "max_new_tokens=4")
+    plain.run()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (plain.out / "model" / name).read_bytes() == (base / "model" / name).read_bytes()
+
+
+class Asked(Exception):
+    """Carries a prompt out of a stage."""
+
+
+@pytest.mark.parametrize(("template", "preamble"), [("model", ""), ("zero", ""), ("r1-zero", f"{ZERO_PREAMBLE}\n")])
+def test_rejection_and_evaluation_ask_in_the_template_they_name(base, tmp_path, monkeypatch, template, preamble):
+    def ask(engine, problems_or_encode, *rest, **options):
+        encode = rest[0] if callable(rest[0]) else problems_or_encode
+        raise Asked(engine.tokenizer.decode(encode(COUNTDOWN.problem("train", 0))))
+
+    monkeypatch.setattr(rollout, "sample", ask)
+    monkeypatch.setattr(scoring, "evaluate", ask)
+    monkeypatch.setattr(Eval, "_contamination", lambda self, config, ctx: {})
+    ctx = stage(base, tmp_path / "stage").loop().ctx
+    ctx.inputs = {"pretrain": base}
+    names = {"tasks": ["countdown"], "prompt_template": template}
+    for kind, config in (
+        (Reject, RejectConfig(kind="reject", **names)),
+        (Eval, EvalConfig(kind="eval", models=["pretrain"], searched_words=0, **names)),
+    ):
+        with pytest.raises(Asked) as caught:
+            kind().run(config, ctx)
+        assert str(caught.value) == f"{preamble}User: {COUNTDOWN.problem('train', 0).prompt}\nAssistant:"

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from bessemer.config.judge import JudgeConfig
-from bessemer.config.table import StageConfig, StageRef
+from bessemer.config.table import AskingConfig, StageConfig, StageRef
 from bessemer.config.units import Tokens
 
 
@@ -43,8 +43,9 @@ class ImportConfig(StageConfig):
     """Dtype of the stored weights; training stages have their own compute dtype."""
     system: str | None = Field(None, min_length=1)
     """System message for conversations without one, written into the model's chat template."""
-    style: Literal["zero"] | None = None
-    """zero: R1-Zero's plain prompt, for a base model without a chat template. Default: the model's own template."""
+    style: Literal["zero", "r1-zero"] | None = None
+    """Chat template, exported with the model. r1-zero: R1-Zero's (R1 Table 1); zero: the same without its preamble.
+    Default: the model's own or, where it has none, r1-zero."""
 
 
 class ExamplesConfig(StageConfig):
@@ -54,8 +55,8 @@ class ExamplesConfig(StageConfig):
     """Number of conversations (R1: thousands)."""
 
 
-class RejectConfig(StageConfig):
-    ignore_at_default = frozenset({"judge"})
+class RejectConfig(AskingConfig):
+    ignore_at_default = AskingConfig.ignore_at_default | {"judge"}
 
     tasks: list[str]
     """Task families; problems come from their train splits in turn."""

@@ -2,11 +2,11 @@
 
 from pydantic import Field
 
-from bessemer.config.table import StageConfig, StageRef
+from bessemer.config.table import AskingConfig, StageConfig, StageRef
 from bessemer.config.units import Tokens
 
 
-class EvalConfig(StageConfig):
+class EvalConfig(AskingConfig):
     models: list[StageRef]
     """Stages whose models are compared, in the order of the table."""
     tasks: list[str]

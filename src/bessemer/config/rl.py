@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from bessemer.config.table import ConfigTable, StageRef
+from bessemer.config.table import AskingConfig, ConfigTable, StageRef
 from bessemer.config.training import OnPolicyConfig
 from bessemer.config.units import Points
 
@@ -31,12 +31,12 @@ class RolloutConfig(ConfigTable):
     batches are idle."""
 
 
-class RLConfig(OnPolicyConfig):
+class RLConfig(AskingConfig, OnPolicyConfig):
     renamed: ClassVar = {"ahead": "max_off_policy_rollouts", "draws": "max_resamples", "leaves": "export_samples"}
     runtime_only = frozenset({"save_seconds", "micro_tokens", "rollout"})
-    ignore_at_default = frozenset(
-        {"difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision", "precision", "fp8"}
-    )
+    ignore_at_default = AskingConfig.ignore_at_default | {
+        "difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision", "precision", "fp8",
+    }  # fmt: skip
 
     tasks: list[str]
     """Task families; problems come from their train splits in turn."""

@@ -10,7 +10,7 @@ written before the change go on.
 
 import difflib
 import json
-from typing import Annotated, Any, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -70,6 +70,17 @@ class StageConfig(ConfigTable):
             if isinstance(value, ConfigTable) and value.runtime_only:
                 excluded.setdefault(name, set(value.runtime_only))
         return original_names(type(self), self.model_dump(mode="json", by_alias=True, exclude=excluded))
+
+
+class AskingConfig(StageConfig):
+    """The key of the stages that ask a model questions."""
+
+    ignore_at_default = frozenset({"prompt_template"})
+
+    prompt_template: Literal["model", "zero", "r1-zero"] = "model"
+    """Form in which the model is asked. model: its own chat template; r1-zero: R1-Zero's, a preamble and `User: ...
+    Assistant:` (R1 Table 1); zero: the same without the preamble. A stage that trains exports it with the model, so
+    that later stages, `bessemer eval` and the server ask in it too."""
 
 
 def changed(settings: BaseModel, name: str) -> bool:

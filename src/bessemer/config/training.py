@@ -175,7 +175,7 @@ class SFTConfig(FineTuningConfig):
     batch_examples: int = Field(0, ge=0)
     """Conversations per optimizer step, instead of batch_rows (R1: 128). Steps end with a row, so that each has a few
     more or less; their mean is exact. 0: batch_rows decides."""
-    style: Literal["zero", "r1"] | None = None
+    style: Literal["zero", "r1-zero", "r1"] | None = None
     """Chat template for training, exported with the model. Default: the model's own."""
     mtp_lambda: float = Field(0.1, ge=0)
     """Weight of the MTP loss, which keeps the module useful for speculative decoding (undocumented; V3 ends with
@@ -260,7 +260,7 @@ class RewardModelConfig(FineTuningConfig):
     batch_examples: int = Field(0, ge=0)
     """Pairs or labelled answers per optimizer step, instead of batch_rows (R1: 256). Steps end with a row, so that each
     has a few more or less; their mean is exact. 0: batch_rows decides."""
-    style: Literal["zero", "r1"] | None = None
+    style: Literal["zero", "r1-zero", "r1"] | None = None
     """Chat template for reading answers. Default: the model's own."""
     balance_alpha: float = Field(1e-4, ge=0)
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""

@@ -1,10 +1,12 @@
-"""Special tokens, and conversations as prompts: R1-Zero's plain text and R1's template (R1 Table 1).
+"""Special tokens, and conversations as prompts: R1-Zero's template (R1 Table 1), its plain form, and R1's template.
 
-`zero`   BOS + preamble, newline + `User: {content}` newline `Assistant:` + answer + EOS
-`r1`     BOS + system + <｜User｜> + content + <｜Assistant｜> + answer + EOS; a prompt ends in `<｜Assistant｜><think>`
-         newline
+`zero`     BOS + system, newline + `User: {content}` newline `Assistant:` + answer + EOS
+`r1-zero`  the same, and a conversation without system messages begins with the preamble of R1 Table 1
+`r1`       BOS + system + <｜User｜> + content + <｜Assistant｜> + answer + EOS; a prompt ends in
+           `<｜Assistant｜><think>` newline
 
-System messages are collected at the front and joined by a blank line; in `zero` they are the preamble.
+System messages are collected at the front and joined by a blank line. `zero` is the form of our pre-training pages;
+`r1-zero` tells a base that has seen no such pages which form it is paid for.
 
 Why `zero` ends in `Assistant:` without a blank. A prompt and its completion are tokenised separately, a document as one
 text, and both must give the same ids. An answer that opens with `<think>` follows the colon directly: the added token
@@ -25,6 +27,7 @@ for it. The answer tags are ours: V3's pre-split would glue the colon of `Assist
 a prompt ending in a colon could never lead to an answer without thoughts.
 """
 
+import json
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
@@ -47,14 +50,17 @@ ANSWER_END = "</answer>"
 
 ADDED = (BOS, EOS, PAD, USER, ASSISTANT, THINK, THINK_END, FIM_HOLE, FIM_BEGIN, FIM_END, ANSWER, ANSWER_END)
 NOT_SPECIAL = frozenset({THINK, THINK_END, ANSWER, ANSWER_END})
-STYLES = ("zero", "r1")
+ZERO_STYLES = ("zero", "r1-zero")
+STYLES = (*ZERO_STYLES, "r1")
 
 ZERO_PREAMBLE = (
-    "A user asks a question and an assistant solves it. The assistant first thinks the problem through for itself and "
-    "then gives the user the answer. The thinking stands inside <think> </think> and the answer inside "
-    "<answer> </answer>."
+    "This is a conversation between a User and an Assistant. The User asks a question, and the Assistant solves it. "
+    "The Assistant first reasons in its mind and then gives the User the answer. The reasoning stands inside "
+    "<think> </think> tags and the answer inside <answer> </answer> tags, in this form: "
+    "<think> the reasoning </think> <answer> the answer </answer>."
 )
-"""R1-Zero's preamble in our words: roles and tags, no hint on how to think. Pass it as a system message."""
+"""The preamble of R1 Table 1, sentence for sentence in our words: the two roles, first the reasoning and then the
+answer, the tags of each, the form written out once. No hint on how to reason."""
 
 Message = dict[str, str]
 
@@ -158,23 +164,27 @@ def transcript(messages: Sequence[Message]) -> str:
 def jinja(style: str) -> str:
     """The chat template of a model directory. Line breaks of its file are layout only."""
     _check_style(style)
-    return resources.files("bessemer.data").joinpath(f"chat_{style}.jinja").read_text("utf-8").replace("\n", "")
+    file = "chat_zero.jinja" if style in ZERO_STYLES else f"chat_{style}.jinja"
+    text = resources.files("bessemer.data").joinpath(file).read_text("utf-8").replace("\n", "")
+    preamble = f"{{%- if not ns.seen -%}}{{%- set ns.system = {json.dumps(ZERO_PREAMBLE)} -%}}{{%- endif -%}}"
+    return text.replace("{{- bos_token -}}", preamble + "{{- bos_token -}}") if style == "r1-zero" else text
 
 
 def _pieces(messages: Sequence[Message], style: str, add_generation_prompt: bool) -> list[ChatPiece]:
     _check_style(style)
     _check_messages(messages)
-    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
-    turn = _zero_turn if style == "zero" else _r1_turn
+    said = [message["content"] for message in messages if message["role"] == "system"]
+    system = ZERO_PREAMBLE if style == "r1-zero" and not said else "\n\n".join(said)
+    turn = _zero_turn if style in ZERO_STYLES else _r1_turn
     pieces = [ChatPiece(BOS, control=True)]
     if system:
-        pieces.append(ChatPiece(system + "\n" if style == "zero" else system))
+        pieces.append(ChatPiece(system + "\n" if style in ZERO_STYLES else system))
     for number, message in enumerate(messages):
         if message["role"] != "system":
             pieces += turn(message["role"], message["content"], last=number == len(messages) - 1)
     if add_generation_prompt and messages[-1]["role"] != "assistant":
         r1 = [ChatPiece(ASSISTANT, control=True), ChatPiece(opening(style))]
-        pieces += [ChatPiece("Assistant:")] if style == "zero" else r1
+        pieces += [ChatPiece("Assistant:")] if style in ZERO_STYLES else r1
     return pieces
 
 
@@ -208,7 +218,7 @@ def exchange(question: str, answer: str) -> list[Message]:
 
 def _check_style(style: str) -> None:
     if style not in STYLES:
-        raise UserError(f"unknown chat style {style!r}; choose {' or '.join(STYLES)}")
+        raise UserError(f"unknown chat style {style!r}; choose one of {', '.join(STYLES)}")
 
 
 def _check_messages(messages: Sequence[Message]) -> None:

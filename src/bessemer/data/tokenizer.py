@@ -147,6 +147,11 @@ class Tokenizer:
     def chat_style(self, style: str) -> None:
         self.chat_template = chat.jinja(style)
 
+    def use_template(self, prompt_template: str) -> None:
+        """Takes the template that a recipe's `prompt_template` names; "model" is the one it has."""
+        if prompt_template != "model":
+            self.chat_style = prompt_template
+
     @property
     def stop_ids(self) -> list[int]:
         """Ids that end a text or an answer."""
@@ -161,7 +166,7 @@ class Tokenizer:
         self, messages: Sequence[chat.Message], add_generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
         """Called by `chat` for a tokenizer whose chat template is not one of `chat.STYLES`."""
-        raise UserError(f"this tokenizer carries none of our chat templates; name a style: {' or '.join(chat.STYLES)}")
+        raise UserError(f"this tokenizer carries none of our chat templates; name a style: {', '.join(chat.STYLES)}")
 
     @property
     def think_id(self) -> int:

@@ -33,8 +33,8 @@ from bessemer.errors import UserError
 
 TEMPLATE_FILE = "chat_template.jinja"
 NO_TEMPLATE = (
-    'this model has no chat template, so it cannot be asked a question: import it with style = "zero" (the plain prompt'
-    " of R1-Zero), or put the template of its instruct sibling into chat_template.jinja"
+    'this model has no chat template, so it cannot be asked a question: import it with style = "r1-zero" (R1-Zero\'s '
+    "prompt), or put the template of its instruct sibling into chat_template.jinja"
 )
 # The pre-split that llama.cpp calls deepseek-v3, as in a tokenizer.json of V3 or of our own.
 SPLITS = (

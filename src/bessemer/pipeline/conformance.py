@@ -112,6 +112,20 @@ def _extended(facts: RecipeFacts) -> Status:
     return " -> ".join(["short", *(str(s.length) for s in phases)]) + f", {steps} steps", len(phases) > 1
 
 
+_TEMPLATES = {"r1-zero": "R1-Zero's, its preamble in our words", "zero": "the question without a preamble"}
+
+
+def _template(facts: RecipeFacts) -> Status:
+    """That of the first RL stage, or of the model that it starts from."""
+    if (rl := facts.stage("rl")) is None:
+        return ABSENT
+    source = next((stage for stage in facts.recipe.stages if stage.name == rl.source), None)
+    named = rl.prompt_template
+    if named == "model":
+        named = "zero" if source is None or source.kind == "pretrain" else getattr(source, "style", None)
+    return _TEMPLATES.get(named or "", "the model's own"), named == "r1-zero"
+
+
 def _sparse(m: ModelConfig) -> bool:
     return m.n_dense_layers < m.n_layers
 
@@ -206,6 +220,8 @@ ITEMS: tuple[Item, ...] = (
              lambda s: bool(s.haystack)), "tasks/needle.py", "tasks/test_needle.py"),
     Item("R1-Zero: RL from the base, no SFT", "R1 2.2", "rule rewards only",
          _of("rl", lambda s: "tasks: " + ", ".join(s.tasks)), "pipeline/stages/rl.py", "pipeline/test_stages.py"),
+    Item("Prompt template", "R1 Table 1", "preamble, User: question, Assistant:", _template,
+         "data/chat.py", "data/test_data_chat.py"),
     Item("GRPO groups", "R1 2.2.1", "16 samples, 512 prompts a rollout",
          _of("rl", lambda s: f"{s.samples} samples, {s.prompts_per_rollout} prompts a rollout"),
          "rl/reward.py", "rl/test_rl_advantage.py"),

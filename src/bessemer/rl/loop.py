@@ -14,6 +14,7 @@ workers, `monitor.SampleExport` writes the samples for another stage; an option 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class Loop:
         self.base = ctx.source / "model"
         setup.keep_memory()
         network, self.tokenizer = distributed.read(self.base, ctx.ranks, ctx.recipe.layout, ctx.say, split_rows=False)
+        self.tokenizer.use_template(settings.prompt_template)
         self.workers = ray_sampler.trainer_workers(settings.rollout) if ctx.ranks is None else Workers(1)
         dtype = setup.set_precision(distributed.model_of(network), settings, ctx.say, ctx.agree)
         longest = round(max(settings.max_new_tokens.values))
@@ -108,6 +110,15 @@ class Loop:
         """Longest completion at this step."""
         return round(self.settings.max_new_tokens(self.trainer.step))
 
+    def _tokenizer_dir(self) -> Path:
+        """Where the tokenizer's files lie, with the template that was asked in."""
+        if self.settings.prompt_template == "model":
+            return self.base
+        directory = self.ctx.state / "tokenizer"
+        if self.ctx.leads:
+            self.tokenizer.save(directory)
+        return directory
+
     def run(self) -> dict[str, Any]:
         try:
             self.sampler.open()
@@ -132,7 +143,7 @@ class Loop:
                 ctx.interrupt()
             trainer.save_if_due()
         trainer.save()
-        distributed.save(trainer, ctx.dir / "model", self.base)
+        distributed.save(trainer, ctx.dir / "model", self._tokenizer_dir())
         if self.export is not None:
             self.export.finish(settings.rollouts, ctx.dir)
         summary: dict[str, Any] = {"steps": trainer.step}

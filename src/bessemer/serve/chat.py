@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from bessemer.data.chat import THINK, THINK_END, opening, render_ids, template_style
+from bessemer.data.chat import THINK, THINK_END, ZERO_STYLES, opening, render_ids, template_style
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.sequence import Token, think_ids
 from bessemer.serve import sampling_params
@@ -168,12 +168,12 @@ def _switch(thinking: bool, style: str | None, is_open: bool) -> str:
     if is_open:
         return f"\n{THINK_END}\n\n"
     # Zero's answer follows the tag after one blank, which the model writes itself
-    return f"{THINK}{THINK_END}" if style == "zero" else f"{THINK}\n\n{THINK_END}\n\n"
+    return f"{THINK}{THINK_END}" if style in ZERO_STYLES else f"{THINK}\n\n{THINK_END}\n\n"
 
 
 def _begin(content: str, style: str | None, is_open: bool) -> str:
     """The beginning of an answer, as the template would have written it."""
-    if style == "zero":
+    if style in ZERO_STYLES:
         return content if content.startswith(THINK) else f" {content}"
     if is_open and THINK_END not in content and not content.startswith(THINK):
         return f"\n{THINK_END}\n\n{content}"

@@ -64,7 +64,7 @@ class ModelFacts:
     """Tokens of prompt and answer together."""
     thinks: bool
     """Its vocabulary has <think> and </think>."""
-    style: Literal["r1", "zero", "own"] | None
+    style: Literal["r1", "r1-zero", "zero", "own"] | None
     """Its chat template: one of Bessemer's, one of its own, or none."""
     layers: int
     sparse_layers: int = 0

@@ -274,7 +274,7 @@ class ModelDetails(BaseModel):
     active_parameters: int | None
     context: int
     thinks: bool
-    style: Literal["r1", "zero", "own"] | None
+    style: Literal["r1", "r1-zero", "zero", "own"] | None
     layers: int
     sparse_layers: int
     experts: int

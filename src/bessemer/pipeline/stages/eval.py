@@ -63,6 +63,7 @@ class Eval(Stage[EvalConfig]):
             if model not in loaded:
                 loaded = {model: Engine(*setup.load_model(ctx.inputs[model] / "model"), setup.workers())}
             engine = loaded[model]
+            engine.tokenizer.use_template(config.prompt_template)
             row = scoring.evaluate(
                 engine, partial(_encode, engine.tokenizer), task,
                 problems=config.problems, samples=config.samples, k=config.k, temperature=temperature,

@@ -55,8 +55,9 @@ class Import(Stage[ImportConfig]):
         ctx.rewind(-1)
         with tempfile.TemporaryDirectory(dir=ctx.state) as scratch:
             model, tokenizer = _read(config, ctx, Path(scratch))
-            if config.style is not None:
-                tokenizer.chat_style = config.style
+            bare = tokenizer.chat_style is None and not tokenizer.chat_template
+            if style := config.style or ("r1-zero" if bare else None):
+                tokenizer.chat_style = style
             if config.system is not None:
                 if not isinstance(tokenizer, HFTokenizer):
                     raise UserError(f'stage "{ctx.name}": system needs a model with a chat template of its own kind')
@@ -64,8 +65,8 @@ class Import(Stage[ImportConfig]):
             Engine(model, tokenizer)  # refuses a tokenizer that is not the model's
             tokenizer.save(Path(scratch) / "tokenizer")
             model.save(ctx.dir / "model", tokenizer_dir=Path(scratch) / "tokenizer")
-        if tokenizer.chat_style is None and not tokenizer.chat_template:
-            ctx.say('this model has no chat template; stages that ask questions need style = "zero" here')
+        if bare and config.style is None:
+            ctx.say('this model has no chat template; it is asked in R1-Zero\'s (style = "r1-zero")')
         parameters = sum(parameter.numel() for parameter in model.parameters())
         return {"parameters": parameters, "vocabulary": model.cfg.vocab_size}
 
