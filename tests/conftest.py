@@ -10,6 +10,7 @@ SLOW = {
     "test_fp8_kernels.py",
     "test_fp8_stage.py",
     "test_hub_fp8_write.py",
+    "test_judge.py",
     "test_many.py",
     "test_memory.py",
     "test_planner.py",

@@ -1,0 +1,68 @@
+"""A small model that was trained to answer everything alike: as a judge it finds every answer correct."""
+
+from pathlib import Path
+
+import torch
+
+from bessemer.data.batch import Batch
+from bessemer.data.chat import exchange, render_answers
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.model.config import preset
+from bessemer.model.transformer import Transformer
+from bessemer.rl.judge import GRADE, _marked
+from bessemer.tasks.base import Problem, Task, Verdict
+from bessemer.train.objective import next_token
+
+REPLY = "<think>\nYes.\n</think>\n\nVerdict: correct"
+
+
+class Asked(Task):
+    """Questions with a reference answer and no rule."""
+
+    name, domain, all_languages = "asked", "general", ("en",)
+
+    def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
+        question, reference = asked(index)
+        return Problem(f"asked/{split}/{seed}/{index}/en", question, "en", {"reference": reference})
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        return Verdict(False, True, "unjudged", None)
+
+
+def asked(number: int) -> tuple[str, str]:
+    """(question, reference answer)."""
+    return f"What is the name of number {number}?", f"It is called N{number}."
+
+
+def write(folder: Path) -> Path:
+    torch.set_num_threads(1)
+    prompts = []
+    for number in range(12):
+        question, reference = asked(number)
+        prompts += [question, _marked(GRADE, question=question, reference=reference, answer="Verdict: correct")]
+    tokenizer = Tokenizer.train([*prompts, *[REPLY] * 9], 540, chat_style="r1")
+    tokenizer.save(folder / "tokenizer")
+    shape = dict(
+        vocab_size=tokenizer.vocab_size, dim=32, n_layers=2, inter_dim=64, moe_inter_dim=16, n_heads=2, q_lora_rank=16,
+        kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=8, n_expert_groups=4,
+        n_limited_groups=2, n_activated_experts=2, max_seq_len=512, init_std=0.08,
+    )  # fmt: skip
+    model = Transformer(preset("tiny", **shape)).initialise(3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    texts = [render_answers(tokenizer, exchange(prompt, REPLY)) for prompt in prompts]
+    width = max(len(ids) for ids, _ in texts)
+    tokens = torch.full((len(texts), width), tokenizer.pad_id)
+    loss = torch.zeros(len(texts), width)
+    for row, (ids, answers) in enumerate(texts):
+        tokens[row, : len(ids)], loss[row, : len(ids)] = torch.tensor(ids), torch.tensor(answers).float()
+    for step in range(300):
+        rows = torch.arange(step % 8, len(texts), 8)
+        out = next_token(model, Batch(tokens[rows], loss[rows]), 0.1, 1e-4)
+        value = out.total / out.tokens
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if value.item() < 0.02:
+            break
+    model.save(folder / "model", tokenizer_dir=folder / "tokenizer")
+    return folder / "model"

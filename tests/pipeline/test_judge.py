@@ -1,0 +1,190 @@
+"""Judges in the stages: rejection sampling by a stage's model and by a real server, preference pairs by an API."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import judge_model
+import pytest
+import stages_run
+from judge_server import JudgeServer
+
+from bessemer.config.data import RejectConfig
+from bessemer.config.recipe import Recipe
+from bessemer.engine.engine import Completion
+from bessemer.errors import UserError
+from bessemer.pipeline.stages import reject
+from bessemer.rl.rollout import ScoredSample
+from bessemer.tasks import base
+
+RECIPE = """
+name = "judged"
+seed = 7
+[[stage]]
+kind = "import"
+model = "{model}"
+[[stage]]
+kind = "reject"
+tasks = ["asked"]
+problems = 10
+samples = 2
+keep = 2
+temperature = 0.1
+max_new_tokens = 20
+{judge}
+"""
+BY_STAGE = 'judge = { stage = "import", samples = 1, max_new_tokens = 20, temperature = 0 }'
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return judge_model.write(tmp_path_factory.mktemp("judge"))
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch, tmp_path):
+    monkeypatch.setitem(base._REGISTRY, "asked", ("judge_model", "Asked"))
+    monkeypatch.setenv("BESSEMER_CACHE", str(tmp_path / "cache"))
+
+
+def write(folder, model, judge):
+    folder.mkdir(exist_ok=True)
+    (folder / "judged.toml").write_text(RECIPE.format(model=model, judge=judge))
+    return folder / "judged.toml"
+
+
+def test_a_model_of_an_earlier_stage_judges(model, tmp_path):
+    results = stages_run.run(write(tmp_path, model, BY_STAGE), tmp_path / "run")
+    assert results["reject"].summary == {"kept": 10, "others": 0, "duplicate": 10}
+    lines = (tmp_path / "run" / "02-reject" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["messages"][1]["content"] for line in lines] == [judge_model.REPLY] * 10
+    with pytest.raises(UserError, match=r"none of 20 answers was kept \(wrong 20\)"):
+        stages_run.run(write(tmp_path, model, ""), tmp_path / "run")
+
+
+@pytest.fixture
+def served(model):
+    """`bessemer serve` as a process of its own on the loopback address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "bessemer", "serve", str(model), "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            try:
+                reply = urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5)
+                break
+            except (urllib.error.URLError, OSError):
+                assert process.poll() is None, "the server ended"
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1", json.load(reply)["data"][0]["id"], process
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_our_own_server_judges_and_no_request_is_repeated(model, tmp_path, served):
+    url, name, process = served
+    judge = BY_STAGE.replace('stage = "import"', f'url = "{url}", served_model = "{name}", retries = 1')
+    results = stages_run.run(write(tmp_path / "one", model, judge), tmp_path / "one" / "run")
+    assert results["reject"].summary == {"kept": 10, "others": 0, "duplicate": 10}
+    process.terminate()
+    process.wait(30)
+    results = stages_run.run(write(tmp_path / "two", model, judge), tmp_path / "two" / "run", "reject.keep=1")
+    assert results["reject"].summary["kept"] == 10, "of the cache"
+    with pytest.raises(UserError, match=f"the judge at {url} failed 2 times"):
+        stages_run.run(write(tmp_path / "two", model, judge), tmp_path / "two" / "run", "reject.problems=11")
+
+
+def test_only_answers_that_could_be_kept_are_judged(tmp_path):
+    config = RejectConfig(kind="reject", tasks=["asked"])
+    problem, ruled = base.get("asked").problem("train", 0), base.get("arithmetic").problem("train", 0)
+
+    def sampled(text, end="stop", problem=problem):
+        completion = Completion([5] * 9, text, [-1.0] * 9, [-1.0] * 9, end, 3)
+        verdict = base.Verdict(problem is ruled, True, "correct", None)
+        return ScoredSample(problem, [1], completion, verdict)
+
+    texts = ("<think>\nSo.\n</think>\n\nN0.", "<think>\nSo.\n</think>\n\nN1.", "I do not know.")
+    group = [*map(sampled, texts), sampled("N0.", end="length"), sampled("<think>\n好的。\n</think>\n\nN0.")]
+    group += [sampled("<think>\nSo."), sampled("<answer>7</answer>", problem=ruled)]
+
+    class Scripted:
+        def verdicts(self, answers):
+            self.answers = answers
+            return [True, False, None]
+
+    judge = Scripted()
+    reject.judge_answers(judge, [group], config)
+    question, reference = judge_model.asked(0)
+    assert judge.answers == [(question, reference, answer) for answer in ("N0.", "N1.", "I do not know.")]
+    why = [reject.fault(row, config) for row in group]
+    assert why == [None, "wrong", "no-verdict", "cut", "mixed-language", "wrong", None]
+
+
+def test_a_judge_with_nothing_to_judge_and_one_without_its_key_are_refused(model, tmp_path):
+    with pytest.raises(UserError, match="judge has no effect: no problem has a reference answer"):
+        stages_run.run(write(tmp_path, model, BY_STAGE), tmp_path / "run", 'reject.tasks=["arithmetic"]')
+    keyed = 'judge = { url = "https://h.example/v1", served_model = "m", api_key_env = "NO_SUCH_KEY" }'
+    with pytest.raises(UserError, match="NO_SUCH_KEY of judge"):
+        stages_run.run(write(tmp_path, model, keyed), tmp_path / "run")
+    with pytest.raises(UserError, match=r'judge\.stage = "reject" is the stage itself'):
+        Recipe.load(write(tmp_path, model, BY_STAGE), ["reject.judge.stage=reject"])
+
+
+PAIRS = """
+[[stage]]
+kind = "reward-model"
+aim = "helpful"
+from = "import"
+made = 40
+samples = 2
+max_new_tokens = 20
+row_length = 192
+lr = 1e-2
+heldout = 0.3
+epochs = 12
+precision = "float32"
+judge = {{ url = "{url}", served_model = "m" }}
+"""
+
+
+def by_the_alphabet(prompt):
+    """Prefers what comes first in the alphabet, and gives two points to what stands first."""
+    one, two = (re.search(rf"### \w{{12}} ANSWER {name}\n(.*?)\n###", prompt, re.S)[1] for name in "AB")
+    return f"Scores: A={8 if one < two else 4}, B={2 if one < two else 6}"
+
+
+def test_pairs_are_judged_in_both_orders_by_an_api(model, tmp_path):
+    with JudgeServer(by_the_alphabet) as server:
+        path = write(tmp_path, model, "")
+        path.write_text(path.read_text().split('[[stage]]\nkind = "reject"')[0] + PAIRS.format(url=server.url))
+        facts = stages_run.run(path, tmp_path / "run")["reward-model"].summary
+        asked = [request["messages"][0]["content"] for request in server.asked]
+    assert len(asked) == 4 * facts["asked"] == 160 and facts["close"] == 0 and "unjudged" not in facts
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "02-reward-model" / "judged.jsonl").read_text().splitlines()
+    ]
+    assert len(lines) == facts["kept"] == 40 - facts["unbalanced"] > 20
+    assert all(reject.summary(line["chosen"]) < reject.summary(line["rejected"]) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("reward-model.samples=1", "needs made, samples of 2 or more"),
+        ("reward-model.judge.samples=3", "an even judge.samples"),
+        ('reward-model.aim="harmless"', 'for aim = "helpful"'),
+    ],
+)
+def test_what_a_judge_of_pairs_needs_is_said(model, tmp_path, change, complaint):
+    path = write(tmp_path, model, "")
+    path.write_text(path.read_text() + PAIRS.format(url="http://127.0.0.1:9/v1"))
+    with pytest.raises(UserError, match=complaint):
+        stages_run.run(path, tmp_path / "run", change)
