@@ -29,7 +29,9 @@ OURS = ["arithmetic", "countdown", "logic", "words"]
 
 
 def test_names_and_get():
-    assert names() == sorted([*FIXED, "code:PATH", "gsm8k:PATH", "gym:NAME", "jsonl:PATH"])
+    assert names() == sorted(
+        [*FIXED, "choice:PATH", "code:PATH", "gsm8k:PATH", "gym:NAME", "jsonl:PATH", "puzzle:PATH"]
+    )
     assert all(get(name).name == name for name in FIXED)
 
 

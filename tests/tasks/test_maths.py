@@ -159,19 +159,20 @@ def test_languages_come_from_the_text(file):
     task = get(f"gsm8k:{file(lines)}")
     assert task.languages == ("en", "zh")
     assert task.problem("train", 0, language="zh").prompt.endswith("等于几？")
-    assert task.size("train") < 45  # of the scarcer language
+    assert task.size("train") + task.size("test") == 139  # lines of both languages are walked
+    assert get(task.name, languages=["zh"]).size("train") < 45
     assert get(f"jsonl:{file([{'problem': 'Add 1 and 1.', 'answer': 2, 'level': 'Level 4'}])}").all_languages == ("en",)
 
 
 @pytest.mark.parametrize(
     ("family", "lines", "hint"),
     [
-        ("gsm8k", [LINES[0], {"question": "Q?", "answer": "7"}], 'line 2: the answer has no "#### n"'),
+        ("gsm8k", [LINES[0], {"question": "Q?", "answer": "7"}], "line 2: the answer has no '#### n'"),
         ("jsonl", [LINES[0], "{"], "line 2: not JSON"),
         ("jsonl", ["[1]"], "line 1: a list"),
-        ("jsonl", [{"answer": "1"}], 'no text under "question" or "problem"'),
-        ("jsonl", [{"problem": "Q?"}], 'no text or number under "answer"'),
-        ("jsonl", [{"problem": "Q?", "answer": True}], 'no text or number under "answer"'),
+        ("jsonl", [{"answer": "1"}], "no text under 'question' or 'problem'"),
+        ("jsonl", [{"problem": "Q?"}], "no text or number under 'answer'"),
+        ("jsonl", [{"problem": "Q?", "answer": True}], "no text or number under 'answer'"),
         ("jsonl", [{"problem": "Q?", "answer": "\\boxed{}"}], "the final answer is empty"),
         ("jsonl", [LINES[0], "", {"problem": "Q?", "answer": "\\frac{1}{"}], "line 3: the answer .* is no number"),
         ("jsonl", [{"problem": "Q?", "answer": "9^{9^{9^{9}}}!" + "!" * 40 + "\\\\frac"}], "line 1"),

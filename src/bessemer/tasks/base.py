@@ -20,7 +20,7 @@ from bessemer.tasks.answer import NO_ANSWER, parse_reply
 
 SPLITS = ("train", "test")
 TEST_SHARE = 0.10
-DOMAINS = ("search", "arithmetic", "logic", "words", "maths", "gym", "general", "code", "retrieval")
+DOMAINS = ("search", "arithmetic", "logic", "words", "maths", "gym", "general", "code", "stem", "retrieval")
 CORRECT, WRONG_VALUE, WRONG_NUMBERS, UNPARSABLE = "correct", "wrong-value", "wrong-numbers", "unparsable"
 UNFINISHED, ECHO, TIMEOUT = "unfinished", "echo", "timeout"
 _INTEGER = re.compile("-?[0-9]{1,9}")
@@ -213,10 +213,12 @@ _REGISTRY = {
     "words": ("bessemer.tasks.word_problems", "WordProblems"),
 }
 _FAMILIES = {
-    "code:PATH": ("bessemer.tasks.code", "CodeFile"),
+    "choice:PATH": ("bessemer.tasks.exact", "MultipleChoice"),
+    "code:PATH": ("bessemer.tasks.code_files", "CodeFile"),
     "gsm8k:PATH": ("bessemer.tasks.maths", "Gsm8k"),
     "gym:NAME": ("bessemer.tasks.gym", "Gym"),
     "jsonl:PATH": ("bessemer.tasks.maths", "Maths"),
+    "puzzle:PATH": ("bessemer.tasks.exact", "Puzzle"),
 }
 """Tasks whose name carries an argument after the colon; their class takes it first."""
 

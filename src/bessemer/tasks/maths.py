@@ -1,8 +1,7 @@
 """Mathematics problems from a file: `jsonl:PATH`, and `gsm8k:PATH` for answers that end in `#### n`.
 
-PATH is a directory with train.jsonl and test.jsonl, or one file, a tenth of which is held out by a hash of the
-question. A line has "question" or "problem", and "answer". Questions of the test file are removed from the training
-set.
+A line has a question and an answer (see files.py); a quantity also a "unit" that an answer may carry or leave out, a
+"tolerance" relative to the gold value, or both.
 
 Judging, cheapest first. If the gold answer is a plain number, only plain numbers count, compared exactly: an expression
 with that value is unfinished work, and often a copy of the question. If it is words, only those words count. Everything
@@ -17,8 +16,9 @@ is put between dollar signs unchanged, and only LaTeX delimited that way is read
 import logging
 import re
 import warnings
+from collections.abc import Sequence
+from fractions import Fraction
 from functools import cache, lru_cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,41 +31,53 @@ from bessemer.tasks.base import (
     UNPARSABLE,
     WRONG_VALUE,
     Problem,
-    Task,
-    stable_hash,
 )
-from bessemer.tasks.maths_questions import Numeral, Question, load, parse_numeral, peeled, plain_words
+from bessemer.tasks.files import FileTask, Question
+from bessemer.tasks.maths_questions import Numeral, parse_numeral, parse_quantity, peeled, plain_words
 from bessemer.tasks.referee import RefereeFault, ask, guard_sympy
 
 MAX_CHARS = 300
 """Maximum length in characters of an answer that is read."""
 MAX_CANONICAL = 200
+MEASURED = ("unit", "tolerance")
+"""Fields of a quantity: a unit that the answer may carry, and a relative tolerance."""
+_STEP = re.compile("<<[^<>]*>>")
+_LEVEL = re.compile("Level ([1-9])")
 _HUGE = re.compile(r"[0-9]{16}|\^ ?\{? ?-?[0-9]{4}")
 
 
-class Maths(Task):
+class Maths(FileTask):
     domain = "maths"
     family = "jsonl"
-    phrasings = ("seen",)
+    form = '{"question": "...", "answer": "..."}'
 
-    def __init__(self, path: str, **settings: Any):
-        self.name = f"{self.family}:{path}"
-        questions = load(Path(path), self.family)
-        self.pools = {split: _pools(questions[split]) for split in questions}
-        self.all_languages = tuple(sorted({q.language for group in questions.values() for q in group}))
-        super().__init__(**settings)
+    @classmethod
+    def read(cls, record: dict[str, Any], where: str) -> Question:
+        question, answer = cls.text(record, where), record.get("answer")
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+            raise cls.wrong(where, "no text or number under 'answer'", record)
+        _worked, mark, final = str(answer).rpartition("####")
+        if cls.family == "gsm8k" and not mark:
+            hint = "use jsonl:PATH where 'answer' is the final answer alone"
+            raise cls.wrong(where, f"the answer has no '#### n'; {hint}", record)
+        gold = peeled(final)
+        if not gold or len(gold) > MAX_CHARS:
+            raise cls.wrong(where, f"the final answer is empty or longer than {MAX_CHARS} characters", record)
+        try:
+            measured = _measured(record, gold)
+        except ValueError as error:
+            raise cls.wrong(where, str(error), record) from error
+        return Question(question, {"gold": gold, "difficulty": _difficulty(record, str(answer))} | measured)
 
-    def size(self, split: str) -> int:
-        """Problems of the split before one repeats; those of the scarcest language if there are several."""
-        return min(len(self.pools[split].get(language, ())) for language in self.languages)
-
-    def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
-        pool = self.pools[split].get(language)
-        if not pool:
-            raise UserError(f"{self.name} has no {split} problem in {language!r}; add a file {split}.jsonl")
-        question = pool[_order(len(pool), self.name, split, seed, language, index // len(pool))[index % len(pool)]]
-        meta = {"gold": question.gold, "line": question.line, "difficulty": question.difficulty}
-        return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", question.text, language, meta)
+    @classmethod
+    def check(cls, questions: Sequence[tuple[str, Question]]) -> None:
+        """Gold answers that only algebra can read. Those read together share one fork of the referee."""
+        golds = {question.meta["gold"]: where for where, question in reversed(questions) if not _plain(question.meta)}
+        if golds and not _readable(list(golds)):
+            for gold, where in golds.items():
+                if not _readable([gold]):
+                    fault = f"the answer {gold!r} is no number, word or LaTeX expression; correct the line"
+                    raise UserError(f"{where}: {fault}, or use puzzle:PATH where an answer is text")
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
         gold = problem.meta["gold"]
@@ -74,6 +86,8 @@ class Maths(Task):
         answer = peeled(answer)
         if not answer:
             return UNPARSABLE, None
+        if not problem.meta.keys().isdisjoint(MEASURED):
+            return _grade_quantity(problem.meta, answer)
         if (number := parse_numeral(gold)) is not None:
             return _grade_number(number, answer)
         if (words := plain_words(gold)) is not None:
@@ -93,6 +107,14 @@ def _grade_number(gold: Numeral, answer: str) -> tuple[str, str | None]:
     if not number.finished:
         return UNFINISHED, number.canonical
     return CORRECT if number.value == gold.value else WRONG_VALUE, number.canonical
+
+
+def _grade_quantity(meta: dict[str, Any], answer: str) -> tuple[str, str | None]:
+    unit, tolerance = meta.get("unit", ""), Fraction(meta.get("tolerance", 0))
+    value, gold = parse_quantity(answer, unit), parse_quantity(meta["gold"], unit)
+    if value is None or gold is None:
+        return UNPARSABLE, None
+    return CORRECT if abs(value - gold) <= tolerance * abs(gold) else WRONG_VALUE, f"{float(value):.4g}"
 
 
 def _grade_expression(gold: str, answer: str, prompt: str) -> tuple[str, str | None]:
@@ -121,21 +143,40 @@ def _bare(text: str) -> str:
     return re.sub(r"\\left|\\right|\\[,;! ]|[{}\s]", "", text)
 
 
+def _measured(record: dict[str, Any], gold: str) -> dict[str, Any]:
+    """The fields of a quantity. ValueError where they do not fit each other."""
+    found = {name: record[name] for name in MEASURED if record.get(name) is not None}
+    unit, tolerance = found.get("unit", ""), found.get("tolerance", 0)
+    if not isinstance(unit, str) or isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
+        raise ValueError("'unit' must be text and 'tolerance' a number")
+    if not 0 <= tolerance <= 0.1:
+        raise ValueError(f"the tolerance {tolerance} is relative and at most 0.1")
+    if found and parse_quantity(gold, unit) is None:
+        raise ValueError(f"the answer {gold!r} is not a number, with or without the unit {unit!r}")
+    return found
+
+
+def _plain(meta: dict[str, Any]) -> bool:
+    """Whether a gold answer needs no algebra."""
+    gold = meta["gold"]
+    return not meta.keys().isdisjoint(MEASURED) or parse_numeral(gold) is not None or plain_words(gold) is not None
+
+
+def _difficulty(record: dict[str, Any], answer: str) -> int:
+    level = _LEVEL.fullmatch(str(record.get("level", "")))
+    return int(level[1]) if level else min(len(_STEP.findall(answer)), 9)
+
+
+def _readable(golds: list[str]) -> bool:
+    try:
+        return bool(ask("maths-read", golds=golds)["read"])
+    except RefereeFault:
+        return False
+
+
 @lru_cache(maxsize=4096)
 def _same(gold: str, answer: str) -> dict[str, Any]:
     return ask("maths-same", gold=gold, answer=answer)
-
-
-def _pools(questions: list[Question]) -> dict[str, list[Question]]:
-    pools: dict[str, list[Question]] = {}
-    for question in questions:
-        pools.setdefault(question.language, []).append(question)
-    return pools
-
-
-@lru_cache(maxsize=64)
-def _order(size: int, *key: object) -> tuple[int, ...]:
-    return tuple(sorted(range(size), key=lambda i: stable_hash(*key, i)))
 
 
 # In the referee process.
@@ -171,8 +212,8 @@ def prepare_library(request: dict[str, Any]) -> ModuleType:
 
 
 def judge_gold(library: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
-    """Whether a gold answer is an expression."""
-    return {"read": bool(_parsed(library, request["gold"]))}
+    """Whether every gold answer is an expression."""
+    return {"read": all(_parsed(library, gold) for gold in request["golds"])}
 
 
 def judge_same(library: ModuleType, request: dict[str, Any]) -> dict[str, Any]:

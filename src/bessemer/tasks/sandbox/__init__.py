@@ -1,4 +1,4 @@
-"""Running untrusted code: `run` a program, or `judge` a function by its answers.
+"""Running untrusted code: `run` a program, `judge` a function by its answers, or `judge_program` by its output.
 
 The output of a program may be a lie, so printing a pass must not help: `judge` sends the arguments of one test at a
 time and compares the answer on this side; expected values never enter the sandbox. Printing a marker, exiting early or
@@ -9,10 +9,11 @@ with an environment variable (FORCE).
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -22,8 +23,16 @@ from bessemer.tasks.sandbox.process import LEVELS, Bounds, LimitExceeded, Sandbo
 FORCE = "BESSEMER_RUN_UNTRUSTED_CODE_WITHOUT_ISOLATION"
 """Environment variable; "1" lets hostile code run with the user's own rights where no isolation works."""
 SOURCE_LIMIT = 100_000
+INPUT_LIMIT = 1 << 25
+"""Characters of the input of a test."""
+TOTAL_SECONDS = 60.0
+"""Of a program over all of its tests, if that is more than ten times the time of one."""
 OK, ERROR, TIMEOUT, MEMORY, OUTPUT = "ok", "error", "timeout", "memory", "output"
 CORRECT, WRONG_OUTPUT, NO_FUNCTION, SYNTAX_ERROR = "correct", "wrong-output", "no-function", "syntax-error"
+_ERRORS = {"no-function": NO_FUNCTION, "MemoryError": MEMORY} | dict.fromkeys(
+    ("SyntaxError", "IndentationError", "TabError"), SYNTAX_ERROR
+)
+_DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,300}(?:\.[0-9]{0,300})?|\.[0-9]{1,300})(?:[eE][+-]?[0-9]{1,3})?")
 
 Tests = Sequence[tuple[Sequence[Any], Any]]
 
@@ -111,6 +120,81 @@ def judge(
     return Judgement(reason, passed, detail, time.monotonic() - start)
 
 
+def judge_program(
+    source: str,
+    tests: Sequence[tuple[str, str]],
+    *,
+    seconds: float = 2.0,
+    memory_mb: int = 256,
+    tolerance: float = 0.0,
+    isolation: str | None = None,
+) -> Judgement:
+    """Run a program on the input of every test and compare its output (see `same_output`), until the first failure.
+
+    A test is (input, expected output). `seconds` is the time of one test; all have TOTAL_SECONDS, or ten times that.
+    """
+    if not tests:
+        raise ValueError("judging takes at least one test")
+    start = time.monotonic()
+    bounds = _bounds(seconds, memory_mb, 64)
+    bounds = replace(bounds, output=bounds.output + 2 * max(len(expected.encode()) for _, expected in tests))
+    reason, detail, passed = CORRECT, "", 0
+    with SandboxProcess(resolve_level(isolation), bounds, mode="each") as process:
+        data = _bytes(source)
+        process.send(b"%d\n" % len(data) + data)
+        try:
+            for given, expected in tests:
+                reason, detail = _run_test(process, given.encode(errors="replace"), expected, tolerance)
+                if reason == CORRECT and process.seconds > max(TOTAL_SECONDS, 10 * seconds):
+                    raise LimitExceeded(TIMEOUT)
+                if reason != CORRECT:
+                    break
+                passed += 1
+        except LimitExceeded as exceeded:
+            reason, detail = str(exceeded), ""
+    return Judgement(reason, passed, detail, time.monotonic() - start)
+
+
+def _run_test(process: SandboxProcess, given: bytes, expected: str, tolerance: float) -> tuple[str, str]:
+    process.restart_clock()
+    process.send(b"%d\n" % len(given) + given)
+    line = process.line()
+    if line is None:
+        return ERROR, "the sandbox ended"
+    out, err = process.take_output()
+    if _reply(line).get("status") != 0:
+        last = err.decode(errors="replace").strip().rpartition("\n")[2][:300]
+        return _ERRORS.get(last.partition(":")[0], ERROR), last
+    output = out.decode(errors="replace")
+    return (CORRECT, "") if same_output(expected, output, tolerance) else (WRONG_OUTPUT, output[:300])
+
+
+def same_output(expected: str, got: str, tolerance: float = 0.0) -> bool:
+    """Equal line by line, except for the amount of white space in a line, and blank lines at the end.
+
+    With a tolerance, a decimal number may have that absolute or relative error, and an integer that absolute error.
+    """
+    ours, theirs = ([line.split() for line in text.rstrip().split("\n")] for text in (expected, got))
+    if ours == theirs:
+        return True
+    if not tolerance or [len(line) for line in ours] != [len(line) for line in theirs]:
+        return False
+    return all(
+        _close(a, b, tolerance)
+        for mine, other in zip(ours, theirs, strict=True)
+        for a, b in zip(mine, other, strict=True)
+    )
+
+
+def _close(expected: str, got: str, tolerance: float) -> bool:
+    if expected == got:
+        return True
+    if not _DECIMAL.fullmatch(expected) or not _DECIMAL.fullmatch(got):
+        return False
+    relative = tolerance if "." in expected or "e" in expected.lower() else 0.0
+    return math.isclose(float(expected), float(got), rel_tol=relative, abs_tol=tolerance)
+
+
 def same(expected: Any, got: Any) -> bool:
     """Equal in value and shape. A bool is no number; where a float is expected, a relative error of 10^-9 is fine."""
     if isinstance(expected, bool) or isinstance(got, bool) or expected is None or got is None:
@@ -175,8 +259,7 @@ def _read_verdict(process: SandboxProcess, expected: Any) -> tuple[str, str]:
     if "value" in reply:
         return (CORRECT, "") if same(expected, reply["value"]) else (WRONG_OUTPUT, _excerpt(line))
     error = reply.get("error")
-    known = {"no-function": NO_FUNCTION, "SyntaxError": SYNTAX_ERROR, "MemoryError": MEMORY}
-    return known.get(error, ERROR) if isinstance(error, str) else ERROR, _excerpt(line)
+    return _ERRORS.get(error, ERROR) if isinstance(error, str) else ERROR, _excerpt(line)
 
 
 def _reply(line: bytes) -> dict[str, Any]:

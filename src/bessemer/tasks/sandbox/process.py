@@ -15,6 +15,7 @@ reaped, however it was left.
 import errno
 import json
 import os
+import select
 import selectors
 import shutil
 import signal
@@ -63,7 +64,7 @@ class LimitExceeded(Exception):
 class SandboxProcess:
     """A context manager. Raises SandboxError on entry; `line` and `finish` raise LimitExceeded."""
 
-    def __init__(self, level: str, bounds: Bounds, stdin: bytes = b""):
+    def __init__(self, level: str, bounds: Bounds, stdin: bytes = b"", mode: str = "once"):
         self.stdout, self.stderr, self._lines = bytearray(), bytearray(), bytearray()
         self._limit, self._seconds = bounds.output, bounds.seconds
         self._selector = selectors.DefaultSelector()
@@ -72,7 +73,7 @@ class SandboxProcess:
         inner = (ask, reply, info)
         try:
             self._process = subprocess.Popen(
-                _command(level, bounds, *inner),
+                _command(mode, level, bounds, *inner),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -131,6 +132,21 @@ class SandboxProcess:
         line, end, rest = bytes(self._lines).partition(b"\n")
         self._lines[:] = rest
         return line if end else None
+
+    def restart_clock(self) -> None:
+        """Give the program all of its time again."""
+        self._deadline = time.monotonic() + self._seconds
+
+    def take_output(self) -> tuple[bytes, bytes]:
+        """What has arrived on standard output and error, or waits in the pipes, since the last time."""
+        sinks = (self._stdout.fileno(), self._stderr.fileno())
+        while waiting := [fd for fd in select.select(sinks, (), (), 0)[0] if fd in self._sinks]:
+            for fd in waiting:
+                self._read(fd)
+        taken = bytes(self.stdout), bytes(self.stderr)
+        self.stdout.clear()
+        self.stderr.clear()
+        return taken
 
     def finish(self) -> int:
         """Wait for the end; the exit status, 128 + n after signal n."""
@@ -202,12 +218,13 @@ class SandboxProcess:
                 del self._outgoing[fd]
 
 
-def _command(level: str, bounds: Bounds, ask: int, reply: int, info: int) -> list[str]:
+def _command(mode: str, level: str, bounds: Bounds, ask: int, reply: int, info: int) -> list[str]:
     """The command line of a sandbox. Processor time is bounded a little above wall time, which thus strikes first."""
-    numbers = (ask, reply, info, os.getpid(), int(bounds.seconds) + 2, bounds.memory_mb << 20, SCRATCH, PROCESSES)
-    script = ["main.py", level, *map(str, numbers)]
+    scratch = SCRATCH if mode == "once" else 0
+    numbers = (ask, reply, info, os.getpid(), int(bounds.seconds) + 2, bounds.memory_mb << 20, scratch, PROCESSES)
+    script = ["main.py", mode, level, *map(str, numbers)]
     if level == "bubblewrap":
-        return [*_bwrap(info), *_python(), f"{_BWRAP_INSIDE}/{script[0]}", *script[1:]]
+        return [*_bwrap(info, scratch), *_python(), f"{_BWRAP_INSIDE}/{script[0]}", *script[1:]]
     paths = [f"+{path}" for path in _readable()] + [f"-{path}" for path in _hidden()]
     return [*_python(), f"{_INSIDE}/{script[0]}", *script[1:], *paths]
 
@@ -217,14 +234,14 @@ def _python() -> list[str]:
     return [_executable(), "-S", "-s", "-X", "utf8"]
 
 
-def _bwrap(info: int) -> list[str]:
+def _bwrap(info: int, scratch: int) -> list[str]:
     """As root without a user namespace, so that confine.py can become a user whose processes are counted."""
     new = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     if os.geteuid() == 0:
-        new += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        new += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_KILL"]
     else:
         new += ["--unshare-user", "--uid", NOBODY, "--gid", NOBODY, "--cap-drop", "ALL"]
-    tree = ["--perms", "1777", "--size", str(SCRATCH), "--tmpfs", "/tmp"]
+    tree = ["--perms", "1777", "--size", str(scratch), "--tmpfs", "/tmp"] if scratch else ["--dir", "/tmp"]
     for path in _readable():
         for folder in reversed(Path(path).parents[:-1]):
             tree += ["--perms", "0111", "--dir", str(folder)]

@@ -19,6 +19,7 @@ import resource
 import signal
 import struct
 import sys
+from contextlib import suppress
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -83,15 +84,36 @@ def report_pid(info: int, pid: int) -> None:
 
 
 def fork_program(pipes: tuple[int, int]) -> None:
-    """Return in a child; the caller becomes process 1 of the namespace and exits as that child does.
+    """Return in a child; the caller, process 1 of the namespace, exits as that child does.
 
-    It is ours and out of the reach of ptrace, so the program can neither kill nor impersonate it. When it exits, the
-    kernel ends whatever is left in the namespace before it is gone itself.
+    When it exits, the kernel ends whatever is left in the namespace before it is gone itself.
     """
-    call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
     pid = os.fork()
     if pid:
         exit_as(pid, pipes)
+
+
+def protect() -> None:
+    """Put this process, and its children until they take rights of their own, out of the reach of ptrace.
+
+    Process 1 of a namespace is ours and cannot be killed from inside, so with this the program cannot impersonate it.
+    """
+    call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def end_program(pid: int, isolated: bool) -> int:
+    """Wait for child `pid`, end and reap what it has left behind, and return its exit status (128 + n after signal n).
+
+    Only process 1 of a namespace may say `isolated`: the kernel then ends every other process of it at once.
+    """
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if isolated:
+        with suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            while True:
+                os.waitpid(-1, 0)
+    return code if code >= 0 else 128 - code
 
 
 def exit_as(pid: int, pipes: tuple[int, int]) -> None:
@@ -105,14 +127,16 @@ def exit_as(pid: int, pipes: tuple[int, int]) -> None:
             os._exit(code if code >= 0 else 128 - code)
 
 
-def enter_namespaces(info: int, pipes: tuple[int, int], parent: int, paths: list[str], hidden: list[str]) -> None:
-    """Return in the process that runs the program; the launcher and process 1 never return.
+def enter_namespaces(
+    info: int, pipes: tuple[int, int], parent: int, scratch: int, paths: list[str], hidden: list[str]
+) -> None:
+    """Return in process 1 of the new namespace; the launcher never returns.
 
-    The program may read `paths`, except for the folders in `hidden`.
+    The program may read `paths`, except for the folders in `hidden`, and write to /tmp if there is `scratch`.
     """
     _unshare()
     die_with(parent)
-    _build_root(paths, hidden)
+    _build_root(scratch, paths, hidden)
     go, gone = os.pipe()
     pid = os.fork()
     if pid:
@@ -124,7 +148,6 @@ def enter_namespaces(info: int, pipes: tuple[int, int], parent: int, paths: list
     die_with(0)  # a parent outside the pid namespace has no number here
     if not os.read(go, 1):  # the launcher died before its death could be a signal
         os._exit(1)
-    fork_program(pipes)
 
 
 def _unshare() -> None:
@@ -154,7 +177,7 @@ def _write(path: str, text: str) -> None:
         file.write(text)
 
 
-def _build_root(paths: list[str], hidden: list[str]) -> None:
+def _build_root(scratch: int, paths: list[str], hidden: list[str]) -> None:
     """Build the file system of the program and make it the root: a read-only tmpfs on which only `paths` appear.
 
     They keep their names, because this interpreter has already begun to import from them. The sources are opened first,
@@ -167,7 +190,8 @@ def _build_root(paths: list[str], hidden: list[str]) -> None:
     os.chdir("/tmp")
     os.mkdir("empty", 0o111)
     os.mkdir("tmp")
-    _tmpfs(b"tmp", b"mode=1777,size=16m,nr_inodes=4k")
+    if scratch:
+        _tmpfs(b"tmp", b"mode=1777,size=%d,nr_inodes=4k" % scratch)
     for path, handle in handles:
         source, target = f"/proc/self/fd/{handle}", path.lstrip("/")
         _make_parents(target)

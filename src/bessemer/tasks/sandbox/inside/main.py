@@ -1,9 +1,10 @@
 """The start: from the trusted side into the process that runs the program.
 
-main.py LEVEL ASK REPLY INFO PARENT CPU MEMORY FILE PROCESSES [+PATH...] [-PATH...]
+main.py MODE LEVEL ASK REPLY INFO PARENT CPU MEMORY FILE PROCESSES [+PATH...] [-PATH...]
 
-ASK, REPLY and INFO are file descriptors (see ../process.py), PARENT the trusted process, CPU seconds, MEMORY and FILE
-bytes; the program may read below each +PATH and not below a -PATH.
+MODE is once, or each (see serve.py). ASK, REPLY and INFO are file descriptors (see ../process.py), PARENT the trusted
+process, CPU seconds, MEMORY and FILE bytes; without FILE nothing can be written. The program may read below each +PATH
+and not below a -PATH.
 """
 
 import os
@@ -13,22 +14,32 @@ import confine
 import serve
 
 
-def main(level: str, ask: int, reply: int, info: int, parent: int, bounds: list[int], paths: list[str]) -> None:
+def main(
+    mode: str, level: str, ask: int, reply: int, info: int, parent: int, bounds: list[int], paths: list[str]
+) -> None:
+    isolated = level != "none"
     if level == "namespaces":
         readable, hidden = ([path[1:] for path in paths if path[0] == sign] for sign in "+-")
-        confine.enter_namespaces(info, (ask, reply), parent, readable, hidden)
-    elif level == "bubblewrap":
-        confine.fork_program((ask, reply))
-    else:
+        confine.enter_namespaces(info, (ask, reply), parent, bounds[2], readable, hidden)
+    elif level == "none":
         confine.report_pid(info, os.getpid())
+    if isolated:
+        confine.protect()
+    sys.path.pop(0)  # this folder
+    if mode == "each":
+        if not isolated:
+            confine.die_with(parent)
+        serve.serve_each(ask, reply, bounds, isolated)
+        return
+    if isolated:
+        confine.fork_program((ask, reply))
     low, high = sorted((ask, reply))
     for first, end in ((3, low), (low + 1, high), (high + 1, 1024)):
         os.closerange(first, end)
-    sys.path.pop(0)  # this folder
-    confine.limit(*bounds, parent=parent if level == "none" else 1, isolated=level != "none")
+    confine.limit(*bounds, parent=1 if isolated else parent, isolated=isolated)
     serve.serve(ask, reply)
 
 
-level, *numbers = sys.argv[1:10]
+mode, level, *numbers = sys.argv[1:11]
 ask, reply, info, parent, *bounds = map(int, numbers)
-main(level, ask, reply, info, parent, bounds, sys.argv[10:])
+main(mode, level, ask, reply, info, parent, bounds, sys.argv[11:])

@@ -4,13 +4,23 @@ The trusted side sends `run LENGTH` or `call NAME LENGTH` on a line, then that m
 script: its exit status and output are the result. `call` answers every line of arguments (a Python literal, from the
 trusted side) with one line of JSON: {"value": ...} or {"error": name, "text": ...}. Whatever the program does to this
 process, it can only send lines; the trusted side, which knows the expected values, judges them.
+
+In mode `each` the trusted side sends the length of the source, the source, and then for every test the length of its
+input and the input. Process 1 runs each test in a fork of itself that has taken its own rights away, and passes on what
+it writes. The fork sees an interpreter in which no program has run, the input as a file, pipes of its own, and no file
+system that it could write to. When it ends, every process that it left is ended too, and only then a line says
+{"status": ...}. So a test finds no memory, file, pipe or process of the one before, and the output is that of one test.
 """
 
 import os
+import select
 import sys
 from _json import encode_basestring_ascii  # not `json`: importing it takes half as long as starting the interpreter
 
+import confine
+
 TEXT_LIMIT = 300
+CHUNK = 1 << 16
 
 
 def serve(ask: int, reply: int) -> None:
@@ -25,11 +35,60 @@ def serve(ask: int, reply: int) -> None:
         _call(source, name[0], questions, reply)
 
 
+def serve_each(ask: int, reply: int, bounds: list[int], isolated: bool) -> None:
+    """Return in the fork of a test, when its program has ended; process 1 never returns."""
+    questions = os.fdopen(ask, "rb")
+    os.write(reply, b"ready\n")
+    source = questions.read(int(questions.readline()))
+    for length in questions:
+        given = os.memfd_create("input", 0)
+        _write(given, questions.read(int(length)))
+        os.lseek(given, 0, os.SEEK_SET)
+        (out, stdout), (err, stderr), parent = os.pipe(), os.pipe(), os.getpid()
+        pid = os.fork()
+        if not pid:
+            for fd, standard in ((given, 0), (stdout, 1), (stderr, 2)):
+                os.dup2(fd, standard)
+            os.closerange(3, 1024)
+            confine.limit(*bounds, parent=parent, isolated=isolated)
+            sys.argv = ["program"]
+            _run(source.decode(), -1)
+            return
+        for fd in (given, stdout, stderr):
+            os.close(fd)
+        status = _relay(pid, {out: 1, err: 2}, isolated)
+        _send(reply, f'{{"status": {status}}}')
+    os._exit(0)
+
+
+def _relay(pid: int, pipes: dict[int, int], isolated: bool) -> int:
+    """Pass on what the program writes to its pipes until it ends, then end what it left; its exit status."""
+    ended, poll = os.pidfd_open(pid), select.poll()
+    for fd in (ended, *pipes):
+        poll.register(fd, select.POLLIN)
+    ready = {-1}
+    while ended not in ready:
+        ready = {fd for fd, _ in poll.poll()}
+        for fd in ready & pipes.keys():
+            data = os.read(fd, CHUNK)
+            if not data:
+                poll.unregister(fd)
+            _write(pipes[fd], data)
+    status = confine.end_program(pid, isolated)
+    for fd, target in pipes.items():
+        while data := os.read(fd, CHUNK):  # nobody is left who could write more
+            _write(target, data)
+        os.close(fd)
+    os.close(ended)
+    return status
+
+
 def _run(source: str, reply: int) -> None:
     try:
         exec(compile(source, "<program>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
     except Exception as error:
-        _send(reply, _error(error))
+        if reply >= 0:
+            _send(reply, _error(error))
         trace = error.__traceback__  # begins with this frame, which the program's own report leaves out
         sys.excepthook(type(error), error.with_traceback(trace and trace.tb_next), None)
         sys.exit(1)
@@ -42,6 +101,9 @@ def _call(source: str, name: str, questions, reply: int) -> None:
     except BaseException as error:
         _send(reply, _error(error))
         os._exit(1)
+    solution = space.get("Solution")
+    if name not in space and isinstance(solution, type):  # the form that LeetCode asks for
+        space[name] = getattr(solution(), name, None)
     _send(reply, '{"value": true}' if callable(space.get(name)) else '{"error": "no-function", "text": ""}')
     for line in questions:
         try:
@@ -54,9 +116,13 @@ def _call(source: str, name: str, questions, reply: int) -> None:
 
 
 def _send(reply: int, text: str) -> None:
-    data = memoryview(text.encode() + b"\n")
-    while data:
-        data = data[os.write(reply, data) :]
+    _write(reply, text.encode() + b"\n")
+
+
+def _write(fd: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]
 
 
 def _error(error: BaseException) -> str:

@@ -1,0 +1,125 @@
+"""Answers that are compared exactly: `choice:PATH`, multiple choice, and `puzzle:PATH`, an answer that is text or data.
+
+A choice (the STEM prompts of R1-Nature B.3.1, GPQA, MMLU) has a question, the choices, and the right one as its letter,
+its number from 0, or its text. The answer is the letter, alone or followed by the text of that choice. Lines in GPQA's
+own form have no order of choices, so they are shuffled by a hash of the question; `choice:PATH@shuffle` does so for all
+lines.
+
+A puzzle (the logic prompts) has one answer. Text is compared letter by letter, except for the amount of white space. A
+list, an object, a number or a truth value is compared as JSON: the order of a list counts, that of keys does not.
+"""
+
+import json
+import re
+from string import ascii_uppercase
+from typing import Any
+
+from bessemer.tasks.base import CORRECT, UNPARSABLE, WRONG_VALUE, Problem, stable_random
+from bessemer.tasks.files import FileTask, Question
+from bessemer.tasks.maths_questions import peeled
+from bessemer.tasks.sandbox import same
+
+MAX_CHARS = 4000
+"""Maximum length in characters of an answer that is read."""
+SHUFFLE = "@shuffle"
+_ASK_LETTER = {"en": "Answer with the letter of one choice.", "zh": "请用一个选项的字母作答。"}
+_ASK_JSON = {"en": "Give the answer as JSON.", "zh": "请以JSON格式作答。"}
+_LETTER = re.compile(r"(?:\\text(?:bf)?\{)?\(?([A-Za-z])\)?\}?[.):]?(?:\s+(.+))?", re.DOTALL)
+_FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+
+
+class MultipleChoice(FileTask):
+    domain = "stem"
+    family = "choice"
+    form = '{"question": "...", "choices": ["...", "..."], "answer": "B"}'
+
+    def __init__(self, path: str, **settings: Any):
+        self.shuffle = path.endswith(SHUFFLE)
+        super().__init__(path.removesuffix(SHUFFLE), **settings)
+        self.name = f"{self.family}:{path}"
+
+    @classmethod
+    def read(cls, record: dict[str, Any], where: str) -> Question:
+        if "Correct Answer" in record:  # GPQA
+            names = ["Correct Answer", *(f"Incorrect Answer {n}" for n in (1, 2, 3))]
+            choices = [cls.text(record, where, [name]) for name in names]
+            return Question(cls.text(record, where, ["Question"]), {"choices": choices, "gold": "A", "shuffle": True})
+        question = cls.text(record, where)
+        listed = next((record[name] for name in ("choices", "options") if name in record), None)
+        labels: list[Any] = list(ascii_uppercase)
+        if isinstance(listed, dict) and isinstance(listed.get("text"), list):  # ARC
+            labels, listed = listed["label"] if isinstance(listed.get("label"), list) else labels, listed["text"]
+        elif isinstance(listed, dict):
+            labels, listed = list(listed), list(listed.values())
+        if not isinstance(listed, list) or not 2 <= len(listed) <= 26:
+            raise cls.wrong(where, "no list of 2 to 26 choices under 'choices' or 'options'", record)
+        choices = [" ".join(str(one).split()) if isinstance(one, str | int | float) else "" for one in listed]
+        if not all(choices) or len(set(choices)) < len(choices):
+            raise cls.wrong(where, "a choice is empty, no text, or the same as another", record)
+        answer = next((record[name] for name in ("answer", "answerKey", "answer_letter") if name in record), None)
+        if isinstance(answer, int) and not isinstance(answer, bool):
+            places = {answer} & set(range(len(choices)))
+        else:
+            text = " ".join(answer.split()) if isinstance(answer, str) else ""
+            places = {
+                n for n, (label, choice) in enumerate(zip(labels, choices, strict=False)) if text in (label, choice)
+            }
+        if len(places) != 1:
+            fault = f"the answer {answer!r} names {'no' if not places else 'more than one'} choice"
+            raise cls.wrong(where, f"{fault}; it is a letter, a number from 0, or the text of a choice", record)
+        return Question(question, {"choices": choices, "gold": ascii_uppercase[places.pop()]})
+
+    def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
+        problem = super().make(split, index, seed, language, phrasing)
+        choices, gold = problem.meta["choices"], problem.meta["gold"]
+        if problem.meta.pop("shuffle", self.shuffle):
+            right = choices[ascii_uppercase.index(gold)]
+            stable_random("choices", problem.prompt).shuffle(choices)
+            gold = ascii_uppercase[choices.index(right)]
+        lettered = [f"{letter}) {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)]
+        prompt = "\n".join([problem.prompt, "", *lettered, "", _ASK_LETTER[problem.language]])
+        return Problem(problem.id, prompt, problem.language, problem.meta | {"gold": gold})
+
+    def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
+        found = _LETTER.fullmatch(peeled(answer)) if len(answer) <= MAX_CHARS else None
+        if found is None:
+            return UNPARSABLE, None
+        letter, text = found[1].upper(), found[2]
+        choices = dict(zip(ascii_uppercase, problem.meta["choices"], strict=False))
+        if letter not in choices or (text is not None and " ".join(text.split()) != choices[letter]):
+            return UNPARSABLE, None
+        return CORRECT if letter == problem.meta["gold"] else WRONG_VALUE, letter
+
+
+class Puzzle(FileTask):
+    domain = "logic"
+    family = "puzzle"
+    form = '{"question": "...", "answer": "..."}, where the answer is text, a number, a list or an object'
+
+    @classmethod
+    def read(cls, record: dict[str, Any], where: str) -> Question:
+        question, answer = cls.text(record, where), record.get("answer")
+        if answer is None or answer in ("", [], {}) or (isinstance(answer, str) and not answer.strip()):
+            raise cls.wrong(where, "no answer under 'answer'", record)
+        return Question(question, {"gold": answer})
+
+    def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
+        problem = super().make(split, index, seed, language, phrasing)
+        if not isinstance(problem.meta["gold"], list | dict):
+            return problem
+        prompt = f"{problem.prompt}\n\n{_ASK_JSON[problem.language]}"
+        return Problem(problem.id, prompt, problem.language, problem.meta)
+
+    def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
+        gold, fence = problem.meta["gold"], _FENCE.fullmatch(answer.strip())
+        text = fence[1] if fence else peeled(answer)
+        if not text or len(text) > MAX_CHARS:
+            return UNPARSABLE, None
+        if isinstance(gold, str):
+            text = " ".join(text.split())
+            return CORRECT if text == " ".join(peeled(gold).split()) else WRONG_VALUE, text
+        try:
+            value = json.loads(text)
+            return CORRECT if same(gold, value) else WRONG_VALUE, json.dumps(value, sort_keys=True)
+        except (ValueError, RecursionError):
+            return UNPARSABLE, None

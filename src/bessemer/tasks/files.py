@@ -1,0 +1,235 @@
+"""Problems from a user's JSONL file: one reader, one rule of splits and one style of errors for all families of tasks.
+
+PATH is a directory with train.jsonl and test.jsonl, or one file, a tenth of which is held out by a hash of the
+question. Questions of the test file are removed from the training set. Every line is checked when the task is made. A
+few bytes a line stay in memory; a problem is read from its place in the file when it is asked for.
+"""
+
+import codecs
+import json
+import re
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+from bessemer.errors import UserError
+from bessemer.tasks.base import SPLITS, TEST_SHARE, Problem, Task, stable_hash
+
+QUESTIONS = ("question", "problem", "prompt", "statement")
+IDS = ("id", "question_id", "problem_id", "Record ID")
+_HAN = re.compile("[\u3400-\u9fff]")
+_TELLTALES = dict.fromkeys(("choices", "options", "Correct Answer"), "choice") | dict.fromkeys(
+    ("tests", "input_output", "public_test_cases", "official_tests", "public_tests"), "code"
+)
+"""Fields by which a file of another family is told."""
+_CHUNK = 32  # lines that `FileTask.check` sees at once
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a family reads from a line: the question, by which splits are decided, and what its verifier needs."""
+
+    text: str
+    meta: dict[str, Any] = field(default_factory=dict)
+    prompt: str = ""
+    """The question in its full wording; "" if it needs no other."""
+
+
+@dataclass(frozen=True, eq=False)
+class LineIndex:
+    """The problems of one file: where each begins, its line from 1, its language, and a hash of its question."""
+
+    path: Path
+    offsets: "array[int]"
+    lines: "array[int]"
+    languages: list[str]
+    hashes: "array[int]"
+
+    def record(self, row: int) -> dict[str, Any]:
+        with self.path.open("rb") as file:
+            file.seek(self.offsets[row])
+            return _record(file.readline(), self.where(row))
+
+    def row(self, line: int) -> int:
+        return bisect_left(self.lines, line)
+
+    def where(self, row: int) -> str:
+        return f"{self.path}, line {self.lines[row]}"
+
+
+class FileTask(Task):
+    """A family of tasks. A subclass says what a line holds, with `family`, `form` and `read`, and writes `grade`."""
+
+    family: ClassVar[str]
+    form: ClassVar[str]
+    """A line of the file, for error messages."""
+    phrasings = ("seen",)
+
+    def __init__(self, path: str, **settings: Any):
+        self.name = f"{self.family}:{path}"
+        self.files = self._files(Path(path))
+        self.all_languages = tuple(sorted({language for file in self.files.values() for language in file.languages}))
+        super().__init__(**settings)
+        self._pools = {split: self._rows(split) for split in SPLITS}
+
+    @classmethod
+    def read(cls, record: dict[str, Any], where: str) -> Question:
+        """The problem of a line. UserError (see `wrong`) where the line does not hold one."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, questions: Sequence[tuple[str, Question]]) -> None:
+        """Further checks of lines, each with its place, that are made once and cheaper for several."""
+
+    @classmethod
+    def wrong(cls, where: str, fault: str, record: dict[str, Any]) -> UserError:
+        """The error of a line, with the fields that were found and those that are expected."""
+        found = ", ".join(islice(map(repr, record), 12)) or "none"
+        return UserError(f"{where}: {fault}. Its fields are {found}; a line of {cls.family}:PATH is {cls.form}")
+
+    @classmethod
+    def text(cls, record: dict[str, Any], where: str, names: Sequence[str] = QUESTIONS) -> str:
+        """The text under the first of `names` that the line has."""
+        value = next((record[name] for name in names if name in record), None)
+        if not isinstance(value, str) or not value.strip():
+            raise cls.wrong(where, f"no text under {' or '.join(map(repr, names))}", record)
+        return value.strip()
+
+    def size(self, split: str) -> int:
+        """Problems of the split before one repeats."""
+        return len(self._pools[split][""])
+
+    def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
+        rows = self._pools[split].get(language)
+        if not rows:
+            inside = f" in {language!r}" if language else ""
+            raise UserError(
+                f"{self.name} has no {split} problem{inside}; add lines, or name a directory with a file {split}.jsonl"
+            )
+        row = rows[_order(len(rows), self.name, split, seed, language, index // len(rows))[index % len(rows)]]
+        file = self.files[split]
+        record, language = file.record(row), file.languages[row]
+        question = self.read(record, file.where(row))
+        if _hash(question.text) != file.hashes[row]:
+            raise UserError(f"{file.where(row)}: the file has changed since it was opened; start again")
+        own = _id(record)
+        place = f"{seed}/{index}/{language}" if own is None else own
+        meta = {"split": split, "line": file.lines[row], "difficulty": 0, **question.meta}
+        return Problem(f"{self.name}/{split}/{place}", question.prompt or question.text, language, meta)
+
+    def _language(self, language: str | None, *parts: object) -> str:
+        """Each line has its own language; "" walks the lines of all languages of the task."""
+        if language is None and len(self.languages) > 1:
+            return ""
+        return super()._language(language, *parts)
+
+    def _files(self, path: Path) -> dict[str, LineIndex]:
+        """The file of each split; one file may be that of both."""
+        if not path.exists():
+            raise UserError(f"there is no file or directory {path}; write {self.family}:PATH with a path that exists")
+        files = {split: path / f"{split}.jsonl" if path.is_dir() else path for split in SPLITS}
+        found = {split: _index_of(type(self), file) for split, file in files.items() if file.exists()}
+        if not found:
+            raise UserError(f"{path} has neither train.jsonl nor test.jsonl; name the file itself, or add one")
+        return found
+
+    def _rows(self, split: str) -> "dict[str, array[int]]":
+        """The rows of a split by language, and under "" those of all languages of the task."""
+        pools = {language: array("q") for language in ("", *self.languages)}
+        file, other = (self.files.get(name) for name in (split, "test"))
+        if file is None:
+            return pools
+        tested = set(other.hashes) if other and split == "train" else set()
+        whole = len(set(self.files.values())) == len(SPLITS) or len(self.files) == 1
+        for row, (language, digest) in enumerate(zip(file.languages, file.hashes, strict=True)):
+            held_out = digest < TEST_SHARE * 2**64
+            inside = digest not in tested if whole else held_out == (split == "test")
+            if inside and language in self.languages:
+                pools[""].append(row)
+                pools[language].append(row)
+        return pools
+
+
+def _index_of(kind: type[FileTask], path: Path) -> LineIndex:
+    stat = path.stat()
+    return _index(kind, path, stat.st_mtime_ns, stat.st_size)  # type: ignore[arg-type]  # a class has a hash
+
+
+@lru_cache(maxsize=16)  # stages create their tasks again for every language
+def _index(kind: type[FileTask], path: Path, changed: int, size: int) -> LineIndex:
+    index = LineIndex(path, array("q"), array("q"), [], array("Q"))
+    ids: dict[str, int] = {}
+    pending: list[tuple[str, Question]] = []
+    for number, offset, line in _lines(path):
+        where = f"{path}, line {number}"
+        record = _record(line, where)
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: a {type(record).__name__}; a line of {kind.family}:PATH is {kind.form}")
+        for name, family in _TELLTALES.items():
+            if record.get(name) and family != kind.family:
+                raise kind.wrong(where, f"the field {name!r} is one of {family}:PATH", record)
+        question = kind.read(record, where)
+        language = record.get("language", language_of(question.text))
+        if language not in ("en", "zh"):
+            raise kind.wrong(where, f"the language {language!r} is not known, use 'en' or 'zh'", record)
+        own = _id(record)
+        if own is not None and ids.setdefault(own, number) != number:
+            raise UserError(f"{where}: the id {own!r} is that of line {ids[own]} too; give every line its own")
+        index.offsets.append(offset)
+        index.lines.append(number)
+        index.languages.append(language)
+        index.hashes.append(_hash(question.text))
+        pending.append((where, question))
+        if len(pending) == _CHUNK:
+            kind.check(pending)
+            pending.clear()
+    kind.check(pending)
+    if not index.lines:
+        raise UserError(f"{path} holds no problem; a line of {kind.family}:PATH is {kind.form}")
+    return index
+
+
+def language_of(text: str) -> str:
+    return "zh" if _HAN.search(text) else "en"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """(number from 1, place in the file, bytes) of every line that is not blank."""
+    try:
+        with path.open("rb") as file:
+            offset = 0
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, offset, line
+                offset += len(line)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}; name a JSONL file or a directory of them") from error
+
+
+def _record(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text ({error}); the file must be JSON lines, saved as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error}); each line is one object") from error
+
+
+def _id(record: dict[str, Any]) -> str | None:
+    """The line's own name; None where it has none."""
+    return next((str(record[name]) for name in IDS if isinstance(record.get(name), str | int)), None)
+
+
+def _hash(question: str) -> int:
+    """What `split_of_text` compares."""
+    return stable_hash("split", question)
+
+
+@lru_cache(maxsize=16)
+def _order(size: int, *key: object) -> "array[int]":
+    return array("q", sorted(range(size), key=lambda i: stable_hash(*key, i)))
