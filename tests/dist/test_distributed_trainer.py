@@ -118,20 +118,38 @@ def test_in_bfloat16_and_in_fp8():
         assert all((found[0][1][n] == found[1][1][n]).all() for n in found[0][1] if ".experts." not in n)
 
 
-def with_few(rank, layout):
-    """Three micro-batches for two lots: one of them gets a filler."""
-    training = across(layout, "gpipe")
+def with_few(rank, name, layout, fp8, phases):
+    """Three micro-batches where four are needed: one of them is a filler."""
+    training = across(layout, name, fp8=fp8)
+    training.model.set_recompute(phases)
     values = training.update(training.mine(batches(0, 0, 3)))
-    return values, training.rows, training.tokens
+    loads = {gate: load.numpy() for gate, load in training.loads.items()}
+    return values, training.rows, training.tokens, loads
 
 
-def test_fillers_are_computed_and_never_counted():
-    trainer = Trainer(model_of(CFG), next_token, None, *config())
+@pytest.mark.parametrize(
+    ("name", "layout", "fp8", "phases"),
+    [("gpipe", Layout(1, 2, 1), False, ()), ("gpipe", Layout(1, 1, 2), True, ()),
+     ("dualpipe", Layout(2, 1, 1), False, ("attend",))],
+    ids=str,
+)  # fmt: skip
+def test_fillers_are_computed_and_never_counted(name, layout, fp8, phases):
+    """Neither as rows and tokens, nor in the loss, nor in what the routing biases move by and MaxVio is measured from,
+    with MTP, in FP8, and where backward recomputes the gate."""
+    trainer = Trainer(model_of(CFG, fp8), next_token, None, *config())
     wanted = trainer.update(batches(0, 0, 3))
-    for values, rows, tokens in on_ranks(2, with_few, Layout(1, 2, 1)):
+    routed = {gate: CFG.n_activated_experts * 3 * 2 * (13 if gate == "mtp0" else 14) for gate in trainer.gates}
+    seen = set()
+    for values, rows, tokens, loads in on_ranks(2, with_few, name, layout, fp8, phases):
         assert (rows, tokens) == (trainer.rows, trainer.tokens)
-        for key in ("train/total", "train/grad_norm"):
-            assert values[key] == pytest.approx(wanted[key], rel=1e-5)
+        for key in ("train/total", "train/balance", "train/grad_norm"):
+            assert values[key] == pytest.approx(wanted[key], rel=1e-3 if fp8 else 1e-5), key
+        for gate, load in loads.items():
+            assert load.sum() == routed[gate], gate
+            assert (load == trainer.loads[gate].numpy()).all(), gate
+            assert values[f"moe/max_vio/{gate}"] == wanted[f"moe/max_vio/{gate}"]
+        seen |= loads.keys()
+    assert seen == trainer.loads.keys()
 
 
 def without_mtp(rank, layout):

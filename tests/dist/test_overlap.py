@@ -59,7 +59,7 @@ def step(table, pipelines, rank, cfg, fp8, exchange, experts, first, streams):
         keep_experts(model, experts)
     slices = {(lane, stage): Slice(model, stage, table.stages, exchange) for lane, stage in table.slices_on(rank)}
     gates = {name: gate for name, gate in model.gates().items() if any(name in part.gates for part in slices.values())}
-    executor = Executor(table, rank, slices, pipelines, lambda: balance.counted_once(gates), streams)
+    executor = Executor(table, rank, slices, pipelines, lambda: balance.uncounted(gates), streams)
     work = []
     for lane in range(table.lanes):
         batches = [batch(first + lane * table.per_lane + m, False) for m in range(table.per_lane)]

@@ -101,11 +101,12 @@ class Chunk:
         self.sent: Tensor | None = None
         self.loss: Tensor
 
-    def forward(self) -> Iterator[None]:
-        """Yields after every phase except the last."""
+    def forward(self, around: Callable[[], AbstractContextManager] = nullcontext) -> Iterator[None]:
+        """Yields after every phase except the last. Computation runs in `around()`."""
         exchange = False
         while self._phases is not None:
-            self._after = self._streams.run(exchange, partial(self._next, exchange), self._after)
+            with nullcontext() if exchange else around():
+                self._after = self._streams.run(exchange, partial(self._next, exchange), self._after)
             exchange = not exchange
             if self._phases is not None:
                 yield

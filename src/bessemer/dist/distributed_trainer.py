@@ -115,7 +115,7 @@ class DistributedTrainer(Trainer):
         if self._executor is None:
             self._executor = Executor(
                 self.shard.table(micro), self.mesh.pp, self.shard.slices, self.mesh.layout.groups("pp"),
-                lambda: balance.counted_once(self.gates),
+                lambda: balance.uncounted(self.gates),
             )  # fmt: skip
         elif self._executor.table.micro != micro:
             self._executor.set_table(self.shard.table(micro))
@@ -129,7 +129,8 @@ class DistributedTrainer(Trainer):
                 return result.total
 
             weight = balance_weight(batch, self.objective.balance_alpha(**terms))
-            return Work(batch.tokens_BT, batch.segments_BT, loss, weight, mtp=self.objective.with_mtp(**terms))
+            mtp = self.objective.with_mtp(**terms)
+            return Work(batch.tokens_BT, batch.segments_BT, loss, weight, mtp, batch.filler)
 
         per = executor.table.per_lane
         lanes = range(executor.table.lanes - executor.table.idle)

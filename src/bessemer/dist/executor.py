@@ -55,20 +55,23 @@ class Work(NamedTuple):
     """Weight of the balance terms of the other slices."""
     mtp: bool = True
     """Whether the MTP modules run."""
+    filler: bool = False
+    """Whether its tokens are left out of the loads of the experts (`Batch.filler`)."""
 
 
 class Executor:
     """One rank of a pipeline, with `slices[lane, stage]` for every stage that the table places on it, all of one model.
     `pipelines` are the ranks of every pipeline of the world; creating an executor is collective over all ranks.
-    `around_backward` is entered around every piece of backward computation."""
+    `uncounted` is entered around every piece of computation whose tokens no gate may count: backward, which may
+    recompute, and all of a filler."""
 
     def __init__(
         self, table: Table, me: int, slices: dict[tuple[int, int], Slice], pipelines: Sequence[Sequence[int]],
-        around_backward: Callable[[], AbstractContextManager] = nullcontext, streams: Serial | None = None,
+        uncounted: Callable[[], AbstractContextManager] = nullcontext, streams: Serial | None = None,
     ):  # fmt: skip
         if set(slices) != set(table.slices_on(me)):
             raise ValueError(f"rank {me} of {table.name} holds {table.slices_on(me)}, was given {sorted(slices)}")
-        self.table, self.me, self.slices, self.around_backward = table, me, slices, around_backward
+        self.table, self.me, self.slices, self.uncounted = table, me, slices, uncounted
         self._device = next(next(iter(slices.values())).parameters()).device
         self.channels, self.store = Channels(table, pipelines, self._device), Store()
         for part in slices.values():
@@ -145,7 +148,7 @@ class Executor:
         x = work.tokens_BT if part.first else self.channels.receive(action).requires_grad_()
         chunk = Chunk(_phases(part, x, work), self._streams)
         self._chunks[_of(action)] = chunk, x
-        yield from chunk.forward()
+        yield from chunk.forward(self.uncounted if work.filler else nullcontext)
 
     def _backward(self, action: Action, later: bool) -> Iterator[None]:
         part, key = self._at(action)[0], _of(action)
@@ -164,7 +167,7 @@ class Executor:
 
     @contextmanager
     def _computing(self, key: Action, later: bool) -> Iterator[None]:
-        with self.around_backward(), self.store.open(key) if later else nullcontext():
+        with self.uncounted(), self.store.open(key) if later else nullcontext():
             yield
 
     def _at(self, action: Action) -> tuple[Slice, Work]:

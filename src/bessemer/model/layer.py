@@ -26,7 +26,7 @@ Selective recomputation (V3 3.2.3): a phase saves only its input for backward, w
     finish    shared expert: saves its input
 
 Dispatch and combine are communication and are never repeated. Recomputing `attend` makes the gate count its tokens
-again; wrap such a backward in `train.balance.counted_once`.
+again; wrap such a backward in `train.balance.uncounted`.
 """
 
 from __future__ import annotations

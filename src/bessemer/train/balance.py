@@ -2,8 +2,9 @@
 
     b_i <- b_i + gamma * sign(mean load - load_i)
 
-with the loads of the whole step, MTP layers included. A gate has `load_E` (float32, counted by its
-training-mode forward) and `bias_E` (float32, or None where the model balances by loss alone).
+with the loads of the whole step, MTP layers included; every token counts once, and fillers (`Batch.filler`) never. A
+gate has `load_E` (float32, counted by its training-mode forward) and `bias_E` (float32, or None where the model
+balances by loss alone).
 MaxVio = (max load - mean load) / mean load is the published measure of imbalance.
 """
 
@@ -19,8 +20,9 @@ from bessemer.model.moe import Gate
 
 
 @contextmanager
-def counted_once(gates: dict[str, Gate]) -> Iterator[None]:
-    """Around a backward pass: recomputed forwards count their tokens again, so the loads before it are restored."""
+def uncounted(gates: dict[str, Gate]) -> Iterator[None]:
+    """Computation whose tokens are no part of the loads: a backward pass, whose recomputed forwards would count theirs
+    again, and the fillers of a pipeline."""
     before = [gate.load_E.clone() for gate in gates.values()]
     yield
     for gate, load_E in zip(gates.values(), before, strict=True):

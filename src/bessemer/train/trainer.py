@@ -275,7 +275,7 @@ class Trainer:
         self.model.train()
         batch = batch.to(self.device)
         loss = self.objective(self.model, batch, **terms)
-        with balance.counted_once(self.gates):
+        with balance.uncounted(self.gates):
             loss.total.backward()
         loss = replace(loss, total=loss.total.detach())
         if helper == 0:
