@@ -1,7 +1,9 @@
 """Pipeline schedules: complete, free of deadlock, as fast as published, and in torch's order where torch has them."""
 
 import re
+import shlex
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -11,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as theirs
 
+from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.dist.schedules import gpipe, interleaved, one_f_one_b
 from bessemer.dist.dualpipe import dualpipe, dualpipe_v
-from bessemer.dist.schedules import SCHEDULES, schedule
+from bessemer.dist.schedules import SCHEDULES, of_step, schedule
 from bessemer.dist.timeline import Costs, as_svg, as_text, label, simulate, summary
 from bessemer.dist.table import Action, Pair, Table, check
 from bessemer.dist.schedules import zb1p, zbv
@@ -201,3 +204,20 @@ def test_the_svg_has_every_piece_of_work_in_its_place():
     )
     boxes = [element for element in tree.iter("{http://www.w3.org/2000/svg}rect") if "x" in element.attrib]
     assert max(float(box.attrib["x"]) + float(box.attrib["width"]) for box in boxes) <= 1600
+
+
+def test_the_guide_s_dualpipe_is_dualpipe():
+    """Every pre-training step of the command that promises it; with the recipe's own micro-batches it would be 1F1B."""
+    root = Path(__file__).parents[2]
+    (line,) = (line for line in (root / "docs/guide.md").read_text().splitlines() if line.endswith("with DualPipe"))
+    words = shlex.split(line, comments=True)
+    assert words[:2] == ["bessemer", "run"]
+    settings = [after for word, after in pairwise(words) if word == "--set"]
+    recipe = Recipe.load(root / words[2], settings)
+    pretrain, layout = recipe.stage("pretrain"), recipe.layout
+
+    def used(micro_rows):
+        pipelines = layout.fewest // layout.pp
+        return {of_step(layout.schedule, layout.pp, -(-int(n) // (pipelines * micro_rows)))[0] for n in pretrain.batch_rows.values}
+
+    assert used(pretrain.micro_rows) == {"dualpipe"} and used(8) == {"1f1b"}

@@ -211,6 +211,12 @@ def micro_batches(name: str, ranks: int, at_least: int) -> int:
     return -(-max(at_least, least(name, ranks)) // multiple) * multiple
 
 
+def of_step(name: str, ranks: int, at_least: int) -> tuple[str, int]:
+    """(schedule, micro-batches) of a step that is cut into at least so many: what "auto" picks there."""
+    micro = micro_batches(name, ranks, at_least)
+    return schedule(name, ranks, micro).name, micro
+
+
 def _rule(name: str) -> ScheduleRule:
     if name not in SCHEDULES:
         near = difflib.get_close_matches(name, SCHEDULES, n=1)

@@ -151,8 +151,7 @@ def _ramp(settings: PretrainConfig, layout: Layout, schedule: str) -> list[dict[
 
     def at(tokens: float) -> dict[str, Any]:
         rows = round(settings.batch_rows(tokens))
-        micro = schedules.micro_batches(schedule, layout.pp, math.ceil(rows / each))
-        name = schedules.schedule(schedule, layout.pp, micro).name
+        name, micro = schedules.of_step(schedule, layout.pp, math.ceil(rows / each))
         return {"tokens": int(tokens), "rows": rows, "micro": micro, "schedule": name}
 
     points = [tokens for tokens in settings.batch_rows.tokens if tokens <= settings.tokens]
