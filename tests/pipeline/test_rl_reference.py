@@ -19,8 +19,9 @@ def trained(tmp_path_factory):
     """(base, batches of every update, weights before every update and after the last, rollouts, kl of every update)."""
     base = rl_stage.write_base(tmp_path_factory.mktemp("base"))
     stage = rl_stage.Stage(
-        base, tmp_path_factory.mktemp("run") / "run", 'reward="random"', f"rollouts={ROLLOUTS}", "temperature=0.9", "samples=4",
-        f"updates_per_rollout={UPDATES}", f"reference_every={EVERY}", "lr=1e-2", "kl=0.05",
+        base, tmp_path_factory.mktemp("run") / "run", 'reward="random"', f"rollouts={ROLLOUTS}", "temperature=0.9",
+        "samples=4", f"updates_per_rollout={UPDATES}", f"reference_every={EVERY}", "lr=1e-2",
+        "kl=0.05",
     )  # fmt: skip
     loop = stage.loop()
     batches, weights, rollouts, kl = [], [], [], []
