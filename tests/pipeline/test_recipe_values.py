@@ -1,8 +1,12 @@
 """Quantities and schedules as people write them."""
 
+import math
+from pathlib import Path
+
 import pytest
 
-from bessemer.config.units import Points, parse_bytes, parse_seconds, parse_tokens, show_seconds, show_tokens
+from bessemer.config.recipe import Recipe
+from bessemer.config.units import Points, Steps, parse_bytes, parse_seconds, parse_tokens, show_seconds, show_tokens
 from bessemer.errors import UserError
 
 
@@ -61,17 +65,43 @@ def test_points_may_jump_and_may_be_a_number():
     assert Points(3)(12345) == 3.0
 
 
+def test_a_point_may_be_reached_by_a_cosine():
+    """Against its own formula; a schedule without one is written, and so fingerprinted, as before."""
+    lr = Points([["10", 3.0], ["30", 1.0, "cosine"], ["50", 2.0]])
+    wanted = [1.0 + (1 + math.cos(math.pi * (at - 10) / 20)) for at in range(10, 31)]
+    assert [lr(at) for at in range(10, 31)] == pytest.approx(wanted, rel=1e-12)
+    assert (lr(0), lr(40), lr(99)) == (3.0, 1.5, 2.0)
+    assert lr.plain() == [[10, 3.0], [30, 1.0, "cosine"], [50, 2.0]] and Points(lr.plain()) == lr == Points(lr)
+    straight = Points([["10", 3.0], ["30", 1.0], ["50", 2.0]])
+    assert lr != straight and straight.plain() == [[10, 3.0], [30, 1.0], [50, 2.0]]
+
+
+def test_a_cosine_survives_the_run_s_own_recipe():
+    path = Path(__file__).parents[2] / "recipes" / "v3.toml"
+    recipe = Recipe.load(path)
+    assert "cosine" in str(recipe.stage("pretrain").lr)
+    assert Recipe.parse(recipe.to_toml()).stage("pretrain").lr == recipe.stage("pretrain").lr
+
+
 @pytest.mark.parametrize(
     ("points", "words"),
     [([["5", 1.0], ["2", 1.0]], "sort the points"), ([], "points in consumed tokens"), ([["5"]], "pair"),
      ([["x", 1.0]], "tokens are 'x'"), ([["5", "y"]], "value is 'y'"), ([["5", float("nan")]], "value is nan"),
      ([["-1", 2.0]], "tokens are '-1'"),
      ("fast", "points in consumed tokens"),
-     ([["1", 1.0], ["1", 2.0], ["1", 3.0]], "jump"), (True, "a number")],
+     ([["1", 1.0], ["1", 2.0], ["1", 3.0]], "jump"), (True, "a number"),
+     ([["1", 1.0], ["2", 2.0, "cosin"]], 'third element is \'cosin\', which can only be "cosine"'),
+     ([["1", 1.0, "cosine"]], "point 1: a cosine comes from a point before it"),
+     ([["1", 1.0], ["1", 2.0, "cosine"]], "point 2: a cosine comes from a point before it")],
 )  # fmt: skip
 def test_points_refused(points, words):
     with pytest.raises(UserError, match=words):
         Points(points)
+
+
+def test_steps_have_no_cosine():
+    with pytest.raises(UserError, match="point 2: these values change in steps"):
+        Steps([["0", 128], ["2M", 256, "cosine"]])
 
 
 def test_shown_for_people():

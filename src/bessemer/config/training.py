@@ -101,7 +101,8 @@ class PretrainConfig(OptimizerConfig):
     """Tokens per row over consumed tokens, such as [["0", 128], ["2M", 256]]; a step keeps its number of tokens, so
     shorter rows mean more rows. Default: the corpus' row_length throughout (V3 in pre-training)."""
     lr: Points
-    """Learning rate over consumed tokens (V3: 0 -> 2.2e-4 in 2000 steps, constant to 10T, cosine to 2.2e-5)."""
+    """Learning rate over consumed tokens; a point written ["14.3T", 2.2e-5, "cosine"] is reached by half a cosine (V3:
+    0 -> 2.2e-4 in 2000 steps, constant to 10T, cosine to 2.2e-5)."""
     batch_rows: Points = Points(64)
     """Rows per optimizer step over consumed tokens (V3: 3072 -> 15360), in rows of the corpus' row_length."""
     micro_rows: int = Field(32, ge=1)

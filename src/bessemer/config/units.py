@@ -3,7 +3,7 @@
     Tokens    "200K", "8M", "1.5B", "14.8T" or a whole number        -> int
     Bytes     "64MB", "1GB" or a whole number                        -> int
     Seconds   "90s", "8m", "1h30m", "2d" or a number of seconds      -> float
-    Points    [["0", 0.0], ["200K", 3e-3], ["8M", 3e-4]] or a number -> a callable on tokens
+    Points    [["0", 0.0], ["200K", 3e-3], ["8M", 3e-4, "cosine"]] or a number -> a callable on tokens
 
 `Tokens` and `Seconds` are pydantic annotations; `Points` is a type of its own. Suffixes are decimal (1K = 1000), as in
 the paper. Decimal arithmetic keeps "1.1B" exact.
@@ -26,6 +26,8 @@ _TIME = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 TOKENS_HELP = 'a whole number of tokens such as 200000, "200K", "8M" or "1.5B"'
 SECONDS_HELP = 'a duration such as "90s", "8m", "1h30m", or a number of seconds'
 POINTS_HELP = 'a number, or points in consumed tokens such as [["0", 0.0], ["200K", 3e-3], ["8M", 3e-4]]'
+COSINE = "cosine"
+"""The third element of a point that is reached by half a cosine instead of a straight line."""
 
 
 def parse_tokens(value: object) -> int:
@@ -86,18 +88,21 @@ def show_seconds(seconds: float) -> str:
 
 
 class Points:
-    """A piecewise-linear function of consumed tokens; constant before the first point and after the last.
+    """A function of consumed tokens, straight between its points; constant before the first and after the last.
 
-    Two points at the same count are a jump: the value there and after is the second one.
+    Two points at the same count are a jump: the value there and after is the second one. A point [tokens, value,
+    "cosine"] is reached by half a cosine, flat at both of its ends.
     """
 
     tokens: list[int]
     values: list[float]
+    cosine: list[bool]
+    """Whether a cosine leads to the point."""
 
     def __init__(self, points: "Points | float | list[Any]") -> None:
-        self.tokens, self.values = [], []
+        self.tokens, self.values, self.cosine = [], [], []
         if isinstance(points, Points):
-            self.tokens, self.values = points.tokens, points.values
+            self.tokens, self.values, self.cosine = points.tokens, points.values, points.cosine
             return
         if isinstance(points, int | float) and not isinstance(points, bool):
             points = [[0, points]]
@@ -107,8 +112,10 @@ class Points:
             self._add(number, point)
 
     def _add(self, number: int, point: object) -> None:
-        if not isinstance(point, list | tuple) or len(point) != 2:
+        if not isinstance(point, list | tuple) or len(point) not in (2, 3):
             raise UserError(f"point {number} is {point!r}, expected a pair [tokens, value]; write {POINTS_HELP}")
+        if len(point) == 3 and point[2] != COSINE:
+            raise UserError(f'point {number}: its third element is {point[2]!r}, which can only be "{COSINE}"')
         try:
             at = parse_tokens(point[0])
         except UserError as error:
@@ -122,8 +129,11 @@ class Points:
             )
         if self.tokens[-2:] == [at, at]:
             raise UserError(f"three points at {at:,} tokens; a jump needs two")
+        if len(point) == 3 and self.tokens[-1:] in ([], [at]):
+            raise UserError(f"point {number}: a cosine comes from a point before it, at fewer tokens")
         self.tokens.append(at)
         self.values.append(float(value))
+        self.cosine.append(len(point) == 3)
 
     def __call__(self, tokens: float) -> float:
         after = bisect_right(self.tokens, tokens)
@@ -133,20 +143,23 @@ class Points:
             return self.values[-1]
         left, right = self.tokens[after - 1], self.tokens[after]
         share = (tokens - left) / (right - left)
+        if self.cosine[after]:
+            share = (1 - math.cos(math.pi * share)) / 2
         return self.values[after - 1] + share * (self.values[after] - self.values[after - 1])
 
-    def plain(self) -> list[list[float]]:
+    def plain(self) -> list[list[Any]]:
         """The points as lists, as they are written to JSON and TOML."""
-        return [[at, value] for at, value in zip(self.tokens, self.values, strict=True)]
+        points = zip(self.tokens, self.values, self.cosine, strict=True)
+        return [[at, value, COSINE] if cosine else [at, value] for at, value, cosine in points]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Points) and self.plain() == other.plain()
 
     def __hash__(self) -> int:
-        return hash((tuple(self.tokens), tuple(self.values)))
+        return hash(str(self.plain()))
 
     def __repr__(self) -> str:
-        return f"Points({[[show_tokens(at), value] for at, value in self.plain()]})"
+        return f"Points({[[show_tokens(at), *more] for at, *more in self.plain()]})"
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -158,6 +171,11 @@ class Points:
 class Steps(Points):
     """`Points` without interpolation: each value holds until the next point, so rows have 128 or 256 tokens and nothing
     between."""
+
+    def _add(self, number: int, point: object) -> None:
+        super()._add(number, point)
+        if self.cosine[-1]:
+            raise UserError(f"point {number}: these values change in steps, so no cosine leads to them")
 
     def __call__(self, tokens: float) -> float:
         return self.values[max(0, bisect_right(self.tokens, tokens) - 1)]

@@ -65,7 +65,7 @@ class Item:
 
 
 def _points(points: Points) -> str:
-    texts = [f"{value:g} at {show_tokens(at)}" for at, value in points.plain()]
+    texts = [f"{value:g} at {show_tokens(at)}" for at, value in zip(points.tokens, points.values, strict=True)]
     return f"{points.values[0]:g}" if len(texts) == 1 else ", ".join(texts)
 
 
