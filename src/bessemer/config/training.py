@@ -40,10 +40,10 @@ class OptimizerConfig(StageConfig):
     precision: Precision = "auto"
     """Compute dtype; auto: the one that measures faster on this machine. Master weights and gradients are always
     float32."""
-    fp8: Literal["off", "paper", "power-of-two", "block-gradients", "per-tensor"] = "off"
+    fp8: Literal["off", "paper", "power-of-two", "block-gradients", "per-tensor", "short-sums", "coarse"] = "off"
     """Matrices of attention, FFN and experts in FP8, with activations stored in FP8 (V3: paper). power-of-two: all
-    scaling factors are powers of two; block-gradients, per-tensor: variants for comparison. On a CPU, FP8 is emulated,
-    and slower."""
+    scaling factors are powers of two; block-gradients, per-tensor: variants for comparison; short-sums: 14 bits inside
+    a block, as an H800 keeps; coarse: two mantissa bits, a control. On a CPU, FP8 is emulated, and slower."""
     micro_rows: int = Field(4, ge=1)
     """Rows per forward; changes memory and speed only."""
     save_seconds: Seconds = 60.0

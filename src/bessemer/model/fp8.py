@@ -9,7 +9,9 @@ Saved per token
 - SwiGLU: its input and the activations between the two matrices, both in FP8. The product of gate and up is recomputed.
 - between attention and experts: only the residual stream. Norm and gate are recomputed (`Layer.route`).
 
-Rows dispatched to the experts, and the gradients that return to them, have powers of two as scaling factors (V3 3.3.3).
+Scaling factors are powers of two where V3 3.3.3 says so: of the rows dispatched to the experts, of the gradients
+dispatched to them in backward, and of attention's output. These three are re-tiled along the tokens with powers of two,
+too, so that their weight gradient sees the values that the other two products saw. All other factors are float32.
 
 Shapes: B sequences, T tokens, N = B*T, D hidden, H heads, M routed rows, F inner width.
 """
@@ -92,7 +94,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, dy_MD):
         x_value, x_scale, h_value, h_scale, weight_M, w13, w2 = ctx.saved_tensors
         recipe, count = ctx.recipe, ctx.count
-        dy = recipe.quantised_gradient(dy_MD, power_of_two=count is not None)
+        dispatched = count is not None
+        dy = recipe.quantised_gradient(dy_MD, power_of_two=dispatched)
         dact = input_gradient(dy, w2, recipe, count).float()
         gate, up = Operand(h_value, h_scale).dequantise().chunk(2, -1)
         sig = torch.sigmoid(gate)
@@ -103,18 +106,19 @@ class _SwiGLU(torch.autograd.Function):
             act = act * weight_M[:, None]
             dact = dact * weight_M[:, None]
         act = token_tiles(act, recipe, count)
-        dw2 = gradient(w2, lambda: weight_gradient(dy, act, recipe, count))
+        dw2 = gradient(w2, lambda: weight_gradient(dy, act, recipe, count, dy_powers=dispatched))
         # d silu(g) = sig (1 + g (1 - sig)) = sig + silu (1 - sig)
         dgate = (dact * up).mul_((1 - sig).mul_(silu).add_(sig))
         dh = recipe.quantised_gradient(torch.cat((dgate, dact.mul_(silu)), -1))
         dx = input_gradient(dh, w13, recipe, count).to(ctx.dtype)
-        dw13 = gradient(w13, lambda: weight_gradient(dh, Operand(x_value, x_scale), recipe, count))
+        x = Operand(x_value, x_scale)
+        dw13 = gradient(w13, lambda: weight_gradient(dh, x, recipe, count, x_powers=dispatched))
         return dx, None, None, dweight, dw13, dw2, None, None
 
 
 def _activated(h_MH: Tensor, weight_M: Tensor | None, recipe: FP8Recipe) -> Operand:
     """silu(gate) * up, times the gate of the row, as an operand [M, F]."""
-    if recipe.activation == "tile":
+    if recipe.activation == "tile" and not recipe.coarse:
         return backends.swiglu(h_MH, weight_M, recipe.power_of_two)
     gate, up = h_MH.float().chunk(2, -1)
     act = F.silu(gate).mul_(up)

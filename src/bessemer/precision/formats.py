@@ -76,12 +76,18 @@ def quantise_blocks(weight: Tensor, block: int = 128, ue8m0: bool = False) -> tu
     return scaled.view_as(padded)[:rows, :columns].to(torch.float8_e4m3fn).contiguous(), scale
 
 
+def round_mantissa(x: Tensor, kept: int) -> Tensor:
+    """x rounded to so many bits after the leading one, ties to even, as float32; exponents are not limited."""
+    bits, dropped = x.float().view(torch.int32), 23 - kept
+    last = (bits >> dropped).bitwise_and_(1)
+    half = (1 << dropped - 1) - 1
+    return (bits + half).add_(last).bitwise_and_(-1 << dropped).view(torch.float32)
+
+
 def round_e5m6(x: Tensor) -> Tensor:
     """x rounded to E5M6, ties to even, as float32. Larger magnitudes saturate; infinities and NaN are kept."""
     x = x.float()
-    bits = x.view(torch.int32)
-    last = (bits >> 17).bitwise_and_(1)
-    normal = (bits + 0xFFFF).add_(last).bitwise_and_(~0x1FFFF).view(torch.float32).clamp_(-E5M6_MAX, E5M6_MAX)
+    normal = round_mantissa(x, 6).clamp_(-E5M6_MAX, E5M6_MAX)
     small = (x + 12.0).sub_(12.0)  # float32 numbers near 12 are 2^-20 apart, as the format's subnormals are
     rounded = torch.where(x.abs() < SMALLEST_NORMAL, small, normal)
     return torch.where(torch.isfinite(x), rounded, x)

@@ -5,6 +5,9 @@
     weight_gradient   dW = dy^T x     both by tiles along the tokens: an operand saved in FP8 is dequantised and
                                       quantised again, one saved in higher precision is quantised once
 
+Quantising again rounds again, unless old and new factors are powers of two (V3 3.3.3): then only values that the new
+tile is too coarse for, below 2^-15 of its largest, change.
+
 Each works on one matrix, or with `count` on the matrices of G experts and rows in expert order; tiles never span two
 experts. `model/fp8` decides which activations a layer saves, and in which format.
 
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bessemer.precision import backends, emulation
+from bessemer.precision.formats import round_mantissa
 from bessemer.precision.operand import TILE, Group, Operand, transpose
 
 
@@ -36,17 +40,23 @@ class FP8Recipe:
     """Round every factor up to a power of two. The paper's own cases (dispatched activations, attention's output)
     always are."""
     bits: int | None = None
-    """Significant bits of the accumulator inside a block; None: float32."""
+    """Significant bits of the accumulator inside a block (an H800 keeps about 14); None: float32."""
+    coarse: bool = False
+    """First round every activation, gradient and weight to two mantissa bits: a control that must do harm."""
 
     def quantised(self, x: Tensor, power_of_two: bool = False) -> Operand:
         """An activation [..., K] as rows of an operand."""
-        return backends.quantise(x.flatten(0, -2), self.activation, self.power_of_two or power_of_two)
+        return self._quantised(x.flatten(0, -2), self.activation, power_of_two)
 
     def quantised_gradient(self, dy: Tensor, power_of_two: bool = False) -> Operand:
-        return backends.quantise(dy.flatten(0, -2), self.gradient, self.power_of_two or power_of_two)
+        return self._quantised(dy.flatten(0, -2), self.gradient, power_of_two)
 
     def quantised_weight(self, weight: Tensor) -> Operand:
-        return backends.quantise(weight, self.weight, self.power_of_two)
+        return self._quantised(weight, self.weight)
+
+    def _quantised(self, x: Tensor, group: Group, power_of_two: bool = False) -> Operand:
+        x = round_mantissa(x.detach(), 2) if self.coarse else x
+        return backends.quantise(x, group, self.power_of_two or power_of_two)
 
 
 PAPER = FP8Recipe()
@@ -55,9 +65,12 @@ FP8_RECIPES = {
     "power-of-two": FP8Recipe(power_of_two=True),
     "block-gradients": FP8Recipe(gradient="block"),
     "per-tensor": FP8Recipe(activation="tensor", gradient="tensor", weight="tensor"),
+    "short-sums": FP8Recipe(bits=14),
+    "coarse": FP8Recipe(coarse=True),
 }
 """Values of the key `fp8`: the paper's recipe; all factors powers of two (as in V3.1); the variant that diverged (V3
-App. B.2); and one factor per tensor, which elsewhere needed E5M2 for gradients."""
+App. B.2); one factor per tensor, which elsewhere needed E5M2 for gradients; the accumulator of an H800; and a control
+with twice the rounding error."""
 Count = Sequence[int] | None
 
 
@@ -99,10 +112,21 @@ def token_tiles(x: Tensor, recipe: FP8Recipe, count: Count = None, power_of_two:
     return TokenTiles(_along_tokens(x, recipe.activation, recipe.power_of_two or power_of_two, count))
 
 
-def weight_gradient(dy: Operand, x: Operand | TokenTiles, recipe: FP8Recipe, count: Count = None) -> Tensor:
-    """dy^T x in float32, [N, K] or [G, N, K]."""
-    left = _along_tokens(dy, recipe.gradient, recipe.power_of_two, count)
-    right = x.operand if isinstance(x, TokenTiles) else _along_tokens(x, recipe.activation, recipe.power_of_two, count)
+def weight_gradient(
+    dy: Operand,
+    x: Operand | TokenTiles,
+    recipe: FP8Recipe,
+    count: Count = None,
+    dy_powers: bool = False,
+    x_powers: bool = False,
+) -> Tensor:
+    """dy^T x in float32, [N, K] or [G, N, K]. `dy_powers`, `x_powers`: this operand was quantised with powers of two,
+    and is re-tiled with powers of two."""
+    left = _along_tokens(dy, recipe.gradient, recipe.power_of_two or dy_powers, count)
+    if isinstance(x, TokenTiles):
+        right = x.operand
+    else:
+        right = _along_tokens(x, recipe.activation, recipe.power_of_two or x_powers, count)
     if recipe.bits is not None:
         ends = None if count is None else [-(-tokens // TILE) for tokens in count]
         parts = zip(_columns(left, ends), _columns(right, ends), strict=True)
