@@ -3,7 +3,8 @@
     python bench/fp8_study.py runs/fp8-study --json bench/results/fp8_study.json --svg docs/fp8-study.svg
 
 Losses are smoothed as in the paper (e <- 0.9 e + 0.1 loss). The gap of a format is its difference from BF16 with the
-same seed, in per cent, at every step. The printed table is that of the run.
+same seed, in per cent, at every step. Prints the run's table and the verdict by the rules in docs/results.md, fixed
+before the run. Stages that have not finished are left out.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import mean
 
 from matplotlib import rcParams
 from matplotlib.figure import Figure
@@ -29,15 +31,52 @@ def main() -> None:
     args = parser.parse_args()
     gaps = comparisons.format_gaps(read(args.run))
     print(card.table(args.run))
+    print(verdict(gaps))
     if args.json:
         curves = [
             {"format": one.label, "seed": one.seed, "tokens": one.tokens[::5], "heldout_percent": one.heldout,
-             "gap_percent": [round(value, 4) for value in one.gap[::5]]}
+             "mean_gap_percent": mean(one.settled), "gap_percent": [round(value, 4) for value in one.gap[::5]]}
             for one in gaps
         ]  # fmt: skip
         args.json.write_text(json.dumps({"every": "5th step", "curves": curves}, indent=None) + "\n")
     if args.svg:
         draw(gaps, args.svg)
+
+
+PAPER, CONTROL = "FP8, paper", "FP8, coarse"
+
+
+def verdict(gaps: list[comparisons.FormatGap]) -> str:
+    """Whether the study can see harm, and what it shows of the paper's recipe; only seeds that have both formats."""
+    by_seed = {label: {one.seed: one for one in gaps if one.label == label} for label in (PAPER, CONTROL)}
+    seeds = sorted(seed for seed in by_seed[PAPER].keys() & by_seed[CONTROL].keys() if seed is not None)
+    pairs = [(by_seed[PAPER][seed], by_seed[CONTROL][seed]) for seed in seeds]
+    measures = {
+        "paper, training": [mean(paper.settled) for paper, _ in pairs],
+        "paper, held-out": [paper.heldout for paper, _ in pairs if paper.heldout is not None],
+        "control, training": [mean(control.settled) for _, control in pairs],
+        "control - paper, training": [mean(control.settled) - mean(paper.settled) for paper, control in pairs],
+    }
+    if len(pairs) < 3:
+        return f"{len(pairs)} seeds have both formats; the rules need three"
+    interval = {}
+    lines = []
+    for name, values in measures.items():
+        middle, between = comparisons.over_seeds(values)
+        assert between is not None, "three seeds to ten"
+        interval[name] = between
+        each = ", ".join(f"{value:+.3f}" for value in values)
+        lines.append(f"{name:26} {middle:+.3f} %, 95 % {between[0]:+.3f} to {between[1]:+.3f}   ({each})")
+    sees = interval["control, training"][0] > 0 and interval["control - paper, training"][0] > 0
+    papers = [interval["paper, training"], interval["paper, held-out"]]
+    if any(low > comparisons.BOUND for low, _ in papers):
+        shown = "harm"
+    elif sees and all(high < comparisons.BOUND for _, high in papers):
+        shown = f"below {comparisons.BOUND} %"
+    else:
+        shown = "neither harm nor its absence"
+    lines.append(f"the control is {'seen' if sees else 'NOT seen'}; shown: {shown}")
+    return "\n".join(lines)
 
 
 def draw(gaps: list[comparisons.FormatGap], path: Path) -> None:

@@ -1,5 +1,7 @@
 """FP8 operands and GEMMs against loops in float64, the loss of a short accumulator, and a Linear's three products."""
 
+import math
+
 import pytest
 import torch
 from fp8_layers import fp8_grouped_linear, fp8_linear
@@ -8,8 +10,8 @@ from hypothesis import strategies as st
 
 from bessemer.precision import backends
 from bessemer.precision.emulation import reference_gemm
-from bessemer.precision.formats import quantise_blocks
-from bessemer.precision.fp8_linear import FP8Recipe
+from bessemer.precision.formats import quantise_blocks, round_mantissa
+from bessemer.precision.fp8_linear import FP8_RECIPES, FP8Recipe
 from bessemer.precision.operand import TILE, Operand, as_float32, quantise, transpose
 
 torch.set_num_threads(1)
@@ -124,6 +126,45 @@ def test_a_short_accumulator_and_its_cure():
     assert 0.01 < largest(bits=14, promote=None) < 0.03
     assert largest(bits=14) < 0.001 and largest(bits=14, promote=32) < largest(bits=14)
     assert largest() < 1e-5
+
+
+@pytest.mark.parametrize("bits", [6, 11, 14])
+def test_a_short_accumulator_equals_a_loop(bits):
+    """Exact sums of 32 products in float64, truncated to so many bits, one after the other; all values are whole
+    numbers that float32 holds, so nothing else is rounded."""
+    draw = torch.Generator().manual_seed(0)
+
+    def operand(rows):
+        whole = torch.randint(-8, 17, (rows, 256), generator=draw)
+        whole[:, ::50] = 448  # what comes after is short of bits
+        return Operand(whole.to(torch.float8_e4m3fn), 2.0 ** torch.randint(-2, 3, (rows, 2), generator=draw))
+
+    x, w = operand(5), operand(7)
+    found, changed = reference_gemm(x, w, bits), 0
+    for m in range(5):
+        for n in range(7):
+            y = 0.0
+            for j in range(2):
+                total = 0.0
+                for start in range(TILE * j, TILE * (j + 1), 32):
+                    for k in range(start, start + 32):
+                        total += float(x.value_MK[m, k]) * float(w.value_MK[n, k])
+                    mantissa, exponent = math.frexp(total)
+                    short = math.ldexp(math.trunc(mantissa * 2**bits), exponent - bits)
+                    changed += short != total
+                    total = short
+                y += total * float(x.scale_MJ[m, j]) * float(w.scale_MJ[n, j])
+            assert float(found[m, n]) == y
+    assert changed > 20
+
+
+def test_two_mantissa_bits():
+    """The control's rounding against one in fractions; twice the error of E4M3."""
+    x = torch.tensor([1.0, 1.12, 1.13, -1.375, 1.125, 0.0, 1.2 * 2.0**-66, float("inf")])
+    assert round_mantissa(x, 2).tolist() == [1.0, 1.0, 1.25, -1.5, 1.0, 0.0, 1.25 * 2.0**-66, float("inf")]
+    x = normal(64, 256)
+    error = {name: apart(FP8_RECIPES[name].quantised(x).dequantise(), x) for name in ("paper", "coarse")}
+    assert 3.5 < error["coarse"] / error["paper"] < 6  # squares of errors, E4M3's own on top
 
 
 def test_what_cannot_be_multiplied():

@@ -1,6 +1,5 @@
 """The comparison of number formats: who is compared with whom, and the gap against a loop."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -36,7 +35,14 @@ def test_the_gap_is_that_of_smoothed_losses():
         wanted.append(100 * (f - e) / e)
     assert one.gap == pytest.approx(wanted) and one.tokens == [10 * n for n in range(1, 41)]
     assert one.heldout == pytest.approx(1.0) and one.label == "FP8, paper"
-    assert one.settled == [abs(value) for value in one.gap[4:]]
+    assert one.settled == one.gap[4:]
+
+
+def test_the_interval_over_seeds():
+    """t(0.975, 2) = 4.302653 by the table; s = 0.1."""
+    middle, interval = comparisons.over_seeds([0.1, 0.2, 0.3])
+    assert middle == pytest.approx(0.2) and interval == pytest.approx((-0.04841, 0.44841), abs=1e-4)
+    assert comparisons.over_seeds([0.1]) == (0.1, None)
 
 
 def test_only_stages_that_share_all_else_are_compared():
@@ -63,8 +69,10 @@ def test_the_table_and_the_page():
     )
     lines = comparisons.formats_text(facts).splitlines()
     assert "BF16 of the same seed" in lines[0] and len({len(line) for line in lines[1:]}) == 1
-    label, seeds, mean, largest, end, heldout = lines[2].rsplit(None, 5)
-    assert (label.strip(), seeds, heldout) == ("FP8, block gradients", "2", "+1.000")
-    assert 0 < float(mean) < float(largest) and math.isfinite(float(end))
+    assert lines[2].startswith("FP8, block gradients") and lines[2].split()[3] == "2"
+    mean, low, _, high, largest, heldout, *interval = lines[2].split()[4:]
+    assert float(low) < float(mean) < float(high) and float(mean) < float(largest)
+    # held-out gaps of 2 and 0 %: mean 1, standard error 1, Student's t for one degree of freedom 12.706
+    assert (heldout, interval) == ("+1.000", ["-11.706", "to", "+13.706"])
     page = card.render(facts)
     assert 'id="formats"' in page and "FP8, block gradients" in page and "formats/gap" not in page

@@ -349,7 +349,7 @@ BACKENDS: dict[str, Backend] = {
         },
     ),
     "emulation": Backend(
-        "exact on any device, in float32",
+        "any device; sums in float32",
         lambda call: None,
         {
             "quantise": operand.quantise,

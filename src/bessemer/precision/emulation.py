@@ -1,12 +1,13 @@
 """The FP8 calls in plain torch, on any device: what a CPU computes with, and the oracle of the kernels.
 
-`reference_gemm` is what an FP8 GEMM of DeepSeek-V3 computes, to the last step (V3 3.3.2):
+`reference_gemm` is what an FP8 GEMM of DeepSeek-V3 computes, up to the sums inside a block (V3 3.3.2):
 
     y[m, n] = sum over blocks j of 128 columns: s_x[m, j] * s_w[n, j] * <x_q, w_q>_j
 
 Inside a block the tensor core sums the products; between blocks the sum is float32 with the factors multiplied in,
-which is the promotion to CUDA cores. Hopper's tensor cores keep about 14 bits while they sum. `bits` reproduces that
-loss: every MMA instruction adds 32 columns and truncates. Without promotion (`promote=None`) the loss grows over the
+which is the promotion to CUDA cores. Here a block is summed in float32; Hopper's tensor cores keep about 14 bits. `bits`
+models that loss: every MMA instruction adds 32 columns and truncates the total (how the hardware aligns the 32 products
+is not published). Without promotion (`promote=None`) the loss grows over the
 whole of K, and only one factor per row can be applied: the operands must be quantised by tensor. The other functions
 multiply the factors in first, so that each product is one float32 GEMM; they are the rows of `backends.BACKENDS`.
 

@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from bessemer.eval.tables import LONG_FILE, Row, Score, StageTable, TableRow, short_loss, stage_tables
@@ -199,7 +199,9 @@ BOUND = 0.25
 """Per cent: the paper's bound on the gap."""
 _FORMAT = ("precision", "fp8", "moments")
 _IGNORED = (*_FORMAT, "name", "save_seconds", "micro_rows", "compile", "validate_every", "sample_every", "first_sample")
-_HEADS = ("format", "seeds", "mean gap %", "largest %", "at the end %", "held-out %")
+_HEADS = ("format", "seeds", "mean gap %", "95 %", "largest %", "held-out %", "95 %")
+_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t for a two-sided 95 % interval, from one degree of freedom on."""
 
 
 @dataclass(frozen=True)
@@ -216,8 +218,8 @@ class FormatGap:
 
     @property
     def settled(self) -> list[float]:
-        """Magnitudes after the first tenth, in which the loss falls from chance level."""
-        return [abs(value) for value in self.gap[len(self.gap) // 10 :]]
+        """The gap after the first tenth, in which the loss falls from chance level."""
+        return self.gap[len(self.gap) // 10 :]
 
 
 def format_gaps(facts: RunFacts) -> list[FormatGap]:
@@ -269,17 +271,32 @@ def _by_label(gaps: Sequence[FormatGap]) -> dict[str, list[FormatGap]]:
     return {label: [gap for gap in gaps if gap.label == label] for label in dict.fromkeys(gap.label for gap in gaps)}
 
 
+def over_seeds(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """Mean of one value per seed, and Student's 95 % interval; None for a single seed, or for more than ten."""
+    n, middle = len(values), mean(values)
+    if not 1 < n <= len(_T_95) + 1:
+        return middle, None
+    half = _T_95[n - 2] * stdev(values) / n**0.5
+    return middle, (middle - half, middle + half)
+
+
 def _format_rows(gaps: Sequence[FormatGap]) -> list[list[str]]:
-    """One row per format; "largest" is over steps and seeds, "at the end" and "held-out" are means over seeds."""
-    rows = []
-    for label, of_format in _by_label(gaps).items():
-        heldout = [one.heldout for one in of_format if one.heldout is not None]
-        rows.append([
-            label, str(len(of_format)), f"{mean(mean(one.settled) for one in of_format):.3f}",
-            f"{max(max(one.settled) for one in of_format):.3f}", f"{mean(one.gap[-1] for one in of_format):+.3f}",
-            f"{mean(heldout):+.3f}" if heldout else "-",
-        ])  # fmt: skip
-    return rows
+    """One row per format; "largest" is the largest magnitude over steps and seeds."""
+
+    def shown(values: list[float]) -> list[str]:
+        if not values:
+            return ["-", "-"]
+        middle, interval = over_seeds(values)
+        return [f"{middle:+.3f}", f"{interval[0]:+.3f} to {interval[1]:+.3f}" if interval else "-"]
+
+    return [
+        [
+            label, str(len(of_format)), *shown([mean(one.settled) for one in of_format]),
+            f"{max(abs(gap) for one in of_format for gap in one.settled):.3f}",
+            *shown([one.heldout for one in of_format if one.heldout is not None]),
+        ]
+        for label, of_format in _by_label(gaps).items()
+    ]  # fmt: skip
 
 
 def _format_lead(facts: RunFacts) -> str:
