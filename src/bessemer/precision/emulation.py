@@ -5,11 +5,11 @@
     y[m, n] = sum over blocks j of 128 columns: s_x[m, j] * s_w[n, j] * <x_q, w_q>_j
 
 Inside a block the tensor core sums the products; between blocks the sum is float32 with the factors multiplied in,
-which is the promotion to CUDA cores. Here a block is summed in float32; Hopper's tensor cores keep about 14 bits. `bits`
-models that loss: every MMA instruction adds 32 columns and truncates the total (how the hardware aligns the 32 products
-is not published). Without promotion (`promote=None`) the loss grows over the
-whole of K, and only one factor per row can be applied: the operands must be quantised by tensor. The other functions
-multiply the factors in first, so that each product is one float32 GEMM; they are the rows of `backends.BACKENDS`.
+which is the promotion to CUDA cores. Here a block is summed in float32. Hopper's tensor cores keep about 14 bits, which
+`bits` models: every MMA instruction adds 32 columns and truncates the total. How the hardware aligns the 32 products is
+not published. Without promotion (`promote=None`) the loss grows over the whole of K, and only one factor per row can be
+applied: the operands must be quantised by tensor. The other functions multiply the factors in first, so that each
+product is one float32 GEMM; they are the rows of `backends.BACKENDS`.
 
 Shapes: T tokens or M rows, K columns, N outputs, G groups; P columns, every group padded to a multiple of 128.
 """
