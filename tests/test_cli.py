@@ -109,7 +109,7 @@ def recipe(tmp_path, monkeypatch, stub):
 
     monkeypatch.setitem(KINDS, "cli-note", Note)
     monkeypatch.setitem(STAGES, "cli-note", NoteConfig)
-    rows = [{"item": "MTP", "section": "2.2", "paper": "1", "here": "1", "on": True}]
+    rows = [{"item": "MTP", "section": "2.2", "paper": "1", "here": "1", "state": "scaled"}]
     stub("bessemer.pipeline.conformance", rows=lambda recipe: rows)
     path = tmp_path / "note.toml"
     path.write_text(
@@ -122,7 +122,7 @@ def recipe(tmp_path, monkeypatch, stub):
 def test_run_and_run_again(call, recipe, tmp_path):
     status, out, err = call("run", recipe)
     assert status == 0 and "runs/note/report.html" in out and "bessemer chat runs/note" in out
-    assert "1 of 1 items of the papers' recipe are on" in err and "a: done" in err
+    assert "0 of 1 items of the papers' recipe as published, 1 scaled, 0 adapted, 0 off" in err and "a: done" in err
     assert (tmp_path / "runs" / "note" / "report.html").exists()
     status, out, _ = call("run", recipe, "--set", "b.words=bye", "--json")
     facts = json.loads(out)

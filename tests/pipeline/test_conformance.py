@@ -5,43 +5,84 @@ from pathlib import Path
 import pytest
 
 from bessemer.config.recipe import Recipe
+from bessemer.config.units import Points
 from bessemer.pipeline import conformance
 from bessemer.pipeline.conformance import ITEMS, rows
+from bessemer.runs.directory import CONFORMANCE_STATES
 
 ROOT = Path(__file__).parents[2]
-TINY = ROOT / "recipes" / "tiny.toml"
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml") if path.stem != "data")
+ADVANTAGE = "Advantage: reward minus the group's mean, over its standard deviation"
+PUBLISHED, SCALED, ADAPTED, OFF = CONFORMANCE_STATES
+ACTIVATIONS = "Activations stored in FP8 and E5M6; norms and up-projections recomputed"
+LETTERS = {PUBLISHED: "P", SCALED: "S", ADAPTED: "A", OFF: "O"}
+
+STATES = """
+SSSOSOSPS Multi-head latent attention
+SSSOSOSPS Query compression
+PPAOPOPPP Interleaved RoPE, YaRN off in the short stage
+SSSOSOSPS DeepSeekMoE
+PPPOPOPPP Sigmoid gate, normalised, scaled
+SSSOSOSPS Group-limited routing
+SSSOSOSPS Leading dense layers
+SASOSOSPS Bias balancing, MTP layers included
+PPPOPOPPP Sequence-wise balance loss
+PPPOPOPPP No token dropping
+SAOOSOSPS Multi-token prediction
+APAOAOAPA AdamW, FP32 masters
+AAAOAOAPA Learning rate over consumed tokens
+OOOOOOOPO Batch size over consumed tokens
+SSSOSOSPS Initialisation
+SSOOSOSPS Packing without cross-document mask
+AAOOAOAPA Fill-in-the-middle
+PPPOPOPPP Random split of punctuation + line break
+SSSOSOSPS Byte-level BPE with V3's pre-split
+OPOOOOOPO FP8 training
+OPOOOOOPO Activations stored in FP8 and E5M6; norms and up-projections recomputed
+OPOOOOOPO Moments of the optimizer in BF16
+OOOOOOOPO Moving average of the weights
+OOOOOOOPO DualPipe
+OOOOOOOPO Expert parallelism, a token to a node once
+OOOOOOOPO ZeRO-1
+OOAOOOOPO Long-context extension in phases
+OOSOOOOPO YaRN on the rotary key, the same in every phase
+OOAOOOOOO Needle in a haystack over lengths and depths
+POOPPOPOP R1-Zero: RL from the base, no SFT
+AOOPAOAOA Prompt template
+SOOPSASOS GRPO groups
+POOPPPPOP Advantage: reward minus the group's mean, over its standard deviation
+AOOPAAAOA Loss of a token
+AOOPAAAOA Clip
+AOOPAOAOA KL to the reference (k3, in the loss)
+AOOPAAAOA Mini-batches per rollout
+POOPPPPOP On policy, every sample used
+SOOPSSSOS Learning rate of RL
+POOPPPPOP Sampling temperature of RL
+OOOPPOOOO Sampling temperature with preference rewards
+OOOPAAAOA Rewards
+AOOPAAOOO SFT: answers only, samples packed with masks
+OOOPSOOOS Length cap raised mid-run
+OOOPPAOOO Cold start: readable R1-Zero answers in one form
+AOOPAOOOO Language consistency reward
+OOOPSAOOO Rejection sampling: correct and readable answers
+OOOPAOOOO Reward models: helpful by pairs, harmless by labels
+OOOPSOOOO Preference rewards only at the end
+OOOPAAOOO Distillation: SFT of a smaller model on checked samples
+AOOPSAAOA Evaluation by sampling
+"""  # controls, fp8-study, long, r1-paper, r1-tiny, smollm2, tiny, v3, zero
 
 
-FIXED = """
-name = "fixed"
-[[stage]]
-kind = "corpus"
-parts = { code = "python-code" }
-fim_parts = ["code"]
-[[stage]]
-kind = "pretrain"
-lr = 0.001
-mixture = { code = 1.0 }
-[[stage]]
-kind = "rl"
-name = "zero"
-tasks = ["countdown"]
-[[stage]]
-kind = "eval"
-models = ["pretrain", "zero"]
-tasks = ["countdown"]
-"""  # recipes/tiny.toml may be tuned without a change here
-
-
-def of(*overrides):
-    return {row["item"]: (row["here"], row["on"]) for row in rows(Recipe.parse(FIXED, overrides))}
+def of(recipe, *overrides):
+    """Item -> (state, values) of a recipe of the repository."""
+    found = rows(Recipe.load(ROOT / "recipes" / f"{recipe}.toml", overrides))
+    return {row["item"]: (row["state"], row["here"]) for row in found}
 
 
 @pytest.mark.parametrize("item", ITEMS, ids=lambda item: item.item)
 def test_every_item_points_at_its_code_and_its_test(item):
     assert (ROOT / "src" / "bessemer" / item.code).is_file()
     assert "def test_" in (ROOT / "tests" / item.test).read_text()
-    assert item.section.startswith(("V3 ", "R1 ", "R1-Nature ")) and item.paper
+    assert item.section.startswith(("V3 ", "R1 ", "R1-Nature ", "Math ")) and item.published()
 
 
 def test_the_page_is_the_table():
@@ -51,66 +92,190 @@ def test_the_page_is_the_table():
     assert len(lines) == 1 + len(ITEMS) and all(line.count("|") == 6 for line in lines)
 
 
-def test_the_tiny_recipe_names_every_item_once():
-    found = rows(Recipe.load(TINY))
-    assert [row["item"] for row in found] == [item.item for item in ITEMS]
-    assert len({row["item"] for row in found}) == len(found)
-    for row in found:
-        assert row.keys() == {"item", "section", "paper", "here", "on"}
-        assert isinstance(row["here"], str) and row["here"] and isinstance(row["on"], bool)
-    off = {row["item"] for row in found if not row["on"]}
-    assert {"FP8 training", "Long-context extension in phases"} <= off
-    assert not off & {"Multi-head latent attention", "DeepSeekMoE", "Multi-token prediction", "GRPO groups", "Clip"}
+def test_every_recipe_s_states():
+    """Checked by hand against the papers, item by item; a recipe or a published value that changes shows up here."""
+    states = [[LETTERS[state] for state, _ in of(recipe).values()] for recipe in RECIPES]
+    lines = ["".join(letters) + " " + item.item for letters, item in zip(zip(*states, strict=True), ITEMS, strict=True)]
+    assert len(RECIPES) == 9 and lines == STATES.strip().splitlines()
 
 
-def test_the_extension_is_said_phase_by_phase():
-    """Of V3's own run, whose two phases are a thousand steps each; of a recipe without one that it has none."""
-    v3 = {row["item"]: (row["here"], row["on"]) for row in rows(Recipe.load(ROOT / "recipes" / "v3.toml"))}
-    assert v3["Long-context extension in phases"] == ("short -> 32768 -> 131072, 1000, 1000 steps", True)
-    yarn = "s 40, alpha 1, beta 32, sqrt(t) 0.1 ln s + 1"
-    assert v3["YaRN on the rotary key, the same in every phase"] == (yarn, True)
-    assert of()["Long-context extension in phases"] == ("no such stage", False)
+def test_a_row():
+    found = rows(Recipe.load(ROOT / "recipes" / "tiny.toml"))
+    assert len({row["item"] for row in found}) == len(found) == len(ITEMS)
+    assert all(row.keys() == {"item", "section", "paper", "here", "state"} for row in found)
+    assert all(isinstance(value, str) and value for row in found for value in row.values())
 
 
 @pytest.mark.parametrize(
-    ("override", "item", "here", "on"),
+    ("recipe", "item", "words"),
     [
-        ("model.kv_lora_rank=48", "Multi-head latent attention", "latent 48 + 16, 4 heads", True),
-        ("model.q_lora_rank=0", "Query compression", "rank 0", False),
-        ("model.rope_factor=4.0", "Interleaved RoPE, YaRN off in the short stage", "theta 10000, YaRN 4", False),
-        ("model.n_dense_layers=4", "DeepSeekMoE", "16 routed + 1 shared, top-4", False),
-        ("model.n_expert_groups=1", "Group-limited routing", "1 of 1 groups", False),
-        ("model.n_mtp=0", "Multi-token prediction", "depth 0", False),
-        ("pretrain.gamma=0.0", "Bias balancing, MTP layers included", "gamma 0", False),
-        ("pretrain.balance_alpha=0.0", "Sequence-wise balance loss", "alpha 0", False),
-        ("pretrain.weight_decay=0.2", "AdamW, FP32 masters", "0.9 / 0.95, decay 0.2, clip 1", True),
-        ("pretrain.batch_rows=[[0, 8], [1000, 16]]", "Batch size over consumed tokens", "8 at 0, 16 at 1K rows", True),
-        ("pretrain.document_mask=true", "Packing without cross-document mask", "rows of 256, masked", False),
-        ("corpus.fim_rate=0.0", "Fill-in-the-middle", "rate 0 on code", False),
-        ("corpus.boundary_split_rate=0.0", "Random split of punctuation + line break", "rate 0", False),
-        ("zero.samples=32", "GRPO groups", "32 samples, 16 prompts a rollout", True),
-        ("zero.clip_high=10", "Clip", "-0.2 / +10", True),
-        ("zero.kl=0.0", "KL to the reference (k3, in the loss)", "0, refreshed every 400 steps", False),
-        ("zero.updates_per_rollout=4", "Mini-batches per rollout", "4, one epoch", True),
-        ("zero.format_reward=1", "Rewards", "accuracy + 1 x format", True),
-        ("eval.temperatures=[0.6, 1.0]", "Evaluation by sampling", "16 samples, T 0.6, 1", True),
+        ("smollm2", "R1-Zero: RL from the base, no SFT", "after SFT, rule rewards"),
+        ("smollm2", "Cold start: readable R1-Zero answers in one form", "160 problems, written"),
+        ("smollm2", "Distillation: SFT of a smaller model on checked samples", "the teacher's own base: "),
+        ("tiny", "Learning rate over consumed tokens", "warm-up, constant, linear: 0 at 0, 0.006 at 150K"),
+        ("tiny", "Clip", "-0.2 / +0.28"),
+        ("tiny", "KL to the reference (k3, in the loss)", "0.001, refreshed every 24 steps"),
+        ("tiny", "Rewards", "accuracy + 0 x format"),
+        ("tiny", "Loss of a token", "grpo, mean over all tokens"),
+        ("tiny", "Evaluation by sampling", "pass@1 over 16 samples, T 1, 0.6, top-p 1, 200 tokens"),
+        ("controls", "Rewards", "random: random + 0 x format"),
+        ("long", "Long-context extension in phases", "128 -> 512 -> 2048, 488, 366 steps, rate constant linear"),
+        ("v3", "DualPipe", "16 pipeline ranks, dualpipe, in the smallest steps 1f1b"),
+        ("v3", "Long-context extension in phases", "4096 -> 32768 -> 131072, 1,000, 1,000 steps, rate constant"),
+        ("v3", "YaRN on the rotary key, the same in every phase", "s 40, alpha 1, beta 32, sqrt(t) 0.1 ln s + 1"),
+        ("fp8-study", "FP8 training", "fp8-1: paper"),
     ],
 )
-def test_what_a_recipe_changes_is_seen(override, item, here, on):
-    overrides = [override, "model.n_limited_groups=1"] if "n_expert_groups" in override else [override]
-    shown, is_on = of(*overrides)[item]
-    assert shown.startswith(here) and is_on == on
-    assert of()[item] != (shown, is_on), "the recipe as it stands says something else"
+def test_the_values_are_said(recipe, item, words):
+    assert of(recipe)[item][1].startswith(words)
+
+
+FLIPS = [
+    ("v3", "model.kv_lora_rank=256", "Multi-head latent attention", SCALED),
+    ("v3", "model.q_lora_rank=0", "Query compression", OFF),
+    ("v3", "model.rope_factor=4.0", "Interleaved RoPE, YaRN off in the short stage", ADAPTED),
+    ("v3", "model.n_shared_experts=2", "DeepSeekMoE", ADAPTED),
+    ("v3", "model.n_routed_experts=128", "DeepSeekMoE", SCALED),
+    ("v3", "model.route_scale=1.0", "Sigmoid gate, normalised, scaled", ADAPTED),
+    ("v3", "model.score_func=softmax", "Sigmoid gate, normalised, scaled", ADAPTED),
+    ("v3", "model.norm_topk_prob=false", "Sigmoid gate, normalised, scaled", ADAPTED),
+    ("v3", "model.n_limited_groups=8", "Group-limited routing", OFF),
+    ("v3", "model.n_limited_groups=2", "Group-limited routing", SCALED),
+    ("v3", "model.n_dense_layers=0", "Leading dense layers", OFF),
+    ("v3", "pretrain.gamma=0.0", "Bias balancing, MTP layers included", OFF),
+    ("v3", "pretrain.gamma=0.001", "Bias balancing, MTP layers included", ADAPTED),
+    ("v3", "pretrain.balance_alpha=0.001", "Sequence-wise balance loss", ADAPTED),
+    ("v3", "pretrain.balance_alpha=0.0", "Sequence-wise balance loss", OFF),
+    ("v3", "model.n_mtp=2", "Multi-token prediction", ADAPTED),
+    ("v3", "pretrain.mtp_lambda=0.3", "Multi-token prediction", ADAPTED),
+    ("v3", "pretrain.mtp_lambda=[[0, 0.3], [8, 0.3], [8, 0.1]]", "Multi-token prediction", SCALED),
+    ("v3", "pretrain.optimizer=muon", "AdamW, FP32 masters", ADAPTED),
+    ("v3", "pretrain.weight_decay=0.2", "AdamW, FP32 masters", ADAPTED),
+    ("v3", "pretrain.clip=2.0", "AdamW, FP32 masters", ADAPTED),
+    ("v3", "pretrain.lr=[[0, 0.0], ['10T', 2e-4], ['14T', 2e-5]]", "Learning rate over consumed tokens", ADAPTED),
+    ("v3", "pretrain.tokens=15T", "Learning rate over consumed tokens", SCALED),
+    ("v3", "pretrain.batch_rows=15360", "Batch size over consumed tokens", OFF),
+    ("v3", "pretrain.batch_rows=[[0, 4096], ['469B', 15360]]", "Batch size over consumed tokens", SCALED),
+    ("v3", "model.init_std=0.02", "Initialisation", SCALED),
+    ("v3", "pretrain.document_mask=true", "Packing without cross-document mask", OFF),
+    ("v3", "corpus.fim_rate=0.5", "Fill-in-the-middle", ADAPTED),
+    ("v3", "corpus.fim_parts=[]", "Fill-in-the-middle", OFF),
+    ("v3", "corpus.boundary_split_rate=0.0", "Random split of punctuation + line break", OFF),
+    ("v3", "model.vocab_size=102400", "Byte-level BPE with V3's pre-split", SCALED),
+    ("v3", "pretrain.moments=float32", "Moments of the optimizer in BF16", OFF),
+    ("v3", "pretrain.ema_decay=0.0", "Moving average of the weights", OFF),
+    ("v3", "layout.schedule=1f1b", "DualPipe", OFF),
+    ("v3", "layout.schedule=dualpipe-v", "DualPipe", ADAPTED),
+    ("v3", "pretrain.micro_rows=4", "DualPipe", OFF),  # 30 micro-batches are too few for 16 ranks
+    ("v3", "layout.pp=8", "DualPipe", SCALED),
+    ("v3", "layout.node=4", "Expert parallelism, a token to a node once", SCALED),
+    ("v3", "layout.dp=4", "ZeRO-1", SCALED),
+    ("v3", "extend-128k.length=65536", "Long-context extension in phases", SCALED),
+    ("v3", "extend-32k.lr=[[0, 7.3e-6], ['9B', 0.0]]", "Long-context extension in phases", ADAPTED),
+    ("v3", "extend-128k.rope_factor=20.0", "YaRN on the rotary key, the same in every phase", ADAPTED),
+    ("v3", "model.beta_fast=16.0", "YaRN on the rotary key, the same in every phase", ADAPTED),
+    ("r1-paper", "base.style=zero", "Prompt template", ADAPTED),
+    ("r1-paper", "zero.prompt_template=zero", "Prompt template", ADAPTED),
+    ("r1-paper", "zero.samples=8", "GRPO groups", ADAPTED),
+    ("r1-paper", "r1.prompts_per_rollout=256", "GRPO groups", SCALED),
+    ("r1-paper", "dev2.scale_by_std=false", ADVANTAGE, ADAPTED),
+    ("r1-paper", "zero.advantage=critic", ADVANTAGE, OFF),
+    ("r1-paper", "zero.supervision=process", ADVANTAGE, ADAPTED),
+    ("r1-paper", "zero.normalise=token", "Loss of a token", ADAPTED),
+    ("r1-paper", "zero.surrogate=cispo", "Loss of a token", ADAPTED),
+    ("r1-paper", "dev2.clip_high=0.28", "Clip", ADAPTED),
+    ("r1-paper", "r1.kl=0.01", "KL to the reference (k3, in the loss)", ADAPTED),
+    ("r1-paper", "r1.kl=0.0", "KL to the reference (k3, in the loss)", OFF),
+    ("r1-paper", "zero.reference_every=200", "KL to the reference (k3, in the loss)", ADAPTED),
+    ("r1-paper", "zero.updates_per_rollout=8", "Mini-batches per rollout", ADAPTED),
+    ("r1-paper", "zero.max_off_policy_rollouts=1", "On policy, every sample used", ADAPTED),
+    ("r1-paper", "zero.max_resamples=3", "On policy, every sample used", ADAPTED),
+    ("r1-paper", "zero.difficulty_filter=true", "On policy, every sample used", ADAPTED),
+    ("r1-paper", "zero.overlong=4096", "On policy, every sample used", ADAPTED),
+    ("r1-paper", "zero.lr=1e-6", "Learning rate of RL", SCALED),
+    ("r1-paper", "zero.temperature=0.9", "Sampling temperature of RL", ADAPTED),
+    ("r1-paper", "r1.temperature=1.0", "Sampling temperature with preference rewards", ADAPTED),
+    ("r1-paper", "dev2.format_reward=0.1", "Rewards", ADAPTED),
+    ("r1-paper", "dev3.epochs=4", "SFT: answers only, samples packed with masks", ADAPTED),
+    ("r1-paper", "dev1.lr_final=5e-5", "SFT: answers only, samples packed with masks", ADAPTED),
+    ("r1-paper", "dev1.batch_examples=64", "SFT: answers only, samples packed with masks", SCALED),
+    ("r1-paper", "zero.max_new_tokens=32768", "Length cap raised mid-run", OFF),
+    ("r1-paper", "cold-start.form=as-is", "Cold start: readable R1-Zero answers in one form", ADAPTED),
+    ("r1-paper", "cold-start.problems=500", "Cold start: readable R1-Zero answers in one form", SCALED),
+    ("r1-paper", "dev2.language_reward=0.3", "Language consistency reward", ADAPTED),
+    ("r1-paper", "zero.language_reward=1.0", "Language consistency reward", ADAPTED),
+    ("r1-paper", "collect.consistency=0.5", "Rejection sampling: correct and readable answers", ADAPTED),
+    ("r1-paper", "collect.others=0", "Rejection sampling: correct and readable answers", ADAPTED),
+    ("r1-paper", "collect.others=100000", "Rejection sampling: correct and readable answers", SCALED),
+    ("r1-paper", "helpful.made=100", "Reward models: helpful by pairs, harmless by labels", ADAPTED),
+    ("r1-paper", "helpful.aim=harmless", "Reward models: helpful by pairs, harmless by labels", ADAPTED),
+    ("r1-paper", "harmless.batch_examples=64", "Reward models: helpful by pairs, harmless by labels", SCALED),
+    ("r1-paper", "r1.general_from=0", "Preference rewards only at the end", OFF),
+    ("r1-paper", "r1.general_from=90", "Preference rewards only at the end", SCALED),
+    ("r1-paper", "distilled.epochs=1", "Distillation: SFT of a smaller model on checked samples", ADAPTED),
+    ("r1-paper", "distilled.from=base", "Distillation: SFT of a smaller model on checked samples", ADAPTED),
+    ("r1-paper", "distilled.lr=1e-4", "Distillation: SFT of a smaller model on checked samples", ADAPTED),
+    ("r1-paper", "eval.temperatures=[0.6, 1.0]", "Evaluation by sampling", ADAPTED),
+    ("r1-paper", "eval.top_p=1.0", "Evaluation by sampling", ADAPTED),
+    ("r1-paper", "eval.samples=2", "Evaluation by sampling", SCALED),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "override", "item", "state"), FLIPS, ids=[override for _, override, *_ in FLIPS])
+def test_one_value_flips_its_item_alone(recipe, override, item, state):
+    before, after = of(recipe), of(recipe, override)
+    changed = {name for name in before if before[name][0] != after[name][0]}
+    assert before[item][0] == PUBLISHED and changed == {item} and after[item][0] == state
+    assert before[item][1] != after[item][1], "the value is said"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "items"),
+    [
+        ("v3", "pretrain.fp8=per-tensor", {"FP8 training": ADAPTED, ACTIVATIONS: ADAPTED}),
+        ("v3", "pretrain.fp8=off", {"FP8 training": OFF, ACTIVATIONS: OFF}),
+        ("r1-paper", "zero.reward=format", {"R1-Zero: RL from the base, no SFT": ADAPTED, "Rewards": OFF}),
+        ("v3", "layout.ep=32", {"Expert parallelism, a token to a node once": SCALED, "ZeRO-1": SCALED}),
+    ],
+)
+def test_values_that_two_items_share(recipe, override, items):
+    before, after = of(recipe), of(recipe, override)
+    assert {name: after[name][0] for name in before if before[name][0] != after[name][0]} == items
+
+
+def test_every_item_flips():
+    flipped = {item for _, _, item, _ in FLIPS} | {"FP8 training", ACTIVATIONS, "R1-Zero: RL from the base, no SFT"}
+    rest = {
+        "No token dropping",
+        "Needle in a haystack over lengths and depths",
+    }  # of the code; absent from both recipes
+    assert {item.item for item in ITEMS} - flipped == rest
+
+
+def test_schedules_in_words():
+    assert conformance._shape(Points(3.0)) == ["constant"]
+    assert conformance._shape(Points([[0, 0.0], [2, 1.0], [4, 1.0], [4, 0.5], [8, 0.1]])) == [
+        "warm-up", "constant", "step", "linear"
+    ]  # fmt: skip
+    assert conformance._shape(Points([[0, 2.0], [4, 0.1], [8, 0.05]])) == ["falling"]
+
+
+def test_two_ranks_of_pipeline_do_not_run_dualpipe_in_small_steps():
+    """`auto` picks 1F1B below 2 pp micro-batches, whatever the layout promises."""
+    small = of("tiny", "layout.pp=2", "layout.dp=1")["DualPipe"]
+    assert small == (OFF, "2 pipeline ranks, 1f1b, in the smallest steps 1f1b")
+    enough = of("tiny", "layout.pp=2", "layout.dp=1", "pretrain.batch_rows=32")["DualPipe"]
+    assert enough == (SCALED, "2 pipeline ranks, dualpipe, in the smallest steps dualpipe")
 
 
 def test_a_recipe_without_a_stage_says_so():
     recipe = Recipe.parse('name = "x"\n[[stage]]\nkind = "corpus"\nparts = { english = "fables-en" }\n')
-    found = {row["item"]: (row["here"], row["on"]) for row in rows(recipe)}
-    assert found["GRPO groups"] == found["Sequence-wise balance loss"] == ("no such stage", False)
-    assert found["Packing without cross-document mask"] == ("rows of 256", True)
+    found = {row["item"]: (row["state"], row["here"]) for row in rows(recipe)}
+    assert found["GRPO groups"] == found["Sequence-wise balance loss"] == (OFF, "no such stage")
+    assert found["Packing without cross-document mask"] == (SCALED, "rows of 256")
 
 
 def test_of_an_imported_model_nothing_of_ours_is_claimed():
     found = rows(Recipe.load(ROOT / "recipes" / "smollm2.toml"))
     ours = [row for row in found if row["section"].startswith("V3 2") and row["here"] != "no such stage"]
-    assert len(ours) > 4 and {(row["here"], row["on"]) for row in ours} == {("the imported model's own", False)}
+    assert len(ours) > 3 and {(row["state"], row["here"]) for row in ours} == {(OFF, "the imported model's own")}

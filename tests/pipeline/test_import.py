@@ -244,6 +244,7 @@ def test_a_package_is_unpacked_only_when_it_is_the_pinned_one(tmp_path, monkeypa
 def test_an_imported_model_is_not_said_to_be_the_papers():
     recipe = Recipe.load(Path(stages_run.__file__).parents[2] / "recipes" / "smollm2.toml")
     shown = {row["item"]: row for row in conformance.rows(recipe)}
-    assert not shown["Multi-head latent attention"]["on"] and "imported" in shown["Multi-head latent attention"]["here"]
-    assert shown["GRPO groups"]["on"], "the training is"
+    attention = shown["Multi-head latent attention"]
+    assert attention["state"] == "off" and "imported" in attention["here"]
+    assert shown["GRPO groups"]["state"] == "adapted", "the training is"
     assert [stage.kind for stage in recipe.stages] == ["import", "examples", "sft", "rl", "reject", "sft", "eval"]

@@ -197,8 +197,8 @@ def test_a_stage_without_a_state_starts_over_and_so_do_its_lines(toy, monkeypatc
 
 def test_the_first_screen(toy, capsys):
     """What will run, on what, how long; the conformance table goes to its file, with a line of summary here."""
-    mtp = {"item": "MTP [depth]", "section": "2.2", "paper": "1", "here": "1", "on": True}
-    rows = [mtp, mtp | {"item": "FP8", "on": False}]
+    mtp = {"item": "MTP [depth]", "section": "2.2", "paper": "1", "here": "1", "state": "as published"}
+    rows = [mtp, mtp | {"item": "FP8", "state": "off"}]
     run(toy, until="first", conformance=lambda recipe: rows)
     assert json.loads((toy.out / "conformance.json").read_text()) == rows
     said = capsys.readouterr().err.splitlines()
@@ -206,7 +206,10 @@ def test_the_first_screen(toy, capsys):
     assert [line.split()[:3] for line in said[1:4]] == [
         ["1", "first", "about"], ["2", "second", "about"], ["3", "compare", "about"]
     ]  # fmt: skip
-    assert said[4] == "1 of 2 items of the papers' recipe are on; the table is in report.html and conformance.json"
+    assert said[4] == (
+        "1 of 2 items of the papers' recipe as published, 0 scaled, 0 adapted, 1 off; "
+        "the table is in report.html and conformance.json"
+    )
 
 
 def test_resolve_runs_for_every_stage_before_anything_is_written(toy, monkeypatch):

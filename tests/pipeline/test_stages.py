@@ -170,8 +170,8 @@ def test_evaluation_compares_the_models(whole):
 def test_the_conformance_of_the_run_is_kept(whole):
     rows = {row["item"]: row for row in json.loads(whole.text("conformance.json"))}
     assert rows["DeepSeekMoE"]["here"] == "8 routed + 1 shared, top-2"
-    assert rows["GRPO groups"] | {"here": "6 samples, 3 prompts a rollout", "on": True} == rows["GRPO groups"]
-    assert rows["FP8 training"]["on"] is False
+    assert rows["GRPO groups"] | {"here": "6 samples, 3 prompts a rollout", "state": "adapted"} == rows["GRPO groups"]
+    assert rows["FP8 training"]["state"] == "off"
 
 
 def test_a_second_run_does_nothing(whole):

@@ -117,6 +117,19 @@ def test_charts_take_the_colours_of_the_page(text):
     assert all(f"--{name}:" in light for name in used) and all(f"--{name}:" in dark.split("}")[0] for name in used)
 
 
+def test_the_papers_recipe(text, tmp_path):
+    """The four states; the rows of a run that is older than they are know only on and off."""
+    assert "6 of 8 items of the papers" in text and "recipe on, 2 off." in text
+    assert text.count('<span class="pill on">on</span>') == 6 and text.count('<span class="pill off">off</span>') == 2
+    root = fake_run.make(tmp_path / "run")
+    states = ["scaled", "off", "adapted", "as published", "as published"]
+    (root / "conformance.json").write_text(json.dumps([{"item": state, "state": state} for state in states]))
+    shown = card.write(root).read_text(encoding="utf-8")
+    assert "recipe as published, 1 scaled, 1 adapted, 1 off." in shown and "2 of 5 items" in shown
+    pills = re.findall(r'<span class="pill (on|off)">([^<]*)</span>', shown)
+    assert pills == [("on" if state in ("scaled", "as published") else "off", state) for state in states]
+
+
 def test_hostile_output_stays_text(tmp_path):
     root = fake_run.make(tmp_path / "run", hostile=True)
     (root / "02-pretrain" / "samples.md").write_text(

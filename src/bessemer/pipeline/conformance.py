@@ -1,18 +1,24 @@
-"""The paper's recipe item by item: the published value, the value of this run, and where it is built and tested.
+"""The papers' recipe item by item: the published values, the values of this run, and where it is built and tested.
 
-`rows(recipe)` is the table of conformance.json and of the report; `markdown()` is docs/conformance.md, and a
-test fails when that file differs or an entry points nowhere. Items that are off are listed as well.
+`rows(recipe)` is the table of conformance.json and of the report. An item is *as published* if the run has every
+published value, *scaled* if only sizes differ (widths, counts, lengths, batches, rates: they follow the model's size),
+*adapted* if a choice differs, and *off* without the mechanism. `markdown()` is docs/conformance.md, and a test fails
+when that file differs or an entry points nowhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
 
-from bessemer.config.recipe import LayoutConfig, Recipe
+from bessemer.config.recipe import Recipe
 from bessemer.config.units import Points, show_tokens
+from bessemer.dist import distributed, schedules
 from bessemer.model.config import ModelConfig
+from bessemer.runs.directory import CONFORMANCE_STATES
 from bessemer.train.setup import model_config
 
 
@@ -23,244 +29,461 @@ class RecipeFacts:
         self.recipe = recipe
         self.model: ModelConfig = model_config(recipe)
 
-    def stage(self, kind: str) -> Any | None:
-        """The table of the first stage of a kind."""
-        return next((stage for stage in self.recipe.stages if stage.kind == kind), None)
-
     def stages(self, kind: str) -> list[Any]:
-        """The tables of all stages of a kind."""
         return [stage for stage in self.recipe.stages if stage.kind == kind]
 
-    def is_student(self, name: str | None) -> bool:
-        """Whether a stage brings in a model of another shape than the recipe's."""
-        stage = next((stage for stage in self.recipe.stages if stage.name == name), None)
-        return stage is not None and bool(getattr(stage, "model", None)) and self.stage("rl") is not None
+    def chain(self, name: str) -> list[Any]:
+        """A stage and what its model was trained by before, the first stage last."""
+        found = []
+        while name:
+            found.append(self.recipe.stage(name))
+            name = found[-1].source or ""
+        return found
 
-    def imported(self) -> bool:
-        """Whether the run begins with a model from elsewhere, which the [model] table does not describe."""
-        return self.recipe.stages[0].kind == "import"
+    def base(self, name: str) -> str:
+        """The stage that a stage's model began in."""
+        return next((stage.name for stage in self.chain(name) if stage.kind in ("pretrain", "import")), name)
 
-    def masked(self) -> bool:
-        """Whether pre-training hides the other documents of a row."""
-        pretrain = self.stage("pretrain")
-        return pretrain is not None and pretrain.document_mask
+    def after_sft(self, name: str) -> bool:
+        return any(stage.kind == "sft" for stage in self.chain(name))
+
+    def authors(self, sft: Any) -> list[Any]:
+        """The stages whose answers an SFT stage is trained on."""
+        return [self.recipe.stage(name) for name in sft.samples]
+
+    def is_distillation(self, sft: Any) -> bool:
+        """Whether an SFT stage is trained on another model's checked answers, with no RL after it (R1 2.4)."""
+        rejected = any(author.kind == "reject" for author in self.authors(sft))
+        return rejected and all(stage.source != sft.name for stage in self.stages("rl"))
+
+    def cold_starts(self) -> list[Any]:
+        """The stages that wrote what the first SFT before RL is trained on."""
+        starts = {stage.source for stage in self.stages("rl")}
+        return next((self.authors(stage) for stage in self.stages("sft") if stage.name in starts and stage.samples), [])
 
 
-Status = tuple[str, bool]
-ABSENT: Status = ("no such stage", False)
-IMPORTED: Status = ("the imported model's own", False)
+Found = list[Any] | str
+"""The tables that hold an item's values, or why there are none."""
+ABSENT = "no such stage"
+IMPORTED = "the imported model's own"
+ANY = "undocumented"
+"""A published value that the paper does not state; no value differs from it."""
+
+
+class Read(NamedTuple):
+    """A published value that is no key of the table."""
+
+    published: Any
+    of: Callable[[RecipeFacts, Any], Any]
 
 
 @dataclass(frozen=True)
 class Item:
     item: str
     section: str
-    paper: str
-    status: Callable[[RecipeFacts], Status]
-    """The value of a run, and whether the item is on."""
+    text: str
+    """How the values are shown, the paper's and the run's."""
+    found: Callable[[RecipeFacts], Found]
     code: str
     """File under src/bessemer."""
     test: str
     """File under tests."""
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    """Key of the table, or name -> `Read`: published value. A range or a frozenset holds several."""
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    """The same for what scales with the model."""
+    on: Callable[[dict[str, Any]], bool] = lambda values: True
+    """Whether values are those of the mechanism at all."""
+    paper: str = ""
+    """The paper's words, where its values in `text` would not say it."""
+    best: bool = False
+    """Of several tables, take the nearest to the paper, because they differ on purpose. Else the farthest."""
+
+    def published(self) -> str:
+        values = {**self.choices, **self.sizes}
+        return self.paper or self._show({key: v.published if isinstance(v, Read) else v for key, v in values.items()})
+
+    def status(self, facts: RecipeFacts) -> tuple[str, str]:
+        """(state, values as text) of a run."""
+        tables = self.found(facts)
+        if isinstance(tables, str) or not tables:
+            return "off", tables if isinstance(tables, str) else ABSENT
+        judged = [(*self._judge(facts, table), getattr(table, "name", "")) for table in tables]
+        pick = min if self.best else max
+        state, text, name = pick(judged, key=lambda one: CONFORMANCE_STATES.index(one[0]))
+        return state, f"{name}: {text}" if len({text for _, text, _ in judged}) > 1 else text
+
+    def _judge(self, facts: RecipeFacts, table: Any) -> tuple[str, str]:
+        values: dict[str, Any] = {}
+        equal = {}
+        for key, entry in {**self.choices, **self.sizes}.items():
+            published, read = entry if isinstance(entry, Read) else (entry, None)
+            values[key] = read(facts, table) if read else getattr(table, key)
+            equal[key] = _same(values[key], published)
+        if not self.on(values):
+            state = "off"
+        elif not all(equal[key] for key in self.choices):
+            state = "adapted"
+        else:
+            state = "as published" if all(equal.values()) else "scaled"
+        return state, self._show(values)
+
+    def _show(self, values: dict[str, Any]) -> str:
+        return self.text.format_map({key: _show(value) for key, value in values.items()})
 
 
-def _points(points: Points) -> str:
-    texts = [f"{value:g} at {show_tokens(at)}" for at, value in zip(points.tokens, points.values, strict=True)]
-    return f"{points.values[0]:g}" if len(texts) == 1 else ", ".join(texts)
+def _same(value: Any, published: Any) -> bool:
+    if published is ANY:
+        return True
+    if isinstance(published, range | frozenset):
+        return value in published
+    return math.isclose(value, published, rel_tol=1e-6) if isinstance(published, float) else bool(value == published)
 
 
-def _model(
-    show: Callable[[ModelConfig], Any], on: Callable[[ModelConfig], bool] = lambda m: True
-) -> Callable[[RecipeFacts], Status]:
-    return lambda facts: IMPORTED if facts.imported() else (str(show(facts.model)), on(facts.model))
+def _show(value: Any) -> str:
+    if isinstance(value, Points):
+        texts = [f"{y:g} at {show_tokens(at)}" for at, y, *_ in value.plain()]
+        return f"{value.values[0]:g}" if len(texts) == 1 else ", ".join(texts)
+    if isinstance(value, range | frozenset):
+        return f"{_show(min(value))} to {_show(max(value))}"
+    if isinstance(value, list):
+        return ", ".join(map(_show, value))
+    return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _of(
-    kind: str, show: Callable[[Any], Any], on: Callable[[Any], bool] = lambda s: True
-) -> Callable[[RecipeFacts], Status]:
-    def status(facts: RecipeFacts) -> Status:
-        stage = facts.stage(kind)
-        return ABSENT if stage is None else (str(show(stage)), on(stage))
-
-    return status
+def _stages(
+    kind: str, which: Callable[[RecipeFacts, Any], bool] = lambda f, s: True
+) -> Callable[[RecipeFacts], list[Any]]:
+    return lambda facts: [stage for stage in facts.stages(kind) if which(facts, stage)]
 
 
-def _any(kind: str, show: Callable[[Any], Any], on: Callable[[Any], bool]) -> Callable[[RecipeFacts], Status]:
-    """As `_of`, of the first stage that has the item on; several stages of a kind differ on purpose."""
-
-    def status(facts: RecipeFacts) -> Status:
-        stages = facts.stages(kind)
-        stage = next(filter(on, stages), stages[0] if stages else None)
-        return ABSENT if stage is None else (f"{stage.name}: {show(stage)}", on(stage))
-
-    return status
+def _model(facts: RecipeFacts) -> Found:
+    return IMPORTED if facts.recipe.stages[0].kind == "import" else [facts.model]
 
 
-def _layout(show: Callable[[LayoutConfig], str], on: Callable[[LayoutConfig], bool]) -> Callable[[RecipeFacts], Status]:
-    def status(facts: RecipeFacts) -> Status:
-        layout = facts.recipe.layout
-        return ("one process", False) if layout.fewest == 1 else (show(layout), on(layout))
-
-    return status
+def _layout(facts: RecipeFacts) -> Found:
+    return "one process" if facts.recipe.layout.fewest == 1 else [facts.recipe.layout]
 
 
-def _extended(facts: RecipeFacts) -> Status:
-    phases = facts.stages("extend")
-    if not phases:
-        return ABSENT
-    steps = ", ".join(f"{s.tokens / s.length / s.batch_rows.values[0]:.0f}" for s in phases)
-    return " -> ".join(["short", *(str(s.length) for s in phases)]) + f", {steps} steps", len(phases) > 1
+def _corpus(facts: RecipeFacts) -> list[Any]:
+    return facts.stages("corpus")[:1]  # the later ones are those of longer rows
 
 
-_TEMPLATES = {"r1-zero": "R1-Zero's, its preamble in our words", "zero": "the question without a preamble"}
+_pretrain = _stages("pretrain", lambda f, s: not s.model)  # a student's changes are not of the recipe's model
+_rl = _stages("rl")
+_sft = _stages("sft", lambda f, s: not f.is_distillation(s))
 
 
-def _template(facts: RecipeFacts) -> Status:
-    """That of the first RL stage, or of the model that it starts from."""
-    if (rl := facts.stage("rl")) is None:
-        return ABSENT
-    source = next((stage for stage in facts.recipe.stages if stage.name == rl.source), None)
-    named = rl.prompt_template
-    if named == "model":
-        named = "zero" if source is None or source.kind == "pretrain" else getattr(source, "style", None)
-    return _TEMPLATES.get(named or "", "the model's own"), named == "r1-zero"
+def _levels(points: Points) -> list[float]:
+    """The values of a step function, in order."""
+    return [value for n, value in enumerate(points.values) if not n or value != points.values[n - 1]]
 
 
-def _sparse(m: ModelConfig) -> bool:
-    return m.n_dense_layers < m.n_layers
+Point = tuple[float, float]
 
+
+def _pieces(points: Points) -> list[tuple[str, Point, Point]]:
+    """A schedule as (word, first point, last point). Pieces that fall one after the other are one curve."""
+    pieces: list[tuple[str, Point, Point]] = []
+    ends: list[Point] = list(zip(points.tokens, points.values, strict=True))
+    for left, right in pairwise(ends):
+        level = "constant" if left[1] == right[1] else "warm-up" if left[1] < right[1] else "falling"
+        word = "step" if left[0] == right[0] else level
+        if word == "falling" and pieces and pieces[-1][0] == word:
+            left = pieces.pop()[1]
+        pieces.append((word, left, right))
+    return [(_curve(points, left, right) if word == "falling" else word, left, right) for word, left, right in pieces]
+
+
+def _curve(points: Points, left: Point, right: Point) -> str:
+    """The name of a falling curve, by its quarter points."""
+
+    def near(course: Callable[[float], float]) -> bool:
+        tokens, fall = right[0] - left[0], left[1] - right[1]
+        quarters = (0.25, 0.5, 0.75)
+        return all(abs(points(left[0] + x * tokens) - right[1] - course(x) * fall) < 0.02 * fall for x in quarters)
+
+    if near(lambda x: (1 + math.cos(math.pi * x)) / 2):
+        return "cosine"
+    return "linear" if near(lambda x: 1 - x) else "falling"
+
+
+def _shape(points: Points) -> list[str]:
+    return [word for word, *_ in _pieces(points)] or ["constant"]
+
+
+def _corners(points: Points) -> Points:
+    """The points between pieces."""
+    ends = [list(end) for _, *both in _pieces(points) for end in both]
+    return Points([end for n, end in enumerate(ends) if not n or end != ends[n - 1]] or points)
+
+
+V3_LR = Points([
+    [0, 0.0], ["28.1B", 2.2e-4], ["10T", 2.2e-4], ["14.3T", 2.2e-5, "cosine"], ["14633B", 2.2e-5], ["14633B", 7.3e-6]
+])  # fmt: skip
+"""V3 4.2; 2,000 steps of the ramp of batch sizes are 28.1B tokens."""
+
+
+def _used(rows: Callable[[list[float]], float]) -> Callable[[RecipeFacts, Any], str]:
+    """The schedule that a step of pre-training runs with, `rows` of all its batch sizes."""
+
+    def name(facts: RecipeFacts, layout: Any) -> str:
+        ranks, schedule, _ = distributed.layout_of(layout, layout.fewest)
+        steps = [(rows(s.batch_rows.values), s.micro_rows) for s in facts.stages("pretrain")] or [(1, 1)]
+        micro = math.ceil(steps[0][0] / (ranks.dp * ranks.ep * steps[0][1]))
+        return schedules.schedule(schedule, ranks.pp, schedules.micro_batches(schedule, ranks.pp, micro)).name
+
+    return name
+
+
+def _general(facts: RecipeFacts, stage: Any) -> bool:
+    return bool(stage.reward_models)
+
+
+def _extended(facts: RecipeFacts) -> Found:
+    return facts.stages("extend")[:1]
+
+
+def _has_experts(facts: RecipeFacts, model: ModelConfig) -> bool:
+    return model.n_dense_layers < model.n_layers
+
+
+def _lengths(facts: RecipeFacts, first: Any) -> str:
+    short = next((str(corpus.row_length) for corpus in _corpus(facts)), "short")
+    return " -> ".join([short, *(str(stage.length) for stage in facts.stages("extend"))])
+
+
+def _extension_rate(facts: RecipeFacts, first: Any) -> str:
+    return next(
+        (" ".join(shape) for x in facts.stages("extend") if (shape := _shape(x.lr)) != ["constant"]), "constant"
+    )
+
+
+def _template(facts: RecipeFacts, rl: Any) -> str:
+    """That of an RL stage, or of the model that it starts from."""
+    source = facts.recipe.stage(rl.source)
+    own = "zero" if source.kind == "pretrain" else getattr(source, "style", None)
+    return TEMPLATES.get(own or "" if rl.prompt_template == "model" else rl.prompt_template, "the model's own")
+
+
+def _batch(facts: RecipeFacts, stage: Any) -> str:
+    return f"{stage.batch_examples} samples" if stage.batch_examples else f"{stage.batch_rows} rows"
+
+
+def _start(facts: RecipeFacts, stage: Any) -> str:
+    return "after SFT" if facts.after_sft(stage.name) else "no SFT"
+
+
+def _author(facts: RecipeFacts, stage: Any) -> str:
+    if stage.kind != "reject":
+        return "written"
+    return "after SFT" if facts.after_sft(stage.source) else "by R1-Zero"
+
+
+def _student(facts: RecipeFacts, sft: Any) -> str:
+    teachers = {facts.base(author.source) for author in facts.authors(sft) if author.kind == "reject"}
+    return "the teacher's own base" if facts.base(sft.source) in teachers else "another model"
+
+
+TEMPLATES = {"r1-zero": "R1-Zero's, its preamble in our words", "zero": "the question without a preamble"}
+MEANS = {"sequence": "each output, then outputs", "token": "all tokens", "constant": "the length cap"}
 
 ITEMS: tuple[Item, ...] = (
-    Item("Multi-head latent attention", "V3 2.1.1", "latent 512 + 64, 128 heads",
-         _model(lambda m: f"latent {m.kv_lora_rank} + {m.qk_rope_head_dim}, {m.n_heads} heads"),
-         "model/mla.py", "model/test_model_attention.py"),
-    Item("Query compression", "V3 4.2", "rank 1536",
-         _model(lambda m: f"rank {m.q_lora_rank}", lambda m: m.q_lora_rank > 0),
-         "model/mla.py", "model/test_hub_parity.py"),
-    Item("Interleaved RoPE, YaRN off in the short stage", "V3 4.2-4.3", "theta 10000, plain at 4K",
-         _model(lambda m: f"theta {m.rope_theta:g}, " + (f"YaRN {m.rope_factor:g}" if m.yarn else "plain"),
-                lambda m: not m.yarn),
-         "model/mla.py", "model/test_model_rope.py"),
-    Item("DeepSeekMoE", "V3 2.1.2", "256 routed + 1 shared, top-8",
-         _model(lambda m: f"{m.n_routed_experts} routed + {m.n_shared_experts} shared, top-{m.n_activated_experts}",
-                _sparse), "model/moe.py", "model/test_model_network.py"),
-    Item("Sigmoid gate, normalised, scaled", "V3 2.1.2", "sigmoid, x 2.5",
-         _model(lambda m: f"{m.score_func}, x {m.route_scale:g}", _sparse), "model/moe.py", "model/test_model_gate.py"),
-    Item("Group-limited routing", "V3 2.1.2", "4 of 8 groups",
-         _model(lambda m: f"{m.n_limited_groups} of {m.n_expert_groups} groups", lambda m: m.n_expert_groups > 1),
-         "model/moe.py", "model/test_model_gate.py"),
-    Item("Leading dense layers", "V3 4.2", "3 of 61", _model(lambda m: f"{m.n_dense_layers} of {m.n_layers}"),
-         "model/layer.py", "model/test_model_network.py"),
-    Item("Bias balancing, MTP layers included", "V3 2.1.2, 4.2", "gamma 0.001, 0 at the end",
-         _of("pretrain", lambda s: f"gamma {_points(s.gamma)}", lambda s: max(s.gamma.values) > 0),
-         "train/balance.py", "train/test_balance.py"),
-    Item("Sequence-wise balance loss", "V3 2.1.2", "alpha 0.0001",
-         _of("pretrain", lambda s: f"alpha {s.balance_alpha:g}", lambda s: s.balance_alpha > 0),
-         "train/objective.py", "train/test_objective.py"),
-    Item("No token dropping", "V3 2.1.2", "none dropped", _model(lambda m: "none dropped"),
-         "model/moe.py", "model/test_model_gate.py"),
-    Item("Multi-token prediction", "V3 2.2", "depth 1, lambda 0.3 then 0.1",
-         lambda f: IMPORTED if f.imported() else (f"depth {f.model.n_mtp}" + (
-             f", lambda {_points(s.mtp_lambda)}" if (s := f.stage("pretrain")) else ""), f.model.n_mtp > 0),
-         "model/transformer.py", "model/test_hub_mtp.py"),
-    Item("AdamW, FP32 masters", "V3 4.2, 3.3.2", "0.9 / 0.95, decay 0.1, clip 1.0",
-         _of("pretrain", lambda s: ("Muon for matrices inside layers, else " if s.optimizer == "muon" else "")
-             + f"0.9 / 0.95, decay {s.weight_decay:g}, clip {s.clip:g}", lambda s: s.optimizer == "adamw"),
-         "train/optimizer.py", "train/test_optim.py"),
-    Item("Learning rate over consumed tokens", "V3 4.2", "warm-up, constant, cosine, two steps",
-         _of("pretrain", lambda s: _points(s.lr)), "config/units.py", "pipeline/test_recipe_values.py"),
-    Item("Batch size over consumed tokens", "V3 4.2", "3072 -> 15360 rows",
-         _of("pretrain", lambda s: f"{_points(s.batch_rows)} rows", lambda s: len(set(s.batch_rows.values)) > 1),
-         "train/trainer.py", "train/test_trainer.py"),
-    Item("Initialisation", "V3 4.2", "std 0.006 at width 7168",
-         _model(lambda m: f"std {m.init_std:g} at width {m.dim}"),
-         "model/transformer.py", "model/test_model_network.py"),
-    Item("Packing without cross-document mask", "V3 4.1", "rows of 4096",
-         lambda f: (f"rows of {s.row_length}" + (", masked" if f.masked() else ""), not f.masked())
-         if (s := f.stage("corpus")) else ABSENT, "data/rows.py", "data/test_data_corpus.py"),
-    Item("Fill-in-the-middle", "V3 4.1", "rate 0.1, PSM",
-         _of("corpus", lambda s: f"rate {s.fim_rate:g} on {', '.join(s.fim_parts) or 'no part'}",
-             lambda s: s.fim_rate > 0 and bool(s.fim_parts)), "data/corpus.py", "data/test_data_augment.py"),
-    Item("Random split of punctuation + line break", "V3 4.1", "a certain proportion",
-         _of("corpus", lambda s: f"rate {s.boundary_split_rate:g}", lambda s: s.boundary_split_rate > 0),
-         "data/corpus.py", "data/test_data_augment.py"),
-    Item("Byte-level BPE with V3's pre-split", "V3 4.1", "128K entries",
-         _model(lambda m: f"{m.vocab_size} entries"), "data/tokenizer.py", "data/test_data_tokenizer.py"),
-    Item("FP8 training", "V3 3.3", "E4M3, 1x128 and 128x128, sums to float32 every 128",
-         _any("pretrain", lambda s: s.fp8, lambda s: s.fp8 in ("paper", "power-of-two")),
-         "precision/fp8_linear.py", "precision/test_fp8_gemm.py"),
-    Item("Activations stored in FP8 and E5M6; norms and up-projections recomputed", "V3 3.2.3, 3.3.3",
-         "a byte, 12 bits",
-         _any("pretrain", lambda s: "with FP8" if s.fp8 != "off" else "no FP8", lambda s: s.fp8 != "off"),
-         "model/fp8.py", "model/test_model_fp8.py"),
-    Item("Moments of the optimizer in BF16", "V3 3.3.2", "bfloat16, masters and gradients float32",
-         _any("pretrain", lambda s: s.moments, lambda s: s.moments == "bfloat16"),
-         "train/optimizer.py", "train/test_optim.py"),
-    Item("Moving average of the weights", "V3 3.2.3", "in CPU memory, after each step",
-         _any("pretrain", lambda s: f"decay {s.ema_decay:g}" if s.ema_decay else "none", lambda s: s.ema_decay > 0),
-         "train/optimizer.py", "train/test_ema.py"),
-    Item("DualPipe", "V3 3.2.1", "16 pipeline ranks",
-         _layout(lambda x: f"{x.pp} pipeline ranks, {x.schedule}",
-                 lambda x: x.schedule == "dualpipe" or (x.schedule == "auto" and x.pp % 2 == 0)),
-         "dist/executor.py", "dist/test_executor.py"),
-    Item("Expert parallelism, a token to a node once", "V3 3.2.2", "64 ranks on 8 nodes",
-         _layout(lambda x: f"{x.ep} ranks, {x.node} a node", lambda x: x.ep > 1),
-         "dist/expert_parallel.py", "dist/test_expert_parallel.py"),
-    Item("ZeRO-1", "V3 3.2", "optimizer state sharded over data-parallel ranks",
-         _layout(lambda x: f"{x.dp if x.dp != 'auto' else 'all'} x {x.ep} ranks", lambda x: x.ep > 1 or x.dp != 1),
-         "dist/zero1.py", "dist/test_distributed_trainer.py"),
-    Item("Long-context extension in phases", "V3 4.3", "4K -> 32K -> 128K, 1000 steps each", _extended,
-         "pipeline/stages/extend.py", "pipeline/test_extend.py"),
-    Item("YaRN on the rotary key, the same in every phase", "V3 4.3", "s 40, alpha 1, beta 32, sqrt(t) 0.1 ln s + 1",
-         lambda f: (f"s {s.rope_factor:g}, alpha {f.model.beta_slow:g}, beta {f.model.beta_fast:g}, "
-                    f"sqrt(t) {0.1 * f.model.mscale_all_dim:g} ln s + 1", True) if (s := f.stage("extend")) else ABSENT,
-         "model/mla.py", "model/test_model_rope.py"),
-    Item("Needle in a haystack over lengths and depths", "V3 4.3, Figure 8", "up to 128K, after SFT",
-         _of("longeval", lambda s: f"up to {max(s.lengths)}, {s.problems * len(s.depths)} problems of each length",
-             lambda s: bool(s.haystack)), "tasks/needle.py", "tasks/test_needle.py"),
-    Item("R1-Zero: RL from the base, no SFT", "R1 2.2", "rule rewards only",
-         _of("rl", lambda s: "tasks: " + ", ".join(s.tasks)), "pipeline/stages/rl.py", "pipeline/test_stages.py"),
-    Item("Prompt template", "R1 Table 1", "preamble, User: question, Assistant:", _template,
-         "data/chat.py", "data/test_data_chat.py"),
-    Item("GRPO groups", "R1 2.2.1", "16 samples, 512 prompts a rollout",
-         _of("rl", lambda s: f"{s.samples} samples, {s.prompts_per_rollout} prompts a rollout"),
-         "rl/reward.py", "rl/test_rl_advantage.py"),
-    Item("Clip", "R1-Nature B", "eps 10", _of("rl", lambda s: f"-{s.clip_low:g} / +{s.clip_high:g}"),
-         "rl/losses.py", "rl/test_rl_losses.py"),
-    Item("KL to the reference (k3, in the loss)", "R1-Nature B", "0.001, refreshed every 400 steps",
-         _of("rl", lambda s: f"{s.kl:g}, refreshed every {s.reference_every} steps", lambda s: s.kl > 0),
-         "rl/losses.py", "rl/test_rl_losses.py"),
-    Item("Mini-batches per rollout", "R1-Nature B", "16, one epoch",
-         _of("rl", lambda s: f"{s.updates_per_rollout}, one epoch"), "rl/loop.py", "pipeline/test_stages.py"),
-    Item("Rewards", "R1 2.2.2", "accuracy + format, equal weight",
-         _of("rl", lambda s: f"accuracy + {s.format_reward:g} x format"), "rl/reward.py", "rl/test_rl_reward.py"),
-    Item("SFT: answers only, samples packed with masks", "V3 5.1, R1 2.3.1", "cosine 5e-5 -> 5e-6, 2 to 3 epochs",
-         _of("sft", lambda s: f"cosine {s.lr:g} -> {s.lr_final:g}, {s.epochs} epochs"),
-         "data/sft_rows.py", "data/test_sft_rows.py"),
-    Item("Length cap raised mid-run", "R1-Nature Methods", "32,768 -> 65,536 at step 8.2k",
-         _any("rl", lambda s: f"{_points(s.max_new_tokens)} tokens", lambda s: len(set(s.max_new_tokens.values)) > 1),
-         "rl/loop.py", "pipeline/test_r1.py"),
-    Item("Cold start: readable R1-Zero answers in one form", "R1 2.3.1", "thousands, thoughts and a summary",
-         _any("reject", lambda s: f"{s.problems} problems, form {s.form}", lambda s: s.form == "r1"),
-         "pipeline/stages/reject.py", "pipeline/test_reject.py"),
-    Item("Language consistency reward", "R1 2.3.2", "share of target-language words, from R1's first RL stage on",
-         _any("rl", lambda s: f"{s.language_reward:g} x consistency", lambda s: s.language_reward > 0),
-         "tasks/readability.py", "tasks/test_language.py"),
-    Item("Rejection sampling: correct and readable answers", "R1 2.3.3", "several answers, 3 reasoning to 1 other",
-         _any("reject", lambda s: f"{s.samples} answers, {s.keep} kept, {s.others} other conversations",
-              lambda s: s.others > 0), "pipeline/stages/reject.py", "pipeline/test_r1.py"),
-    Item("Reward models: helpful by pairs, harmless by labels", "R1-Nature Methods", "66,000 pairs, 106,000 labels",
-         _any("reward-model", lambda s: f"{s.aim}, {s.made} made prompts", lambda s: True),
-         "pipeline/stages/reward.py", "pipeline/test_reward_stage.py"),
-    Item("Preference rewards only at the end", "R1 2.3.4", "last 400 of 1,700 steps",
-         _any("rl", lambda s: f"from rollout {s.general_from} of {s.rollouts}",
-              lambda s: bool(s.reward_models) and s.general_from > 0), "rl/rollout_queue.py", "pipeline/test_r1.py"),
-    Item("Distillation: SFT of a smaller model on checked samples", "R1 2.4", "800K samples, dense students",
-         lambda f: next(((f"{s.name}: from {s.source}", True) for s in f.stages("sft") if f.is_student(s.source)),
-                        ABSENT), "pipeline/stages/sft.py", "pipeline/test_r1.py"),
-    Item("Evaluation by sampling", "R1 3", "pass@1 over k samples, T 0.6, and cons@k",
-         _of("eval", lambda s: f"{s.samples} samples, T {', '.join(f'{t:g}' for t in s.temperatures)}"),
-         "tasks/verdict_metrics.py", "tasks/test_verdict_metrics.py"),
+    Item("Multi-head latent attention", "V3 2.1.1", "latent {kv_lora_rank} + {qk_rope_head_dim}, {n_heads} heads",
+         _model, "model/mla.py", "model/test_model_attention.py",
+         sizes=dict(kv_lora_rank=512, qk_rope_head_dim=64, n_heads=128, qk_nope_head_dim=128, v_head_dim=128)),
+    Item("Query compression", "V3 4.2", "rank {q_lora_rank}", _model, "model/mla.py", "model/test_hub_parity.py",
+         sizes=dict(q_lora_rank=1536), on=lambda v: v["q_lora_rank"] > 0),
+    Item("Interleaved RoPE, YaRN off in the short stage", "V3 4.2-4.3", "theta {rope_theta}, YaRN {rope_factor}",
+         _model, "model/mla.py", "model/test_model_rope.py", dict(rope_theta=10000.0, rope_factor=1.0),
+         paper="theta 10000, plain at 4K"),
+    Item("DeepSeekMoE", "V3 2.1.2", "{n_routed_experts} routed + {n_shared_experts} shared, top-{n_activated_experts}",
+         _model, "model/moe.py", "model/test_model_network.py",
+         dict(n_shared_experts=1, experts=Read(True, _has_experts)),
+         dict(n_routed_experts=256, n_activated_experts=8, moe_inter_dim=2048), on=lambda v: v["experts"]),
+    Item("Sigmoid gate, normalised, scaled", "V3 2.1.2", "{score_func}, {norm}, x {route_scale}", _model,
+         "model/moe.py", "model/test_model_gate.py",
+         dict(score_func="sigmoid", route_scale=2.5, experts=Read(True, _has_experts),
+              norm=Read("normalised", lambda f, m: "normalised" if m.norm_topk_prob else "not normalised")),
+         on=lambda v: v["experts"]),
+    Item("Group-limited routing", "V3 2.1.2", "{n_limited_groups} of {n_expert_groups} groups", _model,
+         "model/moe.py", "model/test_model_gate.py", sizes=dict(n_limited_groups=4, n_expert_groups=8),
+         on=lambda v: v["n_limited_groups"] < v["n_expert_groups"]),
+    Item("Leading dense layers", "V3 4.2", "{n_dense_layers} of {n_layers}", _model,
+         "model/layer.py", "model/test_model_network.py", sizes=dict(n_dense_layers=3, n_layers=61),
+         on=lambda v: 0 < v["n_dense_layers"] < v["n_layers"]),
+    Item("Bias balancing, MTP layers included", "V3 2.1.2, 4.2", "gamma {gamma}", _pretrain,
+         "train/balance.py", "train/test_balance.py", dict(levels=Read([0.001, 0.0], lambda f, s: _levels(s.gamma))),
+         dict(gamma=Points([[0, 0.001], ["14.3T", 0.001], ["14.3T", 0.0]])), on=lambda v: max(v["levels"]) > 0),
+    Item("Sequence-wise balance loss", "V3 2.1.2", "alpha {balance_alpha}", _pretrain,
+         "train/objective.py", "train/test_objective.py", dict(balance_alpha=1e-4),
+         on=lambda v: v["balance_alpha"] > 0),
+    Item("No token dropping", "V3 2.1.2", "none dropped", _model, "model/moe.py", "model/test_model_gate.py"),
+    Item("Multi-token prediction", "V3 2.2", "depth {depth}, lambda {mtp_lambda}", _pretrain,
+         "model/transformer.py", "model/test_hub_mtp.py",
+         dict(depth=Read(1, lambda f, s: f.model.n_mtp), levels=Read([0.3, 0.1], lambda f, s: _levels(s.mtp_lambda))),
+         dict(mtp_lambda=Points([[0, 0.3], ["10T", 0.3], ["10T", 0.1]])),
+         on=lambda v: v["depth"] > 0 and max(v["levels"]) > 0),
+    Item("AdamW, FP32 masters", "V3 4.2, 3.3.2", "{optimizer}, {betas}, decay {weight_decay}, clip {clip}", _pretrain,
+         "train/optimizer.py", "train/test_optim.py",
+         dict(optimizer="adamw", weight_decay=0.1, clip=1.0, betas=Read([0.9, 0.95], lambda f, s: list(s.betas)))),
+    Item("Learning rate over consumed tokens", "V3 4.2", "{shape}: {lr}; {tokens} tokens", _pretrain,
+         "config/units.py", "pipeline/test_recipe_values.py",
+         dict(shape=Read(_shape(V3_LR), lambda f, s: _shape(s.lr))),
+         dict(lr=Read(_corners(V3_LR), lambda f, s: _corners(s.lr)),
+              tokens=Read("14.8T", lambda f, s: show_tokens(s.tokens)))),
+    Item("Batch size over consumed tokens", "V3 4.2", "{batch_rows} rows", _pretrain,
+         "train/trainer.py", "train/test_trainer.py", dict(shape=Read(["warm-up"], lambda f, s: _shape(s.batch_rows))),
+         dict(batch_rows=Points([[0, 3072], ["469B", 15360]])), on=lambda v: v["shape"] != ["constant"]),
+    Item("Initialisation", "V3 4.2", "std {init_std} at width {dim}", _model,
+         "model/transformer.py", "model/test_model_network.py", sizes=dict(init_std=0.006, dim=7168)),
+    Item("Packing without cross-document mask", "V3 4.1", "rows of {row_length}{mask}", _corpus,
+         "data/rows.py", "data/test_data_corpus.py",
+         dict(mask=Read("", lambda f, s: ", masked" if any(p.document_mask for p in _pretrain(f)) else "")),
+         dict(row_length=4096), on=lambda v: not v["mask"]),
+    Item("Fill-in-the-middle", "V3 4.1", "rate {fim_rate} on {parts}, PSM", _corpus,
+         "data/corpus.py", "data/test_data_augment.py",
+         dict(fim_rate=0.1, parts=Read("all parts", lambda f, s: "all parts" if s.parts and {*s.fim_parts} >= {*s.parts}
+                                       else ", ".join(s.fim_parts) or "no part")),
+         on=lambda v: v["fim_rate"] > 0 and v["parts"] != "no part"),
+    Item("Random split of punctuation + line break", "V3 4.1", "rate {boundary_split_rate}", _corpus,
+         "data/corpus.py", "data/test_data_augment.py",
+         dict(boundary_split_rate=Read(ANY, lambda f, s: s.boundary_split_rate)),
+         on=lambda v: v["boundary_split_rate"] > 0, paper="a certain proportion"),
+    Item("Byte-level BPE with V3's pre-split", "V3 4.1", "{vocab_size} entries", _model,
+         "data/tokenizer.py", "data/test_data_tokenizer.py", sizes=dict(vocab_size=129_280)),
+    Item("FP8 training", "V3 3.3", "{fp8}", _pretrain, "precision/fp8_linear.py", "precision/test_fp8_gemm.py",
+         dict(fp8="paper"), on=lambda v: v["fp8"] != "off", best=True,
+         paper="E4M3, 1x128 and 128x128, sums to float32 every 128"),
+    Item("Activations stored in FP8 and E5M6; norms and up-projections recomputed", "V3 3.2.3, 3.3.3", "fp8 {fp8}",
+         _pretrain, "model/fp8.py", "model/test_model_fp8.py", dict(fp8="paper"),
+         on=lambda v: v["fp8"] != "off", best=True, paper="a byte, 12 bits"),
+    Item("Moments of the optimizer in BF16", "V3 3.3.2", "{moments}", _pretrain,
+         "train/optimizer.py", "train/test_optim.py", dict(moments="bfloat16"), on=lambda v: v["moments"] == "bfloat16",
+         best=True, paper="bfloat16, masters and gradients float32"),
+    Item("Moving average of the weights", "V3 3.2.3", "decay {ema_decay}", _pretrain,
+         "train/optimizer.py", "train/test_ema.py", dict(ema_decay=Read(ANY, lambda f, s: s.ema_decay)),
+         on=lambda v: v["ema_decay"] > 0, best=True, paper="in CPU memory, after each step"),
+    Item("DualPipe", "V3 3.2.1", "{pp} pipeline ranks, {used}, in the smallest steps {small}", _layout,
+         "dist/executor.py", "dist/test_executor.py",
+         dict(used=Read("dualpipe", _used(max)), small=Read(ANY, _used(min))),
+         dict(pp=16), on=lambda v: v["used"].startswith("dualpipe"), paper="16 pipeline ranks"),
+    Item("Expert parallelism, a token to a node once", "V3 3.2.2", "{ep} ranks, {node} a node", _layout,
+         "dist/expert_parallel.py", "dist/test_expert_parallel.py", sizes=dict(ep=64, node=8),
+         on=lambda v: v["ep"] > 1),
+    Item("ZeRO-1", "V3 3.2", "optimizer state sharded over {dp} x {ep} ranks", _layout,
+         "dist/zero1.py", "dist/test_distributed_trainer.py", sizes=dict(dp=2, ep=64),
+         on=lambda v: v["ep"] > 1 or v["dp"] != 1),
+    Item("Long-context extension in phases", "V3 4.3", "{lengths}, {steps} steps, rate {shape} {lr}", _extended,
+         "pipeline/stages/extend.py", "pipeline/test_extend.py",
+         dict(phases=Read(2, lambda f, s: len(f.stages("extend"))), shape=Read("constant", _extension_rate)),
+         dict(lengths=Read("4096 -> 32768 -> 131072", _lengths),
+              steps=Read([1000, 1000], lambda f, s: [round(x.tokens / x.length / x.batch_rows.values[0])
+                                                     for x in f.stages("extend")]),
+              lr=Read([7.3e-6, 7.3e-6], lambda f, s: [max(x.lr.values) for x in f.stages("extend")]))),
+    Item("YaRN on the rotary key, the same in every phase", "V3 4.3",
+         "s {rope_factor}, alpha {alpha}, beta {beta}, sqrt(t) {mscale} ln s + 1", _stages("extend"),
+         "model/mla.py", "model/test_model_rope.py",
+         dict(alpha=Read(1.0, lambda f, s: f.model.beta_slow), beta=Read(32.0, lambda f, s: f.model.beta_fast),
+              mscale=Read(0.1, lambda f, s: 0.1 * f.model.mscale_all_dim),
+              same=Read(1, lambda f, s: len({x.rope_factor for x in f.stages("extend")}))),
+         dict(rope_factor=40.0)),
+    Item("Needle in a haystack over lengths and depths", "V3 4.3, Figure 8", "up to {longest} tokens, {tuned}",
+         _stages("longeval", lambda f, s: bool(s.haystack)), "tasks/needle.py", "tasks/test_needle.py",
+         dict(tuned=Read("after SFT", lambda f, s: "after SFT" if f.after_sft(s.models[-1]) else "without SFT")),
+         dict(longest=Read(131_072, lambda f, s: max(s.lengths)))),
+    Item("R1-Zero: RL from the base, no SFT", "R1 2.2", "{start}, {rewards}", _rl,
+         "pipeline/stages/rl.py", "pipeline/test_stages.py",
+         dict(start=Read("no SFT", _start),
+              rewards=Read("rule rewards", lambda f, s: "reward models" if s.reward_models else
+                           "rule rewards" if s.reward == "task" else f"reward {s.reward}")),
+         on=lambda v: v["start"] == "no SFT", best=True),
+    Item("Prompt template", "R1 Table 1", "{template}", _stages("rl", lambda f, s: not f.after_sft(s.name)),
+         "data/chat.py", "data/test_data_chat.py", dict(template=Read(TEMPLATES["r1-zero"], _template)),
+         best=True, paper="preamble, User: question, Assistant:"),
+    Item("GRPO groups", "R1 2.2.1", "{samples} samples, {prompts_per_rollout} prompts a rollout", _rl,
+         "rl/reward.py", "rl/test_rl_advantage.py", dict(samples=16), dict(prompts_per_rollout=512)),
+    Item("Advantage: reward minus the group's mean, over its standard deviation", "R1 2.2.1, Math 4.1",
+         "{advantage}, {std}, {supervision} rewarded", _rl, "rl/reward.py", "rl/test_rl_advantage.py",
+         dict(advantage="group", supervision="outcome",
+              std=Read("over std", lambda f, s: "over std" if s.scale_by_std else "not over std")),
+         on=lambda v: v["advantage"] == "group"),
+    Item("Loss of a token", "Math 4.1", "{surrogate}, mean over {normalise}", _rl,
+         "rl/losses.py", "rl/test_rl_losses.py",
+         dict(surrogate="grpo", normalise=Read(MEANS["sequence"], lambda f, s: MEANS[s.normalise]))),
+    Item("Clip", "R1-Nature B", "-{clip_low} / +{clip_high}", _rl, "rl/losses.py", "rl/test_rl_losses.py",
+         dict(clip_low=10.0, clip_high=10.0)),
+    Item("KL to the reference (k3, in the loss)", "R1-Nature B", "{kl}, refreshed every {reference_every} steps", _rl,
+         "rl/losses.py", "rl/test_rl_losses.py", dict(kl=0.001, reference_every=400), on=lambda v: v["kl"] > 0),
+    Item("Mini-batches per rollout", "R1-Nature B", "{updates_per_rollout}, one epoch", _rl,
+         "rl/loop.py", "pipeline/test_stages.py", dict(updates_per_rollout=16)),
+    Item("On policy, every sample used", "R1-Nature B",
+         "{max_off_policy_rollouts} rollouts behind, {max_resamples} round, {filter}, penalty from {overlong}",
+         _rl, "rl/rollout_queue.py", "pipeline/test_rl_queue.py",
+         dict(max_off_policy_rollouts=0, max_resamples=1, overlong=0,
+              filter=Read("no filter", lambda f, s: "filtered by difficulty" if s.difficulty_filter else "no filter"))),
+    Item("Learning rate of RL", "R1-Nature B", "{lr}", _rl, "train/trainer.py", "rl/test_rl_update.py",
+         sizes=dict(lr=Read(3e-6, lambda f, s: max(s.lr.values)))),
+    Item("Sampling temperature of RL", "R1-Nature Methods", "{temperature}",
+         _stages("rl", lambda f, s: not s.reward_models), "rl/losses.py", "rl/test_rl_losses.py",
+         dict(temperature=1.0)),
+    Item("Sampling temperature with preference rewards", "R1-Nature Methods", "{temperature}",
+         _stages("rl", _general), "rl/losses.py", "rl/test_rl_losses.py", dict(temperature=0.7)),
+    Item("Rewards", "R1 2.2.2", "{what} + {format_reward} x format", _rl, "rl/reward.py", "rl/test_rl_reward.py",
+         dict(format_reward=1.0, what=Read("accuracy", lambda f, s: "accuracy" if s.reward == "task" else s.reward)),
+         on=lambda v: v["what"] == "accuracy"),
+    Item("SFT: answers only, samples packed with masks", "V3 5.1, R1 2.3.1",
+         "cosine {lr} -> {lr_final}, {epochs} epochs, rows of {row_length}, {batch} a step", _sft,
+         "data/sft_rows.py", "data/test_sft_rows.py",
+         dict(epochs=range(2, 4), fall=Read(0.1, lambda f, s: s.lr_final / s.lr)),
+         dict(lr=5e-5, lr_final=5e-6, row_length=32768, batch=Read("128 samples", _batch))),
+    Item("Length cap raised mid-run", "R1-Nature Methods", "{max_new_tokens} tokens",
+         _stages("rl", lambda f, s: not f.after_sft(s.name)), "rl/loop.py", "pipeline/test_r1.py",
+         sizes=dict(max_new_tokens=Points([[0, 32768], [8200, 32768], [8200, 65536]])),
+         on=lambda v: len({*v["max_new_tokens"].values}) > 1, best=True),
+    Item("Cold start: readable R1-Zero answers in one form", "R1 2.3.1",
+         "{problems} problems, {author}, form {form}, T {temperature}",
+         RecipeFacts.cold_starts, "pipeline/stages/reject.py", "pipeline/test_reject.py",
+         dict(author=Read("by R1-Zero", _author), form=Read("r1", lambda f, s: getattr(s, "form", "of the task")),
+              temperature=Read(1.0, lambda f, s: getattr(s, "temperature", 1.0))),
+         dict(problems=Read(range(1000, 10_000), lambda f, s: s.problems if s.kind == "reject" else s.examples)),
+         paper="thousands, thoughts and a summary"),
+    Item("Language consistency reward", "R1 2.3.2", "{language_reward} x consistency, {start}",
+         _stages("rl", lambda f, s: s.language_reward > 0 or f.after_sft(s.name)),
+         "tasks/readability.py", "tasks/test_language.py",
+         dict(language_reward=1.0, start=Read("after SFT", _start)),
+         on=lambda v: v["language_reward"] > 0, paper="share of target-language words, from R1's first RL stage on"),
+    Item("Rejection sampling: correct and readable answers", "R1 2.3.3",
+         "{problems} problems, {samples} answers, {keep} kept, {others} others, form {form}, consistency {consistency}",
+         _stages("reject", lambda f, s: s not in f.cold_starts()), "pipeline/stages/reject.py", "pipeline/test_r1.py",
+         dict(consistency=1.0, several=Read(True, lambda f, s: s.samples > 1),
+              mixed=Read(True, lambda f, s: s.others > 0), form="r1"),
+         dict(problems=600_000, others=200_000, samples=Read(ANY, lambda f, s: s.samples),
+              keep=Read(ANY, lambda f, s: s.keep)),
+         paper="several answers, 600K reasoning samples and 200K others"),
+    Item("Reward models: helpful by pairs, harmless by labels", "R1-Nature Methods",
+         "{aims}; {data}, {epochs} epoch, rate {lr}, rows of {row_length}, {batch} a step",
+         _stages("reward-model"), "pipeline/stages/reward.py", "pipeline/test_reward_stage.py",
+         dict(aims=Read(["harmless", "helpful"], lambda f, s: sorted({x.aim for x in f.stages("reward-model")})),
+              data=Read("judged", lambda f, s: f"{s.made} made prompts" if s.made else "judged"), epochs=1),
+         dict(lr=6e-6, batch=Read("256 samples", _batch), row_length=8192), paper="66,000 pairs, 106,000 labels"),
+    Item("Preference rewards only at the end", "R1 2.3.4",
+         "last {last} of {total} steps, weight {preference_reward}", _stages("rl", _general),
+         "rl/rollout_queue.py", "pipeline/test_r1.py", dict(preference_reward=1.0),
+         dict(last=Read(400, lambda f, s: (s.rollouts - s.general_from) * s.updates_per_rollout),
+              total=Read(range(1684, 1701), lambda f, s: s.rollouts * s.updates_per_rollout)),  # whole rollouts
+         on=lambda v: v["last"] < v["total"], paper="last 400 of 1,700 steps"),
+    Item("Distillation: SFT of a smaller model on checked samples", "R1 2.4",
+         "{student}: cosine {lr} -> {lr_final}, {epochs} epochs, rows of {row_length}, {batch} a step",
+         _stages("sft", RecipeFacts.is_distillation), "pipeline/stages/sft.py", "pipeline/test_r1.py",
+         dict(student=Read("another model", _student), epochs=range(2, 4),
+              fall=Read(0.1, lambda f, s: s.lr_final / s.lr)),
+         dict(lr=frozenset((1e-4, 8e-5, 7e-5, 6e-5, 5e-5, 2e-5)), row_length=32768, batch=Read("64 samples", _batch),
+              lr_final=Read(ANY, lambda f, s: s.lr_final)), paper="800K samples, dense students"),
+    Item("Evaluation by sampling", "R1 3",
+         "pass@1 over {samples} samples, T {temperatures}, top-p {top_p}, {max_new_tokens} tokens",
+         _stages("eval"), "tasks/verdict_metrics.py", "tasks/test_verdict_metrics.py",
+         dict(temperatures=[0.6], top_p=0.95), dict(samples=range(4, 65), max_new_tokens=32768)),
 )  # fmt: skip
 
 
@@ -269,8 +492,9 @@ def rows(recipe: Recipe) -> list[dict[str, Any]]:
     facts = RecipeFacts(recipe)
     table = []
     for item in ITEMS:
-        value, on = item.status(facts)
-        table.append({"item": item.item, "section": item.section, "paper": item.paper, "here": value, "on": on})
+        state, here = item.status(facts)
+        row = {"item": item.item, "section": item.section, "paper": item.published(), "here": here, "state": state}
+        table.append(row)
     return table
 
 
@@ -279,15 +503,19 @@ def markdown() -> str:
     lines = [
         "# Conformance",
         "",
-        "Each item of the published recipe, the file that builds it and the test that checks it. A run prints the same",
-        "table with its own values. Written by `python -m bessemer.pipeline.conformance`; a test compares.",
+        "Each item of the published recipe, the file that builds it and the test that checks it. That an item is",
+        "listed says that it is built and tested, not that it helps: [results.md](results.md) says what was measured.",
+        "A run prints the table with its own values and one of four states: as published (every value is the",
+        "paper's), scaled (only sizes differ: widths, counts, lengths, batches, learning rates), adapted (a choice",
+        "differs) and off (the run is without it). Written by `python -m bessemer.pipeline.conformance`; a test",
+        "compares. `python bench/mutations.py` breaks each file and reports whether its test notices.",
         "",
         "| item | section | in the paper | built in | tested by |",
         "|---|---|---|---|---|",
     ]
     for item in ITEMS:
         built = f"`src/bessemer/{item.code}` | `tests/{item.test}`"
-        lines.append(f"| {item.item} | {item.section} | {item.paper} | {built} |")
+        lines.append(f"| {item.item} | {item.section} | {item.published()} | {built} |")
     return "\n".join(lines) + "\n"
 
 

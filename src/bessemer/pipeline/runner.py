@@ -28,7 +28,16 @@ from bessemer.data.fetch import cache_dir
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import Stage, find_kind
 from bessemer.runs.context import Interrupted, StageContext, StopFlag, signals
-from bessemer.runs.directory import RunDir, damage, difference, digest, stage_folders, write_done, write_stage_record
+from bessemer.runs.directory import (
+    RunDir,
+    conformance_summary,
+    damage,
+    difference,
+    digest,
+    stage_folders,
+    write_done,
+    write_stage_record,
+)
 from bessemer.runs.files import explained, read_json, sync_folder, write_atomic, write_json
 from bessemer.runs.metrics import Metrics, NoMetrics, StageMetrics, read_lines
 from bessemer.runs.progress import RunProgress
@@ -79,7 +88,7 @@ def run(
 
     Raises UserError for errors that the user can fix and Interrupted (its text says how to go on) after a stop signal.
     With `ranks` this is rank 0, which the others `follow`.
-    `conformance` gives the rows {item, section, paper, here, on} of conformance.json, summarised at the start.
+    `conformance` gives the rows {item, section, paper, here, state} of conformance.json, summarised at the start.
     """
     if until is not None:
         recipe.stage(until)
@@ -285,8 +294,7 @@ def _overview(recipe: Recipe, root: Path, estimates: dict[str, float], ranks: Ra
 def _write_conformance(rows: list[dict[str, Any]], root: Path) -> str:
     """Writes the whole table; returns a line for the screen."""
     write_atomic(root / "conformance.json", json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
-    on = sum(row["on"] for row in rows)
-    return f"{on} of {len(rows)} items of the papers' recipe are on; the table is in report.html and conformance.json"
+    return f"{conformance_summary(rows)}; the table is in report.html and conformance.json"
 
 
 class Donor:

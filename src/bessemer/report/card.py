@@ -24,6 +24,7 @@ from bessemer.report import comparisons, page, panels
 from bessemer.report.charts import short
 from bessemer.report.facts import RunFacts, StageFacts, read
 from bessemer.report.page import Html
+from bessemer.runs.directory import conformance_state, conformance_summary
 from bessemer.runs.files import explained, write_atomic
 
 Answer = dict[str, Any]
@@ -304,15 +305,14 @@ def _conformance(facts: RunFacts) -> Html:
     """Every item of the papers' recipes, as published and in this run."""
     if not facts.conformance:
         return Html()
-    on = sum(bool(row.get("on")) for row in facts.conformance)
     rows = [
         [
-            page.pill("on", True) if row.get("on") else page.pill("off"),
+            page.pill(state := conformance_state(row), state not in ("adapted", "off")),
             *(row.get(key, "") for key in ("item", "section", "paper", "here")),
         ]
         for row in facts.conformance
     ]
-    count = page.paragraph(f"{on} of {len(rows)} items on.", "lead")
+    count = page.paragraph(f"{conformance_summary(facts.conformance)}.", "lead")
     return page.join(count, page.table(["", "item", "section", "in the paper", "here"], rows, kind="conformance"))
 
 
