@@ -24,7 +24,7 @@ def run(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Lay out the pre-training over its ranks on this machine, and print what each holds."
+            "--dry-run", help="Run nothing: check every stage and the files it reads, and lay out the pre-training."
         ),
     ] = False,
     world: Annotated[int | None, typer.Option(min=1, metavar="N", help="With --dry-run: number of ranks.")] = None,
@@ -80,13 +80,20 @@ def run(
 
 def _dry_run(recipe: Path, overrides: list[str], world: int | None, device: str | None, as_json: bool) -> None:
     from bessemer.config.recipe import Recipe
+    from bessemer.data.fetch import cache_dir
+    from bessemer.pipeline import preflight
     from bessemer.plan import dry_run
 
-    layout = dry_run.of_recipe(Recipe.load(recipe, overrides), world, device)
+    loaded = Recipe.load(recipe, overrides)
+    pretrains = any(stage.kind == "pretrain" for stage in loaded.stages)
+    layout = dry_run.of_recipe(loaded, world, device) if pretrains or world or device else None
+    stages = preflight.examine(loaded, cache_dir(None), loaded.names())
     if as_json:
-        print_json(layout.facts())
+        print_json((layout.facts() if layout else {}) | {"stages": [stage.facts() for stage in stages]})
     else:
-        print(dry_run.describe(layout))
+        print(preflight.describe(stages), *([dry_run.describe(layout)] if layout else []), sep="\n\n")
+    if any(stage.faults for stage in stages):
+        sys.exit(2)
 
 
 @app.command()

@@ -56,7 +56,7 @@ class ExamplesConfig(StageConfig):
 
 
 class RejectConfig(AskingConfig):
-    ignore_at_default = AskingConfig.ignore_at_default | {"judge"}
+    ignore_at_default = AskingConfig.ignore_at_default | {"judge", "others_data"}
 
     tasks: list[str]
     """Task families; problems come from their train splits in turn."""
@@ -82,6 +82,9 @@ class RejectConfig(AskingConfig):
     paragraph: int = Field(200, ge=1)
     """Maximum words (Chinese: characters) of the thoughts between two line breaks."""
     others: int = Field(0, ge=0)
-    """Number of non-reasoning conversations to add, written answers of `general` (R1: 200K, next to 600K)."""
+    """Number of non-reasoning conversations to add (R1: 200K, next to 600K)."""
+    others_data: list[str] = Field(default=[])
+    """Conversations to add, the first `others` of them: .jsonl or .parquet files with `messages`, directories of them,
+    or hf://owner/name. Default: written answers of `general`."""
     form: Literal["as-is", "r1"] = "as-is"
     """as-is: the unchanged answer; r1: thoughts on lines of their own, then a sentence with the answer."""

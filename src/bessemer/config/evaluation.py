@@ -1,5 +1,7 @@
 """Stages that evaluate models."""
 
+from typing import Annotated, Literal
+
 from pydantic import Field
 
 from bessemer.config.table import AskingConfig, StageConfig, StageRef
@@ -11,8 +13,8 @@ class EvalConfig(AskingConfig):
     """Stages whose models are compared, in the order of the table."""
     tasks: list[str]
     """Task families, from their test split."""
-    problems: int = Field(150, ge=1)
-    """Problems per task and language."""
+    problems: Annotated[int, Field(ge=1)] | Literal["all"] = 150
+    """Problems per task and language; all: every held-out one, such as the 30 of AIME."""
     samples: int = Field(16, ge=1)
     """Samples per problem; pass@1 is their mean (R1: 4 to 64)."""
     k: int | None = Field(None, ge=1)

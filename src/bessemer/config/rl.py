@@ -36,6 +36,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     runtime_only = frozenset({"save_seconds", "micro_tokens", "rollout"})
     ignore_at_default = AskingConfig.ignore_at_default | {
         "difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision", "precision", "fp8",
+        "eval_tasks",
     }  # fmt: skip
 
     tasks: list[str]
@@ -132,6 +133,9 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     """What is rewarded: the task's verdict or, for controls, only the form, or a random value."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of matrices; norms and biases have none (undocumented)."""
+    eval_tasks: list[str] = Field(default=[])
+    """Task families of the held-out evaluations, such as a file of evaluation problems (R1-Zero: AIME 2024). Default:
+    those of tasks and general_tasks that hold problems out."""
     eval_every: int = Field(10, ge=1)
     """Rollouts between held-out evaluations."""
     eval_problems: int = Field(64, ge=1)

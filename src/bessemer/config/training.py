@@ -223,7 +223,7 @@ class DistillConfig(OnPolicyConfig):
 
 class RewardModelConfig(FineTuningConfig):
     runtime_only = frozenset({"micro_rows", "save_seconds"})
-    ignore_at_default = frozenset({"previous", "replay", "judge", "tasks", "fp8", "batch_examples"})
+    ignore_at_default = frozenset({"previous", "replay", "judge", "tasks", "fp8", "batch_examples", "heldout_data"})
     optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table
 
     previous: StageRef | None = None
@@ -248,6 +248,8 @@ class RewardModelConfig(FineTuningConfig):
     """Length cap of a sampled answer."""
     heldout: float = Field(0.1, gt=0, lt=0.5)
     """Share of prompts held out, chosen by hash, to measure the accuracy and the scale of rewards."""
+    heldout_data: list[str] = Field(default=[])
+    """Files of judged answers to measure on, in the format of `data`; all of `data` is then trained on."""
     epochs: int = Field(1, ge=1)
     """Passes over the rows (R1: 1)."""
     row_length: int = Field(256, ge=8)

@@ -129,15 +129,31 @@ def read_packed(directory: Path, content: str) -> tuple[np.ndarray, dict[str, An
         raise UserError(f"{directory} holds no packed {content} ({error}); delete it and run again") from error
 
 
-def _sample(document: Document, tokenizer: Tokenizer, style: str | None) -> np.ndarray:
+def count(documents: Iterable[Document]) -> int:
+    """The number of conversations; UserError for one that cannot be trained on, and where there is none."""
+    number = 0
+    for number, document in enumerate(documents, start=1):
+        checked(document, f"record {number} of {document.domain}")
+    if not number:
+        raise UserError("there is not a single conversation to train on")
+    return number
+
+
+def checked(document: Document, where: str) -> tuple[dict[str, str], ...]:
+    """The messages of a conversation for SFT; UserErrors begin with `where`."""
     messages = document.messages
     if messages is None:
         raise UserError(
-            f"a record of {document.domain} is plain text; SFT needs messages: "
+            f"{where} is plain text; SFT needs messages: "
             '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
         )
     if messages[-1]["role"] != "assistant":
-        raise UserError(f"a conversation of {document.domain} ends without an answer of the assistant")
+        raise UserError(f"{where} ends without an answer of the assistant")
+    return messages
+
+
+def _sample(document: Document, tokenizer: Tokenizer, style: str | None) -> np.ndarray:
+    messages = checked(document, f"a conversation of {document.domain}")
     ids, answers = chat.render_answers(tokenizer, messages, style)
     packed = np.array(ids, dtype=DTYPE) * 4 + np.array(answers, dtype=DTYPE)
     packed[0] += 2

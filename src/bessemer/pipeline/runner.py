@@ -26,6 +26,7 @@ from bessemer.config.table import StageConfig, stage_refs
 from bessemer.config.units import show_seconds
 from bessemer.data.fetch import cache_dir
 from bessemer.errors import UserError
+from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Stage, find_kind
 from bessemer.runs.context import Interrupted, StageContext, StopFlag, signals
 from bessemer.runs.directory import (
@@ -103,6 +104,7 @@ def run(
         metrics = Metrics(root / "metrics.jsonl")
         try:
             plan = _plan(recipe, rundir, kinds, derived)
+            preflight.check(recipe, cache_dir(cache), [item.name for item in plan if not _is_done(item)])
             _set_aside_stale(plan, rundir, metrics, progress)
             progress.say(_overview(recipe, root, estimates, ranks))
             if conformance is not None:
@@ -127,6 +129,11 @@ def _plan(
         fingerprints[config.name] = digest(what)
         planned.append(_Planned(config, stage, rundir.folder(number, config.name), what, sources))
     return planned
+
+
+def _is_done(item: _Planned) -> bool:
+    done = read_json(item.folder / "done.json")
+    return done is not None and done.get("fingerprint") == digest(item.identity)
 
 
 def _set_aside_stale(plan: list[_Planned], rundir: RunDir, metrics: Metrics, progress: RunProgress) -> None:

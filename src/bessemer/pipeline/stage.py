@@ -29,7 +29,7 @@ import importlib
 import json
 import math
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 
 _Config = TypeVar("_Config", bound=StageConfig)
+Probe = Callable[[], str | None]
 
 
 class Stage(Generic[_Config]):
@@ -67,6 +68,12 @@ class Stage(Generic[_Config]):
         The facts are plain JSON and part of the identity, so a preset that changes in the code redoes the stage.
         """
         return {}
+
+    def probes(self, config: _Config, recipe: Recipe, cache: Path) -> Iterator[Probe]:
+        """Further checks before anything runs, which may take longer: each reads one thing that the stage will need,
+        and returns what it found, or None if that is not worth a line (UserError). `pipeline/preflight.py` calls them
+        for stages that are not finished."""
+        return iter(())
 
     def identity(
         self, config: _Config, recipe: Recipe, derived: dict[str, Any], inputs: dict[str, str]

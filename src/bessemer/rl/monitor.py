@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer import tasks
-from bessemer.config.rl import Exported
+from bessemer.config.rl import Exported, RLConfig
 from bessemer.data.chat import exchange
 from bessemer.errors import UserError
 from bessemer.eval import scoring
@@ -90,6 +90,23 @@ def _mean(values: Iterable[float]) -> float:
     return sum(listed) / len(listed)
 
 
+def evaluation_tasks(settings: RLConfig) -> tuple[list[tasks.Task], list[tasks.Task]]:
+    """(tasks whose held-out problems an RL stage is measured on, and those of general prompts). Tasks that only a
+    reward model judges, or that hold out no problem, are left out; UserError where none is left."""
+
+    def measured(names: Sequence[str]) -> list[tasks.Task]:
+        families = map(tasks.get, dict.fromkeys(names))
+        return [task for task in families if task.size("test") != 0 and not task.judged_by]
+
+    main, general = measured(settings.eval_tasks or settings.tasks), measured(settings.general_tasks)
+    if not main:
+        raise UserError(
+            f'stage "{settings.name}": none of {", ".join(settings.eval_tasks or settings.tasks)} holds out a problem '
+            "to evaluate on; name tasks that do in eval_tasks"
+        )
+    return main, [] if settings.eval_tasks else general
+
+
 class Evaluator:
     """Writes metrics with their alarms, and evaluates on held-out problems, so that the curve of a run does not come
     from the problems it trains on. `begin()` once the stage's lines end at the step it resumes from."""
@@ -97,6 +114,7 @@ class Evaluator:
     def __init__(self, generator: RolloutGenerator, trainer: Trainer, ctx: StageContext) -> None:
         self.generator, self.trainer, self.ctx, self.settings = generator, trainer, ctx, generator.settings
         self.alarms = AlarmTracker()
+        self.tasks, self.general = evaluation_tasks(self.settings)
 
     def begin(self) -> None:
         self.alarms = AlarmTracker(self.ctx.metrics.history())
@@ -117,10 +135,9 @@ class Evaluator:
 
     def evaluate(self, cap: int) -> dict[str, Any]:
         """Means over the tasks, written and printed; each task's own pass@1 too where there are several."""
-        generator, settings, trainer = self.generator, self.settings, self.trainer
-        families = {task.name: task for task in generator.tasks + generator.general}
-        rows = {name: self._row(task, cap) for name, task in families.items()}
-        main = [rows[task.name] for task in generator.tasks]
+        settings, trainer = self.settings, self.trainer
+        rows = {task.name: self._row(task, cap) for task in self.tasks + self.general}
+        main = [rows[task.name] for task in self.tasks]
         self._probe(cap)
         keys = ("pass_at_1", "pass_at_k", "maj_at_k", "mean_length", "language_consistency", "formatted", "truncated")
         mean = {key: sum(row[key] for row in main) / len(main) for key in keys} | {"k": SAMPLES}
@@ -155,7 +172,7 @@ class Evaluator:
     def _probe(self, cap: int) -> None:
         """Answers to the same few held-out problems every time: how they change is the story of the run."""
         generator, step = self.generator, self.trainer.step
-        problems = rollout.problems_of(generator.tasks + generator.general, "test", 0, PROBES, self.ctx.seed)
+        problems = rollout.problems_of(self.tasks + self.general, "test", 0, PROBES, self.ctx.seed)
         groups = rollout.sample(
             generator.sampler,
             problems,

@@ -23,12 +23,14 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Temporary file in the same folder, fsync, rename, fsync of the folder."""
+def write_atomic(path: Path, data: str | bytes | Iterator[str]) -> None:
+    """Temporary file in the same folder, fsync, rename, fsync of the folder. An iterator's pieces are written as they
+    come."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(data.encode("utf-8", "replace") if isinstance(data, str) else data)
+            for piece in (data,) if isinstance(data, str | bytes) else data:
+                file.write(piece.encode("utf-8", "replace") if isinstance(piece, str) else piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -105,7 +107,7 @@ def conversation_line(messages: Sequence[Message]) -> str:
 
 def write_conversations(folder: Path, lines: Iterable[str]) -> None:
     """The whole file in a stage's folder."""
-    write_atomic(folder / CONVERSATIONS, "".join(line + "\n" for line in lines))
+    write_atomic(folder / CONVERSATIONS, (f"{line}\n" for line in lines))
 
 
 def conversation_texts(folder: Path) -> Iterator[str]:

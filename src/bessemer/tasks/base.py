@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from hashlib import blake2b
 from importlib import import_module, resources
+from pathlib import Path
 from typing import Any, ClassVar
 
 from bessemer.errors import UserError
@@ -64,6 +65,8 @@ class Task:
     all_languages: tuple[str, ...] = ("en", "zh")
     """Of the class, or of the object where a file decides."""
     phrasings: ClassVar[tuple[str, ...]] = ("seen", "held-out")
+    judged_by: frozenset[str] = frozenset()
+    """Aims of the reward models without which its answers cannot be judged; empty where `verify` judges them."""
     Mix: ClassVar[type] = NoMix
     """Dataclass with the settings of the task's pre-training documents."""
 
@@ -171,6 +174,22 @@ def split_of(numbers: Sequence[int]) -> str:
 def split_of_text(text: str, test_share: float = TEST_SHARE) -> str:
     """The split of a text, such as a formula or a question."""
     return "test" if stable_hash("split", text) < test_share * 2**64 else "train"
+
+
+def file_and_split(argument: str) -> tuple[str, str | None]:
+    """The argument of a task of a file: "PATH@train" is (PATH, "train"), and all its problems are for training; "PATH"
+    is (PATH, None), and the file or a hash of the question decides."""
+    path, mark, split = argument.rpartition("@")
+    return (path, split) if mark and split in SPLITS else (argument, None)
+
+
+def shared_file(first: str, second: str) -> str | None:
+    """The file that two tasks, by their names, both take problems from; None where there is none, or where each problem
+    of the file is in one split only."""
+    (one, whole), (other, its_whole) = (file_and_split(name.partition(":")[2]) for name in (first, second))
+    if not one or not other or (whole is None and its_whole is None) or not Path(one).exists():
+        return None
+    return one if Path(one).resolve() == Path(other).resolve() else None
 
 
 def read_toml(name: str) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
-from bessemer.pipeline.stage import Stage, register
+from bessemer.pipeline import preflight
+from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.rl import rollout
 from bessemer.runs.context import StageContext
 from bessemer.train import setup
@@ -32,8 +33,14 @@ class Distill(Stage[DistillConfig]):
         if not config.tasks:
             raise UserError(f'stage "{config.name}": tasks is empty; known: {", ".join(tasks.names())}')
         for name in config.tasks:
-            tasks.get(name)
+            if tasks.get(name).size("test") == 0:
+                raise UserError(f'stage "{config.name}": {name} holds out no problem to evaluate on')
         return {}
+
+    def probes(self, config: DistillConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
+        yield from preflight.task_probes(config.tasks, config.steps * config.prompts_per_step)
+        models = [config.source, config.teacher]
+        yield from preflight.length_probes(config, recipe, models, "max_new_tokens", config.max_new_tokens)
 
     def estimate(self, config: DistillConfig, recipe: Recipe) -> float:
         samples = config.steps * config.prompts_per_step * config.samples

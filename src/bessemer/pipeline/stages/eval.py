@@ -19,10 +19,12 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import contamination, scoring
-from bessemer.pipeline.stage import Stage, find_kind, register
+from bessemer.pipeline import preflight
+from bessemer.pipeline.stage import Probe, Stage, find_kind, register
 from bessemer.runs.context import StageContext
 from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import write_atomic
+from bessemer.tasks.base import shared_file
 from bessemer.train import setup
 
 
@@ -39,11 +41,19 @@ class Eval(Stage[EvalConfig]):
             raise UserError(f'stage "{config.name}": k is {config.k}, of {config.samples} samples; lower k')
         for name in config.tasks:
             tasks.get(name)
+        for task in _tasks(config):
+            _size(config, task)
         return {}
 
+    def probes(self, config: EvalConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
+        yield from preflight.length_probes(config, recipe, config.models, "max_new_tokens", config.max_new_tokens)
+        for name in config.tasks:
+            yield partial(_evaluated, config, recipe, name)
+
     def estimate(self, config: EvalConfig, recipe: Recipe) -> float:
-        rows = len(config.models) * len(config.tasks) * len(config.temperatures) * 2
-        return setup.decode_seconds(recipe, rows * config.problems * config.samples * config.max_new_tokens)
+        problems = sum(_size(config, task) for task in _tasks(config))
+        models = len(config.models) * len(config.temperatures)
+        return setup.decode_seconds(recipe, models * problems * config.samples * config.max_new_tokens)
 
     def run(self, config: EvalConfig, ctx: StageContext) -> dict[str, Any]:
         setup.keep_memory()
@@ -66,7 +76,7 @@ class Eval(Stage[EvalConfig]):
             engine.tokenizer.use_template(config.prompt_template)
             row = scoring.evaluate(
                 engine, partial(_encode, engine.tokenizer), task,
-                problems=config.problems, samples=config.samples, k=config.k, temperature=temperature,
+                problems=_size(config, task), samples=config.samples, k=config.k, temperature=temperature,
                 top_p=config.top_p, max_new_tokens=config.max_new_tokens, seed=ctx.seed,
             )  # fmt: skip
             rows.append({"model": model, **row})
@@ -85,7 +95,7 @@ class Eval(Stage[EvalConfig]):
         if path.exists():
             return json.loads(path.read_text())
         search = contamination.ContaminationSearch(
-            [problem for task in _tasks(config) for problem in scoring.heldout(task, config.problems)]
+            [problem for task in _tasks(config) for problem in scoring.heldout(task, _size(config, task))]
         )
         for stage, texts in training_data(ctx.recipe, config.models, ctx.dir.parent, ctx.cache):
             search.add_stage(stage, texts, config.searched_words)
@@ -94,6 +104,45 @@ class Eval(Stage[EvalConfig]):
         result = search.result()
         write_atomic(path, json.dumps(result))
         return result
+
+
+def _size(config: EvalConfig, task: tasks.Task) -> int:
+    """Problems of a task to evaluate on; UserError where it has fewer."""
+    size = task.size("test")
+    if task.judged_by:
+        raise UserError(
+            f'stage "{config.name}": {task.name} has no rule that judges an answer; evaluate on other tasks'
+        )
+    if size == 0 or (size is None and config.problems == "all"):
+        why = (
+            "is endless; give problems a number"
+            if size is None
+            else "holds out no problem; write @test behind its file"
+        )
+        raise UserError(f'stage "{config.name}": {task.name} {why}')
+    if config.problems == "all":
+        assert size is not None
+        return size
+    if size is not None and size < config.problems:
+        raise UserError(
+            f'stage "{config.name}": problems is {config.problems}, {task.name} has {size} held-out ones in '
+            f'{"+".join(task.languages)}; lower problems, or set problems = "all"'
+        )
+    return config.problems
+
+
+def _evaluated(config: EvalConfig, recipe: Recipe, name: str) -> str | None:
+    """What is evaluated of a task; UserError where a model of the stage was trained on its file."""
+    for stage in ancestors(recipe, config.models):
+        for trained in [*getattr(stage, "tasks", []), *getattr(stage, "general_tasks", [])] * (stage.kind != "eval"):
+            if (path := shared_file(trained, name)) is not None:
+                raise UserError(
+                    f'stage "{config.name}": the models are evaluated on {path}, and "{stage.name}" trains on it '
+                    f"({trained}); take another file, or name it without @train and @test in both"
+                )
+    if ":" not in name:
+        return None
+    return f"{name}: {sum(_size(config, task) for task in _tasks(config) if task.name == name):,} problems"
 
 
 def _encode(tokenizer: Tokenizer, problem: tasks.Problem) -> list[int]:

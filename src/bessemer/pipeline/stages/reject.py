@@ -8,18 +8,22 @@ reason.
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from bessemer import tasks
 from bessemer.config.data import RejectConfig
 from bessemer.config.recipe import Recipe
+from bessemer.data import sft_rows, sources
 from bessemer.data.chat import Message, exchange, question_ids
+from bessemer.data.documents import Document
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.pipeline.stage import Stage, register
+from bessemer.pipeline import preflight
+from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.rl import rollout
 from bessemer.rl.judge import Judge, api_key
 from bessemer.runs import files
@@ -50,7 +54,25 @@ class Reject(Stage[RejectConfig]):
             if not any(_reference(family.problem("train", 0, seed)) for family in families):
                 raise UserError(f'stage "{config.name}": judge has no effect: no problem has a reference answer')
             api_key(config.name, config.judge)
+        if config.others_data and not config.others:
+            raise UserError(f'stage "{config.name}": others_data has no effect while others is 0')
         return {}
+
+    def probes(self, config: RejectConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
+        yield from preflight.task_probes(config.tasks, config.problems)
+        yield from preflight.length_probes(config, recipe, [config.source], "max_new_tokens", config.max_new_tokens)
+
+        def others() -> str:
+            available = sft_rows.count(_conversations(config, cache))
+            if available < config.others:
+                raise UserError(
+                    f'stage "{config.name}": others is {config.others:,}, {", ".join(config.others_data)} hold only '
+                    f"{available:,} conversations; lower others, or give more"
+                )
+            return f"{', '.join(config.others_data)}: {available:,} conversations, {config.others:,} asked for"
+
+        if config.others_data:
+            yield others
 
     def exports_conversations(self, config: RejectConfig) -> bool:
         return True
@@ -116,19 +138,26 @@ class Reject(Stage[RejectConfig]):
                 f'stage "{ctx.name}": none of {config.problems * config.samples} answers was kept ({reasons}). Start '
                 "from a better model, take more samples, or loosen consistency and repeated"
             )
-        others = [files.conversation_line(messages) for messages in _others(config, ctx.seed)]
-        files.write_conversations(ctx.dir, [*kept, *others])
-        counts = {"kept": len(kept), "others": len(others)}
+        others = map(files.conversation_line, _others(config, ctx))
+        files.write_conversations(ctx.dir, chain(kept, others))
+        counts = {"kept": len(kept), "others": config.others}
         counts |= {name: count for name, count in dropped.most_common() if count}
         ctx.metrics.write(config.problems, 0, {f"reject/{name}": count for name, count in counts.items()})
         return counts
 
 
-def _others(config: RejectConfig, seed: int) -> Iterator[list[dict[str, str]]]:
+def _others(config: RejectConfig, ctx: StageContext) -> Iterator[Sequence[Message]]:
     """R1's share of V3's data: good answers to everyday requests, with thoughts where they help."""
+    if config.others_data:
+        documents = islice(_conversations(config, ctx.cache), config.others)
+        return (sft_rows.checked(document, f"a conversation of {document.domain}") for document in documents)
     task = tasks.get("general")
     assert isinstance(task, General)
-    return (task.conversation(index, seed) for index in range(config.others))
+    return (task.conversation(index, ctx.seed) for index in range(config.others))
+
+
+def _conversations(config: RejectConfig, cache: Path) -> Iterator[Document]:
+    return chain.from_iterable(sources.documents(spec, cache, domain=spec) for spec in config.others_data)
 
 
 def select(

@@ -13,6 +13,7 @@ the policy, which is also its reference.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,8 @@ from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import Scorer, Transformer
-from bessemer.pipeline.stage import Stage, StepLog, register
+from bessemer.pipeline import preflight
+from bessemer.pipeline.stage import Probe, Stage, StepLog, register
 from bessemer.rl import rollout
 from bessemer.rl.judge import Judge, api_key
 from bessemer.rl.preference import FACTS, RewardModel, Scale, judged_ids, score_ids
@@ -72,6 +74,8 @@ class RewardModelling(Stage[RewardModelConfig]):
                     "orders: it needs made, samples of 2 or more, and an even judge.samples"
                 )
             api_key(config.name, config.judge)
+        if config.heldout_data and changed(config, "heldout"):
+            raise UserError(f'stage "{config.name}": heldout has no effect beside heldout_data; leave one of them out')
         if config.previous is None and changed(config, "replay"):
             raise UserError(f'stage "{config.name}": replay has no effect without previous')
         if config.previous is not None:
@@ -83,6 +87,11 @@ class RewardModelling(Stage[RewardModelConfig]):
                 )
         return {}
 
+    def probes(self, config: RewardModelConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
+        yield from preflight.length_probes(config, recipe, [config.source], "row_length", config.row_length)
+        for name in [*config.data, *config.heldout_data]:
+            yield partial(_counted, config, name)
+
     def estimate(self, config: RewardModelConfig, recipe: Recipe) -> float:
         sampled = setup.decode_seconds(recipe, config.made * config.samples * config.max_new_tokens)
         return sampled + setup.estimate_seconds(recipe, config.epochs * config.made * 100)
@@ -91,7 +100,7 @@ class RewardModelling(Stage[RewardModelConfig]):
         self, config: RewardModelConfig, recipe: Recipe, folder: Path, cache: Path
     ) -> Iterator[tasks.Problem | str]:
         """The lines of its files and the problems it made answers for: a policy learns from them through rewards."""
-        for line in _from_files(config):
+        for line in _from_files(config, config.data):
             yield "\n".join(str(line[key]) for key in ("prompt", *_keys(line)))
         yield from _problems(config, recipe.seed_of(config))
 
@@ -148,14 +157,27 @@ def _judged(
     path = ctx.state / "judged.json"
     if not path.exists():
         made, facts = _made(config, ctx, model, tokenizer) if config.made else ([], {})
-        write_atomic(path, json.dumps([[*_from_files(config), *made], facts]))
+        write_atomic(path, json.dumps([[*_from_files(config, config.data), *made], facts]))
     lines, facts = json.loads(path.read_text())
     return lines, facts
 
 
-def _from_files(config: RewardModelConfig) -> Iterator[Line]:
-    for name in config.data:
+def _from_files(config: RewardModelConfig, names: Sequence[str]) -> Iterator[Line]:
+    for name in names:
         yield from preference_rows.read(Path(name), _fields(config))
+
+
+def _counted(config: RewardModelConfig, name: str) -> str:
+    """What a file of judged answers holds; UserError without a line, or for labels of one kind alone."""
+    marks = Counter(line.get("safe") for line in _from_files(config, [name]))
+    if not marks or (config.aim == "harmless" and len(marks) < 2):
+        raise UserError(
+            f"{name} holds no judged answer"
+            if not marks
+            else f"{name}: all {marks.total()} answers have one label; add some of the other"
+        )
+    labels = "" if config.aim == "helpful" else f", {marks[True]:,} of them safe"
+    return f"{name}: {marks.total():,} {'pairs' if config.aim == 'helpful' else 'answers'}{labels}"
 
 
 def _fields(config: RewardModelConfig) -> dict[str, type]:
@@ -203,9 +225,10 @@ def _model_votes(judge: Judge, pairs: Sequence[general_quality.Pair]) -> list[ge
 
 def _split(lines: Iterable[Line], config: RewardModelConfig, ctx: StageContext) -> tuple[list[Line], list[Line]]:
     """(train, held out); all lines of a prompt are on one side."""
-    splits: tuple[list[Line], list[Line]] = [], []
+    splits: tuple[list[Line], list[Line]] = [], [*_from_files(config, config.heldout_data)]
+    share = 0.0 if config.heldout_data else config.heldout
     for line in lines:
-        splits[tasks.stable_hash("heldout", line["prompt"]) < config.heldout * 2**64].append(line)
+        splits[tasks.stable_hash("heldout", line["prompt"]) < share * 2**64].append(line)
     marks = {line.get("safe") for line in splits[1]}
     if not splits[1] or (config.aim == "harmless" and marks != {True, False}):
         raise UserError(

@@ -13,11 +13,14 @@ from bessemer import tasks
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import changed
+from bessemer.config.training import RewardModelConfig
 from bessemer.dist.ranks import Ranks
 from bessemer.errors import UserError
-from bessemer.pipeline.stage import Stage, register
+from bessemer.pipeline import preflight
+from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.rl import ray_sampler, rollout
 from bessemer.rl.loop import Loop
+from bessemer.rl.monitor import evaluation_tasks
 from bessemer.rl.preference import RewardModel
 from bessemer.runs.context import StageContext
 from bessemer.train import setup
@@ -31,7 +34,7 @@ class RL(Stage[RLConfig]):
     def resolve(self, config: RLConfig, recipe: Recipe) -> dict[str, Any]:
         if not config.tasks:
             raise UserError(f'stage "{config.name}": tasks is empty; known: {", ".join(tasks.names())}')
-        for name in config.tasks + config.general_tasks:
+        for name in config.tasks + config.general_tasks + config.eval_tasks:
             tasks.get(name)
         if config.general_prompts and not config.general_tasks:
             raise UserError(f'stage "{config.name}": general_prompts needs general_tasks, such as ["general"]')
@@ -61,6 +64,8 @@ class RL(Stage[RLConfig]):
                         f'stage "{config.name}": {name} = {json.dumps(value)} is for one process; set it to '
                         f"{json.dumps(other)}, or run without [layout]"
                     )
+        _check_rewards(config, recipe)
+        evaluation_tasks(config)
         count = config.prompts_per_rollout * config.samples
         if count % config.updates_per_rollout:
             raise UserError(
@@ -68,6 +73,14 @@ class RL(Stage[RLConfig]):
                 "updates; change updates_per_rollout or samples"
             )
         return ray_sampler.facts(config.name, config.rollout, config.routing_replay)
+
+    def probes(self, config: RLConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
+        asked = config.rollouts * config.prompts_per_rollout
+        general = max(0, config.rollouts - config.general_from) * config.general_prompts
+        yield from preflight.task_probes(config.tasks, asked - general)
+        yield from preflight.task_probes(config.general_tasks, general)
+        longest = max(config.max_new_tokens.values)
+        yield from preflight.length_probes(config, recipe, [config.source], "max_new_tokens", longest)
 
     def exports_conversations(self, config: RLConfig) -> bool:
         return config.export_samples != "nothing"
@@ -90,6 +103,23 @@ class RL(Stage[RLConfig]):
 
     def run(self, config: RLConfig, ctx: StageContext) -> dict[str, Any]:
         return Loop(config, ctx, _reward_models(config, ctx)).run()
+
+
+def _check_rewards(config: RLConfig, recipe: Recipe) -> None:
+    """UserError for two reward models of one aim, or a task whose prompts nobody would judge."""
+    aims: dict[str, str] = {}
+    for stage in map(recipe.stage, config.reward_models):
+        if not isinstance(stage, RewardModelConfig):
+            raise UserError(f'stage "{config.name}": reward_models names "{stage.name}", of kind {stage.kind}')
+        if stage.aim in aims:
+            raise UserError(f'stage "{config.name}": two reward models are for {stage.aim}; give one for each aim')
+        aims[stage.aim] = stage.name
+    for name in config.tasks + config.general_tasks:
+        if missing := sorted(tasks.get(name).judged_by - aims.keys()):
+            raise UserError(
+                f'stage "{config.name}": nothing judges the {missing[0]} prompts of {name}; give reward_models a stage '
+                f'of kind reward-model with aim = "{missing[0]}"'
+            )
 
 
 def _reward_models(config: RLConfig, ctx: StageContext) -> dict[str, RewardModel]:

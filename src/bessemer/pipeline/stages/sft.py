@@ -6,6 +6,7 @@ see each other. The learning rate falls along a cosine from `lr` to `lr_final`, 
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import Transformer
-from bessemer.pipeline.stage import Stage, StepLog, find_kind, register
+from bessemer.pipeline import preflight
+from bessemer.pipeline.stage import Probe, Stage, StepLog, find_kind, register
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
 from bessemer.train import objective, setup
@@ -44,6 +46,15 @@ class SFT(Stage[SFTConfig]):
                     'does, and one of kind rl with export_samples = "correct"'
                 )
         return {}
+
+    def probes(self, config: SFTConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
+        yield from preflight.length_probes(config, recipe, [config.source], "row_length", config.row_length)
+
+        def conversations(spec: str) -> str:
+            return f"{spec}: {sft_rows.count(sources.documents(spec, cache, domain=spec)):,} conversations"
+
+        for spec in config.data:
+            yield partial(conversations, spec)
 
     def training_data(self, config: SFTConfig, recipe: Recipe, folder: Path, cache: Path) -> Iterator[str]:
         """The conversations of `data`; earlier stages report their own."""

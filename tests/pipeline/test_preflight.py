@@ -1,0 +1,180 @@
+"""Before the first stage: every file is read, every size compared, and all faults are named at once."""
+
+import json
+import sys
+
+import pytest
+
+from bessemer import cli
+from bessemer.config.recipe import Recipe
+from bessemer.errors import UserError
+from bessemer.pipeline import preflight, runner
+
+RECIPE = """
+name = "chain"
+[[stage]]
+kind = "import"
+name = "base"
+model = "{folder}/base"
+[[stage]]
+kind = "reject"
+name = "collect"
+tasks = ["jsonl:{folder}/maths"]
+problems = 20
+max_new_tokens = 100
+others = 2
+others_data = ["{folder}/others.jsonl"]
+[[stage]]
+kind = "sft"
+name = "dev"
+from = "base"
+samples = ["collect"]
+data = ["{folder}/others.jsonl"]
+row_length = 128
+lr = 1e-3
+lr_final = 1e-4
+[[stage]]
+kind = "reward-model"
+name = "helpful"
+aim = "helpful"
+data = ["{folder}/pairs.jsonl"]
+made = 0
+lr = 1e-3
+[[stage]]
+kind = "reward-model"
+name = "harmless"
+from = "dev"
+aim = "harmless"
+data = ["{folder}/labels.jsonl"]
+made = 0
+lr = 1e-3
+[[stage]]
+kind = "rl"
+name = "r1"
+from = "dev"
+tasks = ["jsonl:{folder}/maths"]
+general_tasks = ["general"]
+general_prompts = 1
+reward_models = ["helpful", "harmless"]
+prompts_per_rollout = 2
+rollouts = 10
+[[stage]]
+kind = "eval"
+models = ["r1"]
+tasks = ["jsonl:{folder}/maths"]
+problems = "all"
+max_new_tokens = 100
+"""
+
+
+def lines(path, records):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+TURN = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello to you"}]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"max_position_embeddings": 256}))
+    for split, first, count in (("train", 0, 5), ("test", 5, 3)):
+        questions = [{"question": f"What is {n}+{n}?", "answer": str(2 * n)} for n in range(first, first + count)]
+        lines(tmp_path / "maths" / f"{split}.jsonl", questions)
+    lines(tmp_path / "others.jsonl", [TURN] * 3)
+    lines(tmp_path / "pairs.jsonl", [{"prompt": "hi", "chosen": "hello", "rejected": "what"}] * 4)
+    lines(tmp_path / "labels.jsonl", [{"prompt": "hi", "response": "hello", "safe": n < 3} for n in range(4)])
+    return tmp_path
+
+
+def recipe(folder, *overrides):
+    return Recipe.parse(RECIPE.replace("{folder}", str(folder)), overrides)
+
+
+def examine(folder, *overrides):
+    chain = recipe(folder, *overrides)
+    return {one.name: one for one in preflight.examine(chain, folder, chain.names())}
+
+
+def test_what_is_there_is_counted(folder):
+    found = examine(folder)
+    assert not any(one.faults for one in found.values())
+    assert found["collect"].found == [
+        f"jsonl:{folder}/maths: 5 problems, 20 asked for, each 4 times",
+        f"{folder}/others.jsonl: 3 conversations, 2 asked for",
+    ]
+    assert found["dev"].found == [f"{folder}/others.jsonl: 3 conversations"]
+    assert found["helpful"].found == [f"{folder}/pairs.jsonl: 4 pairs"]
+    assert found["harmless"].found == [f"{folder}/labels.jsonl: 4 answers, 3 of them safe"]
+    assert found["r1"].found == [f"jsonl:{folder}/maths: 5 problems, 10 asked for, each 2 times"]
+    assert found["eval"].found == [f"jsonl:{folder}/maths: 3 problems"]
+
+
+@pytest.mark.parametrize(
+    ("change", "stage", "fault"),
+    [
+        ("collect.others=4", "collect", "others is 4, .*others.jsonl hold only 3"),
+        ("collect.others=0", "collect", "others_data has no effect while others is 0"),
+        ("collect.max_new_tokens=300", "collect", 'max_new_tokens is 300, the model of "base" reads 256'),
+        ("dev.row_length=512", "dev", 'row_length is 512, the model of "base" reads 256'),
+        ("helpful.row_length=512", "helpful", 'row_length is 512, the model of "dev" reads 256'),
+        ('helpful.heldout_data=["none.jsonl"]', "helpful", "none.jsonl cannot be read"),
+        ("r1.max_new_tokens=300", "r1", "max_new_tokens is 300"),
+        ('r1.reward_models=["helpful", "helpful"]', "r1", "two reward models are for helpful"),
+        ('r1.reward_models=["dev"]', "r1", 'reward_models names "dev", of kind sft'),
+        ("eval.problems=4", "eval", "problems is 4, jsonl:.*maths has 3 held-out ones"),
+        ('eval.tasks=["arithmetic"]', "eval", "arithmetic is endless; give problems a number"),
+        ('eval.tasks=["jsonl:gone.jsonl"]', "eval", "no file or directory gone.jsonl"),
+    ],
+)
+def test_what_does_not_fit_is_a_fault_of_its_stage(folder, change, stage, fault):
+    found = examine(folder, change)
+    assert {name for name, one in found.items() if one.faults} == {stage}
+    with pytest.raises(UserError, match=fault):
+        raise UserError(found[stage].faults[0])
+
+
+@pytest.mark.parametrize(
+    ("file", "record", "fault"),
+    [
+        ("maths/train.jsonl", TURN, "train.jsonl, line 3"),
+        ("others.jsonl", {"text": "plain"}, "record 3 of .*others.jsonl is plain text; SFT needs messages"),
+        ("others.jsonl", {"prompt": "p"}, "others.jsonl:3: needs text .* or messages .*, has prompt"),
+        ("pairs.jsonl", {"prompt": "p", "response": "r", "safe": True}, 'pairs.jsonl:3: .*"chosen": str, "rejected"'),
+        ("labels.jsonl", {"prompt": "p", "chosen": "c", "rejected": "r"}, 'labels.jsonl:3: .*"response": str, "safe"'),
+    ],
+)
+def test_a_file_of_the_wrong_kind_is_named_with_its_line_and_the_fields(folder, tmp_path, file, record, fault):
+    """By the dry run, and by a run before it makes a folder for its first stage."""
+    path = folder / file
+    good = path.read_text().splitlines()[:2]
+    path.write_text("\n".join([*good, json.dumps(record)]) + "\n")
+    with pytest.raises(UserError, match=fault):
+        runner.run(recipe(folder), tmp_path / "out")
+    assert not (tmp_path / "out" / "01-base").exists()
+    assert any(one.faults for one in examine(folder).values())
+
+
+def test_every_fault_at_once_from_the_command_line(folder, monkeypatch, capsys):
+    path = folder / "chain.toml"
+    path.write_text(RECIPE.replace("{folder}", str(folder)))
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bessemer", "run", str(path), "--dry-run", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as done:
+            code = done.code
+        return code, capsys.readouterr().out
+
+    code, said = call()
+    assert not code and "no fault found" in said and "4 pairs" in said
+    (folder / "pairs.jsonl").unlink()
+    code, said = call("--set", "eval.problems=4", "--set", "dev.row_length=512")
+    assert code == 2
+    assert all(f"\n{name}: " in said for name in ("helpful", "eval", "dev"))
+    code, said = call("--json")
+    stages = {stage["name"]: stage for stage in json.loads(said)["stages"]}
+    assert code == 2 and len(stages["helpful"]["faults"]) == 1 and not stages["dev"]["faults"]
