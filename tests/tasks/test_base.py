@@ -30,7 +30,7 @@ OURS = ["arithmetic", "countdown", "logic", "words"]
 
 def test_names_and_get():
     assert names() == sorted(
-        [*FIXED, "choice:PATH", "code:PATH", "gsm8k:PATH", "gym:NAME", "jsonl:PATH", "puzzle:PATH"]
+        [*FIXED, "choice:PATH", "code:PATH", "general:PATH", "gsm8k:PATH", "gym:NAME", "jsonl:PATH", "puzzle:PATH"]
     )
     assert all(get(name).name == name for name in FIXED)
 

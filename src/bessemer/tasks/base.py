@@ -186,7 +186,9 @@ def file_and_split(argument: str) -> tuple[str, str | None]:
 def shared_file(first: str, second: str) -> str | None:
     """The file that two tasks, by their names, both take problems from; None where there is none, or where each problem
     of the file is in one split only."""
-    (one, whole), (other, its_whole) = (file_and_split(name.partition(":")[2]) for name in (first, second))
+    (one, whole), (other, its_whole) = (
+        file_and_split(name.partition(":")[2].replace("@shuffle", "")) for name in (first, second)
+    )
     if not one or not other or (whole is None and its_whole is None) or not Path(one).exists():
         return None
     return one if Path(one).resolve() == Path(other).resolve() else None
@@ -233,6 +235,7 @@ _REGISTRY = {
 }
 _FAMILIES = {
     "choice:PATH": ("bessemer.tasks.exact", "MultipleChoice"),
+    "general:PATH": ("bessemer.tasks.general", "GeneralFile"),
     "code:PATH": ("bessemer.tasks.code_files", "CodeFile"),
     "gsm8k:PATH": ("bessemer.tasks.maths", "Gsm8k"),
     "gym:NAME": ("bessemer.tasks.gym", "Gym"),

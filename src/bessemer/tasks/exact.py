@@ -34,8 +34,8 @@ class MultipleChoice(FileTask):
     form = '{"question": "...", "choices": ["...", "..."], "answer": "B"}'
 
     def __init__(self, path: str, **settings: Any):
-        self.shuffle = path.endswith(SHUFFLE)
-        super().__init__(path.removesuffix(SHUFFLE), **settings)
+        self.shuffle = SHUFFLE in path
+        super().__init__(path.replace(SHUFFLE, ""), **settings)
         self.name = f"{self.family}:{path}"
 
     @classmethod

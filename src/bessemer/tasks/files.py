@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from bessemer.errors import UserError
-from bessemer.tasks.base import SPLITS, TEST_SHARE, Problem, Task, stable_hash
+from bessemer.tasks.base import SPLITS, TEST_SHARE, Problem, Task, file_and_split, stable_hash
 
 QUESTIONS = ("question", "problem", "prompt", "statement")
 IDS = ("id", "question_id", "problem_id", "Record ID")
@@ -72,7 +72,7 @@ class FileTask(Task):
 
     def __init__(self, path: str, **settings: Any):
         self.name = f"{self.family}:{path}"
-        self.files = self._files(Path(path))
+        self.files = self._files(*file_and_split(path))
         self.all_languages = tuple(sorted({language for file in self.files.values() for language in file.languages}))
         super().__init__(**settings)
         self._pools = {split: self._rows(split) for split in SPLITS}
@@ -128,11 +128,17 @@ class FileTask(Task):
             return ""
         return super()._language(language, *parts)
 
-    def _files(self, path: Path) -> dict[str, LineIndex]:
-        """The file of each split; one file may be that of both."""
+    def _files(self, name: str, whole: str | None) -> dict[str, LineIndex]:
+        """The file of each split; one file may be that of both. `whole` as in `file_and_split`."""
+        path = Path(name)
+        if path.is_dir() and whole:
+            raise UserError(
+                f"{path} is a directory with a file for each split; leave out @{whole}, or name a file in it"
+            )
         if not path.exists():
             raise UserError(f"there is no file or directory {path}; write {self.family}:PATH with a path that exists")
         files = {split: path / f"{split}.jsonl" if path.is_dir() else path for split in SPLITS}
+        files = {whole: path} if whole else files
         found = {split: _index_of(type(self), file) for split, file in files.items() if file.exists()}
         if not found:
             raise UserError(f"{path} has neither train.jsonl nor test.jsonl; name the file itself, or add one")

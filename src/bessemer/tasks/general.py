@@ -11,14 +11,17 @@ line and a summary in plain words, without answer tags; the thoughts before a gr
 
 import random
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 from bessemer.tasks.answer import plain_fault, summary
 from bessemer.tasks.base import CORRECT, Problem, Task, Verdict, Written, check_shares
+from bessemer.tasks.files import FileTask, LineIndex, Question
 from bessemer.tasks.general_quality import HELPFUL, judge
 from bessemer.tasks.general_requests import GeneralRequest, answer_in_manner, manners_for, r1_form, sample_request
 
 AIMS = ("helpful", "harmless")
-UNSAFE = "unsafe"
+UNSAFE, UNJUDGED = "unsafe", "unjudged"
 SEEN = {"seen": (0, 1), "held-out": (2,)}
 """Indices of the wordings, by phrasing."""
 
@@ -36,6 +39,40 @@ class GeneralMix:
 
     def __post_init__(self) -> None:
         check_shares(self, list(self.__dataclass_fields__))
+
+
+class GeneralFile(FileTask):
+    """General prompts of a file. Reward models score the answers in RL, and a model judges them in rejection sampling
+    (`rl/judge.py`) beside the reference answer, where a line has one; here only their form is judged."""
+
+    domain = "general"
+    family = "general"
+    form = (
+        '{"prompt": "...", "aim": "helpful" or "harmless", "reference": "..."}, where the reference answer is optional'
+    )
+
+    def __init__(self, path: str, **settings: Any):
+        super().__init__(path, **settings)
+        self.judged_by = frozenset(aim for file in self.files.values() for aim in _aims_of(file))
+
+    @classmethod
+    def read(cls, record: dict[str, Any], where: str) -> Question:
+        aim, text = record.get("aim"), cls.text(record, where)
+        if aim not in AIMS:
+            raise cls.wrong(where, f"the aim is {aim!r}, not {' or '.join(AIMS)}", record)
+        if "reference" not in record:
+            return Question(text, {"aim": aim})
+        return Question(text, {"aim": aim, "reference": cls.text(record, where, ["reference"])})
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        fault = plain_fault(completion)
+        answer = " ".join(summary(completion).split())
+        return Verdict(False, fault is None, fault or UNJUDGED, answer or None)
+
+
+@lru_cache(maxsize=16)
+def _aims_of(file: LineIndex) -> frozenset[str]:
+    return frozenset(file.record(row)["aim"] for row in range(len(file.lines)))
 
 
 class General(Task):

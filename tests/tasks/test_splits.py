@@ -1,0 +1,82 @@
+"""A file's split is stated: held out by a hash, or whole for training or for evaluation. General prompts of a file."""
+
+import json
+
+import pytest
+
+from bessemer.errors import UserError
+from bessemer.tasks import get
+from bessemer.tasks.base import shared_file
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "maths.jsonl"
+    path.write_text("".join(json.dumps({"question": f"What is {n}+{n}?", "answer": 2 * n}) + "\n" for n in range(60)))
+    return path
+
+
+def prompts(task, split):
+    return {task.problem(split, n).prompt for n in range(task.size(split))}
+
+
+def test_a_whole_file_is_all_training_or_all_evaluation(file):
+    hashed, train, test = (get(f"jsonl:{file}{mark}") for mark in ("", "@train", "@test"))
+    assert 0 < hashed.size("test") < 20 and hashed.size("train") + hashed.size("test") == 60
+    assert (train.size("train"), train.size("test")) == (60, 0)
+    assert (test.size("train"), test.size("test")) == (0, 60)
+    assert prompts(train, "train") == prompts(test, "test") == prompts(hashed, "train") | prompts(hashed, "test")
+    with pytest.raises(UserError, match="has no test problem"):
+        train.problem("test", 0)
+    with pytest.raises(UserError, match="is a directory with a file for each split; leave out @test"):
+        (file.parent / "train.jsonl").write_text(file.read_text())
+        get(f"jsonl:{file.parent}@test")
+
+
+def test_choices_may_be_shuffled_too(tmp_path):
+    path = tmp_path / "stem.jsonl"
+    path.write_text(json.dumps({"question": "Which is a gas?", "choices": ["Fe", "Ne", "Cu"], "answer": "B"}) + "\n")
+    for name in (f"choice:{path}@test@shuffle", f"choice:{path}@shuffle@test"):
+        task = get(name)
+        assert (task.size("train"), task.size("test"), task.shuffle) == (0, 1, True)
+        assert shared_file(name, f"choice:{path}@train") == str(path)
+
+
+def test_a_file_that_two_tasks_share(file):
+    name = f"jsonl:{file}"
+    assert shared_file(f"{name}@train", f"{name}@test") == str(file)
+    assert shared_file(name, f"{name}@test") == shared_file(f"{name}@train", name) == str(file)
+    assert shared_file(name, name) is None, "a hash splits it"
+    assert shared_file(f"{name}@train", "jsonl:other.jsonl@test") is None
+    assert shared_file("gym:chain_sum@1", "gym:chain_sum@1") is None and shared_file("logic", "logic") is None
+
+
+def test_general_prompts_of_a_file(tmp_path):
+    path = tmp_path / "general.jsonl"
+    lines = [{"prompt": "Name a colour.", "aim": "helpful", "reference": "Blue."}, {"prompt": "你好", "aim": "helpful"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = get(f"general:{path}@train")
+    assert task.judged_by == {"helpful"} and task.languages == ("en", "zh")
+    found = {(one := task.problem("train", n)).prompt: one for n in range(2)}
+    first, second = found["Name a colour."], found["你好"]
+    assert first.meta["reference"] == "Blue." and "reference" not in second.meta and second.language == "zh"
+    verdict = task.verify(first, "<think>sky</think>\n\nBlue.")
+    assert (verdict.correct, verdict.formatted, verdict.reason, verdict.answer) == (False, True, "unjudged", "Blue.")
+    assert task.verify(first, "<think>sky").reason == "no-answer"
+    path.write_text(path.read_text() + json.dumps({"prompt": "Insult me.", "aim": "harmless"}) + "\n")
+    assert get(f"general:{path}").judged_by == {"helpful", "harmless"}
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ({"prompt": "hi", "aim": "kind"}, "line 2: the aim is 'kind', not helpful or harmless. Its fields are"),
+        ({"question": "1+1?", "answer": "2"}, 'line 2: the aim is None, .* a line of general:PATH is {"prompt"'),
+        ({"prompt": "hi", "aim": "helpful", "reference": 3}, "line 2: no text under 'reference'"),
+    ],
+)
+def test_a_line_that_is_no_general_prompt(tmp_path, line, fault):
+    path = tmp_path / "general.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in ({"prompt": "hi", "aim": "helpful"}, line)))
+    with pytest.raises(UserError, match=fault):
+        get(f"general:{path}")
