@@ -1,10 +1,14 @@
 """Writes the curves of `bessemer run recipes/fp8-study.toml` as JSON and as an SVG plot.
 
     python bench/fp8_study.py runs/fp8-study --json bench/results/fp8_study.json --svg docs/fp8-study.svg
+    python bench/fp8_study.py runs/fp8-study --same-weights bench/results/fp8_same_weights.json    a few minutes
 
 Losses are smoothed as in the paper (e <- 0.9 e + 0.1 loss). The gap of a format is its difference from BF16 with the
 same seed, in per cent, at every step. Prints the run's table and the verdict by the rules in docs/results.md, fixed
 before the run. Stages that have not finished are left out.
+
+--same-weights takes each seed's BF16 model as it ended and computes the loss of the same held-out rows and its gradient
+in every format. Nothing is trained, so nothing drifts apart: what differs is rounding (and the routing that it tips).
 """
 
 from __future__ import annotations
@@ -14,11 +18,17 @@ import json
 from pathlib import Path
 from statistics import mean
 
+import torch
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
+from bessemer.data.batch import Batch
+from bessemer.data.rows import open_rows
+from bessemer.hf.hub import load
+from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.report import card, comparisons
 from bessemer.report.facts import read
+from bessemer.train.objective import next_token
 
 COLOURS = ("#1f6fb4", "#6b6b6b", "#c8641b", "#2e8b57", "#8e44ad")
 
@@ -28,7 +38,12 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--svg", type=Path)
+    parser.add_argument("--same-weights", type=Path)
     args = parser.parse_args()
+    if args.same_weights:
+        torch.set_num_threads(1)
+        args.same_weights.write_text(json.dumps(same_weights(args.run), indent=1) + "\n")
+        return
     gaps = comparisons.format_gaps(read(args.run))
     print(card.table(args.run))
     print(verdict(gaps))
@@ -77,6 +92,50 @@ def verdict(gaps: list[comparisons.FormatGap]) -> str:
         shown = "neither harm nor its absence"
     lines.append(f"the control is {'seen' if sees else 'NOT seen'}; shown: {shown}")
     return "\n".join(lines)
+
+
+ROWS = 4
+"""Held-out rows of each part."""
+
+
+def same_weights(run: Path) -> dict[str, dict[str, list[float]]]:
+    """Format -> "loss gap %" and "gradient error %" of each seed, against float32. The gradient's error is the norm of
+    the difference over all parameters, by the norm of the gradient."""
+    found: dict[str, dict[str, list[float]]] = {}
+    corpus = next(run.glob("*-corpus"))
+    parts = [open_rows(meta.parent, "heldout") for meta in sorted(corpus.glob("*/meta.json"))]
+    batches = [rows.batch(range(min(ROWS, rows.n_rows))) for rows in parts]
+    for folder in sorted(run.glob("*-bf16-*/model")):
+        loss, gradient = _of_held_out(folder, batches)
+        for name in ("bfloat16", *FP8_RECIPES):
+            one, other = _of_held_out(folder, batches, name)
+            figures = found.setdefault(name, {"loss gap %": [], "gradient error %": []})
+            figures["loss gap %"].append(100 * (one - loss) / loss)
+            figures["gradient error %"].append(float(100 * (other - gradient).norm() / gradient.norm()))
+    paper = found["paper"]
+    for name, figures in found.items():
+        for measure, values in list(figures.items()):
+            more = [value - base for value, base in zip(values, paper[measure], strict=True)]
+            for what, of in (("", values), (" - paper's", more)):
+                middle, between = comparisons.over_seeds(of)
+                interval = f"95 % {between[0]:+.4f} to {between[1]:+.4f}" if between else ""
+                print(f"{name:16} {measure + what:28} {middle:+9.4f}  {interval}")
+    return found
+
+
+def _of_held_out(folder: Path, batches: list[Batch], name: str = "float32") -> tuple[float, torch.Tensor]:
+    """(mean loss, its gradient) of a model in this format."""
+    model = load(folder, torch.float32)
+    if name == "bfloat16":
+        model.to_compute(torch.bfloat16)
+    model.set_fp8(FP8_RECIPES.get(name)).train()
+    for parameter in model.parameters():
+        parameter.grad = None
+    losses = [next_token(model, batch, mtp_lambda=0.0, balance_alpha=0.0) for batch in batches]
+    total, tokens = sum(loss.total for loss in losses), sum(float(loss.tokens) for loss in losses)
+    total.backward()
+    gradients = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
+    return float(total.detach()) / tokens, torch.cat(gradients) / tokens
 
 
 def draw(gaps: list[comparisons.FormatGap], path: Path) -> None:
