@@ -94,6 +94,9 @@ def test_our_own_server_judges_and_no_request_is_repeated(model, tmp_path, serve
     judge = BY_STAGE.replace('stage = "import"', f'url = "{url}", served_model = "{name}", retries = 1')
     results = stages_run.run(write(tmp_path / "one", model, judge), tmp_path / "one" / "run")
     assert results["reject"].summary == {"kept": 10, "others": 0, "duplicate": 10}
+    stages_run.run(write(tmp_path / "zero", model, BY_STAGE), tmp_path / "zero" / "run")
+    first, other = (tmp_path / name / "run" / "02-reject" / "samples.jsonl" for name in ("zero", "one"))
+    assert first.read_bytes() == other.read_bytes()
     process.terminate()
     process.wait(30)
     results = stages_run.run(write(tmp_path / "two", model, judge), tmp_path / "two" / "run", "reject.keep=1")

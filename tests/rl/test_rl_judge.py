@@ -241,12 +241,13 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, monkeypatch, capf
     assert KEY not in "".join(capfd.readouterr())
 
 
-def test_a_redirect_does_not_carry_the_key_away(tmp_path, monkeypatch):
+@pytest.mark.parametrize("status", [302, 307])
+def test_a_redirect_does_not_carry_the_key_away(tmp_path, monkeypatch, status):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     with (
         JudgeServer(lambda prompt: RIGHT) as other,
-        JudgeServer(lambda prompt: (307, "", {"Location": other.url + "/chat/completions"})) as server,
-        pytest.raises(UserError, match="status 307"),
+        JudgeServer(lambda prompt: (status, "", {"Location": other.url + "/chat/completions"})) as server,
+        pytest.raises(UserError, match=f"status {status}"),
     ):
         judge(server, tmp_path, api_key_env="JUDGE_KEY").verdicts(questions(1))
     assert not other.requests
