@@ -104,7 +104,9 @@ def tests_of(record: dict[str, Any]) -> tuple[str | None, list[tuple[Any, Any]]]
         if isinstance(value, dict):
             name = name or value.get("fn_name")
             value = _zipped(value, field)
-        for number, test in enumerate([] if value is None else value, start=1):
+        if not isinstance(value, list | None):
+            raise ValueError(f"{field!r} is a {type(value).__name__}, not a list of tests")
+        for number, test in enumerate(value or [], start=1):
             if not isinstance(test, dict) or "input" not in test or "output" not in test:
                 raise ValueError(f"test {number} of {field!r} needs 'input' and 'output'")
             pairs.append((test["input"], test["output"]))
@@ -121,7 +123,7 @@ def limits_of(record: dict[str, Any]) -> tuple[float, int, float]:
     """Seconds of one test, MB, and tolerance of decimal numbers. ValueError for a limit that cannot be read."""
     time = record.get("time_limit")
     if isinstance(time, dict):  # CodeContests
-        time = time.get("seconds", 0) + time.get("nanos", 0) / 1e9
+        time = _quantity(time.get("seconds", 0), "time_limit") + _quantity(time.get("nanos", 0), "time_limit") / 1e9
     seconds = SECONDS if time is None else _quantity(time, "time_limit")
     memory = record.get("memory_limit")
     if memory is None and record.get("memory_limit_bytes"):

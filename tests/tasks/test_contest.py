@@ -1,0 +1,225 @@
+"""Contest programs: judged by their output, one test from the next apart, read from the files of five collections. Long lines are records."""
+# ruff: noqa: E501
+
+import base64
+import json
+import os
+import pickle
+import time
+import zlib
+
+import pytest
+
+from bessemer.errors import UserError
+from bessemer.tasks import code_files, get
+from bessemer.tasks.sandbox import judge_program, run, same_output
+
+from .hostile_contestants import CHANNELS, HOSTILE, RIGHT, passing
+from .test_sandbox import alive, below, every, isolated
+
+TESTS = [("3 4\n", "7\n"), ("10 20\n", "30\n"), ("1 1\n", "2\n")]
+
+
+@every
+@pytest.mark.parametrize(
+    ("source", "reason", "passed"),
+    [
+        (RIGHT, "correct", 3),
+        ("import os\na, b = os.read(0, os.fstat(0).st_size).split()\nprint(int(a) + int(b))", "correct", 3),
+        ("import sys\nfor line in sys.stdin: sys.stdout.write(str(eval(line.replace(' ', '+'))) + '  \\n\\n')", "correct", 3),
+        ("if __name__ == '__main__':\n    import threading\n    threading.Thread(target=lambda: " + RIGHT + ").start()", "correct", 3),
+        ("print(7)", "wrong-output", 1),
+        ("a, b = map(int, input().split())\nprint(a + b if a < 9 else 1 // 0)", "error", 1),
+        ("a, b = map(int, input().split())\nwhile a > 9: pass\nprint(a + b)", "timeout", 1),
+        ("print(7", "syntax-error", 0),
+    ],
+)  # fmt: skip
+def test_verdicts(isolation, source, reason, passed):
+    judgement = judge_program(source, TESTS, seconds=0.7 if reason == "timeout" else 5, isolation=isolation)
+    assert (judgement.reason, judgement.passed) == (reason, passed)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_program_has_its_verdict(name):
+    source, reason = HOSTILE[name]
+    began, before = time.monotonic(), below(os.getpid())
+    judgement = judge_program(source, TESTS, seconds=0.5 if reason == "timeout" else 10)
+    assert judgement.reason == reason and judgement.passed < 2, judgement
+    assert time.monotonic() - began < 15
+    assert alive(below(os.getpid()) - before) == set()
+
+
+@isolated
+def test_nothing_passes_from_one_test_to_the_next(isolation):
+    """A program that finds something of the test before names it, and so is wrong."""
+    judgement = judge_program(passing(CHANNELS), TESTS, seconds=10, isolation=isolation)
+    assert (judgement.reason, judgement.passed) == ("correct", 3), judgement
+
+
+def test_what_passes_would_be_found():
+    """Within one process, what a channel leaves is there; so the test above looks in the right places."""
+    apart = {"shared memory on disk", "the folder it is in", "the input", "a process", "a process of a process"}
+    names = [name for name in CHANNELS if name not in apart]
+    found = run(passing(names) * 2, stdin="3 4\n", seconds=10).stdout.splitlines()
+    assert found == ["7", " ".join(names)]
+    found = run(passing(["a process"]) * 2, stdin="3 4\n", seconds=10).stdout.splitlines()
+    assert found[:2] == ["7", "a process"]
+
+
+SCAN = """
+import ctypes, gc
+given = input()
+tracked = gc.get_objects()
+pages = {id(one) >> 12 for one in (*tracked, *gc.get_referents(*tracked), given)}
+memory = b"".join(ctypes.string_at(page << 12, 1 << 12) for page in pages)
+print(len(memory) > 1 << 20, given.encode() in memory, given[::-1].encode() in memory)
+"""
+
+
+@isolated
+def test_expected_outputs_are_not_in_the_memory_of_the_program(isolation):
+    """Every page of the heap that holds an object has the input, and not what is expected."""
+    judgement = judge_program(SCAN, [("a-word-nobody-has", "sah-ydobon-drow-a")], seconds=10, isolation=isolation)
+    assert (judgement.reason, judgement.detail) == ("wrong-output", "True True False\n")
+
+
+def test_much_input_and_much_output():
+    numbers = " ".join(map(str, range(300_000)))
+    judgement = judge_program("print(*input().split()[::-1])", [(numbers, " ".join(numbers.split()[::-1]))], seconds=20)
+    assert judgement.reason == "correct"
+    assert judge_program("print(7)", [(numbers, "7"), (numbers, "7")], seconds=20).passed == 2  # and what is not read
+
+
+def test_time_is_that_of_one_test_but_not_without_end(monkeypatch):
+    slow = "import time\ntime.sleep(0.4)\n" + RIGHT
+    assert judge_program(slow, TESTS, seconds=1.1).reason == "correct"
+    monkeypatch.setattr("bessemer.tasks.sandbox.TOTAL_SECONDS", 0.0)
+    assert judge_program("import time\ntime.sleep(0.4)\nprint(7)", TESTS[:1] * 99, seconds=0.2).reason == "timeout"
+    judgement = judge_program("import time\ntime.sleep(0.2)\nprint(7)", TESTS[:1] * 99, seconds=0.5)
+    assert judgement.reason == "timeout" and 5 < judgement.passed < 30
+
+
+@pytest.mark.parametrize(
+    ("expected", "got", "tolerance", "equal"),
+    [
+        ("1 2\n3\n", "1  2 \r\n3", 0, True),
+        ("1 2\n3\n", "1 2 3", 0, False),
+        ("1\n2\n", "1\n\n2\n", 0, False),
+        ("a", "A", 0, False),
+        ("0.5", "0.50", 0, False),
+        ("0.5", "0.50", 1e-9, True),
+        ("1000000.5", "1000000.6", 1e-6, True),
+        ("1000000007", "1000000008", 1e-6, False),
+        ("5", "5.0000001", 1e-6, True),
+        ("0.1 x", "0.1000001 x", 1e-6, True),
+        ("0.1 x", "0.1000001 y", 1e-6, False),
+        ("0.1", "nan", 0.1, False),
+        ("1e9", "inf", 0.1, False),
+        ("0.1", "0.1 0.1", 0.1, False),
+        ("0.1", "1_0e-2", 0.1, False),
+    ],
+)
+def test_outputs_are_compared(expected, got, tolerance, equal):
+    assert same_output(expected, got, tolerance) is equal
+
+
+# ---- from files
+
+PLAIN = {"prompt": "Print the sum.", "tests": [{"input": given, "output": out} for given, out in TESTS]}
+INPUTS, OUTPUTS = [list(column) for column in zip(*TESTS, strict=True)]
+PUBLIC = json.dumps([{"input": "3 4\n", "output": "7\n", "testtype": "stdin"}])
+PRIVATE = json.dumps([{"input": given, "output": out, "testtype": "stdin"} for given, out in TESTS[1:]])
+PACKED = base64.b64encode(zlib.compress(pickle.dumps(PRIVATE))).decode()
+LIVECODEBENCH = {
+    "question_content": "Print the sum.",
+    "question_id": "1873_A",
+    "public_test_cases": PUBLIC,
+    "starter_code": "",
+}
+PROGRAMS = {
+    "plain": PLAIN,
+    "lists": {"statement": "Print the sum.", "tests": {"inputs": INPUTS, "outputs": OUTPUTS}},
+    "APPS": {"question": "Print the sum.", "input_output": json.dumps({"inputs": INPUTS, "outputs": OUTPUTS}), "starter_code": ""},
+    "TACO": {"question": "Print the sum.", "input_output": json.dumps({"inputs": [[i[:-1], ""] for i in INPUTS], "outputs": [[o[:-1]] for o in OUTPUTS]}), "time_limit": "2.0 seconds", "memory_limit": "256.0 megabytes"},
+    "LiveCodeBench": LIVECODEBENCH | {"private_test_cases": PRIVATE, "metadata": "{}"},
+    "LiveCodeBench, packed": LIVECODEBENCH | {"private_test_cases": PACKED, "metadata": "{}"},
+    "CodeContests": {"description": "Print the sum.", "public_tests": {"input": INPUTS[:1], "output": OUTPUTS[:1]}, "private_tests": {"input": INPUTS[1:], "output": OUTPUTS[1:]}, "generated_tests": {"input": [], "output": []}, "time_limit": {"seconds": 2, "nanos": 500_000_000}, "memory_limit_bytes": 256_000_000},
+    "Codeforces": {"description": "Print the sum.", "input_format": "Two numbers.", "output_format": "One.", "examples": [{"input": "3 4", "output": "7"}], "official_tests": PLAIN["tests"], "time_limit": 2.0, "memory_limit": 256.0, "generated_checker": None},
+}  # fmt: skip
+FUNCTIONS = {
+    "plain": ({"prompt": "add", "entry_point": "add", "tests": [{"input": [3, 4], "output": 7}]}, [([3, 4], 7)]),
+    "APPS": ({"question": "add", "input_output": {"fn_name": "add", "inputs": [[3, 4]], "outputs": [[7]]}}, [([3, 4], 7)]),
+    "LiveCodeBench": ({"question_content": "add", "public_test_cases": json.dumps([{"input": "[3]\n4", "output": "7"}]), "metadata": '{"func_name": "add"}'}, [([[3], 4], 7)]),
+}  # fmt: skip
+
+
+def file_of(tmp_path, *rows):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return get(f"code:{tmp_path}")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_of_every_collection(tmp_path, name):
+    task = file_of(tmp_path, PROGRAMS[name])
+    problem = task.problem("train", 0)
+    assert problem.prompt.startswith("Print the sum.") and problem.prompt.endswith("writes standard output.")
+    assert problem.meta["tests"] == 3 and problem.meta["function"] is None
+    assert "7" not in json.dumps(problem.meta)  # what is expected does not travel with the problem
+    assert task.grade(problem, f"```python\n{RIGHT}\n```") == ("correct", RIGHT)
+    assert task.grade(problem, "print(7)")[0] == "wrong-output"
+    if name == "CodeContests":
+        assert (problem.meta["seconds"], problem.meta["memory_mb"]) == (2.5, 244)
+    if name == "Codeforces":
+        assert "Input:\nTwo numbers." in problem.prompt and "Example:\n3 4\nOutput:\n7" in problem.prompt
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_every_collection(tmp_path, name):
+    row, tests = FUNCTIONS[name]
+    assert code_files.tests_of(row) == ("add", tests)
+    task = file_of(tmp_path, row)
+    body = "(self, a, b): return (sum(a) if a == [3] else a) + b"
+    assert task.grade(task.problem("train", 0), f"class Solution:\n    def add{body}")[0] == "correct"
+    assert task.grade(task.problem("train", 0), "class Solution:\n    pass")[0] == "no-function"
+
+
+def test_a_pickle_is_read_and_never_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "run"),)
+
+    packed = base64.b64encode(zlib.compress(pickle.dumps([Evil(), PRIVATE]))).decode()
+    with pytest.raises(UserError, match="line 1: packed tests"):
+        file_of(tmp_path, LIVECODEBENCH | {"private_test_cases": packed})
+    assert not (tmp_path / "run").exists()
+
+
+def one(given="1", output="2"):
+    return {"prompt": "p", "tests": [{"input": given, "output": output}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ({"prompt": "p", "tests": {"inputs": ["1", "2"], "outputs": ["1"]}}, "'tests' has 2 inputs and 1 outputs"),
+        ({"prompt": "p", "tests": {"inputs": ["1"]}}, "needs the lists 'inputs' and 'outputs'"),
+        ({"prompt": "p", "tests": []}, "no tests under any of"),
+        ({"prompt": "p", "tests": 5}, "'tests' is a int"),
+        ({"prompt": "p", "tests": "nothing"}, "neither JSON nor in LiveCodeBench's packing"),
+        ({"prompt": "p", "tests": [5]}, "test 1 of 'tests' needs 'input' and 'output'"),
+        (one(output="  \n"), "test 1 expects an empty output"),
+        (one([1, 2], 3), "a function needs 'entry_point'"),
+        (one() | {"time_limit": "long"}, "'time_limit' is 'long'"),
+        (one() | {"time_limit": 600}, "time limit is 600.0 seconds"),
+        (one() | {"time_limit": {"seconds": None}}, "'time_limit' is None"),
+        (one() | {"memory_limit": [256]}, "'memory_limit' is"),
+        (one() | {"tolerance": 2}, "tolerance is 2"),
+        (one() | {"checker": "int main"}, "needs a checker of its own"),
+        ({"question": "q", "choices": ["a", "b"], "answer": "A"}, "the field 'choices' is one of choice:PATH"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, row, hint):
+    with pytest.raises(UserError, match=r"train\.jsonl, line 1: .*" + hint) as error:
+        file_of(tmp_path, row)
+    assert f"Its fields are {', '.join(map(repr, row))}; a line of code:PATH is" in str(error.value)
