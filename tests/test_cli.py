@@ -208,11 +208,36 @@ def test_eval(call, stub, model):
     [((), "name a task with --task"), (("--lm-eval", "a", "--k", 2), "--k has no effect without --task"),
      (("--lm-eval", "a", "--max-tokens", 2), "--max-tokens has no effect"),
      (("--task", "a", "--limit", 3), "--limit has no effect without --lm-eval"),
-     (("--task", "a", "--chat", "no"), "--chat has no effect")],
+     (("--task", "a", "--chat", "no"), "--chat has no effect"),
+     (("--task", "a", "--only", "mmlu"), "--only has no effect without --suite"),
+     (("--task", "a", "--suite", "r1"), "--suite goes with neither --task"),
+     (("--suite", "r1", "--k", 2), "--suite goes with neither --task, --lm-eval nor --k"),
+     (("--suite", "r1", "--answers", "a.jsonl"), "name either a model, or with --answers")],
 )  # fmt: skip
 def test_eval_refuses_what_would_have_no_effect(call, model, arguments, complaint):
     status, out, err = call("eval", model, *arguments)
     assert status == 2 and out == "" and complaint in err
+
+
+def test_eval_of_a_suite(call, stub, model):
+    seen = []
+
+    def evaluate_suite(folder, **options):
+        seen.append((folder, options))
+        row = {"title": "MMLU", "n": 3, "k": 2, "domain": "stem", "pass_at_1": 0.5, "pass_at_1_interval": [0.4, 0.6],
+               "maj_at_k": 0.75, "truncated": None, "mean_length": None, "published": {"R1": 0.908},
+               "model": "m"}  # fmt: skip
+        return {"rows": [row], "skipped": []}
+
+    stub("bessemer.eval.suite_run", evaluate_suite=evaluate_suite)
+    status, out, _ = call("eval", model, "--suite", "r1", "--only", "mmlu, c-eval", "--samples", 2, "--max-tokens", 9)
+    assert status == 0 and "90.8 %" in out and "75.0 %" in out and "40.0 - 60.0" in out
+    call("eval", "--suite", "r1", "--answers", "a.jsonl", "--data", "d", "--data", "mmlu=x.csv", "--json")
+    assert seen == [
+        (model, {"suite": "r1", "samples": 2, "max_new_tokens": 9, "only": ["mmlu", "c-eval"]}),
+        (None, {"suite": "r1", "only": [], "data": ["d", "mmlu=x.csv"], "answers": Path("a.jsonl")}),
+    ]
+    assert call("eval", "--suite", "r1") == (2, "", "error: name either a model, or with --answers a file of answers\n")
 
 
 def test_generate(call, stub, model):

@@ -2,12 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bessemer.cli.common import AsJson, Model, YesNo, app, print_json
+from bessemer.cli.common import AsJson, YesNo, app, print_json
 from bessemer.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @app.command()
@@ -128,18 +131,43 @@ def doctor(
 
 @app.command("eval")
 def evaluate(
-    model: Model,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A model directory, or a run: its last finished model."),
+    ] = None,
     task: Annotated[list[str] | None, typer.Option(help="A task, such as countdown; may be repeated.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Answers per problem. Default: 8.")] = None,
-    problems: Annotated[int | None, typer.Option(min=1, help="Held-out problems per task. Default: 100.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Published evaluations and how they sample: r1. Goes on where it was stopped.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="NAME[,NAME]", help="Evaluations of the suite. Default: all.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER|NAME=PATH|hf://",
+            help="Data of the suite: a folder of NAME.jsonl, .csv or .parquet; of one evaluation a path or an hf:// "
+            "address; hf://: the public data sets. May be repeated. Default: data/evals.",
+        ),
+    ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="Score these answers, a file or a folder of NAME.jsonl, instead of a model's.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the suite's answers. Default: evals/SUITE/MODEL.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Answers per problem. Default: 8, or the suite's.")] = None,
+    problems: Annotated[
+        int | None, typer.Option(min=1, help="Held-out problems per task. Default: 100, or all of the suite's.")
+    ] = None,
     k: Annotated[int | None, typer.Option("--k", min=1, help="k of pass@k and maj@k. Default: all answers.")] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="Default: 1; 0 picks the most likely token.")
+        float | None, typer.Option(min=0.0, help="Default: 1, or the suite's; 0 picks the most likely token.")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Nucleus threshold. Default: 1 (R1: 0.95).")
+        float | None, typer.Option(min=0.0, max=1.0, help="Nucleus threshold. Default: 1, or the suite's.")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens per answer. Default: 200.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum tokens per answer. Default: 200, or the suite's.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answers. Default: 0.")] = None,
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", metavar="TASK[,TASK]", help="Tasks of lm-eval, after those of --task.")
@@ -149,30 +177,53 @@ def evaluate(
     chat: Annotated[YesNo | None, typer.Option(help="Ask lm-eval's questions in the model's chat template.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """pass@1, pass@k and maj@k on held-out problems, and lm-eval's tasks, with 95 % intervals."""
+    """pass@1, pass@k and maj@k on held-out problems, published evaluations, and lm-eval's tasks."""
     from bessemer.runs.directory import model_dir
 
     ours = {"samples": samples, "problems": problems, "k": k, "temperature": temperature, "top_p": top_p,
             "max_new_tokens": max_tokens, "seed": seed}  # fmt: skip
     theirs = {"include": include, "limit": limit, "chat": None if chat is None else chat is YesNo.yes}
-    _check_used("--task", task, ours)
+    of_suite = {"only": only, "data": data, "answers": answers, "out": out}
+    _check_used("--task", task or suite, ours)
     _check_used("--lm-eval", lm_eval, theirs)
-    if not task and not lm_eval:
+    _check_used("--suite", suite, of_suite)
+    if not task and not lm_eval and not suite:
         raise UserError("nothing to evaluate on: name a task with --task (bessemer eval MODEL --task countdown)")
-    folder, rows = model_dir(model), []
+    if (model is None) == (answers is None):
+        raise UserError("name either a model, or with --answers a file of answers")
+    folder, rows = None if model is None else model_dir(model), []
     from bessemer.eval import evaluate as evaluation
 
+    if suite:
+        if task or lm_eval or k:
+            raise UserError("--suite goes with neither --task, --lm-eval nor --k; make two calls")
+        from bessemer.eval import suite_run
+
+        result = suite_run.evaluate_suite(folder, suite=suite, **_given(ours | of_suite | {"only": _names(only)}))
+        if as_json:
+            print_json(result)
+        else:
+            _print_table(evaluation.suite_table(result["rows"]))
+        return
+    assert folder is not None, "only a suite is scored without a model"
     if task:
         rows += evaluation.evaluate(folder, names=task, **_given(ours))
     if lm_eval:
-        names = [name.strip() for name in lm_eval.split(",") if name.strip()]
-        rows += evaluation.evaluate_lm_eval(folder, names=names, **_given(theirs))
+        rows += evaluation.evaluate_lm_eval(folder, names=_names(lm_eval), **_given(theirs))
     if as_json:
         print_json({"model": str(folder), "rows": rows})
         return
+    _print_table(evaluation.table(rows))
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def _print_table(table: "Table") -> None:
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 200).print(evaluation.table(rows))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

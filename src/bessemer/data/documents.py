@@ -8,13 +8,15 @@ The first two may be compressed: .jsonl.gz, .txt.zst. A broken record is an erro
 skipped silently.
 """
 
+import csv
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,12 +55,8 @@ def read_files(path: Path, domain: str) -> Iterator[Document]:
     readers = {".jsonl": _jsonl, ".txt": _txt, ".parquet": _parquet}
     if not path.name.endswith(SUFFIXES):
         raise UserError(f"{path} must end in {', '.join(SUFFIXES)}, or be a directory of such files")
-    try:
+    with _file_errors(path):
         yield from readers[kind(path)](path, domain)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error}); convert it, for example with iconv") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}); make it again") from error
 
 
 def kind(path: Path) -> str:
@@ -76,16 +74,65 @@ def opened(path: Path) -> ByteFile:
 
 
 def _jsonl(path: Path, domain: str) -> Iterator[Document]:
+    for where, record in _jsonl_records(path):
+        yield document(record, domain, where)
+
+
+def _jsonl_records(path: Path) -> Iterator[tuple[str, Any]]:
     with io.TextIOWrapper(opened(path), "utf-8-sig") as file:  # some editors write a byte-order mark
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
             if not line.strip():
                 raise UserError(f"{where}: empty line; remove it")
             try:
-                record = json.loads(line)
-            except ValueError as error:
+                yield where, json.loads(line)
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: not JSON ({error}); each line must be one object") from error
-            yield document(record, domain, where)
+
+
+def _csv_records(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, strict=True)
+        try:
+            for row in rows:
+                if None in row or None in row.values():
+                    raise UserError(f"{path}:{rows.line_num}: the row and the header have different numbers of cells")
+                yield f"{path}:{rows.line_num}", row
+        except csv.Error as error:
+            raise UserError(f"{path}:{rows.line_num}: not CSV ({error})") from error
+
+
+def records(spec: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, record) of a table whose columns are the caller's business: a .jsonl, .csv or .parquet file, all such
+    files under a directory in the order of their names, or a data set of the hub."""
+    if str(spec).startswith(HUB):
+        yield from hub_records(str(spec))
+        return
+    path = Path(spec)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if kind(file) in _TABLES)
+        if not files:
+            raise UserError(f"{path} holds no {', '.join(_TABLES)} file")
+        for file in files:
+            yield from records(file)
+        return
+    if kind(path) not in _TABLES:
+        raise UserError(f"{path} must end in {', '.join(_TABLES)}, or be a directory of such files")
+    with _file_errors(path):
+        for where, record in _TABLES[kind(path)](path):
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: must be a JSON object, not {type(record).__name__}")
+            yield where, record
+
+
+@contextmanager
+def _file_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error}); convert it, for example with iconv") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}); make it again") from error
 
 
 def _txt(path: Path, domain: str) -> Iterator[Document]:
@@ -107,21 +154,22 @@ def _parquet(path: Path, domain: str) -> Iterator[Document]:
 
 
 def parquet_records(
-    path: Path, groups: Sequence[int] | None = None, key: str = "text"
+    path: Path, groups: Sequence[int] | None = None, key: str | None = "text"
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, record) of the row groups with these numbers, or of all; the record has `key` alone, or messages."""
+    """(where, record) of the row groups with these numbers, or of all; the record has `key` alone, or messages, or
+    every column if `key` is None."""
     import pyarrow.parquet as pq  # slow to import, and needed here only
 
     try:
         table = pq.ParquetFile(path)
-        column = next((name for name in (key, *COLUMNS) if name in table.schema_arrow.names), None)
-        if column is None:
+        columns = [name for name in (key, *COLUMNS) if name in table.schema_arrow.names][:1] if key else None
+        if columns == []:
             raise UserError(f"{path} has no column {key} or messages, only {', '.join(table.schema_arrow.names)}")
         number = sum(table.metadata.row_group(group).num_rows for group in range(groups[0] if groups else 0))
-        for records in table.iter_batches(batch_size=1024, row_groups=groups, columns=[column]):
-            for value in records.column(0).to_pylist():
+        for batch in table.iter_batches(batch_size=1024, row_groups=groups, columns=columns):
+            for record in batch.to_pylist():
                 number += 1
-                yield f"{path}: row {number}", {column: value}
+                yield f"{path}: row {number}", record
     except OSError as error:  # pyarrow's ArrowInvalid is a ValueError, its I/O trouble an OSError
         raise UserError(f"{path} is not a readable parquet file ({error})") from error
     except ValueError as error:
@@ -205,6 +253,13 @@ def document(record: Any, domain: str, where: str, key: str = "text") -> Documen
     except UnicodeEncodeError:
         raise UserError(f"{where}: holds half a surrogate pair (\\ud800-\\udfff), which is no character") from None
     return Document(text, domain, tuple(messages) if messages is not None else None)
+
+
+_TABLES: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": _jsonl_records,
+    ".csv": _csv_records,
+    ".parquet": partial(parquet_records, key=None),
+}
 
 
 def _without_none(message: Any) -> Any:

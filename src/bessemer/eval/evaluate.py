@@ -88,6 +88,23 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return grid
 
 
+def suite_table(rows: list[dict[str, Any]]) -> Table:
+    """The evaluations of a suite, each next to the published figures. Programs have no cons@k: two rarely agree."""
+    models = list(dict.fromkeys(model for row in rows for model in row["published"]))
+    title = f"{rows[0]['model']}, and as published"
+    grid = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("evaluation", "n", "k", "pass@1", "95 % interval", "cons@k", "cut off", "tokens", *models):
+        grid.add_column(column, justify="left" if column == "evaluation" else "right")
+    for row in rows:
+        length = row["mean_length"]
+        grid.add_row(
+            row["title"], str(row["n"]), str(row["k"]), _percent(row["pass_at_1"]), _between(row["pass_at_1_interval"]),
+            _percent(row["maj_at_k"] if row["k"] > 1 and row["domain"] != "code" else None), _percent(row["truncated"]),
+            "-" if length is None else f"{length:.0f}", *(_percent(row["published"].get(model)) for model in models),
+        )  # fmt: skip
+    return grid
+
+
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 

@@ -15,8 +15,8 @@ A row is one model on one task at one way of sampling:
     pass_at_k, maj_at_k    unbiased (Chen et al. 2021); maj@k is the paper's cons@k, see `tasks/verdict_metrics.py`
     *_interval             [low, high] of each of the three: 95 % bootstrap over problems
     by_difficulty          {difficulty: {n, pass_at_1}}; {} where the task states none
-    mean_length            tokens per answer
-    formatted, truncated   shares of answers in the required form; that ran into the length cap
+    mean_length            tokens per answer; null where a file of answers does not say
+    formatted, truncated   shares of answers in the required form; that ran into the length cap (null as above)
     readable, unreadable   share a person can read, and {reason: answers} of the rest (`tasks/readability.py`)
     language_consistency   mean share of the thoughts' words in the language of the question
     reasons                {verdict: answers}
@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from bessemer.data.tokenizer import Tokenizer
@@ -54,6 +55,15 @@ class Generator(Protocol):
     ) -> list[list[Completion]]: ...  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One sample as it is judged: with the start that its prompt already contains."""
+
+    text: str
+    tokens: int | None = None
+    finish_reason: str | None = None
+
+
 def evaluate(
     engine: Generator,
     encode: Callable[[Problem], list[int]],
@@ -77,20 +87,43 @@ def evaluate(
         [encode(problem) for problem in chosen], samples=samples, seeds=seeds, temperature=temperature, top_p=top_p,
         max_new_tokens=max_new_tokens, batch_rows=batch_rows(problems * samples),
     )  # fmt: skip
-    opening = engine.tokenizer.opening
-    answers = [[opening + completion.text for completion in group] for group in groups]
-    verdicts = [[task.verify(problem, text) for text in group] for problem, group in zip(chosen, answers, strict=True)]
+    answers = [[answer_of(completion, engine.tokenizer.opening) for completion in group] for group in groups]
+    return judge(task, chosen, answers, k=k, temperature=temperature, top_p=top_p, seed=seed)
+
+
+def answer_of(completion: Completion, opening: str) -> Answer:
+    return Answer(opening + completion.text, len(completion.tokens), completion.finish_reason)
+
+
+def judge(
+    task: Task,
+    problems: Sequence[Problem],
+    groups: Sequence[Sequence[Answer]],
+    *,
+    k: int,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The evaluation row of the answers to each problem, at least k. `seed` is that of the intervals."""
+    verdicts = [
+        [task.verify(problem, answer.text) for answer in group] for problem, group in zip(problems, groups, strict=True)
+    ]
     score = metrics.score(verdicts, k, seed)
-    completions = [completion for group in groups for completion in group]
-    texts = [(text, problem.language) for problem, group in zip(chosen, answers, strict=True) for text in group]
+    answers = [answer for group in groups for answer in group]
+    texts = [
+        (answer.text, problem.language) for problem, group in zip(problems, groups, strict=True) for answer in group
+    ]
     consistent = [consistency(text, language) for text, language in texts]
     readings = Counter(readable(text, language).reason for text, language in texts)
+    lengths = [answer.tokens for answer in answers if answer.tokens is not None]
+    ends = [answer.finish_reason for answer in answers if answer.finish_reason is not None]
     return {
         "task": task.name,
         "domain": task.domain,
         "language": "+".join(task.languages),
-        "n": problems,
-        "samples": samples,
+        "n": len(problems),
+        "samples": min(map(len, groups)),
         "k": k,
         "temperature": temperature,
         "top_p": top_p,
@@ -100,13 +133,13 @@ def evaluate(
         "pass_at_k_interval": _interval(score, f"pass@{k}"),
         "maj_at_k": score[f"maj@{k}"],
         "maj_at_k_interval": _interval(score, f"maj@{k}"),
-        "by_difficulty": metrics.by_difficulty(verdicts, [problem.meta.get("difficulty") for problem in chosen]),
-        "mean_length": sum(len(c.tokens) for c in completions) / len(completions),
+        "by_difficulty": metrics.by_difficulty(verdicts, [problem.meta.get("difficulty") for problem in problems]),
+        "mean_length": sum(lengths) / len(lengths) if len(lengths) == len(answers) else None,
         "formatted": score["formatted"],
-        "readable": readings[READABLE] / len(completions),
+        "readable": readings[READABLE] / len(answers),
         "unreadable": {reason: count for reason, count in readings.most_common() if reason != READABLE},
         "language_consistency": sum(consistent) / len(consistent),
-        "truncated": sum(c.finish_reason == "length" for c in completions) / len(completions),
+        "truncated": ends.count("length") / len(ends) if len(ends) == len(answers) else None,
         "reasons": metrics.reasons(verdicts),
     }
 

@@ -77,7 +77,12 @@ class CodeFile(SandboxedTask, FileTask):
 
 @lru_cache(maxsize=4096)  # the samples of a group often give the same answer
 def _judged(file: LineIndex, row: int, source: str) -> str:
-    function, tests, (seconds, memory_mb, tolerance) = _needed(file, row)
+    return reason_of(source, *_needed(file, row))
+
+
+def reason_of(source: str, function: str | None, tests: list[tuple[Any, Any]], limits: tuple[float, int, float]) -> str:
+    """The reason code of a program, or of a function, by all tests."""
+    seconds, memory_mb, tolerance = limits
     if function is None:
         judgement = sandbox.judge_program(source, tests, seconds=seconds, memory_mb=memory_mb, tolerance=tolerance)
     else:

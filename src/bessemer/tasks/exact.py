@@ -54,16 +54,15 @@ class MultipleChoice(FileTask):
         if not isinstance(listed, list) or not 2 <= len(listed) <= 26:
             raise cls.wrong(where, "no list of 2 to 26 choices under 'choices' or 'options'", record)
         choices = [" ".join(str(one).split()) if isinstance(one, str | int | float) else "" for one in listed]
-        if not all(choices) or len(set(choices)) < len(choices):
-            raise cls.wrong(where, "a choice is empty, no text, or the same as another", record)
+        if not all(choices):
+            raise cls.wrong(where, "a choice is empty or no text", record)
         answer = next((record[name] for name in ("answer", "answerKey", "answer_letter") if name in record), None)
         if isinstance(answer, int) and not isinstance(answer, bool):
             places = {answer} & set(range(len(choices)))
         else:
             text = " ".join(answer.split()) if isinstance(answer, str) else ""
-            places = {
-                n for n, (label, choice) in enumerate(zip(labels, choices, strict=False)) if text in (label, choice)
-            }
+            named = labels[: len(choices)] if text in labels[: len(choices)] else choices
+            places = {n for n, one in enumerate(named) if one == text}
         if len(places) != 1:
             fault = f"the answer {answer!r} names {'no' if not places else 'more than one'} choice"
             raise cls.wrong(where, f"{fault}; it is a letter, a number from 0, or the text of a choice", record)

@@ -1,0 +1,278 @@
+"""`bessemer eval --suite`: a model's answers to every evaluation of a suite, and their scores.
+
+Answers are written as they come, to OUT/NAME.jsonl: a first line with the settings, then one line per answer:
+
+    problem         id of the problem in the data, or its number from 1
+    text            the answer; `reasoning` (or reasoning_content) before it where the thoughts are kept apart
+    evaluation      needed only in a file of several evaluations that is not called NAME.jsonl
+    sample          number of the answer, from 0; optional, as are tokens and finish_reason
+    question        a hash of the prompt, which must then be that of the problem; optional
+
+A second call goes on where the first was killed, and samples what it would have sampled: answer k to a problem depends
+on the seed, the problem and k alone. Such lines can also be scored without a model, whoever wrote them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bessemer.data import documents
+from bessemer.data.chat import THINK, THINK_END, question_ids
+from bessemer.engine.engine import Engine
+from bessemer.errors import UserError
+from bessemer.eval import scoring
+from bessemer.eval.suites import FOLDER, Evaluation, Given, check_places, choose, find, load, load_suite
+from bessemer.runs.files import write_json
+from bessemer.tasks import Problem, stable_hash
+from bessemer.train import setup
+
+ROWS = 64
+"""Answers that a process generates together, and that a kill loses at most."""
+Answers = dict[str, dict[int, scoring.Answer]]
+"""Id of a problem -> number of the sample -> answer."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a call samples: as the suite says, or the user."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An evaluation whose data is here."""
+
+    evaluation: Evaluation
+    task: Given
+    problems: list[Problem]
+
+    @property
+    def name(self) -> str:
+        return self.evaluation.name
+
+
+def evaluate_suite(
+    model: Path | None,
+    *,
+    suite: str,
+    only: Sequence[str] = (),
+    data: Sequence[str] = (),
+    answers: Path | None = None,
+    out: Path | None = None,
+    problems: int | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    **changes: float,
+) -> dict[str, Any]:
+    """{suite, model, rows, skipped}: of a model, or without one of a file of `answers`. `samples` and `changes` (of
+    temperature, top_p, max_new_tokens) replace the suite's own. UserError if no evaluation can be run."""
+    chosen = load_suite(suite)
+    evaluations = choose(chosen, only)
+    check_places(data, evaluations)
+    ready, skipped = prepare(evaluations, data or [str(FOLDER)], problems)
+    result: dict[str, Any] = {"suite": suite, "model": str(model or answers), "rows": [], "skipped": skipped}
+    if model is not None:
+        out = out or Path("evals") / suite / _label(model)
+        defaults = {name: getattr(chosen, name) for name in ("temperature", "top_p", "max_new_tokens")}
+        rows = run(model, ready, Sampling(**defaults | changes, seed=seed), samples, out) if ready else iter(())
+    else:
+        assert answers is not None
+        rows = score_file(answers, ready)
+    for row in rows if ready else ():
+        result["rows"].append({"model": result["model"]} | row)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "results.json", result)
+    for one in skipped:
+        _say("skipped " + one["reason"])
+    if not result["rows"]:
+        raise UserError(
+            f"nothing was evaluated: {len(skipped)} of {len(evaluations)} evaluations lack their data (above)"
+        )
+    return result
+
+
+def prepare(
+    evaluations: Sequence[Evaluation], places: Sequence[str], problems: int | None
+) -> tuple[list[Ready], list[dict[str, str]]]:
+    """The evaluations whose data is here, every row of it checked, and {evaluation, reason} of the others."""
+    ready, skipped = [], []
+    folder = Path(next((place for place in places if "=" not in place and place != documents.HUB), FOLDER))
+    for evaluation in evaluations:
+        spec = find(evaluation, places)
+        if spec is None:
+            skipped.append({"evaluation": evaluation.name, "reason": evaluation.wanted(folder)})
+            continue
+        try:
+            ready.append(Ready(evaluation, *load(evaluation, spec, problems)))
+        except UserError as error:
+            if documents.HUB not in places or not str(error).startswith(f"{spec} cannot be read"):
+                raise
+            skipped.append({"evaluation": evaluation.name, "reason": f"{evaluation.name}: {error}"})
+            continue
+        count = len(ready[-1].task.ids)
+        if evaluation.problems not in (None, count):
+            _say(f"{evaluation.name}: {spec} has {count} problems, {evaluation.title} has {evaluation.problems}")
+    return ready, skipped
+
+
+def run(
+    model: Path, ready: Sequence[Ready], sampling: Sampling, samples: int | None, out: Path
+) -> Iterator[dict[str, Any]]:
+    """The row of each evaluation, as soon as all its answers are there."""
+    setup.keep_memory()
+    engine = Engine(*setup.load_model(model), setup.workers())
+    out.mkdir(parents=True, exist_ok=True)
+    _say(f"answers are kept in {out}; the same command goes on after an interruption")
+    longest = engine.model.cfg.max_seq_len
+    if longest < sampling.max_new_tokens:
+        _say(f"the model's context of {longest} tokens cuts answers; {sampling.max_new_tokens} were asked for")
+    for one in ready:
+        file, count = out / f"{one.name}.jsonl", samples or one.evaluation.samples
+        _open(file, {"evaluation": one.name, "model": _identity(model), "sampling": asdict(sampling)})
+        _sample(engine, one, sampling, count, file)
+        answers = read_answers(file, [one])[one.name]
+        kept = {key: {n: group[n] for n in sorted(group)[:count]} for key, group in answers.items()}
+        yield _row(one, kept, sampling.temperature, sampling.top_p)
+
+
+def score_file(path: Path, ready: Sequence[Ready]) -> Iterator[dict[str, Any]]:
+    """A row of every evaluation that a file, or a folder of NAME.jsonl, has answers to."""
+    files = [path] if path.is_file() else [path / f"{one.name}.jsonl" for one in ready]
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise UserError(f"--answers {path}: no such file, and no folder with a NAME.jsonl of an evaluation")
+    answers: dict[str, Answers] = {}
+    for file in files:
+        answers |= read_answers(file, [one for one in ready if one.name == file.stem] or ready)
+    for one in ready:
+        if one.name in answers:
+            yield _row(one, answers[one.name], None, None)
+        else:
+            _say(f"{one.name}: {path} has no answers")
+
+
+def _row(one: Ready, answers: Answers, temperature: float | None, top_p: float | None) -> dict[str, Any]:
+    asked = [problem for problem in one.problems if problem.id in answers]
+    if len(asked) < len(one.problems):
+        _say(f"{one.name}: answers to {len(asked)} of {len(one.problems)} problems; only these are scored")
+    groups = [[group[n] for n in sorted(group)] for group in (answers[problem.id] for problem in asked)]
+    k = min(map(len, groups))
+    row = scoring.judge(one.task, asked, groups, k=k, temperature=temperature, top_p=top_p)
+    published = {model: round(percent / 100, 4) for model, percent in one.evaluation.published.items()}
+    return row | {"title": one.evaluation.title, "published": published, "source": one.evaluation.source}
+
+
+def _sample(engine: Engine, one: Ready, sampling: Sampling, samples: int, file: Path) -> None:
+    """Adds the answers that the file lacks."""
+    there = read_answers(file, [one]).get(one.name, {})
+    problems = one.problems
+    plan = engine.plan(
+        [question_ids(engine.tokenizer, problem.prompt) for problem in problems],
+        seeds=[stable_hash("eval", sampling.seed, one.name, problem.id) & (2**62 - 1) for problem in problems],
+        samples=samples, temperature=sampling.temperature, top_p=sampling.top_p,
+        max_new_tokens=sampling.max_new_tokens, batch_rows=ROWS,
+    )  # fmt: skip
+    batches = []
+    for batch in plan.batches:
+        left = [sample for sample in batch.samples if sample.sample not in there.get(problems[sample.prompt].id, {})]
+        batches += [replace(batch, samples=left)] if left else []
+    missing = sum(len(batch.samples) for batch in batches)
+    _say(f"{one.name}: {len(problems)} problems, {samples} answers each, {missing} to generate")
+    with file.open("a", encoding="utf-8") as written:
+        for batch, completions in zip(batches, engine.workers.map(engine.run, batches), strict=True):
+            for sample, completion in zip(batch.samples, completions, strict=True):
+                problem, answer = problems[sample.prompt], scoring.answer_of(completion, engine.tokenizer.opening)
+                line = {"problem": problem.id, "sample": sample.sample, "question": _digest(problem), **asdict(answer)}
+                written.write(json.dumps(line, ensure_ascii=False) + "\n")
+            written.flush()
+            os.fsync(written.fileno())
+
+
+def _open(file: Path, header: dict[str, Any]) -> None:
+    """Starts a file of answers, or checks that its settings are these. Half a line at its end, which a kill may leave,
+    is removed."""
+    text = file.read_bytes() if file.is_file() else b""
+    whole = text[: text.rfind(b"\n") + 1]
+    if not whole:
+        file.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        return
+    os.truncate(file, len(whole))
+    try:
+        known = json.loads(whole.split(b"\n", 1)[0])
+    except ValueError:
+        known = None
+    if known != header:
+        known = known if isinstance(known, dict) else {}
+        differ = " and ".join(key for key in header if known.get(key) != header[key])
+        raise UserError(f"{file} holds answers of another {differ}; name another folder with --out, or remove the file")
+
+
+def read_answers(file: Path, ready: Sequence[Ready]) -> dict[str, Answers]:
+    """The answers of a file by the name of their evaluation, which a line need not state where only one is `ready`."""
+    by_name = {one.name: one for one in ready}
+    prompts = {one.name: {problem.id: _digest(problem) for problem in one.problems} for one in ready}
+    ids = {one.name: set(one.task.ids) for one in ready}
+    answers: dict[str, Answers] = {}
+    for where, record in documents.records(file):
+        if "sampling" in record and "text" not in record:
+            continue  # the settings
+        name = record.get("evaluation", ready[0].name if len(ready) == 1 else None)
+        if name not in by_name:
+            raise UserError(f"{where}: evaluation is {name!r}; it must be one of those that run: {', '.join(by_name)}")
+        key, text = record.get("problem"), record.get("text")
+        if isinstance(key, bool) or not isinstance(key, str | int) or not isinstance(text, str):
+            raise UserError(f"{where}: needs problem (the id or number of a problem) and text (the answer)")
+        if str(key) not in ids[name]:
+            some = ", ".join(by_name[name].task.ids[:3])
+            raise UserError(f"{where}: {name} has no problem {key!r}; its problems are {some}, ...")
+        if record.get("question", digest := prompts[name].get(str(key))) != digest and digest is not None:
+            raise UserError(f"{where}: the question of problem {key!r} was another; the data or its prompt has changed")
+        group = answers.setdefault(name, {}).setdefault(str(key), {})
+        number = record.get("sample", len(group))
+        if number in group or isinstance(number, bool) or not isinstance(number, int):
+            raise UserError(f"{where}: sample is {number!r}; give every answer to a problem a number of its own")
+        group[number] = scoring.Answer(_whole(record, text, where), record.get("tokens"), record.get("finish_reason"))
+    return answers
+
+
+def _whole(record: dict[str, Any], text: str, where: str) -> str:
+    """The answer with its thoughts, from the opening tag that a prompt may have held: so it was in front of thoughts
+    that are closed but not opened, and of an answer without tags that was cut off."""
+    thoughts = record.get("reasoning") or record.get("reasoning_content")
+    if thoughts is not None:
+        if not isinstance(thoughts, str):
+            raise UserError(f"{where}: reasoning must be text")
+        return f"{THINK}\n{thoughts}\n{THINK_END}\n\n{text}"
+    before, closed, _ = text.partition(THINK_END)
+    begun = THINK not in before and (closed or record.get("finish_reason") == "length")
+    return f"{THINK}\n{text}" if begun else text
+
+
+def _digest(problem: Problem) -> str:
+    return f"{stable_hash(problem.prompt):016x}"
+
+
+def _identity(model: Path) -> dict[str, Any]:
+    changed = max((file.stat().st_mtime_ns for file in model.glob("*.safetensors")), default=0)
+    return {"path": str(model.resolve()), "changed": changed}
+
+
+def _label(model: Path) -> str:
+    """A name for the folder of its answers: `tiny-03-zero` for runs/tiny/03-zero/model."""
+    parts = model.resolve().parts
+    return parts[-1] if parts[-1] != "model" else "-".join(parts[-3:-1])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,298 @@
+"""Suites of published evaluations: made rows in the form of each release, answers of a small model and of files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from made_data import ROWS, write_csv, write_data, write_jsonl
+
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+from bessemer.eval import suite_run, suites
+from bessemer.model.config import preset
+from bessemer.model.transformer import Transformer
+
+R1 = suites.load_suite("r1")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("suites") / "data")
+
+
+def loaded(name, data):
+    (evaluation,) = suites.choose(R1, [name])
+    return suites.load(evaluation, suites.find(evaluation, [str(data)]))
+
+
+def r1(answer, thoughts="Let me see. It could be \\boxed{1}, but no."):
+    """An answer in the form of the released R1: after the opening tag, which its prompt holds."""
+    return f"{thoughts}\n</think>\n<answer>{answer}</answer>"
+
+
+def test_the_protocol_is_the_published_one():
+    assert (R1.temperature, R1.top_p, R1.max_new_tokens) == (0.6, 0.95, 32768)
+    assert {one.name: one.samples for one in R1.evaluations} == {
+        "aime-2024": 64, "aime-2025": 64, "math-500": 16, "cnmo-2024": 64, "gpqa-diamond": 64, "livecodebench": 8,
+        "if-eval": 1, "mmlu": 1, "mmlu-pro": 1, "c-eval": 1,
+    }  # fmt: skip
+    assert {one.name: one.published["R1"] for one in R1.evaluations} == {
+        "aime-2024": 79.8, "aime-2025": 70.0, "math-500": 97.3, "cnmo-2024": 78.8, "gpqa-diamond": 71.5,
+        "livecodebench": 65.9, "if-eval": 83.3, "mmlu": 90.8, "mmlu-pro": 84.0, "c-eval": 91.8,
+    }  # fmt: skip
+
+
+ANSWERS = {
+    "aime-2024": ("60", "\\boxed{2}", "\\boxed{3}"),
+    "aime-2025": ("0", "\\boxed{42}", "42 or so"),
+    "math-500": ("test/algebra/1.json", "\\boxed{1+x^2+2x}", "\\boxed{x^2+1}"),
+    "mmlu": ("1", "\\boxed{C}", "\\boxed{B}"),
+    "mmlu-pro": ("70", "\\boxed{F}", "\\boxed{A}"),
+    "c-eval": ("2", "\\boxed{B}", "\\boxed{D}"),
+    "if-eval": ("1000", "Rivers flow.", "Rivers, they flow."),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_the_rows_of_a_release_are_read_and_judged(data, name):
+    task, problems = loaded(name, data)
+    key, right, wrong = ANSWERS[name]
+    problem = next(problem for problem in problems if problem.id == key)
+    assert task.verify(problem, "<think>\n" + r1(right)).correct
+    assert not task.verify(problem, "<think>\n" + r1(wrong)).correct
+    assert not task.verify(problem, "").correct
+
+
+def test_prompts_are_the_question_and_the_words_of_r1(data):
+    prompt = loaded("aime-2024", data)[1][0].prompt
+    assert prompt == "Find $1+1$.\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert loaded("if-eval", data)[1][0].prompt == ROWS["if-eval"][0]["prompt"]
+    chinese = loaded("c-eval", data)[1]
+    assert "B) 苹果" in chinese[0].prompt and "\\boxed{}" in chinese[0].prompt and chinese[0].language == "zh"
+    assert [problem.id for problem in chinese] == ["1", "2"], "the ids of the two subjects are the same"
+
+
+def test_the_choices_of_gpqa_are_shuffled_and_its_answer_follows(data):
+    task, problems = loaded("gpqa-diamond", data)
+    letters = [problem.meta["gold"] for problem in problems]
+    assert len(set(letters)) > 1 and [problem.id for problem in problems] == [f"rec{n}" for n in range(6)]
+    for n, (problem, letter) in enumerate(zip(problems, letters, strict=True)):
+        assert f"{letter}) lead {n}\n" in problem.prompt and f'in\n"case" {n}, is' in problem.prompt
+        assert [task.verify(problem, "<think>\n" + r1(f"\\boxed{{{one}}}")).correct for one in "ABCD"] == [
+            one == letter for one in "ABCD"
+        ]
+
+
+PROGRAM = "```python\na, b = map(int, input().split())\nprint(a + b)\n```"
+METHOD = (
+    "```python\nclass Solution:\n    def scaled(self, values, by):\n        return [by * one for one in values]\n```"
+)
+
+
+def test_livecodebench_runs_the_programs_of_its_dates(data):
+    task, problems = loaded("livecodebench", data)
+    assert [problem.id for problem in problems] == ["abc1", "abc3"], "abc2 is older than the tests of R1"
+    assert "class Solution" in problems[1].prompt and "standard input" in problems[0].prompt
+    assert task.verify(problems[0], "<think>\n" + r1(PROGRAM)).correct
+    assert task.verify(problems[1], "<think>\n" + r1(METHOD)).correct
+    only_public = PROGRAM.replace("a + b", "7")
+    assert task.verify(problems[0], "<think>\n" + r1(only_public)).reason == "wrong-output"
+    assert not task.verify(problems[1], "<think>\n" + r1(METHOD.replace("by *", "2 *"))).correct
+
+
+def two_hundred(folder):
+    """200 answers in R1's form to two AIME problems, 100 each, of which the comments give the score."""
+    wrong = ["\\boxed{3}", "\\boxed{3}", "no box, but 2", "\\boxed{2} or \\boxed{4}"]
+    lines = [{"problem": 60, "text": r1("\\boxed{2}")} for _ in range(60)]  # 60 of 100
+    lines += [{"problem": 60, "text": r1(wrong[n % 4])} for n in range(40)]
+    lines += [
+        {"problem": "61", "reasoning": "Twenty tens.", "text": "<answer>\\boxed{200}</answer>"} for _ in range(25)
+    ]  # 25 of 100
+    lines += [{"problem": "61", "text": r1("\\boxed{30}")} for _ in range(45)]  # the majority, and wrong
+    cut = {"text": "I think and think, \\boxed{200}, and never end", "finish_reason": "length"}
+    lines += [{"problem": "61", **cut} for _ in range(30)]
+    return write_jsonl(folder / "aime-2024.jsonl", lines)
+
+
+def test_two_hundred_answers_in_the_form_of_r1_give_the_score_computed_by_hand(data, tmp_path):
+    result = suite_run.evaluate_suite(
+        None, suite="r1", only=["aime-2024"], data=[str(data)], answers=two_hundred(tmp_path)
+    )
+    (row,) = result["rows"]
+    assert row["pass_at_1"] == pytest.approx((0.60 + 0.25) / 2)
+    assert row["maj_at_k"] == 0.5, "60 votes for 2 win; 45 votes for 30 beat 25 for 200"
+    assert (row["n"], row["k"], row["samples"]) == (2, 100, 100)
+    assert row["published"] == {"R1-Zero": 0.779, "R1": 0.798} and row["mean_length"] is None
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer.train(["Find the sum of two numbers. \\boxed{2} <think>", "盛钢水"] * 8, 300, chat_style="r1")
+    cfg = preset("tiny", vocab_size=tokenizer.vocab_size, dim=32, n_layers=2, max_seq_len=400, init_std=0.12)
+    tokenizer.save(folder / "tokenizer")
+    Transformer(cfg).initialise(3).save(folder / "small", tokenizer_dir=folder / "tokenizer")
+    return folder / "small"
+
+
+def cli(*arguments, cwd):
+    command = [sys.executable, "-m", "bessemer", "eval", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_one_command_runs_what_has_data_and_goes_on_after_a_kill(model, data, tmp_path):
+    call = (model, "--suite", "r1", "--data", data, "--only", "aime-2024,cnmo-2024,if-eval,mmlu", "--max-tokens", 6)
+    first = cli(*call, "--samples", 3, "--out", "whole", "--json", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    facts = json.loads(first.stdout)
+    assert [(row["task"], row["n"], row["k"], row["temperature"]) for row in facts["rows"]] == [
+        ("aime-2024", 2, 3, 0.6), ("if-eval", 1, 3, 0.6), ("mmlu", 1, 3, 0.6)
+    ]  # fmt: skip
+    assert [one["evaluation"] for one in facts["skipped"]] == ["cnmo-2024"]
+    assert f"cnmo-2024: put {data}/cnmo-2024.jsonl" in first.stderr and "question, answer" in first.stderr
+    assert "opencompass/LiveMathBench" in first.stderr and facts == json.loads(
+        (tmp_path / "whole/results.json").read_text()
+    )
+    whole = (tmp_path / "whole" / "aime-2024.jsonl").read_text()
+    assert len(whole.splitlines()) == 1 + 2 * 3
+
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / "aime-2024.jsonl").write_text(whole[: len(whole) * 2 // 3])  # ends within a line
+    again = cli(*call, "--samples", 3, "--out", "killed", cwd=tmp_path)
+    assert again.returncode == 0 and "R1-Zero" in again.stdout and "77.9 %" in again.stdout, again.stderr
+    assert sorted((killed / "aime-2024.jsonl").read_text().splitlines()) == sorted(whole.splitlines())
+    assert cli(*call, "--samples", 3, "--out", "killed", "--seed", 1, cwd=tmp_path).returncode == 2
+
+    scored = cli("--suite", "r1", "--data", data, "--answers", "whole", "--json", cwd=tmp_path)
+    rows = json.loads(scored.stdout)["rows"]
+    assert [(row["task"], row["pass_at_1"], row["mean_length"]) for row in rows] == [
+        (row["task"], row["pass_at_1"], row["mean_length"]) for row in facts["rows"]
+    ]
+
+
+def test_more_samples_are_added_to_those_that_are_there(model, data, tmp_path):
+    def run(out, samples):
+        suite_run.evaluate_suite(
+            model,
+            suite="r1",
+            only=["aime-2024"],
+            data=[str(data)],
+            out=tmp_path / out,
+            samples=samples,
+            max_new_tokens=5,
+        )
+        return sorted((tmp_path / out / "aime-2024.jsonl").read_text().splitlines())
+
+    run("grown", 1)
+    assert run("grown", 3) == run("at-once", 3)
+
+
+def test_without_any_data_the_status_says_so(model, tmp_path):
+    done = cli(model, "--suite", "r1", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("skipped ") == 10 and "nothing was evaluated" in done.stderr
+    assert "put data/evals/gpqa-diamond.jsonl (or .csv, .parquet, or a folder gpqa-diamond/)" in done.stderr
+    assert "Incorrect Answer 3" in done.stderr and "Idavidrein/gpqa" in done.stderr and not done.stdout
+
+
+CONTEST = ROWS["livecodebench"][0]
+BAD_DATA = {
+    "a row without its answer": ("aime-2024", {"problem": "1+1?"}, "no text or number under 'answer'"),
+    "a gold that is no answer": ("aime-2024", {"problem": "x?", "answer": "\\frac{"}, "the answer '\\\\frac{' is no"),
+    "no such letter": ("mmlu", {"question": "2?", "choices": ["1", "2"], "answer": 7}, "the answer 7 names no choice"),
+    "an unknown instruction": (
+        "if-eval", {"prompt": "p", "instruction_id_list": ["a:b"], "kwargs": [{}]}, "instruction_id_list holds 'a:b'"
+    ),
+    "arguments of another number": (
+        "if-eval", {"prompt": "p", "instruction_id_list": ["a:b"], "kwargs": []}, "no instruction_id_list and kwargs"
+    ),
+    "no date": ("livecodebench", {"question_content": "p"}, "no contest_date"),
+    "tests that are none": ("livecodebench", CONTEST | {"private_test_cases": "no!"}, "tests that are neither"),
+    "a list": ("aime-2025", [1], "must be a JSON object, not list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BAD_DATA)
+def test_bad_data_is_named_with_its_line_before_any_model_is_loaded(tmp_path, fault):
+    name, row, complaint = BAD_DATA[fault]
+    good = [ROWS[name][0]] if name in ROWS else []
+    file = write_jsonl(tmp_path / f"{name}.jsonl", [*good, row])
+    with pytest.raises(UserError) as error:
+        suite_run.evaluate_suite(tmp_path / "no-model", suite="r1", data=[str(tmp_path)])
+    assert str(error.value).startswith(f"{file}:2: {complaint}")
+
+
+def test_an_empty_file_is_an_error(tmp_path):
+    write_jsonl(tmp_path / "aime-2025.jsonl", [])
+    with pytest.raises(UserError, match=r"aime-2025.jsonl holds no problem of AIME 2025"):
+        suite_run.evaluate_suite(tmp_path, suite="r1", data=[str(tmp_path)])
+
+
+def test_csv_with_too_few_cells_and_two_files_of_one_evaluation(tmp_path):
+    write_csv(tmp_path / "gpqa-diamond.csv", ROWS["gpqa-diamond"])
+    with (tmp_path / "gpqa-diamond.csv").open("a") as file:
+        file.write("rec9,Why?\n")
+    with pytest.raises(
+        UserError, match=r"gpqa-diamond.csv:\d+: the row and the header have different numbers of cells"
+    ):
+        suite_run.evaluate_suite(tmp_path, suite="r1", data=[str(tmp_path)])
+    write_jsonl(tmp_path / "gpqa-diamond.jsonl", ROWS["gpqa-diamond"])
+    with pytest.raises(UserError, match="are both there; keep one"):
+        suite_run.evaluate_suite(tmp_path, suite="r1", data=[str(tmp_path)])
+
+
+BAD_ANSWERS = {
+    "no text": ({"problem": 60}, "needs problem .* and text"),
+    "no such problem": ({"problem": 7, "text": "x"}, "aime-2024 has no problem 7; its problems are 60, 61"),
+    "two of one number": ({"problem": 60, "text": "x", "sample": 0}, "sample is 0; give every answer"),
+    "another question": ({"problem": 60, "text": "x", "question": "ab"}, "the question of problem 60 was another"),
+    "another evaluation": ({"problem": 60, "text": "x", "evaluation": "gsm8k"}, "evaluation is 'gsm8k'"),
+    "thoughts that are no text": ({"problem": 60, "text": "x", "reasoning": [1]}, "reasoning must be text"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_ANSWERS)
+def test_bad_answers_are_named_with_their_line(data, tmp_path, fault):
+    line, complaint = BAD_ANSWERS[fault]
+    file = write_jsonl(tmp_path / "answers.jsonl", [{"problem": 60, "text": "x"}, line])
+    with pytest.raises(UserError, match=f"answers.jsonl:2: .*{complaint}"):
+        suite_run.evaluate_suite(None, suite="r1", only=["aime-2024"], data=[str(data)], answers=file)
+
+
+@pytest.mark.parametrize(
+    ("place", "complaint"),
+    [
+        ("aime=x.jsonl", "'aime'; did you mean 'aime-20"),
+        ("aime-2024=x.jsonl", "no file or folder x.jsonl"),
+        ("nowhere", "no folder"),
+    ],
+)
+def test_a_place_that_is_not_there(place, complaint):
+    with pytest.raises(UserError, match=complaint):
+        suite_run.evaluate_suite(None, suite="r1", data=[place])
+
+
+def test_an_evaluation_may_be_a_data_set_of_the_hub(monkeypatch, data):
+    rows = ROWS["math-500"]
+    asked = []
+
+    def hub_records(spec):
+        asked.append(spec)
+        if "LiveMath" in spec:
+            raise UserError(f"{spec} cannot be read (ConnectionError)")
+        return ((f"{spec}: row {n}", dict(row)) for n, row in enumerate(rows, 1))
+
+    monkeypatch.setattr("bessemer.data.documents.hub_records", hub_records)
+    evaluations = suites.choose(R1, ["math-500", "cnmo-2024", "livecodebench"])
+    ready, skipped = suite_run.prepare(evaluations, ["hf://"], None)
+    assert [one.name for one in ready] == ["math-500"] and asked[0] == "hf://HuggingFaceH4/MATH-500#test"
+    assert [one["evaluation"] for one in skipped] == ["cnmo-2024", "livecodebench"]
+    with pytest.raises(UserError, match="cannot be read"):
+        suite_run.prepare(evaluations[1:2], ["cnmo-2024=hf://opencompass/LiveMathBench"], None)
+
+
+def test_some_problems_are_spread_over_the_data(data):
+    (evaluation,) = suites.choose(R1, ["gpqa-diamond"])
+    _, problems = suites.load(evaluation, str(data / "gpqa-diamond.csv"), 3)
+    assert [problem.id for problem in problems] == ["rec0", "rec2", "rec4"]
