@@ -15,6 +15,7 @@ SLOW = {
     "test_memory.py",
     "test_planner.py",
     "test_r1.py",
+    "test_r1_paper.py",
     "test_reject.py",
     "test_reward_stage.py",
     "test_rl_ray.py",

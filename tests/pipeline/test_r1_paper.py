@@ -1,4 +1,4 @@
-"""recipes/r1-paper.toml in miniature: the same file, its numbers divided, on files and a model made here, to the end."""
+"""recipes/r1-paper.toml in miniature: the same file, every number divided, on files and a model made here."""
 
 import json
 import re
@@ -131,7 +131,7 @@ def miniature(folder):
             if key in ("lr", "lr_final"):
                 value *= FASTER[stage["kind"]]
             elif key in DIVISORS and value != "all" and not isinstance(value[0] if isinstance(value, list) else 0, str):
-                value = divided(value, DIVISORS[key])
+                value = divided(value, DIVISORS[key], least=2 if key == "rollouts" else 1)
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 assert key in KEPT, f"{key} is neither divided nor kept"
                 continue
@@ -141,10 +141,10 @@ def miniature(folder):
     return Recipe.parse(text.replace("data/", f"{folder}/"), changes)
 
 
-def divided(value, divisor):
+def divided(value, divisor, least=1):
     if isinstance(value, list):  # a schedule: steps in units of the paper's, and the values
         return [[str(int(at) // 2050), divided(one, divisor)] for at, one in value]
-    return max(1, value // divisor)
+    return max(least, value // divisor)
 
 
 @pytest.fixture(scope="module")
