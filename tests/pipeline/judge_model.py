@@ -10,23 +10,10 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.rl.judge import GRADE, _marked
-from bessemer.tasks.base import Problem, Task, Verdict
 from bessemer.train.objective import next_token
 
+NUMBERS = 12
 REPLY = "<think>\nYes.\n</think>\n\nVerdict: correct"
-
-
-class Asked(Task):
-    """Questions with a reference answer and no rule."""
-
-    name, domain, all_languages = "asked", "general", ("en",)
-
-    def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
-        question, reference = asked(index)
-        return Problem(f"asked/{split}/{seed}/{index}/en", question, "en", {"reference": reference})
-
-    def verify(self, problem: Problem, completion: str) -> Verdict:
-        return Verdict(False, True, "unjudged", None)
 
 
 def asked(number: int) -> tuple[str, str]:
@@ -37,7 +24,7 @@ def asked(number: int) -> tuple[str, str]:
 def write(folder: Path) -> Path:
     torch.set_num_threads(1)
     prompts = []
-    for number in range(12):
+    for number in range(NUMBERS):
         question, reference = asked(number)
         prompts += [question, _marked(GRADE, question=question, reference=reference, answer="Verdict: correct")]
     tokenizer = Tokenizer.train([*prompts, *[REPLY] * 9], 540, chat_style="r1")

@@ -30,8 +30,8 @@ kind = "import"
 model = "{model}"
 [[stage]]
 kind = "reject"
-tasks = ["asked"]
-problems = 10
+tasks = ["general:{prompts}@train"]
+problems = 12
 samples = 2
 keep = 2
 temperature = 0.1
@@ -48,22 +48,32 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path):
-    monkeypatch.setitem(base._REGISTRY, "asked", ("judge_model", "Asked"))
     monkeypatch.setenv("BESSEMER_CACHE", str(tmp_path / "cache"))
+
+
+def prompts(folder):
+    """A file of general prompts with reference answers, and one without."""
+    lines = [
+        dict(zip(("prompt", "reference"), judge_model.asked(number), strict=True))
+        for number in range(judge_model.NUMBERS)
+    ]
+    lines[-1].pop("reference")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line | {"aim": "helpful"}) + "\n" for line in lines))
+    return folder / "prompts.jsonl"
 
 
 def write(folder, model, judge):
     folder.mkdir(exist_ok=True)
-    (folder / "judged.toml").write_text(RECIPE.format(model=model, judge=judge))
+    (folder / "judged.toml").write_text(RECIPE.format(model=model, judge=judge, prompts=prompts(model.parent)))
     return folder / "judged.toml"
 
 
 def test_a_model_of_an_earlier_stage_judges(model, tmp_path):
     results = stages_run.run(write(tmp_path, model, BY_STAGE), tmp_path / "run")
-    assert results["reject"].summary == {"kept": 10, "others": 0, "duplicate": 10}
+    assert results["reject"].summary == {"kept": 11, "others": 0, "duplicate": 11, "unjudged": 2}
     lines = (tmp_path / "run" / "02-reject" / "samples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["messages"][1]["content"] for line in lines] == [judge_model.REPLY] * 10
-    with pytest.raises(UserError, match=r"none of 20 answers was kept \(wrong 20\)"):
+    assert [json.loads(line)["messages"][1]["content"] for line in lines] == [judge_model.REPLY] * 11
+    with pytest.raises(UserError, match=r"none of 24 answers was kept \(unjudged 24\)"):
         stages_run.run(write(tmp_path, model, ""), tmp_path / "run")
 
 
@@ -93,21 +103,25 @@ def test_our_own_server_judges_and_no_request_is_repeated(model, tmp_path, serve
     url, name, process = served
     judge = BY_STAGE.replace('stage = "import"', f'url = "{url}", served_model = "{name}", retries = 1')
     results = stages_run.run(write(tmp_path / "one", model, judge), tmp_path / "one" / "run")
-    assert results["reject"].summary == {"kept": 10, "others": 0, "duplicate": 10}
+    assert results["reject"].summary == {"kept": 11, "others": 0, "duplicate": 11, "unjudged": 2}
     stages_run.run(write(tmp_path / "zero", model, BY_STAGE), tmp_path / "zero" / "run")
     first, other = (tmp_path / name / "run" / "02-reject" / "samples.jsonl" for name in ("zero", "one"))
     assert first.read_bytes() == other.read_bytes()
     process.terminate()
     process.wait(30)
     results = stages_run.run(write(tmp_path / "two", model, judge), tmp_path / "two" / "run", "reject.keep=1")
-    assert results["reject"].summary["kept"] == 10, "of the cache"
+    assert results["reject"].summary["kept"] == 11, "of the cache"
     with pytest.raises(UserError, match=f"the judge at {url} failed 2 times"):
-        stages_run.run(write(tmp_path / "two", model, judge), tmp_path / "two" / "run", "reject.problems=11")
+        other = judge.replace("samples = 1", "samples = 2")
+        stages_run.run(write(tmp_path / "two", model, other), tmp_path / "two" / "run")
 
 
 def test_only_answers_that_could_be_kept_are_judged(tmp_path):
-    config = RejectConfig(kind="reject", tasks=["asked"])
-    problem, ruled = base.get("asked").problem("train", 0), base.get("arithmetic").problem("train", 0)
+    family = f"general:{prompts(tmp_path)}@train"
+    config = RejectConfig(kind="reject", tasks=[family])
+    asked = (base.get(family).problem("train", number) for number in range(2))
+    problem = next(problem for problem in asked if "reference" in problem.meta)
+    ruled = base.get("arithmetic").problem("train", 0)
 
     def sampled(text, end="stop", problem=problem):
         completion = Completion([5] * 9, text, [-1.0] * 9, [-1.0] * 9, end, 3)
@@ -125,10 +139,11 @@ def test_only_answers_that_could_be_kept_are_judged(tmp_path):
 
     judge = Scripted()
     reject.judge_answers(judge, [group], config)
-    question, reference = judge_model.asked(0)
-    assert judge.answers == [(question, reference, answer) for answer in ("N0.", "N1.", "I do not know.")]
+    assert judge.answers == [
+        (problem.prompt, problem.meta["reference"], answer) for answer in ("N0.", "N1.", "I do not know.")
+    ]
     why = [reject.fault(row, config) for row in group]
-    assert why == [None, "wrong", "no-verdict", "cut", "mixed-language", "wrong", None]
+    assert why == [None, "wrong", "unjudged", "cut", "mixed-language", "wrong", None]
 
 
 def test_a_judge_with_nothing_to_judge_and_one_without_its_key_are_refused(model, tmp_path):
@@ -146,16 +161,25 @@ PAIRS = """
 kind = "reward-model"
 aim = "helpful"
 from = "import"
+tasks = ["general:{prompts}", "general"]
+data = ["{pairs}"]
 made = 40
-samples = 2
+samples = 4
 max_new_tokens = 20
 row_length = 192
 lr = 1e-2
 heldout = 0.3
-epochs = 12
+epochs = 2
 precision = "float32"
 judge = {{ url = "{url}", served_model = "m" }}
 """
+
+
+def easy_pairs(folder):
+    """Enough for the model to learn something, whatever the judge says."""
+    lines = [{"prompt": f"Say {n}.", "chosen": "Yes. Yes.", "rejected": "No. No."} for n in range(120)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "pairs.jsonl"
 
 
 def by_the_alphabet(prompt):
@@ -167,10 +191,14 @@ def by_the_alphabet(prompt):
 def test_pairs_are_judged_in_both_orders_by_an_api(model, tmp_path):
     with JudgeServer(by_the_alphabet) as server:
         path = write(tmp_path, model, "")
-        path.write_text(path.read_text().split('[[stage]]\nkind = "reject"')[0] + PAIRS.format(url=server.url))
+        path.write_text(
+            path.read_text().split('[[stage]]\nkind = "reject"')[0]
+            + PAIRS.format(url=server.url, prompts=prompts(tmp_path), pairs=easy_pairs(tmp_path))
+        )
         facts = stages_run.run(path, tmp_path / "run")["reward-model"].summary
         asked = [request["messages"][0]["content"] for request in server.asked]
-    assert len(asked) == 4 * facts["asked"] == 160 and facts["close"] == 0 and "unjudged" not in facts
+    # two answers with one summary are the same request in both orders, and equally good
+    assert len(asked) == 4 * facts["asked"] - 2 * facts["close"] > 80 and "unjudged" not in facts
     lines = [
         json.loads(line) for line in (tmp_path / "run" / "02-reward-model" / "judged.jsonl").read_text().splitlines()
     ]
@@ -188,6 +216,6 @@ def test_pairs_are_judged_in_both_orders_by_an_api(model, tmp_path):
 )
 def test_what_a_judge_of_pairs_needs_is_said(model, tmp_path, change, complaint):
     path = write(tmp_path, model, "")
-    path.write_text(path.read_text() + PAIRS.format(url="http://127.0.0.1:9/v1"))
+    path.write_text(path.read_text() + PAIRS.format(url="http://127.0.0.1:9/v1", prompts="", pairs=""))
     with pytest.raises(UserError, match=complaint):
         stages_run.run(path, tmp_path / "run", change)

@@ -68,7 +68,7 @@ class RejectConfig(AskingConfig):
     """Answers per problem."""
     judge: JudgeConfig | None = None
     """A model that judges answers to problems with a reference answer and no rule, such as general prompts (R1 2.3.3).
-    Without it such answers count as wrong."""
+    Without it such answers are dropped."""
     keep: int = Field(1, ge=1)
     """Maximum number of answers kept per problem."""
     temperature: float = Field(1.0, gt=0)

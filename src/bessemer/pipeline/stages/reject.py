@@ -31,13 +31,14 @@ from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.tasks.answer import parse_reply, summary
 from bessemer.tasks.base import CORRECT, WRONG_VALUE
-from bessemer.tasks.general import General
+from bessemer.tasks.general import UNJUDGED, General
 from bessemer.tasks.readability import ReadabilityLimits, readable
 from bessemer.train import setup
 
 SUMMARY = {"en": "The answer is <answer>{answer}</answer>.", "zh": "答案是<answer>{answer}</answer>。"}
 """What follows the thoughts in R1's form: a sentence in the language of the question."""
-NO_VERDICT = "no-verdict"
+LOOKED_AT = 256
+"""Problems in which a judge must find a reference answer before anything runs."""
 BATCH = 64
 """Problems sampled together; a kill costs at most one batch."""
 
@@ -51,7 +52,8 @@ class Reject(Stage[RejectConfig]):
             raise UserError(f'stage "{config.name}": tasks is empty; known: {", ".join(tasks.names())}')
         families, seed = [tasks.get(name) for name in config.tasks], recipe.seed_of(config)
         if config.judge is not None:
-            if not any(_reference(family.problem("train", 0, seed)) for family in families):
+            first = rollout.problems_of(families, "train", config.first_problem, min(config.problems, LOOKED_AT), seed)
+            if not any(_reference(problem) for _, problem in first):
                 raise UserError(f'stage "{config.name}": judge has no effect: no problem has a reference answer')
             api_key(config.name, config.judge)
         if config.others_data and not config.others:
@@ -186,7 +188,7 @@ def fault(row: rollout.ScoredSample, config: RejectConfig) -> str | None:
     if row.completion.finish_reason == "length":
         return "cut"
     if not row.verdict.correct:
-        return NO_VERDICT if row.verdict.reason == NO_VERDICT else "wrong"
+        return UNJUDGED if row.verdict.reason == UNJUDGED else "wrong"
     return _unreadable(row, config)
 
 
@@ -214,7 +216,7 @@ def judge_answers(judge: Judge, groups: list[list[rollout.ScoredSample]], config
             else:  # `fault` names what is wrong with it
                 row.verdict = replace(row.verdict, correct=True)
     for (row, _), right in zip(asked, judge.verdicts([texts for _, texts in asked]), strict=True):
-        reason = NO_VERDICT if right is None else CORRECT if right else WRONG_VALUE
+        reason = UNJUDGED if right is None else CORRECT if right else WRONG_VALUE
         row.verdict = replace(row.verdict, correct=bool(right), reason=reason)
 
 

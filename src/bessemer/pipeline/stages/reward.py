@@ -89,6 +89,8 @@ class RewardModelling(Stage[RewardModelConfig]):
 
     def probes(self, config: RewardModelConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
         yield from preflight.length_probes(config, recipe, [config.source], "row_length", config.row_length)
+        if config.judge is not None:
+            yield from preflight.task_probes(config.tasks, config.made)
         for name in [*config.data, *config.heldout_data]:
             yield partial(_counted, config, name)
 
@@ -188,7 +190,10 @@ def _problems(config: RewardModelConfig, seed: int) -> list[tasks.Problem]:
     """The problems of the generated answers; half of the harmless model's prompts ask for something unsafe."""
     share = {"harmless_share": 0.0 if config.aim == "helpful" else 0.5}
     families = [tasks.get(name, **(share if name == General.name else {})) for name in config.tasks]
-    return [problem for _, problem in rollout.problems_of(families, "train", 0, config.made, seed)]
+    problems = [problem for _, problem in rollout.problems_of(families, "train", 0, config.made, seed)]
+    if config.judge is None:
+        return problems
+    return [problem for problem in problems if problem.meta.get("aim", config.aim) == config.aim]
 
 
 def _made(
