@@ -209,7 +209,7 @@ REFUSED = {
     "beta_fast 16 and beta_slow 1": dict(**YARN, beta_fast=16.0),
     "compressed queries in 27 layers": dict(n_layers=27),
     "without shared experts": dict(n_shared_experts=0),
-    "groups rated by their best expert": dict(topk_method="group_limited_greedy", score_func="softmax"),
+    "groups rated by the best 1 of their experts": dict(topk_method="group_limited_greedy", score_func="softmax"),
     "route_scale 0": dict(route_scale=0.0),
     "513 layers": dict(n_layers=513),
     "1025 experts": dict(n_routed_experts=1025, n_expert_groups=1, n_limited_groups=1),

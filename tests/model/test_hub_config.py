@@ -83,7 +83,7 @@ def test_absent_mscale_means_what_the_released_code_takes():
         ({"num_key_value_heads": 1}, "num_key_value_heads must equal"),
         ({"hidden_size": None}, "key 'hidden_size' is missing"),
         ({"scoring_func": "tanh"}, "score_func"),
-        ({"n_group": 12}, "leave 1 per group.*set n_expert_groups to at most 6"),
+        ({"n_group": 12}, "n_activated_experts 3 is not between 1 and the 2 experts of 2 groups"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "type 'linear' is not implemented"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "lacks 'original_max_position_embeddings'"),
         ({"rope_parameters": [1]}, "rope_parameters is not a table"),
@@ -105,6 +105,8 @@ def test_kimi_and_v2_defaults():
 def test_a_rule_that_transformers_ignores_is_announced():
     with pytest.warns(UserWarning, match="ignores norm_topk_prob"):
         mapping.to_hf(tiny(**{**V2, "norm_topk_prob": True}), torch.float32)
+    with pytest.warns(UserWarning, match=r"by its two best experts, this model by the best 1 \(K/M\)"):
+        mapping.to_hf(tiny(n_activated_experts=2), torch.float32)
 
 
 @pytest.mark.parametrize("text, words", [("{", "not valid JSON"), ("[]", "not a JSON object"),

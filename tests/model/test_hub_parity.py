@@ -11,7 +11,7 @@ import logging
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from model_cases import V2, YARN, configs, random_model, relative, tiny, tokens
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.utils import logging as hf_logging
@@ -130,6 +130,7 @@ def test_logits_agree_both_ways(changes, tmp_path, no_complaints):
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(cfg=configs())
 def test_logits_agree_for_random_shapes(cfg, tmp_path_factory):
+    assume(not cfg.limited or cfg.n_rated_experts == 2)  # transformers rates groups by two whatever K and M
     assert from_theirs(cfg, tmp_path_factory.mktemp("theirs")) < BOUND
     assert to_theirs(cfg, tmp_path_factory.mktemp("ours")) < BOUND
 

@@ -1,6 +1,7 @@
 """Routing: the check of Z.1, group limits with negative biases, balance, dispatch; each against a loop over tokens."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def naive(gate, x):
     b = [0.0] * len(s) if gate.bias_E is None else gate.bias_E.tolist()
     z = [score + bias for score, bias in zip(s, b, strict=True)]
     size = cfg.n_routed_experts // cfg.n_expert_groups
-    best = 2 if cfg.topk_method == "noaux_tc" else 1
+    best = math.ceil(cfg.n_activated_experts / cfg.n_limited_groups) if cfg.topk_method == "noaux_tc" else 1
     rating = [sum(sorted(z[g * size : (g + 1) * size], reverse=True)[:best]) for g in range(cfg.n_expert_groups)]
     groups = range(cfg.n_expert_groups)
     if cfg.topk_method != "greedy":
@@ -52,9 +53,10 @@ def naive(gate, x):
 @pytest.mark.parametrize("bias", [(-1.6, -1.0), (-0.3, 0.3), (1.0, 1.5)], ids=["negative", "mixed", "positive"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict(n_limited_groups=4), dict(n_expert_groups=1, n_limited_groups=1), dict(norm_topk_prob=False), V2, GREEDY],
-    ids=["groups", "all-groups", "one-group", "plain-gates", "v2-greedy", "v2-groups"],
-)
+    [{}, dict(n_limited_groups=4), dict(n_expert_groups=1, n_limited_groups=1), dict(norm_topk_prob=False), V2, GREEDY,
+     dict(n_routed_experts=16, n_activated_experts=6), dict(n_activated_experts=2)],
+    ids=["groups", "all-groups", "one-group", "plain-gates", "v2-greedy", "v2-groups", "three-rated", "one-rated"],
+)  # fmt: skip
 def test_gate_equals_a_loop(changes, bias):
     cfg = tiny(**changes)
     gate = gate_of(cfg, bias)

@@ -177,7 +177,6 @@ def test_rope_table_grows():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(n_expert_groups=12, n_limited_groups=3), "leave 1 per group.*set n_expert_groups to at most 6"),
         (dict(n_routed_experts=13), "n_routed_experts 13 is not a multiple of n_expert_groups 4"),
         (dict(n_limited_groups=5), "n_limited_groups 5 is not between 1 and n_expert_groups 4"),
         (

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bessemer import cli
+from bessemer.config.recipe import Recipe
 from bessemer.dist.mesh import Layout
 from bessemer.dist.schedules import schedule
 from bessemer.dist.table import Pair
@@ -17,7 +18,7 @@ from bessemer.model import accounting
 from bessemer.model.config import preset
 from bessemer.plan import audit, layer_time, plan_config, training_setup, validate
 from bessemer.plan import layer_kernels as kernels
-from bessemer.plan.cost import ideas, plan_run
+from bessemer.plan.cost import ideas, plan_run, rl_costs
 from bessemer.plan.hardware import (
     Kernels,
     attention_rates,
@@ -31,7 +32,7 @@ from bessemer.plan.hardware import (
     read_toml,
     wave_fill,
 )
-from bessemer.plan.inference import Deployment, decode
+from bessemer.plan.inference import ACCEPTED, Deployment, decode, rollout_time
 from bessemer.plan.layer_time import LayerTimes, cuts, layer_times
 from bessemer.plan.search import search
 from bessemer.plan.step_time import step_time
@@ -266,6 +267,15 @@ def test_a_recipe_on_a_cluster(call, tmp_path):
     said = call(ROOT / "recipes/tiny.toml", "--cluster", "1xH100", "--set", "precision=bf16").out
     assert "RL stage zero" in said and "served from units of" in said and "1,024" not in said.splitlines()[0]
     assert facts["tokens"] == 3_200_000 and facts["rl"][0]["stage"] == "zero" and facts["considered"] > 10
+
+
+def test_rollouts_are_priced_without_drafts_that_rl_never_makes():
+    """R1's own sampler drafted, so only the audit of its published cost counts drafts."""
+    plan, recipe = plan_run(V3, OWN, 1e12, lambda tokens: 15360), Recipe.load(ROOT / "recipes/tiny.toml")
+    zero = recipe.stage("zero")
+    given = (SHAPE, OWN.device, plan.gpus, zero.prompts_per_rollout * zero.samples, 200, plan.rate, 64)
+    (cost,) = rl_costs(plan, recipe)
+    assert cost["sampling_seconds"] == rollout_time(*given).sampling > 1.3 * rollout_time(*given, ACCEPTED).sampling
 
 
 @pytest.mark.parametrize(

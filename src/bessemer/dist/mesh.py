@@ -117,6 +117,11 @@ def refusal(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> st
         return f"{cfg.n_routed_experts} experts cannot be shared evenly by {layout.ep} ranks"
     if layout.ep > layout.node and layout.ep % layout.node:
         return f"an expert-parallel group of {layout.ep} does not fill nodes of {layout.node}"
+    if cfg.limited and cfg.n_expert_groups % layout.nodes:
+        return (
+            f"{cfg.n_expert_groups} groups of experts do not lie whole on {layout.nodes} nodes, so a token of "
+            f"{cfg.n_limited_groups} groups could go to more than {cfg.n_limited_groups} nodes (V3 2.1.2)"
+        )
     return None
 
 

@@ -265,8 +265,8 @@ def check_network(cfg: ModelConfig, where: str) -> None:
         f"compressed queries in {cfg.n_layers} layers; llama.cpp takes a model of so many for V2-Lite, which has none":
             lite and cfg.q_lora_rank > 0,
         "expert layers without shared experts; llama.cpp needs one": sparse and cfg.n_shared_experts == 0,
-        "groups rated by their best expert (group_limited_greedy); llama.cpp rates them by their two best":
-            sparse and _limited(cfg) and cfg.topk_method == "group_limited_greedy",
+        f"groups rated by the best {cfg.n_rated_experts} of their experts; llama.cpp rates them by their two best":
+            sparse and cfg.limited and cfg.n_rated_experts != 2,
         "route_scale 0, which llama.cpp reads as 1": sparse and cfg.route_scale == 0,
         f"{cfg.n_layers} layers; llama.cpp holds {MAX_LAYERS}": cfg.n_layers > MAX_LAYERS,
         f"{cfg.n_routed_experts} experts; llama.cpp holds {MAX_EXPERTS}":
@@ -275,11 +275,6 @@ def check_network(cfg: ModelConfig, where: str) -> None:
     for words, holds in refused.items():
         if holds:
             raise UserError(f"{where} has {words}. It cannot be written as GGUF; serve it with vLLM or SGLang instead")
-
-
-def _limited(cfg: ModelConfig) -> bool:
-    """Whether the choice of experts is limited to some groups."""
-    return cfg.topk_method != "greedy" and cfg.n_limited_groups < cfg.n_expert_groups
 
 
 def general_facts(directory: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -326,7 +321,7 @@ def network_facts(cfg: ModelConfig) -> dict[str, Any]:
     }
     if sparse:
         facts |= {"expert_count": cfg.n_routed_experts, "expert_used_count": cfg.n_activated_experts}
-        if _limited(cfg):
+        if cfg.limited:
             facts |= {"expert_group_count": cfg.n_expert_groups, "expert_group_used_count": cfg.n_limited_groups}
     if cfg.yarn:
         facts |= {

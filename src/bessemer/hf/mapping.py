@@ -5,8 +5,8 @@ config.json
 - Both rope spellings are written (rope_theta + rope_scaling for version 4 tools, rope_parameters for version 5), and
   either is read; two that disagree are an error.
 - A key that would change the mathematics and that the network does not implement is an error, never ignored.
-- transformers reads `norm_topk_prob` only for deepseek_v3, takes no `topk_method` there, and knows no model without
-  shared experts.
+- transformers reads `norm_topk_prob` only for deepseek_v3, takes no `topk_method` there, rates groups by two experts
+  whatever K and M, and knows no model without shared experts.
 
 Tensors. A `Slot` maps one tensor on disk to its place in the model. Stacked parameters have several slots: w13 is
 gate_proj above up_proj, and the experts of a layer are one parameter here but three keys per expert on disk.
@@ -89,6 +89,11 @@ def to_hf(cfg: ModelConfig, dtype: torch.dtype, bos: int = 0, eos: int | list[in
     v2 = cfg.score_func == "softmax"
     if v2 and cfg.norm_topk_prob:
         warnings.warn("transformers ignores norm_topk_prob for deepseek_v2: its logits will differ", stacklevel=2)
+    if not v2 and cfg.limited and cfg.n_rated_experts != 2:
+        warnings.warn(
+            "transformers and other engines rate a group by its two best experts, this model by the best "
+            f"{cfg.n_rated_experts} (K/M): they will choose other experts", stacklevel=2,
+        )  # fmt: skip
     values = {theirs: getattr(cfg, ours) for ours, theirs in FIELDS.items()}
     values["q_lora_rank"] = cfg.q_lora_rank or None
     values["n_shared_experts"] = cfg.n_shared_experts or None

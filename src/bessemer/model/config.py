@@ -68,7 +68,7 @@ class ModelConfig(BaseModel):
     score_func: Literal["sigmoid", "softmax"] = "sigmoid"
     """Gate scoring: sigmoid in V3, softmax in V2."""
     topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
-    """noaux_tc (V3): biased scores, a group is rated by its two best; group_limited_greedy (V2): by its best one."""
+    """noaux_tc (V3): biased scores, a group is rated by its K_r/M best; group_limited_greedy (V2): by its best one."""
     norm_topk_prob: bool = True
     """Divide the chosen gates by their sum."""
     route_scale: float = 1.0
@@ -117,11 +117,6 @@ class ModelConfig(BaseModel):
         experts, groups, limit = self.n_routed_experts, self.n_expert_groups, self.n_limited_groups
         if groups < 1 or experts % groups:
             raise ValueError(f"n_routed_experts {experts} is not a multiple of n_expert_groups {groups}")
-        if groups > 1 and experts // groups < 2:
-            raise ValueError(
-                f"{experts} experts in {groups} groups leave {experts // groups} per group; a group is rated by its "
-                f"two best experts, so set n_expert_groups to at most {experts // 2}"
-            )
         if not 1 <= limit <= groups:
             raise ValueError(f"n_limited_groups {limit} is not between 1 and n_expert_groups {groups}")
         available = limit * (experts // groups)
@@ -135,6 +130,17 @@ class ModelConfig(BaseModel):
     @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def n_rated_experts(self) -> int:
+        """The best experts of a group whose scores are its rating: K_r/M (V3 2.1.2), rounded up; in V2 one."""
+        noaux = self.topk_method == "noaux_tc"
+        return math.ceil(self.n_activated_experts / self.n_limited_groups) if noaux else 1
+
+    @property
+    def limited(self) -> bool:
+        """Whether a token may use some groups only, so that their rating matters."""
+        return self.topk_method != "greedy" and self.n_limited_groups < self.n_expert_groups
 
     @property
     def yarn(self) -> bool:

@@ -88,10 +88,7 @@ class Gate(nn.Module):
             z_NE = z_NE + self.bias_E
         if cfg.topk_method != "greedy" and cfg.n_expert_groups > 1:
             z_NGE = z_NE.unflatten(-1, (cfg.n_expert_groups, -1))
-            if cfg.topk_method == "noaux_tc":
-                rating_NG = z_NGE.topk(2, dim=-1).values.sum(-1)
-            else:
-                rating_NG = z_NGE.amax(-1)
+            rating_NG = z_NGE.topk(cfg.n_rated_experts, dim=-1).values.sum(-1)
             keep = rating_NG.topk(cfg.n_limited_groups, dim=-1).indices
             excluded_NG = torch.ones_like(rating_NG, dtype=torch.bool).scatter_(-1, keep, False)
             z_NE = z_NGE.masked_fill(excluded_NG.unsqueeze(-1), float("-inf")).flatten(-2)

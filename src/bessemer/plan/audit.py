@@ -101,7 +101,7 @@ def _training(plan: RunPlan) -> Predicted:
 def _rl(plan: RunPlan) -> Predicted:
     seconds = 0.0
     for rollouts, cap in ((513, 32768), (137, 65536)):
-        one = rollout_time(plan.setup.shape, plan.setup.device, 512, 8192, cap, plan.rate, 64)
+        one = rollout_time(plan.setup.shape, plan.setup.device, 512, 8192, cap, plan.rate, 64, ACCEPTED)
         seconds += rollouts * one.seconds
     longest = (
         "650 rollouts of 8,192 answers on 512 H800; cap 32K, 64K for the last fifth, reached by the longest of every "

@@ -183,7 +183,7 @@ def ideas(plan: RunPlan) -> dict[str, dict[str, float] | str]:
 
 
 def rl_costs(plan: RunPlan, recipe: Recipe | None) -> list[dict[str, Any]]:
-    """The cost of every RL stage of a recipe on the devices of `plan`."""
+    """The cost of every RL stage of a recipe on the devices of `plan`. The sampler of RL does not draft."""
     costs = []
     for stage in (stage for stage in recipe.stages if isinstance(stage, RLConfig)) if recipe is not None else ():
         answers = stage.prompts_per_rollout * stage.samples

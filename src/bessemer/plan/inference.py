@@ -222,11 +222,12 @@ class RolloutTime:
 
 
 def rollout_time(
-    shape: ModelShape, device: Device, gpus: int, answers: int, cap: int, train_rate: float, ep: int, mean: float = MEAN
-) -> RolloutTime:
-    """`train_rate`: tokens per second per GPU of a training step; `ep`: GPUs of a sampling unit."""
+    shape: ModelShape, device: Device, gpus: int, answers: int, cap: int, train_rate: float, ep: int,
+    accepted: float = 0.0, mean: float = MEAN,
+) -> RolloutTime:  # fmt: skip
+    """`train_rate`: tokens per second per GPU of a training step; `ep`: GPUs of a sampling unit; `accepted`: drafts of
+    an MTP module that are accepted per step. R1's sampler drafted (R1-Nature B.1), the one of `rl` does not."""
     batch = max(1, -(-answers // gpus))
-    accepted = ACCEPTED if shape.n_mtp else 0.0
     deployment = Deployment(shape, device, ep, batch, mean * cap, accepted=accepted)
     step = decode(deployment).seconds / (1 + accepted)
     # the longest answers end alone, at the speed of a batch of 1

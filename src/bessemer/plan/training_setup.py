@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -165,13 +166,13 @@ class Destinations(NamedTuple):
 def destinations(shape: ModelShape, ep: int, node: int) -> Destinations:
     """How many ranks and nodes a token is sent to under balanced routing, with the experts in order over `ep` ranks,
     `node` ranks per node. Every expert is equally likely, and the gate's rules choose from independent scores (groups
-    ranked by the sum of their two best, V3 2.1.2)."""
+    ranked by the sum of their K_r/M best, V3 2.1.2)."""
     if not shape.experts:
         return Destinations(0.0, 0.0)
     scores = np.random.default_rng(0).random((TOKENS, shape.experts))
     if shape.groups > 1 and shape.limited < shape.groups:
         grouped = scores.reshape(TOKENS, shape.groups, -1)
-        rating = np.sort(grouped, axis=2)[:, :, -2:].sum(2)
+        rating = np.sort(grouped, axis=2)[:, :, -math.ceil(shape.chosen / shape.limited) :].sum(2)
         out = np.argsort(rating, axis=1)[:, : shape.groups - shape.limited]
         np.put_along_axis(grouped, out[:, :, None], -1.0, axis=1)
     expert = np.argpartition(scores, -shape.chosen, axis=1)[:, -shape.chosen :]

@@ -4,6 +4,9 @@
     A_t     = sum_k (gamma lambda)^k delta_{t+k}                  GAE; lambda 1: A_t = sum of rewards to come - V_t
     loss    = w_t / 2 max( (V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2 ),   R_t = A_t + V_old,t
 
+The KL term stays in the policy's loss, as in GRPO. PPO as published takes it from the reward of every token, r_t =
+r(o) [t last] - beta log(pi(o_t) / pi_ref(o_t)) (DeepSeekMath 4.1.1), which also punishes length (R1-Nature A.3).
+
 The critic is the policy's network with a score in place of its head. V_t is the value before token t is written, so
 values, advantages and returns are aligned with their token, as everything in a `Batch`.
 
