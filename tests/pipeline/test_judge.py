@@ -199,10 +199,9 @@ def test_pairs_are_judged_in_both_orders_by_an_api(model, tmp_path):
         asked = [request["messages"][0]["content"] for request in server.asked]
     # two answers with one summary are the same request in both orders, and equally good
     assert len(asked) == 4 * facts["asked"] - 2 * facts["close"] > 80 and "unjudged" not in facts
-    lines = [
-        json.loads(line) for line in (tmp_path / "run" / "02-reward-model" / "judged.jsonl").read_text().splitlines()
-    ]
-    assert len(lines) == facts["kept"] == 40 - facts["unbalanced"] > 20
+    text = (tmp_path / "run" / "02-reward-model" / "judged.jsonl").read_text()
+    lines = [line for line in map(json.loads, text.splitlines()) if not line["prompt"].startswith("Say ")]
+    assert len(lines) == facts["kept"] == facts["asked"] - facts["unbalanced"] - facts["close"] > 10
     assert all(reject.summary(line["chosen"]) < reject.summary(line["rejected"]) for line in lines)
 
 
