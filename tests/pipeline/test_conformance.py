@@ -28,7 +28,7 @@ SSSOSOSPS Leading dense layers
 SASOSOSPS Bias balancing, MTP layers included
 PPPOPOPPP Sequence-wise balance loss
 PPPOPOPPP No token dropping
-SAOOSOSPS Multi-token prediction
+SOOOSOSPS Multi-token prediction
 APAOAOAPA AdamW, FP32 masters
 AAAOAOAPA Learning rate over consumed tokens
 OOOOOOOPO Batch size over consumed tokens
@@ -174,7 +174,6 @@ FLIPS = [
     ("v3", "extend-32k.lr=[[0, 7.3e-6], ['9B', 0.0]]", "Long-context extension in phases", ADAPTED),
     ("v3", "extend-128k.rope_factor=20.0", "YaRN on the rotary key, the same in every phase", ADAPTED),
     ("v3", "model.beta_fast=16.0", "YaRN on the rotary key, the same in every phase", ADAPTED),
-    ("r1-paper", "base.style=zero", "Prompt template", ADAPTED),
     ("r1-paper", "zero.prompt_template=zero", "Prompt template", ADAPTED),
     ("r1-paper", "zero.samples=8", "GRPO groups", ADAPTED),
     ("r1-paper", "r1.prompts_per_rollout=256", "GRPO groups", SCALED),
@@ -204,9 +203,9 @@ FLIPS = [
     ("r1-paper", "cold-start.problems=500", "Cold start: readable R1-Zero answers in one form", SCALED),
     ("r1-paper", "dev2.language_reward=0.3", "Language consistency reward", ADAPTED),
     ("r1-paper", "zero.language_reward=1.0", "Language consistency reward", ADAPTED),
-    ("r1-paper", "collect.consistency=0.5", "Rejection sampling: correct and readable answers", ADAPTED),
-    ("r1-paper", "collect.others=0", "Rejection sampling: correct and readable answers", ADAPTED),
-    ("r1-paper", "collect.others=100000", "Rejection sampling: correct and readable answers", SCALED),
+    ("r1-paper", "maths.consistency=0.5", "Rejection sampling: correct and readable answers", ADAPTED),
+    ("r1-paper", "logic.others=0", "Rejection sampling: correct and readable answers", ADAPTED),
+    ("r1-paper", "logic.others=100000", "Rejection sampling: correct and readable answers", SCALED),
     ("r1-paper", "helpful.made=100", "Reward models: helpful by pairs, harmless by labels", ADAPTED),
     ("r1-paper", "helpful.aim=harmless", "Reward models: helpful by pairs, harmless by labels", ADAPTED),
     ("r1-paper", "harmless.batch_examples=64", "Reward models: helpful by pairs, harmless by labels", SCALED),
@@ -215,9 +214,9 @@ FLIPS = [
     ("r1-paper", "distilled.epochs=1", "Distillation: SFT of a smaller model on checked samples", ADAPTED),
     ("r1-paper", "distilled.from=base", "Distillation: SFT of a smaller model on checked samples", ADAPTED),
     ("r1-paper", "distilled.lr=1e-4", "Distillation: SFT of a smaller model on checked samples", ADAPTED),
-    ("r1-paper", "eval.temperatures=[0.6, 1.0]", "Evaluation by sampling", ADAPTED),
-    ("r1-paper", "eval.top_p=1.0", "Evaluation by sampling", ADAPTED),
-    ("r1-paper", "eval.samples=2", "Evaluation by sampling", SCALED),
+    ("r1-paper", "aime.temperatures=[0.6, 1.0]", "Evaluation by sampling", ADAPTED),
+    ("r1-paper", "aime.top_p=1.0", "Evaluation by sampling", ADAPTED),
+    ("r1-paper", "aime.samples=2", "Evaluation by sampling", SCALED),
 ]  # fmt: skip
 
 

@@ -236,6 +236,11 @@ def _used(rows: Callable[[list[float]], float]) -> Callable[[RecipeFacts, Any], 
     return name
 
 
+def _rejected(facts: RecipeFacts, count: Callable[[Any], int]) -> int:
+    """A sum over the stages of rejection sampling, which may be one for each kind of problem."""
+    return sum(count(stage) for stage in facts.stages("reject") if stage not in facts.cold_starts())
+
+
 def _general(facts: RecipeFacts, stage: Any) -> bool:
     return bool(stage.reward_models)
 
@@ -454,12 +459,13 @@ ITEMS: tuple[Item, ...] = (
          dict(language_reward=1.0, start=Read("after SFT", _start)),
          on=lambda v: v["language_reward"] > 0, paper="share of target-language words, from R1's first RL stage on"),
     Item("Rejection sampling: correct and readable answers", "R1 2.3.3",
-         "{problems} problems, {samples} answers, {keep} kept, {others} others, form {form}, consistency {consistency}",
+         "{samples} answers, up to {kept} kept in all, {others} others, form {form}, consistency {consistency}",
          _stages("reject", lambda f, s: s not in f.cold_starts()), "pipeline/stages/reject.py", "pipeline/test_r1.py",
          dict(consistency=1.0, several=Read(True, lambda f, s: s.samples > 1),
-              mixed=Read(True, lambda f, s: s.others > 0), form="r1"),
-         dict(problems=600_000, others=200_000, samples=Read(ANY, lambda f, s: s.samples),
-              keep=Read(ANY, lambda f, s: s.keep)),
+              mixed=Read(True, lambda f, s: _rejected(f, lambda x: x.others) > 0), form="r1"),
+         dict(kept=Read(range(600_000, 800_000), lambda f, s: _rejected(f, lambda x: x.problems * x.keep)),
+              others=Read(200_000, lambda f, s: _rejected(f, lambda x: x.others)),
+              samples=Read(ANY, lambda f, s: s.samples)),
          paper="several answers, 600K reasoning samples and 200K others"),
     Item("Reward models: helpful by pairs, harmless by labels", "R1-Nature Methods",
          "{aims}; {data}, {epochs} epoch, rate {lr}, rows of {row_length}, {batch} a step",
