@@ -123,6 +123,18 @@ def test_answers_are_marked_and_nothing_else(tokenizer):
         assert answer == [*tokenizer.encode(TALK[2]["content"]), tokenizer.eos_id]
 
 
+def test_r1_does_not_train_on_a_turn_that_lost_its_thoughts(tokenizer):
+    last = {"role": "assistant", "content": "<think>\nsums\n</think>\n\n4"}
+    plain = {"role": "assistant", "content": "Hello."}
+    for first, kept in ((TALK[2], False), (plain, True)):
+        ids, marks = chat.render_answers(tokenizer, [TALK[1], first, TALK[3], last], "r1")
+        trained = [i for i, mark in zip(ids, marks, strict=True) if mark]
+        both = [*tokenizer.encode(first["content"]), tokenizer.eos_id] * kept
+        assert trained == [*both, *tokenizer.encode(last["content"]), tokenizer.eos_id]
+    zero = chat.render_answers(tokenizer, [TALK[1], TALK[2], TALK[3], last], "zero")[1]
+    assert sum(zero) > sum(marks), "zero shows earlier turns whole, so it trains on them"
+
+
 def test_transcript_is_plain_text():
     assert chat.transcript(TALK) == (
         "Be brief.\nUser: 1+1?\nAssistant:<think>\neasy\n</think>\n\n2\nUser: and 2+2?\n"

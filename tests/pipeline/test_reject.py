@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,13 +65,34 @@ def test_each_problem_gives_at_most_so_many_different_answers():
 
 
 def test_r1_form_has_its_thoughts_apart_and_still_counts_as_right():
-    text = reject.written(sampled("  1+2=3:9 low "), "r1")
-    assert text == f"<think>\n1+2=3:9 low\n</think>\n\nThe answer is <answer>{right_answer()}</answer>."
-    assert COUNTDOWN.verify(PROBLEM, text).correct
-    chinese = COUNTDOWN.make("train", 0, 0, "zh", "seen")
-    row = sampled("1+2=3:9")
-    row.problem = chinese
-    assert "答案是<answer>" in reject.written(row, "r1")
+    thoughts, said = reject.written(sampled("  1+2=3:9 low "), "r1").split("\n\n")
+    assert thoughts == "<think>\n1+2=3:9 low\n</think>"
+    assert said in {sentence.format(right_answer()) for sentence in reject.SUMMARIES["en"]}
+    for language, sentences in reject.SUMMARIES.items():
+        seen = set()
+        for index in range(40):
+            row = sampled("1+2=3:9")
+            row.problem = COUNTDOWN.make("train", index, 0, language, "seen")
+            text = reject.written(row, "r1")
+            verdict = COUNTDOWN.verify(PROBLEM, text)
+            assert verdict.sound and verdict.formatted and text == reject.written(row, "r1")
+            seen.add(text)
+        assert len(seen) == len(sentences), "every sentence occurs"
+
+
+def test_r1_form_keeps_the_summary_that_the_model_wrote():
+    own = f"We try 1+2 first.\n\nIt is low, so \\boxed{{{right_answer()}}} it is."
+    row = sampled("1+2=3:9 low")
+    row.completion = replace(row.completion, text=f"<think>1+2=3:9 low</think>\n\n{own}")
+    row.verdict = COUNTDOWN.verify(PROBLEM, row.answer)
+    assert reject.fault(row, SETTINGS) is None
+    assert reject.written(row, "r1") == f"<think>\n1+2=3:9 low\n</think>\n\n{own}"
+
+
+def test_a_right_answer_without_thoughts_is_not_learnt_from():
+    row = sampled("1+2=3:9 low")
+    row.verdict = COUNTDOWN.verify(PROBLEM, f"<answer>{right_answer()}</answer>")
+    assert row.verdict.correct and reject.fault(row, SETTINGS) == "malformed"
 
 
 CHAIN = """

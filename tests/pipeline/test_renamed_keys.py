@@ -112,6 +112,7 @@ lr_final = 5e-5
 [[stage]]
 kind = "rl"
 tasks = ["countdown"]
+accuracy_needs_format = true
 ahead = 1
 leaves = "correct"
 draws = 3
@@ -137,6 +138,7 @@ tasks = ["countdown"]
 kind = "import"
 model = "some/folder"
 """
+# what 0.1.0 did without a key: a right answer had to be in well-formed tags
 FINGERPRINTS = {  # computed by version 0.1.0, without derived facts and inputs
     "corpus": "72f296a6f979dac2",
     "pretrain": "406bfa4e1419ab97",

@@ -196,3 +196,13 @@ def test_every_sample_is_judged_by_the_task_of_its_prompt(draw, monkeypatch):
         assert (sampled.verdict.correct, sampled.verdict.formatted) == (number % 2 == 0, number % 3 == 0)
         assert sampled.completion.prompt_tokens == len(sampled.prompt_tokens)
         assert len(sampled.completion.logprobs) == len(sampled.completion.tokens) <= 12
+
+
+def test_with_needs_format_a_right_answer_in_broken_tags_counts_as_wrong():
+    task, problem = get("words"), Problem("p", "...", "en", {"value": 7})
+    texts = ["<think>t</think><answer>7</answer>", "<answer>7</answer>", "<answer>8</answer>"]
+    made = [Completion([1], text, [-1.0], [-1.0], "stop", 1) for text in texts]
+    for needs_format, expected in ((False, [True, True, False]), (True, [True, False, False])):
+        (group,) = rollout.verify([(task, problem)], [[1]], [made], "", needs_format)
+        assert [row.verdict.correct for row in group] == expected
+        assert [row.verdict.reason for row in group] == ["correct", "no-think", "no-think"]

@@ -56,7 +56,7 @@ ANSWERS = {
     "scientific": "3e0*7+6",
     "long number": "9" * 5000,
     "division by zero": "3*7+6/(7-7)",
-    "latex": "\\boxed{(3*7)+6}",
+    "latex of the value": "\\boxed{27}",
     "latex fraction bomb": "\\frac{" * 20000,
     "latex macro": "\\def\\x{\\x\\x}\\x",
     "markdown": f"**{RIGHT}**",
@@ -124,19 +124,26 @@ CASES = {f"answer: {name}": think(text) for name, text in ANSWERS.items()} | WHO
 REASONS = {
     "wrong-numbers": {
         "answer: the target", "answer: target and zero use of numbers", "answer: missing number",
-        "answer: number twice", "answer: other numbers", "answer: glued digits",
+        "answer: number twice", "answer: other numbers", "answer: glued digits", "answer: latex of the value",
     },
     "wrong-value": {"answer: wrong value"},
     "unparsable": {"instruction to the judge", "lone surrogate"},
     "no-think": {"no thinking", "blank thinking"},
+    "text-before": {"thinking not opened", "prompt echo"},
+    "in-thoughts": {"answer inside thinking"},
+    "unclosed": {"thinking not closed", "answer not closed", "a megabyte of thinking"},
+    "empty": {"answer: empty", "answer: blank", "answer: a megabyte of spaces"},
     "bad-tags": {
-        "answer: nested answer left open", "answer: nested answer", "thinking not closed", "thinking not opened",
-        "answer inside thinking", "answer before thinking", "two answers, right last", "two answers, right first",
-        "the same answer twice", "every answer there is", "two thoughts", "nested thoughts", "prompt echo",
-        "run on to the next question", "a megabyte of answers",
+        "answer: nested answer left open", "answer: nested answer", "answer not opened", "tags with attributes",
+        "answer before thinking",
+        "two answers, right last", "two answers, right first", "the same answer twice", "every answer there is",
+        "two thoughts", "nested thoughts", "run on to the next question", "a megabyte of answers",
+        "a megabyte of openings", "a megabyte of ends", "alternating tags",
     },
 }  # fmt: skip
 """Every other answer is unparsable, and every other whole completion has no answer."""
+FORM_ONLY = REASONS["no-think"] | REASONS["text-before"]
+"""Their answer can be read and is right; what they break is the form, which is a term of its own."""
 
 
 def expected(name):
@@ -157,7 +164,7 @@ def test_not_paid_and_quick(name):
         start = time.process_time()
         verdict = TASK.verify(PROBLEM, CASES[name])
         seconds.append(time.process_time() - start)
-    assert not verdict.correct
+    assert not verdict.sound and (verdict.correct, verdict.formatted) in ((name in FORM_ONLY, False), (False, True))
     assert verdict.reason == expected(name)
     assert min(seconds) < 0.05
 
@@ -166,5 +173,5 @@ def test_not_paid_and_quick(name):
 def test_arithmetic_is_not_fooled_either(name):
     task = get("arithmetic")
     problem = Problem("p", "Compute 3*7+6.", "en", {"value": 27})
-    paid = task.verify(problem, CASES[name]).correct
-    assert paid == (name == "answer: the target")
+    paid = task.verify(problem, CASES[name]).sound
+    assert paid == (name in ("answer: the target", "answer: latex of the value"))

@@ -13,7 +13,7 @@ from tests.tasks.test_adversarial import CASES, REASONS, WHOLE, expected
 
 BAD = "unparsable"
 LOGIC = {
-    "": BAD,
+    "": "empty",
     "true": BAD,
     "true, false": BAD,
     "true, false, true, true": BAD,
@@ -45,7 +45,7 @@ LOGIC = {
     "真、真、真": "wrong-value",
 }
 WORDS = {
-    "": BAD,
+    "": "empty",
     "3*4-5": BAD,
     "7 apples": BAD,
     "seven": BAD,
@@ -64,7 +64,7 @@ WORDS = {
     "7e0": BAD,
     "0x7": BAD,
     "14/2": BAD,
-    "\\boxed{7}": BAD,
+    "\\boxed{8}": "wrong-value",
     "$7": BAD,
     "7元": BAD,
     "x=7": BAD,
@@ -79,7 +79,7 @@ WORDS = {
     "12": "wrong-value",  # the step before the last
 }
 NUMBER = {
-    "": BAD,
+    "": "empty",
     "6*7": BAD,
     "6 \\times 7": BAD,
     "2 \\cdot 3 \\cdot 7": BAD,
@@ -90,8 +90,9 @@ NUMBER = {
     "41, 42": BAD,
     "\\{42\\}": BAD,
     "42 \\pm 1": BAD,
-    "\\boxed{41}\\boxed{42}": BAD,
-    "\\boxed{\\boxed{42}": BAD,
+    "\\boxed{41}\\boxed{42}": "several-answers",
+    "\\boxed{\\boxed{42}": "unclosed",
+    "\\boxed{\\boxed{42}}": "bad-tags",
     "the answer is 42": BAD,
     "forty-two": BAD,
     "４２": BAD,
@@ -145,7 +146,7 @@ EXPRESSION = {
     "a=b=x^2+2x+1": BAD,
     "$x^2$ or $x^2+2x+1$": BAD,
     "x^2\nx^2+2x+1": BAD,
-    "": BAD,
+    "": "empty",
     "the expansion": "wrong-value",  # a product of letters
     "x^{99999999}": BAD,
     "(x+1)^{5000}": BAD,
@@ -176,7 +177,7 @@ EXPRESSION = {
 }
 """None: what the parser makes of it is its own matter, as long as it is not paid."""
 POLYNOMIAL = {
-    "": BAD,
+    "": "empty",
     "0": "wrong-value",
     "().__class__.__bases__[0].__subclasses__()": "wrong-value",
     "__import__('os').system('id')": "wrong-value",
@@ -212,7 +213,8 @@ def refused(task, problem, completion, reason, limit, clock):
         seconds.append((clock() - start) / factor)
         if seconds[-1] < limit:
             break
-    assert not verdict.correct and verdict.reason != "correct"
+    assert not verdict.sound and verdict.reason != "correct"
+    assert not (verdict.correct and verdict.formatted)
     assert reason is None or verdict.reason == reason
     assert min(seconds) < limit
 

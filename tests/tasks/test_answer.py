@@ -1,59 +1,188 @@
-"""Reading replies: the strict format, the last complete answer, and agreement with a slow scan on random tag soup."""
+"""Reading replies: both forms, one named verdict for every mixture, and agreement with a slow reading of tag soup."""
+
+import re
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bessemer.tasks import Problem, get
 from bessemer.tasks.answer import TAGS, parse_reply
+from bessemer.tasks.code import Code
+from bessemer.tasks.exact import MultipleChoice
+
+R1 = "<think>\na\n</think>\n\n"
+LONG = "First we expand.\n\nThen we collect.\n\n" * 50
 
 
 @pytest.mark.parametrize(
-    ("text", "answer", "problem", "formatted"),
+    ("text", "answers", "fault", "formatted"),
     [
+        # R1-Zero's form
         ("<think>a</think><answer>1</answer>", "1", None, True),
+        ("<think> a </think> <answer> 1 </answer>", " 1 ", None, True),
         ("\n<think>a</think>\n\n<answer> 1 </answer>\n", " 1 ", None, True),
         ("<think>a</think>So it is <answer>1</answer>.", "1", None, False),
-        ("<think>\na\n</think>\n\nSo it is <answer>1</answer>.", "1", None, True),
-        ("<think>\na\n</think>\n\nSo it\nis <answer>1</answer>.", "1", None, False),
-        ("<think>\na\n</think>\n\n" + "so " * 70 + "<answer>1</answer>.", "1", None, False),
-        ("<think>\na\n</think>\n\n<answer>1</answer> Then\nmore.", "1", None, False),
-        ("Hm <think>a</think><answer>1</answer>", "1", "bad-tags", False),
+        ("<think>a</think><answer>It is \\boxed{1}.</answer>", "1", None, True),
+        # R1's form
+        (R1 + "So it is <answer>1</answer>.", "1", None, True),
+        (R1 + LONG + "<answer>1</answer>\n\n" + LONG, "1", None, True),
+        (R1 + LONG + "\\[ \\boxed{\\frac{1}{2}} \\]\n\nDone.", "\\frac{1}{2}", None, True),
+        (R1 + "\\boxed{\\{1, 2\\}}", "\\{1, 2\\}", None, True),
+        (R1 + "\\boxed {1} \\\\boxed{2}", "1", None, True),  # a line break, then the word
+        (R1 + "\\\\\\boxed{2}", "2", None, True),  # a line break, then a box
+        ("<think>\nmaybe \\boxed{2}\n</think>\n\n\\boxed{1}", "1", None, True),
+        ("<think>a</think>\\boxed{1}", "1", None, False),
+        # mixtures that are read: their values are compared
+        (R1 + "\\boxed{1}, so <answer>1</answer>", "1", None, True),
+        (R1 + "\\boxed{1}, so <answer>2</answer>", "1|2", None, True),
+        (R1 + "\\boxed{1} = \\boxed{1}", "1", None, True),
+        (R1 + "\\boxed{1} or \\boxed{2}", "1|2", None, True),
+        (R1 + "Put it into \\boxed{}: \\boxed{1}", "1", None, True),
+        (R1 + "\\boxed{1}\\boxed{2}\\boxed{3}\\boxed{4}\\boxed{5}", "", "several-answers", False),
+        # broken form, but an answer that can be read
         ("<answer>1</answer>", "1", "no-think", False),
+        ("\\boxed{1}", "1", "no-think", False),
         ("<think> \n</think><answer>1</answer>", "1", "no-think", False),
-        ("<think>a<answer>1</answer></think>", "1", "bad-tags", False),
-        ("<think>a</think><answer>1</answer><answer>2</answer>", "2", "bad-tags", False),
-        ("<think>a</think><answer>1</answer><answer>2", "1", "bad-tags", False),
-        ("<think>a</think><answer>1", None, "no-answer", False),
-        ("<answer>1</answer><think>a</think>", "1", "bad-tags", False),
-        ("<THINK>a</THINK><ANSWER>1</ANSWER>", None, "no-answer", False),
-        ("", None, "no-answer", False),
+        ("Hm <think>a</think><answer>1</answer>", "1", "text-before", False),
+        ("a</think><answer>1</answer>", "1", "text-before", False),
+        # none that can be read
+        ("<think>a<answer>1</answer></think>", "", "in-thoughts", False),
+        ("<think>a \\boxed{1}</think>Yes.", "", "in-thoughts", False),
+        ("<think>a<answer>1</answer></think>\\boxed{1}", "", "bad-tags", False),
+        ("<think>a<answer>1</answer></think><answer>1</answer>", "", "bad-tags", False),
+        ("<think>a</think><answer>1</answer><answer>1</answer>", "", "bad-tags", False),
+        ("<think>a</think><answer>1</answer><answer>2", "", "bad-tags", False),
+        ("<think>a</think><answer><answer>1</answer></answer>", "", "bad-tags", False),
+        ("<think>a</think><think>b</think><answer>1</answer>", "", "bad-tags", False),
+        ("<answer>1</answer><think>a</think>", "", "bad-tags", False),
+        ("<think>a</think>1</answer>", "", "bad-tags", False),
+        (R1 + "\\boxed{\\boxed{1}}", "", "bad-tags", False),
+        (R1 + "\\boxed{<answer>1</answer>}", "", "bad-tags", False),
+        ("<think>a</think><answer>1", "", "unclosed", False),
+        ("<think>a <answer>1</answer>", "", "unclosed", False),
+        ("<think>a", "", "unclosed", False),
+        (R1 + "\\boxed{1", "", "unclosed", False),
+        (R1 + "\\boxed{1\\}", "", "unclosed", False),
+        ("<think>a</think><answer> \n</answer>", "", "empty", False),
+        (R1 + "\\boxed{ }", "", "empty", False),
+        ("<think>a</think>1", "", "no-answer", False),
+        (R1 + "\\boxed 1", "", "no-answer", False),
+        ("<THINK>a</THINK><ANSWER>1</ANSWER>", "", "no-answer", False),
+        ("", "", "no-answer", False),
     ],
 )
-def test_examples(text, answer, problem, formatted):
+def test_every_mixture_has_one_verdict(text, answers, fault, formatted):
     reply = parse_reply(text)
-    assert (reply.answer, reply.problem, reply.formatted) == (answer, problem, formatted)
+    assert ("|".join(reply.answers), reply.fault, reply.formatted) == (answers, fault, formatted)
 
 
-def slow_blocks(text, tag):
-    """All complete blocks, by walking one character at a time."""
-    found, start, at = [], None, 0
-    while at < len(text):
-        if text.startswith(f"<{tag}>", at):
-            start = at + len(tag) + 2
-        elif text.startswith(f"</{tag}>", at) and start is not None:
-            found.append(text[start:at])
-            start = None
-        at += 1
-    return found
+@pytest.mark.parametrize(
+    ("rest", "answers", "fault"),
+    [
+        ("```python\na\n```\nor\n```\nb\n```", "b\n", None),
+        ("```python\na\n```\nIt prints\n```text\nb\n```", "a\n", None),
+        ("```python\na\n```\n```python\nb", "", "unclosed"),
+        ("print(1) is \\boxed{1}", "", "no-answer"),
+        ("<answer>a</answer>", "a", None),
+    ],
+)
+def test_code_is_the_last_block_of_the_final_part(rest, answers, fault):
+    reply = parse_reply("<think>```python\nx\n```</think>\n\n" + rest, Code.final)
+    assert ("".join(reply.answers), reply.fault) == (answers, fault)
 
 
-@settings(max_examples=600, deadline=None)
-@given(st.lists(st.sampled_from([*TAGS, "x", " ", "<", ">", "</", "think>"]), max_size=12).map("".join))
-def test_blocks_agree_with_a_slow_scan(text):
-    reply, thinks, answers = parse_reply(text), slow_blocks(text, "think"), slow_blocks(text, "answer")
-    assert reply.answer == (answers[-1] if answers else None)
-    if reply.problem != "no-think":
-        assert reply.think == (thinks[0] if thinks else None)
-    if reply.formatted:
-        assert text.strip() == f"<think>{thinks[0]}</think>" + text.strip()[len(thinks[0]) + 15 :]
-        assert len(thinks) == len(answers) == 1 and all(text.count(tag) == 1 for tag in TAGS)
+@pytest.mark.parametrize(
+    ("rest", "answers", "fault"),
+    [
+        ("It cannot be A.\n\nAnswer: C", "C", None),
+        ("The correct answer is (C).", "C", None),
+        ("**Answer:** C", "C", None),
+        ("答案：C。", "C", None),
+        ("C", "C", None),
+        ("\\boxed{C}\n\nAnswer: C", "C", None),
+        ("\\boxed{C}\n\nAnswer: D", "C|D", None),
+        ("A\nB\nC\nD\nE", "", "several-answers"),
+        ("A better choice is C, I think.", "", "no-answer"),
+    ],
+)
+def test_a_choice_may_be_stated_in_a_line(rest, answers, fault):
+    reply = parse_reply(R1 + rest, MultipleChoice.final)
+    assert ("|".join(reply.answers), reply.fault) == (answers, fault)
+
+
+WORDS = Problem("p", "...", "en", {"value": 7})
+
+
+@pytest.mark.parametrize(
+    ("text", "correct", "formatted", "reason", "sound"),
+    [
+        (R1 + "\\boxed{7}", True, True, "correct", True),
+        (R1 + "\\boxed{7}, so <answer> 7 </answer>", True, True, "correct", True),
+        (R1 + "\\boxed{07} = \\boxed{7}", True, True, "correct", True),  # two texts, one value
+        (R1 + "\\boxed{7} or \\boxed{8}", False, False, "several-answers", False),
+        (R1 + "\\boxed{8} or \\boxed{7}", False, False, "several-answers", False),
+        (R1 + "\\boxed{x} and \\boxed{7}", False, False, "several-answers", False),
+        (R1 + "\\boxed{8}, so <answer>7</answer>", False, False, "several-answers", False),
+        (R1 + "\\boxed{8}", False, True, "wrong-value", False),
+        ("\\boxed{7}", True, False, "no-think", False),
+        ("<answer>7</answer>", True, False, "no-think", False),
+        ("<answer>8</answer>", False, False, "no-think", False),
+    ],
+)
+def test_accuracy_and_form_are_two_terms(text, correct, formatted, reason, sound):
+    verdict = get("words").verify(WORDS, text)
+    assert (verdict.correct, verdict.formatted, verdict.reason, verdict.sound) == (correct, formatted, reason, sound)
+
+
+MB = 1_000_000
+HUGE = {
+    "boxes": "\\boxed{1}" * (MB // 9),
+    "open boxes": "\\boxed{" * (MB // 7),
+    "a box of braces": "\\boxed{" + "{" * MB,
+    "backslashes": "\\boxed " + "\\" * MB,
+    "half boxes": "\\\\boxed{" * (MB // 8),
+    "fences": "```python\nx```\n" * (MB // 15),
+    "open fences": "```\n" * (MB // 4),
+    "letters": "Answer: A\n" * (MB // 10),
+    "stars": "** " * (MB // 3),
+    "tags": "<answer>1</answer>" * (MB // 18),
+    "closing tags": "</think>" * (MB // 8),
+}
+
+
+@pytest.mark.parametrize("final", ["value", "code", "letter"])
+@pytest.mark.parametrize("name", HUGE)
+def test_a_megabyte_takes_a_few_times_ten_milliseconds(name, final):
+    """Twice the text, about twice the time."""
+
+    def seconds(text):
+        best = []
+        for _ in range(3):
+            start = time.process_time()
+            parse_reply(R1 + text, final)
+            best.append(time.process_time() - start)
+        return min(best)
+
+    assert seconds(HUGE[name]) < 0.25
+    assert seconds(HUGE[name] * 2) < max(4 * seconds(HUGE[name]), 0.02)
+
+
+SOUP = [*TAGS, "\\boxed{", "}", "x", "y", " ", "\n\n", "<", "\\", "think>"]
+
+
+@settings(max_examples=800, deadline=None)
+@given(st.lists(st.sampled_from(SOUP), max_size=12).map("".join))
+def test_what_is_read_stands_after_the_thoughts_and_nowhere_else(text):
+    reply = parse_reply(text)
+    rest = text.rpartition("</think>")[2]
+    assert all(answer.strip() and answer in rest for answer in reply.answers)
+    assert (reply.fault in (None, "no-think", "text-before")) == bool(reply.answers)
+    assert not reply.formatted or reply.fault is None
+    if reply.answers:
+        counts = [text.count(tag) for tag in TAGS]
+        assert counts[0] <= counts[1] <= 1 and counts[2] == counts[3] <= 1
+    plain = re.fullmatch(r"\s*<think>([^<]*[^<\s][^<]*)</think>\s*<answer>([^<\\]*)</answer>\s*", text)
+    if plain and plain[2].strip():
+        assert reply == type(reply)(plain[1], (plain[2],), None, True)

@@ -120,10 +120,12 @@ K = PROBLEM.meta["parameters"][0]
         (think(f"def g(n): return n+{K}"), "no-function"),
         (think("def f(n) = n"), "syntax-error"),
         (think(f"n+{K}"), "error"),
-        (think("  \n"), "no-function"),
+        (think("  \n"), "empty"),
         (think("#" * (LONGEST + 1)), "too-long"),
         (think(f"def f(n): return {K}+n <!-- -->"), "syntax-error"),
-        (think(f"```python\ndef f(n): return 0\n```\n```python\ndef f(n): return n+{K}\n```"), "wrong-output"),
+        (think(f"```python\ndef f(n): return 0\n```\n```python\ndef f(n): return n+{K}\n```"), "correct"),
+        (think(f"```python\ndef f(n): return n+{K}\n```\n```python\ndef f(n): return 0\n```"), "wrong-output"),
+        (f"<think>t</think>\n\nSo:\n```python\ndef f(n): return n+{K}\n```\nDone.", "correct"),
         (f"<think>t</think>def f(n): return n+{K}", "no-answer"),
         (f"<answer>def f(n): return n+{K}</answer>", "no-think"),
         (f"<answer>def f(n): return n+{K}</answer>" * 2, "bad-tags"),
@@ -133,7 +135,7 @@ K = PROBLEM.meta["parameters"][0]
 )
 def test_reasons(completion, reason):
     verdict = TASK.verify(PROBLEM, completion)
-    assert (verdict.reason, verdict.correct) == (reason, reason == "correct")
+    assert (verdict.reason, verdict.correct) == (reason, reason in ("correct", "no-think"))
 
 
 def test_voting_counts_the_source_without_its_dress():
@@ -145,7 +147,8 @@ def test_voting_counts_the_source_without_its_dress():
 
 def test_what_cannot_be_paid_is_not_run(monkeypatch):
     monkeypatch.setattr(sandbox, "judge", lambda *a, **k: pytest.fail("it ran"))
-    assert TASK.verify(PROBLEM, "<answer>x = 1</answer>").answer == "x = 1"
+    for text in ("<answer>x = 1</answer>" * 2, "<think>t<answer>x = 1</answer>", "<think>t</think>\n\n```\nx = 1"):
+        assert TASK.verify(PROBLEM, text).answer is None
 
 
 def test_documents_are_of_the_train_split_and_their_verdicts_true():

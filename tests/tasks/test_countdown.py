@@ -79,7 +79,7 @@ def test_tries_are_true_and_the_ordered_walk_misses_nothing(numbers):
         ("<think>t</think><answer>3+7+6</answer>", "wrong-value"),
         ("<think>t</think><answer>3*7</answer>", "wrong-numbers"),
         ("<think>t</think><answer>27!</answer>", "unparsable"),
-        ("<think>t</think><answer></answer>", "unparsable"),
+        ("<think>t</think><answer></answer>", "empty"),
         ("<think>t</think>", "no-answer"),
         ("<answer>(3*7)+6</answer>", "no-think"),
         ("<answer>(3*7)+6</answer><answer>(3*7)+6</answer>", "bad-tags"),
@@ -88,8 +88,9 @@ def test_tries_are_true_and_the_ordered_walk_misses_nothing(numbers):
 def test_every_reason(completion, reason):
     verdict = TASK.verify(Problem("p", "", "en", {"numbers": [3, 7, 6], "target": 27}), completion)
     assert verdict.reason == reason
-    assert verdict.correct == (reason == "correct")
-    assert (verdict.answer is None) == (reason in ("unparsable", "no-answer"))
+    assert verdict.correct == (reason in ("correct", "no-think"))
+    assert verdict.sound == (reason == "correct")
+    assert (verdict.answer is None) == (reason in ("unparsable", "empty", "no-answer", "bad-tags"))
 
 
 def test_problems_are_solvable_different_and_as_announced():

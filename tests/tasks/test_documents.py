@@ -46,7 +46,7 @@ def test_shares_of_authors():
 
 def test_correct_share_is_low_but_rises_with_care():
     assert 0.25 < sum(right(TASK, page) for page in PAGES) / N < 0.33
-    assert 0.20 < sum(TASK.verify(p.problem, p.response).correct for p in PAGES) / N < 0.26  # paid: thinking and right
+    assert 0.20 < sum(TASK.verify(p.problem, p.response).sound for p in PAGES) / N < 0.26  # paid: thinking and right
     rate = {author: sum(right(TASK, p) for p in pages) / len(pages) for author, pages in GROUPS.items()}
     assert rate["sloppy"] < rate["average"] < rate["careful"] < rate["systematic"]
 

@@ -221,5 +221,8 @@ def test_hostile_answers_are_not_paid_and_cost_little(name):
     begun = time.process_time()
     for problem in (THANK, CODE):
         verdict = TASK.verify(problem, HOSTILE[name])
-        assert not verdict.correct and verdict.reason != "correct"
+        assert not verdict.sound and verdict.reason != "correct"
+        assert verdict.correct == (name == "no thoughts" and problem is THANK) and not (
+            verdict.correct and verdict.formatted
+        )
     assert time.process_time() - begun < 2.0

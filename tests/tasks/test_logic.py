@@ -97,7 +97,7 @@ def test_grades(answer, reason, canonical):
 def test_pages_are_by_people_who_mostly_fail():
     groups = defaultdict(list)
     for page in PAGES:
-        groups[page.author].append(TASK.verify(page.problem, page.response).correct)
+        groups[page.author].append(TASK.verify(page.problem, page.response).sound)
     rate = {author: sum(right) / len(right) for author, right in groups.items()}
     assert 0.15 < rate["sloppy"] < 0.35 and 0.91 < rate["careful"] < 0.99 and rate["direct"] == 0.0  # no thoughts
     assert 0.25 < sum(map(sum, groups.values())) / len(PAGES) < 0.40

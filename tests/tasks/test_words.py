@@ -106,7 +106,7 @@ def lines(page):
 def test_pages_are_short_and_by_people_who_often_fail():
     groups = defaultdict(list)
     for page in PAGES:
-        groups[page.author].append(TASK.verify(page.problem, page.response).correct)
+        groups[page.author].append(TASK.verify(page.problem, page.response).sound)
         assert re.match(r"User: .+\nAssistant:<(think|answer)>", page.text)
         assert len(page.text) < 240
         if page.author != "direct":

@@ -1,6 +1,6 @@
 """The stage "rl": GRPO on problems with rewards (R1 2.2, 2.3.2, 2.3.4)."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -38,6 +38,11 @@ class RLConfig(AskingConfig, OnPolicyConfig):
         "difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision", "precision", "fp8",
         "eval_tasks",
     }  # fmt: skip
+
+    def fingerprint_values(self) -> dict[str, Any]:
+        """Without `accuracy_needs_format` where it is what every run did before the key was there."""
+        values = super().fingerprint_values()
+        return {key: value for key, value in values.items() if (key, value) != ("accuracy_needs_format", True)}
 
     tasks: list[str]
     """Task families; problems come from their train splits in turn."""
@@ -121,6 +126,9 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     format_reward: float = Field(0.1, ge=0)
     """Weight of the format reward relative to accuracy (R1: 1; for small models a large weight teaches only the
     form)."""
+    accuracy_needs_format: bool = False
+    """Whether a right answer in broken tags earns no accuracy either. By default accuracy and format are two terms
+    (R1 2.2.2); with format_reward = 0 nothing would then ask for thoughts."""
     language_reward: float = Field(0.0, ge=0)
     """Weight of language consistency, the share of the thoughts' words in the problem's language (R1-Zero: none;
     R1's first RL stage: 1)."""

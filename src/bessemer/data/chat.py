@@ -16,7 +16,9 @@ prompt that ended in a blank would break the second case, for ` word` is one tok
 Invariants
 - `render_ids` never looks for control tokens in a content; they enter as ids only. BOS stands once, at the start.
 - An assistant turn that is the last message is kept whole, because it is trained on; `r1` drops the thinking of every
-  earlier turn. After an assistant turn there is nothing to answer, so no generation prompt follows.
+  earlier turn. SFT does not train on a turn that lost its thoughts: it would teach to answer without thinking, and no
+  prompt of `r1` leads up to such a turn. After an assistant turn there is nothing to answer, so no generation prompt
+  follows.
 - `jinja(style)` renders the same text as `render`.
 
 The special tokens are those of the DeepSeek family. The bars are U+FF5C and the underscores U+2581, as in the published
@@ -198,10 +200,9 @@ def _zero_turn(role: str, content: str, last: bool) -> list[ChatPiece]:
 def _r1_turn(role: str, content: str, last: bool) -> list[ChatPiece]:
     if role == "user":
         return [ChatPiece(USER, control=True), ChatPiece(content)]
-    if not last:
-        content = content.split(THINK_END)[-1]
-    start, end = ChatPiece(ASSISTANT, control=True), ChatPiece(EOS, control=True, answer=True)
-    return [start, ChatPiece(content, answer=True), end]
+    shown = content if last else content.split(THINK_END)[-1]
+    answer = shown == content
+    return [ChatPiece(ASSISTANT, control=True), ChatPiece(shown, answer=answer), ChatPiece(EOS, True, answer)]
 
 
 def _control_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:

@@ -178,7 +178,9 @@ class HFTokenizer(Tokenizer):
             end = next(self._controls(text, len(before)), None)
             if end is None:
                 raise UserError("the chat template writes no control token after an answer, so it would never end")
-            if number == len(messages) - 1 and message["content"].strip() not in text[len(before) : end.start()]:
+            if message["content"].strip() not in text[len(before) : end.start()]:
+                if number < len(messages) - 1:  # an earlier turn without its thoughts: see the invariants of `chat`
+                    continue
                 raise UserError(
                     "the chat template leaves out part of the last answer (its thoughts, as a rule), which then could "
                     "not be trained on; give the model a template that keeps it"

@@ -179,6 +179,7 @@ class Evaluator:
             generator.encode,
             samples=2,
             seed=self.ctx.seed,
+            needs_format=self.settings.accuracy_needs_format,
             temperature=self.settings.temperature,
             max_new_tokens=cap,
         )

@@ -7,7 +7,7 @@ resumed run samples what the uninterrupted one would have sampled.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -89,12 +89,14 @@ def sample(
     *,
     samples: int,
     seed: int,
+    needs_format: bool = False,
     **sampling,
 ) -> list[Group]:
-    """G verified completions of every problem, not yet scored; `sampling` as in `Engine.plan`."""
+    """G verified completions of every problem, not yet scored; `needs_format` as in `verify`, `sampling` as in
+    `Engine.plan`."""
     prompts = [encode(problem) for _, problem in problems]
     completions = engine.generate(prompts, samples=samples, seeds=prompt_seeds(seed, len(prompts)), **sampling)
-    return verify(problems, prompts, completions, engine.tokenizer.opening)
+    return verify(problems, prompts, completions, engine.tokenizer.opening, needs_format)
 
 
 def prompt_seeds(seed: int, prompts: int) -> list[int]:
@@ -103,15 +105,22 @@ def prompt_seeds(seed: int, prompts: int) -> list[int]:
 
 
 def verify(
-    problems: TaskProblems, prompts: Sequence[list[int]], completions: Sequence[Sequence[Completion]], begun: str
+    problems: TaskProblems,
+    prompts: Sequence[list[int]],
+    completions: Sequence[Sequence[Completion]],
+    begun: str,
+    needs_format: bool = False,
 ) -> list[Group]:
-    """The verdict of each problem's task on its completions; `begun` as in `ScoredSample`."""
+    """The verdict of each problem's task on its completions; `begun` as in `ScoredSample`. With `needs_format` a right
+    answer in broken tags counts as wrong."""
     groups = []
     for (task, problem), prompt, group in zip(problems, prompts, completions, strict=True):
         rows = []
         for completion in group:
             answer = begun + completion.text
             verdict, language = task.verify(problem, answer), consistency(answer, problem.language)
+            if needs_format:
+                verdict = replace(verdict, correct=verdict.sound)
             rows.append(ScoredSample(problem, prompt, completion, verdict, language=language, begun=begun))
         groups.append(rows)
     return groups

@@ -108,7 +108,9 @@ class RolloutGenerator:
         """Verifies the completions and sets their rewards."""
 
         def make() -> list[Group]:
-            groups = rollout.verify(problems, prompts, completions, self.sampler.tokenizer.opening)
+            groups = rollout.verify(
+                problems, prompts, completions, self.sampler.tokenizer.opening, self.settings.accuracy_needs_format
+            )
             self.reward.score(groups, cap, self.reward_models)
             return groups
 

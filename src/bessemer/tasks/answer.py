@@ -1,51 +1,206 @@
-"""Reading a completion of the R1-Zero form `<think> ... </think><answer> ... </answer>` (R1 2.2.2).
+"""Reading a completion: where its answer stands, and whether it keeps the form (R1 2.2.2).
 
-Written for hostile text: a fixed number of linear scans and no nested quantifier; a megabyte of tags costs 20 ms.
-Three judgements, each stricter than the one before:
-  answer     the last complete <answer>...</answer>, wherever it stands;
-  problem    None when the tags are well formed: the text opens with one think block that is not blank, closed before
-             the one answer; prose may stand between and after them, as in an R1 summary;
-  formatted  well formed, and outside the two blocks nothing but white space (R1-Zero's form), or one short summary
-             around the answer, a blank line after the thoughts (R1's form).
+Two forms, each read strictly:
+  R1-Zero's   `<think> thoughts </think> <answer> answer </answer>` and nothing else;
+  R1's        `<think> thoughts </think>`, a blank line, then free text of any length that states the answer: in
+              `\\boxed{...}` with balanced braces, in answer tags, for code in a fenced block, for a choice in a line
+              `Answer: C`.
+
+Accuracy and format are two terms. The first asks for the answer that can be read, the second for the form. Only what
+follows `</think>` is read. `parse_reply` gives the answers stated there, or the fault that forbids reading any:
+
+  fault             read   what it is
+  no-answer         no     nothing that states an answer after the thoughts
+  in-thoughts       no     the only answer stands inside the thoughts
+  unclosed          no     thoughts, answer tags, a box or a code fence that never end
+  empty             no     the tags or the box hold nothing
+  bad-tags          no     tags nested, repeated, out of order, or answer tags inside the thoughts; boxes nested, or
+                           around tags
+  several-answers   no     boxes, tags or lines that state different answers; `Task.verify` compares their values
+  no-think          yes    no thoughts before the answer, or blank ones
+  text-before       yes    the text does not begin with `<think>`
+
+Answers stated twice count when they agree, boxes inside the tags are the tags' answer, and of several code blocks the
+last is the answer. A form is never kept where no answer is read.
+
+Written for hostile text: a fixed number of linear scans and no nested quantifier.
 
 A general request has no answer to verify and its reply no answer tags: `<think> ... </think>` and then a summary in
 plain words (R1 2.3.4), where the thoughts may be blank. `summary` reads that form and `plain_fault` judges it.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Literal
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-SUMMARY = 200
-"""Maximum length in characters of the summary around a well-formatted answer."""
-NO_ANSWER, BAD_TAGS, NO_THINK = "no-answer", "bad-tags", "no-think"
+NO_ANSWER, IN_THOUGHTS, UNCLOSED, EMPTY = "no-answer", "in-thoughts", "unclosed", "empty"
+BAD_TAGS, SEVERAL, NO_THINK, TEXT_BEFORE = "bad-tags", "several-answers", "no-think", "text-before"
+MOST_ANSWERS = 4
+"""Different texts that one completion may state as its answer; their values are compared."""
+MOST_BOXES = 64
+LONGEST = 10_000
+"""Characters of a box."""
+
+Final = Literal["value", "code", "letter"]
+"""What states an answer besides the tags: a box; a code fence; a box or a line with the letter, such as `Answer: C`."""
 
 _TAG = re.compile("</?(?:think|answer)>")
+_BOX = re.compile(r"(?<!\\)(?:\\\\)*\\boxed ?\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_FENCE = re.compile(r"```([A-Za-z0-9+#_-]{0,20})[ \t]*\n")
+_PYTHON = ("", "python", "python3", "py")
+_STATED = re.compile(
+    r"^[*_ \t]{0,8}(?:(?:The )?(?:[Ff]inal |[Cc]orrect )?[Aa]nswer(?: is)?|答案是?)?[*_]{0,4}[:：]?[*_ \t]{0,8}"
+    r"\(?([A-Z])\)?[.。*_ \t]{0,8}$",
+    re.MULTILINE,
+)
+"""A line that states a letter, alone or as the answer."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """`think` is the first closed block; `problem` is None or one of no-answer, no-think, bad-tags."""
+    """`think` is the closed block of thoughts; `answers` the different texts stated after it, in order; `fault` the
+    first fault of the table above."""
 
     think: str | None
-    answer: str | None
-    problem: str | None
+    answers: tuple[str, ...]
+    fault: str | None
     formatted: bool
 
+    @property
+    def answer(self) -> str | None:
+        """The answer that can be read: the last text."""
+        return self.answers[-1] if self.answers else None
 
-def parse_reply(text: str) -> Reply:
-    think, answer = _first_block(text, "think"), _last_block(text, "answer")
-    tags = list(islice(_TAG.finditer(text), len(TAGS) + 1))  # one more than well-formed text has
-    order = tuple(tag.group() for tag in tags)
-    if order == TAGS and not text[: tags[0].start()].strip():
-        if think is None or not think.strip():
-            return Reply(think, answer, NO_THINK, False)
-        gap, tail = text[tags[1].end() : tags[2].start()], text[tags[3].end() :]
-        return Reply(think, answer, None, not (gap + tail).strip() or _is_summary(gap, tail))
-    if answer is None:
-        return Reply(think, None, NO_ANSWER, False)
-    return Reply(think, answer, NO_THINK if order == TAGS[2:] else BAD_TAGS, False)
+
+class _Fault(Exception):
+    """Carries the name of a fault that forbids reading an answer."""
+
+
+def parse_reply(text: str, final: Final = "value") -> Reply:
+    think = _first_block(text, "think")
+    try:
+        thoughts, rest, tagged, fault = _parts(text)
+        answers = _answers(rest, tagged, thoughts, final)
+    except _Fault as unread:
+        return Reply(think, (), str(unread), False)
+    only_tags = tagged is not None and not (rest[: tagged[0]] + rest[tagged[3] :]).strip()
+    return Reply(think, answers, fault, fault is None and (only_tags or rest.startswith("\n\n")))
+
+
+_Tagged = tuple[int, int, int, int]
+"""Of the answer tags: begin and end of the opening one, begin and end of the closing one."""
+
+
+def _parts(text: str) -> tuple[str, str, _Tagged | None, str | None]:
+    """(thoughts, the text after them, the answer tags in it, the fault of the form if any)."""
+    tags = list(islice(_TAG.finditer(text), len(TAGS) + 1))  # one more than any form has
+    if len(tags) > len(TAGS):
+        raise _Fault(BAD_TAGS)
+    thinks = [tag for tag in tags if "think" in tag.group()]
+    order = [tag.group() for tag in thinks]
+    if order not in ([], ["<think>"], ["</think>"], ["<think>", "</think>"]):
+        raise _Fault(BAD_TAGS)
+    if order == ["<think>"]:
+        raise _Fault(UNCLOSED)
+    begin = thinks[-1].end() if thinks else 0
+    before = text[: thinks[0].start()] if order[:1] == ["<think>"] else ""
+    thoughts = text[thinks[0].end() if len(thinks) == 2 else 0 : thinks[-1].start()] if thinks else ""
+    early = [tag for tag in tags if "answer" in tag.group() and tag.start() < begin]
+    late = [tag for tag in tags if "answer" in tag.group() and tag.start() >= begin]
+    names = [tag.group() for tag in late]
+    if early:
+        hidden = not late and not before.strip() and not _BOX.search(text, begin)
+        raise _Fault(IN_THOUGHTS if hidden else BAD_TAGS)
+    if names not in ([], ["<answer>"], ["<answer>", "</answer>"]):
+        raise _Fault(BAD_TAGS)
+    if names == ["<answer>"]:
+        raise _Fault(UNCLOSED)
+    fault = NO_THINK if not thoughts.strip() else TEXT_BEFORE if order == ["</think>"] or before.strip() else None
+    tagged = None
+    if late:
+        tagged = (*(place - begin for place in late[0].span()), *(place - begin for place in late[1].span()))
+    return thoughts, text[begin:], tagged, fault
+
+
+def _answers(rest: str, tagged: _Tagged | None, thoughts: str, final: Final) -> tuple[str, ...]:
+    """The different texts that state an answer, without blank ones."""
+    if final == "code":
+        stated = [_fenced(rest)] if tagged is None else [rest[tagged[1] : tagged[2]]]
+    else:
+        boxes = _boxes(rest)
+        if tagged and any(begin <= tagged[0] < end for begin, end in boxes):
+            raise _Fault(BAD_TAGS)
+        stated = [rest[begin:end] for begin, end in boxes]
+        if tagged and not any(tagged[1] <= begin < tagged[2] for begin, _ in boxes):
+            stated.append(rest[tagged[1] : tagged[2]])
+        if final == "letter":
+            stated += [line[1] for line in islice(_STATED.finditer(rest), MOST_BOXES)]
+    texts = {" ".join(text.split()): text for text in stated if text is not None}
+    if not texts:
+        raise _Fault(IN_THOUGHTS if final != "code" and _BOX.search(thoughts) else NO_ANSWER)
+    texts.pop("", None)
+    if not texts:
+        raise _Fault(EMPTY)
+    if len(texts) > MOST_ANSWERS:
+        raise _Fault(SEVERAL)
+    return tuple(texts.values())
+
+
+def _boxes(text: str) -> list[tuple[int, int]]:
+    """Begin and end of the content of every box."""
+    boxes: list[tuple[int, int]] = []
+    place = 0
+    if "\\boxed" not in text:  # spares most texts the search
+        return boxes
+    while found := _BOX.search(text, place):
+        if len(boxes) == MOST_BOXES:
+            raise _Fault(BAD_TAGS)
+        begin, depth = found.end(), 1
+        for brace in _BRACE.finditer(text, begin, begin + LONGEST):
+            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+            if depth == 0:
+                break
+        else:
+            raise _Fault(UNCLOSED)
+        if _BOX.search(text, begin, brace.start()):
+            raise _Fault(BAD_TAGS)
+        boxes.append((begin, brace.start()))
+        place = brace.end()
+    return boxes
+
+
+def _blocks(text: str) -> Iterator[tuple[int, int]]:
+    """Begin and end of every fenced block of Python or without a language; the end is -1 where it is left open."""
+    place = 0
+    while found := _FENCE.search(text, place):
+        end = text.find("```", found.end())
+        if found[1].lower() in _PYTHON:
+            yield found.end(), end
+        if end < 0:
+            return
+        place = end + 3
+
+
+def _fenced(text: str) -> str | None:
+    """The last such block, which must be closed."""
+    block = None
+    for begin, end in _blocks(text):
+        if end < 0:
+            raise _Fault(UNCLOSED)
+        block = text[begin:end]
+    return block
+
+
+def last_block(text: str) -> str:
+    """The program inside answer tags: the last fenced block, even one left open, or all of the text."""
+    block = text
+    for begin, end in _blocks(text):
+        block = text[begin : end if end >= 0 else None]
+    return block
 
 
 def thought(text: str) -> str:
@@ -72,19 +227,8 @@ def plain_fault(text: str) -> str | None:
     return None if tuple(tags) == TAGS[:2] and text.lstrip().startswith("<think>") else BAD_TAGS
 
 
-def _is_summary(gap: str, tail: str) -> bool:
-    """Whether it is one paragraph of at most SUMMARY characters, separate from the thoughts."""
-    return gap.startswith("\n\n") and len(gap + tail) <= SUMMARY and "\n" not in (gap + tail).strip()
-
-
 def _first_block(text: str, tag: str) -> str | None:
     """Up to the first closing tag that follows an opening one; an opening tag seen again restarts the block."""
     close = text.find(f"</{tag}>", max(text.find(f"<{tag}>"), 0))
     start = text.rfind(f"<{tag}>", 0, max(close, 0))
     return None if start < 0 else text[start + len(tag) + 2 : close]
-
-
-def _last_block(text: str, tag: str) -> str | None:
-    """From the last opening tag followed by a closing tag, to the first closing tag after it."""
-    start = text.rfind(f"<{tag}>", 0, max(text.rfind(f"</{tag}>"), 0))
-    return None if start < 0 else text[start + len(tag) + 2 : text.find(f"</{tag}>", start)]

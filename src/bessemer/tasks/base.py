@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from bessemer.errors import UserError
-from bessemer.tasks.answer import NO_ANSWER, parse_reply
+from bessemer.tasks.answer import SEVERAL, Final, Reply, parse_reply
 
 SPLITS = ("train", "test")
 TEST_SHARE = 0.10
@@ -42,12 +42,19 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judgement. `answer` is canonical, for voting, and None when no answer could be read."""
+    """A judgement. Accuracy and format are two terms (R1 2.2.2): `correct` says whether the answer that can be read is
+    right, `formatted` whether the form is kept. `reason` names the first fault, of the reading (`answer.py`), then of
+    the answer. `answer` is canonical, for voting, and None when none could be read."""
 
     correct: bool
     formatted: bool
     reason: str
     answer: str | None
+
+    @property
+    def sound(self) -> bool:
+        """Right, and nothing is wrong with the tags either."""
+        return self.correct and self.reason == CORRECT
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,8 @@ class Task:
     """One of DOMAINS, by which evaluations group their results."""
     all_languages: tuple[str, ...] = ("en", "zh")
     """Of the class, or of the object where a file decides."""
+    final: ClassVar[Final] = "value"
+    """What may state an answer besides the tags: value, a box; code, a fenced block; letter, a box or `Answer: C`."""
     phrasings: ClassVar[tuple[str, ...]] = ("seen", "held-out")
     judged_by: frozenset[str] = frozenset()
     """Aims of the reward models without which its answers cannot be judged; empty where `verify` judges them."""
@@ -95,15 +104,20 @@ class Task:
         raise NotImplementedError
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """Judge the text that follows `Assistant:`; a template that already wrote `<think>` must put it back first.
+        """Judge the text that follows `Assistant:`; a template that already wrote `<think>` must put it back first."""
+        reply = parse_reply(completion, self.final)
+        reason, answer = self._judge(problem, reply)
+        formatted = reply.formatted and reason != SEVERAL
+        return Verdict(reason == CORRECT, formatted, reply.fault or reason, answer)
 
-        Correct means: well-formed tags (see answer.py) and the right answer. The reason names the first fault:
-        no-answer, bad-tags, no-think, then whatever `grade` says.
-        """
-        reply = parse_reply(completion)
-        reason, answer = (NO_ANSWER, None) if reply.answer is None else self.grade(problem, reply.answer)
-        reason = reply.problem or reason
-        return Verdict(reason == CORRECT, reply.formatted, reason, answer)
+    def _judge(self, problem: Problem, reply: Reply) -> tuple[str, str | None]:
+        """The reason and the canonical form of the answer; of several texts only where their values agree."""
+        if not reply.answers:
+            return UNPARSABLE, None
+        judged = [self.grade(problem, text) for text in reply.answers]
+        if len(judged) > 1 and (judged[0][1] is None or len({answer for _, answer in judged}) > 1):
+            return SEVERAL, None
+        return judged[-1]
 
     def size(self, split: str) -> int | None:
         """Number of distinct problems in a split; None if unlimited."""

@@ -1,22 +1,21 @@
 """Small functions to write, judged by their results, from our own families; code_files.py reads those of a file.
 
-The answer is Python source between the answer tags, in a code fence or bare. It runs in the sandbox (sandbox/), which
-refuses to run code without isolation, and only the values come back. The hidden tests of a template problem are derived
-from the problem, so they are the same everywhere and appear in no document. In addition to the reasons of every task:
-wrong-output, error, timeout, memory, output (it wrote too much), syntax-error, no-function, too-long.
+The answer is Python source, between the answer tags or in the last fenced block after the thoughts. It runs in the
+sandbox (sandbox/), which refuses to run code without isolation, and only the values come back. The hidden tests of a
+template problem are derived from the problem, so they are the same everywhere and appear in no document. In addition to
+the reasons of every task: wrong-output, error, timeout, memory, output (it wrote too much), syntax-error, no-function,
+too-long.
 """
 
 import json
-import re
 from functools import lru_cache
 
 from bessemer.tasks import sandbox
-from bessemer.tasks.answer import parse_reply
+from bessemer.tasks.answer import last_block
 from bessemer.tasks.base import (
     SPLITS,
     Problem,
     Task,
-    Verdict,
     Written,
     read_templates,
     stable_hash,
@@ -28,25 +27,17 @@ NAME = "f"
 LONGEST = 10_000  # characters of an answer
 TOO_LONG = "too-long"
 TEMPLATES = read_templates("code")
-_FENCE = re.compile("```(?:python|py)?[ \t]*\n")
 
 
 class SandboxedTask(Task):
     """A task whose answers are run. A subclass writes `judge`."""
 
     domain = "code"
+    final = "code"
 
     def judge(self, problem: Problem, source: str) -> str:
         """The reason code of a program."""
         raise NotImplementedError
-
-    def verify(self, problem: Problem, completion: str) -> Verdict:
-        """Like `Task.verify`, but an answer that cannot be correct is not run."""
-        reply = parse_reply(completion)
-        if reply.problem is None:
-            return super().verify(problem, completion)
-        source = None if reply.answer is None else source_of(reply.answer) or None
-        return Verdict(False, False, reply.problem, source)
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
         """The canonical form is the source without its fence and blank lines."""
@@ -96,11 +87,9 @@ class Code(SandboxedTask):
 
 
 def source_of(answer: str) -> str:
-    """The program in an answer: the content of its first code fence, or all of it, without blank lines."""
-    opening = _FENCE.search(answer)
-    if opening:
-        answer = answer[opening.end() :].partition("```")[0]
-    return "\n".join(line.rstrip() for line in answer.strip().splitlines() if line.strip())
+    """The program in an answer: its last fenced block, or all of it, without blank lines."""
+    lines = last_block(answer).strip().splitlines()
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def _goal(problem: Problem) -> TargetFunction:

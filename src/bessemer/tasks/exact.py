@@ -30,6 +30,7 @@ _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 class MultipleChoice(FileTask):
     domain = "stem"
+    final = "letter"
     family = "choice"
     form = '{"question": "...", "choices": ["...", "..."], "answer": "B"}'
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from bessemer.tasks.answer import plain_fault, summary
+from bessemer.tasks.answer import NO_THINK, plain_fault, summary
 from bessemer.tasks.base import CORRECT, Problem, Task, Verdict, Written, check_shares
 from bessemer.tasks.files import FileTask, LineIndex, Question
 from bessemer.tasks.general_quality import HELPFUL, judge
@@ -95,14 +95,13 @@ class General(Task):
         return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", request.asks()[template], language, meta)
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """Correct: well formed, harmless and helpful enough. The reason is the first of no-answer, no-think, bad-tags,
-        unsafe, or the weakest component of helpfulness."""
+        """Correct: harmless and helpful enough, with tags that are not broken. The reason is the first of no-answer,
+        no-think, bad-tags, unsafe, or the weakest component of helpfulness."""
         fault, quality = plain_fault(completion), judge(GeneralRequest.of(problem), completion)
-        reason = fault or (
-            UNSAFE if not quality.harmless else CORRECT if quality.helpful >= HELPFUL else quality.weakest
-        )
+        reason = UNSAFE if not quality.harmless else CORRECT if quality.helpful >= HELPFUL else quality.weakest
         answer = " ".join(summary(completion).split())
-        return Verdict(reason == CORRECT, fault is None, reason, answer or None)
+        correct = reason == CORRECT and fault in (None, NO_THINK)
+        return Verdict(correct, fault is None, fault or reason, answer or None)
 
     def conversation(self, index: int, seed: int = 0, language: str | None = None) -> list[dict[str, str]]:
         """A good answer to a request of the train split in R1's form, as messages for SFT."""

@@ -54,9 +54,9 @@ class Examples(Stage[ExamplesConfig]):
             page = task.written(n // len(families), ctx.seed)
             verdict = task.verify(page.problem, page.response)
             line = files.conversation_line(exchange(page.problem.prompt, page.response))
-            if verdict.correct and line not in kept:
+            if verdict.sound and line not in kept:
                 kept[line] = None
             else:
-                rejected["duplicate" if verdict.correct else verdict.reason] += 1
+                rejected["duplicate" if verdict.sound else verdict.reason] += 1
         files.write_conversations(ctx.dir, kept)
         return {"kept": len(kept), **dict(rejected.most_common())}

@@ -35,8 +35,26 @@ from bessemer.tasks.general import UNJUDGED, General
 from bessemer.tasks.readability import ReadabilityLimits, readable
 from bessemer.train import setup
 
-SUMMARY = {"en": "The answer is <answer>{answer}</answer>.", "zh": "答案是<answer>{answer}</answer>。"}
-"""What follows the thoughts in R1's form: a sentence in the language of the question."""
+SUMMARIES = {
+    "en": (
+        "The answer is <answer>{}</answer>.",
+        "So the answer is <answer>{}</answer>.",
+        "This gives <answer>{}</answer>.",
+        "The result is <answer>{}</answer>.",
+        "Final answer: <answer>{}</answer>.",
+        "<answer>{}</answer> is the answer.",
+    ),
+    "zh": (
+        "答案是<answer>{}</answer>。",
+        "所以答案是<answer>{}</answer>。",
+        "由此得到<answer>{}</answer>。",
+        "结果是<answer>{}</answer>。",
+        "最终答案：<answer>{}</answer>。",
+        "<answer>{}</answer>就是答案。",
+    ),
+}
+"""What follows the thoughts in R1's form where the model wrote no summary: a sentence in the language of the question,
+chosen by a hash of the problem."""
 LOOKED_AT = 256
 """Problems in which a judge must find a reference answer before anything runs."""
 BATCH = 64
@@ -189,6 +207,8 @@ def fault(row: rollout.ScoredSample, config: RejectConfig) -> str | None:
         return "cut"
     if not row.verdict.correct:
         return UNJUDGED if row.verdict.reason == UNJUDGED else "wrong"
+    if not row.verdict.sound:
+        return "malformed"
     return _unreadable(row, config)
 
 
@@ -214,17 +234,18 @@ def judge_answers(judge: Judge, groups: list[list[rollout.ScoredSample]], config
             if _unreadable(row, config) is None:
                 asked.append((row, (row.problem.prompt, reference, answer)))
             else:  # `fault` names what is wrong with it
-                row.verdict = replace(row.verdict, correct=True)
+                row.verdict = replace(row.verdict, correct=True, reason=CORRECT)
     for (row, _), right in zip(asked, judge.verdicts([texts for _, texts in asked]), strict=True):
         reason = UNJUDGED if right is None else CORRECT if right else WRONG_VALUE
         row.verdict = replace(row.verdict, correct=bool(right), reason=reason)
 
 
 def written(row: rollout.ScoredSample, form: str) -> str:
-    """The assistant's turn."""
-    reply = parse_reply(row.answer)
+    """The assistant's turn. In form "r1" the summary is the model's own where it wrote more than the tagged answer."""
+    reply, said = parse_reply(row.answer), summary(row.answer)
     if form == "as-is" or reply.answer is None:
         return row.answer
-    return f"<think>\n{(reply.think or '').strip()}\n</think>\n\n" + SUMMARY[row.problem.language].format(
-        answer=reply.answer.strip()
-    )
+    if said == f"<answer>{reply.answer}</answer>":
+        sentences = SUMMARIES[row.problem.language]
+        said = sentences[tasks.stable_hash("summary", row.problem.id) % len(sentences)].format(reply.answer.strip())
+    return f"<think>\n{(reply.think or '').strip()}\n</think>\n\n{said}"
