@@ -199,7 +199,7 @@ def test_every_sample_is_judged_by_the_task_of_its_prompt(draw, monkeypatch):
 
 
 def test_with_needs_format_a_right_answer_in_broken_tags_counts_as_wrong():
-    task, problem = get("words"), Problem("p", "...", "en", {"value": 7})
+    task, problem = tasks.get("words"), tasks.Problem("p", "...", "en", {"value": 7})
     texts = ["<think>t</think><answer>7</answer>", "<answer>7</answer>", "<answer>8</answer>"]
     made = [Completion([1], text, [-1.0], [-1.0], "stop", 1) for text in texts]
     for needs_format, expected in ((False, [True, True, False]), (True, [True, False, False])):

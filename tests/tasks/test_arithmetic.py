@@ -38,7 +38,7 @@ def test_splits_are_disjoint():
         ("{value}+0", "unparsable", None),
         ("1000", "wrong-value", "1000"),
         ("-{value}", "wrong-value", "-{value}"),
-        ("", "unparsable", None),
+        ("", "empty", None),
         ("٣", "unparsable", None),
         ("9" * 10**6, "unparsable", None),
     ],

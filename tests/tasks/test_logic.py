@@ -85,7 +85,7 @@ def test_no_formula_is_in_both_splits():
         ("1, 0, 1", "unparsable", None),
         ("not false, false, true", "unparsable", None),
         (",,", "unparsable", None),
-        ("", "unparsable", None),
+        ("", "empty", None),
     ],
 )
 def test_grades(answer, reason, canonical):

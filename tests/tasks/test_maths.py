@@ -5,11 +5,13 @@ import threading
 from fractions import Fraction
 
 import pytest
+import released_answers as released
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bessemer.data.chat import opening
 from bessemer.errors import UserError
-from bessemer.tasks import Problem, get
+from bessemer.tasks import Problem, get, verdict_metrics
 from bessemer.tasks.maths_questions import parse_numeral, peeled
 
 LINES = [
@@ -78,7 +80,7 @@ def test_what_is_read_is_a_number_to_python_too(text):
         ("42", "6 \\cdot 7", "unparsable"),
         ("42", "41=42", "unparsable"),
         ("42", "42, 43", "unparsable"),
-        ("42", "\\boxed{41} \\boxed{42}", "unparsable"),
+        ("42", "\\boxed{41} \\boxed{42}", "several-answers"),
         ("42", "forty-two", "unparsable"),
         ("42", "４２", "unparsable"),
         ("42", "42.0000001", "wrong-value"),
@@ -200,3 +202,22 @@ def test_other_mistakes(file, tmp_path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="not UTF-8"):
         get(f"gsm8k:{path}")
+
+
+def test_200_answers_of_a_released_r1_get_the_score_computed_by_hand(tmp_path):
+    lines = [{"question": question, "answer": gold} for question, gold, _, _ in released.PROBLEMS]
+    for split in ("train", "test"):
+        rows = lines if split == "test" else [{"question": "What is 1 + 1?", "answer": "2"}]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = get(f"jsonl:{tmp_path}")
+    by_question = {question: (right, wrong) for question, _, right, wrong in released.PROBLEMS}
+    problems = [task.problem("test", index) for index in range(10)]
+    verdicts = []
+    for problem in problems:
+        made = released.answers(*by_question[problem.prompt])
+        verdicts.append([task.verify(problem, opening("r1") + text) for text, _, _ in made])
+        assert [(v.correct, v.formatted) for v in verdicts[-1]] == [(right, form) for _, right, form in made]
+    row = verdict_metrics.score(verdicts, 20)
+    assert row["pass@1"] == pytest.approx(released.PASS_AT_1) and row["formatted"] == pytest.approx(released.FORMATTED)
+    assert row["maj@20"] == 1.0, "most answers of every problem agree, and they are right"
+    assert verdict_metrics.reasons(verdicts) == released.REASONS

@@ -88,7 +88,7 @@ def test_no_answer_is_common_enough_to_be_guessed():
         ("{value}.0", "unparsable", None),
         ("{value} apples", "unparsable", None),
         ("100000", "wrong-value", "100000"),
-        ("", "unparsable", None),
+        ("", "empty", None),
         ("１２", "unparsable", None),
     ],
 )

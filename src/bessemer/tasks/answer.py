@@ -122,7 +122,8 @@ def _parts(text: str) -> tuple[str, str, _Tagged | None, str | None]:
     fault = NO_THINK if not thoughts.strip() else TEXT_BEFORE if order == ["</think>"] or before.strip() else None
     tagged = None
     if late:
-        tagged = (*(place - begin for place in late[0].span()), *(place - begin for place in late[1].span()))
+        (a, b), (c, d) = (tag.span() for tag in late)
+        tagged = (a - begin, b - begin, c - begin, d - begin)
     return thoughts, text[begin:], tagged, fault
 
 
