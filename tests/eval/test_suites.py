@@ -28,7 +28,7 @@ def loaded(name, data):
 
 def r1(answer, thoughts="Let me see. It could be \\boxed{1}, but no."):
     """An answer in the form of the released R1: after the opening tag, which its prompt holds."""
-    return f"{thoughts}\n</think>\n<answer>{answer}</answer>"
+    return f"{thoughts}\n</think>\n\nFirst we look at it.\n\n**Answer:** {answer}\n"
 
 
 def test_the_protocol_is_the_published_one():
@@ -107,7 +107,7 @@ def two_hundred(folder):
     lines = [{"problem": 60, "text": r1("\\boxed{2}")} for _ in range(60)]  # 60 of 100
     lines += [{"problem": 60, "text": r1(wrong[n % 4])} for n in range(40)]
     lines += [
-        {"problem": "61", "reasoning": "Twenty tens.", "text": "<answer>\\boxed{200}</answer>"} for _ in range(25)
+        {"problem": "61", "reasoning": "Twenty tens.", "text": "So\n\n\\boxed{200}."} for _ in range(25)
     ]  # 25 of 100
     lines += [{"problem": "61", "text": r1("\\boxed{30}")} for _ in range(45)]  # the majority, and wrong
     cut = {"text": "I think and think, \\boxed{200}, and never end", "finish_reason": "length"}
