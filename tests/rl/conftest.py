@@ -20,15 +20,15 @@ def tokenizer():
 
 @pytest.fixture
 def make_model(tokenizer):
-    """Seed -> a network whose weights are large enough for its predictions to differ."""
+    """Seed -> a network whose weights are large enough for its predictions to differ; with other fields if asked."""
 
-    def make(seed: int) -> Transformer:
+    def make(seed: int, **fields: int) -> Transformer:
         shape = dict(
             vocab_size=tokenizer.vocab_size + 5, dim=32, n_layers=2, inter_dim=48, moe_inter_dim=16, n_heads=2,
             q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=8,
             n_activated_experts=2, n_expert_groups=4, n_limited_groups=2, max_seq_len=96, init_std=0.2,
         )  # fmt: skip
-        model = Transformer(preset("tiny", **shape)).initialise(seed)
+        model = Transformer(preset("tiny", **(shape | fields))).initialise(seed)
         for n, gate in enumerate(model.gates().values()):
             gate.bias_E.normal_(0.0, 0.05, generator=torch.Generator().manual_seed(n))
         return model

@@ -130,7 +130,7 @@ def directory(tmp_path_factory):
 @pytest.fixture
 def policy(make_model, tokenizer, directory):
     """Ours, and where transformers finds it."""
-    model = make_model(3)
+    model = make_model(3, n_expert_groups=2, n_limited_groups=1)  # K/M = 2, which transformers has fixed
     if not directory.exists():
         tokenizer.save(directory.parent / "tokenizer")
         model.save(directory, tokenizer_dir=directory.parent / "tokenizer", mtp=False)
