@@ -12,26 +12,28 @@ from bessemer.model.transformer import Transformer
 from bessemer.train.trainer import Trainer
 
 UPDATES, ROLLOUTS, EVERY = 4, 2, 3
+RATES = [0.01 + 0.001 * step for step in range(UPDATES * ROLLOUTS)]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(base, batches of every update, weights before every update and after the last, rollouts, kl of every update)."""
+    """(base, batches of every update, weights before every update and after the last, rollouts, metrics of every
+    update)."""
     base = rl_stage.write_base(tmp_path_factory.mktemp("base"))
     stage = rl_stage.Stage(
         base, tmp_path_factory.mktemp("run") / "run", 'reward="random"', f"rollouts={ROLLOUTS}", "temperature=0.9",
-        "samples=4", f"updates_per_rollout={UPDATES}", f"reference_every={EVERY}", "lr=1e-2",
-        "kl=0.05",
+        "samples=4", f"updates_per_rollout={UPDATES}", f"reference_every={EVERY}", "kl=0.05",
+        'lr=[["0", 0.01], ["10", 0.02]]',
     )  # fmt: skip
     loop = stage.loop()
-    batches, weights, rollouts, kl = [], [], [], []
+    batches, weights, rollouts, metrics = [], [], [], []
     update, take = Trainer.update, loop.queue.take
 
     def watched(trainer, given):
         batches.append(given)
         weights.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
         values = update(trainer, given)
-        kl.append(values["train/kl"])
+        metrics.append(values)
         return values
 
     def taken(number):
@@ -43,7 +45,7 @@ def trained(tmp_path_factory):
         patch.setattr(loop.queue, "take", taken)
         loop.run()
     assert len(batches) == UPDATES * ROLLOUTS == loop.trainer.step
-    return base, batches, weights, rollouts, kl
+    return base, batches, weights, rollouts, metrics
 
 
 def logprobs(weights, base, batch):
@@ -60,7 +62,8 @@ def logprobs(weights, base, batch):
 
 
 def test_the_reference_is_the_policy_of_the_last_refresh(trained):
-    base, batches, weights, _, kl = trained
+    base, batches, weights, _, metrics = trained
+    kl = [values["train/kl"] for values in metrics]
     for step, given in enumerate(batches):
         for batch in given:
             seen = batch.extras["ref_logp_BT"][batch.loss_BT > 0].double()
@@ -73,6 +76,12 @@ def test_the_reference_is_the_policy_of_the_last_refresh(trained):
             assert kl[step] > 1e-5, "the policy has moved away from it"
         else:
             assert kl[step] == pytest.approx(0, abs=1e-7), "it has just been copied"
+
+
+def test_the_rate_follows_optimizer_steps_and_every_rollout_is_the_newest_policy_s(trained):
+    _, _, _, rollouts, metrics = trained
+    assert [values["train/lr"] for values in metrics] == pytest.approx(RATES)
+    assert [rollout.step for rollout in rollouts] == [0, UPDATES]
 
 
 def test_every_sample_is_used_once_in_a_rollout(trained):

@@ -18,7 +18,7 @@ from bessemer.plan.inference import ACCEPTED, CONTEXT, MEAN, Deployment, decode,
 from bessemer.plan.plan_config import published, setup, tokens_of
 
 CLOSE, LOOSE = 0.10, 0.35
-"""Largest relative errors of a claim that is borne out, and of one that is plausible."""
+"""Bounds of the verdicts, chosen by us: a reader may prefer others, so the error stands beside each."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Claim:
         if self.exact:
             return "is exactly so" if off < 0.006 else "is not what arithmetic gives"
         if off <= CLOSE:
-            return "borne out"
-        return "plausible" if off <= LOOSE else "not explained by this model"
+            return f"within {CLOSE:.0%}"
+        return f"within {LOOSE:.0%}" if off <= LOOSE else "missed"
 
     def facts(self) -> dict[str, Any]:
         return {

@@ -7,6 +7,8 @@ the output of this module.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,6 +106,24 @@ def gemms() -> list[Comparison]:
     ]
 
 
+T_90 = 1.8946
+"""Student's t, 7 degrees of freedom, 90 % on both sides."""
+
+
+def outside_view() -> dict[str, float]:
+    """The planner's record on other runs, and V3's pre-training in million GPU hours if it is like them: the interval
+    of one more run, Student's t over the logarithms of measured / predicted throughput."""
+    runs = other_runs()
+    ratios = [math.log(run.published / run.predicted) for run in runs]
+    assert len(ratios) == 8, "T_90 is for eight runs"
+    mean, spread = statistics.mean(ratios), T_90 * statistics.stdev(ratios) * math.sqrt(1 + 1 / len(ratios))
+    hours = next(one.predicted for one in audit.deepseek_v3() if one.claim.startswith("pre-training, 14.8T")) / 1000
+    return {
+        "n_others": len(runs), "n_fast": sum(run.error > 0.28 for run in runs), "record": math.exp(mean),
+        "median": hours / math.exp(mean), "low": hours / math.exp(mean + spread), "high": hours / math.exp(mean - spread),
+    }  # fmt: skip
+
+
 def page() -> str:
     """The text of docs/planner.md."""
     alone, inside, runs, uneven = pair(), pair(IN_STEP), other_runs(), imbalances()
@@ -117,7 +137,7 @@ def page() -> str:
         in_step=IN_STEP, r8=r8, k8=k8, r16=r16, k16=k16, forward=forward, backward=backward, l0=l0,
         claims=table(("claim", "published", "predicted", "error", "verdict"), claims),
         imbalances=table(("busiest rank", *(f"{busiest:g} x" for busiest, _ in uneven)), hours),
-        isca=rows(isca()), others=rows(runs), gemms=rows(gemms()), own=rows(local_runs()),
+        **outside_view(), isca=rows(isca()), others=rows(runs), gemms=rows(gemms()), own=rows(local_runs()),
         **_pairs(),
         pair=rows([replace(alone, what="from kernels alone"), replace(inside, what=f"with the factor {IN_STEP:g}")]),
         notes="\n".join(f"- {run.what}: {run.note}." for run in runs),
