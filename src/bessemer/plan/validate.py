@@ -120,7 +120,8 @@ def outside_view() -> dict[str, float]:
     hours = next(one.predicted for one in audit.deepseek_v3() if one.claim.startswith("pre-training, 14.8T")) / 1000
     return {
         "n_others": len(runs), "n_fast": sum(run.error > 0.28 for run in runs), "record": math.exp(mean),
-        "median": hours / math.exp(mean), "low": hours / math.exp(mean + spread), "high": hours / math.exp(mean - spread),
+        "median": hours / math.exp(mean), "low": hours / math.exp(mean + spread),
+        "high": hours / math.exp(mean - spread),
     }  # fmt: skip
 
 
