@@ -143,7 +143,7 @@ def run(file: str, test: str, text: list[str]) -> dict[str, object]:
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return {"red": False, "said": f"no end within {LIMIT} s"}
-        failed = re.search(r"^FAILED [^:]*::(\S+)", ended.stdout, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) [^:]*::(\S+)", ended.stdout, re.MULTILINE)
         if ended.returncode > 1 or (ended.returncode and not failed):
             return {"red": False, "said": f"the tests do not run: {ended.stdout[-300:]}"}
         return {"red": ended.returncode == 1, "said": failed[1] if failed else "all tests pass"}

@@ -186,7 +186,6 @@ FLIPS = [
     ("r1-paper", "r1.kl=0.01", "KL to the reference (k3, in the loss)", ADAPTED),
     ("r1-paper", "r1.kl=0.0", "KL to the reference (k3, in the loss)", OFF),
     ("r1-paper", "zero.reference_every=200", "KL to the reference (k3, in the loss)", ADAPTED),
-    ("r1-paper", "zero.updates_per_rollout=8", "Mini-batches per rollout", ADAPTED),
     ("r1-paper", "zero.max_off_policy_rollouts=1", "On policy, every sample used", ADAPTED),
     ("r1-paper", "zero.max_resamples=3", "On policy, every sample used", ADAPTED),
     ("r1-paper", "zero.difficulty_filter=true", "On policy, every sample used", ADAPTED),
@@ -234,6 +233,11 @@ def test_one_value_flips_its_item_alone(recipe, override, item, state):
         ("v3", "pretrain.fp8=per-tensor", {"FP8 training": ADAPTED, ACTIVATIONS: ADAPTED}),
         ("v3", "pretrain.fp8=off", {"FP8 training": OFF, ACTIVATIONS: OFF}),
         ("r1-paper", "zero.reward=format", {"R1-Zero: RL from the base, no SFT": ADAPTED, "Rewards": OFF}),
+        (
+            "r1-paper",
+            "r1.updates_per_rollout=8",
+            {"Mini-batches per rollout": ADAPTED, "Preference rewards only at the end": SCALED},
+        ),
         ("v3", "layout.ep=32", {"Expert parallelism, a token to a node once": SCALED, "ZeRO-1": SCALED}),
     ],
 )
@@ -244,6 +248,7 @@ def test_values_that_two_items_share(recipe, override, items):
 
 def test_every_item_flips():
     flipped = {item for _, _, item, _ in FLIPS} | {"FP8 training", ACTIVATIONS, "R1-Zero: RL from the base, no SFT"}
+    flipped.add("Mini-batches per rollout")
     rest = {
         "No token dropping",
         "Needle in a haystack over lengths and depths",
