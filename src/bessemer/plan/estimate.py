@@ -28,6 +28,7 @@ from bessemer.engine.engine import Engine
 from bessemer.model.accounting import flops_per_token
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import find_kind
+from bessemer.pipeline.stages.eval import n_problems
 from bessemer.pipeline.stages.pretrain import HELDOUT_ROWS, runtime
 from bessemer.plan.plan_config import pretraining
 from bessemer.precision.fp8_linear import FP8_RECIPES
@@ -183,8 +184,8 @@ def _stage(stage: StageConfig, recipe: Recipe, rates: dict[str, float], length: 
         # the log-probabilities of the policy and of the reference take a forward pass each
         return (samples + asked) * mean / decode + samples * mean * (1 + 2 / 3) / train
     if isinstance(stage, EvalConfig):
-        rows = len(stage.models) * len(stage.tasks) * len(stage.temperatures) * 2
-        return rows * stage.problems * stage.samples * ANSWER * stage.max_new_tokens / decode
+        answers = len(stage.models) * len(stage.temperatures) * n_problems(stage) * stage.samples
+        return answers * ANSWER * stage.max_new_tokens / decode
     # the initial guess of the progress bar, scaled by its error for pre-training
     guess = find_kind(stage.kind)().estimate(stage, recipe)
     return guess / setup.estimate_seconds(recipe, train)

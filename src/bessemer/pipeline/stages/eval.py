@@ -51,7 +51,7 @@ class Eval(Stage[EvalConfig]):
             yield partial(_evaluated, config, recipe, name)
 
     def estimate(self, config: EvalConfig, recipe: Recipe) -> float:
-        problems = sum(_size(config, task) for task in _tasks(config))
+        problems = n_problems(config)
         models = len(config.models) * len(config.temperatures)
         return setup.decode_seconds(recipe, models * problems * config.samples * config.max_new_tokens)
 
@@ -147,6 +147,11 @@ def _evaluated(config: EvalConfig, recipe: Recipe, name: str) -> str | None:
 
 def _encode(tokenizer: Tokenizer, problem: tasks.Problem) -> list[int]:
     return question_ids(tokenizer, problem.prompt)
+
+
+def n_problems(config: EvalConfig) -> int:
+    """Problems that each model is asked at each temperature, over all tasks and languages."""
+    return sum(_size(config, task) for task in _tasks(config))
 
 
 def _tasks(config: EvalConfig) -> Iterator[tasks.Task]:
