@@ -28,8 +28,8 @@ PAIRS = [(text(n, 5 + n % 7), text(n + 50, 4 + n * 3 % 9)) for n in range(24)]
 LABELS = [(text(n, 4 + n % 9), bool(n % 3)) for n in range(30)]
 
 
-def network(seed=0):
-    return Scorer.of(tiny_run.model(seed, init_std=0.3, max_seq_len=T), seed)
+def network(seed=0, **changes):
+    return Scorer.of(tiny_run.model(seed, init_std=0.3, max_seq_len=T, **changes), seed)
 
 
 def rows(units, kind, folder):
@@ -80,7 +80,7 @@ def test_pointwise_is_binary_cross_entropy(labels):
 
 def test_pairwise_agrees_with_trl(pairs, tmp_path):
     """TRL's own `compute_loss` over transformers' model of our directory; only the accelerator stands aside."""
-    model = network()
+    model = network(n_limited_groups=1)  # K/M = 2 as in V3: transformers rates a group by two experts, always
     hub.save(model, tmp_path)
     theirs = DeepseekV3ForSequenceClassification.from_pretrained(
         tmp_path, attn_implementation="eager", experts_implementation="eager"
