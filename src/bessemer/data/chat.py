@@ -175,8 +175,8 @@ def jinja(style: str) -> str:
 def _pieces(messages: Sequence[Message], style: str, add_generation_prompt: bool) -> list[ChatPiece]:
     _check_style(style)
     _check_messages(messages)
-    said = [message["content"] for message in messages if message["role"] == "system"]
-    system = ZERO_PREAMBLE if style == "r1-zero" and not said else "\n\n".join(said)
+    system_texts = [message["content"] for message in messages if message["role"] == "system"]
+    system = ZERO_PREAMBLE if style == "r1-zero" and not system_texts else "\n\n".join(system_texts)
     turn = _zero_turn if style in ZERO_STYLES else _r1_turn
     pieces = [ChatPiece(BOS, control=True)]
     if system:

@@ -9,7 +9,7 @@ Answers are written as they come, to OUT/NAME.jsonl: a first line with the setti
     question        a hash of the prompt, which must then be that of the problem; optional
 
 A second call goes on where the first was killed, and samples what it would have sampled: answer k to a problem depends
-on the seed, the problem and k alone. Such lines can also be scored without a model, whoever wrote them.
+on the seed, the problem and k alone. Answers of any origin can also be scored from such lines, without a model.
 """
 
 from __future__ import annotations

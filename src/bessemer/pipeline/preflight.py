@@ -69,8 +69,8 @@ def describe(stages: list[Examined]) -> str:
         lines += [f"     {line}" for line in one.found]
         for fault in one.faults:
             faults[fault.removeprefix(f'stage "{one.name}": ')].append(one.name)
-    said = [f"{', '.join(names)}: {fault}" for fault, names in faults.items()]
-    return "\n".join([*lines, "", *(["missing, or does not fit:", *said] if said else ["no fault found"])])
+    listed = [f"{', '.join(names)}: {fault}" for fault, names in faults.items()]
+    return "\n".join([*lines, "", *(["missing, or does not fit:", *listed] if listed else ["no fault found"])])
 
 
 def task_probes(names: Collection[str], asked: float) -> Iterator[Probe]:

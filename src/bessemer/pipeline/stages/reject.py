@@ -242,10 +242,10 @@ def judge_answers(judge: Judge, groups: list[list[rollout.ScoredSample]], config
 
 def written(row: rollout.ScoredSample, form: str) -> str:
     """The assistant's turn. In form "r1" the summary is the model's own where it wrote more than the tagged answer."""
-    reply, said = parse_reply(row.answer), summary(row.answer)
+    reply, final = parse_reply(row.answer), summary(row.answer)
     if form == "as-is" or reply.answer is None:
         return row.answer
-    if said == f"<answer>{reply.answer}</answer>":
+    if final == f"<answer>{reply.answer}</answer>":
         sentences = SUMMARIES[row.problem.language]
-        said = sentences[tasks.stable_hash("summary", row.problem.id) % len(sentences)].format(reply.answer.strip())
-    return f"<think>\n{(reply.think or '').strip()}\n</think>\n\n{said}"
+        final = sentences[tasks.stable_hash("summary", row.problem.id) % len(sentences)].format(reply.answer.strip())
+    return f"<think>\n{(reply.think or '').strip()}\n</think>\n\n{final}"
