@@ -126,6 +126,7 @@ K = PROBLEM.meta["parameters"][0]
         (think(f"```python\ndef f(n): return 0\n```\n```python\ndef f(n): return n+{K}\n```"), "correct"),
         (think(f"```python\ndef f(n): return n+{K}\n```\n```python\ndef f(n): return 0\n```"), "wrong-output"),
         (f"<think>t</think>\n\nSo:\n```python\ndef f(n): return n+{K}\n```\nDone.", "correct"),
+        (think(f'def f(n): return n+{K} if len("""a\n\nb""") == 4 else 0'), "correct"),  # a blank line that counts
         (f"<think>t</think>def f(n): return n+{K}", "no-answer"),
         (f"<answer>def f(n): return n+{K}</answer>", "no-think"),
         (f"<answer>def f(n): return n+{K}</answer>" * 2, "bad-tags"),

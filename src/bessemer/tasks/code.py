@@ -40,13 +40,13 @@ class SandboxedTask(Task):
         raise NotImplementedError
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
-        """The canonical form is the source without its fence and blank lines."""
-        source = source_of(answer)
+        """What runs is the last fenced block as it is; the canonical form leaves out blank lines."""
+        source = last_block(answer).strip()
         if not source:
             return sandbox.NO_FUNCTION, None
         if len(source) > LONGEST:
             return TOO_LONG, None
-        return self.judge(problem, source), source
+        return self.judge(problem, source), source_of(answer)
 
 
 class Code(SandboxedTask):
@@ -87,7 +87,7 @@ class Code(SandboxedTask):
 
 
 def source_of(answer: str) -> str:
-    """The program in an answer: its last fenced block, or all of it, without blank lines."""
+    """The canonical form of the program in an answer: its last fenced block, or all of it, without blank lines."""
     lines = last_block(answer).strip().splitlines()
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
