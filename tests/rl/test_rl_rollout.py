@@ -206,3 +206,22 @@ def test_with_needs_format_a_right_answer_in_broken_tags_counts_as_wrong():
         (group,) = rollout.verify([(task, problem)], [[1]], [made], "", needs_format)
         assert [row.verdict.correct for row in group] == expected
         assert [row.verdict.reason for row in group] == ["correct", "no-think", "no-think"]
+
+
+@pytest.mark.parametrize("begun", ["", "<think>\n"])
+def test_with_needs_format_nothing_is_paid_that_stands_around_the_blocks(begun):
+    """A template that opens the thoughts asks for R1's summary, one that does not for R1-Zero's blocks."""
+    task, problem = tasks.get("words"), tasks.Problem("p", "...", "en", {"value": 7})
+    thoughts = "<think>\nt\n</think>".removeprefix(begun)
+    blocks = ["<answer>7</answer>", "\n<answer>\n7\n</answer>\n"]
+    summaries = ["\n\nSo it is \\boxed{7}.", "\n\n<answer>7</answer>\n\nChecked."]
+    never = ["\n\n\u200b<answer>7</answer>", "\n\n" + "so " * 3000 + "\\boxed{7}", "So <answer>7</answer>",
+             "\n\n<answer>7</answer><!-- good -->", "<answer>7</answer>" + " " * 1000]  # fmt: skip
+    texts = [*blocks, *summaries, *never]
+    made = [Completion([1], thoughts + text, [-1.0], [-1.0], "stop", 1) for text in texts]
+    (group,) = rollout.verify([(task, problem)], [[1]], [made], begun, True)
+    paid = [row.verdict.correct for row in group]
+    assert paid == [True, True] + [begun != ""] * 2 + [False] * len(never)
+    assert [row.verdict.reason for row in group] == ["correct" if one else "text-around" for one in paid]
+    (group,) = rollout.verify([(task, problem)], [[1]], [made], begun, False)
+    assert all(row.verdict.correct for row in group), "accuracy is a term of its own"

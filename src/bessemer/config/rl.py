@@ -127,8 +127,9 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     """Weight of the format reward relative to accuracy (R1: 1; for small models a large weight teaches only the
     form)."""
     accuracy_needs_format: bool = False
-    """Whether a right answer in broken tags earns no accuracy either. By default accuracy and format are two terms
-    (R1 2.2.2); with format_reward = 0 nothing would then ask for thoughts."""
+    """Whether a right answer out of the form earns no accuracy either: R1-Zero's two blocks and nothing around them, or
+    R1's thoughts and a short summary where the template opens the thoughts. By default accuracy and format are two
+    terms (R1 2.2.2); with format_reward = 0 nothing would then ask for thoughts."""
     language_reward: float = Field(0.0, ge=0)
     """Weight of language consistency, the share of the thoughts' words in the problem's language (R1-Zero: none;
     R1's first RL stage: 1)."""

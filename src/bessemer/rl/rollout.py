@@ -17,6 +17,7 @@ from bessemer.data.batch import Batch
 from bessemer.engine.engine import Completion, Engine
 from bessemer.rl.difficulty import Selection
 from bessemer.rl.sampler import Sampler
+from bessemer.tasks.answer import TEXT_AROUND
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
 from bessemer.tasks.readability import consistency
 
@@ -112,14 +113,17 @@ def verify(
     needs_format: bool = False,
 ) -> list[Group]:
     """The verdict of each problem's task on its completions; `begun` as in `ScoredSample`. With `needs_format` a right
-    answer in broken tags counts as wrong."""
+    answer out of the form counts as wrong: of R1-Zero's two blocks, or where the template has opened the thoughts, as
+    R1's does, of R1's summary too."""
     groups = []
     for (task, problem), prompt, group in zip(problems, prompts, completions, strict=True):
         rows = []
         for completion in group:
             answer = begun + completion.text
             verdict, language = task.verify(problem, answer), consistency(answer, problem.language)
-            if needs_format:
+            if needs_format and verdict.sound and verdict.summary and not begun:
+                verdict = replace(verdict, correct=False, reason=TEXT_AROUND)
+            elif needs_format:
                 verdict = replace(verdict, correct=verdict.sound)
             rows.append(ScoredSample(problem, prompt, completion, verdict, language=language, begun=begun))
         groups.append(rows)

@@ -1,10 +1,13 @@
 """Reading a completion: where its answer stands, and whether it keeps the form (R1 2.2.2).
 
 Two forms, each read strictly:
-  R1-Zero's   `<think> thoughts </think> <answer> answer </answer>` and nothing else;
-  R1's        `<think> thoughts </think>`, a blank line, then free text of any length that states the answer: in
-              `\\boxed{...}` with balanced braces, in answer tags, for code in a fenced block, for a choice in a line
-              `Answer: C`.
+  R1-Zero's   `<think> thoughts </think> <answer> answer </answer>` and nothing else, but for up to GAP characters of
+              white space before, between and after;
+  R1's        `<think> thoughts </think>`, a blank line, then free text that states the answer: in `\\boxed{...}` with
+              balanced braces, in answer tags, for code in a fenced block, for a choice in a line `Answer: C`.
+
+The text around the answer is for a reader: at most AROUND characters of it, and none that nobody sees. The bounds are
+ours; the reports name none. Thoughts may have any length, but something in them must be visible.
 
 Accuracy and format are two terms. The first asks for the answer that can be read, the second for the form. Only what
 follows `</think>` is read. `parse_reply` gives the answers stated there, or the fault that forbids reading any:
@@ -19,6 +22,8 @@ follows `</think>` is read. `parse_reply` gives the answers stated there, or the
   several-answers   no     boxes, tags or lines that state different answers; `Task.verify` compares their values
   no-think          yes    no thoughts before the answer, or blank ones
   text-before       yes    the text does not begin with `<think>`
+  text-around       yes    around the answer: text that no blank line separates from the thoughts, more than AROUND
+                           characters, long runs of white space, comments, or characters that nobody sees
 
 Answers stated twice count when they agree, boxes inside the tags are the tags' answer, and of several code blocks the
 last is the answer. A form is never kept where no answer is read.
@@ -30,7 +35,7 @@ plain words (R1 2.3.4), where the thoughts may be blank. `summary` reads that fo
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -38,6 +43,11 @@ from typing import Literal
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 NO_ANSWER, IN_THOUGHTS, UNCLOSED, EMPTY = "no-answer", "in-thoughts", "unclosed", "empty"
 BAD_TAGS, SEVERAL, NO_THINK, TEXT_BEFORE = "bad-tags", "several-answers", "no-think", "text-before"
+TEXT_AROUND = "text-around"
+GAP = 8
+"""Characters of white space before, between and after the two blocks of R1-Zero's form."""
+AROUND = 8_000
+"""Characters after the thoughts that are not the answer."""
 MOST_ANSWERS = 4
 """Different texts that one completion may state as its answer; their values are compared."""
 MOST_BOXES = 64
@@ -52,6 +62,21 @@ _BOX = re.compile(r"(?<!\\)(?:\\\\)*\\boxed ?\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _FENCE = re.compile(r"```([A-Za-z0-9+#_-]{0,20})[ \t]*\n")
 _PYTHON = ("", "python", "python3", "py")
+_BLANK_LINE = re.compile("\r?\n\r?\n")
+_SYMBOL = (
+    "[\u00a9\u00ae\u203c\u2049\u2122\u2139\u2190-\u27ff\u2900-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff]"
+)
+_IGNORABLE = (
+    "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200c\u200e\u200f"
+    "\u2028-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0e\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+"""Control and format characters, line separators, fillers, variation selectors, tags: what shows no glyph (Unicode's
+Default_Ignorable_Code_Point, and what is invisible besides)."""
+_UNSEEN = re.compile(rf"[{_IGNORABLE}]|(?<!{_SYMBOL})\ufe0f(?!\u20e3)|(?<!\ufe0f)(?<!{_SYMBOL})\u200d|\s{{65}}|<!--")
+"""What a reader does not see: those, two characters of emoji elsewhere than in one, long runs of white space,
+comments."""
+_VISIBLE = re.compile(rf"[^\s\ufe0f\u200d{_IGNORABLE}]")
 _STATED = re.compile(
     r"^[*_ \t]{0,8}(?:(?:The )?(?:[Ff]inal |[Cc]orrect )?[Aa]nswer(?: is)?|答案是?)?[*_]{0,4}[:：]?[*_ \t]{0,8}"
     r"\(?([A-Z])\)?[.。*_ \t]{0,8}$",
@@ -68,7 +93,12 @@ class Reply:
     think: str | None
     answers: tuple[str, ...]
     fault: str | None
-    formatted: bool
+    form: Literal["blocks", "summary"] | None
+    """R1-Zero's two blocks, R1's thoughts and summary, or neither."""
+
+    @property
+    def formatted(self) -> bool:
+        return self.form is not None
 
     @property
     def answer(self) -> str | None:
@@ -86,9 +116,30 @@ def parse_reply(text: str, final: Final = "value") -> Reply:
         thoughts, rest, tagged, fault = _parts(text)
         answers = _answers(rest, tagged, thoughts, final)
     except _Fault as unread:
-        return Reply(think, (), str(unread), False)
-    only_tags = tagged is not None and not (rest[: tagged[0]] + rest[tagged[3] :]).strip()
-    return Reply(think, answers, fault, fault is None and (only_tags or rest.startswith("\n\n")))
+        return Reply(think, (), str(unread), None)
+    if fault is None and not _readable(rest, answers):
+        fault = TEXT_AROUND
+    if fault is not None:
+        return Reply(think, answers, fault, None)
+    if tagged and _gap(text[: text.find("<")]) and _gap(rest[: tagged[0]]) and _gap(rest[tagged[3] :]):
+        return Reply(think, answers, None, "blocks")
+    if _BLANK_LINE.match(rest):
+        return Reply(think, answers, None, "summary")
+    return Reply(think, answers, TEXT_AROUND, None)
+
+
+def _gap(text: str) -> bool:
+    return len(text) <= GAP and not text.strip(" \t\r\n")
+
+
+def _readable(rest: str, answers: Sequence[str]) -> bool:
+    """Whether what stands after the thoughts, without the answers, is short and can be seen."""
+    stated = [last_block(answer).strip() for answer in answers]
+    if len(rest) - sum(map(len, stated)) > AROUND:
+        return False
+    for answer in stated:
+        rest = rest.replace(answer, "x")
+    return not _UNSEEN.search(rest)
 
 
 _Tagged = tuple[int, int, int, int]
@@ -119,7 +170,8 @@ def _parts(text: str) -> tuple[str, str, _Tagged | None, str | None]:
         raise _Fault(BAD_TAGS)
     if names == ["<answer>"]:
         raise _Fault(UNCLOSED)
-    fault = NO_THINK if not thoughts.strip() else TEXT_BEFORE if order == ["</think>"] or before.strip() else None
+    begun = order != ["</think>"] and _gap(before)
+    fault = NO_THINK if not _VISIBLE.search(thoughts) else None if begun else TEXT_BEFORE
     tagged = None
     if late:
         (a, b), (c, d) = (tag.span() for tag in late)

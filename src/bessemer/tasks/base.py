@@ -50,6 +50,8 @@ class Verdict:
     formatted: bool
     reason: str
     answer: str | None
+    summary: bool = False
+    """Whether the form is R1's, a summary that states the answer, where R1-Zero's two blocks would be possible too."""
 
     @property
     def sound(self) -> bool:
@@ -108,7 +110,7 @@ class Task:
         reply = parse_reply(completion, self.final)
         reason, answer = self._judge(problem, reply)
         formatted = reply.formatted and reason != SEVERAL
-        return Verdict(reason == CORRECT, formatted, reply.fault or reason, answer)
+        return Verdict(reason == CORRECT, formatted, reply.fault or reason, answer, reply.form == "summary")
 
     def _judge(self, problem: Problem, reply: Reply) -> tuple[str, str | None]:
         """The reason and the canonical form of the answer; of several texts only where their values agree."""
