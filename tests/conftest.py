@@ -1,6 +1,11 @@
-"""Marks the files whose tests take ten seconds or more together, so that `-m "not slow"` leaves them out."""
+"""The command line as a fixture; and a mark for the files whose tests take ten seconds or more together, so that
+`-m "not slow"` leaves them out."""
+
+import sys
 
 import pytest
+
+from bessemer import cli
 
 SLOW = {
     "test_build.py",
@@ -33,3 +38,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name in SLOW:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call("verb", ...) -> (exit status, standard output, standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bessemer", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as done:
+            status = done.code or 0
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return call

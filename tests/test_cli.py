@@ -5,12 +5,10 @@ import resource
 import subprocess
 import sys
 import types
-import warnings
 from pathlib import Path
 
 import pytest
 
-from bessemer import cli
 from bessemer.config.recipe import STAGES
 from bessemer.config.table import StageConfig
 from bessemer.errors import UserError
@@ -41,23 +39,6 @@ def test_help_is_instant_and_loads_nothing_heavy():
 def processor_seconds_of_children():
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call("verb", ...) -> (exit status, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["bessemer", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as done:
-            status = done.code or 0
-        out = capsys.readouterr()
-        return status, out.out, out.err
-
-    return call
 
 
 @pytest.fixture
@@ -258,38 +239,6 @@ def test_chat_finds_the_model_of_a_run(call, stub, recipe, tmp_path):
     call("run", recipe)
     assert call("chat", "runs/note")[0] == 0 and call("chat", "note")[0] == 0
     assert seen == ["runs/note/02-b/model"] * 2
-
-
-def test_convert(call, stub, tmp_path):
-    seen = {}
-    stub("bessemer.hf.hub", convert=lambda src, dst, **options: seen.update(options, src=str(src), dst=str(dst)))
-    assert call("convert", "in", "out", "--no-mtp", "--dtype", "bfloat16")[0] == 0
-    assert seen == {"src": "in", "dst": "out", "mtp": False, "dtype": "bfloat16", "fp8": None}
-    call("convert", "in", "out")
-    assert seen["mtp"] is True and seen["dtype"] is None
-    assert call("convert", "in", "out", "--dtype", "int3")[0] == 2
-
-
-def test_convert_to_fp8(call, stub):
-    seen = {}
-    stub("bessemer.hf.hub", convert=lambda src, dst, **options: seen.update(options))
-    assert call("convert", "in", "out", "--fp8")[0] == 0 and seen == {"mtp": True, "dtype": None, "fp8": "float32"}
-    assert call("convert", "in", "out", "--fp8", "--scales", "ue8m0")[0] == 0 and seen["fp8"] == "ue8m0"
-    seen.clear()
-    status, _, err = call("convert", "in", "out", "--scales", "ue8m0")
-    assert status == 2 and "--scales: only FP8 matrices have scales; add --fp8" in err
-    status, _, err = call("convert", "in", "out.gguf", "--to", "gguf", "--fp8")
-    assert status == 2 and "--fp8: a GGUF file has no FP8 in tiles" in err
-    assert call("convert", "in", "out", "--fp8", "--scales", "e5m2")[0] == 2
-    assert not seen
-
-
-def test_a_warning_is_one_line_without_the_place_in_the_program(call, stub):
-    stub("bessemer.hf.hub", convert=lambda *a, **k: warnings.warn("tiles are\nnot even", stacklevel=1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        status, _, err = call("convert", "in", "out", "--fp8")
-    assert status == 0 and err == "warning: tiles are not even\n"
 
 
 def test_plan_draws_a_schedule(call, tmp_path):

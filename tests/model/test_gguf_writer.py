@@ -270,8 +270,9 @@ def test_a_published_tokenizer_spells_line_breaks_as_they_are(source, tmp_path):
 def test_directories_that_are_refused(source, words, tmp_path):
     out = tmp_path / "out.gguf"
     directory = source()
-    with pytest.raises(UserError, match=r"is a directory; name the GGUF file to write, such as .*model\.gguf"):
-        gguf_file.write(directory, tmp_path)
+    with pytest.raises(UserError, match=r"is a directory; name the file to write, such as .*model\.gguf"):
+        (tmp_path / "folder").mkdir()
+        gguf_file.write(directory, tmp_path / "folder")
     with pytest.raises(UserError, match="dtype 'int8' is not one of float32, bfloat16, float16"):
         gguf_file.write(directory, out, "int8")
     CausalLM(made("llama")).save(tmp_path / "foreign")

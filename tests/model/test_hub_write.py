@@ -17,7 +17,7 @@ from model_cases import random_model, tiny
 from safetensors.torch import load_file, save_file
 
 from bessemer.errors import UserError
-from bessemer.hf import hub, safetensors_writer
+from bessemer.hf import hub, replace, safetensors_writer
 from bessemer.hf.mapping import slots
 
 SPECIAL = [{"content": "<s>", "id": 3}, {"content": "</s>", "id": 4}]
@@ -158,8 +158,9 @@ def test_a_write_the_system_really_refuses(model, tmp_path):
 
 
 def _die_before(step: int) -> None:
-    """From now on the process kills itself before its file operation number `step`, reading not counted."""
-    changes = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+    """From now on the process kills itself before its file operation number `step`, reading not counted. The event
+    ctypes.dlsym announces the exchange of two directories, which has none of its own."""
+    changes = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "ctypes.dlsym"}
     done = 0
 
     def hook(event, arguments):
@@ -172,25 +173,31 @@ def _die_before(step: int) -> None:
     sys.addaudithook(hook)
 
 
-def test_killed_at_any_moment(tmp_path):
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_killed_at_any_moment(tmp_path, monkeypatch, in_one_step):
+    if not in_one_step:
+        monkeypatch.setattr(replace, "exchange", lambda one, other: False)
     old, new = random_model(tiny()), random_model(tiny(), seed=4)
-    target, finished = tmp_path / "m", False
-    for step in range(300):
-        old.save(target)
+    target, finished, restored = tmp_path / "m", False, in_one_step
+    old.save(target)
+    for step in range(0 if in_one_step else 12, 300):
         child = os.fork()
         if not child:
             _die_before(step)
             new.save(target, max_shard_bytes=50_000)
             os._exit(0)
         finished = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        if not target.exists():  # the instant between two renames: the next writer brings the old one back first
-            with pytest.raises(ZeroDivisionError), safetensors_writer.replacing(target):
+        if not in_one_step and not target.exists():  # between two renames: the next writer restores the old one
+            restored = True
+            with pytest.raises(ZeroDivisionError), replace.replacing(target):
                 raise ZeroDivisionError
         found = hub.load(target)
         assert same(found, new) if finished else same(found, old) or same(found, new)
         if finished:
             break
-    assert finished and step > 20
+        if same(found, new):
+            old.save(target)
+    assert finished and restored and step > 20
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:-8]])
@@ -226,10 +233,27 @@ def test_convert_copies_the_rest(model, tmp_path):
         assert torch.equal(found[name], stored.to(tensor.dtype)), name
 
 
-def test_convert_in_place_and_without_loss(model, tmp_path):
-    model.save(tmp_path)
-    hub.convert(tmp_path, tmp_path, max_shard_bytes=9_000)
-    assert same(hub.load(tmp_path), model)
+def test_convert_never_writes_over_its_source(model, tmp_path):
+    source = tmp_path / "m"
+    model.save(source)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    (tmp_path / "link").symlink_to(source)
+    for target in (source, tmp_path / "link", tmp_path / "x" / ".." / "m", source / "config.json", tmp_path):
+        with pytest.raises(UserError, match="never changed in place"):
+            hub.convert(source, target, mtp=False)
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    hub.convert(tmp_path / "link", tmp_path / "n", max_shard_bytes=9_000)
+    assert same(hub.load(tmp_path / "n"), model)
+
+
+def test_a_model_that_is_replaced_leaves_no_tokenizer_behind(model, tmp_path):
+    """The other's template with these weights would be a mixture; what is no part of a model stays."""
+    model.save(tmp_path / "a")
+    model.save(tmp_path / "b", tokenizer_dir=tokenizer(tmp_path / "t"), files={"notes.md": "mine"})
+    (tmp_path / "a" / "generation_config.json").unlink()
+    hub.convert(tmp_path / "a", tmp_path / "b")
+    names = {path.name for path in (tmp_path / "b").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "notes.md"}
 
 
 def test_convert_refuses_a_copy_that_is_none(model, tmp_path):

@@ -29,15 +29,17 @@ class Scales(StrEnum):
 @app.command()
 def convert(
     src: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="SRC",
-            help="A Hugging Face model directory, or a training checkpoint "
+            help="A model directory, a run (its last finished model), RUN/STAGE, or a training checkpoint "
             "(RUN/NN-STAGE/state/step-...), written on any layout.",
         ),
     ],
-    dst: Annotated[Path, typer.Argument(metavar="DST", help="Where to write the result.")],
-    to: Annotated[Format, typer.Option("--to", help="hf: a directory; gguf: one file for llama.cpp.")] = Format.hf,
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="Where to write the result: a directory, or NAME.gguf.")],
+    to: Annotated[
+        Format | None, typer.Option("--to", help="hf: a directory; gguf: one file for llama.cpp. Default: by DST.")
+    ] = None,
     mtp: Annotated[
         bool | None, typer.Option("--mtp/--no-mtp", help="Keep the multi-token-prediction layers. Default: hf yes.")
     ] = None,
@@ -50,22 +52,32 @@ def convert(
     scales: Annotated[
         Scales | None, typer.Option(help="With --fp8. ue8m0: powers of two, as V3.1 was released. Default: float32.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is at DST; never the source.")] = False,
 ) -> None:
-    """Rewrite a model directory: FP8 to plain and back, with or without MTP, another dtype, or as a GGUF file."""
-    target = dtype.value if dtype else None
-    trained = (src / "manifest.json").is_file()
-    if trained and to is Format.gguf:
-        raise UserError(f"{src} is a training checkpoint; convert it to a model directory first, then that to GGUF")
+    """Rewrite a model: FP8 to plain and back, with or without MTP, another dtype, or as a GGUF file."""
+    if to is None:
+        to = Format.gguf if dst.suffix.lower() == ".gguf" else Format.hf
     if scales and not fp8:
         raise UserError("--scales: only FP8 matrices have scales; add --fp8 or leave it out")
+    if to is Format.gguf and fp8:
+        raise UserError("--fp8: a GGUF file has no FP8 in tiles; leave --fp8 out, or use --to hf")
+    if to is Format.gguf and mtp:
+        raise UserError("--mtp: a GGUF file of this architecture has no place for MTP layers; leave --mtp out")
+    from bessemer.runs.directory import check_not_of_a_run, model_dir, tokenizer_of_checkpoint
+
+    trained = (Path(src) / "manifest.json").is_file()
+    if trained and to is Format.gguf:
+        raise UserError(f"{src} is a training checkpoint; convert it to a model directory first, then that to GGUF")
+    source = Path(src) if trained else model_dir(src)
+    check_not_of_a_run(dst)
+    from bessemer.hf.replace import check_target
+
+    check_target(source, dst, force)
+    target = dtype.value if dtype else None
     if to is Format.gguf:
-        if fp8:
-            raise UserError("--fp8: a GGUF file has no FP8 in tiles; leave --fp8 out, or use --to hf")
-        if mtp:
-            raise UserError("--mtp: a GGUF file of this architecture has no place for MTP layers; leave --mtp out")
         from bessemer.hf.gguf_file import write
 
-        write(src, dst, target)
+        write(source, dst, target)
         print(dst)
         return
     how: dict[str, Any] = {
@@ -75,13 +87,12 @@ def convert(
     }
     if trained:
         from bessemer.dist.sharded_checkpoint import of_checkpoint
-        from bessemer.runs.directory import tokenizer_of_checkpoint
 
-        of_checkpoint(src, dst, tokenizer_dir=tokenizer_of_checkpoint(src), **how)
+        of_checkpoint(source, dst, tokenizer_dir=tokenizer_of_checkpoint(source), **how)
     else:
         from bessemer.hf.hub import convert as rewrite
 
-        rewrite(src, dst, **how)
+        rewrite(source, dst, **how)
     print(dst)
 
 

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.mapping import FAMILIES
+from bessemer.hf.replace import replacing
 from bessemer.hf.safetensors_reader import Checkpoint, read_json
-from bessemer.hf.safetensors_writer import replacing
 from bessemer.model.layer import Layer
 from bessemer.model.moe import Gate
 from bessemer.model.transformer import TrainOutputs, Transformer

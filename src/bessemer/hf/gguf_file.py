@@ -19,7 +19,6 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial, reduce
 from pathlib import Path
 from types import ModuleType
@@ -33,8 +32,8 @@ from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.hf_tokenizer import check_pretokenizer
 from bessemer.hf.mapping import FAMILIES, Slot
+from bessemer.hf.replace import check_target, replacing_file
 from bessemer.hf.safetensors_reader import Checkpoint, read_json
-from bessemer.hf.safetensors_writer import sync_folder
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
 
@@ -100,6 +99,7 @@ def write(directory: str | Path, file: str | Path, dtype: str | torch.dtype | No
     """Writes the model of a directory as `file`. dtype: of the matrices (None: as stored, BF16 for FP8, F32 where they
     are mixed). UserErrors for everything llama.cpp would load differently, or not at all."""
     directory, file = Path(directory), Path(file)
+    check_target(directory, file, force=True)
     chosen = hub.parse_dtype(dtype)
     family = read_json(directory / "config.json").get("model_type")
     if family not in FAMILIES:
@@ -115,7 +115,7 @@ def write(directory: str | Path, file: str | Path, dtype: str | torch.dtype | No
     chosen = chosen or _widest(checkpoint, layout)
     facts = general_facts(directory, chosen) | network_facts(cfg) | tokenizer_facts(directory, cfg.vocab_size)
     plan = plan_tensors(cfg, layout, chosen)
-    with _replacing(file) as fresh:
+    with replacing_file(file) as fresh:
         _verify(fresh, facts, plan, _write(fresh, facts, plan, checkpoint))
 
 
@@ -230,25 +230,6 @@ def _library() -> ModuleType:
     except ImportError:
         raise UserError("GGUF files need one more package: pip install 'bessemer[hf]'") from None
     return gguf
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary name next to `target`, which replaces it when the block succeeds."""
-    if target.is_dir():
-        raise UserError(f"{target} is a directory; name the GGUF file to write, such as {target / 'model.gguf'}")
-    fresh = target.with_name(f".{target.name}.new")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield fresh
-        os.replace(fresh, target)
-        sync_folder(target.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror or error}; it is unchanged. Free space or choose another place"
-        ) from error
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def check_network(cfg: ModelConfig, where: str) -> None:

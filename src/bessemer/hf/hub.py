@@ -11,7 +11,7 @@ Invariants
 - Every export is read back and compared before it replaces an older one.
 - A checkpoint never has to fit in memory to be converted.
 
-Names: `mapping`. Files and quantised weights: `safetensors_reader`, `safetensors_writer`.
+Names: `mapping`. Files and quantised weights: `safetensors_reader`, `safetensors_writer`. The target: `replace`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from torch import Tensor
 
 from bessemer.errors import UserError
 from bessemer.hf.mapping import Slot, from_hf, is_mtp_key, is_reward_model, reward_model_json, slots, to_hf
+from bessemer.hf.replace import check_target, replacing
 from bessemer.hf.safetensors_reader import INDEX, PICKLES, Checkpoint, read_json
 from bessemer.hf.safetensors_writer import (
     Export,
     Scales,
     fp8_block_size,
     quantization_config,
-    replacing,
     stored_fp8,
     verify,
     write_json,
@@ -159,9 +159,11 @@ def convert(
     """Rewrites a model directory, one tensor in memory at a time, verified by reading it back.
 
     FP8 becomes BF16 or `dtype`; dtype None otherwise keeps each tensor as stored. fp8: as in `save`; a matrix that is
-    FP8 already, with such scales, keeps its bytes. All files except config and weights are copied.
+    FP8 already, with such scales, keeps its bytes. All files except config and weights are copied. A model at `dst` is
+    replaced, but never the source.
     """
     src = Path(src)
+    check_target(src, Path(dst), force=True)
     checkpoint, cfg, layout = open_directory(src, mtp, Transformer)
     forced = _forced(dtype, fp8)
     main = {slot.name: slot.key for slot in layout if not slot.copy and not slot.index}
@@ -177,7 +179,7 @@ def convert(
     )  # fmt: skip
     values = read_json(src / "config.json")
     bos, eos = (default if values.get(k) is None else values[k] for k, default in DEFAULT_IDS.items())
-    with replacing(Path(dst)) as fresh:
+    with replacing(Path(dst), drop=("generation_config.json", *TOKENIZER_FILES)) as fresh:
         write_config(cfg, fresh, dtype=forced or checkpoint.stored_dtype(EMBEDDING), bos=bos, eos=eos, fp8=fp8)
         copy_files(src, fresh, [path.name for path in src.iterdir() if _is_companion(path)])
         _write(fresh, export, max_shard_bytes)

@@ -1,10 +1,7 @@
-"""Writing a model directory: tensors as a stream, plain or in block FP8, the directory in one step.
+"""Writing the tensors of a model directory: as a stream, plain or in block FP8, and read back.
 
-- The shard of every tensor is planned from shapes alone, so one tensor at a time is in memory.
-- The target directory is the old or the new one, complete and flushed to disk; never a mixture. The new one is built
-  next to it, read back, and renamed. Files of the old one that are not replaced (a model card, a tokenizer) are carried
-  over; its weights are not.
-- Errors of the system (disk full, no permission) become UserErrors, and nothing half-written remains.
+The shard of every tensor is planned from shapes alone, so one tensor at a time is in memory. `replace` puts the
+finished directory in its place.
 
 Block FP8 as released (V3 3.3.2; tiles: `precision.formats`). The matrices of `Slot.fp8` are written as F8_E4M3, each
 with `<key>_scale_inv` [ceil(R/128), ceil(C/128)], always F32. Scales are "float32" (amax / 448, as in V3 and R1) or
@@ -23,11 +20,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedWriter, TextIOWrapper
 from pathlib import Path
@@ -116,64 +111,6 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
         _sync(file)
 
 
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A new folder next to `target` that takes its place when the block succeeds."""
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file; name a directory")
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
-        raise UserError(f"{target} has files but is no model directory; name an empty or a new directory")
-    target = target.resolve()
-    fresh, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A killed process may have left a partial new directory, which is removed, or the old one, which is restored.
-        shutil.rmtree(fresh, ignore_errors=True)
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        shutil.rmtree(old, ignore_errors=True)
-        fresh.mkdir()
-        yield fresh
-        if target.is_dir():
-            _carry_over(target, fresh)
-        sync_folder(fresh)
-        _swap(fresh, target, old)
-        sync_folder(target.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename or target}: {error.strerror or error}; {target} is as it was. "
-            "Free some space or choose another directory"
-        ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _swap(fresh: Path, target: Path, old: Path) -> None:
-    if not target.exists():
-        os.rename(fresh, target)
-        return
-    # POSIX cannot rename over a directory with files in it, so the old one is renamed first; `replacing` restores it if
-    # the process dies in between.
-    os.rename(target, old)
-    try:
-        os.rename(fresh, target)
-    except OSError:
-        os.rename(old, target)
-        raise
-
-
-def _carry_over(target: Path, fresh: Path) -> None:
-    for path in target.iterdir():
-        if path.name == INDEX or path.suffix == ".safetensors" or (fresh / path.name).exists():
-            continue
-        if path.is_dir():
-            shutil.copytree(path, fresh / path.name, symlinks=True)
-        else:
-            shutil.copy2(path, fresh / path.name, follow_symlinks=False)
-
-
 def _header(shard: list[TensorSpec]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -194,17 +131,6 @@ def _bytes(tensor: Tensor) -> memoryview:
 def _sync(file: BufferedWriter | TextIOWrapper) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames durable; some file systems do not support this, and then the rename must do."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
 
 
 # --- block FP8 -------------------------------------------------------------------------------------------------------

@@ -163,6 +163,16 @@ def model_dir(given: str | Path) -> Path:
     raise UserError(f"no model or run at {given}; {_runs()}")
 
 
+def check_not_of_a_run(target: Path) -> None:
+    """UserError if `target` lies in a stage's folder: a run is changed by running it only."""
+    resolved = Path(os.path.realpath(target))
+    for folder in (resolved, *resolved.parents):
+        if (folder / "stage.json").is_file():
+            raise UserError(
+                f"{target} belongs to a run, in {folder}, which only bessemer run changes; name another place"
+            )
+
+
 def tokenizer_of_checkpoint(checkpoint: Path) -> Path | None:
     """The tokenizer that belongs to a checkpoint RUN/NN-STAGE/state/step-...: its stage's, or the run's."""
     stage = checkpoint.resolve().parents[1]

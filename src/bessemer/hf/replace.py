@@ -1,0 +1,137 @@
+"""A model directory or file takes its place in one step, and takes nobody else's.
+
+- The target is the old or the new one, complete and flushed to disk; never a mixture. The new one is built next to it
+  and renamed. Files of an old directory that are not replaced (a model card, a tokenizer) are carried over; its weights
+  are not.
+- A conversion never writes over its own source, and over another model only when asked.
+- Errors of the system (disk full, no permission) become UserErrors, and nothing half-written remains.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bessemer.errors import UserError
+from bessemer.hf.safetensors_reader import INDEX
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+
+
+def check_target(source: Path, target: Path, force: bool) -> None:
+    """UserError unless a conversion of `source` may write `target`: what is there already is replaced only with
+    `force`, the source never."""
+    try:
+        ours, theirs = source.resolve(), target.resolve()
+        same = target.exists() and target.samefile(source)
+        taken = os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir()))
+    except (OSError, RuntimeError) as error:  # no permission to look; symbolic links in a circle
+        raise UserError(f"{target} cannot be written ({error}); choose another place") from None
+    if same or ours == theirs or theirs in ours.parents or (ours in theirs.parents and taken):
+        where = "is" if same or ours == theirs else "lies in" if ours in theirs.parents else "holds"
+        raise UserError(f"{target} {where} the model to convert, which is never changed in place; name a new target")
+    if taken and not force:
+        raise UserError(f"{target} exists already; name a new target, or replace it with --force")
+
+
+@contextmanager
+def replacing(target: Path, drop: Collection[str] = ()) -> Iterator[Path]:
+    """A new folder next to `target` that takes its place when the block succeeds. `drop` names files of the old one
+    that are not carried over."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; name a directory")
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
+        raise UserError(f"{target} has files but is no model directory; name an empty or a new directory")
+    target = target.resolve()
+    fresh, old = (target.with_name(f".{target.name}.bessemer-{kind}") for kind in ("new", "old"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A killed process may have left a partial new directory, which is removed, or the old one, which is restored.
+        shutil.rmtree(fresh, ignore_errors=True)
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        shutil.rmtree(old, ignore_errors=True)
+        fresh.mkdir()
+        yield fresh
+        if target.is_dir():
+            _carry_over(target, fresh, drop)
+        sync_folder(fresh)
+        _swap(fresh, target, old)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {error.filename or target}: {error.strerror or error}; {target} is as it was. "
+            "Free some space or choose another directory"
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def replacing_file(target: Path) -> Iterator[Path]:
+    """As `replacing`, for one file."""
+    if target.is_dir():
+        raise UserError(f"{target} is a directory; name the file to write, such as {target / 'model.gguf'}")
+    target = target.resolve()
+    fresh = target.with_name(f".{target.name}.bessemer-new")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield fresh
+        os.replace(fresh, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}; it is unchanged. Free space or choose another place"
+        ) from error
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _swap(fresh: Path, target: Path, old: Path) -> None:
+    """Afterwards `target` is the new directory, and the old one, if there was one, has the name `fresh` or `old`."""
+    if not target.exists():
+        os.rename(fresh, target)
+        return
+    if exchange(fresh, target):
+        return
+    # POSIX cannot rename over a directory with files in it, so the old one is renamed first; `replacing` restores it if
+    # the process dies in between.
+    os.rename(target, old)
+    try:
+        os.rename(fresh, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Two paths swap their names in one step; False where the system cannot do this (Linux can)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and not rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
+
+
+def _carry_over(target: Path, fresh: Path, drop: Collection[str]) -> None:
+    for path in target.iterdir():
+        if path.name == INDEX or path.suffix == ".safetensors" or path.name in drop or (fresh / path.name).exists():
+            continue
+        if path.is_dir():
+            shutil.copytree(path, fresh / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, fresh / path.name, follow_symlinks=False)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames durable; some file systems do not support this, and then the rename must do."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
