@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from bessemer.config import places
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import find_kind
 
@@ -27,8 +28,9 @@ def start(recipe: Recipe, root: Path) -> Ranks | None:
 
     if not Ranks.started():
         if n_ranks > 1:
-            for config in recipe.stages:  # errors that every rank would raise
-                find_kind(config.kind)().resolve(config, recipe)
+            with places.of_recipe(recipe.folder):
+                for config in recipe.stages:  # errors that every rank would raise
+                    find_kind(config.kind)().resolve(config, recipe)
             from bessemer.dist.ranks import launch
 
             print(f"{n_ranks} ranks on this machine ([layout])", file=sys.stderr)

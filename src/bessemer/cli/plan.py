@@ -121,11 +121,13 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
 
 
 def _here(target: str, overrides: list[str], run: Path | None, as_json: bool) -> None:
+    from bessemer.config import places
     from bessemer.config.recipe import Recipe
     from bessemer.plan.estimate import estimate
 
     recipe = Recipe.load(target, overrides)
-    prediction = estimate(recipe, run=run or Path("runs") / recipe.name)
+    with places.of_recipe(recipe.folder):
+        prediction = estimate(recipe, run=run or Path("runs") / recipe.name)
     if as_json:
         print_json(prediction.facts())
     else:

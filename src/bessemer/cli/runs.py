@@ -82,6 +82,7 @@ def run(
 
 
 def _dry_run(recipe: Path, overrides: list[str], world: int | None, device: str | None, as_json: bool) -> None:
+    from bessemer.config import places
     from bessemer.config.recipe import Recipe
     from bessemer.data.fetch import cache_dir
     from bessemer.pipeline import preflight
@@ -90,7 +91,8 @@ def _dry_run(recipe: Path, overrides: list[str], world: int | None, device: str 
     loaded = Recipe.load(recipe, overrides)
     pretrains = any(stage.kind == "pretrain" for stage in loaded.stages)
     layout = dry_run.of_recipe(loaded, world, device) if pretrains or world or device else None
-    stages = preflight.examine(loaded, cache_dir(None), loaded.names())
+    with places.of_recipe(loaded.folder):
+        stages = preflight.examine(loaded, cache_dir(None), loaded.names())
     if as_json:
         print_json((layout.facts() if layout else {}) | {"stages": [stage.facts() for stage in stages]})
     else:

@@ -5,14 +5,14 @@ from typing import Literal
 from pydantic import Field
 
 from bessemer.config.judge import JudgeConfig
-from bessemer.config.table import AskingConfig, StageConfig, StageRef
+from bessemer.config.table import AskingConfig, SourceName, StageConfig, StageRef, TaskName
 from bessemer.config.units import Tokens
 
 
 class CorpusConfig(StageConfig):
     ignore_at_default = frozenset({"tokenizer"})
 
-    parts: dict[str, str] = Field(default_factory=dict)
+    parts: dict[str, SourceName] = Field(default_factory=dict)
     """Part name = source of its text: a registered source, a path, hf://owner/name, task:NAME, needle:SOURCE, or
     shards:FOLDER."""
     limits: dict[str, Tokens] = Field(default_factory=dict)
@@ -37,7 +37,7 @@ class CorpusConfig(StageConfig):
 
 
 class ImportConfig(StageConfig):
-    model: str
+    model: SourceName
     """package:NAME of the registry, a local Hugging Face directory, or hf://owner/name, optionally with @REVISION."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the stored weights; training stages have their own compute dtype."""
@@ -49,7 +49,7 @@ class ImportConfig(StageConfig):
 
 
 class ExamplesConfig(StageConfig):
-    tasks: list[str]
+    tasks: list[TaskName]
     """Task families with pre-training documents; examples come from each in turn."""
     examples: int = Field(200, ge=1)
     """Number of conversations (R1: thousands)."""
@@ -58,7 +58,7 @@ class ExamplesConfig(StageConfig):
 class RejectConfig(AskingConfig):
     ignore_at_default = AskingConfig.ignore_at_default | {"judge", "others_data"}
 
-    tasks: list[str]
+    tasks: list[TaskName]
     """Task families; problems come from their train splits in turn."""
     problems: int = Field(1000, ge=1)
     """Number of training problems to answer."""
@@ -83,7 +83,7 @@ class RejectConfig(AskingConfig):
     """Maximum words (Chinese: characters) of the thoughts between two line breaks."""
     others: int = Field(0, ge=0)
     """Number of non-reasoning conversations to add (R1: 200K, next to 600K)."""
-    others_data: list[str] = Field(default=[])
+    others_data: list[SourceName] = Field(default=[])
     """Conversations to add, the first `others` of them: .jsonl or .parquet files with `messages`, directories of them,
     or hf://owner/name. Default: written answers of `general`."""
     form: Literal["as-is", "r1"] = "as-is"

@@ -4,14 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bessemer.config.table import AskingConfig, StageConfig, StageRef
+from bessemer.config.table import AskingConfig, SourceName, StageConfig, StageRef, TaskName
 from bessemer.config.units import Tokens
 
 
 class EvalConfig(AskingConfig):
     models: list[StageRef]
     """Stages whose models are compared, in the order of the table."""
-    tasks: list[str]
+    tasks: list[TaskName]
     """Task families, from their test split."""
     problems: Annotated[int, Field(ge=1)] | Literal["all"] = 150
     """Problems per task and language; all: every held-out one, such as the 30 of AIME."""
@@ -35,7 +35,7 @@ class LongEvalConfig(StageConfig):
     switched: list[StageRef] = Field(default_factory=list)
     """Those of `models` to evaluate also with the last model's positions, without training: the effect of YaRN
     alone."""
-    haystack: str = ""
+    haystack: SourceName = ""
     """Source of the text that hides the needles, held out in the same way as the documents of `corpus`. Empty: no
     needles."""
     corpus: StageRef

@@ -9,6 +9,7 @@ stays a plain dictionary here; the stages that build a model check it (`Stage.re
 """
 
 import json
+import os
 import re
 import tomllib
 import warnings
@@ -94,6 +95,9 @@ class Head(ConfigTable):
     """Seed of every random choice in the run."""
     model: dict[str, Any] = Field(default_factory=lambda: {"preset": "tiny"})
     """preset = "tiny", plus any field of the model's config to override."""
+    folder: str | None = None
+    """Where relative paths in this recipe start; what is not there is looked for in the working directory. Default: the
+    recipe's own folder. The copy that a run keeps of its recipe states it."""
 
 
 class Recipe(Head):
@@ -113,7 +117,8 @@ class Recipe(Head):
             raise UserError(f"no recipe at {path}; {_nearby(path)}") from None
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the recipe {path}: {error}") from None
-        return cls.parse(text, overrides, where=str(path))
+        recipe = cls.parse(text, overrides, where=str(path))
+        return recipe.model_copy(update={"folder": os.path.abspath(path.parent / (recipe.folder or "."))})
 
     @classmethod
     def parse(cls, text: str, overrides: Sequence[str] = (), where: str = "recipe") -> "Recipe":
@@ -144,7 +149,7 @@ class Recipe(Head):
         head = validate(Head, {key: data[key] for key in keys(Head) if key in data}, where)
         if not _NAME.fullmatch(head.name):
             raise UserError(f'{where}: name is "{head.name}"; use letters, digits, "-" and "_" (it names a folder)')
-        return cls.model_construct(name=head.name, seed=head.seed, model=head.model, layout=layout, stages=stages)
+        return cls.model_construct(**dict(head), layout=layout, stages=stages)
 
     def stage(self, name: str) -> StageConfig:
         for settings in self.stages:
@@ -163,7 +168,7 @@ class Recipe(Head):
         """The recipe with overrides and defaults written out; running it repeats this run."""
         plain = self.model_dump(mode="json", by_alias=True)
         stages = plain.pop("stage")
-        lines = [f"{_key(key)} = {_toml(value)}" for key, value in plain.items() if not isinstance(value, dict)]
+        lines = _pairs({key: value for key, value in plain.items() if not isinstance(value, dict)})
         for key, value in plain.items():
             if isinstance(value, dict):
                 lines += ["", f"[{key}]", *_pairs(value)]

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from bessemer.config.table import AskingConfig, ConfigTable, StageRef
+from bessemer.config.table import AskingConfig, ConfigTable, StageRef, TaskName
 from bessemer.config.training import OnPolicyConfig
 from bessemer.config.units import Points
 
@@ -44,9 +44,9 @@ class RLConfig(AskingConfig, OnPolicyConfig):
         values = super().fingerprint_values()
         return {key: value for key, value in values.items() if (key, value) != ("accuracy_needs_format", True)}
 
-    tasks: list[str]
+    tasks: list[TaskName]
     """Task families; problems come from their train splits in turn."""
-    general_tasks: list[str] = Field(default_factory=list)
+    general_tasks: list[TaskName] = Field(default_factory=list)
     """Task families whose answers are scored by reward models, if `reward_models` has one for their aim."""
     general_prompts: int = Field(0, ge=0)
     """Problems per rollout that come from general_tasks."""
@@ -144,7 +144,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     """What is rewarded: the task's verdict or, for controls, only the form, or a random value."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of matrices; norms and biases have none (undocumented)."""
-    eval_tasks: list[str] = Field(default=[])
+    eval_tasks: list[TaskName] = Field(default=[])
     """Task families of the held-out evaluations, such as a file of evaluation problems (R1-Zero: AIME 2024). Default:
     those of tasks and general_tasks that hold problems out."""
     eval_every: int = Field(10, ge=1)

@@ -24,6 +24,18 @@ class _Ref:
 StageRef = Annotated[str, _Ref]
 
 
+class _SourceName:
+    """Marks a string that may lead to a file, a directory or a data set of the hub."""
+
+
+class _TaskName:
+    """Marks the name of a task, which may end in a path."""
+
+
+SourceName = Annotated[str, _SourceName]
+TaskName = Annotated[str, _TaskName]
+
+
 class ConfigTable(BaseModel):
     """A table of a recipe: unknown keys refused, no silent conversions, immutable, documented fields."""
 
@@ -90,19 +102,35 @@ def changed(settings: BaseModel, name: str) -> bool:
 
 def stage_refs(settings: ConfigTable) -> list[tuple[str, str]]:
     """(key, stage name) for every stage that these settings and their tables name."""
-    refs = []
+    return _marked(settings, _Ref)
+
+
+def named_sources(settings: ConfigTable) -> list[str]:
+    """Every text source and model that these settings name."""
+    return [name for _, name in _marked(settings, _SourceName)]
+
+
+def named_tasks(settings: ConfigTable) -> list[str]:
+    """Every task that these settings name."""
+    return [name for _, name in _marked(settings, _TaskName)]
+
+
+def _marked(settings: ConfigTable, mark: type) -> list[tuple[str, str]]:
+    """(key, value) of every string with this mark, alone, in a list, or as a value of a table."""
+    found = []
     for field_name, field in type(settings).model_fields.items():
         if isinstance(inner := getattr(settings, field_name), ConfigTable):
-            refs += [(f"{field_name}.{key}", name) for key, name in stage_refs(inner)]
-        elif _Ref in field.metadata or _mentions_ref(field.annotation):
+            found += [(f"{field_name}.{key}", name) for key, name in _marked(inner, mark)]
+        elif mark in field.metadata or _mentions(field.annotation, mark):
             value = getattr(settings, field_name)
+            value = value.values() if isinstance(value, dict) else value
             names = [value] if isinstance(value, str) else list(value or [])
-            refs += [(field.alias or field_name, name) for name in names]
-    return refs
+            found += [(field.alias or field_name, name) for name in names]
+    return found
 
 
-def _mentions_ref(annotation: object) -> bool:
-    return annotation is _Ref or any(_mentions_ref(part) for part in get_args(annotation))
+def _mentions(annotation: object, mark: type) -> bool:
+    return annotation is mark or any(_mentions(part, mark) for part in get_args(annotation))
 
 
 def nearest(key: str, known: list[str]) -> str:

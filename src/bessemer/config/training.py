@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from bessemer.config.judge import JudgeConfig
-from bessemer.config.table import StageConfig, StageRef
+from bessemer.config.table import SourceName, StageConfig, StageRef, TaskName
 from bessemer.config.units import Points, Seconds, Steps, Tokens, Weight
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -159,7 +159,7 @@ class SFTConfig(FineTuningConfig):
     runtime_only = frozenset({"micro_rows", "save_seconds"})
     ignore_at_default = frozenset({"fp8", "batch_examples"})
 
-    data: list[str] = Field(default_factory=list)
+    data: list[SourceName] = Field(default_factory=list)
     """Conversations: .jsonl or .parquet files with `messages`, directories of them, or hf://owner/name."""
     samples: list[StageRef] = Field(default_factory=list)
     """Earlier stages whose conversations are added, such as one of kind reject."""
@@ -199,7 +199,7 @@ class DistillConfig(OnPolicyConfig):
 
     teacher: StageRef
     """The earlier stage whose model teaches; the student is the model of `from`."""
-    tasks: list[str]
+    tasks: list[TaskName]
     """Task families; problems come from their train splits in turn."""
     steps: int = Field(100, ge=1)
     """Optimizer steps, each on new samples of the student."""
@@ -233,11 +233,11 @@ class RewardModelConfig(FineTuningConfig):
     """Share of the training answers that are those of `previous` (DeepSeekMath: 0.1)."""
     aim: Literal["helpful", "harmless"]
     """helpful: pairwise, reads the prompt and the summary; harmless: pointwise, also reads the thoughts."""
-    data: list[str] = Field(default_factory=list)
+    data: list[SourceName] = Field(default_factory=list)
     """Files of lines {"prompt", "chosen", "rejected"} for helpful, {"prompt", "response", "safe"} for harmless."""
     made: int = Field(2000, ge=0)
     """Prompts of the task `general` to generate judged answers for (R1: 66,000 pairs, 106,000 labelled answers)."""
-    tasks: list[str] = Field(["general"])
+    tasks: list[TaskName] = Field(["general"])
     """Task families of these prompts, in turn; others than general need a `judge` and samples."""
     samples: int = Field(0, ge=0)
     """Answers per generated prompt sampled from the starting model, judged like the written ones."""
@@ -248,7 +248,7 @@ class RewardModelConfig(FineTuningConfig):
     """Length cap of a sampled answer."""
     heldout: float = Field(0.1, gt=0, lt=0.5)
     """Share of prompts held out, chosen by hash, to measure the accuracy and the scale of rewards."""
-    heldout_data: list[str] = Field(default=[])
+    heldout_data: list[SourceName] = Field(default=[])
     """Files of judged answers to measure on, in the format of `data`; all of `data` is then trained on."""
     epochs: int = Field(1, ge=1)
     """Passes over the rows (R1: 1)."""

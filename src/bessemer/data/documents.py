@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from bessemer.config import places
+from bessemer.config.places import HUB
 from bessemer.data import chat
 from bessemer.errors import UserError
 
@@ -27,7 +29,7 @@ COMPRESSED = (".gz", ".zst")
 SUFFIXES = (".jsonl", ".txt", ".parquet", *(kind + packed for kind in (".jsonl", ".txt") for packed in COMPRESSED))
 COLUMNS = ("messages", "conversations")
 """Columns a record may have instead of a text."""
-HUB = "hf://"
+KINDS = (".jsonl", ".txt", ".parquet")
 
 ByteFile = BinaryIO | gzip.GzipFile
 
@@ -179,7 +181,7 @@ def parquet_records(
 
 
 def read_hub(spec: str, domain: str) -> Iterator[Document]:
-    """`hf://owner/name[/config][#split]`, streamed; the split is `train` unless named."""
+    """`hf://owner/name[@REVISION][/config][#split]`, streamed; the split is `train` unless named."""
     for where, record in hub_records(spec):
         yield document(record, domain, where)
 
@@ -201,16 +203,28 @@ def hub_files(spec: str) -> int:
         return max(1, _hub(spec).num_shards)
 
 
+def hub_address(spec: str) -> str:
+    """What a spec names on the hub, without config and split: hf://owner/name, perhaps with @REVISION."""
+    return HUB + "/".join(spec.removeprefix(HUB).partition("#")[0].split("/")[:2])
+
+
 def _hub(spec: str) -> Any:
     address, _, split = spec.removeprefix(HUB).partition("#")
     parts = address.split("/")
     if len(parts) not in (2, 3) or not all(parts):
-        raise UserError(f"{spec!r} must read hf://owner/name, or hf://owner/name/config, with an optional #split")
+        raise UserError(
+            f"{spec!r} must read hf://owner/name, or hf://owner/name/config, with an optional @REVISION behind the "
+            "name and an optional #split"
+        )
     try:
         import datasets  # an extra, not a dependency
+        from huggingface_hub import HfApi
     except ImportError:
         raise UserError(f"{spec} needs the datasets library: pip install 'bessemer[hf]'") from None
-    return datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train", streaming=True)
+    name, _, revision = "/".join(parts[:2]).partition("@")
+    commit = places.pin(hub_address(spec), lambda: str(HfApi().dataset_info(name, revision=revision or None).sha))
+    pinned = {"revision": commit or revision} if commit or revision else {}
+    return datasets.load_dataset(name, *parts[2:], split=split or "train", streaming=True, **pinned)
 
 
 @contextmanager

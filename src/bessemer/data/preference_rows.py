@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bessemer.config.places import located, looked_in
 from bessemer.data.batch import Batch
 from bessemer.data.rows import write_rows
 from bessemer.data.sft_rows import DTYPE, SFTRows, read_packed
@@ -96,9 +97,9 @@ def load(directory: Path, kind: type[PairRows], seed: int) -> PairRows:
     return kind(*read_packed(directory, "answers"), seed)
 
 
-def read(path: Path, fields: dict[str, type]) -> Iterator[dict[str, Any]]:
+def read(name: str | Path, fields: dict[str, type]) -> Iterator[dict[str, Any]]:
     """The lines of a .jsonl file with exactly these fields (`PAIR` or `LABEL`); UserErrors name file and line."""
-    shape = ", ".join(f'"{name}": {kind.__name__}' for name, kind in fields.items())
+    shape, path = ", ".join(f'"{field}": {kind.__name__}' for field, kind in fields.items()), located(name)
     try:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
@@ -106,7 +107,7 @@ def read(path: Path, fields: dict[str, type]) -> Iterator[dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error}); convert it, for example with iconv") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; name a .jsonl file") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}{looked_in(name)}; name a .jsonl file") from error
 
 
 def _checked(line: str, fields: dict[str, type], must: str) -> dict[str, Any]:

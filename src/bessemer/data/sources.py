@@ -24,6 +24,7 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 
+from bessemer.config.places import located, looked_in
 from bessemer.data.documents import HUB, SUFFIXES, Document, read_files, read_hub
 from bessemer.data.fetch import Package, fetch
 from bessemer.errors import UserError
@@ -71,8 +72,8 @@ def documents(spec: str | Path, cache: str | Path | None = None, domain: str = "
         return read_hub(name, domain)
     if name in SOURCES:
         return _read_package(SOURCES[name], cache)
-    if Path(name).exists():
-        return read_files(Path(name), domain)
+    if (path := located(name)).exists():
+        return read_files(path, domain)
     raise UserError(_unknown(name))
 
 
@@ -84,7 +85,7 @@ def _read_package(source: TextSource, cache: str | Path | None) -> Iterator[Docu
 
 def _unknown(name: str) -> str:
     if "/" in name or name.endswith(SUFFIXES):
-        return f"there is no file or directory {name}"
+        return f"there is no file or directory {name}{looked_in(name)}"
     near = difflib.get_close_matches(name, SOURCES, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(SOURCES)}"
     return f"unknown source {name!r}; {hint} A path to .jsonl, .txt or .parquet, or hf://owner/name, works too"

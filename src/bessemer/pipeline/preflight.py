@@ -12,6 +12,7 @@ from typing import Any
 
 from bessemer import tasks
 from bessemer.config.data import ImportConfig
+from bessemer.config.places import located
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig
 from bessemer.config.training import ExtendConfig, PretrainConfig
@@ -99,7 +100,7 @@ def context_of(recipe: Recipe, name: str | None) -> int | None:
     if isinstance(stage, PretrainConfig):
         return setup.model_config(recipe, stage.model).max_seq_len
     if isinstance(stage, ImportConfig):
-        path = Path(stage.model) / "config.json"
+        path = located(stage.model) / "config.json"
         length = read_json(path).get("max_position_embeddings") if path.is_file() else None
         return length if isinstance(length, int) else None
     return context_of(recipe, stage.source)

@@ -15,17 +15,20 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bessemer.config import places
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig, stage_refs
 from bessemer.config.units import show_seconds
 from bessemer.data.fetch import cache_dir
 from bessemer.errors import UserError
+from bessemer.pipeline import inputs as outside
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Stage, find_kind
 from bessemer.runs.context import Interrupted, StageContext, StopFlag, signals
@@ -45,6 +48,10 @@ from bessemer.runs.progress import RunProgress
 
 if TYPE_CHECKING:
     from bessemer.dist.ranks import Ranks
+
+
+REVISIONS = "revisions.json"
+"""File of a run with the commits of the data sets and models on the hub that it reads."""
 
 
 @dataclass
@@ -69,6 +76,8 @@ class _Planned:
     folder: Path
     identity: dict[str, Any]
     sources: list[str]
+    files: outside.Files
+    """What it reads from outside the run, as it was when this run began."""
 
     @property
     def name(self) -> str:
@@ -95,17 +104,24 @@ def run(
         recipe.stage(until)
     root = out or Path("runs") / recipe.name
     donor = None if reuse is None else Donor(reuse)
-    kinds = {config.name: find_kind(config.kind)() for config in recipe.stages}
-    derived = {config.name: kinds[config.name].resolve(config, recipe) for config in recipe.stages}
-    estimates = {config.name: kinds[config.name].estimate(config, recipe) for config in recipe.stages}
-    progress = progress or RunProgress(estimates)
-    with RunDir.open(root, recipe.name) as rundir, explained(root), signals(together=ranks is not None) as stop:
-        rundir.record_recipe(recipe.to_toml())
+    with ExitStack() as entered:
+        entered.enter_context(places.of_recipe(recipe.folder, root / REVISIONS))
+        kinds = {config.name: find_kind(config.kind)() for config in recipe.stages}
+        derived = {config.name: kinds[config.name].resolve(config, recipe) for config in recipe.stages}
+        estimates = {config.name: kinds[config.name].estimate(config, recipe) for config in recipe.stages}
+        progress = progress or RunProgress(estimates)
+        rundir = entered.enter_context(RunDir.open(root, recipe.name))
+        entered.enter_context(explained(root))
+        stop = entered.enter_context(signals(together=ranks is not None))
+        rundir.record_recipe(outside.with_folder(recipe).to_toml())
+        if donor is not None:
+            donor.give_revisions(root)
         metrics = Metrics(root / "metrics.jsonl")
         try:
-            plan = _plan(recipe, rundir, kinds, derived)
+            plan = _plan(recipe, rundir, kinds, derived, donor)
             preflight.check(recipe, cache_dir(cache), [item.name for item in plan if not _is_done(item)])
             _set_aside_stale(plan, rundir, metrics, progress)
+            _adopt_files(plan, progress)
             progress.say(_overview(recipe, root, estimates, ranks))
             if conformance is not None:
                 progress.say(_write_conformance(conformance(recipe), root))
@@ -118,22 +134,35 @@ def run(
 
 
 def _plan(
-    recipe: Recipe, rundir: RunDir, kinds: dict[str, Stage[Any]], derived: dict[str, dict[str, Any]]
-) -> list[_Planned]:
+    recipe: Recipe, rundir: RunDir, kinds: dict[str, Stage[Any]], derived: dict[str, dict[str, Any]],
+    donor: Donor | None,
+) -> list[_Planned]:  # fmt: skip
     planned: list[_Planned] = []
     fingerprints: dict[str, str] = {}
     for number, config in enumerate(recipe.stages, start=1):
         sources = list(dict.fromkeys(name for _, name in stage_refs(config)))
         stage, facts = kinds[config.name], derived[config.name]
         what = stage.identity(config, recipe, facts, {name: fingerprints[name] for name in sources})
+        folder = rundir.folder(number, config.name)
+        for before in (folder, None if donor is None else donor.folder(config.name)):
+            # a record of an older version that means the same: later stages were made from its fingerprint
+            recorded = before and (read_json(before / "stage.json") or {}).get("identity")
+            if recorded and stage.same(config, recorded, what):
+                what = recorded
+                break
         fingerprints[config.name] = digest(what)
-        planned.append(_Planned(config, stage, rundir.folder(number, config.name), what, sources))
+        planned.append(_Planned(config, stage, folder, what, sources, outside.read_by(config)))
     return planned
 
 
 def _is_done(item: _Planned) -> bool:
-    done = read_json(item.folder / "done.json")
-    return done is not None and done.get("fingerprint") == digest(item.identity)
+    done, record = read_json(item.folder / "done.json"), read_json(item.folder / "stage.json")
+    return done is not None and done.get("fingerprint") == digest(item.identity) and not _changed(record, item.files)
+
+
+def _changed(record: dict[str, Any] | None, files: outside.Files) -> str:
+    """How the files that a stage reads differ from its record."""
+    return outside.changed(record.get("files", {}), files, record.get("since", 0)) if record else ""
 
 
 def _set_aside_stale(plan: list[_Planned], rundir: RunDir, metrics: Metrics, progress: RunProgress) -> None:
@@ -148,12 +177,30 @@ def _set_aside_stale(plan: list[_Planned], rundir: RunDir, metrics: Metrics, pro
             continue
         record = read_json(item.folder / "stage.json")
         if record is not None and record.get("fingerprint") == digest(item.identity):
-            continue
-        why = "its record is missing"
-        if record:
-            why = difference(record["identity"], item.identity, item.config.renamed)
+            if not (why := _changed(record, item.files)):
+                continue
+            why += "; the stage runs again"
+        else:
+            why = "its record is missing"
+            if record:
+                why = difference(record["identity"], item.identity, item.config.renamed)
         aside = rundir.set_aside(item.folder, item.name, metrics)
         progress.say(f"{item.name}: {why}; the old one is moved to {aside}")
+
+
+def _adopt_files(plan: list[_Planned], progress: RunProgress) -> None:
+    """Stages begun before records named files get such a record now, since nothing tells what the files were then."""
+    adopted = []
+    for item in plan:
+        record = read_json(item.folder / "stage.json")
+        if record is not None and "files" not in record and item.files:
+            write_stage_record(item.folder, record["identity"], record["inputs"], item.files, time.time())
+            adopted.append(item.name)
+    if adopted:
+        progress.say(
+            f"{', '.join(adopted)}: made by a version that did not record the files it read; they are taken to be "
+            "unchanged, and compared from now on"
+        )
 
 
 def _is_temporary(path: Path) -> bool:
@@ -178,8 +225,11 @@ def _run_all(
         done = _finished(item, inputs, rundir, metrics, progress)
         how = "already done"
         if done is None and donor is not None and not item.folder.exists():
-            done = donor.give(item.folder, item.name, digest(item.identity), inputs, metrics)
+            done, why = donor.give(item, inputs, metrics)
             how = f"taken from {donor.root}"
+            if why:
+                progress.say(f"{item.name}: {why}; not taken from {donor.root}")
+            _adopt_files([item], progress)
         status = "skipped" if done else "done"
         if done is None:
             how = "done"
@@ -227,7 +277,9 @@ def _run_one(item: _Planned, ctx: StageContext, inputs: dict[str, str], root: Pa
         ctx.dir.mkdir(exist_ok=True)
         for leftover in filter(_is_temporary, [*ctx.dir.iterdir(), *root.iterdir()]):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        write_stage_record(ctx.dir, item.identity, inputs)
+        # hashed again: a file may have changed since the run began, or while earlier stages ran
+        began, files = time.time(), outside.read_by(item.config)
+        write_stage_record(ctx.dir, item.identity, inputs, files, began)
         ctx.spent = (read_json(ctx.dir / "wall.json") or {}).get("seconds", 0.0)
         if not (ctx.dir / "state").exists():
             ctx.rewind(-1)  # no state to resume from: the stage starts over, and so do its lines
@@ -241,6 +293,8 @@ def _run_one(item: _Planned, ctx: StageContext, inputs: dict[str, str], root: Pa
                 summary = item.stage.run(item.config, ctx)
             except Interrupted:
                 raise Interrupted(_how_to_go_on(ctx.recipe, root, item.name, "in")) from None
+        pinned = {name: commit for name, commit in outside.read_by(item.config).items() if name.startswith(places.HUB)}
+        write_stage_record(ctx.dir, item.identity, inputs, files | pinned, began)
         record = read_json(ctx.dir / "stage.json")
         assert record is not None
         return write_done(ctx.dir, record, summary, ctx.elapsed())
@@ -312,23 +366,29 @@ class Donor:
             raise UserError(f"--reuse {root}: not a run directory (no recipe.toml in it)")
         self.root = root
 
-    def give(
-        self, folder: Path, name: str, fingerprint: str, inputs: dict[str, str], metrics: Metrics
-    ) -> dict[str, Any] | None:
-        """Copies a finished stage to `folder`, which must not exist; returns its record, or None if this run has no
-        such stage.
+    def folder(self, name: str) -> Path | None:
+        """Of a stage."""
+        return {theirs: path for _, theirs, path in stage_folders(self.root)}.get(name)
+
+    def give_revisions(self, root: Path) -> None:
+        """The commits of the hub that this run has pinned become those of the run in `root`, if it has none."""
+        if (self.root / REVISIONS).is_file() and not (root / REVISIONS).exists():
+            write_atomic(root / REVISIONS, (self.root / REVISIONS).read_bytes())
+
+    def give(self, item: _Planned, inputs: dict[str, str], metrics: Metrics) -> tuple[dict[str, Any] | None, str]:
+        """Copies a finished stage to the folder of `item`, which must not exist. Its record, or None and, if it is only
+        that files have changed since, which.
 
         `inputs` maps the stages it reads to the digests of their output.
         """
-        source = {theirs: path for _, theirs, path in stage_folders(self.root)}.get(name)
+        folder, name, source = item.folder, item.name, self.folder(item.name)
         done = None if source is None else read_json(source / "done.json")
-        if (
-            source is None
-            or not done
-            or (done["fingerprint"], done["inputs"]) != (fingerprint, inputs)
-            or damage(source, done)
-        ):
-            return None
+        if source is None or not done or (done["fingerprint"], done["inputs"]) != (digest(item.identity), inputs):
+            return None, ""
+        if why := _changed(read_json(source / "stage.json"), item.files):
+            return None, why
+        if damage(source, done):
+            return None, ""
         fresh = folder.with_name(f"{folder.name}.tmp-reuse")  # a kill may leave it; `_is_temporary` knows it
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.copytree(source, fresh, ignore=lambda at, names: ["state"] if Path(at) == source else [])
@@ -338,14 +398,14 @@ class Donor:
                 metrics.write(name, line["step"], line["tokens"], line["values"])
         os.rename(fresh, folder)
         sync_folder(folder.parent)
-        return done
+        return done, ""
 
 
 def follow(recipe: Recipe, ranks: Ranks, cache: Path | None = None) -> None:
     """Runs the stages that rank 0 orders, until rank 0 ends the run."""
-    for config in recipe.stages:
-        find_kind(config.kind)().resolve(config, recipe)
-    with open(os.devnull, "w") as nowhere:
+    with places.of_recipe(recipe.folder), open(os.devnull, "w") as nowhere:
+        for config in recipe.stages:
+            find_kind(config.kind)().resolve(config, recipe)
         progress = RunProgress({}, out=nowhere)
         with signals(together=True, quiet=True) as stop:
             for order in ranks.follow():
@@ -358,5 +418,6 @@ def follow(recipe: Recipe, ranks: Ranks, cache: Path | None = None) -> None:
                     cache=cache_dir(cache), metrics=NoMetrics(), progress=progress.begin(config.name),
                     stop_flag=stop, spent=order["spent"],
                 )  # fmt: skip
-                with suppress(Interrupted):  # rank 0 says how to go on
+                revisions = ctx.dir.parent / REVISIONS
+                with places.of_recipe(recipe.folder, revisions), suppress(Interrupted):  # rank 0 says how to go on
                     stage.run(config, ctx)

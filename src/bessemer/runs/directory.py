@@ -245,9 +245,13 @@ def _short(value: object) -> str:
     return "nothing" if value is None else text if len(text) <= 40 else text[:37] + "..."
 
 
-def write_stage_record(folder: Path, what: dict[str, Any], inputs: dict[str, str]) -> None:
-    """`inputs` maps the stages it reads to the digests of their output, which a rerun may change."""
-    write_json(folder / "stage.json", {"fingerprint": digest(what), "identity": what, "inputs": inputs})
+def write_stage_record(
+    folder: Path, what: dict[str, Any], inputs: dict[str, str], files: dict[str, dict[str, str]], since: float
+) -> None:
+    """`inputs` maps the stages it reads to the digests of their output, which a rerun may change; `files` are what it
+    reads from outside the run (`pipeline/inputs.py`), as they were at the Unix time `since`."""
+    record = {"fingerprint": digest(what), "identity": what, "inputs": inputs, "files": files, "since": round(since)}
+    write_json(folder / "stage.json", record)
 
 
 def write_done(folder: Path, record: dict[str, Any], summary: dict[str, Any], seconds: float) -> dict[str, Any]:

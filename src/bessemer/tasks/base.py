@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from hashlib import blake2b
 from importlib import import_module, resources
-from pathlib import Path
 from typing import Any, ClassVar
 
+from bessemer.config.places import located
 from bessemer.errors import UserError
 from bessemer.tasks.answer import SEVERAL, Final, Reply, parse_reply
 
@@ -199,15 +199,21 @@ def file_and_split(argument: str) -> tuple[str, str | None]:
     return (path, split) if mark and split in SPLITS else (argument, None)
 
 
+def file_of(name: str) -> str | None:
+    """The file or directory that a task is made from, as its name gives it; None for a task without one."""
+    family, _, argument = name.partition(":")
+    return file_and_split(argument.replace("@shuffle", ""))[0] if f"{family}:PATH" in _FAMILIES else None
+
+
 def shared_file(first: str, second: str) -> str | None:
     """The file that two tasks, by their names, both take problems from; None where there is none, or where each problem
     of the file is in one split only."""
     (one, whole), (other, its_whole) = (
         file_and_split(name.partition(":")[2].replace("@shuffle", "")) for name in (first, second)
     )
-    if not one or not other or (whole is None and its_whole is None) or not Path(one).exists():
+    if not one or not other or (whole is None and its_whole is None) or not located(one).exists():
         return None
-    return one if Path(one).resolve() == Path(other).resolve() else None
+    return one if located(one).resolve() == located(other).resolve() else None
 
 
 def read_toml(name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
+from bessemer.config.places import located, looked_in
 from bessemer.errors import UserError
 from bessemer.tasks.base import SPLITS, TEST_SHARE, Problem, Task, file_and_split, stable_hash
 
@@ -130,13 +131,16 @@ class FileTask(Task):
 
     def _files(self, name: str, whole: str | None) -> dict[str, LineIndex]:
         """The file of each split; one file may be that of both. `whole` as in `file_and_split`."""
-        path = Path(name)
+        path = located(name)
         if path.is_dir() and whole:
             raise UserError(
                 f"{path} is a directory with a file for each split; leave out @{whole}, or name a file in it"
             )
         if not path.exists():
-            raise UserError(f"there is no file or directory {path}; write {self.family}:PATH with a path that exists")
+            raise UserError(
+                f"there is no file or directory {name}{looked_in(name)}; write {self.family}:PATH with a path that "
+                "exists"
+            )
         files = {split: path / f"{split}.jsonl" if path.is_dir() else path for split in SPLITS}
         files = {whole: path} if whole else files
         found = {split: _index_of(type(self), file) for split, file in files.items() if file.exists()}
@@ -163,7 +167,7 @@ class FileTask(Task):
 
 def _index_of(kind: type[FileTask], path: Path) -> LineIndex:
     stat = path.stat()
-    return _index(kind, path, stat.st_mtime_ns, stat.st_size)  # type: ignore[arg-type]  # a class has a hash
+    return _index(kind, path, stat.st_ctime_ns, stat.st_size)  # type: ignore[arg-type]  # a class has a hash
 
 
 @lru_cache(maxsize=16)  # stages create their tasks again for every language

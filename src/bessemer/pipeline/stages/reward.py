@@ -166,7 +166,7 @@ def _judged(
 
 def _from_files(config: RewardModelConfig, names: Sequence[str]) -> Iterator[Line]:
     for name in names:
-        yield from preference_rows.read(Path(name), _fields(config))
+        yield from preference_rows.read(name, _fields(config))
 
 
 def _counted(config: RewardModelConfig, name: str) -> str:

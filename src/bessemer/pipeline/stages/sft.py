@@ -89,7 +89,7 @@ class SFT(Stage[SFTConfig]):
 
 
 def _conversations(config: SFTConfig, ctx: StageContext) -> Iterator[Document]:
-    made = [ctx.inputs[name] / files.CONVERSATIONS for name in config.samples]
+    made = [ctx.inputs[name].absolute() / files.CONVERSATIONS for name in config.samples]
     specs = [*config.data, *map(str, made)]
     return itertools.chain.from_iterable(sources.documents(spec, ctx.cache, domain=spec) for spec in specs)
 

@@ -1,0 +1,88 @@
+"""Where the names in a recipe lead: to files from the recipe's folder, and to one revision of each data set of the hub.
+
+A run enters `of_recipe` once. What reads a path asks `located`, so that a task keeps the name it has in the recipe
+(problems are shuffled by it) wherever its file lies. Processes forked inside inherit the places.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bessemer.errors import UserError
+
+HUB = "hf://"
+
+
+@dataclass(frozen=True)
+class _Places:
+    folder: Path | None = None
+    """Where relative paths start; None: in the working directory alone."""
+    revisions: Path | None = None
+    """File {address on the hub: commit}; None: nothing is pinned."""
+
+
+_current = _Places()
+
+
+@contextmanager
+def of_recipe(folder: str | Path | None, revisions: Path | None = None) -> Iterator[None]:
+    """Inside, names are those of a recipe in `folder`, whose run pins addresses on the hub in the file `revisions`."""
+    global _current
+    before, _current = _current, _Places(None if folder is None else Path(folder), revisions)
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def located(name: str | Path) -> Path:
+    """The path of a name: from the recipe's folder or, if there is nothing, from the working directory."""
+    path = Path(name)
+    if path.is_absolute() or _current.folder is None:
+        return path
+    beside = _current.folder / path
+    if not os.path.lexists(beside):
+        return path
+    return beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside
+
+
+def looked_in(name: str | Path) -> str:
+    """For the error about a name that leads nowhere: " (looked in A, the recipe's folder, and in B)"."""
+    if Path(name).is_absolute() or _current.folder is None or _current.folder == Path.cwd():
+        return ""
+    return f" (looked in {_current.folder}, the recipe's folder, and in {Path.cwd()}, the working directory)"
+
+
+def known_revision(address: str) -> str | None:
+    """The commit that the run has pinned for an address such as hf://owner/name; None if it has not."""
+    if _current.revisions is None or not _current.revisions.is_file():
+        return None
+    try:
+        pinned = json.loads(_current.revisions.read_bytes())
+        return None if pinned.get(address) is None else str(pinned[address])
+    except (ValueError, AttributeError):
+        raise UserError(
+            f"{_current.revisions} is broken; write the commit of each address into it, or delete it to take the newest"
+        ) from None
+
+
+def pin(address: str, newest: Callable[[], str]) -> str | None:
+    """The commit of an address in this run: the pinned one, else `newest()`, which is pinned. None outside a run."""
+    path = _current.revisions
+    if path is None or (known := known_revision(address)) is not None:
+        return None if path is None else known
+    import filelock
+
+    with filelock.FileLock(path.with_name(f".{path.name}.lock")):
+        if (known := known_revision(address)) is None:  # another process may have been first
+            known = newest()
+            pinned = json.loads(path.read_bytes()) if path.is_file() else {}
+            temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+            temporary.write_text(json.dumps(pinned | {address: known}, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+    return known

@@ -1,0 +1,91 @@
+"""SHA-256 of files, each read once: `sha256` remembers it for as long as size, times and inode are the same.
+
+The table is `CACHE/hashes.sqlite` (see `fetch.cache_dir`). Without it, for instance on a read-only disk, every call
+reads the file. A file that was written less than two seconds before it is read is not remembered, because a second
+write within the clock's resolution would look like the first.
+
+`check_finished` compares a model of a run with the checksums that its stage left in done.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+from bessemer.data.fetch import cache_dir, sha256_of
+from bessemer.errors import UserError
+
+SETTLED_NS = 2 * 10**9
+NO_VERIFY = "BESSEMER_NO_VERIFY"
+"""Environment variable, set by --no-verify, so that processes started for a model skip the comparison too."""
+
+
+def sha256(path: Path, fresh: bool = False) -> str:
+    """Hex digest of a file, from the table if it is there; `fresh`: from the bytes, and the table is brought up to
+    date."""
+    place, key = str(path.resolve()), _key(path)
+    with suppress(sqlite3.Error, OSError), closing(_table()) as table:
+        found = None if fresh else table.execute("SELECT key, sha256 FROM hashes WHERE path = ?", (place,)).fetchone()
+        if found is not None and found[0] == key:
+            return str(found[1])
+    started = time.time_ns()
+    digest = sha256_of(path)
+    stat = path.stat()
+    if key == _key(path) and started - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED_NS:
+        with suppress(sqlite3.Error, OSError), closing(_table()) as table, table:
+            table.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?)", (place, key, digest))
+    return digest
+
+
+def _key(path: Path) -> str:
+    # the time of the last change to the inode tells a file that was replaced and given back its old date
+    stat = path.stat()
+    return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_dev} {stat.st_ino}"
+
+
+def _table() -> sqlite3.Connection:
+    folder = cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    table = sqlite3.connect(folder / "hashes.sqlite", timeout=10)
+    table.execute("CREATE TABLE IF NOT EXISTS hashes (path TEXT PRIMARY KEY, key TEXT, sha256 TEXT)")
+    return table
+
+
+def check_finished(directory: Path) -> None:
+    """UserError if a file of the model directory RUN/NN-STAGE/NAME is missing or not what the stage wrote. Directories
+    that no stage made are not compared, and none is after --no-verify."""
+    stage = directory.resolve().parent
+    if os.environ.get(NO_VERIFY) or not (stage / "done.json").is_file():
+        return
+    for name, fact in _outputs(stage, directory.resolve().name):
+        path = stage / name
+        if not path.is_file():
+            why = "is missing"
+        elif path.stat().st_size != fact["size"]:
+            why = f"has {path.stat().st_size:,} bytes, and its stage wrote {fact['size']:,}"
+        elif sha256(path) != fact["sha256"]:
+            why = f"is not what its stage wrote: its SHA-256 is not the one in {stage / 'done.json'}"
+        else:
+            continue
+        raise UserError(
+            f"{path} {why}; restore it from a copy, or run the recipe again (bessemer run {stage.parent}/recipe.toml "
+            f"--out {stage.parent}), which makes the stage anew. --no-verify loads it as it is"
+        )
+
+
+def _outputs(stage: Path, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        outputs = json.loads((stage / "done.json").read_bytes())["outputs"]
+        inside = [(name, fact) for name, fact in outputs.items() if Path(name).parts[0] == folder]
+        yield from ((name, {"size": int(fact["size"]), "sha256": fact["sha256"]}) for name, fact in inside)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(
+            f"{stage / 'done.json'} is broken ({type(error).__name__}: {error}), so the model cannot be compared with "
+            "what its stage wrote; --no-verify loads it as it is"
+        ) from None

@@ -1,0 +1,82 @@
+"""The files that a stage reads from outside its run: found by the marks in its table, hashed, compared.
+
+A stage's record holds, beside its identity, {name as in the recipe: {file in it: SHA-256}}, and the commit of each
+address on the hub. A stage whose files have changed since is another stage. A name that the record lacks, or that
+leads nowhere now, is not compared: a stage stays finished when its data is removed.
+
+Registered sources and packages are pinned in `data/sources.toml`; "shards:" are in the identity by their own checksums.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from bessemer.config import places
+from bessemer.config.recipe import Recipe
+from bessemer.config.table import StageConfig, named_sources, named_tasks
+from bessemer.data import documents, fingerprints, sources
+from bessemer.tasks.base import file_of
+
+Files = dict[str, dict[str, str]]
+TASK, NEEDLE = "task:", "needle:"
+"""What the parts of a corpus begin with that are made from a task or from another source."""
+OF_THEIR_OWN = SHARDS, PACKAGE = "shards:", "package:"
+"""What names begin with whose checksums are elsewhere in the identity."""
+
+
+def read_by(config: StageConfig) -> Files:
+    """What the stage reads, as it is now."""
+    found = {name: _hashes(name) for name in _paths(config) if not name.startswith(OF_THEIR_OWN)}
+    for address in {documents.hub_address(name) for name in named_sources(config) if name.startswith(places.HUB)}:
+        if (commit := places.known_revision(address)) is not None:
+            found[address] = {"": commit}
+    return {name: hashes for name, hashes in found.items() if hashes}
+
+
+def with_folder(recipe: Recipe) -> Recipe:
+    """The recipe as its run keeps it: with its folder if a name in it leads somewhere else from another one."""
+    names = [name.removeprefix(SHARDS) for config in recipe.stages for name in _paths(config)]
+    if any(not name.startswith(PACKAGE) and not Path(name).is_absolute() for name in names):
+        return recipe
+    return recipe.model_copy(update={"folder": None})
+
+
+def _paths(config: StageConfig) -> list[str]:
+    """The names that lead to files, and those that begin with one of `OF_THEIR_OWN`."""
+    named, paths = named_tasks(config), list[str]()
+    for name in named_sources(config):
+        is_task, name = name.startswith(TASK), name.removeprefix(TASK)
+        if is_task and not name.startswith(NEEDLE):
+            named.append(name)
+        elif (name := name.removeprefix(NEEDLE)) and not name.startswith(places.HUB) and name not in sources.SOURCES:
+            paths.append(name)
+    return [path for name in named if (path := file_of(name)) is not None] + paths
+
+
+def _hashes(name: str) -> dict[str, str]:
+    """Of a file; of a directory, those of the files in it that are read."""
+    path = places.located(name)
+    if path.is_file():
+        return {"": fingerprints.sha256(path)}
+    if (path / "config.json").is_file():  # a model
+        files = [file for file in path.iterdir() if not file.name.startswith(".")]
+    else:
+        files = [file for file in path.rglob("*") if documents.kind(file) in documents.KINDS]
+    return {str(file.relative_to(path)): fingerprints.sha256(file) for file in sorted(files) if file.is_file()}
+
+
+def changed(recorded: Files, now: Files, since: float) -> str:
+    """How they differ, as a clause: "notes.txt changed since the run of 2026-11-26 10:02"; "" if they do not."""
+    differ = []
+    for name in recorded.keys() & now.keys():
+        for file in sorted(recorded[name].keys() | now[name].keys()):
+            before, after = recorded[name].get(file), now[name].get(file)
+            if before != after:
+                what = "is gone" if after is None else "is new" if before is None else "changed"
+                differ.append(f"{Path(name) / file if file else name} {what}")
+    if not differ:
+        return ""
+    more = f" and {len(differ) - 2} more" if len(differ) > 2 else ""
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(since))
+    return f"{', '.join(sorted(differ)[:2])}{more} since the run of {when}"

@@ -1,0 +1,223 @@
+"""Files that a recipe names: where they are looked for, and what a second call does when one of them has changed."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bessemer.config.recipe import Recipe
+from bessemer.data import fingerprints
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+from bessemer.model.config import preset
+from bessemer.model.transformer import Transformer
+from bessemer.pipeline import runner
+from bessemer.runs.directory import digest
+
+MODEL = {
+    "vocab_size": 390, "dim": 16, "n_layers": 1, "n_dense_layers": 1, "n_mtp": 0, "inter_dim": 16, "n_heads": 1,
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4,
+    "max_seq_len": 64,
+}  # fmt: skip
+RECIPE = """
+name = "own"
+seed = 1
+[model]
+preset = "tiny"
+vocab_size = 390
+[[stage]]
+kind = "import"
+model = "start"
+[[stage]]
+kind = "corpus"
+row_length = 32
+vocab_sample = 10000
+heldout = 0.2
+parts = { notes = "data/notes" }
+[[stage]]
+kind = "sft"
+from = "import"
+data = ["chat.jsonl"]
+epochs = 1
+row_length = 48
+lr = 1e-3
+lr_final = 1e-4
+precision = "float32"
+[[stage]]
+kind = "eval"
+models = ["sft"]
+tasks = ["jsonl:q.jsonl@test"]
+problems = 1
+samples = 1
+max_new_tokens = 2
+"""
+
+
+def lines(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def talk(answer):
+    return {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": answer}]}
+
+
+class Own:
+    """A recipe with a file of each kind beside it, and a working directory elsewhere."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out = folder, folder / "run"
+
+    def run(self, recipe=None, **kwargs):
+        """The stages that ran."""
+        torch.set_num_threads(1)
+        results = runner.run(Recipe.load(recipe or self.folder / "own.toml"), kwargs.pop("out", self.out), **kwargs)
+        return [result.name for result in results if result.status == "done"]
+
+    def records(self):
+        return {path.parent.name[3:]: path for path in sorted(self.out.glob("??-*/stage.json"))}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    own = Own(tmp_path_factory.mktemp("own"))
+    (own.folder / "data" / "notes").mkdir(parents=True)
+    text = "".join(f"note {n} about the number {n * n}\n\n" for n in range(200))
+    (own.folder / "data" / "notes" / "a.txt").write_text(text)
+    (own.folder / "data" / "notes" / "unread.md").write_text("x")
+    lines(own.folder / "chat.jsonl", *(talk(f"good day {n}") for n in range(8)))
+    lines(own.folder / "q.jsonl", {"question": "What is 2 + 2?", "answer": "4"})
+    Tokenizer.train([text], 390, "zero").save(own.folder / "tokenizer")
+    Transformer(preset("tiny", **MODEL)).save(own.folder / "start", tokenizer_dir=own.folder / "tokenizer")
+    (own.folder / "own.toml").write_text(RECIPE)
+    assert own.run() == ["import", "corpus", "sft", "eval"]
+    return own
+
+
+@pytest.fixture
+def own(finished, tmp_path, monkeypatch):
+    """A copy of it all, as another day would find it."""
+    shutil.copytree(finished.folder, tmp_path / "own")
+    monkeypatch.setenv("BESSEMER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return Own(tmp_path / "own")
+
+
+def test_names_start_at_the_recipe_and_so_do_those_of_the_copy_in_the_run(own, tmp_path, monkeypatch):
+    assert own.run() == []
+    copy = own.out / "recipe.toml"
+    copy.write_text(copy.read_text().replace(str(tmp_path.parent), "/nowhere"))  # nothing but the folder names it
+    assert own.run() == [] and own.run(copy) == []
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert own.run(copy) == []
+    shutil.move(own.folder / "q.jsonl", elsewhere)  # found in the working directory, and the same file
+    assert own.run() == []
+    (elsewhere / "q.jsonl").unlink()
+    with pytest.raises(
+        UserError, match=rf"no file or directory q\.jsonl \(looked in {own.folder}.*{elsewhere}, the wo"
+    ):
+        own.run()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "again", "said"),
+    [
+        ("data/notes/a.txt", "note 3 ", "note 4 ", ["corpus"], "corpus: data/notes/a.txt changed since the run of 20"),
+        ("chat.jsonl", "good day 1", "good day 9", ["sft", "eval"], "sft: chat.jsonl changed since the run of 20"),
+        ("q.jsonl", "2 + 2", "3 + 1", ["eval"], "eval: q.jsonl changed since the run of 20"),
+        (
+            "start/config.json",
+            '"bos_token_id": 0',
+            '"bos_token_id": 1',
+            ["import"],
+            "import: start/config.json changed",
+        ),
+    ],
+)
+def test_a_file_that_was_replaced_makes_its_stage_run_again(own, capsys, file, old, new, again, said):
+    """Even one of the same size and date."""
+    assert own.run() == []
+    path = own.folder / file
+    before = path.stat()
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    capsys.readouterr()
+    assert own.run()[: len(again)] == again
+    text = capsys.readouterr().err
+    assert said in text and "; the stage runs again; the old one is moved to" in text
+    assert own.run() == []
+
+
+def test_other_dates_unread_files_and_data_that_was_removed_change_nothing(own):
+    for path in own.folder.glob("start/*"):
+        os.utime(path, (1, 1))
+    (own.folder / "data" / "notes" / "unread.md").write_text("y")
+    (own.folder / "chat.jsonl").unlink()
+    assert own.run() == []
+    (own.folder / "data" / "notes" / "b.txt").write_text("one more")
+    assert own.run() == ["corpus"]
+
+
+def test_reuse_takes_no_stage_whose_files_have_changed(own, tmp_path, capsys):
+    lines(own.folder / "q.jsonl", {"question": "What is 2 + 3?", "answer": "5"})
+    assert own.run(out=tmp_path / "new", reuse=own.out) == ["eval"]
+    said = capsys.readouterr().err
+    assert "eval: q.jsonl changed since the run of 20" in said and f"not taken from {own.out}" in said
+
+
+def without_files(own):
+    """The run as version 0.2.0 left it: no hashes, and sizes and dates of the imported directory in the identity."""
+    model = sorted(path for path in (own.folder / "start").iterdir())
+    dated = {"files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in model}}
+    fingerprints = {}
+    for name, path in own.records().items():
+        record, done = json.loads(path.read_text()), json.loads((path.parent / "done.json").read_text())
+        del record["files"], record["since"]
+        what = record["identity"]
+        what["inputs"] = {other: fingerprints[other] for other in what["inputs"]}
+        if name == "import":
+            what["derived"] = dated
+        record["fingerprint"] = done["fingerprint"] = fingerprints[name] = digest(what)
+        path.write_text(json.dumps(record))
+        (path.parent / "done.json").write_text(json.dumps(done))
+
+
+def test_runs_without_hashes_stay_finished_and_are_compared_from_then_on(own, tmp_path, capsys):
+    without_files(own)
+    shutil.copytree(own.out, tmp_path / "old")
+    said = "import, corpus, sft, eval: made by a version that did not record the files"
+    assert own.run() == [] and said in capsys.readouterr().err
+    assert own.run() == [] and "did not record" not in capsys.readouterr().err
+    assert own.run(out=tmp_path / "new", reuse=tmp_path / "old") == []
+    lines(own.folder / "chat.jsonl", talk("good night"))
+    assert own.run() == ["sft", "eval"]
+    os.utime(own.folder / "start" / "config.json", (1, 1))  # all that the old record can compare
+    assert own.run(out=tmp_path / "old")[0] == "import"
+
+
+def test_a_large_file_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("BESSEMER_CACHE", str(tmp_path / "cache"))
+    path, read = tmp_path / "file", []
+    real = fingerprints.sha256_of
+    monkeypatch.setattr(fingerprints, "sha256_of", lambda path: read.append(path) or real(path))
+    monkeypatch.setattr(fingerprints, "SETTLED_NS", 0)
+    path.write_bytes(b"one")
+    first = fingerprints.sha256(path)
+    assert fingerprints.sha256(path) == first and len(read) == 1
+    before = path.stat()
+    time.sleep(0.02)
+    path.write_bytes(b"six")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the size and the date of before
+    assert fingerprints.sha256(path) != first and len(read) == 2
+    monkeypatch.setattr(fingerprints, "SETTLED_NS", 10**12)
+    path.write_bytes(b"two")  # just written: read every time
+    assert fingerprints.sha256(path) == fingerprints.sha256(path) != first and len(read) == 4
+    (tmp_path / "cache" / "hashes.sqlite").write_bytes(b"no table of hashes" * 100)
+    assert fingerprints.sha256(path) != first
