@@ -257,6 +257,23 @@ def test_plan_draws_a_schedule(call, tmp_path):
     assert "did you mean" in call("plan", "--schedule", "zbw")[2]
 
 
+def test_a_chart_replaces_only_a_chart(call, tmp_path):
+    precious = tmp_path / "recipe.toml"
+    precious.write_text("name = 'mine'")
+    for target, words in (
+        (precious, "something else"), (tmp_path, "is a directory"), (precious / "x.svg", "is a file, not a folder"),
+    ):  # fmt: skip
+        for options in (
+            ("--schedule", "zbv", "--svg"),
+            ("v3", "--cluster", "2048xH800", "--set", "layout.pp=16", "--html"),
+        ):
+            status, _, err = call("plan", *options, target)
+            assert status == 2 and words in err and err.count("\n") == 1
+    assert precious.read_text() == "name = 'mine'"
+    for _ in range(2):
+        assert call("plan", "--schedule", "zbv", "--svg", tmp_path / "new" / "x.svg")[0] == 0
+
+
 def test_doctor(call, monkeypatch, tmp_path):
     from bessemer.cli import doctor
 

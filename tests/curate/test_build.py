@@ -66,6 +66,24 @@ def _files(folder: Path) -> dict[str, bytes]:
     }
 
 
+def test_a_folder_of_other_things_is_left_alone(made, tmp_path):
+    """A build replaces documents/, tokenizer/ and its parts: never those of a home directory."""
+    home = tmp_path / "home"
+    (home / "documents").mkdir(parents=True)
+    (home / "documents" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"home is not empty and no build \(it holds documents\)"):
+        build(load(made), home)
+    with pytest.raises(UserError, match="a file is in the way"):
+        build(load(made), home / "documents" / "thesis.tex")
+    begun = tmp_path / "begun"
+    (begun / "work" / "read").mkdir(parents=True)
+    (begun / "code").mkdir()
+    (begun / "code" / "main.py").write_text("x")
+    with pytest.raises(UserError, match="in the way of the part code"):
+        build(load(made), begun)
+    assert (home / "documents" / "thesis.tex").read_text() == (begun / "code" / "main.py").read_text() == "x"
+
+
 def test_what_is_left_and_why(made, tmp_path):
     facts = build(load(made), tmp_path / "out")
     second = facts["sources"]["second"]

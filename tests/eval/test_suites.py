@@ -172,6 +172,17 @@ def test_one_command_runs_what_has_data_and_goes_on_after_a_kill(model, data, tm
     ]
 
 
+def test_only_files_of_answers_are_continued(model, data, tmp_path):
+    """Answers were once written into the data itself, after its last line was cut off."""
+    for name, content in (("aime-2024.jsonl", '{"problem": "1 + 1", "answer": 2}'), ("results.json", '{"rows": []}')):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text(content)
+        with pytest.raises(UserError, match="another folder with --out"):
+            suite_run.evaluate_suite(model, suite="r1", only=["aime-2024"], data=[str(data)], out=folder)
+        assert {path.name: path.read_text() for path in folder.iterdir()} == {name: content}
+
+
 def test_more_samples_are_added_to_those_that_are_there(model, data, tmp_path):
     def run(out, samples):
         suite_run.evaluate_suite(

@@ -2,9 +2,12 @@
 
 import json
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from bessemer.errors import UserError
 
 app = typer.Typer(
     help="From documents to a reasoning model that answers: DeepSeek-V3, R1-Zero and R1 in one run.",
@@ -31,3 +34,22 @@ class YesNo(StrEnum):
 
 def print_json(facts: object) -> None:
     print(json.dumps(facts, ensure_ascii=False, indent=1))
+
+
+def write_page(path: Path, text: str) -> None:
+    """Writes a page or chart where the user wants it. Only an older one is replaced."""
+    from bessemer.runs.files import explained, write_atomic
+
+    with explained(path):
+        if path.is_dir():
+            raise UserError(f"{path} is a directory; name the file to write")
+        if path.exists():
+            with open(path, "rb") as file:
+                begins = file.read(4)
+            if begins != text.encode()[:4]:
+                raise UserError(f"{path} exists and is something else; name another file")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{path.parent} is a file, not a folder; name another file to write") from None
+        write_atomic(path, text)

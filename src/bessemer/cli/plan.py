@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bessemer.cli.common import AsJson, app, print_json
+from bessemer.cli.common import AsJson, app, print_json, write_page
 from bessemer.errors import UserError
 
 if TYPE_CHECKING:
@@ -102,10 +102,8 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
     offer = None if served is None else served.facts(price)
     if html is not None:
         from bessemer.report import plan_page
-        from bessemer.runs.files import explained, write_atomic
 
-        with explained(html):
-            write_atomic(html, plan_page.document(name, made, ideas))
+        write_page(html, plan_page.document(name, made, ideas))
     if as_json:
         facts = made.facts() | {"name": name, "without": ideas, "rl": stages, "serving": offer}
         if result is not None:
@@ -137,13 +135,11 @@ def _here(target: str, overrides: list[str], run: Path | None, as_json: bool) ->
 def _schedule(name: str, pp: int, micro: int, costs: str, svg: Path | None, as_json: bool) -> None:
     from bessemer.dist.schedules import schedule as table_of
     from bessemer.dist.timeline import as_svg, as_text, label, simulate, summary
-    from bessemer.runs.files import explained, write_atomic
 
     table = table_of(name, pp, micro)
     timeline = simulate(table, _costs(costs))
     if svg is not None:
-        with explained(svg):
-            write_atomic(svg, as_svg(table, timeline))
+        write_page(svg, as_svg(table, timeline))
     if as_json:
         spans = [[[label(span.step), span.start, span.end] for span in row] for row in timeline.spans]
         facts = {"schedule": table.name, "ranks": table.ranks, "stages": table.stages, "micro_batches": table.micro,

@@ -183,6 +183,19 @@ _OF_TOKENIZER = ("tokenizer", "chat_template", "special_tokens")
 """Prefixes of a tokenizer's files; the folder may be a model directory."""
 
 
+def check_folder(out: Path, parts: Sequence[str]) -> None:
+    """UserError if a build would remove what no build wrote: `publish` replaces folders of these names."""
+    if not out.is_dir() or not (inside := {path.name for path in out.iterdir()} - {".lock"}):
+        return
+    previous = _previous_parts(out)
+    if not previous and not (out / "work" / "read").is_dir():
+        some = ", ".join(sorted(inside)[:3])
+        raise UserError(f"{out} is not empty and no build (it holds {some}); choose another folder with --out")
+    for part in parts:
+        if part in inside and part not in previous and not (out / part / "meta.json").is_file():
+            raise UserError(f"{out / part} is in the way of the part {part}; move it, or choose another --out")
+
+
 def publish(
     out: Path, units: Sequence[Unit], writes: Sequence[Job], facts: Sequence[dict[str, Any]], tokenizer: Path,
     settings: Settings,

@@ -28,12 +28,13 @@ from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
 from bessemer.eval.suites import FOLDER, Evaluation, Given, check_places, choose, find, load, load_suite
-from bessemer.runs.files import write_json
+from bessemer.runs.files import read_json, write_json
 from bessemer.tasks import Problem, stable_hash
 from bessemer.train import setup
 
 ROWS = 64
 """Answers that a process generates together, and that a kill loses at most."""
+RESULTS = "results.json"
 Answers = dict[str, dict[int, scoring.Answer]]
 """Id of a problem -> number of the sample -> answer."""
 
@@ -83,6 +84,8 @@ def evaluate_suite(
     result: dict[str, Any] = {"suite": suite, "model": str(model or answers), "rows": [], "skipped": skipped}
     if model is not None:
         out = out or Path("evals") / suite / _label(model)
+        if (out / RESULTS).exists() and "suite" not in (read_json(out / RESULTS) or {}):
+            raise UserError(f"{out / RESULTS} is not of a suite; choose another folder with --out")
         defaults = {name: getattr(chosen, name) for name in ("temperature", "top_p", "max_new_tokens")}
         rows = run(model, ready, Sampling(**defaults | changes, seed=seed), samples, out) if ready else iter(())
     else:
@@ -92,7 +95,7 @@ def evaluate_suite(
         result["rows"].append({"model": result["model"]} | row)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            write_json(out / "results.json", result)
+            write_json(out / RESULTS, result)
     for one in skipped:
         _say("skipped " + one["reason"])
     if not result["rows"]:
@@ -202,17 +205,18 @@ def _sample(engine: Engine, one: Ready, sampling: Sampling, samples: int, file: 
 def _open(file: Path, header: dict[str, Any]) -> None:
     """Starts a file of answers, or checks that its settings are these. Half a line at its end, which a kill may leave,
     is removed."""
-    text = file.read_bytes() if file.is_file() else b""
+    text, begun = file.read_bytes() if file.is_file() else b"", json.dumps(header).encode()
     whole = text[: text.rfind(b"\n") + 1]
-    if not whole:
-        file.write_text(json.dumps(header) + "\n", encoding="utf-8")
+    if begun.startswith(text):
+        file.write_bytes(begun + b"\n")
         return
-    os.truncate(file, len(whole))
     try:
-        known = json.loads(whole.split(b"\n", 1)[0])
+        known = json.loads(text.split(b"\n", 1)[0])
     except ValueError:
         known = None
-    if known != header:
+    if known == header:
+        os.truncate(file, len(whole))
+    else:
         known = known if isinstance(known, dict) else {}
         differ = " and ".join(key for key in header if known.get(key) != header[key])
         raise UserError(f"{file} holds answers of another {differ}; name another folder with --out, or remove the file")
