@@ -52,7 +52,7 @@ def test_advantages_are_per_token_centred_and_of_spread_one(whole):
     """Of a new rollout; returns are reward to come, advantages what the critic did not expect."""
     trained = whole.loop_
     groups = trained.generator.start(7, 12, 6).finish().groups
-    trained.critic.assign_advantages(groups)
+    trained.critic.assign_advantages(groups, None)
     rows = [row for group in groups for row in group]
     flat = torch.tensor([value for row in rows for value in row.advantage], dtype=torch.float64)
     assert float(flat.mean()) == pytest.approx(0, abs=1e-9) and float(flat.std(correction=0)) == pytest.approx(1, 1e-4)
@@ -63,6 +63,30 @@ def test_advantages_are_per_token_centred_and_of_spread_one(whole):
         assert row.returns == pytest.approx([row.reward] * len(row.values), abs=1e-6), "lambda is 1"
     seen = {value for row in rows for value in row.values}
     assert len(seen) > len(rows), "the critic sees a difference between tokens"
+
+
+def test_ppo_takes_the_divergence_from_the_reward_of_every_token(base, tmp_path):
+    """Against plain forward passes of policy and reference: with lambda 1, a return is all that is still to come."""
+    changes = (*CRITIC, "kl_in_reward=true", "kl=0.5", "rollouts=2")
+    trained = rl_stage.Stage(base, tmp_path / "run", *changes).run()
+    rows = [row for group in trained.generator.start(7, 12, 6).finish().groups for row in group]
+    trained.critic.assign_advantages([rows], trained.reference)
+    seen = []
+    for row in rows:
+        ids = torch.tensor([[*row.prompt_tokens, *row.completion.tokens]])
+        with torch.no_grad():
+            policy, reference = (
+                model.eval()(ids).log_softmax(-1)[0, len(row.prompt_tokens) - 1 : -1]
+                for model in (trained.trainer.model, trained.reference.model)
+            )
+        own = torch.arange(len(row.completion.tokens)), torch.tensor(row.completion.tokens)
+        reward = -0.5 * (policy - reference)[own].double()
+        reward[-1] += row.reward
+        assert row.returns == pytest.approx(reward.flip(0).cumsum(0).flip(0).tolist(), abs=1e-4)
+        seen += (policy - reference)[own].tolist()
+    assert max(map(abs, seen)) > 1e-3, "policy and reference have parted"
+    assert trained.critic.metrics()["rl/kl"] == pytest.approx(sum(seen) / len(seen), abs=1e-5)
+    assert trained.objective.kl == 0, "it is in the reward alone"
 
 
 def killed_at(stage, step):
@@ -134,12 +158,18 @@ def test_when_the_guard_goes_back_so_does_the_critic(base, tmp_path, monkeypatch
     assert trained.summary["steps"] == trained.critic.trainer.optimizer.steps == went_back_to + 3
 
 
-@pytest.mark.parametrize("name", ["gae_lambda=0.95", "critic_lr=1e-4"])
+@pytest.mark.parametrize("name", ["gae_lambda=0.95", "critic_lr=1e-4", "kl_in_reward=true"])
 def test_a_critic_s_dial_without_a_critic_is_refused(base, tmp_path, name):
     stage = rl_stage.Stage(base, tmp_path / "run", name)
     settings = stage.recipe.stage("zero")
     with pytest.raises(UserError, match=f'{name.split("=")[0]} has no effect without advantage = "critic"'):
         RL().resolve(settings, stage.recipe)
+
+
+def test_a_divergence_of_weight_0_is_in_no_reward(base, tmp_path):
+    stage = rl_stage.Stage(base, tmp_path / "run", *CRITIC, "kl_in_reward=true", "kl=0")
+    with pytest.raises(UserError, match="kl_in_reward has no effect with kl = 0"):
+        RL().resolve(stage.recipe.stage("zero"), stage.recipe)
 
 
 def test_a_foreign_policy_has_no_critic(base, tmp_path):

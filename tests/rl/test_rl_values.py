@@ -19,9 +19,14 @@ def random(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def gae_by_definition(reward, value, length, lam, gamma):
-    """Every advantage as its own double sum, O(T^2), rewards 0 but for the last."""
-    rewards = [0.0] * (length - 1) + [reward]
+def at_the_end(reward_R, length_R, width):
+    reward_RL = torch.zeros(len(reward_R), width, dtype=torch.float64)
+    reward_RL[torch.arange(len(reward_R)), length_R - 1] = reward_R
+    return reward_RL
+
+
+def gae_by_definition(rewards, value, length, lam, gamma):
+    """Every advantage as its own double sum, O(T^2)."""
     values = [*value[:length], 0.0]
     delta = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(length)]
     return [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, length)) for t in range(length)]
@@ -30,10 +35,10 @@ def gae_by_definition(reward, value, length, lam, gamma):
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 @pytest.mark.parametrize("lam", [1.0, 0.95, 0.5, 0.0])
 def test_gae_against_its_double_sum(lam, gamma):
-    length, value, reward = torch.tensor([1, 7, 12, 3]), random(4, 12), random(4, seed=1)
+    length, value, reward = torch.tensor([1, 7, 12, 3]), random(4, 12), random(4, 12, seed=1)
     got = critics.gae(reward, value, length, lam, gamma)
     for r, n in enumerate(length.tolist()):
-        expected = gae_by_definition(float(reward[r]), value[r].tolist(), n, lam, gamma)
+        expected = gae_by_definition(reward[r].tolist(), value[r].tolist(), n, lam, gamma)
         assert got[r, :n].tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
         assert not got[r, n:].any(), "nothing behind the end"
 
@@ -41,16 +46,17 @@ def test_gae_against_its_double_sum(lam, gamma):
 def test_lambda_one_is_what_came_minus_what_was_expected_and_zero_is_one_step():
     value, reward = random(1, 5), random(1, seed=1)
     length = torch.tensor([5])
-    assert torch.allclose(critics.gae(reward, value, length, 1.0), reward - value, rtol=0, atol=1e-14)
+    last = at_the_end(reward, length, 5)
+    assert torch.allclose(critics.gae(last, value, length, 1.0), reward - value, rtol=0, atol=1e-14)
     one_step = torch.cat((value[:, 1:], reward[None]), 1) - value
-    assert torch.allclose(critics.gae(reward, value, length, 0.0), one_step, rtol=0, atol=1e-14)
+    assert torch.allclose(critics.gae(last, value, length, 0.0), one_step, rtol=0, atol=1e-14)
 
 
 def test_what_stands_behind_an_end_does_not_matter():
-    value, reward, length = random(2, 6), random(2, seed=1), torch.tensor([4, 6])
-    other = value.clone()
-    other[0, 4:] = 1e6
-    assert torch.equal(critics.gae(reward, value, length, 0.9), critics.gae(reward, other, length, 0.9))
+    value, reward, length = random(2, 6), random(2, 6, seed=1), torch.tensor([4, 6])
+    other, more = value.clone(), reward.clone()
+    other[0, 4:], more[0, 4:] = 1e6, -1e6
+    assert torch.equal(critics.gae(reward, value, length, 0.9), critics.gae(more, other, length, 0.9))
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     runtime_only = frozenset({"save_seconds", "micro_tokens", "rollout"})
     ignore_at_default = AskingConfig.ignore_at_default | {
         "difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision", "precision", "fp8",
-        "eval_tasks",
+        "eval_tasks", "kl_in_reward",
     }  # fmt: skip
 
     def fingerprint_values(self) -> dict[str, Any]:
@@ -99,8 +99,11 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     clip_high: float = Field(0.28, gt=0)
     """Upper clip of the ratio (R1: 10)."""
     kl: float = Field(0.001, ge=0)
-    """Coefficient of the k3 divergence from the reference, in the loss (R1: 0.001). With advantage = "critic" too,
-    where PPO as published subtracts a KL term from the reward of every token."""
+    """Coefficient of the divergence from the reference, as k3 in the loss (R1: 0.001), or in the reward
+    (`kl_in_reward`)."""
+    kl_in_reward: bool = False
+    """With advantage = "critic": subtract kl log(pi_old / pi_ref) from the reward of every token, as PPO does
+    (DeepSeekMath 4.1.1), instead of adding a divergence to the loss."""
     reference_every: int = Field(400, ge=1)
     """Optimizer steps between replacements of the reference by the current policy (R1: 400)."""
     surrogate: Literal["grpo", "gspo", "cispo", "reinforce"] = "grpo"
@@ -113,8 +116,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     """Divide advantages by the standard deviation of the group (the paper), or of the rollout with a critic."""
     advantage: Literal["group", "critic"] = "group"
     """Baseline of a sample. group: the other samples of its prompt (the paper); critic: a second network that predicts
-    the reward before every token (PPO, for comparison, with `kl` in the loss; costs that network's memory and
-    time)."""
+    the reward before every token (PPO, for comparison; costs that network's memory and time)."""
     supervision: Literal["outcome", "process"] = "outcome"
     """What is rewarded with advantage = "group". outcome: the whole output (R1); process: every calculation in it, 1 if
     it is right and 0 if not, and the whole output at its end (DeepSeekMath 4.1.3, with a rule for its process reward

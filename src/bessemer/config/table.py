@@ -96,7 +96,8 @@ class AskingConfig(StageConfig):
 
 
 def changed(settings: BaseModel, name: str) -> bool:
-    """Whether a key differs from its default. Being set is no evidence: a run's own recipe writes out every default."""
+    """Whether a key differs from its default. Being set is no evidence: a run's own recipe writes out every default.
+    A key with a default_factory counts as changed: so it did in 0.1.0, whose fingerprints must stay what they are."""
     return getattr(settings, name) != type(settings).model_fields[name].default
 
 

@@ -1,11 +1,12 @@
 """PPO's critic, for comparison with GRPO (PPO: Schulman et al. 2017; R1-Nature A.3): what leaving it out saves.
 
+    r_t     = r(o) [t is the last token] - beta log(pi_old(o_t) / pi_ref(o_t))     the second term with kl_in_reward
     delta_t = r_t + gamma V_{t+1} - V_t                           V = 0 after the end of an output
     A_t     = sum_k (gamma lambda)^k delta_{t+k}                  GAE; lambda 1: A_t = sum of rewards to come - V_t
     loss    = w_t / 2 max( (V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2 ),   R_t = A_t + V_old,t
 
-The KL term stays in the policy's loss, as in GRPO. PPO as published takes it from the reward of every token, r_t =
-r(o) [t last] - beta log(pi(o_t) / pi_ref(o_t)) (DeepSeekMath 4.1.1), which also punishes length (R1-Nature A.3).
+PPO as published takes the divergence from the reward of every token (DeepSeekMath 4.1.1), which also punishes length
+(R1-Nature A.3): `kl_in_reward`. Otherwise it stays in the policy's loss, as in GRPO.
 
 The critic is the policy's network with a score in place of its head. V_t is the value before token t is written, so
 values, advantages and returns are aligned with their token, as everything in a `Batch`.
@@ -29,7 +30,8 @@ from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 from bessemer.model.transformer import Scorer, Transformer, evaluating
 from bessemer.rl import rollout
-from bessemer.rl.rollout import Group
+from bessemer.rl.losses import Reference
+from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.train.objective import Loss
 from bessemer.train.optimizer import load_exactly
 from bessemer.train.trainer import Trainer
@@ -54,12 +56,13 @@ class Critic:
         own = settings.model_copy(update={"lr": settings.critic_lr})
         self.trainer = Trainer(critic_of(policy.model), ValueLoss(), None, own, policy.runtime, warn=policy.warn)
         self._explained = 0.0
+        self._divergence: float | None = None
         self._updates: list[dict[str, float]] = []
         self.restore()
 
-    def assign_advantages(self, groups: Sequence[Group]) -> None:
+    def assign_advantages(self, groups: Sequence[Group], reference: Reference | None) -> None:
         """Sets values, GAE advantages and returns of every token. Advantages of the rollout get mean 0 and, with
-        `scale_by_std`, standard deviation 1; returns are not scaled."""
+        `scale_by_std`, standard deviation 1; returns are not scaled. `reference` is needed with `kl_in_reward`."""
         rows = list(chain.from_iterable(groups))
         parts = rollout.split_by_length(rows, self.settings.micro_tokens)
         batches = rollout.to_batches(rows, self.pad_id, self.settings.micro_tokens, "token")
@@ -70,8 +73,15 @@ class Critic:
                 row.values = own.tolist()
         value_RL = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.values) for row in rows], batch_first=True)
         length_R = torch.tensor([len(row.completion.tokens) for row in rows])
-        reward_R = torch.tensor([row.reward for row in rows], dtype=torch.float64)
-        raw_RL = gae(reward_R, value_RL, length_R, self.settings.gae_lambda)
+        reward_RL = torch.zeros(value_RL.shape, dtype=torch.float64)
+        reward_RL[torch.arange(len(rows)), length_R - 1] = torch.tensor([row.reward for row in rows]).double()
+        if self.settings.kl_in_reward:
+            assert reference is not None
+            reference.add_logprobs(batches)
+            log_ratio_RL = _log_ratios(rows, parts, batches)
+            reward_RL -= self.settings.kl * log_ratio_RL
+            self._divergence = float(log_ratio_RL.sum() / length_R.sum())
+        raw_RL = gae(reward_RL, value_RL, length_R, self.settings.gae_lambda)
         inside_RL = torch.arange(value_RL.shape[1]) < length_R[:, None]
         return_RL, inside = raw_RL + value_RL, raw_RL[inside_RL]
         scaled_RL = raw_RL - inside.mean()
@@ -92,7 +102,8 @@ class Critic:
         names, updates = ("loss", "clip_share", "grad_norm"), self._updates
         means = {f"critic/{name}": float(np.mean([u.get(f"train/{name}", 0.0) for u in updates])) for name in names}
         self._updates = []
-        return means | {"critic/explained": self._explained}
+        divergence = {} if self._divergence is None else {"rl/kl": self._divergence}
+        return means | {"critic/explained": self._explained} | divergence
 
     def restore(self) -> None:
         """The critic of the checkpoint that the policy came from; at the very beginning the base, with values of 0."""
@@ -163,15 +174,28 @@ def value_errors(value_N: Tensor, old_N: Tensor, return_N: Tensor, clip: float) 
     return 0.5 * torch.maximum(plain, bounded), (bounded > plain).float()
 
 
-def gae(reward_R: Tensor, value_RL: Tensor, length_R: Tensor, lam: float, gamma: float = 1.0) -> Tensor:
-    """Advantages of R outputs of up to L tokens, [R, L], 0 behind an output's end; the reward comes with its last
-    token. An output that was cut off at the cap ends there like any other: its reward is for what it wrote."""
+def _log_ratios(
+    rows: Sequence[ScoredSample], parts: Sequence[Sequence[ScoredSample]], batches: Sequence[Batch]
+) -> Tensor:
+    """log(pi_old / pi_ref) of every token of `rows`, [R, L]; `parts` are the rows of each batch."""
+    of_row = {}
+    for part, batch in zip(parts, batches, strict=True):
+        kept_BT = batch.loss_BT != 0
+        ratio_N = (batch.extras["old_logp_BT"] - batch.extras["ref_logp_BT"].to(batch.loss_BT))[kept_BT]
+        for row, own in zip(part, ratio_N.split(kept_BT.sum(1).tolist()), strict=True):
+            of_row[id(row)] = own
+    return torch.nn.utils.rnn.pad_sequence([of_row[id(row)] for row in rows], batch_first=True).double()
+
+
+def gae(reward_RL: Tensor, value_RL: Tensor, length_R: Tensor, lam: float, gamma: float = 1.0) -> Tensor:
+    """Advantages of R outputs of up to L tokens, [R, L], 0 behind an output's end. An output that was cut off at the
+    cap ends there like any other: its reward is for what it wrote."""
     R, L = value_RL.shape
     value_RL, advantage_RL = value_RL.double(), torch.zeros(R, L, dtype=torch.float64)
     running_R, after_R = torch.zeros(2, R, dtype=torch.float64)
     for t in reversed(range(L)):
-        inside_R, last_R = t < length_R, t == length_R - 1
-        delta_R = last_R * reward_R + gamma * after_R - value_RL[:, t]
+        inside_R = t < length_R
+        delta_R = reward_RL[:, t] + gamma * after_R - value_RL[:, t]
         running_R = torch.where(inside_R, delta_R + gamma * lam * running_R, 0.0)
         after_R = torch.where(inside_R, value_RL[:, t], 0.0)
         advantage_RL[:, t] = running_R

@@ -59,7 +59,7 @@ class Loop:
         self.objective = GRPO(
             settings.clip_low,
             settings.clip_high,
-            settings.kl,
+            0.0 if settings.kl_in_reward else settings.kl,
             settings.temperature,
             settings.surrogate,
             longest if settings.normalise == "constant" else 0,
@@ -178,7 +178,7 @@ class Loop:
             self.export.add(number, rollout.groups)
         step_metrics: dict[str, float] = {}
         if self.critic is not None:
-            self.critic.assign_advantages(rollout.groups)
+            self.critic.assign_advantages(rollout.groups, self.reference)
         elif self.settings.supervision == "process":
             step_metrics = process.assign_advantages(rollout.groups, self.tokenizer, self.settings.scale_by_std)
         else:
@@ -191,13 +191,13 @@ class Loop:
             **rollout_metrics(rollout.groups),
             **step_metrics,
             "rl/cap": rollout.cap,
-            **({} if self.critic is None else self.critic.metrics()),
             **corrections,
             **filtering,
             "rl/dead_groups": dead_groups(rewards(rollout.groups)),
             "rl/staleness": staleness,
             **({"rl/problems_asked": rollout.n_problems} if self.settings.max_resamples > 1 else {}),
             **_update_metrics(updates),
+            **({} if self.critic is None else self.critic.metrics()),
             **self.sampler.metrics(),
         }
 
@@ -226,7 +226,7 @@ class Loop:
     def _update(self, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step on one mini-batch."""
         trainer, before = self.trainer, self.trainer.step
-        if self.reference is not None:
+        if self.reference is not None and self.objective.kl > 0:
             self.reference.add_logprobs(batches)
         if self.critic is not None:
             self.critic.update(batches)

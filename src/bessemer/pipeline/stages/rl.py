@@ -43,9 +43,11 @@ class RL(Stage[RLConfig]):
                 f'stage "{config.name}": general_prompts is {config.general_prompts}, a rollout has only '
                 f"{config.prompts_per_rollout} problems"
             )
-        for name in ("gae_lambda", "critic_lr"):
+        for name in ("gae_lambda", "critic_lr", "kl_in_reward"):
             if changed(config, name) and config.advantage != "critic":
                 raise UserError(f'stage "{config.name}": {name} has no effect without advantage = "critic"')
+        if config.kl_in_reward and config.kl == 0:
+            raise UserError(f'stage "{config.name}": kl_in_reward has no effect with kl = 0')
         if config.supervision == "process" and (config.advantage, config.reward) != ("group", "task"):
             raise UserError(
                 f'stage "{config.name}": supervision = "process" needs advantage = "group" and reward = "task"'
