@@ -8,12 +8,20 @@ none         rlimits, the filter of system calls (which also refuses new process
 
 There are three pipes in addition to standard input, output and error: `ask` carries what we send, `reply` the answers
 line by line (first `ready`), `info` the number of the process whose death ends everything inside. Time is counted from
-`ready`, on this side; output is counted while it is read. When a sandbox is closed, every process of it is gone and
-reaped, however it was left.
+`ready`, on this side; output is counted while it is read, and the memory of all processes together is looked at while
+they run. When a sandbox is closed, every process of it is gone and reaped, however it was left.
+
+Both levels run the program in a user namespace of its own, also for root, because the kernel counts processes by user
+and namespace: no sandbox meets the limit of another. A user other than root maps only itself there; for root, this side
+maps root and nobody, which `maps` tells bubblewrap.
+
+bubblewrap's own `--die-with-parent` can leave a process behind: killed between making its child and letting it go, it
+leaves that one waiting. So process 1 inside watches our process (`alive`, a pidfd) and ends with it.
 """
 
 import errno
 import json
+import math
 import os
 import select
 import selectors
@@ -30,6 +38,7 @@ from functools import cache
 from pathlib import Path
 
 from bessemer.errors import UserError
+from bessemer.tasks.sandbox.watch import INTERVAL, look
 
 LEVELS = ("bubblewrap", "namespaces", "none")
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}  # complete; equal hashes make equal verdicts
@@ -58,7 +67,7 @@ class SandboxError(UserError):
 
 
 class LimitExceeded(Exception):
-    """The program exceeded a bound: "timeout" or "output"."""
+    """The program exceeded a bound: "timeout", "output" or "memory"."""
 
 
 class SandboxProcess:
@@ -67,28 +76,32 @@ class SandboxProcess:
     def __init__(self, level: str, bounds: Bounds, stdin: bytes = b"", mode: str = "once"):
         self.stdout, self.stderr, self._lines = bytearray(), bytearray(), bytearray()
         self._limit, self._seconds = bounds.output, bounds.seconds
+        self._memory = bounds.memory_mb << 20 if level != "none" else None
+        self._first: int | None = None
+        self._next_look = math.inf
         self._selector = selectors.DefaultSelector()
         self._outgoing: dict[int, bytearray] = {}
         (ask, self._ask), (self._reply, reply), (self._info, info) = os.pipe(), os.pipe(), os.pipe()
-        inner = (ask, reply, info)
+        (maps, self._maps), alive = os.pipe(), os.pidfd_open(os.getpid()) if level == "bubblewrap" else -1
+        inner = [ask, reply, info] + ([maps, alive] if level == "bubblewrap" else [])
         try:
             self._process = subprocess.Popen(
-                _command(mode, level, bounds, *inner),
+                _command(mode, level, bounds, ask, reply, info, maps, alive),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=inner,
+                pass_fds=[*inner, self._info],  # or bubblewrap would die of telling `info` to one who is dead
                 env=ENVIRONMENT,
                 cwd="/",
                 start_new_session=True,
                 bufsize=0,
             )
         except OSError as error:
-            for fd in (self._ask, self._reply, self._info):
+            for fd in (self._ask, self._reply, self._info, self._maps):
                 os.close(fd)
             raise SandboxError(f"the sandbox cannot be started: {error}") from error
         finally:
-            for fd in inner:
+            for fd in {*inner, maps}:
                 os.close(fd)
         pipes = (self._process.stdin, self._process.stdout, self._process.stderr)
         self._stdin, self._stdout, self._stderr = (pipe for pipe in pipes if pipe is not None)
@@ -100,20 +113,43 @@ class SandboxProcess:
             os.set_blocking(fd, False)
             self._outgoing[fd] = bytearray()
         self._send(self._stdin.fileno(), stdin)
+        self._mapped = level == "bubblewrap" and os.geteuid() == 0
 
     def __enter__(self) -> "SandboxProcess":
         self._deadline = time.monotonic() + START_SECONDS
         try:
+            if self._mapped:
+                self._map_ids()
             ready = self.line() == b"ready"
-        except LimitExceeded:
+        except (LimitExceeded, OSError):
             ready = False
         if not ready:
             self.close()
             lines = self.stderr.decode(errors="replace").strip().splitlines() or ["it gave no reason"]
             raise SandboxError(f"the sandbox cannot be started: {lines[-1]}")
+        self._first = self._first or self._read_info()
         self._started = time.monotonic()
         self._deadline = self._started + self._seconds
+        if self._memory:
+            self._next_look = self._started + INTERVAL
         return self
+
+    def _map_ids(self) -> None:
+        """Map root and nobody into bubblewrap's new user namespace, and let it go on."""
+        if first := self._read_info():
+            for kind in ("uid", "gid"):
+                Path(f"/proc/{first}/{kind}_map").write_text(f"0 0 1\n{NOBODY} {NOBODY} 1")
+            self._first = first
+            os.write(self._maps, b"g")
+
+    def _read_info(self) -> int | None:
+        """The process whose death ends everything inside; None where the launcher ended before it told."""
+        text = b""
+        while b"}" not in text and select.select([self._info], [], [], self._deadline - time.monotonic())[0]:
+            if not (part := os.read(self._info, CHUNK)):
+                return None
+            text += part
+        return json.loads(text)["child-pid"] if text else None
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -158,7 +194,7 @@ class SandboxProcess:
         if self._process.returncode is None:
             self._end()
             self._selector.close()
-            for fd in (self._ask, self._reply, self._info):
+            for fd in (self._ask, self._reply, self._info, self._maps):
                 os.close(fd)
             for pipe in (self._stdin, self._stdout, self._stderr):
                 pipe.close()
@@ -172,9 +208,8 @@ class SandboxProcess:
                 self._process.wait(GRACE_SECONDS)
         if self._process.poll() is None:
             try:
-                os.set_blocking(self._info, False)
-                os.kill(json.loads(os.read(self._info, CHUNK))["child-pid"], signal.SIGKILL)
-            except (OSError, ValueError):  # not reported yet, or just ended
+                os.kill(self._first or self._read_info() or self._process.pid, signal.SIGKILL)
+            except (OSError, ValueError):  # just ended
                 self._process.kill()
         try:
             self._process.wait(END_SECONDS)
@@ -193,8 +228,12 @@ class SandboxProcess:
             left = self._deadline - time.monotonic()
             if left <= 0:
                 raise LimitExceeded("timeout")
-            for key, _ in self._selector.select(left):
+            for key, _ in self._selector.select(max(0, min(left, self._next_look - time.monotonic()))):
                 (self._write if key.fd in self._outgoing else self._read)(key.fd)
+            if self._memory and self._first and time.monotonic() >= self._next_look:
+                if (pause := look(self._first, self._memory)) is None:
+                    raise LimitExceeded("memory")
+                self._next_look = time.monotonic() + pause
 
     def _read(self, fd: int) -> None:
         data, sink = os.read(fd, CHUNK), self._sinks[fd]
@@ -218,13 +257,25 @@ class SandboxProcess:
                 del self._outgoing[fd]
 
 
-def _command(mode: str, level: str, bounds: Bounds, ask: int, reply: int, info: int) -> list[str]:
+def _command(
+    mode: str, level: str, bounds: Bounds, ask: int, reply: int, info: int, maps: int, alive: int
+) -> list[str]:
     """The command line of a sandbox. Processor time is bounded a little above wall time, which thus strikes first."""
     scratch = SCRATCH if mode == "once" else 0
-    numbers = (ask, reply, info, os.getpid(), int(bounds.seconds) + 2, bounds.memory_mb << 20, scratch, PROCESSES)
+    numbers = (
+        ask,
+        reply,
+        info,
+        alive,
+        os.getpid(),
+        int(bounds.seconds) + 2,
+        bounds.memory_mb << 20,
+        scratch,
+        PROCESSES,
+    )
     script = ["main.py", mode, level, *map(str, numbers)]
     if level == "bubblewrap":
-        return [*_bwrap(info, scratch), *_python(), f"{_BWRAP_INSIDE}/{script[0]}", *script[1:]]
+        return [*_bwrap(info, maps), *_python(), f"{_BWRAP_INSIDE}/{script[0]}", *script[1:]]
     paths = [f"+{path}" for path in _readable()] + [f"-{path}" for path in _hidden()]
     return [*_python(), f"{_INSIDE}/{script[0]}", *script[1:], *paths]
 
@@ -234,14 +285,16 @@ def _python() -> list[str]:
     return [_executable(), "-S", "-s", "-X", "utf8"]
 
 
-def _bwrap(info: int, scratch: int) -> list[str]:
-    """As root without a user namespace, so that confine.py can become a user whose processes are counted."""
-    new = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+def _bwrap(info: int, maps: int) -> list[str]:
+    """Process 1 may mount /tmp, and as root become a user whose processes are counted; confine.py gives that up."""
+    new = ["--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+    new += ["--unshare-cgroup-try", "--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]
     if os.geteuid() == 0:
+        new += ["--userns-block-fd", str(maps), "--uid", "0", "--gid", "0"]
         new += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_KILL"]
     else:
-        new += ["--unshare-user", "--uid", NOBODY, "--gid", NOBODY, "--cap-drop", "ALL"]
-    tree = ["--perms", "1777", "--size", str(scratch), "--tmpfs", "/tmp"] if scratch else ["--dir", "/tmp"]
+        new += ["--uid", NOBODY, "--gid", NOBODY]
+    tree = ["--dir", "/tmp"]
     for path in _readable():
         for folder in reversed(Path(path).parents[:-1]):
             tree += ["--perms", "0111", "--dir", str(folder)]
@@ -251,7 +304,7 @@ def _bwrap(info: int, scratch: int) -> list[str]:
     for name in ("null", "zero", "urandom"):
         tree += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
     tree += ["--ro-bind", str(_INSIDE), _BWRAP_INSIDE, "--remount-ro", "/", "--chdir", "/tmp"]
-    ends = ["--die-with-parent", "--new-session", "--as-pid-1"]  # bubblewrap's own process 1 may outlive bubblewrap
+    ends = ["--new-session", "--as-pid-1"]
     if (program := shutil.which("bwrap")) is None:
         raise FileNotFoundError(errno.ENOENT, "not on the PATH", "bwrap")
     return [program, *ends, "--info-fd", str(info), *new, *tree]

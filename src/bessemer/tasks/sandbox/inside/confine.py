@@ -16,6 +16,7 @@ import ctypes
 import errno
 import os
 import resource
+import select
 import signal
 import struct
 import sys
@@ -32,7 +33,11 @@ READ_ONLY, NO_SETUID, NO_DEVICES = 1, 2, 4
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
 NOBODY = 65534
+CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
+SCRATCH = b"mode=1777,size=%d,nr_inodes=4k"
+"""Of /tmp: a file or folder takes a kilobyte of the kernel's memory that the size does not count."""
 STACK, FILES = 8 << 20, 64
+WATCH_SECONDS = 0.1
 
 _CALLS = {  # number on x86-64, on AArch64
     "socket": (41, 198), "clone": (56, 220), "ptrace": (101, 117), "process_vm_readv": (310, 270),
@@ -150,6 +155,26 @@ def enter_namespaces(
         os._exit(1)
 
 
+def enter_bubblewrap(alive: int, scratch: int) -> None:
+    """In bubblewrap's process 1: mount /tmp (bubblewrap bounds no inodes), give up every right but those by which
+    root becomes nobody and ends a program, and end with the trusted process, whose pidfd is `alive`."""
+    if scratch:
+        _tmpfs(b"/tmp", SCRATCH % scratch)
+        os.chdir("/tmp")
+    kept = sum(1 << n for n in (CAP_KILL, CAP_SETGID, CAP_SETUID)) if os.geteuid() == 0 else 0
+    call("capset", struct.pack("=II", 0x20080522, 0), struct.pack("=6I", kept, kept, 0, 0, 0, 0))
+    _end_with(alive)
+
+
+def _end_with(pidfd: int) -> None:
+    """Exit soon after that process does. A timer interrupts whatever this one waits for, and no fork of it has one; a
+    thread would be a process that the program sees."""
+    ended = select.poll()
+    ended.register(pidfd, select.POLLIN)
+    signal.signal(signal.SIGALRM, lambda *_: ended.poll(0) and os._exit(1))
+    signal.setitimer(signal.ITIMER_REAL, WATCH_SECONDS, WATCH_SECONDS)
+
+
 def _unshare() -> None:
     """Enter new namespaces. Inside, NOBODY is nobody and 0 is root if the caller is root; else NOBODY is the caller.
 
@@ -191,7 +216,7 @@ def _build_root(scratch: int, paths: list[str], hidden: list[str]) -> None:
     os.mkdir("empty", 0o111)
     os.mkdir("tmp")
     if scratch:
-        _tmpfs(b"tmp", b"mode=1777,size=%d,nr_inodes=4k" % scratch)
+        _tmpfs(b"tmp", SCRATCH % scratch)
     for path, handle in handles:
         source, target = f"/proc/self/fd/{handle}", path.lstrip("/")
         _make_parents(target)
@@ -236,6 +261,7 @@ def limit(cpu: int, memory: int, file: int, processes: int, *, parent: int, isol
     For root RLIMIT_NPROC counts nothing; for nobody it counts the processes of this user namespace, or before Linux
     5.14 all of the user's. Without namespaces a new process could survive, so none is allowed.
     """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     if isolated and os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)

@@ -1,10 +1,10 @@
 """The start: from the trusted side into the process that runs the program.
 
-main.py MODE LEVEL ASK REPLY INFO PARENT CPU MEMORY FILE PROCESSES [+PATH...] [-PATH...]
+main.py MODE LEVEL ASK REPLY INFO ALIVE PARENT CPU MEMORY FILE PROCESSES [+PATH...] [-PATH...]
 
-MODE is once, or each (see serve.py). ASK, REPLY and INFO are file descriptors (see ../process.py), PARENT the trusted
-process, CPU seconds, MEMORY and FILE bytes; without FILE nothing can be written. The program may read below each +PATH
-and not below a -PATH.
+MODE is once, or each (see serve.py). ASK, REPLY, INFO and ALIVE are file descriptors (see ../process.py), PARENT the
+trusted process, CPU seconds, MEMORY and FILE bytes; without FILE nothing can be written. The program may read below
+each +PATH and not below a -PATH.
 """
 
 import os
@@ -15,13 +15,15 @@ import serve
 
 
 def main(
-    mode: str, level: str, ask: int, reply: int, info: int, parent: int, bounds: list[int], paths: list[str]
+    mode: str, level: str, ask: int, reply: int, info: int, alive: int, parent: int, bounds: list[int], paths: list[str]
 ) -> None:
     isolated = level != "none"
     if level == "namespaces":
         readable, hidden = ([path[1:] for path in paths if path[0] == sign] for sign in "+-")
         confine.enter_namespaces(info, (ask, reply), parent, bounds[2], readable, hidden)
-    elif level == "none":
+    elif level == "bubblewrap":
+        confine.enter_bubblewrap(alive, bounds[2])
+    else:
         confine.report_pid(info, os.getpid())
     if isolated:
         confine.protect()
@@ -40,6 +42,6 @@ def main(
     serve.serve(ask, reply)
 
 
-mode, level, *numbers = sys.argv[1:11]
-ask, reply, info, parent, *bounds = map(int, numbers)
-main(mode, level, ask, reply, info, parent, bounds, sys.argv[11:])
+mode, level, *numbers = sys.argv[1:12]
+ask, reply, info, alive, parent, *bounds = map(int, numbers)
+main(mode, level, ask, reply, info, alive, parent, bounds, sys.argv[12:])
