@@ -18,6 +18,7 @@ from bessemer.pipeline.stage import Stage, find_kind
 from bessemer.pipeline.stages.eval import ancestors
 from bessemer.report import facts
 from bessemer.runs import files
+from bessemer.runs.metrics import StageMetrics
 from bessemer.tasks.readability import readable
 from bessemer.tasks.verdict_metrics import maj_at_k, pass_at_k
 
@@ -128,14 +129,19 @@ def test_an_evaluation_that_dies_goes_on_with_the_next_row(done, tmp_path, monke
     asked = []
     real = scoring.evaluate
 
-    def dies(engine, encode, task, **settings):
+    def counted(engine, encode, task, **settings):
         asked.append((task.name, task.languages, settings["temperature"]))
-        if len(asked) == 4:
-            raise MemoryError("killed")
         return real(engine, encode, task, **settings)
 
-    monkeypatch.setattr(scoring, "evaluate", dies)
-    with pytest.raises(MemoryError):
+    def dies(self, step, tokens, values):  # after the row, before its line: neither may be kept without the other
+        if len(asked) == 4:
+            raise MemoryError("killed")
+        write(self, step, tokens, values)
+
+    write = StageMetrics.write
+    monkeypatch.setattr(scoring, "evaluate", counted)
+    with monkeypatch.context() as killed, pytest.raises(MemoryError):
+        killed.setattr(StageMetrics, "write", dies)
         stages_run.run(folder / "small.toml", out)
     state = out / "03-eval" / "state"
     assert len(json.loads((state / "rows.json").read_text())) == 3 and not (out / "03-eval" / "results.json").exists()

@@ -165,6 +165,21 @@ def test_every_stage_is_done_and_a_second_run_does_nothing(chain):
     assert {result.status for result in stages_run.run(recipe, out).values()} == {"skipped"}
 
 
+def test_killed_behind_its_last_checkpoint_a_stage_leaves_the_same_and_no_temporary_file(chain):
+    recipe, out, results = chain
+    before = {}
+    for name in ("r1", "logits"):
+        before[name] = json.loads((results[name].folder / "done.json").read_text())
+        (results[name].folder / "done.json").unlink()
+        (results[name].folder / "state" / "counts.json.tmp-1").touch()
+    again = stages_run.run(recipe, out)
+    assert [name for name, result in again.items() if result.status == "done"] == ["r1", "logits"]
+    for name, done in before.items():
+        fresh = json.loads((results[name].folder / "done.json").read_text())
+        assert (fresh["summary"], fresh["digest"]) == (done["summary"], done["digest"]) and len(done["summary"]) == 2
+    assert not list(out.rglob("*.tmp-*"))
+
+
 def test_the_cap_is_raised_and_general_prompts_come_at_the_end(chain):
     _, out, _ = chain
     assert list(values(out, "r1", "rl/cap").values()) == [30, 40]

@@ -275,8 +275,8 @@ def _finished(
 def _run_one(item: _Planned, ctx: StageContext, inputs: dict[str, str], root: Path) -> dict[str, Any]:
     with explained(item.folder):
         ctx.dir.mkdir(exist_ok=True)
-        for leftover in filter(_is_temporary, [*ctx.dir.iterdir(), *root.iterdir()]):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for leftover in filter(_is_temporary, [*ctx.dir.rglob("*"), *root.iterdir()]):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         # hashed again: a file may have changed since the run began, or while earlier stages ran
         began, files = time.time(), outside.read_by(item.config)
         write_stage_record(ctx.dir, item.identity, inputs, files, began)

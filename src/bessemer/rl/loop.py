@@ -146,8 +146,8 @@ class Loop:
         distributed.save(trainer, ctx.dir / "model", self._tokenizer_dir())
         if self.export is not None:
             self.export.finish(settings.rollouts, ctx.dir)
-        summary: dict[str, Any] = {"steps": trainer.step}
-        return summary | {"accuracy": round(values["rl/accuracy"], 4)} if first < settings.rollouts else summary
+        accuracy = ctx.metrics.last("rl/accuracy")  # also of an attempt that was killed after its last checkpoint
+        return {"steps": trainer.step} | ({"accuracy": round(accuracy, 4)} if ctx.leads else {})
 
     def _start(self) -> int:
         """Resumes from the last checkpoint, or evaluates the base; returns the number of the next rollout."""

@@ -131,6 +131,10 @@ class StageMetrics:
         mine = [line for line in self._metrics.lines() if line.get("stage") == self._stage]
         return [(line.get("step", 0), line.get("values", {})) for line in mine]
 
+    def last(self, name: str) -> Any:
+        """The newest value of this name, whichever attempt wrote it; None if there is none."""
+        return next((values[name] for _, values in reversed(self.history()) if name in values), None)
+
     def rewind(self, step: int) -> None:
         """Drop this stage's lines after `step`; call it once the checkpoint to resume from is known."""
         self._metrics.rewind(self._stage, step)

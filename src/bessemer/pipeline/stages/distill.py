@@ -24,6 +24,8 @@ from bessemer.train import setup
 from bessemer.train.objective import OnPolicyDistillation
 from bessemer.train.trainer import Runtime, Trainer
 
+HELDOUT = "distill/heldout_pass_at_1"
+
 
 @register
 class Distill(Stage[DistillConfig]):
@@ -92,7 +94,6 @@ class _Run:
         first = -(-trainer.rows // (config.prompts_per_step * config.samples))
         ctx.rewind(trainer.step or -1)
         ctx.progress.total(config.steps, "steps", done=first)
-        summary: dict[str, float] = {"steps": config.steps}
         if trainer.step == 0:
             self._evaluate()
         for number in range(first, config.steps):
@@ -101,7 +102,7 @@ class _Run:
             note = f"divergence {values.get('train/loss', 0.0):.3f}, accuracy {values['distill/accuracy']:.3f}"
             ctx.progress.advance(1, note)
             if (number + 1) % config.eval_every == 0 or number + 1 == config.steps:
-                summary["pass_at_1"] = round(self._evaluate(), 4)
+                self._evaluate()
             if ctx.stop:
                 trainer.save()
                 ctx.interrupt()
@@ -109,7 +110,8 @@ class _Run:
         trainer.save()
         self.tokenizer.save(ctx.state / "tokenizer")
         self.student.save(ctx.dir / "model", tokenizer_dir=ctx.state / "tokenizer")
-        return summary
+        # from the metrics, since this attempt may have gone on behind the last evaluation
+        return {"steps": config.steps, "pass_at_1": round(ctx.metrics.last(HELDOUT), 4)}
 
     def _step(self, number: int) -> dict[str, float]:
         """Samples of the student as it is now, and one update on them."""
@@ -124,8 +126,8 @@ class _Run:
         values = self.trainer.update(rollout.to_batches(rows, self.tokenizer.pad_id, config.micro_tokens, "token"))
         return values | {"distill/accuracy": sum(row.verdict.correct for row in rows) / len(rows)}
 
-    def _evaluate(self) -> float:
-        """Mean held-out pass@1 over the tasks."""
+    def _evaluate(self) -> None:
+        """Writes the mean held-out pass@1 over the tasks."""
         rows = [
             scoring.evaluate(
                 self.engine, self._encode, task, problems=min(task.size("test") or 10**9, self.config.eval_problems),
@@ -134,9 +136,8 @@ class _Run:
             for task in self.tasks
         ]  # fmt: skip
         score = sum(row["pass_at_1"] for row in rows) / len(rows)
-        self.ctx.metrics.write(self.trainer.step, self.trainer.tokens, {"distill/heldout_pass_at_1": score})
+        self.ctx.metrics.write(self.trainer.step, self.trainer.tokens, {HELDOUT: score})
         self.ctx.say(f"step {self.trainer.step}: held-out pass@1 {score:.3f}")
-        return score
 
     def _encode(self, problem: tasks.Problem) -> list[int]:
         return question_ids(self.tokenizer, problem.prompt)

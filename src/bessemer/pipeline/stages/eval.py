@@ -80,9 +80,10 @@ class Eval(Stage[EvalConfig]):
                 top_p=config.top_p, max_new_tokens=config.max_new_tokens, seed=ctx.seed,
             )  # fmt: skip
             rows.append({"model": model, **row})
-            write_atomic(path, json.dumps(rows))
             tag = f"eval/{model}/{task.name}/{row['language']}/T{temperature:g}"
+            # The line first: of a row that a kill then loses it is dropped, of one that is kept it could not be missed.
             ctx.metrics.write(len(rows), 0, {f"{tag}/{key}": row[key] for key in (*scoring.FIGURES, "readable")})
+            write_atomic(path, json.dumps(rows))
             ctx.progress.advance(1, f"{model} {task.name} {row['language']}: pass@1 {row['pass_at_1']:.3f}")
             if ctx.stop:
                 ctx.interrupt()

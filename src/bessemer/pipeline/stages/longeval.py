@@ -71,8 +71,8 @@ class LongEval(Stage[LongEvalConfig]):
             if named not in engines:
                 engines = {named: self._engine(config, ctx, model, added)}
             results[key] = measure(engines[named])
+            ctx.metrics.write(number, 0, {f"long/{key}": _figure(results[key])})  # first, as in `eval`
             write_atomic(path, json.dumps(results))
-            ctx.metrics.write(number, 0, {f"long/{key}": _figure(results[key])})
             ctx.progress.advance(1, f"{key}: {_figure(results[key]):.3f}")
             if ctx.stop:
                 ctx.interrupt()
