@@ -7,6 +7,8 @@ os.environ.setdefault("RAYON_NUM_THREADS", "1")
 
 import pytest
 import torch
+from browser import chromium
+from page_helpers import make_run
 from serving import running
 
 from bessemer.data.tokenizer import Tokenizer
@@ -54,6 +56,20 @@ def zero_engine(zero):
 def server(r1):
     """With the model in a process of its own, as it is served; other servers here have it in a thread."""
     with running(r1, launch=launch) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Not for the whole session: it keeps an event loop running, beside which no test could run its own."""
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="session")
+def run_server(tmp_path_factory):
+    """Over a run of two models, with the records of their training: what the chat page is for."""
+    with running(make_run(tmp_path_factory.mktemp("run"))) as server:
         yield server
 
 

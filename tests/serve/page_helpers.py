@@ -7,33 +7,41 @@ for a test (hostile text, errors) is fed into the browser in the place of the se
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.hf import hub
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-ARGUMENTS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 TEXTS = ["the quick brown fox jumps over the lazy dog", "<think>2+2=4</think> <answer>4</answer>", "盛钢水的炉子"] * 8
 CONTEXT = 4096
+RECIPE = """name = "noise"
+[[stage]]
+kind = "corpus"
+row_length = 1000
+parts = {fables = "fables-en", sums = "task:arithmetic", search = "task:countdown"}
+[[stage]]
+kind = "pretrain"
+from = "corpus"
+[[stage]]
+kind = "rl"
+name = "zero"
+from = "pretrain"
+tasks = ["countdown"]
+max_new_tokens = [["0", 100], ["9", "1.1K"]]
+[[stage]]
+kind = "rl"
+name = "r1"
+from = "zero"
+tasks = ["words"]
+[[stage]]
+kind = "eval"
+models = ["zero", "r1"]
+"""
+SOLVED = {("zero", "en"): 0.42, ("zero", "zh"): 0.39, ("r1", "en"): 0.5}
 SAID = """lines => lines.map(line => {
   const copy = line.cloneNode(true);
   for (const unsaid of copy.querySelectorAll(".unsaid")) unsaid.remove();
@@ -52,7 +60,7 @@ WATCH = """() => {
 
 def make_run(root: Path) -> Path:
     """A run directory with the finished stages `zero` and `r1`, each in its own template."""
-    (root / "recipe.toml").write_text('name = "noise"\n')
+    (root / "recipe.toml").write_text(RECIPE)
     shape = dict(
         dim=32, n_layers=3, inter_dim=48, moe_inter_dim=16, n_heads=2, q_lora_rank=16, kv_lora_rank=16,
         qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=8, n_activated_experts=2,
@@ -65,22 +73,14 @@ def make_run(root: Path) -> Path:
         hub.save(model, folder / "model")
         tokenizer.save(folder / "model")
         (folder / "done.json").write_text("{}")
+    (root / "03-eval").mkdir()
+    rows = [
+        {"model": model, "task": "countdown", "language": language, "temperature": temperature, "pass_at_1": share}
+        for (model, language), share in SOLVED.items()
+        for temperature, share in ((1.0, share / 2), (0.6, share))
+    ]
+    (root / "03-eval" / "results.json").write_text(json.dumps({"rows": rows}))
     return root
-
-
-@contextmanager
-def chromium() -> Iterator[Any]:
-    """A browser, or a skipped test with the reason."""
-    sync_api = pytest.importorskip(
-        "playwright.sync_api", reason="the page is tested with playwright, which is not installed"
-    )
-    binary = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if binary is None:
-        pytest.skip(f"the page is tested in a browser, and none of {', '.join(CHROMIUM)} is installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=binary, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 def wait_for(true, what: str, seconds: float = 15.0) -> None:

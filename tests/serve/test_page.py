@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from page_helpers import Chat, chromium, chunk, make_run, token, wait_for
-from serving import Running, running
+from browser import violations
+from page_helpers import Chat, chunk, token, wait_for
+from serving import Running
+
+from bessemer.serve import app
 
 HOSTILE = """<script>window.owned = 1</script><img src=x onerror='window.owned = 1'> **<b>bold</b>** `<i>` &amp;
 
@@ -37,15 +41,8 @@ GROW = """async ([words, length]) => {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Running]:
-    with running(make_run(tmp_path_factory.mktemp("run"))) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    with chromium() as browser:
-        yield browser
+def server(run_server) -> Running:
+    return run_server
 
 
 @pytest.fixture
@@ -265,7 +262,9 @@ def test_trouble_is_said_in_plain_words_and_overcome(chat):
     ],
 )
 def test_broken_storage_costs_no_more_than_itself(browser, server, kept):
-    before = "".join(f"localStorage.setItem('bessemer.{name}.1', {json.dumps(kept)});" for name in ("talk", "settings"))
+    before = "".join(
+        f"localStorage.setItem('bessemer.{name}.1', {json.dumps(kept)});" for name in ("talk", "talks", "settings")
+    )
     chat = Chat(browser, server.url, before=f"if (!sessionStorage.seen) {{ {before} sessionStorage.seen = 1; }}")
     chat.set(thinking="never", max_tokens=4, seed=5)
     chat.ask("Still there?")
@@ -274,3 +273,190 @@ def test_broken_storage_costs_no_more_than_itself(browser, server, kept):
     assert answer and chat.answer() == answer and chat.questions()[-1] == "Still there?"
     assert chat.page.input_value("#settings [name=max_tokens]") == "4"
     chat.check()
+
+
+MARKDOWN = """# A *small* head
+- one `code` and **bold**
+  - nested, (1+2)*(3+4)*(5) and (2)**(3)**(4)
+3. three
+> said
+---
+| a | b |
+[a link](javascript:owned()) ![x](http://evil.example/x)
+2*3*4 = 24, *lean*"""
+
+
+def test_markdown_is_shown_and_nothing_of_it_runs(chat):
+    chat.feed(chunk(content=MARKDOWN), chunk(finish="stop"))
+    chat.ask("Show me.")
+    lines = chat.page.locator(f"{BAR} .text .line")
+    shapes = [" ".join(name.split()[1:]) for name in lines.evaluate_all("all => all.map(line => line.className)")]
+    assert shapes == ["h1", "item in0", "item in1", "numbered in0", "quote", "rule", "row", "", ""]
+    shown = chat.page.evaluate("document.querySelector('.answer .text').innerText")
+    for words in ("A small head", "one code and bold", "(1+2)*(3+4)*(5) and (2)**(3)**(4)", "[a link](javascript:",
+                  "2*3*4 = 24, lean"):  # fmt: skip
+        assert words in shown, shown
+    assert "#" not in shown and "- one" not in shown and chat.page.locator("#middle :is(a, img)").count() == 0
+    assert chat.page.locator(f"{BAR} em").all_text_contents() == ["small", "lean"]
+    assert chat.answer() == MARKDOWN  # the marks are hidden, not lost
+    chat.feed(chunk(reasoning_content="- 3 + 5\n* 4"), chunk(content="2"), chunk(finish="stop"))
+    chat.ask("And a thought?")
+    assert chat.page.locator(f"{BAR} .thought .item").count() == 0  # a minus there is a minus
+
+
+def test_examples_come_from_the_run_and_answers_are_checked(chat):
+    """The tasks of the picked model, held out; a right answer is said to be right, a wrong one wrong."""
+    chat.page.click("text=/^zero$/")
+    chat.page.wait_for_selector("text=Countdown · English")
+    assert chat.page.locator("#start h3").all_text_contents() == [
+        "Countdown · English", "Countdown · Chinese", "Arithmetic · English", "Arithmetic · Chinese"
+    ]  # fmt: skip
+    told = chat.text(".answering dd")
+    assert "practised: Countdown (solves English 42 %, Chinese 39 % of held-out problems)" in told
+    assert "read about: Arithmetic" in told and "trained on texts of up to 1\u2009100 tokens" in told
+    question = chat.page.locator(".group >> nth=2 >> .example >> nth=0").text_content()
+    value = eval(re.search(r"[-\d+*]+", question)[0])
+    for given, verdict in ((value, "✓ Right"), (value + 1, "✗ Wrong: another value")):
+        chat.feed(chunk(reasoning_content="so"), chunk(content=f"<answer>{given}</answer>"), chunk(finish="stop"))
+        if given == value:
+            chat.page.click(".group >> nth=2 >> .example >> nth=0")
+        else:
+            chat.page.click(f"{BAR} >> text=Retry")
+        chat.done()
+        chat.page.wait_for_selector(f"{BAR} .verdict >> text={verdict}")
+    chat.open()  # the verdict is kept
+    assert chat.text(f"{BAR} .verdict").startswith("✗")
+    chat.feed(chunk(content="4"), chunk(finish="stop"))
+    chat.ask("Something of my own?")
+    assert not chat.page.is_visible(f"{BAR} .verdict")
+
+
+@pytest.mark.parametrize("model", ["zero", "r1"])
+def test_a_cut_answer_says_so_and_goes_on_from_inside_its_thought(chat, server, model):
+    """What the page sends to go on is what the model would have written: the server ends up with one longer answer."""
+    chat.page.click(f"text=/^{model}$/")
+    chat.set(thinking="always", max_tokens=30, seed=3, temperature=0)
+    chat.endless()
+    chat.ask("the fox")
+    thought = chat.answer(".thought")
+    assert thought and not chat.page.is_visible(f"{BAR} .text")
+    assert chat.text(f"{BAR} .trouble") == "Cut off after 30 tokens, inside its thought."
+    sent = []
+    chat.page.on("request", lambda request: "completions" in request.url and sent.append(request.post_data_json))
+    chat.page.click(f"{BAR} >> text=Continue")
+    chat.done()
+    opened = f"<think>\n{thought}" if model == "r1" else f"<think>{thought}"
+    assert sent[0]["messages"][-1] == {"role": "assistant", "content": opened}
+    assert chat.answer(".thought").startswith(thought) and len(chat.answer(".thought")) > len(thought)
+    assert re.match("60 tokens", chat.text(f"{BAR} .figures")) and "after 60 tokens" in chat.text(f"{BAR} .trouble")
+    assert chat.page.is_visible(f"{BAR} >> text=Continue")
+
+
+def test_conversations_are_kept_exported_and_deleted(chat):
+    for question in ("first *one*", "second"):
+        chat.feed(chunk(reasoning_content="so"), chunk(content=f"about {question}"), chunk(finish="stop"))
+        chat.ask(question)
+        chat.page.click("#fresh")
+    chat.page.click("#list")
+    assert chat.page.locator(".talk span").all_text_contents() == ["second", "first *one*"]
+    chat.page.click(".talk >> nth=1")
+    assert chat.questions() == ["first *one*"] and chat.answer() == "about first *one*"
+    saved = {}
+    for kind in ("Markdown", "JSON"):
+        with chat.page.expect_download() as download:
+            chat.page.click(f"text=Save as {kind}")
+        saved[download.value.suggested_filename] = download.value.path().read_text("utf-8")
+    assert saved["conversation.md"].startswith("## first *one*\n\n**r1**, seed ")
+    assert saved["conversation.md"].endswith("\n\n> so\n\nabout first *one*\n")
+    (turn,) = json.loads(saved["conversation.json"])["turns"]
+    assert turn["question"] == "first *one*" and turn["answers"][0]["thought"] == "so"
+    chat.open()
+    assert chat.questions() == ["first *one*"]  # the one that was open
+    chat.page.click("#list")
+    chat.page.click(".talks li >> nth=1 >> .quiet")
+    assert chat.questions() == [] and chat.page.locator(".talk span").all_text_contents() == ["second"]
+    chat.page.click("#notice >> text=Undo")
+    assert chat.page.locator(".talk span").count() == 2
+
+
+def test_chinese_and_themes(chat):
+    chat.set(theme="dark")
+    ink = "getComputedStyle(document.body).color"
+    dark = chat.page.evaluate(ink)
+    chat.set(theme="light")
+    assert chat.page.evaluate(ink) != dark
+    chat.page.click("#tune")
+    chat.page.select_option("#settings [name=language]", "zh")
+    chat.page.wait_for_selector("html[lang=zh-CN] .chip[aria-pressed=true]")
+    assert chat.text("#tune") == "设置" and chat.page.get_attribute("#question", "placeholder") == "问 r1"
+    chat.feed(chunk(content="好"), chunk(finish="stop"))
+    chat.ask("你好")
+    assert chat.text(f"{BAR} .acts") == "复制继续重试"
+    named = chat.page.locator("button:not(.example), label, h2, summary").all_text_contents()
+    known = {"r1", "zero", "Top-p", "Top-k", "Min-p"}  # Chinese has no other words
+    assert {word for word in map(str.strip, named) if re.fullmatch(r"[ -~]+", word)} <= known
+
+
+def test_every_word_of_the_page_has_a_translation():
+    """Each text that a script says, by its call of t(...) and by the tables of settings, is in the Chinese list."""
+    page = Path(app.__file__).with_name("page")
+    scripts = {path.name: path.read_text("utf-8") for path in page.glob("*.js")}
+    listed = set(re.findall(r'^\s+.*?"((?:[^"\\]|\\.)*)":', scripts["words.js"], re.M))
+    listed |= set(re.findall(r'"((?:[^"\\]|\\.)*)":', scripts["words.js"]))
+    said = {
+        words
+        for name, text in scripts.items()
+        if name != "words.js"
+        for call in re.findall(r"\bt\(([^()]*)", text)
+        for words in re.findall(r'"([^"]+)"', call.split("{ ")[0])
+    }
+    assert len(said) > 60 and said - listed - {"zero"} == set()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_nothing(browser, server, scheme, width):
+    """The empty page with its panels, then a checked answer with its tokens and thought; no panel is cut off."""
+    chat = Chat(browser, server.url, width=width, color_scheme=scheme)
+    for panel in ("#list", "#tune"):
+        chat.page.click(panel)
+        if width < 1000:  # one covers the page
+            assert violations(chat.page) == []
+            shown = "[...document.querySelectorAll('aside:not([hidden]), aside:not([hidden]) *')]"
+            assert chat.page.evaluate(f"{shown}.every(e => e.getBoundingClientRect().right <= innerWidth)")
+            chat.page.keyboard.press("Escape")
+    assert violations(chat.page) == []
+    chat.page.click("#details")
+    odds = [token(word, -place) for place, word in enumerate(("one ", "`two` ", "<answer>", "3", "</answer>"))]
+    thought = chunk(reasoning_content="one `two` ", tokens=odds[:2])
+    chat.feed(thought, chunk(content="<answer>3</answer>", tokens=odds[2:]), chunk(finish="length"))
+    chat.page.click(".example >> nth=0")
+    chat.page.wait_for_selector(f"{BAR} .verdict.wrong")
+    chat.page.click(f"{BAR} summary")
+    assert chat.page.locator(f"{BAR} .token").count() >= 5
+    assert violations(chat.page) == []
+    chat.check()
+
+
+def test_colours_are_apart():
+    """WCAG's contrast of every pair of colours that text is set in, in both themes: at least 4.5."""
+    style = (Path(app.__file__).parent / "page" / "style.css").read_text("utf-8")
+    named = re.findall(r"--([\w-]+): light-dark\((#\w+), (#\w+)\)", style)
+    assert len(named) > 18
+    shades = [f"shade{n}" for n in range(5)]
+    pairs = [("ink", back) for back in ("paper", "card", "soft", *shades)]
+    pairs += [(ink, back) for ink in ("muted", "accent") for back in ("paper", "card", "soft")]
+    pairs += [(ink, back) for ink in ("good", "bad") for back in ("paper", "card")]
+    pairs += [("accent-ink", back) for back in ("accent", "c1", "c2", "c3", "c4")]
+    for theme in (1, 2):
+        colours = {name[0]: luminance(name[theme]) for name in named}
+        for ink, back in pairs:
+            light, dark = sorted((colours[ink], colours[back]), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, back, theme)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance by WCAG 2."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))

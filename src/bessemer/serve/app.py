@@ -23,6 +23,7 @@ from bessemer.serve.events import EventStream, Responder, while_connected
 from bessemer.serve.metrics import ServerMetrics
 from bessemer.serve.middleware import RequestCounter, RequestGuard
 from bessemer.serve.models import LoadedModel, ModelFacts, Models, tokenise
+from bessemer.serve.problems import add_problems
 from bessemer.serve.protocol import FIELDS, ApiError, invalid
 
 AnyBody = TypeVar("AnyBody", bound=protocol.Generation)
@@ -78,6 +79,7 @@ def build(models: Models) -> FastAPI:
     _add_generation(app, models, metrics)
     _add_tokenizer(app, models)
     _add_status(app, models, metrics)
+    add_problems(app, models)
     _add_page(app)
     app.add_middleware(RequestGuard, config=models.config)
     if models.config.origins:

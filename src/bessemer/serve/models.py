@@ -28,7 +28,8 @@ from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model import accounting
 from bessemer.runs.directory import model_dir, stage_folders, writing_models
-from bessemer.serve import ServeConfig
+from bessemer.serve import ServeConfig, practice
+from bessemer.serve.practice import Practice
 from bessemer.serve.protocol import ApiError, too_long
 from bessemer.serve.service import Launch, Service, launch
 
@@ -75,12 +76,17 @@ class ModelFacts:
     """Sampling defaults of its generation_config.json."""
     end_ids: tuple[int, ...] = ()
     """End-of-answer tokens that generation_config.json names."""
+    practice: Practice = field(default_factory=Practice)
+    """What it was trained on, by the records of its run."""
 
 
 def read_facts(name: str, folder: Path) -> ModelFacts:
     """UserError where something is missing or broken."""
     created = int((folder / "config.json").stat().st_mtime)
-    common: dict[str, Any] = dict(name=name, folder=folder, created=created, **_template(folder), **_generation(folder))
+    common: dict[str, Any] = dict(
+        name=name, folder=folder, created=created, practice=practice.of_model(folder),
+        **_template(folder), **_generation(folder),
+    )  # fmt: skip
     if needs_transformers(folder):
         config = read_json(folder / "config.json")
         config |= config.get("text_config") or {}

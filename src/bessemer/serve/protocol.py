@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from bessemer.serve import ReasoningFormat
+from bessemer.serve.practice import Practice
 
 MOST_SAMPLES = 128
 Id = Annotated[int, Field(ge=0, lt=2**31)]
@@ -49,7 +50,8 @@ class Generation(Body):
     """Answer in server-sent events."""
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=0, le=2**53)
-    """At most this many new tokens, and never more than the context has room for."""
+    """At most this many new tokens, and never more than the context has room for. By default prompt and answer stay
+    within the longest text that the model was trained on, where its run says how long that is."""
     temperature: float | None = Field(None, ge=0, le=2)
     """0 takes the likeliest token. The default is the model's generation_config.json, as for the next four."""
     top_p: float | None = Field(None, ge=0, le=1)
@@ -170,6 +172,18 @@ class DetokenizeRequest(Body):
     tokens: Annotated[list[Id], Field(max_length=1_000_000)]
 
 
+class AnswerToJudge(Body):
+    """POST /v1/verdict: an answer to a problem of GET /v1/problems."""
+
+    model: Name | None = None
+    """Whose problem it is; without it the default model's."""
+    task: str = Field(max_length=200)
+    language: str = Field(max_length=20)
+    number: int = Field(ge=0, lt=2**31)
+    answer: str = Field(max_length=200_000)
+    """All that the model wrote, the thought inside its tags."""
+
+
 _BODIES: tuple[type[Body], ...] = (*Body.__subclasses__(), ChatRequest, CompletionRequest)
 FIELDS = frozenset(name for body in _BODIES for name in body.model_fields)
 """Names that may occur in the location of a validation error."""
@@ -280,6 +294,7 @@ class ModelDetails(BaseModel):
     experts: int
     experts_per_token: int
     sampling: dict[str, Any]
+    practice: Practice
 
 
 class ModelReply(BaseModel):

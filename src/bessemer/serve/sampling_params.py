@@ -43,7 +43,7 @@ def requests(
     thinking_budget: int | None = None,
 ) -> list[Request]:
     """n samples of each prompt, next to each other. `client`: the address of the sender; `max_tokens`: new tokens
-    (None: what the context leaves); `param`: the field that holds the prompts."""
+    (None: what `room` leaves); `param`: the field that holds the prompts."""
     if body.logit_bias:
         raise unsupported("logit_bias", "logit_bias is not supported; use stop or the penalties")
     if body.return_routing and not model.facts.sparse_layers:
@@ -74,6 +74,10 @@ def requests(
 
 
 def room(model: LoadedModel, prompt_tokens: int, max_tokens: int | None) -> int:
-    """New tokens that an answer to such a prompt may have."""
+    """New tokens that an answer to such a prompt may have. Unasked it stays within the positions that the model was
+    trained on, unless the prompt is beyond them already."""
     left = max(0, model.facts.context - prompt_tokens)
-    return left if max_tokens is None else min(max_tokens, left)
+    if max_tokens is not None:
+        return min(max_tokens, left)
+    trained = (model.facts.practice.trained_length or 0) - prompt_tokens
+    return min(left, trained) if trained > 0 else left

@@ -4,10 +4,22 @@
 // focus or the place it is scrolled to.
 
 import { find, make, number, say, seconds } from "./dom.js";
+import { taskName } from "./examples.js";
 import { about } from "./picker.js";
 import { running } from "./state.js";
 import { paint } from "./text.js";
 import { looks } from "./tokens.js";
+import { t } from "./words.js";
+
+// What the verifiers call the faults of an answer; others are not named.
+const FAULTS = {
+  "wrong-value": "another value",
+  "wrong-numbers": "other numbers",
+  unparsable: "no answer to read",
+  unfinished: "unfinished",
+  several: "several answers",
+  echo: "it repeats the question",
+};
 
 export class AnswerView {
   // page: what the answer needs of the page: settings, card, modelOf(id) and the actions of its buttons.
@@ -16,26 +28,27 @@ export class AnswerView {
     const button = (words, title, act) => make("button.quiet", { type: "button", title, onclick: act }, words);
     this.who = make("b", {}, answer.model);
     this.now = make("span.now");
-    this.halt = button("Stop", "Stop this answer", () => page.stop(answer));
+    this.halt = button(t("Stop"), t("Stop this answer"), () => page.stop(answer));
     this.summary = make("summary", { onclick: () => page.open(answer, !this.thought.open) });
-    this.thinking = make("div.lines", { role: "group", "aria-label": `Thought by ${answer.model}` });
+    this.thinking = make("div.lines", { role: "group", "aria-label": t("Thought by {model}", answer) });
     this.thought = make("details.thought", {}, this.summary, this.thinking);
-    this.text = make("div.lines.text", { role: "group", "aria-label": `Answer by ${answer.model}` });
+    this.text = make("div.lines.text", { role: "group", "aria-label": t("Answer by {model}", answer) });
     this.trouble = make("p.trouble");
+    this.verdict = make("span.verdict");
     this.figures = make("span.figures");
     this.seed = make("button.quiet.seed", {
       type: "button",
-      title: "Use this seed for the next answers too",
+      title: t("Use this seed for the next answers too"),
       onclick: () => page.takeSeed(answer.seed),
     });
-    this.copy = button("Copy", "Copy the answer", () => this.copied());
-    this.more = button("Continue", "Let it continue from here", () => page.more(turn, answer));
-    this.again = button("Retry", "Ask this model again", () => page.retry(turn, answer));
+    this.copy = button(t("Copy"), t("Copy the answer"), () => this.copied());
+    this.more = button(t("Continue"), t("Let it continue from here"), () => page.more(turn, answer));
+    this.again = button(t("Retry"), t("Ask this model again"), () => page.retry(turn, answer));
     const acts = make("span.acts", {}, this.copy, this.more, this.again);
-    this.foot = make("footer", {}, this.figures, this.seed, acts);
+    this.foot = make("footer", {}, this.verdict, this.figures, this.seed, acts);
     this.root = make(
       "article.answer",
-      { "aria-label": `Answer by ${answer.model}` },
+      { "aria-label": t("Answer by {model}", answer) },
       make("header", {}, make("i.dot"), this.who, this.now, this.halt),
       this.thought,
       this.text,
@@ -65,15 +78,16 @@ export class AnswerView {
     }
     this.fill(this.text, "text");
     this.text.hidden = !answer.text;
-    say(this.trouble, troubleWords(answer));
+    say(this.trouble, troubleWords(answer, model));
     this.trouble.hidden = !this.trouble.textContent;
     this.trouble.classList.toggle("mild", !answer.trouble);
     this.foot.hidden = live && !figures.rate;
+    this.judged(live);
     say(this.figures, figureWords(figures));
-    say(this.seed, answer.seed === null ? "" : `seed ${answer.seed}`);
+    say(this.seed, answer.seed === null ? "" : t("seed {n}", { n: answer.seed }));
     this.seed.hidden = live || answer.seed === null || !figures.tokens;
     this.copy.hidden = live || !(answer.text || answer.thought);
-    this.more.hidden = live || !answer.text || answer.finish === "stop";
+    this.more.hidden = live || !(answer.text || answer.thought) || answer.finish === "stop" || full(answer, model);
     this.again.hidden = live;
   }
 
@@ -82,15 +96,26 @@ export class AnswerView {
     const shown = page.settings.details ? answer.pieces[part] : null;
     const usable = shown?.length ? shown : null; // an answer of another day may have lost them
     const low = box.scrollHeight - box.scrollTop - box.clientHeight < 24;
-    paint(box, answer[part], usable && looks(usable));
+    paint(box, answer[part], usable && looks(usable), part === "text");
     page.card.watch(box, usable, page.modelOf(answer.model));
     if (low && running(answer)) box.scrollTop = box.scrollHeight;
   }
 
   async copied() {
     const done = await copyText(this.answer.text || this.answer.thought);
-    say(this.copy, done ? "Copied" : "Not allowed");
-    setTimeout(() => say(this.copy, "Copy"), 1500);
+    say(this.copy, t(done ? "Copied" : "Not allowed"));
+    setTimeout(() => say(this.copy, t("Copy")), 1500);
+  }
+
+  // The verifier's verdict, where the question was a known problem.
+  judged(live) {
+    const { verdict } = this.answer;
+    this.verdict.hidden = live || !verdict;
+    if (!verdict) return;
+    const why = t(FAULTS[verdict.reason] ?? "");
+    say(this.verdict, verdict.correct ? `✓ ${t("Right")}` : `✗ ${t("Wrong")}${why && `: ${why}`}`);
+    this.verdict.classList.toggle("wrong", !verdict.correct);
+    this.verdict.title = t("Checked by the verifier of {task}", { task: taskName(this.turn.problem?.task ?? "") });
   }
 }
 
@@ -113,36 +138,48 @@ export function columns(turn, views) {
 function doing(answer, model) {
   switch (answer.phase) {
     case "queued":
-      return `${answer.why} Asking again in ${answer.left} s.`;
+      return t("{why} Asking again in {n} s.", { why: t(answer.why), n: answer.left });
     case "waiting":
-      return model && model.loaded === false ? "being loaded" : "";
+      return model && model.loaded === false ? t("being loaded") : "";
     case "thinking":
-      return "thinking";
+      return t("thinking");
     default:
       return "";
   }
 }
 
 function thoughtWords({ figures, phase }) {
-  const words = `for ${plural(figures.thoughtTokens, "token")}, ${seconds(figures.thoughtSeconds ?? 0)}`;
-  return phase === "thinking" ? `Thinking ${words}` : `Thought ${words}`;
+  const values = { tokens: tokens(figures.thoughtTokens), time: seconds(figures.thoughtSeconds ?? 0) };
+  return t(phase === "thinking" ? "Thinking for {tokens}, {time}" : "Thought for {tokens}, {time}", values);
 }
 
-function troubleWords({ trouble, phase, finish, text, thought, figures }) {
-  if (trouble) return trouble.words;
-  if (phase === "stopped") return text || thought ? "Stopped." : "Stopped before the first token.";
-  if (phase === "done" && finish === "length") return `Cut off after ${plural(figures.tokens, "token")}.`;
-  return phase === "done" && !text ? "No answer followed." : "";
+// Why an answer is not whole. It says so whenever one was cut, and what would make it longer.
+function troubleWords(answer, model) {
+  const { trouble, phase, finish, text, thought, figures } = answer;
+  if (trouble) return t(trouble.words);
+  if (phase === "stopped") return t(text || thought ? "Stopped." : "Stopped before the first token.");
+  if (phase !== "done") return "";
+  if (finish !== "length") return text ? "" : t("No answer followed.");
+  const words = text ? "Cut off after {tokens}." : "Cut off after {tokens}, inside its thought.";
+  const longest = model?.practice?.trained_length;
+  const why = full(answer, model)
+    ? t("Its context of {n} tokens is full.", { n: number(model.context) })
+    : longest && figures.context >= longest
+      ? t("It was trained on texts of up to {n} tokens.", { n: number(longest) })
+      : "";
+  return [t(words, { tokens: tokens(figures.tokens) }), why].filter(Boolean).join(" ");
 }
 
-function figureWords({ tokens, rate, first }) {
-  const words = tokens ? [plural(tokens, "token")] : [];
-  if (rate) words.push(`${number(rate, rate < 10 ? 1 : 0)} tokens/s`);
-  if (first !== null) words.push(`first in ${seconds(first)}`);
+const full = ({ figures }, model) => Boolean(model?.context && figures.context >= model.context);
+
+function figureWords({ tokens: count, rate, first }) {
+  const words = count ? [tokens(count)] : [];
+  if (rate) words.push(t("{n} tokens/s", { n: number(rate, rate < 10 ? 1 : 0) }));
+  if (first !== null) words.push(t("first in {time}", { time: seconds(first) }));
   return words.join(" · ");
 }
 
-const plural = (n, what) => `${number(n)} ${what}${n === 1 ? "" : "s"}`;
+const tokens = (n) => t(n === 1 ? "{n} token" : "{n} tokens", { n: number(n) });
 
 // The clipboard interface exists on secure pages only; over plain HTTP in one's own network the old way remains.
 async function copyText(text) {

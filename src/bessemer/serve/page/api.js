@@ -61,6 +61,21 @@ export async function* stream(model, talk, sampling, signal) {
   if (!ended) throw new Trouble("gone", "The connection was lost before the answer was complete.");
 }
 
+// Held-out problems of the tasks that a model was trained on: [{ task, language, number, prompt }].
+export async function problems(model) {
+  const told = await (await call(`v1/problems?model=${encodeURIComponent(model)}`, {})).json();
+  return (Array.isArray(told?.data) ? told.data : []).filter(
+    (one) => typeof one?.prompt === "string" && typeof one.task === "string" && Number.isInteger(one.number),
+  );
+}
+
+// The verdict of a task's verifier on an answer to one of them: { correct, reason }.
+export async function verdict(model, problem, answer) {
+  const body = JSON.stringify({ model, ...problem, answer });
+  const headers = { "Content-Type": "application/json" };
+  return (await call("v1/verdict", { method: "POST", body, headers })).json();
+}
+
 // A model without a chat template goes on with a text: what was asked, what it wrote after that, and so on.
 const plain = (talk) => talk.map(({ role, content }, i) => (role === "user" && i ? "\n" : "") + content).join("");
 

@@ -72,6 +72,7 @@ export class Asking {
     const sent = performance.now();
     const before = figures.tokens;
     const thoughtBefore = figures.thoughtTokens;
+    this.secondsBefore = figures.thoughtSeconds ?? 0;
     let began = null;
     let first = 0;
     this.thoughtBegan = null;
@@ -86,7 +87,7 @@ export class Asking {
         } else if (now > began) figures.rate = ((count - first) * 1000) / (now - began);
         if (chunk.thought) {
           this.thoughtBegan ??= now;
-          figures.thoughtSeconds = (now - this.thoughtBegan) / 1000;
+          figures.thoughtSeconds = this.secondsBefore + (now - this.thoughtBegan) / 1000;
           answer.phase = "thinking";
           if (!chunk.usage) figures.thoughtTokens += Math.max(1, chunk.tokens.length);
         }
@@ -99,6 +100,7 @@ export class Asking {
       }
       if (chunk.usage) {
         figures.tokens = before + (chunk.usage.completion_tokens ?? 0);
+        figures.context = chunk.usage.total_tokens ?? null;
         figures.thoughtTokens = thoughtBefore + (chunk.usage.completion_tokens_details?.reasoning_tokens ?? 0);
       }
       if (chunk.finish) answer.finish = chunk.finish;
@@ -110,7 +112,7 @@ export class Asking {
   // The thought lasted until the first word of the answer, or until the stream ended.
   endThought(now = performance.now()) {
     if (this.thoughtBegan == null) return;
-    this.answer.figures.thoughtSeconds = (now - this.thoughtBegan) / 1000;
+    this.answer.figures.thoughtSeconds = this.secondsBefore + (now - this.thoughtBegan) / 1000;
     this.thoughtBegan = null;
   }
 }
@@ -124,6 +126,13 @@ export function talkOf(turns, until, model, { system, memory }) {
     if (own.text) talk.push({ role: "user", content: turn.question }, { role: "assistant", content: own.text });
   }
   return [...talk, { role: "user", content: turns[until].question }];
+}
+
+// What an answer that is to go on has said so far, as its model's template would have written it.
+export function begun({ thought, text }, style) {
+  if (!thought) return text;
+  if (style === "zero" || style === "r1-zero") return `<think>${thought}${text ? `</think> ${text}` : ""}`;
+  return `<think>\n${thought}${text ? `\n</think>\n\n${text}` : ""}`;
 }
 
 // The settings as fields of a request: what is null is left to the server.

@@ -4,6 +4,7 @@
 import { models, Trouble } from "./api.js";
 import { find, make, say } from "./dom.js";
 import { setKey } from "./state.js";
+import { t } from "./words.js";
 
 const FIRST = 1; // seconds between two tries, at first
 const LAST = 15; // and in the end
@@ -47,8 +48,8 @@ export class Connection {
       if (round !== this.rounds) return;
       this.ready = false;
       if (failure.kind === "key") return this.askKey(failure.message);
-      const often = wait > 2 ? ` every ${wait} seconds` : "";
-      this.show(`${failure.message} Trying again${often}.`, "Now", () => this.begin());
+      const again = wait > 2 ? "{words} Trying again every {n} seconds." : "{words} Trying again.";
+      this.show(t(again, { words: t(failure.message), n: wait }), t("Now"), () => this.begin());
       this.timer = setTimeout(() => this.begin(Math.min(LAST, wait * 2)), wait * 1000);
     }
   }
@@ -59,7 +60,7 @@ export class Connection {
   }
 
   askKey(words) {
-    say(this.form.querySelector("label"), words);
+    say(this.form.querySelector("label"), t(words));
     this.dismiss();
     this.form.hidden = false;
     find("key-text").focus();

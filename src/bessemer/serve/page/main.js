@@ -1,21 +1,27 @@
 // The chat page: brings the parts together. Actions change `turns` or `settings`; the view follows, and both are kept.
 
-import { Asking, samplingOf, talkOf } from "./ask.js";
+import { Asking, begun, samplingOf, talkOf } from "./ask.js";
+import { Chats } from "./chats.js";
 import { Connection } from "./connection.js";
 import { find, say } from "./dom.js";
-import { showExamples } from "./examples.js";
+import { Examples, judge } from "./examples.js";
 import { Picker } from "./picker.js";
 import { Settings } from "./settings.js";
 import * as state from "./state.js";
+import { Talks } from "./talks.js";
 import { Card } from "./tokens.js";
 import { Conversation, fit, sends } from "./turns.js";
+import { t, translatePage } from "./words.js";
 
+translatePage();
 const settings = state.loadSettings();
+const spoken = settings.language; // when the page was made
+const talks = new Talks();
 const question = find("question");
 const asking = new Map(); // answer -> what fetches it
 const page = {
   settings,
-  turns: state.loadTalk(),
+  turns: talks.turns(),
   card: new Card(find("card"), tell),
   ask,
   retry,
@@ -28,7 +34,8 @@ const page = {
 const conversation = new Conversation(page);
 const picker = new Picker(settings, changed);
 const panel = new Settings(settings, changed, forget);
-const showPicked = showExamples((words) => ask(page.turns.length, words));
+const examples = new Examples((words) => ask(page.turns.length, words));
+const chats = new Chats(talks, () => page.turns, openTalk, removeTalk);
 const connection = new Connection((models) => {
   picker.show(models);
   changed();
@@ -38,11 +45,13 @@ const connection = new Connection((models) => {
 // Asks the picked models `words` as turn number `at`, in the place of the turns from there on. False: not now.
 function ask(at, words) {
   if (asking.size || !connection.ready) return false;
+  const before = page.turns[at];
+  const problem = examples.problemOf(words) ?? (before?.question === words ? before.problem : null);
   drop(at, at < page.turns.length);
   const answers = settings.picked.map((id) => state.newAnswer(id, seed()));
-  page.turns.push({ question: words, answers });
+  page.turns.push({ question: words, problem, answers });
   conversation.draw();
-  for (const answer of answers) start(answer, talkOf(page.turns, at, answer.model, settings));
+  for (const answer of answers) start(answer, page.turns[at], talkOf(page.turns, at, answer.model, settings));
   conversation.toEnd();
   focus();
   return true;
@@ -57,21 +66,22 @@ function retry(turn, answer) {
   const fresh = state.newAnswer(answer.model, seed());
   turn.answers[turn.answers.indexOf(answer)] = fresh;
   conversation.draw();
-  start(fresh, talkOf(page.turns, at, fresh.model, settings));
+  start(fresh, turn, talkOf(page.turns, at, fresh.model, settings));
 }
 
-// The answer goes on from where it was stopped or cut off.
+// The answer goes on from where it was stopped or cut off, be it inside its thought.
 function more(turn, answer) {
   const at = page.turns.indexOf(turn);
   const later = at + 1 < page.turns.length;
   if (!connection.ready || at < 0 || (later && asking.size)) return;
   drop(at + 1, later);
-  Object.assign(answer, { phase: "waiting", finish: null, trouble: null });
+  Object.assign(answer, { phase: "waiting", finish: null, trouble: null, verdict: null });
   conversation.draw();
-  start(answer, [...talkOf(page.turns, at, answer.model, settings), { role: "assistant", content: answer.text }]);
+  const said = begun(answer, page.modelOf(answer.model)?.style);
+  start(answer, turn, [...talkOf(page.turns, at, answer.model, settings), { role: "assistant", content: said }]);
 }
 
-function start(answer, talk) {
+function start(answer, turn, talk) {
   const model = page.modelOf(answer.model);
   if (!model) {
     Object.assign(answer, {
@@ -85,13 +95,19 @@ function start(answer, talk) {
   );
   asking.set(answer, one);
   busy();
-  one.ended.then(() => {
+  one.ended.then(async () => {
     asking.delete(answer);
     if (answer.text || answer.thought) model.loaded = true;
     if (answer.trouble) connection.trouble(answer.trouble.kind);
-    tell(answer.trouble?.words ?? `${answer.model}: ${answer.text.slice(0, 300) || "no answer"}`);
     busy();
     keep();
+    if (turn.problem && answer.text) {
+      answer.verdict = await judge(answer, turn.problem);
+      conversation.changed(answer);
+      keep();
+    }
+    const verdict = answer.verdict ? ` ${t(answer.verdict.correct ? "Right" : "Wrong")}.` : "";
+    tell(answer.trouble?.words ?? `${answer.model}: ${answer.text.slice(0, 300) || t("no answer")}.${verdict}`);
   });
 }
 
@@ -100,7 +116,7 @@ function drop(at, offer) {
   const gone = [...page.turns];
   page.turns.splice(at);
   if (!offer) return connection.dismiss();
-  connection.notice(gone.length - at === 1 ? "The turn was replaced." : "Later turns were dropped.", "Undo", () => {
+  connection.notice(t(gone.length - at === 1 ? "The turn was replaced." : "Later turns were dropped."), t("Undo"), () => {
     stopAll();
     page.turns.splice(0, Infinity, ...gone);
     conversation.draw();
@@ -112,44 +128,72 @@ function stopAll() {
   for (const one of asking.values()) one.stop();
 }
 
+// The conversation stays in the list.
 function startAfresh() {
   stopAll();
   focus();
   if (!page.turns.length) return;
-  const gone = page.turns.splice(0);
-  conversation.draw();
   keep();
-  connection.notice("A new conversation.", "Undo", () => {
-    page.turns.splice(0, Infinity, ...gone);
-    conversation.draw();
-    keep();
+  talks.fresh();
+  show([]);
+}
+
+function openTalk(id) {
+  stopAll();
+  keep();
+  talks.open(id);
+  show(talks.turns());
+  conversation.toEnd();
+}
+
+function removeTalk(id) {
+  const open = id === talks.id;
+  if (open) stopAll();
+  const gone = open ? [...page.turns] : talks.turns(id);
+  talks.remove(id);
+  if (open) {
+    talks.fresh();
+    show([]);
+  } else chats.draw();
+  connection.notice(t("The conversation was deleted."), t("Undo"), () => {
+    talks.save(gone, id);
+    chats.draw();
   });
+}
+
+function show(turns) {
+  page.turns.splice(0, Infinity, ...turns);
+  conversation.draw();
+  chats.draw();
 }
 
 function forget() {
   stopAll();
-  page.turns.length = 0;
+  talks.removeAll();
+  show([]);
   Object.assign(settings, state.DEFAULTS, { picked: settings.picked });
   panel.show();
   picker.show(picker.models);
   changed();
-  conversation.draw();
-  state.forgetAll();
-  connection.notice("Nothing is stored any more.");
+  state.forgetSettings();
+  connection.notice(t("Nothing is stored any more."));
 }
 
 function changed() {
+  if (settings.theme === "auto") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = settings.theme;
   const picked = settings.picked.map(page.modelOf).filter(Boolean);
   panel.suit(picked);
-  showPicked(picked);
+  examples.show(picked, picker.models.length);
   find("details").setAttribute("aria-pressed", String(settings.details));
   document.body.classList.toggle("details", settings.details);
   find("think").hidden = !picked.some((model) => model.thinks);
   find("think").firstElementChild.checked = settings.thinking !== "never";
-  const names = picked.length > 2 ? `all ${picked.length}` : picked.map(({ id }) => id).join(" and ");
-  question.placeholder = `Ask ${names || "something"}`;
+  const names = picked.length > 2 ? t("all {n}", { n: picked.length }) : picked.map(({ id }) => id).join(t(" and "));
+  question.placeholder = names ? t("Ask {names}", { names }) : t("Ask something");
   conversation.updateAll();
   state.saveSettings(settings);
+  if (settings.language !== spoken) location.reload();
 }
 
 function busy() {
@@ -160,7 +204,7 @@ function busy() {
 // On a touch screen the keyboard would come up unasked.
 const focus = () => matchMedia("(pointer: fine)").matches && question.focus();
 const seed = () => settings.seed ?? Math.floor(Math.random() * 2 ** 31);
-const keep = () => state.saveTalk(page.turns);
+const keep = () => talks.save(page.turns);
 
 function tell(words) {
   say(find("said"), words);
@@ -173,7 +217,7 @@ function takeSeed(value) {
     panel.show();
   };
   use(value);
-  connection.notice(`Seed ${value} is used from now on.`, "Undo", () => use(before));
+  connection.notice(t("Seed {n} is used from now on.", { n: value }), t("Undo"), () => use(before));
 }
 
 function open(answer, on) {

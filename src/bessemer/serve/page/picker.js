@@ -2,6 +2,7 @@
 
 import { find, make, number } from "./dom.js";
 import { MOST } from "./state.js";
+import { t } from "./words.js";
 
 // What the stages along DeepSeek-R1's way are, for the chip's title; other stages are shown by their name alone.
 const STAGES = {
@@ -60,7 +61,7 @@ export class Picker {
     const milestones = MILESTONES.filter((id) => this.models.some((model) => model.id === id));
     const both = make(
       "label.switch",
-      { title: `Let up to ${MOST} models answer the same question` },
+      { title: t("Let up to {n} models answer the same question", { n: MOST }) },
       make("input", {
         type: "checkbox",
         role: "switch",
@@ -68,7 +69,7 @@ export class Picker {
         "data-pick": "*side",
         onchange: ({ target }) => this.aside(target.checked),
       }),
-      make("span", {}, "Side by side"),
+      make("span", {}, t("Side by side")),
     );
     const whole =
       side && milestones.length > 1 && milestones.join() !== picked.join()
@@ -77,7 +78,7 @@ export class Picker {
             {
               type: "button",
               "data-pick": "*way",
-              title: "The models on the way to DeepSeek-R1",
+              title: t("The models on the way to DeepSeek-R1"),
               onclick: () => this.take(milestones, true),
             },
             milestones.join(" · "),
@@ -121,17 +122,18 @@ export class Picker {
 }
 
 export function about(model) {
-  const words = [STAGES[model.stage] ?? STAGES[model.id]];
-  if (model.parameters) {
-    const active =
-      model.active_parameters && model.active_parameters !== model.parameters
-        ? `, ${short(model.active_parameters)} active per token`
-        : "";
-    words.push(`${short(model.parameters)} parameters${active}`);
+  const { parameters, active_parameters: active, sparse_layers: layers } = model;
+  const words = [t(STAGES[model.stage] ?? STAGES[model.id] ?? "")];
+  if (parameters) {
+    const some = active && active !== parameters;
+    const named = { n: short(parameters), active: some ? short(active) : "" };
+    words.push(t(some ? "{n} parameters, {active} active per token" : "{n} parameters", named));
   }
-  if (model.sparse_layers)
-    words.push(`${model.experts_per_token} of ${model.experts} experts in each of ${model.sparse_layers} layers`);
-  if (model.context) words.push(`context of ${number(model.context)} tokens`);
+  if (layers) {
+    const named = { k: model.experts_per_token, n: model.experts, layers };
+    words.push(t("{k} of {n} experts in each of {layers} layers", named));
+  }
+  if (model.context) words.push(t("context of {n} tokens", { n: number(model.context) }));
   return words.filter(Boolean).join(" · ");
 }
 

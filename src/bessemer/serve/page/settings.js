@@ -2,6 +2,7 @@
 
 import { find, make } from "./dom.js";
 import { DEFAULTS, LIMITS, setting } from "./state.js";
+import { t } from "./words.js";
 
 // name, label, step of the field, what it does
 const NUMBERS = [
@@ -43,6 +44,26 @@ const CHOICES = [
       ["alone", "the question alone"],
     ],
   ],
+  [
+    "theme",
+    "Theme",
+    "light or dark; as the system has it: auto",
+    [
+      ["auto", "auto"],
+      ["light", "light"],
+      ["dark", "dark"],
+    ],
+  ],
+  [
+    "language",
+    "Language",
+    "of the page; models answer in the language of the question",
+    [
+      ["auto", "auto"],
+      ["en", "English"],
+      ["zh", "中文"],
+    ],
+  ],
 ];
 const BUDGET = [
   "thinking_budget",
@@ -58,7 +79,7 @@ export class Settings {
     Object.assign(this, { settings, changed, panel: find("settings"), opener: find("tune"), fields: {} });
     const system = make("textarea", {
       rows: 3,
-      placeholder: "none",
+      placeholder: t("none"),
       spellcheck: "false",
       oninput: () => this.set("system", system.value),
     });
@@ -70,24 +91,24 @@ export class Settings {
       make(
         "div.head",
         {},
-        make("h2", {}, "Settings"),
-        make("button.quiet", { type: "button", onclick: () => this.open(false) }, "Close"),
+        make("h2", {}, t("Settings")),
+        make("button.quiet", { type: "button", onclick: () => this.open(false) }, t("Close")),
       ),
-      make("label.tall", {}, make("span", {}, "System prompt"), system),
+      make("label.tall", {}, make("span", {}, t("System prompt")), system),
       ...NUMBERS.map((row) => this.number(...row)),
       this.thinking,
       ...others,
       make(
         "div.choices",
         {},
-        make("button.quiet", { type: "button", onclick: () => this.reset() }, "Reset to the defaults"),
+        make("button.quiet", { type: "button", onclick: () => this.reset() }, t("Reset to the defaults")),
         make(
           "button.quiet",
-          { type: "button", title: "The conversation, the settings and the key", onclick: forget },
-          "Delete everything stored here",
+          { type: "button", title: t("The conversations, the settings and the key"), onclick: forget },
+          t("Delete everything stored here"),
         ),
       ),
-      make("p.unit", {}, "The conversation and settings are stored in this browser only."),
+      make("p.unit", {}, t("The conversations and settings are stored in this browser only.")),
     );
     this.opener.addEventListener("click", () => this.open(this.panel.hidden));
     this.panel.addEventListener("keydown", (event) => {
@@ -121,17 +142,17 @@ export class Settings {
       onchange: () => this.show(),
     });
     this.fields[name] = field;
-    return make("label", { title }, make("span", {}, label), field);
+    return make("label", { title: t(title) }, make("span", {}, t(label)), field);
   }
 
   choice(name, label, title, options) {
     const field = make(
       "select",
       { name, onchange: () => this.set(name, field.value) },
-      ...options.map(([value, words]) => make("option", { value }, words)),
+      ...options.map(([value, words]) => make("option", { value }, t(words))),
     );
     this.fields[name] = field;
-    return make("label", { title }, make("span", {}, label), field);
+    return make("label", { title: t(title) }, make("span", {}, t(label)), field);
   }
 
   set(name, value) {
@@ -155,12 +176,12 @@ export class Settings {
     for (const [name, field] of Object.entries(this.fields)) {
       if (!(name in LIMITS)) continue;
       const own = models.map((model) => model.sampling?.[name] ?? NEUTRAL[name]);
-      const rooms = models.map((model) => model.context).filter(Boolean);
+      const rooms = models.map((model) => model.practice?.trained_length ?? model.context).filter(Boolean);
       if (name === "max_tokens")
-        field.placeholder = rooms.length ? `up to ${Math.max(...rooms)}` : "as many as fit";
-      else if (name === "seed") field.placeholder = "fresh";
-      else if (name === "thinking_budget") field.placeholder = "no limit";
-      else field.placeholder = new Set(own).size === 1 ? String(own[0]) : "each model's default";
+        field.placeholder = rooms.length ? t("up to {n}", { n: Math.max(...rooms) }) : t("as many as fit");
+      else if (name === "seed") field.placeholder = t("fresh");
+      else if (name === "thinking_budget") field.placeholder = t("no limit");
+      else field.placeholder = new Set(own).size === 1 ? String(own[0]) : t("each model's default");
     }
     this.thinking.hidden = !models.some((model) => model.thinks);
   }

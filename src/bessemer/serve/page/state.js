@@ -1,11 +1,11 @@
 // What the page knows and keeps: the conversation and the settings, in this browser's localStorage alone.
 //
-// A turn is { question, answers }, one answer per model that was asked. A piece is a stretch of an answer with the
+// A turn is { question, problem, answers }, one answer per model that was asked; problem { task, language, number } names
+// the held-out problem that the question asks, or is null. A piece is a stretch of an answer with the
 // tokens that make it: { text, of: [{ t, p, top, experts }] }; p is a log-probability, experts [layer][k]. Whatever is
-// read back is taken apart and built anew, so a broken or foreign entry costs that entry and never the page. What does
-// not fit into the storage loses its token details first, then its oldest turns.
+// read back is taken apart and built anew, so a broken or foreign entry costs that entry and never the page. The
+// conversations themselves are kept by talks.js.
 
-const TALK = "bessemer.talk.1";
 const SETTINGS = "bessemer.settings.1";
 const KEY = "bessemer.key";
 
@@ -26,11 +26,15 @@ export const DEFAULTS = {
   thinking_budget: null,
   thoughts: "auto",
   memory: "talk",
+  theme: "auto",
+  language: "auto",
 };
 const CHOICES = {
   thinking: ["own", "always", "never"],
   thoughts: ["auto", "open", "folded"],
   memory: ["talk", "alone"],
+  theme: ["auto", "light", "dark"],
+  language: ["auto", "en", "zh"],
 };
 export const LIMITS = {
   temperature: [0, 2],
@@ -56,7 +60,8 @@ export function newAnswer(model, seed) {
     finish: null,
     trouble: null,
     open: null,
-    figures: { tokens: 0, thoughtTokens: 0, thoughtSeconds: null, first: null, rate: null },
+    verdict: null, // { correct, reason } of an answer to a known problem
+    figures: { tokens: 0, context: null, thoughtTokens: 0, thoughtSeconds: null, first: null, rate: null }, // context: prompt and answer
   };
 }
 
@@ -86,31 +91,19 @@ export function setting(name, value) {
 
 export const saveSettings = (settings) => write(localStorage, SETTINGS, settings);
 
-export function loadTalk() {
-  const turns = list(read(localStorage, TALK)).filter((turn) => isObject(turn) && typeof turn.question === "string");
-  return turns
-    .map(({ question, answers }) => ({
+// The turns of a conversation that was read back.
+export function turnsOf(kept) {
+  return list(kept)
+    .filter((turn) => isObject(turn) && typeof turn.question === "string")
+    .map(({ question, problem, answers }) => ({
       question,
+      problem: problemOf(problem),
       answers: list(answers).filter(isObject).slice(0, MOST).map(answerOf),
     }))
     .filter((turn) => turn.answers.length);
 }
 
-export function saveTalk(turns) {
-  if (!turns.length) return forget(TALK);
-  const bare = (turn) => ({
-    ...turn,
-    answers: turn.answers.map((answer) => ({ ...answer, pieces: { thought: [], text: [] } })),
-  });
-  for (let plain = 0; plain <= turns.length; plain += Math.max(1, Math.ceil(turns.length / 4))) {
-    const kept = turns.map((turn, i) => (i < plain ? bare(turn) : turn));
-    if (write(localStorage, TALK, kept)) return;
-  }
-  for (let from = 0; from < turns.length; from += 1) if (write(localStorage, TALK, turns.slice(from).map(bare))) return;
-}
-
-export function forgetAll() {
-  forget(TALK);
+export function forgetSettings() {
   forget(SETTINGS);
   setKey("");
 }
@@ -122,12 +115,17 @@ export const key = () => {
 };
 export const setKey = (text) => write(sessionStorage, KEY, text);
 
-const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
-const list = (value) => (Array.isArray(value) ? value : []);
+export const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
+export const list = (value) => (Array.isArray(value) ? value : []);
 const isString = (value) => typeof value === "string";
 const string = (value) => (isString(value) ? value : "");
 const isRow = (value) => Array.isArray(value) && value.every(Number.isInteger);
 const figure = (value) => (Number.isFinite(value) && value >= 0 ? value : null);
+
+function problemOf(kept) {
+  if (!isObject(kept) || !isString(kept.task) || !isString(kept.language) || !Number.isInteger(kept.number)) return null;
+  return { task: kept.task, language: kept.language, number: kept.number };
+}
 
 function answerOf(kept) {
   const made = newAnswer(string(kept.model), setting("seed", kept.seed ?? null));
@@ -138,6 +136,9 @@ function answerOf(kept) {
   made.phase = ["done", "failed"].includes(kept.phase) ? kept.phase : "stopped";
   if (isObject(kept.trouble)) made.trouble = { kind: string(kept.trouble.kind), words: string(kept.trouble.words) };
   if (typeof kept.open === "boolean") made.open = kept.open;
+  if (typeof kept.verdict?.correct === "boolean") {
+    made.verdict = { correct: kept.verdict.correct, reason: string(kept.verdict.reason) };
+  }
   const figures = isObject(kept.figures) ? kept.figures : {};
   for (const name of Object.keys(made.figures)) made.figures[name] = figure(figures[name]) ?? made.figures[name];
   for (const part of ["thought", "text"]) {
@@ -161,7 +162,7 @@ function pieceOf(kept) {
   };
 }
 
-function read(storage, name) {
+export function read(storage, name) {
   try {
     return JSON.parse(storage.getItem(name));
   } catch {
@@ -169,7 +170,7 @@ function read(storage, name) {
   }
 }
 
-function write(storage, name, value) {
+export function write(storage, name, value) {
   try {
     storage.setItem(name, JSON.stringify(value));
     return true;
@@ -178,7 +179,7 @@ function write(storage, name, value) {
   }
 }
 
-function forget(name) {
+export function forget(name) {
   try {
     localStorage.removeItem(name);
   } catch {

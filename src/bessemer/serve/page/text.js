@@ -1,19 +1,39 @@
-// A model's text as nodes: whitespace kept, code fences, `code`, **bold** and <answer> lightly formatted.
+// A model's text as nodes: whitespace kept; Markdown's headings, lists, quotes, rules, tables, code, bold and italic, and
+// <answer>. Links and images stay as they are written: what a model says leads nowhere.
 //
 // One element per line, so that a frame of a streamed answer touches the last line only. The characters that make the
-// format (asterisks, backticks, fences) stay in the nodes as `.mark`; the style sheet hides them unless tokens are
+// format (asterisks, backticks, fences, the marks of a list) stay in the nodes as `.mark`; the style sheet hides them unless tokens are
 // shown, when every character belongs to a token. A token is cut where a line or a format begins; cuts share an index.
 
 import { make } from "./dom.js";
 
-const INLINE =
-  /(`+)(?!`)(.+?)(?<!`)\1(?!`)|(?<![\w*])\*\*(?=[^\s*])(.+?)(?<=[^\s*])\*\*(?![\w*])|<(\/?)(answer|think)>/g;
+// A mark beside a letter, a digit or a bracket is arithmetic: (1+2)*(3+4)*(5).
+const INLINE = new RegExp(
+  [
+    "(`+)(?!`)(.+?)(?<!`)\\1(?!`)",
+    "(?<![\\w*)\\]])\\*\\*(?=[^\\s*])(.+?)(?<=[^\\s*])\\*\\*(?![\\w*(\\[])",
+    "(?<![\\w*_)\\]])([*_])(?=[^\\s*_])(.+?)(?<=[^\\s*_])\\4(?![\\w*_(\\[])",
+    "<(\\/?)(answer|think)>",
+  ].join("|"),
+  "g",
+);
+// What a line is by its first characters; `mark` says whether they are hidden.
+const BLOCKS = [
+  { name: (all) => `h${all.trim().length}`, form: /^ {0,3}#{1,6}[ \t]+(?=\S)/, mark: true },
+  { name: () => "rule", form: /^ {0,3}([-*_])(?: ?\1){2,}[ \t]*$/, mark: true },
+  { name: (all) => `item.${level(all)}`, form: /^ {0,12}[-*+][ \t]+(?=\S)/, mark: true },
+  { name: (all) => `numbered.${level(all)}`, form: /^ {0,12}\d{1,3}[.)][ \t]+(?=\S)/, mark: false },
+  { name: () => "quote", form: /^ {0,3}>[ \t]?/, mark: true },
+  { name: () => "row", form: /^\s*\|.*\|\s*$/, mark: false },
+];
+const level = (all) => `in${Math.min(3, Math.floor(/^ */.exec(all)[0].length / 2))}`;
 const FENCE = /^\s*(```|~~~)/;
 const LONGEST = 2000; // characters of a line that is still searched for formats: the search may take their square
 
 // Makes `box` show `text`. `tokens`, [{ text, look, tag }] in order, add up to `text`; without them the text is
-// plain. A token without text shows its tag, at the head of the first line or the end of its own.
-export function paint(box, text, tokens = null) {
+// plain. A token without text shows its tag, at the head of the first line or the end of its own. `blocks`: headings,
+// lists and the like too; thoughts do without, where a line that begins with a minus may be arithmetic.
+export function paint(box, text, tokens = null, blocks = false) {
   const lines = cut(text);
   const starts = tokens && offsets(tokens);
   const drawn = (box.drawn ??= []); // { key, node } of each line
@@ -23,7 +43,7 @@ export function paint(box, text, tokens = null) {
     const owners = tokens && { tokens, starts, first };
     const key = `${line.kind} ${owners ? `${first}+${count(owners, line)}` : "plain"} ${line.text}`;
     if (drawn[place]?.key === key) return;
-    const node = draw(line, owners);
+    const node = draw(line, owners, blocks);
     if (drawn[place]) drawn[place].node.replaceWith(node);
     else box.append(node);
     drawn[place] = { key, node };
@@ -48,27 +68,39 @@ export function cut(text) {
   });
 }
 
-// Stretches of one line: { from, to, name }, name null, "mark", "strong", "code", "tag" or "given" (inside <answer>).
-export function stretches(line) {
-  const found = [];
+// What a line is, with the characters at its beginning that say so: { name, size, mark }, or null.
+export function blockOf(line) {
+  if (line.length > LONGEST) return null;
+  for (const { name, form, mark } of BLOCKS) {
+    const [all] = form.exec(line) ?? [];
+    if (all) return { name: name(all), size: all.length, mark };
+  }
+  return null;
+}
+
+// Stretches of one line: { from, to, name }, name null, "mark", "strong", "em", "code", "tag" or "given" (inside
+// <answer>). Its first `size` characters are a mark already.
+export function stretches(line, size = 0) {
+  const found = size ? [{ from: 0, to: size, name: "mark" }] : [];
   if (line.length > LONGEST) return [{ from: 0, to: line.length, name: null }];
-  let at = 0;
+  let at = size;
   let given = false;
   const add = (to, name) => {
     if (to > at) found.push({ from: at, to, name: name ?? (given ? "given" : null) });
     at = to;
   };
   for (const match of line.matchAll(INLINE)) {
-    const [all, ticks, , bold, slash, tag] = match;
+    if (match.index < at) continue;
+    const [all, ticks, , bold, italic, , slash, tag] = match;
     const end = match.index + all.length;
-    const mark = tag ? 0 : bold ? 2 : ticks.length;
+    const mark = tag ? 0 : bold ? 2 : italic ? 1 : ticks.length;
     add(match.index);
     if (tag) {
       add(end, "tag");
       if (tag === "answer") given = !slash;
     } else {
       add(at + mark, "mark");
-      add(end - mark, bold ? "strong" : "code");
+      add(end - mark, bold ? "strong" : italic ? "em" : "code");
       add(end, "mark");
     }
   }
@@ -88,15 +120,15 @@ function count({ starts, first }, line) {
   return last - first;
 }
 
-function draw(line, owners) {
+function draw(line, owners, blocks) {
   const [kind, side] = line.kind.split(".");
-  const box = make(kind === "code" ? "code.line" : `div.line${kind === "text" ? "" : `.fence.${side}`}`, {
-    dir: "auto",
-  });
-  const parts = kind === "text" ? stretches(line.text) : [{ from: 0, to: line.text.length, name: null }];
+  const block = blocks && kind === "text" ? blockOf(line.text) : null;
+  const shape = kind !== "text" ? `.fence.${side}` : block ? `.${block.name}` : "";
+  const box = make(kind === "code" ? "code.line" : `div.line${shape}`, { dir: "auto" });
+  const parts = kind === "text" ? stretches(line.text, block?.mark ? block.size : 0) : [{ from: 0, to: line.text.length, name: null }];
   for (const { from, to, name } of parts) {
     if (to === from) continue;
-    const home = name === null ? box : make(name === "strong" || name === "code" ? name : `span.${name}`);
+    const home = name === null ? box : make(["strong", "em", "code"].includes(name) ? name : `span.${name}`);
     if (owners) {
       for (const [index, a, b] of owned(owners, line.start + from, line.start + to)) {
         home.append(token(owners, index, line.text.slice(a - line.start, b - line.start)));

@@ -2,6 +2,7 @@
 
 import { AnswerView, columns } from "./answer.js";
 import { find, make } from "./dom.js";
+import { t } from "./words.js";
 
 export class Conversation {
   // page: see AnswerView; besides, turns and ask(turn number, question).
@@ -76,8 +77,8 @@ export class Conversation {
   question(turn) {
     const edit = make(
       "button.quiet",
-      { type: "button", title: "Edit and ask again from here", "aria-label": "Edit the question" },
-      "Edit",
+      { type: "button", title: t("Edit and ask again from here"), "aria-label": t("Edit the question") },
+      t("Edit"),
     );
     const box = make("div.question", { dir: "auto" }, make("p", {}, turn.question), edit);
     edit.addEventListener("click", () => this.edit(box, turn));
@@ -86,7 +87,7 @@ export class Conversation {
 
   // The text becomes a field; sending drops the turns after it, Escape leaves all as it was.
   edit(box, turn) {
-    const field = make("textarea", { "aria-label": "The question, edited", rows: 1 });
+    const field = make("textarea", { "aria-label": t("The question, edited"), rows: 1 });
     field.value = turn.question;
     const close = () => {
       form.replaceWith(box);
@@ -109,8 +110,8 @@ export class Conversation {
       make(
         "div.choices",
         {},
-        make("button.quiet", { type: "button", onclick: close }, "Cancel"),
-        make("button", { type: "submit" }, "Ask again"),
+        make("button.quiet", { type: "button", onclick: close }, t("Cancel")),
+        make("button", { type: "submit" }, t("Ask again")),
       ),
     );
     field.addEventListener("input", () => fit(field));

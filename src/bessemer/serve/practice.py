@@ -1,0 +1,121 @@
+"""What a model of a run was trained on: its tasks, the longest text it has seen, and how well it does by the run's own
+evaluation. Read from the records of the run beside the model; of a model without a run, nothing is known.
+
+A stage is followed to everything it was made from, so that R1 has the tasks of its cold start too. Reward models are
+left out: what they read, the policy does not answer.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from bessemer.config.units import parse_tokens
+from bessemer.errors import UserError
+from bessemer.runs.directory import stage_folders
+from bessemer.runs.files import read_json
+
+_LENGTHS = ("row_length", "length", "lengths", "max_new_tokens")
+"""Keys of a stage that bound the positions it trains."""
+
+
+class Skill(BaseModel):
+    """A task that a model was trained on."""
+
+    task: str
+    practised: bool
+    """It answered such problems itself, or was shown answers; else its corpus has pages about them."""
+    solved: dict[str, float] = {}
+    """Share of held-out problems solved (pass@1) by language, where the run measured it."""
+
+
+class Practice(BaseModel):
+    """What is known of one model's training."""
+
+    skills: list[Skill] = []
+    """Tasks, the practised ones first."""
+    trained_length: int | None = None
+    """Tokens of the longest text it was trained on; None where nothing says so, as for imported models."""
+    temperature: float | None = None
+    """Temperature of the evaluation that `Skill.solved` is from."""
+
+
+def of_model(folder: Path) -> Practice:
+    """Of a model directory RUN/NN-STAGE/model; damaged records count as none."""
+    stage = folder.resolve().parent
+    try:
+        tables = {str(t.get("name") or t.get("kind")): t for t in _recipe(stage.parent / "recipe.toml")}
+        folders = {name: path for _, name, path in stage_folders(stage.parent)}
+        name = next((name for name, path in folders.items() if path == stage), "")
+        return _practice(name, tables, folders) if name in tables else Practice()
+    except (OSError, ValueError, TypeError, AttributeError, UserError):
+        return Practice()
+
+
+def _recipe(path: Path) -> list[dict[str, Any]]:
+    return list(tomllib.loads(path.read_text("utf-8")).get("stage", [])) if path.is_file() else []
+
+
+def _practice(name: str, tables: dict[str, dict[str, Any]], folders: dict[str, Path]) -> Practice:
+    practised: list[str] = []
+    read: list[str] = []
+    lengths: list[int] = []
+    foreign = False
+    for table in _ancestry(name, tables, folders):
+        practised += map(str, table.get("tasks", []))
+        sources = map(str, table.get("parts", {}).values())
+        read += [source.removeprefix("task:") for source in sources if source.startswith("task:")]
+        foreign |= table.get("kind") == "import"
+        lengths += [size for key in _LENGTHS for size in _sizes(table.get(key))]
+    rows, temperature = _evaluation(name, folders)
+    skills = [
+        Skill(
+            task=task,
+            practised=task in practised,
+            solved={str(row.get("language", "")): float(row["pass_at_1"]) for row in rows if row.get("task") == task},
+        )
+        for task in dict.fromkeys([*practised, *read])
+    ]
+    return Practice(
+        skills=skills, trained_length=None if foreign else max(lengths, default=None), temperature=temperature
+    )
+
+
+def _ancestry(name: str, tables: dict[str, Any], folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
+    """The tables of a stage and of all it was made from, the nearest first."""
+    waiting, seen = [name], {name}
+    while waiting:
+        one = waiting.pop(0)
+        table = tables[one]
+        if table.get("kind") == "reward-model":
+            continue
+        yield table
+        record = read_json(folders[one] / "stage.json") if one in folders else None
+        sources = [*(record or {}).get("inputs", {}), table.get("from")]
+        fresh = [source for source in dict.fromkeys(sources) if source in tables and source not in seen]
+        waiting += fresh
+        seen.update(fresh)
+
+
+def _sizes(value: object) -> list[int]:
+    """Of a number of tokens, or of every point of a schedule."""
+    if isinstance(value, list):
+        return [parse_tokens(point[1]) for point in value]
+    return [] if value is None else [parse_tokens(value)]
+
+
+def _evaluation(name: str, folders: dict[str, Path]) -> tuple[list[dict[str, Any]], float | None]:
+    """The rows of the last evaluation of a model, at its lowest temperature, which is nearest to how it is asked
+    here."""
+    for folder in reversed(folders.values()):
+        results = read_json(folder / "results.json") or {}
+        found = results.get("rows", []) if isinstance(results, dict) else []
+        rows = [row for row in found if row.get("model") == name and isinstance(row.get("pass_at_1"), int | float)]
+        if rows:
+            lowest = min(float(row.get("temperature", 1.0)) for row in rows)
+            return [row for row in rows if float(row.get("temperature", 1.0)) == lowest], lowest
+    return [], None

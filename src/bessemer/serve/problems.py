@@ -1,0 +1,122 @@
+"""Problems of the tasks that a model was trained on, to ask it, and the verdict on its answers.
+
+Problems are held out: they come from a task's test split, which no training reads. A problem is named by task,
+language and number, and made again to judge an answer, so nothing is kept between the two requests. Only tasks of the
+models offered here are made, never one that a request names, and none whose verdict would run a program or ask a
+reward model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from fastapi import FastAPI, Query
+from pydantic import BaseModel
+
+from bessemer import tasks
+from bessemer.errors import UserError
+from bessemer.serve.models import ModelFacts, Models
+from bessemer.serve.protocol import AnswerToJudge, invalid
+
+PER_GROUP = 3
+"""Problems of each task and language."""
+DRAWN = 24
+"""Of so many, those in the middle of the easier half are offered."""
+GROUPS = 6
+LONGEST_PROMPT = 400
+JUDGES = 2
+"""Answers judged at a time; the others wait."""
+
+
+class OfferedProblem(BaseModel):
+    """A held-out problem."""
+
+    task: str
+    language: str
+    number: int
+    prompt: str
+
+
+class ProblemList(BaseModel):
+    data: list[OfferedProblem]
+
+
+class AnswerVerdict(BaseModel):
+    correct: bool
+    reason: str
+    """"correct", or the first fault that the task's verifier found."""
+    answer: str | None
+    """The answer that could be read, in canonical form."""
+
+
+def add_problems(app: FastAPI, models: Models) -> None:
+    judges = asyncio.Semaphore(JUDGES)
+
+    @app.get("/v1/problems")
+    async def problems(model: str | None = Query(None, max_length=1024)) -> ProblemList:
+        """Held-out problems of the tasks that a model was trained on; none where its training is unknown."""
+        return ProblemList(data=await asyncio.to_thread(offered, models.find(model)))
+
+    @app.post("/v1/verdict")
+    async def verdict(body: AnswerToJudge) -> AnswerVerdict:
+        """Whether an answer to such a problem is right, by the task's own verifier."""
+        facts = models.find(body.model)
+        if body.task not in {skill.task for skill in facts.practice.skills}:
+            raise invalid(f"{facts.name} was not trained on a task {body.task!r}", "task")
+        async with judges:
+            found = await asyncio.to_thread(_judge, body)
+        return AnswerVerdict(correct=found.correct, reason=found.reason, answer=found.answer)
+
+
+def offered(facts: ModelFacts) -> list[OfferedProblem]:
+    """At most GROUPS groups of PER_GROUP problems, task by task and language by language."""
+    groups: list[list[OfferedProblem]] = []
+    for skill in facts.practice.skills:
+        task = _checkable(skill.task)
+        groups += [_some(skill.task, language) for language in task.languages] if task else []
+        if len(groups) >= GROUPS:
+            break
+    return [problem for group in groups[:GROUPS] for problem in group]
+
+
+@lru_cache(maxsize=64)
+def _checkable(name: str) -> tasks.Task | None:
+    """The task; None where it cannot be made here, or its answers cannot be judged at once."""
+    try:
+        task = tasks.get(name)
+        task.problem("test", 0)
+    except (UserError, OSError, ImportError, IndexError):
+        return None
+    return None if task.domain == "code" or task.judged_by else task
+
+
+@lru_cache(maxsize=256)
+def _some(name: str, language: str) -> list[OfferedProblem]:
+    task = _checkable(name)
+    assert task is not None
+    size = task.size("test")
+    drawn = [task.problem("test", number, language=language) for number in range(min(DRAWN, size or DRAWN))]
+    hardness: Callable[[int], Any] = lambda number: (drawn[number].meta.get("difficulty", 0), number)  # noqa: E731
+    short = [number for number, problem in enumerate(drawn) if len(problem.prompt) <= LONGEST_PROMPT]
+    easier = sorted(short, key=hardness)[: max(PER_GROUP, len(short) // 2)]
+    step = max(1, len(easier) // PER_GROUP)
+    return [
+        OfferedProblem(task=name, language=language, number=number, prompt=drawn[number].prompt)
+        for number in easier[::step][:PER_GROUP]
+    ]
+
+
+def _judge(body: AnswerToJudge) -> tasks.Verdict:
+    task = _checkable(body.task)
+    if task is None:
+        raise invalid(f"answers to {body.task!r} cannot be judged here", "task")
+    if body.language not in task.languages:
+        known = ", ".join(task.languages)
+        raise invalid(f"{body.task!r} has no language {body.language!r}; it has {known}", "language")
+    size = task.size("test")
+    if size is not None and body.number >= size:
+        raise invalid(f"{body.task!r} has {size} held-out problems", "number")
+    return task.verify(task.problem("test", body.number, language=body.language), body.answer)

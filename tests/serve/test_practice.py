@@ -1,0 +1,115 @@
+"""What the server tells of a model's training, the problems it offers, and its verdict on answers."""
+
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from serving import error_of
+
+from bessemer import tasks
+from bessemer.serve import practice
+
+
+def facts(server):
+    models = httpx.get(server.url + "/v1/models").json()["data"]
+    return {model["id"]: model["bessemer"]["practice"] for model in models}
+
+
+def test_a_models_training_is_told(run_server):
+    """zero practised countdown and read about two tasks; r1 went on from it. The evaluation at 0.6 counts."""
+    told = facts(run_server)
+    assert [(skill["task"], skill["practised"]) for skill in told["zero"]["skills"]] == [
+        ("countdown", True),
+        ("arithmetic", False),
+    ]
+    assert told["zero"]["skills"][0]["solved"] == {"en": 0.42, "zh": 0.39} and told["zero"]["temperature"] == 0.6
+    assert [skill["task"] for skill in told["r1"]["skills"]] == ["words", "countdown", "arithmetic"]
+    assert told["zero"]["trained_length"] == told["r1"]["trained_length"] == 1100
+
+
+def test_sources_by_the_records_and_what_is_no_practice(tmp_path):
+    """A stage's inputs are followed, not its `from` alone; a reward model's tasks are not the policy's; of an imported
+    model nobody knows how long its texts were."""
+    (tmp_path / "recipe.toml").write_text(
+        "".join(
+            f'[[stage]]\nkind = "{kind}"\nname = "{name}"\n{more}\n'
+            for kind, name, more in (
+                ("import", "base", ""), ("reject", "picked", 'from = "base"\ntasks = ["logic"]\nmax_new_tokens = 100'),
+                ("reward-model", "helpful", 'from = "base"\ntasks = ["general"]'),
+                ("sft", "dev", 'from = "base"\nrow_length = 64'), ("pretrain", "own", 'row_length = "2K"'),
+            )
+        )
+    )  # fmt: skip
+    for number, name in enumerate(("base", "picked", "helpful", "dev", "own"), 1):
+        (tmp_path / f"0{number}-{name}" / "model").mkdir(parents=True)
+    (tmp_path / "04-dev" / "stage.json").write_text(json.dumps({"inputs": {"base": "", "picked": "", "helpful": ""}}))
+    dev = practice.of_model(tmp_path / "04-dev" / "model")
+    assert [skill.task for skill in dev.skills] == ["logic"] and dev.trained_length is None
+    assert practice.of_model(tmp_path / "05-own" / "model").trained_length == 2000
+    assert practice.of_model(tmp_path) == practice.Practice()  # no run
+    (tmp_path / "recipe.toml").write_text("stage = 7\n")
+    assert practice.of_model(tmp_path / "05-own" / "model") == practice.Practice()  # a damaged one
+
+
+def test_problems_are_held_out_and_judged_by_their_task(run_server):
+    shown = httpx.get(run_server.url + "/v1/problems", params={"model": "zero"}).json()["data"]
+    assert [(p["task"], p["language"]) for p in shown] == [
+        (task, language) for task in ("countdown", "arithmetic") for language in ("en", "zh") for _ in range(3)
+    ]
+    for problem in shown:
+        task = tasks.get(problem["task"])
+        real = task.problem("test", problem["number"], language=problem["language"])
+        assert real.prompt == problem["prompt"]
+        if problem["task"] == "arithmetic":
+            asked = {key: problem[key] for key in ("task", "language", "number")} | {"model": "zero"}
+            value = eval(re.search(r"[-\d+*]+", problem["prompt"])[0])
+            for given, reason in ((value, "correct"), (value + 1, "wrong-value")):
+                answer = f"<think>so</think> <answer>{given}</answer>"
+                verdict = run_server.post("/v1/verdict", **asked, answer=answer).json()
+                assert (verdict["correct"], verdict["reason"]) == (given == value, reason), problem
+    assert httpx.get(run_server.url + "/v1/problems?model=nobody").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"task": "jsonl:/etc/passwd"}, "was not trained on"),
+        ({"task": "code"}, "was not trained on"),
+        ({"language": "de"}, "it has en, zh"),
+        ({"number": -1}, "number"),
+        ({"answer": None}, "answer"),
+    ],
+)
+def test_a_verdict_is_refused_by_name(run_server, changed, what):
+    body = {"model": "zero", "task": "countdown", "language": "en", "number": 0, "answer": "x"} | changed
+    answer = run_server.post("/v1/verdict", **body)
+    assert answer.status_code == 400 and what in error_of(answer)["message"]
+
+
+def test_hostile_answers_are_judged_in_time(run_server):
+    """At most two at a time; none runs, none is right, and the server goes on answering."""
+    body = {"model": "zero", "task": "countdown", "language": "en", "number": 0}
+    hostile = [
+        "<answer>" + "9**" * 60_000 + "9</answer>",
+        "<answer>__import__('os')</answer>",
+        "(" * 190_000,
+        "\0" * 999,
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        sent = [pool.submit(run_server.post, "/v1/verdict", **body, answer=answer) for answer in hostile * 2]
+        assert httpx.get(run_server.url + "/health", timeout=5).status_code == 200
+        assert all(one.result().json()["correct"] is False for one in sent)
+
+
+def test_unasked_an_answer_stays_within_the_trained_length(run_server):
+    """1,100 positions of 4,096. Whoever names a length gets it; a prompt beyond them has the rest of the context."""
+    for words, total in ((510, 1100), (2015, 4096)):
+        chat = [{"role": "user", "content": "a " * words}]
+        size = run_server.post("/tokenize", messages=chat, model="zero").json()["count"]
+        assert total - 80 < size < total
+        reply = run_server.chat(chat[0]["content"], model="zero", ignore_eos=True).json()
+        assert reply["usage"]["total_tokens"] == total and reply["choices"][0]["finish_reason"] == "length"
+    reply = run_server.chat("a " * 510, model="zero", ignore_eos=True, max_tokens=77).json()
+    assert reply["usage"]["completion_tokens"] == 77 and reply["usage"]["total_tokens"] > 1100
