@@ -10,7 +10,7 @@ from multiprocessing import Pipe
 import httpx
 
 from bessemer.serve import ServeConfig, worker
-from bessemer.serve.middleware import ConnectionLimits
+from bessemer.serve.connections import ConnectionLimits
 from bessemer.serve.models import find_models
 from bessemer.serve.server import Server
 

@@ -59,6 +59,7 @@ BAD = [  # path, body, param, code
     ("/v1/completions", {"prompt": "a", "best_of": 4}, "best_of", "unsupported_parameter"),
     ("/v1/completions", {"prompt": "a", "suffix": "b"}, "suffix", "unsupported_parameter"),
     ("/v1/completions", {"prompt": ["a"] * 100, "n": 100}, None, "too_many_samples"),
+    ("/v1/completions", {"prompt": ["a"] * 2049}, "prompt", "invalid_value"),
     ("/tokenize", {}, "prompt", "invalid_value"),
     ("/tokenize", {"prompt": "a", "messages": USER}, "prompt", "invalid_value"),
     ("/detokenize", {"tokens": [99999]}, "tokens", "invalid_value"),
@@ -85,6 +86,7 @@ RAW = [  # body, status, code
     (b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}", 400, "invalid_body"),
     (b"[" * 100_000, 400, "invalid_body"),
     (b" " * 5_000_000, 413, "body_too_large"),
+    (b'{"prompt": [' + b"[]," * 300_000 + b"[]]}", 413, "body_too_large"),
 ]
 
 
@@ -96,6 +98,56 @@ def test_broken_bodies(server, body, status, code):
     chunked = httpx.post(server.url + CHAT, content=pieces, headers=headers)
     for answer in (whole, chunked):
         assert answer.status_code == status and error_of(answer)["code"] == code, answer.text[:300]
+
+
+HEADS = [  # lines of a request's head, status, code
+    ([], 400, "invalid_http"),
+    (["Host: localhost", "Host: evil.example"], 400, "invalid_http"),
+    (["Host: localhost:1@evil.example"], 400, "invalid_host"),
+    (["Host: evil.example#localhost"], 400, "invalid_host"),
+    (["Host: localhost:port"], 400, "invalid_host"),
+    (["Host:"], 400, "invalid_host"),
+    (["Host: localhost", *(f"X-{n}: 1" for n in range(100))], 431, "head_too_large"),
+    (["Host: localhost", "Cookie: " + "x" * 40_000], 431, "head_too_large"),
+    (["Host: localhost", "Content-Length: 1", "Content-Length: 2"], 400, "invalid_http"),
+]
+
+
+@pytest.mark.parametrize(("lines", "status", "code"), HEADS, ids=range(len(HEADS)))
+def test_broken_heads(server, lines, status, code):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as plug:
+        plug.sendall("\r\n".join(["GET /health HTTP/1.1", *lines, "", ""]).encode())
+        answer = plug.recv(65536).decode()
+    assert answer.startswith(f"HTTP/1.1 {status} ") and json.loads(answer.split("\r\n\r\n")[1])["error"]["code"] == code
+
+
+def test_a_large_but_honest_head_and_body(server):
+    """20 kB of cookies of other services on this machine, and a body with more lines than the parser takes at once."""
+    cookie = {"Cookie": "; ".join(f"c{n}={'x' * 200}" for n in range(60))}
+    body = json.dumps({"prompt": "the fox", "max_tokens": 1, "unknown": list(range(40_000))}, indent=1)
+    answer = httpx.post(
+        server.url + "/v1/completions", content=body, headers=cookie | {"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 1
+
+
+def test_every_route_takes_the_methods_of_its_document(server):
+    document = httpx.get(server.url + "/openapi.json").json()
+    for path, operations in document["paths"].items():
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "TRACE"):
+            answer = httpx.request(method, server.url + path.replace("{model}", "r1"))
+            if method.lower() in operations:
+                assert answer.status_code in (200, 415), (method, path)
+            else:
+                assert answer.status_code == 405, (method, path)
+                assert set(answer.headers["allow"].split(", ")) == {name.upper() for name in operations}
+    assert len(document["paths"]) >= 9
+
+
+def test_whole_numbers_may_be_written_with_a_point(server):
+    wanted = server.chat(max_tokens=2, seed=3).json()["choices"]
+    assert server.chat(max_tokens=2.0, seed=3.0).json()["choices"] == wanted
+    assert error_of(server.chat(max_tokens=2.5))["param"] == "max_tokens"
 
 
 def test_wrong_doors(server):

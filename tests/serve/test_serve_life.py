@@ -13,13 +13,13 @@ import time
 import httpx
 import openai
 import pytest
-from serving import error_of, running
+from serving import error_of, in_thread, running
 
 from bessemer.engine.scheduler import Scheduler
 from bessemer.errors import UserError
 from bessemer.runs.directory import model_dir
-from bessemer.serve import ServeConfig
-from bessemer.serve.middleware import ConnectionLimits
+from bessemer.serve import ServeConfig, service
+from bessemer.serve.connections import ConnectionLimits
 from bessemer.serve.models import find_models
 
 CHAT = "/v1/chat/completions"
@@ -207,6 +207,25 @@ def test_a_killed_model_is_replaced(server):
     assert not first.alive and httpx.get(server.url + "/health").json()["running"] == 0
     assert server.chat(max_tokens=3).status_code == 200
     assert server.models.loaded["r1"].service is not first
+
+
+def test_a_model_killed_while_it_loads_is_unavailable(run_folder):
+    """By the system, say, when memory is short. The server goes on, and loads it for the next request."""
+    kill = threading.Event()
+
+    def fragile(folder, config):
+        connection, process = service.launch(folder, config) if kill.is_set() else in_thread(folder, config)
+        if kill.is_set():
+            process.kill()
+            process.wait()
+        return connection, process
+
+    with running(run_folder, launch=fragile) as server:
+        kill.set()
+        answer = server.chat(max_tokens=1, model="base")
+        assert answer.status_code == 503 and error_of(answer)["code"] == "model_unavailable"
+        kill.clear()
+        assert server.chat(max_tokens=1, model="base").status_code == 200
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -19,10 +20,11 @@ from starlette.middleware.cors import CORSMiddleware
 from bessemer import __version__
 from bessemer.errors import UserError
 from bessemer.serve import chat, completions, protocol
+from bessemer.serve.bodies import BodyRoute
 from bessemer.serve.events import EventStream, Responder, while_connected
 from bessemer.serve.metrics import ServerMetrics
 from bessemer.serve.middleware import RequestCounter, RequestGuard
-from bessemer.serve.models import LoadedModel, ModelFacts, Models, tokenise
+from bessemer.serve.models import LoadedModel, ModelFacts, Models
 from bessemer.serve.problems import add_problems
 from bessemer.serve.protocol import FIELDS, ApiError, invalid
 
@@ -74,6 +76,8 @@ def build(models: Models) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.draining = False
+    app.state.large_bodies = asyncio.Lock()
+    app.router.route_class = BodyRoute
     metrics = ServerMetrics(models)
     _add_errors(app)
     _add_generation(app, models, metrics)
@@ -136,34 +140,37 @@ def _add_generation(app: FastAPI, models: Models, metrics: ServerMetrics) -> Non
 def _add_tokenizer(app: FastAPI, models: Models) -> None:
     """In the form of vLLM's endpoints, which lm-eval's remote tokenizer reads."""
 
-    @app.post("/tokenize")
-    async def tokenize(body: protocol.TokenizeRequest) -> protocol.TokenizeReply:
+    @app.post("/tokenize", response_model=protocol.TokenizeReply)
+    async def tokenize(body: protocol.TokenizeRequest) -> Response:
         """A text, or a conversation as the model sees it, in tokens."""
         async with models.use(body.model) as model:
             if (body.prompt is None) == (body.messages is None):
                 raise invalid("give either prompt or messages", "prompt")
 
-            def encode() -> list[int]:
+            def reply() -> str:
                 if body.messages is not None:
-                    return list(chat.chat_prompt(model.tokenizer, body.messages).ids)
-                assert body.prompt is not None
-                return model.vocabulary.prompt_ids(body.prompt, body.add_special_tokens is not False)
+                    ids = list(chat.chat_prompt(model.tokenizer, body.messages).ids)
+                else:
+                    ids = model.vocabulary.prompt_ids(body.prompt or "", body.add_special_tokens is not False)
+                names = [model.vocabulary.name(i) for i in ids]
+                context = model.facts.context
+                return protocol.TokenizeReply(
+                    tokens=ids, count=len(ids), max_model_len=context, token_strs=names
+                ).model_dump_json()
 
-            texts = [body.prompt or "", *(text for turn in body.messages or () for text in chat.turn_texts(turn))]
-            ids = await tokenise(encode, sum(map(len, texts)))
-            names = [model.vocabulary.name(i) for i in ids]
-            return protocol.TokenizeReply(
-                tokens=ids, count=len(ids), max_model_len=model.facts.context, token_strs=names
-            )
+            size = chat.text_size(body.messages) if body.messages else len(body.prompt or "")
+            return Response(await model.tokenise(reply, size), media_type="application/json")
 
-    @app.post("/detokenize")
-    async def detokenize(body: protocol.DetokenizeRequest) -> protocol.DetokenizeReply:
+    @app.post("/detokenize", response_model=protocol.DetokenizeReply)
+    async def detokenize(body: protocol.DetokenizeRequest) -> Response:
         """The text of tokens, control tokens by their names."""
         async with models.use(body.model) as model:
             vocab_size = model.tokenizer.vocab_size
             if bad := [i for i in body.tokens if i >= vocab_size]:
                 raise invalid(f"token id {bad[0]} is outside the vocabulary of {vocab_size}", "tokens")
-            return protocol.DetokenizeReply(prompt=model.tokenizer.decode(body.tokens, skip_special=False))
+            decode = model.tokenizer.decode
+            text = await model.tokenise(lambda: decode(body.tokens, skip_special=False), len(body.tokens))
+            return Response(protocol.DetokenizeReply(prompt=text).model_dump_json(), media_type="application/json")
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> protocol.TokenizerInfo:
@@ -254,11 +261,8 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _api_error(request: Request, failure: Exception) -> ApiError:
-    if isinstance(failure, HTTPException) and isinstance(failure.__cause__, ApiError):
-        return failure.__cause__  # FastAPI wraps what is raised while it reads a body
     if isinstance(failure, HTTPException):
         known = {
-            400: ("invalid_body", "the body cannot be read: it must be JSON in UTF-8"),
             404: ("not_found", f"there is nothing at {request.url.path}"),
             405: ("method_not_allowed", f"{request.url.path} does not take {request.method}"),
         }
@@ -274,11 +278,9 @@ def _api_error(request: Request, failure: Exception) -> ApiError:
 
 
 def _validation_error(errors: Sequence[Any]) -> ApiError:
-    """Validation errors in words. Where a field may have several types, the error is that of the type that fits best;
-    pydantic's names of types are left out of the location."""
-    worst = max(errors, key=lambda error: len(error["loc"]))  # the first of the longest
-    if worst["type"] == "json_invalid":
-        return invalid(f"the body is not JSON: {worst.get('ctx', {}).get('error', worst['msg'])}", code="invalid_json")
+    """Validation errors in words. Where a field may have several types, the error is that of the type that fits best:
+    one with a wrong value, else the deepest. pydantic's names of types are left out of the location."""
+    worst = max(errors, key=lambda error: (not error["type"].endswith("_type"), len(error["loc"])))
     place = [part for part in worst["loc"][1:] if isinstance(part, int) or part in FIELDS]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     what = worst["msg"]

@@ -18,7 +18,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.sequence import Token, think_ids
 from bessemer.serve import sampling_params
 from bessemer.serve.events import MIN_LOGPROB, ChoiceBuilder, Responder, likeliest
-from bessemer.serve.models import LoadedModel, Vocabulary, tokenise
+from bessemer.serve.models import LoadedModel, Vocabulary
 from bessemer.serve.protocol import ChatRequest, Thinking, Turn, invalid, unsupported
 from bessemer.serve.reasoning_parser import AnswerEvent, ReasoningParser
 
@@ -109,10 +109,10 @@ async def prepare(body: ChatRequest, model: LoadedModel, client: str) -> ChatRes
         raise unsupported("tools", "tools are not supported by these models; leave them out")
     if body.response_format and body.response_format.get("type", "text") != "text":
         raise unsupported("response_format", "only text is supported; ask for the format in the message")
-    size = sum(len(text) for turn in body.messages for text in turn_texts(turn))
+    size = text_size(body.messages)
     thinking = _thinking_switch(body)
     model.check_length(size, "messages")
-    prompt = await tokenise(lambda: chat_prompt(model.tokenizer, body.messages, thinking), size)
+    prompt = await model.tokenise(lambda: chat_prompt(model.tokenizer, body.messages, thinking), size)
     return ChatResponder(body, model, prompt, client)
 
 
@@ -140,6 +140,11 @@ def chat_prompt(tokenizer: Tokenizer, turns: Sequence[Turn], thinking: bool | No
 def turn_texts(turn: Turn) -> list[str]:
     """The text of a message, in its parts."""
     return [part.text for part in turn.content] if isinstance(turn.content, list) else [turn.content or ""]
+
+
+def text_size(turns: Sequence[Turn]) -> int:
+    """Characters of a conversation, a message counting as a hundred more, which is what its rendering costs."""
+    return sum(100 + len(text) for turn in turns for text in turn_texts(turn))
 
 
 def _thinking_switch(body: ChatRequest) -> bool | None:

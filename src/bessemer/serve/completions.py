@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from bessemer.engine.sequence import Finished, FinishReason, Request, Token
 from bessemer.serve import sampling_params
 from bessemer.serve.events import MIN_LOGPROB, ChoiceBuilder, Responder, likeliest
-from bessemer.serve.models import LoadedModel, Vocabulary, tokenise
+from bessemer.serve.models import LoadedModel, Vocabulary
 from bessemer.serve.protocol import CompletionRequest, invalid, too_long, unsupported
 from bessemer.serve.reasoning_parser import AnswerEvent, ReasoningParser
 from bessemer.serve.service import Stream
@@ -151,16 +151,24 @@ class LogprobTable:
 
 async def prepare(body: CompletionRequest, model: LoadedModel, client: str) -> CompletionResponder:
     """The request for this model; ApiError or UserError if it cannot be served."""
+    if isinstance(body.prompt, list) and body.max_tokens != 0:
+        count = 1 if isinstance(next(iter(body.prompt), 0), int) else len(body.prompt)
+        model.service.admit(count * (body.n or 1))
     texts = [body.prompt] if isinstance(body.prompt, str) else [p for p in body.prompt if isinstance(p, str)]
     if texts:
         model.check_length(max(map(len, texts)), "prompt")
         encode = lambda: [_text_prompt(text, model, body.add_special_tokens is not False) for text in texts]  # noqa: E731
-        prompts = await tokenise(encode, sum(map(len, texts)))
+        prompts = await model.tokenise(encode, sum(map(len, texts)))
     else:
         one = [i for i in body.prompt if isinstance(i, int)]
         lists = [one] if one else [ids for ids in body.prompt if isinstance(ids, list)]
+        if (most := max(map(len, lists), default=0)) > model.facts.context:
+            raise too_long(most, model.facts.context, "prompt")
         decode, known = model.tokenizer.decode, model.tokenizer.vocab_size
-        prompts = [TextPrompt(tuple(ids), 0, decode(i for i in ids if i < known)) for ids in lists]
+        text = lambda ids: decode(i for i in ids if i < known) if body.echo else ""  # noqa: E731
+        prompts = await model.tokenise(
+            lambda: [TextPrompt(tuple(ids), 0, text(ids)) for ids in lists], sum(map(len, lists))
+        )
     return CompletionResponder(body, model, prompts, client)
 
 

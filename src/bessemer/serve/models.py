@@ -35,7 +35,7 @@ from bessemer.serve.service import Launch, Service, launch
 
 T = TypeVar("T")
 LONG_TEXT = 20_000
-"""Characters above which a text is tokenised outside the event loop's thread."""
+"""Characters or tokens above which a text is tokenised outside the event loop's thread."""
 NUMBER = (int, float)
 GENERATION: dict[str, type | tuple[type, ...]] = {
     "temperature": NUMBER,
@@ -182,11 +182,6 @@ class Vocabulary:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-async def tokenise(encode: Callable[[], T], characters: int) -> T:
-    """`encode()`, which tokenises so many characters; a long text does not block the event loop."""
-    return encode() if characters < LONG_TEXT else await asyncio.to_thread(encode)
-
-
 @dataclass(eq=False)
 class LoadedModel:
     """A model in memory."""
@@ -199,6 +194,15 @@ class LoadedModel:
     """Tokens that end an answer."""
     users: int = 0
     """Requests that are being prepared for it."""
+    _long_texts: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def tokenise(self, encode: Callable[[], T], characters: int) -> T:
+        """`encode()`, which tokenises so many characters (or decodes so many tokens). A long text does not block the
+        event loop, and long texts do not fill the memory together."""
+        if characters < LONG_TEXT:
+            return encode()
+        async with self._long_texts:
+            return await asyncio.to_thread(encode)
 
     def check_length(self, characters: int, param: str) -> None:
         """ApiError for a text of which no tokenisation could fit into the context; does not tokenise it."""

@@ -19,7 +19,10 @@ from bessemer.serve import ReasoningFormat
 from bessemer.serve.practice import Practice
 
 MOST_SAMPLES = 128
+MOST_PROMPTS = 2048
+MOST_IDS = 1 << 18
 Id = Annotated[int, Field(ge=0, lt=2**31)]
+Ids = Annotated[list[Id], Field(max_length=MOST_IDS, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1, max_length=512)]
 Name = Annotated[str, Field(max_length=1024)]
 
@@ -61,7 +64,7 @@ class Generation(Body):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
     """The same seed and prompt give the same samples; without it every request gets a random seed."""
     stop: Text | Annotated[list[Text], Field(max_length=64)] | None = None
     """Texts that end the answer; they are not part of it."""
@@ -91,7 +94,7 @@ class Turn(Body):
     """One message. Thoughts returned with it (reasoning_content) are dropped, as the templates require."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=1024, fail_fast=True)] | None = None
 
 
 class Thinking(Body):
@@ -109,7 +112,7 @@ class TemplateArguments(Body):
     thinking_budget: int | None = Field(None, ge=0, le=2**53)
 
 
-Messages = Annotated[list[Turn], Field(min_length=1, max_length=4096)]
+Messages = Annotated[list[Turn], Field(min_length=1, max_length=4096, fail_fast=True)]
 
 
 class ChatRequest(Generation):
@@ -141,7 +144,12 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: str | list[Id] | list[str] | list[list[Id]]
+    prompt: (
+        str
+        | Ids
+        | Annotated[list[str], Field(max_length=MOST_PROMPTS, fail_fast=True)]
+        | Annotated[list[Ids], Field(max_length=MOST_PROMPTS, fail_fast=True)]
+    )
     """Text (BOS is prepended, names of control tokens become these tokens), ids as they are, or a list of either."""
     logprobs: int | None = Field(None, ge=0, le=20)
     """Log-probability of every token, and of this many of the likeliest ones."""
@@ -158,8 +166,17 @@ class CompletionRequest(Generation):
 class TokenizeRequest(Body):
     """POST /tokenize: a text or a conversation."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["prompt"], "properties": {"prompt": {"type": "string"}}},
+                {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
+            ]
+        }
+    )
+
     model: Name | None = None
-    prompt: str | None = None
+    prompt: Annotated[str, Field(max_length=1_000_000)] | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     """false: no BOS in front of the text."""
@@ -169,7 +186,7 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: Name | None = None
-    tokens: Annotated[list[Id], Field(max_length=1_000_000)]
+    tokens: Ids
 
 
 class AnswerToJudge(Body):

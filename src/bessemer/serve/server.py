@@ -26,7 +26,7 @@ import uvicorn
 from bessemer.errors import UserError
 from bessemer.serve import ServeConfig
 from bessemer.serve.app import build
-from bessemer.serve.middleware import ConnectionLimiter, ConnectionLimits
+from bessemer.serve.connections import HEAD_BYTES, ConnectionLimiter, ConnectionLimits
 from bessemer.serve.models import Models, find_models
 from bessemer.serve.service import Launch, launch
 
@@ -93,6 +93,7 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            h11_max_incomplete_event_size=HEAD_BYTES,
             timeout_graceful_shutdown=math.ceil(drain_seconds) + LAST_SECONDS,
         )
         super().__init__(config)

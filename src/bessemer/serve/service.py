@@ -122,10 +122,10 @@ class Service:
     def __init__(self, folder: Path, config: ServeConfig, launch: Launch = launch):
         """Waits until the model is loaded."""
         self.config = config
-        self.connection, self.process = launch(folder, config)
         try:
+            self.connection, self.process = launch(folder, config)
             kind, *rest = self.connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the latter where it had not even read what to load
             raise UserError(f"{folder}: the model's process ended while it loaded (no memory left?)") from None
         if kind == worker.REFUSED:
             raise UserError(rest[1])
@@ -149,7 +149,7 @@ class Service:
 
     async def submit(self, requests: Sequence[Request]) -> Stream:
         """The stream of these requests, all of them accepted; UserError or ApiError if one cannot be."""
-        self._admit(len(requests))
+        self.admit(len(requests))
         numbers = self._new_numbers(len(requests))
         stream = Stream(numbers, self.config.keep_alive_seconds, self._release)
         self._streams |= dict.fromkeys(numbers, stream)
@@ -163,7 +163,7 @@ class Service:
 
     async def score(self, prompts: Sequence[tuple[int, ...]], top: int) -> list[Scored]:
         """Log-probabilities of texts, computed by `worker.score`."""
-        self._admit(1)
+        self.admit(1)
         self.stats.open += 1
         try:
             return await self._call(worker.SCORE, list(prompts), top)
@@ -181,7 +181,8 @@ class Service:
             self.process.kill()
             await asyncio.to_thread(self.process.wait)
 
-    def _admit(self, count: int) -> None:
+    def admit(self, count: int) -> None:
+        """ApiError where so many samples find no room now."""
         self.last_used = monotonic()
         room = self.config.rows + self.config.waiting
         if count > room:

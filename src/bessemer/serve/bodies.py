@@ -1,0 +1,123 @@
+"""JSON bodies: read, bounded and validated where they do not stall the event loop.
+
+A body of 4 MB can hold more than a million values, each of which costs tens of bytes and its share of time in Python.
+So the values of a large body are counted before it is parsed, the schema bounds every list, and all of it happens in a
+thread, one large body after another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+
+from bessemer.serve.metrics import CLIENT_GONE
+from bessemer.serve.protocol import ApiError, invalid
+
+LARGE = 32_768
+"""Bytes from which on a body is parsed in a thread."""
+MOST_VALUES = 250_000
+"""Numbers in one body, some 10 MB in memory. A text, list or object costs as much as WEIGHT numbers, and counts so."""
+WEIGHT = 4
+_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{,]', re.DOTALL)
+"""Texts as a whole, the beginnings of lists and objects, and the commas between values."""
+
+
+class BodyRoute(APIRoute):
+    """An endpoint whose body is a JSON object."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
+        kind: type[BaseModel] = self.body_field.field_info.annotation  # type: ignore[assignment]  # of every endpoint
+
+        async def read_and_handle(request: Request) -> Response:
+            _check_type(request.headers.get("content-type", ""))
+            try:
+                body = await read(request, kind)
+            except ClientDisconnect:
+                return Response(status_code=CLIENT_GONE)  # which nobody receives
+            return await handle(_ReadRequest(request, body))
+
+        return read_and_handle
+
+
+class _ReadRequest(Request):
+    """A request whose body is a valid object by now; FastAPI finds it where it expects parsed JSON."""
+
+    def __init__(self, request: Request, value: BaseModel):
+        super().__init__(request.scope, request.receive)
+        self._value = value
+
+    async def body(self) -> bytes:
+        return b"{}"
+
+    async def json(self) -> BaseModel:
+        return self._value
+
+
+async def read(request: Request, kind: type[BaseModel]) -> BaseModel:
+    """The body as a `kind`. ApiError or RequestValidationError where it is none."""
+    raw = b"".join([part async for part in request.stream()])  # request.body() would keep it during the answer
+    try:
+        if len(raw) < LARGE:
+            return parse(raw, kind)
+        async with request.app.state.large_bodies:
+            return await asyncio.to_thread(parse, raw, kind)
+    finally:
+        request.state.connection.request_read()
+
+
+def parse(raw: bytes, kind: type[BaseModel]) -> BaseModel:
+    """The body as a `kind`."""
+    if not raw:
+        raise invalid("the body is empty; send a JSON object")
+    if not few_values(raw):
+        what = f"the body has more than {MOST_VALUES // WEIGHT} JSON values; split it into several requests"
+        raise ApiError(413, what, code="body_too_large")
+    try:
+        value = json.loads(raw.decode("utf-8-sig"), parse_float=_number)
+    except json.JSONDecodeError as error:
+        raise invalid(f"the body is not JSON: {error.msg} at character {error.pos}", code="invalid_json") from None
+    except (ValueError, RecursionError):  # bytes, numbers and nesting that Python refuses
+        what = "the body cannot be read: it must be JSON in UTF-8, with moderate nesting and numbers"
+        raise invalid(what, code="invalid_body") from None
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False)
+        raise RequestValidationError([one | {"loc": ("body", *one["loc"])} for one in found]) from None
+
+
+def few_values(raw: bytes) -> bool:
+    """Whether the body has at most MOST_VALUES values; texts are skipped, but only where that decides."""
+    if raw.count(b",") + WEIGHT * (raw.count(b"[") + raw.count(b"{") + raw.count(b'"') // 2) < MOST_VALUES:
+        return True
+    count = 0
+    for token in _TOKENS.finditer(raw):
+        count += 1 if token.group() == b"," else WEIGHT
+        if count > MOST_VALUES:
+            return False
+    return True
+
+
+def _number(text: str) -> int | float:
+    """1.0 is an integer, as JSON Schema says."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) <= 2**53 else value
+
+
+def _check_type(given: str) -> None:
+    kind = given.split(";")[0].strip().lower()
+    if not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
+        what = "the body must be JSON: send Content-Type: application/json"
+        raise ApiError(415, what, code="unsupported_media_type")
