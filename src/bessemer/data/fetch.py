@@ -3,6 +3,10 @@
 A PyPI wheel is read as a zip file and an npm tarball as a tar file. The archive is `CACHE/packages/FILENAME`; CACHE is
 the argument, else $BESSEMER_CACHE, else `.cache/bessemer` in the working directory.
 
+A package that its registry no longer has comes from a mirror: one of $BESSEMER_MIRROR (folders, or addresses of
+folders, with blanks between them; asked before the registry) or of the package's own `mirrors` in sources.toml (asked
+after it). A mirror is trusted as little as a registry: the same hash decides.
+
 Invariants
 - The file that `fetch` returns has the pinned sha256. A file with another hash is removed and reported.
 - A download gets its final name only when it is complete (temporary directory, then rename).
@@ -18,6 +22,8 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import quote
 
 import filelock
 
@@ -26,6 +32,9 @@ from bessemer.errors import UserError
 log = logging.getLogger("bessemer.data")
 
 TIMEOUT_S = 900
+MIRROR_TIMEOUT_S = 60
+"""Longest silence of a mirror."""
+MIRROR = "BESSEMER_MIRROR"
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ class Package:
     """As the package states it; a source may add the terms of one of its files."""
     megabytes: float
     """Size of the download, 1 MB = 10^6 bytes."""
+    mirrors: tuple[str, ...] = ()
+    """Folders, or addresses of folders, that hold the file too."""
 
 
 def cache_dir(cache: str | Path | None = None) -> Path:
@@ -88,17 +99,52 @@ def _download(package: Package, target: Path) -> None:
         package.megabytes,
         package.licence,
     )
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
-        reason = _run(_command(package, scratch))
-        arrived = Path(scratch) / package.filename
-        if reason is None and not arrived.exists():
-            reason = f"the client delivered {sorted(os.listdir(scratch)) or 'no file'}"
-        if reason is not None:
-            raise UserError(
-                f"cannot download {package.name} {package.version} from {package.registry} ({reason}). Without a "
-                f"network, put the file {package.filename} (sha256 {package.sha256}) into the folder {target.parent}"
-            )
-        os.replace(arrived, target)
+    reasons = []
+    for place in (*os.environ.get(MIRROR, "").split(), package.registry, *package.mirrors):
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
+            arrived = Path(scratch) / package.filename
+            if place == package.registry:
+                reason = _run(_command(package, scratch))
+                if reason is None and not arrived.exists():
+                    reason = f"the client delivered {sorted(os.listdir(scratch)) or 'no file'}"
+            else:
+                reason = _copy(place, package, arrived)
+            if reason is None:
+                os.replace(arrived, target)
+                return
+            reasons.append(f"{place}: {reason}" if place != package.registry else reason)
+    raise UserError(
+        f"cannot download {package.name} {package.version} from {package.registry} ({'; '.join(reasons)}). Put the "
+        f"file {package.filename} (sha256 {package.sha256}) into the folder {target.parent}, or name a folder or an "
+        f"address that has it in {MIRROR}"
+    )
+
+
+def _copy(place: str, package: Package, target: Path) -> str | None:
+    """The file of a mirror, if it has the pinned hash; else the reason why not."""
+    from http.client import HTTPException  # slow to import, and needed here only
+
+    most, digest = int(package.megabytes * 1.1e6) + 1_000_000, hashlib.sha256()
+    try:
+        with _opened(place, package.filename) as source, target.open("wb") as file:
+            while block := source.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+                if file.tell() > most:
+                    return f"its file is larger than {package.megabytes} MB"
+    except (OSError, ValueError, HTTPException) as error:
+        return f"{error}"
+    return None if digest.hexdigest() == package.sha256 else f"its file has the sha256 {digest.hexdigest()}"
+
+
+def _opened(place: str, filename: str) -> BinaryIO:
+    if "://" not in place:
+        return (Path(place) / filename).open("rb")
+    if not place.startswith(("https://", "http://")):
+        raise ValueError("a mirror is a folder, or an address that begins with https://")
+    from urllib.request import urlopen
+
+    return urlopen(f"{place.rstrip('/')}/{quote(filename)}", timeout=MIRROR_TIMEOUT_S)
 
 
 def _command(package: Package, folder: str) -> list[str]:

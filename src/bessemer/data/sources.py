@@ -220,7 +220,9 @@ def _jsonl(archive: Path, member: str) -> Iterator[dict]:
 
 def _registries() -> tuple[dict[str, TextSource], dict[str, Pretrained]]:
     data = tomllib.loads(resources.files("bessemer.data").joinpath("sources.toml").read_text("utf-8"))
-    packages = {name: Package(**entry) for name, entry in data["package"].items()}
+    packages = {
+        name: Package(**entry | {"mirrors": tuple(entry.get("mirrors", ()))}) for name, entry in data["package"].items()
+    }
     readers = (fables, excerpts, boolean_logic, idioms, words, poems, shakespeare, python_functions)
     by_name = {reader.__name__: reader for reader in readers}
     sources = {}
