@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 
 import numpy as np
 import pytest
@@ -120,6 +121,57 @@ def test_a_link_stands_for_its_corpus_until_that_is_built_again(documents, token
     corpus.build(documents[:200], tokenizer, 64, tmp_path / "c")
     with pytest.raises(UserError, match="built again"):
         corpus.load(tmp_path / "link")
+
+
+def everything(folder):
+    built = corpus.load(folder)
+    return [
+        [
+            rows.facts,
+            rows.tokenizer,
+            rows.bytes_per_token,
+            content(rows).tolist(),
+            [d.tolist() for d in rows.documents()],
+        ]
+        for rows in (built.train, built.heldout)
+    ]
+
+
+def test_one_wrong_bit_in_any_file_is_a_message(documents, tokenizer, tmp_path):
+    """In meta.json too, which holds a checksum of itself."""
+    corpus.build(documents[:60], tokenizer, 32, tmp_path / "c", heldout=0.3)
+    good, chance = everything(tmp_path / "c"), random.Random(4)
+    files = [path for path in (tmp_path / "c").rglob("*") if path.is_file() and not path.name.startswith(".")]
+    assert len(files) == 9
+    harmless = 0
+    for path in files:
+        data = path.read_bytes()
+        headers = list(range(0, 128, 3)) if path.suffix == ".npy" else []
+        for place in [*headers, *(chance.randrange(len(data)) for _ in range(25))]:
+            flipped = data[:place] + bytes([data[place] ^ 1 << chance.randrange(8)]) + data[place + 1 :]
+            path.write_bytes(flipped)
+            try:
+                assert everything(tmp_path / "c") == good, f"{path.name}, byte {place}: not noticed"
+                harmless += 1
+            except UserError as error:
+                assert any(word in str(error) for word in ("altered", "broken", "missing", "bytes"))
+        path.write_bytes(data)
+    assert everything(tmp_path / "c") == good
+    assert harmless < 5, "white space in a header"
+
+
+def test_metadata_of_version_0_2_has_no_checksum_and_its_values_are_still_looked_at(documents, tokenizer, tmp_path):
+    corpus.build(documents[:60], tokenizer, 32, tmp_path / "c", heldout=0.3)
+    good, path = everything(tmp_path / "c"), tmp_path / "c" / "meta.json"
+    facts = json.loads(path.read_text())
+    del facts["checksum"], facts["format"]
+    path.write_text(json.dumps(facts))
+    assert everything(tmp_path / "c") == good
+    shard = facts["parts"]["train"]["shards"][0]
+    for wrong in ({"name": "../../secret"}, {"tokens": -1}, {"sha256": 5}, {"name": "train-99999"}, {"bytes": "a"}):
+        path.write_text(json.dumps(facts).replace(json.dumps(shard), json.dumps(shard | wrong)))
+        with pytest.raises(UserError, match=r"broken|missing|bytes"):
+            everything(tmp_path / "c")
 
 
 def test_facts_that_are_none(tmp_path):

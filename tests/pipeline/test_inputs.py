@@ -6,13 +6,19 @@ import shutil
 import time
 from pathlib import Path
 
+import hub_server
 import pytest
 import torch
+from typer.testing import CliRunner
 
+import bessemer
+from bessemer.cli import app
+from bessemer.config import places
 from bessemer.config.recipe import Recipe
-from bessemer.data import fingerprints
+from bessemer.data import documents, fingerprints
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
+from bessemer.hf import hub
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import runner
@@ -200,6 +206,75 @@ def test_runs_without_hashes_stay_finished_and_are_compared_from_then_on(own, tm
     assert own.run() == ["sft", "eval"]
     os.utime(own.folder / "start" / "config.json", (1, 1))  # all that the old record can compare
     assert own.run(out=tmp_path / "old")[0] == "import"
+
+
+def test_an_address_on_the_hub_keeps_its_commit_in_a_run(own, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("datasets")
+    path = own.folder / "hub.toml"
+    path.write_text('name = "hub"\n[[stage]]\nkind = "import"\nmodel = "hf://own/name"\n')
+    out, files = tmp_path / "run", {file.name: file.read_bytes() for file in (own.folder / "start").iterdir()}
+    with hub_server.serving(monkeypatch) as server:
+        first = server.commit(files)
+        assert own.run(path, out=out, until="import") == ["import"]
+        made = json.loads((out / "01-import" / "done.json").read_text())["digest"]
+        second = server.commit(
+            files | {"config.json": files["config.json"].replace(b'"bos_token_id": 0', b'"bos_token_id": 1')}
+        )
+        assert own.run(path, out=out) == []
+        (out / "01-import" / "done.json").unlink()  # as a kill would leave it, on another machine
+        monkeypatch.setenv("BESSEMER_CACHE", str(tmp_path / "empty"))
+        assert own.run(path, out=out) == ["import"]
+        assert json.loads((out / "01-import" / "done.json").read_text())["digest"] == made
+        assert own.run(path, out=tmp_path / "reused", reuse=out) == []
+        assert own.run(path, out=tmp_path / "new", until="import") == ["import"]
+        pinned = [
+            json.loads((run / "revisions.json").read_text()) for run in (out, tmp_path / "reused", tmp_path / "new")
+        ]
+        assert [one["hf://own/name"] for one in pinned] == [first, first, second]
+        (out / "revisions.json").write_text(json.dumps({"hf://own/name": second}))
+        assert own.run(path, out=out) == ["import"] and "import: hf://own/name changed since" in capsys.readouterr().err
+
+
+def test_a_data_set_is_read_at_the_commit_of_the_run(tmp_path, monkeypatch):
+    datasets, asked = pytest.importorskip("datasets"), []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, revision=None, **__: asked.append(revision) or iter(()))
+    with hub_server.serving(monkeypatch) as server:
+        first = server.commit({"a": b"1"})
+        for head in (first, server.commit({"a": b"2"})):
+            server.head = head
+            with places.of_recipe(None, tmp_path / "revisions.json"):
+                list(documents.hub_records("hf://own/name/en#test"))
+                list(documents.hub_records(f"hf://own/name@{head}"))
+            list(documents.hub_records("hf://own/name"))  # outside a run: the newest
+            list(documents.hub_records("hf://own/name@v2"))
+    assert asked == [first, first, None, "v2", first, head, None, "v2"]
+
+
+def test_a_flipped_bit_in_a_finished_model_is_told_when_it_is_loaded(own, monkeypatch):
+    monkeypatch.setenv(fingerprints.NO_VERIFY, "")
+    monkeypatch.setattr(fingerprints, "SETTLED_NS", 0)
+    monkeypatch.setattr(
+        fingerprints, "sha256_of", lambda path, real=fingerprints.sha256_of: read.append(path) or real(path)
+    )
+    folder, read = own.out / "03-sft" / "model", list[Path]()
+    good = bessemer.load(folder)
+    assert len(read) == len(list(folder.iterdir()))
+    bessemer.load(folder)
+    assert len(read) == len(list(folder.iterdir())), "a stat each, once they have been read"
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    for use in (bessemer.load, lambda folder: hub.convert(folder, own.folder / "copy")):
+        with pytest.raises(
+            UserError, match=rf"{weights} is not what its stage wrote.*run the recipe again.*--no-verify"
+        ):
+            use(folder)
+    asked = ["generate", str(own.out / "sft"), "note", "--max-tokens", "2"]
+    refused = CliRunner().invoke(app, asked)
+    assert isinstance(refused.exception, UserError) and "model.safetensors is not" in str(refused.exception)
+    assert CliRunner().invoke(app, [*asked, "--no-verify"]).output.startswith("note")
+    monkeypatch.setenv(fingerprints.NO_VERIFY, "1")
+    assert any((a != b).any() for a, b in zip(good.parameters(), bessemer.load(folder).parameters(), strict=True))
 
 
 def test_a_large_file_is_read_once(tmp_path, monkeypatch):

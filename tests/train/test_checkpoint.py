@@ -86,6 +86,14 @@ def test_damage_is_told_and_passed_over(tmp_path, damage, name):
         latest(tmp_path, CONFIG, told.append)
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(tmp_path):
+    good, other = save(tmp_path, 1, state(1.0)), save(tmp_path, 2, state(2.0))
+    other.rename(tmp_path / "step-00000009")
+    told = []
+    assert latest(tmp_path, CONFIG, told.append)[0] == good
+    assert "step-00000009 is damaged (manifest.json is that of step 2)" in told[0]
+
+
 def test_every_single_bit_of_the_manifest_matters(tmp_path):
     manifest = save(tmp_path, 1, state(size=1)) / "manifest.json"
     data, random_bits = manifest.read_bytes(), random.Random(0)

@@ -1,6 +1,7 @@
 """Shared by the commands: the program, common options, JSON output."""
 
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +26,24 @@ Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the decoding steps: a minute or two the first time, then faster.")
 ]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 picks the most likely token.")]
+
+
+def _skip_comparison(given: bool) -> bool:
+    if given:
+        from bessemer.data.fingerprints import NO_VERIFY
+
+        os.environ[NO_VERIFY] = "1"
+    return given
+
+
+NoVerify = Annotated[
+    bool,
+    typer.Option(
+        "--no-verify",
+        help="Load the model of a run without comparing it with the checksums that its stage left.",
+        callback=_skip_comparison,
+    ),
+]
 
 
 class YesNo(StrEnum):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bessemer.cli.common import AsJson, Model, Seed, app, print_json
+from bessemer.cli.common import AsJson, Model, NoVerify, Seed, app, print_json
 from bessemer.errors import UserError
 
 
@@ -53,6 +53,7 @@ def convert(
         Scales | None, typer.Option(help="With --fp8. ue8m0: powers of two, as V3.1 was released. Default: float32.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at DST; never the source.")] = False,
+    no_verify: NoVerify = False,
 ) -> None:
     """Rewrite a model: FP8 to plain and back, with or without MTP, another dtype, or as a GGUF file."""
     if to is None:
@@ -109,6 +110,7 @@ def placement(
     problems: Annotated[int, typer.Option(min=1, help="Problems of each task.")] = 32,
     loads: Annotated[Path | None, typer.Option(help="File that stores the loads between calls.")] = None,
     seed: Seed = 0,
+    no_verify: NoVerify = False,
     as_json: AsJson = False,
 ) -> None:
     """Place the experts on GPUs by their measured loads (EPLB), and print the gain."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bessemer.cli.common import AsJson, YesNo, app, print_json
+from bessemer.cli.common import AsJson, NoVerify, YesNo, app, print_json
 from bessemer.errors import UserError
 
 if TYPE_CHECKING:
@@ -177,6 +177,7 @@ def evaluate(
     include: Annotated[Path | None, typer.Option(help="Folder of your own lm-eval tasks; code in them runs.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per lm-eval task. Default: all.")] = None,
     chat: Annotated[YesNo | None, typer.Option(help="Ask lm-eval's questions in the model's chat template.")] = None,
+    no_verify: NoVerify = False,
     as_json: AsJson = False,
 ) -> None:
     """pass@1, pass@k and maj@k on held-out problems, published evaluations, and lm-eval's tasks."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.common import AsJson, Compile, Drafts, Model, Seed, Temperature, app, print_json
+from bessemer.cli.common import AsJson, Compile, Drafts, Model, NoVerify, Seed, Temperature, app, print_json
 from bessemer.errors import UserError
 
 
@@ -30,6 +30,7 @@ def generate(
     drafts: Drafts = 0,
     compile: Compile = False,
     seed: Seed = 0,
+    no_verify: NoVerify = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue texts."""
@@ -58,6 +59,7 @@ def chat(
     drafts: Drafts = 0,
     compile: Compile = False,
     seed: Seed = 0,
+    no_verify: NoVerify = False,
 ) -> None:
     """Talk to a model."""
     from bessemer.engine.terminal_chat import chat as talk
@@ -73,6 +75,7 @@ def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to serve at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
+    no_verify: NoVerify = False,
     api_key: Annotated[
         str | None, typer.Option(envvar="BESSEMER_API_KEY", help="Key that every client must send.")
     ] = None,

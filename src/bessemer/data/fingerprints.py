@@ -53,7 +53,16 @@ def _table() -> sqlite3.Connection:
     folder = cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
     table = sqlite3.connect(folder / "hashes.sqlite", timeout=10)
-    table.execute("CREATE TABLE IF NOT EXISTS hashes (path TEXT PRIMARY KEY, key TEXT, sha256 TEXT)")
+    try:
+        table.execute("PRAGMA synchronous = OFF")  # what a crash of the machine loses is hashed again
+        table.execute("CREATE TABLE IF NOT EXISTS hashes (path TEXT PRIMARY KEY, key TEXT, sha256 TEXT)")
+    except sqlite3.OperationalError:  # in use by another process for long, or on a disk that cannot be written
+        table.close()
+        raise
+    except sqlite3.DatabaseError:  # damaged: the next call makes a new one
+        table.close()
+        (folder / "hashes.sqlite").unlink()
+        raise
     return table
 
 

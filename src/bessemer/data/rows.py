@@ -102,7 +102,10 @@ class Rows:
         shard = self._open(name)
         first = int(shard.rows["end"][number - 1]) if number else 0
         crc = at = 0
-        for start, length in shard.pieces[first : int(shard.rows["end"][number])].tolist():
+        pieces = shard.pieces[first : int(shard.rows["end"][number])]
+        fits = bool((pieces["start"] >> 48 == 0).all() and (pieces["length"] > 0).all())  # numbers that a plan may hold
+        fits = fits and int(pieces["length"].sum(dtype=np.int64)) <= len(row_T)
+        for start, length in pieces.tolist() if fits else ():
             width = self._dtype.itemsize
             # Not a memory map: reading a truncated file through one would kill the process without a message.
             read = os.pread(shard.file.fileno(), length * width, start * width)
@@ -111,10 +114,10 @@ class Rows:
                 break
             row_T[at : at + length] = np.frombuffer(read, self._dtype)
             at += length
-        if crc != shard.rows["crc"][number]:
+        if not at or crc != shard.rows["crc"][number]:
             raise UserError(
-                f"{shard.file.name} was altered since its rows were packed (row {number} has another checksum); "
-                f"{shards.REBUILD}"
+                f"{shard.file.name} was altered since its rows were packed, or their plan was (row {number} has "
+                f"another checksum); {shards.REBUILD}"
             )
 
 
@@ -127,7 +130,11 @@ class _OpenShard(NamedTuple):
 def _open_shard(folder: Path, plan: Path, name: str) -> _OpenShard:
     try:
         pieces, rows = (np.load(file, mmap_mode="r", allow_pickle=False) for file in plan_files(plan, name))
-    except (OSError, ValueError) as error:
+        if (pieces.dtype, pieces.ndim, rows.dtype, rows.ndim) != (PIECE, 1, ROW, 1) or not len(rows):
+            raise ValueError("its tables have another form")
+        if int(rows["end"][-1]) != len(pieces):
+            raise ValueError(f"its rows have {int(rows['end'][-1])} pieces, it lists {len(pieces)}")
+    except Exception as error:  # whatever numpy raises for a header that it cannot parse
         raise UserError(
             f"the plan of {name} in {plan} is broken ({error}); delete that folder, it is made again"
         ) from error
@@ -184,8 +191,12 @@ def write_plan(folder: Path, target: Path, name: str, dtype: np.dtype, row_lengt
     """Plan one shard. A process that is killed leaves no partial file under a final name."""
     check_length(row_length)
     target.mkdir(exist_ok=True)
-    tokens = np.fromfile(shards.tokens_file(folder, name), dtype)
-    packed = best_fit(np.diff(np.load(shards.ends_file(folder, name), allow_pickle=False), prepend=0), row_length)
+    try:
+        tokens = np.fromfile(shards.tokens_file(folder, name), dtype)
+        ends = np.load(shards.ends_file(folder, name), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the shard {name} in {folder} cannot be read ({error}); {shards.REBUILD}") from error
+    packed = best_fit(np.diff(ends, prepend=0), row_length)
     pieces, rows = np.empty(len(packed.start_P), PIECE), np.empty(len(packed.end_R), ROW)
     pieces["start"], pieces["length"] = packed.start_P, packed.length_P
     rows["end"], rows["crc"] = packed.end_R, [_crc(tokens, row) for row in packed.rows()]

@@ -2,7 +2,7 @@
 
 A corpus is a folder with two splits, train and heldout:
 
-    meta.json               the corpus's metadata: tokenizer, dtype, counts, checksums
+    meta.json               the corpus's metadata: tokenizer, dtype, counts, checksums, and one of itself
     train-00000.tokens      the ids of its documents, concatenated, little endian, no header
     train-00000.ends.npy    int64 [documents]: where each document ends, in tokens
     heldout-00000.tokens    the same for the held-out documents
@@ -18,17 +18,20 @@ Invariants
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
 from bessemer.data.fetch import sha256_of
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 
+FORMAT = 2
 SPLITS = ("train", "heldout")
 REBUILD = "delete the directory and build it again"
 SHARD_TOKENS = 1 << 27
@@ -94,7 +97,17 @@ def seal(
         **facts,
         "parts": {split: _sum(shards.get(split, ())) for split in SPLITS},
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), "utf-8")
+    _write(folder, meta)
+
+
+def _write(folder: Path, facts: dict[str, Any]) -> None:
+    facts = {"format": FORMAT, **facts}
+    facts["checksum"] = _checksum(facts)
+    (folder / "meta.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), "utf-8")
+
+
+def _checksum(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _sum(shards: Sequence[dict]) -> dict[str, Any]:
@@ -110,14 +123,7 @@ def _sum(shards: Sequence[dict]) -> dict[str, Any]:
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """The metadata of a corpus."""
-    meta = _read(folder)
-    try:
-        good = all(isinstance(meta["parts"][split]["shards"], list) for split in SPLITS)
-    except (KeyError, TypeError):
-        good = False
-    if not good:
-        raise UserError(f"{folder / 'meta.json'} is broken (it lists no shards); {REBUILD}")
-    return meta
+    return _checked(folder, _read(folder), _Meta)
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -126,9 +132,63 @@ def _read(folder: Path) -> dict[str, Any]:
         facts = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {folder} is not a finished corpus; {REBUILD}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is broken ({error}); {REBUILD}") from error
-    return facts if isinstance(facts, dict) else {}
+    if not isinstance(facts, dict):
+        raise UserError(f"{path} is broken (it holds no table); {REBUILD}")
+    checksum = facts.pop("checksum", None)  # version 0.2.0 and before wrote none, and no format
+    if (checksum is not None or "format" in facts) and checksum != _checksum(facts):
+        raise UserError(f"{path} was altered: it does not match its own checksum; {REBUILD}")
+    return facts
+
+
+def _checked(folder: Path, facts: dict[str, Any], shape: type[BaseModel]) -> dict[str, Any]:
+    """The facts, if they have this shape."""
+    try:
+        shape.model_validate(facts)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{folder / 'meta.json'} is broken ({where}: {first['msg']}); {REBUILD}") from None
+    return facts
+
+
+class _Counts(BaseModel, strict=True):
+    documents: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+
+
+class _Shard(_Counts):
+    name: str = Field(pattern=r"^(train|heldout)-\d{5,}$")
+    sha256: str
+    ends_sha256: str
+
+
+class _Split(_Counts):
+    domains: dict[str, _Counts]
+    shards: list[_Shard]
+
+
+class _Parts(BaseModel, strict=True):
+    train: _Split
+    heldout: _Split
+
+
+class _Meta(BaseModel, strict=True):
+    """What every reader of meta.json relies on."""
+
+    row_length: int = Field(ge=2)
+    dtype: Literal["<u2", "<u4"]
+    pad_id: int = Field(ge=0)
+    tokenizer: str
+    parts: _Parts
+
+
+class _Link(BaseModel, strict=True):
+    link: str
+    sha256: str
+    row_length: int = Field(ge=2)
 
 
 def link(folder: Path, target: Path, row_length: int) -> None:
@@ -137,15 +197,15 @@ def link(folder: Path, target: Path, row_length: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     meta = target / "meta.json"
     read_meta(target)
-    facts = {"link": str(target.absolute()), "sha256": sha256_of(meta), "row_length": row_length}
-    (folder / "meta.json").write_text(json.dumps(facts, indent=1), "utf-8")
+    _write(folder, {"link": str(target.absolute()), "sha256": sha256_of(meta), "row_length": row_length})
 
 
 def follow(folder: Path) -> tuple[Path, dict[str, Any]]:
     """(folder of the shards, metadata) of a corpus or of a link to one."""
     facts = _read(folder)
     if "link" not in facts:
-        return folder, read_meta(folder)
+        return folder, _checked(folder, facts, _Meta)
+    _checked(folder, facts, _Link)
     target = Path(facts["link"])
     meta = read_meta(target)
     if sha256_of(target / "meta.json") != facts["sha256"]:

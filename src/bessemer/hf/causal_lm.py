@@ -29,6 +29,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from bessemer.data.fingerprints import check_finished
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.mapping import FAMILIES
@@ -159,6 +160,7 @@ def load(directory: str | Path, dtype: str | torch.dtype | None = None, device: 
     directory = Path(directory)
     if read_json(directory / "config.json").get("quantization_config"):
         raise UserError(f"{directory} holds quantised weights, which cannot be trained; take the original ones")
+    check_finished(directory)
     Checkpoint(directory)  # refuses pickles, and names what is damaged
     known = hub.DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     return checked(CausalLM(_read(directory, known).to(device)), str(directory))

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bessemer.data.fingerprints import check_finished
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.hf_tokenizer import check_pretokenizer
@@ -107,6 +108,7 @@ def write(directory: str | Path, file: str | Path, dtype: str | torch.dtype | No
             f"{directory}: model_type {family!r} is not of the DeepSeek family, and only that is written as GGUF here; "
             "convert it with llama.cpp's own convert_hf_to_gguf.py"
         )
+    check_finished(directory)
     checkpoint, cfg, layout = hub.open_directory(directory, False, Transformer)
     check_network(cfg, str(directory))
     for slot in layout:

@@ -25,6 +25,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
+from bessemer.data.fingerprints import check_finished
 from bessemer.errors import UserError
 from bessemer.hf.mapping import Slot, from_hf, is_mtp_key, is_reward_model, reward_model_json, slots, to_hf
 from bessemer.hf.replace import check_target, replacing
@@ -90,6 +91,7 @@ def load(
 ) -> Transformer:  # fmt: skip
     """The model of a directory. dtype: of the matrices (None: as stored, BF16 for FP8); norm gains, gates and routing
     biases are always float32. mtp=False leaves the MTP layers on the disk. context: as in `open_directory`."""
+    check_finished(Path(directory))
     checkpoint, cfg, layout = open_directory(Path(directory), mtp, kind, context)
     model = _allocate(cfg, parse_dtype(dtype) or checkpoint.stored_dtype(EMBEDDING), device, kind)
     state = model.state_dict()
@@ -164,6 +166,7 @@ def convert(
     """
     src = Path(src)
     check_target(src, Path(dst), force=True)
+    check_finished(src)
     checkpoint, cfg, layout = open_directory(src, mtp, Transformer)
     forced = _forced(dtype, fp8)
     main = {slot.name: slot.key for slot in layout if not slot.copy and not slot.index}

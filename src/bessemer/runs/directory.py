@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from bessemer import __version__
+from bessemer.data.fetch import sha256_of
+from bessemer.data.fingerprints import sha256
 from bessemer.errors import UserError
-from bessemer.runs.files import explained, read_json, sha256, sync_folder, write_atomic, write_json
+from bessemer.runs.files import explained, read_json, sync_folder, write_atomic, write_json
 from bessemer.runs.metrics import Metrics
 
 RUN_FORMAT = 1  # raise it when run directories change in a way that old ones cannot be continued
@@ -256,7 +258,8 @@ def write_stage_record(
 
 def write_done(folder: Path, record: dict[str, Any], summary: dict[str, Any], seconds: float) -> dict[str, Any]:
     files = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)} for path in outputs(folder)
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in outputs(folder)
     }
     done = {
         "fingerprint": record["fingerprint"], "inputs": record["inputs"], "summary": summary,
@@ -284,7 +287,7 @@ def damage(folder: Path, done: dict[str, Any]) -> str:
             return f"{name} is missing"
         if path.stat().st_size != fact["size"]:
             return f"{name} has {path.stat().st_size} bytes instead of {fact['size']}"
-        if sha256(path) != fact["sha256"]:
+        if sha256(path, fresh=True) != fact["sha256"]:
             return f"{name} is not what was written (checksum differs)"
     return ""
 

@@ -5,7 +5,6 @@ the operating system become UserErrors that name the path and the fix.
 """
 
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,11 +49,6 @@ def sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(handle)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def explain(error: BaseException, path: Path) -> UserError | None:

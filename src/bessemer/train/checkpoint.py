@@ -302,6 +302,9 @@ def verified_manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(path, "manifest.json")
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
         raise Damaged("manifest.json does not match its own checksum")
+    named = re.fullmatch(r"step-(\d{8,})", path.name)
+    if named and int(named[1]) != manifest["step"]:
+        raise Damaged(f"manifest.json is that of step {manifest['step']}")
     if manifest["format"] > FORMAT:
         raise UserError(
             f"{path} was written by a newer Bessemer (checkpoint format {manifest['format']}, this one reads up to "
