@@ -18,58 +18,58 @@ ACTIVATIONS = "Activations stored in FP8 and E5M6; norms and up-projections reco
 LETTERS = {PUBLISHED: "P", SCALED: "S", ADAPTED: "A", OFF: "O"}
 
 STATES = """
-SSSOSOSPSS Multi-head latent attention
-SSSOSOSPSS Query compression
-PPAOPOPPPP Interleaved RoPE, YaRN off in the short stage
-SSSOSOSPSS DeepSeekMoE
-PPPOPOPPPP Sigmoid gate, normalised, scaled
-SSSOSOSPSS Group-limited routing
-SSSOSOSPSS Leading dense layers
-SASOSOSPSS Bias balancing, MTP layers included
-PPPOPOPPPP Sequence-wise balance loss
-PPPOPOPPPP No token dropping
-SOOOSOSPSS Multi-token prediction
-APAOAOAPAA AdamW, FP32 masters
-AAAOAOAPAA Learning rate over consumed tokens
-OOOOOOOPOO Batch size over consumed tokens
-SSSOSOSPSS Initialisation
-SSOOSOSPSS Packing without cross-document mask
-AAOOAOAPAA Fill-in-the-middle
-PPPOPOPPPP Random split of punctuation + line break
-SSSOSOSPSS Byte-level BPE with V3's pre-split
-OPOOOOOPOO FP8 training
-OPOOOOOPOO Activations stored in FP8 and E5M6; norms and up-projections recomputed
-OPOOOOOPOO Moments of the optimizer in BF16
-OOOOOOOPOO Moving average of the weights
-OOOOOOOPOO DualPipe
-OOOOOOOPOO Expert parallelism, a token to a node once
-OOOOOOOPOO ZeRO-1
-OOAOOOOPOO Long-context extension in phases
-OOSOOOOPOO YaRN on the rotary key, the same in every phase
-OOAOOOOOOO Needle in a haystack over lengths and depths
-POOPPOPOPP R1-Zero: RL from the base, no SFT
-AOOPAOAOAP Prompt template
-SOOPSASOSS GRPO groups
-POOPPPPOPP Advantage: reward minus the group's mean, over its standard deviation
-AOOPAAAOAA Loss of a token
-AOOPAAAOAA Clip
-AOOPAOAOAA KL to the reference (k3, in the loss)
-AOOPAAAOAA Mini-batches per rollout
-POOPPPPOPP On policy, every sample used
-SOOPSSSOSS Learning rate of RL
-POOPPPPOPP Sampling temperature of RL
-OOOPPOOOOO Sampling temperature with preference rewards
-OOOPAAAOAA Rewards
-AOOPAAOOOO SFT: answers only, samples packed with masks
-OOOPSOOOSO Length cap raised mid-run
-OOOPPAOOOO Cold start: readable R1-Zero answers in one form
-AOOPAOOOOO Language consistency reward
-OOOPSAOOOO Rejection sampling: correct and readable answers
-OOOPAOOOOO Reward models: helpful by pairs, harmless by labels
-OOOPSOOOOO Preference rewards only at the end
-OOOPAAOOOO Distillation: SFT of a smaller model on checked samples
-AOOPSAAOAA Evaluation by sampling
-"""  # controls, fp8-study, long, r1-paper, r1-tiny, smollm2, tiny, v3, zero
+SSSSOSOSPSS Multi-head latent attention
+SSSSOSOSPSS Query compression
+PPPAOPOPPPP Interleaved RoPE, YaRN off in the short stage
+SSSSOSOSPSS DeepSeekMoE
+PPPPOPOPPPP Sigmoid gate, normalised, scaled
+SSSSOSOSPSS Group-limited routing
+SSSSOSOSPSS Leading dense layers
+ASASOSOSPSS Bias balancing, MTP layers included
+PPPPOPOPPPP Sequence-wise balance loss
+PPPPOPOPPPP No token dropping
+ASOOOSOSPSS Multi-token prediction
+AAPAOAOAPAA AdamW, FP32 masters
+AAAAOAOAPAA Learning rate over consumed tokens
+OOOOOOOOPOO Batch size over consumed tokens
+SSSSOSOSPSS Initialisation
+SSSOOSOSPSS Packing without cross-document mask
+OAAOOAOAPAA Fill-in-the-middle
+PPPPOPOPPPP Random split of punctuation + line break
+SSSSOSOSPSS Byte-level BPE with V3's pre-split
+OOPOOOOOPOO FP8 training
+OOPOOOOOPOO Activations stored in FP8 and E5M6; norms and up-projections recomputed
+OOPOOOOOPOO Moments of the optimizer in BF16
+OOOOOOOOPOO Moving average of the weights
+OOOOOOOOPOO DualPipe
+OOOOOOOOPOO Expert parallelism, a token to a node once
+OOOOOOOOPOO ZeRO-1
+OOOAOOOOPOO Long-context extension in phases
+OOOSOOOOPOO YaRN on the rotary key, the same in every phase
+OOOAOOOOOOO Needle in a haystack over lengths and depths
+OPOOPPOPOPP R1-Zero: RL from the base, no SFT
+OAOOPAOAOAP Prompt template
+OSOOPSASOSS GRPO groups
+OPOOPPPPOPP Advantage: reward minus the group's mean, over its standard deviation
+OAOOPAAAOAA Loss of a token
+OAOOPAAAOAA Clip
+OAOOPAOAOAA KL to the reference (k3, in the loss)
+OAOOPAAAOAA Mini-batches per rollout
+OPOOPPPPOPP On policy, every sample used
+OSOOPSSSOSS Learning rate of RL
+OPOOPPPPOPP Sampling temperature of RL
+OOOOPPOOOOO Sampling temperature with preference rewards
+OOOOPAAAOAA Rewards
+OAOOPAAOOOO SFT: answers only, samples packed with masks
+OOOOPSOOOSO Length cap raised mid-run
+OOOOPPAOOOO Cold start: readable R1-Zero answers in one form
+OAOOPAOOOOO Language consistency reward
+OOOOPSAOOOO Rejection sampling: correct and readable answers
+OOOOPAOOOOO Reward models: helpful by pairs, harmless by labels
+OOOOPSOOOOO Preference rewards only at the end
+OOOOPAAOOOO Distillation: SFT of a smaller model on checked samples
+OAOOPSAAOAA Evaluation by sampling
+"""  # continue, controls, fp8-study, long, r1-paper, r1-tiny, smollm2, tiny, v3, zero, zero-template
 
 
 def of(recipe, *overrides):
@@ -96,7 +96,7 @@ def test_every_recipe_s_states():
     """Checked by hand against the papers, item by item; a recipe or a published value that changes shows up here."""
     states = [[LETTERS[state] for state, _ in of(recipe).values()] for recipe in RECIPES]
     lines = ["".join(letters) + " " + item.item for letters, item in zip(zip(*states, strict=True), ITEMS, strict=True)]
-    assert len(RECIPES) == 10 and lines == STATES.strip().splitlines()
+    assert len(RECIPES) == 11 and lines == STATES.strip().splitlines()
 
 
 def test_a_row():

@@ -86,10 +86,10 @@ def _dry_run(recipe: Path, overrides: list[str], world: int | None, device: str 
     from bessemer.config.recipe import Recipe
     from bessemer.data.fetch import cache_dir
     from bessemer.pipeline import preflight
-    from bessemer.plan import dry_run
+    from bessemer.plan import dry_run, plan_config
 
     loaded = Recipe.load(recipe, overrides)
-    pretrains = any(stage.kind == "pretrain" for stage in loaded.stages)
+    pretrains = next(plan_config.begun(loaded), None)
     layout = dry_run.of_recipe(loaded, world, device) if pretrains or world or device else None
     with places.of_recipe(loaded.folder):
         stages = preflight.examine(loaded, cache_dir(None), loaded.names())

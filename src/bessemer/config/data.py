@@ -26,8 +26,8 @@ class CorpusConfig(StageConfig):
     heldout: float = Field(0.02, ge=0, lt=0.5)
     """Share of documents held out for validation, chosen by hash."""
     tokenizer: StageRef | None = None
-    """Corpus stage whose tokenizer to use, such as the one of shorter rows that the extended model was trained on.
-    Default: a tokenizer of its own."""
+    """Earlier stage whose tokenizer to use: that of a model to train further, or another corpus, such as the one of
+    shorter rows that the extended model was trained on. Default: a tokenizer of its own."""
     fim_rate: float = Field(0.1, ge=0, le=1)
     """Share of training documents of `fim_parts` in prefix-suffix-middle order (V3 4.1: 0.1)."""
     fim_parts: list[str] = Field(default_factory=list)

@@ -82,15 +82,20 @@ class OnPolicyConfig(FineTuningConfig):
 
 class PretrainConfig(OptimizerConfig):
     runtime_only = frozenset({"save_seconds", "micro_rows"})
-    ignore_at_default = frozenset({"fp8", "moments", "ema_decay", "temperature", "epoch_caps", "on_cap", "lengths"})
+    ignore_at_default = frozenset(
+        {"fp8", "moments", "ema_decay", "temperature", "epoch_caps", "on_cap", "lengths", "corpus"}
+    )
 
+    corpus: StageRef | None = None
+    """Corpus stage to train on, if `from` names a model to train further; the optimizer then starts fresh, so that lr
+    should rise from 0 again. Default: the corpus is the stage of `from`, and the weights are random."""
     model: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the recipe's [model] for this stage, such as a smaller student for distillation."""
     tokens: Tokens = 8_000_000
     """Tokens to train on, padding included."""
     mixture: dict[str, Weight] = Field(default_factory=dict)
     """Part of the corpus = its share of the rows, a number or a function of consumed tokens: [["0", 0.5],
-    ["2M", 0.5], ["2M", 0.2]] switches to a cool-down mix at 2M tokens."""
+    ["2M", 0.5], ["2M", 0.2]] switches to a cool-down mix at 2M tokens. A corpus of one part needs none."""
     temperature: float | None = Field(None, ge=0, le=1)
     """Alternative to a mixture: shares proportional to (tokens of the part)^temperature."""
     epoch_caps: dict[str, float] = Field(default_factory=dict)

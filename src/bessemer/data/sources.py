@@ -30,6 +30,8 @@ from bessemer.data.fetch import Package, fetch
 from bessemer.errors import UserError
 
 EVALS = "evals/registry/data"
+PACKAGE = "package:"
+"""Begins a recipe's name of a registered model."""
 _OPTION = re.compile(r"(?:^|\s)([A-E])\) ?(.*?)(?=\s[A-E]\) ?|$)", re.DOTALL)
 _EXPRESSION = re.compile(r"The expression is: (.*) which evaluates to:")
 

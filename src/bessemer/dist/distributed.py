@@ -179,7 +179,8 @@ def _lengths(settings: Any, recipe: Recipe) -> list[int]:
     """The row lengths of a training stage, as far as the recipe says."""
     if lengths := getattr(settings, "lengths", None):
         return [int(length) for length in lengths.values]
-    corpus = recipe.stage(settings.source) if settings.source else settings
+    name = getattr(settings, "corpus", None) or settings.source
+    corpus = recipe.stage(name) if name else settings
     own = getattr(settings, "length", None) or getattr(settings, "row_length", None)
     return [length for length in (own or getattr(corpus, "row_length", None),) if length is not None]
 

@@ -19,6 +19,7 @@ from bessemer.config.units import Points, show_tokens
 from bessemer.dist import distributed, schedules
 from bessemer.model.config import ModelConfig
 from bessemer.runs.directory import CONFORMANCE_STATES
+from bessemer.train import lineage
 from bessemer.train.setup import model_config
 
 
@@ -27,7 +28,11 @@ class RecipeFacts:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.model: ModelConfig = model_config(recipe)
+        first = recipe.stages[0]
+        imported = lineage.config_of(recipe, first.name) if first.kind == "import" else None
+        self.model: ModelConfig = imported or model_config(recipe)
+        self.foreign = first.kind == "import" and imported is None
+        """Whether the recipe begins with a model of another family, or one that only its import will tell."""
 
     def stages(self, kind: str) -> list[Any]:
         return [stage for stage in self.recipe.stages if stage.kind == kind]
@@ -42,7 +47,7 @@ class RecipeFacts:
 
     def base(self, name: str) -> str:
         """The stage that a stage's model began in."""
-        return next((stage.name for stage in self.chain(name) if stage.kind in ("pretrain", "import")), name)
+        return first.name if (first := lineage.origin(self.recipe, name)) is not None else name
 
     def after_sft(self, name: str) -> bool:
         return any(stage.kind == "sft" for stage in self.chain(name))
@@ -158,7 +163,10 @@ def _stages(
 
 
 def _model(facts: RecipeFacts) -> Found:
-    return IMPORTED if facts.recipe.stages[0].kind == "import" else [facts.model]
+    if not facts.foreign:
+        return [facts.model]
+    family = (lineage.imported_config(facts.recipe, facts.recipe.stages[0].name) or {}).get("model_type")
+    return f"{IMPORTED}, {family}" if family else IMPORTED
 
 
 def _layout(facts: RecipeFacts) -> Found:
@@ -169,7 +177,12 @@ def _corpus(facts: RecipeFacts) -> list[Any]:
     return facts.stages("corpus")[:1]  # the later ones are those of longer rows
 
 
-_pretrain = _stages("pretrain", lambda f, s: not s.model)  # a student's changes are not of the recipe's model
+def _pretrain(facts: RecipeFacts) -> list[Any]:
+    """Without students, whose changes are not of the recipe's model; further training only where it is all there is."""
+    stages = [stage for stage in facts.stages("pretrain") if not stage.model]
+    return [stage for stage in stages if stage.corpus is None] or stages
+
+
 _rl = _stages("rl")
 _sft = _stages("sft", lambda f, s: not f.is_distillation(s))
 
@@ -267,6 +280,8 @@ def _extension_rate(facts: RecipeFacts, first: Any) -> str:
 def _template(facts: RecipeFacts, rl: Any) -> str:
     """That of an RL stage, or of the model that it starts from."""
     source = facts.recipe.stage(rl.source)
+    while getattr(source, "corpus", None) and source.source:  # trained further, with the template it had
+        source = facts.recipe.stage(source.source)
     own = "zero" if source.kind == "pretrain" else getattr(source, "style", None)
     return TEMPLATES.get(own or "" if rl.prompt_template == "model" else rl.prompt_template, "the model's own")
 

@@ -97,7 +97,7 @@ def context_of(recipe: Recipe, name: str | None) -> int | None:
     stage = recipe.stage(name)
     if isinstance(stage, ExtendConfig):
         return stage.length
-    if isinstance(stage, PretrainConfig):
+    if isinstance(stage, PretrainConfig) and stage.corpus is None:
         return setup.model_config(recipe, stage.model).max_seq_len
     if isinstance(stage, ImportConfig):
         path = located(stage.model) / "config.json"

@@ -172,7 +172,7 @@ def _stage(stage: StageConfig, recipe: Recipe, rates: dict[str, float], length: 
     train, decode = rates["training_tokens_per_second"], rates.get("decoding_tokens_per_second", 1.0)
     if isinstance(stage, CorpusConfig):
         return CORPUS
-    if isinstance(stage, PretrainConfig) and stage.kind == "pretrain":
+    if isinstance(stage, PretrainConfig) and stage.corpus is None:
         evaluations = 1 + stage.tokens // stage.validate_every
         held_out = evaluations * len(stage.mixture) * HELDOUT_ROWS * length / rates["held_out_tokens_per_second"]
         return stage.tokens / train + held_out / setup.workers().n

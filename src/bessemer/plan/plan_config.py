@@ -4,7 +4,7 @@ run or a recipe, checked and made into a `Setup`, or one clear error."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -240,6 +240,11 @@ def resolve(name: str, given: PlanConfig) -> tuple[str, ModelConfig, PlanConfig,
     return recipe.name, cfg, given.over(of_recipe(recipe, settings, length)), recipe
 
 
+def begun(recipe: Recipe) -> Iterator[PretrainConfig]:
+    """The stages that pre-train from random weights, whose network the recipe defines."""
+    return (stage for stage in recipe.stages if isinstance(stage, PretrainConfig) and stage.corpus is None)
+
+
 @overload
 def pretraining(recipe: Recipe, *, needed_for: str) -> tuple[PretrainConfig, ModelConfig, int]: ...
 
@@ -255,10 +260,11 @@ def pretraining(
 ) -> tuple[PretrainConfig | None, ModelConfig, int]:
     """(pre-training stage or None, network with the changes `model`, tokens of a sequence) of a recipe. `needed_for`:
     the option whose error is raised for a recipe without pre-training."""
-    pretrainings = (stage for stage in recipe.stages if isinstance(stage, PretrainConfig) and stage.kind == "pretrain")
-    settings = next(pretrainings, None)
+    settings = next(begun(recipe), None)
     if settings is None and needed_for:
-        raise UserError(f'recipe "{recipe.name}": {needed_for} pre-training, and no stage is of kind "pretrain"')
+        raise UserError(
+            f'recipe "{recipe.name}": {needed_for} pre-training, and no stage is of kind "pretrain" from random weights'
+        )
     cfg = model_config(recipe, (settings.model if settings else {}) | (model or {}))
     corpus = next((stage for stage in recipe.stages if isinstance(stage, CorpusConfig)), None)
     return settings, cfg, cfg.max_seq_len if corpus is None else corpus.row_length

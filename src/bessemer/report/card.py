@@ -203,7 +203,7 @@ def _origin(recipe: dict[str, Any]) -> str:
     """Where the models of a recipe come from: imported, or of the DeepSeek-V3 architecture."""
     model, stages = recipe.get("model", {}), recipe.get("stage", [])
     words = [f"imported: {table['model']}" for table in stages if table.get("kind") == "import" and "model" in table]
-    if not words or any(table.get("kind") == "pretrain" for table in stages):
+    if not words or any(table.get("kind") == "pretrain" and "corpus" not in table for table in stages):
         changed = ", ".join(f"{key} {value}" for key, value in model.items() if key != "preset")
         named = f"DeepSeek-V3 architecture, preset {model.get('preset', '?')}"
         words.insert(0, named + (f" ({changed})" if changed else ""))

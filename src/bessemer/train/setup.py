@@ -40,8 +40,12 @@ def model_config(recipe: Recipe, changes: dict[str, Any] | None = None) -> Model
 def estimate_seconds(recipe: Recipe, tokens: float, changes: dict[str, Any] | None = None, length: int = 256) -> float:
     """A first estimate of the seconds to train on `tokens` in rows of `length` on this machine, before anything is
     measured: 25 GFLOPS per core (measured with `tiny` and `small` on two Xeons), 100 TFLOPS on a GPU."""
-    rate = 1e14 if torch.cuda.is_available() else 25e9 * cores()
-    return tokens * flops_per_token(model_config(recipe, changes), length).training / rate
+    return seconds_of(tokens * flops_per_token(model_config(recipe, changes), length).training)
+
+
+def seconds_of(flops: float) -> float:
+    """Seconds of so many FLOPs of training at the rates of `estimate_seconds`."""
+    return flops / (1e14 if torch.cuda.is_available() else 25e9 * cores())
 
 
 def decode_seconds(recipe: Recipe, tokens: float) -> float:

@@ -23,7 +23,8 @@ from bessemer.data.fetch import sha256_of
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.eval.long_context import NEEDLE, needle
-from bessemer.pipeline.stage import Stage, register
+from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.pipeline.stage import Stage, find_kind, register
 from bessemer.runs.context import StageContext
 from bessemer.tasks.needle import Needle
 from bessemer.train.setup import model_config
@@ -56,6 +57,12 @@ class Corpus(Stage[CorpusConfig]):
                 )
             elif source in config.mix:
                 raise UserError(f'stage "{config.name}": mix is for documents of tasks, "{source}" is not one')
+        other = None if config.tokenizer is None else recipe.stage(config.tokenizer)
+        if other is not None and other.kind != "corpus" and not find_kind(other.kind).makes_model:
+            raise UserError(
+                f'stage "{config.name}": tokenizer = "{config.tokenizer}" is of kind {other.kind}, which has none; '
+                "name a corpus, or a stage that makes a model"
+            )
         for source in config.mix:
             if config.parts[source].startswith(NEEDLE):
                 knobs: dict[str, Any] = config.mix[source]
@@ -69,10 +76,16 @@ class Corpus(Stage[CorpusConfig]):
         ctx.rewind(-1)
         vocab_size = model_config(ctx.recipe).vocab_size
         ctx.progress.total(2 * len(config.parts), "parts")  # the tokenizer takes about as long as all of them
+        of_shards = _tokenizer(config)
         if config.tokenizer is not None:
-            tokenizer = Tokenizer.load(ctx.inputs[config.tokenizer] / "tokenizer")
+            tokenizer = load_tokenizer(_tokenizer_folder(ctx.inputs[config.tokenizer]))
+            if of_shards is not None and of_shards.fingerprint != tokenizer.fingerprint:
+                raise UserError(
+                    f'stage "{config.name}": the shards of {" and ".join(_shards(config))} were made with another '
+                    f'tokenizer than that of "{config.tokenizer}"; build them with its tokenizer'
+                )
         else:
-            tokenizer = _tokenizer(config) or Tokenizer.train(self._sample(config, ctx), vocab_size, "zero")
+            tokenizer = of_shards or Tokenizer.train(self._sample(config, ctx), vocab_size, "zero")
         tokenizer.save(ctx.dir / "tokenizer")
         ctx.progress.advance(len(config.parts), "tokenizer")
         facts: dict[str, Any] = {}
@@ -113,7 +126,7 @@ class Corpus(Stage[CorpusConfig]):
         self, config: CorpusConfig, recipe: Recipe, folder: Path, cache: Path
     ) -> Iterator[tasks.Problem | str]:
         """The training documents, and the problems behind the pages of tasks."""
-        tokenizer = Tokenizer.load(folder / "tokenizer")
+        tokenizer = load_tokenizer(folder / "tokenizer")
         for name, spec in config.parts.items():
             built = corpus.load(folder / name)
             for ids in built.train.documents():
@@ -184,7 +197,7 @@ def _tokenizer(config: CorpusConfig) -> Tokenizer | None:
     common = None
     for source in _shards(config):
         folder = _folder(config, source)
-        tokenizer = Tokenizer.load(folder.parent / "tokenizer")
+        tokenizer = load_tokenizer(folder.parent / "tokenizer")
         if shards.read_meta(folder)["tokenizer"] != tokenizer.fingerprint or (
             common is not None and common.fingerprint != tokenizer.fingerprint
         ):
@@ -194,6 +207,11 @@ def _tokenizer(config: CorpusConfig) -> Tokenizer | None:
             )
         common = tokenizer
     return common
+
+
+def _tokenizer_folder(stage: Path) -> Path:
+    """Where a corpus, or a stage that makes a model, has its tokenizer."""
+    return folder if (folder := stage / "tokenizer").is_dir() else stage / "model"
 
 
 def _shares(config: CorpusConfig, n: int) -> list[list[str]]:

@@ -30,6 +30,7 @@ HELDOUT = "distill/heldout_pass_at_1"
 @register
 class Distill(Stage[DistillConfig]):
     kind = "distill"
+    makes_model = True
 
     def resolve(self, config: DistillConfig, recipe: Recipe) -> dict[str, Any]:
         if not config.tasks:

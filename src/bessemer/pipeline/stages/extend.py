@@ -11,20 +11,18 @@ from typing import Any
 
 from bessemer.config.data import CorpusConfig
 from bessemer.config.recipe import Recipe
-from bessemer.config.training import ExtendConfig
-from bessemer.data.tokenizer import Tokenizer
+from bessemer.config.training import ExtendConfig, PretrainConfig
 from bessemer.dist import distributed
 from bessemer.dist.model_shard import ModelShard
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.causal_lm import CausalLM, needs_transformers
-from bessemer.hf.hf_tokenizer import load_tokenizer
-from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import register
-from bessemer.pipeline.stages.pretrain import Pretrain, Start, check_mixture
+from bessemer.pipeline.stages.pretrain import Pretrain, Start
+from bessemer.pipeline.training_inputs import model_and_corpus
 from bessemer.runs.context import StageContext
-from bessemer.train import setup
+from bessemer.train import lineage
 
 
 @register
@@ -33,11 +31,6 @@ class Extend(Pretrain[ExtendConfig]):
 
     def resolve(self, config: ExtendConfig, recipe: Recipe) -> dict[str, Any]:
         where = f'stage "{config.name}"'
-        corpus = recipe.stage(config.corpus)
-        if corpus.kind != "corpus":
-            raise UserError(
-                f'{where}: corpus = "{config.corpus}" is of kind {corpus.kind}; name a stage of kind corpus'
-            )
         for earlier in _phases(config, recipe):
             if earlier.rope_factor != config.rope_factor:
                 raise UserError(
@@ -54,27 +47,17 @@ class Extend(Pretrain[ExtendConfig]):
         super().resolve(config, recipe)
         return {"original_length": original}
 
-    def check_data(self, config: ExtendConfig, recipe: Recipe, cfg: ModelConfig) -> None:
-        check_mixture(config, config.corpus, recipe, config.length)
-
     def estimate(self, config: ExtendConfig, recipe: Recipe) -> float:
-        return setup.estimate_seconds(recipe, config.tokens, length=config.length)
+        return lineage.estimate_seconds(recipe, config.name, config.tokens, config.length)
 
     def start(self, config: ExtendConfig, ctx: StageContext) -> Start:
         """The model of an earlier stage, with YaRN, trained on longer rows."""
-        folder = None if ctx.source is None else ctx.source / "model"
-        if folder is None or not folder.is_dir():
-            raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
+        folder, corpus = model_and_corpus(ctx, config.corpus)
         if needs_transformers(folder):
             raise UserError(
                 f'stage "{ctx.name}": {folder} is not of the DeepSeek V3 family; it cannot be extended here'
             )
-        corpus, cfg = ctx.inputs[config.corpus], hub.read_config(folder)
-        if Tokenizer.load(corpus / "tokenizer").fingerprint != load_tokenizer(folder).fingerprint:
-            raise UserError(
-                f'stage "{ctx.name}": the rows of "{config.corpus}" were made with another tokenizer than the model '
-                f'has; give that stage tokenizer = "..." with the name of the corpus that the model was trained on'
-            )
+        cfg = hub.read_config(folder)
         if cfg.yarn and cfg.rope_factor != config.rope_factor:
             raise UserError(
                 f'stage "{ctx.name}": rope_factor is {config.rope_factor:g}, the model was extended with '
@@ -92,19 +75,19 @@ class Extend(Pretrain[ExtendConfig]):
             assert not isinstance(made, CausalLM), "a network of another family has no YaRN to set"
             return made
 
-        return Start(corpus, config.length, cfg.at_length(context), network)
+        return Start(corpus, config.length, cfg.at_length(context), network, folder)
 
 
 def original_length(config: ExtendConfig, recipe: Recipe) -> int | None:
     """Tokens of the rows that the model was pre-trained on; None where the recipe does not say."""
-    first = [config, *_phases(config, recipe)][-1]
     for phase in [config, *_phases(config, recipe)]:
         if phase.original_length is not None:
             return phase.original_length
-    trained = None if first.source is None else recipe.stage(first.source)
-    if trained is None or trained.kind != "pretrain" or trained.source is None:
+    first = lineage.origin(recipe, config.name)
+    between = _trained(config, recipe)  # a stage of another kind in between hides what it was trained on
+    if not between or between[-1] is not first or first.source is None:
         return None
-    corpus = recipe.stage(trained.source)
+    corpus = recipe.stage(first.source)
     return corpus.row_length if isinstance(corpus, CorpusConfig) else None
 
 
@@ -122,9 +105,14 @@ def check_reach(where: str, config: ExtendConfig, original: int) -> None:
 
 def _phases(config: ExtendConfig, recipe: Recipe) -> list[ExtendConfig]:
     """The extensions before this one, the nearest first."""
-    phases: list[ExtendConfig] = []
+    return [stage for stage in _trained(config, recipe) if isinstance(stage, ExtendConfig)]
+
+
+def _trained(config: ExtendConfig, recipe: Recipe) -> list[PretrainConfig]:
+    """The next-token trainings before this one, the nearest first, back to random weights or another kind of stage."""
+    found: list[PretrainConfig] = []
     source = config.source
-    while source is not None and isinstance(stage := recipe.stage(source), ExtendConfig):
-        phases.append(stage)
-        source = stage.source
-    return phases
+    while source is not None and isinstance(stage := recipe.stage(source), PretrainConfig):
+        found.append(stage)
+        source = None if stage.corpus is None else stage.source
+    return found

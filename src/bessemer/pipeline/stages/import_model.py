@@ -15,6 +15,7 @@ from bessemer.config.places import located, looked_in, pin
 from bessemer.config.recipe import Recipe
 from bessemer.data import sources
 from bessemer.data.documents import HUB, hub_address
+from bessemer.data.sources import PACKAGE
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
@@ -24,7 +25,6 @@ from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import Stage, register
 from bessemer.runs.context import StageContext
 
-PACKAGE = "package:"
 FILES = ["*.json", "*.safetensors", "*.jinja"]
 """Files downloaded from the hub: weights, configuration, tokenizer; no code and no pickles."""
 
@@ -34,6 +34,7 @@ class Import(Stage[ImportConfig]):
     kind = "import"
     uses_model = False
     uses_seed = False
+    makes_model = True
 
     def resolve(self, config: ImportConfig, recipe: Recipe) -> dict[str, Any]:
         if config.system and config.style:

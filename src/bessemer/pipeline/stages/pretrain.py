@@ -1,13 +1,17 @@
 """Stage "pretrain": next-token training with MTP and bias balancing on a mixture of packed rows (V3 4.2).
 
 Every schedule is a function of consumed tokens. Output: model/ (a Hugging Face directory) with its tokenizer.
+
+With a `corpus` it trains the model of `from` further, one of ours with its MTP modules and routing biases, or one of
+another family. The optimizer and its schedules start anew at 0 tokens; the held-out loss is measured before the first
+step too, so that it can be seen what the new data costs on the old.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +20,7 @@ import torch
 
 from bessemer.config.data import CorpusConfig
 from bessemer.config.recipe import Recipe
+from bessemer.config.table import changed
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points, show_tokens
 from bessemer.data.batch import Batch
@@ -26,13 +31,18 @@ from bessemer.dist import distributed
 from bessemer.dist.model_shard import ModelShard
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
+from bessemer.hf import hub
+from bessemer.hf.causal_lm import CausalLM, needs_transformers
+from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
-from bessemer.pipeline.stage import Stage, StepLog, register
+from bessemer.pipeline import preflight
+from bessemer.pipeline.stage import Probe, Stage, StepLog, find_kind, register
+from bessemer.pipeline.training_inputs import check_mixture, check_stages, model_and_corpus
 from bessemer.runs.context import StageContext
-from bessemer.train import objective, setup
-from bessemer.train.trainer import ONE, Runtime, Schedule, Trainer, constant
+from bessemer.train import lineage, objective, setup
+from bessemer.train.trainer import ONE, ZERO, Runtime, Schedule, Trainer, constant
 from bessemer.workers import Workers
 
 HELDOUT_ROWS = 64
@@ -46,10 +56,12 @@ class Start(NamedTuple):
     """Folder of the documents and their tokenizer."""
     row_length: int | None
     """Of the rows to train on; None: that of the corpus."""
-    cfg: ModelConfig
-    """Config of the network."""
-    network: Callable[[], Transformer | ModelShard]
+    cfg: ModelConfig | None
+    """Config of the network; None for another family's, which the network has."""
+    network: Callable[[], distributed.Network | ModelShard]
     """Makes the network with its initial weights."""
+    model: Path | None = None
+    """The model directory it goes on from, whose tokenizer files the result gets; None: random weights."""
 
 
 _Config = TypeVar("_Config", bound=PretrainConfig)
@@ -59,65 +71,112 @@ _Config = TypeVar("_Config", bound=PretrainConfig)
 class Pretrain(Stage[_Config]):
     kind = "pretrain"
     distributed = True
+    makes_model = True
 
     def resolve(self, config: _Config, recipe: Recipe) -> dict[str, Any]:
-        cfg = setup.model_config(recipe, config.model)
+        check_stages(config, recipe)
+        cfg = lineage.config_of(recipe, config.name)
         distributed.check(recipe, config.name, config.batch_rows.values, cfg)
         if config.fp8 != "off" and config.compile == "on":
             raise UserError(f'stage "{config.name}": compile = "on" and fp8 do not go together; set compile = "off"')
-        self.check_data(config, recipe, cfg)
-        return {"model": cfg.model_dump()}
+        self.check_data(config, recipe, preflight.context_of(recipe, config.name))
+        return {} if cfg is None or config.corpus else {"model": cfg.model_dump()}
 
-    def check_data(self, config: _Config, recipe: Recipe, cfg: ModelConfig) -> None:
-        check_mixture(config, config.source, recipe, cfg.max_seq_len)
+    def check_data(self, config: _Config, recipe: Recipe, longest: int | None) -> None:
+        check_mixture(config, config.corpus or config.source, recipe, longest)
+
+    def probes(self, config: _Config, recipe: Recipe, cache: Path) -> Iterator[Probe]:
+        corpus = recipe.stage(config.corpus or config.source or config.name)
+        if isinstance(corpus, CorpusConfig) and config.kind == "pretrain":
+            what = f'row_length of "{corpus.name}"'
+            model = config.source if config.corpus else config.name
+            yield from preflight.length_probes(config, recipe, [model], what, corpus.row_length)
 
     def estimate(self, config: _Config, recipe: Recipe) -> float:
-        return setup.estimate_seconds(recipe, config.tokens, config.model)
+        return lineage.estimate_seconds(recipe, config.name, config.tokens)
 
     def start(self, config: _Config, ctx: StageContext) -> Start:
-        """Random weights, trained on the corpus before."""
-        if ctx.source is None:
-            raise UserError(f'stage "{ctx.name}" needs a corpus stage before it')
+        """Random weights trained on the corpus before, or an earlier model."""
+        if config.corpus is not None:
+            return self._go_on(config, ctx, config.corpus)
+        assert ctx.source is not None, "check_stages has checked it"
         cfg = setup.model_config(ctx.recipe, config.model)
+        corpus = ctx.recipe.stage(config.source or "")
+        other = corpus.tokenizer if isinstance(corpus, CorpusConfig) else None
+        hint = f'; to train the model of "{other}" further: from = "{other}", corpus = "{corpus.name}"'
+        is_model = other is not None and find_kind(ctx.recipe.stage(other).kind).makes_model
+        ctx.say("the weights are random" + (hint if is_model else ""))
         return Start(
             ctx.source, None, cfg, lambda: distributed.fresh(cfg, ctx.seed, ctx.ranks, ctx.recipe.layout, ctx.say)
         )
 
+    def _go_on(self, config: _Config, ctx: StageContext, corpus: str) -> Start:
+        folder, at = model_and_corpus(ctx, corpus)
+        cfg = None if needs_transformers(folder) else hub.read_config(folder)
+        has_mtp = f", MTP depth {cfg.n_mtp}" if cfg is not None and cfg.n_mtp else ""
+        warm = config.lr.values[0] < max(config.lr.values)
+        ctx.say(
+            f'the weights of "{config.source}"{has_mtp}; the optimizer starts fresh, the learning rate '
+            + (f"rises anew to {max(config.lr.values):g}" if warm else f"at {config.lr(0):g} without a warm-up")
+        )
+
+        def network() -> distributed.Network | ModelShard:
+            return distributed.read(folder, ctx.ranks, ctx.recipe.layout, ctx.say)[0]
+
+        return Start(at, None, cfg, network, folder)
+
     def run(self, config: _Config, ctx: StageContext) -> dict[str, Any]:
-        corpus, row_length, cfg, network_of = self.start(config, ctx)
-        tokenizer = Tokenizer.load(corpus / "tokenizer")
+        start = self.start(config, ctx)
+        tokenizer = load_tokenizer(start.corpus / "tokenizer")
+        feed = Feed(config, ctx, start.corpus, start.row_length, tokenizer.bos_id)
+        setup.keep_memory()
+        network = start.network()
+        model = distributed.model_of(network)
+        cfg = start.cfg or model.cfg
         if tokenizer.vocab_size > cfg.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {cfg.vocab_size}")
-        feed = Feed(config, ctx, corpus, row_length, tokenizer.bos_id)
-        setup.keep_memory()
-        network = network_of()
-        model = distributed.model_of(network).set_recompute(ctx.recipe.layout.recompute)
+        if feed.row_length > cfg.max_seq_len:
+            raise UserError(f"the rows have {feed.row_length} tokens, the model reads {cfg.max_seq_len}; shorten them")
+        model.set_recompute(ctx.recipe.layout.recompute)
         dtype = setup.set_precision(model, config, ctx.say, ctx.agree)
-        flops = config.tokens * flops_per_token(cfg, feed.row_length, mtp=cfg.n_mtp > 0).training
-        if ctx.ranks is None and config.fp8 == "off" and setup.want_compile(config.compile, flops):
-            ctx.say("compiling the layers (about a minute, once per machine)")
-            setup.compile_layers(model)
-        monitor = _Monitor(config, ctx, tokenizer, feed)
+        if config.compile == "on" and not isinstance(model, Transformer):
+            raise UserError(f'stage "{ctx.name}": compile = "on" is for models of the DeepSeek V3 family; leave it out')
+        if ctx.ranks is None and config.fp8 == "off" and isinstance(model, Transformer):
+            flops = config.tokens * flops_per_token(model.cfg, feed.row_length, mtp=model.cfg.n_mtp > 0).training
+            if setup.want_compile(config.compile, flops):
+                ctx.say("compiling the layers (about a minute, once per machine)")
+                setup.compile_layers(model)
+        monitor = _Monitor(config, ctx, tokenizer, feed, goes_on=start.model is not None)
         workers = setup.workers() if ctx.ranks is None else Workers(1)
         trainer = distributed.trainer(
             network, objective.next_token, feed.batch,
-            config, runtime(config, dtype, workers, feed.scale), ctx.state,
+            config, runtime(config, dtype, workers, feed.scale, model), ctx.state,
             log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor], model_config=cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         feed.follow(trainer)
         monitor.train(trainer)
         last = monitor.validate(trainer)
-        distributed.save(trainer, ctx.dir / "model", corpus / "tokenizer")
+        files = start.model or start.corpus / "tokenizer"
+        distributed.save(trainer, ctx.dir / "model", files)
         if config.ema_decay:
-            distributed.save(trainer, ctx.dir / "model-ema", corpus / "tokenizer", "ema")
+            distributed.save(trainer, ctx.dir / "model-ema", files, "ema")
         return {"tokens": trainer.tokens, "steps": trainer.step, **{f"bpb_{k}": round(v, 4) for k, v in last.items()}}
 
 
-def runtime(config: PretrainConfig, dtype: torch.dtype, workers: Workers, row_scale: Schedule = ONE) -> Runtime:
-    """The trainer's inputs besides the stage's table; `row_scale` as in `Feed`."""
+def runtime(
+    config: PretrainConfig, dtype: torch.dtype, workers: Workers, row_scale: Schedule = ONE,
+    model: distributed.Network | None = None,
+) -> Runtime:  # fmt: skip
+    """The trainer's inputs besides the stage's table; `row_scale` as in `Feed`. A `model` without MTP modules
+    or routing biases is trained without their terms."""
+    foreign = isinstance(model, CausalLM)
     return Runtime(
-        tokens=config.tokens, batch_rows=config.batch_rows, row_scale=row_scale, gamma=config.gamma,
-        terms={"mtp_lambda": config.mtp_lambda, "balance_alpha": constant(config.balance_alpha)},
+        tokens=config.tokens, batch_rows=config.batch_rows, row_scale=row_scale,
+        gamma=ZERO if foreign and not changed(config, "gamma") else config.gamma,
+        terms={
+            "mtp_lambda": config.mtp_lambda if model is None or model.cfg.n_mtp else ZERO,
+            "balance_alpha": constant(config.balance_alpha),
+        },
         workers=workers, compute_dtype=dtype,
     )  # fmt: skip
 
@@ -143,7 +202,7 @@ class Feed:
             return int(config.batch_rows(tokens) * self.scale(tokens))
 
         plan = sections(config.tokens, lambda tokens: self.row_length / self.scale(tokens), rows_of_step)
-        weights: Mapping[str, float | Points] = config.mixture
+        weights: Mapping[str, float | Points] = config.mixture or dict.fromkeys(names, 1.0)
         if config.temperature is not None:
             weights = by_size(opened(self.row_length), config.temperature)
         with warnings.catch_warnings(record=True) as caught:
@@ -155,7 +214,7 @@ class Feed:
         self._tokens: Callable[[], int] = lambda: 0
 
     def _say(self, ctx: StageContext, weights: Mapping[str, float | Points]) -> None:
-        if not self.config.mixture:
+        if not self.config.mixture and len(weights) > 1:
             ctx.say("mixture: " + ", ".join(f"{name} {share:.3f}" for name, share in weights.items()))
         for stretch in self._curriculum.plan if self.config.lengths else ():
             ctx.say(f"rows of {stretch.length} tokens from {show_tokens(stretch.first_token)} tokens on")
@@ -191,43 +250,6 @@ class Feed:
         }
 
 
-def check_mixture(config: PretrainConfig, corpus_name: str | None, recipe: Recipe, longest: int) -> None:
-    """UserError for an impossible mixture or impossible lengths, before anything runs. `longest` is the model's
-    max_seq_len."""
-    where = f'stage "{config.name}"'
-    corpora = (stage for stage in recipe.stages if isinstance(stage, CorpusConfig))
-    corpus = next((stage for stage in corpora if stage.name == corpus_name), None)
-    if not config.mixture and config.temperature is None:
-        raise UserError(f"{where}: mixture is empty; give every part of the corpus a share, or set temperature = 0.7")
-    for name, weight in config.mixture.items():
-        values = weight.values if isinstance(weight, Points) else [weight]
-        if not (min(values) >= 0 and 0 < max(values) < math.inf):
-            given = " to ".join(f"{value:g}" for value in dict.fromkeys(values))
-            raise UserError(
-                f"{where}: the weight of {name} is {given}; it must never be negative, and must be positive somewhere "
-                "(leave the part out to use none of it)"
-            )
-    if config.mixture and config.temperature is not None:
-        raise UserError(
-            f"{where}: temperature makes the shares from the parts' sizes; leave mixture out, or temperature"
-        )
-    if unknown := [name for name in config.epoch_caps if config.mixture and name not in config.mixture]:
-        raise UserError(f'{where}: epoch_caps names "{unknown[0]}", the mixture has {", ".join(config.mixture)}')
-    if corpus is not None and (unknown := [part for part in config.mixture if part not in corpus.parts]):
-        raise UserError(f'{where}: mixture names "{unknown[0]}", the corpus has {", ".join(corpus.parts)}')
-    if not config.lengths:
-        return
-    if min(config.lengths.values) < 8 or max(config.lengths.values) > longest:
-        raise UserError(f"{where}: lengths must lie between 8 and the model's max_seq_len {longest}")
-    if corpus is not None:
-        few = min(config.batch_rows.values) * corpus.row_length / max(config.lengths.values)
-        if few < 1:
-            raise UserError(
-                f"{where}: a step of {min(config.batch_rows.values):g} rows of {corpus.row_length} tokens is less "
-                f"than one row of {max(config.lengths.values):g}; raise batch_rows"
-            )
-
-
 def row_scale(config: PretrainConfig, row_length: int) -> Callable[[float], float]:
     """Factor on batch_rows over consumed tokens: above 1 where rows are shorter than `row_length`."""
     lengths = config.lengths
@@ -244,15 +266,20 @@ class _Monitor(StepLog):
     """Output of the training for people: metrics, held-out bits per byte, samples."""
 
     def __init__(
-        self, config: PretrainConfig, ctx: StageContext, tokenizer: Tokenizer, feed: Feed,
+        self, config: PretrainConfig, ctx: StageContext, tokenizer: Tokenizer, feed: Feed, goes_on: bool = False,
     ) -> None:  # fmt: skip
+        """`goes_on`: the weights are an earlier model's, worth measuring before the first step."""
         super().__init__(ctx)
+        self.goes_on = goes_on
         self.config, self.tokenizer, self.feed = config, tokenizer, feed
         self.heldout = {name: rows for name, rows in feed.heldout.items() if rows.n_rows}
 
     def begin(self, trainer: Trainer) -> None:
         super().begin(trainer)
         self.trainer = trainer
+        if self.goes_on and trainer.step == 0:
+            bits = self.validate(trainer)
+            self.ctx.say("held-out bits per byte at the start: " + ", ".join(f"{k} {v:.4f}" for k, v in bits.items()))
 
     def __call__(self, trainer: Trainer) -> None:
         if self.passed(self.config.validate_every):

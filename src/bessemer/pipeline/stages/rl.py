@@ -29,6 +29,7 @@ from bessemer.train import setup
 @register
 class RL(Stage[RLConfig]):
     kind = "rl"
+    makes_model = True
     distributed = True
 
     def resolve(self, config: RLConfig, recipe: Recipe) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from bessemer.workers import Workers
 @register
 class SFT(Stage[SFTConfig]):
     kind = "sft"
+    makes_model = True
     distributed = True
 
     def resolve(self, config: SFTConfig, recipe: Recipe) -> dict[str, Any]:

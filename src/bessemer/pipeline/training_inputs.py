@@ -1,0 +1,87 @@
+"""What a next-token training is made from, a corpus, its mixture and perhaps a model: whether they fit."""
+
+import math
+from pathlib import Path
+
+from bessemer.config.data import CorpusConfig
+from bessemer.config.recipe import Recipe
+from bessemer.config.training import PretrainConfig
+from bessemer.config.units import Points
+from bessemer.errors import UserError
+from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.pipeline.stage import find_kind
+from bessemer.runs.context import StageContext
+
+
+def model_and_corpus(ctx: StageContext, corpus: str) -> tuple[Path, Path]:
+    """(model directory to train further, folder of the corpus `corpus`), which must have one tokenizer."""
+    folder = None if ctx.source is None else ctx.source / "model"
+    if folder is None or not folder.is_dir():
+        raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
+    at = ctx.inputs[corpus]
+    if load_tokenizer(at / "tokenizer").fingerprint != load_tokenizer(folder).fingerprint:
+        raise UserError(
+            f'stage "{ctx.name}": the rows of "{corpus}" were made with another tokenizer than the model has; give '
+            'that stage tokenizer = "..." with the name of the stage that the model is from'
+        )
+    return folder, at
+
+
+def check_stages(config: PretrainConfig, recipe: Recipe) -> None:
+    """UserError, before anything runs, unless the stages that this one is made from are a corpus and, to go on from, a
+    model with the corpus' tokenizer."""
+    where, source = f'stage "{config.name}"', None if config.source is None else recipe.stage(config.source)
+    if config.corpus is None:
+        if source is None:
+            raise UserError(f"{where} needs a corpus stage before it")
+        if find_kind(source.kind).makes_model:
+            raise UserError(
+                f'{where} has from = "{source.name}" of kind {source.kind}, which is a model; to train it further, '
+                f'name the corpus too: corpus = "...", a stage with tokenizer = "{source.name}"'
+            )
+        return
+    corpus = recipe.stage(config.corpus)
+    if corpus.kind != "corpus":
+        raise UserError(f'{where}: corpus = "{corpus.name}" is of kind {corpus.kind}; name a stage of kind corpus')
+    if source is None or not find_kind(source.kind).makes_model:
+        given = "is missing" if source is None else f'is "{source.name}" of kind {source.kind}'
+        raise UserError(f"{where} has a corpus, and goes on from a model; its from {given}: name a stage with a model")
+    if config.model:
+        raise UserError(f'{where} goes on from the model of "{source.name}", whose sizes stay; leave model out')
+
+
+def check_mixture(config: PretrainConfig, corpus_name: str | None, recipe: Recipe, longest: int | None) -> None:
+    """UserError for an impossible mixture or impossible lengths, before anything runs. `longest` is the model's
+    max_seq_len, None where only the run will tell."""
+    where = f'stage "{config.name}"'
+    corpora = (stage for stage in recipe.stages if isinstance(stage, CorpusConfig))
+    corpus = next((stage for stage in corpora if stage.name == corpus_name), None)
+    if not config.mixture and config.temperature is None and (corpus is None or len(corpus.parts) != 1):
+        raise UserError(f"{where}: mixture is empty; give every part of the corpus a share, or set temperature = 0.7")
+    for name, weight in config.mixture.items():
+        values = weight.values if isinstance(weight, Points) else [weight]
+        if not (min(values) >= 0 and 0 < max(values) < math.inf):
+            given = " to ".join(f"{value:g}" for value in dict.fromkeys(values))
+            raise UserError(
+                f"{where}: the weight of {name} is {given}; it must never be negative, and must be positive somewhere "
+                "(leave the part out to use none of it)"
+            )
+    if config.mixture and config.temperature is not None:
+        raise UserError(
+            f"{where}: temperature makes the shares from the parts' sizes; leave mixture out, or temperature"
+        )
+    if unknown := [name for name in config.epoch_caps if config.mixture and name not in config.mixture]:
+        raise UserError(f'{where}: epoch_caps names "{unknown[0]}", the mixture has {", ".join(config.mixture)}')
+    if corpus is not None and (unknown := [part for part in config.mixture if part not in corpus.parts]):
+        raise UserError(f'{where}: mixture names "{unknown[0]}", the corpus has {", ".join(corpus.parts)}')
+    if not config.lengths:
+        return
+    if min(config.lengths.values) < 8 or max(config.lengths.values) > (longest or math.inf):
+        raise UserError(f"{where}: lengths must lie between 8 and the model's max_seq_len {longest}")
+    if corpus is not None:
+        few = min(config.batch_rows.values) * corpus.row_length / max(config.lengths.values)
+        if few < 1:
+            raise UserError(
+                f"{where}: a step of {min(config.batch_rows.values):g} rows of {corpus.row_length} tokens is less "
+                f"than one row of {max(config.lengths.values):g}; raise batch_rows"
+            )

@@ -1,0 +1,82 @@
+"""Where the model of a stage comes from, and what a recipe tells of it before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bessemer.config.data import ImportConfig
+from bessemer.config.places import located
+from bessemer.config.training import PretrainConfig
+from bessemer.data import sources
+from bessemer.data.documents import HUB
+from bessemer.data.sources import PACKAGE
+from bessemer.hf import hub
+from bessemer.hf.causal_lm import needs_transformers
+from bessemer.hf.safetensors_reader import read_json
+from bessemer.model.accounting import flops_per_token
+from bessemer.model.config import ModelConfig
+from bessemer.train import setup
+
+if TYPE_CHECKING:
+    from bessemer.config.recipe import Recipe
+    from bessemer.config.table import StageConfig
+
+
+def origin(recipe: Recipe, name: str | None) -> StageConfig | None:
+    """The stage that the model of `name` began in, with random weights or imported; None if no such stage comes
+    before it."""
+    while name is not None:
+        stage = recipe.stage(name)
+        if isinstance(stage, ImportConfig) or (isinstance(stage, PretrainConfig) and stage.corpus is None):
+            return stage
+        name = stage.source
+    return None
+
+
+def config_of(recipe: Recipe, name: str | None) -> ModelConfig | None:
+    """The network that the model of `name` began as; None if it is of another family, or its import alone will tell."""
+    first = origin(recipe, name)
+    if isinstance(first, PretrainConfig):
+        return setup.model_config(recipe, first.model)
+    folder = _local(first)
+    return None if folder is None or needs_transformers(folder) else hub.read_config(folder)
+
+
+def imported_config(recipe: Recipe, name: str | None) -> dict[str, Any] | None:
+    """config.json of the local directory that the model of `name` is imported from; None for any other origin."""
+    folder = _local(origin(recipe, name))
+    return None if folder is None else read_json(folder / "config.json")
+
+
+def training_flops(recipe: Recipe, name: str | None, length: int) -> float | None:
+    """FLOPs of training the model of `name` on one token in rows of `length`; None where the recipe does not say.
+
+    A model of another family takes 6 per parameter, of which a file holds one in the bytes of its dtype.
+    """
+    if (cfg := config_of(recipe, name)) is not None:
+        return flops_per_token(cfg, length).training
+    first = origin(recipe, name)
+    if not isinstance(first, ImportConfig):
+        return None
+    if first.model.startswith(PACKAGE):  # GGUF files of about five bits per parameter
+        return 6 * 8 / 5 * 1e6 * sources.known_model(first.model.removeprefix(PACKAGE)).package.megabytes
+    folder = _local(first)
+    if folder is None:
+        return None
+    config = read_json(folder / "config.json")
+    each = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
+    return 6 * sum(path.stat().st_size for path in folder.glob("*.safetensors")) / each
+
+
+def estimate_seconds(recipe: Recipe, name: str | None, tokens: float, length: int = 256) -> float:
+    """As `setup.estimate_seconds`, for the model of `name`; one that the recipe does not tell counts as its [model]."""
+    flops = training_flops(recipe, name, length)
+    return setup.estimate_seconds(recipe, tokens, length=length) if flops is None else setup.seconds_of(tokens * flops)
+
+
+def _local(stage: StageConfig | None) -> Path | None:
+    """The directory that a stage imports, if it is on this machine."""
+    if not isinstance(stage, ImportConfig) or stage.model.startswith((PACKAGE, HUB)):
+        return None
+    return folder if ((folder := located(stage.model)) / "config.json").is_file() else None

@@ -1,0 +1,166 @@
+"""Pre-training that goes on from a model: ours with its MTP module, and one of another family; never random weights."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import stages_run
+import torch
+
+import bessemer
+from bessemer.config.recipe import STAGES, Recipe
+from bessemer.data.rows import open_rows
+from bessemer.errors import UserError
+from bessemer.hf.causal_lm import load_any
+from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.pipeline import runner
+from bessemer.pipeline.stage import find_kind
+
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("model", "data")]
+import hf_tokenizers as houses
+from hf_cases import made
+
+MORE = """
+[[stage]]
+kind = "corpus"
+name = "new"
+tokenizer = "{base}"
+row_length = 64
+heldout = 0.2
+parts = {{ mine = "{text}" }}
+
+[[stage]]
+kind = "pretrain"
+name = "further"
+from = "{base}"
+corpus = "new"
+tokens = "6K"
+lr = [["0", 0.0], ["2K", 2e-3], ["6K", 2e-4]]
+batch_rows = 8
+micro_rows = 4
+compile = "off"
+precision = "float32"
+validate_every = "3K"
+save_seconds = 0
+"""
+IMPORT = """
+name = "foreign"
+seed = 3
+[[stage]]
+kind = "import"
+name = "base"
+model = "{model}"
+"""
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """A run that pre-trains and goes on with other text, and its folder."""
+    folder = tmp_path_factory.mktemp("ours")
+    recipe = stages_run.write_recipe(folder)
+    lines = (folder / "text.jsonl").read_text().splitlines(keepends=True)
+    (folder / "new.jsonl").write_text("".join(line.replace("a ", "the old ") for line in lines))
+    before = recipe.read_text().partition('[[stage]]\nkind = "rl"')[0].replace('tokens = "80K"', 'tokens = "20K"')
+    recipe.write_text(before + MORE.format(base="pretrain", text=folder / "new.jsonl"))
+    stages_run.run(recipe, folder / "run")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """The same from a Llama with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("foreign")
+    made("llama", vocab_size=420, max_position_embeddings=128).save_pretrained(folder / "llama")
+    houses.byte_level(folder / "llama")
+    stages_run.write_recipe(folder)
+    recipe = folder / "foreign.toml"
+    recipe.write_text(IMPORT.format(model=folder / "llama") + MORE.format(base="base", text=folder / "text.jsonl"))
+    stages_run.run(recipe, folder / "run")
+    return folder
+
+
+def at(folder, name):
+    return next((folder / "run").glob(f"0?-{name}"))
+
+
+def values(folder, name):
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {
+        line["step"]: line["values"][name] for line in lines if line["stage"] == "further" and name in line["values"]
+    }
+
+
+def loss_of(folder, base, rows):
+    """Mean nats of predicting the held-out tokens by the base's own logits, through nothing that trains."""
+    model = load_any(at(folder, base) / "model", dtype=torch.float32)
+    batch = rows.batch(range(min(rows.n_rows, 64)))
+    with torch.no_grad():
+        logits = model(batch.tokens_BT).log_softmax(-1)[:, :-1]
+    nats = -logits.gather(-1, batch.tokens_BT[:, 1:, None])[..., 0]
+    return float((nats * batch.loss_BT[:, 1:]).sum() / batch.loss_BT[:, 1:].sum())
+
+
+@pytest.mark.parametrize(("run", "base"), [("ours", "pretrain"), ("foreign", "base")])
+def test_the_first_loss_is_that_of_the_model_it_goes_on_from(run, base, request):
+    folder = request.getfixturevalue(run)
+    rows = open_rows(at(folder, "new") / "mine", "heldout", None)
+    nats = loss_of(folder, base, rows)
+    bits = values(folder, "val/bpb/mine")
+    assert bits[0] == pytest.approx(nats / math.log(2) / rows.bytes_per_token, rel=1e-3)
+    first = values(folder, "train/loss")[1]
+    assert first == pytest.approx(nats, rel=0.1), "other rows of the same text"
+    assert abs(first - nats) < 0.2 * abs(math.log(420) - nats), "far from random weights"
+    assert bits[max(bits)] < bits[0], "it learns"
+
+
+def test_what_the_model_has_stays(ours, foreign):
+    before, after = (bessemer.load(at(ours, name) / "model") for name in ("pretrain", "further"))
+    assert after.cfg == before.cfg and after.cfg.n_mtp == 1
+    assert values(ours, "train/mtp_1")[1] < 0.9 * math.log(512), "the MTP module's weights too"
+    rates = values(ours, "train/lr")
+    assert rates[1] == 0.0 and max(rates.values()) == pytest.approx(2e-3, rel=0.3), "it rises anew"
+    for folder, base in ((ours, "pretrain"), (foreign, "base")):
+        files = [at(folder, name) / "model" / "tokenizer.json" for name in (base, "further")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert load_tokenizer(at(foreign, "further") / "model").chat_template == houses.CHATML
+    assert json.loads((at(foreign, "further") / "model" / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (
+            ["further.corpus=null"],
+            'has from = "base" of kind import, which is a model; to train it further, name the corpus',
+        ),
+        (["further.from=new"], 'goes on from a model; its from is "new" of kind corpus'),
+        (["further.corpus=base"], 'corpus = "base" is of kind import; name a stage of kind corpus'),
+        (["further.model.dim=64"], 'goes on from the model of "base", whose sizes stay; leave model out'),
+        (["new.row_length=256"], 'row_length of "new" is 256, the model of "base" reads 128 tokens'),
+        (["new.tokenizer=null"], "were made with another tokenizer than the model has"),
+    ],
+)
+def test_mistakes_are_named_before_a_step(changes, complaint, foreign, tmp_path):
+    text = (foreign / "foreign.toml").read_text()
+    for change in changes:
+        if change.endswith("=null"):
+            key = change.partition("=")[0].partition(".")[2]
+            text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(f"{key} ="))
+            changes = []
+    with pytest.raises(UserError) as raised:
+        runner.run(Recipe.parse(text, changes), tmp_path / "run", reuse=foreign / "run")
+    assert complaint in str(raised.value)
+    assert not (tmp_path / "run" / "03-further" / "model").exists()
+
+
+def test_only_stages_that_make_a_model_are_gone_on_from():
+    makers = {"pretrain", "extend", "import", "sft", "distill", "rl"}
+    assert {kind for kind in STAGES if find_kind(kind).makes_model} == makers
+
+
+def test_a_run_from_random_weights_keeps_its_fingerprint(ours):
+    """The key `corpus` is younger than version 0.1.0."""
+    identity = json.loads((at(ours, "pretrain") / "stage.json").read_text())["identity"]
+    assert "corpus" not in identity["settings"] and identity["derived"]["model"]["dim"] == 32
