@@ -1,6 +1,5 @@
 // Makes each list of rollouts a browser: pick a prompt, step through training. It shows, hides and counts what is on the
 // page already; text moves through textContent alone, so what a model wrote stays text.
-"use strict";
 for (const box of document.querySelectorAll(".browser")) {
   const prompts = [...box.querySelectorAll("details")];
   const make = (tag, name, text) => {
@@ -51,4 +50,6 @@ for (const box of document.querySelectorAll(".browser")) {
   box.prepend(bar);
   box.classList.add("live");
   choose(0);
+  const telling = moments.findIndex((moment) => "telling" in moment.dataset);
+  if (telling >= 0) show(telling);
 }

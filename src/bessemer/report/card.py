@@ -6,7 +6,8 @@ the end.
 
 Transcripts show what the model wrote: samples of each stage, and answers to the same prompts during training. Rollouts
 are a list of folded prompts, each with its answers from first to last. Where scripts run, `card.js` turns them
-into a browser: pick a prompt, step through training.
+into a browser: pick a prompt, step through training. It opens on the prompt whose answers changed most, where they
+became right.
 """
 
 import json
@@ -64,9 +65,13 @@ def rollouts(facts: RunFacts) -> Html:
         if chosen and _steps(chosen[0]) == 1:
             chosen = _spread(list(by_prompt.values()), _PROMPTS)
         if chosen:
+            rivals = [lines for lines in by_prompt.values() if _steps(lines) == _steps(chosen[0])]
+            telling = max(rivals, key=_gain)  # of equals the first
+            chosen = [telling, *(lines for lines in chosen if lines is not telling)][:_PROMPTS]
             most = _most_moments(chosen)
             body = "\n".join(_prompt(lines, most, opened=not place) for place, lines in enumerate(chosen))
-            parts.append(page.heading(stage.name, f"{len(chosen)} of {len(by_prompt)} prompts"))
+            first = ", first the one whose answers changed most" if _gain(chosen[0]) > 0 else ""
+            parts.append(page.heading(stage.name, f"{len(chosen)} of {len(by_prompt)} prompts{first}"))
             parts.append(Html(f'<div class="browser">{body}</div>'))
     return page.join(*parts)
 
@@ -88,7 +93,10 @@ def _prompt(lines: list[Answer], most: int, opened: bool) -> Html:
     trail = "".join(_dot(group) for _, group in moments)
     prompt = " ".join(str(lines[0].get("prompt", "")).split())
     summary = f'<span class="prompt">{page.text(_cut(prompt, 160))}</span><span class="trail">{trail}</span>'
-    answers = "".join(_moment(step, group) for step, group in moments)
+    right = [any(line.get("correct") for line in group) for _, group in moments]
+    turns = [place for place in range(1, len(right)) if right[place] and not right[place - 1]]
+    telling = turns[-1] if turns else len(moments) - 1  # where the answers became right for good, or the last
+    answers = "".join(_moment(step, group, place == telling) for place, (step, group) in enumerate(moments))
     return page.fold(Html(summary), Html(f'<div class="answers">{answers}</div>'), opened)
 
 
@@ -96,12 +104,24 @@ def _steps(lines: list[Answer]) -> int:
     return len({line.get("step") for line in lines})
 
 
-def _moment(step: object, group: list[Answer]) -> str:
+def _gain(lines: list[Answer]) -> float:
+    """Share of right answers in the last third of training, minus that in the first; 0 where nothing says."""
+    steps: dict[Any, list[bool]] = {}
+    for line in lines:
+        if line.get("correct") is not None:
+            steps.setdefault(line.get("step", 0), []).append(bool(line["correct"]))
+    shares = [sum(group) / len(group) for _, group in sorted(steps.items())]
+    few = max(1, len(shares) // 3)
+    return sum(shares[-few:]) / few - sum(shares[:few]) / few if len(shares) > 1 else 0.0
+
+
+def _moment(step: object, group: list[Answer], telling: bool) -> str:
     right = f", {sum(bool(line.get('correct')) for line in group)} of {len(group)} in the group correct"
     when = f"step {step}" + (right if len(group) > 1 and any("correct" in line for line in group) else "")
-    answers = "".join(_answer(line) for line in group[:_PER_MOMENT])
+    row = f'<div class="answers-row">{"".join(_answer(line) for line in group[:_PER_MOMENT])}</div>'
     head = f'<div class="moment">{_dot(group)}{page.text(when)}</div>'
-    return f'<div class="when" data-step="{page.text(step)}">{head}<div class="answers-row">{answers}</div></div>'
+    opens = " data-telling" if telling else ""
+    return f'<div class="when" data-step="{page.text(step)}"{opens}>{head}{row}</div>'
 
 
 def _answer(line: Answer) -> str:

@@ -2,11 +2,17 @@
 
 Colours in a drawing are placeholders that become CSS variables, so that one SVG serves light and dark themes; text
 stays text in the page's font. Titles, units and legends are HTML (`page.chart`), so that escaping is in one place.
+
+Lines differ by hue and by dash: the hues stay apart for the colour-blind, the dashes in black and white. For `plot.js`,
+which shows values and zooms, a drawing names its lines (`data-line`, "3" or "3 raw" as measured) and says where its
+axes lie and what they span (`data-axes`).
 """
 
 from __future__ import annotations
 
 import io
+import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +33,8 @@ _PLACEHOLDERS = {"ink": "#010201", "muted": "#010202", "line": "#010203"}
 _PLACEHOLDERS |= {f"s{number}": f"#0103{number:02x}" for number in range(1, SERIES + 1)}
 _PLACEHOLDERS |= {f"r{number}": f"#0104{number:02x}" for number in range(1, SERIES + 1)}
 _MOST_POINTS = 240  # per line: more than the chart has pixels to show
+_DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2.4)),
+                            (0, (4, 1.4, 1.2, 1.4, 1.2, 1.4)))  # fmt: skip
 _SMOOTH_FROM = 60  # points from which a line is drawn faint, with its smoothed form on top
 # idle, even, overloaded; the middle is a grey that is visible on white and on black
 _SHARE_COLOURS = LinearSegmentedColormap.from_list("share", ["#e2885c", "#e6dfc8", "#6fb58a"])
@@ -74,13 +82,14 @@ def lines(
     x = 0, 1, 2 and so on."""
     with rc_context(_style(salt)):
         figure, axes = _canvas(2.3)
-        for x, y, colour in curves:
+        for place, (x, y, colour) in enumerate(curves):
             x, y = _thin(x, y)
-            smooth = _smooth(y)
+            smooth, style = _smooth(y), {"color": _PLACEHOLDERS[colour], "gid": f"line-{place}"}
             if len(y) >= _SMOOTH_FROM:
-                axes.plot(x, y, color=_PLACEHOLDERS[colour], linewidth=0.8, alpha=0.28)
+                axes.plot(x, y, **style | {"gid": f"line-{place} raw"}, linewidth=0.8, alpha=0.28)
             mark = "o" if len(y) == 1 else None
-            axes.plot(x, smooth, color=_PLACEHOLDERS[colour], linewidth=1.7, marker=mark, markersize=4)
+            dash = _DASHES[int(colour[1:]) - 1]
+            axes.plot(x, smooth, **style, linewidth=1.7, marker=mark, markersize=4, linestyle=dash)
         if log and _wide(value for _, y, _ in curves for value in y):
             axes.set_yscale("log")
             axes.minorticks_off()
@@ -93,7 +102,7 @@ def lines(
         _finish(axes)
         if names:
             axes.set_xticks(range(len(names)), names)
-        return _svg(figure)
+        return _svg(figure, axes, named=bool(names))
 
 
 def heat(x: Sequence[float], loads: Sequence[Sequence[float]], salt: str) -> str:
@@ -197,11 +206,26 @@ def _finish(axes: Axes) -> None:
         spine.set_color(_PLACEHOLDERS["line"])
 
 
-def _svg(figure: Figure) -> str:
+def _svg(figure: Figure, axes: Axes | None = None, named: bool = False) -> str:
+    """The drawing; with `axes` its lines can be read and zoomed, `named` if names stand along x."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]  # without the XML prologue, whose DOCTYPE names a remote file
     for name, placeholder in _PLACEHOLDERS.items():
         text = text.replace(placeholder, f"var(--{name})")
-    return text.replace("<svg ", '<svg role="img" aria-hidden="true" ', 1)
+    if axes is not None:
+        text = re.sub(r'id="line-(\d+(?: raw)?)"', r'data-line="\1"', text)
+        text = text.replace("<svg ", f"<svg data-axes='{json.dumps(_extent(figure, axes) | {'named': named})}' ", 1)
+    return text.replace("<svg ", '<svg aria-hidden="true" ', 1)
+
+
+def _extent(figure: Figure, axes: Axes) -> dict[str, Any]:
+    """Of both axes: [first, last] in the drawing's units, and the values there. y runs downwards in a drawing."""
+    width, height = 72 * figure.get_size_inches()
+    box = axes.get_position()
+    return {
+        "x": [round(width * box.x0, 3), round(width * box.x1, 3), *map(float, axes.get_xlim())],
+        "y": [round(height * (1 - box.y0), 3), round(height * (1 - box.y1), 3), *map(float, axes.get_ylim())],
+        "log": axes.get_yscale() == "log",
+    }

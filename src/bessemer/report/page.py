@@ -2,8 +2,8 @@
 
 Every piece takes plain text, escapes it and returns `Html`, which the other pieces insert as it is. Model output is
 hostile: `text` escapes its markup, shows control characters instead of obeying them, and `block` cuts what is too long.
-The page has one script of our own (`card.js`) and a policy that forbids loading anything and running any script except
-the one with its hash.
+The page has one script of our own (`card.js` and `plot.js`) and a policy that forbids loading anything and running any
+script except the one with its hash.
 """
 
 import base64
@@ -41,10 +41,11 @@ def block(value: object) -> Html:
 
 
 def document(title: str, body: str) -> str:
-    css, script = (
+    css, *scripts = (
         resources.files("bessemer.report").joinpath(name).read_text(encoding="utf-8")
-        for name in ("card.css", "card.js")
+        for name in ("card.css", "card.js", "plot.js")
     )
+    script = '"use strict";\n' + "\n".join(f"{{\n{text}}}" for text in scripts)
     policy = _POLICY.format(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -101,6 +102,7 @@ def table(
 
     def cell(name: str, place: int, value: object) -> str:
         mark = ' class="n"' if place in numeric else ""
+        name = "td" if name == "th" and not value else name  # an empty heading names nothing
         return f"<{name}{mark}>{text(value)}</{name}>"
 
     body = []
@@ -137,9 +139,11 @@ def meter(share: float, interval: tuple[float, float] | None = None, strong: boo
 
 
 def chart(title: str, unit: str, svg: str, legend: Sequence[tuple[str, str, str]] = (), last: str = "") -> Html:
-    """A chart panel: `legend` holds (colour name, label, last value) of every line."""
+    """A chart panel: `legend` holds (colour name, label, last value) of every line; the number in the colour's name is
+    also that of the line's dash."""
     names = "".join(
-        f'<li><span style="background:var(--{colour})"></span>{text(label)}<em>{text(value)}</em></li>'
+        f'<li><span class="k{colour[1:]}" style="color:var(--{colour})"></span><b>{text(label)}</b>'
+        f"<em>{text(value)}</em></li>"
         for colour, label, value in legend
     )
     names = f'<ul class="legend">{names}</ul>' if names else ""

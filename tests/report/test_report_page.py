@@ -1,0 +1,155 @@
+"""The report in headless Chromium: values under the pointer, zoom, where rollouts open, and what axe-core finds."""
+
+import json
+import re
+from itertools import combinations
+from pathlib import Path
+
+import fake_run
+import numpy as np
+import pytest
+from browser import chromium, violations
+
+from bessemer.report import card
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = fake_run.make(tmp_path_factory.mktemp("report") / "run")
+    card.write(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def opened(browser, root, request):
+    """The page, of which nobody may complain and which asks for nothing."""
+    width, scheme = getattr(request, "param", (1280, "light"))
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page, complaints = context.new_page(), []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: complaints.append(request.url))
+    page.goto(f"file://{root}/report.html")
+    yield page
+    context.close()
+    assert complaints == [f"file://{root}/report.html"]
+
+
+def chart(page, title, section="learning"):
+    figure = page.locator(f"#{section} figure", has=page.locator(f".title:text-is('{title}')")).first
+    figure.scroll_into_view_if_needed()
+    return figure, figure.locator("svg").bounding_box()
+
+
+def measured(root, stage, metric):
+    lines = map(json.loads, (root / "metrics.jsonl").read_text().splitlines())
+    return {
+        line["step"]: line["values"][metric] for line in lines if line["stage"] == stage and metric in line["values"]
+    }
+
+
+def test_values_under_the_pointer_are_those_of_the_run(opened, root):
+    figure, box = chart(opened, "Accuracy")
+    correct, formatted = measured(root, "zero", "rl/accuracy"), measured(root, "zero", "rl/format")
+    for share in (0.3, 0.8):
+        opened.mouse.move(box["x"] + share * box["width"], box["y"] + 50)
+        step = int(figure.locator(".tip .at").text_content())
+        labels = figure.locator(".tip .row span").all_text_contents()
+        raw = [float(value) for value in figure.locator(".tip .row small").all_text_contents()]
+        assert labels == ["correct", "well-formed"] and 20 < step < 180
+        assert raw == pytest.approx([correct[step], formatted[step]], abs=0.0006)
+        assert float(figure.locator(".tip .row b").first.text_content()) == pytest.approx(
+            np.mean([correct[near] for near in range(step - 3, step + 4)]), abs=0.002
+        )
+    figure.focus()
+    opened.keyboard.press("ArrowRight")
+    assert int(figure.locator(".tip .at").text_content()) == step + 1
+    grown, _ = chart(opened, "Gradient norm", "curves")  # its axis is logarithmic
+    grown.focus()
+    opened.keyboard.press("ArrowLeft")
+    last = measured(root, "pretrain", "train/grad_norm")
+    assert float(grown.locator(".tip small").text_content()) == pytest.approx(
+        np.mean([last[step] for step in (499, 500)]), rel=0.02
+    )
+
+
+def test_a_drag_zooms_and_a_double_click_goes_back(opened, root):
+    figure, box = chart(opened, "Length")
+    line = figure.locator("[data-line='0'] path")
+    whole = line.get_attribute("d")
+    opened.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 60)
+    opened.mouse.down()
+    opened.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 60, steps=3)
+    opened.mouse.up()
+    assert line.get_attribute("d") != whole and figure.locator(".whole").is_visible()
+    ticks = [float(value) for value in figure.locator(".zoomed text").all_text_contents()]
+    lengths = measured(root, "zero", "rl/length")
+    heights, steps = ticks[:4], ticks[4:]
+    assert min(steps) >= 40 and max(steps) <= 130  # the middle of 200 steps
+    seen = [lengths[step] for step in range(60, 110)]
+    assert heights == sorted(heights) and min(seen) - 3 < heights[0] and heights[-1] < max(seen) + 5
+    opened.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 60)
+    step = int(figure.locator(".tip .at").text_content())
+    assert float(figure.locator(".tip small").text_content()) == pytest.approx(lengths[step], abs=0.06)
+    opened.mouse.dblclick(box["x"] + 0.5 * box["width"], box["y"] + 60)
+    assert line.get_attribute("d") == whole and not figure.locator(".whole").is_visible()
+
+
+def test_rollouts_open_where_answers_became_right(opened):
+    dots = opened.locator("#rollouts .dot")
+    marks = dots.all_text_contents()
+    at = dots.evaluate_all("all => all.findIndex(dot => dot.getAttribute('aria-pressed') === 'true')")
+    assert marks[at] == "✓" and marks[at - 1] == "✗" and set(marks[at:]) == {"✓"} and marks[0] == "✗"
+    assert "first the one whose answers changed most" in opened.locator("#rollouts h3").text_content()
+
+
+@pytest.mark.parametrize("opened", [(1280, "light"), (390, "dark")], indirect=True)
+def test_axe_finds_nothing(opened):
+    figure, _ = chart(opened, "Accuracy")
+    figure.focus()
+    opened.keyboard.press("ArrowRight")
+    assert figure.locator(".tip").is_visible() and violations(opened) == []
+
+
+# What the colour-blind see: Machado, Oliveira and Fernandes 2009, table 1, severity 1, for linear RGB.
+SEEN = {
+    "all cones": np.eye(3),
+    "protanopia": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                            [-0.003882, -0.048116, 1.051998]]),
+    "deuteranopia": np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                              [-0.011820, 0.042940, 0.968881]]),
+    "tritanopia": np.array([[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+                            [0.004733, 0.691367, 0.303900]]),
+}  # fmt: skip
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def linear(colour):
+    parts = np.array([int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)])
+    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+
+
+def lab(light):
+    ratio = XYZ @ np.clip(light, 0, 1) / [0.95047, 1.0, 1.08883]
+    x, y, z = np.where(ratio > 0.008856, np.cbrt(ratio), 7.787 * ratio + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_lines_can_be_told_apart(theme):
+    """Whatever cones one has: a distance of 16 in CIELAB, where 2.3 is just noticeable; and 3 to 1 against the card."""
+    css = Path(card.__file__).with_name("card.css").read_text("utf-8").split("prefers-color-scheme: dark")[theme]
+    hues = [re.search(rf"--s{number}: (#\w+)", css)[1] for number in range(1, 7)]
+    for kind, matrix in SEEN.items():
+        for one, other in combinations(hues, 2):
+            assert np.linalg.norm(lab(matrix @ linear(one)) - lab(matrix @ linear(other))) > 16, (kind, one, other)
+    back = float(XYZ[1] @ linear(re.search(r"--card: (#\w+)", css)[1]))
+    for hue in hues:
+        light, dark = sorted((float(XYZ[1] @ linear(hue)), back), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) > 3, hue
