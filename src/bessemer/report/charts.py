@@ -84,12 +84,14 @@ def lines(
         figure, axes = _canvas(2.3)
         for place, (x, y, colour) in enumerate(curves):
             x, y = _thin(x, y)
-            smooth, style = _smooth(y), {"color": _PLACEHOLDERS[colour], "gid": f"line-{place}"}
+            smooth, ink = _smooth(y), _PLACEHOLDERS[colour]
             if len(y) >= _SMOOTH_FROM:
-                axes.plot(x, y, **style | {"gid": f"line-{place} raw"}, linewidth=0.8, alpha=0.28)
+                axes.plot(x, y, color=ink, gid=f"line-{place} raw", linewidth=0.8, alpha=0.28)
             mark = "o" if len(y) == 1 else None
             dash = _DASHES[int(colour[1:]) - 1]
-            axes.plot(x, smooth, **style, linewidth=1.7, marker=mark, markersize=4, linestyle=dash)
+            axes.plot(
+                x, smooth, color=ink, gid=f"line-{place}", linewidth=1.7, marker=mark, markersize=4, linestyle=dash
+            )
         if log and _wide(value for _, y, _ in curves for value in y):
             axes.set_yscale("log")
             axes.minorticks_off()
