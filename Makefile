@@ -4,7 +4,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# What a run needs comes with its hash checked. Left to pip are torch, whose build depends on the machine, and the tools of
+# the tests; both in the versions of constraints.txt. Our own package is built with the setuptools of the lock.
+INSTALL := $(PIP) --require-hashes --no-deps -r requirements.lock && $(PIP) --no-build-isolation -c constraints.txt
 
 .PHONY: demo test lint types coverage clean
 
@@ -33,11 +36,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp per set of packages: a second call costs nothing, and a changed pyproject.toml installs again.
-$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt requirements.lock
 	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt requirements.lock
 	$(INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
