@@ -13,13 +13,14 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
 
 from bessemer.data.fetch import cache_dir, sha256_of
 from bessemer.errors import UserError
+from bessemer.workers import cores
 
 SETTLED_NS = 2 * 10**9
 NO_VERIFY = "BESSEMER_NO_VERIFY"
@@ -41,6 +42,12 @@ def sha256(path: Path, fresh: bool = False) -> str:
         with suppress(sqlite3.Error, OSError), closing(_table()) as table, table:
             table.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?)", (place, key, digest))
     return digest
+
+
+def sha256_of_all(paths: Iterable[Path]) -> list[str]:
+    """Of many files, several at a time."""
+    with ThreadPoolExecutor(cores()) as pool:
+        return list(pool.map(sha256, paths))
 
 
 def _key(path: Path) -> str:
@@ -72,27 +79,32 @@ def check_finished(directory: Path) -> None:
     stage = directory.resolve().parent
     if os.environ.get(NO_VERIFY) or not (stage / "done.json").is_file():
         return
-    for name, fact in _outputs(stage, directory.resolve().name):
-        path = stage / name
+    outputs = dict(_outputs(stage, directory.resolve().name))
+    for path, (size, _) in outputs.items():
         if not path.is_file():
-            why = "is missing"
-        elif path.stat().st_size != fact["size"]:
-            why = f"has {path.stat().st_size:,} bytes, and its stage wrote {fact['size']:,}"
-        elif sha256(path) != fact["sha256"]:
-            why = f"is not what its stage wrote: its SHA-256 is not the one in {stage / 'done.json'}"
-        else:
-            continue
-        raise UserError(
-            f"{path} {why}; restore it from a copy, or run the recipe again (bessemer run {stage.parent}/recipe.toml "
-            f"--out {stage.parent}), which makes the stage anew. --no-verify loads it as it is"
-        )
+            raise _unlike(path, "is missing")
+        if path.stat().st_size != size:
+            raise _unlike(path, f"has {path.stat().st_size:,} bytes, and its stage wrote {size:,}")
+    for path, digest in zip(outputs, sha256_of_all(outputs), strict=True):
+        if digest != outputs[path][1]:
+            where = stage / "done.json"
+            raise _unlike(path, f"is not what its stage wrote: its SHA-256 is not the one in {where}")
 
 
-def _outputs(stage: Path, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _unlike(path: Path, why: str) -> UserError:
+    run = path.parents[2]
+    return UserError(
+        f"{path} {why}; restore it from a copy, or run the recipe again (bessemer run {run}/recipe.toml --out {run}), "
+        "which makes the stage anew. --no-verify loads it as it is"
+    )
+
+
+def _outputs(stage: Path, folder: str) -> Iterator[tuple[Path, tuple[int, str]]]:
+    """The files of a folder with their size and SHA-256."""
     try:
         outputs = json.loads((stage / "done.json").read_bytes())["outputs"]
         inside = [(name, fact) for name, fact in outputs.items() if Path(name).parts[0] == folder]
-        yield from ((name, {"size": int(fact["size"]), "sha256": fact["sha256"]}) for name, fact in inside)
+        yield from ((stage / name, (int(fact["size"]), str(fact["sha256"]))) for name, fact in inside)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(
             f"{stage / 'done.json'} is broken ({type(error).__name__}: {error}), so the model cannot be compared with "

@@ -63,7 +63,9 @@ def _hashes(name: str) -> dict[str, str]:
         files = [file for file in path.iterdir() if not file.name.startswith(".")]
     else:
         files = [file for file in path.rglob("*") if documents.kind(file) in documents.KINDS]
-    return {str(file.relative_to(path)): fingerprints.sha256(file) for file in sorted(files) if file.is_file()}
+    files = sorted(file for file in files if file.is_file())
+    names = [str(file.relative_to(path)) for file in files]
+    return dict(zip(names, fingerprints.sha256_of_all(files), strict=True))
 
 
 def changed(recorded: Files, now: Files, since: float) -> str:
