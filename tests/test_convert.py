@@ -3,33 +3,16 @@
 import warnings
 
 import pytest
+from made_run import write_run
 
-from bessemer.data.tokenizer import Tokenizer
 from bessemer.hf import hub
-from bessemer.model.config import preset
-from bessemer.model.transformer import Transformer
-from bessemer.runs.directory import write_done, write_stage_record
 
-TEXTS = ["the quick brown fox jumps over the lazy dog", "<think>two</think> <answer>4</answer>"] * 8
 FP8_WARNING = "ignore:.* is not cut evenly by tiles"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run of one stage, with a model that has an MTP layer."""
-    root = tmp_path_factory.mktemp("runs") / "tiny"
-    stage = root / "01-zero"
-    stage.mkdir(parents=True)
-    (root / "recipe.toml").write_text('name = "tiny"\n[[stage]]\nkind = "rl"\nname = "zero"\n')
-    write_stage_record(stage, {"kind": "rl"}, {})
-    tokenizer = Tokenizer.train(TEXTS, 300)
-    tokenizer.save(stage / "model")
-    cfg = preset("tiny", vocab_size=300, dim=32, n_layers=2, max_seq_len=64)
-    Transformer(cfg).initialise(0).save(root.parent / "weights")
-    for file in (root.parent / "weights").iterdir():
-        file.rename(stage / "model" / file.name)
-    write_done(stage, {"fingerprint": "f", "inputs": {}}, {}, 1.0)
-    return root
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny")
 
 
 def content(folder):

@@ -138,7 +138,7 @@ def test_either_end_stops_an_answer(tmp_path):
 
 
 def test_a_conversation_is_asked_in_the_models_own_template(engine, tokenizer):
-    talk = Conversation(engine, io.StringIO(), temperature=1.0, max_new_tokens=4, seed=0)
+    talk = Conversation(engine, io.StringIO(), max_new_tokens=4)
     talk.answer("What is 12*3+4?")
     question, answer = talk.messages
     assert tokenizer.decode(talk._prompt()[: len(render_ids(tokenizer, [question]))]).startswith(

@@ -1,13 +1,15 @@
 """Model directories as text and as conversation."""
 
 import io
+import json
 
 import pytest
 
 from bessemer.data.chat import render_ids, template_style
-from bessemer.engine.engine import Engine, generate_texts, read_prompts
-from bessemer.engine.terminal_chat import DIM, HELP, PLAIN, Conversation, Screen, chat
+from bessemer.engine.engine import Completion, Engine, read_prompts
+from bessemer.engine.terminal_chat import COMMANDS, DIM, PLAIN, Conversation, Screen, chat
 from bessemer.errors import UserError
+from bessemer.escape import escaped
 
 
 class Terminal(io.StringIO):
@@ -37,40 +39,74 @@ def folder(model, tokenizer, tmp_path):
     return tmp_path / "model"
 
 
-def test_generate_texts_is_the_engine(folder, engine):
-    options = {"max_new_tokens": 12, "temperature": 0.8, "seed": 5}
-    expected = [group[0].text for group in engine.generate(["the fox", "2"], **options)]
-    assert generate_texts(folder, ["the fox", "2"], **options) == expected
-
-
-def test_a_missing_directory_is_explained(tmp_path):
-    with pytest.raises(UserError):
-        generate_texts(tmp_path / "nothing", ["x"])
+def talks(folder, *lines, **options):
+    """(answers, notes) of a session in which a user types these lines."""
+    answers, notes = io.StringIO(), io.StringIO()
+    chat(folder, input=Script(*lines), output=answers, notes=notes, **options)
+    return answers.getvalue(), notes.getvalue()
 
 
 def test_chat_streams_what_the_engine_answers(folder, engine, tokenizer):
-    out = io.StringIO()
-    chat(folder, temperature=0.9, max_new_tokens=10, seed=3, input=Script("the fox"), output=out)
+    shown, notes = talks(folder, "the fox", temperature=0.9, max_new_tokens=10, seed=3, top_p=0.8)
     prompt = render_ids(tokenizer, [{"role": "user", "content": "the fox"}])
-    answer = engine.generate([prompt], temperature=0.9, max_new_tokens=10, seed=4)[0][0]
-    shown = "".join(c for c in answer.text if c.isprintable() or c in "\n\t")
-    assert out.getvalue() == f"{HELP}\n{shown}\n"
+    answer = engine.generate([prompt], temperature=0.9, max_new_tokens=10, seed=4, top_p=0.8)[0][0]
+    assert shown == escaped(answer.text) + "\n"
+    head, commands, *rest = notes.splitlines()
+    assert str(folder) in head and "a context of 160 tokens, zero template, temperature 0.9, top-p 0.8" in head
+    cut = answer.finish_reason == "length"
+    assert "/help" in commands and rest == ["[cut at 10 tokens; /continue goes on]"] * cut
 
 
 def test_a_session_survives_everything(folder, monkeypatch):
-    out = Terminal()
     asked = []
     answer = Conversation.answer
     monkeypatch.setattr(Conversation, "answer", lambda self, line: asked.append(line) or answer(self, line))
     bad = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad")
-    script = Script(
-        "", "   ", "/what", "\udce4\udcff broken", KeyboardInterrupt(), bad,
-        "x" * 1000, "\x1b[2J\x00", "<｜User｜>", "/reset", "still here", "/exit", "not read",
+    lines = (
+        "", "   ", "/what", "\udce4\udcff broken", KeyboardInterrupt(), bad, "x" * 1000, "\x1b[2J\x00", "<｜User｜>",
+        "/continue", "/save", "/save /nosuch/place", "/system", "/reset", "/think", "/continue", "still here", "/exit",
+        "not read",
     )  # fmt: skip
-    chat(folder, max_new_tokens=5, input=script, output=out)
-    assert asked[-1] == "still here" and script.lines == ["not read"]
-    assert "not UTF-8" in out.getvalue()
-    assert out.getvalue().count("error: prompt 0 has") == out.getvalue().count("error") == 1  # the long line, no other
+    _, notes = talks(folder, *lines, max_new_tokens=5)
+    assert asked[-1] == "still here" and len(asked) == 5
+    assert notes.count("error: the prompt has") == notes.count("error") == 1  # the long line, no other
+    for words in (
+        "not UTF-8", "no command /what; /help lists them", "/exit or Ctrl-D leaves", "name a file", "forgotten",
+        "system message: none", "cannot write /nosuch/place: No such file or directory", "nothing to go on with",
+    ):  # fmt: skip
+        assert words in notes
+
+
+def test_the_system_message_reaches_the_model_and_the_file(folder, engine, tokenizer, tmp_path):
+    file = tmp_path / "talk.jsonl"
+    shown, notes = talks(
+        folder, "the fox", f"/save {file}", f"/save {file}", "/system quick", "/help", system="lazy", max_new_tokens=9
+    )
+    system, question, answer = json.loads(file.read_text())["messages"]
+    assert system == {"role": "system", "content": "lazy"} and question == {"role": "user", "content": "the fox"}
+    prompt = render_ids(tokenizer, [system, question])
+    expected = engine.generate([prompt], temperature=0.6, top_p=0.95, max_new_tokens=9, seed=1)[0][0].text
+    assert shown == escaped(expected) + "\n" and answer["content"] == expected.removeprefix(" ")
+    assert f"{file} exists already" in notes and "system message: quick" in notes
+    assert all(command in notes for command in COMMANDS)
+
+
+def test_an_answer_that_was_cut_goes_on(engine, tokenizer):
+    """Nothing is lost and nothing comes twice at the seam, even inside a character; the context ends it at last."""
+    talk = Conversation(engine, io.StringIO(), {"temperature": 0.0}, 7, notes=io.StringIO())
+    talk.answer("the fox")
+    prompt = talk.unfinished[0]
+    for _ in range(2):
+        talk.obey("/continue")
+    whole = engine.generate([prompt], temperature=0.0, max_new_tokens=21, stop_ids=[])[0][0].tokens
+    assert talk.unfinished[1].ids == whole
+    assert talk.notes.getvalue().splitlines()[1] == "[cut at 14 tokens; /continue goes on]"
+    assert [one["role"] for one in talk.messages] == ["user", "assistant"]
+    assert tokenizer.decode(whole).removeprefix(" ").startswith(talk.messages[1]["content"])
+    talk.max_new_tokens = None
+    talk.obey("/continue")
+    end = f"[cut at {160 - len(prompt)} tokens; the context of 160 tokens is full; /reset begins anew]\n"
+    assert talk.unfinished is None and talk.notes.getvalue().endswith(end)
 
 
 def scripted(engine, monkeypatch, *pieces):
@@ -81,6 +117,7 @@ def scripted(engine, monkeypatch, *pieces):
             if not isinstance(piece, int):
                 raise piece
             on_tokens([(0, 0, piece)])
+        return [[Completion([], "", [], [], "stop", 0)]]
 
     monkeypatch.setattr(engine, "generate", generate)
     return engine
@@ -88,9 +125,9 @@ def scripted(engine, monkeypatch, *pieces):
 
 def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(engine, tokenizer, monkeypatch):
     said = tokenizer.encode(" the fox")
-    talk = Conversation(scripted(engine, monkeypatch, *said, KeyboardInterrupt()), io.StringIO(), 1.0, 9, 0)
+    talk = Conversation(scripted(engine, monkeypatch, *said, KeyboardInterrupt()), io.StringIO())
     talk.answer("who?")
-    assert talk.output.getvalue() == " the fox [stopped]\n"
+    assert talk.output.getvalue() == " the fox\n[stopped; /continue goes on]\n"
     assert talk.messages[-1] == {"role": "assistant", "content": "the fox"}
 
 
@@ -105,7 +142,7 @@ def test_thinking_is_dim_and_then_folded(engine, tokenizer, monkeypatch):
     monkeypatch.setenv("LINES", "6")
     ids = tokenizer.encode("<think>two</think> 4")
     thought = len(tokenizer.encode("<think>two</think>"))
-    talk = Conversation(scripted(engine, monkeypatch, *ids, tokenizer.eos_id), Terminal(), 1.0, 9, 0)
+    talk = Conversation(scripted(engine, monkeypatch, *ids, tokenizer.eos_id), Terminal())
     talk.answer("2+2")
     seen = f"{PLAIN}{DIM}<think>two</think>"  # 18 columns: two lines of ten
     assert talk.output.getvalue() == f"{seen}{folded(2, thought)} 4{PLAIN}\n"
@@ -133,9 +170,8 @@ def test_thinking_is_dim_and_then_folded(engine, tokenizer, monkeypatch):
 
 
 def test_chat_shows_the_last_thought_and_may_guess_ahead(folder):
-    out = io.StringIO()
-    chat(folder, max_new_tokens=10, drafts=2, input=Script("/think", "the fox"), output=out)
-    assert "no thought yet" in out.getvalue() and len(out.getvalue()) > len(HELP) + 20
+    shown, notes = talks(folder, "/think", "the fox", max_new_tokens=10, drafts=2)
+    assert "no thought yet" in notes and len(shown) > 5
 
 
 def test_prompts_come_from_lines_or_objects(tmp_path):
@@ -157,24 +193,25 @@ def test_characters_are_never_split_and_never_steer_the_terminal(tokenizer):
     table = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size)}
     for byte in "钢é\x1b[2J\n".encode():
         screen.add([(0, 0, table[bytes([byte])])])
-    assert None not in ids and [s for s in shown if s] == ["钢", "é", "[", "2", "J", "\n"]
+    assert None not in ids and [s for s in shown if s] == ["钢", "é", "\\x1b", "[", "2", "J", "\n"]
     screen.add([(0, 0, table["钢".encode()[:1]])])
-    screen.close()
+    screen.pause(False)
     assert screen.text == "钢é\x1b[2J\n\ufffd"
 
 
 def test_old_turns_are_forgotten_when_the_context_is_full(engine):
-    talk = Conversation(engine, io.StringIO(), 1.0, 20, 0)
+    talk = Conversation(engine, io.StringIO(), max_new_tokens=20, notes=io.StringIO())
     for n in range(12):
         talk.answer(f"{n} the quick brown fox jumps over the lazy dog")
-    assert "error" not in talk.output.getvalue()
+    assert "error" not in talk.notes.getvalue()
+    assert "forgot the 1 oldest question and the answers" in talk.notes.getvalue()
     assert talk.messages[0]["role"] == "user" and talk.messages[-2]["content"].startswith("11 ")
     assert len(talk._prompt()) + 20 <= engine.model.cfg.max_seq_len
 
 
 def test_output_that_cannot_show_a_character_shows_another(engine):
     raw = io.BytesIO()
-    talk = Conversation(engine, io.TextIOWrapper(raw, encoding="ascii"), 1.0, 9, 0)
+    talk = Conversation(engine, io.TextIOWrapper(raw, encoding="ascii"))
     talk.show("钢 ok")
     assert raw.getvalue() == b"? ok"
 
@@ -182,6 +219,6 @@ def test_output_that_cannot_show_a_character_shows_another(engine):
 def test_a_directory_without_template_still_talks(engine, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "")
     assert template_style(tokenizer) == "r1"
-    talk = Conversation(Engine(engine.model, tokenizer), io.StringIO(), 1.0, 3, 0)
+    talk = Conversation(Engine(engine.model, tokenizer), io.StringIO(), max_new_tokens=3)
     talk.answer("hello")
     assert len(talk.messages) == 2

@@ -34,6 +34,18 @@ def test_rewind_takes_samples_and_rollouts_back_too(ctx):
     assert [(ctx.dir / name).read_bytes() for name in names] == [b"", b""]
 
 
+def test_samples_and_lines_of_a_log_show_control_characters(ctx, capsys):
+    """They reached the terminal and the log raw, from the samples of a young model."""
+    hostile = "\x1b[2J\x9b1m \x00\r tab\tand\nline \u202e\ud800"
+    shown = "\\x1b[2J\\x9b1m \\x00\\r tab\tand\n{}line \\u202e\\ud800"
+    ctx.sample(1, 1, hostile, title=hostile[:4])
+    assert (ctx.dir / "samples.md").read_text() == "## step 1 · 1 tokens · \\x1b[2J\n\n    " + shown.format(
+        "    "
+    ) + "\n\n"
+    ctx.say(hostile)
+    assert capsys.readouterr().err.expandtabs() == shown.format("").expandtabs() + "\n"
+
+
 def test_deadlines_count_earlier_attempts(ctx):
     assert 100.0 <= ctx.elapsed() < 101.0
     assert 19.0 < ctx.left(120.0) <= 20.0 and ctx.left(50.0) == 0.0

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from bessemer import __version__
-from bessemer.cli.common import app
+from bessemer.cli.common import app, one_line
 from bessemer.errors import UserError
 
 # Each registers its commands, in the order in which --help shows them.
@@ -29,7 +29,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     finally:
         warnings.showwarning = before
@@ -38,7 +38,7 @@ def main() -> None:
 def _warn(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
     """Prints a warning on one line, without the place in the source."""
     name = "warning" if category is UserWarning else category.__name__
-    print(f"{name}: " + " ".join(str(message).split("\n")), file=sys.stderr)
+    print(f"{name}: {one_line(message)}", file=sys.stderr)
 
 
 def _version(requested: bool) -> None:

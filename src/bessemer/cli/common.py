@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from bessemer.errors import UserError
+from bessemer.escape import escaped, escaped_json
 
 app = typer.Typer(
     help="From documents to a reasoning model that answers: DeepSeek-V3, R1-Zero and R1 in one run.",
@@ -26,6 +27,7 @@ Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the decoding steps: a minute or two the first time, then faster.")
 ]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 picks the most likely token.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus threshold; 1 keeps all tokens.")]
 
 
 def _skip_comparison(given: bool) -> bool:
@@ -52,7 +54,12 @@ class YesNo(StrEnum):
 
 
 def print_json(facts: object) -> None:
-    print(json.dumps(facts, ensure_ascii=False, indent=1))
+    print(escaped_json(json.dumps(facts, ensure_ascii=False, indent=1)))
+
+
+def one_line(message: object) -> str:
+    """A message for the terminal; it may quote a file or a model."""
+    return escaped(" ".join(str(message).split("\n")))
 
 
 def write_page(path: Path, text: str) -> None:

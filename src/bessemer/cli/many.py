@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from bessemer.cli.common import one_line
 from bessemer.config import places
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import find_kind
@@ -79,7 +80,7 @@ def _connection_lost(error: RuntimeError) -> bool:
 
 def _end(error: UserError, first: bool, ranks: Ranks | None = None) -> NoReturn:
     if first:
-        print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.stderr.flush()
     if ranks is not None:
         ranks.end_together()

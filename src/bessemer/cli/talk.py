@@ -1,13 +1,15 @@
 """Commands that generate text: for prompts, on the terminal, over HTTP."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bessemer.cli.common import AsJson, Compile, Drafts, Model, NoVerify, Seed, Temperature, app, print_json
+from bessemer.cli.common import AsJson, Compile, Drafts, Model, NoVerify, Seed, Temperature, TopP, app, print_json
 from bessemer.errors import UserError
+from bessemer.escape import escaped
 
 
 class Reasoning(StrEnum):
@@ -24,9 +26,12 @@ def generate(
     file: Annotated[
         Path | None, typer.Option(help='More prompts: one a line, or {"prompt": "..."} a line in a .jsonl file.')
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum new tokens per text.")] = 128,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Maximum new tokens per text. Default: the rest of the context, up to 2048."),
+    ] = None,
     temperature: Temperature = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus threshold; 1 keeps all tokens.")] = 1.0,
+    top_p: TopP = 1.0,
     drafts: Drafts = 0,
     compile: Compile = False,
     seed: Seed = 0,
@@ -34,40 +39,49 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue texts."""
-    from bessemer.engine.engine import generate_texts, read_prompts
+    from bessemer.engine.engine import NEW_TOKENS, about_cuts, load_engine, read_prompts
     from bessemer.runs.directory import model_dir
 
-    texts_to_continue = [*(prompts or []), *(read_prompts(file) if file else [])]
-    if not texts_to_continue:
+    begun = [*(prompts or []), *(read_prompts(file) if file else [])]
+    if not begun:
         raise UserError("no prompt: write one after the model, or name a file of them with --file")
-    folder = model_dir(model)
-    texts = generate_texts(folder, texts_to_continue, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p,
-                           drafts=drafts, compile=compile, seed=seed)  # fmt: skip
+    engine = load_engine(model_dir(model), drafts, compile)
+    groups = engine.generate(begun, max_new_tokens=max_tokens or NEW_TOKENS, temperature=temperature, top_p=top_p,
+                             drafts=drafts, seed=seed)  # fmt: skip
+    texts = [completion for (completion,) in groups]
     if as_json:
-        pairs = zip(texts_to_continue, texts, strict=True)
-        print_json([{"prompt": prompt, "text": text} for prompt, text in pairs])
-        return
-    for prompt, text in zip(texts_to_continue, texts, strict=True):
-        print(prompt + text + "\n")
+        print_json([{"prompt": prompt, "text": one.text, "finish_reason": one.finish_reason}
+                    for prompt, one in zip(begun, texts, strict=True)])  # fmt: skip
+    else:
+        for prompt, one in zip(begun, texts, strict=True):
+            print(escaped(prompt + one.text) + "\n")
+    for note in about_cuts(texts, max_tokens, engine.model.cfg.max_seq_len):
+        print(note, file=sys.stderr)
 
 
 @app.command()
 def chat(
     model: Model,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum new tokens per answer.")] = 256,
+    system: Annotated[str, typer.Option(help="System message; /system changes it.")] = "",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Maximum new tokens per answer. Default: the rest of the context, up to 2048."),
+    ] = None,
     temperature: Temperature = 0.6,
+    top_p: TopP = 0.95,
     drafts: Drafts = 0,
     compile: Compile = False,
     seed: Seed = 0,
     no_verify: NoVerify = False,
 ) -> None:
-    """Talk to a model."""
+    """Talk to a model. /help in the conversation lists its commands."""
     from bessemer.engine.terminal_chat import chat as talk
     from bessemer.runs.directory import model_dir
 
     talk(
-        model_dir(model), max_new_tokens=max_tokens, temperature=temperature, drafts=drafts, compile=compile, seed=seed
-    )
+        model_dir(model), system=system, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p,
+        drafts=drafts, compile=compile, seed=seed,
+    )  # fmt: skip
 
 
 @app.command()

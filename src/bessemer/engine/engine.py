@@ -44,6 +44,8 @@ from bessemer.model.transformer import Transformer, evaluating
 from bessemer.workers import Workers
 
 Prompt = str | abc.Sequence[int]
+NEW_TOKENS = 2048
+"""Length of an answer where nobody asks for one; most contexts of small models leave less."""
 OnTokens = Callable[[list[tuple[int, int, int]]], None]
 
 
@@ -341,12 +343,21 @@ def load_engine(model_dir: str | Path, drafts: int = 0, compile: bool = False) -
     return engine
 
 
-def generate_texts(
-    model_dir: str | Path, prompts: abc.Sequence[Prompt], compile: bool = False, **options: Any
-) -> list[str]:
-    """One continuation of each prompt; options as in `Engine.generate`."""
-    engine = load_engine(model_dir, options.get("drafts", 0), compile)
-    return [completions[0].text for completions in engine.generate(prompts, samples=1, **options)]
+def about_cuts(completions: abc.Sequence[Completion], asked: int | None, context: int) -> list[str]:
+    """What a user should know about texts that did not end by themselves; `asked`: the option --max-tokens."""
+    rooms = [context - one.prompt_tokens for one in completions]
+    cut = [(one, room) for one, room in zip(completions, rooms, strict=True) if one.finish_reason == "length"]
+    full = sum(len(one.tokens) >= room for one, room in cut)
+    of = f" of {len(completions)} texts" if len(completions) > 1 else " text"
+    notes = []
+    if asked is not None and asked > min(rooms):
+        notes.append(f"--max-tokens {asked}: the context of {context} tokens leaves {min(rooms)} after the prompt")
+    if len(cut) > full:
+        more = f"--max-tokens, here at most {max(rooms)}, lets it go on"
+        notes.append(f"{len(cut) - full}{of} cut at {asked or NEW_TOKENS} tokens; {more}")
+    if full:
+        notes.append(f"{full}{of} cut where the model's context of {context} tokens is full")
+    return notes
 
 
 def read_prompts(file: str | Path) -> list[str]:

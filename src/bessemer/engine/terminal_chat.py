@@ -1,12 +1,13 @@
 """`bessemer chat`: a conversation with a model in the terminal.
 
 The directory's own template makes the prompt, so the model sees the format it was trained on: R1's prompt opens the
-thinking itself, R1-Zero's leaves that to the model. Ctrl-C ends the answer, never the session.
+thinking itself, R1-Zero's leaves that to the model. Ctrl-C ends the answer, never the session. Answers go to the
+output, everything else to `notes`, so that the answers of a piped session are all that its output holds.
 """
 
 from __future__ import annotations
 
-import builtins
+import json
 import shutil
 import sys
 import time
@@ -16,110 +17,225 @@ from typing import TextIO
 
 from rich.cells import cell_len
 
+from bessemer.config.units import show_tokens
 from bessemer.data.chat import Message, render_ids, template_style
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.engine import Engine, load_engine
+from bessemer.engine.engine import NEW_TOKENS, Engine, load_engine
 from bessemer.engine.sequence import think_ids
 from bessemer.errors import UserError
+from bessemer.escape import escaped
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-HELP = "/think shows the last thought, /reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends an answer"
+COMMANDS = {
+    "/continue": "go on with an answer that was cut or stopped",
+    "/think": "show the last thought",
+    "/system TEXT": "set the system message; - for none, nothing to see it",
+    "/save FILE": "write the conversation as a line of JSON, in the form that SFT reads",
+    "/reset": "forget the conversation, not the system message",
+    "/help": "show this; Ctrl-C ends an answer",
+    "/exit": "leave, as Ctrl-D does",
+}
+HELP = "\n".join(f"{command:<13} {what}" for command, what in COMMANDS.items())
 
 
 def chat(
     model_dir: str | Path,
     *,
     temperature: float = 0.6,
-    max_new_tokens: int = 256,
+    top_p: float = 0.95,
+    max_new_tokens: int | None = None,
     seed: int = 0,
     drafts: int = 0,
     compile: bool = False,
-    input: Callable[[str], str] = builtins.input,
+    system: str = "",
+    input: Callable[[str], str] | None = None,
     output: TextIO | None = None,
+    notes: TextIO | None = None,
 ) -> None:
-    """Runs a session until /exit or the end of the input. `input` takes the prompt to show, as the builtin does;
-    `drafts` as in `Engine.generate`, `compile` as in `Engine`."""
+    """Runs a session until /exit or the end of the input. `max_new_tokens` of an answer: None for what the context
+    leaves, at most NEW_TOKENS. `drafts` as in `Engine.generate`, `compile` as in `Engine`. `input` returns a message
+    and takes the prompt to show; without it a terminal's lines can be edited, and a pipe is read line by line."""
     engine = load_engine(model_dir, drafts, compile)
-    talk = Conversation(engine, output or sys.stdout, temperature, max_new_tokens, seed, drafts)
-    talk.show(HELP + "\n")
+    options = {"temperature": temperature, "top_p": top_p, "drafts": drafts}
+    talk = Conversation(engine, output or sys.stdout, options, max_new_tokens, seed, notes or sys.stderr)
+    talk.system = system
+    context, size = engine.model.cfg.max_seq_len, sum(weight.numel() for weight in engine.model.parameters())
+    talk.note(f"{model_dir}: {show_tokens(size)} parameters, a context of {context} tokens, "
+              f"{talk.style or 'its own'} template, temperature {temperature:g}, top-p {top_p:g}")  # fmt: skip
+    if max_new_tokens is not None and max_new_tokens >= context:
+        talk.note(f"--max-tokens {max_new_tokens} is more than the context holds, which ends answers first")
+    talk.note("/help lists the commands; Ctrl-C ends an answer, Ctrl-D leaves")
+    read = input or _reader()
     while True:
         try:
-            line = input("\n> ").strip()
+            line = read("\n> ").strip()
             if line == "/exit":
                 break
-            if line == "/reset":
-                talk.messages.clear()
-                talk.show("forgotten\n")
-            elif line == "/think":
-                talk.show(talk.thought or "no thought yet\n")
-            elif line.startswith("/"):
-                talk.show(HELP + "\n")
-            elif line:
-                talk.answer(line)
+            if line:
+                talk.obey(line) if line.startswith("/") else talk.answer(line)
         except EOFError:
             break
         except KeyboardInterrupt:
-            talk.show("\n" + HELP + "\n")
+            talk.note("/exit or Ctrl-D leaves")
         except UnicodeDecodeError:
-            talk.show("that was not UTF-8; please type it again\n")
+            talk.note("that was not UTF-8; please type it again")
+
+
+def _reader() -> Callable[[str], str]:
+    """A line editor with a history on a terminal; the lines of a pipe, without a prompt."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import WordCompleter
+
+        words = [command.split()[0] for command in COMMANDS]
+        return PromptSession(completer=WordCompleter(words, sentence=True), complete_while_typing=False).prompt
+
+    def line(prompt: str) -> str:
+        read = sys.stdin.buffer.readline()
+        if not read:
+            raise EOFError
+        return read.decode()
+
+    return line
 
 
 class Conversation:
     """The turns so far, and the output they are written to."""
 
     def __init__(
-        self, engine: Engine, output: TextIO, temperature: float, max_new_tokens: int, seed: int, drafts: int = 0
-    ):
+        self, engine: Engine, output: TextIO, options: dict[str, float] | None = None,
+        max_new_tokens: int | None = None, seed: int = 0, notes: TextIO | None = None,
+    ):  # fmt: skip
         self.engine = engine
         self.style = template_style(engine.tokenizer)
-        self.output = output
+        self.output, self.notes = output, notes or output
         self.dim = output.isatty()
-        self.options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "drafts": drafts}
+        self.options = options or {}
+        """Of `Engine.generate`."""
+        self.max_new_tokens = max_new_tokens
         self.seed = seed
+        self.system = ""
         self.messages: list[Message] = []
+        """Questions and answers in turn."""
         self.thought = ""
         """The last thought, as /think shows it."""
+        self.unfinished: tuple[list[int], Screen] | None = None
+        """The prompt and the answer that /continue goes on with."""
+
+    def obey(self, line: str) -> None:
+        """One command."""
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if command == "/continue" and self.unfinished:
+            self._generate(*self.unfinished)
+        elif command == "/continue":
+            self.note("nothing to go on with")
+        elif command == "/think":
+            self.note(self.thought or "no thought yet")
+        elif command == "/system":
+            self.system = "" if rest == "-" else rest or self.system
+            self.note(f"system message: {self.system or 'none'}")
+        elif command == "/save":
+            self._save(rest)
+        elif command == "/reset":
+            self.messages, self.unfinished = [], None
+            self.note("forgotten")
+        else:
+            self.note(HELP if command == "/help" else f"there is no command {command}; /help lists them")
 
     def answer(self, line: str) -> None:
         """One turn; a turn that fails leaves the conversation as it was."""
         # A terminal passes bytes that are not UTF-8 as lone surrogates, which no tokenizer accepts.
         line = line.encode("utf-8", "replace").decode()
-        before = list(self.messages)
-        self.messages.append({"role": "user", "content": line})
+        before = self.messages
+        self.messages = [*before, {"role": "user", "content": line}]
         try:
             prompt = self._prompt()
-            screen = Screen(self.engine.tokenizer, self.show, self.dim, prompt)
-            self.seed += 1  # a repeated question gets a different answer
-            try:
-                self.engine.generate([prompt], seed=self.seed, on_tokens=screen.add, **self.options)
-            except KeyboardInterrupt:
-                screen.interrupted = True
-            screen.close()
-            self.thought = screen.styled_thought()
-            self.messages.append({"role": "assistant", "content": screen.content(self.style)})
-        except UserError as error:
+            self._generate(prompt, Screen(self.engine.tokenizer, self.show, self.dim, prompt))
+        except BaseException as error:
             self.messages = before
-            self.show(f"error: {error}\n")
+            if not isinstance(error, UserError):
+                raise
+            self.note(f"error: {error}")
+
+    def _generate(self, prompt: list[int], screen: Screen) -> None:
+        """An answer, or more of it, and the message it becomes."""
+        begun = [*prompt, *screen.ids]
+        room = self._context - len(begun)
+        self.engine.check_prompt(begun)
+        self.seed += 1  # a repeated question gets a different answer
+        why = ""
+        screen.resume()
+        try:
+            [[answer]] = self.engine.generate(
+                [begun], max_new_tokens=min(room, self.max_new_tokens or NEW_TOKENS), seed=self.seed,
+                on_tokens=screen.add, **self.options,
+            )  # fmt: skip
+            if answer.finish_reason == "length":
+                why = f"cut at {len(screen.ids)} tokens"
+        except KeyboardInterrupt:
+            why = "stopped"
+        screen.pause(bool(why))
+        self.thought = screen.styled_thought()
+        answered = [one for one in self.messages if one is not screen.message]
+        screen.message = {"role": "assistant", "content": screen.content(self.style)}
+        self.messages = [*answered, screen.message]
+        self.unfinished = (prompt, screen) if why and len(prompt) + len(screen.ids) < self._context else None
+        if why:
+            full = f"the context of {self._context} tokens is full; /reset begins anew"
+            self.note(f"[{why}; {'/continue goes on' if self.unfinished else full}]")
+
+    @property
+    def _context(self) -> int:
+        return self.engine.model.cfg.max_seq_len
 
     def _prompt(self) -> list[int]:
-        """The conversation as ids; the oldest turns are dropped when it leaves too little room for an answer."""
-        max_seq_len = self.engine.model.cfg.max_seq_len
-        room = min(self.options["max_new_tokens"], max_seq_len // 2)
+        """The conversation as ids; the oldest turns are left out when it leaves too little room for an answer."""
+        room = min(self.max_new_tokens or NEW_TOKENS, self._context // 2)
+        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        dropped = 0
         while True:
-            ids = render_ids(self.engine.tokenizer, self.messages, self.style)
-            if len(ids) + room <= max_seq_len or len(self.messages) < 3:
-                return ids
-            del self.messages[:2]
+            ids = render_ids(self.engine.tokenizer, [*system, *self.messages], self.style)
+            if len(ids) + room <= self._context or len(self.messages) < 3:
+                break
+            self.messages, dropped = self.messages[2:], dropped + 1
+        if dropped:
+            turns = f"{dropped} oldest question{'s' * (dropped > 1)}"
+            self.note(f"[the context of {self._context} tokens is full: forgot the {turns} and the answers]")
+        return ids
+
+    def _save(self, name: str) -> None:
+        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        if not name or not self.messages:
+            self.note("name a file: /save chat.jsonl" if self.messages else "nothing was said yet")
+            return
+        try:
+            with open(Path(name).expanduser(), "x", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": [*system, *self.messages]}, ensure_ascii=False) + "\n")
+        except FileExistsError:
+            self.note(f"{name} exists already; name another file")
+        except (OSError, ValueError) as error:
+            self.note(f"cannot write {name}: {getattr(error, 'strerror', None) or error}")
+        else:
+            self.note(f"saved in {name}")
 
     def show(self, text: str) -> None:
         """Writes and flushes; characters that the output cannot encode are replaced."""
-        encoding = getattr(self.output, "encoding", None) or "utf-8"
-        self.output.write(text.encode(encoding, "replace").decode(encoding))
-        self.output.flush()
+        _write(self.output, text)
+
+    def note(self, text: str) -> None:
+        """A line about the conversation."""
+        _write(self.notes, text.removesuffix("\n") + "\n")
+
+
+def _write(file: TextIO, text: str) -> None:
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    file.write(text.encode(encoding, "replace").decode(encoding))
+    file.flush()
 
 
 class Screen:
-    """One answer as it streams in: whole characters only, no control characters, thoughts dim and then folded."""
+    """One answer as it streams in: whole characters only, control characters escaped, thoughts dim and then folded."""
 
     def __init__(self, tokenizer: Tokenizer, show: Callable[[str], None], dim: bool, prompt: list[int]):
         self.tokenizer = tokenizer
@@ -127,8 +243,10 @@ class Screen:
         self.dim = dim
         """On a terminal: thoughts are dim, and folded when they end."""
         self.decoder = tokenizer.stream()
+        self.ids: list[int] = []
         self.text = ""
-        self.interrupted = False
+        self.message: Message = {}
+        """The answer in the conversation, once it is there."""
         self.think, self.think_end = think_ids(tokenizer)
         marks = [i for i in prompt if i in (self.think, self.think_end)]
         self.thought = ""
@@ -139,8 +257,13 @@ class Screen:
         else:
             self._style(False)
 
+    def resume(self) -> None:
+        if self.ids:
+            self._style(self.thinking)
+
     def add(self, tokens: list[tuple[int, int, int]]) -> None:
         for _, _, token in tokens:
+            self.ids.append(token)
             if token == self.think:
                 self._begin()
             self.tokens += self.thinking
@@ -150,10 +273,13 @@ class Screen:
                 self.thinking = False
                 self._fold()
 
-    def close(self) -> None:
-        self._put(self.decoder.flush())
+    def pause(self, unfinished: bool) -> None:
+        """The end of the answer, or of what there is of it."""
+        if not unfinished:
+            self._put(self.decoder.flush())
         self._style(False)
-        self.show(" [stopped]\n" if self.interrupted else "\n")
+        self.show("\n")
+        self.foldable = False  # what has scrolled past a note stays
 
     def styled_thought(self) -> str:
         """The thought of this answer, to be shown again; empty if there was none."""
@@ -175,7 +301,7 @@ class Screen:
 
     def _put(self, text: str) -> None:
         self.text += text
-        shown = "".join(c for c in text if c.isprintable() or c in "\n\t")
+        shown = escaped(text)
         if self.thinking:
             self.thought += shown
         elif self.folded:

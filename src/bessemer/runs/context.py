@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import show_tokens
 from bessemer.dist.ranks import Ranks
+from bessemer.escape import escaped
 from bessemer.runs.files import write_atomic
 from bessemer.runs.metrics import LineFile, StageMetrics
 from bessemer.runs.progress import StageProgress
@@ -141,11 +142,12 @@ class StageContext:
         self.progress.say(text)
 
     def sample(self, step: int, tokens: int, text: str, title: str = "") -> None:
-        """Append to `samples.md`. The text is indented, so a model's text cannot look like a heading."""
+        """Append to `samples.md`. A model's text is indented, so that it cannot look like a heading, and its control
+        characters are escaped, so that the file can be shown on a terminal."""
         if not self.leads:
             return
-        body = "\n".join("    " + line for line in text.split("\n"))
-        heading = f"## step {step} · {show_tokens(tokens)} tokens" + (f" · {title}" if title else "")
+        body = "\n".join("    " + line for line in escaped(text).split("\n"))
+        heading = f"## step {step} · {show_tokens(tokens)} tokens" + (f" · {escaped(title)}" if title else "")
         with open(self.dir / "samples.md", "a", encoding="utf-8", errors="replace", newline="\n") as file:
             file.write(f"{heading}\n\n{body}\n\n")
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from bessemer.config.units import show_seconds, show_tokens
+from bessemer.escape import escaped
 
 PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
 
@@ -37,9 +38,9 @@ class RunProgress:
             )  # fmt: skip
 
     def say(self, what: RenderableType) -> None:
-        """Print text, or anything that rich can render, above the bars. Text is printed verbatim, without rich's
-        markup."""
-        self.console.print(Text(what) if isinstance(what, str) else what)
+        """Print text, or anything that rich can render, above the bars. Text is printed without rich's markup,
+        and with control characters escaped: it may quote a model."""
+        self.console.print(Text(escaped(what)) if isinstance(what, str) else what)
 
     def begin(self, name: str) -> "StageProgress":
         if self._bars is not None:
