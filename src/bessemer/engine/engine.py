@@ -25,6 +25,7 @@ from torch import Tensor
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.compiled import CompiledSteps
 from bessemer.engine.decode import Model, RoutingTrace, new_cache, prefill_all
+from bessemer.engine.grammar import Grammars
 from bessemer.engine.model_runner import ModelRunner, not_finite
 from bessemer.engine.sampling import stream_key
 from bessemer.engine.sequence import (
@@ -121,6 +122,7 @@ class Engine:
             from bessemer.engine import hf_decode  # noqa: F401 (registers foreign models; needs transformers)
         self.model = model
         self.tokenizer = tokenizer
+        self.grammars = Grammars(tokenizer)
         self.compiled = CompiledSteps(model, tokenizer.vocab_size) if compile else None
         self.workers = workers or Workers(1)
         """Processes that run batches in parallel; their number does not change the result."""

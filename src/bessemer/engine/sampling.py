@@ -92,9 +92,10 @@ def _sample_group(
     if first.must_end_thinking and think_end is not None:
         end_B = torch.full_like(uniform_B, think_end, dtype=torch.int64)
         return score(logits_BV, params.temperature, end_B)
-    if params.penalised:
+    allowed_BV = _allowed(sequences, vocab, logits_BV.device)
+    if params.penalised or allowed_BV is not None:
         penalised_BV = penalise(logits_BV, params, *_token_counts(sequences, logits_BV))
-        token_B = sample(penalised_BV, params, uniform_B, vocab).token_B
+        token_B = sample(penalised_BV, params, uniform_B, vocab, allowed_BV).token_B
         return score(logits_BV, params.temperature, token_B)
     if rejected is not None and params.temperature > 0 and bool(rejected.rejected_B.any()):
         p_BV = probabilities(logits_BV, params, vocab)
@@ -134,8 +135,17 @@ def _same_params(sequences: list[Sequence]) -> list[list[int]]:
     """Batch indices, grouped by what one call can sample."""
     groups = defaultdict(list)
     for b, sequence in enumerate(sequences):
-        groups[sequence.request.sampling, sequence.must_end_thinking].append(b)
+        groups[sequence.request.sampling, sequence.must_end_thinking, sequence.grammar is None].append(b)
     return list(groups.values())
+
+
+def _allowed(sequences: list[Sequence], vocab: int, device: torch.device) -> Tensor | None:
+    """The tokens that the sequences' grammars allow, [B, vocab]; None where no grammar decides."""
+    masks = [None if sequence.grammar is None else sequence.grammar.allowed() for sequence in sequences]
+    if all(mask is None for mask in masks):
+        return None
+    every_V = torch.ones(vocab, dtype=torch.bool)
+    return torch.stack([every_V if mask is None else mask for mask in masks]).to(device)
 
 
 def _token_counts(sequences: list[Sequence], logits_BV: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,19 +160,31 @@ def _token_counts(sequences: list[Sequence], logits_BV: Tensor) -> tuple[Tensor,
     return counts[0], counts[1]
 
 
-def sample(logits_BV: Tensor, params: SamplingParams, uniform_B: Tensor, vocab: int | None = None) -> SampledTokens:
-    """Samples with uniform_B in [0, 1), float64. Only ids below `vocab` are sampled: a model may have spare rows.
+def sample(
+    logits_BV: Tensor,
+    params: SamplingParams,
+    uniform_B: Tensor,
+    vocab: int | None = None,
+    allowed_BV: Tensor | None = None,
+) -> SampledTokens:
+    """Samples with uniform_B in [0, 1), float64. Only ids below `vocab` are sampled: a model may have spare rows. Of
+    those, allowed_BV, [B, vocab], leaves at least one in every row.
 
     Fresh memory costs more than arithmetic here, so logits_BV is used as scratch: it comes back shifted.
     """
     V = logits_BV.shape[1]
     vocab = V if vocab is None else vocab
+    if allowed_BV is not None:
+        logits_BV[:, :vocab].masked_fill_(~allowed_BV, float("-inf"))
+        logits_BV[:, vocab:] = float("-inf")
     shifted_BV = logits_BV.sub_(_blocks(logits_BV, float("-inf")).amax(-1).amax(-1, keepdim=True))
     if params.temperature == 0:
         token_B = _argmax(shifted_BV[:, :vocab])
         raw_B = _logp(shifted_BV, 1.0, _exp(shifted_BV, 1.0), token_B)
         return SampledTokens(token_B, raw_B, raw_B)
     p_BV = _exp(shifted_BV, params.temperature)  # the most likely token has p = 1, whatever the sum
+    if allowed_BV is not None:
+        p_BV[:, :vocab].masked_fill_(~allowed_BV, 0.0)
     token_B = inverse_cdf(truncate(p_BV[:, :vocab], params), uniform_B)
     logp_B = raw_B = _logp(shifted_BV, params.temperature, p_BV, token_B)
     if params.temperature != 1.0:
@@ -193,7 +215,11 @@ def penalise(logits_BV: Tensor, params: SamplingParams, answer_BV: Tensor, promp
     """Logits after the penalties, a new tensor. answer_BV counts the tokens of the answer, prompt_BV of the prompt."""
     factor = torch.where(logits_BV > 0, 1.0 / params.repetition_penalty, params.repetition_penalty)
     out_BV = torch.where(answer_BV + prompt_BV > 0, logits_BV * factor, logits_BV)
-    return out_BV - params.presence_penalty * (answer_BV > 0) - params.frequency_penalty * answer_BV
+    out_BV = out_BV - params.presence_penalty * (answer_BV > 0) - params.frequency_penalty * answer_BV
+    if params.bias:
+        ids, values = zip(*params.bias, strict=True)
+        out_BV[:, list(ids)] += torch.tensor(values, dtype=out_BV.dtype, device=out_BV.device)
+    return out_BV
 
 
 def truncate(p_BV: Tensor, params: SamplingParams) -> Tensor:

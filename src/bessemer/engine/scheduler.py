@@ -100,7 +100,8 @@ class Scheduler:
                 "prompt or max_new_tokens, or give the cache more tokens"
             )
         stop = StopStrings(self.engine.tokenizer, strings) if strings else None
-        sequence = Sequence(request, next(self._tickets), stop, self._think)
+        grammar = self.engine.grammars.start(request.grammar, request.grammar_waits) if request.grammar else None
+        sequence = Sequence(request, next(self._tickets), stop, grammar, self._think)
         self.queue.add(sequence)
         return sequence.number
 
@@ -218,7 +219,7 @@ class Scheduler:
                 events.append(Token(seq.number, seq.tokens[n], seq.logp[n], seq.raw_logp[n], top, routes))
             seq.n_emitted = len(seq.tokens)
             if seq.finish is not None:
-                message = str(not_finite(1, 1, seq.n_emitted + 1)) if seq.finish == "error" else ""
+                message = seq.error or str(not_finite(1, 1, seq.n_emitted + 1)) if seq.finish == "error" else ""
                 events.append(Finished(seq.number, seq.finish, message, seq.cached_tokens))
                 self.queue.finished(seq)
         return events

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine.grammar import GrammarState
 from bessemer.errors import UserError
 
 FinishReason = Literal["stop", "length", "error"]
@@ -51,6 +52,8 @@ class SamplingParams:
     """Subtracted from the logit of every token in the answer."""
     frequency_penalty: float = 0.0
     """Subtracted from the logit of a token once for each time it occurs in the answer."""
+    bias: tuple[tuple[int, float], ...] = ()
+    """(token id, number added to its logit)."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in BOUNDS.items():
@@ -67,8 +70,9 @@ class SamplingParams:
 
     @property
     def penalised(self) -> bool:
-        """The logits depend on the tokens before them."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+        """The logits are changed before they are sampled from, by the tokens before them or by a bias."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0) or bool(self.bias)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,10 @@ class Request:
     """Report the experts of each token fed to the model."""
     thinking_budget: int | None = None
     """After this many tokens inside <think>, the next token is forced to be </think>."""
+    grammar: str = ""
+    """What the answer must obey (`grammar.json_grammar`); empty: nothing."""
+    grammar_waits: bool = False
+    """The prompt ends inside a thought, and the grammar is for what comes after it."""
     client: str = ""
     """Waiting requests are admitted round-robin by client, first come first served within a client."""
 
@@ -129,6 +137,7 @@ class Sequence:
     number: int
     """The caller's identifier."""
     stop: StopStrings | None = None
+    grammar: GrammarState | None = None
     think: tuple[int | None, int | None] = (None, None)
     """Ids of <think> and </think>."""
     tokens: list[int] = field(default_factory=list)
@@ -139,6 +148,8 @@ class Sequence:
     routes: list[Routes] = field(default_factory=list)
     """The experts of the token preceding each one, if requested."""
     finish: FinishReason | None = None
+    error: str = ""
+    """With the finish `error`: what the sequence itself knows of it."""
     n_emitted: int = 0
     """Tokens already reported to the caller."""
     n_thinking: int | None = None
@@ -156,7 +167,8 @@ class Sequence:
     @property
     def draftable(self) -> bool:
         """The next token depends on the logits alone, so it can be drafted."""
-        return not self.request.sampling.penalised and self.request.thinking_budget is None
+        free = self.request.thinking_budget is None and self.grammar is None
+        return free and not self.request.sampling.penalised
 
     @property
     def must_end_thinking(self) -> bool:
@@ -181,7 +193,15 @@ class Sequence:
         request = self.request
         if request.thinking_budget is not None:
             self._count_thinking((token,))
-        if token in request.stop_ids or (self.stop is not None and self.stop.hit(self.tokens)):
+        if self.grammar is not None:
+            self.grammar.append(token)
+        if self.grammar is not None and self.grammar.error:
+            self.finish, self.error = "error", f"the grammar of this answer failed: {self.grammar.error}"
+        elif (
+            (self.grammar is not None and self.grammar.complete)
+            or token in request.stop_ids
+            or (self.stop is not None and self.stop.hit(self.tokens))
+        ):
             self.finish = "stop"
         elif len(self.tokens) >= request.max_new_tokens:
             self.finish = "length"

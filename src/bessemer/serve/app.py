@@ -19,16 +19,17 @@ from starlette.middleware.cors import CORSMiddleware
 
 from bessemer import __version__
 from bessemer.errors import UserError
-from bessemer.serve import chat, completions, protocol
+from bessemer.serve import chat, completions, protocol, responses
 from bessemer.serve.bodies import BodyRoute
 from bessemer.serve.events import EventStream, Responder, while_connected
 from bessemer.serve.metrics import ServerMetrics
 from bessemer.serve.middleware import RequestCounter, RequestGuard
 from bessemer.serve.models import LoadedModel, ModelFacts, Models
 from bessemer.serve.problems import add_problems
-from bessemer.serve.protocol import FIELDS, ApiError, invalid
+from bessemer.serve.protocol import ApiError, field_names, invalid
 
-AnyBody = TypeVar("AnyBody", bound=protocol.Generation)
+AnyBody = TypeVar("AnyBody", protocol.ChatRequest, protocol.CompletionRequest, responses.ResponsesRequest)
+FIELDS = field_names()
 EVENT = {
     "type": "object",
     "required": ["data"],
@@ -114,6 +115,13 @@ def _add_generation(app: FastAPI, models: Models, metrics: ServerMetrics) -> Non
         """Continues texts, at once or as a stream of chunks."""
         return await answer(body, request, completions.prepare)
 
+    @app.post(
+        "/v1/responses", response_model=None, responses={200: {"model": responses.ResponsesReply, **STREAM}, **ERRORS}
+    )
+    async def new_response(body: responses.ResponsesRequest, request: Request) -> Response:
+        """Answers in OpenAI's newer form, at once or as typed events."""
+        return await answer(body, request, responses.prepare)
+
     async def answer(
         body: AnyBody, request: Request, prepare: Callable[[AnyBody, LoadedModel, str], Awaitable[Responder]]
     ) -> Response:
@@ -129,7 +137,7 @@ def _add_generation(app: FastAPI, models: Models, metrics: ServerMetrics) -> Non
             metrics.answered(model.facts.name, started, first, responder.choices, responder.prompt_tokens)
 
         if body.stream:
-            return EventStream(stream, responder.events(stream), ended)
+            return EventStream(stream, responder, ended)
         try:
             async with while_connected(request.receive, stream):
                 return JSONResponse(await responder.whole(stream))

@@ -10,16 +10,19 @@ Thoughts are sent under both names in use, `reasoning_content` (DeepSeek, SGLang
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bessemer.data.chat import THINK, THINK_END, ZERO_STYLES, opening, render_ids, template_style
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine.grammar import json_grammar
 from bessemer.engine.sequence import Token, think_ids
+from bessemer.errors import UserError
 from bessemer.serve import sampling_params
 from bessemer.serve.events import MIN_LOGPROB, ChoiceBuilder, Responder, likeliest
 from bessemer.serve.models import LoadedModel, Vocabulary
-from bessemer.serve.protocol import ChatRequest, Thinking, Turn, invalid, unsupported
+from bessemer.serve.protocol import ChatRequest, ResponseFormat, Thinking, Turn, invalid, unsupported
 from bessemer.serve.reasoning_parser import AnswerEvent, ReasoningParser
 
 
@@ -38,7 +41,7 @@ class ChatResponder(Responder):
 
     id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, body: ChatRequest, model: LoadedModel, prompt: ChatPrompt, client: str):
+    def __init__(self, body: ChatRequest, model: LoadedModel, prompt: ChatPrompt, client: str, grammar: str = ""):
         if body.top_logprobs is not None and not body.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
         max_tokens = body.max_completion_tokens or body.max_tokens
@@ -54,6 +57,8 @@ class ChatResponder(Responder):
             max_tokens=max_tokens,
             param="messages",
             top=body.top_logprobs or 0,
+            grammar=grammar,
+            grammar_waits=prompt.thinking,
             thinking_budget=_thinking_budget(body, sampling_params.room(model, len(prompt.ids), max_tokens)),
         )
         parsers = [
@@ -103,17 +108,40 @@ class ChatResponder(Responder):
         return {"content": content, "refusal": None}
 
 
-async def prepare(body: ChatRequest, model: LoadedModel, client: str) -> ChatResponder:
-    """The request for this model; ApiError or UserError if it cannot be served."""
-    if body.tools:
-        raise unsupported("tools", "tools are not supported by these models; leave them out")
-    if body.response_format and body.response_format.get("type", "text") != "text":
-        raise unsupported("response_format", "only text is supported; ask for the format in the message")
+async def prepare(
+    body: ChatRequest, model: LoadedModel, client: str, responder: type[ChatResponder] | None = None
+) -> ChatResponder:
+    """The request for this model; ApiError or UserError if it cannot be served. `responder`: how the answer is
+    written."""
+    responder = responder or ChatResponder
+    if (body.tools and body.tool_choice != "none") or body.tool_choice not in (None, "none", "auto"):
+        what = 'these models call no tools; leave them out, or say "tool_choice": "none"'
+        raise unsupported("tools" if body.tools else "tool_choice", what)
     size = text_size(body.messages)
     thinking = _thinking_switch(body)
     model.check_length(size, "messages")
     prompt = await model.tokenise(lambda: chat_prompt(model.tokenizer, body.messages, thinking), size)
-    return ChatResponder(body, model, prompt, client)
+    grammar = await _grammar(body.response_format)
+    if grammar and prompt.thinking and None in think_ids(model.tokenizer):
+        what = 'this model\'s thoughts end in plain text, before which no format holds; say "thinking": false'
+        raise unsupported("response_format", what)
+    return responder(body, model, prompt, client, grammar)
+
+
+async def _grammar(wanted: ResponseFormat | None) -> str:
+    """The grammar of the content; empty for any text."""
+    if wanted is None or wanted.type == "text":
+        return ""
+    if wanted.type == "json_object":
+        schema: dict[str, Any] = {"type": "object"}
+    elif wanted.json_schema is None:
+        raise invalid("the type json_schema needs a json_schema with a schema", "response_format")
+    else:
+        schema = wanted.json_schema.schema_
+    try:
+        return await asyncio.to_thread(json_grammar, schema)
+    except UserError as error:
+        raise invalid(str(error), "response_format") from None
 
 
 def chat_prompt(tokenizer: Tokenizer, turns: Sequence[Turn], thinking: bool | None = None) -> ChatPrompt:

@@ -73,6 +73,8 @@ class Responder(ABC):
     id_prefix: ClassVar[str]
     object: ClassVar[str]
     chunk_object: ClassVar[str]
+    end: ClassVar[bytes] = DONE
+    """What ends a stream."""
 
     def __init__(
         self,
@@ -104,6 +106,10 @@ class Responder(ABC):
     @abstractmethod
     def whole_fields(self, n: int, events: Sequence[AnswerEvent]) -> dict[str, Any]:
         """The same in a complete answer."""
+
+    def error_event(self, error: Exception) -> bytes:
+        """The last event of a stream that failed."""
+        return _error_event(error)
 
     async def submit(self) -> Stream | None:
         """The stream of the answer's tokens; None where the answer is known."""
@@ -179,14 +185,14 @@ class Responder(ABC):
 
 
 class EventStream(Response):
-    """The events of a stream, [DONE] included."""
+    """The events of a stream, its end included."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, stream: Stream | None, events: AsyncIterator[bytes], ended: Callable[[], None]):
+    def __init__(self, stream: Stream | None, responder: Responder, ended: Callable[[], None]):
         """`ended` is called once, however the stream ends."""
         self.status_code, self.background = 200, None
-        self.stream, self.events, self.ended = stream, events, ended
+        self.stream, self.responder, self.ended = stream, responder, ended
         # nginx and similar proxies would otherwise collect events before they pass them on
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
@@ -195,11 +201,13 @@ class EventStream(Response):
         try:
             async with while_connected(receive, self.stream):
                 try:
-                    async for data in self.events:
+                    async for data in self.responder.events(self.stream):
                         await send({"type": "http.response.body", "body": data, "more_body": True})
                 except Exception as error:
-                    await send({"type": "http.response.body", "body": _error_event(error), "more_body": True})
-                await send({"type": "http.response.body", "body": DONE})
+                    await send(
+                        {"type": "http.response.body", "body": self.responder.error_event(error), "more_body": True}
+                    )
+                await send({"type": "http.response.body", "body": self.responder.end})
         finally:
             self.ended()
 

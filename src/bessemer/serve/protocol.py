@@ -2,7 +2,7 @@
 
 Unknown fields of a request are ignored, as every server of this kind does; known ones are checked strictly: no text for
 a number, no NaN, nothing out of bounds. null counts as absent. Fields of OpenAI's API that no model here supports
-(tools, logit_bias, ...) are listed too, so that they are refused and not ignored.
+(tools, suffix, ...) are listed too, so that they are refused and not ignored.
 
 Replies are built as plain dictionaries, which costs a tenth of the time; their models here make the OpenAPI document,
 and the tests check one against the other.
@@ -25,6 +25,7 @@ Id = Annotated[int, Field(ge=0, lt=2**31)]
 Ids = Annotated[list[Id], Field(max_length=MOST_IDS, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1, max_length=512)]
 Name = Annotated[str, Field(max_length=1024)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
 class Body(BaseModel):
@@ -54,7 +55,8 @@ class Generation(Body):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=0, le=2**53)
     """At most this many new tokens, and never more than the context has room for. By default prompt and answer stay
-    within the longest text that the model was trained on, where its run says how long that is."""
+    within the longest text that the model was trained on, where its run says how long that is. An answer that one of
+    these bounds ended has the finish_reason "length"."""
     temperature: float | None = Field(None, ge=0, le=2)
     """0 takes the likeliest token. The default is the model's generation_config.json, as for the next four."""
     top_p: float | None = Field(None, ge=0, le=1)
@@ -79,8 +81,8 @@ class Generation(Body):
     """Report the ids of the tokens."""
     user: Name | None = None
     """The user behind the request: waiting requests are admitted in turn by user."""
-    logit_bias: dict[str, float] | None = None
-    """Not supported."""
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    """Numbers added to the logits of tokens, by their ids: -100 as good as bans a token, 100 as good as forces it."""
 
 
 class TextPart(Body):
@@ -112,6 +114,24 @@ class TemplateArguments(Body):
     thinking_budget: int | None = Field(None, ge=0, le=2**53)
 
 
+class JsonSchema(Body):
+    """A JSON schema with OpenAI's wrapping."""
+
+    name: Name | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    """Objects, lists, texts with patterns, numbers with bounds, enums, anyOf, references inside of it, ..."""
+    strict: bool | None = None
+    """The schema is enforced in any case."""
+
+
+class ResponseFormat(Body):
+    """What the content must be: any text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
 Messages = Annotated[list[Turn], Field(min_length=1, max_length=4096, fail_fast=True)]
 
 
@@ -125,7 +145,7 @@ class ChatRequest(Generation):
     thinking: bool | Thinking | None = None
     """false closes the thought before it begins, true opens it; by default the model decides as it was trained to."""
     enable_thinking: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Effort | None = None
     """none: no thought; minimal and low: an eighth and a quarter of the answer's tokens; above: no bound."""
     thinking_budget: int | None = Field(None, ge=0, le=2**53)
     """Tokens of thought, after which the server inserts </think>."""
@@ -135,10 +155,11 @@ class ChatRequest(Generation):
     """auto, deepseek: thoughts in a separate field; none: <think> tags in the content; hidden: the answer alone."""
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Any] | None = None
-    """Not supported."""
-    response_format: dict[str, Any] | None = None
-    """{"type": "text"} alone is supported."""
+    tools: list[Any] | None = Field(None, max_length=128)
+    """Not supported: only with tool_choice "none", which says that no tool is called."""
+    tool_choice: Any = None
+    response_format: ResponseFormat | None = None
+    """The form of the content, enforced token by token; thoughts before it are free."""
 
 
 class CompletionRequest(Generation):
@@ -201,9 +222,10 @@ class AnswerToJudge(Body):
     """All that the model wrote, the thought inside its tags."""
 
 
-_BODIES: tuple[type[Body], ...] = (*Body.__subclasses__(), ChatRequest, CompletionRequest)
-FIELDS = frozenset(name for body in _BODIES for name in body.model_fields)
-"""Names that may occur in the location of a validation error."""
+def field_names(body: type[Body] = Body) -> frozenset[str]:
+    """Names that may occur in the location of a validation error: of this body and all that derive from it."""
+    own = frozenset(info.alias or name for name, info in body.model_fields.items())
+    return own.union(*map(field_names, body.__subclasses__()))
 
 
 Finish = Literal["stop", "length"]

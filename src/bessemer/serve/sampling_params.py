@@ -10,13 +10,13 @@ from bessemer.engine.engine import prompt_digest
 from bessemer.engine.sampling import stream_key
 from bessemer.engine.sequence import MIN_TEMPERATURE, Request, SamplingParams
 from bessemer.serve.models import LoadedModel
-from bessemer.serve.protocol import Generation, invalid, too_long, unsupported
+from bessemer.serve.protocol import Generation, invalid, too_long
 
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields whose default is in generation_config.json."""
 
 
-def sampling(body: Generation, defaults: dict[str, Any]) -> SamplingParams:
+def sampling(body: Generation, defaults: dict[str, Any], vocab_size: int) -> SamplingParams:
     """How tokens are sampled. A temperature too small for float32, or a top_p of 0, means the likeliest token."""
     values = {name: getattr(body, name) for name in DEFAULTED}
     values = {name: defaults.get(name) if value is None else value for name, value in values.items()}
@@ -28,7 +28,14 @@ def sampling(body: Generation, defaults: dict[str, Any]) -> SamplingParams:
         given |= {"top_p": 1.0, "temperature": 0.0}
     if given.get("temperature", 1.0) < MIN_TEMPERATURE:
         given["temperature"] = 0.0
-    return SamplingParams(**given)
+    return SamplingParams(**given, bias=_bias(body.logit_bias or {}, vocab_size))
+
+
+def _bias(given: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    for name in given:
+        if not (name.isascii() and name.isdigit() and len(name) < 10 and int(name) < vocab_size):
+            raise invalid(f"logit_bias: {name!r} is no token id below {vocab_size}", "logit_bias")
+    return tuple(sorted((int(name), value) for name, value in given.items()))
 
 
 def requests(
@@ -41,16 +48,16 @@ def requests(
     param: str,
     top: int,
     thinking_budget: int | None = None,
+    grammar: str = "",
+    grammar_waits: bool = False,
 ) -> list[Request]:
     """n samples of each prompt, next to each other. `client`: the address of the sender; `max_tokens`: new tokens
     (None: what `room` leaves); `param`: the field that holds the prompts."""
-    if body.logit_bias:
-        raise unsupported("logit_bias", "logit_bias is not supported; use stop or the penalties")
     if body.return_routing and not model.facts.sparse_layers:
         what = "return_routing: no layer of this model has routed experts"
         raise invalid(what, "return_routing", "routing_unavailable")
     stop_ids = () if body.ignore_eos else model.stop_ids
-    params = sampling(body, model.facts.sampling)
+    params = sampling(body, model.facts.sampling, model.tokenizer.vocab_size)
     seed = secrets.randbits(63) if body.seed is None else body.seed
     for ids in prompts:
         if len(ids) >= model.facts.context:
@@ -66,6 +73,8 @@ def requests(
             top=top,
             routing=bool(body.return_routing),
             thinking_budget=thinking_budget,
+            grammar=grammar,
+            grammar_waits=grammar_waits,
             client=f"{client} {body.user or ''}",
         )
         for ids in prompts

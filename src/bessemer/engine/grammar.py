@@ -1,0 +1,135 @@
+"""Structured output: a grammar over tokens decides which may come next (llguidance).
+
+A grammar is text in llguidance's own form; `json_grammar` makes one of a JSON schema. What it allows depends on the
+tokens of its own answer only, so samples stay independent of the batch. Inside of a thought it does not apply yet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+
+WHITESPACE = r"[ \n]{1,12}"
+"""Between the tokens of JSON. Without a bound a weak model writes blanks until its length ends it."""
+DEEPEST = 64
+"""Levels of a schema."""
+KEPT = 32
+"""Compiled grammars that are kept."""
+
+
+def json_grammar(schema: Mapping[str, Any]) -> str:
+    """The grammar of the JSON values of a schema. UserError for a schema that is none or cannot be enforced."""
+    guidance = _guidance()
+    options = {"whitespace_pattern": WHITESPACE}
+    if _depth(schema) > DEEPEST:
+        raise UserError(f"the JSON schema is nested more than {DEEPEST} levels deep; flatten it")
+    try:
+        grammar = guidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+    except ValueError as error:
+        raise UserError(f"the JSON schema cannot be enforced: {_short(error)}") from None
+    failed, messages = guidance.LLMatcher.validate_grammar_with_warnings(grammar)
+    if failed:
+        raise UserError(f"the JSON schema cannot be enforced: {_short(messages[0])}")
+    return grammar
+
+
+class Grammars:
+    """The grammars of one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self._compiled = lru_cache(maxsize=KEPT)(self._compile)
+        self._vocabulary: Any = None
+
+    def start(self, grammar: str, waits: bool) -> GrammarState:
+        """The beginning of an answer; `waits`: it begins with the rest of a thought."""
+        return GrammarState(self._compiled(grammar).deep_copy(), self.tokenizer, waits)
+
+    def _compile(self, grammar: str) -> Any:
+        guidance = _guidance()
+        if self._vocabulary is None:
+            wrapped = guidance.TokenizerWrapper(_Vocabulary(self.tokenizer))
+            self._vocabulary = guidance.LLTokenizer(wrapped, eos_token=list(self.tokenizer.stop_ids))
+        matcher = guidance.LLMatcher(self._vocabulary, grammar)
+        if matcher.is_error():
+            raise UserError(f"the grammar cannot be used: {_short(matcher.get_error())}")
+        return matcher
+
+
+class GrammarState:
+    """How far one answer is in its grammar."""
+
+    def __init__(self, matcher: Any, tokenizer: Tokenizer, waits: bool):
+        self._matcher, self._tokenizer = matcher, tokenizer
+        self.waits = waits
+        """Every token is allowed until </think>."""
+
+    def append(self, token: int) -> None:
+        if self.waits:
+            self.waits = token != self._tokenizer.think_end_id
+        else:
+            self._matcher.consume_token(token)
+
+    @property
+    def complete(self) -> bool:
+        """Nothing may follow."""
+        return not self.waits and self._matcher.is_stopped()
+
+    @property
+    def error(self) -> str:
+        """Why it cannot go on; empty as long as it can."""
+        return _short(self._matcher.get_error()) if self._matcher.is_error() else ""
+
+    def allowed(self) -> Tensor | None:
+        """The tokens that may come next, bool [V] of the tokenizer's vocabulary; None for all."""
+        if self.waits:
+            return None
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        return torch.from_numpy(np.unpackbits(bits, count=self._tokenizer.vocab_size, bitorder="little").astype(bool))
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance reads it."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        ids = range(tokenizer.vocab_size)
+        self.tokens = [tokenizer.token_bytes(i) for i in ids]
+        self.special_token_ids = [i for i in ids if tokenizer.is_special(i)]
+        self.bos_token_id = tokenizer.bos_id
+        self.eos_token_id = tokenizer.stop_ids[0]
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text) if text else []
+
+
+def _guidance() -> ModuleType:
+    try:
+        import llguidance
+    except ImportError:
+        raise UserError("structured output needs the package llguidance; run: pip install llguidance") from None
+    return llguidance
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists and objects, DEEPEST + 1 where there are more."""
+    depth, level = 0, [value]
+    while level and depth <= DEEPEST:
+        values = [v for one in level for v in (one.values() if isinstance(one, Mapping) else one)]
+        depth, level = depth + 1, [v for v in values if isinstance(v, (Mapping, list))]
+    return depth
+
+
+def _short(message: object) -> str:
+    """The first line, and no more than a screen's width or two."""
+    return str(message).strip().split("\n")[0][:200]

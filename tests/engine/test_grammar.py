@@ -1,0 +1,140 @@
+"""A grammar decides what may come next, whatever comes and goes around its answer."""
+
+import itertools
+import json
+
+import jsonschema
+import pytest
+import torch
+from drain import drain
+
+from bessemer.engine.engine import Engine
+from bessemer.engine.grammar import DEEPEST, Grammars, json_grammar
+from bessemer.engine.kv_cache import PAGE
+from bessemer.engine.sampling import stream_key
+from bessemer.engine.scheduler import Scheduler
+from bessemer.engine.sequence import Request, SamplingParams
+from bessemer.errors import UserError
+
+SCHEMAS = [
+    {"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"type": "boolean"}},
+     "required": ["a", "b"], "additionalProperties": False},
+    {"type": "array", "items": {"enum": ["the", "fox", None]}, "minItems": 1, "maxItems": 3},
+    {"anyOf": [{"type": "string", "pattern": "^(two|four) [0-9]$"}, {"const": "盛钢水"}]},
+    {"type": "object", "properties": {"x": {"$ref": "#/$defs/d"}}, "required": ["x"], "additionalProperties": False,
+     "$defs": {"d": {"type": "string", "maxLength": 3}}},
+]  # fmt: skip
+SAMPLINGS = [
+    SamplingParams(),
+    SamplingParams(0.0),
+    SamplingParams(0.7, top_p=0.9, frequency_penalty=0.5),
+    SamplingParams(1.3, top_k=4),
+]
+
+
+def requests(prompts, tokenizer, n=15):
+    """Every third is free; the others obey a schema."""
+    grammars = [json_grammar(schema) for schema in SCHEMAS]
+    return [
+        Request(
+            tuple(prompts[i % 8]), stream_key(5, i), 90, SAMPLINGS[i // 3 % 4], tuple(tokenizer.stop_ids),
+            grammar=grammars[i % 4] if i % 3 else "",
+        )
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def alone(engine, request, **options):
+    scheduler = Scheduler(engine, rows=1, **options)
+    scheduler.add(request)
+    found = drain(scheduler)[1]
+    return next(iter(found.values()))
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_tokens": 5 * PAGE, "prefill_tokens": 20}], ids=["roomy", "preempted"])
+def test_answers_obey_their_schema_and_are_the_same_alone(engine, prompts, tokenizer, options):
+    wanted = requests(prompts, tokenizer)
+    scheduler = Scheduler(engine, rows=16, **options)
+    found, _ = drain(scheduler, wanted, every=1)
+    assert scheduler.preempted > 0 or not options
+    obeyed = 0
+    for i, (request, (tokens, end)) in enumerate(zip(wanted, found, strict=True)):
+        solo, solo_end = alone(engine, request)
+        assert ([t.token for t in tokens], end.reason) == ([t.token for t in solo], solo_end.reason)
+        assert [t.logprob for t in tokens] == pytest.approx([t.logprob for t in solo], abs=1e-3)
+        if not request.grammar:
+            continue
+        text = tokenizer.decode([token.token for token in tokens], skip_special=False)
+        assert end.reason in ("stop", "length"), end
+        if end.reason == "stop":
+            jsonschema.validate(json.loads(text), SCHEMAS[i % 4])
+            obeyed += 1
+    assert obeyed >= 8
+
+
+def test_the_mask_is_what_the_definition_allows(tokenizer):
+    """Against every token in turn: allowed exactly where the text so far and the token begin one of the words."""
+    words = ["the fox", "fox", "two and two", "盛钢"]
+    state = Grammars(tokenizer).start(json_grammar({"enum": words}), waits=False)
+    texts = [json.dumps(word, ensure_ascii=False).encode() for word in words]
+    so_far = b""
+    for step in range(40):
+        if state.complete:
+            break
+        allowed = state.allowed().nonzero().squeeze(-1).tolist()
+        plain = [i for i in range(tokenizer.vocab_size) if not tokenizer.is_special(i)]
+        begun = [i for i in plain if any(text.startswith(so_far + tokenizer.token_bytes(i)) for text in texts)]
+        assert allowed == begun
+        state.append(allowed[step * 7 % len(allowed)])
+        so_far += tokenizer.token_bytes(allowed[step * 7 % len(allowed)])
+    assert so_far in texts and state.complete and not state.error
+    state.append(tokenizer.encode("x")[0])
+    assert state.error
+
+
+def test_thoughts_are_free_and_drafts_keep_the_form(model, prompts, tokenizer):
+    """A grammar begins behind </think>; with drafts such answers take one token a step."""
+    think, end = tokenizer.think_id, tokenizer.think_end_id
+    engine, grammar = Engine(model, tokenizer), json_grammar(SCHEMAS[1])
+    request = Request(
+        (*prompts[3], think), 7, 80, stop_ids=tuple(tokenizer.stop_ids), thinking_budget=9, grammar=grammar,
+        grammar_waits=True,
+    )  # fmt: skip
+    for drafts in (0, 1):
+        tokens, finished = alone(engine, request, drafts=drafts)
+        ids = [token.token for token in tokens]
+        assert finished.reason == "stop" and ids.index(end) <= 9
+        jsonschema.validate(json.loads(tokenizer.decode(ids[ids.index(end) + 1 :])), SCHEMAS[1])
+
+
+def test_a_bias_is_added_to_the_logits(engine, prompts, tokenizer):
+    """A large one forces a token or bans it; a small one changes probabilities by its definition."""
+    free = Request(tuple(prompts[4]), 1, 6, SamplingParams(0.0))
+    first = alone(engine, free)[0][0].token
+    banned = alone(engine, Request(free.prompt, 1, 6, SamplingParams(0.0, bias=((first, -100.0),))))[0]
+    forced = alone(engine, Request(free.prompt, 1, 6, SamplingParams(bias=((7, 100.0),))))[0]
+    assert first not in [t.token for t in banned] and {t.token for t in forced} == {7}
+    counts = {}
+    for bias in ((), ((first, -1.0),)):
+        scheduler = Scheduler(engine, rows=400)
+        found, _ = drain(
+            scheduler, [Request(free.prompt, stream_key(k), 1, SamplingParams(bias=bias)) for k in range(400)], every=1
+        )
+        counts[bias] = sum(tokens[0].token == first for tokens, _ in found)
+    with torch.inference_mode():
+        logits = engine.model.forward(torch.tensor([free.prompt]))[0, -1, : tokenizer.vocab_size].float()
+    for bias, count in counts.items():
+        changed = logits.clone()
+        for token, value in bias:
+            changed[token] += value
+        share = float(changed.softmax(-1)[first])
+        assert abs(count / 400 - share) < 4 * (share * (1 - share) / 400) ** 0.5 + 1e-3
+
+
+def test_schemas_that_cannot_be_enforced_are_named(tokenizer):
+    deep = {"type": "object"}
+    for _ in itertools.repeat(None, DEEPEST):
+        deep = {"type": "array", "items": deep}
+    for schema, message in (({"type": "strin"}, "Invalid type"), ({"not": {}}, "Unimplemented"), (deep, "deep")):
+        with pytest.raises(UserError, match=message):
+            json_grammar(schema)

@@ -1,0 +1,100 @@
+"""The form of an answer: JSON, biased tokens, and OpenAI's newer responses."""
+
+import json
+
+import jsonschema
+import openai
+import pytest
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"word": {"enum": ["the", "fox"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["word", "n"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "found", "schema": SCHEMA, "strict": True}}
+
+
+def test_content_obeys_a_schema_behind_free_thoughts(server, zero_server):
+    for n in range(4):
+        choice = server.chat("the fox", response_format=FORMAT, thinking_budget=12, seed=n).json()["choices"][0]
+        assert choice["finish_reason"] == "stop" and choice["message"]["reasoning_content"]
+        jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
+    chunks = server.events("/v1/chat/completions", messages=[{"role": "user", "content": "the fox"}],
+                           response_format=FORMAT, thinking_budget=12, seed=3)  # fmt: skip
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == choice["message"]["content"]
+    two = zero_server.chat("the fox", response_format=FORMAT, n=2, temperature=0.8).json()["choices"]
+    for choice in two:  # this model opens its thoughts itself, and so has none
+        jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
+    found = server.chat("x", response_format={"type": "json_object"}, thinking=False, seed=4).json()["choices"][0]
+    assert found["message"]["content"].startswith("{")
+    if found["finish_reason"] == "stop":
+        assert isinstance(json.loads(found["message"]["content"]), dict)
+    assert server.settles()
+
+
+def test_biased_tokens_and_tools_that_are_not_called(server):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    plain = server.chat(max_tokens=4, temperature=0).json()["choices"]
+    assert server.chat(max_tokens=4, temperature=0, tools=tools, tool_choice="none").json()["choices"] == plain
+    answer = server.post("/v1/completions", prompt="the", max_tokens=3, logit_bias={"100": 100}, return_token_ids=True)
+    assert answer.json()["choices"][0]["token_ids"] == [100, 100, 100]
+
+
+def test_responses_are_the_chat_in_another_form(server):
+    api = openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0)
+    asked = {"max_output_tokens": 30, "temperature": 0.9, "extra_body": {"seed": 5}}
+    turns = [{"role": "system", "content": "Brief."}, {"role": "user", "content": "the fox"}]
+    chat = server.post("/v1/chat/completions", messages=turns, max_tokens=30, temperature=0.9, seed=5).json()
+    message = chat["choices"][0]["message"]
+    whole = api.responses.create(model="r1", instructions="Brief.", input="the fox", metadata={"a": "b"}, **asked)
+    thoughts = "".join(part.text for item in whole.output if item.type == "reasoning" for part in item.content)
+    assert thoughts == message["reasoning_content"] and whole.output_text == message["content"]
+    assert whole.status == "incomplete" and whole.incomplete_details.reason == "max_output_tokens"
+    assert whole.usage.output_tokens == 30 and whole.usage.total_tokens == chat["usage"]["total_tokens"]
+    assert whole.metadata == {"a": "b"} and whole.instructions == "Brief." and whole.temperature == 0.9
+
+    items = [{"role": "system", "content": [{"type": "input_text", "text": "Brief."}]}, turns[1]]
+    events = list(api.responses.create(model="r1", input=items, stream=True, **asked))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
+    assert events[-1].type == "response.incomplete"
+    written = {kind: "".join(event.delta for event in events if event.type == f"response.{kind}.delta")
+               for kind in ("reasoning_text", "output_text")}  # fmt: skip
+    assert written == {"reasoning_text": thoughts, "output_text": whole.output_text}
+    last = events[-1].response
+    assert [i.content[0].text for i in last.output] == [i.content[0].text for i in whole.output]
+    assert last.usage == whole.usage
+
+    more = [*items, *(item.model_dump(exclude_none=True) for item in whole.output if item.content[0].text),
+            {"role": "user", "content": "and?"}]  # fmt: skip
+    wanted = {"format": {"type": "json_schema", "name": "found", "schema": SCHEMA}}
+    found = api.responses.create(model="r1", input=more, text=wanted, reasoning={"effort": "none"})
+    assert found.status == "completed" and [item.type for item in found.output] == ["message"]
+    jsonschema.validate(json.loads(found.output_text), SCHEMA)
+    with pytest.raises(openai.BadRequestError, match="none are stored"):
+        api.responses.create(model="r1", input="a", previous_response_id="resp-1")
+    assert server.settles()
+
+
+def test_a_response_that_breaks_off_ends_with_an_error_event(server, monkeypatch):
+    from bessemer.serve.events import ChoiceBuilder
+
+    take = ChoiceBuilder.take
+
+    def broken(self, records):
+        if self.completion_tokens > 2:
+            raise RuntimeError("as if")
+        return take(self, records)
+
+    monkeypatch.setattr(ChoiceBuilder, "take", broken)
+    api = openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0)
+    seen = []
+    with pytest.raises(openai.APIError, match="rest of the answer is lost"):
+        for event in api.responses.create(model="r1", input="the fox", stream=True):
+            seen.append(event.type)
+            if event.type == "error":
+                raise openai.APIError(event.message, request=None, body=None)
+    assert "response.created" in seen
+    monkeypatch.undo()
+    assert server.settles()
