@@ -49,7 +49,7 @@ BAD = [  # path, body, param, code
     ("/v1/responses", {"input": [{"type": "reasoning"}]}, "input", "invalid_value"),
     ("/v1/responses", {"input": "the fox " * 200}, "input", "context_length_exceeded"),
     ("/v1/responses", {"input": "a", "max_output_tokens": 0}, "max_output_tokens", "invalid_value"),
-    ("/v1/responses", {"input": "a", "previous_response_id": "resp-1"}, "previous_response_id", "unsupported_parameter"),
+    ("/v1/responses", {"input": "a", "previous_response_id": "r"}, "previous_response_id", "unsupported_parameter"),
     ("/v1/responses", {"input": "a", "tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
     ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema"}}}, "text.format", "invalid_value"),
     (CHAT, {"messages": USER, "reasoning_effort": "huge"}, "reasoning_effort", "invalid_value"),
