@@ -9,6 +9,7 @@ from drain import drain
 
 from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PAGE
+from bessemer.engine.model_runner import ModelRunner
 from bessemer.engine.sampling import accept, probabilities, residual, stream_key
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams
@@ -54,6 +55,47 @@ def test_guesses_are_made_from_true_states(cfg, tokenizer, prompts, drafts, monk
     assert max(steps) == drafts + 1 and len(seen) < 50 and starts[0] == len(prompts[7]) - 1
     for (position,), found in seen:
         assert float((found[0] - whole[position]).norm() / whole[position].norm()) < 1e-5
+
+
+@pytest.mark.parametrize("n_mtp", [2, 3])
+@pytest.mark.parametrize("prompt", [0, 1, 7], ids=["1 token", "2 tokens", "70 tokens"])
+def test_every_guess_is_of_its_own_module(cfg, tokenizer, prompts, n_mtp, prompt, monkeypatch):
+    """Guess k is what module k says when it reads the whole text with the guesses before it at once, as in training."""
+    engine = flat(cfg, tokenizer, n_mtp=n_mtp, init_std=0.05)
+    seen, draft = [], ModelRunner._draft
+
+    def noted(self, drafter, token_B, greedy):
+        logits, inner = [], (Drafter.first_logits, Drafter.next_logits)
+        with monkeypatch.context() as patch:
+            for name, call in zip(("first_logits", "next_logits"), inner, strict=True):
+                patch.setattr(Drafter, name, lambda self, t, call=call: logits.append(call(self, t)) or logits[-1])
+            drafts, q = draft(self, drafter, token_B, greedy)
+        seen.append(([*self.sequences[0].ids], [int(d[0]) for d in drafts], [x[0] for x in logits]))
+        return drafts, q
+
+    monkeypatch.setattr(ModelRunner, "_draft", noted)
+    (done,) = engine.generate([prompts[prompt]], max_new_tokens=40, drafts=n_mtp, seed=3, stop_ids=[])
+    steps = [len(after[0]) - len(before[0]) for before, after in pairwise(seen)]
+    assert max(steps) == n_mtp + 1 and min(steps) <= n_mtp, "guesses were taken, and refused"
+    for text, drafts, logits in seen:
+        with torch.no_grad():
+            hidden = engine.model.train_outputs(torch.tensor([[*text, *drafts]])).mtp_hidden
+            whole = [engine.model.head(h_BTD[0, len(text) - 2]) for h_BTD in hidden]
+        for found, expected in zip(logits, whole, strict=True):
+            assert float((found - expected).norm() / expected.norm()) < 1e-5
+    assert len(done[0].tokens) == 40
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 4])
+def test_several_modules_in_company(cfg, tokenizer, prompts, drafts):
+    """Greedy tokens of the plain engine, and with a full cache and prompts in pieces those of each request alone."""
+    engine = flat(cfg, tokenizer, n_mtp=2)
+    scheduler = Scheduler(engine, drafts=drafts, cache_tokens=4 * PAGE, prefill_tokens=30)
+    together, _ = drain(scheduler, wanted(prompts), every=1)
+    for request, (events, _) in zip(wanted(prompts), together, strict=True):
+        plain = request.sampling.temperature == 0 and not request.sampling.penalised
+        ((alone, _),), _ = drain(Scheduler(engine, drafts=0 if plain else drafts), [request])
+        assert [e.token for e in events] == [e.token for e in alone]
 
 
 def test_samples_are_distributed_as_without_guesses(cfg, tokenizer, prompts):

@@ -98,22 +98,22 @@ class CompiledSteps:
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=device)  # noqa: E731
         with evaluating(self.model), torch.inference_mode():
             for B in (1, 3):
-                cache = new_cache(self.model, drafts=drafts > 0)
+                cache = new_cache(self.model, drafts=drafts)
                 prompt = cache.open([0])
                 cache.extend(prompt, 1)
                 cache.admit([(prompt, B)])
                 self(zeros(B, T), zeros(B), cache)
                 if B > 1:
                     self._by_layer(zeros(B, T), zeros(B), cache)
-                for places in (T, 1)[:drafts]:
+                for places in (T, 1)[:drafts] if len(self.model.mtp) == 1 else ():
                     hidden_BTD = self.model.embed(zeros(B, places))
                     self.draft(hidden_BTD, zeros(B, places), zeros(B), zeros(B), cache)
 
     def draft(
         self, hidden_BTD: Tensor, token_BT: Tensor, position_B: Tensor, known_B: Tensor, cache: LatentCache
     ) -> tuple[Tensor, Tensor]:
-        """The MTP module over T tokens, the first at position_B: its state at token known_B, [B, D], and its logits
-        there, [B, V]."""
+        """The only MTP module over T tokens, the first at position_B: its state at token known_B, [B, D], and its
+        logits there, [B, V]."""
         length = [position + token_BT.shape[1] for position in position_B.tolist()]
         cache.reserve(length)
         page_BP, pool = cache.pages_BP(max(length)), cache.layers[self.model.cfg.n_layers]

@@ -73,11 +73,12 @@ class PrefillChunk(NamedTuple):
 
 
 @singledispatch
-def new_cache(model: Model, limit: int | None = None, prefix_cache: bool = False, drafts: bool = False) -> LatentCache:
-    """An empty cache for the model; arguments as in `LatentCache`. `drafts`: with a layer for the MTP module."""
+def new_cache(model: Model, limit: int | None = None, prefix_cache: bool = False, drafts: int = 0) -> LatentCache:
+    """An empty cache for the model; arguments as in `LatentCache`. `drafts`: tokens to draft per step, which need a
+    layer for each of the first MTP modules."""
     assert isinstance(model, Transformer)
-    weight = model.embed.weight
-    return LatentCache(model.cfg, weight.dtype, weight.device, limit, prefix_cache, model.cfg.n_layers + drafts)
+    weight, layers = model.embed.weight, model.cfg.n_layers + min(drafts, len(model.mtp))
+    return LatentCache(model.cfg, weight.dtype, weight.device, limit, prefix_cache, layers)
 
 
 def prefill_all(
@@ -189,19 +190,27 @@ def _prefill_chunk(model: Transformer, cache: LatentCache, chunk: PrefillChunk, 
 def _write_mtp_latents(
     model: Transformer, cache: LatentCache, prompt: PromptPages, start: int, state_ND: Tensor
 ) -> None:
-    """The MTP module's keys for a prompt: at each position the main model's state there and the token after it.
+    """The MTP modules' keys for a prompt: of module k at each position the state h^(k-1) there and the token k further.
 
-    `state_ND` are the states from position `start` on; the last one waits for the next token."""
-    if prompt.state is not None:
-        start, state_ND = start - 1, torch.cat((prompt.state[None], state_ND))
-    prompt.state = state_ND[-1]
-    if (end := start + len(state_ND) - 1) <= start:
-        return
-    module, device = model.mtp[0], state_ND.device
-    next_N = torch.tensor(prompt.ids[start + 1 : end + 1], device=device)
-    x_1ND = module.join(state_ND[:-1], F.embedding(next_N, model.embed.weight)).unsqueeze(0)
-    latent_1NX = module.layer.attn.latent(module.layer.attn_norm(x_1ND), model.rope_table(end)[start:])
-    cache.write(model.cfg.n_layers, torch.tensor(cache.slots(prompt, start, end), device=device), latent_1NX[0])
+    `state_ND` are the main model's states from position `start` on; the last one waits for the next token, as the last
+    of every module does."""
+    device = state_ND.device
+    for k, module in enumerate(model.mtp[: cache.drafts], start=1):
+        if len(prompt.states) >= k:
+            start, state_ND = start - 1, torch.cat((prompt.states[k - 1][None], state_ND))
+        prompt.states[k - 1 : k] = [state_ND[-1]]
+        if (end := start + len(state_ND) - 1) <= start:
+            return
+        ahead_N = torch.tensor(prompt.ids[start + k : end + k], device=device)
+        x_1ND = module.join(state_ND[:-1], F.embedding(ahead_N, model.embed.weight)).unsqueeze(0)
+        layer, index, rope = module.layer, model.cfg.n_layers + k - 1, model.rope_table(end)[start:]
+        u_1ND = layer.attn_norm(x_1ND)
+        slot_N = torch.tensor(cache.slots(prompt, start, end), device=device)
+        cache.write(index, slot_N, layer.attn.latent(u_1ND, rope)[0])
+        if k < cache.drafts:  # the next module reads what this one makes of the prompt
+            latent_1SX = cache.read_prompt(index, prompt, end).unsqueeze(0)
+            h_1ND = x_1ND + expanded_after(layer.attn, u_1ND, latent_1SX, rope)
+            state_ND = feed_forward(layer, layer.route(h_1ND))[0]
 
 
 @singledispatch

@@ -243,7 +243,7 @@ class Engine:
         if batch.record_routing and isinstance(model, Transformer):
             trace = RoutingTrace(model.cfg)
         with evaluating(model), torch.inference_mode():
-            cache = new_cache(model, drafts=batch.drafts > 0)
+            cache = new_cache(model, drafts=batch.drafts)
             runner = ModelRunner(model, self.tokenizer, cache, trace, batch.drafts, self.compiled)
             prompts = [cache.open(ids) for ids in by_prompt]
             logits_PV = torch.stack(prefill_all(model, cache, prompts, trace))

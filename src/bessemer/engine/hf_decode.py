@@ -28,7 +28,7 @@ SLOT_STEP = 64
 
 
 @decode.new_cache.register(CausalLM)
-def new_cache(model: CausalLM, limit: int | None = None, prefix_cache: bool = False, drafts: bool = False) -> SlotCache:
+def new_cache(model: CausalLM, limit: int | None = None, prefix_cache: bool = False, drafts: int = 0) -> SlotCache:
     """An empty cache. Prefixes are not cached, and the size is bounded by the number of rows only."""
     return SlotCache(model.cfg.n_layers)
 

@@ -56,8 +56,8 @@ class PromptPages:
     """Of these, tokens found in the prefix cache."""
     routing: list[Tensor] = field(default_factory=list)
     """Chosen experts, [n, L, K] for each chunk, where they are recorded."""
-    state: Tensor | None = None
-    """With an MTP module: the main model's state at the last token, [D]."""
+    states: list[Tensor] = field(default_factory=list)
+    """With K MTP modules: h^0, ..., h^(K-1) at the last position where each is known, [D]; fewer in a short prompt."""
     slots: tuple[Any, int] | None = None
     """In a foreign model: its `hf_decode.SlotCache` and row."""
 
@@ -103,9 +103,9 @@ class LatentCache:
         """The pages of every live row, in order."""
 
     @property
-    def drafts(self) -> bool:
-        """There is a layer for the MTP module."""
-        return len(self.layers) > self.cfg.n_layers
+    def drafts(self) -> int:
+        """MTP modules that have a layer here."""
+        return len(self.layers) - self.cfg.n_layers
 
     @property
     def allocated_bytes(self) -> int:
@@ -366,7 +366,7 @@ def pages_for(tokens: int) -> int:
 
 
 def _causal_bias(position_B: Tensor, T: int, slots: int, dtype: torch.dtype) -> Tensor:
-    """[b, T, S]: 0 up to position + t, -inf behind it."""
-    last_BT = position_B[:, None] + torch.arange(T, device=position_B.device)
+    """[b, T, S]: 0 up to position + t, -inf behind it. Positions before the beginning see slot 0."""
+    last_BT = (position_B[:, None] + torch.arange(T, device=position_B.device)).clamp(min=0)
     hidden_BTS = torch.arange(slots, device=position_B.device) > last_BT[:, :, None]
     return torch.zeros(hidden_BTS.shape, dtype=dtype, device=hidden_BTS.device).masked_fill_(hidden_BTS, float("-inf"))

@@ -98,8 +98,7 @@ class ModelRunner:
             last_PLK = torch.stack([prompt.routing[-1][-1] for prompt, _ in prompts])
             self.expert_BLK = _append(self.expert_BLK, last_PLK[source])
         if self.drafter is not None:
-            state_PD = torch.stack([prompt.state for prompt, _ in prompts if prompt.state is not None])
-            self.drafter.admit(state_PD[source], positions - 1)
+            self.drafter.admit([prompt.states for prompt, _ in prompts], source, positions - 1)
             zero_V = logits_PV.new_zeros(self.vocab)
             rejected_B = torch.tensor([s.rejected_q_V is not None for s in fresh], device=device)
             q_BV = torch.stack([zero_V if s.rejected_q_V is None else s.rejected_q_V for s in fresh])

@@ -80,7 +80,7 @@ class Scheduler:
         trace = None
         if isinstance(self.model, Transformer) and any(not layer.dense for layer in self.model.layers):
             trace = RoutingTrace(self.model.cfg)
-        self.cache = new_cache(self.model, self.cache_tokens, prefix_cache=True, drafts=self.drafts > 0)
+        self.cache = new_cache(self.model, self.cache_tokens, prefix_cache=True, drafts=self.drafts)
         self.runner = ModelRunner(self.model, engine.tokenizer, self.cache, trace, self.drafts, engine.compiled)
 
     def add(self, request: Request) -> int:

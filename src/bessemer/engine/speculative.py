@@ -1,20 +1,23 @@
-"""Speculative decoding with the MTP module (V3 2.2, 5.4.3; Leviathan et al. 2023): it drafts, the main model verifies.
+"""Speculative decoding with the MTP modules (V3 2.2, 5.4.3; Leviathan et al. 2023).
 
-Each step the module drafts the tokens after the newest one, and the main model processes all of them in one pass; its
-logits after each decide which drafts to accept. A draft x sampled from q is accepted with probability
-min(1, p(x) / q(x)); at the first rejection the next token is sampled from (p - q)+. The output therefore has the same
-distribution as without drafts, and greedy decoding gives the same tokens.
+They draft the tokens after the newest one, and the main model processes all of them in one pass; its logits after each
+decide which drafts to accept. A draft x sampled from q is accepted with probability min(1, p(x) / q(x)); at the first
+rejection the next token is sampled from (p - q)+. The output therefore has the same distribution as without drafts, and
+greedy decoding gives the same tokens.
 
-The module reads, at position i, the main model's hidden state there and the token at i + 1; its keys are one more layer
-of the cache. One module serves every depth: for the second draft it reads its own output in place of a hidden state
-that does not exist yet. The slots that this leaves wrong are rewritten from true states before they are read: every
-step starts with all positions that the last pass made known. (The last slot of a cached prefix may belong to another
-continuation. That can cost a draft, never a token.)
+Module k reads, at position i, the state h^(k-1) there (h^0 is the main model's) and the token at i + k, and drafts the
+token at i + k + 1; its keys are one more layer of the cache. Draft k is module k's. Where there are more drafts than
+modules (V3 has one module) the last module goes on: it reads its own output in place of a state that does not exist
+yet. The slots that drafts leave wrong are rewritten from true states before they are read: every step starts with all
+positions that the last pass made known. (The last slots of a cached prefix may belong to another continuation. That can
+cost a draft, never a token.)
 
 Shapes: B rows, T = depth + 1 tokens of a pass, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,22 +40,31 @@ def check_drafts(model: Model, depth: int) -> int:
 
 
 class Drafter:
-    """The MTP module and its state for every live row."""
+    """The MTP modules and their state for every live row."""
 
     def __init__(self, model: Transformer, cache: LatentCache, depth: int, compiled: CompiledSteps | None = None):
         self.model, self.cache, self.depth, self.compiled = model, cache, depth, compiled
-        self.module, self.layer_index = model.mtp[0], model.cfg.n_layers
+        self.modules = list(model.mtp)[:depth]
+        if len(self.modules) > 1:
+            self.compiled = None  # its graph returns one state of one module
         weight = model.embed.weight
         self.hidden_BTD = weight.new_zeros(0, depth + 1, model.cfg.dim)
         """The main model's states at base, base + 1, ...; valid up to number `known`."""
         self.token_BT = torch.zeros(0, depth + 1, dtype=torch.int64, device=weight.device)
         """The tokens one position further on; the one after the last known state is set by `first_logits`."""
+        self.carried = [weight.new_zeros(0, model.cfg.dim) for _ in self.modules[1:]]
+        """For module k + 1, h^k at position base - k: the last one before those of the next pass."""
         self.base_B = self.token_BT.new_zeros(0)
         self.known_B = self.token_BT.new_zeros(0)
         self.drafted = self.accepted = 0
 
-    def admit(self, hidden_BD: Tensor, position_B: Tensor) -> None:
-        """New rows: the state at their last token, which stands at position_B."""
+    def admit(self, states_P: Sequence[Sequence[Tensor]], source_B: Tensor, position_B: Tensor) -> None:
+        """New rows: row b continues prompt source_B[b], whose last token stands at position_B[b]. `states_P`: see
+        `PromptPages.states`."""
+        hidden_BD = torch.stack([states[0] for states in states_P])[source_B]
+        for k, old_BD in enumerate(self.carried, start=1):
+            known = [states[k] if len(states) > k else torch.zeros_like(states[0]) for states in states_P]
+            self.carried[k - 1] = torch.cat((old_BD, torch.stack(known)[source_B]))
         fresh_BTD = hidden_BD.new_zeros(len(hidden_BD), self.depth + 1, hidden_BD.shape[1])
         fresh_BTD[:, 0] = hidden_BD
         zero_BT = self.token_BT.new_zeros(len(hidden_BD), self.depth + 1)
@@ -64,6 +76,7 @@ class Drafter:
     def select(self, source_B: Tensor) -> None:
         """New row b is old row source_B[b]."""
         self.hidden_BTD, self.token_BT = self.hidden_BTD[source_B], self.token_BT[source_B]
+        self.carried = [state_BD[source_B] for state_BD in self.carried]
         self.base_B, self.known_B = self.base_B[source_B], self.known_B[source_B]
 
     def update(self, hidden_BTD: Tensor, token_BT: Tensor, base_B: Tensor, known_B: Tensor) -> None:
@@ -72,29 +85,47 @@ class Drafter:
         self.token_BT = torch.cat((token_BT[:, 1:], token_BT[:, :1]), 1)
 
     def first_logits(self, token_B: Tensor) -> Tensor:
-        """Logits of the token after the newest one, [B, V], float32; processes all known positions."""
-        row_B = torch.arange(len(token_B), device=token_B.device)
-        self.token_BT[row_B, self.known_B] = token_B
-        self._position = self.base_B + self.known_B
+        """Logits of the token after the newest one, [B, V], float32; module 1 processes all known positions."""
+        self.token_BT[self._rows, self.known_B] = token_B
+        self._position, self._drafting = self.base_B + self.known_B, 0
         return self._pass(self.hidden_BTD, self.token_BT, self.base_B, self.known_B)
 
     def next_logits(self, draft_B: Tensor) -> Tensor:
-        """Logits of the token after its own draft."""
+        """Logits of the token after the newest draft."""
+        if (k := self._drafting + 1) < len(self.modules):
+            return self._next_module(k, draft_B)
         self._position = self._position + 1
-        state_BD = self.module.norm(self._state)
+        state_BD = self.modules[-1].norm(self._state)
         return self._pass(state_BD.unsqueeze(1), draft_B.unsqueeze(1), self._position, torch.zeros_like(draft_B))
 
-    def _pass(self, hidden_BTD: Tensor, token_BT: Tensor, base_B: Tensor, known_B: Tensor) -> Tensor:
-        """Logits after token known_B of the T tokens; the module's state there is stored in `_state`."""
+    def _next_module(self, k: int, draft_B: Tensor) -> Tensor:
+        """Module k + 1 at the same positions and one before them, where its token has become known."""
+        self._drafting = k
+        hidden_BTD = torch.cat((self.carried[k - 1].unsqueeze(1), self._out_BTD), 1)
+        self.carried[k - 1] = self._out_BTD[self._rows, self.known_B]  # true: it reads no draft
+        self._token_BT = F.pad(self.token_BT if k == 1 else self._token_BT, (0, 1))
+        self._token_BT[self._rows, self.known_B + k] = draft_B
+        return self._pass(hidden_BTD, self._token_BT, self.base_B - k, self.known_B + k)
+
+    @property
+    def _rows(self) -> Tensor:
+        return torch.arange(len(self.known_B), device=self.known_B.device)
+
+    def _pass(self, hidden_BTD: Tensor, token_BT: Tensor, base_B: Tensor, last_B: Tensor) -> Tensor:
+        """The module over T tokens, the first at position base_B: its states `_out_BTD`, the one at token last_B,
+        `_state`, and the logits there."""
         if self.compiled is not None and token_BT.numel() <= self.compiled.max_tokens:
-            self._state, logits_BV = self.compiled.draft(hidden_BTD, token_BT, base_B, known_B, self.cache)
+            self._state, logits_BV = self.compiled.draft(hidden_BTD, token_BT, base_B, last_B, self.cache)
             return logits_BV
-        T = token_BT.shape[1]
+        T, module = token_BT.shape[1], self.modules[self._drafting]
         position_BT = base_B[:, None] + torch.arange(T, device=base_B.device)
-        self.cache.reserve([base + T for base in base_B.tolist()])
+        # what stands before the beginning is read by nobody; its keys go where those of later tokens will be written
+        position_BT = torch.where(position_BT < 0, base_B[:, None] + T - 1 - position_BT, position_BT)
+        self.cache.reserve([last + 1 for last in position_BT.max(1).values.tolist()])
         rope = self.model.rope_table(int(position_BT.max()) + 1)[position_BT]
-        x_BTD = self.module.join(hidden_BTD, F.embedding(token_BT, self.model.embed.weight))
+        x_BTD = module.join(hidden_BTD, F.embedding(token_BT, self.model.embed.weight))
         groups, slot_N = self.cache.row_groups(base_B, T), self.cache.slots_BT(position_BT).flatten()
-        x_BTD = layer_step(self.module.layer, self.layer_index, x_BTD, rope, self.cache, groups, slot_N)
-        self._state = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), known_B]
-        return self.model.head(self.module.norm(self._state)).float()
+        index = self.model.cfg.n_layers + self._drafting
+        self._out_BTD = layer_step(module.layer, index, x_BTD, rope, self.cache, groups, slot_N)
+        self._state = self._out_BTD[self._rows, last_B]
+        return self.model.head(module.norm(self._state)).float()
