@@ -30,6 +30,8 @@ def test_ten_words_of_a_question_or_a_solution_are_a_hit(tmp_path):
         "SOLD CLIPS (to 48 of her friends), in April: AND", "she sold 48 + 24 = 72 clips in these", prose(9, 2),
     )  # fmt: skip
     assert set(found) == {0, 2, 3}  # nine words are no hit, and training questions are not searched for
+    whole = Index(eval_texts([f"gsm8k:{tmp_path / 'test.jsonl'}@test"], 10), 10)
+    assert set(_hits(whole, "she sold 48 + 24 = 72 clips in these")) == {0}, "the solutions of a whole file too"
 
 
 def test_a_run_of_figures_is_no_sign():

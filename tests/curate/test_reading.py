@@ -19,6 +19,7 @@ from made_texts import jsonl, prose
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
+from bessemer.config import places
 from bessemer.curate import origins, steps
 from bessemer.curate.decode import RawText, ReadError, decode
 from bessemer.curate.reading import SourceGone, texts
@@ -111,6 +112,22 @@ def test_row_groups_of_a_parquet_file_are_units(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": want}), tmp_path / "c.parquet", row_group_size=2)
     assert len(origins.units(_source(tmp_path / "c.parquet"), 1000, None)[0]) > 2
     assert _read(tmp_path / "c.parquet", 1000) == (want, Counter())
+
+
+def test_names_and_patterns_start_at_the_recipe(tmp_path, monkeypatch):
+    beside, here = tmp_path / "recipes", tmp_path / "here"
+    for folder in (beside / "raw", here / "raw"):
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text(folder.parent.name)
+    (here / "only.txt").write_text("here")
+    monkeypatch.chdir(here)
+    for spec, wanted in (("raw/a.txt", "recipes"), ("raw/*.txt", "recipes"), ("raw", "recipes"), ("only.txt", "here"),
+                         ("on*.txt", "here")):  # fmt: skip
+        with places.of_recipe(beside):
+            ((unit,), _) = origins.units(_source(Path(spec)), 1000, None)
+        assert Path(unit.pieces[0].path).read_text() == wanted
+    with places.of_recipe(here):  # as version 0.2.0 named them, so that its builds stay finished
+        assert origins.units(_source(Path("raw/*.txt")), 1000, None)[0][0].pieces[0].path == "raw/a.txt"
 
 
 def test_a_data_set_is_read_file_by_file(tmp_path, monkeypatch):

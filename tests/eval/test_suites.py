@@ -1,8 +1,10 @@
 """Suites of published evaluations: made rows in the form of each release, answers of a small model and of files."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from made_data import ROWS, write_csv, write_data, write_jsonl
@@ -197,7 +199,14 @@ def test_more_samples_are_added_to_those_that_are_there(model, data, tmp_path):
         return sorted((tmp_path / out / "aime-2024.jsonl").read_text().splitlines())
 
     run("grown", 1)
-    assert run("grown", 3) == run("at-once", 3)
+    for file in Path(model).glob("*.safetensors"):
+        os.utime(file)  # another date, the same weights
+    assert run("grown", 3) == (whole := run("at-once", 3))
+    path = tmp_path / "grown" / "aime-2024.jsonl"  # with the first line that version 0.2.0 wrote
+    header, *answers = path.read_text().splitlines()
+    dated = json.dumps(json.loads(header) | {"model": suite_run._dated(Path(model))})
+    path.write_text("\n".join([dated, *answers]) + "\n")
+    assert sorted(set(run("grown", 3)) ^ set(whole)) == sorted([dated, header])
 
 
 def test_without_any_data_the_status_says_so(model, tmp_path):

@@ -23,13 +23,15 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Read, filter, deduplicate, decontaminate and tokenise; finished jobs are skipped."""
+    from bessemer.config import places
     from bessemer.curate import report
     from bessemer.pipeline import curation
 
     loaded = curation.load(recipe, set_ or [])
     folder = out or Path("data") / loaded.name
     try:
-        facts = curation.build(loaded, folder)
+        with places.of_recipe(recipe.absolute().parent):
+            facts = curation.build(loaded, folder)
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", file=sys.stderr)
         sys.exit(130)

@@ -6,6 +6,7 @@ A run enters `of_recipe` once. What reads a path asks `located`, so that a task 
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -48,7 +49,19 @@ def located(name: str | Path) -> Path:
     beside = _current.folder / path
     if not os.path.lexists(beside):
         return path
-    return beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside
+    return _short(beside)
+
+
+def matching(pattern: str) -> list[Path]:
+    """The files of a pattern such as data/**/*.txt, looked for like a name."""
+    folders = [Path()] if _current.folder is None else [_current.folder, Path()]
+    every = (sorted(map(Path, glob.glob(str(folder / pattern), recursive=True))) for folder in folders)
+    return next(filter(None, ([_short(path) for path in found if path.is_file()] for found in every)), [])
+
+
+def _short(path: Path) -> Path:
+    """From the working directory, if it lies there: shorter in messages."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def looked_in(name: str | Path) -> str:

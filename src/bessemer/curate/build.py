@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import filelock
 
+from bessemer.config.places import located
 from bessemer.curate import decontaminate, duplicates, origins, output, report
 from bessemer.curate.jobs import Job, JobRunner, facts_of
 from bessemer.curate.settings import Settings, identity
@@ -193,7 +194,7 @@ class Build:
     ) -> Path:
         wanted = self.settings.tokens
         if wanted.tokenizer is not None:
-            return Path(wanted.tokenizer)
+            return located(wanted.tokenizer)
         texts = [
             (read.folder, sign.folder, join.folder, first, unit.source.name)
             for unit, read, sign, first in zip(units, reads, signs, firsts[:-1], strict=True)

@@ -15,8 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from bessemer import tasks
+from bessemer.config.places import located
 from bessemer.curate.words import DIGITS, OPERATOR, WordBlock, words
 from bessemer.errors import UserError
+from bessemer.tasks.base import file_of
 from bessemer.tasks.ngrams import SHORTEST, NgramIndex
 
 FIGURES = (DIGITS, OPERATOR)
@@ -52,7 +54,9 @@ def eval_texts(names: Iterable[str], problems: int) -> list[EvalText]:
 
 def _other_texts(name: str, questions: dict[str, EvalText]) -> Iterator[EvalText]:
     """The other texts in the lines of held-out questions, mainly solutions."""
-    path = Path(name.partition(":")[2])
+    if (named := file_of(name)) is None:
+        return
+    path = located(named)
     files = [path / "test.jsonl"] if path.is_dir() else [path]
     for file in files:
         if not file.is_file():

@@ -6,13 +6,13 @@ cut and are one piece each. Units depend on the source alone, never on the numbe
 """
 
 import codecs
-import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bessemer.config.places import located, matching
 from bessemer.curate.settings import Source
 from bessemer.data import documents, sources
 from bessemer.errors import UserError
@@ -97,13 +97,13 @@ def _unit(source: Source, number: int, pieces: list[SourcePiece], size: int) -> 
 
 
 def _files(source: Source) -> tuple[list[Path], int]:
-    path = Path(source.spec)
+    path = located(source.spec)
     if path.is_dir():
         every = sorted(file for file in path.rglob("*") if file.is_file())
     elif path.exists():
         every = [path]
     elif any(mark in source.spec for mark in "*?["):
-        every = sorted(Path(found) for found in glob.glob(source.spec, recursive=True) if Path(found).is_file())
+        every = matching(source.spec)
     else:
         sources.documents(source.spec)  # raises the UserError that explains what is wrong
         raise AssertionError(source.spec)

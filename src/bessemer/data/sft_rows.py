@@ -125,7 +125,7 @@ def read_packed(directory: Path, content: str) -> tuple[np.ndarray, dict[str, An
         facts = json.loads((directory / "meta.json").read_text("utf-8"))
         shape = (facts["rows"], facts["row_length"])
         return np.memmap(directory / "rows.bin", DTYPE, "r", shape=shape), facts
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory} holds no packed {content} ({error}); delete it and run again") from error
 
 

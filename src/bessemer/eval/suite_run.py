@@ -24,6 +24,7 @@ from typing import Any
 
 from bessemer.data import documents
 from bessemer.data.chat import THINK, THINK_END, question_ids
+from bessemer.data.fingerprints import sha256_of_all
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
@@ -140,9 +141,12 @@ def run(
     longest = engine.model.cfg.max_seq_len
     if longest < sampling.max_new_tokens:
         _say(f"the model's context of {longest} tokens cuts answers; {sampling.max_new_tokens} were asked for")
+    files = sorted(model.glob("*.safetensors"))
+    weights = dict(zip([file.name for file in files], sha256_of_all(files), strict=True))
     for one in ready:
         file, count = out / f"{one.name}.jsonl", samples or one.evaluation.samples
-        _open(file, {"evaluation": one.name, "model": _identity(model), "sampling": asdict(sampling)})
+        header = {"evaluation": one.name, "model": weights, "sampling": asdict(sampling)}
+        _open(file, header, header | {"model": _dated(model)})
         _sample(engine, one, sampling, count, file)
         answers = read_answers(file, [one])[one.name]
         kept = {key: {n: group[n] for n in sorted(group)[:count]} for key, group in answers.items()}
@@ -202,9 +206,9 @@ def _sample(engine: Engine, one: Ready, sampling: Sampling, samples: int, file: 
             os.fsync(written.fileno())
 
 
-def _open(file: Path, header: dict[str, Any]) -> None:
-    """Starts a file of answers, or checks that its settings are these. Half a line at its end, which a kill may leave,
-    is removed."""
+def _open(file: Path, header: dict[str, Any], older: dict[str, Any]) -> None:
+    """Starts a file of answers, or checks that its settings are these, perhaps in the older form. Half a line at its
+    end, which a kill may leave, is removed."""
     text, begun = file.read_bytes() if file.is_file() else b"", json.dumps(header).encode()
     whole = text[: text.rfind(b"\n") + 1]
     if begun.startswith(text):
@@ -214,7 +218,7 @@ def _open(file: Path, header: dict[str, Any]) -> None:
         known = json.loads(text.split(b"\n", 1)[0])
     except ValueError:
         known = None
-    if known == header:
+    if known in (header, older):
         os.truncate(file, len(whole))
     else:
         known = known if isinstance(known, dict) else {}
@@ -267,7 +271,8 @@ def _digest(problem: Problem) -> str:
     return f"{stable_hash(problem.prompt):016x}"
 
 
-def _identity(model: Path) -> dict[str, Any]:
+def _dated(model: Path) -> dict[str, Any]:
+    """What version 0.2.0 and before wrote of a model."""
     changed = max((file.stat().st_mtime_ns for file in model.glob("*.safetensors")), default=0)
     return {"path": str(model.resolve()), "changed": changed}
 
