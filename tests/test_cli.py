@@ -1,6 +1,7 @@
 """The command line: instant, one line per mistake, thin commands that call the right thing."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -109,8 +110,18 @@ def test_run_and_run_again(call, recipe, tmp_path):
     facts = json.loads(out)
     assert [stage["status"] for stage in facts["stages"]] == ["skipped", "done"]
     assert facts["stages"][1]["summary"] == {"words": "bye"} and facts["directory"] == "runs/note"
+    done = tmp_path / "runs" / "note" / "01-a" / "done.json"
+    done.write_text(json.dumps(json.loads(done.read_text()) | {"seconds": 300.0}))
+    _, out, _ = call("run", recipe, "--set", "b.words=bye")
+    assert re.search(r"^note: [\d.]+s, 5m 00s with what was done before; report: ", out, re.M), out
     status, out, _ = call("report", "note")
     assert status == 0 and out.strip() == "runs/note/report.html"
+
+
+def test_the_papers_recipe_item_by_item(call, recipe, tmp_path):
+    status, out, _ = call("run", recipe, "--conformance")
+    assert status == 0 and re.search(r"scaled\W+MTP\W+1\W+1", out) and not (tmp_path / "runs").exists()
+    assert json.loads(call("run", recipe, "--conformance", "--json")[1])[0]["item"] == "MTP"
 
 
 def test_run_until_and_out(call, recipe, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from bessemer.config.training import SFTConfig
 from bessemer.data import chat, sft_rows
 from bessemer.data.documents import Document
 from bessemer.data.tokenizer import Tokenizer
@@ -149,3 +150,17 @@ def test_steps_of_a_number_of_conversations(packed, examples):
     assert goals[:-1] == sorted(set(goals[:-1])), "every step passes a goal of its own"
     assert all(sum(seen[: end - 1]) // examples < sum(seen[:end]) // examples for end in ends[:-1])
     assert sum(seen) == 2 * facts["samples"]
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "set_by_hand", "expected"),
+    [
+        (1, {}, (10, 1)), (4, {}, (5, 1)), (10, {}, (2, 1)), (40, {}, (2, 4)), (80, {}, (2, 8)), (5000, {}, (2, 8)),
+        (40, {"epochs": 1}, (1, 2)), (40, {"batch_rows": 8}, (4, 8)), (4, {"epochs": 2, "batch_rows": 8}, (2, 8)),
+        (4, {"batch_examples": 8}, (10, 4.0)),
+    ],
+)  # fmt: skip
+def test_what_the_recipe_leaves_open_gives_twenty_steps_where_it_can(n_rows, set_by_hand, expected):
+    config = SFTConfig(kind="sft", lr=1e-3, lr_final=1e-4, **set_by_hand)
+    rows = sft_rows.SFTRows(np.zeros((n_rows, ROW), sft_rows.DTYPE), {"samples": 2 * n_rows}, 0)
+    assert sft_rows.fitted(rows, config) == expected

@@ -6,6 +6,8 @@ import pytest
 
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import Points
+from bessemer.hf import hub
+from bessemer.model.config import preset
 from bessemer.pipeline import conformance
 from bessemer.pipeline.conformance import ITEMS, rows
 from bessemer.runs.directory import CONFORMANCE_STATES
@@ -97,6 +99,20 @@ def test_every_recipe_s_states():
     states = [[LETTERS[state] for state, _ in of(recipe).values()] for recipe in RECIPES]
     lines = ["".join(letters) + " " + item.item for letters, item in zip(zip(*states, strict=True), ITEMS, strict=True)]
     assert len(RECIPES) == 11 and lines == STATES.strip().splitlines()
+
+
+def test_an_imported_model_s_items_come_from_its_config(tmp_path):
+    def items(folder):
+        text = f'name = "x"\n[[stage]]\nkind = "import"\nmodel = "{folder}"\n'
+        return {row["item"]: (row["state"], row["here"]) for row in rows(Recipe.parse(text))}
+
+    (tmp_path / "v3").mkdir()
+    hub.write_config(preset("tiny", n_heads=2), tmp_path / "v3")
+    assert items(tmp_path / "v3")["Multi-head latent attention"] == (SCALED, "latent 64 + 16, 2 heads")
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    assert items(tmp_path / "llama")["Multi-head latent attention"] == (OFF, "the imported model's own, llama")
+    assert items("hf://owner/name")["Multi-head latent attention"] == (OFF, "the imported model's own")
 
 
 def test_a_row():

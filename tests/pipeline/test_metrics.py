@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.runs.metrics import LineFile, Metrics, StageMetrics, plain, read_lines
+from bessemer.runs.metrics import LineFile, Metrics, Smoothed, StageMetrics, plain, read_lines
 
 
 def test_lines_are_plain_json_and_on_disk_at_once(tmp_path):
@@ -63,3 +63,12 @@ def test_model_output_cannot_break_a_line(tmp_path):
     hostile = 'a\nb\u2028c\x00"}\ud800\u85cf'
     file.append({"completion": hostile})
     assert next(read_lines(tmp_path / "rollouts.jsonl"))["completion"] == hostile.replace("\ud800", "?")
+
+
+def test_a_smoothed_value_is_not_biased_to_its_start():
+    smooth = Smoothed(decay=0.9)
+    assert [smooth(3.0), smooth(3.0)] == [pytest.approx(3.0)] * 2, "without correction it would begin at 0.3"
+    weights = [0.9**3, 0.9**2, 0.9, 1.0]
+    smooth = Smoothed(decay=0.9)
+    last = [smooth(value) for value in (4.0, 1.0, 2.0, 5.0)][-1]
+    assert last == pytest.approx(sum(w * v for w, v in zip(weights, (4, 1, 2, 5), strict=True)) / sum(weights))

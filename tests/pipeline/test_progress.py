@@ -61,3 +61,10 @@ def test_bars_on_a_terminal():
     progress._bars.refresh()
     progress.end("one", 5.0)
     assert "50% 5/10 steps · half · 5.0s left" in out.getvalue() and "whole run" in out.getvalue()
+
+
+def test_stages_after_the_last_that_is_asked_for_are_not_waited_for():
+    progress = RunProgress({"one": 10.0, "two": 100.0, "three": 50.0}, io.StringIO(), Clock(), until="two")
+    assert progress.run_left("one", 10.0, 0.0) == 100.0
+    progress.end("one", 10.0)
+    assert progress.run_left("two", 0.0, 30.0) == 30.0

@@ -202,14 +202,17 @@ def test_the_first_screen(toy, capsys):
     run(toy, until="first", conformance=lambda recipe: rows)
     assert json.loads((toy.out / "conformance.json").read_text()) == rows
     said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith(f"toy in {toy.out}: 3 stages, about 1m 30s on ") and "CPU core" in said[0]
-    assert [line.split()[:3] for line in said[1:4]] == [
-        ["1", "first", "about"], ["2", "second", "about"], ["3", "compare", "about"]
+    assert said[0].startswith(f"toy in {toy.out}: 1 of 3 stages to run, about 30s on ") and "CPU core" in said[0]
+    assert [line.split() for line in said[1:4]] == [
+        ["1", "first", "about", "30s", "(count)"], ["2", "second", "-", "(count)"], ["3", "compare", "-"]
     ]  # fmt: skip
     assert said[4] == (
         "1 of 2 items of the papers' recipe as published, 0 scaled, 0 adapted, 1 off; "
-        "the table is in report.html and conformance.json"
+        "item by item in report.html, or with --conformance"
     )
+    run(toy)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith(f"toy in {toy.out}: 2 of 3 stages to run, about 1m 00s on ")
 
 
 def test_resolve_runs_for_every_stage_before_anything_is_written(toy, monkeypatch):

@@ -1,6 +1,7 @@
 """The SFT stage end to end: a barely trained base learns to answer, whole, killed and refused."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import stages_run
 
 import bessemer
 from bessemer import tasks
+from bessemer.config.training import SFTConfig
 from bessemer.data.chat import render_ids
 from bessemer.errors import UserError
+from bessemer.pipeline.stages.sft import SFT as SFTStage
 
 SFT = """
 [[stage]]
@@ -122,6 +125,42 @@ def test_killed_it_ends_with_the_same_bits(done, tmp_path):
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     stages_run.run(folder / "small.toml", out)
     assert leaves(out) == leaves(folder / "run")
+
+
+def test_a_few_conversations_are_learnt_from(done, tmp_path, capfd):
+    """20 of them, and neither epochs nor batch_rows: not the one step that 2 epochs of 8 rows would be."""
+    folder, _ = done
+    out = stages_run.copy_without(folder / "run", tmp_path / "run", "03-sft", "04-eval")
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((folder / "answers.jsonl").read_text().splitlines(keepends=True)[:20]))
+    text = (folder / "small.toml").read_text().replace(str(folder / "answers.jsonl"), str(few))
+    text = text.replace("epochs = 10\n", "").replace("batch_rows = 5\n", "").partition('[[stage]]\nkind = "eval"')[0]
+    path = tmp_path / "few.toml"
+    path.write_text(text.replace("row_length = 96", "row_length = 160"))
+    results = stages_run.run(path, out)
+    assert results["sft"].summary["steps"] >= 20
+    found, said = losses(out), capfd.readouterr().err
+    assert found[-1] < 0.7 * found[0]
+    assert re.search(r"20 optimizer steps: \d epochs, 1 of \d+ rows a step \(what the recipe leaves open", said), said
+    assert f"loss {found[0]:.3f} at the first step, " in said and "warning: only" not in said
+    stages_run.run(path, out, "sft.epochs=1", "sft.batch_rows=8")
+    assert "warning: only" in capfd.readouterr().err
+
+
+def test_a_run_of_an_older_version_stays_finished(done):
+    """It recorded 2 epochs and 8 rows where its recipe left them open; a value that was set is another one."""
+    _, results = done
+    recorded = json.loads((results["sft"].folder / "stage.json").read_text())["identity"]
+    stage, config = SFTStage(), SFTConfig(kind="sft", lr=1e-3, lr_final=1e-4)
+    now = recorded | {"settings": recorded["settings"] | {"epochs": None, "batch_rows": None}}
+
+    def before(**settings):
+        return recorded | {"format": [*recorded["format"][:2], 1], "settings": recorded["settings"] | settings}
+
+    assert stage.same(config, before(epochs=2, batch_rows=8), now)
+    assert not stage.same(config, before(epochs=3, batch_rows=8), now)
+    assert not stage.same(config, recorded | {"settings": now["settings"] | {"epochs": 2, "batch_rows": 8}}, now)
+    assert stage.same(config, before(), recorded), "a recipe that sets both"
 
 
 @pytest.mark.parametrize(

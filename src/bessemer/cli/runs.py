@@ -1,6 +1,7 @@
 """Commands on runs: run a recipe, write its report, evaluate its models."""
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,10 @@ def run(
             "--dry-run", help="Run nothing: check every stage and the files it reads, and lay out the pre-training."
         ),
     ] = False,
+    conformance: Annotated[
+        bool,
+        typer.Option("--conformance", help="Run nothing: compare the recipe with the papers', item by item."),
+    ] = False,
     world: Annotated[int | None, typer.Option(min=1, metavar="N", help="With --dry-run: number of ranks.")] = None,
     device: Annotated[
         str | None, typer.Option(help="With --dry-run: check whether it fits on this device, such as H800.")
@@ -37,6 +42,9 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe; finished stages are skipped, an interrupted stage continues."""
+    if conformance:
+        _conformance(recipe, set_ or [], as_json)
+        return
     if dry_run:
         _dry_run(recipe, set_ or [], world, device, as_json)
         return
@@ -44,13 +52,14 @@ def run(
     from bessemer.cli import many
     from bessemer.config.recipe import Recipe
     from bessemer.config.units import show_seconds
-    from bessemer.pipeline import conformance
+    from bessemer.pipeline.conformance import rows
     from bessemer.pipeline.runner import follow
     from bessemer.pipeline.runner import run as run_recipe
     from bessemer.report import card
     from bessemer.runs.context import Interrupted
     from bessemer.runs.directory import writing_models
 
+    began = time.monotonic()
     loaded = Recipe.load(recipe, set_ or [])
     root = out or Path("runs") / loaded.name
     ranks = many.start(loaded, root)
@@ -59,7 +68,7 @@ def run(
             if ranks is not None and ranks.me:
                 follow(loaded, ranks)
                 return
-            results = run_recipe(loaded, out, until, conformance=conformance.rows, reuse=reuse, ranks=ranks)
+            results = run_recipe(loaded, out, until, conformance=rows, reuse=reuse, ranks=ranks)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(130)
@@ -74,11 +83,34 @@ def run(
         return
     if table := card.table(root):
         print(table)
-    print(f"{loaded.name}: {show_seconds(sum(result.seconds for result in results))} in all; report: {report}")
+    now, whole = time.monotonic() - began, sum(result.seconds for result in results)
+    took = show_seconds(now) + (f", {show_seconds(whole)} with what was done before" if whole > now + 1 else "")
+    print(f"{loaded.name}: {took}; report: {report}")
     if models := writing_models(root):
         others = [name for name, _ in models[:-1]]
         which = f" (or bessemer chat {root}/STAGE: {', '.join(others)})" if others else ""
         print(f"talk to {models[-1][0]}: bessemer chat {root}{which}")
+
+
+def _conformance(recipe: Path, overrides: list[str], as_json: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from bessemer.config import places
+    from bessemer.config.recipe import Recipe
+    from bessemer.pipeline.conformance import rows
+    from bessemer.runs.directory import CONFORMANCE_STATES, conformance_summary
+
+    loaded = Recipe.load(recipe, overrides)
+    with places.of_recipe(loaded.folder):
+        found = rows(loaded)
+    if as_json:
+        print_json(found)
+        return
+    table = Table("", "item", "in the paper", "here", title=conformance_summary(found), title_justify="left")
+    for row in sorted(found, key=lambda row: CONFORMANCE_STATES.index(row["state"])):
+        table.add_row(*(Text(row[key]) for key in ("state", "item", "paper", "here")))
+    _print_table(table)
 
 
 def _dry_run(recipe: Path, overrides: list[str], world: int | None, device: str | None, as_json: bool) -> None:

@@ -168,16 +168,16 @@ class SFTConfig(FineTuningConfig):
     """Conversations: .jsonl or .parquet files with `messages`, directories of them, or hf://owner/name."""
     samples: list[StageRef] = Field(default_factory=list)
     """Earlier stages whose conversations are added, such as one of kind reject."""
-    epochs: int = Field(2, ge=1)
-    """Passes over the rows (R1: 2 to 3)."""
+    epochs: int | None = Field(None, ge=1)
+    """Passes over the rows (R1: 2 to 3). Default: 2, or up to 10 if the data gives fewer than 20 steps."""
     row_length: int = Field(512, ge=2)
     """Tokens per row; longer conversations are left out and counted (R1: 32,768)."""
     lr: float = Field(gt=0)
     """Learning rate at the start of a cosine over consumed tokens (R1: 5e-5)."""
     lr_final: float = Field(ge=0)
     """Learning rate at the end of the cosine (R1: 5e-6)."""
-    batch_rows: int = Field(8, ge=1)
-    """Packed rows per optimizer step."""
+    batch_rows: int | None = Field(None, ge=1)
+    """Packed rows per optimizer step. Default: 8, or fewer if the data gives fewer than 20 steps."""
     batch_examples: int = Field(0, ge=0)
     """Conversations per optimizer step, instead of batch_rows (R1: 128). Steps end with a row, so that each has a few
     more or less; their mean is exact. 0: batch_rows decides."""

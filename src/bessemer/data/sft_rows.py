@@ -13,6 +13,7 @@ Legend: B rows, T tokens per row.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bessemer.config.training import RewardModelConfig, SFTConfig
+from bessemer.config.training import SFTConfig
 from bessemer.data import chat
 from bessemer.data.batch import Batch
 from bessemer.data.documents import Document
@@ -29,6 +30,8 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 
 DTYPE = np.dtype("<u4")
+STEPS, EPOCHS, BATCH_ROWS = 20, (2, 10), 8
+"""Where the recipe leaves it to the data: at least so many steps, so many epochs, at most so many rows of a step."""
 
 
 class SFTRows:
@@ -104,13 +107,26 @@ def build(
     return facts
 
 
-def batch_rows(rows: SFTRows, config: SFTConfig | RewardModelConfig) -> Callable[[int], int]:
-    """Rows of a step over consumed tokens, by `batch_examples` or `batch_rows`; the last step takes what is left."""
+def fitted(rows: SFTRows, config: SFTConfig) -> tuple[int, float]:
+    """(epochs, rows of a step), those that the recipe leaves open by the number of rows: at least STEPS steps from
+    smaller batches, and if these are single rows from more epochs."""
+    batch: float | None = config.batch_rows
+    if config.batch_examples:
+        batch = config.batch_examples * rows.n_rows / rows.facts["samples"]
+    if batch is None:
+        batch = min(BATCH_ROWS, max(1, (config.epochs or EPOCHS[0]) * rows.n_rows // STEPS))
+    least, most = EPOCHS
+    return config.epochs or min(most, max(least, math.ceil(STEPS * batch / rows.n_rows))), batch
+
+
+def batch_rows(rows: SFTRows, epochs: int, n_rows: float, examples: int = 0) -> Callable[[int], int]:
+    """Rows of a step over consumed tokens: `n_rows`, or those of `examples` samples unless that is 0. The last step
+    takes what is left."""
     length = rows.packed_RT.shape[1]
-    total = config.epochs * rows.n_rows
-    if not config.batch_examples:
-        return lambda tokens: min(config.batch_rows, total - tokens // length)
-    of_step = rows.rows_of_steps(config.batch_examples, config.epochs)
+    total = epochs * rows.n_rows
+    if not examples:
+        return lambda tokens: min(int(n_rows), total - tokens // length)
+    of_step = rows.rows_of_steps(examples, epochs)
     return lambda tokens: of_step(tokens // length)
 
 

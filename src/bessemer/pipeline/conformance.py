@@ -146,6 +146,8 @@ def _same(value: Any, published: Any) -> bool:
 
 
 def _show(value: Any) -> str:
+    if value is None:
+        return "by the data"
     if isinstance(value, Points):
         texts = [f"{y:g} at {show_tokens(at)}" for at, y, *_ in value.plain()]
         return f"{value.values[0]:g}" if len(texts) == 1 else ", ".join(texts)
@@ -287,7 +289,8 @@ def _template(facts: RecipeFacts, rl: Any) -> str:
 
 
 def _batch(facts: RecipeFacts, stage: Any) -> str:
-    return f"{stage.batch_examples} samples" if stage.batch_examples else f"{stage.batch_rows} rows"
+    rows = "rows by the data" if stage.batch_rows is None else f"{stage.batch_rows} rows"
+    return f"{stage.batch_examples} samples" if stage.batch_examples else rows
 
 
 def _start(facts: RecipeFacts, stage: Any) -> str:

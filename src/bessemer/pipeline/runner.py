@@ -109,7 +109,7 @@ def run(
         kinds = {config.name: find_kind(config.kind)() for config in recipe.stages}
         derived = {config.name: kinds[config.name].resolve(config, recipe) for config in recipe.stages}
         estimates = {config.name: kinds[config.name].estimate(config, recipe) for config in recipe.stages}
-        progress = progress or RunProgress(estimates)
+        progress = progress or RunProgress(estimates, until=until)
         rundir = entered.enter_context(RunDir.open(root, recipe.name))
         entered.enter_context(explained(root))
         stop = entered.enter_context(signals(together=ranks is not None))
@@ -122,7 +122,7 @@ def run(
             preflight.check(recipe, cache_dir(cache), [item.name for item in plan if not _is_done(item)])
             _set_aside_stale(plan, rundir, metrics, progress)
             _adopt_files(plan, progress)
-            progress.say(_overview(recipe, root, estimates, ranks))
+            progress.say(_overview(plan, recipe, root, estimates, until, ranks))
             if conformance is not None:
                 progress.say(_write_conformance(conformance(recipe), root))
             return _run_all(plan, recipe, rundir, until, cache_dir(cache), metrics, progress, stop, donor, ranks)
@@ -335,7 +335,10 @@ def _facts(summary: dict[str, Any]) -> str:
     return ", ".join(texts)
 
 
-def _overview(recipe: Recipe, root: Path, estimates: dict[str, float], ranks: Ranks | None) -> str:
+def _overview(
+    plan: list[_Planned], recipe: Recipe, root: Path, estimates: dict[str, float], until: str | None,
+    ranks: Ranks | None,
+) -> str:  # fmt: skip
     """The stages, the device and the estimated time: a line for the run and one for each stage."""
     from bessemer.train import setup
 
@@ -343,19 +346,23 @@ def _overview(recipe: Recipe, root: Path, estimates: dict[str, float], ranks: Ra
     dtypes = sorted(precisions - {"auto"}) + ["the dtype that measures faster"] * ("auto" in precisions)
     device = setup.describe_device() if ranks is None else f"{ranks.n} ranks"
     where = f"on {device}" + (f", in {' or '.join(dtypes)}" if dtypes else "")
-    lines = [f"{recipe.name} in {root}: {len(estimates)} stages, about {show_seconds(sum(estimates.values()))} {where}"]
+    last = len(plan) if until is None else recipe.names().index(until) + 1
+    due = [item.name for item in plan[:last] if not _is_done(item)]
+    stages = f"{len(plan)} stages" if len(due) == len(plan) else f"{len(due)} of {len(plan)} stages to run"
+    time = show_seconds(sum(estimates[name] for name in due))
+    lines = [f"{recipe.name} in {root}: {stages}, about {time} {where}"]
     width = max(map(len, estimates))
     for number, config in enumerate(recipe.stages, start=1):
         kind = "" if config.kind == config.name else f" ({config.kind})"
-        time = show_seconds(estimates[config.name])
-        lines.append(f"  {number:>2} {config.name:<{width}}  about {time:<8}{kind}".rstrip())
+        time = f"about {show_seconds(estimates[config.name])}" if config.name in due else "-"
+        lines.append(f"  {number:>2} {config.name:<{width}}  {time:<14}{kind}".rstrip())
     return "\n".join(lines)
 
 
 def _write_conformance(rows: list[dict[str, Any]], root: Path) -> str:
     """Writes the whole table; returns a line for the screen."""
     write_atomic(root / "conformance.json", json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
-    return f"{conformance_summary(rows)}; the table is in report.html and conformance.json"
+    return f"{conformance_summary(rows)}; item by item in report.html, or with --conformance"
 
 
 class Donor:

@@ -37,6 +37,7 @@ from bessemer.config.table import StageConfig
 from bessemer.config.units import show_tokens
 from bessemer.runs import files
 from bessemer.runs.directory import RUN_FORMAT
+from bessemer.runs.metrics import Smoothed
 
 if TYPE_CHECKING:
     from bessemer.config.recipe import Recipe
@@ -124,6 +125,7 @@ class StepLog:
         self.ctx = ctx
         self.tokens = self.before = 0
         """Consumed tokens after and before the last step."""
+        self.loss = Smoothed()
 
     def begin(self, trainer: Trainer) -> None:
         """After `trainer.start()`, which may have gone back to a checkpoint."""
@@ -139,12 +141,17 @@ class StepLog:
         self.begin(trainer)
         if not trainer.run():
             ctx.interrupt()
+        history = (values.get("train/loss") for _, values in ctx.metrics.history())
+        if losses := [loss for loss in history if loss is not None]:
+            smooth = Smoothed()
+            ctx.say(f"loss {losses[0]:.3f} at the first step, {[*map(smooth, losses)][-1]:.3f} at the last (smoothed)")
 
     def log(self, step: int, tokens: int, values: dict[str, Any]) -> None:
         self.ctx.metrics.write(step, tokens, values)
-        loss = values.get("train/loss", math.nan)
+        now = values.get("train/loss", math.nan)
+        loss = self.loss(now) if math.isfinite(now) else now
         rate = values.get("train/tokens_per_second", 0.0)
-        self.ctx.progress.advance(tokens - self.tokens, f"loss {loss:.3f}, {rate:,.0f} tokens/s")
+        self.ctx.progress.advance(tokens - self.tokens, f"smoothed loss {loss:.3f}, {rate:,.0f} tokens/s")
         self.before, self.tokens = self.tokens, tokens
 
     def passed(self, every: int) -> bool:

@@ -140,6 +140,19 @@ class StageMetrics:
         self._metrics.rewind(self._stage, step)
 
 
+class Smoothed:
+    """An exponential moving average without bias to its start: the first values weigh as much as they would later."""
+
+    def __init__(self, decay: float = 0.9) -> None:
+        self.decay, self._sum, self._weight = decay, 0.0, 0.0
+
+    def __call__(self, value: float) -> float:
+        """The average with one more value."""
+        self._sum = self.decay * self._sum + (1 - self.decay) * value
+        self._weight = self.decay * self._weight + 1 - self.decay
+        return self._sum / self._weight
+
+
 class NoMetrics(StageMetrics):
     """Discards everything: for ranks other than 0."""
 

@@ -20,12 +20,15 @@ PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
 
 
 class RunProgress:
-    """The whole run: stages with their estimated seconds."""
+    """The whole run: stages with their estimated seconds. Those after `until` are not waited for."""
 
     def __init__(
-        self, estimates: dict[str, float], out: TextIO | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+        self, estimates: dict[str, float], out: TextIO | None = None, clock: Callable[[], float] = time.monotonic,
+        until: str | None = None,
+    ) -> None:  # fmt: skip
         self.estimates, self.clock = estimates, clock
+        names = list(estimates)
+        self.ahead = names if until is None else names[: names.index(until) + 1]
         self.console = Console(file=out or sys.stderr, highlight=False, soft_wrap=True)
         self.spent: dict[str, float] = {}
         self._bars: Progress | None = None
@@ -68,7 +71,7 @@ class RunProgress:
         measured = sum(self.spent.values()) + elapsed + left
         estimated = sum(self.estimates.get(stage, 0.0) for stage in [*self.spent, name])
         scale = measured / estimated if estimated > 0 else 1.0
-        later = [seconds for stage, seconds in self.estimates.items() if stage not in self.spent and stage != name]
+        later = [self.estimates[stage] for stage in self.ahead if stage not in self.spent and stage != name]
         return left + scale * sum(later)
 
     def show(self, stage: "StageProgress") -> None:

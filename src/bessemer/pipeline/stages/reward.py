@@ -264,7 +264,8 @@ def _texts(line: Line, aim: str, tokenizer: Tokenizer) -> list[tuple[list[int], 
 
 def _runtime(config: RewardModelConfig, rows: preference_rows.PairRows, dtype: torch.dtype) -> Runtime:
     return Runtime(
-        tokens=config.epochs * rows.n_rows * config.row_length, batch_rows=sft_rows.batch_rows(rows, config),
+        tokens=config.epochs * rows.n_rows * config.row_length,
+        batch_rows=sft_rows.batch_rows(rows, config.epochs, config.batch_rows, config.batch_examples),
         terms={"balance_alpha": constant(config.balance_alpha)}, workers=setup.workers(),
         compute_dtype=dtype,
     )  # fmt: skip

@@ -5,16 +5,21 @@ see each other. The learning rate falls along a cosine from `lr` to `lr_final`, 
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bessemer.config.data import RejectConfig
+from bessemer.config.places import located
 from bessemer.config.recipe import Recipe
+from bessemer.config.rl import RLConfig
+from bessemer.config.table import StageConfig
 from bessemer.config.training import SFTConfig
 from bessemer.data import sft_rows, sources
 from bessemer.data.chat import question_ids
-from bessemer.data.documents import Document
+from bessemer.data.documents import HUB, SUFFIXES, Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
@@ -25,19 +30,23 @@ from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, find_kind, register
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
-from bessemer.train import objective, setup
+from bessemer.train import lineage, objective, setup
 from bessemer.train.trainer import Runtime, Trainer, constant
 from bessemer.workers import Workers
+
+FEW_STEPS = 10
+"""A training of fewer optimizer steps is warned of."""
 
 
 @register
 class SFT(Stage[SFTConfig]):
     kind = "sft"
+    format = 2
     makes_model = True
     distributed = True
 
     def resolve(self, config: SFTConfig, recipe: Recipe) -> dict[str, Any]:
-        distributed.check(recipe, config.name, [config.batch_examples or config.batch_rows])
+        distributed.check(recipe, config.name, [config.batch_examples or config.batch_rows or sft_rows.BATCH_ROWS])
         if not config.data and not config.samples:
             raise UserError(f'stage "{config.name}": nothing to train on; give data = [...] or samples = [...]')
         for stage in map(recipe.stage, config.samples):
@@ -47,6 +56,24 @@ class SFT(Stage[SFTConfig]):
                     'does, and one of kind rl with export_samples = "correct"'
                 )
         return {}
+
+    def same(self, config: SFTConfig, recorded: dict[str, Any], now: dict[str, Any]) -> bool:
+        """In format 1 open epochs and batches were 2 and 8, and recorded as such."""
+        kind = [*now["format"][:2], 1]
+        if recorded.get("format") != kind:
+            return super().same(config, recorded, now)
+        meant = {"epochs": sft_rows.EPOCHS[0], "batch_rows": sft_rows.BATCH_ROWS}
+        settings = now["settings"] | {key: meant[key] for key in meant if now["settings"][key] is None}
+        return super().same(config, recorded, now | {"format": kind, "settings": settings})
+
+    def estimate(self, config: SFTConfig, recipe: Recipe) -> float:
+        """From the sizes of the files, of which four bytes are a token, and from what earlier stages can export."""
+        files = [file for spec in config.data if not spec.startswith(HUB) for file in _files(located(spec))]
+        exported = sum(_exported(recipe.stage(name)) for name in config.samples)
+        tokens = sum(file.stat().st_size for file in files) / 4 + exported
+        if not tokens:
+            return super().estimate(config, recipe)
+        return lineage.estimate_seconds(recipe, config.name, (config.epochs or 2) * tokens, config.row_length)
 
     def probes(self, config: SFTConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
         yield from preflight.length_probes(config, recipe, [config.source], "row_length", config.row_length)
@@ -76,10 +103,14 @@ class SFT(Stage[SFTConfig]):
         facts = ctx.agree(lambda: sft_rows.build(_conversations(config, ctx), tokenizer, config.row_length, folder))
         rows = sft_rows.load(ctx.state / "rows", ctx.seed)
         ctx.say(_about(facts))
+        epochs, batch = sft_rows.fitted(rows, config)
+        if ctx.ranks is not None:
+            distributed.check(ctx.recipe, ctx.name, [batch], n=ctx.ranks.n)
+        ctx.say(_steps(config, rows.n_rows, epochs, batch))
         monitor = _Monitor(config, ctx, tokenizer, rows.n_rows * config.row_length)
         trainer = distributed.trainer(
-            network, objective.next_token, rows.batch, config, _runtime(config, rows, model, ctx), ctx.state,
-            log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor],
+            network, objective.next_token, rows.batch, config, _runtime(config, rows, epochs, batch, model, ctx),
+            ctx.state, log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor],
             model_config=model.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         monitor.train(trainer)
@@ -103,9 +134,40 @@ def _about(facts: dict[str, Any]) -> str:
     )
 
 
-def _runtime(config: SFTConfig, rows: sft_rows.SFTRows, model: Transformer | CausalLM, ctx: StageContext) -> Runtime:
+def _steps(config: SFTConfig, n_rows: int, epochs: int, batch: float) -> str:
+    """How long the training is, with a warning if that is hardly any."""
+    n = math.ceil(epochs * n_rows / batch)
+    steps = f"{n} optimizer step{'s' if n > 1 else ''}"
+    size = f"{config.batch_examples} conversations" if config.batch_examples else f"{batch:g} of {n_rows} rows"
+    what = f"{steps}: {epochs} epoch{'s' if epochs > 1 else ''}, {size} a step"
+    if config.epochs is None or not (config.batch_rows or config.batch_examples):
+        what += " (what the recipe leaves open follows from the data)"
+    if n >= FEW_STEPS:
+        return what
+    return f"warning: only {what}; the model will hardly change: add conversations, or raise epochs or lower batch_rows"
+
+
+def _files(path: Path) -> list[Path]:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return [file for file in files if file.is_file() and file.name.endswith(SUFFIXES)]
+
+
+def _exported(stage: StageConfig) -> float:
+    """Tokens of the conversations of a stage, at most; of RL, whose right answers alone are exported, a guess."""
+    if isinstance(stage, RejectConfig):
+        return stage.problems * stage.keep * stage.max_new_tokens / 2
+    if isinstance(stage, RLConfig):
+        return stage.rollouts * stage.prompts_per_rollout * stage.samples * max(stage.max_new_tokens.values) / 4
+    return 100 * getattr(stage, "examples", 0)
+
+
+def _runtime(
+    config: SFTConfig, rows: sft_rows.SFTRows, epochs: int, batch: float, model: Transformer | CausalLM,
+    ctx: StageContext,
+) -> Runtime:  # fmt: skip
     return Runtime(
-        tokens=config.epochs * rows.n_rows * config.row_length, batch_rows=sft_rows.batch_rows(rows, config),
+        tokens=epochs * rows.n_rows * config.row_length,
+        batch_rows=sft_rows.batch_rows(rows, epochs, batch, config.batch_examples),
         terms={
             "mtp_lambda": constant(config.mtp_lambda if model.cfg.n_mtp else 0.0),
             "balance_alpha": constant(config.balance_alpha),
