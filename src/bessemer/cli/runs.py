@@ -135,14 +135,18 @@ def _dry_run(recipe: Path, overrides: list[str], world: int | None, device: str 
 
 @app.command()
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or its name under runs/.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="A run's directory, or its name under runs/; of several, a comparison."),
+    ],
     open_: Annotated[YesNo, typer.Option("--open", help="Open it in the browser.")] = YesNo.no,
 ) -> None:
-    """Write the run's report card, one HTML file."""
-    from bessemer.report import card
+    """Write a run's report card, or the comparison of several runs: one HTML file."""
+    from bessemer.report import card, compare
     from bessemer.runs.directory import run_dir
 
-    path = card.write(run_dir(run))
+    roots = [run_dir(run) for run in runs]
+    path = compare.write(roots) if len(roots) > 1 else card.write(roots[0])
     print(path)
     if open_ is YesNo.yes:
         typer.launch(str(path))

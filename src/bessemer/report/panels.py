@@ -148,17 +148,22 @@ def draw(stage: StageFacts, panels: Sequence[Panel]) -> Html:
     return page.charts(_draw(stage, panel) for panel in panels)
 
 
-def compared(stages: Sequence[StageFacts], metric: str) -> Html:
-    """One chart of a metric of several stages over their steps; "" if fewer than two recorded it."""
-    curves = []
-    for stage in stages:
-        series = _numbers(stage.series.get(metric, Series()))
-        if series.values:
-            curves.append(Curve(stage.name, series.steps, series.values))
-    if len(curves) < 2:
+def compared(stages: Sequence[StageFacts], metric: str, salt: str = "against") -> Html:
+    """One chart of a metric of several stages over their tokens or, where one has none, their steps; "" if fewer than
+    two recorded it. `salt` sets it apart from other charts of the same stages and metric on the page."""
+    found = [(stage, _numbers(stage.series.get(metric, Series()))) for stage in stages]
+    found = [(stage, series) for stage, series in found if series.values]
+    if len(found) < 2:
         return Html()
-    title = COMPARED[metric] or NAMES.get(metric, metric.removeprefix("rl/").replace("_", " "))
-    return charts.panel(title, "over steps", curves, f"{curves[0].label}/against/{metric}", floor=0.0)
+    tokens = all(_by_tokens(stage) for stage, _ in found)
+    curves = [Curve(stage.name, series.tokens if tokens else series.steps, series.values) for stage, series in found]
+    title = COMPARED.get(metric) or NAMES.get(metric)
+    if not title:
+        plain = metric.removeprefix("rl/").removeprefix("train/").replace("_", " ")
+        title = plain.replace("val/bpb/", "bits per byte, ")
+    unit = "over tokens" if tokens else "over steps"
+    floor = None if metric.startswith(("train/", "val/")) else 0.0
+    return charts.panel(title, unit, curves, f"{curves[0].label}/{salt}/{metric}", floor=floor)
 
 
 def _draw(stage: StageFacts, panel: Panel) -> Html:
