@@ -24,7 +24,7 @@ TEST_SHARE = 0.10
 DOMAINS = ("search", "arithmetic", "logic", "words", "maths", "gym", "general", "code", "stem", "retrieval")
 CORRECT, WRONG_VALUE, WRONG_NUMBERS, UNPARSABLE = "correct", "wrong-value", "wrong-numbers", "unparsable"
 UNFINISHED, ECHO, TIMEOUT = "unfinished", "echo", "timeout"
-_INTEGER = re.compile("-?[0-9]{1,9}")
+_INTEGER = re.compile("-?[0-9]{1,300}")
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def read_templates(task: str) -> dict[tuple[str, str], tuple[str, ...]]:
 
 def grade_integer(answer: str, value: int) -> tuple[str, str | None]:
     """For `grade`: the answer must be one integer in ASCII digits; an unevaluated chain is not an answer."""
-    if not _INTEGER.fullmatch(answer.strip(" \n\t")):
+    if not _INTEGER.fullmatch(answer.strip(" \r\n\t")):
         return UNPARSABLE, None
     return CORRECT if int(answer) == value else WRONG_VALUE, str(int(answer))
 

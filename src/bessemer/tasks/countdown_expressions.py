@@ -20,8 +20,8 @@ from functools import cache
 
 MAX_CHARS = 200
 MAX_DEPTH = 20
-MAX_DIGITS = 6
-MAX_MAGNITUDE = 10**12  # of numerator and denominator, at every step
+MAX_DIGITS = 15
+MAX_MAGNITUDE = 10**40  # of numerator and denominator, at every step
 
 _DIGITS = frozenset("0123456789")
 _SYMBOLS = frozenset("+-*/()")
@@ -89,7 +89,7 @@ def _tokens(text: str) -> list[str]:
         elif char in _SYMBOLS:
             tokens.append(char)
             at += 1
-        elif char in " \n\t":
+        elif char in " \r\n\t":
             at += 1
         else:
             raise Unparsable("a character that is no digit, operator or parenthesis")

@@ -10,13 +10,14 @@ list, an object, a number or a truth value is compared as JSON: the order of a l
 """
 
 import json
+import math
 import re
 from string import ascii_uppercase
 from typing import Any
 
 from bessemer.tasks.base import CORRECT, UNPARSABLE, WRONG_VALUE, Problem, stable_random
 from bessemer.tasks.files import FileTask, Question
-from bessemer.tasks.maths_questions import peeled
+from bessemer.tasks.maths_questions import no_value, peeled
 from bessemer.tasks.sandbox import same
 
 MAX_CHARS = 4000
@@ -101,6 +102,8 @@ class Puzzle(FileTask):
         question, answer = cls.text(record, where), record.get("answer")
         if answer is None or answer in ("", [], {}) or (isinstance(answer, str) and not answer.strip()):
             raise cls.wrong(where, "no answer under 'answer'", record)
+        if not _valued(answer):
+            raise cls.wrong(where, f"the answer {answer!r} is no value, or holds one that is none", record)
         return Question(question, {"gold": answer})
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
@@ -123,3 +126,10 @@ class Puzzle(FileTask):
             return CORRECT if same(gold, value) else WRONG_VALUE, json.dumps(value, sort_keys=True)
         except (ValueError, RecursionError):
             return UNPARSABLE, None
+
+
+def _valued(answer: Any) -> bool:
+    """Whether no part of an answer is a number that is none, or infinite, or a word for "not available"."""
+    if isinstance(answer, list | dict):
+        return all(map(_valued, answer.values() if isinstance(answer, dict) else answer))
+    return not no_value(answer) if isinstance(answer, str) else not isinstance(answer, float) or math.isfinite(answer)

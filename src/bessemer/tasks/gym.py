@@ -77,11 +77,13 @@ class Gym(Task):
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
         """The canonical form is the text with each run of white space as one blank."""
-        answer, gold = answer.strip(" \n\t"), problem.meta["answer"]
+        answer, gold = answer.strip(" \r\n\t"), problem.meta["answer"]
         if not answer or len(answer) > 200 + 4 * len(gold):
             return UNPARSABLE, None
+        if not answer.isascii() and not set(gold + problem.prompt).issuperset(c for c in answer if not c.isascii()):
+            return UNPARSABLE, None  # a scorer may read other alphabets' digits and look-alikes
         canonical = " ".join(answer.split())[:500]
-        if answer == gold.strip(" \n\t"):
+        if answer == gold.strip(" \r\n\t"):
             return CORRECT, canonical
         try:
             score = _score(self.dataset, self.level, problem.meta["item"], answer)

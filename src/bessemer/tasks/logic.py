@@ -97,7 +97,7 @@ class Logic(Task):
         """Three truth values with commas between, in one language; the canonical form is like `TFT`."""
         if len(answer) > MAX_CHARS:
             return UNPARSABLE, None
-        words = [word.strip(" \n\t") for word in re.split("[,，、]", answer)]
+        words = [word.strip(" \r\n\t") for word in re.split("[,，、]", answer)]
         meanings = next((known for known in _VALUES if known.keys() >= set(words)), None)
         if meanings is None or len(words) != FORMULAS:
             return UNPARSABLE, None

@@ -4,13 +4,17 @@ A line has a question and an answer (see files.py); a quantity also a "unit" tha
 "tolerance" relative to the gold value, or both.
 
 Judging, cheapest first. If the gold answer is a plain number, only plain numbers count, compared exactly: an expression
-with that value is unfinished work, and often a copy of the question. If it is words, only those words count. Everything
-else is one expression, judged by math-verify in the referee process; an answer that only repeats a piece of the
-question is an echo, because math-verify accepts `(x+1)^2` for "expand (x+1)^2". A gold answer that cannot be read is
-an error when the file is loaded.
+with that value is unfinished work, and often a copy of the question. A fraction need not be in lowest terms where the
+question does not ask for them, and a power counts where the question has none. If the gold answer is words, only those
+words count. Everything else is one expression, judged by math-verify in the referee process; an answer that only
+repeats a piece of the question is an echo, because math-verify accepts `(x+1)^2` for "expand (x+1)^2". A gold answer
+that cannot be read, or is no value ("nan", 1/0), is an error when the file is loaded.
 
 math-verify searches a text for anything that parses. Here the whole text of the answer tags must be one expression: it
-is put between dollar signs unchanged, and only LaTeX delimited that way is read, without any fallback.
+is put between dollar signs unchanged, and only LaTeX delimited that way is read, without any fallback. It also takes
+any unit away, among them `t` of `5t`; here that is off, and units are compared (maths_questions.py). Letters of other
+alphabets count only where the gold answer has them, or as the signs of mathematics: some of them parse as their
+look-alikes.
 """
 
 import logging
@@ -33,7 +37,16 @@ from bessemer.tasks.base import (
     Problem,
 )
 from bessemer.tasks.files import FileTask, Question
-from bessemer.tasks.maths_questions import Numeral, parse_numeral, parse_quantity, peeled, plain_words
+from bessemer.tasks.maths_questions import (
+    Numeral,
+    no_value,
+    parse_numeral,
+    parse_quantity,
+    peeled,
+    plain_words,
+    split_unit,
+    unit_fits,
+)
 from bessemer.tasks.referee import RefereeFault, ask, guard_sympy
 
 MAX_CHARS = 300
@@ -43,7 +56,11 @@ MEASURED = ("unit", "tolerance")
 """Fields of a quantity: a unit that the answer may carry, and a relative tolerance."""
 _STEP = re.compile("<<[^<>]*>>")
 _LEVEL = re.compile("Level ([1-9])")
-_HUGE = re.compile(r"[0-9]{16}|\^ ?\{? ?-?[0-9]{4}")
+_HUGE = re.compile(r"[0-9]{61}|\^ ?\{? ?-?[0-9]{4}")
+_LOWEST_TERMS = re.compile("simpl|lowest|reduce|common fraction|irreducible|最简|约分|化简", re.IGNORECASE)
+_POWER = re.compile(r"[0-9)}] ?\^|power|exponent|次方|幂|乘方", re.IGNORECASE)
+SIGNS = frozenset("αβγδεζηθλμπρστφχψωΓΔΘΛΞΠΣΦΨΩ∞√±×÷·−≤≥≠∈∪∩∅°²³⁴")
+"""Beyond ASCII, what an expression may hold whatever the gold answer does."""
 
 
 class Maths(FileTask):
@@ -63,6 +80,8 @@ class Maths(FileTask):
         gold = peeled(final)
         if not gold or len(gold) > MAX_CHARS:
             raise cls.wrong(where, f"the final answer is empty or longer than {MAX_CHARS} characters", record)
+        if no_value(gold, "null", "none"):
+            raise cls.wrong(where, f"the final answer {gold!r} is no value; leave the line out", record)
         try:
             measured = _measured(record, gold)
         except ValueError as error:
@@ -72,11 +91,15 @@ class Maths(FileTask):
     @classmethod
     def check(cls, questions: Sequence[tuple[str, Question]]) -> None:
         """Gold answers that only algebra can read. Those read together share one fork of the referee."""
-        golds = {question.meta["gold"]: where for where, question in reversed(questions) if not _plain(question.meta)}
+        golds = {
+            split_unit(question.meta["gold"])[0]: where
+            for where, question in reversed(questions)
+            if not _plain(question.meta)
+        }
         if golds and not _readable(list(golds)):
             for gold, where in golds.items():
                 if not _readable([gold]):
-                    fault = f"the answer {gold!r} is no number, word or LaTeX expression; correct the line"
+                    fault = f"the answer {gold!r} is no number, word or LaTeX expression with a value; correct the line"
                     raise UserError(f"{where}: {fault}, or use puzzle:PATH where an answer is text")
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
@@ -88,25 +111,39 @@ class Maths(FileTask):
             return UNPARSABLE, None
         if not problem.meta.keys().isdisjoint(MEASURED):
             return _grade_quantity(problem.meta, answer)
-        if (number := parse_numeral(gold)) is not None:
-            return _grade_number(number, answer)
         if (words := plain_words(gold)) is not None:
             given = plain_words(answer)
             return (CORRECT if given == words else WRONG_VALUE, given) if given is not None else (UNPARSABLE, None)
-        return _grade_expression(gold, answer, problem.prompt)
+        (gold, gold_unit), (answer, unit) = split_unit(gold), split_unit(answer)
+        number = parse_numeral(gold)
+        reason, canonical = (
+            _grade_expression(gold, answer, problem.prompt)
+            if number is None
+            else _grade_number(number, answer, problem.prompt)
+        )
+        if canonical is None or unit_fits(unit, gold_unit, problem.prompt):
+            return reason, canonical
+        return WRONG_VALUE, f"{canonical} {unit}"
 
 
 class Gsm8k(Maths):
     family = "gsm8k"
 
 
-def _grade_number(gold: Numeral, answer: str) -> tuple[str, str | None]:
+def _grade_number(gold: Numeral, answer: str, question: str) -> tuple[str, str | None]:
     number = parse_numeral(re.sub(r"^[A-Za-z] ?= ?", "", answer))
     if number is None:
         return UNPARSABLE, None
-    if not number.finished:
+    if not number.finished and not _may_stay(number, answer, question):
         return UNFINISHED, number.canonical
     return CORRECT if number.value == gold.value else WRONG_VALUE, number.canonical
+
+
+def _may_stay(number: Numeral, answer: str, question: str) -> bool:
+    """Whether a power, or a fraction that is not in lowest terms, answers the question as it is."""
+    asked = _POWER if number.power else _LOWEST_TERMS
+    whole = number.value.denominator == 1
+    return number.power == whole and not asked.search(question) and not _echoes(answer, question)
 
 
 def _grade_quantity(meta: dict[str, Any], answer: str) -> tuple[str, str | None]:
@@ -123,6 +160,8 @@ def _grade_expression(gold: str, answer: str, prompt: str) -> tuple[str, str | N
         return UNPARSABLE, None  # of a chain of equations math-verify would take the last side
     if "\n" in answer or "$" in answer or _HUGE.search(answer):
         return UNPARSABLE, None  # more than one expression, or a power that no answer has
+    if not answer.isascii() and not SIGNS.union(gold).issuperset(c for c in answer if not c.isascii()):
+        return UNPARSABLE, None
     try:
         reply = _same(gold, answer)
     except RefereeFault as fault:
@@ -159,7 +198,9 @@ def _measured(record: dict[str, Any], gold: str) -> dict[str, Any]:
 def _plain(meta: dict[str, Any]) -> bool:
     """Whether a gold answer needs no algebra."""
     gold = meta["gold"]
-    return not meta.keys().isdisjoint(MEASURED) or parse_numeral(gold) is not None or plain_words(gold) is not None
+    if not meta.keys().isdisjoint(MEASURED) or plain_words(gold) is not None:
+        return True
+    return parse_numeral(split_unit(gold)[0]) is not None
 
 
 def _difficulty(record: dict[str, Any], answer: str) -> int:
@@ -202,7 +243,10 @@ def _math_verify() -> ModuleType:
 
 def _parsed(library: ModuleType, text: str) -> list[Any]:
     """The expressions math-verify reads; strings that it cannot interpret are left out."""
-    config = [library.LatexExtractionConfig()]
+    normal = library.parser.NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
+    )
+    config = [library.LatexExtractionConfig(normalization_config=normal)]
     results = library.parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None)
     return [expression for expression in results if not isinstance(expression, str)]
 
@@ -212,8 +256,14 @@ def prepare_library(request: dict[str, Any]) -> ModuleType:
 
 
 def judge_gold(library: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
-    """Whether every gold answer is an expression."""
-    return {"read": all(_parsed(library, gold) for gold in request["golds"])}
+    """Whether every gold answer is an expression with a value."""
+    return {"read": all(_valued(_parsed(library, gold)) for gold in request["golds"])}
+
+
+def _valued(expressions: list[Any]) -> bool:
+    from sympy import nan, zoo
+
+    return bool(expressions) and not any(getattr(one, "has", lambda *_: False)(nan, zoo) for one in expressions)
 
 
 def judge_same(library: ModuleType, request: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,12 @@
 """The forms of an answer that need no algebra: numbers, quantities and words.
 
-Plain numbers are read as people write them in final answers: 42, -3.50, 1,234, 3/4, \\frac{3}{4}, $18, 75%. They judge
-nearly all answers to GSM8K-like problems exactly and in microseconds. A currency, percent or degree sign is a unit and
-ignored. Digits are ASCII, and few enough that no number is expensive.
+Plain numbers are read as people write them in final answers: 42, -3.50, 1,234, 3/4, \\frac{3}{4}, \\frac34, 2^{10},
+1.2\\times 10^3. They judge nearly all answers to GSM8K-like problems exactly and in microseconds. Digits are ASCII, and
+few enough that no number is expensive.
+
+A unit after an answer (a percent or degree sign, a currency before it too, \\text{...}, one of BARE) is split off and
+compared: it must be that of the gold answer or, where that has none, one that the question names. Leaving it out is
+fine.
 """
 
 import re
@@ -20,24 +24,56 @@ _PEELS = tuple(
     )
 )
 _WORDS = re.compile(r"(?:\\(?:text|mbox|textbf|mathrm) ?\{(?P<inner>[A-Za-z][A-Za-z ]*)\}|(?P<bare>[A-Za-z]{3,}))")
-MAX_NUMERAL = 60
-_DIGITS = "(?:[0-9]{1,3}(?:,[0-9]{3}){1,4}|[0-9]{1,15})"
+MAX_NUMERAL = 400
+MAX_POWER = 1000
+"""Bits of a power."""
+NO_VALUE = frozenset(("nan", "not a number", "inf", "infinity", "n/a", "#n/a", "not available", "not applicable"))
+"""What programs write where there is no value: no answer, though every echo of it would be right."""
+_DIGITS = "(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 _NUMERAL = re.compile(
-    rf"(?P<sign>[+-]?) ?(?:\\?\$|[£€¥])? ?(?:"
+    rf"(?P<sign>[+-]?) ?(?:"
     rf"(?P<top>{_DIGITS}) ?/ ?(?P<bottom>{_DIGITS})"
-    rf"|\\[dt]?frac ?\{{(?P<latex_top>-?{_DIGITS})\}} ?\{{(?P<latex_bottom>{_DIGITS})\}}"
-    rf"|(?P<whole>{_DIGITS})(?:\.(?P<part>[0-9]{{0,15}}))?|\.(?P<only>[0-9]{{1,15}})"
-    r") ?(?P<mark>\\?%|°|\^\\circ|\^\{\\circ\})?"
+    rf"|\\[dt]?frac ?(?:\{{(?P<latex_top>-?{_DIGITS})\}}|(?P<bare_top>[0-9])) ?"
+    rf"(?:\{{(?P<latex_bottom>{_DIGITS})\}}|(?P<bare_bottom>[0-9]))"
+    r"|(?P<digits>[0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15}) ?"
+    r"(?:[eE]|(?:\\times|\\cdot|[×·*]) ?10 ?\^ ?(?P<brace>\{)?)(?P<power>[+-]?[0-9]{1,2})(?(brace)\}|)"
+    rf"|(?P<base>{_DIGITS}) ?\^ ?(?:\{{(?P<exponent>[0-9]{{1,4}})\}}|(?P<bare_exponent>[0-9]{{1,4}}))"
+    rf"|(?P<whole>{_DIGITS})(?:\.(?P<part>[0-9]*))?|\.(?P<only>[0-9]+)"
+    r")"
 )
+BARE = (
+    "mm|cm|dm|km|kg|mg|ml|inch|inches|feet|foot|ft|miles?|yards?|meters?|metres?|liters?|litres?|grams?|hours?|minutes?"
+    "|seconds?|days?|weeks?|months?|years?|degrees?|percent|dollars?|cents?|euros?|units?|mph|points?|people|apples?|students?"
+)
+"""Units that are told from a product of letters without \\text."""
+_BLOCK = r"\\(?:text|mbox|mathrm|textrm|textnormal|rm) ?\{[^{}$]*\}(?: ?\^ ?(?:\{-?[0-9]\}|[0-9]))?"
+_CURRENCY = re.compile(r"([+-]?) ?(\\?\$|[£€¥]) ?(?=[0-9.+-])")
+_TAIL = re.compile(
+    r"(?: ?(?:\\?%|\\?\$|[£€¥]|(?:°|\^ ?(?:\{ ?\\circ ?\}|\\circ)|\\degree) ?[CF]?)"
+    rf"|(?:(?:\\[,;:! ]|~|\s|/|\\cdot)*{_BLOCK})+"
+    rf"|(?:(?<=[0-9}}])|\s)\s*(?:(?:square|cubic|sq\.?) )?(?:{BARE})"
+    r"(?: ?\^ ?(?:\{[23]\}|[23])|[²³])?)$"
+)
+_UNFINISHED = re.compile(r"(?:[=<>+*/^_,(|-]|\\(?:in|le|ge|leq|geq|neq|ne|cup|cap|to|times|cdot|pm|mp|approx|sim)) *$")
+_SAME_UNIT = {"percent": "%", "percentage": "%", "degree": "°", "dollar": "$", "euro": "€", "metre": "meter"}
+_SAME_UNIT |= {"litre": "liter", "feet": "foot", "ft": "foot", "inche": "inch"}
+_NAMED = {
+    "%": "%|percent|百分",
+    "°": r"°|\\circ|degree|angle|度|角",
+    "$": r"\\\$|\$ ?[0-9]|dollar|(?<![a-z])cents?(?![a-z])|USD|元",
+    "€": "€|euro|欧元",
+    "£": "£|pound|镑",
+    "¥": "¥|yuan|yen|元",
+}
 
 
 def peeled(text: str) -> str:
     """An answer without the white space, math delimiters, \\boxed and full stop around it."""
     while True:
-        text = text.strip(" \n\t").removesuffix(".")
+        text = text.strip(" \r\n\t").removesuffix(".")
         match = next((m for pattern in _PEELS if (m := pattern.fullmatch(text))), None)
         if match is None or not _balanced(match["inner"]):
-            return text.strip(" \n\t")
+            return text.strip(" \r\n\t")
         text = match["inner"]
 
 
@@ -57,55 +93,103 @@ def plain_words(text: str) -> str | None:
     return " ".join((match["inner"] or match["bare"]).lower().split()) if match else None
 
 
-_SCIENTIFIC = re.compile(
-    r"(?P<digits>[+-]?(?:[0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})) ?"
-    r"(?:[eE]|(?:\\times|\\cdot|[×·*]) ?10 ?\^ ?\{?)(?P<power>[+-]?[0-9]{1,2})\}?"
-)
-_UNIT_DRESS = re.compile(r"\\(?:text|mathrm|rm|cdot|[,;! ])|[{}\s~$·*]")
-
-
 @dataclass(frozen=True)
 class Numeral:
     value: Fraction
     finished: bool
-    """Whether nothing is left to work out: 3/4 and 42, not 6/8 or 84/2."""
+    """Whether nothing is left to work out: 3/4 and 42, not 6/8, 84/2 or 2^10."""
+    power: bool = False
 
     @property
     def canonical(self) -> str:
         return str(self.value)
 
 
+def _plainly(text: str) -> str:
+    """Without the spaces and signs that LaTeX puts into numbers: 1{,}234 and 1,\\!234 are 1,234."""
+    text = text.replace("{,}", ",").replace("\\!", "").replace("\u2212", "-")
+    return re.sub(r"(?<=[0-9])\\,(?=[0-9]{3})", ",", text)
+
+
 def parse_numeral(text: str) -> Numeral | None:
     """None where the text is anything but one plain number."""
-    match = _NUMERAL.fullmatch(text) if len(text) <= MAX_NUMERAL else None
+    return _numeral(_NUMERAL.fullmatch(_plainly(text))) if len(text) <= MAX_NUMERAL else None
+
+
+def _numeral(match: re.Match[str] | None) -> Numeral | None:
     if match is None:
         return None
-    top, bottom = match["top"] or match["latex_top"], match["bottom"] or match["latex_bottom"]
-    if top is None:
-        value = Fraction(f"{(match['whole'] or '0').replace(',', '')}.{match['part'] or match['only'] or '0'}")
-        finished = True
-    else:
+    sign = -1 if match["sign"] == "-" else 1
+    top = match["top"] or match["latex_top"] or match["bare_top"]
+    if top is not None:
+        bottom = match["bottom"] or match["latex_bottom"] or match["bare_bottom"]
         numerator, denominator = int(top.replace(",", "")), int(bottom.replace(",", ""))
         if denominator == 0:
             return None
-        value = Fraction(numerator, denominator)
-        finished = value.denominator == denominator > 1
-    return Numeral(-value if match["sign"] == "-" else value, finished)
+        value = sign * Fraction(numerator, denominator)
+        return Numeral(value, value.denominator == denominator > 1)
+    if match["digits"]:
+        return Numeral(sign * Fraction(f"{match['digits']}e{match['power']}"), True)
+    if match["base"]:
+        base, exponent = int(match["base"].replace(",", "")), int(match["exponent"] or match["bare_exponent"])
+        if exponent < 2 or base.bit_length() * exponent > MAX_POWER:
+            return None
+        return Numeral(Fraction(sign * base**exponent), False, True)
+    plain = f"{(match['whole'] or '0').replace(',', '')}.{match['part'] or match['only'] or '0'}"
+    return Numeral(sign * Fraction(plain), True)
 
 
 def parse_quantity(text: str, unit: str) -> Fraction | None:
-    """A number, also in scientific notation, alone or before `unit`; None for anything else.
+    """A number, also in scientific notation, alone or with `unit`; None for anything else.
 
     The unit may stand in \\text or \\mathrm; it is not converted.
     """
-    if len(text) > 2 * MAX_NUMERAL:
+    if len(text) > MAX_NUMERAL:
         return None
-    value, rests = None, [text]
-    if match := _SCIENTIFIC.match(text):
-        value, rests = Fraction(f"{match['digits']}e{match['power']}"), [text[match.end() :]]
-    elif match := _NUMERAL.match(text):
-        number = parse_numeral(match[0])
-        value = number.value if number and number.finished else None
-        rests = [text[match.end() :], (match["mark"] or "") + text[match.end() :]]  # of °C the sign is half
-    accepted = {"", _UNIT_DRESS.sub("", unit)}
-    return value if any(_UNIT_DRESS.sub("", rest) in accepted for rest in rests) else None
+    text = re.sub(r"^\$([^$]+)\$", r"\1", _plainly(text))  # a number between dollars, before its unit
+    before = _CURRENCY.match(text)
+    if before:
+        text = before[1] + text[before.end() :]
+    match = _NUMERAL.match(text)
+    number = _numeral(match)
+    if match is None or number is None or not number.finished:
+        return None
+    given = unit_form((before[2] if before else "") + text[match.end() :])
+    return number.value if given in ("", unit_form(unit)) else None
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    """An answer without its unit, and the unit in the form in which units are compared; "" for none."""
+    if before := _CURRENCY.match(text):
+        return before[1] + text[before.end() :], unit_form(before[2])
+    tail = _TAIL.search(text)
+    if not tail or not tail.start() or _UNFINISHED.search(text[: tail.start()]):
+        return text, ""
+    return text[: tail.start()].strip(), unit_form(tail[0])
+
+
+def unit_form(unit: str) -> str:
+    """cm^2 and \\text{ cm}^2, degrees and ^\\circ have one form; m s and ms have two."""
+    unit = re.sub(r"\\(?:text|mbox|mathrm|textrm|textnormal|rm)(?![a-zA-Z])", " ", unit)
+    unit = re.sub(r"\^ ?(?:\{ ?\\circ ?\}|\\circ)|\\degree", "°", unit).replace("²", "^2").replace("³", "^3")
+    unit = re.sub(r"\\cdot|\\[,;:! ]|[\s~·*]+", "·", re.sub(r"\\([%$])", r"\1", unit))
+    unit = re.sub(r"·*([/^()°])·*", r"\1", re.sub("[{}]|··+", lambda m: "·" if m[0][0] == "·" else "", unit))
+    unit = unit.strip("·.")
+    if re.fullmatch("[A-Za-z]{4,}", unit):
+        unit = unit.lower().removesuffix("s")
+    return _SAME_UNIT.get(unit.lower() if len(unit) > 1 else unit, unit)
+
+
+def unit_fits(given: str, gold: str, question: str) -> bool:
+    """Whether an answer may carry a unit: none, that of the gold answer, or one that the question names."""
+    if given in ("", gold):
+        return True
+    pattern = _NAMED.get(given) or rf"(?<![A-Za-z]){re.escape(given.replace('·', ' '))}(?:s|es)?(?![A-Za-z^²³])"
+    return not gold and re.search(pattern, question, re.IGNORECASE) is not None
+
+
+def no_value(text: str, *more: str) -> bool:
+    """Whether a gold answer is what programs write where they have no value: NO_VALUE, or one of `more`."""
+    words = _WORDS.fullmatch(text.strip())
+    plain = words["inner"] or words["bare"] if words else re.sub(r"\\(?:text|mbox|mathrm) ?\{(.*)\}", r"\1", text)
+    return " ".join(plain.lower().split()).lstrip("+-").strip(" .") in NO_VALUE.union(more)
