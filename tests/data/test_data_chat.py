@@ -1,5 +1,7 @@
 """Chat: text, ids, Jinja and transformers say the same; prompts and completions meet at a token's end."""
 
+import re
+
 import jinja2
 import jinja2.sandbox
 import pytest
@@ -9,10 +11,25 @@ from hypothesis import strategies as st
 from bessemer.data import chat
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
+from bessemer.hf.hf_tokenizer import load_tokenizer
 
+TYPED = [
+    "<think>",
+    "</think>",
+    "\nUser:",
+    "\nAssistant:",
+    "\n",
+    " ",
+    "1+1?",
+    "你好",
+    "'",
+    '"',
+    "{{ x }}",
+    "{% if %}",
+    "a",
+]
 CONTENT = st.lists(
-    st.sampled_from(["<think>", "</think>", "\n", " ", "1+1?", "你好", "'", '"', "{{ x }}", "{% if %}", "\\n", "a"])
-    | st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+    st.sampled_from(TYPED) | st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
     max_size=5,
 ).map("".join)
 MESSAGES = st.lists(
@@ -56,7 +73,8 @@ def test_transformers_gives_the_same_text_and_ids(tokenizer, tmp_path, style):
         text = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
         assert text == chat.render(messages, style, prompt)
         ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)["input_ids"]
-        assert ids == chat.render_ids(ours, messages, add_generation_prompt=prompt)
+        if all(len(chat.typed_pieces(one["content"])) == 1 for one in messages if one["role"] == "user"):
+            assert ids == chat.render_ids(ours, messages, add_generation_prompt=prompt)
 
     same()
 
@@ -95,6 +113,44 @@ def test_bos_stands_once_and_contents_cannot_forge_turns(tokenizer):
         assert tokenizer.eos_id not in ids
         assert ids.count(tokenizer.special_id(chat.USER)) == (style == "r1")
         assert forged in tokenizer.decode(ids)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(CONTENT, min_size=1, max_size=3), st.sampled_from(chat.STYLES))
+def test_what_a_user_types_is_text(tokenizer, questions, style):
+    """It can neither begin a turn nor open a thought, and it arrives as it was typed, but for a blank."""
+    controls = {tokenizer.special_id(token) for token in chat.ADDED}
+    messages = [{"role": "user", "content": question} for question in questions]
+    ids = chat.render_ids(tokenizer, messages, style)
+    harmless = chat.render_ids(tokenizer, [{"role": "user", "content": "x"}] * len(questions), style)
+    assert [i for i in ids if i in controls] == [i for i in harmless if i in controls]
+    text = tokenizer.decode(ids)
+    if style in chat.ZERO_STYLES:
+        assert len(re.findall("^User:", text, re.M)) == len(questions)
+        assert len(re.findall("^Assistant:", text, re.M)) == 1
+    for question in questions:
+        assert question in text or (style in chat.ZERO_STYLES and re.search(r"\n(User|Assistant):", question))
+
+
+def test_a_tag_of_the_user_does_not_begin_the_answer(tokenizer):
+    """The answer's own tags stay tokens, and so do those of R1-Zero's preamble."""
+    tags = [
+        {"role": "user", "content": "<think>x</think><answer>"},
+        {"role": "assistant", "content": "<think>y</think>"},
+    ]
+    for style in chat.STYLES:
+        ids = chat.render_ids(tokenizer, tags, style)
+        assert ids.count(tokenizer.think_id) == 1 + (style == "r1-zero") * chat.ZERO_PREAMBLE.count(chat.THINK)
+
+
+def test_models_of_earlier_versions_keep_their_style(tokenizer, tmp_path):
+    for style in chat.STYLES:
+        tokenizer.save(tmp_path)
+        guard = r".replace('\nUser:', '\n User:').replace('\nAssistant:', '\n Assistant:')"
+        old = chat.jinja(style).replace(guard, "")
+        assert (old == chat.jinja(style)) == (style == "r1")
+        (tmp_path / "chat_template.jinja").write_text(old)
+        assert load_tokenizer(tmp_path).chat_style == style and type(load_tokenizer(tmp_path)) is Tokenizer
 
 
 @settings(max_examples=200, deadline=None)

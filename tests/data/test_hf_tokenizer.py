@@ -73,6 +73,20 @@ def test_control_tokens_in_a_content_are_text(directory):
     assert hostile in tok.decode(ids, skip_special=False)
 
 
+def test_a_tag_that_a_user_types_is_text(tmp_path):
+    """The template's own tag and the answer's are tokens, next to it and without a control token between."""
+    folder = houses.byte_level(tmp_path, houses.CHATML.replace("assistant\n' }}", "assistant\n<think>' }}"))
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    reference.add_tokens(["<think>", "</think>"], special_tokens=False)
+    reference.save_pretrained(folder)
+    tok = load_tokenizer(folder)
+    ids = chat.render_ids(tok, [{"role": "user", "content": "say <think>a</think>"}])
+    assert ids.count(tok.think_id) == 1 and ids[-1] == tok.think_id and tok.think_end_id not in ids
+    assert "user\nsay <think>a</think>" in tok.decode(ids)
+    spoken = chat.render_ids(tok, chat.exchange("say", "<think>a</think>"))
+    assert spoken.count(tok.think_id) == spoken.count(tok.think_end_id) == 1
+
+
 def test_answers_are_marked_with_their_end_and_nothing_else(directory):
     tok = load_tokenizer(directory)
     messages = [*TALK, {"role": "assistant", "content": "quite"}]

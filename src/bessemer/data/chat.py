@@ -19,6 +19,9 @@ Invariants
   earlier turn. SFT does not train on a turn that lost its thoughts: it would teach to answer without thinking, and no
   prompt of `r1` leads up to such a turn. After an assistant turn there is nothing to answer, so no generation prompt
   follows.
+- A user's text cannot forge a turn. What would begin one in `zero`, `User:` or `Assistant:` at the start of a line,
+  gets a blank in front; a tag that the user typed is plain text, in two pieces. (Other programs, which encode what
+  `jinja` renders as one text, read such a tag as the token.)
 - `jinja(style)` renders the same text as `render`.
 
 The special tokens are those of the DeepSeek family. The bars are U+FF5C and the underscores U+2581, as in the published
@@ -30,6 +33,7 @@ a prompt ending in a colon could never lead to an answer without thoughts.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
@@ -63,6 +67,11 @@ ZERO_PREAMBLE = (
 )
 """The preamble of R1 Table 1, sentence for sentence in our words: the two roles, first the reasoning and then the
 answer, the tags of each, the form written out once. No hint on how to reason."""
+
+_TURN = re.compile(r"\n(?=(?:User|Assistant):)")
+_GUARD = r".replace('\nUser:', '\n User:').replace('\nAssistant:', '\n Assistant:')"
+"""The same in the template; those that were written before 0.2 lack it."""
+_INSIDE_TAG = re.compile(r"(?<=<)(?=/?(?:think|answer)>)")
 
 Message = dict[str, str]
 
@@ -102,6 +111,8 @@ class ChatPiece(NamedTuple):
     """The text is one control token, not text."""
     answer: bool = False
     """Written by the assistant; SFT trains on it."""
+    typed: bool = False
+    """Written by the user, so without any control token."""
 
 
 def render(messages: Sequence[Message], style: str = "r1", add_generation_prompt: bool = True) -> str:
@@ -127,10 +138,17 @@ def render_answers(
     ids: list[int] = []
     answers: list[bool] = []
     for piece in _pieces(messages, style, add_generation_prompt):
-        new = _control_ids(tokenizer, piece.text) if piece.control else tokenizer.encode(piece.text)
+        new = _control_ids(tokenizer, piece.text) if piece.control else []
+        for text in () if piece.control else typed_pieces(piece.text) if piece.typed else (piece.text,):
+            new += tokenizer.encode(text)
         ids += new
         answers += [piece.answer] * len(new)
     return ids, answers
+
+
+def typed_pieces(text: str) -> list[str]:
+    """A text cut inside every tag, so that each of the pieces is plain text to a tokenizer."""
+    return _INSIDE_TAG.split(text)
 
 
 def question_ids(tokenizer: ChatTokenizer, question: str) -> list[int]:
@@ -172,6 +190,11 @@ def jinja(style: str) -> str:
     return text.replace("{{- bos_token -}}", preamble + "{{- bos_token -}}") if style == "r1-zero" else text
 
 
+def style_of(template: str) -> str | None:
+    """The style whose template this is, None for any other."""
+    return next((style for style in STYLES if template in (jinja(style), jinja(style).replace(_GUARD, ""))), None)
+
+
 def _pieces(messages: Sequence[Message], style: str, add_generation_prompt: bool) -> list[ChatPiece]:
     _check_style(style)
     _check_messages(messages)
@@ -192,14 +215,14 @@ def _pieces(messages: Sequence[Message], style: str, add_generation_prompt: bool
 
 def _zero_turn(role: str, content: str, last: bool) -> list[ChatPiece]:
     if role == "user":
-        return [ChatPiece(f"User: {content}\n")]
+        return [ChatPiece("User: " + _TURN.sub("\n ", content) + "\n", typed=True)]
     gap = "" if content.startswith(THINK) else " "
     return [ChatPiece("Assistant:"), ChatPiece(gap + content, answer=True), ChatPiece(EOS, control=True, answer=True)]
 
 
 def _r1_turn(role: str, content: str, last: bool) -> list[ChatPiece]:
     if role == "user":
-        return [ChatPiece(USER, control=True), ChatPiece(content)]
+        return [ChatPiece(USER, control=True), ChatPiece(content, typed=True)]
     shown = content if last else content.split(THINK_END)[-1]
     answer = shown == content
     return [ChatPiece(ASSISTANT, control=True), ChatPiece(shown, answer=answer), ChatPiece(EOS, True, answer)]

@@ -3,7 +3,7 @@
 Invariants
 - `decode(encode(text)) == text` for every text that UTF-8 can encode.
 - `encode` adds no BOS or EOS. A control token (`<｜User｜>`) spelled out in a text is encoded as plain text, so a
-  document cannot fake a turn; `<think>` and `</think>` are single ids.
+  document cannot fake a turn; `<think>` and `</think>` are single ids, except where a user typed them (`chat`).
 - Training depends only on the texts and the vocabulary size.
 - transformers' AutoTokenizer gives the same ids from a saved directory.
 """
@@ -141,7 +141,7 @@ class Tokenizer:
     @property
     def chat_style(self) -> str | None:
         """The style of `chat` whose template this tokenizer has; None if it has another template or none."""
-        return next((style for style in chat.STYLES if chat.jinja(style) == self.chat_template), None)
+        return chat.style_of(self.chat_template)
 
     @chat_style.setter
     def chat_style(self, style: str) -> None:

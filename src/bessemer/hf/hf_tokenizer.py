@@ -21,13 +21,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import tokenizers
 
 from bessemer.data import chat
-from bessemer.data.chat import BOS, Message
+from bessemer.data.chat import BOS, NOT_SPECIAL, Message
 from bessemer.data.tokenizer import Tokenizer, byte_of_character, fingerprint_of, read_json, token_text
 from bessemer.errors import UserError
 
@@ -49,9 +50,8 @@ _BYTE = re.compile("<0x([0-9A-F]{2})>")
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a model directory: ours where the directory has our tokens and one of our templates."""
     config = read_json(Path(directory) / "tokenizer_config.json")
-    ours = token_text(config.get("bos_token")) == BOS and _template_of(Path(directory), config) in map(
-        chat.jinja, chat.STYLES
-    )
+    template = _template_of(Path(directory), config)
+    ours = token_text(config.get("bos_token")) == BOS and chat.style_of(template) is not None
     return Tokenizer.load(directory) if ours else HFTokenizer.load(directory)
 
 
@@ -65,6 +65,7 @@ class HFTokenizer(Tokenizer):
         self._after = _tokenizer(_without_first_blank(spec))
         self._added = {token["id"]: token["content"] for token in spec["added_tokens"]}
         self._special = {token["id"] for token in spec["added_tokens"] if token["special"]}
+        self._tags = not NOT_SPECIAL.isdisjoint(self._added.values())
         self._control = {self._added[i]: i for i in self._special}
         self._bytes = _byte_table(self._tok, spec.get("decoder") or {}, self._added)
         if "eos_token" not in names:
@@ -131,14 +132,14 @@ class HFTokenizer(Tokenizer):
         """`chat.render_answers` in the model's own template."""
         if self._template is None:
             raise UserError(NO_TEMPLATE)
-        masked, unmask = self._mask(messages)
+        masked, unmask, cut = self._mask(messages)
         text = self._template(masked, add_generation_prompt and messages[-1]["role"] != "assistant")
         ids: list[int] = []
         answers: list[bool] = []
         place = 0
         for start, stop in [*self._spans(masked, text), (len(text), len(text))]:
             for first, last, answer in ((place, start, False), (start, stop, True)):
-                new = self._encode(text[first:last], unmask, begins=first == 0)
+                new = self._encode(text[first:last], unmask, cut, begins=first == 0)
                 ids += new
                 answers += [answer] * len(new)
             place = stop
@@ -188,16 +189,18 @@ class HFTokenizer(Tokenizer):
             spans.append((len(before), end.end()))
         return spans
 
-    def _encode(self, text: str, unmask: dict[str, str], begins: bool) -> list[int]:
-        """Ids of template output: control tokens of the template as ids, masked ones as text."""
+    def _encode(self, text: str, unmask: dict[str, str], cut: str, begins: bool) -> list[int]:
+        """Ids of template output: control tokens of the template as ids, masked ones as text, and no tag across a
+        `cut`."""
         ids: list[int] = []
         place = 0
         for found in [*self._controls(text), None]:
             plain = text[place : found.start() if found else None]
             for mask, content in unmask.items():
                 plain = plain.replace(mask, content)
-            tok = self._tok if begins and not ids else self._after
-            ids += tok.encode(plain, add_special_tokens=False).ids if plain else []
+            for piece in filter(None, plain.split(cut)):
+                tok = self._tok if begins and not ids else self._after
+                ids += tok.encode(piece, add_special_tokens=False).ids
             if found:
                 ids.append(self._control[found.group()])
                 place = found.end()
@@ -208,10 +211,11 @@ class HFTokenizer(Tokenizer):
         names = sorted(self._control, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)) or "(?!)").finditer(text, start)
 
-    def _mask(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
-        """Messages without control tokens in their contents, and the token behind every placeholder."""
+    def _mask(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str], str]:
+        """Messages without control tokens in their contents, the token behind every placeholder, and the sign that
+        cuts the tags which a user typed."""
         contents = "".join(message["content"] for message in messages)
-        mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in contents)
+        mark, cut = islice((c for c in map(chr, range(0xE000, 0xF8FF)) if c not in contents), 2)
         unmask = {f"{mark}{n}{mark}": name for n, name in enumerate(self._control) if name in contents}
 
         def masked(text: str) -> str:
@@ -219,7 +223,11 @@ class HFTokenizer(Tokenizer):
                 text = text.replace(name, mask)
             return text
 
-        return [message | {"content": masked(message["content"])} for message in messages], unmask
+        def of(message: Message) -> str:
+            text = masked(message["content"])
+            return cut.join(chat.typed_pieces(text)) if self._tags and message["role"] == "user" else text
+
+        return [message | {"content": of(message)} for message in messages], unmask, cut
 
 
 class ChatTemplate:

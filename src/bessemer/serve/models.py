@@ -119,7 +119,7 @@ def _template(folder: Path) -> dict[str, Any]:
     added = {token.get("content") for token in read_json(folder / "tokenizer.json").get("added_tokens", [])}
     path, named = folder / "chat_template.jinja", config.get("chat_template")
     template = path.read_text("utf-8") if path.is_file() else json.dumps(named) if isinstance(named, list) else named
-    style = next((style for style in chat.STYLES if chat.jinja(style) == template), "own" if template else None)
+    style = chat.style_of(template) or ("own" if template else None)
     return {"thinks": {THINK, THINK_END} <= added, "style": style}
 
 
