@@ -88,6 +88,7 @@ class Drafter:
         """Logits of the token after the newest one, [B, V], float32; module 1 processes all known positions."""
         self.token_BT[self._rows, self.known_B] = token_B
         self._position, self._drafting = self.base_B + self.known_B, 0
+        self._drafted_BT = self.token_BT
         return self._pass(self.hidden_BTD, self.token_BT, self.base_B, self.known_B)
 
     def next_logits(self, draft_B: Tensor) -> Tensor:
@@ -103,9 +104,9 @@ class Drafter:
         self._drafting = k
         hidden_BTD = torch.cat((self.carried[k - 1].unsqueeze(1), self._out_BTD), 1)
         self.carried[k - 1] = self._out_BTD[self._rows, self.known_B]  # true: it reads no draft
-        self._token_BT = F.pad(self.token_BT if k == 1 else self._token_BT, (0, 1))
-        self._token_BT[self._rows, self.known_B + k] = draft_B
-        return self._pass(hidden_BTD, self._token_BT, self.base_B - k, self.known_B + k)
+        self._drafted_BT = F.pad(self._drafted_BT, (0, 1))
+        self._drafted_BT[self._rows, self.known_B + k] = draft_B
+        return self._pass(hidden_BTD, self._drafted_BT, self.base_B - k, self.known_B + k)
 
     @property
     def _rows(self) -> Tensor:
