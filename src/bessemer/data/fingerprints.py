@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from bessemer.data.fetch import cache_dir, sha256_of
 from bessemer.errors import UserError
 from bessemer.workers import cores
 
+LARGE = 10 * 10**9
+"""Bytes of a file that takes long enough to say so."""
 SETTLED_NS = 2 * 10**9
 NO_VERIFY = "BESSEMER_NO_VERIFY"
 """Environment variable, set by --no-verify, so that processes started for a model skip the comparison too."""
@@ -35,6 +38,8 @@ def sha256(path: Path, fresh: bool = False) -> str:
         found = None if fresh else table.execute("SELECT key, sha256 FROM hashes WHERE path = ?", (place,)).fetchone()
         if found is not None and found[0] == key:
             return str(found[1])
+    if (size := path.stat().st_size) >= LARGE:
+        print(f"reading {path} ({size / 1e9:.0f} GB) for its SHA-256, once", file=sys.stderr, flush=True)
     started = time.time_ns()
     digest = sha256_of(path)
     stat = path.stat()

@@ -9,6 +9,7 @@ Registered sources and packages are pinned in `data/sources.toml`; "shards:" are
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -34,11 +35,11 @@ def read_by(config: StageConfig) -> Files:
     return {name: hashes for name, hashes in found.items() if hashes}
 
 
-def with_folder(recipe: Recipe) -> Recipe:
-    """The recipe as its run keeps it: with its folder if a name in it leads somewhere else from another one."""
+def with_folder(recipe: Recipe, run: Path) -> Recipe:
+    """The recipe as its run keeps it: with the way to its folder if a name in it leads elsewhere from another one."""
     names = [name.removeprefix(SHARDS) for config in recipe.stages for name in _paths(config)]
     if any(not name.startswith(PACKAGE) and not Path(name).is_absolute() for name in names):
-        return recipe
+        return recipe.model_copy(update={"folder": recipe.folder and os.path.relpath(recipe.folder, run)})
     return recipe.model_copy(update={"folder": None})
 
 

@@ -113,7 +113,7 @@ def run(
         rundir = entered.enter_context(RunDir.open(root, recipe.name))
         entered.enter_context(explained(root))
         stop = entered.enter_context(signals(together=ranks is not None))
-        rundir.record_recipe(outside.with_folder(recipe).to_toml())
+        rundir.record_recipe(outside.with_folder(recipe, root).to_toml())
         if donor is not None:
             donor.give_revisions(root)
         metrics = Metrics(root / "metrics.jsonl")
