@@ -15,6 +15,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.hf import hub
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
+from bessemer.runs.directory import write_done
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "<think>2+2=4</think> <answer>4</answer>", "盛钢水的炉子"] * 8
 CONTEXT = 4096
@@ -72,7 +73,7 @@ def make_run(root: Path) -> Path:
         model = Transformer(preset("tiny", vocab_size=tokenizer.vocab_size, **shape)).initialise(number)
         hub.save(model, folder / "model")
         tokenizer.save(folder / "model")
-        (folder / "done.json").write_text("{}")
+        write_done(folder, {"fingerprint": "", "inputs": {}}, {}, 1.0)
     (root / "03-eval").mkdir()
     rows = [
         {"model": model, "task": "countdown", "language": language, "temperature": temperature, "pass_at_1": share}
