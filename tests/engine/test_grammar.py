@@ -135,6 +135,11 @@ def test_schemas_that_cannot_be_enforced_are_named(tokenizer):
     deep = {"type": "object"}
     for _ in itertools.repeat(None, DEEPEST):
         deep = {"type": "array", "items": deep}
-    for schema, message in (({"type": "strin"}, "Invalid type"), ({"not": {}}, "Unimplemented"), (deep, "deep")):
+    for schema, message in (
+        ({"type": "strin"}, "Invalid type"),
+        ({"not": {}}, "Unimplemented"),
+        (deep, "deep"),
+        ({"enum": ["x" * 40_000]}, "longer"),
+    ):
         with pytest.raises(UserError, match=message):
             json_grammar(schema)

@@ -237,6 +237,7 @@ def test_models_and_tokens(server, engine):
     assert model.id == "r1" and model.owned_by == "bessemer" and api.models.retrieve("r1").id == "r1"
     facts = model.bessemer
     assert facts["context"] == 160 and facts["thinks"] and facts["style"] == "r1" and facts["sparse_layers"] == 2
+    assert facts["dtype"] == "float32" and server.models.rounding is None
     assert facts["parameters"] == sum(p.numel() for p in engine.model.parameters()) + 2 * facts["experts"]  # biases
     for text in ("the fox 盛", "<｜User｜>hi<｜Assistant｜><think>\n"):
         found = server.post("/tokenize", prompt=text).json()

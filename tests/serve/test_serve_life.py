@@ -17,6 +17,7 @@ from serving import error_of, in_thread, running
 
 from bessemer.engine.scheduler import Scheduler
 from bessemer.errors import UserError
+from bessemer.hf.hub import convert
 from bessemer.runs.directory import model_dir
 from bessemer.serve import ServeConfig, service
 from bessemer.serve.connections import ConnectionLimits
@@ -237,7 +238,7 @@ def run_folder(r1, zero, tmp_path_factory):
         folder.mkdir(parents=True)
         for path in source.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
-        (root / name / "done.json").write_text("{}")
+        (root / name / "done.json").write_text('{"outputs": {}}')
     (root / "03-broken" / "model" / "tokenizer.json").unlink()
     (root / "recipe.toml").write_text('name = "mine"\n')
     return root
@@ -269,11 +270,13 @@ def test_the_models_of_a_run(run_folder):
 
 
 def test_signals_end_a_server(r1):
-    """After the first the answers under way end, and new questions are refused; after the second they are cut off."""
+    """After the first the answers under way end, and new questions are refused; after the second they are cut off. The
+    process ends without a word: no traceback, and no library that reports leaks."""
     code = f"import bessemer.serve.server as s, serving; s.serve({str(r1)!r}, port=0, launch=serving.in_thread)"
     path = os.pathsep.join((os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], text=True, env=environment, **pipes)
     try:
         said = process.stdout.readline()
         assert said.startswith("bessemer: http://127.0.0.1:") and "models: r1 (default r1)" in said
@@ -291,7 +294,7 @@ def test_signals_end_a_server(r1):
             rest = [line for line in cut if line]
             assert rest[-1] == "data: [DONE]"
             assert "shutting down" in json.loads(rest[-2][6:])["error"]["message"]
-        assert process.wait(10) == 0
+        assert process.wait(30) == 0 and (process.stdout.read(), process.stderr.read()) == ("", "")
     finally:
         process.kill()
 
@@ -332,6 +335,17 @@ def test_metrics_add_up(r1):
             'bessemer_scheduler_running{model="r1"}': 0,
         }
         assert {key: float(lines[key]) for key in expect} == expect
+
+
+def test_a_server_says_where_tokens_depend_on_the_batch(r1, tmp_path):
+    convert(r1, tmp_path / "half", dtype="bfloat16")
+    models = find_models(tmp_path / "half", ServeConfig(), launch=in_thread)
+    assert models.rounding is None, "it is not loaded"
+    models.preload()
+    assert "bfloat16" in models.rounding and "float32 models keep theirs" in models.rounding
+    with running(tmp_path / "half") as server:
+        (model,) = httpx.get(server.url + "/v1/models").json()["data"]
+        assert model["bessemer"]["dtype"] == "bfloat16"
 
 
 def test_names_are_for_single_models(run_folder, r1):

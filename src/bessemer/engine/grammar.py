@@ -21,6 +21,8 @@ from bessemer.errors import UserError
 
 WHITESPACE = r"[ \n]{1,12}"
 """Between the tokens of JSON. Without a bound a weak model writes blanks until its length ends it."""
+LONGEST = 32_768
+"""Characters of a schema; compiling a longer one would keep other answers waiting."""
 DEEPEST = 64
 """Levels of a schema."""
 KEPT = 32
@@ -33,6 +35,8 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
     options = {"whitespace_pattern": WHITESPACE}
     if _depth(schema) > DEEPEST:
         raise UserError(f"the JSON schema is nested more than {DEEPEST} levels deep; flatten it")
+    if len(json.dumps(schema)) > LONGEST:
+        raise UserError(f"the JSON schema is longer than {LONGEST} characters; shorten it")
     try:
         grammar = guidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
     except ValueError as error:
@@ -60,7 +64,7 @@ class Grammars:
         if self._vocabulary is None:
             wrapped = guidance.TokenizerWrapper(_Vocabulary(self.tokenizer))
             self._vocabulary = guidance.LLTokenizer(wrapped, eos_token=list(self.tokenizer.stop_ids))
-        matcher = guidance.LLMatcher(self._vocabulary, grammar)
+        matcher = guidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise UserError(f"the grammar cannot be used: {_short(matcher.get_error())}")
         return matcher

@@ -2,8 +2,9 @@
 
 A token depends on the logits, key and position of its own sequence only, never on the rest of the batch: the uniform
 numbers come from a counter-based hash (splitmix64), and the token is the inverse of the cumulative distribution at that
-number. A sample is therefore the same alone, in a batch of 512, or after its neighbours have finished (up to the last
-bits of the logits, which depend on the shape of the matrix products).
+number. A sample is therefore the same alone, in a batch of 512, or after its neighbours have finished, up to the last
+bits of the logits, which depend on the shape of the matrix products: in float32 no token changes, in bfloat16 some do
+(bench/batch_invariance.py).
 
 Truncation follows the usual order: temperature, top-k, top-p of what top-k left, min-p. Each is a threshold on the
 probability; tokens exactly as likely as the last one kept stay too.

@@ -212,6 +212,8 @@ def _add_status(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
     def reply(facts: ModelFacts) -> protocol.ModelReply:
         known = {name: getattr(facts, name) for name in protocol.ModelDetails.model_fields if hasattr(facts, name)}
         default, loaded = facts is models.default, facts.name in models.loaded
+        if loaded:
+            known["dtype"] = models.loaded[facts.name].facts.dtype
         details = protocol.ModelDetails(stage=facts.name, default=default, loaded=loaded, **known)
         return protocol.ModelReply(id=facts.name, created=facts.created, bessemer=details)
 

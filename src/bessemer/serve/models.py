@@ -72,6 +72,8 @@ class ModelFacts:
     """Layers with routed experts, whose choices can be reported."""
     experts: int = 0
     experts_per_token: int = 0
+    dtype: str | None = None
+    """Number format of its arithmetic; None until it is loaded."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """Sampling defaults of its generation_config.json."""
     end_ids: tuple[int, ...] = ()
@@ -242,6 +244,17 @@ class Models:
         await asyncio.gather(*(model.service.stop() for model in self.loaded.values()))
         self.loaded.clear()
 
+    @property
+    def rounding(self) -> str | None:
+        """A warning, where a loaded model's tokens depend on the batch."""
+        coarse = {m.facts.dtype for m in self.loaded.values()} - {"float32", None}
+        if not coarse:
+            return None
+        return (
+            f"the model computes in {' and '.join(sorted(map(str, coarse)))}: the same seed may give other tokens in "
+            "another batch; float32 models keep theirs"
+        )
+
     def abort(self, message: str) -> None:
         """Ends every unfinished answer with an error."""
         for model in self.loaded.values():
@@ -286,7 +299,7 @@ class Models:
         service = Service(facts.folder, self.config, self.launch)
         ends = dict.fromkeys((*tokenizer.stop_ids, *facts.end_ids))
         known = tuple(i for i in ends if i < tokenizer.vocab_size)
-        facts = replace(facts, context=service.facts.context)
+        facts = replace(facts, context=service.facts.context, dtype=service.facts.dtype)
         return LoadedModel(facts, service, tokenizer, Vocabulary(tokenizer), known)
 
     async def _make_room(self, name: str) -> None:

@@ -332,6 +332,9 @@ class ModelDetails(BaseModel):
     sparse_layers: int
     experts: int
     experts_per_token: int
+    dtype: str | None
+    """Number format of the arithmetic; null until the model is loaded. The same seed and prompt give the same tokens in
+    any batch in float32 alone: coarser formats round by the shape of the batch, and near-equal tokens change places."""
     sampling: dict[str, Any]
     practice: Practice
 

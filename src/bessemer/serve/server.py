@@ -72,10 +72,15 @@ def serve(
         address = f"[{host}]" if ":" in host else host
         names = f"models: {', '.join(models.offers)} (default {models.default.name})"
         print(f"bessemer: http://{address}:{bound.getsockname()[1]}  {names}; Ctrl-C stops", flush=True)
+        if models.rounding:
+            print(models.rounding, flush=True)
         _raise_open_file_limit()
         server = Server(models, ConnectionLimits(), drain_seconds)
         gc.freeze()  # these objects stay; searching them for garbage again and again would cost 0.1 s each time
-        server.run(sockets=[bound])
+        try:
+            server.run(sockets=[bound])
+        finally:
+            gc.unfreeze()  # else Python cannot free them at its end, and libraries in C++ report them as leaks
 
 
 class Server(uvicorn.Server):

@@ -75,6 +75,8 @@ class WorkerFacts(NamedTuple):
     """Tokens of prompt and answer together."""
     vocabulary: int
     """Ids that may occur in a prompt."""
+    dtype: str
+    """Number format of the arithmetic, such as float32."""
 
 
 class Scored(NamedTuple):
@@ -121,9 +123,11 @@ def work(connection: Connection, folder: Path, config: ServeConfig) -> None:
         connection.send((REFUSED, 0, str(error)))
         return
     gc.freeze()  # the model stays: searching it for garbage is a waste
-    connection.send((READY, WorkerFacts(engine.model.cfg.max_seq_len, engine.model.cfg.vocab_size)))
+    dtype = str(engine.model.embed.weight.dtype).removeprefix("torch.")
+    connection.send((READY, WorkerFacts(engine.model.cfg.max_seq_len, engine.model.cfg.vocab_size, dtype)))
     with suppress(OSError):  # the server has gone
         worker.run()
+    gc.unfreeze()  # as in `serve`
 
 
 class ModelWorker:
