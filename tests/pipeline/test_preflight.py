@@ -156,6 +156,67 @@ def test_a_file_of_the_wrong_kind_is_named_with_its_line_and_the_fields(folder, 
     assert any(one.faults for one in examine(folder).values())
 
 
+CORPUS = """
+name = "text"
+[[stage]]
+kind = "corpus"
+parts = {{ mine = "{folder}/{file}" }}
+limits = {limits}
+vocab_sample = 10000
+[[stage]]
+kind = "pretrain"
+tokens = "1K"
+lr = 1e-3
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "fault"),
+    [
+        ("gone.txt", None, "there is no file or directory .*gone.txt"),
+        ("a.jsonl", '{"text": "one"}\n{"txt": "two"}\n', "a.jsonl:2: needs text"),
+        ("empty.txt", "\n\n", "empty.txt holds no document"),
+        ("a.csv", "text\none\n", "must end in .jsonl"),
+    ],
+)
+def test_a_corpus_is_read_before_the_run(tmp_path, file, text, fault):
+    if text is not None:
+        (tmp_path / file).write_text(text)
+    chain = Recipe.parse(CORPUS.format(folder=tmp_path, file=file, limits="{}"))
+    with pytest.raises(UserError, match=f'^stage "corpus": parts.mine: .*{fault}'):
+        runner.run(chain, tmp_path / "out")
+    assert not (tmp_path / "out" / "01-corpus").exists()
+
+
+def test_of_a_corpus_no_more_is_read_than_the_run_will(tmp_path):
+    """A limit ends before the broken record, so it is no fault; the hub is not asked, its address is read."""
+    texts = [json.dumps({"text": "a" * 2000})] * 20
+    (tmp_path / "a.jsonl").write_text("\n".join([*texts, "{}"]) + "\n")
+
+    def faults(text):
+        chain = Recipe.parse(text)
+        return [fault for one in preflight.examine(chain, tmp_path, chain.names()) for fault in one.faults]
+
+    assert not faults(CORPUS.format(folder=tmp_path, file="a.jsonl", limits='{ mine = "40K" }'))
+    assert "a.jsonl:21" in str(faults(CORPUS.format(folder=tmp_path, file="a.jsonl", limits="{}")))
+    hub = CORPUS.replace("{folder}/{file}", "hf://{file}")
+    assert "parts.mine: 'hf://owner' must read hf://owner/name" in str(faults(hub.format(file="owner", limits="{}")))
+
+
+def test_one_fault_of_two_stages_is_one_line(folder):
+    (folder / "others.jsonl").write_text("{}\n")
+    with pytest.raises(UserError) as raised:
+        preflight.check(recipe(folder), folder, ["collect", "dev"])
+    said = str(raised.value).splitlines()
+    assert [line.partition(": ")[2].partition(":")[0] for line in said] == ["others_data", "data"]
+    gone = recipe(folder, 'collect.tasks=["jsonl:gone"]', 'r1.tasks=["jsonl:gone"]')
+    with pytest.raises(UserError, match=r'^stages "collect", "r1": tasks: .*no file or directory') as raised:
+        preflight.check(gone, folder, ["collect", "r1"])
+    assert str(raised.value).count("no file or directory") == 1
+    with pytest.raises(UserError, match=r'^stage "collect": tasks: .*no file or directory'):
+        runner.run(gone, folder / "out")
+
+
 def test_every_fault_at_once_from_the_command_line(folder, monkeypatch, capsys):
     path = folder / "chain.toml"
     path.write_text(RECIPE.replace("{folder}", str(folder)))

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -208,7 +209,9 @@ def hub_address(spec: str) -> str:
     return HUB + "/".join(spec.removeprefix(HUB).partition("#")[0].split("/")[:2])
 
 
-def _hub(spec: str) -> Any:
+def check_hub(spec: str) -> tuple[list[str], str]:
+    """([owner, name, perhaps config], split) of a data set; UserError for another form, or without the library that
+    reads it. The hub is not asked."""
     address, _, split = spec.removeprefix(HUB).partition("#")
     parts = address.split("/")
     if len(parts) not in (2, 3) or not all(parts):
@@ -216,11 +219,16 @@ def _hub(spec: str) -> Any:
             f"{spec!r} must read hf://owner/name, or hf://owner/name/config, with an optional @REVISION behind the "
             "name and an optional #split"
         )
-    try:
-        import datasets  # an extra, not a dependency
-        from huggingface_hub import HfApi
-    except ImportError:
-        raise UserError(f"{spec} needs the datasets library: pip install 'bessemer[hf]'") from None
+    if find_spec("datasets") is None:  # an extra, not a dependency
+        raise UserError(f"{spec} needs the datasets library: pip install 'bessemer[hf]'")
+    return parts, split
+
+
+def _hub(spec: str) -> Any:
+    parts, split = check_hub(spec)
+    import datasets
+    from huggingface_hub import HfApi
+
     name, _, revision = "/".join(parts[:2]).partition("@")
     commit = places.pin(hub_address(spec), lambda: str(HfApi().dataset_info(name, revision=revision or None).sha))
     pinned = {"revision": commit or revision} if commit or revision else {}

@@ -25,7 +25,7 @@ from importlib import resources
 from pathlib import Path
 
 from bessemer.config.places import located, looked_in
-from bessemer.data.documents import HUB, SUFFIXES, Document, read_files, read_hub
+from bessemer.data.documents import HUB, SUFFIXES, Document, check_hub, read_files, read_hub
 from bessemer.data.fetch import Package, fetch
 from bessemer.errors import UserError
 
@@ -77,6 +77,31 @@ def documents(spec: str | Path, cache: str | Path | None = None, domain: str = "
     if (path := located(name)).exists():
         return read_files(path, domain)
     raise UserError(_unknown(name))
+
+
+READ_BYTES, READ_DOCUMENTS = 1 << 26, 1000
+"""Files up to so many bytes are checked to their end, of larger ones so many documents."""
+
+
+def check(spec: str, characters: int | None = None) -> str | None:
+    """What a source of text holds, before it is needed and without a download; UserError for one that cannot be read.
+    `characters`: how much of it will be read at least, and no record beyond is a fault."""
+    if spec.startswith(HUB):
+        check_hub(spec)
+        return None
+    if spec in SOURCES:
+        return None
+    found = documents(spec)  # UserError for a path that leads nowhere
+    path, number, size = located(spec), 0, 0
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    whole = sum(file.stat().st_size for file in files) <= READ_BYTES
+    for number, document in enumerate(found, start=1):
+        size += len(document.text)
+        if (characters is not None and size >= characters) or (number == READ_DOCUMENTS and not whole):
+            return f"{spec}: its first {number:,} documents"
+    if not number:
+        raise UserError(f"{spec} holds no document")
+    return f"{spec}: {number:,} documents"
 
 
 def _read_package(source: TextSource, cache: str | Path | None) -> Iterator[Document]:

@@ -42,8 +42,44 @@ def examine(recipe: Recipe, cache: Path, names: Collection[str]) -> list[Examine
 
 def check(recipe: Recipe, cache: Path, names: Collection[str]) -> None:
     """UserError with every fault of the stages `names`."""
-    if faults := [fault for one in examine(recipe, cache, names) for fault in one.faults]:
-        raise UserError("\n".join(dict.fromkeys(faults)))
+    stages = defaultdict[str, list[str]](list)
+    for one in examine(recipe, cache, names):
+        for fault in one.faults:
+            stages[fault.removeprefix(_where(one.name))].append(one.name)
+    if stages:
+        named = (fault if _named(fault) else _where(*names) + fault for fault, names in stages.items())
+        raise UserError("\n".join(named))
+
+
+def resolve(config: StageConfig, recipe: Recipe, cache: Path) -> dict[str, Any]:
+    """`Stage.resolve`; where it fails, UserError with every fault of the stage."""
+    try:
+        return find_kind(config.kind)().resolve(config, recipe)
+    except UserError:
+        check(recipe, cache, [config.name])
+        raise
+
+
+def _named(fault: str) -> bool:
+    """Whether a message names its stage, and so its key."""
+    return fault.startswith('stage "')
+
+
+def _where(*names: str) -> str:
+    """How the message about stages begins."""
+    return f"stage{'s' if len(names) > 1 else ''} " + ", ".join(f'"{name}"' for name in names) + ": "
+
+
+def of_key(key: str, probe: Probe) -> Probe:
+    """The probe of what a key names: its UserErrors begin with the key."""
+
+    def named() -> str | None:
+        try:
+            return probe()
+        except UserError as fault:
+            raise fault if _named(str(fault)) else UserError(f"{key}: {fault}") from fault
+
+    return named
 
 
 def _examine(config: StageConfig, recipe: Recipe, cache: Path) -> Examined:
@@ -58,7 +94,8 @@ def _examine(config: StageConfig, recipe: Recipe, cache: Path) -> Examined:
             examined.found += filter(None, [probe()])
         except UserError as fault:
             faults[str(fault)] = None
-    examined.faults = list(faults)
+    # resolve may have met the same without knowing the key
+    examined.faults = [one for one in faults if not any(other.endswith(f": {one}") for other in faults)]
     return examined
 
 
@@ -69,13 +106,13 @@ def describe(stages: list[Examined]) -> str:
         lines += [f"{number:>2} {one.name}" + (f" ({one.kind})" if one.kind != one.name else "")]
         lines += [f"     {line}" for line in one.found]
         for fault in one.faults:
-            faults[fault.removeprefix(f'stage "{one.name}": ')].append(one.name)
+            faults[fault.removeprefix(_where(one.name))].append(one.name)
     listed = [f"{', '.join(names)}: {fault}" for fault, names in faults.items()]
     return "\n".join([*lines, "", *(["missing, or does not fit:", *listed] if listed else ["no fault found"])])
 
 
-def task_probes(names: Collection[str], asked: float) -> Iterator[Probe]:
-    """Of the tasks a stage trains on, which ask `asked` problems in all."""
+def task_probes(names: Collection[str], asked: float, key: str = "tasks") -> Iterator[Probe]:
+    """Of the tasks a stage trains on, the names under `key`, which ask `asked` problems in all."""
     for name in dict.fromkeys(names):
 
         def probe(name: str = name) -> str | None:
@@ -87,7 +124,7 @@ def task_probes(names: Collection[str], asked: float) -> Iterator[Probe]:
                 return None
             return f"{name}: {size:,} problems, {share:,.0f} asked for, each {share / size:.3g} times"
 
-        yield probe
+        yield of_key(key, probe)
 
 
 def context_of(recipe: Recipe, name: str | None) -> int | None:

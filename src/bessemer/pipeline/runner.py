@@ -107,7 +107,7 @@ def run(
     with ExitStack() as entered:
         entered.enter_context(places.of_recipe(recipe.folder, root / REVISIONS))
         kinds = {config.name: find_kind(config.kind)() for config in recipe.stages}
-        derived = {config.name: kinds[config.name].resolve(config, recipe) for config in recipe.stages}
+        derived = {config.name: preflight.resolve(config, recipe, cache_dir(cache)) for config in recipe.stages}
         estimates = {config.name: kinds[config.name].estimate(config, recipe) for config in recipe.stages}
         progress = progress or RunProgress(estimates, until=until)
         rundir = entered.enter_context(RunDir.open(root, recipe.name))

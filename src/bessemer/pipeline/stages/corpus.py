@@ -9,6 +9,7 @@ train split only; or from pages that hide sentences in the training documents of
 import itertools
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.eval.long_context import NEEDLE, needle
 from bessemer.hf.hf_tokenizer import load_tokenizer
-from bessemer.pipeline.stage import Stage, find_kind, register
+from bessemer.pipeline import preflight
+from bessemer.pipeline.stage import Probe, Stage, find_kind, register
 from bessemer.runs.context import StageContext
 from bessemer.tasks.needle import Needle
 from bessemer.train.setup import model_config
@@ -68,6 +70,14 @@ class Corpus(Stage[CorpusConfig]):
                 knobs: dict[str, Any] = config.mix[source]
                 Needle({}, **knobs)  # checks them
         return {"vocab_size": model_config(recipe).vocab_size} | _built(config)
+
+    def probes(self, config: CorpusConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
+        for part, spec in config.parts.items():
+            if not spec.startswith((TASK, SHARDS)):
+                limit = None if spec.startswith(NEEDLE) else config.limits.get(part)
+                sample = 0 if config.tokenizer else config.vocab_sample
+                least = None if limit is None else max(limit // 4, sample)  # a character is four tokens at most
+                yield preflight.of_key(f"parts.{part}", partial(sources.check, spec.removeprefix(NEEDLE), least))
 
     def estimate(self, config: CorpusConfig, recipe: Recipe) -> float:
         return 60.0

@@ -48,7 +48,7 @@ class Eval(Stage[EvalConfig]):
     def probes(self, config: EvalConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
         yield from preflight.length_probes(config, recipe, config.models, "max_new_tokens", config.max_new_tokens)
         for name in config.tasks:
-            yield partial(_evaluated, config, recipe, name)
+            yield preflight.of_key("tasks", partial(_evaluated, config, recipe, name))
 
     def estimate(self, config: EvalConfig, recipe: Recipe) -> float:
         problems = n_problems(config)

@@ -196,6 +196,11 @@ class Feed:
 
         self.heldout = opened(row_length, "heldout")
         self.row_length = next(iter(self.heldout.values())).row_length
+        if bare := [name for name, rows in self.heldout.items() if not rows.n_rows]:
+            ctx.say(
+                f"no document of {', '.join(bare)} is held out, so its loss is not measured; for few, long documents "
+                "raise heldout in the corpus stage"
+            )
         self.scale = row_scale(config, self.row_length)
 
         def rows_of_step(tokens: int) -> int:

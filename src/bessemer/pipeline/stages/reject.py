@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from bessemer.config.data import RejectConfig
 from bessemer.config.recipe import Recipe
 from bessemer.data import sft_rows, sources
 from bessemer.data.chat import Message, exchange, question_ids
-from bessemer.data.documents import Document
+from bessemer.data.documents import HUB, Document
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight
@@ -83,6 +84,8 @@ class Reject(Stage[RejectConfig]):
         yield from preflight.length_probes(config, recipe, [config.source], "max_new_tokens", config.max_new_tokens)
 
         def others() -> str:
+            if any(spec.startswith(HUB) for spec in config.others_data):
+                return ", ".join(config.others_data)  # not downloaded to be counted
             available = sft_rows.count(_conversations(config, cache))
             if available < config.others:
                 raise UserError(
@@ -91,8 +94,11 @@ class Reject(Stage[RejectConfig]):
                 )
             return f"{', '.join(config.others_data)}: {available:,} conversations, {config.others:,} asked for"
 
+        for spec in config.others_data:
+            if spec.startswith(HUB):
+                yield preflight.of_key("others_data", partial(sources.check, spec))
         if config.others_data:
-            yield others
+            yield preflight.of_key("others_data", others)
 
     def exports_conversations(self, config: RejectConfig) -> bool:
         return True

@@ -91,8 +91,8 @@ class RewardModelling(Stage[RewardModelConfig]):
         yield from preflight.length_probes(config, recipe, [config.source], "row_length", config.row_length)
         if config.judge is not None:
             yield from preflight.task_probes(config.tasks, config.made)
-        for name in [*config.data, *config.heldout_data]:
-            yield partial(_counted, config, name)
+        for key, names in (("data", config.data), ("heldout_data", config.heldout_data)):
+            yield from (preflight.of_key(key, partial(_counted, config, name)) for name in names)
 
     def estimate(self, config: RewardModelConfig, recipe: Recipe) -> float:
         sampled = setup.decode_seconds(recipe, config.made * config.samples * config.max_new_tokens)

@@ -81,7 +81,7 @@ class RL(Stage[RLConfig]):
         asked = config.rollouts * config.prompts_per_rollout
         general = max(0, config.rollouts - config.general_from) * config.general_prompts
         yield from preflight.task_probes(config.tasks, asked - general)
-        yield from preflight.task_probes(config.general_tasks, general)
+        yield from preflight.task_probes(config.general_tasks, general, "general_tasks")
         longest = max(config.max_new_tokens.values)
         yield from preflight.length_probes(config, recipe, [config.source], "max_new_tokens", longest)
 

@@ -78,11 +78,13 @@ class SFT(Stage[SFTConfig]):
     def probes(self, config: SFTConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
         yield from preflight.length_probes(config, recipe, [config.source], "row_length", config.row_length)
 
-        def conversations(spec: str) -> str:
+        def conversations(spec: str) -> str | None:
+            if spec.startswith(HUB):
+                return sources.check(spec)  # not downloaded to be counted
             return f"{spec}: {sft_rows.count(sources.documents(spec, cache, domain=spec)):,} conversations"
 
         for spec in config.data:
-            yield partial(conversations, spec)
+            yield preflight.of_key("data", partial(conversations, spec))
 
     def training_data(self, config: SFTConfig, recipe: Recipe, folder: Path, cache: Path) -> Iterator[str]:
         """The conversations of `data`; earlier stages report their own."""
