@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bessemer.data.chat import ADDED, THINK_END
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.hf import hub
 from bessemer.model.config import preset
@@ -37,7 +38,7 @@ max_new_tokens = [["0", 100], ["9", "1.1K"]]
 kind = "rl"
 name = "r1"
 from = "zero"
-tasks = ["words"]
+tasks = ["arithmetic"]
 [[stage]]
 kind = "eval"
 models = ["zero", "r1"]
@@ -148,11 +149,13 @@ class Chat:
         """From now on `window.seen` collects every pair of phase and thought (open, folded) that is shown."""
         self.page.evaluate(WATCH)
 
-    def endless(self) -> None:
-        """Answers go on past their end, as noise that happens to end early would tell nothing."""
+    def endless(self, thinking: bool = False) -> None:
+        """Answers go on past their end, as noise that happens to end early would tell nothing; `thinking`: so do their
+        thoughts."""
+        more = {"ignore_eos": True} | ({"logit_bias": {str(ADDED.index(THINK_END)): -100}} if thinking else {})
 
         def go_on(route):
-            route.continue_(post_data=json.dumps(route.request.post_data_json | {"ignore_eos": True}))
+            route.continue_(post_data=json.dumps(route.request.post_data_json | more))
 
         self.page.route("**/v1/chat/completions", go_on)
 

@@ -25,7 +25,7 @@ def test_a_models_training_is_told(run_server):
         ("arithmetic", False),
     ]
     assert told["zero"]["skills"][0]["solved"] == {"en": 0.42, "zh": 0.39} and told["zero"]["temperature"] == 0.6
-    assert [skill["task"] for skill in told["r1"]["skills"]] == ["words", "countdown", "arithmetic"]
+    assert [skill["task"] for skill in told["r1"]["skills"]] == ["arithmetic", "countdown"]
     assert told["zero"]["trained_length"] == told["r1"]["trained_length"] == 1100
 
 
@@ -54,20 +54,24 @@ def test_sources_by_the_records_and_what_is_no_practice(tmp_path):
 
 
 def test_problems_are_held_out_and_judged_by_their_task(run_server):
-    shown = httpx.get(run_server.url + "/v1/problems", params={"model": "zero"}).json()["data"]
-    assert [(p["task"], p["language"]) for p in shown] == [
-        (task, language) for task in ("countdown", "arithmetic") for language in ("en", "zh") for _ in range(3)
-    ]
-    for problem in shown:
+    """Of the tasks that the model practised; zero has only read about arithmetic, and its answers can be judged."""
+    shown = {
+        model: httpx.get(run_server.url + "/v1/problems", params={"model": model}).json()["data"]
+        for model in ("zero", "r1")
+    }
+    for model, asked_tasks in (("zero", ["countdown"]), ("r1", ["arithmetic", "countdown"])):
+        groups = [(task, language) for task in asked_tasks for language in ("en", "zh")]
+        assert [(p["task"], p["language"]) for p in shown[model]] == [group for group in groups for _ in range(4)]
+    for problem in shown["r1"]:
         task = tasks.get(problem["task"])
         real = task.problem("test", problem["number"], language=problem["language"])
         assert real.prompt == problem["prompt"]
         if problem["task"] == "arithmetic":
-            asked = {key: problem[key] for key in ("task", "language", "number")} | {"model": "zero"}
+            asked = {key: problem[key] for key in ("task", "language", "number")}
             value = eval(re.search(r"[-\d+*]+", problem["prompt"])[0])
-            for given, reason in ((value, "correct"), (value + 1, "wrong-value")):
+            for model, given, reason in (("r1", value, "correct"), ("zero", value + 1, "wrong-value")):
                 answer = f"<think>so</think> <answer>{given}</answer>"
-                verdict = run_server.post("/v1/verdict", **asked, answer=answer).json()
+                verdict = run_server.post("/v1/verdict", model=model, **asked, answer=answer).json()
                 assert (verdict["correct"], verdict["reason"]) == (given == value, reason), problem
     assert httpx.get(run_server.url + "/v1/problems?model=nobody").status_code == 404
 

@@ -21,7 +21,7 @@ from bessemer.errors import UserError
 from bessemer.serve.models import ModelFacts, Models
 from bessemer.serve.protocol import AnswerToJudge, invalid
 
-PER_GROUP = 3
+PER_GROUP = 4
 """Problems of each task and language."""
 DRAWN = 24
 """Of so many, those in the middle of the easier half are offered."""
@@ -72,9 +72,11 @@ def add_problems(app: FastAPI, models: Models) -> None:
 
 
 def offered(facts: ModelFacts) -> list[OfferedProblem]:
-    """At most GROUPS groups of PER_GROUP problems, task by task and language by language."""
+    """At most GROUPS groups of PER_GROUP problems, task by task and language by language. Tasks that a model has only
+    read about are asked of one that practised none."""
     groups: list[list[OfferedProblem]] = []
-    for skill in facts.practice.skills:
+    known = facts.practice.skills
+    for skill in [skill for skill in known if skill.practised] or known:
         task = _checkable(skill.task)
         groups += [_some(skill.task, language) for language in task.languages] if task else []
         if len(groups) >= GROUPS:

@@ -16,8 +16,12 @@ const FAULTS = {
   "wrong-value": "another value",
   "wrong-numbers": "other numbers",
   unparsable: "no answer to read",
+  "no-answer": "no answer to read",
+  empty: "no answer to read",
+  "in-thoughts": "the answer is in its thought",
+  unclosed: "unfinished",
   unfinished: "unfinished",
-  several: "several answers",
+  "several-answers": "several answers",
   echo: "it repeats the question",
 };
 

@@ -49,7 +49,7 @@ const ZH = {
   "Its context of {n} tokens is full.": "它的 {n} 个词元上下文已满。",
   "{n} tokens/s": "{n} 词元/秒", "first in {time}": "首个 {time}", "seed {n}": "种子 {n}",
   "Right": "正确", "Wrong": "错误", "Checked by the verifier of {task}": "由 {task} 的验证器核对",
-  "another value": "数值不对", "other numbers": "用错了数字", "no answer to read": "读不出答案", "unfinished": "没有写完",
+  "another value": "数值不对", "other numbers": "用错了数字", "no answer to read": "读不出答案", "unfinished": "没有写完", "the answer is in its thought": "答案只在思考里",
   "several answers": "给了多个答案", "it repeats the question": "重复了题目",
   "Edit": "修改", "Edit the question": "修改问题", "Edit and ask again from here": "修改并从这里重新提问",
   "The question, edited": "修改后的问题", "Cancel": "取消", "Ask again": "重新提问", "no answer": "没有回答",
