@@ -22,8 +22,9 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from bessemer.data import chat
+from bessemer.data import chat, patterns
 from bessemer.data.chat import ADDED, BOS, EOS, NOT_SPECIAL, PAD, THINK, THINK_END, is_special
+from bessemer.data.model_files import read_object, read_text
 from bessemer.errors import UserError
 
 # V3's three pre-split patterns, in the order of the published tokenizer.json. The first takes up to three digits, the
@@ -34,6 +35,10 @@ WORDS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+KNOWN = frozenset({DIGITS, CJK, WORDS})
+"""Patterns that need no trial."""
+MAX_IDS = 1 << 24
+"""Above any id of a published tokenizer; a table has a row for every id."""
 SMALLEST = len(ADDED) + 256
 """The added tokens and one token per byte: the smallest byte-level vocabulary."""
 
@@ -52,7 +57,8 @@ class Tokenizer:
             )
         self.spec = spec
         """The content of tokenizer.json."""
-        self._tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        with patterns.explained():
+            self._tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._tok.encode_special_tokens = True  # control tokens inside a text are text
         self._special = {token["id"] for token in spec["added_tokens"] if token["special"]}
         self._bytes = _byte_table(self._tok, {token["id"]: token["content"] for token in spec["added_tokens"]})
@@ -98,9 +104,9 @@ class Tokenizer:
         Raises UserError naming the file that is missing or broken.
         """
         directory = Path(directory)
-        spec, config = (read_json(directory / name) for name in ("tokenizer.json", "tokenizer_config.json"))
+        spec, config = (read_object(directory / name) for name in ("tokenizer.json", "tokenizer_config.json"))
         template_file = directory / "chat_template.jinja"
-        template = template_file.read_text("utf-8") if template_file.is_file() else config.get("chat_template")
+        template = read_text(template_file) if template_file.exists() else config.get("chat_template")
         bos, eos, pad = (token_text(config.get(f"{kind}_token")) for kind in ("bos", "eos", "pad"))
         if bos is None or eos is None or pad is None:
             raise UserError(f"{directory / 'tokenizer_config.json'} names no bos_token, eos_token or pad_token")
@@ -109,6 +115,7 @@ class Tokenizer:
                 raise UserError(
                     f"{directory / 'tokenizer.json'} is not a byte-level BPE tokenizer; no other kind is supported"
                 )
+            patterns.check(spec, KNOWN, str(directory / "tokenizer.json"))
             return cls(spec, bos, eos, pad, template if isinstance(template, str) else "")
         except UserError:
             raise
@@ -187,7 +194,8 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel."""
         try:
-            return [encoding.ids for encoding in self._tok.encode_batch_fast(list(texts), add_special_tokens=False)]
+            with patterns.explained():
+                return [encoding.ids for encoding in self._tok.encode_batch_fast(list(texts), add_special_tokens=False)]
         except TypeError:  # the library's error for a text that is not UTF-8
             for text in texts:
                 _check_utf8(text)
@@ -270,12 +278,20 @@ def _byte_table(tok: tokenizers.Tokenizer, added: dict[int, str]) -> list[bytes]
     """The bytes of every id."""
     byte_of = byte_of_character()
     vocab = tok.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(vocab.values()) + 1)
+    table = empty_table(vocab)
     for content, token_id in vocab.items():
         table[token_id] = (
             added[token_id].encode() if token_id in added else bytes(byte_of[character] for character in content)
         )
     return table
+
+
+def empty_table(vocab: dict[str, int]) -> list[bytes]:
+    """A row for every id up to the largest; UserError where that one is absurd."""
+    largest = max(vocab.values(), default=0)
+    if largest >= MAX_IDS:
+        raise UserError(f"a token has the id {largest}, at most {MAX_IDS - 1} are read; download the tokenizer again")
+    return [b""] * (largest + 1)
 
 
 def fingerprint_of(spec: dict) -> str:
@@ -292,17 +308,7 @@ def _check_utf8(text: str) -> None:
         raise UserError(f"a text holds half a surrogate pair, which UTF-8 cannot express: {error}") from error
 
 
-def token_text(entry: str | dict | None) -> str | None:
-    return entry["content"] if isinstance(entry, dict) else entry
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; a tokenizer directory is written by Tokenizer.save") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); save the tokenizer again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object; save the tokenizer again")
-    return content
+def token_text(entry: object) -> str | None:
+    """The text of a token that a config names, as itself or as an object; None for anything else."""
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    return text if isinstance(text, str) else None

@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import inspect
 import io
-from collections.abc import Collection
-from contextlib import redirect_stderr
+import math
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,11 +32,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from bessemer.data.fingerprints import check_finished
+from bessemer.data.model_files import check_files, read_object
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.mapping import FAMILIES
 from bessemer.hf.replace import replacing
-from bessemer.hf.safetensors_reader import Checkpoint, read_json
+from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model.layer import Layer
 from bessemer.model.moe import Gate
 from bessemer.model.transformer import TrainOutputs, Transformer
@@ -42,6 +45,12 @@ from bessemer.model.transformer import TrainOutputs, Transformer
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Layer types whose cache is keys and values; a recurrent state cannot be shared between sequences like those."""
 LIMITS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
+PER_LAYER, PER_EXPERT = re.compile("layer|block|depth"), re.compile("expert")
+ALONG_TEXT = re.compile("position|theta|window|length|seq|chunk|_id$|scale|base|top")
+FEW, LONGEST, MOST_OTHERS = 128, 1 << 40, 1_000_000
+"""Names of numbers in config.json, and how large they may be whatever the files hold: counts, lengths, others."""
+SPARE_BYTES = 1 << 30
+"""Tables that a network may have besides its parameters."""
 CLOSE = 1e-3
 """Largest relative difference in the checks at loading; float32 gives 1e-6, bfloat16 a few 1e-3 at D = 64."""
 
@@ -143,7 +152,7 @@ class CausalLM(nn.Module):
 
 def needs_transformers(directory: str | Path) -> bool:
     """Whether config.json announces an architecture other than `Transformer`'s."""
-    return read_json(Path(directory) / "config.json").get("model_type") not in FAMILIES
+    return read_object(Path(directory) / "config.json").get("model_type") not in FAMILIES
 
 
 def load_any(
@@ -158,12 +167,77 @@ def load_any(
 def load(directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> CausalLM:
     """A transformers model. dtype: of all parameters (None: as stored)."""
     directory = Path(directory)
-    if read_json(directory / "config.json").get("quantization_config"):
+    check_files(directory)
+    values = read_object(directory / "config.json")
+    if values.get("quantization_config"):
         raise UserError(f"{directory} holds quantised weights, which cannot be trained; take the original ones")
     check_finished(directory)
-    Checkpoint(directory)  # refuses pickles, and names what is damaged
+    if (directory / "adapter_config.json").exists():
+        raise UserError(f"{directory} holds an adapter beside the model; merge the two, or remove adapter_config.json")
+    checkpoint = Checkpoint(directory)  # refuses pickles, and names what is damaged
     known = hub.DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    return checked(CausalLM(_read(directory, known).to(device)), str(directory))
+    with _explained(directory):
+        _check_counts(values, checkpoint)
+        _check_memory(directory, checkpoint)
+        return checked(CausalLM(_read(directory, known).to(device)), str(directory))
+
+
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    """Whatever transformers raises for a directory that somebody else wrote is a UserError."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{directory}: transformers {transformers_library().__version__} does not read this model "
+            f"({_first_line(error)}). Code that comes with a model is never run; a newer transformers may know the "
+            "architecture"
+        ) from error
+
+
+def _check_counts(values: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """UserError for numbers in config.json for which lists would be built that the files cannot fill: layers and
+    experts above all, which have many names."""
+    n = len(checkpoint.entries)
+    stacked = [entry.shape[0] for entry in checkpoint.entries.values() if entry.size and len(entry.shape) == 3]
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_counts(value, checkpoint)
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
+        most = max(checkpoint.widest, MOST_OTHERS)
+        if PER_LAYER.search(key):
+            most = max(n, FEW)
+        elif PER_EXPERT.search(key):
+            most = max(n, FEW, *stacked)
+        elif ALONG_TEXT.search(key):
+            most = LONGEST
+        if not -1 <= value <= most:
+            raise UserError(
+                f"{checkpoint.directory}: config.json has {key} = {value}; the {n} tensors of the files allow for at "
+                f"most {most}"
+            )
+
+
+def _check_memory(directory: Path, checkpoint: Checkpoint) -> None:
+    """UserError for a network that is much larger than the files: transformers would make up the rest."""
+    auto = transformers_library()
+    options = {"local_files_only": True, "trust_remote_code": False}
+    config = auto.AutoConfig.from_pretrained(directory, **options)
+    with torch.device("meta"):
+        inner = auto.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    stored = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
+    needed = sum(parameter.numel() for parameter in inner.parameters())
+    if needed > 2 * stored:
+        raise UserError(
+            f"{directory}: config.json describes {needed} parameters, the files hold {stored}; the two do not belong "
+            "together"
+        )
+    others = sum(buffer.numel() * buffer.element_size() for buffer in inner.buffers())
+    if others > max(SPARE_BYTES, 2 * stored):
+        raise UserError(f"{directory}: config.json asks for tables of {others} bytes besides the parameters")
 
 
 @torch.no_grad()
@@ -222,16 +296,10 @@ def transformers_library() -> ModuleType:
 def _read(directory: Path, dtype: str | torch.dtype | None) -> Any:
     """The transformers model of a directory; UserError unless its tensors are exactly those of the files."""
     transformers = transformers_library()
-    try:
-        inner, report = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
-    except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
-        raise UserError(
-            f"{directory}: transformers {transformers.__version__} does not read this model ({_first_line(error)}). "
-            "Code that comes with a model is never run; a newer transformers may know the architecture"
-        ) from error
+    inner, report = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, use_safetensors=True,
+        ignore_mismatched_sizes=True, output_loading_info=True,
+    )  # fmt: skip
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = (item if isinstance(item, str) else item[0] for item in report.get(what) or ())
         if found := sorted(names):

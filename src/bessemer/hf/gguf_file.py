@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from bessemer.data.fingerprints import check_finished
+from bessemer.data.model_files import read_object, read_text
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.hf_tokenizer import check_pretokenizer
 from bessemer.hf.mapping import FAMILIES, Slot
 from bessemer.hf.replace import check_target, replacing_file
-from bessemer.hf.safetensors_reader import Checkpoint, read_json
+from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
 
@@ -102,7 +103,7 @@ def write(directory: str | Path, file: str | Path, dtype: str | torch.dtype | No
     directory, file = Path(directory), Path(file)
     check_target(directory, file, force=True)
     chosen = hub.parse_dtype(dtype)
-    family = read_json(directory / "config.json").get("model_type")
+    family = read_object(directory / "config.json").get("model_type")
     if family not in FAMILIES:
         raise UserError(
             f"{directory}: model_type {family!r} is not of the DeepSeek family, and only that is written as GGUF here; "
@@ -267,7 +268,7 @@ def general_facts(directory: Path, dtype: torch.dtype) -> dict[str, Any]:
         "general.file_type": KINDS[dtype][1], "general.quantization_version": 2,
     }  # fmt: skip
     path = directory / "generation_config.json"
-    advised = read_json(path) if path.is_file() else {}
+    advised = read_object(path) if path.is_file() else {}
     if advised.get("do_sample"):
         facts |= {theirs: float(advised[ours]) for ours, theirs in SAMPLING.items() if advised.get(ours) is not None}
     return facts
@@ -320,7 +321,7 @@ def tokenizer_facts(directory: Path, rows: int) -> dict[str, Any]:
     """Tokenizer and chat template; `rows`: of the embedding, of which the last may have no token."""
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory} has no tokenizer.json, and a GGUF file holds the tokenizer too; copy it there")
-    spec, config = read_json(directory / "tokenizer.json"), read_json(directory / "tokenizer_config.json")
+    spec, config = read_object(directory / "tokenizer.json"), read_object(directory / "tokenizer_config.json")
     check_pretokenizer(spec, str(directory / "tokenizer.json"))
     added = {token["id"]: token for token in spec["added_tokens"]}
     text = {number: content for content, number in spec["model"]["vocab"].items()}
@@ -339,7 +340,7 @@ def tokenizer_facts(directory: Path, rows: int) -> dict[str, Any]:
         twice = next(one for one in texts if texts.count(one) > 1)
         raise UserError(f"{directory / 'tokenizer.json'} gives {twice!r} two ids; save the tokenizer again")
     file = directory / "chat_template.jinja"
-    template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+    template = read_text(file) if file.exists() else config.get("chat_template")
     facts = {
         "model": "gpt2",
         "pre": "deepseek-v3",

@@ -7,8 +7,7 @@ Differences from our own tokenizer, resolved once when it is loaded:
   it (`stop_ids`).
 - Byte-level and SentencePiece vocabularies (▁ for a blank, <0x0A> for a byte) both become a table of bytes.
 
-A chat template is Jinja code from outside. It runs in the sandbox of the transformers library, which other software
-uses too, so it renders the text that the model was trained on.
+A chat template is Jinja code from outside; `chat_template` renders it, with limits.
 
 Invariants
 - A control token inside a message is text, never control: contents are masked while the template runs.
@@ -19,18 +18,20 @@ Invariants
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import tokenizers
 
-from bessemer.data import chat
+from bessemer.data import chat, patterns
 from bessemer.data.chat import BOS, NOT_SPECIAL, Message
-from bessemer.data.tokenizer import Tokenizer, byte_of_character, fingerprint_of, read_json, token_text
+from bessemer.data.model_files import read_object, read_text
+from bessemer.data.tokenizer import KNOWN, Tokenizer, byte_of_character, empty_table, fingerprint_of, token_text
 from bessemer.errors import UserError
+from bessemer.hf.chat_template import ChatTemplate
 
 TEMPLATE_FILE = "chat_template.jinja"
 NO_TEMPLATE = (
@@ -49,7 +50,7 @@ _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a model directory: ours where the directory has our tokens and one of our templates."""
-    config = read_json(Path(directory) / "tokenizer_config.json")
+    config = read_object(Path(directory) / "tokenizer_config.json")
     template = _template_of(Path(directory), config)
     ours = token_text(config.get("bos_token")) == BOS and chat.style_of(template) is not None
     return Tokenizer.load(directory) if ours else HFTokenizer.load(directory)
@@ -85,7 +86,8 @@ class HFTokenizer(Tokenizer):
                 f"{directory} has no tokenizer.json. Where it has an older kind of tokenizer, "
                 "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one"
             )
-        spec, config = (read_json(directory / name) for name in ("tokenizer.json", "tokenizer_config.json"))
+        spec, config = (read_object(directory / name) for name in ("tokenizer.json", "tokenizer_config.json"))
+        patterns.check(spec, KNOWN, str(directory / "tokenizer.json"))
         try:
             return cls(spec, config, _names(directory, config), _template_of(directory, config))
         except UserError as error:
@@ -200,7 +202,8 @@ class HFTokenizer(Tokenizer):
                 plain = plain.replace(mask, content)
             for piece in filter(None, plain.split(cut)):
                 tok = self._tok if begins and not ids else self._after
-                ids += tok.encode(piece, add_special_tokens=False).ids
+                with patterns.explained():
+                    ids += tok.encode(piece, add_special_tokens=False).ids
             if found:
                 ids.append(self._control[found.group()])
                 place = found.end()
@@ -230,28 +233,6 @@ class HFTokenizer(Tokenizer):
         return [message | {"content": of(message)} for message in messages], unmask, cut
 
 
-class ChatTemplate:
-    """`template(messages, add_generation_prompt) -> text`. `names`: the special tokens that it may write."""
-
-    def __init__(self, text: str, names: dict[str, str]):
-        try:
-            from transformers.utils import chat_template_utils
-        except ImportError:
-            raise UserError("chat templates of other models need transformers: pip install 'bessemer[hf]'") from None
-        self.text, self.names = text, names
-        # transformers declares its result as a text; it is a text for each conversation, and the answers' places
-        self._render = cast(Callable[..., tuple[list[str], list]], chat_template_utils.render_jinja_template)
-
-    def __call__(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        try:
-            (text,), _ = self._render(
-                [list(messages)], chat_template=self.text, add_generation_prompt=add_generation_prompt, **self.names
-            )
-        except Exception as error:  # a template can raise anything
-            raise UserError(f"the chat template of this model refuses the conversation: {error}") from error
-        return text
-
-
 def add_system(template: str, system: str) -> str:
     """A template that starts every conversation without a system message with this one."""
     content = json.dumps(system, ensure_ascii=False)
@@ -269,7 +250,8 @@ def _first_difference(one: str, other: str) -> int:
 
 
 def _tokenizer(spec: dict) -> tokenizers.Tokenizer:
-    tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    with patterns.explained():
+        tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
     tok.encode_special_tokens = True  # control tokens inside a text are text
     return tok
 
@@ -290,7 +272,7 @@ def _byte_table(tok: tokenizers.Tokenizer, decoder: dict, added: dict[int, str])
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
         raise UserError("tokenizer.json is neither byte-level nor SentencePiece; no other kind is supported")
     vocab, alphabet = tok.get_vocab(with_added_tokens=True), byte_of_character()
-    table = [b""] * (max(vocab.values()) + 1)
+    table = empty_table(vocab)
     for token, i in vocab.items():
         if i in added:
             table[i] = token.encode()
@@ -305,18 +287,19 @@ def _byte_table(tok: tokenizers.Tokenizer, decoder: dict, added: dict[int, str])
 def _names(directory: Path, config: dict) -> dict[str, str]:
     """The special tokens named in the directory: eos_token, bos_token, ..."""
     older = directory / "special_tokens_map.json"
-    named = (read_json(older) if older.is_file() else {}) | config
+    named = (read_object(older) if older.is_file() else {}) | config
     texts = {key: token_text(value) for key, value in named.items() if key.endswith("_token")}
     return {key: text for key, text in texts.items() if isinstance(text, str) and text}
 
 
 def _template_of(directory: Path, config: dict[str, Any]) -> str:
     """The Jinja text of the chat template, "" for none. Of several, the one called default."""
-    if (directory / TEMPLATE_FILE).is_file():
-        return (directory / TEMPLATE_FILE).read_text("utf-8")
+    if (directory / TEMPLATE_FILE).exists():
+        return read_text(directory / TEMPLATE_FILE)
     found = config.get("chat_template")
     if isinstance(found, list):
-        found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
     return found if isinstance(found, str) else ""
 
 

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from bessemer.data.fingerprints import check_finished
+from bessemer.data.model_files import read_object
 from bessemer.errors import UserError
-from bessemer.hf.mapping import Slot, from_hf, is_mtp_key, is_reward_model, reward_model_json, slots, to_hf
+from bessemer.hf.mapping import FIELDS, Slot, from_hf, is_mtp_key, is_reward_model, reward_model_json, slots, to_hf
 from bessemer.hf.replace import check_target, replacing
-from bessemer.hf.safetensors_reader import INDEX, PICKLES, Checkpoint, read_json
+from bessemer.hf.safetensors_reader import INDEX, PICKLES, Checkpoint
 from bessemer.hf.safetensors_writer import (
     Export,
     Scales,
@@ -46,6 +47,11 @@ from bessemer.model.transformer import Scorer, Transformer
 Network = TypeVar("Network", bound=Transformer)
 SHARD_BYTES = 5e9
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+SIZES = (
+    "vocab_size", "dim", "n_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+)  # fmt: skip
+DENSE_SIZES, SPARSE_SIZES = ("inter_dim",), ("moe_inter_dim", "n_shared_experts")
+"""Fields that are, or divide, a dimension of some tensor: of any network, and of one with such layers."""
 EMBEDDING, TIED_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DEFAULT_IDS = {"bos_token_id": 0, "eos_token_id": 1}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -54,7 +60,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 def read_config(directory: str | Path) -> ModelConfig:
     """The config of a model directory."""
     path = Path(directory) / "config.json"
-    return from_hf(read_json(path), str(path))
+    return from_hf(read_object(path), str(path))
 
 
 def write_config(cfg: ModelConfig, directory: str | Path, *, dtype: torch.dtype = torch.float32, bos: int = 0,
@@ -180,7 +186,7 @@ def convert(
         layout, dtypes, lambda slot, dtype: checkpoint.read(keys[slot.key], dtype), fp8,
         stored=lambda slot: stored_fp8(checkpoint, slot.key, fp8),
     )  # fmt: skip
-    values = read_json(src / "config.json")
+    values = read_object(src / "config.json")
     bos, eos = (default if values.get(k) is None else values[k] for k, default in DEFAULT_IDS.items())
     with replacing(Path(dst), drop=("generation_config.json", *TOKENIZER_FILES)) as fresh:
         write_config(cfg, fresh, dtype=forced or checkpoint.stored_dtype(EMBEDDING), bos=bos, eos=eos, fp8=fp8)
@@ -201,7 +207,7 @@ def open_directory(
     the fields of `config.CONTEXT`, on which no tensor depends."""
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; name the folder that holds config.json")
-    cfg, values = read_config(directory).at_length(context or {}), read_json(directory / "config.json")
+    cfg, values = read_config(directory).at_length(context or {}), read_object(directory / "config.json")
     if is_reward_model(values) != issubclass(kind, Scorer):
         stored, needed = ("reward", "language") if is_reward_model(values) else ("language", "reward")
         raise UserError(f"{directory} holds a {stored} model, a {needed} model is needed here; name another directory")
@@ -211,9 +217,29 @@ def open_directory(
         warnings.warn(f"{directory} announces {cfg.n_mtp} MTP layers but has none; read without MTP", stacklevel=3)
     if not mtp or not mtp_keys:
         cfg = _without_mtp(cfg)
+    _check_sizes(cfg, checkpoint)
     layout = slots(cfg, kind)
     checkpoint.check(layout, others=() if mtp else mtp_keys)
     return checkpoint, cfg, layout
+
+
+def _check_sizes(cfg: ModelConfig, checkpoint: Checkpoint) -> None:
+    """UserError for a config.json that announces what the files cannot hold, before anything is built by it: even
+    without memory, a million experts take minutes."""
+    where, n = checkpoint.directory, len(checkpoint.entries)
+    layers, sparse = cfg.n_layers + cfg.n_mtp, cfg.n_layers + cfg.n_mtp - cfg.n_dense_layers
+    least = 8 * layers + 3 * sparse * cfg.n_routed_experts
+    if least > n:
+        raise UserError(
+            f"{where}: config.json announces {layers} layers with {cfg.n_routed_experts} experts, which are {least} "
+            f"tensors or more; the files hold {n}. The two do not belong together"
+        )
+    for name in (*SIZES, *DENSE_SIZES * (cfg.n_dense_layers > 0), *SPARSE_SIZES * (sparse > 0)):
+        if not 0 <= getattr(cfg, name) <= checkpoint.widest:
+            raise UserError(
+                f"{where}: config.json has {FIELDS[name]} = {getattr(cfg, name)}, the files have no tensor wider than "
+                f"{checkpoint.widest}; the two do not belong together"
+            )
 
 
 def _allocate(cfg: ModelConfig, dtype: torch.dtype, device: str | torch.device, kind: type[Network]) -> Network:
@@ -277,9 +303,9 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
 
 def token_id_of(directory: Path, which: str) -> int:
     """Id of bos_token, eos_token or pad_token of the tokenizer in the directory."""
-    name = read_json(directory / "tokenizer_config.json").get(which)
+    name = read_object(directory / "tokenizer_config.json").get(which)
     name = name.get("content") if isinstance(name, dict) else name
-    for token in read_json(directory / "tokenizer.json").get("added_tokens", []):
+    for token in read_object(directory / "tokenizer.json").get("added_tokens", []):
         if token["content"] == name:
             return token["id"]
     raise UserError(f"the tokenizer has no {which}; save it again with one")

@@ -12,7 +12,6 @@ Format: 8 bytes little-endian length of a JSON header {key: {dtype, shape, data_
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bessemer.data.model_files import AGAIN, check_regular, parse_object, read_object
 from bessemer.errors import UserError
 from bessemer.hf.mapping import DERIVED, SCALE_SUFFIX, Slot
 from bessemer.precision.formats import dequantise_blocks, scale_shape
@@ -34,7 +34,8 @@ WEIGHTS = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-AGAIN = "copy or download it again"
+MAX_HEADER = 100_000_000
+"""Bytes of a header, as in the library."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class Checkpoint:
                 if key not in header:
                     raise UserError(f"{file}: tensor {key} is missing, although {INDEX} places it there; {AGAIN}")
             self.entries |= header
+
+    @property
+    def widest(self) -> int:
+        """The largest dimension of a tensor that holds something."""
+        return max((n for entry in self.entries.values() if entry.size for n in entry.shape), default=0)
 
     def check(self, slots: list[Slot], others: Iterable[str] = ()) -> None:
         """UserError unless every slot is present with its shape, FP8 with its scales, and nothing else but `others`.
@@ -145,42 +151,16 @@ def _fill(file: FileIO, view: memoryview, entry: Entry, key: str) -> None:
         view = view[count:]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object without duplicate keys, or a UserError that names the file."""
-    try:
-        return parse_object(path.read_bytes(), str(path))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; a model directory needs config.json and safetensors files") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def parse_object(data: bytes, where: str) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise UserError(f"{where}: key {twice} occurs twice; {AGAIN}")
-        return values
-
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=once)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}); {AGAIN}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: not a JSON object; {AGAIN}")
-    return value
-
-
 def read_header(file: Path) -> dict[str, Entry]:
     """The entries of one safetensors file; UserError when it is cut short, overlapping or no safetensors at all."""
     try:
-        size = file.stat().st_size
+        size = check_regular(file)
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
                 raise UserError(f"{file}: cut short or not a safetensors file ({size} bytes); {AGAIN}")
+            if length > MAX_HEADER:
+                raise UserError(f"{file}: its header has {length} bytes, at most {MAX_HEADER} are read; {AGAIN}")
             header = parse_object(stream.read(length), str(file))
     except FileNotFoundError:
         raise UserError(f"{file} does not exist, although {INDEX} names it; {AGAIN}") from None
@@ -235,7 +215,7 @@ def _files(directory: Path) -> dict[Path, set[str] | None]:
             )
         raise UserError(f"{directory} has no safetensors file")
     placed: dict[Path, set[str]] = {}
-    weight_map = read_json(directory / INDEX).get("weight_map")
+    weight_map = read_object(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{directory / INDEX} has no weight_map; {AGAIN}")
     for key, name in weight_map.items():

@@ -20,6 +20,8 @@ from pydantic_core import ErrorDetails
 
 from bessemer.errors import UserError
 
+MAX_LAYERS, MAX_EXPERTS = 4096, 65536
+"""Above any network of the family: where a list has an item for each, more would only fill the memory."""
 CONTEXT = frozenset({"max_seq_len", "rope_factor", "original_seq_len"})
 """Fields of the context length and of position encoding; no tensor's shape depends on them."""
 
@@ -108,6 +110,9 @@ class ModelConfig(BaseModel):
                 raise ValueError(f"{name} must be positive, is {getattr(self, name)}")
         if self.qk_rope_head_dim <= 0 or self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even and positive, is {self.qk_rope_head_dim}")
+        for name, most in (("n_layers", MAX_LAYERS), ("n_mtp", MAX_LAYERS), ("n_routed_experts", MAX_EXPERTS)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is not between 0 and {most}, is {getattr(self, name)}")
         if not 0 <= self.n_dense_layers <= self.n_layers:
             raise ValueError(f"n_dense_layers {self.n_dense_layers} is not between 0 and n_layers {self.n_layers}")
         if self.rope_factor < 1.0:

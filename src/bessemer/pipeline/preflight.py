@@ -16,8 +16,8 @@ from bessemer.config.places import located
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig
 from bessemer.config.training import ExtendConfig, PretrainConfig
+from bessemer.data.model_files import read_object
 from bessemer.errors import UserError
-from bessemer.hf.safetensors_reader import read_json
 from bessemer.pipeline.stage import Probe, find_kind
 from bessemer.train import setup
 
@@ -138,7 +138,7 @@ def context_of(recipe: Recipe, name: str | None) -> int | None:
         return setup.model_config(recipe, stage.model).max_seq_len
     if isinstance(stage, ImportConfig):
         path = located(stage.model) / "config.json"
-        length = read_json(path).get("max_position_embeddings") if path.is_file() else None
+        length = read_object(path).get("max_position_embeddings") if path.is_file() else None
         return length if isinstance(length, int) else None
     return context_of(recipe, stage.source)
 

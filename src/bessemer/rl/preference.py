@@ -23,10 +23,10 @@ from statistics import fmean
 import torch
 
 from bessemer.data.chat import render_ids
+from bessemer.data.model_files import read_object
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.safetensors_reader import read_json
 from bessemer.model.transformer import Scorer
 from bessemer.tasks.answer import summary
 
@@ -67,7 +67,7 @@ class Scale:
 
     @classmethod
     def read(cls, path: Path) -> Scale:
-        values = read_json(path)
+        values = read_object(path)
         kinds = {"aim": str, "zero": float, "one": float, "tokenizer": str}
         if values.keys() != kinds.keys() or any(not isinstance(values[name], kind) for name, kind in kinds.items()):
             raise UserError(f"{path} must hold {', '.join(kinds)}; train the reward model again")

@@ -20,7 +20,8 @@ from typing import Any, Literal, TypeVar
 
 from bessemer.data import chat
 from bessemer.data.chat import THINK, THINK_END
-from bessemer.data.tokenizer import Tokenizer, read_json
+from bessemer.data.model_files import read_object, read_text
+from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.causal_lm import LIMITS, needs_transformers
@@ -90,7 +91,7 @@ def read_facts(name: str, folder: Path) -> ModelFacts:
         **_template(folder), **_generation(folder),
     )  # fmt: skip
     if needs_transformers(folder):
-        config = read_json(folder / "config.json")
+        config = read_object(folder / "config.json")
         config |= config.get("text_config") or {}
         limits = [config.get(key) for key in (*LIMITS, "n_positions")]
         return ModelFacts(
@@ -104,7 +105,7 @@ def read_facts(name: str, folder: Path) -> ModelFacts:
     cfg = hub.read_config(folder)
     sparse = cfg.n_layers - cfg.n_dense_layers
     return ModelFacts(
-        architecture=str(read_json(folder / "config.json").get("model_type")),
+        architecture=str(read_object(folder / "config.json").get("model_type")),
         parameters=accounting.main_params(cfg),
         active_parameters=accounting.active_params(cfg),
         context=cfg.max_seq_len,
@@ -117,10 +118,11 @@ def read_facts(name: str, folder: Path) -> ModelFacts:
 
 
 def _template(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "tokenizer_config.json")
-    added = {token.get("content") for token in read_json(folder / "tokenizer.json").get("added_tokens", [])}
+    config = read_object(folder / "tokenizer_config.json")
+    added = {token.get("content") for token in read_object(folder / "tokenizer.json").get("added_tokens", [])}
     path, named = folder / "chat_template.jinja", config.get("chat_template")
-    template = path.read_text("utf-8") if path.is_file() else json.dumps(named) if isinstance(named, list) else named
+    named = json.dumps(named) if isinstance(named, list) else named if isinstance(named, str) else ""
+    template = read_text(path) if path.exists() else named
     style = chat.style_of(template) or ("own" if template else None)
     return {"thinks": {THINK, THINK_END} <= added, "style": style}
 

@@ -13,19 +13,17 @@ child (`python -m bessemer.tasks.referee`) exchange lines of JSON; nothing is pi
 import json
 import os
 import re
-import resource
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
-from threading import Lock
 from typing import Any
 
+from bessemer.child import Child, NoReply, bounded, confine, serve
 from bessemer.errors import UserError
 
 CPU_SECONDS = 0.35
@@ -34,7 +32,6 @@ WALL_SECONDS = 20.0
 """Wall-clock time of one verdict, for text that blocks without using the processor."""
 PATIENCE = 120.0
 """Seconds to wait for a reply of the referee: it may be importing, or sampling a problem."""
-MAX_REPLY = 1 << 24
 OPERATIONS = {
     "gym-names": ("bessemer.tasks.gym", "library_names", None),
     "gym-problem": ("bessemer.tasks.gym", "library_problem", None),
@@ -78,71 +75,25 @@ def _referee(pid: int) -> "Referee":
     return Referee()
 
 
-class Referee:
-    """The child process, started at the first request and again if it died. It ends when its standard input closes."""
+class Referee(Child):
+    """The child process, started at the first request and again if it died."""
 
     def __init__(self) -> None:
-        self._child: subprocess.Popen | None = None
-        self._lock = Lock()
+        super().__init__("bessemer.tasks.referee")
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        with self._lock:
-            child = self._started()
-            assert child.stdin is not None
-            try:
-                child.stdin.write(json.dumps(request).encode() + b"\n")
-                child.stdin.flush()
-                return json.loads(self._line(child))
-            except (OSError, EOFError, ValueError) as error:
-                self._stop(child)
-                raise UserError(
-                    f"the referee process ended or did not reply to {request['operation']!r} ({error or 'no reply'}); "
-                    "check the memory of this machine and that math-verify and reasoning-gym are installed"
-                ) from error
-
-    def _started(self) -> subprocess.Popen:
-        if self._child is None or self._child.poll() is not None:
-            # A fixed hash seed: generators that iterate over sets must sample the same problem in every process.
-            environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-            self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "bessemer.tasks.referee"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-            )
-        return self._child
-
-    def _line(self, child: subprocess.Popen) -> bytes:
-        """One line of its output; OSError when it takes longer than PATIENCE, EOFError when it ends."""
-        assert child.stdout is not None
-        parts: list[bytes] = []
-        size, pipe = 0, child.stdout.fileno()
-        while not (parts and parts[-1].endswith(b"\n")):
-            if not select.select([pipe], [], [], PATIENCE)[0]:
-                raise TimeoutError(f"no reply in {PATIENCE:.0f} s")
-            part = os.read(pipe, 1 << 16)
-            size += len(part)
-            if not part or size > MAX_REPLY:
-                raise EOFError("no reply" if not part else f"a reply of more than {MAX_REPLY} bytes")
-            parts.append(part)
-        return b"".join(parts)
-
-    def _stop(self, child: subprocess.Popen) -> None:
-        with suppress(OSError):
-            child.kill()
-            child.wait()
-        self._child = None
+        try:
+            return self.exchange(request, PATIENCE)
+        except NoReply as error:
+            raise UserError(
+                f"the referee process ended or did not reply to {request['operation']!r} ({error}); check the memory "
+                "of this machine and that math-verify and reasoning-gym are installed"
+            ) from error
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not mix with the replies
     sys.setrecursionlimit(2000)
-    for line in sys.stdin.buffer:
-        replies.write(json.dumps(answer(json.loads(line))).encode() + b"\n")
-        replies.flush()
+    serve(answer)
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -164,8 +115,9 @@ def confined(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if child == 0:
         with suppress(BaseException):
             os.close(read)
-            _limit()
-            os.write(write, json.dumps(work()).encode())  # fits into a pipe
+            confine(MEMORY)
+            with bounded(CPU_SECONDS):
+                os.write(write, json.dumps(work()).encode())  # fits into a pipe
         os._exit(0)
     os.close(write)
     reply, deadline = b"", time.monotonic() + WALL_SECONDS
@@ -183,22 +135,6 @@ def confined(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return json.loads(reply)
     timed_out = not left or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF)
     return {"fault": "timeout" if timed_out else "crash"}
-
-
-def _limit() -> None:
-    """The kernel ends a process at SIGPROF, whatever it is doing; no Python handler has to run."""
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    for kind, most in ((resource.RLIMIT_AS, _memory() + MEMORY), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
-        with suppress(ValueError, OSError):
-            resource.setrlimit(kind, (most, most))
-
-
-def _memory() -> int:
-    """Bytes of address space in use; 0 where the system does not report it, and the limit is then MEMORY alone."""
-    with suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
 
 
 def plain(text: str) -> bool:

@@ -10,10 +10,10 @@ from bessemer.config.places import located
 from bessemer.config.training import PretrainConfig
 from bessemer.data import sources
 from bessemer.data.documents import HUB
+from bessemer.data.model_files import read_object
 from bessemer.data.sources import PACKAGE
 from bessemer.hf import hub
 from bessemer.hf.causal_lm import needs_transformers
-from bessemer.hf.safetensors_reader import read_json
 from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig
 from bessemer.train import setup
@@ -46,7 +46,7 @@ def config_of(recipe: Recipe, name: str | None) -> ModelConfig | None:
 def imported_config(recipe: Recipe, name: str | None) -> dict[str, Any] | None:
     """config.json of the local directory that the model of `name` is imported from; None for any other origin."""
     folder = _local(origin(recipe, name))
-    return None if folder is None else read_json(folder / "config.json")
+    return None if folder is None else read_object(folder / "config.json")
 
 
 def training_flops(recipe: Recipe, name: str | None, length: int) -> float | None:
@@ -64,7 +64,7 @@ def training_flops(recipe: Recipe, name: str | None, length: int) -> float | Non
     folder = _local(first)
     if folder is None:
         return None
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     each = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
     return 6 * sum(path.stat().st_size for path in folder.glob("*.safetensors")) / each
 

@@ -1,0 +1,83 @@
+"""The small files of a model directory, which anybody may have written: opened only if they are files, of bounded size.
+
+A pipe or a device in the place of a file would block or never end, and JSON of gigabytes would fill the memory. All
+readers of `config.json`, `tokenizer.json` and the like come through here, and see only UserErrors that name the file.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from bessemer.errors import UserError
+
+AGAIN = "copy or download it again"
+MOST = 64 << 20
+"""Bytes of a file; the largest published ones have 34 MB (a tokenizer of 256K tokens)."""
+
+
+def check_regular(path: Path) -> int:
+    """The size in bytes of a regular file, or of what a link leads to; UserError for a pipe, a device or a socket."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is not a regular file; {AGAIN}")
+    return found.st_size
+
+
+def check_files(directory: Path) -> None:
+    """`check_regular` for everything in a directory that a library might open by itself, and `MOST` for its JSON."""
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".json", ".jinja", ".safetensors") and not path.is_dir():
+            size = check_regular(path)
+            if path.suffix != ".safetensors" and size > MOST:
+                raise UserError(f"{path} has {size} bytes, at most {MOST} are read; {AGAIN}")
+
+
+def read_bytes(path: Path, most: int = MOST) -> bytes:
+    try:
+        if (size := check_regular(path)) > most:
+            raise UserError(f"{path} has {size} bytes, at most {most} are read; {AGAIN}")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist; a model directory needs config.json, tokenizer files and safetensors files"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_text(path: Path) -> str:
+    """A text in UTF-8."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); {AGAIN}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object without duplicate keys."""
+    return parse_object(read_bytes(path), str(path))
+
+
+def parse_object(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object without duplicate keys; `where` opens every error message."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise UserError(f"{where}: key {twice} occurs twice; {AGAIN}")
+        return values
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=once)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
+        raise UserError(f"{where}: not valid JSON ({error}); {AGAIN}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not a JSON object; {AGAIN}")
+    return value

@@ -1,0 +1,101 @@
+"""The patterns of a tokenizer from outside, tried out before they are used.
+
+A pre-tokenizer or normalizer may hold regular expressions that take exponential time on a run of one letter, or
+gigabytes to compile. The library gives up with a panic, which is no exception and prints a stack. So unknown patterns
+are first compiled and run on short texts in a child process with limits (`python -m bessemer.data.patterns`).
+A pattern can still wait for a text of its own, which `explained` reports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from bessemer.child import Child, NoReply, bounded, confine, serve
+from bessemer.errors import UserError
+
+CPU_SECONDS = 2.0
+"""Processor time for all texts; usual patterns take a millisecond."""
+PATIENCE = 120.0
+"""Seconds to wait on a busy machine."""
+MEMORY = 1 << 29
+RUN = 48
+"""Characters of a run: enough for 2^48 steps, too few for a pattern of fourth degree to matter."""
+TEXTS = [run + end for run in (c * RUN for c in "aA1 .\n\tx_é漢") for end in ("", "!", "!abxyz019 \n")]
+TEXTS += ["ab" * RUN, " a" * RUN, "a1" * RUN, " \n" * RUN, "a." * RUN, "aA" * RUN]
+
+
+def check(spec: dict[str, Any], known: Collection[str], where: str) -> None:
+    """UserError for patterns that explode; `known` ones need no trial. `spec`: a parsed tokenizer.json."""
+    parts = {name: spec.get(name) for name in ("normalizer", "pre_tokenizer")}
+    if set(_patterns(parts)) <= {*known}:
+        return
+    try:
+        reply = _child(os.getpid()).exchange(parts, PATIENCE)
+    except NoReply as error:
+        why = f"more than {CPU_SECONDS:g} s of processor time" if error.out_of_time else f"a process its life ({error})"
+        raise UserError(
+            f"{where}: its patterns cost {why} on {len(TEXTS)} short texts; take the tokenizer of a model you trust"
+        ) from error
+    if "error" in reply:
+        raise UserError(f"{where}: its normalizer or pre-tokenizer does not work: {reply['error']}")
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Makes a panic of the library in the block a UserError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # made by the library at run time: there is nothing to import
+            raise
+        raise UserError(
+            f"this tokenizer fails on this text ({str(error)[:200]}); take one of a model you trust"
+        ) from None
+
+
+def _patterns(value: Any) -> Iterator[str]:
+    """The regular expressions in a part of tokenizer.json."""
+    if isinstance(value, dict):
+        if isinstance(value.get("Regex"), str):
+            yield value["Regex"]
+        for item in value.values():
+            yield from _patterns(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _patterns(item)
+
+
+@cache
+def _child(pid: int) -> Child:
+    """One per process: a forked worker must not write to its parent's pipe."""
+    return Child("bessemer.data.patterns")
+
+
+def main() -> None:
+    import tokenizers  # noqa: F401  before the limit
+
+    confine(MEMORY)
+    serve(_answer)
+
+
+def _answer(parts: dict[str, Any]) -> dict[str, Any]:
+    from tokenizers import Tokenizer
+
+    model = {"type": "BPE", "vocab": {}, "merges": []}
+    try:
+        with bounded(CPU_SECONDS):
+            tok = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": model, **parts}))
+            for text in TEXTS:
+                tok.encode(text)
+    except BaseException as error:  # a panic of the Rust library is no Exception
+        return {"error": str(error)[:200]}
+    return {}
+
+
+if __name__ == "__main__":
+    main()

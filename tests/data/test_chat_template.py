@@ -1,0 +1,77 @@
+"""Templates from outside: the texts are those of transformers, and what a template does harms nothing but itself."""
+
+import os
+import time
+
+import hf_tokenizers as houses
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from bessemer.errors import UserError
+from bessemer.hf import chat_template
+from bessemer.hf.chat_template import ChatTemplate
+
+TALK = [
+    {"role": "system", "content": 'Be <b>kind</b> & "brief".\n'},
+    {"role": "user", "content": " é漢 'x' "},
+    {"role": "assistant", "content": "<think>a</think> b"},
+]
+TEMPLATES = {
+    "blocks are trimmed": "  {% for m in messages %}\n  {{ m.content }}\n  {# note #}\n{% endfor %}\n\nend\n",
+    "loops break": "{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% endif %}{{ m.role }}{% endfor %}"
+    "{% for m in messages %}{{ m.role }}{% break %}{% endfor %}",
+    "json": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ {'b': 1, 'a': '<é>'} | tojson }}",
+    "generation": "{% set x = 1 %}{% for m in messages %}{% generation %}{% set x = 2 %}{{ x }}{{ m.content }}"
+    "{% endgeneration %}{{ x }}{% endfor %}",
+    "namespace": "{% set n = namespace(a=1, self=2) %}{% set n.a = n.a + 5 %}{{ n.a }}{{ n.self }}{{ dict(a=1) }}",
+    "what is not there": "{{ tools }}{{ documents }}{{ nothing }}{{ nothing is defined }}{{ bos_token }}",
+    "filters": "{{ messages | map(attribute='role') | join('+') }}{{ messages[1].content | trim | upper }}"
+    "{{ messages[2].content.split('</think>')[-1] }}{{ messages | selectattr('role', 'equalto', 'user') | list }}",
+    "prompt": houses.LLAMA3 + houses.CHATML,
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("ask", [True, False])
+def test_texts_are_those_of_transformers(name, ask):
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    (theirs,), _ = render_jinja_template(
+        [TALK], chat_template=TEMPLATES[name], add_generation_prompt=ask, tools=None, documents=None, **names
+    )
+    assert ChatTemplate(TEMPLATES[name], names)(TALK, ask) == theirs
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "more than 1 s of processor",
+        ),
+        ("{{ 'a' * 10**10 }}", "MemoryError"),
+        ("{{ 'é' * 6000000 }}", "it writes 6000000 characters"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{% set n = namespace(__class__=1) %}", "no '__class__'"),
+        ("{% set n = namespace() %}{% set n.__class__ = 1 %}", "no '__class__'"),
+        ("{{ raise_exception('a\\n\x1b[2Jb') }}", r"refuses the conversation: a  \[2Jb$"),
+        ("x" * (chat_template.LONGEST_TEMPLATE + 1), "characters, at most"),
+    ],
+)
+def test_what_goes_too_far_is_an_error_and_the_next_one_works(text, said):
+    begun = time.process_time()
+    with pytest.raises(UserError, match=said):
+        ChatTemplate(text, {})(TALK, True)
+    assert time.process_time() - begun < 0.5, "it did not run here"
+    assert ChatTemplate("{{ messages | length }}", {})(TALK, True) == "3"
+
+
+def test_a_forked_worker_has_a_process_of_its_own():
+    ChatTemplate("a", {})(TALK, True)
+    ours = chat_template._renderer(os.getpid())._child.pid
+    read, write = os.pipe()
+    if (pid := os.fork()) == 0:
+        ChatTemplate("b", {})(TALK, True)
+        os.write(write, str(chat_template._renderer(os.getpid())._child.pid).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert int(os.read(read, 20)) != ours

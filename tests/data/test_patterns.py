@@ -1,0 +1,46 @@
+"""Patterns of tokenizers from outside are tried out in another process before they are used."""
+
+import json
+
+import hf_tokenizers as houses
+import pytest
+
+from bessemer.data import patterns
+from bessemer.data.tokenizer import KNOWN, Tokenizer
+from bessemer.errors import UserError
+from bessemer.hf.hf_tokenizer import load_tokenizer
+
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def with_pattern(directory, pattern):
+    houses.byte_level(directory)
+    spec = json.loads((directory / "tokenizer.json").read_text())
+    rule = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [rule, spec["pre_tokenizer"]]}
+    (directory / "tokenizer.json").write_text(json.dumps(spec))
+    return directory
+
+
+@pytest.mark.parametrize("pattern", [r"(x+x+)+y", r"(a|a)*b", r"(?=(\s+)+b)", "("])
+def test_patterns_that_explode_are_refused(tmp_path, pattern):
+    with pytest.raises(UserError, match=r"tokenizer.json: its normalizer or pre-tokenizer does not work"):
+        load_tokenizer(with_pattern(tmp_path / "model", pattern))
+
+
+def test_usual_patterns_pass_and_our_own_need_no_trial(tmp_path, monkeypatch):
+    assert load_tokenizer(with_pattern(tmp_path / "model", QWEN)).encode("it's 12")
+    monkeypatch.setattr(patterns, "_child", None)
+    own = Tokenizer.train(houses.TEXTS, 300)
+    own.save(tmp_path / "own")
+    assert load_tokenizer(tmp_path / "own").encode("a") == own.encode("a")
+    with pytest.raises(TypeError):
+        patterns.check({"normalizer": {"pattern": {"Regex": "a"}}}, KNOWN, "here")
+
+
+def test_a_pattern_that_waits_for_its_text_is_an_error_when_that_comes(tmp_path, capfd):
+    tok = load_tokenizer(with_pattern(tmp_path / "model", "(Q|Q)*Z"))
+    assert tok.encode("a quiet text")
+    with pytest.raises(UserError, match="this tokenizer fails on this text"):
+        tok.encode("Q" * 48 + "! Z")
+    capfd.readouterr()  # the library's own stack

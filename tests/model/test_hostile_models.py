@@ -1,0 +1,41 @@
+"""Model directories of a hostile sender are refused at once: the table of bench/hostile_models.py without the slowest,
+which the benchmark runs through the command line, with time and memory measured."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bessemer.engine.engine import load_engine
+from bessemer.errors import UserError
+from bessemer.runs.directory import model_dir
+
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
+import hostile_models
+
+SLOW = {
+    "a pattern of sixth degree",
+    "nested loops",
+    "a text of 100 MB",
+    "a power that takes years",
+    "a list that doubles",
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    hostile_models.write_bases(folder)
+    for base in ("ours", "llama"):
+        assert load_engine(model_dir(str(folder / base))).generate(["What?"], max_new_tokens=2)
+    return folder
+
+
+@pytest.mark.parametrize("name", sorted(hostile_models.KINDS.keys() - SLOW))
+def test_a_hostile_directory_is_an_error(bases, tmp_path, name):
+    directory = hostile_models.changed(bases, name, tmp_path / "model")
+    begun = time.monotonic()
+    with pytest.raises(UserError):
+        load_engine(model_dir(str(directory))).generate(["What?"], max_new_tokens=2)
+    assert time.monotonic() - begun < hostile_models.SECONDS
