@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from bessemer.config import places
 from bessemer.config.recipe import Recipe
@@ -69,8 +70,10 @@ def _hashes(name: str) -> dict[str, str]:
     return dict(zip(names, fingerprints.sha256_of_all(files), strict=True))
 
 
-def changed(recorded: Files, now: Files, since: float) -> str:
-    """How they differ, as a clause: "notes.txt changed since the run of 2026-11-26 10:02"; "" if they do not."""
+def changed(record: dict[str, Any] | None, now: Files) -> str:
+    """How they differ from the record of a stage: "notes.txt changed since the run of 2026-11-26 10:02"; "" if they do
+    not, and where the record holds none."""
+    recorded: Files = (record or {}).get("files", {})
     differ = []
     for name in recorded.keys() & now.keys():
         for file in sorted(recorded[name].keys() | now[name].keys()):
@@ -81,5 +84,5 @@ def changed(recorded: Files, now: Files, since: float) -> str:
     if not differ:
         return ""
     more = f" and {len(differ) - 2} more" if len(differ) > 2 else ""
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(since))
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime((record or {})["since"]))
     return f"{', '.join(sorted(differ)[:2])}{more} since the run of {when}"

@@ -27,12 +27,13 @@ from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig, stage_refs
 from bessemer.config.units import show_seconds
 from bessemer.data.fetch import cache_dir
-from bessemer.errors import UserError
 from bessemer.pipeline import inputs as outside
 from bessemer.pipeline import preflight
+from bessemer.pipeline.reuse import Donor
 from bessemer.pipeline.stage import Stage, find_kind
 from bessemer.runs.context import Interrupted, StageContext, StopFlag, signals
 from bessemer.runs.directory import (
+    REVISIONS,
     RunDir,
     conformance_summary,
     damage,
@@ -42,16 +43,12 @@ from bessemer.runs.directory import (
     write_done,
     write_stage_record,
 )
-from bessemer.runs.files import explained, read_json, sync_folder, write_atomic, write_json
-from bessemer.runs.metrics import Metrics, NoMetrics, StageMetrics, read_lines
+from bessemer.runs.files import explained, read_json, write_atomic, write_json
+from bessemer.runs.metrics import Metrics, NoMetrics, StageMetrics
 from bessemer.runs.progress import RunProgress
 
 if TYPE_CHECKING:
     from bessemer.dist.ranks import Ranks
-
-
-REVISIONS = "revisions.json"
-"""File of a run with the commits of the data sets and models on the hub that it reads."""
 
 
 @dataclass
@@ -156,13 +153,9 @@ def _plan(
 
 
 def _is_done(item: _Planned) -> bool:
-    done, record = read_json(item.folder / "done.json"), read_json(item.folder / "stage.json")
-    return done is not None and done.get("fingerprint") == digest(item.identity) and not _changed(record, item.files)
-
-
-def _changed(record: dict[str, Any] | None, files: outside.Files) -> str:
-    """How the files that a stage reads differ from its record."""
-    return outside.changed(record.get("files", {}), files, record.get("since", 0)) if record else ""
+    done = read_json(item.folder / "done.json") or {}
+    made = done.get("fingerprint") == digest(item.identity)
+    return made and not outside.changed(read_json(item.folder / "stage.json"), item.files)
 
 
 def _set_aside_stale(plan: list[_Planned], rundir: RunDir, metrics: Metrics, progress: RunProgress) -> None:
@@ -177,7 +170,7 @@ def _set_aside_stale(plan: list[_Planned], rundir: RunDir, metrics: Metrics, pro
             continue
         record = read_json(item.folder / "stage.json")
         if record is not None and record.get("fingerprint") == digest(item.identity):
-            if not (why := _changed(record, item.files)):
+            if not (why := outside.changed(record, item.files)):
                 continue
             why += "; the stage runs again"
         else:
@@ -225,7 +218,7 @@ def _run_all(
         done = _finished(item, inputs, rundir, metrics, progress)
         how = "already done"
         if done is None and donor is not None and not item.folder.exists():
-            done, why = donor.give(item, inputs, metrics)
+            done, why = donor.give(item.name, item.folder, digest(item.identity), inputs, item.files, metrics)
             how = f"taken from {donor.root}"
             if why:
                 progress.say(f"{item.name}: {why}; not taken from {donor.root}")
@@ -363,49 +356,6 @@ def _write_conformance(rows: list[dict[str, Any]], root: Path) -> str:
     """Writes the whole table; returns a line for the screen."""
     write_atomic(root / "conformance.json", json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
     return f"{conformance_summary(rows)}; item by item in report.html, or with --conformance"
-
-
-class Donor:
-    """A run whose finished stages may be copied."""
-
-    def __init__(self, root: Path) -> None:
-        if not (root / "recipe.toml").is_file():
-            raise UserError(f"--reuse {root}: not a run directory (no recipe.toml in it)")
-        self.root = root
-
-    def folder(self, name: str) -> Path | None:
-        """Of a stage."""
-        return {theirs: path for _, theirs, path in stage_folders(self.root)}.get(name)
-
-    def give_revisions(self, root: Path) -> None:
-        """The commits of the hub that this run has pinned become those of the run in `root`, if it has none."""
-        if (self.root / REVISIONS).is_file() and not (root / REVISIONS).exists():
-            write_atomic(root / REVISIONS, (self.root / REVISIONS).read_bytes())
-
-    def give(self, item: _Planned, inputs: dict[str, str], metrics: Metrics) -> tuple[dict[str, Any] | None, str]:
-        """Copies a finished stage to the folder of `item`, which must not exist. Its record, or None and, if it is only
-        that files have changed since, which.
-
-        `inputs` maps the stages it reads to the digests of their output.
-        """
-        folder, name, source = item.folder, item.name, self.folder(item.name)
-        done = None if source is None else read_json(source / "done.json")
-        if source is None or not done or (done["fingerprint"], done["inputs"]) != (digest(item.identity), inputs):
-            return None, ""
-        if why := _changed(read_json(source / "stage.json"), item.files):
-            return None, why
-        if damage(source, done):
-            return None, ""
-        fresh = folder.with_name(f"{folder.name}.tmp-reuse")  # a kill may leave it; `_is_temporary` knows it
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.copytree(source, fresh, ignore=lambda at, names: ["state"] if Path(at) == source else [])
-        metrics.rewind(name, -1)
-        for line in read_lines(self.root / "metrics.jsonl"):
-            if line.get("stage") == name:
-                metrics.write(name, line["step"], line["tokens"], line["values"])
-        os.rename(fresh, folder)
-        sync_folder(folder.parent)
-        return done, ""
 
 
 def follow(recipe: Recipe, ranks: Ranks, cache: Path | None = None) -> None:

@@ -1,0 +1,59 @@
+"""`--reuse RUN`: finished stages of another run, copied where they would come out equal."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bessemer.errors import UserError
+from bessemer.pipeline.inputs import Files, changed
+from bessemer.runs.directory import REVISIONS, damage, stage_folders
+from bessemer.runs.files import read_json, sync_folder, write_atomic
+from bessemer.runs.metrics import Metrics, read_lines
+
+
+class Donor:
+    """A run whose finished stages may be copied."""
+
+    def __init__(self, root: Path) -> None:
+        if not (root / "recipe.toml").is_file():
+            raise UserError(f"--reuse {root}: not a run directory (no recipe.toml in it)")
+        self.root = root
+
+    def folder(self, name: str) -> Path | None:
+        """Of a stage."""
+        return {theirs: path for _, theirs, path in stage_folders(self.root)}.get(name)
+
+    def give_revisions(self, root: Path) -> None:
+        """The commits of the hub that this run has pinned become those of the run in `root`, if it has none."""
+        if (self.root / REVISIONS).is_file() and not (root / REVISIONS).exists():
+            write_atomic(root / REVISIONS, (self.root / REVISIONS).read_bytes())
+
+    def give(
+        self, name: str, folder: Path, fingerprint: str, inputs: dict[str, str], files: Files, metrics: Metrics
+    ) -> tuple[dict[str, Any] | None, str]:
+        """Copies the finished stage `name` to `folder`, which must not exist. Its record, or None and, if it is only
+        that files have changed since, which.
+
+        `inputs` maps the stages it reads to the digests of their output.
+        """
+        source = self.folder(name)
+        done = None if source is None else read_json(source / "done.json")
+        if source is None or not done or (done["fingerprint"], done["inputs"]) != (fingerprint, inputs):
+            return None, ""
+        if why := changed(read_json(source / "stage.json"), files):
+            return None, why
+        if damage(source, done):
+            return None, ""
+        fresh = folder.with_name(f"{folder.name}.tmp-reuse")  # a kill may leave it; the runner removes it
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.copytree(source, fresh, ignore=lambda at, names: ["state"] if Path(at) == source else [])
+        metrics.rewind(name, -1)
+        for line in read_lines(self.root / "metrics.jsonl"):
+            if line.get("stage") == name:
+                metrics.write(name, line["step"], line["tokens"], line["values"])
+        os.rename(fresh, folder)
+        sync_folder(folder.parent)
+        return done, ""
