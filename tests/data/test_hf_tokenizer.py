@@ -168,6 +168,16 @@ def test_a_base_model_speaks_the_zero_style(tmp_path):
         chat.render_ids(again, QUESTION, "r1")
 
 
+def test_r1s_template_is_refused_where_its_tokens_are_missing(tmp_path):
+    tokenizer = load_tokenizer(houses.byte_level(tmp_path / "chatml"))
+    with pytest.raises(UserError, match='style "r1" needs the tokens <｜User｜> and <｜Assistant｜>.*or set "zero"'):
+        tokenizer.chat_style = "r1"
+    assert tokenizer.chat_style is None and tokenizer.chat_template == houses.CHATML  # still its own
+    tokenizer.chat_style = "r1-zero"
+    ids = chat.render_ids(tokenizer, [{"role": "user", "content": "What is 12*3+4?"}])
+    assert tokenizer.decode(ids).endswith("User: What is 12*3+4?\nAssistant:")
+
+
 def test_our_own_directories_stay_ours(tmp_path):
     for style in chat.STYLES:
         Tokenizer.train(houses.TEXTS, 300, style).save(tmp_path / style)

@@ -152,7 +152,17 @@ class Tokenizer:
 
     @chat_style.setter
     def chat_style(self, style: str) -> None:
-        self.chat_template = chat.jinja(style)
+        self.chat_template = self._jinja(style)
+
+    def _jinja(self, style: str) -> str:
+        """The template of a style; UserError where it writes control tokens that this tokenizer lacks."""
+        needed = (chat.USER, chat.ASSISTANT) if style == "r1" else ()
+        if lacking := [name for name in needed if self._tok.token_to_id(name) is None]:
+            raise UserError(
+                f'style "{style}" needs the tokens {" and ".join(lacking)}, and this model\'s tokenizer has none; leave '
+                'style out, which keeps the model\'s own template, or set "zero" or "r1-zero"'
+            )
+        return chat.jinja(style)
 
     def use_template(self, prompt_template: str) -> None:
         """Takes the template that a recipe's `prompt_template` names; "model" is the one it has."""

@@ -112,7 +112,7 @@ class HFTokenizer(Tokenizer):
 
     @chat_style.setter
     def chat_style(self, style: str) -> None:
-        self._adopt(chat.jinja(style))
+        self._adopt(self._jinja(style))
 
     def set_system(self, system: str) -> None:
         """Makes the template start every conversation without a system message with this one."""
