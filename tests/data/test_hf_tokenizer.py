@@ -170,7 +170,7 @@ def test_a_base_model_speaks_the_zero_style(tmp_path):
 
 def test_r1s_template_is_refused_where_its_tokens_are_missing(tmp_path):
     tokenizer = load_tokenizer(houses.byte_level(tmp_path / "chatml"))
-    with pytest.raises(UserError, match='style "r1" needs the tokens <｜User｜> and <｜Assistant｜>.*or set "zero"'):
+    with pytest.raises(UserError, match=r'style "r1" needs the tokens <｜User｜> and <｜Assistant｜>.*or set "zero"'):
         tokenizer.chat_style = "r1"
     assert tokenizer.chat_style is None and tokenizer.chat_template == houses.CHATML  # still its own
     tokenizer.chat_style = "r1-zero"

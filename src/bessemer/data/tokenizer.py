@@ -159,8 +159,8 @@ class Tokenizer:
         needed = (chat.USER, chat.ASSISTANT) if style == "r1" else ()
         if lacking := [name for name in needed if self._tok.token_to_id(name) is None]:
             raise UserError(
-                f'style "{style}" needs the tokens {" and ".join(lacking)}, and this model\'s tokenizer has none; leave '
-                'style out, which keeps the model\'s own template, or set "zero" or "r1-zero"'
+                f'style "{style}" needs the tokens {" and ".join(lacking)}, which this model\'s tokenizer lacks; leave '
+                'it out, which keeps the model\'s own template, or set "zero" or "r1-zero"'
             )
         return chat.jinja(style)
 
