@@ -59,7 +59,7 @@ def resident(pid: int) -> float:
 
 
 async def soak(port: int, pids: list[int], streams: int, tokens: int, seconds: float) -> tuple[Counter[str], list]:
-    until, counts = time.monotonic() + seconds, Counter[str]()
+    until, counts = time.monotonic() + seconds, Counter(whole=0, left=0, lost=0)
     samples: list[list[float]] = []
 
     async def watch() -> None:
