@@ -177,7 +177,7 @@ def test_eval(call, stub, model):
 
     def evaluate_lm_eval(folder, **options):
         seen.append((folder, options))
-        return [{**row(name, 0.25), "domain": "lm-eval", "k": 1} for name in options["names"]]
+        return [{**row(name, 0.25), "domain": "lm-eval", "k": 1, "metric": "acc"} for name in options["names"]]
 
     stub("bessemer.eval.evaluate", evaluate=evaluate, evaluate_lm_eval=evaluate_lm_eval, table=table)
     asked = "--task countdown --task logic --samples 4 --k 2 --seed 3 --temperature 0.6 --top-p 0.95 --problems 5"
@@ -191,7 +191,8 @@ def test_eval(call, stub, model):
         (model, {"names": ["countdown"]}), (model, {"names": ["a", "b"], "include": Path("here"), "limit": 7})
     ]  # fmt: skip
     assert status == 0 and "50.0 %" in out and "40.0 - 60.0" in out and "25.0 %" in out and "75.0 %" in out
-    assert "pass@k" in out, "rows of different k share the column"
+    assert "pass@4" in out and out.count("pass@1") == 1, "an accuracy of lm-eval is no pass@1"
+    assert re.search(r"lm-eval\s+task +model +n +shots +metric +value", out)
 
 
 @pytest.mark.parametrize(

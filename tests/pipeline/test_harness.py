@@ -241,15 +241,18 @@ def test_tasks_score_as_with_hflm(directory, own_tasks, theirs, monkeypatch, cap
         assert (row["domain"], row["model"], row["contexts_cut"]) == ("lm-eval", str(directory), 0)
 
 
-def test_limit_and_table(directory, own_tasks, monkeypatch, capsys):
+def test_limit_and_table(directory, own_tasks, monkeypatch, capfd, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)  # outside any repository
     arguments = ["bessemer", "eval", directory, "--lm-eval", "own_gold", "--include", own_tasks, "--limit", 4]
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
     with pytest.raises(SystemExit) as done:
         cli.main()
     assert not done.value.code
-    out = capsys.readouterr().out
+    out, err = capfd.readouterr()
     assert "own_gold" in out and "lm-eval" in out and "50.0 %" in out
+    assert "exact_match,strip" in out and "pass@1" not in out and "fatal" not in err
+    assert "15.0 - 85.0" in out, "Wilson's of 2 of 4"
 
 
 def test_the_chat_template_is_applied_and_a_question_cannot_write_a_turn(directory, own_tasks):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 from bessemer import tasks
@@ -67,7 +68,27 @@ def _engine(model_dir: Path) -> Engine:
     return Engine(*setup.load_model(model_dir), setup.workers())
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def table(rows: list[dict[str, Any]]) -> Group:
+    """Our tasks, and those of lm-eval in a table of their own: their accuracies are no pass@1 of samples."""
+    theirs = [row for row in rows if row["domain"] == "lm-eval"]
+    ours = [row for row in rows if row["domain"] != "lm-eval"]
+    return Group(*([_ours(ours)] if ours else []), *([_lm_eval(theirs)] if theirs else []))
+
+
+def _lm_eval(rows: list[dict[str, Any]]) -> Table:
+    grid = Table(title="lm-eval", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("task", "model", "n", "shots", "metric", "value", "95 % interval"):
+        grid.add_column(column, justify="left" if column in ("task", "model", "metric") else "right")
+    for row in rows:
+        shown = [(row.get("metric"), _percent(row["pass_at_1"]), _between(row["pass_at_1_interval"]))]
+        if row.get("metric") is None:  # no accuracy: the numbers as they are
+            shown = [(name, f"{one['value']:.4g}", "-") for name, one in row.get("metrics", {}).items()]
+        for metric, value, between in shown:
+            grid.add_row(row["task"], row["model"], str(row["n"]), str(row.get("shots", 0)), metric, value, between)
+    return grid
+
+
+def _ours(rows: list[dict[str, Any]]) -> Table:
     """The models of a task in consecutive rows, in the order in which tasks, temperatures and models first appear."""
     ks = {row["k"] for row in rows}
     k = "k" if len(ks) > 1 else str(*ks)

@@ -19,12 +19,13 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from lm_eval import simple_evaluate
+from lm_eval import evaluator, simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -33,6 +34,7 @@ from bessemer.data import chat as templates
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer, evaluating
+from bessemer.tasks.verdict_metrics import wilson
 from bessemer.train.loss import chunk_rows
 
 BATCH_TOKENS = 16384
@@ -230,10 +232,11 @@ def evaluate(
     if chat and lm.engine.tokenizer.chat_style is None:
         raise UserError("the model carries none of our chat templates; leave --chat out")
     try:
-        results = simple_evaluate(
-            lm, tasks=list(names), task_manager=manager, limit=limit, apply_chat_template=chat, log_samples=False,
-            bootstrap_iters=1000,
-        )  # fmt: skip
+        with _no_commit():
+            results = simple_evaluate(
+                lm, tasks=list(names), task_manager=manager, limit=limit, apply_chat_template=chat, log_samples=False,
+                bootstrap_iters=1000,
+            )  # fmt: skip
     except OSError as error:  # the datasets library's own errors are all of this kind
         raise UserError(
             f"the data of {', '.join(names)} cannot be read ({str(error).splitlines()[0]}). Built-in tasks download "
@@ -242,6 +245,17 @@ def evaluate(
     return [
         _row(name, values, results, lm) for name, values in results["results"].items() if name in results["configs"]
     ]
+
+
+@contextmanager
+def _no_commit() -> Iterator[None]:
+    """lm-eval asks git for the commit of the working directory, and outside a repository git's error is printed."""
+    before = getattr(evaluator, "get_git_commit_hash", None)
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = before
 
 
 def _manager(names: Sequence[str], include: Path | None) -> TaskManager:
@@ -262,7 +276,8 @@ def _manager(names: Sequence[str], include: Path | None) -> TaskManager:
 
 
 def _row(name: str, values: dict[str, Any], results: dict[str, Any], lm: BessemerLM) -> dict[str, Any]:
-    """lm-eval's "metric,filter" keys as a row; an interval is the mean plus and minus 1.96 standard errors."""
+    """lm-eval's "metric,filter" keys as a row, with Wilson's interval: a standard error is 0 where all are right."""
+    n = results["n-samples"][name]["effective"]
     metrics: dict[str, dict[str, float | None]] = {
         key.removesuffix(",none"): {"value": float(value), "stderr": _number(values.get(key.replace(",", "_stderr,")))}
         for key, value in values.items()
@@ -272,15 +287,15 @@ def _row(name: str, values: dict[str, Any], results: dict[str, Any], lm: Besseme
     value: float | None = None
     interval: list[float] | None = None
     if metric is not None:
-        value, stderr = metrics[metric]["value"], metrics[metric]["stderr"]
-        if value is not None and stderr is not None:
-            interval = [max(0.0, value - 1.96 * stderr), min(1.0, value + 1.96 * stderr)]
+        value = metrics[metric]["value"]
+        assert value is not None, "the values of lm-eval's metrics are numbers"
+        interval = list(wilson(value, n))
     config = results["configs"][name]
     return {
         "task": name,
         "domain": "lm-eval",
         "language": "",
-        "n": results["n-samples"][name]["effective"],
+        "n": n,
         "samples": 1,
         "k": 1,
         "temperature": float((config.get("generation_kwargs") or {}).get("temperature", 0.0)),

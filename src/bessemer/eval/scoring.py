@@ -13,7 +13,7 @@ A row is one model on one task at one way of sampling:
     temperature, top_p     how answers were sampled
     pass_at_1              mean over problems and samples
     pass_at_k, maj_at_k    unbiased (Chen et al. 2021); maj@k is the paper's cons@k, see `tasks/verdict_metrics.py`
-    *_interval             [low, high] of each of the three: 95 % bootstrap over problems
+    *_interval             [low, high] of each of the three: 95 % over problems (`verdict_metrics.mean_interval`)
     by_difficulty          {difficulty: {n, pass_at_1}}; {} where the task states none
     mean_length            tokens per answer; null where a file of answers does not say
     formatted, truncated   shares of answers in the required form; that ran into the length cap (null as above)
@@ -22,7 +22,7 @@ A row is one model on one task at one way of sampling:
     reasons                {verdict: answers}
 A row of an lm-eval task has, instead of mean_length and what follows it, `metric` (what its pass_at_1 is; null, as
 the rates are, where the task has no accuracy), `metrics` {name: {value, stderr}}, `shots`, and `contexts_cut` (requests
-of the call that lost ids on the left). Its samples and k are 1, its intervals 1.96 standard errors to either side.
+of the call that lost ids on the left). Its samples and k are 1, its intervals are Wilson's.
 """
 
 from __future__ import annotations

@@ -13,10 +13,11 @@ Long contexts, from `long.json`:
     short_bound bits per byte that a model may lose on short rows
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from bessemer.tasks.verdict_metrics import wilson
 
 LONG_FILE = "long.json"
 _SAMPLING = ("samples", "k", "temperature", "top_p")
@@ -213,10 +214,7 @@ def short_loss(table: dict[str, Any]) -> dict[str, float]:
 
 
 def needles_found(cells: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """{n, share, low, high} over cells of a heat map, with Wilson's 95 % interval, which is not empty at shares of 0
-    and 1."""
+    """{n, share, low, high} over cells of a heat map, with Wilson's 95 % interval."""
     n, correct = sum(cell["n"] for cell in cells), sum(cell["correct"] for cell in cells)
-    share, z = correct / n, 1.96
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return {"n": n, "share": share, "low": max(0.0, middle - half), "high": min(1.0, middle + half)}
+    low, high = wilson(correct / n, n)
+    return {"n": n, "share": correct / n, "low": low, "high": high}

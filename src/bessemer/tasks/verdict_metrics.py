@@ -16,6 +16,9 @@ import numpy as np
 from bessemer.errors import UserError
 from bessemer.tasks.base import Verdict
 
+FEW = 5
+"""Problems above 0, or below 1, below which a bootstrap is too narrow."""
+
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Chance that k of n samples, taken without replacement, contain one of the `correct` (Chen et al. 2021)."""
@@ -60,8 +63,31 @@ def _wins(votes: Counter, answer: str, abstain: int, k: int) -> Fraction:
     return total
 
 
-def mean_interval(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
-    """(mean, low, high): 95 % percentile bootstrap over problems, seeded; blind to spread when all values are equal."""
+def mean_interval(rates: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """(mean, low, high) of rates, one for each problem: 95 % percentile bootstrap over the problems.
+
+    Where fewer than FEW of them lie above 0, or below 1, resampling sees too little spread (of 0 of 6 it makes the
+    interval 0 to 0). There the interval also spans Wilson's of that mean over the problems, the widest that rates
+    between 0 and 1 can have.
+    """
+    mean, low, high = bootstrap(rates, seed)
+    spread = min(sum(rate > 0 for rate in rates), sum(rate < 1 for rate in rates))
+    if spread < FEW or low == high:
+        lowest, highest = wilson(mean, len(rates))
+        low, high = min(low, lowest), max(high, highest)
+    return mean, low, high
+
+
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `n` independent trials, which is not empty at 0 and 1 (Wilson 1927)."""
+    z = 1.96
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
+
+
+def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
+    """(mean, low, high): 95 % percentile bootstrap, seeded; blind to spread when all values are equal."""
     if not len(values):
         raise UserError("there is nothing to average; score at least one problem")
     sample = np.asarray(values, dtype=np.float64)
