@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from bessemer.config.table import AskingConfig, ConfigTable, StageRef, TaskName
+from bessemer.config.table import AskingConfig, ConfigTable, OwnCode, StageRef, TaskName
 from bessemer.config.training import OnPolicyConfig
 from bessemer.config.units import Points
 
@@ -142,8 +142,9 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     the same tokens."""
     overlong: int = Field(0, ge=0)
     """Tokens before the length cap over which a penalty grows to 1 (DAPO: 4,096; R1: none)."""
-    reward: Literal["task", "format", "random"] = "task"
-    """What is rewarded: the task's verdict or, for controls, only the form, or a random value."""
+    reward: Literal["task", "format", "random"] | OwnCode = "task"
+    """What is rewarded: the task's verdict; FILE.py:FUNCTION, a function of your own in place of the accuracy, which
+    runs with your rights; or, for controls, only the form, or a random value."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of matrices; norms and biases have none (undocumented)."""
     eval_tasks: list[TaskName] = Field(default=[])

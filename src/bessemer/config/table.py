@@ -34,6 +34,8 @@ class _TaskName:
 
 SourceName = Annotated[str, _SourceName]
 TaskName = Annotated[str, _TaskName]
+OwnCode = Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$"), _TaskName]
+"""FILE.py:NAME, the user's own code."""
 
 
 class ConfigTable(BaseModel):

@@ -54,7 +54,7 @@ def eval_texts(names: Iterable[str], problems: int) -> list[EvalText]:
 
 def _other_texts(name: str, questions: dict[str, EvalText]) -> Iterator[EvalText]:
     """The other texts in the lines of held-out questions, mainly solutions."""
-    if (named := file_of(name)) is None:
+    if (named := file_of(name)) is None or named.endswith(".py"):
         return
     path = located(named)
     files = [path / "test.jsonl"] if path.is_dir() else [path]

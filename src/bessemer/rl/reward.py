@@ -3,6 +3,8 @@
     reasoning   R_accuracy + f R_format + l R_language
     general     p R_preference + f R_format + l R_language      where a reward model serves the prompt's aim
 
+A function of the user's own may take the place of R_accuracy.
+
 R1 adds the terms with equal weight; R1-Zero has no language term and no general prompts. DAPO's soft punishment of
 over-long answers (DAPO 3.4) is subtracted. Two other kinds of reward are controls: what a run shows under them is not
 learnt from the task.
@@ -19,13 +21,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 from torch import Tensor
 
+from bessemer.config.rl import RLConfig
 from bessemer.errors import UserError
 from bessemer.rl.rollout import Group, ScoredSample, rewards
 from bessemer.tasks.base import stable_hash
+from bessemer.tasks.user_code import RewardFunction, reward_function
 
 
 class PreferenceScorer(Protocol):
@@ -46,6 +50,15 @@ class Reward:
     overlong: int = 0
     """Tokens before the cap over which the punishment grows from 0 to 1; 0 for none."""
     kind: Literal["task", "format", "random"] = "task"
+    function: RewardFunction | None = None
+    """The user's own, in place of the accuracy."""
+
+    @classmethod
+    def of_config(cls, config: RLConfig) -> Reward:
+        own = reward_function(config.reward) if ":" in config.reward else None
+        kind = cast(Literal["task", "format", "random"], "task" if own else config.reward)
+        terms = config.format_reward, config.language_reward, config.preference_reward
+        return cls(*terms, config.overlong, kind, own)
 
     def score(
         self, groups: Sequence[Group], cap: int, reward_models: Mapping[str, PreferenceScorer] | None = None
@@ -62,7 +75,7 @@ class Reward:
             if not math.isfinite(row.reward):
                 raise UserError(
                     f"the reward of a sample of problem {row.problem.id} is {row.reward}; "
-                    + ("its reward model" if row.preference is not None else "its verifier")
+                    + ("its reward model" if row.preference is not None else "its verifier or reward function")
                     + " must give a finite number"
                 )
 
@@ -73,7 +86,12 @@ class Reward:
         verdict = row.verdict
         if self.kind == "format":
             return float(verdict.formatted)
-        aim = float(verdict.correct) if row.preference is None else self.preference * row.preference
+        if row.preference is not None:
+            aim = self.preference * row.preference
+        elif self.function is not None:
+            aim = float(self.function(row.problem, row.answer, verdict))
+        else:
+            aim = float(verdict.correct)
         reward = aim + self.format * float(verdict.formatted) + self.language * row.language
         return reward - overlong(len(row.completion.tokens), cap, self.overlong)
 

@@ -54,13 +54,7 @@ class RolloutGenerator:
         self.reward_models, self.difficulty, self.once = reward_models, difficulty, once
         self.tasks = [tasks.get(name) for name in settings.tasks]
         self.general = [tasks.get(name) for name in settings.general_tasks]
-        self.reward = Reward(
-            settings.format_reward,
-            settings.language_reward,
-            settings.preference_reward,
-            settings.overlong,
-            settings.reward,
-        )
+        self.reward = Reward.of_config(settings)
 
     def start(self, number: int, cap: int, step: int) -> PendingRollout:
         """Submits rollout `number` to the policy of this moment, which has made `step` optimizer steps."""

@@ -24,6 +24,8 @@ TEST_SHARE = 0.10
 DOMAINS = ("search", "arithmetic", "logic", "words", "maths", "gym", "general", "code", "stem", "retrieval")
 CORRECT, WRONG_VALUE, WRONG_NUMBERS, UNPARSABLE = "correct", "wrong-value", "wrong-numbers", "unparsable"
 UNFINISHED, ECHO, TIMEOUT = "unfinished", "echo", "timeout"
+_OWN = re.compile(r".+\.py:[A-Za-z_][A-Za-z0-9_]*")
+"""Code of the user's own (user_code.py)."""
 _INTEGER = re.compile("-?[0-9]{1,300}")
 
 
@@ -201,6 +203,8 @@ def file_and_split(argument: str) -> tuple[str, str | None]:
 
 def file_of(name: str) -> str | None:
     """The file or directory that a task is made from, as its name gives it; None for a task without one."""
+    if _OWN.fullmatch(name):
+        return name.rpartition(":")[0]
     family, _, argument = name.partition(":")
     return file_and_split(argument.replace("@shuffle", ""))[0] if f"{family}:PATH" in _FAMILIES else None
 
@@ -273,7 +277,10 @@ def names() -> list[str]:
 
 
 def get(name: str, **settings: Any) -> Task:
-    """The task called `name`; settings are `languages`, `phrasing` and those of its `Mix`."""
+    """The task called `name`, or the user's own `FILE.py:CLASS`; settings are `languages`, `phrasing` and those of its
+    `Mix`."""
+    if _OWN.fullmatch(name):
+        return import_module("bessemer.tasks.user_code").task(name, **settings)
     family, colon, argument = name.partition(":")
     for pattern, (module, attribute) in _FAMILIES.items():
         if colon and pattern.startswith(f"{family}:"):

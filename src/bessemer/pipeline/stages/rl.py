@@ -22,6 +22,7 @@ from bessemer.rl import ray_sampler, rollout
 from bessemer.rl.loop import Loop
 from bessemer.rl.monitor import evaluation_tasks
 from bessemer.rl.preference import RewardModel
+from bessemer.rl.reward import Reward
 from bessemer.runs.context import StageContext
 from bessemer.train import setup
 
@@ -37,6 +38,7 @@ class RL(Stage[RLConfig]):
             raise UserError(f'stage "{config.name}": tasks is empty; known: {", ".join(tasks.names())}')
         for name in config.tasks + config.general_tasks + config.eval_tasks:
             tasks.get(name)
+        Reward.of_config(config)
         if config.general_prompts and not config.general_tasks:
             raise UserError(f'stage "{config.name}": general_prompts needs general_tasks, such as ["general"]')
         if config.general_prompts > config.prompts_per_rollout:

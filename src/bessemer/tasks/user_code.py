@@ -1,0 +1,79 @@
+"""Tasks and rewards of one's own, named in a recipe by file: `my_task.py:MyTask`, `my_rewards.py:brevity`.
+
+The file starts at the recipe's folder. It is the user's own code, named in the user's own recipe: it runs in this
+process with the user's rights, outside the sandbox, and whoever loads it is warned once. Its SHA-256 belongs to the
+record of a stage (pipeline/inputs.py), so that a stage runs again when the file has changed; what it imports does not.
+"""
+
+import difflib
+import hashlib
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bessemer.config.places import located, looked_in
+from bessemer.errors import UserError
+from bessemer.tasks.base import DOMAINS, Problem, Task, Verdict
+
+RewardFunction = Callable[[Problem, str, Verdict], float]
+"""(problem, the whole answer from `<think>` on, the task's verdict) -> a finite number in place of the accuracy."""
+
+
+def task(name: str, **settings: Any) -> Task:
+    """The task `FILE.py:CLASS`. It carries that name, by which a run finds it again."""
+    found = _load(name)
+    if not isinstance(found, type) or not issubclass(found, Task):
+        raise UserError(f"{name} is no task; derive the class from bessemer.tasks.Task")
+    for method in ("make", "grade"):
+        if getattr(found, method) is getattr(Task, method) and found.verify is Task.verify:
+            raise UserError(f"{name} does not define {method}; docs/tasks.md has a complete task")
+    if (domain := getattr(found, "domain", None)) not in DOMAINS:
+        raise UserError(f"{name} has the domain {domain!r}; set the attribute `domain` to one of {', '.join(DOMAINS)}")
+    return type(found.__name__, (found,), {"name": name, "__module__": found.__module__})(**settings)
+
+
+def reward_function(name: str) -> RewardFunction:
+    """The function `FILE.py:FUNCTION` of a recipe's `reward`."""
+    found = _load(name)
+    if not callable(found) or isinstance(found, type):
+        raise UserError(f"{name} is no function; write def {name.rpartition(':')[2]}(problem, answer, verdict): ...")
+    return found
+
+
+def _load(name: str) -> Any:
+    file, _, attribute = name.rpartition(":")
+    path = located(file)
+    if not path.is_file():
+        raise UserError(f"there is no file {file}{looked_in(file)}; write FILE.py:NAME, from the recipe's folder")
+    module = _module(path.resolve(), hashlib.sha256(path.read_bytes()).hexdigest())
+    if not hasattr(module, attribute):
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        near = difflib.get_close_matches(attribute, own, n=1, cutoff=0.0)
+        raise UserError(f"{file} defines no {attribute}" + (f"; did you mean {near[0]}?" if near else ""))
+    return getattr(module, attribute)
+
+
+@lru_cache(maxsize=64)  # a stage asks for its tasks many times
+def _module(path: Path, digest: str) -> ModuleType:
+    warnings.warn(f"{path.name} is your own code: it runs with your rights, outside the sandbox", stacklevel=2)
+    name = f"{re.sub(r'[^A-Za-z0-9_]', '_', path.stem)}_{digest[:12]}"
+    spec = util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+        where = f"{path}, line {line}" if line else str(path)
+        raise UserError(f"{where}: {type(error).__name__}: {error}; correct the file") from error
+    return module

@@ -1,0 +1,130 @@
+"""Tasks and rewards from a file of the user's own: loaded by name, warned about, hashed; the example runs."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bessemer.config import places
+from bessemer.config.rl import RLConfig
+from bessemer.engine.engine import Completion
+from bessemer.errors import UserError
+from bessemer.pipeline import inputs
+from bessemer.rl import rollout
+from bessemer.rl.reward import Reward
+from bessemer.tasks import Problem, Task, get
+from bessemer.tasks.base import shared_file
+from bessemer.tasks.user_code import reward_function
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+NAME = "remainder.py:Remainder"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copy(EXAMPLES / "remainder.py", tmp_path)
+    with places.of_recipe(tmp_path):
+        yield tmp_path
+
+
+def test_a_task_is_found_by_its_file_and_says_so(folder):
+    with pytest.warns(
+        UserWarning, match=r"remainder\.py is your own code: it runs with your rights, outside the sandbox"
+    ):
+        (folder / "remainder.py").open("a").write("# changed\n")
+        task = get(NAME, languages=["zh"])
+    assert isinstance(task, Task) and (task.name, task.languages) == (NAME, ("zh",))
+    problem = task.problem("test", 3)
+    assert problem == get(NAME, languages=["zh"]).problem("test", 3) and problem.id.startswith(NAME)
+    assert task.verify(problem, f"<think>t</think><answer>{problem.meta['value']}</answer>").sound
+    assert get(NAME, sloppy=0.0).mix.sloppy == 0.0
+    assert shared_file(NAME, NAME) is None, "its splits are its own"
+
+
+def test_the_example_is_that_of_the_page():
+    page = (ROOT / "docs" / "tasks.md").read_text()
+    assert re.search("```python\n(.*?)```", page, re.DOTALL)[1] == (EXAMPLES / "remainder.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "fault"),
+    [
+        ("", "absent.py:A", r"there is no file absent\.py.*looked in"),
+        (
+            "from bessemer.tasks import Task\nclass Mine(Task):\n    pass",
+            "mine.py:Min",
+            "defines no Min; did you mean Mine",
+        ),
+        ("x = 1\n1 / 0", "mine.py:Mine", r"mine\.py, line 2: ZeroDivisionError"),
+        ("def f(:", "mine.py:f", r"mine\.py, line 1: SyntaxError"),
+        ("Mine = 3", "mine.py:Mine", "is no task; derive the class"),
+        ("from bessemer.tasks import Task\nclass Mine(Task):\n    pass", "mine.py:Mine", "does not define make"),
+        (
+            "from bessemer.tasks import Task\nclass Mine(Task):\n    domain = 'x'\n    make = grade = print",
+            "mine.py:Mine",
+            "has the domain 'x'; set the attribute",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*your own code")
+def test_a_mistake_is_named(folder, text, name, fault):
+    (folder / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=fault):
+        get(name)
+
+
+@pytest.mark.filterwarnings("ignore:.*your own code")
+def test_a_reward_function_takes_the_place_of_the_accuracy(folder):
+    (folder / "mine.py").write_text(
+        "def short(problem, answer, verdict):\n    return 0.5 * verdict.correct + len(problem.meta) / len(answer)\n"
+        "def wrong(problem, answer, verdict):\n    return float('nan')\n"
+    )
+    config = RLConfig(kind="rl", name="zero", tasks=["words"], reward="mine.py:short", format_reward=0.25)
+    text = "<think>t</think><answer>7</answer>"
+    made = Completion([1], text, [-1.0], [-1.0], "stop", 1)
+    groups = rollout.verify([(get("words"), Problem("p", "", "en", {"value": 7}))], [[1]], [[made]], "")
+    Reward.of_config(config).score(groups, 9)
+    assert groups[0][0].reward == 0.5 + 1 / len(text) + 0.25
+    with pytest.raises(UserError, match="reward function must give a finite number"):
+        Reward(function=reward_function("mine.py:wrong")).score(groups, 9)
+    with pytest.raises(UserError, match="is no function"):
+        reward_function("remainder.py:Remainder")
+
+
+def test_the_file_is_among_those_that_a_stage_reads(folder):
+    config = RLConfig(kind="rl", name="zero", tasks=[NAME], reward="mine.py:short")
+    (folder / "mine.py").write_text("def short(*_): return 0.0")
+    before = inputs.read_by(config)
+    assert set(before) == {"remainder.py", "mine.py"}
+    (folder / "mine.py").write_text("def short(*_): return 1.0")
+    after = inputs.read_by(config)
+    assert before["remainder.py"] == after["remainder.py"] and before["mine.py"] != after["mine.py"]
+    assert inputs.changed(before, after, 0).startswith("mine.py changed")
+
+
+def test_the_example_runs_and_is_evaluated_by_name(tmp_path, call):
+    small = ["base.tokens=4K", 'base.lr=[["0", 0.001]]', "corpus.limits.remainder=30K", "corpus.vocab_sample=10000"]
+    small += [f"{stage}.{key}" for stage in ("zero", "eval") for key in ("max_new_tokens=8", "samples=2")]
+    small += ['zero.lr=[["0", 0.0001]]', "zero.rollouts=1", "zero.prompts_per_rollout=4", "zero.minimum_pass=0.0"]
+    small += ["zero.eval_problems=4", "eval.problems=2"]
+    options = [word for setting in small for word in ("--set", setting)]
+    code, out, err = call("run", str(EXAMPLES / "remainder.toml"), "--out", str(tmp_path / "r"), *options)
+    assert code == 0, err
+    assert (out + err).count("remainder.py is your own code") == 1
+    assert (tmp_path / "r" / "03-zero" / "done.json").is_file() and (tmp_path / "r" / "04-eval" / "done.json").is_file()
+    named = f"{EXAMPLES}/remainder.py:Remainder"
+    code, out, err = call(
+        "eval",
+        str(tmp_path / "r" / "03-zero"),
+        "--task",
+        named,
+        "--problems",
+        "2",
+        "--samples",
+        "2",
+        "--max-tokens",
+        "8",
+    )
+    assert code == 0 and "Remainder" in out, err
