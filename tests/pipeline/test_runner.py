@@ -102,6 +102,25 @@ def test_damaged_output_is_noticed_and_made_again(toy, harm, capsys):
     }
 
 
+def test_a_wrong_bit_in_a_record_is_no_traceback_and_costs_no_later_stage(toy, capsys):
+    toy.write(steps=4, second=4)
+    run(toy)
+    before, path = toy.result(), toy.out / "01-first" / "done.json"
+    data = path.read_bytes()
+    for word in (b'"outputs"', b'"sha256"', b'"digest"', b'"digest": "', b'"summary"', b'"seconds"', b'"fingerprint"'):
+        place = data.index(word) + len(word) - (word != b'"digest": "')
+        path.write_bytes(data[:place] + bytes([data[place] ^ 2]) + data[place + 1 :])
+        assert run(toy) == {"first": "done", "second": "skipped", "compare": "skipped"}, word
+        assert "first: done.json is damaged" in capsys.readouterr().err or word == b'"fingerprint"', word
+        assert {name: file for name, file in toy.result().items() if name != "metrics.jsonl"} == {
+            name: file for name, file in before.items() if name != "metrics.jsonl"
+        }
+    recipe = (toy.out / "recipe.toml").read_bytes()
+    (toy.out / "recipe.toml").write_bytes(recipe.replace(b"toy", b"t\xefy"))
+    with pytest.raises(UserError, match=r"recipe\.toml cannot be read"):
+        run(toy)
+
+
 def test_an_input_that_comes_out_differently_redoes_what_was_made_from_it(toy, monkeypatch, capsys):
     run(toy)
     (toy.out / "01-first" / "model" / "config.json").unlink()

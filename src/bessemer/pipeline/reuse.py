@@ -9,7 +9,7 @@ from typing import Any
 
 from bessemer.errors import UserError
 from bessemer.pipeline.inputs import Files, changed
-from bessemer.runs.directory import REVISIONS, damage, stage_folders
+from bessemer.runs.directory import REVISIONS, damage, read_done, stage_folders
 from bessemer.runs.files import read_json, sync_folder, write_atomic
 from bessemer.runs.metrics import Metrics, read_lines
 
@@ -40,7 +40,7 @@ class Donor:
         `inputs` maps the stages it reads to the digests of their output.
         """
         source = self.folder(name)
-        done = None if source is None else read_json(source / "done.json")
+        done = None if source is None else read_done(source)
         if source is None or not done or (done["fingerprint"], done["inputs"]) != (fingerprint, inputs):
             return None, ""
         if why := changed(read_json(source / "stage.json"), files):

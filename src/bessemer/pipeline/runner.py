@@ -39,6 +39,7 @@ from bessemer.runs.directory import (
     damage,
     difference,
     digest,
+    read_done,
     stage_folders,
     write_done,
     write_stage_record,
@@ -153,8 +154,8 @@ def _plan(
 
 
 def _is_done(item: _Planned) -> bool:
-    done = read_json(item.folder / "done.json") or {}
-    made = done.get("fingerprint") == digest(item.identity)
+    done = read_done(item.folder)
+    made = done is not None and done["fingerprint"] == digest(item.identity)
     return made and not outside.changed(read_json(item.folder / "stage.json"), item.files)
 
 
@@ -249,9 +250,11 @@ def _finished(
 ) -> dict[str, Any] | None:
     """The record of a stage that is complete; None when it must run, after its outdated folder was moved aside."""
     record = read_json(item.folder / "stage.json")
-    done = read_json(item.folder / "done.json")
+    done = read_done(item.folder)
     if record is None:
         return None
+    if done is None and (item.folder / "done.json").exists():
+        progress.say(f"{item.name}: done.json is damaged; the stage is entered again")
     why = ""
     if record.get("inputs") != inputs:
         changed = [name for name in inputs if record.get("inputs", {}).get(name) != inputs[name]]

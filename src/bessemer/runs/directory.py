@@ -128,7 +128,7 @@ def recipe_name(root: Path) -> str:
     try:
         with open(root / "recipe.toml", "rb") as file:
             return str(tomllib.load(file)["name"])
-    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+    except (OSError, KeyError, ValueError) as error:  # of TOML and of UTF-8
         raise UserError(f"{root}/recipe.toml cannot be read ({error}); choose another folder with --out") from None
 
 
@@ -270,6 +270,15 @@ def write_done(folder: Path, record: dict[str, Any], summary: dict[str, Any], se
     }  # fmt: skip
     write_json(folder / "done.json", done)
     return done
+
+
+def read_done(folder: Path) -> dict[str, Any] | None:
+    """The record of a complete stage. None where it is missing or damaged: the stage is then entered again, and what it
+    makes is compared with what was made from it."""
+    done = read_json(folder / "done.json") or {}
+    whole = isinstance(done.get("summary"), dict) and isinstance(done.get("seconds"), int | float)
+    whole = whole and {"fingerprint", "inputs"} <= done.keys() and done.get("digest") == digest(done.get("outputs"))
+    return done if whole else None
 
 
 def outputs(folder: Path) -> list[Path]:
