@@ -255,4 +255,4 @@ def test_the_lock_file_of_a_dead_process_does_not_matter(toy):
     toy.out.mkdir()
     (toy.out / ".lock").write_text("1\n")
     with RunDir.open(toy.out, "toy"):
-        assert (toy.out / ".lock").read_text() == f"{os.getpid()}\n"
+        assert (toy.out / ".lock").read_text().split()[0] == str(os.getpid())

@@ -190,7 +190,7 @@ def jinja(style: str) -> str:
     return text.replace("{{- bos_token -}}", preamble + "{{- bos_token -}}") if style == "r1-zero" else text
 
 
-def style_of(template: str) -> str | None:
+def style_of(template: str | None) -> str | None:
     """The style whose template this is, None for any other."""
     return next((style for style in STYLES if template in (jinja(style), jinja(style).replace(_GUARD, ""))), None)
 

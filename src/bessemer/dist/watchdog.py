@@ -32,6 +32,7 @@ class Activity(NamedTuple):
     ranks: Sequence[int] | None
     """The ranks it waits for; None: it computes."""
     since: float
+    """On this machine's monotonic clock; in a status that ranks exchange, Unix time."""
 
 
 class RankStatus:
@@ -39,7 +40,7 @@ class RankStatus:
     entry of its own."""
 
     step = 0
-    working = Activity("working", None, time.time())
+    working = Activity("working", None, time.monotonic())
     waits: ClassVar[dict[int, Activity]] = {}
 
     @classmethod
@@ -50,7 +51,7 @@ class RankStatus:
 
 def at(step: int) -> None:
     """Called when this rank starts a step."""
-    RankStatus.step, RankStatus.working = step, Activity("working", None, time.time())
+    RankStatus.step, RankStatus.working = step, Activity("working", None, time.monotonic())
 
 
 @contextmanager
@@ -58,15 +59,15 @@ def waiting(what: str, ranks: Sequence[int]) -> Iterator[None]:
     """Marks this thread as waiting for `what` from these ranks; may be nested."""
     thread = threading.get_ident()
     outer = RankStatus.waits.get(thread)
-    RankStatus.waits[thread] = Activity(what, ranks, time.time())
+    RankStatus.waits[thread] = Activity(what, ranks, time.monotonic())
     try:
         yield
     finally:
         if outer is None:
             del RankStatus.waits[thread]
         else:
-            RankStatus.waits[thread] = outer._replace(since=time.time())
-        RankStatus.working = Activity("working", None, time.time())
+            RankStatus.waits[thread] = outer._replace(since=time.monotonic())
+        RankStatus.working = Activity("working", None, time.monotonic())
 
 
 class Watchdog:
@@ -86,10 +87,12 @@ class Watchdog:
     def _run(self) -> None:
         while True:
             doing, now = RankStatus.current(), time.time()
+            waited = time.monotonic() - doing.since  # a clock that jumps ends no run
+            doing = doing._replace(since=now - waited)
             try:
                 ranks = None if doing.ranks is None else list(doing.ranks)
                 self.store.set(f"watchdog/{self.me}", json.dumps([now, RankStatus.step, doing.what, ranks, doing.since]))
-                if doing.ranks is not None and now - doing.since > self.timeout:
+                if doing.ranks is not None and waited > self.timeout:
                     self._give_up(doing, now)
             except RuntimeError:  # the process with the store is gone: the main thread will notice
                 return

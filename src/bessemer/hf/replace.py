@@ -65,7 +65,7 @@ def replacing(target: Path, drop: Collection[str] = ()) -> Iterator[Path]:
     except OSError as error:
         raise UserError(
             f"cannot write {error.filename or target}: {error.strerror or error}; {target} is as it was. "
-            "Free some space or choose another directory"
+            f"Free some {lacking(target.parent)} or choose another directory"
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -87,7 +87,8 @@ def replacing_file(target: Path) -> Iterator[Path]:
         sync_folder(target.parent)
     except OSError as error:
         raise UserError(
-            f"cannot write {target}: {error.strerror or error}; it is unchanged. Free space or choose another place"
+            f"cannot write {target}: {error.strerror or error}; it is unchanged. "
+            f"Free some {lacking(target.parent)} or choose another place"
         ) from error
     finally:
         fresh.unlink(missing_ok=True)
@@ -124,6 +125,17 @@ def _carry_over(target: Path, fresh: Path, drop: Collection[str]) -> None:
             shutil.copytree(path, fresh / path.name, symlinks=True)
         else:
             shutil.copy2(path, fresh / path.name, follow_symlinks=False)
+
+
+def lacking(folder: Path) -> str:
+    """What a file system that refuses to write has too little of."""
+    try:
+        facts = os.statvfs(folder)
+    except OSError:
+        return "space"
+    if facts.f_files and not facts.f_favail:
+        return f"inodes (each file takes one; all {facts.f_files:,} are taken, see df -i)"
+    return "space"
 
 
 def sync_folder(folder: Path) -> None:

@@ -120,6 +120,8 @@ def run(
             preflight.check(recipe, cache_dir(cache), [item.name for item in plan if not _is_done(item)])
             _set_aside_stale(plan, rundir, metrics, progress)
             _adopt_files(plan, progress)
+            if rundir.killed:
+                progress.say(rundir.killed)
             progress.say(_overview(plan, recipe, root, estimates, until, ranks))
             if conformance is not None:
                 progress.say(_write_conformance(conformance(recipe), root))
@@ -235,7 +237,7 @@ def _run_all(
                 metrics=StageMetrics(metrics, item.name), progress=progress.begin(item.name), stop_flag=stop,
                 ranks=ranks if item.stage.distributed else None,
             )  # fmt: skip
-            done = _run_one(item, ctx, inputs, rundir.root)
+            done = _run_one(item, ctx, inputs, rundir)
         digests[item.name] = done["digest"]
         progress.end(item.name, done["seconds"])
         progress.say(f"{item.name}: {how} ({show_seconds(done['seconds'])}) {_facts(done['summary'])}".rstrip())
@@ -268,7 +270,8 @@ def _finished(
     return done
 
 
-def _run_one(item: _Planned, ctx: StageContext, inputs: dict[str, str], root: Path) -> dict[str, Any]:
+def _run_one(item: _Planned, ctx: StageContext, inputs: dict[str, str], rundir: RunDir) -> dict[str, Any]:
+    root = rundir.root
     with explained(item.folder):
         ctx.dir.mkdir(exist_ok=True)
         for leftover in filter(_is_temporary, [*ctx.dir.rglob("*"), *root.iterdir()]):
@@ -284,11 +287,12 @@ def _run_one(item: _Planned, ctx: StageContext, inputs: dict[str, str], root: Pa
                 {"stage": ctx.name, "folder": str(ctx.dir), "inputs": {n: str(p) for n, p in ctx.inputs.items()},
                  "source": None if ctx.source is None else str(ctx.source), "spent": ctx.spent}
             )  # fmt: skip
-        with _clock(ctx):
+        with _clock(ctx, rundir):
             try:
                 summary = item.stage.run(item.config, ctx)
             except Interrupted:
                 raise Interrupted(_how_to_go_on(ctx.recipe, root, item.name, "in")) from None
+        rundir.check()
         pinned = {name: commit for name, commit in outside.read_by(item.config).items() if name.startswith(places.HUB)}
         write_stage_record(ctx.dir, item.identity, inputs, files | pinned, began)
         record = read_json(ctx.dir / "stage.json")
@@ -297,14 +301,19 @@ def _run_one(item: _Planned, ctx: StageContext, inputs: dict[str, str], root: Pa
 
 
 @contextmanager
-def _clock(ctx: StageContext) -> Iterator[None]:
-    """Keep the stage's wall seconds on disk, so that restarts, even after kill -9, add up."""
+def _clock(ctx: StageContext, rundir: RunDir) -> Iterator[None]:
+    """Keep the stage's wall seconds on disk, so that restarts, even after kill -9, add up; and watch whether the run
+    directory is still ours."""
     over = threading.Event()
 
     def tick() -> None:
         while not over.wait(2.0):
             try:
+                rundir.check()
                 write_json(ctx.dir / "wall.json", {"seconds": round(ctx.elapsed(), 3)})
+            except UserError as fault:
+                ctx.stop_flag.fault = fault
+                return
             except OSError:  # the stage reports a full disk itself; a missed tick of the clock must not stop it
                 continue
 
@@ -315,7 +324,9 @@ def _clock(ctx: StageContext) -> Iterator[None]:
     finally:
         over.set()
         ticker.join()
-        write_json(ctx.dir / "wall.json", {"seconds": round(ctx.elapsed(), 3)})
+        if ctx.stop_flag.fault is None:
+            with suppress(FileNotFoundError):  # the folder has vanished, which the stage or the next check reports
+                write_json(ctx.dir / "wall.json", {"seconds": round(ctx.elapsed(), 3)})
 
 
 def _how_to_go_on(recipe: Recipe, root: Path, name: str, where: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import show_tokens
 from bessemer.dist.ranks import Ranks
+from bessemer.errors import UserError
 from bessemer.escape import escaped
 from bessemer.runs.files import write_atomic
 from bessemer.runs.metrics import LineFile, StageMetrics
@@ -36,6 +37,8 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.fault: UserError | None = None
+        """Why the run must end without writing anything more."""
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -104,7 +107,10 @@ class StageContext:
 
     @property
     def stop(self) -> bool:
-        """True once the user asked to stop: save a checkpoint and call `interrupt()`."""
+        """True once the user asked to stop: save a checkpoint and call `interrupt()`. UserError if nothing may be
+        saved any more."""
+        if self.stop_flag.fault is not None:
+            raise self.stop_flag.fault
         return bool(self.stop_flag)
 
     @property

@@ -7,8 +7,8 @@ determines a stage's output: format, settings, seed, model, derived facts, and t
 is the fingerprint. `done.json` is written last and atomically, with size and sha256 of every output file, so it exists
 exactly when the stage is complete. Output is every file of the stage's folder outside `state/`, except the records.
 
-Invariants: one process at a time (a POSIX lock on `.lock`, which the system frees even after kill -9); one recipe name
-per directory; no output of a stage is deleted, only moved aside.
+Invariants: one process at a time (a POSIX lock on `.lock`, which the system frees even after kill -9 and `check` takes
+again where somebody deleted it); one recipe name per directory; no output of a stage is deleted, only moved aside.
 """
 
 import fcntl
@@ -25,7 +25,7 @@ from bessemer import __version__
 from bessemer.data.fetch import sha256_of
 from bessemer.data.fingerprints import sha256
 from bessemer.errors import UserError
-from bessemer.runs.files import explained, read_json, sync_folder, write_atomic, write_json
+from bessemer.runs.files import BACK, explained, read_json, sync_folder, write_atomic, write_json
 from bessemer.runs.metrics import Metrics
 
 RUN_FORMAT = 1  # raise it when run directories change in a way that old ones cannot be continued
@@ -40,8 +40,10 @@ _STAGE = re.compile(r"(\d\d+)-([A-Za-z0-9][A-Za-z0-9_-]*)")
 class RunDir:
     """An opened run directory. Use `with RunDir.open(...)`: leaving the block frees the lock."""
 
-    def __init__(self, root: Path, lock: IO[str]) -> None:
-        self.root, self._lock = root, lock
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._lock, self.killed = _take_lock(root)
+        """What to say of the process that held the lock before, if it was killed."""
 
     @classmethod
     def open(cls, root: Path, name: str) -> "RunDir":
@@ -67,13 +69,29 @@ class RunDir:
                     f'{root} belongs to the recipe "{owner}", not "{name}"; choose another folder with --out, '
                     "or change the recipe's name back"
                 )
-            return cls(root, _take_lock(root))
+            return cls(root)
 
     def __enter__(self) -> "RunDir":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._lock.truncate(0)  # what a process that was killed leaves behind
         self._lock.close()
+
+    def check(self) -> None:
+        """UserError if the directory is not this process's any more. A lock that was deleted is taken again."""
+        if not self.root.is_dir():
+            why = "deleted, moved, or its disk unmounted"
+            raise UserError(f"{self.root} has vanished while the run was using it: {why}; {BACK}")
+        path, held = self.root / ".lock", os.fstat(self._lock.fileno())
+        if path.exists() and os.path.samestat(path.stat(), held):
+            return
+        try:
+            lock, _ = _take_lock(self.root)
+        except UserError as error:
+            raise UserError(f"the lock of this run was deleted, and it ends here: {error}") from None
+        self._lock.close()
+        self._lock = lock
 
     def record_recipe(self, text: str) -> None:
         path = self.root / "recipe.toml"
@@ -105,22 +123,40 @@ class RunDir:
         return aside
 
 
-def _take_lock(root: Path) -> IO[str]:
+def _take_lock(root: Path) -> tuple[IO[str], str]:
+    """The lock, and what to say of its last holder if that was killed: it writes "PROCESS OOM-KILLS" while it runs."""
     # lockf, not flock: a child process (a sandbox, a worker) that outlives us must not keep the directory locked
     lock = open(root / ".lock", "a+")  # noqa: SIM115 (held until the run ends)
+    lock.seek(0)
+    before = lock.read().split()
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
+        holder = before[0] if before else "another process"
         lock.close()
         raise UserError(
             f"{root} is in use by another run (process {holder}); wait for it, stop it, or choose another --out"
         ) from None
     lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
+    lock.write(f"{os.getpid()} {_oom_kills()}\n")
     lock.flush()
-    return lock
+    killed = ""
+    if len(before) == 2:
+        memory = before[1].isdigit() and int(before[1]) < _oom_kills()
+        memory = before[1].isdigit() and int(before[1]) < _oom_kills()
+        why = " (this machine has run out of memory since: if that was why, use shorter rows or fewer workers)"
+        killed = (
+            f"the last attempt (process {before[0]}) was killed{why if memory else ''}; going on from what it saved"
+        )
+    return lock, killed
+
+
+def _oom_kills() -> int:
+    """Processes that the kernel of this machine has killed for want of memory; 0 where it does not say."""
+    try:
+        return int(dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines()).get("oom_kill", 0))
+    except (OSError, ValueError):
+        return 0
 
 
 def recipe_name(root: Path) -> str:

@@ -14,11 +14,14 @@ from typing import Any
 
 from bessemer.data.chat import Message
 from bessemer.errors import UserError
+from bessemer.hf.replace import lacking
 
+BACK = "bring it back, or run the same command again for a new one"
 CONVERSATIONS = "samples.jsonl"
 """The file of conversations that a stage exports for SFT: one JSON object a line, {"messages": [...]}."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_AWAY = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -57,9 +60,17 @@ def explain(error: BaseException, path: Path) -> UserError | None:
     number = error.errno if isinstance(error, OSError) else None
     where = error.filename if isinstance(error, OSError) and error.filename else path
     if number in _FULL or "No space left on device" in str(error):
+        lack = lacking(Path(where).parent)
         return UserError(
-            f"disk full: cannot write {where}; free some space and run the same command again, what was saved is kept"
+            f"disk full: cannot write {where}; free some {lack} and run the same command again, what was saved is kept"
         )
+    if number in _AWAY:
+        assert isinstance(error, OSError)
+        return UserError(
+            f"the disk of {where} does not answer ({error.strerror}); mend or mount it, and run the same command again"
+        )
+    if isinstance(error, FileNotFoundError) and not path.exists():
+        return UserError(f"{path} has vanished while it was in use: deleted, moved, or its disk unmounted; {BACK}")
     if number in _FORBIDDEN:
         why = error.strerror if isinstance(error, OSError) else error
         return UserError(

@@ -32,6 +32,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bessemer.errors import UserError
+from bessemer.hf.replace import lacking
 from bessemer.model.moe import EXPERTS
 
 FORMAT = 1
@@ -73,11 +74,19 @@ def save(state_dir: Path, step: int, state: State, keep: int = 2) -> Path:
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         need = sum(t.numel() * t.element_size() for part in state.tensors.values() for t in part.values())
-        free = shutil.disk_usage(state_dir).free
         raise UserError(
-            f"cannot save step {step} in {state_dir}: {error.strerror} (needs {need / 1e6:.1f} MB, {free / 1e6:.1f} MB "
-            "free). Earlier checkpoints are intact; make room or choose another run directory, then run again"
+            f"cannot save step {step} in {state_dir}: {error.strerror} ({_shortage(state_dir, need)}). Earlier "
+            "checkpoints are intact; make room or choose another run directory, then run again"
         ) from error
+
+
+def _shortage(folder: Path, need: int) -> str:
+    if not folder.is_dir():
+        return "the folder has vanished"
+    if (lack := lacking(folder)) != "space":
+        return f"no {lack}"
+    free = shutil.disk_usage(folder).free
+    return f"needs {need / 1e6:.1f} MB, {free / 1e6:.1f} MB free"
 
 
 def put_in_place(temporary: Path, state_dir: Path, step: int, keep: int) -> Path:
