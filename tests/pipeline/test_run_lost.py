@@ -22,7 +22,7 @@ def lines(toy):
 
 def test_a_lock_that_is_deleted_admits_nobody(toy):
     """It is taken again within seconds; and where another was faster, the first run ends and writes nothing more."""
-    toy.write(pause=0.5)
+    toy.write(pause=1.0)
     process = toy.start()
     toy.wait_for(lambda: lines(toy) >= 1)
     (toy.out / ".lock").unlink()

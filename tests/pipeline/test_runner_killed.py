@@ -69,7 +69,7 @@ def test_the_second_signal_kills(toy):
 
 
 def test_two_runs_do_not_share_a_directory(toy):
-    toy.write(pause=0.2)
+    toy.write(pause=2.0)
     process = toy.start()
     toy.wait_for(lambda: stage_lines(toy, "first") >= 1)
     status, _, said = toy.run()
