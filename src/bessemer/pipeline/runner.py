@@ -27,6 +27,7 @@ from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig, stage_refs
 from bessemer.config.units import show_seconds
 from bessemer.data.fetch import cache_dir
+from bessemer.errors import UserError
 from bessemer.pipeline import inputs as outside
 from bessemer.pipeline import preflight
 from bessemer.pipeline.reuse import Donor
