@@ -11,7 +11,7 @@ from bessemer.cli.common import AsJson, NoVerify, YesNo, app, print_json
 from bessemer.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
 
 @app.command()
@@ -259,7 +259,7 @@ def _names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
-def _print_table(table: "Table") -> None:
+def _print_table(table: "RenderableType") -> None:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 200).print(table)
