@@ -100,7 +100,7 @@ async def slowest(port, until):
 def test_a_flood_delays_nobody_and_fills_nothing(process):
     pid, port = process
 
-    async def flood(blocks, seconds=0.8, clients=8):
+    async def flood(blocks, seconds=0.6, clients=8):
         until = time.monotonic() + seconds
         worst, *_ = await asyncio.gather(slowest(port, until), *(attack(port, blocks, until) for _ in range(clients)))
         return worst

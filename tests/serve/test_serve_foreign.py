@@ -36,6 +36,9 @@ def test_a_foreign_model_is_served_like_ours(llama):
         body = {"messages": asked, "seed": 3, "max_tokens": 12, "thinking": True}
         choice = server.post("/v1/chat/completions", **body).json()["choices"][0]
         assert choice["message"]["content"] == sample.text.lstrip() and "reasoning" not in choice["message"]
+        form = {"type": "json_schema", "json_schema": {"schema": {"enum": ["fox", "盛"]}}}
+        choice = server.post("/v1/chat/completions", **body, response_format=form).json()["choices"][0]
+        assert choice["message"]["content"] in ('"fox"', '"盛"') and choice["finish_reason"] == "stop"
         refused = server.post("/v1/chat/completions", **body, return_routing=True)
         assert error_of(refused)["code"] == "routing_unavailable"
         text = server.post("/v1/completions", prompt="the fox", max_tokens=0, echo=True, logprobs=1).json()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import httpx
 import openai
@@ -141,8 +142,15 @@ def test_a_connection_serves_one_request_after_another(r1):
             plug.sendall(b"this is no length\r\n")
             status, body = receive(plug)
             assert status == 400 and body["error"]["code"] == "invalid_http" and plug.recv(99) == b""
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as plug:
+            plug.sendall(chunked.replace(b"/v1/chat", b"/v1/none"))
+            assert receive(plug)[0] == 404
+            plug.sendall(b"this is no length\r\n")  # of the body of an answered request
+            with suppress(ConnectionResetError):
+                assert plug.recv(99) == b""
         wait_for(lambda: len(server.server.server_state.connections) == 0)
-        assert server.server.limiter.open == 0 and not server.server.limiter.incomplete
+        limiter = server.server.limiter
+        assert limiter.open == 0 and limiter.unread_bytes == 0 and not limiter.incomplete
 
 
 def test_who_does_not_read_is_given_up(r1):

@@ -63,7 +63,7 @@ class Grammars:
         guidance = _guidance()
         if self._vocabulary is None:
             wrapped = guidance.TokenizerWrapper(_Vocabulary(self.tokenizer))
-            self._vocabulary = guidance.LLTokenizer(wrapped, eos_token=list(self.tokenizer.stop_ids))
+            self._vocabulary = guidance.LLTokenizer(wrapped, eos_token=list(self.tokenizer.stop_ids) or None)
         matcher = guidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise UserError(f"the grammar cannot be used: {_short(matcher.get_error())}")
@@ -110,7 +110,7 @@ class _Vocabulary:
         self.tokens = [tokenizer.token_bytes(i) for i in ids]
         self.special_token_ids = [i for i in ids if tokenizer.is_special(i)]
         self.bos_token_id = tokenizer.bos_id
-        self.eos_token_id = tokenizer.stop_ids[0]
+        self.eos_token_id = next(iter(tokenizer.stop_ids), tokenizer.vocab_size - 1)
         self._encode = tokenizer.encode
 
     def __call__(self, text: str) -> list[int]:

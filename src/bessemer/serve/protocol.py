@@ -66,7 +66,7 @@ class Generation(Body):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
+    seed: int | None = Field(None, ge=-(2**63), le=2**64)
     """The same seed and prompt give the same samples; without it every request gets a random seed."""
     stop: Text | Annotated[list[Text], Field(max_length=64)] | None = None
     """Texts that end the answer; they are not part of it."""

@@ -86,7 +86,7 @@ class ResponsesRequest(Body):
     """At most this many new tokens, thoughts included; an answer that it ended has the status "incomplete"."""
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
+    seed: int | None = Field(None, ge=-(2**63), le=2**64)
     stream: bool | None = None
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
