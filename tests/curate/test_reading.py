@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+import hub_server
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -148,6 +149,30 @@ def test_a_data_set_is_read_file_by_file(tmp_path, monkeypatch):
     (tmp_path / "owner" / "name" / "train-1.parquet").write_bytes(b"PAR1")
     with pytest.raises(SourceGone, match="cannot be read"):
         list(texts(units[1].pieces[0], source, None))
+
+
+def test_a_build_keeps_the_commit_of_a_data_set_and_tells_its_workers(tmp_path, monkeypatch):
+    datasets, asked = pytest.importorskip("datasets"), []
+
+    class Rows(list):
+        num_shards = 2
+
+        def shard(self, num_shards, index):
+            return self
+
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *name, revision=None, **_: asked.append((name, revision)) or Rows()
+    )
+    source = dataclasses.replace(_source(Path("x"), retries=0), spec="hf://own/name/en#test")
+    with hub_server.serving(monkeypatch) as server:
+        first = server.commit({"a": b"1"})
+        for _ in range(2):
+            with places.of_recipe(None, tmp_path / "revisions.json"):
+                found = origins.units(source, 1 << 20, None)[0]
+            assert [unit.pieces[0].path for unit in found] == [f"hf://own/name@{first}/en#test"] * 2
+            list(texts(found[0].pieces[0], source, None))  # as in another process
+            server.commit({"a": b"2"})
+    assert asked == [(("own/name", "en"), first)] * 4
 
 
 def test_what_is_wrong_with_a_record_is_named(tmp_path):

@@ -30,7 +30,9 @@ def build(
     loaded = curation.load(recipe, set_ or [])
     folder = out or Path("data") / loaded.name
     try:
-        with places.of_recipe(recipe.absolute().parent):
+        revisions = folder / places.REVISIONS
+        begun = (folder / "work").exists() and not revisions.exists()  # by a version that pinned nothing: it stays so
+        with places.of_recipe(recipe.absolute().parent, None if begun else revisions):
             facts = curation.build(loaded, folder)
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", file=sys.stderr)

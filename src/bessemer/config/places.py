@@ -17,6 +17,8 @@ from pathlib import Path
 from bessemer.errors import UserError
 
 HUB = "hf://"
+REVISIONS = "revisions.json"
+"""File of a run, or of a data build, with the commits of what it reads on the hub."""
 
 
 @dataclass(frozen=True)

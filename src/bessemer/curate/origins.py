@@ -69,7 +69,8 @@ def units(source: Source, unit_bytes: int, cache: str | None) -> tuple[list[Unit
     """(the units of a source, number of files in its folder that are ignored)."""
     if source.spec.startswith(documents.HUB):
         parts = documents.hub_files(source.spec)
-        return [_unit(source, i, [SourcePiece(source.spec, HUB, i, parts)], 0) for i in range(parts)], 0
+        spec = documents.at_commit(source.spec)
+        return [_unit(source, i, [SourcePiece(spec, HUB, i, parts)], 0) for i in range(parts)], 0
     if source.spec in sources.SOURCES:
         if package := sources.SOURCES[source.spec].package:
             from bessemer.data.fetch import fetch

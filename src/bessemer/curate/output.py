@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from bessemer.config.places import REVISIONS
 from bessemer.curate.jobs import Job
 from bessemer.curate.origins import Unit
 from bessemer.curate.settings import Settings, Tokens
@@ -183,9 +184,12 @@ _OF_TOKENIZER = ("tokenizer", "chat_template", "special_tokens")
 """Prefixes of a tokenizer's files; the folder may be a model directory."""
 
 
+_ITS_OWN = {".lock", REVISIONS, f".{REVISIONS}.lock"}
+
+
 def check_folder(out: Path, parts: Sequence[str]) -> None:
     """UserError if a build would remove what no build wrote: `publish` replaces folders of these names."""
-    if not out.is_dir() or not (inside := {path.name for path in out.iterdir()} - {".lock"}):
+    if not out.is_dir() or not (inside := {path.name for path in out.iterdir()} - _ITS_OWN):
         return
     previous = _previous_parts(out)
     if not previous and not (out / "work" / "read").is_dir():

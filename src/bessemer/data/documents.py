@@ -12,6 +12,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from bessemer.errors import UserError
 
 COMPRESSED = (".gz", ".zst")
 SUFFIXES = (".jsonl", ".txt", ".parquet", *(kind + packed for kind in (".jsonl", ".txt") for packed in COMPRESSED))
+_COMMIT = re.compile("[0-9a-f]{40}")
 COLUMNS = ("messages", "conversations")
 """Columns a record may have instead of a text."""
 KINDS = (".jsonl", ".txt", ".parquet")
@@ -209,6 +211,13 @@ def hub_address(spec: str) -> str:
     return HUB + "/".join(spec.removeprefix(HUB).partition("#")[0].split("/")[:2])
 
 
+def at_commit(spec: str) -> str:
+    """The spec with the commit that the run has pinned, for a process that does not know the run's places."""
+    address = hub_address(spec)
+    commit = places.known_revision(address)
+    return spec if commit is None else address.partition("@")[0] + f"@{commit}" + spec.removeprefix(address)
+
+
 def check_hub(spec: str) -> tuple[list[str], str]:
     """([owner, name, perhaps config], split) of a data set; UserError for another form, or without the library that
     reads it. The hub is not asked."""
@@ -230,7 +239,9 @@ def _hub(spec: str) -> Any:
     from huggingface_hub import HfApi
 
     name, _, revision = "/".join(parts[:2]).partition("@")
-    commit = places.pin(hub_address(spec), lambda: str(HfApi().dataset_info(name, revision=revision or None).sha))
+    commit: str | None = revision
+    if not _COMMIT.fullmatch(revision):
+        commit = places.pin(hub_address(spec), lambda: str(HfApi().dataset_info(name, revision=revision or None).sha))
     pinned = {"revision": commit or revision} if commit or revision else {}
     return datasets.load_dataset(name, *parts[2:], split=split or "train", streaming=True, **pinned)
 

@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from bessemer.config.places import REVISIONS
 from bessemer.errors import UserError
 from bessemer.pipeline.inputs import Files, changed
-from bessemer.runs.directory import REVISIONS, damage, read_done, stage_folders
+from bessemer.runs.directory import damage, read_done, stage_folders
 from bessemer.runs.files import read_json, sync_folder, write_atomic
 from bessemer.runs.metrics import Metrics, read_lines
 

@@ -34,7 +34,6 @@ from bessemer.pipeline.reuse import Donor
 from bessemer.pipeline.stage import Stage, find_kind
 from bessemer.runs.context import Interrupted, StageContext, StopFlag, signals
 from bessemer.runs.directory import (
-    REVISIONS,
     RunDir,
     conformance_summary,
     damage,
@@ -104,7 +103,7 @@ def run(
     root = out or Path("runs") / recipe.name
     donor = None if reuse is None else Donor(reuse)
     with ExitStack() as entered:
-        entered.enter_context(places.of_recipe(recipe.folder, root / REVISIONS))
+        entered.enter_context(places.of_recipe(recipe.folder, root / places.REVISIONS))
         kinds = {config.name: find_kind(config.kind)() for config in recipe.stages}
         derived = {config.name: preflight.resolve(config, recipe, cache_dir(cache)) for config in recipe.stages}
         estimates = {config.name: kinds[config.name].estimate(config, recipe) for config in recipe.stages}
@@ -390,6 +389,6 @@ def follow(recipe: Recipe, ranks: Ranks, cache: Path | None = None) -> None:
                     cache=cache_dir(cache), metrics=NoMetrics(), progress=progress.begin(config.name),
                     stop_flag=stop, spent=order["spent"],
                 )  # fmt: skip
-                revisions = ctx.dir.parent / REVISIONS
+                revisions = ctx.dir.parent / places.REVISIONS
                 with places.of_recipe(recipe.folder, revisions), suppress(Interrupted):  # rank 0 says how to go on
                     stage.run(config, ctx)

@@ -29,8 +29,6 @@ from bessemer.runs.files import BACK, explained, read_json, sync_folder, write_a
 from bessemer.runs.metrics import Metrics
 
 RUN_FORMAT = 1  # raise it when run directories change in a way that old ones cannot be continued
-REVISIONS = "revisions.json"
-"""File of a run with the commits of the data sets and models on the hub that it reads."""
 CONFORMANCE_STATES = ("as published", "scaled", "adapted", "off")
 """How near a run is to an item of the papers, the nearest first; `pipeline/conformance.py` tells which."""
 _RECORDS = {"done.json", "stage.json", "wall.json"}
