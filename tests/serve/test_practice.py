@@ -1,15 +1,18 @@
 """What the server tells of a model's training, the problems it offers, and its verdict on answers."""
 
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from serving import error_of
 
 from bessemer import tasks
-from bessemer.serve import practice
+from bessemer.serve import practice, problems
+from bessemer.serve.protocol import AnswerToJudge, ApiError
 
 
 def facts(server):
@@ -49,8 +52,12 @@ def test_sources_by_the_records_and_what_is_no_practice(tmp_path):
     assert [skill.task for skill in dev.skills] == ["logic"] and dev.trained_length is None
     assert practice.of_model(tmp_path / "05-own" / "model").trained_length == 2000
     assert practice.of_model(tmp_path) == practice.Practice()  # no run
-    (tmp_path / "recipe.toml").write_text("stage = 7\n")
-    assert practice.of_model(tmp_path / "05-own" / "model") == practice.Practice()  # a damaged one
+    os.mkfifo(tmp_path / "01-base" / "results.json")
+    (tmp_path / "02-picked" / "results.json").write_text('{"rows": [7]}')
+    own = '[[stage]]\nname = "own"\n'
+    for damaged in ("stage = 7\n", "x = " + "[" * 9000, own + 'row_length = "much"\n', own):
+        (tmp_path / "recipe.toml").write_text(damaged)
+        assert practice.of_model(tmp_path / "05-own" / "model") == practice.Practice()
 
 
 def test_problems_are_held_out_and_judged_by_their_task(run_server):
@@ -90,6 +97,31 @@ def test_a_verdict_is_refused_by_name(run_server, changed, what):
     body = {"model": "zero", "task": "countdown", "language": "en", "number": 0, "answer": "x"} | changed
     answer = run_server.post("/v1/verdict", **body)
     assert answer.status_code == 400 and what in error_of(answer)["message"]
+
+
+def test_a_run_from_elsewhere_names_no_file_of_ours(tmp_path):
+    """Its recipe may name code and files; neither is touched."""
+    evil, seen = tmp_path / "evil.py", tmp_path / "seen"
+    evil.write_text(f"open({str(seen)!r}, 'w')\nclass Task: pass\n")
+    (tmp_path / "q.jsonl").write_text('{"question": "2+2?", "answer": "4"}\n')
+    names = [
+        f"{evil}:Task",
+        f"jsonl:{tmp_path}/q.jsonl@test",
+        f"jsonl:{tmp_path}/evil.py",
+        "jsonl:PATH",
+        "gym:../x",
+        "no",
+    ]
+    run = tmp_path / "01-zero" / "model"
+    run.mkdir(parents=True)
+    (tmp_path / "recipe.toml").write_text(f'[[stage]]\nkind = "rl"\nname = "zero"\ntasks = {json.dumps(names)}\n')
+    facts = SimpleNamespace(practice=practice.of_model(run))
+    assert [skill.task for skill in facts.practice.skills] == names
+    assert problems.offered(facts) == [] and not seen.exists()
+    for name in names:
+        with pytest.raises(ApiError, match="cannot be judged here"):
+            problems._judge(AnswerToJudge(task=name, language="en", number=0, answer="4"))
+    assert not seen.exists()
 
 
 def test_hostile_answers_are_judged_in_time(run_server):

@@ -21,6 +21,7 @@ from bessemer.runs.files import read_json
 
 _LENGTHS = ("row_length", "length", "lengths", "max_new_tokens")
 """Keys of a stage that bound the positions it trains."""
+_MOST_BYTES = 16_000_000
 
 
 class Skill(BaseModel):
@@ -52,12 +53,17 @@ def of_model(folder: Path) -> Practice:
         folders = {name: path for _, name, path in stage_folders(stage.parent)}
         name = next((name for name, path in folders.items() if path == stage), "")
         return _practice(name, tables, folders) if name in tables else Practice()
-    except (OSError, ValueError, TypeError, AttributeError, UserError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, UserError):
         return Practice()
 
 
 def _recipe(path: Path) -> list[dict[str, Any]]:
-    return list(tomllib.loads(path.read_text("utf-8")).get("stage", [])) if path.is_file() else []
+    return list(tomllib.loads(path.read_text("utf-8")).get("stage", [])) if _is_record(path) else []
+
+
+def _is_record(path: Path) -> bool:
+    """A file of a size that a run writes; a pipe would never end."""
+    return path.is_file() and path.stat().st_size <= _MOST_BYTES
 
 
 def _practice(name: str, tables: dict[str, dict[str, Any]], folders: dict[str, Path]) -> Practice:
@@ -94,11 +100,15 @@ def _ancestry(name: str, tables: dict[str, Any], folders: dict[str, Path]) -> It
         if table.get("kind") == "reward-model":
             continue
         yield table
-        record = read_json(folders[one] / "stage.json") if one in folders else None
+        record = _read(folders[one] / "stage.json") if one in folders else None
         sources = [*(record or {}).get("inputs", {}), table.get("from")]
         fresh = [source for source in dict.fromkeys(sources) if source in tables and source not in seen]
         waiting += fresh
         seen.update(fresh)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if _is_record(path) else None
 
 
 def _sizes(value: object) -> list[int]:
@@ -112,8 +122,7 @@ def _evaluation(name: str, folders: dict[str, Path]) -> tuple[list[dict[str, Any
     """The rows of the last evaluation of a model, at its lowest temperature, which is nearest to how it is asked
     here."""
     for folder in reversed(folders.values()):
-        results = read_json(folder / "results.json") or {}
-        found = results.get("rows", []) if isinstance(results, dict) else []
+        found = (_read(folder / "results.json") or {}).get("rows", [])
         rows = [row for row in found if row.get("model") == name and isinstance(row.get("pass_at_1"), int | float)]
         if rows:
             lowest = min(float(row.get("temperature", 1.0)) for row in rows)

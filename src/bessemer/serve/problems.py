@@ -2,13 +2,15 @@
 
 Problems are held out: they come from a task's test split, which no training reads. A problem is named by task,
 language and number, and made again to judge an answer, so nothing is kept between the two requests. Only tasks of the
-models offered here are made, never one that a request names, and none whose verdict would run a program or ask a
-reward model.
+models offered here are made, never one that a request names; and of those only our own that need no file, since a run
+from elsewhere may name any file of this machine, and `evil.py:Task` would run it. None is asked whose verdict would run
+a program or ask a reward model.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -27,6 +29,7 @@ DRAWN = 24
 """Of so many, those in the middle of the easier half are offered."""
 GROUPS = 6
 LONGEST_PROMPT = 400
+_GYM = re.compile(r"gym:[a-z0-9_]+")
 JUDGES = 2
 """Answers judged at a time; the others wait."""
 
@@ -86,7 +89,9 @@ def offered(facts: ModelFacts) -> list[OfferedProblem]:
 
 @lru_cache(maxsize=64)
 def _checkable(name: str) -> tasks.Task | None:
-    """The task; None where it cannot be made here, or its answers cannot be judged at once."""
+    """The task; None where it must not or cannot be made here, or its answers cannot be judged at once."""
+    if not _GYM.fullmatch(name) and (":" in name or name not in tasks.names()):
+        return None
     try:
         task = tasks.get(name)
         task.problem("test", 0)
