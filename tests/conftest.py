@@ -26,6 +26,7 @@ SLOW = {
     "test_rl_ray.py",
     "test_runner_killed.py",
     "test_scheduler.py",
+    "test_serve_floods.py",
     "test_serve_life.py",
     "test_sft.py",
     "test_speculative.py",
