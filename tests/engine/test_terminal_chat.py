@@ -181,7 +181,7 @@ def test_prompts_come_from_lines_or_objects(tmp_path):
     assert read_prompts(tmp_path / "a.jsonl") == ["one", "two\nlines"]
     (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n{"text": "two"}\n')
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
-    for name, message in (("b.jsonl", "line 2"), ("c.txt", "UTF-8"), ("d.txt", "cannot be read")):
+    for name, message in (("b.jsonl", "line 2"), ("c.txt", "UTF-8"), ("d.txt", "no file of prompts at")):
         with pytest.raises(UserError, match=message):
             read_prompts(tmp_path / name)
 

@@ -150,7 +150,7 @@ def test_missing_and_empty_recipes(tmp_path):
         Recipe.load(tmp_path / "tinny.toml")
     with pytest.raises(UserError, match=r"no stages"):
         Recipe.load(tmp_path / "other.toml")
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="is a directory; name the recipe itself"):
         Recipe.load(tmp_path)
 
 

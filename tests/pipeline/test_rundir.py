@@ -41,8 +41,8 @@ def test_a_run_means_its_last_finished_model(root):
     assert model_dir(zero / "model") == zero / "model"
     assert model_dir(root / "pretrain") == root / "01-pretrain" / "model"  # by the stage's name
     assert model_dir("tiny/zero").samefile(zero / "model")
-    with pytest.raises(UserError, match="no model or run at"):
-        model_dir(root / "nothing")
+    with pytest.raises(UserError, match='has no stage "zerro"; did you mean "zero"'):
+        model_dir(root / "zerro")
 
 
 def test_a_reward_model_is_nobody_to_talk_to(root):

@@ -7,7 +7,8 @@ output (as JSON with --json), everything else to standard error. Exit status: 0 
 
 import sys
 import warnings
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -23,16 +24,46 @@ from bessemer.cli import plan  # noqa: F401  isort: skip
 from bessemer.cli import data  # noqa: F401  isort: skip
 
 
+_USAGE: type[Exception] = typer.BadParameter.__mro__[2]
+"""Of the parser that typer brings, which has no other public name."""
+
+
 def main() -> None:
     """The program `bessemer`."""
     before, warnings.showwarning = warnings.showwarning, _warn
     try:
-        app()
+        status = app(prog_name="bessemer", standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        _end(error)
+    except typer.Abort:  # Ctrl-C
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except _USAGE as error:
+        _misused(error)
+    except OSError as error:
+        from bessemer.runs.files import explain
+
+        if (refusal := explain(error, Path("."))) is None:
+            raise
+        _end(refusal)
     finally:
         warnings.showwarning = before
+
+
+def _misused(error: Any) -> NoReturn:
+    """An option or argument that is wrong or missing, in one line; a group without a command shows its help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        sys.exit(2)
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "bessemer"
+    _end(f"{error.format_message().rstrip('.')}; {command} --help says more")
+
+
+def _end(error: object) -> NoReturn:
+    print(f"error: {one_line(error)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:

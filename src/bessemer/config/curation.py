@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from bessemer.config.places import read_text
 from bessemer.config.table import ConfigTable, nearest, validate
 from bessemer.config.units import Bytes, Tokens
 from bessemer.errors import UserError
@@ -145,11 +146,9 @@ class Curation(ConfigTable):
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Curation:
         path = Path(path)
         try:
-            values = tomllib.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"no recipe at {path}; an example is recipes/data.toml") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error})") from None
+            values = tomllib.loads(read_text(path, "recipe", "an example is recipes/data.toml"))
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"{path}: not valid TOML: {error}") from None
         if "stage" in values:
             raise UserError(f"{path} is a training recipe; run it with bessemer run, or name a data recipe")
         for override in overrides:

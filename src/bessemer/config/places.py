@@ -21,6 +21,24 @@ REVISIONS = "revisions.json"
 """File of a run, or of a data build, with the commits of what it reads on the hub."""
 
 
+def read_text(path: Path, what: str, instead: str = "") -> str:
+    """The text of a file that a user wrote. `what` it should be, and where there is one `instead`, for the errors."""
+    try:
+        return path.read_text("utf-8-sig")  # some editors put a byte order mark in front
+    except FileNotFoundError:
+        raise UserError(f"no {what} at {path}" + (f"; {instead}" if instead else "")) from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a directory; name the {what} itself") from None
+    except UnicodeDecodeError as error:
+        where = f"{path}, line {error.object[: error.start].count(10) + 1}"
+        byte = error.object[error.start]
+        raise UserError(
+            f"{where} is not UTF-8 text (byte {byte:#04x}); save it as UTF-8, in an editor or with iconv"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); name another {what}, or change its mode") from None
+
+
 @dataclass(frozen=True)
 class _Places:
     folder: Path | None = None

@@ -21,6 +21,7 @@ from pydantic import Field, SerializeAsAny
 
 from bessemer.config.data import CorpusConfig, ExamplesConfig, ImportConfig, RejectConfig
 from bessemer.config.evaluation import EvalConfig, LongEvalConfig
+from bessemer.config.places import read_text
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import ConfigTable, StageConfig, current_names, keys, nearest, stage_refs, validate
 from bessemer.config.training import DistillConfig, ExtendConfig, PretrainConfig, RewardModelConfig, SFTConfig
@@ -111,12 +112,7 @@ class Recipe(Head):
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
         path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise UserError(f"no recipe at {path}; {_nearby(path)}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the recipe {path}: {error}") from None
+        text = read_text(path, "recipe", _nearby(path))
         recipe = cls.parse(text, overrides, where=str(path))
         return recipe.model_copy(update={"folder": os.path.abspath(path.parent / (recipe.folder or "."))})
 

@@ -271,7 +271,7 @@ def check(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text("utf-8"))
         files, parts, fingerprint = manifest["documents"], manifest["parts"], manifest["tokenizer"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: {folder} is not a finished build; {AGAIN}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is broken ({error}); {AGAIN}") from None

@@ -275,6 +275,12 @@ def document(record: Any, domain: str, where: str, key: str = "text") -> Documen
             text = chat.transcript(messages)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
+    elif messages is not None:
+        name = "messages" if "messages" in record else "conversations"
+        raise UserError(
+            f'{where}: {name} must be a list, is {type(messages).__name__}; write {{"messages": [{{"role": "user", '
+            '"content": "..."}, ...]}'
+        )
     else:
         raise UserError(
             f"{where}: needs {key} (a string) or messages (a list), has {', '.join(map(str, record)) or 'nothing'}"

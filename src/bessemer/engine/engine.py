@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bessemer.config.places import read_text
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.compiled import CompiledSteps
 from bessemer.engine.decode import Model, RoutingTrace, new_cache, prefill_all
@@ -364,10 +365,7 @@ def about_cuts(completions: abc.Sequence[Completion], asked: int | None, context
 
 def read_prompts(file: str | Path) -> list[str]:
     """The prompts of a file: its lines, or with the extension .jsonl the field "prompt" of every object."""
-    try:
-        lines = Path(file).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read as UTF-8 text ({error})") from None
+    lines = read_text(Path(file), "file of prompts").splitlines()
     if Path(file).suffix != ".jsonl":
         return [line for line in lines if line]
     prompts = []

@@ -81,6 +81,8 @@ def evaluate_suite(
     chosen = load_suite(suite)
     evaluations = choose(chosen, only)
     check_places(data, evaluations)
+    if answers is not None and not answers.exists():
+        raise UserError(f"--answers {answers}: no such file or folder; name the answers, or their folder")
     ready, skipped = prepare(evaluations, data or [str(FOLDER)], problems)
     result: dict[str, Any] = {"suite": suite, "model": str(model or answers), "rows": [], "skipped": skipped}
     if model is not None:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -65,7 +66,7 @@ def replacing(target: Path, drop: Collection[str] = ()) -> Iterator[Path]:
     except OSError as error:
         raise UserError(
             f"cannot write {error.filename or target}: {error.strerror or error}; {target} is as it was. "
-            f"Free some {lacking(target.parent)} or choose another directory"
+            f"{_remedy(error, target)}"
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -87,8 +88,7 @@ def replacing_file(target: Path) -> Iterator[Path]:
         sync_folder(target.parent)
     except OSError as error:
         raise UserError(
-            f"cannot write {target}: {error.strerror or error}; it is unchanged. "
-            f"Free some {lacking(target.parent)} or choose another place"
+            f"cannot write {target}: {error.strerror or error}; it is unchanged. {_remedy(error, target)}"
         ) from error
     finally:
         fresh.unlink(missing_ok=True)
@@ -125,6 +125,12 @@ def _carry_over(target: Path, fresh: Path, drop: Collection[str]) -> None:
             shutil.copytree(path, fresh / path.name, symlinks=True)
         else:
             shutil.copy2(path, fresh / path.name, follow_symlinks=False)
+
+
+def _remedy(error: OSError, target: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"Free some {lacking(target.parent)} or choose another place"
+    return "Choose another place"
 
 
 def lacking(folder: Path) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bessemer import __version__
+from bessemer.config.table import nearest
 from bessemer.data.fetch import sha256_of
 from bessemer.data.fingerprints import sha256
 from bessemer.errors import UserError
@@ -188,17 +189,24 @@ def model_dir(given: str | Path) -> Path:
     finished model that writes text)."""
     for path in (Path(given), Path("runs") / given):
         if (path.parent / "recipe.toml").is_file() and not path.is_dir():
-            path = next((folder for _, name, folder in stage_folders(path.parent) if name == path.name), path)
+            stages = {name: folder for _, name, folder in stage_folders(path.parent)}
+            if path.name not in stages:
+                writing = [name for name, _ in writing_models(path.parent)]
+                near = nearest(path.name, writing) if writing else "none has a model yet"
+                raise UserError(f'the run {path.parent} has no stage "{path.name}"; {near}')
+            path = stages[path.name]
         if (path / "config.json").is_file():
             return path
         if (path / "model" / "config.json").is_file():
             return path / "model"
         if (path / "recipe.toml").is_file():
             return _last_model(path)
-    if Path(given).is_dir():
+    if str(given) and Path(given).is_dir():
         inside = sorted(path.name for path in Path(given).iterdir() if not path.name.startswith("."))[:6]
         raise UserError(f"no model in {given}: no config.json; it holds {', '.join(inside) or 'nothing'}")
-    raise UserError(f"no model or run at {given}; {_runs()}")
+    if Path(given).is_file():
+        raise UserError(f"{given} is a file, not a model directory or a run; {_runs()}")
+    raise UserError(f"no model or run at {given or '(an empty name)'}; {_runs()}")
 
 
 def check_not_of_a_run(target: Path) -> None:
@@ -245,7 +253,7 @@ def _last_model(root: Path) -> Path:
 
 def _runs() -> str:
     names = sorted(path.parent.name for path in Path("runs").glob("*/recipe.toml"))
-    return f"available runs: {', '.join(f'runs/{name}' for name in names)}" if names else "runs/ holds no runs yet"
+    return f"available runs: {', '.join(f'runs/{name}' for name in names)}" if names else "there are none in runs/ here"
 
 
 def digest(value: object) -> str:

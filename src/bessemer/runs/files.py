@@ -64,6 +64,8 @@ def explain(error: BaseException, path: Path) -> UserError | None:
         return UserError(
             f"disk full: cannot write {where}; free some {lack} and run the same command again, what was saved is kept"
         )
+    if number == errno.ENAMETOOLONG:
+        return UserError(f"the name {str(where)[:40]}... is too long for the file system; give a shorter one")
     if number in _AWAY:
         assert isinstance(error, OSError)
         return UserError(

@@ -1,0 +1,121 @@
+"""What a user can get wrong, for every command: one line that names the fix, status 2, and nothing written."""
+
+import pytest
+from made_run import write_run
+
+RECIPE = """
+name = "x"
+[[stage]]
+kind = "import"
+name = "base"
+model = "runs/tiny"
+[[stage]]
+kind = "sft"
+from = "base"
+lr = 1e-3
+lr_final = 0.0
+data = ["{data}"]
+"""
+FILES = {
+    "file": b"x",
+    "latin.txt": "café".encode("latin-1"),
+    "latin.toml": 'name = "café"\n'.encode("latin-1"),
+    "mark.toml": b"\xef\xbb\xbf" + RECIPE.format(data="chat5.jsonl").encode(),
+    "empty.toml": b"",
+    "empty.jsonl": b"",
+    "number.jsonl": b'{"prompt": 5}\n',
+    "chat5.jsonl": b'{"messages": 5}\n',
+    "sft.toml": RECIPE.format(data="chat5.jsonl").encode(),
+    "nodata.toml": RECIPE.format(data="none.jsonl").encode(),
+}
+WRONG = """
+generate runs/tiny/zerro hi | the run runs/tiny has no stage "zerro"; did you mean "zero"?
+generate other/tiny/sft hi | the run other/tiny has no stage "sft"; known: zero
+generate nosuch hi | no model or run at nosuch; available runs: runs/tiny
+generate file hi | file is a file, not a model directory or a run
+generate dir hi | no model in dir: no config.json; it holds nothing
+generate runs/tiny | no prompt: write one after the model, or name a file of them with --file
+generate runs/tiny --file nosuch | no file of prompts at nosuch
+generate runs/tiny --file dir | dir is a directory; name the file of prompts itself
+generate runs/tiny --file latin.txt | latin.txt, line 1 is not UTF-8 text (byte 0xe9); save it as UTF-8
+generate runs/tiny --file number.jsonl | number.jsonl, line 1: not an object with a text under "prompt"
+generate runs/tiny hi --max-tokens 0 | '--max-tokens'
+generate runs/tiny hi --temperature nan | '--temperature'
+generate runs/tiny hi --temperature inf | temperature must be a number at least 0, is inf
+generate runs/tiny hi --top-p 0 | use temperature 0 for the most likely token
+generate runs/tiny hi --max-token 5 | --max-token
+chat file | file is a file
+serve nosuch | no model or run at nosuch
+serve runs/tiny --port 99999 | '--port'
+report dir | dir is not a run directory
+convert nosuch out | no model or run at nosuch
+convert runs/tiny file/x | Choose another place
+convert runs/tiny /proc/x | Choose another place
+eval runs/tiny | name a task with --task
+eval runs/tiny --task countdwn | did you mean 'countdown'?
+eval runs/tiny --task jsonl:empty.jsonl | empty.jsonl holds no problem
+eval --suite r1 --answers nosuch | --answers nosuch: no such file or folder
+placement runs/tiny --gpus 2 | name a task with --task
+plan latin.toml --cluster 8xH800 | save it as UTF-8
+plan v9 | known: moonlight, servable, small, tiny, v2-lite, v3
+plan v3 --cluster 2048 | such as 2048xH800
+data build latin.toml | latin.toml, line 1 is not UTF-8 text (byte 0xe9); save it as UTF-8
+data build dir | dir is a directory; name the recipe itself
+data check file | file is not a finished build
+keys sftt | did you mean "sft"?
+run nosuch.toml | no recipe at nosuch.toml; available recipes:
+run dir | dir is a directory; name the recipe itself
+run latin.toml | latin.toml, line 1 is not UTF-8 text (byte 0xe9); save it as UTF-8
+run empty.toml | a recipe needs at least one [[stage]] table
+run mark.toml | messages must be a list, is int
+run sft.toml | chat5.jsonl:1: messages must be a list, is int
+run nodata.toml | none.jsonl
+run sft.toml --until sftt | no stage "sftt" in the recipe "x"; stages: base, sft
+run sft.toml --out file | a file is in the way; choose another folder with --out
+run sft.toml --set sft.lr=nan | key "lr" is NaN
+run | 'RECIPE'; bessemer run --help says more
+frobnicate | No such command 'frobnicate'; bessemer --help says more
+"""
+CASES = [tuple(part.strip() for part in line.split(" | ")) for line in WRONG.strip().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("place")
+    write_run(place / "runs" / "tiny")
+    (place / "other").mkdir()
+    (place / "other" / "tiny").symlink_to(place / "runs" / "tiny")
+    (place / "dir").mkdir()
+    for name, content in FILES.items():
+        (place / name).write_bytes(content)
+    return place
+
+
+@pytest.mark.parametrize(("command", "words"), CASES)
+def test_one_line_names_the_fix(call, place, monkeypatch, command, words):
+    monkeypatch.chdir(place)
+    before = {path for path in place.rglob("*") if path.parts[-1] != ".lock"}
+    status, out, err = call(*command.split())
+    *earlier, last = err.splitlines()
+    assert status == 2 and not out and last.startswith("error: ") and words in last, err
+    assert len(earlier) == 0 or command.startswith("run "), "a run may have said what it will do"
+    written = {path for path in place.rglob("*") if path.parts[-1] != ".lock"} - before
+    assert {path.relative_to(place).parts[0] for path in written} <= {"runs", ".cache"}
+
+
+def test_ctrl_c_and_a_closed_terminal_are_no_bugs(call, place, monkeypatch):
+    from bessemer.engine import engine
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(engine, "load_engine", interrupted)
+    status, _, err = call("generate", "runs/tiny", "hi")
+    assert status == 130 and "Traceback" not in err
+
+
+def test_a_name_that_the_system_refuses(call, place, monkeypatch):
+    monkeypatch.chdir(place)
+    status, _, err = call("chat", "x" * 300)
+    assert status == 2 and err.startswith("error: ") and "too long" in err and err.count("\n") == 1
