@@ -21,12 +21,12 @@ COUNT, SLOW = 100_000, {"expression": 10_000}
 """Answers of a family; math-verify takes milliseconds for each."""
 Case = tuple[Task, Problem, str, bool]
 Maker = Callable[[random.Random], Case]
-FOLDER = Path(tempfile.mkdtemp(prefix="verifier-properties-"))
+TEMPORARY = tempfile.TemporaryDirectory(prefix="verifier-properties-")
 SPACE = ("", "", " ", "\n", "\r\n", "  \t", "\n\n")
 
 
 def task_of(name: str, line: dict[str, object]) -> Task:
-    path = FOLDER / f"{name}.jsonl"
+    path = Path(TEMPORARY.name) / f"{name}.jsonl"
     path.write_text(json.dumps(line) + "\n", "utf-8")
     return get(f"{name}:{path}")
 

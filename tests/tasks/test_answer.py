@@ -222,7 +222,7 @@ def test_the_two_blocks_hold_nothing_around_them_but_a_little_white_space(before
         assert re.match("\r?\n\r?\n", texts[1])
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(before=ANYTHING, after=ANYTHING, times=TIMES, box=st.sampled_from(["\\boxed{7}", "<answer>7</answer>"]))
 def test_a_summary_is_short_and_can_be_read(before, after, times, box):
     around = before * times, after * times

@@ -1,4 +1,7 @@
-"""Answers made right or wrong by construction (bench/verifier_properties.py): no verdict is wrong, either way."""
+"""Answers made right or wrong by construction (bench/verifier_properties.py): no verdict is wrong, either way.
+
+The whole run, 100,000 answers of a family, is committed: bench/results/verifier_properties.json.
+"""
 
 import importlib.util
 import json
@@ -21,6 +24,14 @@ def test_no_verdict_is_wrong(name):
     failed, right, wrong = made.wrong_verdicts(name, 24 if name in made.SLOW else 1500, seed=1)
     assert [(problem.meta, problem.prompt, answer, is_right) for _, problem, answer, is_right in failed] == []
     assert right > 5 and wrong > 5
+
+
+def test_the_committed_run_is_whole():
+    result = json.loads((BENCH / "results" / "verifier_properties.json").read_text())
+    assert result.keys() == made.FAMILIES.keys()
+    for name, row in result.items():
+        assert row["right"] + row["wrong"] == made.SLOW.get(name, made.COUNT)
+        assert row["refused though right"] == row["paid though wrong"] == 0
 
 
 @pytest.mark.parametrize(
@@ -105,7 +116,10 @@ HOSTILE = {
     "parentheses": "(" * LENGTH + "7" + ")" * LENGTH,
     "stars": "** " * (LENGTH // 3),
 }
+CODE, GENERAL = get("code"), get("general")
 PROBLEMS = {
+    "code": (CODE, CODE.problem("test", 0)),
+    "general": (GENERAL, GENERAL.problem("test", 0)),
     "number": (made.MATHS, made.ask("7", "How many cm?")),
     "expression": (made.MATHS, made.ask("x+\\text{ cm}")),
     "quantity": (made.MATHS, made.ask("7", unit="cm", tolerance=0.01)),

@@ -121,7 +121,7 @@ class SandboxProcess:
             if self._mapped:
                 self._map_ids()
             ready = self.line() == b"ready"
-        except (LimitExceeded, OSError):
+        except LimitExceeded:
             ready = False
         if not ready:
             self.close()
@@ -135,21 +135,22 @@ class SandboxProcess:
         return self
 
     def _map_ids(self) -> None:
-        """Map root and nobody into bubblewrap's new user namespace, and let it go on."""
-        if first := self._read_info():
+        """Map root and nobody into bubblewrap's new user namespace, and let it go on; where that fails, it says why."""
+        self._first = self._read_info()
+        with suppress(OSError):
             for kind in ("uid", "gid"):
-                Path(f"/proc/{first}/{kind}_map").write_text(f"0 0 1\n{NOBODY} {NOBODY} 1")
-            self._first = first
+                Path(f"/proc/{self._first}/{kind}_map").write_text(f"0 0 1\n{NOBODY} {NOBODY} 1")
+        with suppress(BrokenPipeError):
             os.write(self._maps, b"g")
 
     def _read_info(self) -> int | None:
         """The process whose death ends everything inside; None where the launcher ended before it told."""
         text = b""
-        while b"}" not in text and select.select([self._info], [], [], self._deadline - time.monotonic())[0]:
+        while b"}" not in text and select.select([self._info], [], [], max(0, self._deadline - time.monotonic()))[0]:
             if not (part := os.read(self._info, CHUNK)):
                 return None
             text += part
-        return json.loads(text)["child-pid"] if text else None
+        return json.loads(text)["child-pid"] if b"}" in text else None
 
     def __exit__(self, *exception: object) -> None:
         self.close()

@@ -3,7 +3,8 @@
 A sandbox of one process is bounded by the kernel. Where there are several, their memory is read from /proc, the more
 often the nearer it comes to the bound, and all end together when it is exceeded. Between two looks they may take a
 little more. Memory that processes share, such as that of a forked interpreter, counts once where /proc lets us see it
-(PSS), else once for each.
+(PSS), else once for each. Under a kernel that lists no children (CONFIG_PROC_CHILDREN) each process has its own limit
+alone.
 """
 
 import os
