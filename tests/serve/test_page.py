@@ -413,10 +413,9 @@ def test_every_word_of_the_page_has_a_translation():
     assert len(said) > 60 and said - listed - {"zero"} == set()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_axe_finds_nothing(browser, server, scheme, width):
-    """The empty page with its panels, then a checked answer with its tokens and thought; no panel is cut off."""
+    """The empty page with its panels, then a checked answer with its tokens, thought and card; no panel is cut off."""
     chat = Chat(browser, server.url, width=width, color_scheme=scheme)
     for panel in ("#list", "#tune"):
         chat.page.click(panel)
@@ -434,6 +433,9 @@ def test_axe_finds_nothing(browser, server, scheme, width):
     chat.page.wait_for_selector(f"{BAR} .verdict.wrong")
     chat.page.click(f"{BAR} summary")
     assert chat.page.locator(f"{BAR} .token").count() >= 5
+    chat.page.locator(f"{BAR} .text").focus()
+    chat.page.keyboard.press("ArrowRight")
+    chat.page.wait_for_selector("#card", state="visible")
     assert violations(chat.page) == []
     chat.check()
 
