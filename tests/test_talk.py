@@ -40,6 +40,13 @@ def test_generate_says_what_was_cut_and_how_to_go_on(call, run):
     )
 
 
+@pytest.mark.filterwarnings("default")
+def test_an_evaluation_says_that_the_context_is_shorter(call, run):
+    asked = ("--task", "countdown", "--problems", 1, "--samples", 1, "--max-tokens", 5000, "--json")
+    status, _, err = call("eval", run, *asked)
+    assert status == 0 and f"the model's context of {CONTEXT} tokens cuts answers; 5000 were asked for" in err
+
+
 def test_no_control_character_reaches_the_terminal(call, run, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps({"prompt": "\x1b]0;owned\x07 \x9b2J \r\u202e\tfox"}))

@@ -3,6 +3,7 @@ table for a terminal."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ def evaluate(
     """A row for each of our tasks, over all its languages; with all held-out problems of a task that has fewer."""
     chosen = [tasks.get(name) for name in names]  # first, so that a misspelt name fails before the model is loaded
     engine = _engine(model_dir)
+    context = engine.model.cfg.max_seq_len
+    if max_new_tokens > context:
+        warnings.warn(
+            f"the model's context of {context} tokens cuts answers; {max_new_tokens} were asked for", stacklevel=2
+        )
 
     def encode(problem: tasks.Problem) -> list[int]:
         return question_ids(engine.tokenizer, problem.prompt)
