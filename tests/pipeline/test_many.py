@@ -170,8 +170,9 @@ def consolidated(out, folder):
     """The last checkpoint as a model directory that writes."""
     last = max((out / "02-pretrain" / "state").glob("step-*"))
     for more in ((), ("--no-mtp",)):
-        subprocess.run([sys.executable, "-m", "bessemer", "convert", last, folder / "model", *more], check=True)
-        wanted, found = (hub.load(path).state_dict() for path in (out / "02-pretrain" / "model", folder / "model"))
+        made = folder / "".join(["model", *more])  # convert replaces no model
+        subprocess.run([sys.executable, "-m", "bessemer", "convert", last, made, *more], check=True)
+        wanted, found = (hub.load(path).state_dict() for path in (out / "02-pretrain" / "model", made))
         assert all(torch.equal(wanted[name], value) for name, value in found.items())
         assert any(name.startswith("mtp") for name in found) == (not more)
     assert (folder / "model" / "tokenizer.json").is_file()
