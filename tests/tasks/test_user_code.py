@@ -101,7 +101,7 @@ def test_the_file_is_among_those_that_a_stage_reads(folder):
     (folder / "mine.py").write_text("def short(*_): return 1.0")
     after = inputs.read_by(config)
     assert before["remainder.py"] == after["remainder.py"] and before["mine.py"] != after["mine.py"]
-    assert inputs.changed(before, after, 0).startswith("mine.py changed")
+    assert inputs.changed({"files": before, "since": 0}, after).startswith("mine.py changed")
 
 
 def test_the_example_runs_and_is_evaluated_by_name(tmp_path, call):
