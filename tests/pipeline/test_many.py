@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 import torch
 from stages_run import copy_without, run, write_recipe
 
+from bessemer.dist import watchdog
 from bessemer.hf import hub
 
 SHORT = ("--set", "pretrain.tokens=20K", "--set", "pretrain.sample_every=100K", "--set", "pretrain.save_seconds=0.2",
@@ -215,6 +217,23 @@ def test_a_hung_rank_is_named(base, out):
     finished(process)
     words = r"rank 0 has waited \d+ s for .* of rank 1 in step \d+; rank 1 has not reported for \d+ s, last"
     assert re.search(words, line), line
+
+
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_without_an_agent_the_rank_that_is_left_names_the_one_that_died(base, out, killed):
+    """Two processes that nobody watches, as on two machines."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    more = (*LONG, "--set", "layout.pp=2", "--set", "layout.timeout=20s")
+    ranks = [start(base, out, *more, environment=where | {"RANK": str(rank)}) for rank in (0, 1)]
+    wait_for_step(out, 4)
+    ranks[killed].kill()
+    began = time.monotonic()
+    status, said = finished(ranks[1 - killed])
+    finished(ranks[killed])
+    assert status == watchdog.LOST and time.monotonic() - began < 20, said
+    assert said.count("error:") == 1 and f"error: lost rank {killed} (" in said and "Traceback" not in said
 
 
 def test_fine_tuning_and_rl_on_two_ranks(base, tmp_path):

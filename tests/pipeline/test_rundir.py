@@ -6,7 +6,8 @@ import os
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.runs.directory import model_dir, run_dir, writing_models
+from bessemer.runs.directory import damage, model_dir, run_dir, write_done, writing_models
+from bessemer.runs.files import read_json
 
 
 def make(root, name, done=True, model=True):
@@ -68,3 +69,24 @@ def test_errors_list_what_exists(root):
     with pytest.raises(UserError, match=r"available runs: runs/tiny"):
         run_dir("empty")
     assert run_dir("tiny").samefile(root)
+
+
+def test_no_bit_of_a_stage_s_record_can_change_unnoticed(tmp_path):
+    """Of done.json, byte for byte: it is unreadable, or damaged, or says the same; and so for every cut."""
+    (tmp_path / "samples.jsonl").write_text("{}\n")
+    record = {"fingerprint": "ab" * 32, "inputs": {"corpus": "cd" * 32}}
+    done = write_done(tmp_path, record, {"accuracy": 0.25, "kept": {1: 7, 10: 8}}, 1.5)
+    path = tmp_path / "done.json"
+    data, same = path.read_bytes(), 0
+    for at in range(len(data)):
+        for damaged in (data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :], data[:at]):
+            path.write_bytes(damaged)
+            found = read_json(path)
+            if found is not None and not damage(tmp_path, found):
+                assert {name: found[name] for name in done} == done
+                same += 1
+    assert same < 40, "white space, and the name of the checksum"
+    path.write_bytes(data)
+    assert read_json(path)["summary"] == done["summary"] and damage(tmp_path, read_json(path)) == ""
+    (tmp_path / "done.json").write_text(json.dumps(done))  # as before 0.2: without a checksum
+    assert damage(tmp_path, read_json(path)) == ""

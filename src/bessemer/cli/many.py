@@ -61,10 +61,8 @@ def together(ranks: Ranks | None) -> Iterator[None]:
         from bessemer.dist import watchdog
 
         time.sleep(1.0)  # so that the launcher notices the lost rank first
-        if ranks.first_to_report("lost"):
-            words = matches[0] if (matches := re.findall(r"Connection \w+ by peer", str(error))) else str(error)[:200]
-            print(f"error: lost another rank ({words}); the same command goes on from the last checkpoint",
-                  file=sys.stderr)  # fmt: skip
+        matches = re.findall(r"Connection \w+ by peer", str(error))
+        ranks.report_lost(matches[0] if matches else str(error)[:200])
         sys.stderr.flush()
         os._exit(watchdog.LOST)  # the process groups can no longer be destroyed in order
     finally:

@@ -144,9 +144,25 @@ class Ranks:
     def first_to_report(self, text: str) -> bool:
         """Whether no other rank has reported this text before."""
         try:
-            return self.store.add(f"reported/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
+            return self._first(text)
         except dist.DistError:  # the process with the store is gone, after reporting it
             return False
+
+    def _first(self, text: str) -> bool:
+        return self.store.add(f"reported/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
+
+    def report_lost(self, why: str) -> None:
+        """One of the ranks that lost their connection says which rank is gone."""
+        try:
+            if not self._first("lost"):
+                return
+            # torch's agent sees its processes end, and names the one; elsewhere the watchdogs tell
+            started_by_agent = "TORCHELASTIC_RUN_ID" in os.environ
+            gone = self._watchdog.silent() if self._watchdog is not None and not started_by_agent else []
+        except dist.DistError:
+            gone = [0]
+        who = ", ".join(f"rank {rank}" for rank in gone) or "another rank"
+        print(f"error: lost {who} ({why}); the same command goes on from the last checkpoint", file=sys.stderr)
 
     def _compare(self, facts: dict[str, Any]) -> None:
         mine = {"bessemer": bessemer.__version__, "source": _source(), "torch": torch.__version__,

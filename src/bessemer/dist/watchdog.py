@@ -84,6 +84,13 @@ class Watchdog:
         self._over.set()
         self._thread.join()
 
+    def silent(self) -> list[int]:
+        """The ranks that give no sign of life in the time in which each gives one. DistError without the store."""
+        before = self._all()
+        time.sleep(self.every + 1.0)
+        after = self._all()
+        return [rank for rank in range(self.n) if rank != self.me and after[rank] == before[rank]]
+
     def _run(self) -> None:
         while True:
             doing, now = RankStatus.current(), time.time()

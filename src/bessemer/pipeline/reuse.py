@@ -42,7 +42,7 @@ class Donor:
         """
         source = self.folder(name)
         done = None if source is None else read_done(source)
-        if source is None or not done or (done["fingerprint"], done["inputs"]) != (fingerprint, inputs):
+        if source is None or not done or (done.get("fingerprint"), done.get("inputs")) != (fingerprint, inputs):
             return None, ""
         if why := changed(read_json(source / "stage.json"), files):
             return None, why

@@ -310,7 +310,8 @@ def write_done(folder: Path, record: dict[str, Any], summary: dict[str, Any], se
         "seconds": round(seconds, 3),
         "outputs": files, "digest": digest(files), "version": __version__,
     }  # fmt: skip
-    write_json(folder / "done.json", done)
+    done = json.loads(json.dumps(done))  # as it will be read
+    write_json(folder / "done.json", done | {"checksum": digest(done)})
     return done
 
 
@@ -333,7 +334,11 @@ def outputs(folder: Path) -> list[Path]:
 
 
 def damage(folder: Path, done: dict[str, Any]) -> str:
-    """How the output differs from its record; '' when it is intact."""
+    """How the output differs from its record, or the record from what was written; '' when both are intact."""
+    if not done.keys() >= {"fingerprint", "inputs", "summary", "seconds", "outputs", "digest"}:
+        return "done.json is broken"
+    if done.get("checksum") not in (None, digest({k: v for k, v in done.items() if k != "checksum"})):
+        return "done.json is not what was written (checksum differs)"
     for name, fact in done["outputs"].items():
         path = folder / name
         if not path.is_file():
