@@ -127,7 +127,7 @@ KINDS = {
     "recipe.toml": Kind("run", "recipe.toml", recipe_again),
     "metrics.jsonl": Kind("run", "metrics.jsonl", rewind_metrics, strict=False),
     "report": Kind("run", "[mc]*.json*", read_report, strict=False, share=0.5),
-    "report, stages": Kind("run", "*/*.json*", read_report, strict=False, share=0.2),
+    "report, stages": Kind("run", "*/*.json*", read_report, strict=False, share=0.1),
 }
 
 
@@ -202,7 +202,7 @@ def quiet() -> None:
 
 def main(words: list[str]) -> None:
     names = [name for name in KINDS if not words or words[0] in name]
-    n = int(words[1]) if len(words) > 1 else 60
+    n = int(words[1]) if len(words) > 1 else 20
     with tempfile.TemporaryDirectory() as temporary:
         inputs = Path(temporary) / "inputs"
         inputs.mkdir()
@@ -214,9 +214,10 @@ def main(words: list[str]) -> None:
             results[name] = dict(sorted(counts.items()))
             faults += len(wrong)
             print(f"{name}: {counts.total()} damages: {results[name]}", *wrong[:5], sep="\n  ", flush=True)
-    if not words:
-        total = sum(sum(counts.values()) for counts in results.values())
-        RESULTS.write_text(json.dumps({"damages": total, "wrong": faults, "kinds": results}, indent=1) + "\n")
+            if not words:
+                total = sum(sum(counts.values()) for counts in results.values())
+                facts = {"damages": total, "wrong": faults, "kinds": results}
+                RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
     sys.exit(bool(faults))
 
 

@@ -173,7 +173,7 @@ def load(directory: str | Path, dtype: str | torch.dtype | None = None, device: 
         raise UserError(f"{directory} holds quantised weights, which cannot be trained; take the original ones")
     check_finished(directory)
     if (directory / "adapter_config.json").exists():
-        raise UserError(f"{directory} holds an adapter beside the model; merge the two, or remove adapter_config.json")
+        raise UserError(f"{directory} holds an adapter next to the model; merge the two, or remove adapter_config.json")
     checkpoint = Checkpoint(directory)  # refuses pickles, and names what is damaged
     known = hub.DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     with _explained(directory):
