@@ -53,3 +53,13 @@ def test_help_is_instant():
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(cpu_seconds() for _ in range(3)) < 0.5
+
+
+def test_the_network_comes_without_torch_s_compiler():
+    """It takes as long to import as torch itself, and only `compile` needs it."""
+    code = "import bessemer.pipeline.runner, bessemer.engine.engine, bessemer.serve.server"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\nprint('torch._dynamo' in sys.modules)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "False"

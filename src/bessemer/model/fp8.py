@@ -34,7 +34,6 @@ from bessemer.precision.fp8_linear import FP8Recipe, TokenTiles, forward, input_
 from bessemer.precision.operand import Operand
 
 
-@torch.compiler.disable
 def send(x_ND: Tensor, token_M: Tensor, recipe: FP8Recipe) -> tuple[Tensor, Operand]:
     """The dispatched rows, one per token and expert: the gradient's anchor, and the rows of the operand. V3: 7,168 +
     4 * 56 bytes per row instead of 14,336."""
@@ -62,13 +61,11 @@ class _GradAnchor(torch.autograd.Function):
         return drows_MD.new_zeros(ctx.n_tokens, drows_MD.shape[1]).index_add_(0, token_M, drows_MD), None
 
 
-@torch.compiler.disable
 def swiglu(x_MD: Tensor, w13: Tensor, w2: Tensor, recipe: FP8Recipe) -> Tensor:
     """W_2 (silu(W_1 x) * W_3 x), [M, D]: dense FFN and shared experts."""
     return _SwiGLU.apply(x_MD, *recipe.quantised(x_MD), None, w13, w2, recipe, None)
 
 
-@torch.compiler.disable
 def expert_swiglu(
     rows_MD: Tensor, sent: Operand, w13: Tensor, w2: Tensor, recipe: FP8Recipe, weight_M: Tensor, count: Sequence[int]
 ) -> Tensor:
@@ -125,7 +122,6 @@ def _activated(h_MH: Tensor, weight_M: Tensor | None, recipe: FP8Recipe) -> Oper
     return recipe.quantised(act if weight_M is None else act.mul_(weight_M[:, None]))
 
 
-@torch.compiler.disable
 def attention(
     norm: RMSNorm, mla: MLA, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, recipe: FP8Recipe
 ) -> Tensor:

@@ -76,7 +76,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden_ND * grad_total, grad_weight_VD * grad_total, None, None, None
 
 
-@torch.compiler.disable
 def cross_entropy(hidden: Tensor, weight_VD: Tensor, target: Tensor, loss_weight: Tensor) -> Tensor:
     """`cross_entropy_reference` for hidden [..., D], targets and weights [...]. Tokens of weight 0 cost nothing."""
     hidden_ND, target_N, loss_N = hidden.flatten(0, -2), target.flatten(), loss_weight.flatten().float()
@@ -196,7 +195,6 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
     return logits_CV if temperature == 1.0 else logits_CV.div_(temperature)
 
 
-@torch.compiler.disable
 def token_logprobs(
     hidden: Tensor, weight_VD: Tensor, target: Tensor, temperature: float = 1.0, entropy: bool = False
 ) -> TokenLogprobs:
