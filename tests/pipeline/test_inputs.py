@@ -185,7 +185,7 @@ def without_files(own):
     fingerprints = {}
     for name, path in own.records().items():
         record, done = json.loads(path.read_text()), json.loads((path.parent / "done.json").read_text())
-        del record["files"], record["since"]
+        del record["files"], record["since"], done["checksum"]
         what = record["identity"]
         what["inputs"] = {other: fingerprints[other] for other in what["inputs"]}
         if name == "import":

@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bessemer.model.operation import operation
+
 BLOCK = 64
 """Queries per block."""
 
@@ -64,7 +66,7 @@ def _heads(q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float) ->
     return qf.flatten(0, 1), kf.flatten(0, 1), vf.flatten(0, 1)
 
 
-@torch.library.custom_op("bessemer::latent_attention", mutates_args=())
+@operation("latent_attention")
 def latent_attention(
     q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, segments_BT: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -157,7 +159,7 @@ def _scratch(flat: Tensor, n: int, block: tuple[int, int, int], low: int) -> Ten
     return flat[: n * (end - first) * (end - low)].view(n, end - first, end - low)
 
 
-@latent_attention.register_fake
+@torch.library.register_fake(latent_attention)
 def _(q, kv, k_rope, rope, segments_BT, scale):
     B, T, H, width = q.shape
     value = kv.shape[-1] - width + k_rope.shape[-1]
@@ -165,7 +167,7 @@ def _(q, kv, k_rope, rope, segments_BT, scale):
     return q.new_empty(B, T, H, value), *(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-@torch.library.custom_op("bessemer::latent_attention_backward", mutates_args=())
+@operation("latent_attention_backward")
 def _backward(
     dout: Tensor, stored: Tensor, qf: Tensor, kf: Tensor, vf: Tensor, rope: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,7 +204,7 @@ def _projection_gradients(
     return dq, dkv, _rotate(dkf[..., nope:].sum(1), back).to(dtype)
 
 
-@_backward.register_fake
+@torch.library.register_fake(_backward)
 def _(dout, stored, qf, kf, vf, rope, scale):
     B, T, H, value = dout.shape
     width, rope_width = qf.shape[2], 2 * rope.shape[-2]
@@ -222,10 +224,10 @@ def _grad(ctx, dout, *_):
     return *_backward(dout.contiguous(), *ctx.saved_tensors, ctx.scale), None, None, None
 
 
-latent_attention.register_autograd(_grad, setup_context=_setup)
+torch.library.register_autograd(latent_attention, _grad, setup_context=_setup)
 
 
-@torch.library.custom_op("bessemer::long_attention", mutates_args=())
+@operation("long_attention")
 def long_attention(
     q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, segments_BT: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -233,14 +235,14 @@ def long_attention(
     return flash_forward(q, kv, k_rope, rope, segments_BT, scale)
 
 
-@long_attention.register_fake
+@torch.library.register_fake(long_attention)
 def _(q, kv, k_rope, rope, segments_BT, scale):
     B, T, H, width = q.shape
     value = kv.shape[-1] - width + k_rope.shape[-1]
     return q.new_empty(B, T, H, value), q.new_empty(B * H, T, dtype=torch.float32)
 
 
-@torch.library.custom_op("bessemer::long_attention_backward", mutates_args=())
+@operation("long_attention_backward")
 def _long_backward(
     dout: Tensor, q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, segments_BT: Tensor | None, scale: float,
     out: Tensor, lse: Tensor,
@@ -248,7 +250,7 @@ def _long_backward(
     return flash_backward(dout, q, kv, k_rope, rope, segments_BT, scale, out, lse)
 
 
-@_long_backward.register_fake
+@torch.library.register_fake(_long_backward)
 def _(dout, q, kv, k_rope, rope, segments_BT, scale, out, lse):
     return tuple(dout.new_empty(x.shape) for x in (q, kv, k_rope))
 
@@ -267,4 +269,4 @@ def _grad_long(ctx, dout, *_):
     return *gradients, None, None, None
 
 
-long_attention.register_autograd(_grad_long, setup_context=_setup_long)
+torch.library.register_autograd(long_attention, _grad_long, setup_context=_setup_long)

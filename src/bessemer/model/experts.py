@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.model import deferred
+from bessemer.model.operation import operation
 
 
 def expert_ffn_reference(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def expert_ffn_reference(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13
     return torch.cat(out)
 
 
-@torch.library.custom_op("bessemer::expert_ffn", mutates_args=())
+@operation("expert_ffn")
 def _forward(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     """Returns (y [M, D], h [M, 2F]); h is saved for backward."""
     inner = w2.shape[2]
@@ -72,12 +73,12 @@ def _product(a: Tensor, b: Tensor, out: Tensor, mine: slice) -> Tensor:
     return y
 
 
-@_forward.register_fake
+@torch.library.register_fake(_forward)
 def _(rows_MD, weight_M, count_E, w13, w2):
     return torch.empty_like(rows_MD), rows_MD.new_empty(rows_MD.shape[0], 2 * w2.shape[2])
 
 
-@torch.library.custom_op("bessemer::expert_ffn_backward", mutates_args=())
+@operation("expert_ffn_backward")
 def _backward(
     dy_MD: Tensor, rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor, h_MH: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -145,7 +146,7 @@ def _weight_gradient(dy_MX: Tensor, x_MY: Tensor, count_E: Tensor, weight: Tenso
     return dw
 
 
-@_backward.register_fake
+@torch.library.register_fake(_backward)
 def _(dy_MD, rows_MD, weight_M, count_E, w13, w2, h_MH):
     return tuple(torch.empty_like(t) for t in (rows_MD, weight_M, w13, w2))
 
@@ -170,7 +171,7 @@ def _grad(ctx, dy_MD, _dh):
     return drows, dweight, None, dw13, dw2
 
 
-_forward.register_autograd(_grad, setup_context=_setup)
+torch.library.register_autograd(_forward, _grad, setup_context=_setup)
 
 
 def expert_ffn(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:

@@ -172,6 +172,7 @@ class Experts(nn.Module):
     def forward(self, sent: Dispatched) -> Tensor:
         """weight * W_2 (silu(W_1 x) * W_3 x) for rows in expert order, [M, D]."""
         if sent.operand is not None:
+            assert self.fp8 is not None
             return fp8.expert_swiglu(
                 sent.rows_MD, sent.operand, self.w13, self.w2, self.fp8, sent.weight_M, sent.count_E.tolist()
             )

@@ -99,6 +99,7 @@ class GRPO:
         old, advantage, output = extra("old_logp_BT"), extra("advantage_BT"), keep // weight_BT.shape[1]
         terms = SURROGATES[self.surrogate](logp, old, advantage, output, self.clip_low, self.clip_high)
         kl = k3(logp, extra("ref_logp_BT")) if self.kl > 0 else torch.zeros_like(logp)
+        assert entropy is not None
         weight = weight_BT.flatten()[keep]
         value = terms.value * extra("importance_BT") if "importance_BT" in batch.extras else terms.value
         total = -(weight * (value - self.kl * kl)).sum()

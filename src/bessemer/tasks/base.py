@@ -206,7 +206,9 @@ def file_of(name: str) -> str | None:
     if _OWN.fullmatch(name):
         return name.rpartition(":")[0]
     family, _, argument = name.partition(":")
-    return file_and_split(argument.replace("@shuffle", ""))[0] if f"{family}:PATH" in _FAMILIES else None
+    if f"{family}:PATH" not in _FAMILIES:
+        return None
+    return file_and_split(argument.replace("@shuffle", ""))[0] or None  # `general` has a form without a file
 
 
 def shared_file(first: str, second: str) -> str | None:
