@@ -1,7 +1,7 @@
 """Model directories of a hostile sender are refused at once: the table of bench/hostile_models.py without the slowest,
 which the benchmark runs through the command line, with time and memory measured."""
 
-import sys
+import importlib.util
 import time
 from pathlib import Path
 
@@ -11,8 +11,11 @@ from bessemer.engine.engine import load_engine
 from bessemer.errors import UserError
 from bessemer.runs.directory import model_dir
 
-sys.path.append(str(Path(__file__).parents[2] / "bench"))
-import hostile_models
+spec = importlib.util.spec_from_file_location(
+    "hostile_models", Path(__file__).parents[2] / "bench" / "hostile_models.py"
+)
+hostile_models = importlib.util.module_from_spec(spec)  # bench/ on the path would hide the package llama_cpp
+spec.loader.exec_module(hostile_models)
 
 SLOW = {
     "a pattern of sixth degree",

@@ -376,7 +376,7 @@ def follow(recipe: Recipe, ranks: Ranks, cache: Path | None = None) -> None:
     """Runs the stages that rank 0 orders, until rank 0 ends the run."""
     with places.of_recipe(recipe.folder), open(os.devnull, "w") as nowhere:
         for config in recipe.stages:
-            find_kind(config.kind)().resolve(config, recipe)
+            preflight.resolve(config, recipe, cache_dir(cache))  # an error in the words of rank 0, which says it once
         progress = RunProgress({}, out=nowhere)
         with signals(together=True, quiet=True) as stop:
             for order in ranks.follow():
