@@ -6,6 +6,7 @@ Parameters keep the names they have in the whole network (`layers.17.attn.wo.wei
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, cast
 
@@ -35,9 +36,14 @@ def cut(cfg: ModelConfig, stages: int) -> list[range]:
 def partition(costs: Sequence[float], last: float, stages: int) -> list[range]:
     """Splits layers of these costs over stages; the last stage has an extra cost of `last`. Every stage gets at least
     one layer; if there is one layer too few, the last stage has none."""
+    return list(_partition(tuple(costs), last, stages))
+
+
+@lru_cache(maxsize=1024)  # the planner asks hundreds of times for the same
+def _partition(costs: tuple[float, ...], last: float, stages: int) -> tuple[range, ...]:
     sums = [0.0, *accumulate(costs)]
     if stages > len(costs):
-        return [*partition(costs, 0.0, stages - 1), range(len(costs), len(costs))]
+        return *_partition(costs, 0.0, stages - 1), range(len(costs), len(costs))
     # best[s][n]: time of the slowest of s stages over the first n layers, minimised, and where the last of them starts
     best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
     for stage in range(1, stages + 1):
@@ -49,7 +55,7 @@ def partition(costs: Sequence[float], last: float, stages: int) -> list[range]:
     ends = [len(costs)]
     for row in best[:0:-1]:
         ends.append(row[ends[-1]][1])
-    return [range(a, b) for a, b in pairwise(ends[::-1])]
+    return tuple(range(a, b) for a, b in pairwise(ends[::-1]))
 
 
 def keep_experts(model: Transformer, experts: range) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
 Kind = Literal["F", "B", "I", "W"]
@@ -77,7 +78,15 @@ class Table:
 
     def slices_on(self, rank: int) -> list[tuple[int, int]]:
         """(lane, stage) of every slice of the model that a rank holds."""
-        return [(lane, s) for lane, ranks in enumerate(self.place) for s, r in enumerate(ranks) if r == rank]
+        return self._slices[rank]
+
+    @cached_property
+    def _slices(self) -> list[list[tuple[int, int]]]:
+        slices: list[list[tuple[int, int]]] = [[] for _ in self.steps]
+        for lane, ranks in enumerate(self.place):
+            for stage, rank in enumerate(ranks):
+                slices[rank].append((lane, stage))
+        return slices
 
 
 def actions(steps: tuple[Step, ...]) -> Iterator[Action]:

@@ -175,19 +175,21 @@ def rank_params(
     vectors: dict[VectorKind, int] = {}
     total = 0
 
-    def add(tensors: Iterator[ParamTensor], owners: set[int]) -> None:
+    def add(tensors: Iterator[ParamTensor], owners: set[int], times: int = 1) -> None:
         nonlocal total
+        shared = bool(owners & others)
         for tensor in tensors:
-            kind = VectorKind(tensor.expert, tensor.matrix, tensor.float32 and number != 4, bool(owners & others))
-            vectors[kind] = vectors.get(kind, 0) + _padded(tensor.numel, ALIGN)
-            total += tensor.numel
+            kind = VectorKind(tensor.expert, tensor.matrix, tensor.float32 and number != 4, shared)
+            vectors[kind] = vectors.get(kind, 0) + times * _padded(tensor.numel, ALIGN)
+            total += times * tensor.numel
 
     sparse = 0
     for stage in sorted(mine):
-        for i in cuts[stage]:
-            dense = i < cfg.n_dense_layers
-            sparse += not dense
-            add(layer_tensors(cfg, dense, layout.ep), {stage})
+        n_dense = sum(i < cfg.n_dense_layers for i in cuts[stage])
+        for dense, times in ((True, n_dense), (False, len(cuts[stage]) - n_dense)):
+            if times:
+                add(layer_tensors(cfg, dense, layout.ep), {stage}, times)
+        sparse += len(cuts[stage]) - n_dense
     if 0 in mine or (last in mine and (cfg.n_mtp or cfg.tie_embeddings)):
         add(iter([ParamTensor(cfg.vocab_size * cfg.dim)]), {0, last} if cfg.n_mtp else {0})
     if last in mine:
