@@ -207,7 +207,7 @@ class Conversation:
     def _save(self, name: str) -> None:
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         if not name or not self.messages:
-            self.note("name a file: /save chat.jsonl" if self.messages else "nothing was said yet")
+            self.note("name a file: /save chat.jsonl" if self.messages else "there is nothing to save yet")
             return
         try:
             with open(Path(name).expanduser(), "x", encoding="utf-8") as file:

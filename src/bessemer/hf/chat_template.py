@@ -1,4 +1,4 @@
-"""The chat template of another model, rendered in a process of its own that has limits.
+"""Renders the chat template of a model from elsewhere in a child process with limits on time and memory.
 
 A template is a program from outside. Jinja's sandbox keeps it away from Python and from the system, not from looping
 for hours or from building texts of gigabytes, and neither can be seen in its source. So no template is compiled or

@@ -1,4 +1,4 @@
-"""Several runs in one report: what they were told differently, their evaluations, curves and times side by side.
+"""Several runs in one report: the keys in which they differ; their evaluations, curves and times side by side.
 
 Stages are matched by name. A stage that only one run has is named among the differences and compared with nothing.
 """

@@ -45,7 +45,7 @@ BARE = (
     "mm|cm|dm|km|kg|mg|ml|inch|inches|feet|foot|ft|miles?|yards?|meters?|metres?|liters?|litres?|grams?|hours?|minutes?"
     "|seconds?|days?|weeks?|months?|years?|degrees?|percent|dollars?|cents?|euros?|units?|mph|points?|people|apples?|students?"
 )
-"""Units that are told from a product of letters without \\text."""
+"""Units that are recognised without \\text; other letters count as a product of variables."""
 _BLOCK = r"\\(?:text|mbox|mathrm|textrm|textnormal|rm) ?\{[^{}$]*\}(?: ?\^ ?(?:\{-?[0-9]\}|[0-9]))?"
 _CURRENCY = re.compile(r"([+-]?) ?(\\?\$|[£€¥]) ?(?=[0-9.+-])")
 _TAIL = re.compile(

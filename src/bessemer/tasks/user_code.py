@@ -1,8 +1,8 @@
 """Tasks and rewards of one's own, named in a recipe by file: `my_task.py:MyTask`, `my_rewards.py:brevity`.
 
 The file starts at the recipe's folder. It is the user's own code, named in the user's own recipe: it runs in this
-process with the user's rights, outside the sandbox, and whoever loads it is warned once. Its SHA-256 belongs to the
-record of a stage (pipeline/inputs.py), so that a stage runs again when the file has changed; what it imports does not.
+process with the user's rights, outside the sandbox, and the first load prints a warning. A stage records its SHA-256
+(pipeline/inputs.py) and runs again when the file has changed. The modules that it imports are not hashed.
 """
 
 import difflib

@@ -90,7 +90,7 @@ class SandboxProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=[*inner, self._info],  # or bubblewrap would die of telling `info` to one who is dead
+                pass_fds=[*inner, self._info],  # open inside too: else SIGPIPE ends bubblewrap if we die
                 env=ENVIRONMENT,
                 cwd="/",
                 start_new_session=True,
@@ -144,7 +144,7 @@ class SandboxProcess:
             os.write(self._maps, b"g")
 
     def _read_info(self) -> int | None:
-        """The process whose death ends everything inside; None where the launcher ended before it told."""
+        """The process whose death ends everything inside; None if the launcher ended before it reported one."""
         text = b""
         while b"}" not in text and select.select([self._info], [], [], max(0, self._deadline - time.monotonic()))[0]:
             if not (part := os.read(self._info, CHUNK)):
