@@ -1,0 +1,55 @@
+// Tasks over the threads that torch uses, and memory that lasts from call to call.
+#pragma once
+
+#include <atomic>
+#include <cstdlib>
+
+#include "simd.hpp"
+
+// Runs work(data, thread) on `threads` threads of torch's own OpenMP pool; here, where there is no pool.
+void on_threads(int threads, void (*work)(void*), void* data);
+
+// task(i) for every i below n. Which thread runs a task is not determined, so a task must write only what is its own.
+template <class Task>
+void parallel(i64 n, int threads, const Task& task) {
+    if (threads > n) threads = (int)n;
+    if (threads <= 1) {
+        for (i64 i = 0; i < n; ++i) task(i);
+        return;
+    }
+    struct Shared {
+        const Task* task;
+        i64 n;
+        std::atomic<i64> next;
+    } shared{&task, n, {0}};
+    on_threads(
+        threads,
+        [](void* data) {
+            auto* s = (Shared*)data;
+            for (i64 i; (i = s->next.fetch_add(1)) < s->n;) (*s->task)(i);
+        },
+        &shared);
+}
+
+// A buffer of this thread for n elements, aligned to 64 bytes, with undefined content. Every SLOT is a buffer of its
+// own; a later call with the same slot may move it.
+template <int SLOT, class T>
+T* scratch(i64 n) {
+    struct Buffer {
+        void* memory = nullptr;
+        size_t bytes = 0;
+        ~Buffer() { free(memory); }
+    };
+    static thread_local Buffer buffer;
+    size_t needed = ((size_t)n * sizeof(T) + 127) / 64 * 64;
+    if (needed > buffer.bytes) {
+        free(buffer.memory);
+        buffer.bytes = needed + needed / 4 / 64 * 64;
+        buffer.memory = aligned_alloc(64, buffer.bytes);
+        if (!buffer.memory) abort();
+    }
+    return (T*)buffer.memory;
+}
+
+INLINE i64 round_up(i64 x, i64 multiple) { return (x + multiple - 1) / multiple * multiple; }
+INLINE i64 least(i64 a, i64 b) { return a < b ? a : b; }

@@ -1,0 +1,181 @@
+// Vectors of float32 of the width the target has, in the compilers' own vector types: the same source compiles to
+// AVX-512, AVX2 and NEON. Nothing here depends on -ffast-math; NaN and infinity behave as IEEE 754 says.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+typedef int64_t i64;
+
+// Floats in a vector.
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef float vf_mem __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+typedef uint16_t vh_mem __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
+// A BF16 number: the upper half of a float32.
+struct bf16 {
+    uint16_t bits;
+};
+
+#define INLINE inline __attribute__((always_inline))
+// The functions that Python calls.
+#define EXPORT __attribute__((visibility("default")))
+
+INLINE vf splat(float x) { return x - (vf){}; }
+INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+INLINE vf vmax(vf a, vf b) { return select((vi)(a > b), a, b); }
+
+// --- float32 and BF16 in memory --------------------------------------------------------------------------------------
+
+INLINE float widen(float x) { return x; }
+INLINE float widen(bf16 x) {
+    uint32_t bits = (uint32_t)x.bits << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+// Rounds to nearest, ties to even; NaN stays NaN.
+INLINE bf16 narrow(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return {0x7fc0};
+    return {(uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+INLINE void put(float* to, float x) { *to = x; }
+INLINE void put(bf16* to, float x) { *to = narrow(x); }
+
+INLINE vf load(const float* p) { return *(const vf_mem*)p; }
+INLINE vf load(const bf16* p) { return (vf)(__builtin_convertvector((vh)(*(const vh_mem*)p), vu) << 16); }
+INLINE void store(float* p, vf x) { *(vf_mem*)p = x; }
+INLINE void store(bf16* p, vf x) {
+    vu bits = (vu)x;
+    vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    vi is_nan = (vi)(x != x);
+    rounded = (rounded & (vu)~is_nan) | ((vu)is_nan & 0x7fc0);
+    *(vh_mem*)p = __builtin_convertvector(rounded, vh);
+}
+
+// The first n < W elements; the others are 0.
+template <class T>
+INLINE vf load_part(const T* p, int n) {
+    T some[W] = {};
+    for (int i = 0; i < n; ++i) some[i] = p[i];
+    return load(some);
+}
+template <class T>
+INLINE void store_part(T* p, vf x, int n) {
+    T some[W];
+    store(some, x);
+    for (int i = 0; i < n; ++i) p[i] = some[i];
+}
+#if defined(__AVX512F__)
+INLINE vf load_part(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
+INLINE void store_part(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)x); }
+#endif
+
+// --- across lanes ----------------------------------------------------------------------------------------------------
+
+template <int D, bool UPPER, int... J>
+INLINE vf exchange(vf a, vf b, std::integer_sequence<int, J...>) {
+    if constexpr (UPPER)
+        return __builtin_shufflevector(a, b, ((J & D) == 0 ? J + D : J + W)...);
+    else
+        return __builtin_shufflevector(a, b, ((J & D) == 0 ? J : J - D + W)...);
+}
+template <int D, bool UPPER>
+INLINE vf exchange(vf a, vf b) {
+    return exchange<D, UPPER>(a, b, std::make_integer_sequence<int, W>{});
+}
+
+template <int D>
+INLINE void transpose_from(vf* v) {
+    if constexpr (D < W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i)
+            if ((i & D) == 0) {
+                vf a = v[i], b = v[i + D];
+                v[i] = exchange<D, false>(a, b);
+                v[i + D] = exchange<D, true>(a, b);
+            }
+        transpose_from<2 * D>(v);
+    }
+}
+// Transposes W vectors in place.
+INLINE void transpose(vf* v) { transpose_from<1>(v); }
+
+template <int D>
+INLINE void reduce_from(vf* v) {
+    if constexpr (D < W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i += 2 * D)
+            v[i] = exchange<D, false>(v[i], v[i + D]) + exchange<D, true>(v[i], v[i + D]);
+        reduce_from<2 * D>(v);
+    }
+}
+// The sums of the lanes of W vectors, as one vector: lane i is the sum of v[i]. Overwrites v.
+INLINE vf sums(vf* v) {
+    reduce_from<1>(v);
+    return v[0];
+}
+
+template <int D, int... J>
+INLINE vf rotate_lanes(vf x, std::integer_sequence<int, J...>) {
+    return __builtin_shufflevector(x, x, ((J + D) % W)...);
+}
+template <int D>
+INLINE vf folded_sum(vf x) {
+    if constexpr (D > 0) return folded_sum<D / 2>(x + rotate_lanes<D>(x, std::make_integer_sequence<int, W>{}));
+    return x;
+}
+template <int D>
+INLINE vf folded_max(vf x) {
+    if constexpr (D > 0) return folded_max<D / 2>(vmax(x, rotate_lanes<D>(x, std::make_integer_sequence<int, W>{})));
+    return x;
+}
+INLINE float sum(vf x) { return folded_sum<W / 2>(x)[0]; }
+INLINE float max_of(vf x) { return folded_max<W / 2>(x)[0]; }
+
+// --- exp and sigmoid -------------------------------------------------------------------------------------------------
+
+// e^x within 2 units in the last place; exactly 0 below -87.33, where results would be denormal and slow; inf above
+// 88.72; NaN for NaN.
+INLINE vf vexp(vf x) {
+    const vf low = splat(-87.33f), high = splat(88.72f);
+    vf y = select((vi)(x < low), low, x);
+    y = select((vi)(y > high), high, y);
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    vf t = y * 1.44269504f + magic;
+    vf n = t - magic;
+    vf r = y - n * 0.693145752f;  // ln 2 in two parts
+    r = r - n * 1.42860677e-6f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    vi scale = ((vi)t - (vi)magic) << 23;
+    vf result = (vf)((vi)p + scale);
+    result = select((vi)(x > high), splat(std::numeric_limits<float>::infinity()), result);
+    result = select((vi)(x < low), (vf){}, result);
+    return select((vi)(x != x), x, result);
+}
+INLINE vf vsigmoid(vf x) { return 1.0f / (1.0f + vexp(-x)); }

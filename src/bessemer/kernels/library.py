@@ -1,0 +1,132 @@
+"""The loaded library of kernels, or why there is none.
+
+BESSEMER_KERNELS chooses: `auto` (default) the best instruction set of this processor, `off` none, or an instruction set
+by name (`build.FLAGS`), for comparisons. Whatever fails, the answer is the torch code, and `status` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bessemer.kernels import build
+
+VARIABLE = "BESSEMER_KERNELS"
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""Dtypes of activations and weights that the kernels take, with the suffix of their functions."""
+X86_V3 = {"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"}
+X86_V4 = X86_V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+"""Flags of /proc/cpuinfo that the levels x86-64-v3 and -v4 stand for, as far as code uses them."""
+AMX = X86_V4 | {"avx512_bf16", "amx_tile", "amx_bf16"}
+
+
+class Status(NamedTuple):
+    """Which kernels run."""
+
+    instructions: str
+    """The instruction set; "off" where torch does everything."""
+    why: str
+    """One sentence for people."""
+
+
+def _candidates() -> list[str]:
+    """Instruction sets of this processor, the best one first."""
+    machine = platform.machine().lower()
+    if machine in ("arm64", "aarch64"):
+        return ["neon"]
+    if machine not in ("x86_64", "amd64"):
+        return ["baseline"]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
+    needs = {"amx": AMX, "avx512": X86_V4, "avx2": X86_V3}
+    return [*(name for name, needed in needs.items() if needed <= flags), "baseline"]
+
+
+def _load(instructions: str) -> ctypes.CDLL:
+    """BuildError if it cannot be built, loaded, or used by this process."""
+    path = build.built(instructions)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise build.BuildError(f"{path.name} cannot be loaded: {error}") from None
+    if library.bessemer_start():
+        raise build.BuildError("the system does not let this process use AMX")
+    return library
+
+
+@functools.cache
+def _found() -> tuple[ctypes.CDLL | None, Status]:
+    wanted = os.environ.get(VARIABLE, "auto")
+    if wanted == "off":
+        return None, Status("off", f"off ({VARIABLE}=off)")
+    if wanted != "auto" and wanted not in build.FLAGS:
+        names = ", ".join(("auto", "off", *build.FLAGS))
+        return None, Status("off", f'off ({VARIABLE}="{wanted}" is none of {names})')
+    reasons: list[str] = []
+    for instructions in _candidates() if wanted == "auto" else [wanted]:
+        try:
+            library = _load(instructions)
+        except (build.BuildError, OSError) as error:
+            if str(error) not in reasons:
+                reasons.append(str(error))
+            continue
+        notes = f"; {'; '.join(reasons)}" if reasons else ""
+        return library, Status(instructions, f"{instructions}, from {build.compiler()}{notes}")
+    return None, Status("off", f"off ({'; '.join(reasons)}); torch computes everything")
+
+
+def status() -> Status:
+    return _found()[1]
+
+
+def available() -> bool:
+    return _found()[0] is not None
+
+
+def has_tiles() -> bool:
+    """Whether BF16 products go through AMX."""
+    library = _found()[0]
+    return library is not None and bool(library.bessemer_has_tiles())
+
+
+@functools.cache
+def _function(name: str, signature: str) -> Any:
+    library = _found()[0]
+    assert library is not None, "a kernel was called without `available()`"
+    function = library[name]
+    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
+    function.argtypes = [kinds[letter] for letter in signature]
+    function.restype = None
+    return function
+
+
+def call(name: str, signature: str, *arguments: Tensor | float | None) -> None:
+    """Calls a function of the library. `signature` has a letter for every argument: p a tensor's memory (None: null),
+    i an integer, f and d a float of 32 or 64 bits. Tensors must be contiguous where the function has no stride for
+    them; the caller keeps them alive."""
+    _function(name, signature)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+
+
+def threads() -> int:
+    """Threads of a kernel: as many as torch's own operations use."""
+    return torch.get_num_threads()
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether kernels exist and take these activations or weights: on the CPU, of one dtype that they know."""
+    first = tensors[0]
+    return (
+        first.dtype in DTYPES
+        and all(t.device.type == "cpu" and t.dtype == first.dtype for t in tensors)
+        and available()
+    )
