@@ -89,6 +89,12 @@ def status() -> Status:
     return _found()[1]
 
 
+def forget() -> None:
+    """Makes the next call look for a library again, as the environment then says."""
+    _found.cache_clear()
+    _function.cache_clear()
+
+
 def available() -> bool:
     return _found()[0] is not None
 
@@ -104,7 +110,7 @@ def _function(name: str, signature: str) -> Any:
     library = _found()[0]
     assert library is not None, "a kernel was called without `available()`"
     function = library[name]
-    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
+    kinds: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
     function.argtypes = [kinds[letter] for letter in signature]
     function.restype = None
     return function
@@ -123,10 +129,12 @@ def threads() -> int:
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether kernels exist and take these activations or weights: on the CPU, of one dtype that they know."""
+    """Whether kernels exist and take these activations or weights: on the CPU, of one dtype that they know. Not while
+    torch.compile traces: what is not an operation of ours, it compiles itself."""
     first = tensors[0]
     return (
-        first.dtype in DTYPES
+        not torch.compiler.is_compiling()
+        and first.dtype in DTYPES
         and all(t.device.type == "cpu" and t.dtype == first.dtype for t in tensors)
         and available()
     )

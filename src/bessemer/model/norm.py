@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from bessemer.kernels import norm as kernel
+
 
 class RMSNorm(nn.Module):
     """Normalises the last dimension; the gain stays in float32 whatever the compute dtype."""
@@ -30,12 +32,16 @@ def _scale(x: Tensor, eps: float) -> Tensor:
 
 def normalise(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The norm without a graph, in x's dtype."""
+    if kernel.serves(x, weight_D):
+        return kernel.rms_norm(x, weight_D, eps)
     x32 = x.float()
     return (x32 * _scale(x32, eps)).mul_(weight_D).to(x.dtype)
 
 
 def normalise_backward(dy: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of x (in its dtype) and of the gain (float32), from the input alone."""
+    if kernel.serves(x, weight_D) and dy.dtype == x.dtype:
+        return kernel.rms_norm_backward(dy, x, weight_D, eps)
     x32, dy32 = x.float(), dy.float()
     scale = _scale(x32, eps)
     z = x32 * scale

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bessemer.kernels import loss as kernel
+
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
     from bessemer.hf.causal_lm import CausalLM
@@ -52,20 +54,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], size):
             rows = slice(start, start + size)
             hidden_CD, target_C1, loss_C = hidden_ND[rows], target_N[rows, None], loss_N[rows]
-            logp_CV = F.log_softmax(hidden_CD @ weight_VD.T, dim=-1, dtype=torch.float32)
-            total -= torch.dot(logp_CV.gather(1, target_C1).squeeze(1), loss_C)
+            logits_CV = hidden_CD @ weight_VD.T
+            if kernel.serves(logits_CV):
+                total += torch.dot(kernel.cross_entropy(logits_CV, target_C1, loss_C, with_grad), loss_C)
+                grad_CV = logits_CV
+            else:
+                logp_CV = F.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
+                total -= torch.dot(logp_CV.gather(1, target_C1).squeeze(1), loss_C)
+                # d loss / d logits = loss_n (p - onehot)
+                grad_CV = logp_CV.exp_() if with_grad else logp_CV
+                grad_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, -1.0, dtype=torch.float32))
+                grad_CV = grad_CV.mul_(loss_C[:, None]).to(hidden_CD.dtype)
             if not with_grad:
                 continue
-            # d loss / d logits = p - onehot. The token weight is folded into the thin N x D side of both products.
-            grad_CV = logp_CV.exp_()
-            grad_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, -1.0, dtype=torch.float32))
-            grad_CV = grad_CV.to(hidden_CD.dtype)
-            scale_C1 = loss_C[:, None].to(hidden_CD.dtype)
-            torch.mul(grad_CV @ weight_VD, scale_C1, out=grad_hidden_ND[rows])
+            torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[rows])
             if grad_CV.dtype == torch.float32:
-                grad_weight_VD.addmm_(grad_CV.T, hidden_CD * scale_C1)
+                grad_weight_VD.addmm_(grad_CV.T, hidden_CD)
             else:
-                grad_weight_VD += grad_CV.T @ (hidden_CD * scale_C1)
+                grad_weight_VD += grad_CV.T @ hidden_CD
         ctx.save_for_backward(grad_hidden_ND, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype))
         return total
 
@@ -156,7 +162,14 @@ class _TokenLogprobs(torch.autograd.Function):
         size = chunk_rows(weight_VD.shape[0], weight_VD.device)
         for start in range(0, N, size):
             rows = slice(start, start + size)
-            logits_CV = _logits(hidden_ND[rows], weight_VD, temperature)
+            logits_CV = hidden_ND[rows] @ weight_VD.T
+            if kernel.serves(logits_CV):
+                kernel.logprobs(
+                    logits_CV, target_N[rows], temperature, logp_N[rows], lse_N[rows],
+                    entropy_N[rows] if with_entropy else None,
+                )  # fmt: skip
+                continue
+            logits_CV = _scaled(logits_CV, temperature)
             lse_N[rows] = torch.logsumexp(logits_CV, -1)
             logp_N[rows] = logits_CV.gather(1, target_N[rows, None]).squeeze(1) - lse_N[rows]
             if with_entropy:
@@ -174,25 +187,33 @@ class _TokenLogprobs(torch.autograd.Function):
         size = chunk_rows(weight_VD.shape[0], weight_VD.device)
         for start in range(0, hidden_ND.shape[0], size):
             rows = slice(start, start + size)
-            hidden_CD, g_C1 = hidden_ND[rows], grad_logp_N[rows, None]
-            logp_CV = _logits(hidden_CD, weight_VD, ctx.temperature).sub_(lse_N[rows, None])
-            p_CV = logp_CV.exp()
-            # d logp_t / d z_v = onehot - p ; d H / d z_v = -p (log p + H)
-            if ctx.with_entropy:
-                factor_CV = logp_CV.add_(entropy_N[rows, None]).mul_(grad_entropy_N[rows, None]).add_(g_C1).neg_()
-                grad_CV = p_CV.mul_(factor_CV)
-            else:
-                grad_CV = p_CV.mul_(-g_C1)
-            grad_CV.scatter_add_(1, target_N[rows, None], g_C1)
-            grad_CV = grad_CV.div_(ctx.temperature).to(hidden_CD.dtype)
+            hidden_CD = hidden_ND[rows]
+            grad_CV = hidden_CD @ weight_VD.T
+            changes = grad_logp_N[rows], grad_entropy_N[rows] if ctx.with_entropy else None
+            backward = kernel.logprobs_backward_ if kernel.serves(grad_CV) else _logprobs_backward
+            grad_CV = backward(grad_CV, target_N[rows], ctx.temperature, lse_N[rows], entropy_N[rows], *changes)
             grad_hidden_ND[rows] = grad_CV @ weight_VD
             grad_weight_VD += grad_CV.T @ hidden_CD
         return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None, None
 
 
-def _logits(hidden_CD: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
-    logits_CV = (hidden_CD @ weight_VD.T).float()
-    return logits_CV if temperature == 1.0 else logits_CV.div_(temperature)
+def _logprobs_backward(
+    logits_CV: Tensor, target_C: Tensor, temperature: float, lse_C: Tensor, entropy_C: Tensor, grad_logp_C: Tensor,
+    grad_entropy_C: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The gradient of the logits: d logp_t / d z_v = onehot - p ; d H / d z_v = -p (log p + H)."""
+    logp_CV, g_C1 = _scaled(logits_CV, temperature).sub_(lse_C[:, None]), grad_logp_C[:, None]
+    p_CV = logp_CV.exp()
+    if grad_entropy_C is None:
+        grad_CV = p_CV.mul_(-g_C1)
+    else:
+        grad_CV = p_CV.mul_(logp_CV.add_(entropy_C[:, None]).mul_(grad_entropy_C[:, None]).add_(g_C1).neg_())
+    grad_CV.scatter_add_(1, target_C[:, None], g_C1)
+    return grad_CV.div_(temperature).to(logits_CV.dtype)
+
+
+def _scaled(logits_CV: Tensor, temperature: float) -> Tensor:
+    return logits_CV.float() if temperature == 1.0 else logits_CV.float().div_(temperature)
 
 
 def token_logprobs(

@@ -1,0 +1,49 @@
+"""Rows of logits in one pass: cross entropy and log-probabilities with their gradients (`train.loss`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bessemer.kernels.library import DTYPES, call, fits, threads
+
+
+def serves(logits_CV: Tensor) -> bool:
+    return fits(logits_CV) and logits_CV.is_contiguous() and logits_CV.numel() > 0
+
+
+def cross_entropy(logits_CV: Tensor, target_C: Tensor, weight_C: Tensor, gradient: bool) -> Tensor:
+    """-log softmax(logits)[target], [C] float32. With `gradient`, logits_CV becomes the gradient of the sum of the
+    results times weight_C."""
+    nll_C = torch.empty(len(logits_CV), dtype=torch.float32)
+    call(
+        f"cross_entropy_{DTYPES[logits_CV.dtype]}", "ppppiiii",
+        logits_CV, target_C.contiguous(), weight_C.contiguous(), nll_C, *logits_CV.shape, gradient, threads(),
+    )  # fmt: skip
+    return nll_C
+
+
+def logprobs(
+    logits_CV: Tensor, target_C: Tensor, temperature: float, logp_C: Tensor, lse_C: Tensor, entropy_C: Tensor | None
+) -> None:
+    """Writes log softmax(logits / temperature)[target], the log of the denominator and, where there is room for it, the
+    entropy; all float32."""
+    call(
+        f"logprobs_{DTYPES[logits_CV.dtype]}", "pppppiifi",
+        logits_CV, target_C.contiguous(), logp_C, lse_C, entropy_C, *logits_CV.shape, temperature, threads(),
+    )  # fmt: skip
+
+
+def logprobs_backward_(
+    logits_CV: Tensor, target_C: Tensor, temperature: float, lse_C: Tensor, entropy_C: Tensor, grad_logp_C: Tensor,
+    grad_entropy_C: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Turns logits into their gradient, and returns them; no gradient of the entropy: it was not asked for."""
+    grad_logp_C = grad_logp_C.contiguous()
+    grad_entropy_C = None if grad_entropy_C is None else grad_entropy_C.contiguous()
+    call(
+        f"logprobs_backward_{DTYPES[logits_CV.dtype]}", "ppppppiifi",
+        logits_CV, target_C.contiguous(), lse_C, entropy_C, grad_logp_C, grad_entropy_C, *logits_CV.shape, temperature,
+        threads(),
+    )  # fmt: skip
+    return logits_CV

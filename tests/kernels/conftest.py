@@ -1,0 +1,23 @@
+"""The kernels of several instruction sets in one process."""
+
+import pytest
+
+from bessemer.kernels import library
+
+
+def load(monkeypatch: pytest.MonkeyPatch, instructions: str) -> library.Status:
+    """The library that BESSEMER_KERNELS=instructions gives, from now on."""
+    monkeypatch.setenv(library.VARIABLE, instructions)
+    library.forget()
+    return library.status()
+
+
+@pytest.fixture(params=["auto", "emulated-amx"])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """The best instruction set of this machine; then AVX2 with AMX's code on emulated tiles."""
+    status = load(monkeypatch, request.param)
+    if status.instructions == "off":
+        pytest.skip(status.why)
+    yield status.instructions
+    monkeypatch.undo()
+    library.forget()
