@@ -9,7 +9,7 @@ from model_cases import V2, tiny
 
 from bessemer.model import moe
 from bessemer.model.config import preset
-from bessemer.model.moe import Gate
+from bessemer.model.gate import Gate, sequence_balance
 
 GREEDY = {**V2, "topk_method": "group_limited_greedy", "n_expert_groups": 4, "n_limited_groups": 2}
 
@@ -137,13 +137,13 @@ def test_balance_equals_a_loop():
 def test_balance_of_a_balanced_gate_is_one_per_sequence():
     score = torch.full((8, 4), 0.5)
     count = torch.full((2, 4), 2.0)  # 4 tokens x 2 choices over 4 experts
-    assert moe.sequence_balance(score, count, 2).item() == pytest.approx(2.0)
+    assert sequence_balance(score, count, 2).item() == pytest.approx(2.0)
 
 
 def test_balance_gradient_lowers_crowded_experts():
     """f carries no gradient, P does: descent takes score from the expert that has all tokens."""
     score = torch.full((6, 4), 0.5, requires_grad=True)
-    moe.sequence_balance(score, torch.tensor([[6.0, 0.0, 0.0, 0.0]]), 1).backward()
+    sequence_balance(score, torch.tensor([[6.0, 0.0, 0.0, 0.0]]), 1).backward()
     assert (score.grad[:, 0] > 0).all() and (score.grad[:, 1:] < 0).all()
 
 

@@ -24,7 +24,7 @@ from bessemer.dist import schedules, sharded_checkpoint, watchdog
 from bessemer.dist.executor import Executor, Work
 from bessemer.dist.model_shard import ModelShard, rows_of
 from bessemer.dist.zero1 import Zero1
-from bessemer.model.moe import Gate
+from bessemer.model.gate import Gate
 from bessemer.model.transformer import TrainOutputs, Transformer
 from bessemer.train import balance, checkpoint, guard
 from bessemer.train.checkpoint import CheckpointReader, Damaged

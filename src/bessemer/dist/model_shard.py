@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from bessemer.hf import hub
 from bessemer.model.config import ModelConfig
-from bessemer.model.moe import EXPERTS, Gate
+from bessemer.model.gate import Gate
+from bessemer.model.moe import EXPERTS
 from bessemer.model.transformer import TrainOutputs, Transformer
 from bessemer.train.loss import next_token_nats
 

@@ -38,8 +38,8 @@ from bessemer.hf import hub
 from bessemer.hf.mapping import FAMILIES
 from bessemer.hf.replace import replacing
 from bessemer.hf.safetensors_reader import Checkpoint
+from bessemer.model.gate import Gate
 from bessemer.model.layer import Layer
-from bessemer.model.moe import Gate
 from bessemer.model.transformer import TrainOutputs, Transformer
 
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})

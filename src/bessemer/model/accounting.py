@@ -247,7 +247,7 @@ def layer_activation_bytes(
         # norms save input and output
         core = _attention_cut(cfg, number_bytes) if cut else _attention_plain(cfg, length, number_bytes, fused)
         attend = state if again else core + state
-        attend += state + (0 if dense or again else _gate_plain(cfg, number_bytes))
+        attend += state + (0 if dense or again else _gate(cfg, number_bytes, fused))
         ffn = _ffn_plain(cfg.inter_dim, number_bytes) if dense else _sparse_plain(cfg, number_bytes, recompute)
         inner = 2 * cfg.moe_inter_dim * number_bytes
     if "experts" in recompute:
@@ -305,10 +305,12 @@ def _ffn_plain(inner: int, number_bytes: int) -> int:
     return 4 * inner * number_bytes
 
 
-def _gate_plain(cfg: ModelConfig, number_bytes: int) -> int:
-    """Scores, shares and choices, and in BF16 its input in float32."""
-    saved = 2 * NUMBER * cfg.n_routed_experts + (INDEX + NUMBER) * cfg.n_activated_experts
-    return saved + (NUMBER * cfg.dim if number_bytes < NUMBER else 0)
+def _gate(cfg: ModelConfig, number_bytes: int, fused: bool) -> int:
+    """Scores and choices; the plain gate (on a GPU) also shares, gates, and in BF16 its input in float32."""
+    scores, choices = NUMBER * cfg.n_routed_experts, INDEX * cfg.n_activated_experts
+    if not fused:
+        return scores + choices
+    return 2 * scores + choices + NUMBER * cfg.n_activated_experts + (NUMBER * cfg.dim if number_bytes < NUMBER else 0)
 
 
 def _sparse_plain(cfg: ModelConfig, number_bytes: int, recompute: Collection[Phase]) -> int:

@@ -136,7 +136,7 @@ class Layer(nn.Module):
     def forward(
         self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None, choice_NK: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the new residual stream and the balance term (None if dense). `choice_NK`: see `moe.Gate`."""
+        """Returns the new residual stream and the balance term (None if dense). `choice_NK`: see `gate.Gate`."""
         attended = self.attend(x_BTD, rope, segments_BT, choice_NK)
         balance = None if attended.routing is None else attended.routing.balance
         return self.feed_forward(attended), balance

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
+from bessemer.model.gate import Gate
 from bessemer.model.layer import PHASES, Layer, Phase
 from bessemer.model.mla import rope_table
-from bessemer.model.moe import FFN, Experts, Gate
+from bessemer.model.moe import FFN, Experts
 from bessemer.model.norm import RMSNorm
 from bessemer.precision.fp8_linear import FP8Recipe
 

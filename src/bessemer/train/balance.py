@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from bessemer.model.moe import Gate
+from bessemer.model.gate import Gate
 
 
 @contextmanager

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bessemer.errors import UserError
-from bessemer.model.moe import Gate
+from bessemer.model.gate import Gate
 from bessemer.model.transformer import Transformer
 from bessemer.train import balance, checkpoint, guard
 from bessemer.train.objective import Loss, Objective, Sums, means
