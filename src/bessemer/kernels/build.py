@@ -1,9 +1,12 @@
 """Compiles the kernels with the machine's C++ compiler, once, into a cache.
 
-The library's name holds a hash of everything that it follows from: the sources, the flags, and the compiler's version.
+A library's name holds a hash of what it follows from: sources and flags, then the compiler and the C library.
 Instruction sets are chosen by name and never by -march=native, so a cache on a home directory that several machines
-share holds a library for each. A lock makes processes that start together build once. A library appears under its
-name complete or not at all; beside it lies its SHA-256, with which it is compared before it is loaded.
+share holds a library for each. A machine without a compiler takes the library that another one left there.
+
+Processes that start together build once, under a lock. A library is tried in a process of its own and appears under its
+name complete or not at all; beside it lies its SHA-256, with which it is compared before it is loaded. What a compiler
+refused is not tried again for an hour, nor by every process of a test run; `forget_failures` lifts that.
 """
 
 from __future__ import annotations
@@ -11,131 +14,229 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import selectors
 import shutil
-import stat
+import signal
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-CACHE = "BESSEMER_KERNEL_CACHE"
-"""Environment variable: the folder of the built libraries instead of ~/.cache/bessemer/kernels."""
+from bessemer.kernels import cache
+from bessemer.kernels.cache import BuildError
+
 SOURCES = Path(__file__).parent / "cpp"
 COMMON = ("-std=gnu++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-w")
 """gnu++17 and not c++17: only the former lets GCC contract a * b + c. No -ffast-math: NaN and infinity must survive."""
+AVX2 = ("-mavx2", "-mfma", "-mbmi", "-mbmi2")
+AVX512 = (*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "cd", "dq", "vl")), "-mprefer-vector-width=512")
 FLAGS: dict[str, tuple[str, ...]] = {
-    "amx": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-    "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
-    "avx2": ("-march=x86-64-v3",),
+    "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "avx512": AVX512,
+    "avx2": AVX2,
     "neon": ("-march=armv8-a",),
     "baseline": (),
-    "emulated-amx": ("-march=x86-64-v3", "-DBESSEMER_EMULATE_TILES"),
+    "emulated-amx": ("-DBESSEMER_EMULATE_TILES", *(AVX2 if os.uname().machine == "x86_64" else ())),
 }
-"""Compiler flags of every instruction set. The last one runs AMX's code on any machine of the last ten years, slowly,
-for tests."""
-SECONDS = 300
-"""A compiler that takes longer is stuck."""
+"""Compiler flags of every instruction set. Features one by one, since GCC knows -march=x86-64-v3 only from version 11
+on. The last one runs AMX's code on any machine of the last ten years, slowly, for tests."""
+SECONDS = 120
+"""A build takes 5 to 10 s of one core. What takes longer than this is stuck."""
+AGAIN_SECONDS = 3600
+"""After so long a build that failed is tried again."""
+MESSAGE_BYTES = 65536
+"""What is kept of a compiler's messages; the rest is read and dropped."""
+TRIAL = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).bessemer_check())"
 
 
-class BuildError(Exception):
-    """Why there is no library: one line."""
-
-
-def compiler() -> str | None:
-    """The C++ compiler: $CXX, else the first of g++, c++ and clang++."""
+def compiler() -> list[str]:
+    """The command of the C++ compiler: $CXX, which may have arguments, else the first of g++, c++ and clang++."""
     named = os.environ.get("CXX", "").split()
-    if named:
-        return shutil.which(named[0])
-    return next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
+    for words in [named] if named else (["g++"], ["c++"], ["clang++"]):
+        if path := shutil.which(words[0]):
+            return [path, *words[1:]]
+    missing = f"no compiler {named[0]}, which CXX names" if named else "no C++ compiler"
+    raise BuildError(f"{missing}; install g++", final=True)
 
 
 def built(instructions: str) -> Path:
     """The path of the library for an instruction set, built if the cache lacks it. BuildError says what failed."""
-    command = compiler()
-    if command is None:
-        raise BuildError("no C++ compiler (g++ or clang++)")
     flags = [*COMMON, *FLAGS[instructions]]
-    folder = _cache_folder()
-    path = folder / f"kernels-{instructions}-{_fingerprint(command, flags)}.so"
-    if intact(path):
+    name = f"kernels-{instructions}-{_hash_of_sources(flags)}"
+    folder = cache.folder()
+    try:
+        command = compiler()
+    except BuildError:
+        others = sorted(folder.glob(f"{name}-*.so"), key=os.path.getmtime)
+        if found := next(filter(cache.intact, reversed(others)), None):
+            return found
+        raise
+    path = folder / f"{name}-{_hash_of_compiler(command)}.so"
+    if cache.intact(path):
         return path
     try:
-        with _locked(folder / f"{path.stem}.lock"):
-            if not intact(path):
-                _build(command, flags, path)
+        with cache.locked(path.with_suffix(".lock")):
+            if not cache.intact(path):
+                _build_once(command, flags, path)
     except OSError as error:
-        raise BuildError(f"the kernels cannot be written to {folder}: {error.strerror or error}") from None
+        why = f"the kernels cannot be built in {folder} ({error.strerror or error})"
+        raise BuildError(f"{why}; make room, or set {cache.VARIABLE} to another folder", final=True) from None
     return path
 
 
-def intact(path: Path) -> bool:
-    """Whether the library exists with the content that was built, and only its owner can have written it."""
-    try:
-        info = path.stat()
-        mine = info.st_uid == os.getuid() and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        return mine and path.with_suffix(".sha256").read_text() == hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return False
+def forget_failures() -> None:
+    """Lets the next process try again what a compiler refused."""
+    with contextlib.suppress(BuildError, OSError):
+        for record in cache.folder().glob("*.failed"):
+            record.unlink()
 
 
-def _cache_folder() -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    folder = Path(os.environ.get(CACHE) or home / "bessemer" / "kernels")
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
-            return folder
-        raise BuildError(f"{folder} belongs to someone else or cannot be written; set {CACHE} to a folder of yours")
-    except OSError as error:
-        raise BuildError(f"{folder} cannot be used ({error.strerror}); set {CACHE} to a folder of yours") from None
-
-
-def _fingerprint(command: str, flags: list[str]) -> str:
-    version = subprocess.run([command, "--version"], capture_output=True, timeout=SECONDS, check=False).stdout
-    digest = hashlib.sha256(repr((command, version, flags)).encode())
-    for source in sorted(SOURCES.iterdir()):
+def _hash_of_sources(flags: Sequence[str]) -> str:
+    digest = hashlib.sha256(repr(flags).encode())
+    for source in sorted(SOURCES.glob("*.[ch]pp")):
         digest.update(f"\0{source.name}\0".encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    import fcntl
+def _hash_of_compiler(command: Sequence[str]) -> str:
+    """Of the files behind the command and not of what it prints: every start needs this, and a compiler may hang."""
+    libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in os.confstr_names else ""
+    facts = [libc, *command]
+    for path in filter(None, map(shutil.which, command)):
+        with contextlib.suppress(OSError):
+            info = os.stat(path)
+            facts.append(f"{os.path.realpath(path)} {info.st_size} {info.st_mtime_ns}")
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
 
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+
+def _build_once(command: Sequence[str], flags: Sequence[str], path: Path) -> None:
+    """Builds, unless that failed within the last hour."""
+    record = path.with_suffix(".failed")
+    with contextlib.suppress(OSError, ValueError):
+        if time.time() - record.stat().st_mtime < AGAIN_SECONDS:
+            final, why = record.read_text().split(" ", 1)
+            raise BuildError(why, final=final == "final")
+    try:
+        _build(command, flags, path)
+    except BuildError as error:
+        with contextlib.suppress(OSError):
+            record.write_text(f"{'final' if error.final else 'this'} {error}")
+        raise
+    record.unlink(missing_ok=True)
 
 
-def _build(command: str, flags: list[str], path: Path) -> None:
-    """Compiles every source in a process of its own, links, and moves the result to `path`."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as work:
-        jobs = [
-            subprocess.Popen(
-                [command, *flags, "-c", str(source), "-o", f"{work}/{source.stem}.o"],
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            )
-            for source in sorted(SOURCES.glob("*.cpp"))
-        ]  # fmt: skip
-        for job in jobs:
-            _finish(job, command)
+def _build(command: Sequence[str], flags: Sequence[str], path: Path) -> None:
+    """Compiles every source, links, tries the result, and moves it to `path`."""
+    cache.sweep(path.parent)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-", ignore_cleanup_errors=True) as work:
+        until = time.monotonic() + SECONDS
+        sources = sorted(SOURCES.glob("*.cpp"))
+        objects = [f"{work}/{source.stem}.o" for source in sources]
+        _run(
+            [[*command, *flags, "-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True)],
+            until,
+        )
         result = Path(work, path.name)
-        objects = sorted(map(str, Path(work).glob("*.o")))
-        link = [command, "-shared", "-o", str(result), *objects, *(() if os.uname().sysname == "Darwin" else ("-ldl",))]
-        _finish(subprocess.Popen(link, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True), command)
+        libraries = () if sys.platform == "darwin" else ("-ldl",)
+        _run([[*command, "-shared", "-o", str(result), *objects, *libraries]], until)
+        if not result.is_file():
+            raise BuildError(f"{command[0]} reports success and writes nothing")
         result.chmod(0o700)
+        _try(result)
         digest = Path(work, "sha256")
         digest.write_text(hashlib.sha256(result.read_bytes()).hexdigest())
         os.replace(digest, path.with_suffix(".sha256"))
         os.replace(result, path)
 
 
-def _finish(job: subprocess.Popen[str], command: str) -> None:
+def _run(commands: Sequence[Sequence[str]], until: float) -> None:
+    """Runs the commands, as many at once as there are cores. BuildError for one that fails or outlasts `until`."""
+    waiting, running = list(commands), 0
+    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with selectors.DefaultSelector() as selector:
+        try:
+            while waiting or running:
+                while waiting and running < most:
+                    command = waiting.pop(0)
+                    job = _started(command)
+                    assert job.stderr is not None
+                    selector.register(job.stderr, selectors.EVENT_READ, (command[0], job, bytearray()))
+                    running += 1
+                ready = selector.select(max(0, until - time.monotonic()))
+                if time.monotonic() > until:
+                    raise BuildError(f"{commands[0][0]} did not finish within {SECONDS} s", final=True)
+                for key, _ in ready:
+                    name, job, said = key.data
+                    piece = os.read(key.fd, MESSAGE_BYTES)
+                    said += piece[: MESSAGE_BYTES - len(said)]
+                    if not piece:
+                        selector.unregister(key.fileobj)
+                        running -= 1
+                        _finished(name, job, said, until)
+        finally:
+            for key in list(selector.get_map().values()):
+                _end(key.data[1])
+
+
+def _started(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    quiet = subprocess.DEVNULL
     try:
-        _, errors = job.communicate(timeout=SECONDS)
+        return subprocess.Popen(
+            command, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE, start_new_session=True,
+            env=os.environ | {"LC_ALL": "C"},
+        )  # fmt: skip
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be started ({error.strerror})", final=True) from None
+
+
+def _finished(name: str, job: subprocess.Popen[bytes], said: bytes, until: float) -> None:
+    try:
+        status = job.wait(max(0.1, until - time.monotonic()))
     except subprocess.TimeoutExpired:
-        job.kill()
-        raise BuildError(f"{command} did not finish within {SECONDS} s") from None
-    if job.returncode:
-        lines = [line for line in errors.splitlines() if "error" in line] or errors.splitlines() or ["no message"]
-        raise BuildError(f"{command} failed: {lines[0].strip()[:200]}")
+        _end(job)
+        raise BuildError(f"{name} did not finish within {SECONDS} s", final=True) from None
+    assert job.stderr is not None
+    job.stderr.close()
+    if status < 0:
+        raise BuildError(f"{name} was ended by {_signal(status)}")
+    if status:
+        lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()] or ["no message"]
+        line = next((line for line in lines if "error" in line), lines[0])
+        raise BuildError(f"{name} failed: {''.join(filter(str.isprintable, line)).strip()[:200]}")
+
+
+def _end(job: subprocess.Popen[bytes]) -> None:
+    """Ends a command with the processes it has started. They are known by its number, which is its own until `wait`."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    if job.stderr is not None:
+        job.stderr.close()
+
+
+def _try(library: Path) -> None:
+    """Loads a fresh library elsewhere and lets it compute, so that a bad one ends another process and not this one."""
+    if not sys.executable:  # Python inside another program
+        return
+    command = [sys.executable, "-I", "-S", "-c", TRIAL, str(library)]
+    try:
+        trial = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise BuildError("the built kernels do not return", final=True) from None
+    if trial.returncode < 0:
+        raise BuildError(f"the built kernels crash ({_signal(trial.returncode)})")
+    if trial.returncode == 2:
+        raise BuildError("the built kernels compute wrong numbers")
+    if trial.returncode:
+        last = (trial.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+        last = last.replace(str(library), library.name)[:200]
+        raise BuildError(f"the built kernels cannot be loaded: {last}", final="map segment" in last)
+
+
+def _signal(status: int) -> str:
+    try:
+        return signal.Signals(-status).name
+    except ValueError:
+        return f"signal {-status}"

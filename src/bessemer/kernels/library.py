@@ -10,6 +10,8 @@ import ctypes
 import functools
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +23,12 @@ from bessemer.kernels import build
 VARIABLE = "BESSEMER_KERNELS"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Dtypes of activations and weights that the kernels take, with the suffix of their functions."""
-X86_V3 = {"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"}
-X86_V4 = X86_V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-"""Flags of /proc/cpuinfo that the levels x86-64-v3 and -v4 stand for, as far as code uses them."""
-AMX = X86_V4 | {"avx512_bf16", "amx_tile", "amx_bf16"}
+CPUINFO = Path("/proc/cpuinfo")
+AVX2 = {"avx2", "fma", "bmi1", "bmi2"}
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+AMX = AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}
+"""What the kernels need of a processor, by the system's names. AMD has AVX-512 since Zen 4 and no AMX; processors with
+cores of two kinds have AVX2."""
 
 
 class Status(NamedTuple):
@@ -43,13 +47,21 @@ def _candidates() -> list[str]:
         return ["neon"]
     if machine not in ("x86_64", "amd64"):
         return ["baseline"]
+    features, needs = _features(), {"amx": AMX, "avx512": AVX512, "avx2": AVX2}
+    return [*(name for name, needed in needs.items() if needed <= features), "baseline"]
+
+
+def _features() -> set[str]:
+    """Names of this x86 processor's features; none where the system does not tell."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
-    needs = {"amx": AMX, "avx512": X86_V4, "avx2": X86_V3}
-    return [*(name for name, needed in needs.items() if needed <= flags), "baseline"]
+        if sys.platform == "darwin":  # AVX2 and BMI1 there
+            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.features", "machdep.cpu.leaf7_features"]
+            told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
+            return set(told.lower().split())
+        lines = CPUINFO.read_text().splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return set()
+    return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
 
 
 def _load(instructions: str) -> ctypes.CDLL:
@@ -57,9 +69,10 @@ def _load(instructions: str) -> ctypes.CDLL:
     path = build.built(instructions)
     try:
         library = ctypes.CDLL(str(path))
-    except OSError as error:
+        refused = library.bessemer_start()
+    except (OSError, AttributeError) as error:
         raise build.BuildError(f"{path.name} cannot be loaded: {error}") from None
-    if library.bessemer_start():
+    if refused:
         raise build.BuildError("the system does not let this process use AMX")
     return library
 
@@ -79,10 +92,11 @@ def _found() -> tuple[ctypes.CDLL | None, Status]:
         except (build.BuildError, OSError) as error:
             if str(error) not in reasons:
                 reasons.append(str(error))
+            if isinstance(error, build.BuildError) and error.final:
+                break
             continue
-        notes = f"; {'; '.join(reasons)}" if reasons else ""
-        return library, Status(instructions, f"{instructions}, from {build.compiler()}{notes}")
-    return None, Status("off", f"off ({'; '.join(reasons)}); torch computes everything")
+        return library, Status(instructions, instructions + (f" ({'; '.join(reasons)})" if reasons else ""))
+    return None, Status("off", f"off ({'; '.join(reasons)})")
 
 
 def status() -> Status:

@@ -34,3 +34,29 @@ extern "C" EXPORT int bessemer_has_tiles() {
     return 0;
 #endif
 }
+
+extern "C" void product_float32(i64, i64, i64, const float*, i64, i64, const float*, i64, i64, float*, i64, i64);
+extern "C" void product_bfloat16(i64, i64, i64, const bf16*, i64, i64, const bf16*, i64, i64, float*, i64, i64);
+
+// What a trial of a fresh library calls: 0 if products of small integers are exact, 2 if not.
+extern "C" EXPORT int bessemer_check() {
+    if (bessemer_start()) return 0;  // nothing to try here
+    constexpr int M = 13, N = 37, K = 35;
+    float a[M * K], b[K * N], c[M * N];
+    bf16 narrow_a[M * K], narrow_b[K * N];
+    for (int i = 0; i < M * K; ++i) narrow_a[i] = narrow(a[i] = (float)(i % 15 - 7));
+    for (int i = 0; i < K * N; ++i) narrow_b[i] = narrow(b[i] = (float)(i % 13 - 6));
+    for (int pass = 0; pass < 2; ++pass) {
+        if (pass == 0)
+            product_float32(M, N, K, a, K, 1, b, N, 1, c, N, 0);
+        else
+            product_bfloat16(M, N, K, narrow_a, K, 1, narrow_b, N, 1, c, N, 0);
+        for (int m = 0; m < M; ++m)
+            for (int n = 0; n < N; ++n) {
+                int exact = 0;
+                for (int k = 0; k < K; ++k) exact += ((m * K + k) % 15 - 7) * ((k * N + n) % 13 - 6);
+                if (c[m * N + n] != (float)exact) return 2;
+            }
+    }
+    return 0;
+}

@@ -92,12 +92,22 @@ INLINE void store_part(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, (1u << 
 
 // --- across lanes ----------------------------------------------------------------------------------------------------
 
+// Lanes of a and, from W on, of b.
+template <int... J>
+INLINE vf pick(vf a, vf b) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, J...);
+#else
+    return __builtin_shuffle(a, b, (vi){J...});
+#endif
+}
+
 template <int D, bool UPPER, int... J>
 INLINE vf exchange(vf a, vf b, std::integer_sequence<int, J...>) {
     if constexpr (UPPER)
-        return __builtin_shufflevector(a, b, ((J & D) == 0 ? J + D : J + W)...);
+        return pick<((J & D) == 0 ? J + D : J + W)...>(a, b);
     else
-        return __builtin_shufflevector(a, b, ((J & D) == 0 ? J : J - D + W)...);
+        return pick<((J & D) == 0 ? J : J - D + W)...>(a, b);
 }
 template <int D, bool UPPER>
 INLINE vf exchange(vf a, vf b) {
@@ -137,7 +147,7 @@ INLINE vf sums(vf* v) {
 
 template <int D, int... J>
 INLINE vf rotate_lanes(vf x, std::integer_sequence<int, J...>) {
-    return __builtin_shufflevector(x, x, ((J + D) % W)...);
+    return pick<((J + D) % W)...>(x, x);
 }
 template <int D>
 INLINE vf folded_sum(vf x) {

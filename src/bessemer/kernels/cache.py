@@ -1,0 +1,115 @@
+"""The folder of built libraries: whose it is, one builder at a time, and what lies in it whole.
+
+A library appears under its name complete or not at all; beside it lies its SHA-256, with which it is compared before it
+is loaded. Only this user and root may be able to write it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+VARIABLE = "BESSEMER_KERNEL_CACHE"
+"""Environment variable: the folder instead of ~/.cache/bessemer/kernels."""
+WAIT_SECONDS = 130
+"""A process waits so long for another one that builds."""
+LEFT_SECONDS = 1200
+"""What a build leaves after so long was killed."""
+UNUSED_SECONDS = 90 * 86400
+"""Libraries that nobody has loaded for so long are deleted."""
+
+
+class BuildError(Exception):
+    """Why there is no library, in one line. `final`: other instruction sets would fail in the same way."""
+
+    def __init__(self, why: str, *, final: bool = False):
+        super().__init__(why)
+        self.final = final
+
+
+def folder() -> Path:
+    """The cache, made where it is missing. One that can only be read will do if the library is there already."""
+    named = os.environ.get(VARIABLE)
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    except RuntimeError:  # no HOME, and no account with this number
+        if not named:
+            raise BuildError(
+                f"no home directory for the kernels; set {VARIABLE} to a folder of yours", final=True
+            ) from None
+        home = Path()
+    path = Path(named).absolute() if named else home.absolute() / "bessemer" / "kernels"
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        safe = _safe(path)
+    except OSError as error:
+        why = error.strerror or error
+        raise BuildError(f"{path} cannot be used ({why}); set {VARIABLE} to a folder of yours", final=True) from None
+    if not safe:
+        why = "belongs to someone else, or others can write to it"
+        raise BuildError(f"{path} {why}; set {VARIABLE} to a folder of yours alone", final=True)
+    return path
+
+
+def intact(path: Path) -> bool:
+    """Whether the library exists with the content that was built, and only its owner can have written it."""
+    try:
+        if not _safe(path):
+            return False
+        if path.with_suffix(".sha256").read_text() != hashlib.sha256(path.read_bytes()).hexdigest():
+            return False
+    except (OSError, ValueError):
+        return False
+    with contextlib.suppress(OSError):
+        os.utime(path)  # for `sweep`
+    return True
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """While this process alone may build. Where files cannot be locked, two may build the same and nothing breaks."""
+    import fcntl
+
+    until = time.monotonic() + WAIT_SECONDS
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise BuildError(f"another process holds {path} and does not finish", final=True) from None
+                time.sleep(0.05)
+                continue
+            except OSError:  # some network file systems
+                pass
+            break
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # a process forked meanwhile has the file open, too
+
+
+def sweep(folder: Path) -> None:
+    """Deletes what killed builds left and what nobody uses any more."""
+    now = time.time()
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):
+            age = now - path.stat().st_mtime
+            if path.name.startswith("build-") and age > LEFT_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.suffix == ".so" and age > UNUSED_SECONDS:
+                for suffix in (".so", ".sha256", ".lock", ".failed"):
+                    path.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def _safe(path: Path) -> bool:
+    """Whether nobody but this user and root can have written this file or folder."""
+    info = path.stat()
+    return info.st_uid in (0, os.getuid()) and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
