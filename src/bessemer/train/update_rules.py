@@ -27,6 +27,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bessemer.kernels import muon as kernel
+
 BLOCK = 1 << 16
 """Elements per block on a CPU where moments are not float32."""
 MOMENTUM = 0.95
@@ -78,6 +80,8 @@ def adamw_reference_(
 def orthogonal(x_NRC: Tensor) -> Tensor:
     """U V^T of every matrix [R, C], singular values between 0.7 and 1.2; a zero matrix stays zero. Computes in the
     input's dtype."""
+    if kernel.serves(x_NRC):
+        return kernel.newton_schulz(x_NRC, STEPS, COEFFICIENTS)
     parts = x_NRC.split(max(1, LIMIT // (x_NRC.shape[-2] * x_NRC.shape[-1])))
     return torch.cat([_newton_schulz(part) for part in parts])
 
