@@ -14,6 +14,7 @@ from tiny_run import ROWS, T, batches, config, model, trainer
 
 from bessemer.config.units import Points
 from bessemer.errors import UserError
+from bessemer.kernels import library
 from bessemer.train.checkpoint import latest
 from bessemer.train.objective import Loss, next_token
 from bessemer.train.trainer import Trainer
@@ -96,6 +97,20 @@ def test_finished_run_does_nothing_again(tmp_path):
     again = trainer(model(9), steps=3, state_dir=tmp_path, on_step=[lambda t: pytest.fail("no step left")])
     assert again.run()
     assert_same_bits(before, everything(again))
+
+
+def test_a_resume_on_other_kernels_says_so(tmp_path, monkeypatch):
+    said = []
+    trainer(steps=2, state_dir=tmp_path, warn=said.append).run()
+    backend = latest(tmp_path)[1].counters["backend"]
+    trainer(steps=2, state_dir=tmp_path, warn=said.append).run()
+    assert backend.startswith("cpu (kernels ") and not said
+    monkeypatch.setattr(library, "backend", lambda device: "cpu (kernels of others)")
+    trainer(steps=3, state_dir=tmp_path, warn=said.append).run()
+    assert said == [
+        f"step 2 was saved on {backend}, this run continues on cpu (kernels of others): results differ by rounding"
+    ]
+    assert latest(tmp_path)[1].counters["backend"] == "cpu (kernels of others)"
 
 
 def assert_close_moments(one, two):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bessemer import __version__
+from bessemer.kernels import build, library
 from bessemer.precision import backends, probe
 from bessemer.tasks import sandbox
 from bessemer.workers import cores, shared_free
@@ -26,6 +27,7 @@ _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16")  # the last is t
 
 def examine(folder: Path) -> dict[str, Any]:
     """Facts about this machine; `folder` is where runs would be stored. Measuring takes a second or two."""
+    build.forget_failures()  # the doctor is asked after something was mended
     rates = {name: round(float(rate), 1) for name, rate in probe.gemm_rates().items()}
     choice = probe.compute_dtype(rates)
     total, available = _memory()
@@ -47,6 +49,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "sandbox": sandbox.level(),
         "sandbox_trials": {name: sandbox.trial(name) for name in sandbox.LEVELS},
         "compiler": next((path for name in _compilers() if (path := shutil.which(name))), None),
+        "kernels": list(library.status()),
         "memory_gb": total,
         "memory_available_gb": available,
         "folder": str(folder),
@@ -75,6 +78,7 @@ def _judge(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
         _about_numbers(facts),
         _about_fp8(facts),
         _about_compiler(facts),
+        _about_kernels(facts),
         _about_sandbox(facts),
         _about_memory(facts),
         _about_disk(facts),
@@ -137,6 +141,13 @@ def _about_compiler(facts: dict[str, Any]) -> tuple[str, str, str]:
         "slow",
         "no C++ compiler: torch.compile is off, everything runs eagerly; install g++",
     )
+
+
+def _about_kernels(facts: dict[str, Any]) -> tuple[str, str, str]:
+    instructions, why = facts["kernels"]
+    if instructions == "off":
+        return "kernels", "slow", f"{why}: torch's own operations do the CPU's work, which is slower"
+    return "kernels", "ok", f"{why}: fused operations for the CPU"
 
 
 def _about_sandbox(facts: dict[str, Any]) -> tuple[str, str, str]:

@@ -209,8 +209,7 @@ class DistributedTrainer(Trainer):
     def _write(self) -> Path:
         """Returns as soon as the copies are made."""
         random_tensors, random_values = guard.capture_rng(self.generators)
-        counters = {name: getattr(self, name) for name in COUNTERS}
-        counters |= {"updates": self.optimizer.steps, "rng": random_values, "extras": self.extras}
+        counters = self._counters() | {"updates": self.optimizer.steps, "rng": random_values, "extras": self.extras}
         tensors = self.optimizer.pieces()
         if self.mesh.dp == self.mesh.ep == self.mesh.cp == 0:
             tensors |= {name: tensor.clone().cpu() for name, tensor in self._own_gate_tensors().items()}
@@ -270,8 +269,7 @@ class DistributedTrainer(Trainer):
         mine = self._gate_tensors()
         for name, value in reader.read(mine).items():
             mine[name].copy_(value)
-        for name in COUNTERS:
-            setattr(self, name, reader.counters[name])
+        self._restore_counters(reader.counters)
         self.optimizer.steps = reader.updates
         extras = [name for name in reader.locations if name.startswith("extras/")]
         self.extra_tensors = {name.removeprefix("extras/"): t for name, t in reader.read(extras).items()}

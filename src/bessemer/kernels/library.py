@@ -103,6 +103,11 @@ def status() -> Status:
     return _found()[1]
 
 
+def backend(device: torch.device) -> str:
+    """What computes on a device, for records: one backend's results differ from another's by rounding."""
+    return device.type if device.type != "cpu" else f"cpu (kernels {status().instructions})"
+
+
 def forget() -> None:
     """Makes the next call look for a library again, as the environment then says."""
     _found.cache_clear()

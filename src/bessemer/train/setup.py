@@ -16,6 +16,7 @@ from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.causal_lm import CausalLM, load_any, needs_transformers
 from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.kernels import library
 from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig, preset
 from bessemer.model.transformer import Transformer
@@ -95,7 +96,7 @@ def set_precision(
 ) -> torch.dtype:  # fmt: skip
     """The compute dtype that a stage's `precision` chooses, as in `choose_precision`; `fp8` takes effect in `model`."""
     choice = choose_precision(config.precision, agree)
-    say(f"compute in {choice.why}")
+    say(f"compute in {choice.why}" + (f"; kernels: {library.status().why}" if device().type == "cpu" else ""))
     if config.fp8 != "off":
         if not isinstance(model, Transformer):
             raise UserError(f'stage "{config.name}": fp8 is for models of the DeepSeek V3 family; set fp8 = "off"')

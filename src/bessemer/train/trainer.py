@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from bessemer.errors import UserError
+from bessemer.kernels import library
 from bessemer.model.gate import Gate
 from bessemer.model.transformer import Transformer
 from bessemer.train import balance, checkpoint, guard
@@ -361,9 +362,21 @@ class Trainer:
                 "rng": random_tensors,
                 "extras": self.extra_tensors,
             },
-            counters={name: getattr(self, name) for name in COUNTERS} | {"rng": random_values, "extras": self.extras},
+            counters=self._counters() | {"rng": random_values, "extras": self.extras},
             config=self.model_config,
         )
+
+    def _counters(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in COUNTERS} | {"backend": library.backend(self.device)}
+
+    def _restore_counters(self, saved: dict[str, Any]) -> None:
+        for name in COUNTERS:
+            setattr(self, name, saved[name])
+        before, now = saved.get("backend"), library.backend(self.device)
+        if before not in (None, now):  # None: from before there were kernels
+            self.warn(
+                f"step {self.step} was saved on {before}, this run continues on {now}: results differ by rounding"
+            )
 
     def _restore(self, state: checkpoint.State) -> None:
         load_exactly(self.optimizer.masters() | self._buffers(), state.tensors["model"], "model")
@@ -372,8 +385,7 @@ class Trainer:
         load_exactly(self._gate_tensors(), state.tensors["gates"], "gate")
         guard.restore_rng(state.tensors["rng"], state.counters["rng"], self.generators)
         self.extra_tensors, self.extras = state.tensors["extras"], state.counters["extras"]
-        for name in COUNTERS:
-            setattr(self, name, state.counters[name])
+        self._restore_counters(state.counters)
 
     def _gate_tensors(self) -> dict[str, Tensor]:
         tensors = {f"load/{name}": gate.load_E for name, gate in self.gates.items()}
