@@ -11,8 +11,10 @@ from bessemer.kernels.library import DTYPES, call, fits, threads
 
 BLOCK = 512
 """Tokens of a task of the backward, which has one [E, D] of `partial` for each."""
+TOKENS = 64
+"""Tokens that the kernel chooses for at once. Scores, which only the kernel reads, are [N / TOKENS, E, TOKENS]."""
 MOST = 64
-"""Groups, and rated experts of a group, that the kernel has room for."""
+"""Experts of a token, and rated experts of a group, that the kernel has room for."""
 
 
 class Rule(NamedTuple):
@@ -38,37 +40,35 @@ def serves(x_ND: Tensor, weight_ED: Tensor, rule: Rule) -> bool:
         and x_ND.numel() > 0
         and weight_ED.dtype == torch.float32
         and weight_ED.is_contiguous()
-        and max(rule.n_groups, rule.n_rated) <= MOST
+        and max(rule.n_activated, rule.n_rated) <= MOST
     )
 
 
 def forward(
     x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None, choice_NK: Tensor | None, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(experts [N, K] int64, gates [N, K] float32, scores [N, E] float32). Entries of choice_NK, int64, that are at
+    """(experts [N, K] int64, gates [N, K] float32, scores for the other two). Entries of choice_NK, int64, that are at
     least 0 override the gate's choice."""
     N, D = x_ND.shape
     expert_NK = torch.empty(N, rule.n_activated, dtype=torch.int64)
-    weight_NK, score_NE = torch.empty(N, rule.n_activated), torch.empty(N, rule.n_experts)
+    weight_NK, score = torch.empty(N, rule.n_activated), torch.empty(-(-N // TOKENS), rule.n_experts, TOKENS)
     call(
         f"gate_{DTYPES[x_ND.dtype]}", f"pppppppii{RULE}i",
-        x_ND, weight_ED, bias_E, choice_NK, expert_NK, weight_NK, score_NE, N, D, *rule, threads(),
+        x_ND, weight_ED, bias_E, choice_NK, expert_NK, weight_NK, score, N, D, *rule, threads(),
     )  # fmt: skip
-    return expert_NK, weight_NK, score_NE
+    return expert_NK, weight_NK, score
 
 
-def balance(expert_NK: Tensor, score_NE: Tensor, n_sequences: int, rule: Rule) -> tuple[Tensor, Tensor]:
+def balance(expert_NK: Tensor, score: Tensor, n_sequences: int, rule: Rule) -> tuple[Tensor, Tensor]:
     """(how often each sequence chose each expert [S, E] float32, sum over sequences of sum_i f_i P_i)."""
-    count_SE, result = torch.empty(n_sequences, rule.n_experts), torch.empty(())
-    call(
-        "gate_balance", f"ppppii{RULE}i",
-        expert_NK, score_NE, count_SE, result, n_sequences, len(expert_NK) // n_sequences, *rule, threads(),
-    )  # fmt: skip
+    count_SE, share_SE = (torch.empty(n_sequences, rule.n_experts) for _ in range(2))
+    result, length = torch.empty(()), len(expert_NK) // n_sequences
+    call("gate_balance", f"pppppii{RULE}", expert_NK, score, count_SE, share_SE, result, n_sequences, length, *rule)
     return count_SE, result
 
 
 def backward(
-    dweight_NK: Tensor, dbalance: Tensor, x_ND: Tensor, weight_ED: Tensor, expert_NK: Tensor, score_NE: Tensor,
+    dweight_NK: Tensor, dbalance: Tensor, x_ND: Tensor, weight_ED: Tensor, expert_NK: Tensor, score: Tensor,
     count_SE: Tensor, rule: Rule,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of x and of the gate's weight."""
@@ -77,7 +77,7 @@ def backward(
     partial = weight_ED.new_empty(-(-N // BLOCK), *weight_ED.shape)
     call(
         f"gate_backward_{DTYPES[x_ND.dtype]}", f"ppppppppppiii{RULE}i",
-        dweight_NK, dbalance, x_ND, weight_ED, expert_NK, score_NE, count_SE, dx_ND, dweight_ED, partial,
+        dweight_NK, dbalance, x_ND, weight_ED, expert_NK, score, count_SE, dx_ND, dweight_ED, partial,
         N, D, len(count_SE), *rule, threads(),
     )  # fmt: skip
     return dx_ND, dweight_ED

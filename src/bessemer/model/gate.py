@@ -151,12 +151,12 @@ class _KernelGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ND, weight_ED, bias_E, choice_NK, n_sequences, rule, training):
-        expert_NK, weight_NK, score_NE = kernel.forward(x_ND, weight_ED, bias_E, choice_NK, rule)
+        expert_NK, weight_NK, score = kernel.forward(x_ND, weight_ED, bias_E, choice_NK, rule)
         if training:
-            count_SE, balance = kernel.balance(expert_NK, score_NE, n_sequences, rule)
+            count_SE, balance = kernel.balance(expert_NK, score, n_sequences, rule)
         else:
-            count_SE, balance = score_NE.new_zeros(n_sequences, rule.n_experts), score_NE.new_zeros(())
-        ctx.save_for_backward(x_ND, weight_ED, expert_NK, score_NE, count_SE)
+            count_SE, balance = weight_NK.new_zeros(n_sequences, rule.n_experts), weight_NK.new_zeros(())
+        ctx.save_for_backward(x_ND, weight_ED, expert_NK, score, count_SE)
         ctx.rule = rule
         ctx.mark_non_differentiable(expert_NK, count_SE)
         return expert_NK, weight_NK, balance, count_SE

@@ -5,107 +5,129 @@
 namespace {
 
 constexpr i64 BLOCK = 512;  // tokens of a task; fixed, so that sums do not depend on the number of threads
-constexpr i64 FEW = 64;     // tokens of one product
 
+// Scores are kept as [N / TOKENS, E, TOKENS]; in the last block what lies beyond N is finite and means nothing.
 template <class T>
 void forward(const T* x, const float* w, const float* bias, const i64* choice, i64* expert, float* weight, float* score, i64 N, i64 D, const GateRule& rule, int threads) {
     i64 E = rule.E, K = rule.K;
     parallel((N + BLOCK - 1) / BLOCK, threads, [&](i64 block) {
-        float* right = scratch<0, float>(FloatGemm::b_size(D, E));
-        float* left = scratch<1, float>(FEW * D);
-        float* room = scratch<2, float>(2 * E);
-        bool* taken = scratch<3, bool>(2 * E);
-        FloatGemm::pack_b(right, w, D, E, 1, D);
-        for (i64 n = block * BLOCK; n < least(N, (block + 1) * BLOCK); n += FEW) {
-            i64 tokens = least(FEW, least(N, (block + 1) * BLOCK) - n);
-            FloatGemm::pack_a(left, x + n * D, tokens, D, D, 1);
-            FloatGemm::multiply(tokens, E, D, left, D, right, score + n * E, E, false);
-            for (i64 t = n; t < n + tokens; ++t) {
-                float* s = score + t * E;
-                i64* mine = expert + t * K;
-                gate_scores(s, rule);
-                choose_experts(s, bias, rule, mine, room, taken);
-                if (choice)
-                    for (i64 k = 0; k < K; ++k)
-                        if (choice[t * K + k] >= 0) mine[k] = choice[t * K + k];
-                gate_weights(s, mine, rule, weight + t * K);
+        float* right = scratch<0, float>(FloatGemm::b_size(D, TOKENS));
+        float* room = scratch<1, float>((E + 2 * rule.groups) * W);
+        int32_t* chosen = scratch<2, int32_t>(K * TOKENS);
+        for (i64 n = block * BLOCK; n < least(N, (block + 1) * BLOCK); n += TOKENS) {
+            i64 tokens = least(TOKENS, N - n);
+            float* s = score + n * E;
+            FloatGemm::pack_b(right, x + n * D, D, tokens, 1, D);
+            if (tokens < TOKENS) memset(s, 0, E * TOKENS * sizeof(float));
+            FloatGemm::multiply(E, tokens, D, w, D, right, s, TOKENS, false);
+            gate_scores(s, rule);
+            choose_experts(s, bias, rule, chosen, room);
+            for (i64 t = 0; t < tokens; ++t) {
+                i64* mine = expert + (n + t) * K;
+                float *gate = weight + (n + t) * K, total = 0.0f;
+                for (i64 k = 0; k < K; ++k) {
+                    mine[k] = choice && choice[(n + t) * K + k] >= 0 ? choice[(n + t) * K + k] : chosen[k * TOKENS + t];
+                    gate[k] = s[mine[k] * TOKENS + t];
+                    total += gate[k];
+                }
+                float factor = rule.normalise ? rule.scale / (total + 1e-20f) : rule.scale;
+                for (i64 k = 0; k < K; ++k) gate[k] *= factor;
             }
         }
     });
 }
 
-// count [S, E]; returns sum over sequences of sum_i f_i P_i.
-float balance(const i64* expert, const float* score, float* count, i64 S, i64 T, const GateRule& rule, int threads) {
-    i64 E = rule.E, K = rule.K;
-    float* term = scratch<4, float>(S);
-    parallel(S, threads, [&](i64 s) {
-        float* mine = count + s * E;
-        float* share = scratch<5, float>(E);
-        for (i64 e = 0; e < E; ++e) mine[e] = share[e] = 0.0f;
-        for (i64 i = s * T * K; i < (s + 1) * T * K; ++i) mine[expert[i]] += 1.0f;
-        for (i64 t = s * T; t < (s + 1) * T; ++t) {
-            float total = 0.0f;
-            for (i64 e = 0; e < E; ++e) total += score[t * E + e];
-            float inverse = 1.0f / total;
-            for (i64 e = 0; e < E; ++e) share[e] += score[t * E + e] * inverse;
-        }
-        float f = (float)E / (float)(K * T), mean = 1.0f / (float)T, sum = 0.0f;
-        for (i64 e = 0; e < E; ++e) sum += mine[e] * f * (share[e] * mean);
-        term[s] = sum;
-    });
-    float total = 0.0f;
-    for (i64 s = 0; s < S; ++s) total += term[s];
+// Sum over the experts of every token of a block, as W-lane vectors.
+INLINE vf over_experts(const float* s, i64 E, i64 t) {
+    vf total = {};
+    for (i64 e = 0; e < E; ++e) total += load(s + e * TOKENS + t);
     return total;
 }
 
-// Gradients of x and w. dweight [N, K]; dbalance: of the balance term; count as the forward left it.
+// count [S, E]; returns sum over sequences of sum_i f_i P_i. The shares are added up block by block in `share` [S, E].
+float balance(const i64* expert, const float* score, float* count, float* share, i64 S, i64 T, const GateRule& rule) {
+    i64 E = rule.E, K = rule.K, N = S * T;
+    memset(count, 0, S * E * sizeof(float));
+    memset(share, 0, S * E * sizeof(float));
+    for (i64 n = 0; n < N; ++n)
+        for (i64 k = 0; k < K; ++k) count[n / T * E + expert[n * K + k]] += 1.0f;
+    alignas(64) float inverse[TOKENS];
+    for (i64 n = 0; n < N; n += TOKENS) {
+        const float* s = score + n * E;
+        for (i64 t = 0; t < TOKENS; t += W) store(inverse + t, 1.0f / over_experts(s, E, t));
+        for (i64 first = n; first < least(N, n + TOKENS);) {  // the part of this block in one sequence
+            i64 sequence = first / T, end = least(least(N, n + TOKENS), (sequence + 1) * T);
+            for (i64 e = 0; e < E; ++e) {
+                const float* mine = s + e * TOKENS;
+                float* total = share + sequence * E + e;
+                i64 t = first - n;
+                vf part = {};
+                for (; t + W <= end - n; t += W) part += load(mine + t) * load(inverse + t);
+                *total += sum(part);
+                for (; t < end - n; ++t) *total += mine[t] * inverse[t];
+            }
+            first = end;
+        }
+    }
+    float f = (float)E / (float)(K * T), mean = 1.0f / (float)T, total = 0.0f;
+    for (i64 i = 0; i < S * E; ++i) total += count[i] * f * (share[i] * mean);
+    return total;
+}
+
+// Gradients of x and w. dweight [N, K]; dbalance: of the balance term; count as `balance` left it.
 template <class X>
 void backward(const float* dweight, float dbalance, const X* x, const float* w, const i64* expert, const float* score, const float* count, X* dx, float* dw, float* partial, i64 N, i64 D, i64 S, const GateRule& rule, int threads) {
     i64 E = rule.E, K = rule.K, T = N / S, blocks = (N + BLOCK - 1) / BLOCK;
     float f = dbalance * (float)E / ((float)(K * T) * (float)T);
     parallel(blocks, threads, [&](i64 block) {
         float* right = scratch<0, float>(FloatGemm::b_size(E, D));
-        float* rows = scratch<1, float>(FloatGemm::b_size(FEW, D));
-        float* slope = scratch<2, float>(FEW * E);
-        float* out = scratch<6, float>(FEW * D);
+        float* rows = scratch<1, float>(FloatGemm::b_size(TOKENS, D));
+        float* slope = scratch<2, float>(E * TOKENS);
+        float* out = scratch<3, float>(TOKENS * D);
         float* mine = partial + block * E * D;
         FloatGemm::pack_b(right, w, E, D, D, 1);
-        bool first = true;
-        for (i64 n = block * BLOCK; n < least(N, (block + 1) * BLOCK); n += FEW, first = false) {
-            i64 tokens = least(FEW, least(N, (block + 1) * BLOCK) - n);
-            for (i64 t = n; t < n + tokens; ++t) {
-                const float *s = score + t * E, *counted = count + t / T * E, *dg = dweight + t * K;
-                float* d = slope + (t - n) * E;
-                // of the balance term: share_e = s_e / sum s, with gradient f * count_e
-                if (f != 0.0f) {
-                    float total = 0.0f, inner = 0.0f;
-                    for (i64 e = 0; e < E; ++e) total += s[e];
-                    for (i64 e = 0; e < E; ++e) inner += counted[e] * s[e];
-                    float inverse = 1.0f / total;
-                    inner *= inverse;
-                    for (i64 e = 0; e < E; ++e) d[e] = f * (counted[e] - inner) * inverse;
-                } else {
-                    for (i64 e = 0; e < E; ++e) d[e] = 0.0f;
-                }
-                const i64* chosen = expert + t * K;
+        for (i64 n = block * BLOCK; n < least(N, (block + 1) * BLOCK); n += TOKENS) {
+            i64 tokens = least(TOKENS, N - n);
+            const float* s = score + n * E;
+            memset(slope, 0, E * TOKENS * sizeof(float));
+            // of the balance term: share_e = s_e / sum s, with gradient f count_e
+            for (i64 t = 0; t < TOKENS && f != 0.0f; t += W) {
+                i64 first = (n + t) / T, last = (n + t + W - 1) / T;
+                auto counted = [&](i64 e) {
+                    if (first == last) return splat(count[first * E + e]);
+                    float each[W];
+                    for (i64 i = 0; i < W; ++i) each[i] = count[least((n + t + i) / T, S - 1) * E + e];
+                    return load(each);
+                };
+                if (first >= S) break;
+                vf inverse = 1.0f / over_experts(s, E, t), inner = {};
+                for (i64 e = 0; e < E; ++e) inner += counted(e) * load(s + e * TOKENS + t);
+                inner *= inverse;
+                for (i64 e = 0; e < E; ++e) store(slope + e * TOKENS + t, f * (counted(e) - inner) * inverse);
+            }
+            for (i64 t = 0; t < tokens; ++t) {
+                const float* dg = dweight + (n + t) * K;
+                const i64* chosen = expert + (n + t) * K;
                 float total = 0.0f, inner = 0.0f, factor = rule.scale;
                 if (rule.normalise) {
-                    for (i64 k = 0; k < K; ++k) total += s[chosen[k]];
+                    for (i64 k = 0; k < K; ++k) total += s[chosen[k] * TOKENS + t];
                     total += 1e-20f;
-                    for (i64 k = 0; k < K; ++k) inner += dg[k] * s[chosen[k]];
+                    for (i64 k = 0; k < K; ++k) inner += dg[k] * s[chosen[k] * TOKENS + t];
                     inner /= total;
                     factor /= total;
                 }
-                for (i64 k = 0; k < K; ++k) d[chosen[k]] += (dg[k] - inner) * factor;
-                if (rule.softmax) {
-                    float middle = 0.0f;
-                    for (i64 e = 0; e < E; ++e) middle += d[e] * s[e];
-                    for (i64 e = 0; e < E; ++e) d[e] = (d[e] - middle) * s[e];
-                } else {
-                    for (i64 e = 0; e < E; ++e) d[e] *= s[e] * (1.0f - s[e]);
+                for (i64 k = 0; k < K; ++k) slope[chosen[k] * TOKENS + t] += (dg[k] - inner) * factor;
+            }
+            for (i64 t = 0; t < TOKENS; t += W) {
+                vf middle = {};
+                if (rule.softmax)
+                    for (i64 e = 0; e < E; ++e) middle += load(slope + e * TOKENS + t) * load(s + e * TOKENS + t);
+                for (i64 e = 0; e < E; ++e) {
+                    vf d = load(slope + e * TOKENS + t), p = load(s + e * TOKENS + t);
+                    store(slope + e * TOKENS + t, rule.softmax ? (d - middle) * p : d * p * (1.0f - p));
                 }
             }
-            FloatGemm::multiply(tokens, D, E, slope, E, right, out, D, false);
+            FloatGemm::multiply(tokens, D, E, slope, 1, TOKENS, right, out, D, false);
             for (i64 i = 0; i < tokens * D; i += W) {
                 int left = (int)least(W, tokens * D - i);
                 if (left == W)
@@ -114,7 +136,7 @@ void backward(const float* dweight, float dbalance, const X* x, const float* w, 
                     store_part(dx + n * D + i, load_part(out + i, left), left);
             }
             FloatGemm::pack_b(rows, x + n * D, tokens, D, D, 1);
-            FloatGemm::multiply(E, D, tokens, slope, 1, E, rows, mine, D, !first);
+            FloatGemm::multiply(E, D, tokens, slope, TOKENS, 1, rows, mine, D, n > block * BLOCK);
         }
     });
     memcpy(dw, partial, E * D * sizeof(float));
@@ -145,7 +167,7 @@ GateRule rule_of(i64 E, i64 K, i64 groups, i64 limited, i64 rated, i64 softmax, 
 FUNCTIONS(float, float32)
 FUNCTIONS(bf16, bfloat16)
 
-extern "C" EXPORT void gate_balance(const i64* expert, const float* score, float* count, float* result, i64 S, i64 T, RULE,
-                                    i64 threads) {
-    *result = balance(expert, score, count, S, T, rule_of(E, K, groups, limited, rated, softmax, normalise, scale), (int)threads);
+extern "C" EXPORT void gate_balance(const i64* expert, const float* score, float* count, float* share, float* result, i64 S,
+                                    i64 T, RULE) {
+    *result = balance(expert, score, count, share, S, T, rule_of(E, K, groups, limited, rated, softmax, normalise, scale));
 }

@@ -1,7 +1,10 @@
-// The gate's decision for one token (DeepSeekMoE, V3 2.1.2), as `model.moe.Gate.choose` makes it.
+// The gate's decision (DeepSeekMoE, V3 2.1.2) for TOKENS tokens at once, as `model.gate.Gate` makes it. Tokens are the
+// lanes of vectors, [experts, TOKENS], so that choosing needs no branches.
 #pragma once
 
 #include "parallel.hpp"
+
+constexpr i64 TOKENS = 64;
 
 struct GateRule {
     i64 E, K;        // experts, and how many of them each token gets
@@ -13,70 +16,64 @@ struct GateRule {
     float scale;     // and multiplied by this
 };
 
-// Whether x comes before y in descending order. NaN is the largest number, as in torch.topk.
-INLINE bool before(float x, float y) { return x > y || (x != x && y == y); }
-
-// The indices of the `count` largest of n numbers, in descending order, among equals the first; `taken` is scratch.
-INLINE void largest_of(const float* z, i64 n, i64 count, i64* index, bool* taken) {
-    for (i64 i = 0; i < n; ++i) taken[i] = false;
+// The largest numbers so far, in descending order, among equals the first; `index` says which they are.
+INLINE void insert(vf* best, vi* index, i64 count, vf x, vi i) {
     for (i64 k = 0; k < count; ++k) {
-        i64 best = -1;
-        for (i64 i = 0; i < n; ++i)
-            if (!taken[i] && (best < 0 || before(z[i], z[best]))) best = i;
-        taken[best] = true;
-        index[k] = best;
+        vi larger = (vi)(x > best[k]);
+        vf x_below = select(larger, best[k], x);
+        vi i_below = (larger & index[k]) | (~larger & i);
+        best[k] = select(larger, x, best[k]);
+        index[k] = (larger & i) | (~larger & index[k]);
+        x = x_below, i = i_below;
     }
 }
 
-// Scores of a token from its logits, in place.
-INLINE void gate_scores(float* s, const GateRule& rule) {
-    i64 E = rule.E;
+// Scores [E, TOKENS] from logits, in place.
+inline void gate_scores(float* s, const GateRule& rule) {
     if (!rule.softmax) {
-        for (i64 e = 0; e < E; e += W) {
-            int left = (int)least(W, E - e);
-            if (left == W)
-                store(s + e, vsigmoid(load(s + e)));
-            else
-                store_part(s + e, vsigmoid(load_part(s + e, left)), left);
-        }
+        for (i64 i = 0; i < rule.E * TOKENS; i += W) store(s + i, vsigmoid(load(s + i)));
         return;
     }
-    float top = s[0], total = 0.0f;
-    for (i64 e = 1; e < E; ++e) top = before(s[e], top) ? s[e] : top;
-    for (i64 e = 0; e < E; e += W) {
-        int left = (int)least(W, E - e);
-        store_part(s + e, vexp((left == W ? load(s + e) : load_part(s + e, left)) - top), left);
-    }
-    for (i64 e = 0; e < E; ++e) total += s[e];
-    for (i64 e = 0; e < E; ++e) s[e] /= total;
-}
-
-// The K experts of a token by scores + bias (null: no bias). `room`: 2 E floats and 2 E bools.
-INLINE void choose_experts(const float* score, const float* bias, const GateRule& rule, i64* expert, float* room, bool* taken) {
-    i64 E = rule.E, size = E / rule.groups;
-    float* z = room;
-    for (i64 e = 0; e < E; ++e) z[e] = bias ? score[e] + bias[e] : score[e];
-    if (rule.groups > 1) {
-        float* rating = room + E;
-        i64 best[64], kept[64];
-        bool* used = taken + E;
-        for (i64 g = 0; g < rule.groups; ++g) {
-            rating[g] = 0.0f;
-            largest_of(z + g * size, size, rule.rated, best, taken);
-            for (i64 k = 0; k < rule.rated; ++k) rating[g] += z[g * size + best[k]];
+    for (i64 t = 0; t < TOKENS; t += W) {
+        vf top = load(s + t), total = {};
+        for (i64 e = 1; e < rule.E; ++e) top = vmax(load(s + e * TOKENS + t), top);
+        for (i64 e = 0; e < rule.E; ++e) {
+            vf x = vexp(load(s + e * TOKENS + t) - top);
+            total += x;
+            store(s + e * TOKENS + t, x);
         }
-        largest_of(rating, rule.groups, rule.limited, kept, used);
-        for (i64 g = 0; g < rule.groups; ++g)
-            if (!used[g])
-                for (i64 e = g * size; e < (g + 1) * size; ++e) z[e] = -std::numeric_limits<float>::infinity();
+        for (i64 e = 0; e < rule.E; ++e) store(s + e * TOKENS + t, load(s + e * TOKENS + t) / total);
     }
-    largest_of(z, E, rule.K, expert, taken);
 }
 
-// Gates of the chosen experts.
-INLINE void gate_weights(const float* score, const i64* expert, const GateRule& rule, float* weight) {
-    float total = 0.0f;
-    for (i64 k = 0; k < rule.K; ++k) total += score[expert[k]];
-    float factor = rule.normalise ? rule.scale / (total + 1e-20f) : rule.scale;
-    for (i64 k = 0; k < rule.K; ++k) weight[k] = score[expert[k]] * factor;
+// Experts [K, TOKENS] by scores + bias (null: no bias). NaN counts as the largest number, as in torch.topk.
+// `room`: (E + 2 groups) W floats, aligned.
+inline void choose_experts(const float* score, const float* bias, const GateRule& rule, int32_t* expert, float* room) {
+    const float infinity = std::numeric_limits<float>::infinity();
+    i64 E = rule.E, size = E / rule.groups;
+    vf best[64], *z = (vf*)room, *rating = z + E;
+    vi index[64];
+    for (i64 t = 0; t < TOKENS; t += W) {
+        for (i64 e = 0; e < E; ++e) {
+            vf x = load(score + e * TOKENS + t);
+            if (bias) x += bias[e];
+            z[e] = select((vi)(x != x), splat(infinity), x);
+        }
+        for (i64 g = 0; g < rule.groups && rule.groups > 1; ++g) {
+            for (i64 k = 0; k < rule.rated; ++k) best[k] = splat(-infinity), index[k] = (vi){};
+            for (i64 e = g * size; e < (g + 1) * size; ++e) insert(best, index, rule.rated, z[e], (vi){});
+            rating[g] = (vf){};
+            for (i64 k = 0; k < rule.rated; ++k) rating[g] += best[k];
+        }
+        for (i64 g = 0; g < rule.groups && rule.groups > 1; ++g) {
+            vi ahead = {};  // groups that come before this one
+            for (i64 h = 0; h < rule.groups; ++h)
+                ahead -= (vi)(h < g ? rating[h] >= rating[g] : rating[h] > rating[g]);
+            vi excluded = (vi)(ahead >= (int32_t)rule.limited);
+            for (i64 e = g * size; e < (g + 1) * size; ++e) z[e] = select(excluded, splat(-infinity), z[e]);
+        }
+        for (i64 k = 0; k < rule.K; ++k) best[k] = splat(-infinity), index[k] = (vi){} + (int32_t)k;
+        for (i64 e = 0; e < E; ++e) insert(best, index, rule.K, z[e], (vi){} + (int32_t)e);
+        for (i64 k = 0; k < rule.K; ++k) memcpy(expert + k * TOKENS + t, &index[k], sizeof(vi));
+    }
 }
