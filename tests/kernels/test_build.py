@@ -282,6 +282,14 @@ def test_a_cache_that_can_only_be_read(place):
     place.chmod(0o755)
 
 
+def test_a_full_disk_is_not_remembered(place, compiler):
+    compiler("echo 'as: out.o: No space left on device' >&2; exit 1")
+    assert refused().endswith(
+        f"{place} (No space left on device); make room, or set {cache.VARIABLE} to another folder"
+    )
+    assert not list(place.glob("*.failed"))
+
+
 def test_a_full_cache(place):
     """Files of at most 4 KB; then there is room again."""
     small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
@@ -435,13 +443,13 @@ def test_a_library_without_our_functions(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="for x86")
 @pytest.mark.parametrize(("command", "instructions"), [(GXX, "amx"), (GXX, "baseline"), (CLANG, "amx")])
-def test_every_instruction_set_compiles(command, instructions):
+def test_every_instruction_set_compiles(command, instructions, tmp_path):
     """Those that no other test builds; without generating code, which takes most of the time."""
     if command is None:
         pytest.skip("no clang++")
     sources = sorted((ROOT / "src/bessemer/kernels/cpp").glob("*.cpp"))
     flags = [*build.COMMON, *build.FLAGS[instructions], "-fsyntax-only"]
-    build._run([[command, *flags, str(source)] for source in sources], time.monotonic() + 100)
+    build._run([[command, *flags, str(source)] for source in sources], time.monotonic() + 100, str(tmp_path))
 
 
 def test_an_installed_wheel_builds_them_in_ten_seconds_from_a_folder_it_cannot_write_to(tmp_path, monkeypatch, place):

@@ -12,6 +12,7 @@ refused is not tried again for an hour, nor by every process of a test run; `for
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import selectors
@@ -134,13 +135,13 @@ def _build(command: Sequence[str], flags: Sequence[str], path: Path) -> None:
         until = time.monotonic() + SECONDS
         sources = sorted(SOURCES.glob("*.cpp"))
         objects = [f"{work}/{source.stem}.o" for source in sources]
-        _run(
-            [[*command, *flags, "-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True)],
-            until,
-        )
+        compile_all = [
+            [*command, *flags, "-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True)
+        ]
+        _run(compile_all, until, work)
         result = Path(work, path.name)
         libraries = () if sys.platform == "darwin" else ("-ldl",)
-        _run([[*command, "-shared", "-o", str(result), *objects, *libraries]], until)
+        _run([[*command, "-shared", "-o", str(result), *objects, *libraries]], until, work)
         if not result.is_file():
             raise BuildError(f"{command[0]} reports success and writes nothing")
         result.chmod(0o700)
@@ -151,8 +152,9 @@ def _build(command: Sequence[str], flags: Sequence[str], path: Path) -> None:
         os.replace(result, path)
 
 
-def _run(commands: Sequence[Sequence[str]], until: float) -> None:
-    """Runs the commands, as many at once as there are cores. BuildError for one that fails or outlasts `until`."""
+def _run(commands: Sequence[Sequence[str]], until: float, temporary: str) -> None:
+    """Runs the commands, as many at once as there are cores. BuildError for one that fails or outlasts `until`, OSError
+    for one without room on the disk."""
     waiting, running = list(commands), 0
     most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with selectors.DefaultSelector() as selector:
@@ -160,7 +162,7 @@ def _run(commands: Sequence[Sequence[str]], until: float) -> None:
             while waiting or running:
                 while waiting and running < most:
                     command = waiting.pop(0)
-                    job = _started(command)
+                    job = _started(command, temporary)
                     assert job.stderr is not None
                     selector.register(job.stderr, selectors.EVENT_READ, (command[0], job, bytearray()))
                     running += 1
@@ -180,12 +182,12 @@ def _run(commands: Sequence[Sequence[str]], until: float) -> None:
                 _end(key.data[1])
 
 
-def _started(command: Sequence[str]) -> subprocess.Popen[bytes]:
+def _started(command: Sequence[str], temporary: str) -> subprocess.Popen[bytes]:
     quiet = subprocess.DEVNULL
     try:
         return subprocess.Popen(
             command, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE, start_new_session=True,
-            env=os.environ | {"LC_ALL": "C"},
+            env=os.environ | {"LC_ALL": "C", "TMPDIR": temporary},
         )  # fmt: skip
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be started ({error.strerror})", final=True) from None
@@ -202,7 +204,11 @@ def _finished(name: str, job: subprocess.Popen[bytes], said: bytes, until: float
     if status < 0:
         raise BuildError(f"{name} was ended by {_signal(status)}")
     if status:
-        lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()] or ["no message"]
+        text = said.decode(errors="replace")
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            if os.strerror(number) in text:
+                raise OSError(number, os.strerror(number))
+        lines = [line for line in text.splitlines() if line.strip() and "ld returned" not in line] or ["no message"]
         line = next((line for line in lines if "error" in line), lines[0])
         raise BuildError(f"{name} failed: {''.join(filter(str.isprintable, line)).strip()[:200]}")
 
