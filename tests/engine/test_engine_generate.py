@@ -7,9 +7,10 @@ import plain_decoder
 import pytest
 import torch
 
-from bessemer.engine import decode, model_runner
+from bessemer.engine import decode
 from bessemer.engine import engine as engine_module
 from bessemer.engine.engine import Engine
+from bessemer.engine.model_runner import ModelRunner
 from bessemer.engine.sequence import Request
 from bessemer.errors import UserError
 
@@ -141,11 +142,11 @@ def test_one_prefill_per_distinct_prompt(engine, prompts, monkeypatch):
 
 def test_finished_rows_leave_the_batch(engine, prompts, monkeypatch):
     seen = []
-    inner = model_runner.step
+    inner = ModelRunner._forward
     monkeypatch.setattr(
-        model_runner,
-        "step",
-        lambda m, t, p, c, *rest: seen.append((len(t), len(c.row_pages))) or inner(m, t, p, c, *rest),
+        ModelRunner,
+        "_forward",
+        lambda self, token: seen.append((len(token), len(self.cache.row_pages))) or inner(self, token),
     )
     found = engine.generate(prompts, samples=8, max_new_tokens=30, stop_ids=list(range(3, 20)))
     lengths = [len(c.tokens) for group in found for c in group]
@@ -234,13 +235,15 @@ def test_a_tokenizer_larger_than_the_model_is_refused(engine, tokenizer):
 
 
 def test_broken_weights_name_the_step(engine, prompts, monkeypatch):
-    inner = model_runner.step
+    inner = ModelRunner._forward
 
-    def overflow(model, token, position, cache, trace):
-        logits = inner(model, token, position, cache, trace)
-        return logits.index_fill(0, torch.tensor([1]), float("nan")) if int(position.min()) == 7 else logits
+    def overflow(self, token):
+        output = inner(self, token)
+        if int(self.position_B.min()) == 7:
+            output.logits_BTV[1] = float("nan")
+        return output
 
-    monkeypatch.setattr(model_runner, "step", overflow)
+    monkeypatch.setattr(ModelRunner, "_forward", overflow)
     with pytest.raises(UserError, match=r"not finite for 1 of 3 rows at generated token 4"):
         engine.generate([prompts[2]], samples=3, max_new_tokens=9, stop_ids=[])
     with torch.no_grad():

@@ -5,9 +5,9 @@ import torch
 from drain import drain
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine import model_runner
 from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PAGE
+from bessemer.engine.model_runner import ModelRunner
 from bessemer.engine.sampling import penalise, stream_key
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Finished, Request, SamplingParams, Token
@@ -125,17 +125,17 @@ def test_a_cancelled_request_leaves_nothing_behind(engine, prompts, steps):
 
 def test_a_row_whose_logits_break_ends_alone(engine, prompts, monkeypatch):
     scheduler = Scheduler(engine)
-    inner, broken = model_runner.step, []
+    inner, broken = ModelRunner._forward, []
 
-    def overflow(model, token, position, cache, trace):
-        logits = inner(model, token, position, cache, trace)
+    def overflow(self, token):
+        output = inner(self, token)
         if not broken:
             broken.append(True)
-            cache.layers[0][cache.row_pages[1][-1]] = float("nan")  # as the network would have left it
-            logits = logits.index_fill(0, torch.tensor([1]), float("nan"))
-        return logits
+            self.cache.layers[0][self.cache.row_pages[1][-1]] = float("nan")  # as the network would have left it
+            output.logits_BTV[1] = float("nan")
+        return output
 
-    monkeypatch.setattr(model_runner, "step", overflow)
+    monkeypatch.setattr(ModelRunner, "_forward", overflow)
     wanted = [Request(tuple(prompts[i]), stream_key(i), 9) for i in (3, 4, 5)]
     for request in wanted:
         scheduler.add(request)

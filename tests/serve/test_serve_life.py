@@ -29,6 +29,18 @@ LONG = {"messages": [{"role": "user", "content": "the fox"}], "ignore_eos": True
 """As long as the context: some 150 tokens."""
 
 
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch):
+    """Steps take at least 3 ms, as a larger model's would: these tests are about requests that overlap."""
+    step = Scheduler.step
+
+    def slowly(self):
+        time.sleep(0.003)
+        return step(self)
+
+    monkeypatch.setattr(Scheduler, "step", slowly)
+
+
 def request(body, path=CHAT):
     """The bytes of a request."""
     data = json.dumps(body).encode()

@@ -25,9 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bessemer.engine.decode import Model, RoutingTrace, absorbed_output, absorbed_queries, attend, new_cache
+from bessemer.engine.decode import (
+    ForwardOutput,
+    Model,
+    RoutingTrace,
+    absorbed_output,
+    absorbed_queries,
+    attend,
+    new_cache,
+)
 from bessemer.engine.kv_cache import PAGE, LatentCache
-from bessemer.engine.sampling import GreedyTokens, greedy_tokens
+from bessemer.engine.sampling import greedy_tokens
 from bessemer.errors import UserError
 from bessemer.model.layer import Layer
 from bessemer.model.transformer import Transformer, evaluating
@@ -37,15 +45,6 @@ MAX_DRAFTS = 8
 """Largest number of tokens drafted per step."""
 MAX_BYTES = 64 << 20
 """Weights of routed experts that the tokens of a step may read per layer, counted once for every token."""
-
-
-class ForwardOutput(NamedTuple):
-    """The result of one pass of the model."""
-
-    state_BTD: Tensor
-    """After the final norm."""
-    logits_BTV: Tensor
-    greedy: GreedyTokens | None = None
 
 
 class CompiledSteps:

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.engine.kv_cache import LatentCache, PromptPages, RowGroup
+from bessemer.engine.sampling import GreedyTokens
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Attended, Layer
@@ -50,15 +51,30 @@ class RoutingTrace:
     def __init__(self, cfg: ModelConfig):
         self.dtype = torch.uint8 if cfg.n_routed_experts <= 256 else torch.int16
         self._layers: list[Tensor] = []
+        self._all: Tensor | None = None
 
     def add_layer(self, expert_NK: Tensor) -> None:
         """The choices of the next sparse layer of the current pass."""
         self._layers.append(expert_NK.to(self.dtype))
 
+    def add_layers(self, expert_NLK: Tensor) -> None:
+        """The choices of all sparse layers of a pass."""
+        self._all = expert_NLK.to(self.dtype)
+
     def take(self) -> Tensor:
         """[N, L, K] of the pass that has just ended; the trace is empty afterwards."""
-        expert_NLK, self._layers = torch.stack(self._layers, 1), []
+        expert_NLK = torch.stack(self._layers, 1) if self._all is None else self._all
+        self._layers, self._all = [], None
         return expert_NLK
+
+
+class ForwardOutput(NamedTuple):
+    """The result of one pass of the model."""
+
+    state_BTD: Tensor | None
+    """After the final norm; None from a foreign model."""
+    logits_BTV: Tensor
+    greedy: GreedyTokens | None = None
 
 
 class PrefillChunk(NamedTuple):

@@ -12,22 +12,27 @@ Shapes: B live sequences, T tokens of one pass, V vocabulary, L sparse layers, K
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.compiled import CompiledSteps, ForwardOutput
-from bessemer.engine.decode import Model, RoutingTrace, hidden_step, step
+from bessemer.engine.compiled import CompiledSteps
+from bessemer.engine.decode import ForwardOutput, Model, RoutingTrace, hidden_step, step
+from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.engine.kv_cache import LatentCache, PromptPages
 from bessemer.engine.sampling import (
     GreedyTokens,
     RejectedDrafts,
     SampledTokens,
     accept,
-    greedy_tokens,
     inverse_cdf,
+    most_likely,
     probabilities_batch,
+    rules,
     sample_batch,
+    sample_rows,
     score_batch,
     stream_key,
     top_tokens,
@@ -36,6 +41,7 @@ from bessemer.engine.sampling import (
 from bessemer.engine.sequence import Sequence
 from bessemer.engine.speculative import Drafter
 from bessemer.errors import UserError
+from bessemer.kernels import sampling as kernel
 from bessemer.model.transformer import Transformer
 
 DRAFT, ACCEPT = (stream_key(number) for number in (1, 2))
@@ -55,16 +61,19 @@ class ModelRunner:
         compiled: CompiledSteps | None = None,
     ):
         self.model, self.cache, self.trace, self.compiled = model, cache, trace, compiled
+        self.kernels = KernelSteps.of(model) if compiled is None else None
         self.vocab = tokenizer.vocab_size
         self.drafter: Drafter | None = None
         if drafts:
             assert isinstance(model, Transformer)
-            self.drafter = Drafter(model, cache, drafts, compiled)
+            self.drafter = Drafter(model, cache, drafts, compiled, self.kernels)
         device = model.embed.weight.device
         self.sequences: list[Sequence] = []
         self.key_B = torch.zeros(0, dtype=torch.int64, device=device)
         self.position_B = torch.zeros(0, dtype=torch.int64, device=device)
         """Position of each sequence's next token."""
+        self.rules_B4 = torch.zeros(0, 4, dtype=torch.float64, device=device)
+        """How each sequence is sampled, see `sampling.rules`."""
         self.token_B: Tensor | None = None
         """Between `sample` and `advance`: the sampled tokens."""
         self.logits_BV: Tensor | None = None
@@ -73,11 +82,17 @@ class ModelRunner:
         self.expert_BLK: Tensor | None = None
         """The experts of each sequence's last fed token, where they are recorded."""
         self.rejected: RejectedDrafts | None = None
+        self._look_at_requests()
 
-    @property
-    def all_greedy(self) -> bool:
+    def _look_at_requests(self) -> None:
+        """What the requests of the live sequences have in common."""
+        requests = [sequence.request for sequence in self.sequences]
+        self._draftable = [sequence.draftable for sequence in self.sequences]
+        self._by_logits = all(self._draftable)
+        self.all_greedy = self._by_logits and all(request.sampling.temperature == 0 for request in requests)
         """Every sequence takes its most likely token, whatever came before."""
-        return all(s.draftable and s.request.sampling.temperature == 0 for s in self.sequences)
+        self._top = any(request.top for request in requests)
+        self._routing = any(request.routing for request in requests)
 
     @property
     def lookahead(self) -> int:
@@ -94,6 +109,7 @@ class ModelRunner:
         positions = torch.tensor([len(prompt.ids) for prompt, _ in prompts], device=device)[source]
         self.logits_BV, self.greedy = _append(self.logits_BV, logits_PV[source]), None
         self.key_B, self.position_B = torch.cat((self.key_B, keys)), torch.cat((self.position_B, positions))
+        self.rules_B4 = torch.cat((self.rules_B4, rules(fresh).to(device)))
         if self.trace is not None:
             last_PLK = torch.stack([prompt.routing[-1][-1] for prompt, _ in prompts])
             self.expert_BLK = _append(self.expert_BLK, last_PLK[source])
@@ -109,6 +125,7 @@ class ModelRunner:
             sequence.start()
             sequence.rejected_q_V = None
         self.sequences += fresh
+        self._look_at_requests()
 
     def sample(self) -> None:
         """Appends one token to every sequence. Finished sequences have `finish` set and stay until `retire`."""
@@ -117,16 +134,16 @@ class ModelRunner:
         if self.greedy is not None and self.all_greedy:
             logp_B = self.greedy.logp_BT[:, 0]
             sampled = SampledTokens(self.greedy.token_BT[:, 0], logp_B, logp_B)
+        elif self._by_logits and self.rejected is None and kernel.serves(self.logits_BV):
+            sampled = sample_rows(self.logits_BV, self.vocab, self.rules_B4, self.key_B, self.position_B)
         else:
             uniform_B = uniform(self.key_B, self.position_B)
             sampled = sample_batch(self.sequences, self.logits_BV, uniform_B, self.vocab, self.rejected)
-        finite_B = torch.isfinite(sampled.logp_B)
-        if not bool(finite_B.all()):
-            for b in (~finite_B).nonzero().squeeze(-1).tolist():
-                self.sequences[b].finish = "error"
         columns = (column.tolist() for column in sampled)
         for sequence, token, logp, raw_logp in zip(self.sequences, *columns, strict=True):
-            if sequence.finish is None:
+            if not isfinite(logp):
+                sequence.finish = "error"
+            elif sequence.finish is None:
                 sequence.append(token, logp, raw_logp)
         self.token_B = sampled.token_B
 
@@ -148,12 +165,14 @@ class ModelRunner:
         source = self.cache.keep(torch.tensor(live, device=self.key_B.device))
         self.sequences = [self.sequences[b] for b in source.tolist()]
         self.key_B, self.position_B = self.key_B[source], self.position_B[source]
+        self.rules_B4 = self.rules_B4[source]
         self.token_B = None if self.token_B is None else self.token_B[source]
         self.expert_BLK = None if self.expert_BLK is None else self.expert_BLK[source]
         self.logits_BV, self.greedy = None if self.logits_BV is None else self.logits_BV[source], None
         self.rejected = None if self.rejected is None else self.rejected.select(source)
         if self.drafter is not None:
             self.drafter.select(source)
+        self._look_at_requests()
 
     def preempt(self, b: int) -> Sequence:
         """Removes a sequence before it samples; admitted again with all its tokens, it continues unchanged."""
@@ -170,12 +189,8 @@ class ModelRunner:
         token_B, self.token_B = self.token_B, None
         if self.drafter is not None:
             return self._advance_with_drafts(self.drafter, token_B)
-        if self._use_compiled(token_B):
-            output = self._forward(token_B.unsqueeze(1))
-            self.logits_BV, self.greedy = output.logits_BTV.squeeze(1), output.greedy
-        else:
-            self.logits_BV = step(self.model, token_B, self.position_B, self.cache, self.trace)
-            self.greedy = None
+        _, logits_BTV, self.greedy = self._forward(token_B.unsqueeze(1))
+        self.logits_BV = logits_BTV.squeeze(1)
         self.position_B = self.position_B + 1
         if self.trace is not None:
             self.expert_BLK = self.trace.take()
@@ -186,12 +201,12 @@ class ModelRunner:
         token_BT = torch.stack((token_B, *drafts), 1)
         state_BTD, logits_BTV, best = self._forward(token_BT)
         expert_BTLK = None if self.trace is None else self.trace.take().unflatten(0, token_BT.shape)
-        best = (best or greedy_tokens(logits_BTV, self.vocab)) if greedy else None
+        best = (best or most_likely(logits_BTV, self.vocab)) if greedy else None
         if best is not None:
             match_BT = (best.token_BT[:, :-1] == token_BT[:, 1:]).tolist()
             logp_BT = best.logp_BT.tolist()
         n_accepted = [0] * len(self.sequences)
-        open_ = [sequence.draftable for sequence in self.sequences]
+        open_ = list(self._draftable)
         drafter.drafted += depth * sum(open_)
         for j in range(depth):
             if best is not None:
@@ -215,6 +230,7 @@ class ModelRunner:
                     open_[b] = self.sequences[b].finish is None
         drafter.accepted += sum(n_accepted)
         known_B = torch.tensor(n_accepted, device=token_B.device)
+        assert state_BTD is not None
         row_B = torch.arange(len(n_accepted), device=token_B.device)
         drafter.update(state_BTD, token_BT, self.position_B, known_B)
         self.position_B = self.position_B + 1 + known_B
@@ -224,7 +240,7 @@ class ModelRunner:
             known_B1 = known_B.unsqueeze(1)
             self.greedy, self.rejected = GreedyTokens(*(x_BT.gather(1, known_B1) for x_BT in best)), None
             return
-        draftable_B = torch.tensor([sequence.draftable for sequence in self.sequences], device=token_B.device)
+        draftable_B = torch.tensor(self._draftable, device=token_B.device)
         self.greedy = None
         last_q_BV = torch.stack(q, 1)[row_B, known_B.clamp(max=depth - 1)]
         self.rejected = RejectedDrafts(draftable_B & (known_B < depth), last_q_BV)
@@ -238,16 +254,20 @@ class ModelRunner:
             if j:
                 logits_BV = drafter.next_logits(drafts[-1])
             if greedy:
-                drafts.append(logits_BV[:, : self.vocab].argmax(-1))
+                drafts.append(most_likely(logits_BV, self.vocab).token_BT)
                 continue
             q.append(probabilities_batch(self.sequences, logits_BV, self.vocab))
             drafts.append(inverse_cdf(q[-1], self._uniform(DRAFT, j + 1)))
         return drafts, q
 
     def _forward(self, token_BT: Tensor) -> ForwardOutput:
+        """T tokens of every sequence through the network."""
+        if self.kernels is not None:
+            return self.kernels(token_BT, self.position_B, self.cache, self.trace)
         if self.compiled is not None and self._use_compiled(token_BT):
             return self.compiled(token_BT, self.position_B, self.cache, self.trace)
-        assert isinstance(self.model, Transformer)
+        if not isinstance(self.model, Transformer):
+            return ForwardOutput(None, step(self.model, token_BT.squeeze(1), self.position_B, self.cache).unsqueeze(1))
         state_BTD = self.model.norm(hidden_step(self.model, token_BT, self.position_B, self.cache, self.trace))
         return ForwardOutput(state_BTD, self.model.head(state_BTD).float())
 
@@ -259,10 +279,8 @@ class ModelRunner:
 
     def _record(self, logits_BV: Tensor, expert_BLK: Tensor | None, selected: list[bool] | None = None) -> None:
         """Stores the requested top tokens and routes of the token about to be appended, for `selected` sequences."""
-        top = top_tokens(self.sequences, logits_BV, self.vocab)
-        routes = None
-        if expert_BLK is not None and any(sequence.request.routing for sequence in self.sequences):
-            routes = expert_BLK.tolist()
+        top = top_tokens(self.sequences, logits_BV, self.vocab) if self._top else None
+        routes = expert_BLK.tolist() if expert_BLK is not None and self._routing else None
         for b, sequence in enumerate(self.sequences) if top or routes else ():
             if selected is None or selected[b]:
                 if top and sequence.request.top:

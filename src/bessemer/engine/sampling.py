@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.engine.sequence import MAX_FLOAT, SamplingParams, Sequence, TopTokens
+from bessemer.kernels import sampling as kernel
 
 GOLDEN = 0x9E3779B97F4A7C15
 BLOCK = 64
@@ -83,6 +84,27 @@ def sample_batch(
         for column, values in zip(sampled, group, strict=True):
             column[index] = values
     return sampled
+
+
+def rules(sequences: list[Sequence]) -> Tensor:
+    """What `sample_rows` needs of every sequence: temperature, top_p, top_k, min_p; [B, 4], float64."""
+    params = [sequence.request.sampling for sequence in sequences]
+    return torch.tensor([(p.temperature, p.top_p, p.top_k, p.min_p) for p in params], dtype=torch.float64).view(-1, 4)
+
+
+def sample_rows(logits_BV: Tensor, vocab: int, rules_B4: Tensor, key_B: Tensor, position_B: Tensor) -> SampledTokens:
+    """`sample` for rows with parameters of their own in one pass on a CPU, where `kernels.sampling` serves. Every row
+    uses number `position_B` of its stream `key_B`; the logits stay as they are."""
+    return SampledTokens(*kernel.sample(logits_BV, vocab, rules_B4, key_B, position_B))
+
+
+def most_likely(logits_BTV: Tensor, vocab: int) -> GreedyTokens:
+    """`greedy_tokens`, in one pass where a kernel serves."""
+    if not kernel.serves(logits_BTV):
+        return greedy_tokens(logits_BTV, vocab)
+    rows_NV, shape = logits_BTV.flatten(0, -2), logits_BTV.shape[:-1]
+    token_N, logp_N, _ = kernel.sample(rows_NV, vocab, rows_NV.new_zeros(len(rows_NV), 4, dtype=torch.float64))
+    return GreedyTokens(token_N.view(shape), logp_N.view(shape))
 
 
 def _sample_group(

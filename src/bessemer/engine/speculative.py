@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bessemer.engine.compiled import MAX_DRAFTS, CompiledSteps
 from bessemer.engine.decode import Model, layer_step
+from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.engine.kv_cache import LatentCache
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
@@ -42,8 +43,15 @@ def check_drafts(model: Model, depth: int) -> int:
 class Drafter:
     """The MTP modules and their state for every live row."""
 
-    def __init__(self, model: Transformer, cache: LatentCache, depth: int, compiled: CompiledSteps | None = None):
-        self.model, self.cache, self.depth, self.compiled = model, cache, depth, compiled
+    def __init__(
+        self,
+        model: Transformer,
+        cache: LatentCache,
+        depth: int,
+        compiled: CompiledSteps | None = None,
+        kernels: KernelSteps | None = None,
+    ):
+        self.model, self.cache, self.depth, self.compiled, self.kernels = model, cache, depth, compiled, kernels
         self.modules = list(model.mtp)[:depth]
         if len(self.modules) > 1:
             self.compiled = None  # its graph returns one state of one module
@@ -115,6 +123,12 @@ class Drafter:
     def _pass(self, hidden_BTD: Tensor, token_BT: Tensor, base_B: Tensor, last_B: Tensor) -> Tensor:
         """The module over T tokens, the first at position base_B: its states `_out_BTD`, the one at token last_B,
         `_state`, and the logits there."""
+        if self.kernels is not None:
+            self._out_BTD, logits_BV = self.kernels.draft(
+                self._drafting, hidden_BTD, token_BT, base_B, last_B, self.cache
+            )
+            self._state = self._out_BTD[self._rows, last_B]
+            return logits_BV
         if self.compiled is not None and token_BT.numel() <= self.compiled.max_tokens:
             self._state, logits_BV = self.compiled.draft(hidden_BTD, token_BT, base_B, last_B, self.cache)
             return logits_BV

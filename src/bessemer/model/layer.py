@@ -12,11 +12,11 @@ A dense layer has nothing to exchange: its dispatch and combine pass the tokens 
 For speed some code repeats the math of a layer, and changes together with it:
 
     SwiGLU          `moe.FFN` (plain), `experts` (grouped, hand-written backward), `fp8._SwiGLU`, `emulation.swiglu` and
-                    `triton_quantise.swiglu` (into FP8), `engine.decode` (few tokens)
+                    `triton_quantise.swiglu` (into FP8), `engine.decode` (few tokens), `decode.cpp` (a step)
     MLA             `mla.MLA` (expanded and absorbed), `fp8._Attention`, `engine.decode` (against the KV cache),
                     `dist.context_parallel` (sequences split over ranks)
     softmax core    `mla._torch_attention`, `attention_cpu` (two forms), `dist.context_parallel` (over ranks)
-    layer wiring    `Layer.forward`, `dist.stage.through` (stops between the phases), `engine.decode`
+    layer wiring    `Layer.forward`, `dist.stage.through` (stops between the phases), `engine.decode`, `decode.cpp`
     MTP wiring      `transformer.mtp_states`, `dist.stage.Slice.phases`
 
 Selective recomputation (V3 3.2.3): a phase saves only its input for backward, which computes the rest again.

@@ -28,13 +28,13 @@ INLINE void insert(vf* best, vi* index, i64 count, vf x, vi i) {
     }
 }
 
-// Scores [E, TOKENS] from logits, in place.
-inline void gate_scores(float* s, const GateRule& rule) {
-    if (!rule.softmax) {
-        for (i64 i = 0; i < rule.E * TOKENS; i += W) store(s + i, vsigmoid(load(s + i)));
-        return;
-    }
-    for (i64 t = 0; t < TOKENS; t += W) {
+// Scores [E, TOKENS] from logits, in place. Of all these functions: the first `tokens`, a multiple of W.
+inline void gate_scores(float* s, const GateRule& rule, i64 tokens = TOKENS) {
+    for (i64 t = 0; t < tokens; t += W) {
+        if (!rule.softmax) {
+            for (i64 e = 0; e < rule.E; ++e) store(s + e * TOKENS + t, vsigmoid(load(s + e * TOKENS + t)));
+            continue;
+        }
         vf top = load(s + t), total = {};
         for (i64 e = 1; e < rule.E; ++e) top = vmax(load(s + e * TOKENS + t), top);
         for (i64 e = 0; e < rule.E; ++e) {
@@ -48,12 +48,12 @@ inline void gate_scores(float* s, const GateRule& rule) {
 
 // Experts [K, TOKENS] by scores + bias (null: no bias). NaN counts as the largest number, as in torch.topk.
 // `room`: (E + 2 groups) W floats, aligned.
-inline void choose_experts(const float* score, const float* bias, const GateRule& rule, int32_t* expert, float* room) {
+inline void choose_experts(const float* score, const float* bias, const GateRule& rule, int32_t* expert, float* room, i64 tokens = TOKENS) {
     const float infinity = std::numeric_limits<float>::infinity();
     i64 E = rule.E, size = E / rule.groups;
     vf best[64], *z = (vf*)room, *rating = z + E;
     vi index[64];
-    for (i64 t = 0; t < TOKENS; t += W) {
+    for (i64 t = 0; t < tokens; t += W) {
         for (i64 e = 0; e < E; ++e) {
             vf x = load(score + e * TOKENS + t);
             if (bias) x += bias[e];

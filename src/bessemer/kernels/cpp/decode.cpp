@@ -1,0 +1,396 @@
+// A decoding step of all layers (MLA in its absorbed form over paged latents, DeepSeekMoE, norms, head) in one call.
+//
+// Matrices are float32 or BF16 and read as they lie; everything between two products is float32. What a row gets
+// depends on its own tokens only: products are chains over ascending k (rows.hpp), attention runs over the row's own
+// keys in ascending order, and no sum runs over rows.
+//
+// Shapes: B rows of T tokens, N = B T, D hidden, H heads, C latent, R rotary, X = C + R, K experts per token of E.
+#include "gate.hpp"
+#include "rows.hpp"
+
+namespace {
+
+constexpr i64 PAGE = 64;   // tokens of a page
+constexpr i64 GROUP = 16;  // rows of a task that has nothing to share between rows
+
+// As `engine.kernel_steps` writes them, in this order.
+struct Shape {
+    i64 dim, heads, q_rank, latent, rope, nope, value, experts, active, groups, kept_groups, rated, inner, shared, dense, vocab, softmax, normed;
+};
+struct Factors {
+    double eps, latent_eps, scale, route;
+};
+// Addresses; absent ones are null. `gate` is null in a dense layer, whose FFN stands in w13 and w2.
+template <class T>
+struct Layer {
+    const float* attn_norm;
+    const T *wq_a, *wq_b, *wkv_a, *wkv_b, *wo;
+    const float *q_norm, *kv_norm, *ffn_norm, *gate, *bias;
+    const T *w13, *w2, *shared13, *shared2;
+    T* pool;
+};
+template <class T>
+struct Ends {
+    const T* embed;
+    const float *enorm, *hnorm;
+    const T* join;
+    const float* norm;
+    const T* head;
+};
+
+INLINE vf load_some(const float* p, int n) { return n == W ? load(p) : load_part(p, n); }
+INLINE void store_some(float* p, vf x, int n) { n == W ? store(p, x) : store_part(p, x, n); }
+template <class Each>
+INLINE void each_vector(i64 n, const Each& each) {
+    i64 i = 0;
+    for (; i + W <= n; i += W) each(i, W);
+    if (i < n) each(i, (int)(n - i));
+}
+
+INLINE float inverse_rms(const float* x, i64 D, double eps) {
+    vf square[2] = {};
+    int turn = 0;
+    each_vector(D, [&](i64 d, int left) {
+        vf v = load_some(x + d, left);
+        square[turn] += v * v;
+        turn ^= 1;
+    });
+    return 1.0f / __builtin_sqrtf(sum(square[0] + square[1]) / (float)D + (float)eps);
+}
+void norm_row(const float* x, const float* w, float* y, i64 D, double eps) {
+    float scale = inverse_rms(x, D, eps);
+    for (i64 d = 0; d < D; ++d) y[d] = x[d] * scale * w[d];
+}
+template <class T>
+void widen_row(const T* from, float* to, i64 D) {
+    for (i64 d = 0; d < D; ++d) to[d] = widen(from[d]);
+}
+template <class T>
+void narrow_row(const float* from, T* to, i64 D) {
+    for (i64 d = 0; d < D; ++d) put(to + d, from[d]);
+}
+template <class T>
+void rotate(const float* x, const float* turn, T* y, i64 R) {
+    for (i64 j = 0; j < R; j += 2) {
+        float even = x[j], odd = x[j + 1], cosine = turn[j], sine = turn[j + 1];
+        put(y + j, even * cosine - odd * sine);
+        put(y + j + 1, even * sine + odd * cosine);
+    }
+}
+// act = silu(gate) * up * weight.
+INLINE void swiglu(const float* gate, const float* up, float* act, i64 n, float weight) {
+    each_vector(n, [&](i64 f, int left) {
+        vf g = load_some(gate + f, left);
+        store_some(act + f, g * vsigmoid(g) * load_some(up + f, left) * weight, left);
+    });
+}
+// act [M, columns] for the columns [f, f + columns) of an FFN of `inner` columns: w13 holds its gate rows, then up rows.
+template <class T>
+__attribute__((noinline)) void activation(const Input& in, const T* w13, i64 inner, i64 f, const float* weight, float* act, i64 ld, const T* after = nullptr) {
+    i64 columns = least(PANEL, inner - f);
+    float* both = scratch<55, float>(2 * in.M * PANEL);
+    float* up = both + in.M * PANEL;
+    const T *gate_rows = w13 + f * in.K, *up_rows = gate_rows + inner * in.K;
+    product_panel(in, gate_rows, in.K, columns, both, PANEL, up_rows);
+    product_panel(in, up_rows, in.K, columns, up, PANEL, f + PANEL < inner || !after ? gate_rows + PANEL * in.K : after);
+    for (i64 m = 0; m < in.M; ++m) swiglu(both + m * PANEL, up + m * PANEL, act + m * ld + f, columns, weight ? weight[m] : 1.0f);
+}
+
+// Q queries of one row, T tokens of H heads, against its keys: ctx [Q, C] = softmax(scale q k^T) c.
+// The first token sees `first` keys, every further one a key more; none sees fewer than one.
+template <class T>
+__attribute__((noinline)) void attend(const Shape& s, double scale, const T* pool, const i64* pages, i64 first, i64 tokens, const float* q, float* ctx) {
+    i64 H = s.heads, X = s.latent + s.rope, C = s.latent, Q = tokens * H;
+    i64 keys = first + tokens - 1 > 1 ? first + tokens - 1 : 1, padded = round_up(keys, PANEL);
+    float* score = scratch<60, float>(Q * padded);
+    float* panel = scratch<54, float>(X * PANEL);
+    for (i64 k = 0; k < keys; k += PANEL) {
+        const T* page = pool + (pages[k / PAGE] * PAGE + k % PAGE) * X;
+        i64 columns = keys - k > W ? PANEL : W;
+        transpose_panel(panel, page, X, columns, X);
+        tiles_of(Q, (int)columns, X, q, X, panel, PANEL, score + k, padded);
+    }
+    float* share = scratch<61, float>(Q);
+    for (i64 i = 0; i < Q; ++i) {
+        float* row = score + i * padded;
+        i64 seen = first + i / H > 1 ? first + i / H : 1;
+        for (i64 k = seen; k < round_up(keys, W); ++k) row[k] = -std::numeric_limits<float>::infinity();
+        vf most = splat(-std::numeric_limits<float>::infinity());
+        for (i64 k = 0; k < seen; k += W) most = vmax(load(row + k), most);
+        vf top = splat(max_of(most) * (float)scale), total = {};
+        for (i64 k = 0; k < round_up(keys, W); k += W) {
+            vf p = vexp(load(row + k) * (float)scale - top);
+            total += p;
+            store(row + k, p);
+        }
+        share[i] = 1.0f / sum(total);
+    }
+    float* wide = sizeof(T) == 4 ? nullptr : scratch<62, float>(PAGE * C);
+    for (i64 k = 0; k < keys; k += PAGE) {
+        const T* page = pool + pages[k / PAGE] * PAGE * X;
+        i64 here = least(PAGE, keys - k), ld = X;
+        const float* values = (const float*)page;
+        if (sizeof(T) == 2) {
+            for (i64 i = 0; i < here; ++i) widen_row(page + i * X, wide + i * C, C);
+            values = wide, ld = C;
+        }
+        for (i64 c = 0; c < C; c += PANEL) {
+            if (C - c < PANEL && (C - c) % W) {  // a tile reads whole vectors
+                float* part = scratch<63, float>(PAGE * PANEL);
+                for (i64 i = 0; i < here; ++i)
+                    for (i64 j = 0; j < PANEL; ++j) part[i * PANEL + j] = c + j < C ? values[i * ld + c + j] : 0.0f;
+                tiles_of(Q, (int)(C - c), here, score + k, padded, part, PANEL, ctx + c, C, k > 0);
+            } else
+                tiles_of(Q, (int)least(PANEL, C - c), here, score + k, padded, values + c, ld, ctx + c, C, k > 0);
+        }
+    }
+    for (i64 i = 0; i < Q; ++i)
+        for (i64 c = 0; c < C; ++c) ctx[i * C + c] *= share[i];
+}
+
+template <class T>
+struct Step {
+    const Shape& s;
+    const Factors& f;
+    i64 B, tokens;
+    const i64 *base, *table;  // position of every row's first token; pages of every row
+    i64 width;                // of the table
+    const float* turns;       // rotary table [position, R]
+    int threads;
+    i64 N = B * tokens, D = s.dim, X = s.latent + s.rope;
+    float *x, *u, *qlat, *kv, *q, *ctx, *att, *out, *gates, *weight, *act, *routed;
+    i64 *expert, *pair, *place, *start;
+
+    void allocate() {
+        i64 HC = s.heads * s.latent, wide = s.shared > s.dense ? s.shared : s.dense;
+        i64 sizes[] = {N * D, N * D, N * s.q_rank, N * X, N * s.heads * X, N * HC, N * s.heads * s.value, N * D,
+                       N * s.experts, N * s.active, N * wide, N * s.active * D};
+        float** to[] = {&x, &u, &qlat, &kv, &q, &ctx, &att, &out, &gates, &weight, &act, &routed};
+        i64 total = 0;
+        for (i64 size : sizes) total += round_up(size, 16);
+        float* memory = scratch<64, float>(total);
+        for (int i = 0; i < 12; ++i) *to[i] = memory, memory += round_up(sizes[i], 16);
+        expert = scratch<65, i64>(3 * N * s.active + s.experts + 1);
+        pair = expert + N * s.active;
+        place = pair + N * s.active;
+        start = place + N * s.active;
+    }
+    template <class Each>
+    void rows(i64 n, const Each& each) {
+        parallel((n + GROUP - 1) / GROUP, threads, [&](i64 g) {
+            for (i64 i = g * GROUP; i < least(n, (g + 1) * GROUP); ++i) each(i);
+        });
+    }
+    // Where token n stands; a guess module may begin before the text, and then stands where nothing is read yet.
+    i64 position(i64 n) const {
+        i64 first = base[n / tokens], p = first + n % tokens;
+        return p < 0 ? first + tokens - 1 - p : p;
+    }
+
+    // out = Attn(u), whose keys enter the pool.
+    void attention(const Layer<T>& L) {
+        i64 Z = s.q_rank, pieces = (Z + PANEL - 1) / PANEL, wide = s.nope + s.rope;
+        Input in = input<40, T>(u, D, N, D, threads);
+        parallel(pieces + (X + PANEL - 1) / PANEL, threads, [&](i64 i) {
+            bool of_q = i < pieces;
+            i64 n = (of_q ? i : i - pieces) * PANEL, width = of_q ? Z : X;
+            product_panel(in, (of_q ? L.wq_a : L.wkv_a) + n * D, D, least(PANEL, width - n), (of_q ? qlat : kv) + n, width);
+        });
+        rows(N, [&](i64 n) {
+            i64 p = position(n);
+            T* to = L.pool + (table[n / tokens * width + p / PAGE] * PAGE + p % PAGE) * X;
+            float* own = kv + n * X;
+            norm_row(own, L.kv_norm, own, s.latent, f.latent_eps);
+            narrow_row(own, to, s.latent);
+            rotate(own + s.latent, turns + p * s.rope, to + s.latent, s.rope);
+            if (Z) norm_row(qlat + n * Z, L.q_norm, qlat + n * Z, Z, f.latent_eps);
+        });
+        if (Z) in = input<41, T>(qlat, Z, N, Z, threads);
+        parallel(s.heads, threads, [&](i64 h) {
+            float* own = scratch<50, float>(N * wide);
+            product_rows(in, L.wq_b + h * wide * in.K, wide, own, wide);
+            const T* up = L.wkv_b + h * (s.nope + s.value) * s.latent;  // W_UK of this head, [nope, C]
+            float* panel = scratch<54, float>(s.nope * PANEL);
+            for (i64 c = 0; c < s.latent; c += PANEL) {
+                FloatGemm::pack_b(panel, up + c, s.nope, least(PANEL, s.latent - c), s.latent, 1);
+                tiles_of(N, (int)least(PANEL, s.latent - c), s.nope, own, wide, panel, PANEL, q + h * X + c, s.heads * X);
+            }
+            for (i64 n = 0; n < N; ++n)
+                rotate(own + n * wide + s.nope, turns + position(n) * s.rope, q + (n * s.heads + h) * X + s.latent, s.rope);
+        });
+        parallel(B, threads, [&](i64 b) {
+            i64 first = b * tokens * s.heads;
+            attend(s, f.scale, L.pool, table + b * width, base[b] + 1, tokens, q + first * X, ctx + first * s.latent);
+        });
+        i64 HV = s.heads * s.value;
+        parallel(s.heads, threads, [&](i64 h) {
+            Input mine = input<42, T>(ctx + h * s.latent, s.heads * s.latent, N, s.latent);
+            const T* w_uv = L.wkv_b + (h * (s.nope + s.value) + s.nope) * s.latent;
+            product_rows(mine, w_uv, s.value, att + h * s.value, HV);
+        });
+        dense_product(input<43, T>(att, HV, N, HV, threads), L.wo, D, out);
+    }
+
+    // y [M, n] = in w^T, by panels.
+    void dense_product(const Input& in, const T* w, i64 n, float* y) {
+        parallel((n + PANEL - 1) / PANEL, threads, [&](i64 i) {
+            product_panel(in, w + i * PANEL * in.K, in.K, least(PANEL, n - i * PANEL), y + i * PANEL, n);
+        });
+    }
+
+    // x += the FFN of u.
+    void dense_ffn(const Layer<T>& L) {
+        Input in = input<40, T>(u, D, N, D, threads);
+        parallel((s.dense + PANEL - 1) / PANEL, threads,
+                 [&](i64 i) { activation(in, L.w13, s.dense, i * PANEL, nullptr, act, s.dense); });
+        dense_product(input<43, T>(act, s.dense, N, s.dense, threads), L.w2, D, out);
+        rows(N, [&](i64 n) {
+            for (i64 d = 0; d < D; ++d) x[n * D + d] += out[n * D + d];
+        });
+    }
+    // pair: the (token, choice) pairs by expert; those of expert e are [start[e], start[e + 1]). place: the way back.
+    void sort_by_expert() {
+        i64 E = s.experts, pairs = N * s.active;
+        i64* next = scratch<68, i64>(E + 1);
+        memset(next, 0, (E + 1) * sizeof(i64));
+        for (i64 i = 0; i < pairs; ++i) ++next[expert[i] + 1];
+        for (i64 e = 0; e < E; ++e) next[e + 1] += next[e];
+        memcpy(start, next, (E + 1) * sizeof(i64));
+        for (i64 i = 0; i < pairs; ++i) pair[place[i] = next[expert[i]]++] = i;
+    }
+    void sparse_ffn(const Layer<T>& L, i64* record, i64 step) {
+        i64 E = s.experts, K = s.active, gate_panels = (E + PANEL - 1) / PANEL;
+        bool shared = s.shared > 0;
+        GateRule rule{E, K, s.groups, s.kept_groups, s.rated, s.softmax != 0, s.normed != 0, (float)f.route};
+        Input in = input<40, T>(u, D, N, D, threads), plain{u, D, N, D, nullptr};
+        parallel(gate_panels + (s.shared + PANEL - 1) / PANEL, threads, [&](i64 i) {
+            if (i < gate_panels)
+                product_panel(plain, L.gate + i * PANEL * D, D, least(PANEL, E - i * PANEL), gates + i * PANEL, E);
+            else
+                activation(in, L.shared13, s.shared, (i - gate_panels) * PANEL, nullptr, act, s.shared);
+        });
+        parallel((N + TOKENS - 1) / TOKENS, threads, [&](i64 block) {
+            i64 first = block * TOKENS, here = least(TOKENS, N - first), lanes = round_up(here, W);
+            float *score = scratch<56, float>(E * TOKENS), *room = scratch<57, float>((E + 2 * s.groups) * W);
+            int32_t* chosen = scratch<58, int32_t>(K * TOKENS);
+            for (i64 e = 0; e < E; ++e)
+                for (i64 t = 0; t < lanes; ++t) score[e * TOKENS + t] = t < here ? gates[(first + t) * E + e] : 0.0f;
+            gate_scores(score, rule, lanes);
+            choose_experts(score, L.bias, rule, chosen, room, lanes);
+            for (i64 t = 0; t < here; ++t) {
+                i64 n = first + t, *own = expert + n * K;
+                float total = 0.0f, *share = weight + n * K;
+                for (i64 k = 0; k < K; ++k) {
+                    own[k] = chosen[k * TOKENS + t];
+                    total += share[k] = score[own[k] * TOKENS + t];
+                    if (record) record[n * step + k] = own[k];
+                }
+                float factor = rule.normalise ? rule.scale / (total + 1e-20f) : rule.scale;
+                for (i64 k = 0; k < K; ++k) share[k] *= factor;
+            }
+        });
+        sort_by_expert();
+        i64* used = scratch<66, i64>(E);
+        i64 n_used = 0;
+        for (i64 e = 0; e < E; ++e)
+            if (start[e + 1] > start[e]) used[n_used++] = e;
+        Input mid = shared ? input<43, T>(act, s.shared, N, s.shared, threads) : in;
+        i64 shared_panels = shared ? (D + PANEL - 1) / PANEL : 0;
+        parallel(n_used + shared_panels, threads, [&](i64 i) {
+            if (i >= n_used) {
+                i64 n = (i - n_used) * PANEL;
+                product_panel(mid, L.shared2 + n * s.shared, s.shared, least(PANEL, D - n), out + n, D);
+                return;
+            }
+            i64 e = used[i], first = start[e], M = start[e + 1] - first, F = s.inner;
+            float* own = scratch<50, float>(M * (D + F + 1));
+            float *hidden = own + M * D, *share = hidden + M * F;
+            for (i64 m = 0; m < M; ++m) {
+                memcpy(own + m * D, u + pair[first + m] / K * D, D * sizeof(float));
+                share[m] = weight[pair[first + m]];
+            }
+            const T *w13 = L.w13 + e * 2 * F * D, *w2 = L.w2 + e * D * F;
+            const T* after = i + 1 < n_used ? L.w13 + used[i + 1] * 2 * F * D : L.shared2;
+            Input mine = input<44, T>(own, D, M, D);
+            for (i64 c = 0; c < F; c += PANEL) activation(mine, w13, F, c, share, hidden, F, w2);
+            product_rows(input<45, T>(hidden, F, M, F), w2, D, routed + first * D, D, after);
+        });
+        rows(N, [&](i64 n) {
+            const i64* from = place + n * K;
+            each_vector(D, [&](i64 d, int left) {
+                vf total = shared ? load_some(out + n * D + d, left) : (vf){}, own = {};
+                for (i64 k = 0; k < K; ++k) own += load_some(routed + from[k] * D + d, left);
+                store_some(x + n * D + d, load_some(x + n * D + d, left) + (own + total), left);
+            });
+        });
+    }
+    void layer(const Layer<T>& L, i64* record, i64 step) {
+        rows(N, [&](i64 n) { norm_row(x + n * D, L.attn_norm, u + n * D, D, f.eps); });
+        attention(L);
+        rows(N, [&](i64 n) {
+            for (i64 d = 0; d < D; ++d) x[n * D + d] += out[n * D + d];
+            norm_row(x + n * D, L.ffn_norm, u + n * D, D, f.eps);
+        });
+        if (L.gate)
+            sparse_ffn(L, record, step);
+        else
+            dense_ffn(L);
+    }
+    // x = the embeddings of the tokens, joined with the states `hidden` [N, D] in a guess module.
+    void embed(const Ends<T>& e, const i64* token, const T* hidden) {
+        if (!hidden) {
+            rows(N, [&](i64 n) { widen_row(e.embed + token[n] * D, x + n * D, D); });
+            return;
+        }
+        float* both = scratch<67, float>(2 * N * D);
+        rows(N, [&](i64 n) {
+            float* own = both + 2 * n * D;
+            widen_row(e.embed + token[n] * D, own, D);
+            widen_row(hidden + n * D, own + D, D);
+            norm_row(own, e.enorm, own, D, f.eps);
+            norm_row(own + D, e.hnorm, own + D, D, f.eps);
+        });
+        dense_product(input<43, T>(both, 2 * D, N, 2 * D, threads), e.join, D, x);
+    }
+    // Of M rows, those of `pick` or all: the final norm (to `state`) and the logits.
+    void finish(const Ends<T>& e, const i64* pick, i64 M, T* state, float* logits) {
+        rows(M, [&](i64 m) {
+            norm_row(x + (pick ? pick[m] : m) * D, e.norm, u + m * D, D, f.eps);
+            if (state) narrow_row(u + m * D, state + m * D, D);
+        });
+        dense_product(input<40, T>(u, D, M, D, threads), e.head, s.vocab, logits);
+    }
+};
+
+template <class T>
+void decode(const i64* shape, const double* factors, const i64* layers, i64 n_layers, const i64* ends, const i64* token,
+            const T* hidden, const i64* base, i64 B, i64 tokens, const i64* table, i64 width, const float* turns, const i64* pick,
+            i64 M, T* raw, T* state, float* logits, i64* record, i64 threads) {
+    const Shape& s = *(const Shape*)shape;
+    Step<T> step{s, *(const Factors*)factors, B, tokens, base, table, width, turns, (int)threads};
+    step.allocate();
+    const Ends<T>& e = *(const Ends<T>*)ends;
+    step.embed(e, token, hidden);
+    const Layer<T>* all = (const Layer<T>*)layers;
+    i64 n_sparse = 0, seen = 0;
+    for (i64 i = 0; i < n_layers; ++i) n_sparse += all[i].gate != nullptr;
+    for (i64 i = 0; i < n_layers; ++i) {
+        step.layer(all[i], record ? record + seen * s.active : nullptr, n_sparse * s.active);
+        seen += all[i].gate != nullptr;
+    }
+    if (raw) narrow_row(step.x, raw, step.N * s.dim);
+    step.finish(e, pick, M, state, logits);
+}
+
+}  // namespace
+
+#define FUNCTIONS(T, suffix)                                                                                             \
+    extern "C" EXPORT void decode_step_##suffix(                                                                         \
+        const i64* shape, const double* factors, const i64* layers, i64 n_layers, const i64* ends, const i64* token,     \
+        const T* hidden, const i64* base, i64 B, i64 tokens, const i64* table, i64 width, const float* turns,            \
+        const i64* pick, i64 M, T* raw, T* state, float* logits, i64* record, i64 threads) {                             \
+        decode(shape, factors, layers, n_layers, ends, token, hidden, base, B, tokens, table, width, turns, pick, M,     \
+               raw, state, logits, record, threads);                                                                     \
+    }
+FUNCTIONS(float, float32)
+FUNCTIONS(bf16, bfloat16)

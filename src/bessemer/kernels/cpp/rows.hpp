@@ -1,0 +1,218 @@
+// Products of a few rows with matrices as nn.Linear stores them, [out, in]: y[m, n] = sum over k of x[m, k] w[n, k].
+//
+// Nothing is prepared between calls. In float32 every element is one chain of additions over ascending k, so its bits
+// depend neither on the other rows nor on how the work is divided: many rows share a panel of w that is transposed
+// once, few rows take it block by block through registers. BF16 matrices go through tiles where there are any and the
+// widths fit (w as it lies is the left operand, so the result comes out transposed), else as float32.
+#pragma once
+
+#include "gemm.hpp"
+
+constexpr int PANEL = 2 * W;  // columns of a register tile
+constexpr int FEW = 4;        // rows up to which a panel is not stored
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int TALL = 6;  // rows of a register tile
+#else
+constexpr int TALL = 12;
+#endif
+
+// C [R, columns] = A B, or C += A B for `go_on`, which continues the chain of sums. Meanwhile K lines from `ahead` on come
+// closer.
+template <int R, int NV>
+static __attribute__((noinline)) void register_tile(int columns, i64 K, const float* a, i64 lda, const float* b, i64 ldb, float* c, i64 ldc, bool go_on, const char* ahead) {
+    vf sum[R][NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; ++j) {
+            int left = columns - j * W;
+            const float* from = c + i * ldc + j * W;
+            sum[i][j] = !go_on ? (vf){} : left >= W ? load(from) : left > 0 ? load_part(from, left) : (vf){};
+        }
+    for (i64 k = 0; k < K; ++k, b += ldb, ++a) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += 64;
+        vf right[NV];
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; ++j) right[j] = load(b + j * W);
+#pragma GCC unroll 16
+        for (int i = 0; i < R; ++i) {
+            vf left = splat(a[i * lda]);
+#pragma GCC unroll 2
+            for (int j = 0; j < NV; ++j) sum[i][j] += left * right[j];
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; ++j) {
+            int left = columns - j * W;
+            float* to = c + i * ldc + j * W;
+            if (left >= W)
+                store(to, sum[i][j]);
+            else if (left > 0)
+                store_part(to, sum[i][j], left);
+        }
+}
+
+template <int R>
+static INLINE void tile_of(int rows, int columns, i64 K, const float* a, i64 lda, const float* b, i64 ldb, float* c, i64 ldc, bool go_on, const char* ahead) {
+    if constexpr (R > 1) {
+        if (rows < R) {
+            tile_of<R - 1>(rows, columns, K, a, lda, b, ldb, c, ldc, go_on, ahead);
+            return;
+        }
+    }
+    if (columns > W)
+        register_tile<R, 2>(columns, K, a, lda, b, ldb, c, ldc, go_on, ahead);
+    else
+        register_tile<R, 1>(columns, K, a, lda, b, ldb, c, ldc, go_on, ahead);
+}
+
+// M rows of A, up to PANEL columns of B, whose rows are readable to a multiple of W. Tiles of equal height.
+static __attribute__((noinline)) void tiles_of(i64 M, int columns, i64 K, const float* a, i64 lda, const float* b, i64 ldb, float* c, i64 ldc, bool go_on = false, const void* ahead = nullptr) {
+    i64 tiles = (M + TALL - 1) / TALL;
+    for (i64 t = 0, m = 0; t < tiles; ++t) {
+        i64 end = (t + 1) * M / tiles;
+        // a panel of float32 has 2 K lines (of BF16, K)
+        const char* next = (ahead && t < 2 ? (const char*)ahead + t * K * 64 : (const char*)b);
+        tile_of<TALL>((int)(end - m), columns, K, a + m * lda, lda, b, ldb, c + m * ldc, ldc, go_on, next);
+        m = end;
+    }
+}
+
+// Up to W rows of w, from column k on, transposed: block[i] is column k + i; what is not there is 0.
+template <class T>
+INLINE void load_transposed(vf* block, const T* w, i64 ldw, i64 rows, i64 k, i64 K) {
+    if (rows >= W && K - k >= W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) block[i] = load(w + i * ldw + k);
+    } else {
+        int width = (int)least(W, K - k);
+        for (int i = 0; i < W; ++i) block[i] = i < rows ? load_part(w + i * ldw + k, width) : (vf){};
+    }
+    transpose(block);
+}
+
+// The panel [K, PANEL] of `columns` rows of w.
+template <class T>
+static __attribute__((noinline)) void transpose_panel(float* to, const T* w, i64 ldw, i64 columns, i64 K) {
+    for (i64 k = 0; k < K; k += W)
+        for (int j = 0; j < columns; j += W) {
+            vf block[W];
+            load_transposed(block, w + j * ldw, ldw, columns - j, k, K);
+            int width = (int)least(W, K - k);
+            for (int i = 0; i < width; ++i) store(to + (k + i) * PANEL + j, block[i]);
+        }
+}
+
+template <int R, class T>
+static __attribute__((noinline)) void few_rows(const float* x, i64 ldx, const T* w, i64 ldw, i64 columns, i64 K, float* y, i64 ldy) {
+    for (i64 n = 0; n < columns; n += W) {
+        vf sum[R] = {};
+        for (i64 k = 0; k < K; k += W) {
+            vf block[W];
+            load_transposed(block, w + n * ldw, ldw, columns - n, k, K);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) __builtin_prefetch(w + (n + W + i) * ldw + k);
+            int width = (int)least(W, K - k);
+            if (width == W) {
+#pragma GCC unroll 16
+                for (int i = 0; i < W; ++i)
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; ++r) sum[r] += splat(x[r * ldx + k + i]) * block[i];
+            } else {
+                for (int i = 0; i < width; ++i)
+                    for (int r = 0; r < R; ++r) sum[r] += splat(x[r * ldx + k + i]) * block[i];
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            if (columns - n >= W)
+                store(y + r * ldy + n, sum[r]);
+            else
+                store_part(y + r * ldy + n, sum[r], (int)(columns - n));
+    }
+}
+
+// Rows that enter products: float32, and for tiles in BF16 as their right operand.
+struct Input {
+    const float* x;
+    i64 ld, M, K;
+    const bf16* packed;
+};
+
+#if defined(BESSEMER_TILES)
+// 16 rows x[m .. m + 15] as a right operand, [K / 2][16][2]; rows beyond M are 0.
+static void pack_tokens(bf16* to, const float* x, i64 ld, i64 M, i64 K) {
+    bf16* rows = scratch<52, bf16>(16 * K);
+    for (int m = 0; m < 16; ++m)
+        if (m < M)
+            for (i64 k = 0; k < K; k += W) store(rows + m * K + k, load(x + m * ld + k));
+        else
+            memset((void*)(rows + m * K), 0, K * sizeof(bf16));
+    for (i64 k = 0; k < K / 2; k += W)  // pairs of numbers
+        for (int m = 0; m < 16; m += W) {
+            vf block[W];
+            for (int i = 0; i < W; ++i) block[i] = load((const float*)(rows + (m + i) * K) + k);
+            transpose(block);
+            for (int i = 0; i < W; ++i) store((float*)to + (k + i) * 16 + m, block[i]);
+        }
+}
+#endif
+
+// Rows for products with matrices of T. SLOT's memory holds them until its next use; threads share the packing.
+template <int SLOT, class T>
+static Input input(const float* x, i64 ld, i64 M, i64 K, int threads = 1) {
+    Input in{x, ld, M, K, nullptr};
+#if defined(BESSEMER_TILES)
+    if (sizeof(T) == 2 && K % 32 == 0) {
+        bf16* packed = scratch<SLOT, bf16>(round_up(M, 16) * K);
+        parallel(round_up(M, 16) / 16, threads, [&](i64 i) {
+            pack_tokens(packed + i * 16 * K, x + i * 16 * ld, ld, M - i * 16, K);
+        });
+        in.packed = packed;
+    }
+#endif
+    return in;
+}
+
+// y [M, columns] for `columns` <= PANEL rows of w.
+template <class T>
+static __attribute__((noinline)) void product_panel(const Input& in, const T* w, i64 ldw, i64 columns, float* y, i64 ldy, const T* ahead = nullptr) {
+#if defined(BESSEMER_TILES)
+    if constexpr (sizeof(T) == 2)
+        if (in.packed && columns % 16 == 0) {
+            i64 MP = round_up(in.M, 16);
+            float* out = scratch<53, float>(columns * MP);
+            {
+                TileGemm::Session session;
+                TileGemm::multiply(columns, MP, in.K, w, ldw, in.packed, out, MP, false);
+            }
+            for (i64 m = 0; m < in.M; m += W)
+                for (i64 n = 0; n < columns; n += W) {
+                    vf block[W];
+                    for (int i = 0; i < W; ++i) block[i] = load(out + (n + i) * MP + m);
+                    transpose(block);
+                    for (int i = 0; i < W && m + i < in.M; ++i) store(y + (m + i) * ldy + n, block[i]);
+                }
+            return;
+        }
+#endif
+    switch (in.M) {
+        case 1: return few_rows<1>(in.x, in.ld, w, ldw, columns, in.K, y, ldy);
+        case 2: return few_rows<2>(in.x, in.ld, w, ldw, columns, in.K, y, ldy);
+        case 3: return few_rows<3>(in.x, in.ld, w, ldw, columns, in.K, y, ldy);
+        case 4: return few_rows<4>(in.x, in.ld, w, ldw, columns, in.K, y, ldy);
+    }
+    static_assert(FEW == 4);
+    float* panel = scratch<54, float>(in.K * PANEL);
+    transpose_panel(panel, w, ldw, columns, in.K);
+    tiles_of(in.M, (int)columns, in.K, in.x, in.ld, panel, PANEL, y, ldy, false, ahead ? ahead : w + PANEL * ldw);
+}
+
+// y [M, N] = x w^T; `after` is read next.
+template <class T>
+static void product_rows(const Input& in, const T* w, i64 N, float* y, i64 ldy, const T* after = nullptr) {
+    for (i64 n = 0; n < N; n += PANEL)
+        product_panel(in, w + n * in.K, in.K, least(PANEL, N - n), y + n, ldy, n + PANEL < N ? nullptr : after);
+}

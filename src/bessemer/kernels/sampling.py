@@ -1,0 +1,35 @@
+"""Sampling from rows of logits (`engine.sampling`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bessemer.kernels.library import available, call, threads
+
+
+def serves(logits_BV: Tensor) -> bool:
+    return (
+        logits_BV.device.type == "cpu"
+        and logits_BV.dtype == torch.float32
+        and logits_BV.is_contiguous()
+        and logits_BV.numel() > 0
+        and available()
+    )
+
+
+def sample(
+    logits_BV: Tensor, vocab: int, rules_B4: Tensor, key_B: Tensor | None = None, position_B: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(token, log-probability at the row's temperature, raw log-probability) of every row, of the ids below `vocab`.
+
+    rules_B4, float64: temperature, top_p, top_k, min_p. The random number is the key's at this position; without keys
+    all rows must be greedy.
+    """
+    B, V = logits_BV.shape
+    token_B, (logp_B, raw_B) = torch.empty(B, dtype=torch.int64), torch.empty(2, B)
+    call(
+        "sample_rows", "piiippppppi",
+        logits_BV, B, V, vocab, rules_B4, key_B, position_B, token_B, logp_B, raw_B, threads(),
+    )  # fmt: skip
+    return token_B, logp_B, raw_B

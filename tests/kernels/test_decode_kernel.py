@@ -1,0 +1,145 @@
+"""Decoding steps of all layers in one call: against float64, against `decode.step`, and bit for bit against each
+other."""
+
+import exact_network
+import pytest
+import torch
+
+from bessemer.engine.decode import PrefillChunk, RoutingTrace, new_cache, prefill, step
+from bessemer.engine.kernel_steps import KernelSteps
+from bessemer.model.config import preset
+from bessemer.model.transformer import Transformer
+
+TINY = dict(vocab_size=100, dim=64, n_layers=3, max_seq_len=160, init_std=0.12)
+VARIANTS = {
+    "v3": {},
+    "v2": dict(q_lora_rank=0, score_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False,
+               n_shared_experts=2),
+    "odd widths": dict(dim=40, q_lora_rank=20, kv_lora_rank=26, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=9,
+                       n_heads=3, inter_dim=37, moe_inter_dim=13, vocab_size=77, topk_method="greedy"),
+    "yarn, no shared expert": dict(rope_factor=4.0, original_seq_len=64, n_shared_experts=0, n_mtp=0),
+    "dense": dict(n_dense_layers=3, n_mtp=0, kv_lora_rank=48),
+}  # fmt: skip
+
+
+def network(dtype=torch.float32, **values):
+    model = Transformer(preset("tiny", **(TINY | values))).initialise(1).eval().to_compute(dtype)
+    for n, gate in enumerate(model.gates().values()):
+        if gate.bias_E is not None:
+            gate.bias_E.normal_(0.0, 0.05, generator=torch.Generator().manual_seed(n))
+    return model
+
+
+def texts(*lengths, vocab=77):
+    generator = torch.Generator().manual_seed(len(lengths))
+    return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+class Rows:
+    """Texts as rows of a cache, each prefilled alone, so that their latents do not depend on the others."""
+
+    def __init__(self, model, rows, drafts=0):
+        self.cache, self.rows = new_cache(model, drafts=drafts), [list(row) for row in rows]
+        prompts = [self.cache.open(row) for row in rows]
+        for prompt in prompts:
+            self.cache.extend(prompt, len(prompt.ids))
+            prefill(model, self.cache, [PrefillChunk(prompt, len(prompt.ids))])
+        self.cache.admit([(prompt, 1) for prompt in prompts])
+
+    def go_on(self, steps, token_BT, trace=None):
+        position_B = torch.tensor([len(row) for row in self.rows])
+        for row, new in zip(self.rows, token_BT.tolist(), strict=True):
+            row += new
+        return steps(token_BT, position_B, self.cache, trace)
+
+
+def distance(x, y):
+    return float((x - y).norm() / y.norm())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_steps_equal_float64(instructions, variant):
+    model = network(**VARIANTS[variant])
+    held = Rows(model, texts(1, 5, 63, 64, 70, 130))
+    trace = None if variant == "dense" else RoutingTrace(model.cfg)
+    for T in (1, 3, 1):
+        logits = held.go_on(KernelSteps.of(model), torch.tensor(texts(*[T] * 6)), trace).logits_BTV
+        chosen = None if trace is None else trace.take().unflatten(0, (6, T)).long()
+        for b, row in enumerate(held.rows):
+            exact, routes = exact_network.forward(model, row)
+            assert distance(logits[b].double(), exact[-T:]) < 3e-6, (b, T)
+            assert chosen is None or torch.equal(chosen[b], routes[-T:])
+
+
+@pytest.mark.parametrize("variant", ["v3", "odd widths", "dense"])
+@torch.inference_mode()
+def test_bfloat16_equals_float64_up_to_its_rounding(instructions, variant):
+    """Every token takes every expert: of two nearly equal ones rounding may take the other."""
+    every = dict(n_routed_experts=4, n_activated_experts=4, n_expert_groups=1, n_limited_groups=1)
+    model = network(torch.bfloat16, **VARIANTS[variant], **every)
+    held = Rows(model, texts(1, 5, 70, 130, 2, *[8] * 15))
+    for T in (1, 3):
+        logits = held.go_on(KernelSteps.of(model), torch.tensor(texts(*[T] * 20))).logits_BTV
+        for b, row in enumerate(held.rows[:6]):
+            assert distance(logits[b].double(), exact_network.forward(model, row)[0][-T:]) < 0.02, (b, T)
+
+
+@torch.inference_mode()
+def test_a_row_does_not_depend_on_the_others_on_threads_or_on_guesses(instructions):
+    for variant in ("v3", "odd widths"):
+        model = network(**VARIANTS[variant])
+        steps, rows = KernelSteps.of(model), texts(*range(1, 20), 64, 127, 66)
+        new_BT = torch.tensor(texts(*[3] * len(rows)))
+        together = Rows(model, rows).go_on(steps, new_BT).logits_BTV
+        held = Rows(model, rows)
+        one_by_one = torch.cat([held.go_on(steps, new_BT[:, t : t + 1]).logits_BTV for t in range(3)], 1)
+        assert torch.equal(one_by_one, together), "tokens one after the other"
+        for part in ([0], [21], [19, 20], [3, 7, 5], [9, 2, 0, 21], [*range(21, 9, -1)]):
+            found = Rows(model, [rows[b] for b in part]).go_on(steps, new_BT[part]).logits_BTV
+            assert torch.equal(found, together[part]), "other rows, another order"
+        held, before = Rows(model, rows), torch.get_num_threads()  # prefill's sums may follow the threads
+        try:
+            torch.set_num_threads(2)
+            assert torch.equal(held.go_on(steps, new_BT).logits_BTV, together), "two threads"
+        finally:
+            torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+def test_steps_equal_the_torch_path_after_every_update(instructions):
+    """Weights that change in place, that move, and a cache that grows."""
+    model, rows = network(), texts(3, 9, 60)
+    steps, ours, theirs = KernelSteps.of(model), Rows(model, rows), Rows(model, rows)
+    for n in range(12):
+        if n == 4:
+            model.head.weight.mul_(0.5)
+        if n == 6:
+            weight = model.layers[1].attn.wo.weight
+            weight.data = weight.data * 1.5
+        token_B, position_B = torch.tensor([n, n + 5, n + 9]), torch.tensor([len(row) for row in ours.rows])
+        trace, expected_trace = RoutingTrace(model.cfg), RoutingTrace(model.cfg)
+        expected = step(model, token_B, position_B, theirs.cache, expected_trace)
+        found = ours.go_on(steps, token_B[:, None], trace)
+        assert distance(found.logits_BTV[:, 0], expected) < 3e-6
+        assert torch.equal(trace.take(), expected_trace.take())
+        assert distance(model.head(found.state_BTD), found.logits_BTV) < 1e-6
+
+
+@torch.inference_mode()
+def test_what_is_not_finite_stays_in_its_row(instructions):
+    model, rows = network(), texts(4, 5, 6)
+    steps = KernelSteps.of(model)
+    clean = Rows(model, rows).go_on(steps, torch.tensor([[7], [8], [9]])).logits_BTV
+    for bad in (float("nan"), float("inf")):
+        model.embed.weight[8] = bad
+        broken = Rows(model, rows).go_on(steps, torch.tensor([[7], [8], [9]])).logits_BTV
+        assert broken[1].isnan().any() and torch.equal(broken[[0, 2]], clean[[0, 2]])
+
+
+def test_what_the_kernel_does_not_know_is_left_to_torch(instructions):
+    assert KernelSteps.of(torch.nn.Linear(1, 1)) is None
+    assert KernelSteps.of(network().double()) is None
+    model = network()
+    model.layers[2].attn.wo.bfloat16()
+    assert KernelSteps.of(model) is None

@@ -1,0 +1,69 @@
+"""Sampling in one pass against `engine.sampling`, which its own tests compare with the definition."""
+
+import pytest
+import torch
+
+from bessemer.engine.sampling import most_likely, sample, sample_rows, stream_key, uniform
+from bessemer.engine.sequence import SamplingParams
+from bessemer.kernels import sampling as kernel
+
+PARAMS = [
+    SamplingParams(0), SamplingParams(), SamplingParams(0.6), SamplingParams(1e-4), SamplingParams(1e4),
+    SamplingParams(top_k=1), SamplingParams(top_k=5), SamplingParams(top_k=10**6), SamplingParams(top_p=0.9),
+    SamplingParams(top_p=0.01), SamplingParams(min_p=0.2), SamplingParams(0.7, top_k=20, top_p=0.7),
+    SamplingParams(1.7, top_k=9, top_p=0.95, min_p=0.1),
+]  # fmt: skip
+
+
+def together(logits_BV, params, vocab, seed):
+    """Row b sampled with params[b % len(params)] in one call, and row by row by the reference."""
+    key = torch.tensor([stream_key(seed, b) for b in range(len(logits_BV))])
+    position = torch.arange(len(key)) * 7
+    each = [params[b % len(params)] for b in range(len(key))]
+    rules = torch.tensor([(p.temperature, p.top_p, p.top_k, p.min_p) for p in each], dtype=torch.float64)
+    u = uniform(key, position)
+    expected = [sample(logits_BV[b : b + 1].clone(), p, u[b : b + 1], vocab) for b, p in enumerate(each)]
+    return sample_rows(logits_BV, vocab, rules, key, position), [
+        torch.cat(column) for column in zip(*expected, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("V", "vocab"), [(1, 1), (7, 7), (64, 60), (130, 130), (300, 290), (4099, 4090)])
+def test_rows_with_parameters_of_their_own_equal_the_reference(instructions, V, vocab):
+    generator = torch.Generator().manual_seed(V)
+    logits = torch.randn(6 * len(PARAMS), V, generator=generator) * 3
+    logits[::5] = logits[::5].round()  # many equally likely tokens
+    logits[3::11, 1::2] = float("-inf")
+    before = logits.clone()
+    found, (token, logp, raw) = together(logits, PARAMS, vocab, V)
+    assert torch.equal(found.token_B, token) and torch.equal(logits, before)
+    for ours, theirs in ((found.logp_B, logp), (found.raw_logp_B, raw)):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-6)
+    best = most_likely(logits.view(6, -1, V), vocab)
+    assert torch.equal(best.token_BT.flatten(), logits[:, :vocab].argmax(-1))
+    exact = logits.double().log_softmax(-1).gather(1, best.token_BT.view(-1, 1))
+    torch.testing.assert_close(best.logp_BT.double().flatten(), exact.squeeze(1), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_logits_give_a_logprob_that_is_not_finite(instructions, bad):
+    logits = torch.zeros(3 * len(PARAMS), 70)
+    logits[1::3, 66] = bad
+    for params in PARAMS:
+        found, _ = together(logits, [params], 70, 0)
+        assert torch.isfinite(found.logp_B).view(-1, 3).tolist() == [[True, False, True]] * len(PARAMS)
+        assert found.token_B.min() >= 0 and found.token_B.max() < 70
+
+
+def test_extreme_logits_stay_exact(instructions):
+    logits = torch.tensor([[1e4, 0.0, -1e4, 9999.0], [-3e38, 3e38, 0.0, 0.0], [float("-inf"), 0.0, 0.0, float("-inf")]])
+    for temperature in (1e-4, 1.0, 1e4):
+        found, (token, logp, _) = together(logits, [SamplingParams(temperature)], 4, 2)
+        assert torch.equal(found.token_B, token)
+        torch.testing.assert_close(found.logp_B, logp, atol=1e-6, rtol=1e-6)
+
+
+def test_what_the_kernel_does_not_take(instructions):
+    assert kernel.serves(torch.zeros(2, 3))
+    for logits in (torch.zeros(2, 3).double(), torch.zeros(3, 2).T, torch.zeros(0, 3), torch.zeros(2, 3).bfloat16()):
+        assert not kernel.serves(logits)
