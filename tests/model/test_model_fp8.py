@@ -371,7 +371,7 @@ def test_a_weight_that_is_not_finite_makes_the_loss_so():
 
 @pytest.mark.parametrize("name", ["tiny", "small"])
 def test_bytes_kept_are_as_computed(name):
-    """Within 5 %: in FP8, in BF16 and in float32; and FP8 keeps less than a 2.5th of BF16."""
+    """Within 5 %: in FP8, in BF16 and in float32; and FP8 keeps less than a 1.9th of BF16."""
     cfg, found = preset(name), {}
     data = batch(cfg, rows=4, length=128)
     for dtype, recipe in ((torch.bfloat16, PAPER), (torch.bfloat16, None), (torch.float32, None)):
@@ -382,7 +382,7 @@ def test_bytes_kept_are_as_computed(name):
         wanted = activation_bytes(cfg, 4, 128, fp8=recipe is not None, number_bytes=dtype.itemsize)
         assert live == pytest.approx(wanted, rel=0.05), (dtype, recipe)
         found[dtype, recipe] = live
-    assert found[torch.bfloat16, PAPER] < found[torch.bfloat16, None] / 2.5
+    assert found[torch.bfloat16, PAPER] < found[torch.bfloat16, None] / 1.9
 
 
 def test_kept_bytes_of_other_shapes():
@@ -398,8 +398,7 @@ def test_kept_bytes_of_other_shapes():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_kept_of_long_rows_grow_with_their_length(dtype):
-    """Beyond 1,024 tokens attention keeps no probabilities; those of 1,100 would be 49 MiB beside
-    63 in float32."""
+    """Attention keeps no probabilities; those of 1,100 tokens would be 49 MiB beside 63 in float32."""
     cfg = preset("tiny")
     model = Transformer(cfg).initialise(0).to_compute(dtype)
     model.train()

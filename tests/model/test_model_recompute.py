@@ -89,7 +89,7 @@ def test_fewer_bytes_are_kept(dtype):
         wanted = activation_bytes(cfg, 4, 128, fp8=False, number_bytes=dtype.itemsize, recompute=phases)
         assert kept[phases] == pytest.approx(wanted, rel=0.02), phases
     assert all(kept[(phase,)] < 0.97 * kept[()] for phase in PHASES)
-    assert kept[PHASES] < 0.35 * kept[()]
+    assert kept[PHASES] < 0.36 * kept[()]
 
 
 def test_in_eval_mode_and_without_gradients_nothing_is_kept_or_repeated():

@@ -32,9 +32,10 @@ from torch import Tensor
 from bessemer.engine.kv_cache import LatentCache, PromptPages, RowGroup
 from bessemer.engine.sampling import GreedyTokens
 from bessemer.hf.causal_lm import CausalLM
+from bessemer.kernels import attention
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Attended, Layer
-from bessemer.model.mla import MLA
+from bessemer.model.mla import MLA, rotate
 from bessemer.model.moe import Dispatched
 from bessemer.model.transformer import Transformer
 
@@ -323,12 +324,21 @@ def expanded_after(attn: MLA, u_BTD: Tensor, latent_BSX: Tensor, rope: Tensor) -
     cfg = attn.cfg
     T, S = u_BTD.shape[1], latent_BSX.shape[1]
     c_BSC, k_rope_BSR = latent_BSX.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
-    k_nope, v = attn.wkv_b(c_BSC).unflatten(-1, (cfg.n_heads, -1)).split([cfg.qk_nope_head_dim, cfg.v_head_dim], -1)
-    k = torch.cat((k_nope, k_rope_BSR.unsqueeze(2).expand(-1, -1, cfg.n_heads, -1)), -1)
-    q = torch.cat(attn.queries(u_BTD, rope), -1)
+    kv = attn.wkv_b(c_BSC).unflatten(-1, (cfg.n_heads, -1))
+    q = attn.project(u_BTD)
+    if attention.serves(q, kv, k_rope_BSR, None, cfg.softmax_scale):
+        out, _ = attention.attention(q, kv, k_rope_BSR, rope, None, None, cfg.softmax_scale)
+        return attn.wo(out.flatten(-2))
+    nope = cfg.qk_nope_head_dim
+    q = torch.cat((q[..., :nope], rotate(q[..., nope:], rope.unsqueeze(-3))), -1)
+    k = torch.cat((kv[..., :nope], k_rope_BSR.unsqueeze(2).expand(-1, -1, cfg.n_heads, -1)), -1)
     visible_TS = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible_TS, scale=cfg.softmax_scale
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        kv[..., nope:].transpose(1, 2),
+        attn_mask=visible_TS,
+        scale=cfg.softmax_scale,
     )
     return attn.wo(out.transpose(1, 2).flatten(-2))
 

@@ -16,7 +16,6 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bessemer.model import attention_cpu, mla
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Phase
 from bessemer.precision.operand import TILE
@@ -221,7 +220,7 @@ def stage_activation_bytes(
 
     def layer(dense: bool) -> int:
         return layer_activation_bytes(
-            cfg, length, dense, fp8=fp8, number_bytes=number_bytes, fused=fused, recompute=recompute, cut=cut
+            cfg, dense, fp8=fp8, number_bytes=number_bytes, fused=fused, recompute=recompute, cut=cut
         )
 
     state, modules = cfg.dim * number_bytes, cfg.n_mtp if mtp and last else 0
@@ -233,7 +232,7 @@ def stage_activation_bytes(
 
 
 def layer_activation_bytes(
-    cfg: ModelConfig, length: int, dense: bool, *, fp8: bool, number_bytes: int = 2, fused: bool = False,
+    cfg: ModelConfig, dense: bool, *, fp8: bool, number_bytes: int = 2, fused: bool = False,
     recompute: Collection[Phase] = (), cut: bool = False,
 ) -> int:  # fmt: skip
     """One token in one layer."""
@@ -245,7 +244,7 @@ def layer_activation_bytes(
         inner = _e4m3(2 * cfg.moe_inter_dim)
     else:
         # norms save input and output
-        core = _attention_cut(cfg, number_bytes) if cut else _attention_plain(cfg, length, number_bytes, fused)
+        core = _attention_cut(cfg, number_bytes) if cut else _attention_plain(cfg, number_bytes, fused)
         attend = state if again else core + state
         attend += state + (0 if dense or again else _gate(cfg, number_bytes, fused))
         ffn = _ffn_plain(cfg.inter_dim, number_bytes) if dense else _sparse_plain(cfg, number_bytes, recompute)
@@ -279,18 +278,13 @@ def _sparse_fp8(cfg: ModelConfig) -> int:
     return cfg.n_activated_experts * (_ffn_fp8(cfg, cfg.moe_inter_dim) + ROUTED) + shared
 
 
-def _attention_plain(cfg: ModelConfig, length: int, number_bytes: int, fused: bool) -> int:
-    """Norms save input and output; the core saves heads and probabilities in float32, or, for long sequences, its
-    arguments and the softmax denominators (`attention_cpu`)."""
+def _attention_plain(cfg: ModelConfig, number_bytes: int, fused: bool) -> int:
+    """Norms save input and output; the core saves the softmax denominators and its arguments (`attention_cpu`), or,
+    `fused` on a GPU, the heads of queries, keys and values."""
     norms = 2 * cfg.dim + 2 * cfg.q_lora_rank + 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
-    heads, out = cfg.n_heads * (2 * cfg.qk_head_dim + cfg.v_head_dim), cfg.n_heads * cfg.v_head_dim
-    if fused:
-        return (norms + heads + out) * number_bytes + NUMBER * cfg.n_heads
-    if length > mla.LONGEST_STORED:
-        given = cfg.n_heads * (cfg.qk_head_dim + cfg.qk_nope_head_dim + cfg.v_head_dim)
-        return (norms + given + out) * number_bytes + NUMBER * cfg.n_heads
-    probabilities = cfg.n_heads * attention_cpu.n_probabilities(length) / length
-    return int((norms + out) * number_bytes + NUMBER * (heads + probabilities))
+    key = cfg.qk_head_dim if fused else cfg.qk_nope_head_dim
+    core = cfg.n_heads * (cfg.qk_head_dim + key + 2 * cfg.v_head_dim)
+    return (norms + core) * number_bytes + NUMBER * cfg.n_heads
 
 
 def _attention_cut(cfg: ModelConfig, number_bytes: int) -> int:

@@ -13,10 +13,9 @@ Plain RoPE serves the whole short-context stage; the config switches on YaRN (V3
 `attention_reference` is the softmax core as an equation. `latent_attention` takes the projections, rotates them, builds
 the heads and picks a backend:
 
-    CPU, T <= LONGEST_STORED   `attention_cpu.latent_attention`: one operation from the projections to the output, with
-                               its own backward
-    CPU, longer                `attention_cpu.long_attention`: the same, and what it saves grows with T instead of T^2
-    everything else            torch's scaled_dot_product_attention
+    CPU               `attention_cpu.latent_attention`: one operation from the projections to the output, with its own
+                      backward
+    everything else   torch's scaled_dot_product_attention
 
 Shapes: B sequences, T queries, S cached tokens, D hidden, H heads, N/R nope and rope widths, V value width, C latent
 rank.
@@ -34,8 +33,6 @@ from bessemer.model import attention_cpu
 from bessemer.model.config import ModelConfig, yarn_mscale
 from bessemer.model.norm import RMSNorm
 
-LONGEST_STORED = 1024
-"""Up to this length the CPU backend saves probabilities, which grow with T^2; beyond it backward recomputes them."""
 # The released code gives the latent norms RMSNorm's default and only the block norms rms_norm_eps; the two differ in
 # Moonlight (1e-5).
 LATENT_EPS = 1e-6
@@ -208,8 +205,7 @@ def latent_attention(
     """MLA's core, expanded: q [B, T, H, N + R] and k_rope [B, T, R], both before rotation; kv [B, T, H, N + V] holds
     keys and values of every head; rope [T, R/2, 2] or [B, T, R/2, 2]. Returns [B, T, H, V]."""
     if _on_cpu(q):
-        core = attention_cpu.latent_attention if q.shape[1] <= LONGEST_STORED else attention_cpu.long_attention
-        return core(q, kv, k_rope, rope, segments_BT, scale)[0]
+        return attention_cpu.latent_attention(q, kv, k_rope, rope, segments_BT, scale)[0]
     return _torch_attention(q, kv, k_rope, rope, scale, segments_BT)
 
 

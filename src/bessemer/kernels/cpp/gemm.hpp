@@ -61,61 +61,16 @@ struct FloatGemm {
     }
 
     // C [M, N] with rows of ldc, from A(m, k) = a[m * ars + k * acs] and a packed B.
-    static void multiply(i64 M, i64 N, i64 K, const float* a, i64 ars, i64 acs, const float* b, float* c, i64 ldc, bool add) {
-        for (i64 n = 0; n < N; n += NR, b += K * NR)
-            for (i64 m = 0; m < M; m += MR) {
-                i64 rows = least(MR, M - m), columns = least(NR, N - n);
-                block<MR>((int)rows, (int)columns, K, a + m * ars, ars, acs, b, c + m * ldc + n, ldc, add);
-            }
-    }
+    static void multiply(i64 M, i64 N, i64 K, const float* a, i64 ars, i64 acs, const float* b, float* c, i64 ldc,
+                         bool add);
     static void multiply(i64 M, i64 N, i64 K, const float* a, i64 lda, const float* b, float* c, i64 ldc, bool add) {
         multiply(M, N, K, a, lda, 1, b, c, ldc, add);
     }
+    // The same with B row-major, as it lies. Reads whole vectors at the end of its rows, so ldb >= N rounded up to W.
+    static void multiply_rows(i64 M, i64 N, i64 K, const float* a, i64 ars, i64 acs, const float* b, i64 ldb, float* c,
+                              i64 ldc, bool add);
 
     struct Session {};  // what a thread holds while it multiplies
-
-   private:
-    template <int R>
-    static INLINE void block(int rows, int columns, i64 K, const float* a, i64 ars, i64 acs, const float* b, float* c, i64 ldc, bool add) {
-        if constexpr (R > 1) {
-            if (rows < R) {
-                block<R - 1>(rows, columns, K, a, ars, acs, b, c, ldc, add);
-                return;
-            }
-        }
-        registers<R>(columns, K, a, ars, acs, b, c, ldc, add);
-    }
-
-    template <int R>
-    static __attribute__((noinline)) void registers(int columns, i64 K, const float* a, i64 ars, i64 acs, const float* b, float* c, i64 ldc, bool add) {
-        vf sum[R][NV];
-#pragma GCC unroll 16
-        for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) sum[i][j] = (vf){};
-        for (i64 k = 0; k < K; ++k, b += NR, a += acs) {
-            vf right[NV];
-#pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) right[j] = load(b + j * W);
-#pragma GCC unroll 16
-            for (int i = 0; i < R; ++i) {
-                vf left = splat(a[i * ars]);
-#pragma GCC unroll 4
-                for (int j = 0; j < NV; ++j) sum[i][j] += left * right[j];
-            }
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) {
-                float* to = c + i * ldc + j * W;
-                int left = columns - j * W;
-                if (left >= W)
-                    store(to, add ? load(to) + sum[i][j] : sum[i][j]);
-                else if (left > 0)
-                    store_part(to, add ? load_part(to, left) + sum[i][j] : sum[i][j], left);
-            }
-    }
 };
 
 #if defined(__AMX_BF16__) || defined(BESSEMER_EMULATE_TILES)

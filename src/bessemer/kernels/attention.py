@@ -1,0 +1,69 @@
+"""The softmax core of MLA (`model.attention_cpu`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bessemer.kernels.library import DTYPES, call, fits, threads
+
+
+def serves(q: Tensor, kv: Tensor, k_rope: Tensor, segments_BT: Tensor | None, scale: float) -> bool:
+    return (
+        fits(q, kv, k_rope)
+        and min(q.numel(), kv.numel(), k_rope.numel(), scale) > 0
+        and (segments_BT is None or segments_BT.dtype == torch.int64)
+    )
+
+
+def _table(rope: Tensor | None) -> tuple[Tensor | None, int]:
+    """A table of rotations [T, R/2, 2] or [B, T, R/2, 2], and the numbers from row to row of the batch."""
+    if rope is None:
+        return None, 0
+    rope = rope.contiguous()
+    return rope, rope[0].numel() if rope.dim() == 4 else 0
+
+
+def _segments(segments_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Segments, and room for their numbers in the order of rank."""
+    if segments_BT is None:
+        return None, None
+    return segments_BT.contiguous(), torch.empty(segments_BT.shape, dtype=torch.int32)
+
+
+def attention(
+    q: Tensor, kv: Tensor, k_rope: Tensor, q_table: Tensor | None, k_table: Tensor | None, segments_BT: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output [B, T, H, V] and log of the softmax denominators [B*H, T] in float32, of T queries q [B, T, H, N + R] that
+    stand at the last T of S positions: kv [B, S, H, N + V], k_rope [B, S, R], segments [B, S]. A table of None: the
+    rotary columns are rotated already."""
+    B, T, H, width = q.shape
+    S, R = k_rope.shape[1:]
+    V = kv.shape[-1] - width + R
+    q, kv, k_rope = q.contiguous(), kv.contiguous(), k_rope.contiguous()
+    out, lse = torch.empty(B, T, H, V, dtype=q.dtype), torch.empty(B * H, T)
+    call(
+        f"attention_{DTYPES[q.dtype]}", "ppp" + "pi" * 2 + "pppp" + "i" * 7 + "fi",
+        q, kv, k_rope, *_table(q_table), *_table(k_table), *_segments(segments_BT), out, lse,
+        B, H, T, S, width - R, R, V, scale, threads(),
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor, q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, segments_BT: Tensor | None, scale: float,
+    out: Tensor, lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, kv and k_rope, for as many queries as keys."""
+    B, T, H, width = q.shape
+    R = k_rope.shape[-1]
+    V = kv.shape[-1] - width + R
+    dout, q, kv, k_rope, out = (x.contiguous() for x in (dout.to(q.dtype), q, kv, k_rope, out.to(q.dtype)))
+    dq, dkv, dk_rope = (torch.empty_like(x) for x in (q, kv, k_rope))
+    call(
+        f"attention_backward_{DTYPES[q.dtype]}", "pppp" + "pi" + "p" * 8 + "i" * 6 + "fi",
+        dout, q, kv, k_rope, *_table(table), *_segments(segments_BT), out, lse.contiguous(),
+        dq, dkv, torch.empty(B, H, T, R), dk_rope, B, H, T, width - R, R, V, scale, threads(),
+    )  # fmt: skip
+    return dq, dkv, dk_rope
