@@ -26,6 +26,7 @@ from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
 from bessemer.data.batch import Batch
 from bessemer.engine import decode
+from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.kernels import library
 from bessemer.model.config import ModelConfig, preset
 from bessemer.model.moe import FFN
@@ -132,9 +133,17 @@ def decoding(cfg: ModelConfig, dtype: torch.dtype, rows: int, length: int) -> Ca
     cache.admit([(prompt, rows)])
     tokens, positions = torch.randint(0, cfg.vocab_size, (rows,)), torch.full((rows,), length)
 
+    steps_of = {}
+    for setting in ("off", "auto"):
+        with kernels(setting):
+            steps_of[setting] = KernelSteps.of(model)
+
     @torch.inference_mode()
     def work() -> object:
-        return decode.step(model, tokens, positions, cache)
+        steps = steps_of[os.environ[library.VARIABLE]]
+        if steps is None:
+            return decode.step(model, tokens, positions, cache)
+        return steps(tokens.unsqueeze(1), positions, cache)
 
     return work
 
