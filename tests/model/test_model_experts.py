@@ -84,4 +84,8 @@ def test_custom_op_is_registered_properly():
     from bessemer.model import experts
 
     rows, weights, count, w13, w2 = case([3, 2, 4], torch.float32)
-    torch.library.opcheck(experts._forward, (rows, weights, count, w13, w2))
+    order = torch.tensor([2, 0, 1, 4, 3, 8, 7, 6, 5])
+    torch.library.opcheck(experts._forward, (rows, weights, count, None, w13, w2, True))
+    torch.library.opcheck(experts._forward, (rows[:3], weights.view(3, 3), count, order, w13, w2, True))
+    torch.library.opcheck(experts._forward, (rows, None, None, None, w13[0], w2[0], True))
+    torch.library.opcheck(experts.expert_order, (order.view(3, 3), 9))

@@ -196,7 +196,7 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, causal: bool = True, mtp: bo
 
 INDEX, NUMBER = 8, 4  # int64, float32
 ROUTED = 3 * INDEX + NUMBER
-"""Per routed row besides the row itself: its token, its place among the gates and on the way back, and its gate."""
+"""Per routed row that is sent, besides itself: its token, its place among the gates and on the way back, its gate."""
 
 
 def activation_bytes(
@@ -207,21 +207,24 @@ def activation_bytes(
     modules; `recompute`: recomputed phases (`Transformer.set_recompute`)."""
     layers = range(cfg.n_layers)
     return stage_activation_bytes(
-        cfg, layers, rows, length, last=True, fp8=fp8, number_bytes=number_bytes, mtp=mtp, recompute=recompute
-    )
+        cfg, layers, rows, length, last=True, fp8=fp8, number_bytes=number_bytes, mtp=mtp, recompute=recompute,
+        whole=True,
+    )  # fmt: skip
 
 
 def stage_activation_bytes(
     cfg: ModelConfig, layers: Iterable[int], rows: int, length: int, *, last: bool, fp8: bool, number_bytes: int = 2,
-    mtp: bool = True, fused: bool = False, recompute: Collection[Phase] = (), cut: bool = False,
+    mtp: bool = True, fused: bool = False, recompute: Collection[Phase] = (), cut: bool = False, whole: bool = False,
 ) -> int:  # fmt: skip
     """The same for the layers of one pipeline stage. The `last` stage has norm, MTP modules and loss; any other saves
-    its output. `cut`: sequences are split over ranks (`dist.context_parallel`), and `length` is one rank's share."""
+    its output. `cut`: sequences are split over ranks (`dist.context_parallel`), and `length` is one rank's share.
+    `whole`: layers run whole, so no rows are sent to the experts."""
 
     def layer(dense: bool) -> int:
         return layer_activation_bytes(
-            cfg, dense, fp8=fp8, number_bytes=number_bytes, fused=fused, recompute=recompute, cut=cut
-        )
+            cfg, dense, fp8=fp8, number_bytes=number_bytes, fused=fused, recompute=recompute, cut=cut,
+            whole=whole,
+        )  # fmt: skip
 
     state, modules = cfg.dim * number_bytes, cfg.n_mtp if mtp and last else 0
     token = sum(layer(i < cfg.n_dense_layers) for i in layers)
@@ -233,7 +236,7 @@ def stage_activation_bytes(
 
 def layer_activation_bytes(
     cfg: ModelConfig, dense: bool, *, fp8: bool, number_bytes: int = 2, fused: bool = False,
-    recompute: Collection[Phase] = (), cut: bool = False,
+    recompute: Collection[Phase] = (), cut: bool = False, whole: bool = False,
 ) -> int:  # fmt: skip
     """One token in one layer."""
     state, again = cfg.dim * number_bytes, "attend" in recompute
@@ -247,8 +250,8 @@ def layer_activation_bytes(
         core = _attention_cut(cfg, number_bytes) if cut else _attention_plain(cfg, number_bytes, fused)
         attend = state if again else core + state
         attend += state + (0 if dense or again else _gate(cfg, number_bytes, fused))
-        ffn = _ffn_plain(cfg.inter_dim, number_bytes) if dense else _sparse_plain(cfg, number_bytes, recompute)
-        inner = 2 * cfg.moe_inter_dim * number_bytes
+        ffn = _ffn_plain(cfg.inter_dim, number_bytes) if dense else _sparse_plain(cfg, number_bytes, recompute, whole)
+        inner = 2 * cfg.moe_inter_dim * number_bytes + (INDEX if whole else 0)
     if "experts" in recompute:
         ffn -= (0 if fp8 else ffn) if dense else cfg.n_activated_experts * inner
     return attend + ffn
@@ -307,7 +310,9 @@ def _gate(cfg: ModelConfig, number_bytes: int, fused: bool) -> int:
     return 2 * scores + choices + NUMBER * cfg.n_activated_experts + (NUMBER * cfg.dim if number_bytes < NUMBER else 0)
 
 
-def _sparse_plain(cfg: ModelConfig, number_bytes: int, recompute: Collection[Phase]) -> int:
-    row = (cfg.dim + 2 * cfg.moe_inter_dim) * number_bytes + ROUTED
+def _sparse_plain(cfg: ModelConfig, number_bytes: int, recompute: Collection[Phase], whole: bool) -> int:
+    row = 2 * cfg.moe_inter_dim * number_bytes + (INDEX if whole else cfg.dim * number_bytes + ROUTED)
+    if whole and "attend" in recompute:
+        row += INDEX + NUMBER  # choice and gate, which the gate does not keep then
     shared = 0 if "finish" in recompute else _ffn_plain(cfg.n_shared_experts * cfg.moe_inter_dim, number_bytes)
     return cfg.n_activated_experts * row + shared

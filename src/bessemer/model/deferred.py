@@ -80,6 +80,22 @@ def store_of(weight: Tensor) -> Store | None:
     return store if store is not None and store.is_open else None
 
 
+def own_gradient(weight: Tensor) -> Tensor | None:
+    """The gradient of a parameter, where a backward may add to it itself, as autograd would have (Megatron's
+    main_grad): it exists in float32, as the optimizer makes it, the running pass is one that adds to it, and nobody
+    waits for the addend. Spares a tensor of the weight's size and a pass over it."""
+    if type(weight) is not nn.Parameter:  # not where the compiler traces
+        return None
+    grad, hooks = weight.grad, weight._backward_hooks or weight._post_accumulate_grad_hooks
+    if grad is None or hooks or grad.dtype != torch.float32 or not grad.is_contiguous():
+        return None
+    try:
+        node = torch.autograd.graph.get_gradient_edge(weight).node
+        return grad if torch._C._will_engine_execute_node(node) else None
+    except RuntimeError:  # torch.autograd.grad, which returns the gradient
+        return None
+
+
 def gradient(weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
     """The gradient that a backward returns for a weight: `compute()`, or None if an open store defers it."""
     store = store_of(weight)

@@ -1,10 +1,17 @@
-"""The grouped SwiGLU of the routed experts: rows sorted by expert, one weight set per group.
+"""SwiGLU of the routed experts: rows sorted by expert, one weight set per expert; and of a dense FFN, one expert.
 
-`expert_ffn_reference` is the plain loop; `expert_ffn` is the same function with a hand-written backward that keeps each
-expert's rows in cache and recomputes the activation instead of storing it (V3 3.2.3 stores the inputs of SwiGLU and
-recomputes its output). The gate weight is applied between the two matrices, where rows are narrowest.
+`expert_ffn_reference` is the plain loop over rows in expert order; `expert_ffn` is the same function with a
+hand-written backward that recomputes the activation instead of storing it (V3 3.2.3 stores the inputs of SwiGLU and
+recomputes its output). The gate weight is applied between the two matrices, where rows are narrowest. `routed_ffn` adds
+dispatch and combine: whole layers on one device go from tokens to tokens. `dense_ffn` has one expert and no gate.
 
-Shapes: M routed rows in expert order, D hidden, E experts, F inner width; count_E rows per expert, sum M.
+All three are one operation. On a CPU `kernels.experts` computes it, block by block and without ever storing the rows
+[M, D]; otherwise torch does, below. Its backward adds weight gradients to the float32 gradients of the parameters
+itself where `deferred.own_gradient` allows.
+
+Shapes: N tokens, K experts per token, M = N K routed rows in expert order, D hidden, E experts, F inner width; count_E
+rows per expert; order_M the number n K + k of every row among the choices. x is [N, D], or [M, D] in expert order
+already if there is no order.
 """
 
 from __future__ import annotations
@@ -14,7 +21,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from bessemer.kernels import experts as kernel
 from bessemer.model import deferred
 from bessemer.model.operation import operation
 
@@ -29,17 +38,112 @@ def expert_ffn_reference(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13
     return torch.cat(out)
 
 
+@operation("expert_order")
+def expert_order(expert_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """(order_M, count_E): the choices sorted by expert, ties in order of the tokens."""
+    if kernel.sorts(expert_NK):
+        return kernel.sort(expert_NK, n_experts)
+    expert_M, order_M = expert_NK.flatten().sort(stable=True)
+    return order_M, torch.bincount(expert_M, minlength=n_experts)
+
+
+@torch.library.register_fake(expert_order)
+def _(expert_NK, n_experts):
+    return expert_NK.new_empty(expert_NK.numel()), expert_NK.new_empty(n_experts)
+
+
+def slots(order_M: Tensor) -> Tensor:
+    """The row of every choice: the inverse of the order."""
+    slot_M = torch.empty_like(order_M)
+    slot_M[order_M] = torch.arange(len(order_M), device=order_M.device)
+    return slot_M
+
+
+def _combined(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
+    """Rows summed over the choices of every token, [N, D], as the kernel does: in float32 (float64 stays) and in
+    ascending order of experts, which is that of their rows."""
+    slot_KN = slot_NK.sort(1).values.t()
+    dtype = torch.promote_types(rows_MD.dtype, torch.float32)
+    total_ND = rows_MD.new_zeros(len(slot_NK), rows_MD.shape[1], dtype=dtype)
+    for slot_N in slot_KN:
+        total_ND += rows_MD.index_select(0, slot_N)
+    return total_ND.to(rows_MD.dtype)
+
+
+class Combine(torch.autograd.Function):
+    """The K weighted expert outputs of every token, summed."""
+
+    @staticmethod
+    def forward(ctx, rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_NK)
+        return _combined(rows_MD, slot_NK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_ND: Tensor) -> tuple[Tensor, None]:
+        (slot_NK,) = ctx.saved_tensors
+        return dy_ND.index_select(0, slots(slot_NK.flatten()) // slot_NK.shape[1]), None
+
+
+def _choices(order_M: Tensor, n_tokens: int) -> int:
+    return len(order_M) // n_tokens if n_tokens else 1
+
+
+class _Rows:
+    """Tokens, gates and weights as torch's form of the operation takes them: rows in expert order, stacked weights."""
+
+    def __init__(
+        self, x_ND: Tensor, weight: Tensor | None, count_E: Tensor | None, order_M: Tensor | None, w13: Tensor,
+        w2: Tensor,
+    ):  # fmt: skip
+        self.order_M, self.n_tokens = order_M, len(x_ND)
+        self.count_E = count_E if count_E is not None else torch.tensor([len(x_ND)])
+        self.rows_MD = self.of(x_ND)
+        if weight is None:
+            self.weight_M = x_ND.new_ones(len(x_ND))
+        else:
+            self.weight_M = weight if order_M is None else weight.flatten()[order_M]
+        self.w13, self.w2 = (w.view(-1, *w.shape[-2:]) for w in (w13, w2))
+
+    def of(self, x_ND: Tensor) -> Tensor:
+        if self.order_M is None:
+            return x_ND
+        return x_ND.index_select(0, self.order_M // _choices(self.order_M, self.n_tokens))
+
+    def summed(self, rows_MD: Tensor) -> Tensor:
+        """Rows in expert order, summed for every token."""
+        if self.order_M is None:
+            return rows_MD
+        return _combined(rows_MD, slots(self.order_M).view(self.n_tokens, _choices(self.order_M, self.n_tokens)))
+
+    def of_choices(self, dweight_M: Tensor, weight: Tensor | None) -> Tensor | None:
+        """The gradient of the gates in their shape."""
+        if weight is None:
+            return None
+        return dweight_M if self.order_M is None else dweight_M[slots(self.order_M)].view(weight.shape)
+
+
+def _routes(weight: Tensor | None, count_E: Tensor | None, order_M: Tensor | None, x_ND: Tensor) -> kernel.Routes:
+    count_E = torch.tensor([len(x_ND)]) if count_E is None else count_E.contiguous()
+    return kernel.Routes(count_E, order_M, None if weight is None else weight.float().contiguous())
+
+
 @operation("expert_ffn")
-def _forward(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (y [M, D], h [M, 2F]); h is saved for backward."""
-    inner = w2.shape[2]
-    h_MH = rows_MD.new_empty(rows_MD.shape[0], 2 * inner)
-    y_MD = torch.empty_like(rows_MD)
-    for e, rows, window, mine in _segments(count_E, rows_MD):
-        h = _product(rows_MD[window], w13[e].t(), h_MH[rows], mine)
-        act = F.silu(h[:, :inner]).mul_(h[:, inner:]).mul_(weight_M[window, None])
-        _product(act, w2[e].t(), y_MD[rows], mine)
-    return y_MD, h_MH
+def _forward(
+    x_ND: Tensor, weight: Tensor | None, count_E: Tensor | None, order_M: Tensor | None, w13: Tensor, w2: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns (y [N, D], h [M, 2F]); h, for backward, is empty without `keep`."""
+    if kernel.serves(x_ND, w13, w2):
+        return kernel.forward(x_ND, _routes(weight, count_E, order_M, x_ND), w13, w2, keep)
+    r, inner = _Rows(x_ND, weight, count_E, order_M, w13, w2), w2.shape[-1]
+    h_MH = x_ND.new_empty(len(r.rows_MD), 2 * inner)
+    y_MD = torch.empty_like(r.rows_MD)
+    for e, rows, window, mine in _segments(r.count_E, r.rows_MD):
+        h = _product(r.rows_MD[window], r.w13[e].t(), h_MH[rows], mine)
+        act = F.silu(h[:, :inner]).mul_(h[:, inner:]).mul_(r.weight_M[window, None])
+        _product(act, r.w2[e].t(), y_MD[rows], mine)
+    return r.summed(y_MD), h_MH if keep else h_MH.new_empty(0, 2 * inner)
 
 
 PADDED = 32
@@ -74,25 +178,26 @@ def _product(a: Tensor, b: Tensor, out: Tensor, mine: slice) -> Tensor:
 
 
 @torch.library.register_fake(_forward)
-def _(rows_MD, weight_M, count_E, w13, w2):
-    return torch.empty_like(rows_MD), rows_MD.new_empty(rows_MD.shape[0], 2 * w2.shape[2])
+def _(x_ND, weight, count_E, order_M, w13, w2, keep):
+    rows = len(x_ND) if order_M is None else len(order_M)
+    return x_ND.new_empty(x_ND.shape), x_ND.new_empty(rows if keep else 0, 2 * w2.shape[-1])
 
 
 @operation("expert_ffn_backward")
 def _backward(
-    dy_MD: Tensor, rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor, h_MH: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rows, weights, w13 and w2."""
-    drows, dweight = torch.empty_like(rows_MD), torch.empty_like(weight_M)
-    dw13, dw2 = torch.zeros_like(w13), torch.zeros_like(w2)
-    for e, rows, window, mine in _segments(count_E, rows_MD):
-        dy = _own_rows(dy_MD, rows, window, mine)
-        weight = weight_M[window, None].to(dy.dtype)
-        act, dh, dweight[rows] = _activation_backward(dy, weight, h_MH[window], w2[e], mine)
-        torch.mm(dy.t(), act, out=dw2[e])
-        _product(dh, w13[e], drows[rows], mine)
-        torch.mm(dh.t(), rows_MD[window], out=dw13[e])
-    return drows, dweight, dw13, dw2
+    dy_ND: Tensor, x_ND: Tensor, weight: Tensor | None, count_E: Tensor | None, order_M: Tensor | None, w13: Tensor,
+    w2: Tensor, h_MH: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, gates (empty if there are none), w13 and w2."""
+    if kernel.serves(x_ND, w13, w2):
+        routes = _routes(weight, count_E, order_M, x_ND)
+        dw13, dw2 = torch.empty_like(w13), torch.empty_like(w2)
+        dx_ND, dweight = kernel.backward(dy_ND.contiguous(), x_ND, routes, w13, w2, h_MH, dw13, dw2)[:2]
+    else:
+        dx_ND, dweight, act_MF, dh_MH = _backward_input(dy_ND, x_ND, weight, count_E, order_M, w13, w2, h_MH)
+        dw2 = _weight_gradient(dy_ND, act_MF, count_E, order_M, w2, by_inner=False)
+        dw13 = _weight_gradient(x_ND, dh_MH, count_E, order_M, w13, by_inner=True)
+    return dx_ND, x_ND.new_empty(0) if weight is None or dweight is None else dweight.to(weight.dtype), dw13, dw2
 
 
 def _own_rows(x_MX: Tensor, rows: slice, window: slice, mine: slice) -> Tensor:
@@ -124,56 +229,99 @@ def _activation_backward(
 
 
 def _backward_input(
-    dy_MD: Tensor, rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor, h_MH: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rows and weights, and act and dh, from which those of w2 and w13 follow with dy and rows."""
-    drows, dweight = torch.empty_like(rows_MD), torch.empty_like(weight_M)
-    act_MF, dh_MH = h_MH.new_empty(len(h_MH), w2.shape[2]), torch.empty_like(h_MH)
-    for e, rows, window, mine in _segments(count_E, rows_MD):
+    dy_ND: Tensor, x_ND: Tensor, weight: Tensor | None, count_E: Tensor | None, order_M: Tensor | None, w13: Tensor,
+    w2: Tensor, h_MH: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x and gates, and act and dh, from which those of w2 and w13 follow with dy and x."""
+    if kernel.serves(x_ND, w13, w2):
+        routes = _routes(weight, count_E, order_M, x_ND)
+        dx, dweight, act, dh = kernel.backward(dy_ND, x_ND, routes, w13, w2, h_MH, None, None, operands=True)
+        assert act is not None and dh is not None
+        return dx, dweight, act, dh
+    r = _Rows(x_ND, weight, count_E, order_M, w13, w2)
+    dy_MD = r.of(dy_ND)
+    drows, dweight = torch.empty_like(r.rows_MD), torch.empty_like(r.weight_M)
+    act_MF, dh_MH = h_MH.new_empty(len(h_MH), w2.shape[-1]), torch.empty_like(h_MH)
+    for e, rows, window, mine in _segments(r.count_E, r.rows_MD):
         dy = _own_rows(dy_MD, rows, window, mine)
-        weight = weight_M[window, None].to(dy.dtype)
-        act, dh, dweight[rows] = _activation_backward(dy, weight, h_MH[window], w2[e], mine)
-        _product(dh, w13[e], drows[rows], mine)
+        gate = r.weight_M[window, None].to(dy.dtype)
+        act, dh, dweight[rows] = _activation_backward(dy, gate, h_MH[window], r.w2[e], mine)
+        _product(dh, r.w13[e], drows[rows], mine)
         act_MF[rows], dh_MH[rows] = act[mine], dh[mine]
-    return drows, dweight, act_MF, dh_MH
+    return r.summed(drows), r.of_choices(dweight, weight), act_MF, dh_MH
 
 
-def _weight_gradient(dy_MX: Tensor, x_MY: Tensor, count_E: Tensor, weight: Tensor) -> Tensor:
-    """dy^T x of every expert's rows, [E, X, Y]."""
-    dw = torch.zeros_like(weight)
-    for e, rows, window, mine in _segments(count_E, x_MY):
-        torch.mm(_own_rows(dy_MX, rows, window, mine).t(), x_MY[window], out=dw[e])
-    return dw
+def _weight_gradient(
+    tokens_ND: Tensor, inner_MX: Tensor, count_E: Tensor | None, order_M: Tensor | None, w: Tensor, by_inner: bool
+) -> Tensor:
+    """tokens^T inner of every expert's rows: w2's gradient from dy and act; `by_inner` inner^T tokens: w13's from x and
+    dh."""
+    if kernel.serves(tokens_ND, w, w):
+        dw = torch.empty_like(w, dtype=torch.float32)
+        kernel.weight_gradient(tokens_ND, _routes(None, count_E, order_M, tokens_ND), inner_MX, dw, by_inner)
+        return dw
+    r = _Rows(tokens_ND, None, count_E, order_M, w, w)
+    left, right = (inner_MX, r.rows_MD) if by_inner else (r.rows_MD, inner_MX)
+    dw = torch.zeros_like(r.w2)
+    for e, rows, window, mine in _segments(r.count_E, right):
+        torch.mm(_own_rows(left, rows, window, mine).t(), right[window], out=dw[e])
+    return dw.view_as(w)
 
 
 @torch.library.register_fake(_backward)
-def _(dy_MD, rows_MD, weight_M, count_E, w13, w2, h_MH):
-    return tuple(torch.empty_like(t) for t in (rows_MD, weight_M, w13, w2))
+def _(dy_ND, x_ND, weight, count_E, order_M, w13, w2, h_MH):
+    dweight = x_ND.new_empty(0) if weight is None else torch.empty_like(weight)
+    return x_ND.new_empty(x_ND.shape), dweight, torch.empty_like(w13), torch.empty_like(w2)
 
 
 def _setup(ctx, inputs, output):
-    rows_MD, weight_M, count_E, w13, w2 = inputs
+    *tensors, _ = inputs
     ctx.set_materialize_grads(False)  # h has no gradient; zeros of its size would cost one more pass
-    ctx.save_for_backward(rows_MD, weight_M, count_E, w13, w2, output[1])
+    ctx.save_for_backward(*tensors, output[1])
 
 
-def _grad(ctx, dy_MD, _dh):
-    if dy_MD is None:
-        return None, None, None, None, None
-    dy_MD, saved = dy_MD.contiguous(), ctx.saved_tensors
-    rows_MD, _, count_E, w13, w2, _ = saved
-    if deferred.store_of(w13) is None:
-        drows, dweight, dw13, dw2 = _backward(dy_MD, *saved)
+def _grad(ctx, dy_ND, _dh):
+    if dy_ND is None:
+        return (None,) * 7
+    dy_ND, saved = dy_ND.contiguous(), ctx.saved_tensors
+    x_ND, weight, count_E, order_M, w13, w2, h_MH = saved
+    own = [deferred.own_gradient(w) for w in (w13, w2)]
+    if deferred.store_of(w13) is not None:
+        dx, dweight, act_MF, dh_MH = _backward_input(dy_ND, *saved)
+        dw2 = deferred.gradient(w2, lambda: _weight_gradient(dy_ND, act_MF, count_E, order_M, w2, by_inner=False))
+        dw13 = deferred.gradient(w13, lambda: _weight_gradient(x_ND, dh_MH, count_E, order_M, w13, by_inner=True))
+    elif own[0] is not None and own[1] is not None and kernel.serves(x_ND, w13, w2):
+        routes = _routes(weight, count_E, order_M, x_ND)
+        dx, dweight = kernel.backward(dy_ND, x_ND, routes, w13, w2, h_MH, *own, add=True)[:2]
+        dw13 = dw2 = None
     else:
-        drows, dweight, act_MF, dh_MH = _backward_input(dy_MD, *saved)
-        dw2 = deferred.gradient(w2, lambda: _weight_gradient(dy_MD, act_MF, count_E, w2))
-        dw13 = deferred.gradient(w13, lambda: _weight_gradient(dh_MH, rows_MD, count_E, w13))
-    return drows, dweight, None, dw13, dw2
+        dx, dweight, dw13, dw2 = _backward(dy_ND, *saved)
+    if weight is not None and dweight is not None:
+        dweight = dweight.to(weight.dtype)
+    return dx, None if weight is None else dweight, None, None, dw13, dw2, None
 
 
 torch.library.register_autograd(_forward, _grad, setup_context=_setup)
 
 
+def _called(
+    x_ND: Tensor, weight: Tensor | None, count_E: Tensor | None, order_M: Tensor | None, w13: Tensor, w2: Tensor
+) -> Tensor:  # fmt: skip
+    return _forward(x_ND, weight, count_E, order_M, w13, w2, torch.is_grad_enabled())[0]
+
+
 def expert_ffn(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
     """`expert_ffn_reference`, fast; same arguments and result."""
-    return _forward(rows_MD, weight_M, count_E, w13, w2)[0]
+    return _called(rows_MD, weight_M, count_E, None, w13, w2)
+
+
+def routed_ffn(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """The weighted sum over its K experts of every token, [N, D]: `expert_ffn` between `moe.dispatch` and
+    `moe.combine`."""
+    order_M, count_E = expert_order(expert_NK, w2.shape[0])
+    return _called(x_ND, weight_NK, count_E, order_M, w13, w2)
+
+
+def dense_ffn(x_ND: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """W2 (silu(W1 x) * W3 x) for w13 [2F, D] and w2 [D, F]."""
+    return _called(x_ND, None, None, None, w13, w2)

@@ -7,7 +7,8 @@
     finish    shared expert and residual
 
 `forward` is their composition. Expert parallelism, pipeline overlap, recomputation and profiling cut nowhere else.
-A dense layer has nothing to exchange: its dispatch and combine pass the tokens through.
+A dense layer has nothing to exchange: its dispatch and combine pass the tokens through. So do those of a layer whose
+experts are all on this device, outside FP8: one operation goes from tokens to tokens (`experts.routed_ffn`).
 
 For speed some code repeats the math of a layer, and changes together with it:
 
@@ -66,6 +67,10 @@ class Attended(NamedTuple):
     routing: moe.Routing | None
 
 
+Sent = Tensor | moe.Unsent | moe.Dispatched
+"""What `dispatch` hands to `experts`; a tensor in a dense layer."""
+
+
 class Layer(nn.Module):
     """x + Attn(norm(x)), then h + FFN(norm(h)) (V3 2.1)."""
 
@@ -110,16 +115,18 @@ class Layer(nn.Module):
         u_ND = self.ffn_norm(h_BTD).flatten(0, 1)
         return Attended(h_BTD, u_ND, None if self.dense else self.sparse_ffn.gate(u_ND, h_BTD.shape[0], choice_NK))
 
-    def dispatch(self, attended: Attended) -> Tensor | moe.Dispatched:
+    def dispatch(self, attended: Attended) -> Sent:
+        """Copies rows to their experts only in FP8, which sends them quantised; `dist` copies them between ranks."""
         if attended.routing is None:
             return attended.u_ND
-        recipe = self.fp8 if self.training else None
-        return moe.dispatch(attended.u_ND, attended.routing, self.cfg.n_routed_experts, recipe)
+        if self.fp8 is not None and self.training:
+            return moe.dispatch(attended.u_ND, attended.routing, self.cfg.n_routed_experts, self.fp8)
+        return moe.Unsent(attended.u_ND, attended.routing)
 
-    def experts(self, sent: Tensor | moe.Dispatched) -> Tensor:
+    def experts(self, sent: Sent) -> Tensor:
         return self.run_phase("experts", self.ffn if self.dense else self.sparse_ffn.experts, sent)
 
-    def combine(self, rows: Tensor, sent: Tensor | moe.Dispatched) -> Tensor:
+    def combine(self, rows: Tensor, sent: Sent) -> Tensor:
         return moe.combine(rows, sent.slot_NK) if isinstance(sent, moe.Dispatched) else rows
 
     def finish(self, attended: Attended, routed_ND: Tensor) -> Tensor:

@@ -14,13 +14,20 @@ from torch import Tensor, nn
 
 from bessemer.model import fp8
 from bessemer.model.config import ModelConfig
-from bessemer.model.experts import expert_ffn
+from bessemer.model.experts import Combine, expert_ffn, expert_order, routed_ffn, slots
 from bessemer.model.gate import Gate, Routing
 from bessemer.precision.fp8_linear import FP8Recipe
 from bessemer.precision.operand import Operand
 
 EXPERTS = ".experts."
 """Part of the name of every tensor that has one row per routed expert."""
+
+
+class Unsent(NamedTuple):
+    """Tokens with their experts on this device: nothing has to be sent, the experts gather and sum them in passing."""
+
+    x_ND: Tensor
+    routing: Routing
 
 
 class Dispatched(NamedTuple):
@@ -39,11 +46,8 @@ class Dispatched(NamedTuple):
 def dispatch(x_ND: Tensor, routing: Routing, n_experts: int, recipe: FP8Recipe | None = None) -> Dispatched:
     """Copies each token once per chosen expert, sorted by expert (ties in token order); with a recipe in FP8."""
     N, K = routing.expert_NK.shape
-    expert_M, order_M = routing.expert_NK.flatten().sort(stable=True)
-    slot_M = torch.empty_like(order_M)
-    slot_M[order_M] = torch.arange(N * K, device=order_M.device)
-    count_E = torch.bincount(expert_M, minlength=n_experts)
-    token_M, weight_M, slot_NK = order_M // K, routing.weight_NK.flatten()[order_M], slot_M.view(N, K)
+    order_M, count_E = expert_order(routing.expert_NK, n_experts)
+    token_M, weight_M, slot_NK = order_M // K, routing.weight_NK.flatten()[order_M], slots(order_M).view(N, K)
     if recipe is not None:
         rows_MD, operand = fp8.send(x_ND, token_M, recipe)
         return Dispatched(rows_MD, weight_M, count_E, slot_NK, operand)
@@ -52,8 +56,7 @@ def dispatch(x_ND: Tensor, routing: Routing, n_experts: int, recipe: FP8Recipe |
 
 def combine(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
     """Sums the K weighted expert outputs of every token, [N, D]."""
-    N, K = slot_NK.shape
-    return rows_MD.index_select(0, slot_NK.flatten()).view(N, K, -1).sum(1)
+    return Combine.apply(rows_MD, slot_NK)
 
 
 class Experts(nn.Module):
@@ -67,8 +70,11 @@ class Experts(nn.Module):
         self.w13 = nn.Parameter(torch.empty(E, 2 * inner, D))
         self.w2 = nn.Parameter(torch.empty(E, D, inner))
 
-    def forward(self, sent: Dispatched) -> Tensor:
-        """weight * W_2 (silu(W_1 x) * W_3 x) for rows in expert order, [M, D]."""
+    def forward(self, sent: Dispatched | Unsent) -> Tensor:
+        """weight * W_2 (silu(W_1 x) * W_3 x) for rows in expert order, [M, D]; for tokens the sum over their experts,
+        [N, D]."""
+        if isinstance(sent, Unsent):
+            return routed_ffn(sent.x_ND, sent.routing.expert_NK, sent.routing.weight_NK, self.w13, self.w2)
         if sent.operand is not None:
             assert self.fp8 is not None
             return fp8.expert_swiglu(

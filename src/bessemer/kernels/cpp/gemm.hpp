@@ -21,7 +21,17 @@ struct FloatGemm {
 #endif
 
     static i64 a_width(i64 K) { return K; }
+    static i64 a_rows(i64 M) { return M; }
     static i64 b_size(i64 K, i64 N) { return K * round_up(N, NR); }
+
+    // A as `multiply` reads it: A(m, k) = p[m * rs + k * cs].
+    struct Left {
+        const float* p;
+        i64 rs, cs;
+    };
+    static Left left(const float* a, i64 lda) { return {a, lda, 1}; }
+    // A(m, k) = src[k * ld + m]; needs no room.
+    static Left left_transposed(float* room, const float* src, i64 M, i64 K, i64 ld) { return {src, 1, ld}; }
 
     // B from src(k, n) = src[k * rs + n * cs], where rs or cs is 1: panels of NR columns, [N / NR][K][NR].
     template <class S>
@@ -49,6 +59,20 @@ struct FloatGemm {
         }
     }
 
+    // B from K rows, of which row(k) is the address of the k-th.
+    template <class Row>
+    static void pack_b_rows(float* to, i64 K, i64 N, Row row) {
+        for (i64 k = 0; k < K; ++k) {
+            auto src = row(k);
+            for (i64 n = 0; n < N; n += W) {
+                float* at = to + n / NR * K * NR + k * NR + n % NR;
+                store(at, N - n >= W ? load(src + n) : load_part(src + n, (int)(N - n)));
+            }
+            for (i64 n = round_up(N, W); n < round_up(N, NR); n += W)
+                store(to + n / NR * K * NR + k * NR + n % NR, (vf){});
+        }
+    }
+
     // A from src(m, k) = src[m * rs + k * cs], row-major with rows of a_width(K).
     template <class S>
     static void pack_a(float* to, const S* src, i64 M, i64 K, i64 rs, i64 cs) {
@@ -69,6 +93,9 @@ struct FloatGemm {
     // The same with B row-major, as it lies. Reads whole vectors at the end of its rows, so ldb >= N rounded up to W.
     static void multiply_rows(i64 M, i64 N, i64 K, const float* a, i64 ars, i64 acs, const float* b, i64 ldb, float* c,
                               i64 ldc, bool add);
+    static void multiply(i64 M, i64 N, i64 K, Left a, const float* b, float* c, i64 ldc, bool add) {
+        multiply(M, N, K, a.p, a.rs, a.cs, b, c, ldc, add);
+    }
 
     struct Session {};  // what a thread holds while it multiplies
 };
@@ -143,23 +170,83 @@ struct TileGemm {
     static i64 a_rows(i64 M) { return round_up(M, 16); }  // rows of a packed A, the last ones zeros
     static i64 b_size(i64 K, i64 N) { return round_up(K, 32) * round_up(N, 16); }
 
+    // A as `multiply` reads it: rows of ld elements.
+    struct Left {
+        const bf16* p;
+        i64 ld;
+    };
+    static Left left(const bf16* a, i64 lda) { return {a, lda}; }
+    // A(m, k) = src[k * ld + m], written to `room`, of a_rows(M) * a_width(K) elements.
+    static Left left_transposed(bf16* room, const bf16* src, i64 M, i64 K, i64 ld) {
+        pack_a(room, src, M, K, 1, ld);
+        return {room, a_width(K)};
+    }
+
     // B from src(k, n) = src[k * rs + n * cs]: panels of 16 columns, [N / 16][K / 2][16][2], padded with zeros.
     template <class S>
     static void pack_b(bf16* to, const S* src, i64 K, i64 N, i64 rs, i64 cs) {
         i64 KP = round_up(K, 32);
-        for (i64 n = 0; n < N; n += 16, to += KP * 16)
-            for (i64 k = 0; k < KP; ++k)
+        for (i64 n = 0; n < N; n += 16, to += KP * 16) {
+            i64 k = 0;
+            if constexpr (sizeof(S) == 2) {
+                if (cs == 1 && N - n >= 16)
+                    for (; k + 2 <= K; k += 2)
+                        for (i64 j = 0; j < 16; j += W)
+                            store_pairs(to + k * 16 + 2 * j, pairs(src + k * rs + n + j, src + (k + 1) * rs + n + j));
+                if (rs == 1 && N - n >= 16)
+                    for (; k + 2 * W <= K; k += 2 * W)
+                        for (i64 j = 0; j < 16; j += W) {
+                            vf block[W];
+                            for (int i = 0; i < W; ++i) block[i] = load((const float*)(src + (n + j + i) * cs + k));
+                            transpose(block);
+                            for (int i = 0; i < W; ++i) store_pairs(to + (k + 2 * i) * 16 + 2 * j, (vu)block[i]);
+                        }
+            }
+            for (; k < KP; ++k)
                 for (i64 j = 0; j < 16; ++j) {
                     bool inside = k < K && n + j < N;
                     to[(k / 2) * 32 + 2 * j + k % 2] = inside ? as_bf16(src[k * rs + (n + j) * cs]) : bf16{0};
                 }
+        }
+    }
+    // B from K rows, of which row(k) is the address of the k-th.
+    template <class Row>
+    static void pack_b_rows(bf16* to, i64 K, i64 N, Row row) {
+        i64 KP = round_up(K, 32), panel = KP * 16;
+        for (i64 k = 0; k < KP; k += 2) {
+            const bf16 *even = k < K ? row(k) : nullptr, *odd = k + 1 < K ? row(k + 1) : nullptr;
+            for (i64 n = 0; n < N; n += 16) {
+                bf16* at = to + n / 16 * panel + k * 16;
+                if (odd && N - n >= 16) {
+                    for (i64 j = 0; j < 16; j += W) store_pairs(at + 2 * j, pairs(even + n + j, odd + n + j));
+                } else {
+                    for (i64 j = 0; j < 16; ++j) {
+                        at[2 * j] = even && n + j < N ? even[n + j] : bf16{0};
+                        at[2 * j + 1] = odd && n + j < N ? odd[n + j] : bf16{0};
+                    }
+                }
+            }
+        }
     }
     // A from src(m, k) = src[m * rs + k * cs]: rows of a_width(K), a_rows(M) of them, padded with zeros.
     template <class S>
     static void pack_a(bf16* to, const S* src, i64 M, i64 K, i64 rs, i64 cs) {
         i64 KP = round_up(K, 32), MP = a_rows(M);
+        i64 done_m = 0, done_k = 0;  // a corner in whole vectors
+        if constexpr (sizeof(S) == 2)
+            if (rs == 1) {
+                done_m = M / W * W, done_k = K / (2 * W) * (2 * W);
+                for (i64 m = 0; m < done_m; m += W)
+                    for (i64 k = 0; k < done_k; k += 2 * W) {
+                        vf block[W];
+                        for (int i = 0; i < W; ++i)
+                            block[i] = (vf)pairs(src + (k + 2 * i) * cs + m, src + (k + 2 * i + 1) * cs + m);
+                        transpose(block);
+                        for (int i = 0; i < W; ++i) store_pairs(to + (m + i) * KP + k, (vu)block[i]);
+                    }
+            }
         for (i64 m = 0; m < MP; ++m)
-            for (i64 k = 0; k < KP; ++k)
+            for (i64 k = m < done_m ? done_k : 0; k < KP; ++k)
                 to[m * KP + k] = m < M && k < K ? as_bf16(src[m * rs + k * cs]) : bf16{0};
     }
 
@@ -225,6 +312,10 @@ struct TileGemm {
             }
     }
 
+    static void multiply(i64 M, i64 N, i64 K, Left a, const bf16* b, float* c, i64 ldc, bool add) {
+        multiply(M, N, K, a.p, a.ld, b, c, ldc, add);
+    }
+
     // The tiles' configuration of this thread; given back at the end, since oneDNN shares it.
     struct Session {
         Session() { tiles::configure(); }
@@ -232,6 +323,7 @@ struct TileGemm {
     };
 
    private:
+    static INLINE void store_pairs(bf16* p, vu x) { *(vf_mem*)p = (vf)x; }
     static INLINE bf16 as_bf16(bf16 x) { return x; }
     static INLINE bf16 as_bf16(float x) { return narrow(x); }
 };

@@ -97,6 +97,12 @@ INLINE vf load_part(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps((1
 INLINE void store_part(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)x); }
 #endif
 
+// Elements k of two rows side by side, as tiles want them: lane i holds even[i] below and odd[i] above.
+INLINE vu pairs(const bf16* even, const bf16* odd) {
+    vu low = __builtin_convertvector((vh)(*(const vh_mem*)even), vu);
+    return low | __builtin_convertvector((vh)(*(const vh_mem*)odd), vu) << 16;
+}
+
 // --- across lanes ----------------------------------------------------------------------------------------------------
 
 // Lanes of a and, from W on, of b.
