@@ -111,10 +111,7 @@ struct Operands<TileGemm> {
             }
     }
     static INLINE void put_right(E* to, i64 K, i64 k, i64 n, vf p0, vf p1) {
-        bf16 rounded[2 * W];
-        store(rounded, p0);
-        store(rounded + W, p1);
-        store((float*)place(to, K, k, n), paired(rounded, W));
+        store((float*)place(to, K, k, n), (vf)(bf16_bits(p0) | bf16_bits(p1) << 16));
     }
     static void multiply(i64 M, i64 N, i64 K, Left<E> a, Right<E> b, float* c, i64 ldc, bool add) {
         TileGemm::multiply(M, N, K, a.at, a.rs, b.at, c, ldc, add);
@@ -125,9 +122,7 @@ struct Operands<TileGemm> {
     static INLINE E* place(E* to, i64 K, i64 k, i64 n) { return to + n / 16 * K * 16 + k * 16 + n % 16 * 2; }
     // W elements of this row and of the next one, in turn.
     static INLINE vf paired(const E* p, i64 ld) {
-        vu low = __builtin_convertvector((vh)(*(const vh_mem*)p), vu);
-        vu high = __builtin_convertvector((vh)(*(const vh_mem*)(p + ld)), vu);
-        return (vf)(low | high << 16);
+        return (vf)(longer(*(const vh_mem*)p) | longer(*(const vh_mem*)(p + ld)) << 16);
     }
 };
 #endif
@@ -136,9 +131,8 @@ struct Operands<TileGemm> {
 
 template <int... J>
 INLINE vf turned(vf x, vf table, vf sign, std::integer_sequence<int, J...>) {
-    vf cosine = __builtin_shufflevector(table, table, (J / 2 * 2)...);
-    vf sine = __builtin_shufflevector(table, table, (J / 2 * 2 + 1)...);
-    return x * cosine + __builtin_shufflevector(x, x, (J ^ 1)...) * (sine * sign);
+    vf cosine = pick<(J / 2 * 2)...>(table, table), sine = pick<(J / 2 * 2 + 1)...>(table, table);
+    return x * cosine + pick<(J ^ 1)...>(x, x) * (sine * sign);
 }
 
 // Pairs of x, multiplied as complex numbers by the table's, or by their conjugates for `back`. No table: x times scale.

@@ -68,15 +68,42 @@ INLINE bf16 narrow(float x) {
 INLINE void put(float* to, float x) { *to = x; }
 INLINE void put(bf16* to, float x) { *to = narrow(x); }
 
+// Words of 16 bits to 32 and back; GCC needs several instructions for its own form of these.
+INLINE vu longer(vh x) {
+#if defined(__AVX512F__)
+    return (vu)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+    return __builtin_convertvector(x, vu);
+#endif
+}
+INLINE vh shorter(vu x) {
+#if defined(__AVX512F__)
+    return (vh)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+    return __builtin_convertvector(x, vh);
+#endif
+}
+
 INLINE vf load(const float* p) { return *(const vf_mem*)p; }
-INLINE vf load(const bf16* p) { return (vf)(__builtin_convertvector((vh)(*(const vh_mem*)p), vu) << 16); }
+INLINE vf load(const bf16* p) { return (vf)(longer(*(const vh_mem*)p) << 16); }
 INLINE void store(float* p, vf x) { *(vf_mem*)p = x; }
-INLINE void store(bf16* p, vf x) {
+// Rounded to BF16, in the lower halves of words of 32 bits.
+INLINE vu bf16_bits(vf x) {
+#if defined(__AVX512BF16__)
+    return longer((vh)_mm512_cvtneps_pbh((__m512)x));
+#else
     vu bits = (vu)x;
     vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     vi is_nan = (vi)(x != x);
-    rounded = (rounded & (vu)~is_nan) | ((vu)is_nan & 0x7fc0);
-    *(vh_mem*)p = __builtin_convertvector(rounded, vh);
+    return (rounded & (vu)~is_nan) | ((vu)is_nan & 0x7fc0);
+#endif
+}
+INLINE void store(bf16* p, vf x) {
+#if defined(__AVX512BF16__)
+    *(vh_mem*)p = (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
+    *(vh_mem*)p = shorter(bf16_bits(x));
+#endif
 }
 
 // The first n < W elements; the others are 0.
