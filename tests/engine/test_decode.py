@@ -6,7 +6,17 @@ import plain_decoder
 import pytest
 import torch
 
-from bessemer.engine.decode import PrefillChunk, expert_ffn, feed_forward, new_cache, prefill, prefill_all, step
+from bessemer.engine import decode
+from bessemer.engine.decode import (
+    PrefillChunk,
+    expanded_after,
+    expert_ffn,
+    feed_forward,
+    new_cache,
+    prefill,
+    prefill_all,
+    step,
+)
 from bessemer.engine.kv_cache import PAGE, CacheFull, LatentCache, PageAllocator
 from bessemer.model.accounting import kv_cache_bytes
 from bessemer.model.config import preset
@@ -229,3 +239,17 @@ def test_one_or_two_tokens_take_the_same_way_through_their_experts(model, monkey
         monkeypatch.setattr("bessemer.engine.decode.FEW_TOKENS", 0)
         assert distance(few, feed_forward(layer, attended)) < 1e-6
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("form", ["kernel", "torch"])
+@torch.no_grad()
+def test_attention_after_cached_tokens(monkeypatch, cfg, form):
+    """The last tokens of a row, given the latents of all, come out as in the whole row."""
+    if form == "torch":
+        monkeypatch.setattr(decode.attention, "serves", lambda *a: False)
+    model = Transformer(cfg).initialise(1).eval()
+    mla, rope = model.layers[0].attn, model.rope_table(70)
+    x_BTD = torch.randn(2, 70, cfg.dim, generator=torch.Generator().manual_seed(2))
+    whole, latent = mla(x_BTD, rope), mla.latent(x_BTD, rope)
+    for T in (1, 5, 40, 70):
+        assert distance(expanded_after(mla, x_BTD[:, -T:], latent, rope[-T:]), whole[:, -T:]) < 1e-6
