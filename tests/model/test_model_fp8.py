@@ -371,7 +371,8 @@ def test_a_weight_that_is_not_finite_makes_the_loss_so():
 
 @pytest.mark.parametrize("name", ["tiny", "small"])
 def test_bytes_kept_are_as_computed(name):
-    """Within 5 %: in FP8, in BF16 and in float32; and FP8 keeps less than a 1.9th of BF16 where both send rows."""
+    """Within 5 %: in FP8, in BF16 and in float32; and FP8 keeps less than a 2.1th of BF16 by plain operations
+    that send rows, as on a GPU."""
     cfg, found = preset(name), {}
     data = batch(cfg, rows=4, length=128)
     for dtype, recipe in ((torch.bfloat16, PAPER), (torch.bfloat16, None), (torch.float32, None)):
@@ -382,8 +383,8 @@ def test_bytes_kept_are_as_computed(name):
         wanted = activation_bytes(cfg, 4, 128, fp8=recipe is not None, number_bytes=dtype.itemsize)
         assert live == pytest.approx(wanted, rel=0.05), (dtype, recipe)
         found[dtype, recipe] = live
-    sent = stage_activation_bytes(cfg, range(cfg.n_layers), 4, 128, last=True, fp8=False)
-    assert found[torch.bfloat16, PAPER] < sent / 1.9
+    plain = stage_activation_bytes(cfg, range(cfg.n_layers), 4, 128, last=True, fp8=False, fused=True)
+    assert found[torch.bfloat16, PAPER] < plain / 2.1
 
 
 def test_kept_bytes_of_other_shapes():

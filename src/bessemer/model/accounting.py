@@ -249,8 +249,9 @@ def layer_activation_bytes(
         # norms save input and output
         core = _attention_cut(cfg, number_bytes) if cut else _attention_plain(cfg, number_bytes, fused)
         attend = state if again else core + state
-        attend += state + (0 if dense or again else _gate(cfg, number_bytes, fused))
-        ffn = _ffn_plain(cfg.inter_dim, number_bytes) if dense else _sparse_plain(cfg, number_bytes, recompute, whole)
+        attend += state + (0 if dense or again else _gate(cfg, number_bytes, fused or cut))
+        dense_ffn = _ffn_plain(cfg.inter_dim, number_bytes, fused)
+        ffn = dense_ffn if dense else _sparse_plain(cfg, number_bytes, fused, recompute, whole)
         inner = 2 * cfg.moe_inter_dim * number_bytes + (INDEX if whole else 0)
     if "experts" in recompute:
         ffn -= (0 if fp8 else ffn) if dense else cfg.n_activated_experts * inner
@@ -297,9 +298,9 @@ def _attention_cut(cfg: ModelConfig, number_bytes: int) -> int:
     return (norms + 2 * latent + heads) * number_bytes + NUMBER * cfg.n_heads
 
 
-def _ffn_plain(inner: int, number_bytes: int) -> int:
-    """Gate and up in one tensor, silu(gate), and its product with up."""
-    return 4 * inner * number_bytes
+def _ffn_plain(inner: int, number_bytes: int, fused: bool) -> int:
+    """Gate and up in one tensor; the plain form (on a GPU) also silu(gate) and its product with up."""
+    return (4 if fused else 2) * inner * number_bytes
 
 
 def _gate(cfg: ModelConfig, number_bytes: int, fused: bool) -> int:
@@ -310,9 +311,12 @@ def _gate(cfg: ModelConfig, number_bytes: int, fused: bool) -> int:
     return 2 * scores + choices + NUMBER * cfg.n_activated_experts + (NUMBER * cfg.dim if number_bytes < NUMBER else 0)
 
 
-def _sparse_plain(cfg: ModelConfig, number_bytes: int, recompute: Collection[Phase], whole: bool) -> int:
+def _sparse_plain(
+    cfg: ModelConfig, number_bytes: int, fused: bool, recompute: Collection[Phase], whole: bool
+) -> int:  # fmt: skip
     row = 2 * cfg.moe_inter_dim * number_bytes + (INDEX if whole else cfg.dim * number_bytes + ROUTED)
     if whole and "attend" in recompute:
         row += INDEX + NUMBER  # choice and gate, which the gate does not keep then
-    shared = 0 if "finish" in recompute else _ffn_plain(cfg.n_shared_experts * cfg.moe_inter_dim, number_bytes)
+    inner = cfg.n_shared_experts * cfg.moe_inter_dim
+    shared = 0 if "finish" in recompute else _ffn_plain(inner, number_bytes, fused)
     return cfg.n_activated_experts * row + shared

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bessemer.model import fp8
 from bessemer.model.config import ModelConfig
-from bessemer.model.experts import Combine, expert_ffn, expert_order, routed_ffn, slots
+from bessemer.model.experts import Combine, dense_ffn, expert_ffn, expert_order, routed_ffn, slots
 from bessemer.model.gate import Gate, Routing
 from bessemer.precision.fp8_linear import FP8Recipe
 from bessemer.precision.operand import Operand
@@ -96,6 +96,8 @@ class FFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.fp8 is not None and self.training:
             return fp8.swiglu(x, self.w13.weight, self.w2.weight, self.fp8)
+        if x.device.type == "cpu":
+            return dense_ffn(x.flatten(0, -2), self.w13.weight, self.w2.weight).view(x.shape)
         gate, up = self.w13(x).chunk(2, -1)
         return self.w2(F.silu(gate) * up)
 

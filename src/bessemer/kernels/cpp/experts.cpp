@@ -13,7 +13,7 @@ namespace {
 
 template <class G>
 constexpr i64 BLOCK = sizeof(typename G::Element) == 2 ? 256 : 96;  // rows of a product
-constexpr i64 CHUNK = 2048;  // rows of an expert whose weight gradient is summed by one task
+constexpr i64 CHUNK = 1024;  // rows of an expert whose weight gradient is summed by one task
 
 // Which row is which token. Rows of an expert are in the order of their tokens.
 struct Rows {
