@@ -1,7 +1,8 @@
 // Repeats recorded calls of kernels with a library built for another processor: replay LIBRARY CALLS RESULTS.
 // `kernels_arm.py` writes CALLS and reads RESULTS; numbers are little-endian.
 //
-//     call     := name "\0" signature "\0" n, then n times { bytes, content }, then an argument for every letter
+//     call     := name "\0" signature "\0" n, then n times a memory, then an argument for every letter
+//     memory   := bytes, content, n, then n times { place of an address in it, number of the memory, offset }
 //     argument := p: number of the memory or -1, offset; i: int64; f, d: double
 //
 // RESULTS holds the content of all memories after each call. A write past the end of one is an error.
@@ -63,12 +64,25 @@ int main(int, char** arguments) {
         std::string name = text(), signature = text();
         std::vector<char*> memory((size_t)take<i64>());
         std::vector<i64> bytes;
+        struct Address {
+            char** holder;
+            i64 place, number, offset;
+        };
+        std::vector<Address> addresses;
         for (char*& m : memory) {
             bytes.push_back(take<i64>());
             m = (char*)aligned_alloc(64, (size_t)(bytes.back() + GUARD + 63) / 64 * 64);
             memcpy(m, &input[at], (size_t)bytes.back());
             memset(m + bytes.back(), 0xa5, GUARD);
             at += (size_t)bytes.back();
+            for (i64 left = take<i64>(); left > 0; --left) {
+                i64 place = take<i64>(), number = take<i64>(), offset = take<i64>();
+                addresses.push_back({&m, place, number, offset});
+            }
+        }
+        for (auto& a : addresses) {
+            char* target = memory[(size_t)a.number] + a.offset;
+            memcpy(*a.holder + 8 * a.place, &target, 8);
         }
         i64 r[8] = {}, s[STACK] = {};
         double f[FLOATS] = {};
