@@ -39,7 +39,7 @@ struct Gradients {
 };
 
 template <class G, class T>
-void backward(const Call<T>& call, const Gradients<T>& grad, i64 b, i64 h) {
+__attribute__((noinline)) void backward(const Call<T>& call, const Gradients<T>& grad, i64 b, i64 h) {
     typedef Operands<G> O;
     typedef typename O::E E;
     constexpr i64 QUERIES = O::QUERIES, KEYS = O::KEYS;
@@ -134,7 +134,7 @@ void backward(const Call<T>& call, const Gradients<T>& grad, i64 b, i64 h) {
 
 // The shared rotary key's gradient: the sum over heads, in their order, rotated back.
 template <class T>
-void sum_heads(const Call<T>& call, const float* of_heads, T* dk_rope, i64 b, i64 t) {
+__attribute__((noinline)) void sum_heads(const Call<T>& call, const float* of_heads, T* dk_rope, i64 b, i64 t) {
     i64 rope = call.rope, from_head = call.keys * rope;
     const float* from = of_heads + (b * call.H * call.keys + t) * rope;
     float* total = scratch<39, float>(rope);
@@ -155,9 +155,15 @@ void sum_heads(const Call<T>& call, const float* of_heads, T* dk_rope, i64 b, i6
                      B, H, length, length, nope, rope, value, scale};                                              \
         Gradients<T> grad{dout, out, lse, dq, dkv, of_heads};                                                      \
         number_all(call, segments, numbers, (int)threads);                                                         \
-        parallel(B * H, (int)threads, [&](i64 i) { backward<Best<T>::Gemm>(call, grad, i / H, i % H); });          \
+        parallel(B * H, (int)threads, [&](i64 i) {                                                                 \
+            NoDenormals guard;                                                                                     \
+            backward<Best<T>::Gemm>(call, grad, i / H, i % H);                                                     \
+        });                                                                                                        \
         i64 T_ = length;                                                                                           \
-        parallel(B * T_, (int)threads, [&](i64 i) { sum_heads(call, of_heads, dk_rope, i / T_, i % T_); });        \
+        parallel(B * T_, (int)threads, [&](i64 i) {                                                                \
+            NoDenormals guard;                                                                                     \
+            sum_heads(call, of_heads, dk_rope, i / T_, i % T_);                                                    \
+        });                                                                                                        \
     }
 FUNCTION(float, float32)
 FUNCTION(bf16, bfloat16)

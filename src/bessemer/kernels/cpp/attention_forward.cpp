@@ -46,7 +46,7 @@ void softmax(float* s, typename Operands<G>::E* p, i64 n, const Mask<G>& mask, f
 
 // out [B, queries, H, value] and lse [B * H, queries] of one head.
 template <class G, class T>
-void forward(const Call<T>& call, T* out, float* lse, i64 b, i64 h) {
+__attribute__((noinline)) void forward(const Call<T>& call, T* out, float* lse, i64 b, i64 h) {
     typedef Operands<G> O;
     typedef typename O::E E;
     constexpr i64 QUERIES = O::QUERIES, KEYS = O::KEYS;
@@ -104,7 +104,10 @@ void forward(const Call<T>& call, T* out, float* lse, i64 b, i64 h) {
         Call<T> call{q, kv, k_rope, q_table, k_table, q_table_row, k_table_row, segments ? numbers : nullptr,      \
                      B, H, queries, keys, nope, rope, value, scale};                                               \
         number_all(call, segments, numbers, (int)threads);                                                         \
-        parallel(B * H, (int)threads, [&](i64 i) { forward<Best<T>::Gemm>(call, out, lse, i / H, i % H); });       \
+        parallel(B * H, (int)threads, [&](i64 i) {                                                                 \
+            NoDenormals guard;                                                                                     \
+            forward<Best<T>::Gemm>(call, out, lse, i / H, i % H);                                                  \
+        });                                                                                                        \
     }
 FUNCTION(float, float32)
 FUNCTION(bf16, bfloat16)
