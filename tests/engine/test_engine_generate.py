@@ -128,9 +128,9 @@ def test_text_prompts_begin_with_bos(engine, tokenizer):
 
 def test_one_prefill_per_distinct_prompt(engine, prompts, monkeypatch):
     seen = []
-    inner = decode.prefill
+    inner = ModelRunner.prefill
     monkeypatch.setattr(
-        decode, "prefill", lambda m, c, parts, t: seen.append([p.end for p in parts]) or inner(m, c, parts, t)
+        ModelRunner, "prefill", lambda self, parts: seen.append([p.end for p in parts]) or inner(self, parts)
     )
     one = tokens(engine.generate([prompts[5], prompts[6], prompts[5]], samples=5, max_new_tokens=3))
     assert seen == [[len(prompts[5]), len(prompts[6])]]

@@ -5,7 +5,9 @@ import exact_network
 import pytest
 import torch
 
+from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.decode import PrefillChunk, RoutingTrace, new_cache, prefill, step
+from bessemer.engine.engine import Engine
 from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
@@ -107,6 +109,42 @@ def test_a_row_does_not_depend_on_the_others_on_threads_or_on_guesses(instructio
 
 
 @torch.inference_mode()
+def test_prefill_equals_float64_and_does_not_depend_on_company_or_cuts(instructions, monkeypatch):
+    for variant in ("v3", "odd widths"):
+        model, rows = network(**VARIANTS[variant]), texts(1, 64, 150, 33, 65, 2)
+        steps = KernelSteps.of(model)
+
+        def filled(cuts=(), parts=slice(None), steps=steps, model=model, rows=rows):
+            """(logits after the last cut, routes, latents) of the rows."""
+            cache, trace = new_cache(model), RoutingTrace(model.cfg)
+            prompts = [cache.open(row) for row in rows[parts]]
+            for cut in (*cuts, 150):
+                ends = [min(cut, len(prompt.ids)) for prompt in prompts]
+                chunks = [PrefillChunk(p, end) for p, end in zip(prompts, ends, strict=True) if end > p.length]
+                for chunk in chunks:
+                    cache.extend(chunk.prompt, chunk.end)
+                logits = steps.prefill(cache, chunks, trace)
+            latents = [cache.read_prompt(2, prompt, len(prompt.ids)) for prompt in prompts]
+            return logits, [torch.cat(prompt.routing) for prompt in prompts], latents
+
+        logits, routes, latents = filled()
+        for b, row in enumerate(rows):
+            exact, chosen = exact_network.forward(model, row)
+            assert distance(logits[b].double(), exact[-1]) < 3e-6
+            assert torch.equal(routes[b].long(), chosen)
+        with monkeypatch.context() as patch:
+            patch.setattr("bessemer.engine.kernel_steps.PASS", 17)
+            again = filled()
+        assert torch.equal(again[0], logits)
+        assert torch.equal(filled((1, 40, 64, 149))[0][-1], logits[2])
+        alone = filled(parts=slice(2, 4))
+        assert torch.equal(alone[0], logits[2:4])
+        for other, where in ((again, slice(None)), (alone, slice(2, 4))):
+            for k, expected in ((1, routes), (2, latents)):
+                assert all(map(torch.equal, other[k], expected[where]))
+
+
+@torch.inference_mode()
 def test_steps_equal_the_torch_path_after_every_update(instructions):
     """Weights that change in place, that move, and a cache that grows."""
     model, rows = network(), texts(3, 9, 60)
@@ -135,6 +173,16 @@ def test_what_is_not_finite_stays_in_its_row(instructions):
         model.embed.weight[8] = bad
         broken = Rows(model, rows).go_on(steps, torch.tensor([[7], [8], [9]])).logits_BTV
         assert broken[1].isnan().any() and torch.equal(broken[[0, 2]], clean[[0, 2]])
+
+
+def test_completions_are_the_same_bits_in_any_batch(instructions):
+    """Prefill, steps and sampling together; the log-probabilities show every bit."""
+    model, tokenizer = network(vocab_size=305), Tokenizer.train(["the quick brown fox 盛钢水"] * 8, 280)
+    engine, prompts = Engine(model, tokenizer), texts(1, 5, 64, 70, 9)
+    options = dict(samples=3, max_new_tokens=12, temperature=0.8, top_p=0.9, seed=3, record_routing=True)
+    expected = engine.generate(prompts, **options)
+    assert engine.generate(prompts, batch_rows=2, **options) == expected
+    assert engine.generate(prompts[::-1], **options) == expected[::-1]
 
 
 def test_what_the_kernel_does_not_know_is_left_to_torch(instructions):

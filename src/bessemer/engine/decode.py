@@ -101,25 +101,22 @@ def new_cache(model: Model, limit: int | None = None, prefix_cache: bool = False
 def prefill_all(
     model: Model, cache: LatentCache, prompts: Sequence[PromptPages], trace: RoutingTrace | None = None
 ) -> list[Tensor]:
-    """Prefills whole prompts in batches of bounded size; the logits [V] after each. Sorting the prompts by length
-    saves padding."""
+    """Prefills whole prompts; the logits [V] after each."""
+    return [logits_V for batch in whole_prompts(cache, prompts) for logits_V in prefill(model, cache, batch, trace)]
+
+
+def whole_prompts(cache: LatentCache, prompts: Sequence[PromptPages]) -> Iterator[list[PrefillChunk]]:
+    """The prompts, with pages for all, in batches of bounded size. Sorting the prompts by length saves padding."""
     for prompt in prompts:
         cache.extend(prompt, len(prompt.ids))
-    logits: list[Tensor] = []
-    for batch in _prefill_batches([PrefillChunk(prompt, len(prompt.ids)) for prompt in prompts]):
-        logits += prefill(model, cache, batch, trace)
-    return logits
-
-
-def _prefill_batches(chunks: Sequence[PrefillChunk]) -> Iterator[list[PrefillChunk]]:
     batch: list[PrefillChunk] = []
     longest = 0
-    for chunk in chunks:
-        longest = max(longest, chunk.end)
+    for prompt in prompts:
+        longest = max(longest, len(prompt.ids))
         if batch and longest * (len(batch) + 1) > PREFILL_TOKENS:
             yield batch
-            batch, longest = [], chunk.end
-        batch.append(chunk)
+            batch, longest = [], len(prompt.ids)
+        batch.append(PrefillChunk(prompt, len(prompt.ids)))
     if batch:
         yield batch
 
@@ -174,7 +171,7 @@ def _prefill_whole(
     if cache.drafts:
         state_BTD = model.norm(x_BTD)
         for chunk, state_TD, n in zip(chunks, state_BTD, lengths, strict=True):
-            _write_mtp_latents(model, cache, chunk.prompt, 0, state_TD[:n])
+            write_mtp_latents(model, cache, chunk.prompt, 0, state_TD[:n])
         x_BTD = x_BTD[row_B, last_B].unsqueeze(1)
     if trace is not None:
         for chunk, expert_TLK in zip(chunks, trace.take().split(lengths), strict=True):
@@ -198,13 +195,13 @@ def _prefill_chunk(model: Transformer, cache: LatentCache, chunk: PrefillChunk, 
             h_BTD = h_BTD[:, -1:]
         x_BTD = feed_forward(layer, _route(layer, h_BTD, trace))
     if cache.drafts:
-        _write_mtp_latents(model, cache, prompt, start, model.norm(x_BTD[0]))
+        write_mtp_latents(model, cache, prompt, start, model.norm(x_BTD[0]))
     if trace is not None:
         prompt.routing.append(trace.take())
     return logits_of(model, x_BTD[0, -1:]).squeeze(0)
 
 
-def _write_mtp_latents(
+def write_mtp_latents(
     model: Transformer, cache: LatentCache, prompt: PromptPages, start: int, state_ND: Tensor
 ) -> None:
     """The MTP modules' keys for a prompt: of module k at each position the state h^(k-1) there and the token k further.

@@ -25,7 +25,7 @@ from torch import Tensor
 from bessemer.config.places import read_text
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.compiled import CompiledSteps
-from bessemer.engine.decode import Model, RoutingTrace, new_cache, prefill_all
+from bessemer.engine.decode import Model, RoutingTrace, new_cache, whole_prompts
 from bessemer.engine.grammar import Grammars
 from bessemer.engine.model_runner import ModelRunner, not_finite
 from bessemer.engine.sampling import stream_key
@@ -247,7 +247,7 @@ class Engine:
             cache = new_cache(model, drafts=batch.drafts)
             runner = ModelRunner(model, self.tokenizer, cache, trace, batch.drafts, self.compiled)
             prompts = [cache.open(ids) for ids in by_prompt]
-            logits_PV = torch.stack(prefill_all(model, cache, prompts, trace))
+            logits_PV = torch.cat([runner.prefill(batch) for batch in whole_prompts(cache, prompts)])
             runner.admit(list(zip(prompts, by_prompt.values(), strict=True)), logits_PV)
             while runner.sequences:
                 runner.sample()

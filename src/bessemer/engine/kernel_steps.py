@@ -1,4 +1,5 @@
 """Decoding steps on a CPU in one call of a C++ kernel (`kernels/cpp/decode.cpp`): all layers, from tokens to logits.
+Prefill is the same call with many tokens per row.
 
 The kernel writes the new latents into the cache's pages and attends to the pages in place. It reads the weights where
 they lie, so an update between two steps cannot go stale: every step compares the addresses, and writes the table of
@@ -13,18 +14,23 @@ Shapes: B rows, T tokens of each, N = B * T, D hidden, V vocabulary, L sparse la
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bessemer.engine.decode import ForwardOutput, Model, RoutingTrace
-from bessemer.engine.kv_cache import LatentCache
+from bessemer.engine.decode import ForwardOutput, Model, PrefillChunk, RoutingTrace, write_mtp_latents
+from bessemer.engine.kv_cache import LatentCache, PromptPages
 from bessemer.kernels import gate, library
 from bessemer.model.layer import Layer
 from bessemer.model.mla import LATENT_EPS
 from bessemer.model.moe import FFN
 from bessemer.model.transformer import Transformer
+
+PASS = 512
+"""Tokens of a prefill that go through the network together: its buffers stay in a core's second-level cache."""
 
 
 class KernelSteps:
@@ -32,7 +38,7 @@ class KernelSteps:
 
     def __init__(self, model: Transformer):
         cfg = model.cfg
-        self.model, self.suffix = model, library.DTYPES[model.embed.weight.dtype]
+        self.model, self._name = model, f"decode_step_{library.DTYPES[model.embed.weight.dtype]}"
         grouped = cfg.topk_method != "greedy" and cfg.n_expert_groups > 1
         self._shape = torch.tensor([
             cfg.dim, cfg.n_heads, cfg.q_lora_rank, cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim,
@@ -53,7 +59,8 @@ class KernelSteps:
             )
             for module in model.mtp
         ]  # fmt: skip
-        self._sparse = sum(not layer.dense for layer in model.layers)
+        self._layers, self._sparse = cfg.n_layers, sum(not layer.dense for layer in model.layers)
+        self._rope = model.rope_table(1)
 
     @classmethod
     def of(cls, model: Model) -> KernelSteps | None:
@@ -73,16 +80,13 @@ class KernelSteps:
         self, token_BT: Tensor, position_B: Tensor, cache: LatentCache, trace: RoutingTrace | None = None
     ) -> ForwardOutput:
         """T tokens per row, the first at position_B, through the network; all enter the cache."""
-        cfg, (B, T) = self.model.cfg, token_BT.shape
-        state_BTD = self.model.embed.weight.new_empty(B, T, cfg.dim)
-        expert_NLK = None
-        if trace is not None:
-            expert_NLK = torch.empty(B * T, self._sparse, cfg.n_activated_experts, dtype=torch.int64)
-        pools = slice(0, cfg.n_layers)
-        logits_NV = self._run(self._main, pools, token_BT, position_B, cache, state=state_BTD, record=expert_NLK)
-        if trace is not None:
-            assert expert_NLK is not None
-            trace.add_layers(expert_NLK)
+        B, T = token_BT.shape
+        state_BTD = self.model.embed.weight.new_empty(B, T, self.model.cfg.dim)
+        record = None if trace is None else self._record(B * T)
+        rows = self._rows(token_BT, position_B, cache)
+        logits_NV = self._run(self._main, cache.layers[: self._layers], rows, state=state_BTD, record=record)
+        if trace is not None and record is not None:
+            trace.add_layers(record)
         return ForwardOutput(state_BTD, logits_NV.view(B, T, -1))
 
     def draft(
@@ -91,43 +95,123 @@ class KernelSteps:
         """MTP module k (from 0) over T tokens, the first at position_B: its states [B, T, D], and the logits [B, V] at
         token last_B. Positions before the beginning are read by nobody; their keys go where those of later tokens will
         be written."""
-        (B, T), layer = token_BT.shape, self.model.cfg.n_layers + k
         out_BTD = torch.empty_like(hidden_BTD, memory_format=torch.contiguous_format)
-        pick_B = last_B + torch.arange(0, B * T, T)
+        rows = self._rows(token_BT, position_B, cache)
         logits_BV = self._run(
-            self._guesses[k], slice(layer, layer + 1), token_BT, position_B, cache,
-            hidden=hidden_BTD.contiguous(), pick=pick_B, raw=out_BTD,
+            self._guesses[k], [cache.layers[self._layers + k]], rows, hidden=hidden_BTD.contiguous(),
+            pick=last_B + rows.begin[:-1], raw=out_BTD,
         )  # fmt: skip
         return out_BTD, logits_BV
+
+    def prefill(self, cache: LatentCache, chunks: Sequence[PrefillChunk], trace: RoutingTrace | None = None) -> Tensor:
+        """`decode.prefill`, in passes of at most PASS tokens; where a prompt is cut does not change its numbers."""
+        logits_PV = torch.empty(len(chunks), self.model.cfg.vocab_size)
+        passes: list[list[_Piece]] = [[]]
+        room = PASS
+        for p, chunk in enumerate(chunks):
+            start = chunk.prompt.length
+            while start < chunk.end:
+                if not room:
+                    passes.append([])
+                    room = PASS
+                end = min(chunk.end, start + room)
+                passes[-1].append(_Piece(p, chunk.prompt, start, end, end == chunk.end))
+                start, room = end, room - (end - start)
+        for pieces in passes:
+            self._prefill(cache, pieces, logits_PV, trace)
+        for chunk in chunks:
+            chunk.prompt.length = chunk.end
+        return logits_PV
+
+    def _prefill(
+        self, cache: LatentCache, pieces: Sequence[_Piece], logits_PV: Tensor, trace: RoutingTrace | None
+    ) -> None:
+        lengths = [piece.end - piece.start for piece in pieces]
+        begin = torch.tensor([0, *accumulate(lengths)])
+        width = max(len(piece.prompt.pages) for piece in pieces)
+        rows = _Rows(
+            torch.tensor([token for piece in pieces for token in piece.prompt.ids[piece.start : piece.end]]),
+            torch.tensor([piece.start for piece in pieces]),
+            begin,
+            torch.tensor([piece.prompt.pages + [0] * (width - len(piece.prompt.pages)) for piece in pieces]),
+            max(piece.end for piece in pieces),
+        )
+        last = torch.tensor([b for b, piece in enumerate(pieces) if piece.last], dtype=torch.int64)
+        raw_ND = self.model.embed.weight.new_empty(sum(lengths), self.model.cfg.dim) if cache.drafts else None
+        record = None if trace is None else self._record(sum(lengths))
+        logits = self._run(
+            self._main, cache.layers[: self._layers], rows, pick=begin[1:][last] - 1, raw=raw_ND, record=record
+        )
+        logits_PV[[piece.chunk for piece in pieces if piece.last]] = logits
+        if trace is not None and record is not None:
+            trace.add_layers(record)
+            for piece, expert_TLK in zip(pieces, trace.take().split(lengths), strict=True):
+                piece.prompt.routing.append(expert_TLK)
+        if raw_ND is not None:
+            for piece, state_TD in zip(pieces, self.model.norm(raw_ND).split(lengths), strict=True):
+                write_mtp_latents(self.model, cache, piece.prompt, piece.start, state_TD)
+
+    def _record(self, N: int) -> Tensor:
+        return torch.empty(N, self._sparse, self.model.cfg.n_activated_experts, dtype=torch.int64)
+
+    def _rows(self, token_BT: Tensor, position_B: Tensor, cache: LatentCache) -> _Rows:
+        B, T = token_BT.shape
+        length = [max(position + T, T - 1 - position) for position in position_B.tolist()]
+        cache.reserve(length)
+        begin = torch.arange(0, B * T + 1, T)
+        return _Rows(token_BT.contiguous(), position_B.contiguous(), begin, cache.table_BP, max(length))
 
     def _run(
         self,
         table: _Table,
-        layers: slice,
-        token_BT: Tensor,
-        position_B: Tensor,
-        cache: LatentCache,
+        pools: list[Tensor],
+        rows: _Rows,
         hidden: Tensor | None = None,
         pick: Tensor | None = None,
         raw: Tensor | None = None,
         state: Tensor | None = None,
         record: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the rows `pick`, or of all, [M, V]; `layers` are the cache's."""
-        B, T = token_BT.shape
-        length = [max(position + T, T - 1 - position) for position in position_B.tolist()]
-        cache.reserve(length)
-        M = B * T if pick is None else len(pick)
+        """Logits of the tokens `pick`, or of all, [M, V]."""
+        M = rows.token.numel() if pick is None else len(pick)
         logits_MV = torch.empty(M, self.model.cfg.vocab_size)
-        table.point(cache.layers[layers])  # `reserve` may have moved them
+        if len(self._rope) < rows.longest:
+            self._rope = self.model.rope_table(rows.longest)
+        table.point(pools)
         library.call(
-            f"decode_step_{self.suffix}", "pppip" + "pppii" + "pip" + "pi" + "pppp" + "i",
-            self._shape, self._factors, table.layers, table.layers.shape[0], table.ends,
-            token_BT.contiguous(), hidden, position_B.contiguous(), B, T,
-            cache.table_BP, cache.table_BP.shape[1], self.model.rope_table(max(length)),
+            self._name, "pppip" + "ppppi" + "pip" + "pi" + "pppp" + "i",
+            self._shape, self._factors, table.layers, len(pools), table.ends,
+            rows.token, hidden, rows.begin, rows.base, len(rows.base),
+            rows.table, rows.table.shape[1], self._rope,
             pick, M, raw, state, logits_MV, record, library.threads(),
         )  # fmt: skip
         return logits_MV
+
+
+class _Piece(NamedTuple):
+    """Tokens [start, end) of a prompt, in one pass of a prefill."""
+
+    chunk: int
+    prompt: PromptPages
+    start: int
+    end: int
+    last: bool
+    """The chunk ends here."""
+
+
+class _Rows(NamedTuple):
+    """The tokens of a pass, int64."""
+
+    token: Tensor
+    """[N], row by row."""
+    base: Tensor
+    """[B]: position of each row's first token."""
+    begin: Tensor
+    """[B + 1]: where each row begins in `token`, and N."""
+    table: Tensor
+    """[B, P]: the pages of each row."""
+    longest: int
+    """Positions of the longest row."""
 
 
 class _Table:
@@ -142,8 +226,7 @@ class _Table:
 
     def point(self, pools: list[Tensor]) -> None:
         """Fills `layers` and `ends` if anything has moved."""
-        seen = [tensor.data_ptr() for tensor in self._parameters]
-        seen += [pool.data_ptr() for pool in pools]
+        seen = [*map(Tensor.data_ptr, self._parameters), *map(Tensor.data_ptr, pools)]
         if seen == self._seen:
             return
         self._seen = seen

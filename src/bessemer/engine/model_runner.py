@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.compiled import CompiledSteps
-from bessemer.engine.decode import ForwardOutput, Model, RoutingTrace, hidden_step, step
+from bessemer.engine.decode import ForwardOutput, Model, PrefillChunk, RoutingTrace, hidden_step, prefill, step
 from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.engine.kv_cache import LatentCache, PromptPages
 from bessemer.engine.sampling import (
@@ -98,6 +98,12 @@ class ModelRunner:
     def lookahead(self) -> int:
         """Slots that a step writes in every row."""
         return 1 if self.drafter is None else self.drafter.depth + 1
+
+    def prefill(self, chunks: list[PrefillChunk]) -> Tensor:
+        """`decode.prefill`: the logits after each chunk, [len(chunks), V]."""
+        if self.kernels is not None:
+            return self.kernels.prefill(self.cache, chunks, self.trace)
+        return prefill(self.model, self.cache, chunks, self.trace)
 
     def admit(self, prompts: list[tuple[PromptPages, list[Sequence]]], logits_PV: Tensor) -> None:
         """Adds the sequences of prefilled prompts, with the logits after each prompt."""

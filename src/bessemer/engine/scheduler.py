@@ -17,7 +17,7 @@ from itertools import count
 
 import torch
 
-from bessemer.engine.decode import PrefillChunk, RoutingTrace, new_cache, prefill
+from bessemer.engine.decode import PrefillChunk, RoutingTrace, new_cache
 from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PromptPages, pages_for
 from bessemer.engine.model_runner import ModelRunner, not_finite
@@ -203,7 +203,7 @@ class Scheduler:
                 break
         if not chunks:
             return
-        logits_PV = prefill(self.model, self.cache, chunks, self.runner.trace)
+        logits_PV = self.runner.prefill(chunks)
         done = [p for p, chunk in enumerate(chunks) if chunk.end == len(chunk.prompt.ids)]
         if done:
             jobs = [self._prefills[p] for p in done]

@@ -4,14 +4,16 @@
 // depends on its own tokens only: products are chains over ascending k (rows.hpp), attention runs over the row's own
 // keys in ascending order, and no sum runs over rows.
 //
-// Shapes: B rows of T tokens, N = B T, D hidden, H heads, C latent, R rotary, X = C + R, K experts per token of E.
+// Prefill is a step with many tokens per row. Rows may have different numbers of tokens.
+//
+// Shapes: B rows, N tokens of all rows, D hidden, H heads, C latent, R rotary, X = C + R, K experts per token of E.
 #include "gate.hpp"
 #include "rows.hpp"
 
 namespace {
 
 constexpr i64 PAGE = 64;   // tokens of a page
-constexpr i64 GROUP = 16;  // rows of a task that has nothing to share between rows
+constexpr i64 GROUP = 16;  // rows of a task that has nothing to share between rows; tokens that attend together
 
 // As `engine.kernel_steps` writes them, in this order.
 struct Shape {
@@ -59,7 +61,13 @@ INLINE float inverse_rms(const float* x, i64 D, double eps) {
 }
 void norm_row(const float* x, const float* w, float* y, i64 D, double eps) {
     float scale = inverse_rms(x, D, eps);
-    for (i64 d = 0; d < D; ++d) y[d] = x[d] * scale * w[d];
+    each_vector(D, [&](i64 d, int left) {
+        store_some(y + d, load_some(x + d, left) * scale * load_some(w + d, left), left);
+    });
+}
+// x += y.
+void add_row(float* x, const float* y, i64 D) {
+    each_vector(D, [&](i64 d, int left) { store_some(x + d, load_some(x + d, left) + load_some(y + d, left), left); });
 }
 template <class T>
 void widen_row(const T* from, float* to, i64 D) {
@@ -145,21 +153,30 @@ __attribute__((noinline)) void attend(const Shape& s, double scale, const T* poo
         }
     }
     for (i64 i = 0; i < Q; ++i)
-        for (i64 c = 0; c < C; ++c) ctx[i * C + c] *= share[i];
+        each_vector(C, [&](i64 c, int left) {
+            store_some(ctx + i * C + c, load_some(ctx + i * C + c, left) * share[i], left);
+        });
 }
 
 template <class T>
 struct Step {
     const Shape& s;
     const Factors& f;
-    i64 B, tokens;
+    i64 B;
+    const i64 *begin;         // the tokens of row b are [begin[b], begin[b + 1])
     const i64 *base, *table;  // position of every row's first token; pages of every row
     i64 width;                // of the table
     const float* turns;       // rotary table [position, R]
     int threads;
-    i64 N = B * tokens, D = s.dim, X = s.latent + s.rope;
+    i64 N = begin[B], D = s.dim, X = s.latent + s.rope;
     float *x, *u, *qlat, *kv, *q, *ctx, *att, *out, *gates, *weight, *act, *routed;
     i64 *expert, *pair, *place, *start;
+    i64 *position;  // of every token
+    i64* cell;      // its place in a pool, in slots
+    struct Together {
+        i64 row, first, tokens, sees;  // what the first of them sees; each of the others a key more
+    }* together;                       // tokens of a row that attend together
+    i64 n_together = 0;
 
     void allocate() {
         i64 HC = s.heads * s.latent, wide = s.shared > s.dense ? s.shared : s.dense;
@@ -174,6 +191,19 @@ struct Step {
         pair = expert + N * s.active;
         place = pair + N * s.active;
         start = place + N * s.active;
+        position = scratch<69, i64>(2 * N);
+        cell = position + N;
+        together = scratch<70, Together>(N);
+        for (i64 b = 0; b < B; ++b) {
+            i64 T_ = begin[b + 1] - begin[b];
+            for (i64 t = 0; t < T_; ++t) {
+                // A guess module may begin before the text, and then stands where nothing is read yet.
+                i64 n = begin[b] + t, p = base[b] + t < 0 ? base[b] + T_ - 1 - (base[b] + t) : base[b] + t;
+                position[n] = p;
+                cell[n] = table[b * width + p / PAGE] * PAGE + p % PAGE;
+                if (t % GROUP == 0) together[n_together++] = {b, n, least(GROUP, T_ - t), base[b] + t + 1};
+            }
+        }
     }
     template <class Each>
     void rows(i64 n, const Each& each) {
@@ -181,30 +211,38 @@ struct Step {
             for (i64 i = g * GROUP; i < least(n, (g + 1) * GROUP); ++i) each(i);
         });
     }
-    // Where token n stands; a guess module may begin before the text, and then stands where nothing is read yet.
-    i64 position(i64 n) const {
-        i64 first = base[n / tokens], p = first + n % tokens;
-        return p < 0 ? first + tokens - 1 - p : p;
-    }
-
-    // out = Attn(u), whose keys enter the pool.
-    void attention(const Layer<T>& L) {
-        i64 Z = s.q_rank, pieces = (Z + PANEL - 1) / PANEL, wide = s.nope + s.rope;
-        Input in = input<40, T>(u, D, N, D, threads);
-        parallel(pieces + (X + PANEL - 1) / PANEL, threads, [&](i64 i) {
-            bool of_q = i < pieces;
-            i64 n = (of_q ? i : i - pieces) * PANEL, width = of_q ? Z : X;
-            product_panel(in, (of_q ? L.wq_a : L.wkv_a) + n * D, D, least(PANEL, width - n), (of_q ? qlat : kv) + n, width);
-        });
+    // The keys of u enter the pool.
+    void keys(const Layer<T>& L) {
+        dense_product(input<40, T>(u, D, N, D, threads), L.wkv_a, X, kv);
         rows(N, [&](i64 n) {
-            i64 p = position(n);
-            T* to = L.pool + (table[n / tokens * width + p / PAGE] * PAGE + p % PAGE) * X;
+            T* to = L.pool + cell[n] * X;
             float* own = kv + n * X;
             norm_row(own, L.kv_norm, own, s.latent, f.latent_eps);
             narrow_row(own, to, s.latent);
-            rotate(own + s.latent, turns + p * s.rope, to + s.latent, s.rope);
-            if (Z) norm_row(qlat + n * Z, L.q_norm, qlat + n * Z, Z, f.latent_eps);
+            rotate(own + s.latent, turns + position[n] * s.rope, to + s.latent, s.rope);
         });
+    }
+    // From here on there are only the tokens `pick`: in ascending order, at most one of a row.
+    void keep(const i64* pick, i64 M) {
+        for (i64 m = 0, i = 0; m < M; ++m) {
+            i64 n = pick[m];
+            while (together[i].first + together[i].tokens <= n) ++i;
+            i64 row = together[i].row, sees = together[i].sees + n - together[i].first;
+            together[m] = {row, m, 1, sees};
+            memmove(x + m * D, x + n * D, D * sizeof(float));
+            memmove(u + m * D, u + n * D, D * sizeof(float));
+            position[m] = position[n];
+        }
+        N = n_together = M;
+    }
+    // out = Attn(u), whose keys are in the pool.
+    void attention(const Layer<T>& L) {
+        i64 Z = s.q_rank, wide = s.nope + s.rope;
+        Input in = input<40, T>(u, D, N, D, threads);
+        if (Z) {
+            dense_product(in, L.wq_a, Z, qlat);
+            rows(N, [&](i64 n) { norm_row(qlat + n * Z, L.q_norm, qlat + n * Z, Z, f.latent_eps); });
+        }
         if (Z) in = input<41, T>(qlat, Z, N, Z, threads);
         parallel(s.heads, threads, [&](i64 h) {
             float* own = scratch<50, float>(N * wide);
@@ -216,11 +254,12 @@ struct Step {
                 tiles_of(N, (int)least(PANEL, s.latent - c), s.nope, own, wide, panel, PANEL, q + h * X + c, s.heads * X);
             }
             for (i64 n = 0; n < N; ++n)
-                rotate(own + n * wide + s.nope, turns + position(n) * s.rope, q + (n * s.heads + h) * X + s.latent, s.rope);
+                rotate(own + n * wide + s.nope, turns + position[n] * s.rope, q + (n * s.heads + h) * X + s.latent, s.rope);
         });
-        parallel(B, threads, [&](i64 b) {
-            i64 first = b * tokens * s.heads;
-            attend(s, f.scale, L.pool, table + b * width, base[b] + 1, tokens, q + first * X, ctx + first * s.latent);
+        parallel(n_together, threads, [&](i64 i) {
+            const Together& mine = together[i];
+            i64 query = mine.first * s.heads;
+            attend(s, f.scale, L.pool, table + mine.row * width, mine.sees, mine.tokens, q + query * X, ctx + query * s.latent);
         });
         i64 HV = s.heads * s.value;
         parallel(s.heads, threads, [&](i64 h) {
@@ -244,9 +283,7 @@ struct Step {
         parallel((s.dense + PANEL - 1) / PANEL, threads,
                  [&](i64 i) { activation(in, L.w13, s.dense, i * PANEL, nullptr, act, s.dense); });
         dense_product(input<43, T>(act, s.dense, N, s.dense, threads), L.w2, D, out);
-        rows(N, [&](i64 n) {
-            for (i64 d = 0; d < D; ++d) x[n * D + d] += out[n * D + d];
-        });
+        rows(N, [&](i64 n) { add_row(x + n * D, out + n * D, D); });
     }
     // pair: the (token, choice) pairs by expert; those of expert e are [start[e], start[e + 1]). place: the way back.
     void sort_by_expert() {
@@ -324,11 +361,14 @@ struct Step {
             });
         });
     }
-    void layer(const Layer<T>& L, i64* record, i64 step) {
+    // With `pick` the outputs of these tokens only.
+    void layer(const Layer<T>& L, i64* record, i64 step, const i64* pick, i64 M) {
         rows(N, [&](i64 n) { norm_row(x + n * D, L.attn_norm, u + n * D, D, f.eps); });
+        keys(L);
+        if (pick) keep(pick, M);
         attention(L);
         rows(N, [&](i64 n) {
-            for (i64 d = 0; d < D; ++d) x[n * D + d] += out[n * D + d];
+            add_row(x + n * D, out + n * D, D);
             norm_row(x + n * D, L.ffn_norm, u + n * D, D, f.eps);
         });
         if (L.gate)
@@ -364,10 +404,10 @@ struct Step {
 
 template <class T>
 void decode(const i64* shape, const double* factors, const i64* layers, i64 n_layers, const i64* ends, const i64* token,
-            const T* hidden, const i64* base, i64 B, i64 tokens, const i64* table, i64 width, const float* turns, const i64* pick,
+            const T* hidden, const i64* begin, const i64* base, i64 B, const i64* table, i64 width, const float* turns, const i64* pick,
             i64 M, T* raw, T* state, float* logits, i64* record, i64 threads) {
     const Shape& s = *(const Shape*)shape;
-    Step<T> step{s, *(const Factors*)factors, B, tokens, base, table, width, turns, (int)threads};
+    Step<T> step{s, *(const Factors*)factors, B, begin, base, table, width, turns, (int)threads};
     step.allocate();
     const Ends<T>& e = *(const Ends<T>*)ends;
     step.embed(e, token, hidden);
@@ -375,7 +415,9 @@ void decode(const i64* shape, const double* factors, const i64* layers, i64 n_la
     i64 n_sparse = 0, seen = 0;
     for (i64 i = 0; i < n_layers; ++i) n_sparse += all[i].gate != nullptr;
     for (i64 i = 0; i < n_layers; ++i) {
-        step.layer(all[i], record ? record + seen * s.active : nullptr, n_sparse * s.active);
+        bool last = i + 1 == n_layers && !raw && !record;
+        step.layer(all[i], record ? record + seen * s.active : nullptr, n_sparse * s.active, last ? pick : nullptr, M);
+        if (last) pick = nullptr;
         seen += all[i].gate != nullptr;
     }
     if (raw) narrow_row(step.x, raw, step.N * s.dim);
@@ -387,9 +429,9 @@ void decode(const i64* shape, const double* factors, const i64* layers, i64 n_la
 #define FUNCTIONS(T, suffix)                                                                                             \
     extern "C" EXPORT void decode_step_##suffix(                                                                         \
         const i64* shape, const double* factors, const i64* layers, i64 n_layers, const i64* ends, const i64* token,     \
-        const T* hidden, const i64* base, i64 B, i64 tokens, const i64* table, i64 width, const float* turns,            \
+        const T* hidden, const i64* begin, const i64* base, i64 B, const i64* table, i64 width, const float* turns,            \
         const i64* pick, i64 M, T* raw, T* state, float* logits, i64* record, i64 threads) {                             \
-        decode(shape, factors, layers, n_layers, ends, token, hidden, base, B, tokens, table, width, turns, pick, M,     \
+        decode(shape, factors, layers, n_layers, ends, token, hidden, begin, base, B, table, width, turns, pick, M,      \
                raw, state, logits, record, threads);                                                                     \
     }
 FUNCTIONS(float, float32)

@@ -181,7 +181,7 @@ template <class T>
 static __attribute__((noinline)) void product_panel(const Input& in, const T* w, i64 ldw, i64 columns, float* y, i64 ldy, const T* ahead = nullptr) {
 #if defined(BESSEMER_TILES)
     if constexpr (sizeof(T) == 2)
-        if (in.packed && columns % 16 == 0) {
+        if (in.M && in.packed && columns % 16 == 0) {
             i64 MP = round_up(in.M, 16);
             float* out = scratch<53, float>(columns * MP);
             {
@@ -199,6 +199,7 @@ static __attribute__((noinline)) void product_panel(const Input& in, const T* w,
         }
 #endif
     switch (in.M) {
+        case 0: return;
         case 1: return few_rows<1>(in.x, in.ld, w, ldw, columns, in.K, y, ldy);
         case 2: return few_rows<2>(in.x, in.ld, w, ldw, columns, in.K, y, ldy);
         case 3: return few_rows<3>(in.x, in.ld, w, ldw, columns, in.K, y, ldy);
