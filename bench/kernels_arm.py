@@ -148,6 +148,8 @@ def compare(calls: list[Call], results: bytes) -> list[str]:
         largest = max((float(one.abs().nan_to_num(0, 0).max()) for one in floats if len(one)), default=0.0)
         ill = 1000 if largest > 1000 else 1  # the rounding of a score of 7,000 is a thousandth of its exponential
         for number, memory in enumerate(call.memories):
+            if not memory.after.numel():
+                continue
             raw = torch.frombuffer(bytearray(results[at : at + memory.after.numel()]), dtype=torch.uint8)
             at += memory.after.numel()
             if memory.addresses:
@@ -160,11 +162,9 @@ def compare(calls: list[Call], results: bytes) -> list[str]:
             relative, absolute = TOLERANCE[torch.bfloat16 if call.name.endswith("bfloat16") else memory.dtype]
             a, b = ours.double(), theirs.double()
             finite = a.isfinite()
-            if (
-                not torch.equal(a[~finite].nan_to_num(1.0), b[~finite].nan_to_num(1.0))
-                or not b[finite].isfinite().all()
-            ):
-                wrong.append(f"{call.name}: memory {number} differs in NaN or infinity")
+            if not torch.equal(finite, b.isfinite()):  # which of too large numbers are NaN depends on the order
+                differ = int((finite != b.isfinite()).sum())
+                wrong.append(f"{call.name}: {differ} of {len(a)} numbers of memory {number} are finite in one alone")
                 continue
             if not finite.any():
                 continue
