@@ -6,10 +6,17 @@ import torch
 from bessemer.engine import compiled, kv_cache
 from bessemer.engine.compiled import CompiledSteps
 from bessemer.engine.engine import Engine
+from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 
 compiles = pytest.mark.skipif(compiled.cpp_compiler() is None, reason="torch.compile needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch):
+    """They would take the steps."""
+    monkeypatch.setattr(KernelSteps, "of", lambda model: None)
 
 
 @pytest.fixture
@@ -61,3 +68,8 @@ def test_what_cannot_be_compiled_is_said(engine, monkeypatch):
     monkeypatch.setattr(compiled, "cpp_compiler", lambda: None)
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
         Engine(engine.model, engine.tokenizer, compile=True)
+
+
+def test_kernels_go_before_compiled_steps(engine, monkeypatch):
+    monkeypatch.setattr(KernelSteps, "of", lambda model: KernelSteps)
+    assert Engine(engine.model, engine.tokenizer, compile=True).compiled is None

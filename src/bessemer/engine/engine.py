@@ -27,6 +27,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.compiled import CompiledSteps
 from bessemer.engine.decode import Model, RoutingTrace, new_cache, whole_prompts
 from bessemer.engine.grammar import Grammars
+from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.engine.model_runner import ModelRunner, not_finite
 from bessemer.engine.sampling import stream_key
 from bessemer.engine.sequence import (
@@ -113,7 +114,7 @@ class Engine:
     """Generates with a model and its tokenizer. No state outlives a call, so the model may be trained in between."""
 
     def __init__(self, model: Model, tokenizer: Tokenizer, workers: Workers | None = None, compile: bool = False):
-        """compile: decoding steps go through torch.compile (`compiled`)."""
+        """compile: where no kernel serves (`kernel_steps`), decoding steps go through torch.compile (`compiled`)."""
         if tokenizer.vocab_size > model.cfg.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.cfg.vocab_size}; they do "
@@ -124,7 +125,9 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.grammars = Grammars(tokenizer)
-        self.compiled = CompiledSteps(model, tokenizer.vocab_size) if compile else None
+        self.compiled: CompiledSteps | None = None
+        if compile and KernelSteps.of(model) is None:
+            self.compiled = CompiledSteps(model, tokenizer.vocab_size)
         self.workers = workers or Workers(1)
         """Processes that run batches in parallel; their number does not change the result."""
 
@@ -343,6 +346,8 @@ def load_engine(model_dir: str | Path, drafts: int = 0, compile: bool = False) -
             "compiling the decoding steps: a minute or two the first time, seconds later", file=sys.stderr, flush=True
         )
         engine.compiled.prepare(drafts)
+    elif compile:
+        print("--compile: nothing to compile, faster kernels in C++ serve this model", file=sys.stderr, flush=True)
     return engine
 
 

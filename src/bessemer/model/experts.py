@@ -179,7 +179,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, mine: slice) -> Tensor:
 
 @torch.library.register_fake(_forward)
 def _(x_ND, weight, count_E, order_M, w13, w2, keep):
-    rows = len(x_ND) if order_M is None else len(order_M)
+    rows = x_ND.shape[0] if order_M is None else order_M.shape[0]  # `len` would fix the size in a compiled graph
     return x_ND.new_empty(x_ND.shape), x_ND.new_empty(rows if keep else 0, 2 * w2.shape[-1])
 
 

@@ -65,7 +65,7 @@ def serve(
     for line in models.broken:
         print(f"not served: {line}", flush=True)
     if config.compile:
-        print("compiling the decoding steps: a minute or two the first time, seconds later", flush=True)
+        print("compiling the decoding steps where no kernel serves: a minute or two the first time", flush=True)
     with _bind(host, port) as bound:
         models.preload()
         bound.listen(BACKLOG)  # a reader of the next line may call at once
