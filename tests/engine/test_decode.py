@@ -11,7 +11,6 @@ from bessemer.engine.decode import (
     PrefillChunk,
     expanded_after,
     expert_ffn,
-    feed_forward,
     new_cache,
     prefill,
     prefill_all,
@@ -228,17 +227,6 @@ def test_experts_equal_the_loop(cfg):
     w13, w2 = torch.randn(5, 12, 8, generator=generator), torch.randn(5, 8, 6, generator=generator)
     found = expert_ffn(rows, weight, count, w13, w2)
     assert distance(found, expert_ffn_reference(rows, weight, count, w13, w2)) < 1e-6
-
-
-@torch.no_grad()
-def test_one_or_two_tokens_take_the_same_way_through_their_experts(model, monkeypatch):
-    layer = model.layers[1]
-    for N in (1, 2):
-        attended = layer.route(torch.randn(N, 1, model.cfg.dim, generator=torch.Generator().manual_seed(N)))
-        few = feed_forward(layer, attended)
-        monkeypatch.setattr("bessemer.engine.decode.FEW_TOKENS", 0)
-        assert distance(few, feed_forward(layer, attended)) < 1e-6
-        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("form", ["kernel", "torch"])

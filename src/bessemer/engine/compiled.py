@@ -264,7 +264,7 @@ def _feed_forward(layer: Layer, h_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def gathered_ffn(u_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """`decode.few_tokens_ffn`, [N, D], for the compiler, which fuses the copies of the matrices away."""
+    """The weighted sum over its K experts of every token, [N, D]; the compiler fuses the copies of matrices away."""
     gate, up = (w13[expert_NK] * u_ND[:, None, None, :]).sum(-1).chunk(2, -1)
     act_NKF = F.silu(gate) * up * weight_NK.unsqueeze(-1)
     return (w2[expert_NK] * act_NKF.unsqueeze(2)).sum((1, 3)).to(u_ND.dtype)

@@ -42,8 +42,6 @@ from bessemer.model.transformer import Transformer
 Model = Transformer | CausalLM
 PREFILL_TOKENS = 16384
 """Approximate tokens of one prefill forward, padding included; bounds the memory."""
-FEW_TOKENS = 2
-"""Up to this many tokens go through their experts one by one: sorting them by expert would cost more than it saves."""
 
 
 class RoutingTrace:
@@ -363,11 +361,6 @@ def _feed_forward_real(layer: Layer, h_BTD: Tensor, real_N: Tensor, trace: Routi
 
 def feed_forward(layer: Layer, attended: Attended) -> Tensor:
     """`Layer.feed_forward` with the experts below."""
-    routing = attended.routing  # None in a dense layer
-    if routing is not None and len(attended.u_ND) <= FEW_TOKENS:
-        experts = layer.sparse_ffn.experts
-        few_ND = few_tokens_ffn(attended.u_ND, routing.expert_NK, routing.weight_NK, experts.w13, experts.w2)
-        return layer.finish(attended, few_ND)
     sent = layer.dispatch(attended)
     if isinstance(sent, Dispatched):
         experts = layer.sparse_ffn.experts
@@ -382,18 +375,6 @@ def expert_ffn(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, 
     count = count_E.tolist()
     gate, up = _grouped_mm(rows_MD, count, w13).chunk(2, -1)
     return _grouped_mm(F.silu(gate).mul_(up).mul_(weight_M[:, None]), count, w2)
-
-
-def few_tokens_ffn(u_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """The weighted sum over its K experts of every token, [N, D], token by token and expert by expert."""
-    out = []
-    for u_1D, experts, weights in zip(u_ND.split(1), expert_NK.tolist(), weight_NK.tolist(), strict=True):
-        total_1D = torch.zeros_like(u_1D)
-        for e, weight in zip(experts, weights, strict=True):
-            gate, up = F.linear(u_1D, w13[e]).chunk(2, -1)
-            total_1D.add_(F.linear(F.silu(gate).mul_(up), w2[e]), alpha=weight)
-        out.append(total_1D)
-    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def _grouped_mm(rows_MX: Tensor, count: list[int], w_EYX: Tensor) -> Tensor:
