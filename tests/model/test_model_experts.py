@@ -89,3 +89,19 @@ def test_custom_op_is_registered_properly():
     torch.library.opcheck(experts._forward, (rows[:3], weights.view(3, 3), count, order, w13, w2, True))
     torch.library.opcheck(experts._forward, (rows, None, None, None, w13[0], w2[0], True))
     torch.library.opcheck(experts.expert_order, (order.view(3, 3), 9))
+
+
+def test_the_compiler_never_looks_inside():
+    """It gives up where parameters have gradients of another dtype, as the optimizer makes them for BF16, and goes on
+    with what is called there."""
+    rows, weights, count, w13, w2 = case([3, 2, 4], torch.bfloat16)
+    parameters = [torch.nn.Parameter(w.detach()) for w in (w13, w2)]
+    for parameter in parameters:
+        parameter.grad_dtype = torch.float32
+        parameter.grad = torch.zeros(parameter.shape)
+
+    def function(rows):
+        return expert_ffn(rows, weights, count, *parameters)
+
+    found = torch.compile(function, backend="eager")(rows)
+    assert torch.equal(found, function(rows))

@@ -7,6 +7,7 @@ rest.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,17 @@ def operation(name: str) -> Callable[[Callable[..., Any]], Any]:
     new tensors and change none of its arguments."""
 
     def register(function: Callable[..., Any]) -> Any:
+        hidden: list[Callable[..., Any]] = []
+
+        def body(*arguments: Any) -> Any:
+            # Where torch.compile gave up on a caller it would trace the body after all, and fails on views of
+            # parameters whose gradients have another dtype.
+            if not hidden and (compiler := sys.modules.get("torch._dynamo")):
+                hidden.append(compiler.disable(function))
+            return (hidden[0] if hidden else function)(*arguments)
+
         torch.library.define(f"bessemer::{name}", torch.library.infer_schema(function, mutates_args=()))
-        torch.library.impl(f"bessemer::{name}", "default", function)
+        torch.library.impl(f"bessemer::{name}", "default", body)
         return getattr(torch.ops.bessemer, name).default
 
     return register
