@@ -45,6 +45,13 @@ def test_rows_with_parameters_of_their_own_equal_the_reference(instructions, V, 
     torch.testing.assert_close(best.logp_BT.double().flatten(), exact.squeeze(1), atol=1e-6, rtol=1e-6)
 
 
+def test_what_is_kept_ends_at_the_same_token(instructions):
+    """Tokens of nearly equal probability: one more or one less shows in many draws."""
+    logits = torch.randn(30 * len(PARAMS), 300, generator=torch.Generator().manual_seed(5)) * 0.05
+    found, (token, _, _) = together(logits, PARAMS, 300, 6)
+    assert torch.equal(found.token_B, token)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_logits_give_a_logprob_that_is_not_finite(instructions, bad):
     logits = torch.zeros(3 * len(PARAMS), 70)
