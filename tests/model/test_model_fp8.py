@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from allocator import live_and_highest
+from allocator import counted_with_kernels, live_and_highest
 from fp8_layers import fp8_grouped_linear, fp8_linear
 from model_cases import V2, random_model, relative, tiny, tokens
 
@@ -369,6 +369,7 @@ def test_a_weight_that_is_not_finite_makes_the_loss_so():
 # --- what is kept ------------------------------------------------------------------------------------------------
 
 
+@counted_with_kernels
 @pytest.mark.parametrize("name", ["tiny", "small"])
 def test_bytes_kept_are_as_computed(name):
     """Within 5 %: in FP8, in BF16 and in float32; and FP8 keeps less than a 2.1th of BF16 by plain operations
@@ -398,6 +399,7 @@ def test_kept_bytes_of_other_shapes():
         assert live == pytest.approx(activation_bytes(cfg, 8, 48, fp8=True, number_bytes=4), rel=0.05)
 
 
+@counted_with_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_kept_of_long_rows_grow_with_their_length(dtype):
     """Attention keeps no probabilities; those of 1,100 tokens would be 49 MiB beside 63 in float32."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from allocator import live_bytes
+from allocator import counted_with_kernels, live_bytes
 from model_cases import random_model, tiny, tokens
 
 from bessemer.data.batch import Batch
@@ -75,6 +75,7 @@ def test_same_bits_in_a_pipeline_with_weight_gradients_later():
     assert all(gate.load_E.sum() > 0 for gate in again.gates().values())
 
 
+@counted_with_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fewer_bytes_are_kept(dtype):
     """Each phase by itself keeps less, all of them least: the residual stream and rows on their way. As computed,
