@@ -94,10 +94,12 @@ def test_replay_of_the_policy_s_own_choice_gives_the_sampler_s_logprobs(sampled,
 @pytest.mark.parametrize("sampler", ["bfloat16", "router"])
 def test_replay_closes_what_other_choices_opened(make_model, sampled, sampler, seed):
     """A sampler in bfloat16, or with another router: the worst ratios come from tokens that went elsewhere.
-    Measured without and with replay: largest gap 0.8 to 1.7 and 0.07 to 0.10 (bfloat16), 2.1 to 2.7 and 0.09 to 0.13
-    (router, in the mean 0.06 to 0.10 and 0.008 to 0.011)."""
+    Measured without and with replay: largest gap 1.5 to 2.5 and 0.06 to 0.09 (bfloat16 by the kernels; by torch 1.3 to
+    2.0 and 0.10 to 0.13), 3.2 to 3.6 and 0.11 to 0.14 (router, in the mean 0.07 to 0.08 and 0.008 to 0.009)."""
     other = make_model(seed)
-    rows = sampled(disturbed(other) if sampler == "router" else other.to_compute(torch.bfloat16), stop_ids=[])
+    rows = sampled(
+        disturbed(other) if sampler == "router" else other.to_compute(torch.bfloat16), stop_ids=[], samples=18
+    )
     model = make_model(seed)
     replayed, free = gaps(model, rows), gaps(model, rows, without)
     assert replayed.max() < 0.2 * free.max() and replayed.mean() < 0.9 * free.mean()

@@ -83,6 +83,12 @@ class Experts(nn.Module):
         return expert_ffn(sent.rows_MD, sent.weight_M, sent.count_E, self.w13, self.w2)
 
 
+def _plain(linear: nn.Module) -> bool:
+    """Whether the module is its weight alone: nobody replaced it, and no hook waits for its call."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return isinstance(linear, nn.Linear) and not hooks
+
+
 class FFN(nn.Module):
     """SwiGLU: W_2 (silu(W_1 x) * (W_3 x)), with W_1 and W_3 stacked in w13. Dense layers and shared experts."""
 
@@ -96,7 +102,7 @@ class FFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.fp8 is not None and self.training:
             return fp8.swiglu(x, self.w13.weight, self.w2.weight, self.fp8)
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and _plain(self.w13) and _plain(self.w2):
             return dense_ffn(x.flatten(0, -2), self.w13.weight, self.w2.weight).view(x.shape)
         gate, up = self.w13(x).chunk(2, -1)
         return self.w2(F.silu(gate) * up)
