@@ -35,6 +35,7 @@ from torch import Tensor
 
 from bessemer.dist import watchdog
 from bessemer.dist.chunk import Chunk, Overlapped, Serial
+from bessemer.dist.ranks import new_group
 from bessemer.dist.stage import Phases, Slice, holding
 from bessemer.dist.table import Action, Pair, Table, actions
 from bessemer.model.deferred import Store
@@ -241,7 +242,7 @@ class Channels:
         for peers in pipelines:
             me = self.me if world in peers else None
             for source, target in sorted(self._orders):
-                group, greeting = dist.new_group([peers[source], peers[target]]), torch.zeros(1, device=device)
+                group, greeting = new_group([peers[source], peers[target]]), torch.zeros(1, device=device)
                 if me == source:
                     self._to[target] = peers[target], group
                     dist.send(greeting, peers[target], group)
@@ -249,7 +250,7 @@ class Channels:
                     self._from[source] = peers[source], group
                     dist.recv(greeting, peers[source], group)
             for ranks in sharing_ranks(table):
-                group = dist.new_group([peers[rank] for rank in ranks])
+                group = new_group([peers[rank] for rank in ranks])
                 if me in ranks:
                     self._shared[ranks] = group
         self._expected: dict[int, deque[Action]] = {}

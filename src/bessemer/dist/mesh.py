@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from bessemer.dist.context_parallel import Context, WholeRows
 from bessemer.dist.expert_parallel import Exchange, Hop
+from bessemer.dist.ranks import new_group
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
 
@@ -155,7 +156,7 @@ class Mesh:
         more = [*(("cp",) if layout.cp > 1 else ()), *(("network", "within") if layout.nodes > 1 else ())]
         for kind in ("pp", "ep", "expert", "dense", *more):
             for ranks in layout.groups(kind):
-                made = dist.new_group(ranks)
+                made = new_group(ranks)
                 if self.me in ranks:
                     self.group[kind] = made
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,11 @@ MAX_RESTARTS = 3
 """Restarts without progress, at most."""
 
 _Made = TypeVar("_Made")
+
+
+def new_group(ranks: Sequence[int] | None = None, backend: str | None = None) -> dist.ProcessGroup:
+    """A group of these ranks, None: of all. What torch returns to the others is no group, and they do not use it."""
+    return cast(dist.ProcessGroup, dist.new_group(ranks, backend=backend))
 
 
 class Ranks:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bessemer.dist.ranks import new_group
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.mapping import Slot
@@ -34,7 +35,7 @@ class Saver:
     def __init__(self, state_dir: Path, config: dict[str, Any], keep: int):
         self.state_dir, self.config, self.keep = state_dir, config, keep
         # a group of its own, because its messages overlap those of the training
-        self._group = dist.new_group(backend="gloo")
+        self._group = new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -54,7 +54,7 @@ class ShardedGroup(Group):
 
     def begin_sum(self) -> None:
         """Starts the reduce-scatter of the gradient; `square` waits for it."""
-        self._pending = reduce_scatter(self.summed, self.grad, group=self.ranks, async_op=True)
+        self._pending = cast(dist.Work, reduce_scatter(self.summed, self.grad, group=self.ranks, async_op=True))
 
     def square(self) -> Tensor:
         """Sum of squares of this rank's share of the summed gradient, divided by the pipeline ranks that hold it."""
@@ -74,7 +74,7 @@ class ShardedGroup(Group):
         share = self.compute[self.mine]
         share.copy_(self.master if source is None else source)
         whole, mine = self.compute.view(torch.uint8), share.clone().view(torch.uint8)
-        self._pending = all_gather(whole, mine, group=self.ranks, async_op=True)
+        self._pending = cast(dist.Work, all_gather(whole, mine, group=self.ranks, async_op=True))
 
     def wait(self) -> None:
         with watchdog.waiting("weights of equal parameters", dist.get_process_group_ranks(self.ranks)):
