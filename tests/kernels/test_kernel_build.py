@@ -56,8 +56,8 @@ def place(tmp_path, monkeypatch):
     """An empty cache and a small source tree."""
     folder, sources = tmp_path / "cache", tmp_path / "cpp"
     sources.mkdir()
-    for path in [tmp_path, tmp_path.parent, tmp_path.parent.parent]:  # for nobody, too
-        if os.getuid() == 0:
+    for path in [tmp_path, *tmp_path.parents] if os.getuid() == 0 else ():  # for nobody, too
+        if not path.stat().st_mode & stat.S_IXOTH:
             path.chmod(path.stat().st_mode | stat.S_IXOTH)
     (sources / "small.cpp").write_text(SMALL.replace("CHECK", "0"))
     monkeypatch.setattr(build, "SOURCES", sources)

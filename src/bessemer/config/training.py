@@ -130,8 +130,8 @@ class PretrainConfig(OptimizerConfig):
     """Tokens attend to their own document only. V3 packs without a mask; with many short documents per row, small
     models learn to copy from a prompt far sooner with one."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the layers. auto: with a GPU, or with a C++ compiler if the training is long enough to gain from
-    it. Never with fp8 or on many ranks."""
+    """torch.compile the layers. auto: with a GPU, or on a CPU where our own kernels are off and the training is long
+    enough to gain from it. Never with fp8 or on many ranks."""
 
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
         return self.lr(tokens)

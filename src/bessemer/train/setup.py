@@ -135,15 +135,18 @@ def keep_memory() -> bool:
 
 
 COMPILE_FLOPS = 5e13
-"""Training FLOPs from which compiling for a CPU is worth it: it takes one to two minutes and saves a seventh of half an
-hour of one core at 25 GFLOPS."""
+"""Training FLOPs from which compiling for a CPU without kernels is worth it: it takes one to two minutes and saves a
+seventh of half an hour of one core at 25 GFLOPS. With kernels compiled layers are slower (docs/log.md)."""
 
 
 def want_compile(setting: Literal["auto", "on", "off"], flops: float) -> bool:
-    """auto: with a GPU, or with a C++ compiler if the training is at least `COMPILE_FLOPS`."""
-    if setting == "auto":
-        return torch.cuda.is_available() or (cpp_compiler() is not None and flops > COMPILE_FLOPS)
-    return setting == "on"
+    """auto: with a GPU; on a CPU where no kernel serves, there is a C++ compiler, and the training is at least
+    `COMPILE_FLOPS`."""
+    if setting != "auto":
+        return setting == "on"
+    if torch.cuda.is_available():
+        return True
+    return flops > COMPILE_FLOPS and cpp_compiler() is not None and not library.available()
 
 
 def compile_layers(model: Transformer) -> None:
