@@ -136,7 +136,7 @@ def keep_memory() -> bool:
 
 COMPILE_FLOPS = 5e13
 """Training FLOPs from which compiling for a CPU without kernels is worth it: it takes one to two minutes and saves a
-seventh of half an hour of one core at 25 GFLOPS. With kernels compiled layers are slower (docs/log.md)."""
+seventh of half an hour of one core at 25 GFLOPS. With kernels it gains nothing (docs/log.md)."""
 
 
 def want_compile(setting: Literal["auto", "on", "off"], flops: float) -> bool:
