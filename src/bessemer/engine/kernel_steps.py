@@ -50,7 +50,7 @@ class KernelSteps:
             [cfg.norm_eps, LATENT_EPS, cfg.softmax_scale, cfg.route_scale], dtype=torch.float64
         )
         self._main = _Table(_weights(model.layers), [model.embed.weight, None, None, None, model.norm.weight], model)
-        self._guesses = [
+        self._mtp = [
             _Table(
                 _weights([module.layer]),
                 [model.embed.weight, module.enorm.weight, module.hnorm.weight, module.eh_proj.weight,
@@ -98,7 +98,7 @@ class KernelSteps:
         out_BTD = torch.empty_like(hidden_BTD, memory_format=torch.contiguous_format)
         rows = self._rows(token_BT, position_B, cache)
         logits_BV = self._run(
-            self._guesses[k], [cache.layers[self._layers + k]], rows, hidden=hidden_BTD.contiguous(),
+            self._mtp[k], [cache.layers[self._layers + k]], rows, hidden=hidden_BTD.contiguous(),
             pick=last_B + rows.begin[:-1], raw=out_BTD,
         )  # fmt: skip
         return out_BTD, logits_BV

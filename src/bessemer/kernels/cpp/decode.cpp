@@ -40,15 +40,6 @@ struct Ends {
     const T* head;
 };
 
-INLINE vf load_some(const float* p, int n) { return n == W ? load(p) : load_part(p, n); }
-INLINE void store_some(float* p, vf x, int n) { n == W ? store(p, x) : store_part(p, x, n); }
-template <class Each>
-INLINE void each_vector(i64 n, const Each& each) {
-    i64 i = 0;
-    for (; i + W <= n; i += W) each(i, W);
-    if (i < n) each(i, (int)(n - i));
-}
-
 INLINE float inverse_rms(const float* x, i64 D, double eps) {
     vf square[2] = {};
     int turn = 0;
@@ -197,7 +188,7 @@ struct Step {
         for (i64 b = 0; b < B; ++b) {
             i64 T_ = begin[b + 1] - begin[b];
             for (i64 t = 0; t < T_; ++t) {
-                // A guess module may begin before the text, and then stands where nothing is read yet.
+                // An MTP module may begin before the text, and then stands where nothing is read yet.
                 i64 n = begin[b] + t, p = base[b] + t < 0 ? base[b] + T_ - 1 - (base[b] + t) : base[b] + t;
                 position[n] = p;
                 cell[n] = table[b * width + p / PAGE] * PAGE + p % PAGE;
@@ -376,7 +367,7 @@ struct Step {
         else
             dense_ffn(L);
     }
-    // x = the embeddings of the tokens, joined with the states `hidden` [N, D] in a guess module.
+    // x = the embeddings of the tokens, joined with the states `hidden` [N, D] in an MTP module.
     void embed(const Ends<T>& e, const i64* token, const T* hidden) {
         if (!hidden) {
             rows(N, [&](i64 n) { widen_row(e.embed + token[n] * D, x + n * D, D); });

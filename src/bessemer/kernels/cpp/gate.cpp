@@ -128,13 +128,7 @@ void backward(const float* dweight, float dbalance, const X* x, const float* w, 
                 }
             }
             FloatGemm::multiply(tokens, D, E, slope, 1, TOKENS, right, out, D, false);
-            for (i64 i = 0; i < tokens * D; i += W) {
-                int left = (int)least(W, tokens * D - i);
-                if (left == W)
-                    store(dx + n * D + i, load(out + i));
-                else
-                    store_part(dx + n * D + i, load_part(out + i, left), left);
-            }
+            each_vector(tokens * D, [&](i64 i, int left) { store_some(dx + n * D + i, load_some(out + i, left), left); });
             FloatGemm::pack_b(rows, x + n * D, tokens, D, D, 1);
             FloatGemm::multiply(E, D, tokens, slope, TOKENS, 1, rows, mine, D, n > block * BLOCK);
         }

@@ -19,14 +19,6 @@ INLINE void sweep(const T* row, i64 V, float beyond, const Each& each) {
     }
 }
 
-template <class T>
-INLINE void write(T* to, vf x, int n) {
-    if (n == W)
-        store(to, x);
-    else
-        store_part(to, x, n);
-}
-
 // The largest number of a row, and NaN or +inf if the row has one: x - top is then NaN for it.
 template <class T>
 INLINE float largest(const T* row, i64 V) {
@@ -78,7 +70,7 @@ void cross_entropy(T* logits, const i64* target, const float* weight, float* nll
         nll[c] = __builtin_logf(total) - (chosen - top);
         if (!gradient) return;
         vf scale = splat(weight[c] / total);
-        sweep(row, V, 0.0f, [&](i64 v, vf x, int n) { write(row + v, vexp(x - top) * scale, n); });
+        sweep(row, V, 0.0f, [&](i64 v, vf x, int n) { store_some(row + v, vexp(x - top) * scale, n); });
         put(row + target[c], weight[c] * (__builtin_expf(chosen - top) / total - 1.0f));
     });
 }
@@ -117,10 +109,10 @@ void logprobs_backward(T* logits, const i64* target, const float* lse, const flo
             sweep(row, V, 0.0f, [&](i64 v, vf x, int n) {
                 vf d = x * factor - lse[c], e = vexp(d);
                 vf change = -e * ((d + middle) * slope + own);
-                write(row + v, select((vi)(e == 0.0f), (vf){}, change), n);
+                store_some(row + v, select((vi)(e == 0.0f), (vf){}, change), n);
             });
         else
-            sweep(row, V, 0.0f, [&](i64 v, vf x, int n) { write(row + v, vexp(x * factor - lse[c]) * -own, n); });
+            sweep(row, V, 0.0f, [&](i64 v, vf x, int n) { store_some(row + v, vexp(x * factor - lse[c]) * -own, n); });
         put(row + t, result);
     });
 }

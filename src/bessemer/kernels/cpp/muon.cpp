@@ -3,29 +3,15 @@
 
 namespace {
 
-template <class Each>
-INLINE void over(i64 n, const Each& each) {
-    i64 i = 0;
-    for (; i + W <= n; i += W) each(i, W);
-    if (i < n) each(i, (int)(n - i));
-}
-INLINE vf get(const float* p, int n) { return n == W ? load(p) : load_part(p, n); }
-INLINE void set(float* p, vf x, int n) {
-    if (n == W)
-        store(p, x);
-    else
-        store_part(p, x, n);
-}
-
 void transposed(float* to, const float* from, i64 rows, i64 columns) {
     for (i64 r = 0; r < rows; r += W)
         for (i64 c = 0; c < columns; c += W) {
             int height = (int)least(W, rows - r), width = (int)least(W, columns - c);
             vf block[W] = {};
             for (int i = 0; i < height; ++i)
-                block[i] = get(from + (r + i) * columns + c, width);
+                block[i] = load_some(from + (r + i) * columns + c, width);
             transpose(block);
-            for (int i = 0; i < width; ++i) set(to + (c + i) * rows + r, block[i], height);
+            for (int i = 0; i < width; ++i) store_some(to + (c + i) * rows + r, block[i], height);
         }
 }
 
@@ -38,9 +24,9 @@ void symmetric(i64 R, i64 K, const float* a, const float* b, float* out) {
         for (i64 c = r + W; c < R; c += W) {
             int height = (int)least(W, R - r), width = (int)least(W, R - c);
             vf block[W] = {};
-            for (int i = 0; i < height; ++i) block[i] = get(out + (r + i) * R + c, width);
+            for (int i = 0; i < height; ++i) block[i] = load_some(out + (r + i) * R + c, width);
             transpose(block);
-            for (int i = 0; i < width; ++i) set(out + (c + i) * R + r, block[i], height);
+            for (int i = 0; i < width; ++i) store_some(out + (c + i) * R + r, block[i], height);
         }
 }
 
@@ -53,21 +39,21 @@ void iterate(float* x, i64 R, i64 C, int steps, float a, float b, float c) {
     double total = 0.0;
     for (i64 r = 0; r < R; ++r) {
         vf part = {};
-        over(C, [&](i64 i, int n) {
-            vf v = get(x + r * C + i, n);
+        each_vector(C, [&](i64 i, int n) {
+            vf v = load_some(x + r * C + i, n);
             part += v * v;
         });
         total += sum(part);
     }
     float norm = (float)__builtin_sqrt(total);
     vf scale = splat(1.0f / (norm > 1e-12f || norm != norm ? norm : 1e-12f));
-    over(R * C, [&](i64 i, int n) { set(x + i, get(x + i, n) * scale, n); });
+    each_vector(R * C, [&](i64 i, int n) { store_some(x + i, load_some(x + i, n) * scale, n); });
     for (int step = 0; step < steps; ++step) {
         FloatGemm::pack_b(right, x, C, R, 1, C);
         symmetric(R, C, x, right, square);
         FloatGemm::pack_b(right, square, R, R, R, 1);
         symmetric(R, R, square, right, polynomial);
-        over(R * R, [&](i64 i, int n) { set(polynomial + i, get(square + i, n) * b + get(polynomial + i, n) * c, n); });
+        each_vector(R * R, [&](i64 i, int n) { store_some(polynomial + i, load_some(square + i, n) * b + load_some(polynomial + i, n) * c, n); });
         for (i64 r = 0; r < R; ++r) polynomial[r * R + r] += a;
         FloatGemm::pack_b(right, x, R, C, C, 1);
         FloatGemm::multiply(R, C, R, polynomial, R, right, next, C, false);

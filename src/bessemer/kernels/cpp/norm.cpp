@@ -29,12 +29,9 @@ void forward(const T* x, i64 stride, const float* w, T* y, i64 N, i64 D, float e
             const T* row = x + n * stride;
             T* out = y + n * D;
             vf scale = splat(inverse_rms(row, D, eps));
-            i64 d = 0;
-            for (; d + W <= D; d += W) store(out + d, load(row + d) * scale * load(w + d));
-            if (d < D) {
-                int left = (int)(D - d);
-                store_part(out + d, load_part(row + d, left) * scale * load_part(w + d, left), left);
-            }
+            each_vector(D, [&](i64 d, int left) {
+                store_some(out + d, load_some(row + d, left) * scale * load_some(w + d, left), left);
+            });
         }
     });
 }
@@ -51,32 +48,16 @@ void backward(const T* dy, const T* x, i64 stride, const float* w, T* dx, float*
             T* out = dx + n * D;
             float s = inverse_rms(row, D, eps);
             vf scale = splat(s), inner = {};
-            for (i64 d = 0; d < D; d += W) {
-                int left = (int)least(W, D - d);
-                bool whole = left == W;
-                vf g = whole ? load(grad + d) : load_part(grad + d, left);
-                vf z = (whole ? load(row + d) : load_part(row + d, left)) * scale;
-                vf gain = whole ? load(w + d) : load_part(w + d, left);
-                vf gz = g * z;
-                inner += gain * gz;
-                if (whole)
-                    store(mine + d, load(mine + d) + gz);
-                else
-                    store_part(mine + d, load_part(mine + d, left) + gz, left);
-            }
+            each_vector(D, [&](i64 d, int left) {
+                vf gz = load_some(grad + d, left) * (load_some(row + d, left) * scale);
+                inner += load_some(w + d, left) * gz;
+                store_some(mine + d, load_some(mine + d, left) + gz, left);
+            });
             vf mean = splat(sum(inner) / (float)D);
-            for (i64 d = 0; d < D; d += W) {
-                int left = (int)least(W, D - d);
-                bool whole = left == W;
-                vf g = whole ? load(grad + d) : load_part(grad + d, left);
-                vf z = (whole ? load(row + d) : load_part(row + d, left)) * scale;
-                vf gain = whole ? load(w + d) : load_part(w + d, left);
-                vf result = (gain * g - z * mean) * scale;
-                if (whole)
-                    store(out + d, result);
-                else
-                    store_part(out + d, result, left);
-            }
+            each_vector(D, [&](i64 d, int left) {
+                vf z = load_some(row + d, left) * scale, g = load_some(grad + d, left);
+                store_some(out + d, (load_some(w + d, left) * g - z * mean) * scale, left);
+            });
         }
     });
     memset(dw, 0, D * sizeof(float));

@@ -142,6 +142,23 @@ INLINE vu pairs(const bf16* even, const bf16* odd) {
     return low | __builtin_convertvector((vh)(*(const vh_mem*)odd), vu) << 16;
 }
 
+// n numbers, W or fewer.
+template <class T>
+INLINE vf load_some(const T* p, int n) {
+    return n == W ? load(p) : load_part(p, n);
+}
+template <class T>
+INLINE void store_some(T* p, vf x, int n) {
+    n == W ? store(p, x) : store_part(p, x, n);
+}
+// each(i, how many) for every vector of n numbers.
+template <class Each>
+INLINE void each_vector(i64 n, const Each& each) {
+    i64 i = 0;
+    for (; i + W <= n; i += W) each(i, W);
+    if (i < n) each(i, (int)(n - i));
+}
+
 // --- across lanes ----------------------------------------------------------------------------------------------------
 
 // Lanes of a and, from W on, of b.
