@@ -185,13 +185,13 @@ def _run(commands: Sequence[Sequence[str]], until: float, temporary: str) -> Non
                 if time.monotonic() > until:
                     raise BuildError(f"{commands[0][0]} did not finish within {SECONDS} s", final=True)
                 for key, _ in ready:
-                    name, job, said = key.data
+                    name, job, message = key.data
                     piece = os.read(key.fd, MESSAGE_BYTES)
-                    said += piece[: MESSAGE_BYTES - len(said)]
+                    message += piece[: MESSAGE_BYTES - len(message)]
                     if not piece:
                         selector.unregister(key.fileobj)
                         running -= 1
-                        _finished(name, job, said, until)
+                        _finished(name, job, message, until)
         finally:
             for key in list(selector.get_map().values()):
                 _end(key.data[1])
@@ -208,7 +208,7 @@ def _started(command: Sequence[str], temporary: str) -> subprocess.Popen[bytes]:
         raise BuildError(f"{command[0]} cannot be started ({error.strerror})", final=True) from None
 
 
-def _finished(name: str, job: subprocess.Popen[bytes], said: bytes, until: float) -> None:
+def _finished(name: str, job: subprocess.Popen[bytes], message: bytes, until: float) -> None:
     try:
         status = job.wait(max(0.1, until - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -219,7 +219,7 @@ def _finished(name: str, job: subprocess.Popen[bytes], said: bytes, until: float
     if status < 0:
         raise BuildError(f"{name} was ended by {_signal(status)}")
     if status:
-        text = said.decode(errors="replace")
+        text = message.decode(errors="replace")
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             if os.strerror(number) in text:
                 raise OSError(number, os.strerror(number))

@@ -56,8 +56,8 @@ def _features() -> set[str]:
     try:
         if sys.platform == "darwin":  # AVX2 and BMI1 there
             command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.features", "machdep.cpu.leaf7_features"]
-            told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
-            return set(told.lower().split())
+            output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
+            return set(output.lower().split())
         lines = CPUINFO.read_text().splitlines()
     except (OSError, subprocess.TimeoutExpired):
         return set()
