@@ -362,10 +362,12 @@ class Trainer:
                 "rng": random_tensors,
                 "extras": self.extra_tensors,
             },
-            counters={name: getattr(self, name) for name in COUNTERS}
-            | {"backend": library.backend(self.device), "rng": random_values, "extras": self.extras},
+            counters=self._counters() | {"rng": random_values, "extras": self.extras},
             config=self.model_config,
         )
+
+    def _counters(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in COUNTERS} | {"backend": library.backend(self.device)}
 
     def _restore_counters(self, saved: dict[str, Any]) -> None:
         for name in COUNTERS:
