@@ -90,6 +90,25 @@ class Stage:
         }  # fmt: skip
 
 
+def differences(got: dict, expected: dict) -> list[str]:
+    """In what two stages' leaves differ, in a few lines (`assert a == b` of megabytes takes minutes to fail)."""
+    names = [name for name in sorted(got | expected) if got.get(name) != expected.get(name)]
+    if "metrics" not in names:
+        return names
+    facts = [json.loads(found) if isinstance(found := side["metrics"], bytes) else found for side in (got, expected)]
+    if len(facts[0]) != len(facts[1]):
+        return [*names, f"{len(facts[0])} lines of metrics, not {len(facts[1])}"]
+    for ours, theirs in zip(*facts, strict=True):
+        if ours != theirs:
+            a, b = ours.pop("values"), theirs.pop("values")
+            return [
+                *names,
+                f"{ours}, not {theirs}",
+                *(f"{key}: {a.get(key)}, not {b.get(key)}" for key in sorted(a | b) if a.get(key) != b.get(key)),
+            ]
+    return names
+
+
 def main(base: str, folder: str, number: str, step: str, *changes: str) -> None:
     loop = Stage(Path(base), Path(folder), *changes).loop()
     signal.signal(signal.SIGTERM, lambda number, frame: setattr(loop.ctx.stop_flag, "signal", number))

@@ -195,7 +195,6 @@ class RolloutQueue:
         taken = self._finish(number)
         # lower numbers: from before the guard went back, which leaves the cursor where it is
         self.finished = {n: rollout for n, rollout in self.finished.items() if n > number}
-        self._store()
         return taken
 
     def poll(self) -> None:
@@ -212,7 +211,7 @@ class RolloutQueue:
             self._start(number)
             for n in older:
                 self._finish(n)
-            self._store()
+        self._store()  # also what `poll` finished: a rollout that was ready early is as old as one that was waited for
 
     def restore(self) -> None:
         """The queue of the checkpoint that the trainer came from."""
@@ -240,10 +239,13 @@ class RolloutQueue:
         return self.finished[number]
 
     def _store(self) -> None:
+        """Puts the finished rollouts of older policies among what the trainer's checkpoint holds."""
         trainer = self.trainer
         tensors = {key: value for key, value in trainer.extra_tensors.items() if not key.startswith(f"{KEY}/")}
         stored = {}
         for number, waiting in self.finished.items():
+            if waiting.step >= trainer.step:
+                continue
             groups, packed = rollout.pack(waiting.groups)
             stored[str(number)] = {
                 "groups": groups,
