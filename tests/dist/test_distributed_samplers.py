@@ -31,7 +31,7 @@ def generated(rank, kind):
     if kind == "sharded":
         sampler = ShardedSampler(made, lambda: calls.append(rank), ranks)
     else:
-        sampler = Rank0Sampler(LocalSampler(made) if rank == 0 else None, made.tokenizer, lambda: calls.append(rank), ranks)
+        sampler = Rank0Sampler(LocalSampler(made, lambda: None) if rank == 0 else None, made.tokenizer, lambda: calls.append(rank), ranks)
     return texts(sampler.policy()(PROMPTS, **ASKED).take()), calls
 
 

@@ -158,6 +158,25 @@ def test_stopped_it_saves_what_waits(whole, base, tmp_path):
     assert rl_stage.differences(leaves(stage), leaves(whole)) == []
 
 
+def test_a_sampler_rounded_to_bf16_has_a_gap_and_replays_its_routing(whole, base, tmp_path, monkeypatch):
+    """The policy stays float32; what samples is its copy of this moment, in one process as in two."""
+    rounded = (*ALL, "rollouts=2", "max_off_policy_rollouts=0", 'rollout.precision="bfloat16"')
+    stages = []
+    for n in (1, 2):
+        monkeypatch.setattr(setup, "workers", lambda n=n: Workers(n))
+        stages.append(rl_stage.Stage(base, tmp_path / f"run{n}", *rounded))
+        run = stages[-1].run()
+        assert {p.dtype for p in run.policy.model.parameters()} == {torch.float32}
+        assert run.sampler.engine.model.head.weight.dtype == torch.bfloat16
+        head = run.policy.model.head.weight
+        assert torch.equal(run.sampler.engine.model.head.weight, head.bfloat16())
+    assert rl_stage.differences(*map(leaves, stages)) == []
+    gap, exact = stages[0].values("rl/sampler_gap"), whole.values("rl/sampler_gap")[0]
+    assert all(100 * exact < one < 0.05 for one in gap), (gap, exact)
+    shares = stages[0].values("rl/routing_disagreement")
+    assert all(0 <= share < 0.1 for share in shares), shares
+
+
 def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_path, monkeypatch):
     """It was drawn by a policy that is no more. Three bad steps, each computed twice to say where: back to step 0."""
     calls = iter(range(10_000))
@@ -189,6 +208,7 @@ def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_pa
     [
         (["correction_cap=3.0"], 'correction_cap has no effect while correction is "none"'),
         (["max_off_policy_rollouts=2"], "max_off_policy_rollouts"),
+        (["rollout.precision=float16"], "rollout.precision"),
         (['correction="token"'], "correction"),
     ],
 )

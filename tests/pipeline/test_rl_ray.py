@@ -123,7 +123,7 @@ def test_a_run_with_workers_is_the_run_without_though_one_is_killed(ray, whole, 
 
 
 def test_without_ahead_it_is_the_same_run_too(ray, base, tmp_path):
-    few = (COIN, "rollouts=2", "updates_per_rollout=1")
+    few = (COIN, "rollouts=2", "updates_per_rollout=1", 'rollout.precision="bfloat16"')
     here = rl_stage.Stage(base, tmp_path / "here", *few)
     here.run()
     apart = rl_stage.Stage(base, tmp_path / "apart", *few, "rollout.engine=ray")
@@ -255,6 +255,7 @@ def test_killed_and_stopped_it_ends_the_same_and_leaves_no_process(whole, base, 
     [
         (["rollout.workers=2"], 'rollout.workers has no effect while rollout.engine is "local"'),
         (["rollout.engine=vllm", "routing_replay=true"], "rollouts by vLLM do not bring them"),
+        (["rollout.engine=vllm", "rollout.precision=bfloat16"], "rollout.precision has no effect with vLLM"),
         (["rollout.engine=rays"], "rollout.engine"),
         (["rollout.worker=2"], 'unknown key "rollout.worker"; did you mean "workers"'),
     ],

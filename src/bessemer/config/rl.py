@@ -20,6 +20,10 @@ class RolloutConfig(ConfigTable):
     engine: Literal["local", "ray", "vllm"] = "local"
     """local: in the trainer's processes, alternating with the updates; ray: in separate rollout workers on Ray, with
     Bessemer's engine; vllm: the same with vLLM, whose samples differ by rounding and random numbers."""
+    precision: Literal["trainer", "bfloat16"] = "trainer"
+    """Weights that sample: the trainer's own, or a copy of them rounded to BF16, half as large and faster on processors
+    with AMX. Evaluations sample from it, too. rl/sampler_gap measures the difference; routing_replay and correction
+    remove what it does to the updates. vLLM always rounds."""
     workers: int = Field(1, ge=1)
     """Number of separate rollout workers. Each holds the whole model, on one core or on `gpus` GPUs."""
     gpus: int | None = Field(None, ge=0)

@@ -6,10 +6,13 @@ passes the network to `trainer`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
 
 from bessemer.dist import mesh, schedules, sharded_checkpoint
 from bessemer.dist.context_parallel import refusal as split_refusal
@@ -25,6 +28,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import RECOMPUTES_ITSELF, Transformer
 from bessemer.train import loss, setup
 from bessemer.train.trainer import Trainer
+from bessemer.workers import Workers
 
 if TYPE_CHECKING:
     from bessemer.config.recipe import LayoutConfig, Recipe
@@ -105,6 +109,26 @@ class GatheredModel:
             assert isinstance(self.model, Transformer), "a model on many ranks is our own"
             gather_into(self._source.shard, self.model)
             self._copied_at = self._source.rows
+
+
+class RoundedModel:
+    """A copy of the network in another dtype, for sampling, next to the one that is trained."""
+
+    def __init__(self, policy: GatheredModel, trainer: Trainer, dtype: torch.dtype, workers: Workers) -> None:
+        self.model = copy.deepcopy(policy.model).requires_grad_(False).to_compute(dtype)
+        self._policy, self._trainer, self._copied_at = policy, trainer, -1
+        workers.share(self.model.state_dict().values())
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Rounds the current weights. Collective."""
+        self._policy.refresh()
+        if self._copied_at != self._trainer.rows:
+            for own, exact in zip(
+                self.model.state_dict().values(), self._policy.model.state_dict().values(), strict=True
+            ):
+                own.copy_(exact)
+            self._copied_at = self._trainer.rows
 
 
 def _empty_model(trainer: DistributedTrainer) -> Transformer:

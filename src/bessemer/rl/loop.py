@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bessemer import tasks
 from bessemer.config.rl import RLConfig
@@ -76,7 +77,10 @@ class Loop:
             warn=ctx.say,
         )
         self.policy = distributed.GatheredModel(self.trainer)
-        self.sampler = self._make_sampler(Engine(self.policy.model, self.tokenizer, self.workers))
+        self.sampler_model: distributed.GatheredModel | distributed.RoundedModel = self.policy
+        if settings.rollout.precision == "bfloat16":
+            self.sampler_model = distributed.RoundedModel(self.policy, self.trainer, torch.bfloat16, self.workers)
+        self.sampler = self._make_sampler(Engine(self.sampler_model.model, self.tokenizer, self.workers))
         self.difficulty = DifficultyFilter(settings, self.trainer) if settings.difficulty_filter else None
         self.generator = RolloutGenerator(
             settings, self.sampler, self._encode, ctx.seed, reward_models, self.difficulty, ctx.once
@@ -95,13 +99,15 @@ class Loop:
         self.critic: Critic | None = None
 
     def _make_sampler(self, engine: Engine) -> Sampler:
-        ctx, local = self.ctx, self.settings.rollout.engine == "local"
-        if ctx.ranks is not None and local:
-            return ShardedSampler(engine, self.policy.refresh, ctx.ranks)
-        if ctx.ranks is not None:
-            ray = ray_sampler.make(self.settings, ctx, engine, self.trainer) if ctx.leads else None
-            return Rank0Sampler(ray, self.tokenizer, self.policy.refresh, ctx.ranks)
-        return LocalSampler(engine) if local else ray_sampler.make(self.settings, ctx, engine, self.trainer)
+        ctx, refresh = self.ctx, self.sampler_model.refresh
+        if self.settings.rollout.engine == "local":
+            if ctx.ranks is not None:
+                return ShardedSampler(engine, refresh, ctx.ranks)
+            return LocalSampler(engine, refresh)
+        if ctx.ranks is None:
+            return ray_sampler.make(self.settings, ctx, engine, self.trainer, refresh)
+        ray = ray_sampler.make(self.settings, ctx, engine, self.trainer, lambda: None) if ctx.leads else None
+        return Rank0Sampler(ray, self.tokenizer, refresh, ctx.ranks)
 
     def _encode(self, problem: tasks.Problem) -> list[int]:
         return question_ids(self.tokenizer, problem.prompt)

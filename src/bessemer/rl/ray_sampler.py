@@ -55,6 +55,8 @@ def facts(stage: str, rollout: RolloutConfig, replay: bool) -> dict[str, Any]:
         for name in ("workers", "gpus"):
             if changed(rollout, name):
                 raise UserError(f'stage "{stage}": rollout.{name} has no effect while rollout.engine is "local"')
+    elif rollout.engine == "vllm" and changed(rollout, "precision"):
+        raise UserError(f'stage "{stage}": rollout.precision has no effect with vLLM, which computes in BF16')
     elif not ray_cluster.is_installed():
         raise ray_cluster.not_installed(rollout.engine)
     if rollout.engine == "vllm" and replay:
@@ -63,7 +65,8 @@ def facts(stage: str, rollout: RolloutConfig, replay: bool) -> dict[str, Any]:
             'bring them; set rollout.engine to "ray", or routing_replay to false'
         )
     sampler: dict[str, Any] = {"sampler": "vllm"} if rollout.engine == "vllm" else {}
-    return sampler | ({"rows": rollout.rows} if rollout.rows else {})
+    rounded = {"precision": rollout.precision} if changed(rollout, "precision") else {}
+    return sampler | rounded | ({"rows": rollout.rows} if rollout.rows else {})
 
 
 def trainer_workers(rollout: RolloutConfig) -> Workers:
@@ -74,8 +77,11 @@ def trainer_workers(rollout: RolloutConfig) -> Workers:
     return Workers(max(1, cores() - rollout.workers))
 
 
-def make(settings: RLConfig, ctx: StageContext, engine: Engine, trainer: Trainer) -> RaySampler:
-    """The sampler of a stage; its workers start when it is opened."""
+def make(
+    settings: RLConfig, ctx: StageContext, engine: Engine, trainer: Trainer, refresh: Callable[[], None]
+) -> RaySampler:
+    """The sampler of a stage; its workers start when it is opened. `refresh` brings the engine's network to the
+    trainer's weights."""
     rollout = settings.rollout
     samples = settings.prompts_per_rollout * settings.samples
     rows = rollout.rows or setup.batch_rows(samples)
@@ -92,7 +98,12 @@ def make(settings: RLConfig, ctx: StageContext, engine: Engine, trainer: Trainer
         )
     start = partial(_start_pool, rollout, ctx, engine)
     # every update counts its rows, also one after which the guard goes back to an earlier step
-    return RaySampler(engine, engine.model.state_dict, lambda: trainer.rows, start)
+
+    def state() -> Mapping[str, Tensor]:
+        refresh()
+        return engine.model.state_dict()
+
+    return RaySampler(engine, state, lambda: trainer.rows, start)
 
 
 def _start_pool(rollout: RolloutConfig, ctx: StageContext, engine: Engine) -> WorkerPool:

@@ -80,10 +80,11 @@ class ReadySamples:
 
 
 class LocalSampler:
-    """Samples are generated when they are submitted, before the weights can change."""
+    """Samples are generated when they are submitted, before the weights can change. `refresh` brings the engine's
+    network to the trainer's weights."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.tokenizer = engine, engine.tokenizer
+    def __init__(self, engine: Engine, refresh: Callable[[], None]) -> None:
+        self.engine, self.tokenizer, self.refresh = engine, engine.tokenizer, refresh
 
     def open(self) -> None:
         pass
@@ -92,6 +93,7 @@ class LocalSampler:
         return lambda prompts, **options: ReadySamples(self.generate(prompts, **options))
 
     def generate(self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
+        self.refresh()
         return self.engine.generate(prompts, **options)
 
     def metrics(self) -> dict[str, float]:
@@ -102,11 +104,11 @@ class LocalSampler:
 
 
 class ShardedSampler(LocalSampler):
-    """`refresh` brings this rank's copy of the whole network to the trainer's weights."""
+    """`refresh` is collective: it brings this rank's copy of the whole network to the trainer's weights."""
 
     def __init__(self, engine: Engine, refresh: Callable[[], None], ranks: Ranks) -> None:
-        super().__init__(engine)
-        self.refresh, self.ranks = refresh, ranks
+        super().__init__(engine, refresh)
+        self.ranks = ranks
 
     def generate(self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
         self.refresh()
