@@ -6,7 +6,8 @@
 Each run trains `tiny` with its MTP module, Muon, on documents of the countdown task, 16 rows of 256 per step; a seed
 chooses the initial weights and the documents, the same for both sides. The loss is that of fresh documents at the end
 and the mean of the last 20 training steps. The control is the torch path with its micro-batches cut in half: the same
-mathematics in another order of sums, which is what a kernel is too. A run is a process of its own on one core.
+mathematics in another order of sums, which is what a kernel is too. A run is a process of its own on one core. The
+file of --json is written after each run, and runs that it holds already are not made again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from machine import processor
 
@@ -78,14 +80,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--processes", type=int, default=2, help="runs side by side")
-    parser.add_argument("--json", help="write the results here")
+    parser.add_argument("--json", type=Path, default=Path("kernels_loss.json"), help="results, and where they resume")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
         print(json.dumps(run(int(args.run[0]), args.steps, int(args.run[1]), args.dtype)))
         return
 
-    def process(job: tuple[str, int]) -> dict:
+    settings = {"steps": args.steps, "dtype": args.dtype}
+    held = json.loads(args.json.read_text()) if args.json.exists() else settings | {"runs": []}
+    if {name: held[name] for name in settings} != settings:
+        parser.error(f"{args.json} holds runs of other settings; name another file")
+    results = {(one["side"], one["seed"]): one for one in held["runs"]}
+
+    def process(job: tuple[str, int]) -> None:
         kernels, micro_rows = SIDES[job[0]]
         environment = dict(os.environ, OMP_NUM_THREADS="1", BESSEMER_KERNELS=kernels)
         command = [sys.executable, __file__, "--steps", str(args.steps), "--dtype", args.dtype, "--run"]
@@ -94,11 +102,12 @@ def main() -> None:
         found = json.loads(done.stdout.strip().splitlines()[-1])
         print(f"{job[0]:20} seed {job[1]}: held-out {found['heldout']:.5f}, last {found['last']:.5f}, "
               f"{found['seconds']:.0f} s ({found['kernels']})", flush=True)  # fmt: skip
-        return found
+        results[job] = {"side": job[0], "seed": job[1], **found}
+        args.json.write_text(json.dumps({"machine": processor(), **settings, "runs": list(results.values())}, indent=1))
 
     jobs = [(side, seed) for seed in range(args.seeds) for side in SIDES]
     with ThreadPoolExecutor(args.processes) as pool:
-        results = dict(zip(jobs, pool.map(process, jobs), strict=True))
+        list(pool.map(process, [job for job in jobs if job not in results]))
     gaps = {
         side: {
             kind: [results[side, seed][kind] / results["torch", seed][kind] - 1 for seed in range(args.seeds)]
@@ -109,13 +118,7 @@ def main() -> None:
     for side, kinds in gaps.items():
         for kind, values in kinds.items():
             print(f"{side:20} {kind:8} against torch: {', '.join(f'{100 * value:+.3f} %' for value in values)}")
-    if args.json:
-        report = {
-            "machine": processor(), "steps": args.steps, "dtype": args.dtype, "gaps": gaps,
-            "runs": [{"side": side, "seed": seed, **found} for (side, seed), found in results.items()],
-        }  # fmt: skip
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
+    args.json.write_text(json.dumps(json.loads(args.json.read_text()) | {"gaps": gaps}, indent=1))
 
 
 if __name__ == "__main__":
