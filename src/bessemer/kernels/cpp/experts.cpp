@@ -293,13 +293,19 @@ struct Backward {
             } else {
                 float* dact = scratch<12, float>(most * F + W);
                 G::multiply(n, F, D, G::left(grad, widthD), packed2, dact, F, false);
-                for (i64 r = 0; r < n; ++r) activation(m + r, dact + r * F, act + r * widthF, dh + r * widthH);
+                for (i64 r = 0; r < n; ++r) {
+                    if (r + AHEAD < n) fetch_row(h + (m + r + AHEAD) * 2 * F, 2 * F);
+                    activation(m + r, dact + r * F, act + r * widthF, dh + r * widthH);
+                }
             }
             E* room = scratch<13, E>(G::a_rows(D > 2 * F ? D : 2 * F) * G::a_width(BLOCK<G>));
             E* right = scratch<14, E>(G::b_size(BLOCK<G>, D > F ? D : F));
             bool add = m > c.first;
             if (out.dw13) {
-                G::pack_b_rows(right, n, D, [&](i64 r) { return x + rows.token(m + r) * ldx; });
+                G::pack_b_rows(right, n, D, [&](i64 r) {
+                    if (r + AHEAD < n) fetch_row(x + rows.token(m + r + AHEAD) * ldx, D);
+                    return x + rows.token(m + r) * ldx;
+                });
                 G::multiply(2 * F, D, n, G::left_transposed(room, dh, 2 * F, n, widthH), right, total, D, add);
             }
             if (out.dw2) {

@@ -60,17 +60,31 @@ INLINE float exponentials(const T* row, i64 V, float factor, float top, float* w
     return sum(total[0] + total[1]);
 }
 
+// The same sum for a factor of 1; the row becomes its addends.
+template <class T>
+INLINE float replaced(T* row, i64 V, float top) {
+    vf total[2] = {};
+    int turn = 0;
+    sweep(row, V, -std::numeric_limits<float>::infinity(), [&](i64 v, vf x, int n) {
+        vf e = vexp(x - top);
+        total[turn ^= 1] += e;
+        store_some(row + v, e, n);
+    });
+    return sum(total[0] + total[1]);
+}
+
 // nll_c = -log softmax(z)[target]; with a gradient the row becomes weight_c (softmax(z) - onehot).
 template <class T>
 void cross_entropy(T* logits, const i64* target, const float* weight, float* nll, i64 C, i64 V, bool gradient, int threads) {
     parallel(C, threads, [&](i64 c) {
         T* row = logits + c * V;
         float top = largest(row, V), chosen = widen(row[target[c]]);
-        float total = exponentials<false>(row, V, 1.0f, top, nullptr);
+        constexpr bool KEEP = sizeof(T) == 4;  // exp(z - top) takes the place of z; BF16 would round twice
+        float total = gradient && KEEP ? replaced(row, V, top) : exponentials<false>(row, V, 1.0f, top, nullptr);
         nll[c] = __builtin_logf(total) - (chosen - top);
         if (!gradient) return;
         vf scale = splat(weight[c] / total);
-        sweep(row, V, 0.0f, [&](i64 v, vf x, int n) { store_some(row + v, vexp(x - top) * scale, n); });
+        sweep(row, V, 0.0f, [&](i64 v, vf x, int n) { store_some(row + v, (KEEP ? x : vexp(x - top)) * scale, n); });
         put(row + target[c], weight[c] * (__builtin_expf(chosen - top) / total - 1.0f));
     });
 }
