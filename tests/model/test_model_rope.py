@@ -66,6 +66,19 @@ def test_rotation_is_complex_multiplication_of_interleaved_pairs():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_key_of_one_token_behind_a_latent_of_odd_width(dtype):
+    """A part of one row is contiguous, but its pairs start at an odd element."""
+    joint = torch.randn(1, 1, 13).to(dtype)
+    found = mla.rotate(joint[..., 5:], mla.rope_table(tiny(), 4)[3:])
+    assert torch.equal(found, mla.rotate(joint[..., 5:].clone(), mla.rope_table(tiny(), 4)[3:]))
+    cfg = tiny(kv_lora_rank=13)
+    attention, x = mla.MLA(cfg), torch.randn(1, 3, cfg.dim)
+    whole = attention(x, mla.rope_table(cfg, 3))
+    torch.testing.assert_close(attention(x[:, :1], mla.rope_table(cfg, 1)), whole[:, :1])
+    assert attention.latent(x[:, :1], mla.rope_table(cfg, 1)).shape == (1, 1, 13 + cfg.qk_rope_head_dim)
+
+
 def test_scores_depend_on_distance_only():
     cfg = tiny()
     q, k = torch.randn(2, cfg.qk_rope_head_dim, generator=torch.Generator().manual_seed(1))

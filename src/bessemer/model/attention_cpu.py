@@ -29,8 +29,9 @@ def _blocks(segments_BT: Tensor | None, T: int) -> list[tuple[int, int, int]]:
 
 
 def _rotate(x: Tensor, factor: Tensor) -> Tensor:
-    """Rotates pairs of the last dimension by complex numbers, in one pass instead of nine."""
-    pairs = x.unflatten(-1, (-1, 2)).contiguous()
+    """Pairs of the last dimension times complex numbers, in one pass instead of nine."""
+    # a copy always, as in mla.rotate
+    pairs = x.to(x.dtype, memory_format=torch.contiguous_format, copy=True).unflatten(-1, (-1, 2))
     return torch.view_as_real(torch.view_as_complex(pairs) * factor).flatten(-2)
 
 

@@ -158,8 +158,9 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     x [..., d_h^R]; cos_sin broadcastable to [..., d_h^R / 2, 2]. Computed in float32, rerotated in x's dtype.
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # the same result in a fifth of the time
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-        rotated = pairs * torch.view_as_complex(cos_sin.contiguous())
+        # a copy always: a contiguous part of a wider tensor may start at an odd element, where no complex number can
+        pairs = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True).unflatten(-1, (-1, 2))
+        rotated = torch.view_as_complex(pairs) * torch.view_as_complex(cos_sin.contiguous())
         return torch.view_as_real(rotated).flatten(-2).to(x.dtype)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos_sin.unbind(-1)
