@@ -142,11 +142,11 @@ def test_one_prefill_per_distinct_prompt(engine, prompts, monkeypatch):
 
 def test_finished_rows_leave_the_batch(engine, prompts, monkeypatch):
     seen = []
-    inner = ModelRunner._forward
+    inner = ModelRunner.advance
     monkeypatch.setattr(
         ModelRunner,
-        "_forward",
-        lambda self, token: seen.append((len(token), len(self.cache.row_pages))) or inner(self, token),
+        "advance",
+        lambda self: seen.append((len(self.token_B), len(self.cache.row_pages))) or inner(self),
     )
     found = engine.generate(prompts, samples=8, max_new_tokens=30, stop_ids=list(range(3, 20)))
     lengths = [len(c.tokens) for group in found for c in group]
@@ -235,15 +235,14 @@ def test_a_tokenizer_larger_than_the_model_is_refused(engine, tokenizer):
 
 
 def test_broken_weights_name_the_step(engine, prompts, monkeypatch):
-    inner = ModelRunner._forward
+    inner = ModelRunner.advance
 
-    def overflow(self, token):
-        output = inner(self, token)
-        if int(self.position_B.min()) == 7:
-            output.logits_BTV[1] = float("nan")
-        return output
+    def overflow(self):
+        inner(self)
+        if int(self.position_B.min()) == 8:
+            self.logits_BV[1], self.ahead = float("nan"), None
 
-    monkeypatch.setattr(ModelRunner, "_forward", overflow)
+    monkeypatch.setattr(ModelRunner, "advance", overflow)
     with pytest.raises(UserError, match=r"not finite for 1 of 3 rows at generated token 4"):
         engine.generate([prompts[2]], samples=3, max_new_tokens=9, stop_ids=[])
     with torch.no_grad():

@@ -8,6 +8,7 @@ import torch
 from drain import drain
 
 from bessemer.engine.engine import Engine
+from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.model_runner import ModelRunner
 from bessemer.engine.sampling import accept, probabilities, residual, stream_key
@@ -33,7 +34,14 @@ def test_greedy_answers_stay_the_same(engine, prompts, drafts):
     assert tokens(engine.generate(prompts, drafts=drafts, **options)) == tokens(engine.generate(prompts, **options))
 
 
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """Drafts go through `Drafter`'s own methods; test_round_kernel.py compares the kernel with them."""
+    monkeypatch.setattr(KernelSteps, "of", lambda model: None)
+
+
 @pytest.mark.parametrize("drafts", [1, 2])
+@pytest.mark.usefixtures("no_kernels")
 def test_guesses_are_made_from_true_states(cfg, tokenizer, prompts, drafts, monkeypatch):
     """The first guess of every turn is what the module says when it reads the whole text at once (as in training),
     however many guesses were taken before; its keys of refused and of chained guesses were written over."""

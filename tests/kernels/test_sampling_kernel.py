@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from bessemer.engine.sampling import most_likely, sample, sample_rows, stream_key, uniform
+from bessemer.engine.sampling import (
+    RejectedDrafts,
+    inverse_cdf,
+    most_likely,
+    probabilities,
+    residual,
+    sample,
+    sample_rows,
+    stream_key,
+    uniform,
+)
 from bessemer.engine.sequence import SamplingParams
 from bessemer.kernels import sampling as kernel
 
@@ -50,6 +60,26 @@ def test_what_is_kept_ends_at_the_same_token(instructions):
     logits = torch.randn(30 * len(PARAMS), 300, generator=torch.Generator().manual_seed(5)) * 0.05
     found, (token, _, _) = together(logits, PARAMS, 300, 6)
     assert torch.equal(found.token_B, token)
+
+
+def test_after_a_refused_draft_what_is_left_is_sampled(instructions):
+    """Where q is nowhere below p, nothing is left, and p stays."""
+    generator = torch.Generator().manual_seed(9)
+    logits, other = (torch.randn(20 * len(PARAMS), 67, generator=generator) for _ in range(2))
+    logits[:, 61:] -= 5.0
+    other[::7] = logits[::7]
+    each = [PARAMS[b % len(PARAMS)] for b in range(len(logits))]
+    rules = torch.tensor([(p.temperature, p.top_p, p.top_k, p.min_p) for p in each], dtype=torch.float64)
+    q = torch.cat([probabilities(other[b : b + 1], p, 61) for b, p in enumerate(each)])
+    q[::7] *= 1.01
+    key, position = torch.arange(len(each)), torch.arange(len(each)) * 3
+    rejected = RejectedDrafts(torch.rand(len(each), generator=generator) < 0.7, q)
+    found = sample_rows(logits, 61, rules, key, position, rejected).token_B
+    u = uniform(key, position)
+    for b, params in enumerate(each):
+        p = probabilities(logits[b : b + 1], params, 61)
+        refused = bool(rejected.rejected_B[b]) and params.temperature > 0
+        assert found[b] == inverse_cdf(residual(p, q[b : b + 1]) if refused else p, u[b : b + 1])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -1,5 +1,6 @@
 """Decoding steps on a CPU in one call of a C++ kernel (`kernels/cpp/decode.cpp`): all layers, from tokens to logits.
-Prefill is the same call with many tokens per row.
+Prefill is the same call with many tokens per row. A round (`kernels/cpp/round.cpp`) is a step with all that happens
+around it: drafts of the MTP module, their acceptance, and the next tokens.
 
 The kernel writes the new latents into the cache's pages and attends to the pages in place. It reads the weights where
 they lie, so an update between two steps cannot go stale: every step compares the addresses, and writes the table of
@@ -9,7 +10,8 @@ between two products is float32.
 
 `decode.step` is the reference, and does the work where `KernelSteps.of` returns None.
 
-Shapes: B rows, T tokens of each, N = B * T, D hidden, V vocabulary, L sparse layers, K experts per token.
+Shapes: B rows, T tokens of each, N = B * T, J = T - 1 drafts, D hidden, V vocabulary, L sparse layers, K experts per
+token.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from bessemer.engine.decode import ForwardOutput, Model, PrefillChunk, RoutingTrace, write_mtp_latents
 from bessemer.engine.kv_cache import LatentCache, PromptPages
+from bessemer.engine.sampling import ACCEPT, DRAFT, RejectedDrafts, SampledTokens
 from bessemer.kernels import gate, library
 from bessemer.model.layer import Layer
 from bessemer.model.mla import LATENT_EPS
@@ -33,12 +36,47 @@ PASS = 512
 """Tokens of a prefill that go through the network together: its buffers stay in a core's second-level cache."""
 
 
+class LiveRows(NamedTuple):
+    """How the live rows go on."""
+
+    newest_B: Tensor
+    """Their tokens that the network has not seen yet."""
+    position_B: Tensor
+    """Where these stand; a round moves it."""
+    rules_B4: Tensor
+    """`sampling.rules`."""
+    key_B: Tensor
+
+
+class DraftStates(NamedTuple):
+    """What the MTP module reads next, see `speculative.Drafter`; a round changes it in place."""
+
+    base_B: Tensor
+    known_B: Tensor
+    token_BT: Tensor
+    hidden_BTD: Tensor
+
+
+class Round(NamedTuple):
+    """The result of one round."""
+
+    logits_BTV: Tensor
+    last_BV: Tensor
+    """Those after the last accepted draft."""
+    sampled: SampledTokens | None
+    """The tokens after it."""
+    logp_2BJ: Tensor | None
+    """Of accepted drafts: log-probabilities at the row's temperature and at 1."""
+    rejected: RejectedDrafts | None
+    expert_NLK: Tensor | None
+
+
 class KernelSteps:
     """The steps of one model; `of` says whether there are any."""
 
     def __init__(self, model: Transformer):
         cfg = model.cfg
-        self.model, self._name = model, f"decode_step_{library.DTYPES[model.embed.weight.dtype]}"
+        self.model, self._dtype = model, library.DTYPES[model.embed.weight.dtype]
         grouped = cfg.topk_method != "greedy" and cfg.n_expert_groups > 1
         self._shape = torch.tensor([
             cfg.dim, cfg.n_heads, cfg.q_lora_rank, cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim,
@@ -151,6 +189,57 @@ class KernelSteps:
             for piece, state_TD in zip(pieces, self.model.norm(raw_ND).split(lengths), strict=True):
                 write_mtp_latents(self.model, cache, piece.prompt, piece.start, state_TD)
 
+    def round(
+        self,
+        rows: LiveRows,
+        cache: LatentCache,
+        vocab: int,
+        states: DraftStates | None = None,
+        most_B: Tensor | None = None,
+        sample: bool = True,
+        greedy: bool = False,
+        trace: bool = False,
+    ) -> Round:
+        """The newest tokens and, after each, drafts of the only MTP module, through the network; each row accepts at
+        most most_B of them. sample: the next tokens are wanted. greedy: every row takes its most likely token.
+        Tokens are below `vocab`."""
+        B, V, J = len(rows.newest_B), self.model.cfg.vocab_size, 0 if states is None else states.token_BT.shape[1] - 1
+        lengths = [position + J + 1 for position in rows.position_B.tolist()]
+        cache.reserve(lengths)
+        self._reach(max(lengths))
+        self._main.point(cache.layers[: self._layers])
+        logits_BTV = torch.empty(B, J + 1, V)
+        record = self._record(B * (J + 1)) if trace else None
+        sampled = module = last_BV = logp_2BJ = rejected = None
+        if sample:
+            sampled = SampledTokens(torch.empty(B, dtype=torch.int64), torch.empty(B), torch.empty(B))
+        if states is not None:
+            module = self._mtp[0]
+            module.point(cache.layers[self._layers :])
+            last_BV, logp_2BJ = torch.empty(B, V), torch.empty(2, B, J)
+            if not greedy:
+                rejected = RejectedDrafts(torch.empty(B, dtype=torch.bool), torch.empty(B, vocab))
+        library.call(
+            f"decode_round_{self._dtype}", "pppippp" + "pip" + "iii" + "ppii" + "p" * 7 + "ppp" + "pp" + "pppp" + "i",
+            self._shape, self._factors, self._main.layers, self._layers, self._main.ends,
+            *((None, None) if module is None else (module.layers, module.ends)),
+            cache.table_BP, cache.table_BP.shape[1], self._rope,
+            B, J, vocab,
+            rows.rules_B4, rows.key_B, DRAFT, ACCEPT,
+            rows.newest_B, rows.position_B,
+            most_B, *(states or (None,) * 4),
+            logits_BTV, last_BV, logp_2BJ,
+            *((None, None) if rejected is None else (rejected.rejected_B, rejected.q_BV)),
+            record, *(sampled or (None,) * 3),
+            library.threads(),
+        )  # fmt: skip
+        return Round(logits_BTV, logits_BTV[:, 0] if last_BV is None else last_BV, sampled, logp_2BJ, rejected, record)
+
+    def _reach(self, length: int) -> None:
+        """Rotations for so many positions, and for the next steps."""
+        if len(self._rope) < length:
+            self._rope = self.model.rope_table(length + 1024)
+
     def _record(self, N: int) -> Tensor:
         return torch.empty(N, self._sparse, self.model.cfg.n_activated_experts, dtype=torch.int64)
 
@@ -175,11 +264,10 @@ class KernelSteps:
         """Logits of the tokens `pick`, or of all, [M, V]."""
         M = rows.token.numel() if pick is None else len(pick)
         logits_MV = torch.empty(M, self.model.cfg.vocab_size)
-        if len(self._rope) < rows.longest:
-            self._rope = self.model.rope_table(rows.longest)
+        self._reach(rows.longest)
         table.point(pools)
         library.call(
-            self._name, "pppip" + "ppppi" + "pip" + "pi" + "pppp" + "i",
+            f"decode_step_{self._dtype}", "pppip" + "ppppi" + "pip" + "pi" + "pppp" + "i",
             self._shape, self._factors, table.layers, len(pools), table.ends,
             rows.token, hidden, rows.begin, rows.base, len(rows.base),
             rows.table, rows.table.shape[1], self._rope,

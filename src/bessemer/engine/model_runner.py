@@ -5,7 +5,8 @@ One step is `sample` (a token for every sequence), `retire` (finished sequences 
 composition, because a token depends on the logits, key and position of its own sequence only.
 
 With a drafter a step may append several tokens: `advance` processes the sampled token together with drafts of what
-follows, and appends those that the main model accepts.
+follows, and appends those that the main model accepts. Where kernels serve, all that `advance` does and the next
+samples are one call.
 
 Shapes: B live sequences, T tokens of one pass, V vocabulary, L sparse layers, K experts per token.
 """
@@ -20,9 +21,11 @@ from torch import Tensor
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.compiled import CompiledSteps
 from bessemer.engine.decode import ForwardOutput, Model, PrefillChunk, RoutingTrace, hidden_step, prefill, step
-from bessemer.engine.kernel_steps import KernelSteps
+from bessemer.engine.kernel_steps import KernelSteps, LiveRows
 from bessemer.engine.kv_cache import LatentCache, PromptPages
 from bessemer.engine.sampling import (
+    ACCEPT,
+    DRAFT,
     GreedyTokens,
     RejectedDrafts,
     SampledTokens,
@@ -34,7 +37,6 @@ from bessemer.engine.sampling import (
     sample_batch,
     sample_rows,
     score_batch,
-    stream_key,
     top_tokens,
     uniform,
 )
@@ -43,9 +45,6 @@ from bessemer.engine.speculative import Drafter
 from bessemer.errors import UserError
 from bessemer.kernels import sampling as kernel
 from bessemer.model.transformer import Transformer
-
-DRAFT, ACCEPT = (stream_key(number) for number in (1, 2))
-"""Turn a sequence's random stream into two more."""
 
 
 class ModelRunner:
@@ -59,8 +58,11 @@ class ModelRunner:
         trace: RoutingTrace | None = None,
         drafts: int = 0,
         compiled: CompiledSteps | None = None,
+        trace_all: bool = True,
     ):
+        """trace_all: steps record experts in any case, not only where a live request wants them."""
         self.model, self.cache, self.trace, self.compiled = model, cache, trace, compiled
+        self._trace_all = trace_all
         self.kernels = KernelSteps.of(model) if compiled is None else None
         self.vocab = tokenizer.vocab_size
         self.drafter: Drafter | None = None
@@ -77,10 +79,10 @@ class ModelRunner:
         self.token_B: Tensor | None = None
         """Between `sample` and `advance`: the sampled tokens."""
         self.logits_BV: Tensor | None = None
-        self.greedy: GreedyTokens | None = None
-        """The most likely tokens, [B, 1], where the step has already found them."""
+        self.ahead: SampledTokens | None = None
+        """The next tokens, where `advance` has already sampled them."""
         self.expert_BLK: Tensor | None = None
-        """The experts of each sequence's last fed token, where they are recorded."""
+        """The experts of each sequence's last fed token, where they are recorded; 0 for a sequence that needs none."""
         self.rejected: RejectedDrafts | None = None
         self._look_at_requests()
 
@@ -89,10 +91,13 @@ class ModelRunner:
         requests = [sequence.request for sequence in self.sequences]
         self._draftable = [sequence.draftable for sequence in self.sequences]
         self._by_logits = all(self._draftable)
+        if self.drafter is not None:
+            self._most_B = torch.tensor([self.drafter.depth * yes for yes in self._draftable], device=self.key_B.device)
         self.all_greedy = self._by_logits and all(request.sampling.temperature == 0 for request in requests)
         """Every sequence takes its most likely token, whatever came before."""
         self._top = any(request.top for request in requests)
         self._routing = any(request.routing for request in requests)
+        self._tracer = self.trace if self._trace_all or self._routing else None
 
     @property
     def lookahead(self) -> int:
@@ -113,12 +118,14 @@ class ModelRunner:
         source = torch.tensor([p for p, (_, sequences) in enumerate(prompts) for _ in sequences], device=device)
         keys = torch.tensor([sequence.request.key for sequence in fresh], dtype=torch.int64, device=device)
         positions = torch.tensor([len(prompt.ids) for prompt, _ in prompts], device=device)[source]
-        self.logits_BV, self.greedy = _append(self.logits_BV, logits_PV[source]), None
+        self.logits_BV, self.ahead = _append(self.logits_BV, logits_PV[source]), None
         self.key_B, self.position_B = torch.cat((self.key_B, keys)), torch.cat((self.position_B, positions))
         self.rules_B4 = torch.cat((self.rules_B4, rules(fresh).to(device)))
         if self.trace is not None:
             last_PLK = torch.stack([prompt.routing[-1][-1] for prompt, _ in prompts])
-            self.expert_BLK = _append(self.expert_BLK, last_PLK[source])
+            if self.expert_BLK is None:
+                self.expert_BLK = last_PLK.new_zeros(len(self.sequences), *last_PLK.shape[1:])
+            self.expert_BLK = torch.cat((self.expert_BLK, last_PLK[source]))
         if self.drafter is not None:
             self.drafter.admit([prompt.states for prompt, _ in prompts], source, positions - 1)
             zero_V = logits_PV.new_zeros(self.vocab)
@@ -137,11 +144,11 @@ class ModelRunner:
         """Appends one token to every sequence. Finished sequences have `finish` set and stay until `retire`."""
         assert self.logits_BV is not None
         self._record(self.logits_BV, self.expert_BLK)
-        if self.greedy is not None and self.all_greedy:
-            logp_B = self.greedy.logp_BT[:, 0]
-            sampled = SampledTokens(self.greedy.token_BT[:, 0], logp_B, logp_B)
-        elif self._by_logits and self.rejected is None and kernel.serves(self.logits_BV):
-            sampled = sample_rows(self.logits_BV, self.vocab, self.rules_B4, self.key_B, self.position_B)
+        if self.ahead is not None:
+            sampled = self.ahead
+        elif self._by_logits and kernel.serves(self.logits_BV):
+            rows = (self.rules_B4, self.key_B, self.position_B)
+            sampled = sample_rows(self.logits_BV, self.vocab, *rows, self.rejected)
         else:
             uniform_B = uniform(self.key_B, self.position_B)
             sampled = sample_batch(self.sequences, self.logits_BV, uniform_B, self.vocab, self.rejected)
@@ -174,7 +181,7 @@ class ModelRunner:
         self.rules_B4 = self.rules_B4[source]
         self.token_B = None if self.token_B is None else self.token_B[source]
         self.expert_BLK = None if self.expert_BLK is None else self.expert_BLK[source]
-        self.logits_BV, self.greedy = None if self.logits_BV is None else self.logits_BV[source], None
+        self.logits_BV, self.ahead = None if self.logits_BV is None else self.logits_BV[source], None
         self.rejected = None if self.rejected is None else self.rejected.select(source)
         if self.drafter is not None:
             self.drafter.select(source)
@@ -193,61 +200,82 @@ class ModelRunner:
         finish some sequences."""
         assert self.token_B is not None
         token_B, self.token_B = self.token_B, None
-        if self.drafter is not None:
-            return self._advance_with_drafts(self.drafter, token_B)
-        _, logits_BTV, self.greedy = self._forward(token_B.unsqueeze(1))
-        self.logits_BV = logits_BTV.squeeze(1)
+        drafter = self.drafter
+        if self.kernels is not None and (drafter is None or len(drafter.modules) == 1):
+            return self._round(self.kernels, token_B)
+        if drafter is not None:
+            return self._advance_with_drafts(drafter, token_B)
+        _, logits_BTV, best = self._forward(token_B.unsqueeze(1))
+        self.logits_BV, self.ahead = logits_BTV.squeeze(1), _first(best) if best and self.all_greedy else None
         self.position_B = self.position_B + 1
-        if self.trace is not None:
-            self.expert_BLK = self.trace.take()
+        self.expert_BLK = None if self._tracer is None else self._tracer.take()
+
+    def _round(self, kernels: KernelSteps, token_B: Tensor) -> None:
+        """`advance` and the next samples in one call of a kernel."""
+        rows, tracer = LiveRows(token_B, self.position_B, self.rules_B4, self.key_B), self._tracer
+        states, most_B = (None, None) if self.drafter is None else (self.drafter.states, self._most_B)
+        out = kernels.round(
+            rows, self.cache, self.vocab, states, most_B,
+            sample=self._by_logits, greedy=self.all_greedy, trace=tracer is not None,
+        )  # fmt: skip
+        self.logits_BV, self.ahead, self.rejected = out.last_BV, out.sampled, out.rejected
+        expert_BTLK = self.expert_BLK = None
+        if tracer is not None and out.expert_NLK is not None:
+            expert_BTLK = out.expert_NLK.to(tracer.dtype).unflatten(0, out.logits_BTV.shape[:2])
+            known_B = 0 if states is None else states.known_B
+            self.expert_BLK = expert_BTLK[torch.arange(len(token_B)), known_B]
+        if states is not None and out.logp_2BJ is not None:
+            self._append_drafts(states.known_B, states.token_BT, out.logp_2BJ, out.logits_BTV, expert_BTLK)
+
+    def _append_drafts(
+        self, known_B: Tensor, draft_BJ: Tensor, logp_2BJ: Tensor, logits_BTV: Tensor, expert_BTLK: Tensor | None
+    ) -> None:
+        """Appends the first known_B drafts to every sequence, up to the one that finishes it."""
+        assert self.drafter is not None
+        known, drafts, (logp, raw_logp) = known_B.tolist(), draft_BJ.tolist(), logp_2BJ.tolist()
+        self.drafter.drafted += self.drafter.depth * sum(self._draftable)
+        for j in range(max(known)):
+            open_ = [n > j and seq.finish is None for n, seq in zip(known, self.sequences, strict=True)]
+            if self._top or self._routing:
+                self._record(logits_BTV[:, j], None if expert_BTLK is None else expert_BTLK[:, j], open_)
+            for b, sequence in enumerate(self.sequences):
+                if open_[b]:
+                    sequence.append(drafts[b][j], logp[b][j], raw_logp[b][j])
+            self.drafter.accepted += sum(open_)
 
     def _advance_with_drafts(self, drafter: Drafter, token_B: Tensor) -> None:
-        depth, greedy = drafter.depth, self.all_greedy
-        drafts, q = self._draft(drafter, token_B, greedy)
+        depth = drafter.depth
+        drafts, q = self._draft(drafter, token_B, self.all_greedy)
         token_BT = torch.stack((token_B, *drafts), 1)
         state_BTD, logits_BTV, best = self._forward(token_BT)
-        expert_BTLK = None if self.trace is None else self.trace.take().unflatten(0, token_BT.shape)
-        best = (best or most_likely(logits_BTV, self.vocab)) if greedy else None
+        expert_BTLK = None if self._tracer is None else self._tracer.take().unflatten(0, token_BT.shape)
+        best = (best or most_likely(logits_BTV, self.vocab)) if self.all_greedy else None
+        draftable_B = self._most_B > 0
         if best is not None:
-            match_BT = (best.token_BT[:, :-1] == token_BT[:, 1:]).tolist()
-            logp_BT = best.logp_BT.tolist()
-        n_accepted = [0] * len(self.sequences)
-        open_ = list(self._draftable)
-        drafter.drafted += depth * sum(open_)
-        for j in range(depth):
-            if best is not None:
-                accepted = [match[j] for match in match_BT]
-            else:
+            known_B = (best.token_BT[:, :-1] == token_BT[:, 1:]).cumprod(1).sum(1)
+            logp_2BJ = torch.stack((best.logp_BT[:, :-1],) * 2)
+        else:
+            known_B, logp_2BJ = torch.zeros_like(token_B), logits_BTV.new_zeros(2, len(token_B), depth)
+            open_B = draftable_B
+            for j in range(depth):
                 p_BV = probabilities_batch(self.sequences, logits_BTV[:, j], self.vocab)
-                accepted = accept(p_BV, q[j], drafts[j], self._uniform(ACCEPT, j + 1)).tolist()
-            open_ = [still and yes for still, yes in zip(open_, accepted, strict=True)]
-            if not any(open_):
-                break
-            self._record(logits_BTV[:, j], None if expert_BTLK is None else expert_BTLK[:, j], open_)
-            if best is not None:
-                logps = [(logp[j], logp[j]) for logp in logp_BT]
-            else:
-                scored = score_batch(self.sequences, logits_BTV[:, j], drafts[j])
-                logps = list(zip(scored.logp_B.tolist(), scored.raw_logp_B.tolist(), strict=True))
-            for b, (token, (logp, raw_logp)) in enumerate(zip(drafts[j].tolist(), logps, strict=True)):
-                if open_[b]:
-                    self.sequences[b].append(token, logp, raw_logp)
-                    n_accepted[b] += 1
-                    open_[b] = self.sequences[b].finish is None
-        drafter.accepted += sum(n_accepted)
-        known_B = torch.tensor(n_accepted, device=token_B.device)
+                open_B = open_B & accept(p_BV, q[j], drafts[j], self._uniform(ACCEPT, j + 1))
+                if not bool(open_B.any()):
+                    break
+                _, logp_2BJ[0, :, j], logp_2BJ[1, :, j] = score_batch(self.sequences, logits_BTV[:, j], drafts[j])
+                known_B = known_B + open_B
+        self._append_drafts(known_B, token_BT[:, 1:], logp_2BJ, logits_BTV, expert_BTLK)
         assert state_BTD is not None
-        row_B = torch.arange(len(n_accepted), device=token_B.device)
+        row_B = torch.arange(len(token_B), device=token_B.device)
         drafter.update(state_BTD, token_BT, self.position_B, known_B)
         self.position_B = self.position_B + 1 + known_B
         self.logits_BV = logits_BTV[row_B, known_B]
         self.expert_BLK = None if expert_BTLK is None else expert_BTLK[row_B, known_B]
         if best is not None:
             known_B1 = known_B.unsqueeze(1)
-            self.greedy, self.rejected = GreedyTokens(*(x_BT.gather(1, known_B1) for x_BT in best)), None
+            self.ahead, self.rejected = _first(GreedyTokens(*(x_BT.gather(1, known_B1) for x_BT in best))), None
             return
-        draftable_B = torch.tensor(self._draftable, device=token_B.device)
-        self.greedy = None
+        self.ahead = None
         last_q_BV = torch.stack(q, 1)[row_B, known_B.clamp(max=depth - 1)]
         self.rejected = RejectedDrafts(draftable_B & (known_B < depth), last_q_BV)
 
@@ -269,12 +297,12 @@ class ModelRunner:
     def _forward(self, token_BT: Tensor) -> ForwardOutput:
         """T tokens of every sequence through the network."""
         if self.kernels is not None:
-            return self.kernels(token_BT, self.position_B, self.cache, self.trace)
+            return self.kernels(token_BT, self.position_B, self.cache, self._tracer)
         if self.compiled is not None and self._use_compiled(token_BT):
-            return self.compiled(token_BT, self.position_B, self.cache, self.trace)
+            return self.compiled(token_BT, self.position_B, self.cache, self._tracer)
         if not isinstance(self.model, Transformer):
             return ForwardOutput(None, step(self.model, token_BT.squeeze(1), self.position_B, self.cache).unsqueeze(1))
-        state_BTD = self.model.norm(hidden_step(self.model, token_BT, self.position_B, self.cache, self.trace))
+        state_BTD = self.model.norm(hidden_step(self.model, token_BT, self.position_B, self.cache, self._tracer))
         return ForwardOutput(state_BTD, self.model.head(state_BTD).float())
 
     def _use_compiled(self, tokens: Tensor) -> bool:
@@ -293,6 +321,11 @@ class ModelRunner:
                     sequence.top.append(top[b])
                 if routes and sequence.request.routing:
                     sequence.routes.append(tuple(map(tuple, routes[b])))
+
+
+def _first(best: GreedyTokens) -> SampledTokens:
+    logp_B = best.logp_BT[:, 0]
+    return SampledTokens(best.token_BT[:, 0], logp_B, logp_B)
 
 
 def _append(old: Tensor | None, new: Tensor) -> Tensor:

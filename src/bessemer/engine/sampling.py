@@ -92,10 +92,18 @@ def rules(sequences: list[Sequence]) -> Tensor:
     return torch.tensor([(p.temperature, p.top_p, p.top_k, p.min_p) for p in params], dtype=torch.float64).view(-1, 4)
 
 
-def sample_rows(logits_BV: Tensor, vocab: int, rules_B4: Tensor, key_B: Tensor, position_B: Tensor) -> SampledTokens:
+def sample_rows(
+    logits_BV: Tensor,
+    vocab: int,
+    rules_B4: Tensor,
+    key_B: Tensor,
+    position_B: Tensor,
+    rejected: RejectedDrafts | None = None,
+) -> SampledTokens:
     """`sample` for rows with parameters of their own in one pass on a CPU, where `kernels.sampling` serves. Every row
     uses number `position_B` of its stream `key_B`; the logits stay as they are."""
-    return SampledTokens(*kernel.sample(logits_BV, vocab, rules_B4, key_B, position_B))
+    drafts = (None, None) if rejected is None else (rejected.rejected_B, rejected.q_BV)
+    return SampledTokens(*kernel.sample(logits_BV, vocab, rules_B4, key_B, position_B, *drafts))
 
 
 def most_likely(logits_BTV: Tensor, vocab: int) -> GreedyTokens:
@@ -295,22 +303,6 @@ def inverse_cdf(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return (block_B * BLOCK + offset_B).clamp_(max=p_BV.shape[1] - 1)  # only a row of NaN gets there
 
 
-def stream_key(*parts: int) -> int:
-    """The key of a sequence, int64, from what identifies the sample (seed, prompt, sample number, ...)."""
-    key = 0
-    for part in parts:
-        key = _mix_int(key ^ _mix_int(part & _MASK64))
-    return key - (1 << 64) if key >> 63 else key
-
-
-def uniform(key_B: Tensor, position_B: Tensor) -> Tensor:
-    """Number `position` of each key's splitmix64 stream, as float64 in [0, 1) with 53 random bits."""
-    x = key_B + (position_B + 1) * _signed(GOLDEN)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return _shift(x ^ _shift(x, 31), 11).double() * 2.0**-53
-
-
 _MASK64 = (1 << 64) - 1
 
 
@@ -320,6 +312,26 @@ def _mix_int(x: int) -> int:
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK64
     return x ^ (x >> 31)
+
+
+def stream_key(*parts: int) -> int:
+    """The key of a sequence, int64, from what identifies the sample (seed, prompt, sample number, ...)."""
+    key = 0
+    for part in parts:
+        key = _mix_int(key ^ _mix_int(part & _MASK64))
+    return key - (1 << 64) if key >> 63 else key
+
+
+DRAFT, ACCEPT = (stream_key(number) for number in (1, 2))
+"""Turn a sequence's random stream into two more, for drafts and for their acceptance."""
+
+
+def uniform(key_B: Tensor, position_B: Tensor) -> Tensor:
+    """Number `position` of each key's splitmix64 stream, as float64 in [0, 1) with 53 random bits."""
+    x = key_B + (position_B + 1) * _signed(GOLDEN)
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return _shift(x ^ _shift(x, 31), 11).double() * 2.0**-53
 
 
 def _signed(x: int) -> int:

@@ -81,7 +81,9 @@ class Scheduler:
         if isinstance(self.model, Transformer) and any(not layer.dense for layer in self.model.layers):
             trace = RoutingTrace(self.model.cfg)
         self.cache = new_cache(self.model, self.cache_tokens, prefix_cache=True, drafts=self.drafts)
-        self.runner = ModelRunner(self.model, engine.tokenizer, self.cache, trace, self.drafts, engine.compiled)
+        self.runner = ModelRunner(
+            self.model, engine.tokenizer, self.cache, trace, self.drafts, engine.compiled, trace_all=False
+        )
 
     def add(self, request: Request) -> int:
         """Queues a request and returns its ticket. UserError if it can never run (empty, too long, invalid ids)."""
@@ -227,6 +229,8 @@ class Scheduler:
     def _preempt(self) -> None:
         """Preempts the youngest sequences until the others have room for their next tokens."""
         while (sequences := self.runner.sequences) and (free := self.cache.free_pages()) is not None:
+            if len(sequences) * pages_for(self.runner.lookahead) + self._reserved_pages() <= free:
+                break  # they need no more than this
             length_B = [position + self.runner.lookahead for position in self.runner.position_B.tolist()]
             if self.cache.pages_needed(length_B) + self._reserved_pages() <= free:
                 break

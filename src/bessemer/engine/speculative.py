@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bessemer.engine.compiled import MAX_DRAFTS, CompiledSteps
 from bessemer.engine.decode import Model, layer_step
-from bessemer.engine.kernel_steps import KernelSteps
+from bessemer.engine.kernel_steps import DraftStates, KernelSteps
 from bessemer.engine.kv_cache import LatentCache
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
@@ -86,6 +86,11 @@ class Drafter:
         self.hidden_BTD, self.token_BT = self.hidden_BTD[source_B], self.token_BT[source_B]
         self.carried = [state_BD[source_B] for state_BD in self.carried]
         self.base_B, self.known_B = self.base_B[source_B], self.known_B[source_B]
+
+    @property
+    def states(self) -> DraftStates:
+        """What a round of `KernelSteps` changes in place."""
+        return DraftStates(self.base_B, self.known_B, self.token_BT, self.hidden_BTD)
 
     def update(self, hidden_BTD: Tensor, token_BT: Tensor, base_B: Tensor, known_B: Tensor) -> None:
         """The states of a pass over token_BT, the first at base_B, of whose drafts known_B were accepted."""

@@ -19,17 +19,23 @@ def serves(logits_BV: Tensor) -> bool:
 
 
 def sample(
-    logits_BV: Tensor, vocab: int, rules_B4: Tensor, key_B: Tensor | None = None, position_B: Tensor | None = None
+    logits_BV: Tensor,
+    vocab: int,
+    rules_B4: Tensor,
+    key_B: Tensor | None = None,
+    position_B: Tensor | None = None,
+    rejected_B: Tensor | None = None,
+    q_BV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(token, log-probability at the row's temperature, raw log-probability) of every row, of the ids below `vocab`.
 
     rules_B4, float64: temperature, top_p, top_k, min_p. The random number is the key's at this position; without keys
-    all rows must be greedy.
+    all rows must be greedy. Where rejected_B, a draft from q_BV, [B, vocab], was rejected.
     """
     B, V = logits_BV.shape
     token_B, (logp_B, raw_B) = torch.empty(B, dtype=torch.int64), torch.empty(2, B)
     call(
-        "sample_rows", "piiippppppi",
-        logits_BV, B, V, vocab, rules_B4, key_B, position_B, token_B, logp_B, raw_B, threads(),
+        "sample_rows", "piiippppppppi",
+        logits_BV, B, V, vocab, rules_B4, key_B, position_B, rejected_B, q_BV, token_B, logp_B, raw_B, threads(),
     )  # fmt: skip
     return token_B, logp_B, raw_B

@@ -7,6 +7,7 @@
 // Prefill is a step with many tokens per row. Rows may have different numbers of tokens.
 //
 // Shapes: B rows, N tokens of all rows, D hidden, H heads, C latent, R rotary, X = C + R, K experts per token of E.
+#include "decode.hpp"
 #include "gate.hpp"
 #include "rows.hpp"
 
@@ -15,13 +16,6 @@ namespace {
 constexpr i64 PAGE = 64;   // tokens of a page
 constexpr i64 GROUP = 16;  // rows of a task that has nothing to share between rows; tokens that attend together
 
-// As `engine.kernel_steps` writes them, in this order.
-struct Shape {
-    i64 dim, heads, q_rank, latent, rope, nope, value, experts, active, groups, kept_groups, rated, inner, shared, dense, vocab, softmax, normed;
-};
-struct Factors {
-    double eps, latent_eps, scale, route;
-};
 // Addresses; absent ones are null. `gate` is null in a dense layer, whose FFN stands in w13 and w2.
 template <class T>
 struct Layer {
@@ -418,10 +412,7 @@ void decode(const i64* shape, const double* factors, const i64* layers, i64 n_la
 }  // namespace
 
 #define FUNCTIONS(T, suffix)                                                                                             \
-    extern "C" EXPORT void decode_step_##suffix(                                                                         \
-        const i64* shape, const double* factors, const i64* layers, i64 n_layers, const i64* ends, const i64* token,     \
-        const T* hidden, const i64* begin, const i64* base, i64 B, const i64* table, i64 width, const float* turns,            \
-        const i64* pick, i64 M, T* raw, T* state, float* logits, i64* record, i64 threads) {                             \
+    DECODE_STEP(T, suffix) {                                                                                             \
         decode(shape, factors, layers, n_layers, ends, token, hidden, begin, base, B, table, width, turns, pick, M,      \
                raw, state, logits, record, threads);                                                                     \
     }

@@ -1,0 +1,140 @@
+"""A round of decoding in one call: against the path that drafts, verifies and samples in torch, and the same bits in
+any company."""
+
+import pytest
+import torch
+from test_decode_kernel import network, texts
+
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine.decode import PrefillChunk, RoutingTrace, new_cache
+from bessemer.engine.engine import Engine
+from bessemer.engine.kernel_steps import KernelSteps
+from bessemer.engine.model_runner import ModelRunner
+from bessemer.engine.scheduler import Scheduler
+from bessemer.engine.sequence import Finished, Request, SamplingParams, Sequence, Token
+
+TOKENIZER = Tokenizer.train(["the quick brown fox 盛钢水"] * 8, 280)
+SAMPLINGS = [
+    SamplingParams(0.0), SamplingParams(), SamplingParams(0.8, top_p=0.9), SamplingParams(1.3, top_k=20, min_p=0.05),
+    SamplingParams(0.0, repetition_penalty=1.3),
+]  # fmt: skip
+
+
+def flat(**values):
+    """Main model and module almost agree: drafts are accepted and refused. Some ids are beyond the tokenizer's."""
+    return network(vocab_size=285, init_std=0.03, max_seq_len=512, **values)
+
+
+def started(model, samplings, drafts):
+    """A runner with a sequence for each of the samplings, prefilled."""
+    runner = ModelRunner(model, TOKENIZER, new_cache(model, drafts=drafts), RoutingTrace(model.cfg), drafts)
+    requests = [
+        Request(tuple(ids), 3 + b, 24, samplings[b % len(samplings)], top=b % 2)
+        for b, ids in enumerate(texts(2, 61, 9, 64, 5, 5))
+    ]
+    prompts = [runner.cache.open(request.prompt) for request in requests]
+    for prompt in prompts:
+        runner.cache.extend(prompt, len(prompt.ids))
+    logits_PV = runner.prefill([PrefillChunk(prompt, len(prompt.ids)) for prompt in prompts])
+    sequences = [Sequence(request, b) for b, request in enumerate(requests)]
+    runner.admit([(p, [s]) for p, s in zip(prompts, sequences, strict=True)], logits_PV)
+    return runner, sequences
+
+
+@pytest.mark.parametrize(
+    ("drafts", "samplings"), [(0, SAMPLINGS[:4]), (1, SAMPLINGS), (3, SAMPLINGS[:4]), (2, SAMPLINGS[:1])]
+)
+@torch.inference_mode()
+def test_rounds_equal_the_torch_path(instructions, drafts, samplings, monkeypatch):
+    """Step by step: tokens and log-probabilities, what was drafted and accepted, and what the next step starts from."""
+    model = flat()
+    ours, sequences = started(model, samplings, drafts)
+    with monkeypatch.context() as patch:
+        patch.setattr(KernelSteps, "of", lambda model: None)
+        theirs, expected = started(model, samplings, drafts)
+    while ours.sequences:
+        for runner in (ours, theirs):
+            runner.sample()
+            runner.retire()
+            if runner.sequences:
+                runner.advance()
+        for one, other in zip(sequences, expected, strict=True):
+            assert (one.tokens, one.finish) == (other.tokens, other.finish)
+            assert one.logp == pytest.approx(other.logp, abs=1e-5)
+            assert one.raw_logp == pytest.approx(other.raw_logp, abs=1e-5)
+            assert [[i for i, _ in top] for top in one.top] == [[i for i, _ in top] for top in other.top]
+        live = torch.tensor([sequence.finish is None for sequence in ours.sequences], dtype=torch.bool)
+        assert torch.equal(ours.expert_BLK[live], theirs.expert_BLK[live])
+        torch.testing.assert_close(ours.logits_BV[live], theirs.logits_BV[live], atol=1e-4, rtol=1e-4)
+        if drafts and len(live):
+            same_drafts(ours, theirs, live)
+    if drafts:
+        assert 0 < ours.drafter.accepted < ours.drafter.drafted, "both outcomes were met"
+
+
+def same_drafts(ours, theirs, live):
+    """The drafters, and what was refused, in the rows that go on."""
+    mine, reference = ours.drafter, theirs.drafter
+    assert (mine.drafted, mine.accepted) == (reference.drafted, reference.accepted)
+    assert torch.equal(mine.known_B[live], reference.known_B[live])
+    assert torch.equal(mine.base_B[live], reference.base_B[live])
+    assert torch.equal(mine.token_BT[live, :-1], reference.token_BT[live, :-1]), "the same drafts"
+    for b in live.nonzero().flatten().tolist():
+        true = slice(int(mine.known_B[b]) + 1)
+        torch.testing.assert_close(mine.hidden_BTD[b, true], reference.hidden_BTD[b, true], atol=1e-4, rtol=1e-4)
+        if ours.sequences[b].request.sampling.temperature > 0:
+            assert ours.rejected.rejected_B[b] == theirs.rejected.rejected_B[b]
+            if ours.rejected.rejected_B[b]:
+                torch.testing.assert_close(ours.rejected.q_BV[b], theirs.rejected.q_BV[b], atol=1e-6, rtol=1e-4)
+
+
+def test_rounds_give_the_same_bits_in_any_company(instructions):
+    """Prefill, drafts, acceptance and sampling together; the log-probabilities show every bit."""
+    engine, prompts = Engine(flat(), TOKENIZER), texts(1, 63, 9)
+    options = dict(samples=2, max_new_tokens=12, temperature=0.8, top_p=0.9, seed=3, drafts=2)
+    expected, before = engine.generate(prompts, **options), torch.get_num_threads()
+    assert engine.generate(prompts, batch_rows=1, **options) == expected
+    try:
+        torch.set_num_threads(2)
+        assert engine.generate(prompts[::-1], **options) == expected[::-1]
+    finally:
+        torch.set_num_threads(before)
+    greedy = options | {"temperature": 0.0}
+    assert engine.generate(prompts, **greedy) == engine.generate(prompts, **(greedy | {"drafts": 0}))
+
+
+def test_in_bfloat16_as_many_drafts_are_accepted(instructions):
+    shares = []
+    for dtype in (torch.float32, torch.bfloat16):
+        scheduler = Scheduler(Engine(flat().to_compute(dtype), TOKENIZER), drafts=2)
+        for key in range(12):
+            scheduler.add(Request(tuple(texts(9)[0]), key, 20))
+        while not scheduler.idle:
+            scheduler.step()
+        figures = scheduler.stats()
+        shares.append(figures["accepted"] / figures["drafted"])
+    assert 0.3 < shares[0] < 0.95 and abs(shares[0] - shares[1]) < 0.1, shares
+
+
+def test_a_draft_that_breaks_the_network_ends_its_row_alone(instructions):
+    model, prompts = flat(), texts(4, 5)
+    requests = [Request(tuple(prompt), 1, 20, SamplingParams(t)) for prompt in prompts for t in (0.0, 1.0)]
+
+    def answers():
+        scheduler, events = Scheduler(Engine(model, TOKENIZER), drafts=3), {}
+        tickets = [scheduler.add(request) for request in requests]
+        while not scheduler.idle:
+            for event in scheduler.step():
+                events.setdefault(event.ticket, []).append(event)
+        return [events[ticket] for ticket in tickets]
+
+    clean = answers()
+    words = [[event.token for event in row if isinstance(event, Token)] for row in clean]
+    bad = next(token for token in words[0][5:] if token not in {*words[2], *words[3], *prompts[0], *prompts[1]})
+    with torch.inference_mode():
+        model.embed.weight[bad] = float("nan")
+    broken = answers()
+    until = words[0].index(bad) + 1
+    assert [event.token for event in broken[0][:-1]] == words[0][:until]
+    assert isinstance(broken[0][-1], Finished) and broken[0][-1].reason == "error"
+    assert [[event[1:] for event in row] for row in broken[2:]] == [[event[1:] for event in row] for row in clean[2:]]
