@@ -100,10 +100,30 @@ def test_rows_of_like_length_share_a_batch_of_bounded_size(max_tokens):
         assert batch.n_rows == 1 or batch.tokens_BT.numel() <= max_tokens
         assert batch.tokens_BT.shape[1] == lengths[start], "no wider than its longest row"
         start += batch.n_rows
-        room = max_tokens // batch.tokens_BT.shape[1]
-        assert batch.n_rows == max(1, room) or batch is made[-1], "and as many rows as fit"
     assert start == len(rows)
     assert (len(made) == len(rows)) == (max_tokens == 1) and (len(made) == 1) == (max_tokens == 10_000)
+
+
+@pytest.mark.parametrize("max_tokens", [60, 100, 200])
+def test_parts_are_a_multiple_of_four_and_the_largest_is_as_small_as_can_be(max_tokens):
+    rows = some_rows(40)
+    parts = rollout.split_by_length(rows, max_tokens)
+    lengths = sorted((len(r.prompt_tokens) + len(r.completion.tokens) for r in rows), reverse=True)
+
+    def filled(bound):
+        """Parts as full as `bound` allows: their padded tokens."""
+        sizes, start = [], 0
+        while start < len(lengths):
+            n = min(len(lengths) - start, max(1, bound // lengths[start]))
+            sizes.append(n * lengths[start])
+            start += n
+        return sizes
+
+    assert len(filled(max_tokens)) <= len(parts) < len(filled(max_tokens)) + rollout.SHARED
+    assert len(parts) % rollout.SHARED == 0
+    longest = [len(part[0].prompt_tokens) + len(part[0].completion.tokens) for part in parts]
+    largest = max(len(part) * length for part, length in zip(parts, longest, strict=True))
+    assert all(len(filled(bound)) > len(parts) for bound in range(longest[0], largest))
 
 
 def test_no_rows_make_no_batch():

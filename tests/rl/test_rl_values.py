@@ -112,12 +112,12 @@ def test_a_value_is_read_before_its_token(model):
 
 @pytest.mark.parametrize("normalise", ["sequence", "token"])
 def test_the_value_loss_is_weighted_like_the_policy_s(model, normalise):
-    """Against a loop over outputs, in two micro-batches; and prompts and padding count nothing."""
+    """Against a loop over outputs, in three micro-batches; and prompts and padding count nothing."""
     critic = critics.critic_of(model).eval()
     torch.nn.init.normal_(critic.score.weight, generator=torch.Generator().manual_seed(1))
     rows = [row([4, 5], [7, 8, 9], -1.0, 1.0), row([6], [3], -0.2, 0.5), row([6, 9, 9], [3, 4, 5, 6, 7], 1.0, -1.0)]
     losses = [critics.ValueLoss(0.2)(critic, batch) for batch in rollout.to_batches(rows, PAD, 16, normalise)]
-    assert len(losses) == 2
+    assert len(losses) == 3
     got = float(sum(loss.total.detach() for loss in losses) / sum(loss.tokens for loss in losses))
     per_output = []
     for one in rows:

@@ -6,6 +6,7 @@ resumed run samples what the uninterrupted one would have sampled.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -53,6 +54,9 @@ class ScoredSample:
 Group = list[ScoredSample]
 """The samples of one problem."""
 TaskProblems = Sequence[tuple[Task, Problem]]
+SHARED = 4
+"""The micro-batches of an update are a multiple of this, for cores to share. Whatever the machine: a gradient's bits
+depend on where its sum is cut."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +148,27 @@ def to_batches(rows: Sequence[ScoredSample], pad_id: int, max_tokens: int, norma
 
 
 def split_by_length(rows: Sequence[ScoredSample], max_tokens: int) -> list[list[ScoredSample]]:
-    """Rows of similar length together, longest first, each part at most `max_tokens` padded tokens (at least a row)."""
+    """Rows of similar length together, longest first, each part at most `max_tokens` padded tokens (at least a row).
+
+    More than one part becomes a multiple of `SHARED`, of about equal tokens, so that no core waits for the last one.
+    """
     ordered = sorted(rows, key=_length, reverse=True)
+    lengths = [_length(row) for row in ordered]
+    parts = _cut(lengths, max_tokens)
+    if len(parts) > 1:
+        most = -(-len(parts) // SHARED) * SHARED
+        least = min(lengths[0], max_tokens)
+        even = bisect_left(range(max_tokens), True, least, key=lambda tokens: len(_cut(lengths, tokens)) <= most)
+        parts = _cut(lengths, even)
+    return [ordered[start:stop] for start, stop in parts]
+
+
+def _cut(lengths: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:
+    """(first row, row after the last) of each part, as full as `max_tokens` allows; `lengths` descend."""
     parts, start = [], 0
-    while start < len(ordered):
-        stop = min(len(ordered), start + max(1, max_tokens // _length(ordered[start])))
-        parts.append(ordered[start:stop])
+    while start < len(lengths):
+        stop = min(len(lengths), start + max(1, max_tokens // lengths[start]))
+        parts.append((start, stop))
         start = stop
     return parts
 
