@@ -73,11 +73,30 @@ def test_kinds_are_those_of_the_library():
         assert set(text) - left - han == ours - han, pattern
 
 
-@given(st.lists(st.text(alphabet=ALPHABET, max_size=40), max_size=6))
+PARTS = st.one_of(st.sampled_from(ALPHABET), st.sampled_from(["<think>", "</think>", "<｜User｜>", "<thi", "nk>"]))
+
+
+@given(st.lists(st.lists(PARTS, max_size=40).map("".join), max_size=6))
 @settings(deadline=None, max_examples=300)
 def test_ids_are_those_of_the_tokenizer(tokenizer, texts):
     found = fast.Encoder(tokenizer).encode_batch(texts)
     assert [ids.tolist() for ids in found] == tokenizer.encode_batch(texts)
+
+
+def test_added_tokens_inside_one_another(tokenizer):
+    """The leftmost counts, of these the longest; one inside a control token is text, as that is."""
+    added = [("<t>", False), ("<t>x", False), ("[<t>]", True), ("x[", False)]
+    tokens = [
+        {"id": tokenizer.vocab_size + n, "content": content, "special": special, "single_word": False, "lstrip": False,
+         "rstrip": False, "normalized": False}
+        for n, (content, special) in enumerate(added)
+    ]  # fmt: skip
+    spec = dict(tokenizer.spec, added_tokens=[*tokenizer.spec["added_tokens"], *tokens])
+    other = Tokenizer(spec, "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "")
+    texts = ["<t>", "a <t>x b", " [<t>] ", "x[<t>]<t>", "<t><t>x<t", "[<t> ]x[", "<t>x[<t>]"]
+    found = fast.Encoder(other).encode_batch(texts)
+    assert [ids.tolist() for ids in found] == other.encode_batch(texts)
+    assert len(other.encode("<t>")) == 1 and len(other.encode("[<t>]")) > 3
 
 
 def test_what_is_remembered_changes_nothing(tokenizer, monkeypatch):

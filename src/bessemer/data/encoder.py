@@ -2,8 +2,8 @@
 
 Texts are cut into the pieces that merges may not cross; a piece, mostly a word, is looked up by a 64-bit hash of its
 characters, and only new pieces go through the tokenizer. Among 10^7 different pieces the chance that any two share a
-hash is 3 in 10^6. A tokenizer with another pre-split or a normaliser is called directly. So is V3's for a text that
-contains an added token or a character newer than this Python's Unicode tables.
+hash is 3 in 10^6. A tokenizer with another pre-split or a normaliser is called directly. So is V3's for a character
+newer than this Python's Unicode tables. Text before and after an added token such as <think> is encoded by itself.
 
 The cuts reproduce V3's pre-split with array operations on a whole batch of texts, because the tokenizer's three regular
 expressions (`tokenizer.DIGITS`, `CJK`, `WORDS`) take most of the encoding time. They depend only on the kinds of
@@ -24,8 +24,9 @@ The hash of a piece is h(s, e) = sum over s <= i < e of x_i B^(i - s) modulo 2^6
 exists.
 """
 
+import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import chain
 
@@ -70,34 +71,53 @@ class Encoder:
         """Ids at its end."""
         self.has_v3_split = has_v3_split(tokenizer)
         added = tokenizer.spec["added_tokens"] if self.has_v3_split else ()
-        self._added = [one["content"] for one in added if not one["special"]]
+        self._added = {one["content"]: np.array([one["id"]], np.int32) for one in added if not one["special"]}
+        """The ids of added tokens that are tokens inside a text, too."""
+        # As the library: leftmost, of these the longest; control tokens are matched, and are text.
+        names = sorted((one["content"] for one in added), key=len, reverse=True)
+        self._any_added = re.compile("|".join(map(re.escape, names)))
         self._forget()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 ids of each text."""
         if not self.has_v3_split:
             return [np.array(ids, np.int32) for ids in self._tokenizer.encode_batch(texts)]
-        joined = "\n".join(texts)
+        split = [list(self._split(text)) for text in texts]
+        spans = [part for parts in split for part in parts if isinstance(part, str)]
         try:
-            points_C = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
+            encoded = iter(self._encode_spans(spans))
         except UnicodeEncodeError:
             self._tokenizer.encode_batch(texts)  # raises a UserError that names the problem
             raise
-        lengths = np.array([len(text) for text in texts], np.int64)
+        whole = [[next(encoded) if isinstance(part, str) else part for part in parts] for parts in split]
+        return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in whole]
+
+    def _split(self, text: str) -> Iterator[str | np.ndarray]:
+        """The text between added tokens, and their ids; at least one span."""
+        start = 0
+        if any(name in text for name in self._added):
+            for match in self._any_added.finditer(text):
+                if match[0] in self._added:
+                    if match.start() > start:
+                        yield text[start : match.start()]
+                    yield self._added[match[0]]
+                    start = match.end()
+        if start < len(text) or not start:
+            yield text[start:]
+
+    def _encode_spans(self, spans: Sequence[str]) -> list[np.ndarray]:
+        """The ids of texts without added tokens."""
+        points_C = np.frombuffer("\n".join(spans).encode("utf-32-le"), np.uint32)
+        lengths = np.array([len(span) for span in spans], np.int64)
         ends = np.cumsum(lengths + 1) - 1
         kinds_C = kinds()[points_C]
         kinds_C[ends[:-1]] = FENCE
-        odd = self._odd(texts, kinds_C, ends)
+        odd = set(np.searchsorted(ends, np.flatnonzero(kinds_C == NEW)).tolist())
         kinds_C[kinds_C == NEW] = OTHER
-        encoded = self._encoded(points_C, kinds_C, ends, len(texts))
-        for number in odd:
-            encoded[number] = np.array(self._tokenizer.encode(texts[number]), np.int32)
+        encoded = self._encoded(points_C, kinds_C, ends, len(spans))
+        for number in odd:  # only the tokenizer itself knows these characters
+            encoded[number] = np.array(self._tokenizer.encode(spans[number]), np.int32)
         return encoded
-
-    def _odd(self, texts: Sequence[str], kinds_C: np.ndarray, ends: np.ndarray) -> list[int]:
-        """Texts that only the tokenizer itself can encode."""
-        new = set(np.searchsorted(ends, np.flatnonzero(kinds_C == NEW)).tolist())
-        return sorted(new | {i for i, text in enumerate(texts) if any(added in text for added in self._added)})
 
     def _encoded(self, points_C: np.ndarray, kinds_C: np.ndarray, ends: np.ndarray, n_texts: int) -> list[np.ndarray]:
         places = cuts(points_C, kinds_C) if len(points_C) else np.zeros(1, np.int64)
