@@ -18,6 +18,7 @@ import tarfile
 import textwrap
 import tomllib
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,8 @@ EVALS = "evals/registry/data"
 PACKAGE = "package:"
 """Begins a recipe's name of a registered model."""
 _OPTION = re.compile(r"(?:^|\s)([A-E])\) ?(.*?)(?=\s[A-E]\) ?|$)", re.DOTALL)
+_BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
+"""Fields of statements that hold statements, in their order."""
 _EXPRESSION = re.compile(r"The expression is: (.*) which evaluates to:")
 
 
@@ -230,13 +233,23 @@ def python_functions(archive: None = None, shortest: int = 60, longest: int = 12
         except (SyntaxError, UnicodeDecodeError):  # a few files are broken on purpose, as test data
             continue
         lines = source.splitlines()
-        for node in ast.walk(tree):
+        for node in _statements(tree):
             if isinstance(node, ast.FunctionDef):
                 start = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
                 text = textwrap.dedent("\n".join(lines[start : node.end_lineno]))
                 if shortest <= len(text) <= longest and text not in seen:
                     seen.add(text)
                     yield text
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """The statements in the order of `ast.walk`, without looking into expressions, which hold no statement."""
+    todo: deque[ast.AST] = deque([tree])
+    while todo:
+        node = todo.popleft()
+        yield node
+        for name in _BLOCKS:
+            todo.extend(getattr(node, name, ()))
 
 
 def _jsonl(archive: Path, member: str) -> Iterator[dict]:
