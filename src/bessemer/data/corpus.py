@@ -26,7 +26,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,8 @@ from bessemer.errors import UserError
 _BOUNDARY = re.compile(r"(.*[^\s\w])([\r\n]+)", re.DOTALL)
 CHUNK_CHARS = 2_000_000
 """Documents are tokenised in groups of about this size: enough to keep the tokenizer's threads busy, little memory."""
+LEAST_CHARS = 50_000
+"""Size of the smallest group: calls cost little beside it."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,17 @@ def _write(
 ) -> None:
     encoder = Encoder(tokenizer)
     writers = {split: _SplitWriter(folder, split, row_length, shards.dtype_of(tokenizer)) for split in shards.SPLITS}
-    for chunk in _chunks(documents, limit_documents):
+
+    def left() -> float:
+        """Tokens up to the limit."""
+        return float("inf") if limit_tokens is None else limit_tokens - writers["train"].tokens
+
+    for chunk in _chunks(documents, limit_documents, left):
         for document, split, ids in tokenise(chunk, encoder, heldout, augment):
-            if limit_tokens is not None and writers["train"].tokens >= limit_tokens:
+            if left() <= 0:
                 break
             writers[split].add(document, ids)
-        if limit_tokens is not None and writers["train"].tokens >= limit_tokens:
+        if left() <= 0:
             break
     if not writers["train"].tokens:
         raise UserError("there is no training document: the source is empty, or the limits leave nothing")
@@ -169,10 +176,12 @@ class _SplitWriter:
         self._open = None
 
 
-def _chunks(documents: Iterable[Document], limit: int | None) -> Iterator[list[Document]]:
-    """Documents with any text in groups of about CHUNK_CHARS."""
+def _chunks(documents: Iterable[Document], limit: int | None, left: Callable[[], float]) -> Iterator[list[Document]]:
+    """Documents with any text in groups of about CHUNK_CHARS, or of two characters for each of the `left` tokens: most
+    tokens are longer, so little is made in vain."""
     chunk: list[Document] = []
     size = taken = 0
+    wanted = max(LEAST_CHARS, min(CHUNK_CHARS, 2 * left()))
     for document in documents:
         if limit is not None and taken >= limit:
             break
@@ -181,9 +190,10 @@ def _chunks(documents: Iterable[Document], limit: int | None) -> Iterator[list[D
         taken += 1
         chunk.append(document)
         size += len(document.text)
-        if size >= CHUNK_CHARS:
+        if size >= wanted:
             yield chunk
             chunk, size = [], 0
+            wanted = max(LEAST_CHARS, min(CHUNK_CHARS, 2 * left()))
     if chunk:
         yield chunk
 
@@ -221,8 +231,8 @@ class Augment:
         self._fim_ids = [tokenizer.special_id(name) for name in (FIM_BEGIN, FIM_HOLE, FIM_END)] if fim_rate else []
 
     def __call__(self, text: str, ids: Sequence[int] | np.ndarray) -> Sequence[int] | np.ndarray:
-        if not (self._fim_rate or self._split_rate):
-            return ids
+        if not self._fim_rate and not self._is_boundary[ids].any():
+            return ids  # whatever the random numbers would be
         digest = hashlib.sha256(f"{self._seed}\n{text}".encode()).digest()
         rng = random.Random(int.from_bytes(digest, "big"))
         if rng.random() < self._fim_rate:

@@ -6,10 +6,10 @@ train split only; or from pages that hide sentences in the training documents of
 "shards:FOLDER" is a source that `bessemer data build` made: it is not copied, and all sources use its tokenizer.
 """
 
-import itertools
 import json
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class Corpus(Stage[CorpusConfig]):
         ctx.rewind(-1)
         vocab_size = model_config(ctx.recipe).vocab_size
         ctx.progress.total(2 * len(config.parts), "parts")  # the tokenizer takes about as long as all of them
-        of_shards = _tokenizer(config)
+        workers, of_shards = Workers(cores()), _tokenizer(config)
         if config.tokenizer is not None:
             tokenizer = load_tokenizer(_tokenizer_folder(ctx.inputs[config.tokenizer]))
             if of_shards is not None and of_shards.fingerprint != tokenizer.fingerprint:
@@ -95,7 +95,7 @@ class Corpus(Stage[CorpusConfig]):
                     f'tokenizer than that of "{config.tokenizer}"; build them with its tokenizer'
                 )
         else:
-            tokenizer = of_shards or Tokenizer.train(self._sample(config, ctx), vocab_size, "zero")
+            tokenizer = of_shards or Tokenizer.train(self._sample(config, ctx, workers), vocab_size, "zero")
         tokenizer.save(ctx.dir / "tokenizer")
         ctx.progress.advance(len(config.parts), "tokenizer")
         facts: dict[str, Any] = {}
@@ -103,7 +103,6 @@ class Corpus(Stage[CorpusConfig]):
         def build(names: list[str]) -> dict[str, Any]:
             return {name: self._build(config, name, tokenizer, ctx) for name in names}
 
-        workers = Workers(cores())
         for built in workers.map(build, _shares(config, workers.n)):
             for name, info in built.items():
                 facts[name] = info
@@ -151,17 +150,21 @@ class Corpus(Stage[CorpusConfig]):
         if not spec.startswith((TASK, NEEDLE)):
             return iter(sources.documents(spec, ctx.cache, domain=name))
         task = _task(config, name, ctx.cache)
-        return (Document(task.document(i, ctx.seed), task.name) for i in itertools.count())
+        return (Document(task.document(i, ctx.seed), task.name) for i in count())
 
-    def _sample(self, config: CorpusConfig, ctx: StageContext) -> Iterator[str]:
+    def _sample(self, config: CorpusConfig, ctx: StageContext, workers: Workers) -> list[str]:
         """The first characters of every source, for the tokenizer."""
-        for name in config.parts:  # none is shards: those bring their tokenizer
-            left = config.vocab_sample
+
+        def first(name: str) -> list[str]:
+            texts, left = [], config.vocab_sample
             for document in self._documents(config, name, ctx):
-                yield document.text
+                texts.append(document.text)
                 left -= len(document.text)
                 if left <= 0:
                     break
+            return texts
+
+        return list(chain.from_iterable(workers.map(first, config.parts)))  # none is shards: they bring a tokenizer
 
 
 def _task(config: CorpusConfig, source: str, cache: Path | None = None) -> tasks.Task:
