@@ -18,7 +18,7 @@ from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
-from bessemer.workers import Workers, cores, rank
+from bessemer.workers import Workers, cores, rank, shares
 
 torch.set_num_threads(1)  # as every process of Workers has
 
@@ -193,3 +193,12 @@ def test_every_token_is_counted_once():
     # 6 rows x 24 tokens x 4 experts a layer; the MTP module sees one token less a row
     assert loads[0]["1"].sum() == 6 * 24 * 4
     assert loads[0]["mtp0"].sum() == 6 * 23 * 4
+
+
+def test_shares_are_of_about_equal_cost_and_leave_nothing_out():
+    costs = [1, 16, 1.5, 16, 1.5, 16, 4, 10, 9, 9]
+    for n in (1, 2, 3, 20):
+        lists = shares(costs, n)
+        assert sorted(item for share in lists for item in share) == list(range(len(costs)))
+        sums = [sum(costs[item] for item in share) for share in lists]
+        assert len(lists) == min(n, len(costs)) and (n == 20 or max(sums) - min(sums) <= 2)

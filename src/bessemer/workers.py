@@ -19,7 +19,7 @@ import signal
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from multiprocessing.connection import Connection, Pipe
@@ -220,6 +220,15 @@ def shared_free() -> int:
     except OSError:
         return 0
     return found.f_bavail * found.f_frsize
+
+
+def shares(costs: Sequence[float], n: int) -> list[list[int]]:
+    """The numbers of the items in at most n lists of about equal cost: the most expensive first, each to the list that
+    has least. For `map`, whose processes wait for one another after every item."""
+    lists: list[list[int]] = [[] for _ in range(n)]
+    for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
+        min(lists, key=lambda members: sum(costs[member] for member in members)).append(item)
+    return [members for members in lists if members]
 
 
 def one_core_each() -> Workers:

@@ -24,6 +24,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -185,11 +186,12 @@ class LatentCache:
 
     def reserve(self, length_B: Sequence[int]) -> None:
         """Allocates pages so that every row has room for its first length_B tokens."""
-        if not (missing := self.pages_needed(length_B)):
+        missing = [-(-n // PAGE) - len(row) for n, row in zip(length_B, self.row_pages, strict=True)]  # every step's
+        if max(missing, default=0) <= 0:
             return
-        fresh = iter(self._allocate(missing))
-        for n, row in zip(length_B, self.row_pages, strict=True):
-            row += [next(fresh) for _ in range(pages_for(n) - len(row))]
+        fresh = iter(self._allocate(sum(n for n in missing if n > 0)))
+        for n, row in zip(missing, self.row_pages, strict=True):
+            row += islice(fresh, max(0, n))
         self._rebuild_table()
 
     def slots(self, prompt: PromptPages, start: int, end: int) -> list[int]:
@@ -267,8 +269,8 @@ class LatentCache:
                 raise CacheFull
             size = min(size, self.limit)
         for i, old in enumerate(self.layers):
-            self.layers[i] = old.new_zeros(size, *old.shape[1:])
-            self.layers[i][:total] = old
+            pool = self.layers[i] = old.new_empty(size, *old.shape[1:])
+            pool[:total], pool[total:] = old, 0.0
         self.pages.grow(size - total)
 
     def _rebuild_table(self) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from bessemer.errors import UserError
 from bessemer.train import update_rules
-from bessemer.workers import Workers
+from bessemer.workers import Workers, shares
 
 if TYPE_CHECKING:
     from bessemer.hf.causal_lm import CausalLM
@@ -123,14 +123,19 @@ class Group:
         self.master = torch.zeros(size, dtype=torch.float32, device=first.device)
         for slot, (_, _, value) in zip(self.slots, members, strict=True):
             slot.of(self.master).copy_(value)
-        self.grad = torch.zeros_like(self.master)
         self.moments = {name: torch.zeros(size, dtype=moments, device=first.device) for name in self.MOMENTS}
         self.ema: MovingAverage | None = None
         self.compute = self.master if first.dtype == torch.float32 else self.master.to(first.dtype)
-        self.grad_views = [slot.of(self.grad) for slot in self.slots]
-        for slot, view in zip(self.slots, self.grad_views, strict=True):
+        for slot in self.slots:
             slot.parameter.data = slot.of(self.compute)
             slot.parameter.grad_dtype = torch.float32
+        self.add_into(torch.zeros_like(self.master))
+
+    def add_into(self, grad: Tensor) -> None:
+        """From now on backward adds to this vector."""
+        self.grad = grad
+        self.grad_views = [slot.of(grad) for slot in self.slots]
+        for slot, view in zip(self.slots, self.grad_views, strict=True):
             slot.parameter.grad = view
 
     def check_views(self) -> None:
@@ -207,22 +212,24 @@ class Matrices:
             rows, columns = slot.parameter.shape[-2:]
             shapes.setdefault((rows // stacked[slot.name], columns), []).append(slot)
         self.pieces = [(shape, piece) for shape, some in shapes.items() for piece in _pieces(some)]
+        self.costs = [min(shape) * sum(slot.parameter.numel() for slot in piece) for shape, piece in self.pieces]
+        """Multiplications of the products, up to a factor."""
 
     def step(self, master: Tensor, grad: Tensor, m: Tensor, update: Update, decay: float) -> None:
         """Moves the masters; overwrites the gradient."""
         m32 = torch.lerp(grad.div_(update.divisor), m.float(), update_rules.MOMENTUM)
         m.copy_(m32)
         torch.lerp(grad, m32, update_rules.MOMENTUM, out=self.moves)
-        for _ in self.workers.map(self._orthogonalise, range(len(self.pieces))):
+        for _ in self.workers.map(self._orthogonalise, shares(self.costs, self.workers.n)):
             pass
         master.mul_(1 - update.lr * decay).add_(self.moves, alpha=-update.lr)
 
-    def _orthogonalise(self, index: int) -> None:
-        shape, slots = self.pieces[index]
-        views = [slot.of(self.moves).view(-1, *shape) for slot in slots]
-        updates = update_rules.orthogonal(torch.cat(views)).mul_(update_rules.muon_scale(*shape))
-        for view, part in zip(views, updates.split([len(view) for view in views]), strict=True):
-            view.copy_(part)
+    def _orthogonalise(self, indices: list[int]) -> None:
+        for shape, slots in [self.pieces[index] for index in indices]:
+            views = [slot.of(self.moves).view(-1, *shape) for slot in slots]
+            updates = update_rules.orthogonal(torch.cat(views)).mul_(update_rules.muon_scale(*shape))
+            for view, part in zip(views, updates.split([len(view) for view in views]), strict=True):
+                view.copy_(part)
 
 
 class MuonGroup(Group):
@@ -241,7 +248,7 @@ class MuonGroup(Group):
 
 
 def _pieces(slots: list[ParameterSlot]) -> list[list[ParameterSlot]]:
-    """Groups slots of one shape into pieces worth a message to another process that still fit a cache."""
+    """Groups slots of one shape into pieces that are worth a call and still fit a cache."""
     pieces: list[list[ParameterSlot]] = []
     for slot in slots:
         if not pieces or sum(s.parameter.numel() for s in pieces[-1]) + slot.parameter.numel() > update_rules.LIMIT:

@@ -267,10 +267,13 @@ class Trainer:
         return Sums(batches, losses, divisor, tokens, rows, finite, means(losses, divisor) if divisor > 0 else {})
 
     def _gradients(self, item: tuple[Batch, dict[str, float]]) -> tuple[Loss, _HelperResult | None]:
-        """Adds the gradients of one micro-batch to this process's; a helper starts from zero and hands them over."""
+        """Adds the gradients of one micro-batch to this process's; a helper starts from zero, in its outbox."""
         batch, terms = item
         helper = rank()
-        if helper:  # forked at any moment, it may have inherited gradients
+        if helper:  # forked at any moment, it may have inherited loads
+            for group, out in zip(self.optimizer.groups, self._outboxes[helper - 1], strict=True):
+                if group.grad is not out:
+                    group.add_into(out)
             self.optimizer.zero_grad()
             balance.clear(self.gates)
         self.model.train()
@@ -281,8 +284,6 @@ class Trainer:
         loss = replace(loss, total=loss.total.detach())
         if helper == 0:
             return loss, None
-        for group, out in zip(self.optimizer.groups, self._outboxes[helper - 1], strict=True):
-            out.copy_(group.grad)
         return loss, _HelperResult(helper, {name: gate.load_E.clone() for name, gate in self.gates.items()})
 
     def _collect(self, result: _HelperResult) -> None:

@@ -30,7 +30,7 @@ from bessemer.pipeline.stage import Probe, Stage, find_kind, register
 from bessemer.runs.context import StageContext
 from bessemer.tasks.needle import Needle
 from bessemer.train.setup import model_config
-from bessemer.workers import Workers, cores
+from bessemer.workers import Workers, cores, shares
 
 TASK, SHARDS = "task:", "shards:"
 
@@ -230,8 +230,5 @@ def _tokenizer_folder(stage: Path) -> Path:
 def _shares(config: CorpusConfig, n: int) -> list[list[str]]:
     """The sources in n lists of about equal work, largest first. One without a limit counts as the largest limit."""
     unknown = max(config.limits.values(), default=1)
-    size = {name: config.limits.get(name, unknown) for name in config.parts}
-    shares: list[list[str]] = [[] for _ in range(n)]
-    for name in sorted(size, key=lambda name: -size[name]):
-        min(shares, key=lambda share: sum(size[source] for source in share)).append(name)
-    return [share for share in shares if share]
+    names = list(config.parts)
+    return [[names[i] for i in share] for share in shares([config.limits.get(name, unknown) for name in names], n)]
