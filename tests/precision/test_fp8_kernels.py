@@ -210,6 +210,26 @@ def check_nothing_to_do():
     assert backends.grouped_wgrad(turned, turned, [0, 0]).eq(0).all()
 
 
+def check_swiglu_of_experts():
+    """The BF16 and float32 kernels between the two products of an expert, against torch in float64."""
+    from bessemer.kernels import swiglu, triton_swiglu
+
+    for M, width, dtype, bound in ((37, 200, torch.float32, 1e-6), (5, 64, torch.bfloat16, 1e-2)):
+        h, dact = normal(M, 2 * width).to(dtype), normal(M, width, seed=1).to(dtype)
+        weight = normal(M, seed=2)
+        found = [triton_swiglu.forward(h, weight), *triton_swiglu.backward(dact, h, weight)]
+        exact = [h.double().requires_grad_(), weight.double().requires_grad_()]
+        act = F.silu(exact[0][:, :width]) * exact[0][:, width:] * exact[1][:, None]
+        act.backward(dact.double())
+        plain = [swiglu.forward_reference(h, weight), *swiglu.backward_reference(dact, h, weight)]
+        for ours, torchs, wanted in zip(found, plain, (act, act, exact[0].grad, exact[1].grad), strict=True):
+            assert ours.dtype == torchs.dtype and ours.shape == wanted.shape
+            for mine in (ours, torchs):
+                assert (mine.double() - wanted).norm() < bound * wanted.norm()
+    none = triton_swiglu.backward(torch.zeros(0, 8), torch.zeros(0, 16), torch.zeros(0))
+    assert [tuple(t.shape) for t in none] == [(0, 8), (0, 16), (0,)]
+
+
 def check_tensor_groups_are_refused():
     with pytest.raises(UserError, match=r"BESSEMER_FP8_BACKEND=triton cannot serve quantise: .* use one of: emulation"):
         backends.quantise(normal(4, 4), "tensor")
@@ -225,12 +245,14 @@ def compile_for_hopper():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from bessemer.kernels import triton_swiglu
     from bessemer.precision import triton_gemm, triton_quantise
 
     def ptx(kernel, warps=4, **constants):
         kernel = kernel.fn if hasattr(kernel, "configs") else kernel  # without its tuning
         pointers = {"x": "*fp8e4nv", "w": "*fp8e4nv", "dy": "*fp8e4nv", "value": "*fp8e4nv", "out": "*fp8e4nv"}
         pointers |= {"h": "*bf16", "y": "*bf16", "dw": "*fp32", "weight": "*fp32", "count": "*i32"}
+        pointers |= {"act": "*bf16", "dact": "*bf16", "dh": "*bf16", "dweight": "*fp32"}
         pointers |= {n: "*fp32" for n in ("scale", "out_scale", "scale_x", "scale_w", "scale_dy")}
         if "value" in kernel.arg_names:
             pointers["x"] = "*bf16"
@@ -247,6 +269,8 @@ def compile_for_hopper():
     yield "blocks", ptx(triton_quantise._blocks, 8, POWER_OF_TWO=False)
     yield "retile", ptx(triton_quantise._retile, POWER_OF_TWO=False, GROUPS=5, ROOM=8, FILL=True, COLUMNS=64)
     yield "swiglu", ptx(triton_quantise._swiglu, WEIGHTED=True, POWER_OF_TWO=False, ROWS=32)
+    yield "expert swiglu", ptx(triton_swiglu._forward, ROWS=16, COLUMNS=128)
+    yield "expert swiglu", ptx(triton_swiglu._backward, ROWS=4, COLUMNS=128)
     size, groups = {"BLOCK_M": 128, "BLOCK_N": 128}, {"GROUPS": 5, "ROOM": 8}
     yield "gemm", ptx(triton_gemm._gemm, 8, BLOCKS=True, EVEN=True, **size)
     yield "gemm", ptx(triton_gemm._gemm, 8, BLOCKS=False, EVEN=False, **size)
@@ -256,7 +280,9 @@ def compile_for_hopper():
 
 def check_hopper_code():
     for name, code in compile_for_hopper():
-        if "g" in name and name != "swiglu":
+        if name == "expert swiglu":
+            assert "cvt.rn.bf16x2.f32" in code and "ld.global.v" in code and "st.global.v" in code, name
+        elif "g" in name and name != "swiglu":
             assert code.count("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3") == 4, name  # 128 columns a step
             assert "cp.async.cg.shared.global" in code, name  # 16 bytes at a time
             assert name == "grouped_wgrad" or "cvt.rn.bf16x2.f32" in code, name  # to nearest

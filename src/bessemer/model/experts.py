@@ -6,8 +6,8 @@ recomputes its output). The gate weight is applied between the two matrices, whe
 dispatch and combine: whole layers on one device go from tokens to tokens. `dense_ffn` has one expert and no gate.
 
 All three are one operation. On a CPU `kernels.experts` computes it, block by block and without ever storing the rows
-[M, D]; otherwise torch does, below. Its backward adds weight gradients to the float32 gradients of the parameters
-itself where `deferred.own_gradient` allows.
+[M, D]; on a GPU `grouped` does, without a loop over experts; torch's loop below serves everything else. Its backward
+adds weight gradients to the float32 gradients of the parameters itself where `deferred.own_gradient` allows.
 
 Shapes: N tokens, K experts per token, M = N K routed rows in expert order, D hidden, E experts, F inner width; count_E
 rows per expert; order_M the number n K + k of every row among the choices. x is [N, D], or [M, D] in expert order
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bessemer.kernels import experts as kernel
-from bessemer.model import deferred
+from bessemer.model import deferred, grouped
 from bessemer.model.operation import operation
 
 
@@ -44,7 +44,8 @@ def expert_order(expert_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     if kernel.sorts(expert_NK):
         return kernel.sort(expert_NK, n_experts)
     expert_M, order_M = expert_NK.flatten().sort(stable=True)
-    return order_M, torch.bincount(expert_M, minlength=n_experts)
+    # not bincount, for which the host waits on a GPU
+    return order_M, expert_M.new_zeros(n_experts).scatter_add_(0, expert_M, torch.ones_like(expert_M))
 
 
 @torch.library.register_fake(expert_order)
@@ -62,6 +63,8 @@ def slots(order_M: Tensor) -> Tensor:
 def _combined(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
     """Rows summed over the choices of every token, [N, D], as the kernel does: in float32 (float64 stays) and in
     ascending order of experts, which is that of their rows."""
+    if rows_MD.device.type != "cpu":
+        return grouped.combine(rows_MD, slot_NK)
     slot_KN = slot_NK.sort(1).values.t()
     dtype = torch.promote_types(rows_MD.dtype, torch.float32)
     total_ND = rows_MD.new_zeros(len(slot_NK), rows_MD.shape[1], dtype=dtype)
@@ -137,6 +140,9 @@ def _forward(
     if kernel.serves(x_ND, w13, w2):
         return kernel.forward(x_ND, _routes(weight, count_E, order_M, x_ND), w13, w2, keep)
     r, inner = _Rows(x_ND, weight, count_E, order_M, w13, w2), w2.shape[-1]
+    if grouped.serves(x_ND, w13, w2):
+        y_MD, h_MH = grouped.forward(r.rows_MD, r.weight_M, r.count_E, w13, w2)
+        return r.summed(y_MD), h_MH if keep else h_MH.new_empty(0, 2 * inner)
     h_MH = x_ND.new_empty(len(r.rows_MD), 2 * inner)
     y_MD = torch.empty_like(r.rows_MD)
     for e, rows, window, mine in _segments(r.count_E, r.rows_MD):
@@ -240,6 +246,9 @@ def _backward_input(
         return dx, dweight, act, dh
     r = _Rows(x_ND, weight, count_E, order_M, w13, w2)
     dy_MD = r.of(dy_ND)
+    if grouped.serves(x_ND, w13, w2):
+        drows, dweight, act_MF, dh_MH = grouped.backward(dy_MD, r.weight_M, r.count_E, w13, w2, h_MH)
+        return r.summed(drows), r.of_choices(dweight, weight), act_MF, dh_MH
     drows, dweight = torch.empty_like(r.rows_MD), torch.empty_like(r.weight_M)
     act_MF, dh_MH = h_MH.new_empty(len(h_MH), w2.shape[-1]), torch.empty_like(h_MH)
     for e, rows, window, mine in _segments(r.count_E, r.rows_MD):
@@ -262,6 +271,8 @@ def _weight_gradient(
         return dw
     r = _Rows(tokens_ND, None, count_E, order_M, w, w)
     left, right = (inner_MX, r.rows_MD) if by_inner else (r.rows_MD, inner_MX)
+    if grouped.serves(tokens_ND, w, w):
+        return grouped.weight_gradient(left, right, r.count_E)
     dw = torch.zeros_like(r.w2)
     for e, rows, window, mine in _segments(r.count_E, right):
         torch.mm(_own_rows(left, rows, window, mine).t(), right[window], out=dw[e])
@@ -293,6 +304,11 @@ def _grad(ctx, dy_ND, _dh):
     elif own[0] is not None and own[1] is not None and kernel.serves(x_ND, w13, w2):
         routes = _routes(weight, count_E, order_M, x_ND)
         dx, dweight = kernel.backward(dy_ND, x_ND, routes, w13, w2, h_MH, *own, add=True)[:2]
+        dw13 = dw2 = None
+    elif own[0] is not None and own[1] is not None and grouped.serves(x_ND, w13, w2):
+        dx, dweight, dw13, dw2 = _backward(dy_ND, *saved)
+        own[0].add_(dw13)
+        own[1].add_(dw2)
         dw13 = dw2 = None
     else:
         dx, dweight, dw13, dw2 = _backward(dy_ND, *saved)

@@ -83,11 +83,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(hidden: Tensor, weight_VD: Tensor, target: Tensor, loss_weight: Tensor) -> Tensor:
-    """`cross_entropy_reference` for hidden [..., D], targets and weights [...]. Tokens of weight 0 cost nothing."""
+    """`cross_entropy_reference` for hidden [..., D], targets and weights [...]. Tokens of weight 0 cost nothing on a
+    CPU; on a GPU the host would have to wait for their number."""
     hidden_ND, target_N, loss_N = hidden.flatten(0, -2), target.flatten(), loss_weight.flatten().float()
-    keep = loss_N.nonzero().squeeze(1)
-    if keep.numel() < loss_N.numel():
-        hidden_ND, target_N, loss_N = hidden_ND[keep], target_N[keep], loss_N[keep]
+    if hidden.device.type == "cpu":
+        keep = loss_N.nonzero().squeeze(1)
+        if keep.numel() < loss_N.numel():
+            hidden_ND, target_N, loss_N = hidden_ND[keep], target_N[keep], loss_N[keep]
     return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, target_N, loss_N, torch.is_grad_enabled())
 
 

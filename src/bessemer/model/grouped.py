@@ -1,0 +1,64 @@
+"""Routed experts on a GPU: `experts` with one product for all experts instead of a loop over them.
+
+Group sizes stay on the device (`F.grouped_mm` takes their running sum), so the host never waits for it, and a layer
+launches the same number of kernels whatever E is. Rows of every token are gathered before and summed after, in float32
+and in ascending order of experts, without atomic additions: results repeat bit for bit.
+
+torch's grouped product has a kernel for BF16 on Hopper and newer cards; elsewhere it loops itself. Weight gradients are
+summed over the rows of a micro-batch in float32, rounded to the dtype of the operands, and added to the float32
+gradient in one pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bessemer.kernels import swiglu
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ALIGNED = 16
+"""Bytes that every row of an operand must be a multiple of."""
+
+
+def serves(x_ND: Tensor, w13: Tensor, w2: Tensor) -> bool:
+    """Whether these products run here: stacked weights [E, ...] off the CPU, of one dtype and of aligned widths."""
+    return (
+        x_ND.device.type != "cpu"
+        and w2.dim() == 3
+        and x_ND.dtype in DTYPES
+        and x_ND.dtype == w13.dtype == w2.dtype
+        and all(width * x_ND.element_size() % ALIGNED == 0 for width in w2.shape[1:])
+    )
+
+
+def ends(count_E: Tensor) -> Tensor:
+    """Where the rows of each expert end, int32 [E]."""
+    return count_E.cumsum(0, dtype=torch.int32)
+
+
+def combine(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
+    """Sums the rows `slot_NK` of every token, [N, D], in float32 and in ascending order."""
+    return F.embedding_bag(slot_NK.sort(1).values, rows_MD, mode="sum")
+
+
+def forward(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+    """y [M, D] of rows in expert order, and h = W13 x [M, 2F] for `backward`."""
+    end_E = ends(count_E)
+    h_MH = F.grouped_mm(rows_MD, w13.transpose(1, 2), offs=end_E)
+    return F.grouped_mm(swiglu.forward(h_MH, weight_M), w2.transpose(1, 2), offs=end_E), h_MH
+
+
+def backward(
+    dy_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor, h_MH: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of rows and weights, and act [M, F] and dh [M, 2F], the operands of the weights' gradients."""
+    end_E = ends(count_E)
+    act_MF, dh_MH, dweight_M = swiglu.backward(F.grouped_mm(dy_MD, w2, offs=end_E), h_MH, weight_M)
+    return F.grouped_mm(dh_MH, w13, offs=end_E), dweight_M, act_MF, dh_MH
+
+
+def weight_gradient(left_MX: Tensor, right_MY: Tensor, count_E: Tensor) -> Tensor:
+    """left^T right of every expert's rows, [E, X, Y]; zeros for an expert without rows."""
+    return F.grouped_mm(left_MX.t(), right_MY, offs=ends(count_E))
