@@ -44,14 +44,14 @@ INLINE float inverse_rms(const float* x, i64 D, double eps) {
     });
     return 1.0f / __builtin_sqrtf(sum(square[0] + square[1]) / (float)D + (float)eps);
 }
-void norm_row(const float* x, const float* w, float* y, i64 D, double eps) {
+__attribute__((noinline)) void norm_row(const float* x, const float* w, float* y, i64 D, double eps) {
     float scale = inverse_rms(x, D, eps);
     each_vector(D, [&](i64 d, int left) {
         store_some(y + d, load_some(x + d, left) * scale * load_some(w + d, left), left);
     });
 }
 // x += y.
-void add_row(float* x, const float* y, i64 D) {
+__attribute__((noinline)) void add_row(float* x, const float* y, i64 D) {
     each_vector(D, [&](i64 d, int left) { store_some(x + d, load_some(x + d, left) + load_some(y + d, left), left); });
 }
 template <class T>
@@ -101,7 +101,7 @@ __attribute__((noinline)) void attend(const Shape& s, double scale, const T* poo
         const T* page = pool + (pages[k / PAGE] * PAGE + k % PAGE) * X;
         i64 columns = keys - k > W ? PANEL : W;
         transpose_panel(panel, page, X, columns, X);
-        tiles_of(Q, (int)columns, X, q, X, panel, PANEL, score + k, padded);
+        FloatGemm::multiply_rows(Q, columns, X, q, X, 1, panel, PANEL, score + k, padded, false);
     }
     float* share = scratch<61, float>(Q);
     for (i64 i = 0; i < Q; ++i) {
@@ -132,9 +132,10 @@ __attribute__((noinline)) void attend(const Shape& s, double scale, const T* poo
                 float* part = scratch<63, float>(PAGE * PANEL);
                 for (i64 i = 0; i < here; ++i)
                     for (i64 j = 0; j < PANEL; ++j) part[i * PANEL + j] = c + j < C ? values[i * ld + c + j] : 0.0f;
-                tiles_of(Q, (int)(C - c), here, score + k, padded, part, PANEL, ctx + c, C, k > 0);
+                FloatGemm::multiply_rows(Q, C - c, here, score + k, padded, 1, part, PANEL, ctx + c, C, k > 0);
             } else
-                tiles_of(Q, (int)least(PANEL, C - c), here, score + k, padded, values + c, ld, ctx + c, C, k > 0);
+                FloatGemm::multiply_rows(Q, least(PANEL, C - c), here, score + k, padded, 1, values + c, ld, ctx + c,
+                                         C, k > 0);
         }
     }
     for (i64 i = 0; i < Q; ++i)
@@ -143,8 +144,8 @@ __attribute__((noinline)) void attend(const Shape& s, double scale, const T* poo
         });
 }
 
-template <class T>
-struct Step {
+// The tokens of a step on their way through the layers, and what is done to them without a matrix.
+struct Tokens {
     const Shape& s;
     const Factors& f;
     i64 B;
@@ -196,17 +197,6 @@ struct Step {
             for (i64 i = g * GROUP; i < least(n, (g + 1) * GROUP); ++i) each(i);
         });
     }
-    // The keys of u enter the pool.
-    void keys(const Layer<T>& L) {
-        dense_product(input<40, T>(u, D, N, D, threads), L.wkv_a, X, kv);
-        rows(N, [&](i64 n) {
-            T* to = L.pool + cell[n] * X;
-            float* own = kv + n * X;
-            norm_row(own, L.kv_norm, own, s.latent, f.latent_eps);
-            narrow_row(own, to, s.latent);
-            rotate(own + s.latent, turns + position[n] * s.rope, to + s.latent, s.rope);
-        });
-    }
     // From here on there are only the tokens `pick`: in ascending order, at most one of a row.
     void keep(const i64* pick, i64 M) {
         for (i64 m = 0, i = 0; m < M; ++m) {
@@ -219,6 +209,69 @@ struct Step {
             position[m] = position[n];
         }
         N = n_together = M;
+    }
+    // The experts of every token and their weights, from the gate's logits.
+    void choose(const float* bias, i64* record, i64 step) {
+        i64 E = s.experts, K = s.active;
+        GateRule rule{E, K, s.groups, s.kept_groups, s.rated, s.softmax != 0, s.normed != 0, (float)f.route};
+        parallel((N + TOKENS - 1) / TOKENS, threads, [&](i64 block) {
+            i64 first = block * TOKENS, here = least(TOKENS, N - first), lanes = round_up(here, W);
+            float *score = scratch<56, float>(E * TOKENS), *room = scratch<57, float>((E + 2 * s.groups) * W);
+            int32_t* chosen = scratch<58, int32_t>(K * TOKENS);
+            for (i64 e = 0; e < E; ++e)
+                for (i64 t = 0; t < lanes; ++t) score[e * TOKENS + t] = t < here ? gates[(first + t) * E + e] : 0.0f;
+            gate_scores(score, rule, lanes);
+            choose_experts(score, bias, rule, chosen, room, lanes);
+            for (i64 t = 0; t < here; ++t) {
+                i64 n = first + t, *own = expert + n * K;
+                float total = 0.0f, *share = weight + n * K;
+                for (i64 k = 0; k < K; ++k) {
+                    own[k] = chosen[k * TOKENS + t];
+                    total += share[k] = score[own[k] * TOKENS + t];
+                    if (record) record[n * step + k] = own[k];
+                }
+                float factor = rule.normalise ? rule.scale / (total + 1e-20f) : rule.scale;
+                for (i64 k = 0; k < K; ++k) share[k] *= factor;
+            }
+        });
+    }
+    // pair: the (token, choice) pairs by expert; those of expert e are [start[e], start[e + 1]). place: the way back.
+    void sort_by_expert() {
+        i64 E = s.experts, pairs = N * s.active;
+        i64* next = scratch<68, i64>(E + 1);
+        memset(next, 0, (E + 1) * sizeof(i64));
+        for (i64 i = 0; i < pairs; ++i) ++next[expert[i] + 1];
+        for (i64 e = 0; e < E; ++e) next[e + 1] += next[e];
+        memcpy(start, next, (E + 1) * sizeof(i64));
+        for (i64 i = 0; i < pairs; ++i) pair[place[i] = next[expert[i]]++] = i;
+    }
+    // x += what the experts and the shared ones gave.
+    void combine(bool shared) {
+        i64 K = s.active;
+        rows(N, [&](i64 n) {
+            const i64* from = place + n * K;
+            each_vector(D, [&](i64 d, int left) {
+                vf total = shared ? load_some(out + n * D + d, left) : (vf){}, own = {};
+                for (i64 k = 0; k < K; ++k) own += load_some(routed + from[k] * D + d, left);
+                store_some(x + n * D + d, load_some(x + n * D + d, left) + (own + total), left);
+            });
+        });
+    }
+};
+
+// What reads matrices.
+template <class T>
+struct Step : Tokens {
+    // The keys of u enter the pool.
+    void keys(const Layer<T>& L) {
+        dense_product(input<40, T>(u, D, N, D, threads), L.wkv_a, X, kv);
+        rows(N, [&](i64 n) {
+            T* to = L.pool + cell[n] * X;
+            float* own = kv + n * X;
+            norm_row(own, L.kv_norm, own, s.latent, f.latent_eps);
+            narrow_row(own, to, s.latent);
+            rotate(own + s.latent, turns + position[n] * s.rope, to + s.latent, s.rope);
+        });
     }
     // out = Attn(u), whose keys are in the pool.
     void attention(const Layer<T>& L) {
@@ -236,7 +289,8 @@ struct Step {
             float* panel = scratch<54, float>(s.nope * PANEL);
             for (i64 c = 0; c < s.latent; c += PANEL) {
                 FloatGemm::pack_b(panel, up + c, s.nope, least(PANEL, s.latent - c), s.latent, 1);
-                tiles_of(N, (int)least(PANEL, s.latent - c), s.nope, own, wide, panel, PANEL, q + h * X + c, s.heads * X);
+                FloatGemm::multiply_rows(N, least(PANEL, s.latent - c), s.nope, own, wide, 1, panel, PANEL, q + h * X + c,
+                                         s.heads * X, false);
             }
             for (i64 n = 0; n < N; ++n)
                 rotate(own + n * wide + s.nope, turns + position[n] * s.rope, q + (n * s.heads + h) * X + s.latent, s.rope);
@@ -270,20 +324,9 @@ struct Step {
         dense_product(input<43, T>(act, s.dense, N, s.dense, threads), L.w2, D, out);
         rows(N, [&](i64 n) { add_row(x + n * D, out + n * D, D); });
     }
-    // pair: the (token, choice) pairs by expert; those of expert e are [start[e], start[e + 1]). place: the way back.
-    void sort_by_expert() {
-        i64 E = s.experts, pairs = N * s.active;
-        i64* next = scratch<68, i64>(E + 1);
-        memset(next, 0, (E + 1) * sizeof(i64));
-        for (i64 i = 0; i < pairs; ++i) ++next[expert[i] + 1];
-        for (i64 e = 0; e < E; ++e) next[e + 1] += next[e];
-        memcpy(start, next, (E + 1) * sizeof(i64));
-        for (i64 i = 0; i < pairs; ++i) pair[place[i] = next[expert[i]]++] = i;
-    }
     void sparse_ffn(const Layer<T>& L, i64* record, i64 step) {
         i64 E = s.experts, K = s.active, gate_panels = (E + PANEL - 1) / PANEL;
         bool shared = s.shared > 0;
-        GateRule rule{E, K, s.groups, s.kept_groups, s.rated, s.softmax != 0, s.normed != 0, (float)f.route};
         Input in = input<40, T>(u, D, N, D, threads), plain{u, D, N, D, nullptr};
         parallel(gate_panels + (s.shared + PANEL - 1) / PANEL, threads, [&](i64 i) {
             if (i < gate_panels)
@@ -291,26 +334,7 @@ struct Step {
             else
                 activation(in, L.shared13, s.shared, (i - gate_panels) * PANEL, nullptr, act, s.shared);
         });
-        parallel((N + TOKENS - 1) / TOKENS, threads, [&](i64 block) {
-            i64 first = block * TOKENS, here = least(TOKENS, N - first), lanes = round_up(here, W);
-            float *score = scratch<56, float>(E * TOKENS), *room = scratch<57, float>((E + 2 * s.groups) * W);
-            int32_t* chosen = scratch<58, int32_t>(K * TOKENS);
-            for (i64 e = 0; e < E; ++e)
-                for (i64 t = 0; t < lanes; ++t) score[e * TOKENS + t] = t < here ? gates[(first + t) * E + e] : 0.0f;
-            gate_scores(score, rule, lanes);
-            choose_experts(score, L.bias, rule, chosen, room, lanes);
-            for (i64 t = 0; t < here; ++t) {
-                i64 n = first + t, *own = expert + n * K;
-                float total = 0.0f, *share = weight + n * K;
-                for (i64 k = 0; k < K; ++k) {
-                    own[k] = chosen[k * TOKENS + t];
-                    total += share[k] = score[own[k] * TOKENS + t];
-                    if (record) record[n * step + k] = own[k];
-                }
-                float factor = rule.normalise ? rule.scale / (total + 1e-20f) : rule.scale;
-                for (i64 k = 0; k < K; ++k) share[k] *= factor;
-            }
-        });
+        choose(L.bias, record, step);
         sort_by_expert();
         i64* used = scratch<66, i64>(E);
         i64 n_used = 0;
@@ -337,14 +361,7 @@ struct Step {
             for (i64 c = 0; c < F; c += PANEL) activation(mine, w13, F, c, share, hidden, F, w2);
             product_rows(input<45, T>(hidden, F, M, F), w2, D, routed + first * D, D, after);
         });
-        rows(N, [&](i64 n) {
-            const i64* from = place + n * K;
-            each_vector(D, [&](i64 d, int left) {
-                vf total = shared ? load_some(out + n * D + d, left) : (vf){}, own = {};
-                for (i64 k = 0; k < K; ++k) own += load_some(routed + from[k] * D + d, left);
-                store_some(x + n * D + d, load_some(x + n * D + d, left) + (own + total), left);
-            });
-        });
+        combine(shared);
     }
     // With `pick` the outputs of these tokens only.
     void layer(const Layer<T>& L, i64* record, i64 step, const i64* pick, i64 M) {
@@ -392,7 +409,7 @@ void decode(const i64* shape, const double* factors, const i64* layers, i64 n_la
             const T* hidden, const i64* begin, const i64* base, i64 B, const i64* table, i64 width, const float* turns, const i64* pick,
             i64 M, T* raw, T* state, float* logits, i64* record, i64 threads) {
     const Shape& s = *(const Shape*)shape;
-    Step<T> step{s, *(const Factors*)factors, B, begin, base, table, width, turns, (int)threads};
+    Step<T> step{{s, *(const Factors*)factors, B, begin, base, table, width, turns, (int)threads}};
     step.allocate();
     const Ends<T>& e = *(const Ends<T>*)ends;
     step.embed(e, token, hidden);

@@ -90,7 +90,7 @@ INLINE void put_rounded(E* to, T* also, vf x, int n) {
         if (also) store_part(also, x, n);
     }
 }
-INLINE void add_row(float* to, const float* row, i64 D) {
+__attribute__((noinline)) void add_row(float* to, const float* row, i64 D) {
     i64 d = 0;
     for (; d + W <= D; d += W) store(to + d, load(to + d) + load(row + d));
     for (; d < D; ++d) to[d] += row[d];
@@ -104,7 +104,7 @@ INLINE void add_rows(float* sum, const float* from, const Rows& rows, i64 m, i64
 }
 // float32 sums of tokens to where they belong, unless they are there.
 template <class T>
-void narrow_rows(T* to, const float* from, i64 n) {
+__attribute__((noinline)) void narrow_rows(T* to, const float* from, i64 n) {
     if ((const void*)to == (const void*)from) return;
     i64 i = 0;
     for (; i + W <= n; i += W) store(to + i, load(from + i));
@@ -345,7 +345,7 @@ struct Backward {
     static INLINE float sum_of(vf x) { return ::sum(x); }
 
     // The sum of an expert's weight gradient to where it belongs.
-    void hand_over(i64 e, const float* total) const {
+    __attribute__((noinline)) void hand_over(i64 e, const float* total) const {
         i64 n13 = 2 * s.F * s.D, n2 = s.F * s.D;
         if (out.wide) {
             give((float*)out.dw13, e, total, n13);
@@ -356,7 +356,7 @@ struct Backward {
         }
     }
     template <class U>
-    void give(U* to, i64 e, const float* from, i64 n) const {
+    __attribute__((noinline)) void give(U* to, i64 e, const float* from, i64 n) const {
         if (!to) return;
         to += e * n;
         i64 i = 0;

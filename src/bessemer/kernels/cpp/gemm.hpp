@@ -91,8 +91,9 @@ struct FloatGemm {
         multiply(M, N, K, a, lda, 1, b, c, ldc, add);
     }
     // The same with B row-major, as it lies. Reads whole vectors at the end of its rows, so ldb >= N rounded up to W.
+    // `next`: where the caller reads on afterwards.
     static void multiply_rows(i64 M, i64 N, i64 K, const float* a, i64 ars, i64 acs, const float* b, i64 ldb, float* c,
-                              i64 ldc, bool add);
+                              i64 ldc, bool add, const void* next = nullptr);
     static void multiply(i64 M, i64 N, i64 K, Left a, const float* b, float* c, i64 ldc, bool add) {
         multiply(M, N, K, a.p, a.rs, a.cs, b, c, ldc, add);
     }

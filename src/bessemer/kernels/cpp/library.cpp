@@ -17,6 +17,13 @@ void on_threads(int threads, void (*work)(void*), void* data) {
         work(data);
 }
 
+void Buffer::grow(size_t needed) {
+    free(memory);
+    bytes = needed + needed / 4 / 64 * 64;
+    memory = aligned_alloc(64, bytes);
+    if (!memory) abort();
+}
+
 // 0 if this process may run the code of this library; of AMX the kernel has to be asked.
 extern "C" EXPORT int bessemer_start() {
 #if defined(__linux__) && defined(__AMX_BF16__)

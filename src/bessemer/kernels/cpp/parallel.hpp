@@ -9,12 +9,18 @@
 // Runs work(data, thread) on `threads` threads of torch's own OpenMP pool; here, where there is no pool.
 void on_threads(int threads, void (*work)(void*), void* data);
 
+// On its own, since a task is compiled wherever its body stands in a loop.
+template <class Task>
+__attribute__((noinline)) void run_tasks(const Task& task, i64 first, i64 last) {
+    for (i64 i = first; i < last; ++i) task(i);
+}
+
 // task(i) for every i below n. Which thread runs a task is not determined, so a task must write only what is its own.
 template <class Task>
 void parallel(i64 n, int threads, const Task& task) {
     if (threads > n) threads = (int)n;
     if (threads <= 1) {
-        for (i64 i = 0; i < n; ++i) task(i);
+        run_tasks(task, 0, n);
         return;
     }
     struct Shared {
@@ -26,28 +32,25 @@ void parallel(i64 n, int threads, const Task& task) {
         threads,
         [](void* data) {
             auto* s = (Shared*)data;
-            for (i64 i; (i = s->next.fetch_add(1)) < s->n;) (*s->task)(i);
+            for (i64 i; (i = s->next.fetch_add(1)) < s->n;) run_tasks(*s->task, i, i + 1);
         },
         &shared);
 }
+
+struct Buffer {
+    void* memory = nullptr;
+    size_t bytes = 0;
+    ~Buffer() { free(memory); }
+    void grow(size_t needed);
+};
 
 // A buffer of this thread for n elements, aligned to 64 bytes, with undefined content. Every SLOT is a buffer of its
 // own; a later call with the same slot may move it.
 template <int SLOT, class T>
 T* scratch(i64 n) {
-    struct Buffer {
-        void* memory = nullptr;
-        size_t bytes = 0;
-        ~Buffer() { free(memory); }
-    };
     static thread_local Buffer buffer;
     size_t needed = ((size_t)n * sizeof(T) + 127) / 64 * 64;
-    if (needed > buffer.bytes) {
-        free(buffer.memory);
-        buffer.bytes = needed + needed / 4 / 64 * 64;
-        buffer.memory = aligned_alloc(64, buffer.bytes);
-        if (!buffer.memory) abort();
-    }
+    if (needed > buffer.bytes) buffer.grow(needed);
     return (T*)buffer.memory;
 }
 

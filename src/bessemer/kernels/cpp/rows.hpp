@@ -10,77 +10,12 @@
 
 constexpr int PANEL = 2 * W;  // columns of a register tile
 constexpr int FEW = 4;        // rows up to which a panel is not stored
-#if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int TALL = 6;  // rows of a register tile
-#else
-constexpr int TALL = 12;
-#endif
 
-// C [R, columns] = A B, or C += A B for `go_on`, which continues the chain of sums. Meanwhile K lines from `ahead` on come
-// closer.
-template <int R, int NV>
-static __attribute__((noinline)) void register_tile(int columns, i64 K, const float* a, i64 lda, const float* b, i64 ldb, float* c, i64 ldc, bool go_on, const char* ahead) {
-    vf sum[R][NV];
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j) {
-            int left = columns - j * W;
-            const float* from = c + i * ldc + j * W;
-            sum[i][j] = !go_on ? (vf){} : left >= W ? load(from) : left > 0 ? load_part(from, left) : (vf){};
-        }
-    for (i64 k = 0; k < K; ++k, b += ldb, ++a) {
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += 64;
-        vf right[NV];
-#pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j) right[j] = load(b + j * W);
-#pragma GCC unroll 16
-        for (int i = 0; i < R; ++i) {
-            vf left = splat(a[i * lda]);
-#pragma GCC unroll 2
-            for (int j = 0; j < NV; ++j) sum[i][j] += left * right[j];
-        }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j) {
-            int left = columns - j * W;
-            float* to = c + i * ldc + j * W;
-            if (left >= W)
-                store(to, sum[i][j]);
-            else if (left > 0)
-                store_part(to, sum[i][j], left);
-        }
+template <class T>
+static __attribute__((noinline)) void load_corner(float* to, const T* w, i64 ldw, i64 rows, i64 columns) {
+    for (i64 i = 0; i < W; ++i)
+        for (i64 j = 0; j < W; ++j) to[i * W + j] = i < rows && j < columns ? widen(w[i * ldw + j]) : 0.0f;
 }
-
-template <int R>
-static INLINE void tile_of(int rows, int columns, i64 K, const float* a, i64 lda, const float* b, i64 ldb, float* c, i64 ldc, bool go_on, const char* ahead) {
-    if constexpr (R > 1) {
-        if (rows < R) {
-            tile_of<R - 1>(rows, columns, K, a, lda, b, ldb, c, ldc, go_on, ahead);
-            return;
-        }
-    }
-    if (columns > W)
-        register_tile<R, 2>(columns, K, a, lda, b, ldb, c, ldc, go_on, ahead);
-    else
-        register_tile<R, 1>(columns, K, a, lda, b, ldb, c, ldc, go_on, ahead);
-}
-
-// M rows of A, up to PANEL columns of B, whose rows are readable to a multiple of W. Tiles of equal height.
-static __attribute__((noinline)) void tiles_of(i64 M, int columns, i64 K, const float* a, i64 lda, const float* b, i64 ldb, float* c, i64 ldc, bool go_on = false, const void* ahead = nullptr) {
-    i64 tiles = (M + TALL - 1) / TALL;
-    for (i64 t = 0, m = 0; t < tiles; ++t) {
-        i64 end = (t + 1) * M / tiles;
-        // a panel of float32 has 2 K lines (of BF16, K)
-        const char* next = (ahead && t < 2 ? (const char*)ahead + t * K * 64 : (const char*)b);
-        tile_of<TALL>((int)(end - m), columns, K, a + m * lda, lda, b, ldb, c + m * ldc, ldc, go_on, next);
-        m = end;
-    }
-}
-
 // Up to W rows of w, from column k on, transposed: block[i] is column k + i; what is not there is 0.
 template <class T>
 INLINE void load_transposed(vf* block, const T* w, i64 ldw, i64 rows, i64 k, i64 K) {
@@ -88,8 +23,10 @@ INLINE void load_transposed(vf* block, const T* w, i64 ldw, i64 rows, i64 k, i64
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) block[i] = load(w + i * ldw + k);
     } else {
-        int width = (int)least(W, K - k);
-        for (int i = 0; i < W; ++i) block[i] = i < rows ? load_part(w + i * ldw + k, width) : (vf){};
+        float corner[W * W];
+        load_corner(corner, w + k, ldw, rows, K - k);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) block[i] = load(corner + i * W);
     }
     transpose(block);
 }
@@ -208,7 +145,8 @@ static __attribute__((noinline)) void product_panel(const Input& in, const T* w,
     static_assert(FEW == 4);
     float* panel = scratch<54, float>(in.K * PANEL);
     transpose_panel(panel, w, ldw, columns, in.K);
-    tiles_of(in.M, (int)columns, in.K, in.x, in.ld, panel, PANEL, y, ldy, false, ahead ? ahead : w + PANEL * ldw);
+    const T* next = ahead ? ahead : w + PANEL * ldw;
+    FloatGemm::multiply_rows(in.M, columns, in.K, in.x, in.ld, 1, panel, PANEL, y, ldy, false, next);
 }
 
 // y [M, N] = x w^T; `after` is read next.
