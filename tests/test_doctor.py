@@ -29,6 +29,7 @@ def test_facts_are_json_and_every_one_is_here(machine):
 @pytest.mark.parametrize(
     ("about", "change", "level", "words"),
     [("GPU", {"gpus": []}, "slow", "tiny.toml"), ("GPU", {"gpus": ["H100"]}, "ok", "H100"),
+     ("GPU", {"gpus": [], "idle_gpu": "an H100 cannot be used"}, "bad", "an H100 cannot be used"),
      ("CPU", {"cores": 2, "threads": 8}, "slow", "OMP_NUM_THREADS=2"),
      ("CPU", {"cores": 64, "threads": 1}, "slow", "idle"),
      ("CPU", {"cores": 2, "threads": 1}, "ok", "1 thread"),

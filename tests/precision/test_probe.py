@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from bessemer.errors import UserError
 from bessemer.precision import probe
+from bessemer.train import setup
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,35 @@ def test_it_multiplies_in_the_dtype_asked_for(monkeypatch):
     monkeypatch.setattr(probe.torch, "mm", lambda x, w: seen.append((x.dtype, w.dtype, x.shape)) or real(x, w))
     probe.gemm_rate(torch.bfloat16, seconds=0.0, size=32)
     assert set(seen) == {(torch.bfloat16, torch.bfloat16, (32, 32))}
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """The files by which Linux shows a GPU, in folders of their own."""
+    folder = tmp_path / "nvidia" / "gpus" / "0000:3b:00.0"
+    folder.mkdir(parents=True)
+    (folder / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 16\n")
+    text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.161.08  Sat Feb 17 22:55:48 UTC 2024\n"
+    (tmp_path / "nvidia" / "version").write_text(text)
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(probe, "DEVICES", tmp_path)
+    monkeypatch.setattr(probe, "DRIVER", tmp_path / "nvidia")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    probe.idle_gpu.cache_clear()
+    yield tmp_path
+    probe.idle_gpu.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use this machine's GPU")
+def test_a_gpu_that_torch_cannot_use_stops_a_run(machine, monkeypatch):
+    with pytest.raises(UserError, match=r"NVIDIA H100 80GB HBM3 \(driver 535\.161\.08\) cannot be used: .*CUDA"):
+        setup.device()
+    probe.idle_gpu.cache_clear()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert setup.device().type == "cpu", "the user chose"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use this machine's GPU")
+def test_a_host_s_gpu_that_this_container_may_not_open_is_none(machine):
+    (machine / "nvidia0").unlink()
+    assert probe.idle_gpu() is None and setup.device().type == "cpu"

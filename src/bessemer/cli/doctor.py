@@ -41,6 +41,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "workers": cores(),
         "shared_memory_mb": shared_free() >> 20,
         "flags": _flags(),
+        "idle_gpu": probe.idle_gpu(),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "gemm_gflops": rates,
         "dtype": str(choice.dtype).removeprefix("torch."),
@@ -88,6 +89,8 @@ def _judge(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _about_device(facts: dict[str, Any]) -> tuple[str, str, str]:
     if facts["gpus"]:
         return "GPU", "ok", ", ".join(facts["gpus"])
+    if facts["idle_gpu"]:
+        return "GPU", "bad", facts["idle_gpu"]
     text = "none: models of more than ten million active parameters take days; recipes/tiny.toml is made for a CPU"
     return "GPU", "slow", text
 

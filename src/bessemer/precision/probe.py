@@ -1,4 +1,5 @@
-"""What this machine can do: measured GEMM rates, the compute dtype that follows, and the compiler for torch.compile.
+"""What this machine can do: measured GEMM rates, the compute dtype that follows, the compiler for torch.compile, and a
+GPU that torch cannot use.
 
 A CPU may list BF16 instructions and still multiply FP32 matrices faster (no AMX: 87 against 170 GFLOPS per core were
 measured on one), so the choice is measured at start-up, never assumed.
@@ -6,8 +7,12 @@ measured on one), so the choice is measured at start-up, never assumed.
 
 from __future__ import annotations
 
+import functools
+import os
+import re
 import shutil
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -54,6 +59,30 @@ def compute_dtype(rates: dict[str, float]) -> Choice:
     if half > 1.2 * full:
         return Choice(torch.bfloat16, f"bfloat16 with float32 masters ({measured})")
     return Choice(torch.float32, f"float32 ({measured})")
+
+
+DEVICES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia")
+"""Where Linux shows NVIDIA's GPUs: device files that this process may open, models and the driver's version."""
+
+
+@functools.cache
+def idle_gpu() -> str | None:
+    """Which NVIDIA GPU this process could open and torch cannot use, why, and what to do; None where there is none, or
+    where CUDA_VISIBLE_DEVICES hides it."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+    if hidden or torch.cuda.is_available() or not any(DEVICES.glob("nvidia[0-9]*")):
+        return None
+    texts = [path.read_text() for path in [*DRIVER.glob("gpus/*/information"), *DRIVER.glob("version")]]
+    model, driver = (re.search(pattern, "\n".join(texts)) for pattern in (r"Model:\s*(.+)", r"\b(\d{3}\.\d+[.\d]*)"))
+    name = (model[1] if model else "an NVIDIA GPU") + (f" (driver {driver[1]})" if driver else "")
+    if torch.version.cuda is None:
+        why = f"torch {torch.__version__} is built without CUDA"
+    else:
+        why = f"torch {torch.__version__} for CUDA {torch.version.cuda} finds none: the driver may be too old for it"
+    return (
+        f"{name} cannot be used: {why}. Install a build of torch for this driver (https://pytorch.org/get-started), or "
+        "set CUDA_VISIBLE_DEVICES=-1 to compute on the CPU"
+    )
 
 
 def cpp_compiler() -> str | None:

@@ -55,6 +55,10 @@ def decode_seconds(recipe: Recipe, tokens: float) -> float:
 
 
 def device() -> torch.device:
+    """What this process computes on. UserError where it has a GPU that torch cannot use: a run would go on for days on
+    the CPU without a word."""
+    if idle := probe.idle_gpu():
+        raise UserError(idle)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -97,7 +101,13 @@ def set_precision(
 ) -> torch.dtype:  # fmt: skip
     """The compute dtype that a stage's `precision` chooses, as in `choose_precision`; `fp8` takes effect in `model`."""
     choice = choose_precision(config.precision, agree)
-    say(f"compute in {choice.why}" + (f"; kernels: {library.status().why}" if device().type == "cpu" else ""))
+    if device().type == "cuda":
+        # In BF16 only what must be exact is left in float32, the gate's scores above all (V3 3.3.1).
+        full = choice.dtype == torch.float32
+        torch.set_float32_matmul_precision("high" if full else "highest")
+        say(f"compute in {choice.why}{', products in TF32' if full else ''}, on {describe_device()}")
+    else:
+        say(f"compute in {choice.why}; kernels: {library.status().why}")
     if config.fp8 != "off":
         if not isinstance(model, Transformer):
             raise UserError(f'stage "{config.name}": fp8 is for models of the DeepSeek V3 family; set fp8 = "off"')
