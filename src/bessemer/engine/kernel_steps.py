@@ -186,8 +186,29 @@ class KernelSteps:
             for piece, expert_TLK in zip(pieces, trace.take().split(lengths), strict=True):
                 piece.prompt.routing.append(expert_TLK)
         if raw_ND is not None:
-            for piece, state_TD in zip(pieces, self.model.norm(raw_ND).split(lengths), strict=True):
+            states = self.model.norm(raw_ND).split(lengths)
+            if cache.drafts == 1:
+                return self._write_mtp_latents(cache, pieces, rows.table, states)
+            for piece, state_TD in zip(pieces, states, strict=True):
                 write_mtp_latents(self.model, cache, piece.prompt, piece.start, state_TD)
+
+    def _write_mtp_latents(
+        self, cache: LatentCache, pieces: Sequence[_Piece], table_BP: Tensor, states: Sequence[Tensor]
+    ) -> None:
+        """`decode.write_mtp_latents` of one module, for all pieces at once."""
+        base, hidden, tokens = [], [], []
+        for piece, state_TD in zip(pieces, states, strict=True):
+            prompt, before = piece.prompt, piece.prompt.states
+            hidden += [*(state_D[None] for state_D in before), state_TD[:-1]]
+            base.append(piece.start - len(before))
+            tokens.append(prompt.ids[base[-1] + 1 : piece.end])
+            prompt.states = [state_TD[-1]]
+        begin = torch.tensor([0, *accumulate(map(len, tokens))])
+        token_N = torch.tensor([token for part in tokens for token in part], dtype=torch.int64)
+        if len(token_N):
+            rows = _Rows(token_N, torch.tensor(base), begin, table_BP, max(piece.end for piece in pieces))
+            pools = [cache.layers[self._layers]]
+            self._run(self._mtp[0], pools, rows, hidden=torch.cat(hidden), pick=token_N[:0])
 
     def round(
         self,

@@ -363,10 +363,11 @@ struct Step : Tokens {
         });
         combine(shared);
     }
-    // With `pick` the outputs of these tokens only.
+    // With `pick` the outputs of these M tokens only; where M is 0, keys only.
     void layer(const Layer<T>& L, i64* record, i64 step, const i64* pick, i64 M) {
         rows(N, [&](i64 n) { norm_row(x + n * D, L.attn_norm, u + n * D, D, f.eps); });
         keys(L);
+        if (!M) return;
         if (pick) keep(pick, M);
         attention(L);
         rows(N, [&](i64 n) {
@@ -418,7 +419,7 @@ void decode(const i64* shape, const double* factors, const i64* layers, i64 n_la
     for (i64 i = 0; i < n_layers; ++i) n_sparse += all[i].gate != nullptr;
     for (i64 i = 0; i < n_layers; ++i) {
         bool last = i + 1 == n_layers && !raw && !record;
-        step.layer(all[i], record ? record + seen * s.active : nullptr, n_sparse * s.active, last ? pick : nullptr, M);
+        step.layer(all[i], record ? record + seen * s.active : nullptr, n_sparse * s.active, last ? pick : nullptr, last ? M : step.N);
         if (last) pick = nullptr;
         seen += all[i].gate != nullptr;
     }
