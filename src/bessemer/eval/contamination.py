@@ -111,14 +111,16 @@ class ContaminationSearch:
         known = self._numbers
         self._piece += [known[word] if word in known else int(_is_figure(word)) for word in text_words]
         self._piece.append(UNKNOWN)  # no run continues into the next text
-        self._seen[stage].update(texts=1, words=len(text_words))
+        seen = self._seen[stage]
+        seen["texts"] += 1
+        seen["words"] += len(text_words)
         if len(self._piece) >= PIECE:
             self._flush()
         return len(text_words)
 
     def add_problem(self, stage: str, problem: Problem) -> None:
         """Compare a training problem of a stage with the held-out ones, and search its prompt as a text."""
-        self._seen[stage].update(problems=1)
+        self._seen[stage]["problems"] += 1
         for same in self._same.get(identity(problem), ()):
             length = len(words(same.prompt))
             self._note(_Match(same, stage, "problem", length, length, problem.prompt))

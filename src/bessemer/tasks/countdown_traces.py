@@ -16,6 +16,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 from bessemer.errors import UserError
 from bessemer.tasks.answer import parse_reply, thought
@@ -256,7 +257,7 @@ def _count_try(problem: Problem, match: re.Match, seen: set[str], count: dict[st
     expression, op, then, step, verdict = match.group("expression", "op", "then", "step", "verdict")
     x, y, z, middle, kept, claimed, target = map(int, match.group("x", "y", "z", "middle", "kept", "claimed", "target"))
     left, right = (middle, kept) if expression.startswith("(") else (kept, middle)
-    linked, verdict, key = (then, z) == (step, kept), _MEANING[verdict], _canonical(expression)
+    linked, verdict, key = (then, z) == (step, kept), _MEANING[verdict], _tried(expression)
     assert key is not None, expression
     count["tries"] += 1
     count["repeated"] += key in seen
@@ -283,6 +284,10 @@ def _canonical(expression: str | None) -> str | None:
         return None if expression is None else parse_expression(expression).canonical
     except Unparsable:
         return None
+
+
+_tried = lru_cache(maxsize=1 << 14)(_canonical)
+"""For the short expressions of tries: samples of a problem write the same ones again and again."""
 
 
 def rates(diagnoses: Iterable[Diagnosis]) -> dict[str, float | None]:
