@@ -248,10 +248,11 @@ class MuonGroup(Group):
 
 
 def _pieces(slots: list[ParameterSlot]) -> list[list[ParameterSlot]]:
-    """Groups slots of one shape into pieces that are worth a call and still fit a cache."""
+    """Groups slots of one shape into pieces that are worth a call and not too large for one."""
     pieces: list[list[ParameterSlot]] = []
+    most = update_rules.most_at_once(slots[0].parameter.device)
     for slot in slots:
-        if not pieces or sum(s.parameter.numel() for s in pieces[-1]) + slot.parameter.numel() > update_rules.LIMIT:
+        if not pieces or sum(s.parameter.numel() for s in pieces[-1]) + slot.parameter.numel() > most:
             pieces.append([])
         pieces[-1].append(slot)
     return pieces

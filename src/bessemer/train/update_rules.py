@@ -35,8 +35,13 @@ MOMENTUM = 0.95
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the odd polynomial a x + b x^3 + c x^5: steep at 0, within 0.7 to 1.2 after five steps (Jordan et al. 2024)."""
-LIMIT = 1 << 18
-"""Elements orthogonalised at a time: three such float32 matrices fit a cache."""
+GPU_BLOCK = 1 << 26
+"""Elements per block on a GPU: five float32 temporaries of a whole vector would be larger than the optimizer."""
+
+
+def most_at_once(device: torch.device) -> int:
+    """Elements orthogonalised at a time: three such float32 matrices fit a CPU's cache; a GPU is filled."""
+    return 1 << 18 if device.type == "cpu" else GPU_BLOCK
 
 
 def adamw_(
@@ -52,7 +57,7 @@ def adamw_(
             grad_scale=torch.tensor(divisor, dtype=torch.float32, device=w.device), found_inf=None,
         )  # fmt: skip
         return
-    block = BLOCK if w.device.type == "cpu" else w.numel()
+    block = BLOCK if w.device.type == "cpu" else GPU_BLOCK
     for start in range(0, w.numel(), block):
         part = slice(start, start + block)
         adamw_reference_(
@@ -79,24 +84,27 @@ def adamw_reference_(
 
 def orthogonal(x_NRC: Tensor) -> Tensor:
     """U V^T of every matrix [R, C], singular values between 0.7 and 1.2; a zero matrix stays zero. Computes in the
-    input's dtype."""
+    input's dtype on a CPU, and in BF16 on a GPU (Jordan et al. 2024): the iteration corrects its own rounding."""
     if kernel.serves(x_NRC):
         return kernel.newton_schulz(x_NRC, STEPS, COEFFICIENTS)
-    parts = x_NRC.split(max(1, LIMIT // (x_NRC.shape[-2] * x_NRC.shape[-1])))
-    return torch.cat([_newton_schulz(part) for part in parts])
+    dtype = x_NRC.dtype if x_NRC.device.type == "cpu" else torch.bfloat16
+    parts = x_NRC.split(max(1, most_at_once(x_NRC.device) // (x_NRC.shape[-2] * x_NRC.shape[-1])))
+    return torch.cat([newton_schulz(part, dtype) for part in parts])
 
 
-def _newton_schulz(x: Tensor) -> Tensor:
+def newton_schulz(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`orthogonal` with products in `dtype`."""
+    given = x.dtype
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.transpose(-2, -1)
     a, b, c = COEFFICIENTS
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(1e-12)
+    x = (x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(1e-12)).to(dtype)
     for _ in range(STEPS):
         square = x @ x.transpose(-2, -1)
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.transpose(-2, -1) if tall else x
+    return (x.transpose(-2, -1) if tall else x).to(given)
 
 
 def muon_scale(rows: int, columns: int) -> float:
