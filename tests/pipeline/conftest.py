@@ -1,12 +1,12 @@
 """A small recipe and a way to run it in a process of its own, so tests can kill it."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import toy_stage
+from forks import Fork
 
 RECIPE = """
 name = "toy"
@@ -39,14 +39,12 @@ class Toy:
         text = RECIPE.format(seed=seed, steps=steps, second=second, pause=pause, fill=fill)
         self.path.write_text(text.replace('"toy"', f'"{name}"', 1))
 
-    def start(self, *until: str, **kwargs) -> subprocess.Popen:
-        command = [sys.executable, str(Path(__file__).parent / "toy_stage.py"), str(self.path), str(self.out), *until]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, **kwargs)
+    def start(self, *until: str) -> Fork:
+        return Fork(lambda: toy_stage.main(str(self.path), str(self.out), *until))
 
-    def run(self, *until: str, **kwargs) -> tuple[int, dict[str, str], str]:
+    def run(self, *until: str) -> tuple[int, dict[str, str], str]:
         """(exit status, status of each stage, what was said)."""
-        process = self.start(*until, **kwargs)
+        process = self.start(*until)
         out, said = process.communicate(timeout=60)
         return process.returncode, json.loads(out) if out.strip() else {}, said
 

@@ -1,7 +1,6 @@
 """The real stages at the smallest size that still learns something: after 8 seconds every second answer has the form.
 
-As a program it runs a recipe and is killed by SIGKILL, a kill nothing can soften, in the middle of a stage:
-`stages_run.py RECIPE OUT STAGE STEP` dies when STAGE has written the metrics of STEP and not yet what comes after.
+`killed` is a run that SIGKILL ends, a kill nothing can soften, in the middle of a stage.
 """
 
 import json
@@ -9,10 +8,10 @@ import os
 import random
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import torch
+from forks import exit_status
 
 from bessemer.config.recipe import Recipe
 from bessemer.pipeline import conformance, runner
@@ -138,6 +137,12 @@ def send_at(number: int, stage: str, step: int):
     return deadly
 
 
-if __name__ == "__main__":
-    StageMetrics.write = send_at(signal.SIGKILL, sys.argv[3], int(sys.argv[4]))
-    run(Path(sys.argv[1]), Path(sys.argv[2]))
+def killed(recipe: Path, out: Path, stage: str, step: int, seconds: float = 120) -> None:
+    """A process runs the recipe and dies when `stage` has written the metrics of `step` and not what comes after."""
+
+    def work() -> None:
+        StageMetrics.write = send_at(signal.SIGKILL, stage, step)
+        run(recipe, out)
+
+    status, said = exit_status(work, seconds)
+    assert status == -signal.SIGKILL, said

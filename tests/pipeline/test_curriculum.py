@@ -2,10 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import stages_run
@@ -75,8 +71,7 @@ def test_killed_it_ends_the_same_bit_for_bit(whole, tmp_path):
     shutil.rmtree(copy / "02-pretrain")
     lines = [line for line in (copy / "metrics.jsonl").read_text().splitlines(True) if '"pretrain"' not in line]
     (copy / "metrics.jsonl").write_text("".join(lines))
-    command = [sys.executable, str(Path(stages_run.__file__)), str(recipe), str(copy), "pretrain", "30"]
-    assert subprocess.run(command, capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    stages_run.killed(recipe, copy, "pretrain", 30)
     stages_run.run(recipe, copy)
     first, second = (load_file(run / "02-pretrain/model/model.safetensors") for run in (out, copy))
     assert all((first[name] == second[name]).all() for name in first)

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -136,9 +135,7 @@ def test_killed_and_gone_on_with_it_leaves_the_same(base, tmp_path):
                                   out_of(base, "longeval").name)  # fmt: skip
     recipe = tmp_path / "small.toml"
     recipe.write_text((base / "small.toml").read_text())
-    program = [sys.executable, stages_run.__file__, str(recipe), str(out), "to-128", "5"]
-    killed = subprocess.run(program, capture_output=True, text=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    stages_run.killed(recipe, out, "to-128", 5)
     stages_run.run(recipe, out)
     for name in ("model/model.safetensors", "model/config.json"):
         assert (out / wanted.name / name).read_bytes() == (wanted / name).read_bytes()

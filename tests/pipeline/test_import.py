@@ -1,8 +1,6 @@
 """Models from elsewhere through real stages: import, cold start, SFT, GRPO, evaluation; two houses, two tokenizers."""
 
 import json
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -161,9 +159,7 @@ def test_examples_are_right_answers_to_train_problems(done):
 def test_killed_in_the_middle_of_grpo_it_ends_with_the_same_bits(done, tmp_path):
     folder, _ = done
     out = stages_run.copy_without(folder / "run", tmp_path / "run", "04-rl", "05-other", "06-student", "07-eval")
-    command = [sys.executable, stages_run.__file__, str(folder / "foreign.toml"), str(out), "rl", "2"]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    stages_run.killed(folder / "foreign.toml", out, "rl", 2)
     stages_run.run(folder / "foreign.toml", out)
     model = "04-rl/model/model.safetensors"
     assert (out / model).read_bytes() == (folder / "run" / model).read_bytes()

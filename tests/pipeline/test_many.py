@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Fork
 from stages_run import copy_without, run, write_recipe
 
+from bessemer import cli
 from bessemer.dist import watchdog
 from bessemer.hf import hub
 
@@ -72,15 +74,18 @@ def out(base, tmp_path):
 
 
 def command(base, out, *more, until="pretrain"):
-    return ["-m", "bessemer", "run", str(base / "small.toml"), "--out", str(out), "--until", until, *more]
+    return ["run", str(base / "small.toml"), "--out", str(out), "--until", until, *more]
 
 
 def start(base, out, *more, environment=None, until="pretrain"):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, *command(base, out, *more, until=until)], env=environment, stdout=pipe, stderr=pipe, text=True
-    )
+    """The program, forked; the ranks that it starts are new processes."""
+
+    def work():
+        os.environ.update({"OMP_NUM_THREADS": "1"} | (environment or {}))
+        sys.argv = ["bessemer", *command(base, out, *more, until=until)]
+        cli.main()
+
+    return Fork(work)
 
 
 def finished(process, seconds=120):
@@ -153,7 +158,7 @@ def test_a_killed_rank_takes_nothing_with_it(base, out):
     assert '"val/bpb_ema/arithmetic":' in (out / "metrics.jsonl").read_text()
 
 
-def test_stopped_on_two_ranks_and_gone_on_with_on_one(base, out, tmp_path):
+def test_stopped_on_two_ranks_and_gone_on_with_on_one(base, out, tmp_path, call):
     """A node that is taken away: SIGTERM leaves a checkpoint, and fewer ranks go on from it, here one process."""
     process = start(base, out, *SHORT, "--set", "layout.ep=2")
     wait_for_step(out, 8)
@@ -165,25 +170,21 @@ def test_stopped_on_two_ranks_and_gone_on_with_on_one(base, out, tmp_path):
     status, said = finished(start(base, out, *SHORT))
     assert status == 0 and f"resuming at step {done}," in said
     same_curve(losses(out), losses(base / "one"))
-    consolidated(out, tmp_path)
+    consolidated(out, tmp_path, call)
 
 
-def consolidated(out, folder):
+def consolidated(out, folder, call):
     """The last checkpoint as a model directory that writes."""
     last = max((out / "02-pretrain" / "state").glob("step-*"))
     for more in ((), ("--no-mtp",)):
         made = folder / "".join(["model", *more])  # convert replaces no model
-        subprocess.run([sys.executable, "-m", "bessemer", "convert", last, made, *more], check=True)
+        assert call("convert", last, made, *more)[0] == 0
         wanted, found = (hub.load(path).state_dict() for path in (out / "02-pretrain" / "model", made))
         assert all(torch.equal(wanted[name], value) for name, value in found.items())
         assert any(name.startswith("mtp") for name in found) == (not more)
     assert (folder / "model" / "tokenizer.json").is_file()
-    refused = subprocess.run(
-        [sys.executable, "-m", "bessemer", "convert", last, folder / "x", "--to", "gguf"],
-        capture_output=True,
-        text=True,
-    )
-    assert refused.returncode == 2 and "convert it to a model directory first" in refused.stderr
+    status, _, said = call("convert", last, folder / "x", "--to", "gguf")
+    assert status == 2 and "convert it to a model directory first" in said
 
 
 def test_begun_on_one_process_and_gone_on_with_under_torchrun(base, out):
@@ -192,10 +193,9 @@ def test_begun_on_one_process_and_gone_on_with_under_torchrun(base, out):
     process.send_signal(signal.SIGKILL)
     finished(process)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, *command(base, out, *SHORT)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, timeout=120,
-    )  # fmt: skip
+    program = [*torchrun, "-m", "bessemer", *command(base, out, *SHORT)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "2 ranks: pp 1 x dp 2 x ep 1" in done.stderr and "resuming at step" in done.stderr
     same_curve(losses(out), losses(base / "one"))

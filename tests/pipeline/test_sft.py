@@ -2,10 +2,6 @@
 
 import json
 import re
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import stages_run
@@ -119,10 +115,7 @@ def test_the_learning_rate_is_a_cosine(done):
 def test_killed_it_ends_with_the_same_bits(done, tmp_path):
     folder, _ = done
     out = stages_run.copy_without(folder / "run", tmp_path / "run", "03-sft", "04-eval")
-    program = str(Path(stages_run.__file__))
-    command = [sys.executable, program, str(folder / "small.toml"), str(out), "sft", "25"]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    stages_run.killed(folder / "small.toml", out, "sft", 25)
     stages_run.run(folder / "small.toml", out)
     assert leaves(out) == leaves(folder / "run")
 

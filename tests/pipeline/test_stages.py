@@ -4,10 +4,7 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import stages_run
@@ -35,10 +32,7 @@ class Run:
         return stages_run.run(self.recipe, self.out, *overrides)
 
     def killed_at(self, stage, step):
-        program = str(Path(stages_run.__file__))
-        command = [sys.executable, program, str(self.recipe), str(self.out), stage, str(step)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        stages_run.killed(self.recipe, self.out, stage, step)
         folder = next(self.out.glob(f"0?-{stage}"))
         assert not (folder / "done.json").exists()
 

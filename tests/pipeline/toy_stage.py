@@ -1,7 +1,5 @@
-"""A stage kind for the tests: it counts instead of training, and behaves as a real one must.
-
-Run as a program it runs a recipe in a directory, so tests can kill it: `toy_stage.py RECIPE OUT [UNTIL]`.
-"""
+"""A stage kind for the tests: it counts instead of training, and behaves as a real one must. `main` runs a recipe with
+it in a directory and ends as the program does."""
 
 import hashlib
 import json
@@ -116,7 +114,3 @@ def main(path: str, out: str, until: str | None = None) -> int:
         return 130
     print(json.dumps({result.name: result.status for result in results}))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
