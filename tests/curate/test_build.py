@@ -3,14 +3,15 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from forks import Fork
 from made_texts import jsonl, prose
 
+from bessemer.cli import main
 from bessemer.curate import origins
 from bessemer.curate.build import Build
 from bessemer.curate.jobs import Job
@@ -163,7 +164,14 @@ def test_only_what_changed_is_done_again(made, tmp_path):
     assert not any("code" in name for name in _times(out, "write"))
 
 
-COMMAND = [sys.executable, "-m", "bessemer", "data", "build"]
+def program(*arguments):
+    """`bessemer data ...`, forked."""
+
+    def work():
+        sys.argv = ["bessemer", "data", *map(str, arguments)]
+        main()
+
+    return Fork(work)
 
 
 def test_killed_anywhere_it_goes_on_and_makes_the_same(made, tmp_path):
@@ -171,7 +179,7 @@ def test_killed_anywhere_it_goes_on_and_makes_the_same(made, tmp_path):
     out = tmp_path / "out"
     kills = 0
     for step in ("read", "sign", "write"):
-        process = subprocess.Popen([*COMMAND, str(made), "--out", str(out)], stderr=subprocess.PIPE)
+        process = program("build", made, "--out", out)
         while process.poll() is None and not list((out / "work" / step).glob("*/*/facts.json")):
             time.sleep(0.005)
         process.kill()
@@ -194,11 +202,7 @@ def _alive(group: int) -> bool:
 
 def test_interrupted_it_says_so_and_leaves_no_worker(made, tmp_path):
     out = tmp_path / "out"
-    command = [*COMMAND, str(made), "--out", str(out), "--set", "engine.workers=2", "--set", "engine.unit_bytes=500"]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
-    )  # fmt: skip
+    process = program("build", made, "--out", out, "--set", "engine.workers=2", "--set", "engine.unit_bytes=500")
     while not list((out / "work" / "read").glob("*/*/facts.json")):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
@@ -241,16 +245,16 @@ def test_what_was_altered_is_found(made, tmp_path):
         check(tmp_path)
 
 
-def test_the_command_prints_json_and_a_tokenizer_can_be_brought_along(made, tmp_path):
+def test_the_command_prints_json_and_a_tokenizer_can_be_brought_along(made, tmp_path, call):
     build(load(made), tmp_path / "out")
-    command = [*COMMAND, str(made), "--out", str(tmp_path / "two"), "--json",
-               "--set", f"tokenizer.from={tmp_path / 'out' / 'tokenizer'}", "--set", "first.languages=[]"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
+    status, out, said = call(
+        "data", "build", made, "--out", tmp_path / "two", "--json",
+        "--set", f"tokenizer.from={tmp_path / 'out' / 'tokenizer'}", "--set", "first.languages=[]",
+    )  # fmt: skip
+    assert status == 0, said
+    facts = json.loads(out)
     assert facts["parts"]["english"]["train"]["documents"] > 50
     assert "tokenizer" not in facts["steps"]
     first, second = (corpus.load(tmp_path / name / "english").meta["tokenizer"] for name in ("out", "two"))
     assert first == second
-    checked = subprocess.run([*COMMAND[:-1], "check", str(tmp_path / "two")], capture_output=True, text=True)
-    assert "is intact: " in checked.stdout
+    assert "is intact: " in call("data", "check", tmp_path / "two")[1]

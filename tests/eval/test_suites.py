@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import Fork
 from made_data import ROWS, write_csv, write_data, write_jsonl
 
+from bessemer.cli import main
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.eval import suite_run, suites
@@ -139,8 +141,14 @@ def model(tmp_path_factory):
 
 
 def cli(*arguments, cwd):
-    command = [sys.executable, "-m", "bessemer", "eval", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    def work():
+        os.chdir(cwd)
+        sys.argv = ["bessemer", "eval", *map(str, arguments)]
+        main()
+
+    with Fork(work) as process:
+        out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 def test_one_command_runs_what_has_data_and_goes_on_after_a_kill(model, data, tmp_path):
