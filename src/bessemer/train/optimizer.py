@@ -217,7 +217,8 @@ class Matrices:
 
     def step(self, master: Tensor, grad: Tensor, m: Tensor, update: Update, decay: float) -> None:
         """Moves the masters; overwrites the gradient."""
-        m32 = torch.lerp(grad.div_(update.divisor), m.float(), update_rules.MOMENTUM)
+        m32 = m.float()  # m itself where it is float32, and then nothing is copied below
+        torch.lerp(grad.div_(update.divisor), m32, update_rules.MOMENTUM, out=m32)
         m.copy_(m32)
         torch.lerp(grad, m32, update_rules.MOMENTUM, out=self.moves)
         for _ in self.workers.map(self._orthogonalise, shares(self.costs, self.workers.n)):
