@@ -44,10 +44,11 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "avx2": AVX2,
     "neon": ("-march=armv8-a",),
     "baseline": (),
-    "emulated-amx": ("-DBESSEMER_EMULATE_TILES", *(AVX2 if os.uname().machine == "x86_64" else ())),
+    "emulated-amx": ("-DBESSEMER_EMULATE_TILES", "-O1", *(AVX2 if os.uname().machine == "x86_64" else ())),
 }
 """Compiler flags of every instruction set. Features one by one, since GCC knows -march=x86-64-v3 only from version 11
-on. The last one runs AMX's code on any machine of the last ten years, slowly, for tests."""
+on. The last one runs AMX's code on any machine of the last ten years, slowly, for tests; with -O1 it builds in two
+thirds of the time and is no slower."""
 SECONDS = 120
 """A build takes 5 to 10 s of one core. What takes longer than this is stuck."""
 AGAIN_SECONDS = 3600
