@@ -1,6 +1,7 @@
 """Real processes that need not start Python and import torch first, two seconds each: forks of the tests' own.
 
-For tests of what a process leaves when it is killed or stopped; how a program starts is for those that start it.
+For tests of what a process leaves when it is killed or stopped; how a program starts is for those that start it, and
+whole runs with libraries that keep threads (tokenizers, Ray, inductor) are, too: one such fork waited forever.
 """
 
 import contextlib
@@ -43,14 +44,3 @@ class Fork(subprocess.Popen):
                 os._exit(status)
         self._child_created = True
         os.close(out), os.close(err)
-
-
-def exit_status(work: Callable[[], int | None], seconds: float) -> tuple[int, str]:
-    """(status, what it said) of work() in a fork; the status of a killed one is minus the signal."""
-    with Fork(work) as process:
-        try:
-            out, err = process.communicate(timeout=seconds)
-        except BaseException:
-            process.kill()
-            raise
-    return process.returncode, out + err
