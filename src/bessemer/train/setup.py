@@ -40,7 +40,7 @@ def model_config(recipe: Recipe, changes: dict[str, Any] | None = None) -> Model
 
 def estimate_seconds(recipe: Recipe, tokens: float, changes: dict[str, Any] | None = None, length: int = 256) -> float:
     """A first estimate of the seconds to train on `tokens` in rows of `length` on this machine, before anything is
-    measured: 50 GFLOPS per core with kernels and 25 without (measured with `tiny` and `small` on Xeons without AMX), 100
+    measured: 50 GFLOPS per core with kernels, 25 without (measured with `tiny` and `small` on Xeons without AMX), 100
     TFLOPS on a GPU."""
     return seconds_of(tokens * flops_per_token(model_config(recipe, changes), length).training)
 
