@@ -78,7 +78,7 @@ class Loop:
         )
         self.policy = distributed.GatheredModel(self.trainer)
         self.sampler_model: distributed.GatheredModel | distributed.RoundedModel = self.policy
-        if settings.rollout.precision == "bfloat16":
+        if settings.rollout.precision == "bfloat16" and dtype != torch.bfloat16:
             self.sampler_model = distributed.RoundedModel(self.policy, self.trainer, torch.bfloat16, self.workers)
         self.sampler = self._make_sampler(Engine(self.sampler_model.model, self.tokenizer, self.workers))
         self.difficulty = DifficultyFilter(settings, self.trainer) if settings.difficulty_filter else None
