@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -30,15 +31,17 @@ LONG = {"messages": [{"role": "user", "content": "the fox"}], "ignore_eos": True
 
 
 @pytest.fixture(autouse=True)
-def unhurried(monkeypatch):
-    """Steps take at least 3 ms, as a larger model's would: these tests are about requests that overlap."""
-    step = Scheduler.step
+def steps(monkeypatch):
+    """Steps of models in threads take `steps.seconds` more, as a larger model's would: these tests are about requests
+    that overlap. Who needs an answer that outlasts slow machines makes steps slower."""
+    step, pace = Scheduler.step, SimpleNamespace(seconds=0.003)
 
     def slowly(self):
-        time.sleep(0.003)
+        time.sleep(pace.seconds)
         return step(self)
 
     monkeypatch.setattr(Scheduler, "step", slowly)
+    return pace
 
 
 def request(body, path=CHAT):
@@ -61,21 +64,23 @@ def wait_for(true, seconds=10.0):
         time.sleep(0.01)
 
 
-def test_a_client_that_vanishes_frees_its_slot(server):
-    cancelled = [
-        raw_request(server.port, LONG | {"stream": stream, "n": 3}) for stream in (True, False) for _ in range(2)
-    ]
-    wait_for(lambda: server.open_samples == 12)
-    generated = server.models.loaded["r1"].service.stats
-    wait_for(lambda: generated.scheduler.get("running", 0) == 12)
-    before = generated.generated
-    for plug in cancelled:
-        plug.close()
-    assert server.settles() and generated.generated - before < 12 * 140, "nobody decoded to the end"
-    assert 'status="499"' in httpx.get(server.url + "/metrics").text
+def test_a_client_that_vanishes_frees_its_slot(r1, steps):
+    steps.seconds = 0.05
+    with running(r1) as server:
+        cancelled = [
+            raw_request(server.port, LONG | {"stream": stream, "n": 3}) for stream in (True, False) for _ in range(2)
+        ]
+        wait_for(lambda: server.open_samples == 12)
+        stats = server.models.loaded["r1"].service.stats
+        wait_for(lambda: stats.scheduler.get("running", 0) == 12)
+        for plug in cancelled:
+            plug.close()
+        assert server.settles() and stats.generated < 12 * 140, "nobody decoded to the end"
+        assert 'status="499"' in httpx.get(server.url + "/metrics").text
 
 
-def test_a_full_queue_is_refused_and_drains(r1):
+def test_a_full_queue_is_refused_and_drains(r1, steps):
+    steps.seconds = 0.03
     with running(r1, config=ServeConfig(rows=2, waiting=3)) as server:
         plugs = [raw_request(server.port, LONG) for _ in range(5)]
         wait_for(lambda: server.open_samples == 5)
@@ -178,9 +183,10 @@ def test_who_does_not_read_is_given_up(r1):
         plug.close()
 
 
-def test_a_failing_step_costs_only_who_was_reading(r1, monkeypatch):
+def test_a_failing_step_costs_only_who_was_reading(r1, steps, monkeypatch):
     """The running answer ends with an error event; one that had not begun is taken on by the new scheduler; a request
     that breaks every scheduler ends too."""
+    steps.seconds = 0.02
     step, fuse = Scheduler.step, threading.Event()
 
     def broken(self):
@@ -217,7 +223,7 @@ def test_a_killed_model_is_replaced(server):
     """Killed for memory, say: who waited for it is told, and the next request has it again."""
     first = server.models.loaded["r1"].service
     before = first.stats.generated
-    plug = raw_request(server.port, LONG | {"stream": False})
+    plug = raw_request(server.port, LONG | {"stream": False, "n": 64})  # its model is fast: see `server`
     wait_for(lambda: first.stats.generated > before)
     first.process.kill()
     said = b""
@@ -264,7 +270,8 @@ def run_folder(r1, zero, tmp_path_factory):
     return root
 
 
-def test_the_models_of_a_run(run_folder):
+def test_the_models_of_a_run(run_folder, steps):
+    steps.seconds = 0.02
     with running(run_folder, config=ServeConfig(loaded=2)) as server:
         names = [model["id"] for model in httpx.get(server.url + "/v1/models").json()["data"]]
         assert names == ["base", "zero", "r1"] and "03-broken" in server.models.broken[0]
@@ -292,7 +299,14 @@ def test_the_models_of_a_run(run_folder):
 def test_signals_end_a_server(r1):
     """After the first the answers under way end, and new questions are refused; after the second they are cut off. The
     process ends without a word: no traceback, and no library that reports leaks."""
-    code = f"import bessemer.serve.server as s, serving; s.serve({str(r1)!r}, port=0, launch=serving.in_thread)"
+    code = f"""
+import time, serving
+from bessemer.engine.scheduler import Scheduler
+from bessemer.serve.server import serve
+step = Scheduler.step
+Scheduler.step = lambda self: (time.sleep(0.02), step(self))[1]
+serve({str(r1)!r}, port=0, launch=serving.in_thread)
+"""
     path = os.pathsep.join((os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -329,7 +343,8 @@ def refused(url):
     return False
 
 
-def test_who_waits_hears_from_the_server(r1):
+def test_who_waits_hears_from_the_server(r1, steps):
+    steps.seconds = 0.01
     with running(r1, config=ServeConfig(rows=1, keep_alive_seconds=0.05)) as server:
         plug = raw_request(server.port, LONG)
         wait_for(lambda: server.open_samples == 1)
