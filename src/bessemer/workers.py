@@ -20,9 +20,10 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bessemer.errors import UserError
@@ -37,6 +38,7 @@ SHARED = "/dev/shm"
 """Where the system keeps shared memory; containers often grant little of it."""
 
 _rank = 0
+_alone = False
 
 
 def rank() -> int:
@@ -47,7 +49,38 @@ def rank() -> int:
 def cores() -> int:
     """Cores this process may use: OMP_NUM_THREADS where the user set it, else what the system grants."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else len(os.sched_getaffinity(0))
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 and not _alone else len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """For a rank that works while the others of its machine wait: its own share of the cores, which the launcher put
+    into OMP_NUM_THREADS (torchrun: 1), does not count inside. What the user put there does."""
+    global _alone
+    if _alone or not _threads_of_launcher():
+        yield
+        return
+    import torch
+
+    share, _alone = torch.get_num_threads(), True
+    torch.set_num_threads(cores())
+    try:
+        yield
+    finally:
+        _alone = False
+        torch.set_num_threads(share)
+
+
+def _threads_of_launcher() -> bool:
+    """Whether OMP_NUM_THREADS comes from torch's agent: the process that started the ranks was started without it."""
+    pid = os.getpid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    with suppress(OSError):  # no /proc here, or another user's process
+        while pid:
+            names = {entry.partition(b"=")[0] for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")}
+            if b"TORCHELASTIC_RUN_ID" not in names:
+                return b"OMP_NUM_THREADS" not in names
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return False
 
 
 class Workers:

@@ -187,11 +187,18 @@ def consolidated(out, folder, call):
     assert status == 2 and "convert it to a model directory first" in said
 
 
-def test_begun_on_one_process_and_gone_on_with_under_torchrun(base, out):
+def test_begun_on_one_process_and_gone_on_with_on_two_and_then_under_torchrun(base, out):
+    """Ctrl-C stops the two that --processes starts as it stops one."""
     process = start(base, out, *SHORT)
-    wait_for_step(out, 8)
+    wait_for_step(out, 4)
     process.send_signal(signal.SIGKILL)
     finished(process)
+    process = start(base, out, *SHORT, "--processes", "2")
+    wait_for_step(out, 10)
+    process.send_signal(signal.SIGINT)
+    status, said = finished(process)
+    assert status == 130 and said.startswith("2 processes on this machine (--processes 2)\n"), said
+    assert "2 ranks: pp 1 x dp 2 x ep 1" in said and said.count("nothing is lost") == 1 and "Traceback" not in said
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     program = [*torchrun, "-m", "bessemer", *command(base, out, *SHORT)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

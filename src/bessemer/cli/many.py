@@ -15,34 +15,91 @@ from bessemer.cli.common import one_line
 from bessemer.config import places
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import find_kind
+from bessemer.precision import probe
 
 if TYPE_CHECKING:
     from bessemer.config.recipe import Recipe
     from bessemer.dist.ranks import Ranks
 
 
-def start(recipe: Recipe, root: Path) -> Ranks | None:
-    """The ranks of this run; None when one process runs it all. If the recipe's [layout] needs more and none have been
-    started, this process starts them and exits with their status."""
-    n_ranks = recipe.layout.fewest
-    from bessemer.dist.ranks import Ranks
+def start(recipe: Recipe, root: Path, asked: int | None = None, gpus: probe.Gpus | None = None) -> Ranks | None:
+    """The ranks of this run; None when one process runs it all. If there are none yet and the run needs several, this
+    process starts them and exits with their status: as many as are `asked` for, else one for every GPU that the recipe
+    can use, and at least those of its [layout]."""
+    from bessemer.dist.ranks import Ranks, launch
 
+    gpus = gpus or probe.gpus()
     if not Ranks.started():
+        n_ranks, why = decide(recipe, asked, gpus)
+        if why:
+            print(why, file=sys.stderr)
         if n_ranks > 1:
-            with places.of_recipe(recipe.folder):
-                for config in recipe.stages:  # errors that every rank would raise
-                    find_kind(config.kind)().resolve(config, recipe)
-            from bessemer.dist.ranks import launch
-
-            print(f"{n_ranks} ranks on this machine ([layout])", file=sys.stderr)
-            sys.exit(launch(n_ranks, sys.argv[1:], lambda: sorted(root.glob("*/state/step-*"))))
+            if fault := _fault(recipe, n_ranks):  # an error that every rank would raise
+                raise UserError(fault)
+            sys.exit(launch(n_ranks, sys.argv[1:], lambda: sorted(root.glob("*/state/step-*")), gpus.usable))
         return None
-    if Ranks.world_size() == 1 and n_ranks == 1:
+    n_ranks, here = Ranks.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if asked not in (None, n_ranks):
+        raise UserError(f"{n_ranks} ranks were started, --processes is {asked}; leave it out")
+    if 0 < here < gpus.usable and os.environ.get("LOCAL_RANK") == "0" and asked is None:
+        print(f"{here} of {gpus.usable} GPUs: so many ranks were started here", file=sys.stderr)
+    if n_ranks == recipe.layout.fewest == 1:
         return None
     try:
         return Ranks.join({"recipe": recipe.to_toml()}, recipe.layout.timeout)
     except UserError as error:
         _end(error, first=os.environ["RANK"] == "0")
+
+
+def decide(recipe: Recipe, asked: int | None, gpus: probe.Gpus) -> tuple[int, str]:
+    """(processes that this machine should start, a line that says so). UserError for a number that is asked for and
+    cannot be."""
+    layout = recipe.layout
+    least, fixed = layout.fewest, layout.dp != "auto"
+    if asked is not None:
+        if asked % least or (fixed and asked != least):
+            raise UserError(
+                f"--processes is {asked}, [layout] makes {least} ranks" + ("" if fixed else " or a multiple")
+            )
+        return asked, _use(asked, gpus, f"--processes {asked}")
+    most = max(least, gpus.usable // least * least)
+    if gpus.chosen is not None and most == gpus.usable < gpus.present:
+        return most, _use(most, gpus, f"CUDA_VISIBLE_DEVICES={gpus.chosen}")
+    if fixed and (least > 1 or gpus.usable > 1):
+        return least, _use(least, gpus, "[layout]")
+    if most == least:
+        return least, _use(least, gpus, "[layout]") if least > 1 else ""
+    if not any(find_kind(config.kind).distributed for config in recipe.stages):
+        return least, _use(least, gpus, "no stage of this recipe runs on several")
+    if _fault(recipe, least):
+        return least, ""  # what is wrong with any number is said by the run itself
+    why = "one process for each, --gpus 1 for one alone"
+    for n in range(most, least, -least):
+        if (fault := _fault(recipe, n)) is None:
+            return n, _use(n, gpus, why)
+        if n == most:
+            why = fault
+    return least, _use(least, gpus, why)
+
+
+def _use(n: int, gpus: probe.Gpus, why: str) -> str:
+    if gpus.present < 2:
+        return f"{n} processes on this machine ({why})" if n > 1 else ""
+    return f"{n} of {gpus.present} GPUs: {one_line(why)}"
+
+
+def _fault(recipe: Recipe, n: int) -> str | None:
+    """Why the recipe's stages cannot run on n ranks."""
+    layout = recipe.layout
+    if layout.dp == "auto":
+        layout = layout.model_copy(update={"dp": n // layout.fewest})
+    with places.of_recipe(recipe.folder):
+        for config in recipe.stages:
+            try:
+                find_kind(config.kind)().resolve(config, recipe.model_copy(update={"layout": layout}))
+            except UserError as error:
+                return str(error)
+    return None
 
 
 @contextmanager

@@ -35,6 +35,16 @@ def run(
         bool,
         typer.Option("--conformance", help="Run nothing: compare the recipe with the papers', item by item."),
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes",
+            "--gpus",
+            min=1,
+            metavar="N",
+            help="Processes on this machine. Default: one for every GPU that the recipe can use, or those of [layout].",
+        ),
+    ] = None,
     world: Annotated[int | None, typer.Option(min=1, metavar="N", help="With --dry-run: number of ranks.")] = None,
     device: Annotated[
         str | None, typer.Option(help="With --dry-run: check whether it fits on this device, such as H800.")
@@ -46,7 +56,7 @@ def run(
         _conformance(recipe, set_ or [], as_json)
         return
     if dry_run:
-        _dry_run(recipe, set_ or [], world, device, as_json)
+        _dry_run(recipe, set_ or [], world or processes, device, as_json)
         return
     _check_used("--dry-run", False, {"world": world, "device": device})
     from bessemer.cli import many
@@ -62,7 +72,7 @@ def run(
     began = time.monotonic()
     loaded = Recipe.load(recipe, set_ or [])
     root = out or Path("runs") / loaded.name
-    ranks = many.start(loaded, root)
+    ranks = many.start(loaded, root, processes)
     try:
         with many.together(ranks):
             if ranks is not None and ranks.me:

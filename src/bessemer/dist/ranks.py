@@ -192,8 +192,8 @@ def _source() -> str:
     return digest.hexdigest()[:12]
 
 
-def launch(n: int, arguments: Sequence[str], progress: Callable[[], object]) -> int:
-    """Runs `bessemer ARGUMENTS` as n ranks on this machine and returns the exit status.
+def launch(n: int, arguments: Sequence[str], progress: Callable[[], object], gpus: int = 0) -> int:
+    """Runs `bessemer ARGUMENTS` as n ranks on this machine, which has so many GPUs, and returns the exit status.
 
     A rank that is killed, or that ends because it waited too long, takes the others with it, and all are restarted: the
     run continues from its last checkpoint. An error that the user must fix, or a requested stop, ends it. The value of
@@ -203,10 +203,10 @@ def launch(n: int, arguments: Sequence[str], progress: Callable[[], object]) -> 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if torch.cuda.is_available() and torch.cuda.device_count() < n:
+    if 0 < gpus < n:
         raise UserError(
-            f"the recipe's [layout] needs {n} ranks, this machine has {torch.cuda.device_count()} GPUs; make it "
-            "smaller, or start it with torchrun on several machines (examples/)"
+            f"{n} ranks need as many GPUs, this machine has {gpus}; make [layout] or --processes smaller, or start them "
+            "with torchrun on several machines (examples/)"
         )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // n)))

@@ -17,7 +17,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from bessemer.config.table import StageConfig, stage_refs
 from bessemer.config.units import show_seconds
 from bessemer.data.fetch import cache_dir
 from bessemer.errors import UserError
+from bessemer.hf.causal_lm import needs_transformers
 from bessemer.pipeline import inputs as outside
 from bessemer.pipeline import preflight
 from bessemer.pipeline.reuse import Donor
@@ -47,6 +48,7 @@ from bessemer.runs.directory import (
 from bessemer.runs.files import explained, read_json, write_atomic, write_json
 from bessemer.runs.metrics import Metrics, NoMetrics, StageMetrics
 from bessemer.runs.progress import RunProgress
+from bessemer.workers import all_cores
 
 if TYPE_CHECKING:
     from bessemer.dist.ranks import Ranks
@@ -235,9 +237,10 @@ def _run_all(
                 name=item.name, dir=item.folder, inputs={name: folders[name] for name in item.sources},
                 source=folders.get(item.config.source or ""), recipe=recipe, cache=cache,
                 metrics=StageMetrics(metrics, item.name), progress=progress.begin(item.name), stop_flag=stop,
-                ranks=ranks if item.stage.distributed else None,
+                ranks=_together(item, folders.get(item.config.source or ""), recipe, progress, ranks),
             )  # fmt: skip
-            done = _run_one(item, ctx, inputs, rundir)
+            with nullcontext() if ranks is None or ctx.ranks is not None else all_cores():
+                done = _run_one(item, ctx, inputs, rundir)
         digests[item.name] = done["digest"]
         progress.end(item.name, done["seconds"])
         progress.say(f"{item.name}: {how} ({show_seconds(done['seconds'])}) {_facts(done['summary'])}".rstrip())
@@ -245,6 +248,19 @@ def _run_all(
         results.append(StageResult(item.name, kind, status, seconds, summary, item.folder))
         past_until = item.name == until
     return results
+
+
+def _together(
+    item: _Planned, source: Path | None, recipe: Recipe, progress: RunProgress, ranks: Ranks | None
+) -> Ranks | None:
+    """The ranks that run a stage; None: rank 0 alone, while the others wait."""
+    if ranks is None or not item.stage.distributed:
+        return None
+    config = None if source is None else source / "model" / "config.json"
+    if recipe.layout.fewest == 1 and config is not None and config.is_file() and needs_transformers(config.parent):
+        progress.say(f"{item.name}: a model of another family is trained by one process; the other ranks wait")
+        return None
+    return ranks
 
 
 def _finished(

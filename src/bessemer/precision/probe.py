@@ -65,6 +65,24 @@ DEVICES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia")
 """Where Linux shows NVIDIA's GPUs: device files that this process may open, models and the driver's version."""
 
 
+class Gpus(NamedTuple):
+    """The NVIDIA GPUs of this machine."""
+
+    usable: int
+    """Those that torch can use."""
+    present: int
+    """Those that Linux shows; 0 where it does not say."""
+    chosen: str | None
+    """CUDA_VISIBLE_DEVICES, where it is set."""
+
+
+def gpus() -> Gpus:
+    """Counts them without starting CUDA in this process, where NVML answers."""
+    usable = torch.cuda.device_count()
+    present = len(list(DEVICES.glob("nvidia[0-9]*")))
+    return Gpus(usable, max(usable, present), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
 @functools.cache
 def idle_gpu() -> str | None:
     """Which NVIDIA GPU this process could open and torch cannot use, why, and what to do; None where there is none, or
