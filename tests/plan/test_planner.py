@@ -18,7 +18,7 @@ from bessemer.model import accounting
 from bessemer.model.config import preset
 from bessemer.plan import audit, layer_time, plan_config, training_setup, validate
 from bessemer.plan import layer_kernels as kernels
-from bessemer.plan.cost import ideas, plan_run, rl_costs
+from bessemer.plan.cost import ideas, plan_run
 from bessemer.plan.hardware import (
     Kernels,
     attention_rates,
@@ -35,6 +35,7 @@ from bessemer.plan.hardware import (
 from bessemer.plan.inference import ACCEPTED, Deployment, decode, rollout_time
 from bessemer.plan.layer_time import LayerTimes, cuts, layer_times
 from bessemer.plan.search import search
+from bessemer.plan.stage_costs import stage_costs
 from bessemer.plan.step_time import step_time
 from bessemer.plan.training_setup import ModelShape, Setup
 
@@ -265,8 +266,28 @@ def test_plan_on_the_command_line(call, tmp_path):
 def test_a_recipe_on_a_cluster(call, tmp_path):
     facts = json.loads(call(ROOT / "recipes/tiny.toml", "--cluster", "2xH100", "--json").out)
     said = call(ROOT / "recipes/tiny.toml", "--cluster", "1xH100", "--set", "precision=bf16").out
-    assert "RL stage zero" in said and "served from units of" in said and "1,024" not in said.splitlines()[0]
-    assert facts["tokens"] == 3_200_000 and facts["rl"][0]["stage"] == "zero" and facts["considered"] > 10
+    assert (
+        "32 rollouts of 256 answers" in said and "served from units of" in said and "1,024" not in said.splitlines()[0]
+    )
+    stages = {stage["stage"]: stage for stage in facts["stages"]}
+    assert facts["tokens"] == 3_200_000 and facts["considered"] > 10 and list(stages) == ["pretrain", "zero", "eval"]
+    assert stages["pretrain"]["gpu_hours"] == facts["gpu_hours"] and min(s["gpu_hours"] for s in stages.values()) > 0
+
+
+def test_every_stage_of_the_recipes_for_gpus_has_its_hours(call):
+    """Stages without pre-training, of a student of another size and of files that are not here, included."""
+    evening = json.loads(call(ROOT / "recipes/one-gpu.toml", "--cluster", "1xH100", "--json").out)
+    assert evening["fits"] and 3 < sum(stage["gpu_hours"] for stage in evening["stages"]) < 8
+    assert 0.9e9 < evening["params_total"] < 1.1e9 and 0.25e9 < evening["params_active"] < 0.35e9
+    node = json.loads(call(ROOT / "recipes/node.toml", "--cluster", "4xH200", "--json").out)
+    assert node["fits"] and node["precision"] == "bf16" and node["sequence_length"] == 4096
+    assert not json.loads(call(ROOT / "recipes/node.toml", "--cluster", "4xH100", "--json").out)["fits"]
+    paper = call(ROOT / "recipes/r1-paper.toml", "--cluster", "512xH800").out
+    assert "not counted: there is no file or directory data/aime_2024.jsonl" in paper and "as if its model" in paper
+    student = json.loads(call(ROOT / "recipes/r1-tiny.toml", "--cluster", "1xH100", "--json").out)["stages"]
+    hours = {stage["stage"]: stage["gpu_hours"] / 1e6 for stage in student}
+    assert hours["student"] / 2 < 0.8 * hours["base"] / 5.6, "a smaller network trains faster"
+    assert hours["student-rl"] < 0.8 * hours["dev2"]
 
 
 def test_rollouts_are_priced_without_drafts_that_rl_never_makes():
@@ -274,8 +295,8 @@ def test_rollouts_are_priced_without_drafts_that_rl_never_makes():
     plan, recipe = plan_run(V3, OWN, 1e12, lambda tokens: 15360), Recipe.load(ROOT / "recipes/tiny.toml")
     zero = recipe.stage("zero")
     given = (SHAPE, OWN.device, plan.gpus, zero.prompts_per_rollout * zero.samples, 200, plan.rate, 64)
-    (cost,) = rl_costs(plan, recipe)
-    assert cost["sampling_seconds"] == rollout_time(*given).sampling > 1.3 * rollout_time(*given, ACCEPTED).sampling
+    (cost,) = (cost for cost in stage_costs(plan, recipe) if cost.rollout)
+    assert cost.rollout.sampling == rollout_time(*given).sampling > 1.3 * rollout_time(*given, ACCEPTED).sampling
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,10 @@ def plan(
 def _cost(target: str, on: str | None, settings: list[str], search: bool, html: Path | None, as_json: bool) -> None:
     from bessemer.plan import inference, plan_config, render
     from bessemer.plan.cost import ideas as worth
-    from bessemer.plan.cost import plan_run, rl_costs
+    from bessemer.plan.cost import plan_run
     from bessemer.plan.hardware import parse_cluster
     from bessemer.plan.search import search as best_layouts
+    from bessemer.plan.stage_costs import stage_costs
 
     given = plan_config.parse(settings)
     name, cfg, config, recipe = plan_config.resolve(target, given)
@@ -98,14 +99,15 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
     price = config.usd or devices.device.usd_hour
     made = plan_run(cfg, setup, tokens, config.rows if config.batch and len(config.batch) > 1 else None, price)
     ideas = worth(made)
-    stages, served = rl_costs(made, recipe), inference.cheapest_unit(setup.shape, setup.device, setup.fp8)
+    stages, served = stage_costs(made, recipe), inference.cheapest_unit(setup.shape, setup.device, setup.fp8)
     offer = None if served is None else served.facts(price)
     if html is not None:
         from bessemer.report import plan_page
 
         write_page(html, plan_page.document(name, made, ideas))
     if as_json:
-        facts = made.facts() | {"name": name, "without": ideas, "rl": stages, "serving": offer}
+        facts = made.facts() | {"name": name, "without": ideas, "serving": offer}
+        facts |= {"stages": [cost.facts() for cost in stages]} if recipe is not None else {}
         if result is not None:
             facts |= {"considered": result.considered, "runners_up": [one.facts() for one in result.candidates[1:]],
                       "refused": dict(result.rejected)}  # fmt: skip

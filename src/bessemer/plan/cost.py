@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from bessemer.config.recipe import Recipe
-from bessemer.config.rl import RLConfig
 from bessemer.dist import schedules
 from bessemer.dist.table import Table
 from bessemer.errors import UserError
@@ -16,7 +14,6 @@ from bessemer.model import accounting
 from bessemer.model.config import ModelConfig
 from bessemer.plan import memory
 from bessemer.plan.hardware import GIB
-from bessemer.plan.inference import rollout_time
 from bessemer.plan.layer_time import cuts
 from bessemer.plan.memory import NumberFormats
 from bessemer.plan.plan_config import micro_batches
@@ -182,23 +179,6 @@ def ideas(plan: RunPlan) -> dict[str, dict[str, float] | str]:
     return costs
 
 
-def rl_costs(plan: RunPlan, recipe: Recipe | None) -> list[dict[str, Any]]:
-    """The cost of every RL stage of a recipe on the devices of `plan`. The sampler of RL does not draft."""
-    costs = []
-    for stage in (stage for stage in recipe.stages if isinstance(stage, RLConfig)) if recipe is not None else ():
-        answers = stage.prompts_per_rollout * stage.samples
-        caps = [int(stage.max_new_tokens(n * stage.updates_per_rollout)) for n in range(stage.rollouts)]
-        setup, unit = plan.setup, min(plan.gpus, 64)
-        by_cap = {
-            cap: rollout_time(setup.shape, setup.device, plan.gpus, answers, cap, plan.rate, unit) for cap in set(caps)
-        }
-        hours, last = sum(by_cap[cap].seconds for cap in caps) * plan.gpus / 3600, by_cap[caps[-1]]
-        costs.append({"stage": stage.name, "gpu_hours": hours, "days": hours / plan.gpus / 24,
-                      "sampling_seconds": last.sampling, "updating_seconds": last.updating,
-                      "bound": last.bound})  # fmt: skip
-    return costs
-
-
 def assumptions(plan: RunPlan) -> list[str]:
     """The assumptions behind the figures, in words."""
     setup = plan.setup
@@ -218,3 +198,11 @@ def assumptions(plan: RunPlan) -> list[str]:
     if plan.usd_hour is not None:
         texts.append(f"${plan.usd_hour:g} a GPU hour")
     return texts
+
+
+def amount(value: float) -> str:
+    """671026419200 -> 671B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= size:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:.4g}"

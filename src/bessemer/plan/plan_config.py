@@ -12,6 +12,7 @@ from typing import Any, overload
 
 from bessemer.config.data import CorpusConfig
 from bessemer.config.recipe import Recipe
+from bessemer.config.rl import RLConfig
 from bessemer.config.table import nearest
 from bessemer.config.training import PretrainConfig
 from bessemer.dist import mesh, schedules
@@ -267,7 +268,15 @@ def pretraining(
         )
     cfg = model_config(recipe, (settings.model if settings else {}) | (model or {}))
     corpus = next((stage for stage in recipe.stages if isinstance(stage, CorpusConfig)), None)
-    return settings, cfg, cfg.max_seq_len if corpus is None else corpus.row_length
+    return settings, cfg, _longest_row(recipe, cfg) if corpus is None else corpus.row_length
+
+
+def _longest_row(recipe: Recipe, cfg: ModelConfig) -> int:
+    """Tokens of the longest rows that fine-tuning packs or RL samples; the network's context if there is no such
+    stage."""
+    rows = [getattr(stage, "row_length", 0) for stage in recipe.stages]
+    rows += [int(max(stage.max_new_tokens.values)) for stage in recipe.stages if isinstance(stage, RLConfig)]
+    return min(max(rows, default=0) or cfg.max_seq_len, cfg.max_seq_len)
 
 
 def of_recipe(recipe: Recipe, settings: PretrainConfig | None, length: int) -> PlanConfig:
@@ -287,7 +296,8 @@ def of_recipe(recipe: Recipe, settings: PretrainConfig | None, length: int) -> P
     if table.recompute:
         layout["recompute"] = tuple(table.recompute)
     if settings is None:
-        return PlanConfig(**layout)
+        fp8 = any(getattr(stage, "fp8", "off") != "off" for stage in recipe.stages)
+        return PlanConfig(**layout, seq=length, precision="fp8" if fp8 else "bf16")
     rows = settings.batch_rows
     return PlanConfig(
         **layout, tokens=float(settings.tokens), batch=tuple(zip(rows.tokens, rows.values, strict=True)),

@@ -6,21 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bessemer.model import accounting
-from bessemer.plan.cost import RunPlan, assumptions
+from bessemer.plan.cost import RunPlan, amount, assumptions
 from bessemer.plan.hardware import GIB
 from bessemer.plan.memory import KINDS
 from bessemer.plan.search import SearchResult
+from bessemer.plan.stage_costs import StageCost
 
 PARTS = {"forward": "forward alone", "backward": "backward alone", "weights": "weight gradients alone",
          "pairs": "overlapped forward and backward", "bubble": "bubble", "optimizer": "optimizer"}  # fmt: skip
-
-
-def amount(value: float) -> str:
-    """671026419200 -> 671B."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= size:
-            return f"{value / size:.4g}{unit}"
-    return f"{value:.4g}"
 
 
 def hours(value: float) -> str:
@@ -40,11 +33,11 @@ def describe(
     name: str,
     plan: RunPlan,
     ideas: Mapping[str, Any],
-    rl: Sequence[Mapping[str, Any]] = (),
+    stages: Sequence[StageCost] = (),
     serving: Mapping[str, Any] | None = None,
 ) -> str:
-    """The whole plan; `ideas`, `rl`, `serving`: results of `cost.ideas`, `cost.rl_costs` and `ServingOffer.facts`."""
-    parts = [_run(name, plan), _step(plan), _memory(plan), _ideas(plan, ideas), *(_rl(stage) for stage in rl)]
+    """The whole plan; `ideas`, `stages`, `serving`: results of `cost.ideas`, `stage_costs` and `ServingOffer.facts`."""
+    parts = [_run(name, plan), _step(plan), _memory(plan), _ideas(plan, ideas), _stages(plan, stages)]
     parts += [_serving(serving), ["assumed", *(f"  {text}" for text in assumptions(plan))]]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
@@ -107,12 +100,24 @@ def _ideas(plan: RunPlan, ideas: Mapping[str, Any]) -> list[str]:
     return lines if ideas else []
 
 
-def _rl(stage: Mapping[str, Any]) -> list[str]:
-    return [
-        f"RL stage {stage['stage']}: {hours(stage['gpu_hours'])}, {duration(stage['days'])}; a rollout "
-        f"{stage['sampling_seconds']:.3g} s of sampling (waits for {stage['bound']}) and "
-        f"{stage['updating_seconds']:.3g} s of updates"
-    ]
+def _stages(plan: RunPlan, costs: Sequence[StageCost]) -> list[str]:
+    if not costs:
+        return []
+    width = max(6, *(len(cost.name) for cost in costs))
+    lines = [f"stages{'':{width - 4}}  GPU hours  {'time':>13}  work"]
+    for cost in costs:
+        used, time = amount(cost.gpu_hours), duration(cost.gpu_hours / plan.gpus / 24)
+        if not cost.gpu_hours:
+            used = time = "-"
+        lines.append(f"  {cost.name:<{width}}{used:>11}  {time:>13}  {cost.work}")
+        if (one := cost.rollout) is not None:
+            lines.append(
+                f"  {'':{width}}{'':26}  the last: {one.sampling:.3g} s of sampling (waits for {one.bound}), "
+                f"{one.updating:.3g} s of updates"
+            )
+    total = sum(cost.gpu_hours for cost in costs)
+    price = "" if plan.usd_hour is None else f"  ${amount(plan.usd_hour * total)}"
+    return [*lines, f"  {'all':<{width}}{amount(total):>11}  {duration(total / plan.gpus / 24):>13}{price}"]
 
 
 def _serving(offer: Mapping[str, Any] | None) -> list[str]:

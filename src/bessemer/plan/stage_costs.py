@@ -1,0 +1,124 @@
+"""What every stage of a recipe costs on planned devices.
+
+Pre-training from random weights is the plan's own. RL, rejection sampling and evaluation are priced by their answers,
+with the decoding steps and rollouts of `plan.inference`; other training by the tokens that the stage expects, at the
+plan's rate. Reading, tokenising, judging and downloads take no GPU and count as nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from bessemer.config.data import RejectConfig
+from bessemer.config.evaluation import EvalConfig
+from bessemer.config.recipe import Recipe
+from bessemer.config.rl import RLConfig
+from bessemer.config.table import StageConfig
+from bessemer.config.training import PretrainConfig
+from bessemer.errors import UserError
+from bessemer.pipeline.stage import find_kind
+from bessemer.pipeline.stages.eval import n_problems
+from bessemer.plan.cost import RunPlan, amount
+from bessemer.plan.inference import RolloutTime, rollout_time
+from bessemer.plan.plan_config import begun
+from bessemer.plan.training_setup import ModelShape
+from bessemer.train import lineage, setup
+
+TOGETHER = 512
+"""Answers that a GPU decodes at a time, where a stage asks for more at once."""
+NO_GPU = ("corpus", "import", "examples")
+"""Kinds of stages without work for a GPU."""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage on the devices of a plan."""
+
+    name: str
+    kind: str
+    gpu_hours: float
+    work: str
+    """What is counted, in words."""
+    rollout: RolloutTime | None = None
+    """The last rollout of an RL stage with its updates."""
+
+    def facts(self) -> dict[str, Any]:
+        rollout = {} if self.rollout is None else {
+            "sampling_seconds": self.rollout.sampling, "updating_seconds": self.rollout.updating,
+            "bound": self.rollout.bound,
+        }  # fmt: skip
+        return {"stage": self.name, "kind": self.kind, "gpu_hours": self.gpu_hours, "work": self.work} | rollout
+
+
+def stage_costs(plan: RunPlan, recipe: Recipe | None) -> list[StageCost]:
+    """The stages that use the GPUs, in order; none without a recipe. The sampler of RL does not draft."""
+    return [] if recipe is None else [cost for stage in recipe.stages if (cost := _cost(plan, recipe, stage))]
+
+
+def _cost(plan: RunPlan, recipe: Recipe, stage: StageConfig) -> StageCost | None:
+    if stage.kind in NO_GPU:
+        return None
+    if isinstance(stage, PretrainConfig) and stage.corpus is None:
+        hours, tokens = plan.gpu_hours, plan.tokens
+        if stage is not next(begun(recipe)):
+            hours *= stage.tokens / plan.tokens / _speed(plan, recipe, stage.name)
+            tokens = stage.tokens
+        return StageCost(stage.name, stage.kind, hours, f"{amount(tokens)} tokens of pre-training")
+    if isinstance(stage, RLConfig):
+        return _rl(plan, recipe, stage)
+    if isinstance(stage, RejectConfig):
+        answers = stage.problems * stage.samples
+        hours = _answers(plan, recipe, stage.source, answers, stage.max_new_tokens)
+        return StageCost(stage.name, stage.kind, hours, f"{amount(answers)} answers")
+    if isinstance(stage, EvalConfig):
+        try:
+            problems = n_problems(stage)
+        except UserError as error:  # all problems of files that are elsewhere
+            return StageCost(stage.name, stage.kind, 0.0, f"not counted: {error}")
+        each = problems * stage.samples * len(stage.temperatures)
+        hours = sum(_answers(plan, recipe, name, each, stage.max_new_tokens) for name in stage.models)
+        return StageCost(stage.name, stage.kind, hours, f"{amount(each * len(stage.models))} answers")
+    # the stage's own first estimate, turned from this machine's seconds into tokens of the plan's network
+    tokens = find_kind(stage.kind)().estimate(stage, recipe) / setup.estimate_seconds(recipe, 1.0)
+    work = f"as much as {amount(tokens)} tokens of pre-training" if tokens else "not counted: its files are not here"
+    if tokens and lineage.training_flops(recipe, stage.name, plan.setup.length) is None:
+        work += ", as if its model were [model]"
+    return StageCost(stage.name, stage.kind, tokens / plan.rate / 3600, work)
+
+
+def _rl(plan: RunPlan, recipe: Recipe, stage: RLConfig) -> StageCost:
+    answers = stage.prompts_per_rollout * stage.samples
+    caps = [int(stage.max_new_tokens(n * stage.updates_per_rollout)) for n in range(stage.rollouts)]
+    rate = plan.rate * _speed(plan, recipe, stage.name)
+    by_cap = {cap: _rollout(plan, recipe, stage.name, answers, cap, rate) for cap in set(caps)}
+    hours = sum(by_cap[cap].seconds for cap in caps) * plan.gpus / 3600
+    work = f"{stage.rollouts} rollouts of {amount(answers)} answers"
+    return StageCost(stage.name, stage.kind, hours, work, by_cap[caps[-1]])
+
+
+def _answers(plan: RunPlan, recipe: Recipe, name: str | None, answers: int, cap: int) -> float:
+    """GPU hours of answers alone, without updates."""
+    rounds = math.ceil(answers / (TOGETHER * plan.gpus))
+    one = _rollout(plan, recipe, name, math.ceil(answers / rounds), cap, math.inf)
+    return rounds * one.seconds * plan.gpus / 3600
+
+
+def _rollout(plan: RunPlan, recipe: Recipe, name: str | None, answers: int, cap: int, rate: float) -> RolloutTime:
+    shape, device = _shape(plan, recipe, name), plan.setup.device
+    return rollout_time(shape, device, plan.gpus, answers, cap, rate, min(plan.gpus, 64))
+
+
+def _speed(plan: RunPlan, recipe: Recipe, name: str) -> float:
+    """How many times as fast the model of `name` trains as the plan's, by the FLOPs of a token."""
+    length = plan.setup.length
+    return plan.setup.shape.flops(length) / _shape(plan, recipe, name).flops(length)
+
+
+def _shape(plan: RunPlan, recipe: Recipe, name: str | None) -> ModelShape:
+    """The network of `name`: the plan's, but for models that began in another stage and that the recipe tells."""
+    if lineage.origin(recipe, name) is next(begun(recipe), None):
+        return plan.setup.shape
+    cfg = lineage.config_of(recipe, name)
+    return plan.setup.shape if cfg is None else ModelShape.of(cfg)
