@@ -15,7 +15,7 @@ from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.dist.distributed_trainer import DistributedTrainer
-from bessemer.train.optimizer import ALIGN, NORM_BLOCK, placed
+from bessemer.train.groups import ALIGN, NORM_BLOCK, placed
 from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
 

@@ -47,7 +47,7 @@ class OptimizerConfig(StageConfig):
     micro_rows: int = Field(4, ge=1)
     """Rows per forward; changes memory and speed only."""
     save_seconds: Seconds = 60.0
-    """Time between checkpoints."""
+    """Time between checkpoints, or more, so that training waits for them 5 % of the time at most; 0: after every step."""
 
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
         """The rate of the step that begins at `tokens` consumed tokens of `total`, after `step` optimizer steps."""

@@ -150,7 +150,9 @@ def save(
                 last, trainer.mesh.cfg, directory, kind=kind, dtype=trainer.runtime.compute_dtype,
                 tokenizer_dir=tokenizer_dir,
             )  # fmt: skip
-    elif kind == "ema":
+        return
+    trainer.finish()  # what could not be written is said before the model is there
+    if kind == "ema":
         with trainer.optimizer.averaged():
             trainer.model.save(directory, tokenizer_dir=tokenizer_dir)
     else:

@@ -27,6 +27,7 @@ from bessemer.dist.zero1 import Zero1
 from bessemer.model.gate import Gate
 from bessemer.model.transformer import TrainOutputs, Transformer
 from bessemer.train import balance, checkpoint, guard
+from bessemer.train.background import Background, HostCopies
 from bessemer.train.checkpoint import CheckpointReader, Damaged
 from bessemer.train.objective import Divided, Loss, Sums, balance_weight
 from bessemer.train.trainer import COUNTERS, Trainer
@@ -55,6 +56,7 @@ class DistributedTrainer(Trainer):
         n_mtp = shard.mesh.cfg.n_mtp
         self._sums, self._peaks = self.objective.names(n_mtp)
         self._saver: sharded_checkpoint.Saver | None = None
+        self._copies = HostCopies()
         if self.state_dir is not None:
             self._saver = sharded_checkpoint.Saver(self.state_dir, self.model_config, self.runtime.keep)
         self._stop_requested, self.stop = self.stop, lambda: self._stopping
@@ -150,7 +152,7 @@ class DistributedTrainer(Trainer):
         counts = self.mesh.pp == self.mesh.cp == 0  # one rank of every pipeline counts
         mine: list[float] = [
             math.fsum(losses), math.fsum(float(loss.tokens) for loss in self._losses),
-            tokens * counts, rows * counts, self._stop_requested(), self.mesh.me == 0 and self._by_time(),
+            tokens * counts, rows * counts, self._stop_requested(), self.mesh.me == 0 and self._due_by_time(),
             *last.values(),
         ]  # fmt: skip
         links = sorted({hop.link for hop in self.shard.exchange.hops}) if self.mesh.layout.ep > 1 else []
@@ -198,32 +200,39 @@ class DistributedTrainer(Trainer):
         causes = sorted(filter(None, self._all_gather(mine)), key=lambda text: not text.startswith("the loss"))
         return causes[0] if causes else "the gradients overflow in their norm, or in a balance term"
 
-    def _by_time(self) -> bool:
-        return time.monotonic() - self._saved_at >= self.config.save_seconds
-
     def save_if_due(self) -> None:
         steps = self.runtime.save_steps
         if (self._due or (steps is not None and self.step % steps == 0)) and self.guard.streak == 0:
             self.save()
 
+    def close(self) -> None:
+        """Does not wait: all ranks write together, and after an error others may never come."""
+
+    @property
+    def _background(self) -> Background | None:
+        return None if self._saver is None else self._saver.background
+
     def _write(self) -> Path:
-        """Returns as soon as the copies are made."""
+        """Returns as soon as the copies are under way."""
+        start = time.monotonic()
+        self.finish()  # the buffer is free
+        self._copies.begin()
         random_tensors, random_values = guard.capture_rng(self.generators)
         counters = self._counters() | {"updates": self.optimizer.steps, "rng": random_values, "extras": self.extras}
-        tensors = self.optimizer.pieces()
+        tensors = self.optimizer.pieces(self._copies.add)
         if self.mesh.dp == self.mesh.ep == self.mesh.cp == 0:
-            tensors |= {name: tensor.clone().cpu() for name, tensor in self._own_gate_tensors().items()}
+            tensors |= {name: self._copies.add(tensor) for name, tensor in self._own_gate_tensors().items()}
         if self.mesh.me == 0:
             tensors |= {f"rng/{name}": tensor for name, tensor in random_tensors.items()}
-            tensors |= {f"extras/{name}": tensor.cpu() for name, tensor in self.extra_tensors.items()}
+            tensors |= {f"extras/{name}": self._copies.add(tensor) for name, tensor in self.extra_tensors.items()}
         assert self._saver is not None, "save() has checked the folder"
-        path = self._saver.save(self.step, tensors, counters)
-        self._saved_at, self._saved_step = time.monotonic(), self.step
+        copied = None
+        if self.device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        path = self._saver.save(self.step, tensors, counters, copied)
+        self._saved(start)
         return path
-
-    def finish(self) -> None:
-        if self._saver is not None:
-            self._saver.finish()
 
     def _own_gate_tensors(self) -> dict[str, Tensor]:
         """The gate tensors that no earlier pipeline rank writes."""

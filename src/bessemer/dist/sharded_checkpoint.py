@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.moe import EXPERTS
 from bessemer.model.transformer import Transformer
 from bessemer.train import checkpoint
+from bessemer.train.background import Background
 from bessemer.train.checkpoint import CheckpointReader, Damaged, write_synced, write_tensors
 
 
@@ -36,34 +36,30 @@ class Saver:
         self.state_dir, self.config, self.keep = state_dir, config, keep
         # a group of its own, because its messages overlap those of the training
         self._group = new_group(backend="gloo")
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self.background = Background("saving")
 
-    def save(self, step: int, tensors: dict[str, Tensor], counters: dict[str, Any]) -> Path:
+    def save(
+        self, step: int, tensors: dict[str, Tensor], counters: dict[str, Any], copied: torch.cuda.Event | None = None
+    ) -> Path:
         """Starts writing state_dir/step-XXXXXXXX. `tensors` are those of this rank by their names on disk: copies, or
-        tensors that do not change before `finish`. Waits for the previous save and raises its error."""
-        self.finish()
-        self._thread = threading.Thread(target=self._write, args=(step, tensors, counters), name="saving")
-        self._thread.start()
+        tensors that do not change before `finish`; whole after `copied`. Waits for the previous save and raises its
+        error."""
+        text = checkpoint.as_json(counters)
+
+        def write() -> None:
+            if copied is not None:
+                copied.synchronize()
+            self._together_write(step, tensors, text)
+
+        self.background.begin(write)
         return self.state_dir / f"step-{step:08d}"
 
     def finish(self) -> None:
         """Waits until the last save is on disk. UserError on all ranks if any could not write; earlier checkpoints are
         then untouched."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        self.background.finish()
 
-    def _write(self, step: int, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-        try:
-            self._together_write(step, tensors, counters)
-        except BaseException as error:
-            self._failure = error
-
-    def _together_write(self, step: int, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+    def _together_write(self, step: int, tensors: dict[str, Tensor], counters: bytes) -> None:
         me, temporary = dist.get_rank(), self.state_dir / f".tmp-step-{step:08d}"
 
         def begin() -> None:
@@ -73,8 +69,8 @@ class Saver:
 
         def finish() -> None:
             files = {_file(rank): digest for rank, digest in enumerate(sums) if digest}
-            for name, value in (("counters.json", counters), ("config.json", self.config)):
-                files[name] = write_synced(temporary / name, [json.dumps(value, indent=1).encode()])
+            for name, text in (("counters.json", counters), ("config.json", json.dumps(self.config, indent=1).encode())):
+                files[name] = write_synced(temporary / name, [text])
             checkpoint.seal(temporary, step, files)
             checkpoint.put_in_place(temporary, self.state_dir, step, self.keep)
 

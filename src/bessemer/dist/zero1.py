@@ -23,7 +23,9 @@ from bessemer.dist.ranks import all_gather, reduce_scatter
 from bessemer.model.moe import EXPERTS
 from bessemer.model.transformer import Transformer
 from bessemer.train.checkpoint import CheckpointReader
-from bessemer.train.optimizer import NORM_BLOCK, Group, Matrices, Members, Optimizer, ParameterSlot, Update
+from bessemer.train.groups import NORM_BLOCK, Group, Members, ParameterSlot, Update
+from bessemer.train.muon import Matrices
+from bessemer.train.optimizer import Optimizer
 from bessemer.train.update_rules import adamw_
 from bessemer.workers import Workers
 
@@ -35,16 +37,8 @@ class ShardedGroup(Group):
         self, members: Members, decay: float, moments: torch.dtype, ranks: dist.ProcessGroup, holders: int, whole: bool = False
     ):  # fmt: skip
         self.ranks, self.holders = ranks, holders
-        n = dist.get_world_size(ranks)
-        super().__init__(members, decay, moments, shares=n, whole=whole)
-        size = self.master.numel() // n
-        own = dist.get_rank(ranks) * size
-        self.mine = slice(own, own + size)
-        # with float32 compute a view: forward reads the master of this rank's share directly
-        share = self.master[self.mine]
-        self.master = share if self.compute is self.master else share.clone()
-        self.moments = {name: torch.zeros(size, dtype=moments, device=share.device) for name in self.MOMENTS}
-        self.summed = torch.zeros(size, device=share.device)
+        super().__init__(members, decay, moments, dist.get_world_size(ranks), dist.get_rank(ranks), whole)
+        self.summed = torch.zeros_like(self.master)
         """This rank's share of the gradient, summed over the ranks."""
         self._pending: dist.Work
 
@@ -147,9 +141,9 @@ class Zero1(Optimizer):
         for group in self.groups:
             group.wait()
 
-    def pieces(self) -> dict[str, Tensor]:
-        """The tensors that this rank writes into a checkpoint, by their names on disk: copies on the CPU. Of the ranks
-        that hold a tensor one writes it, chosen by its name; gathers one vector at a time."""
+    def pieces(self, copy: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The tensors that this rank writes into a checkpoint, by their names on disk, each as `copy` returns it.
+        Of the ranks that hold a tensor one writes it, chosen by its name; gathers one vector at a time."""
         pieces = {}
         for group in self.groups:
             n, me = dist.get_world_size(group.ranks), dist.get_rank(group.ranks)
@@ -160,7 +154,7 @@ class Zero1(Optimizer):
                     number = holders.index(self.mesh.pp) * n + me
                     for name, piece in self._pieces(f"{kind}/{slot.name}", slot.of(whole)):
                         if zlib.crc32(name.encode()) % (n * len(holders)) == number:
-                            pieces[name] = piece.to("cpu", copy=True)
+                            pieces[name] = copy(piece)
         return pieces
 
     def names_on_disk(self) -> list[str]:

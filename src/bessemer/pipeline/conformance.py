@@ -385,7 +385,7 @@ ITEMS: tuple[Item, ...] = (
          "train/optimizer.py", "train/test_optim.py", dict(moments="bfloat16"), on=lambda v: v["moments"] == "bfloat16",
          best=True, paper="bfloat16, masters and gradients float32"),
     Item("Moving average of the weights", "V3 3.2.3", "decay {ema_decay}", _pretrain,
-         "train/optimizer.py", "train/test_ema.py", dict(ema_decay=Read(ANY, lambda f, s: s.ema_decay)),
+         "train/groups.py", "train/test_ema.py", dict(ema_decay=Read(ANY, lambda f, s: s.ema_decay)),
          on=lambda v: v["ema_decay"] > 0, best=True, paper="in CPU memory, after each step"),
     Item("DualPipe", "V3 3.2.1", "{pp} pipeline ranks, {used}, in the smallest steps {small}", _layout,
          "dist/executor.py", "dist/test_executor.py",

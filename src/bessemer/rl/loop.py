@@ -131,6 +131,7 @@ class Loop:
             return self._run()
         finally:
             self.sampler.close()
+            self.trainer.close()
 
     def _run(self) -> dict[str, Any]:
         settings, ctx, trainer = self.settings, self.ctx, self.trainer

@@ -54,13 +54,18 @@ class State:
     config: dict[str, Any] = field(default_factory=dict)
     """Plain JSON that must be equal when the checkpoint is used again."""
 
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for part in self.tensors.values() for tensor in part.values())
+
 
 class Damaged(Exception):
     """A checkpoint that must not be used; the message names file and damage."""
 
 
-def save(state_dir: Path, step: int, state: State, keep: int = 2) -> Path:
-    """Writes state_dir/step-XXXXXXXX and deletes all but the newest `keep` checkpoints.
+def save(state_dir: Path, step: int, state: State, keep: int = 2, counters: bytes | None = None) -> Path:
+    """Writes state_dir/step-XXXXXXXX and deletes all but the newest `keep` checkpoints. `counters`: those of the state
+    as JSON, where they may have changed since.
 
     A full or unwritable disk is a UserError; the previous checkpoint is untouched and the partial one is gone.
     """
@@ -69,13 +74,13 @@ def save(state_dir: Path, step: int, state: State, keep: int = 2) -> Path:
     temporary = state_dir / f".tmp-step-{step:08d}"
     try:
         temporary.mkdir()
-        _write(temporary, step, state)
+        _write(temporary, step, state, as_json(state.counters) if counters is None else counters)
         return put_in_place(temporary, state_dir, step, keep)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        need = sum(t.numel() * t.element_size() for part in state.tensors.values() for t in part.values())
+        shortage = _shortage(state_dir, state.bytes())
         raise UserError(
-            f"cannot save step {step} in {state_dir}: {error.strerror} ({_shortage(state_dir, need)}). Earlier "
+            f"cannot save step {step} in {state_dir}: {error.strerror} ({shortage}). Earlier "
             "checkpoints are intact; make room or choose another run directory, then run again"
         ) from error
 
@@ -102,12 +107,16 @@ def put_in_place(temporary: Path, state_dir: Path, step: int, keep: int) -> Path
     return final
 
 
-def _write(directory: Path, step: int, state: State) -> None:
+def as_json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _write(directory: Path, step: int, state: State, counters: bytes) -> None:
     files = {}
     for stem, tensors in state.tensors.items():
         files[f"{stem}.safetensors"] = write_tensors(directory / f"{stem}.safetensors", tensors)
-    for name, value in (("counters.json", state.counters), ("config.json", state.config)):
-        files[name] = write_synced(directory / name, [json.dumps(value, indent=1).encode()])
+    for name, text in (("counters.json", counters), ("config.json", json.dumps(state.config, indent=1).encode())):
+        files[name] = write_synced(directory / name, [text])
     seal(directory, step, files)
 
 

@@ -30,6 +30,7 @@ from bessemer.kernels import library
 from bessemer.model.gate import Gate
 from bessemer.model.transformer import Transformer
 from bessemer.train import balance, checkpoint, guard
+from bessemer.train.background import SHARE, Background, CheckpointWriter
 from bessemer.train.objective import Loss, Objective, Sums, means
 from bessemer.train.optimizer import Optimizer, load_exactly
 from bessemer.workers import Workers, rank
@@ -130,6 +131,11 @@ class Trainer:
         self.extras: dict[str, Any] = {}
         self.extra_tensors: dict[str, Tensor] = {}
         self._saved_at, self._saved_step = time.monotonic(), -1
+        self._save_cost = 0.0
+        """Seconds that training waited for the last checkpoint."""
+        self._writer: CheckpointWriter | None = None
+        if self.state_dir is not None:
+            self._writer = CheckpointWriter(self.state_dir, runtime.keep, warn)
         self.device = next(model.parameters()).device
         self._prepare()
         if runtime.gamma(0) and not self._has_biases():
@@ -154,6 +160,12 @@ class Trainer:
 
     def run(self) -> bool:
         """Trains to the end (True) or until `stop` (False); resumes from the newest checkpoint if there is one."""
+        try:
+            return self._run()
+        finally:
+            self.close()
+
+    def _run(self) -> bool:
         assert self.batches is not None, "run() needs batches; without them call update()"
         self.start()
         while self.tokens < self.runtime.tokens:
@@ -180,6 +192,7 @@ class Trainer:
 
     def _restore_latest(self) -> Path | None:
         """Goes back to the newest intact checkpoint, whatever layout wrote it; returns its path, None without one."""
+        self.finish()
         latest = None if self.state_dir is None else checkpoint.latest(self.state_dir, self.model_config, self.warn)
         if latest is None:
             return None
@@ -188,7 +201,18 @@ class Trainer:
         return path
 
     def finish(self) -> None:
-        """Waits for checkpoints that are still being written."""
+        """Waits for the checkpoint that is still being written, and raises its error."""
+        if self._background is not None:
+            self._background.finish()
+
+    def close(self) -> None:
+        """Waits as `finish` does, after an error of another kind: nobody may write behind the next attempt."""
+        if self._background is not None:
+            self._background.wait()
+
+    @property
+    def _background(self) -> Background | None:
+        return None if self._writer is None else self._writer.background
 
     def _rows_of_step(self) -> int:
         rows = int(self.runtime.batch_rows(self.tokens) * self.runtime.row_scale(self.tokens))
@@ -327,6 +351,7 @@ class Trainer:
             raise UserError(f"{self.guard.failures} non-finite steps in a row and no checkpoint to go back to: {what}")
         self.rows, self.skipped = rows, skipped
         self._write()  # with the new cursor: a kill now must not lead to the same rows again
+        self.finish()
         self.warn(
             f"{self.guard.failures} non-finite steps in a row: back to {path.name}, continuing with row {rows} "
             f"(rollback {self.guard.rolled_back} of {self.guard.rollbacks})"
@@ -334,24 +359,40 @@ class Trainer:
 
     def save_if_due(self) -> None:
         """Checkpoints by steps and by seconds; never in the middle of a bad streak."""
-        steps, seconds = self.runtime.save_steps, self.config.save_seconds
-        by_steps = steps is not None and self.step % steps == 0
-        by_time = time.monotonic() - self._saved_at >= seconds
-        if (by_steps or by_time) and self.guard.streak == 0:
+        if self._background is not None:
+            self._background.poll()
+        steps = self.runtime.save_steps
+        if ((steps is not None and self.step % steps == 0) or self._due_by_time()) and self.guard.streak == 0:
             self.save()
+            if self.config.save_seconds == 0:
+                self.finish()
+
+    def _due_by_time(self) -> bool:
+        """Whether `save_seconds` are over and the last checkpoint is written; training waits for a twentieth of its
+        time at most. With 0 seconds, after every step, and training waits until it is written."""
+        seconds = self.config.save_seconds
+        if seconds == 0:
+            return True
+        writing = self._background is not None and self._background.busy
+        return not writing and time.monotonic() - self._saved_at >= max(seconds, self._save_cost / SHARE)
 
     def save(self) -> Path | None:
-        """Writes a checkpoint of this step unless it exists already."""
+        """Starts writing a checkpoint of this step unless there is one already; `finish` waits for it."""
         if self.state_dir is None or self._saved_step == self.step:
             return None
         self.guard.saved()
         return self._write()
 
     def _write(self) -> Path:
-        assert self.state_dir is not None, "save() has checked it"
-        path = checkpoint.save(self.state_dir, self.step, self._state(), self.runtime.keep)
+        assert self._writer is not None and self.state_dir is not None, "save() has checked it"
+        start = time.monotonic()
+        self.optimizer.copied = self._writer.save(self.step, self._state())
+        self._saved(start)
+        return self.state_dir / f"step-{self.step:08d}"
+
+    def _saved(self, start: float) -> None:
         self._saved_at, self._saved_step = time.monotonic(), self.step
-        return path
+        self._save_cost = self._saved_at - start
 
     def _state(self) -> checkpoint.State:
         random_tensors, random_values = guard.capture_rng(self.generators)

@@ -44,6 +44,11 @@ def most_at_once(device: torch.device) -> int:
     return 1 << 18 if device.type == "cpu" else GPU_BLOCK
 
 
+def block(device: torch.device) -> int:
+    """Elements that moments of another dtype than float32 are updated at a time."""
+    return BLOCK if device.type == "cpu" else GPU_BLOCK
+
+
 def adamw_(
     w: Tensor, grad: Tensor, m: Tensor, v: Tensor,
     *, step: int, lr: float, betas: tuple[float, float], eps: float, decay: float, divisor: float,
@@ -57,9 +62,9 @@ def adamw_(
             grad_scale=torch.tensor(divisor, dtype=torch.float32, device=w.device), found_inf=None,
         )  # fmt: skip
         return
-    block = BLOCK if w.device.type == "cpu" else GPU_BLOCK
-    for start in range(0, w.numel(), block):
-        part = slice(start, start + block)
+    size = block(w.device)
+    for start in range(0, w.numel(), size):
+        part = slice(start, start + size)
         adamw_reference_(
             w[part], grad[part], m[part], v[part],
             step=step, lr=lr, betas=betas, eps=eps, decay=decay, divisor=divisor,

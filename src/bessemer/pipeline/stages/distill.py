@@ -58,7 +58,11 @@ class Distill(Stage[DistillConfig]):
         yield from (problem for _, problem in asked)
 
     def run(self, config: DistillConfig, ctx: StageContext) -> dict[str, Any]:
-        return _Run(config, ctx).run()
+        run = _Run(config, ctx)
+        try:
+            return run.run()
+        finally:
+            run.trainer.close()
 
 
 class _Run:
@@ -106,9 +110,11 @@ class _Run:
                 self._evaluate()
             if ctx.stop:
                 trainer.save()
+                trainer.finish()
                 ctx.interrupt()
             trainer.save_if_due()
         trainer.save()
+        trainer.finish()
         self.tokenizer.save(ctx.state / "tokenizer")
         self.student.save(ctx.dir / "model", tokenizer_dir=ctx.state / "tokenizer")
         # from the metrics, since this attempt may have gone on behind the last evaluation

@@ -1,0 +1,192 @@
+"""Parameters of one kind as flat vectors, and their moving average.
+
+Parameters and their gradients are views into the vectors, so a step is a handful of vector operations, however many
+parameters there are:
+
+    compute   what forward reads; in float32 compute it *is* the master
+    grad      what backward adds to, always float32 (`Tensor.grad_dtype`)
+    master, m, v   float32 (m and v bfloat16 on request, as in V3 3.3.2); Muon has no v
+
+Where they are made, a parameter's first storage is given back as soon as its values are copied, and gradients and
+moments come last: the peak is what stays.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from bessemer.train import update_rules
+
+ALIGN = 64
+"""Every parameter starts at a multiple of this many elements: whole cache lines, as GEMM kernels prefer."""
+NORM_BLOCK = 4096
+"""Vectors are padded to this; norms are summed per block. One long float32 sum was off by 1e-3 at 20M elements."""
+
+
+class MovingAverage:
+    """The moving average of one flat vector, in CPU memory (V3 3.2.3): decay * average + (1 - decay) * master after
+    every step; an early estimate of the weights after the learning rate has decayed.
+
+    On a GPU the masters are copied to the CPU during the next step and added there by a thread; `value` waits for it.
+    """
+
+    def __init__(self, master: Tensor, decay: float):
+        self.decay = decay
+        self._value = master.detach().to("cpu", torch.float32, copy=True)
+        self._staging = None if master.device.type == "cpu" else torch.empty_like(self._value, pin_memory=True)
+        self._thread = None if self._staging is None else ThreadPoolExecutor(1)
+        self._adding: Future | None = None
+
+    @property
+    def value(self) -> Tensor:
+        """Float32, on the CPU."""
+        if self._adding is not None:
+            self._adding.result()
+            self._adding = None
+        return self._value
+
+    def update(self, master: Tensor) -> None:
+        if self._staging is None or self._thread is None:
+            self._add(master)
+            return
+        _ = self.value
+        self._staging.copy_(master, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._adding = self._thread.submit(self._add_staged, arrived)
+
+    def _add_staged(self, arrived: torch.cuda.Event) -> None:
+        arrived.synchronize()
+        assert self._staging is not None, "only a copy from a GPU is staged"
+        self._add(self._staging)
+
+    def _add(self, master: Tensor) -> None:
+        self._value.lerp_(master, 1 - self.decay)
+
+
+@dataclass
+class ParameterSlot:
+    """Where one parameter is stored in its group."""
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.start : self.start + self.parameter.numel()].view(self.parameter.shape)
+
+
+@dataclass(frozen=True)
+class Update:
+    """The arguments of one step: its number (from 1), and gradient / divisor as the gradient."""
+
+    step: int
+    lr: float
+    divisor: float
+    betas: tuple[float, float]
+    eps: float
+
+
+Members = list[tuple[str, nn.Parameter, Tensor]]
+"""Names, parameters in the dtype of forward, and their values. A group takes the values out, so that each is freed as
+soon as it is copied."""
+
+
+class Group:
+    """Parameters that share rule, weight decay and compute dtype, as flat vectors."""
+
+    MOMENTS: tuple[str, ...] = ("m", "v")
+
+    def __init__(
+        self, members: Members, decay: float, moments: torch.dtype, shares: int = 1, share: int = 0, whole: bool = False
+    ):  # fmt: skip
+        """The vectors consist of `shares` equal shares, and masters and moments are those of one `share`; `whole`: no
+        parameter lies in two of them."""
+        self.decay = decay
+        starts, size = placed([value.numel() for _, _, value in members], shares, whole)
+        self.slots = [ParameterSlot(name, p, start) for (name, p, _), start in zip(members, starts, strict=True)]
+        each, dtype, device = size // shares, members[0][1].dtype, members[0][2].device
+        self.mine = slice(share * each, (share + 1) * each)
+        self.compute = torch.zeros(size, dtype=dtype, device=device)
+        if dtype != torch.float32:
+            self.master = torch.zeros(each, dtype=torch.float32, device=device)
+        else:
+            self.master = self.compute if shares == 1 else self.compute[self.mine]
+        for slot in reversed(self.slots):
+            self._take(slot, members.pop()[2])
+        self.moments = {name: torch.zeros(each, dtype=moments, device=device) for name in self.MOMENTS}
+        self.ema: MovingAverage | None = None
+        self.add_into(torch.zeros(size, dtype=torch.float32, device=device))
+
+    def _take(self, slot: ParameterSlot, value: Tensor) -> None:
+        """Copies a parameter's value into the vectors, and makes the parameter a view of them."""
+        slot.parameter.data = self.compute[slot.start : slot.start + value.numel()].view(value.shape)
+        slot.parameter.data.copy_(value)
+        slot.parameter.grad_dtype = torch.float32
+        low, high = max(slot.start, self.mine.start), min(slot.start + value.numel(), self.mine.stop)
+        if self.master.dtype != self.compute.dtype and low < high:
+            part = value.reshape(-1)[low - slot.start : high - slot.start]
+            self.master[low - self.mine.start : high - self.mine.start].copy_(part)
+
+    def add_into(self, grad: Tensor) -> None:
+        """From now on backward adds to this vector."""
+        self.grad = grad
+        self.grad_views = [slot.of(grad) for slot in self.slots]
+        for slot, view in zip(self.slots, self.grad_views, strict=True):
+            slot.parameter.grad = view
+
+    def check_views(self) -> None:
+        for slot, view in zip(self.slots, self.grad_views, strict=True):
+            inside = slot.parameter.data_ptr() == self.compute.data_ptr() + slot.start * self.compute.element_size()
+            assert slot.parameter.grad is view and inside, (
+                f"{slot.name} or its gradient was replaced after the optimizer was made "
+                "(zero_grad(set_to_none=True), model.to(...)); make the optimizer last and use its zero_grad()"
+            )
+
+    def square(self) -> Tensor:
+        """Sum of the squares of the gradient, float64."""
+        return torch.linalg.vector_norm(self.grad.view(-1, NORM_BLOCK), dim=1).double().square().sum()
+
+    def publish(self, source: Tensor | None = None) -> None:
+        """Rounds the masters, or `source`, into what forward reads."""
+        source = self.master if source is None else source
+        if self.compute is not source:
+            self.compute.copy_(source)
+
+    def average(self, decay: float) -> None:
+        """Starts a moving average of the masters."""
+        self.ema = MovingAverage(self.master, decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimizer state besides the masters, by kind."""
+        return self.moments if self.ema is None else {**self.moments, "ema": self.ema.value}
+
+    def step(self, update: Update) -> None:
+        """Moves the masters; may overwrite the gradient."""
+        update_rules.adamw_(
+            self.master, self.grad, self.moments["m"], self.moments["v"],
+            step=update.step, lr=update.lr, betas=update.betas, eps=update.eps, decay=self.decay,
+            divisor=update.divisor,
+        )  # fmt: skip
+
+
+def placed(sizes: list[int], shares: int, whole: bool) -> tuple[list[int], int]:
+    """(where each parameter starts, size of the vector). One after another; or, so that each is in one share, the
+    largest first and always into the emptiest share."""
+    aligned = [-(-size // ALIGN) * ALIGN for size in sizes]
+    if not whole:
+        *starts, end = accumulate(aligned, initial=0)
+        multiple = NORM_BLOCK * shares
+        return starts, -(-end // multiple) * multiple
+    filled, places = [0] * shares, [(0, 0)] * len(aligned)
+    for i in sorted(range(len(aligned)), key=lambda i: -aligned[i]):
+        share = filled.index(min(filled))
+        places[i] = share, filled[share]
+        filled[share] += aligned[i]
+    each = -(-max(filled) // NORM_BLOCK) * NORM_BLOCK
+    return [share * each + offset for share, offset in places], each * shares

@@ -1,0 +1,255 @@
+"""Checkpoints that are written while training goes on."""
+
+import contextlib
+import faulthandler
+import os
+import threading
+
+import pytest
+import torch
+from tiny_run import model, trainer
+
+from bessemer.errors import UserError
+from bessemer.train import background, checkpoint
+from bessemer.train.background import Background, HostCopies
+
+
+def test_training_goes_on_while_the_disk_stands_still(tmp_path, monkeypatch):
+    """Everything of the checkpoint of step 2 is written when step 6 is over, and is as it was after step 2. The disk
+    makes the training thread wait for nothing: none of its calls come from there."""
+    disk, sync = threading.Event(), os.fsync
+    callers = []
+
+    def slow(file):
+        callers.append(threading.current_thread().name)
+        assert disk.wait(60), "the training thread waits for the disk"
+        sync(file)
+
+    run = trainer(steps=6, state_dir=tmp_path)
+    run.start()
+    run.finish()
+    monkeypatch.setattr(os, "fsync", slow)
+    micro = [run.batches(row, 4) for row in range(0, 24, 4)]
+    for step in range(6):
+        if step == 2:
+            kept = {name: value.clone() for name, value in run.optimizer.masters().items()}
+            moments = {name: value.clone() for name, value in run.optimizer.state_dict().items()}
+            run.extras = {"list": [1]}
+            run.save()
+            run.extras["list"].append(2)
+        run.update(micro[step : step + 1])
+    assert run._background.busy and [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000000"]
+    disk.set()
+    run.finish()
+    saved = checkpoint.load(tmp_path / "step-00000002")
+    assert set(callers) == {"saving"} and len(callers) >= 8
+    assert saved.counters["step"] == 2 and saved.counters["extras"] == {"list": [1]}
+    for stem, state in (("model", kept), ("optimizer", moments)):
+        assert saved.tensors[stem].keys() == state.keys()
+        assert all(torch.equal(saved.tensors[stem][name], value) for name, value in state.items()), stem
+
+
+def test_a_checkpoint_that_is_due_is_left_out_while_the_last_is_written(tmp_path, monkeypatch):
+    disk, sync = threading.Event(), os.fsync
+    run = trainer(steps=4, state_dir=tmp_path, save_seconds="0.001s")
+    run.start()
+    run.finish()
+    monkeypatch.setattr(os, "fsync", lambda file: (disk.wait(60), sync(file)))
+    run._save_cost, run._saved_at = 0.0, 0.0
+    for row in range(3):
+        run.update([run.batches(4 * row, 4)])
+        run.save_if_due()
+    assert run._saved_step == 1
+    disk.set()
+    run.finish()
+    run._save_cost = 1000.0
+    assert not run._due_by_time(), "a checkpoint that took 1000 s of training comes again after 20,000"
+    run._save_cost, run._saved_at = 0.0, 0.0
+    assert run._due_by_time()
+
+
+def test_an_error_of_the_writer_is_raised_by_the_training(tmp_path, monkeypatch):
+    """In the next step, or at the end; and the checkpoint before is good."""
+    run = trainer(steps=50, state_dir=tmp_path, save_steps=2)
+    write = checkpoint.write_tensors
+
+    def full(path, tensors):
+        if ".tmp-step-00000002" in str(path):
+            raise OSError(28, "No space left on device")
+        return write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(UserError, match=r"cannot save step 2 .*No space left.*Earlier checkpoints are intact"):
+        run.run()
+    assert run.step < 50 and checkpoint.latest(tmp_path)[1].counters["step"] == 0
+    short = trainer(steps=2, state_dir=tmp_path)
+    with pytest.raises(UserError, match="cannot save step 2"):
+        short.run()
+
+
+def test_where_memory_has_no_room_for_a_copy_training_waits(tmp_path, monkeypatch):
+    said, callers, write = [], set(), checkpoint.write_tensors
+    monkeypatch.setattr(background, "host_room", lambda: 1000)
+    monkeypatch.setattr(
+        checkpoint, "write_tensors", lambda *a: (callers.add(threading.current_thread().name), write(*a))[1]
+    )
+    run = trainer(steps=3, state_dir=tmp_path, save_seconds=0, warn=said.append)
+    run.run()
+    assert callers == {threading.current_thread().name} and run._writer._copies.held == 0
+    assert len(said) == 1 and "written while training waits" in said[0]
+    assert checkpoint.latest(tmp_path)[1].counters["step"] == 3
+
+
+def test_copies_use_one_buffer_again():
+    copies, tensors = (
+        HostCopies(),
+        [torch.randn(700, 30), torch.tensor(3), torch.randn(3, 5).bfloat16().T, torch.ones(0)],
+    )
+    copies.begin(tensors)
+    first = [copies.add(tensor) for tensor in tensors]
+    places = [copy.data_ptr() for copy in first]
+    assert all(torch.equal(copy, tensor) for copy, tensor in zip(first, tensors, strict=True))
+    assert sum(t.numel() * t.element_size() for t in tensors) <= copies.held < 85_000
+    copies.begin(tensors)
+    assert [copies.add(tensor + 1).data_ptr() for tensor in tensors] == places and first[1] == 4
+    copies.begin()
+    big = copies.add(torch.zeros(100_000))
+    assert big.data_ptr() not in places and copies.held >= background.CHUNK, "unknown sizes come in pieces"
+
+
+def test_room_is_what_system_and_container_leave(tmp_path, monkeypatch):
+    monkeypatch.setattr(background, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(background, "CGROUP", tmp_path)
+    assert background.host_room() == 1 << 62
+    (tmp_path / "meminfo").write_text("MemTotal:  100 kB\nMemAvailable:  64 kB\n")
+    assert background.host_room() == 64 * 1024
+    for name, text in (
+        ("memory.stat", "anon 5\ninactive_file 3000\n"),
+        ("memory.current", "9000"),
+        ("memory.max", "max"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert background.host_room() == 64 * 1024
+    (tmp_path / "memory.max").write_text("16000\n")
+    assert background.host_room() == 10_000
+
+
+def test_a_background_thread_does_one_thing_at_a_time():
+    thread, gate, done = Background("test"), threading.Event(), []
+    thread.begin(lambda: (gate.wait(60), done.append(1)))
+    assert thread.busy
+    thread.poll()
+    gate.set()
+    thread.begin(lambda: done.append(2) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        thread.finish()
+    thread.finish()
+    assert done == [1, 2] and not thread.busy
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = property(lambda self: True)
+
+
+def test_order_of_copies_from_a_gpu(tmp_path, monkeypatch):
+    """What forward changes is copied in its order; then another stream, which waits for the last step, copies weights
+    and moments; the next step waits for that, and so does the thread before it writes. (torch.cuda is a log here.)"""
+    log, current = [], ["main"]
+
+    class Stream:
+        def wait_stream(self, other):
+            log.append(f"side waits for {other}")
+
+    class Event:
+        def record(self):
+            log.append(f"event on {current[0]}")
+
+        def synchronize(self):
+            log.append("thread waits")
+
+    class Main:
+        __str__ = lambda self: "main"  # noqa: E731
+
+        def wait_event(self, event):
+            log.append("main waits")
+
+    @contextlib.contextmanager
+    def on(stream):
+        current[0] = "side"
+        yield
+        current[0] = "main"
+
+    class Runtime:
+        cudaHostRegister = staticmethod(lambda pointer, size, flags: log.append(f"pinned {flags}") or 0)
+        cudaHostUnregister = staticmethod(lambda pointer: log.append("unpinned"))
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", Main)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    add = HostCopies.add
+
+    def logged(self, tensor):
+        log.append(f"copy on {current[0]}")
+        return add(self, tensor).as_subclass(torch.Tensor)
+
+    monkeypatch.setattr(HostCopies, "add", logged)
+    run = trainer(steps=2, state_dir=tmp_path)
+    state = run._state
+
+    def on_gpu():
+        found = state()
+        for named in found.tensors.values():
+            named.update({name: tensor.as_subclass(OnGPU) for name, tensor in named.items()})
+        return found
+
+    run._state = on_gpu
+    step = run.optimizer.groups[0].step
+    run.optimizer.groups[0].step = lambda update: (log.append("step"), step(update))
+    run.start()
+    run.finish()
+    tensors = state().tensors
+    n_late = len(tensors["model"]) + len(tensors["optimizer"])
+    n_early = sum(map(len, tensors.values())) - n_late
+    assert n_early and log == [
+        "pinned 1", *["copy on main"] * n_early, "side waits for main", *["copy on side"] * n_late, "event on side",
+        "thread waits",
+    ]  # fmt: skip
+    log.clear()
+    run.update([run.batches(0, 4)])
+    run.update([run.batches(4, 4)])
+    assert log == ["main waits", "step", "step"]
+    log.clear()
+    run._restore_latest()
+    assert run.step == 0, "and what was written can be read"
+    del run._writer._copies
+    assert log == ["unpinned"]
+
+
+def test_helpers_do_not_get_the_copies():
+    """A fork has no such pages: writing into them afterwards copies nothing."""
+    copies = HostCopies()
+    copies.begin([torch.ones(1000)])
+    copies.add(torch.ones(1000))
+    pid = os.fork()
+    if pid == 0:
+        faulthandler.disable()
+        copies._chunks[0][0] = 1  # ends here, by SIGSEGV
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
+def test_a_bad_step_goes_back_to_a_checkpoint_that_was_still_being_written(tmp_path, monkeypatch):
+    sync = os.fsync
+    run = trainer(model(), steps=9, state_dir=tmp_path, warn=lambda text: None, failures=1)
+    run.start()
+    run.update([run.batches(0, 4)])
+    monkeypatch.setattr(os, "fsync", lambda file: (threading.Event().wait(0.01), sync(file)))
+    run.save()
+    next(iter(run.optimizer.masters().values())).fill_(torch.nan)
+    run.update([run.batches(4, 4)])
+    assert run.step == 1 and run.guard.rolled_back == 1
+    assert all(torch.isfinite(value).all() for value in run.optimizer.masters().values())

@@ -1,0 +1,79 @@
+"""What making the optimizer needs at its peak, counted as bytes of live tensors on the meta device."""
+
+import pytest
+import torch
+from tiny_run import model
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bessemer.train import update_rules
+from bessemer.train.groups import ParameterSlot, Update
+from bessemer.train.muon import Matrices
+from bessemer.train.optimizer import Optimizer
+from bessemer.workers import Workers
+
+SHAPE = dict(dim=256, inter_dim=768, moe_inter_dim=256, vocab_size=512)
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all storages that operations under it return, while anything holds them."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.storages, self.peak = {}, 0
+        for tensor in known:
+            self.add(tensor)
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        reference = StorageWeakRef(storage)
+        self.storages[reference.cdata] = reference, storage.nbytes()
+
+    def now(self):
+        self.storages = {key: kept for key, kept in self.storages.items() if not kept[0].expired()}
+        return sum(size for _, size in self.storages.values())
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        results = function(*arguments, **(keywords or {}))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor)
+        self.peak = max(self.peak, self.now())
+        return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16], ids=["moments float32", "moments bfloat16"])
+@pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
+def test_making_the_optimizer_peaks_at_what_stays(dtype, moments, muon):
+    with torch.device("meta"):
+        network = model(**SHAPE)
+    with Live(network.parameters()) as live:
+        before = live.now()
+        stacked = network.hidden_matrices() if muon else None
+        made = Optimizer(network, compute_dtype=dtype, moments_dtype=moments, stacked=stacked)
+    steady = live.now()
+    number, moment = dtype.itemsize, 4 if moments == torch.float32 else 2
+    least = before / 4 * (4 + 4 + 2 * moment * (not muon) + (number if number == 2 else 0))
+    assert made.groups and least <= steady and live.peak <= 1.1 * steady, (live.peak / before, steady / before)
+
+
+@pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
+def test_a_step_with_moments_in_bfloat16_takes_blocks(muon, monkeypatch):
+    """No temporary of the size of the vector: some blocks, and with Muon the products of its matrices."""
+    monkeypatch.setattr(update_rules, "GPU_BLOCK", 1 << 14)
+    size = 1 << 20
+    w, grad, m, v = (torch.zeros(size, dtype=d, device="meta") for d in (torch.float32,) * 2 + (torch.bfloat16,) * 2)
+    matrices = None
+    if muon:
+        parameters = [torch.nn.Parameter(torch.zeros(64, 64, device="meta")) for _ in range(size // 4096)]
+        slots = [ParameterSlot(str(i), parameter, i * 4096) for i, parameter in enumerate(parameters)]
+        matrices = Matrices(slots, size, {slot.name: 1 for slot in slots}, Workers(1), torch.device("meta"))
+    with Live([w, grad, m, v, *([matrices.moves] if muon else [])]) as live:
+        before = live.now()
+        if muon:
+            matrices.step(w, grad, m, Update(1, 1e-3, 1.0, (0.9, 0.95), 1e-8), 0.1)
+        else:
+            update_rules.adamw_(w, grad, m, v, step=1, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, decay=0.1, divisor=1.0)
+    assert before < live.peak <= before + 12 * 4 * (1 << 14)
