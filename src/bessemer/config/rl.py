@@ -31,8 +31,8 @@ class RolloutConfig(ConfigTable):
     the trainer's GPU is free, so start it with the others (CUDA_VISIBLE_DEVICES=1,2,3 ray start --head,
     RAY_ADDRESS=auto)."""
     rows: int = Field(0, ge=0)
-    """Samples decoded together. 0: half the rollout, a quarter from 512 samples on; 64 to 512. Workers beyond a
-    rollout's number of such batches are idle."""
+    """Samples decoded together. 0: on a GPU as many as its memory holds in full length; on a CPU half the rollout, a
+    quarter from 512 samples on, 64 to 512. Workers beyond a rollout's number of such batches are idle."""
 
 
 class RLConfig(AskingConfig, OnPolicyConfig):

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from bessemer.engine.kv_cache import LatentCache, PromptPages, RowGroup
 from bessemer.engine.sampling import GreedyTokens
+from bessemer.engine.transfer import indices, to_device
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.kernels import attention
 from bessemer.model.config import ModelConfig
@@ -143,14 +144,14 @@ def _prefill_whole(
     device = model.embed.weight.device
     lengths = [chunk.end for chunk in chunks]
     T = max(lengths)
-    tokens_BT = torch.tensor([[*chunk.prompt.ids, *[0] * (T - chunk.end)] for chunk in chunks], device=device)
-    length_B = torch.tensor(lengths, device=device)
+    tokens_BT = indices([[*chunk.prompt.ids, *[0] * (T - chunk.end)] for chunk in chunks], device)
+    length_B = torch.tensor(lengths)
+    real_N = to_device((torch.arange(T) < length_B[:, None]).flatten().nonzero().squeeze(-1), device)
+    length_B = to_device(length_B, device)
     rope = model.rope_table(T)
     last_B = length_B - 1
     row_B = torch.arange(len(chunks), device=device)
-    real_N = (torch.arange(T, device=device) <= last_B[:, None]).flatten().nonzero().squeeze(-1)
-    slots = [slot for chunk in chunks for slot in cache.slots(chunk.prompt, 0, chunk.end)]
-    slot_N = torch.tensor(slots, device=device)
+    slot_N = indices([slot for chunk in chunks for slot in cache.slots(chunk.prompt, 0, chunk.end)], device)
     x_BTD = model.embed(tokens_BT)
     for i, layer in enumerate(model.layers):
         u_BTD = layer.attn_norm(x_BTD)
@@ -182,8 +183,8 @@ def _prefill_chunk(model: Transformer, cache: LatentCache, chunk: PrefillChunk, 
     prompt, start, end = chunk.prompt, chunk.prompt.length, chunk.end
     device = model.embed.weight.device
     rope_S = model.rope_table(end)
-    slot_T = torch.tensor(cache.slots(prompt, start, end), device=device)
-    x_BTD = model.embed(torch.tensor([prompt.ids[start:end]], device=device))
+    slot_T = indices(cache.slots(prompt, start, end), device)
+    x_BTD = model.embed(indices([prompt.ids[start:end]], device))
     for i, layer in enumerate(model.layers):
         u_BTD = layer.attn_norm(x_BTD)
         cache.write(i, slot_T, layer.attn.latent(u_BTD, rope_S[start:]).squeeze(0))
@@ -213,11 +214,11 @@ def write_mtp_latents(
         prompt.states[k - 1 : k] = [state_ND[-1]]
         if (end := start + len(state_ND) - 1) <= start:
             return
-        ahead_N = torch.tensor(prompt.ids[start + k : end + k], device=device)
+        ahead_N = indices(prompt.ids[start + k : end + k], device)
         x_1ND = module.join(state_ND[:-1], F.embedding(ahead_N, model.embed.weight)).unsqueeze(0)
         layer, index, rope = module.layer, model.cfg.n_layers + k - 1, model.rope_table(end)[start:]
         u_1ND = layer.attn_norm(x_1ND)
-        slot_N = torch.tensor(cache.slots(prompt, start, end), device=device)
+        slot_N = indices(cache.slots(prompt, start, end), device)
         cache.write(index, slot_N, layer.attn.latent(u_1ND, rope)[0])
         if k < cache.drafts:  # the next module reads what this one makes of the prompt
             latent_1SX = cache.read_prompt(index, prompt, end).unsqueeze(0)

@@ -1,8 +1,10 @@
 """`Engine` turns prompts into completions, for RL rollouts, evaluation, `bessemer generate` and chat.
 
-Samples run in static batches, with one prefill per distinct prompt of a batch (a prompt's samples are split only where
-they exceed a batch). Results do not depend on the batching: every sample has its own random stream, identified by the
-seed, the prompt's tokens and the sample's number.
+On a CPU samples run in static batches, with one prefill per distinct prompt of a batch (a prompt's samples are split
+only where they exceed a batch): batches go to processes, one for each core, and their kernels do not profit from rows
+that are refilled. On a GPU all samples of a call go through one `Scheduler`, as many at a time as memory holds. Results
+do not depend on either: every sample has its own random stream, identified by the seed, the prompt's tokens and the
+sample's number.
 
 Shapes: B live sequences, L sparse layers, K experts per token.
 """
@@ -24,22 +26,28 @@ from torch import Tensor
 
 from bessemer.config.places import read_text
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine import room, static_steps
 from bessemer.engine.compiled import CompiledSteps
 from bessemer.engine.decode import Model, RoutingTrace, new_cache, whole_prompts
 from bessemer.engine.grammar import Grammars
 from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.engine.model_runner import ModelRunner, not_finite
+from bessemer.engine.routing_record import RoutingRecord
 from bessemer.engine.sampling import stream_key
+from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import (
+    Finished,
     Request,
     SamplingParams,
     Sequence,
     StopStrings,
+    Token,
     check_positive,
     check_stop_strings,
     cut_at_stop,
 )
 from bessemer.engine.speculative import check_drafts
+from bessemer.engine.static_steps import StaticSteps
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM, load_any
 from bessemer.hf.hf_tokenizer import load_tokenizer
@@ -47,6 +55,8 @@ from bessemer.model.transformer import Transformer, evaluating
 from bessemer.workers import Workers
 
 Prompt = str | abc.Sequence[int]
+PREFILL = 8192
+"""Prompt tokens that a step prefills at most where a call's samples go through a scheduler."""
 NEW_TOKENS = 2048
 """Length of an answer where nobody asks for one; most contexts of small models leave less."""
 OnTokens = Callable[[list[tuple[int, int, int]]], None]
@@ -128,6 +138,11 @@ class Engine:
         self.compiled: CompiledSteps | None = None
         if compile and KernelSteps.of(model) is None:
             self.compiled = CompiledSteps(model, tokenizer.vocab_size)
+        self.rows = 0
+        """Samples that decode together on a GPU; 0: as many as its memory holds."""
+        self.keeps_memory = False
+        """Between calls, the buffers and graphs on a GPU; only where nobody else needs its memory."""
+        self._steps: StaticSteps | None = None
         self.workers = workers or Workers(1)
         """Processes that run batches in parallel; their number does not change the result."""
 
@@ -139,8 +154,9 @@ class Engine:
         on_tokens is called after each step with (prompt index, sample, token) of every sample that is still running.
         """
         plan = self.plan(prompts, on_tokens=on_tokens, **options)
-        run_all = self.workers.map if on_tokens is None else map
-        return plan.gather(run_all(self.run, plan.batches))
+        if on_tokens is None and not self._continuous(plan.batches):
+            return plan.gather(self.workers.map(self.run, plan.batches))
+        return plan.gather(self.run_all(plan.batches))
 
     def plan(
         self,
@@ -240,6 +256,66 @@ class Engine:
 
     def run(self, batch: GenerationBatch) -> list[Completion]:
         """One completion of each sample in the batch."""
+        return self.run_all([batch])[0]
+
+    def run_all(self, batches: abc.Sequence[GenerationBatch]) -> list[list[Completion]]:
+        """`run` of every batch in this process: one after another, or on a GPU all together."""
+        if self._continuous(batches):
+            try:
+                return self._run_continuously(batches)
+            finally:
+                if not self.keeps_memory:
+                    self.release()
+        return [self._run_batch(batch) for batch in batches]
+
+    def release(self) -> None:
+        """Gives back the GPU's memory that `keeps_memory` keeps."""
+        if self._steps is not None:
+            self._steps = None
+            torch.cuda.empty_cache()
+
+    def _continuous(self, batches: abc.Sequence[GenerationBatch]) -> bool:
+        return bool(batches) and static_steps.serves(self.model, batches[0].drafts, self.compiled is not None)
+
+    def _run_continuously(self, batches: abc.Sequence[GenerationBatch]) -> list[list[Completion]]:
+        """All samples through one scheduler, those of a batch one after another in the queue."""
+        samples = [(batch, sample) for batch in batches for sample in batch.samples]
+        record = RoutingRecord() if any(batch.record_routing for batch in batches) else None
+        with evaluating(self.model), torch.inference_mode():
+            longest = max(len(s.request.prompt) + s.request.max_new_tokens for _, s in samples)
+            steps = self._steps_for(self.rows or len(samples), longest)
+            scheduler = Scheduler(self, rows=steps.rows, prefill_tokens=PREFILL, steps=steps, record=record)
+            started = [(batch, sample, scheduler.start(sample.request)) for batch, sample in samples]
+            by_ticket = {sequence.number: (batch, sample) for batch, sample, sequence in started}
+            while not scheduler.idle:
+                events = scheduler.step()
+                if failed := [e for e in events if isinstance(e, Finished) and e.reason == "error"]:
+                    bad = next(s for *_, s in started if s.number == failed[0].ticket)
+                    raise not_finite(len(failed), len(scheduler.runner.sequences) + len(failed), len(bad.tokens) + 1)
+                _pass_on(events, by_ticket)
+            routing: list[Tensor | None] = [None] * len(started)
+            if record is not None:
+                routing[:] = record.of([sequence.number for *_, sequence in started])
+        completions = iter(self._completion(s, routed) for (*_, s), routed in zip(started, routing, strict=True))
+        return [[next(completions) for _ in batch.samples] for batch in batches]
+
+    def _steps_for(self, rows: int, row_tokens: int) -> StaticSteps:
+        """Static steps for up to `rows` rows, fewer where memory holds fewer: those of the last call, if they are large
+        enough and no weight has moved."""
+        model, steps = self.model, self._steps
+        assert isinstance(model, Transformer)
+        if steps is None or steps.asked < rows or steps.row_tokens < row_tokens or not steps.current:
+            self.release()
+            steps = None
+            free = room.free_bytes(model.embed.weight.device)
+            fit = room.rows_that_fit(model, row_tokens, PREFILL, free)
+            n = rows if fit is None or self.rows else min(rows, fit)
+            self._steps = room.make_steps(model, self.tokenizer.vocab_size, n, row_tokens, n * row_tokens, PREFILL)
+            self._steps.asked = rows
+        assert self._steps is not None
+        return self._steps
+
+    def _run_batch(self, batch: GenerationBatch) -> list[Completion]:
         stop = StopStrings(self.tokenizer, batch.stop_strings) if batch.stop_strings else None
         sequences = [Sequence(sample.request, number, stop) for number, sample in enumerate(batch.samples)]
         by_prompt = {ids: list(same) for ids, same in groupby(sequences, key=lambda s: s.request.prompt)}
@@ -252,6 +328,8 @@ class Engine:
             prompts = [cache.open(ids) for ids in by_prompt]
             logits_PV = torch.cat([runner.prefill(batch) for batch in whole_prompts(cache, prompts)])
             runner.admit(list(zip(prompts, by_prompt.values(), strict=True)), logits_PV)
+            for prompt in prompts if trace is not None else ():
+                record.start([sequence.number for sequence in by_prompt[prompt.ids]], torch.cat(prompt.routing))
             while runner.sequences:
                 runner.sample()
                 if failed := [s for s in runner.sequences if s.finish == "error"]:
@@ -267,8 +345,7 @@ class Engine:
                         runner.retire()
         routing: list[Tensor | None] = [None] * len(sequences)
         if trace is not None:
-            by_ids = {prompt.ids: torch.cat(prompt.routing) for prompt in prompts}
-            routing[:] = record.by_sequence([by_ids[s.request.prompt] for s in sequences])
+            routing[:] = record.of([sequence.number for sequence in sequences])
         return [self._completion(*both) for both in zip(sequences, routing, strict=True)]
 
     def _completion(self, sequence: Sequence, routing: Tensor | None) -> Completion:
@@ -284,26 +361,6 @@ class Engine:
         )
 
 
-class RoutingRecord:
-    """The experts chosen in the steps of a batch, until all samples are finished."""
-
-    def __init__(self) -> None:
-        self._steps: list[tuple[list[int], Tensor]] = []
-
-    def add_step(self, numbers: list[int], expert_BLK: Tensor) -> None:
-        """One token of each of these sequences was fed to the model."""
-        self._steps.append((numbers, expert_BLK))
-
-    def by_sequence(self, prompts: list[Tensor]) -> list[Tensor]:
-        """[tokens fed, L, K] of every sequence: the choices of its prompt, then its own."""
-        empty = prompts[0][:0]
-        number = torch.tensor([n for numbers, _ in self._steps for n in numbers], dtype=torch.int64)
-        chosen = torch.cat([empty, *(chosen for _, chosen in self._steps)])
-        counts = torch.bincount(number, minlength=len(prompts)).tolist()
-        own = chosen[number.sort(stable=True).indices.to(chosen.device)].split(counts)
-        return [torch.cat(both).cpu() for both in zip(prompts, own, strict=True)]
-
-
 def _emit(batch: GenerationBatch, sequences: list[Sequence]) -> None:
     """Passes the tokens since the last call to on_tokens."""
     if batch.on_tokens is None:
@@ -312,6 +369,18 @@ def _emit(batch: GenerationBatch, sequences: list[Sequence]) -> None:
     batch.on_tokens([(s.prompt, s.sample, token) for s, seq in running for token in seq.tokens[seq.n_emitted :]])
     for sequence in sequences:
         sequence.n_emitted = len(sequence.tokens)
+
+
+def _pass_on(
+    events: abc.Sequence[Token | Finished], by_ticket: abc.Mapping[int, tuple[GenerationBatch, _Sample]]
+) -> None:
+    """The tokens of a scheduler's step to on_tokens."""
+    for batch, own in groupby(
+        (event for event in events if isinstance(event, Token)), key=lambda event: by_ticket[event.ticket][0]
+    ):
+        if batch.on_tokens is not None:
+            pairs = [(by_ticket[event.ticket][1], event.token) for event in own]
+            batch.on_tokens([(sample.prompt, sample.sample, token) for sample, token in pairs])
 
 
 def _batches(samples: list[_Sample], batch_rows: int) -> Iterator[list[_Sample]]:

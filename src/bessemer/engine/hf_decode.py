@@ -180,8 +180,8 @@ class SlotCache(Cache):
         return torch.arange(self.slots, device=position_B.device) <= position_B[:, None]
 
     def keep(self, live_B: Tensor) -> Tensor:
-        """Drops the rows where live_B is False. Returns source [B']: new row b is old row source[b]. Live rows from
-        beyond B' move into the holes, all others stay."""
+        """Drops the rows where live_B, on the CPU, is False. Returns source [B'] there: new row b is old row source[b].
+        Live rows from beyond B' move into the holes, all others stay."""
         live = live_B.nonzero().squeeze(-1)
         self.rows = live.numel()
         source = torch.arange(self.rows, device=live.device)

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bessemer.engine.transfer import indices, to_device
 from bessemer.model.config import ModelConfig
 
 PAGE = 64
@@ -153,20 +154,23 @@ class LatentCache:
                 target += rest
             rows.append(prompt.pages)
         if source:
+            device = self.table_BP.device
+            target_N, source_N = indices(target, device), indices(source, device)
             for pool in self.layers:
-                pool[target] = pool[source]
+                pool[target_N] = pool[source_N]
         self.row_pages += rows
         self._rebuild_table()
 
     def keep(self, live_B: Tensor) -> Tensor:
-        """Drops the rows where live_B is False. Returns source [B']: new row b is old row source[b]."""
+        """Drops the rows where live_B, on the CPU, is False. Returns source [B'] there: new row b is old row
+        source[b]."""
         live = live_B.tolist()
         for row, stays in zip(self.row_pages, live, strict=True):
             if not stays:
                 self.pages.release(row)
         self.row_pages = [row for row, stays in zip(self.row_pages, live, strict=True) if stays]
         source = live_B.nonzero().squeeze(-1)
-        self.table_BP = self.table_BP[source]
+        self.table_BP = self.table_BP[to_device(source, self.table_BP.device)]
         return source
 
     def cache_row(self, row: int, ids: Sequence[int]) -> None:
@@ -177,8 +181,9 @@ class LatentCache:
     def scrub(self, row: int) -> None:
         """Makes a row's own slots finite again after the network failed on it."""
         own = [page for page in self.row_pages[row] if self.pages.exclusive(page)]
+        own_N = indices(own, self.table_BP.device)
         for pool in self.layers:
-            pool[own] = 0.0
+            pool[own_N] = 0.0
 
     def pages_needed(self, length_B: Sequence[int]) -> int:
         """Pages to allocate before the rows have these lengths."""
@@ -213,7 +218,8 @@ class LatentCache:
 
     def read_prompt(self, layer: int, prompt: PromptPages, length: int) -> Tensor:
         """[S, X]: the first `length` tokens of a prompt."""
-        return self.layers[layer][prompt.pages].flatten(0, 1)[:length]
+        page_N = indices(prompt.pages, self.table_BP.device)
+        return self.layers[layer].index_select(0, page_N).flatten(0, 1)[:length]
 
     def pages_BP(self, length: int) -> Tensor:
         """The pages of every live row up to `length` tokens, at least MIN_PAGES; short rows are padded with page 0."""

@@ -42,6 +42,7 @@ from bessemer.engine.sampling import (
 )
 from bessemer.engine.sequence import Sequence
 from bessemer.engine.speculative import Drafter
+from bessemer.engine.transfer import indices, to_device
 from bessemer.errors import UserError
 from bessemer.kernels import sampling as kernel
 from bessemer.model.transformer import Transformer
@@ -92,7 +93,7 @@ class ModelRunner:
         self._draftable = [sequence.draftable for sequence in self.sequences]
         self._by_logits = all(self._draftable)
         if self.drafter is not None:
-            self._most_B = torch.tensor([self.drafter.depth * yes for yes in self._draftable], device=self.key_B.device)
+            self._most_B = indices([self.drafter.depth * yes for yes in self._draftable], self.key_B.device)
         self.all_greedy = self._by_logits and all(request.sampling.temperature == 0 for request in requests)
         """Every sequence takes its most likely token, whatever came before."""
         self._top = any(request.top for request in requests)
@@ -115,12 +116,12 @@ class ModelRunner:
         device = logits_PV.device
         self.cache.admit([(prompt, len(sequences)) for prompt, sequences in prompts])
         fresh = [sequence for _, sequences in prompts for sequence in sequences]
-        source = torch.tensor([p for p, (_, sequences) in enumerate(prompts) for _ in sequences], device=device)
-        keys = torch.tensor([sequence.request.key for sequence in fresh], dtype=torch.int64, device=device)
-        positions = torch.tensor([len(prompt.ids) for prompt, _ in prompts], device=device)[source]
+        source = indices([p for p, (_, sequences) in enumerate(prompts) for _ in sequences], device)
+        keys = indices([sequence.request.key for sequence in fresh], device)
+        positions = indices([len(prompt.ids) for prompt, _ in prompts], device)[source]
         self.logits_BV, self.ahead = _append(self.logits_BV, logits_PV[source]), None
         self.key_B, self.position_B = torch.cat((self.key_B, keys)), torch.cat((self.position_B, positions))
-        self.rules_B4 = torch.cat((self.rules_B4, rules(fresh).to(device)))
+        self.rules_B4 = torch.cat((self.rules_B4, to_device(rules(fresh), device)))
         if self.trace is not None:
             last_PLK = torch.stack([prompt.routing[-1][-1] for prompt, _ in prompts])
             if self.expert_BLK is None:
@@ -129,7 +130,7 @@ class ModelRunner:
         if self.drafter is not None:
             self.drafter.admit([prompt.states for prompt, _ in prompts], source, positions - 1)
             zero_V = logits_PV.new_zeros(self.vocab)
-            rejected_B = torch.tensor([s.rejected_q_V is not None for s in fresh], device=device)
+            rejected_B = indices([s.rejected_q_V is not None for s in fresh], device).bool()
             q_BV = torch.stack([zero_V if s.rejected_q_V is None else s.rejected_q_V for s in fresh])
             n = len(self.sequences)
             old = self.rejected or RejectedDrafts(rejected_B.new_zeros(n), q_BV.new_zeros(n, self.vocab))
@@ -165,7 +166,7 @@ class ModelRunner:
         live = [sequence.finish is None for sequence in self.sequences]
         if all(live):
             return
-        fed = self.position_B.tolist()
+        fed = self._fed()
         for b, sequence in enumerate(self.sequences):
             if sequence.finish == "error":
                 self.cache.scrub(b)
@@ -173,10 +174,24 @@ class ModelRunner:
                 self.cache.cache_row(b, sequence.ids[: fed[b]])
         self.keep(live)
 
+    def positions(self) -> list[int]:
+        """Before `sample`: the position of every sequence's next token."""
+        position: list[int] = self.position_B.tolist()
+        return position
+
+    def _fed(self) -> list[int]:
+        """After `sample`: how many tokens of every sequence are in the cache."""
+        return self.positions()
+
     def keep(self, live: list[bool]) -> None:
         """Drops the other sequences."""
-        source = self.cache.keep(torch.tensor(live, device=self.key_B.device))
+        source = self.cache.keep(torch.tensor(live, dtype=torch.bool))
         self.sequences = [self.sequences[b] for b in source.tolist()]
+        self._select(to_device(source, self.key_B.device))
+        self._look_at_requests()
+
+    def _select(self, source: Tensor) -> None:
+        """New row b of every tensor is old row source[b]."""
         self.key_B, self.position_B = self.key_B[source], self.position_B[source]
         self.rules_B4 = self.rules_B4[source]
         self.token_B = None if self.token_B is None else self.token_B[source]
@@ -185,7 +200,6 @@ class ModelRunner:
         self.rejected = None if self.rejected is None else self.rejected.select(source)
         if self.drafter is not None:
             self.drafter.select(source)
-        self._look_at_requests()
 
     def preempt(self, b: int) -> Sequence:
         """Removes a sequence before it samples; admitted again with all its tokens, it continues unchanged."""

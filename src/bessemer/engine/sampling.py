@@ -210,7 +210,7 @@ def sample(
         logits_BV[:, vocab:] = float("-inf")
     shifted_BV = logits_BV.sub_(_blocks(logits_BV, float("-inf")).amax(-1).amax(-1, keepdim=True))
     if params.temperature == 0:
-        token_B = _argmax(shifted_BV[:, :vocab])
+        token_B = argmax(shifted_BV[:, :vocab])
         raw_B = _logp(shifted_BV, 1.0, _exp(shifted_BV, 1.0), token_B)
         return SampledTokens(token_B, raw_B, raw_B)
     p_BV = _exp(shifted_BV, params.temperature)  # the most likely token has p = 1, whatever the sum
@@ -361,7 +361,7 @@ def _blocks(x_BV: Tensor, fill: float) -> Tensor:
     return (F.pad(x_BV, (0, spare), value=fill) if spare else x_BV).unflatten(-1, (-1, BLOCK))
 
 
-def _argmax(x_BV: Tensor) -> Tensor:
+def argmax(x_BV: Tensor) -> Tensor:
     """argmax in two short searches: six times faster than one over V on a CPU."""
     x_Bbw = _blocks(x_BV, float("-inf"))
     block_B = x_Bbw.amax(-1).argmax(-1)

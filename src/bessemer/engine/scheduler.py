@@ -14,13 +14,19 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Protocol
 
 import torch
 
-from bessemer.engine.decode import PrefillChunk, RoutingTrace, new_cache
-from bessemer.engine.engine import Engine
-from bessemer.engine.kv_cache import PromptPages, pages_for
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine import room, static_steps
+from bessemer.engine.compiled import CompiledSteps
+from bessemer.engine.decode import Model, PrefillChunk, RoutingTrace, new_cache
+from bessemer.engine.device_runner import DeviceRunner
+from bessemer.engine.grammar import Grammars
+from bessemer.engine.kv_cache import PAGE, LatentCache, PromptPages, pages_for
 from bessemer.engine.model_runner import ModelRunner, not_finite
+from bessemer.engine.routing_record import RoutingRecord
 from bessemer.engine.sequence import (
     Finished,
     Request,
@@ -32,6 +38,8 @@ from bessemer.engine.sequence import (
     think_ids,
 )
 from bessemer.engine.speculative import check_drafts
+from bessemer.engine.static_steps import StaticSteps
+from bessemer.engine.transfer import indices
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 
@@ -49,28 +57,51 @@ class _Prefill:
         return total - len(self.prompt.pages) + len(self.sequences) - 1
 
 
+class Network(Protocol):
+    """What requests run on: an `Engine`."""
+
+    model: Model
+    tokenizer: Tokenizer
+    grammars: Grammars
+    compiled: CompiledSteps | None
+
+    def check_prompt(self, ids: tuple[int, ...]) -> None: ...
+
+
 class Scheduler:
     """Runs requests on one engine. Not thread-safe: one thread adds, cancels and steps."""
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Network,
         *,
         rows: int = 64,
         cache_tokens: int | None = None,
         prefill_tokens: int = 2048,
         drafts: int = 0,
+        steps: StaticSteps | None = None,
+        record: RoutingRecord | None = None,
     ) -> None:
         """At most `rows` requests decode together; the cache holds `cache_tokens` tokens (None: `rows` sequences of
-        full length); a step prefills at most `prefill_tokens` prompt tokens, so that long prompts do not stall the
-        others. The MTP module drafts `drafts` tokens per step (see `speculative`)."""
+        full length; on a GPU at most what its memory holds); a step prefills at most `prefill_tokens` prompt tokens, so
+        that long prompts do not stall the others. The MTP module drafts `drafts` tokens per step (see `speculative`).
+
+        steps: static steps to decode in, whose sizes then replace `rows` and `cache_tokens`; on a GPU the default are
+        some of its own. record: gets the experts of every token that is fed."""
         check_positive(rows=rows, prefill_tokens=prefill_tokens)
         if cache_tokens is not None:
             check_positive(cache_tokens=cache_tokens)
         self.engine, self.model = engine, engine.model
-        self.max_rows, self.prefill_tokens = rows, prefill_tokens
+        self.max_rows, self.prefill_tokens, self.record = rows, prefill_tokens, record
         self.drafts = check_drafts(self.model, drafts)
         self.cache_tokens = cache_tokens or rows * (self.model.cfg.max_seq_len + self.drafts)
+        model, compiled = self.model, engine.compiled
+        if steps is None and static_steps.serves(model, drafts, compiled is not None):
+            assert isinstance(model, Transformer)
+            longest, vocab = model.cfg.max_seq_len, engine.tokenizer.vocab_size
+            steps = room.make_steps(model, vocab, rows, longest, self.cache_tokens, prefill_tokens)
+        if steps is not None:
+            self.max_rows, self.cache_tokens = steps.rows, steps.pages * PAGE
         self.preempted = self.prompt_tokens = self.cached_tokens = 0
         self.queue = WaitingQueue()
         self._tickets = count(1)
@@ -80,13 +111,22 @@ class Scheduler:
         trace = None
         if isinstance(self.model, Transformer) and any(not layer.dense for layer in self.model.layers):
             trace = RoutingTrace(self.model.cfg)
-        self.cache = new_cache(self.model, self.cache_tokens, prefix_cache=True, drafts=self.drafts)
-        self.runner = ModelRunner(
-            self.model, engine.tokenizer, self.cache, trace, self.drafts, engine.compiled, trace_all=False
-        )
+        self.cache: LatentCache
+        self.runner: ModelRunner
+        shared, everything = record is None, record is not None  # a record needs prompts that are computed
+        if steps is not None:
+            self.cache = steps.new_cache(shared)
+            self.runner = DeviceRunner(steps, engine.tokenizer, self.cache, trace, everything)
+        else:
+            self.cache = new_cache(model, self.cache_tokens, prefix_cache=shared, drafts=self.drafts)
+            self.runner = ModelRunner(model, engine.tokenizer, self.cache, trace, self.drafts, compiled, everything)
 
     def add(self, request: Request) -> int:
         """Queues a request and returns its ticket. UserError if it can never run (empty, too long, invalid ids)."""
+        return self.start(request).number
+
+    def start(self, request: Request) -> Sequence:
+        """`add`; the sequence that fills, for a caller that reads it when it is finished instead of events."""
         self.engine.check_prompt(request.prompt)
         room = self.model.cfg.max_seq_len - len(request.prompt)
         request = replace(request, max_new_tokens=min(request.max_new_tokens, room))
@@ -105,7 +145,7 @@ class Scheduler:
         grammar = self.engine.grammars.start(request.grammar, request.grammar_waits) if request.grammar else None
         sequence = Sequence(request, next(self._tickets), stop, grammar, self._think)
         self.queue.add(sequence)
-        return sequence.number
+        return sequence
 
     def cancel(self, ticket: int) -> None:
         """Frees the request's row, pages and place in the queue at once; no event follows. Unknown tickets are
@@ -161,6 +201,8 @@ class Scheduler:
             self.runner.retire()
             if self.runner.sequences:
                 self.runner.advance()
+                if self.record is not None and self.runner.expert_BLK is not None:
+                    self.record.add_step([s.number for s in self.runner.sequences], self.runner.expert_BLK.clone())
                 if self.drafts:
                     events += self._emit()
                     self.runner.retire()
@@ -210,7 +252,12 @@ class Scheduler:
         if done:
             jobs = [self._prefills[p] for p in done]
             self._prefills = [job for job in self._prefills if job not in jobs]
-            self.runner.admit([(job.prompt, job.sequences) for job in jobs], logits_PV[done])
+            if len(done) < len(chunks):
+                logits_PV = logits_PV[indices(done, logits_PV.device)]
+            if self.record is not None:
+                for job in jobs:
+                    self.record.start([s.number for s in job.sequences], torch.cat(job.prompt.routing))
+            self.runner.admit([(job.prompt, job.sequences) for job in jobs], logits_PV)
 
     def _emit(self) -> list[Token | Finished]:
         """The events since the last call."""
@@ -231,7 +278,7 @@ class Scheduler:
         while (sequences := self.runner.sequences) and (free := self.cache.free_pages()) is not None:
             if len(sequences) * pages_for(self.runner.lookahead) + self._reserved_pages() <= free:
                 break  # they need no more than this
-            length_B = [position + self.runner.lookahead for position in self.runner.position_B.tolist()]
+            length_B = [position + self.runner.lookahead for position in self.runner.positions()]
             if self.cache.pages_needed(length_B) + self._reserved_pages() <= free:
                 break
             self.preempted += 1

@@ -80,7 +80,9 @@ class Loop:
         self.sampler_model: distributed.GatheredModel | distributed.RoundedModel = self.policy
         if settings.rollout.precision == "bfloat16" and dtype != torch.bfloat16:
             self.sampler_model = distributed.RoundedModel(self.policy, self.trainer, torch.bfloat16, self.workers)
-        self.sampler = self._make_sampler(Engine(self.sampler_model.model, self.tokenizer, self.workers))
+        engine = Engine(self.sampler_model.model, self.tokenizer, self.workers)
+        engine.rows = settings.rollout.rows
+        self.sampler = self._make_sampler(engine)
         self.difficulty = DifficultyFilter(settings, self.trainer) if settings.difficulty_filter else None
         self.generator = RolloutGenerator(
             settings, self.sampler, self._encode, ctx.seed, reward_models, self.difficulty, ctx.once

@@ -29,7 +29,7 @@ from bessemer.engine.engine import Completion, Engine, GenerationBatch, Generati
 from bessemer.errors import UserError
 from bessemer.rl import ray_cluster
 from bessemer.rl.ray_worker import JobResult, RolloutWorker, pack_weights, versions
-from bessemer.rl.sampler import Completions, SamplingOptions, Submit
+from bessemer.rl.sampler import Completions, SamplingOptions, Submit, batch_rows
 from bessemer.runs.context import StageContext
 from bessemer.train import setup
 from bessemer.train.trainer import Trainer
@@ -84,7 +84,7 @@ def make(
     trainer's weights."""
     rollout = settings.rollout
     samples = settings.prompts_per_rollout * settings.samples
-    rows = rollout.rows or setup.batch_rows(samples)
+    rows = batch_rows(rollout, samples)
     idle = rollout.workers - (batches := -(-samples // rows))
     if idle > 0:
         ctx.say(

@@ -25,8 +25,7 @@ from bessemer.rl import rollout
 from bessemer.rl.difficulty import DifficultyFilter, Estimates, PassCount, Selection
 from bessemer.rl.reward import PreferenceScorer, Reward
 from bessemer.rl.rollout import Group, Rollout
-from bessemer.rl.sampler import Completions, PendingSamples, Sampler, Submit
-from bessemer.train import setup
+from bessemer.rl.sampler import Completions, PendingSamples, Sampler, Submit, batch_rows
 from bessemer.train.trainer import Trainer
 
 KEY = "rollouts"
@@ -92,7 +91,7 @@ class RolloutGenerator:
             seeds=rollout.prompt_seeds(self.round_seed(number, round), len(prompts)),
             temperature=settings.temperature,
             max_new_tokens=cap,
-            batch_rows=settings.rollout.rows or setup.batch_rows(len(prompts) * settings.samples),
+            batch_rows=batch_rows(settings.rollout, len(prompts) * settings.samples),
             record_routing=settings.routing_replay,
         )
 

@@ -17,9 +17,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypedDict, Unpack
 
+from bessemer.config.rl import RolloutConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist.ranks import Ranks
 from bessemer.engine.engine import Completion, Engine, Prompt
+from bessemer.train import setup
 
 Completions = list[list[Completion]]
 """`samples` completions of each prompt, in order."""
@@ -36,6 +38,17 @@ class SamplingOptions(TypedDict, total=False):
     stop_ids: Sequence[int]
     seeds: Sequence[int]
     record_routing: bool
+
+
+def batch_rows(rollout: RolloutConfig, samples: int) -> int:
+    """Samples of a batch, which one process generates: on separate GPUs a worker's whole share, of which as many decode
+    together as its memory holds."""
+    if rollout.rows:
+        return rollout.rows
+    on_gpus = rollout.engine == "vllm" or rollout.gpus or (rollout.gpus is None and setup.device().type == "cuda")
+    if rollout.engine != "local" and on_gpus:
+        return max(1, -(-samples // rollout.workers))
+    return setup.batch_rows(samples)
 
 
 class PendingSamples(Protocol):
@@ -113,7 +126,7 @@ class ShardedSampler(LocalSampler):
     def generate(self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
         self.refresh()
         plan, n = self.engine.plan(prompts, **options), self.ranks.n
-        own = [self.engine.run(batch) for batch in plan.batches[self.ranks.me :: n]]
+        own = self.engine.run_all(plan.batches[self.ranks.me :: n])
         completions: list[list[Completion]] = [[] for _ in plan.batches]
         for rank, share in enumerate(self.ranks.all_gather(own, "samples")):
             completions[rank::n] = share

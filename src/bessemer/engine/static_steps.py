@@ -1,0 +1,244 @@
+"""Decoding steps over buffers that never move, for GPUs: a step feeds a token of every row, samples the next one, and
+leaves all that the next step reads on the device. The host waits for nothing, and a CUDA graph replays a step as one
+launch.
+
+A graph exists for a number of rows, a number of pages that attention reads, and what sampling needs (`row_sampling`).
+Rows are padded to one of a few numbers, pages to a power of two. Padding rows read and write a page of the pool that
+nobody else has. Graphs are captured when they are first needed, share their memory, and read the weights where they
+are: weights that change in place need no new capture, and `current` says whether any has moved.
+
+Where a step cannot be captured (an operation waits for the device, as grouped products do before Hopper; memory is
+short), one line says so, and steps are launched one operation at a time.
+
+Shapes: R rows of a step, P pages of a row, S = P * PAGE slots, V vocabulary, L sparse layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bessemer.engine import row_sampling
+from bessemer.engine.decode import Model, RoutingTrace, layer_step
+from bessemer.engine.kv_cache import PAGE, LatentCache, RowGroup, pages_for
+from bessemer.engine.row_sampling import Form
+from bessemer.engine.transfer import indices
+from bessemer.model.transformer import Transformer
+
+Replay = Callable[[], object]
+Capture = Callable[[Callable[[], None], tuple[Tensor, ...]], Replay]
+"""(step, the tensors that it advances) -> what runs the same step again."""
+
+
+def serves(model: Model, drafts: int = 0, compiled: bool = False) -> bool:
+    """Whether sequences of this model decode in static steps: of this family, off the CPU, without drafts."""
+    return isinstance(model, Transformer) and model.embed.weight.device.type != "cpu" and not drafts and not compiled
+
+
+class StaticCache(LatentCache):
+    """A cache of a fixed size: `pages` pages, and one more for padding; a table of `rows` rows that is written in
+    place."""
+
+    def __init__(self, steps: StaticSteps, prefix_cache: bool) -> None:
+        weight = steps.model.embed.weight
+        super().__init__(steps.model.cfg, weight.dtype, weight.device, steps.pages * PAGE, prefix_cache, layers=0)
+        self.layers, self._table_RP = steps.pools, steps.table_RP
+        self.pages.grow(steps.pages)
+        self._table_RP.fill_(steps.pages)
+        self._written: list[int] = []
+        """Pages of each row that stand in the table."""
+        self._scratch = steps.pages
+
+    def keep(self, live_B: Tensor) -> Tensor:
+        before = len(self.row_pages)
+        self.table_BP = self._table_RP[:before]
+        source = super().keep(live_B)
+        n = len(source)
+        self._table_RP[:n] = self.table_BP
+        self._table_RP[n:before] = self._scratch
+        self.table_BP = self._table_RP[:n]
+        self._written = [self._written[b] for b in source.tolist()]
+        return source
+
+    def _rebuild_table(self) -> None:
+        """Writes the entries that are new: the pages of a row never change."""
+        width, fresh = self._table_RP.shape[1], []
+        self._written += [0] * (len(self.row_pages) - len(self._written))
+        for b, (pages, written) in enumerate(zip(self.row_pages, self._written, strict=True)):
+            if len(pages) > written:
+                fresh += [(b * width + p, pages[p]) for p in range(written, len(pages))]
+                self._written[b] = len(pages)
+        place_N, page_N = indices(list(zip(*fresh, strict=True)), self._table_RP.device).view(2, -1)
+        self._table_RP.view(-1).index_copy_(0, place_N, page_N)
+        self.table_BP = self._table_RP[: len(self.row_pages)]
+
+
+class StepRows(NamedTuple):
+    """What a step needs to know of every row."""
+
+    token_B: Tensor
+    """Fed next; it stands at `position_B`."""
+    position_B: Tensor
+    key_B: Tensor
+    rules_B4: Tensor
+
+
+class StaticSteps:
+    """The pools, buffers and graphs of one model."""
+
+    @torch.inference_mode(False)  # the buffers are written to in any mode
+    def __init__(
+        self, model: Transformer, vocab: int, rows: int, pages: int, row_tokens: int, capture: Capture | None = None
+    ) -> None:
+        """At most `rows` rows of `row_tokens` tokens, in a cache of `pages` pages. capture None: no graphs."""
+        cfg, weight = model.cfg, model.embed.weight
+        device = weight.device
+        self.model, self.vocab, self.rows, self.pages, self.row_tokens = model, vocab, rows, pages, row_tokens
+        self.sizes = row_counts(rows)
+        self.asked = rows
+        """Rows that were wanted, where memory held fewer."""
+        self.capture = capture
+        self._graphs: dict[tuple[int, int, Form, bool], Replay] = {}
+        self._addresses = addresses(model)
+        width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
+        self.pools = [
+            torch.zeros(pages + 1, PAGE, width, dtype=weight.dtype, device=device) for _ in range(cfg.n_layers)
+        ]
+        self.table_RP = torch.full((rows, pages_for(row_tokens)), pages, dtype=torch.int64, device=device)
+        self.token_R, self.position_R, self.key_R, self._live_R = (
+            torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(4)
+        )
+        self.rules_R4 = torch.zeros(rows, 4, dtype=torch.float64, device=device)
+        self.sampled_R3 = torch.zeros(rows, 3, dtype=torch.float64, device=device)
+        """The next token of every row, as `row_sampling.sample` gives it."""
+        self.logits_RV = torch.zeros(rows, cfg.vocab_size, device=device)
+        self.expert_RLK: Tensor | None = None
+        """The experts of the fed tokens, after a step that records them."""
+        if sparse := sum(not layer.dense for layer in model.layers):
+            dtype = RoutingTrace(cfg).dtype
+            self.expert_RLK = torch.zeros(rows, sparse, cfg.n_activated_experts, dtype=dtype, device=device)
+        self._rope = model.rope_table(row_tokens)
+        self._cache: StaticCache
+
+    @torch.inference_mode(False)
+    def new_cache(self, prefix_cache: bool) -> StaticCache:
+        """An empty cache in these pools; the last one must not be used any more."""
+        for pool in self.pools:
+            pool.zero_()  # what failed sequences left
+        self._cache = StaticCache(self, prefix_cache)
+        return self._cache
+
+    @property
+    def current(self) -> bool:
+        """Every weight stands where it stood when the graphs were captured."""
+        return self._addresses == addresses(self.model)
+
+    def load(self, rows: StepRows) -> None:
+        """Other rows than those of the last step."""
+        n = len(rows.token_B)
+        buffers = (self.token_R, self.position_R, self.key_R, self.rules_R4)
+        for buffer, values in zip(buffers, rows, strict=True):
+            buffer[:n] = values
+            buffer[n:] = 0
+        self._live_R[:n], self._live_R[n:] = 1, 0
+
+    def run(self, n: int, form: Form, record: bool) -> None:
+        """A step of the n rows: `token_R`, `position_R`, `sampled_R3`, `logits_RV` (and with `record` `expert_RLK`) are
+        then those of the next tokens."""
+        pages = max(map(len, self._cache.row_pages))
+        size, most = next(size for size in self.sizes if size >= n), self.table_RP.shape[1]
+        if self.capture is None:
+            return self._step(size, pages, form, record)
+        pages = min(1 << (pages - 1).bit_length(), most)
+        if (key := (size, pages, form, record)) not in self._graphs:
+            try:
+                advanced = (self.token_R, self.position_R)
+                self._graphs[key] = self.capture(lambda: self._step(*key), advanced)
+            except (RuntimeError, NotImplementedError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                print(f"decoding without CUDA graphs, which is slower: {reason}", file=sys.stderr, flush=True)
+                self.capture, self._graphs = None, {}
+                return self.run(n, form, record)
+        self._graphs[key]()
+        return None
+
+    def _step(self, size: int, pages: int, form: Form, record: bool) -> None:
+        model, cache = self.model, self._cache
+        token_R, position_R, table_RP = self.token_R[:size], self.position_R[:size], self.table_RP[:size, :pages]
+        page_R1 = table_RP.gather(1, (position_R // PAGE)[:, None])
+        slot_R = page_R1.squeeze(1) * PAGE + position_R % PAGE
+        hidden_R1S = torch.arange(pages * PAGE, device=token_R.device) > position_R[:, None, None]
+        bias_R1S = torch.zeros(hidden_R1S.shape, dtype=self.pools[0].dtype, device=token_R.device)
+        bias_R1S.masked_fill_(hidden_R1S, float("-inf"))
+        group = RowGroup(slice(0, size), size, table_RP.flatten(), pages * PAGE, bias_R1S)
+        trace = RoutingTrace(model.cfg) if record else None
+        x_RTD, rope = model.embed(token_R[:, None]), self._rope[position_R][:, None]
+        for i, layer in enumerate(model.layers):
+            x_RTD = layer_step(layer, i, x_RTD, rope, cache, [group], slot_R, trace)
+        logits_RV = model.head(model.norm(x_RTD.squeeze(1))).float()
+        position_R.add_(self._live_R[:size])
+        sampled_R3 = row_sampling.sample(
+            logits_RV, self.vocab, self.rules_R4[:size], self.key_R[:size], position_R, form
+        )
+        token_R.copy_(sampled_R3[:, 0])
+        self.sampled_R3[:size] = sampled_R3
+        self.logits_RV[:size] = logits_RV
+        if trace is not None and self.expert_RLK is not None:
+            self.expert_RLK[:size] = trace.take()
+
+
+def row_counts(most: int) -> tuple[int, ...]:
+    """The numbers of rows that steps are padded to: 1, 2, 3, 4, 6, 8, 12, 16, ..., `most`; less than a third idle."""
+    powers = [1 << k for k in range(most.bit_length())]
+    return (*sorted(size for size in {*powers, *(3 * power for power in powers)} if size < most), most)
+
+
+def addresses(model: Transformer) -> list[int]:
+    """Where the weights stand."""
+    return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+
+
+class CudaGraphs:
+    """`Capture` on the current GPU. All graphs share one pool of memory: none keeps a result outside the buffers."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Callable[[], None], advanced: tuple[Tensor, ...]) -> Replay:
+        before, saved = torch.cuda.current_stream(), [tensor.clone() for tensor in advanced]
+        checks = torch.cuda.get_sync_debug_mode()
+
+        def warm_up() -> None:
+            step()
+            for tensor, value in zip(advanced, saved, strict=True):
+                tensor.copy_(value)
+
+        try:
+            self._stream.wait_stream(before)
+            with torch.cuda.stream(self._stream):
+                warm_up()  # compiles, tunes and makes workspaces
+                torch.cuda.set_sync_debug_mode("error")  # an operation that waits fails here, before the capture
+                warm_up()
+            torch.cuda.set_sync_debug_mode(checks)
+            before.wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                step()
+        except BaseException:
+            torch.cuda.set_sync_debug_mode(checks)
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own
+            torch.cuda.synchronize()
+            for tensor, value in zip(advanced, saved, strict=True):
+                tensor.copy_(value)
+            raise
+        return graph.replay
+
+
+def plain(step: Callable[[], None], advanced: tuple[Tensor, ...]) -> Replay:
+    """A `Capture` that captures nothing: the same steps as with graphs, on any device."""
+    return step

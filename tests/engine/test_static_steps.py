@@ -1,0 +1,328 @@
+"""Decoding as a GPU does it: steps over fixed buffers with the host one token behind, on a CPU, and on the meta device,
+which has no numbers to give to the host."""
+
+import sys
+
+import pytest
+import torch
+from drain import drain
+from test_scheduler import SAMPLINGS, alone, requests, used
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bessemer.engine import device_runner, room, row_sampling, sampling, static_steps
+from bessemer.engine.engine import Engine
+from bessemer.engine.kv_cache import PAGE
+from bessemer.engine.routing_record import RoutingRecord
+from bessemer.engine.sampling import stream_key, uniform
+from bessemer.engine.scheduler import Scheduler
+from bessemer.engine.sequence import Request, SamplingParams, Token
+from bessemer.engine.static_steps import plain
+from bessemer.errors import UserError
+from bessemer.model.config import preset
+from bessemer.model.transformer import Transformer
+from bessemer.rl.ray_worker import load_weights, pack_weights, unpack_weights
+
+CALL = dict(samples=3, max_new_tokens=24, seed=4)
+
+
+@pytest.fixture(params=[None, plain], ids=["eager", "as with graphs"])
+def as_gpu(request, monkeypatch):
+    """Called, it lets a CPU take a GPU's way."""
+
+    def take() -> None:
+        monkeypatch.setattr(static_steps, "serves", lambda model, drafts=0, compiled=False: not drafts)
+        monkeypatch.setattr(room, "graphs", lambda device: request.param)
+
+    return take
+
+
+def same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert [c.tokens for c in a] == [c.tokens for c in b]
+        assert [c.finish_reason for c in a] == [c.finish_reason for c in b]
+        for c, d in zip(a, b, strict=True):
+            assert c.logprobs == pytest.approx(d.logprobs, abs=2e-5)
+            assert c.raw_logprobs == pytest.approx(d.raw_logprobs, abs=2e-5)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9}], ids=str)
+def test_samples_are_those_of_fixed_batches(engine, prompts, sampling, as_gpu):
+    """More samples than rows, so that rows are refilled while others decode."""
+    expected = engine.generate(prompts, **CALL, **sampling)
+    as_gpu()
+    engine.rows, engine.keeps_memory = 5, True
+    same(engine.generate(prompts, **CALL, **sampling), expected)
+    assert engine._steps.rows == 5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rows": 3}, {"prefill_tokens": 16}, {"rows": 20, "cache_tokens": 4 * PAGE, "prefill_tokens": 50}],
+    ids=["roomy", "few rows", "prompts in pieces", "cache too small for all"],
+)
+def test_requests_of_every_sort_get_what_they_would_get_alone(engine, prompts, options, as_gpu):
+    penalised = SamplingParams(0.9, repetition_penalty=1.2)
+    wanted = [*requests(prompts), Request(tuple(prompts[2]), stream_key(5), 20, penalised)]
+    expected = [alone(engine, one) for one in wanted]
+    as_gpu()
+    scheduler = Scheduler(engine, **options)
+    assert isinstance(scheduler.runner, device_runner.DeviceRunner)
+    results, _ = drain(scheduler, wanted, every=1)
+    for (tokens, end), one in zip(results, expected, strict=True):
+        assert [event.token for event in tokens] == one.tokens
+        assert [event.logprob for event in tokens] == pytest.approx(one.logprobs, abs=2e-5)
+        assert end.reason == one.finish_reason
+    assert used(scheduler) == 0 and not scheduler.queue.running
+    assert (scheduler.stats()["preempted"] > 0) == ("cache_tokens" in options)
+
+
+def test_experts_are_recorded_as_in_fixed_batches(engine, prompts, as_gpu, monkeypatch):
+    """Also of samples that are preempted and start again with all their tokens as a prompt."""
+    expected = engine.generate(prompts, record_routing=True, **CALL)
+    as_gpu()
+    engine.rows, engine.keeps_memory = 6, True
+    make = room.make_steps
+    monkeypatch.setattr(room, "make_steps", lambda *sizes: make(*sizes[:4], 5 * PAGE, sizes[5]))
+    found = engine.generate(prompts, record_routing=True, **CALL)
+    same(found, expected)
+    pairs = [(c.routing, d.routing) for a, b in zip(found, expected, strict=True) for c, d in zip(a, b, strict=True)]
+    assert [a.shape for a, _ in pairs] == [b.shape for _, b in pairs]
+    equal = torch.cat([(a.sort(-1).values == b.sort(-1).values).all(-1).flatten() for a, b in pairs])
+    assert equal.float().mean() > 0.999
+
+
+@pytest.mark.parametrize("form", [SAMPLINGS[:2], SAMPLINGS], ids=["plain", "every rule"])
+def test_rows_are_sampled_by_their_own_rules(form):
+    """Against the sampler of equal rows, with a vocabulary that is no multiple of a block and spare ids."""
+    generator = torch.Generator().manual_seed(3)
+    B, V, vocab = 64, 300, 290
+    logits = 3 * torch.randn(B, V, generator=generator)
+    params = [form[b % len(form)] for b in range(B)]
+    key, position = torch.arange(B) * 977, torch.arange(B) % 7
+    rules = torch.tensor([(p.temperature, p.top_p, p.top_k, p.min_p) for p in params], dtype=torch.float64)
+    before = logits.clone()
+    found = row_sampling.sample(logits, vocab, rules, key, position, row_sampling.form_of(params))
+    assert torch.equal(logits, before)
+    for b, p in enumerate(params):
+        one = sampling.sample(logits[b : b + 1].clone(), p, uniform(key[b : b + 1], position[b : b + 1]), vocab)
+        assert found[b, 0] == one.token_B[0]
+        assert found[b, 1:].tolist() == pytest.approx([float(one.logp_B), float(one.raw_logp_B)], abs=1e-5)
+
+
+def test_a_row_of_nan_ends_alone_and_leaves_a_finite_cache(engine, prompts, as_gpu):
+    as_gpu()
+    bad, good = Request((77, 5), stream_key(1), 12, stop_ids=()), Request((9, 5), stream_key(2), 12, stop_ids=())
+    expected = alone(engine, good)
+    with torch.no_grad():
+        engine.model.embed.weight[77] = float("nan")
+    scheduler = Scheduler(engine)
+    results, _ = drain(scheduler, [bad, good], every=1)
+    assert results[0][1].reason == "error" and not results[0][0]
+    assert [event.token for event in results[1][0]] == expected.tokens
+    taken = scheduler.runner.steps.pools
+    assert all(pool[:-1].isfinite().all() for pool in taken)
+
+
+WAITS = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "unique_consecutive", "equal"}
+
+
+class Transfers(TorchDispatchMode):
+    """Fails where the host would wait for the device, or copies to it other than through pinned memory. (Numbers of a
+    meta tensor cannot be read at all.)"""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function.__name__.partition(".")[0], kwargs or {}
+        tensors = [x for x in args if isinstance(x, torch.Tensor) and x.dim()]  # numbers travel with the launch
+        assert name not in WAITS or all(x.device.type == "cpu" for x in tensors), name
+        devices = {x.device.type for x in tensors} | ({kwargs["device"].type} if kwargs.get("device") else set())
+        if tensors and len(devices) > 1:
+            frame, callers = sys._getframe(), set()
+            while frame is not None:
+                callers.add(frame.f_code.co_name)
+                frame = frame.f_back
+            assert "to_device" in callers, f"{name} between {devices}"
+        return function(*args, **kwargs)
+
+
+class MadeUp:
+    """`Fetch` of a device without numbers."""
+
+    reads = 0
+
+    def __init__(self, tensor):
+        assert tensor.device.type == "meta" and tensor.is_contiguous()
+        self.rows = len(tensor)
+
+    def read(self):
+        MadeUp.reads += 1
+        return [[5 + MadeUp.reads % 7, -1.0, -1.0]] * self.rows
+
+
+def test_a_step_waits_for_the_device_once_and_prefill_never(tokenizer, monkeypatch):
+    """Requests come, decode, grow into new pages and end. BF16, with every rule of sampling, experts recorded."""
+    monkeypatch.setattr(device_runner, "Fetch", MadeUp)
+    cfg = preset("tiny", vocab_size=tokenizer.vocab_size, dim=64, moe_inter_dim=32, n_layers=2, max_seq_len=160)
+    model = Transformer(cfg).to("meta").to_compute(torch.bfloat16).eval()
+    assert static_steps.serves(model)
+    engine = Engine(model, tokenizer)
+    scheduler = Scheduler(engine, rows=3, cache_tokens=3 * 160, record=RoutingRecord())
+    assert isinstance(scheduler.runner, device_runner.DeviceRunner)
+    for k in range(5):
+        scheduler.add(Request((3, 4, 5) * (1 + 20 * (k % 2)), stream_key(k), 4 + k, SAMPLINGS[k % 4], stop_ids=()))
+    steps = tokens = 0
+    with Transfers():
+        while not scheduler.idle:
+            before = MadeUp.reads
+            tokens += sum(isinstance(event, Token) for event in scheduler.step())
+            steps += 1
+            assert MadeUp.reads - before <= 1
+    assert tokens == sum(4 + k for k in range(5)) and MadeUp.reads == steps
+
+
+def test_steps_that_cannot_be_captured_run_as_they_are(engine, prompts, as_gpu, monkeypatch, capfd):
+    expected = engine.generate(prompts, **CALL)
+    as_gpu()
+
+    def refused(step, advanced):
+        saved = [tensor.clone() for tensor in advanced]
+        step()
+        for tensor, value in zip(advanced, saved, strict=True):
+            tensor.copy_(value)
+        raise RuntimeError("operation not permitted when stream is capturing\nlong story")
+
+    monkeypatch.setattr(room, "graphs", lambda device: refused)
+    same(engine.generate(prompts, **CALL), expected)
+    said = capfd.readouterr().err.splitlines()
+    assert said == ["decoding without CUDA graphs, which is slower: operation not permitted when stream is capturing"]
+
+
+def test_weights_change_in_place_and_moved_ones_are_captured_again(engine, prompts, as_gpu, monkeypatch):
+    """An optimizer step, a refresh of a worker and a load of other values keep every address."""
+    as_gpu()
+    engine.keeps_memory, model = True, engine.model
+    engine.generate(prompts, **CALL)
+    steps = engine._steps
+    captured = set(steps._graphs)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model(torch.tensor([prompts[5]])).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    load_weights(model, unpack_weights(pack_weights({k: v * 1.01 for k, v in model.state_dict().items()})))
+    found = engine.generate(prompts, **CALL)
+    assert engine._steps is steps and set(steps._graphs) >= captured
+    monkeypatch.setattr(static_steps, "serves", lambda *_: False)
+    same(found, engine.generate(prompts, **CALL))
+    as_gpu()
+    model.layers[0].attn.wo.weight = torch.nn.Parameter(model.layers[0].attn.wo.weight.detach().clone())
+    engine.generate(prompts, **CALL)
+    assert engine._steps is not steps
+    engine.keeps_memory = False
+    engine.generate(prompts[:1], **CALL)
+    assert engine._steps is None
+
+
+def test_rows_are_what_the_memory_holds_beside_the_weights(engine, prompts, as_gpu, monkeypatch):
+    as_gpu()
+    engine.keeps_memory, model, tokens = True, engine.model, 100
+    row = 2 * room.page_bytes(model) + room.LOGITS * 4 * model.cfg.vocab_size
+    free = int((7.5 * row + room.prefill_bytes(model, 50)) / (1 - room.SPARE))
+    assert room.rows_that_fit(model, tokens, 50, free) == 7
+    assert room.rows_that_fit(model, tokens, 50, None) is None
+    with pytest.raises(UserError, match=r"no room to generate: an answer of up to 100 tokens, .* lower max_new_tokens"):
+        room.rows_that_fit(model, tokens, 50, free // 100)
+    monkeypatch.setattr(room, "free_bytes", lambda device: free)
+    monkeypatch.setattr("bessemer.engine.engine.PREFILL", 50)
+    expected = [len(group) for group in engine.generate(prompts, **CALL)]
+    assert engine._steps.rows == 7 and expected == [3] * 8
+    assert sum(pool.nbytes for pool in engine._steps.pools) < free
+
+
+def test_rows_are_padded_by_less_than_a_third():
+    for most in (1, 2, 5, 64, 300):
+        sizes = static_steps.row_counts(most)
+        assert sizes[-1] == most and list(sizes) == sorted(set(sizes))
+        assert all(next(size for size in sizes if size >= n) <= max(n + 1, n * 1.5) for n in range(1, most + 1))
+
+
+class Stub:
+    """torch.cuda as far as a capture goes, and what it was asked for, in order."""
+
+    def __init__(self, monkeypatch, fails=""):
+        self.log, self.mode, self.fails = [], 0, fails
+        self.streams = ["main"]
+        for name in ("Stream", "CUDAGraph", "graph", "stream", "set_stream", "current_stream", "graph_pool_handle",
+                     "set_sync_debug_mode", "get_sync_debug_mode", "synchronize"):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, getattr(self, f"do_{name}"))
+
+    def do_Stream(self):
+        return self
+
+    def wait_stream(self, other):
+        self.log.append("wait")
+
+    def do_CUDAGraph(self):
+        return self
+
+    def replay(self):
+        self.log.append("replay")
+
+    def do_graph_pool_handle(self):
+        return "pool"
+
+    def do_current_stream(self):
+        return self
+
+    def do_set_stream(self, stream):
+        self.log.append("back")
+
+    def do_get_sync_debug_mode(self):
+        return self.mode
+
+    def do_set_sync_debug_mode(self, mode):
+        self.mode = mode
+
+    def do_synchronize(self):
+        self.log.append("synchronize")
+
+    def do_stream(self, stream):
+        return self
+
+    def do_graph(self, graph, *, pool, stream, capture_error_mode):
+        assert (graph, pool, stream, capture_error_mode) == (self, "pool", self, "thread_local") and self.mode == 0
+        self.log.append("capture")
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        return None
+
+
+def test_a_capture_warms_up_first_and_leaves_the_rows_where_they_were(monkeypatch):
+    stub, position = Stub(monkeypatch), torch.tensor([3, 4])
+
+    def step():
+        stub.log.append(f"step in mode {stub.mode}")
+        if "capture" not in stub.log:  # a captured step does not run
+            position.add_(1)
+            assert position.tolist() == [4, 5]
+
+    replay = static_steps.CudaGraphs()(step, (position,))
+    assert stub.log == ["wait", "step in mode 0", "step in mode error", "wait", "capture", "step in mode 0"]
+    assert position.tolist() == [3, 4] and stub.mode == 0
+    replay()
+    assert stub.log[-1] == "replay"
+
+
+def test_a_capture_that_fails_leaves_its_stream(monkeypatch):
+    stub, position = Stub(monkeypatch), torch.tensor([3])
+
+    def step():
+        position.add_(1)
+        if stub.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        static_steps.CudaGraphs()(step, (position,))
+    assert stub.log[-2:] == ["back", "synchronize"] and stub.mode == 0 and position.tolist() == [3]
