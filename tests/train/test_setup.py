@@ -1,9 +1,21 @@
-"""When layers are compiled."""
+"""When layers are compiled, and what a stage computes in."""
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+import bessemer
+from bessemer.config.recipe import Recipe
+from bessemer.config.rl import RLConfig
+from bessemer.config.training import DistillConfig, OptimizerConfig
+from bessemer.errors import UserError
+from bessemer.model.config import preset
+from bessemer.model.transformer import Transformer
 from bessemer.train import setup
+
+PACKAGE = Path(bessemer.__file__).parent
 
 
 @pytest.mark.parametrize(
@@ -23,3 +35,90 @@ def test_auto_compiles_where_it_pays(monkeypatch, setting, gpu, compiler, kernel
     monkeypatch.setattr(setup, "cpp_compiler", lambda: compiler)
     monkeypatch.setattr(setup.library, "available", lambda: kernels)
     assert setup.want_compile(setting, flops) is wanted
+
+
+H100, V100 = ("NVIDIA H100 80GB HBM3", (9, 0)), ("Tesla V100-SXM2-16GB", (7, 0))
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def has_card(monkeypatch, card):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *where: card[0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *where: card[1])
+
+
+def training_stages():
+    """(recipe, stage, the key as its file has it) of every stage that trains, in every recipe."""
+    for file in sorted(path for path in RECIPES.glob("*.toml") if "[[stage]]" in path.read_text()):
+        for config in Recipe.load(file).stages:
+            if isinstance(config, OptimizerConfig):
+                yield pytest.param(config, id=f"{file.stem}-{config.name}")
+
+
+@pytest.mark.parametrize("config", list(training_stages()))
+def test_no_stage_trains_in_float32_on_a_gpu_unless_its_recipe_says_so(monkeypatch, config):
+    has_card(monkeypatch, H100)
+    wanted = torch.float32 if config.precision == "float32" else torch.bfloat16
+    assert setup.precision_on(config.precision, GPU).dtype == wanted
+    assert config.precision != "float32" or "precision" in config.model_fields_set
+    has_card(monkeypatch, V100)
+    if config.precision == "bfloat16":
+        with pytest.raises(UserError, match=r"V100-SXM2-16GB has no BF16: its compute capability is 7\.0"):
+            setup.precision_on(config.precision, GPU)
+    else:
+        choice = setup.precision_on(config.precision, GPU)
+        assert choice.dtype == torch.float32 and ("has no BF16" in choice.why or "set by the recipe" in choice.why)
+
+
+def test_what_is_not_trained_is_loaded_to_sample():
+    """Only what trains afterwards reads float32 weights: there are no other calls of `load_model` without a dtype."""
+    found = {
+        str(file.relative_to(PACKAGE)): len(calls)
+        for file in PACKAGE.rglob("*.py")
+        if (calls := re.findall(r"(?<!def )load_model\((?!directory|[^\n]*dtype)", file.read_text()))
+    }
+    assert found == {"dist/distributed.py": 1, "pipeline/stages/distill.py": 1, "pipeline/stages/reward.py": 1}
+
+
+def test_a_cpu_is_as_it_was():
+    assert setup.precision_on("device", CPU).dtype == torch.float32
+    assert setup.precision_on("bfloat16", CPU) == (torch.bfloat16, "bfloat16 (set by the recipe)")
+
+
+@pytest.mark.parametrize("table", [RLConfig, DistillConfig])
+def test_finished_runs_of_the_old_default_stay_finished(table):
+    values = {"kind": "rl", "tasks": ["countdown"], "teacher": "base"}
+    values = {key: value for key, value in values.items() if key in ("kind", *table.model_fields)}
+    today, before, other = (
+        table(**values, **more).fingerprint_values()
+        for more in ({}, {"precision": "float32"}, {"precision": "bfloat16"})
+    )
+    assert today == before and "precision" not in today and other["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize("card", [H100, V100], ids=["H100", "V100"])
+def test_a_stage_says_what_it_computes_with(monkeypatch, card):
+    """Device, card, dtype, experts and compilation in one line."""
+    has_card(monkeypatch, card)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(setup, "device", lambda: GPU)
+    said, before = [], torch.get_float32_matmul_precision()
+    config = RLConfig(kind="rl", tasks=["countdown"])
+    try:
+        with torch.device("meta"):
+            network = Transformer(preset("tiny"))
+        dtype = setup.set_precision(network, config, said.append)
+        assert torch.get_float32_matmul_precision() == ("highest" if card is H100 else "high")
+        odd = Transformer(preset("tiny", moe_inter_dim=36)) if card is H100 else network
+        setup.announce(odd, setup.choose_precision("device"), said.append, compiled=True)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    if card is H100:
+        assert dtype == torch.bfloat16 and said == [
+            "compute in bfloat16 with float32 masters, on NVIDIA H100 80GB HBM3; experts: grouped_mm; "
+            "layers not compiled",
+            "compute in bfloat16, on NVIDIA H100 80GB HBM3; experts: one after another; layers compiled",
+        ]
+    else:
+        assert dtype == torch.float32 and said[0].startswith("compute in float32 (Tesla V100-SXM2-16GB has no BF16: ")
+        assert "products in TF32" in said[0]

@@ -9,8 +9,9 @@ from bessemer.config.judge import JudgeConfig
 from bessemer.config.table import SourceName, StageConfig, StageRef, TaskName
 from bessemer.config.units import Points, Seconds, Steps, Tokens, Weight
 
-Precision = Literal["auto", "float32", "bfloat16"]
-"""Dtype of forward and backward; auto: the one that measures faster on this machine."""
+Precision = Literal["auto", "device", "float32", "bfloat16"]
+"""Dtype of forward and backward. device: bfloat16 on a GPU that has it, float32 on a CPU; auto: the same on a GPU, and
+on a CPU the one that measures faster."""
 Divergence = Literal["reverse", "forward"]
 """KL of student from teacher (reverse), or of teacher from student (forward)."""
 
@@ -38,8 +39,8 @@ class OptimizerConfig(StageConfig):
     """Decay of a moving average of the weights, also validated and exported as model-ema/; 0: none (V3 has one in
     CPU memory; its decay is undocumented)."""
     precision: Precision = "auto"
-    """Compute dtype; auto: the one that measures faster on this machine. Master weights and gradients are always
-    float32."""
+    """Compute dtype; auto: the one that measures faster on this machine, on a GPU bfloat16; device: bfloat16 on a GPU
+    that has it, float32 on a CPU. Master weights and gradients are always float32."""
     fp8: Literal["off", "paper", "power-of-two", "block-gradients", "per-tensor", "short-sums", "coarse"] = "off"
     """Matrices of attention, FFN and experts in FP8, with activations stored in FP8 (V3: paper). power-of-two: all
     scaling factors are powers of two; block-gradients, per-tensor: variants for comparison; short-sums: 14 bits inside
@@ -47,7 +48,8 @@ class OptimizerConfig(StageConfig):
     micro_rows: int = Field(4, ge=1)
     """Rows per forward; changes memory and speed only."""
     save_seconds: Seconds = 60.0
-    """Time between checkpoints, or more, so that training waits for them 5 % of the time at most; 0: after every step."""
+    """Time between checkpoints, or more, so that training waits for them at most 5 % of the time. 0: after every
+    step."""
 
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
         """The rate of the step that begins at `tokens` consumed tokens of `total`, after `step` optimizer steps."""
@@ -72,9 +74,14 @@ class OnPolicyConfig(FineTuningConfig):
     """Maximum gradient norm."""
     micro_tokens: int = Field(4096, ge=16)
     """Padded tokens per forward; changes memory and speed only."""
-    precision: Precision = "float32"
-    """Compute dtype of sampling and training; auto: the one that measures faster on this machine. Master weights and
-    gradients are always float32."""
+    precision: Precision = "device"
+    """Compute dtype of sampling and training; device: bfloat16 on a GPU that has it, float32 on a CPU; auto: on a CPU
+    the one that measures faster. Master weights and gradients are always float32."""
+
+    def fingerprint_values(self) -> dict[str, Any]:
+        """Without `precision` where it is the default of today or of before, float32: finished runs stay finished."""
+        values = super().fingerprint_values()
+        return {key: value for key, value in values.items() if (key, value) != ("precision", "float32")}
 
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
         return self.lr(step)

@@ -3,6 +3,7 @@ table for a terminal."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def evaluate_lm_eval(
 
 def _engine(model_dir: Path) -> Engine:
     setup.keep_memory()
-    return Engine(*setup.load_model(model_dir), setup.workers())
+    return Engine(*setup.load_to_sample(model_dir, lambda text: print(text, file=sys.stderr)), setup.workers())
 
 
 def table(rows: list[dict[str, Any]]) -> Group:

@@ -137,7 +137,7 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """The row of each evaluation, as soon as all its answers are there."""
     setup.keep_memory()
-    engine = Engine(*setup.load_model(model), setup.workers())
+    engine = Engine(*setup.load_to_sample(model, _say), setup.workers())
     out.mkdir(parents=True, exist_ok=True)
     _say(f"answers are kept in {out}; the same command goes on after an interruption")
     longest = engine.model.cfg.max_seq_len

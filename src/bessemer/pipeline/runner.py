@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,9 @@ from bessemer.runs.progress import RunProgress
 from bessemer.workers import all_cores
 
 if TYPE_CHECKING:
+    import torch
+
+    from bessemer.config.training import Precision
     from bessemer.dist.ranks import Ranks
 
 
@@ -365,8 +368,7 @@ def _overview(
     """The stages, the device and the estimated time: a line for the run and one for each stage."""
     from bessemer.train import setup
 
-    precisions = {config.precision for config in recipe.stages if hasattr(config, "precision")}
-    dtypes = sorted(precisions - {"auto"}) + ["the dtype that measures faster"] * ("auto" in precisions)
+    dtypes = _dtypes({config.precision for config in recipe.stages if hasattr(config, "precision")}, setup.device())
     device = setup.describe_device() if ranks is None else f"{ranks.n} ranks"
     where = f"on {device}" + (f", in {' or '.join(dtypes)}" if dtypes else "")
     last = len(plan) if until is None else recipe.names().index(until) + 1
@@ -380,6 +382,17 @@ def _overview(
         time = f"about {show_seconds(estimates[config.name])}" if config.name in due else "-"
         lines.append(f"  {number:>2} {config.name:<{width}}  {time:<14}{kind}".rstrip())
     return "\n".join(lines)
+
+
+def _dtypes(precisions: Iterable[Precision], where: torch.device) -> list[str]:
+    """What stages with these values of `precision` compute in, without measuring."""
+    from bessemer.train import setup
+
+    named = set()
+    for precision in precisions:
+        measured = precision == "auto" and where.type == "cpu"
+        named.add("the dtype that measures faster" if measured else str(setup.precision_on(precision, where).dtype)[6:])
+    return sorted(named)
 
 
 def _write_conformance(rows: list[dict[str, Any]], root: Path) -> str:

@@ -77,7 +77,7 @@ def of_recipe(recipe: Recipe, world: int | None = None, device_name: str | None 
     n = world or recipe.layout.fewest
     layout, *_ = distributed.layout_of(recipe.layout, n)
     distributed.check(recipe, settings.name, settings.batch_rows.values, cfg, n)
-    half = settings.precision == "bfloat16" or (settings.precision == "auto" and device_name is not None)
+    half = settings.precision == "bfloat16" or (settings.precision != "float32" and device_name is not None)
     moments = torch.bfloat16 if settings.moments == "bfloat16" else torch.float32
     fused = device_name is not None
     numbers = NumberFormats(2 if half else 4, moments.itemsize, settings.fp8 != "off", fused)

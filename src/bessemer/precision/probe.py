@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from bessemer.errors import UserError
+
 SIZE = 1024
 """Matrices are SIZE x SIZE: large enough to be bound by arithmetic, small enough to take milliseconds."""
 
@@ -59,6 +61,23 @@ def compute_dtype(rates: dict[str, float]) -> Choice:
     if half > 1.2 * full:
         return Choice(torch.bfloat16, f"bfloat16 with float32 masters ({measured})")
     return Choice(torch.float32, f"float32 ({measured})")
+
+
+FIRST_WITH_BF16 = (8, 0)
+"""Compute capability of the first NVIDIA GPUs that multiply BF16 (A100); AMD's and later ones count higher."""
+
+
+def on_gpu(precision: str, name: str, capability: tuple[int, int]) -> Choice:
+    """The compute dtype on a GPU, by a stage's `precision`. BF16 wherever the card has it: it multiplies float32 at a
+    tenth of that rate, so nothing is measured. UserError for BF16 that a card does not have."""
+    lacks = f"{name} has no BF16: its compute capability is {'.'.join(map(str, capability))}, and 8.0 the first with it"
+    if precision == "float32":
+        return Choice(torch.float32, "float32 (set by the recipe)")
+    if capability >= FIRST_WITH_BF16:
+        return Choice(torch.bfloat16, "bfloat16")
+    if precision == "bfloat16":
+        raise UserError(f'{lacks}. Set precision = "float32"')
+    return Choice(torch.float32, f"float32 ({lacks})")
 
 
 DEVICES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia")

@@ -110,7 +110,7 @@ class Judge:
             self.replies = _Replies(ctx.cache / "judge.sqlite")
         else:
             assert config.stage is not None
-            self.engine = Engine(*setup.load_model(ctx.inputs[config.stage] / "model"), setup.workers())
+            self.engine = Engine(*setup.load_to_sample(ctx.inputs[config.stage] / "model", ctx.say), setup.workers())
             self.replies = _Replies(ctx.state / "judge.sqlite")
 
     def verdicts(self, answers: Sequence[tuple[str, str, str]]) -> list[bool | None]:

@@ -127,10 +127,12 @@ class RewardModel:
         self.network, self.tokenizer, self.scale, self.name = network, tokenizer, scale, name
 
     @classmethod
-    def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> RewardModel:
+    def load(
+        cls, directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> RewardModel:
         directory = Path(directory)
         scale = Scale.read(directory / FACTS)
-        network = hub.load(directory, dtype=torch.float32, device=device, kind=Scorer)
+        network = hub.load(directory, dtype=dtype, device=device, kind=Scorer)
         return cls(network, Tokenizer.load(directory), scale, str(directory))
 
     @property

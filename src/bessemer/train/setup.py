@@ -17,8 +17,10 @@ from bessemer.hf import hub
 from bessemer.hf.causal_lm import CausalLM, load_any, needs_transformers
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.kernels import library
+from bessemer.model import grouped
 from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig, preset
+from bessemer.model.moe import Experts
 from bessemer.model.transformer import Transformer
 from bessemer.precision import backends, probe
 from bessemer.precision.fp8_linear import FP8_RECIPES
@@ -86,31 +88,37 @@ def batch_rows(samples: int) -> int:
 def choose_precision(
     precision: Precision, agree: Callable[[Callable[[], Any]], Any] = lambda decide: decide()
 ) -> probe.Choice:
-    """The compute dtype: as named, or the faster one by measurement; many ranks `agree` on rank 0's."""
-    if precision != "auto":
-        return probe.Choice(getattr(torch, precision), f"{precision} (set by the recipe)")
+    """The compute dtype of a stage: as named, by the device, or the faster one by measurement; many ranks `agree` on
+    rank 0's."""
 
-    def measured() -> list[str]:
-        choice = probe.compute_dtype(probe.gemm_rates(device()))
+    def decided() -> list[str]:
+        choice = precision_on(precision, device())
         return [str(choice.dtype).removeprefix("torch."), choice.why]
 
-    dtype, why = agree(measured)
+    dtype, why = agree(decided)
     return probe.Choice(getattr(torch, dtype), why)
+
+
+def precision_on(precision: Precision, where: torch.device) -> probe.Choice:
+    """The compute dtype on this device."""
+    if where.type == "cuda":
+        return probe.on_gpu(precision, torch.cuda.get_device_name(where), torch.cuda.get_device_capability(where))
+    if precision == "device":
+        return probe.Choice(torch.float32, "float32")
+    if precision != "auto":
+        return probe.Choice(getattr(torch, precision), f"{precision} (set by the recipe)")
+    return probe.compute_dtype(probe.gemm_rates(where))
 
 
 def set_precision(
     model: Transformer | CausalLM, config: OptimizerConfig, say: Callable[[str], None],
-    agree: Callable[[Callable[[], Any]], Any] = lambda decide: decide(),
+    agree: Callable[[Callable[[], Any]], Any] = lambda decide: decide(), compiled: bool = False,
 ) -> torch.dtype:  # fmt: skip
     """The compute dtype that a stage's `precision` chooses, as in `choose_precision`; `fp8` takes effect in `model`."""
     choice = choose_precision(config.precision, agree)
-    if device().type == "cuda":
-        # In BF16 only what must be exact is left in float32, the gate's scores above all (V3 3.3.1).
-        full = choice.dtype == torch.float32
-        torch.set_float32_matmul_precision("high" if full else "highest")
-        say(f"compute in {choice.why}{', products in TF32' if full else ''}, on {describe_device()}")
-    else:
-        say(f"compute in {choice.why}; kernels: {library.status().why}")
+    if choice.dtype != torch.float32 and device().type == "cuda":
+        choice = choice._replace(why=f"{choice.why} with float32 masters")
+    announce(model, choice, say, compiled)
     if config.fp8 != "off":
         if not isinstance(model, Transformer):
             raise UserError(f'stage "{config.name}": fp8 is for models of the DeepSeek V3 family; set fp8 = "off"')
@@ -120,16 +128,51 @@ def set_precision(
     return choice.dtype
 
 
-def load_model(directory: Path, context: Mapping[str, Any] | None = None) -> tuple[Transformer | CausalLM, Tokenizer]:
-    """A model directory, ours or any Hugging Face causal LM, on this machine's device, in float32. `context`, only for
-    ours: as in `hub.open_directory`."""
+def announce(
+    model: Transformer | CausalLM, choice: probe.Choice, say: Callable[[str], None], compiled: bool = False
+) -> None:
+    """Says what a stage computes with, in one line, and lets float32 products on a GPU run in TF32."""
+    if device().type != "cuda":
+        say(f"compute in {choice.why}; kernels: {library.status().why}")
+        return
+    # In BF16 only what must be exact is left in float32, the gate's scores above all (V3 3.3.1).
+    full = choice.dtype == torch.float32
+    torch.set_float32_matmul_precision("high" if full else "highest")
+    facts = [f"compute in {choice.why}{', products in TF32' if full else ''}, on {describe_device()}"]
+    if experts := next((module for module in model.modules() if isinstance(module, Experts)), None):
+        facts.append(f"experts: {'grouped_mm' if experts_grouped(experts, choice.dtype) else 'one after another'}")
+    facts.append("layers compiled" if compiled else "layers not compiled")
+    say("; ".join(facts))
+
+
+def experts_grouped(experts: Experts, dtype: torch.dtype) -> bool:
+    """Whether routed experts in this dtype are grouped products on a GPU."""
+    w13, w2 = (torch.empty(w.shape, dtype=dtype, device="meta") for w in (experts.w13, experts.w2))
+    return grouped.serves(torch.empty(1, w13.shape[-1], dtype=dtype, device="meta"), w13, w2)
+
+
+def load_model(
+    directory: Path, context: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Transformer | CausalLM, Tokenizer]:
+    """A model directory, ours or any Hugging Face causal LM, on this machine's device; in float32 for training.
+    `context`, only for ours: as in `hub.open_directory`."""
     if not directory.is_dir():
         raise UserError(f"no model directory at {directory}")
     if context and not needs_transformers(directory):
-        return hub.load(directory, torch.float32, device(), context=context), load_tokenizer(directory)
+        return hub.load(directory, dtype, device(), context=context), load_tokenizer(directory)
     if context:
         raise UserError(f"{directory} is not of the DeepSeek V3 family; its context cannot be changed here")
-    return load_any(directory, dtype=torch.float32, device=device()), load_tokenizer(directory)
+    return load_any(directory, dtype=dtype, device=device()), load_tokenizer(directory)
+
+
+def load_to_sample(
+    directory: Path, say: Callable[[str], None], context: Mapping[str, Any] | None = None
+) -> tuple[Transformer | CausalLM, Tokenizer]:
+    """`load_model` for a model that is not trained: in BF16 on a GPU that has it, in float32 on a CPU."""
+    choice = choose_precision("device")
+    model, tokenizer = load_model(directory, context, choice.dtype)
+    announce(model, choice, say)
+    return model, tokenizer
 
 
 def keep_memory() -> bool:

@@ -74,7 +74,8 @@ class _Run:
             raise UserError(f'stage "{ctx.name}" needs a student to start from: name its stage with from = "..."')
         setup.keep_memory()
         self.student, self.tokenizer = setup.load_model(ctx.source / "model")
-        teacher, its_tokenizer = setup.load_model(ctx.inputs[config.teacher] / "model")
+        its_dtype = setup.choose_precision("device").dtype
+        teacher, its_tokenizer = setup.load_model(ctx.inputs[config.teacher] / "model", dtype=its_dtype)
         if self.tokenizer.fingerprint != its_tokenizer.fingerprint:
             raise UserError(
                 f'stage "{ctx.name}": student and teacher have different tokenizers, so their distributions cannot be '

@@ -71,7 +71,7 @@ class Eval(Stage[EvalConfig]):
         loaded: dict[str, Engine] = {}
         for model, task, temperature in grid[len(rows) :]:
             if model not in loaded:
-                loaded = {model: Engine(*setup.load_model(ctx.inputs[model] / "model"), setup.workers())}
+                loaded = {model: Engine(*setup.load_to_sample(ctx.inputs[model] / "model", ctx.say), setup.workers())}
             engine = loaded[model]
             engine.tokenizer.use_template(config.prompt_template)
             row = scoring.evaluate(

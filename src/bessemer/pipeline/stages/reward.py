@@ -209,6 +209,9 @@ def _made(
     if config.samples:
         prompts = [question_ids(tokenizer, problem.prompt) for problem in problems]
         seeds = [tasks.stable_hash("judged", ctx.seed, p) & (2**62 - 1) for p in range(len(prompts))]
+        assert ctx.source is not None, "run() has checked it"
+        if setup.choose_precision("device").dtype != torch.float32:
+            model, _ = setup.load_to_sample(ctx.source / "model", ctx.say)
         engine, prefix = Engine(model, tokenizer, setup.workers()), opening(tokenizer.chat_style)
         groups = engine.generate(
             prompts, samples=config.samples, seeds=seeds, max_new_tokens=config.max_new_tokens,

@@ -131,7 +131,8 @@ def _reward_models(config: RLConfig, ctx: StageContext) -> dict[str, RewardModel
     """The reward models by their aim."""
     models: dict[str, RewardModel] = {}
     for name in config.reward_models:
-        model = RewardModel.load(ctx.inputs[name] / "model", setup.device())
+        dtype = setup.choose_precision("device").dtype
+        model = RewardModel.load(ctx.inputs[name] / "model", setup.device(), dtype)
         if model.aim in models:
             raise UserError(f'stage "{ctx.name}": two reward models are for {model.aim}; give one for each aim')
         models[model.aim] = model
