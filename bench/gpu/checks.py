@@ -1,0 +1,488 @@
+"""The checks of first_hour.py, one function each. A check runs in a process of its own, prints what it does, and writes
+what it found as JSON:
+
+    python bench/gpu/checks.py layer --json layer.json [--rehearse]
+
+`--rehearse` runs the same code with a small network on whatever this machine has, a CPU included. What only a GPU can
+tell is then left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "bench"), str(Path(__file__).parent)]
+GOOD, BAD, SHOWN, LEFT = "good", "bad", "no bound", "left out"
+
+
+@dataclass
+class Finding:
+    """What a check found."""
+
+    verdict: str
+    """GOOD or BAD against a bound; SHOWN: figures without one; LEFT: not possible on this machine."""
+    says: str
+    """One sentence with the figures that decided."""
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the checks run, and how large."""
+
+    rehearse: bool
+    device: torch.device
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def wait(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize()
+
+    def network(self, **changes: Any) -> Any:
+        """The network of recipes/one-gpu.toml; in a rehearsal the preset `tiny`."""
+        from bessemer.model.config import preset
+
+        table = {"preset": "tiny"}
+        if not self.rehearse:
+            table = tomllib.loads((ROOT / "recipes" / "one-gpu.toml").read_text())["model"]
+        table |= changes
+        return preset(table.pop("preset"), **table)
+
+
+def median_seconds(place: Place, run: Callable[[], Any], times: int) -> float:
+    """Median seconds of a call after two that warm up, all of its work on the device included."""
+    taken = []
+    for number in range(times + 2):
+        place.wait()
+        began = time.perf_counter()
+        run()
+        place.wait()
+        if number >= 2:
+            taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def machine(place: Place) -> Finding:
+    """What is here: the card, its driver, the libraries, and whether torch can use them."""
+    said = subprocess.run([sys.executable, "-m", "bessemer", "doctor", "--json"], capture_output=True, text=True)
+    figures: dict[str, Any] = {"doctor": json.loads(said.stdout or "null"), "torch": torch.__version__}
+    if not place.gpu:
+        return Finding(LEFT if place.rehearse else BAD, "no GPU that torch can use", figures)
+    card = torch.cuda.get_device_properties(place.device)
+    figures |= {
+        "card": card.name, "capability": list(torch.cuda.get_device_capability()), "cuda": torch.version.cuda,
+        "gib": card.total_memory / 2**30, "cards": torch.cuda.device_count(), "bf16": torch.cuda.is_bf16_supported(),
+        "nccl": list(torch.cuda.nccl.version()),
+    }  # fmt: skip
+    if not figures["bf16"]:
+        return Finding(BAD, f"{card.name} has no BF16", figures)
+    return Finding(GOOD, f"{figures['cards']} x {card.name}, {figures['gib']:.1f} GiB, CUDA {figures['cuda']}", figures)
+
+
+def compiler(place: Place) -> Finding:
+    """torch.compile on a layer: does it work at all, how long does it take, and what does it gain?"""
+    from bessemer.model.transformer import Transformer
+
+    cfg = place.network(n_layers=2, n_dense_layers=1)
+    model = Transformer(cfg).initialise(0).to(place.device).to_compute(torch.bfloat16)
+    tokens = torch.randint(0, cfg.vocab_size, (4, min(1024, cfg.max_seq_len)), device=place.device)
+
+    def step() -> None:
+        model(tokens).float().square().mean().backward()
+
+    plain = median_seconds(place, step, 3)
+    began = time.perf_counter()
+    for layer in model.layers:
+        layer.compile(dynamic=False)
+    step()
+    place.wait()
+    first = time.perf_counter() - began
+    compiled = median_seconds(place, step, 3)
+    figures = {"eager_seconds": plain, "compiled_seconds": compiled, "first_seconds": first}
+    says = f"the first step took {first:.0f} s; after it {plain / compiled:.2f} times as fast as without"
+    return Finding(GOOD if compiled < plain or place.rehearse else BAD, says, figures)
+
+
+def fp8(place: Place) -> Finding:
+    """Every FP8 kernel against the emulation, and its speed (bench/gpu/fp8.py)."""
+    command = [sys.executable, str(Path(__file__).parent / "fp8.py")]
+    if not place.gpu:
+        return Finding(LEFT, "needs a GPU; on a CPU: TRITON_INTERPRET=1 python bench/gpu/fp8.py --interpret")
+    if torch.cuda.get_device_capability() < (8, 9):
+        return Finding(LEFT, "this card has no FP8 products")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fp8.json"
+        ended = subprocess.run([*command, "--json", str(path)]).returncode
+        if not path.exists():
+            return Finding(BAD, f"the command ended with {ended}")
+        facts = json.loads(path.read_text())
+    wrong = [f"{line['call']} of {line['backend']}" for line in facts["checks"] if not line["good"]]
+    says = f"{len(facts['checks']) - len(wrong)} of {len(facts['checks'])} checks passed"
+    return Finding(BAD if wrong else GOOD, says + (f"; wrong: {', '.join(wrong)}" if wrong else ""), facts)
+
+
+def values(place: Place) -> Finding:
+    """Loss and gradients of the network with packed documents: in float32 against the CPU, in BF16 against that."""
+    from bessemer.data.batch import Batch
+    from bessemer.model.transformer import Transformer
+    from bessemer.train import objective
+
+    cfg = place.network(n_layers=3, n_routed_experts=16 if place.rehearse else 32, vocab_size=4096)
+    generator = torch.Generator().manual_seed(3)
+    length = min(512, cfg.max_seq_len) // (4 if place.rehearse else 1)
+    tokens = torch.randint(0, cfg.vocab_size, (2, length), generator=generator)
+    segments = (torch.arange(length) * 3 // length).expand(2, -1).contiguous()
+    weight = torch.ones(2, length)
+    weight[:, 0] = 0
+    batch = Batch(tokens, weight, segments)
+
+    def run(device: torch.device, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
+        model = Transformer(cfg).initialise(0).to(device).to_compute(dtype)
+        loss = objective.next_token(model, batch.to(device), mtp_lambda=0.3, balance_alpha=1e-4).total
+        loss.backward()
+        found = {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None}
+        return loss.item() / (2 * (length - 1)), found
+
+    def off(found: dict[str, torch.Tensor]) -> dict[str, float]:
+        return {name: ((found[name] - g).norm() / g.norm()).item() for name, g in wanted.items() if g.norm()}
+
+    exact, wanted = run(torch.device("cpu"), torch.float32)
+    full, full_gradients = run(place.device, torch.float32)
+    half, half_gradients = run(place.device, torch.bfloat16)
+    figures: dict[str, Any] = {"loss": {"cpu": exact, "float32": full, "bfloat16": half}}
+    figures |= {"float32": off(full_gradients), "bfloat16": off(half_gradients)}
+    worst = max(figures["float32"], key=figures["float32"].__getitem__)
+    middle = statistics.median(figures["bfloat16"].values())  # near a tie a token goes to another expert in BF16
+    says = (
+        f"loss a token {exact:.5f}, in float32 here {full:.5f}, in BF16 {half:.5f}; gradients differ by at most "
+        f"{figures['float32'][worst]:.1e} ({worst}) in float32, by {middle:.1%} in the middle in BF16"
+    )
+    good = figures["float32"][worst] < 1e-3 and abs(full - exact) < 1e-5 * exact
+    return Finding(GOOD if good and middle < 0.1 and abs(half - exact) < 5e-3 * exact else BAD, says, figures)
+
+
+def layer(place: Place) -> Finding:
+    """Kernels that one MoE layer launches in forward and backward, at two numbers of experts, and waits of the host."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from bessemer.model.transformer import Transformer
+
+    if not place.gpu:
+        return Finding(LEFT, "needs a GPU; the counts that a CPU can make are tests/model/test_gpu_path.py")
+    launches: dict[int, int] = {}
+    for n_experts in (16, 64):
+        cfg = place.network(n_layers=2, n_routed_experts=n_experts, n_mtp=0)
+        model = Transformer(cfg).initialise(0).to(place.device).to_compute(torch.bfloat16)
+        one = model.layers[1]
+        x = torch.randn(4, 1024, cfg.dim, device=place.device, dtype=torch.bfloat16, requires_grad=True)
+        angles = model.rope_table(1024)
+
+        def step(one: Any = one, x: Any = x, angles: Any = angles) -> None:
+            y, balance = one(x, angles)
+            (y.float().sum() + balance).backward()
+
+        for _ in range(3):
+            step()
+        place.wait()
+        with waits_are_errors():
+            step()
+        place.wait()
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+            step()
+            place.wait()
+        launches[n_experts] = sum("Launch" in event.name for event in profiler.events())
+    figures = {"launches": launches, "bound": 150}
+    says = f"{launches[16]} launches with 16 experts, {launches[64]} with 64; the host waited for none"
+    good = max(launches.values()) <= 150 and launches[16] == launches[64]
+    return Finding(GOOD if good else BAD, says, figures)
+
+
+@contextmanager
+def waits_are_errors() -> Iterator[None]:
+    """Every wait of the host for the GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def step(place: Place) -> Finding:
+    """Training steps: MFU in BF16, FP8 against BF16, and memory against the planner's."""
+    import fp8_step
+
+    from bessemer.model.accounting import flops_per_token
+
+    cfg = place.network()
+    rows, length = (4, 64) if place.rehearse else (16, 2048)
+    cases = {"BF16": dict(dtype=torch.bfloat16, fp8=None, compile=False)}
+    if place.gpu:
+        cases["BF16, compiled"] = dict(dtype=torch.bfloat16, fp8=None, compile=True)
+        if torch.cuda.get_device_capability() >= (8, 9):
+            cases["FP8"] = dict(dtype=torch.bfloat16, fp8="paper", compile=False)
+    peak, predicted = _card(place, cfg, rows, length)
+    flops, figures = flops_per_token(cfg, length).training, {}
+    for name, case in cases.items():
+        if place.gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        trainer = fp8_step.trainer(cfg, case, place.device, rows)
+        numbers = iter(range(10_000))
+        taken = median_seconds(
+            place, lambda one=trainer, n=numbers: one.update([fp8_step.fresh(cfg, rows, length, next(n))]), 6
+        )
+        rate = rows * length / taken
+        figures[name] = {
+            "seconds": taken, "tokens_per_second": rate, "mfu": None if peak is None else rate * flops / peak,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if place.gpu else None,
+            "planned_gib": predicted["fp8" if case["fp8"] else "bf16"],
+        }  # fmt: skip
+        print(name, figures[name], flush=True)
+        del trainer
+        gc.collect()
+    best = max((case for name, case in figures.items() if name != "FP8"), key=lambda case: case["tokens_per_second"])
+    says, good = f"BF16 {best['tokens_per_second']:,.0f} tokens/s", True
+    if best["mfu"] is not None:
+        says, good = says + f", {best['mfu']:.1%} of the peak (aim 40 %)", best["mfu"] >= 0.4
+    if "FP8" in figures:
+        gain = best["seconds"] / figures["FP8"]["seconds"]
+        says, good = says + f"; FP8 {gain:.2f} times as fast (aim 1.25)", good and gain >= 1.25
+    if best["peak_gib"] is not None:
+        over = best["peak_gib"] / best["planned_gib"]
+        says, good = says + f"; memory {over:.2f} of the planner's", good and 0.7 < over < 1.15
+    verdict = SHOWN if peak is None else GOOD if good else BAD
+    figures |= {"rows": rows, "length": length, "peak_tflops": None if peak is None else peak / 1e12}
+    return Finding(verdict, says, figures)
+
+
+def _card(place: Place, cfg: Any, rows: int, length: int) -> tuple[float | None, dict[str, float]]:
+    """(dense BF16 FLOPs a second of the card if the planner knows it, GiB that it predicts by number format)."""
+    from bessemer.dist.mesh import Layout
+    from bessemer.dist.schedules import schedule
+    from bessemer.plan import hardware
+    from bessemer.plan.cost import setup_memory
+    from bessemer.plan.training_setup import ModelShape, Setup
+
+    name = torch.cuda.get_device_name().replace(" ", "") if place.gpu else ""
+    found = next((key for key in hardware.devices() if key.split("-")[0] in name), None)
+    device, gib = hardware.device(found or "H100"), {}
+    for form in ("bf16", "fp8"):
+        planned = Setup(
+            ModelShape.of(cfg), Layout(1, 1, 1, 8), device, "1f1b", 1, rows, length, form == "fp8", cfg.n_mtp > 0
+        )
+        gib[form] = max(sum(kinds.values()) for kinds in setup_memory(cfg, planned, schedule("1f1b", 1, 1))) / 2**30
+    return (device.bf16 * 1e12 if found else None), gib
+
+
+def decode(place: Place) -> Finding:
+    """Decoding with the engine, from one row to many; against vLLM where it is installed."""
+    from bessemer.data.tokenizer import Tokenizer
+    from bessemer.engine.engine import Engine
+    from bessemer.model.transformer import Transformer
+
+    cfg = place.network(n_mtp=0)
+    texts = [f"User: What is {i} plus {i}?\nAssistant: {2 * i}." for i in range(400)]
+    tokenizer = Tokenizer.train(texts, 300)
+    model = Transformer(cfg).initialise(0).to(place.device).to_compute(torch.bfloat16).eval()
+    engine = Engine(model, tokenizer)
+    new, figures = (8 if place.rehearse else 256), {}
+    generator = torch.Generator().manual_seed(0)
+    for rows in (1, 4) if place.rehearse else (1, 64, 256):
+        prompts = torch.randint(3, 290, (rows, 32), generator=generator).tolist()
+
+        def run(rows: int = rows, prompts: Any = prompts) -> None:
+            engine.generate(prompts, samples=1, max_new_tokens=new, stop_ids=(), batch_rows=rows)
+
+        figures[f"{rows} rows"] = rows * new / median_seconds(place, run, 2)
+        print(rows, "rows", figures[f"{rows} rows"], "tokens/s", flush=True)
+    says = ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in figures.items())
+    if not place.gpu or importlib.util.find_spec("vllm") is None:
+        return Finding(SHOWN, says + "; vLLM is not installed here", figures)
+    figures["vllm"] = theirs = _vllm(model, tokenizer, new)
+    share = figures["64 rows"] / theirs
+    return Finding(GOOD if share >= 0.5 else BAD, says + f"; {share:.2f} of vLLM's at 64 rows (aim .5)", figures)
+
+
+def _vllm(model: Any, tokenizer: Any, new: int) -> float:
+    """Tokens per second of vLLM on the same weights at 64 rows."""
+    from vllm import LLM, SamplingParams
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder) / "tokenizer")
+        model.save(Path(folder) / "model", tokenizer_dir=Path(folder) / "tokenizer")
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+        other = LLM(str(Path(folder) / "model"), dtype="bfloat16", gpu_memory_utilization=0.5, max_model_len=512)
+        options = SamplingParams(max_tokens=new, ignore_eos=True, detokenize=False)
+        prompts = [{"prompt_token_ids": [3 + i % 280] * 32} for i in range(64)]
+        other.generate(prompts, options, use_tqdm=False)
+        began = time.perf_counter()
+        other.generate(prompts, options, use_tqdm=False)
+        return 64 * new / (time.perf_counter() - began)
+
+
+def save(place: Place) -> Finding:
+    """A checkpoint while training goes on: how long training waits, and what the steps beside it take."""
+    import fp8_step
+
+    from bessemer.train.background import CheckpointWriter
+
+    cfg = place.network()
+    rows, length = (2, 32) if place.rehearse else (8, 2048)
+    one = fp8_step.trainer(cfg, dict(dtype=torch.bfloat16, fp8=None, compile=False), place.device, rows)
+    numbers = iter(range(10_000))
+
+    def step() -> float:
+        began = time.perf_counter()
+        one.update([fp8_step.fresh(cfg, rows, length, next(numbers))])
+        place.wait()
+        return time.perf_counter() - began
+
+    alone = statistics.median([step() for _ in range(6)][2:])
+    with tempfile.TemporaryDirectory() as folder:
+        writer = CheckpointWriter(Path(folder), 1, print)
+        waits, beside = [], []
+        for _ in range(2):  # the first allocates the buffer
+            began = time.perf_counter()
+            state = one._state()
+            one.optimizer.copied = writer.save(one.step, state)
+            waits.append(time.perf_counter() - began)
+            while writer.background.busy:
+                beside.append(step())
+            writer.background.finish()
+        size = state.bytes()
+    figures = {"bytes": size, "waited_seconds": waits, "step_seconds": alone, "beside_seconds": beside}
+    lost = waits[1] + sum(beside) - alone * len(beside)
+    says = (
+        f"{size / 1e9:.2f} GB; training lost {lost:.2f} s, {waits[1]:.2f} of them waiting; a step takes {alone:.2f} s"
+    )
+    share = lost / 60  # a checkpoint a minute, the default
+    verdict = SHOWN if place.rehearse else GOOD if share < 0.05 else BAD
+    return Finding(verdict, says + f"; {share:.1%} of a minute (aim under 5 %)", figures)
+
+
+def repeat(place: Place) -> Finding:
+    """Five steps twice from the same seed: are the losses the same bits?"""
+    import fp8_step
+
+    cfg = place.network(n_layers=2)
+    rows, length = (2, 32) if place.rehearse else (8, 1024)
+
+    def losses() -> list[float]:
+        one = fp8_step.trainer(cfg, dict(dtype=torch.bfloat16, fp8=None, compile=False), place.device, rows)
+        found = []
+        for n in range(5):
+            one.update([fp8_step.fresh(cfg, rows, length, n)])
+            found.append(sum(float(p.detach().double().sum()) for p in one.model.parameters()))
+        return found
+
+    first, second = losses(), losses()
+    same = sum(a == b for a, b in zip(first, second, strict=True))
+    says = f"the weights after {same} of 5 steps are the same"
+    return Finding(GOOD if same == 5 else SHOWN, says, {"first": first, "second": second})
+
+
+def recipe(place: Place) -> Finding:
+    """recipes/tiny.toml from its corpus to its RL with the devices of this machine, shortened."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "tiny"
+        sets = {"pretrain.tokens": "40K" if place.rehearse else "800K", "zero.rollouts": "1" if place.rehearse else "4",
+                "zero.minimum_pass": "0", "zero.eval_problems": "4"}  # fmt: skip
+        if place.rehearse:
+            sets |= {"zero.prompts_per_rollout": "2", "zero.samples": "2", "zero.max_new_tokens": "8",
+                     "corpus.limits.countdown": "60K", "corpus.limits.arithmetic": "60K"}  # fmt: skip
+        words = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
+        command = [sys.executable, "-m", "bessemer", "run", str(ROOT / "recipes" / "tiny.toml"), "--out", str(out)]
+        began = time.monotonic()
+        ended = subprocess.run([*command, "--until", "zero", *words], capture_output=True, text=True)
+        seconds = time.monotonic() - began
+        said = (ended.stdout + ended.stderr).splitlines()
+        print("\n".join(said), flush=True)
+        computed = [line for line in said if line.startswith("compute in")]
+        losses = []
+        if (path := out / "metrics.jsonl").exists():
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            losses = [line["values"]["train/loss"] for line in lines if "train/loss" in line["values"]]
+    figures = {"seconds": seconds, "compute": computed, "losses": losses, "said": said[-20:]}
+    if ended.returncode:
+        return Finding(BAD, f"ended with {ended.returncode}: {said[-1] if said else ''}", figures)
+    named = computed[0] if computed else "no device named"
+    there = bool(computed) and (not place.gpu or all(torch.cuda.get_device_name() in line for line in computed))
+    says = f"{seconds:.0f} s; loss {losses[0]:.2f} -> {losses[-1]:.2f}; {named}"
+    return Finding(GOOD if there and losses[-1] < losses[0] else BAD, says, figures)
+
+
+def layouts(place: Place) -> Finding:
+    """The same steps under every layout that the cards allow (bench/layouts.py)."""
+    cards = torch.cuda.device_count() if place.gpu else 0
+    if cards < 2:
+        return Finding(LEFT, "needs two GPUs; on CPUs: python bench/layouts.py --out runs/layouts")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "layouts.json"
+        command = [sys.executable, str(ROOT / "bench" / "layouts.py"), "--out", folder, "--tokens", "40K"]
+        ended = subprocess.run([*command, "--json", str(path)]).returncode
+        if not path.exists():
+            return Finding(BAD, f"the command ended with {ended}")
+        rows = json.loads(path.read_text())["rows"]
+    worst = max(rows, key=lambda row: row["first_20"])
+    says = f"{len(rows)} layouts; {worst['layout']} differs most, by {worst['first_20']:.1e} in the first 20 steps"
+    return Finding(GOOD if worst["first_20"] < 2e-3 else BAD, says, {"rows": rows})
+
+
+def streams(place: Place) -> Finding:
+    """Ten steps under torch's stream sanitizer: does a kernel touch what another stream still uses?"""
+    if not place.gpu:
+        return Finding(LEFT, "needs a GPU")
+    environment = os.environ | {"TORCH_CUDA_SANITIZER": "1"}
+    command = [sys.executable, str(Path(__file__)), "repeat", "--json", os.devnull]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    races = ended.stderr.count("CSAN detected a possible data race")
+    figures = {"said": ended.stderr[-4000:], "exit": ended.returncode}
+    return Finding(BAD if races or ended.returncode else GOOD, f"{races} possible races", figures)
+
+
+CHECKS: dict[str, tuple[Callable[[Place], Finding], float]] = {
+    "machine": (machine, 60), "compiler": (compiler, 300), "values": (values, 300), "layer": (layer, 180),
+    "fp8": (fp8, 420), "step": (step, 600), "decode": (decode, 420), "save": (save, 180), "repeat": (repeat, 180),
+    "streams": (streams, 240), "recipe": (recipe, 420), "layouts": (layouts, 600),
+}  # fmt: skip
+"""Function and longest time in seconds, in the order in which a first run would meet what they check."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("check", choices=CHECKS)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--rehearse", action="store_true")
+    args = parser.parse_args()
+    place = Place(args.rehearse, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.rehearse:
+        torch.set_num_threads(1)
+    found = CHECKS[args.check][0](place)
+    args.json.write_text(json.dumps(asdict(found)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

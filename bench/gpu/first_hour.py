@@ -1,0 +1,115 @@
+"""Everything to find out in the first hour with a GPU, as one command: under 40 minutes on a Hopper card.
+
+    python bench/gpu/first_hour.py [--out runs/first-hour] [--only step decode] [--again]
+    python bench/gpu/first_hour.py --rehearse          the same on a CPU with a small network, in two minutes
+
+Every check runs in a process of its own with a limit on its time (checks.py), so that one that crashes, hangs or
+damages the card's context costs no other. Results are kept as they come: the same command goes on after an
+interruption, and repeats what has failed; `--again` repeats everything. It ends with OUT/first_hour.json, a page with
+verdicts beside it (first_hour.html), and exit status 1 if a check is bad.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from checks import BAD, CHECKS, GOOD, LEFT, ROOT
+
+from bessemer.report import page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/first-hour"))
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="CHECK")
+    parser.add_argument("--again", action="store_true", help="repeat checks that are done")
+    parser.add_argument("--rehearse", action="store_true", help="with a small network, on whatever is here")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "first_hour.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    commit = version()
+    for name in (name for name in CHECKS if name in args.only):
+        old = found.get(name, {})
+        if not args.again and old.get("verdict") not in (None, BAD) and old["rehearsed"] == args.rehearse:
+            print(f"{name}: done before ({old['verdict']})")
+            continue
+        print(f"{name}: {question(name)}", flush=True)
+        found[name] = one(name, args.out, args.rehearse) | {"rehearsed": args.rehearse, "commit": commit}
+        print(f"  {found[name]['verdict']}: {found[name]['says']} ({found[name]['seconds']:.0f} s)", flush=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.with_suffix(".html").write_text(document(found), encoding="utf-8")
+    print(path.with_suffix(".html"))
+    bad = [name for name in args.only if found[name]["verdict"] == BAD]
+    if bad:
+        sys.exit(f"{len(bad)} bad: {', '.join(bad)}; what they printed is in {args.out}/CHECK.log")
+
+
+def one(name: str, out: Path, rehearse: bool) -> dict[str, Any]:
+    """Runs a check; a crash or a timeout is a bad finding with the end of what it printed."""
+    result, log = out / f"{name}.json", out / f"{name}.log"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, str(Path(__file__).with_name("checks.py")), name, "--json", str(result)]
+    began, limit = time.monotonic(), CHECKS[name][1]
+    with log.open("wb") as file:
+        try:
+            status = subprocess.run(
+                [*command, *(["--rehearse"] if rehearse else [])], stdout=file, stderr=subprocess.STDOUT, timeout=limit
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = None
+    seconds = time.monotonic() - began
+    if result.exists():
+        return json.loads(result.read_text()) | {"seconds": seconds}
+    lines = log.read_text(errors="replace").strip().splitlines() or [""]
+    why = f"took more than {limit:.0f} s" if status is None else f"ended with {status}"
+    return {"verdict": BAD, "says": f"{why}: {lines[-1]}", "figures": {"log": lines[-30:]}, "seconds": seconds}
+
+
+def question(name: str) -> str:
+    """What a check asks, in a sentence."""
+    return " ".join((CHECKS[name][0].__doc__ or "").split())
+
+
+def version() -> str:
+    said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return said.stdout.strip() or "unknown"
+
+
+def document(found: dict[str, Any]) -> str:
+    """The page: a verdict for each check, then its figures."""
+    card = found.get("machine", {}).get("figures", {}).get("card", "a machine without a GPU")
+    rows = [
+        (name, page.pill(one["verdict"], on=one["verdict"] == GOOD), one["says"], f"{one['seconds']:.0f}")
+        for name, one in found.items()
+    ]
+    counts = {verdict: sum(one["verdict"] == verdict for one in found.values()) for verdict in (GOOD, BAD, LEFT)}
+    lead = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    if any(one["rehearsed"] for one in found.values()):
+        lead += "; a rehearsal with a small network"
+    commits = ", ".join(sorted({one["commit"] for one in found.values()}))
+    lead += f". {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {commits}."
+    details = [
+        page.fold(f"{name}: {question(name)}", page.block(json.dumps(one["figures"], indent=1)))
+        for name, one in found.items()
+    ]
+    verdicts = page.table(("check", "verdict", "found", "s"), rows, numeric=(3,))
+    return page.document(
+        "The first hour",
+        page.join(
+            page.Html(f"<h1>{page.text(card)}</h1>"),
+            page.section("verdicts", "Verdicts", verdicts, lead),
+            page.section("figures", "Figures", page.join(*details)),
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()
