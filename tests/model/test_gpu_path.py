@@ -1,6 +1,9 @@
 """What a GPU runs of the network, as far as a CPU can prove it: grouped products in value and gradient, and on the meta
 device, which has no numbers to give to the host, that no launch depends on E and no layer waits."""
 
+from collections import Counter
+from itertools import pairwise
+
 import pytest
 import torch
 from model_cases import relative, tiny, tokens
@@ -9,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from bessemer.kernels import experts as kernel
 from bessemer.kernels import swiglu
-from bessemer.model import experts, grouped
+from bessemer.model import attention_gpu, experts, grouped, mla
 from bessemer.model.experts import expert_ffn, expert_ffn_reference, routed_ffn
+from bessemer.model.segments import Packed, first_tokens
 from bessemer.model.transformer import Transformer
 from bessemer.train.loss import cross_entropy
 
@@ -122,11 +126,68 @@ def test_experts_launch_as_many_kernels_for_any_number_of_experts_and_wait_for_n
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("the host waits for a tensor"))
     few, many = layer_launches(8), layer_launches(256)
     assert few == many and few.count("_grouped_mm") == 6
-    assert len(few) <= 60, few
+    assert few.count("index_select") + few.count("index") == 6, (
+        "rows and gates are gathered once forward, once backward"
+    )
+    assert len(few) <= 45, few
+
+
+KERNELS = {"expert_order": 0, "expert_ffn": 0, "expert_ffn_backward": 0, "rms_norm_backward": 2, "gate_choice": 5,
+           "_varlen_attn": 2, "_varlen_attn_backward": 4}  # fmt: skip
+"""Kernels of an operation that is not one. Experts are counted above, with dispatch and combine. A norm's backward adds
+up its parts. The gate clears its counts and takes the mean, product and factor of the balance term. Varlen fills a
+tensor forward, and is three kernels and a filled tensor backward."""
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_training_layer_is_at_most_150_kernels_for_any_number_of_experts(on_gpu, monkeypatch, packed):
+    """Forward and backward of attention, gate, routed and shared experts, norms and residuals, with gradients added to
+    those of a trainer. On the meta device; our operations count as what they launch on CUDA, and views as nothing."""
+    monkeypatch.setattr(kernel, "sorts", lambda expert_NK: False)
+    monkeypatch.setattr(experts, "_combined", grouped.combine)
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(swiglu, name, fused(getattr(swiglu, f"{name}_reference")))
+    monkeypatch.setattr(mla.F, "scaled_dot_product_attention", one_attention)
+
+    def launched(n_experts):
+        cfg = tiny(n_routed_experts=n_experts, dim=64, moe_inter_dim=32, n_expert_groups=4, qk_nope_head_dim=16)
+        layer = Transformer(cfg).to("meta").to_compute(torch.bfloat16).train().layers[1]
+        for parameter in layer.parameters():
+            parameter.grad_dtype = torch.float32
+            parameter.grad = torch.empty_like(parameter, dtype=torch.float32)
+        x = torch.empty(2, 24, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        segments = Packed.of(torch.arange(24).expand(2, -1) // 7, torch.device("meta")) if packed else None
+        dy, dbalance = torch.empty_like(x), torch.empty((), device="meta")
+        with Launches() as launches:
+            y, balance = layer(x, torch.empty(24, 4, 2, device="meta"), segments)
+            torch.autograd.backward((y, balance), (dy, dbalance))
+        return launches.names
+
+    names = launched(8)
+    assert names == launched(256)
+    total = sum(KERNELS.get(name, 1) for name in names) + len(layer_launches(8))
+    assert total <= 150, (total, Counter(names))
+
+
+def one_attention(q, k, v, **settings):
+    """Stands for a fused kernel, forward and backward, where meta tensors would take torch's formula apart."""
+    assert settings["attn_mask"] is None, "no mask for rows without segments, none for packed ones"
+    return OneAttention.apply(q, k, v)
+
+
+class OneAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        return v.abs()
+
+    @staticmethod
+    def backward(ctx, dout):
+        return tuple(x.abs() for x in ctx.saved_tensors)  # three kernels: FlashAttention's backward
 
 
 def test_a_whole_layer_launches_as_many_kernels_for_any_number_of_experts():
-    """On the meta device, which leaves the experts out and cuts norms and attention into single operations."""
+    """On the meta device, which leaves the experts out and cuts attention into single operations."""
 
     def launched(n_experts):
         cfg = tiny(n_routed_experts=n_experts, dim=64, moe_inter_dim=32)
@@ -152,3 +213,92 @@ def test_training_never_asks_the_device_for_a_number():
         loss = loss + cross_entropy(hidden, model.head_weight, target, torch.empty(target.shape, device="meta"))
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.layers.parameters())
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def pieces(q, k, v, packed, scale):
+    """What FlashAttention computes for packed rows: every piece between two ends by itself."""
+    q, k, v = (x.flatten(0, 1).transpose(0, 1) for x in (q, k, v))
+    ends = packed.end_S.tolist()
+    assert ends[-1] == q.shape[1]
+    out = []
+    for low, high in pairwise(ends):
+        assert 0 <= high - low <= packed.longest
+        own = (x[:, low:high] for x in (q, k, v))
+        out.append(torch.nn.functional.scaled_dot_product_attention(*own, is_causal=True, scale=scale))
+    return torch.cat(out, 1).transpose(0, 1).unflatten(0, packed.segments_BT.shape)
+
+
+@pytest.mark.parametrize("kind", ["varlen", "flash", "any"])
+def test_attention_of_a_gpu_is_the_equation(monkeypatch, kind):
+    """Heads, padding, ends of segments, gradients; torch's kernels, which a CPU lacks, as they are defined."""
+    cpu = torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    B, T, H, nope, turned, value = 3, 37, 2, 10, 6, 7
+    shapes = (B, T, H, nope + turned), (B, T, H, nope + value), (B, T, turned)
+    leaves = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    angle = torch.randn(T, turned // 2, generator=generator, dtype=torch.float64)
+    rope = torch.stack((angle.cos(), angle.sin()), -1)
+    segments = (torch.rand(B, T, generator=generator) < 0.2).cumsum(1)
+    monkeypatch.setattr(attention_gpu, "packed_attention", pieces)
+    monkeypatch.setattr(attention_gpu, "KERNELS", {})
+    monkeypatch.setattr(attention_gpu, "backend", lambda *_: kind)
+    cotangent = torch.randn(B, T, H, value, generator=generator, dtype=torch.float64)
+    for given in (Packed.of(segments, cpu), segments, None):
+        if kind == "varlen" and not isinstance(given, Packed):
+            continue
+        found = attention_gpu.latent_attention(*leaves, rope, 0.3, given)
+        turn = torch.view_as_complex(rope)
+        q_rope, k_rope = (
+            torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+            for x in (leaves[0][..., nope:].transpose(1, 2), leaves[2])
+        )
+        q = torch.cat((leaves[0][..., :nope], q_rope.transpose(1, 2)), -1)
+        k = torch.cat((leaves[1][..., :nope], k_rope.unsqueeze(2).expand(-1, -1, H, -1)), -1)
+        score = torch.einsum("bthx,bshx->bhts", q, k) * 0.3
+        seen = mla.causal_mask(T, None if given is None else segments, cpu)
+        wanted = torch.einsum(
+            "bhts,bshx->bthx", score.masked_fill(~seen, float("-inf")).softmax(-1), leaves[1][..., nope:]
+        )
+        assert relative(found, wanted) < 1e-12
+        gradients = (torch.autograd.grad(out, leaves, cotangent) for out in (found, wanted))
+        assert all(relative(a, b) < 1e-12 for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_packed_segments_know_where_they_end(seed):
+    generator = torch.Generator().manual_seed(seed)
+    segments = (torch.rand(3, 300, generator=generator) < (0.3, 0.01, 0.0, 1.0)[seed]).cumsum(1) * 5
+    packed = Packed.of(segments, torch.device("cpu"))
+    for T in (300, 299, 17):
+        own = first_tokens(packed, T)
+        runs = [run for row in segments[:, :T] for run in torch.unique_consecutive(row, return_counts=True)[1].tolist()]
+        wanted = torch.tensor([0, *runs]).cumsum(0).tolist()
+        ends = own.end_S.tolist()
+        assert own.end_S.dtype == torch.int32 and ends[: len(wanted)] == wanted
+        assert set(ends[len(wanted) :]) <= {3 * T}
+        assert max(runs) <= own.longest and torch.equal(own.segments_BT, segments[:, :T])
+    assert len(packed.end_S) - 1 in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), "compiled layers see few shapes"
+    assert packed.longest in (128, 256, 300)
+
+
+def test_segments_that_resume_are_not_packed():
+    """Tokens see their whole segment, wherever it lies; only neighbours can be packed."""
+    back = torch.tensor([[0, 0, 1, 1, 0]])
+    assert torch.equal(Packed.of(back, torch.device("cpu")), back)
+    empty = Packed.of(torch.zeros(2, 0, dtype=torch.int64), torch.device("cpu"))
+    assert empty.end_S.tolist() == [0, 0]
+
+
+def test_a_layer_on_a_gpu_is_one_graph():
+    """torch.compile follows it from end to end, packed or not."""
+    cfg = tiny(dim=64, moe_inter_dim=32)
+    layer = Transformer(cfg).to("meta").to_compute(torch.bfloat16).train().layers[1]
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=False)
+    x = torch.empty(2, 24, 64, device="meta", dtype=torch.bfloat16)
+    packed = Packed.of(torch.arange(24).expand(2, -1) // 7, x.device)
+    for segments in (packed, None):
+        y, _ = compiled(x, torch.empty(24, 4, 2, device="meta"), segments)
+        assert y.shape == x.shape

@@ -14,6 +14,8 @@ import traceback
 import pytest
 import torch
 import torch.nn.functional as F
+from triton_layer_checks import *  # noqa: F403  # checks of other kernels, run in the same processes
+from triton_layer_checks import hopper_kernels
 
 from bessemer.errors import UserError
 from bessemer.precision import backends, emulation
@@ -21,6 +23,7 @@ from bessemer.precision.emulation import reference_gemm
 from bessemer.precision.operand import TILE, Operand, quantise, transpose
 
 torch.set_num_threads(1)
+PATHS = os.pathsep.join(sys.path)
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton"
@@ -248,7 +251,7 @@ def compile_for_hopper():
     from bessemer.kernels import triton_swiglu
     from bessemer.precision import triton_gemm, triton_quantise
 
-    def ptx(kernel, warps=4, **constants):
+    def ptx(kernel, warps=4, types=None, **constants):
         kernel = kernel.fn if hasattr(kernel, "configs") else kernel  # without its tuning
         pointers = {"x": "*fp8e4nv", "w": "*fp8e4nv", "dy": "*fp8e4nv", "value": "*fp8e4nv", "out": "*fp8e4nv"}
         pointers |= {"h": "*bf16", "y": "*bf16", "dw": "*fp32", "weight": "*fp32", "count": "*i32"}
@@ -256,6 +259,7 @@ def compile_for_hopper():
         pointers |= {n: "*fp32" for n in ("scale", "out_scale", "scale_x", "scale_w", "scale_dy")}
         if "value" in kernel.arg_names:
             pointers["x"] = "*bf16"
+        pointers = pointers if types is None else types
         signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
         free = {"M", "SIZE", "TILES", "sx_row", "sw_row", "sdy_row"}  # the rest are multiples of 16 in every model
         aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n] != "constexpr" and n not in free]
@@ -269,8 +273,10 @@ def compile_for_hopper():
     yield "blocks", ptx(triton_quantise._blocks, 8, POWER_OF_TWO=False)
     yield "retile", ptx(triton_quantise._retile, POWER_OF_TWO=False, GROUPS=5, ROOM=8, FILL=True, COLUMNS=64)
     yield "swiglu", ptx(triton_quantise._swiglu, WEIGHTED=True, POWER_OF_TWO=False, ROWS=32)
-    yield "expert swiglu", ptx(triton_swiglu._forward, ROWS=16, COLUMNS=128)
-    yield "expert swiglu", ptx(triton_swiglu._backward, ROWS=4, COLUMNS=128)
+    yield "expert swiglu", ptx(triton_swiglu._forward, ROWS=16, COLUMNS=128, WEIGHTED=True)
+    yield "expert swiglu", ptx(triton_swiglu._backward, ROWS=4, COLUMNS=128, WEIGHTED=True)
+    for name, kernel, warps, types, constants in hopper_kernels():
+        yield name, ptx(kernel, warps, types, **constants)
     size, groups = {"BLOCK_M": 128, "BLOCK_N": 128}, {"GROUPS": 5, "ROOM": 8}
     yield "gemm", ptx(triton_gemm._gemm, 8, BLOCKS=True, EVEN=True, **size)
     yield "gemm", ptx(triton_gemm._gemm, 8, BLOCKS=False, EVEN=False, **size)
@@ -280,7 +286,9 @@ def compile_for_hopper():
 
 def check_hopper_code():
     for name, code in compile_for_hopper():
-        if name == "expert swiglu":
+        if name in ("norm", "heads", "gate"):
+            assert "ld.global" in code and "st.global" in code and ".local" not in code, name
+        elif name == "expert swiglu":
             assert "cvt.rn.bf16x2.f32" in code and "ld.global.v" in code and "st.global.v" in code, name
         elif "g" in name and name != "swiglu":
             assert code.count("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3") == 4, name  # 128 columns a step
@@ -298,7 +306,12 @@ CHECKS = [name for name in list(globals()) if name.startswith("check_") and name
 @functools.cache
 def in_interpreter():
     """What went wrong in every check, empty where nothing did."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", backends.VARIABLE: "triton", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        backends.VARIABLE: "triton",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": PATHS,
+    }
     done = subprocess.run(
         [sys.executable, "-W", "ignore", __file__], env=environment, capture_output=True, text=True, timeout=280
     )
@@ -316,7 +329,8 @@ def test_kernels(name):
 @needs_triton
 def test_kernels_compile_for_hopper(tmp_path):
     """What the interpreter cannot see: types, layouts, tensor core instructions, exact division."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": PATHS}
     command = [sys.executable, "-W", "ignore", __file__, "check_hopper_code"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.stdout.split("\n", 1) == ["\0check_hopper_code", ""], done.stdout + done.stderr

@@ -13,9 +13,21 @@ Invariants
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from bessemer.model.segments import Packed, Segments
+
+
+class Counted(NamedTuple):
+    """What was counted on the CPU before a batch left it: on a GPU the host would have to wait for these."""
+
+    trained_N: Tensor
+    """`Batch.trained_N`, on the device."""
+    segments: Segments
+    """`Batch.segments`, on the device."""
 
 
 @dataclass
@@ -34,6 +46,8 @@ class Batch:
     """Positions of the rows that this process computes, in order (context parallelism); None: all."""
     filler: bool = False
     """Whether it stands in for a micro-batch without rows: computed, and never counted."""
+    before: Counted | None = None
+    """Only on a GPU (`to`)."""
 
     def __post_init__(self) -> None:
         shape = self.tokens_BT.shape
@@ -61,6 +75,18 @@ class Batch:
     def counted(self) -> tuple[int, int]:
         """(rows, tokens) that training on it consumes."""
         return (0, 0) if self.filler else (self.n_rows, self.tokens_BT.numel())
+
+    @property
+    def segments(self) -> Segments:
+        """`segments_BT` as layers take them where the batch is."""
+        return self.segments_BT if self.before is None else self.before.segments
+
+    @property
+    def trained_N(self) -> Tensor:
+        """Places of the predictions that count in `loss_BT[:, 1:].flatten()`."""
+        if self.before is not None:
+            return self.before.trained_N
+        return self.loss_BT[:, 1:].flatten().nonzero().squeeze(1)
 
     @property
     def n_loss_tokens(self) -> int:
@@ -98,12 +124,13 @@ class Batch:
             loss_BT=self.loss_BT[start:stop],
             segments_BT=None if self.segments_BT is None else self.segments_BT[start:stop],
             extras={name: tensor[start:stop] for name, tensor in self.extras.items()},
+            before=None,
         )
 
     def as_filler(self) -> "Batch":
         """Its first row without any weight."""
         row = self.rows(0, 1)
-        return replace(row, loss_BT=torch.zeros_like(row.loss_BT), filler=True)
+        return replace(row, loss_BT=torch.zeros_like(row.loss_BT), filler=True, before=None)
 
     def micro(self, n_rows: int) -> Iterator["Batch"]:
         """Consecutive micro-batches of at most `n_rows` rows; the last may be smaller, none is empty."""
@@ -112,9 +139,16 @@ class Batch:
             yield self.rows(start, start + n_rows)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`."""
+        """The same batch on `device`. What a GPU needs counted is counted here, on the CPU."""
+        device, before = torch.device(device), self.before
+        if device.type in ("cuda", "meta") and self.loss_BT.device.type == "cpu":
+            segments = None if self.segments_BT is None else Packed.of(self.segments_BT, device)
+            before = Counted(self.trained_N.to(device), segments)
+        elif device.type == "cpu":
+            before = None
         return replace(
             self,
+            before=before,
             tokens_BT=self.tokens_BT.to(device),
             loss_BT=self.loss_BT.to(device),
             segments_BT=None if self.segments_BT is None else self.segments_BT.to(device),

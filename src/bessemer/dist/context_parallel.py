@@ -48,6 +48,7 @@ from bessemer.dist.ranks import all_gather, reduce_scatter
 from bessemer.errors import UserError
 from bessemer.model.layer import Attended, Layer
 from bessemer.model.mla import MLA
+from bessemer.model.segments import Packed, Segments, first_tokens
 from bessemer.model.transformer import mtp_inputs
 
 QUERIES = 64
@@ -77,9 +78,9 @@ class WholeRows:
         """This rank's tokens, [B, t]."""
         return tokens_BT
 
-    def attention(self, T: int, k: int, table: RopeTable, segments_BT: Tensor | None) -> Attend:
+    def attention(self, T: int, k: int, table: RopeTable, segments: Segments) -> Attend:
         """The first phase of layers, for rows of T tokens at depth k of MTP (0: the main model)."""
-        rope, segments = table(T - k), None if segments_BT is None else segments_BT[:, : T - k]
+        rope, segments = table(T - k), first_tokens(segments, T - k)
         return lambda layer, x: layer.attend(x, rope, segments)
 
     def ahead(self, k: int, h_BTD: Tensor, tokens_BT: Tensor, embedding_VD: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,9 +111,10 @@ class Context(WholeRows):
     def take(self, tokens_BT: Tensor) -> Tensor:
         return tokens_BT[:, self.positions(tokens_BT.shape[1]).to(tokens_BT.device)]
 
-    def attention(self, T: int, k: int, table: RopeTable, segments_BT: Tensor | None) -> Attend:
+    def attention(self, T: int, k: int, table: RopeTable, segments: Segments) -> Attend:
         rope = table(T)
         rope = rope[self.positions(T, k).to(rope.device)]
+        segments_BT = segments.segments_BT if isinstance(segments, Packed) else segments
         cut = Cut(self.group, self.n, self.rank, T // (2 * self.n))
 
         def attend(layer: Layer, x_BTD: Tensor) -> Attended:

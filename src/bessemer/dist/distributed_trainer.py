@@ -132,7 +132,7 @@ class DistributedTrainer(Trainer):
 
             weight = balance_weight(batch, self.objective.balance_alpha(**terms))
             mtp = self.objective.with_mtp(**terms)
-            return Work(batch.tokens_BT, batch.segments_BT, loss, weight, mtp, batch.filler)
+            return Work(batch.tokens_BT, batch.segments, loss, weight, mtp, batch.filler)
 
         per = executor.table.per_lane
         lanes = range(executor.table.lanes - executor.table.idle)

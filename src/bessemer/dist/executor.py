@@ -39,6 +39,7 @@ from bessemer.dist.ranks import new_group
 from bessemer.dist.stage import Phases, Slice, holding
 from bessemer.dist.table import Action, Pair, Table, actions
 from bessemer.model.deferred import Store
+from bessemer.model.segments import Segments
 from bessemer.model.transformer import TrainOutputs
 
 AHEAD = 1
@@ -49,7 +50,7 @@ class Work(NamedTuple):
     """One micro-batch, as every stage needs it."""
 
     tokens_BT: Tensor
-    segments_BT: Tensor | None
+    segments: Segments
     loss: Callable[[TrainOutputs, Tensor], Tensor]
     """(outputs of the last stage, head weight) -> the loss of the last stage, its balance term included."""
     balance_weight: Tensor
@@ -181,7 +182,7 @@ class Executor:
 
 def _phases(part: Slice, x: Tensor, work: Work) -> Phases:
     """The phases of a slice; ends with (output to send on or None, loss term)."""
-    out = yield from part.phases(x, work.tokens_BT, work.segments_BT, work.mtp)
+    out = yield from part.phases(x, work.tokens_BT, work.segments, work.mtp)
     if isinstance(out, TrainOutputs):
         assert part.head is not None, "the last stage has the head"
         return None, work.loss(out, part.head.weight)

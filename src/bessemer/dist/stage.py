@@ -20,6 +20,7 @@ from bessemer.model.accounting import attention_params, embedding_params, ffn_pa
 from bessemer.model.layer import Layer
 from bessemer.model.moe import Experts
 from bessemer.model.norm import RMSNorm
+from bessemer.model.segments import Segments
 from bessemer.model.transformer import MTPModule, TrainOutputs, Transformer
 
 
@@ -170,7 +171,7 @@ class Slice(nn.Module):
         return {0, last} if name.startswith("embed.") and self.n_mtp else {0} if name.startswith("embed.") else {last}
 
     def phases(
-        self, x: Tensor, tokens_BT: Tensor, segments_BT: Tensor | None = None, mtp: bool = True
+        self, x: Tensor, tokens_BT: Tensor, segments: Segments = None, mtp: bool = True
     ) -> Generator[PhaseOutput, PhaseOutput, tuple[Tensor, Tensor] | TrainOutputs]:
         """Returns (residual stream after the slice [B, T, D], balance term); the last stage returns
         `Transformer.train_outputs` with the balance term of this slice alone. x: the output of the previous stage, or
@@ -182,7 +183,7 @@ class Slice(nn.Module):
             x = self.embed(context.take(x))
         # a sum of detached terms, so it may live across phases; other tensors must be passed on
         balance = torch.zeros((), dtype=torch.float32, device=x.device)
-        attend = context.attention(T, 0, self.rope_table, segments_BT)
+        attend = context.attention(T, 0, self.rope_table, segments)
         for layer in self.layers.values():
             x, term, _ = yield from through(layer, self.exchange, x, attend)
             if term is not None:
@@ -195,7 +196,7 @@ class Slice(nn.Module):
         for k, module in enumerate(self.mtp if mtp else (), start=1):
             assert self.embed is not None, "MTP modules share the embedding"
             h, embedded = context.ahead(k, h, tokens_BT, self.embed.weight)
-            joined, attend = module.join(h, embedded), context.attention(T, k, self.rope_table, segments_BT)
+            joined, attend = module.join(h, embedded), context.attention(T, k, self.rope_table, segments)
             h, term, ready = yield from through(module.layer, self.exchange, joined, attend, ready)
             balance = balance + term
             ready = (*ready, module.norm(h))

@@ -40,6 +40,7 @@ from bessemer.hf.replace import replacing
 from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model.gate import Gate
 from bessemer.model.layer import Layer
+from bessemer.model.segments import Packed, Segments
 from bessemer.model.transformer import TrainOutputs, Transformer
 
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -121,13 +122,13 @@ class CausalLM(nn.Module):
         out = self.inner.base_model(input_ids=tokens_BT, position_ids=positions_BT, use_cache=bool(cached), **cached)
         return out.last_hidden_state
 
-    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, segments: Segments = None) -> Tensor:
         """Logits of the next token, [B, T, V]."""
-        return self.hidden(tokens_BT, _positions(segments_BT)) @ self.head_weight.T
+        return self.hidden(tokens_BT, _positions(segments)) @ self.head_weight.T
 
-    def train_outputs(self, tokens_BT: Tensor, segments_BT: Tensor | None = None, mtp: bool = False) -> TrainOutputs:
+    def train_outputs(self, tokens_BT: Tensor, segments: Segments = None, mtp: bool = False) -> TrainOutputs:
         """As `Transformer.train_outputs`: no MTP depth, and no balance term."""
-        hidden_BTD = self.hidden(tokens_BT, _positions(segments_BT))
+        hidden_BTD = self.hidden(tokens_BT, _positions(segments))
         return TrainOutputs(hidden_BTD, [], torch.zeros((), device=tokens_BT.device))
 
     def save(
@@ -326,10 +327,11 @@ def _config_of(inner: Any) -> CausalLMConfig:
     )  # fmt: skip
 
 
-def _positions(segments_BT: Tensor | None) -> Tensor | None:
+def _positions(segments: Segments) -> Tensor | None:
     """Position of each token within its segment; transformers takes every position of 0 as a new segment."""
-    if segments_BT is None:
+    if segments is None:
         return None
+    segments_BT = segments.segments_BT if isinstance(segments, Packed) else segments
     T = segments_BT.shape[1]
     place_T = torch.arange(T, device=segments_BT.device)
     begins_BT = torch.ones_like(segments_BT, dtype=torch.bool)

@@ -17,6 +17,7 @@ already if there is no order.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,21 @@ class Combine(torch.autograd.Function):
         return dy_ND.index_select(0, slots(slot_NK.flatten()) // slot_NK.shape[1]), None
 
 
+class Spread(torch.autograd.Function):
+    """Every token once for each of its experts, in their order; backward gathers the gradients of its copies instead of
+    adding them atomically."""
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, token_M: Tensor, slot_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_NK)
+        return x_ND.index_select(0, token_M)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, drows_MD: Tensor) -> tuple[Tensor, None, None]:
+        return _combined(drows_MD, *ctx.saved_tensors), None, None
+
+
 def _choices(order_M: Tensor, n_tokens: int) -> int:
     return len(order_M) // n_tokens if n_tokens else 1
 
@@ -99,31 +115,46 @@ class _Rows:
         self, x_ND: Tensor, weight: Tensor | None, count_E: Tensor | None, order_M: Tensor | None, w13: Tensor,
         w2: Tensor,
     ):  # fmt: skip
-        self.order_M, self.n_tokens = order_M, len(x_ND)
+        self.x_ND, self.order_M, self.n_tokens = x_ND, order_M, len(x_ND)
         self.count_E = count_E if count_E is not None else torch.tensor([len(x_ND)])
-        self.rows_MD = self.of(x_ND)
         if weight is None:
             self.weight_M = x_ND.new_ones(len(x_ND))
         else:
             self.weight_M = weight if order_M is None else weight.flatten()[order_M]
         self.w13, self.w2 = (w.view(-1, *w.shape[-2:]) for w in (w13, w2))
 
+    @cached_property
+    def rows_MD(self) -> Tensor:
+        return self.of(self.x_ND)
+
+    @cached_property
+    def token_M(self) -> Tensor:
+        assert self.order_M is not None
+        return self.order_M // _choices(self.order_M, self.n_tokens)
+
+    @cached_property
+    def slot_M(self) -> Tensor:
+        assert self.order_M is not None
+        return slots(self.order_M)
+
+    @cached_property
+    def end_E(self) -> Tensor:
+        return grouped.ends(self.count_E)
+
     def of(self, x_ND: Tensor) -> Tensor:
-        if self.order_M is None:
-            return x_ND
-        return x_ND.index_select(0, self.order_M // _choices(self.order_M, self.n_tokens))
+        return x_ND if self.order_M is None else x_ND.index_select(0, self.token_M)
 
     def summed(self, rows_MD: Tensor) -> Tensor:
         """Rows in expert order, summed for every token."""
         if self.order_M is None:
             return rows_MD
-        return _combined(rows_MD, slots(self.order_M).view(self.n_tokens, _choices(self.order_M, self.n_tokens)))
+        return _combined(rows_MD, self.slot_M.view(self.n_tokens, -1) if self.n_tokens else self.slot_M.view(0, 1))
 
     def of_choices(self, dweight_M: Tensor, weight: Tensor | None) -> Tensor | None:
         """The gradient of the gates in their shape."""
         if weight is None:
             return None
-        return dweight_M if self.order_M is None else dweight_M[slots(self.order_M)].view(weight.shape)
+        return dweight_M if self.order_M is None else dweight_M[self.slot_M].view(weight.shape)
 
 
 def _routes(weight: Tensor | None, count_E: Tensor | None, order_M: Tensor | None, x_ND: Tensor) -> kernel.Routes:
@@ -141,7 +172,7 @@ def _forward(
         return kernel.forward(x_ND, _routes(weight, count_E, order_M, x_ND), w13, w2, keep)
     r, inner = _Rows(x_ND, weight, count_E, order_M, w13, w2), w2.shape[-1]
     if grouped.serves(x_ND, w13, w2):
-        y_MD, h_MH = grouped.forward(r.rows_MD, r.weight_M, r.count_E, w13, w2)
+        y_MD, h_MH = grouped.forward(r.rows_MD, r.weight_M, r.end_E, w13, w2)
         return r.summed(y_MD), h_MH if keep else h_MH.new_empty(0, 2 * inner)
     h_MH = x_ND.new_empty(len(r.rows_MD), 2 * inner)
     y_MD = torch.empty_like(r.rows_MD)
@@ -199,6 +230,13 @@ def _backward(
         routes = _routes(weight, count_E, order_M, x_ND)
         dw13, dw2 = torch.empty_like(w13), torch.empty_like(w2)
         dx_ND, dweight = kernel.backward(dy_ND.contiguous(), x_ND, routes, w13, w2, h_MH, dw13, dw2)[:2]
+    elif grouped.serves(x_ND, w13, w2):  # rows are gathered once
+        r = _Rows(x_ND, weight, count_E, order_M, w13, w2)
+        dy_MD = r.of(dy_ND)
+        drows, dweight_M, act_MF, dh_MH = grouped.backward(dy_MD, r.weight_M, r.end_E, w13, w2, h_MH)
+        dx_ND, dweight = r.summed(drows), r.of_choices(dweight_M, weight)
+        dw2 = grouped.weight_gradient(dy_MD, act_MF, r.end_E)
+        dw13 = grouped.weight_gradient(dh_MH, r.rows_MD, r.end_E)
     else:
         dx_ND, dweight, act_MF, dh_MH = _backward_input(dy_ND, x_ND, weight, count_E, order_M, w13, w2, h_MH)
         dw2 = _weight_gradient(dy_ND, act_MF, count_E, order_M, w2, by_inner=False)
@@ -247,7 +285,7 @@ def _backward_input(
     r = _Rows(x_ND, weight, count_E, order_M, w13, w2)
     dy_MD = r.of(dy_ND)
     if grouped.serves(x_ND, w13, w2):
-        drows, dweight, act_MF, dh_MH = grouped.backward(dy_MD, r.weight_M, r.count_E, w13, w2, h_MH)
+        drows, dweight, act_MF, dh_MH = grouped.backward(dy_MD, r.weight_M, r.end_E, w13, w2, h_MH)
         return r.summed(drows), r.of_choices(dweight, weight), act_MF, dh_MH
     drows, dweight = torch.empty_like(r.rows_MD), torch.empty_like(r.weight_M)
     act_MF, dh_MH = h_MH.new_empty(len(h_MH), w2.shape[-1]), torch.empty_like(h_MH)
@@ -272,7 +310,7 @@ def _weight_gradient(
     r = _Rows(tokens_ND, None, count_E, order_M, w, w)
     left, right = (inner_MX, r.rows_MD) if by_inner else (r.rows_MD, inner_MX)
     if grouped.serves(tokens_ND, w, w):
-        return grouped.weight_gradient(left, right, r.count_E)
+        return grouped.weight_gradient(left, right, r.end_E)
     dw = torch.zeros_like(r.w2)
     for e, rows, window, mine in _segments(r.count_E, right):
         torch.mm(_own_rows(left, rows, window, mine).t(), right[window], out=dw[e])

@@ -25,40 +25,45 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bessemer.model import grouped
 from bessemer.model.deferred import gradient
 from bessemer.model.mla import MLA, attention_backward, attention_forward
 from bessemer.model.norm import RMSNorm, normalise, normalise_backward
+from bessemer.model.segments import Segments
 from bessemer.precision import backends
 from bessemer.precision.formats import PackedE5M6, pack_e5m6
 from bessemer.precision.fp8_linear import FP8Recipe, TokenTiles, forward, input_gradient, token_tiles, weight_gradient
 from bessemer.precision.operand import Operand
 
 
-def send(x_ND: Tensor, token_M: Tensor, recipe: FP8Recipe) -> tuple[Tensor, Operand]:
+def send(x_ND: Tensor, token_M: Tensor, recipe: FP8Recipe, slot_NK: Tensor | None = None) -> tuple[Tensor, Operand]:
     """The dispatched rows, one per token and expert: the gradient's anchor, and the rows of the operand. V3: 7,168 +
     4 * 56 bytes per row instead of 14,336."""
     x = recipe.quantised(x_ND, power_of_two=True)
     value_MD = x.value_MK.view(torch.uint8).index_select(0, token_M).view(torch.float8_e4m3fn)
-    return grad_anchor(x_ND, token_M), Operand(value_MD, x.scale_MJ.index_select(0, token_M))
+    return grad_anchor(x_ND, token_M, slot_NK), Operand(value_MD, x.scale_MJ.index_select(0, token_M))
 
 
-def grad_anchor(x_ND: Tensor, token_M: Tensor) -> Tensor:
-    """A tensor [M, D] without memory that stands in the graph for rows sent in FP8, and carries their gradient to x."""
-    return _GradAnchor.apply(x_ND, token_M)
+def grad_anchor(x_ND: Tensor, token_M: Tensor, slot_NK: Tensor | None = None) -> Tensor:
+    """A tensor [M, D] without memory that stands in the graph for rows sent in FP8, and carries their gradient to x.
+    `slot_NK`: the rows of every token where each has K; a GPU then sums them in order and not by atomic additions."""
+    return _GradAnchor.apply(x_ND, token_M, slot_NK)
 
 
 class _GradAnchor(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND, token_M):
+    def forward(ctx, x_ND, token_M, slot_NK):
         ctx.n_tokens = len(x_ND)
-        ctx.save_for_backward(token_M)
+        ctx.save_for_backward(token_M, slot_NK)
         return x_ND.new_zeros(()).expand(len(token_M), x_ND.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, drows_MD):
-        (token_M,) = ctx.saved_tensors
-        return drows_MD.new_zeros(ctx.n_tokens, drows_MD.shape[1]).index_add_(0, token_M, drows_MD), None
+        token_M, slot_NK = ctx.saved_tensors
+        if slot_NK is not None and drows_MD.device.type != "cpu":
+            return grouped.combine(drows_MD, slot_NK), None, None
+        return drows_MD.new_zeros(ctx.n_tokens, drows_MD.shape[1]).index_add_(0, token_M, drows_MD), None, None
 
 
 def swiglu(x_MD: Tensor, w13: Tensor, w2: Tensor, recipe: FP8Recipe) -> Tensor:
@@ -122,13 +127,11 @@ def _activated(h_MH: Tensor, weight_M: Tensor | None, recipe: FP8Recipe) -> Oper
     return recipe.quantised(act if weight_M is None else act.mul_(weight_M[:, None]))
 
 
-def attention(
-    norm: RMSNorm, mla: MLA, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, recipe: FP8Recipe
-) -> Tensor:
+def attention(norm: RMSNorm, mla: MLA, x_BTD: Tensor, rope: Tensor, segments: Segments, recipe: FP8Recipe) -> Tensor:
     """mla(norm(x)), [B, T, D]."""
     weights = {"norm": norm.weight, **{name.removesuffix(".weight"): p for name, p in mla.named_parameters()}}
     return _Attention.apply(
-        x_BTD, rope, segments_BT, _AttentionContext(mla, norm.eps, recipe, tuple(weights)), *weights.values()
+        x_BTD, rope, segments, _AttentionContext(mla, norm.eps, recipe, tuple(weights)), *weights.values()
     )
 
 
@@ -154,24 +157,24 @@ class _AttentionContext:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BTD, rope, segments_BT, shape, *weights):
+    def forward(ctx, x_BTD, rope, segments, shape, *weights):
         w, recipe = dict(zip(shape.names, weights, strict=True)), shape.recipe
         x = shape.normed(x_BTD.flatten(0, 1), w["norm"], shape.eps)
         q_latent = forward(x, w["wq_a"], recipe) if "wq_a" in w else None
         kv_latent = forward(x, w["wkv_a"], recipe)
         _, _, core = shape.expand(w, x, q_latent, kv_latent, x_BTD.shape[:2])
-        out, lse = attention_forward(*core, rope, shape.cfg.softmax_scale, segments_BT)
+        out, lse = attention_forward(*core, rope, shape.cfg.softmax_scale, segments)
         out = out.flatten(0, 1).flatten(1)
         o = recipe.quantised(out, power_of_two=True)
         y = forward(o, w["wo"], recipe)
-        ctx.shape = shape
-        ctx.save_for_backward(x_BTD, q_latent, kv_latent, *pack_e5m6(out, o.scale_MJ), lse, rope, segments_BT, *weights)
+        ctx.shape, ctx.segments = shape, segments
+        ctx.save_for_backward(x_BTD, q_latent, kv_latent, *pack_e5m6(out, o.scale_MJ), lse, rope, *weights)
         return y.view_as(x_BTD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BTD):
-        x_BTD, q_latent, kv_latent, code, scale, lse, rope, segments_BT, *weights = ctx.saved_tensors
+        x_BTD, q_latent, kv_latent, code, scale, lse, rope, *weights = ctx.saved_tensors
         shape, recipe, cfg = ctx.shape, ctx.shape.recipe, ctx.shape.cfg
         w, grads = dict(zip(shape.names, weights, strict=True)), {}
 
@@ -186,7 +189,7 @@ class _Attention(torch.autograd.Function):
         x = shape.normed(x_BTD.flatten(0, 1), w["norm"], shape.eps)
         q_in, kv_in, core = shape.expand(w, x, q_latent, kv_latent, x_BTD.shape[:2])
         dout, out = (t.view(*x_BTD.shape[:2], cfg.n_heads, -1) for t in (dout, out))
-        dq, dkv, dk_rope = attention_backward(dout, *core, rope, cfg.softmax_scale, segments_BT, out, lse)
+        dq, dkv, dk_rope = attention_backward(dout, *core, rope, cfg.softmax_scale, ctx.segments, out, lse)
         dq, dkv = (t.flatten(0, 1).flatten(1) for t in (dq, dkv))
         dc, grads["kv_norm"] = normalise_backward(
             through("wkv_b", dkv, kv_in), kv_latent[:, : cfg.kv_lora_rank], w["kv_norm"], shape.latent_eps

@@ -6,7 +6,7 @@ with -inf (0 would let an excluded expert win when biases are negative).
 A caller may pass the gate a choice made elsewhere (RL: the sampler's). Gate weights still come from the scores of this
 pass, so gradient reaches the router.
 
-`Gate.forward` is the plain version; on a CPU `kernels.gate` does the same in one pass.
+`Gate.forward` is the plain version; on a CPU `kernels.gate` does the same in one pass, and on a GPU `gate_gpu`.
 
 Shapes: N tokens, S sequences of T tokens, D hidden, E experts, K experts per token.
 """
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bessemer.kernels import gate as kernel
+from bessemer.model import gate_gpu
 from bessemer.model.config import ModelConfig
 
 _COUNTING = Lock()
@@ -90,6 +91,15 @@ class Gate(nn.Module):
             if self.training:
                 with _COUNTING:
                     self.load_E += count_SE.sum(0)
+            return Routing(expert_NK, weight_NK, balance)
+        if self.sum_counts is None and x_ND.device.type in ("cuda", "meta"):
+            logit_NE = F.linear(x_ND.float(), self.weight)
+            training = self.training and torch.is_grad_enabled()
+            expert_NK, weight_NK, balance, count_SE = gate_gpu.choose(
+                logit_NE, self.bias_E, choice_NK, n_sequences, *_rule(cfg), training
+            )
+            if training:  # one kernel in a stream's order; a lock would cut the compiler's graph in two
+                self.load_E += count_SE.detach().sum(0)
             return Routing(expert_NK, weight_NK, balance)
         score_NE = self.scores(x_ND)
         expert_NK = self.choose(score_NE)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.kernels import swiglu
+from bessemer.model.operation import operation
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALIGNED = 16
@@ -43,22 +44,52 @@ def combine(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
     return F.embedding_bag(slot_NK.sort(1).values, rows_MD, mode="sum")
 
 
-def forward(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+def forward(rows_MD: Tensor, weight_M: Tensor, end_E: Tensor, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     """y [M, D] of rows in expert order, and h = W13 x [M, 2F] for `backward`."""
-    end_E = ends(count_E)
     h_MH = F.grouped_mm(rows_MD, w13.transpose(1, 2), offs=end_E)
     return F.grouped_mm(swiglu.forward(h_MH, weight_M), w2.transpose(1, 2), offs=end_E), h_MH
 
 
 def backward(
-    dy_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor, h_MH: Tensor
+    dy_MD: Tensor, weight_M: Tensor, end_E: Tensor, w13: Tensor, w2: Tensor, h_MH: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows and weights, and act [M, F] and dh [M, 2F], the operands of the weights' gradients."""
-    end_E = ends(count_E)
     act_MF, dh_MH, dweight_M = swiglu.backward(F.grouped_mm(dy_MD, w2, offs=end_E), h_MH, weight_M)
     return F.grouped_mm(dh_MH, w13, offs=end_E), dweight_M, act_MF, dh_MH
 
 
-def weight_gradient(left_MX: Tensor, right_MY: Tensor, count_E: Tensor) -> Tensor:
+@operation("swiglu")
+def activation(h_MH: Tensor) -> Tensor:
+    """silu(gate) * up of a dense FFN or shared expert, [M, F], for h = (gate, up) [M, 2F]."""
+    return swiglu.forward(h_MH, None)
+
+
+@torch.library.register_fake(activation)
+def _(h_MH):
+    return h_MH.new_empty(h_MH.shape[0], h_MH.shape[1] // 2)
+
+
+@operation("swiglu_backward")
+def _activation_backward(dact_MF: Tensor, h_MH: Tensor) -> Tensor:
+    return swiglu.backward(dact_MF, h_MH, None)[1]
+
+
+@torch.library.register_fake(_activation_backward)
+def _(dact_MF, h_MH):
+    return h_MH.new_empty(h_MH.shape)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _grad(ctx, dact_MF):
+    return _activation_backward(dact_MF, *ctx.saved_tensors)
+
+
+torch.library.register_autograd(activation, _grad, setup_context=_setup)
+
+
+def weight_gradient(left_MX: Tensor, right_MY: Tensor, end_E: Tensor) -> Tensor:
     """left^T right of every expert's rows, [E, X, Y]; zeros for an expert without rows."""
-    return F.grouped_mm(left_MX.t(), right_MY, offs=ends(count_E))
+    return F.grouped_mm(left_MX.t(), right_MY, offs=end_E)

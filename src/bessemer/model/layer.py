@@ -43,6 +43,7 @@ from bessemer.model import fp8, moe
 from bessemer.model.config import ModelConfig
 from bessemer.model.mla import MLA
 from bessemer.model.norm import RMSNorm
+from bessemer.model.segments import Segments
 from bessemer.precision.fp8_linear import FP8Recipe
 
 Result = TypeVar("Result")
@@ -96,15 +97,15 @@ class Layer(nn.Module):
         return self.ffn
 
     def attend(
-        self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None, choice_NK: Tensor | None = None
+        self, x_BTD: Tensor, rope: Tensor, segments: Segments = None, choice_NK: Tensor | None = None
     ) -> Attended:
         if self.fp8 is not None and self.training:
-            h_BTD = x_BTD + fp8.attention(self.attn_norm, self.attn, x_BTD, rope, segments_BT, self.fp8)
+            h_BTD = x_BTD + fp8.attention(self.attn_norm, self.attn, x_BTD, rope, segments, self.fp8)
             return recomputed(self.route, h_BTD, choice_NK)
-        return self.run_phase("attend", self._attend, x_BTD, rope, segments_BT, choice_NK)
+        return self.run_phase("attend", self._attend, x_BTD, rope, segments, choice_NK)
 
-    def _attend(self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, choice_NK: Tensor | None) -> Attended:
-        return self.route(x_BTD + self.attn(self.attn_norm(x_BTD), rope, segments_BT), choice_NK)
+    def _attend(self, x_BTD: Tensor, rope: Tensor, segments: Segments, choice_NK: Tensor | None) -> Attended:
+        return self.route(x_BTD + self.attn(self.attn_norm(x_BTD), rope, segments), choice_NK)
 
     def run_phase(self, phase: Phase, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """function(*arguments), which computes this phase; recomputed in backward if the phase is chosen."""
@@ -141,9 +142,9 @@ class Layer(nn.Module):
         return self.finish(attended, self.combine(self.experts(sent), sent))
 
     def forward(
-        self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None, choice_NK: Tensor | None = None
+        self, x_BTD: Tensor, rope: Tensor, segments: Segments = None, choice_NK: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the new residual stream and the balance term (None if dense). `choice_NK`: see `gate.Gate`."""
-        attended = self.attend(x_BTD, rope, segments_BT, choice_NK)
+        attended = self.attend(x_BTD, rope, segments, choice_NK)
         balance = None if attended.routing is None else attended.routing.balance
         return self.feed_forward(attended), balance

@@ -15,6 +15,7 @@ the heads and picks a backend:
 
     CPU               `attention_cpu.latent_attention`: one operation from the projections to the output, with its own
                       backward
+    CUDA, meta        `attention_gpu`: heads in one kernel, packed segments without a mask, torch's best attention
     everything else   torch's scaled_dot_product_attention
 
 Shapes: B sequences, T queries, S cached tokens, D hidden, H heads, N/R nope and rope widths, V value width, C latent
@@ -29,9 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bessemer.model import attention_cpu
+from bessemer.model import attention_cpu, attention_gpu
 from bessemer.model.config import ModelConfig, yarn_mscale
 from bessemer.model.norm import RMSNorm
+from bessemer.model.segments import Packed, Segments
 
 # The released code gives the latent norms RMSNorm's default and only the block norms rms_norm_eps; the two differ in
 # Moonlight (1e-5).
@@ -80,16 +82,16 @@ class MLA(nn.Module):
         """`latent` from the results of `compress`."""
         return torch.cat((c_BTC, rotate(k_rope_BTR, rope)), -1)
 
-    def forward(self, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Tensor, segments: Segments = None) -> Tensor:
         """Expanded form, causal over the T tokens given. Returns [B, T, D]."""
-        return self.expanded(x_BTD, *self.compress(x_BTD), rope, segments_BT)
+        return self.expanded(x_BTD, *self.compress(x_BTD), rope, segments)
 
     def expanded(
-        self, x_BTD: Tensor, c_BTC: Tensor, k_rope_BTR: Tensor, rope: Tensor, segments_BT: Tensor | None = None
+        self, x_BTD: Tensor, c_BTC: Tensor, k_rope_BTR: Tensor, rope: Tensor, segments: Segments = None
     ) -> Tensor:
         """`forward` from the results of `compress`."""
         kv = self.wkv_b(c_BTC).unflatten(-1, (self.cfg.n_heads, -1))
-        out = latent_attention(self.project(x_BTD), kv, k_rope_BTR, rope, self.cfg.softmax_scale, segments_BT)
+        out = latent_attention(self.project(x_BTD), kv, k_rope_BTR, rope, self.cfg.softmax_scale, segments)
         return self.wo(out.flatten(-2))
 
     def absorbed(self, x_BTD: Tensor, cache_BSX: Tensor, visible_BTS: Tensor, rope: Tensor) -> Tensor:
@@ -201,47 +203,51 @@ def _on_cpu(x: Tensor) -> bool:
 
 
 def latent_attention(
-    q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments_BT: Tensor | None = None
+    q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments: Segments = None
 ) -> Tensor:
     """MLA's core, expanded: q [B, T, H, N + R] and k_rope [B, T, R], both before rotation; kv [B, T, H, N + V] holds
     keys and values of every head; rope [T, R/2, 2] or [B, T, R/2, 2]. Returns [B, T, H, V]."""
     if _on_cpu(q):
-        return attention_cpu.latent_attention(q, kv, k_rope, rope, segments_BT, scale)[0]
-    return _torch_attention(q, kv, k_rope, rope, scale, segments_BT)
+        assert not isinstance(segments, Packed)
+        return attention_cpu.latent_attention(q, kv, k_rope, rope, segments, scale)[0]
+    return _torch_attention(q, kv, k_rope, rope, scale, segments)
 
 
-def _torch_attention(
-    q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments_BT: Tensor | None
-) -> Tensor:
+def _torch_attention(q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments: Segments) -> Tensor:
+    if q.device.type in ("cuda", "meta"):
+        return attention_gpu.latent_attention(q, kv, k_rope, rope, scale, segments)
+    assert not isinstance(segments, Packed)
     q, k, v = heads(q, kv, k_rope, rope)
-    if segments_BT is None:
+    if segments is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
-        mask = causal_mask(q.shape[-2], segments_BT, q.device)
+        mask = causal_mask(q.shape[-2], segments, q.device)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2)
 
 
 def attention_forward(
-    q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments_BT: Tensor | None = None
+    q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments: Segments = None
 ) -> tuple[Tensor, Tensor]:
     """`latent_attention` without a graph, for a caller that saves the arguments elsewhere: the output, and the log of
     the softmax denominators (empty where torch's attention recomputes its own)."""
     if _on_cpu(q):
-        return attention_cpu.flash_forward(q, kv, k_rope, rope, segments_BT, scale)
+        assert not isinstance(segments, Packed)
+        return attention_cpu.flash_forward(q, kv, k_rope, rope, segments, scale)
     with torch.no_grad():
-        return _torch_attention(q, kv, k_rope, rope, scale, segments_BT), q.new_empty(0, dtype=torch.float32)
+        return _torch_attention(q, kv, k_rope, rope, scale, segments), q.new_empty(0, dtype=torch.float32)
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments_BT: Tensor | None,
+    dout: Tensor, q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments: Segments,
     out: Tensor, lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, kv and k_rope. `out` and `lse` as `attention_forward` returned them; `out` may be rounded."""
     if _on_cpu(q):
-        return attention_cpu.flash_backward(dout, q, kv, k_rope, rope, segments_BT, scale, out, lse)
+        assert not isinstance(segments, Packed)
+        return attention_cpu.flash_backward(dout, q, kv, k_rope, rope, segments, scale, out, lse)
     with torch.enable_grad():
         q, kv, k_rope = (x.detach().requires_grad_() for x in (q, kv, k_rope))
-        again = _torch_attention(q, kv, k_rope, rope, scale, segments_BT)
+        again = _torch_attention(q, kv, k_rope, rope, scale, segments)
     dq, dkv, dk_rope = torch.autograd.grad(again, (q, kv, k_rope), dout)
     return dq, dkv, dk_rope

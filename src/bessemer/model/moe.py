@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bessemer.model import fp8
+from bessemer.model import fp8, grouped
 from bessemer.model.config import ModelConfig
-from bessemer.model.experts import Combine, dense_ffn, expert_ffn, expert_order, routed_ffn, slots
+from bessemer.model.experts import Combine, Spread, dense_ffn, expert_ffn, expert_order, routed_ffn, slots
 from bessemer.model.gate import Gate, Routing
 from bessemer.precision.fp8_linear import FP8Recipe
 from bessemer.precision.operand import Operand
@@ -49,9 +49,9 @@ def dispatch(x_ND: Tensor, routing: Routing, n_experts: int, recipe: FP8Recipe |
     order_M, count_E = expert_order(routing.expert_NK, n_experts)
     token_M, weight_M, slot_NK = order_M // K, routing.weight_NK.flatten()[order_M], slots(order_M).view(N, K)
     if recipe is not None:
-        rows_MD, operand = fp8.send(x_ND, token_M, recipe)
+        rows_MD, operand = fp8.send(x_ND, token_M, recipe, slot_NK)
         return Dispatched(rows_MD, weight_M, count_E, slot_NK, operand)
-    return Dispatched(x_ND.index_select(0, token_M), weight_M, count_E, slot_NK)
+    return Dispatched(Spread.apply(x_ND, token_M, slot_NK), weight_M, count_E, slot_NK)
 
 
 def combine(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
@@ -104,6 +104,9 @@ class FFN(nn.Module):
             return fp8.swiglu(x, self.w13.weight, self.w2.weight, self.fp8)
         if x.device.type == "cpu" and _plain(self.w13) and _plain(self.w2):
             return dense_ffn(x.flatten(0, -2), self.w13.weight, self.w2.weight).view(x.shape)
+        if x.device.type in ("cuda", "meta") and not torch.compiler.is_compiling():
+            h = self.w13(x)
+            return self.w2(grouped.activation(h.flatten(0, -2)).view(*h.shape[:-1], -1))
         gate, up = self.w13(x).chunk(2, -1)
         return self.w2(F.silu(gate) * up)
 

@@ -1,4 +1,8 @@
-"""RMSNorm: w * z / sqrt(mean(z^2) + eps), computed in float32 (as in the released code)."""
+"""RMSNorm: w * z / sqrt(mean(z^2) + eps), computed in float32 (as in the released code).
+
+On a CPU and on CUDA it is one operation, which saves its input alone. Under torch.compile on CUDA it is torch's
+formula, which the compiler fuses with what comes before and after.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bessemer.kernels import norm as kernel
+from bessemer.kernels.fused import Fused
+from bessemer.model.operation import operation
 
 
 class RMSNorm(nn.Module):
@@ -22,6 +28,8 @@ class RMSNorm(nn.Module):
         if x.device.type == "cpu":
             function = _CPUNorm.apply if torch.is_grad_enabled() else normalise
             return function(x, self.weight, self.eps)
+        if x.device.type in ("cuda", "meta") and not torch.compiler.is_compiling():
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).to(x.dtype)
 
 
@@ -34,6 +42,10 @@ def normalise(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The norm without a graph, in x's dtype."""
     if kernel.serves(x, weight_D):
         return kernel.rms_norm(x, weight_D, eps)
+    return _normalise(x, weight_D, eps)
+
+
+def _normalise_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     x32 = x.float()
     return (x32 * _scale(x32, eps)).mul_(weight_D).to(x.dtype)
 
@@ -42,6 +54,10 @@ def normalise_backward(dy: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> t
     """Gradients of x (in its dtype) and of the gain (float32), from the input alone."""
     if kernel.serves(x, weight_D) and dy.dtype == x.dtype:
         return kernel.rms_norm_backward(dy, x, weight_D, eps)
+    return _normalise_backward(dy, x, weight_D, eps)
+
+
+def _normalise_backward_reference(dy: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x32, dy32 = x.float(), dy.float()
     scale = _scale(x32, eps)
     z = x32 * scale
@@ -65,3 +81,40 @@ class _CPUNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         return *normalise_backward(dy, *ctx.saved_tensors, ctx.eps), None
+
+
+_normalise = Fused("triton_norm", "forward", _normalise_reference)
+_normalise_backward = Fused("triton_norm", "backward", _normalise_backward_reference)
+
+
+@operation("rms_norm")
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`normalise` with a graph, for CUDA."""
+    return normalise(x, weight_D, eps)
+
+
+@torch.library.register_fake(rms_norm)
+def _(x, weight_D, eps):
+    return x.new_empty(x.shape)
+
+
+@operation("rms_norm_backward")
+def _rms_norm_backward(dy: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return normalise_backward(dy, x, weight_D, eps)
+
+
+@torch.library.register_fake(_rms_norm_backward)
+def _(dy, x, weight_D, eps):
+    return x.new_empty(x.shape), torch.empty_like(weight_D)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+    ctx.eps = inputs[2]
+
+
+def _grad(ctx, dy):
+    return *_rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps), None
+
+
+torch.library.register_autograd(rms_norm, _grad, setup_context=_setup)

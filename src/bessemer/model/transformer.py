@@ -30,6 +30,7 @@ from bessemer.model.layer import PHASES, Layer, Phase
 from bessemer.model.mla import rope_table
 from bessemer.model.moe import FFN, Experts
 from bessemer.model.norm import RMSNorm
+from bessemer.model.segments import Segments, first_tokens
 from bessemer.precision.fp8_linear import FP8Recipe
 
 RECOMPUTES_ITSELF = (
@@ -64,10 +65,10 @@ class MTPModule(nn.Module):
         return self.eh_proj(torch.cat((self.enorm(embedded_BTD), self.hnorm(h_BTD)), -1))
 
     def forward(
-        self, h_BTD: Tensor, embedded_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None = None
+        self, h_BTD: Tensor, embedded_BTD: Tensor, rope: Tensor, segments: Segments = None
     ) -> tuple[Tensor, Tensor]:
         """(h^k [B, T, D] before the output norm, balance term)."""
-        return self.layer(self.join(h_BTD, embedded_BTD), rope, segments_BT)
+        return self.layer(self.join(h_BTD, embedded_BTD), rope, segments)
 
 
 class Transformer(nn.Module):
@@ -176,17 +177,15 @@ class Transformer(nn.Module):
                 self._rope = rope_table(self.cfg, max(length, min(self.cfg.max_seq_len, 4096)), device)
         return self._rope[:length]
 
-    def hidden(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, segments: Segments = None) -> Tensor:
         """Residual stream after the last layer, before the final norm, [B, T, D]."""
-        return self._run(tokens_BT, segments_BT)[0]
+        return self._run(tokens_BT, segments)[0]
 
-    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, segments: Segments = None) -> Tensor:
         """Logits of the next token, [B, T, V]."""
-        return self.head(self.norm(self.hidden(tokens_BT, segments_BT)))
+        return self.head(self.norm(self.hidden(tokens_BT, segments)))
 
-    def _run(
-        self, tokens_BT: Tensor, segments_BT: Tensor | None, choice_BTLK: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _run(self, tokens_BT: Tensor, segments: Segments, choice_BTLK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         table = self.rope_table(tokens_BT.shape[1])
         x = self.embed(tokens_BT)
         balance = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -194,7 +193,7 @@ class Transformer(nn.Module):
         assert len(choices) in (0, sum(not layer.dense for layer in self.layers)), "one choice for every sparse layer"
         left = iter(choices)
         for layer in self.layers:
-            x, term = layer(x, table, segments_BT, None if layer.dense else next(left, None))
+            x, term = layer(x, table, segments, None if layer.dense else next(left, None))
             if term is not None:
                 balance = balance + term
         return x, balance
@@ -202,7 +201,7 @@ class Transformer(nn.Module):
     def train_outputs(
         self,
         tokens_BT: Tensor,
-        segments_BT: Tensor | None = None,
+        segments: Segments = None,
         mtp: bool = True,
         choice_BTLK: Tensor | None = None,
     ) -> TrainOutputs:
@@ -211,10 +210,10 @@ class Transformer(nn.Module):
         `choice_BTLK`, integers: the K experts of each token in each of the main model's L sparse layers; entries below
         0 leave the choice to the gate.
         """
-        x, balance = self._run(tokens_BT, segments_BT, choice_BTLK)
+        x, balance = self._run(tokens_BT, segments, choice_BTLK)
         hidden = self.norm(x)
         modules = self.mtp if mtp else ()
-        depths, term = mtp_states(modules, hidden, tokens_BT, segments_BT, self.embed.weight, self.rope_table)
+        depths, term = mtp_states(modules, hidden, tokens_BT, segments, self.embed.weight, self.rope_table)
         return TrainOutputs(hidden, depths, balance + term)
 
     def save(self, directory: str | Path, **options: Any) -> None:
@@ -225,28 +224,28 @@ class Transformer(nn.Module):
 
 
 def mtp_states(
-    modules: Iterable[MTPModule], hidden_BTD: Tensor, tokens_BT: Tensor, segments_BT: Tensor | None,
+    modules: Iterable[MTPModule], hidden_BTD: Tensor, tokens_BT: Tensor, segments: Segments,
     embedding_VD: Tensor, rope_table: Callable[[int], Tensor],
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """(hidden states of every depth, ready for the head; sum of the balance terms) from h^0 [B, T, D]."""
     h, depths = hidden_BTD, []
     balance = torch.zeros((), dtype=torch.float32, device=h.device)
     for k, module in enumerate(modules, start=1):
-        h, embedded, segments = mtp_inputs(k, h, tokens_BT, segments_BT, embedding_VD)
-        h, term = module(h, embedded, rope_table(h.shape[1]), segments)
+        h, embedded, own = mtp_inputs(k, h, tokens_BT, segments, embedding_VD)
+        h, term = module(h, embedded, rope_table(h.shape[1]), own)
         balance = balance + term
         depths.append(module.norm(h))
     return depths, balance
 
 
 def mtp_inputs(
-    k: int, h_BTD: Tensor, tokens_BT: Tensor, segments_BT: Tensor | None, embedding_VD: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    k: int, h_BTD: Tensor, tokens_BT: Tensor, segments: Segments, embedding_VD: Tensor
+) -> tuple[Tensor, Tensor, Segments]:
     """Inputs of depth k at the positions that have all of them: h^{k-1}, the embeddings of the tokens k further, and
     the segments."""
     T = tokens_BT.shape[1] - k
     embedded = F.embedding(tokens_BT[:, k:], embedding_VD)
-    return h_BTD[:, :T], embedded, None if segments_BT is None else segments_BT[:, :T]
+    return h_BTD[:, :T], embedded, first_tokens(segments, T)
 
 
 @contextmanager
@@ -292,8 +291,8 @@ class Scorer(Transformer):
         scorer.score.weight.copy_(fresh)
         return scorer
 
-    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
-        return self.scores(self.norm(self.hidden(tokens_BT, segments_BT)))
+    def forward(self, tokens_BT: Tensor, segments: Segments = None) -> Tensor:
+        return self.scores(self.norm(self.hidden(tokens_BT, segments)))
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Scores [...] of hidden states [..., D] after the final norm, in float32: two answers differ by little."""

@@ -144,9 +144,8 @@ def critic_of(policy: Transformer) -> Scorer:
 
 
 def values(critic: Scorer, batch: Batch) -> Tensor:
-    """V of every trained token, [N], in the order of `batch.loss_BT.nonzero()`; differentiable."""
-    keep_BT = batch.loss_BT[:, 1:] != 0
-    return critic(batch.tokens_BT, batch.segments_BT)[:, :-1][keep_BT]
+    """V of every trained token, [N], in the order of `Batch.trained_N`; differentiable."""
+    return critic(batch.tokens_BT, batch.segments)[:, :-1].flatten()[batch.trained_N]
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ class ValueLoss:
 
     def __call__(self, model: Scorer, batch: Batch) -> Loss:
         weight_BT, old_BT, return_BT = batch.loss_BT, batch.extras["value_BT"], batch.extras["return_BT"]
-        keep = weight_BT[:, 1:].flatten().nonzero().squeeze(1)
+        keep = batch.trained_N
         weight, old, target = (x[:, 1:].flatten()[keep] for x in (weight_BT, old_BT, return_BT))
         error, clipped = value_errors(values(model, batch), old, target, self.clip)
         metrics = {"loss": weight * error, "clip_share": weight * clipped}

@@ -109,7 +109,7 @@ def own_choice(model: Transformer, batch: Batch) -> Tensor:
     rope = model.rope_table(batch.tokens_BT.shape[1])
     x_BTD, choices = model.embed(batch.tokens_BT), []
     for layer in model.layers:
-        attended = layer.attend(x_BTD, rope, batch.segments_BT)
+        attended = layer.attend(x_BTD, rope, batch.segments)
         if attended.routing is not None:
             choices.append(attended.routing.expert_NK.view(*batch.tokens_BT.shape, -1))
         x_BTD = layer.feed_forward(attended)

@@ -73,7 +73,7 @@ class GRPO:
     """0: the trainer divides by the sum of the weights. L > 0: by L per output whatever its length (Dr. GRPO)."""
 
     def __call__(self, model: Transformer | CausalLM, batch: Batch) -> Loss:
-        out = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=False, **_replayed(batch))
+        out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False, **_replayed(batch))
         return self.of(out, model.head_weight, batch)
 
     def with_mtp(self) -> bool:
@@ -89,7 +89,7 @@ class GRPO:
         """The loss of outputs that were computed elsewhere (`Divided`)."""
         tokens_BT, weight_BT = batch.tokens_BT[:, 1:], batch.loss_BT[:, 1:]
         # Only the positions that are trained on go through the head: prompts and padding cost nothing there.
-        keep = weight_BT.flatten().nonzero().squeeze(1)
+        keep = batch.trained_N
         hidden_ND = out.hidden_BTD[:, :-1].flatten(0, 1)[keep]
         logp, entropy = token_logprobs(hidden_ND, weight_VD, tokens_BT.flatten()[keep], self.temperature, entropy=True)
 
@@ -132,9 +132,13 @@ def gspo(
     logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, output_N: Tensor, low: float, high: float
 ) -> Surrogate:
     """With weights 1/|o| per token this is the paper's mean over outputs. Its clips are small: 3e-4 and 4e-4."""
-    outputs, index_N = output_N.unique(return_inverse=True)
-    total = logp_N.new_zeros(outputs.numel()).index_add(0, index_N, logp_N - old_logp_N)
-    length = index_N.bincount(minlength=outputs.numel())
+    # As many places as tokens: how many outputs there are, a GPU would have to tell; the last places stay empty.
+    sorted_N, order_N = output_N.sort(stable=True)
+    new_N = torch.zeros_like(output_N)
+    new_N[1:] = sorted_N[1:] != sorted_N[:-1]
+    index_N = torch.empty_like(output_N).scatter_(0, order_N, new_N.cumsum(0))
+    total = torch.zeros_like(logp_N).index_add(0, index_N, logp_N - old_logp_N)
+    length = torch.zeros_like(logp_N).index_add(0, index_N, torch.ones_like(logp_N)).clamp(min=1)
     return _pessimistic(_exp(total / length)[index_N], advantage_N, low, high)
 
 
@@ -181,8 +185,8 @@ def _exp(log_ratio: Tensor) -> Tensor:
 def policy_logprobs(model: Transformer | CausalLM, batch: Batch, temperature: float) -> Tensor:
     """log pi of every trained token, [B, T], 0 elsewhere."""
     weight = batch.loss_BT[:, 1:].flatten()
-    keep = weight.nonzero().squeeze(1)
-    out = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=False, **_replayed(batch))
+    keep = batch.trained_N
+    out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False, **_replayed(batch))
     hidden = out.hidden_BTD[:, :-1].flatten(0, 1)[keep]
     logp = token_logprobs(hidden, model.head_weight, batch.tokens_BT[:, 1:].flatten()[keep], temperature).logp
     flat = torch.zeros_like(weight)

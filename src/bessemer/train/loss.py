@@ -97,6 +97,12 @@ def predicting(hidden_BTD: Tensor, weight_VD: Tensor, batch: Batch, ahead: int) 
     """Cross entropy of the tokens `ahead` positions further; the last positions have none."""
     target_BT, loss_BT = batch.predicted(ahead)
     n = min(hidden_BTD.shape[1], target_BT.shape[1])
+    if ahead == 1 and batch.before is not None and batch.own_T is None and len(batch.trained_N) < loss_BT.numel():
+        # On a CPU `cross_entropy` finds these itself.
+        hidden_ND, target_N, loss_N = (
+            x[:, :n].flatten(0, 1)[batch.trained_N] for x in (hidden_BTD, target_BT, loss_BT)
+        )
+        return cross_entropy(hidden_ND, weight_VD, target_N, loss_N)
     return cross_entropy(hidden_BTD[:, :n], weight_VD, target_BT[:, :n], loss_BT[:, :n])
 
 

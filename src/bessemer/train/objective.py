@@ -114,7 +114,7 @@ class NextToken:
     """
 
     def __call__(self, model: Transformer | CausalLM, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
-        out = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=mtp_lambda > 0)
+        out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=mtp_lambda > 0)
         return self.of(out, model.head_weight, batch, mtp_lambda, balance_alpha)
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
@@ -154,7 +154,7 @@ def balance_weight(batch: Batch, balance_alpha: float) -> Tensor:
 def pairwise(model: Scorer, batch: Batch, balance_alpha: float) -> Loss:
     """`accuracy` is the share of pairs whose chosen text scores higher, `margin` the mean difference."""
     scores_BT, balance = _scores(model, batch)
-    row_P, place_P = batch.loss_BT.nonzero(as_tuple=True)
+    row_P, place_P = _places(batch)
     rival_P = batch.extras["rival_BT"][row_P, place_P]
     margin_P = scores_BT[row_P, place_P] - scores_BT[row_P, rival_P]
     metrics = {"accuracy": (margin_P > 0).sum(), "margin": margin_P.sum()}
@@ -164,15 +164,21 @@ def pairwise(model: Scorer, batch: Batch, balance_alpha: float) -> Loss:
 def pointwise(model: Scorer, batch: Batch, balance_alpha: float) -> Loss:
     """`accuracy` is the share of texts on the right side of 0."""
     scores_BT, balance = _scores(model, batch)
-    at = batch.loss_BT.nonzero(as_tuple=True)
+    at = _places(batch)
     score_S, safe_S = scores_BT[at], batch.extras["safe_BT"][at]
     metrics = {"accuracy": ((score_S > 0) == (safe_S > 0)).sum()}
     total = F.binary_cross_entropy_with_logits(score_S, safe_S, reduction="sum")
     return _preference_loss(total, batch, balance, balance_alpha, metrics)
 
 
+def _places(batch: Batch) -> tuple[Tensor, Tensor]:
+    """(rows, places in them) of the tokens that carry weight."""
+    at_N, width = batch.trained_N, batch.loss_BT.shape[1] - 1
+    return at_N // width, at_N % width + 1
+
+
 def _scores(model: Scorer, batch: Batch) -> tuple[Tensor, Tensor]:
-    out = model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=False)
+    out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False)
     return model.scores(out.hidden_BTD), out.balance
 
 
@@ -193,7 +199,7 @@ class OnPolicyDistillation:
 
     def __call__(self, model: Transformer | CausalLM, batch: Batch) -> Loss:
         weight = batch.loss_BT[:, 1:].flatten()
-        keep = weight.nonzero().squeeze(1)
+        keep = batch.trained_N
         with torch.no_grad():
             teacher_ND = _hidden(self.teacher, batch)[keep]
         total = _weighted_divergence(
@@ -211,7 +217,7 @@ def divergence_of(student_NV: Tensor, teacher_NV: Tensor, which: Divergence) -> 
 
 def _hidden(model: Transformer | CausalLM, batch: Batch) -> Tensor:
     """Hidden states that predict tokens 1.., flat [B * (T - 1), D]."""
-    return model.train_outputs(batch.tokens_BT, batch.segments_BT, mtp=False).hidden_BTD[:, :-1].flatten(0, 1)
+    return model.train_outputs(batch.tokens_BT, batch.segments, mtp=False).hidden_BTD[:, :-1].flatten(0, 1)
 
 
 def _weighted_divergence(

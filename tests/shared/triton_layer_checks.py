@@ -1,0 +1,144 @@
+"""Checks of the Triton kernels of a layer against torch in float64, and what a Hopper card would run of them.
+
+`test_fp8_kernels` runs them in its processes, where the interpreter is on or its compiler ready.
+"""
+
+import torch
+
+from bessemer.kernels.gate import Rule
+
+SHAPES = [(2, 5, 3, 24, 8, 12), (1, 3, 11, 40, 16, 40)]
+"""B, T, H, nope, rope and value widths."""
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(found, wanted, bound=2e-6):
+    assert found.shape == wanted.shape
+    assert (found.double() - wanted.double()).norm() <= bound * wanted.double().norm(), (found, wanted)
+
+
+def check_norm():
+    from bessemer.kernels import triton_norm
+
+    wide = normal(7, 3, 300)
+    for x in (normal(5, 7, 200), wide[..., 20:150], normal(300, 40), normal(1, 3)):
+        gain, dy = normal(x.shape[-1], seed=1) + 1, normal(*x.shape, seed=2)
+        exact = [x.double().requires_grad_(), gain.double().requires_grad_()]
+        wanted = torch.nn.functional.rms_norm(exact[0], exact[1].shape, exact[1], 1e-5)
+        wanted.backward(dy.double())
+        for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
+            y = triton_norm.forward(x.to(dtype), gain, 1e-5)
+            dx, dgain = triton_norm.backward(dy.to(dtype), x.to(dtype), gain, 1e-5)
+            assert y.dtype == dx.dtype == dtype and dgain.dtype == torch.float32
+            for found, right in ((y, wanted.detach()), (dx, exact[0].grad), (dgain, exact[1].grad)):
+                close(found, right, bound)
+    assert triton_norm.forward(torch.zeros(0, 8), torch.ones(8), 1e-5).shape == (0, 8)
+
+
+def check_heads():
+    from bessemer.kernels import triton_heads
+    from bessemer.model.attention_gpu import heads_backward_reference, heads_reference
+
+    for B, T, H, nope, turned, value in SHAPES:
+        q, kv = normal(B, T, H, nope + turned), normal(B, T, H, nope + value, seed=1)
+        k_rope = normal(B, T, 5 + turned, seed=2)[..., 5:]  # a part of a projection, as in the layer
+        angle = normal(T, turned // 2, seed=3)
+        table = torch.stack((angle.cos(), angle.sin()), -1)
+        for rope in (table, table.expand(B, -1, -1, -1)):
+            for padded in (0, nope + turned):
+                leaves = [x.double().requires_grad_() for x in (q, kv, k_rope)]
+                wanted = heads_reference(*leaves, rope, padded)
+                found = triton_heads.forward(q, kv, k_rope, rope, padded)
+                for mine, right in zip(found, wanted, strict=True):
+                    close(mine, right.detach())
+                    assert mine.is_contiguous()
+                changes = [normal(*x.shape, seed=4 + i) for i, x in enumerate(found)]
+                right = torch.autograd.grad(wanted, leaves, [c.double() for c in changes])
+                for body in (triton_heads.backward, heads_backward_reference):
+                    for mine, exact in zip(body(*changes, rope, value), right, strict=True):
+                        close(mine, exact)
+
+
+def rules():
+    yield Rule(16, 3, 4, 2, 2, False, True, 2.5)
+    yield Rule(12, 4, 1, 1, 1, True, False, 1.0)
+    yield Rule(32, 5, 8, 3, 1, True, True, 16.0)
+    yield Rule(7, 1, 1, 1, 1, False, True, 1.0)
+
+
+def check_gate():
+    from bessemer.kernels import triton_gate
+    from bessemer.model import gate_gpu
+
+    for rule in rules():
+        S, T, E, K = 3, 11, rule.n_experts, rule.n_activated
+        logits, bias = normal(S * T, E), normal(E, seed=1)
+        given = torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(i))[:K] for i in range(S * T)])
+        given[1::3] = -1
+        for own_bias, choice in ((bias, None), (None, given), (-2 + bias, given.to(torch.int32))):
+            found = triton_gate.forward(logits, own_bias, choice, S, rule)
+            exact = logits.double().requires_grad_()
+            expert, weight, share, count = gate_gpu.choose_reference(exact, own_bias, choice, S, rule)
+            assert found[0].dtype == torch.int64 and torch.equal(found[0], expert)
+            assert torch.equal(found[3].double(), count)
+            close(found[1], weight.detach())
+            close(found[2], share.detach())
+            dweight, dbalance = normal(S * T, K, seed=2), torch.tensor(0.7)
+            f = count * (E / (K * T))
+            balance = (f * share.view(S, T, E).mean(1)).sum()
+            (right,) = torch.autograd.grad((weight, balance), exact, (dweight.double(), dbalance.double()))
+            for body in (triton_gate.backward, gate_gpu.choose_backward_reference):
+                close(body(dweight, dbalance, logits, found[0], found[3], rule), right, 2e-5)
+
+
+def check_gate_of_nan():
+    """Experts exist whatever the scores are: the step is skipped later, and nothing is read out of bounds."""
+    from bessemer.kernels import triton_gate
+
+    for rule in rules():
+        logits = normal(4, rule.n_experts)
+        logits[1] = float("nan")
+        logits[2, ::2] = float("inf")
+        logits[3, 1] = float("nan")
+        expert, weight, _, count = triton_gate.forward(logits, None, None, 2, rule)
+        assert (expert >= 0).all() and (expert < rule.n_experts).all() and count.sum() == expert.numel()
+        assert all(len(set(row)) == len(row) for row in expert.tolist())
+        assert weight[1].isnan().all() and weight[0].isfinite().all()
+
+
+def check_swiglu_without_weights():
+    from bessemer.kernels import swiglu, triton_swiglu
+
+    h, dact = normal(9, 60), normal(9, 30, seed=1)
+    close(triton_swiglu.forward(h, None), swiglu.forward_reference(h.double(), None))
+    for found, wanted in zip(
+        triton_swiglu.backward(dact, h, None), swiglu.backward_reference(dact.double(), h.double(), None), strict=True
+    ):
+        assert found is wanted is None or close(found, wanted) is None
+
+
+def hopper_kernels():
+    """(name, kernel, warps, types of its arguments, constants), at V3's widths."""
+    from bessemer.kernels import triton_gate, triton_heads, triton_norm
+
+    half, full, whole = "*bf16", "*fp32", "*i64"
+    norm = {"x": half, "y": half, "dy": half, "dx": half, "weight": full, "dweight": full, "eps": "fp32"}
+    for width in (512, 7168):
+        block = 1 << (width - 1).bit_length()
+        for kernel in (triton_norm._forward, triton_norm._backward):
+            yield "norm", kernel, triton_norm._warps(block), norm, {"BLOCK": block}
+    heads = {n: half for n in ("q", "kv", "k_rope", "qh", "kh", "vh", "dqh", "dkh", "dvh", "dq", "dkv", "dk_rope")}
+    blocks = {"HB": triton_heads.HEADS, "NB": 128, "RB": 32}
+    for padded in (128, 256):
+        yield "heads", triton_heads._forward, 4, {**heads, "rope": full}, {**blocks, "VB": padded}
+    yield "heads", triton_heads._backward, 4, {**heads, "rope": full}, {**blocks, "VB": 128}
+    gate = {n: full for n in ("logits", "bias", "weights", "shares", "counts", "dweights", "dbalance", "dlogits")}
+    gate |= {"choice": whole, "experts": whole, "scale": "fp32", "factor": "fp32"}
+    for softmax in (False, True):
+        how = {"EB": 256, "KB": 8, "K": 8, "SOFTMAX": softmax, "NORMALISE": True}
+        groups = {"GROUPS": 8, "LIMITED": 4, "RATED": 2, "BIASED": True, "CHOSEN": True}
+        yield "gate", triton_gate._forward, 4, gate, {**how, **groups}
+        yield "gate", triton_gate._backward, 4, gate, how
