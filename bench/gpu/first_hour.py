@@ -85,7 +85,7 @@ def version() -> str:
 
 def document(found: dict[str, Any]) -> str:
     """The page: a verdict for each check, then its figures."""
-    card = found.get("machine", {}).get("figures", {}).get("card", "a machine without a GPU")
+    card = found.get("machine", {}).get("figures", {}).get("card", "A machine without a GPU")
     rows = [
         (name, page.pill(one["verdict"], on=one["verdict"] == GOOD), one["says"], f"{one['seconds']:.0f}")
         for name, one in found.items()

@@ -57,8 +57,13 @@ def examine(folder: Path) -> dict[str, Any]:
         "disk_free_gb": _disk(folder),
         "writable": os.access(_existing(folder), os.W_OK),
     }
-    facts["notes"] = [{"about": about, "level": level, "text": text} for about, level, text in _judge(facts)]
+    facts["notes"] = as_notes(_judge(facts))
     return facts
+
+
+def as_notes(found: list[tuple[str, str, str]]) -> list[dict[str, str]]:
+    """JSON of (subject, level, text)."""
+    return [{"about": about, "level": level, "text": text} for about, level, text in found]
 
 
 def describe(facts: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bessemer.cli.common import one_line
 from bessemer.config import places
@@ -140,3 +140,37 @@ def _end(error: UserError, first: bool, ranks: Ranks | None = None) -> NoReturn:
     if ranks is not None:
         ranks.end_together()
     os._exit(2)
+
+
+def started() -> bool:
+    """Whether torchrun, or something like it, has started this process as one of several."""
+    from bessemer.dist.ranks import Ranks
+
+    return Ranks.started() and Ranks.world_size() > 1
+
+
+def examine(folder: Path) -> dict[str, Any] | None:
+    """The doctor's facts about all machines of a run: those of rank 0's, what keeps another from running, and the links
+    between them. None on the other ranks."""
+    from bessemer.cli import doctor
+    from bessemer.dist import links
+    from bessemer.dist.ranks import Ranks
+
+    try:
+        ranks = Ranks.join({}, timeout=120.0)
+    except UserError as error:
+        _end(error, first=os.environ["RANK"] == "0")
+    with together(ranks):
+        alone = os.environ.get("LOCAL_RANK", "0") == "0"
+        own = doctor.examine(folder) if alone else None
+        facts_of = ranks.all_gather(own, "the doctor of every machine")
+        measured = links.measure(ranks)
+    if ranks.me != 0:
+        return None
+    facts = facts_of[0]
+    notes = facts["notes"]
+    for rank, other in enumerate(facts_of[1:], start=1):
+        host = measured["ranks"][rank]["host"]
+        bad = [note for note in other["notes"] if note["level"] == "bad"] if other else []
+        notes += [note | {"text": f"{host}: {note['text']}"} for note in bad]
+    return facts | {"links": measured, "notes": notes + doctor.as_notes(links.notes(measured))}

@@ -167,10 +167,13 @@ def doctor(
     folder: Annotated[Path, typer.Option("--folder", help="Where runs would be stored.")] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """Measure this machine: what it can run, and what will be slow on it."""
+    """Measure this machine: what it can run, and what will be slow on it. Started by torchrun, all machines together:
+    who is where, and how fast they reach each other."""
     from bessemer.cli import doctor as machine
+    from bessemer.cli import many
 
-    facts = machine.examine(folder)
+    if (facts := many.examine(folder) if many.started() else machine.examine(folder)) is None:
+        return
     if as_json:
         print_json(facts)
     else:
