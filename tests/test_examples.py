@@ -1,5 +1,5 @@
-"""Files for clusters that no test has at hand: their form, and what they start, with the scheduler's own commands replaced
-by programs that write down how they were called."""
+"""Files for clusters that no test has at hand: their form, and what they start, with the scheduler's own commands
+replaced by programs that write down how they were called."""
 
 import importlib.util
 import json

@@ -168,6 +168,7 @@ def examine(folder: Path) -> dict[str, Any] | None:
     if ranks.me != 0:
         return None
     facts = facts_of[0]
+    assert facts is not None, "rank 0 is the first of its machine"
     notes = facts["notes"]
     for rank, other in enumerate(facts_of[1:], start=1):
         host = measured["ranks"][rank]["host"]
