@@ -37,7 +37,7 @@ class RolloutConfig(ConfigTable):
 
 class RLConfig(AskingConfig, OnPolicyConfig):
     renamed: ClassVar = {"ahead": "max_off_policy_rollouts", "draws": "max_resamples", "leaves": "export_samples"}
-    runtime_only = frozenset({"save_seconds", "micro_tokens", "rollout"})
+    runtime_only = OnPolicyConfig.runtime_only | {"micro_tokens", "rollout"}
     ignore_at_default = AskingConfig.ignore_at_default | {
         "difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision", "precision", "fp8",
         "eval_tasks", "kl_in_reward",

@@ -24,6 +24,8 @@ class OptimizerConfig(StageConfig):
     class constant there.
     """
 
+    runtime_only = frozenset({"save_seconds", "profile_steps", "memory_snapshot"})
+
     betas: ClassVar[tuple[float, float]] = (0.9, 0.95)  # decay rates of AdamW's moments (V3 4.2)
     eps: ClassVar[float] = 1e-8  # of AdamW (undocumented in V3)
 
@@ -50,6 +52,11 @@ class OptimizerConfig(StageConfig):
     save_seconds: Seconds = 60.0
     """Time between checkpoints, or more, so that training waits for them at most 5 % of the time. 0: after every
     step."""
+    profile_steps: list[int] = Field(default_factory=list)
+    """Optimizer steps (from 1) whose torch.profiler traces are written to state/profile of the stage. On a GPU the
+    phases of the layers are ranges of NVIDIA's tools, too."""
+    memory_snapshot: bool = False
+    """On a GPU: record every allocation, and if memory runs out write them to state/profile of the stage."""
 
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
         """The rate of the step that begins at `tokens` consumed tokens of `total`, after `step` optimizer steps."""
@@ -88,7 +95,7 @@ class OnPolicyConfig(FineTuningConfig):
 
 
 class PretrainConfig(OptimizerConfig):
-    runtime_only = frozenset({"save_seconds", "micro_rows"})
+    runtime_only = OptimizerConfig.runtime_only | {"micro_rows"}
     ignore_at_default = frozenset(
         {"fp8", "moments", "ema_decay", "temperature", "epoch_caps", "on_cap", "lengths", "corpus"}
     )
@@ -168,7 +175,7 @@ class ExtendConfig(PretrainConfig):
 
 
 class SFTConfig(FineTuningConfig):
-    runtime_only = frozenset({"micro_rows", "save_seconds"})
+    runtime_only = OptimizerConfig.runtime_only | {"micro_rows"}
     ignore_at_default = frozenset({"fp8", "batch_examples"})
 
     data: list[SourceName] = Field(default_factory=list)
@@ -204,7 +211,7 @@ class SFTConfig(FineTuningConfig):
 
 
 class DistillConfig(OnPolicyConfig):
-    runtime_only = frozenset({"save_seconds", "micro_tokens"})
+    runtime_only = OptimizerConfig.runtime_only | {"micro_tokens"}
     ignore_at_default = frozenset({"precision", "fp8"})
     optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table
     weight_decay: ClassVar = 0.0  # type: ignore[misc]  # constant, no key of the table
@@ -234,7 +241,7 @@ class DistillConfig(OnPolicyConfig):
 
 
 class RewardModelConfig(FineTuningConfig):
-    runtime_only = frozenset({"micro_rows", "save_seconds"})
+    runtime_only = OptimizerConfig.runtime_only | {"micro_rows"}
     ignore_at_default = frozenset({"previous", "replay", "judge", "tasks", "fp8", "batch_examples", "heldout_data"})
     optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table
 

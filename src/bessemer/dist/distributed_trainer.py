@@ -64,6 +64,9 @@ class DistributedTrainer(Trainer):
     def _make_optimizer(self, **options: Any) -> Zero1:
         return Zero1(self.model, self.mesh, self.shard.others, **options)
 
+    def _devices(self) -> tuple[int, int]:
+        return self.mesh.layout.world, self.mesh.me
+
     def _find_gates(self) -> dict[str, Gate]:
         return self.shard.gates
 
@@ -106,6 +109,8 @@ class DistributedTrainer(Trainer):
         watchdog.at(self.step + 1)
         own = self.shard.context.positions
         batches = [batch.at(own(batch.tokens_BT.shape[1])).to(self.device) for batch in micro_batches]
+        rows, length = batches[0].tokens_BT.shape
+        self._shape = rows, length
         executor = self._executor_for(len(batches))
         self._losses = []
         executor.run(self._work(executor, batches, terms))

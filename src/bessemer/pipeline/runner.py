@@ -308,7 +308,8 @@ def _run_one(item: _Planned, ctx: StageContext, inputs: dict[str, str], rundir: 
             )  # fmt: skip
         with _clock(ctx, rundir):
             try:
-                summary = item.stage.run(item.config, ctx)
+                with _memory(item.name):
+                    summary = item.stage.run(item.config, ctx)
             except Interrupted:
                 raise Interrupted(_how_to_go_on(ctx.recipe, root, item.name, "in")) from None
         rundir.check()
@@ -353,6 +354,19 @@ def _how_to_go_on(recipe: Recipe, root: Path, name: str, where: str) -> str:
     return f'stopped {where} stage "{name}", nothing is lost; go on with: bessemer run {root}/recipe.toml' + (
         "" if default else f" --out {root}"
     )
+
+
+@contextmanager
+def _memory(stage: str) -> Iterator[None]:
+    """A GPU without memory left is a UserError; one of a training step is already."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        from bessemer.train import out_of_memory
+
+        raise out_of_memory.of_stage(stage) from error
 
 
 def _facts(summary: dict[str, Any]) -> str:
@@ -419,5 +433,6 @@ def follow(recipe: Recipe, ranks: Ranks, cache: Path | None = None) -> None:
                     stop_flag=stop, spent=order["spent"],
                 )  # fmt: skip
                 revisions = ctx.dir.parent / places.REVISIONS
-                with places.of_recipe(recipe.folder, revisions), suppress(Interrupted):  # rank 0 says how to go on
-                    stage.run(config, ctx)
+                in_memory = _memory(config.name)
+                with places.of_recipe(recipe.folder, revisions), suppress(Interrupted), in_memory:
+                    stage.run(config, ctx)  # if interrupted: rank 0 says how to go on

@@ -42,6 +42,7 @@ TRAINING = (
     Panel("Gradient norm", "before clipping", ("train/grad_norm",), log=True),
     Panel("Learning rate", "", ("train/lr",), 0.0),
     Panel("Speed", "tokens per second", ("train/tokens_per_second",), 0.0),
+    Panel("GPU", "share of the peak in BF16 (MFU)", ("gpu/mfu",), 0.0),
 )
 LEARNING = (
     Panel("Accuracy", "share of rollouts", ("rl/accuracy", "rl/format"), 0.0, 1.0),

@@ -261,4 +261,5 @@ def _update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
         values[f"rl/{name}"] = float(np.mean([update.get(f"train/{name}", 0.0) for update in updates]))
     for name, measured in (("gap", "logp_gap"), ("gap_max", "logp_gap_max"), ("kl", "sampler_kl")):
         values[f"rl/sampler_{name}"] = updates[0].get(f"train/{measured}", 0.0)
-    return values | {"rl/lr": updates[-1].get("train/lr", 0.0)}
+    gpu = {name: value for name, value in updates[-1].items() if name.startswith("gpu/")}
+    return values | gpu | {"rl/lr": updates[-1].get("train/lr", 0.0)}

@@ -29,8 +29,9 @@ from bessemer.errors import UserError
 from bessemer.kernels import library
 from bessemer.model.gate import Gate
 from bessemer.model.transformer import Transformer
-from bessemer.train import balance, checkpoint, guard
+from bessemer.train import balance, checkpoint, guard, out_of_memory
 from bessemer.train.background import SHARE, Background, CheckpointWriter
+from bessemer.train.instruments import Instruments
 from bessemer.train.objective import Loss, Objective, Sums, means
 from bessemer.train.optimizer import Optimizer, load_exactly
 from bessemer.workers import Workers, rank
@@ -118,6 +119,11 @@ class Trainer:
         self.state_dir = None if state_dir is None else Path(state_dir)
         self.log, self.stop, self.on_step, self.warn = log, stop, on_step, warn
         self.model_config, self.generators = model_config or {}, generators or {}
+        devices, rank = self._devices()
+        self.instruments = Instruments(
+            config, model, next(model.parameters()).device, runtime.compute_dtype,
+            None if self.state_dir is None else self.state_dir / "profile", warn, devices, rank,
+        )  # fmt: skip
         self.optimizer = self._make_optimizer(
             compute_dtype=runtime.compute_dtype, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
             moments_dtype=getattr(torch, config.moments), ema_decay=config.ema_decay,
@@ -128,6 +134,8 @@ class Trainer:
         self.step = self.tokens = self.rows = self.skipped = 0
         self.loads: dict[str, Tensor] = {}
         """Tokens per expert of the last step, by gate."""
+        self._shape = (1, 1)
+        """Rows and length of the micro-batch that was computed last."""
         self.extras: dict[str, Any] = {}
         self.extra_tensors: dict[str, Tensor] = {}
         self._saved_at, self._saved_step = time.monotonic(), -1
@@ -143,6 +151,10 @@ class Trainer:
 
     def _make_optimizer(self, **options: Any) -> Optimizer:
         return Optimizer(self.model, workers=self.runtime.workers, **options)
+
+    def _devices(self) -> tuple[int, int]:
+        """(devices that compute a step together, the number of this process among them)."""
+        return 1, 0
 
     def _find_gates(self) -> dict[str, Gate]:
         return self.model.gates()
@@ -239,13 +251,20 @@ class Trainer:
 
     def update(self, micro_batches: Iterable[Batch]) -> dict[str, float]:
         """One optimizer step; returns what to log. A non-finite step is skipped and may roll the run back (`guard`)."""
+        with self.instruments.step(self.step + 1):
+            return self._update(micro_batches)
+
+    def _update(self, micro_batches: Iterable[Batch]) -> dict[str, float]:
         start = time.monotonic()
         terms = {name: schedule(self.tokens) for name, schedule in self.runtime.terms.items()}
         lr = self.config.learning_rate(self.tokens, self.step, self.runtime.tokens)
         gamma = self.runtime.gamma(self.tokens)
         self.model.train()
-        sums = self._accumulate(micro_batches, terms)
-        norm = float(self.optimizer.grad_norm())
+        try:
+            sums = self._accumulate(micro_batches, terms)
+            norm = float(self.optimizer.grad_norm())
+        except torch.OutOfMemoryError as error:
+            raise self._too_large(terms) from error
         self.step += 1
         self.tokens += sums.tokens
         self.rows += sums.rows
@@ -269,7 +288,15 @@ class Trainer:
             "train/grad_norm": norm / sums.divisor,
             "train/tokens_per_second": sums.tokens / seconds,
             "train/skipped": self.skipped,
+            **self.instruments.values(sums.tokens, sums.rows, bool(terms.get("mtp_lambda")), seconds),
         }
+
+    def _too_large(self, terms: dict[str, float]) -> UserError:
+        mtp, number = bool(terms.get("mtp_lambda")), self.runtime.compute_dtype.itemsize
+        fault = out_of_memory.of_step(
+            self.device, self.optimizer.groups, self.model, self.config, self._shape, number, mtp
+        )
+        return UserError(f"{fault}{self.instruments.dump()}")
 
     def _accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
         """Adds the gradients of all micro-batches to those of the parameters."""
@@ -301,6 +328,8 @@ class Trainer:
             self.optimizer.zero_grad()
             balance.clear(self.gates)
         self.model.train()
+        rows, length = batch.tokens_BT.shape
+        self._shape = rows, length
         batch = batch.to(self.device)
         loss = self.objective(self.model, batch, **terms)
         with balance.uncounted(self.gates):

@@ -1,0 +1,103 @@
+"""A GPU that has no memory left: what holds it, what to lower, and by how much."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from bessemer.errors import UserError
+from bessemer.model.accounting import stage_activation_bytes
+from bessemer.model.layer import Layer
+from bessemer.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import nn
+
+    from bessemer.config.training import OptimizerConfig
+    from bessemer.train.groups import Group
+
+GIB = 1 << 30
+USABLE = 0.9
+"""Share of the card that a suggestion fills: the rest is the runtime's, fragments, and what one layer needs."""
+
+
+def held(groups: Iterable[Group]) -> dict[str, int]:
+    """Bytes that stay from step to step, by kind, as in the planner's table (`plan.memory`)."""
+    sizes = dict.fromkeys(("weights", "gradients", "masters", "moments"), 0)
+    for group in groups:
+        sizes["weights"] += group.compute.nbytes
+        sizes["gradients"] += group.grad.nbytes
+        sizes["masters"] += 0 if group.master.dtype == group.compute.dtype else group.master.nbytes
+        sizes["moments"] += sum(moment.nbytes for moment in group.moments.values())
+    return sizes
+
+
+def kept(model: nn.Module, rows: int, length: int, number: int, mtp: bool) -> int | None:
+    """Bytes that the forward of a micro-batch keeps for backward; None for models of other families."""
+    if not isinstance(model, Transformer):
+        return None
+    layer = next(module for module in model.modules() if isinstance(module, Layer))
+    return stage_activation_bytes(
+        model.cfg, range(model.cfg.n_layers), rows, length, last=True, fp8=layer.fp8 is not None, number_bytes=number,
+        mtp=mtp, fused=True, recompute=layer.recompute, whole=True,
+    )  # fmt: skip
+
+
+def explain(
+    card: str, total: int, stays: dict[str, int], model: nn.Module, config: OptimizerConfig, rows: int, length: int,
+    number: int, mtp: bool,
+) -> UserError:  # fmt: skip
+    """The error for a step that ran out of the `total` bytes of a card, in a forward or backward of `rows` rows of
+    `length` tokens, with numbers of `number` bytes."""
+    table = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in stays.items() if size)
+    text = f'stage "{config.name}" ran out of memory on {card} ({total / GIB:.1f} GiB): {table} GiB stay'
+    room, fixed = int(USABLE * total), sum(stays.values())
+    forward = kept(model, rows, length, number, mtp)
+    if forward is not None:
+        text += f", and a forward of {rows} rows of {length:,} tokens keeps about {forward / GIB:.1f}"
+    text += ". "
+    key = "micro_tokens" if "micro_tokens" in type(config).model_fields else "micro_rows"
+    fits = rows // 2
+    while forward is not None and fits and fixed + (kept(model, fits, length, number, mtp) or 0) > room:
+        fits //= 2
+    if fixed > room:
+        return UserError(text + "That is more than the card holds: " + _smaller(stays, config))
+    if not fits:
+        text += 'Even one row is too much: set recompute = ["attend", "experts", "finish"] in [layout], and the same '
+        text += f"command goes on from the last checkpoint; or shorten the rows, or {_smaller(stays, config)}"
+        return UserError(text)
+    value = fits if key == "micro_rows" else max(16, getattr(config, key) * fits // rows)
+    text += f"Lower {key} from {getattr(config, key)} to {value}"
+    if forward is not None:
+        text += f", which keeps about {(kept(model, fits, length, number, mtp) or 0) / GIB:.1f} GiB"
+    return UserError(text + "; results change by rounding alone, and the same command goes on from the last checkpoint")
+
+
+def _smaller(stays: dict[str, int], config: OptimizerConfig) -> str:
+    half = ""
+    if "moments" in type(config).model_fields and config.moments == "float32":
+        half = f'set moments = "bfloat16" (saves {stays["moments"] / 2 / GIB:.1f} GiB), or '
+    return f"{half}train on several GPUs, which share masters and moments, or take a smaller model"
+
+
+def of_step(
+    device: torch.device, groups: Iterable[Group], model: nn.Module,
+    config: OptimizerConfig, shape: tuple[int, int], number: int, mtp: bool,
+) -> UserError:  # fmt: skip
+    """`explain` with what this device says."""
+    card = torch.cuda.get_device_properties(device)
+    return explain(card.name, card.total_memory, held(groups), model, config, *shape, number, mtp)
+
+
+def of_stage(stage: str) -> UserError:
+    """The error of a stage that ran out outside a step: while it loads, samples or evaluates."""
+    card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return UserError(
+        f'stage "{stage}" ran out of memory on {card.name} ({card.total_memory / GIB:.1f} GiB), of which this process '
+        f"held {torch.cuda.max_memory_allocated() / GIB:.1f} at most. Lower what is computed at once (rollout.rows in "
+        "RL, max_new_tokens), free the card of other programs (nvidia-smi), or take a smaller model; the same command "
+        "goes on from the last checkpoint"
+    )

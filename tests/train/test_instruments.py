@@ -1,0 +1,94 @@
+"""Traces of named steps, and what a GPU's metrics are made of."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from tiny_run import model, trainer
+
+from bessemer.model.accounting import flops_per_token
+from bessemer.train import instruments
+from bessemer.train.instruments import PHASES, Instruments, named_phases, peak_flops
+
+
+@pytest.mark.parametrize(
+    ("card", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H800", 989.4), ("NVIDIA H200", 989.4), ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA A100 80GB PCIe", 312),
+        ("AMD Instinct MI300X", 1307.4), ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None), ("NVIDIA H200 NVL", None), ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("Tesla T4", None),
+    ],
+)  # fmt: skip
+def test_peaks_are_those_of_the_card_and_of_no_other(card, tera):
+    assert peak_flops(card) == (None if tera is None else pytest.approx(tera * 1e12))
+
+
+def test_named_steps_leave_a_trace(tmp_path):
+    """Of the steps that are named and no others; the five phases of every layer are in it, and results are the same."""
+    said = []
+    plain = trainer(steps=3)
+    plain.run()
+    run = trainer(steps=3, state_dir=tmp_path, profile_steps=[2, 9], warn=said.append)
+    run.run()
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["step-00000002.json.gz"]
+    assert len(said) == 1 and "step 2 traced" in said[0]
+    with gzip.open(tmp_path / "profile" / "step-00000002.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {f"layers.1.{phase}" for phase in PHASES} <= names and "aten::mm" in names
+    assert not [layer for layer in run.model.layers if set(vars(layer)) & set(PHASES)]
+    for name, value in plain.optimizer.masters().items():
+        assert torch.equal(value, run.optimizer.masters()[name]), name
+
+
+def test_ranges_of_nvidias_tools(monkeypatch):
+    ranges = []
+
+    class Range:
+        def __init__(self, name):
+            self.name = name
+
+        def __enter__(self):
+            ranges.append(self.name)
+
+        def __exit__(self, *error):
+            ranges.append(f"end of {self.name}")
+
+    monkeypatch.setattr(torch.cuda.nvtx, "range", Range)
+    network = model(n_mtp=0)
+    network.layers[0].compile(backend="eager")
+    with named_phases(network, nvtx=True):
+        network(torch.zeros(1, 8, dtype=torch.int64))
+    assert ranges == [text for phase in PHASES for text in (f"layers.1.{phase}", f"end of layers.1.{phase}")], (
+        "a compiled layer has none"
+    )
+
+
+def test_metrics_of_a_gpu(monkeypatch):
+    """MFU of two cards that need a second for a step at half of one's peak."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": 2})
+    network, config = model(), trainer().config
+    made = Instruments(config, network, torch.device("cuda"), torch.bfloat16, None, print, devices=2)
+    each = flops_per_token(network.cfg, 16, mtp=True).training
+    values = made.values(tokens=1600, rows=100, mtp=True, seconds=1600 * each / (0.5 * 989.4e12))
+    assert values == {"gpu/memory_gib": 3.0, "gpu/allocator_retries": 2.0, "gpu/mfu": pytest.approx(0.25)}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    unknown = Instruments(config, network, torch.device("cuda"), torch.bfloat16, None, print)
+    assert "gpu/mfu" not in unknown.values(1600, 100, True, 1.0)
+    on_cpu = Instruments(config, network, torch.device("cpu"), torch.float32, None, print)
+    assert on_cpu.values(1600, 100, True, 1.0) == {} and on_cpu.dump() == ""
+
+
+def test_a_memory_snapshot(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda max_entries: calls.append(max_entries))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: calls.append(path))
+    config = trainer(memory_snapshot=True).config
+    made = Instruments(config, model(), torch.device("cuda"), torch.bfloat16, tmp_path / "profile", print)
+    assert "memory-rank-00000.pickle" in made.dump()
+    assert calls == [instruments.HISTORY, str(tmp_path / "profile" / "memory-rank-00000.pickle")]

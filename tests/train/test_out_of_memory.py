@@ -1,0 +1,122 @@
+"""What a step that ran out of a GPU's memory says; the numbers are those of the planner's table."""
+
+import pytest
+import torch
+from tiny_run import batches, model, trainer
+
+from bessemer.config.rl import RLConfig
+from bessemer.config.training import PretrainConfig
+from bessemer.config.units import Points
+from bessemer.dist import schedules
+from bessemer.dist.mesh import Layout
+from bessemer.errors import UserError
+from bessemer.model.config import preset
+from bessemer.model.transformer import Transformer
+from bessemer.pipeline import runner
+from bessemer.plan import memory
+from bessemer.plan.memory import NumberFormats
+from bessemer.train import out_of_memory
+from bessemer.train.optimizer import Optimizer
+
+GIB = 1 << 30
+CARD = "NVIDIA H100 80GB HBM3"
+PRETRAIN = PretrainConfig(kind="pretrain", name="base", lr=Points(1e-3), micro_rows=32)
+
+
+@pytest.fixture(scope="module")
+def network():
+    with torch.device("meta"):
+        return Transformer(preset("small"))
+
+
+@pytest.fixture(scope="module")
+def stays(network):
+    with torch.device("meta"):
+        own = Transformer(preset("small"))
+    return out_of_memory.held(Optimizer(own, compute_dtype=torch.bfloat16).groups)
+
+
+def said(network, stays, total, config=PRETRAIN, rows=32, length=4096):
+    return str(out_of_memory.explain(CARD, total, stays, network, config, rows, length, 2, True))
+
+
+def test_what_stays_is_the_planners_table(network, stays):
+    table = schedules.schedule("1f1b", 1, 1)
+    planned = memory.per_rank(network.cfg, Layout(1, 1, 1), table, 32, 4096, NumberFormats(2, 4))[0]
+    one_process = planned["gradients"] - planned["masters"]  # ranks hold a share of the sum of the gradients, too
+    assert stays["moments"] == planned["moments"] and stays["weights"] == planned["weights"]
+    assert abs(stays["gradients"] - one_process) < 0.01 * one_process + (1 << 20)
+    whole = out_of_memory.kept(network, 32, 4096, 2, True)
+    assert 0.8 * planned["activations"] < whole <= planned["activations"]
+
+
+@pytest.mark.parametrize("share", [0.6, 0.3, 0.07])
+def test_a_smaller_forward_that_fits_is_named(network, stays, share):
+    """The largest halving whose table fits nine tenths of the card."""
+    fixed = sum(stays.values())
+    total = int((fixed + share * out_of_memory.kept(network, 32, 4096, 2, True)) / out_of_memory.USABLE)
+    text = said(network, stays, total)
+    rows = 32
+    while fixed + out_of_memory.kept(network, rows, 4096, 2, True) > out_of_memory.USABLE * total:
+        rows //= 2
+    assert f"Lower micro_rows from 32 to {rows}" in text and "goes on from the last checkpoint" in text
+    assert text.startswith(f'stage "base" ran out of memory on {CARD} ({total / GIB:.1f} GiB): weights ')
+
+
+def test_where_no_forward_fits(network, stays):
+    fixed = sum(stays.values())
+    text = said(network, stays, int(fixed / out_of_memory.USABLE) + 1000)
+    assert 'Even one row is too much: set recompute = ["attend", "experts", "finish"] in [layout]' in text
+    text = said(network, stays, fixed)
+    assert f'set moments = "bfloat16" (saves {stays["moments"] / 2 / GIB:.1f} GiB)' in text
+    assert "more than the card holds" in text and "goes on" not in text
+
+
+def test_rl_lowers_tokens(network, stays):
+    config = RLConfig(kind="rl", name="zero", tasks=["countdown"], micro_tokens=4096)
+    text = said(network, stays, 2 * sum(stays.values()), config, rows=8, length=512)
+    assert "Lower micro_tokens from 4096 to 2048" in text and "moments" in text
+
+
+def test_a_model_of_another_family_halves(stays):
+    text = said(torch.nn.Linear(2, 2), stays, 2 * sum(stays.values()))
+    assert "Lower micro_rows from 32 to 16; results" in text
+
+
+def test_a_step_that_runs_out_ends_in_one_sentence(tmp_path, monkeypatch):
+    """Raised inside the step as torch does; the checkpoint before is good, and the run goes on from it."""
+
+    class Card:
+        name, total_memory = CARD, 79 * GIB
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    run = trainer(model(), steps=4, state_dir=tmp_path)
+    objective, count = run.objective, 0
+
+    def greedy(*arguments, **terms):
+        nonlocal count
+        count += 1
+        if count > 2:  # two micro-batches a step
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return objective(*arguments, **terms)
+
+    run.objective = greedy
+    with pytest.raises(UserError, match=rf"ran out of memory on {CARD} .* Lower micro_rows from 4 to 2") as caught:
+        run.run()
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    again = trainer(model(3), steps=4, state_dir=tmp_path, data=batches)
+    assert again.run() and again.step == 4
+
+
+def test_a_stage_that_runs_out_while_it_samples_ends_in_one_sentence(monkeypatch):
+    class Card:
+        name, total_memory = CARD, 79 * GIB
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 70 * GIB)
+    words = r'stage "zero" ran out of memory on .* held 70\.0 at most.*rollout\.rows'
+    with pytest.raises(UserError, match=words), runner._memory("zero"):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(RuntimeError, match="something else"), runner._memory("zero"):
+        raise RuntimeError("something else")
