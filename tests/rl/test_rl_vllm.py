@@ -1,17 +1,20 @@
 """What vLLM is handed, as far as that can be known without it: names and values of weights, the words of a request."""
 
+import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from bessemer.config.rl import RolloutConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.rl import vllm_engine
+from bessemer.rl import ray_cluster, ray_sampler, vllm_engine, vllm_weights
 from bessemer.rl.ray_worker import RolloutWorker, pack_weights, unpack_weights
 
 
@@ -38,15 +41,120 @@ def test_weights_have_the_names_and_values_of_an_export_without_mtp(engine, tmp_
 
 
 def test_a_request_in_its_words(engine):
-    plan = engine.plan([[0, 5, 6]], samples=3, temperature=0.7, top_k=9, max_new_tokens=11, seeds=[4])
+    plan = engine.plan([[0, 5, 6]], samples=3, temperature=0.7, max_new_tokens=11, seeds=[4])
     asked = [vllm_engine.sampling_params(sample.request) for sample in plan.batches[0].samples]
     assert len({one["seed"] for one in asked}) == 3 and all(0 <= one["seed"] < 2**63 for one in asked)
     assert asked[0] | {"seed": 0} == dict(
-        temperature=0.7, top_p=1.0, top_k=9, min_p=0.0, repetition_penalty=1.0, seed=0, max_tokens=11,
-        stop_token_ids=list(engine.tokenizer.stop_ids), ignore_eos=True, logprobs=0, detokenize=False,
+        temperature=0.7, seed=0, max_tokens=11, stop_token_ids=list(engine.tokenizer.stop_ids), ignore_eos=True,
+        logprobs=0, detokenize=False,
     )  # fmt: skip
     with pytest.raises(UserError, match="leave stop strings"):
         vllm_engine.sampling_params(engine.plan([[0, 5]], stop_strings=["x"]).batches[0].samples[0].request)
+    for cut in (dict(top_p=0.9), dict(top_k=9), dict(min_p=0.1), dict(repetition_penalty=1.1)):
+        with pytest.raises(UserError, match="samples by temperature alone"):
+            vllm_engine.sampling_params(engine.plan([[0, 5]], **cut).batches[0].samples[0].request)
+    with pytest.raises(UserError, match=r"rollout.max_model_len is 13, .* may have 14 tokens"):
+        vllm_engine.check_length(plan.batches[0], 13)
+    vllm_engine.check_length(plan.batches[0], 14)
+
+
+def test_its_settings_and_the_attention_that_a_shape_needs(tmp_path):
+    plain = vllm_engine.llm_arguments(tmp_path, 1, vllm_engine.DEFAULTS)
+    assert plain["gpu_memory_utilization"] == 0.9
+    assert not plain.keys() & {"max_model_len", "enable_sleep_mode", "distributed_executor_backend"}
+    more = vllm_engine.llm_arguments(tmp_path, 4, vllm_engine.VLLMSettings(0.4, 2048, True))
+    added = {"max_model_len": 2048, "enable_sleep_mode": True, "distributed_executor_backend": "mp"}
+    assert more == plain | added | {"gpu_memory_utilization": 0.4, "tensor_parallel_size": 4}
+    assert not vllm_engine.mla_off({"kv_lora_rank": 512, "qk_rope_head_dim": 64})
+    assert vllm_engine.mla_off({"kv_lora_rank": 256, "qk_rope_head_dim": 32})
+    assert not vllm_engine.mla_off({"hidden_size": 64}), "a model without MLA"
+
+
+class Receiver:
+    """vLLM's side of a transfer, as its sources of 0.33 have it: a session, and views of a buffer that is reused."""
+
+    def __init__(self):
+        self.log, self.weights = [], {}
+
+    def init_weight_transfer_engine(self, request):
+        assert request == {"init_info": {"packed": True}}
+
+    def start_weight_update(self):
+        assert self.log[-1:] != ["start"]
+        self.log.append("start")
+
+    def update_weights(self, request):
+        assert "start" in self.log[-2:] or self.log[-1] == "update"
+        info = request["update_info"]
+        assert info.keys() == {"names", "dtype_names", "shapes", "tensor_sizes", "ipc_handles"}
+        parts = info["ipc_handles"]["GPU-1"][: sum(info["tensor_sizes"])].split(info["tensor_sizes"])
+        for name, shape, dtype, part in zip(info["names"], info["shapes"], info["dtype_names"], parts, strict=True):
+            assert name not in self.weights
+            self.weights[name] = part.contiguous().view(getattr(torch, dtype)).view(shape).clone()
+        self.log.append("update")
+
+    def finish_weight_update(self):
+        self.log.append("finish")
+
+
+def test_weights_are_handed_over_in_chunks_that_a_receiver_can_read(monkeypatch):
+    """BF16 of odd sizes between float32, a tensor larger than a chunk, two GPUs."""
+    mapped = vllm_weights.MappedWeights
+    made = []
+    monkeypatch.setattr(mapped, "_buffer", lambda self, gpu, size: torch.full((size,), 255, dtype=torch.uint8))
+    monkeypatch.setattr(mapped, "_handle", lambda self, buffer: (f"GPU-{len(made)}", made.append(buffer) or buffer))
+    monkeypatch.setattr(mapped, "_wait", lambda self, buffer: None)
+    monkeypatch.setattr(mapped, "_collect", lambda self: None)
+    monkeypatch.setattr(vllm_weights, "CHUNK", 64)
+    weights = {
+        "a": torch.randn(3).bfloat16(), "b": torch.randn(2, 3), "c": torch.randn(40), "d": torch.randn(5).bfloat16(),
+        "e": torch.randn(6, 2).t(), "f": torch.randn(()),
+    }  # fmt: skip
+    receiver = Receiver()
+    mapped(receiver, 2).load(weights)
+    assert receiver.weights.keys() == weights.keys()
+    assert all(torch.equal(receiver.weights[n], w) and receiver.weights[n].dtype == w.dtype for n, w in weights.items())
+    assert receiver.log[0] == "start" and receiver.log[-1] == "finish" and receiver.log.count("update") > 2
+    assert len(made) == 2 and all(len(buffer) == 160 for buffer in made)
+
+
+def test_older_releases_read_a_checkpoint(engine, tmp_path):
+    asked = []
+
+    class LLM:
+        def collective_rpc(self, method, kwargs):
+            folder = Path(kwargs["weights_path"])
+            asked.append((method, load_file(folder / "model.safetensors"), (folder / "config.json").read_text()))
+
+    assert not vllm_weights.transfers(LLM)
+    (tmp_path / "config.json").write_text("{}")
+    weights = {"a": torch.randn(3), "b": torch.randn(2).bfloat16()}
+    vllm_weights.FileWeights(LLM(), tmp_path / "config.json").load(weights)
+    ((method, found, config),) = asked
+    assert method == "reload_weights" and config == "{}" and all(torch.equal(found[n], w) for n, w in weights.items())
+
+
+def test_workers_get_the_gpus_beside_the_trainers(monkeypatch):
+    def offered(shown, ranks, **rollout):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(shown.split(",")) if shown else 0)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        monkeypatch.setattr(ray_sampler.setup, "device", lambda: torch.device("cuda" if shown else "cpu"))
+        return ray_sampler.gpus_of_workers(RolloutConfig(**rollout))
+
+    assert offered("4,5,6,7", 2, engine="vllm", workers=1, gpus=2) == ["6", "7"]
+    assert offered("4,5,6,7", 1, engine="ray", workers=3) == ["5", "6", "7"]
+    assert offered("0,1", 1, engine="ray", workers=4, gpus=0) == [], "workers on the CPU see none"
+    assert offered("0", 1, engine="vllm", sleep=True) is None
+    assert offered("", 1, engine="ray") is None
+    with pytest.raises(UserError, match=r"2 rollout workers of 1 GPU need 2 beside the 1 of the trainer.* shows 2;"):
+        offered("0,1", 1, engine="ray", workers=2)
+    with pytest.raises(UserError, match=r"take turns with the trainer \(rollout.sleep = true\)"):
+        offered("0", 1, engine="vllm")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    with ray_cluster._visible(["3"]):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")

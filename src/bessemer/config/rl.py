@@ -27,9 +27,16 @@ class RolloutConfig(ConfigTable):
     workers: int = Field(1, ge=1)
     """Number of separate rollout workers. Each holds the whole model, on one core or on `gpus` GPUs."""
     gpus: int | None = Field(None, ge=0)
-    """GPUs per worker. Default: 1 if Ray has any. vLLM spreads one copy of the model over several. Ray believes that
-    the trainer's GPU is free, so start it with the others (CUDA_VISIBLE_DEVICES=1,2,3 ray start --head,
-    RAY_ADDRESS=auto)."""
+    """GPUs per worker. Default: 1 if Ray has any. vLLM spreads one copy of the model over several. A Ray that the run
+    starts has those beside the trainer's. One of your own believes that the trainer's are free, so start it with the
+    others (CUDA_VISIBLE_DEVICES=1,2,3 ray start --head, RAY_ADDRESS=auto)."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """vLLM: share of a GPU's memory that weights, cache and workspace of a worker take together."""
+    max_model_len: int | None = Field(None, ge=1)
+    """vLLM: most tokens of a prompt with its answer. Default: the model's context. Less leaves room for more rows."""
+    sleep: bool = False
+    """vLLM: give the GPU's memory back between batches (the weights wait in the node's memory), and share GPUs with the
+    trainer, which needs its own part of them: lower gpu_memory_utilization. Without it vLLM has GPUs of its own."""
     rows: int = Field(0, ge=0)
     """Samples decoded together. 0: on a GPU as many as its memory holds in full length; on a CPU half the rollout, a
     quarter from 512 samples on, 64 to 512. Workers beyond a rollout's number of such batches are idle."""

@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import ModuleType
@@ -20,6 +20,7 @@ from bessemer.errors import UserError
 from bessemer.workers import shared_free
 
 ADDRESS = "RAY_ADDRESS"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 _OWN = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on every system: take 127.0.0.1 for this node's address
     "RAY_AUTH_MODE": "token",  # other users of this machine may not run code in it
@@ -49,9 +50,10 @@ def starts_own() -> bool:
 class RayCluster:
     """A connection to Ray, until `close()`."""
 
-    def __init__(self, weights: int) -> None:
-        """weights: bytes of the model, for which our own object store must have room; 0 for jobs without a model."""
-        self.local = starts_own()
+    def __init__(self, weights: int, gpus: Sequence[str] | None = None) -> None:
+        """weights: bytes of the model, for which our own object store must have room; 0 for jobs without a model.
+        gpus: names of the GPUs that our own Ray may hand out, as in CUDA_VISIBLE_DEVICES; None: all."""
+        self.local, self._gpu_names = starts_own(), gpus
         if self.local:
             for name, value in _OWN.items():
                 os.environ.setdefault(name, value)
@@ -91,7 +93,8 @@ class RayCluster:
                 f"{needed}, and {shared_free() >> 20} MiB are free: enlarge /dev/shm (docker run --shm-size=...), or "
                 f"set {instead}"
             )
-        self.ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), object_store_memory=store, **quiet)
+        with _visible(self._gpu_names):
+            self.ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), object_store_memory=store, **quiet)
 
     def check(self, workers: int, gpus: int) -> None:
         """UserError where the cluster is too small for so many workers."""
@@ -118,6 +121,20 @@ def _try_connect(address: str) -> None:
     if host and "/" not in host and port.isdigit():
         with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS):
             pass
+
+
+@contextmanager
+def _visible(gpus: Sequence[str] | None) -> Iterator[None]:
+    """Processes that start inside the block see these GPUs only."""
+    before = os.environ.get(VISIBLE)
+    if gpus is not None:
+        os.environ[VISIBLE] = ",".join(gpus)
+    try:
+        yield
+    finally:
+        os.environ.pop(VISIBLE, None)
+        if before is not None:
+            os.environ[VISIBLE] = before
 
 
 @contextmanager

@@ -12,6 +12,7 @@ may change from one to the other, and to any number of workers, in the middle.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -30,6 +31,7 @@ from bessemer.errors import UserError
 from bessemer.rl import ray_cluster
 from bessemer.rl.ray_worker import JobResult, RolloutWorker, pack_weights, versions
 from bessemer.rl.sampler import Completions, SamplingOptions, Submit, batch_rows
+from bessemer.rl.vllm_engine import DEFAULTS, VLLMSettings
 from bessemer.runs.context import StageContext
 from bessemer.train import setup
 from bessemer.train.trainer import Trainer
@@ -51,10 +53,12 @@ _DETAIL = re.compile(r"Worker exit detail: ([^.\n]+)")
 
 def facts(stage: str, rollout: RolloutConfig, replay: bool) -> dict[str, Any]:
     """The settings of the table `rollout` that change samples; UserError for settings without effect."""
+    ineffective = ("workers", "gpus") if rollout.engine == "local" else ()
+    for name in ineffective if rollout.engine == "vllm" else (*ineffective, *VLLMSettings._fields):
+        if changed(rollout, name):
+            raise UserError(f'stage "{stage}": rollout.{name} has no effect while rollout.engine is "{rollout.engine}"')
     if rollout.engine == "local":
-        for name in ("workers", "gpus"):
-            if changed(rollout, name):
-                raise UserError(f'stage "{stage}": rollout.{name} has no effect while rollout.engine is "local"')
+        pass
     elif rollout.engine == "vllm" and changed(rollout, "precision"):
         raise UserError(f'stage "{stage}": rollout.precision has no effect with vLLM, which computes in BF16')
     elif not ray_cluster.is_installed():
@@ -106,16 +110,37 @@ def make(
     return RaySampler(engine, state, lambda: trainer.rows, start)
 
 
+def gpus_of_workers(rollout: RolloutConfig) -> list[str] | None:
+    """The GPUs of this machine that a Ray of the run's own may give to workers: those that no rank of the trainer
+    computes on. None: all, where vLLM shares them in turn. UserError where they are too few."""
+    visible = os.environ.get(ray_cluster.VISIBLE)
+    names = [str(gpu) for gpu in range(torch.cuda.device_count())] if visible is None else visible.split(",")
+    names = names[: torch.cuda.device_count()]
+    if rollout.sleep or not names:
+        return None
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if setup.device().type == "cuda" else 0
+    each = 1 if rollout.gpus is None else rollout.gpus
+    if rollout.workers * each > len(names) - ranks:
+        share = ", or let vLLM take turns with the trainer (rollout.sleep = true)" if rollout.engine == "vllm" else ""
+        raise UserError(
+            f"{rollout.workers} rollout workers of {each} GPU{'s' * (each > 1)} need {rollout.workers * each} beside "
+            f"the {ranks} of the trainer, and this machine shows {len(names)}; lower rollout.workers or rollout.gpus, "
+            f"train on fewer (--gpus){share}"
+        )
+    return names[ranks:] if each else []
+
+
 def _start_pool(rollout: RolloutConfig, ctx: StageContext, engine: Engine) -> WorkerPool:
     size = sum(tensor.numel() * tensor.element_size() for tensor in engine.model.state_dict().values())
-    cluster = ray_cluster.RayCluster(size)
+    cluster = ray_cluster.RayCluster(size, gpus_of_workers(rollout) if ray_cluster.starts_own() else None)
     try:
         gpus = min(1, cluster.gpus()) if rollout.gpus is None else rollout.gpus
         if rollout.engine == "vllm" and not gpus:
             raise UserError("rollouts by vLLM need GPUs, and Ray has none")
+        vllm = VLLMSettings(rollout.gpu_memory_utilization, rollout.max_model_len, rollout.sleep)
         assert ctx.source is not None
         directory = str((ctx.source / "model").resolve())
-        return WorkerPool(cluster, rollout.engine, directory, rollout.workers, gpus, ctx.say)
+        return WorkerPool(cluster, rollout.engine, directory, rollout.workers, gpus, ctx.say, vllm)
     except BaseException:
         cluster.close()
         raise
@@ -237,13 +262,14 @@ class WorkerPool:
     """`n` workers. `submit` distributes jobs, `poll` collects results that are there, `wait` until all of some are."""
 
     def __init__(
-        self, cluster: ray_cluster.RayCluster, kind: str, directory: str, n: int, gpus: int, say: Callable[[str], None]
-    ) -> None:
+        self, cluster: ray_cluster.RayCluster, kind: str, directory: str, n: int, gpus: int,
+        say: Callable[[str], None], vllm: VLLMSettings = DEFAULTS,
+    ) -> None:  # fmt: skip
         self.cluster, self.ray, self.say = cluster, cluster.ray, say
         cluster.check(n, gpus)
         # Ray's own restarts would hide a death, and lose the queue of the worker
         actor = self.ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(RolloutWorker)
-        self._new: Callable[[], ActorHandle] = lambda: actor.remote(kind, directory, gpus)
+        self._new: Callable[[], ActorHandle] = lambda: actor.remote(kind, directory, gpus, vllm)
         self.workers: list[ActorHandle] = [self._new() for _ in range(n)]
         """The actor at each place."""
         self.deaths = 0

@@ -25,7 +25,7 @@ from bessemer.engine.engine import Completion, Engine, GenerationBatch
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import load_any
 from bessemer.hf.hf_tokenizer import load_tokenizer
-from bessemer.rl.vllm_engine import VLLMEngine
+from bessemer.rl.vllm_engine import DEFAULTS, VLLMEngine, VLLMSettings
 from bessemer.train import setup
 
 Kind = Literal["ray", "vllm"]
@@ -105,8 +105,8 @@ class BessemerEngine:
 class RolloutWorker:
     """The actor. Its methods are called one after another."""
 
-    def __init__(self, kind: Kind, directory: str, gpus: int) -> None:
-        self.kind, self.directory, self.gpus = kind, Path(directory), gpus
+    def __init__(self, kind: Kind, directory: str, gpus: int, vllm: VLLMSettings = DEFAULTS) -> None:
+        self.kind, self.directory, self.gpus, self.vllm = kind, Path(directory), gpus, vllm
         self.engine: WorkerEngine | None = None
         self.version = 0
         """Of the weights that are loaded; 0 before the first."""
@@ -137,7 +137,9 @@ class RolloutWorker:
                 "system that every node of the Ray cluster mounts under the same path"
             )
         try:
-            return VLLMEngine(self.directory, self.gpus) if self.kind == "vllm" else BessemerEngine(self.directory)
+            if self.kind == "vllm":
+                return VLLMEngine(self.directory, self.gpus, self.vllm)
+            return BessemerEngine(self.directory)
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
                 raise

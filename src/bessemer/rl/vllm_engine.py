@@ -1,20 +1,21 @@
-"""vLLM in a rollout worker, behind the interface of `ray_worker.WorkerEngine`. Not yet run: written against the API of
-vLLM 0.33 without a GPU.
+"""vLLM in a rollout worker, behind the interface of `ray_worker.WorkerEngine`. Not yet run: written against the sources
+of vLLM 0.33 without a GPU.
 
-Weights go in by the documented route, as a checkpoint in Hugging Face's names in this node's memory and the workers'
-`reload_weights`; vLLM's prefix cache belongs to older weights and is dropped. It computes in BF16 and has random
-streams of its own: a sample is a function of its key and the weights, but not the sample of our Engine, and its
-log-probabilities differ from the trainer's by rounding, which `correction` corrects.
+Weights go in under Hugging Face's names (`vllm_weights`); vLLM's prefix cache belongs to older weights and is dropped.
+It computes in BF16 and has random streams of its own: a sample is a function of its key and the weights, but not the
+sample of our Engine, and its log-probabilities differ from the trainer's by rounding, which `correction` corrects.
+
+Its log-probabilities ("processed") are of the distribution that it samples from. That is the trained one only where
+nothing but the temperature changes the logits, so truncation and penalties are refused.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -26,18 +27,33 @@ from bessemer.hf.causal_lm import needs_transformers
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.hf.mapping import slots
 from bessemer.model.config import ModelConfig
-from bessemer.workers import SHARED
+from bessemer.rl.vllm_weights import FileWeights, MappedWeights, WeightLoader, settings, transfers
 
-FILE = "model.safetensors"
+MLA_WIDTHS = (512, 64)
+"""Latent and rotary width that vLLM's fast MLA kernels are written for."""
+MLA_OFF = "VLLM_MLA_DISABLE"
 KEY_BITS = (1 << 63) - 1
 """vLLM's seeds are not negative."""
 UNKNOWN = float("nan")
 
 
+class VLLMSettings(NamedTuple):
+    """The keys of `RolloutConfig` that vLLM gets."""
+
+    gpu_memory_utilization: float = 0.9
+    max_model_len: int | None = None
+    sleep: bool = False
+
+
+DEFAULTS = VLLMSettings()
+
+
 class VLLMEngine:
     """One vLLM engine over `gpus` GPUs."""
 
-    def __init__(self, directory: Path, gpus: int) -> None:
+    def __init__(self, directory: Path, gpus: int, options: VLLMSettings = DEFAULTS) -> None:
+        if mla_off(json.loads((directory / "config.json").read_text(encoding="utf-8"))):
+            os.environ.setdefault(MLA_OFF, "1")  # read when the engine is made
         try:
             from vllm import LLM, SamplingParams
         except ImportError:
@@ -45,25 +61,33 @@ class VLLMEngine:
         self.params = SamplingParams
         self.tokenizer = load_tokenizer(directory)
         self.cfg = None if needs_transformers(directory) else hub.read_config(directory)
-        self.folder = Path(tempfile.mkdtemp(prefix="bessemer-weights-", dir=SHARED if Path(SHARED).is_dir() else None))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        shutil.copy(directory / "config.json", self.folder)
-        self.llm = LLM(
-            model=str(directory),
-            dtype="bfloat16",
-            tensor_parallel_size=gpus,
-            skip_tokenizer_init=True,
-            logprobs_mode="processed_logprobs",  # under softmax(logits / temperature), as the trainer computes them
-        )
+        mapped = transfers(LLM)
+        self.llm = LLM(**llm_arguments(directory, gpus, options), **settings(mapped))
+        self.weights: WeightLoader
+        self.weights = MappedWeights(self.llm, gpus) if mapped else FileWeights(self.llm, directory / "config.json")
+        self.options, self.asleep = options, False
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        from safetensors.torch import save_file
-
-        save_file(hub_state(weights, self.cfg), self.folder / FILE, metadata={"format": "pt"})
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)})
+        self._wake()
+        self.weights.load(hub_state(weights, self.cfg))
         self.llm.reset_prefix_cache()
 
     def run(self, batch: GenerationBatch) -> list[Completion]:
+        check_length(batch, self.options.max_model_len)
+        self._wake()
+        try:
+            return self._generate(batch)
+        finally:
+            if self.options.sleep:
+                self.llm.sleep(level=1)
+                self.asleep = True
+
+    def _wake(self) -> None:
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
+
+    def _generate(self, batch: GenerationBatch) -> list[Completion]:
         prompts = [{"prompt_token_ids": list(sample.request.prompt)} for sample in batch.samples]
         params = [self.params(**sampling_params(sample.request)) for sample in batch.samples]
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
@@ -83,6 +107,42 @@ class VLLMEngine:
         )
 
 
+def mla_off(config: Mapping[str, Any]) -> bool:
+    """Whether a model (its config.json) has MLA of widths that vLLM's fast kernels do not take; it then computes with
+    keys and values of every head."""
+    widths = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
+    return widths[0] is not None and widths != MLA_WIDTHS
+
+
+def llm_arguments(directory: Path, gpus: int, options: VLLMSettings) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`."""
+    arguments: dict[str, Any] = dict(
+        model=str(directory),
+        dtype="bfloat16",
+        tensor_parallel_size=gpus,
+        skip_tokenizer_init=True,
+        logprobs_mode="processed_logprobs",  # under softmax(logits / temperature), as the trainer computes them
+        gpu_memory_utilization=options.gpu_memory_utilization,
+    )
+    if gpus > 1:
+        arguments["distributed_executor_backend"] = "mp"  # on this worker's own GPUs, not elsewhere in Ray
+    if options.max_model_len is not None:
+        arguments["max_model_len"] = options.max_model_len
+    if options.sleep:
+        arguments["enable_sleep_mode"] = True
+    return arguments
+
+
+def check_length(batch: GenerationBatch, most: int | None) -> None:
+    """UserError for a sample that is longer than `most` tokens."""
+    needed = max(len(sample.request.prompt) + sample.request.max_new_tokens for sample in batch.samples)
+    if most is not None and needed > most:
+        raise UserError(
+            f"rollout.max_model_len is {most}, and a prompt with its answer may have {needed} tokens: raise it, or "
+            "lower max_new_tokens"
+        )
+
+
 def sampling_params(request: Request) -> dict[str, Any]:
     """A request as arguments of vLLM's SamplingParams; UserError for an unsupported one."""
     if request.stop_strings:
@@ -90,12 +150,14 @@ def sampling_params(request: Request) -> dict[str, Any]:
             'rollout.engine = "vllm" ends answers at token ids only; leave stop strings to "ray" or "local"'
         )
     sampling = request.sampling
+    if sampling.penalised or (sampling.top_p, sampling.top_k, sampling.min_p) != (1.0, 0, 0.0):
+        raise UserError(
+            'rollout.engine = "vllm" samples by temperature alone: with top_p, top_k, min_p or a penalty its '
+            "log-probabilities would not be the trained distribution's; leave them at their defaults, or set "
+            'rollout.engine to "ray" or "local"'
+        )
     return dict(
         temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
         seed=request.key & KEY_BITS,
         max_tokens=request.max_new_tokens,
         stop_token_ids=list(request.stop_ids),

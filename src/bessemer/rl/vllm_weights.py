@@ -1,0 +1,155 @@
+"""How weights get into a running vLLM, on the node where it runs. Not yet run: written against the sources of vLLM
+0.33.
+
+    MappedWeights   vLLM's weight transfer over CUDA IPC: chunks lie in a buffer on each of its GPUs, and its processes
+                    map them there
+    FileWeights     a checkpoint in this node's memory, and the workers' `reload_weights`: for older releases
+
+A handle of a buffer is a tuple with classes in it, which vLLM passes between its own processes only if it may pickle:
+`MappedWeights` sets VLLM_ALLOW_INSECURE_SERIALIZATION for this worker. The sockets are files of this user.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bessemer.workers import SHARED
+
+FILE = "model.safetensors"
+CHUNK = 256 << 20
+"""Bytes of weights that are handed over at once, or one tensor that is larger."""
+PICKLE = "VLLM_ALLOW_INSECURE_SERIALIZATION"
+METHODS = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
+
+
+class WeightLoader(Protocol):
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Weights under the names they have on disk."""
+        ...
+
+
+def transfers(llm_class: type) -> bool:
+    """Whether this release of vLLM takes packed weights over CUDA IPC."""
+    with suppress(ImportError):
+        from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferInitInfo as Start
+        from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo as Update
+
+        known = {field.name for field in fields(Update)} | {field.name for field in fields(Start)}
+        needed = {"packed", "names", "dtype_names", "shapes", "ipc_handles", "tensor_sizes"}
+        return needed <= known and all(hasattr(llm_class, name) for name in METHODS)
+    return False
+
+
+def settings(mapped: bool) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` that the way of the weights needs; also sets what its processes read."""
+    if not mapped:
+        return {}
+    os.environ[PICKLE] = "1"
+    return {"weight_transfer_config": {"backend": "ipc"}}
+
+
+class Chunk(NamedTuple):
+    """Tensors one after another in `data`."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+    tensor_sizes: list[int]
+    """Bytes."""
+    tensors: list[Tensor]
+
+
+def chunks(weights: Mapping[str, Tensor], most: int) -> Iterator[Chunk]:
+    """All tensors in their order, as many at a time as fit into `most` bytes, at least one, and none at a place that a
+    view in its dtype cannot begin at."""
+    together: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in weights.items():
+        if together and (size + tensor.nbytes > most or size % tensor.element_size()):
+            yield _chunk(together)
+            together, size = {}, 0
+        together[name] = tensor
+        size += tensor.nbytes
+    if together:
+        yield _chunk(together)
+
+
+def _chunk(weights: Mapping[str, Tensor]) -> Chunk:
+    tensors = list(weights.values())
+    dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in tensors]
+    return Chunk(list(weights), dtypes, [[*t.shape] for t in tensors], [t.nbytes for t in tensors], tensors)
+
+
+class MappedWeights:
+    """vLLM's processes on `gpus` GPUs, which are the first that this process sees. The buffers live during a load."""
+
+    def __init__(self, llm: Any, gpus: int) -> None:
+        self.llm, self.gpus = llm, gpus
+        llm.init_weight_transfer_engine({"init_info": {"packed": True}})
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        most = max(CHUNK, max(tensor.nbytes for tensor in weights.values()))
+        buffers = [self._buffer(gpu, most) for gpu in range(self.gpus)]
+        handles = dict(self._handle(buffer) for buffer in buffers)
+        self.llm.start_weight_update()
+        for chunk in chunks(weights, most):
+            start = 0
+            for tensor, size in zip(chunk.tensors, chunk.tensor_sizes, strict=True):
+                for buffer in buffers:
+                    buffer[start : start + size].copy_(tensor.contiguous().view(-1).view(torch.uint8))
+                start += size
+            for buffer in buffers:
+                self._wait(buffer)
+            info = {key: value for key, value in chunk._asdict().items() if key != "tensors"}
+            self.llm.update_weights({"update_info": {**info, "ipc_handles": handles}})  # returns when all have read it
+        self.llm.finish_weight_update()
+        del buffers, buffer
+        self._collect()
+
+    @staticmethod
+    def _buffer(gpu: int, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=f"cuda:{gpu}")
+
+    @staticmethod
+    def _handle(buffer: Tensor) -> tuple[str, tuple[Any, ...]]:
+        """(the GPU's name, what another process maps the buffer by)."""
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        return str(torch.cuda.get_device_properties(buffer.device).uuid), reduce_tensor(buffer)[1]
+
+    @staticmethod
+    def _wait(buffer: Tensor) -> None:
+        torch.cuda.synchronize(buffer.device)
+
+    @staticmethod
+    def _collect() -> None:
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
+
+
+class FileWeights:
+    """`config`: the model's config.json, which lies beside the weights."""
+
+    def __init__(self, llm: Any, config: Path) -> None:
+        self.llm = llm
+        shared = SHARED if Path(SHARED).is_dir() else None
+        self.folder = Path(tempfile.mkdtemp(prefix="bessemer-weights-", dir=shared))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        shutil.copy(config, self.folder)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        save_file(dict(weights), self.folder / FILE, metadata={"format": "pt"})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)})
