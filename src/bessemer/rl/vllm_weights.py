@@ -59,7 +59,7 @@ def settings(mapped: bool) -> dict[str, Any]:
     return {"weight_transfer_config": {"backend": "ipc"}}
 
 
-class Chunk(NamedTuple):
+class WeightChunk(NamedTuple):
     """Tensors one after another in `data`."""
 
     names: list[str]
@@ -70,7 +70,7 @@ class Chunk(NamedTuple):
     tensors: list[Tensor]
 
 
-def chunks(weights: Mapping[str, Tensor], most: int) -> Iterator[Chunk]:
+def chunks(weights: Mapping[str, Tensor], most: int) -> Iterator[WeightChunk]:
     """All tensors in their order, as many at a time as fit into `most` bytes, at least one, and none at a place that a
     view in its dtype cannot begin at."""
     together: dict[str, Tensor] = {}
@@ -85,10 +85,10 @@ def chunks(weights: Mapping[str, Tensor], most: int) -> Iterator[Chunk]:
         yield _chunk(together)
 
 
-def _chunk(weights: Mapping[str, Tensor]) -> Chunk:
+def _chunk(weights: Mapping[str, Tensor]) -> WeightChunk:
     tensors = list(weights.values())
     dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in tensors]
-    return Chunk(list(weights), dtypes, [[*t.shape] for t in tensors], [t.nbytes for t in tensors], tensors)
+    return WeightChunk(list(weights), dtypes, [[*t.shape] for t in tensors], [t.nbytes for t in tensors], tensors)
 
 
 class MappedWeights:
