@@ -19,6 +19,7 @@ class Dtype(StrEnum):
 class Format(StrEnum):
     hf = "hf"
     gguf = "gguf"
+    dcp = "dcp"
 
 
 class Scales(StrEnum):
@@ -32,13 +33,17 @@ def convert(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A model directory, a run (its last finished model), RUN/STAGE, or a training checkpoint "
-            "(RUN/NN-STAGE/state/step-...), written on any layout.",
+            help="A model directory, a run (its last finished model), RUN/STAGE, a training checkpoint "
+            "(RUN/NN-STAGE/state/step-...), written on any layout, or a checkpoint of torch.distributed.checkpoint.",
         ),
     ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="Where to write the result: a directory, or NAME.gguf.")],
     to: Annotated[
-        Format | None, typer.Option("--to", help="hf: a directory; gguf: one file for llama.cpp. Default: by DST.")
+        Format | None,
+        typer.Option(
+            "--to",
+            help="hf: a directory; gguf: one file for llama.cpp; dcp: torch.distributed.checkpoint. Default: by DST.",
+        ),
     ] = None,
     mtp: Annotated[
         bool | None, typer.Option("--mtp/--no-mtp", help="Keep the multi-token-prediction layers. Default: hf yes.")
@@ -52,24 +57,30 @@ def convert(
     scales: Annotated[
         Scales | None, typer.Option(help="With --fp8. ue8m0: powers of two, as V3.1 was released. Default: float32.")
     ] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="Of a DCP checkpoint: the model directory with its config and tokenizer.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at DST; never the source.")] = False,
     no_verify: NoVerify = False,
 ) -> None:
-    """Rewrite a model: FP8 to plain and back, with or without MTP, another dtype, or as a GGUF file."""
+    """Rewrite a model: FP8 to plain and back, with or without MTP, another dtype, as a GGUF file or for torch's DCP."""
     if to is None:
         to = Format.gguf if dst.suffix.lower() == ".gguf" else Format.hf
     if scales and not fp8:
         raise UserError("--scales: only FP8 matrices have scales; add --fp8 or leave it out")
-    if to is Format.gguf and fp8:
-        raise UserError("--fp8: a GGUF file has no FP8 in tiles; leave --fp8 out, or use --to hf")
+    if to is not Format.hf and fp8:
+        what = "a GGUF file" if to is Format.gguf else "a DCP checkpoint"
+        raise UserError(f"--fp8: {what} has no FP8 in tiles; leave --fp8 out, or use --to hf")
     if to is Format.gguf and mtp:
         raise UserError("--mtp: a GGUF file of this architecture has no place for MTP layers; leave --mtp out")
     from bessemer.runs.directory import check_not_of_a_run, model_dir, tokenizer_of_checkpoint
 
-    trained = (Path(src) / "manifest.json").is_file()
-    if trained and to is Format.gguf:
-        raise UserError(f"{src} is a training checkpoint; convert it to a model directory first, then that to GGUF")
-    source = Path(src) if trained else model_dir(src)
+    trained, distributed = (Path(src) / "manifest.json").is_file(), (Path(src) / ".metadata").is_file()
+    if (trained or distributed) and to is not Format.hf:
+        raise UserError(f"{src} is a checkpoint; convert it to a model directory first, then that to {to.value}")
+    if like and not distributed:
+        raise UserError("--like: only for a checkpoint of torch.distributed.checkpoint; leave it out")
+    source = Path(src) if trained or distributed else model_dir(src)
     check_not_of_a_run(dst)
     from bessemer.hf.replace import check_target
 
@@ -81,6 +92,12 @@ def convert(
         write(source, dst, target)
         print(dst)
         return
+    if to is Format.dcp:
+        from bessemer.hf import dcp, hub
+
+        dcp.export(source, dst, hub.parse_dtype(target), mtp is not False)
+        print(dst)
+        return
     how: dict[str, Any] = {
         "mtp": mtp is not False,
         "dtype": target,
@@ -90,6 +107,10 @@ def convert(
         from bessemer.dist.sharded_checkpoint import of_checkpoint
 
         of_checkpoint(source, dst, tokenizer_dir=tokenizer_of_checkpoint(source), **how)
+    elif distributed:
+        from bessemer.hf import dcp
+
+        dcp.convert(source, dst, like, **how)
     else:
         from bessemer.hf.hub import convert as rewrite
 

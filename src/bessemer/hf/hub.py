@@ -190,7 +190,7 @@ def convert(
     bos, eos = (default if values.get(k) is None else values[k] for k, default in DEFAULT_IDS.items())
     with replacing(Path(dst), drop=("generation_config.json", *TOKENIZER_FILES)) as fresh:
         write_config(cfg, fresh, dtype=forced or checkpoint.stored_dtype(EMBEDDING), bos=bos, eos=eos, fp8=fp8)
-        copy_files(src, fresh, [path.name for path in src.iterdir() if _is_companion(path)])
+        copy_files(src, fresh, companions(src))
         _write(fresh, export, max_shard_bytes)
 
 
@@ -289,9 +289,11 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
-def _is_companion(path: Path) -> bool:
-    weights = path.name == INDEX or path.suffix in (".safetensors", *PICKLES)
-    return path.is_file() and path.name != "config.json" and not weights
+def companions(directory: Path) -> list[str]:
+    """Names of the files beside config and weights: tokenizer, template, whatever else."""
+    weights = (".safetensors", ".distcp", *PICKLES)
+    files = (path for path in directory.iterdir() if path.is_file() and path.suffix not in weights)
+    return [path.name for path in files if path.name not in ("config.json", INDEX, ".metadata")]
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:

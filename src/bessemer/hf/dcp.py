@@ -1,0 +1,161 @@
+"""torch.distributed.checkpoint (DCP): a model directory as a DCP checkpoint, and back.
+
+Keys are the Hugging Face names, as torchtitan's `to_hf` and `from_hf` have them, and config and tokenizer lie beside
+the tensors. A plain model directory needs no conversion for DCP: `HuggingFaceStorageReader` reads its safetensors.
+
+A DCP checkpoint describes itself in a pickle, `.metadata`. It is read here by an unpickler that makes DCP's own records
+and nothing else, so that a hostile one can run nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from bessemer.data.model_files import read_bytes
+from bessemer.errors import UserError
+from bessemer.hf import hub
+from bessemer.hf.replace import replacing
+from bessemer.hf.safetensors_writer import TensorSpec, write_tensors
+from bessemer.model.transformer import Transformer
+
+METADATA = ".metadata"
+RECORDS = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+}  # fmt: skip
+"""What a `.metadata` file may name."""
+MOST = 1 << 28
+"""Bytes of the largest `.metadata` file that is read."""
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return (folder / METADATA).is_file()
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in RECORDS.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no DCP checkpoint needs")
+
+
+class _Reader(FileSystemReader):
+    """DCP's own reader with metadata that were read as above."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self.metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        self.metadata.storage_meta = self.metadata.storage_meta or StorageMeta()
+        self.metadata.storage_meta.load_id = self.load_id
+        return self.metadata
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Names, shapes and places of the tensors of a DCP checkpoint. UserError for damage, and for a file that would run
+    code."""
+    path = folder / METADATA
+    try:
+        metadata = _Unpickler(io.BytesIO(read_bytes(path, MOST))).load()
+        tensors = [one for one in metadata.state_dict_metadata.values() if isinstance(one, TensorStorageMetadata)]
+        shapes = [(tuple(one.size), one.properties.dtype, len(one.chunks)) for one in tensors]
+        places = {name for info in metadata.storage_data.values() for name in [str(info.relative_path)]}
+    except UserError:
+        raise
+    except Exception as error:  # an unpickler raises anything
+        raise UserError(f"{path} is not a DCP checkpoint that can be read: {error}") from None
+    if outside := [name for name in places if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise UserError(f"{path} places tensors outside of its folder, in {outside[0]}; it is damaged or hostile")
+    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype, _ in shapes)
+    there = sum(file.stat().st_size for file in folder.rglob("*.distcp") if file.is_file())
+    if size > there:
+        raise UserError(
+            f"{path} announces {size:,} bytes of tensors, the files beside it hold {there:,}; copy it again"
+        )
+    assert isinstance(metadata, Metadata), "it has the fields of one"
+    return metadata
+
+
+def export(source: Path, target: Path, dtype: torch.dtype | None = None, mtp: bool = True) -> None:
+    """Writes a model directory as a DCP checkpoint, FP8 undone; all tensors are in memory at once. What is at `target`
+    is replaced."""
+    checkpoint, cfg, layout = hub.open_directory(source, mtp, Transformer)
+    keys = [slot.key for slot in layout if slot.key in checkpoint.entries]
+    tensors = {key: checkpoint.read(key, dtype) for key in keys}
+    with replacing(target) as fresh:
+        hub.write_config(cfg, fresh, dtype=dtype or checkpoint.stored_dtype(hub.EMBEDDING))
+        hub.copy_files(source, fresh, hub.companions(source))
+        with _alone():
+            dcp.save(tensors, storage_writer=FileSystemWriter(fresh, thread_count=1), no_dist=True)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without DCP's warning that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def tensors(folder: Path, metadata: Metadata) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor with its name, one in memory at a time."""
+    reader = _Reader(folder, metadata)
+    for name, record in metadata.state_dict_metadata.items():
+        if isinstance(record, TensorStorageMetadata):
+            state = {name: torch.empty(record.size, dtype=record.properties.dtype)}
+            try:
+                with _alone():
+                    dcp.load(state, storage_reader=reader, no_dist=True)
+            except (Exception, CheckpointException):  # the latter is no Exception, and pages long
+                raise UserError(f"{folder}: tensor {name} cannot be read, its file is damaged; copy it again") from None
+            yield name, state[name]
+
+
+def convert(folder: Path, target: Path, like: Path | None = None, **how: Any) -> None:
+    """Writes a DCP checkpoint as a model directory, with config and tokenizer of `like`, by default those beside it.
+    `how`: as in `hub.convert`. Tensors of anything but the model, such as an optimizer's, are left out."""
+    metadata, beside = read_metadata(folder), like or folder
+    if not (beside / "config.json").is_file():
+        raise UserError(f"{beside} has no config.json; name a model directory of the same shape with --like")
+    cfg = hub.read_config(beside)
+    found = [name for name in metadata.state_dict_metadata if name.endswith(hub.EMBEDDING)]
+    if len(found) != 1:
+        raise UserError(
+            f"{folder} has {len(found) or 'no'} tensors called {hub.EMBEDDING}; its tensors must have Hugging Face's "
+            f"names, these begin with {', '.join(list(metadata.state_dict_metadata)[:3])}"
+        )
+    prefix = found[0].removesuffix(hub.EMBEDDING)
+    wanted = {prefix + slot.key: slot.key for slot in hub.slots(cfg)}
+    records = {name: record for name, record in metadata.state_dict_metadata.items() if name in wanted}
+    tensors_only = {name: one for name, one in records.items() if isinstance(one, TensorStorageMetadata)}
+    metadata.state_dict_metadata = dict(tensors_only)
+    plan = [TensorSpec(wanted[name], one.properties.dtype, tuple(one.size)) for name, one in tensors_only.items()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.bessemer-dcp-") as temporary:
+        plain = Path(temporary)
+        write_tensors(plain, plan, (tensor for _, tensor in tensors(folder, metadata)), hub.SHARD_BYTES)
+        hub.copy_files(beside, plain, ["config.json", *hub.companions(beside)])
+        hub.convert(plain, target, **how)

@@ -1,0 +1,144 @@
+"""torch.distributed.checkpoint: read by torch itself, and back; damaged and hostile checkpoints."""
+
+import io
+import pickle
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from model_cases import tiny
+from ranks import on_ranks
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+from bessemer.hf import hub
+from bessemer.model.transformer import Transformer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "plain"
+    Transformer(tiny(n_mtp=1)).initialise(3).save(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+def weights(folder):
+    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
+
+
+def same(found, wanted):
+    assert sorted(found) == sorted(wanted)
+    return all(torch.equal(found[key], value) and found[key].dtype == value.dtype for key, value in wanted.items())
+
+
+def test_torch_reads_what_is_written_and_it_comes_back_the_same(call, model, tmp_path):
+    assert call("convert", model, tmp_path / "dcp", "--to", "dcp")[0] == 0
+    wanted = weights(model)
+    state = {key: torch.zeros_like(value) for key, value in wanted.items()}
+    dcp.load(state, storage_reader=FileSystemReader(tmp_path / "dcp"), no_dist=True)
+    assert same(state, wanted)
+    assert call("convert", tmp_path / "dcp", tmp_path / "back")[0] == 0
+    assert same(weights(tmp_path / "back"), wanted)
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == sorted(path.name for path in model.iterdir())
+    assert call("convert", tmp_path / "dcp", tmp_path / "half", "--dtype", "bfloat16", "--no-mtp")[0] == 0
+    assert hub.load(tmp_path / "half").cfg.n_mtp == 0
+
+
+def test_a_model_directory_is_itself_a_checkpoint_for_dcp(model):
+    """As torchtitan's `initial_load_in_hf` reads it."""
+    wanted = weights(model)
+    state = {key: torch.zeros_like(value) for key, value in wanted.items()}
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(model)), no_dist=True)
+    assert same(state, wanted)
+
+
+def save_shards(me, model, out):
+    """As a trainer does: every matrix in two halves of two ranks, in a nested state beside an optimizer."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    shards = {key: distribute_tensor(value, mesh, [Shard(0)]) for key, value in weights(model).items()}
+    state = {"model": shards, "optimizer": {"step": torch.tensor(7.0), "note": {"any": "object"}}}
+    dcp.save(state, checkpoint_id=str(out))
+
+
+def test_shards_of_several_ranks_beside_an_optimizer(call, model, tmp_path):
+    on_ranks(2, save_shards, model, tmp_path / "dcp")
+    status, _, err = call("convert", tmp_path / "dcp", tmp_path / "back")
+    assert status == 2 and "name a model directory of the same shape with --like" in err
+    assert call("convert", tmp_path / "dcp", tmp_path / "back", "--like", model)[0] == 0
+    assert same(weights(tmp_path / "back"), weights(model))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (io.open, ("/tmp/never-written-by-bessemer", "w"))
+
+
+@pytest.fixture
+def broken(call, model, tmp_path):
+    assert call("convert", model, tmp_path / "dcp", "--to", "dcp")[0] == 0
+    return tmp_path / "dcp"
+
+
+def moved(path):
+    metadata = pickle.loads(path.read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = "../../etc/passwd"
+    return pickle.dumps(metadata)
+
+
+def grown(path):
+    metadata = pickle.loads(path.read_bytes())
+    one = next(iter(metadata.state_dict_metadata.values()))
+    one.size = torch.Size([1 << 40, 4])
+    return pickle.dumps(metadata)
+
+
+def renamed(path):
+    metadata = pickle.loads(path.read_bytes())
+    metadata.state_dict_metadata = {f"layers.{n}.w": one for n, one in enumerate(metadata.state_dict_metadata.values())}
+    return pickle.dumps(metadata)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: pickle.dumps(Bomb()), "which no DCP checkpoint needs"),
+        (lambda path: path.read_bytes()[:200], "not a DCP checkpoint that can be read"),
+        (moved, "outside of its folder"),
+        (grown, "announces"),
+        (renamed, "must have Hugging Face's names"),
+    ],
+    ids=["code", "cut", "outside", "size", "names"],
+)
+def test_damage_is_one_line_and_runs_nothing(call, broken, damage, words):
+    path = broken / ".metadata"
+    path.write_bytes(damage(path))
+    status, out, err = call("convert", broken, broken.parent / "back")
+    assert status == 2 and not out and words in err and err.count("\n") == 1
+    assert not (broken.parent / "back").exists() and [p.name for p in broken.parent.iterdir()] == ["dcp"]
+
+
+def test_files_that_lost_bytes_are_named(call, broken):
+    file = next(broken.glob("*.distcp"))
+    data = bytearray(file.read_bytes())
+    data[: len(data) // 2] = bytes(len(data) // 2)
+    file.write_bytes(data)
+    status, _, err = call("convert", broken, broken.parent / "back")
+    assert status == 2 and "cannot be read" in err and not (broken.parent / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--to", "dcp", "--fp8"), "a DCP checkpoint has no FP8 in tiles"),
+        (("--like", "elsewhere"), "--like: only for a checkpoint"),
+    ],
+)
+def test_options_that_do_not_fit(call, model, tmp_path, arguments, words):
+    status, _, err = call("convert", model, tmp_path / "x", *arguments)
+    assert status == 2 and words in err
