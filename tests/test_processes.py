@@ -62,9 +62,27 @@ def test_every_gpu_or_why_not(given, n, words):
         (["layout.pp=2", "layout.dp=2"], 4, "4 of 8 GPUs: [layout]"),
         (["layout.dp=1"], 1, "1 of 8 GPUs: [layout]"),
         (["pretrain.batch_rows=3"], 3, '3 of 8 GPUs: stage "pretrain": a step of 3 rows is too small for pp 1 x dp 8'),
+        (["zero.rollout.engine=vllm", "zero.rollout.workers=2"], 6, "6 of 8 GPUs: 2 are for the workers that sample"),
+        (
+            ["zero.rollout.engine=ray", "zero.rollout.workers=4", "layout.pp=4"],
+            4,
+            "4 of 8 GPUs: [layout], and 4 are for the workers",
+        ),
+        (["zero.rollout.engine=ray", "zero.rollout.workers=9"], 1, "1 of 8 GPUs: 9 are for the workers"),
+        (["zero.rollout.engine=vllm", "zero.rollout.sleep=true"], 8, "one process for each"),
         (["zero.advantage=critic"], 1, '1 of 8 GPUs: stage "zero": advantage = "critic" is for one process'),
     ],
-    ids=["a multiple of the layout's", "layout", "layout of one", "rows", "critic"],
+    ids=[
+        "a multiple of the layout's",
+        "layout",
+        "layout of one",
+        "rows",
+        "sampling",
+        "sampling beside a layout",
+        "more sampling than there are",
+        "sampling on the trainer's",
+        "critic",
+    ],
 )
 def test_what_a_recipe_allows(overrides, n, words):
     found, said = decided(*overrides)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from bessemer.cli.common import one_line
 from bessemer.config import places
+from bessemer.config.rl import RLConfig
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import find_kind
 from bessemer.precision import probe
@@ -62,24 +63,41 @@ def decide(recipe: Recipe, asked: int | None, gpus: probe.Gpus) -> tuple[int, st
                 f"--processes is {asked}, [layout] makes {least} ranks" + ("" if fixed else " or a multiple")
             )
         return asked, _use(asked, gpus, f"--processes {asked}")
-    most = max(least, gpus.usable // least * least)
+    sampling = _sampling(recipe)
+    most = max(least, (gpus.usable - sampling) // least * least)
     if gpus.chosen is not None and most == gpus.usable < gpus.present:
         return most, _use(most, gpus, f"CUDA_VISIBLE_DEVICES={gpus.chosen}")
     if fixed and (least > 1 or gpus.usable > 1):
         return least, _use(least, gpus, "[layout]")
     if most == least:
-        return least, _use(least, gpus, "[layout]") if least > 1 else ""
+        why = f"[layout]{', and ' * bool(sampling)}" if least > 1 else ""
+        why += f"{sampling} are for the workers that sample" if sampling else ""
+        return least, _use(least, gpus, why) if why else ""
     if not any(find_kind(config.kind).distributed for config in recipe.stages):
         return least, _use(least, gpus, "no stage of this recipe runs on several")
     if _fault(recipe, least):
         return least, ""  # what is wrong with any number is said by the run itself
     why = "one process for each, --gpus 1 for one alone"
+    if sampling:
+        why = f"{sampling} are for the workers that sample"
     for n in range(most, least, -least):
         if (fault := _fault(recipe, n)) is None:
             return n, _use(n, gpus, why)
         if n == most:
             why = fault
     return least, _use(least, gpus, why)
+
+
+def _sampling(recipe: Recipe) -> int:
+    """GPUs that the rollout workers of an RL stage take beside the trainer's; those of a Ray that runs already are not
+    counted."""
+    if "RAY_ADDRESS" in os.environ:
+        return 0
+    apart = (
+        stage.rollout for stage in recipe.stages
+        if isinstance(stage, RLConfig) and stage.rollout.engine != "local" and not stage.rollout.sleep
+    )  # fmt: skip
+    return max((one.workers * (1 if one.gpus is None else one.gpus) for one in apart), default=0)
 
 
 def _use(n: int, gpus: probe.Gpus, why: str) -> str:
