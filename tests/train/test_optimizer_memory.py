@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bessemer.train import update_rules
-from bessemer.train.groups import ParameterSlot, Update
+from bessemer.train.groups import Group, ParameterSlot, Update
 from bessemer.train.muon import Matrices
 from bessemer.train.optimizer import Optimizer
 from bessemer.workers import Workers
@@ -57,6 +57,21 @@ def test_making_the_optimizer_peaks_at_what_stays(dtype, moments, muon):
     number, moment = dtype.itemsize, 4 if moments == torch.float32 else 2
     least = before / 4 * (4 + 4 + 2 * moment * (not muon) + (number if number == 2 else 0))
     assert made.groups and least <= steady and live.peak <= 1.1 * steady, (live.peak / before, steady / before)
+
+
+@pytest.mark.parametrize("shares", [8, 64])
+def test_a_rank_makes_its_share_alone(shares):
+    """Masters and moments of one share, never of the whole: what stays is little more than weights and gradients."""
+    with torch.device("meta"):
+        parameters = [torch.nn.Parameter(torch.zeros(1 << 16)) for _ in range(64)]
+    with Live(parameters) as live:
+        members = [(str(i), parameter, parameter.detach()) for i, parameter in enumerate(parameters)]
+        for parameter in parameters:
+            parameter.data = parameter.data.new_empty(0, dtype=torch.bfloat16)
+        group = Group(members, 0.1, torch.float32, shares, share=3)
+    size = 64 << 16
+    assert live.now() == size * (2 + 4) + size // shares * (4 + 8) and live.peak <= 1.1 * live.now()
+    assert group.mine == slice(3 * size // shares, 4 * size // shares) and not members
 
 
 @pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])

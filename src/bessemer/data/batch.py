@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bessemer.model.segments import Packed, Segments
+from bessemer.model.segments import Packed, Segments, moved
 
 
 class Counted(NamedTuple):
@@ -143,15 +143,29 @@ class Batch:
         device, before = torch.device(device), self.before
         if device.type in ("cuda", "meta") and self.loss_BT.device.type == "cpu":
             segments = None if self.segments_BT is None else Packed.of(self.segments_BT, device)
-            before = Counted(self.trained_N.to(device), segments)
+            before = Counted(moved(self.trained_N, device), segments)
         elif device.type == "cpu":
             before = None
         return replace(
             self,
             before=before,
-            tokens_BT=self.tokens_BT.to(device),
-            loss_BT=self.loss_BT.to(device),
-            segments_BT=None if self.segments_BT is None else self.segments_BT.to(device),
-            extras={name: tensor.to(device) for name, tensor in self.extras.items()},
-            own_T=None if self.own_T is None else self.own_T.to(device),
+            tokens_BT=moved(self.tokens_BT, device),
+            loss_BT=moved(self.loss_BT, device),
+            segments_BT=None if self.segments_BT is None else moved(self.segments_BT, device),
+            extras={name: moved(tensor, device) for name, tensor in self.extras.items()},
+            own_T=None if self.own_T is None else moved(self.own_T, device),
         )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them, what was counted before included."""
+        yield self.tokens_BT
+        yield from (tensor for _, tensor in self._named())
+        if self.own_T is not None:
+            yield self.own_T
+        if self.before is not None:
+            yield self.before.trained_N
+            found = self.before.segments
+            if isinstance(found, Packed):
+                yield from (found.segments_BT, found.end_S)
+            elif found is not None:
+                yield found

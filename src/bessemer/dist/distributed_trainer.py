@@ -30,7 +30,8 @@ from bessemer.train import balance, checkpoint, guard
 from bessemer.train.background import Background, HostCopies
 from bessemer.train.checkpoint import CheckpointReader, Damaged
 from bessemer.train.objective import Divided, Loss, Sums, balance_weight
-from bessemer.train.trainer import COUNTERS, Trainer
+from bessemer.train.checkpointed import COUNTERS
+from bessemer.train.trainer import Trainer
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
@@ -108,7 +109,7 @@ class DistributedTrainer(Trainer):
     def _accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
         watchdog.at(self.step + 1)
         own = self.shard.context.positions
-        batches = [batch.at(own(batch.tokens_BT.shape[1])).to(self.device) for batch in micro_batches]
+        batches = [self._transfer(batch.at(own(batch.tokens_BT.shape[1]))) for batch in micro_batches]
         rows, length = batches[0].tokens_BT.shape
         self._shape = rows, length
         executor = self._executor_for(len(batches))
@@ -206,7 +207,7 @@ class DistributedTrainer(Trainer):
         return causes[0] if causes else "the gradients overflow in their norm, or in a balance term"
 
     def save_if_due(self) -> None:
-        steps = self.runtime.save_steps
+        steps = self.save_steps
         if (self._due or (steps is not None and self.step % steps == 0)) and self.guard.streak == 0:
             self.save()
 

@@ -52,6 +52,7 @@ from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM, load_any
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.transformer import Transformer, evaluating
+from bessemer.precision import probe
 from bessemer.workers import Workers
 
 Prompt = str | abc.Sequence[int]
@@ -406,9 +407,10 @@ def prompt_digest(ids: abc.Sequence[int]) -> int:
 
 
 def load_engine(model_dir: str | Path, drafts: int = 0, compile: bool = False) -> Engine:
-    """Model and tokenizer of a Hugging Face directory. MTP layers are loaded only for drafting. compile: the decoding
-    steps are compiled now, for calls with this many drafts."""
-    engine = Engine(load_any(model_dir, mtp=drafts > 0), load_tokenizer(model_dir), compile=compile)
+    """Model and tokenizer of a Hugging Face directory, on this machine's device. MTP layers are loaded only for
+    drafting. compile: the decoding steps are compiled now, for calls with this many drafts."""
+    model = load_any(model_dir, device=probe.device(), mtp=drafts > 0)
+    engine = Engine(model, load_tokenizer(model_dir), compile=compile)
     check_drafts(engine.model, drafts)
     if engine.compiled is not None:
         print(

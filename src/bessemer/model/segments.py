@@ -32,13 +32,13 @@ class Packed(NamedTuple):
         count = int(starts_BT.sum())
         distinct = segments_BT.sort(1).values
         if count != int(_starts(distinct).sum()):
-            return segments_BT.to(device)
+            return moved(segments_BT, device)
         where = starts_BT.flatten().nonzero().squeeze(1)
         lengths = torch.diff(where, append=torch.tensor([segments_BT.numel()]))
         most = int(lengths.max()) if count else 1
         longest = min(1 << (max(most, SHORTEST) - 1).bit_length(), segments_BT.shape[1])
         size = 1 << max(count - 1, 0).bit_length()
-        return cls(segments_BT.to(device), _ends(segments_BT, size).to(device), longest)
+        return cls(moved(segments_BT, device), moved(_ends(segments_BT, size), device), longest)
 
     def first(self, T: int) -> Packed:
         """Of the first T tokens of the rows."""
@@ -48,6 +48,14 @@ class Packed(NamedTuple):
 
 Segments = Tensor | Packed | None
 """What layers take: tokens attend to their own segment only. None: to all before them."""
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; to a GPU from pinned memory, so that the host does not wait. torch keeps that memory
+    until the copy is made."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def first_tokens(segments: Segments, T: int) -> Segments:

@@ -122,6 +122,14 @@ def idle_gpu() -> str | None:
     )
 
 
+def device() -> torch.device:
+    """What this process computes on. UserError where it has a GPU that torch cannot use: a run would go on for days on
+    the CPU without a word."""
+    if idle := idle_gpu():
+        raise UserError(idle)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def cpp_compiler() -> str | None:
     """The C++ compiler that torch.compile would use on a CPU."""
     return next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)

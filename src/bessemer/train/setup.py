@@ -60,11 +60,8 @@ def decode_seconds(recipe: Recipe, tokens: float) -> float:
 
 
 def device() -> torch.device:
-    """What this process computes on. UserError where it has a GPU that torch cannot use: a run would go on for days on
-    the CPU without a word."""
-    if idle := probe.idle_gpu():
-        raise UserError(idle)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """What this process computes on (`probe.device`)."""
+    return probe.device()
 
 
 def describe_device() -> str:

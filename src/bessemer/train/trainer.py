@@ -6,9 +6,8 @@
     gradient / (loss tokens of the whole step), clip, optimizer
     routing bias from the loads of the whole step
 
-`run` is the loop around it for data addressed by row number: schedules in consumed tokens, log, hooks, checkpoints. A
-run that is stopped and resumed has the bits of one that was never stopped: weights, moments, biases, random states,
-counters and the data cursor are all in the checkpoint.
+`run` is the loop around it for data addressed by row number: schedules in consumed tokens, log, hooks, checkpoints
+(`checkpointed`).
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ import torch
 from torch import Tensor
 
 from bessemer.errors import UserError
-from bessemer.kernels import library
 from bessemer.model.gate import Gate
 from bessemer.model.transformer import Transformer
-from bessemer.train import balance, checkpoint, guard, out_of_memory
-from bessemer.train.background import SHARE, Background, CheckpointWriter
+from bessemer.train import balance, guard, out_of_memory
+from bessemer.train.checkpointed import Checkpointed
 from bessemer.train.instruments import Instruments
 from bessemer.train.objective import Loss, Objective, Sums, means
-from bessemer.train.optimizer import Optimizer, load_exactly
+from bessemer.train.optimizer import Optimizer
+from bessemer.train.transfer import Transfer
 from bessemer.workers import Workers, rank
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from bessemer.data.batch import Batch
     from bessemer.hf.causal_lm import CausalLM
 
-COUNTERS = ("step", "tokens", "rows", "skipped")
 Schedule = Callable[[int], float]
 """A value over consumed tokens, evaluated with what was consumed before the step."""
 
@@ -89,7 +87,7 @@ class _HelperResult(NamedTuple):
     loads: dict[str, Tensor]
 
 
-class Trainer:
+class Trainer(Checkpointed):
     """Owns optimizer, counters and checkpoints of one model.
 
     `batches(first_row, n_rows) -> Batch`; None when the caller brings its own micro-batches to `update` (RL).
@@ -116,7 +114,7 @@ class Trainer:
     ):
         self.model, self.objective, self.batches = model, objective, batches
         self.config, self.runtime = config, runtime
-        self.state_dir = None if state_dir is None else Path(state_dir)
+        super().__init__(None if state_dir is None else Path(state_dir), runtime.save_steps, runtime.keep)
         self.log, self.stop, self.on_step, self.warn = log, stop, on_step, warn
         self.model_config, self.generators = model_config or {}, generators or {}
         devices, rank = self._devices()
@@ -136,15 +134,8 @@ class Trainer:
         """Tokens per expert of the last step, by gate."""
         self._shape = (1, 1)
         """Rows and length of the micro-batch that was computed last."""
-        self.extras: dict[str, Any] = {}
-        self.extra_tensors: dict[str, Tensor] = {}
-        self._saved_at, self._saved_step = time.monotonic(), -1
-        self._save_cost = 0.0
-        """Seconds that training waited for the last checkpoint."""
-        self._writer: CheckpointWriter | None = None
-        if self.state_dir is not None:
-            self._writer = CheckpointWriter(self.state_dir, runtime.keep, warn)
         self.device = next(model.parameters()).device
+        self._transfer = Transfer(self.device)
         self._prepare()
         if runtime.gamma(0) and not self._has_biases():
             self.warn("gamma has no effect: no layer of this model has a routing bias (set gamma to 0)")
@@ -193,38 +184,6 @@ class Trainer:
         self.save()
         self.finish()
         return True
-
-    def start(self) -> bool:
-        """Resumes (True), or writes the first checkpoint, so that there is always one to go back to."""
-        if self._restore_latest() is not None:
-            self._saved_step = self.step
-            return True
-        self.save()
-        return False
-
-    def _restore_latest(self) -> Path | None:
-        """Goes back to the newest intact checkpoint, whatever layout wrote it; returns its path, None without one."""
-        self.finish()
-        latest = None if self.state_dir is None else checkpoint.latest(self.state_dir, self.model_config, self.warn)
-        if latest is None:
-            return None
-        path, state = latest
-        self._restore(state)
-        return path
-
-    def finish(self) -> None:
-        """Waits for the checkpoint that is still being written, and raises its error."""
-        if self._background is not None:
-            self._background.finish()
-
-    def close(self) -> None:
-        """Waits as `finish` does, after an error of another kind: nobody may write behind the next attempt."""
-        if self._background is not None:
-            self._background.wait()
-
-    @property
-    def _background(self) -> Background | None:
-        return None if self._writer is None else self._writer.background
 
     def _rows_of_step(self) -> int:
         rows = int(self.runtime.batch_rows(self.tokens) * self.runtime.row_scale(self.tokens))
@@ -330,7 +289,7 @@ class Trainer:
         self.model.train()
         rows, length = batch.tokens_BT.shape
         self._shape = rows, length
-        batch = batch.to(self.device)
+        batch = self._transfer(batch)
         loss = self.objective(self.model, batch, **terms)
         with balance.uncounted(self.gates):
             loss.total.backward()
@@ -369,7 +328,9 @@ class Trainer:
             return guard.bad_gradients(self.optimizer.nonfinite_gradients())
         batch = sums.batches[bad[0]]
         with torch.no_grad():
-            where = guard.nonfinite_activation(self.model, lambda: self.objective(self.model, batch, **terms))
+            where = guard.nonfinite_activation(
+                self.model, lambda: self.objective(self.model, self._transfer(batch), **terms)
+            )
         what = f"loss of micro-batch {bad[0]} is {totals[bad[0]].item()}"
         return what + (f", first in the output of {where}" if where else ", though every module's output is finite")
 
@@ -385,87 +346,6 @@ class Trainer:
             f"{self.guard.failures} non-finite steps in a row: back to {path.name}, continuing with row {rows} "
             f"(rollback {self.guard.rolled_back} of {self.guard.rollbacks})"
         )
-
-    def save_if_due(self) -> None:
-        """Checkpoints by steps and by seconds; never in the middle of a bad streak."""
-        if self._background is not None:
-            self._background.poll()
-        steps = self.runtime.save_steps
-        if ((steps is not None and self.step % steps == 0) or self._due_by_time()) and self.guard.streak == 0:
-            self.save()
-            if self.config.save_seconds == 0:
-                self.finish()
-
-    def _due_by_time(self) -> bool:
-        """Whether `save_seconds` are over and the last checkpoint is written; training waits for a twentieth of its
-        time at most. With 0 seconds, after every step, and training waits until it is written."""
-        seconds = self.config.save_seconds
-        if seconds == 0:
-            return True
-        writing = self._background is not None and self._background.busy
-        return not writing and time.monotonic() - self._saved_at >= max(seconds, self._save_cost / SHARE)
-
-    def save(self) -> Path | None:
-        """Starts writing a checkpoint of this step unless there is one already; `finish` waits for it."""
-        if self.state_dir is None or self._saved_step == self.step:
-            return None
-        self.guard.saved()
-        return self._write()
-
-    def _write(self) -> Path:
-        assert self._writer is not None and self.state_dir is not None, "save() has checked it"
-        start = time.monotonic()
-        self.optimizer.copied = self._writer.save(self.step, self._state())
-        self._saved(start)
-        return self.state_dir / f"step-{self.step:08d}"
-
-    def _saved(self, start: float) -> None:
-        self._saved_at, self._saved_step = time.monotonic(), self.step
-        self._save_cost = self._saved_at - start
-
-    def _state(self) -> checkpoint.State:
-        random_tensors, random_values = guard.capture_rng(self.generators)
-        return checkpoint.State(
-            tensors={
-                "model": self.optimizer.masters() | self._buffers(),
-                "optimizer": self.optimizer.state_dict(),
-                "gates": self._gate_tensors(),
-                "rng": random_tensors,
-                "extras": self.extra_tensors,
-            },
-            counters=self._counters() | {"rng": random_values, "extras": self.extras},
-            config=self.model_config,
-        )
-
-    def _counters(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in COUNTERS} | {"backend": library.backend(self.device)}
-
-    def _restore_counters(self, saved: dict[str, Any]) -> None:
-        for name in COUNTERS:
-            setattr(self, name, saved[name])
-        before, now = saved.get("backend"), library.backend(self.device)
-        if before not in (None, now):  # None: from before there were kernels
-            self.warn(
-                f"step {self.step} was saved on {before}, this run continues on {now}: results differ by rounding"
-            )
-
-    def _restore(self, state: checkpoint.State) -> None:
-        load_exactly(self.optimizer.masters() | self._buffers(), state.tensors["model"], "model")
-        self.optimizer.refresh()
-        self.optimizer.load_state_dict(state.tensors["optimizer"])
-        load_exactly(self._gate_tensors(), state.tensors["gates"], "gate")
-        guard.restore_rng(state.tensors["rng"], state.counters["rng"], self.generators)
-        self.extra_tensors, self.extras = state.tensors["extras"], state.counters["extras"]
-        self._restore_counters(state.counters)
-
-    def _gate_tensors(self) -> dict[str, Tensor]:
-        tensors = {f"load/{name}": gate.load_E for name, gate in self.gates.items()}
-        return tensors | {f"bias/{name}": g.bias_E for name, g in self.gates.items() if g.bias_E is not None}
-
-    def _buffers(self) -> dict[str, Tensor]:
-        """Persistent buffers other than those of the gates."""
-        persistent, gates = self.model.state_dict().keys(), {id(tensor) for tensor in self._gate_tensors().values()}
-        return {name: b for name, b in self.model.named_buffers() if name in persistent and id(b) not in gates}
 
 
 def _stacked(model: Transformer | CausalLM) -> dict[str, int]:

@@ -1,0 +1,172 @@
+"""What a kill must not lose: the trainer's checkpoints.
+
+Weights, moments, biases, random states, counters, the data cursor and what others put into `extras` are in every
+checkpoint, so a run that is stopped and resumed has the bits of one that was never stopped. `save` copies them and
+starts a thread that writes (`background`); `finish` waits for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bessemer.kernels import library
+from bessemer.model.gate import Gate
+from bessemer.model.transformer import Transformer
+from bessemer.train import checkpoint, guard
+from bessemer.train.background import SHARE, Background, CheckpointWriter
+from bessemer.train.optimizer import Optimizer, load_exactly
+
+if TYPE_CHECKING:
+    from bessemer.config.training import OptimizerConfig
+    from bessemer.hf.causal_lm import CausalLM
+
+COUNTERS = ("step", "tokens", "rows", "skipped")
+
+
+class Checkpointed:
+    """The half of `Trainer` that saves and resumes. The other half sets what is declared here."""
+
+    model: Transformer | CausalLM
+    optimizer: Optimizer
+    gates: dict[str, Gate]
+    guard: guard.StepGuard
+    config: OptimizerConfig
+    model_config: dict[str, Any]
+    generators: dict[str, np.random.Generator]
+    warn: Callable[[str], None]
+    device: torch.device
+    step: int
+    tokens: int
+    rows: int
+    skipped: int
+
+    def __init__(self, state_dir: Path | None, save_steps: int | None, keep: int) -> None:
+        self.state_dir, self.save_steps = state_dir, save_steps
+        self.extras: dict[str, Any] = {}
+        self.extra_tensors: dict[str, Tensor] = {}
+        self._saved_at, self._saved_step = time.monotonic(), -1
+        self._save_cost = 0.0
+        """Seconds that training waited for the last checkpoint."""
+        self._writer: CheckpointWriter | None = None
+        if state_dir is not None:
+            self._writer = CheckpointWriter(state_dir, keep, lambda text: self.warn(text))
+
+    def start(self) -> bool:
+        """Resumes (True), or writes the first checkpoint, so that there is always one to go back to."""
+        if self._restore_latest() is not None:
+            self._saved_step = self.step
+            return True
+        self.save()
+        return False
+
+    def _restore_latest(self) -> Path | None:
+        """Goes back to the newest intact checkpoint, whatever layout wrote it; returns its path, None without one."""
+        self.finish()
+        latest = None if self.state_dir is None else checkpoint.latest(self.state_dir, self.model_config, self.warn)
+        if latest is None:
+            return None
+        path, state = latest
+        self._restore(state)
+        return path
+
+    def finish(self) -> None:
+        """Waits for the checkpoint that is still being written, and raises its error."""
+        if self._background is not None:
+            self._background.finish()
+
+    def close(self) -> None:
+        """Waits as `finish` does, after an error of another kind: nobody may write behind the next attempt."""
+        if self._background is not None:
+            self._background.wait()
+
+    @property
+    def _background(self) -> Background | None:
+        return None if self._writer is None else self._writer.background
+
+    def save_if_due(self) -> None:
+        """Checkpoints by steps and by seconds; never in the middle of a bad streak."""
+        if self._background is not None:
+            self._background.poll()
+        steps = self.save_steps
+        if ((steps is not None and self.step % steps == 0) or self._due_by_time()) and self.guard.streak == 0:
+            self.save()
+            if self.config.save_seconds == 0:
+                self.finish()
+
+    def _due_by_time(self) -> bool:
+        """Whether `save_seconds` are over and the last checkpoint is written; training waits for a twentieth of its
+        time at most. With 0 seconds, after every step, and training waits until it is written."""
+        seconds = self.config.save_seconds
+        if seconds == 0:
+            return True
+        writing = self._background is not None and self._background.busy
+        return not writing and time.monotonic() - self._saved_at >= max(seconds, self._save_cost / SHARE)
+
+    def save(self) -> Path | None:
+        """Starts writing a checkpoint of this step unless there is one already; `finish` waits for it."""
+        if self.state_dir is None or self._saved_step == self.step:
+            return None
+        self.guard.saved()
+        return self._write()
+
+    def _write(self) -> Path:
+        assert self._writer is not None and self.state_dir is not None, "save() has checked it"
+        start = time.monotonic()
+        self.optimizer.copied = self._writer.save(self.step, self._state())
+        self._saved(start)
+        return self.state_dir / f"step-{self.step:08d}"
+
+    def _saved(self, start: float) -> None:
+        self._saved_at, self._saved_step = time.monotonic(), self.step
+        self._save_cost = self._saved_at - start
+
+    def _state(self) -> checkpoint.State:
+        random_tensors, random_values = guard.capture_rng(self.generators)
+        return checkpoint.State(
+            tensors={
+                "model": self.optimizer.masters() | self._buffers(),
+                "optimizer": self.optimizer.state_dict(),
+                "gates": self._gate_tensors(),
+                "rng": random_tensors,
+                "extras": self.extra_tensors,
+            },
+            counters=self._counters() | {"rng": random_values, "extras": self.extras},
+            config=self.model_config,
+        )
+
+    def _counters(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in COUNTERS} | {"backend": library.backend(self.device)}
+
+    def _restore_counters(self, saved: dict[str, Any]) -> None:
+        for name in COUNTERS:
+            setattr(self, name, saved[name])
+        before, now = saved.get("backend"), library.backend(self.device)
+        if before not in (None, now):  # None: from before there were kernels
+            self.warn(
+                f"step {self.step} was saved on {before}, this run continues on {now}: results differ by rounding"
+            )
+
+    def _restore(self, state: checkpoint.State) -> None:
+        load_exactly(self.optimizer.masters() | self._buffers(), state.tensors["model"], "model")
+        self.optimizer.refresh()
+        self.optimizer.load_state_dict(state.tensors["optimizer"])
+        load_exactly(self._gate_tensors(), state.tensors["gates"], "gate")
+        guard.restore_rng(state.tensors["rng"], state.counters["rng"], self.generators)
+        self.extra_tensors, self.extras = state.tensors["extras"], state.counters["extras"]
+        self._restore_counters(state.counters)
+
+    def _gate_tensors(self) -> dict[str, Tensor]:
+        tensors = {f"load/{name}": gate.load_E for name, gate in self.gates.items()}
+        return tensors | {f"bias/{name}": g.bias_E for name, g in self.gates.items() if g.bias_E is not None}
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Persistent buffers other than those of the gates."""
+        persistent, gates = self.model.state_dict().keys(), {id(tensor) for tensor in self._gate_tensors().values()}
+        return {name: b for name, b in self.model.named_buffers() if name in persistent and id(b) not in gates}
