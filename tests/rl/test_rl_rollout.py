@@ -126,6 +126,18 @@ def test_parts_are_a_multiple_of_four_and_the_largest_is_as_small_as_can_be(max_
     assert all(len(filled(bound)) > len(parts) for bound in range(longest[0], largest))
 
 
+def test_rows_for_a_gpu_have_few_lengths(monkeypatch):
+    """The same tokens, losses and advantages, and padding up to a multiple."""
+    rows = some_rows()
+    plain = rollout.to_batches(rows, PAD, 10_000, "token")[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    padded = rollout.to_batches(rows, PAD, 10_000, "token")[0]
+    width = plain.tokens_BT.shape[1]
+    assert padded.tokens_BT.shape[1] % rollout.BUCKET == 0 and 0 <= padded.tokens_BT.shape[1] - width < rollout.BUCKET
+    assert torch.equal(padded.tokens_BT[:, :width], plain.tokens_BT) and (padded.tokens_BT[:, width:] == PAD).all()
+    assert torch.equal(padded.loss_BT[:, :width], plain.loss_BT) and not padded.loss_BT[:, width:].any()
+
+
 def test_no_rows_make_no_batch():
     assert rollout.to_batches([], PAD, 100, "token") == []
 

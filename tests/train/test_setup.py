@@ -24,6 +24,7 @@ PACKAGE = Path(bessemer.__file__).parent
         ("on", False, None, True, 0.0, True),
         ("off", True, "g++", False, 1e20, False),
         ("auto", True, None, True, 0.0, True),
+        ("on", True, None, True, 0.0, True),
         ("auto", False, "g++", False, 1e15, True),
         ("auto", False, "g++", True, 1e15, False),
         ("auto", False, "g++", False, 2e13, False),  # the tiny recipe: compiling would cost more than it gives
@@ -34,7 +35,37 @@ def test_auto_compiles_where_it_pays(monkeypatch, setting, gpu, compiler, kernel
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(setup, "cpp_compiler", lambda: compiler)
     monkeypatch.setattr(setup.library, "available", lambda: kernels)
+    monkeypatch.setattr(setup.probe, "gpu_compiler_trouble", lambda: None)
     assert setup.want_compile(setting, flops) is wanted
+
+
+@pytest.mark.parametrize("setting", ["auto", "on"])
+def test_a_gpu_without_a_compiler_runs_uncompiled_and_says_why(monkeypatch, setting):
+    """Here is no CUDA, so the trial fails as any other: what it says names the cause and the fix."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    setup.probe.gpu_compiler_trouble.cache_clear()
+    said = []
+    assert setup.want_compile(setting, 1e20, said.append) is False
+    assert len(said) == 1 and "CUDA" in said[0] and "layers run uncompiled" in said[0] and "\n" not in said[0]
+    assert not setup.want_compile("off", 1e20, said.append) and len(said) == 1, "off asks nothing"
+    setup.probe.gpu_compiler_trouble.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "fix"),
+    [
+        ("backend='inductor' raised:\nRuntimeError: Failed to find C compiler. Please specify via CC",
+         "Failed to find C compiler", "apt install gcc python3-dev"),
+        ("backend='inductor' raised:\nCalledProcessError: Command '['/usr/bin/gcc', '/tmp/main.c']' returned 1",
+         "/usr/bin/gcc", "apt install gcc python3-dev"),
+        ("Cannot find a working triton installation. Either the package is not installed or it is too old.",
+         "Cannot find a working triton", "pip install triton"),
+        ("something else\nand more", "something else", "apt install gcc"),
+    ],
+)  # fmt: skip
+def test_what_a_compiler_raised_becomes_one_line(error, cause, fix):
+    line = setup.probe.uncompiled(error)
+    assert cause in line and fix in line and "\n" not in line
 
 
 H100, V100 = ("NVIDIA H100 80GB HBM3", (9, 0)), ("Tesla V100-SXM2-16GB", (7, 0))

@@ -77,6 +77,9 @@ class LayoutConfig(ConfigTable):
     recompute: list[Literal["attend", "experts", "finish"]] = Field(default_factory=list)
     """Phases of every layer that backward recomputes instead of storing their activations. Not with fp8, which
     recomputes by its own rules."""
+    deterministic: bool = False
+    """On a GPU: training steps that repeat bit for bit, so that a resumed run is the one that was never stopped. They
+    are slower; the run tells its tokens per second. On a CPU they always repeat."""
     timeout: Seconds = 600.0
     """Maximum time that one rank waits for another; after it the run ends with a report of which rank waits for
     which."""

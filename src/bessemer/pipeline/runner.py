@@ -48,6 +48,7 @@ from bessemer.runs.directory import (
 from bessemer.runs.files import explained, read_json, write_atomic, write_json
 from bessemer.runs.metrics import Metrics, NoMetrics, StageMetrics
 from bessemer.runs.progress import RunProgress
+from bessemer.train import determinism
 from bessemer.workers import all_cores
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def run(
             progress.say(_overview(plan, recipe, root, estimates, until, ranks))
             if conformance is not None:
                 progress.say(_write_conformance(conformance(recipe), root))
+            entered.enter_context(determinism.kept(recipe.layout.deterministic, progress.say))
             return _run_all(plan, recipe, rundir, until, cache_dir(cache), metrics, progress, stop, donor, ranks)
         finally:
             if ranks is not None:
@@ -421,7 +423,8 @@ def follow(recipe: Recipe, ranks: Ranks, cache: Path | None = None) -> None:
         for config in recipe.stages:
             preflight.resolve(config, recipe, cache_dir(cache))  # an error in the words of rank 0, which says it once
         progress = RunProgress({}, out=nowhere)
-        with signals(together=True, quiet=True) as stop:
+        quietly = determinism.kept(recipe.layout.deterministic, lambda text: None)
+        with quietly, signals(together=True, quiet=True) as stop:
             for order in ranks.follow():
                 config = recipe.stage(order["stage"])
                 stage = find_kind(config.kind)()

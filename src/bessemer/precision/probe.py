@@ -130,6 +130,32 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@functools.cache
+def gpu_compiler_trouble() -> str | None:
+    """Why torch.compile does not work on this GPU, in one line with the fix; None where a trial kernel compiles, runs
+    and is right. Triton builds a launcher in C at first use, for which slim images lack gcc or Python's headers."""
+    try:
+        x = torch.arange(64, dtype=torch.float32, device="cuda")
+        found = torch.compile(lambda t: torch.sin(t).sum() + t, fullgraph=True, dynamic=False)(x)
+        if torch.allclose(found, torch.sin(x).sum() + x, atol=1e-3):
+            return None
+        return uncompiled("a trial kernel computes wrong numbers")
+    except Exception as error:  # whatever the compilers and the driver raise
+        return uncompiled(str(error) or type(error).__name__)
+
+
+def uncompiled(error: str) -> str:
+    """The line about a compiler that raised this error."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    why = next(
+        (line for line in lines if re.search(r"compiler|Python\.h|gcc|ptxas|triton", line, re.IGNORECASE)), lines[0]
+    )
+    fix = "install gcc and Python's headers (apt install gcc python3-dev)"
+    if "triton installation" in why:
+        fix = f"install the Triton that belongs to torch {torch.__version__} (pip install triton)"
+    return f"torch.compile does not work here ({why[:200]}): layers run uncompiled, slower; {fix}"
+
+
 def cpp_compiler() -> str | None:
     """The C++ compiler that torch.compile would use on a CPU."""
     return next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)

@@ -139,12 +139,21 @@ def rewards(groups: Sequence[Group]) -> Tensor:
     return torch.tensor([[row.reward for row in group] for group in groups], dtype=torch.float32)
 
 
+BUCKET = 64
+"""Fused attention is planned anew for every length, which takes longer than a few tokens of padding."""
+
+
 def to_batches(rows: Sequence[ScoredSample], pad_id: int, max_tokens: int, normalise: str) -> list[Batch]:
     """`split_by_length(rows)` as batches.
 
     normalise "sequence": every output counts 1 (the paper); "token" (DAPO) and "constant" (Dr. GRPO): every token does.
     """
-    return [_batch(part, _length(part[0]), pad_id, normalise) for part in split_by_length(rows, max_tokens)]
+    return [_batch(part, _width(_length(part[0])), pad_id, normalise) for part in split_by_length(rows, max_tokens)]
+
+
+def _width(longest: int) -> int:
+    """Tokens of a batch's rows: as many as the longest has, on a GPU a multiple of `BUCKET`."""
+    return -(-longest // BUCKET) * BUCKET if torch.cuda.is_available() else longest
 
 
 def split_by_length(rows: Sequence[ScoredSample], max_tokens: int) -> list[list[ScoredSample]]:

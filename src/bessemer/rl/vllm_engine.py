@@ -27,6 +27,7 @@ from bessemer.hf.causal_lm import needs_transformers
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.hf.mapping import slots
 from bessemer.model.config import ModelConfig
+from bessemer.precision import cuda_start
 from bessemer.rl.vllm_weights import FileWeights, MappedWeights, WeightLoader, settings, transfers
 
 MLA_WIDTHS = (512, 64)
@@ -54,6 +55,8 @@ class VLLMEngine:
     def __init__(self, directory: Path, gpus: int, options: VLLMSettings = DEFAULTS) -> None:
         if mla_off(json.loads((directory / "config.json").read_text(encoding="utf-8"))):
             os.environ.setdefault(MLA_OFF, "1")  # read when the engine is made
+        if options.sleep:
+            cuda_start.without_segments()
         try:
             from vllm import LLM, SamplingParams
         except ImportError:

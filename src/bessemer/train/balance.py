@@ -10,6 +10,7 @@ MaxVio = (max load - mean load) / mean load is the published measure of imbalanc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,17 +38,13 @@ def clear(gates: dict[str, Gate]) -> None:
 
 @torch.no_grad()
 def update(gates: dict[str, Gate], gamma: float) -> dict[str, Tensor]:
-    """One bias step for every gate; returns MaxVio per gate name and clears the loads.
+    """One bias step for every gate; returns MaxVio per gate name and clears the loads. The host waits for nothing.
 
-    A gate that saw no token (an MTP module in a stage without MTP) keeps its bias and reports nothing.
+    A gate that saw no token (an MTP module in a stage without MTP) keeps its bias; its MaxVio is NaN.
     """
     violation: dict[str, Tensor] = {}
-    mean_of = {name: gate.load_E.mean() for name, gate in gates.items()}
-    used = torch.stack(list(mean_of.values())).tolist() if gates else []
-    for (name, gate), mean_load in zip(gates.items(), used, strict=True):
-        if mean_load == 0:
-            continue
-        mean = mean_of[name]
+    for name, gate in gates.items():
+        mean = gate.load_E.mean()
         if gate.bias_E is not None:
             gate.bias_E += gamma * torch.sign(mean - gate.load_E)  # b_i, V3 2.1.2
         violation[name] = (gate.load_E.max() - mean) / mean
@@ -56,10 +53,9 @@ def update(gates: dict[str, Gate], gamma: float) -> dict[str, Tensor]:
 
 
 def metrics(violation: dict[str, Tensor]) -> dict[str, float]:
-    """The metrics of a step from the result of `update`: MaxVio per gate and the largest of them."""
+    """The metrics of a step from the result of `update`: MaxVio per gate that saw tokens, and the largest of them."""
     if not violation:
         return {}
-    values = torch.stack(list(violation.values())).tolist()
-    return {f"moe/max_vio/{name}": value for name, value in zip(violation, values, strict=True)} | {
-        "train/max_vio": max(values)
-    }
+    values = dict(zip(violation, torch.stack(list(violation.values())).tolist(), strict=True))
+    used = {f"moe/max_vio/{name}": value for name, value in values.items() if not math.isnan(value)}
+    return used | {"train/max_vio": max(used.values())} if used else {}

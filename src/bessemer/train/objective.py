@@ -78,12 +78,14 @@ Objective = Callable[..., Loss]
 
 def means(losses: list[Loss], divisor: float) -> dict[str, float]:
     """The metrics of a step: summed metrics over the step's divisor and the largest of the peaks, as `train/NAME`."""
-    peaks = {f"train/{name}": max(loss.peaks[name].item() for loss in losses) for name in losses[0].peaks}
-    names = list(losses[0].metrics)
-    if not names:
-        return peaks
-    sums = torch.stack([torch.stack([loss.metrics[name].float() for name in names]) for loss in losses]).sum(0).tolist()
-    return {f"train/{name}": value / divisor for name, value in zip(names, sums, strict=True)} | peaks
+    names, peaks = list(losses[0].metrics), list(losses[0].peaks)
+    if not names and not peaks:
+        return {}
+    of_each = [[loss.metrics[name] for name in names] + [loss.peaks[name] for name in peaks] for loss in losses]
+    values = torch.stack([torch.stack([value.float() for value in one]) for one in of_each])
+    sums = torch.cat((values[:, : len(names)].sum(0), values[:, len(names) :].amax(0))).tolist()  # one wait for a GPU
+    sums[: len(names)] = [value / divisor for value in sums[: len(names)]]
+    return {f"train/{name}": value for name, value in zip(names + peaks, sums, strict=True)}
 
 
 class Divided(Protocol):

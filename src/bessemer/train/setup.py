@@ -193,13 +193,17 @@ COMPILE_FLOPS = 5e13
 seventh of half an hour of one core at 25 GFLOPS. With kernels it gains nothing (docs/log.md)."""
 
 
-def want_compile(setting: Literal["auto", "on", "off"], flops: float) -> bool:
+def want_compile(
+    setting: Literal["auto", "on", "off"], flops: float, say: Callable[[str], None] = lambda text: None
+) -> bool:
     """auto: with a GPU; on a CPU where no kernel serves, there is a C++ compiler, and the training is at least
-    `COMPILE_FLOPS`."""
+    `COMPILE_FLOPS`. On a GPU never where a trial fails, which is said."""
+    if setting != "off" and torch.cuda.is_available():
+        if trouble := probe.gpu_compiler_trouble():
+            say(trouble)
+        return trouble is None
     if setting != "auto":
         return setting == "on"
-    if torch.cuda.is_available():
-        return True
     return flops > COMPILE_FLOPS and cpp_compiler() is not None and not library.available()
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from bessemer.errors import UserError
 from bessemer.model.gate import Gate
 from bessemer.model.transformer import Transformer
-from bessemer.train import balance, guard, out_of_memory
+from bessemer.train import balance, determinism, guard, out_of_memory
 from bessemer.train.checkpointed import Checkpointed
 from bessemer.train.instruments import Instruments
 from bessemer.train.objective import Loss, Objective, Sums, means
@@ -208,6 +208,7 @@ class Trainer(Checkpointed):
         """Means over all processes of metrics that each computed on its own micro-batches."""
         return values
 
+    @determinism.held
     def update(self, micro_batches: Iterable[Batch]) -> dict[str, float]:
         """One optimizer step; returns what to log. A non-finite step is skipped and may roll the run back (`guard`)."""
         with self.instruments.step(self.step + 1):
@@ -233,14 +234,15 @@ class Trainer(Checkpointed):
             return {"train/skipped": self.skipped}
         if not (math.isfinite(norm) and sums.finite):
             return self._bad_step(sums, terms)
-        self.optimizer.step(lr, sums.divisor, norm, self.config.clip)
         self.loads = {name: gate.load_E.clone() for name, gate in self.gates.items()}
-        violation = balance.update(self.gates, gamma)
+        violation = balance.metrics(balance.update(self.gates, gamma))
+        # last, after all that the host waits for: a GPU updates while the host prepares the next step
+        self.optimizer.step(lr, sums.divisor, norm, self.config.clip)
         self.guard.good()
         seconds = time.monotonic() - start
         return {
             **sums.values,
-            **balance.metrics(violation),
+            **violation,
             **{f"train/{name}": value for name, value in terms.items()},
             "train/lr": lr,
             "train/gamma": gamma,

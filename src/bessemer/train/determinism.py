@@ -1,0 +1,96 @@
+"""Training steps that repeat bit for bit on a GPU: `[layout] deterministic = true`.
+
+Without it some of torch's kernels add in the order in which threads arrive, so that a resumed run on a GPU is close to
+the one that was never stopped, and not the same. Ours add in a fixed order anyway. A CPU's steps repeat always.
+
+Only steps are held to it. Sampling and evaluation use operations that torch calls non-deterministic in general, though
+not in the shapes used here.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from bessemer.errors import UserError
+
+VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+WORKSPACES = (":4096:8", ":16:8")
+"""Values with which cuBLAS repeats its results; `bessemer` sets the first before CUDA starts."""
+STEPS = 20
+"""Steps after which the speed is told; the first quarter does not count."""
+
+Step = TypeVar("Step", bound=Callable[..., dict[str, Any]])
+_say: Callable[[str], None] | None = None
+"""None: off."""
+_rates: list[float] = []
+
+
+@contextmanager
+def kept(on: bool, say: Callable[[str], None]) -> Iterator[None]:
+    """Holds the training steps inside to deterministic algorithms, where there is a GPU. UserError where cuBLAS was
+    told otherwise."""
+    global _say
+    if not on:
+        yield
+        return
+    if not torch.cuda.is_available():
+        say("deterministic = true: there is no GPU, and steps on a CPU repeat anyway")
+        yield
+        return
+    if os.environ.get(VARIABLE) not in WORKSPACES:
+        raise UserError(
+            f"deterministic = true needs {VARIABLE}={WORKSPACES[0]} in the environment; set it and start again"
+        )
+    say("deterministic training: steps repeat bit for bit, and are slower; attention cannot use cuDNN")
+    before, _say = _say, say
+    _rates.clear()
+    try:
+        yield
+    finally:
+        _say = before
+
+
+def held(step: Step) -> Step:
+    """A training step that returns its metrics, deterministic inside `kept`."""
+
+    @functools.wraps(step)
+    def repeating(*arguments: Any, **named: Any) -> dict[str, Any]:
+        if _say is None:
+            return step(*arguments, **named)
+        with _algorithms():
+            values = step(*arguments, **named)
+        _tell(values.get("train/tokens_per_second"))
+        return values
+
+    return repeating  # type: ignore[return-value]
+
+
+@contextmanager
+def _algorithms() -> Iterator[None]:
+    memory: Any = torch.utils.deterministic
+    fills, strict = memory.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    memory.fill_uninitialized_memory = False  # one more kernel for every tensor, and we read none before we write it
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict)
+        memory.fill_uninitialized_memory = fills
+
+
+def _tell(rate: float | None) -> None:
+    if rate is None or _say is None or len(_rates) >= STEPS:
+        return
+    _rates.append(rate)
+    if len(_rates) == STEPS:
+        median = statistics.median(_rates[STEPS // 4 :])
+        _say(
+            f"deterministic training: {median:,.0f} tokens/s; compare with train/tokens_per_second of a run without it"
+        )

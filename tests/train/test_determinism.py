@@ -1,0 +1,84 @@
+"""Deterministic steps: torch is strict inside a step and nowhere else. A stub says that there is a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bessemer.errors import UserError
+from bessemer.train import determinism
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv(determinism.VARIABLE, ":4096:8")
+
+
+@determinism.held
+def step(rate=1000.0):
+    """A step that returns what it ran under."""
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    return {"strict": strict, "train/tokens_per_second": rate}
+
+
+def test_steps_are_strict_and_the_rest_is_not(gpu):
+    said = []
+    assert not step()["strict"]
+    with determinism.kept(True, said.append):
+        for number in range(determinism.STEPS + 5):
+            assert step(1.0 if number < 5 else 2000.0)["strict"]
+            assert not torch.are_deterministic_algorithms_enabled()
+    assert not step()["strict"]
+    assert len(said) == 2 and "2,000 tokens/s" in said[1], "the first steps do not count, and it is told once"
+
+
+def test_an_error_in_a_step_leaves_torch_as_it_was(gpu):
+    @determinism.held
+    def broken():
+        raise ValueError
+
+    with determinism.kept(True, lambda text: None), pytest.raises(ValueError):
+        broken()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_cublas_must_have_been_told_before(gpu, monkeypatch):
+    monkeypatch.setenv(determinism.VARIABLE, ":0:0")
+    with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8"), determinism.kept(True, print):
+        pass
+
+
+def test_nothing_changes_without_a_gpu_or_the_key(monkeypatch):
+    said = []
+    with determinism.kept(False, said.append):
+        assert not step()["strict"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with determinism.kept(True, said.append):
+        assert not step()["strict"]
+    assert len(said) == 1 and "no GPU" in said[0]
+
+
+PROBE = """
+import os, sys
+from bessemer.precision.cuda_start import prepare
+prepare()
+assert "torch" not in sys.modules
+print(*(os.environ.get(name, "-") for name in sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="expandable segments are for Linux")
+def test_cuda_is_told_before_torch_is_there_unless_a_user_did():
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+
+    def told(**chosen):
+        command = [sys.executable, "-c", PROBE, *names]
+        return subprocess.run(command, env=clean | chosen, capture_output=True, text=True, check=True).stdout
+
+    assert told() == "expandable_segments:True - :4096:8\n"
+    assert told(PYTORCH_CUDA_ALLOC_CONF="backend:native", CUBLAS_WORKSPACE_CONFIG=":16:8") == "- backend:native :16:8\n"
