@@ -23,7 +23,7 @@ from bessemer.train.trainer import Trainer
 ONCE_A_STEP = {
     "trainer.py _accumulate": 2,  # the loss tokens of the step; whether all losses are finite
     "objective.py means": 1,  # metrics and peaks, all in one tensor
-    "trainer.py update": 1,  # the norm of the gradient, before the update
+    "trainer.py _update": 1,  # the norm of the gradient, before the update
     "balance.py metrics": 1,  # MaxVio of all gates, in one tensor
 }
 ANSWERS = {"__float__": 1.0, "__int__": 1, "__bool__": True, "__index__": 1, "item": 1.0}

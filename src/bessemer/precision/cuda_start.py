@@ -26,6 +26,6 @@ def prepare() -> None:
 
 
 def without_segments() -> None:
-    """Takes back what `prepare` set for the allocator, for a vLLM that sleeps: its memory pool refuses such segments."""
+    """Takes back what `prepare` set for the allocator, for a vLLM that sleeps: its memory pool refuses it."""
     if os.environ.get(ALLOCATOR[0]) == SEGMENTS:
         del os.environ[ALLOCATOR[0]]

@@ -14,7 +14,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, ParamSpec
 
 import torch
 
@@ -26,7 +26,8 @@ WORKSPACES = (":4096:8", ":16:8")
 STEPS = 20
 """Steps after which the speed is told; the first quarter does not count."""
 
-Step = TypeVar("Step", bound=Callable[..., dict[str, Any]])
+Arguments = ParamSpec("Arguments")
+Step = Callable[Arguments, dict[str, float]]
 _say: Callable[[str], None] | None = None
 """None: off."""
 _rates: list[float] = []
@@ -57,11 +58,11 @@ def kept(on: bool, say: Callable[[str], None]) -> Iterator[None]:
         _say = before
 
 
-def held(step: Step) -> Step:
+def held(step: Step[Arguments]) -> Step[Arguments]:
     """A training step that returns its metrics, deterministic inside `kept`."""
 
     @functools.wraps(step)
-    def repeating(*arguments: Any, **named: Any) -> dict[str, Any]:
+    def repeating(*arguments: Arguments.args, **named: Arguments.kwargs) -> dict[str, float]:
         if _say is None:
             return step(*arguments, **named)
         with _algorithms():
@@ -69,7 +70,7 @@ def held(step: Step) -> Step:
         _tell(values.get("train/tokens_per_second"))
         return values
 
-    return repeating  # type: ignore[return-value]
+    return repeating
 
 
 @contextmanager
