@@ -16,7 +16,7 @@ from bessemer.engine.routing_record import RoutingRecord
 from bessemer.engine.sampling import stream_key, uniform
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Token
-from bessemer.engine.static_steps import plain
+from bessemer.engine.static_steps import StaticSteps, plain
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
@@ -25,13 +25,14 @@ from bessemer.rl.ray_worker import load_weights, pack_weights, unpack_weights
 CALL = dict(samples=3, max_new_tokens=24, seed=4)
 
 
-@pytest.fixture(params=[None, plain], ids=["eager", "as with graphs"])
-def as_gpu(request, monkeypatch):
+@pytest.fixture
+def as_gpu(monkeypatch):
     """Called, it lets a CPU take a GPU's way."""
 
-    def take() -> None:
+    def take(capture=plain, any_length=False) -> None:
         monkeypatch.setattr(static_steps, "serves", lambda model, drafts=0, compiled=False: not drafts)
-        monkeypatch.setattr(room, "graphs", lambda device: request.param)
+        monkeypatch.setattr(room, "graphs", lambda device: capture)
+        monkeypatch.setattr(StaticSteps, "_reads_own_pages", lambda steps: any_length)
 
     return take
 
@@ -46,13 +47,15 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9}], ids=str)
-def test_samples_are_those_of_fixed_batches(engine, prompts, sampling, as_gpu):
+@pytest.mark.parametrize("way", [(None,), (plain,), (plain, True)], ids=["eager", "graphs", "graphs of any length"])
+def test_samples_are_those_of_fixed_batches(engine, prompts, sampling, way, as_gpu):
     """More samples than rows, so that rows are refilled while others decode."""
     expected = engine.generate(prompts, **CALL, **sampling)
-    as_gpu()
+    as_gpu(*way)
     engine.rows, engine.keeps_memory = 5, True
     same(engine.generate(prompts, **CALL, **sampling), expected)
     assert engine._steps.rows == 5
+    assert len({key[1] for key in engine._steps._graphs}) == (0 if way == (None,) else 1 if len(way) == 2 else 2)
 
 
 @pytest.mark.parametrize(
@@ -145,9 +148,9 @@ class Transfers(TorchDispatchMode):
 
 
 class MadeUp:
-    """`Fetch` of a device without numbers."""
+    """`Fetch` of a device without numbers; read when the next step has begun."""
 
-    reads = 0
+    reads = steps = 0
 
     def __init__(self, tensor):
         assert tensor.device.type == "meta" and tensor.is_contiguous()
@@ -155,19 +158,27 @@ class MadeUp:
 
     def read(self):
         MadeUp.reads += 1
+        assert MadeUp.steps == MadeUp.reads
         return [[5 + MadeUp.reads % 7, -1.0, -1.0]] * self.rows
 
 
 def test_a_step_waits_for_the_device_once_and_prefill_never(tokenizer, monkeypatch):
     """Requests come, decode, grow into new pages and end. BF16, with every rule of sampling, experts recorded."""
     monkeypatch.setattr(device_runner, "Fetch", MadeUp)
+    run = StaticSteps.run
+
+    def counted(*arguments):
+        MadeUp.steps += 1
+        run(*arguments)
+
+    monkeypatch.setattr(StaticSteps, "run", counted)
     cfg = preset("tiny", vocab_size=tokenizer.vocab_size, dim=64, moe_inter_dim=32, n_layers=2, max_seq_len=160)
     model = Transformer(cfg).to("meta").to_compute(torch.bfloat16).eval()
     assert static_steps.serves(model)
     engine = Engine(model, tokenizer)
     scheduler = Scheduler(engine, rows=3, cache_tokens=3 * 160, record=RoutingRecord())
     assert isinstance(scheduler.runner, device_runner.DeviceRunner)
-    for k in range(5):
+    for k in range(4):
         scheduler.add(Request((3, 4, 5) * (1 + 20 * (k % 2)), stream_key(k), 4 + k, SAMPLINGS[k % 4], stop_ids=()))
     steps = tokens = 0
     with Transfers():
@@ -176,7 +187,7 @@ def test_a_step_waits_for_the_device_once_and_prefill_never(tokenizer, monkeypat
             tokens += sum(isinstance(event, Token) for event in scheduler.step())
             steps += 1
             assert MadeUp.reads - before <= 1
-    assert tokens == sum(4 + k for k in range(5)) and MadeUp.reads == steps
+    assert tokens == sum(4 + k for k in range(4)) and MadeUp.reads == steps
 
 
 def test_steps_that_cannot_be_captured_run_as_they_are(engine, prompts, as_gpu, monkeypatch, capfd):
@@ -239,7 +250,7 @@ def test_rows_are_what_the_memory_holds_beside_the_weights(engine, prompts, as_g
 
 def test_rows_are_padded_by_less_than_a_third():
     for most in (1, 2, 5, 64, 300):
-        sizes = static_steps.row_counts(most)
+        sizes = static_steps.padded_counts(most)
         assert sizes[-1] == most and list(sizes) == sorted(set(sizes))
         assert all(next(size for size in sizes if size >= n) <= max(n + 1, n * 1.5) for n in range(1, most + 1))
 
@@ -326,3 +337,26 @@ def test_a_capture_that_fails_leaves_its_stream(monkeypatch):
     with pytest.raises(RuntimeError, match="synchronizing"):
         static_steps.CudaGraphs()(step, (position,))
     assert stub.log[-2:] == ["back", "synchronize"] and stub.mode == 0 and position.tolist() == [3]
+
+
+def test_padding_rows_stand_still_on_a_page_of_their_own(engine, as_gpu, monkeypatch):
+    """Five rows in steps of six, then fewer; the pages that no row has stay as they were."""
+    as_gpu()
+    scheduler = Scheduler(engine, rows=6, cache_tokens=12 * PAGE)
+    steps, runner = scheduler.runner.steps, scheduler.runner
+    for k in range(5):
+        scheduler.add(Request((5, 9), stream_key(k), 4 + 3 * k, stop_ids=()))
+    seen, run = set(), steps.run
+
+    def checked(n, *rest):
+        run(n, *rest)
+        seen.add(n)
+        assert not steps.position_R[n:].any() and (steps.table_RP[n:] == steps.pages).all()
+        taken = [page for pages in runner.cache.row_pages for page in pages]
+        assert len(set(taken)) == n and steps.pages not in taken
+
+    monkeypatch.setattr(steps, "run", checked)
+    while not scheduler.idle:
+        scheduler.step()
+    assert seen >= {2, 5}
+    assert all(not pool[5:-1].any() and pool[-1].any() for pool in steps.pools)

@@ -288,6 +288,8 @@ def check_hopper_code():
     for name, code in compile_for_hopper():
         if name in ("norm", "heads", "gate"):
             assert "ld.global" in code and "st.global" in code and ".local" not in code, name
+        elif name == "paged":
+            assert "mma.sync" in code and "cp.async.cg.shared.global" in code and ".local" not in code, name
         elif name == "expert swiglu":
             assert "cvt.rn.bf16x2.f32" in code and "ld.global.v" in code and "st.global.v" in code, name
         elif "g" in name and name != "swiglu":

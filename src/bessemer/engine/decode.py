@@ -29,11 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bessemer.engine.kv_cache import LatentCache, PromptPages, RowGroup
+from bessemer.engine.kv_cache import LatentCache, OwnPages, PromptPages, RowGroup
 from bessemer.engine.sampling import GreedyTokens
 from bessemer.engine.transfer import indices, to_device
 from bessemer.hf.causal_lm import CausalLM
-from bessemer.kernels import attention
+from bessemer.kernels import attention, paged
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Attended, Layer
 from bessemer.model.mla import MLA, rotate
@@ -257,7 +257,7 @@ def layer_step(
     x_BTD: Tensor,
     rope: Tensor,
     cache: LatentCache,
-    groups: Sequence[RowGroup],
+    groups: Sequence[RowGroup] | OwnPages,
     slot_N: Tensor,
     trace: RoutingTrace | None = None,
 ) -> Tensor:
@@ -277,12 +277,16 @@ def absorbed_queries(attn: MLA, u_BTD: Tensor, rope: Tensor) -> Tensor:
     return q_NHX.view(u_BTD.shape[0], -1, q_NHX.shape[-1])
 
 
-def attend(q_BQX: Tensor, cache: LatentCache, index: int, groups: Sequence[RowGroup], cfg: ModelConfig) -> Tensor:
+def attend(
+    q_BQX: Tensor, cache: LatentCache, index: int, groups: Sequence[RowGroup] | OwnPages, cfg: ModelConfig
+) -> Tensor:
     """The attention output of every query, [B, T * H, X].
 
     Keys and values are the same tensor, read once; the rotary columns of the value are computed and discarded, which is
-    cheaper than separate products.
+    cheaper than separate products. (With `OwnPages` they are left out, [B, H, C].)
     """
+    if isinstance(groups, OwnPages):
+        return paged.attend(q_BQX, cache.layers[index], *groups, cfg.kv_lora_rank, cfg.softmax_scale)
     outputs = [_attend(q_BQX, cache.read(index, group), group, cfg.n_heads, cfg.softmax_scale) for group in groups]
     if len(outputs) == 1:  # one group contains all rows in order
         return outputs[0]

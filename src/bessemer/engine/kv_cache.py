@@ -77,6 +77,13 @@ class RowGroup(NamedTuple):
     """[b, T, S], -inf where a token must not attend; None where all slots are visible to all."""
 
 
+class OwnPages(NamedTuple):
+    """One new token of every row, and the pages of each: in place of row groups on a GPU (`kernels.paged`)."""
+
+    table_BP: Tensor
+    position_B: Tensor
+
+
 class LatentCache:
     """The latents of the sequences that decode together."""
 

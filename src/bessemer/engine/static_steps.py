@@ -2,10 +2,11 @@
 leaves all that the next step reads on the device. The host waits for nothing, and a CUDA graph replays a step as one
 launch.
 
-A graph exists for a number of rows, a number of pages that attention reads, and what sampling needs (`row_sampling`).
-Rows are padded to one of a few numbers, pages to a power of two. Padding rows read and write a page of the pool that
-nobody else has. Graphs are captured when they are first needed, share their memory, and read the weights where they
-are: weights that change in place need no new capture, and `current` says whether any has moved.
+A graph exists for a number of rows and for what sampling needs (`row_sampling`); where attention gathers pages instead
+of reading those of each row (`kernels.paged`), also for their number. Both are padded to one of a few. Padding rows
+read and write a page of the pool that nobody else has. Graphs are captured when they are first needed, share their
+memory, and read the weights where they are: weights that change in place need no new capture, and `current` says
+whether any has moved.
 
 Where a step cannot be captured (an operation waits for the device, as grouped products do before Hopper; memory is
 short), one line says so, and steps are launched one operation at a time.
@@ -24,9 +25,10 @@ from torch import Tensor
 
 from bessemer.engine import row_sampling
 from bessemer.engine.decode import Model, RoutingTrace, layer_step
-from bessemer.engine.kv_cache import PAGE, LatentCache, RowGroup, pages_for
+from bessemer.engine.kv_cache import PAGE, LatentCache, OwnPages, pages_for
 from bessemer.engine.row_sampling import Form
 from bessemer.engine.transfer import indices
+from bessemer.kernels import paged
 from bessemer.model.transformer import Transformer
 
 Replay = Callable[[], object]
@@ -98,7 +100,7 @@ class StaticSteps:
         cfg, weight = model.cfg, model.embed.weight
         device = weight.device
         self.model, self.vocab, self.rows, self.pages, self.row_tokens = model, vocab, rows, pages, row_tokens
-        self.sizes = row_counts(rows)
+        self.sizes = padded_counts(rows)
         self.asked = rows
         """Rows that were wanted, where memory held fewer."""
         self.capture = capture
@@ -122,7 +124,18 @@ class StaticSteps:
             dtype = RoutingTrace(cfg).dtype
             self.expert_RLK = torch.zeros(rows, sparse, cfg.n_activated_experts, dtype=dtype, device=device)
         self._rope = model.rope_table(row_tokens)
+        self.any_length = self._reads_own_pages()
+        """Attention reads the pages of each row, so a step is the same for every length."""
         self._cache: StaticCache
+
+    def _reads_own_pages(self) -> bool:
+        """Whether the kernel works here; its first call says why not."""
+        if self.table_RP.device.type != "cuda":
+            return False
+        cfg, pool = self.model.cfg, self.pools[0]
+        q_1HX = pool.new_zeros(1, cfg.n_heads, pool.shape[-1])
+        paged.attend(q_1HX, pool, self.table_RP[:1, :1], self.position_R[:1], cfg.kv_lora_rank, cfg.softmax_scale)
+        return paged.attend.works
 
     @torch.inference_mode(False)
     def new_cache(self, prefix_cache: bool) -> StaticCache:
@@ -149,11 +162,14 @@ class StaticSteps:
     def run(self, n: int, form: Form, record: bool) -> None:
         """A step of the n rows: `token_R`, `position_R`, `sampled_R3`, `logits_RV` (and with `record` `expert_RLK`) are
         then those of the next tokens."""
-        pages = max(map(len, self._cache.row_pages))
-        size, most = next(size for size in self.sizes if size >= n), self.table_RP.shape[1]
+        pages, most = max(map(len, self._cache.row_pages)), self.table_RP.shape[1]
+        size = next(size for size in self.sizes if size >= n)
+        if self.any_length:
+            pages = most
+        elif self.capture is not None:
+            pages = next(count for count in padded_counts(most) if count >= pages)
         if self.capture is None:
             return self._step(size, pages, form, record)
-        pages = min(1 << (pages - 1).bit_length(), most)
         if (key := (size, pages, form, record)) not in self._graphs:
             try:
                 advanced = (self.token_R, self.position_R)
@@ -171,14 +187,11 @@ class StaticSteps:
         token_R, position_R, table_RP = self.token_R[:size], self.position_R[:size], self.table_RP[:size, :pages]
         page_R1 = table_RP.gather(1, (position_R // PAGE)[:, None])
         slot_R = page_R1.squeeze(1) * PAGE + position_R % PAGE
-        hidden_R1S = torch.arange(pages * PAGE, device=token_R.device) > position_R[:, None, None]
-        bias_R1S = torch.zeros(hidden_R1S.shape, dtype=self.pools[0].dtype, device=token_R.device)
-        bias_R1S.masked_fill_(hidden_R1S, float("-inf"))
-        group = RowGroup(slice(0, size), size, table_RP.flatten(), pages * PAGE, bias_R1S)
+        own = OwnPages(table_RP, position_R)
         trace = RoutingTrace(model.cfg) if record else None
         x_RTD, rope = model.embed(token_R[:, None]), self._rope[position_R][:, None]
         for i, layer in enumerate(model.layers):
-            x_RTD = layer_step(layer, i, x_RTD, rope, cache, [group], slot_R, trace)
+            x_RTD = layer_step(layer, i, x_RTD, rope, cache, own, slot_R, trace)
         logits_RV = model.head(model.norm(x_RTD.squeeze(1))).float()
         position_R.add_(self._live_R[:size])
         sampled_R3 = row_sampling.sample(
@@ -191,8 +204,9 @@ class StaticSteps:
             self.expert_RLK[:size] = trace.take()
 
 
-def row_counts(most: int) -> tuple[int, ...]:
-    """The numbers of rows that steps are padded to: 1, 2, 3, 4, 6, 8, 12, 16, ..., `most`; less than a third idle."""
+def padded_counts(most: int) -> tuple[int, ...]:
+    """The numbers of rows and pages that steps are padded to: 1, 2, 3, 4, 6, 8, 12, ..., `most`; less than a third is
+    idle."""
     powers = [1 << k for k in range(most.bit_length())]
     return (*sorted(size for size in {*powers, *(3 * power for power in powers)} if size < most), most)
 
