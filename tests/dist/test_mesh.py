@@ -89,8 +89,11 @@ def layer_on_a_rank(rank, layout, fp8):
     x = rows_of(rank, layout).requires_grad_()
     exchange = mesh.exchange()
     attended = layer.attend(x, model.rope_table(x.shape[1]))
-    sent = exchange.dispatch(attended.u_ND, attended.routing, layer.fp8)
-    y = layer.finish(attended, exchange.combine(layer.ffn.experts(sent), sent))
+    if exchange is None:
+        y = layer.feed_forward(attended)
+    else:
+        sent = exchange.dispatch(attended.u_ND, attended.routing, layer.fp8)
+        y = layer.finish(attended, exchange.combine(layer.ffn.experts(sent), sent))
     y.square().sum().backward()
     for name, parameter in layer.named_parameters():
         dist.all_reduce(parameter.grad, group=mesh.group["expert" if ".experts." in name else "dense"])

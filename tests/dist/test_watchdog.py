@@ -78,3 +78,69 @@ def test_a_rank_that_waits_too_long_says_so_and_ends():
     done = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True, timeout=60)
     assert done.returncode == watchdog.EXIT and time.monotonic() - began < 25
     assert "rank 0 has waited 1 s for the figures of the step of rank 1 in step 3; rank 1 never reported" in done.stderr
+
+
+QUEUED = """
+import sys, time
+from pathlib import Path
+import torch.distributed as dist
+from bessemer.dist import watchdog
+reached = [True, False]  # the device does the first of two operations, and never the second
+watchdog.RankStatus.mark = lambda: lambda done=reached.pop(0): done
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+dist.barrier()
+watchdog.Watchdog(dist.HashStore(), 0, 1, 1.0, Path(sys.argv[1]) / "hang")
+watchdog.at(3)
+for what in ("weights", "gradients of micro-batch 7"):
+    with watchdog.waiting(what, [1]):
+        pass
+def the_host_goes_on():
+    time.sleep(30)
+the_host_goes_on()
+"""
+
+
+def test_a_device_that_waits_too_long_is_seen_though_its_host_goes_on(tmp_path):
+    """What NCCL does: a wait returns at once. The stacks and torch's flight recorder are left behind."""
+    done = subprocess.run([sys.executable, "-c", QUEUED, tmp_path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == watchdog.EXIT
+    assert "rank 0 has waited 1 s for gradients of micro-batch 7 of rank 1 in step 3" in done.stderr
+    assert "the_host_goes_on" in (tmp_path / "hang" / "rank-0.txt").read_text()
+    assert b"gloo:barrier" in (tmp_path / "hang" / "recorder_0").read_bytes()
+
+
+def test_a_queued_operation_waits_since_the_one_before_it_was_done(monkeypatch):
+    """The host runs ahead: what it has queued long ago may have begun just now."""
+    status, done = watchdog.RankStatus, {"first": False, "second": False}
+    monkeypatch.setattr(status, "queued", type(status.queued)())
+    monkeypatch.setattr(status, "reached", 0.0)
+    queued = iter(done)
+    monkeypatch.setattr(status, "mark", lambda: lambda name=next(queued): done[name])
+    for what in done:
+        with watchdog.waiting(what, [1]):
+            pass
+    first = status.current()
+    assert first.what == "first"
+    time.sleep(0.01)
+    done["first"] = True
+    assert status.current().what == "second" and status.current().since >= first.since + 0.01
+    done["second"] = True
+    assert status.current().ranks is None and not status.queued
+
+
+OTHERS = """
+import os, sys, time
+import torch.distributed as dist
+from bessemer.dist import watchdog
+store = dist.HashStore()
+watchdog.Watchdog(store, 0, 2, 2.0)
+store.set(watchdog.OVER, "1")
+with watchdog.waiting("gradients", [1]):
+    time.sleep(30)
+"""
+
+
+def test_a_rank_that_waits_for_one_that_has_ended_ends_as_well():
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", OTHERS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == watchdog.LOST and time.monotonic() - began < 20 and not done.stderr

@@ -27,8 +27,11 @@ def start(recipe: Recipe, root: Path, asked: int | None = None, gpus: probe.Gpus
     """The ranks of this run; None when one process runs it all. If there are none yet and the run needs several, this
     process starts them and exits with their status: as many as are `asked` for, else one for every GPU that the recipe
     can use, and at least those of its [layout]."""
+    from bessemer.dist import groups
     from bessemer.dist.ranks import Ranks, launch
 
+    if Ranks.started():
+        groups.set_environment()
     gpus = gpus or probe.gpus()
     if not Ranks.started():
         n_ranks, why = decide(recipe, asked, gpus)
@@ -47,7 +50,7 @@ def start(recipe: Recipe, root: Path, asked: int | None = None, gpus: probe.Gpus
     if n_ranks == recipe.layout.fewest == 1:
         return None
     try:
-        return Ranks.join({"recipe": recipe.to_toml()}, recipe.layout.timeout)
+        return Ranks.join({"recipe": recipe.to_toml()}, recipe.layout.timeout, root / "hang")
     except UserError as error:
         _end(error, first=os.environ["RANK"] == "0")
 

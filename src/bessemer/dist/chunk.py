@@ -53,8 +53,9 @@ class Overlapped(Serial):
     receive, and only its own thread waits for that number."""
 
     def __init__(self, device: torch.device):
-        self._thread = ThreadPoolExecutor(1, "exchange")
         cuda = device.type == "cuda"
+        # a thread starts on device 0, where whatever it touches would make a second context
+        self._thread = ThreadPoolExecutor(1, "exchange", partial(torch.cuda.set_device, device) if cuda else None)
         self._streams = (torch.cuda.current_stream(device), torch.cuda.Stream(device)) if cuda else ()
 
     def run(self, exchange: bool, phase: Callable[[], None], after: Handle) -> Handle:

@@ -63,6 +63,17 @@ RopeTable = Callable[[int], Tensor]
 """Number of positions -> their rotations, [T, R/2, 2]."""
 
 
+@dataclass(frozen=True)
+class WholeAttend:
+    """The first phase of a layer over whole rows, or with `Layer.forward` all of them."""
+
+    rope: Tensor
+    segments: Segments
+
+    def __call__(self, layer: Layer, x_BTD: Tensor) -> Attended:
+        return layer.attend(x_BTD, self.rope, self.segments)
+
+
 class WholeRows:
     """Whole rows on one rank; `Context` splits them."""
 
@@ -80,8 +91,7 @@ class WholeRows:
 
     def attention(self, T: int, k: int, table: RopeTable, segments: Segments) -> Attend:
         """The first phase of layers, for rows of T tokens at depth k of MTP (0: the main model)."""
-        rope, segments = table(T - k), first_tokens(segments, T - k)
-        return lambda layer, x: layer.attend(x, rope, segments)
+        return WholeAttend(table(T - k), first_tokens(segments, T - k))
 
     def ahead(self, k: int, h_BTD: Tensor, tokens_BT: Tensor, embedding_VD: Tensor) -> tuple[Tensor, Tensor]:
         """What depth k reads at this rank's positions: h^{k-1}, and the embeddings of the tokens k further on."""

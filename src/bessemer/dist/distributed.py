@@ -67,6 +67,24 @@ def model_of(network: _Network | ModelShard) -> _Network | Transformer:
     return network.model if isinstance(network, ModelShard) else network
 
 
+def compilable(network: Network | ModelShard) -> bool:
+    """Whether whole layers run on each rank, one after the other: on one process, and in pure data parallelism."""
+    if isinstance(network, ModelShard):
+        layout = network.mesh.layout
+        return layout.pp == layout.ep == layout.cp == 1
+    return isinstance(network, Transformer)
+
+
+def compile_layers(network: Network | ModelShard) -> None:
+    """`setup.compile_layers`, of a shard as its slices call them."""
+    if not isinstance(network, ModelShard):
+        assert isinstance(network, Transformer), "another family's layers are compiled by their own library"
+        return setup.compile_layers(network)
+    for part in network.slices.values():
+        for layer in [*part.layers.values(), *(module.layer for module in part.mtp)]:
+            layer.compile(dynamic=False)
+
+
 def trainer(network: Network | ModelShard, *arguments: Any, **options: Any) -> Trainer:
     """`Trainer` for a model, `DistributedTrainer` for a shard."""
     if isinstance(network, ModelShard):
@@ -225,6 +243,6 @@ def _mesh(
     layout, schedule, slices = layout_of(layout_config, ranks.n)
     if layout.cp > 1 and not split_rows:
         layout = replace(layout, dp=layout.dp * layout.cp, cp=1)
-    made = mesh.Mesh(layout, cfg, slices)
+    made = mesh.Mesh(layout, cfg, slices, ranks.device)
     say(f"{mesh.describe(layout)}\nschedule: {_schedule_text(schedule, layout.pp)}")
     return made, schedule

@@ -161,9 +161,11 @@ class DistributedTrainer(Trainer):
             tokens * counts, rows * counts, self._stop_requested(), self.mesh.me == 0 and self._due_by_time(),
             *last.values(),
         ]  # fmt: skip
-        links = sorted({hop.link for hop in self.shard.exchange.hops}) if self.mesh.layout.ep > 1 else []
-        mine += [self.shard.exchange.sent_bytes[link] for link in links]
-        self.shard.exchange.sent_bytes.clear()
+        exchange, links = self.shard.exchange, list[str]()
+        if exchange is not None:
+            links = sorted({hop.link for hop in exchange.hops})
+            mine += [exchange.sent_bytes[link] for link in links]
+            exchange.sent_bytes.clear()
         total, divisor, all_tokens, all_rows, stop, due, *more = self._reduced(mine, dist.ReduceOp.SUM)
         values, sent = more[: len(last)], more[len(last) :]
         self._stopping, self._due = stop > 0, due > 0

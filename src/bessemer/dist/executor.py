@@ -33,9 +33,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bessemer.dist import watchdog
+from bessemer.dist import groups, watchdog
 from bessemer.dist.chunk import Chunk, Overlapped, Serial
-from bessemer.dist.ranks import new_group
+from bessemer.dist.groups import Wanted
 from bessemer.dist.stage import Phases, Slice, holding
 from bessemer.dist.table import Action, Pair, Table, actions
 from bessemer.model.deferred import Store
@@ -76,8 +76,9 @@ class Executor:
         self.table, self.me, self.slices, self.uncounted = table, me, slices, uncounted
         self._device = next(next(iter(slices.values())).parameters()).device
         self.channels, self.store = Channels(table, pipelines, self._device), Store()
-        for part in slices.values():
-            self.store.serve(part)
+        if table.ranks > 1 or defers(table):  # what a store serves cannot be compiled
+            for part in slices.values():
+                self.store.serve(part)
         self._streams = streams or (Overlapped(self._device) if self._device.type == "cuda" else Serial())
         self._holders = table.holders()
         self.losses: list[float] = []
@@ -218,6 +219,11 @@ def orders(table: Table) -> dict[tuple[int, int], list[Action]]:
     return messages
 
 
+def defers(table: Table) -> bool:
+    """Whether it has backwards whose gradients of matrices come later."""
+    return any(isinstance(step, Pair) or step.kind in "IW" for steps in table.steps for step in steps)
+
+
 def sharing_ranks(table: Table) -> list[tuple[int, ...]]:
     """Sets of ranks that share parameters: copies of a stage, or the first and the last (the embedding, with MTP)."""
     last = table.stages - 1
@@ -226,34 +232,35 @@ def sharing_ranks(table: Table) -> list[tuple[int, ...]]:
     return sorted({tuple(sorted(some)) for some in ranks if len(some) > 1})
 
 
+def wanted(table: Table, pipelines: Sequence[Sequence[int]]) -> Iterator[Wanted]:
+    """The groups of all pipelines of the world, in an order that all ranks share: directions, and equal parameters."""
+    ways, shared = sorted(orders(table)), sharing_ranks(table)
+    for peers in pipelines:
+        yield from (Wanted("messages", (peers[source], peers[target])) for source, target in ways)
+        yield from (Wanted("sums", tuple(sorted(peers[rank] for rank in ranks))) for ranks in shared)
+
+
 class Channels:
     """This rank's ends of all directions. `pipelines` are the ranks of every pipeline of the world, in the order of the
-    table. Collective over all ranks of the world.
-
-    The first message of a direction makes the connection, and NCCL's two ends wait for each other there. So it is sent
-    in the constructor, in the same order on all ranks.
-    """
+    table. Collective over all ranks of the world."""
 
     def __init__(self, table: Table, pipelines: Sequence[Sequence[int]], device: torch.device):
         self.table, self._orders, world = table, orders(table), dist.get_rank()
-        self.me = next(list(peers).index(world) for peers in pipelines if world in peers)
+        groups.make(wanted(table, pipelines), device)
+        peers = next(list(peers) for peers in pipelines if world in peers)
+        self.me = peers.index(world)
         self._to: dict[int, tuple[int, Any]] = {}
         self._from: dict[int, tuple[int, Any]] = {}
-        self._shared: dict[tuple[int, ...], Any] = {}
-        for peers in pipelines:
-            me = self.me if world in peers else None
-            for source, target in sorted(self._orders):
-                group, greeting = new_group([peers[source], peers[target]]), torch.zeros(1, device=device)
-                if me == source:
-                    self._to[target] = peers[target], group
-                    dist.send(greeting, peers[target], group)
-                elif me == target:
-                    self._from[source] = peers[source], group
-                    dist.recv(greeting, peers[source], group)
-            for ranks in sharing_ranks(table):
-                group = new_group([peers[rank] for rank in ranks])
-                if me in ranks:
-                    self._shared[ranks] = group
+        for source, target in self._orders:
+            if self.me == source:
+                self._to[target] = peers[target], groups.get("messages", (world, peers[target]))
+            elif self.me == target:
+                self._from[source] = peers[source], groups.get("messages", (peers[source], world))
+        self._shared = {
+            ranks: groups.get("sums", sorted(peers[rank] for rank in ranks))
+            for ranks in sharing_ranks(table)
+            if self.me in ranks
+        }
         self._expected: dict[int, deque[Action]] = {}
         self._arriving: dict[int, dict[Action, tuple[Any, Tensor]]] = {}
         self._sent: list[tuple[Any, Tensor]] = []

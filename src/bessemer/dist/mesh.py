@@ -17,11 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 
+from bessemer.dist import groups
 from bessemer.dist.context_parallel import Context, WholeRows
 from bessemer.dist.expert_parallel import Exchange, Hop
-from bessemer.dist.ranks import new_group
+from bessemer.dist.groups import Use, Wanted
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
 
@@ -77,6 +79,21 @@ class Layout:
         if kind == "network":
             return [[self.rank(i, j, a * size + b, c) for a in n] for i in p for j, c in copies for b in k]
         return [[self.rank(i, j, a * size + b, c) for b in k] for i in p for j, c in copies for a in n]
+
+    @property
+    def kinds(self) -> dict[Kind, Use]:
+        """The kinds of groups that training needs, and what they serve."""
+        kinds: dict[Kind, Use] = {"pp": "sums", "expert": "sums", "dense": "sums"}
+        if self.cp > 1:
+            kinds["cp"] = "sums"
+        if self.nodes > 1:
+            return kinds | {"network": "experts", "within": "experts"}
+        return kinds | {"ep": "experts"} if self.ep > 1 else kinds
+
+    def wanted(self) -> Iterator[Wanted]:
+        """Every group of these kinds, in an order that all ranks share."""
+        for kind, use in self.kinds.items():
+            yield from (Wanted(use, tuple(ranks)) for ranks in self.groups(kind))
 
     def __str__(self) -> str:
         return f"pp {self.pp} x dp {self.dp} x ep {self.ep}" + (f" x cp {self.cp}" if self.cp > 1 else "")
@@ -147,18 +164,18 @@ def _factors(world: int) -> Iterator[tuple[int, int]]:
 class Mesh:
     """The process groups of this rank. Collective over all ranks of the world."""
 
-    def __init__(self, layout: Layout, cfg: ModelConfig, slices: int = 1):
+    def __init__(
+        self, layout: Layout, cfg: ModelConfig, slices: int = 1, device: torch.device | None = None
+    ):
         check(layout, cfg, dist.get_world_size(), slices)
         self.layout, self.cfg, self.me = layout, cfg, dist.get_rank()
         self.pp, self.dp, self.ep, self.cp = layout.place(self.me)
+        groups.make(layout.wanted(), device or torch.device("cpu"))
         self.group: dict[str, dist.ProcessGroup] = {}
         """The group of each kind that this rank is in."""
-        more = [*(("cp",) if layout.cp > 1 else ()), *(("network", "within") if layout.nodes > 1 else ())]
-        for kind in ("pp", "ep", "expert", "dense", *more):
-            for ranks in layout.groups(kind):
-                made = new_group(ranks)
-                if self.me in ranks:
-                    self.group[kind] = made
+        for kind, use in layout.kinds.items():
+            mine = next(ranks for ranks in layout.groups(kind) if self.me in ranks)
+            self.group[kind] = groups.get(use, mine)
 
     @property
     def experts(self) -> range:
@@ -170,9 +187,11 @@ class Mesh:
         """How rows are split."""
         return Context(self.group["cp"], self.layout.cp, self.cp) if self.layout.cp > 1 else WholeRows()
 
-    def exchange(self) -> Exchange:
-        """One hop if an expert-parallel group fits in a node, else two."""
+    def exchange(self) -> Exchange | None:
+        """One hop if an expert-parallel group fits in a node, else two; None where every rank has all experts."""
         experts, n, layout = self.cfg.n_routed_experts, len(self.experts), self.layout
+        if layout.ep == 1:
+            return None
         if layout.nodes == 1:
             hops: tuple[Hop, ...] = (Hop(self.group["ep"], layout.ep, self.ep, 0, n, "node"),)
         else:

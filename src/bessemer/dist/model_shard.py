@@ -11,6 +11,7 @@ again, `forward` runs it without a backward, `heldout_nats` measures its loss.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,9 @@ from bessemer.train.loss import next_token_nats
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
-from bessemer.dist import schedules, watchdog
+from bessemer.dist import groups, schedules, watchdog
 from bessemer.dist.context_parallel import Context
+from bessemer.dist.groups import Wanted
 from bessemer.dist.mesh import Mesh
 from bessemer.dist.stage import Phases, Slice, holding, keep, keep_experts
 from bessemer.dist.table import Table
@@ -44,8 +46,10 @@ class ModelShard:
         self.place = table.place
         """Pipeline rank of stage s in lane l: place[l][s]."""
         self.exchange, self.context = mesh.exchange(), mesh.context()
+        """The exchange is None where every rank has all experts."""
+        whole = mesh.layout.ep == mesh.layout.cp == 1
         self.slices = {
-            (lane, stage): Slice(model, stage, table.stages, self.exchange, self.context)
+            (lane, stage): Slice(model, stage, table.stages, self.exchange, self.context, whole)
             for lane, stage in table.slices_on(mesh.pp)
         }
         self.holders = table.holders()
@@ -177,6 +181,9 @@ def forward(shard: ModelShard, inputs: Sequence[tuple[Tensor, Tensor | None]]) -
     """
     place, mesh = shard.place[0], shard.mesh
     peers = [mesh.layout.rank(pp, mesh.dp, mesh.ep, mesh.cp) for pp in range(mesh.layout.pp)]
+    ways = [(a, b) for a, b in pairwise(place) if a != b]
+    pipelines = mesh.layout.groups("pp")
+    groups.make((Wanted("messages", (ranks[a], ranks[b])) for ranks in pipelines for a, b in ways), shard.device)
     outputs: list[TrainOutputs | None] = []
     sends = []
     for tokens_BT, segments_BT in inputs:
@@ -187,8 +194,9 @@ def forward(shard: ModelShard, inputs: Sequence[tuple[Tensor, Tensor | None]]) -
             one = shard.slices[0, stage]
             if stage and place[stage - 1] != rank:
                 x = one.room(tokens_BT)
-                with watchdog.waiting("activations", [peers[place[stage - 1]]]):
-                    dist.recv(x, peers[place[stage - 1]])
+                source = peers[place[stage - 1]]
+                with watchdog.waiting("activations", [source]):
+                    dist.recv(x, source, groups.get("messages", (source, mesh.me)))
             out = _run(one.phases(x, tokens_BT, segments_BT, mtp=False))
             if one.last:
                 outcome = out
@@ -196,7 +204,8 @@ def forward(shard: ModelShard, inputs: Sequence[tuple[Tensor, Tensor | None]]) -
             x, _ = out
             if place[stage + 1] != rank:
                 x = x.contiguous()
-                sends.append((dist.isend(x, peers[place[stage + 1]]), x))
+                target = peers[place[stage + 1]]
+                sends.append((dist.isend(x, target, groups.get("messages", (mesh.me, target))), x))
         outputs.append(outcome)
     for handle, _ in sends:
         assert handle is not None, "every rank is in the default group"

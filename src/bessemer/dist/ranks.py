@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 import bessemer
-from bessemer.dist import watchdog
+from bessemer.dist import groups, watchdog
 from bessemer.dist.watchdog import Watchdog
 from bessemer.errors import UserError
 from bessemer.workers import cores
@@ -49,11 +49,6 @@ MAX_RESTARTS = 3
 _Made = TypeVar("_Made")
 
 
-def new_group(ranks: Sequence[int] | None = None, backend: str | None = None) -> dist.ProcessGroup:
-    """A group of these ranks, None: of all. What torch returns to the others is no group, and they do not use it."""
-    return cast(dist.ProcessGroup, dist.new_group(ranks, backend=backend))
-
-
 class Ranks:
     """This process among all processes of the run."""
 
@@ -73,9 +68,9 @@ class Ranks:
         return int(os.environ["WORLD_SIZE"]) if Ranks.started() else 1
 
     @classmethod
-    def join(cls, facts: dict[str, Any], timeout: float) -> Ranks:
+    def join(cls, facts: dict[str, Any], timeout: float, folder: Path | None = None) -> Ranks:
         """Joins the other processes. UserError on all of them, with the same message, if their facts (versions, the
-        recipe) differ. `timeout`: seconds that one may wait for another."""
+        recipe) differ. `timeout`: seconds that one may wait for another; `folder`: for what a hang leaves behind."""
         store, me, n = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
         device, backend = torch.device("cpu"), "gloo"
         if torch.cuda.is_available():
@@ -86,10 +81,14 @@ class Ranks:
         # the watchdog reports more than the backend's own timeout does, so it must come first
         backend_timeout = timedelta(seconds=timeout + 60)
         dist.init_process_group(
-            backend, store=dist.PrefixStore("groups", store), rank=me, world_size=n, timeout=backend_timeout,
-            device_id=device if device.type == "cuda" else None,
-        )  # fmt: skip
-        ranks._watchdog = Watchdog(store, me, n, timeout)
+            backend, store=dist.PrefixStore("groups", store), rank=me, world_size=n, timeout=backend_timeout
+        )
+        groups.begin(timeout + 60)
+        ranks._watchdog = Watchdog(store, me, n, timeout, folder)
+        if device.type == "cuda":
+            watchdog.follow_device()
+            with watchdog.waiting("the first sum of all ranks", range(n)):
+                dist.all_reduce(torch.zeros(1, device=device))
         return ranks
 
     def leave(self) -> None:
@@ -142,6 +141,7 @@ class Ranks:
     def end_together(self, seconds: float = 5.0) -> None:
         """Called before a process exits with an error: the store may be in rank 0's process, so rank 0 exits last."""
         with suppress(dist.DistError):
+            self.store.set(watchdog.OVER, str(self.me))
             self.store.set(f"ended/{self.me}", "")
             if self.me == 0:
                 self.store.wait([f"ended/{rank}" for rank in range(self.n)], timedelta(seconds=seconds))

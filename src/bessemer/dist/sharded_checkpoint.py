@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bessemer.dist.ranks import new_group
+from bessemer.dist import groups
+from bessemer.dist.groups import Wanted
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.mapping import Slot
@@ -35,7 +36,9 @@ class Saver:
     def __init__(self, state_dir: Path, config: dict[str, Any], keep: int):
         self.state_dir, self.config, self.keep = state_dir, config, keep
         # a group of its own, because its messages overlap those of the training
-        self._group = new_group(backend="gloo")
+        everyone = tuple(range(dist.get_world_size()))
+        groups.make([Wanted("files", everyone)], torch.device("cpu"))
+        self._group = groups.get("files", everyone)
         self.background = Background("saving")
 
     def save(

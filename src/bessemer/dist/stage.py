@@ -5,7 +5,7 @@ Parameters keep the names they have in the whole network (`layers.17.attn.wo.wei
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, cast
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from bessemer.dist.context_parallel import Attend, WholeRows
+from bessemer.dist.context_parallel import Attend, WholeAttend, WholeRows
 from bessemer.dist.expert_parallel import Exchange
 from bessemer.model.config import ModelConfig
 from bessemer.model.accounting import attention_params, embedding_params, ffn_params
@@ -114,6 +114,12 @@ def through(layer: Layer, exchange: Exchange | None, x_BTD: Tensor, attend: Atte
     return layer.finish(attended, routed), attended.routing.balance, carried
 
 
+def _whole(layer: Layer, _: None, x_BTD: Tensor, attend: WholeAttend, carried: object = ()) -> Phases:
+    """The same of a layer that exchanges nothing: it is called whole, in one phase, so it may be compiled."""
+    return *layer(x_BTD, attend.rope, attend.segments), carried
+    yield
+
+
 def holding(name: str, slices: Mapping[Any, Slice], holders: Sequence[set[int]]) -> list[int]:
     """Pipeline ranks that hold the parameter of this name; the slices of any rank know which stages have it."""
     owners = next(iter(slices.values())).owners(name)
@@ -122,7 +128,8 @@ def holding(name: str, slices: Mapping[Any, Slice], holders: Sequence[set[int]])
 
 class Slice(nn.Module):
     """Stage number `stage` of `stages`; shares its modules with `model`. With an exchange the routed experts of the
-    model are those of this rank (`keep_experts`); with a `Context` rows are split over ranks as well."""
+    model are those of this rank (`keep_experts`); with a `Context` rows are split over ranks as well. `whole`: with
+    neither, every layer is one phase."""
 
     layers: Mapping[str, Layer]
     mtp: Sequence[MTPModule]
@@ -132,10 +139,11 @@ class Slice(nn.Module):
 
     def __init__(
         self, model: Transformer, stage: int, stages: int, exchange: Exchange | None = None,
-        context: WholeRows | None = None,
+        context: WholeRows | None = None, whole: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.exchange, self.context = exchange, context or WholeRows()
+        self.through: Callable[..., Phases] = _whole if whole else through
         self.first, self.last = stage == 0, stage == stages - 1
         self.width, self.rope_table = model.cfg.dim, model.rope_table
         self.cuts, self.n_mtp = cut(model.cfg, stages), len(model.mtp)
@@ -185,7 +193,7 @@ class Slice(nn.Module):
         balance = torch.zeros((), dtype=torch.float32, device=x.device)
         attend = context.attention(T, 0, self.rope_table, segments)
         for layer in self.layers.values():
-            x, term, _ = yield from through(layer, self.exchange, x, attend)
+            x, term, _ = yield from self.through(layer, self.exchange, x, attend)
             if term is not None:
                 balance = balance + term
         if not self.last:
@@ -197,7 +205,7 @@ class Slice(nn.Module):
             assert self.embed is not None, "MTP modules share the embedding"
             h, embedded = context.ahead(k, h, tokens_BT, self.embed.weight)
             joined, attend = module.join(h, embedded), context.attention(T, k, self.rope_table, segments)
-            h, term, ready = yield from through(module.layer, self.exchange, joined, attend, ready)
+            h, term, ready = yield from self.through(module.layer, self.exchange, joined, attend, ready)
             balance = balance + term
             ready = (*ready, module.norm(h))
         return TrainOutputs(ready[0], list(ready[1:]), balance)

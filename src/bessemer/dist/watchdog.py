@@ -5,17 +5,27 @@ the store that all ranks share, every few seconds, so it keeps reporting while a
 When its rank has waited longer than `timeout`, it reads the last status of all other ranks, reports who waits for whom
 and which ranks have gone silent, and ends the process. torchrun, or whatever else started the ranks, then ends the rest
 and restarts them from the last checkpoint.
+
+On a GPU a wait returns at once: the device waits, and the host goes on until it asks for a number. So the end of every
+`waiting` leaves an event in the stream (`follow_device`), and the thread polls those. An operation counts as waiting
+since it was queued, or since the one before it was done, whichever is later.
+
+What a hang leaves behind: the stacks of all threads and torch's flight recorder of every rank (read by
+`torchfrtrace`), in a folder of the run.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
@@ -25,6 +35,10 @@ EXIT = 75
 """Exit status of a process that waited too long (EX_TEMPFAIL: try again)."""
 LOST = 76
 """Exit status of a process that lost its connection to another."""
+OVER, HUNG = "watchdog/over", "watchdog/hung"
+"""Keys of the store: a rank ends with an error, and it is a wait that took too long."""
+DUMP_SECONDS = 20.0
+"""Most time that writing traces may take."""
 
 
 class Activity(NamedTuple):
@@ -42,11 +56,43 @@ class RankStatus:
     step = 0
     working = Activity("working", None, time.monotonic())
     waits: ClassVar[dict[int, Activity]] = {}
+    queued: ClassVar[deque[tuple[Activity, Callable[[], bool]]]] = deque()
+    """What the device was given to wait for, and whether it is done."""
+    mark: ClassVar[Callable[[], Callable[[], bool]] | None] = None
+    """Marks a place in the work of the device: whether it has come there. None: a wait holds the host."""
+    reached = 0.0
+    """When the device was last seen to have done something that was queued."""
 
     @classmethod
     def current(cls) -> Activity:
         """The longest wait, if any."""
-        return min([*cls.waits.values()], key=lambda wait: wait.since, default=cls.working)
+        waits = [*cls.waits.values()]
+        while cls.queued and cls.queued[0][1]():
+            cls.queued.popleft()
+            cls.reached = time.monotonic()
+        if cls.queued:
+            first = cls.queued[0][0]
+            waits.append(first._replace(since=max(first.since, cls.reached)))
+        return min(waits, key=lambda wait: wait.since, default=cls.working)
+
+
+def follow_device() -> None:
+    """From now on `waiting` on this rank is followed on its GPU."""
+    import torch
+
+    def mark() -> Callable[[], bool]:
+        event = torch.cuda.Event()
+        event.record()
+
+        def reached() -> bool:
+            try:
+                return event.query()
+            except RuntimeError:  # the device has failed; the main thread raises it
+                return True
+
+        return reached
+
+    RankStatus.mark = mark
 
 
 def at(step: int) -> None:
@@ -62,6 +108,8 @@ def waiting(what: str, ranks: Sequence[int]) -> Iterator[None]:
     RankStatus.waits[thread] = Activity(what, ranks, time.monotonic())
     try:
         yield
+        if RankStatus.mark is not None:
+            RankStatus.queued.append((Activity(what, ranks, time.monotonic()), RankStatus.mark()))
     finally:
         if outer is None:
             del RankStatus.waits[thread]
@@ -71,10 +119,10 @@ def waiting(what: str, ranks: Sequence[int]) -> Iterator[None]:
 
 
 class Watchdog:
-    """The watchdog thread of one rank; `store` is torch's, shared by `n` ranks."""
+    """The watchdog thread of one rank; `store` is torch's, shared by `n` ranks. `folder`: for what a hang leaves."""
 
-    def __init__(self, store: Store, me: int, n: int, timeout: float):
-        self.store, self.me, self.n, self.timeout = store, me, n, timeout
+    def __init__(self, store: Store, me: int, n: int, timeout: float, folder: Path | None = None):
+        self.store, self.me, self.n, self.timeout, self.folder = store, me, n, timeout, folder
         self.every = min(5.0, timeout / 4)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -101,7 +149,12 @@ class Watchdog:
                 self.store.set(f"watchdog/{self.me}", json.dumps([now, RankStatus.step, doing.what, ranks, doing.since]))
                 if doing.ranks is not None and waited > self.timeout:
                     self._give_up(doing, now)
-            except RuntimeError:  # the process with the store is gone: the main thread will notice
+                if self.store.check([OVER]) and doing.ranks is not None and waited > self.every:
+                    self._end(EXIT if self.store.check([HUNG]) else LOST)
+            except RuntimeError:  # the process with the store is gone: the main thread will notice, if it can
+                if RankStatus.mark is not None and not self._over.wait(self.every):
+                    if RankStatus.current().ranks is not None:
+                        os._exit(LOST)
                 return
             if self._over.wait(self.every):
                 return
@@ -109,15 +162,39 @@ class Watchdog:
     def _give_up(self, doing: Activity, now: float) -> None:
         if self.store.add("watchdog/reported", 1) == 1:  # one rank reports for all
             report = hang_report(self.me, doing, RankStatus.step, self._all(), now, self.timeout)
-            print(f"error: {report}", file=sys.stderr)
+            where = "" if self.folder is None else f"; stacks and flight recorders of the ranks are in {self.folder}"
+            print(f"error: {report}{where}", file=sys.stderr)
             sys.stderr.flush()
-        else:
-            time.sleep(self.every)  # let it print first
-        os._exit(EXIT)
+            for key in (HUNG, OVER):
+                self.store.set(key, str(self.me))
+            time.sleep(self.every if self.n > 1 else 0.0)  # the store may be in this process, and the others read it
+        self._end(EXIT)
+
+    def _end(self, status: int) -> None:
+        """Ends a rank whose main thread waits, perhaps in a kernel of the device."""
+        if status == EXIT and self.folder is not None:
+            leaving = threading.Thread(target=leave_traces, args=(self.folder, self.me), daemon=True)
+            leaving.start()
+            leaving.join(DUMP_SECONDS)  # the recorder asks the device, which may not answer
+        os._exit(status)
 
     def _all(self) -> list[list[Any] | None]:
         keys = [f"watchdog/{rank}" for rank in range(self.n)]
         return [json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys]
+
+
+def leave_traces(folder: Path, me: int) -> None:
+    """Writes rank-N.txt, the stacks of all threads, and recorder_N, torch's record of the last operations."""
+    from torch._C import _distributed_c10d as c10d
+
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"rank-{me}.txt", "w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        for name in ("_dump_nccl_trace", "_dump_fr_trace"):  # the first with NCCL only
+            if hasattr(c10d, name):
+                (folder / f"recorder_{me}").write_bytes(getattr(c10d, name)())
+                return
 
 
 def hang_report(me: int, doing: Activity, step: int, others: list[list[Any] | None], now: float, timeout: float) -> str:

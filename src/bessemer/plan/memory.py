@@ -52,7 +52,7 @@ def per_rank(
     every stage; by default those of `stage.cut`."""
     cuts = cuts or cut(cfg, table.stages)
     need = working(cfg, layout, rows, length, numbers)
-    saved = saved_by_stage(cfg, cuts, rows, length, numbers, recompute, mtp, layout.cp)
+    saved = saved_by_stage(cfg, cuts, rows, length, numbers, recompute, mtp, layout.cp, layout.ep == 1)
     ranks = []
     for rank in range(table.ranks):
         bytes_ = rank_params(cfg, layout, table, rank, numbers.compute, cuts).bytes(numbers.compute, numbers.moments)
@@ -65,14 +65,15 @@ def per_rank(
 
 def saved_by_stage(
     cfg: ModelConfig, cuts: Sequence[range], rows: int, length: int, numbers: NumberFormats,
-    recompute: Collection[str] = (), mtp: bool = True, cp: int = 1,
+    recompute: Collection[str] = (), mtp: bool = True, cp: int = 1, whole: bool = False,
 ) -> dict[int, int]:  # fmt: skip
-    """Bytes that one micro-batch saves for backward in every stage, with rows split over `cp` ranks."""
+    """Bytes that one micro-batch saves for backward in every stage, with rows split over `cp` ranks; `whole`: no rows
+    are sent to experts of other ranks."""
     phases = [phase for phase in PHASES if phase in recompute]
     return {
         stage: stage_activation_bytes(
             cfg, layers, rows, length // cp, last=stage == len(cuts) - 1, fp8=numbers.fp8,
-            number_bytes=numbers.compute, mtp=mtp, fused=numbers.fused, recompute=phases, cut=cp > 1,
+            number_bytes=numbers.compute, mtp=mtp, fused=numbers.fused, recompute=phases, cut=cp > 1, whole=whole,
         )
         for stage, layers in enumerate(cuts)
     }  # fmt: skip

@@ -141,13 +141,13 @@ class Pretrain(Stage[_Config]):
         if config.compile == "on" and not isinstance(model, Transformer):
             raise UserError(f'stage "{ctx.name}": compile = "on" is for models of the DeepSeek V3 family; leave it out')
         compiled = False
-        if ctx.ranks is None and config.fp8 == "off" and isinstance(model, Transformer):
+        if distributed.compilable(network) and config.fp8 == "off" and isinstance(model, Transformer):
             flops = config.tokens * flops_per_token(model.cfg, feed.row_length, mtp=model.cfg.n_mtp > 0).training
             compiled = setup.want_compile(config.compile, flops, ctx.say)
         dtype = setup.set_precision(model, config, ctx.say, ctx.agree, compiled)
         if compiled and isinstance(model, Transformer):
             ctx.say("compiling the layers (about a minute, once per machine)")
-            setup.compile_layers(model)
+            distributed.compile_layers(network)
         monitor = _Monitor(config, ctx, tokenizer, feed, goes_on=start.model is not None)
         workers = setup.workers() if ctx.ranks is None else Workers(1)
         trainer = distributed.trainer(

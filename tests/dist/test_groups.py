@@ -1,0 +1,143 @@
+"""Process groups: few communicators, made once, with the layout's timeout; and what a GPU's rank asks of NCCL and CUDA."""
+
+import os
+import socket
+import threading
+from collections import Counter
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from test_distributed_trainer import across
+from test_executor import batch
+
+from bessemer.config.recipe import Recipe
+from bessemer.dist import chunk, distributed, executor, groups, schedules
+from bessemer.dist.mesh import Layout, Mesh
+from bessemer.dist.ranks import Ranks
+from bessemer.model.config import preset
+
+
+def alone(work, *arguments):
+    """work(...) in a fork that is the only rank of a run, whose ranks wait at most 17 seconds. Not in this process, whose
+    later forks could not destroy its groups."""
+    return on_ranks(1, _join, work, *arguments)[0]
+
+
+def _join(_, work, *arguments):
+    dist.destroy_process_group()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    Ranks.join({}, 17.0)
+    return work(*arguments)
+
+
+def timeouts(folder):
+    training = across(Layout(), "1f1b", state_dir=folder)
+    training._executor_for(2)
+    made = list(dist.distributed_c10d._world.pg_map)
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in made]
+
+
+def test_every_group_has_the_layout_s_timeout(tmp_path):
+    """17 seconds, and a minute in which the watchdog reports first. The world, files, and one for all else of a rank
+    that is alone."""
+    assert alone(timeouts, tmp_path) == [timedelta(seconds=77)] * 3
+
+
+def stages_and_runs(folder):
+    first = Mesh(Layout(), preset("tiny"))
+    same = Mesh(Layout(), preset("tiny")).group == first.group
+    made = len(dist.distributed_c10d._world.pg_map)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    return same, made, {*Mesh(Layout(), preset("tiny")).group.values()} & {*first.group.values()}
+
+
+def test_the_stages_of_a_run_share_their_groups_and_a_new_run_has_its_own(tmp_path):
+    assert alone(stages_and_runs, tmp_path) == (True, 2, set())
+
+
+def communicators(layout, schedule):
+    """Of every rank: groups that it is in, as `Mesh`, `Channels`, checkpoints and held-out rows make them, and the
+    world's two."""
+    table, pipelines = schedules.schedule(schedule, layout.pp, 120), layout.groups("pp")
+    wanted = {one.shared for one in (*layout.wanted(), *executor.wanted(table, pipelines))}
+    return Counter(rank for one in wanted for rank in one.ranks), len(wanted)
+
+
+def test_a_rank_of_v3_has_few_communicators():
+    recipe = Recipe.load("recipes/v3.toml")
+    layout, schedule, _ = distributed.layout_of(recipe.layout, recipe.layout.fewest)
+    found, everyone_s = communicators(layout, schedule)
+    assert len(found) == layout.world == 2048
+    assert max(found.values()) + 2 == 12 <= 64
+    assert everyone_s > 6000, "what one communicator for each group of the world would be"
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv", "dualpipe-v"])
+def test_nor_more_under_other_schedules(schedule):
+    found, _ = communicators(Layout(8, 2, 16, 8, 2), schedule)
+    assert max(found.values()) + 2 <= 16
+
+
+def test_equal_ranks_are_one_group_unless_they_may_run_side_by_side():
+    wanted = [*Layout(ep=4).wanted()]
+    assert {one.shared for one in wanted if len(one.ranks) > 1} == {
+        groups.Wanted("sums", (0, 1, 2, 3)), groups.Wanted("experts", (0, 1, 2, 3))
+    }  # fmt: skip
+    assert {one.shared for one in wanted if len(one.ranks) == 1} == {groups.Wanted("sums", (rank,)) for rank in range(4)}
+
+
+def test_what_nccl_and_cuda_are_asked_for(monkeypatch):
+    """This build of torch has no NCCL: its options as torch declares them."""
+    made = SimpleNamespace(Options=lambda: SimpleNamespace(is_high_priority_stream=False, config=SimpleNamespace()))
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", made, raising=False)
+    most = {}
+    for use in ("sums", "experts", "messages"):
+        backend, options = groups._backend(use, torch.device("cuda", 1))
+        assert backend == "nccl" and options.is_high_priority_stream
+        most[use] = getattr(options.config, "max_ctas", None)
+    assert most == {"sums": None, "experts": 20, "messages": 4}
+    assert groups._backend("sums", torch.device("cpu")) == (None, None)
+    for name in groups.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    groups.set_environment()
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1" and os.environ["CUDA_MODULE_LOADING"] == "EAGER"
+
+
+def test_the_exchange_s_thread_sets_its_device(monkeypatch):
+    """Else all ranks of a machine would make a context on its first GPU."""
+    chosen = {}
+    stream = SimpleNamespace(wait_event=lambda event: None, record_event=lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.update({threading.current_thread().name: device}))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: threading.Lock())
+    streams = chunk.Overlapped(torch.device("cuda", 3))
+    streams.run(True, lambda: None, None).result()
+    assert chosen == {"exchange_0": torch.device("cuda", 3)}
+
+
+def whole_layers():
+    training = across(Layout(), "1f1b")
+    assert training.shard.exchange is None and distributed.compilable(training.shard)
+    called, layers = Counter(), [*training.model.layers, *(module.layer for module in training.model.mtp)]
+    for number, layer in enumerate(layers):
+
+        def whole(*given, number=number, layer=layer):  # what `compile` would put in its place
+            called[number] += 1
+            return layer._call_impl(*given)
+
+        layer._compiled_call_impl = whole
+    training.update([batch(number, False) for number in range(2)])
+    return called == {number: 2 for number in range(len(layers))}
+
+
+def test_pure_data_parallelism_calls_whole_layers_and_can_be_compiled():
+    assert alone(whole_layers)
