@@ -17,7 +17,10 @@ Shapes: R rows of a step, P pages of a row, S = P * PAGE slots, V vocabulary, L 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -225,7 +228,6 @@ class CudaGraphs:
 
     def __call__(self, step: Callable[[], None], advanced: tuple[Tensor, ...]) -> Replay:
         before, saved = torch.cuda.current_stream(), [tensor.clone() for tensor in advanced]
-        checks = torch.cuda.get_sync_debug_mode()
 
         def warm_up() -> None:
             step()
@@ -236,21 +238,41 @@ class CudaGraphs:
             self._stream.wait_stream(before)
             with torch.cuda.stream(self._stream):
                 warm_up()  # compiles, tunes and makes workspaces
-                torch.cuda.set_sync_debug_mode("error")  # an operation that waits fails here, before the capture
-                warm_up()
-            torch.cuda.set_sync_debug_mode(checks)
+                with _no_waits():  # an operation that waits is found here: in a capture it would leave much behind
+                    warm_up()
             before.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 step()
         except BaseException:
-            torch.cuda.set_sync_debug_mode(checks)
             torch.cuda.set_stream(before)  # a capture that fails leaves its own
             torch.cuda.synchronize()
             for tensor, value in zip(advanced, saved, strict=True):
                 tensor.copy_(value)
             raise
         return graph.replay
+
+
+@contextmanager
+def _no_waits() -> Iterator[None]:
+    """RuntimeError at the end if an operation of this thread waited for the device. torch reports them for the whole
+    process, as warnings: those of other threads, which may save a checkpoint, do not count."""
+    mode, thread, waits = torch.cuda.get_sync_debug_mode(), threading.get_ident(), []
+
+    def note(message: Warning | str, *_: object, **__: object) -> None:
+        if threading.get_ident() == thread and "synchroniz" in str(message):
+            waits.append(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    if waits:
+        raise RuntimeError(f"an operation waits for the GPU ({waits[0].splitlines()[0]})")
 
 
 def plain(step: Callable[[], None], advanced: tuple[Tensor, ...]) -> Replay:

@@ -55,8 +55,7 @@ class VLLMEngine:
     def __init__(self, directory: Path, gpus: int, options: VLLMSettings = DEFAULTS) -> None:
         if mla_off(json.loads((directory / "config.json").read_text(encoding="utf-8"))):
             os.environ.setdefault(MLA_OFF, "1")  # read when the engine is made
-        if options.sleep:
-            cuda_start.without_segments()
+        cuda_start.without_segments()  # its memory pool, if it sleeps, and shared buffers would meet them
         try:
             from vllm import LLM, SamplingParams
         except ImportError:
