@@ -284,6 +284,13 @@ def test_packed_segments_know_where_they_end(seed):
     assert packed.longest in (128, 256, 300)
 
 
+def test_attention_is_tried_with_gradients_even_while_sampling():
+    with torch.inference_mode():
+        attention_gpu._try("math", torch.device("cpu"), torch.float32, 16, 8)
+    with pytest.raises(RuntimeError, match=r"No (available kernel|viable backend)"), torch.no_grad():
+        attention_gpu._try("cudnn", torch.device("cpu"), torch.float32, 16, 8)
+
+
 def test_segments_that_resume_are_not_packed():
     """Tokens see their whole segment, wherever it lies; only neighbours can be packed."""
     back = torch.tensor([[0, 0, 1, 1, 0]])

@@ -111,12 +111,17 @@ def _(dweight_NK, dbalance, logit_NE, *rest):
 
 def _setup(ctx, inputs, output):
     expert_NK, _, _, count_SE = output
+    ctx.set_materialize_grads(False)  # counts have none
     ctx.rule = inputs[4:6] + inputs[9:12]
     ctx.save_for_backward(inputs[0], expert_NK, count_SE)
 
 
 def _grad(ctx, _expert, dweight_NK, dbalance, _count):
     logit_NE, expert_NK, count_SE = ctx.saved_tensors
+    if dweight_NK is None:
+        dweight_NK = logit_NE.new_zeros(expert_NK.shape)
+    if dbalance is None:
+        dbalance = logit_NE.new_zeros(())
     return choose_backward(dweight_NK, dbalance, logit_NE, expert_NK, count_SE, *ctx.rule), *(None,) * 12
 
 

@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bessemer.errors import UserError
+from bessemer.model import attention_gpu
 from bessemer.model.config import ModelConfig
 from bessemer.model.gate import Gate
 from bessemer.model.layer import PHASES, Layer, Phase
 from bessemer.model.mla import rope_table
 from bessemer.model.moe import FFN, Experts
 from bessemer.model.norm import RMSNorm
-from bessemer.model.segments import Segments, first_tokens
+from bessemer.model.segments import Packed, Segments, first_tokens
 from bessemer.precision.fp8_linear import FP8Recipe
 
 RECOMPUTES_ITSELF = (
@@ -188,6 +189,8 @@ class Transformer(nn.Module):
     def _run(self, tokens_BT: Tensor, segments: Segments, choice_BTLK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         table = self.rope_table(tokens_BT.shape[1])
         x = self.embed(tokens_BT)
+        widths = self.cfg.qk_head_dim, self.cfg.v_head_dim
+        attention_gpu.backend(x.device, x.dtype, *widths, isinstance(segments, Packed))  # tried where nobody traces
         balance = torch.zeros((), dtype=torch.float32, device=x.device)
         choices = () if choice_BTLK is None else choice_BTLK.flatten(0, 1).unbind(1)
         assert len(choices) in (0, sum(not layer.dense for layer in self.layers)), "one choice for every sparse layer"
