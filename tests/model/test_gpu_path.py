@@ -1,6 +1,7 @@
 """What a GPU runs of the network, as far as a CPU can prove it: grouped products in value and gradient, and on the meta
 device, which has no numbers to give to the host, that no launch depends on E and no layer waits."""
 
+import re
 from collections import Counter
 from itertools import pairwise
 
@@ -289,6 +290,38 @@ def test_attention_is_tried_with_gradients_even_while_sampling():
         attention_gpu._try("math", torch.device("cpu"), torch.float32, 16, 8)
     with pytest.raises(RuntimeError, match=r"No (available kernel|viable backend)"), torch.no_grad():
         attention_gpu._try("cudnn", torch.device("cpu"), torch.float32, 16, 8)
+
+
+HALF, CUDA = torch.bfloat16, torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "widths", "packed", "broken", "kind", "said"),
+    [
+        ((9, 0), HALF, (192, 128), False, (), "cudnn", None),
+        ((9, 0), HALF, (192, 128), False, ("cudnn",), "flash", None),
+        ((8, 0), HALF, (192, 128), False, (), "flash", None),
+        ((9, 0), HALF, (192, 128), True, (), "varlen", None),
+        ((9, 0), HALF, (192, 128), True, ("varlen",), "efficient", "several times slower.*varlen: no varlen"),
+        ((9, 0), torch.float32, (192, 128), False, (), "efficient", None),
+        ((9, 0), HALF, (20, 12), False, (), "efficient", None),
+        ((9, 0), HALF, (576, 512), True, ("efficient",), "math", "scores go through memory"),
+    ],
+)
+def test_the_best_attention_that_works_is_chosen_and_a_slow_one_is_said(
+    monkeypatch, recwarn, capability, dtype, widths, packed, broken, kind, said
+):
+    def trial(which, *_):
+        if which in broken:
+            raise RuntimeError(f"no {which}")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention_gpu, "_try", trial)
+    attention_gpu._tried.cache_clear()
+    assert [attention_gpu.backend(CUDA, dtype, *widths, packed) for _ in range(2)] == [kind] * 2
+    texts = [str(warning.message) for warning in recwarn]
+    assert len(texts) == (said is not None) and all(re.search(said, text) for text in texts)
+    attention_gpu._tried.cache_clear()
 
 
 def test_segments_that_resume_are_not_packed():

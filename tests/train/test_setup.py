@@ -133,6 +133,8 @@ def test_a_stage_says_what_it_computes_with(monkeypatch, card):
     has_card(monkeypatch, card)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(setup, "device", lambda: GPU)
+    monkeypatch.setattr(setup.attention_gpu, "_try", lambda *trial: None)  # every kernel works
+    setup.attention_gpu._tried.cache_clear()
     said, before = [], torch.get_float32_matmul_precision()
     config = RLConfig(kind="rl", tasks=["countdown"])
     try:
@@ -147,8 +149,9 @@ def test_a_stage_says_what_it_computes_with(monkeypatch, card):
     if card is H100:
         assert dtype == torch.bfloat16 and said == [
             "compute in bfloat16 with float32 masters, on NVIDIA H100 80GB HBM3; experts: grouped_mm; "
-            "layers not compiled",
-            "compute in bfloat16, on NVIDIA H100 80GB HBM3; experts: one after another; layers compiled",
+            "attention: cudnn; layers not compiled",
+            "compute in bfloat16, on NVIDIA H100 80GB HBM3; experts: one after another; "
+            "attention: cudnn; layers compiled",
         ]
     else:
         assert dtype == torch.float32 and said[0].startswith("compute in float32 (Tesla V100-SXM2-16GB has no BF16: ")

@@ -183,6 +183,10 @@ def _tried(
     for kind in (*wanted, "efficient"):
         try:
             _try(kind, device, dtype, width, value)
+            if kind == "efficient" and troubles:
+                warnings.warn(
+                    f"attention is several times slower than it could be here: {'; '.join(troubles)}", stacklevel=2
+                )
             return kind
         except torch.OutOfMemoryError:
             raise

@@ -17,7 +17,7 @@ from bessemer.hf import hub
 from bessemer.hf.causal_lm import CausalLM, load_any, needs_transformers
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.kernels import library
-from bessemer.model import grouped
+from bessemer.model import attention_gpu, grouped
 from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig, preset
 from bessemer.model.moe import Experts
@@ -138,6 +138,9 @@ def announce(
     facts = [f"compute in {choice.why}{', products in TF32' if full else ''}, on {describe_device()}"]
     if experts := next((module for module in model.modules() if isinstance(module, Experts)), None):
         facts.append(f"experts: {'grouped_mm' if experts_grouped(experts, choice.dtype) else 'one after another'}")
+    if isinstance(model, Transformer):
+        widths = model.cfg.qk_head_dim, model.cfg.v_head_dim
+        facts.append(f"attention: {attention_gpu.backend(device(), choice.dtype, *widths, packed=False)}")
     facts.append("layers compiled" if compiled else "layers not compiled")
     say("; ".join(facts))
 
