@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.profiler import profile
 
 from bessemer.kernels import library
-from bessemer.model import attention_cpu, mla
+from bessemer.model import attention_cpu, attention_gpu
 from bessemer.model.config import preset
 
 DOCUMENT = 500
@@ -35,7 +35,9 @@ DOCUMENT = 500
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "kernel": lambda *a: attention_cpu.latent_attention(*a)[0],
     "torch": lambda *a: attention_cpu.latent_attention(*a)[0],
-    "sdpa": lambda q, kv, k_rope, rope, segments, scale: mla._torch_attention(q, kv, k_rope, rope, scale, segments),
+    "sdpa": lambda q, kv, k_rope, rope, segments, scale: attention_gpu.latent_attention(
+        q, kv, k_rope, rope, scale, segments
+    ),
 }
 
 

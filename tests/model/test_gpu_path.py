@@ -148,7 +148,7 @@ def test_a_training_layer_is_at_most_150_kernels_for_any_number_of_experts(on_gp
     monkeypatch.setattr(experts, "_combined", grouped.combine)
     for name in ("forward", "backward"):
         monkeypatch.setattr(swiglu, name, fused(getattr(swiglu, f"{name}_reference")))
-    monkeypatch.setattr(mla.F, "scaled_dot_product_attention", one_attention)
+    monkeypatch.setattr(attention_gpu.F, "scaled_dot_product_attention", one_attention)
 
     def launched(n_experts):
         cfg = tiny(n_routed_experts=n_experts, dim=64, moe_inter_dim=32, n_expert_groups=4, qk_nope_head_dim=16)

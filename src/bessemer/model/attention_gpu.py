@@ -3,7 +3,7 @@
     cudnn       rows without segments, on Hopper and newer: it alone takes keys wider than values (192 and 128) as they
                 are, at the highest rate
     flash       rows without segments elsewhere, and in deterministic runs, which cuDNN cannot serve: values are padded
-                to the width of keys, a sixth more arithmetic
+                to the width of keys, a fifth more arithmetic
     varlen      packed rows: FlashAttention over the segments one after another, values padded
     efficient   float32, odd widths, old cards: the memory-efficient kernel; segments become a [B, 1, T, T] mask
     math        scores in memory; used where nothing else runs, and said
@@ -11,11 +11,12 @@
 The first call for a dtype and two widths tries what could serve, forward and backward, and keeps the first that works.
 
 Packed rows: FlexAttention was the other choice. It takes 192 and 128 as they are and needs no lengths on the host, but
-it must be compiled for every shape (varlen runs in an image without a compiler), has no tuned configuration for 192 on
-Hopper and rounds it to 256, and its backward is behind FlashAttention's. Varlen wants three things of the host: the
-number of segments, the longest, and both without waiting for the device. `Packed.of` takes them from the CPU's copy of
-the batch, rounded up to powers of two so that compiled layers see few values: segments that do not exist are empty.
-`mla._torch_attention` with a mask is the reference.
+it must be compiled (varlen runs in an image without a compiler), has no tuned configuration for 192 on Hopper, and
+computes 192 as 256. Varlen wants the number of segments and the longest from the host, which must not wait for the
+device. `Packed.of` takes them from the CPU's copy of the batch, rounded up to powers of two so that compiled layers see
+few values: segments that do not exist are empty.
+
+"any", torch's own choice with a mask for segments, is the reference, and serves other devices.
 
 Backward saves what the attention saves; the heads' gradients need only the rotations.
 """
@@ -33,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bessemer.kernels.fused import Fused
 from bessemer.model.operation import operation
-from bessemer.model.segments import Packed, Segments
+from bessemer.model.segments import Packed, Segments, causal_mask
 
 FLASH_WIDTH = 256
 """The widest head that FlashAttention takes."""
@@ -138,8 +139,7 @@ def latent_attention(
         segments = segments.segments_BT
     mask = None
     if segments is not None:
-        causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-        mask = (causal & (segments[:, :, None] == segments[:, None, :])).unsqueeze(1)
+        mask = causal_mask(T, segments, q.device)
         kind = "efficient" if kind in ("cudnn", "flash") else kind
     qh, kh, vh = (x.transpose(1, 2) for x in (qh, kh, vh))
     with sdpa_kernel(KERNELS[kind], set_priority=True) if kind in KERNELS else nullcontext():
@@ -179,7 +179,7 @@ def _tried(
         wanted = ["cudnn", "flash"]
     narrow = width % 8 == value % 8 == 0 and max(width, value) <= FLASH_WIDTH
     wanted = wanted if narrow and dtype in (torch.bfloat16, torch.float16) else []
-    troubles = []
+    troubles: list[str] = []
     for kind in (*wanted, "efficient"):
         try:
             _try(kind, device, dtype, width, value)

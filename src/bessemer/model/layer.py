@@ -16,7 +16,7 @@ For speed some code repeats the math of a layer, and changes together with it:
                     `emulation.swiglu` and `triton_quantise.swiglu` (into FP8), `engine.decode`, `decode.cpp` (a step)
     MLA             `mla.MLA` (expanded and absorbed), `fp8._Attention`, `engine.decode` (against the KV cache),
                     `dist.context_parallel` (sequences split over ranks)
-    softmax core    `mla._torch_attention`, `attention_cpu` (and `attention.hpp`), `kernels.paged` (decoding),
+    softmax core    `attention_gpu`, `attention_cpu` (and `attention.hpp`), `kernels.paged` (decoding),
                     `dist.context_parallel`
     layer wiring    `Layer.forward`, `dist.stage.through` (stops between the phases), `engine.decode`, `decode.cpp`
     MTP wiring      `transformer.mtp_states`, `dist.stage.Slice.phases`

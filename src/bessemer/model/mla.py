@@ -15,8 +15,7 @@ the heads and picks a backend:
 
     CPU               `attention_cpu.latent_attention`: one operation from the projections to the output, with its own
                       backward
-    CUDA, meta        `attention_gpu`: heads in one kernel, packed segments without a mask, torch's best attention
-    everything else   torch's scaled_dot_product_attention
+    everything else   `attention_gpu`: heads in one kernel, packed segments without a mask, torch's best attention
 
 Shapes: B sequences, T queries, S cached tokens, D hidden, H heads, N/R nope and rope widths, V value width, C latent
 rank.
@@ -27,13 +26,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bessemer.model import attention_cpu, attention_gpu
 from bessemer.model.config import ModelConfig, yarn_mscale
 from bessemer.model.norm import RMSNorm
-from bessemer.model.segments import Packed, Segments
+from bessemer.model.segments import Packed, Segments, causal_mask
 
 # The released code gives the latent norms RMSNorm's default and only the block norms rms_norm_eps; the two differ in
 # Moonlight (1e-5).
@@ -173,29 +171,11 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 # --- softmax core ----------------------------------------------------------------------------------------------------
 
 
-def causal_mask(T: int, segments_BT: Tensor | None, device: torch.device) -> Tensor:
-    """True where a query may attend: [T, T], or [B, 1, T, T] when tokens attend only to their own segment."""
-    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    if segments_BT is None:
-        return causal
-    return (causal & (segments_BT[:, :, None] == segments_BT[:, None, :])).unsqueeze(1)
-
-
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, segments_BT: Tensor | None = None) -> Tensor:
     """softmax(scale q k^T) v in float32 with all scores materialised. q, k [B, H, T, N + R], v [B, H, T, V]."""
     score = q.float() @ k.float().transpose(-1, -2) * scale
     score = score.masked_fill(~causal_mask(q.shape[-2], segments_BT, q.device), float("-inf"))
     return (score.softmax(-1) @ v.float()).to(q.dtype)
-
-
-def heads(q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated q and k [B, H, T, N + R] and v [B, H, T, V] from the arguments of `latent_attention`."""
-    nope = q.shape[-1] - k_rope.shape[-1]
-    q_rope = rotate(q[..., nope:], rope.unsqueeze(-3))
-    k_rope = rotate(k_rope, rope).unsqueeze(2).expand(-1, -1, q.shape[2], -1)
-    q = torch.cat((q[..., :nope], q_rope), -1)
-    k = torch.cat((kv[..., :nope], k_rope), -1)
-    return q.transpose(1, 2), k.transpose(1, 2), kv[..., nope:].transpose(1, 2)
 
 
 def _on_cpu(x: Tensor) -> bool:
@@ -210,20 +190,7 @@ def latent_attention(
     if _on_cpu(q):
         assert not isinstance(segments, Packed)
         return attention_cpu.latent_attention(q, kv, k_rope, rope, segments, scale)[0]
-    return _torch_attention(q, kv, k_rope, rope, scale, segments)
-
-
-def _torch_attention(q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments: Segments) -> Tensor:
-    if q.device.type in ("cuda", "meta"):
-        return attention_gpu.latent_attention(q, kv, k_rope, rope, scale, segments)
-    assert not isinstance(segments, Packed)
-    q, k, v = heads(q, kv, k_rope, rope)
-    if segments is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    else:
-        mask = causal_mask(q.shape[-2], segments, q.device)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2)
+    return attention_gpu.latent_attention(q, kv, k_rope, rope, scale, segments)
 
 
 def attention_forward(
@@ -235,7 +202,8 @@ def attention_forward(
         assert not isinstance(segments, Packed)
         return attention_cpu.flash_forward(q, kv, k_rope, rope, segments, scale)
     with torch.no_grad():
-        return _torch_attention(q, kv, k_rope, rope, scale, segments), q.new_empty(0, dtype=torch.float32)
+        out = attention_gpu.latent_attention(q, kv, k_rope, rope, scale, segments)
+        return out, q.new_empty(0, dtype=torch.float32)
 
 
 def attention_backward(
@@ -248,6 +216,6 @@ def attention_backward(
         return attention_cpu.flash_backward(dout, q, kv, k_rope, rope, segments, scale, out, lse)
     with torch.enable_grad():
         q, kv, k_rope = (x.detach().requires_grad_() for x in (q, kv, k_rope))
-        again = _torch_attention(q, kv, k_rope, rope, scale, segments)
+        again = attention_gpu.latent_attention(q, kv, k_rope, rope, scale, segments)
     dq, dkv, dk_rope = torch.autograd.grad(again, (q, kv, k_rope), dout)
     return dq, dkv, dk_rope
