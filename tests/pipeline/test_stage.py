@@ -1,12 +1,14 @@
 """What a stage is handed."""
 
 import io
+import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from toy_stage import Count
 
-from bessemer.pipeline.stage import Stage, register
+from bessemer.pipeline.stage import Stage, StepLog, register
 from bessemer.runs.context import Every, StageContext, StopFlag
 from bessemer.runs.metrics import Metrics, StageMetrics
 from bessemer.runs.progress import RunProgress
@@ -73,3 +75,23 @@ def test_two_stages_of_one_kind_are_our_mistake():
 
     with pytest.raises(AssertionError, match="count"):
         register(Other)
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_what_is_measured_before_the_first_step_is_written_once(ctx, step):
+    """A run that was killed after the checkpoint of step 0 measures again."""
+
+    class Log(StepLog):
+        def begin(self, trainer):
+            super().begin(trainer)
+            if trainer.step == 0:
+                ctx.metrics.write(0, 0, {"val/bpb/english": 2.0})
+
+    trainer = SimpleNamespace(
+        start=lambda: True, run=lambda: True, step=step, tokens=step, runtime=SimpleNamespace(tokens=9)
+    )
+    for line in range(4):
+        ctx.metrics.write(line, line, {"train/loss" if line else "val/bpb/english": 2.0})
+    Log(ctx).train(trainer)
+    lines = (ctx.dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [*range(step + 1)]

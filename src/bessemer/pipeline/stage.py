@@ -136,7 +136,7 @@ class StepLog:
         ctx, resumed = self.ctx, trainer.start()
         if resumed:
             ctx.say(f"resuming at step {trainer.step}, {show_tokens(trainer.tokens)} tokens")
-        ctx.rewind(trainer.step if resumed else -1)
+        ctx.rewind(trainer.step or -1)  # at step 0 `begin` writes its lines again
         ctx.progress.total(trainer.runtime.tokens, "tokens", done=trainer.tokens)
         self.begin(trainer)
         if not trainer.run():
