@@ -114,7 +114,22 @@ def test_copies_use_one_buffer_again():
     assert [copies.add(tensor + 1).data_ptr() for tensor in tensors] == places and first[1] == 4
     copies.begin()
     big = copies.add(torch.zeros(100_000))
-    assert big.data_ptr() not in places and copies.held >= background.CHUNK, "unknown sizes come in pieces"
+    assert big.data_ptr() not in places and copies.held >= background.CHUNK, "what has grown goes into more pieces"
+
+
+def test_what_grows_comes_last_and_moves_nothing(tmp_path):
+    """RL's waiting rollouts are in `extras`: masters and moments keep their places in pinned memory."""
+    run = trainer(steps=3, state_dir=tmp_path)
+    run.start()
+    run.finish()
+    copies = run._writer._copies
+    (first,), places = copies._chunks, []
+    for step, size in ((1, 10), (2, 100_000)):
+        run.step, run.extra_tensors = step, {"rollouts": torch.ones(size)}
+        run.save()
+        run.finish()
+        places.append(checkpoint.load(tmp_path / f"step-0000000{step}").tensors["extras"]["rollouts"].numel())
+    assert places == [10, 100_000] and copies._chunks[0] is first and len(copies._chunks) == 2
 
 
 def test_room_is_what_system_and_container_leave(tmp_path, monkeypatch):
@@ -192,9 +207,9 @@ def test_order_of_copies_from_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
     add = HostCopies.add
 
-    def logged(self, tensor):
+    def logged(self, tensor, place=None):
         log.append(f"copy on {current[0]}")
-        return add(self, tensor).as_subclass(torch.Tensor)
+        return add(self, tensor.as_subclass(torch.Tensor), place)
 
     monkeypatch.setattr(HostCopies, "add", logged)
     run = trainer(steps=2, state_dir=tmp_path)

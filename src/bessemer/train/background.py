@@ -45,20 +45,22 @@ class HostCopies:
         return sum(chunk.numel() for chunk in self._chunks)
 
     def begin(self, tensors: Sequence[Tensor] = ()) -> None:
-        """From now on the copies made before are overwritten; makes room for exactly these tensors, if given."""
-        need = sum(-(-_bytes(tensor) // ALIGN) * ALIGN for tensor in tensors)
-        if need > self.held:
-            _unpin(self._pinned)
-            self._chunks = []
+        """From now on the copies made before are overwritten. The first time, makes room for exactly these tensors;
+        later, what has grown goes into more pieces, since pinning takes seconds."""
+        if tensors and not self._chunks:
+            need = sum(-(-_bytes(tensor) // ALIGN) * ALIGN for tensor in tensors)
             self._chunks = [self._new(need, any(tensor.is_cuda for tensor in tensors))]
         self._chunk = self._used = 0
 
-    def add(self, tensor: Tensor) -> Tensor:
-        """A copy of `tensor`. From a GPU it is under way on the current stream, and so is whole after an event that is
-        recorded there later."""
-        tensor, size = tensor.detach(), _bytes(tensor)
-        copy = self._take(size, tensor.is_cuda)[:size].view(tensor.dtype).view(tensor.shape)
-        return copy.copy_(tensor, non_blocking=True)
+    def place(self, tensor: Tensor) -> Tensor:
+        """Where a copy of `tensor` goes."""
+        size = _bytes(tensor)
+        return self._take(size, tensor.is_cuda)[:size].view(tensor.dtype).view(tensor.shape)
+
+    def add(self, tensor: Tensor, place: Tensor | None = None) -> Tensor:
+        """A copy of `tensor`, in its place. From a GPU it is under way on the current stream, and so is whole after an
+        event that is recorded there later."""
+        return (self.place(tensor) if place is None else place).copy_(tensor.detach(), non_blocking=True)
 
     def _take(self, size: int, from_gpu: bool) -> Tensor:
         while self._chunk < len(self._chunks):
@@ -91,8 +93,8 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _unpin(pointers: list[int]) -> None:
-    while pointers:
-        torch.cuda.cudart().cudaHostUnregister(pointers.pop())
+    for pointer in pointers:
+        torch.cuda.cudart().cudaHostUnregister(pointer)
 
 
 def host_room() -> int:
@@ -202,21 +204,23 @@ class CheckpointWriter:
     def _copy(self, state: State) -> tuple[State, torch.cuda.Event | None]:
         everything = [tensor for named in state.tensors.values() for tensor in named.values()]
         self._copies.begin(everything)
-        tensors: dict[str, dict[str, Tensor]] = {stem: {} for stem in state.tensors}
+        places: dict[str, dict[str, Tensor]] = {stem: {} for stem in state.tensors}
+        for stem in sorted(places, key=lambda stem: stem not in self.LATE):  # what grows comes last
+            places[stem] = {name: self._copies.place(tensor) for name, tensor in state.tensors[stem].items()}
 
         def take(late: bool) -> None:
             for stem, named in state.tensors.items():
-                if (stem in self.LATE) == late:
-                    tensors[stem] = {name: self._copies.add(tensor) for name, tensor in named.items()}
+                for name, tensor in named.items() if (stem in self.LATE) == late else ():
+                    self._copies.add(tensor, places[stem][name])
 
         take(late=False)
         if not any(tensor.is_cuda for tensor in everything):
             take(late=True)
-            return replace(state, tensors=tensors), None
+            return replace(state, tensors=places), None
         self._stream = self._stream or torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())  # the last step is then done, and the small ones copied
         with torch.cuda.stream(self._stream):
             take(late=True)
             copied = torch.cuda.Event()
             copied.record()
-        return replace(state, tensors=tensors), copied
+        return replace(state, tensors=places), copied
