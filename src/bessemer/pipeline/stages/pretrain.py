@@ -157,7 +157,7 @@ class Pretrain(Stage[_Config]):
         )  # fmt: skip
         feed.follow(trainer)
         monitor.train(trainer)
-        last = monitor.validate(trainer)
+        last = monitor.validate(trainer, at_end=True)
         files = start.model or start.corpus / "tokenizer"
         distributed.save(trainer, ctx.dir / "model", files)
         if config.ema_decay:
@@ -295,8 +295,9 @@ class _Monitor(StepLog):
         if first or self.passed(self.config.sample_every):
             self.samples(trainer)
 
-    def validate(self, trainer: Trainer) -> dict[str, float]:
-        """Held-out bits per byte of every source (at most HELDOUT_ROWS rows each)."""
+    def validate(self, trainer: Trainer, at_end: bool = False) -> dict[str, float]:
+        """Held-out bits per byte of every source (at most HELDOUT_ROWS rows each). `at_end`: written unless the last
+        step has a line, by its hook or by an attempt that was killed after it."""
         bits = self._bits_per_byte(trainer)
         values: dict[str, Any] = {f"val/bpb/{name}": value for name, value in bits.items()}
         if self.config.ema_decay:
@@ -304,7 +305,9 @@ class _Monitor(StepLog):
                 values |= {f"val/bpb_ema/{name}": value for name, value in self._bits_per_byte(trainer).items()}
         values |= self.feed.metrics(trainer)
         values.update({f"moe/load/{name}": load / load.sum() for name, load in trainer.loads.items() if load.any()})
-        self.ctx.metrics.write(trainer.step, trainer.tokens, values)
+        first = f"val/bpb/{next(iter(bits), None)}"
+        if not (at_end and any(step == trainer.step and first in line for step, line in self.ctx.metrics.history())):
+            self.ctx.metrics.write(trainer.step, trainer.tokens, values)
         return bits
 
     def _bits_per_byte(self, trainer: Trainer) -> dict[str, float]:
