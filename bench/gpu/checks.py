@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -319,6 +320,12 @@ def decode(place: Place) -> Finding:
         figures[f"{rows} rows"] = rows * new / median_seconds(place, run, 2)
         print(rows, "rows", figures[f"{rows} rows"], "tokens/s", flush=True)
         if rows == 64:
+            with warnings.catch_warnings(record=True) as waits:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                run()
+                torch.cuda.set_sync_debug_mode("default")
+            figures["unexpected waits a step"] = sum("synchroniz" in str(w.message) for w in waits) / new
             engine.release()
             os.environ[GRAPHS] = "off"
             figures["64 rows without graphs"] = rows * new / median_seconds(place, run, 2)

@@ -248,6 +248,17 @@ def test_rows_are_what_the_memory_holds_beside_the_weights(engine, prompts, as_g
     expected = [len(group) for group in engine.generate(prompts, **CALL)]
     assert engine._steps.rows == 7 and expected == [3] * 8
     assert sum(pool.nbytes for pool in engine._steps.pools) < free
+    monkeypatch.setattr(room, "free_bytes", lambda device: None)
+    engine.generate(prompts[:2], max_new_tokens=4)
+    assert engine._steps.rows == 7, "large enough"
+    engine.release()
+    engine.generate(prompts[:2], max_new_tokens=4)
+    conversation = engine._steps
+    assert conversation.rows == 2 and conversation.row_tokens == model.cfg.max_seq_len
+    engine.generate(prompts[6:], max_new_tokens=40)
+    assert engine._steps is conversation
+    taken = 3 * row + room.prefill_bytes(model, 50)
+    assert room.fits(model, 3, tokens, 50, 2 * taken + 1) and not room.fits(model, 3, tokens, 50, 2 * taken)
 
 
 def test_rows_are_padded_by_less_than_a_third():

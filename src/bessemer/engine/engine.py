@@ -58,6 +58,8 @@ from bessemer.workers import Workers
 Prompt = str | abc.Sequence[int]
 PREFILL = 8192
 """Prompt tokens that a step prefills at most where a call's samples go through a scheduler."""
+FEW = 8
+"""Rows up to which steps that are kept have room for the whole context."""
 NEW_TOKENS = 2048
 """Length of an answer where nobody asks for one; most contexts of small models leave less."""
 OnTokens = Callable[[list[tuple[int, int, int]]], None]
@@ -309,6 +311,9 @@ class Engine:
             self.release()
             steps = None
             free = room.free_bytes(model.embed.weight.device)
+            whole = model.cfg.max_seq_len
+            if self.keeps_memory and rows <= FEW and room.fits(model, rows, whole, PREFILL, free):
+                row_tokens = whole  # a conversation grows: its steps are captured once
             fit = room.rows_that_fit(model, row_tokens, PREFILL, free)
             n = rows if fit is None or self.rows else min(rows, fit)
             self._steps = room.make_steps(model, self.tokenizer.vocab_size, n, row_tokens, n * row_tokens, PREFILL)
@@ -411,6 +416,7 @@ def load_engine(model_dir: str | Path, drafts: int = 0, compile: bool = False) -
     drafting. compile: the decoding steps are compiled now, for calls with this many drafts."""
     model = load_any(model_dir, device=probe.device(), mtp=drafts > 0)
     engine = Engine(model, load_tokenizer(model_dir), compile=compile)
+    engine.keeps_memory = True
     check_drafts(engine.model, drafts)
     if engine.compiled is not None:
         print(

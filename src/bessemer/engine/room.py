@@ -21,7 +21,9 @@ from bessemer.model.transformer import Transformer
 GRAPHS = "BESSEMER_CUDA_GRAPHS"
 """Environment: "off" launches every operation of a decoding step by itself."""
 SPARE = 0.1
-"""Of the free memory, left to others."""
+"""Of the free memory, left to others by a call that wants as many rows as possible."""
+SHARED = 0.5
+"""The same where nobody said how much: several models may be served."""
 LOGITS = 12
 """Tensors of V float32 numbers that a row's sampling makes at most, a sort of the vocabulary included."""
 GIB = 1 << 30
@@ -58,13 +60,23 @@ def prefill_bytes(model: Transformer, tokens: int) -> int:
     return tokens * (6 * cfg.dim + attention + max(dense, sparse)) * model.embed.weight.element_size()
 
 
+def _row_bytes(model: Transformer, tokens: int) -> int:
+    return pages_for(tokens) * page_bytes(model) + LOGITS * 4 * model.cfg.vocab_size
+
+
+def fits(model: Transformer, rows: int, tokens: int, prefill_tokens: int, free: int | None) -> bool:
+    """Whether so many rows of so many tokens take less than half of `free` bytes."""
+    needed = rows * _row_bytes(model, tokens) + prefill_bytes(model, prefill_tokens)
+    return free is None or needed < free * (1 - SHARED)
+
+
 def rows_that_fit(model: Transformer, tokens: int, prefill_tokens: int, free: int | None) -> int | None:
     """Rows of so many tokens, prompt and answer, for which `free` bytes have room; None: any number. UserError where
     not one has."""
     if free is None:
         return None
     left = int(free * (1 - SPARE)) - prefill_bytes(model, prefill_tokens)
-    row = pages_for(tokens) * page_bytes(model) + LOGITS * 4 * model.cfg.vocab_size
+    row = _row_bytes(model, tokens)
     if left < row:
         raise UserError(
             f"no room to generate: an answer of up to {tokens} tokens, prompt included, takes {row / GIB:.2f} GiB and "
@@ -75,13 +87,15 @@ def rows_that_fit(model: Transformer, tokens: int, prefill_tokens: int, free: in
 
 
 def make_steps(
-    model: Transformer, vocab: int, rows: int, row_tokens: int, cache_tokens: int, prefill_tokens: int
-) -> StaticSteps:
-    """Static steps of `rows` rows with a cache of `cache_tokens`, or less where the memory holds less."""
+    model: Transformer, vocab: int, rows: int, row_tokens: int, cache_tokens: int, prefill_tokens: int,
+    spare: float = SPARE,
+) -> StaticSteps:  # fmt: skip
+    """Static steps of `rows` rows with a cache of `cache_tokens`, or less where the memory but `spare` of it holds
+    less."""
     device = model.embed.weight.device
     pages, free = pages_for(cache_tokens), free_bytes(device)
     if free is not None:
-        left = int(free * (1 - SPARE)) - prefill_bytes(model, prefill_tokens) - rows * LOGITS * 4 * model.cfg.vocab_size
+        left = int(free * (1 - spare)) - prefill_bytes(model, prefill_tokens) - rows * LOGITS * 4 * model.cfg.vocab_size
         pages = min(pages, left // page_bytes(model))
     if pages < 1:
         rows_that_fit(model, PAGE, prefill_tokens, free)

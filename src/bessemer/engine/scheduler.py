@@ -99,7 +99,8 @@ class Scheduler:
         if steps is None and static_steps.serves(model, drafts, compiled is not None):
             assert isinstance(model, Transformer)
             longest, vocab = model.cfg.max_seq_len, engine.tokenizer.vocab_size
-            steps = room.make_steps(model, vocab, rows, longest, self.cache_tokens, prefill_tokens)
+            spare = room.SHARED if cache_tokens is None else room.SPARE
+            steps = room.make_steps(model, vocab, rows, longest, self.cache_tokens, prefill_tokens, spare)
         if steps is not None:
             self.max_rows, self.cache_tokens = steps.rows, steps.pages * PAGE
         self.preempted = self.prompt_tokens = self.cached_tokens = 0

@@ -77,9 +77,11 @@ class StaticCache(LatentCache):
             if len(pages) > written:
                 fresh += [(b * width + p, pages[p]) for p in range(written, len(pages))]
                 self._written[b] = len(pages)
+        self.table_BP = self._table_RP[: len(self.row_pages)]
+        if not fresh:
+            return
         place_N, page_N = indices(list(zip(*fresh, strict=True)), self._table_RP.device).view(2, -1)
         self._table_RP.view(-1).index_copy_(0, place_N, page_N)
-        self.table_BP = self._table_RP[: len(self.row_pages)]
 
 
 class StepRows(NamedTuple):
