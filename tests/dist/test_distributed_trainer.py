@@ -11,6 +11,7 @@ from test_executor import CFG, TERMS, batch
 
 from train_config import train_config
 from bessemer.model.transformer import Transformer
+from bessemer.dist.executor import Executor
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard
 from bessemer.precision.fp8_linear import PAPER
@@ -43,6 +44,29 @@ def part_of(layout, name, cfg=CFG, fp8=False):
 def across(layout, name, cfg=CFG, fp8=False, dtype=torch.float32, state_dir=None, warn=print, **more):
     part = part_of(layout, name, cfg, fp8)
     return DistributedTrainer(part, next_token, None, *config(dtype, **more), state_dir, model_config=cfg.model_dump(), warn=warn)
+
+
+def warmed(rank, name, layout, micro, warms):
+    """Two steps: what they give, and how often they were warmed up."""
+    training = across(layout, name)
+    training._warms = warms
+    calls, warm = [], Executor.warm
+    training._executor_for(micro).warm = lambda work: (calls.append(work.tokens_BT.shape), warm(training._executor, work))
+    values = [update(training, step, micro) for step in range(2)]
+    for one in values:
+        del one["train/tokens_per_second"]
+    masters = {name: value.numpy() for name, value in training.optimizer.masters().items()}
+    return values, masters, {name: load.numpy() for name, load in training.loads.items()}, len(calls)
+
+
+def test_a_warm_up_leaves_no_trace():
+    """Metrics, weights and loads of experts are those without, bit by bit."""
+    layout = Layout(2, 1, 2)
+    cold, warm = (on_ranks(layout.world, warmed, "dualpipe", layout, 4, warms) for warms in (False, True))
+    for one, other in zip(cold, warm, strict=True):
+        assert one[0] == other[0] and (one[3], other[3]) == (0, 1)
+        for found, wanted in ((other[1], one[1]), (other[2], one[2])):
+            assert found.keys() == wanted.keys() and all((found[name] == wanted[name]).all() for name in wanted)
 
 
 def update(training, step, micro):

@@ -53,6 +53,8 @@ class DistributedTrainer(Trainer):
         self._stopping = self._due = False
         self._executor: Executor | None = None
         self._losses: list[Loss] = []
+        self._warms = shard.device.type == "cuda" and shard.mesh.layout.pp > 1
+        self._warmed: set[object] = set()
         super().__init__(shard.model, *arguments, **options)
         n_mtp = shard.mesh.cfg.n_mtp
         self._sums, self._peaks = self.objective.names(n_mtp)
@@ -113,11 +115,26 @@ class DistributedTrainer(Trainer):
         rows, length = batches[0].tokens_BT.shape
         self._shape = rows, length
         executor = self._executor_for(len(batches))
+        work = self._work(executor, batches, terms)
+        if self._warms:
+            self._warm(executor, [one for lane in work for one in lane])
         self._losses = []
-        executor.run(self._work(executor, batches, terms))
+        executor.run(work)
         executor.sum_shared()
         self._sum_loads(executor)
         return self._sums_of(batches, executor.losses, terms)
+
+    def _warm(self, executor: Executor, work: Sequence[Work]) -> None:
+        """Before a step with micro-batches of a shape that no step had: what is done for the first time is done before
+        messages are under way. The ranks of an exchange need not meet a new shape in the same step, so all do as many
+        as any of them."""
+        new = {_shape(one): one for one in work if _shape(one) not in self._warmed}
+        self._warmed |= new.keys()
+        most = int(self._reduced([float(len(new))], dist.ReduceOp.MAX)[0])
+        for number in range(most):
+            executor.warm([*new.values(), *[work[0]] * most][number])
+        if self.shard.exchange is not None:
+            self.shard.exchange.sent_bytes.clear()
 
     def _executor_for(self, micro: int) -> Executor:
         if self._executor is None:
@@ -294,6 +311,11 @@ class DistributedTrainer(Trainer):
         states = [name for name in reader.locations if name.startswith("rng/")]
         tensors = {name.removeprefix("rng/"): t for name, t in reader.read(states).items()}
         guard.restore_rng(tensors, reader.counters["rng"], self.generators)
+
+
+def _shape(work: Work) -> object:
+    """What decides which kernels a micro-batch needs."""
+    return work.tokens_BT.shape, type(work.segments), work.mtp
 
 
 def _parameter_prefix(gate: str) -> str:

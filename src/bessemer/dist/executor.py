@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ from bessemer.model.segments import Segments
 from bessemer.model.transformer import TrainOutputs
 
 AHEAD = 1
-"""Receives of a direction that are posted before they are needed."""
+"""Receives of a direction that are posted before they are needed; in the first step none are."""
 
 
 class Work(NamedTuple):
@@ -100,6 +101,34 @@ class Executor:
         self.channels.end()
         self.losses = torch.stack(self._losses).tolist()
         assert not self._chunks and not len(self.store), "the table leaves work undone"
+
+    def warm(self, work: Work) -> None:
+        """Computes every slice forward and backward as it will for `work`, on noise and without messages; gradients are
+        zero afterwards, as before.
+
+        What a GPU does for the first time (tuning and loading kernels, taking memory) waits for everything it has been
+        given, so also for messages that are under way; and the rank that is to take them may be waiting in the same way.
+        Collective over the ranks of an exchange."""
+        draw = torch.Generator(self._device).manual_seed(0)
+        parameters = [parameter for part in self.slices.values() for parameter in part.parameters()]
+        without = [parameter for parameter in parameters if parameter.grad is None]
+        for later in (False, True):
+            for (lane, stage), part in sorted(self.slices.items()):
+                x, key = work.tokens_BT, Action("F", stage, 0, lane)
+                if not part.first:  # noise, for zeros would all go to the same experts
+                    x = part.room(x).normal_(generator=draw).requires_grad_()
+                chunk = Chunk(_phases(part, x, work), self._streams)
+                list(chunk.forward(self.uncounted))
+                dy = None if chunk.sent is None else torch.zeros_like(chunk.sent)
+                list(chunk.backward(dy, partial(self._computing, key, later)))
+                self.store.run(key)
+        for parameter in without:
+            parameter.grad = None
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def sum_shared(self) -> None:
         """Sums the gradients of parameters that several pipeline ranks hold (the two copies of DualPipe, and the
@@ -265,6 +294,7 @@ class Channels:
         self._arriving: dict[int, dict[Action, tuple[Any, Tensor]]] = {}
         self._sent: list[tuple[Any, Tensor]] = []
         self._local: dict[Action, Tensor] = {}
+        self._begun = False
 
     def set_table(self, table: Table) -> None:
         """Another number of micro-batches, between the same stages and ranks."""
@@ -273,6 +303,7 @@ class Channels:
     def begin(self, room: Callable[[Action], Tensor]) -> None:
         """Starts a step; `room(message)` is an empty tensor for that message."""
         self._room = room
+        self._ahead, self._begun = AHEAD if self._begun else 0, True
         self._expected = {source: deque(self._orders.get((source, self.me), ())) for source in self._from}
         self._arriving = {source: {} for source in self._from}
 
@@ -303,7 +334,7 @@ class Channels:
         what = f"{'activations' if needed.kind == 'F' else 'gradients'} of micro-batch {needed.micro}"
         with watchdog.waiting(f"{what} for stage {needed.stage}", [self._from[source][0]]):
             handle.wait()
-        while self._expected[source] and len(arriving) < AHEAD:
+        while self._expected[source] and len(arriving) < self._ahead:
             self._post(source)
         return x
 
@@ -315,9 +346,11 @@ class Channels:
 
     def end(self) -> None:
         """Ends a step; every message has been received."""
-        for handle, _ in self._sent:
-            handle.wait()
-        self._sent.clear()
+        if self._sent:
+            with watchdog.waiting("others to take its messages", [peer for peer, _ in self._to.values()]):
+                for handle, _ in self._sent:
+                    handle.wait()
+            self._sent.clear()
         assert not self._local and not any(self._expected.values()) and not any(self._arriving.values()), "work undone"
 
     def sum_with(self, others: Sequence[int], x: Tensor) -> None:
