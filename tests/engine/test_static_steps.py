@@ -178,7 +178,7 @@ def test_a_step_waits_for_the_device_once_and_prefill_never(tokenizer, monkeypat
     model = Transformer(cfg).to("meta").to_compute(torch.bfloat16).eval()
     assert static_steps.serves(model)
     engine = Engine(model, tokenizer)
-    scheduler = Scheduler(engine, rows=3, cache_tokens=3 * 160, record=RoutingRecord())
+    scheduler = Scheduler(engine, rows=3, cache_tokens=3 * 160, record=RoutingRecord(), prefix_cache=False)
     assert isinstance(scheduler.runner, device_runner.DeviceRunner)
     for k in range(4):
         scheduler.add(Request((3, 4, 5) * (1 + 20 * (k % 2)), stream_key(k), 4 + k, SAMPLINGS[k % 4], stop_ids=()))
@@ -386,3 +386,22 @@ def test_padding_rows_stand_still_on_a_page_of_their_own(engine, as_gpu, monkeyp
         scheduler.step()
     assert seen >= {2, 5}
     assert all(not pool[5:-1].any() and pool[-1].any() for pool in steps.pools)
+
+
+def test_prompts_are_prefilled_together_when_a_part_of_the_rows_is_free(engine, prompts, as_gpu, monkeypatch):
+    as_gpu()
+    wanted = [Request(tuple(prompts[i % 8]), stream_key(9, i), 2 + 5 * i % 17, stop_ids=()) for i in range(24)]
+    found = {}
+    for gather in (1, 4):
+        scheduler = Scheduler(engine, rows=8, prefix_cache=False, gather=gather)
+        calls, prefill = [], scheduler.runner.prefill
+        monkeypatch.setattr(
+            scheduler.runner, "prefill", lambda chunks, p=prefill, c=calls: c.append(len(chunks)) or p(chunks)
+        )
+        for request in wanted:
+            scheduler.add(request)
+        _, done = drain(scheduler)
+        found[gather] = (len(calls), {t: [event.token for event in tokens] for t, (tokens, _) in done.items()})
+        assert sum(calls) <= 24 and len(done) == 24
+    assert found[4][1] == found[1][1]
+    assert found[4][0] <= 6 < found[1][0]

@@ -58,6 +58,9 @@ from bessemer.workers import Workers
 Prompt = str | abc.Sequence[int]
 PREFILL = 8192
 """Prompt tokens that a step prefills at most where a call's samples go through a scheduler."""
+GATHER = 16
+"""One in so many rows may be idle until prompts are prefilled together: each prefill takes as many launches as several
+steps."""
 FEW = 8
 """Rows up to which steps that are kept have room for the whole context."""
 NEW_TOKENS = 2048
@@ -287,7 +290,11 @@ class Engine:
         with evaluating(self.model), torch.inference_mode():
             longest = max(len(s.request.prompt) + s.request.max_new_tokens for _, s in samples)
             steps = self._steps_for(self.rows or len(samples), longest)
-            scheduler = Scheduler(self, rows=steps.rows, prefill_tokens=PREFILL, steps=steps, record=record)
+            # prompts with a known beginning would be prefilled one by one, which costs more than computing it again
+            scheduler = Scheduler(
+                self, rows=steps.rows, prefill_tokens=PREFILL, steps=steps, record=record, prefix_cache=False,
+                gather=max(1, steps.rows // GATHER),
+            )  # fmt: skip
             started = [(batch, sample, scheduler.start(sample.request)) for batch, sample in samples]
             by_ticket = {sequence.number: (batch, sample) for batch, sample, sequence in started}
             while not scheduler.idle:

@@ -81,18 +81,23 @@ class Scheduler:
         drafts: int = 0,
         steps: StaticSteps | None = None,
         record: RoutingRecord | None = None,
+        prefix_cache: bool = True,
+        gather: int = 1,
     ) -> None:
         """At most `rows` requests decode together; the cache holds `cache_tokens` tokens (None: `rows` sequences of
         full length; on a GPU at most what its memory holds); a step prefills at most `prefill_tokens` prompt tokens, so
         that long prompts do not stall the others. The MTP module drafts `drafts` tokens per step (see `speculative`).
 
         steps: static steps to decode in, whose sizes then replace `rows` and `cache_tokens`; on a GPU the default are
-        some of its own. record: gets the experts of every token that is fed."""
+        some of its own. record: gets the experts of every token that is fed, and needs `prefix_cache` off, which keeps
+        no pages of earlier prompts. gather: while others decode, prompts start when so many rows are free, so that they
+        are prefilled together; for throughput."""
         check_positive(rows=rows, prefill_tokens=prefill_tokens)
         if cache_tokens is not None:
             check_positive(cache_tokens=cache_tokens)
         self.engine, self.model = engine, engine.model
-        self.max_rows, self.prefill_tokens, self.record = rows, prefill_tokens, record
+        assert record is None or not prefix_cache
+        self.max_rows, self.prefill_tokens, self.record, self.gather = rows, prefill_tokens, record, gather
         self.drafts = check_drafts(self.model, drafts)
         self.cache_tokens = cache_tokens or rows * (self.model.cfg.max_seq_len + self.drafts)
         model, compiled = self.model, engine.compiled
@@ -114,12 +119,12 @@ class Scheduler:
             trace = RoutingTrace(self.model.cfg)
         self.cache: LatentCache
         self.runner: ModelRunner
-        shared, everything = record is None, record is not None  # a record needs prompts that are computed
+        everything = record is not None
         if steps is not None:
-            self.cache = steps.new_cache(shared)
+            self.cache = steps.new_cache(prefix_cache)
             self.runner = DeviceRunner(steps, engine.tokenizer, self.cache, trace, everything)
         else:
-            self.cache = new_cache(model, self.cache_tokens, prefix_cache=shared, drafts=self.drafts)
+            self.cache = new_cache(model, self.cache_tokens, prefix_cache=prefix_cache, drafts=self.drafts)
             self.runner = ModelRunner(model, engine.tokenizer, self.cache, trace, self.drafts, compiled, everything)
 
     def add(self, request: Request) -> int:
@@ -211,6 +216,9 @@ class Scheduler:
 
     def _start_prompts(self) -> None:
         """Starts prompts while rows and pages suffice; when nothing is running the next one always fits."""
+        running = len(self.runner.sequences)
+        if running and not self._prefills and self.max_rows - running < min(self.gather, len(self.queue)):
+            return
         while True:
             busy = len(self.runner.sequences) + sum(len(job.sequences) for job in self._prefills)
             sequences = self.queue.peek(self.max_rows - busy) if busy < self.max_rows else []
