@@ -212,6 +212,9 @@ def want_compile(
 
 def compile_layers(model: Transformer) -> None:
     """Compiles the layers in place; names and parameters stay, results change by rounding."""
+    # All layers share one count of graphs: kinds of layers, training or not, lengths of rows, sizes of `Packed`. After
+    # that many torch would go on without the compiler. (torch imports it here; the project's start does without.)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for layer in model.layers:
         layer.compile(dynamic=False)
     for module in model.mtp:
