@@ -11,11 +11,11 @@ import subprocess
 import sys
 import traceback
 
+import hopper
 import pytest
 import torch
 import torch.nn.functional as F
 from triton_layer_checks import *  # noqa: F403  # checks of other kernels, run in the same processes
-from triton_layer_checks import hopper_kernels
 
 from bessemer.errors import UserError
 from bessemer.precision import backends, emulation
@@ -241,51 +241,15 @@ def check_tensor_groups_are_refused():
 # --- what Hopper would run -------------------------------------------------------------------------------------------
 
 
-def compile_for_hopper():
-    """Every kernel through Triton's compiler and NVIDIA's assembler for compute capability 9.0; no GPU is needed.
-    Yields (name, PTX)."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from bessemer.kernels import triton_swiglu
-    from bessemer.precision import triton_gemm, triton_quantise
-
-    def ptx(kernel, warps=4, types=None, **constants):
-        kernel = kernel.fn if hasattr(kernel, "configs") else kernel  # without its tuning
-        pointers = {"x": "*fp8e4nv", "w": "*fp8e4nv", "dy": "*fp8e4nv", "value": "*fp8e4nv", "out": "*fp8e4nv"}
-        pointers |= {"h": "*bf16", "y": "*bf16", "dw": "*fp32", "weight": "*fp32", "count": "*i32"}
-        pointers |= {"act": "*bf16", "dact": "*bf16", "dh": "*bf16", "dweight": "*fp32"}
-        pointers |= {n: "*fp32" for n in ("scale", "out_scale", "scale_x", "scale_w", "scale_dy")}
-        if "value" in kernel.arg_names:
-            pointers["x"] = "*bf16"
-        pointers = pointers if types is None else types
-        signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
-        free = {"M", "SIZE", "TILES", "sx_row", "sw_row", "sdy_row"}  # the rest are multiples of 16 in every model
-        aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n] != "constexpr" and n not in free]
-        attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        options = {"num_warps": warps, "num_stages": 3}
-        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-
-    for power_of_two in (False, True):
-        yield "tiles", ptx(triton_quantise._tiles, POWER_OF_TWO=power_of_two, ROWS=32)
-    yield "blocks", ptx(triton_quantise._blocks, 8, POWER_OF_TWO=False)
-    yield "retile", ptx(triton_quantise._retile, POWER_OF_TWO=False, GROUPS=5, ROOM=8, FILL=True, COLUMNS=64)
-    yield "swiglu", ptx(triton_quantise._swiglu, WEIGHTED=True, POWER_OF_TWO=False, ROWS=32)
-    yield "expert swiglu", ptx(triton_swiglu._forward, ROWS=16, COLUMNS=128, WEIGHTED=True)
-    yield "expert swiglu", ptx(triton_swiglu._backward, ROWS=4, COLUMNS=128, WEIGHTED=True)
-    for name, kernel, warps, types, constants in hopper_kernels():
-        yield name, ptx(kernel, warps, types, **constants)
-    size, groups = {"BLOCK_M": 128, "BLOCK_N": 128}, {"GROUPS": 5, "ROOM": 8}
-    yield "gemm", ptx(triton_gemm._gemm, 8, BLOCKS=True, EVEN=True, **size)
-    yield "gemm", ptx(triton_gemm._gemm, 8, BLOCKS=False, EVEN=False, **size)
-    yield "grouped_gemm", ptx(triton_gemm._grouped, 8, BLOCKS=True, EVEN=True, **groups, **size)
-    yield "grouped_wgrad", ptx(triton_gemm._wgrad, 8, **groups, **size)
-
-
 def check_hopper_code():
-    for name, code in compile_for_hopper():
+    """Instructions, and the figures of the assembler: those of `bench/gpu/ptxas.py` where its versions are these."""
+    known = hopper.committed()["kernels"] if hopper.committed()["versions"] == hopper.versions() else {}
+    for job in hopper.samples():
+        one = hopper.compiled(job)
+        name, code = job.kind, one.ptx
+        assert not one.faults()
+        assert known.get(job.label, one.figures) == one.figures, job.label
+        assert not known or job.label in known, f"{job.label}: write the table again (bench/gpu/ptxas.py --write)"
         if name in ("norm", "heads", "gate"):
             assert "ld.global" in code and "st.global" in code and ".local" not in code, name
         elif name == "paged":

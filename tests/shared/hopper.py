@@ -1,0 +1,166 @@
+"""Our Triton kernels compiled for a Hopper card by Triton and NVIDIA's assembler; no GPU is needed."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from triton_layer_checks import hopper_kernels
+
+FIGURES = Path(__file__).parents[2] / "bench" / "results" / "ptxas_sm90.json"
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a program may have on compute capability 9.0."""
+SPILLED = 256
+"""Bytes that a product may spill whose operands both have a factor for every row of every tile (weight gradients): wide
+tiles do not fit the registers then. Tuning measures whether narrower ones are faster."""
+
+
+class Job(NamedTuple):
+    """A kernel with what it is compiled for."""
+
+    kind: str
+    kernel: object
+    warps: int = 4
+    types: dict | None = None
+    constants: Mapping = MappingProxyType({})
+    stages: int = 3
+    maxnreg: int | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name in the table of figures."""
+        function = self.kernel.fn if hasattr(self.kernel, "configs") else self.kernel
+        module = function.fn.__module__.rpartition(".")[2]
+        constants = " ".join(f"{k}={int(v)}" for k, v in self.constants.items())
+        limit = "" if self.maxnreg is None else f" maxnreg={self.maxnreg}"
+        return f"{module}.{function.fn.__name__} {constants} warps={self.warps} stages={self.stages}{limit}"
+
+
+class Compiled(NamedTuple):
+    job: Job
+    ptx: str
+    registers: int
+    """Of a thread."""
+    spilled: int
+    """Bytes stored and loaded again for want of registers."""
+    shared: int
+    """Bytes of shared memory."""
+
+    @property
+    def figures(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("registers", "spilled", "shared")}
+
+    def faults(self) -> list[str]:
+        """What no kernel of ours may do."""
+        by_rows = self.job.kind == "grouped_wgrad" or self.job.constants.get("BLOCKS") is False
+        spills = self.spilled > (SPILLED if by_rows else 0)
+        faults = [f"{self.job.label}: {self.spilled} bytes are spilled"] if spills else []
+        if self.shared > SHARED_MEMORY:
+            faults.append(f"{self.job.label}: {self.shared} bytes of shared memory do not fit")
+        if self.job.kind.startswith(("gemm", "grouped")) and "wgmma.mma_async" not in self.ptx:
+            faults.append(f"{self.job.label}: no wgmma")
+        return faults
+
+
+def samples() -> Iterator[Job]:
+    """Every kernel once or twice."""
+    from bessemer.kernels import triton_swiglu
+    from bessemer.precision import triton_gemm, triton_quantise
+
+    for power_of_two in (False, True):
+        yield Job("tiles", triton_quantise._tiles, constants={"POWER_OF_TWO": power_of_two, "ROWS": 32})
+    yield Job("blocks", triton_quantise._blocks, 8, constants={"POWER_OF_TWO": False})
+    retile = {"POWER_OF_TWO": False, "GROUPS": 5, "ROOM": 8, "FILL": True, "COLUMNS": 64}
+    yield Job("retile", triton_quantise._retile, constants=retile)
+    swiglu = {"WEIGHTED": True, "POWER_OF_TWO": False, "ROWS": 32}
+    yield Job("swiglu", triton_quantise._swiglu, constants=swiglu)
+    for kernel, rows in ((triton_swiglu._forward, 16), (triton_swiglu._backward, 4)):
+        yield Job("expert swiglu", kernel, constants={"ROWS": rows, "COLUMNS": 128, "WEIGHTED": True})
+    for kind, kernel, warps, types, constants in hopper_kernels():
+        yield Job(kind, kernel, warps, types, constants)
+    size = {"BLOCK_M": 128, "BLOCK_N": 128}
+    for blocks in (True, False):
+        yield Job("gemm", triton_gemm._gemm, 8, None, {"BLOCKS": blocks, "EVEN": blocks, **size})
+    yield Job("grouped_gemm", triton_gemm._grouped, 8, None, {"BLOCKS": True, "EVEN": True, **GROUPS, **size})
+    yield Job("grouped_wgrad", triton_gemm._wgrad, 8, None, {**GROUPS, **size})
+
+
+GROUPS = {"GROUPS": 5, "ROOM": 8}
+
+
+def everything() -> Iterator[Job]:
+    """The samples, and every configuration that tuning may choose for a product."""
+    from bessemer.precision import triton_gemm
+
+    yield from samples()
+    ways = [{"BLOCKS": blocks, "EVEN": even} for blocks in (True, False) for even in (True, False)]
+    for kind, kernel, variants in (
+        ("gemm", triton_gemm._gemm, ways),
+        ("grouped_gemm", triton_gemm._grouped, [way | GROUPS for way in ways]),
+        ("grouped_wgrad", triton_gemm._wgrad, [GROUPS]),
+    ):
+        for config in kernel.configs:
+            for variant in variants:
+                constants = variant | config.kwargs
+                yield Job(kind, kernel, config.num_warps, None, constants, config.num_stages, config.maxnreg)
+
+
+def compiled(job: Job) -> Compiled:
+    """Through the assembler, whose own report gives registers and spills."""
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = job.kernel.fn if hasattr(job.kernel, "configs") else job.kernel  # without its tuning
+    types = job.types
+    if types is None:
+        types = {n: "*fp8e4nv" for n in ("x", "w", "dy", "value", "out")}
+        types |= {n: "*bf16" for n in ("h", "y", "act", "dact", "dh")} | {"count": "*i32"}
+        types |= {
+            n: "*fp32" for n in ("dw", "weight", "dweight", "scale", "out_scale", "scale_x", "scale_w", "scale_dy")
+        }
+        if "value" in kernel.arg_names:
+            types["x"] = "*bf16"
+    signature = {n: "constexpr" if n in job.constants else types.get(n, "i32") for n in kernel.arg_names}
+    free = {"M", "SIZE", "TILES", "sx_row", "sw_row", "sdy_row"}  # the rest are multiples of 16 in every model
+    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n] != "constexpr" and n not in free]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(job.constants), attrs=attributes)
+    options = {"num_warps": job.warps, "num_stages": job.stages, "maxnreg": job.maxnreg}
+    report = io.StringIO()
+    with tempfile.TemporaryDirectory() as fresh, contextlib.redirect_stdout(report):  # what is cached is not assembled
+        knobs.nvidia.dump_ptxas_log, before = True, os.environ.get("TRITON_CACHE_DIR")
+        os.environ["TRITON_CACHE_DIR"] = fresh
+        try:
+            done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        finally:
+            knobs.nvidia.dump_ptxas_log = False
+            if before is None:
+                del os.environ["TRITON_CACHE_DIR"]
+            else:
+                os.environ["TRITON_CACHE_DIR"] = before
+    said = report.getvalue()
+    registers = max(map(int, re.findall(r"Used (\d+) registers", said)))
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+    return Compiled(job, done.asm["ptx"], registers, spilled, done.metadata.shared)
+
+
+def versions() -> dict[str, str]:
+    """What the figures depend on."""
+    import triton
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    release = re.search(r"release ([\d.]+)", get_ptxas_version(90))
+    return {"triton": triton.__version__, "ptxas": release[1] if release else "unknown"}
+
+
+def committed() -> dict:
+    """The table of figures, {"versions": ..., "kernels": {label: figures}}."""
+    return json.loads(FIGURES.read_text())
