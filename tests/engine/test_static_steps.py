@@ -4,6 +4,7 @@ which has no numbers to give to the host."""
 import sys
 import warnings
 from threading import Thread
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from drain import drain
 from test_scheduler import SAMPLINGS, alone, requests, used
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bessemer.engine import device_runner, room, row_sampling, sampling, static_steps
+from bessemer.engine import device_runner, model_runner, room, row_sampling, sampling, static_steps
 from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.routing_record import RoutingRecord
@@ -150,23 +151,26 @@ class Transfers(TorchDispatchMode):
 
 
 class MadeUp:
-    """`Fetch` of a device without numbers; read when the next step has begun."""
+    """`Fetch` of a device without numbers."""
 
-    reads = steps = 0
+    reads: ClassVar[list[int]] = []
+    """For each, the steps that had begun before."""
+    steps = 0
 
     def __init__(self, tensor):
         assert tensor.device.type == "meta" and tensor.is_contiguous()
         self.rows = len(tensor)
 
     def read(self):
-        MadeUp.reads += 1
-        assert MadeUp.steps == MadeUp.reads
-        return [[5 + MadeUp.reads % 7, -1.0, -1.0]] * self.rows
+        MadeUp.reads.append(MadeUp.steps)
+        return [[5 + len(MadeUp.reads) % 7, -1.0, -1.0]] * self.rows
 
 
-def test_a_step_waits_for_the_device_once_and_prefill_never(tokenizer, monkeypatch):
-    """Requests come, decode, grow into new pages and end. BF16, with every rule of sampling, experts recorded."""
-    monkeypatch.setattr(device_runner, "Fetch", MadeUp)
+@pytest.fixture
+def on_meta(tokenizer, monkeypatch):
+    """A scheduler in BF16 that records experts, and what it takes until it is idle: (tokens, reads of every step)."""
+    for module in (device_runner, model_runner):
+        monkeypatch.setattr(module, "Fetch", MadeUp)
     run = StaticSteps.run
 
     def counted(*arguments):
@@ -174,22 +178,46 @@ def test_a_step_waits_for_the_device_once_and_prefill_never(tokenizer, monkeypat
         run(*arguments)
 
     monkeypatch.setattr(StaticSteps, "run", counted)
+    monkeypatch.setattr(MadeUp, "reads", [])
+    monkeypatch.setattr(MadeUp, "steps", 0)
     cfg = preset("tiny", vocab_size=tokenizer.vocab_size, dim=64, moe_inter_dim=32, n_layers=2, max_seq_len=160)
     model = Transformer(cfg).to("meta").to_compute(torch.bfloat16).eval()
     assert static_steps.serves(model)
-    engine = Engine(model, tokenizer)
-    scheduler = Scheduler(engine, rows=3, cache_tokens=3 * 160, record=RoutingRecord(), prefix_cache=False)
+    record = RoutingRecord()
+    scheduler = Scheduler(Engine(model, tokenizer), rows=3, cache_tokens=480, record=record, prefix_cache=False)
     assert isinstance(scheduler.runner, device_runner.DeviceRunner)
+
+    def drained():
+        tokens, reads = 0, []
+        with Transfers():
+            while not scheduler.idle:
+                before = len(MadeUp.reads)
+                tokens += sum(isinstance(event, Token) for event in scheduler.step())
+                reads.append(len(MadeUp.reads) - before)
+        return tokens, reads
+
+    return scheduler, drained
+
+
+def test_a_step_waits_for_the_device_once_and_prefill_never(on_meta):
+    """Requests come, decode, grow into new pages and end, with every rule of sampling. When the host waits for a step's
+    tokens, the next step has begun."""
+    scheduler, drained = on_meta
     for k in range(4):
         scheduler.add(Request((3, 4, 5) * (1 + 20 * (k % 2)), stream_key(k), 4 + k, SAMPLINGS[k % 4], stop_ids=()))
-    steps = tokens = 0
-    with Transfers():
-        while not scheduler.idle:
-            before = MadeUp.reads
-            tokens += sum(isinstance(event, Token) for event in scheduler.step())
-            steps += 1
-            assert MadeUp.reads - before <= 1
-    assert tokens == sum(4 + k for k in range(4)) and MadeUp.reads == steps
+    tokens, reads = drained()
+    assert tokens == sum(4 + k for k in range(4)) and set(reads) == {1}
+    assert MadeUp.reads == list(range(1, len(reads) + 1))
+
+
+def test_a_step_waits_once_where_the_host_decides_first(on_meta):
+    """Penalties count the tokens so far, a bias needs none; the step begins when they are known."""
+    scheduler, drained = on_meta
+    penalised = SamplingParams(0.9, top_p=0.9, repetition_penalty=1.2, bias=((5, 1.0), (9, -2.0)))
+    scheduler.add(Request((3, 4, 5) * 21, stream_key(1), 4, penalised, stop_ids=()))
+    scheduler.add(Request((3, 4), stream_key(2), 5, stop_ids=()))
+    tokens, reads = drained()
+    assert tokens == 9 and set(reads) == {1} and MadeUp.reads[:4] == [0, 1, 2, 3]
 
 
 def test_steps_that_cannot_be_captured_run_as_they_are(engine, prompts, as_gpu, monkeypatch, capfd):

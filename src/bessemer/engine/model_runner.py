@@ -42,7 +42,7 @@ from bessemer.engine.sampling import (
 )
 from bessemer.engine.sequence import Sequence
 from bessemer.engine.speculative import Drafter
-from bessemer.engine.transfer import indices, to_device
+from bessemer.engine.transfer import Fetch, indices, to_device
 from bessemer.errors import UserError
 from bessemer.kernels import sampling as kernel
 from bessemer.model.transformer import Transformer
@@ -153,8 +153,7 @@ class ModelRunner:
         else:
             uniform_B = uniform(self.key_B, self.position_B)
             sampled = sample_batch(self.sequences, self.logits_BV, uniform_B, self.vocab, self.rejected)
-        columns = (column.tolist() for column in sampled)
-        for sequence, token, logp, raw_logp in zip(self.sequences, *columns, strict=True):
+        for sequence, token, logp, raw_logp in zip(self.sequences, *_columns(sampled), strict=True):
             if not isfinite(logp):
                 sequence.finish = "error"
             elif sequence.finish is None:
@@ -335,6 +334,15 @@ class ModelRunner:
                     sequence.top.append(top[b])
                 if routes and sequence.request.routing:
                     sequence.routes.append(tuple(map(tuple, routes[b])))
+
+
+def _columns(sampled: SampledTokens) -> tuple[list[int], list[float], list[float]]:
+    """For the host, which waits for a device once."""
+    if sampled.token_B.device.type == "cpu":
+        return sampled.token_B.tolist(), sampled.logp_B.tolist(), sampled.raw_logp_B.tolist()
+    rows = Fetch(torch.stack([column.double() for column in sampled], -1)).read()
+    token_B, logp_B, raw_logp_B = map(list, zip(*rows, strict=True))
+    return [int(token) for token in token_B], logp_B, raw_logp_B
 
 
 def _first(best: GreedyTokens) -> SampledTokens:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.engine.sequence import MAX_FLOAT, SamplingParams, Sequence, TopTokens
+from bessemer.engine.transfer import indices, to_device
 from bessemer.kernels import sampling as kernel
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -76,7 +77,7 @@ def sample_batch(
     logps = (torch.empty(B, dtype=torch.float32, device=logits_BV.device) for _ in range(2))
     sampled = SampledTokens(torch.empty(B, dtype=torch.int64, device=logits_BV.device), *logps)
     for members in groups:
-        index = torch.tensor(members, device=uniform_B.device)
+        index = indices(members, uniform_B.device)
         group_rejected = None if rejected is None else rejected.select(index)
         group = _sample_group(
             [sequences[b] for b in members], logits_BV[index], uniform_B[index], vocab, group_rejected
@@ -176,7 +177,7 @@ def _allowed(sequences: list[Sequence], vocab: int, device: torch.device) -> Ten
     if all(mask is None for mask in masks):
         return None
     every_V = torch.ones(vocab, dtype=torch.bool)
-    return torch.stack([every_V if mask is None else mask for mask in masks]).to(device)
+    return to_device(torch.stack([every_V if mask is None else mask for mask in masks]), device)
 
 
 def _token_counts(sequences: list[Sequence], logits_BV: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,7 +187,7 @@ def _token_counts(sequences: list[Sequence], logits_BV: Tensor) -> tuple[Tensor,
         count_BV = torch.zeros_like(logits_BV)
         row_N = torch.tensor([b for b, ids in enumerate(texts) for _ in ids], dtype=torch.int64)
         token_N = torch.tensor([token for ids in texts for token in ids], dtype=torch.int64)
-        index = (row_N.to(count_BV.device), token_N.to(count_BV.device))
+        index = (to_device(row_N, count_BV.device), to_device(token_N, count_BV.device))
         counts.append(count_BV.index_put_(index, count_BV.new_ones(()), accumulate=True))
     return counts[0], counts[1]
 
@@ -249,7 +250,7 @@ def penalise(logits_BV: Tensor, params: SamplingParams, answer_BV: Tensor, promp
     out_BV = out_BV - params.presence_penalty * (answer_BV > 0) - params.frequency_penalty * answer_BV
     if params.bias:
         ids, values = zip(*params.bias, strict=True)
-        out_BV[:, list(ids)] += torch.tensor(values, dtype=out_BV.dtype, device=out_BV.device)
+        out_BV[:, indices(ids, out_BV.device)] += to_device(torch.tensor(values, dtype=out_BV.dtype), out_BV.device)
     return out_BV
 
 
