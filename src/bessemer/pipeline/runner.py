@@ -310,7 +310,7 @@ def _run_one(item: _Planned, ctx: StageContext, inputs: dict[str, str], rundir: 
             )  # fmt: skip
         with _clock(ctx, rundir):
             try:
-                with _memory(item.name):
+                with _gpu(item.name):
                     summary = item.stage.run(item.config, ctx)
             except Interrupted:
                 raise Interrupted(_how_to_go_on(ctx.recipe, root, item.name, "in")) from None
@@ -359,16 +359,16 @@ def _how_to_go_on(recipe: Recipe, root: Path, name: str, where: str) -> str:
 
 
 @contextmanager
-def _memory(stage: str) -> Iterator[None]:
-    """A GPU without memory left is a UserError; one of a training step is already."""
+def _gpu(stage: str) -> Iterator[None]:
+    """A GPU without memory left, or one that fails, is a UserError; so is the memory of a training step already."""
     try:
         yield
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        from bessemer.train import out_of_memory
+        from bessemer.train import gpu_faults
 
-        raise out_of_memory.of_stage(stage) from error
+        if (fault := gpu_faults.of_error(error, stage)) is None:
+            raise
+        raise fault from error
 
 
 def _facts(summary: dict[str, Any]) -> str:
@@ -436,6 +436,6 @@ def follow(recipe: Recipe, ranks: Ranks, cache: Path | None = None) -> None:
                     stop_flag=stop, spent=order["spent"],
                 )  # fmt: skip
                 revisions = ctx.dir.parent / places.REVISIONS
-                in_memory = _memory(config.name)
-                with places.of_recipe(recipe.folder, revisions), suppress(Interrupted), in_memory:
+                on_gpu = _gpu(config.name)
+                with places.of_recipe(recipe.folder, revisions), suppress(Interrupted), on_gpu:
                     stage.run(config, ctx)  # if interrupted: rank 0 says how to go on

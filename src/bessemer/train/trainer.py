@@ -27,7 +27,7 @@ from torch import Tensor
 from bessemer.errors import UserError
 from bessemer.model.gate import Gate
 from bessemer.model.transformer import Transformer
-from bessemer.train import balance, determinism, guard, out_of_memory
+from bessemer.train import balance, determinism, gpu_faults, guard
 from bessemer.train.checkpointed import Checkpointed
 from bessemer.train.instruments import Instruments
 from bessemer.train.objective import Loss, Objective, Sums, means
@@ -254,7 +254,7 @@ class Trainer(Checkpointed):
 
     def _too_large(self, terms: dict[str, float]) -> UserError:
         mtp, number = bool(terms.get("mtp_lambda")), self.runtime.compute_dtype.itemsize
-        fault = out_of_memory.of_step(
+        fault = gpu_faults.of_step(
             self.device, self.optimizer.groups, self.model, self.config, self._shape, number, mtp
         )
         return UserError(f"{fault}{self.instruments.dump()}")

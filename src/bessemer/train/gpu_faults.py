@@ -1,4 +1,4 @@
-"""A GPU that has no memory left: what holds it, what to lower, and by how much."""
+"""A GPU that has no memory left: what holds it, what to lower, and by how much. And one that fails."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from bessemer.train.groups import Group
 
 GIB = 1 << 30
+BROKEN = ("ECC error", "NVLink error", "busy or unavailable", "no CUDA-capable device", "unknown error", "not yet ini")
+"""What CUDA says of a card that fails or is gone. Other errors of a kernel are ours, and keep their traceback."""
 USABLE = 0.9
 """Share of the card that a suggestion fills: the rest is the runtime's, fragments, and what one layer needs."""
 
@@ -100,4 +102,17 @@ def of_stage(stage: str) -> UserError:
         f"held {torch.cuda.max_memory_allocated() / GIB:.1f} at most. Lower what is computed at once (rollout.rows in "
         "RL, max_new_tokens), free the card of other programs (nvidia-smi), or take a smaller model; the same command "
         "goes on from the last checkpoint"
+    )
+
+
+def of_error(error: RuntimeError, stage: str) -> UserError | None:
+    """The error that a user can do something about; None for any other."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return of_stage(stage)
+    words = str(error).splitlines()[0] if str(error) else ""
+    if not ("CUDA" in words or "HIP" in words) or not any(text in words for text in BROKEN):
+        return None
+    return UserError(
+        f'stage "{stage}": the GPU failed ({words}). `dmesg` and `nvidia-smi -q` say more; CUDA_VISIBLE_DEVICES leaves '
+        "a card out. The same command goes on from the last checkpoint"
     )

@@ -1,4 +1,4 @@
-"""What a step that ran out of a GPU's memory says; the numbers are those of the planner's table."""
+"""What a step that ran out of a GPU's memory says, with the numbers of the planner's table; and a card that fails."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from bessemer.model.transformer import Transformer
 from bessemer.pipeline import runner
 from bessemer.plan import memory
 from bessemer.plan.memory import NumberFormats
-from bessemer.train import out_of_memory
+from bessemer.train import gpu_faults
 from bessemer.train.optimizer import Optimizer
 
 GIB = 1 << 30
@@ -33,11 +33,11 @@ def network():
 def stays(network):
     with torch.device("meta"):
         own = Transformer(preset("small"))
-    return out_of_memory.held(Optimizer(own, compute_dtype=torch.bfloat16).groups)
+    return gpu_faults.held(Optimizer(own, compute_dtype=torch.bfloat16).groups)
 
 
 def said(network, stays, total, config=PRETRAIN, rows=32, length=4096):
-    return str(out_of_memory.explain(CARD, total, stays, network, config, rows, length, 2, True))
+    return str(gpu_faults.explain(CARD, total, stays, network, config, rows, length, 2, True))
 
 
 def test_what_stays_is_the_planners_table(network, stays):
@@ -46,7 +46,7 @@ def test_what_stays_is_the_planners_table(network, stays):
     one_process = planned["gradients"] - planned["masters"]  # ranks hold a share of the sum of the gradients, too
     assert stays["moments"] == planned["moments"] and stays["weights"] == planned["weights"]
     assert abs(stays["gradients"] - one_process) < 0.01 * one_process + (1 << 20)
-    whole = out_of_memory.kept(network, 32, 4096, 2, True)
+    whole = gpu_faults.kept(network, 32, 4096, 2, True)
     assert 0.8 * planned["activations"] < whole <= planned["activations"]
 
 
@@ -54,10 +54,10 @@ def test_what_stays_is_the_planners_table(network, stays):
 def test_a_smaller_forward_that_fits_is_named(network, stays, share):
     """The largest halving whose table fits nine tenths of the card."""
     fixed = sum(stays.values())
-    total = int((fixed + share * out_of_memory.kept(network, 32, 4096, 2, True)) / out_of_memory.USABLE)
+    total = int((fixed + share * gpu_faults.kept(network, 32, 4096, 2, True)) / gpu_faults.USABLE)
     text = said(network, stays, total)
     rows = 32
-    while fixed + out_of_memory.kept(network, rows, 4096, 2, True) > out_of_memory.USABLE * total:
+    while fixed + gpu_faults.kept(network, rows, 4096, 2, True) > gpu_faults.USABLE * total:
         rows //= 2
     assert f"Lower micro_rows from 32 to {rows}" in text and "goes on from the last checkpoint" in text
     assert text.startswith(f'stage "base" ran out of memory on {CARD} ({total / GIB:.1f} GiB): weights ')
@@ -65,7 +65,7 @@ def test_a_smaller_forward_that_fits_is_named(network, stays, share):
 
 def test_where_no_forward_fits(network, stays):
     fixed = sum(stays.values())
-    text = said(network, stays, int(fixed / out_of_memory.USABLE) + 1000)
+    text = said(network, stays, int(fixed / gpu_faults.USABLE) + 1000)
     assert 'Even one row is too much: set recompute = ["attend", "experts", "finish"] in [layout]' in text
     text = said(network, stays, fixed)
     assert f'set moments = "bfloat16" (saves {stays["moments"] / 2 / GIB:.1f} GiB)' in text
@@ -116,7 +116,29 @@ def test_a_stage_that_runs_out_while_it_samples_ends_in_one_sentence(monkeypatch
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 70 * GIB)
     words = r'stage "zero" ran out of memory on .* held 70\.0 at most.*rollout\.rows'
-    with pytest.raises(UserError, match=words), runner._memory("zero"):
+    with pytest.raises(UserError, match=words), runner._gpu("zero"):
         raise torch.OutOfMemoryError("CUDA out of memory.")
-    with pytest.raises(RuntimeError, match="something else"), runner._memory("zero"):
+    with pytest.raises(RuntimeError, match="something else"), runner._gpu("zero"):
         raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize(
+    ("words", "known"),
+    [
+        ("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be ...", True),
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", True),
+        ("CUDA error: unknown error", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("shapes cannot be multiplied: unknown error", False),
+        ("", False),
+    ],
+)
+def test_a_card_that_fails_ends_in_one_sentence_and_a_bug_does_not(words, known):
+    error = torch.AcceleratorError(words)
+    with pytest.raises(UserError if known else RuntimeError) as caught, runner._gpu("zero"):
+        raise error
+    if known:
+        assert str(caught.value).startswith(f'stage "zero": the GPU failed ({words.splitlines()[0]})')
+        assert "goes on from the last checkpoint" in str(caught.value) and "\n" not in str(caught.value)
+    else:
+        assert caught.value is error
