@@ -250,7 +250,7 @@ def check_hopper_code():
         assert not one.faults()
         assert known.get(job.label, one.figures) == one.figures, job.label
         assert not known or job.label in known, f"{job.label}: write the table again (bench/gpu/ptxas.py --write)"
-        if name in ("norm", "heads", "gate"):
+        if name in ("norm", "heads", "gate", "loss"):
             assert "ld.global" in code and "st.global" in code and ".local" not in code, name
         elif name == "paged":
             assert "mma.sync" in code and "cp.async.cg.shared.global" in code and ".local" not in code, name

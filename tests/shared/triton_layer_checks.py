@@ -142,9 +142,63 @@ def check_paged_attention():
             close(found, wanted, bound)
 
 
+def check_losses():
+    """With blocks narrower than the vocabulary, which ends inside one."""
+    from bessemer.kernels import triton_loss
+    from bessemer.train import loss as torchs
+
+    triton_loss.WIDTH = 32
+    C, V = 7, 77
+    logits, target, weight = normal(C, V) * 3, torch.arange(C) * 11, normal(C, seed=1)
+    for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
+        z = logits.to(dtype)
+        exact = z.double().requires_grad_()
+        wanted = exact.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
+        (right,) = torch.autograd.grad(-(wanted * weight.double()).sum(), exact)
+        for body in (triton_loss.cross_entropy, torchs._of_logits):
+            logp, grad = body(z.clone(), target[:, None], weight, True)
+            assert grad.dtype == dtype
+            close(logp, wanted.detach())
+            close(grad, right, bound)
+        untouched = z.clone()
+        close(triton_loss.cross_entropy(untouched, target[:, None], weight, False)[0], wanted.detach())
+        assert torch.equal(untouched, z)
+        for temperature in (1.0, 0.7):
+            logprobs_are_right(z, target, temperature, bound)
+    broken = logits.clone()
+    broken[1, 5], broken[2, 70] = float("nan"), float("inf")
+    logp, _ = triton_loss.cross_entropy(broken, target[:, None], weight, True)
+    assert logp.isfinite().tolist() == [True, False, False, True, True, True, True]
+
+
+def logprobs_are_right(z, target, temperature, bound):
+    from bessemer.kernels import triton_loss
+    from bessemer.train import loss as torchs
+
+    exact = z.double().requires_grad_()
+    scaled = (exact / temperature).log_softmax(-1)
+    logp, entropy = scaled.gather(1, target[:, None]).squeeze(1), -(scaled.exp() * scaled).sum(-1)
+    lse = (exact.detach() / temperature).logsumexp(-1)
+    changes = normal(len(z), seed=2), normal(len(z), seed=3)
+    (both,) = torch.autograd.grad((logp, entropy), exact, [c.double() for c in changes], retain_graph=True)
+    (alone,) = torch.autograd.grad(logp, exact, changes[0].double())
+    for forward, backward in (
+        (triton_loss.logprobs, triton_loss.logprobs_backward),
+        (torchs._logprobs_of, torchs._logprobs_backward),
+    ):
+        found = forward(z.clone(), target, temperature, True)
+        for mine, value in zip(found, (logp.detach(), lse, entropy.detach()), strict=True):
+            assert mine.dtype == torch.float32
+            close(mine, value, 5e-6)
+        assert not forward(z.clone(), target, temperature, False)[2].any()
+        rest = target, temperature, found[1], found[2], changes[0]
+        close(backward(z.clone(), *rest, changes[1]), both, max(bound, 1e-5))
+        close(backward(z.clone(), *rest, None), alone, max(bound, 1e-5))
+
+
 def hopper_kernels():
     """(name, kernel, warps, types of its arguments, constants), at V3's widths."""
-    from bessemer.kernels import triton_gate, triton_heads, triton_norm, triton_paged
+    from bessemer.kernels import triton_gate, triton_heads, triton_loss, triton_norm, triton_paged
 
     half, full, whole = "*bf16", "*fp32", "*i64"
     norm = {"x": half, "y": half, "dy": half, "dx": half, "weight": full, "dweight": full, "eps": "fp32"}
@@ -167,3 +221,11 @@ def hopper_kernels():
         groups = {"GROUPS": 8, "LIMITED": 4, "RATED": 2, "BIASED": True, "CHOSEN": True}
         yield "gate", triton_gate._forward, 4, gate, {**how, **groups}
         yield "gate", triton_gate._backward, 4, gate, how
+    head = {"logits": half, "target": whole, "rate": "fp32"}
+    head |= {n: full for n in ("loss", "logp", "lse", "entropy", "grad_logp", "grad_entropy")}
+    for kernel, constants in (
+        (triton_loss._cross_entropy, {"GRAD": True}),
+        (triton_loss._logprobs, {"ENTROPY": True}),
+        (triton_loss._logprobs_backward, {"ENTROPY": True}),
+    ):
+        yield "loss", kernel, 8, head, {**constants, "WIDTH": triton_loss.WIDTH}

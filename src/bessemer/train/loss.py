@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.kernels import loss as kernel
+from bessemer.kernels.fused import Fused
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
@@ -59,12 +60,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 total += torch.dot(kernel.cross_entropy(logits_CV, target_C1, loss_C, with_grad), loss_C)
                 grad_CV = logits_CV
             else:
-                logp_CV = F.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
-                total -= torch.dot(logp_CV.gather(1, target_C1).squeeze(1), loss_C)
-                # d loss / d logits = loss_n (p - onehot)
-                grad_CV = logp_CV.exp_() if with_grad else logp_CV
-                grad_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, -1.0, dtype=torch.float32))
-                grad_CV = grad_CV.mul_(loss_C[:, None]).to(hidden_CD.dtype)
+                logp_C, grad_CV = _on_device(logits_CV, target_C1, loss_C, with_grad)
+                total -= torch.dot(logp_C, loss_C)
             if not with_grad:
                 continue
             torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[rows])
@@ -80,6 +77,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
         # One float32 scalar times each; the product keeps the dtype of the tensor.
         return grad_hidden_ND * grad_total, grad_weight_VD * grad_total, None, None, None
+
+
+def _of_logits(logits_CV: Tensor, target_C1: Tensor, loss_C: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
+    """(log p(target) [C], the gradient of the logits in their dtype: loss_c (p - onehot))."""
+    logp_CV = F.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
+    logp_C = logp_CV.gather(1, target_C1).squeeze(1)
+    if not with_grad:
+        return logp_C, logp_CV
+    grad_CV = logp_CV.exp_().scatter_add_(1, target_C1, torch.full_like(target_C1, -1.0, dtype=torch.float32))
+    return logp_C, grad_CV.mul_(loss_C[:, None]).to(logits_CV.dtype)
+
+
+_on_device = Fused("triton_loss", "cross_entropy", _of_logits)
 
 
 def cross_entropy(hidden: Tensor, weight_VD: Tensor, target: Tensor, loss_weight: Tensor) -> Tensor:
@@ -177,12 +187,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     entropy_N[rows] if with_entropy else None,
                 )  # fmt: skip
                 continue
-            logits_CV = _scaled(logits_CV, temperature)
-            lse_N[rows] = torch.logsumexp(logits_CV, -1)
-            logp_N[rows] = logits_CV.gather(1, target_N[rows, None]).squeeze(1) - lse_N[rows]
-            if with_entropy:
-                logits_CV -= lse_N[rows, None]
-                entropy_N[rows] = -(logits_CV.exp() * logits_CV).sum(-1)
+            logp_N[rows], lse_N[rows], entropy_N[rows] = _logprobs(logits_CV, target_N[rows], temperature, with_entropy)
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, lse_N, entropy_N)
         ctx.temperature, ctx.with_entropy = temperature, with_entropy
         return logp_N, entropy_N
@@ -198,11 +203,24 @@ class _TokenLogprobs(torch.autograd.Function):
             hidden_CD = hidden_ND[rows]
             grad_CV = hidden_CD @ weight_VD.T
             changes = grad_logp_N[rows], grad_entropy_N[rows] if ctx.with_entropy else None
-            backward = kernel.logprobs_backward_ if kernel.serves(grad_CV) else _logprobs_backward
+            backward = kernel.logprobs_backward_ if kernel.serves(grad_CV) else _backward_on_device
             grad_CV = backward(grad_CV, target_N[rows], ctx.temperature, lse_N[rows], entropy_N[rows], *changes)
             grad_hidden_ND[rows] = grad_CV @ weight_VD
             grad_weight_VD += grad_CV.T @ hidden_CD
         return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None, None
+
+
+def _logprobs_of(
+    logits_CV: Tensor, target_C: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(log p(target), log of the softmax denominators, entropy or zeros), float32 [C]."""
+    logits_CV = _scaled(logits_CV, temperature)
+    lse_C = torch.logsumexp(logits_CV, -1)
+    logp_C = logits_CV.gather(1, target_C[:, None]).squeeze(1) - lse_C
+    if not entropy:
+        return logp_C, lse_C, torch.zeros_like(lse_C)
+    logits_CV -= lse_C[:, None]
+    return logp_C, lse_C, -(logits_CV.exp() * logits_CV).sum(-1)
 
 
 def _logprobs_backward(
@@ -218,6 +236,10 @@ def _logprobs_backward(
         grad_CV = p_CV.mul_(logp_CV.add_(entropy_C[:, None]).mul_(grad_entropy_C[:, None]).add_(g_C1).neg_())
     grad_CV.scatter_add_(1, target_C[:, None], g_C1)
     return grad_CV.div_(temperature).to(logits_CV.dtype)
+
+
+_logprobs = Fused("triton_loss", "logprobs", _logprobs_of)
+_backward_on_device = Fused("triton_loss", "logprobs_backward", _logprobs_backward)
 
 
 def _scaled(logits_CV: Tensor, temperature: float) -> Tensor:
