@@ -206,3 +206,11 @@ def test_works_under_compile():
             optimizer.step(0.1, 1.0, float(optimizer.grad_norm()), 1.0)
     assert torch.allclose(eager.weight, compiled.weight, atol=1e-6)
     assert not torch.equal(eager.weight, nn.Linear(8, 8).weight)
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_a_step_copies_no_number_to_the_device(monkeypatch, moments):
+    """On a GPU such a copy waits for the update of the group before."""
+    optimizer = Optimizer(Net(), moments_dtype=moments)
+    monkeypatch.setattr(torch, "tensor", lambda *given, **options: pytest.fail("a number comes from the host"))
+    optimizer.step(0.1, 2.0, 3.0, 1.0)

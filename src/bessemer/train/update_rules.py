@@ -55,11 +55,12 @@ def adamw_(
 ) -> None:  # fmt: skip
     """Updates w, m and v in place; grad may be overwritten. `step` counts from 1."""
     if m.dtype == torch.float32:
-        # The kernel takes t after the increment, and divides the gradient by grad_scale.
+        # The kernel takes t after the increment, and divides the gradient by grad_scale. Both are filled in on the
+        # device: a copy from the host would wait for the update of the vector before.
         torch._fused_adamw_(
-            [w], [grad], [m], [v], [], [torch.tensor(float(step), device=w.device)],
+            [w], [grad], [m], [v], [], [torch.full((), float(step), device=w.device)],
             lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
-            grad_scale=torch.tensor(divisor, dtype=torch.float32, device=w.device), found_inf=None,
+            grad_scale=torch.full((), divisor, dtype=torch.float32, device=w.device), found_inf=None,
         )  # fmt: skip
         return
     size = block(w.device)
