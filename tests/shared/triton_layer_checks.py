@@ -126,7 +126,12 @@ def check_paged_attention():
     from bessemer.kernels import paged, triton_paged
 
     generator = torch.Generator().manual_seed(0)
-    for lengths, H, C, R in (([200, 1, 64, 65, 130], 3, 24, 8), ([7] * 40, 20, 32, 16), ([63], 16, 40, 4)):
+    for lengths, H, C, R in (
+        ([200, 1, 64, 65, 130], 3, 24, 8),
+        ([7] * 40, 20, 32, 16),
+        ([63], 16, 40, 4),
+        ([70, 2], 2, 8, 2),
+    ):
         B, pages = len(lengths), 4
         spread = torch.randperm(B * pages, generator=generator)
         pool, table = normal(B * pages + 1, 64, C + R), spread.view(B, pages)

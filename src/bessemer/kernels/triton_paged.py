@@ -33,14 +33,19 @@ def attend(q_BHX: Tensor, pool_PSX: Tensor, table_BP: Tensor, position_B: Tensor
     lse_BSH = q_BHX.new_empty(B, splits, H, dtype=torch.float32)
     _attend[(B, blocks, splits)](
         q_BHX, pool_PSX, table_BP, position_B, part_BSHC, lse_BSH, table_BP.stride(0), H, scale,
-        C=latent, R=X - latent, CB=triton.next_power_of_2(latent), RB=max(16, triton.next_power_of_2(X - latent)),
-        PAGE=page, HEADS=HEADS, SLOTS=SLOTS, SPLITS=splits, num_warps=4, num_stages=2,
+        C=latent, R=X - latent, CB=_block(latent), RB=_block(X - latent), PAGE=page,
+        HEADS=HEADS, SLOTS=SLOTS, SPLITS=splits, num_warps=4, num_stages=2,
     )  # fmt: skip
     if splits == 1:
         return part_BSHC.squeeze(1).to(q_BHX.dtype)
     share_BSH = (lse_BSH - lse_BSH.amax(1, keepdim=True)).exp()
     share_BSH = share_BSH / share_BSH.sum(1, keepdim=True)
     return (part_BSHC * share_BSH.unsqueeze(-1)).sum(1).to(q_BHX.dtype)
+
+
+def _block(width: int) -> int:
+    """Columns of a product on tensor cores, at least 16."""
+    return max(16, triton.next_power_of_2(width))
 
 
 @triton.jit(do_not_specialize=["row_pages", "H"])
