@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import on_ranks
 
 from bessemer.data.tokenizer import Tokenizer
@@ -9,7 +10,9 @@ from bessemer.engine.engine import Engine
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.dist.ranks import Ranks
-from bessemer.rl.sampler import LocalSampler, Rank0Sampler, ShardedSampler
+from bessemer.hf import hub  # noqa: F401 - writes models
+from bessemer.rl.dealing import DealtEngine, Helper
+from bessemer.rl.sampler import LocalSampler, Rank0Sampler, ShardedSampler, dealt
 
 ASKED = {"samples": 3, "seeds": [5, 6, 7], "max_new_tokens": 6, "temperature": 1.0, "batch_rows": 2}
 PROMPTS = ["one fox", "two", "a crow and a ring"]
@@ -35,9 +38,39 @@ def generated(rank, kind):
     return texts(sampler.policy()(PROMPTS, **ASKED).take()), calls
 
 
+@pytest.mark.parametrize(("samples", "rows", "n", "wanted"), [
+    (1024, 256, 8, 128), (1024, 256, 4, 256), (1024, 256, 3, 171), (9, 2, 2, 2), (3, 64, 8, 1), (2048, 512, 4, 512),
+])  # fmt: skip
+def test_every_rank_has_as_many_batches(samples, rows, n, wanted):
+    assert dealt(samples, rows, n) == wanted <= rows
+    assert samples < n or -(-samples // wanted) / n > 0.8
+
+
 @pytest.mark.parametrize("kind", ["sharded", "rank0"])
 def test_all_ranks_have_the_samples_of_one_process(kind):
     wanted = texts(engine().generate(PROMPTS, **ASKED))
     assert len({text for group in wanted for text in group}) > 4
     for rank, (found, calls) in enumerate(on_ranks(2, generated, kind)):
         assert found == wanted and calls == [rank], "the weights were refreshed once"
+
+
+def ordered(rank, folder):
+    ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
+    if rank == 0:
+        mine = engine()
+        dealt = DealtEngine(mine, folder, ranks)
+        found = [texts(dealt.generate([mine.tokenizer.encode(text) for text in PROMPTS], **ASKED)) for _ in range(2)]
+        ranks.order({"end": True})
+        return found
+    helper = Helper(ranks)
+    for order in ranks.follow():
+        helper.take_part(order)
+    return len(helper._loaded)
+
+
+def test_ranks_that_wait_for_a_stage_generate_what_rank_0_orders(tmp_path):
+    mine = engine()
+    mine.model.save(tmp_path)
+    mine.tokenizer.save(tmp_path)
+    wanted = texts(mine.generate([mine.tokenizer.encode(text) for text in PROMPTS], **ASKED))
+    assert on_ranks(2, ordered, tmp_path) == [[wanted, wanted], 1]

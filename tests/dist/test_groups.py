@@ -1,6 +1,7 @@
 """Process groups: few communicators, made once, with the layout's timeout; and what a GPU's rank asks of NCCL and CUDA."""
 
 import os
+import platform
 import socket
 import threading
 from collections import Counter
@@ -17,7 +18,8 @@ from test_executor import batch
 from bessemer.config.recipe import Recipe
 from bessemer.dist import chunk, distributed, executor, groups, schedules
 from bessemer.dist.mesh import Layout, Mesh
-from bessemer.dist.ranks import Ranks
+from bessemer.dist.ranks import Ranks, _device
+from bessemer.errors import UserError
 from bessemer.model.config import preset
 
 
@@ -141,3 +143,32 @@ def whole_layers():
 
 def test_pure_data_parallelism_calls_whole_layers_and_can_be_compiled():
     assert alone(whole_layers)
+
+
+def compared(rank, facts, faults):
+    ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, len(facts), torch.device("cpu"))
+    try:
+        ranks._compare(facts[rank], faults[rank])
+    except UserError as error:
+        return str(error)
+
+
+def test_the_rank_that_differs_is_named():
+    """Two of three agree; rank 0 may be the odd one."""
+    cpu, gpu = {"device": "cpu", "NCCL": None}, {"device": "cuda 9.0", "NCCL": "2.29.7"}
+    for facts, faults, words in (
+        ((gpu, gpu, cpu), ("", "", ""), 'device differs between ranks: "cuda 9.0" on rank 0 (HOST) and "cpu" on rank 2 (HOST)'),
+        ((cpu, gpu, gpu), ("", "", ""), 'device differs between ranks: "cuda 9.0" on rank 1 (HOST) and "cpu" on rank 0 (HOST)'),
+        ((gpu, cpu, gpu), ("", "2 ranks", ""), "rank 1 on HOST: 2 ranks"),
+    ):
+        said = on_ranks(3, compared, facts, faults)
+        assert len({*said}) == 1 and said[0].startswith(words.replace("HOST", platform.node())), said
+
+
+def test_a_rank_needs_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert _device() == (torch.device("cuda", 3), "")
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    assert _device() == (torch.device("cpu"), "5 ranks or more were started here, for 4 GPUs; start at most 4")

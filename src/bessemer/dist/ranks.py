@@ -30,6 +30,7 @@ import bessemer
 from bessemer.dist import groups, watchdog
 from bessemer.dist.watchdog import Watchdog
 from bessemer.errors import UserError
+from bessemer.precision import probe
 from bessemer.workers import cores
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -72,12 +73,13 @@ class Ranks:
         """Joins the other processes. UserError on all of them, with the same message, if their facts (versions, the
         recipe) differ. `timeout`: seconds that one may wait for another; `folder`: for what a hang leaves behind."""
         store, me, n = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-        device, backend = torch.device("cpu"), "gloo"
-        if torch.cuda.is_available():
-            device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), "cpu:gloo,cuda:nccl"
-            torch.cuda.set_device(device)
+        device, fault = _device()
         ranks = cls(store, me, n, device)
-        ranks._compare(facts)
+        ranks._compare(_stack(device) | facts, fault)
+        backend = "gloo"
+        if device.type == "cuda":
+            backend = "cpu:gloo,cuda:nccl"
+            torch.cuda.set_device(device)
         # the watchdog reports more than the backend's own timeout does, so it must come first
         backend_timeout = timedelta(seconds=timeout + 60)
         dist.init_process_group(
@@ -169,19 +171,48 @@ class Ranks:
         who = ", ".join(f"rank {rank}" for rank in gone) or "another rank"
         print(f"error: lost {who} ({why}); the same command goes on from the last checkpoint", file=sys.stderr)
 
-    def _compare(self, facts: dict[str, Any]) -> None:
+    def _compare(self, facts: dict[str, Any], fault: str) -> None:
         mine = {"bessemer": bessemer.__version__, "source": _source(), "torch": torch.__version__,
                 "python": platform.python_version(), **facts}  # fmt: skip
-        self.store.set(f"facts/{self.me}", json.dumps(mine))
+        self.store.set(f"facts/{self.me}", json.dumps({**mine, "fault": fault, "host": platform.node()}))
         facts_of = [json.loads(self.store.get(f"facts/{rank}")) for rank in range(self.n)]
         self.store.set(f"compared/{self.me}", "")
         if self.me == 0:  # the store may be in this process, so it goes last
             self.store.wait([f"compared/{rank}" for rank in range(self.n)])
+        for rank, theirs in enumerate(facts_of):
+            if theirs["fault"]:
+                raise UserError(f"rank {rank} on {theirs['host']}: {theirs['fault']}")
         for what in mine:
             values = [json.dumps(theirs.get(what)) for theirs in facts_of]
-            if other := next((rank for rank, value in enumerate(values) if value != values[0]), 0):
-                values_shown = " and ".join(f"{values[rank][:60]} on rank {rank}" for rank in (0, other))
+            common = max(values, key=values.count)  # of as many, rank 0's
+            odd = next((rank for rank, value in enumerate(values) if value != common), None)
+            if odd is not None:
+                values_shown = " and ".join(
+                    f"{values[rank][:60]} on rank {rank} ({facts_of[rank]['host']})"
+                    for rank in (values.index(common), odd)
+                )
                 raise UserError(f"{what} differs between ranks: {values_shown}; give all of them the same and start again")
+
+
+def _device() -> tuple[torch.device, str]:
+    """(this rank's device, why it has none of its own)"""
+    if idle := probe.idle_gpu():
+        return torch.device("cpu"), idle
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), ""
+    place, n = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= n:
+        return torch.device("cpu"), f"{place + 1} ranks or more were started here, for {n} GPUs; start at most {n}"
+    return torch.device("cuda", place), ""
+
+
+def _stack(device: torch.device) -> dict[str, str | None]:
+    """What has to be the same under all ranks for their kernels and messages to fit."""
+    if device.type != "cuda":
+        return {"device": device.type, "driver": None, "NCCL": None}
+    major, minor = torch.cuda.get_device_capability(device)
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return {"device": f"cuda {major}.{minor}", "driver": probe.driver(), "NCCL": nccl}
 
 
 def _source() -> str:

@@ -33,6 +33,7 @@ from bessemer.pipeline import inputs as outside
 from bessemer.pipeline import preflight
 from bessemer.pipeline.reuse import Donor
 from bessemer.pipeline.stage import Stage, find_kind
+from bessemer.rl.dealing import Helper
 from bessemer.runs.context import Interrupted, StageContext, StopFlag, signals
 from bessemer.runs.directory import (
     RunDir,
@@ -238,11 +239,12 @@ def _run_all(
             how = "done"
             if stop:
                 raise Interrupted(_how_to_go_on(recipe, rundir.root, item.name, "before"))
+            together = _together(item, folders.get(item.config.source or ""), recipe, progress, ranks)
             ctx = StageContext(
                 name=item.name, dir=item.folder, inputs={name: folders[name] for name in item.sources},
                 source=folders.get(item.config.source or ""), recipe=recipe, cache=cache,
                 metrics=StageMetrics(metrics, item.name), progress=progress.begin(item.name), stop_flag=stop,
-                ranks=_together(item, folders.get(item.config.source or ""), recipe, progress, ranks),
+                ranks=together, waiting=ranks if together is None else None,
             )  # fmt: skip
             with nullcontext() if ranks is None or ctx.ranks is not None else all_cores():
                 done = _run_one(item, ctx, inputs, rundir)
@@ -425,7 +427,12 @@ def follow(recipe: Recipe, ranks: Ranks, cache: Path | None = None) -> None:
         progress = RunProgress({}, out=nowhere)
         quietly = determinism.kept(recipe.layout.deterministic, lambda text: None)
         with quietly, signals(together=True, quiet=True) as stop:
+            helper = Helper(ranks)
             for order in ranks.follow():
+                if "samples" in order:
+                    helper.take_part(order)
+                    continue
+                helper.forget()
                 config = recipe.stage(order["stage"])
                 stage = find_kind(config.kind)()
                 ctx = StageContext(

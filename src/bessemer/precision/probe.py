@@ -102,6 +102,13 @@ def gpus() -> Gpus:
     return Gpus(usable, max(usable, present), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
+def driver() -> str | None:
+    """Version of NVIDIA's driver, where Linux tells."""
+    texts = "\n".join(path.read_text() for path in DRIVER.glob("version"))
+    found = re.search(r"\b(\d{3}\.\d+[.\d]*)", texts)
+    return found[1] if found else None
+
+
 @functools.cache
 def idle_gpu() -> str | None:
     """Which NVIDIA GPU this process could open and torch cannot use, why, and what to do; None where there is none, or
@@ -109,9 +116,8 @@ def idle_gpu() -> str | None:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
     if hidden or torch.cuda.is_available() or not any(DEVICES.glob("nvidia[0-9]*")):
         return None
-    texts = [path.read_text() for path in [*DRIVER.glob("gpus/*/information"), *DRIVER.glob("version")]]
-    model, driver = (re.search(pattern, "\n".join(texts)) for pattern in (r"Model:\s*(.+)", r"\b(\d{3}\.\d+[.\d]*)"))
-    name = (model[1] if model else "an NVIDIA GPU") + (f" (driver {driver[1]})" if driver else "")
+    model = re.search(r"Model:\s*(.+)", "\n".join(path.read_text() for path in DRIVER.glob("gpus/*/information")))
+    name = (model[1] if model else "an NVIDIA GPU") + (f" (driver {version})" if (version := driver()) else "")
     if torch.version.cuda is None:
         why = f"torch {torch.__version__} is built without CUDA"
     else:

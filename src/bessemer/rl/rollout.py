@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bessemer.data.batch import Batch
 from bessemer.engine.engine import Completion, Engine
+from bessemer.rl.dealing import DealtEngine
 from bessemer.rl.difficulty import Selection
 from bessemer.rl.sampler import Sampler
 from bessemer.tasks.answer import TEXT_AROUND
@@ -88,7 +89,7 @@ def problems_of(tasks: Sequence[Task], split: str, first: int, count: int, seed:
 
 
 def sample(
-    engine: Engine | Sampler,
+    engine: Engine | Sampler | DealtEngine,
     problems: TaskProblems,
     encode: Callable[[Problem], list[int]],
     *,

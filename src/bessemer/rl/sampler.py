@@ -51,6 +51,13 @@ def batch_rows(rollout: RolloutConfig, samples: int) -> int:
     return setup.batch_rows(samples)
 
 
+def dealt(samples: int, rows: int, n: int) -> int:
+    """Rows of a batch, at most `rows`, so that n ranks have equally many batches: 1,024 samples in batches of 256 would
+    leave half of eight ranks idle."""
+    batches = max(1, -(-samples // (rows * n))) * n
+    return max(1, -(-samples // batches))
+
+
 class PendingSamples(Protocol):
     def ready(self) -> bool: ...
 
@@ -125,12 +132,19 @@ class ShardedSampler(LocalSampler):
 
     def generate(self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
         self.refresh()
-        plan, n = self.engine.plan(prompts, **options), self.ranks.n
-        own = self.engine.run_all(plan.batches[self.ranks.me :: n])
-        completions: list[list[Completion]] = [[] for _ in plan.batches]
-        for rank, share in enumerate(self.ranks.all_gather(own, "samples")):
-            completions[rank::n] = share
-        return plan.gather(completions)
+        return deal(self.engine, self.ranks, prompts, **options)
+
+
+def deal(engine: Engine, ranks: Ranks, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
+    """`Engine.generate` by all ranks, each with an engine of the same weights; all get all samples. Collective."""
+    n = ranks.n
+    options["batch_rows"] = dealt(len(prompts) * options.get("samples", 1), options.get("batch_rows", 512), n)
+    plan = engine.plan(prompts, **options)
+    own = engine.run_all(plan.batches[ranks.me :: n])
+    completions: list[list[Completion]] = [[] for _ in plan.batches]
+    for rank, share in enumerate(ranks.all_gather(own, "samples")):
+        completions[rank::n] = share
+    return plan.gather(completions)
 
 
 class Rank0Sampler:

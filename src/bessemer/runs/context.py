@@ -91,6 +91,8 @@ class StageContext:
     stop_flag: StopFlag
     ranks: Ranks | None = None
     """The processes that run this stage together; None: this one alone."""
+    waiting: Ranks | None = None
+    """Those that wait while this one runs the stage alone."""
     spent: float = 0.0
     """Wall seconds of earlier attempts at this stage."""
     started: float = field(default_factory=time.monotonic)

@@ -21,6 +21,7 @@ from bessemer.errors import UserError
 from bessemer.eval import contamination, scoring
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, find_kind, register
+from bessemer.rl.dealing import DealtEngine, engine_of
 from bessemer.runs.context import StageContext
 from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import write_atomic
@@ -68,10 +69,10 @@ class Eval(Stage[EvalConfig]):
         ]
         ctx.progress.total(len(grid), "rows", done=len(rows))
         contaminated = self._contamination(config, ctx)
-        loaded: dict[str, Engine] = {}
+        loaded: dict[str, Engine | DealtEngine] = {}
         for model, task, temperature in grid[len(rows) :]:
             if model not in loaded:
-                loaded = {model: Engine(*setup.load_to_sample(ctx.inputs[model] / "model", ctx.say), setup.workers())}
+                loaded = {model: engine_of(ctx.inputs[model] / "model", ctx)}
             engine = loaded[model]
             engine.tokenizer.use_template(config.prompt_template)
             row = scoring.evaluate(

@@ -21,11 +21,11 @@ from bessemer.config.recipe import Recipe
 from bessemer.data import sft_rows, sources
 from bessemer.data.chat import Message, exchange, question_ids
 from bessemer.data.documents import HUB, Document
-from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.rl import rollout
+from bessemer.rl.dealing import engine_of
 from bessemer.rl.judge import Judge, api_key
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
@@ -119,7 +119,7 @@ class Reject(Stage[RejectConfig]):
         if ctx.source is None or not (ctx.source / "model").is_dir():
             raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
         setup.keep_memory()
-        engine = Engine(*setup.load_to_sample(ctx.source / "model", ctx.say), setup.workers())
+        engine = engine_of(ctx.source / "model", ctx)
         engine.tokenizer.use_template(config.prompt_template)
         families = [tasks.get(name) for name in config.tasks]
         judge = None if config.judge is None else Judge(config.judge, ctx)
