@@ -1,7 +1,6 @@
 """Checkpoints that are written while training goes on."""
 
 import contextlib
-import faulthandler
 import os
 import threading
 
@@ -244,17 +243,17 @@ def test_order_of_copies_from_a_gpu(tmp_path, monkeypatch):
     assert log == ["unpinned"]
 
 
-def test_helpers_do_not_get_the_copies():
-    """A fork has no such pages: writing into them afterwards copies nothing."""
+def test_helpers_share_the_copies():
+    """A fork has the same pages: writing into them copies nothing, and a fork may drop the buffer."""
     copies = HostCopies()
     copies.begin([torch.ones(1000)])
     copies.add(torch.ones(1000))
     pid = os.fork()
     if pid == 0:
-        faulthandler.disable()
-        copies._chunks[0][0] = 1  # ends here, by SIGSEGV
+        copies._chunks[0][0] = 7
+        copies._chunks.clear()
         os._exit(0)
-    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    assert os.waitpid(pid, 0)[1] == 0 and copies._chunks[0][0] == 7
 
 
 def test_a_bad_step_goes_back_to_a_checkpoint_that_was_still_being_written(tmp_path, monkeypatch):

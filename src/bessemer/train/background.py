@@ -75,9 +75,9 @@ class HostCopies:
     def _new(self, size: int, from_gpu: bool) -> Tensor:
         """Memory of its own from the system. Pinned by registration, since torch's allocator rounds up to a power of
         two; where the system refuses, copies into it wait."""
-        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_DONTFORK"):
-            memory.madvise(mmap.MADV_DONTFORK)  # each write into a page that helpers have would copy it first
+        # Shared with forks: each write into a private page would copy it first. Not kept from them, since a fork that
+        # collects the buffer would unmap what it has put there since.
+        memory = mmap.mmap(-1, size, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
         chunk = torch.frombuffer(memory, dtype=torch.uint8)
         if from_gpu:
             if int(torch.cuda.cudart().cudaHostRegister(chunk.data_ptr(), size, 1)) == 0:  # 1: for all contexts
