@@ -31,7 +31,7 @@ MEMINFO = Path("/proc/meminfo")
 
 class HostCopies:
     """Copies of tensors in one buffer of host memory, which the next copies use again: never more than one copy of
-    everything. The buffer is pinned where tensors come from a GPU, and forks do not get it."""
+    everything. The buffer is pinned where tensors come from a GPU, and shared with forks."""
 
     def __init__(self) -> None:
         self._chunks: list[Tensor] = []
