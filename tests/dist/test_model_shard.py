@@ -9,6 +9,7 @@ from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist import model_shard
+from bessemer.model import transformer
 from bessemer.dist.model_shard import ModelShard, gather_into, rows_of
 from bessemer.train import loss
 
@@ -47,6 +48,30 @@ def test_fresh_read_and_cut_out_are_the_same(cfg, layout, schedule, tmp_path):
     for found in on_ranks(layout.world, made, cfg, layout, schedule, tmp_path):
         for name, value in (found or {}).items():
             assert torch.equal(torch.from_numpy(value), whole.state_dict()[name]), name
+
+
+def drawn(rank, cfg, layout):
+    """Numbers that a rank draws, of those it holds."""
+    transformer.APART, count = 0, []
+    normal = torch.Tensor.normal_
+    torch.Tensor.normal_ = lambda x, *given, **named: (count.append(x.numel()), normal(x, *given, **named))[1]
+    part = ModelShard.fresh(cfg, Mesh(layout, cfg), "1f1b", 5, torch.device("cpu"))
+    held = sum(p.numel() for p in part.model.parameters() if p.dim() >= 2)
+    state = {name: value.numpy() for name, value in part.model.state_dict().items()}
+    return sum(count) == held, state, (part.mesh.experts.start, part.mesh.experts.stop)
+
+
+def test_of_a_large_model_a_rank_draws_what_it_holds(monkeypatch):
+    """The weights of one process, experts of any width."""
+    monkeypatch.setattr(transformer, "APART", 0)
+    layout = Layout(2, 1, 2)
+    whole = Transformer(ODD).initialise(5).state_dict()
+    assert not torch.equal(whole["layers.1.ffn.experts.w2"][0], whole["layers.1.ffn.experts.w2"][1])
+    for only_its_own, state, experts in on_ranks(layout.world, drawn, ODD, layout):
+        assert only_its_own
+        for name, value in state.items():
+            wanted = whole[name][slice(*experts)] if ".experts." in name else whole[name]
+            assert torch.equal(torch.from_numpy(value), wanted), name
 
 
 def held_out(rank, layout, schedule, n):

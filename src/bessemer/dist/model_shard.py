@@ -67,7 +67,9 @@ class ModelShard:
             whole, shard = Transformer(cfg), cls(Transformer(cfg), mesh, schedule)
         parameters = shard._allocate(device, torch.float32)
         with torch.no_grad():
-            for name, expert, values in whole.initial_values(seed):
+            mine = mesh.experts
+            wanted = whole.initial_values(seed, lambda name, expert: name in parameters and (expert is None or expert in mine))
+            for name, expert, values in wanted:
                 shard._put(parameters, name, expert, values)
         return shard
 

@@ -14,6 +14,7 @@ h^0 is the main model's output after its final norm, as released weights expect 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,11 @@ from bessemer.precision.fp8_linear import FP8Recipe
 RECOMPUTES_ITSELF = (
     "training in FP8 recomputes norms, gates and activations by itself; choose no phases for it (recompute = [])"
 )
+
+
+APART = 20e9
+"""Parameters from which every matrix is drawn by itself: V3's 671B numbers one after another take every rank more than
+an hour, of which it keeps a thousandth."""
 
 
 class TrainOutputs(NamedTuple):
@@ -105,17 +111,27 @@ class Transformer(nn.Module):
             (parameter if expert is None else parameter[expert]).copy_(values)
         return self
 
-    def initial_values(self, seed: int) -> Iterator[tuple[str, int | None, Tensor]]:
+    def initial_values(
+        self, seed: int, wanted: Callable[[str, int | None], bool] = lambda name, expert: True
+    ) -> Iterator[tuple[str, int | None, Tensor]]:
         """(parameter, expert, initial values) of every matrix in turn, generated lazily. Stacked experts come one by
-        one where that gives the same numbers as all at once (the generator works in blocks of 16)."""
+        one where that gives the same numbers as all at once (the generator works in blocks of 16).
+
+        A model of `APART` parameters or more has a generator for every matrix and expert, seeded by seed, name and
+        expert, and only what is `wanted` is drawn; a smaller one draws all its numbers from one."""
         generator = torch.Generator().manual_seed(seed)
+        apart = sum(parameter.numel() for parameter in self.parameters()) >= APART
         for name, parameter in self.named_parameters():
-            one_by_one = parameter.dim() == 3 and parameter[0].numel() % 16 == 0
+            one_by_one = parameter.dim() == 3 and (apart or parameter[0].numel() % 16 == 0)
             for expert in range(len(parameter)) if one_by_one else (None,):
                 shape = parameter.shape if expert is None else parameter.shape[1:]
-                if parameter.dim() >= 2:
-                    fresh = torch.empty(shape, dtype=torch.float32)
-                    yield name, expert, fresh.normal_(0.0, self.cfg.init_std, generator=generator)
+                if parameter.dim() < 2 or (apart and not wanted(name, expert)):
+                    continue
+                if apart:
+                    digest = hashlib.sha256(f"{seed} {name} {expert}".encode()).digest()
+                    generator.manual_seed(int.from_bytes(digest[:8]) >> 1)
+                fresh = torch.empty(shape, dtype=torch.float32)
+                yield name, expert, fresh.normal_(0.0, self.cfg.init_std, generator=generator)
 
     def to_compute(self, dtype: torch.dtype) -> Self:
         """Matrices in the compute dtype; norm gains, gates and routing biases stay float32 (V3 3.3.1)."""
