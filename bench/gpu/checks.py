@@ -27,7 +27,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from bessemer.precision import cuda_start
+
+cuda_start.prepare()
+
+import torch  # noqa: E402 (CUDA reads the environment as it starts)
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "bench"), str(Path(__file__).parent)]
@@ -187,20 +191,22 @@ def layer(place: Place) -> Finding:
     """Kernels that one MoE layer launches in forward and backward, at two numbers of experts, and waits of the host."""
     from torch.profiler import ProfilerActivity, profile
 
+    from bessemer.model.segments import Packed
     from bessemer.model.transformer import Transformer
 
     if not place.gpu:
         return Finding(LEFT, "needs a GPU; the counts that a CPU can make are tests/model/test_gpu_path.py")
-    launches: dict[int, int] = {}
-    for n_experts in (16, 64):
+    launches: dict[str, int] = {}
+    segments = (torch.arange(1024) // 300).expand(4, -1).contiguous()
+    for n_experts, packed in ((16, None), (64, None), (64, Packed.of(segments, place.device))):
         cfg = place.network(n_layers=2, n_routed_experts=n_experts, n_mtp=0)
         model = Transformer(cfg).initialise(0).to(place.device).to_compute(torch.bfloat16)
         one = model.layers[1]
         x = torch.randn(4, 1024, cfg.dim, device=place.device, dtype=torch.bfloat16, requires_grad=True)
         angles = model.rope_table(1024)
 
-        def step(one: Any = one, x: Any = x, angles: Any = angles) -> None:
-            y, balance = one(x, angles)
+        def step(one: Any = one, x: Any = x, angles: Any = angles, packed: Any = packed) -> None:
+            y, balance = one(x, angles, packed)
             (y.float().sum() + balance).backward()
 
         for _ in range(3):
@@ -212,11 +218,11 @@ def layer(place: Place) -> Finding:
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
             step()
             place.wait()
-        launches[n_experts] = sum("Launch" in event.name for event in profiler.events())
-    figures = {"launches": launches, "bound": 150}
-    says = f"{launches[16]} launches with 16 experts, {launches[64]} with 64; the host waited for none"
-    good = max(launches.values()) <= 150 and launches[16] == launches[64]
-    return Finding(GOOD if good else BAD, says, figures)
+        name = f"{n_experts} experts{', packed' if packed is not None else ''}"
+        launches[name] = sum("Launch" in event.name for event in profiler.events())
+    says = ", ".join(f"{count} launches with {name}" for name, count in launches.items())
+    good = max(launches.values()) <= 150 and launches["16 experts"] == launches["64 experts"]
+    return Finding(GOOD if good else BAD, f"{says} (bound 150); the host waited for none", {"launches": launches})
 
 
 @contextmanager
@@ -227,6 +233,18 @@ def waits_are_errors() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def waits_of(run: Callable[[], Any]) -> int:
+    """How often the host waits for the GPU in a call."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 def step(place: Place) -> Finding:
@@ -250,14 +268,17 @@ def step(place: Place) -> Finding:
             torch.cuda.reset_peak_memory_stats()
         trainer = fp8_step.trainer(cfg, case, place.device, rows)
         numbers = iter(range(10_000))
-        taken = median_seconds(
-            place, lambda one=trainer, n=numbers: one.update([fp8_step.fresh(cfg, rows, length, next(n))]), 6
-        )
+
+        def update(one: Any = trainer, n: Any = numbers) -> None:
+            one.update([fp8_step.fresh(cfg, rows, length, next(n))])
+
+        taken = median_seconds(place, update, 6)
         rate = rows * length / taken
         figures[name] = {
             "seconds": taken, "tokens_per_second": rate, "mfu": None if peak is None else rate * flops / peak,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if place.gpu else None,
             "planned_gib": predicted["fp8" if case["fp8"] else "bf16"],
+            "waits": waits_of(update) if place.gpu else None,
         }  # fmt: skip
         print(name, figures[name], flush=True)
         del trainer
@@ -320,12 +341,7 @@ def decode(place: Place) -> Finding:
         figures[f"{rows} rows"] = rows * new / median_seconds(place, run, 2)
         print(rows, "rows", figures[f"{rows} rows"], "tokens/s", flush=True)
         if rows == 64:
-            with warnings.catch_warnings(record=True) as waits:
-                warnings.simplefilter("always")
-                torch.cuda.set_sync_debug_mode("warn")
-                run()
-                torch.cuda.set_sync_debug_mode("default")
-            figures["unexpected waits a step"] = sum("synchroniz" in str(w.message) for w in waits) / new
+            figures["unexpected waits a step"] = waits_of(run) / new
             engine.release()
             os.environ[GRAPHS] = "off"
             figures["64 rows without graphs"] = rows * new / median_seconds(place, run, 2)
@@ -400,24 +416,35 @@ def save(place: Place) -> Finding:
 
 
 def repeat(place: Place) -> Finding:
-    """Five steps twice from the same seed: are the losses the same bits?"""
+    """Five steps twice from one seed, as they are and in deterministic mode: the same bits, and at what price?"""
     import fp8_step
+
+    from bessemer.train import determinism
 
     cfg = place.network(n_layers=2)
     rows, length = (2, 32) if place.rehearse else (8, 1024)
 
-    def losses() -> list[float]:
+    def run() -> tuple[list[float], float]:
+        """Sums over all weights after each step, and median seconds of a step."""
         one = fp8_step.trainer(cfg, dict(dtype=torch.bfloat16, fp8=None, compile=False), place.device, rows)
-        found = []
+        found, taken = [], []
         for n in range(5):
-            one.update([fp8_step.fresh(cfg, rows, length, n)])
+            taken.append(fp8_step.seconds(one, fp8_step.fresh(cfg, rows, length, n)))
             found.append(sum(float(p.detach().double().sum()) for p in one.model.parameters()))
-        return found
+        return found, statistics.median(taken)
 
-    first, second = losses(), losses()
-    same = sum(a == b for a, b in zip(first, second, strict=True))
-    says = f"the weights after {same} of 5 steps are the same"
-    return Finding(GOOD if same == 5 else SHOWN, says, {"first": first, "second": second})
+    figures: dict[str, Any] = {}
+    for name, on in (("plain", False), ("deterministic", True)):
+        with determinism.kept(on, print):
+            (first, _), (second, seconds) = run(), run()
+        same = sum(a == b for a, b in zip(first, second, strict=True))
+        figures[name] = {"same": same, "seconds": seconds, "first": first, "second": second}
+    slower = figures["deterministic"]["seconds"] / figures["plain"]["seconds"]
+    says = (
+        f"after {figures['plain']['same']} of 5 steps the weights are the same, in deterministic mode after "
+        f"{figures['deterministic']['same']}, whose steps take {slower:.2f} times as long"
+    )
+    return Finding(GOOD if figures["deterministic"]["same"] == 5 else BAD, says, figures)
 
 
 def recipe(place: Place) -> Finding:
