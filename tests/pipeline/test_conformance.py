@@ -20,58 +20,58 @@ ACTIVATIONS = "Activations stored in FP8 and E5M6; norms and up-projections reco
 LETTERS = {PUBLISHED: "P", SCALED: "S", ADAPTED: "A", OFF: "O"}
 
 STATES = """
-SSSSOSOSPSS Multi-head latent attention
-SSSSOSOSPSS Query compression
-PPPAOPOPPPP Interleaved RoPE, YaRN off in the short stage
-SSSSOSOSPSS DeepSeekMoE
-PPPPOPOPPPP Sigmoid gate, normalised, scaled
-SSSSOSOSPSS Group-limited routing
-SSSSOSOSPSS Leading dense layers
-ASASOSOSPSS Bias balancing, MTP layers included
-PPPPOPOPPPP Sequence-wise balance loss
-PPPPOPOPPPP No token dropping
-ASOOOSOSPSS Multi-token prediction
-AAPAOAOAPAA AdamW, FP32 masters
-AAAAOAOAPAA Learning rate over consumed tokens
-OOOOOOOOPOO Batch size over consumed tokens
-SSSSOSOSPSS Initialisation
-SSSOOSOSPSS Packing without cross-document mask
-OAAOOAOAPAA Fill-in-the-middle
-PPPPOPOPPPP Random split of punctuation + line break
-SSSSOSOSPSS Byte-level BPE with V3's pre-split
-OOPOOOOOPOO FP8 training
-OOPOOOOOPOO Activations stored in FP8 and E5M6; norms and up-projections recomputed
-OOPOOOOOPOO Moments of the optimizer in BF16
-OOOOOOOOPOO Moving average of the weights
-OOOOOOOOPOO DualPipe
-OOOOOOOOPOO Expert parallelism, a token to a node once
-OOOOOOOOPOO ZeRO-1
-OOOAOOOOPOO Long-context extension in phases
-OOOSOOOOPOO YaRN on the rotary key, the same in every phase
-OOOAOOOOOOO Needle in a haystack over lengths and depths
-OPOOPPOPOPP R1-Zero: RL from the base, no SFT
-OAOOPAOAOAP Prompt template
-OSOOPSASOSS GRPO groups
-OPOOPPPPOPP Advantage: reward minus the group's mean, over its standard deviation
-OAOOPAAAOAA Loss of a token
-OAOOPAAAOAA Clip
-OAOOPAOAOAA KL to the reference (k3, in the loss)
-OAOOPAAAOAA Mini-batches per rollout
-OPOOPPPPOPP On policy, every sample used
-OSOOPSSSOSS Learning rate of RL
-OPOOPPPPOPP Sampling temperature of RL
-OOOOPPOOOOO Sampling temperature with preference rewards
-OOOOPAAAOAA Rewards
-OAOOPAAOOOO SFT: answers only, samples packed with masks
-OOOOPSOOOSO Length cap raised mid-run
-OOOOPPAOOOO Cold start: readable R1-Zero answers in one form
-OAOOPAOOOOO Language consistency reward
-OOOOPSAOOOO Rejection sampling: correct and readable answers
-OOOOPAOOOOO Reward models: helpful by pairs, harmless by labels
-OOOOPSOOOOO Preference rewards only at the end
-OOOOPAAOOOO Distillation: SFT of a smaller model on checked samples
-OAOOPSAAOAA Evaluation by sampling
-"""  # continue, controls, fp8-study, long, r1-paper, r1-tiny, smollm2, tiny, v3, zero, zero-template
+SSSSOSOSOSPSS Multi-head latent attention
+SSSSOSOSOSPSS Query compression
+PPPAOPOPOPPPP Interleaved RoPE, YaRN off in the short stage
+SSSSOSOSOSPSS DeepSeekMoE
+PPPPOPOPOPPPP Sigmoid gate, normalised, scaled
+SSSSOSOSOSPSS Group-limited routing
+SSSSOSOSOSPSS Leading dense layers
+ASASOSOSOSPSS Bias balancing, MTP layers included
+PPPPOPOPOPPPP Sequence-wise balance loss
+PPPPOPOPOPPPP No token dropping
+ASOOOSOSOSPSS Multi-token prediction
+AAPAOAOAOAPAA AdamW, FP32 masters
+AAAAOAOAOAPAA Learning rate over consumed tokens
+OOOOOAOOOOPOO Batch size over consumed tokens
+SSSSOSOSOSPSS Initialisation
+SSSOOOOSOSPSS Packing without cross-document mask
+OAAOOAOAOAPAA Fill-in-the-middle
+PPPPOPOPOPPPP Random split of punctuation + line break
+SSSSOSOSOSPSS Byte-level BPE with V3's pre-split
+OOPOOOOOOOPOO FP8 training
+OOPOOOOOOOPOO Activations stored in FP8 and E5M6; norms and up-projections recomputed
+OOPOOPOOOOPOO Moments of the optimizer in BF16
+OOOOOOOOOOPOO Moving average of the weights
+OOOOOOOOOOPOO DualPipe
+OOOOSOOOOOPOO Expert parallelism, a token to a node once
+OOOOSOOOOOPOO ZeRO-1
+OOOAOOOOOOPOO Long-context extension in phases
+OOOSOOOOOOPOO YaRN on the rotary key, the same in every phase
+OOOAOOOOOOOOO Needle in a haystack over lengths and depths
+OPOOPPPPOPOPP R1-Zero: RL from the base, no SFT
+OAOOPAPAOAOAP Prompt template
+OSOOSSPSASOSS GRPO groups
+OPOOPPPPPPOPP Advantage: reward minus the group's mean, over its standard deviation
+OAOOPAPAAAOAA Loss of a token
+OAOOAAPAAAOAA Clip
+OAOOPAPAOAOAA KL to the reference (k3, in the loss)
+OAOOAAPAAAOAA Mini-batches per rollout
+OPOOAAPPPPOPP On policy, every sample used
+OSOOSSPSSSOSS Learning rate of RL
+OPOOPPPPPPOPP Sampling temperature of RL
+OOOOPPPPOOOOO Sampling temperature with preference rewards
+OOOOPAPAAAOAA Rewards
+OAOOSSPAAOOOO SFT: answers only, samples packed with masks
+OOOOSSPSOOOSO Length cap raised mid-run
+OOOOPPPPAOOOO Cold start: readable R1-Zero answers in one form
+OAOOPAPAOOOOO Language consistency reward
+OOOOSSPSAOOOO Rejection sampling: correct and readable answers
+OOOOAAPAOOOOO Reward models: helpful by pairs, harmless by labels
+OOOOSSPSOOOOO Preference rewards only at the end
+OOOOOOPAAOOOO Distillation: SFT of a smaller model on checked samples
+OAOOSSPSAAOAA Evaluation by sampling
+"""  # continue, controls, fp8-study, long, node, one-gpu, r1-paper, r1-tiny, smollm2, tiny, v3, zero, zero-template
 
 
 def of(recipe, *overrides):
@@ -98,7 +98,7 @@ def test_every_recipe_s_states():
     """Checked by hand against the papers, item by item; a recipe or a published value that changes shows up here."""
     states = [[LETTERS[state] for state, _ in of(recipe).values()] for recipe in RECIPES]
     lines = ["".join(letters) + " " + item.item for letters, item in zip(zip(*states, strict=True), ITEMS, strict=True)]
-    assert len(RECIPES) == 11 and lines == STATES.strip().splitlines()
+    assert len(RECIPES) == 13 and lines == STATES.strip().splitlines()
 
 
 def test_an_imported_model_s_items_come_from_its_config(tmp_path):
