@@ -22,6 +22,7 @@ from bessemer.cli import runs  # noqa: F401  isort: skip
 from bessemer.cli import talk  # noqa: F401  isort: skip
 from bessemer.cli import models  # noqa: F401  isort: skip
 from bessemer.cli import plan  # noqa: F401  isort: skip
+from bessemer.cli import claims  # noqa: F401  isort: skip
 from bessemer.cli import data  # noqa: F401  isort: skip
 
 

@@ -40,11 +40,13 @@ def block(value: object) -> Html:
     return Html(f"<pre>{text(whole[:LONGEST] + cut)}</pre>")
 
 
-def document(title: str, body: str) -> str:
+def document(title: str, body: str, styles: str = "", script: str = "") -> str:
+    """A whole page; `styles` and `script` are what it has beyond the pieces of this module."""
     css, *scripts = (
         resources.files("bessemer.report").joinpath(name).read_text(encoding="utf-8")
         for name in ("card.css", "card.js", "plot.js")
     )
+    scripts += [script] if script else []
     script = '"use strict";\n' + "\n".join(f"{{\n{text}}}" for text in scripts)
     policy = _POLICY.format(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
     return (
@@ -52,7 +54,7 @@ def document(title: str, body: str) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="color-scheme" content="light dark">\n<title>{text(title)}</title>\n'
-        f"<style>\n{css}</style>\n</head>\n<body>\n<main>\n{text(body)}\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
+        f"<style>\n{css}{styles}</style>\n</head>\n<body>\n<main>\n{text(body)}\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 

@@ -1,0 +1,123 @@
+"""One card for every claim: the claim, its evidence, its verdict, and what the verdict does not say."""
+
+from __future__ import annotations
+
+import tomllib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from bessemer.claims import registry, verdict
+from bessemer.claims.registry import ClaimEntry, Text, claims, data, experiments
+from bessemer.claims.statistics import holm
+from bessemer.claims.verdict import ClaimVerdict, Evidence, Measured, Outcome, PartFinding
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """Runs from before the rules, as earlier.toml holds them."""
+
+    text: Text
+    where: str
+    measured: dict[str, Measured]
+
+
+@dataclass(frozen=True)
+class Card:
+    """A judged claim; texts are (English, Chinese)."""
+
+    name: str
+    claim: ClaimEntry
+    verdict: ClaimVerdict
+    findings: list[PartFinding]
+    found: tuple[str, str] | None
+    limit: Text
+    earlier: EarlierRun | None
+
+    @property
+    def wrong_equalities(self) -> list[str]:
+        """Printed figures that arithmetic does not give."""
+        return [one.label for one in self.findings if one.exact and one.outcome is Outcome.FAILS]
+
+    def facts(self) -> dict[str, Any]:
+        """The card as JSON."""
+        claim = self.claim
+        return {
+            "id": self.name, "claim": dict(zip(registry.LANGUAGES, claim.text, strict=True)), "verdict": self.verdict,
+            "kinds": claim.kinds, "experiment": claim.experiment, "arms": claim.arms,
+            "published": dict(zip(registry.LANGUAGES, map(claim.published, (0, 1)), strict=True)),
+            "source": claim.source,
+            "found": None if self.found is None else dict(zip(registry.LANGUAGES, self.found, strict=True)),
+            "does_not_show": dict(zip(registry.LANGUAGES, self.limit, strict=True)),
+            "would_run": dict(zip(registry.LANGUAGES, experiments()[claim.experiment].does, strict=True)),
+            "parts": [finding.facts() for finding in self.findings],
+            "earlier_runs": None if self.earlier is None else self.earlier.where,
+        }  # fmt: skip
+
+
+@cache
+def _earlier() -> dict[str, EarlierRun]:
+    runs = {}
+    for name, table in tomllib.loads(data("earlier.toml").decode()).items():
+        text, where = table.pop("text"), table.pop("where")
+        measured = {metric: Measured(**values, earlier=True) for metric, values in table.items()}
+        runs[name] = EarlierRun(text, where, measured)
+    return runs
+
+
+def make(names: Sequence[str]) -> list[Card]:
+    """The cards of these claims, with everything computed that they need; seconds for all of them."""
+    cards = [_card(name, claims()[name]) for name in names]
+    tested = [
+        (place, at) for place, card in enumerate(cards) for at, one in enumerate(card.findings) if one.p is not None
+    ]
+    corrected = holm([cards[place].findings[at].p or 0.0 for place, at in tested])
+    for (place, at), p in zip(tested, corrected, strict=True):
+        cards[place].findings[at] = replace(cards[place].findings[at], p=p)
+    return cards
+
+
+def _card(name: str, claim: ClaimEntry) -> Card:
+    from bessemer.claims import exact, here, planned
+
+    values: dict[str, Any] = {}
+    for computed in (exact.COMPUTED, here.SEEN):
+        if name in computed:
+            values |= computed[name]()
+    if name in planned.PLANNED:
+        values |= planned.values(name)
+    earlier = _earlier().get(name)
+    evidence = Evidence(values, {} if earlier is None else earlier.measured)
+    decided, findings = verdict.judge(name, claim, evidence, registry.rules())
+    values["n_holds"] = sum(one.outcome is Outcome.HOLDS for one in findings)
+    limit = claim.limit or experiments()[claim.experiment].limit
+    return Card(name, claim, decided, findings, _found(claim, values, earlier), limit, earlier)
+
+
+def _found(claim: ClaimEntry, values: dict[str, Any], earlier: EarlierRun | None) -> tuple[str, str] | None:
+    if claim.found is None:
+        return None if earlier is None else (earlier.text[0], earlier.text[1])
+    english, chinese = (
+        sentence.format(**values, **({} if earlier is None else {"earlier": earlier.text[language]}))
+        for language, sentence in enumerate(claim.found)
+    )
+    return english, chinese
+
+
+def counts(cards: Sequence[Card]) -> dict[ClaimVerdict, int]:
+    """How many cards have each verdict, in the order of the verdicts."""
+    found = Counter(card.verdict for card in cards)
+    return {one: found[one] for one in ClaimVerdict}
+
+
+def describe(cards: Sequence[Card]) -> str:
+    """The cards for a terminal."""
+    lines = []
+    for card in cards:
+        lines.append(f"{card.name:<4} {card.verdict:<24} {card.claim.text[0]}")
+        would = f"would be run: {experiments()[card.claim.experiment].does[0]}"
+        lines.append(f"{'':<30}{card.found[0] if card.found else would}")
+    total = ", ".join(f"{number} {one}" for one, number in counts(cards).items() if number)
+    return "\n".join([*lines, "", f"{len(cards)} claims: {total}"])

@@ -1,0 +1,253 @@
+"""The claims as one HTML file in English and Chinese: the question, the answer, the verdicts, what it would have cost,
+twelve cards, and the rest by chapter.
+
+Both languages are in the page and filled from the same values; a button shows one of them.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+from bessemer import __version__
+from bessemer.claims import exact, planned
+from bessemer.claims.cards import Card, counts
+from bessemer.claims.registry import claims, data, experiments, rules_hash
+from bessemer.claims.statistics import Interval
+from bessemer.claims.verdict import ClaimVerdict, PartFinding
+from bessemer.report import page
+from bessemer.report.page import Html
+
+HEADLINES = ("M5", "M12", "L5", "L6", "T5", "F7", "P2", "Z2", "Z3", "R6", "K5", "K1")
+SYMBOLS = {
+    ClaimVerdict.SHOWN: "✓", ClaimVerdict.PART: "◐", ClaimVerdict.NOT_SHOWN: "○", ClaimVerdict.CONTRADICTED: "✗",
+    ClaimVerdict.NOT_TESTABLE: "–", ClaimVerdict.NOT_RUN: "…",
+}  # fmt: skip
+STYLES = {
+    ClaimVerdict.SHOWN: "v-shown", ClaimVerdict.PART: "v-part", ClaimVerdict.NOT_SHOWN: "v-not-shown",
+    ClaimVerdict.CONTRADICTED: "v-contradicted", ClaimVerdict.NOT_TESTABLE: "v-not-testable",
+    ClaimVerdict.NOT_RUN: "v-not-run",
+}  # fmt: skip
+
+
+@cache
+def words() -> dict[str, Any]:
+    """The page's own words, in both languages."""
+    return tomllib.loads(data("words.toml").decode())
+
+
+def both(texts: Sequence[object], **values: object) -> Html:
+    """A text in both languages, of which the page shows one."""
+    english, chinese = (str(one).format(**values) if values else str(one) for one in texts)
+    if english == chinese:
+        return page.text(english)
+    shown = f'<span class="en" lang="en">{page.text(english)}</span>'
+    return Html(f'{shown}<span class="zh" lang="zh-Hans">{page.text(chinese)}</span>')
+
+
+def word(name: str, **values: object) -> Html:
+    return both(words()[name], **values)
+
+
+def document(cards: Sequence[Card]) -> str:
+    """The page of all cards."""
+    by_name = {card.name: card for card in cards}
+    rest = [card for card in cards if card.name not in HEADLINES]
+    chapters = [_chapter(letter, list(group)) for letter, group in groupby(rest, lambda card: card.name[0])]
+    parts = [
+        Html(
+            f'<div class="top"><span class="brand">{word("brand", n=len(claims()))}</span>'
+            f'<button id="language" type="button">{word("switch")}</button></div>'
+        ),
+        Html(f"<h1>{word('title')}</h1>"),
+        page.paragraph(word("lead"), "sub"),
+        _answer(cards),
+        page.section("verdicts", word("verdicts"), _bar(cards), word("verdicts_lead")),
+        page.section("cost", word("cost"), _cost(), word("cost_lead")),
+        page.section(
+            "headlines", word("headlines"), _grid(by_name[name] for name in HEADLINES if name in by_name),
+            word("headlines_lead"),
+        ),
+        page.section("all", word("all"), page.join(*chapters), word("all_lead")),
+        page.section("method", word("how"), page.join(_method(), _glossary())),
+        Html(f"<footer>{word('footer', version=__version__, hash=rules_hash()[:16])}</footer>"),
+    ]  # fmt: skip
+    title = words()["title"][0]
+    return page.document(title, page.join(*parts), data("claims.css").decode(), data("claims.js").decode())
+
+
+def _answer(cards: Sequence[Card]) -> Html:
+    """Three sentences, from the cards."""
+    number = counts(cards)
+    view, experts, cache_ = planned.outside_view(), exact.COMPUTED["M12"](), exact.COMPUTED["L5"]()
+    spread = planned.values("K3")["spread"]
+    sentences = [
+        word(
+            "answer", n=len(cards), shown=number[ClaimVerdict.SHOWN], part=number[ClaimVerdict.PART],
+            contradicted=number[ClaimVerdict.CONTRADICTED], open=number[ClaimVerdict.NOT_RUN],
+            rest=number[ClaimVerdict.NOT_SHOWN] + number[ClaimVerdict.NOT_TESTABLE],
+        ),
+        word("answer_cost", spread=spread, published=view["published"], low=view["low"], high=view["high"]),
+        word("answer_wrong", stored_ratio=experts["stored_ratio"], share=cache_["share"]),
+    ]  # fmt: skip
+    return Html(f'<ul class="answer">{"".join(f"<li>{one}</li>" for one in sentences)}</ul>')
+
+
+def _bar(cards: Sequence[Card]) -> Html:
+    pieces, buttons = [], []
+    for verdict, number in counts(cards).items():
+        if not number:
+            continue
+        style, symbol = STYLES[verdict], SYMBOLS[verdict]
+        pieces.append(f'<span class="{style}" style="flex:{number}">{number}</span>')
+        buttons.append(
+            f'<button type="button" class="{style}" data-kind="{style}" aria-pressed="false"><b aria-hidden="true">'
+            f"{symbol}</b>{both(words()['verdict'][verdict])}<em>{number}</em></button>"
+        )
+    return Html(
+        f'<div class="bar" aria-hidden="true">{"".join(pieces)}</div><div class="verdicts">{"".join(buttons)}</div>'
+    )
+
+
+def _cost() -> Html:
+    """A row for every run: where its rate puts V3's bill."""
+    view, floor = planned.outside_view(), planned.floor()
+    top = 1.06 * max(view["high"], *(run["v3_hours"] for run in planned.reference()))
+
+    def at(hours: float) -> str:
+        return f"left:{100 * hours / top:.2f}%"
+
+    def row(name: str, hours: float, mark: str, band: str = "", kind: str = "") -> str:
+        days = word("days", days=hours * 1e6 / 2048 / 24)
+        amount = f"<b>{hours:.2f}M</b> · ${2 * hours:.1f}M · {days}"
+        line = f'<span class="line" style="{at(view["published"])}"></span>'
+        dot = f'<span class="dot {mark}" style="{at(hours)}"></span>'
+        return (
+            f'<div class="run {kind}"><span>{page.text(name)}</span><span class="track" aria-hidden="true">{band}{line}'
+            f'{dot}</span><span class="amount">{amount}</span></div>'
+        )
+
+    width = 100 * (view["high"] - view["low"]) / top
+    band = f'<span class="band" style="{at(view["low"])};width:{width:.2f}%"></span>'
+    ours, *others = planned.reference()
+    rows = [
+        row(ours["name"], ours["v3_hours"], "claim", kind="own"),
+        row(word("cost_planner", **view), view["median"], "middle", band, "own"),
+        *(row(run["name"], run["v3_hours"], "") for run in others),
+        row(word("cost_floor"), floor, "middle"),
+    ]
+    return Html(f'<div class="runs">{"".join(rows)}</div>{page.paragraph(word("cost_note"), "unit")}')
+
+
+def _chapter(letter: str, cards: list[Card]) -> Html:
+    tally = "".join(
+        f'<i class="{STYLES[verdict]}">{SYMBOLS[verdict]} {number}</i>'
+        for verdict, number in counts(cards).items()
+        if number
+    )
+    title = both(words()["chapter"][letter])
+    return Html(
+        f'<details class="chapter"><summary><span>{title}</span><span class="tally">{tally}</span></summary>'
+        f"{_grid(cards)}</details>"
+    )
+
+
+def _grid(cards: Iterable[Card]) -> Html:
+    return Html(f'<div class="cards">{"".join(_card(card) for card in cards)}</div>')
+
+
+def _card(card: Card) -> Html:
+    claim, style = card.claim, STYLES[card.verdict]
+    verdict = both(words()["verdict"][card.verdict])
+    chip = f'<span class="chip"><span aria-hidden="true">{SYMBOLS[card.verdict]}</span> {verdict}</span>'
+    body = page.paragraph(both(card.found), "found") if card.found else ""
+    if card.verdict is ClaimVerdict.NOT_RUN:
+        body += page.paragraph(
+            page.join(word("would"), both(experiments()[claim.experiment].does), by=" "), "would"
+        )  # fmt: skip
+    pictures = "".join(_gap(one) for one in card.findings if one.interval is not None)
+    return Html(
+        f'<article class="claim {style}" id="{card.name}">'
+        f'<div class="head"><a href="#{card.name}">{card.name}</a>{chip}</div>'
+        f"<h3>{both(claim.text)}</h3>{body}{pictures}"
+        f"<details><summary>{word('more')}</summary>{_details(card)}</details></article>"
+    )
+
+
+def _details(card: Card) -> Html:
+    claim = card.claim
+    decided = "".join(f"<li>{_decided(one)}</li>" for one in card.findings)
+    kinds = page.join(*(both(words()["kind"][kind]) for kind in claim.kinds), by=" + ")
+    lines = [
+        (word("published"), both([claim.published(0), claim.published(1)])),
+        (word("source"), page.text(claim.source)),
+        (word("parts"), Html(f"<ul>{decided}</ul>") if decided else ""),
+        (word("earlier"), Html(f"<code>{page.text(card.earlier.where)}</code>") if card.earlier else ""),
+        (word("arms"), page.text(claim.arms)),
+        (word("limit"), both(card.limit)),
+        (word("kinds"), page.join(kinds, page.text(f"({claim.experiment})"), by=" ")),
+        (word("again"), Html(f"<code>bessemer claims --only {card.name}</code>")),
+    ]
+    return Html("<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in lines if value) + "</dl>")
+
+
+def _decided(one: PartFinding) -> Html:
+    outcome = both(words()["outcome"][one.outcome])
+    more = ""
+    if one.interval is not None:
+        more = f" {one.interval.middle:+.3g} ({one.interval.low:+.3g} … {one.interval.high:+.3g})"
+    if one.visible is not None and math.isfinite(one.visible):
+        more += f"; {word('visible')}: {one.visible:.2g}"
+    return Html(f"{page.text(one.label)}{more}: {outcome}")
+
+
+def _gap(one: PartFinding) -> Html:
+    """An interval beside its threshold; the paper's figure is a diamond, the positive control grey."""
+    assert one.interval is not None and one.part is not None, "only parts of a rule have intervals"
+    threshold, margin = float(one.part.threshold or 0), float(one.part.margin or 0)
+    marks = [*one.interval, threshold, 0.0]
+    marks += [threshold - margin, threshold + margin] if one.part.side == "equal" else []
+    marks += [one.part.paper] if one.part.paper is not None else []
+    marks += [*one.control] if one.control is not None else []
+    low, high = min(marks), max(marks)
+    low, high = low - 0.06 * (high - low or 1), high + 0.06 * (high - low or 1)
+
+    def at(value: float) -> str:
+        return f"{100 * (value - low) / (high - low):.2f}%"
+
+    def span(kind: str, of: Interval) -> str:
+        width = 100 * (of.high - of.low) / (high - low)
+        return f'<span class="{kind}" style="left:{at(of.low)};width:{width:.2f}%"></span>'
+
+    zone = ""
+    if one.part.side == "equal":
+        zone = span("zone", Interval(threshold, threshold - margin, threshold + margin))
+    control = "" if one.control is None else span("reach control", one.control)
+    paper = "" if one.part.paper is None else f'<span class="paper" style="left:{at(one.part.paper)}"></span>'
+    marks_html = (
+        f'{zone}<span class="threshold" style="left:{at(threshold)}"></span>{control}{span("reach", one.interval)}'
+        f'<span class="at" style="left:{at(one.interval.middle)}"></span>{paper}'
+    )
+    scale = f'<span class="scale" aria-hidden="true">{marks_html}</span>'
+    return Html(f'<div class="gap"><span>{page.text(one.label)}</span>{scale}</div>')
+
+
+def _method() -> Html:
+    verdicts = "".join(
+        f'<li class="{STYLES[verdict]}"><b>{SYMBOLS[verdict]} {both(words()["verdict"][verdict])}</b>: '
+        f"{both(words()['meaning'][verdict])}</li>"
+        for verdict in ClaimVerdict
+    )
+    rules = "".join(f"<li>{both(rule)}</li>" for rule in words()["rules"].values())
+    return Html(f'<ul class="how">{verdicts}</ul><ul class="how">{rules}</ul>')
+
+
+def _glossary() -> Html:
+    entries = "".join(
+        f"<div><dt>{both(one['term'])}</dt><dd>{both(one['means'])}</dd></div>" for one in words()["word"]
+    )
+    return page.fold(word("glossary"), Html(f'<dl class="glossary">{entries}</dl>'))

@@ -1,0 +1,120 @@
+"""What the planner says of a claim: predictions that read no published duration, and its own record on other runs."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from typing import Any
+
+from bessemer.claims.registry import data
+from bessemer.model import accounting
+from bessemer.plan import audit, memory, validate
+from bessemer.plan.cost import RunPlan, ideas
+from bessemer.plan.hardware import GIB, read_toml
+from bessemer.plan.layer_time import cuts
+from bessemer.plan.memory import NumberFormats
+
+Values = dict[str, Any]
+PLANNED = frozenset(("M21", "L8", "F4", "F5", "F9", "P6", "P7", "Z11", "R7", "K1", "K2", "K3", "K8", "K9"))
+
+
+@cache
+def _plan() -> RunPlan:
+    return audit.v3()
+
+
+@cache
+def _audit() -> dict[str, tuple[float, float]]:
+    """(predicted, published) of the audit's claims, by their key."""
+    table = read_toml("claims.toml")
+    lines = {line.claim: line for line in audit.deepseek_v3()}
+    return {
+        key: (lines[one["claim"]].predicted, one["value"])
+        for key, one in table.items()
+        if isinstance(one, dict) and one.get("claim") in lines
+    }
+
+
+@cache
+def _without() -> Values:
+    """How many times as long V3 takes without one of its ideas, and the memory of BF16."""
+    worth = {name: cost for name, cost in ideas(_plan()).items() if not isinstance(cost, str)}
+    return {
+        "fp8": worth["FP8"]["factor"], "dualpipe": worth["DualPipe and its overlap"]["factor"],
+        "mla": worth["MLA"]["factor"], "nodes": worth["node limit of the routing"]["factor"],
+        "bf16_gib": worth["FP8"]["memory_gib"],
+    }  # fmt: skip
+
+
+@cache
+def outside_view() -> Values:
+    """Million GPU hours of V3's pre-training, corrected by the planner's errors on eight other runs."""
+    view = validate.outside_view()
+    published = _audit()["pretraining"][1] / 1000
+    return {
+        "low": view["low"], "high": view["high"], "median": view["median"], "published": published,
+        "upper": view["high"] / published,
+    }  # fmt: skip
+
+
+@cache
+def reference() -> list[dict[str, Any]]:
+    """Large runs that others published, and what V3 would cost at their rate: million hours, from 6 N D."""
+    runs = tomllib.loads(data("reference.toml").decode())["run"]
+    for run in runs:
+        if "hours" not in run:  # a benchmark of V3 itself, in tokens per second and GPU
+            run["v3_hours"] = 14.8e12 / run["tokens_s"] / 3600 / 1e6
+            continue
+        run["tflops"] = 6 * run["active"] * run["tokens"] / run["hours"] / 3600 / 1e12
+        run["v3_hours"] = 6 * 37e9 * 14.8e12 / run["tflops"] / 1e12 / 3600 / 1e6
+    return runs
+
+
+def floor() -> float:
+    """Million hours if every operation of V3 ran at the FP8 peak."""
+    device = _plan().setup.device
+    assert device.fp8 is not None, "an H800 has FP8"
+    work = accounting.flops_per_token(_plan().cfg, 4096).training * 14.8e12
+    return work / (device.fp8 * 1e12) / 3600 / 1e6
+
+
+def values(name: str) -> Values:
+    """The planner's values of a claim, by the names of its rule and its sentences."""
+    made = {} if name in ("K1", "K3", "K9") else dict(_without())
+    if name == "M21":
+        made["gib"] = _plan().highest / GIB
+    elif name == "F4":
+        made["run"] = made["fp8"]
+    elif name == "F5":
+        made |= {"bf16": made["bf16_gib"], "fp8": _plan().highest / GIB}
+    elif name == "P6":
+        made |= _optimizer()
+    elif name == "P7":
+        made["mfu"] = _audit()["mfu"][0]
+    elif name == "Z11":
+        predicted, published = _audit()["r1_zero"]
+        made |= {"planned": predicted, "error": 100 * (predicted / published - 1)}
+    elif name == "R7":
+        tokens_s, (margin, published) = _audit()["decode"][0] * 1000, _audit()["margin"]
+        made |= {"cost": 8 * 2 / 3600 / tokens_s * 1e6, "miss": 100 * (margin / published - 1)}
+    elif name == "K2":
+        made["planned"] = _audit()["usd"][0]
+    elif name in ("K1", "K9"):
+        made |= outside_view() | {"floor": floor(), "days": _plan().days}
+        made["above_floor"] = made["published"] / made["floor"]
+    elif name == "K3":
+        ours, *others = (run for run in reference() if "hours" in run)
+        hours = [run["v3_hours"] for run in reference() if run["active"] > 10e9]
+        made |= outside_view() | {"ratio": ours["tflops"] / max(run["tflops"] for run in others)}
+        made["spread"] = max(hours) / made["published"]
+    return made
+
+
+def _optimizer() -> Values:
+    """GiB of masters and moments of the first stage: a GPU's share, and what all it trains needs whole."""
+    plan, numbers = _plan(), NumberFormats(fp8=True)
+    cut = cuts(plan.setup, plan.step.table.stages)
+    params = memory.rank_params(plan.cfg, plan.setup.layout, plan.step.table, 0, numbers.compute, cut)
+    whole = sum(size * ((0 if kind.full else 4) + 2 * numbers.moments) for kind, size in params.vectors.items()) / GIB
+    shared = (plan.memory[0]["masters"] + plan.memory[0]["moments"]) / GIB
+    return {"shared": shared, "whole": whole, "saved": whole / shared}

@@ -1,0 +1,176 @@
+"""The claims, the rules that decide them and the experiments behind them: data files of this room, as typed objects."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import tomllib
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError, model_validator
+
+from bessemer.config.table import ConfigTable
+from bessemer.errors import UserError
+
+Text = Annotated[list[str], Field(min_length=2, max_length=2)]
+"""[English, Chinese]."""
+LANGUAGES = ("en", "zh")
+
+
+class PublishedScore(ConfigTable):
+    """Two published scores on the same problems, in percent."""
+
+    on: str
+    problems: int
+    one: float
+    other: float
+
+
+class ClaimEntry(ConfigTable):
+    """One claim; the head of claims.toml explains the fields."""
+
+    kinds: Annotated[str, Field(pattern="^[RXSAN]+$")]
+    experiment: str
+    text: Text
+    paper: str | Text
+    source: str
+    arms: str = ""
+    audit: Literal["holds", "fails", "mixed", "unclear", "unknowable"] | None = None
+    scores: list[PublishedScore] = Field(default_factory=list)
+    found: Text | None = None
+    limit: Text | None = None
+
+    def published(self, language: int) -> str:
+        return self.paper if isinstance(self.paper, str) else self.paper[language]
+
+    @model_validator(mode="after")
+    def _complete(self) -> ClaimEntry:
+        if self.audit and "A" not in self.kinds:
+            raise ValueError("an audit needs A among the kinds")
+        if self.kinds[0] in "XSAN" and self.found is None:
+            raise ValueError("what was found is missing")
+        return self
+
+
+class Part(ConfigTable):
+    """One part of a rule; the head of rules.toml explains the fields."""
+
+    kind: Literal["X", "S", "B", "R"]
+    side: Literal["above", "below", "equal", "between", "outside"]
+    metric: str = ""
+    threshold: float | int | None = None
+    printed: str | None = None
+    margin: float | int | None = None
+    paper: float | None = None
+    positive: str = ""
+    negative: str = ""
+    low: str = ""
+    high: str = ""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Part:
+        if self.side in ("between", "outside"):
+            complete = bool(self.low and self.high)
+        elif self.kind == "X" and self.side == "equal":
+            complete = self.printed is not None
+        else:
+            complete = self.threshold is not None
+        if not complete:
+            raise ValueError(f"{self.kind} {self.side}: nothing to compare with")
+        if self.kind in "RB" and self.margin is None:
+            raise ValueError(f"{self.metric or self.kind}: the smallest effect of interest is missing")
+        return self
+
+
+class ClaimRule(ConfigTable):
+    """What decides a claim."""
+
+    parts: list[Part]
+    needs: Literal["all", "any"] = "any"
+
+
+class Rules(ConfigTable):
+    """rules.toml."""
+
+    confidence: float
+    seeds: int
+    smaller: int
+    aa_confidence: float
+    claim: dict[str, ClaimRule]
+
+
+class Experiment(ConfigTable):
+    """What is or would be run."""
+
+    does: Text
+    limit: Text
+
+
+Table = TypeVar("Table", bound=ConfigTable)
+
+
+def data(name: str) -> bytes:
+    """A data file of this room."""
+    return resources.files("bessemer.claims").joinpath(name).read_bytes()
+
+
+def entry(kind: type[Table], values: dict[str, Any], where: str) -> Table:
+    """A table of a data file; what is wrong with it becomes one sentence that names file and key."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(str(part) for part in wrong["loc"])
+        raise UserError(f"{where}{': ' + key if key else ''}: {wrong['msg']}") from None
+
+
+@cache
+def experiments() -> dict[str, Experiment]:
+    table = tomllib.loads(data("experiments.toml").decode())
+    return {name: entry(Experiment, values, f"experiments.toml, {name}") for name, values in table.items()}
+
+
+@cache
+def claims() -> dict[str, ClaimEntry]:
+    """All claims in the order of the account."""
+    found = {}
+    for name, values in tomllib.loads(data("claims.toml").decode()).items():
+        found[name] = entry(ClaimEntry, values, f"claims.toml, {name}")
+        if found[name].experiment not in experiments():
+            raise UserError(f"claims.toml, {name}: no experiment {found[name].experiment}")
+    return found
+
+
+@cache
+def rules() -> Rules:
+    read = entry(Rules, tomllib.loads(data("rules.toml").decode()), "rules.toml")
+    if unknown := read.claim.keys() - claims().keys():
+        raise UserError(f"rules.toml: no claim {', '.join(sorted(unknown))}")
+    return read
+
+
+def rules_hash() -> str:
+    """Of rules.toml, by which a reader sees that no rule changed after a result."""
+    return hashlib.sha256(data("rules.toml")).hexdigest()
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    """The ids of `--only`, in the account's order; UserError for an unknown one, with the nearest."""
+    known = claims()
+    wanted = [name.strip().upper() for name in names if name.strip()]
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+            hint = f"did you mean {', '.join(near)}? " if near else ""
+            raise UserError(f'no claim "{name}"; {hint}bessemer claims --list shows all {len(known)}')
+    if not wanted:
+        raise UserError("--only needs at least one id, such as L6 or M7; bessemer claims --list shows them")
+    return [name for name in known if name in wanted]
+
+
+def listing() -> str:
+    """Every claim with its kinds and its experiment, for `--list`; nothing is computed."""
+    return "\n".join(f"{name:<4} {one.kinds:<3} {one.experiment:<4} {one.text[0]}" for name, one in claims().items())

@@ -1,0 +1,225 @@
+"""From evidence to a verdict, by rules that were fixed before any run.
+
+A rule has parts. The evidence decides each part on its own (`Outcome`); `combine` makes the verdict of them.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from bessemer.claims.registry import ClaimEntry, Part, PublishedScore, Rules
+from bessemer.claims.statistics import Interval, over_seeds, p_value, shares_apart, smallest_visible, wider
+
+
+class ClaimVerdict(StrEnum):
+    """What the evidence says of a claim."""
+
+    SHOWN = "shown"
+    PART = "shown in part"
+    NOT_SHOWN = "not shown at this size"
+    CONTRADICTED = "contradicted"
+    NOT_TESTABLE = "not testable here"
+    NOT_RUN = "not run yet"
+
+
+class Outcome(StrEnum):
+    """What the evidence says of one part of a claim."""
+
+    HOLDS = "holds"
+    WEAK = "holds, weakly"
+    """Few seeds, a point estimate, a small effect."""
+    UNCLEAR = "unclear"
+    FAILS = "fails"
+    OPEN = "not run"
+    UNKNOWABLE = "unknowable"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run gave for one metric: a value for every seed, those of its controls, and what the problems add."""
+
+    values: Sequence[float]
+    positive: Sequence[float] | None = None
+    negative: Sequence[float] | None = None
+    over_problems: Interval | None = None
+    earlier: bool = False
+    """From before the rules: it can show a claim in part at most."""
+
+
+@dataclass(frozen=True)
+class PartFinding:
+    """One part of a claim with its evidence."""
+
+    part: Part | None
+    outcome: Outcome
+    label: str
+    interval: Interval | None = None
+    control: Interval | None = None
+    visible: float | None = None
+    p: float | None = None
+    exact: bool = False
+    """A printed figure that arithmetic must give."""
+
+    def facts(self) -> dict[str, Any]:
+        made = {
+            "what": self.label, "outcome": self.outcome, "interval": self.interval, "positive_control": self.control,
+            "smallest_visible_effect": self.visible if self.visible != math.inf else None, "p": self.p,
+        }  # fmt: skip
+        rule = {} if self.part is None else self.part.model_dump(exclude_defaults=True)
+        return {"rule": rule} | {name: value for name, value in made.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that there is on one claim."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Computed, by name: for the parts X and S and for the sentences of the card."""
+    measured: Mapping[str, Measured] = field(default_factory=dict)
+
+
+def judge(name: str, claim: ClaimEntry, evidence: Evidence, rules: Rules) -> tuple[ClaimVerdict, list[PartFinding]]:
+    """The verdict on a claim, and that on each of its parts."""
+    rule = rules.claim.get(name)
+    findings = list(_audit(claim))
+    for part in rule.parts if rule else ():
+        if part.kind == "B":
+            findings += [score(part, one) for one in claim.scores]
+        elif part.kind == "R":
+            findings.append(run(part, evidence.measured.get(part.metric), rules))
+        else:
+            findings.append(computed(part, evidence.values))
+    if claim.kinds[0] == "N" or not findings:
+        return ClaimVerdict.NOT_TESTABLE, findings
+    return combine([finding.outcome for finding in findings], rule is not None and rule.needs == "all"), findings
+
+
+def combine(outcomes: Sequence[Outcome], needs_all: bool = False) -> ClaimVerdict:
+    """The verdict of a claim whose parts came out so."""
+    seen = set(outcomes)
+    if Outcome.FAILS in seen and (needs_all or not seen & {Outcome.HOLDS, Outcome.WEAK}):
+        return ClaimVerdict.CONTRADICTED
+    if seen == {Outcome.HOLDS}:
+        return ClaimVerdict.SHOWN
+    if seen & {Outcome.HOLDS, Outcome.WEAK}:
+        return ClaimVerdict.PART
+    if Outcome.OPEN in seen:
+        return ClaimVerdict.NOT_RUN
+    return ClaimVerdict.NOT_SHOWN if Outcome.UNCLEAR in seen else ClaimVerdict.NOT_TESTABLE
+
+
+def _audit(claim: ClaimEntry) -> list[PartFinding]:
+    outcomes = {
+        None: (), "mixed": (Outcome.HOLDS, Outcome.FAILS), "holds": (Outcome.HOLDS,), "fails": (Outcome.FAILS,),
+        "unclear": (Outcome.UNCLEAR,), "unknowable": (Outcome.UNKNOWABLE,),
+    }  # fmt: skip
+    return [PartFinding(None, outcome, claim.source) for outcome in outcomes[claim.audit]]
+
+
+def computed(part: Part, values: Mapping[str, Any]) -> PartFinding:
+    """An exact value or the planner's against the threshold."""
+    if part.metric not in values:
+        return PartFinding(part, Outcome.OPEN, part.metric)
+    value = values[part.metric]
+    if part.side in ("between", "outside"):
+        low, high = values[part.low], values[part.high]
+        inside = low <= value <= high
+        if part.side == "between":
+            outcome = Outcome.WEAK if inside else Outcome.FAILS
+        else:
+            outcome = Outcome.UNCLEAR if inside else Outcome.WEAK
+        return PartFinding(part, outcome, f"{value:.4g} in {low:.4g} to {high:.4g}")
+    if part.printed is not None:
+        equal = as_printed(value, part.printed) == part.printed
+        label = f"{_plain(part.metric)} = {part.printed}"
+        return PartFinding(part, Outcome.HOLDS if equal else Outcome.FAILS, label, exact=True)
+    assert part.threshold is not None
+    right = value > part.threshold if part.side == "above" else value < part.threshold
+    label = f"{_plain(part.metric)} {value:.4g}, {part.side} {part.threshold:g}"
+    if part.kind == "S":  # no interval, so neither strong nor wrong
+        return PartFinding(part, Outcome.WEAK if right else Outcome.UNCLEAR, label)
+    return PartFinding(part, Outcome.HOLDS if right else Outcome.FAILS, label)
+
+
+def _plain(metric: str) -> str:
+    return metric.replace("_", " ").strip()
+
+
+def as_printed(value: float, printed: str) -> str:
+    """The value with as many decimals as the printed figure has."""
+    decimals = len(printed.partition(".")[2])
+    return f"{value:.{decimals}f}"
+
+
+def score(part: Part, published: PublishedScore) -> PartFinding:
+    """Two published scores, in points, with the interval that the number of problems leaves."""
+    gap = shares_apart(published.one / 100, published.other / 100, published.problems)
+    points = Interval(*(100 * end for end in gap))
+    label = f"{published.on}: {published.one:g} / {published.other:g} ({published.problems:,})"
+    return PartFinding(part, _side(part, points), label, points)
+
+
+def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
+    """A metric over seeds against the rule: interval, controls, number of seeds, size of the effect."""
+    if measured is None:
+        return PartFinding(part, Outcome.OPEN, part.metric)
+    interval = over_seeds(measured.values, rules.confidence)
+    if measured.over_problems is not None:
+        interval = wider(interval, measured.over_problems)
+    few = len(measured.values) < rules.seeds
+    outcome = _side(part, interval)
+    if few:  # no spread of its own: the direction, at most
+        point = Interval(interval.middle, interval.middle, interval.middle)
+        problems = measured.over_problems or point
+        outcome = Outcome.WEAK if _side(part, problems) is Outcome.HOLDS else Outcome.UNCLEAR
+    control = None if measured.positive is None else over_seeds(measured.positive, rules.confidence)
+    if control is not None and not _fires(part, control):
+        outcome = Outcome.UNCLEAR  # the run could not have seen the effect, or its absence
+    negative = None if measured.negative is None else over_seeds(measured.negative, rules.confidence)
+    if negative is not None and outcome is Outcome.HOLDS and _side(part, negative) is Outcome.HOLDS:
+        outcome = Outcome.UNCLEAR  # what must not work works as well
+    if outcome is Outcome.HOLDS and (measured.earlier or _small(part, interval, rules)):
+        outcome = Outcome.WEAK
+    return PartFinding(
+        part, outcome, part.metric, interval if len(measured.values) > 1 else None, control,
+        smallest_visible(measured.values, rules.confidence), p_value(measured.values, part.threshold or 0.0),
+    )  # fmt: skip
+
+
+def _side(part: Part, interval: Interval) -> Outcome:
+    """On which side of the threshold the whole interval lies."""
+    threshold, margin = part.threshold or 0.0, part.margin or 0.0
+    if part.side == "equal":
+        low, high = threshold - margin, threshold + margin
+        if low < interval.low and interval.high < high:
+            return Outcome.HOLDS
+        return Outcome.FAILS if interval.high < low or interval.low > high else Outcome.UNCLEAR
+    above, below = interval.low > threshold, interval.high < threshold
+    if part.side == "below":
+        above, below = below, above
+    return Outcome.HOLDS if above else Outcome.FAILS if below else Outcome.UNCLEAR
+
+
+def _fires(part: Part, control: Interval) -> bool:
+    """A positive control shows the effect that the run looks for: harm where the claim is that there is none."""
+    threshold, margin = part.threshold or 0.0, part.margin or 0.0
+    if part.side == "equal":
+        return control.low > threshold + margin or control.high < threshold - margin
+    harmless = part.side == "below" and threshold > 0
+    return control.low > 0 if harmless else _side(part, control) is Outcome.HOLDS
+
+
+def _small(part: Part, interval: Interval, rules: Rules) -> bool:
+    return part.paper is not None and abs(interval.middle) * rules.smaller < abs(part.paper)
+
+
+def agrees(reference: Sequence[float], again: Sequence[float], rules: Rules) -> bool:
+    """The A/A test: the reference and itself with other weights differ by nothing that can be seen."""
+    gaps = [one - other for one, other in zip(reference, again, strict=True)]
+    interval = over_seeds(gaps, rules.aa_confidence)
+    return interval.low <= 0 <= interval.high or statistics.fmean(gaps) == 0

@@ -1,0 +1,10 @@
+"""All cards, computed once."""
+
+import pytest
+
+from bessemer.claims import cards, registry
+
+
+@pytest.fixture(scope="session")
+def all_cards():
+    return cards.make(list(registry.claims()))
