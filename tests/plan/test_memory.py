@@ -16,11 +16,13 @@ from bessemer.dist.model_shard import ModelShard
 from bessemer.dist.schedules import schedule
 from bessemer.dist.stage import cut
 from bessemer.dist.table import Action, Pair, actions
+from bessemer.hf.mapping import slots
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.plan import dry_run, memory
 from bessemer.plan.memory import NumberFormats
 from bessemer.precision.fp8_linear import PAPER
+from bessemer.precision.operand import quantise, transpose
 from bessemer.train import groups
 from bessemer.train.objective import next_token
 
@@ -135,7 +137,7 @@ def test_memory_of_real_ranks(name, layout, dtype, fp8):
     planned = memory.per_rank(TINY, layout, table, ROWS, LENGTH, numbers)
     for pp in range(layout.pp):
         ranks = [found[layout.rank(pp, 0, ep, cp)] for ep in range(layout.ep) for cp in range(layout.cp)]
-        all_forwards = sum(kept[a.stage] for a in actions(table.steps[pp]) if a.kind == "F")
+        all_forwards = sum(kept[a.stage] for a in actions(table.steps[pp]) if a.kind == "F") + planned[pp]["operands"]
         assert sum(rank[1] for rank in ranks) / len(ranks) == pytest.approx(all_forwards, rel=0.05)
         before = sum(planned[pp][kind] for kind in BEFORE[:-1])
         assert all(rank[0] == before for rank in ranks)
@@ -143,6 +145,23 @@ def test_memory_of_real_ranks(name, layout, dtype, fp8):
             total = before + planned[pp]["activations"] + planned[pp]["working"]
             least, most = (before + sum(rank[place] for rank in ranks) / len(ranks) for place in (2, 3))
             assert 0.95 * least < total < 1.05 * most, (least, total, most)
+
+
+def test_operands_are_kept_as_often_as_fits():
+    """On a CPU once; on a GPU twice, once or not at all, by the room that is left."""
+    layout, table, numbers = Layout(1, 1, 2), schedule("1f1b", 1, 2), NumberFormats(fp8=True)
+    model = Transformer(TINY)
+    (once,) = (kinds["operands"] for kinds in memory.per_rank(TINY, layout, table, 1, 128, numbers))
+    names = {slot.name for slot in slots(TINY) if slot.fp8}
+    mine = [p[: len(p) // 2] if ".experts." in n else p for n, p in model.named_parameters() if n in names]
+    assert once == sum(part.nbytes for p in mine for part in quantise(p.detach(), "block"))
+    twice = once + sum(part.nbytes for p in mine for part in transpose(quantise(p.detach(), "block")))
+    bare = sum(memory.per_rank(TINY, layout, table, 1, 128, numbers, room=0)[0].values())
+    for room, wanted in ((bare + once - 1, 0), (bare + once, once), (bare + twice, twice), (1e12, twice)):
+        (kinds,) = memory.per_rank(TINY, layout, table, 1, 128, numbers, room=room)
+        assert kinds["operands"] == wanted
+    (plain,) = memory.per_rank(TINY, layout, table, 1, 128, NumberFormats())
+    assert plain["operands"] == 0
 
 
 def test_most_live_walks_the_table():

@@ -32,6 +32,13 @@ class ParamTensor(NamedTuple):
     float32: bool = False
     """In float32 whatever the compute dtype: norm gains and gates."""
     matrix: bool = True
+    fp8: tuple[int, int, int] | None = None
+    """Number, rows and columns of the matrices that FP8 training quantises."""
+
+
+def matrices(rows: int, columns: int, number: int = 1, expert: bool = False) -> ParamTensor:
+    """One or more matrices that FP8 training quantises."""
+    return ParamTensor(number * rows * columns, expert, fp8=(number, rows, columns))
 
 
 def gain(width: int) -> ParamTensor:
@@ -43,28 +50,25 @@ def attention_tensors(cfg: ModelConfig) -> Iterator[ParamTensor]:
     """One MLA block, its latent norms included."""
     heads, dim = cfg.n_heads, cfg.dim
     if cfg.q_lora_rank:
-        yield from (ParamTensor(cfg.q_lora_rank * dim), gain(cfg.q_lora_rank))
-        yield ParamTensor(heads * cfg.qk_head_dim * cfg.q_lora_rank)
+        yield from (matrices(cfg.q_lora_rank, dim), gain(cfg.q_lora_rank))
+        yield matrices(heads * cfg.qk_head_dim, cfg.q_lora_rank)
     else:
-        yield ParamTensor(heads * cfg.qk_head_dim * dim)
-    yield from (ParamTensor((cfg.kv_lora_rank + cfg.qk_rope_head_dim) * dim), gain(cfg.kv_lora_rank))
-    yield ParamTensor(heads * (cfg.qk_nope_head_dim + cfg.v_head_dim) * cfg.kv_lora_rank)
-    yield ParamTensor(dim * heads * cfg.v_head_dim)
+        yield matrices(heads * cfg.qk_head_dim, dim)
+    yield from (matrices(cfg.kv_lora_rank + cfg.qk_rope_head_dim, dim), gain(cfg.kv_lora_rank))
+    yield matrices(heads * (cfg.qk_nope_head_dim + cfg.v_head_dim), cfg.kv_lora_rank)
+    yield matrices(dim, heads * cfg.v_head_dim)
 
 
 def ffn_tensors(cfg: ModelConfig, dense: bool, ep: int = 1) -> Iterator[ParamTensor]:
     """The dense FFN, or gate, shared expert and one of `ep` equal shares of the routed experts."""
     if dense:
-        yield from (ParamTensor(2 * cfg.inter_dim * cfg.dim), ParamTensor(cfg.dim * cfg.inter_dim))
+        yield from (matrices(2 * cfg.inter_dim, cfg.dim), matrices(cfg.dim, cfg.inter_dim))
         return
     yield ParamTensor(cfg.n_routed_experts * cfg.dim, float32=True)
     local, inner = cfg.n_routed_experts // ep, cfg.moe_inter_dim
-    yield from (
-        ParamTensor(local * 2 * inner * cfg.dim, expert=True),
-        ParamTensor(local * cfg.dim * inner, expert=True),
-    )
+    yield from (matrices(2 * inner, cfg.dim, local, expert=True), matrices(cfg.dim, inner, local, expert=True))
     if shared := cfg.n_shared_experts * inner:
-        yield from (ParamTensor(2 * shared * cfg.dim), ParamTensor(cfg.dim * shared))
+        yield from (matrices(2 * shared, cfg.dim), matrices(cfg.dim, shared))
 
 
 def layer_tensors(cfg: ModelConfig, dense: bool, ep: int = 1) -> Iterator[ParamTensor]:
@@ -78,6 +82,15 @@ def mtp_tensors(cfg: ModelConfig, ep: int = 1) -> Iterator[ParamTensor]:
     """One MTP module, without the shared embedding and head."""
     yield from (ParamTensor(2 * cfg.dim * cfg.dim), gain(cfg.dim), gain(cfg.dim), gain(cfg.dim))
     yield from layer_tensors(cfg, False, ep)
+
+
+def kept_bytes(tensor: ParamTensor, copies: int) -> int:
+    """What FP8 training keeps of a weight for a step (`precision.weights`), with a factor for every tile of every
+    row."""
+    if tensor.fp8 is None:
+        return 0
+    number, rows, columns = tensor.fp8
+    return sum(number * n * _e4m3(k) for n, k in [(rows, columns), (columns, rows)][:copies])
 
 
 def _total(tensors: Iterable[ParamTensor]) -> int:

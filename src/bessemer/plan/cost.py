@@ -130,7 +130,7 @@ def setup_memory(cfg: ModelConfig, setup: Setup, table: Table) -> list[dict[str,
     """Bytes by kind of every pipeline rank of a run with this schedule."""
     return memory.per_rank(
         cfg, setup.layout, table, setup.rows, setup.length, NumberFormats(fp8=setup.fp8), setup.recompute,
-        setup.mtp, cuts(setup, table.stages),
+        setup.mtp, cuts(setup, table.stages), setup.device.room,
     )  # fmt: skip
 
 

@@ -87,17 +87,18 @@ def of_recipe(recipe: Recipe, world: int | None = None, device_name: str | None 
     chosen = None if device_name is None else device(device_name)
     return DryRun(
         layout, table, numbers, settings.micro_rows, length, ramp,
-        dry_run(cfg, layout, table, settings.micro_rows, length, numbers, recipe.layout.recompute), chosen,
+        dry_run(cfg, layout, table, settings.micro_rows, length, numbers, recipe.layout.recompute, chosen), chosen,
     )  # fmt: skip
 
 
 def dry_run(
     cfg: ModelConfig, layout: Layout, table: Table, rows: int, length: int, numbers: NumberFormats,
-    recompute: Collection[str] = (),
+    recompute: Collection[str] = (), on: Device | None = None,
 ) -> dict[int, dict[str, int]]:  # fmt: skip
     """Bytes by kind of the first, a middle and the last pipeline rank, for micro-batches of `rows` sequences of
     `length` tokens."""
-    computed = memory.per_rank(cfg, layout, table, rows, length, numbers, recompute)
+    room = None if on is None else on.room
+    computed = memory.per_rank(cfg, layout, table, rows, length, numbers, recompute, room=room)
     ranks = {}
     for pp in sorted({0, layout.pp // 2, layout.pp - 1}):
         rank = layout.rank(pp, 0, 0)

@@ -4,6 +4,8 @@
                    everything else whole (`stage.cut`, `keep_experts`), with compute weights and float32 gradients of
                    all of it, masters and moments of a share (`zero1.Zero1`). With two copies of the model (DualPipe) a
                    rank holds two stages. Tests compare with the real classes, to the byte
+    operands       weights in FP8, kept for a step (`precision.weights`): once on a CPU, on a GPU as often as fits
+                   beside the rest, twice at most
     activations    what micro-batches keep between their forward and their backward, at the step of the schedule where
                    that is most: `model.accounting` for a stage, the table for how many
     working        what is needed while one layer, or the loss, is computed: exchange buffers, gradients of the rows of
@@ -23,11 +25,18 @@ from bessemer.dist.context_parallel import KEYS
 from bessemer.dist.mesh import Layout
 from bessemer.dist.stage import cut
 from bessemer.dist.table import Step, Table, actions
-from bessemer.model.accounting import ParamTensor, gain, layer_tensors, mtp_tensors, stage_activation_bytes
+from bessemer.model.accounting import (
+    ParamTensor,
+    gain,
+    kept_bytes,
+    layer_tensors,
+    mtp_tensors,
+    stage_activation_bytes,
+)
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import PHASES
 
-KINDS = ("weights", "gradients", "masters", "moments", "routing", "activations", "working")
+KINDS = ("weights", "gradients", "masters", "moments", "routing", "operands", "activations", "working")
 
 
 @dataclass(frozen=True)
@@ -46,19 +55,24 @@ class NumberFormats:
 
 def per_rank(
     cfg: ModelConfig, layout: Layout, table: Table, rows: int, length: int, numbers: NumberFormats = NumberFormats(),
-    recompute: Collection[str] = (), mtp: bool = True, cuts: Sequence[range] | None = None,
+    recompute: Collection[str] = (), mtp: bool = True, cuts: Sequence[range] | None = None, room: float | None = None,
 ) -> list[dict[str, int]]:  # fmt: skip
     """Bytes by kind of every pipeline rank, for micro-batches of `rows` sequences of `length` tokens. `cuts`: layers of
-    every stage; by default those of `stage.cut`."""
+    every stage; by default those of `stage.cut`. `room`: bytes that a GPU may fill."""
     cuts = cuts or cut(cfg, table.stages)
     need = working(cfg, layout, rows, length, numbers)
     saved = saved_by_stage(cfg, cuts, rows, length, numbers, recompute, mtp, layout.cp, layout.ep == 1)
     ranks = []
     for rank in range(table.ranks):
-        bytes_ = rank_params(cfg, layout, table, rank, numbers.compute, cuts).bytes(numbers.compute, numbers.moments)
+        params = rank_params(cfg, layout, table, rank, numbers.compute, cuts)
+        bytes_ = params.bytes(numbers.compute, numbers.moments) | {"operands": 0}
         bytes_["activations"] = most_live(table.steps[rank], saved)
         last = any(stage == table.stages - 1 for _, stage in table.slices_on(rank))
         bytes_["working"] = max(need["layer"], need["loss"] if last else 0)
+        if numbers.fp8:
+            free = None if room is None else room - sum(bytes_.values())
+            fits = params.operands[:1] if free is None else [kept for kept in params.operands if kept <= free]
+            bytes_["operands"] = max(fits, default=0)
         ranks.append(bytes_)
     return ranks
 
@@ -148,6 +162,8 @@ class RankParams:
     """Layers with a routing bias and a load counter."""
     experts: int
     """Routed experts of a gate."""
+    operands: tuple[int, int]
+    """Bytes of its weights in FP8, kept once and twice."""
 
     def bytes(self, number: int, moment: int) -> dict[str, int]:
         """Bytes by kind. `number`: bytes of the compute dtype; `moment`: of each of AdamW's two moments."""
@@ -174,7 +190,7 @@ def rank_params(
     copies = layout.dp * layout.cp
     last, ranks = table.stages - 1, {True: copies, False: copies * layout.ep}
     vectors: dict[VectorKind, int] = {}
-    total = 0
+    total, operands = 0, [0, 0]
 
     def add(tensors: Iterator[ParamTensor], owners: set[int], times: int = 1) -> None:
         nonlocal total
@@ -183,6 +199,8 @@ def rank_params(
             kind = VectorKind(tensor.expert, tensor.matrix, tensor.float32 and number != 4, shared)
             vectors[kind] = vectors.get(kind, 0) + times * _padded(tensor.numel, ALIGN)
             total += times * tensor.numel
+            for copies in (1, 2):
+                operands[copies - 1] += times * kept_bytes(tensor, copies)
 
     sparse = 0
     for stage in sorted(mine):
@@ -202,7 +220,7 @@ def rank_params(
         sparse += cfg.n_mtp
     padded = {kind: _padded(size, BLOCK * ranks[kind.expert]) for kind, size in vectors.items()}
     gates = sparse if cfg.topk_method == "noaux_tc" else 0
-    return RankParams(padded, total, ranks, gates, cfg.n_routed_experts)
+    return RankParams(padded, total, ranks, gates, cfg.n_routed_experts, (operands[0], operands[1]))
 
 
 def _padded(size: int, multiple: int) -> int:

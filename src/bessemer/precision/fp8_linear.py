@@ -9,7 +9,8 @@ Quantising again rounds again, unless old and new factors are powers of two (V3 
 tile is too coarse for, below 2^-15 of its largest, change.
 
 Each works on one matrix, or with `count` on the matrices of G experts and rows in expert order; tiles never span two
-experts. `model/fp8` decides which activations a layer saves, and in which format.
+experts. `model/fp8` decides which activations a layer saves, and in which format; `weights` keeps the weights' operands
+for a step.
 
 Shapes: T tokens, K inputs, N outputs, G experts.
 """
@@ -23,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bessemer.precision import backends, emulation
+from bessemer.precision import backends, emulation, weights
 from bessemer.precision.formats import round_mantissa
-from bessemer.precision.operand import TILE, Group, Operand, transpose
+from bessemer.precision.operand import TILE, Group, Operand
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,12 @@ Count = Sequence[int] | None
 
 def forward(x: Operand, weight: Tensor, recipe: FP8Recipe, count: Count = None) -> Tensor:
     """x W^T in W's dtype, [T, N]; weight [N, K], or [G, N, K] with `count`."""
-    return _product(x, recipe.quantised_weight(weight), weight.dtype, recipe, count)
+    return _product(x, weights.operand(weight, recipe), weight.dtype, recipe, count)
 
 
 def input_gradient(dy: Operand, weight: Tensor, recipe: FP8Recipe, count: Count = None) -> Tensor:
     """dy W in W's dtype, [T, K]."""
-    return _product(dy, transpose(recipe.quantised_weight(weight)), weight.dtype, recipe, count)
+    return _product(dy, weights.turned(weight, recipe), weight.dtype, recipe, count)
 
 
 def _product(x: Operand, w: Operand, dtype: torch.dtype, recipe: FP8Recipe, count: Count) -> Tensor:

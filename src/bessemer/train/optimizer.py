@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bessemer.errors import UserError
+from bessemer.precision.weights import KeptWeights
 from bessemer.train.groups import Group, Members, Update
 from bessemer.train.muon import MuonGroup
 from bessemer.workers import Workers
@@ -79,6 +80,8 @@ class Optimizer:
         if ema_decay:
             for group in self.groups:
                 group.average(ema_decay)
+        self.kept = KeptWeights(p for _, p in named if p.dim() >= 2)
+        """Their operands in FP8 training; dropped wherever the weights change."""
 
     def _home(self, name: str) -> object:
         """What else parameters of one group must share; nothing on one process."""
@@ -106,6 +109,7 @@ class Optimizer:
         """One update with gradient / divisor, clipped to 2-norm `clip`; `norm` is `grad_norm()`. Clears gradients."""
         self.steps += 1
         self._wait_for_copies()
+        self.kept.drop()
         if norm / divisor > clip:
             divisor = norm / clip
         update = Update(self.steps, lr, divisor, self.betas, self.eps)
@@ -137,6 +141,7 @@ class Optimizer:
 
     def refresh(self) -> None:
         """Rounds the masters into what forward reads."""
+        self.kept.drop()
         for group in self.groups:
             group.publish()
         self._wait()
@@ -145,6 +150,7 @@ class Optimizer:
     def averaged(self) -> Iterator[None]:
         """Inside, forward reads the moving average of the weights; no step may be taken."""
         self._wait_for_copies()  # in float32 forward reads the masters
+        self.kept.drop()
         before = [group.compute.clone() for group in self.groups]
         for group in self.groups:
             if group.ema is not None:
@@ -153,6 +159,7 @@ class Optimizer:
         try:
             yield
         finally:
+            self.kept.drop()
             for group, values in zip(self.groups, before, strict=True):
                 group.compute.copy_(values)
 

@@ -157,7 +157,7 @@ class Trainer(Checkpointed):
         """Moves weights and gradient outboxes into memory shared with the helper processes."""
         workers, groups = self.runtime.workers, self.optimizer.groups
         biases = [gate.bias_E for gate in self.gates.values() if gate.bias_E is not None]
-        workers.share([group.compute for group in groups] + biases)
+        workers.share([group.compute for group in groups] + biases + [self.optimizer.kept.epoch])
         self._outboxes = [[torch.zeros_like(group.grad) for group in groups] for _ in range(1, workers.n)]
         workers.share(out for outbox in self._outboxes for out in outbox)
 

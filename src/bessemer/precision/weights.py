@@ -1,0 +1,124 @@
+"""Weights in FP8, quantised once per optimizer step instead of in the forward and backward of every micro-batch.
+
+An `Optimizer` keeps the operands of its weights in a `KeptWeights` and drops them wherever it writes to the weights.
+A weight that no optimizer owns, or that changed by itself (another version, storage or recipe), is quantised anew.
+Bits are the same either way, so every rank may decide for itself how much it keeps:
+
+    0 copies    nothing: every use quantises
+    1           the operand of forward; backward reads it transposed. On a CPU that is a view
+    2           also the transposed one, copied: tensor cores read FP8 along the summed dimension only
+
+A CPU keeps one. A GPU keeps none in its first step, which shows how much memory is left over, and then as many as fit.
+
+All products of a layer run on one stream (`dist.chunk`), so an operand is ready for whoever finds it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bessemer.precision.operand import Operand, transpose
+
+KEPT = "fp8_kept"
+"""The attribute of a weight that holds its `KeptWeights`."""
+COPIES = 2
+LEFT_FREE = 0.06
+"""Share of a GPU that is never filled: as the planner (`plan.hardware`), for the runtime and fragmentation."""
+
+
+class Recipe(Protocol):
+    """An `FP8Recipe`."""
+
+    def quantised_weight(self, weight: Tensor) -> Operand: ...
+
+
+def operand(weight: Tensor, recipe: Recipe) -> Operand:
+    """The weight [..., N, K] as forward multiplies by it."""
+    kept = getattr(weight, KEPT, None)
+    return recipe.quantised_weight(weight) if kept is None else kept.entry(weight, recipe).operand
+
+
+def turned(weight: Tensor, recipe: Recipe) -> Operand:
+    """The weight transposed, [..., K, N], as backward multiplies by it."""
+    kept = getattr(weight, KEPT, None)
+    if kept is None:
+        return transpose(recipe.quantised_weight(weight))
+    entry = kept.entry(weight, recipe)
+    if kept.copies < COPIES:
+        return transpose(entry.operand)
+    if not entry.turned:
+        value, scale = transpose(entry.operand)
+        entry.turned.append(Operand(value.contiguous(), scale))
+    return entry.turned[0]
+
+
+class _Entry(NamedTuple):
+    state: tuple[Any, ...]
+    """What the weight was when it was quantised."""
+    operand: Operand
+    turned: list[Operand]
+    """The transposed operand, once it is needed."""
+
+
+class KeptWeights:
+    """The operands of some weights until `drop`."""
+
+    def __init__(self, weights: Iterable[Tensor]):
+        self.epoch = torch.zeros(1, dtype=torch.int64)
+        """Counts drops, on the CPU. Helper processes keep their own operands; in shared memory it tells them, too."""
+        self._entries: dict[int, _Entry] = {}
+        self._sizes: dict[int, int] = {}
+        """Bytes of one copy of every weight that was asked for."""
+        self._peak = 0
+        self._device = torch.device("cpu")
+        for weight in weights:
+            self._device = weight.device
+            setattr(weight, KEPT, self)
+        self.copies = 1 if self._device.type == "cpu" else 0
+
+    def entry(self, weight: Tensor, recipe: Recipe) -> _Entry:
+        state = (int(self.epoch), weight._version, weight.data_ptr(), recipe)
+        found = self._entries.get(id(weight))
+        if found is None or found.state != state:
+            found = _Entry(state, recipe.quantised_weight(weight), [])
+            self._sizes[id(weight)] = _bytes(found.operand)
+            if self.copies:
+                self._entries[id(weight)] = found
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept now."""
+        return sum(_bytes(part) for entry in self._entries.values() for part in (entry.operand, *entry.turned))
+
+    def drop(self) -> None:
+        """The weights change: nothing that is kept holds any longer."""
+        self.epoch += 1
+        held = self.nbytes
+        self._entries.clear()
+        if self._sizes and self._device.type == "cuda":
+            self._choose(held)
+
+    def _choose(self, held: int) -> None:
+        """How many copies fit beside the most memory that was ever in use; fewer where that has grown since."""
+        peak = torch.cuda.max_memory_allocated(self._device)
+        if peak <= self._peak:
+            return
+        free, total = torch.cuda.mem_get_info(self._device)
+        room = free + torch.cuda.memory_reserved(self._device) - LEFT_FREE * total
+        fit = fitting(room - (peak - held), sum(self._sizes.values()))
+        self.copies = min(self.copies, fit) if self._peak else fit
+        self._peak = peak
+
+
+def fitting(room: float, copy: int) -> int:
+    """Copies of so many bytes that fit into the room that everything else leaves."""
+    return max(0, min(COPIES, int(room // copy))) if copy else 0
+
+
+def _bytes(part: Operand) -> int:
+    return part.value_MK.nbytes + part.scale_MJ.nbytes

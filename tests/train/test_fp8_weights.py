@@ -1,0 +1,141 @@
+"""Weights in FP8 are quantised once per optimizer step: the same bits, and never an operand of weights that changed."""
+
+from types import SimpleNamespace
+
+import pytest
+import tiny_run
+import torch
+
+from bessemer.precision import weights
+from bessemer.precision.fp8_linear import PAPER, FP8Recipe
+from bessemer.precision.operand import quantise, transpose
+from bessemer.precision.weights import KEPT
+from bessemer.workers import Workers
+
+torch.set_num_threads(1)
+MATRICES = 2 * 5 + 2 + 2 * (2 + 2) + 5
+"""Attention of two layers and of the MTP module; a dense FFN, and experts with a shared one in the other two."""
+
+
+@pytest.fixture
+def quantised(monkeypatch):
+    """The weights that were quantised, one entry for every time."""
+    names = []
+    original = FP8Recipe.quantised_weight
+    monkeypatch.setattr(FP8Recipe, "quantised_weight", lambda self, w: names.append(id(w)) or original(self, w))
+    return names
+
+
+def steps(number: int = 3, copies: int | None = None, dtype=torch.float32, forget: bool = False, **changes):
+    """A trainer after some steps of two micro-batches, with the gradient norms and losses of each."""
+    network = tiny_run.model().set_fp8(PAPER)
+    training = tiny_run.trainer(network, compute_dtype=dtype, **changes)
+    if forget:
+        for parameter in network.parameters():
+            parameter.__dict__.pop(KEPT, None)
+    if copies is not None:
+        training.optimizer.kept.copies = copies
+    found = []
+    for step in range(number):
+        parts = [tiny_run.batches(8 * step + first, 4) for first in (0, 4)]
+        values = training.update(parts)
+        found.append([values["train/grad_norm"], *(v for k, v in sorted(values.items()) if "loss" in k)])
+    return training, found
+
+
+def same_weights(a, b):
+    for (name, one), other in zip(a.model.named_parameters(), b.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_once_a_step_and_the_same_bits(quantised, dtype):
+    fresh, wanted = steps(dtype=dtype, forget=True)
+    # two micro-batches, forward and backward; the two up-projections of attention also in recomputation
+    assert len(quantised) == 3 * 2 * (2 * MATRICES + 3 * 2)
+    quantised.clear()
+    kept, found = steps(dtype=dtype)
+    assert len(quantised) == 3 * MATRICES and len(set(quantised)) == MATRICES
+    assert found == wanted
+    same_weights(kept, fresh)
+    assert kept.optimizer.kept.nbytes == 0, "nothing is held between the last backward and the next forward"
+
+
+def test_helper_processes_see_that_weights_changed():
+    """A helper's own operands go with the weights in shared memory."""
+    alone, wanted = steps()
+    workers = Workers(2)
+    try:
+        helped, found = steps(workers=workers)
+        assert found == wanted
+        same_weights(helped, alone)
+    finally:
+        workers.stop()
+
+
+def operand_of(training):
+    weight = training.model.layers[1].ffn.experts.w13
+    operand, turned = weights.operand(weight, PAPER), weights.turned(weight, PAPER)
+    fresh = quantise(weight, "block")
+    for found, wanted in ((operand, fresh), (turned, transpose(fresh))):
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(found, wanted, strict=True))
+    return operand, turned
+
+
+def test_whoever_writes_to_the_weights_is_noticed(tmp_path, quantised):
+    training, _ = steps(1, state_dir=tmp_path, ema_decay=0.5, copies=2)
+    weight, optimizer = training.model.layers[1].ffn.experts.w13, training.optimizer
+    first, turned = operand_of(training)
+    assert turned.value_MK.is_contiguous()
+    quantised.clear()
+    assert operand_of(training)[1] is turned and not quantised
+    training.save()
+    training.finish()
+    with optimizer.averaged():
+        assert operand_of(training)[0] is not first
+
+    def through_masters():
+        optimizer.masters()["layers.1.ffn.experts.w13"].mul_(2)
+        optimizer.refresh()
+
+    for change in (
+        lambda: optimizer.step(1e-2, 1.0, 1.0, 1.0),
+        through_masters,
+        training._restore_latest,
+        lambda: weight.detach().mul_(3),
+        lambda: setattr(weight, "data", weight.data.clone()),
+    ):
+        before = operand_of(training)[0]
+        change()
+        assert operand_of(training)[0] is not before
+    with torch.no_grad():
+        weight[0, 0, 0] = float("nan")
+    assert weights.operand(weight, PAPER).dequantise().isnan().any()
+    assert weights.operand(weight, FP8Recipe(power_of_two=True)).scale_MJ is not weights.operand(weight, PAPER).scale_MJ
+    training.close()
+
+
+def test_a_gpu_keeps_what_fits(monkeypatch):
+    """None in the first step; then as many copies as the peak of that step leaves room for, and fewer if it grows."""
+    assert [weights.fitting(room, 10) for room in (-5, 9, 10, 25, 99)] == [0, 0, 1, 2, 2]
+    memory = SimpleNamespace(peak=60.0, free=30.0, reserved=64.0, total=100.0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: memory.peak)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: memory.reserved)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory.free, memory.total))
+    kept = weights.KeptWeights([torch.empty(128, 128, device="meta")])
+    kept._device = torch.device("cuda")
+    assert kept.copies == 0
+    kept.drop()
+    assert kept.copies == 0 and not kept._peak, "nothing was asked for yet"
+    kept._sizes[0] = 12  # 94 - 6 - 60 = 28 are left
+    kept.drop()
+    assert kept.copies == 2
+    kept.drop()
+    assert kept.copies == 2
+    memory.peak = 80.0
+    kept.drop()
+    assert kept.copies == 0
+    memory.peak = 81.0
+    kept._sizes[0] = 1
+    kept.drop()
+    assert kept.copies == 0, "what was too much once is not tried again"
