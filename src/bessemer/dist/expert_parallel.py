@@ -41,6 +41,7 @@ from torch.autograd.function import once_differentiable
 
 from bessemer.dist import watchdog
 from bessemer.model import fp8, moe
+from bessemer.precision import backends
 from bessemer.precision.fp8_linear import FP8Recipe
 from bessemer.precision.operand import TILE, Operand
 
@@ -83,25 +84,28 @@ def exchanged(x: Tensor, route: Route) -> Tensor:
     return _rows(x, route.send, route.receive, route.group)
 
 
-def summed(x_SD: Tensor, token: Tensor, n_tokens: int) -> Tensor:
-    """[T, D]: the sum of the rows of every token; 0 for a token without any."""
-    return _Summed.apply(x_SD, token, n_tokens)
+def summed(x_SD: Tensor, token: Tensor, n_tokens: int, filled: bool = False) -> Tensor:
+    """[T, D]: the sum of the rows of every token; 0 for a token without any. `filled`: some rows are of token T, which
+    does not exist."""
+    return _Summed.apply(x_SD, token, n_tokens, filled)
 
 
 class _Summed(torch.autograd.Function):
     """torch's index_add would keep its argument for backward: in float32 four bytes per element of every routed row."""
 
     @staticmethod
-    def forward(ctx, x_SD: Tensor, token: Tensor, n_tokens: int) -> Tensor:
+    def forward(ctx, x_SD: Tensor, token: Tensor, n_tokens: int, filled: bool) -> Tensor:
         ctx.save_for_backward(token)
-        out = torch.zeros(n_tokens, x_SD.shape[1], dtype=torch.float32, device=x_SD.device)
-        return out.index_add_(0, token, x_SD.float()).to(x_SD.dtype)
+        ctx.filled = filled
+        out = torch.zeros(n_tokens + filled, x_SD.shape[1], dtype=torch.float32, device=x_SD.device)
+        return out.index_add_(0, token, x_SD.float())[:n_tokens].to(x_SD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TD: Tensor):
         (token,) = ctx.saved_tensors
-        return dy_TD.index_select(0, token), None, None
+        dy_TD = fp8.with_nothing(dy_TD) if ctx.filled else dy_TD
+        return dy_TD.index_select(0, token), None, None, None
 
 
 def send_rows(x_TD: Tensor, route: Route) -> Tensor:
@@ -197,6 +201,8 @@ class Sent(NamedTuple):
     """The received token of each row."""
     operand: Operand | None
     routes: tuple[Route, ...]
+    filled: tuple[int, ...] | None = None
+    """As in `moe.Dispatched`; rows of nothing are those of a token that does not exist."""
 
 
 class _At(NamedTuple):
@@ -240,7 +246,7 @@ class Exchange:
 
     def combine(self, y_MD: Tensor, sent: Sent) -> Tensor:
         """For every own token the sum over all of its experts, [N, D]."""
-        y = summed(y_MD, sent.token_M, sum(sent.routes[-1].receive))
+        y = summed(y_MD, sent.token_M, sum(sent.routes[-1].receive), sent.filled is not None)
         for route in reversed(sent.routes):
             y = return_(y, route)
         return y
@@ -272,5 +278,12 @@ class Exchange:
         weight_M = at.weight_TK.flatten().index_select(0, place)
         if at.payload is None:
             return Sent(at.x_TD.index_select(0, token), weight_M, count_E, token, None, routes)
-        operand = unpacked(at.payload[token], at.x_TD.shape[1])
-        return Sent(fp8.grad_anchor(at.x_TD, token), weight_M, count_E, token, operand, routes)
+        if not backends.fills_tiles(token.device):
+            operand = unpacked(at.payload[token], at.x_TD.shape[1])
+            return Sent(fp8.grad_anchor(at.x_TD, token), weight_M, count_E, token, operand, routes)
+        fill = fp8.filled(count_E)
+        token, weight_M = fill.spread(token, len(at.x_TD)), fill.spread(weight_M, 0.0)
+        value, scale = unpacked(at.payload, at.x_TD.shape[1])
+        value = fp8.with_nothing(value.view(torch.uint8)).index_select(0, token).view(torch.float8_e4m3fn)
+        operand = Operand(value, fp8.with_nothing(scale, 1.0).index_select(0, token))
+        return Sent(fp8.grad_anchor(at.x_TD, token), weight_M, count_E, token, operand, routes, fill.rows_E)

@@ -80,13 +80,19 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
         ctx.save_for_backward(slot_NK)
+        ctx.rows = len(rows_MD)
         return _combined(rows_MD, slot_NK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_ND: Tensor) -> tuple[Tensor, None]:
         (slot_NK,) = ctx.saved_tensors
-        return dy_ND.index_select(0, slots(slot_NK.flatten()) // slot_NK.shape[1]), None
+        slot_M, (N, K) = slot_NK.flatten(), slot_NK.shape
+        if ctx.rows == len(slot_M):
+            return dy_ND.index_select(0, slots(slot_M) // K), None
+        token_M = slot_M.new_full((ctx.rows,), N)  # between them lie rows of no token (`fp8.Filled`)
+        token_M[slot_M] = torch.arange(N, device=slot_M.device).repeat_interleave(K)
+        return F.pad(dy_ND, (0, 0, 0, 1)).index_select(0, token_M), None
 
 
 class Spread(torch.autograd.Function):

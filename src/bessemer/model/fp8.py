@@ -19,6 +19,7 @@ Shapes: B sequences, T tokens, N = B*T, D hidden, H heads, M routed rows, F inne
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,15 +34,48 @@ from bessemer.model.segments import Segments
 from bessemer.precision import backends
 from bessemer.precision.formats import PackedE5M6, pack_e5m6
 from bessemer.precision.fp8_linear import FP8Recipe, TokenTiles, forward, input_gradient, token_tiles, weight_gradient
-from bessemer.precision.operand import Operand
+from bessemer.precision.operand import TILE, Operand
 
 
-def send(x_ND: Tensor, token_M: Tensor, recipe: FP8Recipe, slot_NK: Tensor | None = None) -> tuple[Tensor, Operand]:
+class Filled(NamedTuple):
+    """Rows in expert order, each expert's filled up to a multiple of 128 with rows of nothing (`backends.fills_tiles`):
+    their operand is zero, and so are their gate, their result and their gradient."""
+
+    place_M: Tensor
+    """Where every row goes."""
+    rows_E: tuple[int, ...]
+    """Rows of every expert, those of nothing included."""
+
+    def spread(self, x_M: Tensor, nothing: float) -> Tensor:
+        """A number or index of every row in its place."""
+        return x_M.new_full((sum(self.rows_E),), nothing).index_copy(0, self.place_M, x_M)
+
+
+def filled(count_E: Tensor) -> Filled:
+    """The host waits for the counts, as it would for the products."""
+    whole_E = (count_E + TILE - 1) // TILE * TILE
+    more_E = whole_E - count_E
+    rows, filled_rows = torch.stack((count_E, whole_E)).tolist()
+    before_M = (more_E.cumsum(0) - more_E).repeat_interleave(count_E, output_size=sum(rows))
+    return Filled(torch.arange(len(before_M), device=count_E.device) + before_M, tuple(filled_rows))
+
+
+def with_nothing(x_ND: Tensor, value: float = 0.0) -> Tensor:
+    """One more row, which rows of nothing are copied from: their token is N."""
+    return F.pad(x_ND, (0, 0, 0, 1), value=value)
+
+
+def send(
+    x_ND: Tensor, token_M: Tensor, recipe: FP8Recipe, slot_NK: Tensor | None = None, fill: bool = False
+) -> tuple[Tensor, Operand]:
     """The dispatched rows, one per token and expert: the gradient's anchor, and the rows of the operand. V3: 7,168 +
-    4 * 56 bytes per row instead of 14,336."""
+    4 * 56 bytes per row instead of 14,336. `fill`: some tokens are N, and their rows nothing."""
     x = recipe.quantised(x_ND, power_of_two=True)
-    value_MD = x.value_MK.view(torch.uint8).index_select(0, token_M).view(torch.float8_e4m3fn)
-    return grad_anchor(x_ND, token_M, slot_NK), Operand(value_MD, x.scale_MJ.index_select(0, token_M))
+    value, scale = x.value_MK.view(torch.uint8), x.scale_MJ
+    if fill:
+        value, scale = with_nothing(value), with_nothing(scale, 1.0)
+    value_MD = value.index_select(0, token_M).view(torch.float8_e4m3fn)
+    return grad_anchor(x_ND, token_M, slot_NK), Operand(value_MD, scale.index_select(0, token_M))
 
 
 def grad_anchor(x_ND: Tensor, token_M: Tensor, slot_NK: Tensor | None = None) -> Tensor:
@@ -61,9 +95,10 @@ class _GradAnchor(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, drows_MD):
         token_M, slot_NK = ctx.saved_tensors
-        if slot_NK is not None and drows_MD.device.type != "cpu":
+        if slot_NK is not None and (drows_MD.device.type != "cpu" or slot_NK.numel() < len(drows_MD)):
             return grouped.combine(drows_MD, slot_NK), None, None
-        return drows_MD.new_zeros(ctx.n_tokens, drows_MD.shape[1]).index_add_(0, token_M, drows_MD), None, None
+        dx_ND = drows_MD.new_zeros(ctx.n_tokens + 1, drows_MD.shape[1]).index_add_(0, token_M, drows_MD)
+        return dx_ND[:-1], None, None
 
 
 def swiglu(x_MD: Tensor, w13: Tensor, w2: Tensor, recipe: FP8Recipe) -> Tensor:

@@ -150,6 +150,12 @@ def choose(name: str, first: Tensor | Operand, *rest: Any) -> Backend:
     return BACKENDS[forced]
 
 
+def fills_tiles(device: torch.device) -> bool:
+    """Whether experts' rows are filled up to multiples of 128 before they are multiplied: DeepGEMM wants it."""
+    free = os.environ.get(VARIABLE) in (None, "", "deep_gemm")
+    return free and BACKENDS["deep_gemm"].refuses(Call("grouped_gemm", device)) is None
+
+
 def table(device: torch.device | str) -> list[tuple[str, str, str]]:
     """Rows (call, backend, why): which backend serves each call on this device, and why earlier ones do not. For a
     forced backend: whether it can."""
@@ -321,7 +327,9 @@ def _deep_gemm_grouped(x: Operand, count: Sequence[int], w: Operand, out_dtype: 
     import deep_gemm
 
     device = x.value_MK.device
-    group_M = torch.arange(len(count), dtype=torch.int32).repeat_interleave(torch.tensor(count)).to(device)
+    group_M = torch.arange(len(count), dtype=torch.int32).repeat_interleave(torch.tensor(count))
+    if device.type == "cuda":  # from pinned memory: a pageable copy would wait for the device's queue
+        group_M = group_M.pin_memory().to(device, non_blocking=True)
     y_MN = torch.empty(len(x.value_MK), w.value_MK.shape[1], dtype=out_dtype, device=device)
     deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
         (x.value_MK.contiguous(), x.scale_MJ), (w.value_MK.contiguous(), block_factors(w)), y_MN, group_M

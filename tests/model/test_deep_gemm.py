@@ -1,0 +1,163 @@
+"""Experts with real counts reach DeepGEMM: rows filled up to its multiples of 128, in the layouts and dtypes it takes.
+
+The package needs a Hopper card, so a stand-in with its signatures takes its place: it computes with the emulation and
+refuses whatever DeepGEMM's contiguous layout would not take.
+"""
+
+import sys
+
+import pytest
+import torch
+from model_cases import relative, tiny
+from ranks import on_ranks
+
+from bessemer.dist.expert_parallel import Exchange, Hop
+from bessemer.model import fp8, moe
+from bessemer.model.gate import Routing
+from bessemer.precision import backends, emulation
+from bessemer.precision.fp8_linear import PAPER
+from bessemer.precision.operand import TILE, Operand
+
+torch.set_num_threads(1)
+
+
+class DeepGEMM:
+    """m_grouped_fp8_gemm_nt_contiguous((x, sx), (w, sw), out, group of every row), out = x w^T; and the dense form."""
+
+    def __init__(self):
+        self.groups = []
+
+    def m_grouped_fp8_gemm_nt_contiguous(self, x, w, out, group_M):
+        assert group_M.dtype == torch.int32 and group_M.is_contiguous() and len(group_M) == len(x[0])
+        rows = group_M.view(-1, TILE)
+        assert (rows == rows[:, :1]).all(), "a block of 128 rows has one expert"
+        assert (group_M.diff() >= 0).all() and group_M.min() >= 0 and group_M.max() < len(w[0])
+        count = torch.bincount(group_M, minlength=len(w[0])).tolist()
+        out.copy_(emulation.grouped_gemm(self.checked(x), count, self.blocks(w), out.dtype, "block"))
+        self.groups.append(count)
+
+    def fp8_gemm_nt(self, x, w, out):
+        out.copy_(emulation.gemm(self.checked(x), self.blocks(w), out.dtype, "block"))
+
+    @staticmethod
+    def checked(x):
+        value, scale = x
+        assert value.dtype == torch.float8_e4m3fn and value.is_contiguous() and scale.dtype == torch.float32
+        assert scale.shape == (len(value), value.shape[1] // TILE) and value.shape[1] % TILE == 0
+        return Operand(value, scale)
+
+    @staticmethod
+    def blocks(w):
+        value, scale = w
+        assert value.dtype == torch.float8_e4m3fn and value.is_contiguous() and scale.dtype == torch.float32
+        assert scale.shape == (*value.shape[:-2], -(-value.shape[-2] // TILE), value.shape[-1] // TILE)
+        return Operand(value, scale.repeat_interleave(TILE, -2)[..., : value.shape[-2], :])
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """This CPU as a Hopper card with that package."""
+    for name, value in card().items():
+        monkeypatch.setattr(backends, name, value)
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
+    monkeypatch.setitem(sys.modules, "deep_gemm", DeepGEMM())
+    return sys.modules["deep_gemm"]
+
+
+def card():
+    return {
+        "ORDER": ("deep_gemm", "emulation"),
+        "_capability": lambda device: (9, 0),
+        "_installed": lambda package: package == "deep_gemm",
+    }
+
+
+CFG = tiny(dim=256, moe_inter_dim=128, n_routed_experts=6, n_activated_experts=2, n_expert_groups=1, n_limited_groups=1)
+
+
+def case(dtype=torch.bfloat16, tokens=90, seed=0):
+    """Layer, tokens and routing: one expert has no row, none a multiple of 128."""
+    draw = torch.Generator().manual_seed(seed)
+    experts = moe.Experts(CFG)
+    experts.fp8 = PAPER
+    for weight in experts.parameters():
+        weight.data = (torch.randn(weight.shape, generator=draw) * 0.1).to(dtype)
+    x = torch.randn(tokens, CFG.dim, generator=draw).to(dtype).requires_grad_()
+    choice = torch.rand(tokens, 5, generator=draw).argsort(1)[:, :2]
+    weight = torch.rand(tokens, 2, generator=draw).requires_grad_()
+    dy = torch.randn(tokens, CFG.dim, generator=draw).to(dtype)
+    return experts, x, Routing(choice, weight, None), dy
+
+
+def run(experts, x, routing, dy):
+    sent = moe.dispatch(x, routing, CFG.n_routed_experts, PAPER)
+    y = moe.combine(experts(sent), sent.slot_NK)
+    y.backward(dy)
+    return sent, [y.detach(), x.grad, routing.weight_NK.grad, experts.w13.grad, experts.w2.grad]
+
+
+def test_experts_with_real_counts_reach_deep_gemm(hopper):
+    sent, _ = run(*case())
+    count = sent.count_E.tolist()
+    assert count[5] == 0 and all(c % TILE for c in count[:5])
+    assert hopper.groups == [[-(-c // TILE) * TILE for c in count]] * 4, "two products forward, two backward"
+    assert len(sent.rows_MD) == sum(sent.filled)
+
+
+def test_filled_rows_change_nothing(hopper, monkeypatch):
+    """Output and gradients are those without them, bit for bit: tiles along the tokens were filled up with zeros
+    before, too. The gradient of the tokens is summed in float32 as on a GPU, and in BF16 without."""
+    _, found = run(*case())
+    monkeypatch.setattr(backends, "ORDER", ("emulation",))
+    monkeypatch.setattr(backends, "_capability", lambda device: (0, 0))
+    sent, wanted = run(*case())
+    assert sent.filled is None
+    for name, a, b in zip(("y", "x", "gates", "w13", "w2"), found, wanted, strict=True):
+        assert relative(a, b) < 1e-2 if name == "x" else torch.equal(a, b), (name, relative(a, b))
+
+
+def test_what_does_not_fit_in_the_order_of_rows():
+    place, count = fp8.filled(torch.tensor([0, 130, 128, 0, 1]))
+    assert count == (0, 256, 128, 0, 128)
+    assert torch.equal(place, torch.cat([torch.arange(130), torch.arange(256, 384), torch.tensor([384])]))
+    none = fp8.filled(torch.tensor([0, 0]))
+    assert none.rows_E == (0, 0) and len(none.place_M) == 0
+    assert fp8.Filled(place, count).spread(torch.ones(259, dtype=torch.int64), 7).sum() == 259 + 7 * (512 - 259)
+
+
+def on_a_rank(rank, full):
+    """Output and gradients of this rank's tokens and experts."""
+    if full:
+        vars(backends).update(card())
+        sys.modules["deep_gemm"] = DeepGEMM()
+    experts, x, routing, dy = case(seed=0)
+    mine = slice(3 * rank, 3 * rank + 3)
+    experts.w13, experts.w2 = (torch.nn.Parameter(w.data[mine].clone()) for w in (experts.w13, experts.w2))
+    import torch.distributed as dist
+
+    hop = Hop(dist.group.WORLD, 2, rank, 0, 3, "node")
+    exchange = Exchange((hop,), 3 * rank, 3, 2)
+    half = slice(45 * rank, 45 * rank + 45)
+    x = x.detach()[half].requires_grad_()
+    weight = routing.weight_NK.detach()[half].requires_grad_()
+    sent = exchange.dispatch(x, Routing(routing.expert_NK[half], weight, None), PAPER)
+    y = exchange.combine(experts(sent), sent)
+    y.backward(dy[half])
+    groups = sys.modules["deep_gemm"].groups if full else None
+    return groups, [t.float() for t in (y.detach(), x.grad, weight.grad, experts.w13.grad, experts.w2.grad)]
+
+
+def test_experts_on_two_ranks():
+    for (groups, found), (_, wanted) in zip(on_ranks(2, on_a_rank, True), on_ranks(2, on_a_rank, False), strict=True):
+        assert len(groups) == 4 and all(c % TILE == 0 for c in groups[0])
+        for a, b in zip(found, wanted, strict=True):
+            assert relative(a, b) < 1e-2
+
+
+def test_only_deep_gemm_is_filled_for(hopper, monkeypatch):
+    assert backends.fills_tiles(torch.device("cpu"))
+    monkeypatch.setenv(backends.VARIABLE, "emulation")
+    assert not backends.fills_tiles(torch.device("cpu"))
+    monkeypatch.delenv(backends.VARIABLE)
+    monkeypatch.setattr(backends, "_installed", lambda package: False)
+    assert not backends.fills_tiles(torch.device("cpu"))
