@@ -36,7 +36,7 @@ from torch import Tensor
 
 from bessemer.errors import UserError
 from bessemer.precision import backends, emulation
-from bessemer.precision.operand import Group, Operand, quantise
+from bessemer.precision.operand import TILE, Group, Operand, quantise
 
 DENSE = {
     (2112, 7168): 1058, (24576, 1536): 990, (32768, 512): 590, (7168, 16384): 1358, (4096, 7168): 1304,
@@ -156,7 +156,7 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
             lines.append({"call": name, "backend": backend, "shape": label, "difference": difference, "good": good})
             print(f"{'ok  ' if good else 'FAIL'} {name} {label} by {backend}: {difference:.1e}{fault}", flush=True)
 
-    sizes = [(70, 200)] if small else [(1, 1), (70, 200), (129, 7168), (4096, 7168), (8192, 576)]
+    sizes = [(70, 200), (70, 256)] if small else [(1, 1), (70, 200), (129, 7168), (4096, 7168), (8192, 576)]
     for rows, columns, dtype in ((*size, dtype) for size in sizes for dtype in (torch.float32, torch.bfloat16)):
         x, label = spread(rows, columns, device).to(dtype), f"{rows}x{columns} {dtype}"
         for power_of_two in (False, True):
@@ -172,6 +172,15 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
         h, weight = torch.randn(rows, 2 * columns, device=device).to(dtype), torch.rand(rows, device=device)
         expected = emulation.swiglu(h, weight, False)
         check("swiglu", label, (h,), partial(backends.swiglu, h, weight), partial(calc_diff, expected), 1e-6)
+        if columns % TILE == 0:
+            operand, dact = quantise(h), torch.randn(rows, columns, device=device).to(dtype)
+            for part in range(3):
+                expected = emulation.swiglu_backward(dact, operand, weight, None, False)[part]
+
+                def run(dact: Tensor = dact, h: Operand = operand, weight: Tensor = weight, part: int = part) -> Any:
+                    return backends.swiglu_backward(dact, h, weight, None)[part]
+
+                check("swiglu_backward", f"{label} [{part}]", (dact,), run, partial(calc_diff, expected), 1e-6)
     sizes = [(70, 144, 200)]
     if not small:
         sizes += [(1, 1, 1), (64, 2112, 7168), (333, 576, 7168), (4096, 4096, 2048)]
@@ -336,6 +345,9 @@ def passes(
     yield "retile", f"{M}x{K}", 0, x.numel() * 2, partial(backends.retile, operand), (operand,)
     h, weight = torch.randn(8 * M, 4096, device=device, dtype=torch.bfloat16), torch.rand(8 * M, device=device)
     yield "swiglu", f"{8 * M}x4096", 0, h.numel() * 2.5, partial(backends.swiglu, h, weight), (h,)
+    dact, operand = torch.randn(8 * M, 2048, device=device, dtype=torch.bfloat16), _ours(quantise(h))
+    run = partial(backends.swiglu_backward, dact, operand, weight, None)
+    yield "swiglu_backward", f"{8 * M}x4096", 0, h.numel() * 4.5, run, (dact,)
     count = [8192] * 4
     sides = [_ours(quantise(torch.randn(rows, sum(count), device=device))) for rows in (N, K)]
     flops, moved = 2 * sum(count) * N * K, (N + K) * sum(count) + 4 * len(count) * N * K

@@ -80,6 +80,10 @@ def samples() -> Iterator[Job]:
     yield Job("retile", triton_quantise._retile, constants=retile)
     swiglu = {"WEIGHTED": True, "POWER_OF_TWO": False, "ROWS": 32}
     yield Job("swiglu", triton_quantise._swiglu, constants=swiglu)
+    backward = {"WEIGHTED": True, "POWER_OF_TWO": False, "FILL": True, "ROWS": 32, **GROUPS}
+    quantised = {n: "*fp8e4nv" for n in ("h", "act", "dh", "turned")} | {"dact": "*bf16", "count": "*i32"}
+    quantised |= {n: "*fp32" for n in ("h_scale", "weight", "act_scale", "dh_scale", "turned_scale", "parts")}
+    yield Job("swiglu backward", triton_quantise._swiglu_backward, 8, quantised, backward)
     for kernel, rows in ((triton_swiglu._forward, 16), (triton_swiglu._backward, 4)):
         yield Job("expert swiglu", kernel, constants={"ROWS": rows, "COLUMNS": 128, "WEIGHTED": True})
     for kind, kernel, warps, types, constants in hopper_kernels():

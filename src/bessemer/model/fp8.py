@@ -32,6 +32,7 @@ from bessemer.model.mla import MLA, attention_backward, attention_forward
 from bessemer.model.norm import RMSNorm, normalise, normalise_backward
 from bessemer.model.segments import Segments
 from bessemer.precision import backends
+from bessemer.precision.emulation import swiglu_gradients
 from bessemer.precision.formats import PackedE5M6, pack_e5m6
 from bessemer.precision.fp8_linear import FP8Recipe, TokenTiles, forward, input_gradient, token_tiles, weight_gradient
 from bessemer.precision.operand import TILE, Operand
@@ -133,23 +134,20 @@ class _SwiGLU(torch.autograd.Function):
         recipe, count = ctx.recipe, ctx.count
         dispatched = count is not None
         dy = recipe.quantised_gradient(dy_MD, power_of_two=dispatched)
-        dact = input_gradient(dy, w2, recipe, count).float()
-        gate, up = Operand(h_value, h_scale).dequantise().chunk(2, -1)
-        sig = torch.sigmoid(gate)
-        silu = gate * sig
-        act, dweight = silu * up, None
-        if weight_M is not None:
-            dweight = torch.linalg.vecdot(dact, act).to(weight_M.dtype)
-            act = act * weight_M[:, None]
-            dact = dact * weight_M[:, None]
-        act = token_tiles(act, recipe, count)
+        dact = input_gradient(dy, w2, recipe, count)
+        h = Operand(h_value, h_scale)
+        if recipe.by_tiles:
+            act_turned, dh, turned, dweight = backends.swiglu_backward(dact, h, weight_M, count, recipe.power_of_two)
+            act, left = TokenTiles(act_turned), TokenTiles(turned)
+        else:
+            gate, up = h.dequantise().chunk(2, -1)
+            act_MF, dh_MH, dweight = swiglu_gradients(dact.float(), gate, up, weight_M)
+            act, dh = token_tiles(act_MF, recipe, count), recipe.quantised_gradient(dh_MH)
+            left = dh
         dw2 = gradient(w2, lambda: weight_gradient(dy, act, recipe, count, dy_powers=dispatched))
-        # d silu(g) = sig (1 + g (1 - sig)) = sig + silu (1 - sig)
-        dgate = (dact * up).mul_((1 - sig).mul_(silu).add_(sig))
-        dh = recipe.quantised_gradient(torch.cat((dgate, dact.mul_(silu)), -1))
         dx = input_gradient(dh, w13, recipe, count).to(ctx.dtype)
         x = Operand(x_value, x_scale)
-        dw13 = gradient(w13, lambda: weight_gradient(dh, x, recipe, count, x_powers=dispatched))
+        dw13 = gradient(w13, lambda: weight_gradient(left, x, recipe, count, x_powers=dispatched))
         return dx, None, None, dweight, dw13, dw2, None, None
 
 

@@ -13,7 +13,7 @@ experts are all on this device, outside FP8: one operation goes from tokens to t
 For speed some code repeats the math of a layer, and changes together with it:
 
     SwiGLU          `moe.FFN` (plain), `experts` (hand-written backward; kernel), `kernels.swiglu` (GPU), `fp8._SwiGLU`,
-                    `emulation.swiglu` and `triton_quantise.swiglu` (into FP8), `engine.decode`, `decode.cpp` (a step)
+                    `emulation.swiglu*` and `triton_quantise.swiglu*` (FP8), `engine.decode`, `decode.cpp` (a step)
     MLA             `mla.MLA` (expanded and absorbed), `fp8._Attention`, `engine.decode` (against the KV cache),
                     `dist.context_parallel` (sequences split over ranks)
     softmax core    `attention_gpu`, `attention_cpu` (and `attention.hpp`), `kernels.paged` (decoding),

@@ -40,7 +40,7 @@ from bessemer.precision.operand import (
     check_pair,
 )
 
-CALLS = ("quantise", "retile", "swiglu", "gemm", "grouped_gemm", "grouped_wgrad")
+CALLS = ("quantise", "retile", "swiglu", "swiglu_backward", "gemm", "grouped_gemm", "grouped_wgrad")
 ORDER = ("deep_gemm", "torch", "triton", "emulation")
 """By published speed."""
 VARIABLE = "BESSEMER_FP8_BACKEND"
@@ -98,6 +98,19 @@ def swiglu(h_MF: Tensor, weight_M: Tensor | None = None, power_of_two: bool = Fa
     if weight_M is not None and weight_M.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"weights are float32 or bfloat16, got {weight_M.dtype}")
     return choose("swiglu", h_MF).serve["swiglu"](h_MF, weight_M, power_of_two)
+
+
+def swiglu_backward(
+    dact_MF: Tensor, h: Operand, weight_M: Tensor | None, count: Sequence[int] | None, power_of_two: bool = False
+) -> tuple[Operand, Operand, Operand, Tensor | None]:
+    """Backward of `swiglu` from h as an operand by tiles: the activation along the tokens, [F, P] as `retile` gives it;
+    the gradient of h by tiles, [M, 2F], and along the tokens, [2F, P]; and that of the weights."""
+    check_operand("h", h)
+    if dact_MF.shape != (len(h.value_MK), h.value_MK.shape[1] / 2):
+        raise ValueError(f"a gradient {list(dact_MF.shape)} does not fit h {list(h.value_MK.shape)}")
+    count = check_counts(count, len(dact_MF)) if count is not None else None
+    call = choose("swiglu_backward", dact_MF).serve["swiglu_backward"]
+    return call(dact_MF, h, weight_M, count, power_of_two)
 
 
 def gemm(x: Operand, w: Operand, out_dtype: torch.dtype = torch.bfloat16, w_group: Group = "tile") -> Tensor:
@@ -184,6 +197,8 @@ def summary(rows: Iterable[Sequence[str]]) -> str:
 
 
 def _call(name: str, first: Tensor | Operand, *rest: Any) -> Call:
+    if name == "swiglu_backward" and isinstance(first, Tensor):
+        return Call(name, first.device, shape=(len(first), first.shape[1], 0))
     if isinstance(first, Tensor):
         return Call(name, first.device, rest[0] if rest else None)
     device, (M, K) = first.value_MK.device, first.value_MK.shape
@@ -217,6 +232,8 @@ def _triton_refuses(call: Call) -> str | None:
         return "it needs an NVIDIA GPU of compute capability 8.9 or newer"
     if call.name == "quantise" and call.group == "tensor":
         return "it has no kernel for one factor over the whole tensor"
+    if call.name == "swiglu_backward" and call.shape and call.shape[1] % TILE:
+        return f"its tiles of gate and up must not share columns: F must be a multiple of {TILE}, is {call.shape[1]}"
     return None
 
 
@@ -351,6 +368,7 @@ BACKENDS: dict[str, Backend] = {
             "quantise": _triton_quantise,
             "retile": _triton("triton_quantise", "retile"),
             "swiglu": _triton("triton_quantise", "swiglu"),
+            "swiglu_backward": _triton("triton_quantise", "swiglu_backward"),
             "gemm": _triton_gemm,
             "grouped_gemm": _triton_grouped,
             "grouped_wgrad": _triton("triton_gemm", "grouped_wgrad"),
@@ -363,6 +381,7 @@ BACKENDS: dict[str, Backend] = {
             "quantise": operand.quantise,
             "retile": emulation.retile,
             "swiglu": emulation.swiglu,
+            "swiglu_backward": emulation.swiglu_backward,
             "gemm": emulation.gemm,
             "grouped_gemm": emulation.grouped_gemm,
             "grouped_wgrad": emulation.grouped_wgrad,

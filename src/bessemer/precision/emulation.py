@@ -94,6 +94,34 @@ def swiglu(h_MF: Tensor, weight_M: Tensor | None, power_of_two: bool) -> Operand
     return quantise(act if weight_M is None else act * weight_M.detach().float()[:, None], "tile", power_of_two)
 
 
+def swiglu_gradients(
+    dact: Tensor, gate: Tensor, up: Tensor, weight_M: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The activation times the row's weight, the gradients of gate and up side by side, and that of the weights."""
+    sig = torch.sigmoid(gate)
+    silu = gate * sig
+    act, dweight = silu * up, None
+    if weight_M is not None:
+        dweight = torch.linalg.vecdot(dact, act).to(weight_M.dtype)
+        act = act * weight_M[:, None]
+        dact = dact * weight_M[:, None]
+    # d silu(g) = sig (1 + g (1 - sig)) = sig + silu (1 - sig)
+    dgate = (dact * up).mul_((1 - sig).mul_(silu).add_(sig))
+    return act, torch.cat((dgate, dact.mul_(silu)), -1), dweight
+
+
+def swiglu_backward(
+    dact_MF: Tensor, h: Operand, weight_M: Tensor | None, count: Sequence[int] | None, power_of_two: bool
+) -> tuple[Operand, Operand, Operand, Tensor | None]:
+    """`swiglu_gradients` in float32, then: the activation in tiles along the tokens, dh in tiles, these once more along
+    the tokens (`retile`), and the gradient of the weights."""
+    gate, up = h.dequantise().chunk(2, -1)
+    act, dh_MH, dweight = swiglu_gradients(dact_MF.float(), gate, up, weight_M)
+    turned = quantise(pad_groups(act, count).t(), "tile", power_of_two)
+    dh = quantise(dh_MH, "tile", power_of_two)
+    return turned, dh, retile(dh, count, power_of_two), dweight
+
+
 def gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
     """`reference_gemm` as one float32 GEMM. ValueError if w was not quantised by `w_group`."""
     _check_blocks(w, w_group)

@@ -45,6 +45,11 @@ class FP8Recipe:
     coarse: bool = False
     """First round every activation, gradient and weight to two mantissa bits: a control that must do harm."""
 
+    @property
+    def by_tiles(self) -> bool:
+        """Whether activations and gradients are quantised by tiles as they are, which fused kernels do."""
+        return self.activation == self.gradient == "tile" and not self.coarse
+
     def quantised(self, x: Tensor, power_of_two: bool = False) -> Operand:
         """An activation [..., K] as rows of an operand."""
         return self._quantised(x.flatten(0, -2), self.activation, power_of_two)
@@ -114,7 +119,7 @@ def token_tiles(x: Tensor, recipe: FP8Recipe, count: Count = None, power_of_two:
 
 
 def weight_gradient(
-    dy: Operand,
+    dy: Operand | TokenTiles,
     x: Operand | TokenTiles,
     recipe: FP8Recipe,
     count: Count = None,
@@ -123,7 +128,10 @@ def weight_gradient(
 ) -> Tensor:
     """dy^T x in float32, [N, K] or [G, N, K]. `dy_powers`, `x_powers`: this operand was quantised with powers of two,
     and is re-tiled with powers of two."""
-    left = _along_tokens(dy, recipe.gradient, recipe.power_of_two or dy_powers, count)
+    if isinstance(dy, TokenTiles):
+        left = dy.operand
+    else:
+        left = _along_tokens(dy, recipe.gradient, recipe.power_of_two or dy_powers, count)
     if isinstance(x, TokenTiles):
         right = x.operand
     else:

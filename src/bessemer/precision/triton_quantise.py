@@ -1,4 +1,5 @@
-"""Triton kernels that quantise: by tiles of 1 x 128, by blocks of 128 x 128, from row to column tiles, and SwiGLU.
+"""Triton kernels that quantise: by tiles of 1 x 128, by blocks of 128 x 128, from row to column tiles, SwiGLU and its
+backward.
 
 Values and factors are bit for bit those of `operand.quantise`. Factors are stored column by column, [J, M] in memory
 and viewed as [M, J]: a GEMM reads those of many rows at one j, which are then adjacent. Matrices may come in a stack
@@ -101,6 +102,27 @@ def swiglu(h_MF: Tensor, weight_M: Tensor | None = None, power_of_two: bool = Fa
             h_MF, weight, out.value_MK, out.scale_MJ, M, F, weight_M is not None, power_of_two, rows
         )
     return out
+
+
+def swiglu_backward(
+    dact_MF: Tensor, h: Operand, weight_M: Tensor | None, count: Sequence[int] | None, power_of_two: bool
+) -> tuple[Operand, Operand, Operand, Tensor | None]:
+    """`emulation.swiglu_backward` in one pass over h and the gradient; sums for the weights are in a fixed order."""
+    dact_MF, value = dact_MF.contiguous(), h.value_MK.contiguous()
+    M, F = dact_MF.shape
+    groups = [M] if count is None else list(count)
+    blocks = sum(triton.cdiv(rows, TILE) for rows in groups)
+    P = M if count is None else blocks * TILE
+    act, dh, turned = empty_operand((F, P), value), empty_operand((M, 2 * F), value), empty_operand((2 * F, P), value)
+    weight = dact_MF if weight_M is None else weight_M.detach().contiguous()
+    parts = torch.zeros(M, triton.cdiv(F, TILE), dtype=torch.float32, device=value.device)
+    if blocks and F:
+        _swiglu_backward[(blocks, triton.cdiv(F, TILE))](
+            dact_MF, value, h.scale_MJ, weight, *act, *dh, *turned, parts, on_device(groups, value.device), M, F, P,
+            *h.scale_MJ.stride(), weight_M is not None, power_of_two, len(groups), triton.next_power_of_2(len(groups)),
+            count is not None, 32, num_warps=8,
+        )  # fmt: skip
+    return act, dh, turned, None if weight_M is None else parts.sum(1).to(weight_M.dtype)
 
 
 def on_device(count: Sequence[int], device: torch.device) -> Tensor:
@@ -244,3 +266,88 @@ def _swiglu(
     scale_R = factor(magnitude(act, 1), POWER_OF_TWO)
     tl.store(value + row[:, None] * F + column[None, :], to_e4m3(act, scale_R[:, None], POWER_OF_TWO), mask=inside)
     tl.store(scale + tl.program_id(1).to(tl.int64) * M + row, scale_R, mask=row < M)
+
+
+@triton.jit
+def _swiglu_backward(
+    dact, h, h_scale, weight, act, act_scale, dh, dh_scale, turned, turned_scale, parts, count, M, F, P,
+    scale_row, scale_column, WEIGHTED: tl.constexpr, POWER_OF_TWO: tl.constexpr, GROUPS: tl.constexpr,
+    ROOM: tl.constexpr, FILL: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program: 128 tokens of one group and 128 features, so that tiles of both directions are whole. It takes ROWS
+    tokens at a time, to have registers for them: first for the tiles along the features and for the largest magnitudes
+    along the tokens, then, computed again, for the tiles along the tokens."""
+    tile, j = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    _group, first, end, number = locate(tile, count, GROUPS, ROOM, WIDTH)
+    first += number * WIDTH
+    column = j * WIDTH + tl.arange(0, WIDTH)
+    most_act = tl.zeros((WIDTH,), tl.int32)
+    most_gate, most_up = most_act, most_act
+    for start in range(0, WIDTH, ROWS):
+        token = first + start + tl.arange(0, ROWS)
+        value, dgate, dup, total = swiglu_gradients(
+            dact, h, h_scale, weight, token, end, column, j, F, scale_row, scale_column, WEIGHTED
+        )
+        if WEIGHTED:
+            tl.store(parts + token * tl.num_programs(1) + j, total, mask=token < end)
+        at = token[:, None] * (2 * F) + column[None, :]
+        scale_R, code, again = by_rows(dgate, POWER_OF_TWO)
+        tl.store(dh + at, code, mask=(token < end)[:, None])
+        tl.store(dh_scale + j * M + token, scale_R, mask=token < end)
+        most_gate = tl.maximum(most_gate, magnitude(again, 0).to(tl.int32, bitcast=True))
+        scale_R, code, again = by_rows(dup, POWER_OF_TWO)
+        tl.store(dh + at + F, code, mask=(token < end)[:, None])
+        tl.store(dh_scale + (j + F // WIDTH) * M + token, scale_R, mask=token < end)
+        most_up = tl.maximum(most_up, magnitude(again, 0).to(tl.int32, bitcast=True))
+        most_act = tl.maximum(most_act, magnitude(value, 0).to(tl.int32, bitcast=True))
+    of_act = factor(most_act.to(tl.float32, bitcast=True), POWER_OF_TWO)
+    of_gate = factor(most_gate.to(tl.float32, bitcast=True), POWER_OF_TWO)
+    of_up = factor(most_up.to(tl.float32, bitcast=True), POWER_OF_TWO)
+    tl.store(act_scale + tile.to(tl.int64) * F + column, of_act)
+    tl.store(turned_scale + tile.to(tl.int64) * 2 * F + column, of_gate)
+    tl.store(turned_scale + tile.to(tl.int64) * 2 * F + F + column, of_up)
+    for start in range(0, WIDTH, ROWS):
+        token = first + start + tl.arange(0, ROWS)
+        value, dgate, dup, total = swiglu_gradients(
+            dact, h, h_scale, weight, token, end, column, j, F, scale_row, scale_column, WEIGHTED
+        )
+        place = tile.to(tl.int64) * WIDTH + start + tl.arange(0, ROWS)
+        written = ((place < P) if FILL else (token < end))[:, None]
+        at = column[None, :] * P + place[:, None]  # addresses are transposed, not the tile
+        tl.store(act + at, to_e4m3(value, of_act[None, :], POWER_OF_TWO), mask=written)
+        scale_R, code, again = by_rows(dgate, POWER_OF_TWO)
+        tl.store(turned + at, to_e4m3(again, of_gate[None, :], POWER_OF_TWO), mask=written)
+        scale_R, code, again = by_rows(dup, POWER_OF_TWO)
+        tl.store(turned + at + F.to(tl.int64) * P, to_e4m3(again, of_up[None, :], POWER_OF_TWO), mask=written)
+
+
+@triton.jit
+def swiglu_gradients(
+    dact, h, h_scale, weight, token, end, column, j, F, scale_row, scale_column, WEIGHTED: tl.constexpr
+):  # fmt: skip
+    """`emulation.swiglu_gradients` of some tokens and 128 features; zeros for tokens from `end` on."""
+    here = token < end
+    at = token[:, None] * (2 * F) + column[None, :]
+    own = h_scale + token * scale_row + j * scale_column
+    gate = tl.load(h + at, mask=here[:, None], other=0.0).to(tl.float32)
+    gate = gate * tl.load(own, mask=here, other=0.0)[:, None]
+    up = tl.load(h + at + F, mask=here[:, None], other=0.0).to(tl.float32)
+    up = up * tl.load(own + F // WIDTH * scale_column, mask=here, other=0.0)[:, None]
+    grad = tl.load(dact + token[:, None] * F + column[None, :], mask=here[:, None], other=0.0).to(tl.float32)
+    sig = 1.0 / (1.0 + tl.exp(-gate))
+    silu = gate * sig
+    value = silu * up
+    total = tl.sum(grad * value, 1)
+    if WEIGHTED:
+        gain = tl.load(weight + token, mask=here, other=0.0).to(tl.float32)[:, None]
+        value = value * gain
+        grad = grad * gain
+    return value, grad * up * ((1.0 - sig) * silu + sig), grad * silu, total
+
+
+@triton.jit
+def by_rows(x, POWER_OF_TWO: tl.constexpr):
+    """Factors and values of x in tiles of its rows, and x as it will be read back."""
+    scale_R = factor(magnitude(x, 1), POWER_OF_TWO)
+    code = to_e4m3(x, scale_R[:, None], POWER_OF_TWO)
+    return scale_R, code, code.to(tl.float32) * scale_R[:, None]
