@@ -10,8 +10,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from bessemer.claims import exact, here, planned, registry
-from bessemer.claims.verdict import ClaimVerdict
+from bessemer.claims import cards, exact, here, planned, registry
+from bessemer.claims.verdict import ClaimVerdict, Measured
 from bessemer.cli import app
 from bessemer.errors import UserError
 
@@ -60,6 +60,20 @@ def test_verdicts(made):
     assert found[ClaimVerdict.SHOWN] == shown
     assert len(found[ClaimVerdict.PART].split()) == 41 and len(found[ClaimVerdict.NOT_RUN].split()) == 34
     assert all(card.verdict is not ClaimVerdict.SHOWN for card in made.values() if card.earlier)
+
+
+def test_results_of_runs_take_their_place():
+    """The seam for the trained arms: three seeds, a control that must show harm, one that must not."""
+    same = Measured([-0.004, -0.002, -0.003], positive=[0.02, 0.03, 0.025], negative=[0.001, -0.001, 0.0])
+    metric = "bpb(ref) / bpb(MHA) - 1"
+    results = {"L6": {metric: same}, "F7": {"held-out, FP8 / BF16 - 1, %": Measured([0.1, 0.12, 0.11])}}
+    results["Z2"] = {}
+    latent, fp8, rise = cards.make(["L6", "F7", "Z2"], results)
+    assert latent.verdict is ClaimVerdict.SHOWN and latent.facts()["parts"][0]["interval"][0] == pytest.approx(-0.003)
+    assert fp8.verdict is ClaimVerdict.PART and fp8.earlier is None  # its other metric has not been run
+    assert rise.found is not None and "three seeds" in rise.found[0]
+    [blind] = cards.make(["L6"], {"L6": {metric: Measured(same.values, positive=[0.02, -0.03, 0.0])}})
+    assert blind.verdict is ClaimVerdict.NOT_SHOWN
 
 
 def test_figures_by_other_ways(made):

@@ -63,7 +63,10 @@ def test_parts_make_a_verdict(outcomes, verdict, of_all):
         (BOUND, Measured([0.05, 0.06, 0.04], positive=[0.9, -1.0, 0.1]), UNCLEAR),  # blind: harm would not be seen
         (BOUND, Measured([0.9, 1.0, 1.1]), FAILS),
         (EQUAL, Measured([0.01, -0.01, 0.0]), HOLDS),
+        (BOUND, Measured([0.05, 0.06, 0.04], negative=[0.01, -0.01, 0.0]), HOLDS),
+        (BOUND, Measured([0.05, 0.06, 0.04], negative=[0.2, 0.21, 0.19]), UNCLEAR),  # harm where there can be none
         (EQUAL, Measured([0.01, -0.5, 0.3]), UNCLEAR),
+        (EQUAL, Measured([0.045, -0.045, 0.0]), HOLDS),  # by two one-sided tests, not by the 95 % interval
         (EQUAL, Measured([0.5, 0.52, 0.51]), FAILS),
     ],
 )

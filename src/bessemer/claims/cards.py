@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tomllib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from bessemer.claims import registry, verdict
@@ -35,6 +36,8 @@ class Card:
     found: tuple[str, str] | None
     limit: Text
     earlier: EarlierRun | None
+    values: dict[str, Any]
+    """Everything computed for this card, by name."""
 
     @property
     def wrong_equalities(self) -> list[str]:
@@ -52,7 +55,7 @@ class Card:
             "found": None if self.found is None else dict(zip(registry.LANGUAGES, self.found, strict=True)),
             "does_not_show": dict(zip(registry.LANGUAGES, self.limit, strict=True)),
             "would_run": dict(zip(registry.LANGUAGES, experiments()[claim.experiment].does, strict=True)),
-            "parts": [finding.facts() for finding in self.findings],
+            "values": self.values, "parts": [finding.facts() for finding in self.findings],
             "earlier_runs": None if self.earlier is None else self.earlier.where,
         }  # fmt: skip
 
@@ -67,9 +70,13 @@ def _earlier() -> dict[str, EarlierRun]:
     return runs
 
 
-def make(names: Sequence[str]) -> list[Card]:
+Results = Mapping[str, Mapping[str, Measured]]
+"""What runs gave: claim, metric of its rule, seed by seed. They take the place of runs from before the rules."""
+
+
+def make(names: Sequence[str], results: Results = MappingProxyType({})) -> list[Card]:
     """The cards of these claims, with everything computed that they need; seconds for all of them."""
-    cards = [_card(name, claims()[name]) for name in names]
+    cards = [_card(name, claims()[name], results.get(name)) for name in names]
     tested = [
         (place, at) for place, card in enumerate(cards) for at, one in enumerate(card.findings) if one.p is not None
     ]
@@ -79,7 +86,7 @@ def make(names: Sequence[str]) -> list[Card]:
     return cards
 
 
-def _card(name: str, claim: ClaimEntry) -> Card:
+def _card(name: str, claim: ClaimEntry, measured: Mapping[str, Measured] | None) -> Card:
     from bessemer.claims import exact, here, planned
 
     values: dict[str, Any] = {}
@@ -88,20 +95,20 @@ def _card(name: str, claim: ClaimEntry) -> Card:
             values |= computed[name]()
     if name in planned.PLANNED:
         values |= planned.values(name)
-    earlier = _earlier().get(name)
-    evidence = Evidence(values, {} if earlier is None else earlier.measured)
+    earlier = _earlier().get(name) if measured is None else None
+    evidence = Evidence(values, measured or ({} if earlier is None else earlier.measured))
     decided, findings = verdict.judge(name, claim, evidence, registry.rules())
     values["n_holds"] = sum(one.outcome is Outcome.HOLDS for one in findings)
     limit = claim.limit or experiments()[claim.experiment].limit
-    return Card(name, claim, decided, findings, _found(claim, values, earlier), limit, earlier)
+    return Card(name, claim, decided, findings, _found(name, claim, values, earlier), limit, earlier, values)
 
 
-def _found(claim: ClaimEntry, values: dict[str, Any], earlier: EarlierRun | None) -> tuple[str, str] | None:
+def _found(name: str, claim: ClaimEntry, values: dict[str, Any], earlier: EarlierRun | None) -> tuple[str, str] | None:
     if claim.found is None:
         return None if earlier is None else (earlier.text[0], earlier.text[1])
+    before = _earlier()[name].text if name in _earlier() else ["", ""]
     english, chinese = (
-        sentence.format(**values, **({} if earlier is None else {"earlier": earlier.text[language]}))
-        for language, sentence in enumerate(claim.found)
+        sentence.format(**values, earlier=text) for sentence, text in zip(claim.found, before, strict=True)
     )
     return english, chinese
 

@@ -16,7 +16,7 @@ from typing import Any
 from bessemer import __version__
 from bessemer.claims import exact, planned
 from bessemer.claims.cards import Card, counts
-from bessemer.claims.registry import claims, data, experiments, rules_hash
+from bessemer.claims.registry import claims, data, experiments, rules, rules_hash
 from bessemer.claims.statistics import Interval
 from bessemer.claims.verdict import ClaimVerdict, PartFinding
 from bessemer.report import page
@@ -135,7 +135,7 @@ def _cost() -> Html:
     band = f'<span class="band" style="{at(view["low"])};width:{width:.2f}%"></span>'
     ours, *others = planned.reference()
     rows = [
-        row(ours["name"], ours["v3_hours"], "claim", kind="own"),
+        row(ours["name"], ours["v3_hours"], "own", kind="own"),
         row(word("cost_planner", **view), view["median"], "middle", band, "own"),
         *(row(run["name"], run["v3_hours"], "") for run in others),
         row(word("cost_floor"), floor, "middle"),
@@ -199,10 +199,14 @@ def _decided(one: PartFinding) -> Html:
     outcome = both(words()["outcome"][one.outcome])
     more = ""
     if one.interval is not None:
-        more = f" {one.interval.middle:+.3g} ({one.interval.low:+.3g} … {one.interval.high:+.3g})"
+        more = f" {_figures(one.interval)}"
     if one.visible is not None and math.isfinite(one.visible):
         more += f"; {word('visible')}: {one.visible:.2g}"
     return Html(f"{page.text(one.label)}{more}: {outcome}")
+
+
+def _figures(of: Interval) -> str:
+    return f"{of.middle:+.3g} ({of.low:+.3g} … {of.high:+.3g})"
 
 
 def _gap(one: PartFinding) -> Html:
@@ -233,7 +237,8 @@ def _gap(one: PartFinding) -> Html:
         f'<span class="at" style="left:{at(one.interval.middle)}"></span>{paper}'
     )
     scale = f'<span class="scale" aria-hidden="true">{marks_html}</span>'
-    return Html(f'<div class="gap"><span>{page.text(one.label)}</span>{scale}</div>')
+    figures = f'<span class="figures">{_figures(one.interval)}</span>'
+    return Html(f'<div class="gap">{figures}<span>{page.text(one.label)}</span>{scale}</div>')
 
 
 def _method() -> Html:
@@ -242,8 +247,10 @@ def _method() -> Html:
         f"{both(words()['meaning'][verdict])}</li>"
         for verdict in ClaimVerdict
     )
-    rules = "".join(f"<li>{both(rule)}</li>" for rule in words()["rules"].values())
-    return Html(f'<ul class="how">{verdicts}</ul><ul class="how">{rules}</ul>')
+    run = sum(any(part.kind == "R" for part in rule.parts) for rule in rules().claim.values())
+    by_chance = math.ceil(run * (1 - rules().confidence) / 2)
+    listed = "".join(f"<li>{both(rule, n=run, few=by_chance)}</li>" for rule in words()["rules"].values())
+    return Html(f'<ul class="how">{verdicts}</ul><ul class="how">{listed}</ul>')
 
 
 def _glossary() -> Html:

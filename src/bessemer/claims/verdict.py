@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from bessemer.claims.registry import ClaimEntry, Part, PublishedScore, Rules
-from bessemer.claims.statistics import Interval, over_seeds, p_value, shares_apart, smallest_visible, wider
+from bessemer.claims.statistics import Interval, equivalent, over_seeds, p_value, shares_apart, smallest_visible, wider
 
 
 class ClaimVerdict(StrEnum):
@@ -173,6 +173,10 @@ def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
         interval = wider(interval, measured.over_problems)
     few = len(measured.values) < rules.seeds
     outcome = _side(part, interval)
+    if part.side == "equal" and outcome is Outcome.UNCLEAR and measured.over_problems is None:
+        threshold, margin = part.threshold or 0.0, part.margin or 0.0
+        if equivalent(measured.values, threshold, margin, rules.confidence):  # two one-sided tests
+            outcome = Outcome.HOLDS
     if few:  # no spread of its own: the direction, at most
         point = Interval(interval.middle, interval.middle, interval.middle)
         problems = measured.over_problems or point
@@ -181,8 +185,8 @@ def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
     if control is not None and not _fires(part, control):
         outcome = Outcome.UNCLEAR  # the run could not have seen the effect, or its absence
     negative = None if measured.negative is None else over_seeds(measured.negative, rules.confidence)
-    if negative is not None and outcome is Outcome.HOLDS and _side(part, negative) is Outcome.HOLDS:
-        outcome = Outcome.UNCLEAR  # what must not work works as well
+    if negative is not None and _fires(part, negative):
+        outcome = Outcome.UNCLEAR  # what must not show it shows it, too
     if outcome is Outcome.HOLDS and (measured.earlier or _small(part, interval, rules)):
         outcome = Outcome.WEAK
     return PartFinding(
@@ -206,7 +210,7 @@ def _side(part: Part, interval: Interval) -> Outcome:
 
 
 def _fires(part: Part, control: Interval) -> bool:
-    """A positive control shows the effect that the run looks for: harm where the claim is that there is none."""
+    """Whether a control shows the effect that the run looks for: harm, where the claim is that there is none."""
     threshold, margin = part.threshold or 0.0, part.margin or 0.0
     if part.side == "equal":
         return control.low > threshold + margin or control.high < threshold - margin
