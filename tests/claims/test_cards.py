@@ -122,6 +122,12 @@ def test_unknown_ids_name_the_nearest():
         registry.chosen([" "])
 
 
+@pytest.mark.parametrize("other", [["--list"], ["--json"], ["--only", "M7"]])
+def test_a_page_that_would_not_be_written_is_refused(other):
+    done = CliRunner().invoke(app, ["claims", "--out", "x.html", *other])
+    assert isinstance(done.exception, UserError) and other[0] in str(done.exception)
+
+
 def test_wrong_data_names_file_and_key():
     with pytest.raises(UserError, match=r"claims.toml, Q1: kinds"):
         registry.entry(registry.ClaimEntry, {"kinds": "Q"}, "claims.toml, Q1")

@@ -16,7 +16,7 @@ from bessemer.errors import UserError
 def claims(
     only: Annotated[str | None, typer.Option(metavar="IDS", help="Some claims, such as L6,M7.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="The claims and their ids; computes nothing.")] = False,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("claims.html"),
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page to write. Default: claims.html.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """What a popular account says of DeepSeek-R1: 119 claims, computed, audited, or open, on one page.
@@ -24,9 +24,12 @@ def claims(
     Exit status 1: a published figure is not what arithmetic gives."""
     from bessemer.claims import registry
 
+    if list_ and only is not None:
+        raise UserError("--only has no effect on --list; leave it out")
+    if out is not None and (list_ or as_json or only is not None):
+        other = "--list" if list_ else "--json" if as_json else "--only"
+        raise UserError(f"--out has no effect with {other}, which writes no page; leave one of them out")
     if list_:
-        if only is not None:
-            raise UserError("--only has no effect on --list; leave it out")
         known = registry.claims()
         print_json({name: one.model_dump() for name, one in known.items()}) if as_json else print(registry.listing())
         return
@@ -41,8 +44,9 @@ def claims(
     if not as_json and only is None:
         from bessemer.claims import page
 
-        write_page(out, page.document(made))
-        print(out)
+        path = out or Path("claims.html")
+        write_page(path, page.document(made))
+        print(path)
     if wrong := [f"{card.name} ({label})" for card in made for label in card.wrong_equalities]:
         print(f"arithmetic does not give: {'; '.join(wrong)}", file=sys.stderr)
         raise typer.Exit(1)
