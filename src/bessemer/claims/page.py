@@ -42,7 +42,7 @@ def words() -> dict[str, Any]:
 
 def both(texts: Sequence[object], **values: object) -> Html:
     """A text in both languages, of which the page shows one."""
-    english, chinese = (str(one).format(**values) if values else str(one) for one in texts)
+    english, chinese = ((str(one).format(**values) if values else str(one)).replace(" %", "\u202f%") for one in texts)
     if english == chinese:
         return page.text(english)
     shown = f'<span class="en" lang="en">{page.text(english)}</span>'
@@ -169,7 +169,8 @@ def _card(card: Card) -> Html:
         body += page.paragraph(
             page.join(word("would"), both(experiments()[claim.experiment].does), by=" "), "would"
         )  # fmt: skip
-    pictures = "".join(_gap(one) for one in card.findings if one.interval is not None)
+    scores = [one for one in card.findings if one.part is not None and one.part.kind == "B"]
+    pictures = "".join(_gap(one, scores if one in scores else ()) for one in card.findings if one.interval is not None)
     return Html(
         f'<article class="claim {style}" id="{card.name}">'
         f'<div class="head"><a href="#{card.name}">{card.name}</a>{chip}</div>'
@@ -206,17 +207,25 @@ def _decided(one: PartFinding) -> Html:
 
 
 def _figures(of: Interval) -> str:
-    return f"{of.middle:+.3g} ({of.low:+.3g} … {of.high:+.3g})"
+    return f"{of.middle:+.3g} ({of.low:+.3g} … {of.high:+.3g})".replace("-", "−")
 
 
-def _gap(one: PartFinding) -> Html:
-    """An interval beside its threshold; the paper's figure is a diamond, the positive control grey."""
+def _marks(one: PartFinding) -> list[float]:
+    """Everything that the picture of a part must hold."""
     assert one.interval is not None and one.part is not None, "only parts of a rule have intervals"
     threshold, margin = float(one.part.threshold or 0), float(one.part.margin or 0)
     marks = [*one.interval, threshold, 0.0]
     marks += [threshold - margin, threshold + margin] if one.part.side == "equal" else []
     marks += [one.part.paper] if one.part.paper is not None else []
-    marks += [*one.control] if one.control is not None else []
+    return marks + ([*one.control] if one.control is not None else [])
+
+
+def _gap(one: PartFinding, others: Sequence[PartFinding] = ()) -> Html:
+    """An interval beside its threshold, on one scale with `others`; the paper's figure is a diamond, the positive
+    control grey."""
+    assert one.interval is not None and one.part is not None, "only parts of a rule have intervals"
+    threshold, margin = float(one.part.threshold or 0), float(one.part.margin or 0)
+    marks = [mark for part in (one, *others) for mark in _marks(part)]
     low, high = min(marks), max(marks)
     low, high = low - 0.06 * (high - low or 1), high + 0.06 * (high - low or 1)
 

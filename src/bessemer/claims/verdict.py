@@ -160,7 +160,7 @@ def score(part: Part, published: PublishedScore) -> PartFinding:
     """Two published scores, in points, with the interval that the number of problems leaves."""
     gap = shares_apart(published.one / 100, published.other / 100, published.problems)
     points = Interval(*(100 * end for end in gap))
-    label = f"{published.on}: {published.one:g} / {published.other:g} ({published.problems:,})"
+    label = f"{published.on}: {published.one:.1f} / {published.other:.1f} ({published.problems:,})"
     return PartFinding(part, _side(part, points), label, points)
 
 
