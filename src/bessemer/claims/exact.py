@@ -6,10 +6,11 @@ Each function computes the values of one claim by the names that its rule and it
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Callable
 from typing import Any
 
-from bessemer.claims.registry import claims
+from bessemer.claims.registry import claims, data
 from bessemer.dist.schedules import schedule
 from bessemer.dist.timeline import Costs, simulate
 from bessemer.hf import mapping
@@ -91,9 +92,11 @@ def nodes_touched(cfg: ModelConfig) -> float:
 def _prediction() -> Values:
     cfg = v3()
     one = LENGTH * cfg.vocab_size * 4 / 1e9
+    heads = sum(slot.name.endswith("head.weight") and not slot.copy for slot in mapping.slots(cfg))
     plain, more = (accounting.flops_per_token(cfg, LENGTH, mtp=mtp).training / 1e9 for mtp in (False, True))
     return {
-        "modules": cfg.n_mtp, "heads": 1, "one": one, "naive": 4 * one, "growth": 4.0, "without": plain, "with_": more,
+        "modules": cfg.n_mtp, "heads": heads, "one": one, "naive": 4 * one, "growth": 4 * one / one,
+        "without": plain, "with_": more,
         "more": 100 * (more / plain - 1),
     }  # fmt: skip
 
@@ -152,7 +155,7 @@ def _links() -> Values:
 
 def _critic() -> Values:
     stored = accounting.main_params(v3()) / 1e9
-    return {"critic": stored, "doubled": 2.0}
+    return {"critic": stored, "doubled": (stored + stored) / stored}
 
 
 def _hours() -> Values:
@@ -161,14 +164,19 @@ def _hours() -> Values:
     bill = whole * price / 1000
     return {
         "share": 100 * table["pretraining"]["value"] / whole, "zero": 100 * table["r1_zero"]["value"] / whole,
-        "bill": bill, "limit_price": 6000 / whole, "low": 78 / bill, "high": 100 / bill,
+        "bill": bill, "limit_price": 6000 / whole,
     }  # fmt: skip
+
+
+def _against_gpt4() -> Values:
+    return {name: estimate / _hours()["bill"] for name, estimate in _figures("K7").items()}
 
 
 def _against_meta() -> Values:
     """6 N D over GPU hours: the 405B dense network of Meta against V3."""
-    theirs, ours = (405e9, 15.6e12, 30.84e6), (37e9, 14.8e12, 1000 * read_toml("claims.toml")["pretraining"]["value"])
-    params, tokens, hours = (a / b for a, b in zip(theirs, ours, strict=True))
+    runs = {run["name"]: run for run in tomllib.loads(data("reference.toml").decode())["run"]}
+    theirs, ours = runs["Llama 3.1 405B"], runs["DeepSeek-V3"]
+    params, tokens, hours = (theirs[key] / ours[key] for key in ("active", "tokens", "hours"))
     return {
         "hours": hours,
         "work": params * tokens,
@@ -183,13 +191,19 @@ def _scores(name: str) -> Values:
     return {"n": len(one), "gap": abs(one[0].one - one[0].other)}
 
 
+def _figures(name: str) -> dict[str, float]:
+    return claims()[name].figures
+
+
 def _aime() -> Values:
-    low, high = wilson(0.792, 30)
+    aime = claims()["H1"].scores[0]
+    low, high = wilson(aime.other / 100, aime.problems)
     return {"aime": 100 * (high - low) / 2}
 
 
 def _base() -> Values:
-    low, high = wilson(0.156, 30)
+    base = _figures("G7")
+    low, high = wilson(base["base"] / 100, base["problems"])
     return {"low": 100 * low, "high": 100 * high}
 
 
@@ -205,8 +219,8 @@ COMPUTED: dict[str, Callable[[], Values]] = {
     "M10": lambda: {"free": nodes_touched(v3())}, "L4": _cache, "L5": _cache, "L9": _without_cache, "L10": _recompute,
     **dict.fromkeys(("T2", "T8", "T9"), _prediction), "F3": _kept, "F4": _peak, "F12": _released,
     "P1": _layout, "P2": _pipeline, "P4": _messages, "P5": _links, "G3": _critic,
-    "G5": lambda: {"share": 100 * 5 / 147},
+    "G5": lambda: {"share": 100 * _figures("G5")["tuning"] / _figures("G5")["whole"]},
     "G7": _base, "Z11": lambda: {"share": _hours()["zero"]}, "K2": _hours, "K5": _against_meta,
-    "R4": lambda: {"samples": 395_285 + 211_129 + 10_124 + 10_395 + 177_812},
-    "K6": lambda: {"prices": 100 * 2.19 / 60}, "K7": _hours,
+    "R4": lambda: {"samples": int(sum(_figures("R4").values()))},
+    "K6": lambda: {"prices": 100 * _figures("K6")["r1"] / _figures("K6")["o1"]}, "K7": _against_gpt4,
 }  # fmt: skip

@@ -61,12 +61,13 @@ def outside_view() -> Values:
 def reference() -> list[dict[str, Any]]:
     """Large runs that others published, and what V3 would cost at their rate: million hours, from 6 N D."""
     runs = tomllib.loads(data("reference.toml").decode())["run"]
+    ours = runs[0]
     for run in runs:
         if "hours" not in run:  # a benchmark of V3 itself, in tokens per second and GPU
-            run["v3_hours"] = 14.8e12 / run["tokens_s"] / 3600 / 1e6
+            run["v3_hours"] = ours["tokens"] / run["tokens_s"] / 3600 / 1e6
             continue
         run["tflops"] = 6 * run["active"] * run["tokens"] / run["hours"] / 3600 / 1e12
-        run["v3_hours"] = 6 * 37e9 * 14.8e12 / run["tflops"] / 1e12 / 3600 / 1e6
+        run["v3_hours"] = ours["active"] * ours["tokens"] * run["hours"] / run["active"] / run["tokens"] / 1e6
     return runs
 
 
@@ -74,7 +75,7 @@ def floor() -> float:
     """Million hours if every operation of V3 ran at the FP8 peak."""
     device = _plan().setup.device
     assert device.fp8 is not None, "an H800 has FP8"
-    work = accounting.flops_per_token(_plan().cfg, 4096).training * 14.8e12
+    work = accounting.flops_per_token(_plan().cfg, 4096).training * _plan().tokens
     return work / (device.fp8 * 1e12) / 3600 / 1e6
 
 

@@ -39,6 +39,7 @@ class ClaimEntry(ConfigTable):
     source: str
     arms: str = ""
     audit: Literal["holds", "fails", "mixed", "unclear", "unknowable"] | None = None
+    figures: dict[str, float] = Field(default_factory=dict)
     scores: list[PublishedScore] = Field(default_factory=list)
     found: Text | None = None
     limit: Text | None = None
