@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from bessemer.errors import UserError
-from bessemer.precision import backends, emulation
+from bessemer.precision import backends, emulation, formats
 from bessemer.precision.operand import TILE, Group, Operand, quantise
 
 DENSE = {
@@ -172,6 +172,14 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
         h, weight = torch.randn(rows, 2 * columns, device=device).to(dtype), torch.rand(rows, device=device)
         expected = emulation.swiglu(h, weight, False)
         check("swiglu", label, (h,), partial(backends.swiglu, h, weight), partial(calc_diff, expected), 1e-6)
+        if columns % 8 == 0:
+            scale = quantise(x, "tile", True).scale_MJ
+            packed = formats.pack_e5m6(x.cpu(), scale.cpu())
+            run = partial(backends.pack_e5m6, x, scale)
+            check("pack_e5m6", label, (x,), run, partial(differ, packed.code), 0)
+            given, wanted = formats.PackedE5M6(packed.code.to(device), scale), packed.unpack(columns, dtype)
+            run = partial(backends.unpack_e5m6, given, columns, dtype)
+            check("unpack_e5m6", label, (given.code, columns), run, partial(differ, wanted), 0)
         if columns % TILE == 0:
             operand, dact = quantise(h), torch.randn(rows, columns, device=device).to(dtype)
             for part in range(3):
@@ -239,6 +247,11 @@ def mismatches(expected: Operand, got: Operand) -> float:
     """Number of values and factors that differ in any bit; `expected` is on the CPU."""
     values = [o.value_MK.cpu().contiguous().view(torch.uint8) for o in (got, expected)]
     return float((values[0] != values[1]).sum() + (got.scale_MJ.cpu() != expected.scale_MJ).sum())
+
+
+def differ(expected: Tensor, got: Tensor | formats.PackedE5M6) -> float:
+    """Numbers, or bytes of a packed matrix, that differ."""
+    return float((expected != (got if isinstance(got, Tensor) else got.code).cpu()).sum())
 
 
 # --- speed -----------------------------------------------------------------------------------------------------------
@@ -343,6 +356,10 @@ def passes(
         yield "quantise", f"{M}x{K} by {group}", 0, x.numel() * 3, run, (x, group)
     operand = _ours(quantise(x))
     yield "retile", f"{M}x{K}", 0, x.numel() * 2, partial(backends.retile, operand), (operand,)
+    packed = backends.pack_e5m6(x, scale := quantise(x, "tile", True).scale_MJ)
+    yield "pack_e5m6", f"{M}x{K}", 0, x.numel() * 3.5, partial(backends.pack_e5m6, x, scale), (x,)
+    run = partial(backends.unpack_e5m6, packed, K, torch.bfloat16)
+    yield "unpack_e5m6", f"{M}x{K}", 0, x.numel() * 3.5, run, (packed.code, K)
     h, weight = torch.randn(8 * M, 4096, device=device, dtype=torch.bfloat16), torch.rand(8 * M, device=device)
     yield "swiglu", f"{8 * M}x4096", 0, h.numel() * 2.5, partial(backends.swiglu, h, weight), (h,)
     dact, operand = torch.randn(8 * M, 2048, device=device, dtype=torch.bfloat16), _ours(quantise(h))

@@ -148,7 +148,8 @@ def test_attention_equals_the_plain_one(monkeypatch, changes, segmented, exactly
     """Without the rounding of the kept output all gradients agree but for float32's last bits, which now and then tip
     an FP8 rounding; with it they move a little. W_O's wgrad is checked by itself below."""
     if exactly:
-        monkeypatch.setattr(fp8, "pack_e5m6", Exactly)
+        monkeypatch.setattr(fp8.backends, "pack_e5m6", Exactly)
+        monkeypatch.setattr(fp8.backends, "unpack_e5m6", Exactly.unpack)
         monkeypatch.setattr(fp8, "PackedE5M6", Exactly)
     cfg = tiny(**changes)
     segments = (torch.arange(30) // 11).expand(2, -1) if segmented else None
@@ -176,8 +177,8 @@ def test_what_attention_keeps_of_its_output_is_what_w_o_learns_from(monkeypatch)
     cfg = tiny()
     layer = in_training(cfg).layers[1]
     seen = {}
-    original = fp8.pack_e5m6
-    monkeypatch.setattr(fp8, "pack_e5m6", lambda out, scale: seen.setdefault("packed", original(out, scale)))
+    original = fp8.backends.pack_e5m6
+    monkeypatch.setattr(fp8.backends, "pack_e5m6", lambda out, scale: seen.setdefault("packed", original(out, scale)))
     x = torch.randn(2, 30, cfg.dim, generator=torch.Generator().manual_seed(5))
     dy = torch.randn(2, 30, cfg.dim, generator=torch.Generator().manual_seed(6))
     fp8.attention(layer.attn_norm, layer.attn, x, Transformer(cfg).rope_table(30), None, PAPER).backward(dy)

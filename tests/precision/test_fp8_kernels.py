@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from triton_layer_checks import *  # noqa: F403  # checks of other kernels, run in the same processes
 
 from bessemer.errors import UserError
-from bessemer.precision import backends, emulation
+from bessemer.precision import backends, emulation, formats
 from bessemer.precision.emulation import reference_gemm
 from bessemer.precision.operand import TILE, Operand, quantise, transpose
 
@@ -163,6 +163,36 @@ def check_swiglu_backward():
         backends.swiglu_backward(torch.zeros(2, 100), quantise(torch.zeros(2, 200)), None, None)
 
 
+def check_e5m6():
+    """Bit for bit `formats`: values of all sizes and signs, ties, subnormals, what saturates, what is not finite."""
+    for rows, columns in ((19, 304), (1, 8), (33, 128)):
+        x = of_all_sizes(rows, columns)
+        x[0, :8] = torch.tensor([1 + 2**-7, -1 - 3 * 2**-7, 7e4, -65280.0, 2**-14, 3 * 2**-21, -(2**-22), -0.0])
+        for dtype in (torch.float32, torch.bfloat16):
+            for scale in (quantise(x, power_of_two=True).scale_MJ, torch.ones(rows, -(-columns // TILE))):
+                got = backends.pack_e5m6(x.to(dtype), scale.t().contiguous().t())
+                assert torch.equal(got.code, formats.pack_e5m6(x.to(dtype), scale).code)
+                back = backends.unpack_e5m6(got, columns, dtype)
+                assert back.dtype == dtype and torch.equal(back, got.unpack(columns, dtype))
+    every = (torch.arange(4096, dtype=torch.int16) << 4).view(torch.float16).float().view(16, 256)
+    one = torch.ones(16, 2)
+    code, wanted = backends.pack_e5m6(every, one).code, formats.pack_e5m6(every, one)
+    back = backends.unpack_e5m6(wanted, 256, torch.float32)
+    assert torch.equal(back.nan_to_num(7.0), every.nan_to_num(7.0)) and torch.equal(back.isnan(), every.isnan())
+    finite = every.isfinite().all(1)
+    assert finite.sum() == 14 and torch.equal(code[finite], wanted.code[finite])
+    for group in (every, normal(3, 512)[:, ::2], normal(2, 300)[:, 4:140]):
+        group = group.nan_to_num(float("nan"), float("inf"))
+        scale = quantise(group, power_of_two=True).scale_MJ
+        got = backends.unpack_e5m6(backends.pack_e5m6(group, scale), group.shape[1], torch.float32)
+        torch.testing.assert_close(
+            got, formats.pack_e5m6(group, scale).unpack(group.shape[1], torch.float32), rtol=0, atol=0, equal_nan=True
+        )
+    assert backends.pack_e5m6(torch.zeros(0, 128), torch.zeros(0, 1)).code.shape == (0, 192)
+    with pytest.raises(UserError, match="K must be a multiple of 8, is 12"):
+        backends.pack_e5m6(torch.zeros(2, 12), torch.ones(2, 1))
+
+
 def check_gemm():
     for M, N, K in ((5, 7, 128), (130, 140, 300), (1, 1, 1), (33, 257, 129), (64, 64, 384)):
         for group in ("tile", "block"):
@@ -280,6 +310,9 @@ def check_hopper_code():
             assert "ld.global" in code and "st.global" in code and ".local" not in code, name
         elif name == "paged":
             assert "mma.sync" in code and "cp.async.cg.shared.global" in code and ".local" not in code, name
+        elif name == "e5m6":
+            assert ".global.v4.b32" in code and ".local" not in code and "div.full" not in code, name
+            assert "st.global.b8" not in code, name
         elif name == "expert swiglu":
             assert "cvt.rn.bf16x2.f32" in code and "ld.global.v" in code and "st.global.v" in code, name
         elif "g" in name and not name.startswith("swiglu"):
@@ -454,6 +487,10 @@ def test_bad_operands():
         "quantised, got torch.int64": lambda: backends.swiglu(torch.zeros(3, 4).long()),
         "even number of columns": lambda: backends.swiglu(torch.zeros(3, 5)),
         r"\[4\] weights": lambda: backends.swiglu(torch.zeros(3, 4), torch.ones(4)),
+        r"factors .* \[20, 2\] do not fit \[20, 257\]": lambda: backends.pack_e5m6(torch.ones(20, 257), scale),
+        "192 bytes a row do not hold 130": lambda: backends.unpack_e5m6(
+            backends.pack_e5m6(torch.ones(20, 128), torch.ones(20, 1)), 130, torch.float32
+        ),
         "do not fit 20 rows and 2 matrices": lambda: backends.grouped_gemm(x, [10, 9], stack(x, x)),
         "2 groups .* and 1 matrices": lambda: backends.grouped_gemm(x, [10, 10], stack(x)),
         "w must be an Operand": lambda: backends.grouped_gemm(x, [10, 10], [x, w]),

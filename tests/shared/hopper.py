@@ -71,7 +71,7 @@ class Compiled(NamedTuple):
 def samples() -> Iterator[Job]:
     """Every kernel once or twice."""
     from bessemer.kernels import triton_swiglu
-    from bessemer.precision import triton_gemm, triton_quantise
+    from bessemer.precision import triton_e5m6, triton_gemm, triton_quantise
 
     for power_of_two in (False, True):
         yield Job("tiles", triton_quantise._tiles, constants={"POWER_OF_TWO": power_of_two, "ROWS": 32})
@@ -84,6 +84,9 @@ def samples() -> Iterator[Job]:
     quantised = {n: "*fp8e4nv" for n in ("h", "act", "dh", "turned")} | {"dact": "*bf16", "count": "*i32"}
     quantised |= {n: "*fp32" for n in ("h_scale", "weight", "act_scale", "dh_scale", "turned_scale", "parts")}
     yield Job("swiglu backward", triton_quantise._swiglu_backward, 8, quantised, backward)
+    for kernel in (triton_e5m6._pack, triton_e5m6._unpack):
+        packed = {"x": "*bf16", "out": "*bf16", "scale": "*fp32", "code": "*i32"}
+        yield Job("e5m6", kernel, types=packed, constants={"ROWS": 16})
     for kernel, rows in ((triton_swiglu._forward, 16), (triton_swiglu._backward, 4)):
         yield Job("expert swiglu", kernel, constants={"ROWS": rows, "COLUMNS": 128, "WEIGHTED": True})
     for kind, kernel, warps, types, constants in hopper_kernels():

@@ -33,7 +33,7 @@ from bessemer.model.norm import RMSNorm, normalise, normalise_backward
 from bessemer.model.segments import Segments
 from bessemer.precision import backends
 from bessemer.precision.emulation import swiglu_gradients
-from bessemer.precision.formats import PackedE5M6, pack_e5m6
+from bessemer.precision.formats import PackedE5M6
 from bessemer.precision.fp8_linear import FP8Recipe, TokenTiles, forward, input_gradient, token_tiles, weight_gradient
 from bessemer.precision.operand import TILE, Operand
 
@@ -201,7 +201,7 @@ class _Attention(torch.autograd.Function):
         o = recipe.quantised(out, power_of_two=True)
         y = forward(o, w["wo"], recipe)
         ctx.shape, ctx.segments = shape, segments
-        ctx.save_for_backward(x_BTD, q_latent, kv_latent, *pack_e5m6(out, o.scale_MJ), lse, rope, *weights)
+        ctx.save_for_backward(x_BTD, q_latent, kv_latent, *backends.pack_e5m6(out, o.scale_MJ), lse, rope, *weights)
         return y.view_as(x_BTD)
 
     @staticmethod
@@ -217,7 +217,7 @@ class _Attention(torch.autograd.Function):
             grads[name] = gradient(w[name], lambda: weight_gradient(operand, x, recipe))
             return input_gradient(operand, w[name], recipe)
 
-        out = PackedE5M6(code, scale).unpack(cfg.n_heads * cfg.v_head_dim, x_BTD.dtype)
+        out = backends.unpack_e5m6(PackedE5M6(code, scale), cfg.n_heads * cfg.v_head_dim, x_BTD.dtype)
         dout = through("wo", dy_BTD.flatten(0, 1), token_tiles(out, recipe, power_of_two=True))
         x = shape.normed(x_BTD.flatten(0, 1), w["norm"], shape.eps)
         q_in, kv_in, core = shape.expand(w, x, q_latent, kv_latent, x_BTD.shape[:2])

@@ -1,7 +1,7 @@
 """Which code serves an FP8 call, and why: one table, the functions that go through it, and the adapters to GPU code.
 
     emulation    plain torch (`operand.quantise`, emulation.py): any device, any shape; the reference for all others
-    triton       our kernels (triton_quantise.py, triton_gemm.py): NVIDIA of compute capability 8.9 or newer
+    triton       our kernels (triton_quantise.py, _e5m6.py, _gemm.py): NVIDIA of compute capability 8.9 or newer
     torch        torch.nn.functional.scaled_mm with block scales (cuBLASLt): Hopper, dense GEMM
     deep_gemm    the package of that name, where installed: Hopper, GEMMs with weights quantised by blocks
 
@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.errors import UserError
-from bessemer.precision import emulation, operand
+from bessemer.precision import emulation, formats, operand
+from bessemer.precision.formats import PackedE5M6
 from bessemer.precision.operand import (
     TILE,
     Group,
@@ -40,7 +41,10 @@ from bessemer.precision.operand import (
     check_pair,
 )
 
-CALLS = ("quantise", "retile", "swiglu", "swiglu_backward", "gemm", "grouped_gemm", "grouped_wgrad")
+CALLS = (
+    "quantise", "retile", "swiglu", "swiglu_backward", "pack_e5m6", "unpack_e5m6", "gemm", "grouped_gemm",
+    "grouped_wgrad",
+)  # fmt: skip
 ORDER = ("deep_gemm", "torch", "triton", "emulation")
 """By published speed."""
 VARIABLE = "BESSEMER_FP8_BACKEND"
@@ -111,6 +115,21 @@ def swiglu_backward(
     count = check_counts(count, len(dact_MF)) if count is not None else None
     call = choose("swiglu_backward", dact_MF).serve["swiglu_backward"]
     return call(dact_MF, h, weight_M, count, power_of_two)
+
+
+def pack_e5m6(x_MK: Tensor, scale_MJ: Tensor) -> PackedE5M6:
+    """x in 12 bits per number, a power of two for every tile; bit for bit the same from every backend."""
+    check_matrix(x_MK)
+    if scale_MJ.shape != (len(x_MK), -(-x_MK.shape[1] // TILE)) or scale_MJ.dtype != torch.float32:
+        raise ValueError(f"factors {scale_MJ.dtype} {list(scale_MJ.shape)} do not fit {list(x_MK.shape)}")
+    return choose("pack_e5m6", x_MK).serve["pack_e5m6"](x_MK, scale_MJ)
+
+
+def unpack_e5m6(packed: PackedE5M6, columns: int, dtype: torch.dtype) -> Tensor:
+    """[M, columns] again, in float32 or bfloat16."""
+    if packed.code.shape[1] != -(-columns // 2) * 3:
+        raise ValueError(f"{packed.code.shape[1]} bytes a row do not hold {columns} columns")
+    return choose("unpack_e5m6", packed.code, columns).serve["unpack_e5m6"](packed, columns, dtype)
 
 
 def gemm(x: Operand, w: Operand, out_dtype: torch.dtype = torch.bfloat16, w_group: Group = "tile") -> Tensor:
@@ -197,8 +216,8 @@ def summary(rows: Iterable[Sequence[str]]) -> str:
 
 
 def _call(name: str, first: Tensor | Operand, *rest: Any) -> Call:
-    if name == "swiglu_backward" and isinstance(first, Tensor):
-        return Call(name, first.device, shape=(len(first), first.shape[1], 0))
+    if name in ("swiglu_backward", "pack_e5m6", "unpack_e5m6") and isinstance(first, Tensor):
+        return Call(name, first.device, shape=(len(first), rest[0] if rest else first.shape[1], 0))
     if isinstance(first, Tensor):
         return Call(name, first.device, rest[0] if rest else None)
     device, (M, K) = first.value_MK.device, first.value_MK.shape
@@ -234,6 +253,8 @@ def _triton_refuses(call: Call) -> str | None:
         return "it has no kernel for one factor over the whole tensor"
     if call.name == "swiglu_backward" and call.shape and call.shape[1] % TILE:
         return f"its tiles of gate and up must not share columns: F must be a multiple of {TILE}, is {call.shape[1]}"
+    if call.name in ("pack_e5m6", "unpack_e5m6") and call.shape and call.shape[1] % 8:
+        return f"it packs eight numbers into three words: K must be a multiple of 8, is {call.shape[1]}"
     return None
 
 
@@ -241,9 +262,9 @@ def _triton(module: str, function: str) -> Callable[..., Any]:
     """The kernel's launcher, imported at the first call because triton is optional. Triton launches on the current
     device whatever its operands are on, so theirs is made the current one."""
 
-    def call(first: Tensor | Operand, *rest: object) -> Tensor | Operand:
+    def call(first: Tensor | Operand | PackedE5M6, *rest: object) -> Any:
         launch = getattr(importlib.import_module(f"bessemer.precision.{module}"), function)
-        with torch.cuda.device_of(first if isinstance(first, Tensor) else first.value_MK):
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
             return launch(first, *rest)
 
     return call
@@ -369,6 +390,8 @@ BACKENDS: dict[str, Backend] = {
             "retile": _triton("triton_quantise", "retile"),
             "swiglu": _triton("triton_quantise", "swiglu"),
             "swiglu_backward": _triton("triton_quantise", "swiglu_backward"),
+            "pack_e5m6": _triton("triton_e5m6", "pack"),
+            "unpack_e5m6": _triton("triton_e5m6", "unpack"),
             "gemm": _triton_gemm,
             "grouped_gemm": _triton_grouped,
             "grouped_wgrad": _triton("triton_gemm", "grouped_wgrad"),
@@ -382,6 +405,8 @@ BACKENDS: dict[str, Backend] = {
             "retile": emulation.retile,
             "swiglu": emulation.swiglu,
             "swiglu_backward": emulation.swiglu_backward,
+            "pack_e5m6": formats.pack_e5m6,
+            "unpack_e5m6": formats.PackedE5M6.unpack,
             "gemm": emulation.gemm,
             "grouped_gemm": emulation.grouped_gemm,
             "grouped_wgrad": emulation.grouped_wgrad,
