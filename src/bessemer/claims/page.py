@@ -85,13 +85,15 @@ def _answer(cards: Sequence[Card]) -> Html:
     number = counts(cards)
     view, experts, cache_ = planned.outside_view(), exact.COMPUTED["M12"](), exact.COMPUTED["L5"]()
     spread = planned.values("K3")["spread"]
+    millions = {name: view[name] for name in ("published", "low", "high")}
+    hours = millions | {f"{name}_wan": 100 * value for name, value in millions.items()}  # Chinese counts by 10,000
     sentences = [
         word(
             "answer", n=len(cards), shown=number[ClaimVerdict.SHOWN], part=number[ClaimVerdict.PART],
             contradicted=number[ClaimVerdict.CONTRADICTED], open=number[ClaimVerdict.NOT_RUN],
             rest=number[ClaimVerdict.NOT_SHOWN] + number[ClaimVerdict.NOT_TESTABLE],
         ),
-        word("answer_cost", spread=spread, published=view["published"], low=view["low"], high=view["high"]),
+        word("answer_cost", spread=spread, **hours),
         word("answer_wrong", stored_ratio=experts["stored_ratio"], share=cache_["share"]),
     ]  # fmt: skip
     return Html(f'<ul class="answer">{"".join(f"<li>{one}</li>" for one in sentences)}</ul>')
