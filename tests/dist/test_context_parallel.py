@@ -1,11 +1,13 @@
 """Rows cut over ranks: the core by itself, then loss, gradients and steps, against the same rows on one process."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
 from test_distributed_trainer import LR, config
-from test_executor import CFG, TERMS
+from test_executor import CFG, TERMS, choice
 
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
@@ -18,7 +20,7 @@ from bessemer.dist import model_shard
 from bessemer.dist.model_shard import ModelShard
 from bessemer.train import loss
 from bessemer.dist.distributed_trainer import DistributedTrainer
-from bessemer.train.objective import next_token
+from bessemer.train.objective import NextToken, next_token
 from bessemer.train.trainer import Trainer
 
 T = 24
@@ -31,6 +33,20 @@ def batch(number, segmented=False):
     loss[1, 17:] = 0
     segments = torch.tensor([[0] * 7 + [1] * 17, [0] * 13 + [1] * 3 + [2] * 8]) if segmented else None
     return Batch(tokens, loss, segments)
+
+
+class Replaying(NextToken):
+    """With the experts that a batch prescribes, where it does."""
+
+    def __call__(self, model, batch, **terms):
+        out = model.train_outputs(batch.tokens_BT, batch.segments, choice_BTLK=batch.extras.get("choice_BTLK"))
+        return self.of(out, model.head_weight, batch, **terms)
+
+
+def prescribed(number, segmented):
+    """A batch without segments replays experts."""
+    made = batch(number, segmented)
+    return made if segmented else replace(made, extras={"choice_BTLK": choice(made.tokens_BT, number)})
 
 
 def close(found, wanted, bound):
@@ -110,8 +126,8 @@ def test_attention_over_ranks_is_attention(n, segmented, dtype):
 def gradients_on_a_rank(rank, layout, name, micro, segmented, recompute):
     model = Transformer(CFG).initialise(1).set_recompute(recompute)
     part = ModelShard(model, Mesh(layout, CFG), name)
-    training = DistributedTrainer(part, next_token, None, *config(), model_config=CFG.model_dump(), warn=print)
-    batches = [batch(part.pipeline_index * micro + number, segmented) for number in range(micro)]
+    training = DistributedTrainer(part, Replaying(), None, *config(), model_config=CFG.model_dump(), warn=print)
+    batches = [prescribed(part.pipeline_index * micro + number, segmented) for number in range(micro)]
     model.train()
     sums = training._accumulate(batches, TERMS)
     grads = {}
@@ -137,9 +153,9 @@ def test_a_step_over_pieces_of_rows_is_a_step_over_the_rows(layout, name, micro,
     """Every figure and gradient, MTP and balance terms among them, to float32's last digits; loads exactly."""
     found = on_ranks(layout.world, gradients_on_a_rank, layout, name, micro, segmented, recompute)
     model = Transformer(CFG).initialise(1)
-    trainer = Trainer(model, next_token, None, *config())
+    trainer = Trainer(model, Replaying(), None, *config())
     model.train()
-    sums = trainer._accumulate([batch(n, segmented) for n in range(layout.dp * layout.ep * micro)], TERMS)
+    sums = trainer._accumulate([prescribed(n, segmented) for n in range(layout.dp * layout.ep * micro)], TERMS)
     wanted = dict(model.named_parameters())
     names = set()
     for values, counted, grads, loads, first in found:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import on_ranks
-from test_executor import CFG, TERMS, batch
+from test_executor import CFG, TERMS, batch, replayed
 
 from train_config import train_config
 from bessemer.model.transformer import Transformer
@@ -16,6 +16,7 @@ from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.dist.distributed_trainer import DistributedTrainer
+from bessemer.rl.losses import GRPO
 from bessemer.train.groups import ALIGN, NORM_BLOCK, placed
 from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
@@ -43,7 +44,17 @@ def part_of(layout, name, cfg=CFG, fp8=False):
 
 def across(layout, name, cfg=CFG, fp8=False, dtype=torch.float32, state_dir=None, warn=print, **more):
     part = part_of(layout, name, cfg, fp8)
-    return DistributedTrainer(part, next_token, None, *config(dtype, **more), state_dir, model_config=cfg.model_dump(), warn=warn)
+    objective = GRPO(kl=0.0) if more.get("terms") == {} else next_token
+    return DistributedTrainer(part, objective, None, *config(dtype, **more), state_dir, model_config=cfg.model_dump(), warn=warn)
+
+
+def samples(lot, micro, replay=True):
+    """Micro-batches of RL, with the experts of another policy to replay."""
+    made = [replayed(lot * micro + number) for number in range(micro)]
+    for one in made:
+        choice = {"choice_BTLK": one.extras["choice_BTLK"]} if replay else {}
+        one.extras = {"advantage_BT": one.loss_BT - 0.3, "old_logp_BT": -4.0 * one.loss_BT, **choice}
+    return made
 
 
 def warmed(rank, name, layout, micro, warms):
@@ -83,6 +94,16 @@ def on_a_rank(rank, name, layout, micro, dtype=torch.float32, fp8=False):
     return values, weights, moments, biases, (training.mesh.experts.start, training.mesh.experts.stop), held
 
 
+def replaying(rank, name, layout, micro):
+    """The steps, and in the same processes one of RL that replays experts."""
+    training = across(layout, name, terms={})
+    values = training.update(samples(training.shard.pipeline_index, micro))
+    moments = {n: v.float().numpy() for n, v in training.optimizer.state_dict().items() if n.startswith("m/")}
+    loads = {gate: load.tolist() for gate, load in training.loads.items()}
+    experts = training.mesh.experts.start, training.mesh.experts.stop
+    return on_a_rank(rank, name, layout, micro), (values, moments, loads, experts)
+
+
 def at_home(lots, micro, dtype=torch.float32, fp8=False, **more):
     """The trainer, after the same steps, and what it logged."""
 
@@ -99,7 +120,9 @@ LAYOUTS = [("1f1b", Layout(2, 1, 2), 3), ("dualpipe", Layout(2, 1, 2), 4), ("gpi
 def test_steps_across_ranks_are_the_trainer_s(name, layout, micro):
     """Loss and norm to float32's last digits, routing biases exactly, weights within a tenth of a step of AdamW (whose
     first steps divide a gradient by itself, however small)."""
-    found = on_ranks(layout.world, on_a_rank, name, layout, micro)
+    both = on_ranks(layout.world, replaying, name, layout, micro)
+    found = [steps for steps, _ in both]
+    replays_as_at_home([one for _, one in both], layout.dp * layout.ep, micro)
     trainer, values = at_home(layout.dp * layout.ep, micro)
     weights, state = trainer.optimizer.masters(), trainer.optimizer.state_dict()
     held = set()
@@ -120,6 +143,26 @@ def test_steps_across_ranks_are_the_trainer_s(name, layout, micro):
         for gate, bias in biases.items():
             assert torch.equal(torch.from_numpy(bias), trainer.gates[gate].bias_E), gate
     assert held == weights.keys()
+
+
+def replays_as_at_home(found, lots, micro):
+    """Metrics, gradients (the first moments after one step) and loads of experts."""
+
+    def step(replay):
+        trainer = Trainer(model_of(CFG), GRPO(kl=0.0), None, *config(terms={}))
+        return trainer, trainer.update([b for lot in range(lots) for b in samples(lot, micro, replay)])
+
+    (trainer, wanted), (without, _) = step(True), step(False)
+    state, free = trainer.optimizer.state_dict(), without.optimizer.state_dict()
+    assert (state["m/layers.3.ffn.experts.w2"] - free["m/layers.3.ffn.experts.w2"]).norm() > 0.1 * state["m/layers.3.ffn.experts.w2"].norm()
+    for values, moments, loads, (begin, end) in found:
+        for key in ("ratio", "entropy", "clip_share", "logp_gap", "logp_gap_max", "sampler_kl", "grad_norm"):
+            assert values[f"train/{key}"] == pytest.approx(wanted[f"train/{key}"], rel=1e-5, abs=1e-7), key
+        for name, value in moments.items():
+            part = slice(begin, end) if ".experts." in name else slice(None)
+            m = torch.from_numpy(value)
+            assert (m - state[name][part]).norm() <= 1e-4 * m.norm() + 1e-9, name
+        assert all(load == trainer.loads[gate].tolist() for gate, load in loads.items())
 
 
 def test_moments_are_shared_out():

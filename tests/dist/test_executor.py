@@ -1,5 +1,7 @@
 """Every schedule on real ranks gives the loss and the gradients of the whole network."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,6 +36,20 @@ def batch(number, segmented):
     return Batch(tokens, loss, (torch.arange(14) // 6).expand(2, -1).contiguous() if segmented else None)
 
 
+def replayed(number):
+    """A batch with experts to replay, drawn; the gate is left to choose at the last three tokens of a row."""
+    made = batch(number, False)
+    return replace(made, extras={"choice_BTLK": choice(made.tokens_BT, number)})
+
+
+def choice(tokens_BT, number):
+    layers = CFG.n_layers - CFG.n_dense_layers
+    draw = torch.rand(*tokens_BT.shape, layers, CFG.n_routed_experts, generator=torch.Generator().manual_seed(number))
+    choice_BTLK = draw.topk(CFG.n_activated_experts).indices.short()
+    choice_BTLK[:, -3:] = -1
+    return choice_BTLK
+
+
 def on_a_rank(rank, name, ranks, micro, cfg, fp8, segmented):
     table = schedule(name, ranks, micro)
     model = model_of(cfg, fp8)
@@ -61,22 +77,25 @@ def on_a_rank_of_a_mesh(rank, name, layout, micro, fp8):
     exchange = mesh.exchange()
     slices = {(lane, stage): Slice(model, stage, table.stages, exchange) for lane, stage in table.slices_on(mesh.pp)}
     executor = Executor(table, mesh.pp, slices, layout.groups("pp"))
-    first = (mesh.dp * layout.ep + mesh.ep) * micro
-    batches = [batch(first + number, False) for number in range(micro)]
-    work = [
-        [
-            Work(b.tokens_BT, None, lambda out, head, b=b: next_token.of(out, head, b, **TERMS).total,
-                 balance_weight(b, TERMS["balance_alpha"]))
-            for b in batches[lane * table.per_lane : (lane + 1) * table.per_lane]
-        ]
-        for lane in range(table.lanes)
-    ]  # fmt: skip
-    executor.run(work)
-    executor.sum_shared()
-    named = {n: p for part in slices.values() for n, p in part.named_parameters() if p.grad is not None}
-    for n in sorted(named):
-        dist.all_reduce(named[n].grad, group=mesh.group["expert" if ".experts." in n else "dense"])
-    return sum(executor.losses), {n: p.grad.numpy() for n, p in named.items()}, (mesh.experts.start, mesh.experts.stop)
+    first, found = (mesh.dp * layout.ep + mesh.ep) * micro, []
+    for made in (lambda number: batch(number, False), replayed):
+        model.zero_grad()
+        batches = [made(first + number) for number in range(micro)]
+        work = [
+            [
+                Work(b.tokens_BT, None, lambda out, head, b=b: next_token.of(out, head, b, **TERMS).total,
+                     balance_weight(b, TERMS["balance_alpha"]), choice_BTLK=b.extras.get("choice_BTLK"))
+                for b in batches[lane * table.per_lane : (lane + 1) * table.per_lane]
+            ]
+            for lane in range(table.lanes)
+        ]  # fmt: skip
+        executor.run(work)
+        executor.sum_shared()
+        named = {n: p for part in slices.values() for n, p in part.named_parameters() if p.grad is not None}
+        for n in sorted(named):
+            dist.all_reduce(named[n].grad, group=mesh.group["expert" if ".experts." in n else "dense"])
+        found.append((sum(executor.losses), {n: p.grad.numpy() for n, p in named.items()}))
+    return found, (mesh.experts.start, mesh.experts.stop)
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
@@ -87,21 +106,28 @@ def on_a_rank_of_a_mesh(rank, name, layout, micro, fp8):
     ids=lambda value: str(value),
 )  # fmt: skip
 def test_pipeline_experts_and_data_at_once(name, layout, micro, fp8):
+    """One step by the gates' choice, and one that replays another."""
     found = on_ranks(layout.world, on_a_rank_of_a_mesh, name, layout, micro, fp8)
-    total, grads = whole(layout.dp * layout.ep * micro, CFG, fp8, False)
-    # in FP8 tiles along the tokens begin with every rank's own, so weight gradients are rounded otherwise
-    assert sum(loss for loss, *_ in found) == pytest.approx(total, rel=1e-6)
-    for _, theirs, (begin, end) in found:
-        for parameter, grad in theirs.items():
-            wanted = grads[parameter][begin:end] if ".experts." in parameter else grads[parameter]
-            error = (torch.from_numpy(grad) - wanted).norm() / wanted.norm()
-            assert error < (0.06 if fp8 else 3e-6), (parameter, float(error))
+    totals = []
+    for step, made in enumerate((lambda number: batch(number, False), replayed)):
+        total, grads = whole(layout.dp * layout.ep * micro, CFG, fp8, False, made)
+        totals.append(total)
+        # in FP8 tiles along the tokens begin with every rank's own, so weight gradients are rounded otherwise
+        assert sum(steps[step][0] for steps, _ in found) == pytest.approx(total, rel=1e-6)
+        for steps, (begin, end) in found:
+            for parameter, grad in steps[step][1].items():
+                wanted = grads[parameter][begin:end] if ".experts." in parameter else grads[parameter]
+                error = (torch.from_numpy(grad) - wanted).norm() / wanted.norm()
+                assert error < (0.06 if fp8 else 3e-6), (step, parameter, float(error))
+    assert abs(totals[1] - totals[0]) > 1e-4 * totals[0], "other experts, another loss"
 
 
-def whole(micro, cfg, fp8, segmented):
+def whole(micro, cfg, fp8, segmented, made=None):
     model, total = model_of(cfg, fp8), 0.0
     for number in range(micro):
-        loss = next_token(model, batch(number, segmented), **TERMS).total
+        b = batch(number, segmented) if made is None else made(number)
+        out = model.train_outputs(b.tokens_BT, b.segments, choice_BTLK=b.extras.get("choice_BTLK"))
+        loss = next_token.of(out, model.head_weight, b, **TERMS).total
         loss.backward()
         total += float(loss.detach())
     return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

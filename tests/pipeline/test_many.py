@@ -41,6 +41,7 @@ prompts = ["1 + 1 ="]
 
 
 FILTER = "difficulty_filter = true\nfilter_pool = 2\nfilter_explore = 0.3"
+REPLAY = 'routing_replay = true\ncorrection = "token-truncate"'
 
 
 def sums(folder):
@@ -61,7 +62,7 @@ def base(tmp_path_factory):
     talks = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in turns]
     (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     more, rl = MORE.format(talks=folder / "talks.jsonl"), after.partition("[[stage]]")[0]
-    filtered = rl.replace('tasks = ["arithmetic"]', f'tasks = ["arithmetic", "{sums(folder)}"]\n{FILTER}')
+    filtered = rl.replace('tasks = ["arithmetic"]', f'tasks = ["arithmetic", "{sums(folder)}"]\n{FILTER}\n{REPLAY}')
     recipe.write_text(f'{before}{more}[[stage]]\nkind = "rl"{filtered}')
     run(recipe, folder / "one", *SHORT[1::2])
     return folder
@@ -252,7 +253,7 @@ def test_fine_tuning_and_rl_on_two_ranks(base, tmp_path):
     status, said = finished(process)
     assert status == 0 and "rank 1 was killed by SIGKILL; restarting all ranks" in said, said
     same_curve(losses(out, "sft"), losses(base / "one", "sft"))
-    kept = ("rl/filter_left_out", "rl/filter_explored")
+    kept = ("rl/filter_left_out", "rl/filter_explored", "rl/correction_weight")
     for key in ("rl/kl", "rl/entropy", "rl/length", "rl/grad_norm", "rl/heldout_pass_at_1", *kept):
         same_curve(figures(out, "zero", key), figures(base / "one", "zero", key))
     drawn = [(root / "04-zero" / "rollouts.jsonl").read_text() for root in (out, base / "one")]
@@ -269,7 +270,7 @@ def test_rows_cut_over_two_ranks(base, out):
         same_curve(losses(out, stage), losses(base / "one", stage))
     for key in ("val/bpb/english", "val/bpb/arithmetic"):
         same_curve(figures(out, "pretrain", key), figures(base / "one", "pretrain", key))
-    for key in ("rl/kl", "rl/length", "rl/grad_norm"):
+    for key in ("rl/kl", "rl/length", "rl/grad_norm", "rl/correction_weight"):
         same_curve(figures(out, "zero", key), figures(base / "one", "zero", key))
 
 

@@ -6,14 +6,17 @@ import pytest
 import torch
 from train_config import train_config
 
+from bessemer.config.rl import RLConfig
+from bessemer.config.units import Points
 from bessemer.data.batch import Batch
 from bessemer.engine.engine import Engine
 from bessemer.rl import rollout
-from bessemer.rl.importance import own_choice, routing_disagreement
+from bessemer.rl.importance import ImportanceCorrection, own_choice, routing_disagreement
 from bessemer.rl.losses import GRPO, policy_logprobs, reference_logprobs
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.train.trainer import Trainer
+from bessemer.workers import Workers
 
 PROMPTS, PAD = [[0, 9, 8], [0, 40], [0, *range(5, 30)]], 2
 LAYERS, K = 1, 2
@@ -166,6 +169,16 @@ def test_an_update_does_not_depend_on_cuts_with_replay(sampled, make_model):
     for name in ("logp_gap", "logp_gap_max", "sampler_kl", "ratio", "grad_norm"):
         assert found[0][f"train/{name}"] == pytest.approx(found[1][f"train/{name}"], rel=1e-3, abs=1e-6), name
     assert found[0]["train/logp_gap_max"] > 3 * found[0]["train/logp_gap"] > 0 and found[0]["train/sampler_kl"] > 0
+
+
+def test_a_rank_with_nothing_to_correct_has_no_weight_in_the_metrics(sampled, model):
+    """Fillers count nowhere, and need the tensors of the objective all the same."""
+    (batch,) = rollout.to_batches(sampled(model), PAD, 10_000, "token")
+    settings = RLConfig(kind="rl", tasks=["arithmetic"], lr=Points(1e-3), correction="token-truncate")
+    correction, filler = ImportanceCorrection(model, Workers(1), settings), batch.as_filler()
+    assert correction.apply([filler]) == {"rl/correction_weight": 0.0, "rl/correction_cut": 0.0}
+    assert correction.apply([batch]) == {"rl/correction_weight": pytest.approx(1, abs=1e-4), "rl/correction_cut": 0.0}
+    assert filler.extras.keys() == batch.extras.keys() and not filler.extras["importance_BT"].any()
 
 
 def test_extras_must_lie_along_the_tokens():

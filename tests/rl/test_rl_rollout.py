@@ -126,6 +126,16 @@ def test_parts_are_a_multiple_of_four_and_the_largest_is_as_small_as_can_be(max_
     assert all(len(filled(bound)) > len(parts) for bound in range(longest[0], largest))
 
 
+@pytest.mark.parametrize(
+    ("max_tokens", "n_pipelines", "wanted"), [(10_000, 2, 2), (10_000, 8, 8), (200, 6, 12), (1, 64, 40)]
+)
+def test_every_pipeline_has_as_many_parts_as_far_as_there_are_rows(max_tokens, n_pipelines, wanted):
+    rows = some_rows(40)
+    parts = rollout.split_by_length(rows, max_tokens, n_pipelines)
+    assert len(parts) == wanted and sum(map(len, parts)) == len(rows)
+    assert rollout.split_by_length([], max_tokens, n_pipelines) == []
+
+
 def test_rows_for_a_gpu_have_few_lengths(monkeypatch):
     """The same tokens, losses and advantages, and padding up to a multiple."""
     rows = some_rows()

@@ -57,8 +57,8 @@ KEYS = 1024
 """Keys that are rebuilt at once: a multiple of QUERIES, so that the first block of keys that a query meets includes its
 own."""
 
-Attend = Callable[[Layer, Tensor], Attended]
-"""(layer, its input) -> the layer's first phase."""
+Attend = Callable[[Layer, Tensor, Tensor | None], Attended]
+"""(layer, its input, experts to replay as in `gate.Gate`) -> the layer's first phase."""
 RopeTable = Callable[[int], Tensor]
 """Number of positions -> their rotations, [T, R/2, 2]."""
 
@@ -70,8 +70,8 @@ class WholeAttend:
     rope: Tensor
     segments: Segments
 
-    def __call__(self, layer: Layer, x_BTD: Tensor) -> Attended:
-        return layer.attend(x_BTD, self.rope, self.segments)
+    def __call__(self, layer: Layer, x_BTD: Tensor, choice_NK: Tensor | None = None) -> Attended:
+        return layer.attend(x_BTD, self.rope, self.segments, choice_NK)
 
 
 class WholeRows:
@@ -86,7 +86,7 @@ class WholeRows:
         return None
 
     def take(self, tokens_BT: Tensor) -> Tensor:
-        """This rank's tokens, [B, t]."""
+        """This rank's tokens, [B, t], or what lies along them."""
         return tokens_BT
 
     def attention(self, T: int, k: int, table: RopeTable, segments: Segments) -> Attend:
@@ -127,9 +127,9 @@ class Context(WholeRows):
         segments_BT = segments.segments_BT if isinstance(segments, Packed) else segments
         cut = Cut(self.group, self.n, self.rank, T // (2 * self.n))
 
-        def attend(layer: Layer, x_BTD: Tensor) -> Attended:
+        def attend(layer: Layer, x_BTD: Tensor, choice_NK: Tensor | None) -> Attended:
             assert not (layer.fp8 and layer.training), "attention in FP8 takes whole rows"
-            return layer.run_phase("attend", _attend, layer, x_BTD, rope, segments_BT, cut)
+            return layer.run_phase("attend", _attend, layer, x_BTD, rope, segments_BT, cut, choice_NK)
 
         return attend
 
@@ -153,8 +153,10 @@ def refusal(T: int, n: int) -> str:
     )
 
 
-def _attend(layer: Layer, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, cut: Cut) -> Attended:
-    return layer.route(x_BTD + attention(layer.attn, layer.attn_norm(x_BTD), rope, segments_BT, cut))
+def _attend(
+    layer: Layer, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, cut: Cut, choice_NK: Tensor | None
+) -> Attended:
+    return layer.route(x_BTD + attention(layer.attn, layer.attn_norm(x_BTD), rope, segments_BT, cut), choice_NK)
 
 
 def attention(mla: MLA, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, cut: Cut) -> Tensor:

@@ -86,9 +86,13 @@ class DistributedTrainer(Trainer):
     def _at_least(self, micro: int) -> int:
         return schedules.micro_batches(self.shard.schedule, self.mesh.layout.pp, micro)
 
+    @property
+    def n_pipelines(self) -> int:
+        return self.shard.n_pipelines
+
     def mine(self, batches: Sequence[Batch]) -> list[Batch]:
         """The batches of this rank's pipeline. Every pipeline gets the same number, padded with filler batches."""
-        n_pipelines, index = self.shard.n_pipelines, self.shard.pipeline_index
+        n_pipelines, index = self.n_pipelines, self.shard.pipeline_index
         micro = self._at_least(math.ceil(len(batches) / n_pipelines))
         filled = [*batches, *[batches[0].as_filler()] * (n_pipelines * micro - len(batches))]
         return filled[index * micro : (index + 1) * micro]
@@ -154,8 +158,8 @@ class DistributedTrainer(Trainer):
                 return result.total
 
             weight = balance_weight(batch, self.objective.balance_alpha(**terms))
-            mtp = self.objective.with_mtp(**terms)
-            return Work(batch.tokens_BT, batch.segments, loss, weight, mtp, batch.filler)
+            mtp, choice = self.objective.with_mtp(**terms), batch.extras.get("choice_BTLK")
+            return Work(batch.tokens_BT, batch.segments, loss, weight, mtp, batch.filler, choice)
 
         per = executor.table.per_lane
         lanes = range(executor.table.lanes - executor.table.idle)
@@ -315,7 +319,7 @@ class DistributedTrainer(Trainer):
 
 def _shape(work: Work) -> object:
     """What decides which kernels a micro-batch needs."""
-    return work.tokens_BT.shape, type(work.segments), work.mtp
+    return work.tokens_BT.shape, type(work.segments), work.mtp, work.choice_BTLK is None
 
 
 def _parameter_prefix(gate: str) -> str:

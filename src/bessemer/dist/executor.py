@@ -60,6 +60,8 @@ class Work(NamedTuple):
     """Whether the MTP modules run."""
     filler: bool = False
     """Whether its tokens are left out of the loads of the experts (`Batch.filler`)."""
+    choice_BTLK: Tensor | None = None
+    """The experts of every token in all sparse layers, as in `Transformer.train_outputs`; a stage takes its own."""
 
 
 class Executor:
@@ -212,7 +214,7 @@ class Executor:
 
 def _phases(part: Slice, x: Tensor, work: Work) -> Phases:
     """The phases of a slice; ends with (output to send on or None, loss term)."""
-    out = yield from part.phases(x, work.tokens_BT, work.segments, work.mtp)
+    out = yield from part.phases(x, work.tokens_BT, work.segments, work.mtp, work.choice_BTLK)
     if isinstance(out, TrainOutputs):
         assert part.head is not None, "the last stage has the head"
         return None, work.loss(out, part.head.weight)

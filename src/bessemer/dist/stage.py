@@ -97,10 +97,13 @@ Phases = Generator[PhaseOutput, PhaseOutput, Any]
 detached from their graph. Computation and communication alternate; the first and the last phase compute."""
 
 
-def through(layer: Layer, exchange: Exchange | None, x_BTD: Tensor, attend: Attend, carried: Any = ()) -> Phases:
+def through(
+    layer: Layer, exchange: Exchange | None, x_BTD: Tensor, attend: Attend, carried: Any = (),
+    choice_NK: Tensor | None = None,
+) -> Phases:  # fmt: skip
     """`Layer.forward`, with the experts on several ranks if there is an exchange. Returns the residual stream, the
     balance term and `carried`. A dense layer does not yield."""
-    attended = attend(layer, x_BTD)
+    attended = attend(layer, x_BTD, choice_NK)
     if attended.routing is None:
         return layer.feed_forward(attended), None, carried
     leaving, (attended, carried) = yield PhaseOutput(attended, (attended, carried))
@@ -114,9 +117,11 @@ def through(layer: Layer, exchange: Exchange | None, x_BTD: Tensor, attend: Atte
     return layer.finish(attended, routed), attended.routing.balance, carried
 
 
-def _whole(layer: Layer, _: None, x_BTD: Tensor, attend: WholeAttend, carried: object = ()) -> Phases:
+def _whole(
+    layer: Layer, _: None, x_BTD: Tensor, attend: WholeAttend, carried: object = (), choice_NK: Tensor | None = None
+) -> Phases:
     """The same of a layer that exchanges nothing: it is called whole, in one phase, so it may be compiled."""
-    return *layer(x_BTD, attend.rope, attend.segments), carried
+    return *layer(x_BTD, attend.rope, attend.segments, choice_NK), carried
     yield
 
 
@@ -147,6 +152,7 @@ class Slice(nn.Module):
         self.first, self.last = stage == 0, stage == stages - 1
         self.width, self.rope_table = model.cfg.dim, model.rope_table
         self.cuts, self.n_mtp = cut(model.cfg, stages), len(model.mtp)
+        self.first_sparse = model.cfg.n_dense_layers
         # ModuleDict and ModuleList are not declared as generic
         layers = nn.ModuleDict({str(i): model.layers[i] for i in self.cuts[stage]})
         self.layers = cast(Mapping[str, Layer], layers)
@@ -179,12 +185,13 @@ class Slice(nn.Module):
         return {0, last} if name.startswith("embed.") and self.n_mtp else {0} if name.startswith("embed.") else {last}
 
     def phases(
-        self, x: Tensor, tokens_BT: Tensor, segments: Segments = None, mtp: bool = True
-    ) -> Generator[PhaseOutput, PhaseOutput, tuple[Tensor, Tensor] | TrainOutputs]:
+        self, x: Tensor, tokens_BT: Tensor, segments: Segments = None, mtp: bool = True,
+        choice_BTLK: Tensor | None = None,
+    ) -> Generator[PhaseOutput, PhaseOutput, tuple[Tensor, Tensor] | TrainOutputs]:  # fmt: skip
         """Returns (residual stream after the slice [B, T, D], balance term); the last stage returns
         `Transformer.train_outputs` with the balance term of this slice alone. x: the output of the previous stage, or
-        the tokens at the first. With context parallelism tokens and segments are of the whole rows, outputs of this
-        rank's positions."""
+        the tokens at the first. With context parallelism tokens, segments and choices are of the whole rows, outputs of
+        this rank's positions. `choice_BTLK` as in `Transformer.train_outputs`, of all sparse layers."""
         context, T = self.context, tokens_BT.shape[1]
         if self.first:
             assert self.embed is not None, "the first stage has the embedding"
@@ -192,8 +199,10 @@ class Slice(nn.Module):
         # a sum of detached terms, so it may live across phases; other tensors must be passed on
         balance = torch.zeros((), dtype=torch.float32, device=x.device)
         attend = context.attention(T, 0, self.rope_table, segments)
-        for layer in self.layers.values():
-            x, term, _ = yield from self.through(layer, self.exchange, x, attend)
+        choices = () if choice_BTLK is None else context.take(choice_BTLK).flatten(0, 1).unbind(1)
+        for number, layer in self.layers.items():
+            choice_NK = choices[int(number) - self.first_sparse] if choices and not layer.dense else None
+            x, term, _ = yield from self.through(layer, self.exchange, x, attend, (), choice_NK)
             if term is not None:
                 balance = balance + term
         if not self.last:

@@ -77,8 +77,9 @@ class ImportanceCorrection:
             weight_BT = torch.zeros_like(logp_BT)
             weight_BT.view(-1)[keep] = corrections[-1].weight
             batch.extras |= {"sampler_logp_BT": sampler_BT, "old_logp_BT": logp_BT, "importance_BT": weight_BT}
-        means = {name: torch.cat([getattr(c, name) for c in corrections]).mean().item() for name in Correction._fields}
-        return {f"rl/correction_{name}": mean for name, mean in means.items()}
+        values = {name: torch.cat([getattr(c, name) for c in corrections]) for name in Correction._fields}
+        # a rank that has fillers alone corrects no token
+        return {f"rl/correction_{name}": x.mean().item() if len(x) else 0.0 for name, x in values.items()}
 
     def _logprobs(self, batch: Batch) -> Tensor:
         return policy_logprobs(self.model, batch.to(self.model.embed.weight.device), self.settings.temperature).cpu()

@@ -218,7 +218,9 @@ class Loop:
         mini_batches = []
         for start in range(0, len(rows), size):
             part = [rows[i] for i in order[start : start + size]]
-            batches = to_batches(part, self.tokenizer.pad_id, settings.micro_tokens, settings.normalise)
+            batches = to_batches(
+                part, self.tokenizer.pad_id, settings.micro_tokens, settings.normalise, self.trainer.n_pipelines
+            )
             mini_batches.append(list(self.trainer.mine(batches)))
         return mini_batches
 
@@ -230,7 +232,11 @@ class Loop:
             values["rl/routing_disagreement"] = importance.routing_disagreement(self.policy.model, batches[0])
         if self.correction is not None:
             values |= self.correction.apply(batches)
-        return self.trainer.average(values)
+        if not values:
+            return values
+        tokens = float(sum(batch.n_loss_tokens for batch in batches))  # of fillers none
+        share = tokens / self.trainer.average({"tokens": tokens})["tokens"]
+        return self.trainer.average({name: share * value for name, value in values.items()})
 
     def _update(self, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step on one mini-batch."""

@@ -6,6 +6,7 @@ resumed run samples what the uninterrupted one would have sampled.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -57,7 +58,7 @@ Group = list[ScoredSample]
 TaskProblems = Sequence[tuple[Task, Problem]]
 SHARED = 4
 """The micro-batches of an update are a multiple of this, for cores to share. Whatever the machine: a gradient's bits
-depend on where its sum is cut."""
+depend on where its sum is cut. On many ranks they are also a multiple of the pipelines."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,15 @@ BUCKET = 64
 """Fused attention is planned anew for every length, which takes longer than a few tokens of padding."""
 
 
-def to_batches(rows: Sequence[ScoredSample], pad_id: int, max_tokens: int, normalise: str) -> list[Batch]:
+def to_batches(
+    rows: Sequence[ScoredSample], pad_id: int, max_tokens: int, normalise: str, n_pipelines: int = 1
+) -> list[Batch]:
     """`split_by_length(rows)` as batches.
 
     normalise "sequence": every output counts 1 (the paper); "token" (DAPO) and "constant" (Dr. GRPO): every token does.
     """
-    return [_batch(part, _width(_length(part[0])), pad_id, normalise) for part in split_by_length(rows, max_tokens)]
+    parts = split_by_length(rows, max_tokens, n_pipelines)
+    return [_batch(part, _width(_length(part[0])), pad_id, normalise) for part in parts]
 
 
 def _width(longest: int) -> int:
@@ -157,16 +161,18 @@ def _width(longest: int) -> int:
     return -(-longest // BUCKET) * BUCKET if torch.cuda.is_available() else longest
 
 
-def split_by_length(rows: Sequence[ScoredSample], max_tokens: int) -> list[list[ScoredSample]]:
+def split_by_length(rows: Sequence[ScoredSample], max_tokens: int, n_pipelines: int = 1) -> list[list[ScoredSample]]:
     """Rows of similar length together, longest first, each part at most `max_tokens` padded tokens (at least a row).
 
-    More than one part becomes a multiple of `SHARED`, of about equal tokens, so that no core waits for the last one.
+    More than one part becomes a multiple of `SHARED`, of about equal tokens, so that no core waits for the last one; on
+    several pipelines also a multiple of these, as far as there are rows.
     """
     ordered = sorted(rows, key=_length, reverse=True)
     lengths = [_length(row) for row in ordered]
     parts = _cut(lengths, max_tokens)
-    if len(parts) > 1:
-        most = -(-len(parts) // SHARED) * SHARED
+    if len(parts) > 1 or (parts and n_pipelines > 1):
+        multiple = n_pipelines if len(parts) == 1 else math.lcm(SHARED, n_pipelines)
+        most = -(-len(parts) // multiple) * multiple
         least = min(lengths[0], max_tokens)
         even = bisect_left(range(max_tokens), True, least, key=lambda tokens: len(_cut(lengths, tokens)) <= most)
         parts = _cut(lengths, even)

@@ -200,6 +200,11 @@ class Trainer(Checkpointed):
         for done in range(0, rows, size):
             yield self.batches(self.rows + done, min(size, rows - done))
 
+    @property
+    def n_pipelines(self) -> int:
+        """Into how many parts `mine` deals the micro-batches of a step."""
+        return 1
+
     def mine(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """The micro-batches of a step that this process computes; on one process all of them."""
         return batches

@@ -4,7 +4,6 @@ One rollout: `prompts_per_rollout` problems x `samples` completions, scored; the
 on it, one inner epoch. A "step" is one optimizer step, as in the paper. The loop is `rl/loop.py`.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,13 +61,10 @@ class RL(Stage[RLConfig]):
             raise UserError(f'stage "{config.name}": max_new_tokens must be at least 1 everywhere')
         if config.correction == "none" and changed(config, "correction_cap"):
             raise UserError(f'stage "{config.name}": correction_cap has no effect while correction is "none"')
-        if Ranks.world_size() > 1 or recipe.layout.fewest > 1:
-            for name, value, other in (("advantage", "critic", "group"), ("routing_replay", True, False)):
-                if getattr(config, name) == value:
-                    raise UserError(
-                        f'stage "{config.name}": {name} = {json.dumps(value)} is for one process; set it to '
-                        f"{json.dumps(other)}, or run without [layout]"
-                    )
+        if config.advantage == "critic" and (Ranks.world_size() > 1 or recipe.layout.fewest > 1):
+            raise UserError(
+                f'stage "{config.name}": advantage = "critic" is for one process; set "group", or run without [layout]'
+            )
         _check_rewards(config, recipe)
         evaluation_tasks(config)
         count = config.prompts_per_rollout * config.samples
