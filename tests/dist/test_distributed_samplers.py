@@ -18,10 +18,10 @@ ASKED = {"samples": 3, "seeds": [5, 6, 7], "max_new_tokens": 6, "temperature": 1
 PROMPTS = ["one fox", "two", "a crow and a ring"]
 
 
-def engine():
+def engine(seed=1):
     tokenizer = Tokenizer.train(["one fox saw a crow", "two rings and a crow", "an old man lost a ring"] * 20, 300)
     shape = {"vocab_size": tokenizer.vocab_size, "dim": 32, "inter_dim": 48, "moe_inter_dim": 16, "n_heads": 2}
-    return Engine(Transformer(preset("tiny", **shape)).initialise(1).eval(), tokenizer)
+    return Engine(Transformer(preset("tiny", **shape)).initialise(seed).eval(), tokenizer)
 
 
 def texts(groups):
@@ -54,23 +54,45 @@ def test_all_ranks_have_the_samples_of_one_process(kind):
         assert found == wanted and calls == [rank], "the weights were refreshed once"
 
 
+def changed(mine, step):
+    """Another model in the place of this one."""
+    with torch.no_grad():
+        for own, other in zip(mine.model.parameters(), engine(9 + step).model.parameters(), strict=True):
+            own.copy_(other)
+
+
 def ordered(rank, folder):
+    """Two calls of a model, of a judge in turn with it, and of a student that is trained."""
     ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
-    if rank == 0:
-        mine = engine()
-        dealt = DealtEngine(mine, folder, ranks)
-        found = [texts(dealt.generate([mine.tokenizer.encode(text) for text in PROMPTS], **ASKED)) for _ in range(2)]
-        ranks.order({"end": True})
-        return found
-    helper = Helper(ranks)
-    for order in ranks.follow():
-        helper.take_part(order)
-    return len(helper._loaded)
+    if rank:
+        helper, loaded = Helper(ranks), []
+        for order in ranks.follow():
+            helper.take_part(order)
+            loaded.append(id(helper._loaded[order["role"]].engine))
+        return loaded
+    mine, judging, student, step = engine(), engine(2), engine(), 0
+    plain, judge = DealtEngine(mine, folder / "1", ranks), DealtEngine(judging, folder / "2", ranks, "judge")
+    trained, found = DealtEngine(student, folder / "3", ranks, "student", lambda: step), []
+    prompts = [mine.tokenizer.encode(text) for text in PROMPTS]
+    for _ in range(2):
+        found += [texts(one.generate(prompts, **ASKED)) for one in (plain, judge)]
+    for _ in range(2):
+        changed(student, step)
+        step += 1
+        found += [texts(trained.generate(prompts, **ASKED)) for _ in range(2)]
+    ranks.order({"end": True})
+    return found
 
 
 def test_ranks_that_wait_for_a_stage_generate_what_rank_0_orders(tmp_path):
-    mine = engine()
-    mine.model.save(tmp_path)
-    mine.tokenizer.save(tmp_path)
-    wanted = texts(mine.generate([mine.tokenizer.encode(text) for text in PROMPTS], **ASKED))
-    assert on_ranks(2, ordered, tmp_path) == [[wanted, wanted], 1]
+    """The others load every model once, and follow the weights of one that changes."""
+    wanted = {}
+    for seed in (1, 2, 9, 10):
+        mine = engine(seed)
+        wanted[seed] = texts(mine.generate([mine.tokenizer.encode(text) for text in PROMPTS], **ASKED))
+        for name in {1: "13", 2: "2"}.get(seed, ""):
+            mine.model.save(tmp_path / name)
+            mine.tokenizer.save(tmp_path / name)
+    found, loaded = on_ranks(2, ordered, tmp_path)
+    assert found == [wanted[seed] for seed in (1, 2, 1, 2, 9, 9, 10, 10)] and len({*map(str, wanted.values())}) == 4
+    assert loaded[:2] == loaded[2:4] and len(set(loaded)) == 3

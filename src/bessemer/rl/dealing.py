@@ -1,66 +1,115 @@
 """Samples of a stage that rank 0 runs alone, by all ranks: each has a GPU and would wait.
 
 Rank 0 orders every call, with its prompts as token ids; the others load the same model and generate their share of the
-batches, then all exchange what they have. Only for models that lie in a directory and do not change.
+batches, then all exchange what they have. Of a model that rank 0 trains, they get the weights whenever these changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
+
+import torch
+import torch.distributed as dist
 
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.dist import watchdog
 from bessemer.dist.ranks import Ranks
 from bessemer.engine.engine import Engine, Prompt
+from bessemer.hf.causal_lm import CausalLM
+from bessemer.model.transformer import Transformer
 from bessemer.rl.sampler import Completions, SamplingOptions, deal
 from bessemer.runs.context import StageContext
 from bessemer.train import setup
 
 
 class DealtEngine:
-    """Rank 0's: an `Engine` for what all ranks generate."""
+    """Rank 0's: an `Engine` for what all ranks generate. The others keep one model for each `role`. `version`, of a
+    model that changes: a number that is another one after every change."""
 
-    def __init__(self, engine: Engine, folder: Path, ranks: Ranks) -> None:
-        self.engine, self.folder, self.ranks = engine, folder, ranks
+    def __init__(
+        self, engine: Engine, folder: Path, ranks: Ranks, role: str = "model", version: Callable[[], int] | None = None
+    ) -> None:
+        self.engine, self.folder, self.ranks, self.role, self.version = engine, folder, ranks, role, version
+        self._sent: int | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.engine.tokenizer
 
+    @property
+    def model(self) -> Transformer | CausalLM:
+        return self.engine.model
+
     def generate(self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
         assert not any(isinstance(prompt, str) for prompt in prompts), "stages ask in token ids"
         options.setdefault("stop_ids", self.tokenizer.stop_ids)
         listed = {name: list(value) if isinstance(value, Sequence) else value for name, value in options.items()}
+        before, self._sent = self._sent, None if self.version is None else self.version()
+        changed = before != self._sent
+        precision = "device" if self.version is None else str(self.model.embed.weight.dtype).removeprefix("torch.")
         self.ranks.order(
-            {"samples": str(self.folder), "prompts": [list(prompt) for prompt in prompts], "options": listed}
-        )
+            {"samples": str(self.folder), "role": self.role, "precision": precision, "changed": changed,
+             "prompts": [list(prompt) for prompt in prompts], "options": listed}
+        )  # fmt: skip
+        if changed:
+            share_weights(self.model, self.ranks)
         return deal(self.engine, self.ranks, prompts, **options)
 
 
+class _Loaded(NamedTuple):
+    folder: str
+    engine: Engine
+
+
 class Helper:
-    """Another rank's: what rank 0 orders. Keeps the last model until `forget`."""
+    """Another rank's: what rank 0 orders. Keeps the last model of each role until `forget`."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self._loaded: dict[str, Engine] = {}
+        self._loaded: dict[str, _Loaded] = {}
 
     def take_part(self, order: dict[str, Any]) -> None:
-        folder = order["samples"]
-        if folder not in self._loaded:
-            self.forget()
-            self._loaded = {folder: Engine(*setup.load_to_sample(Path(folder), lambda text: None), setup.workers())}
-        deal(self._loaded[folder], self.ranks, order["prompts"], **order["options"])
+        folder, role = order["samples"], order["role"]
+        if role not in self._loaded or self._loaded[role].folder != folder:
+            self._loaded.pop(role, None)
+            loaded = setup.load_to_sample(Path(folder), lambda text: None, precision=order["precision"])
+            self._loaded[role] = _Loaded(folder, Engine(*loaded, setup.workers()))
+        engine = self._loaded[role].engine
+        if order["changed"]:
+            share_weights(engine.model, self.ranks)
+        deal(engine, self.ranks, order["prompts"], **order["options"])
 
     def forget(self) -> None:
         self._loaded.clear()
 
 
-def engine_of(folder: Path, ctx: StageContext) -> Engine | DealtEngine:
-    """What generates from the model in a directory: with the ranks that wait for this stage, where they have GPUs of
-    their own. On a CPU this rank has all cores already."""
-    engine = Engine(*setup.load_to_sample(folder, ctx.say), setup.workers())
+@torch.no_grad()
+def share_weights(model: Transformer | CausalLM, ranks: Ranks) -> None:
+    """Copies rank 0's weights into the others' models of the same shape, in place. Collective; one tensor at a time, in
+    float32."""
+    for name, own in model.state_dict().items():
+        value = torch.empty(own.shape, dtype=torch.float32, device=own.device)
+        if ranks.me == 0:
+            value.copy_(own)
+        with watchdog.waiting(name, [0]):
+            dist.broadcast(value, 0)
+        if ranks.me:
+            own.copy_(value)
+
+
+def dealt(
+    engine: Engine, folder: Path, ctx: StageContext, role: str = "model", version: Callable[[], int] | None = None
+) -> Engine | DealtEngine:
+    """The engine of a directory's model, with the ranks that wait for this stage where they have GPUs of their own. On
+    a CPU this rank has all cores already."""
     if ctx.waiting is None or ctx.waiting.device.type == "cpu":
         return engine
     ctx.say(f"{ctx.waiting.n} ranks generate")
-    return DealtEngine(engine, folder, ctx.waiting)
+    return DealtEngine(engine, folder, ctx.waiting, role, version)
+
+
+def engine_of(folder: Path, ctx: StageContext, role: str = "model") -> Engine | DealtEngine:
+    """What generates from the model in a directory, as in `dealt`."""
+    return dealt(Engine(*setup.load_to_sample(folder, ctx.say), setup.workers()), folder, ctx, role)

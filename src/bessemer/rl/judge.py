@@ -35,6 +35,7 @@ from bessemer.config.judge import JudgeConfig
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
+from bessemer.rl.dealing import DealtEngine, engine_of
 from bessemer.runs.context import StageContext
 from bessemer.tasks.answer import summary
 from bessemer.tasks.base import stable_hash
@@ -83,7 +84,7 @@ FIRST_PAUSE, LONGEST_PAUSE, LONGEST_ASKED = 1.0, 60.0, 300.0
 LARGEST_REPLY = 8_000_000
 """Bytes."""
 LOT = 64
-"""Judgements of a model directory between two looks at the stop flag."""
+"""Judgements of a model directory, for each rank, between two looks at the stop flag."""
 
 
 def api_key(stage: str, config: JudgeConfig) -> str | None:
@@ -104,13 +105,13 @@ class Judge:
     def __init__(self, config: JudgeConfig, ctx: StageContext) -> None:
         self.config, self.ctx = config, ctx
         self.api: _API | None = None
-        self.engine: Engine | None = None
+        self.engine: Engine | DealtEngine | None = None
         if config.url is not None:
             self.api = _API(config, api_key(ctx.name, config))
             self.replies = _Replies(ctx.cache / "judge.sqlite")
         else:
             assert config.stage is not None
-            self.engine = Engine(*setup.load_to_sample(ctx.inputs[config.stage] / "model", ctx.say), setup.workers())
+            self.engine = engine_of(ctx.inputs[config.stage] / "model", ctx, role="judge")
             self.replies = _Replies(ctx.state / "judge.sqlite")
 
     def verdicts(self, answers: Sequence[tuple[str, str, str]]) -> list[bool | None]:
@@ -168,8 +169,9 @@ class Judge:
         assert self.engine is not None
         prompts = {key: question_ids(self.engine.tokenizer, text) for key, (text, _) in questions.items()}
         keys = [key for key, ids in prompts.items() if len(ids) < self.engine.model.cfg.max_seq_len]
-        for start in range(0, len(keys), LOT):
-            lot = keys[start : start + LOT]
+        size = LOT * (self.engine.ranks.n if isinstance(self.engine, DealtEngine) else 1)
+        for start in range(0, len(keys), size):
+            lot = keys[start : start + size]
             completions = self.engine.generate(
                 [prompts[key] for key in lot], samples=1, seeds=[seeds[key] for key in lot],
                 temperature=self.config.temperature, max_new_tokens=self.config.max_new_tokens,

@@ -166,10 +166,13 @@ def load_model(
 
 
 def load_to_sample(
-    directory: Path, say: Callable[[str], None], context: Mapping[str, Any] | None = None
-) -> tuple[Transformer | CausalLM, Tokenizer]:
+    directory: Path,
+    say: Callable[[str], None],
+    context: Mapping[str, Any] | None = None,
+    precision: Precision = "device",
+) -> tuple[Transformer | CausalLM, Tokenizer]:  # fmt: skip
     """`load_model` for a model that is not trained: in BF16 on a GPU that has it, in float32 on a CPU."""
-    choice = choose_precision("device")
+    choice = choose_precision(precision)
     model, tokenizer = load_model(directory, context, choice.dtype)
     announce(model, choice, say)
     return model, tokenizer

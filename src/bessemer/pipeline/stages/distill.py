@@ -19,6 +19,7 @@ from bessemer.eval import scoring
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.rl import rollout
+from bessemer.rl.dealing import dealt
 from bessemer.runs.context import StageContext
 from bessemer.train import setup
 from bessemer.train.objective import OnPolicyDistillation
@@ -87,7 +88,8 @@ class _Run:
         self.tasks = [tasks.get(name) for name in config.tasks]
         self.workers = setup.workers()
         dtype = setup.set_precision(self.student, config, ctx.say)
-        self.engine = Engine(self.student, self.tokenizer, self.workers)
+        alone = Engine(self.student, self.tokenizer, self.workers)
+        self.engine = dealt(alone, ctx.source / "model", ctx, version=lambda: self.trainer.rows)
         self.trainer = Trainer(
             self.student, OnPolicyDistillation(teacher, config.divergence, config.temperature), None,
             config, Runtime(workers=self.workers, compute_dtype=dtype), ctx.state, stop=lambda: ctx.stop,

@@ -37,6 +37,7 @@ from bessemer.model.transformer import Scorer, Transformer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, register
 from bessemer.rl import rollout
+from bessemer.rl.dealing import dealt
 from bessemer.rl.judge import Judge, api_key
 from bessemer.rl.preference import FACTS, RewardModel, Scale, judged_ids, score_ids
 from bessemer.runs.context import StageContext
@@ -212,7 +213,8 @@ def _made(
         assert ctx.source is not None, "run() has checked it"
         if setup.choose_precision("device").dtype != torch.float32:
             model, _ = setup.load_to_sample(ctx.source / "model", ctx.say)
-        engine, prefix = Engine(model, tokenizer, setup.workers()), opening(tokenizer.chat_style)
+        engine = dealt(Engine(model, tokenizer, setup.workers()), ctx.source / "model", ctx)
+        prefix = opening(tokenizer.chat_style)
         groups = engine.generate(
             prompts, samples=config.samples, seeds=seeds, max_new_tokens=config.max_new_tokens,
             batch_rows=setup.batch_rows(len(prompts) * config.samples),
