@@ -11,6 +11,7 @@ from test_executor import CFG, TERMS, batch, replayed
 
 from train_config import train_config
 from bessemer.model.transformer import Transformer
+from bessemer.dist import zero1
 from bessemer.dist.executor import Executor
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard
@@ -32,9 +33,9 @@ def batches(step, lot, micro):
     return [batch(1000 * step + lot * micro + number, False) for number in range(micro)]
 
 
-def config(dtype=torch.float32, terms=TERMS, **more):
+def config(dtype=torch.float32, terms=TERMS, clip=CLIP, **more):
     return train_config(
-        tokens=1, lr=LR, gamma=GAMMA, batch_rows=1, micro_rows=1, clip=CLIP, terms=terms, compute_dtype=dtype, **more,
+        tokens=1, lr=LR, gamma=GAMMA, batch_rows=1, micro_rows=1, clip=clip, terms=terms, compute_dtype=dtype, **more,
     )  # fmt: skip
 
 
@@ -42,7 +43,9 @@ def part_of(layout, name, cfg=CFG, fp8=False):
     return ModelShard(model_of(cfg, fp8), Mesh(layout, cfg), name)
 
 
-def across(layout, name, cfg=CFG, fp8=False, dtype=torch.float32, state_dir=None, warn=print, **more):
+def across(layout, name, cfg=CFG, fp8=False, dtype=torch.float32, state_dir=None, warn=print, bucket=1 << 14, **more):
+    """On a rank, in many buckets."""
+    zero1.BUCKET, zero1.FILLING = bucket, 0.25
     part = part_of(layout, name, cfg, fp8)
     objective = GRPO(kl=0.0) if more.get("terms") == {} else next_token
     return DistributedTrainer(part, objective, None, *config(dtype, **more), state_dir, model_config=cfg.model_dump(), warn=warn)
@@ -283,6 +286,8 @@ def test_muon_s_matrices_stay_whole(name, layout, micro):
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=20), st.integers(1, 5), st.booleans())
 def test_parameters_lie_apart_and_whole_ones_in_one_share(sizes, shares, whole):
+    parts = [sizes[part] for part in zero1.buckets(sizes, shares, whole)]
+    assert sum(parts, []) == sizes and all(parts)
     starts, size = placed(sizes, shares, whole)
     assert size % (shares * NORM_BLOCK) == 0 and all(start % ALIGN == 0 for start in starts)
     spans = sorted(zip(starts, (start + n for start, n in zip(starts, sizes, strict=True)), strict=True))

@@ -50,6 +50,21 @@ def choice(tokens_BT, number):
     return choice_BTLK
 
 
+def run(executor, work):
+    """Every parameter is told once, and its gradient is then complete."""
+    told = {}
+
+    def completed(parameters):
+        for parameter in parameters:
+            assert parameter not in told
+            told[parameter] = None if parameter.grad is None else parameter.grad.clone()
+
+    executor.run(work, completed)
+    assert told.keys() == {p for part in executor.slices.values() for p in part.parameters()}
+    for parameter, grad in told.items():
+        assert parameter.grad is grad is None or torch.equal(parameter.grad, grad)
+
+
 def on_a_rank(rank, name, ranks, micro, cfg, fp8, segmented):
     table = schedule(name, ranks, micro)
     model = model_of(cfg, fp8)
@@ -63,7 +78,7 @@ def on_a_rank(rank, name, ranks, micro, cfg, fp8, segmented):
                  balance_weight(b, TERMS["balance_alpha"]))
             for b in batches
         ])  # fmt: skip
-    executor.run(work)
+    run(executor, work)
     executor.sum_shared()
     grads = {n: p.grad.numpy() for part in slices.values() for n, p in part.named_parameters() if p.grad is not None}
     return sum(executor.losses), grads
@@ -89,7 +104,7 @@ def on_a_rank_of_a_mesh(rank, name, layout, micro, fp8):
             ]
             for lane in range(table.lanes)
         ]  # fmt: skip
-        executor.run(work)
+        run(executor, work)
         executor.sum_shared()
         named = {n: p for part in slices.values() for n, p in part.named_parameters() if p.grad is not None}
         for n in sorted(named):

@@ -104,7 +104,7 @@ def test_what_nccl_and_cuda_are_asked_for(monkeypatch):
         backend, options = groups._backend(use, torch.device("cuda", 1))
         assert backend == "nccl" and options.is_high_priority_stream
         most[use] = getattr(options.config, "max_ctas", None)
-    assert most == {"sums": None, "experts": 20, "messages": 4}
+    assert most == {"sums": 16, "experts": 20, "messages": 4}
     assert groups._backend("sums", torch.device("cpu")) == (None, None)
     for name in groups.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)

@@ -1,6 +1,6 @@
-"""Messages as a GPU has them: a wait returns at once and holds later work of the device, not the host.
+"""Messages and sums as a GPU has them: a wait returns at once and holds later work of the device, not the host.
 
-Real gloo processes whose `dist` is `Late`. What is received is NaN until work that was queued after the wait reads it, so
+Real gloo processes whose `dist` is `Late`, and whose sums and gathers of ZeRO-1 are those of `LateSums`. What is received is NaN until work that was queued after the wait reads it, so
 what reads too early, or without a wait, shows in the results. What is sent leaves late, each direction after a delay of its
 own, so whatever is changed before it has left shows, too.
 """
@@ -10,6 +10,7 @@ import queue
 import random
 import threading
 import time
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,9 @@ from test_distributed_trainer import across, update
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bessemer.dist import executor
+from bessemer.dist import executor, zero1
 from bessemer.dist.mesh import Layout
+from bessemer.dist.stage import Slice
 from bessemer.dist.watchdog import RankStatus
 from bessemer.kernels import library
 
@@ -126,3 +128,104 @@ def test_no_message_is_read_early_or_changed_before_it_has_left():
         assert equal, "a message was read before it had arrived, or changed before it had left"
         assert read == 2 * micro and early > 0, "the host waited"
         assert marks > read, "every wait is followed by the watchdog"
+
+
+class LateSums(Late):
+    """The reduce-scatter and the all-gather of ZeRO-1."""
+
+    changed = 0
+
+    def reduce_scatter(self, out, parts, group, async_op):
+        return Summed(self, dist.reduce_scatter_tensor, out, parts, group, slice(0))
+
+    def all_gather(self, out, part, group, async_op=False):
+        if not async_op:
+            return dist.all_gather_into_tensor(out, part, group=group)
+        start = dist.get_rank(group) * part.numel()
+        return Summed(self, dist.all_gather_into_tensor, out, part, group, slice(start, start + part.numel()))
+
+
+class Summed(Received):
+    def __init__(self, late, operation, out, given, group, own):
+        hidden, self.given, self.kept = torch.empty_like(out), given, given.clone()
+        super().__init__(late, out, hidden, operation(hidden, self.kept, group=group, async_op=True))
+        mine = out[own].clone()
+        out.fill_(torch.nan if out.is_floating_point() else 255)  # bytes of NaN
+        out[own] = mine
+
+    def wait(self):
+        self.late.changed += not torch.equal(self.given, self.kept)
+        super().wait()
+
+
+def noted(order, group, begin):
+    if group._summing is None:
+        order.append(group)
+    begin()
+
+
+def in_buckets(micro=1, **options):
+    """Two steps on 2 data-parallel ranks, in which weights are gathered while the next forward begins, and the order of
+    what was made and summed in the second."""
+    training, order = across(Layout(1, 2), "gpipe", **options), []
+    training._goes_on = True
+    training.model.embed.weight.register_post_accumulate_grad_hook(lambda _: order.append("last gradient"))
+    for group in training.optimizer.groups:
+        group.begin_sum = partial(noted, order, group, group.begin_sum)
+    for step in range(2):
+        order.clear()
+        values = update(training, step, micro)
+    training.optimizer.settle()
+    values.pop("train/tokens_per_second", 0.0)
+    masters = training.optimizer.masters()
+    return values, masters, [one if isinstance(one, str) else training.optimizer.groups.index(one) for one in order]
+
+
+def equal(one, other):
+    return all(torch.equal(one[name], weight) for name, weight in other.items())
+
+
+def sums_on_a_rank(rank):
+    wanted, weights, _ = in_buckets(micro=2, bucket=1 << 30, clip=1e9)
+    values, mine, order = in_buckets(micro=2, clip=1e9)
+    found = {"the bits of one bucket": equal(mine, weights), "order": order}
+    found["norm"] = abs(values["train/grad_norm"] / wanted["train/grad_norm"] - 1)
+    os.environ["BESSEMER_KERNELS"] = "off"
+    library.forget()
+    with Device(Late(rank)):
+        values, weights, _ = in_buckets()
+
+    def late():
+        sums = LateSums(rank)
+        zero1.reduce_scatter, zero1.all_gather = sums.reduce_scatter, sums.all_gather
+        with Device(sums):
+            same, mine, _ = in_buckets()
+        return same == values and equal(mine, weights), sums.changed, sums.read
+
+    found["late"] = late()
+    leave, wait, needed = Slice._leave, Summed.wait, zero1.Zero1.needed
+    Slice._leave = lambda part, number: leave(part, 0)
+    found["told too early"] = late()
+    Slice._leave = leave
+    zero1.Zero1.needed = lambda optimizer, parameters: None
+    found["weights not waited for"] = late()
+    zero1.Zero1.needed = needed
+    Summed.wait = lambda work: work.given.dtype == torch.uint8 and wait(work)
+    found["sums not waited for"] = late()
+    return found
+
+
+def test_buckets_are_summed_in_backward_and_gathered_in_forward():
+    """The bits are those of one bucket, whose sum starts at the end; no sum is read early, no gradient changed after its
+    sum began, and no weight read before it is there. What is broken on purpose shows."""
+    for found in on_ranks(2, sums_on_a_rank):
+        assert found["the bits of one bucket"] and found["norm"] < 1e-6
+        order = found["order"]
+        first, last = order.index("last gradient"), len(order) - 1 - order[::-1].index("last gradient")
+        n = len(order) - 2
+        assert first == 0 and last > n / 2, "most sums start before the last gradient is made, but in the last micro-batch"
+        assert sorted(order[1:last] + order[last + 1 :]) == list(range(n))
+        right, changed, read = found["late"]
+        assert right and changed == 0 and read == 4 * n, found["late"]
+        assert found["told too early"][1] > 0 and not found["told too early"][0]
+        assert not found["weights not waited for"][0] and not found["sums not waited for"][0]

@@ -23,7 +23,6 @@ from bessemer.plan import dry_run, memory
 from bessemer.plan.memory import NumberFormats
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.precision.operand import quantise, transpose
-from bessemer.train import groups
 from bessemer.train.objective import next_token
 
 BEFORE = ("weights", "gradients", "masters", "moments", "routing")
@@ -55,7 +54,6 @@ def test_held_with_one_table_for_both_ends():
     assert memory.rank_params(cfg, layout, table, 0).bytes(2, 4) == dry_run.measure(
         cfg, layout, table, 0, NumberFormats(2, 4)
     )
-    assert (memory.ALIGN, memory.BLOCK) == (groups.ALIGN, groups.NORM_BLOCK)
 
 
 def test_v3_at_scale_takes_no_memory_here():

@@ -104,6 +104,7 @@ def gather(trainer: Trainer) -> Transformer | CausalLM | None:
     if not isinstance(trainer, DistributedTrainer):
         return trainer.model
     leads, layout = trainer.mesh.me == 0, trainer.mesh.layout
+    trainer.optimizer.settle()
     if layout.pp == layout.ep == 1:
         return trainer.model if leads else None
     into = _empty_model(trainer) if leads else None
@@ -125,6 +126,7 @@ class GatheredModel:
         """Copies the current weights. Collective."""
         if self._source is not None and self._copied_at != self._source.rows:  # every update counts its rows
             assert isinstance(self.model, Transformer), "a model on many ranks is our own"
+            self._source.optimizer.settle()
             gather_into(self._source.shard, self.model)
             self._copied_at = self._source.rows
 

@@ -13,12 +13,13 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from bessemer.dist import schedules, sharded_checkpoint, watchdog
 from bessemer.dist.executor import Executor, Work
@@ -63,6 +64,9 @@ class DistributedTrainer(Trainer):
         if self.state_dir is not None:
             self._saver = sharded_checkpoint.Saver(self.state_dir, self.model_config, self.runtime.keep)
         self._stop_requested, self.stop = self.stop, lambda: self._stopping
+        self._goes_on = False
+        for part in shard.slices.values():
+            part.reads = partial(_wait_for, self.optimizer, part.parts())
 
     def _make_optimizer(self, **options: Any) -> Zero1:
         return Zero1(self.model, self.mesh, self.shard.others, **options)
@@ -112,6 +116,21 @@ class DistributedTrainer(Trainer):
             else:  # the last step of a run may have few rows
                 yield self.batches(self.rows, 1).as_filler()
 
+    def update(self, micro_batches: Iterable[Batch]) -> dict[str, float]:
+        values = super().update(micro_batches)
+        if not self._goes_on:
+            self.optimizer.settle()
+        return values
+
+    def _run(self) -> bool:
+        """From step to step weights are gathered while forward begins. Between steps others read them through slices,
+        which wait, or after `settle`."""
+        self._goes_on = True
+        at_end = super()._run()
+        self._goes_on = False
+        self.optimizer.settle()
+        return at_end
+
     def _accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
         watchdog.at(self.step + 1)
         own = self.shard.context.positions
@@ -123,7 +142,7 @@ class DistributedTrainer(Trainer):
         if self._warms:
             self._warm(executor, [one for lane in work for one in lane])
         self._losses = []
-        executor.run(work)
+        executor.run(work, self.optimizer.completed)
         executor.sum_shared()
         self._sum_loads(executor)
         return self._sums_of(batches, executor.losses, terms)
@@ -315,6 +334,10 @@ class DistributedTrainer(Trainer):
         states = [name for name in reader.locations if name.startswith("rng/")]
         tensors = {name.removeprefix("rng/"): t for name, t in reader.read(states).items()}
         guard.restore_rng(tensors, reader.counters["rng"], self.generators)
+
+
+def _wait_for(optimizer: Zero1, parts: list[list[nn.Parameter]], number: int) -> None:
+    optimizer.needed(parts[number])
 
 
 def _shape(work: Work) -> object:

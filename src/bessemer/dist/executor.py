@@ -38,6 +38,7 @@ from bessemer.dist import groups, watchdog
 from bessemer.dist.chunk import Chunk, Overlapped, Serial
 from bessemer.dist.groups import Wanted
 from bessemer.dist.stage import Phases, Slice, holding
+from bessemer.dist.completion import CompleteGradients, Completed
 from bessemer.dist.table import Action, Pair, Table, actions
 from bessemer.model.deferred import Store
 from bessemer.model.segments import Segments
@@ -93,13 +94,17 @@ class Executor:
         self.table = table
         self.channels.set_table(table)
 
-    def run(self, work: Sequence[Sequence[Work]]) -> None:
-        """One step: `work[lane][micro]`, equal on all ranks. Adds to the gradients of the parameters."""
+    def run(self, work: Sequence[Sequence[Work]], completed: Completed | None = None) -> None:
+        """One step: `work[lane][micro]`, equal on all ranks. Adds to the gradients of the parameters. `completed` gets
+        parameters as soon as this rank adds nothing more to their gradients, on all ranks of a stage in the same
+        order."""
         self._work = work
         self._losses: list[Tensor] = []
         self.channels.begin(self._room)
-        for step in self.table.steps[self.me]:
-            self._do(step)
+        completion = None if completed is None else CompleteGradients(self.slices, self.table.steps[self.me], completed)
+        for number, step in enumerate(self.table.steps[self.me]):
+            with nullcontext() if completion is None else completion.at(number):
+                self._do(step)
         self.channels.end()
         self.losses = torch.stack(self._losses).tolist()
         assert not self._chunks and not len(self.store), "the table leaves work undone"

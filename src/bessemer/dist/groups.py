@@ -29,9 +29,9 @@ from bessemer.dist import watchdog
 
 Use = Literal["sums", "experts", "messages", "files"]
 
-CTAS: dict[Use, int] = {"messages": 4, "experts": 20}
+CTAS: dict[Use, int] = {"messages": 4, "experts": 20, "sums": 16}
 """Most blocks of a communication kernel, each of which takes a streaming multiprocessor from computation; V3 gives its
-experts' rows 20 of 132 (3.2.2). Sums run when nothing else does."""
+experts' rows 20 of 132 (3.2.2). Sums of gradients run next to backward."""
 
 ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "32",

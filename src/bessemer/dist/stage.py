@@ -83,6 +83,10 @@ def keep(model: Transformer, slices: Iterable[Slice]) -> None:
         model.set_submodule("embed", nn.Identity())
 
 
+def unheard(part: int) -> None:
+    """Nobody asked."""
+
+
 class PhaseOutput(NamedTuple):
     """What a phase passes on."""
 
@@ -159,6 +163,30 @@ class Slice(nn.Module):
         self.mtp = model.mtp if self.last else cast(Sequence[MTPModule], nn.ModuleList())
         self.embed = model.embed if self.first or len(self.mtp) else None
         self.norm, self.head = (model.norm, model.head) if self.last else (None, None)
+        self.reads: Callable[[int], object] = unheard
+        """Called with the number of a part before forward reads its weights."""
+        self.reached: Callable[[int], object] = unheard
+        """Called in a backward when those of the part of this number, and of all after it, are complete."""
+
+    def parts(self) -> list[list[nn.Parameter]]:
+        """Its parameters in the order in which forward first reads them: of the embedding, each layer, and the end."""
+        end = (self.norm, self.head, cast(nn.ModuleList, self.mtp))
+        seen, parts = set[nn.Parameter](), list[list[nn.Parameter]]()
+        for modules in ((self.embed,), *((layer,) for layer in self.layers.values()), end):
+            found = dict.fromkeys(p for one in modules if one is not None for p in one.parameters() if p.requires_grad)
+            parts.append([parameter for parameter in found if parameter not in seen])
+            seen.update(found)
+        return parts
+
+    def _enter(self, part: int, x: Tensor) -> None:
+        """Forward comes to a part with x. Autograd runs the nodes of a graph that are ready by their age, youngest first,
+        and adds to gradients at once; so where it comes to the node that made x, it is done with all that followed."""
+        self.reads(part)
+        if x.grad_fn is not None:
+            x.grad_fn.register_prehook(lambda _: self._leave(part))
+
+    def _leave(self, part: int) -> None:
+        self.reached(part)
 
     @property
     def gates(self) -> set[str]:
@@ -193,6 +221,7 @@ class Slice(nn.Module):
         the tokens at the first. With context parallelism tokens, segments and choices are of the whole rows, outputs of
         this rank's positions. `choice_BTLK` as in `Transformer.train_outputs`, of all sparse layers."""
         context, T = self.context, tokens_BT.shape[1]
+        self.reads(0)
         if self.first:
             assert self.embed is not None, "the first stage has the embedding"
             x = self.embed(context.take(x))
@@ -200,7 +229,8 @@ class Slice(nn.Module):
         balance = torch.zeros((), dtype=torch.float32, device=x.device)
         attend = context.attention(T, 0, self.rope_table, segments)
         choices = () if choice_BTLK is None else context.take(choice_BTLK).flatten(0, 1).unbind(1)
-        for number, layer in self.layers.items():
+        for part, (number, layer) in enumerate(self.layers.items(), start=1):
+            self._enter(part, x)
             choice_NK = choices[int(number) - self.first_sparse] if choices and not layer.dense else None
             x, term, _ = yield from self.through(layer, self.exchange, x, attend, (), choice_NK)
             if term is not None:
@@ -208,6 +238,7 @@ class Slice(nn.Module):
         if not self.last:
             return x, balance
         assert self.norm is not None, "the last stage has the norm"
+        self._enter(len(self.layers) + 1, x)
         h = self.norm(x)
         ready = (h,)
         for k, module in enumerate(self.mtp if mtp else (), start=1):

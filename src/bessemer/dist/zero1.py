@@ -4,18 +4,23 @@ A parameter's gradients are summed over the ranks that hold a copy of it: for ro
 for everything else the expert-parallel ones as well. Each of n ranks updates an n-th of the vector, and the updated
 shares are gathered again. The gradient norm is one number over all ranks: each share counts once, and a parameter that
 two pipeline ranks hold (`Executor.sum_shared` has made their gradients equal) counts half on each.
+
+Vectors are buckets of neighbouring parameters. The sum of a bucket starts in the last backward of a step, as soon as it
+has the last of its gradients (`completed`); where other pipeline ranks hold the same parameters, after their sum, at
+the end. Updated buckets are gathered in the order in which forward reads them, and forward waits for each where it
+first reads it (`needed`); whoever else reads the weights calls `settle` before. On a GPU only the stream waits.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from bessemer.dist import watchdog
 from bessemer.dist.mesh import Mesh
@@ -23,15 +28,46 @@ from bessemer.dist.ranks import all_gather, reduce_scatter
 from bessemer.model.moe import EXPERTS
 from bessemer.model.transformer import Transformer
 from bessemer.train.checkpoint import CheckpointReader
-from bessemer.train.groups import NORM_BLOCK, Group, Members, ParameterSlot, Update
+from bessemer.train.groups import ALIGN, NORM_BLOCK, Group, Members, ParameterSlot, Update, placed
 from bessemer.train.muon import Matrices
 from bessemer.train.optimizer import Optimizer
 from bessemer.train.update_rules import adamw_
 from bessemer.workers import Workers
 
+BUCKET = 1 << 26
+"""Elements from which on a bucket is full. Its float32 gradients, 256 MB, take by calculation 1 ms on NVLink and 5 ms on
+400 Gb/s: a hundred times the start of a collective, and little to wait for at the end of a backward. Models below this
+size have nothing to gain."""
+FILLING = 1 / 256
+"""Most that a full bucket may be filled up to equal shares; else it takes more parameters."""
+
+
+def buckets(sizes: Sequence[int], shares: int, whole: bool = False) -> list[slice]:
+    """Cuts parameters of these sizes, in the order in which forward reads them, into buckets. No parameter is cut, and
+    what is left over is in the first bucket, whose sum nothing hides. `shares`, `whole`: as in `Group`."""
+    found, end, size = list[slice](), len(sizes), 0
+    for start in reversed(range(1, len(sizes))):
+        size += -(-sizes[start] // ALIGN) * ALIGN
+        if size >= BUCKET:
+            filled = placed([*sizes[start:end]], shares, whole)[1] if whole else _filled(size, shares)
+            if filled <= size * (1 + FILLING):
+                found.append(slice(start, end))
+                end, size = start, 0
+    return [slice(0, end), *found[::-1]]
+
+
+def vector_size(sizes: Sequence[int], shares: int) -> int:
+    """Elements of all buckets of AdamW's parameters, filling included."""
+    aligned = [-(-size // ALIGN) * ALIGN for size in sizes]
+    return sum(_filled(sum(aligned[part]), shares) for part in buckets(aligned, shares))
+
+
+def _filled(size: int, shares: int) -> int:
+    return -(-size // (NORM_BLOCK * shares)) * NORM_BLOCK * shares
+
 
 class ShardedGroup(Group):
-    """Parameters as flat vectors, of which this rank updates one share."""
+    """One bucket: parameters as flat vectors, of which this rank updates one share."""
 
     def __init__(
         self, members: Members, decay: float, moments: torch.dtype, ranks: dist.ProcessGroup, holders: int, whole: bool = False
@@ -40,20 +76,31 @@ class ShardedGroup(Group):
         super().__init__(members, decay, moments, dist.get_world_size(ranks), dist.get_rank(ranks), whole)
         self.summed = torch.zeros_like(self.master)
         """This rank's share of the gradient, summed over the ranks."""
-        self._pending: dist.Work
+        self._summing: dist.Work | None = None
+        self._gathering: dist.Work | None = None
+        self._incomplete = {slot.parameter for slot in self.slots}
 
     def checkpoint_shares(self) -> dict[str, Tensor]:
         """This rank's shares of everything a checkpoint stores of these parameters, by kind."""
         return {"model": self.master, **self.state()}
 
+    def complete(self, parameter: nn.Parameter) -> None:
+        """The gradient of this parameter is complete."""
+        self._incomplete.discard(parameter)
+        if not self._incomplete and self.holders == 1:
+            self.begin_sum()
+
     def begin_sum(self) -> None:
-        """Starts the reduce-scatter of the gradient; `square` waits for it."""
-        self._pending = cast(dist.Work, reduce_scatter(self.summed, self.grad, group=self.ranks, async_op=True))
+        """Starts the reduce-scatter of the gradient, unless it has started; `square` waits for it."""
+        if self._summing is None:
+            self._summing = cast(dist.Work, reduce_scatter(self.summed, self.grad, group=self.ranks, async_op=True))
 
     def square(self) -> Tensor:
         """Sum of squares of this rank's share of the summed gradient, divided by the pipeline ranks that hold it."""
+        assert self._summing is not None, "begin_sum() comes first"
         with watchdog.waiting("gradients of equal parameters", dist.get_process_group_ranks(self.ranks)):
-            self._pending.wait()
+            self._summing.wait()
+        self._summing, self._incomplete = None, {slot.parameter for slot in self.slots}
         return torch.linalg.vector_norm(self.summed.view(-1, NORM_BLOCK), dim=1).double().square().sum() / self.holders
 
     def step(self, update: Update) -> None:
@@ -65,17 +112,21 @@ class ShardedGroup(Group):
 
     def publish(self, source: Tensor | None = None) -> None:
         """Starts the all-gather of updated shares; `wait` waits for it."""
+        self.wait()
         share = self.compute[self.mine]
         share.copy_(self.master if source is None else source)
         whole, mine = self.compute.view(torch.uint8), share.clone().view(torch.uint8)
-        self._pending = cast(dist.Work, all_gather(whole, mine, group=self.ranks, async_op=True))
+        self._gathering = cast(dist.Work, all_gather(whole, mine, group=self.ranks, async_op=True))
 
     def wait(self) -> None:
-        with watchdog.waiting("weights of equal parameters", dist.get_process_group_ranks(self.ranks)):
-            self._pending.wait()
+        if self._gathering is not None:
+            with watchdog.waiting("weights of equal parameters", dist.get_process_group_ranks(self.ranks)):
+                self._gathering.wait()
+            self._gathering = None
 
     def gathered(self, share: Tensor) -> Tensor:
         """The whole vector, gathered from the shares of all ranks."""
+        self.wait()
         whole = torch.empty(self.grad.numel(), dtype=share.dtype, device=self.grad.device)
         mine = share.to(whole.device).contiguous()
         with watchdog.waiting("shares of the optimizer", dist.get_process_group_ranks(self.ranks)):
@@ -113,9 +164,15 @@ class Zero1(Optimizer):
     def __init__(self, model: Transformer, mesh: Mesh, others: Callable[[str], list[int]], **options: Any):
         self.mesh, self.others = mesh, others
         super().__init__(model, **options)
+        self._group_of = {slot.parameter: group for group in self.groups for slot in group.slots}
 
     def _home(self, name: str) -> tuple[str, int]:
         return "expert" if EXPERTS in name else "dense", 1 + len(self.others(name))
+
+    def _parts(self, members: Members, by_muon: bool) -> list[Members]:
+        shares = dist.get_world_size(self.mesh.group[self._home(members[0][0])[0]])
+        parts = buckets([value.numel() for *_, value in members], shares, by_muon)
+        return [members[part] for part in parts]
 
     def _group(self, members: Members, decay: float, moments: torch.dtype) -> ShardedGroup:
         kind, holders = self._home(members[0][0])
@@ -137,7 +194,21 @@ class Zero1(Optimizer):
                 dist.all_reduce(square, group=ranks)
         return square.sqrt()
 
-    def _wait(self) -> None:
+    def completed(self, parameters: Iterable[nn.Parameter]) -> None:
+        """These have their gradients of the whole step. All ranks call in the same order."""
+        for parameter in parameters:
+            self._group_of[parameter].complete(parameter)
+
+    def needed(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Whoever computes with these waits for them."""
+        for parameter in parameters:
+            self._group_of[parameter].wait()
+
+    def step(self, lr: float, divisor: float, norm: float, clip: float) -> None:
+        self.settle()
+        super().step(lr, divisor, norm, clip)
+
+    def settle(self) -> None:
         for group in self.groups:
             group.wait()
 
@@ -170,6 +241,7 @@ class Zero1(Optimizer):
     @torch.no_grad()
     def load_pieces(self, reader: CheckpointReader) -> None:
         """Exact inverse of `pieces`, from a checkpoint of any layout."""
+        self.settle()
         for group in self.groups:
             for kind, share in group.checkpoint_shares().items():
                 whole = torch.zeros(group.grad.numel(), dtype=share.dtype)

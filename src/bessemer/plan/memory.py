@@ -25,6 +25,7 @@ from bessemer.dist.context_parallel import KEYS
 from bessemer.dist.mesh import Layout
 from bessemer.dist.stage import cut
 from bessemer.dist.table import Step, Table, actions
+from bessemer.dist.zero1 import vector_size
 from bessemer.model.accounting import (
     ParamTensor,
     gain,
@@ -130,11 +131,6 @@ def working(cfg: ModelConfig, layout: Layout, rows: int, length: int, numbers: N
     return {"layer": max(between + exchange, core), "loss": chunk * cfg.vocab_size * (8 + number) + head}
 
 
-ALIGN, BLOCK = 64, 4096
-"""As in `train.optimizer`: alignment of a parameter in a flat vector, and what the length of a vector is a multiple
-of."""
-
-
 class VectorKind(NamedTuple):
     """What decides which flat vector a parameter belongs to (a group of `Optimizer`)."""
 
@@ -153,7 +149,7 @@ class RankParams:
     """The parameters that one rank holds, in elements."""
 
     vectors: dict[VectorKind, int]
-    """Lengths of the flat vectors, padding included."""
+    """Lengths of the flat vectors (the buckets of `Zero1`, together), padding included."""
     parameters: int
     """Without padding."""
     ranks: dict[bool, int]
@@ -189,28 +185,30 @@ def rank_params(
     others = {stage for rank in range(table.ranks) if rank != pp for _, stage in table.slices_on(rank)}
     copies = layout.dp * layout.cp
     last, ranks = table.stages - 1, {True: copies, False: copies * layout.ep}
-    vectors: dict[VectorKind, int] = {}
+    found: dict[VectorKind, list[int]] = {}
     total, operands = 0, [0, 0]
 
     def add(tensors: Iterator[ParamTensor], owners: set[int], times: int = 1) -> None:
         nonlocal total
-        shared = bool(owners & others)
+        shared, sizes = bool(owners & others), dict[VectorKind, list[int]]()
         for tensor in tensors:
             kind = VectorKind(tensor.expert, tensor.matrix, tensor.float32 and number != 4, shared)
-            vectors[kind] = vectors.get(kind, 0) + times * _padded(tensor.numel, ALIGN)
+            sizes.setdefault(kind, []).append(tensor.numel)
             total += times * tensor.numel
             for copies in (1, 2):
                 operands[copies - 1] += times * kept_bytes(tensor, copies)
+        for kind, some in sizes.items():
+            found.setdefault(kind, []).extend(some * times)
 
-    sparse = 0
+    sparse = 0  # in the order in which forward reads them
+    if 0 in mine or (last in mine and (cfg.n_mtp or cfg.tie_embeddings)):
+        add(iter([ParamTensor(cfg.vocab_size * cfg.dim)]), {0, last} if cfg.n_mtp else {0})
     for stage in sorted(mine):
         n_dense = sum(i < cfg.n_dense_layers for i in cuts[stage])
         for dense, times in ((True, n_dense), (False, len(cuts[stage]) - n_dense)):
             if times:
                 add(layer_tensors(cfg, dense, layout.ep), {stage}, times)
         sparse += len(cuts[stage]) - n_dense
-    if 0 in mine or (last in mine and (cfg.n_mtp or cfg.tie_embeddings)):
-        add(iter([ParamTensor(cfg.vocab_size * cfg.dim)]), {0, last} if cfg.n_mtp else {0})
     if last in mine:
         if not cfg.tie_embeddings:
             add(iter([ParamTensor(cfg.vocab_size * cfg.dim)]), {last})
@@ -218,10 +216,6 @@ def rank_params(
         for _ in range(cfg.n_mtp):
             add(mtp_tensors(cfg, layout.ep), {last})
         sparse += cfg.n_mtp
-    padded = {kind: _padded(size, BLOCK * ranks[kind.expert]) for kind, size in vectors.items()}
+    vectors = {kind: vector_size(sizes, ranks[kind.expert]) for kind, sizes in found.items()}
     gates = sparse if cfg.topk_method == "noaux_tc" else 0
-    return RankParams(padded, total, ranks, gates, cfg.n_routed_experts, (operands[0], operands[1]))
-
-
-def _padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+    return RankParams(vectors, total, ranks, gates, cfg.n_routed_experts, (operands[0], operands[1]))

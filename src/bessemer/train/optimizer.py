@@ -71,11 +71,14 @@ class Optimizer:
             kind = (name in stacked, decay, parameter.dtype, value.device, self._home(name))
             kinds.setdefault(kind, []).append((name, parameter, value))
         del value
+        parts = [(kind, part) for kind, members in kinds.items() for part in self._parts(members, by_muon=kind[0])]
+        kinds.clear()
+        places = {name: place for place, name in enumerate(self.names)}
         self.groups = [
             self._muon_group(members, decay, moments_dtype, stacked, workers or Workers(1))
             if by_muon
             else self._group(members, decay, moments_dtype)
-            for (by_muon, decay, *_), members in kinds.items()
+            for (by_muon, decay, *_), members in sorted(parts, key=lambda part: places[part[1][0][0]])
         ]
         if ema_decay:
             for group in self.groups:
@@ -86,6 +89,10 @@ class Optimizer:
     def _home(self, name: str) -> object:
         """What else parameters of one group must share; nothing on one process."""
         return None
+
+    def _parts(self, members: Members, by_muon: bool) -> list[Members]:
+        """Parameters of one kind by groups; on one process one."""
+        return [members]
 
     def _group(self, members: Members, decay: float, moments: torch.dtype) -> Group:
         return Group(members, decay, moments)
@@ -119,7 +126,6 @@ class Optimizer:
             group.publish()
             if group.ema is not None:
                 group.ema.update(group.master)
-        self._wait()
         self.zero_grad()
 
     def _wait_for_copies(self) -> None:
@@ -127,8 +133,8 @@ class Optimizer:
             torch.cuda.current_stream().wait_event(self.copied)
             self.copied = None
 
-    def _wait(self) -> None:
-        """Waits until forward can read what was published."""
+    def settle(self) -> None:
+        """Waits until all weights can be read that the last step moved; on one process they always can."""
 
     def nonfinite_gradients(self) -> list[str]:
         """Names of parameters whose accumulated gradient holds inf or NaN, in the model's order."""
@@ -144,18 +150,19 @@ class Optimizer:
         self.kept.drop()
         for group in self.groups:
             group.publish()
-        self._wait()
+        self.settle()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, forward reads the moving average of the weights; no step may be taken."""
         self._wait_for_copies()  # in float32 forward reads the masters
+        self.settle()
         self.kept.drop()
         before = [group.compute.clone() for group in self.groups]
         for group in self.groups:
             if group.ema is not None:
                 group.publish(group.ema.value.to(group.master.device))
-        self._wait()
+        self.settle()
         try:
             yield
         finally:

@@ -1,0 +1,59 @@
+"""Which gradients of a step are complete on this rank, told while its last backwards run.
+
+The last step of a slice that adds gradients is a B, and then its parts are complete one after the other; or a W, or a
+pair, and they are complete at its end. A parameter of two slices (the embedding, with MTP) is complete when both are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from torch import nn
+
+from bessemer.dist.stage import Slice, unheard
+from bessemer.dist.table import Action, Step, actions
+
+Completed = Callable[[list[nn.Parameter]], object]
+
+
+class CompleteGradients:
+    """Of one step of a table; `slices[lane, stage]` are those of this rank, and `steps` its steps."""
+
+    def __init__(self, slices: Mapping[tuple[int, int], Slice], steps: Sequence[Step], tell: Completed):
+        self._steps, self._tell = steps, tell
+        last = {
+            (action.lane, action.stage): number
+            for number, step in enumerate(steps)
+            for action in actions((step,))
+            if action.kind in "BIW"
+        }
+        self._ending: dict[int, list[Slice]] = {}
+        for key, number in last.items():
+            self._ending.setdefault(number, []).append(slices[key])
+        self._left = {part: part.parts() for parts in self._ending.values() for part in parts}
+        """The parts of every slice that are not complete."""
+        self._holders = Counter(p for parts in self._left.values() for one in parts for p in one)
+
+    @contextmanager
+    def at(self, number: int) -> Iterator[None]:
+        """Around the step of this number."""
+        ending, step = self._ending.get(number, []), self._steps[number]
+        for part in ending if isinstance(step, Action) and step.kind == "B" else ():
+            part.reached = partial(self._reached, part)
+        try:
+            yield
+        finally:
+            for part in ending:
+                part.reached = unheard
+        for part in ending:
+            self._reached(part, 0)
+
+    def _reached(self, part: Slice, number: int) -> None:
+        left = self._left[part]
+        found = [parameter for one in left[number:][::-1] for parameter in one]
+        del left[number:]
+        self._holders.subtract(found)
+        self._tell([parameter for parameter in found if self._holders[parameter] == 0])
