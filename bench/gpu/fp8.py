@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from bessemer.errors import UserError
+from bessemer.model.norm import normalise, normalise_backward
 from bessemer.precision import backends, emulation, formats
 from bessemer.precision.operand import TILE, Group, Operand, quantise
 
@@ -172,6 +173,19 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
         h, weight = torch.randn(rows, 2 * columns, device=device).to(dtype), torch.rand(rows, device=device)
         expected = emulation.swiglu(h, weight, False)
         check("swiglu", label, (h,), partial(backends.swiglu, h, weight), partial(calc_diff, expected), 1e-6)
+        dy, gain = torch.randn_like(x), torch.rand(columns, device=device) + 0.5
+        # other last bits of a sum, then bfloat16, which the interpreter cuts off
+        bound = 1e-6 if dtype == torch.float32 else 5e-4 if small else 1e-5
+        normed = quantise(normalise(x.cpu(), gain.cpu(), 1e-6))
+        run = partial(backends.rms_norm, x, gain, 1e-6, False, normalise)
+        check("rms_norm", label, (x,), run, partial(calc_diff, normed), bound)
+        normed = quantise(normalise_backward(dy.cpu(), x.cpu(), gain.cpu(), 1e-6)[0])
+
+        def run_backward(dy: Tensor = dy, x: Tensor = x, gain: Tensor = gain) -> Operand:
+            return backends.rms_norm_backward(dy, x, gain, 1e-6, False, normalise_backward)[0]
+
+        if columns > 1:  # one alone has a gradient of rounding errors
+            check("rms_norm_backward", label, (x,), run_backward, partial(calc_diff, normed), bound)
         if columns % 8 == 0:
             scale = quantise(x, "tile", True).scale_MJ
             packed = formats.pack_e5m6(x.cpu(), scale.cpu())
@@ -356,6 +370,11 @@ def passes(
         yield "quantise", f"{M}x{K} by {group}", 0, x.numel() * 3, run, (x, group)
     operand = _ours(quantise(x))
     yield "retile", f"{M}x{K}", 0, x.numel() * 2, partial(backends.retile, operand), (operand,)
+    gain, dy = torch.rand(K, device=device), torch.randn_like(x)
+    run = partial(backends.rms_norm, x, gain, 1e-6, False, normalise)
+    yield "rms_norm", f"{M}x{K}", 0, x.numel() * 3, run, (x,)
+    run = partial(backends.rms_norm_backward, dy, x, gain, 1e-6, False, normalise_backward)
+    yield "rms_norm_backward", f"{M}x{K}", 0, x.numel() * 5, run, (x,)
     packed = backends.pack_e5m6(x, scale := quantise(x, "tile", True).scale_MJ)
     yield "pack_e5m6", f"{M}x{K}", 0, x.numel() * 3.5, partial(backends.pack_e5m6, x, scale), (x,)
     run = partial(backends.unpack_e5m6, packed, K, torch.bfloat16)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from allocator import counted_with_kernels, live_and_highest
 from fp8_layers import fp8_grouped_linear, fp8_linear
 from model_cases import V2, random_model, relative, tiny, tokens
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bessemer.data.batch import Batch
 from bessemer.hf.mapping import slots
@@ -419,3 +420,48 @@ def test_pack_is_given_powers_of_two():
     out = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
     scale = PAPER.quantised(out, power_of_two=True).scale_MJ
     assert bool((torch.frexp(scale).mantissa == 0.5).all()) and pack_e5m6(out, scale).scale_MJ is scale
+
+
+class _Passes(TorchDispatchMode):
+    """Float32 results of torch with as many numbers as a layer's activations."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers, self.found = numbers, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for part in out if isinstance(out, tuple | list) else (out,):
+            wide = isinstance(part, torch.Tensor) and part.dtype == torch.float32 and part.numel() >= self.numbers
+            if wide and function.__name__.partition(".")[0] not in ("view", "detach", "_unsafe_view", "as_strided"):
+                self.found.append(function.__name__)
+        return out
+
+
+def _hidden(function):
+    """Stands for a kernel: what it computes inside is not seen."""
+
+    def one_kernel(*arguments, **named):
+        with _disable_current_modes():
+            return function(*arguments, **named)
+
+    return one_kernel
+
+
+def test_between_its_products_attention_makes_no_pass_in_float32(monkeypatch):
+    """In bfloat16, with every call of the table, the attention core and the norm's backward one kernel."""
+    cfg = tiny(**{"q_lora_rank": 256})
+    layer = in_training(cfg).layers[1].bfloat16()
+    for norm in (layer.attn_norm, layer.attn.q_norm, layer.attn.kv_norm):
+        norm.float()
+    serve = backends.BACKENDS["emulation"].serve
+    assert set(serve) == set(backends.CALLS)
+    hidden = {name: _hidden(function) for name, function in serve.items()}
+    monkeypatch.setitem(backends.BACKENDS, "emulation", backends.BACKENDS["emulation"]._replace(serve=hidden))
+    for name in ("attention_forward", "attention_backward", "normalise_backward"):
+        monkeypatch.setattr(fp8, name, _hidden(getattr(fp8, name)))
+    x = torch.randn(2, 64, cfg.dim, generator=torch.Generator().manual_seed(5)).bfloat16().requires_grad_()
+    rope = Transformer(cfg).rope_table(64)
+    with _Passes(2 * 64 * min(cfg.kv_lora_rank, cfg.dim)) as seen:
+        fp8.attention(layer.attn_norm, layer.attn, x, rope, None, PAPER).sum().backward()
+    assert not seen.found, seen.found

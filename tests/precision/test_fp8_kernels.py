@@ -163,6 +163,43 @@ def check_swiglu_backward():
         backends.swiglu_backward(torch.zeros(2, 100), quantise(torch.zeros(2, 200)), None, None)
 
 
+def check_rms_norm():
+    """Bit for bit the norm's kernel and the quantisation's, one after the other; torch's up to the last bits of a sum,
+    which factors show."""
+    from bessemer.kernels import triton_norm
+    from bessemer.model.norm import normalise, normalise_backward
+    from bessemer.precision import triton_rms_norm
+
+    triton_norm.PARTS = triton_rms_norm.PARTS = 4  # so that a program takes several rows
+    wide = normal(9, 700) * torch.logspace(-3, 3, 700)
+    for x in (wide, wide[:7, 20:276], normal(2, 3)):
+        gain, dy = normal(x.shape[1], seed=1) + 1, normal(*x.shape, seed=2)
+        for dtype, power in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+            given = dy.to(dtype), x.to(dtype), gain, 1e-5
+            got, (dx, dgain) = (
+                backends.rms_norm(*given[1:], power, None),
+                backends.rms_norm_backward(*given, power, None),
+            )
+            two, dgain_two = triton_norm.backward(*given)
+            same(got, quantise(triton_norm.forward(*given[1:]), "tile", power))
+            same(dx, quantise(two, "tile", power))
+            assert torch.equal(dgain, dgain_two)
+            bound = 1e-12 if dtype == torch.float32 else 5e-4  # the interpreter cuts float32 off to bfloat16
+            assert apart(got.dequantise(), quantise(normalise(*given[1:]), "tile", power).dequantise()) < bound
+            wanted, right = normalise_backward(*given)
+            assert apart(dx.dequantise(), quantise(wanted, "tile", power).dequantise()) < bound
+            assert apart(dgain, right) < 1e-10
+    x = normal(3, 256)
+    x[1, 3] = float("nan")
+    bad = backends.rms_norm(x, torch.ones(256), 1e-5, False, None).dequantise().isnan()
+    assert bad[1].all() and bad.sum() == 256
+    assert backends.rms_norm(torch.zeros(0, 256), torch.ones(256), 1e-5, False, None).scale_MJ.shape == (0, 2)
+    dx, dgain = backends.rms_norm_backward(torch.zeros(0, 8), torch.zeros(0, 8), torch.ones(8), 1e-5, False, None)
+    assert dx.value_MK.shape == (0, 8) and torch.equal(dgain, torch.zeros(8))
+    with pytest.raises(UserError, match="16384 numbers at most"):
+        backends.rms_norm(torch.zeros(1, 16385), torch.ones(16385), 1e-5, False, None)
+
+
 def check_e5m6():
     """Bit for bit `formats`: values of all sizes and signs, ties, subnormals, what saturates, what is not finite."""
     for rows, columns in ((19, 304), (1, 8), (33, 128)):
@@ -322,7 +359,8 @@ def check_hopper_code():
         else:
             assert "cvt.rn.satfinite.e4m3x2.f32" in code and "div.rn.f32" in code, name
             assert "st.global.v4.b32" in code, name
-            assert "div.full.f32" not in code or name.startswith("swiglu"), name  # its sigmoid may be approximate
+            # a sigmoid and a norm's divisor may be approximate
+            assert "div.full.f32" not in code or name.startswith(("swiglu", "rms norm")), name
 
 
 CHECKS = [name for name in list(globals()) if name.startswith("check_") and name != "check_hopper_code"]

@@ -71,7 +71,7 @@ class Compiled(NamedTuple):
 def samples() -> Iterator[Job]:
     """Every kernel once or twice."""
     from bessemer.kernels import triton_swiglu
-    from bessemer.precision import triton_e5m6, triton_gemm, triton_quantise
+    from bessemer.precision import triton_e5m6, triton_gemm, triton_quantise, triton_rms_norm
 
     for power_of_two in (False, True):
         yield Job("tiles", triton_quantise._tiles, constants={"POWER_OF_TWO": power_of_two, "ROWS": 32})
@@ -84,6 +84,12 @@ def samples() -> Iterator[Job]:
     quantised = {n: "*fp8e4nv" for n in ("h", "act", "dh", "turned")} | {"dact": "*bf16", "count": "*i32"}
     quantised |= {n: "*fp32" for n in ("h_scale", "weight", "act_scale", "dh_scale", "turned_scale", "parts")}
     yield Job("swiglu backward", triton_quantise._swiglu_backward, 8, quantised, backward)
+    normed = {n: "*bf16" for n in ("x", "dy")} | {n: "*fp32" for n in ("gain", "dgain", "scale")}
+    normed |= {"value": "*fp8e4nv", "eps": "fp32"}
+    for kernel in (triton_rms_norm._forward_quantised, triton_rms_norm._backward_quantised):
+        for block in (512, 8192):
+            constants = {"POWER_OF_TWO": False, "BLOCK": block}
+            yield Job("rms norm", kernel, triton_rms_norm.warps(block), normed, constants)
     for kernel in (triton_e5m6._pack, triton_e5m6._unpack):
         packed = {"x": "*bf16", "out": "*bf16", "scale": "*fp32", "code": "*i32"}
         yield Job("e5m6", kernel, types=packed, constants={"ROWS": 16})

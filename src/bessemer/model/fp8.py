@@ -175,7 +175,16 @@ class _AttentionContext:
         self.cfg, self.latent_eps, self.eps, self.recipe, self.names = mla.cfg, mla.kv_norm.eps, eps, recipe, names
 
     def normed(self, x: Tensor, gain: Tensor, eps: float) -> Operand:
+        if self.recipe.by_tiles:
+            return backends.rms_norm(x, gain, eps, self.recipe.power_of_two, normalise)
         return self.recipe.quantised(normalise(x, gain, eps))
+
+    def norm_gradient(self, dy: Tensor, x: Tensor, gain: Tensor, eps: float) -> tuple[Operand, Tensor]:
+        """Backward of a norm whose input came out of a product: that product's gradient, and the gain's."""
+        if self.recipe.by_tiles:
+            return backends.rms_norm_backward(dy, x, gain, eps, self.recipe.power_of_two, normalise_backward)
+        dx, dgain = normalise_backward(dy, x, gain, eps)
+        return self.recipe.quantised_gradient(dx), dgain
 
     def expand(self, w: dict[str, Tensor], x: Operand, q_latent: Tensor | None, kv_latent: Tensor, shape: torch.Size):
         """Operands of the up-projections, and their results as arguments of the core."""
@@ -211,9 +220,9 @@ class _Attention(torch.autograd.Function):
         shape, recipe, cfg = ctx.shape, ctx.shape.recipe, ctx.shape.cfg
         w, grads = dict(zip(shape.names, weights, strict=True)), {}
 
-        def through(name: str, dy: Tensor, x: Operand | TokenTiles) -> Tensor:
+        def through(name: str, dy: Tensor | Operand, x: Operand | TokenTiles) -> Tensor:
             """Backward of one matrix: stores its gradient in `grads`, returns that of its input."""
-            operand = recipe.quantised_gradient(dy)
+            operand = dy if isinstance(dy, Operand) else recipe.quantised_gradient(dy)
             grads[name] = gradient(w[name], lambda: weight_gradient(operand, x, recipe))
             return input_gradient(operand, w[name], recipe)
 
@@ -231,7 +240,7 @@ class _Attention(torch.autograd.Function):
         if q_latent is None:
             dx += through("wq", dq, x)
         else:
-            dlatent, grads["q_norm"] = normalise_backward(
+            dlatent, grads["q_norm"] = shape.norm_gradient(
                 through("wq_b", dq, q_in), q_latent, w["q_norm"], shape.latent_eps
             )
             dx += through("wq_a", dlatent, x)

@@ -1,7 +1,7 @@
 """Which code serves an FP8 call, and why: one table, the functions that go through it, and the adapters to GPU code.
 
     emulation    plain torch (`operand.quantise`, emulation.py): any device, any shape; the reference for all others
-    triton       our kernels (triton_quantise.py, _e5m6.py, _gemm.py): NVIDIA of compute capability 8.9 or newer
+    triton       our kernels (triton_quantise.py, _rms_norm, _e5m6, _gemm): NVIDIA of compute capability 8.9 or newer
     torch        torch.nn.functional.scaled_mm with block scales (cuBLASLt): Hopper, dense GEMM
     deep_gemm    the package of that name, where installed: Hopper, GEMMs with weights quantised by blocks
 
@@ -42,9 +42,11 @@ from bessemer.precision.operand import (
 )
 
 CALLS = (
-    "quantise", "retile", "swiglu", "swiglu_backward", "pack_e5m6", "unpack_e5m6", "gemm", "grouped_gemm",
-    "grouped_wgrad",
+    "quantise", "retile", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "pack_e5m6",
+    "unpack_e5m6", "gemm", "grouped_gemm", "grouped_wgrad",
 )  # fmt: skip
+BY_WIDTH = ("rms_norm", "rms_norm_backward", "swiglu_backward", "pack_e5m6", "unpack_e5m6")
+"""Calls that a backend may refuse for the number of columns of their first operand."""
 ORDER = ("deep_gemm", "torch", "triton", "emulation")
 """By published speed."""
 VARIABLE = "BESSEMER_FP8_BACKEND"
@@ -90,6 +92,22 @@ def retile(x: Operand, count: Sequence[int] | None = None, power_of_two: bool = 
     check_operand("the operand", x)
     count = check_counts(count, len(x.value_MK)) if count is not None else None
     return choose("retile", x).serve["retile"](x, count, power_of_two)
+
+
+def rms_norm(x_MD: Tensor, gain_D: Tensor, eps: float, power_of_two: bool, plain: Callable[..., Tensor]) -> Operand:
+    """plain(x, gain, eps), the norm in x's dtype, by tiles of 1 x 128. A kernel does both at once."""
+    check_matrix(x_MD)
+    return choose("rms_norm", x_MD).serve["rms_norm"](x_MD, gain_D, eps, power_of_two, plain)
+
+
+def rms_norm_backward(
+    dy_MD: Tensor, x_MD: Tensor, gain_D: Tensor, eps: float, power_of_two: bool,
+    plain: Callable[..., tuple[Tensor, Tensor]],
+) -> tuple[Operand, Tensor]:  # fmt: skip
+    """plain(dy, x, gain, eps), the norm's backward: the gradient of x by tiles of 1 x 128, and that of the gain."""
+    check_matrix(x_MD)
+    serve = choose("rms_norm_backward", x_MD).serve["rms_norm_backward"]
+    return serve(dy_MD, x_MD, gain_D, eps, power_of_two, plain)
 
 
 def swiglu(h_MF: Tensor, weight_M: Tensor | None = None, power_of_two: bool = False) -> Operand:
@@ -216,7 +234,9 @@ def summary(rows: Iterable[Sequence[str]]) -> str:
 
 
 def _call(name: str, first: Tensor | Operand, *rest: Any) -> Call:
-    if name in ("swiglu_backward", "pack_e5m6", "unpack_e5m6") and isinstance(first, Tensor):
+    if name in ("rms_norm", "rms_norm_backward", "swiglu_backward", "pack_e5m6", "unpack_e5m6") and isinstance(
+        first, Tensor
+    ):
         return Call(name, first.device, shape=(len(first), rest[0] if rest else first.shape[1], 0))
     if isinstance(first, Tensor):
         return Call(name, first.device, rest[0] if rest else None)
@@ -255,6 +275,8 @@ def _triton_refuses(call: Call) -> str | None:
         return f"its tiles of gate and up must not share columns: F must be a multiple of {TILE}, is {call.shape[1]}"
     if call.name in ("pack_e5m6", "unpack_e5m6") and call.shape and call.shape[1] % 8:
         return f"it packs eight numbers into three words: K must be a multiple of 8, is {call.shape[1]}"
+    if call.name in ("rms_norm", "rms_norm_backward") and call.shape and call.shape[1] > 16384:
+        return f"a program takes a whole row, of 16384 numbers at most; these have {call.shape[1]}"
     return None
 
 
@@ -272,6 +294,11 @@ def _triton(module: str, function: str) -> Callable[..., Any]:
 
 def _triton_quantise(x_MK: Tensor, group: Group, power_of_two: bool) -> Operand:
     return _triton("triton_quantise", "quantise_tiles" if group == "tile" else "quantise_blocks")(x_MK, power_of_two)
+
+
+def _triton_norm(function: str) -> Callable[..., Any]:
+    launch = _triton("triton_rms_norm", function)
+    return lambda *operands: launch(*operands[:-1])  # without the norm by itself
 
 
 def _triton_gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
@@ -375,6 +402,21 @@ def _deep_gemm_grouped(x: Operand, count: Sequence[int], w: Operand, out_dtype: 
     return y_MN
 
 
+# --- two passes --------------------------------------------------------------------------------------------------
+
+
+def _plain_norm(x_MD: Tensor, gain_D: Tensor, eps: float, power_of_two: bool, plain: Callable[..., Tensor]) -> Operand:
+    return quantise(plain(x_MD, gain_D, eps), "tile", power_of_two)
+
+
+def _plain_norm_backward(
+    dy_MD: Tensor, x_MD: Tensor, gain_D: Tensor, eps: float, power_of_two: bool,
+    plain: Callable[..., tuple[Tensor, Tensor]],
+) -> tuple[Operand, Tensor]:  # fmt: skip
+    dx_MD, dgain_D = plain(dy_MD, x_MD, gain_D, eps)
+    return quantise(dx_MD, "tile", power_of_two), dgain_D
+
+
 # --- the table ---------------------------------------------------------------------------------------------------
 
 BACKENDS: dict[str, Backend] = {
@@ -388,6 +430,8 @@ BACKENDS: dict[str, Backend] = {
         {
             "quantise": _triton_quantise,
             "retile": _triton("triton_quantise", "retile"),
+            "rms_norm": _triton_norm("rms_norm"),
+            "rms_norm_backward": _triton_norm("rms_norm_backward"),
             "swiglu": _triton("triton_quantise", "swiglu"),
             "swiglu_backward": _triton("triton_quantise", "swiglu_backward"),
             "pack_e5m6": _triton("triton_e5m6", "pack"),
@@ -403,6 +447,8 @@ BACKENDS: dict[str, Backend] = {
         {
             "quantise": operand.quantise,
             "retile": emulation.retile,
+            "rms_norm": _plain_norm,
+            "rms_norm_backward": _plain_norm_backward,
             "swiglu": emulation.swiglu,
             "swiglu_backward": emulation.swiglu_backward,
             "pack_e5m6": formats.pack_e5m6,

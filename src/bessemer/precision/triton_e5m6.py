@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bessemer.precision.formats import E5M6_MAX, SMALLEST_NORMAL, PackedE5M6
-from bessemer.precision.triton_quantise import WIDTH
+from bessemer.precision.triton_quantise import WIDTH, rows_in_memory
 
 LARGEST = tl.constexpr(E5M6_MAX)
 NORMAL = tl.constexpr(SMALLEST_NORMAL)
@@ -26,8 +26,7 @@ ROWS = 16
 
 def pack(x_MK: Tensor, scale_MJ: Tensor) -> PackedE5M6:
     """`formats.pack_e5m6` of float32 or bfloat16 with K a multiple of 8."""
-    x_MK = x_MK.detach()
-    x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
+    x_MK = rows_in_memory(x_MK)
     M, K = x_MK.shape
     code = torch.empty(M, K // 2 * 3, dtype=torch.uint8, device=x_MK.device)
     if code.numel():

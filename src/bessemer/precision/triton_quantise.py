@@ -45,7 +45,7 @@ def empty_operand(shape: Sequence[int], like: Tensor) -> Operand:
 
 def quantise_tiles(x_MK: Tensor, power_of_two: bool = False) -> Operand:
     """A float32 or bfloat16 matrix, or a stack of them, in tiles of 1 x 128."""
-    rows_MK = _rows_in_memory(x_MK.flatten(0, -2))
+    rows_MK = rows_in_memory(x_MK.flatten(0, -2))
     M, K = rows_MK.shape
     value_MK, scale_MJ = empty_operand((M, K), rows_MK)
     rows = 32
@@ -131,7 +131,7 @@ def on_device(count: Sequence[int], device: torch.device) -> Tensor:
     return counts.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else counts
 
 
-def _rows_in_memory(x_MK: Tensor) -> Tensor:
+def rows_in_memory(x_MK: Tensor) -> Tensor:
     """x, detached, with contiguous rows."""
     x_MK = x_MK.detach()
     return x_MK if x_MK.stride(1) == 1 or x_MK.shape[1] == 1 else x_MK.contiguous()
