@@ -19,7 +19,6 @@ def measured(me):
 
 
 def test_every_rank_is_measured_with_its_neighbour_and_with_its_place_on_the_next_host():
-    os.environ["LOCAL_RANK"] = "0"
     found = on_ranks(4, measured)
     assert found[0] == found[3] and json.loads(json.dumps(found[0])) == found[0]
     facts = found[0]
