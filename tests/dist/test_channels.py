@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.errors import UserError
-from bessemer.dist.executor import AHEAD, sharing_ranks, message, orders
+from bessemer.dist.executor import AHEAD, message, orders, sharing_ranks
 from bessemer.dist.schedules import SCHEDULES, schedule
 from bessemer.dist.table import Action, Pair
+from bessemer.errors import UserError
 
 SIZES = [("gpipe", 4, 3), ("1f1b", 4, 6), ("1f1b", 2, 4), ("interleaved", 4, 8), ("interleaved", 2, 4), ("zb1p", 4, 7),
          ("zbv", 4, 8), ("zbv", 2, 5), ("dualpipe", 2, 6), ("dualpipe", 8, 20), ("dualpipe-v", 4, 9),

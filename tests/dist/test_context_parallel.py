@@ -10,16 +10,14 @@ from test_distributed_trainer import LR, config
 from test_executor import CFG, TERMS, choice
 
 from bessemer.data.batch import Batch
+from bessemer.dist import context_parallel, model_shard
+from bessemer.dist.context_parallel import Context, Cut, attention, blocks
+from bessemer.dist.distributed_trainer import DistributedTrainer
+from bessemer.dist.mesh import Layout, Mesh, check, describe, nearest
+from bessemer.dist.model_shard import ModelShard
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
-from bessemer.dist import context_parallel
-from bessemer.dist.context_parallel import Context, attention
-from bessemer.dist.context_parallel import Cut, blocks
-from bessemer.dist.mesh import Layout, Mesh, check, describe, nearest
-from bessemer.dist import model_shard
-from bessemer.dist.model_shard import ModelShard
 from bessemer.train import loss
-from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.train.objective import NextToken, next_token
 from bessemer.train.trainer import Trainer
 

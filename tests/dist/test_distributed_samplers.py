@@ -6,11 +6,11 @@ import torch.distributed as dist
 from ranks import on_ranks
 
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.dist.ranks import Ranks
 from bessemer.engine.engine import Engine
+from bessemer.hf import hub  # noqa: F401 - writes models
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.dist.ranks import Ranks
-from bessemer.hf import hub  # noqa: F401 - writes models
 from bessemer.rl.dealing import DealtEngine, Helper
 from bessemer.rl.sampler import LocalSampler, Rank0Sampler, ShardedSampler, dealt
 
@@ -34,7 +34,9 @@ def generated(rank, kind):
     if kind == "sharded":
         sampler = ShardedSampler(made, lambda: calls.append(rank), ranks)
     else:
-        sampler = Rank0Sampler(LocalSampler(made, lambda: None) if rank == 0 else None, made.tokenizer, lambda: calls.append(rank), ranks)
+        sampler = Rank0Sampler(
+            LocalSampler(made, lambda: None) if rank == 0 else None, made.tokenizer, lambda: calls.append(rank), ranks
+        )
     return texts(sampler.policy()(PROMPTS, **ASKED).take()), calls
 
 

@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import on_ranks
 from test_executor import CFG, TERMS, batch, replayed
-
 from train_config import train_config
-from bessemer.model.transformer import Transformer
+
 from bessemer.dist import zero1
+from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.dist.executor import Executor
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard
+from bessemer.model.transformer import Transformer
 from bessemer.precision.fp8_linear import PAPER
-from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.rl.losses import GRPO
 from bessemer.train.groups import ALIGN, NORM_BLOCK, placed
 from bessemer.train.objective import next_token
@@ -48,7 +48,9 @@ def across(layout, name, cfg=CFG, fp8=False, dtype=torch.float32, state_dir=None
     zero1.BUCKET, zero1.FILLING = bucket, 0.25
     part = part_of(layout, name, cfg, fp8)
     objective = GRPO(kl=0.0) if more.get("terms") == {} else next_token
-    return DistributedTrainer(part, objective, None, *config(dtype, **more), state_dir, model_config=cfg.model_dump(), warn=warn)
+    return DistributedTrainer(
+        part, objective, None, *config(dtype, **more), state_dir, model_config=cfg.model_dump(), warn=warn
+    )
 
 
 def samples(lot, micro, replay=True):
@@ -65,7 +67,10 @@ def warmed(rank, name, layout, micro, warms):
     training = across(layout, name)
     training._warms = warms
     calls, warm = [], Executor.warm
-    training._executor_for(micro).warm = lambda work: (calls.append(work.tokens_BT.shape), warm(training._executor, work))
+    training._executor_for(micro).warm = lambda work: (
+        calls.append(work.tokens_BT.shape),
+        warm(training._executor, work),
+    )
     values = [update(training, step, micro) for step in range(2)]
     for one in values:
         del one["train/tokens_per_second"]
@@ -157,7 +162,9 @@ def replays_as_at_home(found, lots, micro):
 
     (trainer, wanted), (without, _) = step(True), step(False)
     state, free = trainer.optimizer.state_dict(), without.optimizer.state_dict()
-    assert (state["m/layers.3.ffn.experts.w2"] - free["m/layers.3.ffn.experts.w2"]).norm() > 0.1 * state["m/layers.3.ffn.experts.w2"].norm()
+    assert (state["m/layers.3.ffn.experts.w2"] - free["m/layers.3.ffn.experts.w2"]).norm() > 0.1 * state[
+        "m/layers.3.ffn.experts.w2"
+    ].norm()
     for values, moments, loads, (begin, end) in found:
         for key in ("ratio", "entropy", "clip_share", "logp_gap", "logp_gap_max", "sampler_kl", "grad_norm"):
             assert values[f"train/{key}"] == pytest.approx(wanted[f"train/{key}"], rel=1e-5, abs=1e-7), key
@@ -287,7 +294,7 @@ def test_muon_s_matrices_stay_whole(name, layout, micro):
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=20), st.integers(1, 5), st.booleans())
 def test_parameters_lie_apart_and_whole_ones_in_one_share(sizes, shares, whole):
     parts = [sizes[part] for part in zero1.buckets(sizes, shares, whole)]
-    assert sum(parts, []) == sizes and all(parts)
+    assert [size for part in parts for size in part] == sizes and all(parts)
     starts, size = placed(sizes, shares, whole)
     assert size % (shares * NORM_BLOCK) == 0 and all(start % ALIGN == 0 for start in starts)
     spans = sorted(zip(starts, (start + n for start, n in zip(starts, sizes, strict=True)), strict=True))

@@ -8,12 +8,12 @@ import torch.distributed as dist
 from ranks import on_ranks
 
 from bessemer.data.batch import Batch
-from bessemer.model.config import preset
-from bessemer.model.transformer import Transformer
 from bessemer.dist.executor import Executor, Work
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.schedules import schedule
 from bessemer.dist.stage import Slice, cut, keep_experts
+from bessemer.model.config import preset
+from bessemer.model.transformer import Transformer
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.train.objective import balance_weight, next_token
 

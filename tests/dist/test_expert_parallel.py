@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
-from bessemer.model import moe
 from bessemer.dist.expert_parallel import Exchange, Hop
+from bessemer.model import moe
 from bessemer.precision.fp8_linear import PAPER
 
 E, K, D, F = 8, 3, 160, 24

@@ -1,4 +1,4 @@
-"""Process groups: few communicators, made once, with the layout's timeout; and what a GPU's rank asks of NCCL and CUDA."""
+"""Process groups: few communicators, made once, with the layout's timeout; what a GPU's rank asks of NCCL and CUDA."""
 
 import os
 import platform
@@ -24,8 +24,8 @@ from bessemer.model.config import preset
 
 
 def alone(work, *arguments):
-    """work(...) in a fork that is the only rank of a run, whose ranks wait at most 17 seconds. Not in this process, whose
-    later forks could not destroy its groups."""
+    """work(...) in a fork that is the only rank of a run, whose ranks wait at most 17 seconds. Not in this process,
+    whose later forks could not destroy its groups."""
     return on_ranks(1, _join, work, *arguments)[0]
 
 
@@ -92,7 +92,9 @@ def test_equal_ranks_are_one_group_unless_they_may_run_side_by_side():
     assert {one.shared for one in wanted if len(one.ranks) > 1} == {
         groups.Wanted("sums", (0, 1, 2, 3)), groups.Wanted("experts", (0, 1, 2, 3))
     }  # fmt: skip
-    assert {one.shared for one in wanted if len(one.ranks) == 1} == {groups.Wanted("sums", (rank,)) for rank in range(4)}
+    assert {one.shared for one in wanted if len(one.ranks) == 1} == {
+        groups.Wanted("sums", (rank,)) for rank in range(4)
+    }
 
 
 def test_what_nccl_and_cuda_are_asked_for(monkeypatch):
@@ -117,7 +119,9 @@ def test_the_exchange_s_thread_sets_its_device(monkeypatch):
     """Else all ranks of a machine would make a context on its first GPU."""
     chosen = {}
     stream = SimpleNamespace(wait_event=lambda event: None, record_event=lambda: None)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.update({threading.current_thread().name: device}))
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.update({threading.current_thread().name: device})
+    )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: threading.Lock())
@@ -157,8 +161,16 @@ def test_the_rank_that_differs_is_named():
     """Two of three agree; rank 0 may be the odd one."""
     cpu, gpu = {"device": "cpu", "NCCL": None}, {"device": "cuda 9.0", "NCCL": "2.29.7"}
     for facts, faults, words in (
-        ((gpu, gpu, cpu), ("", "", ""), 'device differs between ranks: "cuda 9.0" on rank 0 (HOST) and "cpu" on rank 2 (HOST)'),
-        ((cpu, gpu, gpu), ("", "", ""), 'device differs between ranks: "cuda 9.0" on rank 1 (HOST) and "cpu" on rank 0 (HOST)'),
+        (
+            (gpu, gpu, cpu),
+            ("", "", ""),
+            'device differs between ranks: "cuda 9.0" on rank 0 (HOST) and "cpu" on rank 2 (HOST)',
+        ),
+        (
+            (cpu, gpu, gpu),
+            ("", "", ""),
+            'device differs between ranks: "cuda 9.0" on rank 1 (HOST) and "cpu" on rank 0 (HOST)',
+        ),
         ((gpu, cpu, gpu), ("", "2 ranks", ""), "rank 1 on HOST: 2 ranks"),
     ):
         said = on_ranks(3, compared, facts, faults)

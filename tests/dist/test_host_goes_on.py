@@ -1,8 +1,9 @@
 """Messages and sums as a GPU has them: a wait returns at once and holds later work of the device, not the host.
 
-Real gloo processes whose `dist` is `Late`, and whose sums and gathers of ZeRO-1 are those of `LateSums`. What is received is NaN until work that was queued after the wait reads it, so
-what reads too early, or without a wait, shows in the results. What is sent leaves late, each direction after a delay of its
-own, so whatever is changed before it has left shows, too.
+Real gloo processes whose `dist` is `Late`, and whose sums and gathers of ZeRO-1 are those of `LateSums`. What is
+received is NaN until work that was queued after the wait reads it, so what reads too early, or without a wait, shows in
+the results. What is sent leaves late, each direction after a delay of its own, so whatever is changed before it has
+left shows, too.
 """
 
 import os
@@ -216,14 +217,16 @@ def sums_on_a_rank(rank):
 
 
 def test_buckets_are_summed_in_backward_and_gathered_in_forward():
-    """The bits are those of one bucket, whose sum starts at the end; no sum is read early, no gradient changed after its
-    sum began, and no weight read before it is there. What is broken on purpose shows."""
+    """The bits are those of one bucket, whose sum starts at the end; no sum is read early, no gradient changed after
+    its sum began, and no weight read before it is there. What is broken on purpose shows."""
     for found in on_ranks(2, sums_on_a_rank):
         assert found["the bits of one bucket"] and found["norm"] < 1e-6
         order = found["order"]
         first, last = order.index("last gradient"), len(order) - 1 - order[::-1].index("last gradient")
         n = len(order) - 2
-        assert first == 0 and last > n / 2, "most sums start before the last gradient is made, but in the last micro-batch"
+        assert first == 0 and last > n / 2, (
+            "most sums start before the last gradient is made, but in the last micro-batch"
+        )
         assert sorted(order[1:last] + order[last + 1 :]) == list(range(n))
         right, changed, read = found["late"]
         assert right and changed == 0 and read == 4 * n, found["late"]

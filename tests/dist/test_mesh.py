@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_ranks
 
+from bessemer.dist.mesh import Layout, Mesh, check, describe, nearest, refusal
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.dist.mesh import Layout, Mesh, check, describe, nearest, refusal
 from bessemer.precision.fp8_linear import PAPER
 
 TINY = preset("tiny")
@@ -56,7 +56,7 @@ def test_v3():
         (Layout(8, 1, 1), 8, "8 pipeline ranks for 5 layers, MTP as one of them"),
         (Layout(1, 0, 1), 1, "at least 1"), (Layout(1, 1, 8, node=3), 8, "does not fill nodes of 3"),
         (Layout(1, 1, 32), 32, "16 experts cannot be shared evenly by 32"),
-        (Layout(1, 1, 16, node=2), 16, "4 groups of experts do not lie whole on 8 nodes, so a token of 2 groups could go"),
+        (Layout(1, 1, 16, node=2), 16, "4 groups of experts do not lie whole on 8 nodes, so a token of 2 groups could"),
     ],
 )  # fmt: skip
 def test_a_layout_that_does_not_fit_is_refused_with_some_that_do(layout, world, words):

@@ -5,12 +5,12 @@ import torch
 from ranks import on_ranks
 from test_executor import CFG, batch, model_of
 
-from bessemer.errors import UserError
-from bessemer.model.transformer import Transformer
-from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist import model_shard
-from bessemer.model import transformer
+from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard, gather_into, rows_of
+from bessemer.errors import UserError
+from bessemer.model import transformer
+from bessemer.model.transformer import Transformer
 from bessemer.train import loss
 
 ODD = CFG.model_copy(update={"moe_inter_dim": 9})  # experts that cannot be drawn one by one

@@ -12,15 +12,14 @@ from ranks import on_ranks
 from test_executor import CFG, TERMS, batch, model_of, whole
 
 from bessemer.data.batch import Batch
-from bessemer.model.config import preset
 from bessemer.dist import chunk
-from bessemer.dist.chunk import Chunk
+from bessemer.dist.chunk import Chunk, Overlapped, Serial
 from bessemer.dist.executor import Executor, Work
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.schedules import schedule
 from bessemer.dist.stage import Slice, keep_experts
-from bessemer.dist.chunk import Overlapped, Serial
 from bessemer.dist.table import Action, Pair, Table, actions
+from bessemer.model.config import preset
 from bessemer.train import balance
 from bessemer.train.objective import balance_weight, next_token
 
@@ -165,8 +164,8 @@ class Kinds(Serial):
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
 def test_gradients_arrive_in_the_stream_that_their_boundary_was_made_for(fp8, monkeypatch):
-    """On a GPU autograd makes the stream of a boundary wait for the one that computes its gradient. If they differed, an
-    exchange would hold up the computation beside it."""
+    """On a GPU autograd makes the stream of a boundary wait for the one that computes its gradient. If they differed,
+    an exchange would hold up the computation beside it."""
     streams, arrived = Kinds(), []
 
     class Output(chunk._Output):

@@ -14,15 +14,14 @@ from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as theirs
 
 from bessemer.config.recipe import Recipe
-from bessemer.errors import UserError
-from bessemer.dist.schedules import gpipe, interleaved, one_f_one_b
 from bessemer.dist.dualpipe import dualpipe, dualpipe_v
-from bessemer.dist.schedules import SCHEDULES, of_step, schedule
-from bessemer.dist.timeline import Costs, as_svg, as_text, label, simulate, summary
+from bessemer.dist.schedules import SCHEDULES, gpipe, interleaved, of_step, one_f_one_b, schedule, zb1p, zbv
 from bessemer.dist.table import Action, Pair, Table, check
-from bessemer.dist.schedules import zb1p, zbv
+from bessemer.dist.timeline import Costs, as_svg, as_text, label, simulate, summary
+from bessemer.errors import UserError
 
-# Derived from the figure of V3 3.2.1. P, M, F&B -> makespan, worst idle, held at once, overlapped pairs of ranks h = 0, 1, ...
+# Derived from the figure of V3 3.2.1. P, M, F&B -> makespan, worst idle, held at once, overlapped pairs of ranks
+# h = 0, 1, ...
 PUBLISHED = [
     (4, 8, 3.0, 26, 2, 5, [3, 3]),
     (4, 20, 2.5, 54, 1.5, 5, [15, 15]),
@@ -218,6 +217,9 @@ def test_the_guide_s_dualpipe_is_dualpipe():
 
     def used(micro_rows):
         pipelines = layout.fewest // layout.pp
-        return {of_step(layout.schedule, layout.pp, -(-int(n) // (pipelines * micro_rows)))[0] for n in pretrain.batch_rows.values}
+        return {
+            of_step(layout.schedule, layout.pp, -(-int(n) // (pipelines * micro_rows)))[0]
+            for n in pretrain.batch_rows.values
+        }
 
     assert used(pretrain.micro_rows) == {"dualpipe"} and used(8) == {"1f1b"}

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from test_distributed_trainer import CFG, LR, across, at_home, batches, model_of, config, update
+from test_distributed_trainer import CFG, LR, across, at_home, batches, config, model_of, update
 
+from bessemer.dist import sharded_checkpoint
+from bessemer.dist.mesh import Layout
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.dist.mesh import Layout
-from bessemer.dist import sharded_checkpoint
 from bessemer.train import checkpoint
 from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
@@ -134,7 +134,9 @@ def test_a_damaged_file_is_named(tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert checkpoint.CheckpointReader(path).read(["model/a"])["model/a"].shape == (2, 3), "what it does not need it does not read"
+    assert checkpoint.CheckpointReader(path).read(["model/a"])["model/a"].shape == (2, 3), (
+        "what it does not need it does not read"
+    )
     with pytest.raises(checkpoint.Damaged, match=rf"{file.name} does not match its checksum"):
         checkpoint.CheckpointReader(path).read(["model/b"])
     (path / "manifest.json").write_text("{}")

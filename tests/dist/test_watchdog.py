@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -115,7 +116,7 @@ def test_a_queued_operation_waits_since_the_one_before_it_was_done(monkeypatch):
     monkeypatch.setattr(status, "queued", type(status.queued)())
     monkeypatch.setattr(status, "reached", 0.0)
     queued = iter(done)
-    monkeypatch.setattr(status, "mark", lambda: lambda name=next(queued): done[name])
+    monkeypatch.setattr(status, "mark", lambda: partial(done.__getitem__, next(queued)))
     for what in done:
         with watchdog.waiting(what, [1]):
             pass

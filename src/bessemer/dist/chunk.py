@@ -22,9 +22,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.cuda import Event
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
+from torch.cuda import Event
 from torch.utils._pytree import tree_map
 
 from bessemer.dist.stage import PhaseOutput, Phases

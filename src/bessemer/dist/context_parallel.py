@@ -35,7 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -160,8 +160,8 @@ def _attend(
 
 
 def attention(mla: MLA, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, cut: Cut) -> Tensor:
-    """`mla(x)` for this rank's tokens [B, t, D] of the whole rows; rope [t, R/2, 2] is for those tokens, segments [B, T]
-    are of the whole rows. A rank keeps nothing of other ranks' tokens."""
+    """`mla(x)` for this rank's tokens [B, t, D] of the whole rows; rope [t, R/2, 2] is for those tokens, segments
+    [B, T] are of the whole rows. A rank keeps nothing of other ranks' tokens."""
     q_BTHX = torch.cat(mla.queries(x_BTD, rope), -1)
     latent_BTX = mla.latent(x_BTD, rope)
     out = latent_core(q_BTHX, latent_BTX, mla.wkv_b.weight, mla.cfg.softmax_scale, segments_BT, cut)

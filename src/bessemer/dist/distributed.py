@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
+from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import mesh, schedules, sharded_checkpoint
 from bessemer.dist.context_parallel import refusal as split_refusal
 from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.dist.model_shard import ModelShard, gather_into, heldout_nats
 from bessemer.dist.ranks import Ranks
-from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.causal_lm import CausalLM, needs_transformers
@@ -155,9 +155,7 @@ def _empty_model(trainer: DistributedTrainer) -> Transformer:
     return Transformer(trainer.mesh.cfg).to(trainer.device).to_compute(trainer.runtime.compute_dtype)
 
 
-def save(
-    trainer: Trainer, directory: Path, tokenizer_dir: Path, kind: Literal["model", "ema"] = "model"
-) -> None:
+def save(trainer: Trainer, directory: Path, tokenizer_dir: Path, kind: Literal["model", "ema"] = "model") -> None:
     """Writes the trained network, or with kind "ema" its moving average, as a Hugging Face directory. On many ranks
     rank 0 writes it from the last checkpoint, one tensor at a time; the others do not wait."""
     if isinstance(trainer, DistributedTrainer):
@@ -198,17 +196,25 @@ def check(
     least, n_pipelines = schedules.micro_batches(schedule, layout.pp, 1), layout.dp * layout.ep
     if min(rows) < n_pipelines * least:
         raise UserError(
-            f'stage "{stage}": a step of {min(rows):.0f} rows is too small for {layout}: {n_pipelines} parallel pipelines '
-            f"need {least} micro-batches each ({schedule} on {layout.pp} pipeline ranks), {n_pipelines * least} rows in all; "
-            "raise batch_rows, or take fewer ranks or another [layout] schedule"
+            f'stage "{stage}": a step of {min(rows):.0f} rows is too small for {layout}: {n_pipelines} parallel '
+            f"pipelines need {least} micro-batches each ({schedule} on {layout.pp} pipeline ranks), "
+            f"{n_pipelines * least} rows in all; raise batch_rows, or take fewer ranks or another [layout] schedule"
         )
 
 
 def layout_of(layout_config: LayoutConfig, n: int) -> tuple[mesh.Layout, str, int]:
     """(layout of n ranks, schedule, slices of the model per pipeline rank)."""
-    dp = layout_config.dp if layout_config.dp != "auto" else max(1, n // (layout_config.pp * layout_config.ep * layout_config.cp))
+    dp = (
+        layout_config.dp
+        if layout_config.dp != "auto"
+        else max(1, n // (layout_config.pp * layout_config.ep * layout_config.cp))
+    )
     slices = schedules.stages_of(layout_config.schedule, layout_config.pp) // layout_config.pp
-    return mesh.Layout(layout_config.pp, dp, layout_config.ep, layout_config.node, layout_config.cp), layout_config.schedule, slices
+    return (
+        mesh.Layout(layout_config.pp, dp, layout_config.ep, layout_config.node, layout_config.cp),
+        layout_config.schedule,
+        slices,
+    )
 
 
 def _check_split(recipe: Recipe, stage: str, cp: int) -> None:

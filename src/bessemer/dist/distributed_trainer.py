@@ -31,7 +31,6 @@ from bessemer.train import balance, checkpoint, guard
 from bessemer.train.background import Background, HostCopies
 from bessemer.train.checkpoint import CheckpointReader, Damaged
 from bessemer.train.objective import Divided, Loss, Sums, balance_weight
-from bessemer.train.checkpointed import COUNTERS
 from bessemer.train.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -217,7 +216,9 @@ class DistributedTrainer(Trainer):
             peaks = [max((float(loss.peaks[name]) for loss in self._losses), default=-math.inf) for name in self._peaks]
             highest = self._reduced(peaks, dist.ReduceOp.MAX)
             values_by_name |= {f"train/{name}": value for name, value in zip(self._peaks, highest, strict=True)}
-        return Sums(list(batches), self._losses, divisor, int(all_tokens), int(all_rows), math.isfinite(total), values_by_name)
+        return Sums(
+            list(batches), self._losses, divisor, int(all_tokens), int(all_rows), math.isfinite(total), values_by_name
+        )
 
     def _reduced(self, values: list[float], how: dist.ReduceOp.RedOpType) -> list[float]:
         reduced = torch.tensor(values, dtype=torch.float64, device=self.device)

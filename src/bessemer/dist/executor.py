@@ -26,8 +26,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,9 +36,9 @@ from torch import Tensor
 
 from bessemer.dist import groups, watchdog
 from bessemer.dist.chunk import Chunk, Overlapped, Serial
+from bessemer.dist.completion import Completed, CompleteGradients
 from bessemer.dist.groups import Wanted
 from bessemer.dist.stage import Phases, Slice, holding
-from bessemer.dist.completion import CompleteGradients, Completed
 from bessemer.dist.table import Action, Pair, Table, actions
 from bessemer.model.deferred import Store
 from bessemer.model.segments import Segments
@@ -114,7 +114,7 @@ class Executor:
         zero afterwards, as before.
 
         What a GPU does for the first time (tuning and loading kernels, taking memory) waits for everything it has been
-        given, so also for messages that are under way; and the rank that is to take them may be waiting in the same way.
+        given, so also for messages that are under way; and the rank that is to take them may wait in the same way.
         Collective over the ranks of an exchange."""
         draw = torch.Generator(self._device).manual_seed(0)
         parameters = [parameter for part in self.slices.values() for parameter in part.parameters()]
@@ -171,7 +171,8 @@ class Executor:
         key, running = _of(pair.backward), True
         next(backward, None)  # the phase after the last exchange of a slice
         while running:
-            # 1: combine B next to attention W of the layer before and attention F; 3: dispatch B next to MLP W and MLP F
+            # 1: combine B next to attention W of the layer before and attention F
+            # 3: dispatch B next to MLP W and MLP F
             if running := _advance(backward):
                 self.store.run(key)
             running |= _advance(forward)

@@ -1,7 +1,7 @@
 """The pre-flight of many ranks: who is where, and how fast they reach each other, before a run waits for a slow link.
 
-Bandwidths follow nccl-tests, so that they compare with its figures and those of makers: bytes over time, times 2 (n-1)/n
-for an all-reduce and (n-1)/n for an all-to-all ("bus bandwidth").
+Bandwidths follow nccl-tests, so that they compare with its figures and those of makers: bytes over time, times
+2 (n-1)/n for an all-reduce and (n-1)/n for an all-to-all ("bus bandwidth").
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def measure(ranks: Ranks) -> dict[str, Any]:
     for kind, pairs in (("same host", _neighbours(who)), ("other host", _across(who, hosts))):
         for sender, receiver in pairs:
             seconds = _pair(ranks, data, sender, receiver)
-            facts["links"].append({"kind": kind, "from": sender, "to": receiver, "gigabytes_per_second": size / seconds / 1e9})
+            facts["links"].append(
+                {"kind": kind, "from": sender, "to": receiver, "gigabytes_per_second": size / seconds / 1e9}
+            )
     return facts
 
 
@@ -123,7 +125,9 @@ def notes(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
         odd = [rank for rank, one in enumerate(who) if one["device"] != who[0]["device"]]
         text = f"rank {odd[0]} has a {who[odd[0]]['device']} where rank 0 has a {devices[0]}; all wait for the slowest"
         found.append(("ranks", "slow", text))
-    found.append(("network", "ok", ", ".join(f"{what} {rate:,.3g} GB/s" for what, rate in rates.items()) + " (bus bandwidth)"))
+    found.append(
+        ("network", "ok", ", ".join(f"{what} {rate:,.3g} GB/s" for what, rate in rates.items()) + " (bus bandwidth)")
+    )
     for kind in dict.fromkeys(link["kind"] for link in facts["links"]):
         links = [link for link in facts["links"] if link["kind"] == kind]
         middle = statistics.median(link["gigabytes_per_second"] for link in links)
@@ -131,6 +135,8 @@ def notes(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
         for link in links:
             if link["gigabytes_per_second"] < SLOW * middle:
                 a, b = (f"rank {link[end]} ({who[link[end]]['host']})" for end in ("from", "to"))
-                text = f"{a} to {b}: {link['gigabytes_per_second']:,.3g} GB/s, {kind}; look at its card, cable and driver"
+                text = (
+                    f"{a} to {b}: {link['gigabytes_per_second']:,.3g} GB/s, {kind}; look at its card, cable and driver"
+                )
                 found.append(("links", "slow", text))
     return found

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -164,9 +164,7 @@ def _factors(world: int) -> Iterator[tuple[int, int]]:
 class Mesh:
     """The process groups of this rank. Collective over all ranks of the world."""
 
-    def __init__(
-        self, layout: Layout, cfg: ModelConfig, slices: int = 1, device: torch.device | None = None
-    ):
+    def __init__(self, layout: Layout, cfg: ModelConfig, slices: int = 1, device: torch.device | None = None):
         check(layout, cfg, dist.get_world_size(), slices)
         self.layout, self.cfg, self.me = layout, cfg, dist.get_rank()
         self.pp, self.dp, self.ep, self.cp = layout.place(self.me)

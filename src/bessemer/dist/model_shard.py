@@ -68,7 +68,9 @@ class ModelShard:
         parameters = shard._allocate(device, torch.float32)
         with torch.no_grad():
             mine = mesh.experts
-            wanted = whole.initial_values(seed, lambda name, expert: name in parameters and (expert is None or expert in mine))
+            wanted = whole.initial_values(
+                seed, lambda name, expert: name in parameters and (expert is None or expert in mine)
+            )
             for name, expert, values in wanted:
                 shard._put(parameters, name, expert, values)
         return shard
@@ -120,7 +122,7 @@ class ModelShard:
         return [rank for rank in holding(name, self.slices, self.holders) if rank != self.mesh.pp]
 
     def _allocate(self, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-        """Allocates a shard that was built on the meta device: norms are ones, buffers zeros, matrices uninitialised."""
+        """Allocates a shard that was built on the meta device: norms ones, buffers zeros, matrices uninitialised."""
         made: dict[int, nn.Parameter] = {}  # the embedding may be the head, too
         for module in self.model.modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -169,7 +171,8 @@ def gather_into(shard: ModelShard, into: Transformer | None) -> None:
 
 
 def rows_of(n_rows: int, n_pipelines: int, pipeline_index: int, micro: int) -> list[range]:
-    """The rows of a step that one of the data-parallel pipelines takes, split into micro-batches as evenly as possible."""
+    """The rows of a step that one of the data-parallel pipelines takes, split into micro-batches as evenly as can
+    be."""
     cuts, first = n_pipelines * micro, pipeline_index * micro
     return [range(n_rows * i // cuts, n_rows * (i + 1) // cuts) for i in range(first, first + micro)]
 

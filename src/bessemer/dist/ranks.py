@@ -191,7 +191,9 @@ class Ranks:
                     f"{values[rank][:60]} on rank {rank} ({facts_of[rank]['host']})"
                     for rank in (values.index(common), odd)
                 )
-                raise UserError(f"{what} differs between ranks: {values_shown}; give all of them the same and start again")
+                raise UserError(
+                    f"{what} differs between ranks: {values_shown}; give all of them the same and start again"
+                )
 
 
 def _device() -> tuple[torch.device, str]:
@@ -236,13 +238,15 @@ def launch(n: int, arguments: Sequence[str], progress: Callable[[], object], gpu
 
     if 0 < gpus < n:
         raise UserError(
-            f"{n} ranks need as many GPUs, this machine has {gpus}; make [layout] or --processes smaller, or start them "
-            "with torchrun on several machines (examples/)"
+            f"{n} ranks need as many GPUs, this machine has {gpus}; make [layout] or --processes smaller, or start "
+            "them with torchrun on several machines (examples/)"
         )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // n)))
     restarts, seen = 0, progress()
-    shutdown: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS} if "shutdown_timeout" in LaunchConfig.__dataclass_fields__ else {}
+    shutdown: dict[str, Any] = (
+        {"shutdown_timeout": SHUTDOWN_SECONDS} if "shutdown_timeout" in LaunchConfig.__dataclass_fields__ else {}
+    )
     while True:
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
@@ -270,5 +274,9 @@ def _ending(status: int) -> str:
     """How a rank with this exit status ended."""
     if status < 0:
         return f"was killed by {signal.Signals(-status).name}"
-    known = {watchdog.EXIT: "waited too long for another rank", watchdog.LOST: "lost another rank", 1: "failed (traceback above)"}
+    known = {
+        watchdog.EXIT: "waited too long for another rank",
+        watchdog.LOST: "lost another rank",
+        1: "failed (traceback above)",
+    }
     return known.get(status, f"ended with status {status}")

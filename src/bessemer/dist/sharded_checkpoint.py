@@ -72,7 +72,10 @@ class Saver:
 
         def finish() -> None:
             files = {_file(rank): digest for rank, digest in enumerate(sums) if digest}
-            for name, text in (("counters.json", counters), ("config.json", json.dumps(self.config, indent=1).encode())):
+            for name, text in (
+                ("counters.json", counters),
+                ("config.json", json.dumps(self.config, indent=1).encode()),
+            ):
                 files[name] = write_synced(temporary / name, [text])
             checkpoint.seal(temporary, step, files)
             checkpoint.put_in_place(temporary, self.state_dir, step, self.keep)

@@ -1,4 +1,4 @@
-"""A pipeline stage's slice of the network: some layers; the embedding on the first stage; norm, head and MTP on the last.
+"""A pipeline stage's slice of the network: layers; the embedding on the first stage; norm, head and MTP on the last.
 
 Parameters keep the names they have in the whole network (`layers.17.attn.wo.weight`).
 """
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from bessemer.dist.context_parallel import Attend, WholeAttend, WholeRows
 from bessemer.dist.expert_parallel import Exchange
-from bessemer.model.config import ModelConfig
 from bessemer.model.accounting import attention_params, embedding_params, ffn_params
+from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Layer
 from bessemer.model.moe import Experts
 from bessemer.model.norm import RMSNorm
@@ -97,8 +97,8 @@ class PhaseOutput(NamedTuple):
 
 
 Phases = Generator[PhaseOutput, PhaseOutput, Any]
-"""A forward that yields what each phase passes on and continues with what it is sent back: the same tensors, or the same
-detached from their graph. Computation and communication alternate; the first and the last phase compute."""
+"""A forward that yields what each phase passes on and continues with what it is sent back: the same tensors, or the
+same detached from their graph. Computation and communication alternate; the first and the last phase compute."""
 
 
 def through(
@@ -179,8 +179,9 @@ class Slice(nn.Module):
         return parts
 
     def _enter(self, part: int, x: Tensor) -> None:
-        """Forward comes to a part with x. Autograd runs the nodes of a graph that are ready by their age, youngest first,
-        and adds to gradients at once; so where it comes to the node that made x, it is done with all that followed."""
+        """Forward comes to a part with x. Autograd runs the nodes of a graph that are ready by their age, youngest
+        first, and adds to gradients at once; so where it comes to the node that made x, it is done with all that
+        followed."""
         self.reads(part)
         if x.grad_fn is not None:
             x.grad_fn.register_prehook(lambda _: self._leave(part))

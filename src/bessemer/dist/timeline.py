@@ -1,7 +1,7 @@
 """The timeline of a schedule: when every step happens, given the time of each step and of a message; as text and SVG.
 
-The planner supplies measured or estimated times (`plan.step_time`); with the unit times of `Costs` and free messages the
-timeline shows the schedule itself (V3 Fig. 5).
+The planner supplies measured or estimated times (`plan.step_time`); with the unit times of `Costs` and free messages
+the timeline shows the schedule itself (V3 Fig. 5).
 
 Text: one row per rank, time to the right. F3 is the forward of micro-batch 3, B its backward, I and W the two halves of
 a split backward, F3&B1 an overlapped pair. Lower-case letters are lane 1, the micro-batches that enter at the last

@@ -146,15 +146,17 @@ class Watchdog:
             doing = doing._replace(since=now - waited)
             try:
                 ranks = None if doing.ranks is None else list(doing.ranks)
-                self.store.set(f"watchdog/{self.me}", json.dumps([now, RankStatus.step, doing.what, ranks, doing.since]))
+                self.store.set(
+                    f"watchdog/{self.me}", json.dumps([now, RankStatus.step, doing.what, ranks, doing.since])
+                )
                 if doing.ranks is not None and waited > self.timeout:
                     self._give_up(doing, now)
                 if self.store.check([OVER]) and doing.ranks is not None and waited > self.every:
                     self._end(EXIT if self.store.check([HUNG]) else LOST)
             except RuntimeError:  # the process with the store is gone: the main thread will notice, if it can
-                if RankStatus.mark is not None and not self._over.wait(self.every):
-                    if RankStatus.current().ranks is not None:
-                        os._exit(LOST)
+                alone = RankStatus.mark is not None and not self._over.wait(self.every)
+                if alone and RankStatus.current().ranks is not None:
+                    os._exit(LOST)
                 return
             if self._over.wait(self.every):
                 return
@@ -209,9 +211,8 @@ def hang_report(me: int, doing: Activity, step: int, others: list[list[Any] | No
             silent.append(f"rank {rank} has not reported for {now - status[0]:.0f} s, last in {_position(status)}")
         elif status[3] is None:
             busy.append(f"rank {rank} has been in {_position(status)} for {now - status[4]:.0f} s")
-    report = (
-        f"rank {me} has waited {now - doing.since:.0f} s for {doing.what} of {_ranks(doing.ranks or [], me)} in step {step}"
-    )
+    whom = _ranks(doing.ranks or [], me)
+    report = f"rank {me} has waited {now - doing.since:.0f} s for {doing.what} of {whom} in step {step}"
     suspects = silent or busy
     if suspects:
         more = f"; and {len(suspects) - 4} more" if len(suspects) > 4 else ""

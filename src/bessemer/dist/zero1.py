@@ -35,9 +35,9 @@ from bessemer.train.update_rules import adamw_
 from bessemer.workers import Workers
 
 BUCKET = 1 << 26
-"""Elements from which on a bucket is full. Its float32 gradients, 256 MB, take by calculation 1 ms on NVLink and 5 ms on
-400 Gb/s: a hundred times the start of a collective, and little to wait for at the end of a backward. Models below this
-size have nothing to gain."""
+"""Elements from which on a bucket is full. Its float32 gradients, 256 MB, take by calculation 1 ms on NVLink and 5 ms
+on 400 Gb/s: a hundred times the start of a collective, and little to wait for at the end of a backward. Models below
+this size have nothing to gain."""
 FILLING = 1 / 256
 """Most that a full bucket may be filled up to equal shares; else it takes more parameters."""
 
@@ -70,7 +70,8 @@ class ShardedGroup(Group):
     """One bucket: parameters as flat vectors, of which this rank updates one share."""
 
     def __init__(
-        self, members: Members, decay: float, moments: torch.dtype, ranks: dist.ProcessGroup, holders: int, whole: bool = False
+        self, members: Members, decay: float, moments: torch.dtype, ranks: dist.ProcessGroup, holders: int,
+        whole: bool = False,
     ):  # fmt: skip
         self.ranks, self.holders = ranks, holders
         super().__init__(members, decay, moments, dist.get_world_size(ranks), dist.get_rank(ranks), whole)
@@ -140,7 +141,8 @@ class ShardedMuonGroup(ShardedGroup):
     MOMENTS = ("m",)
 
     def __init__(
-        self, members: Members, decay: float, moments: torch.dtype, ranks: dist.ProcessGroup, holders: int, stacked: dict[str, int]
+        self, members: Members, decay: float, moments: torch.dtype, ranks: dist.ProcessGroup, holders: int,
+        stacked: dict[str, int],
     ):  # fmt: skip
         super().__init__(members, decay, moments, ranks, holders, whole=True)
         mine = [

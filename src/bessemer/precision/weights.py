@@ -30,19 +30,19 @@ LEFT_FREE = 0.06
 """Share of a GPU that is never filled: as the planner (`plan.hardware`), for the runtime and fragmentation."""
 
 
-class Recipe(Protocol):
-    """An `FP8Recipe`."""
+class WeightQuantiser(Protocol):
+    """What is asked of an `FP8Recipe`."""
 
     def quantised_weight(self, weight: Tensor) -> Operand: ...
 
 
-def operand(weight: Tensor, recipe: Recipe) -> Operand:
+def operand(weight: Tensor, recipe: WeightQuantiser) -> Operand:
     """The weight [..., N, K] as forward multiplies by it."""
     kept = getattr(weight, KEPT, None)
     return recipe.quantised_weight(weight) if kept is None else kept.entry(weight, recipe).operand
 
 
-def turned(weight: Tensor, recipe: Recipe) -> Operand:
+def turned(weight: Tensor, recipe: WeightQuantiser) -> Operand:
     """The weight transposed, [..., K, N], as backward multiplies by it."""
     kept = getattr(weight, KEPT, None)
     if kept is None:
@@ -80,7 +80,7 @@ class KeptWeights:
             setattr(weight, KEPT, self)
         self.copies = 1 if self._device.type == "cpu" else 0
 
-    def entry(self, weight: Tensor, recipe: Recipe) -> _Entry:
+    def entry(self, weight: Tensor, recipe: WeightQuantiser) -> _Entry:
         state = (int(self.epoch), weight._version, weight.data_ptr(), recipe)
         found = self._entries.get(id(weight))
         if found is None or found.state != state:
