@@ -63,7 +63,7 @@ def over_seeds(values: Sequence[float], confidence: float = 0.95) -> Interval:
 
 
 def smallest_visible(values: Sequence[float], confidence: float = 0.95) -> float:
-    """t s sqrt(1/n): an effect smaller than this could not have been told from none."""
+    """t s sqrt(1/n): the smallest effect that this run could have distinguished from zero."""
     n = len(values)
     if n < 2:
         return math.inf

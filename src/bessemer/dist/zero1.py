@@ -8,7 +8,7 @@ two pipeline ranks hold (`Executor.sum_shared` has made their gradients equal) c
 Vectors are buckets of neighbouring parameters. The sum of a bucket starts in the last backward of a step, as soon as it
 has the last of its gradients (`completed`); where other pipeline ranks hold the same parameters, after their sum, at
 the end. Updated buckets are gathered in the order in which forward reads them, and forward waits for each where it
-first reads it (`needed`); whoever else reads the weights calls `settle` before. On a GPU only the stream waits.
+first reads it (`needed`); other code that reads the weights calls `settle` first. On a GPU only the stream waits.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class Zero1(Optimizer):
             self._group_of[parameter].complete(parameter)
 
     def needed(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Whoever computes with these waits for them."""
+        """Code that computes with these waits for them."""
         for parameter in parameters:
             self._group_of[parameter].wait()
 

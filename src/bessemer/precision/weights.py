@@ -10,7 +10,7 @@ Bits are the same either way, so every rank may decide for itself how much it ke
 
 A CPU keeps one. A GPU keeps none in its first step, which shows how much memory is left over, and then as many as fit.
 
-All products of a layer run on one stream (`dist.chunk`), so an operand is ready for whoever finds it here.
+All products of a layer run on one stream (`dist.chunk`), so an operand found here is ready.
 """
 
 from __future__ import annotations

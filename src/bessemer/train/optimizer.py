@@ -56,7 +56,7 @@ class Optimizer:
         self.steps = 0
         """Steps applied; skipped ones do not count."""
         self.copied: torch.cuda.Event | None = None
-        """Until then another stream reads masters and moments, and whoever changes them waits."""
+        """Until then another stream reads masters and moments; code that changes them waits."""
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         values = [p.detach() for _, p in named]
