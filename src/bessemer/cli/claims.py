@@ -1,4 +1,4 @@
-"""`bessemer claims`: what is said of DeepSeek-R1, claim by claim, with evidence."""
+"""`bessemer claims`: published claims about DeepSeek-V3 and R1, each with its evidence."""
 
 from __future__ import annotations
 

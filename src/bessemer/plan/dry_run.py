@@ -73,7 +73,7 @@ class DryRun:
 def of_recipe(recipe: Recipe, world: int | None = None, device_name: str | None = None) -> DryRun:
     """The dry run of a recipe's pre-training on `world` ranks (None: as few as [layout] needs); UserError for an
     impossible layout."""
-    settings, cfg, length = pretraining(recipe, needed_for="--dry-run is for")
+    settings, cfg, length = pretraining(recipe, needed_for="--world, --processes and --device lay out")
     n = world or recipe.layout.fewest
     layout, *_ = distributed.layout_of(recipe.layout, n)
     distributed.check(recipe, settings.name, settings.batch_rows.values, cfg, n)
