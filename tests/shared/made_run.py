@@ -11,13 +11,17 @@ TEXTS = ["the quick brown fox jumps over the lazy dog", "<think>two</think> <ans
 CONTEXT = 64
 
 
-def write_run(root, context=CONTEXT):
+def write_run(root, context=CONTEXT, endless=False):
+    """`endless`: at temperature 0 the model never ends its answer, whatever the machine's arithmetic."""
     stage = root / "01-zero"
     stage.mkdir(parents=True)
     (root / "recipe.toml").write_text('name = "tiny"\n[[stage]]\nkind = "rl"\nname = "zero"\n')
     write_json(stage / "stage.json", {"fingerprint": "f", "identity": {"kind": "rl"}, "inputs": {}})
     Tokenizer.train(TEXTS, 300).save(root / "tokenizer")
     cfg = preset("tiny", vocab_size=300, dim=32, n_layers=2, max_seq_len=context, init_std=0.12)
-    Transformer(cfg).initialise(0).save(stage / "model", tokenizer_dir=root / "tokenizer")
+    model = Transformer(cfg).initialise(0)
+    if endless:
+        model.head.weight.data[Tokenizer.load(root / "tokenizer").stop_ids] = 0  # some other logit is above 0
+    model.save(stage / "model", tokenizer_dir=root / "tokenizer")
     write_done(stage, {"fingerprint": "f", "inputs": {}}, {}, 1.0)
     return root

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -88,7 +89,18 @@ def _reader() -> Callable[[str], str]:
         from prompt_toolkit.completion import WordCompleter
 
         words = [command.split()[0] for command in COMMANDS]
-        return PromptSession(completer=WordCompleter(words, sentence=True), complete_while_typing=False).prompt
+        session = PromptSession[str](completer=WordCompleter(words, sentence=True), complete_while_typing=False)
+
+        def edited(prompt: str) -> str:
+            # The editor takes Ctrl-C itself. One that comes while it sets up would tear its event loop, and there is
+            # nothing yet that it could end.
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            try:
+                return session.prompt(prompt)
+            finally:
+                signal.signal(signal.SIGINT, before)
+
+        return edited
 
     def line(prompt: str) -> str:
         read = sys.stdin.buffer.readline()
