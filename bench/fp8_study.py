@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from bessemer.data.batch import Batch
 from bessemer.data.rows import open_rows
+from bessemer.eval.intervals import over_seeds
 from bessemer.hf.hub import load
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.report import card, comparisons
@@ -77,8 +78,7 @@ def verdict(gaps: list[comparisons.FormatGap]) -> str:
     interval = {}
     lines = []
     for name, values in measures.items():
-        middle, between = comparisons.over_seeds(values)
-        assert between is not None, "three seeds to ten"
+        middle, *between = over_seeds(values)
         interval[name] = between
         each = ", ".join(f"{value:+.3f}" for value in values)
         lines.append(f"{name:26} {middle:+.3f} %, 95 % {between[0]:+.3f} to {between[1]:+.3f}   ({each})")
@@ -117,8 +117,8 @@ def same_weights(run: Path) -> dict[str, dict[str, list[float]]]:
         for measure, values in list(figures.items()):
             more = [value - base for value, base in zip(values, paper[measure], strict=True)]
             for what, of in (("", values), (" - paper's", more)):
-                middle, between = comparisons.over_seeds(of)
-                interval = f"95 % {between[0]:+.4f} to {between[1]:+.4f}" if between else ""
+                middle, low, high = over_seeds(of)
+                interval = f"95 % {low:+.4f} to {high:+.4f}" if len(of) > 1 else ""
                 print(f"{name:16} {measure + what:28} {middle:+9.4f}  {interval}")
     return found
 

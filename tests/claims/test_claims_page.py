@@ -7,8 +7,8 @@ from browser import chromium, violations
 
 from bessemer.claims import page, registry
 from bessemer.claims.registry import Part
-from bessemer.claims.statistics import Interval
 from bessemer.claims.verdict import Outcome, PartFinding
+from bessemer.eval.intervals import Interval
 
 
 @pytest.fixture(scope="module")

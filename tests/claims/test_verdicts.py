@@ -3,7 +3,6 @@
 import pytest
 
 from bessemer.claims.registry import ClaimEntry, ClaimRule, Part, PublishedScore, Rules, rules
-from bessemer.claims.statistics import Interval
 from bessemer.claims.verdict import (
     ClaimVerdict,
     Evidence,
@@ -16,6 +15,7 @@ from bessemer.claims.verdict import (
     run,
     score,
 )
+from bessemer.eval.intervals import Interval
 
 HOLDS, WEAK, UNCLEAR, FAILS, OPEN = Outcome.HOLDS, Outcome.WEAK, Outcome.UNCLEAR, Outcome.FAILS, Outcome.OPEN
 GAIN = Part(kind="R", side="above", metric="gain", threshold=0.0, margin=0.1)

@@ -38,13 +38,6 @@ def test_the_gap_is_that_of_smoothed_losses():
     assert one.settled == one.gap[4:]
 
 
-def test_the_interval_over_seeds():
-    """t(0.975, 2) = 4.302653 by the table; s = 0.1."""
-    middle, interval = comparisons.over_seeds([0.1, 0.2, 0.3])
-    assert middle == pytest.approx(0.2) and interval == pytest.approx((-0.04841, 0.44841), abs=1e-4)
-    assert comparisons.over_seeds([0.1]) == (0.1, None)
-
-
 def test_only_stages_that_share_all_else_are_compared():
     stages = [
         stage("one", curve(0.0)),

@@ -12,8 +12,8 @@ from typing import Any
 
 from bessemer.claims import registry, verdict
 from bessemer.claims.registry import ClaimEntry, Text, claims, data, experiments
-from bessemer.claims.statistics import holm
 from bessemer.claims.verdict import ClaimVerdict, Evidence, Measured, Outcome, PartFinding
+from bessemer.eval.intervals import holm
 
 
 @dataclass(frozen=True)

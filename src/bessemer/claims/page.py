@@ -17,8 +17,8 @@ from bessemer import __version__
 from bessemer.claims import exact, planned
 from bessemer.claims.cards import Card, counts
 from bessemer.claims.registry import claims, data, experiments, rules, rules_hash
-from bessemer.claims.statistics import Interval
 from bessemer.claims.verdict import ClaimVerdict, PartFinding
+from bessemer.eval.intervals import Interval
 from bessemer.report import page
 from bessemer.report.page import Html
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from bessemer.claims.registry import ClaimEntry, Part, PublishedScore, Rules
-from bessemer.claims.statistics import Interval, equivalent, over_seeds, p_value, shares_apart, smallest_visible, wider
+from bessemer.eval.intervals import Interval, equivalent, over_seeds, p_value, shares_apart, smallest_visible, wider
 
 
 class ClaimVerdict(StrEnum):

@@ -58,7 +58,7 @@ def run(
     if dry_run:
         _dry_run(recipe, set_ or [], world or processes, device, as_json)
         return
-    _check_used("--dry-run", False, {"world": world, "device": device})
+    check_used("--dry-run", False, {"world": world, "device": device})
     from bessemer.cli import many
     from bessemer.config.recipe import Recipe
     from bessemer.config.units import show_seconds
@@ -120,7 +120,7 @@ def _conformance(recipe: Path, overrides: list[str], as_json: bool) -> None:
     table = Table("", "item", "in the paper", "here", title=conformance_summary(found), title_justify="left")
     for row in sorted(found, key=lambda row: CONFORMANCE_STATES.index(row["state"])):
         table.add_row(*(Text(row[key]) for key in ("state", "item", "paper", "here")))
-    _print_table(table)
+    print_table(table)
 
 
 def _dry_run(recipe: Path, overrides: list[str], world: int | None, device: str | None, as_json: bool) -> None:
@@ -236,9 +236,9 @@ def evaluate(
             "max_new_tokens": max_tokens, "seed": seed}  # fmt: skip
     theirs = {"include": include, "limit": limit, "chat": None if chat is None else chat is YesNo.yes}
     of_suite = {"only": only, "data": data, "answers": answers, "out": out}
-    _check_used("--task", task or suite, ours)
-    _check_used("--lm-eval", lm_eval, theirs)
-    _check_used("--suite", suite, of_suite)
+    check_used("--task", task or suite, ours)
+    check_used("--lm-eval", lm_eval, theirs)
+    check_used("--suite", suite, of_suite)
     if not task and not lm_eval and not suite:
         raise UserError("nothing to evaluate on: name a task with --task (bessemer eval MODEL --task countdown)")
     if (model is None) == (answers is None):
@@ -251,40 +251,40 @@ def evaluate(
             raise UserError("--suite goes with neither --task, --lm-eval nor --k; make two calls")
         from bessemer.eval import suite_run
 
-        result = suite_run.evaluate_suite(folder, suite=suite, **_given(ours | of_suite | {"only": _names(only)}))
+        result = suite_run.evaluate_suite(folder, suite=suite, **chosen(ours | of_suite | {"only": _names(only)}))
         if as_json:
             print_json(result)
         else:
-            _print_table(evaluation.suite_table(result["rows"]))
+            print_table(evaluation.suite_table(result["rows"]))
         return
     assert folder is not None, "only a suite is scored without a model"
     if task:
-        rows += evaluation.evaluate(folder, names=task, **_given(ours))
+        rows += evaluation.evaluate(folder, names=task, **chosen(ours))
     if lm_eval:
-        rows += evaluation.evaluate_lm_eval(folder, names=_names(lm_eval), **_given(theirs))
+        rows += evaluation.evaluate_lm_eval(folder, names=_names(lm_eval), **chosen(theirs))
     if as_json:
         print_json({"model": str(folder), "rows": rows})
         return
-    _print_table(evaluation.table(rows))
+    print_table(evaluation.table(rows))
 
 
 def _names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
-def _print_table(table: "RenderableType") -> None:
+def print_table(table: "RenderableType") -> None:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
+def chosen(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _check_used(what_for: str, used: object, options: dict[str, Any]) -> None:
+def check_used(what_for: str, used: object, options: dict[str, Any]) -> None:
     """UserError for options that have no effect."""
-    if not used and (given := _given(options)):
+    if not used and (given := chosen(options)):
         name = next(iter(given)).replace("max_new_tokens", "max_tokens").replace("_", "-")
         raise UserError(f"--{name} has no effect without {what_for}; add {what_for}, or leave it out")
 

@@ -14,6 +14,7 @@ A row is one model on one task at one way of sampling:
     pass_at_1              mean over problems and samples
     pass_at_k, maj_at_k    unbiased (Chen et al. 2021); maj@k is the paper's cons@k, see `tasks/verdict_metrics.py`
     *_interval             [low, high] of each of the three: 95 % over problems (`verdict_metrics.mean_interval`)
+    by_problem             {problem: share of its answers that are right}; a problem is named by a hash of its text
     by_difficulty          {difficulty: {n, pass_at_1}}; {} where the task states none
     mean_length            tokens per answer; null where a file of answers does not say
     formatted, truncated   shares of answers in the required form; that ran into the length cap (null as above)
@@ -133,6 +134,7 @@ def judge(
         "pass_at_k_interval": _interval(score, f"pass@{k}"),
         "maj_at_k": score[f"maj@{k}"],
         "maj_at_k_interval": _interval(score, f"maj@{k}"),
+        "by_problem": dict(zip(_named(problems), metrics.pass_at_1(verdicts), strict=True)),
         "by_difficulty": metrics.by_difficulty(verdicts, [problem.meta.get("difficulty") for problem in problems]),
         "mean_length": sum(lengths) / len(lengths) if len(lengths) == len(answers) else None,
         "formatted": score["formatted"],
@@ -142,6 +144,17 @@ def judge(
         "truncated": ends.count("length") / len(ends) if len(ends) == len(answers) else None,
         "reasons": metrics.reasons(verdicts),
     }
+
+
+def _named(problems: Sequence[Problem]) -> list[str]:
+    """A name for each problem that says whether another evaluation asked the same; one that comes again is numbered."""
+    names: list[str] = []
+    seen: Counter[str] = Counter()
+    for problem in problems:
+        name = f"{stable_hash(problem.language, problem.prompt):016x}"[:12]
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return names
 
 
 def heldout(task: Task, problems: int) -> list[Problem]:

@@ -15,9 +15,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from bessemer.eval.intervals import over_seeds
 from bessemer.eval.tables import LONG_FILE, Row, Score, StageTable, TableRow, short_loss, stage_tables
 from bessemer.report import charts, page, panels
 from bessemer.report.charts import Curve
@@ -200,8 +201,6 @@ BOUND = 0.25
 _FORMAT = ("precision", "fp8", "moments")
 _IGNORED = (*_FORMAT, "name", "save_seconds", "micro_rows", "compile", "validate_every", "sample_every", "first_sample")
 _HEADS = ("format", "seeds", "mean gap %", "95 %", "largest %", "held-out %", "95 %")
-_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t for a two-sided 95 % interval, from one degree of freedom on."""
 
 
 @dataclass(frozen=True)
@@ -271,23 +270,14 @@ def _by_label(gaps: Sequence[FormatGap]) -> dict[str, list[FormatGap]]:
     return {label: [gap for gap in gaps if gap.label == label] for label in dict.fromkeys(gap.label for gap in gaps)}
 
 
-def over_seeds(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
-    """Mean of one value per seed, and Student's 95 % interval; None for a single seed, or for more than ten."""
-    n, middle = len(values), mean(values)
-    if not 1 < n <= len(_T_95) + 1:
-        return middle, None
-    half = _T_95[n - 2] * stdev(values) / n**0.5
-    return middle, (middle - half, middle + half)
-
-
 def _format_rows(gaps: Sequence[FormatGap]) -> list[list[str]]:
     """One row per format; "largest" is the largest magnitude over steps and seeds."""
 
     def shown(values: list[float]) -> list[str]:
         if not values:
             return ["-", "-"]
-        middle, interval = over_seeds(values)
-        return [f"{middle:+.3f}", f"{interval[0]:+.3f} to {interval[1]:+.3f}" if interval else "-"]
+        middle, low, high = over_seeds(values)
+        return [f"{middle:+.3f}", f"{low:+.3f} to {high:+.3f}" if len(values) > 1 else "-"]
 
     return [
         [

@@ -1,6 +1,6 @@
 """Intervals and tests for a handful of seeds: Student's t, its distribution in closed form, Holm, shares of problems.
 
-A seed is the unit: `values` are differences taken inside each seed.
+A seed is the unit: `values` are differences taken inside each seed. One seed has an interval without ends.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import statistics
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
+
+import numpy as np
 
 from bessemer.tasks.verdict_metrics import bootstrap, wilson
 
@@ -114,3 +116,14 @@ def shares_apart(one: float, other: float, problems: int) -> Interval:
 def over_problems(rates: Sequence[Sequence[float]]) -> Interval:
     """The mean of the seeds' rates of the same problems, with the bootstrap interval over the problems."""
     return Interval(*bootstrap([statistics.fmean(of_seeds) for of_seeds in zip(*rates, strict=True)]))
+
+
+def stratified(groups: Sequence[Sequence[float]], seed: int = 0, resamples: int = 2000) -> Interval:
+    """The mean of the groups' means, with the 95 % percentile bootstrap inside every group."""
+    rng = np.random.default_rng(seed)
+    means = []
+    for values in groups:
+        sample = np.asarray(values, dtype=np.float64)
+        means.append(sample[rng.integers(len(sample), size=(resamples, len(sample)))].mean(axis=1))
+    low, high = np.quantile(np.mean(means, axis=0), [0.025, 0.975])
+    return Interval(statistics.fmean(map(statistics.fmean, groups)), float(low), float(high))

@@ -1,0 +1,62 @@
+"""Commands that set two things side by side: two models, or a recipe and the same with changes."""
+
+from typing import Annotated, Any
+
+import typer
+
+from bessemer.cli.common import AsJson, NoVerify, app, print_json
+from bessemer.cli.runs import check_used, chosen, print_table
+
+Side = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL[,MODEL]",
+        help="A model directory, a run, or RUN/STAGE; of one model trained with several seeds, all of them.",
+    ),
+]
+
+
+@app.command()
+def compare(
+    first: Side,
+    second: Side,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Ask both this task anew, such as countdown; may be repeated. Default: the evaluations of their runs."
+        ),
+    ] = None,
+    problems: Annotated[int | None, typer.Option(min=1, help="Held-out problems per task. Default: 100.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Answers per problem. Default: 8.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="Default: 1.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus threshold. Default: 1.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens per answer. Default: 200.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same answers. Default: 0.")] = None,
+    common: Annotated[
+        bool, typer.Option("--common", help="Where other problems were asked: compare on those that are the same.")
+    ] = False,
+    no_verify: NoVerify = False,
+    as_json: AsJson = False,
+) -> None:
+    """Whether one model is better than another, problem by problem: pass@1 with an interval of the difference."""
+    from bessemer.eval import paired
+    from bessemer.runs.directory import model_dir
+
+    options = {"problems": problems, "samples": samples, "temperature": temperature, "top_p": top_p,
+               "max_new_tokens": max_tokens, "seed": seed}  # fmt: skip
+    check_used("--task", task, options)
+    sides = [[model_dir(name.strip()) for name in side.split(",") if name.strip()] for side in (first, second)]
+
+    def rows(folder: Any) -> list[dict[str, Any]]:
+        if not task:
+            return paired.evaluated(folder)
+        from bessemer.eval import evaluate
+
+        return evaluate.evaluate(folder, names=task, **chosen(options))
+
+    one, other = ([paired.rates(rows(folder), str(folder)) for folder in side] for side in sides)
+    lines = paired.compare(one, other, common)
+    if as_json:
+        print_json({"first": first, "second": second, "rows": paired.facts(lines)})
+    else:
+        print_table(paired.table(lines, first, second))

@@ -1,0 +1,170 @@
+"""Two models on the same problems: by how much their pass@1 differs, with an interval over problems and seeds.
+
+Problems differ in difficulty far more than models do, so the difference is taken inside each problem before anything is
+averaged. A side is one model, or several that differ in their seed alone; seeds are paired in the order given. The
+interval of several seeds is the wider of Student's over the seeds and the bootstrap over the problems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from bessemer.errors import UserError
+from bessemer.eval.intervals import Interval, over_seeds, shares_apart, stratified, wider
+from bessemer.eval.tables import Row
+from bessemer.runs.directory import stage_folders
+from bessemer.runs.files import read_json
+from bessemer.tasks.verdict_metrics import FEW
+
+
+class Asked(NamedTuple):
+    """What was asked, and how answers were sampled."""
+
+    task: str
+    language: str
+    temperature: float
+    top_p: float
+
+    def __str__(self) -> str:
+        nucleus = "" if self.top_p == 1 else f", top-p {self.top_p:g}"
+        return f"{self.task} {self.language}, T {self.temperature:g}{nucleus}"
+
+
+Rates = Mapping[str, float]
+"""Problem (see `scoring`) -> share of its answers that are right."""
+Model = Mapping[Asked, Rates]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """pass@1 of the second side less that of the first."""
+
+    asked: str
+    n: int
+    """Problems."""
+    seeds: int
+    first: float
+    second: float
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        if self.low > 0:
+            return "the second is better"
+        return "the first is better" if self.high < 0 else "no difference that can be told"
+
+
+def rates(rows: Iterable[Row], name: str) -> dict[Asked, Rates]:
+    """A model's evaluation rows by what was asked; of two rows that ask the same the last counts."""
+    found: dict[Asked, Rates] = {}
+    for row in rows:
+        if row["domain"] == "lm-eval":
+            continue
+        if "by_problem" not in row:
+            raise UserError(
+                f"{name} was evaluated by an earlier version, which did not keep the result of every problem; ask anew "
+                f"with --task {row['task']}"
+            )
+        found[Asked(row["task"], row["language"], row["temperature"], row["top_p"])] = row["by_problem"]
+    return found
+
+
+def evaluated(model_dir: Path) -> list[Row]:
+    """The rows of a model in the evaluations of its own run; none outside a run."""
+    stage = model_dir.parent
+    if not (stage / "stage.json").is_file():
+        return []
+    folders = stage_folders(stage.parent)
+    name = next((name for _, name, folder in folders if folder.name == stage.name), None)
+    results = [read_json(folder / "results.json") or {} for _, _, folder in folders]
+    return [row for result in results for row in result.get("rows", []) if row.get("model") == name]
+
+
+def compare(first: Sequence[Model], second: Sequence[Model], common: bool = False) -> list[Difference]:
+    """A difference for everything that all models were asked, and if that is more than one thing, their mean. `common`:
+    on the problems that all were asked; without it different problems are refused."""
+    if len(first) != len(second) and 1 not in (len(first), len(second)):
+        raise UserError(
+            f"{len(first)} models against {len(second)}: name as many seeds on both sides, or one model on one of them"
+        )
+    models = [*first, *second]
+    keys = [key for key in models[0] if all(key in model for model in models)]
+    if not keys:
+        each = "; ".join(", ".join(map(str, model)) or "nothing" for model in models)
+        raise UserError(f"the models were asked nothing in common ({each}); ask both anew with --task")
+    lines, columns = [], []
+    for key in keys:
+        problems = _problems(key, [model[key] for model in models], common)
+        sides = [[[model[key][problem] for problem in problems] for model in side] for side in (first, second)]
+        columns.append(sides)
+        lines.append(_difference(str(key), [sides]))
+    return [*lines, _difference(f"mean of these {len(keys)}", columns)] if len(keys) > 1 else lines
+
+
+def _problems(key: Asked, asked: Sequence[Rates], common: bool) -> list[str]:
+    shared = [problem for problem in asked[0] if all(problem in one for one in asked)]
+    if len(shared) < max(map(len, asked)) and not common:
+        counts = " and ".join(str(len(one)) for one in asked)
+        how = f"--common compares them on those {len(shared)}" if shared else "ask both anew with --task"
+        raise UserError(f"{key}: the models were asked {counts} problems, of which {len(shared)} are the same; {how}")
+    if not shared:
+        raise UserError(f"{key}: the models were asked no problem in common; ask both anew with --task")
+    return shared
+
+
+def _difference(name: str, tasks: Sequence[Sequence[Sequence[Sequence[float]]]]) -> Difference:
+    """Over tasks, which count the same: [task][side][seed][problem]."""
+    seeds = max(len(side) for side in tasks[0])
+    first, second = (fmean(fmean(map(fmean, sides[place])) for sides in tasks) for place in (0, 1))
+    by_seed = [
+        fmean(fmean(sides[1][seed % len(sides[1])]) - fmean(sides[0][seed % len(sides[0])]) for sides in tasks)
+        for seed in range(seeds)
+    ]
+    inside = [
+        [
+            fmean(theirs) - fmean(ours)
+            for ours, theirs in zip(zip(*sides[0], strict=True), zip(*sides[1], strict=True), strict=True)
+        ]
+        for sides in tasks
+    ]
+    n = sum(map(len, inside))
+    interval = stratified(inside)
+    if sum(value != 0 for values in inside for value in values) < FEW:  # resampling sees too little spread
+        interval = wider(interval, shares_apart(second, first, n))
+    if seeds > 1:
+        interval = wider(interval, over_seeds(by_seed))
+    middle = second - first
+    return Difference(name, n, seeds, first, second, middle, *_around(middle, interval))
+
+
+def _around(middle: float, interval: Interval) -> tuple[float, float]:
+    return min(middle, interval.low), max(middle, interval.high)
+
+
+def facts(lines: Sequence[Difference]) -> list[dict[str, Any]]:
+    """For JSON."""
+    return [asdict(line) | {"verdict": line.verdict} for line in lines]
+
+
+def table(lines: Sequence[Difference], first: str, second: str) -> Table:
+    """For the terminal, in points of per cent."""
+    seeds = lines[0].seeds
+    basis = f"{seeds} seeds" if seeds > 1 else "one seed of each, which says nothing about other seeds"
+    title = f"first: {first}\nsecond: {second}\n{basis}"
+    grid = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("pass@1", "n", "first", "second", "points", "95 % interval", ""):
+        grid.add_column(column, justify="left" if column in ("pass@1", "") else "right")
+    for line in lines:
+        shares = [f"{100 * share:.1f} %" for share in (line.first, line.second)]
+        between = f"{100 * line.low:+.1f} to {100 * line.high:+.1f}"
+        points = f"{100 * line.difference:+.1f}"
+        grid.add_row(line.asked, str(line.n), *shares, points, between, line.verdict)
+    return grid
