@@ -232,11 +232,30 @@ def test_fillers_are_computed_and_never_counted(name, layout, fp8, phases):
 def without_mtp(rank, layout):
     """lambda 0: the modules neither run nor count tokens."""
     training = across(layout, "1f1b", terms=TERMS | {"mtp_lambda": 0.0})
-    return training.update(batches(0, 0, 2))
+    return training.update(batches(0, 0, 2)), [reading(layout, ahead) for ahead in (False, True)]
 
 
-def test_a_weight_of_zero_leaves_mtp_out():
-    found = on_ranks(2, without_mtp, Layout(2, 1, 1))
+def reading(layout, ahead):
+    """Three steps from rows, the last with one row alone."""
+    training, asked, logged = across(layout, "1f1b", read_ahead=ahead), [], []
+    runtime, T = training.runtime, batch(0, False).tokens_BT.shape[1]
+    runtime.tokens, runtime.batch_rows = 5 * T, lambda tokens: 2 if tokens < 4 * T else 1
+
+    def rows(first, n):
+        asked.append((training.reading // T, first, n))
+        return batch(first, False).rows(0, n)
+
+    training.batches, training.log = rows, lambda step, tokens, values: logged.append(values["train/total"])
+    assert training.run()
+    return asked, logged, training.tokens // T, training.rows
+
+
+def test_a_weight_of_zero_leaves_mtp_out_and_reading_ahead_changes_nothing():
+    both = on_ranks(2, without_mtp, Layout(2, 1, 1))
+    for _, (plain, ahead) in both:
+        assert plain == ahead and plain[2:] == (5, 5)
+        assert plain[0] == [(0, 0, 1), (0, 1, 1), (2, 2, 1), (2, 3, 1), (4, 4, 1)]
+    found = [values for values, _ in both]
     model = model_of(CFG)
     model.train()
     losses = [next_token(model, b, 0.0, TERMS["balance_alpha"]) for b in batches(0, 0, 2)]

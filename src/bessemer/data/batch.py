@@ -22,12 +22,18 @@ from bessemer.model.segments import Packed, Segments, moved
 
 
 class Counted(NamedTuple):
-    """What was counted on the CPU before a batch left it: on a GPU the host would have to wait for these."""
+    """What is counted on the CPU before a batch leaves it: on a GPU the host would have to wait for these."""
 
     trained_N: Tensor
-    """`Batch.trained_N`, on the device."""
+    """`Batch.trained_N`."""
     segments: Segments
-    """`Batch.segments`, on the device."""
+    """`Batch.segments`, as a GPU's layers take them."""
+
+    def to(self, device: torch.device) -> "Counted":
+        segments = self.segments
+        if segments is not None:
+            segments = segments.to(device) if isinstance(segments, Packed) else moved(segments, device)
+        return Counted(moved(self.trained_N, device), segments)
 
 
 @dataclass
@@ -47,7 +53,7 @@ class Batch:
     filler: bool = False
     """Whether it stands in for a micro-batch without rows: computed, and never counted."""
     before: Counted | None = None
-    """Only on a GPU (`to`)."""
+    """On a GPU, and on the way to one (`to`, `counted_here`)."""
 
     def __post_init__(self) -> None:
         shape = self.tokens_BT.shape
@@ -86,7 +92,7 @@ class Batch:
         """Places of the predictions that count in `loss_BT[:, 1:].flatten()`."""
         if self.before is not None:
             return self.before.trained_N
-        return self.loss_BT[:, 1:].flatten().nonzero().squeeze(1)
+        return self._count_trained()
 
     @property
     def n_loss_tokens(self) -> int:
@@ -142,8 +148,7 @@ class Batch:
         """The same batch on `device`. What a GPU needs counted is counted here, on the CPU."""
         device, before = torch.device(device), self.before
         if device.type in ("cuda", "meta") and self.loss_BT.device.type == "cpu":
-            segments = None if self.segments_BT is None else Packed.of(self.segments_BT, device)
-            before = Counted(moved(self.trained_N, device), segments)
+            before = (before or self._count()).to(device)
         elif device.type == "cpu":
             before = None
         return replace(
@@ -155,6 +160,17 @@ class Batch:
             extras={name: moved(tensor, device) for name, tensor in self.extras.items()},
             own_T=None if self.own_T is None else moved(self.own_T, device),
         )
+
+    def counted_here(self) -> "Batch":
+        """The same batch on the CPU with what a GPU needs counted, so that `to` does not count."""
+        return replace(self, before=self._count())
+
+    def _count(self) -> Counted:
+        segments = None if self.segments_BT is None else Packed.of(self.segments_BT, self.segments_BT.device)
+        return Counted(self._count_trained(), segments)
+
+    def _count_trained(self) -> Tensor:
+        return self.loss_BT[:, 1:].flatten().nonzero().squeeze(1)
 
     def tensors(self) -> Iterator[Tensor]:
         """All of them, what was counted before included."""

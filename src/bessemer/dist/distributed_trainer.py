@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from bessemer.train import balance, checkpoint, guard
 from bessemer.train.background import Background, HostCopies
 from bessemer.train.checkpoint import CheckpointReader, Damaged
 from bessemer.train.objective import Divided, Loss, Sums, balance_weight
+from bessemer.train.read_ahead import Place
 from bessemer.train.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 class DistributedTrainer(Trainer):
     """One rank's trainer; `shard` is its shard of the network, everything else as in `Trainer`.
 
-    The objective is `Divided`. `update` takes the micro-batches of this rank's pipeline, `micro_batches` of them.
+    The objective is `Divided`. `update` takes the micro-batches of this rank's pipeline, as many as `mine` makes.
     Metrics are those of the whole step, equal on all ranks.
     """
 
@@ -82,9 +83,9 @@ class DistributedTrainer(Trainer):
     def _prepare(self) -> None:
         pass
 
-    def micro_batches(self, n_rows: int) -> int:
-        """Micro-batches of every pipeline in a step of `n_rows` rows."""
-        return self._at_least(math.ceil(n_rows / (self.shard.n_pipelines * self._rows_of_forward())))
+    def _micro_of(self, n_rows: int, tokens: int) -> int:
+        """Micro-batches of every pipeline in a step of `n_rows` rows that begins after `tokens` tokens."""
+        return self._at_least(math.ceil(n_rows / (self.shard.n_pipelines * self._rows_of_forward(tokens))))
 
     def _at_least(self, micro: int) -> int:
         return schedules.micro_batches(self.shard.schedule, self.mesh.layout.pp, micro)
@@ -106,14 +107,15 @@ class DistributedTrainer(Trainer):
         mean = self._reduced([value / self.mesh.layout.world for value in values.values()], dist.ReduceOp.SUM)
         return dict(zip(values, mean, strict=True))
 
-    def _micro_batches(self) -> Iterable[Batch]:
-        assert self.batches is not None, "run() has checked it"
-        rows = self._rows_of_step()
-        for mine in rows_of(rows, self.shard.n_pipelines, self.shard.pipeline_index, self.micro_batches(rows)):
+    def _read(self, place: Place) -> Iterator[Batch]:
+        self.reading = place.tokens
+        rows = self._rows_of_step(place.tokens)
+        micro = self._micro_of(rows, place.tokens)
+        for mine in rows_of(rows, self.shard.n_pipelines, self.shard.pipeline_index, micro):
             if mine:
-                yield self.batches(self.rows + mine.start, len(mine))
+                yield self._batch(place.rows + mine.start, len(mine))
             else:  # the last step of a run may have few rows
-                yield self.batches(self.rows, 1).as_filler()
+                yield self._batch(place.rows, 1).as_filler()
 
     def update(self, micro_batches: Iterable[Batch]) -> dict[str, float]:
         values = super().update(micro_batches)

@@ -16,7 +16,7 @@ SHORTEST = 128
 
 
 class Packed(NamedTuple):
-    """Segments of a batch [B, T] on a GPU, for every layer."""
+    """Segments of a batch [B, T] for every layer on a GPU."""
 
     segments_BT: Tensor
     end_S: Tensor
@@ -39,6 +39,9 @@ class Packed(NamedTuple):
         longest = min(1 << (max(most, SHORTEST) - 1).bit_length(), segments_BT.shape[1])
         size = 1 << max(count - 1, 0).bit_length()
         return cls(moved(segments_BT, device), moved(_ends(segments_BT, size), device), longest)
+
+    def to(self, device: torch.device) -> Packed:
+        return Packed(moved(self.segments_BT, device), moved(self.end_S, device), self.longest)
 
     def first(self, T: int) -> Packed:
         """Of the first T tokens of the rows."""

@@ -32,6 +32,7 @@ from bessemer.train.checkpointed import Checkpointed
 from bessemer.train.instruments import Instruments
 from bessemer.train.objective import Loss, Objective, Sums, means
 from bessemer.train.optimizer import Optimizer
+from bessemer.train.read_ahead import Place, ReadAhead
 from bessemer.train.transfer import Transfer
 from bessemer.workers import Workers, rank
 
@@ -68,6 +69,8 @@ class Runtime:
     """Further arguments of the objective, such as mtp_lambda and balance_alpha."""
     workers: Workers = field(default_factory=lambda: Workers(1))
     """Processes that compute micro-batches in parallel; the result does not depend on how many there are."""
+    read_ahead: bool | None = None
+    """Whether the next step's batches are read by a thread while this one is computed; None: where a GPU computes."""
     compute_dtype: torch.dtype = torch.float32
     """Dtype of forward and backward; masters and accumulation are always float32."""
     save_steps: int | None = None
@@ -136,6 +139,10 @@ class Trainer(Checkpointed):
         """Rows and length of the micro-batch that was computed last."""
         self.device = next(model.parameters()).device
         self._transfer = Transfer(self.device)
+        self.reading = 0
+        """Consumed tokens at which the step begins whose batches are read."""
+        ahead = self.device.type == "cuda" if runtime.read_ahead is None else runtime.read_ahead
+        self._ahead = ReadAhead(self._read) if ahead else None
         self._prepare()
         if runtime.gamma(0) and not self._has_biases():
             self.warn("gamma has no effect: no layer of this model has a routing bias (set gamma to 0)")
@@ -166,6 +173,8 @@ class Trainer(Checkpointed):
         try:
             return self._run()
         finally:
+            if self._ahead is not None:
+                self._ahead.stop()
             self.close()
 
     def _run(self) -> bool:
@@ -185,20 +194,37 @@ class Trainer(Checkpointed):
         self.finish()
         return True
 
-    def _rows_of_step(self) -> int:
-        rows = int(self.runtime.batch_rows(self.tokens) * self.runtime.row_scale(self.tokens))
+    def _rows_of_step(self, tokens: int) -> int:
+        rows = int(self.runtime.batch_rows(tokens) * self.runtime.row_scale(tokens))
         if rows < 1:
-            raise UserError(f"batch_rows is {rows} at {self.tokens} tokens; it must be at least 1")
+            raise UserError(f"batch_rows is {rows} at {tokens} tokens; it must be at least 1")
         return rows
 
-    def _rows_of_forward(self) -> int:
-        return max(1, int(self.config.micro_rows * self.runtime.row_scale(self.tokens)))
+    def _rows_of_forward(self, tokens: int) -> int:
+        return max(1, int(self.config.micro_rows * self.runtime.row_scale(tokens)))
 
-    def _micro_batches(self) -> Iterable[Batch]:
-        assert self.batches is not None, "run() has checked it"
-        rows, size = self._rows_of_step(), self._rows_of_forward()
+    def _micro_batches(self) -> Iterator[Batch]:
+        """Those of the step that begins now."""
+        here = Place(self.tokens, self.rows)
+        if self._ahead is None:
+            yield from self._read(here)
+            return
+        batches, rows = self._ahead.take(here), self._rows_of_step(here.tokens)
+        after = Place(here.tokens + rows * batches[0].tokens_BT.shape[1], here.rows + rows)
+        if after.tokens < self.runtime.tokens:
+            self._ahead.begin(after)
+        yield from batches
+
+    def _read(self, place: Place) -> Iterator[Batch]:
+        """The micro-batches of this process in the step that begins there."""
+        self.reading = place.tokens
+        rows, size = self._rows_of_step(place.tokens), self._rows_of_forward(place.tokens)
         for done in range(0, rows, size):
-            yield self.batches(self.rows + done, min(size, rows - done))
+            yield self._batch(place.rows + done, min(size, rows - done))
+
+    def _batch(self, first_row: int, n_rows: int) -> Batch:
+        assert self.batches is not None, "run() has checked it"
+        return self.batches(first_row, n_rows)
 
     @property
     def n_pipelines(self) -> int:

@@ -237,7 +237,7 @@ class Feed:
 
     def follow(self, trainer: Trainer) -> None:
         """Take the position in the run from `trainer`."""
-        self._tokens = lambda: trainer.tokens
+        self._tokens = lambda: trainer.reading
 
     def batch(self, first_row: int, n_rows: int) -> Batch:
         """The trainer's `batches`."""
