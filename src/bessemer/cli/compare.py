@@ -1,5 +1,6 @@
 """Commands that set two things side by side: two models, or a recipe and the same with changes."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -60,3 +61,27 @@ def compare(
         print_json({"first": first, "second": second, "rows": paired.facts(lines)})
     else:
         print_table(paired.table(lines, first, second))
+
+
+@app.command()
+def whatif(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe of a run, or one derived from it.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="STAGE.KEY=VALUE", help="A change; may be repeated.")
+    ] = None,
+    run: Annotated[str | None, typer.Option(metavar="RUN", help="The run that exists. Default: runs/NAME.")] = None,
+    usd: Annotated[float | None, typer.Option(min=0.0, help="Price of an hour of this machine, in dollars.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which stages of a run a change makes again, with time, memory and price. Nothing is run or moved."""
+    from bessemer.config.recipe import Recipe
+    from bessemer.plan import whatif as fates
+    from bessemer.runs.directory import run_dir
+
+    loaded = Recipe.load(recipe, set_ or [])
+    root = Path("runs") / loaded.name if run is None else run_dir(run)
+    answer = fates.whatif(loaded, root, usd)
+    if as_json:
+        print_json(answer.facts())
+    else:
+        print(answer.describe())

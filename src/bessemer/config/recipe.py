@@ -1,4 +1,4 @@
-"""he recipe: a TOML file that defines a run, parsed strictly.
+"""The recipe: a TOML file that defines a run, parsed strictly.
 
     name, seed | [model] | [layout] | [[stage]] ...
 

@@ -24,22 +24,21 @@ from typing import TYPE_CHECKING, Any
 
 from bessemer.config import places
 from bessemer.config.recipe import Recipe
-from bessemer.config.table import StageConfig, stage_refs
 from bessemer.config.units import show_seconds
 from bessemer.data.fetch import cache_dir
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import needs_transformers
 from bessemer.pipeline import inputs as outside
 from bessemer.pipeline import preflight
+from bessemer.pipeline.planned import Planned, planned
 from bessemer.pipeline.reuse import Donor
-from bessemer.pipeline.stage import Stage, find_kind
+from bessemer.pipeline.stage import find_kind
 from bessemer.rl.dealing import Helper
 from bessemer.runs.context import Interrupted, StageContext, StopFlag, signals
 from bessemer.runs.directory import (
     RunDir,
     conformance_summary,
     damage,
-    difference,
     digest,
     read_done,
     stage_folders,
@@ -70,23 +69,6 @@ class StageResult:
     seconds: float
     summary: dict[str, Any]
     folder: Path
-
-
-@dataclass
-class _Planned:
-    """A stage, with everything that is known before it runs."""
-
-    config: StageConfig
-    stage: Stage[Any]
-    folder: Path
-    identity: dict[str, Any]
-    sources: list[str]
-    files: outside.Files
-    """What it reads from outside the run, as it was when this run began."""
-
-    @property
-    def name(self) -> str:
-        return self.config.name
 
 
 def run(
@@ -123,8 +105,8 @@ def run(
             donor.give_revisions(root)
         metrics = Metrics(root / "metrics.jsonl")
         try:
-            plan = _plan(recipe, rundir, kinds, derived, donor)
-            preflight.check(recipe, cache_dir(cache), [item.name for item in plan if not _is_done(item)])
+            plan = planned(recipe, kinds, derived, rundir.folder, donor)
+            preflight.check(recipe, cache_dir(cache), [item.name for item in plan if not item.done])
             _set_aside_stale(plan, rundir, metrics, progress)
             _adopt_files(plan, progress)
             if rundir.killed:
@@ -141,35 +123,7 @@ def run(
             metrics.close()
 
 
-def _plan(
-    recipe: Recipe, rundir: RunDir, kinds: dict[str, Stage[Any]], derived: dict[str, dict[str, Any]],
-    donor: Donor | None,
-) -> list[_Planned]:  # fmt: skip
-    planned: list[_Planned] = []
-    fingerprints: dict[str, str] = {}
-    for number, config in enumerate(recipe.stages, start=1):
-        sources = list(dict.fromkeys(name for _, name in stage_refs(config)))
-        stage, facts = kinds[config.name], derived[config.name]
-        what = stage.identity(config, recipe, facts, {name: fingerprints[name] for name in sources})
-        folder = rundir.folder(number, config.name)
-        for before in (folder, None if donor is None else donor.folder(config.name)):
-            # a record of an older version that means the same: later stages were made from its fingerprint
-            recorded = before and (read_json(before / "stage.json") or {}).get("identity")
-            if recorded and stage.same(config, recorded, what):
-                what = recorded
-                break
-        fingerprints[config.name] = digest(what)
-        planned.append(_Planned(config, stage, folder, what, sources, outside.read_by(config)))
-    return planned
-
-
-def _is_done(item: _Planned) -> bool:
-    done = read_done(item.folder)
-    made = done is not None and done["fingerprint"] == digest(item.identity)
-    return made and not outside.changed(read_json(item.folder / "stage.json"), item.files)
-
-
-def _set_aside_stale(plan: list[_Planned], rundir: RunDir, metrics: Metrics, progress: RunProgress) -> None:
+def _set_aside_stale(plan: list[Planned], rundir: RunDir, metrics: Metrics, progress: RunProgress) -> None:
     """Before anything runs, move aside stages that other settings made, and stages the recipe no longer has."""
     names = {item.name for item in plan}
     for _, name, folder in stage_folders(rundir.root):
@@ -179,20 +133,12 @@ def _set_aside_stale(plan: list[_Planned], rundir: RunDir, metrics: Metrics, pro
     for item in plan:
         if not item.folder.exists() or all(_is_temporary(path) for path in item.folder.iterdir()):
             continue
-        record = read_json(item.folder / "stage.json")
-        if record is not None and record.get("fingerprint") == digest(item.identity):
-            if not (why := outside.changed(record, item.files)):
-                continue
-            why += "; the stage runs again"
-        else:
-            why = "its record is missing"
-            if record:
-                why = difference(record["identity"], item.identity, item.config.renamed)
-        aside = rundir.set_aside(item.folder, item.name, metrics)
-        progress.say(f"{item.name}: {why}; the old one is moved to {aside}")
+        if why := item.stale():
+            aside = rundir.set_aside(item.folder, item.name, metrics)
+            progress.say(f"{item.name}: {why}; the old one is moved to {aside}")
 
 
-def _adopt_files(plan: list[_Planned], progress: RunProgress) -> None:
+def _adopt_files(plan: list[Planned], progress: RunProgress) -> None:
     """Stages begun before records named files get such a record now, since nothing tells what the files were then."""
     adopted = []
     for item in plan:
@@ -214,7 +160,7 @@ def _is_temporary(path: Path) -> bool:
 
 
 def _run_all(
-    plan: list[_Planned], recipe: Recipe, rundir: RunDir, until: str | None, cache: Path, metrics: Metrics,
+    plan: list[Planned], recipe: Recipe, rundir: RunDir, until: str | None, cache: Path, metrics: Metrics,
     progress: RunProgress, stop: StopFlag, donor: Donor | None, ranks: Ranks | None,
 ) -> list[StageResult]:  # fmt: skip
     results: list[StageResult] = []
@@ -258,7 +204,7 @@ def _run_all(
 
 
 def _together(
-    item: _Planned, source: Path | None, recipe: Recipe, progress: RunProgress, ranks: Ranks | None
+    item: Planned, source: Path | None, recipe: Recipe, progress: RunProgress, ranks: Ranks | None
 ) -> Ranks | None:
     """The ranks that run a stage; None: rank 0 alone, while the others wait."""
     if ranks is None or not item.stage.distributed:
@@ -271,7 +217,7 @@ def _together(
 
 
 def _finished(
-    item: _Planned, inputs: dict[str, str], rundir: RunDir, metrics: Metrics, progress: RunProgress
+    item: Planned, inputs: dict[str, str], rundir: RunDir, metrics: Metrics, progress: RunProgress
 ) -> dict[str, Any] | None:
     """The record of a stage that is complete; None when it must run, after its outdated folder was moved aside."""
     record = read_json(item.folder / "stage.json")
@@ -293,7 +239,7 @@ def _finished(
     return done
 
 
-def _run_one(item: _Planned, ctx: StageContext, inputs: dict[str, str], rundir: RunDir) -> dict[str, Any]:
+def _run_one(item: Planned, ctx: StageContext, inputs: dict[str, str], rundir: RunDir) -> dict[str, Any]:
     root = rundir.root
     with explained(item.folder):
         ctx.dir.mkdir(exist_ok=True)
@@ -380,7 +326,7 @@ def _facts(summary: dict[str, Any]) -> str:
 
 
 def _overview(
-    plan: list[_Planned], recipe: Recipe, root: Path, estimates: dict[str, float], until: str | None,
+    plan: list[Planned], recipe: Recipe, root: Path, estimates: dict[str, float], until: str | None,
     ranks: Ranks | None,
 ) -> str:  # fmt: skip
     """The stages, the device and the estimated time: a line for the run and one for each stage."""
@@ -390,7 +336,7 @@ def _overview(
     device = setup.describe_device() if ranks is None else f"{ranks.n} ranks"
     where = f"on {device}" + (f", in {' or '.join(dtypes)}" if dtypes else "")
     last = len(plan) if until is None else recipe.names().index(until) + 1
-    due = [item.name for item in plan[:last] if not _is_done(item)]
+    due = [item.name for item in plan[:last] if not item.done]
     stages = f"{len(plan)} stages" if len(due) == len(plan) else f"{len(due)} of {len(plan)} stages to run"
     time = show_seconds(sum(estimates[name] for name in due))
     lines = [f"{recipe.name} in {root}: {stages}, about {time} {where}"]
