@@ -32,12 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.errors import UserError
 from bessemer.model.norm import normalise, normalise_backward
 from bessemer.precision import backends, emulation, formats
-from bessemer.precision.operand import TILE, Group, Operand, quantise
+from bessemer.precision.operand import TILE, DeviceCounts, Group, Operand, quantise
 
 DENSE = {
     (2112, 7168): 1058, (24576, 1536): 990, (32768, 512): 590, (7168, 16384): 1358, (4096, 7168): 1304,
@@ -215,6 +216,15 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
     for count, N, K in [([70, 0, 30], 72, 200)] + ([] if small else [([256, 0, 512, 128], 4096, 7168)]):
         x, w = grouped_operands(count, N, K, device)
         expected, label = emulation.grouped_gemm(x, count, w, torch.float32, "block"), f"{count}x{N}x{K}"
+        # as training calls it: the host does not know the counts, and behind the groups lies a rest
+        whole = not any(c % TILE for c in count)
+        rest = TILE if whole else 0
+        unknown = DeviceCounts(torch.tensor(count, dtype=torch.int32, device=device), sum(count) + rest, whole)
+        longer = quantise(F.pad(x.dequantise(), (0, 0, 0, rest)))
+        padded = F.pad(expected, (0, 0, 0, rest))
+        run = partial(backends.grouped_gemm, longer, unknown, w, torch.bfloat16, "block")
+        call_args = (longer, w, torch.bfloat16, "block", unknown)
+        check("grouped_gemm", f"{label}, on the device", call_args, run, partial(calc_diff, padded), BOUND)
         run = partial(backends.grouped_gemm, x, count, w, torch.bfloat16, "block")
         call_args = (x, w, torch.bfloat16, "block", tuple(count))
         check("grouped_gemm", label, call_args, run, partial(calc_diff, expected), BOUND)

@@ -31,9 +31,11 @@ class DeepGEMM:
         assert group_M.dtype == torch.int32 and group_M.is_contiguous() and len(group_M) == len(x[0])
         rows = group_M.view(-1, TILE)
         assert (rows == rows[:, :1]).all(), "a block of 128 rows has one expert"
-        assert (group_M.diff() >= 0).all() and group_M.min() >= 0 and group_M.max() < len(w[0])
-        count = torch.bincount(group_M, minlength=len(w[0])).tolist()
+        used = int((group_M >= 0).sum())
+        assert (group_M[:used].diff() >= 0).all() and (group_M[used:] == -1).all() and group_M.max() < len(w[0])
+        count = torch.bincount(group_M[:used], minlength=len(w[0])).tolist()
         out.copy_(emulation.grouped_gemm(self.checked(x), count, self.blocks(w), out.dtype, "block"))
+        out[used:] = float("nan")  # skipped
         self.groups.append(count)
 
     def fp8_gemm_nt(self, x, w, out):
@@ -98,10 +100,11 @@ def run(experts, x, routing, dy):
 
 def test_experts_with_real_counts_reach_deep_gemm(hopper):
     sent, _ = run(*case())
-    count = sent.count_E.tolist()
+    count = torch.bincount(case()[2].expert_NK.flatten(), minlength=6).tolist()
     assert count[5] == 0 and all(c % TILE for c in count[:5])
     assert hopper.groups == [[-(-c // TILE) * TILE for c in count]] * 4, "two products forward, two backward"
-    assert len(sent.rows_MD) == sum(sent.filled)
+    filled = sent.count_E.sum()
+    assert sent.filled and len(sent.rows_MD) == (180 + 6 * 127) // TILE * TILE > filled
 
 
 def test_filled_rows_change_nothing(hopper, monkeypatch):
@@ -111,18 +114,18 @@ def test_filled_rows_change_nothing(hopper, monkeypatch):
     monkeypatch.setattr(backends, "ORDER", ("emulation",))
     monkeypatch.setattr(backends, "_capability", lambda device: (0, 0))
     sent, wanted = run(*case())
-    assert sent.filled is None
+    assert not sent.filled
     for name, a, b in zip(("y", "x", "gates", "w13", "w2"), found, wanted, strict=True):
         assert relative(a, b) < 1e-2 if name == "x" else torch.equal(a, b), (name, relative(a, b))
 
 
 def test_what_does_not_fit_in_the_order_of_rows():
-    place, count = fp8.filled(torch.tensor([0, 130, 128, 0, 1]))
-    assert count == (0, 256, 128, 0, 128)
+    place, count, total = filled = fp8.filled(torch.tensor([0, 130, 128, 0, 1]), 259)
+    assert count.tolist() == [0, 256, 128, 0, 128] and total == (259 + 5 * 127) // TILE * TILE
     assert torch.equal(place, torch.cat([torch.arange(130), torch.arange(256, 384), torch.tensor([384])]))
-    none = fp8.filled(torch.tensor([0, 0]))
-    assert none.rows_E == (0, 0) and len(none.place_M) == 0
-    assert fp8.Filled(place, count).spread(torch.ones(259, dtype=torch.int64), 7).sum() == 259 + 7 * (512 - 259)
+    none = fp8.filled(torch.tensor([0, 0]), 0)
+    assert none.rows_E.tolist() == [0, 0] and len(none.place_M) == none.total == 0
+    assert filled.spread(torch.ones(259, dtype=torch.int64), 7).sum() == 259 + 7 * (total - 259)
 
 
 def on_a_rank(rank, full):

@@ -2,6 +2,7 @@
 device, which has no numbers to give to the host, that no launch depends on E and no layer waits."""
 
 import re
+import sys
 from collections import Counter
 from itertools import pairwise
 
@@ -17,6 +18,8 @@ from bessemer.model import attention_gpu, experts, grouped, mla
 from bessemer.model.experts import expert_ffn, expert_ffn_reference, routed_ffn
 from bessemer.model.segments import Packed, first_tokens
 from bessemer.model.transformer import Transformer
+from bessemer.precision import backends
+from bessemer.precision.fp8_linear import PAPER
 from bessemer.train.loss import cross_entropy
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -214,6 +217,69 @@ def test_training_never_asks_the_device_for_a_number():
         loss = loss + cross_entropy(hidden, model.head_weight, target, torch.empty(target.shape, device="meta"))
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.layers.parameters())
+
+
+class Kernels:
+    """Stands for Triton kernels: takes grids and arguments as launches do, and counts as one operation each."""
+
+    names: list[str]
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **settings):
+            blocks = grid({"BLOCK_M": 64, "BLOCK_N": 128}) if callable(grid) else grid
+            assert all(type(blocks_of) is int and blocks_of > 0 for blocks_of in blocks)
+            assert all(x.device.type == "meta" for x in arguments if isinstance(x, torch.Tensor))
+            self.names.append("kernel")
+
+        return launch
+
+
+class DeepGEMM(Kernels):
+    """Takes the products of the package of that name."""
+
+    def m_grouped_fp8_gemm_nt_contiguous(self, x, w, out, group_M):
+        assert group_M.dtype == torch.int32 and len(group_M) == len(x[0]) == len(out) and len(out) % 128 == 0
+        self.names.append("deep_gemm")
+
+    def fp8_gemm_nt(self, x, w, out):
+        self.names.append("deep_gemm")
+
+
+@pytest.mark.parametrize("package", ["triton", "deep_gemm"])
+def test_an_fp8_layer_waits_for_nothing_and_launches_as_much_for_any_number_of_experts(on_gpu, monkeypatch, package):
+    """Forward and backward on the meta device: the launchers as they are, kernels that only look at what they get."""
+    pytest.importorskip("triton")
+    from bessemer.precision import triton_e5m6, triton_gemm, triton_quantise, triton_rms_norm
+
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_installed", lambda name: name in ("triton", package))
+    monkeypatch.setattr(torch.version, "cuda", "12.6")  # too old for torch's product
+    monkeypatch.setattr(attention_gpu.F, "scaled_dot_product_attention", one_attention)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("the host waits for a tensor"))
+
+    kernels = DeepGEMM()
+    monkeypatch.setitem(sys.modules, "deep_gemm", kernels)
+    for module in (triton_e5m6, triton_gemm, triton_quantise, triton_rms_norm):
+        for name, value in list(vars(module).items()):
+            if name.startswith("_") and hasattr(value, "warmup"):
+                monkeypatch.setattr(module, name, kernels)
+
+    def launched(n_experts):
+        cfg = tiny(n_routed_experts=n_experts, dim=128, moe_inter_dim=128, n_expert_groups=4, qk_nope_head_dim=16)
+        model = Transformer(cfg).to("meta").to_compute(torch.bfloat16).train()
+        model.set_fp8(PAPER)
+        x = torch.empty(2, 24, 128, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        with Launches() as launches:
+            kernels.names = launches.names
+            y, balance = model.layers[1](x, torch.empty(24, 4, 2, device="meta"))
+            torch.autograd.backward((y, balance), (torch.empty_like(x), torch.empty((), device="meta")))
+        return launches.names
+
+    names = launched(8)
+    print(len(names), Counter(names))
+    assert names == launched(256)
+    assert names.count("kernel") > 20 and ("deep_gemm" in names) == (package == "deep_gemm")
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from triton_layer_checks import *  # noqa: F403  # checks of other kernels, run 
 from bessemer.errors import UserError
 from bessemer.precision import backends, emulation, formats
 from bessemer.precision.emulation import reference_gemm
-from bessemer.precision.operand import TILE, Operand, quantise, transpose
+from bessemer.precision.operand import TILE, DeviceCounts, Operand, quantise, transpose
 
 torch.set_num_threads(1)
 PATHS = os.pathsep.join(sys.path)
@@ -291,6 +291,49 @@ def check_grouped():
         rows = [part.split(count) for part in (dy.dequantise(), x.dequantise())]
         for g, (own_dy, own_x) in enumerate(zip(*rows, strict=True)):
             assert apart(got[g], own_dy.t() @ own_x) < 2e-3 if count[g] else got[g].eq(0).all()
+
+
+def check_counts_that_the_host_does_not_know():
+    """Bit for bit what the host's counts give, and zeros behind the groups; the emulation likewise."""
+    for counts in ([70, 0, 1, 3], [0, 130, 0, 0], [0, 0, 0, 128]):
+        whole = not any(c % TILE for c in counts)
+        rows, total = sum(counts), sum(counts) + (TILE if whole else 0)
+        unknown = DeviceCounts(torch.tensor(counts, dtype=torch.int32), total, whole)
+        dy, h, x = (of_rows(rows, columns, seed=columns) for columns in (128, 256, 150))
+        w = stack(*(quantise(of_rows(70, 150, seed=g), "block") for g in range(4)))
+        gate = normal(rows).abs()
+        long = [F.pad(t, (0, 0, 0, total - rows)) for t in (dy, h, x)]
+        for serve in (backends, emulation):
+            known = [quantise(t) for t in (h, x)]
+            filled = [quantise(t) for t in long[1:]]
+            y = serve.grouped_gemm(known[1], counts, w, torch.float32, "block")
+            got = serve.grouped_gemm(filled[1], unknown, w, torch.float32, "block")
+            assert torch.equal(got[:rows], y) and not got[rows:].any()
+            turned, wanted = serve.retile(filled[1], unknown, False), serve.retile(known[1], counts, False)
+            behind(turned, wanted, unknown)
+            of_known = serve.swiglu_backward(dy, known[0], gate, counts, False)
+            of_all = serve.swiglu_backward(long[0], filled[0], F.pad(gate, (0, total - rows)), unknown, False)
+            for part in (0, 2):
+                behind(of_all[part], of_known[part], unknown)
+            same(Operand(*(t[:rows] for t in of_all[1])), of_known[1])
+            assert torch.equal(of_all[3][:rows], of_known[3]) and not of_all[3][rows:].any()
+            assert not of_all[1].dequantise()[rows:].any() and (of_all[1].scale_MJ[rows:] == 1).all()
+            found = serve.grouped_wgrad(of_all[2], turned, unknown, torch.float32)
+            assert torch.equal(found, serve.grouped_wgrad(of_known[2], wanted, counts, torch.float32))
+            assert found.shape == (4, 256, 150)
+    nobody = DeviceCounts(torch.zeros(2, dtype=torch.int32), 0)
+    none = quantise(torch.zeros(0, 256))
+    assert backends.grouped_gemm(none, nobody, stack(*[quantise(normal(40, 256))] * 2)).shape == (0, 40)
+    turned = backends.retile(none, nobody)
+    assert turned.value_MK.shape == (256, 0) and backends.grouped_wgrad(turned, turned, nobody).eq(0).all()
+
+
+def behind(got, wanted, count):
+    """The same columns, and zeros of factor 1 behind them."""
+    used = wanted.value_MK.shape[1]
+    assert got.value_MK.shape[1] == count.columns >= used and got.scale_MJ.shape[1] == count.columns // TILE
+    same(Operand(got.value_MK[:, :used], got.scale_MJ[:, : used // TILE]), wanted)
+    assert not got.value_MK[:, used:].float().any() and (got.scale_MJ[:, used // TILE :] == 1).all()
 
 
 def check_nothing_to_do():

@@ -41,7 +41,6 @@ from torch.autograd.function import once_differentiable
 
 from bessemer.dist import watchdog
 from bessemer.model import fp8, moe
-from bessemer.precision import backends
 from bessemer.precision.fp8_linear import FP8Recipe
 from bessemer.precision.operand import TILE, Operand
 
@@ -196,12 +195,12 @@ class Sent(NamedTuple):
     rows_MD: Tensor
     weight_M: Tensor
     count_E: Tensor
-    """Rows of each of this rank's experts."""
+    """Rows of each of this rank's experts, those included that fill them up."""
     token_M: Tensor
     """The received token of each row."""
     operand: Operand | None
     routes: tuple[Route, ...]
-    filled: tuple[int, ...] | None = None
+    filled: bool = False
     """As in `moe.Dispatched`; rows of nothing are those of a token that does not exist."""
 
 
@@ -242,11 +241,11 @@ class Exchange:
         for hop in self.hops:
             at, route = self._hop(at, hop, recipe)
             routes.append(route)
-        return self._sorted(at, tuple(routes))
+        return self._sorted(at, tuple(routes), recipe is not None and fp8.fills(recipe, x_ND.device))
 
     def combine(self, y_MD: Tensor, sent: Sent) -> Tensor:
         """For every own token the sum over all of its experts, [N, D]."""
-        y = summed(y_MD, sent.token_M, sum(sent.routes[-1].receive), sent.filled is not None)
+        y = summed(y_MD, sent.token_M, sum(sent.routes[-1].receive), sent.filled)
         for route in reversed(sent.routes):
             y = return_(y, route)
         return y
@@ -268,7 +267,7 @@ class Exchange:
             None if at.payload is None else exchanged(at.payload[token], route),
         ), route
 
-    def _sorted(self, at: _At, routes: tuple[Route, ...]) -> Sent:
+    def _sorted(self, at: _At, routes: tuple[Route, ...], filling: bool) -> Sent:
         """Repeats every token once for each of its experts on this rank."""
         K = at.expert_TK.shape[1]
         place = (at.expert_TK >= 0).flatten().nonzero().squeeze(1)
@@ -278,12 +277,12 @@ class Exchange:
         weight_M = at.weight_TK.flatten().index_select(0, place)
         if at.payload is None:
             return Sent(at.x_TD.index_select(0, token), weight_M, count_E, token, None, routes)
-        if not backends.fills_tiles(token.device):
+        if not filling:
             operand = unpacked(at.payload[token], at.x_TD.shape[1])
             return Sent(fp8.grad_anchor(at.x_TD, token), weight_M, count_E, token, operand, routes)
-        fill = fp8.filled(count_E)
+        fill = fp8.filled(count_E, len(token))
         token, weight_M = fill.spread(token, len(at.x_TD)), fill.spread(weight_M, 0.0)
         value, scale = unpacked(at.payload, at.x_TD.shape[1])
         value = fp8.with_nothing(value.view(torch.uint8)).index_select(0, token).view(torch.float8_e4m3fn)
         operand = Operand(value, fp8.with_nothing(scale, 1.0).index_select(0, token))
-        return Sent(fp8.grad_anchor(at.x_TD, token), weight_M, count_E, token, operand, routes, fill.rows_E)
+        return Sent(fp8.grad_anchor(at.x_TD, token), weight_M, fill.rows_E, token, operand, routes, True)

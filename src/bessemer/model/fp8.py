@@ -18,7 +18,6 @@ Shapes: B sequences, T tokens, N = B*T, D hidden, H heads, M routed rows, F inne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,30 +34,45 @@ from bessemer.precision import backends
 from bessemer.precision.emulation import swiglu_gradients
 from bessemer.precision.formats import PackedE5M6
 from bessemer.precision.fp8_linear import FP8Recipe, TokenTiles, forward, input_gradient, token_tiles, weight_gradient
-from bessemer.precision.operand import TILE, Operand
+from bessemer.precision.operand import TILE, Counts, DeviceCounts, Operand, padded
 
 
 class Filled(NamedTuple):
-    """Rows in expert order, each expert's filled up to a multiple of 128 with rows of nothing (`backends.fills_tiles`):
-    their operand is zero, and so are their gate, their result and their gradient."""
+    """Rows in expert order, each expert's filled up to a multiple of 128 with rows of nothing (`fills`): their operand
+    is zero, and so are their gate, their result and their gradient. The host does not know how many there are: behind
+    the last expert's lie more of them, up to the most that there can be."""
 
     place_M: Tensor
     """Where every row goes."""
-    rows_E: tuple[int, ...]
+    rows_E: Tensor
     """Rows of every expert, those of nothing included."""
+    total: int
+    """All rows, with those behind the last expert's."""
 
     def spread(self, x_M: Tensor, nothing: float) -> Tensor:
         """A number or index of every row in its place."""
-        return x_M.new_full((sum(self.rows_E),), nothing).index_copy(0, self.place_M, x_M)
+        return x_M.new_full((self.total,), nothing).index_copy(0, self.place_M, x_M)
 
 
-def filled(count_E: Tensor) -> Filled:
-    """The host waits for the counts, as it would for the products."""
+def fills(recipe: FP8Recipe, device: torch.device) -> bool:
+    """Whether rows are filled up."""
+    return recipe.bits is None and backends.fills_tiles(device)
+
+
+def filled(count_E: Tensor, rows: int) -> Filled:
+    """Of so many rows in all."""
     whole_E = (count_E + TILE - 1) // TILE * TILE
     more_E = whole_E - count_E
-    rows, filled_rows = torch.stack((count_E, whole_E)).tolist()
-    before_M = (more_E.cumsum(0) - more_E).repeat_interleave(count_E, output_size=sum(rows))
-    return Filled(torch.arange(len(before_M), device=count_E.device) + before_M, tuple(filled_rows))
+    before_M = (more_E.cumsum(0) - more_E).repeat_interleave(count_E, output_size=rows)
+    return Filled(torch.arange(rows, device=count_E.device) + before_M, whole_E, padded(rows, len(count_E)))
+
+
+def counts(count_E: Tensor, rows: int, recipe: FP8Recipe, filled: bool) -> Counts:
+    """The experts' rows, of so many in all, as the products take them: those on a GPU stay there, so that the host need
+    not wait."""
+    if recipe.bits is not None or (count_E.device.type == "cpu" and not filled):
+        return count_E.tolist()
+    return DeviceCounts(count_E.to(torch.int32), rows, filled)
 
 
 def with_nothing(x_ND: Tensor, value: float = 0.0) -> Tensor:
@@ -108,7 +122,7 @@ def swiglu(x_MD: Tensor, w13: Tensor, w2: Tensor, recipe: FP8Recipe) -> Tensor:
 
 
 def expert_swiglu(
-    rows_MD: Tensor, sent: Operand, w13: Tensor, w2: Tensor, recipe: FP8Recipe, weight_M: Tensor, count: Sequence[int]
+    rows_MD: Tensor, sent: Operand, w13: Tensor, w2: Tensor, recipe: FP8Recipe, weight_M: Tensor, count: Counts
 ) -> Tensor:
     """`swiglu` for routed experts: rows as `send` returns them, in expert order, `count` of each; w13 [E, 2F, D] and w2
     [E, D, F]; every row times its gate `weight_M`."""

@@ -16,7 +16,6 @@ from bessemer.model import fp8, grouped
 from bessemer.model.config import ModelConfig
 from bessemer.model.experts import Combine, Spread, dense_ffn, expert_ffn, expert_order, routed_ffn, slots
 from bessemer.model.gate import Gate, Routing
-from bessemer.precision import backends
 from bessemer.precision.fp8_linear import FP8Recipe
 from bessemer.precision.operand import Operand
 
@@ -37,13 +36,13 @@ class Dispatched(NamedTuple):
     rows_MD: Tensor
     weight_M: Tensor
     count_E: Tensor
-    """Rows per expert, int64."""
+    """Rows per expert, int64, those included that fill them up."""
     slot_NK: Tensor
     """Row of each (token, choice)."""
     operand: Operand | None = None
     """The rows in FP8 training. `rows_MD` is then a tensor without memory that only carries the gradient back."""
-    filled: tuple[int, ...] | None = None
-    """Rows per expert where they are filled up (`fp8.Filled`)."""
+    filled: bool = False
+    """Whether every expert's rows are filled up (`fp8.Filled`)."""
 
 
 def dispatch(x_ND: Tensor, routing: Routing, n_experts: int, recipe: FP8Recipe | None = None) -> Dispatched:
@@ -52,12 +51,12 @@ def dispatch(x_ND: Tensor, routing: Routing, n_experts: int, recipe: FP8Recipe |
     order_M, count_E = expert_order(routing.expert_NK, n_experts)
     token_M, weight_M, slot_NK = order_M // K, routing.weight_NK.flatten()[order_M], slots(order_M).view(N, K)
     if recipe is not None:
-        fill = fp8.filled(count_E) if backends.fills_tiles(x_ND.device) else None
+        fill = fp8.filled(count_E, len(order_M)) if fp8.fills(recipe, x_ND.device) else None
         if fill is not None:
-            token_M, weight_M = fill.spread(token_M, N), fill.spread(weight_M, 0.0)
+            count_E, token_M, weight_M = fill.rows_E, fill.spread(token_M, N), fill.spread(weight_M, 0.0)
             slot_NK = fill.place_M[slot_NK]
         rows_MD, operand = fp8.send(x_ND, token_M, recipe, slot_NK, fill is not None)
-        return Dispatched(rows_MD, weight_M, count_E, slot_NK, operand, None if fill is None else fill.rows_E)
+        return Dispatched(rows_MD, weight_M, count_E, slot_NK, operand, fill is not None)
     return Dispatched(Spread.apply(x_ND, token_M, slot_NK), weight_M, count_E, slot_NK)
 
 
@@ -84,7 +83,7 @@ class Experts(nn.Module):
             return routed_ffn(sent.x_ND, sent.routing.expert_NK, sent.routing.weight_NK, self.w13, self.w2)
         if sent.operand is not None:
             assert self.fp8 is not None
-            count = sent.count_E.tolist() if sent.filled is None else sent.filled
+            count = fp8.counts(sent.count_E, len(sent.rows_MD), self.fp8, sent.filled)
             return fp8.expert_swiglu(sent.rows_MD, sent.operand, self.w13, self.w2, self.fp8, sent.weight_M, count)
         return expert_ffn(sent.rows_MD, sent.weight_M, sent.count_E, self.w13, self.w2)
 

@@ -32,6 +32,8 @@ from bessemer.precision import emulation, formats, operand
 from bessemer.precision.formats import PackedE5M6
 from bessemer.precision.operand import (
     TILE,
+    Counts,
+    DeviceCounts,
     Group,
     Operand,
     block_factors,
@@ -63,7 +65,7 @@ class Call:
     shape: tuple[int, int, int] | None = None
     """M, N, K of a GEMM."""
     out_dtype: torch.dtype | None = None
-    count: tuple[int, ...] | None = None
+    count: tuple[int, ...] | DeviceCounts | None = None
 
 
 class Backend(NamedTuple):
@@ -84,11 +86,11 @@ def quantise(x_MK: Tensor, group: Group = "tile", power_of_two: bool = False) ->
     return choose("quantise", x_MK, group).serve["quantise"](x_MK, group, power_of_two)
 
 
-def retile(x: Operand, count: Sequence[int] | None = None, power_of_two: bool = False) -> Operand:
+def retile(x: Operand, count: Counts | None = None, power_of_two: bool = False) -> Operand:
     """[T, K] in tiles of 1 x 128 as [K, T] in tiles along the tokens (V3 3.3.2: 128 x 1), for wgrad.
 
     With `count`, tokens per group, every group's columns are padded with zeros to a multiple of 128: [K, P], as
-    grouped_wgrad expects."""
+    grouped_wgrad expects. With `DeviceCounts` P is a bound, and what lies behind the groups is zero."""
     check_operand("the operand", x)
     count = check_counts(count, len(x.value_MK)) if count is not None else None
     return choose("retile", x).serve["retile"](x, count, power_of_two)
@@ -123,7 +125,7 @@ def swiglu(h_MF: Tensor, weight_M: Tensor | None = None, power_of_two: bool = Fa
 
 
 def swiglu_backward(
-    dact_MF: Tensor, h: Operand, weight_M: Tensor | None, count: Sequence[int] | None, power_of_two: bool = False
+    dact_MF: Tensor, h: Operand, weight_M: Tensor | None, count: Counts | None, power_of_two: bool = False
 ) -> tuple[Operand, Operand, Operand, Tensor | None]:
     """Backward of `swiglu` from h as an operand by tiles: the activation along the tokens, [F, P] as `retile` gives it;
     the gradient of h by tiles, [M, 2F], and along the tokens, [2F, P]; and that of the weights."""
@@ -160,25 +162,28 @@ def gemm(x: Operand, w: Operand, out_dtype: torch.dtype = torch.bfloat16, w_grou
 
 
 def grouped_gemm(
-    x: Operand, count: Sequence[int], w: Operand, out_dtype: torch.dtype = torch.bfloat16, w_group: Group = "tile"
+    x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype = torch.bfloat16, w_group: Group = "tile"
 ) -> Tensor:
     """Rows of x in the order of their groups, count[g] of each, times w_g^T: [M, N]. w holds them stacked, values
-    [G, N, K] and factors [G, N, J]."""
+    [G, N, K] and factors [G, N, J]. Rows of no group become zeros."""
     check_pair(x, w, out_dtype, stacked=True)
     count = check_counts(count, len(x.value_MK), len(w.value_MK))
     backend = choose("grouped_gemm", x, w, out_dtype, w_group, count)
     return backend.serve["grouped_gemm"](x, count, w, out_dtype, w_group)
 
 
-def grouped_wgrad(dy: Operand, x: Operand, count: Sequence[int], out_dtype: torch.dtype = torch.float32) -> Tensor:
+def grouped_wgrad(dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype = torch.float32) -> Tensor:
     """dW_g = dy_g^T x_g for every group, [G, N, K], of dy [N, P] and x [K, P] as `retile(_, count)` gives them."""
     check_pair(dy, x, out_dtype)
     count = check_counts(count)
-    padded = sum(-(-c // TILE) * TILE for c in count)
-    if dy.value_MK.shape[1] != padded:
+    if isinstance(count, DeviceCounts):
+        columns, which = count.columns, "these"
+    else:
+        columns, which = sum(-(-c // TILE) * TILE for c in count), str([*count])
+    if dy.value_MK.shape[1] != columns:
         raise ValueError(
-            f"operands of {dy.value_MK.shape[1]} columns do not hold {list(count)} tokens, every group padded to a "
-            f"multiple of {TILE}: that is {padded}; make them with retile(operand, count)"
+            f"operands of {dy.value_MK.shape[1]} columns do not hold {which} tokens, every "
+            f"group padded to a multiple of {TILE}: that is {columns}; make them with retile(operand, count)"
         )
     return choose("grouped_wgrad", dy, x, out_dtype, "tile", count).serve["grouped_wgrad"](dy, x, count, out_dtype)
 
@@ -305,7 +310,7 @@ def _triton_gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group)
     return _triton("triton_gemm", "gemm")(x, w, out_dtype, w_group == "block")
 
 
-def _triton_grouped(x: Operand, count: Sequence[int], w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
+def _triton_grouped(x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
     return _triton("triton_gemm", "grouped_gemm")(x, count, w, out_dtype, w_group == "block")
 
 
@@ -375,7 +380,9 @@ def _deep_gemm_refuses(call: Call) -> str | None:
         return f"its results are bfloat16 here, not {call.out_dtype}"
     if call.shape and (call.shape[1] % 64 or call.shape[2] % TILE or 0 in call.shape):
         return f"N must be a multiple of 64 and K of {TILE}, are {call.shape[1]} and {call.shape[2]}"
-    if call.count and any(c % TILE for c in call.count):
+    count = call.count
+    whole = count.whole if isinstance(count, DeviceCounts) else not any(c % TILE for c in count or ())
+    if not whole:
         return f"every group's rows must be a multiple of {TILE}"
     return None
 
@@ -388,17 +395,24 @@ def _deep_gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group) -
     return y_MN
 
 
-def _deep_gemm_grouped(x: Operand, count: Sequence[int], w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
+def _deep_gemm_grouped(x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
+    """It skips blocks of rows of group -1 and says nothing of what it leaves there."""
     import deep_gemm
 
     device = x.value_MK.device
-    group_M = torch.arange(len(count), dtype=torch.int32).repeat_interleave(torch.tensor(count))
-    if device.type == "cuda":  # from pinned memory: a pageable copy would wait for the device's queue
-        group_M = group_M.pin_memory().to(device, non_blocking=True)
+    if isinstance(count, DeviceCounts):
+        group_M = count.group_M
+    else:
+        group_M = torch.arange(len(count), dtype=torch.int32).repeat_interleave(torch.tensor(count))
+        if device.type == "cuda":  # from pinned memory: a pageable copy would wait for the device's queue
+            group_M = group_M.pin_memory().to(device, non_blocking=True)
     y_MN = torch.empty(len(x.value_MK), w.value_MK.shape[1], dtype=out_dtype, device=device)
     deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
         (x.value_MK.contiguous(), x.scale_MJ), (w.value_MK.contiguous(), block_factors(w)), y_MN, group_M
     )
+    if isinstance(count, DeviceCounts):
+        least = max(0, count.total - count.most_rest)
+        y_MN[least:].masked_fill_((group_M[least:] < 0)[:, None], 0)
     return y_MN
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bessemer.precision.operand import TILE, Group, Operand, block_factors, quantise
+from bessemer.precision.operand import TILE, Counts, DeviceCounts, Group, Operand, block_factors, quantise
 
 MMA = 32
 """Columns that one FP8 instruction of Hopper adds."""
@@ -70,21 +70,40 @@ def _row_factor(operand: Operand) -> Tensor:
     return first_M
 
 
-def retile(operand: Operand, count: Sequence[int] | None, power_of_two: bool) -> Operand:
+def retile(operand: Operand, count: Counts | None, power_of_two: bool) -> Operand:
     """[T, K] in tiles of 1 x 128 as [K, T] in tiles along the tokens, or as [K, P] with a count."""
     return quantise(pad_groups(operand.dequantise(), count).t(), "tile", power_of_two)
 
 
-def pad_groups(x_TK: Tensor, count: Sequence[int] | None) -> Tensor:
+def pad_groups(x_TK: Tensor, count: Counts | None) -> Tensor:
     """[P, K]: every group's rows padded with zeros to a multiple of 128; unchanged without a count."""
     if count is None:
         return x_TK
+    if isinstance(count, DeviceCounts):
+        return _pad_on_device(x_TK, count)
     sizes = [-(-tokens // TILE) * TILE for tokens in count]
     out, start = x_TK.new_zeros(sum(sizes), x_TK.shape[1]), 0
     for part, size in zip(x_TK.split(list(count)), sizes, strict=True):
         out[start : start + len(part)] = part
         start += size
     return out
+
+
+def _pad_on_device(x_TK: Tensor, count: DeviceCounts) -> Tensor:
+    rows_G = count.rows_G.long()
+    whole_G = (rows_G + TILE - 1) // TILE * TILE
+    end_G = whole_G.cumsum(0)
+    place_P = torch.arange(count.columns, device=x_TK.device)
+    group_P = torch.searchsorted(end_G, place_P, right=True).clamp_(max=len(count) - 1)
+    inside_P = place_P - (end_G - whole_G)[group_P]  # its number within its group
+    token_P = (rows_G.cumsum(0) - rows_G)[group_P] + inside_P
+    token_P = token_P.where(inside_P < rows_G[group_P], len(x_TK))
+    return F.pad(x_TK, (0, 0, 0, 1)).index_select(0, token_P)
+
+
+def _on_host(count: Counts) -> Sequence[int]:
+    """As numbers: one GEMM per group needs them, so the host waits for a device."""
+    return count.rows_G.tolist() if isinstance(count, DeviceCounts) else count
 
 
 def swiglu(h_MF: Tensor, weight_M: Tensor | None, power_of_two: bool) -> Operand:
@@ -111,7 +130,7 @@ def swiglu_gradients(
 
 
 def swiglu_backward(
-    dact_MF: Tensor, h: Operand, weight_M: Tensor | None, count: Sequence[int] | None, power_of_two: bool
+    dact_MF: Tensor, h: Operand, weight_M: Tensor | None, count: Counts | None, power_of_two: bool
 ) -> tuple[Operand, Operand, Operand, Tensor | None]:
     """`swiglu_gradients` in float32, then: the activation in tiles along the tokens, dh in tiles, these once more along
     the tokens (`retile`), and the gradient of the weights."""
@@ -128,22 +147,23 @@ def gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tens
     return (x.dequantise() @ w.dequantise().t()).to(out_dtype)
 
 
-def grouped_gemm(x: Operand, count: Sequence[int], w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
+def grouped_gemm(x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
     """One GEMM per group."""
     _check_blocks(w, w_group)
     x_MK, w_GNK, start = x.dequantise(), w.dequantise(), 0
     y_MN = x_MK.new_empty(len(x_MK), w_GNK.shape[1])
-    for w_NK, rows in zip(w_GNK, count, strict=True):
+    for w_NK, rows in zip(w_GNK, _on_host(count), strict=True):
         torch.mm(x_MK[start : start + rows], w_NK.t(), out=y_MN[start : start + rows])
         start += rows
+    y_MN[start:].zero_()
     return y_MN.to(out_dtype)
 
 
-def grouped_wgrad(dy: Operand, x: Operand, count: Sequence[int], out_dtype: torch.dtype) -> Tensor:
+def grouped_wgrad(dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype) -> Tensor:
     """One GEMM per group, over its own columns."""
     dy_NP, x_KP, start = dy.dequantise(), x.dequantise(), 0
     dw_GNK = dy_NP.new_empty(len(count), len(dy_NP), len(x_KP))
-    for g, tokens in enumerate(count):
+    for g, tokens in enumerate(_on_host(count)):
         end = start + -(-tokens // TILE) * TILE
         torch.mm(dy_NP[:, start:end], x_KP[:, start:end].t(), out=dw_GNK[g])
         start = end

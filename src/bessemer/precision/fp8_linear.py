@@ -17,7 +17,6 @@ Shapes: T tokens, K inputs, N outputs, G experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from bessemer.precision import backends, emulation, weights
 from bessemer.precision.formats import round_mantissa
-from bessemer.precision.operand import TILE, Group, Operand
+from bessemer.precision.operand import TILE, Counts, DeviceCounts, Group, Operand
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ FP8_RECIPES = {
 """Values of the key `fp8`: the paper's recipe; all factors powers of two (as in V3.1); the variant that diverged (V3
 App. B.2); one factor per tensor, which elsewhere needed E5M2 for gradients; the accumulator of an H800; and a control
 with twice the rounding error."""
-Count = Sequence[int] | None
+Count = Counts | None
 
 
 def forward(x: Operand, weight: Tensor, recipe: FP8Recipe, count: Count = None) -> Tensor:
@@ -103,6 +102,7 @@ def _short_product(x: Operand, w: Operand, bits: int, count: Count) -> Tensor:
     """`reference_gemm`, which models a short accumulator."""
     if count is None:
         return emulation.reference_gemm(x, w, bits)
+    assert not isinstance(count, DeviceCounts), "a product for every group needs the counts"
     rows = zip(*(part.split(list(count)) for part in x), *w, strict=True)
     return torch.cat([emulation.reference_gemm(Operand(vx, sx), Operand(vw, sw), bits) for vx, sx, vw, sw in rows])
 
@@ -137,6 +137,7 @@ def weight_gradient(
     else:
         right = _along_tokens(x, recipe.activation, recipe.power_of_two or x_powers, count)
     if recipe.bits is not None:
+        assert not isinstance(count, DeviceCounts), "a product for every group needs the counts"
         ends = None if count is None else [-(-tokens // TILE) for tokens in count]
         parts = zip(_columns(left, ends), _columns(right, ends), strict=True)
         products = [emulation.reference_gemm(*part, recipe.bits) for part in parts]

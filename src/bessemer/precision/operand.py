@@ -15,7 +15,9 @@ Shapes: M and N rows, K columns, J = ceil(K / 128), G groups.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -43,6 +45,49 @@ class Operand(NamedTuple):
         for part, scale in by_tile(out, self.scale_MJ):
             part.mul_(scale)
         return out
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceCounts:
+    """Rows of every group where the device alone knows them, so that the host need not wait. Sizes follow from a bound:
+    what lies behind the last group is a rest that belongs to none. Products leave zeros there."""
+
+    rows_G: Tensor
+    """int32."""
+    total: int
+    """Rows of all groups and of the rest."""
+    whole: bool = False
+    """Every group is a multiple of 128."""
+
+    def __len__(self) -> int:
+        return len(self.rows_G)
+
+    @property
+    def columns(self) -> int:
+        """Enough columns for these rows as `retile` lays them out, every group padded to a multiple of 128."""
+        return self.total if self.whole else padded(self.total, len(self))
+
+    @property
+    def most_rest(self) -> int:
+        """The rest is shorter than that, where rows were filled up to whole groups."""
+        return (TILE - 1) * len(self)
+
+    @functools.cached_property
+    def group_M(self) -> Tensor:
+        """The group of every row, int32; -1 in the rest."""
+        end_G = self.rows_G.cumsum(0)
+        row_M = torch.arange(self.total, device=end_G.device)
+        group_M = torch.searchsorted(end_G, row_M, right=True, out_int32=True)
+        return group_M.masked_fill_(group_M == len(self), -1)
+
+
+Counts = Sequence[int] | DeviceCounts
+"""Rows of every group."""
+
+
+def padded(rows: int, groups: int) -> int:
+    """The most rows that so many can become when every group is padded to a multiple of 128."""
+    return (rows + (TILE - 1) * min(rows, groups)) // TILE * TILE
 
 
 def as_float32(value: Tensor) -> Tensor:
@@ -152,8 +197,13 @@ def check_pair(x: Operand, w: Operand, out_dtype: torch.dtype, stacked: bool = F
         raise ValueError(f"a GEMM's result is float32 or bfloat16, not {out_dtype}")
 
 
-def check_counts(count: Sequence[int], rows: int | None = None, groups: int | None = None) -> tuple[int, ...]:
-    """Rows per group as host integers. A tensor is copied to the host, which waits for its device."""
+def check_counts(count: Counts, rows: int | None = None, groups: int | None = None) -> tuple[int, ...] | DeviceCounts:
+    """Rows per group: as host integers, or as the device alone knows them, unread. A tensor is copied to the host,
+    which waits for its device."""
+    if isinstance(count, DeviceCounts):
+        if rows not in (None, count.total) or groups not in (None, len(count)):
+            raise ValueError(f"counts of {len(count)} groups and {count.total} rows do not fit {groups} and {rows}")
+        return count
     sizes = tuple(map(int, count.tolist() if isinstance(count, Tensor) else count))
     if min(sizes, default=0) < 0 or rows not in (None, sum(sizes)) or groups not in (None, len(sizes)):
         of = "" if groups is None else f" and {groups} matrices"

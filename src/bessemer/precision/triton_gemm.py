@@ -11,7 +11,8 @@ multiplies; so configurations prefer two warp groups, or two programs, on a mult
 number, both factors are multiplied with each other first: their product leaves float32 only when that of the largest
 elements does too.
 
-Groups may be empty: they have no rows, and their dW is zero. M, N and K may be ragged.
+Groups may be empty: they have no rows, and their dW is zero. M, N and K may be ragged. Rows that belong to no group
+(`DeviceCounts`) become zeros.
 
 Shapes: x [M, K], w [N, K] or [G, N, K], y [M, N]; factors [rows, J], J = ceil(K / 128); P = 128 * sum of ceil(count /
 128).
@@ -20,15 +21,14 @@ Shapes: x [M, K], w [N, K] or [G, N, K], y [M, N]; factors [rows, J], J = ceil(K
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bessemer.precision.operand import TILE, Operand
-from bessemer.precision.triton_quantise import WIDTH, locate, on_device
+from bessemer.precision.operand import TILE, Counts, Operand
+from bessemer.precision.triton_quantise import WIDTH, locate, on_device, tiles
 
 
 def gemm(x: Operand, w: Operand, out_dtype: torch.dtype, blocks: bool) -> Tensor:
@@ -45,7 +45,7 @@ def gemm(x: Operand, w: Operand, out_dtype: torch.dtype, blocks: bool) -> Tensor
     return y_MN
 
 
-def grouped_gemm(x: Operand, count: Sequence[int], w: Operand, out_dtype: torch.dtype, blocks: bool) -> Tensor:
+def grouped_gemm(x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype, blocks: bool) -> Tensor:
     """[M, N] of x [M, K] and stacked w: values [G, N, K], factors [G, N, J]; count[g] rows belong to group g."""
     x_MK, w_GNK = x.value_MK.contiguous(), w.value_MK.contiguous()
     (M, K), (G, N, _) = x_MK.shape, w_GNK.shape
@@ -54,17 +54,17 @@ def grouped_gemm(x: Operand, count: Sequence[int], w: Operand, out_dtype: torch.
         return y_MN.zero_()
 
     def grid(meta: dict[str, int]) -> tuple[int]:
-        return (sum(triton.cdiv(c, meta["BLOCK_M"]) for c in count) * triton.cdiv(N, meta["BLOCK_N"]),)
+        return (tiles(count, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]),)
 
     _grouped[grid](
-        x_MK, w_GNK, x.scale_MJ, w.scale_MJ, y_MN, on_device(count, x_MK.device), N, K,
+        x_MK, w_GNK, x.scale_MJ, w.scale_MJ, y_MN, on_device(count, x_MK.device), M, N, K,
         *x.scale_MJ.stride(), *w.scale_MJ.stride(), triton.next_power_of_2(M),
         G, triton.next_power_of_2(G), blocks, K % TILE == 0,
     )  # fmt: skip
     return y_MN
 
 
-def grouped_wgrad(dy: Operand, x: Operand, count: Sequence[int], out_dtype: torch.dtype) -> Tensor:
+def grouped_wgrad(dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype) -> Tensor:
     """[G, N, K] of dy [N, P] and x [K, P], both as `retile` returns them."""
     dy_NP, x_KP = dy.value_MK.contiguous(), x.value_MK.contiguous()
     N, K, G = len(dy_NP), len(x_KP), len(count)
@@ -170,16 +170,19 @@ def _gemm(
 
 
 @triton.autotune(configs=configurations(narrow=True), key=["SIZE", "N", "K", "GROUPS", "BLOCKS"])
-@triton.jit(do_not_specialize=["SIZE"])
+@triton.jit(do_not_specialize=["M", "SIZE"])
 def _grouped(
-    x, w, scale_x, scale_w, y, count, N, K, sx_row, sx_column, sw_group, sw_row, sw_column, SIZE,
+    x, w, scale_x, scale_w, y, count, M, N, K, sx_row, sx_column, sw_group, sw_row, sw_column, SIZE,
     GROUPS: tl.constexpr, ROOM: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of y, with rows of one group."""
+    """One program: one tile of y, with rows of one group, or of the rest, which sums nothing and writes zeros."""
     columns = tl.cdiv(N, BLOCK_N)
     m, n = place(tl.program_id(0), tl.num_programs(0) // columns, columns, 8)
     group, first, end, number = locate(m, count, GROUPS, ROOM, BLOCK_M)
+    length = tl.where(group < GROUPS, K, 0)
+    end = tl.where(group < GROUPS, end, M)
+    group = tl.minimum(group, GROUPS - 1)
     row = first + number * BLOCK_M + tl.arange(0, BLOCK_M)
     column = n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     block = n.to(tl.int64) * BLOCK_N // 128 * 128
@@ -187,7 +190,7 @@ def _grouped(
         x, w + group.to(tl.int64) * N * K, scale_x, scale_w + group.to(tl.int64) * sw_group,
         tl.minimum(row, end - 1), tl.minimum(column, N - 1), K, K,
         sx_row, sx_column, sw_row, sw_column, block, tl.minimum(block + 127, N - 1),
-        K, BLOCKS, EVEN, BLOCK_M, BLOCK_N,
+        length, BLOCKS, EVEN, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     inside = (row < end)[:, None] & (column < N)[None, :]
     tl.store(y + row[:, None] * N + column[None, :], y_MN.to(y.dtype.element_ty), mask=inside)

@@ -13,8 +13,9 @@ Three things that a plain kernel gets wrong are done by hand:
                 interpreter does not (nor does it keep NaN); after this the cast is exact in both
 
 Groups of rows of different sizes (experts) lie one after another. Every group is cut into tiles of its own: one of c
-rows has ceil(c / BLOCK). Counts are copied to the device without synchronising; every program finds its group with a
-running sum over them.
+rows has ceil(c / BLOCK). Every program finds its group with a running sum over the counts, which are copied to the
+device without synchronising, or never leave it (`DeviceCounts`): then there are as many programs as there may be tiles,
+and those behind the last group's find the rest.
 
 Shapes: M rows (tokens T), K columns, F features, J = ceil(K / 128) tiles of a row, P columns of a retiled matrix.
 """
@@ -28,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bessemer.precision.operand import E4M3_MAX, SMALLEST, TILE, Operand
+from bessemer.precision.operand import E4M3_MAX, SMALLEST, TILE, Counts, DeviceCounts, Operand
 
 WIDTH = tl.constexpr(TILE)
 LARGEST = tl.constexpr(E4M3_MAX)
@@ -68,16 +69,16 @@ def quantise_blocks(x_MK: Tensor, power_of_two: bool = False) -> Operand:
     return out
 
 
-def retile(operand: Operand, count: Sequence[int] | None = None, power_of_two: bool = False) -> Operand:
+def retile(operand: Operand, count: Counts | None = None, power_of_two: bool = False) -> Operand:
     """[T, K] in tiles of 1 x 128 becomes [K, T] in tiles along the tokens.
 
     With `count`, tokens per group, no tile spans two groups: every group's columns are padded with zeros to a multiple
-    of 128, [K, P] with P = 128 * sum of ceil(count / 128).
+    of 128, [K, P] with P = 128 * sum of ceil(count / 128), or `DeviceCounts.columns`. Behind the groups lie zeros.
     """
     value_TK = operand.value_MK.contiguous()
     T, K = value_TK.shape
-    groups = [T] if count is None else list(count)
-    numbers = triton.cdiv(T, TILE) if count is None else sum(-(-c // TILE) for c in groups)
+    groups = [T] if count is None else count
+    numbers = _columns(groups)
     out = empty_operand((K, T if count is None else numbers * TILE), value_TK)
     if numbers and K:
         _retile[(numbers, triton.cdiv(K, 64))](
@@ -105,13 +106,13 @@ def swiglu(h_MF: Tensor, weight_M: Tensor | None = None, power_of_two: bool = Fa
 
 
 def swiglu_backward(
-    dact_MF: Tensor, h: Operand, weight_M: Tensor | None, count: Sequence[int] | None, power_of_two: bool
+    dact_MF: Tensor, h: Operand, weight_M: Tensor | None, count: Counts | None, power_of_two: bool
 ) -> tuple[Operand, Operand, Operand, Tensor | None]:
     """`emulation.swiglu_backward` in one pass over h and the gradient; sums for the weights are in a fixed order."""
     dact_MF, value = dact_MF.contiguous(), h.value_MK.contiguous()
     M, F = dact_MF.shape
-    groups = [M] if count is None else list(count)
-    blocks = sum(triton.cdiv(rows, TILE) for rows in groups)
+    groups = [M] if count is None else count
+    blocks = _columns(groups)
     P = M if count is None else blocks * TILE
     act, dh, turned = empty_operand((F, P), value), empty_operand((M, 2 * F), value), empty_operand((2 * F, P), value)
     weight = dact_MF if weight_M is None else weight_M.detach().contiguous()
@@ -125,10 +126,24 @@ def swiglu_backward(
     return act, dh, turned, None if weight_M is None else parts.sum(1).to(weight_M.dtype)
 
 
-def on_device(count: Sequence[int], device: torch.device) -> Tensor:
+def tiles(count: Counts, block: int) -> int:
+    """Into how many tiles of `block` rows the groups are cut, or at most: the rest counts as one more."""
+    if not isinstance(count, DeviceCounts):
+        return sum(triton.cdiv(rows, block) for rows in count)
+    return (count.total + (block - 1) * min(count.total, len(count) + 1)) // block
+
+
+def _columns(count: Counts) -> int:
+    """Tiles of a matrix along its tokens."""
+    return count.columns // TILE if isinstance(count, DeviceCounts) else tiles(count, TILE)
+
+
+def on_device(count: Counts, device: torch.device) -> Tensor:
     """The counts as int32 [G], copied from pinned memory: a pageable copy would wait for the device's queue."""
+    if isinstance(count, DeviceCounts):
+        return count.rows_G
     counts = torch.tensor(count, dtype=torch.int32)
-    return counts.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else counts
+    return counts.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else counts.to(device)
 
 
 def rows_in_memory(x_MK: Tensor) -> Tensor:
@@ -186,8 +201,9 @@ def to_e4m3(x, scale, POWER_OF_TWO: tl.constexpr):
 
 @triton.jit
 def locate(tile, count, GROUPS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr):
-    """The tile's group, the group's first row and the one after its last, and the tile's number in the group.
-    ROOM: GROUPS rounded up to a power of two."""
+    """The tile's group, the group's first row and the one after its last, and the tile's number in the group. Of a tile
+    of the rest: a group that does not exist, the rest's first row twice, the number within the rest. ROOM: GROUPS
+    rounded up to a power of two."""
     g = tl.arange(0, ROOM)
     rows_G = tl.load(count + g, mask=g < GROUPS, other=0)
     tiles_G = (rows_G + BLOCK - 1) // BLOCK
@@ -278,7 +294,8 @@ def _swiglu_backward(
     tokens at a time, to have registers for them: first for the tiles along the features and for the largest magnitudes
     along the tokens, then, computed again, for the tiles along the tokens."""
     tile, j = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    _group, first, end, number = locate(tile, count, GROUPS, ROOM, WIDTH)
+    group, first, end, number = locate(tile, count, GROUPS, ROOM, WIDTH)
+    end = tl.where(group < GROUPS, end, M)  # of the rest, too, the gradient has to be written
     first += number * WIDTH
     column = j * WIDTH + tl.arange(0, WIDTH)
     most_act = tl.zeros((WIDTH,), tl.int32)
