@@ -40,6 +40,8 @@ def test_facts_are_json_and_every_one_is_here(machine):
      ("FP8", {"fp8": [["gemm", "emulation", "exact; not triton: the package triton is not installed"]]}, "slow",
       "2 to 3 times as slow (the package triton is not installed)"),
      ("FP8", {"fp8": [["gemm", "triton", "our kernels"], ["turn", "triton", "our kernels"]]}, "ok", "triton"),
+     ("exchange", {"exchange": {"deepep": "", "all-to-all": ""}}, "ok", "several ranks: DeepEP"),
+     ("exchange", {}, "ok", "all-to-all; not DeepEP: the package deep_ep is not installed"),
      ("compiler", {"compiler": None}, "slow", "g++"), ("compiler", {"compiler": "/usr/bin/g++"}, "ok", "works"),
      ("kernels", {"kernels": ["avx2", "avx2"]}, "ok", "avx2: fused"),
      ("kernels", {"kernels": ["off", "off (no C++ compiler; install g++)"]}, "slow", "install g++): torch's own"),

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
-from bessemer.dist.expert_parallel import Exchange, Hop
+from bessemer.dist.expert_parallel import AllToAll, Hop
 from bessemer.model import moe
 from bessemer.precision.fp8_linear import PAPER
 
@@ -29,7 +29,7 @@ def problem(rank, n, seed=0):
     return x, expert, weight, w13, w2, torch.randn(N, D, generator=own)
 
 
-class PlainExchange(Exchange):
+class PlainExchange(AllToAll):
     """The plain all-to-all: a row for every token and expert, summed on the token's rank."""
 
     def dispatch(self, x_ND, routing, recipe=None):
@@ -53,7 +53,7 @@ def exchange_of(kind, rank, n):
         )
     else:
         hops = (Hop(dist.group.WORLD, n, rank, 0, local, "all"),)
-    return (PlainExchange if kind == "plain" else Exchange)(hops, rank * local, local, K)
+    return (PlainExchange if kind == "plain" else AllToAll)(hops, rank * local, local, K)
 
 
 def there_and_back(rank, n, kind, fp8):

@@ -11,7 +11,7 @@ import torch
 from model_cases import relative, tiny
 from ranks import on_ranks
 
-from bessemer.dist.expert_parallel import Exchange, Hop
+from bessemer.dist.expert_parallel import AllToAll, Hop
 from bessemer.model import fp8, moe
 from bessemer.model.gate import Routing
 from bessemer.precision import backends, emulation
@@ -139,7 +139,7 @@ def on_a_rank(rank, full):
     import torch.distributed as dist
 
     hop = Hop(dist.group.WORLD, 2, rank, 0, 3, "node")
-    exchange = Exchange((hop,), 3 * rank, 3, 2)
+    exchange = AllToAll((hop,), 3 * rank, 3, 2)
     half = slice(45 * rank, 45 * rank + 45)
     x = x.detach()[half].requires_grad_()
     weight = routing.weight_NK.detach()[half].requires_grad_()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bessemer import __version__
+from bessemer.dist import exchange_choice
 from bessemer.kernels import build, library
 from bessemer.precision import backends, probe
 from bessemer.tasks import sandbox
@@ -47,6 +48,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "dtype": str(choice.dtype).removeprefix("torch."),
         "dtype_reason": choice.why,
         "fp8": [list(row) for row in backends.table("cuda" if torch.cuda.is_available() else "cpu")],
+        "exchange": exchange_choice.present(),
         "sandbox": sandbox.level(),
         "sandbox_trials": {name: sandbox.trial(name) for name in sandbox.LEVELS},
         "compiler": next((path for name in _compilers() if (path := shutil.which(name))), None),
@@ -83,6 +85,7 @@ def _judge(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
         _about_workers(facts),
         _about_numbers(facts),
         _about_fp8(facts),
+        _about_exchange(facts),
         _about_compiler(facts),
         _about_kernels(facts),
         _about_sandbox(facts),
@@ -139,6 +142,16 @@ def _about_fp8(facts: dict[str, Any]) -> tuple[str, str, str]:
     why = next((part for part in emulated[0][1].split("; ") if part.startswith("not triton: ")), emulated[0][1])
     text = f"training in FP8 is emulated: exact, and 2 to 3 times as slow ({why.removeprefix('not triton: ')})"
     return "FP8", "slow", text
+
+
+def _about_exchange(facts: dict[str, Any]) -> tuple[str, str, str]:
+    """What can carry tokens between ranks that share experts."""
+    missing = facts["exchange"]["deepep"]
+    return (
+        "exchange",
+        "ok",
+        "experts on several ranks: " + (f"all-to-all; not DeepEP: {missing}" if missing else "DeepEP"),
+    )
 
 
 def _about_compiler(facts: dict[str, Any]) -> tuple[str, str, str]:

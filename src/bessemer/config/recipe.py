@@ -71,6 +71,9 @@ class LayoutConfig(ConfigTable):
     must divide the row length. RL, whose row lengths vary, uses data-parallel ranks instead. Not with fp8."""
     node: int = Field(8, ge=1)
     """Ranks per node; a token crosses to another node at most once."""
+    exchange: Literal["auto", "all-to-all", "deepep"] = "auto"
+    """How tokens reach experts on other ranks. deepep: DeepSeek's kernels for NVLink and RDMA; every rank needs the
+    wheel deep_ep. auto: deepep on GPUs if all ranks can use it, otherwise all-to-all."""
     schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipe-v"] = "auto"
     """Pipeline schedule. auto: dualpipe if pp is even (V3); 1f1b otherwise, and in steps with fewer than 2 pp
     micro-batches."""

@@ -158,7 +158,7 @@ class DistributedTrainer(Trainer):
         for number in range(most):
             executor.warm([*new.values(), *[work[0]] * most][number])
         if self.shard.exchange is not None:
-            self.shard.exchange.sent_bytes.clear()
+            self.shard.exchange.bytes_sent()
 
     def _executor_for(self, micro: int) -> Executor:
         if self._executor is None:
@@ -204,9 +204,8 @@ class DistributedTrainer(Trainer):
         ]  # fmt: skip
         exchange, links = self.shard.exchange, list[str]()
         if exchange is not None:
-            links = sorted({hop.link for hop in exchange.hops})
-            mine += [exchange.sent_bytes[link] for link in links]
-            exchange.sent_bytes.clear()
+            links = [*exchange.links]
+            mine += exchange.bytes_sent()
         total, divisor, all_tokens, all_rows, stop, due, *more = self._reduced(mine, dist.ReduceOp.SUM)
         values, sent = more[: len(last)], more[len(last) :]
         self._stopping, self._due = stop > 0, due > 0

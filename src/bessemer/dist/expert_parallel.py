@@ -24,15 +24,16 @@ dtype works.
     return_       results returned, copies summed          backward: sent again, in FP8 if the route has a recipe
     exchanged     rows that have no gradient
 
+This is the reference of the exchange's backends (`exchange.Exchange`): it runs on every device and in every dtype.
+
 Shapes: T tokens at some place of their route, M rows of own experts, D hidden, K experts per token, S rows sent, R rows
 received.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bessemer.dist import watchdog
+from bessemer.dist.exchange import Exchange, Sent, of_rows, summed
 from bessemer.model import fp8, moe
 from bessemer.precision.fp8_linear import FP8Recipe
 from bessemer.precision.operand import TILE, Operand
@@ -81,30 +83,6 @@ def _rows(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGro
 def exchanged(x: Tensor, route: Route) -> Tensor:
     """Sends rows [S, ...]; no gradient."""
     return _rows(x, route.send, route.receive, route.group)
-
-
-def summed(x_SD: Tensor, token: Tensor, n_tokens: int, filled: bool = False) -> Tensor:
-    """[T, D]: the sum of the rows of every token; 0 for a token without any. `filled`: some rows are of token T, which
-    does not exist."""
-    return _Summed.apply(x_SD, token, n_tokens, filled)
-
-
-class _Summed(torch.autograd.Function):
-    """torch's index_add would keep its argument for backward: in float32 four bytes per element of every routed row."""
-
-    @staticmethod
-    def forward(ctx, x_SD: Tensor, token: Tensor, n_tokens: int, filled: bool) -> Tensor:
-        ctx.save_for_backward(token)
-        ctx.filled = filled
-        out = torch.zeros(n_tokens + filled, x_SD.shape[1], dtype=torch.float32, device=x_SD.device)
-        return out.index_add_(0, token, x_SD.float())[:n_tokens].to(x_SD.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy_TD: Tensor):
-        (token,) = ctx.saved_tensors
-        dy_TD = fp8.with_nothing(dy_TD) if ctx.filled else dy_TD
-        return dy_TD.index_select(0, token), None, None, None
 
 
 def send_rows(x_TD: Tensor, route: Route) -> Tensor:
@@ -173,8 +151,7 @@ def unpacked(payload: Tensor, columns: int) -> Operand:
     return Operand(value.contiguous().view(torch.float8_e4m3fn), scale.contiguous().view(torch.float32))
 
 
-@dataclass(frozen=True)
-class Hop:
+class Hop(NamedTuple):
     """Places that tokens can be sent to at once: the ranks of a process group."""
 
     group: dist.ProcessGroup
@@ -189,21 +166,6 @@ class Hop:
     """The name its bytes are counted under."""
 
 
-class Sent(NamedTuple):
-    """The input of `Experts`, and the routes back."""
-
-    rows_MD: Tensor
-    weight_M: Tensor
-    count_E: Tensor
-    """Rows of each of this rank's experts, those included that fill them up."""
-    token_M: Tensor
-    """The received token of each row."""
-    operand: Operand | None
-    routes: tuple[Route, ...]
-    filled: bool = False
-    """As in `moe.Dispatched`; rows of nothing are those of a token that does not exist."""
-
-
 class _At(NamedTuple):
     """Tokens at one place of their route."""
 
@@ -216,22 +178,14 @@ class _At(NamedTuple):
     """In FP8, values and scales: bytes [T, D + 4 J]."""
 
 
-@dataclass
-class Exchange:
-    """The all-to-alls of one rank; layers may share it."""
+class AllToAll(Exchange):
+    """Hops of `all_to_all_single` over gloo or NCCL; layers may share them."""
 
-    hops: tuple[Hop, ...]
-    first: int
-    """This rank's first expert."""
-    n_local: int
-    """The number of its experts."""
-    n_activated: int
-    """Experts of a token."""
-    sent_bytes: Counter = field(default_factory=Counter)
-    """Rows sent forward to other ranks, by link."""
+    def __init__(self, hops: Sequence[Hop], first: int, n_local: int, n_activated: int):
+        super().__init__(tuple(sorted(hop.link for hop in hops)), n_local)
+        self.hops, self.first, self.n_activated = tuple(hops), first, n_activated
 
     def dispatch(self, x_ND: Tensor, routing: moe.Routing, recipe: FP8Recipe | None = None) -> Sent:
-        """All rows for this rank's experts, in expert order; with a recipe in FP8."""
         if recipe is None:
             at = _At(x_ND, routing.expert_NK, routing.weight_NK, None)
         else:
@@ -243,12 +197,10 @@ class Exchange:
             routes.append(route)
         return self._sorted(at, tuple(routes), recipe is not None and fp8.fills(recipe, x_ND.device))
 
-    def combine(self, y_MD: Tensor, sent: Sent) -> Tensor:
-        """For every own token the sum over all of its experts, [N, D]."""
-        y = summed(y_MD, sent.token_M, sum(sent.routes[-1].receive), sent.filled)
-        for route in reversed(sent.routes):
-            y = return_(y, route)
-        return y
+    def returned(self, y_RD: Tensor, back: object) -> Tensor:
+        for route in reversed(cast(tuple[Route, ...], back)):
+            y_RD = return_(y_RD, route)
+        return y_RD
 
     def _hop(self, at: _At, hop: Hop, recipe: FP8Recipe | None) -> tuple[_At, Route]:
         place_TK = torch.div(at.expert_TK - hop.first, hop.width, rounding_mode="floor")
@@ -269,20 +221,15 @@ class Exchange:
 
     def _sorted(self, at: _At, routes: tuple[Route, ...], filling: bool) -> Sent:
         """Repeats every token once for each of its experts on this rank."""
-        K = at.expert_TK.shape[1]
         place = (at.expert_TK >= 0).flatten().nonzero().squeeze(1)
         expert, order = (at.expert_TK.flatten()[place] - self.first).sort(stable=True)
-        place = place[order]
-        token, count_E = place // K, torch.bincount(expert, minlength=self.n_local)
-        weight_M = at.weight_TK.flatten().index_select(0, place)
-        if at.payload is None:
-            return Sent(at.x_TD.index_select(0, token), weight_M, count_E, token, None, routes)
-        if not filling:
-            operand = unpacked(at.payload[token], at.x_TD.shape[1])
-            return Sent(fp8.grad_anchor(at.x_TD, token), weight_M, count_E, token, operand, routes)
-        fill = fp8.filled(count_E, len(token))
-        token, weight_M = fill.spread(token, len(at.x_TD)), fill.spread(weight_M, 0.0)
-        value, scale = unpacked(at.payload, at.x_TD.shape[1])
-        value = fp8.with_nothing(value.view(torch.uint8)).index_select(0, token).view(torch.float8_e4m3fn)
-        operand = Operand(value, fp8.with_nothing(scale, 1.0).index_select(0, token))
-        return Sent(fp8.grad_anchor(at.x_TD, token), weight_M, fill.rows_E, token, operand, routes, True)
+        count_E, payload = torch.bincount(expert, minlength=self.n_local), at.payload
+
+        def operand(token: Tensor) -> Operand:
+            assert payload is not None, "of FP8 only"
+            if not filling:
+                return unpacked(payload[token], at.x_TD.shape[1])
+            return of_rows(unpacked(payload, at.x_TD.shape[1]), token, filling)
+
+        wanted = None if payload is None else operand
+        return self.rows(at.x_TD, at.weight_TK, place[order], count_E, wanted, filling, routes)

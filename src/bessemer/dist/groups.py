@@ -11,7 +11,7 @@ Groups of the same ranks are one where one thread uses them in turn. What may ru
     experts    rows for the experts: the exchange's thread and stream (`chunk.Overlapped`)
     messages   from one pipeline rank to another: a group for each direction, since NCCL runs the operations of a group
                one after the other
-    files      checkpoints: the saving thread, on the CPU
+    files      checkpoints: the saving thread, on the CPU; DeepEP's buffers are set up over such a group, too
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ ENVIRONMENT = {
 }
 """What CUDA and NCCL read when they start: a queue for each stream, so that a kernel that waits for another rank holds
 up no other; no kernel loaded in the middle of a step, which waits for the whole device; torch's flight recorder."""
+
+
+at_leave: list[Callable[[], object]] = []
+"""What is freed, in this order, before a run's groups are destroyed; collective, so not after an error."""
 
 
 class Wanted(NamedTuple):

@@ -20,9 +20,10 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from bessemer.dist import groups
+from bessemer.dist import deepep, groups
 from bessemer.dist.context_parallel import Context, WholeRows
-from bessemer.dist.expert_parallel import Exchange, Hop
+from bessemer.dist.exchange import Exchange
+from bessemer.dist.expert_parallel import AllToAll, Hop
 from bessemer.dist.groups import Use, Wanted
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
@@ -162,13 +163,20 @@ def _factors(world: int) -> Iterator[tuple[int, int]]:
 
 
 class Mesh:
-    """The process groups of this rank. Collective over all ranks of the world."""
+    """The process groups of this rank. Collective over all ranks of the world. `backend` of the exchange, as
+    `exchange_choice.choose` found it."""
 
-    def __init__(self, layout: Layout, cfg: ModelConfig, slices: int = 1, device: torch.device | None = None):
+    def __init__(
+        self, layout: Layout, cfg: ModelConfig, slices: int = 1, device: torch.device | None = None,
+        backend: Literal["all-to-all", "deepep"] = "all-to-all",
+    ):  # fmt: skip
         check(layout, cfg, dist.get_world_size(), slices)
-        self.layout, self.cfg, self.me = layout, cfg, dist.get_rank()
+        self.layout, self.cfg, self.me, self.backend = layout, cfg, dist.get_rank(), backend
         self.pp, self.dp, self.ep, self.cp = layout.place(self.me)
-        groups.make(layout.wanted(), device or torch.device("cpu"))
+        wanted = [*layout.wanted()]
+        if backend == "deepep":  # a group on the CPU, over which its buffers are set up
+            wanted += [Wanted("files", tuple(ranks)) for ranks in layout.groups("ep")]
+        groups.make(wanted, device or torch.device("cpu"))
         self.group: dict[str, dist.ProcessGroup] = {}
         """The group of each kind that this rank is in."""
         for kind, use in layout.kinds.items():
@@ -186,7 +194,8 @@ class Mesh:
         return Context(self.group["cp"], self.layout.cp, self.cp) if self.layout.cp > 1 else WholeRows()
 
     def exchange(self) -> Exchange | None:
-        """One hop if an expert-parallel group fits in a node, else two; None where every rank has all experts."""
+        """One hop if an expert-parallel group fits in a node, else two; None where every rank has all experts.
+        Collective over the ranks of an expert-parallel group."""
         experts, n, layout = self.cfg.n_routed_experts, len(self.experts), self.layout
         if layout.ep == 1:
             return None
@@ -199,4 +208,8 @@ class Mesh:
                 Hop(self.group["network"], layout.nodes, node, 0, per_node, "network"),
                 Hop(self.group["within"], size, own, node * per_node, n, "node"),
             )
-        return Exchange(hops, self.experts.start, n, self.cfg.n_activated_experts)
+        hopping = AllToAll(hops, self.experts.start, n, self.cfg.n_activated_experts)
+        if self.backend == "all-to-all":
+            return hopping
+        group = groups.get("files", next(ranks for ranks in layout.groups("ep") if self.me in ranks))
+        return deepep.DeepEP(deepep.buffer_of(group, self.cfg.dim), self.ep, layout.node, experts, hopping)

@@ -97,6 +97,8 @@ class Ranks:
         if self._watchdog is not None:
             self._watchdog.stop()
         if dist.is_initialized():
+            for free in groups.at_leave:
+                free()
             dist.destroy_process_group()
 
     def agree(self, value: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.dist.context_parallel import Attend, WholeAttend, WholeRows
-from bessemer.dist.expert_parallel import Exchange
+from bessemer.dist.exchange import Exchange
 from bessemer.model.accounting import attention_params, embedding_params, ffn_params
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Layer

@@ -1,0 +1,53 @@
+"""Which backend exchanges a run's tokens: what the recipe names, or the fastest that every rank can use."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from bessemer.dist import deepep
+from bessemer.dist.mesh import Layout
+from bessemer.dist.ranks import Ranks
+from bessemer.errors import UserError
+from bessemer.model.config import ModelConfig
+
+Wanted = Literal["auto", "all-to-all", "deepep"]
+
+
+def choose(
+    wanted: Wanted, layout: Layout, cfg: ModelConfig, ranks: Ranks, say: Callable[[str], None]
+) -> Literal["all-to-all", "deepep"]:
+    """Says which and why. UserError on all ranks if one of them cannot use what the recipe names. Collective."""
+    if layout.ep == 1:
+        return "all-to-all"
+    if wanted == "all-to-all" or (wanted == "auto" and ranks.device.type != "cuda"):
+        if ranks.device.type == "cuda":
+            say("exchange of tokens: all-to-all, as [layout] exchange says")
+        return "all-to-all"
+    unfit = unfit_for_deepep(layout, cfg, ranks.device)
+    faults = ranks.all_gather((unfit, platform.node()), "the choice of an exchange")
+    why = next((f"rank {rank} on {host}: {text}" for rank, (text, host) in enumerate(faults) if text), "")
+    if why and wanted == "deepep":
+        raise UserError(
+            f'[layout] exchange = "deepep": {why}; install its wheel on all ranks (github.com/deepseek-ai/DeepEP), or '
+            'set exchange = "auto"'
+        )
+    say(f"exchange of tokens: all-to-all; not DeepEP: {why}" if why else "exchange of tokens: DeepEP")
+    return "all-to-all" if why else "deepep"
+
+
+def unfit_for_deepep(layout: Layout, cfg: ModelConfig, device: torch.device) -> str:
+    """Why this rank cannot use it; empty if it can."""
+    shape = layout.ep, layout.node, cfg.dim, cfg.n_activated_experts, cfg.n_routed_experts
+    return deepep.unfit_shape(*shape) or deepep.absent() or deepep.unfit_card(device)
+
+
+def present() -> dict[str, str]:
+    """Backends of this machine: why each is not there, or nothing."""
+    return {
+        "deepep": deepep.absent() or ("" if torch.cuda.is_available() else "it needs GPUs"),
+        "all-to-all": "",
+    }

@@ -1,0 +1,239 @@
+"""DeepEP as the exchange: the bits of all-to-all, few calls and no wait in backward, and who may use it.
+
+The package needs NVLink; a stand-in with its signatures computes over gloo (tests/shared/deep_ep_stand_in.py).
+"""
+
+import re
+import sys
+
+import deep_ep_stand_in
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from test_executor import CFG
+from test_overlap import Jittery, different, step
+
+from bessemer.config.recipe import LayoutConfig
+from bessemer.dist import deepep, exchange_choice, groups
+from bessemer.dist.chunk import Serial
+from bessemer.dist.expert_parallel import AllToAll, Hop
+from bessemer.dist.mesh import Layout, Mesh
+from bessemer.dist.ranks import Ranks
+from bessemer.dist.schedules import schedule
+from bessemer.errors import UserError
+from bessemer.model import moe
+from bessemer.model.config import preset
+from bessemer.precision.fp8_linear import PAPER
+
+E, K, D, F = 8, 3, 256, 32
+CASES = [(case, fp8) for case in ("uneven", "one expert", "half idle") for fp8 in (False, True)]
+
+
+def install(node):
+    sys.modules["deep_ep"] = deep_ep_stand_in
+    deep_ep_stand_in.Buffer.nvl_peers = node
+
+
+def problem(rank, case):
+    """Rank 0 has most tokens, rank 1 none at all; expert 5 gets nobody. Or all tokens go to expert 2; or only the
+    first half of the ranks gets any."""
+    own = torch.Generator().manual_seed(100 + rank)
+    N = [40, 0, 7, 12][rank] if case == "uneven" else 11
+    x = torch.randn(N, D, generator=own).bfloat16()
+    score = torch.rand(N, E, generator=own)
+    score[:, 5] = 0
+    weight, expert = score.topk(K, -1)
+    if case == "one expert":
+        expert, weight = torch.full((N, 1), 2), weight[:, :1].contiguous()
+    elif case == "half idle":
+        expert %= E // 2
+        expert[:, 1:] = torch.stack([(expert[:, 0] + 1) % 4, (expert[:, 0] + 2) % 4], 1)
+    return x, expert, weight, torch.randn(N, D, generator=own).bfloat16()
+
+
+def there_and_back(exchange, rank, n, case, fp8):
+    x, expert, weight, dy = problem(rank, case)
+    draw = torch.Generator().manual_seed(0)
+    experts = moe.Experts.__new__(moe.Experts)
+    torch.nn.Module.__init__(experts)
+    mine = slice(rank * (E // n), (rank + 1) * (E // n))
+    for name, shape in (("w13", (E, 2 * F, D)), ("w2", (E, D, F))):
+        whole = (torch.randn(shape, generator=draw) * 0.2).bfloat16()
+        setattr(experts, name, torch.nn.Parameter(whole[mine].clone()))
+    experts.fp8 = PAPER if fp8 else None
+    x.requires_grad_(), weight.requires_grad_()
+    sent = exchange.dispatch(x, moe.Routing(expert, weight, x.new_zeros(())), experts.fp8)
+    y = exchange.combine(experts(sent), sent)
+    y.backward(dy)
+    gradients = [x.grad, weight.grad, experts.w13.grad, experts.w2.grad]
+    return [y.detach(), sent.count_E, *gradients], sum(exchange.bytes_sent())
+
+
+def hopping(rank, n, node):
+    local = E // n
+    if n <= node:
+        return AllToAll((Hop(dist.group.WORLD, n, rank, 0, local, "node"),), rank * local, local, K)
+    across = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
+    within = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+    hops = (
+        Hop(across, 2, rank // 2, 0, E // 2, "network"),
+        Hop(within, 2, rank % 2, (rank // 2) * (E // 2), local, "node"),
+    )
+    return AllToAll(hops, rank * local, local, K)
+
+
+def both(rank, n, node):
+    """For every case: names of what differs from all-to-all, and what DeepEP was asked for."""
+    install(node)
+    reference = hopping(rank, n, node)
+    buffer = deepep.buffer_of(dist.new_group(list(range(n)), backend="gloo"), D)
+    exchange = deepep.DeepEP(buffer, rank, node, E, hopping(rank, n, node))
+    told = []
+    for case, fp8 in CASES:
+        del buffer.calls[:]
+        (found, bytes_), (wanted, wanted_bytes) = (
+            there_and_back(one, rank, n, case, fp8) for one in (exchange, reference)
+        )
+        names = ("y", "count", "x", "gates", "w13", "w2")
+        off = {
+            name: float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9))
+            for name, a, b in zip(names, found, wanted, strict=True)
+            if not (a.dtype == b.dtype and torch.equal(a, b))
+        }
+        told.append((case, fp8, off, bytes_, wanted_bytes, [call for call, _ in buffer.calls],
+                     len({handle for _, handle in buffer.calls if handle})))  # fmt: skip
+    x, calls = torch.randn(3, D).requires_grad_(), len(buffer.calls)  # float32 goes by all-to-all
+    sent = exchange.dispatch(x, moe.Routing(torch.tensor([[0, 5, 7]] * 3), torch.ones(3, K), None))
+    exchange.combine(sent.rows_MD, sent).sum().backward()
+    told.append(len(buffer.calls) == calls and torch.equal(x.grad, torch.full_like(x, 3.0)))
+    deepep.close()
+    return told
+
+
+ONCE = ["layout", "dispatch", "combine", "dispatch again", "combine"]
+"""Forward twice, of which the first asks for the layout; backward by the same handle."""
+
+
+@pytest.mark.parametrize(("n", "node"), [(2, 8), (4, 8), (4, 2)], ids=["two", "four", "two-nodes"])
+def test_the_bits_of_all_to_all(n, node):
+    """Between nodes it does not say in which order rows arrive, so sums over them may run in another."""
+    found = on_ranks(n, both, n, node)
+    for *cases, other_dtype in found:
+        assert other_dtype
+        for case, fp8, off, _, _, calls, handles in cases:
+            if node < n:
+                assert off.keys() <= {"w13", "w2"} and max(off.values(), default=0) < 0.05, (case, fp8, off)
+            else:
+                assert not off, (case, fp8, off)
+            assert calls == ONCE and handles == 1, (case, fp8)
+    for number, (case, fp8) in enumerate(CASES):
+        sent, wanted = (sum(cases[number][place] for cases in found) for place in (3, 4))
+        assert sent == wanted > 0, (case, fp8)
+
+
+def overlapped(rank):
+    """A step of DualPipe's pairs on two expert-parallel ranks: by DeepEP, whose exchanges take any time, against
+    all-to-all one after the other."""
+    install(8)
+    table, runs = schedule("dualpipe-v", 1, 3), []
+    for backend, streams in (("all-to-all", Serial()), ("deepep", Jittery(rank))):
+        mesh = Mesh(Layout(ep=2), CFG, backend=backend)
+        exchange = InBF16(mesh.exchange())
+        runs.append(step(table, [[0], [1]], 0, CFG, False, exchange, mesh.experts, 3 * rank, streams))
+    buffer = deepep.buffer_of(groups.get("files", [0, 1]), CFG.dim)
+    used = [name for name, _ in buffer.calls]
+    said = out_of_step(rank, buffer)
+    groups.at_leave[0]()
+    return different(runs[1], runs[0]), used.count("dispatch"), used.count("dispatch again"), said, buffer.group is None
+
+
+def out_of_step(rank, buffer):
+    way, x = deepep._Way(buffer, None), torch.ones(2, D).bfloat16()
+    way.send(x, torch.ones(2, 1), torch.tensor([[0], [7]]), E)
+    try:
+        way.send_again(x) if rank else way.sum_back(x)
+    except AssertionError as error:
+        return str(error)
+
+
+class InBF16:
+    """An exchange of a float32 model's rows in BF16."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def dispatch(self, x, routing, recipe):
+        sent = self.inner.dispatch(x.bfloat16(), routing, recipe)
+        return sent._replace(rows_MD=sent.rows_MD.float())
+
+    def combine(self, y, sent):
+        return self.inner.combine(y.bfloat16(), sent).float()
+
+
+def test_dualpipe_s_halves_keep_their_bits():
+    """And the stand-in would have noticed ranks that call in another order."""
+    for off, forward, backward, said, freed in on_ranks(2, overlapped):
+        assert off == [] and forward == backward == 3 * 4 and freed
+        assert said == "ranks are in different calls"
+
+
+MISSING = "the package deep_ep is not installed"
+CHOICES = [
+    ("auto", "cuda", ("", ""), "deepep", "tokens: DeepEP"),
+    ("deepep", "cuda", ("", ""), "deepep", "tokens: DeepEP"),
+    ("auto", "cuda", ("", MISSING), "all-to-all", f"not DeepEP: rank 1 on .*: {MISSING}"),
+    ("auto", "cpu", ("", ""), "all-to-all", None),
+    ("all-to-all", "cuda", ("", ""), "all-to-all", "as .layout. exchange says"),
+    ("deepep", "cuda", (MISSING, ""), f'exchange = "deepep": rank 0 on .*: {MISSING}; install its wheel', None),
+]
+
+
+def chosen(rank):
+    deepep.unfit_card = lambda device: ""
+    answers = []
+    for wanted, device, faults, *_ in CHOICES:
+        deepep.absent = lambda faults=faults: faults[rank]
+        ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device(device))
+        said = []
+        try:
+            answer = exchange_choice.choose(wanted, Layout(ep=2), preset("tiny", dim=256), ranks, said.append)
+        except UserError as error:
+            answer = str(error)
+        answers.append((answer, said))
+    return answers
+
+
+def test_all_ranks_take_the_same():
+    """One without the wheel makes all fall back, or refuse."""
+    mine, theirs = on_ranks(2, chosen)
+    assert mine == theirs
+    for (answer, said), (*_, wanted, words) in zip(mine, CHOICES, strict=True):
+        assert re.match(f"(.layout. )?{wanted}", answer) and len(said) == (words is not None), answer
+        assert words is None or re.search(words, said[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [((8, 8, 7168, 8, 256), None), ((64, 8, 7168, 8, 256), None), ((2, 8, 2048, 6, 64), None),
+     ((3, 8, 2048, 6, 66), "not of 3"), ((8, 4, 2048, 6, 64), "nodes of 8 ranks, not of 4"),
+     ((2, 8, 160, 6, 64), "multiples of 128 up to 8064, not 160"), ((16, 8, 128, 6, 64), "multiples of 256"),
+     ((2, 8, 8192, 6, 64), "not 8192"), ((2, 8, 2048, 33, 64), "at most 32 experts")],
+)  # fmt: skip
+def test_layers_and_groups_that_it_serves(shape, words):
+    why = deepep.unfit_shape(*shape)
+    assert words in why if words else why == ""
+
+
+def test_why_it_is_not_there(monkeypatch):
+    assert deepep.absent.__wrapped__() == MISSING
+    assert exchange_choice.unfit_for_deepep(Layout(ep=2), preset("tiny", dim=256), torch.device("cpu")) == MISSING
+
+    def broken(name):
+        raise AssertionError("Invalid NCCL versions: a v.s. b\nplease upgrade")
+
+    monkeypatch.setattr(deepep.importlib, "import_module", broken)
+    assert deepep.absent.__wrapped__() == "deep_ep does not load: Invalid NCCL versions: a v.s. b"
+    monkeypatch.setattr(deepep.importlib, "import_module", lambda name: deep_ep_stand_in)
+    assert deepep.absent.__wrapped__() == "" and deepep.unfit_card(torch.device("cpu")) == "it needs GPUs"
+    assert LayoutConfig().exchange == "auto"
