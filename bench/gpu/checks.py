@@ -494,6 +494,30 @@ def layouts(place: Place) -> Finding:
     return Finding(GOOD if worst["first_20"] < 2e-3 else BAD, says, {"rows": rows})
 
 
+def exchange(place: Place) -> Finding:
+    """Tokens between ranks that share experts: every backend that is here, timed and compared with all-to-all."""
+    cards = torch.cuda.device_count() if place.gpu else 0
+    ranks = max((n for n in (2, 4, 8) if n <= cards), default=2)
+    if cards < 2 and not place.rehearse:
+        return Finding(LEFT, "needs two GPUs")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "exchange.json"
+        command = [sys.executable, str(Path(__file__).with_name("exchange.py")), "--ranks", str(ranks)]
+        ended = subprocess.run([*command, "--json", str(path), *(["--rehearse"] if place.rehearse else [])]).returncode
+        if not path.exists():
+            return Finding(BAD, f"the command ended with {ended}")
+        facts = json.loads(path.read_text())
+    told = [
+        f"{row['backend']} in {row['rows']}: there {1e3 * row['dispatch_seconds']:.2f}, back "
+        f"{1e3 * row['combine_seconds']:.2f}, backward {1e3 * row['backward_seconds']:.2f} ms"
+        for row in facts["rows"]
+    ]
+    wrong = [f"{row['backend']} by {row['off']:.1e}" for row in facts["rows"] if row["off"] > 1e-2]
+    missing = [f"{name}: {why}" for name, why in facts["missing"].items()]
+    says = "; ".join([f"{facts['ranks']} ranks", *told, *missing])
+    return Finding(BAD if wrong else GOOD, says + (f"; other results: {', '.join(wrong)}" if wrong else ""), facts)
+
+
 def streams(place: Place) -> Finding:
     """Ten steps under torch's stream sanitizer: does a kernel touch what another stream still uses?"""
     if not place.gpu:
@@ -509,7 +533,7 @@ def streams(place: Place) -> Finding:
 CHECKS: dict[str, tuple[Callable[[Place], Finding], float]] = {
     "machine": (machine, 60), "compiler": (compiler, 300), "values": (values, 300), "layer": (layer, 180),
     "fp8": (fp8, 420), "step": (step, 600), "decode": (decode, 420), "save": (save, 180), "repeat": (repeat, 180),
-    "streams": (streams, 240), "recipe": (recipe, 420), "layouts": (layouts, 600),
+    "streams": (streams, 240), "recipe": (recipe, 420), "layouts": (layouts, 600), "exchange": (exchange, 240),
 }  # fmt: skip
 """Function and longest time in seconds, in the order in which a first run would meet what they check."""
 

@@ -5,6 +5,7 @@ The package needs NVLink; a stand-in with its signatures computes over gloo (tes
 
 import re
 import sys
+from pathlib import Path
 
 import deep_ep_stand_in
 import pytest
@@ -32,6 +33,7 @@ CASES = [(case, fp8) for case in ("uneven", "one expert", "half idle") for fp8 i
 
 def install(node):
     sys.modules["deep_ep"] = deep_ep_stand_in
+    deepep.absent.cache_clear()
     deep_ep_stand_in.Buffer.nvl_peers = node
 
 
@@ -143,9 +145,28 @@ def overlapped(rank):
         runs.append(step(table, [[0], [1]], 0, CFG, False, exchange, mesh.experts, 3 * rank, streams))
     buffer = deepep.buffer_of(groups.get("files", [0, 1]), CFG.dim)
     used = [name for name, _ in buffer.calls]
+    rows = benched(rank)
     said = out_of_step(rank, buffer)
     groups.at_leave[0]()
-    return different(runs[1], runs[0]), used.count("dispatch"), used.count("dispatch again"), said, buffer.group is None
+    return (
+        different(runs[1], runs[0]),
+        used.count("dispatch"),
+        used.count("dispatch again"),
+        said,
+        buffer.group is None,
+        rows,
+    )
+
+
+def benched(rank):
+    sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "gpu"))
+    import exchange as command
+
+    deepep.unfit_card = lambda device: ""
+    ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
+    facts = command.compared(ranks, 16, preset("tiny", dim=256), True)
+    assert facts["missing"] == {} and all(row["dispatch_gb_per_second"] > 0 for row in facts["rows"])
+    return facts["rows"]
 
 
 def out_of_step(rank, buffer):
@@ -172,10 +193,13 @@ class InBF16:
 
 
 def test_dualpipe_s_halves_keep_their_bits():
-    """And the stand-in would have noticed ranks that call in another order."""
-    for off, forward, backward, said, freed in on_ranks(2, overlapped):
+    """And the stand-in would have noticed ranks that call in another order. The benchmark of the first hour compares
+    both backends."""
+    for off, forward, backward, said, freed, rows in on_ranks(2, overlapped):
         assert off == [] and forward == backward == 3 * 4 and freed
         assert said == "ranks are in different calls"
+        kinds = [("all-to-all", "bfloat16"), ("all-to-all", "fp8"), ("deepep", "bfloat16"), ("deepep", "fp8")]
+        assert [(row["backend"], row["rows"]) for row in rows] == kinds and all(row["same_bits"] for row in rows)
 
 
 MISSING = "the package deep_ep is not installed"

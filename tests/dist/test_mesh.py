@@ -6,6 +6,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_ranks
+from torch.distributed.fsdp import fully_shard
 
 from bessemer.dist.mesh import Layout, Mesh, check, describe, nearest, refusal
 from bessemer.errors import UserError
@@ -128,3 +129,36 @@ def test_a_layer_across_ranks_is_the_layer(layout, fp8):
             wanted = parameter.grad[first:last] if ".experts." in name else parameter.grad
             if wanted.norm() > 0:
                 assert relative(torch.from_numpy(grads[name]), wanted) < loose, name
+
+
+def named(rank):
+    """For every layout of four ranks: names and members of the dimensions, and groups that were made for them."""
+    told = []
+    for layout in (*LAYOUTS, Layout(2, 1, 2), Layout(1, 2, 1, cp=2), Layout(1, 1, 2, cp=2), Layout(2, 2, 1)):
+        mesh = Mesh(layout, TINY)
+        before = len(dist.distributed_c10d._world.pg_map)
+        found = mesh.device_mesh()
+        dims = {name: dist.get_process_group_ranks(found[name].get_group()) for name in found.mesh_dim_names}
+        same = {name: found.get_local_rank(name) == ranks.index(rank) for name, ranks in dims.items()}
+        told.append((dims, all(same.values()), len(dist.distributed_c10d._world.pg_map) - before))
+    mesh = Mesh(Layout(2, 2, 1), TINY)
+    whole = torch.nn.Linear(4, 4)
+    torch.nn.init.constant_(whole.weight, 1.0 + rank % 2)
+    fully_shard(whole, mesh=mesh.device_mesh()["dp"])
+    whole(torch.ones(1, 4)).sum().backward()
+    return told, tuple(whole.weight.to_local().shape)
+
+
+def test_torch_s_tools_see_named_dimensions():
+    """A DeviceMesh of the groups that are there; FSDP shards a module over one dimension of it."""
+    found = on_ranks(4, named)
+    assert all(shape == (2, 4) for _, shape in found)
+    for rank, (told, _) in enumerate(found):
+        assert all(right and made == 0 for _, right, made in told)
+        other = rank ^ 1
+        pair, across = sorted((rank, other)), sorted((rank, rank ^ 2))
+        assert [dims for dims, *_ in told] == [
+            {"ep": [0, 1, 2, 3]}, {"dp": across, "ep": pair}, {"ep_network": across, "ep_node": pair},
+            {"dp": [0, 1, 2, 3]}, {"pp": across, "ep": pair}, {"dp_cp": [0, 1, 2, 3]}, {"cp": across, "ep": pair},
+            {"pp": across, "dp": pair},
+        ]  # fmt: skip

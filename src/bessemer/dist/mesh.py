@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from bessemer.dist import deepep, groups
 from bessemer.dist.context_parallel import Context, WholeRows
@@ -176,7 +177,8 @@ class Mesh:
         wanted = [*layout.wanted()]
         if backend == "deepep":  # a group on the CPU, over which its buffers are set up
             wanted += [Wanted("files", tuple(ranks)) for ranks in layout.groups("ep")]
-        groups.make(wanted, device or torch.device("cpu"))
+        self.device = device or torch.device("cpu")
+        groups.make(wanted, self.device)
         self.group: dict[str, dist.ProcessGroup] = {}
         """The group of each kind that this rank is in."""
         for kind, use in layout.kinds.items():
@@ -192,6 +194,26 @@ class Mesh:
     def context(self) -> WholeRows:
         """How rows are split."""
         return Context(self.group["cp"], self.layout.cp, self.cp) if self.layout.cp > 1 else WholeRows()
+
+    def device_mesh(self) -> DeviceMesh:
+        """These groups under torch's names, for tools that take a `DeviceMesh` (FSDP, DTensor, checkpoints): pp, dp,
+        cp, ep, each where it has several ranks. Two hops are ep_network and ep_node; data and context parallelism in
+        one run are dp_cp, whose ranks have equal experts. Makes no group."""
+        layout, dims = self.layout, list[tuple[str, str, int]]()
+        copies = layout.dp * layout.cp
+        name = "dp_cp" if layout.dp > 1 and layout.cp > 1 else "cp" if layout.cp > 1 else "dp"
+        hops = [("ep", "ep", layout.ep)]
+        if layout.nodes > 1:
+            hops = [("ep_network", "network", layout.nodes), ("ep_node", "within", layout.node)]
+        for dim in (("pp", "pp", layout.pp), (name, "expert", copies), *hops):
+            if dim[2] > 1:
+                dims.append(dim)
+        dims = dims or [("dp", "expert", 1)]
+        ranks = torch.arange(layout.world).view([size for *_, size in dims])
+        made, names = [self.group[kind] for _, kind, _ in dims], tuple(name for name, *_ in dims)
+        if len(made) == 1:
+            return DeviceMesh.from_group(made[0], self.device.type, mesh_dim_names=names)
+        return DeviceMesh.from_group(made, self.device.type, ranks, mesh_dim_names=names)
 
     def exchange(self) -> Exchange | None:
         """One hop if an expert-parallel group fits in a node, else two; None where every rank has all experts.
