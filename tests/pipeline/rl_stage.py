@@ -9,6 +9,7 @@ of a step; after one that stops it, it exits with 3.
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -70,6 +71,13 @@ class Stage:
         loop = self.loop()
         loop.summary = loop.run()
         return loop
+
+    def as_run(self) -> Path:
+        """The folder as a run directory."""
+        self.out.rename(self.folder / "03-zero")
+        shutil.copytree(self.base, self.folder / "02-pretrain")
+        (self.folder / "recipe.toml").write_text(self.recipe.to_toml())
+        return self.folder
 
     def values(self, name: str) -> list[float]:
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]

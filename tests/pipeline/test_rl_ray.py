@@ -16,6 +16,7 @@ from bessemer.config.recipe import Recipe
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import load_any
+from bessemer.pipeline.replay import replay
 from bessemer.pipeline.stages.rl import RL
 from bessemer.rl import ray_cluster, ray_sampler, ray_worker
 from bessemer.rl.ray_sampler import RaySampler, WorkerPool
@@ -129,6 +130,7 @@ def test_without_ahead_it_is_the_same_run_too(ray, base, tmp_path):
     apart = rl_stage.Stage(base, tmp_path / "apart", *few, "rollout.engine=ray")
     apart.run()
     assert rl_stage.differences(leaves(apart), leaves(here)) == [] and apart.values("rl/staleness") == [0, 0]
+    assert replay(apart.as_run(), "zero", 2, from_start=True).differences() == [{}]
 
 
 def test_weights_arrive_bit_for_bit_and_late_answers_have_theirs(ray, opened):

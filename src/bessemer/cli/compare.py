@@ -1,5 +1,6 @@
-"""Commands that set two things side by side: two models, or a recipe and the same with changes."""
+"""Commands that set two things side by side: two models, a recipe or an RL step and the same with changes."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,6 +8,7 @@ import typer
 
 from bessemer.cli.common import AsJson, NoVerify, app, print_json
 from bessemer.cli.runs import check_used, chosen, print_table
+from bessemer.errors import UserError
 
 Side = Annotated[
     str,
@@ -85,3 +87,40 @@ def whatif(
         print_json(answer.facts())
     else:
         print(answer.describe())
+
+
+@app.command()
+def replay(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN[/STAGE]", help="A run, with the stage where it has several of RL.")
+    ],
+    step: Annotated[int, typer.Option(min=1, help="Optimizer step; all steps of its rollout are replayed.")],
+    rollouts: Annotated[int, typer.Option(min=1, help="Rollouts from there on.")] = 1,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Then once more with this key changed; may be repeated."),
+    ] = None,
+    from_start: Annotated[
+        bool, typer.Option("--from-start", help="Where no checkpoint before the step is kept: from the stage's start.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """An RL step of a run again, bit for bit: rollouts, rewards, gradients; then with a setting changed, side by side.
+    Nothing of the run is touched."""
+    from bessemer.pipeline import replay as replays
+    from bessemer.report import replay_text
+    from bessemer.runs.directory import run_dir
+
+    root, name = run, None
+    with suppress(UserError):
+        run_dir(run)
+        name = ""
+    if name is None and "/" in run:
+        root, _, name = run.rpartition("/")
+    found = replays.replay(run_dir(root), name or None, step, rollouts, set_ or [], from_start)
+    if as_json:
+        print_json(found.facts())
+    else:
+        print(replay_text.describe(found))
+    if any(found.differences()):
+        raise typer.Exit(1)

@@ -44,7 +44,7 @@ class RolloutConfig(ConfigTable):
 
 class RLConfig(AskingConfig, OnPolicyConfig):
     renamed: ClassVar = {"ahead": "max_off_policy_rollouts", "draws": "max_resamples", "leaves": "export_samples"}
-    runtime_only = OnPolicyConfig.runtime_only | {"micro_tokens", "rollout"}
+    runtime_only = OnPolicyConfig.runtime_only | {"micro_tokens", "rollout", "keep_every"}
     ignore_at_default = AskingConfig.ignore_at_default | {
         "difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision", "precision", "fp8",
         "eval_tasks", "kl_in_reward",
@@ -67,6 +67,9 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     """Earlier stages of kind reward-model."""
     rollouts: int = Field(60, ge=1)
     """Number of rollouts; each is followed by updates_per_rollout optimizer steps."""
+    keep_every: int = Field(0, ge=0)
+    """Rollouts between checkpoints that are kept for good, so that `bessemer replay` begins near any step. 0: only the
+    newest two are kept, and older steps are replayed from the stage's start."""
     prompts_per_rollout: int = Field(16, ge=1)
     """Problems per rollout (R1: 512)."""
     samples: int = Field(16, ge=2)

@@ -12,6 +12,8 @@ import html
 from collections.abc import Iterable, Sequence
 from importlib import resources
 
+from rich.cells import cell_len
+
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{}'"
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 LONGEST = 4000  # characters of one completion that are shown
@@ -168,13 +170,14 @@ def fold(summary: str, body: str, opened: bool = False) -> Html:
 
 
 def grid(rows: Sequence[Sequence[str]]) -> str:
-    """A table for a terminal: the first column left-aligned, the others right-aligned."""
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    """A table for a terminal: the first column left-aligned, the others right-aligned. A Chinese character takes two
+    columns."""
+    widths = [max(cell_len(row[place]) for row in rows) for place in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
+        padded = []
+        for place, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            blank = " " * (width - cell_len(cell))
+            padded.append(blank + cell if place else cell + blank)
+        lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)

@@ -13,7 +13,7 @@ workers, `monitor.SampleExport` writes the samples for another stage; an option 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,11 @@ from bessemer.rl.difficulty import DifficultyFilter
 from bessemer.rl.losses import GRPO, Reference
 from bessemer.rl.monitor import Evaluator, SampleExport, rollout_metrics
 from bessemer.rl.reward import PreferenceScorer, assign_group_advantages, dead_groups
-from bessemer.rl.rollout import Group, rewards, to_batches
+from bessemer.rl.rollout import Group, Rollout, rewards, to_batches
 from bessemer.rl.rollout_queue import RolloutGenerator, RolloutQueue
 from bessemer.rl.sampler import LocalSampler, Rank0Sampler, Sampler, ShardedSampler
 from bessemer.runs.context import StageContext
-from bessemer.train import setup
+from bessemer.train import checkpoint, setup
 from bessemer.train.trainer import Runtime
 from bessemer.workers import Workers
 
@@ -138,8 +138,10 @@ class Loop:
     def _run(self) -> dict[str, Any]:
         settings, ctx, trainer = self.settings, self.ctx, self.trainer
         first = self._start()
+        if trainer.step == 0:
+            self.evaluator.gate(self._cap())
         for number in range(first, settings.rollouts):
-            values = self._rollout(number)
+            _, values = self._rollout(number)
             self.evaluator.write(values)
             accuracy, length, tries = (values[f"rl/{name}"] for name in ("accuracy", "length", "tries"))
             ctx.progress.advance(1, f"accuracy {accuracy:.3f}, length {length:.0f}, tries {tries:.1f}")
@@ -151,6 +153,8 @@ class Loop:
                 trainer.finish()
                 ctx.interrupt()
             trainer.save_if_due()
+            if settings.keep_every and (number + 1) % settings.keep_every == 0 and trainer.guard.streak == 0:
+                self._keep()
         trainer.save()
         distributed.save(trainer, ctx.dir / "model", self._tokenizer_dir())
         if self.export is not None:
@@ -158,8 +162,15 @@ class Loop:
         accuracy = ctx.metrics.last("rl/accuracy")  # also of an attempt that was killed after its last checkpoint
         return {"steps": trainer.step} | ({"accuracy": round(accuracy, 4)} if ctx.leads else {})
 
+    def _keep(self) -> None:
+        """Keeps the checkpoint of this step for good."""
+        self.trainer.save()
+        self.trainer.finish()
+        if self.ctx.leads:
+            checkpoint.keep(self.ctx.state / f"step-{self.trainer.step:08d}")
+
     def _start(self) -> int:
-        """Resumes from the last checkpoint, or evaluates the base; returns the number of the next rollout."""
+        """Resumes from the last checkpoint, or begins; returns the number of the next rollout."""
         settings, ctx, trainer = self.settings, self.ctx, self.trainer
         trainer.start()
         self._restore()
@@ -174,12 +185,29 @@ class Loop:
             )
         if settings.advantage == "critic":
             self.critic = Critic(trainer, settings, self.tokenizer.pad_id)
-        if trainer.step == 0:
-            self.evaluator.gate(self._cap())
         return first
 
-    def _rollout(self, number: int) -> dict[str, float]:
-        """One rollout and its updates; returns metrics."""
+    def replay(self, number: int, count: int = 1) -> Iterator[tuple[Rollout, dict[str, float]]]:
+        """Rollouts from `number` on with their metrics, from the stage's checkpoint; nothing is evaluated or exported.
+        The checkpoint before the first of them is in the stage's folder when it is yielded."""
+        try:
+            self.sampler.open()
+            for n in range(self._start(), number + count):
+                if n == number:
+                    self.trainer.save()
+                    self.trainer.finish()
+                made = self._rollout(n)
+                self.queue.settle(n + 1)
+                if n >= number:
+                    yield made
+                if self.ctx.stop:
+                    self.ctx.interrupt()
+        finally:
+            self.sampler.close()
+            self.trainer.close()
+
+    def _rollout(self, number: int) -> tuple[Rollout, dict[str, float]]:
+        """One rollout and its updates, with its metrics."""
         rollout = self.queue.take(number)
         staleness = self.trainer.step - rollout.step
         filtering = {} if self.difficulty is None else self.difficulty.update(rollout.selection)
@@ -196,7 +224,7 @@ class Loop:
         self.policy.refresh()
         corrections = self._correct([batch for batches in mini_batches for batch in batches])
         updates = [self._update(batches) for batches in mini_batches]
-        return {
+        values = {
             **rollout_metrics(rollout.groups),
             **step_metrics,
             "rl/cap": rollout.cap,
@@ -209,6 +237,7 @@ class Loop:
             **({} if self.critic is None else self.critic.metrics()),
             **self.sampler.metrics(),
         }
+        return rollout, values
 
     def _mini_batches(self, groups: Sequence[Group], number: int) -> list[list[Batch]]:
         """Random mini-batches of equal size (R1: 16 of 512), each as this rank's micro-batches."""

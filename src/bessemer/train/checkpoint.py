@@ -107,6 +107,32 @@ def put_in_place(temporary: Path, state_dir: Path, step: int, keep: int) -> Path
     return final
 
 
+KEPT = "kept"
+"""Folder, beside the newest checkpoints, of those that no later one replaces."""
+
+
+def keep(path: Path) -> None:
+    """Puts a checkpoint among those kept for good: hard links, so that only what is deleted elsewhere takes room."""
+    final, temporary = path.parent / KEPT / path.name, path.parent / KEPT / f".tmp-{path.name}"
+    if final.exists():
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
+    copy(path, temporary)
+    temporary.rename(final)
+
+
+def copy(path: Path, target: Path) -> None:
+    """A checkpoint in another folder: hard links where the file system has them."""
+
+    def link(source: str, destination: str) -> None:
+        try:
+            os.link(source, destination)
+        except OSError:
+            shutil.copy2(source, destination)
+
+    shutil.copytree(path, target, copy_function=link)
+
+
 def as_json(value: dict[str, Any]) -> bytes:
     return json.dumps(value).encode()
 

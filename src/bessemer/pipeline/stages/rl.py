@@ -103,7 +103,7 @@ class RL(Stage[RLConfig]):
             yield from (problem for _, problem in asked)
 
     def run(self, config: RLConfig, ctx: StageContext) -> dict[str, Any]:
-        return Loop(config, ctx, _reward_models(config, ctx)).run()
+        return Loop(config, ctx, reward_models(config, ctx)).run()
 
 
 def _check_rewards(config: RLConfig, recipe: Recipe) -> None:
@@ -123,7 +123,7 @@ def _check_rewards(config: RLConfig, recipe: Recipe) -> None:
             )
 
 
-def _reward_models(config: RLConfig, ctx: StageContext) -> dict[str, RewardModel]:
+def reward_models(config: RLConfig, ctx: StageContext) -> dict[str, RewardModel]:
     """The reward models by their aim."""
     models: dict[str, RewardModel] = {}
     for name in config.reward_models:

@@ -1,0 +1,243 @@
+"""RL steps again, from a run's own record: the same rollouts, rewards and gradients bit for bit, and then once more
+with a setting changed (`bessemer replay`).
+
+A replay resumes the stage in a temporary folder from a checkpoint that lies before the step, so what makes a killed run
+end as if it had never been killed makes it exact. Nothing of the run is written to. Checkpoints come from the newest
+that a stage keeps, from those that `keep_every` keeps for good, or from its start.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bessemer import __version__
+from bessemer.config import places
+from bessemer.config.recipe import Recipe
+from bessemer.config.rl import RLConfig
+from bessemer.config.table import stage_refs
+from bessemer.data.fetch import cache_dir
+from bessemer.errors import UserError
+from bessemer.kernels import library
+from bessemer.pipeline.stages.rl import reward_models
+from bessemer.rl.loop import Loop
+from bessemer.rl.rollout import Rollout
+from bessemer.runs.context import StageContext, StopFlag, signals
+from bessemer.runs.directory import stage_folders
+from bessemer.runs.files import read_json
+from bessemer.runs.metrics import Metrics, StageMetrics, plain, read_lines
+from bessemer.runs.progress import RunProgress
+from bessemer.train import checkpoint, setup
+
+CLOCK = re.compile(r"gpu/|rl/(trainer_waited|workers_waited|handover_seconds|worker_restarts)")
+"""Metrics that depend on time."""
+
+
+@dataclass(frozen=True)
+class Played:
+    """One rollout with its updates."""
+
+    number: int
+    step: int
+    """Optimizer steps after its updates."""
+    values: dict[str, Any]
+    """Its metrics, as they are written."""
+    rollout: Rollout
+
+    def facts(self) -> dict[str, Any]:
+        problems = [
+            {"id": group[0].problem.id, "prompt": group[0].problem.prompt, "rewards": [row.reward for row in group],
+             "completions": [row.answer for row in group]}
+            for group in self.rollout.groups
+        ]  # fmt: skip
+        return {"rollout": self.number, "step": self.step, "values": self.values, "problems": problems}
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What was played, against the record and against a change."""
+
+    stage: str
+    begun: int
+    """Steps of the checkpoint that it began from."""
+    again: int
+    """Rollouts that were computed before the first of these."""
+    original: list[Played]
+    recorded: list[dict[str, Any] | None]
+    """The run's own metrics of each; None where it has not written them yet."""
+    changes: tuple[str, ...] = ()
+    changed: list[Played] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    """What may explain a difference."""
+
+    def differences(self) -> list[dict[str, tuple[Any, Any]]]:
+        """Of each rollout, the metrics that are not the recorded bits: name -> (recorded, replayed)."""
+        found = []
+        for played, recorded in zip(self.original, self.recorded, strict=True):
+            values = {} if recorded is None else {name: x for name, x in recorded.items() if not CLOCK.match(name)}
+            found.append({n: (x, played.values.get(n)) for n, x in values.items() if played.values.get(n) != x})
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage, "from_step": self.begun, "computed_before": self.again, "notes": list(self.notes),
+            "original": [one.facts() for one in self.original],
+            "equal": [recorded is not None and not d
+                      for recorded, d in zip(self.recorded, self.differences(), strict=True)],
+            "differences": self.differences(), "changes": list(self.changes),
+            "changed": [one.facts() for one in self.changed],
+        }  # fmt: skip
+
+
+def replay(
+    root: Path, name: str | None, step: int, count: int = 1, changes: Sequence[str] = (), from_start: bool = False
+) -> Replay:
+    """The rollout whose updates make optimizer step `step` (from 1) of an RL stage, and the `count` - 1 after it.
+
+    UserError where the run has not made that step, where only the stage's start lies before it and `from_start` is not
+    given, or where a change is not one of this stage.
+    """
+    recipe = Recipe.load(root / "recipe.toml")
+    config = _stage(recipe, name)
+    folder = {name: folder for _, name, folder in stage_folders(root)}.get(config.name)
+    recorded = [] if folder is None else _recorded(root, config.name)
+    number = _number(config, recorded, step)
+    if folder is None or number is None:
+        reached = recorded[-1][0] if recorded else 0
+        raise UserError(f'stage "{config.name}" of {root} has made {reached} steps so far; there is no step {step}')
+    count = min(count, len(recorded) - number)
+    start = _nearest(folder / "state", config, number, recorded, from_start)
+    settings = _changed(root, config.name, changes)
+    with tempfile.TemporaryDirectory(prefix="bessemer-replay-") as place, signals() as stop:
+        first, other = Path(place) / "original", Path(place) / "changed"
+        original = _play(recipe, root, first, start, stop, config, number, count)
+        changed = []
+        if settings is not None:
+            there = [path for path in checkpoint.steps(first / "state") if _cursor(path, config) == number]
+            changed = _play(settings, root, other, there[-1], stop, _stage(settings, config.name), number, count)
+    return Replay(
+        config.name,
+        0 if start is None else _counters(start)["step"],
+        number if start is None else number - _cursor(start, config),
+        original,
+        [values for _, values in recorded[number : number + count]],
+        tuple(changes),
+        changed,
+        _notes(folder, start),
+    )
+
+
+def _stage(recipe: Recipe, name: str | None) -> RLConfig:
+    if recipe.layout.fewest > 1:
+        raise UserError(f"{recipe.name} ran on many ranks; only a run of one process can be replayed yet")
+    stages = [stage for stage in recipe.stages if isinstance(stage, RLConfig) and name in (None, stage.name)]
+    if len(stages) == 1:
+        return stages[0]
+    if name is not None:
+        raise UserError(f'"{name}" is {recipe.stage(name).kind}; only stages of kind rl can be replayed')
+    every = ", ".join(stage.name for stage in stages)
+    raise UserError(f"name one of the stages of kind rl as RUN/STAGE: {every}" if every else "the run has no RL stage")
+
+
+def _recorded(root: Path, name: str) -> list[tuple[int, dict[str, Any]]]:
+    """(steps after its updates, metrics) of every rollout that the run has recorded."""
+    lines = (line for line in read_lines(root / "metrics.jsonl") if line.get("stage") == name)
+    return [(line["step"], line["values"]) for line in lines if "rl/reward" in line["values"]]
+
+
+def _number(config: RLConfig, recorded: Sequence[tuple[int, Any]], step: int) -> int | None:
+    """The rollout whose updates made this step; None where the run has not made it."""
+    if step < 1:
+        return None
+    return next((number for number, (after, _) in enumerate(recorded) if after >= step), None)
+
+
+def _counters(path: Path) -> dict[str, Any]:
+    return read_json(path / "counters.json") or {}
+
+
+def _cursor(path: Path, config: RLConfig) -> int:
+    """The rollout that comes after a checkpoint. The cursor is rows, which the guard never turns back."""
+    return -(-int(_counters(path).get("rows", 0)) // (config.prompts_per_rollout * config.samples))
+
+
+def _nearest(
+    state: Path, config: RLConfig, number: int, recorded: Sequence[tuple[int, Any]], from_start: bool
+) -> Path | None:
+    """The last checkpoint before a rollout; None for the start of the stage."""
+    paths = [*checkpoint.steps(state), *checkpoint.steps(state / checkpoint.KEPT)]
+    places = {_cursor(path, config): path for path in paths}
+    before = [place for place in places if place <= number]
+    if before:
+        return places[max(before)]
+    if from_start or number == 0:
+        return None
+    steps = [recorded[place][0] - config.updates_per_rollout + 1 for place in sorted(places) if place < len(recorded)]
+    kept = f"checkpoints are there for steps from {steps[0]} on" if steps else "no checkpoint is there"
+    raise UserError(
+        f"no checkpoint before this step is kept ({kept}); --from-start computes the {number} rollouts before it "
+        "again. keep_every in the stage's table keeps checkpoints of later runs"
+    )
+
+
+def _changed(root: Path, name: str, changes: Sequence[str]) -> Recipe | None:
+    """The recipe with changes of one stage, `key=value` or `stage.key=value`."""
+    if not changes:
+        return None
+    full = []
+    for change in changes:
+        address = change.partition("=")[0].strip()
+        if "." in address and not address.startswith(f"{name}."):
+            raise UserError(f'--set {change}: only keys of "{name}" have an effect on its replay')
+        full.append(change if "." in address else f"{name}.{change}")
+    return Recipe.load(root / "recipe.toml", full)
+
+
+def _play(
+    recipe: Recipe,
+    root: Path,
+    place: Path,
+    start: Path | None,
+    stop: StopFlag,
+    config: RLConfig,
+    number: int,
+    count: int,
+) -> list[Played]:
+    """The stage from a checkpoint in a folder of its own."""
+    place.mkdir()
+    if start is not None:
+        checkpoint.copy(start, place / "state" / start.name)
+    folders = {name: folder for _, name, folder in stage_folders(root)}
+    metrics = Metrics(place / "metrics.jsonl")
+    progress = RunProgress({})
+    try:
+        with places.of_recipe(recipe.folder, root / places.REVISIONS):
+            ctx = StageContext(
+                name=config.name, dir=place, inputs={name: folders[name] for _, name in stage_refs(config)},
+                source=folders.get(config.source or ""), recipe=recipe, cache=cache_dir(None),
+                metrics=StageMetrics(metrics, config.name), progress=progress.begin(config.name), stop_flag=stop,
+            )  # fmt: skip
+            loop = Loop(config, ctx, reward_models(config, ctx))
+            return [
+                Played(number + offset, loop.trainer.step, plain(values), rollout)
+                for offset, (rollout, values) in enumerate(loop.replay(number, count))
+            ]
+    finally:
+        progress.close()
+        metrics.close()
+
+
+def _notes(folder: Path, start: Path | None) -> tuple[str, ...]:
+    """What may explain that bits differ."""
+    notes = []
+    made = (read_json(folder / "done.json") or {}).get("version", __version__)
+    if made != __version__:
+        notes.append(f"the run was made by version {made}, this is {__version__}")
+    before, now = None if start is None else _counters(start).get("backend"), library.backend(setup.device())
+    if before not in (None, now):
+        notes.append(f"the run computed on {before}, this is {now}: results differ by rounding")
+    return tuple(notes)

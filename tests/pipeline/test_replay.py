@@ -1,0 +1,132 @@
+"""`bessemer replay`: an RL step from the run's own record, bit for bit, and with a setting changed."""
+
+import json
+import shutil
+
+import pytest
+import rl_stage
+
+from bessemer.errors import UserError
+from bessemer.pipeline.replay import replay
+from bessemer.train import setup
+from bessemer.workers import Workers
+
+CHANGES = ('reward="random"', "rollouts=4", "reference_every=3", "difficulty_filter=true", "max_off_policy_rollouts=1",
+           "lr=1e-2", "keep_every=2", "save_seconds=99")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return rl_stage.write_base(tmp_path_factory.mktemp("base"))
+
+
+def made(base, root, *changes):
+    """A run directory with this one stage, and the tokens of every rollout."""
+    stage = rl_stage.Stage(base, root, *changes)
+    drawn = {}
+    run = stage.loop()
+    take = run.queue.take
+
+    def watched(number):
+        rollout = take(number)
+        drawn[number] = tokens(rollout)
+        return rollout
+
+    run.queue.take = watched
+    run.run()
+    return stage.as_run(), drawn
+
+
+def tokens(rollout):
+    return [[(row.completion.tokens, row.completion.logprobs, row.reward) for row in group] for group in rollout.groups]
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "workers", lambda: Workers(1))
+        return made(base, tmp_path_factory.mktemp("run"), *CHANGES)
+
+
+def state(root):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("step, number, begun", [(2, 0, 0), (3, 1, 0), (6, 2, 4), (7, 3, 4)])
+def test_every_step_is_the_same_bits_on_one_worker_and_two(whole, monkeypatch, workers, step, number, begun):
+    """Sampled tokens, log-probabilities, rewards, and every metric, the gradient's norm among them."""
+    root, drawn = whole
+    monkeypatch.setattr(setup, "workers", lambda: Workers(workers))
+    before = state(root)
+    found = replay(root, "zero", step, from_start=number < 2)
+    (one,) = found.original
+    assert (one.number, found.begun) == (number, begun) and found.again == number - begun // 2
+    assert tokens(one.rollout) == drawn[number]
+    assert found.recorded[0]["rl/grad_norm"] == one.values["rl/grad_norm"] and found.differences() == [{}]
+    assert state(root) == before
+
+
+def test_one_dial_changed_shows_in_what_follows(whole):
+    """The rollout was drawn before the change; the next one is drawn by the changed policy."""
+    root, drawn = whole
+    found = replay(root, "zero", 5, 2, ["lr=3e-2"])
+    assert found.differences() == [{}, {}] and [one.number for one in found.changed] == [2, 3]
+    first, _ = found.changed
+    assert tokens(first.rollout) == drawn[2] and first.values["rl/kl"] != found.original[0].values["rl/kl"]
+    assert first.values["rl/lr"] == 3e-2
+    again = replay(root, "zero", 5, 2, ["zero.lr=1e-2"])  # no change: no difference
+    assert [one.values for one in again.changed] == [one.values for one in found.original]
+
+
+def test_which_steps_can_be_replayed_is_said(whole, tmp_path):
+    root, _ = whole
+    with pytest.raises(UserError, match="has made 8 steps so far; there is no step 9"):
+        replay(root, "zero", 9)
+    with pytest.raises(UserError, match=r"steps from 5 on.*--from-start computes the 1 rollouts before it again"):
+        replay(root, "zero", 3)
+    with pytest.raises(UserError, match='only keys of "zero" have an effect'):
+        replay(root, "zero", 5, changes=["pretrain.lr=1"])
+    with pytest.raises(UserError, match='"pretrain" is pretrain; only stages of kind rl'):
+        replay(root, "pretrain", 5)
+    root = tmp_path / "run"
+    shutil.copytree(whole[0], root)
+    shutil.rmtree(root / "03-zero" / "state")  # as in a stage taken from another run
+    with pytest.raises(UserError, match=r"\(no checkpoint is there\); --from-start computes the 2 rollouts"):
+        replay(root, None, 5)
+    found = replay(root, None, 5, from_start=True)
+    assert (found.begun, found.again) == (0, 2) and found.differences() == [{}]
+
+
+def test_a_record_that_says_otherwise_is_reported(whole, call, tmp_path):
+    root = tmp_path / "run"
+    shutil.copytree(whole[0], root)
+    status, out, _ = call("replay", f"{root}/zero", "--step", 6)
+    assert status == 0 and "rollout 2, to step 6: all " in out and "reward of 2 samples" in out
+    lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["step"] == 6 and "rl/grad_norm" in line["values"]:
+            line["values"]["rl/grad_norm"] *= 1 + 1e-9
+    (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, out, _ = call("replay", root, "--step", 6)
+    assert status == 1 and "1 of " in out and "values DIFFER: rl/grad_norm" in out
+    status, out, _ = call("replay", root, "--step", 6, "--json")
+    assert status == 1 and json.loads(out)["equal"] == [False]
+
+
+def test_a_run_that_was_killed_is_replayed_the_same(base, whole, tmp_path):
+    stage = rl_stage.Stage(base, tmp_path / "run", *CHANGES)
+    loop = stage.loop()
+    write = loop.evaluator.write
+
+    def stopping(values):
+        write(values)
+        if loop.trainer.step == 6:
+            loop.ctx.stop_flag.signal = 2
+
+    loop.evaluator.write = stopping
+    with pytest.raises(rl_stage.Interrupted):
+        loop.run()
+    stage.run()
+    found = replay(stage.as_run(), "zero", 8)
+    assert found.begun == 6 and found.differences() == [{}] and tokens(found.original[0].rollout) == whole[1][3]
