@@ -5,10 +5,15 @@ copy of those tokens, starts the next step, and only then waits for the copy: wh
 for stops, the device computes. A row that has ended has been fed once too often, into a slot of its own; what came out
 is dropped with the row.
 
+With drafts a step also accepts some (`static_drafts`), and the copy holds them as well: `sample` appends the accepted
+drafts of the last step and the token after them. How far a row has come is known one step later, so pages are reserved
+for the case that all were accepted. A sequence is preempted between its accepted drafts and the token after them, as
+everywhere: `settle` reads the drafts first.
+
 Where a token depends on more than its logits (a penalty, a grammar, a thinking budget), or the host reports more than
 tokens (the most likely ones, routes), it decides first, and a step starts when `ModelRunner.sample` has chosen.
 
-Shapes: B live rows.
+Shapes: B live rows, T tokens of a pass, V vocabulary, L sparse layers, K experts per token.
 """
 
 from __future__ import annotations
@@ -19,13 +24,14 @@ import torch
 from torch import Tensor
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine import row_sampling
+from bessemer.engine import row_sampling, static_drafts
 from bessemer.engine.decode import RoutingTrace
 from bessemer.engine.kv_cache import PromptPages
 from bessemer.engine.model_runner import ModelRunner
 from bessemer.engine.row_sampling import form_of
+from bessemer.engine.sampling import RejectedDrafts
 from bessemer.engine.sequence import Sequence
-from bessemer.engine.static_steps import StaticCache, StaticSteps, StepRows
+from bessemer.engine.static_steps import StaticCache, StaticSteps, StepRows, ahead
 from bessemer.engine.transfer import Fetch
 
 
@@ -40,7 +46,8 @@ class DeviceRunner(ModelRunner):
         trace: RoutingTrace | None = None,
         trace_all: bool = True,
     ):
-        super().__init__(steps.model, tokenizer, cache, trace, trace_all=trace_all)
+        self.depth = 0 if steps.drafts is None else steps.drafts.depth
+        super().__init__(steps.model, tokenizer, cache, trace, self.depth, trace_all=trace_all)
         self.kernels, self.steps = None, steps
         self.sampled_B3 = steps.sampled_R3[:0]
         self.token_B = steps.token_R[:0]
@@ -48,11 +55,19 @@ class DeviceRunner(ModelRunner):
         """The rows are no longer those of the last step."""
         self._started = False
         """`sample` has started the step that `advance` stands for."""
+        self._settled: list[list[float]] | None = None
+        """After `settle`: rows of `sampled_B3`, whose drafts are appended and whose next tokens are not."""
+        self._seen: tuple[Tensor, Tensor | None] | None = None
+        """Logits [B, T, V] and experts [B, T, L, K] of the last step, where they are reported."""
 
     def _look_at_requests(self) -> None:
         super()._look_at_requests()
         self._form = form_of(sequence.request.sampling for sequence in self.sequences)
         self._host_first = not self._by_logits or self._top or self._routing
+
+    @property
+    def lookahead(self) -> int:
+        return 1 + ahead(self.depth)
 
     def positions(self) -> list[int]:
         return [len(sequence.request.prompt) + len(sequence.tokens) for sequence in self.sequences]
@@ -64,46 +79,119 @@ class DeviceRunner(ModelRunner):
         n = len(self.sequences)
         super().admit(prompts, logits_PV)
         assert self.logits_BV is not None and self.token_B is not None
+        rejected = self.rejected
+        if rejected is not None:
+            rejected = RejectedDrafts(rejected.rejected_B[n:], rejected.q_BV[n:])
         fresh_B3 = row_sampling.sample(
-            self.logits_BV[n:], self.vocab, self.rules_B4[n:], self.key_B[n:], self.position_B[n:], self._form
+            self.logits_BV[n:], self.vocab, self.rules_B4[n:], self.key_B[n:], self.position_B[n:], self._form, rejected
         )
-        self.sampled_B3 = torch.cat((self.sampled_B3, fresh_B3))
         self.token_B = torch.cat((self.token_B, fresh_B3[:, 0].long()))
+        if self.depth:
+            rest = fresh_B3.new_full((len(fresh_B3), self.sampled_B3.shape[1] - 3), static_drafts.FRESH)
+            fresh_B3 = torch.cat((fresh_B3, rest), 1)
+        self.sampled_B3 = torch.cat((self.sampled_B3, fresh_B3))
+        if self._seen is not None:
+            logits_BTV, expert_BTLK = self._seen
+            experts = None if expert_BTLK is None else _padded(expert_BTLK, len(fresh_B3))
+            self._seen = _padded(logits_BTV, len(fresh_B3)), experts
         self._moved = True
+
+    def settle(self) -> bool:
+        if not self.depth or self._settled is not None or not self.sequences:
+            return False
+        self._settled = Fetch(self.sampled_B3).read()
+        self._append_accepted(self._settled)
+        return True
 
     def sample(self) -> None:
         if self._host_first:
-            super().sample()
+            self._sample_by_host()
             self._moved, self._started = True, False
             return
-        fetch = Fetch(self.sampled_B3)
-        self._start_step(self.positions())
+        fetch = Fetch(self.sampled_B3) if self._settled is None else None
+        self._start_step([position + self.lookahead for position in self.positions()])
         self._started = True
-        for sequence, (token, logp, raw_logp) in zip(self.sequences, fetch.read(), strict=True):
-            if not isfinite(logp):
-                sequence.finish = "error"
-            elif sequence.finish is None:
+        self._append(None if fetch is None else fetch.read())
+
+    def _append(self, rows: list[list[float]] | None) -> None:
+        """Appends the next token of every sequence, after its accepted drafts. None: they are appended already."""
+        if rows is None:
+            assert self._settled is not None
+            rows = self._settled
+        elif self.depth:
+            self._append_accepted(rows)
+        self._settled = None
+        for sequence, (token, logp, raw_logp, *_) in zip(self.sequences, rows, strict=True):
+            if sequence.finish is not None:
+                continue
+            if isfinite(logp):
                 sequence.append(int(token), logp, raw_logp)
+            else:
+                sequence.finish = "error"
+
+    def _append_accepted(self, rows: list[list[float]]) -> None:
+        """The accepted drafts of the last step."""
+        logits_BTV, expert_BTLK = (None, None) if self._seen is None else self._seen
+        self._append_drafts([static_drafts.accepted(row[3:]) for row in rows], logits_BTV, expert_BTLK)
+
+    def _sample_by_host(self) -> None:
+        """`ModelRunner.sample`, which waits once, for accepted drafts as well; where top tokens or routes are reported,
+        drafts come first."""
+        if not self.depth:
+            return super().sample()
+        if self._top or self._routing:
+            self.settle()
+        assert self.logits_BV is not None
+        self._record(self.logits_BV, self.expert_BLK, [sequence.finish is None for sequence in self.sequences])
+        sampled = self._choose(self.logits_BV)
+        sampled_B3 = torch.stack([column.double() for column in sampled], -1)
+        if self._settled is None:
+            self._append(Fetch(torch.cat((sampled_B3, self.sampled_B3[:, 3:]), 1)).read())
+        else:
+            self._settled = Fetch(sampled_B3).read()
+            self._append(None)
+        self.token_B = sampled.token_B
 
     def advance(self) -> None:
         if not self._started:
-            self._start_step(self._fed())
+            self._start_step([fed + 1 + self.depth for fed in self._fed()])
         self._started = False
+
+    def keep(self, live: list[bool]) -> None:
+        if self._settled is not None:
+            self._settled = [row for row, stays in zip(self._settled, live, strict=True) if stays] or None
+        super().keep(live)
 
     def _select(self, source: Tensor) -> None:
         super()._select(source)
         self.sampled_B3 = self.sampled_B3[source]
+        if self._seen is not None:
+            logits_BTV, expert_BTLK = self._seen
+            self._seen = logits_BTV[source], None if expert_BTLK is None else expert_BTLK[source]
         self._moved = True
 
-    def _start_step(self, positions: list[int]) -> None:
-        """Feeds `token_B`, which stands at these positions; what the rows hold afterwards are views of the buffers."""
-        n, steps = len(self.sequences), self.steps
-        self.cache.reserve([position + 1 for position in positions])
+    def _start_step(self, lengths: list[int]) -> None:
+        """Feeds `token_B`, in rows of at most these lengths; what the rows hold afterwards are views of the buffers."""
+        n, steps, drafter = len(self.sequences), self.steps, self.drafter
+        self.cache.reserve(lengths)
         if self._moved:
             assert self.token_B is not None
             steps.load(StepRows(self.token_B, self.position_B, self.key_B, self.rules_B4))
+            if steps.drafts is not None and drafter is not None:
+                steps.drafts.load(drafter, self._most_B)
             self._moved = False
-        steps.run(n, self._form, self._tracer is not None)
+        record = self._tracer is not None
+        steps.run(n, self._form, record)
         self.token_B, self.position_B = steps.token_R[:n], steps.position_R[:n]
         self.sampled_B3, self.logits_BV = steps.sampled_R3[:n], steps.logits_RV[:n]
-        self.expert_BLK = None if self._tracer is None or steps.expert_RLK is None else steps.expert_RLK[:n]
+        self.expert_BLK = None if not record or steps.expert_RLK is None else steps.expert_RLK[:n]
+        if steps.drafts is not None and drafter is not None:
+            self.rejected, self._seen = steps.drafts.show(drafter, n), None
+            if self._top or self._routing:
+                experts = steps.drafts.expert_RTLK if record else None
+                self._seen = steps.drafts.logits_RTV[:n], None if experts is None else experts[:n]
+
+
+def _padded(tensor: Tensor, rows: int) -> Tensor:
+    """With rows of 0 behind its own."""
+    return torch.cat((tensor, tensor.new_zeros(rows, *tensor.shape[1:])))

@@ -281,7 +281,7 @@ class Engine:
             torch.cuda.empty_cache()
 
     def _continuous(self, batches: abc.Sequence[GenerationBatch]) -> bool:
-        return bool(batches) and static_steps.serves(self.model, batches[0].drafts, self.compiled is not None)
+        return bool(batches) and static_steps.serves(self.model, self.compiled is not None)
 
     def _run_continuously(self, batches: abc.Sequence[GenerationBatch]) -> list[list[Completion]]:
         """All samples through one scheduler, those of a batch one after another in the queue."""
@@ -289,11 +289,12 @@ class Engine:
         record = RoutingRecord() if any(batch.record_routing for batch in batches) else None
         with evaluating(self.model), torch.inference_mode():
             longest = max(len(s.request.prompt) + s.request.max_new_tokens for _, s in samples)
-            steps = self._steps_for(self.rows or len(samples), longest)
+            drafts = batches[0].drafts
+            steps = self._steps_for(self.rows or len(samples), longest, drafts)
             # prompts with a known beginning would be prefilled one by one, which costs more than computing it again
             scheduler = Scheduler(
-                self, rows=steps.rows, prefill_tokens=PREFILL, steps=steps, record=record, prefix_cache=False,
-                gather=max(1, steps.rows // GATHER),
+                self, rows=steps.rows, prefill_tokens=PREFILL, drafts=drafts, steps=steps, record=record,
+                prefix_cache=False, gather=max(1, steps.rows // GATHER),
             )  # fmt: skip
             started = [(batch, sample, scheduler.start(sample.request)) for batch, sample in samples]
             by_ticket = {sequence.number: (batch, sample) for batch, sample, sequence in started}
@@ -309,21 +310,23 @@ class Engine:
         completions = iter(self._completion(s, routed) for (*_, s), routed in zip(started, routing, strict=True))
         return [[next(completions) for _ in batch.samples] for batch in batches]
 
-    def _steps_for(self, rows: int, row_tokens: int) -> StaticSteps:
+    def _steps_for(self, rows: int, row_tokens: int, drafts: int) -> StaticSteps:
         """Static steps for up to `rows` rows, fewer where memory holds fewer: those of the last call, if they are large
         enough and no weight has moved."""
         model, steps = self.model, self._steps
         assert isinstance(model, Transformer)
-        if steps is None or steps.asked < rows or steps.row_tokens < row_tokens or not steps.current:
+        fits = steps is not None and steps.asked >= rows and steps.row_tokens >= row_tokens and steps.depth == drafts
+        if steps is None or not fits or not steps.current:
             self.release()
             steps = None
             free = room.free_bytes(model.embed.weight.device)
             whole = model.cfg.max_seq_len
-            if self.keeps_memory and rows <= FEW and room.fits(model, rows, whole, PREFILL, free):
+            if self.keeps_memory and rows <= FEW and room.fits(model, rows, whole, PREFILL, free, drafts):
                 row_tokens = whole  # a conversation grows: its steps are captured once
-            fit = room.rows_that_fit(model, row_tokens, PREFILL, free)
+            fit = room.rows_that_fit(model, row_tokens, PREFILL, free, drafts)
             n = rows if fit is None or self.rows else min(rows, fit)
-            self._steps = room.make_steps(model, self.tokenizer.vocab_size, n, row_tokens, n * row_tokens, PREFILL)
+            cache_tokens, vocab = n * (row_tokens + static_steps.ahead(drafts)), self.tokenizer.vocab_size
+            self._steps = room.make_steps(model, vocab, n, row_tokens, cache_tokens, PREFILL, room.SPARE, drafts)
             self._steps.asked = rows
         assert self._steps is not None
         return self._steps

@@ -84,6 +84,14 @@ class OwnPages(NamedTuple):
     position_B: Tensor
 
 
+def own_pages(table_BP: Tensor, position_BT: Tensor) -> tuple[OwnPages, Tensor]:
+    """T new tokens of every row, each as a row of its own, [B * T]; and their slots in the flat pool."""
+    T, position_N = position_BT.shape[1], position_BT.flatten()
+    table_NP = table_BP if T == 1 else table_BP[:, None].expand(-1, T, -1).flatten(0, 1)
+    page_N1 = table_NP.gather(1, (position_N // PAGE)[:, None])
+    return OwnPages(table_NP, position_N), page_N1.squeeze(1) * PAGE + position_N % PAGE
+
+
 class LatentCache:
     """The latents of the sequences that decode together."""
 

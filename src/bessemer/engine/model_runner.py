@@ -13,6 +13,7 @@ Shapes: B live sequences, T tokens of one pass, V vocabulary, L sparse layers, K
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import isfinite
 
 import torch
@@ -41,7 +42,7 @@ from bessemer.engine.sampling import (
     uniform,
 )
 from bessemer.engine.sequence import Sequence
-from bessemer.engine.speculative import Drafter
+from bessemer.engine.speculative import Accepted, Drafter
 from bessemer.engine.transfer import Fetch, indices, to_device
 from bessemer.errors import UserError
 from bessemer.kernels import sampling as kernel
@@ -145,20 +146,28 @@ class ModelRunner:
         """Appends one token to every sequence. Finished sequences have `finish` set and stay until `retire`."""
         assert self.logits_BV is not None
         self._record(self.logits_BV, self.expert_BLK)
-        if self.ahead is not None:
-            sampled = self.ahead
-        elif self._by_logits and kernel.serves(self.logits_BV):
-            rows = (self.rules_B4, self.key_B, self.position_B)
-            sampled = sample_rows(self.logits_BV, self.vocab, *rows, self.rejected)
-        else:
-            uniform_B = uniform(self.key_B, self.position_B)
-            sampled = sample_batch(self.sequences, self.logits_BV, uniform_B, self.vocab, self.rejected)
+        sampled = self._choose(self.logits_BV)
         for sequence, token, logp, raw_logp in zip(self.sequences, *_columns(sampled), strict=True):
             if not isfinite(logp):
                 sequence.finish = "error"
             elif sequence.finish is None:
                 sequence.append(token, logp, raw_logp)
         self.token_B = sampled.token_B
+
+    def _choose(self, logits_BV: Tensor) -> SampledTokens:
+        """The next token of every sequence."""
+        if self.ahead is not None:
+            return self.ahead
+        if self._by_logits and kernel.serves(logits_BV):
+            rows = (self.rules_B4, self.key_B, self.position_B)
+            return sample_rows(logits_BV, self.vocab, *rows, self.rejected)
+        uniform_B = uniform(self.key_B, self.position_B)
+        return sample_batch(self.sequences, logits_BV, uniform_B, self.vocab, self.rejected)
+
+    def settle(self) -> bool:
+        """Before sequences are preempted: whether drafts were appended that a device had accepted, which may finish
+        some."""
+        return False
 
     def retire(self) -> None:
         """Drops the finished sequences."""
@@ -204,7 +213,7 @@ class ModelRunner:
         """Removes a sequence before it samples; admitted again with all its tokens, it continues unchanged."""
         sequence = self.sequences[b]
         if self.rejected is not None and self.rejected.rejected_B[b]:
-            sequence.rejected_q_V = self.rejected.q_BV[b]
+            sequence.rejected_q_V = self.rejected.q_BV[b].clone()
         self.keep([other != b for other in range(len(self.sequences))])
         return sequence
 
@@ -238,22 +247,22 @@ class ModelRunner:
             known_B = 0 if states is None else states.known_B
             self.expert_BLK = expert_BTLK[torch.arange(len(token_B)), known_B]
         if states is not None and out.logp_2BJ is not None:
-            self._append_drafts(states.known_B, states.token_BT, out.logp_2BJ, out.logits_BTV, expert_BTLK)
+            self._append_drafts(_on_host(states.known_B, states.token_BT, out.logp_2BJ), out.logits_BTV, expert_BTLK)
 
-    def _append_drafts(
-        self, known_B: Tensor, draft_BJ: Tensor, logp_2BJ: Tensor, logits_BTV: Tensor, expert_BTLK: Tensor | None
-    ) -> None:
-        """Appends the first known_B drafts to every sequence, up to the one that finishes it."""
+    def _append_drafts(self, rows: Iterable[Accepted], logits_BTV: Tensor | None, expert_BTLK: Tensor | None) -> None:
+        """Appends the accepted drafts to every sequence, up to the one that finishes it. Logits and experts where they
+        are reported."""
         assert self.drafter is not None
-        known, drafts, (logp, raw_logp) = known_B.tolist(), draft_BJ.tolist(), logp_2BJ.tolist()
-        self.drafter.drafted += self.drafter.depth * sum(self._draftable)
-        for j in range(max(known)):
-            open_ = [n > j and seq.finish is None for n, seq in zip(known, self.sequences, strict=True)]
-            if self._top or self._routing:
+        rows = list(rows)
+        tried = sum(row.known >= 0 and yes for row, yes in zip(rows, self._draftable, strict=True))
+        self.drafter.drafted += self.drafter.depth * tried
+        for j in range(max(row.known for row in rows)):
+            open_ = [row.known > j and seq.finish is None for row, seq in zip(rows, self.sequences, strict=True)]
+            if (self._top or self._routing) and logits_BTV is not None:
                 self._record(logits_BTV[:, j], None if expert_BTLK is None else expert_BTLK[:, j], open_)
-            for b, sequence in enumerate(self.sequences):
-                if open_[b]:
-                    sequence.append(drafts[b][j], logp[b][j], raw_logp[b][j])
+            for row, sequence, more in zip(rows, self.sequences, open_, strict=True):
+                if more:
+                    sequence.append(row.tokens[j], row.logp[j], row.raw_logp[j])
             self.drafter.accepted += sum(open_)
 
     def _advance_with_drafts(self, drafter: Drafter, token_B: Tensor) -> None:
@@ -277,7 +286,7 @@ class ModelRunner:
                     break
                 _, logp_2BJ[0, :, j], logp_2BJ[1, :, j] = score_batch(self.sequences, logits_BTV[:, j], drafts[j])
                 known_B = known_B + open_B
-        self._append_drafts(known_B, token_BT[:, 1:], logp_2BJ, logits_BTV, expert_BTLK)
+        self._append_drafts(_on_host(known_B, token_BT[:, 1:], logp_2BJ), logits_BTV, expert_BTLK)
         assert state_BTD is not None
         row_B = torch.arange(len(token_B), device=token_B.device)
         drafter.update(state_BTD, token_BT, self.position_B, known_B)
@@ -343,6 +352,10 @@ def _columns(sampled: SampledTokens) -> tuple[list[int], list[float], list[float
     rows = Fetch(torch.stack([column.double() for column in sampled], -1)).read()
     token_B, logp_B, raw_logp_B = map(list, zip(*rows, strict=True))
     return [int(token) for token in token_B], logp_B, raw_logp_B
+
+
+def _on_host(known_B: Tensor, draft_BJ: Tensor, logp_2BJ: Tensor) -> Iterable[Accepted]:
+    return map(Accepted, known_B.tolist(), draft_BJ.tolist(), *logp_2BJ.tolist())
 
 
 def _first(best: GreedyTokens) -> SampledTokens:

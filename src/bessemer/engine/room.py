@@ -13,7 +13,7 @@ import os
 import torch
 
 from bessemer.engine.kv_cache import PAGE, pages_for
-from bessemer.engine.static_steps import Capture, CudaGraphs, StaticSteps
+from bessemer.engine.static_steps import Capture, CudaGraphs, StaticSteps, ahead
 from bessemer.errors import UserError
 from bessemer.model.accounting import kv_cache_bytes
 from bessemer.model.transformer import Transformer
@@ -45,10 +45,11 @@ def graphs(device: torch.device) -> Capture | None:
     return CudaGraphs() if wanted == "auto" and device.type == "cuda" else None
 
 
-def page_bytes(model: Transformer) -> int:
-    """Of a page in all layers; keys and values of one layer are gathered for attention."""
-    token = kv_cache_bytes(model.cfg, model.embed.weight.element_size())
-    return PAGE * (token + 2 * token // model.cfg.n_layers)
+def page_bytes(model: Transformer, drafts: int = 0) -> int:
+    """Of a page in all layers, those of the MTP modules that draft included; keys and values of one layer are gathered
+    for attention."""
+    token, layers = kv_cache_bytes(model.cfg, model.embed.weight.element_size()), model.cfg.n_layers
+    return PAGE * (token + (2 + min(drafts, len(model.mtp))) * token // layers)
 
 
 def prefill_bytes(model: Transformer, tokens: int) -> int:
@@ -60,23 +61,31 @@ def prefill_bytes(model: Transformer, tokens: int) -> int:
     return tokens * (6 * cfg.dim + attention + max(dense, sparse)) * model.embed.weight.element_size()
 
 
-def _row_bytes(model: Transformer, tokens: int) -> int:
-    return pages_for(tokens) * page_bytes(model) + LOGITS * 4 * model.cfg.vocab_size
+def _sampling_bytes(model: Transformer, drafts: int) -> int:
+    """Of a row; a draft has logits and distributions of its own."""
+    return LOGITS * 4 * model.cfg.vocab_size * (drafts + 1)
 
 
-def fits(model: Transformer, rows: int, tokens: int, prefill_tokens: int, free: int | None) -> bool:
+def _row_bytes(model: Transformer, tokens: int, drafts: int) -> int:
+    pages = pages_for(tokens + ahead(drafts))
+    return pages * page_bytes(model, drafts) + _sampling_bytes(model, drafts)
+
+
+def fits(model: Transformer, rows: int, tokens: int, prefill_tokens: int, free: int | None, drafts: int = 0) -> bool:
     """Whether so many rows of so many tokens take less than half of `free` bytes."""
-    needed = rows * _row_bytes(model, tokens) + prefill_bytes(model, prefill_tokens)
+    needed = rows * _row_bytes(model, tokens, drafts) + prefill_bytes(model, prefill_tokens)
     return free is None or needed < free * (1 - SHARED)
 
 
-def rows_that_fit(model: Transformer, tokens: int, prefill_tokens: int, free: int | None) -> int | None:
+def rows_that_fit(
+    model: Transformer, tokens: int, prefill_tokens: int, free: int | None, drafts: int = 0
+) -> int | None:
     """Rows of so many tokens, prompt and answer, for which `free` bytes have room; None: any number. UserError where
     not one has."""
     if free is None:
         return None
     left = int(free * (1 - SPARE)) - prefill_bytes(model, prefill_tokens)
-    row = _row_bytes(model, tokens)
+    row = _row_bytes(model, tokens, drafts)
     if left < row:
         raise UserError(
             f"no room to generate: an answer of up to {tokens} tokens, prompt included, takes {row / GIB:.2f} GiB and "
@@ -88,16 +97,16 @@ def rows_that_fit(model: Transformer, tokens: int, prefill_tokens: int, free: in
 
 def make_steps(
     model: Transformer, vocab: int, rows: int, row_tokens: int, cache_tokens: int, prefill_tokens: int,
-    spare: float = SPARE,
+    spare: float = SPARE, drafts: int = 0,
 ) -> StaticSteps:  # fmt: skip
     """Static steps of `rows` rows with a cache of `cache_tokens`, or less where the memory but `spare` of it holds
     less."""
     device = model.embed.weight.device
     pages, free = pages_for(cache_tokens), free_bytes(device)
     if free is not None:
-        left = int(free * (1 - spare)) - prefill_bytes(model, prefill_tokens) - rows * LOGITS * 4 * model.cfg.vocab_size
-        pages = min(pages, left // page_bytes(model))
+        left = int(free * (1 - spare)) - prefill_bytes(model, prefill_tokens) - rows * _sampling_bytes(model, drafts)
+        pages = min(pages, left // page_bytes(model, drafts))
     if pages < 1:
-        rows_that_fit(model, PAGE, prefill_tokens, free)
+        rows_that_fit(model, PAGE, prefill_tokens, free, drafts)
         raise UserError(f"no room for the caches of {rows} rows on the GPU; lower the number of rows")
-    return StaticSteps(model, vocab, rows, pages, row_tokens, graphs(device))
+    return StaticSteps(model, vocab, rows, pages, row_tokens, graphs(device), drafts)

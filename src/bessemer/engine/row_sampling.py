@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bessemer.engine.sampling import argmax, inverse_cdf, uniform
+from bessemer.engine.sampling import RejectedDrafts, argmax, inverse_cdf, residual, uniform
 from bessemer.engine.sequence import SamplingParams
 
 
@@ -25,6 +25,8 @@ class Form(NamedTuple):
     """A temperature other than 0 and 1."""
     cut: bool
     """Truncation: top-p, top-k or min-p, which sorts the vocabulary."""
+    drawn: bool
+    """A temperature above 0."""
 
 
 def form_of(rows: Iterable[SamplingParams]) -> Form:
@@ -32,32 +34,73 @@ def form_of(rows: Iterable[SamplingParams]) -> Form:
     return Form(
         any(p.temperature not in (0.0, 1.0) for p in distinct),
         any(p.temperature > 0 and (p.top_p < 1 or p.top_k > 0 or p.min_p > 0) for p in distinct),
+        any(p.temperature > 0 for p in distinct),
     )
 
 
-def sample(logits_BV: Tensor, vocab: int, rules_B4: Tensor, key_B: Tensor, position_B: Tensor, form: Form) -> Tensor:
+def sample(
+    logits_BV: Tensor, vocab: int, rules_B4: Tensor, key_B: Tensor, position_B: Tensor, form: Form,
+    rejected: RejectedDrafts | None = None,
+) -> Tensor:  # fmt: skip
     """[B, 3] float64: a token below `vocab` for every row, its log-probability at the row's temperature, and at 1.
 
     `rules_B4` as in `sampling.rules`; a row draws number `position_B` of its stream `key_B`. The logits stay as they
-    are. A row of NaN gets some token, with log-probabilities that are not finite."""
+    are. A row of NaN gets some token, with log-probabilities that are not finite. rejected: rows whose draft was
+    rejected are sampled from what is left."""
     shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
-    temperature_B1 = rules_B4[:, :1].float()
-    greedy_B = temperature_B1[:, 0] == 0
-    temperature_B1 = temperature_B1.masked_fill(temperature_B1 == 0, 1.0)
-    if form.tempered:
-        p_BV = shifted_BV.clamp(min=-87.0 * temperature_B1).div_(temperature_B1).exp_()
-    else:
-        p_BV = shifted_BV.clamp(min=-87.0).exp_()
-    kept_BV = p_BV[:, :vocab]
+    temperature_B1 = _temperature(rules_B4)
+    p_BV = _exp(shifted_BV, temperature_B1, form)
+    token_B = argmax(shifted_BV[:, :vocab])
+    if form.drawn:
+        kept_BV = p_BV[:, :vocab]
+        if form.cut:
+            kept_BV = _truncate(kept_BV, rules_B4)
+        if rejected is not None:
+            left_BV = residual(kept_BV / kept_BV.sum(-1, keepdim=True), rejected.q_BV)
+            kept_BV = torch.where(rejected.rejected_B[:, None], left_BV, kept_BV)
+        token_B = torch.where(rules_B4[:, 0] == 0, token_B, inverse_cdf(kept_BV, uniform(key_B, position_B)))
+    token_B = token_B.clamp(0, vocab - 1)
+    logp_B, raw_B = _logp(shifted_BV, p_BV, temperature_B1, token_B, form)
+    return torch.stack((token_B.double(), logp_B.double(), raw_B.double()), -1)
+
+
+def probabilities(logits_BV: Tensor, vocab: int, rules_B4: Tensor, form: Form) -> Tensor:
+    """The distribution that every row's token is sampled from, after truncation, [B, vocab]."""
+    shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
+    kept_BV = _exp(shifted_BV, _temperature(rules_B4), form)[:, :vocab]
     if form.cut:
         kept_BV = _truncate(kept_BV, rules_B4)
-    token_B = inverse_cdf(kept_BV, uniform(key_B, position_B))
-    token_B = torch.where(greedy_B, argmax(shifted_BV[:, :vocab]), token_B).clamp(0, vocab - 1)
+    best_BV = torch.arange(vocab, device=logits_BV.device) == argmax(shifted_BV[:, :vocab])[:, None]
+    return torch.where(rules_B4[:, :1] == 0, best_BV.to(kept_BV.dtype), kept_BV / kept_BV.sum(-1, keepdim=True))
+
+
+def score(logits_BV: Tensor, rules_B4: Tensor, token_B: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """The log-probabilities of given tokens, at the row's temperature and at 1."""
+    shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
+    temperature_B1 = _temperature(rules_B4)
+    return _logp(shifted_BV, _exp(shifted_BV, temperature_B1, form), temperature_B1, token_B, form)
+
+
+def _temperature(rules_B4: Tensor) -> Tensor:
+    """Of every row; greedy rows count as 1."""
+    temperature_B1 = rules_B4[:, :1].float()
+    return temperature_B1.masked_fill(temperature_B1 == 0, 1.0)
+
+
+def _exp(shifted_BV: Tensor, temperature_B1: Tensor, form: Form) -> Tensor:
+    if form.tempered:
+        return shifted_BV.clamp(min=-87.0 * temperature_B1).div_(temperature_B1).exp_()
+    return shifted_BV.clamp(min=-87.0).exp_()
+
+
+def _logp(
+    shifted_BV: Tensor, p_BV: Tensor, temperature_B1: Tensor, token_B: Tensor, form: Form
+) -> tuple[Tensor, Tensor]:
     own_B = shifted_BV.gather(-1, token_B[:, None]).squeeze(-1)
     logp_B = raw_B = own_B / temperature_B1[:, 0] - p_BV.sum(-1).log()
     if form.tempered:
         raw_B = own_B - shifted_BV.clamp(min=-87.0).exp_().sum(-1).log()
-    return torch.stack((token_B.double(), logp_B.double(), raw_B.double()), -1)
+    return logp_B, raw_B
 
 
 def _truncate(p_BV: Tensor, rules_B4: Tensor) -> Tensor:

@@ -129,7 +129,12 @@ def _sample_group(
         penalised_BV = penalise(logits_BV, params, *_token_counts(sequences, logits_BV))
         token_B = sample(penalised_BV, params, uniform_B, vocab, allowed_BV).token_B
         return score(logits_BV, params.temperature, token_B)
-    if rejected is not None and params.temperature > 0 and bool(rejected.rejected_B.any()):
+    # a device is not asked whether there are any: the host would wait
+    if (
+        rejected is not None
+        and params.temperature > 0
+        and (logits_BV.device.type != "cpu" or bool(rejected.rejected_B.any()))
+    ):
         p_BV = probabilities(logits_BV, params, vocab)
         p_BV = torch.where(rejected.rejected_B[:, None], residual(p_BV, rejected.q_BV), p_BV)
         return score(logits_BV, params.temperature, inverse_cdf(p_BV, uniform_B))

@@ -99,13 +99,14 @@ class Scheduler:
         assert record is None or not prefix_cache
         self.max_rows, self.prefill_tokens, self.record, self.gather = rows, prefill_tokens, record, gather
         self.drafts = check_drafts(self.model, drafts)
-        self.cache_tokens = cache_tokens or rows * (self.model.cfg.max_seq_len + self.drafts)
         model, compiled = self.model, engine.compiled
-        if steps is None and static_steps.serves(model, drafts, compiled is not None):
+        static = steps is not None or static_steps.serves(model, compiled is not None)
+        longest = model.cfg.max_seq_len
+        self.cache_tokens = cache_tokens or rows * (longest + (static_steps.ahead(drafts) if static else drafts))
+        if steps is None and static:
             assert isinstance(model, Transformer)
-            longest, vocab = model.cfg.max_seq_len, engine.tokenizer.vocab_size
-            spare = room.SHARED if cache_tokens is None else room.SPARE
-            steps = room.make_steps(model, vocab, rows, longest, self.cache_tokens, prefill_tokens, spare)
+            vocab, spare = engine.tokenizer.vocab_size, room.SHARED if cache_tokens is None else room.SPARE
+            steps = room.make_steps(model, vocab, rows, longest, self.cache_tokens, prefill_tokens, spare, drafts)
         if steps is not None:
             self.max_rows, self.cache_tokens = steps.rows, steps.pages * PAGE
         self.preempted = self.prompt_tokens = self.cached_tokens = 0
@@ -141,7 +142,7 @@ class Scheduler:
         if request.routing and self.runner.trace is None:
             raise UserError("routing: no layer of this model has routed experts; leave it off")
         strings = check_stop_strings(request.stop_strings)
-        needed = len(request.prompt) + request.max_new_tokens + self.drafts
+        needed = len(request.prompt) + request.max_new_tokens + self.runner.lookahead - 1
         if pages_for(needed) > pages_for(self.cache_tokens):
             raise UserError(
                 f"the request needs room for {needed} tokens and the cache holds {self.cache_tokens}; shorten the "
@@ -199,11 +200,11 @@ class Scheduler:
         with torch.inference_mode():
             self._start_prompts()
             self._prefill()
-            self._preempt()
+            events = self._preempt()
             if not self.runner.sequences:
-                return []
+                return events
             self.runner.sample()
-            events = self._emit()
+            events += self._emit()
             self.runner.retire()
             if self.runner.sequences:
                 self.runner.advance()
@@ -282,14 +283,20 @@ class Scheduler:
                 self.queue.finished(seq)
         return events
 
-    def _preempt(self) -> None:
-        """Preempts the youngest sequences until the others have room for their next tokens."""
+    def _preempt(self) -> list[Token | Finished]:
+        """Preempts the youngest sequences until the others have room for their next tokens. Returns the events of
+        drafts that had to be settled before."""
+        events: list[Token | Finished] = []
         while (sequences := self.runner.sequences) and (free := self.cache.free_pages()) is not None:
             if len(sequences) * pages_for(self.runner.lookahead) + self._reserved_pages() <= free:
                 break  # they need no more than this
             length_B = [position + self.runner.lookahead for position in self.runner.positions()]
             if self.cache.pages_needed(length_B) + self._reserved_pages() <= free:
                 break
+            if not self._prefills and self.runner.settle():
+                events += self._emit()
+                self.runner.retire()
+                continue
             self.preempted += 1
             if self._prefills:  # younger than any sequence that decodes
                 job = self._prefills.pop()
@@ -299,6 +306,7 @@ class Scheduler:
             else:
                 youngest = max(range(len(sequences)), key=lambda b: sequences[b].number)
                 self.queue.requeue(self.runner.preempt(youngest))
+        return events
 
     def _reserved_pages(self) -> int:
         """Pages that the prompts in prefill will still allocate."""

@@ -18,6 +18,7 @@ Shapes: B rows, T = depth + 1 tokens of a pass, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,17 @@ def check_drafts(model: Model, depth: int) -> int:
     if depth and not (isinstance(model, Transformer) and len(model.mtp)):
         raise UserError("drafts need the model's MTP module, and this model has none (or was loaded without it)")
     return depth
+
+
+class Accepted(NamedTuple):
+    """What the host learns of a row's drafts."""
+
+    known: int
+    """Drafts that were accepted; below 0 where there were none."""
+    tokens: list[int]
+    """All drafts, and their log-probabilities at the row's temperature and at 1."""
+    logp: list[float]
+    raw_logp: list[float]
 
 
 class Drafter:
@@ -121,6 +133,12 @@ class Drafter:
         self._drafted_BT[self._rows, self.known_B + k] = draft_B
         return self._pass(hidden_BTD, self._drafted_BT, self.base_B - k, self.known_B + k)
 
+    def _positions(self, base_B: Tensor, T: int) -> Tensor:
+        """Where the keys of T tokens go, the first at base_B."""
+        position_BT = base_B[:, None] + torch.arange(T, device=base_B.device)
+        # what stands before the beginning is read by nobody; its keys go where those of later tokens will be written
+        return torch.where(position_BT < 0, base_B[:, None] + T - 1 - position_BT, position_BT)
+
     @property
     def _rows(self) -> Tensor:
         return torch.arange(len(self.known_B), device=self.known_B.device)
@@ -138,9 +156,7 @@ class Drafter:
             self._state, logits_BV = self.compiled.draft(hidden_BTD, token_BT, base_B, last_B, self.cache)
             return logits_BV
         T, module = token_BT.shape[1], self.modules[self._drafting]
-        position_BT = base_B[:, None] + torch.arange(T, device=base_B.device)
-        # what stands before the beginning is read by nobody; its keys go where those of later tokens will be written
-        position_BT = torch.where(position_BT < 0, base_B[:, None] + T - 1 - position_BT, position_BT)
+        position_BT = self._positions(base_B, T)
         self.cache.reserve([last + 1 for last in position_BT.max(1).values.tolist()])
         rope = self.model.rope_table(int(position_BT.max()) + 1)[position_BT]
         x_BTD = module.join(hidden_BTD, F.embedding(token_BT, self.model.embed.weight))

@@ -21,6 +21,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,8 +29,9 @@ from torch import Tensor
 
 from bessemer.engine import row_sampling
 from bessemer.engine.decode import Model, RoutingTrace, layer_step
-from bessemer.engine.kv_cache import PAGE, LatentCache, OwnPages, pages_for
+from bessemer.engine.kv_cache import PAGE, LatentCache, own_pages, pages_for
 from bessemer.engine.row_sampling import Form
+from bessemer.engine.static_drafts import Rows, StaticDrafts
 from bessemer.engine.transfer import indices
 from bessemer.kernels import paged
 from bessemer.model.transformer import Transformer
@@ -39,9 +41,9 @@ Capture = Callable[[Callable[[], None], tuple[Tensor, ...]], Replay]
 """(step, the tensors that it advances) -> what runs the same step again."""
 
 
-def serves(model: Model, drafts: int = 0, compiled: bool = False) -> bool:
-    """Whether sequences of this model decode in static steps: of this family, off the CPU, without drafts."""
-    return isinstance(model, Transformer) and model.embed.weight.device.type != "cpu" and not drafts and not compiled
+def serves(model: Model, compiled: bool = False) -> bool:
+    """Whether sequences of this model decode in static steps: of this family, off the CPU."""
+    return isinstance(model, Transformer) and model.embed.weight.device.type != "cpu" and not compiled
 
 
 class StaticCache(LatentCache):
@@ -99,36 +101,45 @@ class StaticSteps:
 
     @torch.inference_mode(False)  # the buffers are written to in any mode
     def __init__(
-        self, model: Transformer, vocab: int, rows: int, pages: int, row_tokens: int, capture: Capture | None = None
-    ) -> None:
-        """At most `rows` rows of `row_tokens` tokens, in a cache of `pages` pages. capture None: no graphs."""
+        self, model: Transformer, vocab: int, rows: int, pages: int, row_tokens: int, capture: Capture | None = None,
+        drafts: int = 0,
+    ) -> None:  # fmt: skip
+        """At most `rows` rows of `row_tokens` tokens, in a cache of `pages` pages. capture None: no graphs. With drafts
+        a row has slots beyond its tokens (`ahead`)."""
         cfg, weight = model.cfg, model.embed.weight
         device = weight.device
         self.model, self.vocab, self.rows, self.pages, self.row_tokens = model, vocab, rows, pages, row_tokens
         self.sizes = padded_counts(rows)
-        self.asked = rows
+        self.depth, self.asked = drafts, rows
         """Rows that were wanted, where memory held fewer."""
         self.capture = capture
         self._graphs: dict[tuple[int, int, Form, bool], Replay] = {}
         self._addresses = addresses(model)
         width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
         self.pools = [
-            torch.zeros(pages + 1, PAGE, width, dtype=weight.dtype, device=device) for _ in range(cfg.n_layers)
+            torch.zeros(pages + 1, PAGE, width, dtype=weight.dtype, device=device)
+            for _ in range(cfg.n_layers + min(drafts, len(model.mtp)))
         ]
-        self.table_RP = torch.full((rows, pages_for(row_tokens)), pages, dtype=torch.int64, device=device)
+        slots = row_tokens + ahead(drafts)
+        self.table_RP = torch.full((rows, pages_for(slots)), pages, dtype=torch.int64, device=device)
         self.token_R, self.position_R, self.key_R, self._live_R = (
             torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(4)
         )
         self.rules_R4 = torch.zeros(rows, 4, dtype=torch.float64, device=device)
-        self.sampled_R3 = torch.zeros(rows, 3, dtype=torch.float64, device=device)
-        """The next token of every row, as `row_sampling.sample` gives it."""
+        self._rope = model.rope_table(slots)
+        self.drafts = StaticDrafts(model, drafts, rows, vocab, self._rope) if drafts else None
+        columns = 3 if self.drafts is None else self.drafts.width
+        self.sampled_R3 = torch.zeros(rows, columns, dtype=torch.float64, device=device)
+        """The next token of every row, as `row_sampling.sample` gives it, and what became of its drafts
+        (`StaticDrafts.step`)."""
         self.logits_RV = torch.zeros(rows, cfg.vocab_size, device=device)
         self.expert_RLK: Tensor | None = None
         """The experts of the fed tokens, after a step that records them."""
         if sparse := sum(not layer.dense for layer in model.layers):
             dtype = RoutingTrace(cfg).dtype
             self.expert_RLK = torch.zeros(rows, sparse, cfg.n_activated_experts, dtype=dtype, device=device)
-        self._rope = model.rope_table(row_tokens)
+            if self.drafts is not None:
+                self.drafts.expert_RTLK = self.expert_RLK[:, None].repeat(1, drafts + 1, 1, 1)
         self.any_length = self._reads_own_pages()
         """Attention reads the pages of each row, so a step is the same for every length."""
         self._cache: StaticCache
@@ -156,7 +167,7 @@ class StaticSteps:
         return self._addresses == addresses(self.model)
 
     def load(self, rows: StepRows) -> None:
-        """Other rows than those of the last step."""
+        """Other rows than those of the last step; with drafts, `StaticDrafts.load` as well."""
         n = len(rows.token_B)
         buffers = (self.token_R, self.position_R, self.key_R, self.rules_R4)
         for buffer, values in zip(buffers, rows, strict=True):
@@ -177,7 +188,7 @@ class StaticSteps:
             return self._step(size, pages, form, record)
         if (key := (size, pages, form, record)) not in self._graphs:
             try:
-                advanced = (self.token_R, self.position_R)
+                advanced = (self.token_R, self.position_R, *(() if self.drafts is None else self.drafts.advanced))
                 self._graphs[key] = self.capture(lambda: self._step(*key), advanced)
             except (RuntimeError, NotImplementedError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -188,25 +199,39 @@ class StaticSteps:
         return None
 
     def _step(self, size: int, pages: int, form: Form, record: bool) -> None:
-        model, cache = self.model, self._cache
         token_R, position_R, table_RP = self.token_R[:size], self.position_R[:size], self.table_RP[:size, :pages]
-        page_R1 = table_RP.gather(1, (position_R // PAGE)[:, None])
-        slot_R = page_R1.squeeze(1) * PAGE + position_R % PAGE
-        own = OwnPages(table_RP, position_R)
-        trace = RoutingTrace(model.cfg) if record else None
-        x_RTD, rope = model.embed(token_R[:, None]), self._rope[position_R][:, None]
-        for i, layer in enumerate(model.layers):
-            x_RTD = layer_step(layer, i, x_RTD, rope, cache, own, slot_R, trace)
-        logits_RV = model.head(model.norm(x_RTD.squeeze(1))).float()
-        position_R.add_(self._live_R[:size])
-        sampled_R3 = row_sampling.sample(
-            logits_RV, self.vocab, self.rules_R4[:size], self.key_R[:size], position_R, form
-        )
+        key_R, rules_R4, live_R = self.key_R[:size], self.rules_R4[:size], self._live_R[:size]
+        feed = partial(self._feed, record)
+        if self.drafts is not None:
+            rows = Rows(token_R, position_R, key_R, rules_R4, live_R, table_RP)
+            sampled_R3, logits_RV, expert_RLK = self.drafts.step(rows, self._cache, feed, form)
+        else:
+            state_RD, expert_RLK = feed(token_R[:, None], position_R[:, None], table_RP)
+            logits_RV = self.model.head(state_RD).float()
+            position_R.add_(live_R)
+            sampled_R3 = row_sampling.sample(logits_RV, self.vocab, rules_R4, key_R, position_R, form)
         token_R.copy_(sampled_R3[:, 0])
         self.sampled_R3[:size] = sampled_R3
         self.logits_RV[:size] = logits_RV
-        if trace is not None and self.expert_RLK is not None:
-            self.expert_RLK[:size] = trace.take()
+        if expert_RLK is not None and self.expert_RLK is not None:
+            self.expert_RLK[:size] = expert_RLK
+
+    def _feed(
+        self, record: bool, token_RT: Tensor, position_RT: Tensor, table_RP: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """`static_drafts.Feed`."""
+        model, trace = self.model, RoutingTrace(self.model.cfg) if record and self.expert_RLK is not None else None
+        own, slot_N = own_pages(table_RP, position_RT)
+        x_N1D, rope = model.embed(token_RT.view(-1, 1)), self._rope[own.position_B][:, None]
+        for i, layer in enumerate(model.layers):
+            x_N1D = layer_step(layer, i, x_N1D, rope, self._cache, own, slot_N, trace)
+        return model.norm(x_N1D.squeeze(1)), None if trace is None else trace.take()
+
+
+def ahead(drafts: int) -> int:
+    """Slots behind a row's last token that steps write to: drafts of a step, behind those of the step before it, which
+    the host has not seen yet."""
+    return 2 * drafts
 
 
 def padded_counts(most: int) -> tuple[int, ...]:
