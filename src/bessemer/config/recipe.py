@@ -68,7 +68,7 @@ class LayoutConfig(ConfigTable):
     cp."""
     cp: int = Field(1, ge=1)
     """Context-parallel ranks: each computes a slice of every row, for rows too long for one rank (V3: none). 2 cp
-    must divide the row length. RL, whose row lengths vary, uses data-parallel ranks instead. Not with fp8."""
+    must divide the row length. RL, whose row lengths vary, uses data-parallel ranks instead."""
     node: int = Field(8, ge=1)
     """Ranks per node; a token crosses to another node at most once."""
     exchange: Literal["auto", "all-to-all", "deepep"] = "auto"

@@ -220,8 +220,6 @@ def layout_of(layout_config: LayoutConfig, n: int) -> tuple[mesh.Layout, str, in
 def _check_split(recipe: Recipe, stage: str, cp: int) -> None:
     """UserError for a stage whose rows cannot be split over ranks."""
     settings = recipe.stage(stage)
-    if getattr(settings, "fp8", "off") != "off":
-        raise UserError(f'stage "{stage}": fp8 and layout.cp = {cp} do not go together; set fp8 = "off", or cp = 1')
     for length in _lengths(settings, recipe):
         if length % (2 * cp):
             raise UserError(f'stage "{stage}": {split_refusal(length, cp)}')

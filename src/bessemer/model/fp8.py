@@ -174,19 +174,67 @@ def _activated(h_MH: Tensor, weight_M: Tensor | None, recipe: FP8Recipe) -> Oper
     return recipe.quantised(act if weight_M is None else act.mul_(weight_M[:, None]))
 
 
-def attention(norm: RMSNorm, mla: MLA, x_BTD: Tensor, rope: Tensor, segments: Segments, recipe: FP8Recipe) -> Tensor:
+class Projected(NamedTuple):
+    """What attention's core is given in FP8."""
+
+    q: Tensor
+    """[B, T, H, N + R], before rotation."""
+    latent: Operand
+    """Normalised c_KV [B T, C]."""
+    k_rope: Tensor
+    """[B, T, R], before rotation."""
+    weight: Tensor
+    """W_UKV."""
+    rope: Tensor
+    scale: float
+    segments: Segments
+    recipe: FP8Recipe
+
+    @property
+    def kv(self) -> Tensor:
+        """Keys and values of all heads, [B, T, H, N + V]."""
+        return forward(self.latent, self.weight, self.recipe).view(*self.q.shape[:3], -1)
+
+
+class Core:
+    """Attention's core over whole rows, with the up-projection of keys and values; `dist.context_attention` has one for
+    rows that are split."""
+
+    def forward(self, given: Projected) -> tuple[Tensor, Tensor]:
+        """`attention_forward`."""
+        return attention_forward(given.q, given.kv, given.k_rope, given.rope, given.scale, given.segments)
+
+    def backward(
+        self, dout: Tensor, given: Projected, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Gradients of q, of the normalised latents [B T, C], of k_rope and of W_UKV (None: deferred)."""
+        dq, dkv, dk_rope = attention_backward(
+            dout, given.q, given.kv, given.k_rope, given.rope, given.scale, given.segments, out, lse
+        )
+        dy = given.recipe.quantised_gradient(dkv.flatten(2))
+        dweight = gradient(given.weight, lambda: weight_gradient(dy, given.latent, given.recipe))
+        return dq, input_gradient(dy, given.weight, given.recipe), dk_rope, dweight
+
+
+WHOLE = Core()
+
+
+def attention(
+    norm: RMSNorm, mla: MLA, x_BTD: Tensor, rope: Tensor, segments: Segments, recipe: FP8Recipe, core: Core = WHOLE
+) -> Tensor:
     """mla(norm(x)), [B, T, D]."""
     weights = {"norm": norm.weight, **{name.removesuffix(".weight"): p for name, p in mla.named_parameters()}}
     return _Attention.apply(
-        x_BTD, rope, segments, _AttentionContext(mla, norm.eps, recipe, tuple(weights)), *weights.values()
+        x_BTD, rope, segments, _AttentionContext(mla, norm.eps, recipe, tuple(weights), core), *weights.values()
     )
 
 
 class _AttentionContext:
     """The arguments of `_Attention` that are not tensors, and the half of its forward that backward repeats."""
 
-    def __init__(self, mla: MLA, eps: float, recipe: FP8Recipe, names: tuple[str, ...]):
+    def __init__(self, mla: MLA, eps: float, recipe: FP8Recipe, names: tuple[str, ...], core: Core):
         self.cfg, self.latent_eps, self.eps, self.recipe, self.names = mla.cfg, mla.kv_norm.eps, eps, recipe, names
+        self.core = core
 
     def normed(self, x: Tensor, gain: Tensor, eps: float) -> Operand:
         if self.recipe.by_tiles:
@@ -200,15 +248,18 @@ class _AttentionContext:
         dx, dgain = normalise_backward(dy, x, gain, eps)
         return self.recipe.quantised_gradient(dx), dgain
 
-    def expand(self, w: dict[str, Tensor], x: Operand, q_latent: Tensor | None, kv_latent: Tensor, shape: torch.Size):
-        """Operands of the up-projections, and their results as arguments of the core."""
+    def expand(
+        self, w: dict[str, Tensor], x: Operand, q_latent: Tensor | None, kv_latent: Tensor, rope: Tensor,
+        segments: Segments, shape: torch.Size,
+    ) -> tuple[Operand, Projected]:  # fmt: skip
+        """The operand of the queries' up-projection, and the arguments of the core."""
         c, k_rope = kv_latent.split([self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim], -1)
         q_in = x if q_latent is None else self.normed(q_latent, w["q_norm"], self.latent_eps)
         kv_in = self.normed(c, w["kv_norm"], self.latent_eps)
         q = forward(q_in, w["wq" if q_latent is None else "wq_b"], self.recipe)
-        kv = forward(kv_in, w["wkv_b"], self.recipe)
-        q, kv = (t.view(*shape, self.cfg.n_heads, -1) for t in (q, kv))
-        return q_in, kv_in, (q, kv, k_rope.view(*shape, -1))
+        q, k_rope = q.view(*shape, self.cfg.n_heads, -1), k_rope.view(*shape, -1)
+        scale = self.cfg.softmax_scale
+        return q_in, Projected(q, kv_in, k_rope, w["wkv_b"], rope, scale, segments, self.recipe)
 
 
 class _Attention(torch.autograd.Function):
@@ -218,8 +269,8 @@ class _Attention(torch.autograd.Function):
         x = shape.normed(x_BTD.flatten(0, 1), w["norm"], shape.eps)
         q_latent = forward(x, w["wq_a"], recipe) if "wq_a" in w else None
         kv_latent = forward(x, w["wkv_a"], recipe)
-        _, _, core = shape.expand(w, x, q_latent, kv_latent, x_BTD.shape[:2])
-        out, lse = attention_forward(*core, rope, shape.cfg.softmax_scale, segments)
+        _, given = shape.expand(w, x, q_latent, kv_latent, rope, segments, x_BTD.shape[:2])
+        out, lse = shape.core.forward(given)
         out = out.flatten(0, 1).flatten(1)
         o = recipe.quantised(out, power_of_two=True)
         y = forward(o, w["wo"], recipe)
@@ -243,13 +294,11 @@ class _Attention(torch.autograd.Function):
         out = backends.unpack_e5m6(PackedE5M6(code, scale), cfg.n_heads * cfg.v_head_dim, x_BTD.dtype)
         dout = through("wo", dy_BTD.flatten(0, 1), token_tiles(out, recipe, power_of_two=True))
         x = shape.normed(x_BTD.flatten(0, 1), w["norm"], shape.eps)
-        q_in, kv_in, core = shape.expand(w, x, q_latent, kv_latent, x_BTD.shape[:2])
+        q_in, given = shape.expand(w, x, q_latent, kv_latent, rope, ctx.segments, x_BTD.shape[:2])
         dout, out = (t.view(*x_BTD.shape[:2], cfg.n_heads, -1) for t in (dout, out))
-        dq, dkv, dk_rope = attention_backward(dout, *core, rope, cfg.softmax_scale, ctx.segments, out, lse)
-        dq, dkv = (t.flatten(0, 1).flatten(1) for t in (dq, dkv))
-        dc, grads["kv_norm"] = normalise_backward(
-            through("wkv_b", dkv, kv_in), kv_latent[:, : cfg.kv_lora_rank], w["kv_norm"], shape.latent_eps
-        )
+        dq, dc, dk_rope, grads["wkv_b"] = shape.core.backward(dout, given, out, lse)
+        dq = dq.flatten(0, 1).flatten(1)
+        dc, grads["kv_norm"] = normalise_backward(dc, kv_latent[:, : cfg.kv_lora_rank], w["kv_norm"], shape.latent_eps)
         dx = through("wkv_a", torch.cat((dc, dk_rope.flatten(0, 1)), -1), x)
         if q_latent is None:
             dx += through("wq", dq, x)

@@ -15,9 +15,9 @@ For speed some code repeats the math of a layer, and changes together with it:
     SwiGLU          `moe.FFN` (plain), `experts` (hand-written backward; kernel), `kernels.swiglu` (GPU), `fp8._SwiGLU`,
                     `emulation.swiglu*` and `triton_quantise.swiglu*` (FP8), `engine.decode`, `decode.cpp` (a step)
     MLA             `mla.MLA` (expanded and absorbed), `fp8._Attention`, `engine.decode` (against the KV cache),
-                    `dist.context_parallel` (sequences split over ranks)
+                    `dist.context_attention` (sequences split over ranks)
     softmax core    `attention_gpu`, `attention_cpu` (and `attention.hpp`), `kernels.paged` (decoding),
-                    `dist.context_parallel`
+                    `dist.context_attention`
     layer wiring    `Layer.forward`, `dist.stage.through` (stops between the phases), `engine.decode`, `decode.cpp`
     MTP wiring      `transformer.mtp_states`, `dist.stage.Slice.phases`
 

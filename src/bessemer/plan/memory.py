@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bessemer.dist.context_parallel import KEYS
+from bessemer.dist.context_attention import KEYS
 from bessemer.dist.mesh import Layout
 from bessemer.dist.stage import cut
 from bessemer.dist.table import Step, Table, actions
