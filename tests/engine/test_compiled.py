@@ -7,8 +7,10 @@ import torch
 
 from bessemer.engine import compiled, kv_cache
 from bessemer.engine.compiled import CompiledSteps
+from bessemer.engine.device_runner import DeviceRunner
 from bessemer.engine.engine import Engine
 from bessemer.engine.kernel_steps import KernelSteps
+from bessemer.engine.scheduler import Scheduler
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 
@@ -87,4 +89,12 @@ def test_what_cannot_be_compiled_is_said(engine, monkeypatch):
 
 def test_kernels_go_before_compiled_steps(engine, monkeypatch):
     monkeypatch.setattr(KernelSteps, "of", lambda model: KernelSteps)
-    assert Engine(engine.model, engine.tokenizer, compile=True).compiled is None
+    engine = Engine(engine.model, engine.tokenizer, compile=True)
+    assert engine.compiled is None and engine.not_compiled.endswith("faster kernels in C++ serve this model")
+
+
+def test_a_gpu_s_steps_are_not_compiled(engine):
+    """They are graphs: the option says so, and neither looks for a compiler nor keeps rows out of the graphs."""
+    on_device = Engine(engine.model.to("meta"), engine.tokenizer, compile=True)
+    assert on_device.compiled is None and "CUDA graphs" in on_device.not_compiled
+    assert isinstance(Scheduler(on_device, rows=2).runner, DeviceRunner)

@@ -33,7 +33,7 @@ def as_gpu(monkeypatch):
     """Called, it lets a CPU take a GPU's way."""
 
     def take(capture=plain, any_length=False) -> None:
-        monkeypatch.setattr(static_steps, "serves", lambda model, compiled=False: True)
+        monkeypatch.setattr(static_steps, "serves", lambda model: True)
         monkeypatch.setattr(room, "graphs", lambda device: capture)
         monkeypatch.setattr(StaticSteps, "_reads_own_pages", lambda steps: any_length)
 

@@ -230,7 +230,7 @@ def test_a_dense_model_has_no_routing_to_replay(base, tmp_path):
 def test_a_rollout_through_the_scheduler_has_the_same_samples(base, whole, tmp_path, monkeypatch):
     """As on a GPU: static steps, rows that are refilled, experts recorded for the updates that follow."""
     made = []
-    monkeypatch.setattr(static_steps, "serves", lambda model, drafts=0, compiled=False: True)
+    monkeypatch.setattr(static_steps, "serves", lambda model: True)
     steps = room.make_steps
     monkeypatch.setattr(room, "make_steps", lambda *sizes: made.append(sizes[2]) or steps(*sizes))
     monkeypatch.setattr(room, "graphs", lambda device: static_steps.plain)

@@ -1,6 +1,7 @@
 """Decoding steps through torch.compile: the same functions, fused, in one call (or one per layer) instead of hundreds.
 
-For GPUs, and for CPUs with the kernels switched off: `kernel_steps` is 1.2 to 4 times as fast as this at every size.
+For CPUs with the kernels switched off: `kernel_steps` is 1.2 to 4 times as fast as this at every size. A GPU decodes in
+`static_steps`: a graph makes launches cheap, and these steps would wait for the device several times each.
 
 A small model's step is bound by the number of calls. When few rows decode, one compiled graph runs the whole network
 and gathers their cache. When the cache of the rows exceeds a core's second-level cache, attention stays outside, one
@@ -56,15 +57,14 @@ class CompiledSteps:
         """`vocab`: ids that may be sampled. UserError for a foreign model, and where there is no C++ compiler."""
         if not isinstance(model, Transformer):
             raise UserError("compiled steps are for models of this family; leave --compile off")
-        device = model.embed.weight.device
-        if device.type == "cpu" and cpp_compiler() is None:
+        if cpp_compiler() is None:
             raise UserError("compiled steps need a C++ compiler (g++ or clang++); install one or leave --compile off")
         self.model, self.vocab = model, vocab
         # after 8 graphs of one function torch warns and continues without, 20 times slower; a process may hold several
         # models, each with graphs of its own
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         # calls between two kernels from C++ instead of Python: a fifth of a step of one row
-        compile_ = partial(torch.compile, options={"cpp_wrapper": True} if device.type == "cpu" else {})
+        compile_ = partial(torch.compile, options={"cpp_wrapper": True})
         self._whole, self._draft = compile_(_whole), compile_(_draft)
         self._first, self._between, self._last = compile_(_first), compile_(_between), compile_(_last)
         self._marked: set[tuple[str, int, int]] = set()

@@ -130,7 +130,8 @@ class Engine:
     """Generates with a model and its tokenizer. No state outlives a call, so the model may be trained in between."""
 
     def __init__(self, model: Model, tokenizer: Tokenizer, workers: Workers | None = None, compile: bool = False):
-        """compile: where no kernel serves (`kernel_steps`), decoding steps go through torch.compile (`compiled`)."""
+        """compile: on a CPU where no kernel serves (`kernel_steps`), decoding steps go through torch.compile
+        (`compiled`)."""
         if tokenizer.vocab_size > model.cfg.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.cfg.vocab_size}; they do "
@@ -142,7 +143,13 @@ class Engine:
         self.tokenizer = tokenizer
         self.grammars = Grammars(tokenizer)
         self.compiled: CompiledSteps | None = None
-        if compile and KernelSteps.of(model) is None:
+        self.not_compiled = ""
+        """Why `compile` has compiled nothing, for the user."""
+        if compile and static_steps.serves(model):
+            self.not_compiled = "--compile: nothing to compile, the steps of a GPU are CUDA graphs of its own kernels"
+        elif compile and KernelSteps.of(model) is not None:
+            self.not_compiled = "--compile: nothing to compile, faster kernels in C++ serve this model"
+        elif compile:
             self.compiled = CompiledSteps(model, tokenizer.vocab_size)
         self.rows = 0
         """Samples that decode together on a GPU; 0: as many as its memory holds."""
@@ -281,7 +288,7 @@ class Engine:
             torch.cuda.empty_cache()
 
     def _continuous(self, batches: abc.Sequence[GenerationBatch]) -> bool:
-        return bool(batches) and static_steps.serves(self.model, self.compiled is not None)
+        return bool(batches) and static_steps.serves(self.model)
 
     def _run_continuously(self, batches: abc.Sequence[GenerationBatch]) -> list[list[Completion]]:
         """All samples through one scheduler, those of a batch one after another in the queue."""
@@ -433,8 +440,8 @@ def load_engine(model_dir: str | Path, drafts: int = 0, compile: bool = False) -
             "compiling the decoding steps: a minute or two the first time, seconds later", file=sys.stderr, flush=True
         )
         engine.compiled.prepare(drafts)
-    elif compile:
-        print("--compile: nothing to compile, faster kernels in C++ serve this model", file=sys.stderr, flush=True)
+    elif engine.not_compiled:
+        print(engine.not_compiled, file=sys.stderr, flush=True)
     return engine
 
 

@@ -100,7 +100,7 @@ class Scheduler:
         self.max_rows, self.prefill_tokens, self.record, self.gather = rows, prefill_tokens, record, gather
         self.drafts = check_drafts(self.model, drafts)
         model, compiled = self.model, engine.compiled
-        static = steps is not None or static_steps.serves(model, compiled is not None)
+        static = steps is not None or static_steps.serves(model)
         longest = model.cfg.max_seq_len
         self.cache_tokens = cache_tokens or rows * (longest + (static_steps.ahead(drafts) if static else drafts))
         if steps is None and static:

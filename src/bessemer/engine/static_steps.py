@@ -41,9 +41,9 @@ Capture = Callable[[Callable[[], None], tuple[Tensor, ...]], Replay]
 """(step, the tensors that it advances) -> what runs the same step again."""
 
 
-def serves(model: Model, compiled: bool = False) -> bool:
+def serves(model: Model) -> bool:
     """Whether sequences of this model decode in static steps: of this family, off the CPU."""
-    return isinstance(model, Transformer) and model.embed.weight.device.type != "cpu" and not compiled
+    return isinstance(model, Transformer) and model.embed.weight.device.type != "cpu"
 
 
 class StaticCache(LatentCache):

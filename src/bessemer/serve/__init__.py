@@ -25,7 +25,7 @@ class ServeConfig:
     drafts: int = 0
     """Tokens that the MTP module drafts at each step; every model must have one."""
     compile: bool = False
-    """Where no kernel serves, run decoding steps through torch.compile; a model's first load takes a minute or two."""
+    """On a CPU without the kernels, compile the decoding steps; a model's first load takes a minute or two."""
     threads: int | None = None
     """Threads of each model's arithmetic. None: all cores but one, which is left to the network and its clients. Two
     busy threads on one core cost far more than one thread less."""

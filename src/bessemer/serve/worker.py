@@ -119,6 +119,8 @@ def work(connection: Connection, folder: Path, config: ServeConfig) -> None:
         worker = ModelWorker(connection, engine, config)
         if engine.compiled is not None:
             engine.compiled.prepare(config.drafts)
+        elif engine.not_compiled:
+            print(engine.not_compiled, file=sys.stderr, flush=True)
     except UserError as error:
         connection.send((REFUSED, 0, str(error)))
         return
