@@ -14,7 +14,7 @@ from ranks import on_ranks
 from bessemer.dist.expert_parallel import AllToAll, Hop
 from bessemer.model import fp8, moe
 from bessemer.model.gate import Routing
-from bessemer.precision import backends, emulation
+from bessemer.precision import adapters, backends, emulation
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.precision.operand import TILE, Operand
 
@@ -59,19 +59,17 @@ class DeepGEMM:
 @pytest.fixture
 def hopper(monkeypatch):
     """This CPU as a Hopper card with that package."""
-    for name, value in card().items():
-        monkeypatch.setattr(backends, name, value)
+    for module, names in card().items():
+        for name, value in names.items():
+            monkeypatch.setattr(module, name, value)
     monkeypatch.delenv(backends.VARIABLE, raising=False)
     monkeypatch.setitem(sys.modules, "deep_gemm", DeepGEMM())
     return sys.modules["deep_gemm"]
 
 
 def card():
-    return {
-        "ORDER": ("deep_gemm", "emulation"),
-        "_capability": lambda device: (9, 0),
-        "_installed": lambda package: package == "deep_gemm",
-    }
+    found = {"_capability": lambda device: (9, 0), "_installed": lambda package: package == "deep_gemm"}
+    return {backends: {"ORDER": ("deep_gemm", "emulation")}, adapters: found}
 
 
 CFG = tiny(dim=256, moe_inter_dim=128, n_routed_experts=6, n_activated_experts=2, n_expert_groups=1, n_limited_groups=1)
@@ -112,7 +110,7 @@ def test_filled_rows_change_nothing(hopper, monkeypatch):
     before, too. The gradient of the tokens is summed in float32 as on a GPU, and in BF16 without."""
     _, found = run(*case())
     monkeypatch.setattr(backends, "ORDER", ("emulation",))
-    monkeypatch.setattr(backends, "_capability", lambda device: (0, 0))
+    monkeypatch.setattr(adapters, "_capability", lambda device: (0, 0))
     sent, wanted = run(*case())
     assert not sent.filled
     for name, a, b in zip(("y", "x", "gates", "w13", "w2"), found, wanted, strict=True):
@@ -131,7 +129,8 @@ def test_what_does_not_fit_in_the_order_of_rows():
 def on_a_rank(rank, full):
     """Output and gradients of this rank's tokens and experts."""
     if full:
-        vars(backends).update(card())
+        for module, names in card().items():
+            vars(module).update(names)
         sys.modules["deep_gemm"] = DeepGEMM()
     experts, x, routing, dy = case(seed=0)
     mine = slice(3 * rank, 3 * rank + 3)
@@ -162,5 +161,5 @@ def test_only_deep_gemm_is_filled_for(hopper, monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, "emulation")
     assert not backends.fills_tiles(torch.device("cpu"))
     monkeypatch.delenv(backends.VARIABLE)
-    monkeypatch.setattr(backends, "_installed", lambda package: False)
+    monkeypatch.setattr(adapters, "_installed", lambda package: False)
     assert not backends.fills_tiles(torch.device("cpu"))

@@ -18,7 +18,7 @@ from bessemer.model import attention_gpu, experts, grouped, mla
 from bessemer.model.experts import expert_ffn, expert_ffn_reference, routed_ffn
 from bessemer.model.segments import Packed, first_tokens
 from bessemer.model.transformer import Transformer
-from bessemer.precision import backends
+from bessemer.precision import adapters, backends
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.train.loss import cross_entropy
 
@@ -252,8 +252,8 @@ def test_an_fp8_layer_waits_for_nothing_and_launches_as_much_for_any_number_of_e
     from bessemer.precision import triton_e5m6, triton_gemm, triton_quantise, triton_rms_norm
 
     monkeypatch.delenv(backends.VARIABLE, raising=False)
-    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "_installed", lambda name: name in ("triton", package))
+    monkeypatch.setattr(adapters, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(adapters, "_installed", lambda name: name in ("triton", package))
     monkeypatch.setattr(torch.version, "cuda", "12.6")  # too old for torch's product
     monkeypatch.setattr(attention_gpu.F, "scaled_dot_product_attention", one_attention)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("the host waits for a tensor"))

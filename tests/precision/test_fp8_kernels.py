@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from triton_layer_checks import *  # noqa: F403  # checks of other kernels, run in the same processes
 
 from bessemer.errors import UserError
-from bessemer.precision import backends, emulation, formats
+from bessemer.precision import adapters, backends, emulation, formats
 from bessemer.precision.emulation import reference_gemm
 from bessemer.precision.operand import TILE, DeviceCounts, Operand, quantise, transpose
 
@@ -506,8 +506,8 @@ HOPPER = dict(device=torch.device("cuda"), group="block", shape=(4096, 2112, 716
     ],
 )
 def test_what_is_refused_on_hopper(monkeypatch, name, call, change, why):
-    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "_installed", lambda package: True)
+    monkeypatch.setattr(adapters, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(adapters, "_installed", lambda package: True)
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     said = backends.BACKENDS[name].refuses(backends.Call(call, **HOPPER | change))
     assert said is None if why is None else why in said
@@ -524,8 +524,8 @@ def test_the_table_tells_of_a_forced_backend(monkeypatch):
 
 @pytest.mark.parametrize("capability, order", [((9, 0), "deep_gemm"), ((10, 0), "triton"), ((8, 0), "emulation")])
 def test_the_card_decides(monkeypatch, capability, order):
-    monkeypatch.setattr(backends, "_capability", lambda device: capability)
-    monkeypatch.setattr(backends, "_installed", lambda package: True)
+    monkeypatch.setattr(adapters, "_capability", lambda device: capability)
+    monkeypatch.setattr(adapters, "_installed", lambda package: True)
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     assert {row[0]: row[1] for row in backends.table("cuda")}["gemm"] == order
 

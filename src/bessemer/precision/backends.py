@@ -1,34 +1,29 @@
-"""Which code serves an FP8 call, and why: one table, the functions that go through it, and the adapters to GPU code.
+"""Which code serves an FP8 call, and why: the functions that choose, and the choice as a table.
 
     emulation    plain torch (`operand.quantise`, emulation.py): any device, any shape; the reference for all others
     triton       our kernels (triton_quantise.py, _rms_norm, _e5m6, _gemm): NVIDIA of compute capability 8.9 or newer
     torch        torch.nn.functional.scaled_mm with block scales (cuBLASLt): Hopper, dense GEMM
     deep_gemm    the package of that name, where installed: Hopper, GEMMs with weights quantised by blocks
 
-The first backend of `ORDER` that does not refuse a call serves it. BESSEMER_FP8_BACKEND=<name> forces one; a call that
-it refuses is then an error with the reason. Invalid operands are rejected before a backend is chosen, so all backends
-raise the same errors. All agree on the edge cases: no rows give no rows; a group of zeros has factor 1; a group with a
-NaN or an infinity is NaN throughout.
+The first backend of `ORDER` that does not refuse a call serves it; `adapters` says what each refuses and how it is
+called. BESSEMER_FP8_BACKEND=<name> forces one; a call that it refuses is then an error with the reason. Invalid
+operands are rejected before a backend is chosen, so all backends raise the same errors. All agree on the edge cases: no
+rows give no rows; a group of zeros has factor 1; a group with a NaN or an infinity is NaN throughout.
 
 Shapes: M and N rows of the operands, K columns summed over, J = ceil(K / 128), G groups.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.errors import UserError
-from bessemer.precision import emulation, formats, operand
+from bessemer.precision.adapters import BACKENDS, VARIABLE, Backend, Call
 from bessemer.precision.formats import PackedE5M6
 from bessemer.precision.operand import (
     TILE,
@@ -36,7 +31,6 @@ from bessemer.precision.operand import (
     DeviceCounts,
     Group,
     Operand,
-    block_factors,
     check_counts,
     check_matrix,
     check_operand,
@@ -51,29 +45,6 @@ BY_WIDTH = ("rms_norm", "rms_norm_backward", "swiglu_backward", "pack_e5m6", "un
 """Calls that a backend may refuse for the number of columns of their first operand."""
 ORDER = ("deep_gemm", "torch", "triton", "emulation")
 """By published speed."""
-VARIABLE = "BESSEMER_FP8_BACKEND"
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a backend must know to take a call or refuse it. None: not known yet, any value that it can serve."""
-
-    name: str
-    device: torch.device
-    group: Group | None = None
-    """Of the matrix to quantise, or how the GEMM's w was quantised."""
-    shape: tuple[int, int, int] | None = None
-    """M, N, K of a GEMM."""
-    out_dtype: torch.dtype | None = None
-    count: tuple[int, ...] | DeviceCounts | None = None
-
-
-class Backend(NamedTuple):
-    good_for: str
-    """What it is, for the table."""
-    refuses: Callable[[Call], str | None]
-    """Why it cannot serve the call, in one sentence; None if it can."""
-    serve: dict[str, Callable[..., Any]]
 
 
 # --- the calls ---------------------------------------------------------------------------------------------------
@@ -99,7 +70,11 @@ def retile(x: Operand, count: Counts | None = None, power_of_two: bool = False) 
 def rms_norm(x_MD: Tensor, gain_D: Tensor, eps: float, power_of_two: bool, plain: Callable[..., Tensor]) -> Operand:
     """plain(x, gain, eps), the norm in x's dtype, by tiles of 1 x 128. A kernel does both at once."""
     check_matrix(x_MD)
-    return choose("rms_norm", x_MD).serve["rms_norm"](x_MD, gain_D, eps, power_of_two, plain)
+
+    def two_passes() -> Operand:
+        return quantise(plain(x_MD, gain_D, eps), "tile", power_of_two)
+
+    return choose("rms_norm", x_MD).serve["rms_norm"](x_MD, gain_D, eps, power_of_two, two_passes)
 
 
 def rms_norm_backward(
@@ -108,8 +83,13 @@ def rms_norm_backward(
 ) -> tuple[Operand, Tensor]:  # fmt: skip
     """plain(dy, x, gain, eps), the norm's backward: the gradient of x by tiles of 1 x 128, and that of the gain."""
     check_matrix(x_MD)
+
+    def two_passes() -> tuple[Operand, Tensor]:
+        dx_MD, dgain_D = plain(dy_MD, x_MD, gain_D, eps)
+        return quantise(dx_MD, "tile", power_of_two), dgain_D
+
     serve = choose("rms_norm_backward", x_MD).serve["rms_norm_backward"]
-    return serve(dy_MD, x_MD, gain_D, eps, power_of_two, plain)
+    return serve(dy_MD, x_MD, gain_D, eps, power_of_two, two_passes)
 
 
 def swiglu(h_MF: Tensor, weight_M: Tensor | None = None, power_of_two: bool = False) -> Operand:
@@ -239,9 +219,7 @@ def summary(rows: Iterable[Sequence[str]]) -> str:
 
 
 def _call(name: str, first: Tensor | Operand, *rest: Any) -> Call:
-    if name in ("rms_norm", "rms_norm_backward", "swiglu_backward", "pack_e5m6", "unpack_e5m6") and isinstance(
-        first, Tensor
-    ):
+    if name in BY_WIDTH and isinstance(first, Tensor):
         return Call(name, first.device, shape=(len(first), rest[0] if rest else first.shape[1], 0))
     if isinstance(first, Tensor):
         return Call(name, first.device, rest[0] if rest else None)
@@ -250,226 +228,3 @@ def _call(name: str, first: Tensor | Operand, *rest: Any) -> Call:
         return Call(name, device)
     w, out_dtype, w_group, *count = rest
     return Call(name, device, w_group, (M, w.value_MK.shape[-2], K), out_dtype, count[0] if count else None)
-
-
-@functools.cache
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of an NVIDIA device; (0, 0) of any other."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return (0, 0)
-    return torch.cuda.get_device_capability(device)
-
-
-# --- triton ------------------------------------------------------------------------------------------------------
-
-
-def _triton_refuses(call: Call) -> str | None:
-    if not _installed("triton"):
-        return "the package triton is not installed"
-    if call.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get(VARIABLE) == "triton":
-        pass  # for tests: slow beyond use
-    elif _capability(call.device) < (8, 9):
-        return "it needs an NVIDIA GPU of compute capability 8.9 or newer"
-    if call.name == "quantise" and call.group == "tensor":
-        return "it has no kernel for one factor over the whole tensor"
-    if call.name == "swiglu_backward" and call.shape and call.shape[1] % TILE:
-        return f"its tiles of gate and up must not share columns: F must be a multiple of {TILE}, is {call.shape[1]}"
-    if call.name in ("pack_e5m6", "unpack_e5m6") and call.shape and call.shape[1] % 8:
-        return f"it packs eight numbers into three words: K must be a multiple of 8, is {call.shape[1]}"
-    if call.name in ("rms_norm", "rms_norm_backward") and call.shape and call.shape[1] > 16384:
-        return f"a program takes a whole row, of 16384 numbers at most; these have {call.shape[1]}"
-    return None
-
-
-def _triton(module: str, function: str) -> Callable[..., Any]:
-    """The kernel's launcher, imported at the first call because triton is optional. Triton launches on the current
-    device whatever its operands are on, so theirs is made the current one."""
-
-    def call(first: Tensor | Operand | PackedE5M6, *rest: object) -> Any:
-        launch = getattr(importlib.import_module(f"bessemer.precision.{module}"), function)
-        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
-            return launch(first, *rest)
-
-    return call
-
-
-def _triton_quantise(x_MK: Tensor, group: Group, power_of_two: bool) -> Operand:
-    return _triton("triton_quantise", "quantise_tiles" if group == "tile" else "quantise_blocks")(x_MK, power_of_two)
-
-
-def _triton_norm(function: str) -> Callable[..., Any]:
-    launch = _triton("triton_rms_norm", function)
-    return lambda *operands: launch(*operands[:-1])  # without the norm by itself
-
-
-def _triton_gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
-    return _triton("triton_gemm", "gemm")(x, w, out_dtype, w_group == "block")
-
-
-def _triton_grouped(x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
-    return _triton("triton_gemm", "grouped_gemm")(x, count, w, out_dtype, w_group == "block")
-
-
-# --- torch -------------------------------------------------------------------------------------------------------
-
-
-def _torch_refuses(call: Call) -> str | None:
-    """scaled_mm takes row-major x [M, K] and column-major w^T, factors of x column by column, those of w as 1x128 or
-    as 128x128. It needs Hopper, cuBLASLt 12.9, and K and N in multiples of 16. M in multiples of 16 is our caution:
-    cuBLAS lays factors out by rows of x, and a ragged end has not been tried."""
-    if call.name != "gemm":
-        return "it has block-scaled GEMMs of two matrices only"
-    if not hasattr(F, "scaled_mm"):
-        return "this torch has no torch.nn.functional.scaled_mm (it came with 2.10)"
-    if _capability(call.device)[0] != 9:
-        return "its block scales are for Hopper (compute capability 9.0) only"
-    cuda = torch.version.cuda
-    assert cuda is not None, "only a CUDA device has a capability"
-    if tuple(map(int, cuda.split(".")[:2])) < (12, 9):
-        return f"its block scales need CUDA 12.9 or newer; this torch was built with {cuda}"
-    if call.group == "tensor":
-        return "it is used for w by tiles or by blocks"
-    if call.shape and (any(size % 16 for size in call.shape) or 0 in call.shape):
-        return f"M, N and K must be multiples of 16, are {list(call.shape)}"
-    return None
-
-
-def _torch_gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
-    tile, block = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
-    if w_group == "block":
-        # Columns of blocks, each padded to a multiple of four: cuBLAS would read past a shorter column.
-        factors_BJ = block_factors(w)
-        padded = factors_BJ.new_zeros(len(factors_BJ), -(-factors_BJ.shape[1] // 4) * 4)
-        padded[:, : factors_BJ.shape[1]] = factors_BJ
-        scale_w, recipe_w = padded.t(), block
-    else:
-        scale_w, recipe_w = _by_columns(w.scale_MJ), tile
-    return F.scaled_mm(
-        x.value_MK.contiguous(), w.value_MK.contiguous().t(), _by_columns(x.scale_MJ), tile, scale_w, recipe_w,
-        output_dtype=out_dtype, use_fast_accum=False,
-    )  # fmt: skip
-
-
-def _by_columns(scale_MJ: Tensor) -> Tensor:
-    """The same factors with strides (1, M), as our kernels already return them."""
-    M, J = scale_MJ.shape
-    if scale_MJ.stride() == (1, M):
-        return scale_MJ
-    return torch.empty_strided((M, J), (1, M), dtype=scale_MJ.dtype, device=scale_MJ.device).copy_(scale_MJ)
-
-
-# --- deep_gemm ---------------------------------------------------------------------------------------------------
-
-
-def _deep_gemm_refuses(call: Call) -> str | None:
-    """Only what its README documents and what rounds as we do: on Blackwell it rounds factors up to powers of two, so
-    it is not used there."""
-    if call.name not in ("gemm", "grouped_gemm"):
-        return "only its dense and its contiguous grouped GEMM are used"
-    if not _installed("deep_gemm"):
-        return "the package deep_gemm is not installed (pip install sgl-deep-gemm)"
-    if _capability(call.device)[0] != 9:
-        return "it is used on Hopper (compute capability 9.0) only"
-    if call.group not in (None, "block"):
-        return "it needs w quantised by blocks"
-    if call.out_dtype not in (None, torch.bfloat16):
-        return f"its results are bfloat16 here, not {call.out_dtype}"
-    if call.shape and (call.shape[1] % 64 or call.shape[2] % TILE or 0 in call.shape):
-        return f"N must be a multiple of 64 and K of {TILE}, are {call.shape[1]} and {call.shape[2]}"
-    count = call.count
-    whole = count.whole if isinstance(count, DeviceCounts) else not any(c % TILE for c in count or ())
-    if not whole:
-        return f"every group's rows must be a multiple of {TILE}"
-    return None
-
-
-def _deep_gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
-    import deep_gemm
-
-    y_MN = torch.empty(len(x.value_MK), len(w.value_MK), dtype=out_dtype, device=x.value_MK.device)
-    deep_gemm.fp8_gemm_nt((x.value_MK.contiguous(), x.scale_MJ), (w.value_MK.contiguous(), block_factors(w)), y_MN)
-    return y_MN
-
-
-def _deep_gemm_grouped(x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
-    """It skips blocks of rows of group -1 and says nothing of what it leaves there."""
-    import deep_gemm
-
-    device = x.value_MK.device
-    if isinstance(count, DeviceCounts):
-        group_M = count.group_M
-    else:
-        group_M = torch.arange(len(count), dtype=torch.int32).repeat_interleave(torch.tensor(count))
-        if device.type == "cuda":  # from pinned memory: a pageable copy would wait for the device's queue
-            group_M = group_M.pin_memory().to(device, non_blocking=True)
-    y_MN = torch.empty(len(x.value_MK), w.value_MK.shape[1], dtype=out_dtype, device=device)
-    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
-        (x.value_MK.contiguous(), x.scale_MJ), (w.value_MK.contiguous(), block_factors(w)), y_MN, group_M
-    )
-    if isinstance(count, DeviceCounts):
-        least = max(0, count.total - count.most_rest)
-        y_MN[least:].masked_fill_((group_M[least:] < 0)[:, None], 0)
-    return y_MN
-
-
-# --- two passes --------------------------------------------------------------------------------------------------
-
-
-def _plain_norm(x_MD: Tensor, gain_D: Tensor, eps: float, power_of_two: bool, plain: Callable[..., Tensor]) -> Operand:
-    return quantise(plain(x_MD, gain_D, eps), "tile", power_of_two)
-
-
-def _plain_norm_backward(
-    dy_MD: Tensor, x_MD: Tensor, gain_D: Tensor, eps: float, power_of_two: bool,
-    plain: Callable[..., tuple[Tensor, Tensor]],
-) -> tuple[Operand, Tensor]:  # fmt: skip
-    dx_MD, dgain_D = plain(dy_MD, x_MD, gain_D, eps)
-    return quantise(dx_MD, "tile", power_of_two), dgain_D
-
-
-# --- the table ---------------------------------------------------------------------------------------------------
-
-BACKENDS: dict[str, Backend] = {
-    "deep_gemm": Backend(
-        "kernels of DeepSeek's library", _deep_gemm_refuses, {"gemm": _deep_gemm, "grouped_gemm": _deep_gemm_grouped}
-    ),
-    "torch": Backend("cuBLASLt", _torch_refuses, {"gemm": _torch_gemm}),
-    "triton": Backend(
-        "our kernels",
-        _triton_refuses,
-        {
-            "quantise": _triton_quantise,
-            "retile": _triton("triton_quantise", "retile"),
-            "rms_norm": _triton_norm("rms_norm"),
-            "rms_norm_backward": _triton_norm("rms_norm_backward"),
-            "swiglu": _triton("triton_quantise", "swiglu"),
-            "swiglu_backward": _triton("triton_quantise", "swiglu_backward"),
-            "pack_e5m6": _triton("triton_e5m6", "pack"),
-            "unpack_e5m6": _triton("triton_e5m6", "unpack"),
-            "gemm": _triton_gemm,
-            "grouped_gemm": _triton_grouped,
-            "grouped_wgrad": _triton("triton_gemm", "grouped_wgrad"),
-        },
-    ),
-    "emulation": Backend(
-        "any device; sums in float32",
-        lambda call: None,
-        {
-            "quantise": operand.quantise,
-            "retile": emulation.retile,
-            "rms_norm": _plain_norm,
-            "rms_norm_backward": _plain_norm_backward,
-            "swiglu": emulation.swiglu,
-            "swiglu_backward": emulation.swiglu_backward,
-            "pack_e5m6": formats.pack_e5m6,
-            "unpack_e5m6": formats.PackedE5M6.unpack,
-            "gemm": emulation.gemm,
-            "grouped_gemm": emulation.grouped_gemm,
-            "grouped_wgrad": emulation.grouped_wgrad,
-        },
-    ),
-}

@@ -9,7 +9,7 @@ which is the promotion to CUDA cores. Here a block is summed in float32. Hopper'
 `bits` models: every MMA instruction adds 32 columns and truncates the total. How the hardware aligns the 32 products is
 not published. Without promotion (`promote=None`) the loss grows over the whole of K, and only one factor per row can be
 applied: the operands must be quantised by tensor. The other functions multiply the factors in first, so that each
-product is one float32 GEMM; they are the rows of `backends.BACKENDS`.
+product is one float32 GEMM; they are the rows of `adapters.BACKENDS`.
 
 Shapes: T tokens or M rows, K columns, N outputs, G groups; P columns, every group padded to a multiple of 128.
 """
