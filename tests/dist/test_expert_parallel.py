@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
+from bessemer.dist import exchange, expert_parallel
 from bessemer.dist.expert_parallel import AllToAll, Hop
 from bessemer.model import moe
 from bessemer.precision.fp8_linear import PAPER
@@ -56,20 +57,23 @@ def exchange_of(kind, rank, n):
     return (PlainExchange if kind == "plain" else AllToAll)(hops, rank * local, local, K)
 
 
-def there_and_back(rank, n, kind, fp8):
+def there_and_back(rank, n, kind, fp8, as_gpu=False):
+    """`as_gpu`: with the operations that a GPU would take."""
+    if as_gpu:
+        exchange.on_cpu = expert_parallel.on_cpu = lambda device: False
     x, expert, weight, w13, w2, dy = problem(rank, n)
-    exchange = exchange_of(kind, rank, n)
+    made = exchange_of(kind, rank, n)
     mine = slice(rank * (E // n), (rank + 1) * (E // n))
     experts = moe.Experts.__new__(moe.Experts)
     torch.nn.Module.__init__(experts)
     experts.w13, experts.w2 = (torch.nn.Parameter(w[mine].clone()) for w in (w13, w2))
     experts.fp8 = PAPER if fp8 else None
     x.requires_grad_(), weight.requires_grad_()
-    sent = exchange.dispatch(x, moe.Routing(expert, weight, x.new_zeros(())), experts.fp8)
-    y = exchange.combine(experts(sent), sent)
+    sent = made.dispatch(x, moe.Routing(expert, weight, x.new_zeros(())), experts.fp8)
+    y = made.combine(experts(sent), sent)
     y.backward(dy)
     grads = [g.detach().numpy() for g in (x.grad, weight.grad, experts.w13.grad, experts.w2.grad)]
-    return y.detach().numpy(), grads, dict(exchange.sent_bytes), sent.count_E.tolist()
+    return y.detach().numpy(), grads, dict(made.sent_bytes), sent.count_E.tolist()
 
 
 def at_home(n, fp8):
@@ -97,6 +101,52 @@ def test_several_ranks_are_one(kind, n, fp8):
     assert relative(torch.cat([torch.from_numpy(f[0]) for f in found]), y) < (1e-6 if not fp8 else 1e-2)
     for i, wanted in enumerate(grads):
         assert relative(torch.cat([torch.from_numpy(f[1][i]) for f in found]), wanted) < bound, i
+
+
+def both_ways(rank, n, kind):
+    """Whether a CPU's way and a GPU's have the same rows, and how far results are from one another."""
+    told = []
+    for fp8 in (False, True):
+        (y, grads, sent, count), (y2, grads2, sent2, count2) = (
+            there_and_back(rank, n, kind, fp8, as_gpu) for as_gpu in (False, True)
+        )
+        exchange.on_cpu = expert_parallel.on_cpu = lambda device: device.type == "cpu"
+        away = [abs(a - b).max(initial=0.0) for a, b in zip((y, *grads), (y2, *grads2), strict=True)]
+        told.append((sent == sent2 and count == count2, max(away)))
+    return told
+
+
+@pytest.mark.parametrize("kind", ["one", "two"])
+def test_a_gpu_s_way_gives_the_same(kind):
+    """Rows found without a wait, and sums in the order of rows instead of atomic ones: float32 has the same bits."""
+    for told in on_ranks(4, both_ways, 4, kind):
+        assert told == [(True, 0.0), (True, 0.0)]
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bfloat16", "fp8"])
+def test_the_host_waits_once_in_a_hop(monkeypatch, fp8):
+    """On the meta device, where no number can be read but those of the rows; forward and backward."""
+    asked = []
+
+    def counted(mine_P2, group):
+        asked.append(group)
+        return [[12, 20], [9, 12]], [[10, 14], [16, 16]]
+
+    def sent(x, send, receive, group):
+        assert len(x) == sum(send)
+        return x.new_empty(sum(receive), *x.shape[1:])
+
+    monkeypatch.setattr(expert_parallel, "counted", counted)
+    monkeypatch.setattr(expert_parallel, "_rows", sent)
+    hops = tuple(Hop(name, 2, 0, 0, 4, name) for name in ("network", "node"))
+    made, recipe = AllToAll(hops, 0, 2, 2), PAPER if fp8 else None
+    x = torch.empty(16, 256, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight = torch.empty(16, 2, device="meta", requires_grad=True)
+    arrived = made.dispatch(x, moe.Routing(torch.empty(16, 2, dtype=torch.int64, device="meta"), weight, None), recipe)
+    assert asked == ["network", "node"] and arrived.rows_MD.shape == (30, 256)
+    y = made.combine(arrived.rows_MD * arrived.weight_M[:, None].bfloat16(), arrived)
+    y.backward(torch.empty_like(y))
+    assert asked == ["network", "node"] and x.grad.shape == x.shape and weight.grad.shape == weight.shape
 
 
 def test_bytes_on_every_link():

@@ -10,22 +10,98 @@ takes.
 
 A backend overrides `dispatch`, which ends in `rows`, and `returned`.
 
-Shapes: N own tokens, R tokens received, M rows of own experts, D hidden, K experts per token, E own experts.
+Shapes: N own tokens, R tokens received, M rows of own experts, D hidden, K experts per token, E own experts; S rows of
+T tokens at any place.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bessemer.model import fp8, moe
 from bessemer.precision.fp8_linear import FP8Recipe
 from bessemer.precision.operand import Operand
+
+
+def on_cpu(device: torch.device) -> bool:
+    """Elsewhere the host runs ahead of the device, and `index_add_` adds in any order."""
+    return device.type == "cpu"
+
+
+class Copies:
+    """Rows that are copies of tokens: they can be made of the tokens, and summed again. `token_S` is the token of each,
+    and `n_rows` how many are of one; others are of token T, which does not exist and is nothing."""
+
+    def __init__(self, token_S: Tensor, n_tokens: int, n_rows: int | None = None):
+        self.token_S, self.n_tokens = token_S, n_tokens
+        self.n_rows = len(token_S) if n_rows is None else n_rows
+        self._more = int(self.n_rows < len(token_S))
+
+    def of(self, x_TD: Tensor) -> Tensor:
+        """The rows [S, ...]."""
+        return (fp8.with_nothing(x_TD) if self._more else x_TD).index_select(0, self.token_S)
+
+    def total(self, x_SD: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The sum of the rows of every token, in their order, [T, D] in the dtype of x; 0 for a token without any. In
+        float32 and rounded once, or on a CPU in `dtype`."""
+        if len(x_SD) and self.n_tokens and not on_cpu(x_SD.device):
+            order, begin_T = self._bags
+            return F.embedding_bag(order, x_SD, begin_T, mode="sum")
+        out = torch.zeros(self.n_tokens + self._more, x_SD.shape[1], dtype=dtype, device=x_SD.device)
+        return out.index_add_(0, self.token_S, x_SD.to(dtype))[: self.n_tokens].to(x_SD.dtype)
+
+    @cached_property
+    def _bags(self) -> tuple[Tensor, Tensor]:
+        """The rows token by token, in their order, and where those of each token begin."""
+        count_T = self.token_S.new_zeros(self.n_tokens + 1)
+        count_T = count_T.scatter_add_(0, self.token_S, torch.ones_like(self.token_S))[:-1]
+        return self.token_S.sort(stable=True).indices[: self.n_rows], count_T.cumsum(0) - count_T
+
+    def made(self, x_TD: Tensor) -> Tensor:
+        """`of`, with a gradient."""
+        return _Made.apply(x_TD, self, False)
+
+    def anchor(self, x_TD: Tensor) -> Tensor:
+        """A tensor without memory that stands for the rows where they are sent in FP8, and carries their gradient."""
+        return _Made.apply(x_TD, self, True)
+
+    def summed(self, x_SD: Tensor) -> Tensor:
+        """`total`, with a gradient."""
+        return _Summed.apply(x_SD, self)
+
+
+class _Made(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, copies: Copies, empty: bool) -> Tensor:
+        ctx.copies = copies
+        return x_TD.new_zeros(()).expand(len(copies.token_S), x_TD.shape[1]) if empty else copies.of(x_TD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_SD: Tensor):
+        return ctx.copies.total(dx_SD, dx_SD.dtype), None, None
+
+
+class _Summed(torch.autograd.Function):
+    """torch's index_add would keep its argument for backward: in float32 four bytes per element of every routed row."""
+
+    @staticmethod
+    def forward(ctx, x_SD: Tensor, copies: Copies) -> Tensor:
+        ctx.copies = copies
+        return copies.total(x_SD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TD: Tensor):
+        return ctx.copies.of(dy_TD), None
 
 
 class Sent(NamedTuple):
@@ -35,11 +111,9 @@ class Sent(NamedTuple):
     weight_M: Tensor
     count_E: Tensor
     """Rows of each of this rank's experts, those included that fill them up."""
-    token_M: Tensor
+    copies: Copies
     """The received token of each row."""
     operand: Operand | None
-    received: int
-    """R."""
     back: object
     """What the backend needs to return results."""
     filled: bool = False
@@ -65,8 +139,7 @@ class Exchange:
 
     def combine(self, y_MD: Tensor, sent: Sent) -> Tensor:
         """For every own token the sum over all of its experts, [N, D]."""
-        y_RD = summed(y_MD, sent.token_M, sent.received, sent.filled)
-        return self.returned(y_RD, sent.back)
+        return self.returned(sent.copies.summed(y_MD), sent.back)
 
     def bytes_sent(self) -> list[float]:
         """By link, since the last call."""
@@ -83,12 +156,13 @@ class Exchange:
         `filling`: these rows are filled up (`fp8.fills`)."""
         token_M, weight_M = place_M // weight_RK.shape[1], weight_RK.flatten().index_select(0, place_M)
         if operand is None:
-            return Sent(x_RD.index_select(0, token_M), weight_M, count_E, token_M, None, len(x_RD), back)
+            copies = Copies(token_M, len(x_RD))
+            return Sent(copies.made(x_RD), weight_M, count_E, copies, None, back)
         if filling:
             fill = fp8.filled(count_E, len(token_M))
             token_M, weight_M, count_E = fill.spread(token_M, len(x_RD)), fill.spread(weight_M, 0.0), fill.rows_E
-        rows = operand(token_M)
-        return Sent(fp8.grad_anchor(x_RD, token_M), weight_M, count_E, token_M, rows, len(x_RD), back, filling)
+        copies = Copies(token_M, len(x_RD), len(place_M))
+        return Sent(copies.anchor(x_RD), weight_M, count_E, copies, operand(token_M), back, filling)
 
 
 def of_rows(x: Operand, token_M: Tensor, filled: bool) -> Operand:
@@ -97,27 +171,3 @@ def of_rows(x: Operand, token_M: Tensor, filled: bool) -> Operand:
     if filled:
         value, scale = fp8.with_nothing(value), fp8.with_nothing(scale, 1.0)
     return Operand(value.index_select(0, token_M).view(torch.float8_e4m3fn), scale.index_select(0, token_M))
-
-
-def summed(x_SD: Tensor, token: Tensor, n_tokens: int, filled: bool = False) -> Tensor:
-    """[T, D]: the sum of the rows of every token; 0 for a token without any. `filled`: some rows are of token T, which
-    does not exist."""
-    return _Summed.apply(x_SD, token, n_tokens, filled)
-
-
-class _Summed(torch.autograd.Function):
-    """torch's index_add would keep its argument for backward: in float32 four bytes per element of every routed row."""
-
-    @staticmethod
-    def forward(ctx, x_SD: Tensor, token: Tensor, n_tokens: int, filled: bool) -> Tensor:
-        ctx.save_for_backward(token)
-        ctx.filled = filled
-        out = torch.zeros(n_tokens + filled, x_SD.shape[1], dtype=torch.float32, device=x_SD.device)
-        return out.index_add_(0, token, x_SD.float())[:n_tokens].to(x_SD.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy_TD: Tensor):
-        (token,) = ctx.saved_tensors
-        dy_TD = fp8.with_nothing(dy_TD) if ctx.filled else dy_TD
-        return dy_TD.index_select(0, token), None, None, None

@@ -15,8 +15,8 @@ it instead of K. Nothing is dropped or padded; a rank may send or receive nothin
 In FP8 training rows go to the experts in FP8 with power-of-two scales, forward and, as gradients, backward; everything
 that is returned is in the compute dtype (V3 3.3.3).
 
-A hop is made of differentiable all-to-alls. Sums are in float32 and rounded once; tensors are sent as bytes, so every
-dtype works.
+The host waits once in a hop, for the numbers of rows, and not in backward. A hop is made of differentiable all-to-alls.
+Sums are in float32, in the order of rows, and rounded once; tensors are sent as bytes, so every dtype works.
 
     send_rows     rows to the places that need them        backward: returned, the copies of a token summed
     grad_anchor   stands in for `send_rows` where rows are sent separately as FP8 bytes: no memory, no message, only the
@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bessemer.dist import watchdog
-from bessemer.dist.exchange import Exchange, Sent, of_rows, summed
+from bessemer.dist.exchange import Copies, Exchange, Sent, of_rows, on_cpu
 from bessemer.model import fp8, moe
 from bessemer.precision.fp8_linear import FP8Recipe
 from bessemer.precision.operand import TILE, Operand
@@ -50,25 +50,30 @@ from bessemer.precision.operand import TILE, Operand
 class Route(NamedTuple):
     """How the rows of one hop were sent."""
 
-    token: Tensor
-    """The token of each sent row, int64 [S]."""
+    copies: Copies
+    """The token of each sent row."""
     send: list[int]
     """Rows to every place, S in total."""
     receive: list[int]
     """Rows from every place, R in total."""
-    n_tokens: int
-    """T."""
     group: dist.ProcessGroup
     recipe: FP8Recipe | None
 
 
-def received(send: list[int], group: dist.ProcessGroup, device: torch.device) -> list[int]:
-    """How many rows every place will send to this rank."""
-    mine = torch.tensor(send, device=device)
-    theirs = torch.empty_like(mine)
+def counted(mine_P2: Tensor, group: dist.ProcessGroup) -> tuple[list[list[int]], list[list[int]]]:
+    """Two numbers for every place, and those that the places have for this rank. The host waits for them."""
+    theirs_P2 = torch.empty_like(mine_P2)
     with watchdog.waiting("tokens for the experts", dist.get_process_group_ranks(group)):
-        dist.all_to_all_single(theirs, mine, group=group)
-        return theirs.tolist()
+        dist.all_to_all_single(theirs_P2, mine_P2, group=group)
+        mine, theirs = torch.stack((mine_P2, theirs_P2)).tolist()
+    return mine, theirs
+
+
+def _where(mask: Tensor, number: int) -> Tensor:
+    """The places where a mask is true, of which the host knows the number; so it need not wait for a GPU."""
+    if on_cpu(mask.device):
+        return mask.flatten().nonzero().squeeze(1)
+    return mask.logical_not().flatten().to(torch.uint8).sort(stable=True).indices[:number]
 
 
 def _rows(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -102,7 +107,7 @@ class _Send(torch.autograd.Function):
         if empty:
             return _empty(x_TD, len(x_TD) if route is None else sum(route.receive))
         assert route is not None, "only an anchor has no route"
-        return exchanged(x_TD[route.token], route)
+        return exchanged(route.copies.of(x_TD), route)
 
     @staticmethod
     @once_differentiable
@@ -111,7 +116,7 @@ class _Send(torch.autograd.Function):
 
 
 def _returned(x_RD: Tensor, route: Route) -> Tensor:
-    return summed(_rows(x_RD.contiguous(), route.receive, route.send, route.group), route.token, route.n_tokens)
+    return route.copies.total(_rows(x_RD.contiguous(), route.receive, route.send, route.group))
 
 
 def _empty(x_TD: Tensor, rows: int) -> Tensor:
@@ -134,8 +139,8 @@ class _Return(torch.autograd.Function):
     def backward(ctx, dy_TD: Tensor):
         route: Route = ctx.route
         if route.recipe is None:
-            return exchanged(dy_TD[route.token], route), None
-        sent = packed(route.recipe.quantised_gradient(dy_TD, power_of_two=True))[route.token]
+            return exchanged(route.copies.of(dy_TD), route), None
+        sent = route.copies.of(packed(route.recipe.quantised_gradient(dy_TD, power_of_two=True)))
         return unpacked(exchanged(sent, route), dy_TD.shape[1]).dequantise().to(dy_TD.dtype), None
 
 
@@ -191,39 +196,45 @@ class AllToAll(Exchange):
         else:
             payload = packed(recipe.quantised(x_ND, power_of_two=True))
             at = _At(grad_anchor(x_ND), routing.expert_NK, routing.weight_NK, payload)
-        routes = []
+        routes, rows = [], 0
         for hop in self.hops:
-            at, route = self._hop(at, hop, recipe)
+            at, route, rows = self._hop(at, hop, recipe)
             routes.append(route)
-        return self._sorted(at, tuple(routes), recipe is not None and fp8.fills(recipe, x_ND.device))
+        return self._sorted(at, rows, tuple(routes), recipe is not None and fp8.fills(recipe, x_ND.device))
 
     def returned(self, y_RD: Tensor, back: object) -> Tensor:
         for route in reversed(cast(tuple[Route, ...], back)):
             y_RD = return_(y_RD, route)
         return y_RD
 
-    def _hop(self, at: _At, hop: Hop, recipe: FP8Recipe | None) -> tuple[_At, Route]:
+    def _hop(self, at: _At, hop: Hop, recipe: FP8Recipe | None) -> tuple[_At, Route, int]:
+        """The tokens there, and how many of their choices are."""
         place_TK = torch.div(at.expert_TK - hop.first, hop.width, rounding_mode="floor")
         place_TK = place_TK.masked_fill(at.expert_TK < 0, -1)
-        goes_PT = torch.stack([(place_TK == place).any(1) for place in range(hop.places)])
-        to, token = goes_PT.nonzero(as_tuple=True)  # place by place, tokens in order
-        send = goes_PT.sum(1).tolist()
-        route = Route(token, send, received(send, hop.group, token.device), len(at.x_TD), hop.group, recipe)
-        row = at.x_TD.shape[1] * at.x_TD.element_size() if at.payload is None else at.payload.shape[1]
-        self.sent_bytes[hop.link] += (len(token) - send[hop.own]) * row
+        at_PTK = place_TK == torch.arange(hop.places, device=place_TK.device)[:, None, None]
+        goes_PT, T = at_PTK.any(2), len(at.x_TD)
+        mine, theirs = counted(torch.stack((goes_PT.sum(1), at_PTK.sum((1, 2))), 1), hop.group)
+        send, receive = [tokens for tokens, _ in mine], [tokens for tokens, _ in theirs]
+        row = _where(goes_PT, sum(send))  # place by place, tokens in order
+        to, token = row // T, row % T
+        route = Route(Copies(token, T), send, receive, hop.group, recipe)
+        width = at.x_TD.shape[1] * at.x_TD.element_size() if at.payload is None else at.payload.shape[1]
+        self.sent_bytes[hop.link] += (len(token) - send[hop.own]) * width
         expert = torch.where(place_TK[token] == to[:, None], at.expert_TK[token], -1)
-        return _At(
+        arrived = _At(
             send_rows(at.x_TD, route) if at.payload is None else grad_anchor(at.x_TD, route),
             exchanged(expert, route),
             send_rows(at.weight_TK, route),
-            None if at.payload is None else exchanged(at.payload[token], route),
-        ), route
+            None if at.payload is None else exchanged(route.copies.of(at.payload), route),
+        )
+        return arrived, route, sum(choices for _, choices in theirs)
 
-    def _sorted(self, at: _At, routes: tuple[Route, ...], filling: bool) -> Sent:
+    def _sorted(self, at: _At, rows: int, routes: tuple[Route, ...], filling: bool) -> Sent:
         """Repeats every token once for each of its experts on this rank."""
-        place = (at.expert_TK >= 0).flatten().nonzero().squeeze(1)
-        expert, order = (at.expert_TK.flatten()[place] - self.first).sort(stable=True)
-        count_E, payload = torch.bincount(expert, minlength=self.n_local), at.payload
+        place = _where(at.expert_TK >= 0, rows)
+        expert, order = (at.expert_TK.flatten().index_select(0, place) - self.first).sort(stable=True)
+        count_E = expert.new_zeros(self.n_local).scatter_add_(0, expert, torch.ones_like(expert))
+        payload = at.payload
 
         def operand(token: Tensor) -> Operand:
             assert payload is not None, "of FP8 only"
