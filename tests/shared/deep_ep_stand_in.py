@@ -95,7 +95,7 @@ class Buffer:
         num_tokens_per_expert=None, topk_idx=None, topk_weights=None, expert_alignment=1, num_worst_tokens=0,
         config=None, previous_event=None, async_finish=False, allocate_on_comm_stream=False,
     ):  # fmt: skip
-        assert num_worst_tokens == 0, "this one always counts"
+        assert num_worst_tokens == 0 or (self.nodes == 1 and handle is None and topk_idx is not None)
         scaled = isinstance(x, tuple)
         value, scale = x if scaled else (x, None)
         assert value.dim() == 2 and value.is_contiguous() and value.shape[1] * value.element_size() % 16 == 0
@@ -112,7 +112,9 @@ class Buffer:
             assert len(goes_NP) == len(value)
             parts = self._gather(("again", value[:], scale, goes_NP))
             assert [part[0] for part in parts] == ["again"] * self.group_size, "ranks are in different calls"
-            return self._mine(parts, x), None, None, None, None, EventOverlap()
+            room = len(handle[3] if self.nodes == 1 else handle[7])
+            spare = room - sum(int(part[3][:, self.rank].sum()) for part in parts)
+            return self._mine(parts, x, spare), None, None, None, None, EventOverlap()
         goes_NP = is_token_in_rank
         assert goes_NP.dtype == torch.bool and goes_NP.shape == (len(value), self.group_size)
         for count in (num_tokens_per_rank, num_tokens_per_expert):
@@ -131,15 +133,21 @@ class Buffer:
         idx = idx.where(here, -1)
         counts = torch.bincount(idx[here], minlength=local).tolist()
         counts = [-(-count // expert_alignment) * expert_alignment for count in counts]
+        spare = max(0, num_worst_tokens - len(idx))
+        if num_worst_tokens:
+            assert len(idx) <= num_worst_tokens, "more tokens than there is room for"
+            counts, idx = [], torch.cat((idx, idx.new_full((spare, idx.shape[1]), -1)))
+            weights = torch.cat((weights, weights.new_full((spare, idx.shape[1]), float("nan"))))
         # [i, r]: rows of ranks 0 to i that rank r has
         prefix = torch.stack([part[3].sum(0) for part in parts]).cumsum(0).int()
-        source, channels = torch.cat(picked).int(), torch.zeros(self.group_size, self.num_sms // 2, dtype=torch.int32)
+        source = torch.cat((*picked, torch.full((spare,), -1))).int()
+        channels = torch.zeros(self.group_size, self.num_sms // 2, dtype=torch.int32)
         if self.nodes == 1:
             handle = (prefix, channels, channels.clone(), source, goes_NP, goes_NP.int())
         else:
             handle = (goes_NP, channels, channels, channels, prefix, channels, prefix, source, goes_NP.int(), channels)
-        self.calls.append(("dispatch", id(handle)))
-        return self._mine(parts, x), idx, weights, counts, handle, EventOverlap()
+        self.calls.append(("dispatch" if num_worst_tokens else "dispatch and wait", id(handle)))
+        return self._mine(parts, x, spare), idx, weights, counts, handle, EventOverlap()
 
     def combine(
         self, x, handle, topk_weights=None, bias=None, config=None, previous_event=None, async_finish=False,
@@ -168,12 +176,15 @@ class Buffer:
         )
         return total.bfloat16(), total_w, EventOverlap()
 
-    def _mine(self, parts, x):
+    def _mine(self, parts, x, spare):
+        """Own rows of all ranks; those that are spare have whatever lay there."""
         rows = [part[3][:, self.rank] for part in parts]
-        value = torch.cat([part[1][mine] for part, mine in zip(parts, rows, strict=True)])
+        value = [part[1][mine] for part, mine in zip(parts, rows, strict=True)]
+        value = torch.cat((*value, value[0].new_full((spare, value[0].shape[1]), 255)))
         if not isinstance(x, tuple):
             return value.view(x.dtype)
-        scale = torch.cat([part[2][mine] for part, mine in zip(parts, rows, strict=True)])
+        scale = [part[2][mine] for part, mine in zip(parts, rows, strict=True)]
+        scale = torch.cat((*scale, scale[0].new_full((spare, scale[0].shape[1]), float("nan"))))
         return value.view(x[0].dtype), scale
 
     def _gather(self, mine):

@@ -5,15 +5,16 @@ there over NVLink. They send tokens, gates and FP8 rows with their scales at onc
 float32, in the order of ranks, as `expert_parallel` does hop by hop; inside a node rows arrive in the same order, too,
 so that results have the same bits.
 
-    forward    dispatch: the layout of the tokens, then the tokens. The host learns how many rows every expert gets, and
-               waits for these counts alone, not for the rows. combine: without a wait
-    backward   of dispatch: a combine of the same handle. Of combine: a dispatch of the handle, which knows all counts.
+    forward    dispatch: the layout of the tokens, then the tokens. The host waits once, for the numbers of rows that
+               arrive, and not for the rows. combine: without a wait
+    backward   of dispatch: a combine of the same handle. Of combine: a dispatch of the handle, which knows all numbers.
                The host does not wait
 
-`num_worst_tokens` would spare that wait and make room for the rows of all ranks: on 8 ranks 8 times the rows that a
-layer keeps for its backward. We do not use it.
+Inside a node these numbers travel in a message of ours, and `dispatch` is told the exact size as `num_worst_tokens`:
+without it `Buffer` polls for them while it holds Python's lock, so that no other thread launches computation, nor
+reports a hang. Between nodes it has no such argument, and does not hold the lock.
 
-We call `Buffer`, which releases 1.x and 2.x have alike (checked against deepseek-ai/DeepEP at commit dd758ca, version
+We call `Buffer`, the interface of 1.x that 2.x keeps (checked against deepseek-ai/DeepEP at commit dd758ca, version
 2.1.0), and not the `ElasticBuffer` of 2.x, which needs NCCL 2.30.4 or newer. Its kernels run on a stream of their own,
 which waits for the stream of the exchange and is waited for by it, so `chunk.Overlapped` needs no other events. They
 take BF16 and FP8 rows; other dtypes go by all-to-all. They give up after 100 seconds without another rank.
@@ -24,6 +25,7 @@ Shapes as in `exchange`.
 from __future__ import annotations
 
 import importlib
+import inspect
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from types import ModuleType
@@ -36,7 +38,7 @@ from torch.autograd.function import once_differentiable
 
 from bessemer.dist import groups, watchdog
 from bessemer.dist.exchange import Exchange, Sent, of_rows
-from bessemer.dist.expert_parallel import AllToAll
+from bessemer.dist.expert_parallel import AllToAll, counted
 from bessemer.model import fp8, moe
 from bessemer.precision.fp8_linear import FP8Recipe
 from bessemer.precision.operand import TILE, Operand
@@ -69,7 +71,9 @@ class Buffer(Protocol):
         self, topk_idx: Tensor, num_experts: int
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, object]: ...
 
-    def dispatch(self, x: Rows, handle: object = None, **fresh: Tensor | None) -> tuple[Any, ...]: ...
+    def dispatch(
+        self, x: Rows, handle: object = None, *, num_worst_tokens: int = 0, **fresh: Tensor | None
+    ) -> tuple[Any, ...]: ...
 
     def combine(
         self, x: Tensor, handle: object, topk_weights: Tensor | None = None
@@ -80,7 +84,9 @@ class Buffer(Protocol):
 def absent() -> str:
     """Why the package cannot be used in this process; empty if it can."""
     try:
-        importlib.import_module("deep_ep")
+        package = importlib.import_module("deep_ep")
+        if "num_worst_tokens" not in inspect.signature(package.Buffer.dispatch).parameters:
+            return "this release of deep_ep is too old: its dispatch has no num_worst_tokens"
     except ModuleNotFoundError as error:
         if error.name == "deep_ep":
             return "the package deep_ep is not installed"
@@ -161,6 +167,7 @@ class DeepEP(Exchange):
         self.other = other
         """For dtypes that DeepEP does not carry."""
         self.node = node
+        self._counting = other.hops[0].group if ranks <= node else None
         self._forwarded_P = torch.arange(ranks) % node != own % node
         """Ranks that a token reaches through another one on their node, or inside this one."""
         self._sent_L: Tensor | None = None
@@ -169,12 +176,12 @@ class DeepEP(Exchange):
     def dispatch(self, x_ND: Tensor, routing: moe.Routing, recipe: FP8Recipe | None = None) -> Sent:
         if x_ND.dtype != torch.bfloat16:
             return self.other.dispatch(x_ND, routing, recipe)
-        way = _Way(self.buffer, recipe)
+        way = _Way(self.buffer, recipe, self._counting)
         x_RD, weight_RK = _Dispatch.apply(x_ND, routing.weight_NK.float(), routing.expert_NK, self.n_experts, way)
         self._count(way, x_ND)
         # rows in expert order, ties in order of their arrival; the choices of other ranks' experts are last
         choice = way.expert_RK.masked_fill(way.expert_RK < 0, self.n_local).flatten()
-        place = choice.sort(stable=True).indices[: sum(way.counts)]
+        place = choice.sort(stable=True).indices[: way.rows]
         count_E = choice.new_zeros(self.n_local + 1).scatter_add_(0, choice, torch.ones_like(choice))[:-1]
         arrived, filling = way.arrived, recipe is not None and fp8.fills(recipe, x_ND.device)
         operand = None if arrived is None else lambda token: of_rows(arrived, token, filling)
@@ -203,15 +210,16 @@ class DeepEP(Exchange):
 class _Way:
     """One dispatch, which its combine and both backwards go again."""
 
-    def __init__(self, buffer: Buffer, recipe: FP8Recipe | None):
-        self.buffer, self.recipe = buffer, recipe
+    def __init__(self, buffer: Buffer, recipe: FP8Recipe | None, counting: dist.ProcessGroup | None):
+        self.buffer, self.recipe, self.counting = buffer, recipe, counting
+        """Numbers of rows travel over the group `counting`, if there is one."""
         self.handle: object = None
         self.arrived: Operand | None = None
         """In FP8 the rows that came."""
         self.expert_RK: Tensor
         """Numbers among this rank's experts; -1 for those of others."""
-        self.counts: list[int]
-        """Rows of each of this rank's experts."""
+        self.rows: int
+        """Rows of all of this rank's experts, M."""
         self.to_P: Tensor
         """Tokens sent to every rank, and to every node where there are several."""
         self.to_N: Tensor | None
@@ -224,10 +232,19 @@ class _Way:
         expert_NK = expert_NK.to(getattr(_package(), "topk_idx_t", torch.int64)).contiguous()
         with self.waiting():
             self.to_P, self.to_N, per_expert, to_NP, _ = self.buffer.get_dispatch_layout(expert_NK, n_experts)
-            rows, idx_RK, weight_RK, self.counts, self.handle, _ = self.buffer.dispatch(
+        tokens, choices = 0, 0
+        if self.counting is not None:
+            choices_P = per_expert.view(len(self.to_P), -1).sum(1)
+            _, theirs = counted(torch.stack((self.to_P.long(), choices_P), 1), self.counting)
+            tokens, choices = (sum(numbers) for numbers in zip(*theirs, strict=True))
+            tokens = max(tokens, 1)  # 0 would make it count; a row of nobody's choice is left alone
+        with self.waiting():
+            rows, idx_RK, weight_RK, counts, self.handle, _ = self.buffer.dispatch(
                 x, num_tokens_per_rank=self.to_P, num_tokens_per_rdma_rank=self.to_N, is_token_in_rank=to_NP,
                 num_tokens_per_expert=per_expert, topk_idx=expert_NK, topk_weights=weight_NK.contiguous(),
+                num_worst_tokens=tokens,
             )  # fmt: skip
+        self.rows = choices if self.counting is not None else sum(counts)
         self.expert_RK = idx_RK.long()
         return rows, weight_RK
 
