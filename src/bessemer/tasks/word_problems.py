@@ -1,14 +1,15 @@
 """Word problems in the manner of GSM8K, parallel in English and Chinese: a story, two or three steps, an integer.
 
-The language does not affect sampling: problem i of a seed is the same story with the same numbers in both. The stories
-are our own text, in stories.toml. A story has its wording in both languages; `ranges` of the numbers a, b, c, d in
-the order of the text; and `steps`, each `left op right` over these numbers, over x and y (the results of the first and
-the second step) and over constants that the text implies ("legs of a cow").
+The language does not affect sampling: problem i of a seed is the same story with the same numbers in both. Most
+stories are composed of clauses (`composed_stories`), the others written one by one (stories.toml); all are our own
+text. A story has its wording in both languages; `ranges` of the numbers a, b, c, d in the order of the text; and
+`steps`, each `left op right` over these numbers, over x and y (the results of the first and the second step) and over
+constants that the text implies ("legs of a cow").
 
-Whole stories (`HELD_OUT`) are held out of training and, by the rule all tasks share, sets of numbers: a test problem is
-a story no page contains, with numbers no page about any story combines. The held-out stories need the same kinds of
-steps in other settings. Every intermediate value lies in 1..LARGEST and every division comes out even. A trace has one
-short line per step: `first:3*4=12`, `then:12-5=7`.
+Compositions are held out of training and, by the rule all tasks share, sets of numbers: a test problem is a story no
+page contains, with numbers no page about any story combines. `phrasing="held-out"` asks for stories in settings of
+which no page has a clause (`HELD_OUT`). Every intermediate value lies in 1..LARGEST and every division comes out even.
+A trace has one short line per step: `first:3*4=12`, `then:12-5=7`.
 """
 
 import random
@@ -16,32 +17,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bessemer.tasks.base import Problem, Task, Written, check_shares, grade_integer, read_toml, split_of
+from bessemer.tasks.composed_stories import STEPS, Story, composed
 from bessemer.tasks.countdown_expressions import LARGEST, apply
 
 Step = tuple[int, str, int, int]
 """left, op, right, result"""
 
 OPS = "+-*/"
+ONE_BY_ONE = 0.3
+"""Training problems about a story that was written by itself."""
 ORDER = {"en": ("first:", "then:"), "zh": ("先:", "再:")}
-
-
-@dataclass(frozen=True)
-class Story:
-    id: str
-    en: str
-    zh: str
-    ranges: dict[str, tuple[int, int]]
-    steps: tuple[str, ...]
-
-    @classmethod
-    def parse(cls, id: str, en: str, zh: str, ranges: str, steps: str) -> "Story":
-        """`ranges` like "a 2-9, b 3-12", `steps` like "a*b, x-c"."""
-        bounds: dict[str, tuple[int, int]] = {}
-        for entry in ranges.split(", "):
-            letter, ends = entry.split()
-            lowest, highest = map(int, ends.split("-"))
-            bounds[letter] = (lowest, highest)
-        return cls(id, en, zh, bounds, tuple(steps.split(", ")))
 
 
 _TEXTS = read_toml("stories.toml")
@@ -83,7 +68,7 @@ class WordProblems(Task):
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
         rng = self.rng("problem", split, index, seed)
-        story = rng.choice(TRAINED if split == "train" and phrasing == "seen" else HELD_OUT)
+        story = _choose(split, phrasing, rng)
         numbers = _sample_numbers(story, rng)
         while split_of(list(numbers.values())) != split:
             numbers = _sample_numbers(story, rng)
@@ -152,6 +137,14 @@ def work(
         known[name] = err(min(result, LARGEST))
         done.append((a, op, b, known[name]))
     return done
+
+
+def _choose(split: str, phrasing: str, rng: random.Random) -> Story:
+    if phrasing == "held-out":
+        return rng.choice(HELD_OUT)
+    if split == "train" and rng.random() < ONE_BY_ONE:
+        return rng.choice(TRAINED)
+    return rng.choice(composed(split, rng.choice(STEPS)))
 
 
 def _sample_numbers(story: Story, rng: random.Random) -> dict[str, int]:
