@@ -223,6 +223,7 @@ class Kernels:
     """Stands for Triton kernels: takes grids and arguments as launches do, and counts as one operation each."""
 
     names: list[str]
+    best_config = None
 
     def __getitem__(self, grid):
         def launch(*arguments, **settings):

@@ -442,6 +442,67 @@ def test_kernels_compile_for_hopper(tmp_path):
     assert done.stdout.split("\n", 1) == ["\0check_hopper_code", ""], done.stdout + done.stderr
 
 
+class Tuned:
+    """Stands for a kernel with its tuning, which takes the last configuration."""
+
+    def __init__(self, configs, said):
+        self.configs, self.best_config, self.fn, self._said = configs, configs[-1], self, said
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **config: self._said.append((grid, config))
+
+
+@needs_triton
+def test_where_nothing_may_be_tuned_the_nearest_size_serves():
+    from bessemer.precision import tuning
+    from bessemer.precision.triton_gemm import configurations, launch, size_class
+
+    configs, said = configurations(narrow=True, wide=True), []
+    kernel = Tuned(configs, said)
+    kernel.fn = Tuned(configs, said)
+    first = configs[0].all_kwargs()
+    with tuning.without():
+        launch(kernel, "a", 512, (7, 8))
+    launch(kernel, "b", 4096, (7, 8))
+    kernel.best_config = configs[1]
+    launch(kernel, "c", 64, (7, 8))
+    kernel.best_config = configs[2]
+    with tuning.without():
+        for size in (4096, 64, 2048, 128):
+            launch(kernel, size, size, (7, 8))
+        launch(kernel, "d", 64, (8, 8))
+    assert tuning.allowed()
+    nearest = [(2048, configs[-1].all_kwargs()), (128, configs[1].all_kwargs()), ("d", first)]
+    assert said == [("a", first), ("b", {}), ("c", {}), (4096, {}), (64, {}), *nearest]
+    assert {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"} <= first.keys()
+    sizes = [size_class(*given) for given in ((1,), (65,), (8192,), (10**6,), (4096, 256), (65537, 64), (65536, 64))]
+    assert sizes == [64, 128, 8192, 8192, 64, 2048, 1024]
+
+
+@needs_triton
+def test_what_is_tried_has_registers_enough():
+    """Every configuration that tuning may choose is in the table of the assembler's figures, and spills nothing."""
+    known, found = hopper.committed()["kernels"], {job.label for job in hopper.everything()}
+    assert found == known.keys()
+    assert not [label for label, figures in known.items() if figures["spilled"]]
+    assert sum("triton_gemm._wgrad" in label for label in found) > 1
+    for variant in ("BLOCKS=0 EVEN=1", "BLOCKS=1 EVEN=1"):
+        assert sum(f"triton_gemm._grouped {variant}" in label for label in found) > 3
+
+
+@needs_triton
+def test_no_kernel_is_compiled_anew_for_the_rows_that_routing_gives():
+    from bessemer.precision import triton_gemm, triton_quantise
+
+    rows = {
+        triton_quantise._tiles: {"M"}, triton_quantise._retile: {"scale_column"}, triton_quantise._swiglu: {"M"},
+        triton_quantise._swiglu_backward: {"M", "scale_column"}, triton_gemm._grouped.fn: {"M", "sx_column", "SIZE"},
+        triton_gemm._wgrad.fn: {"TILES", "SIZE"},
+    }  # fmt: skip
+    for kernel, names in rows.items():  # what else follows them is a multiple of 128
+        assert {p.name for p in kernel.params if p.do_not_specialize} == names
+
+
 # --- without triton --------------------------------------------------------------------------------------------------
 
 

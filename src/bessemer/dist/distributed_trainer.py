@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from bessemer.dist.model_shard import ModelShard, rows_of
 from bessemer.dist.zero1 import Zero1
 from bessemer.model.gate import Gate
 from bessemer.model.transformer import TrainOutputs, Transformer
+from bessemer.precision import tuning
 from bessemer.train import balance, checkpoint, guard
 from bessemer.train.background import Background, HostCopies
 from bessemer.train.checkpoint import CheckpointReader, Damaged
@@ -143,7 +145,8 @@ class DistributedTrainer(Trainer):
         if self._warms:
             self._warm(executor, [one for lane in work for one in lane])
         self._losses = []
-        executor.run(work, self.optimizer.completed)
+        with tuning.without() if self._warms else nullcontext():
+            executor.run(work, self.optimizer.completed)
         executor.sum_shared()
         self._sum_loads(executor)
         return self._sums_of(batches, executor.losses, terms)

@@ -11,6 +11,10 @@ multiplies; so configurations prefer two warp groups, or two programs, on a mult
 number, both factors are multiplied with each other first: their product leaves float32 only when that of the largest
 elements does too.
 
+Configurations are tuned for a shape of w and a class of sizes: a power of two of rows, of those of an average group
+where there are several, so that a run meets few of them. What routing makes of a size may fall into another class in
+the middle of a step, where nothing may be tuned (`tuning`): the nearest class that was tuned serves it.
+
 Groups may be empty: they have no rows, and their dW is zero. M, N and K may be ragged. Rows that belong to no group
 (`DeviceCounts`) become zeros.
 
@@ -21,12 +25,15 @@ Shapes: x [M, K], w [N, K] or [G, N, K], y [M, N]; factors [rows, J], J = ceil(K
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from bessemer.precision import tuning
 from bessemer.precision.operand import TILE, Counts, Operand
 from bessemer.precision.triton_quantise import WIDTH, locate, on_device, tiles
 
@@ -38,9 +45,11 @@ def gemm(x: Operand, w: Operand, out_dtype: torch.dtype, blocks: bool) -> Tensor
     y_MN = torch.empty(M, N, dtype=out_dtype, device=x_MK.device)
     if M == 0 or N == 0 or K == 0:
         return y_MN.zero_()
-    _gemm[lambda meta: (triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]),)](
+    launch(
+        _gemm, lambda meta: (triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]),), size_class(M),
+        (N, K, blocks, out_dtype),
         x_MK, w_NK, x.scale_MJ, w.scale_MJ, y_MN, M, N, K, *x.scale_MJ.stride(), *w.scale_MJ.stride(),
-        triton.next_power_of_2(M), blocks, K % TILE == 0,
+        size_class(M), blocks, K % TILE == 0,
     )  # fmt: skip
     return y_MN
 
@@ -56,9 +65,11 @@ def grouped_gemm(x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype, 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (tiles(count, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]),)
 
-    _grouped[grid](
+    size = size_class(M, G)
+    launch(
+        _grouped, grid, size, (N, K, G, blocks, out_dtype),
         x_MK, w_GNK, x.scale_MJ, w.scale_MJ, y_MN, on_device(count, x_MK.device), M, N, K,
-        *x.scale_MJ.stride(), *w.scale_MJ.stride(), triton.next_power_of_2(M),
+        *x.scale_MJ.stride(), *w.scale_MJ.stride(), size,
         G, triton.next_power_of_2(G), blocks, K % TILE == 0,
     )  # fmt: skip
     return y_MN
@@ -71,25 +82,66 @@ def grouped_wgrad(dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype
     dw_GNK = torch.empty(G, N, K, dtype=out_dtype, device=dy_NP.device)
     if dw_GNK.numel() == 0 or dy_NP.shape[1] == 0:
         return dw_GNK.zero_()
-    _wgrad[lambda meta: (triton.cdiv(N, meta["BLOCK_M"]) * triton.cdiv(K, meta["BLOCK_N"]), G)](
+    size = size_class(dy_NP.shape[1], G)
+    launch(
+        _wgrad, lambda meta: (triton.cdiv(N, meta["BLOCK_M"]) * triton.cdiv(K, meta["BLOCK_N"]), G), size,
+        (N, K, G, out_dtype),
         dy_NP, x_KP, dy.scale_MJ, x.scale_MJ, dw_GNK, on_device(count, dy_NP.device), N, K, dy_NP.shape[1] // TILE,
-        *dy.scale_MJ.stride(), *x.scale_MJ.stride(), triton.next_power_of_2(dy_NP.shape[1]),
-        G, triton.next_power_of_2(G),
+        *dy.scale_MJ.stride(), *x.scale_MJ.stride(), size, G, triton.next_power_of_2(G),
     )  # fmt: skip
     return dw_GNK
 
 
-def configurations(narrow: bool) -> list[triton.Config]:
-    """Configurations tried once per shape. BLOCK_N divides 128, so that a program reads one block of w at a time;
-    `narrow` adds tiles for few rows. Triton's interpreter gets one small configuration."""
+def size_class(rows: int, groups: int = 1) -> int:
+    """What tuning knows of a size: the next power of two of an average group's rows, from 64 to 8,192. Fewer fill one
+    tile, more fill the card."""
+    return min(max(triton.next_power_of_2(triton.cdiv(rows, groups)), 64), 8192)
+
+
+_tuned: dict[tuple[Any, ...], dict[int, triton.Config]] = {}
+"""The fastest configuration of a kernel for a shape, by class of sizes."""
+
+
+def launch(
+    kernel: Any, grid: Callable[..., tuple[int, ...]], size: int, shape: tuple[Any, ...], *arguments: Any
+) -> None:
+    """Runs a kernel, tuned for its shape and class of sizes; where it must not be tuned now, with the configuration of
+    the nearest class, or the one that does nothing badly."""
+    tuned = _tuned.setdefault((id(kernel), *shape), {})
+    if size in tuned or tuning.allowed():
+        kernel[grid](*arguments)
+        tuned.setdefault(size, kernel.best_config)
+    else:
+        config = tuned[min(tuned, key=lambda other: max(other / size, size / other))] if tuned else kernel.configs[0]
+        kernel.fn[grid](*arguments, **config.all_kwargs())
+
+
+def configurations(narrow: bool, wide: bool) -> list[triton.Config]:
+    """Configurations to try, the first of which does nothing badly. BLOCK_N divides 128, so that a program reads one
+    block of w at a time; `narrow` adds tiles for few rows, `wide` those that have registers enough only where w has one
+    factor for a block. Triton's interpreter gets one small configuration."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return [triton.Config({"BLOCK_M": 64, "BLOCK_N": 64})]
-    sizes = [(128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4)]
+    sizes = [(64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4)]
     if narrow:
         sizes += [(64, 64, 4, 5), (64, 32, 4, 6)]
+    if wide:
+        sizes += [(128, 128, 8, 3), (128, 128, 8, 4)]
     configs = [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in sizes]
-    # With no more than 168 registers a thread, three such programs fit on a multiprocessor of Hopper instead of two.
-    return [*configs, triton.Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=4, num_stages=3, maxnreg=168)]
+    if wide:
+        # With no more than 168 registers a thread, three such programs fit on a multiprocessor of Hopper, and not two.
+        configs += [triton.Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=4, num_stages=3, maxnreg=168)]
+    return configs
+
+
+def without_spills(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
+    """Those of `configs` whose programs have registers enough, by NVIDIA's assembler (bench/gpu/ptxas.py)."""
+    if arguments["BLOCKS"]:
+        return configs
+    return [c for c in configs if c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"] < 128 * 128 and c.maxnreg is None]
+
+
+PRUNE = {"early_config_prune": without_spills}
 
 
 # --- kernels -----------------------------------------------------------------------------------------------------
@@ -149,13 +201,13 @@ def product(
     return y
 
 
-@triton.autotune(configs=configurations(narrow=True), key=["SIZE", "N", "K", "BLOCKS"])
-@triton.jit(do_not_specialize=["M", "SIZE"])
+@triton.autotune(configs=configurations(True, True), key=["SIZE", "N", "K", "BLOCKS"], prune_configs_by=PRUNE)
+@triton.jit(do_not_specialize=["M", "sx_column", "SIZE"])
 def _gemm(
     x, w, scale_x, scale_w, y, M, N, K, sx_row, sx_column, sw_row, sw_column, SIZE,
     BLOCKS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of y. SIZE is M rounded up to a power of two; tuning runs once for each."""
+    """One program: one tile of y. SIZE is `size_class`."""
     m, n = place(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), 8)
     row = m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -169,8 +221,8 @@ def _gemm(
     tl.store(y + row[:, None] * N + column[None, :], y_MN.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.autotune(configs=configurations(narrow=True), key=["SIZE", "N", "K", "GROUPS", "BLOCKS"])
-@triton.jit(do_not_specialize=["M", "SIZE"])
+@triton.autotune(configs=configurations(True, True), key=["SIZE", "N", "K", "GROUPS", "BLOCKS"], prune_configs_by=PRUNE)
+@triton.jit(do_not_specialize=["M", "sx_column", "SIZE"])
 def _grouped(
     x, w, scale_x, scale_w, y, count, M, N, K, sx_row, sx_column, sw_group, sw_row, sw_column, SIZE,
     GROUPS: tl.constexpr, ROOM: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
@@ -196,7 +248,7 @@ def _grouped(
     tl.store(y + row[:, None] * N + column[None, :], y_MN.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.autotune(configs=configurations(narrow=False), key=["SIZE", "N", "K", "GROUPS"])
+@triton.autotune(configs=configurations(False, False), key=["SIZE", "N", "K", "GROUPS"])
 @triton.jit(do_not_specialize=["SIZE", "TILES"])
 def _wgrad(
     dy, x, scale_dy, scale_x, dw, count, N, K, TILES, sdy_row, sdy_column, sx_row, sx_column, SIZE,

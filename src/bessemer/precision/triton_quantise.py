@@ -17,6 +17,9 @@ rows has ceil(c / BLOCK). Every program finds its group with a running sum over 
 device without synchronising, or never leave it (`DeviceCounts`): then there are as many programs as there may be tiles,
 and those behind the last group's find the rest.
 
+Kernels are not specialised for numbers that follow routing: code of its own for multiples of 16 would be compiled and
+loaded in the middle of a step.
+
 Shapes: M rows (tokens T), K columns, F features, J = ceil(K / 128) tiles of a row, P columns of a retiled matrix.
 """
 
@@ -214,7 +217,7 @@ def locate(tile, count, GROUPS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.cons
     return group, first, first + rows, tile - tl.sum(tl.where(before, tiles_G, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _tiles(x, value, scale, M, K, x_row, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr):
     """One program: ROWS tiles of one column of tiles."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -241,7 +244,7 @@ def _blocks(x, value, scale, M, K, POWER_OF_TWO: tl.constexpr):
     tl.store(scale + above * tl.num_programs(1) + tl.program_id(1).to(tl.int64) * M + row, scale_R, mask=row < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_column"])
 def _retile(
     value, scale, count, out, out_scale, K, P, scale_row, scale_column,
     POWER_OF_TWO: tl.constexpr, GROUPS: tl.constexpr, ROOM: tl.constexpr, FILL: tl.constexpr, COLUMNS: tl.constexpr,
@@ -264,7 +267,7 @@ def _retile(
     tl.store(out_scale + tile.to(tl.int64) * K + column, scale_C, mask=column < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _swiglu(
     h, weight, value, scale, M, F, WEIGHTED: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
@@ -284,7 +287,7 @@ def _swiglu(
     tl.store(scale + tl.program_id(1).to(tl.int64) * M + row, scale_R, mask=row < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "scale_column"])
 def _swiglu_backward(
     dact, h, h_scale, weight, act, act_scale, dh, dh_scale, turned, turned_scale, parts, count, M, F, P,
     scale_row, scale_column, WEIGHTED: tl.constexpr, POWER_OF_TWO: tl.constexpr, GROUPS: tl.constexpr,
