@@ -16,8 +16,8 @@ from ranks import on_ranks
 from test_executor import CFG
 from test_overlap import Jittery, different, step
 
-from bessemer.config.recipe import LayoutConfig
-from bessemer.dist import deepep, exchange_choice, groups
+from bessemer.config.recipe import LayoutConfig, Recipe
+from bessemer.dist import deepep, distributed, exchange_choice, groups
 from bessemer.dist.chunk import Serial
 from bessemer.dist.expert_parallel import AllToAll, Hop
 from bessemer.dist.mesh import Layout, Mesh
@@ -164,7 +164,7 @@ def benched(rank):
     sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "gpu"))
     import exchange as command
 
-    deepep.unfit_card = lambda device: ""
+    exchange_choice.unfit_for_deepep = lambda layout, cfg, device: ""
     ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
     facts = command.compared(ranks, 16, preset("tiny", dim=256), True)
     assert facts["missing"] == {} and all(row["dispatch_gb_per_second"] > 0 for row in facts["rows"])
@@ -212,6 +212,7 @@ CHOICES = [
     ("auto", "cpu", ("", ""), "all-to-all", None),
     ("all-to-all", "cuda", ("", ""), "all-to-all", "as .layout. exchange says"),
     ("deepep", "cuda", (MISSING, ""), f'exchange = "deepep": rank 0 on .*: {MISSING}; install its wheel', None),
+    ("deepep", "cpu", ("", ""), 'exchange = "deepep": rank 0 on .*: it needs GPUs; set exchange = "auto"', None),
 ]
 
 
@@ -253,7 +254,8 @@ def test_layers_and_groups_that_it_serves(shape, words):
 
 def test_why_it_is_not_there(monkeypatch):
     assert deepep.absent.__wrapped__() == MISSING
-    assert exchange_choice.unfit_for_deepep(Layout(ep=2), preset("tiny", dim=256), torch.device("cpu")) == MISSING
+    deepep.absent.cache_clear()
+    assert exchange_choice.unfit_for_deepep(Layout(ep=2), preset("tiny", dim=256), torch.device("cuda")) == MISSING
 
     def broken(name):
         raise AssertionError("Invalid NCCL versions: a v.s. b\nplease upgrade")
@@ -264,5 +266,32 @@ def test_why_it_is_not_there(monkeypatch):
     monkeypatch.setattr(deepep.importlib, "import_module", lambda name: old)
     assert "too old" in deepep.absent.__wrapped__()
     monkeypatch.setattr(deepep.importlib, "import_module", lambda name: deep_ep_stand_in)
-    assert deepep.absent.__wrapped__() == "" and deepep.unfit_card(torch.device("cpu")) == "it needs GPUs"
-    assert LayoutConfig().exchange == "auto"
+    assert deepep.absent.__wrapped__() == "" and LayoutConfig().exchange == "auto"
+
+
+def card(monkeypatch, capability=(9, 0), reach=lambda one, other: True):
+    monkeypatch.setattr(deepep, "_package", lambda: deep_ep_stand_in)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", reach)
+    return deepep.unfit_card(torch.device("cuda", 1))
+
+
+def test_cards_and_links_that_it_serves(monkeypatch):
+    assert card(monkeypatch) == ""
+    assert card(monkeypatch, (8, 0)) == "a card is older than what deep_ep is built for"
+    words = "GPUs 1 and 3 of a machine do not reach each other's memory"
+    assert card(monkeypatch, reach=lambda one, other: other != 3) == words
+
+
+def test_a_recipe_that_names_it_is_refused_before_anything_runs(monkeypatch):
+    recipe = Recipe.load("recipes/tiny.toml", ["layout.ep=2", "layout.exchange=deepep"])
+    cfg = preset("tiny", dim=96)
+    with pytest.raises(UserError, match=r'exchange = "deepep": it serves hidden sizes .* not 96; set exchange'):
+        distributed.check(recipe, "pretrain", [16], cfg, 2)
+    fits = preset("tiny", dim=128)
+    distributed.check(recipe, "pretrain", [16], fits, 2)
+    monkeypatch.setattr(Ranks, "started", lambda: True)
+    with pytest.raises(UserError, match="it needs GPUs"):
+        distributed.check(recipe, "pretrain", [16], fits, 2)

@@ -112,8 +112,6 @@ def unfit_shape(ranks: int, node: int, hidden: int, top_k: int, n_experts: int) 
 
 def unfit_card(device: torch.device) -> str:
     """Why this rank's card or its links do not carry it; empty if they do."""
-    if device.type != "cuda":
-        return "it needs GPUs"
     package = _package()
     built_for = getattr(package.Buffer, "is_sm90_compiled", lambda: True)()
     if torch.cuda.get_device_capability(device) < (CAPABILITY if built_for else (8, 0)):

@@ -191,6 +191,7 @@ def check(
     layout, schedule, slices = layout_of(layout_config, n)
     if cfg is not None:
         mesh.check(layout, cfg, n, slices)
+        exchange_choice.check(layout_config.exchange, layout, cfg, Ranks.started())
     if layout.cp > 1:
         _check_split(recipe, stage, layout.cp)
     least, n_pipelines = schedules.micro_batches(schedule, layout.pp, 1), layout.dp * layout.ep
