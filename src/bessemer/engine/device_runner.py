@@ -26,12 +26,12 @@ from torch import Tensor
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine import row_sampling, static_drafts
 from bessemer.engine.decode import RoutingTrace
-from bessemer.engine.kv_cache import PromptPages
+from bessemer.engine.kv_cache import LatentCache, PromptPages
 from bessemer.engine.model_runner import ModelRunner
 from bessemer.engine.row_sampling import form_of
 from bessemer.engine.sampling import RejectedDrafts
 from bessemer.engine.sequence import Sequence
-from bessemer.engine.static_steps import StaticCache, StaticSteps, StepRows, ahead
+from bessemer.engine.static_steps import StepRows, Steps, ahead
 from bessemer.engine.transfer import Fetch
 
 
@@ -40,9 +40,9 @@ class DeviceRunner(ModelRunner):
 
     def __init__(
         self,
-        steps: StaticSteps,
+        steps: Steps,
         tokenizer: Tokenizer,
-        cache: StaticCache,
+        cache: LatentCache,
         trace: RoutingTrace | None = None,
         trace_all: bool = True,
     ):

@@ -47,7 +47,7 @@ from bessemer.engine.sequence import (
     cut_at_stop,
 )
 from bessemer.engine.speculative import check_drafts
-from bessemer.engine.static_steps import StaticSteps
+from bessemer.engine.static_steps import Steps
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM, load_any
 from bessemer.hf.hf_tokenizer import load_tokenizer
@@ -155,7 +155,7 @@ class Engine:
         """Samples that decode together on a GPU; 0: as many as its memory holds."""
         self.keeps_memory = False
         """Between calls, the buffers and graphs on a GPU; only where nobody else needs its memory."""
-        self._steps: StaticSteps | None = None
+        self._steps: Steps | None = None
         self.workers = workers or Workers(1)
         """Processes that run batches in parallel; their number does not change the result."""
 
@@ -317,11 +317,10 @@ class Engine:
         completions = iter(self._completion(s, routed) for (*_, s), routed in zip(started, routing, strict=True))
         return [[next(completions) for _ in batch.samples] for batch in batches]
 
-    def _steps_for(self, rows: int, row_tokens: int, drafts: int) -> StaticSteps:
+    def _steps_for(self, rows: int, row_tokens: int, drafts: int) -> Steps:
         """Static steps for up to `rows` rows, fewer where memory holds fewer: those of the last call, if they are large
         enough and no weight has moved."""
         model, steps = self.model, self._steps
-        assert isinstance(model, Transformer)
         fits = steps is not None and steps.asked >= rows and steps.row_tokens >= row_tokens and steps.depth == drafts
         if steps is None or not fits or not steps.current:
             self.release()

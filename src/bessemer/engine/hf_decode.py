@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from bessemer.engine import decode
 from bessemer.engine.decode import PrefillChunk, RoutingTrace
 from bessemer.engine.kv_cache import PromptPages
+from bessemer.engine.transfer import indices
 from bessemer.hf.causal_lm import CausalLM
 
 SLOT_STEP = 64
@@ -41,12 +42,12 @@ def prefill(
     assert all(chunk.whole for chunk in chunks), "a foreign model takes whole prompts"
     device = model.embed.weight.device
     longest = max(chunk.end for chunk in chunks)
-    tokens_PT = torch.tensor([[*chunk.prompt.ids, *[0] * (longest - chunk.end)] for chunk in chunks], device=device)
+    tokens_PT = indices([[*chunk.prompt.ids, *[0] * (longest - chunk.end)] for chunk in chunks], device)
     fresh = cache.for_prompts([chunk.prompt for chunk in chunks])
     hidden_PTD = model.hidden(tokens_PT, **{model.cache_word: fresh})
     row_P = torch.arange(len(chunks), device=device)
-    last_P = torch.tensor([chunk.end - 1 for chunk in chunks], device=device)
-    return _logits(model, hidden_PTD[row_P, last_P])
+    last_P = indices([chunk.end - 1 for chunk in chunks], device)
+    return logits_of(model, hidden_PTD[row_P, last_P])
 
 
 @decode.step.register(CausalLM)
@@ -58,10 +59,11 @@ def step(
     hidden_BTD = model.hidden(
         token_B[:, None], position_B[:, None], attention_mask=visible_BS, **{model.cache_word: cache}
     )
-    return _logits(model, hidden_BTD[:, 0])
+    return logits_of(model, hidden_BTD[:, 0])
 
 
-def _logits(model: CausalLM, hidden_BD: Tensor) -> Tensor:
+def logits_of(model: CausalLM, hidden_BD: Tensor) -> Tensor:
+    """Float32 [B, V]."""
     return (hidden_BD @ model.head_weight.T).float()
 
 
@@ -161,13 +163,17 @@ class SlotCache(Cache):
 
     def admit(self, prompts: Sequence[tuple[PromptPages, int]]) -> None:
         """Appends `copies` rows for each prompt. The prompts must not be used afterwards."""
+        self._append([source._select(torch.tensor(rows)) for source, rows in self._sources(prompts)])
+
+    def _sources(self, prompts: Sequence[tuple[PromptPages, int]]) -> list[tuple[SlotCache, list[int]]]:
+        """The caches of prompts, and the rows of each for the rows to come."""
         sources: dict[int, tuple[SlotCache, list[int]]] = {}
         for prompt, copies in prompts:
             assert prompt.slots is not None, "an admitted prompt was used again"
             source, row = prompt.slots
             sources.setdefault(id(source), (source, []))[1].extend([row] * copies)
             prompt.slots = None
-        self._append([source._select(torch.tensor(rows)) for source, rows in sources.values()])
+        return list(sources.values())
 
     def start_step(self, position_B: Tensor) -> Tensor | None:
         """Allocates slots for a step; the slots visible to each row, [B, S] (None: all of them)."""
@@ -189,9 +195,13 @@ class SlotCache(Cache):
         movers = live[live >= self.rows]  # exactly as many as there are holes
         source[holes] = movers
         if holes.numel():
-            for layer in self.slot_layers:
-                layer.keys[holes], layer.values[holes] = layer.keys[movers], layer.values[movers]
+            self._move(holes, movers)
         return source
+
+    def _move(self, target_N: Tensor, source_N: Tensor) -> None:
+        """Copies rows onto others."""
+        for layer in self.slot_layers:
+            layer.keys[target_N], layer.values[target_N] = layer.keys[source_N], layer.values[source_N]
 
     def _select(self, source_B: Tensor) -> SlotCache:
         """A cache whose row b is a copy of this one's row source_B[b]."""

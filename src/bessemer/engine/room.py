@@ -12,9 +12,11 @@ import os
 
 import torch
 
+from bessemer.engine.decode import Model
 from bessemer.engine.kv_cache import PAGE, pages_for
-from bessemer.engine.static_steps import Capture, CudaGraphs, StaticSteps, ahead
+from bessemer.engine.static_steps import Capture, CudaGraphs, StaticSteps, Steps, ahead
 from bessemer.errors import UserError
+from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.accounting import kv_cache_bytes
 from bessemer.model.transformer import Transformer
 
@@ -26,6 +28,9 @@ SHARED = 0.5
 """The same where nobody said how much: several models may be served."""
 LOGITS = 12
 """Tensors of V float32 numbers that a row's sampling makes at most, a sort of the vocabulary included."""
+FOREIGN = 32
+"""Numbers that a layer of a foreign model holds of a token during prefill, in widths of its residual stream: at most,
+for the usual widths of an FFN."""
 GIB = 1 << 30
 
 
@@ -52,8 +57,11 @@ def page_bytes(model: Transformer, drafts: int = 0) -> int:
     return PAGE * (token + (2 + min(drafts, len(model.mtp))) * token // layers)
 
 
-def prefill_bytes(model: Transformer, tokens: int) -> int:
-    """What the layer with the largest results holds of so many tokens during prefill."""
+def prefill_bytes(model: Model, tokens: int) -> int:
+    """What the layer with the largest results holds of so many tokens during prefill; their keys and values as well
+    where these have no pages yet."""
+    if isinstance(model, CausalLM):
+        return tokens * (FOREIGN * model.cfg.dim * model.embed.weight.element_size() + foreign_token_bytes(model))
     cfg = model.cfg
     attention = cfg.n_heads * 2 * (cfg.qk_head_dim + cfg.qk_nope_head_dim + 2 * cfg.v_head_dim)
     dense = 4 * cfg.inter_dim
@@ -61,25 +69,32 @@ def prefill_bytes(model: Transformer, tokens: int) -> int:
     return tokens * (6 * cfg.dim + attention + max(dense, sparse)) * model.embed.weight.element_size()
 
 
-def _sampling_bytes(model: Transformer, drafts: int) -> int:
+def foreign_token_bytes(model: CausalLM) -> int:
+    """Keys and values of a token."""
+    from bessemer.engine import hf_static  # needs transformers
+
+    return hf_static.token_bytes(model)
+
+
+def _sampling_bytes(model: Model, drafts: int) -> int:
     """Of a row; a draft has logits and distributions of its own."""
     return LOGITS * 4 * model.cfg.vocab_size * (drafts + 1)
 
 
-def _row_bytes(model: Transformer, tokens: int, drafts: int) -> int:
+def _row_bytes(model: Model, tokens: int, drafts: int) -> int:
+    if isinstance(model, CausalLM):
+        return tokens * foreign_token_bytes(model) + _sampling_bytes(model, drafts)
     pages = pages_for(tokens + ahead(drafts))
     return pages * page_bytes(model, drafts) + _sampling_bytes(model, drafts)
 
 
-def fits(model: Transformer, rows: int, tokens: int, prefill_tokens: int, free: int | None, drafts: int = 0) -> bool:
+def fits(model: Model, rows: int, tokens: int, prefill_tokens: int, free: int | None, drafts: int = 0) -> bool:
     """Whether so many rows of so many tokens take less than half of `free` bytes."""
     needed = rows * _row_bytes(model, tokens, drafts) + prefill_bytes(model, prefill_tokens)
     return free is None or needed < free * (1 - SHARED)
 
 
-def rows_that_fit(
-    model: Transformer, tokens: int, prefill_tokens: int, free: int | None, drafts: int = 0
-) -> int | None:
+def rows_that_fit(model: Model, tokens: int, prefill_tokens: int, free: int | None, drafts: int = 0) -> int | None:
     """Rows of so many tokens, prompt and answer, for which `free` bytes have room; None: any number. UserError where
     not one has."""
     if free is None:
@@ -96,12 +111,16 @@ def rows_that_fit(
 
 
 def make_steps(
-    model: Transformer, vocab: int, rows: int, row_tokens: int, cache_tokens: int, prefill_tokens: int,
+    model: Model, vocab: int, rows: int, row_tokens: int, cache_tokens: int, prefill_tokens: int,
     spare: float = SPARE, drafts: int = 0,
-) -> StaticSteps:  # fmt: skip
+) -> Steps:  # fmt: skip
     """Static steps of `rows` rows with a cache of `cache_tokens`, or less where the memory but `spare` of it holds
-    less."""
+    less. Rows of a foreign model grow as their tokens do."""
     device = model.embed.weight.device
+    if isinstance(model, CausalLM):
+        from bessemer.engine.hf_static import ForeignSteps  # needs transformers
+
+        return ForeignSteps(model, vocab, rows, row_tokens, graphs(device))
     pages, free = pages_for(cache_tokens), free_bytes(device)
     if free is not None:
         left = int(free * (1 - spare)) - prefill_bytes(model, prefill_tokens) - rows * _sampling_bytes(model, drafts)

@@ -24,7 +24,7 @@ from bessemer.engine.compiled import CompiledSteps
 from bessemer.engine.decode import Model, PrefillChunk, RoutingTrace, new_cache
 from bessemer.engine.device_runner import DeviceRunner
 from bessemer.engine.grammar import Grammars
-from bessemer.engine.kv_cache import PAGE, LatentCache, PromptPages, pages_for
+from bessemer.engine.kv_cache import LatentCache, PromptPages, pages_for
 from bessemer.engine.model_runner import ModelRunner, not_finite
 from bessemer.engine.routing_record import RoutingRecord
 from bessemer.engine.sequence import (
@@ -38,7 +38,7 @@ from bessemer.engine.sequence import (
     think_ids,
 )
 from bessemer.engine.speculative import check_drafts
-from bessemer.engine.static_steps import StaticSteps
+from bessemer.engine.static_steps import Steps
 from bessemer.engine.transfer import indices
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
@@ -79,7 +79,7 @@ class Scheduler:
         cache_tokens: int | None = None,
         prefill_tokens: int = 2048,
         drafts: int = 0,
-        steps: StaticSteps | None = None,
+        steps: Steps | None = None,
         record: RoutingRecord | None = None,
         prefix_cache: bool = True,
         gather: int = 1,
@@ -104,11 +104,10 @@ class Scheduler:
         longest = model.cfg.max_seq_len
         self.cache_tokens = cache_tokens or rows * (longest + (static_steps.ahead(drafts) if static else drafts))
         if steps is None and static:
-            assert isinstance(model, Transformer)
             vocab, spare = engine.tokenizer.vocab_size, room.SHARED if cache_tokens is None else room.SPARE
             steps = room.make_steps(model, vocab, rows, longest, self.cache_tokens, prefill_tokens, spare, drafts)
         if steps is not None:
-            self.max_rows, self.cache_tokens = steps.rows, steps.pages * PAGE
+            self.max_rows, self.cache_tokens = steps.rows, steps.cache_tokens
         self.preempted = self.prompt_tokens = self.cached_tokens = 0
         self.queue = WaitingQueue()
         self._tickets = count(1)

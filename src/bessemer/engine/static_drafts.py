@@ -52,6 +52,11 @@ Feed = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 [R * T, L, K] where they are recorded."""
 
 
+def width_with(drafts: int) -> int:
+    """Columns of what `StaticDrafts.step` returns; without drafts, of what `row_sampling.sample` does."""
+    return HEAD + 3 * drafts if drafts else 3
+
+
 class StaticDrafts:
     """Buffers for the drafts of static steps. Their first n rows are those of the last step."""
 
@@ -68,11 +73,6 @@ class StaticDrafts:
         )
         self.logits_RTV = torch.zeros(rows, T, cfg.vocab_size, device=device)
         self.expert_RTLK: Tensor | None = None
-
-    @property
-    def width(self) -> int:
-        """Columns of `sampled_R3`."""
-        return HEAD + 3 * self.depth
 
     @property
     def advanced(self) -> tuple[Tensor, ...]:
@@ -95,7 +95,7 @@ class StaticDrafts:
         return RejectedDrafts(self.rejected.rejected_B[:n], self.rejected.q_BV[:n])
 
     def step(self, rows: Rows, cache: LatentCache, feed: Feed, form: Form) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Moves `rows.position_R` to the token after the accepted drafts. Returns [R, width]: that token with its
+        """Moves `rows.position_R` to the token after the accepted drafts. Returns [R, columns]: that token with its
         log-probabilities, the number of accepted drafts, and every draft with its own; the logits that the token was
         sampled from, [R, V]; and the experts of the last fed token that stays."""
         R, T, J, vocab = len(rows.token_R), self.depth + 1, self.depth, self.vocab

@@ -31,7 +31,7 @@ from bessemer.engine import row_sampling
 from bessemer.engine.decode import Model, RoutingTrace, layer_step
 from bessemer.engine.kv_cache import PAGE, LatentCache, own_pages, pages_for
 from bessemer.engine.row_sampling import Form
-from bessemer.engine.static_drafts import Rows, StaticDrafts
+from bessemer.engine.static_drafts import Rows, StaticDrafts, width_with
 from bessemer.engine.transfer import indices
 from bessemer.kernels import paged
 from bessemer.model.transformer import Transformer
@@ -42,8 +42,8 @@ Capture = Callable[[Callable[[], None], tuple[Tensor, ...]], Replay]
 
 
 def serves(model: Model) -> bool:
-    """Whether sequences of this model decode in static steps: of this family, off the CPU."""
-    return isinstance(model, Transformer) and model.embed.weight.device.type != "cpu"
+    """Whether sequences of this model decode in static steps: off the CPU."""
+    return model.embed.weight.device.type != "cpu"
 
 
 class StaticCache(LatentCache):
@@ -96,70 +96,49 @@ class StepRows(NamedTuple):
     rules_B4: Tensor
 
 
-class StaticSteps:
-    """The pools, buffers and graphs of one model."""
+class Steps:
+    """Buffers and graphs for the steps of one model; a kind of model says what a step is."""
 
-    @torch.inference_mode(False)  # the buffers are written to in any mode
+    expert_RLK: Tensor | None = None
+    """The experts of the fed tokens, after a step that records them."""
+    drafts: StaticDrafts | None = None
+
     def __init__(
-        self, model: Transformer, vocab: int, rows: int, pages: int, row_tokens: int, capture: Capture | None = None,
-        drafts: int = 0,
-    ) -> None:  # fmt: skip
-        """At most `rows` rows of `row_tokens` tokens, in a cache of `pages` pages. capture None: no graphs. With drafts
-        a row has slots beyond its tokens (`ahead`)."""
-        cfg, weight = model.cfg, model.embed.weight
-        device = weight.device
-        self.model, self.vocab, self.rows, self.pages, self.row_tokens = model, vocab, rows, pages, row_tokens
+        self, model: Model, vocab: int, rows: int, row_tokens: int, capture: Capture | None, columns: int = 3
+    ) -> None:
+        device = model.embed.weight.device
+        self.model, self.vocab, self.rows, self.row_tokens = model, vocab, rows, row_tokens
         self.sizes = padded_counts(rows)
-        self.depth, self.asked = drafts, rows
-        """Rows that were wanted, where memory held fewer."""
+        self.depth, self.asked = 0, rows
+        """Drafts of a step; rows that were wanted, where memory held fewer."""
         self.capture = capture
         self._graphs: dict[tuple[int, int, Form, bool], Replay] = {}
         self._addresses = addresses(model)
-        width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
-        self.pools = [
-            torch.zeros(pages + 1, PAGE, width, dtype=weight.dtype, device=device)
-            for _ in range(cfg.n_layers + min(drafts, len(model.mtp)))
-        ]
-        slots = row_tokens + ahead(drafts)
-        self.table_RP = torch.full((rows, pages_for(slots)), pages, dtype=torch.int64, device=device)
         self.token_R, self.position_R, self.key_R, self._live_R = (
             torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(4)
         )
         self.rules_R4 = torch.zeros(rows, 4, dtype=torch.float64, device=device)
-        self._rope = model.rope_table(slots)
-        self.drafts = StaticDrafts(model, drafts, rows, vocab, self._rope) if drafts else None
-        columns = 3 if self.drafts is None else self.drafts.width
         self.sampled_R3 = torch.zeros(rows, columns, dtype=torch.float64, device=device)
         """The next token of every row, as `row_sampling.sample` gives it, and what became of its drafts
         (`StaticDrafts.step`)."""
-        self.logits_RV = torch.zeros(rows, cfg.vocab_size, device=device)
-        self.expert_RLK: Tensor | None = None
-        """The experts of the fed tokens, after a step that records them."""
-        if sparse := sum(not layer.dense for layer in model.layers):
-            dtype = RoutingTrace(cfg).dtype
-            self.expert_RLK = torch.zeros(rows, sparse, cfg.n_activated_experts, dtype=dtype, device=device)
-            if self.drafts is not None:
-                self.drafts.expert_RTLK = self.expert_RLK[:, None].repeat(1, drafts + 1, 1, 1)
-        self.any_length = self._reads_own_pages()
-        """Attention reads the pages of each row, so a step is the same for every length."""
-        self._cache: StaticCache
+        self.logits_RV = torch.zeros(rows, model.cfg.vocab_size, device=device)
 
-    def _reads_own_pages(self) -> bool:
-        """Whether the kernel works here; its first call says why not."""
-        if self.table_RP.device.type != "cuda":
-            return False
-        cfg, pool = self.model.cfg, self.pools[0]
-        q_1HX = pool.new_zeros(1, cfg.n_heads, pool.shape[-1])
-        paged.attend(q_1HX, pool, self.table_RP[:1, :1], self.position_R[:1], cfg.kv_lora_rank, cfg.softmax_scale)
-        return paged.attend.works
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the cache holds."""
+        raise NotImplementedError
 
-    @torch.inference_mode(False)
-    def new_cache(self, prefix_cache: bool) -> StaticCache:
-        """An empty cache in these pools; the last one must not be used any more."""
-        for pool in self.pools:
-            pool.zero_()  # what failed sequences left
-        self._cache = StaticCache(self, prefix_cache)
-        return self._cache
+    def new_cache(self, prefix_cache: bool) -> LatentCache:
+        """An empty cache in the buffers; the last one must not be used any more."""
+        raise NotImplementedError
+
+    def _width(self) -> int:
+        """How far the next step reads every row."""
+        raise NotImplementedError
+
+    def _step(self, size: int, width: int, form: Form, record: bool) -> None:
+        """A step of the first `size` rows: see `run`."""
+        raise NotImplementedError
 
     @property
     def current(self) -> bool:
@@ -178,15 +157,10 @@ class StaticSteps:
     def run(self, n: int, form: Form, record: bool) -> None:
         """A step of the n rows: `token_R`, `position_R`, `sampled_R3`, `logits_RV` (and with `record` `expert_RLK`) are
         then those of the next tokens."""
-        pages, most = max(map(len, self._cache.row_pages)), self.table_RP.shape[1]
-        size = next(size for size in self.sizes if size >= n)
-        if self.any_length:
-            pages = most
-        elif self.capture is not None:
-            pages = next(count for count in padded_counts(most) if count >= pages)
+        size, width = next(size for size in self.sizes if size >= n), self._width()
         if self.capture is None:
-            return self._step(size, pages, form, record)
-        if (key := (size, pages, form, record)) not in self._graphs:
+            return self._step(size, width, form, record)
+        if (key := (size, width, form, record)) not in self._graphs:
             try:
                 advanced = (self.token_R, self.position_R, *(() if self.drafts is None else self.drafts.advanced))
                 self._graphs[key] = self.capture(lambda: self._step(*key), advanced)
@@ -198,8 +172,70 @@ class StaticSteps:
         self._graphs[key]()
         return None
 
-    def _step(self, size: int, pages: int, form: Form, record: bool) -> None:
-        token_R, position_R, table_RP = self.token_R[:size], self.position_R[:size], self.table_RP[:size, :pages]
+
+class StaticSteps(Steps):
+    """The pools of a model of this family, and its steps over them."""
+
+    model: Transformer
+
+    @torch.inference_mode(False)  # the buffers are written to in any mode
+    def __init__(
+        self, model: Transformer, vocab: int, rows: int, pages: int, row_tokens: int, capture: Capture | None = None,
+        drafts: int = 0,
+    ) -> None:  # fmt: skip
+        """At most `rows` rows of `row_tokens` tokens, in a cache of `pages` pages. capture None: no graphs. With drafts
+        a row has slots beyond its tokens (`ahead`)."""
+        super().__init__(model, vocab, rows, row_tokens, capture, width_with(drafts))
+        cfg, weight = model.cfg, model.embed.weight
+        device = weight.device
+        self.pages, self.depth = pages, drafts
+        width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
+        self.pools = [
+            torch.zeros(pages + 1, PAGE, width, dtype=weight.dtype, device=device)
+            for _ in range(cfg.n_layers + min(drafts, len(model.mtp)))
+        ]
+        slots = row_tokens + ahead(drafts)
+        self.table_RP = torch.full((rows, pages_for(slots)), pages, dtype=torch.int64, device=device)
+        self._rope = model.rope_table(slots)
+        if drafts:
+            self.drafts = StaticDrafts(model, drafts, rows, vocab, self._rope)
+        if sparse := sum(not layer.dense for layer in model.layers):
+            dtype = RoutingTrace(cfg).dtype
+            self.expert_RLK = torch.zeros(rows, sparse, cfg.n_activated_experts, dtype=dtype, device=device)
+            if self.drafts is not None:
+                self.drafts.expert_RTLK = self.expert_RLK[:, None].repeat(1, drafts + 1, 1, 1)
+        self.any_length = self._reads_own_pages()
+        """Attention reads the pages of each row, so a step is the same for every length."""
+        self._cache: StaticCache
+
+    @property
+    def cache_tokens(self) -> int:
+        return self.pages * PAGE
+
+    def _reads_own_pages(self) -> bool:
+        """Whether the kernel works here; its first call says why not."""
+        if self.table_RP.device.type != "cuda":
+            return False
+        cfg, pool = self.model.cfg, self.pools[0]
+        q_1HX = pool.new_zeros(1, cfg.n_heads, pool.shape[-1])
+        paged.attend(q_1HX, pool, self.table_RP[:1, :1], self.position_R[:1], cfg.kv_lora_rank, cfg.softmax_scale)
+        return paged.attend.works
+
+    @torch.inference_mode(False)
+    def new_cache(self, prefix_cache: bool) -> StaticCache:
+        for pool in self.pools:
+            pool.zero_()  # what failed sequences left
+        self._cache = StaticCache(self, prefix_cache)
+        return self._cache
+
+    def _width(self) -> int:
+        pages, most = max(map(len, self._cache.row_pages)), self.table_RP.shape[1]
+        if self.any_length:
+            return most
+        return pages if self.capture is None else next(count for count in padded_counts(most) if count >= pages)
+
+    def _step(self, size: int, width: int, form: Form, record: bool) -> None:
+        token_R, position_R, table_RP = self.token_R[:size], self.position_R[:size], self.table_RP[:size, :width]
         key_R, rules_R4, live_R = self.key_R[:size], self.rules_R4[:size], self._live_R[:size]
         feed = partial(self._feed, record)
         if self.drafts is not None:
@@ -241,7 +277,7 @@ def padded_counts(most: int) -> tuple[int, ...]:
     return (*sorted(size for size in {*powers, *(3 * power for power in powers)} if size < most), most)
 
 
-def addresses(model: Transformer) -> list[int]:
+def addresses(model: Model) -> list[int]:
     """Where the weights stand."""
     return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
 
