@@ -105,6 +105,42 @@ def test_the_divergence_pulls_towards_the_reference():
     assert (token_logp(logits) - token_logp(ref)).abs().max() < 1e-3
 
 
+def test_times_the_ratio_its_gradient_is_that_of_the_divergence():
+    """At samples of pi_old: of KL(pi | ref) after every prefix. Plain k3 pulls elsewhere."""
+    sampler, reference = table(4), table(5)
+
+    def pull(unbiased):
+        model = Table(sampler)
+        batch = enumerated(sampler, reference, 1.0)
+        batch.extras["advantage_BT"].zero_()
+        GRPO(kl=1.0, unbiased_kl=unbiased)(model, batch).total.backward()
+        return model.logits.grad.double()
+
+    logits = sampler.clone().requires_grad_()
+    logp, ref = logits.log_softmax(-1), reference.log_softmax(-1)
+    divergence = (logp.exp() * (logp - ref)).sum(-1)
+    weight = torch.cat((torch.ones(1), sampler.log_softmax(-1)[0].exp())).double()  # of the prefixes
+    exact = gradient((weight * divergence).sum(), logits)
+    assert apart(pull(True), exact) < 1e-5 and apart(pull(False), exact) > 0.1
+
+
+def test_only_what_the_policy_left_and_was_bad_is_masked():
+    batch, worth = enumerated(table(4), table(5), 1.0), REWARD - 0.37
+    batch.extras["advantage_BT"][:, 1:] = worth[:, None]
+    model = Table(table(6))
+    left = (token_logp(table(4)) - token_logp(table(6))).mean(1)
+    bad = (worth < 0) & (left > 0.05)
+    assert 0 < bad.sum() < (worth < 0).sum() and (left > 0.05).sum() > bad.sum()
+    loss = GRPO(0.2, 0.28, 0.0, off_policy_mask=0.05)(model, batch)
+    chance = token_logp(table(4)).sum(1).exp()
+    assert float(loss.metrics["off_policy_masked"]) == pytest.approx(2 * float(chance[bad].sum()), rel=1e-5)
+    loss.total.backward()
+    masked, model.logits.grad = model.logits.grad, None
+    batch.extras["advantage_BT"][bad] = 0.0
+    GRPO(0.2, 0.28, 0.0)(model, batch).total.backward()
+    assert torch.equal(masked, model.logits.grad)
+
+
 def cut(ratio, advantage, low, high):
     """(is the gradient cut, surrogate, clipped) of one token."""
     logp = torch.tensor(ratio, dtype=torch.float64).log().requires_grad_()

@@ -15,7 +15,8 @@ same weights, padded right. Which of TRL's settings is which of ours:
     loss_type "dapo" without old               surrogate "reinforce", normalise "token" (the gradient; the value of
       log-probabilities                        the one is A, of the other A log pi)
     epsilon, epsilon_high, beta, temperature   clip_low, clip_high, kl, temperature
-    use_bias_correction_kl False               always: R1's k3; TRL's default multiplies it by the ratio (V3.2)
+    use_bias_correction_kl                     unbiased_kl
+    off_policy_mask_threshold                  off_policy_mask
 
 Bounds: 1e-6 for the loss, in sizes of its largest term; 1e-5 for the gradient, |difference| / |gradient| in float32
 through two different implementations of one network.
@@ -60,6 +61,16 @@ CASES = {
     "temperature": (
         dict(loss_type="dapo", temperature=0.7, **EPSILON),
         dict(temperature=0.7, **CLIP),
+        "token",
+    ),
+    "unbiased KL": (
+        dict(loss_type="dapo", use_bias_correction_kl=True, **EPSILON),
+        dict(unbiased_kl=True, **CLIP),
+        "token",
+    ),
+    "off-policy mask": (
+        dict(loss_type="dapo", off_policy_mask_threshold=0.02, **EPSILON),
+        dict(off_policy_mask=0.02, **CLIP),
         "token",
     ),
 }
@@ -145,7 +156,7 @@ def peer(policy, directory, tmp_path):
         config = GRPOConfig(
             output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", beta=beta, num_generations=4,
             per_device_train_batch_size=4, max_completion_length=CAP, gradient_checkpointing=False,
-            disable_tqdm=True, use_bias_correction_kl=False, **settings,
+            disable_tqdm=True, **{"use_bias_correction_kl": False} | settings,
         )  # fmt: skip
         # its grouped GEMM refuses widths that are no multiple of 16 bytes
         model = AutoModelForCausalLM.from_pretrained(
@@ -201,6 +212,8 @@ def test_loss_and_gradient_are_trl_s(policy, peer, name, beta):
     if normalise == "token":  # means over tokens on both sides
         assert metrics["entropy"] == pytest.approx(logged["entropy"], rel=1e-5)
         assert metrics["kl"] == pytest.approx(logged.get("kl", 0.0), rel=1e-5)
+    if name == "off-policy mask":
+        assert 0 < metrics["off_policy_masked"] < 1, "one of the two negative outputs is masked"
     if name == "dapo":
         assert metrics["clip_share"] == pytest.approx(logged["clip_ratio/region_mean"])
 

@@ -47,7 +47,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     runtime_only = OnPolicyConfig.runtime_only | {"micro_tokens", "rollout", "keep_every"}
     ignore_at_default = AskingConfig.ignore_at_default | {
         "difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision", "precision", "fp8",
-        "eval_tasks", "kl_in_reward",
+        "eval_tasks", "kl_in_reward", "unbiased_kl", "off_policy_mask",
     }  # fmt: skip
 
     def fingerprint_values(self) -> dict[str, Any]:
@@ -118,6 +118,11 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     kl_in_reward: bool = False
     """With advantage = "critic": subtract kl log(pi_old / pi_ref) from the reward of every token, as PPO does
     (DeepSeekMath 4.1.1), instead of adding a divergence to the loss."""
+    unbiased_kl: bool = False
+    """Multiply k3 by the ratio pi/pi_old: its gradient is then that of the divergence (DeepSeek-V3.2 3.1; R1: no)."""
+    off_policy_mask: float = Field(0.0, ge=0)
+    """Leave out outputs with a negative advantage whose mean of log(pi_sampler/pi) over their tokens is larger, as the
+    policy has left them already (DeepSeek-V3.2 3.1; R1: no). 0: none."""
     reference_every: int = Field(400, ge=1)
     """Optimizer steps between replacements of the reference by the current policy (R1: 400)."""
     surrogate: Literal["grpo", "gspo", "cispo", "reinforce"] = "grpo"

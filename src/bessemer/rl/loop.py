@@ -64,6 +64,8 @@ class Loop:
             settings.temperature,
             settings.surrogate,
             longest if settings.normalise == "constant" else 0,
+            settings.unbiased_kl,
+            settings.off_policy_mask,
         )
         self.trainer = distributed.trainer(
             network,
@@ -296,5 +298,7 @@ def _update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
         values[f"rl/{name}"] = float(np.mean([update.get(f"train/{name}", 0.0) for update in updates]))
     for name, measured in (("gap", "logp_gap"), ("gap_max", "logp_gap_max"), ("kl", "sampler_kl")):
         values[f"rl/sampler_{name}"] = updates[0].get(f"train/{measured}", 0.0)
+    if "train/off_policy_masked" in updates[0]:
+        values["rl/off_policy_masked"] = float(np.mean([update["train/off_policy_masked"] for update in updates]))
     gpu = {name: value for name, value in updates[-1].items() if name.startswith("gpu/")}
     return values | gpu | {"rl/lr": updates[-1].get("train/lr", 0.0)}

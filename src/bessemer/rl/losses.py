@@ -15,6 +15,11 @@ reward. The first term is one of the surrogates:
 Dr. GRPO and DAPO are `grpo` with other settings: Dr. GRPO divides by a constant instead of the length and does not
 scale advantages; DAPO counts every token alike, clips higher than lower, resamples dead groups and punishes over-long
 outputs.
+
+Two options of DeepSeek-V3.2 (3.1). `unbiased_kl`: the KL term is rho_t k3, whose gradient at samples of pi_old is that
+of KL(pi | pi_ref); k3's own is not. `off_policy_mask` delta: an output whose advantage is negative and whose mean of
+log(pi_sampler / pi) over its tokens exceeds delta gives no first term: pushing down what the policy has left already
+only does harm.
 """
 
 from __future__ import annotations
@@ -71,6 +76,9 @@ class GRPO:
     """One of `SURROGATES`."""
     constant: int = 0
     """0: the trainer divides by the sum of the weights. L > 0: by L per output whatever its length (Dr. GRPO)."""
+    unbiased_kl: bool = False
+    off_policy_mask: float = 0.0
+    """delta; 0: every output counts."""
 
     def __call__(self, model: Transformer | CausalLM, batch: Batch) -> Loss:
         out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False, **_replayed(batch))
@@ -83,7 +91,8 @@ class GRPO:
         return 0.0
 
     def names(self, depths: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return ("kl", "entropy", "clip_share", "ratio", "logp_gap", "sampler_kl"), ("logp_gap_max",)
+        masked = ("off_policy_masked",) if self.off_policy_mask else ()
+        return ("kl", "entropy", "clip_share", "ratio", "logp_gap", "sampler_kl", *masked), ("logp_gap_max",)
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch) -> Loss:
         """The loss of outputs that were computed elsewhere (`Divided`)."""
@@ -99,11 +108,17 @@ class GRPO:
         old, advantage, output = extra("old_logp_BT"), extra("advantage_BT"), keep // weight_BT.shape[1]
         terms = SURROGATES[self.surrogate](logp, old, advantage, output, self.clip_low, self.clip_high)
         kl = k3(logp, extra("ref_logp_BT")) if self.kl > 0 else torch.zeros_like(logp)
+        if self.unbiased_kl:
+            kl = _exp(logp - old) * kl
         assert entropy is not None
         weight = weight_BT.flatten()[keep]
         value = terms.value * extra("importance_BT") if "importance_BT" in batch.extras else terms.value
-        total = -(weight * (value - self.kl * kl)).sum()
         sampler = extra("sampler_logp_BT") if "sampler_logp_BT" in batch.extras else old
+        masked = torch.zeros_like(logp)
+        if self.off_policy_mask:
+            masked = self._off_policy(sampler - logp.detach(), advantage, output, weight_BT.shape[0])
+            value = value * (1.0 - masked)
+        total = -(weight * (value - self.kl * kl)).sum()
         gap = (logp - sampler).detach().abs()
         metrics = {
             "kl": (weight * kl).sum(),
@@ -114,9 +129,18 @@ class GRPO:
             "logp_gap": (weight * gap).sum(),
             "sampler_kl": (weight * k3(sampler, logp)).sum(),
         }
+        if self.off_policy_mask:
+            metrics["off_policy_masked"] = (weight * masked).sum()
         peaks = {"logp_gap_max": torch.cat((gap, gap.new_zeros(1))).max()}  # a micro-batch may train on no token
         divisor = weight.new_tensor(float(self.constant * batch.counted[0])) if self.constant else weight.sum()
         return Loss(total, divisor, {name: value.detach() for name, value in metrics.items()}, peaks)
+
+    def _off_policy(self, left_N: Tensor, advantage_N: Tensor, output_N: Tensor, outputs: int) -> Tensor:
+        """1 for the tokens that are masked. `left_N`: log(pi_sampler / pi)."""
+        zeros_B = left_N.new_zeros(outputs)
+        count_B = zeros_B.index_add(0, output_N, torch.ones_like(left_N)).clamp(min=1)
+        mean_B = zeros_B.index_add(0, output_N, left_N) / count_B
+        return ((advantage_N < 0) & (mean_B[output_N] > self.off_policy_mask)).to(left_N.dtype)
 
 
 # The surrogates: one number per token, N tokens; `output_N` is the number of the output that a token belongs to.

@@ -50,6 +50,8 @@ class RL(Stage[RLConfig]):
                 raise UserError(f'stage "{config.name}": {name} has no effect without advantage = "critic"')
         if config.kl_in_reward and config.kl == 0:
             raise UserError(f'stage "{config.name}": kl_in_reward has no effect with kl = 0')
+        if config.unbiased_kl and (config.kl == 0 or config.kl_in_reward):
+            raise UserError(f'stage "{config.name}": unbiased_kl has no effect without a divergence in the loss (kl)')
         if config.supervision == "process" and (config.advantage, config.reward) != ("group", "task"):
             raise UserError(
                 f'stage "{config.name}": supervision = "process" needs advantage = "group" and reward = "task"'
