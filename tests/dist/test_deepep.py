@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from test_executor import CFG
+from test_distributed_trainer import across
+from test_executor import CFG, batch
 from test_overlap import Jittery, different, step
 
 from bessemer.config.recipe import LayoutConfig, Recipe
@@ -21,6 +22,7 @@ from bessemer.dist import deepep, distributed, exchange_choice, groups
 from bessemer.dist.chunk import Serial
 from bessemer.dist.expert_parallel import AllToAll, Hop
 from bessemer.dist.mesh import Layout, Mesh
+from bessemer.dist.model_shard import heldout_nats
 from bessemer.dist.ranks import Ranks
 from bessemer.dist.schedules import schedule
 from bessemer.errors import UserError
@@ -145,19 +147,28 @@ def overlapped(rank):
         mesh = Mesh(Layout(ep=2), CFG, backend=backend)
         exchange = InBF16(mesh.exchange())
         runs.append(step(table, [[0], [1]], 0, CFG, False, exchange, mesh.experts, 3 * rank, streams))
-    buffer = deepep.buffer_of(groups.get("files", [0, 1]), CFG.dim)
+    buffer = deepep.buffer_of(groups.get("meetings", [0, 1]), CFG.dim)
     used = [name for name, _ in buffer.calls]
     rows = benched(rank)
+    exchange.inner.begin()
+    assert buffer.group is not groups.get("experts", [0, 1])
+    met = meetings()
     said = out_of_step(rank, buffer)
     groups.at_leave[0]()
-    return (
-        different(runs[1], runs[0]),
-        used.count("dispatch"),
-        used.count("dispatch again"),
-        said,
-        buffer.group is None,
-        rows,
-    )
+    off, freed = different(runs[1], runs[0]), buffer.group is None
+    return off, used.count("dispatch"), used.count("dispatch again"), said, freed, rows, met
+
+
+def meetings():
+    """When a trainer's ranks meet: before every step, and before rows that are held out."""
+    training, met = across(Layout(ep=2), "1f1b"), []
+    training.shard.exchange.begin = lambda: met.append(what)
+    what = "step"
+    for number in range(2):
+        training.update([batch(2 * number, False), batch(2 * number + 1, False)])
+    what = "held out"
+    heldout_nats(training.shard, [batch(0, False), batch(1, False)])
+    return met
 
 
 def benched(rank):
@@ -197,9 +208,9 @@ class InBF16:
 def test_dualpipe_s_halves_keep_their_bits():
     """And the stand-in would have noticed ranks that call in another order. The benchmark of the first hour compares
     both backends."""
-    for off, forward, backward, said, freed, rows in on_ranks(2, overlapped):
+    for off, forward, backward, said, freed, rows, met in on_ranks(2, overlapped):
         assert off == [] and forward == backward == 3 * 4 and freed
-        assert said == "ranks are in different calls"
+        assert said == "ranks are in different calls" and met == ["step", "step", "held out"]
         kinds = [("all-to-all", "bfloat16"), ("all-to-all", "fp8"), ("deepep", "bfloat16"), ("deepep", "fp8")]
         assert [(row["backend"], row["rows"]) for row in rows] == kinds and all(row["same_bits"] for row in rows)
 

@@ -17,7 +17,8 @@ reports a hang. Between nodes it has no such argument, and does not hold the loc
 We call `Buffer`, the interface of 1.x that 2.x keeps (checked against deepseek-ai/DeepEP at commit dd758ca, version
 2.1.0), and not the `ElasticBuffer` of 2.x, which needs NCCL 2.30.4 or newer. Its kernels run on a stream of their own,
 which waits for the stream of the exchange and is waited for by it, so `chunk.Overlapped` needs no other events. They
-take BF16 and FP8 rows; other dtypes go by all-to-all. They give up after 100 seconds without another rank.
+take BF16 and FP8 rows; other dtypes go by all-to-all. They give up after 100 seconds without another rank, so the ranks
+meet before each step, where one may have worked alone for longer.
 
 Shapes as in `exchange`.
 """
@@ -170,6 +171,11 @@ class DeepEP(Exchange):
         """Ranks that a token reaches through another one on their node, or inside this one."""
         self._sent_L: Tensor | None = None
         """Bytes by link, added up where the tokens are."""
+
+    def begin(self) -> None:
+        group = self.buffer.group
+        with watchdog.waiting("the ranks that share experts", dist.get_process_group_ranks(group)):
+            dist.barrier(group)
 
     def dispatch(self, x_ND: Tensor, routing: moe.Routing, recipe: FP8Recipe | None = None) -> Sent:
         if x_ND.dtype != torch.bfloat16:

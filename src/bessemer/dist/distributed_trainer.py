@@ -142,6 +142,8 @@ class DistributedTrainer(Trainer):
         self._shape = rows, length
         executor = self._executor_for(len(batches))
         work = self._work(executor, batches, terms)
+        if self.shard.exchange is not None:
+            self.shard.exchange.begin()
         if self._warms:
             self._warm(executor, [one for lane in work for one in lane])
         self._losses = []

@@ -129,6 +129,9 @@ class Exchange:
         self.sent_bytes: Counter[str] = Counter()
         """Rows sent forward to other ranks, by link, since `bytes_sent` was asked."""
 
+    def begin(self) -> None:
+        """Called before a step or an evaluation, with all that its exchanges wait for at hand. Collective."""
+
     def dispatch(self, x_ND: Tensor, routing: moe.Routing, recipe: FP8Recipe | None = None) -> Sent:
         """All rows for this rank's experts, in expert order; with a recipe in FP8. Collective."""
         raise NotImplementedError

@@ -11,7 +11,8 @@ Groups of the same ranks are one where one thread uses them in turn. What may ru
     experts    rows for the experts: the exchange's thread and stream (`chunk.Overlapped`)
     messages   from one pipeline rank to another: a group for each direction, since NCCL runs the operations of a group
                one after the other
-    files      checkpoints: the saving thread, on the CPU; DeepEP's buffers are set up over such a group, too
+    files      checkpoints: the saving thread, on the CPU
+    meetings   DeepEP's buffers are set up, and its ranks meet before a step: the main thread, on the CPU
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ import torch.distributed as dist
 
 from bessemer.dist import watchdog
 
-Use = Literal["sums", "experts", "messages", "files"]
+Use = Literal["sums", "experts", "messages", "files", "meetings"]
+ON_CPU: tuple[Use, ...] = ("files", "meetings")
 
 CTAS: dict[Use, int] = {"messages": 4, "experts": 20, "sums": 16}
 """Most blocks of a communication kernel, each of which takes a streaming multiprocessor from computation; V3 gives its
@@ -102,7 +104,7 @@ def get(use: Use, ranks: Sequence[int]) -> dist.ProcessGroup:
 
 def _new(one: Wanted, device: torch.device) -> dist.ProcessGroup:
     """What torch returns to ranks outside is no group, and they do not use it."""
-    backend, options = ("gloo", None) if one.use == "files" else _backend(one.use, device)
+    backend, options = ("gloo", None) if one.use in ON_CPU else _backend(one.use, device)
     return cast(
         dist.ProcessGroup,
         dist.new_group(sorted(one.ranks), _Made.timeout, backend, options, group_desc=f"{one.use} {len(one.ranks)}"),
@@ -122,7 +124,7 @@ def _backend(use: Use, device: torch.device) -> tuple[str | None, object]:
 
 def _connect(one: Wanted, me: int, device: torch.device) -> None:
     """The first operation of a group makes its connections, for which all members wait."""
-    if one.use == "files" or (one.use != "messages" and device.type != "cuda"):
+    if one.use in ON_CPU or (one.use != "messages" and device.type != "cuda"):
         return  # gloo's are there already
     greeting, group = torch.zeros(1, device=device), _Made.mine[one]
     with watchdog.waiting("a first message", one.ranks):

@@ -176,7 +176,7 @@ class Mesh:
         self.pp, self.dp, self.ep, self.cp = layout.place(self.me)
         wanted = [*layout.wanted()]
         if backend == "deepep":  # a group on the CPU, over which its buffers are set up
-            wanted += [Wanted("files", tuple(ranks)) for ranks in layout.groups("ep")]
+            wanted += [Wanted("meetings", tuple(ranks)) for ranks in layout.groups("ep")]
         self.device = device or torch.device("cpu")
         groups.make(wanted, self.device)
         self.group: dict[str, dist.ProcessGroup] = {}
@@ -233,5 +233,5 @@ class Mesh:
         hopping = AllToAll(hops, self.experts.start, n, self.cfg.n_activated_experts)
         if self.backend == "all-to-all":
             return hopping
-        group = groups.get("files", next(ranks for ranks in layout.groups("ep") if self.me in ranks))
+        group = groups.get("meetings", next(ranks for ranks in layout.groups("ep") if self.me in ranks))
         return deepep.DeepEP(deepep.buffer_of(group, self.cfg.dim), self.ep, layout.node, experts, hopping)

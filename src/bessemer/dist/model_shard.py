@@ -189,6 +189,8 @@ def forward(shard: ModelShard, inputs: Sequence[tuple[Tensor, Tensor | None]]) -
     ways = [(a, b) for a, b in pairwise(place) if a != b]
     pipelines = mesh.layout.groups("pp")
     groups.make((Wanted("messages", (ranks[a], ranks[b])) for ranks in pipelines for a, b in ways), shard.device)
+    if shard.exchange is not None:
+        shard.exchange.begin()
     outputs: list[TrainOutputs | None] = []
     sends = []
     for tokens_BT, segments_BT in inputs:
