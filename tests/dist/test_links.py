@@ -27,8 +27,16 @@ def test_every_rank_is_measured_with_its_neighbour_and_with_its_place_on_the_nex
     assert pairs == {("same host", *pair) for pair in ((0, 1), (1, 0), (2, 3), (3, 2))}
 
 
-def facts(slow=None, odd=None):
-    who = [{"host": f"node{r // 2}", "place": r % 2, "device": "A100" if r == odd else "H100"} for r in range(4)]
+def facts(slow=None, odd=None, without=None):
+    who = [
+        {
+            "host": f"node{r // 2}",
+            "place": r % 2,
+            "device": "A100" if r == odd else "H100",
+            "deepep": "not installed" if without is None or r == without else "",
+        }
+        for r in range(4)
+    ]
     rate = {("other host", 1, 3): slow or 40.0}
     pairs = [("same host", a, b) for a, b in links._neighbours(who)]
     pairs += [("other host", a, b) for a, b in links._across(who, ["node0", "node1"])]
@@ -41,6 +49,11 @@ def test_slow_links_and_other_devices_are_named():
     text = [text for _, level, text in links.notes(facts(slow=4.0, odd=2)) if level == "slow"]
     assert text[0] == "rank 2 has a A100 where rank 0 has a H100; all wait for the slowest"
     assert text[1].startswith("rank 1 (node0) to rank 3 (node1): 4 GB/s, other host")
+
+
+def test_the_rank_without_deepep_is_named():
+    text = [text for _, level, text in links.notes(facts(without=3)) if level == "slow"]
+    assert text == ["DeepEP cannot be used, for rank 3 (node1) cannot: not installed"]
 
 
 def test_the_doctor_of_several_processes_speaks_once(tmp_path):

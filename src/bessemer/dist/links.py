@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bessemer.dist import watchdog
+from bessemer.dist import deepep, watchdog
 from bessemer.dist.ranks import Ranks
 
 ROUNDS = 5
@@ -59,6 +59,7 @@ def _me(ranks: Ranks) -> dict[str, Any]:
         "host": platform.node(), "place": int(os.environ.get("LOCAL_RANK", "0")),
         "device": torch.cuda.get_device_name() if gpu else "CPU", "threads": torch.get_num_threads(),
         "nccl": list(torch.cuda.nccl.version()) if gpu else None,
+        "deepep": (deepep.absent() or deepep.unfit_card(ranks.device)) if gpu else "it needs GPUs",
     }  # fmt: skip
 
 
@@ -128,6 +129,11 @@ def notes(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
     found.append(
         ("network", "ok", ", ".join(f"{what} {rate:,.3g} GB/s" for what, rate in rates.items()) + " (bus bandwidth)")
     )
+    without = [rank for rank, one in enumerate(who) if one["deepep"]]
+    if 0 < len(without) < n:  # all would go without it
+        rank = without[0]
+        text = f"DeepEP cannot be used, for rank {rank} ({who[rank]['host']}) cannot: {who[rank]['deepep']}"
+        found.append(("exchange", "slow", text))
     for kind in dict.fromkeys(link["kind"] for link in facts["links"]):
         links = [link for link in facts["links"] if link["kind"] == kind]
         middle = statistics.median(link["gigabytes_per_second"] for link in links)
