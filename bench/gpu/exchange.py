@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bessemer.dist import exchange_choice
+from bessemer.dist import mesh
 from bessemer.dist.exchange import Exchange
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.ranks import Ranks
@@ -74,7 +74,7 @@ def compared(ranks: Ranks, tokens: int, cfg: ModelConfig, rehearse: bool) -> dic
     }  # fmt: skip
     found: dict[str, list[Tensor]] = {}
     for backend in ("all-to-all", "deepep"):
-        unfit = exchange_choice.unfit_for_deepep(layout, cfg, ranks.device) if backend == "deepep" else ""
+        unfit = mesh.unfit_for_deepep(layout, cfg, ranks.device) if backend == "deepep" else ""
         if why := next(filter(None, ranks.all_gather(unfit, "the choice of backends")), ""):
             facts["missing"][backend] = why
             continue

@@ -18,7 +18,7 @@ from test_executor import CFG, batch
 from test_overlap import Jittery, different, step
 
 from bessemer.config.recipe import LayoutConfig, Recipe
-from bessemer.dist import deepep, distributed, exchange_choice, groups
+from bessemer.dist import deepep, distributed, groups, mesh
 from bessemer.dist.chunk import Serial
 from bessemer.dist.expert_parallel import AllToAll, Hop
 from bessemer.dist.mesh import Layout, Mesh
@@ -175,7 +175,7 @@ def benched(rank):
     sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "gpu"))
     import exchange as command
 
-    exchange_choice.unfit_for_deepep = lambda layout, cfg, device: ""
+    mesh.unfit_for_deepep = lambda layout, cfg, device: ""
     ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
     facts = command.compared(ranks, 16, preset("tiny", dim=256), True)
     assert facts["missing"] == {} and all(row["dispatch_gb_per_second"] > 0 for row in facts["rows"])
@@ -235,7 +235,7 @@ def chosen(rank):
         ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device(device))
         said = []
         try:
-            answer = exchange_choice.choose(wanted, Layout(ep=2), preset("tiny", dim=256), ranks, said.append)
+            answer = mesh.choose_exchange(wanted, Layout(ep=2), preset("tiny", dim=256), ranks, said.append)
         except UserError as error:
             answer = str(error)
         answers.append((answer, said))
@@ -266,7 +266,7 @@ def test_layers_and_groups_that_it_serves(shape, words):
 def test_why_it_is_not_there(monkeypatch):
     assert deepep.absent.__wrapped__() == MISSING
     deepep.absent.cache_clear()
-    assert exchange_choice.unfit_for_deepep(Layout(ep=2), preset("tiny", dim=256), torch.device("cuda")) == MISSING
+    assert mesh.unfit_for_deepep(Layout(ep=2), preset("tiny", dim=256), torch.device("cuda")) == MISSING
 
     def broken(name):
         raise AssertionError("Invalid NCCL versions: a v.s. b\nplease upgrade")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bessemer import __version__
-from bessemer.dist import exchange_choice
+from bessemer.dist import mesh
 from bessemer.kernels import build, library
 from bessemer.precision import backends, probe
 from bessemer.tasks import sandbox
@@ -48,7 +48,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "dtype": str(choice.dtype).removeprefix("torch."),
         "dtype_reason": choice.why,
         "fp8": [list(row) for row in backends.table("cuda" if torch.cuda.is_available() else "cpu")],
-        "exchange": exchange_choice.present(),
+        "exchange": mesh.exchanges_here(),
         "sandbox": sandbox.level(),
         "sandbox_trials": {name: sandbox.trial(name) for name in sandbox.LEVELS},
         "compiler": next((path for name in _compilers() if (path := shutil.which(name))), None),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.dist import exchange_choice, mesh, schedules, sharded_checkpoint
+from bessemer.dist import mesh, schedules, sharded_checkpoint
 from bessemer.dist.context_parallel import refusal as split_refusal
 from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.dist.model_shard import ModelShard, gather_into, heldout_nats
@@ -191,7 +191,7 @@ def check(
     layout, schedule, slices = layout_of(layout_config, n)
     if cfg is not None:
         mesh.check(layout, cfg, n, slices)
-        exchange_choice.check(layout_config.exchange, layout, cfg, Ranks.started())
+        mesh.check_exchange(layout_config.exchange, layout, cfg, Ranks.started())
     if layout.cp > 1:
         _check_split(recipe, stage, layout.cp)
     least, n_pipelines = schedules.micro_batches(schedule, layout.pp, 1), layout.dp * layout.ep
@@ -251,7 +251,7 @@ def _mesh(
     if layout.cp > 1 and not split_rows:
         layout = replace(layout, dp=layout.dp * layout.cp, cp=1)
     mesh.check(layout, cfg, ranks.n, slices)
-    backend = exchange_choice.choose(layout_config.exchange, layout, cfg, ranks, say)
+    backend = mesh.choose_exchange(layout_config.exchange, layout, cfg, ranks, say)
     made = mesh.Mesh(layout, cfg, slices, ranks.device, backend)
     say(f"{mesh.describe(layout)}\nschedule: {_schedule_text(schedule, layout.pp)}")
     return made, schedule

@@ -5,7 +5,7 @@
 
 Rank r of a group of n holds experts r E/n to (r+1) E/n - 1. `dispatch` gives it all rows for its experts in expert
 order, as `moe.dispatch` does on one device; `combine` sums the results of every token and returns them. Both are
-differentiable, and backward goes the same ways in the other direction. `exchange_choice` says which backend a run
+differentiable, and backward goes the same ways in the other direction. `mesh.choose_exchange` says which backend a run
 takes.
 
 A backend overrides `dispatch`, which ends in `rows`, and `returned`.

@@ -13,7 +13,8 @@ V3: pp 16, dp 2, ep 64 on 2,048 ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import platform
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,9 +27,13 @@ from bessemer.dist.context_parallel import Context, WholeRows
 from bessemer.dist.exchange import Exchange
 from bessemer.dist.expert_parallel import AllToAll, Hop
 from bessemer.dist.groups import Use, Wanted
+from bessemer.dist.ranks import Ranks
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
 
+Backend = Literal["all-to-all", "deepep"]
+"""What exchanges tokens (`exchange.Exchange`)."""
+Asked = Literal["auto", "all-to-all", "deepep"]
 Kind = Literal["pp", "ep", "cp", "expert", "dense", "network", "within"]
 
 
@@ -163,13 +168,67 @@ def _factors(world: int) -> Iterator[tuple[int, int]]:
         yield from ((pp, dp) for dp in range(1, world // pp + 1) if (world // pp) % dp == 0)
 
 
+def choose_exchange(
+    wanted: Asked, layout: Layout, cfg: ModelConfig, ranks: Ranks, say: Callable[[str], None]
+) -> Backend:
+    """What the recipe names, or the fastest that every rank can use; says which and why. UserError on all ranks if one
+    of them cannot use what is named. Collective."""
+    if layout.ep == 1:
+        return "all-to-all"
+    if wanted == "all-to-all" or (wanted == "auto" and ranks.device.type != "cuda"):
+        if ranks.device.type == "cuda":
+            say("exchange of tokens: all-to-all, as [layout] exchange says")
+        return "all-to-all"
+    unfit = unfit_for_deepep(layout, cfg, ranks.device)
+    faults = ranks.all_gather((unfit, platform.node()), "the choice of an exchange")
+    why = next((f"rank {rank} on {host}: {text}" for rank, (text, host) in enumerate(faults) if text), "")
+    if why and wanted == "deepep":
+        raise _refusal(why)
+    say(f"exchange of tokens: all-to-all; not DeepEP: {why}" if why else "exchange of tokens: DeepEP")
+    return "all-to-all" if why else "deepep"
+
+
+def check_exchange(wanted: Asked, layout: Layout, cfg: ModelConfig, here: bool) -> None:
+    """UserError, before anything runs, for what the recipe names and the layout or the model does not allow; `here`:
+    or this machine."""
+    if wanted == "deepep" and layout.ep > 1:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if why := unfit_for_deepep(layout, cfg, device) if here else unfit_layout(layout, cfg):
+            raise _refusal(why)
+
+
+def _refusal(why: str) -> UserError:
+    mend = "install its wheel on all ranks, or " if "not installed" in why else ""
+    return UserError(f'[layout] exchange = "deepep": {why}; {mend}set exchange = "auto"')
+
+
+def unfit_for_deepep(layout: Layout, cfg: ModelConfig, device: torch.device) -> str:
+    """Why this rank cannot use it; empty if it can."""
+    if device.type != "cuda":
+        return "it needs GPUs"
+    return unfit_layout(layout, cfg) or deepep.absent() or deepep.unfit_card(device)
+
+
+def unfit_layout(layout: Layout, cfg: ModelConfig) -> str:
+    """The same of a layout and a model, whatever the machine."""
+    return deepep.unfit_shape(layout.ep, layout.node, cfg.dim, cfg.n_activated_experts, cfg.n_routed_experts)
+
+
+def exchanges_here() -> dict[str, str]:
+    """Backends of this machine: why each is not there, or nothing."""
+    return {
+        "deepep": deepep.absent() or ("" if torch.cuda.is_available() else "it needs GPUs"),
+        "all-to-all": "",
+    }
+
+
 class Mesh:
     """The process groups of this rank. Collective over all ranks of the world. `backend` of the exchange, as
-    `exchange_choice.choose` found it."""
+    `choose_exchange` found it."""
 
     def __init__(
         self, layout: Layout, cfg: ModelConfig, slices: int = 1, device: torch.device | None = None,
-        backend: Literal["all-to-all", "deepep"] = "all-to-all",
+        backend: Backend = "all-to-all",
     ):  # fmt: skip
         check(layout, cfg, dist.get_world_size(), slices)
         self.layout, self.cfg, self.me, self.backend = layout, cfg, dist.get_rank(), backend
