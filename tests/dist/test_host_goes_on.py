@@ -13,6 +13,7 @@ import threading
 import time
 from functools import partial
 
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
@@ -20,8 +21,9 @@ from test_distributed_trainer import across, update
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bessemer.dist import executor, zero1
+from bessemer.dist import completion, executor, zero1
 from bessemer.dist.mesh import Layout
+from bessemer.dist.schedules import schedule
 from bessemer.dist.stage import Slice
 from bessemer.dist.watchdog import RankStatus
 from bessemer.kernels import library
@@ -232,3 +234,96 @@ def test_buckets_are_summed_in_backward_and_gathered_in_forward():
         assert right and changed == 0 and read == 4 * n, found["late"]
         assert found["told too early"][1] > 0 and not found["told too early"][0]
         assert not found["weights not waited for"][0] and not found["sums not waited for"][0]
+
+
+class LateShared:
+    """The sums over the two copies of DualPipe: NaN until they are waited for."""
+
+    waits = True
+
+    def __init__(self):
+        self.begin_sum, self.changed, self.read = executor.Channels.begin_sum, 0, 0
+
+    def begin(self, channels, others, x):
+        kept, hidden = x.clone(), x.clone()
+        wait = self.begin_sum(channels, others, hidden)
+        x.fill_(torch.nan)
+
+        def read():
+            self.changed += not x.isnan().all()
+            wait()
+            self.read += 1
+            if self.waits:
+                x.copy_(hidden)
+
+        assert kept.isfinite().all()
+        return read
+
+
+def of_two_copies(early=True):
+    """Two steps of DualPipe on 2 x 2 ranks, and in the second what was begun by how many steps before the end."""
+    training, begun = across(Layout(2, 2), "dualpipe"), {}
+    optimizer, ran = training.optimizer, []
+    ahead = training._executor_for(4)
+    do = ahead._do
+    ahead._do = lambda step: (ran.append(step), do(step))
+    for number, group in enumerate(optimizer.groups):
+
+        def begin(how, number=number, group=group, begin=group.begin_shared):
+            begun.setdefault(number, len(ran))
+            begin(how)
+
+        group.begin_shared = begin
+    if not early:
+        optimizer.completed = lambda parameters: None
+        optimizer.sum_shared = lambda begin: ahead.sum_shared()  # one parameter after the other
+    for step in range(2):
+        ran.clear(), begun.clear()
+        values = update(training, step, 4)
+    values.pop("train/tokens_per_second", 0.0)
+    return values, optimizer.masters(), [len(ran) - begun[number] for number in sorted(begun)]
+
+
+def copies_on_a_rank(rank):
+    values, weights, none = of_two_copies(early=False)
+    found, mine, early = of_two_copies()
+    good = {"bits": found == values and equal(mine, weights), "early": early, "at the end": none}
+    begin_sum = executor.Channels.begin_sum
+
+    def late():
+        sums = LateShared()
+        executor.Channels.begin_sum = lambda *given: sums.begin(*given)
+        found, mine, _ = of_two_copies()
+        executor.Channels.begin_sum = begin_sum
+        return found == values and equal(mine, weights), sums.changed, sums.read
+
+    good["late"] = late()
+    LateShared.waits = False
+    good["not waited for"] = late()
+    LateShared.waits, last_steps = True, completion.last_steps
+    completion.last_steps = lambda steps: last_steps(steps[: max(last_steps(steps).values())])
+    good["told too early"] = late()
+    completion.last_steps = last_steps
+    return good
+
+
+def test_the_two_copies_of_dualpipe_are_summed_while_backward_runs():
+    """The bits are those of sums at the end, one parameter after the other. One of a rank's two stages is complete two
+    steps before the other. What is broken on purpose shows."""
+    for found in on_ranks(4, copies_on_a_rank):
+        early = found["early"]
+        assert found["bits"] and not found["at the end"]
+        assert set(early) == {0, 2} and early.count(2) >= len(early) / 4, early
+        right, changed, read = found["late"]
+        assert right and changed == 0 and read > 2 * len(early), "the loads of experts are summed, too"
+        assert not found["not waited for"][0] and not found["told too early"][0]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16])
+def test_the_ends_of_dualpipe_complete_their_stages_in_the_same_steps(ranks):
+    steps = schedule("dualpipe", ranks, 4 * ranks).steps
+    assert all(completion.alike(steps[rank], steps[ranks - 1 - rank]) for rank in range(ranks))
+    between = [second - first for first, second in (sorted(completion.last_steps(one).values()) for one in steps)]
+    assert between[0] == between[-1] == ranks and min(between) > 0, "rank 0 has sent one stage's before the other's"
+    steps = schedule("1f1b", ranks, 4 * ranks).steps
+    assert not completion.alike(steps[0], steps[-1])

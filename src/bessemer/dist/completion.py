@@ -19,19 +19,33 @@ from bessemer.dist.table import Action, Step, actions
 Completed = Callable[[list[nn.Parameter]], object]
 
 
+def last_steps(steps: Sequence[Step]) -> dict[tuple[int, int], int]:
+    """The number of the last step that adds gradients, by (lane, stage)."""
+    return {
+        (action.lane, action.stage): number
+        for number, step in enumerate(steps)
+        for action in actions((step,))
+        if action.kind in "BIW"
+    }
+
+
+def alike(mine: Sequence[Step], theirs: Sequence[Step]) -> bool:
+    """Whether two ranks complete copies of the same stages in the same steps, as the two ends of DualPipe do."""
+    one, other = (
+        {stage: (number, type(steps[number]), getattr(steps[number], "kind", None))
+         for (_, stage), number in last_steps(steps).items()}
+        for steps in (mine, theirs)
+    )  # fmt: skip
+    return one == other
+
+
 class CompleteGradients:
     """Of one step of a table; `slices[lane, stage]` are those of this rank, and `steps` its steps."""
 
     def __init__(self, slices: Mapping[tuple[int, int], Slice], steps: Sequence[Step], tell: Completed):
         self._steps, self._tell = steps, tell
-        last = {
-            (action.lane, action.stage): number
-            for number, step in enumerate(steps)
-            for action in actions((step,))
-            if action.kind in "BIW"
-        }
         self._ending: dict[int, list[Slice]] = {}
-        for key, number in last.items():
+        for key, number in last_steps(steps).items():
             self._ending.setdefault(number, []).append(slices[key])
         self._left = {part: part.parts() for parts in self._ending.values() for part in parts}
         """The parts of every slice that are not complete."""

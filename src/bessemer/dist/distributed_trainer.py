@@ -147,9 +147,10 @@ class DistributedTrainer(Trainer):
         if self._warms:
             self._warm(executor, [one for lane in work for one in lane])
         self._losses = []
+        self.optimizer.early = executor.begin_sum if executor.mirrored else None
         with tuning.without() if self._warms else nullcontext():
             executor.run(work, self.optimizer.completed)
-        executor.sum_shared()
+        self.optimizer.sum_shared(executor.begin_sum)
         self._sum_loads(executor)
         return self._sums_of(batches, executor.losses, terms)
 

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from bessemer.dist import groups, watchdog
 from bessemer.dist.chunk import Chunk, Overlapped, Serial
-from bessemer.dist.completion import Completed, CompleteGradients
+from bessemer.dist.completion import Completed, CompleteGradients, alike
 from bessemer.dist.groups import Wanted
 from bessemer.dist.stage import Phases, Slice, holding
 from bessemer.dist.table import Action, Pair, Table, actions
@@ -139,7 +139,8 @@ class Executor:
 
     def sum_shared(self) -> None:
         """Sums the gradients of parameters that several pipeline ranks hold (the two copies of DualPipe, and the
-        embedding where MTP modules on the last stage need it). All of them get the same sum."""
+        embedding where MTP modules on the last stage need it). All of them get the same sum. The reference for
+        `Zero1.sum_shared`, which sums whole buckets."""
         parameters = [pair for one in self.slices.values() for pair in one.named_parameters()]
         gradients = {name: p.grad for name, p in parameters if p.grad is not None}
         for name in sorted(gradients):
@@ -151,7 +152,20 @@ class Executor:
 
     def sum_with_others(self, name: str, x: Tensor) -> None:
         """Sums x over the ranks that hold the parameter `name`. All of them call in the same order."""
-        self.channels.sum_with(self.others(name), x)
+        if others := self.others(name):
+            self.channels.begin_sum(others, x)()
+
+    def begin_sum(self, name: str, x: Tensor) -> Callable[[], None]:
+        """Starts the same; what it returns waits for it."""
+        return self.channels.begin_sum(self.others(name), x)
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether this rank and the only other one that holds parameters of it complete them in the same steps, so that
+        their sums can start in a step."""
+        others = {rank for ranks in sharing_ranks(self.table) if self.me in ranks for rank in ranks} - {self.me}
+        steps = self.table.steps
+        return len(others) == 1 and alike(steps[self.me], steps[others.pop()])
 
     def _do(self, step: Action | Pair) -> None:
         if isinstance(step, Pair):
@@ -361,9 +375,14 @@ class Channels:
             self._sent.clear()
         assert not self._local and not any(self._expected.values()) and not any(self._arriving.values()), "work undone"
 
-    def sum_with(self, others: Sequence[int], x: Tensor) -> None:
-        """Sums x over this rank and the others, in place; the same bits on all of them."""
-        if others:
-            group = self._shared[tuple(sorted([self.me, *others]))]
+    def begin_sum(self, others: Sequence[int], x: Tensor) -> Callable[[], None]:
+        """Starts to sum x over this rank and the others, in place; the same bits on all of them. What it returns waits
+        for it."""
+        group = self._shared[tuple(sorted([self.me, *others]))]
+        work = dist.all_reduce(x, group=group, async_op=True)
+
+        def wait() -> None:
             with watchdog.waiting("shared gradients", dist.get_process_group_ranks(group)):
-                dist.all_reduce(x, group=group)
+                work.wait()
+
+        return wait
