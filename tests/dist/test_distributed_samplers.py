@@ -29,7 +29,7 @@ def texts(groups):
 
 
 def generated(rank, kind):
-    ranks, calls = Ranks(None, rank, 2, torch.device("cpu")), []
+    ranks, calls = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu")), []
     made = engine()
     if kind == "sharded":
         sampler = ShardedSampler(made, lambda: calls.append(rank), ranks)

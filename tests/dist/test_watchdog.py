@@ -7,8 +7,12 @@ import time
 from functools import partial
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from bessemer.dist import watchdog
+from bessemer import heartbeat
+from bessemer.dist import ranks, watchdog
+from bessemer.dist.ranks import Ranks
 from bessemer.dist.watchdog import Activity, hang_report
 
 NOW = 1000.0
@@ -127,6 +131,50 @@ def test_a_queued_operation_waits_since_the_one_before_it_was_done(monkeypatch):
     assert status.current().what == "second" and status.current().since >= first.since + 0.01
     done["second"] = True
     assert status.current().ranks is None and not status.queued
+
+
+def test_ranks_that_get_on_are_waited_for_and_hung_ones_are_not(monkeypatch):
+    """`meet` renews its wait with every sign of the others: until one has ended, or the signs stop."""
+    store, status, since, clock = dist.HashStore(), watchdog.RankStatus, [], [0.0]
+    met = Ranks(store, 0, 3, torch.device("cpu"))
+    events = [*["beat"] * 3, "nothing", "nothing", "beat", "over", "beat", "arrives", "arrives"]
+
+    def sleep(seconds):
+        """What the others do meanwhile."""
+        assert 0 < seconds <= 0.1
+        clock[0] += 1.0
+        since.append(status.current().since)
+        event = events.pop(0)
+        if event == "over":
+            store.set(watchdog.OVER, "2")
+        elif event == "beat":
+            store.add(watchdog.BEATS, 1)
+        else:
+            store.add("met/0", int(event == "arrives"))
+
+    for module in (ranks, watchdog):
+        monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(module.time, "sleep", sleep)
+    met.meet("samples")
+    assert since == [0, 1, 2, 3, 3, 3, 6, 6, 6, 6] and not events and status.current().ranks is None
+
+
+def test_signs_of_a_rank_reach_the_others():
+    """Through its watchdog, while its main thread is busy; and a report counts from the last one."""
+    store, working = dist.HashStore(), watchdog.RankStatus.working
+    dog = watchdog.Watchdog(store, 0, 2, 0.2)
+    try:
+        until = time.monotonic() + 60
+        while store.add(watchdog.BEATS, 0) < 2 and time.monotonic() < until:
+            heartbeat.beat()
+            time.sleep(0.01)
+        assert watchdog.RankStatus.working.since > working.since
+        time.sleep(0.2)
+        seen = store.add(watchdog.BEATS, 0)
+        time.sleep(0.2)
+        assert seen >= 2 and store.add(watchdog.BEATS, 0) == seen, "no sign, no progress"
+    finally:
+        dog.stop()
 
 
 OTHERS = """

@@ -9,7 +9,7 @@ from tiny_run import ROWS, T, batches, model, trainer
 
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
-from bessemer.train.read_ahead import ReadAhead
+from bessemer.train.transfer import ReadAhead
 
 
 def reader_lives():

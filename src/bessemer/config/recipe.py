@@ -85,7 +85,7 @@ class LayoutConfig(ConfigTable):
     are slower; the run tells its tokens per second. On a CPU they always repeat."""
     timeout: Seconds = 600.0
     """Maximum time that one rank waits for another; after it the run ends with a report of which rank waits for
-    which."""
+    which. For samples it is the time without progress."""
 
     @property
     def fewest(self) -> int:

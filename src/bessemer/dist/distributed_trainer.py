@@ -33,8 +33,8 @@ from bessemer.train import balance, checkpoint, guard
 from bessemer.train.background import Background, HostCopies
 from bessemer.train.checkpoint import CheckpointReader, Damaged
 from bessemer.train.objective import Divided, Loss, Sums, balance_weight
-from bessemer.train.read_ahead import Place
 from bessemer.train.trainer import Trainer
+from bessemer.train.transfer import Place
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch

@@ -55,7 +55,7 @@ class Ranks:
 
     def __init__(self, store: dist.Store, me: int, n: int, device: torch.device):
         self.store, self.me, self.n, self.device = store, me, n, device
-        self._agreed = self._orders = 0
+        self._agreed = self._orders = self._met = 0
         self._watchdog: Watchdog | None = None
 
     @staticmethod
@@ -108,6 +108,23 @@ class Ranks:
             self.store.set(key, json.dumps(value))
         return self._read(key)
 
+    def meet(self, what: str) -> None:
+        """Waits until all ranks are here, however long the others take: the layout's timeout is for the time without
+        a sign (`heartbeat.beat`) of any of them."""
+        key, self._met = f"met/{self._met}", self._met + 1
+        self.store.add(key, 1)
+        began = asked = time.monotonic()
+        beats = self.store.add(watchdog.BEATS, 0)
+        with watchdog.waiting(what, range(self.n)):
+            while self.store.add(key, 0) < self.n:
+                time.sleep(min(POLL_SECONDS, 0.001 + (time.monotonic() - began) / 20))
+                if time.monotonic() - asked < POLL_SECONDS:
+                    continue
+                asked, seen = time.monotonic(), self.store.add(watchdog.BEATS, 0)
+                if seen != beats and not self.store.check([watchdog.OVER]):
+                    watchdog.renew()
+                beats = seen
+
     def all_gather(self, value: _Made, what: str) -> list[_Made]:
         """Every rank's value on all of them, pickled: both ends are this very program."""
         values: list[Any] = [None] * self.n
@@ -116,8 +133,9 @@ class Ranks:
         return values
 
     def broadcast(self, make: Callable[[], _Made], what: str) -> _Made:
-        """What rank 0 makes, on all ranks."""
+        """What rank 0 makes, on all ranks; the others `meet` it."""
         values: list[Any] = [make() if self.me == 0 else None]
+        self.meet(what)
         with watchdog.waiting(what, range(self.n)):
             dist.broadcast_object_list(values, 0)
         return values[0]

@@ -10,6 +10,9 @@ On a GPU a wait returns at once: the device waits, and the host goes on until it
 `waiting` leaves an event in the stream (`follow_device`), and the thread polls those. An operation counts as waiting
 since it was queued, or since the one before it was done, whichever is later.
 
+Work whose length nobody knows, such as sampling, is not bounded by `timeout` but by the time without a sign of
+progress: `Ranks.meet` renews its wait while the others' signs (`heartbeat`) come, which their watchdogs pass on.
+
 What a hang leaves behind: the stacks of all threads and torch's flight recorder of every rank (read by
 `torchfrtrace`), in a folder of the run.
 """
@@ -28,6 +31,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from bessemer import heartbeat
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
@@ -37,6 +42,8 @@ LOST = 76
 """Exit status of a process that lost its connection to another."""
 OVER, HUNG = "watchdog/over", "watchdog/hung"
 """Keys of the store: a rank ends with an error, and it is a wait that took too long."""
+BEATS = "watchdog/beats"
+"""Key of the store: a number that grows while any rank gets on (`heartbeat`)."""
 DUMP_SECONDS = 20.0
 """Most time that writing traces may take."""
 
@@ -118,6 +125,12 @@ def waiting(what: str, ranks: Sequence[int]) -> Iterator[None]:
         RankStatus.working = Activity("working", None, time.monotonic())
 
 
+def renew() -> None:
+    """The wait of this thread counts from now on: those it waits for get on."""
+    thread = threading.get_ident()
+    RankStatus.waits[thread] = RankStatus.waits[thread]._replace(since=time.monotonic())
+
+
 class Watchdog:
     """The watchdog thread of one rank; `store` is torch's, shared by `n` ranks. `folder`: for what a hang leaves."""
 
@@ -140,11 +153,17 @@ class Watchdog:
         return [rank for rank in range(self.n) if rank != self.me and after[rank] == before[rank]]
 
     def _run(self) -> None:
+        beats = heartbeat.count
         while True:
+            got_on, beats = heartbeat.count != beats, heartbeat.count
+            if got_on:
+                RankStatus.working = RankStatus.working._replace(since=time.monotonic())
             doing, now = RankStatus.current(), time.time()
             waited = time.monotonic() - doing.since  # a clock that jumps ends no run
             doing = doing._replace(since=now - waited)
             try:
+                if got_on:
+                    self.store.add(BEATS, 1)
                 ranks = None if doing.ranks is None else list(doing.ranks)
                 self.store.set(
                     f"watchdog/{self.me}", json.dumps([now, RankStatus.step, doing.what, ranks, doing.since])

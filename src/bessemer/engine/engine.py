@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bessemer import heartbeat
 from bessemer.config.places import read_text
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine import room, static_steps
@@ -306,6 +307,7 @@ class Engine:
             started = [(batch, sample, scheduler.start(sample.request)) for batch, sample in samples]
             by_ticket = {sequence.number: (batch, sample) for batch, sample, sequence in started}
             while not scheduler.idle:
+                heartbeat.beat()
                 events = scheduler.step()
                 if failed := [e for e in events if isinstance(e, Finished) and e.reason == "error"]:
                     bad = next(s for *_, s in started if s.number == failed[0].ticket)
@@ -353,6 +355,7 @@ class Engine:
             for prompt in prompts if trace is not None else ():
                 record.start([sequence.number for sequence in by_prompt[prompt.ids]], torch.cat(prompt.routing))
             while runner.sequences:
+                heartbeat.beat()
                 runner.sample()
                 if failed := [s for s in runner.sequences if s.finish == "error"]:
                     raise not_finite(len(failed), len(runner.sequences), len(failed[0].tokens) + 1)

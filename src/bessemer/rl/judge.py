@@ -31,6 +31,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bessemer import heartbeat
 from bessemer.config.judge import JudgeConfig
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
@@ -260,6 +261,7 @@ class _API:
             waiting = {pool.submit(self._send, *question, over): key for key, question in questions.items()}
             try:
                 while waiting:
+                    heartbeat.beat()  # every request has a limit of its own
                     for future in wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED).done:
                         key = waiting.pop(future)
                         try:

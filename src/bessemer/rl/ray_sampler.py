@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from torch import Tensor
 
+from bessemer import heartbeat
 from bessemer.config.rl import RLConfig, RolloutConfig
 from bessemer.config.table import changed
 from bessemer.data.tokenizer import Tokenizer
@@ -334,6 +335,7 @@ class WorkerPool:
         self._progress_at = time.monotonic()
         while any(job.result is None for job in jobs):
             self.poll(1.0)
+            heartbeat.beat()  # that of workers is `_check_stall`'s to judge
 
     def close(self) -> None:
         for worker in self.workers:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bessemer import heartbeat
 from bessemer.data.batch import Batch
 from bessemer.engine.engine import Completion, Engine
 from bessemer.rl.dealing import DealtEngine
@@ -125,6 +126,7 @@ def verify(
     for (task, problem), prompt, group in zip(problems, prompts, completions, strict=True):
         rows = []
         for completion in group:
+            heartbeat.beat()
             answer = begun + completion.text
             verdict, language = task.verify(problem, answer), consistency(answer, problem.language)
             if needs_format and verdict.sound and verdict.summary and not begun:

@@ -142,6 +142,7 @@ def deal(engine: Engine, ranks: Ranks, prompts: Sequence[Prompt], **options: Unp
     plan = engine.plan(prompts, **options)
     own = engine.run_all(plan.batches[ranks.me :: n])
     completions: list[list[Completion]] = [[] for _ in plan.batches]
+    ranks.meet("samples")  # one rank's may be many times as long
     for rank, share in enumerate(ranks.all_gather(own, "samples")):
         completions[rank::n] = share
     return plan.gather(completions)

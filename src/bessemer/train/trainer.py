@@ -32,8 +32,7 @@ from bessemer.train.checkpointed import Checkpointed
 from bessemer.train.instruments import Instruments
 from bessemer.train.objective import Loss, Objective, Sums, means
 from bessemer.train.optimizer import Optimizer
-from bessemer.train.read_ahead import Place, ReadAhead
-from bessemer.train.transfer import Transfer
+from bessemer.train.transfer import Place, ReadAhead, Transfer
 from bessemer.workers import Workers, rank
 
 if TYPE_CHECKING:

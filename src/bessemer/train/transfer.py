@@ -1,10 +1,23 @@
-"""Batches on their way to a GPU."""
+"""Batches on their way to a GPU: those of the next step are read while it computes this one, and each is copied while
+it computes the one before.
+
+A thread reads rows, compares checksums and counts what a batch's host must know (`Batch.counted_here`); the training
+thread finds them in memory and only pins and sends them. The thread does not pin: new pinned memory may wait for the
+whole device, which in the middle of a pipeline's messages waits for the neighbour.
+
+A guess is what the next step reads: rows are found by arithmetic from consumed tokens and rows, so a checkpoint knows
+nothing of it. Where a step begins elsewhere, as after a rollback, the guess is thrown away.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+from bessemer.train.background import Background
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
@@ -29,3 +42,49 @@ class Transfer:
         for tensor in there.tensors():
             tensor.record_stream(computing)  # its memory is not given to the next batch before this one is computed
         return there
+
+
+class Place(NamedTuple):
+    """Where a step begins."""
+
+    tokens: int
+    rows: int
+
+
+class ReadAhead:
+    """Reads at most one step ahead. `read(place)`: the micro-batches of the step that begins there."""
+
+    def __init__(self, read: Callable[[Place], Iterable[Batch]]) -> None:
+        self._read = read
+        self._reader = Background("reading")
+        self._place: Place | None = None
+        self._batches: list[Batch] = []
+        self._over = False
+
+    def begin(self, place: Place) -> None:
+        """Starts reading the step at `place`."""
+        self.stop()
+        self._place, self._over, self._batches = place, False, []
+        batches = self._batches
+
+        def work() -> None:
+            for batch in self._read(place):
+                batches.append(batch.counted_here())
+                if self._over:
+                    return
+
+        self._reader.begin(work)
+
+    def take(self, place: Place) -> list[Batch]:
+        """The micro-batches of the step at `place`; raises the error of reading them."""
+        if self._place != place:
+            self.begin(place)
+        self._reader.finish()
+        self._place = None
+        return self._batches
+
+    def stop(self) -> None:
+        """Ends the thread, after the micro-batch that it reads; what it found, errors too, is of no interest."""
+        self._over, self._place = True, None
+        with suppress(Exception):
+            self._reader.finish()
