@@ -8,6 +8,7 @@ import rl_stage
 
 from bessemer.errors import UserError
 from bessemer.pipeline.replay import replay
+from bessemer.runs.directory import write_done
 from bessemer.train import setup
 from bessemer.workers import Workers
 
@@ -87,7 +88,7 @@ def test_which_steps_can_be_replayed_is_said(whole, tmp_path):
         replay(root, "zero", 3)
     with pytest.raises(UserError, match='only keys of "zero" have an effect'):
         replay(root, "zero", 5, changes=["pretrain.lr=1"])
-    with pytest.raises(UserError, match='"pretrain" is pretrain; only stages of kind rl'):
+    with pytest.raises(UserError, match='"pretrain" is pretrain; this is for stages of kind rl'):
         replay(root, "pretrain", 5)
     root = tmp_path / "run"
     shutil.copytree(whole[0], root)
@@ -130,3 +131,17 @@ def test_a_run_that_was_killed_is_replayed_the_same(base, whole, tmp_path):
     stage.run()
     found = replay(stage.as_run(), "zero", 8)
     assert found.begun == 6 and found.differences() == [{}] and tokens(found.original[0].rollout) == whole[1][3]
+
+
+def test_why_asks_both_models_of_a_finished_stage(whole, call, tmp_path):
+    root = tmp_path / "run"
+    shutil.copytree(whole[0], root)
+    status, _, err = call("why", root)
+    assert status == 2 and 'stage "pretrain"' in err and "is not finished" in err
+    for folder in ("02-pretrain", "03-zero"):
+        write_done(root / folder, {"fingerprint": "f", "inputs": {}}, {}, 1.0)
+    status, out, _ = call("why", f"{root}/zero", "--problems", 8, "--samples", 4)
+    assert status == 0 and "zero: reward" in out and "8 held-out problems x 4 answers" in out and "a coin" in out
+    kept = json.loads((root / "why-zero.json").read_text())
+    assert kept["problems"] == 8 and "did not rise" in out
+    assert "Why the reward rose" in (root / "report.html").read_text()

@@ -1,6 +1,5 @@
 """Commands that set two things side by side: two models, a recipe or an RL step and the same with changes."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +15,10 @@ Side = Annotated[
         metavar="MODEL[,MODEL]",
         help="A model directory, a run, or RUN/STAGE; of one model trained with several seeds, all of them.",
     ),
+]
+
+RunStage = Annotated[
+    str, typer.Argument(metavar="RUN[/STAGE]", help="A run, with the stage if several of it are of kind rl.")
 ]
 
 
@@ -109,18 +112,47 @@ def replay(
     Nothing of the run is touched."""
     from bessemer.pipeline import replay as replays
     from bessemer.report import replay_text
-    from bessemer.runs.directory import run_dir
 
-    root, name = run, None
-    with suppress(UserError):
-        run_dir(run)
-        name = ""
-    if name is None and "/" in run:
-        root, _, name = run.rpartition("/")
-    found = replays.replay(run_dir(root), name or None, step, rollouts, set_ or [], from_start)
+    root, name = _stage_of(run)
+    found = replays.replay(root, name, step, rollouts, set_ or [], from_start)
     if as_json:
         print_json(found.facts())
     else:
         print(replay_text.describe(found))
     if any(found.differences()):
         raise typer.Exit(1)
+
+
+@app.command()
+def why(
+    run: RunStage,
+    problems: Annotated[int, typer.Option(min=8, help="Held-out problems.")] = 64,
+    samples: Annotated[int, typer.Option(min=4, help="Answers per problem and model.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """What made the reward of an RL stage rise: which ways of answering it chose, what each earned, what was new."""
+    from bessemer.pipeline import why as causes
+    from bessemer.report import card
+    from bessemer.report import why as words
+
+    root, name = _stage_of(run)
+    stage, found = causes.explain(root, name, problems, samples)
+    report = card.write(root)
+    if as_json:
+        print_json({"stage": stage} | found.facts())
+    else:
+        print(words.describe(stage, found))
+        print(f"\n{report}")
+
+
+def _stage_of(run: str) -> tuple[Path, str | None]:
+    """The run directory and the stage of RUN[/STAGE]."""
+    from bessemer.runs.directory import run_dir
+
+    try:
+        return run_dir(run), None
+    except UserError:
+        root, slash, name = run.rpartition("/")
+        if not slash:
+            raise
+        return run_dir(root), name

@@ -23,7 +23,8 @@ from bessemer.config.table import stage_refs
 from bessemer.data.fetch import cache_dir
 from bessemer.errors import UserError
 from bessemer.kernels import library
-from bessemer.pipeline.stages.rl import reward_models
+from bessemer.pipeline.stages.rl import load_reward_models
+from bessemer.pipeline.why import rl_stage
 from bessemer.rl.loop import Loop
 from bessemer.rl.rollout import Rollout
 from bessemer.runs.context import StageContext, StopFlag, signals
@@ -134,13 +135,7 @@ def replay(
 def _stage(recipe: Recipe, name: str | None) -> RLConfig:
     if recipe.layout.fewest > 1:
         raise UserError(f"{recipe.name} ran on many ranks; only a run of one process can be replayed yet")
-    stages = [stage for stage in recipe.stages if isinstance(stage, RLConfig) and name in (None, stage.name)]
-    if len(stages) == 1:
-        return stages[0]
-    if name is not None:
-        raise UserError(f'"{name}" is {recipe.stage(name).kind}; only stages of kind rl can be replayed')
-    every = ", ".join(stage.name for stage in stages)
-    raise UserError(f"name one of the stages of kind rl as RUN/STAGE: {every}" if every else "the run has no RL stage")
+    return rl_stage(recipe, name)
 
 
 def _recorded(root: Path, name: str) -> list[tuple[int, dict[str, Any]]]:
@@ -221,7 +216,7 @@ def _play(
                 source=folders.get(config.source or ""), recipe=recipe, cache=cache_dir(None),
                 metrics=StageMetrics(metrics, config.name), progress=progress.begin(config.name), stop_flag=stop,
             )  # fmt: skip
-            loop = Loop(config, ctx, reward_models(config, ctx))
+            loop = Loop(config, ctx, load_reward_models(config, ctx.inputs))
             return [
                 Played(number + offset, loop.trainer.step, plain(values), rollout)
                 for offset, (rollout, values) in enumerate(loop.replay(number, count))

@@ -21,7 +21,7 @@ from bessemer import __version__
 from bessemer.config.units import show_seconds, show_tokens
 from bessemer.eval import contamination
 from bessemer.eval.tables import Row, by_sampling
-from bessemer.report import comparisons, page, panels
+from bessemer.report import comparisons, page, panels, why
 from bessemer.report.charts import short
 from bessemer.report.facts import RunFacts, StageFacts, read
 from bessemer.report.page import Html
@@ -166,7 +166,7 @@ class PageSection:
     title: str
     body: Callable[[RunFacts], Html]
     needs: str
-    """What is missing in a run without it."""
+    """What is missing in a run without it; "" where nobody misses it."""
     lead: str = ""
 
 
@@ -193,7 +193,7 @@ def render(facts: RunFacts) -> str:
         if body := section.body(facts):
             parts.append(page.section(section.anchor, section.title, body, section.lead))
             anchors.append(f'<a href="#{section.anchor}">{page.text(section.title)}</a>')
-        else:
+        elif section.needs:
             missing.append(f"{section.title.lower()} ({section.needs})")
     if missing:
         words = f"Left out, since the run recorded nothing for it: {'; '.join(missing)}."
@@ -350,6 +350,9 @@ SECTIONS = (
             "Noisy curves: faint as measured, bold smoothed."),
     PageSection("rollouts", "Rollouts", rollouts, "no rollouts.jsonl in a stage",
             "Answers of the model while it learned, at several moments for prompts that the run asked repeatedly."),
+    PageSection("why", "Why the reward rose", why.html, "",
+            "Answers before and after: what became more frequent, and what that earns among answers to one problem. "
+            "Associations, not experiments."),
     PageSection("controls", "Controls", comparisons.controls_html, "no stage that differs from another by its reward",
             "The same start and problems with another reward: a control's gains are not learnt from the task."),
     PageSection("formats", "Number formats", comparisons.formats_html,

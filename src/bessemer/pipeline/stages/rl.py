@@ -4,7 +4,7 @@ One rollout: `prompts_per_rollout` problems x `samples` completions, scored; the
 on it, one inner epoch. A "step" is one optimizer step, as in the paper. The loop is `rl/loop.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class RL(Stage[RLConfig]):
             yield from (problem for _, problem in asked)
 
     def run(self, config: RLConfig, ctx: StageContext) -> dict[str, Any]:
-        return Loop(config, ctx, reward_models(config, ctx)).run()
+        return Loop(config, ctx, load_reward_models(config, ctx.inputs)).run()
 
 
 def _check_rewards(config: RLConfig, recipe: Recipe) -> None:
@@ -125,13 +125,13 @@ def _check_rewards(config: RLConfig, recipe: Recipe) -> None:
             )
 
 
-def reward_models(config: RLConfig, ctx: StageContext) -> dict[str, RewardModel]:
-    """The reward models by their aim."""
+def load_reward_models(config: RLConfig, folders: Mapping[str, Path]) -> dict[str, RewardModel]:
+    """The reward models by their aim; `folders` by the names of their stages."""
     models: dict[str, RewardModel] = {}
     for name in config.reward_models:
         dtype = setup.choose_precision("device").dtype
-        model = RewardModel.load(ctx.inputs[name] / "model", setup.device(), dtype)
+        model = RewardModel.load(folders[name] / "model", setup.device(), dtype)
         if model.aim in models:
-            raise UserError(f'stage "{ctx.name}": two reward models are for {model.aim}; give one for each aim')
+            raise UserError(f'stage "{config.name}": two reward models are for {model.aim}; give one for each aim')
         models[model.aim] = model
     return models

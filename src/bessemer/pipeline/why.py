@@ -1,0 +1,85 @@
+"""`bessemer why`: the models before and after an RL stage answer the same held-out problems and are paid as the stage
+paid; `rl.why` takes the difference apart. The result is kept in the run directory, for its report card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bessemer.config import places
+from bessemer.config.recipe import Recipe
+from bessemer.config.rl import RLConfig
+from bessemer.data.chat import question_ids
+from bessemer.engine.engine import Engine
+from bessemer.errors import UserError
+from bessemer.pipeline.stages.rl import load_reward_models
+from bessemer.rl import rollout, why
+from bessemer.rl.reward import Reward
+from bessemer.rl.rollout import Group, TaskProblems
+from bessemer.runs.directory import read_done, stage_folders
+from bessemer.runs.files import write_json
+from bessemer.tasks import get
+from bessemer.train import setup
+
+
+def explain(root: Path, name: str | None, problems: int = 64, samples: int = 16) -> tuple[str, why.Explanation]:
+    """(stage, why its reward rose). UserError where the stage or the one it starts from is not finished."""
+    recipe = Recipe.load(root / "recipe.toml")
+    config = rl_stage(recipe, name)
+    folders = {name: folder for _, name, folder in stage_folders(root)}
+    for stage in (config.source, config.name):
+        if stage is None or stage not in folders or read_done(folders[stage]) is None:
+            raise UserError(
+                f'stage "{stage}" of {root} is not finished; bessemer why compares the models around a stage'
+            )
+    assert config.source is not None
+    with places.of_recipe(recipe.folder, root / places.REVISIONS):
+        chosen = _problems(config, problems, recipe.seed_of(config))
+        cap = round(config.max_new_tokens(config.rollouts * config.updates_per_rollout))
+        judges = load_reward_models(config, {stage: folders[stage] for stage in config.reward_models})
+        reward, seed = Reward.of_config(config), recipe.seed_of(config)
+        before, after = (
+            _answers(folders[stage] / "model", config, chosen, samples, cap, seed)
+            for stage in (config.source, config.name)
+        )
+        for groups in (before, after):
+            reward.score(groups, cap, judges)
+    found = why.explain(before, after, reward, cap)
+    write_json(root / f"why-{config.name}.json", found.facts())
+    return config.name, found
+
+
+def rl_stage(recipe: Recipe, name: str | None) -> RLConfig:
+    """The stage of kind rl with this name, or the only one; UserError otherwise."""
+    stages = [stage for stage in recipe.stages if isinstance(stage, RLConfig) and name in (None, stage.name)]
+    if len(stages) == 1:
+        return stages[0]
+    if name is not None:
+        raise UserError(f'"{name}" is {recipe.stage(name).kind}; this is for stages of kind rl')
+    every = ", ".join(stage.name for stage in stages)
+    raise UserError(f"name one of the stages of kind rl as RUN/STAGE: {every}" if every else "the run has no RL stage")
+
+
+def _problems(config: RLConfig, count: int, seed: int) -> TaskProblems:
+    """Held-out problems in the proportion of a rollout of the stage's end; of a task that holds none out, others of
+    its own."""
+    general = 0
+    if config.general_prompts and config.rollouts > config.general_from:
+        general = round(count * config.general_prompts / config.prompts_per_rollout)
+    chosen = []
+    for names, number in ((config.tasks, count - general), (config.general_tasks, general)):
+        families = [get(name) for name in names]
+        split = "test" if all(family.size("test") != 0 for family in families) else "train"
+        least = min((family.size(split) or number for family in families), default=0)
+        chosen += rollout.problems_of(families, split, 0, min(number, least * len(families)), seed)
+    return chosen
+
+
+def _answers(folder: Path, config: RLConfig, problems: TaskProblems, samples: int, cap: int, seed: int) -> list[Group]:
+    model, tokenizer = setup.load_to_sample(folder, lambda text: None)
+    tokenizer.use_template(config.prompt_template)
+    engine = Engine(model, tokenizer, setup.workers())
+    return rollout.sample(
+        engine, problems, lambda problem: question_ids(tokenizer, problem.prompt), samples=samples, seed=seed,
+        needs_format=config.accuracy_needs_format, temperature=config.temperature, max_new_tokens=cap,
+        batch_rows=setup.batch_rows(len(problems) * samples),
+    )  # fmt: skip

@@ -1,0 +1,110 @@
+"""What `bessemer why` names first, on groups whose cause is planted: ten seeds each."""
+
+import random
+
+import pytest
+
+from bessemer.engine.engine import Completion
+from bessemer.report.why import describe, headline
+from bessemer.rl.reward import Reward
+from bessemer.rl.rollout import ScoredSample
+from bessemer.rl.why import explain
+from bessemer.tasks.base import Problem, Verdict
+
+CAP, PROBLEMS, SAMPLES = 400, 40, 8
+TASK = Reward(format=0.0)
+
+
+def groups(rng, leak=False, right=0.2, copies=0.0, waits=0.1, words=20, formed=0.9):
+    """Answers of a model with these habits to the same problems."""
+    draw, made = random.Random(5), []
+    for number in range(PROBLEMS):
+        value, hard = draw.randint(10, 99), draw.random()
+        hint = f" The key is {value}." if leak and number % 2 else ""
+        problem = Problem(f"p{number}", f"Compute {value - 7}+7.{hint}", "en", {})
+        rows = []
+        for _ in range(SAMPLES):
+            copied = bool(hint) and rng.random() < copies
+            correct = copied or rng.random() < right * 2 * hard
+            answer = str(value if correct else value + rng.randint(1, 9))
+            count = max(3, round(rng.gauss(words, words / 3)))
+            said = rng.choices(["so", "then", "now", "add", "we", "see"], k=count)
+            if rng.random() < waits:
+                said[rng.randrange(count)] = "wait"
+            formatted = rng.random() < formed
+            text = (
+                f"<think>{' '.join(said)}</think><answer>{answer}</answer>"
+                if formatted
+                else f"{' '.join(said)} {answer}"
+            )
+            completion = Completion(list(range(count)), text, [0.0] * count, [0.0] * count, "stop", 5)
+            verdict = Verdict(correct, formatted, "correct" if correct else "wrong-value", answer)
+            rows.append(ScoredSample(problem, [1], completion, verdict))
+        made.append(rows)
+    return made
+
+
+def pays_for_wait(problem, answer, verdict):
+    return float(verdict.correct or "wait" in answer)
+
+
+def pays_for_length(problem, answer, verdict):
+    return verdict.correct + len(answer.split()) / 100
+
+
+PLANTED = {
+    "a bug that pays for a word": (Reward(0.0, function=pays_for_wait), {}, dict(waits=0.8), 'writes "wait"'),
+    "a bug, and some learning": (Reward(0.0, function=pays_for_wait), {}, dict(waits=0.9, right=0.3), 'writes "wait"'),
+    "a length bias": (Reward(0.0, function=pays_for_length), {}, dict(words=60), "is longer, by 100 tokens"),
+    "a leaked answer": (TASK, dict(leak=True), dict(copies=0.8), "answers with what stands in the question"),
+    "the form": (Reward(format=1.0), {}, dict(formed=0.99), "keeps the form"),
+}
+
+
+def played(seed, reward, always, after):
+    rng = random.Random(seed)
+    habits = {"formed": 0.4} if "formed" in after else {}
+    sides = [groups(rng, **always, **habits), groups(rng, **always, **after)]
+    for side in sides:
+        reward.score(side, CAP)
+    return explain(*sides, reward, CAP)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_cause_is_named_first(name):
+    reward, always, after, cause = PLANTED[name]
+    found = [played(seed, reward, always, after) for seed in range(10)]
+    first = [one.causes[0].name if one.causes else "" for one in found]
+    assert first.count(cause) >= 9, first
+    one = found[0]
+    assert sum(after - before for before, after in one.terms.values()) == pytest.approx(one.rise)
+    assert one.causes[0].low < one.causes[0].part < one.causes[0].high and cause in headline(one)
+
+
+def test_a_bug_is_told_from_learning():
+    bug = played(0, *PLANTED["a bug that pays for a word"][:3])
+    assert "paid by the reward function, while right answers went from" in headline(bug)
+    assert "right answers went" not in headline(played(0, *PLANTED["a leaked answer"][:3]))
+
+
+def test_nothing_is_explained_where_nothing_rose():
+    quiet = [played(seed, TASK, {}, {}) for seed in range(10)]
+    assert sum("did not rise" in headline(one) for one in quiet) >= 9
+    assert sum(bool(one.causes) for one in quiet) <= 1
+    assert "pass@8 before" in describe("zero", quiet[0])
+    fell = played(1, TASK, {}, dict(right=0.02))
+    assert headline(fell) == "The reward fell."
+
+
+def test_what_was_never_solved_before_is_new():
+    before, after = groups(random.Random(0), right=0.0), groups(random.Random(1), right=0.0)
+    for row in before[1][:2]:
+        row.verdict = Verdict(True, True, "correct", "1")
+    for number in (0, 1):
+        for row in after[number]:
+            row.verdict = Verdict(True, True, "correct", "1")
+    for side in (before, after):
+        TASK.score(side, CAP)
+    found = explain(before, after, TASK, CAP)
+    assert (found.new, found.sharpened) == (1, 1) and found.some_before == 1 / PROBLEMS
+    assert {flip.id for flip in found.flips[:2]} == {"p0", "p1"}
