@@ -280,6 +280,7 @@ def test_an_fp8_layer_waits_for_nothing_and_launches_as_much_for_any_number_of_e
     names = launched(8)
     print(len(names), Counter(names))
     assert names == launched(256)
+    assert "lift_fresh" not in names, "a number of the host is copied to the device"
     assert names.count("kernel") > 20 and ("deep_gemm" in names) == (package == "deep_gemm")
 
 

@@ -71,14 +71,17 @@ def samples() -> Iterator[Job]:
     for power_of_two in (False, True):
         yield Job("tiles", triton_quantise._tiles, constants={"POWER_OF_TWO": power_of_two, "ROWS": 32})
     yield Job("blocks", triton_quantise._blocks, 8, constants={"POWER_OF_TWO": False})
-    retile = {"POWER_OF_TWO": False, "GROUPS": 5, "ROOM": 8, "FILL": True, "COLUMNS": 64}
-    yield Job("retile", triton_quantise._retile, constants=retile)
+    for groups in (GROUPS, ALONE):
+        retile = {"POWER_OF_TWO": False, "FILL": groups is GROUPS, "COLUMNS": 64, **groups}
+        yield Job("retile", triton_quantise._retile, constants=retile)
     swiglu = {"WEIGHTED": True, "POWER_OF_TWO": False, "ROWS": 32}
     yield Job("swiglu", triton_quantise._swiglu, constants=swiglu)
-    backward = {"WEIGHTED": True, "POWER_OF_TWO": False, "FILL": True, "ROWS": 32, **GROUPS}
     quantised = {n: "*fp8e4nv" for n in ("h", "act", "dh", "turned")} | {"dact": "*bf16", "count": "*i32"}
     quantised |= {n: "*fp32" for n in ("h_scale", "weight", "act_scale", "dh_scale", "turned_scale", "parts")}
-    yield Job("swiglu backward", triton_quantise._swiglu_backward, 8, quantised, backward)
+    for groups in (GROUPS, ALONE):
+        filled = groups is GROUPS
+        backward = {"WEIGHTED": filled, "POWER_OF_TWO": False, "FILL": filled, "ROWS": 32, **groups}
+        yield Job("swiglu backward", triton_quantise._swiglu_backward, 8, quantised, backward)
     normed = {n: "*bf16" for n in ("x", "dy")} | {n: "*fp32" for n in ("gain", "dgain", "scale")}
     normed |= {"value": "*fp8e4nv", "eps": "fp32"}
     for kernel in (triton_rms_norm._forward_quantised, triton_rms_norm._backward_quantised):
@@ -100,6 +103,7 @@ def samples() -> Iterator[Job]:
 
 
 GROUPS = {"GROUPS": 5, "ROOM": 8}
+ALONE = {"GROUPS": 1, "ROOM": 1}
 
 
 def everything() -> Iterator[Job]:

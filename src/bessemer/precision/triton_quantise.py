@@ -80,14 +80,12 @@ def retile(operand: Operand, count: Counts | None = None, power_of_two: bool = F
     """
     value_TK = operand.value_MK.contiguous()
     T, K = value_TK.shape
-    groups = [T] if count is None else count
-    numbers = _columns(groups)
+    numbers = _columns(count, T)
     out = empty_operand((K, T if count is None else numbers * TILE), value_TK)
     if numbers and K:
         _retile[(numbers, triton.cdiv(K, 64))](
-            value_TK, operand.scale_MJ, on_device(groups, value_TK.device), out.value_MK, out.scale_MJ,
-            K, out.value_MK.shape[1], *operand.scale_MJ.stride(),
-            power_of_two, len(groups), triton.next_power_of_2(len(groups)), count is not None, 64, num_warps=4,
+            value_TK, operand.scale_MJ, *_groups(count, value_TK), out.value_MK, out.scale_MJ,
+            K, out.value_MK.shape[1], *operand.scale_MJ.stride(), power_of_two, count is not None, 64, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -114,17 +112,15 @@ def swiglu_backward(
     """`emulation.swiglu_backward` in one pass over h and the gradient; sums for the weights are in a fixed order."""
     dact_MF, value = dact_MF.contiguous(), h.value_MK.contiguous()
     M, F = dact_MF.shape
-    groups = [M] if count is None else count
-    blocks = _columns(groups)
+    blocks = _columns(count, M)
     P = M if count is None else blocks * TILE
     act, dh, turned = empty_operand((F, P), value), empty_operand((M, 2 * F), value), empty_operand((2 * F, P), value)
     weight = dact_MF if weight_M is None else weight_M.detach().contiguous()
     parts = torch.zeros(M, triton.cdiv(F, TILE), dtype=torch.float32, device=value.device)
     if blocks and F:
         _swiglu_backward[(blocks, triton.cdiv(F, TILE))](
-            dact_MF, value, h.scale_MJ, weight, *act, *dh, *turned, parts, on_device(groups, value.device), M, F, P,
-            *h.scale_MJ.stride(), weight_M is not None, power_of_two, len(groups), triton.next_power_of_2(len(groups)),
-            count is not None, 32, num_warps=8,
+            dact_MF, value, h.scale_MJ, weight, *act, *dh, *turned, parts, *_groups(count, value), M, F, P,
+            *h.scale_MJ.stride(), weight_M is not None, power_of_two, count is not None, 32, num_warps=8,
         )  # fmt: skip
     return act, dh, turned, None if weight_M is None else parts.sum(1).to(weight_M.dtype)
 
@@ -136,9 +132,18 @@ def tiles(count: Counts, block: int) -> int:
     return (count.total + (block - 1) * min(count.total, len(count) + 1)) // block
 
 
-def _columns(count: Counts) -> int:
+def _columns(count: Counts | None, rows: int) -> int:
     """Tiles of a matrix along its tokens."""
+    if count is None:
+        return int(triton.cdiv(rows, TILE))
     return count.columns // TILE if isinstance(count, DeviceCounts) else tiles(count, TILE)
+
+
+def _groups(count: Counts | None, like: Tensor) -> tuple[Tensor, int, int]:
+    """Counts, GROUPS and ROOM as a kernel takes them; without groups it reads no counts."""
+    if count is None:
+        return like, 1, 1
+    return on_device(count, like.device), len(count), triton.next_power_of_2(len(count))
 
 
 def on_device(count: Counts, device: torch.device) -> Tensor:
@@ -246,13 +251,18 @@ def _blocks(x, value, scale, M, K, POWER_OF_TWO: tl.constexpr):
 
 @triton.jit(do_not_specialize=["scale_column"])
 def _retile(
-    value, scale, count, out, out_scale, K, P, scale_row, scale_column,
-    POWER_OF_TWO: tl.constexpr, GROUPS: tl.constexpr, ROOM: tl.constexpr, FILL: tl.constexpr, COLUMNS: tl.constexpr,
+    value, scale, count, GROUPS: tl.constexpr, ROOM: tl.constexpr, out, out_scale, K, P, scale_row, scale_column,
+    POWER_OF_TWO: tl.constexpr, FILL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: 128 tokens of one group, COLUMNS columns that share their tiles."""
+    """One program: 128 tokens of one group, COLUMNS columns that share their tiles. FILL: there are groups; they are
+    filled up."""
     tile = tl.program_id(0)
-    _, first, end, number = locate(tile, count, GROUPS, ROOM, WIDTH)
-    token = first + number * WIDTH + tl.arange(0, WIDTH).to(tl.int64)
+    if FILL:
+        _group, first, end, number = locate(tile, count, GROUPS, ROOM, WIDTH)
+        token = first + number * WIDTH + tl.arange(0, WIDTH).to(tl.int64)
+    else:
+        end = P
+        token = tile.to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (token < end)[:, None] & (column < K)[None, :]
     x_TC = tl.load(value + token[:, None] * K + column[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -289,17 +299,21 @@ def _swiglu(
 
 @triton.jit(do_not_specialize=["M", "scale_column"])
 def _swiglu_backward(
-    dact, h, h_scale, weight, act, act_scale, dh, dh_scale, turned, turned_scale, parts, count, M, F, P,
-    scale_row, scale_column, WEIGHTED: tl.constexpr, POWER_OF_TWO: tl.constexpr, GROUPS: tl.constexpr,
-    ROOM: tl.constexpr, FILL: tl.constexpr, ROWS: tl.constexpr,
+    dact, h, h_scale, weight, act, act_scale, dh, dh_scale, turned, turned_scale, parts, count, GROUPS: tl.constexpr,
+    ROOM: tl.constexpr, M, F, P, scale_row, scale_column, WEIGHTED: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    FILL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program: 128 tokens of one group and 128 features, so that tiles of both directions are whole. It takes ROWS
     tokens at a time, to have registers for them: first for the tiles along the features and for the largest magnitudes
     along the tokens, then, computed again, for the tiles along the tokens."""
     tile, j = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    group, first, end, number = locate(tile, count, GROUPS, ROOM, WIDTH)
-    end = tl.where(group < GROUPS, end, M)  # of the rest, too, the gradient has to be written
-    first += number * WIDTH
+    if FILL:
+        group, first, end, number = locate(tile, count, GROUPS, ROOM, WIDTH)
+        end = tl.where(group < GROUPS, end, M)  # of the rest, too, the gradient has to be written
+        first += number * WIDTH
+    else:
+        end = M
+        first = tile.to(tl.int64) * WIDTH
     column = j * WIDTH + tl.arange(0, WIDTH)
     most_act = tl.zeros((WIDTH,), tl.int32)
     most_gate, most_up = most_act, most_act
