@@ -71,7 +71,7 @@ def test_every_gpu_or_why_not(given, n, words):
         (["zero.rollout.engine=ray", "zero.rollout.workers=9"], 1, "1 of 8 GPUs: 9 are for the workers"),
         (["zero.rollout.engine=vllm", "zero.rollout.sleep=true"], 8, "one process for each"),
         (["zero.routing_replay=true"], 8, "one process for each"),
-        (["zero.advantage=critic"], 1, '1 of 8 GPUs: stage "zero": advantage = "critic" is for one process'),
+        (["zero.advantage=critic"], 8, "one process for each"),
     ],
     ids=[
         "a multiple of the layout's",

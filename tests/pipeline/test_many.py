@@ -40,6 +40,7 @@ prompts = ["1 + 1 ="]
 """Between pre-training and RL; the last of its steps has fewer rows than others."""
 
 
+CRITIC = 'advantage = "critic"\nreward = "random"'
 FILTER = "difficulty_filter = true\nfilter_pool = 2\nfilter_explore = 0.3"
 REPLAY = 'routing_replay = true\ncorrection = "token-truncate"'
 
@@ -62,8 +63,9 @@ def base(tmp_path_factory):
     talks = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in turns]
     (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     more, rl = MORE.format(talks=folder / "talks.jsonl"), after.partition("[[stage]]")[0]
-    filtered = rl.replace('tasks = ["arithmetic"]', f'tasks = ["arithmetic", "{sums(folder)}"]\n{FILTER}\n{REPLAY}')
-    recipe.write_text(f'{before}{more}[[stage]]\nkind = "rl"{filtered}')
+    rl = rl.replace('tasks = ["arithmetic"]', f'tasks = ["arithmetic", "{sums(folder)}"]\n{FILTER}\n{REPLAY}\n{CRITIC}')
+    rl = rl.replace("samples = 6", "samples = 2")  # half the groups are paid alike, and left out from then on
+    recipe.write_text(f'{before}{more}[[stage]]\nkind = "rl"{rl}')
     run(recipe, folder / "one", *SHORT[1::2])
     return folder
 
@@ -245,7 +247,8 @@ def test_without_an_agent_the_rank_that_is_left_names_the_one_that_died(base, ou
 
 
 def test_fine_tuning_and_rl_on_two_ranks(base, tmp_path):
-    """SFT ends with a step of few rows. In RL all ranks draw, one verifies; a rank is killed between rollouts."""
+    """SFT ends with a step of few rows. In RL all ranks draw, one verifies, and all have a part of policy and critic; a
+    rank is killed between rollouts."""
     out = copy_without(base / "one", tmp_path / "run", "03-sft", "04-zero")
     process = start(base, out, *SHORT, "--set", "layout.pp=2", until="zero")
     wait_for_step(out, 2, "zero")
@@ -253,7 +256,7 @@ def test_fine_tuning_and_rl_on_two_ranks(base, tmp_path):
     status, said = finished(process)
     assert status == 0 and "rank 1 was killed by SIGKILL; restarting all ranks" in said, said
     same_curve(losses(out, "sft"), losses(base / "one", "sft"))
-    kept = ("rl/filter_left_out", "rl/filter_explored", "rl/correction_weight")
+    kept = ("rl/filter_left_out", "rl/filter_explored", "rl/correction_weight", "critic/loss", "critic/grad_norm")
     for key in ("rl/kl", "rl/entropy", "rl/length", "rl/grad_norm", "rl/heldout_pass_at_1", *kept):
         same_curve(figures(out, "zero", key), figures(base / "one", "zero", key))
     drawn = [(root / "04-zero" / "rollouts.jsonl").read_text() for root in (out, base / "one")]
@@ -270,7 +273,7 @@ def test_rows_cut_over_two_ranks(base, out):
         same_curve(losses(out, stage), losses(base / "one", stage))
     for key in ("val/bpb/english", "val/bpb/arithmetic"):
         same_curve(figures(out, "pretrain", key), figures(base / "one", "pretrain", key))
-    for key in ("rl/kl", "rl/length", "rl/grad_norm", "rl/correction_weight"):
+    for key in ("rl/kl", "rl/length", "rl/grad_norm", "rl/correction_weight", "critic/loss", "critic/grad_norm"):
         same_curve(figures(out, "zero", key), figures(base / "one", "zero", key))
 
 

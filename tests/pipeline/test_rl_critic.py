@@ -10,16 +10,17 @@ import rl_stage
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bessemer.dist.distributed import GatheredModel
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.pipeline.stages.rl import RL
 from bessemer.rl import critic, loop
-from bessemer.rl.critic import MODEL, MOMENTS
 from bessemer.rl.losses import GRPO
 from bessemer.runs.metrics import StageMetrics
 from bessemer.train import checkpoint
 from bessemer.train.trainer import Trainer
 
+MODEL, MOMENTS = "critic/model/", "critic/optimizer/"
 CRITIC = ('reward="random"', 'advantage="critic"', "critic_lr=1e-2")
 
 
@@ -145,15 +146,20 @@ def test_when_the_guard_goes_back_so_does_the_critic(base, tmp_path, monkeypatch
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(loop, "GRPO", Sick)
     steps = []
-    restore = critic.Critic.restore
-    monkeypatch.setattr(
-        critic.Critic, "restore",
-        lambda self: restore(self) or steps.append((self.policy.step, self.trainer.optimizer.steps)),
-    )  # fmt: skip
+    back = Trainer._roll_back
+
+    def noted(self, what):
+        back(self, what)
+        critic = self.companions["critic"]
+        steps.append((self.step, critic.step, critic.optimizer.steps))
+        if not self.step:
+            assert not critic.model.score.weight.any(), "as at the beginning"
+
+    monkeypatch.setattr(Trainer, "_roll_back", noted)
     changes = (*CRITIC, "rollouts=4", "micro_tokens=9000", f"save_seconds={save_seconds}", "kl=0")
     trained = rl_stage.Stage(base, tmp_path / "run", *changes).run()
     went_back_to = 2 if save_seconds == 0 else 0
-    assert steps == [(0, 0), (went_back_to, went_back_to)]
+    assert steps == [(went_back_to,) * 3]
     # eight updates were tried, three were lost, and with them what came after the checkpoint
     assert trained.summary["steps"] == trained.critic.trainer.optimizer.steps == went_back_to + 3
 
@@ -179,7 +185,7 @@ def test_a_foreign_policy_has_no_critic(base, tmp_path):
         CausalLM(LlamaForCausalLM(LlamaConfig(**shape))), loop_.objective, None, loop_.settings, loop_.trainer.runtime
     )
     with pytest.raises(UserError, match="makes a critic of a network of the DeepSeek family, and this is another"):
-        critic.Critic(policy, loop_.settings, 2)
+        critic.Critic(policy, GatheredModel(policy), loop_.settings, 2)
 
 
 def test_process_supervision_gives_advantages_per_token_without_a_critic(base, tmp_path, monkeypatch):

@@ -299,6 +299,19 @@ def test_rollouts_are_priced_without_drafts_that_rl_never_makes():
     assert cost.rollout.sampling == rollout_time(*given).sampling > 1.3 * rollout_time(*given, ACCEPTED).sampling
 
 
+def test_a_critic_costs_another_network_s_updates_and_values():
+    """3 passes of each network's update, two of log-probabilities, one of values: 9 instead of 5."""
+    plan = plan_run(V3, OWN, 1e12, lambda tokens: 15360)
+    costs = [
+        next(
+            cost.rollout for cost in stage_costs(plan, Recipe.load(ROOT / "recipes/tiny.toml", changes)) if cost.rollout
+        )
+        for changes in ([], ["zero.advantage=critic"])
+    ]
+    assert costs[1].updating == pytest.approx(costs[0].updating * 9 / 5)
+    assert costs[1].sampling == costs[0].sampling
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

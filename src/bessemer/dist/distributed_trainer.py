@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -31,7 +31,7 @@ from bessemer.model.transformer import TrainOutputs, Transformer
 from bessemer.precision import tuning
 from bessemer.train import balance, checkpoint, guard
 from bessemer.train.background import Background, HostCopies
-from bessemer.train.checkpoint import CheckpointReader, Damaged
+from bessemer.train.checkpoint import CheckpointReader, CompanionReader, Damaged, companion_name
 from bessemer.train.objective import Divided, Loss, Sums, balance_weight
 from bessemer.train.trainer import Trainer
 from bessemer.train.transfer import Place
@@ -50,6 +50,7 @@ class DistributedTrainer(Trainer):
     model: Transformer
     objective: Divided  # type: ignore[assignment]  # a callable with the methods of Divided
     optimizer: Zero1
+    companions: dict[str, DistributedTrainer]  # type: ignore[assignment]  # of the same ranks
 
     def __init__(self, shard: ModelShard, *arguments: Any, **options: Any):
         self.shard, self.mesh = shard, shard.mesh
@@ -102,6 +103,19 @@ class DistributedTrainer(Trainer):
         micro = self._at_least(math.ceil(len(batches) / n_pipelines))
         filled = [*batches, *[batches[0].as_filler()] * (n_pipelines * micro - len(batches))]
         return filled[index * micro : (index + 1) * micro]
+
+    def share_of(self, count: int) -> range:
+        return range(self.mesh.me, count, self.mesh.layout.world)
+
+    def exchanged(self, mine: Mapping[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        flat = torch.zeros(sum(sizes))
+        parts = flat.split([*sizes])
+        for number, values in mine.items():
+            parts[number].copy_(values)
+        summed = flat.to(self.device)
+        with watchdog.waiting("numbers of the other ranks", range(self.mesh.layout.world)):
+            dist.all_reduce(summed)  # each is 0 on all ranks but one
+            return [*summed.cpu().split([*sizes])]
 
     def average(self, values: dict[str, float]) -> dict[str, float]:
         if not values:
@@ -281,6 +295,9 @@ class DistributedTrainer(Trainer):
         if self.mesh.me == 0:
             tensors |= {f"rng/{name}": tensor for name, tensor in random_tensors.items()}
             tensors |= {f"extras/{name}": self._copies.add(tensor) for name, tensor in self.extra_tensors.items()}
+        for name, other in self.companions.items():
+            theirs = other._pieces(self._copies.add)
+            tensors |= {companion_name(name, key): tensor for key, tensor in theirs.items()}
         assert self._saver is not None, "save() has checked the folder"
         copied = None
         if self.device.type == "cuda":
@@ -290,14 +307,28 @@ class DistributedTrainer(Trainer):
         self._saved(start)
         return path
 
+    def _is_first(self, name: str) -> bool:
+        """Whether no earlier pipeline rank holds the parameter of this name."""
+        return self.mesh.pp < min(self.shard.others(name), default=math.inf)
+
     def _own_gate_tensors(self) -> dict[str, Tensor]:
         """The gate tensors that no earlier pipeline rank writes."""
         mine = {}
         for name, tensor in self._gate_tensors().items():
-            prefix = _parameter_prefix(name.partition("/")[2])
-            if self.mesh.pp < min(self.shard.others(prefix), default=math.inf):
+            if self._is_first(_parameter_prefix(name.partition("/")[2])):
                 mine[name] = tensor
         return mine
+
+    def _pieces(self, copy: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The tensors of a companion that this rank writes."""
+        pieces, mesh = self.optimizer.pieces(copy), self.mesh
+        if mesh.dp == mesh.ep == mesh.cp == 0:
+            own = {n: b for n, b in self._biases().items() if self._is_first(n.removeprefix("model/"))}
+            pieces |= {name: copy(bias_E) for name, bias_E in own.items()}
+        return pieces | ({"steps": torch.tensor(self.optimizer.steps)} if mesh.me == 0 else {})
+
+    def _biases(self) -> dict[str, Tensor]:
+        return {f"model/{name}": bias_E for name, bias_E in self.model.named_buffers() if name.endswith("bias_E")}
 
     def _restore_latest(self) -> Path | None:
         """Goes back to the newest checkpoint in which every rank's tensors are undamaged."""
@@ -313,6 +344,9 @@ class DistributedTrainer(Trainer):
             try:
                 reader = CheckpointReader(path)
                 reader.verify(self._names_of_mine())
+                for name, other in self._stored(reader).items():
+                    names = [*other.optimizer.names_on_disk(), *other._biases(), "steps"]
+                    reader.verify(companion_name(name, key) for key in names)
             except Damaged as error:
                 damage = str(error)
             damages = self._all_gather(damage)
@@ -328,6 +362,14 @@ class DistributedTrainer(Trainer):
     def _names_of_mine(self) -> list[str]:
         return [*self.optimizer.names_on_disk(), *self._gate_tensors()]
 
+    def _stored(self, reader: CheckpointReader) -> dict[str, DistributedTrainer]:
+        """The companions that a checkpoint has: all, but for one from before the first step."""
+        return {
+            name: other
+            for name, other in self.companions.items()
+            if reader.counters["step"] or other.step or companion_name(name, "steps") in reader.locations
+        }
+
     @torch.no_grad()
     def _restore_from(self, reader: CheckpointReader) -> None:
         self.optimizer.load_pieces(reader)
@@ -336,8 +378,18 @@ class DistributedTrainer(Trainer):
             mine[name].copy_(value)
         self._restore_counters(reader.counters)
         self.optimizer.steps = reader.updates
-        extras = [name for name in reader.locations if name.startswith("extras/")]
-        self.extra_tensors = {name.removeprefix("extras/"): t for name, t in reader.read(extras).items()}
+        for name, other in self._stored(reader).items():
+            theirs, biases = CompanionReader(reader, name), other._biases()
+            other.optimizer.load_pieces(theirs)
+            other.optimizer.steps = int(theirs.read(["steps"])["steps"])
+            for key, value in theirs.read(biases).items():
+                biases[key].copy_(value)
+        for other in self.companions.values():
+            other.step = self.step
+        elsewhere = tuple(f"extras/{name}/" for name in self.companions)
+        extras = [n for n in reader.locations if n.startswith("extras/") and not n.startswith(elsewhere)]
+        own = checkpoint.stacked(reader.read(extras))
+        self.extra_tensors = {name.removeprefix("extras/"): tensor for name, tensor in own.items()}
         self.extras = reader.counters["extras"]
         states = [name for name in reader.locations if name.startswith("rng/")]
         tensors = {name.removeprefix("rng/"): t for name, t in reader.read(states).items()}

@@ -13,6 +13,7 @@ V3: pp 16, dp 2, ep 64 on 2,048 ranks.
 
 from __future__ import annotations
 
+import copy
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -243,6 +244,12 @@ class Mesh:
         for kind, use in layout.kinds.items():
             mine = next(ranks for ranks in layout.groups(kind) if self.me in ranks)
             self.group[kind] = groups.get(use, mine)
+
+    def of(self, cfg: ModelConfig) -> Mesh:
+        """The same ranks and groups for another head on the same body, such as a critic's."""
+        other = copy.copy(self)
+        other.cfg = cfg
+        return other
 
     @property
     def experts(self) -> range:

@@ -10,10 +10,11 @@ again, `forward` runs it without a backward, `heldout_nats` measures its loss.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,8 @@ from bessemer.dist.groups import Wanted
 from bessemer.dist.mesh import Mesh
 from bessemer.dist.stage import Phases, Slice, holding, keep, keep_experts
 from bessemer.dist.table import Table
+
+_Read = TypeVar("_Read")
 
 
 class ModelShard:
@@ -152,7 +155,7 @@ def gather_into(shard: ModelShard, into: Transformer | None) -> None:
     broadcasts one tensor at a time, in float32."""
     mine = shard.model.state_dict()
     with torch.device("meta"):
-        whole = Transformer(shard.mesh.cfg).state_dict()
+        whole = type(shard.model)(shard.mesh.cfg).state_dict()
     state = {} if into is None else into.state_dict()
     layout, mesh = shard.mesh.layout, shard.mesh
     for name, shape in whole.items():
@@ -177,12 +180,24 @@ def rows_of(n_rows: int, n_pipelines: int, pipeline_index: int, micro: int) -> l
     return [range(n_rows * i // cuts, n_rows * (i + 1) // cuts) for i in range(first, first + micro)]
 
 
-@torch.no_grad()
-def forward(shard: ModelShard, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> list[TrainOutputs | None]:
-    """The outputs of the last stage for every (tokens [B, T], segments or None), without MTP; None on other ranks.
+def dealt(shard: ModelShard, batches: Sequence[Batch]) -> list[Batch]:
+    """Those that this rank's pipeline computes of batches that all ranks pass, on its device: every so many, and
+    fillers at the end where there are fewer than on another."""
+    mine = list(batches[shard.pipeline_index :: shard.n_pipelines])
+    n = -(-len(batches) // shard.n_pipelines)
+    mine += [batches[0].as_filler()] * (n - len(mine))
+    return [batch.at(shard.context.positions(batch.tokens_BT.shape[1])).to(shard.device) for batch in mine]
 
-    Micro-batches go through the first lane one after another. All ranks of a pipeline pass the same inputs, and all
-    pipelines the same number. With context parallelism the outputs are of this rank's positions.
+
+@torch.no_grad()
+def forward(
+    shard: ModelShard, batches: Sequence[Batch], read: Callable[[TrainOutputs, Tensor, Batch], _Read]
+) -> list[_Read | None]:
+    """What `read` makes of the last stage's outputs, without MTP, the weight of the head and the batch; None on other
+    ranks.
+
+    Micro-batches go through the first lane one after another. All ranks of a pipeline pass the same batches, and all
+    pipelines the same number (`dealt`). With context parallelism the outputs are of this rank's positions.
     """
     place, mesh = shard.place[0], shard.mesh
     peers = [mesh.layout.rank(pp, mesh.dp, mesh.ep, mesh.cp) for pp in range(mesh.layout.pp)]
@@ -191,10 +206,11 @@ def forward(shard: ModelShard, inputs: Sequence[tuple[Tensor, Tensor | None]]) -
     groups.make((Wanted("messages", (ranks[a], ranks[b])) for ranks in pipelines for a, b in ways), shard.device)
     if shard.exchange is not None:
         shard.exchange.begin()
-    outputs: list[TrainOutputs | None] = []
+    outputs: list[_Read | None] = []
     sends = []
-    for tokens_BT, segments_BT in inputs:
-        x, outcome = tokens_BT, None
+    for batch in batches:
+        tokens_BT, outcome = batch.tokens_BT, None
+        x = tokens_BT
         for stage, rank in enumerate(place):
             if rank != mesh.pp:
                 continue
@@ -204,9 +220,10 @@ def forward(shard: ModelShard, inputs: Sequence[tuple[Tensor, Tensor | None]]) -
                 source = peers[place[stage - 1]]
                 with watchdog.waiting("activations", [source]):
                     dist.recv(x, source, groups.get("messages", (source, mesh.me)))
-            out = _run(one.phases(x, tokens_BT, segments_BT, mtp=False))
+            out = _run(one.phases(x, tokens_BT, batch.segments, mtp=False))
             if one.last:
-                outcome = out
+                assert one.head is not None, "the last stage has the head"
+                outcome = read(out, one.head.weight, batch)
                 continue
             x, _ = out
             if place[stage + 1] != rank:
@@ -233,16 +250,14 @@ def _run(phases: Phases) -> Any:
 @torch.no_grad()
 def heldout_nats(shard: ModelShard, batches: Sequence[Batch]) -> tuple[float, float]:
     """As `train.loss.heldout_nats`, over all ranks. All pass the same batches, which are split over the pipelines."""
-    shard.model.eval()
-    mine = list(batches[shard.pipeline_index :: shard.n_pipelines])
-    n = -(-len(batches) // shard.n_pipelines)
-    mine += [batches[0].as_filler()] * (n - len(mine))
-    mine = [batch.at(shard.context.positions(batch.tokens_BT.shape[1])).to(shard.device) for batch in mine]
     sums = torch.zeros(2, dtype=torch.float64, device=shard.device)
-    for out, batch in zip(forward(shard, [(batch.tokens_BT, None) for batch in mine]), mine, strict=True):
-        if out is not None:
-            sums[0] += next_token_nats(out.hidden_BTD, shard.model.head.weight, batch)
-            sums[1] += batch.predicted(1)[1].sum()
+
+    def add(out: TrainOutputs, head_VD: Tensor, batch: Batch) -> None:
+        sums[0] += next_token_nats(out.hidden_BTD, head_VD, batch)
+        sums[1] += batch.predicted(1)[1].sum()
+
+    shard.model.eval()
+    forward(shard, dealt(shard, [replace(batch, segments_BT=None, before=None) for batch in batches]), add)
     with watchdog.waiting("held-out loss", range(shard.mesh.layout.world)):
         dist.all_reduce(sums)
     shard.model.train()

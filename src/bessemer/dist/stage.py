@@ -24,12 +24,13 @@ from bessemer.model.segments import Segments
 from bessemer.model.transformer import MTPModule, TrainOutputs, Transformer
 
 
-def cut(cfg: ModelConfig, stages: int) -> list[range]:
+def cut(cfg: ModelConfig, stages: int, head: int | None = None) -> list[range]:
     """Layers of every stage, such that the slowest stage is as fast as possible. The cost of a layer is the number of
-    weights that a token uses; the last stage also has the head and the MTP modules with their uses of the head. V3 on
-    16 stages: four layers each, and the last main layer, MTP and head on the last (the paper does not say)."""
+    weights that a token uses; the last stage also has the head, of `head` weights (None: a language model's), and the
+    MTP modules with their uses of the head. V3 on 16 stages: four layers each, and the last main layer, MTP and head on
+    the last (the paper does not say)."""
     attend, dense, sparse = attention_params(cfg), ffn_params(cfg, dense=True), ffn_params(cfg, False, active_only=True)
-    head = embedding_params(cfg)
+    head = embedding_params(cfg) if head is None else head
     costs = [attend + (dense if i < cfg.n_dense_layers else sparse) for i in range(cfg.n_layers)]
     return partition(costs, head + cfg.n_mtp * (attend + sparse + 2 * cfg.dim**2 + head), stages)
 
@@ -76,7 +77,7 @@ def keep(model: Transformer, slices: Iterable[Slice]) -> None:
         if i not in needed:
             model.set_submodule(f"layers.{i}", nn.Identity())
     if not any(part.last for part in slices):
-        for name in ("norm", "head"):
+        for name in ("norm", model.readout):
             model.set_submodule(name, nn.Identity())
         model.set_submodule("mtp", nn.ModuleList())
     if all(part.embed is None for part in slices):
@@ -155,14 +156,14 @@ class Slice(nn.Module):
         self.through: Callable[..., Phases] = _whole if whole else through
         self.first, self.last = stage == 0, stage == stages - 1
         self.width, self.rope_table = model.cfg.dim, model.rope_table
-        self.cuts, self.n_mtp = cut(model.cfg, stages), len(model.mtp)
+        self.cuts, self.n_mtp = cut(model.cfg, stages, model.head_weight.numel()), len(model.mtp)
         self.first_sparse = model.cfg.n_dense_layers
         # ModuleDict and ModuleList are not declared as generic
         layers = nn.ModuleDict({str(i): model.layers[i] for i in self.cuts[stage]})
         self.layers = cast(Mapping[str, Layer], layers)
         self.mtp = model.mtp if self.last else cast(Sequence[MTPModule], nn.ModuleList())
         self.embed = model.embed if self.first or len(self.mtp) else None
-        self.norm, self.head = (model.norm, model.head) if self.last else (None, None)
+        self.norm, self.head = (model.norm, getattr(model, model.readout)) if self.last else (None, None)
         self.reads: Callable[[int], object] = unheard
         """Called with the number of a part before forward reads its weights."""
         self.reached: Callable[[int], object] = unheard
@@ -198,7 +199,10 @@ class Slice(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the residual stream."""
         layers = [*self.layers.values(), *(module.layer for module in self.mtp)]
-        return layers[0].attn.wo.weight.dtype
+        if layers:
+            return layers[0].attn.wo.weight.dtype
+        assert self.head is not None, "a stage without layers has the head"
+        return self.head.weight.dtype
 
     def room(self, tokens_BT: Tensor) -> Tensor:
         """An empty tensor for what the previous stage sends for these tokens."""

@@ -29,7 +29,7 @@ from bessemer.dist.mesh import Mesh
 from bessemer.dist.ranks import all_gather, reduce_scatter
 from bessemer.model.moe import EXPERTS
 from bessemer.model.transformer import Transformer
-from bessemer.train.checkpoint import CheckpointReader
+from bessemer.train.checkpoint import CheckpointReader, CompanionReader
 from bessemer.train.groups import ALIGN, NORM_BLOCK, Group, Members, ParameterSlot, Update, placed
 from bessemer.train.muon import Matrices
 from bessemer.train.optimizer import Optimizer
@@ -277,7 +277,7 @@ class Zero1(Optimizer):
         ]
 
     @torch.no_grad()
-    def load_pieces(self, reader: CheckpointReader) -> None:
+    def load_pieces(self, reader: CheckpointReader | CompanionReader) -> None:
         """Exact inverse of `pieces`, from a checkpoint of any layout."""
         self.settle()
         for group in self.groups:

@@ -84,6 +84,8 @@ class Transformer(nn.Module):
     saver: ClassVar[Callable[..., None] | None] = None
     """What `save` calls. `bessemer.hf.hub`, which reads and writes model directories, sets it when it is imported: the
     network itself knows nothing of file formats."""
+    readout: ClassVar[str] = "head"
+    """Name of the matrix that reads the hidden states after the final norm."""
     # both are nn.ModuleList, which torch does not declare as generic
     layers: Sequence[Layer]
     mtp: Sequence[MTPModule]
@@ -167,7 +169,7 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        return self.head.weight
+        return getattr(self, self.readout).weight
 
     def hidden_matrices(self) -> dict[str, int]:
         """Names of the matrices inside the layers, gates excepted, with the number of matrices stacked along their
@@ -286,6 +288,8 @@ class Scorer(Transformer):
     On disk it is transformers' `DeepseekV3ForSequenceClassification` with one label, `score.weight` and no MTP layers.
     """
 
+    readout = "score"
+
     def __init__(self, cfg: ModelConfig):
         super().__init__(cfg.model_copy(update={"n_mtp": 0}))
         del self.head
@@ -315,4 +319,9 @@ class Scorer(Transformer):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Scores [...] of hidden states [..., D] after the final norm, in float32: two answers differ by little."""
-        return hidden.float() @ self.score.weight.float().squeeze(0)
+        return scores(hidden, self.score.weight)
+
+
+def scores(hidden: Tensor, weight_1D: Tensor) -> Tensor:
+    """As `Scorer.scores`, by the weight of its head."""
+    return hidden.float() @ weight_1D.float().squeeze(0)

@@ -223,10 +223,11 @@ class RolloutTime:
 
 def rollout_time(
     shape: ModelShape, device: Device, gpus: int, answers: int, cap: int, train_rate: float, ep: int,
-    accepted: float = 0.0, mean: float = MEAN,
+    accepted: float = 0.0, mean: float = MEAN, critic: bool = False,
 ) -> RolloutTime:  # fmt: skip
     """`train_rate`: tokens per second per GPU of a training step; `ep`: GPUs of a sampling unit; `accepted`: drafts of
-    an MTP module that are accepted per step. R1's sampler drafted (R1-Nature B.1), the one of `rl` does not."""
+    an MTP module that are accepted per step. R1's sampler drafted (R1-Nature B.1), the one of `rl` does not. A `critic`
+    computes values once, and its own updates."""
     batch = max(1, -(-answers // gpus))
     deployment = Deployment(shape, device, ep, batch, mean * cap, accepted=accepted)
     step = decode(deployment).seconds / (1 + accepted)
@@ -235,7 +236,8 @@ def rollout_time(
     tail = step * mean * cap + alone * (1 - mean) * cap
     whole = batch * mean * cap * step / batch
     tokens = answers * mean * cap
-    updating = tokens * (1 + 2 / 3) / (train_rate * gpus)
+    passes = 1 + 2 / 3 + (1 + 1 / 3) * critic  # backward is two of three
+    updating = tokens * passes / (train_rate * gpus)
     return RolloutTime(
         max(tail, whole), updating, "its longest answer" if tail > whole else "the tokens of all answers"
     )

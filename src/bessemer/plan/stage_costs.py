@@ -92,7 +92,8 @@ def _rl(plan: RunPlan, recipe: Recipe, stage: RLConfig) -> StageCost:
     answers = stage.prompts_per_rollout * stage.samples
     caps = [int(stage.max_new_tokens(n * stage.updates_per_rollout)) for n in range(stage.rollouts)]
     rate = plan.rate * _speed(plan, recipe, stage.name)
-    by_cap = {cap: _rollout(plan, recipe, stage.name, answers, cap, rate) for cap in set(caps)}
+    critic = stage.advantage == "critic"
+    by_cap = {cap: _rollout(plan, recipe, stage.name, answers, cap, rate, critic) for cap in set(caps)}
     hours = sum(by_cap[cap].seconds for cap in caps) * plan.gpus / 3600
     work = f"{stage.rollouts} rollouts of {amount(answers)} answers"
     return StageCost(stage.name, stage.kind, hours, work, by_cap[caps[-1]])
@@ -105,9 +106,11 @@ def _answers(plan: RunPlan, recipe: Recipe, name: str | None, answers: int, cap:
     return rounds * one.seconds * plan.gpus / 3600
 
 
-def _rollout(plan: RunPlan, recipe: Recipe, name: str | None, answers: int, cap: int, rate: float) -> RolloutTime:
+def _rollout(
+    plan: RunPlan, recipe: Recipe, name: str | None, answers: int, cap: int, rate: float, critic: bool = False
+) -> RolloutTime:
     shape, device = _shape(plan, recipe, name), plan.setup.device
-    return rollout_time(shape, device, plan.gpus, answers, cap, rate, min(plan.gpus, 64))
+    return rollout_time(shape, device, plan.gpus, answers, cap, rate, min(plan.gpus, 64), critic=critic)
 
 
 def _speed(plan: RunPlan, recipe: Recipe, name: str) -> float:

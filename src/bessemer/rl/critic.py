@@ -11,14 +11,15 @@ PPO as published takes the divergence from the reward of every token (DeepSeekMa
 The critic is the policy's network with a score in place of its head. V_t is the value before token t is written, so
 values, advantages and returns are aligned with their token, as everything in a `Batch`.
 
-The critic, its moments included, lies in the policy's checkpoint (`extra_tensors`): one file that is whole or absent,
-so after a kill both resume from the same step.
+The critic, its moments included, lies in the policy's checkpoint (`companions`), which is whole or absent, so after a
+kill both resume from the same step. On many ranks it is split as the policy is: every pipeline computes the values of
+some of a rollout's samples, and all ranks get all values, so that advantages are those of the whole rollout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -27,47 +28,56 @@ from torch import Tensor, nn
 
 from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
+from bessemer.dist import distributed, model_shard
+from bessemer.dist.distributed import GatheredModel
+from bessemer.dist.distributed_trainer import DistributedTrainer
+from bessemer.dist.model_shard import ModelShard
 from bessemer.errors import UserError
-from bessemer.model.transformer import Scorer, Transformer, evaluating
+from bessemer.model.transformer import Scorer, TrainOutputs, Transformer, evaluating, scores
 from bessemer.rl import rollout
 from bessemer.rl.losses import Reference
 from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.train.objective import Loss
-from bessemer.train.optimizer import load_exactly
 from bessemer.train.trainer import Trainer
 
-MODEL, MOMENTS = "critic/model/", "critic/optimizer/"
-"""Prefixes of its tensors in the policy's checkpoint."""
+NAME = "critic"
+"""Of the policy's companion."""
 EPSILON = 1e-6
 """Guard of the division by the spread of a rollout's advantages."""
 
 
 class Critic:
-    """`policy` is the policy's trainer after `start()`. The critic shares its settings and workers, except for
-    its own learning rate, and counts the same steps."""
+    """`policy` is the policy's trainer before `start()`, `whole` its network. The critic shares its settings, ranks and
+    workers, except for its own learning rate, and counts the same steps. Collective."""
 
-    def __init__(self, policy: Trainer, settings: RLConfig, pad_id: int) -> None:
+    def __init__(self, policy: Trainer, whole: GatheredModel, settings: RLConfig, pad_id: int) -> None:
         self.policy, self.settings, self.pad_id = policy, settings, pad_id
-        if not isinstance(policy.model, Transformer):
+        whole.refresh()
+        if not isinstance(whole.model, Transformer):
             raise UserError(
                 f'stage "{settings.name}": advantage = "critic" makes a critic of a network of the DeepSeek family, '
                 'and this is another; use "group"'
             )
         own = settings.model_copy(update={"lr": settings.critic_lr})
-        self.trainer = Trainer(critic_of(policy.model), ValueLoss(), None, own, policy.runtime, warn=policy.warn)
+        begun = critic_of(whole.model)
+        network: Scorer | ModelShard = begun
+        if isinstance(policy, DistributedTrainer):
+            network = ModelShard(begun, policy.mesh.of(begun.cfg), policy.shard.schedule)
+        self.trainer = distributed.trainer(network, ValueLoss(), None, own, policy.runtime, warn=policy.warn)
+        policy.companions[NAME] = self.trainer
         self._explained = 0.0
         self._divergence: float | None = None
         self._updates: list[dict[str, float]] = []
-        self.restore()
 
     def assign_advantages(self, groups: Sequence[Group], reference: Reference | None) -> None:
         """Sets values, GAE advantages and returns of every token. Advantages of the rollout get mean 0 and, with
         `scale_by_std`, standard deviation 1; returns are not scaled. `reference` is needed with `kl_in_reward`."""
         rows = list(chain.from_iterable(groups))
-        parts = rollout.split_by_length(rows, self.settings.micro_tokens)
-        batches = rollout.to_batches(rows, self.pad_id, self.settings.micro_tokens, "token")
-        workers = self.policy.runtime.workers
-        for part, value_N in zip(parts, workers.map(self._values, batches), strict=True):
+        tokens, n_pipelines = self.settings.micro_tokens, self.trainer.n_pipelines
+        parts = rollout.split_by_length(rows, tokens, n_pipelines)
+        batches = rollout.to_batches(rows, self.pad_id, tokens, "token", n_pipelines)
+        sizes = [batch.n_loss_tokens for batch in batches]
+        for part, value_N in zip(parts, self._values(batches, sizes), strict=True):
             lengths = [len(row.completion.tokens) for row in part]
             for row, own in zip(part, value_N.split(lengths), strict=True):
                 row.values = own.tolist()
@@ -77,8 +87,10 @@ class Critic:
         reward_RL[torch.arange(len(rows)), length_R - 1] = torch.tensor([row.reward for row in rows]).double()
         if self.settings.kl_in_reward:
             assert reference is not None
-            reference.add_logprobs(batches)
-            log_ratio_RL = _log_ratios(rows, parts, batches)
+            mine = self.trainer.share_of(len(batches))
+            reference.add_logprobs([batches[number] for number in mine])
+            ratios = self.trainer.exchanged({number: _log_ratios(batches[number]) for number in mine}, sizes)
+            log_ratio_RL = _by_row(rows, parts, ratios)
             reward_RL -= self.settings.kl * log_ratio_RL
             self._divergence = float(log_ratio_RL.sum() / length_R.sum())
         raw_RL = gae(reward_RL, value_RL, length_R, self.settings.gae_lambda)
@@ -94,8 +106,9 @@ class Critic:
 
     def update(self, batches: Sequence[Batch]) -> None:
         """One optimizer step on a mini-batch, before the policy's."""
-        self._updates.append(self.trainer.update(batches))
-        self._store()
+        own = ({name: x for name, x in batch.extras.items() if name != "choice_BTLK"} for batch in batches)
+        free = [replace(batch, extras=extras) for batch, extras in zip(batches, own, strict=True)]
+        self._updates.append(self.trainer.update(free))  # its gates choose for themselves
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the rollout, after its updates."""
@@ -105,31 +118,20 @@ class Critic:
         divergence = {} if self._divergence is None else {"rl/kl": self._divergence}
         return means | {"critic/explained": self._explained} | divergence
 
-    def restore(self) -> None:
-        """The critic of the checkpoint that the policy came from; at the very beginning the base, with values of 0."""
-        optimizer, stored = self.trainer.optimizer, self.policy.extra_tensors
-        model, moments = (
-            {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
-            for prefix in (MODEL, MOMENTS)
-        )
-        if not model:
-            assert isinstance(self.policy.model, Transformer)
-            model = critic_of(self.policy.model).state_dict()
-            moments = {name: torch.zeros_like(value) for name, value in optimizer.state_dict().items()}
-        load_exactly(self.trainer.model.state_dict(), model, "critic")
-        optimizer.load_state_dict(moments)
-        self.trainer.step = self.policy.step
-        self._store()
-
-    def _store(self) -> None:
-        """Views, not copies: a checkpoint saves the critic of its moment."""
-        optimizer = self.trainer.optimizer
-        own = {MODEL + name: value for name, value in self.trainer.model.state_dict().items()}
-        own |= {MOMENTS + name: value for name, value in optimizer.state_dict().items()}
-        self.policy.extra_tensors = self.policy.extra_tensors | own
+    def _values(self, batches: Sequence[Batch], sizes: Sequence[int]) -> list[Tensor]:
+        """V of every trained token of all batches, which have so many, on all ranks."""
+        trainer = self.trainer
+        if not isinstance(trainer, DistributedTrainer):
+            return list(trainer.runtime.workers.map(self._values_here, batches))
+        shard = trainer.shard
+        with evaluating(shard.model):
+            computed = model_shard.forward(shard, model_shard.dealt(shard, batches), _values_of)
+        numbers = range(shard.pipeline_index, len(batches), shard.n_pipelines)
+        found = zip(numbers, computed, strict=False)  # fillers are behind
+        return trainer.exchanged({number: values for number, values in found if values is not None}, sizes)
 
     @torch.no_grad()
-    def _values(self, batch: Batch) -> Tensor:
+    def _values_here(self, batch: Batch) -> Tensor:
         model = self.trainer.model
         assert isinstance(model, Scorer)
         with evaluating(model):
@@ -145,7 +147,12 @@ def critic_of(policy: Transformer) -> Scorer:
 
 def values(critic: Scorer, batch: Batch) -> Tensor:
     """V of every trained token, [N], in the order of `Batch.trained_N`; differentiable."""
-    return critic(batch.tokens_BT, batch.segments)[:, :-1].flatten()[batch.trained_N]
+    out = critic.train_outputs(batch.tokens_BT, batch.segments, mtp=False)
+    return _values_of(out, critic.head_weight, batch)
+
+
+def _values_of(out: TrainOutputs, weight_1D: Tensor, batch: Batch) -> Tensor:
+    return scores(out.hidden_BTD, weight_1D)[:, :-1].flatten()[batch.trained_N]
 
 
 @dataclass(frozen=True)
@@ -156,10 +163,23 @@ class ValueLoss:
     """How far V may move from V_old within one rollout (PPO's released code; the R1 reports do not say)."""
 
     def __call__(self, model: Scorer, batch: Batch) -> Loss:
+        return self.of(model.train_outputs(batch.tokens_BT, batch.segments, mtp=False), model.head_weight, batch)
+
+    def with_mtp(self) -> bool:
+        return False
+
+    def balance_alpha(self) -> float:
+        return 0.0
+
+    def names(self, depths: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return ("loss", "clip_share"), ()
+
+    def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch) -> Loss:
+        """The loss of outputs that were computed elsewhere (`Divided`)."""
         weight_BT, old_BT, return_BT = batch.loss_BT, batch.extras["value_BT"], batch.extras["return_BT"]
         keep = batch.trained_N
         weight, old, target = (x[:, 1:].flatten()[keep] for x in (weight_BT, old_BT, return_BT))
-        error, clipped = value_errors(values(model, batch), old, target, self.clip)
+        error, clipped = value_errors(_values_of(out, weight_VD, batch), old, target, self.clip)
         metrics = {"loss": weight * error, "clip_share": weight * clipped}
         sums = {name: value.sum().detach() for name, value in metrics.items()}
         return Loss((weight * error).sum(), weight.sum(), sums)
@@ -173,15 +193,16 @@ def value_errors(value_N: Tensor, old_N: Tensor, return_N: Tensor, clip: float) 
     return 0.5 * torch.maximum(plain, bounded), (bounded > plain).float()
 
 
-def _log_ratios(
-    rows: Sequence[ScoredSample], parts: Sequence[Sequence[ScoredSample]], batches: Sequence[Batch]
-) -> Tensor:
-    """log(pi_old / pi_ref) of every token of `rows`, [R, L]; `parts` are the rows of each batch."""
+def _log_ratios(batch: Batch) -> Tensor:
+    """log(pi_old / pi_ref) of every token of its outputs, one after another."""
+    return (batch.extras["old_logp_BT"] - batch.extras["ref_logp_BT"].to(batch.loss_BT))[batch.loss_BT != 0]
+
+
+def _by_row(rows: Sequence[ScoredSample], parts: Sequence[Sequence[ScoredSample]], numbers: Sequence[Tensor]) -> Tensor:
+    """One number for every token of `rows`, [R, L]; `parts` are the rows of each batch, `numbers` theirs."""
     of_row = {}
-    for part, batch in zip(parts, batches, strict=True):
-        kept_BT = batch.loss_BT != 0
-        ratio_N = (batch.extras["old_logp_BT"] - batch.extras["ref_logp_BT"].to(batch.loss_BT))[kept_BT]
-        for row, own in zip(part, ratio_N.split(kept_BT.sum(1).tolist()), strict=True):
+    for part, number_N in zip(parts, numbers, strict=True):
+        for row, own in zip(part, number_N.split([len(row.completion.tokens) for row in part]), strict=True):
             of_row[id(row)] = own
     return torch.nn.utils.rnn.pad_sequence([of_row[id(row)] for row in rows], batch_first=True).double()
 

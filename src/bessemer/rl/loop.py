@@ -101,6 +101,8 @@ class Loop:
             self.export = SampleExport(settings.export_samples, ctx.state)
         self.reference: Reference | None = None
         self.critic: Critic | None = None
+        if settings.advantage == "critic":
+            self.critic = Critic(self.trainer, self.policy, settings, self.tokenizer.pad_id)
 
     def _make_sampler(self, engine: Engine) -> Sampler:
         ctx, refresh = self.ctx, self.sampler_model.refresh
@@ -185,8 +187,6 @@ class Loop:
             self.reference = Reference(
                 trainer, self.policy, self.workers, settings.reference_every, settings.temperature
             )
-        if settings.advantage == "critic":
-            self.critic = Critic(trainer, settings, self.tokenizer.pad_id)
         return first
 
     def replay(self, number: int, count: int = 1) -> Iterator[tuple[Rollout, dict[str, float]]]:
@@ -286,7 +286,7 @@ class Loop:
 
     def _restore(self) -> None:
         """Brings all components to the checkpoint that the trainer came from."""
-        for component in (self.critic, self.difficulty, self.queue, self.reference):
+        for component in (self.difficulty, self.queue, self.reference):
             if component is not None:
                 component.restore()
 

@@ -237,7 +237,7 @@ def load(path: Path) -> State:
             kind = name.partition("/")[0]
             stem = kind if kind in ("model", "rng", "extras") else "gates" if kind in ("bias", "load") else "optimizer"
             tensors[stem][name.removeprefix(_PREFIXES[stem])] = tensor
-    tensors = {stem: _stacked(named) for stem, named in tensors.items()}
+    tensors = {stem: stacked(named) for stem, named in tensors.items()}
     tensors["optimizer"]["steps"] = torch.tensor(counters.pop("updates"))
     return State(tensors, counters, config)
 
@@ -250,7 +250,12 @@ def _is_sharded(file: str) -> bool:
     return file.startswith("rank-")
 
 
-def _stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def companion_name(companion: str, name: str) -> str:
+    """Where a checkpoint has a tensor of a trainer whose state lies in another's (`Checkpointed.companions`)."""
+    return f"extras/{companion}/{name if name.startswith('model/') else f'optimizer/{name}'}"
+
+
+def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Stacks the experts that a sharded checkpoint stores one by one."""
     experts: dict[str, dict[int, Tensor]] = {}
     others = {}
@@ -332,6 +337,18 @@ class CheckpointReader:
                         self.locations[f"{prefix}{key}/{row}"] = _Location(file, key, row)
                 else:
                     self.locations[prefix + key] = _Location(file, key, None)
+
+
+class CompanionReader:
+    """What a checkpoint has of a companion, by the names of a checkpoint of its own."""
+
+    def __init__(self, reader: CheckpointReader, companion: str):
+        self.reader, self.companion = reader, companion
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        names = list(names)
+        found = self.reader.read([companion_name(self.companion, name) for name in names])
+        return dict(zip(names, found.values(), strict=True))
 
 
 def _open(path: Path) -> safe_open:

@@ -51,6 +51,9 @@ class Checkpointed:
         self.state_dir, self.save_steps = state_dir, save_steps
         self.extras: dict[str, Any] = {}
         self.extra_tensors: dict[str, Tensor] = {}
+        self.companions: dict[str, Checkpointed] = {}
+        """Trainers by name whose weights and moments lie in this one's checkpoints, so that after a kill all go on from
+        one step; they are complete before `start`."""
         self._saved_at, self._saved_step = time.monotonic(), -1
         self._save_cost = 0.0
         """Seconds that training waited for the last checkpoint."""
@@ -129,13 +132,19 @@ class Checkpointed:
 
     def _state(self) -> checkpoint.State:
         random_tensors, random_values = guard.capture_rng(self.generators)
+        theirs = {
+            f"{name}/{stem}/{key}": tensor
+            for name, other in self.companions.items()
+            for stem, tensors in (("model", other._weights()), ("optimizer", other.optimizer.state_dict()))
+            for key, tensor in tensors.items()
+        }
         return checkpoint.State(
             tensors={
                 "model": self.optimizer.masters() | self._buffers(),
                 "optimizer": self.optimizer.state_dict(),
                 "gates": self._gate_tensors(),
                 "rng": random_tensors,
-                "extras": self.extra_tensors,
+                "extras": self.extra_tensors | theirs,
             },
             counters=self._counters() | {"rng": random_values, "extras": self.extras},
             config=self.model_config,
@@ -161,6 +170,26 @@ class Checkpointed:
         guard.restore_rng(state.tensors["rng"], state.counters["rng"], self.generators)
         self.extra_tensors, self.extras = state.tensors["extras"], state.counters["extras"]
         self._restore_counters(state.counters)
+        for name, other in self.companions.items():
+            prefix, extras = f"{name}/", self.extra_tensors
+            theirs = {key.removeprefix(prefix): extras[key] for key in extras if key.startswith(prefix)}
+            self.extra_tensors = {key: extras[key] for key in extras if not key.startswith(prefix)}
+            if theirs or self.step or other.step:  # the first may be from before it had companions
+                other._restore_companion(theirs, name)
+            other.step = self.step
+
+    def _restore_companion(self, tensors: dict[str, Tensor], name: str) -> None:
+        model, moments = (
+            {key.removeprefix(stem): tensor for key, tensor in tensors.items() if key.startswith(stem)}
+            for stem in ("model/", "optimizer/")
+        )
+        load_exactly(self._weights(), model, name)
+        self.optimizer.refresh()
+        self.optimizer.load_state_dict(moments)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """All that forward computes with; the masters of what is trained."""
+        return self.model.state_dict() | self.optimizer.masters()
 
     def _gate_tensors(self) -> dict[str, Tensor]:
         tensors = {f"load/{name}": gate.load_E for name, gate in self.gates.items()}

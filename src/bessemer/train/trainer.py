@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -233,6 +233,14 @@ class Trainer(Checkpointed):
     def mine(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """The micro-batches of a step that this process computes; on one process all of them."""
         return batches
+
+    def share_of(self, count: int) -> range:
+        """The numbers of those of so many pieces of work that this process does."""
+        return range(count)
+
+    def exchanged(self, mine: Mapping[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Float32 vectors of these sizes, in order, of which each process has some by their numbers."""
+        return [mine[number] for number in range(len(sizes))]
 
     def average(self, values: dict[str, float]) -> dict[str, float]:
         """Means over all processes of metrics that each computed on its own micro-batches."""

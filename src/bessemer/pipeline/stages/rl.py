@@ -13,7 +13,6 @@ from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import changed
 from bessemer.config.training import RewardModelConfig
-from bessemer.dist.ranks import Ranks
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
@@ -63,10 +62,6 @@ class RL(Stage[RLConfig]):
             raise UserError(f'stage "{config.name}": max_new_tokens must be at least 1 everywhere')
         if config.correction == "none" and changed(config, "correction_cap"):
             raise UserError(f'stage "{config.name}": correction_cap has no effect while correction is "none"')
-        if config.advantage == "critic" and (Ranks.world_size() > 1 or recipe.layout.fewest > 1):
-            raise UserError(
-                f'stage "{config.name}": advantage = "critic" is for one process; set "group", or run without [layout]'
-            )
         _check_rewards(config, recipe)
         evaluation_tasks(config)
         count = config.prompts_per_rollout * config.samples

@@ -1,0 +1,195 @@
+"""PPO's critic on many ranks against the one of one process: values, advantages, updates, and its place in the policy's
+checkpoint."""
+
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from test_executor import CFG
+
+from bessemer.config.rl import RLConfig
+from bessemer.dist import distributed, zero1
+from bessemer.dist.mesh import Layout, Mesh
+from bessemer.dist.model_shard import ModelShard, gather_into
+from bessemer.engine.engine import Completion
+from bessemer.model.transformer import Scorer, Transformer
+from bessemer.rl import rollout
+from bessemer.rl.critic import Critic
+from bessemer.rl.losses import GRPO, Reference
+from bessemer.rl.rollout import ScoredSample
+from bessemer.tasks.base import Problem, Verdict
+from bessemer.train.checkpoint import CheckpointReader
+from bessemer.train.trainer import Runtime
+from bessemer.workers import Workers
+
+PAD, LR = 2, 3e-3
+SETTINGS = RLConfig(
+    kind="rl", name="zero", tasks=["arithmetic"], advantage="critic", lr=1e-3, critic_lr=LR, gae_lambda=0.9, kl=0.5,
+    kl_in_reward=True, micro_tokens=30, save_seconds=1000,
+)  # fmt: skip
+
+
+def groups(number, n=5):
+    """A rollout, drawn: three samples each of so many prompts."""
+    draw = torch.Generator().manual_seed(number)
+
+    def ids(least, most):
+        length = int(torch.randint(least, most, (), generator=draw))
+        return torch.randint(3, CFG.vocab_size, (length,), generator=draw).tolist()
+
+    def one(prompt):
+        answer = ids(1, 12)
+        logp = (-4 - torch.rand(len(answer), generator=draw)).tolist()
+        layers = CFG.n_layers - CFG.n_dense_layers
+        routing = torch.rand(len(prompt + answer) - 1, layers, CFG.n_routed_experts, generator=draw)
+        routing = routing.topk(CFG.n_activated_experts).indices.short()
+        completion = Completion(answer, "", logp, logp, "stop", len(prompt), routing=routing)
+        reward = float(answer[0] % 2) + 0.1 * len(answer)
+        return ScoredSample(Problem("p", "", "en"), prompt, completion, Verdict(True, True, "", None), reward)
+
+    return [[one(prompt) for _ in range(3)] for prompt in (ids(2, 8) for _ in range(n))]
+
+
+class Run:
+    """Policy, reference and critic, whole or this rank's."""
+
+    def __init__(self, folder, schedule=None, layout=None, dtype=torch.float32):
+        zero1.BUCKET, zero1.FILLING = 1 << 14, 0.25
+        network = Transformer(CFG).initialise(1)
+        if layout is not None:
+            network = ModelShard(network, Mesh(layout, CFG), schedule)
+        self.policy = distributed.trainer(
+            network, GRPO(kl=0.0), None, SETTINGS, Runtime(workers=Workers(1), compute_dtype=dtype), folder,
+            model_config=CFG.model_dump(),
+        )  # fmt: skip
+        self.whole = distributed.GatheredModel(self.policy)
+        self.critic = Critic(self.policy, self.whole, SETTINGS, PAD)
+        self.resumed = self.policy.start()
+        self.reference = Reference(self.policy, self.whole, Workers(1), 99, 1.0)
+
+    def rollout(self, number):
+        """Two updates on one rollout: all that must be as on one process."""
+        rows = groups(number)
+        self.critic.assign_advantages(rows, self.reference)
+        flat = [row for group in rows for row in group]
+        for part in (flat[::2], flat[1::2]):
+            batches = rollout.to_batches(part, PAD, SETTINGS.micro_tokens, "sequence", self.policy.n_pipelines)
+            mine = list(self.policy.mine(batches))
+            self.critic.update(mine)
+            self.policy.update(mine)
+        found = {name: [getattr(row, name) for row in flat] for name in ("values", "returns", "advantage")}
+        return found, self.critic.metrics()
+
+    def state(self):
+        """Masters and moments of the critic, as the checkpoint has them."""
+        self.policy.finish()
+        reader = CheckpointReader(self.policy.state_dir / f"step-{self.policy.step:08d}")
+        names = [name for name in sorted(reader.locations) if name.startswith("extras/critic/")]
+        return {name: value.float().numpy() for name, value in reader.read(names).items()}
+
+
+def two_rollouts(folder, *where):
+    """The run, what it gave, and a copy of its folder as it was between the two."""
+    run = Run(folder, *where)
+    assert not run.resumed
+    first = run.rollout(1)
+    run.policy.save()
+    run.policy.finish()
+    if not where or dist.get_rank() == 0:
+        shutil.copytree(folder, folder.parent / "between")
+    if where:
+        dist.barrier()
+    second = run.rollout(2)
+    run.policy.save()
+    return run, (first, second)
+
+
+def on_a_rank(rank, folder, alone, schedule, layout):
+    """Two rollouts; the second again after a kill; and again from a checkpoint of one process."""
+    run, both = two_rollouts(folder / "run", schedule, layout)
+    ended = run.state()
+    again = Run(folder / "between", schedule, layout)
+    assert again.resumed and again.policy.step == again.critic.trainer.step == 2
+    repeated = again.rollout(2)
+    again.policy.save()
+    moved = Run(alone, schedule, layout)
+    assert moved.resumed and moved.critic.trainer.optimizer.steps == 2
+    scorer = Scorer(run.critic.trainer.mesh.cfg)
+    gather_into(run.critic.trainer.shard, scorer)
+    return {
+        "both": both, "ended": ended, "repeated": repeated, "again": again.state(), "moved": moved.rollout(2),
+        "whole": {name: value.numpy() for name, value in scorer.state_dict().items()},
+        "held": sum(group.master.numel() for group in run.critic.trainer.optimizer.groups),
+        "counted": [float(gate.load_E.sum()) for gate in run.critic.trainer.gates.values()],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, *two_rollouts(folder / "run")
+
+
+def near(found, wanted):
+    """What two rollouts gave, to rounding; the second's values have been learnt from the first."""
+    for (mine, metrics), (theirs, known) in zip(found, wanted, strict=True):
+        for name, of_rows in theirs.items():
+            for one, other in zip(mine[name], of_rows, strict=True):
+                assert one == pytest.approx(other, rel=1e-3, abs=2e-4), name
+        share = metrics["critic/clip_share"]  # of a few tokens rounding decides which error is the worse one
+        assert metrics == pytest.approx(known | {"critic/clip_share": share}, rel=1e-3, abs=1e-5)
+        assert share == pytest.approx(known["critic/clip_share"], abs=0.03)
+
+
+LAYOUTS = [("dualpipe", Layout(2, 1, 1)), ("zbv", Layout(2, 1, 2))]
+
+
+@pytest.mark.parametrize(("schedule", "layout"), LAYOUTS, ids=str)
+def test_a_critic_on_many_ranks_is_that_of_one_process(alone, tmp_path, schedule, layout):
+    """Values, returns, advantages and metrics; weights within a tenth of AdamW's steps, first moments closer; after a
+    kill bit for bit; and checkpoints that the other may go on from."""
+    folder, run, wanted = alone
+    ranks = on_ranks(layout.world, on_a_rank, tmp_path, folder / "between", schedule, layout)
+    assert max(map(abs, (value for row in wanted[1][0]["values"] for value in row))) > 0.01
+    weights, held = run.state(), 0
+    for found in ranks:
+        near(found["both"], wanted)
+        near([found["moved"]], wanted[1:])
+        assert found["both"][1] == found["repeated"], "the same after a kill"
+        assert found["ended"].keys() == found["again"].keys() == weights.keys()
+        assert all((value == found["again"][name]).all() for name, value in found["ended"].items())
+        for name, value in weights.items():
+            mine, label = torch.from_numpy(found["ended"][name]), name.removeprefix("extras/critic/")
+            if label.startswith("model/"):
+                assert (mine - torch.from_numpy(value)).abs().max() < 0.1 * LR, name
+            elif label.startswith("optimizer/m/"):
+                assert (mine - torch.from_numpy(value)).norm() <= 1e-3 * mine.norm() + 1e-9, name
+        for name, value in found["whole"].items():
+            if ".experts." not in name:
+                assert (found["ended"][f"extras/critic/model/{name}"] == value).all(), name
+        assert not any(found["counted"]), "values count no expert's load"
+        held += found["held"]
+    n = sum(value.numel() for value in run.critic.trainer.model.parameters())
+    copies = 2 if schedule == "dualpipe" else 1  # which holds every stage twice
+    assert n <= held / copies < n + 100_000, "every rank has a share"
+    shutil.rmtree(tmp_path / "between" / "step-00000004")
+    moved = Run(tmp_path / "between")
+    assert moved.resumed and moved.critic.trainer.optimizer.steps == 2
+    near([moved.rollout(2)], wanted[1:])
+
+
+def test_in_bfloat16_a_checkpoint_has_the_critic_s_masters(tmp_path):
+    run = Run(tmp_path, dtype=torch.bfloat16)
+    run.rollout(1)
+    run.policy.save()
+    run.policy.finish()
+    again = Run(tmp_path, dtype=torch.bfloat16)
+    masters = run.critic.trainer.optimizer.masters()
+    assert masters["layers.0.attn.wo.weight"].bfloat16().float().ne(masters["layers.0.attn.wo.weight"]).any()
+    found = again.critic.trainer.optimizer.masters()
+    assert all(torch.equal(found[name], value) for name, value in masters.items())
+    rounded = again.critic.trainer.model.state_dict()
+    assert all(torch.equal(rounded[n], x) for n, x in run.critic.trainer.model.state_dict().items())
