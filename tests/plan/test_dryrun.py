@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ import pytest
 from bessemer import cli
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
+from bessemer.model.config import preset
 from bessemer.pipeline.conformance import rows
 from bessemer.plan import dry_run, plan_config
+from bessemer.plan.hardware import parse_cluster
+from bessemer.plan.step_time import step_time
 
 V3 = Path(__file__).parents[2] / "recipes" / "v3.toml"
 TINY = V3.with_name("tiny.toml")
@@ -70,9 +74,13 @@ def test_rows_cut_over_ranks():
     assert "4096 ranks" not in dry_run.describe(plain) and "pipeline 0, copy 1, piece 3: " in dry_run.describe(cut)
 
 
-def test_the_planner_does_not_price_it():
-    with pytest.raises(UserError, match="does not price context parallelism"):
-        plan_config.of_recipe(Recipe.load(V3, ["layout.cp=2"]), None, 4096)
+def test_the_planner_prices_it():
+    config = plan_config.of_recipe(Recipe.load(V3, ["layout.cp=2"]), None, 4096)
+    cfg = preset("v3")
+    made = plan_config.setup(config, cfg, parse_cluster("4096xH800"))
+    whole = plan_config.setup(replace(config, cp=1), cfg, parse_cluster("2048xH800"))
+    assert made.layout.cp == made.cp == 2 and made.tokens == whole.tokens // 2
+    assert made.step_tokens == whole.step_tokens and step_time(made).seconds > 0.5 * step_time(whole).seconds
 
 
 def test_a_recipe_without_pre_training():

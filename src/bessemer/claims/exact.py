@@ -6,11 +6,10 @@ Each function computes the values of one claim by the names that its rule and it
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Callable
 from typing import Any
 
-from bessemer.claims.registry import claims, data
+from bessemer.claims.registry import claims
 from bessemer.dist.schedules import schedule
 from bessemer.dist.timeline import Costs, simulate
 from bessemer.hf import mapping
@@ -174,7 +173,7 @@ def _against_gpt4() -> Values:
 
 def _against_meta() -> Values:
     """6 N D over GPU hours: the 405B dense network of Meta against V3."""
-    runs = {run["name"]: run for run in tomllib.loads(data("reference.toml").decode())["run"]}
+    runs = {run["name"]: run for run in read_toml("reference.toml")["run"]}
     theirs, ours = runs["Llama 3.1 405B"], runs["DeepSeek-V3"]
     params, tokens, hours = (theirs[key] / ours[key] for key in ("active", "tokens", "hours"))
     return {

@@ -133,12 +133,15 @@ def _cost() -> Html:
             f'{dot}</span><span class="amount">{amount}</span></div>'
         )
 
-    width = 100 * (view["high"] - view["low"]) / top
-    band = f'<span class="band" style="{at(view["low"])};width:{width:.2f}%"></span>'
+    def band(low: float, high: float) -> str:
+        return f'<span class="band" style="{at(low)};width:{100 * (high - low) / top:.2f}%"></span>'
+
+    inside = planned.inside_view()
     ours, *others = planned.reference()
     rows = [
         row(ours["name"], ours["v3_hours"], "own", kind="own"),
-        row(word("cost_planner", **view), view["median"], "middle", band, "own"),
+        row(word("cost_planner", **view), view["median"], "middle", band(view["low"], view["high"]), "own"),
+        row(word("cost_draws", **vars(inside)), inside.median, "middle", band(inside.low, inside.high), "own"),
         *(row(run["name"], run["v3_hours"], "") for run in others),
         row(word("cost_floor"), floor, "middle"),
     ]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from functools import cache
 from typing import Any
 
-from bessemer.claims.registry import data
 from bessemer.model import accounting
-from bessemer.plan import audit, memory, validate
+from bessemer.plan import audit, credibility, memory
+from bessemer.plan.chance import Quantiles
 from bessemer.plan.cost import RunPlan, ideas
 from bessemer.plan.hardware import GIB, read_toml
 from bessemer.plan.layer_time import cuts
@@ -48,27 +47,23 @@ def _without() -> Values:
 
 @cache
 def outside_view() -> Values:
-    """Million GPU hours of V3's pre-training, corrected by the planner's errors on eight other runs."""
-    view = validate.outside_view()
-    published = _audit()["pretraining"][1] / 1000
+    """Million GPU hours of V3's pre-training, corrected by the planner's errors on all other runs."""
+    view, published = credibility.outside_view(), _audit()["pretraining"][1] / 1000
     return {
-        "low": view["low"], "high": view["high"], "median": view["median"], "published": published,
-        "upper": view["high"] / published,
+        "low": view.low, "high": view.high, "median": view.median, "published": published,
+        "upper": view.high / published,
     }  # fmt: skip
 
 
-@cache
-def reference() -> list[dict[str, Any]]:
-    """Large runs that others published, and what V3 would cost at their rate: million hours, from 6 N D."""
-    runs = tomllib.loads(data("reference.toml").decode())["run"]
-    ours = runs[0]
-    for run in runs:
-        if "hours" not in run:  # a benchmark of V3 itself, in tokens per second and GPU
-            run["v3_hours"] = ours["tokens"] / run["tokens_s"] / 3600 / 1e6
-            continue
-        run["tflops"] = 6 * run["active"] * run["tokens"] / run["hours"] / 3600 / 1e12
-        run["v3_hours"] = ours["active"] * ours["tokens"] * run["hours"] / run["active"] / run["tokens"] / 1e6
-    return runs
+DRAWS = 400
+
+
+def inside_view() -> Quantiles:
+    """The same, by draws of the planner's uncertain inputs."""
+    return Quantiles.of(credibility.inside_view(DRAWS, 0))
+
+
+reference = credibility.reference
 
 
 def floor() -> float:
@@ -101,7 +96,9 @@ def values(name: str) -> Values:
     elif name == "K2":
         made["planned"] = _audit()["usd"][0]
     elif name in ("K1", "K9"):
+        view = inside_view()
         made |= outside_view() | {"floor": floor(), "days": _plan().days}
+        made |= {"inside_low": view.low, "inside_high": view.high}
         made["above_floor"] = made["published"] / made["floor"]
     elif name == "K3":
         ours, *others = (run for run in reference() if "hours" in run)

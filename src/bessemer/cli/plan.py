@@ -21,8 +21,9 @@ def plan(
                                                       "recipe.")] = None,
     cluster: Annotated[str | None, typer.Option(metavar="NxDEVICE", help="Devices, such as 2048xH800.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="layout.pp, layout.ep, "
-                    "layout.dp, node, schedule, tokens, batch, seq, micro_rows, precision, mtp, routing, recompute, "
-                    "stages, in_step, usd, model.KEY; several after it, or repeated. With --here as in a run.")] = None,
+                    "layout.dp, layout.cp, node, schedule, tokens, batch, seq, micro_rows, precision, mtp, routing, "
+                    "recompute, stages, in_step, usd, model.KEY; several after it, or repeated. With --here as in a "
+                    "run.")] = None,
     search: Annotated[bool, typer.Option("--search", help="Find the best layout that fits.")] = False,
     here: Annotated[bool, typer.Option("--here", help="Measure this machine for a few seconds and predict the "
                                        "run.")] = False,
@@ -30,6 +31,9 @@ def plan(
                                              "Default: runs/NAME.")] = None,
     audit: Annotated[str | None, typer.Option(metavar="NAME", help="Published claims next to predictions: "
                                               "deepseek-v3.")] = None,
+    draws: Annotated[int | None, typer.Option(metavar="N", help="With --audit: draw the uncertain inputs N times (400 "
+                                              "is usual), and say how likely the published cost is.")] = None,
+    seed: Annotated[int | None, typer.Option(help="With --draws: of the draws. Default: 0.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the plan as a page, with its Gantt chart.")] = None,
     schedule: Annotated[str | None, typer.Option(metavar="NAME", help="A pipeline schedule alone: gpipe, 1f1b, "
                                                  "interleaved, zb1p, zbv, dualpipe, dualpipe-v.")] = None,
@@ -58,10 +62,17 @@ def plan(
     idle |= {} if here else {"--run": run}
     idle |= {} if target else {"--here": here, "--set": settings}
     idle |= {} if schedule else {"--svg": svg}
+    idle |= {} if audit else {"--draws": draws is not None}
+    idle |= {} if draws is not None else {"--seed": seed is not None}
     if given := [name for name, value in idle.items() if value]:
         raise UserError(f"{given[0]} has no effect on {'--here' if target and here else asked[0]}; leave it out")
     if schedule is not None:
         _schedule(schedule, pp, micro, costs, svg, as_json)
+    elif audit is not None and draws is not None:
+        from bessemer.plan.credibility import credibility
+
+        found = credibility(audit, draws, seed or 0)
+        print_json(found.facts()) if as_json else print(found.describe())
     elif audit is not None:
         from bessemer.plan import audit as audits
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bessemer.errors import UserError
@@ -16,6 +16,7 @@ from bessemer.plan.cost import RunPlan, plan_run
 from bessemer.plan.hardware import parse_cluster, read_toml
 from bessemer.plan.inference import ACCEPTED, CONTEXT, MEAN, Deployment, decode, prefill, rollout_time
 from bessemer.plan.plan_config import published, setup, tokens_of
+from bessemer.plan.step_time import step_time
 
 CLOSE, LOOSE = 0.10, 0.35
 """Bounds of the verdicts, chosen by us: a reader may prefer others, so the error stands beside each."""
@@ -82,20 +83,31 @@ def _counts(plan: RunPlan) -> Predicted:
 
 
 def _training(plan: RunPlan) -> Predicted:
-    own, cfg = plan.setup, plan.cfg
+    own = plan.setup
     run = f"balanced routing, {own.layout}, {own.schedule}, kernels {own.in_step:g} x as long as alone"
     yield "hours_per_trillion", plan.hours_per_trillion / 1e3, run
     yield "days_per_trillion", plan.hours_per_trillion / plan.gpus / 24, run
     yield "step", plan.step.seconds, run
     yield "mfu", 100 * plan.mfu(own.device.bf16), f"causal FLOPs over {own.device.bf16:.0f} TFLOPS, {run}"
     yield "pretraining", plan.gpu_hours / 1e3, f"{run}; batch ramp linear in tokens, 1F1B below 32 micro-batches"
-    base = accounting.flops_per_token(cfg, own.length).training
-    at_4k = sum(62.9e9 * accounting.flops_per_token(cfg, length).training / base for length in (32768, 131072))
-    extension = at_4k / plan.rate / 3600
-    yield "extension", extension / 1e3, "as many FLOPs a second as at 4K; no cost of context parallelism"
+    extension = sum(_extension_hours(plan, length, batch) for length, batch in EXTENSION)
+    rows = f"rows cut so that a GPU keeps {own.tokens:,} tokens as at 4K; keys and values gathered before each layer"
+    yield "extension", extension / 1e3, rows
     whole = plan.gpu_hours + extension + 5e3
     yield "hours", whole / 1e3, "the two above and the published 5K for post-training"
     yield "usd", 2e-6 * whole, "$2 a GPU hour: research, failed runs, data, salaries and hardware are not in it"
+
+
+EXTENSION, EXTENSION_STEPS = ((32768, 1920), (131072, 480)), 1000
+"""(tokens of a row, rows of a step) of the two phases, and the steps of each (V3 4.3)."""
+
+
+def _extension_hours(plan: RunPlan, length: int, batch: int) -> float:
+    """GPU hours of a phase in the layout of pre-training, with rows cut over as many ranks as they are longer. The
+    layout that was used is not published."""
+    own, cut = plan.setup, length // plan.setup.length
+    longer = replace(own, length=length, cp=cut, micro=batch * cut // own.ranks)
+    return EXTENSION_STEPS * step_time(longer).seconds * plan.gpus / 3600
 
 
 def _rl(plan: RunPlan) -> Predicted:
@@ -121,8 +133,12 @@ def _serving(plan: RunPlan) -> Predicted:
     answering = unit(max((n for n in range(8, 257, 4) if 21 * decode(unit(n)).seconds <= 1), default=8))
     per_node = 8 * decode(answering).rate(answering)
     yield "decode", per_node / 1e3, f"EP144, {answering.batch} answers a GPU: each gets the published 21 tokens/s"
-    reading = 8 * prefill(shape, device, 32, 16384, 4096).rate
-    busy = "EP32, 16K tokens a GPU in prompts of 4K, never without work; the published rate is a mean over the day"
+    hits = 342 / 608  # of the tokens read, published
+    reading = 8 * prefill(shape, device, 32, 16384, 4096, cached=hits).rate
+    busy = (
+        f"EP32, 16K new tokens a GPU in prompts of 4K of which {100 * hits:.0f} % are cached, never without work; the "
+        "published rate is a mean over the day"
+    )
     yield "prefill", reading / 1e3, busy
     nodes = 168e9 / 86400 / per_node + (608e9 - 342e9) / 86400 / reading
     yield "nodes", nodes, "168B tokens out, 266B read, evenly over 24 hours"
@@ -133,13 +149,18 @@ def _serving(plan: RunPlan) -> Predicted:
 AUDITS: dict[str, Callable[[], list[Claim]]] = {"deepseek-v3": deepseek_v3}
 
 
-def audit(name: str) -> list[Claim]:
-    """The claims of an audit; UserError for an unknown name."""
+def check(name: str) -> None:
+    """UserError for an unknown audit."""
     if name not in AUDITS:
         near = difflib.get_close_matches(name, AUDITS, n=1, cutoff=0.3)
         raise UserError(
             f'no audit "{name}"; ' + (f"did you mean {near[0]}?" if near else f"there are: {', '.join(AUDITS)}")
         )
+
+
+def audit(name: str) -> list[Claim]:
+    """The claims of an audit; UserError for an unknown name."""
+    check(name)
     return AUDITS[name]()
 
 

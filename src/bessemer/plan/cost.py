@@ -96,7 +96,7 @@ class RunPlan:
         return {
             "params_total": accounting.main_params(cfg), "params_active": accounting.active_params(cfg),
             "params_mtp": accounting.mtp_params(cfg), "device": device.name, "gpus": self.gpus,
-            "layout": {"pp": layout.pp, "ep": layout.ep, "dp": layout.dp, "node": layout.node},
+            "layout": {"pp": layout.pp, "ep": layout.ep, "dp": layout.dp, "cp": layout.cp, "node": layout.node},
             "schedule": self.setup.schedule, "micro_batches": self.setup.micro, "micro_rows": self.setup.rows,
             "sequence_length": self.setup.length, "precision": "fp8" if self.setup.fp8 else "bf16",
             "tokens": self.tokens, "tokens_per_step": self.setup.step_tokens, "gpu_hours": self.gpu_hours,
@@ -137,7 +137,7 @@ def setup_memory(cfg: ModelConfig, setup: Setup, table: Table) -> list[dict[str,
 def _ramp_hours(setup: Setup, tokens: float, batch: Callable[[float], float]) -> float:
     """GPU hours of all tokens, with the batch at the middle of intervals that halve in length towards the beginning."""
     edges = [0.0, *(tokens / 2**k for k in range(RAMP - 1, -1, -1))]
-    seconds, each = 0.0, setup.layout.dp * setup.layout.ep * setup.rows
+    seconds, each = 0.0, setup.piece * setup.rows
     for low, high in pairwise(edges):
         target = round(batch((low + high) / 2)) // each
         few = target < schedules.least(setup.schedule, setup.layout.pp)

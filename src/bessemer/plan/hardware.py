@@ -170,17 +170,31 @@ def best_gemm(format: str, name: str) -> float:
 
 
 @dataclass(frozen=True)
+class RateFactors:
+    """Factors on the published rates of `efficiency.toml`; 1: as published."""
+
+    gemm: float = 1.0
+    attention: float = 1.0
+    memory: float = 1.0
+    exchange: float = 1.0
+
+
+AS_PUBLISHED = RateFactors()
+
+
+@dataclass(frozen=True)
 class Kernels:
     """Kernel and message times of one device."""
 
     device: Device
     units: int
     """Multiprocessors left for computation."""
+    factors: RateFactors = AS_PUBLISHED
 
     @classmethod
-    def of(cls, on: Device, taken: int = 0) -> Kernels:
+    def of(cls, on: Device, taken: int = 0, factors: RateFactors = AS_PUBLISHED) -> Kernels:
         """`taken`: multiprocessors used by communication."""
-        return cls(on, on.units - taken)
+        return cls(on, on.units - taken, factors)
 
     @property
     def share(self) -> float:
@@ -199,7 +213,7 @@ class Kernels:
         format = op.format if op.format == "bf16" or self.device.fp8 else "bf16"
         rate, k0 = fit_gemm(format)
         rate *= best_gemm(format, self.device.name) / best_gemm(format, efficiency()["gemm"][format]["device"])
-        k = op.shape[3]
+        k, rate = op.shape[3], rate * self.factors.gemm
         return op.flops / (1e12 * rate * self.share * wave_fill(op.shape, self.units) * k / (k + k0))
 
     def _attention(self, op: Op) -> float:
@@ -207,11 +221,11 @@ class Kernels:
         scale = best_gemm("bf16", self.device.name) / best_gemm("bf16", table["device"])
         forward, backward, l0 = attention_rates()
         rate = (backward if op.backward else forward) * scale * self.share
-        return op.flops / (1e12 * rate) * (1 + l0 * scale / op.length)
+        return op.flops / (1e12 * rate * self.factors.attention) * (1 + l0 * scale / op.length)
 
     def _memory(self, bytes_: float, cast: bool) -> float:
         table = efficiency()["memory"]
-        return bytes_ / (1e12 * self.device.bandwidth * table["cast" if cast else "stream"])
+        return bytes_ / (1e12 * self.device.bandwidth * table["cast" if cast else "stream"] * self.factors.memory)
 
     def exchange(self, bytes_: float, ranks: int, way: str, on_network: bool) -> float:
         """Seconds of a dispatch or combine (`way`) that sends `bytes_` over one kind of link, once per destination."""
@@ -223,6 +237,7 @@ class Kernels:
             column = 1 if way == "dispatch" else 2
             near = min(table["network"], key=lambda row: abs(math.log(row[0] / ranks)))
             rate = near[column] * self.device.network / reference.network
+        rate *= self.factors.exchange
         return bytes_ / (1e9 * rate) + 2 * efficiency()["launch"]["seconds"]
 
     def collective(self, bytes_: float, ranks: int, per_node: int) -> float:

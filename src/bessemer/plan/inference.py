@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from bessemer.plan import layer_kernels
 from bessemer.plan.hardware import GIB, Device, Kernels, Op, efficiency, gemm, memory_op
-from bessemer.plan.training_setup import ModelShape, destinations
+from bessemer.plan.training_setup import IN_STEP, ModelShape, destinations
 
 
 @dataclass(frozen=True)
@@ -125,18 +125,27 @@ class PrefillTime:
     """Tokens per second per GPU."""
 
 
-def prefill(shape: ModelShape, device: Device, ep: int, tokens: int, length: int, fp8: bool = True) -> PrefillTime:
-    """Prompts in batches of `tokens` per GPU. Two micro-batches alternate, so that the slower of computation and
-    communication counts."""
+def prefill(
+    shape: ModelShape, device: Device, ep: int, tokens: int, length: int, fp8: bool = True, cached: float = 0.0,
+) -> PrefillTime:  # fmt: skip
+    """Prompts of `length` in batches of `tokens` new ones per GPU; the first `cached` share of every prompt is in the
+    cache. New tokens attend to it, and its keys and values are made again from its latents. Two micro-batches
+    alternate, so that the slower of computation and communication counts. Kernels are those of training, and take as
+    much longer within a layer as there (`IN_STEP`)."""
     kernels = Kernels.of(device, efficiency()["exchange"]["units"] if ep > 1 else 0)
     at = destinations(shape, ep, device.devices)
     local = max(1, shape.experts // ep) if shape.experts else 0
-    attend = sum(kernels.seconds(op) for op in layer_kernels.attend(shape, tokens, length, fp8, bool(local)).forward)
+    span = round(length * (1 + cached))  # a new token attends to the cached part and to half of the others
+    ops = [*layer_kernels.attend(shape, tokens, span, fp8, bool(local)).forward]
+    if cached and not shape.kv_heads:
+        n, k = {name: (n, k) for name, n, k in shape.linears()}["kv_up"]
+        ops.append(gemm("kv_up cached", tokens * cached / (1 - cached), n, k, "fp8" if fp8 else "bf16"))
+    attend = IN_STEP * sum(kernels.seconds(op) for op in ops)
     sparse = layer_kernels.Phase()
     if local:
         sparse = layer_kernels.experts(shape, tokens, local, at.ranks, fp8) + layer_kernels.finish(shape, tokens, fp8)
-    expert = sum(kernels.seconds(op) for op in sparse.forward)
-    ffn = sum(kernels.seconds(op) for op in layer_kernels.dense(shape, tokens, fp8).forward)
+    expert = IN_STEP * sum(kernels.seconds(op) for op in sparse.forward)
+    ffn = IN_STEP * sum(kernels.seconds(op) for op in layer_kernels.dense(shape, tokens, fp8).forward)
     sent = 0.0
     if ep > 1:
         row = shape.dim * (1 if fp8 else 2), 2 * shape.dim

@@ -11,7 +11,7 @@ Bytes are per token (or routed row): what must be read and written once.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bessemer.plan.hardware import Op, gemm, memory_op
 from bessemer.plan.training_setup import ModelShape
@@ -39,8 +39,21 @@ class Phase:
         return sum(op.flops for ops in (self.forward, self.input, self.weight) for op in ops)
 
 
-def attend(shape: ModelShape, tokens: int, length: int, fp8: bool, gated: bool = True) -> Phase:
-    """Norm, attention, residual; norm and, in a layer with experts, the routing decision."""
+OWN_ROWS = frozenset(
+    ("norm", "latent norms", "residual", "ffn norm", "choice", "ffn norm back", "latent norms back", "norm back")
+)
+"""Work that tensor parallelism leaves to the rank that keeps the row."""
+
+
+def attend(
+    shape: ModelShape, tokens: int, length: int, fp8: bool, gated: bool = True, tp: int = 1, cp: int = 1,
+) -> Phase:  # fmt: skip
+    """Norm, attention, residual; norm and, in a layer with experts, the routing decision. With `tp` ranks that split
+    the heads, each works on the rows of all of them; what makes MLA's latents is whole on each, for its own rows. With
+    `cp` ranks that split every row, each makes keys and values of the other parts from their latents."""
+    if tp > 1:
+        shape = replace(shape, heads=shape.heads // tp, kv_heads=shape.kv_heads and max(1, shape.kv_heads // tp))
+    gathered = tokens * tp
     D, H, form = shape.dim, shape.heads, "fp8" if fp8 else "bf16"
     cast, out = FP8 if fp8 else 0, H * shape.v
     linears = {name: (n, k) for name, n, k in shape.linears()}
@@ -52,24 +65,28 @@ def attend(shape: ModelShape, tokens: int, length: int, fp8: bool, gated: bool =
     keys = 0 if shape.kv_heads else BF16 * H * (2 * shape.qk - shape.rope)
 
     def ops(*pairs: tuple[str, float]) -> tuple[Op, ...]:
-        return tuple(memory_op(name, tokens * bytes_, fp8) for name, bytes_ in pairs if bytes_)
+        rows = {name: tokens if name in OWN_ROWS else gathered for name, _ in pairs}
+        return tuple(memory_op(name, rows[name] * bytes_, fp8) for name, bytes_ in pairs if bytes_)
+
+    def rows_of(name: str) -> int:
+        return tokens if name == "down" else gathered * cp if name == "kv_up" else gathered
 
     def products(names: Iterable[str], way: str) -> tuple[Op, ...]:
         gemms = {
-            "forward": lambda name, n, k: gemm(name, tokens, n, k, form),
-            "input": lambda name, n, k: gemm(f"{name} dx", tokens, k, n, form),
-            "weight": lambda name, n, k: gemm(f"{name} dw", n, k, tokens, form, write=F32, read=F32),
+            "forward": lambda name, n, k: gemm(name, rows_of(name), n, k, form),
+            "input": lambda name, n, k: gemm(f"{name} dx", rows_of(name), k, n, form),
+            "weight": lambda name, n, k: gemm(f"{name} dw", n, k, rows_of(name), form, write=F32, read=F32),
         }
         return tuple(gemms[way](name, *linears[name]) for name in names)
 
-    core = 2 * (length + 1) / 2 * H * (shape.qk + shape.v) * tokens
+    core = 2 * (length + 1) / 2 * H * (shape.qk + shape.v) * gathered
     up = [name for name in ("q_up", "kv_up") if name in linears]
     down = "qkv" if shape.kv_heads else "down"
     norm = ("norm", D * (BF16 + (cast or BF16)))
     latent_norm = ("latent norms", latents * (BF16 + (cast or BF16)))
     forward = (
         ops(norm) + products([down], "forward") + ops(latent_norm) + products(up, "forward")
-        + ops(("rope", rope), ("keys", keys)) + (Op("attention", core, length=length),)
+        + ops(("rope", rope), ("keys", keys)) + (Op("attention", core, length=length // cp),)
         + ops(("cast out", out * (BF16 + FP8 + 1.5) if fp8 else 0)) + products(["out"], "forward")
         + ops(("residual", 3 * BF16 * D), ("ffn norm", D * (2 * BF16 + cast)))
     )  # fmt: skip
@@ -83,7 +100,7 @@ def attend(shape: ModelShape, tokens: int, length: int, fp8: bool, gated: bool =
     input_ = (
         again + ops(("ffn norm back", 4 * BF16 * D), ("cast dy", grads * (BF16 + cast) if fp8 else 0))
         + products(["out"], "input") + ops(("out", out * (1.5 + BF16) if fp8 else 0), ("delta", 2 * BF16 * out))
-        + (Op("attention back", 2.5 * core, length=length, backward=True),)
+        + (Op("attention back", 2.5 * core, length=length // cp, backward=True),)
         + ops(("rope back", rope), ("keys back", keys)) + products(up, "input")
         + ops(("latent norms back", 3 * BF16 * latents)) + products([down], "input") + ops(("norm back", 4 * BF16 * D))
     )  # fmt: skip
@@ -150,8 +167,8 @@ def finish(shape: ModelShape, tokens: int, fp8: bool) -> Phase:
     return residual + ffn(shape, tokens, shape.shared * shape.expert_inner, fp8, 1, "shared")
 
 
-def dense(shape: ModelShape, tokens: int, fp8: bool) -> Phase:
-    body = ffn(shape, tokens, shape.inner, fp8)
+def dense(shape: ModelShape, tokens: int, fp8: bool, tp: int = 1) -> Phase:
+    body = ffn(shape, tokens * tp, shape.inner // tp, fp8)
     return body + Phase((memory_op("finish", 3 * BF16 * shape.dim * tokens),), ())
 
 

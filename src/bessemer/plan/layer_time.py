@@ -93,7 +93,7 @@ def seconds(kernels: Kernels, ops: Iterable[Op], setup: Setup) -> float:
 
 def layer_times(setup: Setup, dense: bool, taken: int) -> LayerTimes:
     """The times of one layer while communication uses `taken` multiprocessors."""
-    if not dense and not setup.shape.experts:
+    if not (setup.shape.inner if dense else setup.shape.experts):
         return NO_TIMES
     alike = replace(setup.layout, pp=1, dp=1)
     return _layer_times(replace(setup, layout=alike, schedule="", micro=1, even=False, fsdp=False), dense, taken)
@@ -101,13 +101,13 @@ def layer_times(setup: Setup, dense: bool, taken: int) -> LayerTimes:
 
 @cache
 def _layer_times(setup: Setup, dense: bool, taken: int) -> LayerTimes:
-    kernels, shape, tokens = Kernels.of(setup.device, taken), setup.shape, setup.tokens
+    kernels, shape, tokens = Kernels.of(setup.device, taken, setup.factors), setup.shape, setup.tokens
     at = destinations(shape, setup.layout.ep, setup.layout.node)
-    attend = layer_kernels.attend(shape, tokens, setup.length, setup.fp8, gated=not dense)
+    attend = layer_kernels.attend(shape, tokens, setup.length, setup.fp8, not dense, setup.tp, setup.cp)
     if {"attend", "layer"} & set(setup.recompute):
         attend = attend.recomputed()
     if dense:
-        parts = [(1.0, layer_kernels.dense(shape, tokens, setup.fp8), "experts")]
+        parts = [(1.0, layer_kernels.dense(shape, tokens, setup.fp8, setup.tp), "experts")]
     else:
         routed = layer_kernels.experts(shape, tokens, max(1, shape.experts // setup.layout.ep), at.ranks, setup.fp8)
         parts = [(setup.imbalance, routed, "experts"), (1.0, layer_kernels.finish(shape, tokens, setup.fp8), "finish")]
@@ -116,11 +116,47 @@ def _layer_times(setup: Setup, dense: bool, taken: int) -> LayerTimes:
         phase = phase.recomputed() if {name, "layer"} & set(setup.recompute) else phase
         forward, backward, weights = _ways(kernels, phase, setup)
         ffn = (ffn[0] + busy * forward, ffn[1] + busy * backward, ffn[2] + busy * weights)
-    times = (_ways(kernels, attend, setup), ffn)
+    whole = "layer" in setup.recompute
+    split = tensor_messages(kernels, setup, whole)
+    parts_of_row = context_messages(kernels, setup, whole)
+    times = (_plus(_ways(kernels, attend, setup), split, parts_of_row), _plus(ffn, split) if dense else ffn)
     if dense or setup.layout.ep == 1:
         return LayerTimes(*times)
     sent, back = (exchange_seconds(setup, way, at) for way in ("dispatch", "combine"))
-    return LayerTimes(*times, sent, back, sent, back)
+    again = sent + back if whole else 0.0
+    return LayerTimes(*times, sent, back, sent + again, back)
+
+
+Ways = tuple[float, float, float]
+
+
+def _plus(*terms: Ways) -> Ways:
+    forward, backward, weight = (sum(one) for one in zip(*terms, strict=True))
+    return forward, backward, weight
+
+
+def tensor_messages(kernels: Kernels, setup: Setup, again: bool) -> Ways:
+    """Seconds that the split matrices of attention, or of a dense FFN, wait for messages: rows are gathered before the
+    first and summed and scattered after the last, in both directions; weight gradients gather the inputs once more
+    (Korthikanti et al. 2022, 4.2.2). `again`: backward repeats the forward."""
+    if setup.tp == 1:
+        return 0.0, 0.0, 0.0
+    one = kernels.collective(2.0 * setup.tokens * setup.tp * setup.shape.dim, setup.tp, setup.layout.node)
+    if setup.tp_overlap:
+        one /= setup.tp
+    return 2 * one, (4 if again else 2) * one, one
+
+
+def context_messages(kernels: Kernels, setup: Setup, again: bool) -> Ways:
+    """Seconds to gather the keys and values of the other parts of a row, or the latents of MLA, and to return their
+    gradients: all-gather and reduce-scatter, not hidden (Llama 3 report, arXiv 2407.21783, 3.3.2)."""
+    if setup.cp == 1:
+        return 0.0, 0.0, 0.0
+    shape, rows = setup.shape, setup.tokens * setup.tp * setup.cp
+    width = shape.kv_heads * (shape.qk + shape.v) // setup.tp if shape.kv_heads else shape.kv_rank + shape.rope
+    inside = max(1, setup.layout.node // setup.tp)
+    one = kernels.collective(2.0 * rows * width, setup.cp, inside)
+    return one, (3 if again else 2) * one, 0.0
 
 
 def _ways(kernels: Kernels, phase: Phase, setup: Setup) -> tuple[float, float, float]:
@@ -141,7 +177,7 @@ def row_bytes(setup: Setup, way: str) -> int:
 def exchange_seconds(setup: Setup, way: str, at: Destinations) -> float:
     """Seconds of one dispatch or combine on the slower of its two links: rows go once to every node, then once to every
     rank."""
-    kernels, layout = Kernels.of(setup.device), setup.layout
+    kernels, layout = Kernels.of(setup.device, factors=setup.factors), setup.layout
     row = setup.tokens * row_bytes(setup, way) * setup.imbalance
     inside = kernels.exchange(row * at.ranks, min(layout.ep, layout.node), way, False)
     if layout.ep <= layout.node:

@@ -39,6 +39,8 @@ class PlanConfig:
     """Expert-parallel ranks."""
     dp: int | None = None
     """Data-parallel ranks; by default as many as the cluster allows."""
+    cp: int | None = None
+    """Context-parallel ranks."""
     node: int | None = None
     """Ranks of a node; by default the devices of a node."""
     schedule: str | None = None
@@ -76,12 +78,12 @@ class PlanConfig:
     @property
     def has_layout(self) -> bool:
         """Whether any parallel size is set."""
-        return any(size is not None for size in (self.pp, self.ep, self.dp))
+        return any(size is not None for size in (self.pp, self.ep, self.dp, self.cp))
 
     @property
     def ranks(self) -> int:
         """Ranks of one data-parallel replica."""
-        return (self.pp or 1) * (self.ep or 1)
+        return (self.pp or 1) * (self.ep or 1) * (self.cp or 1)
 
     def for_search(self, given: PlanConfig) -> PlanConfig:
         """The same, with only those searched options set that the user gave."""
@@ -200,9 +202,9 @@ def tokens_of(config: PlanConfig, name: str) -> float:
 def setup(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec) -> Setup:
     """The run on a cluster; UserError for an impossible layout, with the nearest possible ones."""
     node = config.node or cluster.device.devices
-    pp, ep = config.pp or 1, config.ep or 1
-    dp = config.dp or max(1, cluster.size // (pp * ep))
-    layout = Layout(pp, dp, ep, node)
+    pp, ep, cp = config.pp or 1, config.ep or 1, config.cp or 1
+    dp = config.dp or max(1, cluster.size // (pp * ep * cp))
+    layout = Layout(pp, dp, ep, node, cp)
     mesh.check(layout, cfg, cluster.size)
     return with_layout(config, cfg, cluster, layout)
 
@@ -225,6 +227,7 @@ def with_layout(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec, layo
     return Setup(
         ModelShape.of(cfg), layout, cluster.device, name, micro, rows, config.seq or cfg.max_seq_len, fp8,
         config.mtp != 0, config.recompute or (), busiest, config.in_step or IN_STEP, config.stages == "even",
+        cp=layout.cp,
     )  # fmt: skip
 
 
@@ -282,13 +285,10 @@ def _longest_row(recipe: Recipe, cfg: ModelConfig) -> int:
 def of_recipe(recipe: Recipe, settings: PretrainConfig | None, length: int) -> PlanConfig:
     """The layout of a recipe, and its pre-training on sequences of `length` tokens if it has one."""
     table = recipe.layout
-    if table.cp > 1:
-        raise UserError(
-            f'recipe "{recipe.name}": the planner does not price context parallelism; set cp = 1 in [layout] to plan '
-            "without it (bessemer run RECIPE --dry-run says what every rank would hold with it)"
-        )
-    parallel = table.pp * table.ep > 1 or table.dp not in (1, "auto")
+    parallel = table.pp * table.ep * table.cp > 1 or table.dp not in (1, "auto")
     layout: dict[str, Any] = {"pp": table.pp, "ep": table.ep, "node": table.node} if parallel else {}
+    if table.cp > 1:
+        layout["cp"] = table.cp
     if parallel and table.dp != "auto":
         layout["dp"] = table.dp
     if table.schedule != "auto":

@@ -9,10 +9,10 @@ the compute dtype, with nothing to hide either; then AdamW updates this rank's s
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from bessemer.dist.schedules import schedule
+from bessemer.dist.schedules import interleaved, schedule
 from bessemer.dist.table import Action, Pair, Step, Table
 from bessemer.dist.timeline import Timeline, simulate
 from bessemer.errors import UserError
@@ -36,7 +36,7 @@ class StageTimes:
 
 
 @dataclass(frozen=True)
-class _StepCosts:
+class StepCosts:
     """Times of the steps of a schedule's table."""
 
     stages: tuple[StageTimes, ...]
@@ -93,28 +93,40 @@ def step_time(setup: Setup) -> StepTime:
     """Raises UserError for an impossible schedule, and for FP8 on a device without it."""
     if setup.fp8 and setup.device.fp8 is None:
         raise UserError(f"{setup.device.name} has no FP8; set precision=bf16")
-    table = schedule(setup.schedule, setup.layout.pp, setup.micro)
-    stages = tuple(_stage_times(setup, table.stages, any(isinstance(s, Pair) for steps in table.steps for s in steps)))
-    kernels = Kernels.of(setup.device)
-    on_network = setup.layout.dp * setup.layout.ep >= setup.layout.node  # the next pipeline rank is on another node
-    send = kernels.message(setup.tokens * setup.shape.dim * 2, on_network) if setup.layout.pp > 1 else 0.0
-    timeline = simulate(table, _StepCosts(stages, send), send)
+    table = table_of(setup)
+    costs = step_costs(setup, table)
+    timeline = simulate(table, costs, costs.send)
     sync, update = step_end(setup, table)
-    return StepTime(timeline, table, stages, sync, update, links(setup, table))
+    return StepTime(timeline, table, costs.stages, sync, update, links(setup, table))
+
+
+def table_of(setup: Setup) -> Table:
+    if setup.schedule == "interleaved" and setup.slices != 2:
+        return interleaved(setup.layout.pp, setup.micro, setup.slices)
+    return schedule(setup.schedule, setup.layout.pp, setup.micro)
+
+
+def step_costs(setup: Setup, table: Table) -> StepCosts:
+    """Times of the steps of a table."""
+    stages = tuple(_stage_times(setup, table.stages, any(isinstance(s, Pair) for steps in table.steps for s in steps)))
+    on_network = setup.ranks >= setup.layout.node  # the next pipeline rank is on another node
+    message = Kernels.of(setup.device).message(setup.tokens * setup.shape.dim * 2, on_network)
+    return StepCosts(stages, message if setup.layout.pp > 1 else 0.0)
 
 
 def _stage_times(setup: Setup, stages: int, pairs: bool) -> Iterable[StageTimes]:
     shape, tokens = setup.shape, setup.tokens
     taken = efficiency()["exchange"]["units"] if pairs and setup.layout.ep > 1 else 0
     kinds = {away: {dense: layer_times(setup, dense, away) for dense in (True, False)} for away in {0, taken}}
-    around = {0: Kernels.of(setup.device), taken: Kernels.of(setup.device, taken)}
+    around = {n: Kernels.of(setup.device, n, setup.factors) for n in {0, taken}}
     for stage, layers in enumerate(cuts(setup, stages)):
         dense = [i < shape.dense for i in layers]
         extra = layer_kernels.embed(shape, tokens) if stage == 0 else layer_kernels.Phase()
         if stage == stages - 1:
-            extra += layer_kernels.head(shape, tokens)
+            head = layer_kernels.head(replace(shape, vocab=shape.vocab // setup.tp), tokens * setup.tp)
+            extra += head
             for _ in range(setup.n_mtp):
-                extra += layer_kernels.join(shape, tokens) + layer_kernels.head(shape, tokens)
+                extra += layer_kernels.join(shape, tokens) + head
             dense += [False] * setup.n_mtp
         alone = [seconds(around[0], ops, setup) for ops in (extra.forward, extra.input, extra.weight)]
         in_pairs = [seconds(around[taken], ops, setup) for ops in (extra.forward, extra.input, extra.weight)]
@@ -133,8 +145,9 @@ def _gather_seconds(setup: Setup, dense: list[bool]) -> float:
     """Seconds to gather the weights of some layers from the data-parallel ranks."""
     kernels, layout = Kernels.of(setup.device), setup.layout
     local = setup.shape.experts // layout.ep if setup.shape.experts else 0
-    sizes = [sum(setup.shape.layer_params(d, local)) for d in dense]
-    return sum(kernels.collective(2.0 * size, layout.dp * layout.ep, layout.node) for size in sizes)
+    sizes = [sum(setup.shape.layer_params(d, local)) / setup.tp for d in dense]
+    inside = max(1, layout.node // setup.tp)
+    return sum(kernels.collective(2.0 * size, setup.ranks // setup.tp, inside) for size in sizes)
 
 
 GRADIENT, WEIGHT = 4.0, 2.0
@@ -155,7 +168,7 @@ def _params_of_rank(setup: Setup, table: Table, rank: int) -> tuple[float, float
             more, other = shape.layer_params(dense, local)
             expert, rest = expert + more, rest + other
     n_tables = (0 in stages) + (table.stages - 1 in stages and not (shape.tied and 0 in stages))
-    return expert, rest + n_tables * embedding
+    return expert, (rest + n_tables * embedding) / setup.tp
 
 
 def _groups(setup: Setup, table: Table, rank: int) -> list[tuple[float, int, int]]:
@@ -163,14 +176,14 @@ def _groups(setup: Setup, table: Table, rank: int) -> list[tuple[float, int, int
     expert, rest = _params_of_rank(setup, table, rank)
     layout = setup.layout
     return [
-        (expert, layout.dp * table.lanes, max(1, layout.node // layout.ep)),
-        (rest, layout.dp * layout.ep * table.lanes, layout.node),
+        (expert, layout.dp * layout.cp * table.lanes, max(1, layout.node // layout.ep)),
+        (rest, setup.ranks // setup.tp * table.lanes, max(1, layout.node // setup.tp)),
     ]
 
 
 def step_end(setup: Setup, table: Table) -> tuple[float, float]:
     """Seconds of (synchronisation, update) on the slowest pipeline rank."""
-    kernels, worst = Kernels.of(setup.device), (0.0, 0.0)
+    kernels, worst = Kernels.of(setup.device, factors=setup.factors), (0.0, 0.0)
     for rank in range(table.ranks):
         groups = _groups(setup, table, rank)
         sync = 0.0 if setup.fsdp else sum(

@@ -15,7 +15,7 @@ import numpy as np
 from bessemer.dist.mesh import Layout
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
-from bessemer.plan.hardware import Device
+from bessemer.plan.hardware import AS_PUBLISHED, Device, RateFactors
 
 IN_STEP = 1.2
 """Time of kernels within a training step over their time alone: lower sustained clocks, tails, gaps. The only number
@@ -134,15 +134,36 @@ class Setup:
     """Pipeline stages of equally many layers; otherwise of nearly equal work (`stage.cut`)."""
     fsdp: bool = False
     """Weights are sharded over the data-parallel ranks too, and gathered layer by layer."""
+    tp: int = 1
+    """Tensor parallelism with sequence parallelism: ranks, among the layout's, that split the heads and inner columns
+    of the layers they share, and each keep a part of the row outside them (Korthikanti et al. 2022, arXiv 2205.05198).
+    Experts are not split."""
+    tp_overlap: bool = False
+    """Messages of `tp` run in `tp` pieces beside the products that need them; the first piece alone is waited for."""
+    cp: int = 1
+    """Ranks, among the layout's, that each compute a part of every row."""
+    slices: int = 2
+    """Virtual stages of a pipeline rank under "interleaved"."""
+    factors: RateFactors = AS_PUBLISHED
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.rows * self.length
+        """Tokens of a micro-batch that a rank keeps."""
+        return self.rows * self.length // (self.tp * self.cp)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.layout.dp * self.layout.cp * self.layout.ep
 
     @property
     def step_tokens(self) -> int:
-        return self.tokens * self.micro * self.layout.dp * self.layout.ep
+        return self.tokens * self.micro * self.ranks
+
+    @property
+    def piece(self) -> int:
+        """Ranks of a stage with a whole micro-batch of their own."""
+        return self.ranks // (self.tp * self.cp)
 
     @property
     def n_mtp(self) -> int:

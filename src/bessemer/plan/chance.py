@@ -1,0 +1,156 @@
+"""How sure a plan is: the planner's uncertain inputs drawn from their ranges, and what comes out.
+
+Inputs and their ranges are in `ranges.toml`. A Latin hypercube draws every input's n equal shares of probability once
+each, in random order, so few draws cover a range; inputs are independent. `reference.toml` has what other large runs
+cost, `heldout.toml` the runs that test the ranges. The same draws go through the planner for each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from bessemer.dist.table import Action, Pair, Step, Table, needs
+from bessemer.plan.hardware import RateFactors, read_toml
+from bessemer.plan.step_time import step_costs, step_end, table_of
+from bessemer.plan.training_setup import Setup
+
+RATES = ("gemm", "attention", "memory", "exchange")
+Draws = dict[str, np.ndarray]
+"""For every input, its values (n)."""
+
+
+def triangular(share: np.ndarray, low: float, mode: float, high: float) -> np.ndarray:
+    """Quantiles of a triangular distribution."""
+    left = (mode - low) / (high - low)
+    rising = low + np.sqrt(share * (high - low) * (mode - low))
+    falling = high - np.sqrt((1 - share) * (high - low) * (high - mode))
+    return np.where(share < left, rising, falling)
+
+
+def draw(n: int, seed: int) -> Draws:
+    generator, values = np.random.default_rng(seed), {}
+    for one in read_toml("ranges.toml")["input"]:
+        share = (generator.permutation(n) + generator.random(n)) / n
+        if "chance" in one:
+            values[one["name"]] = (share < one["chance"]).astype(float)
+        else:
+            values[one["name"]] = triangular(share, one["low"], one["mode"], one["high"])
+    return values
+
+
+def drawn(setup: Setup, draws: Draws, real_routing: bool) -> Iterator[Setup]:
+    """The setup under every draw. `real_routing`: loads of experts and the cut into stages are uncertain too, as they
+    are for a run of which neither was published."""
+    for i in range(len(draws["gemm"])):
+        one = replace(
+            setup, in_step=float(draws["in_step"][i]), factors=RateFactors(*(float(draws[name][i]) for name in RATES))
+        )
+        if real_routing:
+            one = replace(one, imbalance=float(draws["imbalance"][i]), even=bool(draws["even"][i]))
+        yield one
+
+
+def step_seconds(setups: Sequence[Setup]) -> np.ndarray:
+    """Seconds of a step of setups that share a schedule: as `step_time`, with one pass over the table for all."""
+    table = table_of(setups[0])
+    costs = [step_costs(one, table) for one in setups]
+    ends = [sum(step_end(one, table)) for one in setups]
+    durations: dict[Any, np.ndarray] = {}
+
+    def lasts(step: Step) -> np.ndarray:
+        pair = isinstance(step, Pair)
+        key = (step.forward.stage, step.backward.stage) if isinstance(step, Pair) else (step.kind, step.stage)
+        if (pair, key) not in durations:
+            durations[pair, key] = np.array([one.of(step) for one in costs])
+        return durations[pair, key]
+
+    return _makespan(table, lasts, np.array([one.send for one in costs])) + np.array(ends)
+
+
+def _makespan(table: Table, lasts: Any, message: np.ndarray) -> np.ndarray:
+    """`timeline.simulate` over arrays: the time of the last end."""
+    end: dict[Action, np.ndarray] = {}
+    free = [np.zeros(len(message)) for _ in table.steps]
+    at, moved = [0] * len(table.steps), True
+    while moved:
+        moved = False
+        for rank, steps in enumerate(table.steps):
+            while at[rank] < len(steps) and (inputs := _inputs(steps[at[rank]], end, table)) is not None:
+                step, start = steps[at[rank]], free[rank]
+                for when, sent in inputs:
+                    start = np.maximum(start, when + message if sent else when)
+                free[rank] = start + lasts(step)
+                end |= dict.fromkeys(step if isinstance(step, Pair) else (step,), free[rank])
+                at[rank], moved = at[rank] + 1, True
+    assert at == [len(steps) for steps in table.steps], "the table never ends"
+    return np.max(free, axis=0)
+
+
+def _inputs(step: Step, end: dict[Action, np.ndarray], table: Table) -> list[tuple[np.ndarray, bool]] | None:
+    """(end, whether a message follows) of all that a step waits for; None where one is not known yet."""
+    found = []
+    for part in step if isinstance(step, Pair) else (step,):
+        place = table.place[part.lane]
+        for kinds, stage, micro, lane in needs(part, table.stages):
+            ends = [end[key] for kind in kinds if (key := Action(kind, stage, micro, lane)) in end]
+            if not ends:
+                return None
+            found += [(one, place[stage] != place[part.stage]) for one in ends]
+    return found
+
+
+def rates(setup: Setup, draws: Draws, real_routing: bool = False) -> np.ndarray:
+    """Tokens per second per GPU under every draw."""
+    return setup.step_tokens / step_seconds(list(drawn(setup, draws, real_routing))) / setup.layout.world
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Median and the middle 90 %."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Quantiles:
+        return cls(*(float(q) for q in np.quantile(values, (0.05, 0.5, 0.95))))
+
+    def holds(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+def percentile(values: np.ndarray, value: float) -> float:
+    """Share of the values below `value`, 0 to 100."""
+    return float(100 * np.mean(values < value))
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's, ties in order of place."""
+    a, b = (np.argsort(np.argsort(values, kind="stable"), kind="stable").astype(float) for values in (x, y))
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(x) else 0.0
+
+
+def student(share: float, degrees: int) -> float:
+    """Quantile of Student's t for 7 degrees or more: Cornish-Fisher, four terms (Abramowitz and Stegun 26.7.5), within
+    0.001 there."""
+    from statistics import NormalDist
+
+    z = NormalDist().inv_cdf(share)
+    terms = (
+        z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )  # fmt: skip
+    return sum(term / degrees**power for power, term in enumerate(terms))
+
+
+def next_one(ratios: Sequence[float], share: float = 0.9) -> Quantiles:
+    """The interval of one more ratio like those, Student's t over their logarithms."""
+    logs, n = np.log(ratios), len(ratios)
+    middle = float(logs.mean())
+    wide = student(0.5 + share / 2, n - 1) * float(logs.std(ddof=1)) * math.sqrt(1 + 1 / n)
+    return Quantiles(*(math.exp(middle + sign * wide) for sign in (-1, 0, 1)))
