@@ -122,9 +122,9 @@ class Credibility:
             f"DeepSeek-V3, pre-training: {self.published:.3f}{hours}, ${self.published_usd:.2f}M as published; "
             f"{self.draws} draws, seed {self.seed}",
             "",
-            f"inside view    {_range(inside, hours)}; the published figure lies at the {at:.0f}th percentile",
-            f"               ${usd.median:.1f}M ({usd.low:.1f} to {usd.high:.1f}); the published bill at the "
-            f"{at_usd:.0f}th",
+            f"inside view    {_range(inside, hours)}; {at:.0f} % of the draws are below the published figure",
+            f"               ${usd.median:.1f}M ({usd.low:.1f} to {usd.high:.1f}); {at_usd:.0f} % are below the "
+            "published bill",
             f"outside view   {_range(self.outside, hours)}: the planner's errors on {len(self.others)} other runs",
             "",
             "which inputs matter: rank correlation with the hours, share of their variance",
@@ -147,7 +147,7 @@ class Credibility:
             lines.append(f"  {title}: tokens/s/GPU published, predicted, error, 90 % by draws, by record")
             lines += [
                 f"    {one.name:<56} {one.published:7,.0f} {one.point:7,.0f} {100 * one.error:+5.0f} %  "
-                f"{one.drawn.low:,.0f} to {one.drawn.high:,.0f}({_side(one, one.drawn)}), {one.recorded.low:,.0f} to "
+                f"{one.drawn.low:,.0f} to {one.drawn.high:,.0f} ({_side(one, one.drawn)}), {one.recorded.low:,.0f} to "
                 f"{one.recorded.high:,.0f} ({_side(one, one.recorded)})"
                 for one in self.others
                 if one.seen == seen
