@@ -114,9 +114,7 @@ def test_many_steps_at_once_are_steps_one_by_one():
 
 
 def test_the_interval_of_one_more_covers():
-    """In 4,000 simulated records of eight runs, 90 % of ninth runs lie inside; quantiles as in printed tables."""
-    for degrees, printed in ((7, 1.8946), (15, 1.7531), (23, 1.7139)):
-        assert chance.student(0.95, degrees) == pytest.approx(printed, abs=1e-3)
+    """In 4,000 simulated records of eight runs, 90 % of ninth runs lie inside."""
     generator = np.random.default_rng(0)
     runs = np.exp(generator.normal(-0.3, 0.2, (4000, 9)))
     inside = [chance.next_one(list(eight)).holds(ninth) for *eight, ninth in runs]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from bessemer.dist.table import Action, Pair, Step, Table, needs
+from bessemer.eval.intervals import t_quantile
 from bessemer.plan.hardware import RateFactors, read_toml
 from bessemer.plan.step_time import step_costs, step_end, table_of
 from bessemer.plan.training_setup import Setup
@@ -136,21 +137,9 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if np.ptp(x) else 0.0
 
 
-def student(share: float, degrees: int) -> float:
-    """Quantile of Student's t for 7 degrees or more: Cornish-Fisher, four terms (Abramowitz and Stegun 26.7.5), within
-    0.001 there."""
-    from statistics import NormalDist
-
-    z = NormalDist().inv_cdf(share)
-    terms = (
-        z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )  # fmt: skip
-    return sum(term / degrees**power for power, term in enumerate(terms))
-
-
 def next_one(ratios: Sequence[float], share: float = 0.9) -> Quantiles:
     """The interval of one more ratio like those, Student's t over their logarithms."""
     logs, n = np.log(ratios), len(ratios)
     middle = float(logs.mean())
-    wide = student(0.5 + share / 2, n - 1) * float(logs.std(ddof=1)) * math.sqrt(1 + 1 / n)
+    wide = t_quantile(0.5 + share / 2, n - 1) * float(logs.std(ddof=1)) * math.sqrt(1 + 1 / n)
     return Quantiles(*(math.exp(middle + sign * wide) for sign in (-1, 0, 1)))
