@@ -127,7 +127,8 @@ kind = "distill"
 name = "logits"
 from = "distilled"
 teacher = "r1"
-tasks = ["arithmetic"]
+teachers = { countdown = "dev1" }
+tasks = ["arithmetic", "countdown"]
 steps = 2
 prompts_per_step = 8
 max_new_tokens = 40
@@ -210,6 +211,7 @@ def test_the_student_is_smaller_dense_and_learns_in_both_ways(chain):
     for before, after in (("student", "distilled"), ("distilled", "logits")):
         assert any(not torch.equal(weights[before][name], weights[after][name]) for name in weights[after])
     assert values(out, "logits", "distill/heldout_pass_at_1").keys() == {0, 2}
+    assert values(out, "logits", "distill/heldout/countdown").keys() == {0, 2}  # which dev1 teaches
 
 
 def test_every_model_is_in_the_stage_table(chain):
@@ -226,6 +228,8 @@ def test_every_model_is_in_the_stage_table(chain):
         ("r1.general_tasks=[]", "general_prompts needs general_tasks"),
         ("r1.max_new_tokens=0", "max_new_tokens must be at least 1"),
         ('logits.teacher="later"', 'teacher = "later" does not exist'),
+        ('logits.teachers={countdown="later"}', 'teachers = "later" does not exist'),
+        ('logits.teachers={words="r1"}', 'teachers names "words", which is none of its tasks'),
         ("student.model={n_heds=3}", "n_heds"),
     ],
 )
@@ -245,6 +249,13 @@ def test_logits_of_two_tokenizers_cannot_be_compared(chain, tmp_path):
     _record(other / "11-distilled", done)
     with pytest.raises(UserError, match="different tokenizers, so their distributions cannot be compared"):
         stages_run.run(recipe, other)
+
+
+def test_teachers_of_two_forms_are_refused(chain, tmp_path):
+    recipe, out, _ = chain
+    other = stages_run.copy_without(out, tmp_path / "out", "12-logits", "13-eval")
+    with pytest.raises(UserError, match='teacher "zero" answers in the form zero, "r1" in r1; let one form be taught'):
+        stages_run.run(recipe, other, 'logits.teachers={countdown="zero"}')
 
 
 def _record(folder, done):

@@ -79,7 +79,7 @@ STEPS = {
     "pre-training and SFT": (Transformer, next_token, {}, TERMS),
     "pairs": (Scorer, pairwise, {"rival_BT": torch.full((1, 1), 3)}, {"balance_alpha": 1e-4}),
     "labels": (Scorer, pointwise, {"safe_BT": torch.zeros(1, 1)}, {"balance_alpha": 1e-4}),
-    "distillation": (Transformer, OnPolicyDistillation(network()), {}, {}),
+    "distillation": (Transformer, OnPolicyDistillation((network(),)), {}, {}),
     "critic": (Scorer, ValueLoss(), {"value_BT": torch.zeros(1, 1), "return_BT": torch.zeros(1, 1)}, {}),
     **{f"rl, {name}": (Transformer, GRPO(surrogate=name), rl_extras(), {}) for name in SURROGATES},
 }

@@ -1,12 +1,16 @@
 """Logit distillation: the divergence against a naive sum, its gradient, and that it draws student to teacher."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import tiny_run
 import torch
 
+from bessemer.config.training import DistillConfig
 from bessemer.data.batch import Batch
+from bessemer.errors import UserError
+from bessemer.pipeline.stages.distill import Distill
 from bessemer.train.objective import OnPolicyDistillation, divergence_of
 
 
@@ -39,7 +43,7 @@ def naive(student, teacher, made, which, temperature):
 def test_the_sum_and_its_gradient_against_a_naive_loop(pair, which, temperature):
     student, teacher = pair
     made = batch(vocab=student.cfg.vocab_size)
-    loss = OnPolicyDistillation(teacher, which, temperature)(student, made)
+    loss = OnPolicyDistillation((teacher,), which, temperature)(student, made)
     assert loss.tokens == made.loss_BT.sum()
     loss.total.backward()
     assert all(p.grad is None for p in teacher.parameters()), "the teacher is frozen"
@@ -54,7 +58,7 @@ def test_the_sum_and_its_gradient_against_a_naive_loop(pair, which, temperature)
 
 def test_equal_models_do_not_diverge(pair):
     student = pair[0]
-    loss = OnPolicyDistillation(copy.deepcopy(student))(student, batch(vocab=student.cfg.vocab_size))
+    loss = OnPolicyDistillation((copy.deepcopy(student),))(student, batch(vocab=student.cfg.vocab_size))
     assert abs(loss.total.item()) < 1e-5
 
 
@@ -68,7 +72,7 @@ def test_the_two_directions_differ_and_are_never_negative():
 def test_the_student_comes_closer(pair):
     student, teacher = pair
     made = batch(vocab=student.cfg.vocab_size)
-    objective = OnPolicyDistillation(teacher)
+    objective = OnPolicyDistillation((teacher,))
     optimizer = torch.optim.Adam(student.parameters(), 3e-3)
     first = objective(student, made).total.item()
     for _ in range(30):
@@ -76,3 +80,19 @@ def test_the_student_comes_closer(pair):
         objective(student, made).total.backward()
         optimizer.step()
     assert objective(student, made).total.item() < 0.3 * first
+
+
+def test_every_row_follows_its_own_teacher(pair):
+    student, first = pair
+    second = tiny_run.model(3)
+    objective, made = OnPolicyDistillation((first, second)), batch(vocab=student.cfg.vocab_size)
+    for number, teacher in enumerate((first, second)):
+        alone = OnPolicyDistillation((teacher,))(student, made).total
+        assert objective(student, replace(made, teacher=number)).total.item() == alone.item()
+    assert replace(made, teacher=1).as_filler().teacher == replace(made, teacher=1).to("cpu").teacher == 1
+
+
+def test_a_task_without_a_teacher_is_refused():
+    config = DistillConfig(kind="distill", name="one", tasks=["arithmetic", "countdown"], teachers={"countdown": "r1"})
+    with pytest.raises(UserError, match="nobody teaches arithmetic; name its stage in teachers"):
+        Distill().resolve(config, None)

@@ -212,12 +212,15 @@ class SFTConfig(FineTuningConfig):
 
 class DistillConfig(OnPolicyConfig):
     runtime_only = OptimizerConfig.runtime_only | {"micro_tokens"}
-    ignore_at_default = frozenset({"precision", "fp8"})
+    ignore_at_default = frozenset({"precision", "fp8", "teachers"})
     optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table
     weight_decay: ClassVar = 0.0  # type: ignore[misc]  # constant, no key of the table
 
-    teacher: StageRef
+    teacher: StageRef | None = None
     """The earlier stage whose model teaches; the student is the model of `from`."""
+    teachers: dict[str, StageRef] = Field(default={})
+    """Specialists: {task = stage}, the teachers of these tasks in place of `teacher` (DeepSeek-V3.2 makes one model of
+    RL specialists by SFT on their answers; on-policy distillation, and here: by their distributions)."""
     tasks: list[TaskName]
     """Task families; problems come from their train splits in turn."""
     steps: int = Field(100, ge=1)

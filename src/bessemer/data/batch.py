@@ -50,6 +50,8 @@ class Batch:
 
     own_T: Tensor | None = None
     """Positions of the rows that this process computes, in order (context parallelism); None: all."""
+    teacher: int = 0
+    """Of an objective's several teachers, the one that its rows are for."""
     filler: bool = False
     """Whether it stands in for a micro-batch without rows: computed, and never counted."""
     before: Counted | None = None

@@ -193,19 +193,21 @@ def _preference_loss(total: Tensor, batch: Batch, balance: Tensor, alpha: float,
 
 @dataclass(frozen=True)
 class OnPolicyDistillation:
-    """Distillation of the student's samples; `teacher` is frozen and gets the same tokens."""
+    """Distillation of the student's samples; a teacher is frozen and gets the same tokens. Of several, `Batch.teacher`
+    says which."""
 
-    teacher: Transformer | CausalLM
+    teachers: tuple[Transformer | CausalLM, ...]
     divergence: Divergence = "reverse"
     temperature: float = 1.0
 
     def __call__(self, model: Transformer | CausalLM, batch: Batch) -> Loss:
         weight = batch.loss_BT[:, 1:].flatten()
         keep = batch.trained_N
+        teacher = self.teachers[batch.teacher]
         with torch.no_grad():
-            teacher_ND = _hidden(self.teacher, batch)[keep]
+            teacher_ND = _hidden(teacher, batch)[keep]
         total = _weighted_divergence(
-            _hidden(model, batch)[keep], model.head_weight, teacher_ND, self.teacher.head_weight.detach(),
+            _hidden(model, batch)[keep], model.head_weight, teacher_ND, teacher.head_weight.detach(),
             weight[keep], self.divergence, self.temperature,
         )  # fmt: skip
         return Loss(total, weight.sum(), {"loss": total.detach()})

@@ -1,11 +1,13 @@
 """Stage "distill": on-policy logit distillation of a student from an earlier stage's model.
 
 The student answers training problems, and at every token of its own answers its distribution is trained towards the
-teacher's (`train/objective.py`). R1's distillation is SFT on the teacher's samples (R1 2.4): that is a stage of kind
-reject from the teacher and one of kind sft from the student. This stage is the extra for models that share a tokenizer.
+teacher's (`train/objective.py`). Specialists may teach their own tasks (`teachers`), so that one student follows
+several. R1's distillation is SFT on the teacher's samples (R1 2.4): that is a stage of kind reject from the teacher and
+one of kind sft from the student. This stage is the extra for models that share a tokenizer.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
+from bessemer.hf.causal_lm import CausalLM
+from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.rl import rollout
 from bessemer.rl.dealing import dealt
+from bessemer.rl.rollout import ScoredSample
 from bessemer.runs.context import StageContext
 from bessemer.train import setup
 from bessemer.train.objective import OnPolicyDistillation
@@ -39,11 +44,17 @@ class Distill(Stage[DistillConfig]):
         for name in config.tasks:
             if tasks.get(name).size("test") == 0:
                 raise UserError(f'stage "{config.name}": {name} holds out no problem to evaluate on')
+        if unknown := [name for name in config.teachers if name not in config.tasks]:
+            raise UserError(f'stage "{config.name}": teachers names "{unknown[0]}", which is none of its tasks')
+        if missing := [name for name in config.tasks if config.teachers.get(name, config.teacher) is None]:
+            raise UserError(
+                f'stage "{config.name}": nobody teaches {missing[0]}; name its stage in teachers, or a teacher of all'
+            )
         return {}
 
     def probes(self, config: DistillConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
         yield from preflight.task_probes(config.tasks, config.steps * config.prompts_per_step)
-        models = [config.source, config.teacher]
+        models = [config.source, *_teachers(config)]
         yield from preflight.length_probes(config, recipe, models, "max_new_tokens", config.max_new_tokens)
 
     def estimate(self, config: DistillConfig, recipe: Recipe) -> float:
@@ -75,26 +86,37 @@ class _Run:
             raise UserError(f'stage "{ctx.name}" needs a student to start from: name its stage with from = "..."')
         setup.keep_memory()
         self.student, self.tokenizer = setup.load_model(ctx.source / "model")
-        its_dtype = setup.choose_precision("device").dtype
-        teacher, its_tokenizer = setup.load_model(ctx.inputs[config.teacher] / "model", dtype=its_dtype)
-        if self.tokenizer.fingerprint != its_tokenizer.fingerprint:
-            raise UserError(
-                f'stage "{ctx.name}": student and teacher have different tokenizers, so their distributions cannot be '
-                "compared; distil from text instead (a stage of kind reject from the teacher, then one of kind sft)"
-            )
-        # the student learns the form of the teacher; the setter refuses a teacher without a style
-        self.tokenizer.chat_style = its_tokenizer.chat_style  # type: ignore[assignment]
-        teacher.eval().requires_grad_(False)
+        self.names = _teachers(config)
+        teachers = tuple(self._teacher(name) for name in self.names)
         self.tasks = [tasks.get(name) for name in config.tasks]
         self.workers = setup.workers()
         dtype = setup.set_precision(self.student, config, ctx.say)
         alone = Engine(self.student, self.tokenizer, self.workers)
         self.engine = dealt(alone, ctx.source / "model", ctx, version=lambda: self.trainer.rows)
         self.trainer = Trainer(
-            self.student, OnPolicyDistillation(teacher, config.divergence, config.temperature), None,
+            self.student, OnPolicyDistillation(teachers, config.divergence, config.temperature), None,
             config, Runtime(workers=self.workers, compute_dtype=dtype), ctx.state, stop=lambda: ctx.stop,
             model_config=self.student.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
+
+    def _teacher(self, name: str) -> Transformer | CausalLM:
+        """A frozen teacher; the student learns the form that all of them have."""
+        dtype = setup.choose_precision("device").dtype
+        model, tokenizer = setup.load_model(self.ctx.inputs[name] / "model", dtype=dtype)
+        if self.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f'stage "{self.ctx.name}": student and teacher "{name}" have different tokenizers, so their '
+                "distributions cannot be compared; distil from text instead (a stage of kind reject from the teacher, "
+                "then one of kind sft)"
+            )
+        if name != self.names[0] and self.tokenizer.chat_style != tokenizer.chat_style:
+            raise UserError(
+                f'stage "{self.ctx.name}": teacher "{name}" answers in the form {tokenizer.chat_style}, '
+                f'"{self.names[0]}" in {self.tokenizer.chat_style}; let one form be taught'
+            )
+        # the setter refuses a teacher without a style
+        self.tokenizer.chat_style = tokenizer.chat_style  # type: ignore[assignment]
+        return model.eval().requires_grad_(False)
 
     def run(self) -> dict[str, Any]:
         config, ctx, trainer = self.config, self.ctx, self.trainer
@@ -132,9 +154,16 @@ class _Run:
             seed=tasks.stable_hash(self.ctx.seed, self.ctx.name, number), max_new_tokens=config.max_new_tokens,
             batch_rows=setup.batch_rows(count * config.samples),
         )  # fmt: skip
-        rows = [row for group in groups for row in group]
-        values = self.trainer.update(rollout.to_batches(rows, self.tokenizer.pad_id, config.micro_tokens, "token"))
-        return values | {"distill/accuracy": sum(row.verdict.correct for row in rows) / len(rows)}
+        rows: dict[int, list[ScoredSample]] = {}
+        for (task, _), group in zip(chosen, groups, strict=True):
+            rows.setdefault(self.names.index(teacher_of(config, task.name)), []).extend(group)
+        batches = [
+            replace(batch, teacher=teacher)
+            for teacher, own in sorted(rows.items())
+            for batch in rollout.to_batches(own, self.tokenizer.pad_id, config.micro_tokens, "token")
+        ]
+        right = [row.verdict.correct for group in groups for row in group]
+        return self.trainer.update(batches) | {"distill/accuracy": sum(right) / len(right)}
 
     def _evaluate(self) -> None:
         """Writes the mean held-out pass@1 over the tasks."""
@@ -146,8 +175,23 @@ class _Run:
             for task in self.tasks
         ]  # fmt: skip
         score = sum(row["pass_at_1"] for row in rows) / len(rows)
-        self.ctx.metrics.write(self.trainer.step, self.trainer.tokens, {HELDOUT: score})
-        self.ctx.say(f"step {self.trainer.step}: held-out pass@1 {score:.3f}")
+        each = {row["task"]: row["pass_at_1"] for row in rows} if len(rows) > 1 else {}
+        values = {HELDOUT: score} | {f"distill/heldout/{name}": value for name, value in each.items()}
+        self.ctx.metrics.write(self.trainer.step, self.trainer.tokens, values)
+        shown = f" ({', '.join(f'{name} {value:.3f}' for name, value in each.items())})" if each else ""
+        self.ctx.say(f"step {self.trainer.step}: held-out pass@1 {score:.3f}{shown}")
 
     def _encode(self, problem: tasks.Problem) -> list[int]:
         return question_ids(self.tokenizer, problem.prompt)
+
+
+def teacher_of(config: DistillConfig, task: str) -> str:
+    """The stage that teaches a task."""
+    name = config.teachers.get(task, config.teacher)
+    assert name is not None, "resolve has checked it"
+    return name
+
+
+def _teachers(config: DistillConfig) -> list[str]:
+    """The stages that teach, in the order of the tasks, each once."""
+    return list(dict.fromkeys(teacher_of(config, task) for task in config.tasks))
