@@ -22,6 +22,7 @@ from bessemer.pipeline.planned import Planned, planned
 from bessemer.pipeline.stage import find_kind
 from bessemer.plan import dry_run
 from bessemer.plan.plan_config import begun
+from bessemer.plan.stage_costs import NO_GPU
 from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import read_json
 
@@ -91,7 +92,12 @@ def whatif(recipe: Recipe, root: Path, usd: float | None = None) -> WhatIf:
     old = Recipe.load(root / "recipe.toml", [])
     before, after = _stages(old, root), _stages(recipe, root)
     took = {name: done["seconds"] for name, (_, done, _) in before.items() if done}
-    pace = median([took[name] / before[name][2] for name in took if before[name][2]] or [1.0])
+    paces = [
+        took[name] / estimate
+        for name, (item, _, estimate) in before.items()
+        if name in took and estimate and item.config.kind not in NO_GPU  # whose time is downloads and texts
+    ]
+    pace = median(paces or [1.0])
     fates = []
     for name, (item, done, estimate) in after.items():
         past = before.get(name)
