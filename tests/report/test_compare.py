@@ -34,7 +34,12 @@ def runs(tmp_path_factory):
     )
     for name in ("03-before", "05-after"):
         path = folder / "less" / name / "results.json"
-        path.write_text(json.dumps([row | {"pass_at_1": row["pass_at_1"] / 2} for row in json.loads(path.read_text())]))
+        rows = json.loads(path.read_text())
+        halves = [{name: share / 2 for name, share in row["by_problem"].items()} for row in rows]
+        half = [
+            row | {"pass_at_1": row["pass_at_1"] / 2, "by_problem": by} for row, by in zip(rows, halves, strict=True)
+        ]
+        path.write_text(json.dumps(half))
     lines = (folder / "bare" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "bare" / "metrics.jsonl").write_text("".join(line for line in lines if '"zero"' not in line))
     return folder
@@ -47,6 +52,8 @@ def test_runs_side_by_side(runs):
     heads = re.findall(r'<th scope="col">([^<]+)<small>', shown)
     assert heads[:4] == ["one · pretrain", "less · pretrain", "one · zero", "less · zero"]
     assert "18.1" in words(shown) and "9.0" in words(shown) and "<b>56.9</b>" in shown and "28.4" in shown
+    better = words(section(text, "differences"))
+    assert "Which is better" in better and "the first is better" in better and "the second is better" not in better
     rows = [words(row) for row in re.findall(r"<tr>.*?</tr>", section(text, "settings"))]
     assert rows == ["key one less", "seed 7 8", "pretrain.tokens 8000000 9000000", "stage more – eval"]
     curves = section(text, "curves")
@@ -65,6 +72,7 @@ def test_what_one_run_lacks_is_left_out(runs):
     accuracy = next(c for c in re.findall(r"<figure.*?</figure>", text, re.DOTALL) if "correct in training" in c)
     assert "<b>bare</b>" in loss and "<b>bare</b>" not in accuracy and "<b>less</b>" in accuracy
     same = compare.render({name: compare.read(runs / name) for name in ("one", "bare")})
+    assert "no difference that can be told" in section(same, "differences")
     assert 'id="settings"' not in same and "Nothing to compare for: what differs." in words(same)
 
 

@@ -66,14 +66,15 @@ def rates(rows: Iterable[Row], name: str) -> dict[Asked, Rates]:
     """A model's evaluation rows by what was asked; of two rows that ask the same the last counts."""
     found: dict[Asked, Rates] = {}
     for row in rows:
-        if row["domain"] == "lm-eval":
+        if row.get("domain") == "lm-eval":
             continue
         if "by_problem" not in row:
             raise UserError(
                 f"{name} was evaluated by an earlier version, which did not keep the result of every problem; ask anew "
                 f"with --task {row['task']}"
             )
-        found[Asked(row["task"], row["language"], row["temperature"], row["top_p"])] = row["by_problem"]
+        temperature, top_p = (1.0 if row.get(key) is None else row[key] for key in ("temperature", "top_p"))
+        found[Asked(row["task"], row["language"], temperature, top_p)] = row["by_problem"]
     return found
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.errors import UserError
+from bessemer.eval import paired
 from bessemer.eval.tables import Row
 from bessemer.report import comparisons, page, panels
 from bessemer.report.facts import RunFacts, StageFacts, read
@@ -42,13 +43,15 @@ def render(runs: dict[str, RunFacts]) -> str:
     """The page of runs by their labels."""
     parts = [
         ("results", "Stage by stage", _results(runs), "Evaluations of the stages that the runs share."),
+        ("differences", "Which is better", _differences(runs),
+         "pass@1 of the second run less that of the first, problem by problem; 95 % intervals over the problems."),
         ("settings", "What differs", _settings(runs), "Keys of the recipes that are not the same, defaults included."),
         ("curves", "Curves", _curves(runs), "Noisy curves: faint as measured, bold smoothed."),
         ("cost", "What it cost", _cost(runs), "Minutes, restarts included."),
     ]  # fmt: skip
     shown = [part for part in parts if part[2]]
     links = "".join(f'<a href="#{anchor}">{page.text(title)}</a>' for anchor, title, _, _ in shown)
-    missing = [title.lower() for _, title, body, _ in parts if not body]
+    missing = [title.lower() for anchor, title, body, _ in parts if not body and anchor != "differences"]
     none = page.paragraph(f"Nothing to compare for: {', '.join(missing)}.", "missing") if missing else ""
     title = " and ".join(runs)
     roots = " · ".join(str(facts.root) for facts in runs.values())
@@ -93,6 +96,30 @@ def _results(runs: dict[str, RunFacts]) -> Html:
     rows.sort(key=lambda row: order.index(str(row["model"])))
     merged = RunFacts(Path(), {}, "", stages, [], 0.0)
     return comparisons.stage_table_html(merged, rows)
+
+
+def _differences(runs: dict[str, RunFacts]) -> Html:
+    """Of two runs, whose evaluations asked the same problems; "" otherwise."""
+    if len(runs) != 2:
+        return Html()
+    parts = []
+    for name in _shared(runs):
+        sides = [[row for row in comparisons.main_rows(facts) if row.get("model") == name] for facts in runs.values()]
+        if not all(rows and all("by_problem" in row for row in rows) for rows in sides):
+            continue
+        first, second = (paired.rates(rows, name) for rows in sides)
+        try:
+            lines = paired.compare([first], [second])
+        except UserError:  # they were asked nothing in common, or other problems
+            continue
+        rows = [
+            [line.asked, str(line.n), *(f"{100 * value:+.1f}" for value in (line.difference, line.low, line.high)),
+             line.verdict]
+            for line in lines
+        ]  # fmt: skip
+        table = page.table(["pass@1", "problems", "points", "from", "to", ""], rows, numeric=(1, 2, 3, 4))
+        parts.append(page.heading(name) + table)
+    return Html("".join(parts))
 
 
 def _settings(runs: dict[str, RunFacts]) -> Html:
