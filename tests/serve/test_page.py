@@ -65,7 +65,7 @@ def test_an_answer_streams_and_its_thought_is_folded(chat, server):
     assert chat.answer() == told["choices"][0]["message"]["content"] != ""
     assert chat.answer(".thought") == told["choices"][0]["message"]["reasoning_content"]
     assert int(thought) == told["usage"]["completion_tokens_details"]["reasoning_tokens"] and float(seconds) > 0
-    assert re.match(r"\d+ tokens · [\d.]+ tokens/s · first in [\d.]+ m?s", chat.text(f"{BAR} .figures"))
+    assert re.match(r"\d+ tokens · [\d.\u2009]+ tokens/s · first in [\d.]+ m?s", chat.text(f"{BAR} .figures"))
     chat.page.click(f"{BAR} summary")
     chat.page.reload()
     chat.page.wait_for_selector(f"{BAR} .thought[open]")  # the reader's choice is remembered

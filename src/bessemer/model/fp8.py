@@ -211,9 +211,10 @@ class Core:
         dq, dkv, dk_rope = attention_backward(
             dout, given.q, given.kv, given.k_rope, given.rope, given.scale, given.segments, out, lse
         )
-        dy = given.recipe.quantised_gradient(dkv.flatten(2))
-        dweight = gradient(given.weight, lambda: weight_gradient(dy, given.latent, given.recipe))
-        return dq, input_gradient(dy, given.weight, given.recipe), dk_rope, dweight
+        latent, recipe = given.latent, given.recipe  # of `given` a deferred gradient keeps these alone
+        dy = recipe.quantised_gradient(dkv.flatten(2))
+        dweight = gradient(given.weight, lambda: weight_gradient(dy, latent, recipe))
+        return dq, input_gradient(dy, given.weight, recipe), dk_rope, dweight
 
 
 WHOLE = Core()
