@@ -419,7 +419,7 @@ def in_interpreter():
         "PYTHONPATH": PATHS,
     }
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__], env=environment, capture_output=True, text=True, timeout=280
+        [sys.executable, "-W", "ignore", __file__], env=environment, capture_output=True, text=True, timeout=580
     )
     found = dict(part.split("\n", 1) for part in done.stdout.split("\0")[1:])
     return found if done.returncode == 0 else {name: done.stdout + done.stderr for name in CHECKS}
@@ -438,7 +438,7 @@ def test_kernels_compile_for_hopper(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": PATHS}
     command = [sys.executable, "-W", "ignore", __file__, "check_hopper_code"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
     assert done.stdout.split("\n", 1) == ["\0check_hopper_code", ""], done.stdout + done.stderr
 
 

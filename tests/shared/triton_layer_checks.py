@@ -74,7 +74,7 @@ def check_gate():
     from bessemer.model import gate_gpu
 
     for rule in rules():
-        S, T, E, K = 3, 11, rule.n_experts, rule.n_activated
+        S, T, E, K = 2, 7, rule.n_experts, rule.n_activated
         logits, bias = normal(S * T, E), normal(E, seed=1)
         given = torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(i))[:K] for i in range(S * T)])
         given[1::3] = -1
