@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "bessemer"
 BESIDE_THE_CORE = ("plan", "curate", "claims")
-MOST = {"files": 370, "lines": 66_000, "core files": 320, "core lines": 58_000, "Any lines": 110, "repeated names": 10}
+MOST = {"files": 350, "lines": 64_990, "core files": 307, "core lines": 57_300, "Any lines": 106, "repeated names": 3}
 """A ratchet: lower it when the package shrinks. The aims: 41,000 lines, and in the core 200 files of 35,000 lines."""
 
 
