@@ -56,9 +56,9 @@ class Run:
     """Policy, reference and critic, whole or this rank's."""
 
     def __init__(self, folder, schedule=None, layout=None, dtype=torch.float32):
-        zero1.BUCKET, zero1.FILLING = 1 << 14, 0.25
         network = Transformer(CFG).initialise(1)
         if layout is not None:
+            zero1.BUCKET, zero1.FILLING = 1 << 14, 0.25  # in a rank's own process
             network = ModelShard(network, Mesh(layout, CFG), schedule)
         self.policy = distributed.trainer(
             network, GRPO(kl=0.0), None, SETTINGS, Runtime(workers=Workers(1), compute_dtype=dtype), folder,
