@@ -53,7 +53,7 @@ def test_pairing_sees_what_two_intervals_would_not():
 
 def test_few_problems_that_differ_are_not_taken_for_certain():
     (line,) = paired.compare([model(*[0.0] * 19, 0.0)], [model(*[0.0] * 19, 1.0)])
-    assert line.low < 0 < line.high and line.verdict == "no difference that can be told"
+    assert line.low < 0 < line.high and line.verdict == "no significant difference"
     (line,) = paired.compare([model(*[0.5] * 20)], [model(*[0.5] * 20)])
     assert line.difference == 0 and line.low < -0.1 and line.high > 0.1
 
@@ -104,7 +104,7 @@ def test_two_stages_of_a_run_by_the_command(call, tmp_path):
     assert status == 2 and "earlier version" in err and "--task sums" in err
     write_json(root / "02-eval" / "results.json", {"rows": [row | {"by_problem": {"a": 0.5, "b": 1.0}}]})
     status, out, _ = call("compare", root / "zero", f"{root / 'zero'},{root / 'zero'}")
-    assert status == 0 and "sums en, T 1" in out and "2 seeds" in out and "no difference that can be told" in out
+    assert status == 0 and "sums en, T 1" in out and "2 seeds" in out and "no significant difference" in out
     asked = ("--task", "countdown", "--problems", 3, "--samples", 2, "--max-tokens", 8, "--json")
     status, out, _ = call("compare", root, root / "zero", *asked)
     (line,) = json.loads(out)["rows"]

@@ -88,7 +88,7 @@ def test_which_steps_can_be_replayed_is_said(whole, tmp_path):
         replay(root, "zero", 3)
     with pytest.raises(UserError, match='only keys of "zero" have an effect'):
         replay(root, "zero", 5, changes=["pretrain.lr=1"])
-    with pytest.raises(UserError, match='"pretrain" is pretrain; this is for stages of kind rl'):
+    with pytest.raises(UserError, match='"pretrain" is of kind pretrain; name a stage of kind rl as RUN/STAGE: zero'):
         replay(root, "pretrain", 5)
     root = tmp_path / "run"
     shutil.copytree(whole[0], root)

@@ -83,7 +83,7 @@ def test_a_planted_cause_is_named_first(name):
 
 def test_a_bug_is_told_from_learning():
     bug = played(0, *PLANTED["a bug that pays for a word"][:3])
-    assert "paid by the reward function, while right answers went from" in headline(bug)
+    assert "What pays for this is the reward function; right answers went from" in headline(bug)
     assert "right answers went" not in headline(played(0, *PLANTED["a leaked answer"][:3]))
 
 

@@ -51,7 +51,7 @@ def compare(
     options = {"problems": problems, "samples": samples, "temperature": temperature, "top_p": top_p,
                "max_new_tokens": max_tokens, "seed": seed}  # fmt: skip
     check_used("--task", task, options)
-    sides = [[model_dir(name.strip()) for name in side.split(",") if name.strip()] for side in (first, second)]
+    sides = [[model_dir(name.strip()) for name in side.split(",")] for side in (first, second)]
 
     def rows(folder: Any) -> list[dict[str, Any]]:
         if not task:

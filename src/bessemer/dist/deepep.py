@@ -10,9 +10,9 @@ so that results have the same bits.
     backward   of dispatch: a combine of the same handle. Of combine: a dispatch of the handle, which knows all numbers.
                The host does not wait
 
-Inside a node these numbers travel in a message of ours, and `dispatch` is told the exact size as `num_worst_tokens`:
-without it `Buffer` polls for them while it holds Python's lock, so that no other thread launches computation, nor
-reports a hang. Between nodes it has no such argument, and does not hold the lock.
+Inside a node a collective of ours exchanges these row counts first, and `num_worst_tokens` is set to the exact size.
+Without it `Buffer` polls for the counts while holding the GIL, so no other thread could launch computation or report a
+hang. Between nodes `Buffer` has no such argument, and releases the GIL.
 
 We call `Buffer`, the interface of 1.x that 2.x keeps (checked against deepseek-ai/DeepEP at commit dd758ca, version
 2.1.0), and not the `ElasticBuffer` of 2.x, which needs NCCL 2.30.4 or newer. Its kernels run on a stream of their own,

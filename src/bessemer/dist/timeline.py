@@ -10,11 +10,14 @@ rank.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from bessemer.dist.table import Action, Pair, Step, Table, actions, needs
+
+_Time = TypeVar("_Time")  # a number, or an array of one for each draw (`plan.chance`)
 
 
 class Timing(Protocol):
@@ -96,15 +99,21 @@ def simulate(table: Table, costs: Timing = Costs(), message: float = 0.0) -> Tim
 
 def _start(step: Step, end: dict[Action, float], table: Table, message: float) -> float | None:
     """When a step's inputs are there; None if that is not known yet."""
-    latest = 0.0
+    found = inputs(step, end, table)
+    return None if found is None else max((at + message * sent for at, sent in found), default=0.0)
+
+
+def inputs(step: Step, end: Mapping[Action, _Time], table: Table) -> list[tuple[_Time, bool]] | None:
+    """(end, whether a message follows) of all that a step waits for; None where one is not known yet."""
+    found = []
     for part in step if isinstance(step, Pair) else (step,):
         place = table.place[part.lane]
         for kinds, stage, micro, lane in needs(part, table.stages):
             ends = [end[key] for kind in kinds if (key := Action(kind, stage, micro, lane)) in end]
             if not ends:
                 return None
-            latest = max(latest, max(ends) + (message if place[stage] != place[part.stage] else 0.0))
-    return latest
+            found += [(one, place[stage] != place[part.stage]) for one in ends]
+    return found
 
 
 def _live(steps: tuple[Step, ...]) -> int:

@@ -59,7 +59,7 @@ class Difference:
     def verdict(self) -> str:
         if self.low > 0:
             return "the second is better"
-        return "the first is better" if self.high < 0 else "no difference that can be told"
+        return "the first is better" if self.high < 0 else "no significant difference"
 
 
 def rates(rows: Iterable[Row], name: str) -> dict[Asked, Rates]:

@@ -50,13 +50,13 @@ def explain(root: Path, name: str | None, problems: int = 64, samples: int = 16)
 
 def rl_stage(recipe: Recipe, name: str | None) -> RLConfig:
     """The stage of kind rl with this name, or the only one; UserError otherwise."""
-    stages = [stage for stage in recipe.stages if isinstance(stage, RLConfig) and name in (None, stage.name)]
-    if len(stages) == 1:
-        return stages[0]
-    if name is not None:
-        raise UserError(f'"{name}" is {recipe.stage(name).kind}; this is for stages of kind rl')
-    every = ", ".join(stage.name for stage in stages)
-    raise UserError(f"name one of the stages of kind rl as RUN/STAGE: {every}" if every else "the run has no RL stage")
+    stages = {stage.name: stage for stage in recipe.stages if isinstance(stage, RLConfig)}
+    if name is None and len(stages) == 1:
+        return next(iter(stages.values()))
+    if name not in stages:
+        wrong = "" if name is None else f'stage "{name}" is of kind {recipe.stage(name).kind}; '
+        raise UserError(f"{wrong}name a stage of kind rl as RUN/STAGE: {', '.join(stages) or 'it has none'}")
+    return stages[name]
 
 
 def _problems(config: RLConfig, count: int, seed: int) -> TaskProblems:

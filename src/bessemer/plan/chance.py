@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from bessemer.dist.table import Action, Pair, Step, Table, needs
+from bessemer.dist.table import Action, Pair, Step, Table
+from bessemer.dist.timeline import inputs
 from bessemer.eval.intervals import t_quantile
 from bessemer.plan.hardware import RateFactors, read_toml
 from bessemer.plan.step_time import step_costs, step_end, table_of
@@ -81,28 +82,15 @@ def _makespan(table: Table, lasts: Any, message: np.ndarray) -> np.ndarray:
     while moved:
         moved = False
         for rank, steps in enumerate(table.steps):
-            while at[rank] < len(steps) and (inputs := _inputs(steps[at[rank]], end, table)) is not None:
+            while at[rank] < len(steps) and (known := inputs(steps[at[rank]], end, table)) is not None:
                 step, start = steps[at[rank]], free[rank]
-                for when, sent in inputs:
+                for when, sent in known:
                     start = np.maximum(start, when + message if sent else when)
                 free[rank] = start + lasts(step)
                 end |= dict.fromkeys(step if isinstance(step, Pair) else (step,), free[rank])
                 at[rank], moved = at[rank] + 1, True
     assert at == [len(steps) for steps in table.steps], "the table never ends"
     return np.max(free, axis=0)
-
-
-def _inputs(step: Step, end: dict[Action, np.ndarray], table: Table) -> list[tuple[np.ndarray, bool]] | None:
-    """(end, whether a message follows) of all that a step waits for; None where one is not known yet."""
-    found = []
-    for part in step if isinstance(step, Pair) else (step,):
-        place = table.place[part.lane]
-        for kinds, stage, micro, lane in needs(part, table.stages):
-            ends = [end[key] for kind in kinds if (key := Action(kind, stage, micro, lane)) in end]
-            if not ends:
-                return None
-            found += [(one, place[stage] != place[part.stage]) for one in ends]
-    return found
 
 
 def rates(setup: Setup, draws: Draws, real_routing: bool = False) -> np.ndarray:

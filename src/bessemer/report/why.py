@@ -29,7 +29,7 @@ def headline(found: Explanation) -> str:
     paid = first.term if first.term != RIGHT or first.name == RIGHT else ""
     truth = found.right[1] - found.right[0]
     if paid and first.name != RIGHT and truth < 0.5 * found.rise:
-        said += f" It is paid by {paid}, while right answers went from {_rates(found.right)}."
+        said += f" What pays for this is {paid}; right answers went from {_rates(found.right)}."
     return said
 
 
