@@ -1,10 +1,11 @@
 """A real server on a free port of the loopback address, in a thread of the tests' process."""
 
 import json
+import os
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 
 import httpx
@@ -18,8 +19,15 @@ from bessemer.serve.server import Server
 class Thread(threading.Thread):
     """What a process is to the service."""
 
+    def __init__(self, work, pipe):
+        super().__init__(target=work, daemon=True)
+        self.pipe = pipe
+
     def kill(self):
-        """Its pipe is closed by now, which ends it."""
+        """Ends its pipe. The service has closed its end by now, but a process that another test forked in between and
+        that still lives has a copy, and the worker would wait for that one."""
+        with suppress(OSError), socket.socket(fileno=os.dup(self.pipe.fileno())) as pipe:
+            pipe.shutdown(socket.SHUT_RDWR)
 
     wait = threading.Thread.join
 
@@ -32,7 +40,7 @@ def in_thread(folder, config):
         with theirs:
             worker.work(theirs, folder, config)
 
-    thread = Thread(target=work, daemon=True)
+    thread = Thread(work, theirs)
     thread.start()
     return ours, thread
 
