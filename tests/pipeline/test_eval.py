@@ -1,25 +1,32 @@
 """The stage `eval` and `bessemer eval`: what a row holds, against counting; a search for planted problems; resuming."""
 
 import json
+import re
 from collections import Counter
+from itertools import islice
+from typing import get_args
 
 import pytest
 import stages_run
 
 import bessemer
 from bessemer import tasks
+from bessemer.config.evaluation import EvalConfig, ShotKind
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig
 from bessemer.data.chat import exchange, question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.eval import contamination, evaluate, scoring
+from bessemer.eval import contamination, evaluate, paired, scoring, shots, tables
 from bessemer.pipeline.stage import Stage, find_kind
-from bessemer.pipeline.stages.eval import ancestors
+from bessemer.pipeline.stages.eval import Eval, ancestors
 from bessemer.report import facts
 from bessemer.runs import files
 from bessemer.runs.metrics import StageMetrics
-from bessemer.tasks.readability import readable
+from bessemer.tasks import worked
+from bessemer.tasks.answer import parse_reply
+from bessemer.tasks.base import split_of
+from bessemer.tasks.readability import consistency, readable
 from bessemer.tasks.verdict_metrics import maj_at_k, pass_at_k
 
 EVAL = """
@@ -210,3 +217,85 @@ def test_several_tasks_from_the_command_line(done, monkeypatch):
         evaluate.evaluate(directory, names=["arithmetic", "countdwn"])
     with pytest.raises(UserError, match="k is 3"):
         evaluate.evaluate(directory, names=["arithmetic"], samples=2, k=3)
+
+
+def documents(ids, tokenizer):
+    """The documents of a prompt as ids."""
+    starts = [place for place, one in enumerate(ids) if one == tokenizer.bos_id]
+    return [ids[begin:end] for begin, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
+
+
+def test_worked_examples_think_and_are_right_and_come_from_the_train_split():
+    task = tasks.get("countdown")
+    for language in ("en", "zh"):
+        pages = list(islice(worked.examples(task, language, "a"), 30))
+        for page in pages:
+            assert split_of(page.problem.meta["numbers"]) == "train" and page.problem.language == language
+            assert task.verify(page.problem, page.response).sound and consistency(page.response, language) == 1
+        assert next(worked.examples(task, language, "b")) not in pages
+    with pytest.raises(UserError, match="no pre-training documents"):
+        next(worked.examples(tasks.get("gym:simple_equations"), "en", "a"))
+
+
+def test_the_controls_ask_the_same_and_are_as_long(done, monkeypatch):
+    tokenizer = bessemer.Tokenizer.load(done[0] / "run" / "02-pretrain" / "model")
+    task, fables = tasks.get("countdown"), [f"{name} saw a fox. " * 9 for name in "abcdef"]
+    monkeypatch.setattr(shots, "_texts", lambda language, cache: fables)
+    problems = scoring.heldout(task, 6)
+    kinds = get_args(ShotKind)
+    prompts = [map(shots.Shots(2, kind).encoder(tokenizer, task, 700), problems) for kind in kinds]
+    seen = set()
+    for problem, *four in zip(problems, *prompts, strict=True):
+        question = question_ids(tokenizer, problem.prompt)
+        for ids in four:
+            assert ids[-len(question) :] == question and len(ids) <= 700
+            assert [part[-1] for part in documents(ids, tokenizer)[:-1]] == [tokenizer.eos_id] * 2
+        cut = [documents(ids, tokenizer)[:-1] for ids in four]
+        assert [len(one) for one in cut[3]] == [len(one) for one in cut[0]]
+        for long, short, foreign, fable in zip(*cut, strict=True):
+            long, short, foreign, fable = map(tokenizer.decode, (long, short, foreign, fable))
+            assert "fox" in fable and "Assistant" not in fable
+            (asked, answer), (again, brief) = (text.split("\nAssistant:") for text in (long, short))
+            assert asked == again and "<think>" not in brief
+            assert parse_reply(brief.strip()).answer == parse_reply(answer).answer is not None
+            chinese = [bool(re.search("[一-鿿]", text)) for text in (asked, foreign)]
+            assert chinese == [problem.language == "zh", problem.language == "en"]
+            seen.add(asked)
+    assert len(seen) == 12  # every problem has its own
+
+
+def test_r1_sees_examples_with_their_thoughts(done):
+    tokenizer = bessemer.Tokenizer.load(done[0] / "run" / "02-pretrain" / "model")
+    tokenizer.chat_style = "r1"
+    [problem] = scoring.heldout(tasks.get("arithmetic", languages=["en"]), 1)
+    ids = shots.Shots(1).encoder(tokenizer, tasks.get("arithmetic"), 700)(problem)
+    first, question = documents(ids, tokenizer)
+    assert question == question_ids(tokenizer, problem.prompt)
+    text = tokenizer.decode(first)
+    assert text.startswith("<think>\n", text.index("<think>")) and "</think>\n\n" in text and "<answer>" in text
+
+
+def test_what_stands_before_a_question_is_in_its_row(done):
+    directory = done[0] / "run" / "02-pretrain" / "model"
+    row, plain = (
+        evaluate.evaluate(directory, names=["arithmetic"], samples=1, problems=2, max_new_tokens=8, shots=one)[0]
+        for one in (shots.Shots(1, "direct", "Think well."), shots.NONE)
+    )
+    assert (row["shots"], row["shot_kind"], row["prefix"]) == (1, "direct", "Think well.")
+    assert not {"shots", "shot_kind", "prefix"} & plain.keys()
+    assert len(tables.stage_tables([row, plain])) == 2 and len(paired.rates([row, plain], "it")) == 2
+    assert "1 direct examples first" in tables.stage_tables([row])[0].sampling
+    with pytest.raises(UserError, match="leave an answer room"):
+        evaluate.evaluate(directory, names=["countdown"], problems=1, max_new_tokens=100, shots=shots.Shots(9))
+    with pytest.raises(UserError, match="shot_kind has no effect"):
+        Eval().resolve(EvalConfig(name="e", kind="eval", models=["a"], tasks=["countdown"], shot_kind="fables"), None)
+
+
+def test_the_stage_asks_with_each_number_of_examples(done, tmp_path):
+    folder, _ = done
+    out = stages_run.copy_without(folder / "run", tmp_path / "run", "03-eval")
+    stages_run.run(folder / "small.toml", out, "eval.shots=[0, 1]", "eval.tasks=['arithmetic']",
+                   "eval.temperatures=[1.0]", "eval.shot_kind='direct'")  # fmt: skip
+    rows = json.loads((out / "03-eval" / "results.json").read_text())["rows"]
+    assert [(row["language"], row.get("shots", 0)) for row in rows] == [("en", 0), ("en", 1), ("zh", 0), ("zh", 1)]
+    assert rows[0]["by_problem"].keys() == rows[1]["by_problem"].keys()

@@ -17,6 +17,7 @@ from bessemer.engine.engine import Completion
 from bessemer.errors import UserError
 from bessemer.pipeline.stages import reject
 from bessemer.rl.rollout import ScoredSample
+from bessemer.tasks import worked
 from bessemer.tasks.countdown_expressions import all_tries
 from bessemer.tasks.readability import consistency
 
@@ -67,8 +68,8 @@ def test_each_problem_gives_at_most_so_many_different_answers():
 def test_r1_form_has_its_thoughts_apart_and_still_counts_as_right():
     thoughts, said = reject.written(sampled("  1+2=3:9 low "), "r1").split("\n\n")
     assert thoughts == "<think>\n1+2=3:9 low\n</think>"
-    assert said in {sentence.format(right_answer()) for sentence in reject.SUMMARIES["en"]}
-    for language, sentences in reject.SUMMARIES.items():
+    assert said in {sentence.format(right_answer()) for sentence in worked.SUMMARIES["en"]}
+    for language, sentences in worked.SUMMARIES.items():
         seen = set()
         for index in range(40):
             row = sampled("1+2=3:9")

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,13 @@ from bessemer.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+
+class ShotChoice(StrEnum):
+    worked = "worked"
+    direct = "direct"
+    other_language = "other-language"
+    fables = "fables"
 
 
 @app.command()
@@ -220,6 +228,11 @@ def evaluate(
         int | None, typer.Option(min=1, help="Maximum tokens per answer. Default: 200, or the suite's.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answers. Default: 0.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Worked examples before the question. Default: 0.")] = None,
+    shot_kind: Annotated[
+        ShotChoice | None, typer.Option(help="What the examples are; the others are controls. Default: worked.")
+    ] = None,
+    prefix: Annotated[str | None, typer.Option(metavar="TEXT", help="Text before every question.")] = None,
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", metavar="TASK[,TASK]", help="Tasks of lm-eval, after those of --task.")
     ] = None,
@@ -234,9 +247,12 @@ def evaluate(
 
     ours = {"samples": samples, "problems": problems, "k": k, "temperature": temperature, "top_p": top_p,
             "max_new_tokens": max_tokens, "seed": seed}  # fmt: skip
+    before = {"count": shots, "kind": shot_kind and shot_kind.value, "prefix": prefix}
     theirs = {"include": include, "limit": limit, "chat": None if chat is None else chat is YesNo.yes}
     of_suite = {"only": only, "data": data, "answers": answers, "out": out}
     check_used("--task", task or suite, ours)
+    check_used("--task", task, {"shots": shots, "shot_kind": shot_kind, "prefix": prefix})
+    check_used("--shots", shots, {"shot_kind": shot_kind})
     check_used("--lm-eval", lm_eval, theirs)
     check_used("--suite", suite, of_suite)
     if not task and not lm_eval and not suite:
@@ -259,7 +275,9 @@ def evaluate(
         return
     assert folder is not None, "only a suite is scored without a model"
     if task:
-        rows += evaluation.evaluate(folder, names=task, **chosen(ours))
+        from bessemer.eval.shots import Shots
+
+        rows += evaluation.evaluate(folder, names=task, shots=Shots(**chosen(before)), **chosen(ours))
     if lm_eval:
         rows += evaluation.evaluate_lm_eval(folder, names=_names(lm_eval), **chosen(theirs))
     if as_json:

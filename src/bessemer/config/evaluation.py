@@ -7,8 +7,13 @@ from pydantic import Field
 from bessemer.config.table import AskingConfig, SourceName, StageConfig, StageRef, TaskName
 from bessemer.config.units import Tokens
 
+ShotKind = Literal["worked", "direct", "other-language", "fables"]
+"""What the examples before a question are; `eval/shots.py` says more."""
+
 
 class EvalConfig(AskingConfig):
+    ignore_at_default = AskingConfig.ignore_at_default | {"shots", "shot_kind", "prefix"}
+
     models: list[StageRef]
     """Stages whose models are compared, in the order of the table."""
     tasks: list[TaskName]
@@ -25,6 +30,14 @@ class EvalConfig(AskingConfig):
     """Nucleus sampling threshold (R1: 0.95); 1: the model's full distribution."""
     max_new_tokens: Tokens = 160
     """Length cap of a completion (R1: 32,768)."""
+    shots: list[Annotated[int, Field(ge=0)]] = Field(default=[0])
+    """Numbers of examples before the question, each evaluated in turn (R1 5: few-shot prompts degrade it; 0). They are
+    training pages of the task, other ones for every problem."""
+    shot_kind: ShotKind = "worked"
+    """worked: pages that think and are right; direct: their questions with the answers alone; other-language: worked,
+    in the other language of the task; fables: as many tokens of fables, a control."""
+    prefix: str = ""
+    """Text before the examples and the question, such as an instruction; a document of its own."""
     searched_words: Tokens = 50_000_000
     """Maximum words of each earlier stage's training text to search for the problems; 0: no search."""
 

@@ -13,10 +13,10 @@ from rich.console import Group
 from rich.table import Table
 
 from bessemer import tasks
-from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
+from bessemer.eval.shots import NONE, Shots
 from bessemer.train import setup
 
 
@@ -31,6 +31,7 @@ def evaluate(
     k: int | None = None,
     max_new_tokens: int = 200,
     seed: int = 0,
+    shots: Shots = NONE,
 ) -> list[dict[str, Any]]:
     """A row for each of our tasks, over all its languages; with all held-out problems of a task that has fewer."""
     chosen = [tasks.get(name) for name in names]  # first, so that a misspelt name fails before the model is loaded
@@ -41,15 +42,14 @@ def evaluate(
             f"the model's context of {context} tokens cuts answers; {max_new_tokens} were asked for", stacklevel=2
         )
 
-    def encode(problem: tasks.Problem) -> list[int]:
-        return question_ids(engine.tokenizer, problem.prompt)
-
     return [
         {"model": str(model_dir)}
         | scoring.evaluate(
-            engine, encode, task, problems=min(problems, task.size("test") or problems), samples=samples, k=k,
+            engine, shots.encoder(engine.tokenizer, task, context - max_new_tokens), task,
+            problems=min(problems, task.size("test") or problems), samples=samples, k=k,
             temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed,
         )
+        | shots.facts()
         for task in chosen
     ]  # fmt: skip
 
@@ -101,15 +101,18 @@ def _ours(rows: list[dict[str, Any]]) -> Table:
     k = "k" if len(ks) > 1 else str(*ks)
     grid = Table(title="held-out problems", title_justify="left", box=None, padding=(0, 2, 0, 0))
     of_k = [f"pass@{k}", f"maj@{k}"] if ks != {1} else []
-    for column in ("domain", "task", "T", "model", "n", "pass@1", "95 % interval", *of_k, "readable", "tokens"):
+    shots = ["shots"] if any("shots" in row for row in rows) else []
+    for column in ("domain", "task", "T", *shots, "model", "n", "pass@1", "95 % interval", *of_k, "readable", "tokens"):
         grid.add_column(column, justify="left" if column in ("domain", "task", "model") else "right")
     keys = ("domain", "task", "language", "temperature", "model")
     orders = {key: list(dict.fromkeys(row[key] for row in rows)) for key in keys}
     for row in sorted(rows, key=lambda row: [orders[key].index(row[key]) for key in keys]):
         name = f"{row['task']} {row['language']}".strip()
         rates = [_percent(row[key]) for key in ("pass_at_k", "maj_at_k")] if of_k else []
+        shown = [str(row.get("shots", 0))] * len(shots)
         grid.add_row(
-            row["domain"], name, f"{row['temperature']:g}", row["model"], str(row["n"]), _percent(row["pass_at_1"]),
+            row["domain"], name, f"{row['temperature']:g}", *shown, row["model"], str(row["n"]),
+            _percent(row["pass_at_1"]),
             _between(row["pass_at_1_interval"]), *rates, _percent(row.get("readable")),
             f"{row['mean_length']:.0f}" if "mean_length" in row else "-",
         )  # fmt: skip

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from bessemer.errors import UserError
 from bessemer.eval.intervals import Interval, over_seeds, shares_apart, stratified, wider
-from bessemer.eval.tables import Row
+from bessemer.eval.tables import Row, before
 from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import read_json
 from bessemer.tasks.verdict_metrics import FEW
@@ -30,10 +30,12 @@ class Asked(NamedTuple):
     language: str
     temperature: float
     top_p: float
+    before: str = ""
+    """What stands before the question."""
 
     def __str__(self) -> str:
         nucleus = "" if self.top_p == 1 else f", top-p {self.top_p:g}"
-        return f"{self.task} {self.language}, T {self.temperature:g}{nucleus}"
+        return f"{self.task} {self.language}, T {self.temperature:g}{nucleus}" + (self.before and f", {self.before}")
 
 
 Rates = Mapping[str, float]
@@ -74,7 +76,7 @@ def rates(rows: Iterable[Row], name: str) -> dict[Asked, Rates]:
                 f"with --task {row['task']}"
             )
         temperature, top_p = (1.0 if row.get(key) is None else row[key] for key in ("temperature", "top_p"))
-        found[Asked(row["task"], row["language"], temperature, top_p)] = row["by_problem"]
+        found[Asked(row["task"], row["language"], temperature, top_p, before(row))] = row["by_problem"]
     return found
 
 

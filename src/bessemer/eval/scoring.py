@@ -21,6 +21,8 @@ A row is one model on one task at one way of sampling:
     readable, unreadable   share a person can read, and {reason: answers} of the rest (`tasks/readability.py`)
     language_consistency   mean share of the thoughts' words in the language of the question
     reasons                {verdict: answers}
+    shots, shot_kind       examples before each question, and what they are (`shots.py`); absent without any
+    prefix                 text before every question; absent without one
 A row of an lm-eval task has, instead of mean_length and what follows it, `metric` (what its pass_at_1 is; null, as
 the rates are, where the task has no accuracy), `metrics` {name: {value, stderr}}, `shots`, and `contexts_cut` (requests
 of the call that lost ids on the left). Its samples and k are 1, its intervals are Wilson's.

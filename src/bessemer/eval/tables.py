@@ -1,9 +1,9 @@
 """Evaluations as tables of figures: models side by side, from results.json and long.json.
 
 Stage table (R1-Nature, Table 2), from evaluation rows (`scoring` lists their keys). Rows with the same sampling
-settings (samples, k, temperature, top_p) are comparable and make one `StageTable`; of two rows of a model, the last
-counts. Nothing is interpolated: a measure that no row has is left out. The only figure computed here is the plain mean
-over the tasks of a table, for models that were evaluated on all of them.
+settings (samples, k, temperature, top_p) and the same text before the question are comparable and make one
+`StageTable`; of two rows of a model, the last counts. Nothing is interpolated: a measure that no row has is left out.
+The only figure computed here is the plain mean over the tasks of a table, for models evaluated on all of them.
 
 Long contexts, from `long.json`:
 
@@ -91,7 +91,7 @@ def by_sampling(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[tuple[str, ..
     groups: dict[tuple[Any, ...], dict[tuple[str, ...], dict[str, Row]]] = {}
     for row in rows:
         if _number(row.get("pass_at_1")) is not None:
-            sampling = tuple(str(row.get(part, "")) for part in _SAMPLING)
+            sampling = (*(str(row.get(part, "")) for part in _SAMPLING), before(row))
             task = tuple(str(row.get(part, "")) for part in _TASK)
             groups.setdefault(sampling, {}).setdefault(task, {})[str(row.get("model", ""))] = row
     return groups
@@ -138,7 +138,14 @@ def _sampling(row: Row) -> str:
     words = f"{row.get('samples', 1)} samples each"
     words += "" if temperature is None else f" at temperature {temperature:g}"
     top_p = _number(row.get("top_p"))
-    return words if top_p is None or top_p == 1 else f"{words}, top-p {top_p:g}"
+    words += "" if top_p is None or top_p == 1 else f", top-p {top_p:g}"
+    return words + (f", {before(row)}" if before(row) else "")
+
+
+def before(row: Row) -> str:
+    """What stands before the question, in words; "" for the question alone. lm-eval words its own questions."""
+    shown = f"{row['shots']} {row['shot_kind']} examples first" if "shot_kind" in row else ""
+    return " and ".join(filter(None, (shown, f'after "{row["prefix"]}"' if row.get("prefix") else "")))
 
 
 def _table_row(label: str, measure: Measure, models: Sequence[str], rows: dict[str, Row]) -> TableRow:

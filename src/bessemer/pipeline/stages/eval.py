@@ -13,12 +13,11 @@ from typing import Any
 from bessemer import tasks
 from bessemer.config.evaluation import EvalConfig
 from bessemer.config.recipe import Recipe
-from bessemer.config.table import StageConfig, stage_refs
-from bessemer.data.chat import question_ids
-from bessemer.data.tokenizer import Tokenizer
+from bessemer.config.table import StageConfig, changed, stage_refs
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import contamination, scoring
+from bessemer.eval.shots import Shots
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, find_kind, register
 from bessemer.rl.dealing import DealtEngine, engine_of
@@ -26,6 +25,7 @@ from bessemer.runs.context import StageContext
 from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import write_atomic
 from bessemer.tasks.base import shared_file
+from bessemer.tasks.worked import examples
 from bessemer.train import setup
 
 
@@ -35,7 +35,7 @@ class Eval(Stage[EvalConfig]):
     format = 2
 
     def resolve(self, config: EvalConfig, recipe: Recipe) -> dict[str, Any]:
-        for key in ("models", "tasks", "temperatures"):
+        for key in ("models", "tasks", "temperatures", "shots"):
             if not getattr(config, key):
                 raise UserError(f'stage "{config.name}": {key} is empty')
         if config.k is not None and config.k > config.samples:
@@ -44,16 +44,21 @@ class Eval(Stage[EvalConfig]):
             tasks.get(name)
         for task in _tasks(config):
             _size(config, task)
+        if changed(config, "shot_kind") and not any(config.shots):
+            raise UserError(f'stage "{config.name}": shot_kind has no effect while shots is {config.shots}')
         return {}
 
     def probes(self, config: EvalConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
         yield from preflight.length_probes(config, recipe, config.models, "max_new_tokens", config.max_new_tokens)
         for name in config.tasks:
             yield preflight.of_key("tasks", partial(_evaluated, config, recipe, name))
+        if any(config.shots):
+            for task in _tasks(config):
+                yield preflight.of_key("shots", partial(_shown, config, task))
 
     def estimate(self, config: EvalConfig, recipe: Recipe) -> float:
         problems = n_problems(config)
-        models = len(config.models) * len(config.temperatures)
+        models = len(config.models) * len(config.temperatures) * len(config.shots)
         return setup.decode_seconds(recipe, models * problems * config.samples * config.max_new_tokens)
 
     def run(self, config: EvalConfig, ctx: StageContext) -> dict[str, Any]:
@@ -62,26 +67,29 @@ class Eval(Stage[EvalConfig]):
         rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
         ctx.rewind(-1 if not rows else len(rows))
         grid = [
-            (model, task, temperature)
+            (model, task, temperature, shots)
             for model in config.models
             for task in _tasks(config)
             for temperature in config.temperatures
+            for shots in _shots(config)
         ]
         ctx.progress.total(len(grid), "rows", done=len(rows))
         contaminated = self._contamination(config, ctx)
         loaded: dict[str, Engine | DealtEngine] = {}
-        for model, task, temperature in grid[len(rows) :]:
+        for model, task, temperature, shots in grid[len(rows) :]:
             if model not in loaded:
                 loaded = {model: engine_of(ctx.inputs[model] / "model", ctx)}
             engine = loaded[model]
             engine.tokenizer.use_template(config.prompt_template)
+            room = engine.model.cfg.max_seq_len - config.max_new_tokens
             row = scoring.evaluate(
-                engine, partial(_encode, engine.tokenizer), task,
+                engine, shots.encoder(engine.tokenizer, task, room, ctx.cache), task,
                 problems=_size(config, task), samples=config.samples, k=config.k, temperature=temperature,
                 top_p=config.top_p, max_new_tokens=config.max_new_tokens, seed=ctx.seed,
             )  # fmt: skip
-            rows.append({"model": model, **row})
+            rows.append({"model": model, **row, **shots.facts()})
             tag = f"eval/{model}/{task.name}/{row['language']}/T{temperature:g}"
+            tag += f"/{shots.count}-shot" if len(config.shots) > 1 else ""
             # The line first: of a row that a kill then loses it is dropped, of one that is kept it could not be missed.
             ctx.metrics.write(len(rows), 0, {f"{tag}/{key}": row[key] for key in (*scoring.FIGURES, "readable")})
             write_atomic(path, json.dumps(rows))
@@ -147,8 +155,13 @@ def _evaluated(config: EvalConfig, recipe: Recipe, name: str) -> str | None:
     return f"{name}: {sum(_size(config, task) for task in _tasks(config) if task.name == name):,} problems"
 
 
-def _encode(tokenizer: Tokenizer, problem: tasks.Problem) -> list[int]:
-    return question_ids(tokenizer, problem.prompt)
+def _shots(config: EvalConfig) -> list[Shots]:
+    return [Shots(count, config.shot_kind, config.prefix) for count in config.shots]
+
+
+def _shown(config: EvalConfig, task: tasks.Task) -> None:
+    """UserError for a task without pages to take examples from."""
+    next(examples(task, task.languages[0], ""))
 
 
 def n_problems(config: EvalConfig) -> int:

@@ -30,32 +30,13 @@ from bessemer.rl.judge import Judge, api_key
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
-from bessemer.tasks.answer import parse_reply, summary
+from bessemer.tasks.answer import summary
 from bessemer.tasks.base import CORRECT, WRONG_VALUE
 from bessemer.tasks.general import UNJUDGED, General
 from bessemer.tasks.readability import ReadabilityLimits, readable
+from bessemer.tasks.worked import in_r1_form
 from bessemer.train import setup
 
-SUMMARIES = {
-    "en": (
-        "The answer is <answer>{}</answer>.",
-        "So the answer is <answer>{}</answer>.",
-        "This gives <answer>{}</answer>.",
-        "The result is <answer>{}</answer>.",
-        "Final answer: <answer>{}</answer>.",
-        "<answer>{}</answer> is the answer.",
-    ),
-    "zh": (
-        "答案是<answer>{}</answer>。",
-        "所以答案是<answer>{}</answer>。",
-        "由此得到<answer>{}</answer>。",
-        "结果是<answer>{}</answer>。",
-        "最终答案：<answer>{}</answer>。",
-        "<answer>{}</answer>就是答案。",
-    ),
-}
-"""What follows the thoughts in R1's form where the model wrote no summary: a sentence in the language of the question,
-chosen by a hash of the problem."""
 LOOKED_AT = 256
 """Problems in which a judge must find a reference answer before anything runs."""
 BATCH = 64
@@ -248,10 +229,4 @@ def judge_answers(judge: Judge, groups: list[list[rollout.ScoredSample]], config
 
 def written(row: rollout.ScoredSample, form: str) -> str:
     """The assistant's turn. In form "r1" the summary is the model's own where it wrote more than the tagged answer."""
-    reply, final = parse_reply(row.answer), summary(row.answer)
-    if form == "as-is" or reply.answer is None:
-        return row.answer
-    if final == f"<answer>{reply.answer}</answer>":
-        sentences = SUMMARIES[row.problem.language]
-        final = sentences[tasks.stable_hash("summary", row.problem.id) % len(sentences)].format(reply.answer.strip())
-    return f"<think>\n{(reply.think or '').strip()}\n</think>\n\n{final}"
+    return row.answer if form == "as-is" else in_r1_form(row.problem, row.answer)

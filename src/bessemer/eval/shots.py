@@ -1,0 +1,109 @@
+"""What stands before a question: worked examples (few-shot prompts, R1 5), their controls, and a text of one's own.
+
+An example is a conversation of its own before the question's, with its own start and end, as documents share a row in
+pre-training: so it keeps its thoughts in R1's template too, which drops those of earlier turns. Every question has
+examples of its own, from the train split, the same for every model with one tokenizer.
+
+    worked           thoughts and a right answer, in the language of the question
+    direct           the same questions, and their right answers without thoughts
+    other-language   worked, in the task's other language
+    fables           as many tokens of fables in the language of the question, in as many documents
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, islice
+from pathlib import Path
+
+from bessemer.config.evaluation import ShotKind
+from bessemer.data import sources
+from bessemer.data.chat import exchange, question_ids, render_ids
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+from bessemer.tasks.answer import parse_reply
+from bessemer.tasks.base import Problem, Task, Written, stable_hash
+from bessemer.tasks.worked import examples, in_r1_form
+
+FABLES = {"en": "fables-en", "zh": "fables-zh"}
+
+
+@dataclass(frozen=True)
+class Shots:
+    """Examples before a question."""
+
+    count: int = 0
+    kind: ShotKind = "worked"
+    prefix: str = ""
+    """Text before the examples, a document of its own."""
+
+    def facts(self) -> dict[str, int | str]:
+        """Keys of an evaluation row; none without any text before the question."""
+        made: dict[str, int | str] = {"shots": self.count, "shot_kind": self.kind} if self.count else {}
+        return made | ({"prefix": self.prefix} if self.prefix else {})
+
+    def encoder(
+        self, tokenizer: Tokenizer, task: Task, room: int, cache: Path | None = None
+    ) -> Callable[[Problem], list[int]]:
+        """The prompt of a problem as ids, at most `room` of them if examples stand in it; `cache` holds downloads."""
+        before = [] if not self.prefix else _document(tokenizer, tokenizer.encode(self.prefix))
+
+        def encode(problem: Problem) -> list[int]:
+            question = question_ids(tokenizer, problem.prompt)
+            if not self.count:
+                return before + question
+            pages = self._pages(tokenizer, task, problem, (room - len(before) - len(question)) // self.count)
+            shown = [_page(tokenizer, page, direct=self.kind == "direct") for page in pages]
+            if self.kind == "fables":
+                shown = _fables(tokenizer, problem, [len(ids) for ids in shown], cache)
+            return [*before, *chain.from_iterable(shown), *question]
+
+        return encode
+
+    def _pages(self, tokenizer: Tokenizer, task: Task, problem: Problem, longest: int) -> list[Written]:
+        """The examples of a problem, each of at most so many ids; the same pages for all kinds but other-language."""
+        language = problem.language
+        if self.kind == "other-language":
+            language = next((one for one in task.all_languages if one != language), "")
+            if not language:
+                raise UserError(f"{task.name} has one language alone; take another kind of shots than other-language")
+        pages = examples(task, language, problem.id)
+        return list(islice((page for page in pages if len(_page(tokenizer, page)) <= longest), self.count))
+
+
+NONE = Shots()
+
+
+def _page(tokenizer: Tokenizer, page: Written, direct: bool = False) -> list[int]:
+    text = page.response
+    if direct:
+        text = f"<answer>{parse_reply(text).answer}</answer>"
+    elif tokenizer.chat_style == "r1":
+        text = in_r1_form(page.problem, text)
+    return render_ids(tokenizer, exchange(page.problem.prompt, text), add_generation_prompt=False)
+
+
+def _document(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *ids, tokenizer.eos_id]
+
+
+def _fables(tokenizer: Tokenizer, problem: Problem, lengths: list[int], cache: Path | None) -> list[list[int]]:
+    """Documents of fables, each exactly so long; a fable that is too short is followed by the next one's words."""
+    texts = _texts(problem.language, cache)
+    at, made = stable_hash("fable", problem.id), []
+    for length in lengths:
+        ids: list[int] = []
+        while len(ids) < length:
+            ids += tokenizer.encode(texts[at % len(texts)] + "\n")
+            at += 1
+        made.append([*_document(tokenizer, ids)[: length - 1], tokenizer.eos_id])
+    return made
+
+
+@lru_cache(maxsize=4)
+def _texts(language: str, cache: Path | None) -> tuple[str, ...]:
+    if language not in FABLES:
+        raise UserError(f"there are fables in {', '.join(FABLES)}, none in {language}; take another kind of shots")
+    return tuple(document.text for document in sources.documents(FABLES[language], cache))
