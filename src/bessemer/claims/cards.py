@@ -74,9 +74,12 @@ Results = Mapping[str, Mapping[str, Measured]]
 """What runs gave: claim, metric of its rule, seed by seed. They take the place of runs from before the rules."""
 
 
-def make(names: Sequence[str], results: Results = MappingProxyType({})) -> list[Card]:
-    """The cards of these claims, with everything computed that they need; seconds for all of them."""
-    cards = [_card(name, claims()[name], results.get(name)) for name in names]
+def make(
+    names: Sequence[str], results: Results = MappingProxyType({}), again: Results = MappingProxyType({})
+) -> list[Card]:
+    """The cards of these claims, with everything computed that they need; seconds for all of them. `again`: one seed of
+    a shorter run, which is compared with `results`."""
+    cards = [_card(name, claims()[name], results.get(name), again.get(name, {})) for name in names]
     tested = [
         (place, at) for place, card in enumerate(cards) for at, one in enumerate(card.findings) if one.p is not None
     ]
@@ -86,7 +89,7 @@ def make(names: Sequence[str], results: Results = MappingProxyType({})) -> list[
     return cards
 
 
-def _card(name: str, claim: ClaimEntry, measured: Mapping[str, Measured] | None) -> Card:
+def _card(name: str, claim: ClaimEntry, measured: Mapping[str, Measured] | None, again: Mapping[str, Measured]) -> Card:
     from bessemer.claims import exact, here, planned
 
     values: dict[str, Any] = {}
@@ -96,7 +99,7 @@ def _card(name: str, claim: ClaimEntry, measured: Mapping[str, Measured] | None)
     if name in planned.PLANNED:
         values |= planned.values(name)
     earlier = _earlier().get(name) if measured is None else None
-    evidence = Evidence(values, measured or ({} if earlier is None else earlier.measured))
+    evidence = Evidence(values, measured or ({} if earlier is None else earlier.measured), again)
     decided, findings = verdict.judge(name, claim, evidence, registry.rules())
     values["n_holds"] = sum(one.outcome is Outcome.HOLDS for one in findings)
     limit = claim.limit or experiments()[claim.experiment].limit

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from bessemer.claims.registry import ClaimEntry, Part, PublishedScore, Rules
 from bessemer.eval.intervals import Interval, equivalent, over_seeds, p_value, shares_apart, smallest_visible, wider
@@ -51,6 +51,17 @@ class Measured:
     """From before the rules: it can show a claim in part at most."""
 
 
+class Again(NamedTuple):
+    """One more run beside the seeds that decided: its value, and where 95 % of such values fall."""
+
+    value: float
+    expected: Interval
+
+    @property
+    def agrees(self) -> bool:
+        return self.expected.low <= self.value <= self.expected.high
+
+
 @dataclass(frozen=True)
 class PartFinding:
     """One part of a claim with its evidence."""
@@ -64,11 +75,14 @@ class PartFinding:
     p: float | None = None
     exact: bool = False
     """A printed figure that arithmetic must give."""
+    again: Again | None = None
 
     def facts(self) -> dict[str, Any]:
         made = {
             "what": self.label, "outcome": self.outcome, "interval": self.interval, "positive_control": self.control,
             "smallest_visible_effect": self.visible if self.visible != math.inf else None, "p": self.p,
+            "this_run": self.again and {"value": self.again.value, "expected": self.again.expected,
+                                        "agrees": self.again.agrees},
         }  # fmt: skip
         rule = {} if self.part is None else self.part.model_dump(exclude_defaults=True)
         return {"rule": rule} | {name: value for name, value in made.items() if value is not None}
@@ -81,6 +95,8 @@ class Evidence:
     values: Mapping[str, Any] = field(default_factory=dict)
     """Computed, by name: for the parts X and S and for the sentences of the card."""
     measured: Mapping[str, Measured] = field(default_factory=dict)
+    again: Mapping[str, Measured] = field(default_factory=dict)
+    """One seed of this machine beside the measured ones."""
 
 
 def judge(name: str, claim: ClaimEntry, evidence: Evidence, rules: Rules) -> tuple[ClaimVerdict, list[PartFinding]]:
@@ -91,7 +107,9 @@ def judge(name: str, claim: ClaimEntry, evidence: Evidence, rules: Rules) -> tup
         if part.kind == "B":
             findings += [score(part, one) for one in claim.scores]
         elif part.kind == "R":
-            findings.append(run(part, evidence.measured.get(part.metric), rules))
+            finding = run(part, evidence.measured.get(part.metric), rules)
+            beside = again(evidence.measured.get(part.metric), evidence.again.get(part.metric), rules)
+            findings.append(replace(finding, again=beside))
         else:
             findings.append(computed(part, evidence.values))
     if claim.kinds[0] == "N" or not findings:
@@ -187,12 +205,25 @@ def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
     negative = None if measured.negative is None else over_seeds(measured.negative, rules.confidence)
     if negative is not None and _fires(part, negative):
         outcome = Outcome.UNCLEAR  # what must not show it shows it, too
-    if outcome is Outcome.HOLDS and (measured.earlier or _small(part, interval, rules)):
+    missing = bool(part.positive and control is None) or bool(part.negative and negative is None)
+    if outcome is Outcome.HOLDS and (missing or measured.earlier or _small(part, interval, rules)):
         outcome = Outcome.WEAK
     return PartFinding(
         part, outcome, part.metric, interval if len(measured.values) > 1 else None, control,
         smallest_visible(measured.values, rules.confidence), p_value(measured.values, part.threshold or 0.0),
     )  # fmt: skip
+
+
+def again(decided: Measured | None, one: Measured | None, rules: Rules) -> Again | None:
+    """Where a further run falls: mean +- t s sqrt(1 + 1/n) of the seeds that decided."""
+    if decided is None or one is None or len(decided.values) < 2:
+        return None
+    n = len(decided.values)
+    middle, reach = (
+        statistics.fmean(decided.values),
+        smallest_visible(decided.values, rules.confidence) * math.sqrt(n + 1),
+    )
+    return Again(one.values[0], Interval(middle, middle - reach, middle + reach))
 
 
 def _side(part: Part, interval: Interval) -> Outcome:

@@ -4,39 +4,67 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bessemer.cli.common import AsJson, app, print_json, write_page
 from bessemer.errors import UserError
 
+if TYPE_CHECKING:
+    from bessemer.claims.cards import Results
+    from bessemer.claims.runs import Job, Tier
+
+RUNS = Path("runs/claims")
+
 
 @app.command()
 def claims(
-    only: Annotated[str | None, typer.Option(metavar="IDS", help="Some claims, such as L6,M7.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="IDS", help="Some claims, such as L6,M7, and their runs.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Smallest runs: 15 minutes on two cores.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="All runs, every seed: a night. Run again, it goes on.")] = False,
+    part: Annotated[
+        str | None, typer.Option(metavar="PART", help="The runs of one part alone (pretrain, ...); none: run nothing.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="The runs and their minutes; runs nothing.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs at a time, one core each.")] = 2,
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Where runs lie.")] = RUNS,
+    save: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write the results of the runs as the package holds them.")
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="The claims and their ids; computes nothing.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page to write. Default: claims.html.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a popular account says of DeepSeek-R1: 119 claims, computed, audited, or open, on one page.
+    """What a popular account says of DeepSeek-R1: 119 claims, re-made by small runs, computed, or audited, on one page.
 
-    Exit status 1: a published figure is not what arithmetic gives."""
+    Without --quick and --full the runs take three hours with one seed. Finished runs are not repeated, and those that
+    the package holds count. Exit status 1: a published figure is not what arithmetic gives, two runs that differ by
+    chance alone differ too much, or a run failed."""
     from bessemer.claims import registry
 
+    if quick and full:
+        raise UserError("--quick and --full are two tiers; leave one of them out")
     if list_ and only is not None:
         raise UserError("--only has no effect on --list; leave it out")
-    if out is not None and (list_ or as_json or only is not None):
-        other = "--list" if list_ else "--json" if as_json else "--only"
+    if out is not None and (list_ or as_json or only is not None or dry_run):
+        other = "--list" if list_ else "--json" if as_json else "--dry-run" if dry_run else "--only"
         raise UserError(f"--out has no effect with {other}, which writes no page; leave one of them out")
     if list_:
         known = registry.claims()
         print_json({name: one.model_dump() for name, one in known.items()}) if as_json else print(registry.listing())
         return
     names = list(registry.claims()) if only is None else registry.chosen(only.split(","))
+    tier: Tier = "quick" if quick else "full" if full else "default"
+    planned = _planned(tier, part, None if only is None else names)
+    if dry_run:
+        _dry_run(planned, runs, jobs, as_json)
+        return
+    wrong = _run(planned, tier, runs, jobs)
+    results, again, apart = _evidence(tier, runs, save)
     from bessemer.claims import cards
 
-    made = cards.make(names)
+    made = cards.make(names, results, again)
     if as_json:
         print_json({"rules": registry.rules_hash(), "claims": [card.facts() for card in made]})
     else:
@@ -47,6 +75,68 @@ def claims(
         path = out or Path("claims.html")
         write_page(path, page.document(made))
         print(path)
-    if wrong := [f"{card.name} ({label})" for card in made for label in card.wrong_equalities]:
-        print(f"arithmetic does not give: {'; '.join(wrong)}", file=sys.stderr)
+    unequal = [f"{card.name} ({label})" for card in made for label in card.wrong_equalities]
+    wrong += [f"arithmetic does not give: {'; '.join(unequal)}"] * bool(unequal) + apart
+    for sentence in wrong:
+        print(sentence, file=sys.stderr)
+    if wrong:
         raise typer.Exit(1)
+
+
+def _planned(tier: Tier, part: str | None, names: list[str] | None) -> list[Job]:
+    from bessemer.claims import runs as all_runs
+
+    if part is None:
+        parts = list(all_runs.PARTS)
+    elif part == "none":
+        parts = []
+    elif part in all_runs.PARTS:
+        parts = [part]
+    else:
+        raise UserError(f'no part "{part}"; parts: {", ".join(all_runs.PARTS)}, none')
+    return all_runs.planned(tier, parts, names)
+
+
+def _dry_run(planned: list[Job], folder: Path, at_once: int, as_json: bool) -> None:
+    from bessemer.claims import runner
+
+    left = sum(job.minutes for job in planned if not runner.done(job, folder))
+    if as_json:
+        jobs = [
+            {"name": job.name, "arm": job.arm, "seed": job.seed, "minutes": job.minutes, "about": job.about,
+             "finished": runner.done(job, folder)}
+            for job in planned
+        ]  # fmt: skip
+        print_json({"jobs": jobs, "minutes": left / at_once})
+        return
+    for job in planned:
+        state = "finished" if runner.done(job, folder) else f"{job.minutes:.1f} min"
+        print(f"{job.name:<34}{state:>9}  {job.about}")
+    print(f"{len(planned)} runs in {folder}, about {left / at_once:.0f} minutes, {at_once} at a time")
+
+
+def _run(planned: list[Job], tier: Tier, folder: Path, at_once: int) -> list[str]:
+    """Runs what is missing; a sentence for each job that failed."""
+    if not planned:
+        return []
+    from bessemer.claims import runner
+
+    try:
+        failed = runner.run(planned, tier, folder, at_once, lambda line: print(line, file=sys.stderr, flush=True))
+    except KeyboardInterrupt:
+        print("stopped, nothing is lost; the same command goes on", file=sys.stderr)
+        sys.exit(runner.INTERRUPTED)
+    return [f"{job.name} failed: {why}" for job, why in failed]
+
+
+def _evidence(tier: Tier, folder: Path, save: Path | None) -> tuple[Results, Results, list[str]]:
+    """What judges the cards, what this tier's own runs give beside it, and which A/A tests failed."""
+    from bessemer.claims import results
+
+    held, own = results.committed(), results.finished(folder)
+    for sentence in held.left_out + own.left_out:
+        print(sentence, file=sys.stderr)
+    if save is not None:
+        for path in results.save(own.results, save):
+            print(path, file=sys.stderr)
+    return results.evidence(tier, held.results, own.results)

@@ -97,7 +97,7 @@ class OnPolicyConfig(FineTuningConfig):
 class PretrainConfig(OptimizerConfig):
     runtime_only = OptimizerConfig.runtime_only | {"micro_rows"}
     ignore_at_default = frozenset(
-        {"fp8", "moments", "ema_decay", "temperature", "epoch_caps", "on_cap", "lengths", "corpus"}
+        {"fp8", "moments", "ema_decay", "temperature", "epoch_caps", "on_cap", "lengths", "corpus", "weights_seed"}
     )
 
     corpus: StageRef | None = None
@@ -105,6 +105,8 @@ class PretrainConfig(OptimizerConfig):
     should rise from 0 again. Default: the corpus is the stage of `from`, and the weights are random."""
     model: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the recipe's [model] for this stage, such as a smaller student for distillation."""
+    weights_seed: int | None = None
+    """Seed of the random weights alone, so that two runs can read the same rows. Default: the stage's seed."""
     tokens: Tokens = 8_000_000
     """Tokens to train on, padding included."""
     mixture: dict[str, Weight] = Field(default_factory=dict)

@@ -106,9 +106,8 @@ class Pretrain(Stage[_Config]):
         hint = f'; to train the model of "{other}" further: from = "{other}", corpus = "{corpus.name}"'
         is_model = other is not None and find_kind(ctx.recipe.stage(other).kind).makes_model
         ctx.say("the weights are random" + (hint if is_model else ""))
-        return Start(
-            ctx.source, None, cfg, lambda: distributed.fresh(cfg, ctx.seed, ctx.ranks, ctx.recipe.layout, ctx.say)
-        )
+        seed = ctx.seed if config.weights_seed is None else config.weights_seed
+        return Start(ctx.source, None, cfg, lambda: distributed.fresh(cfg, seed, ctx.ranks, ctx.recipe.layout, ctx.say))
 
     def _go_on(self, config: _Config, ctx: StageContext, corpus: str) -> Start:
         folder, at = model_and_corpus(ctx, corpus)

@@ -1,0 +1,129 @@
+"""Results on disk: one file for every finished job, and the committed files of the package.
+
+results/PART.json in the package holds a list of `runs.Result`, a line for an arm and seed. What was run
+under other rules, or with other settings of the arm than today's, is named and left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bessemer.claims import registry, runs
+from bessemer.claims.runs import PARTS, TIERS, Job, Result, Tier, part
+from bessemer.claims.verdict import Measured
+from bessemer.errors import UserError
+from bessemer.runs.files import write_json
+
+FILE = "result.json"
+"""In the directory of a job."""
+
+
+class Read(NamedTuple):
+    results: list[Result]
+    left_out: list[str]
+    """A sentence for each set of results that cannot be mixed with today's."""
+
+
+def write(folder: Path, result: Result) -> None:
+    write_json(folder / FILE, asdict(result))
+
+
+def read(folder: Path) -> Result | None:
+    """The result of a job's directory; None where there is none, UserError where the file is broken."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        return Result(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, the job measures again") from None
+
+
+def digests() -> dict[tuple[str, str, str], str]:
+    """(part, arm, shape) -> digest of today's settings."""
+    jobs = (job for name in PARTS for tier in TIERS for job in part(name).jobs(tier) if job.arms)
+    return {(job.part, job.arm, job.shape): job.digest for job in jobs}
+
+
+def committed() -> Read:
+    """The results that the package holds."""
+    found: list[Result] = []
+    left_out: list[str] = []
+    for file in sorted(resources.files("bessemer.claims").joinpath("results").iterdir(), key=lambda one: one.name):
+        if file.name.endswith(".json"):
+            one = sifted((Result(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))), file.name)
+            found += one.results
+            left_out += one.left_out
+    return Read(found, left_out)
+
+
+def finished(out: Path) -> Read:
+    """The results of the jobs below a folder of runs."""
+    found = [read(path.parent) for path in sorted(out.glob(f"*/{FILE}"))]
+    return sifted((one for one in found if one is not None and (one.metrics or one.diverged)), str(out))
+
+
+def sifted(results: Iterable[Result], where: str) -> Read:
+    """Without those of other rules and of other settings."""
+    known, rules = digests(), registry.rules_hash()
+    kept: list[Result] = []
+    others: dict[str, list[str]] = {}
+    for one in results:
+        today = known.get((one.part, one.arm, one.shape))
+        if one.rules != rules:
+            why = f"ran under other rules ({one.rules[:12]}, today's are {rules[:12]})"
+        elif today != one.settings:
+            why = "no longer exist" if today is None else "ran with other settings than the arm has today"
+        else:
+            kept.append(one)
+            continue
+        others.setdefault(why, []).append(f"{one.arm} seed {one.seed}")
+    return Read(kept, [f"{where}: {', '.join(names)} {why}; left out" for why, names in others.items()])
+
+
+def merged(*several: Sequence[Result]) -> list[Result]:
+    """One result for each job, the last one given."""
+    return list({(one.part, one.shape, one.arm, one.seed): one for results in several for one in results}.values())
+
+
+def save(results: Sequence[Result], folder: Path) -> list[Path]:
+    """Writes PART.json for every part, as the package holds them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in sorted({one.part for one in results}):
+        own = [one for one in results if one.part == name]
+        entries: list[dict[str, Any]] = [
+            asdict(one) for one in sorted(own, key=lambda one: (one.shape, one.arm, one.seed))
+        ]
+        path = folder / f"{name}.json"
+        path.write_text(
+            "[\n" + ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries) + "\n]\n", "utf-8"
+        )
+        written.append(path)
+    return written
+
+
+def of_job(job: Job, folder: Path) -> Result | None:
+    """The job's finished result, if it is one of today's settings and rules."""
+    one = read(folder)
+    return one if one is not None and (one.settings, one.rules) == (job.digest, registry.rules_hash()) else None
+
+
+def evidence(
+    tier: Tier, held: Sequence[Result], own: Sequence[Result]
+) -> tuple[dict[str, dict[str, Measured]], dict[str, dict[str, Measured]], list[str]]:
+    """(what judges each claim, what this tier's own runs say beside it, a sentence for every A/A test that failed).
+
+    A full run's results judge. A tier of one seed judges only the claims that no full run has; of the others it says
+    whether it agrees."""
+    wide = runs.measured(merged(held, own), runs.shapes("full"))
+    if tier == "full":
+        return wide, {}, runs.different(merged(held, own), runs.shapes("full"))
+    narrow = runs.measured(own, runs.shapes(tier), most=1)
+    judged = {claim: narrow.get(claim, {}) | wide.get(claim, {}) for claim in {*narrow, *wide}}
+    return judged, narrow, runs.different(held, runs.shapes("full"))

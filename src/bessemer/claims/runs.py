@@ -1,0 +1,209 @@
+"""Runs behind the trained claims: which there are, and the numbers that they gave.
+
+A *part* is a family of runs in a module of its own, named in `PARTS`. It has
+
+    jobs(tier) -> list[Job]                        what the tier runs
+    measure(job, folder) -> {metric: number}       what a finished run gives; `folder` is its run directory
+    METRICS: {(claim, metric of rules.toml): Metric}   how a rule's metric follows from the numbers of several arms
+    SHAPE: {tier: shape}                               which shape (or size) of the runs a tier has
+    SAME: (arm, arm, number)                           the A/A test: what may differ by chance alone; or None
+
+To add an experiment: give the module of its part more jobs and an entry in METRICS; to add a family of runs: write such
+a module and name it in PARTS. A job with a `recipe` is run by the recipe runner (`run_job`), so it goes on after a
+kill; one without is done inside `measure`, in its own process. A job with a `donor` starts after the job of that name
+and takes over its finished stages. The command line, the scheduling, the files of results and the cards need nothing
+else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
+
+from bessemer.claims.registry import rules
+from bessemer.claims.verdict import Measured, agrees
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bessemer.config.recipe import Recipe
+
+Tier = Literal["quick", "default", "full"]
+TIERS: tuple[Tier, ...] = get_args(Tier)
+PARTS = {"pretrain": "bessemer.claims.pretrain"}
+"""Part -> its module."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One run: an arm with a seed."""
+
+    part: str
+    arm: str
+    seed: int
+    shape: str
+    """Arms are compared within a shape (and its tokens) alone."""
+    settings: Mapping[str, Any]
+    """What the numbers follow from, the seed aside: results of other settings are not mixed."""
+    minutes: float
+    """Estimate, on one core."""
+    about: str = ""
+    recipe: Callable[[], Recipe] | None = None
+    donor: str | None = None
+    """Name of the job whose finished stages it takes over."""
+    arms: bool = True
+    """Whether it is an arm with numbers of its own, not only a donor."""
+
+    @property
+    def name(self) -> str:
+        arm = self.arm.replace("'", "-again")
+        return f"{self.part}-{self.shape}-{arm}-{self.seed}"
+
+    @property
+    def digest(self) -> str:
+        return digest(self.settings)
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Short name of an arm's settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The numbers of one job."""
+
+    part: str
+    arm: str
+    seed: int
+    shape: str
+    settings: str
+    """Digest of the job's settings."""
+    rules: str
+    """Hash of the rules under which it was run."""
+    metrics: Mapping[str, float]
+    diverged: str = ""
+    """Why there are no numbers: the run did not survive."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Machine, versions, minutes, command."""
+
+
+class Runs:
+    """Results of one part and shape, by arm and seed."""
+
+    def __init__(self, results: Iterable[Result]) -> None:
+        self.arms: dict[str, dict[int, Mapping[str, float]]] = defaultdict(dict)
+        self.diverged: dict[str, list[int]] = defaultdict(list)
+        for one in results:
+            if one.diverged:
+                self.diverged[one.arm].append(one.seed)
+            else:
+                self.arms[one.arm][one.seed] = one.metrics
+
+    def seeds(self, *arms: str) -> list[int]:
+        """The seeds that all of these arms have numbers for."""
+        return sorted(set.intersection(*(set(self.arms.get(arm, {})) for arm in arms)))
+
+    def each(self, of: Callable[..., float], *arms: str) -> list[float]:
+        """of(numbers of the first arm, numbers of the second, ...) inside every seed that all have."""
+        return [of(*(self.arms[arm][seed] for arm in arms)) for seed in self.seeds(*arms)]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a rule's metric follows from the numbers of arms. `of` takes the numbers of the arms, one argument each, and
+    is evaluated inside every seed; controls are the same metric of other arms."""
+
+    of: Callable[..., float]
+    arms: tuple[str, ...]
+    positive: tuple[str, ...] = ()
+    negative: tuple[str, ...] = ()
+    of_positive: Callable[..., float] | None = None
+    """Where a control is another number of the same runs, such as a heavier mask."""
+    of_negative: Callable[..., float] | None = None
+
+    @property
+    def needs(self) -> set[str]:
+        return {*self.arms, *self.positive, *self.negative}
+
+    def measured(self, runs: Runs, most: int | None = None) -> Measured | None:
+        """The metric over seeds, at most `most` of them; None where an arm is missing."""
+        values = runs.each(self.of, *self.arms)[:most]
+        if not values:
+            return None
+        positive = runs.each(self.of_positive or self.of, *self.positive)[:most] if self.positive else None
+        negative = runs.each(self.of_negative or self.of, *self.negative)[:most] if self.negative else None
+        return Measured(values, positive or None, negative or None)
+
+
+class RunsPart(Protocol):
+    """The module of a part."""
+
+    METRICS: Mapping[tuple[str, str], Metric]
+    SHAPE: Mapping[Tier, str]
+    SAME: tuple[str, str, str] | None
+
+    def jobs(self, tier: Tier) -> list[Job]: ...
+
+    def measure(self, job: Job, folder: Path) -> dict[str, float]: ...
+
+
+def part(name: str) -> RunsPart:
+    return cast(RunsPart, importlib.import_module(PARTS[name]))
+
+
+def planned(tier: Tier, parts: Sequence[str], claims: Iterable[str] | None = None) -> list[Job]:
+    """The jobs of a tier in the order in which they are run, donors before those they serve. With `claims` those that
+    their rules need."""
+    found: list[Job] = []
+    for name in parts:
+        module = part(name)
+        jobs = module.jobs(tier)
+        if claims is not None:
+            wanted = set(claims)
+            arms = {arm for (claim, _), metric in module.METRICS.items() if claim in wanted for arm in metric.needs}
+            donors = {job.donor for job in jobs if job.arm in arms}
+            jobs = [job for job in jobs if job.arm in arms or job.name in donors]
+        found += jobs
+    return found
+
+
+def shapes(tier: Tier) -> dict[str, str]:
+    """Part -> the shape of its runs in a tier."""
+    return {name: part(name).SHAPE[tier] for name in PARTS}
+
+
+def _runs(results: Iterable[Result], shape: Mapping[str, str]) -> dict[str, Runs]:
+    return {name: Runs(one for one in results if (one.part, one.shape) == (name, shape[name])) for name in PARTS}
+
+
+def measured(
+    results: Sequence[Result], shape: Mapping[str, str], most: int | None = None
+) -> dict[str, dict[str, Measured]]:
+    """{claim: {metric: values over seeds}} for `cards.make`, from the results of one shape of every part. `most`: seeds
+    that count."""
+    found: dict[str, dict[str, Measured]] = defaultdict(dict)
+    for name, of_part in _runs(results, shape).items():
+        for (claim, metric), how in part(name).METRICS.items():
+            if (values := how.measured(of_part, most)) is not None:
+                found[claim][metric] = values
+    return dict(found)
+
+
+def different(results: Sequence[Result], shape: Mapping[str, str]) -> list[str]:
+    """The A/A tests that fail: a sentence for every pair of arms that chance alone tells apart and that differ."""
+    wrong = []
+    for name, of_part in _runs(results, shape).items():
+        if (pair := part(name).SAME) is None:
+            continue
+        one, other, number = pair
+        seeds = of_part.seeds(one, other)
+        values = [[of_part.arms[arm][seed][number] for seed in seeds] for arm in (one, other)]
+        if len(values[0]) > 1 and not agrees(values[0], values[1], rules()):
+            wrong.append(f"A/A test: {number} of {one} and {other} differ by more than chance, {len(seeds)} seeds")
+    return wrong
