@@ -16,7 +16,7 @@ from pydantic import Field
 
 from bessemer.claims import registry
 from bessemer.claims.pretrain_metrics import METRICS
-from bessemer.claims.runs import Job, Tier
+from bessemer.claims.runs import ArmJob, Tier
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import ConfigTable
 
@@ -85,16 +85,18 @@ def _base() -> dict[str, Any]:
     return tomllib.loads(registry.data("pretrain.toml").decode())
 
 
-def jobs(tier: Tier) -> list[Job]:
+def jobs(tier: Tier) -> list[ArmJob]:
     """The corpora, then the arms: every arm's first seed before any arm's second."""
     return list(_jobs(tier))
 
 
-def _jobs(tier: Tier) -> Iterator[Job]:
+def _jobs(tier: Tier) -> Iterator[ArmJob]:
     shapes, arms = _tables()
     shape = SHAPE[tier]
     yield (
-        donor := Job("pretrain", CORPUS, 0, "all", {"base": _base()}, 0.3, "texts and tokenizer", _corpora, arms=False)
+        donor := ArmJob(
+            "pretrain", CORPUS, 0, "all", {"base": _base()}, 0.3, "texts and tokenizer", _corpora, arms=False
+        )
     )
     chosen = {
         name: arm for name, arm in arms.items() if tier == "full" or (arm.quick if tier == "quick" else arm.default)
@@ -104,13 +106,13 @@ def _jobs(tier: Tier) -> Iterator[Job]:
         for name, arm in chosen.items():
             if seed <= arm.seeds:
                 settings = {"base": _base(), "set": _settings(name, shape), "again": arm.again}
-                yield Job(
+                yield ArmJob(
                     "pretrain", name, seed, shape, settings, arm.cost * shapes[shape].minutes, arm.about,
                     partial(recipe, name, seed, shape), donor.name,
                 )  # fmt: skip
 
 
-def measure(job: Job, folder: Path) -> dict[str, float]:
+def measure(job: ArmJob, folder: Path) -> dict[str, float]:
     """The numbers of a finished run; none of the corpora."""
     if not job.arms:
         return {}

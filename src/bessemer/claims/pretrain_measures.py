@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bessemer.claims.runs import Job
+from bessemer.claims.runs import ArmJob
 from bessemer.data.rows import open_rows
 from bessemer.hf import hub
 from bessemer.train.loss import heldout_nats
@@ -17,7 +17,7 @@ ROWS = 64
 """Held-out rows of each part."""
 
 
-def numbers(job: Job, folder: Path) -> dict[str, float]:
+def numbers(job: ArmJob, folder: Path) -> dict[str, float]:
     """All numbers of a run by name."""
     stages = {path.name.partition("-")[2]: path for path in folder.iterdir() if path.is_dir()}
     model = hub.load(stages["pretrain"] / "model", torch.float32, mtp=False)

@@ -1,6 +1,6 @@
 """Results on disk: one file for every finished job, and the committed files of the package.
 
-results/PART.json in the package holds a list of `runs.Result`, a line for an arm and seed. What was run
+results/PART.json in the package holds a list of `runs.ArmResult`, a line for an arm and seed. What was run
 under other rules, or with other settings of the arm than today's, is named and left out.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bessemer.claims import registry, runs
-from bessemer.claims.runs import PARTS, TIERS, Job, Result, Tier, part
+from bessemer.claims.runs import PARTS, TIERS, ArmJob, ArmResult, Tier, part
 from bessemer.claims.verdict import Measured
 from bessemer.errors import UserError
 from bessemer.runs.files import write_json
@@ -23,23 +23,23 @@ FILE = "result.json"
 """In the directory of a job."""
 
 
-class Read(NamedTuple):
-    results: list[Result]
+class Sifted(NamedTuple):
+    results: list[ArmResult]
     left_out: list[str]
     """A sentence for each set of results that cannot be mixed with today's."""
 
 
-def write(folder: Path, result: Result) -> None:
+def write(folder: Path, result: ArmResult) -> None:
     write_json(folder / FILE, asdict(result))
 
 
-def read(folder: Path) -> Result | None:
+def read(folder: Path) -> ArmResult | None:
     """The result of a job's directory; None where there is none, UserError where the file is broken."""
     path = folder / FILE
     if not path.is_file():
         return None
     try:
-        return Result(**json.loads(path.read_text(encoding="utf-8")))
+        return ArmResult(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it, the job measures again") from None
 
@@ -50,28 +50,28 @@ def digests() -> dict[tuple[str, str, str], str]:
     return {(job.part, job.arm, job.shape): job.digest for job in jobs}
 
 
-def committed() -> Read:
+def committed() -> Sifted:
     """The results that the package holds."""
-    found: list[Result] = []
+    found: list[ArmResult] = []
     left_out: list[str] = []
     for file in sorted(resources.files("bessemer.claims").joinpath("results").iterdir(), key=lambda one: one.name):
         if file.name.endswith(".json"):
-            one = sifted((Result(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))), file.name)
+            one = sifted((ArmResult(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))), file.name)
             found += one.results
             left_out += one.left_out
-    return Read(found, left_out)
+    return Sifted(found, left_out)
 
 
-def finished(out: Path) -> Read:
+def finished(out: Path) -> Sifted:
     """The results of the jobs below a folder of runs."""
     found = [read(path.parent) for path in sorted(out.glob(f"*/{FILE}"))]
     return sifted((one for one in found if one is not None and (one.metrics or one.diverged)), str(out))
 
 
-def sifted(results: Iterable[Result], where: str) -> Read:
+def sifted(results: Iterable[ArmResult], where: str) -> Sifted:
     """Without those of other rules and of other settings."""
     known, rules = digests(), registry.rules_hash()
-    kept: list[Result] = []
+    kept: list[ArmResult] = []
     others: dict[str, list[str]] = {}
     for one in results:
         today = known.get((one.part, one.arm, one.shape))
@@ -83,15 +83,15 @@ def sifted(results: Iterable[Result], where: str) -> Read:
             kept.append(one)
             continue
         others.setdefault(why, []).append(f"{one.arm} seed {one.seed}")
-    return Read(kept, [f"{where}: {', '.join(names)} {why}; left out" for why, names in others.items()])
+    return Sifted(kept, [f"{where}: {', '.join(names)} {why}; left out" for why, names in others.items()])
 
 
-def merged(*several: Sequence[Result]) -> list[Result]:
+def merged(*several: Sequence[ArmResult]) -> list[ArmResult]:
     """One result for each job, the last one given."""
     return list({(one.part, one.shape, one.arm, one.seed): one for results in several for one in results}.values())
 
 
-def save(results: Sequence[Result], folder: Path) -> list[Path]:
+def save(results: Sequence[ArmResult], folder: Path) -> list[Path]:
     """Writes PART.json for every part, as the package holds them."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -108,14 +108,14 @@ def save(results: Sequence[Result], folder: Path) -> list[Path]:
     return written
 
 
-def of_job(job: Job, folder: Path) -> Result | None:
+def of_job(job: ArmJob, folder: Path) -> ArmResult | None:
     """The job's finished result, if it is one of today's settings and rules."""
     one = read(folder)
     return one if one is not None and (one.settings, one.rules) == (job.digest, registry.rules_hash()) else None
 
 
 def evidence(
-    tier: Tier, held: Sequence[Result], own: Sequence[Result]
+    tier: Tier, held: Sequence[ArmResult], own: Sequence[ArmResult]
 ) -> tuple[dict[str, dict[str, Measured]], dict[str, dict[str, Measured]], list[str]]:
     """(what judges each claim, what this tier's own runs say beside it, a sentence for every A/A test that failed).
 

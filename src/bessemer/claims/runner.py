@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from bessemer.claims import registry, results
-from bessemer.claims.runs import Job, Result, Tier, part
+from bessemer.claims.runs import ArmJob, ArmResult, Tier, part
 from bessemer.errors import UserError
 
 INTERRUPTED = 130
@@ -27,18 +27,18 @@ RUN = "run"
 
 
 class Failed(NamedTuple):
-    job: Job
+    job: ArmJob
     why: str
 
 
-def run(jobs: Sequence[Job], tier: Tier, out: Path, at_once: int, say: Callable[[str], None]) -> list[Failed]:
+def run(jobs: Sequence[ArmJob], tier: Tier, out: Path, at_once: int, say: Callable[[str], None]) -> list[Failed]:
     """Runs what is not finished, at most `at_once` jobs at a time; those that failed. KeyboardInterrupt after a stop
     signal, when all jobs have saved."""
     waiting = [job for job in jobs if not done(job, out)]
     total, minutes = len(waiting), sum(job.minutes for job in waiting) / max(1, at_once)
     if total:
         say(f"{total} jobs, about {minutes:.0f} minutes, {at_once} at a time; {len(jobs) - total} are finished")
-    running: dict[Job, tuple[subprocess.Popen, float]] = {}
+    running: dict[ArmJob, tuple[subprocess.Popen, float]] = {}
     failed: list[Failed] = []
     ended = 0
     with _stopping(running):
@@ -67,11 +67,11 @@ def run(jobs: Sequence[Job], tier: Tier, out: Path, at_once: int, say: Callable[
     return failed
 
 
-def done(job: Job, out: Path) -> bool:
+def done(job: ArmJob, out: Path) -> bool:
     return results.of_job(job, out / job.name) is not None
 
 
-def _summary(job: Job, out: Path) -> str:
+def _summary(job: ArmJob, out: Path) -> str:
     one = results.read(out / job.name)
     if one is None:
         return ""
@@ -85,7 +85,7 @@ def _last_line(folder: Path) -> str:
     return next((line for line in reversed(lines) if line.strip()), "no message") + f" ({folder / 'log.txt'})"
 
 
-def _start(job: Job, tier: Tier, out: Path) -> subprocess.Popen:
+def _start(job: ArmJob, tier: Tier, out: Path) -> subprocess.Popen:
     folder = out / job.name
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-P", "-m", __name__, job.part, job.shape, job.arm, str(job.seed), tier, str(out)]
@@ -102,7 +102,7 @@ def _start(job: Job, tier: Tier, out: Path) -> subprocess.Popen:
 
 
 @contextmanager
-def _stopping(running: dict[Job, tuple[subprocess.Popen, float]]):
+def _stopping(running: dict[ArmJob, tuple[subprocess.Popen, float]]):
     """The first signal lets the running jobs save and end."""
 
     def stop(number: int, frame: object) -> None:
@@ -123,7 +123,7 @@ def _stopping(running: dict[Job, tuple[subprocess.Popen, float]]):
 # --- the child -------------------------------------------------------------------------------------------------------
 
 
-def run_job(job: Job, out: Path) -> Result:
+def run_job(job: ArmJob, out: Path) -> ArmResult:
     """Runs one job in this process and writes its result."""
     from bessemer.pipeline import runner
 
@@ -140,7 +140,9 @@ def run_job(job: Job, out: Path) -> Result:
             raise
         diverged = str(error)
     facts = {"minutes": round((time.monotonic() - began) / 60, 2), **machine()}
-    result = Result(job.part, job.arm, job.seed, job.shape, job.digest, registry.rules_hash(), metrics, diverged, facts)
+    result = ArmResult(
+        job.part, job.arm, job.seed, job.shape, job.digest, registry.rules_hash(), metrics, diverged, facts
+    )
     results.write(folder, result)
     return result
 

@@ -2,7 +2,7 @@
 
 A *part* is a family of runs in a module of its own, named in `PARTS`. It has
 
-    jobs(tier) -> list[Job]                        what the tier runs
+    jobs(tier) -> list[ArmJob]                        what the tier runs
     measure(job, folder) -> {metric: number}       what a finished run gives; `folder` is its run directory
     METRICS: {(claim, metric of rules.toml): Metric}   how a rule's metric follows from the numbers of several arms
     SHAPE: {tier: shape}                               which shape (or size) of the runs a tier has
@@ -40,7 +40,7 @@ PARTS = {"pretrain": "bessemer.claims.pretrain"}
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class ArmJob:
     """One run: an arm with a seed."""
 
     part: str
@@ -75,7 +75,7 @@ def digest(settings: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Result:
+class ArmResult:
     """The numbers of one job."""
 
     part: str
@@ -96,7 +96,7 @@ class Result:
 class Runs:
     """Results of one part and shape, by arm and seed."""
 
-    def __init__(self, results: Iterable[Result]) -> None:
+    def __init__(self, results: Iterable[ArmResult]) -> None:
         self.arms: dict[str, dict[int, Mapping[str, float]]] = defaultdict(dict)
         self.diverged: dict[str, list[int]] = defaultdict(list)
         for one in results:
@@ -148,19 +148,19 @@ class RunsPart(Protocol):
     SHAPE: Mapping[Tier, str]
     SAME: tuple[str, str, str] | None
 
-    def jobs(self, tier: Tier) -> list[Job]: ...
+    def jobs(self, tier: Tier) -> list[ArmJob]: ...
 
-    def measure(self, job: Job, folder: Path) -> dict[str, float]: ...
+    def measure(self, job: ArmJob, folder: Path) -> dict[str, float]: ...
 
 
 def part(name: str) -> RunsPart:
     return cast(RunsPart, importlib.import_module(PARTS[name]))
 
 
-def planned(tier: Tier, parts: Sequence[str], claims: Iterable[str] | None = None) -> list[Job]:
+def planned(tier: Tier, parts: Sequence[str], claims: Iterable[str] | None = None) -> list[ArmJob]:
     """The jobs of a tier in the order in which they are run, donors before those they serve. With `claims` those that
     their rules need."""
-    found: list[Job] = []
+    found: list[ArmJob] = []
     for name in parts:
         module = part(name)
         jobs = module.jobs(tier)
@@ -178,12 +178,12 @@ def shapes(tier: Tier) -> dict[str, str]:
     return {name: part(name).SHAPE[tier] for name in PARTS}
 
 
-def _runs(results: Iterable[Result], shape: Mapping[str, str]) -> dict[str, Runs]:
+def _runs(results: Iterable[ArmResult], shape: Mapping[str, str]) -> dict[str, Runs]:
     return {name: Runs(one for one in results if (one.part, one.shape) == (name, shape[name])) for name in PARTS}
 
 
 def measured(
-    results: Sequence[Result], shape: Mapping[str, str], most: int | None = None
+    results: Sequence[ArmResult], shape: Mapping[str, str], most: int | None = None
 ) -> dict[str, dict[str, Measured]]:
     """{claim: {metric: values over seeds}} for `cards.make`, from the results of one shape of every part. `most`: seeds
     that count."""
@@ -195,7 +195,7 @@ def measured(
     return dict(found)
 
 
-def different(results: Sequence[Result], shape: Mapping[str, str]) -> list[str]:
+def different(results: Sequence[ArmResult], shape: Mapping[str, str]) -> list[str]:
     """The A/A tests that fail: a sentence for every pair of arms that chance alone tells apart and that differ."""
     wrong = []
     for name, of_part in _runs(results, shape).items():

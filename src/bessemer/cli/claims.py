@@ -13,7 +13,7 @@ from bessemer.errors import UserError
 
 if TYPE_CHECKING:
     from bessemer.claims.cards import Results
-    from bessemer.claims.runs import Job, Tier
+    from bessemer.claims.runs import ArmJob, Tier
 
 RUNS = Path("runs/claims")
 
@@ -83,7 +83,7 @@ def claims(
         raise typer.Exit(1)
 
 
-def _planned(tier: Tier, part: str | None, names: list[str] | None) -> list[Job]:
+def _planned(tier: Tier, part: str | None, names: list[str] | None) -> list[ArmJob]:
     from bessemer.claims import runs as all_runs
 
     if part is None:
@@ -97,7 +97,7 @@ def _planned(tier: Tier, part: str | None, names: list[str] | None) -> list[Job]
     return all_runs.planned(tier, parts, names)
 
 
-def _dry_run(planned: list[Job], folder: Path, at_once: int, as_json: bool) -> None:
+def _dry_run(planned: list[ArmJob], folder: Path, at_once: int, as_json: bool) -> None:
     from bessemer.claims import runner
 
     left = sum(job.minutes for job in planned if not runner.done(job, folder))
@@ -115,7 +115,7 @@ def _dry_run(planned: list[Job], folder: Path, at_once: int, as_json: bool) -> N
     print(f"{len(planned)} runs in {folder}, about {left / at_once:.0f} minutes, {at_once} at a time")
 
 
-def _run(planned: list[Job], tier: Tier, folder: Path, at_once: int) -> list[str]:
+def _run(planned: list[ArmJob], tier: Tier, folder: Path, at_once: int) -> list[str]:
     """Runs what is missing; a sentence for each job that failed."""
     if not planned:
         return []
