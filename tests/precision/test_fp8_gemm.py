@@ -167,6 +167,25 @@ def test_two_mantissa_bits():
     assert 3.5 < error["coarse"] / error["paper"] < 6  # squares of errors, E4M3's own on top
 
 
+def test_controls_without_their_own_factors():
+    """No factor: what is below E4M3's smallest vanishes, what is above 448 is cut off. An outlier: its range is taken
+    from all others, by exactly the factor that a quantisation by tensor would give them."""
+    x = torch.tensor([[2.0**-11, -(2.0**-9), 1.0, 500.0, -1e6]])
+    assert FP8_RECIPES["unscaled"].quantised(x).dequantise().tolist() == [[0.0, -(2.0**-9), 1.0, 448.0, -448.0]]
+    x = normal(64, 256)
+    larger = x.clone()
+    larger[:, 0] *= 1000
+    found, like = FP8_RECIPES["outlier"].quantised(x).dequantise(), quantise(larger, "tensor").dequantise()
+    assert torch.equal(found[:, 1:], like[:, 1:])
+    assert (found[:, 1:] == 0).float().mean() > 0.002 and (
+        FP8_RECIPES["per-tensor"].quantised(x).dequantise() != 0
+    ).all()
+    stack = torch.stack([normal(40, 60), 9 * normal(40, 60, seed=1)])
+    each = [FP8_RECIPES["outlier"].quantised_weight(matrix) for matrix in stack]
+    both = FP8_RECIPES["outlier"].quantised_weight(stack)
+    assert all(torch.equal(both.scale_MJ[g], each[g].scale_MJ) for g in range(2))
+
+
 def test_what_cannot_be_multiplied():
     x, w = quantise(normal(4, 256)), quantise(normal(4, 128))
     with pytest.raises(ValueError, match="256 and 128 columns"):

@@ -43,10 +43,14 @@ class OptimizerConfig(StageConfig):
     precision: Precision = "auto"
     """Compute dtype; auto: the one that measures faster on this machine, on a GPU bfloat16; device: bfloat16 on a GPU
     that has it, float32 on a CPU. Master weights and gradients are always float32."""
-    fp8: Literal["off", "paper", "power-of-two", "block-gradients", "per-tensor", "short-sums", "coarse"] = "off"
+    fp8: Literal[
+        "off", "paper", "power-of-two", "block-gradients", "per-tensor", "short-sums", "coarse", "unscaled", "outlier"
+    ] = "off"
     """Matrices of attention, FFN and experts in FP8, with activations stored in FP8 (V3: paper). power-of-two: all
     scaling factors are powers of two; block-gradients, per-tensor: variants for comparison; short-sums: 14 bits inside
-    a block, as an H800 keeps; coarse: two mantissa bits, a control. On a CPU, FP8 is emulated, and slower."""
+    a block, as an H800 keeps. coarse, unscaled, outlier: controls, with two mantissa bits, without factors, or with one
+    for a tensor that follows a channel 1,000 times as large. On a CPU, FP8 is emulated, and
+    slower."""
     micro_rows: int = Field(4, ge=1)
     """Rows per forward; changes memory and speed only."""
     save_seconds: Seconds = 60.0

@@ -18,14 +18,14 @@ Shapes: T tokens, K inputs, N outputs, G experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bessemer.precision import backends, emulation, weights
 from bessemer.precision.formats import round_mantissa
-from bessemer.precision.operand import TILE, Counts, DeviceCounts, Group, Operand
+from bessemer.precision.operand import TILE, Counts, DeviceCounts, Group, Operand, factor, quantise_by
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,15 @@ class FP8Recipe:
     """Significant bits of the accumulator inside a block (an H800 keeps about 14); None: float32."""
     coarse: bool = False
     """First round every activation, gradient and weight to two mantissa bits: a control that must do harm."""
+    scaling: Literal["own", "none", "outlier"] = "own"
+    """Factor of a group. Controls with one factor per tensor: none, a factor of 1, so that most of a gradient vanishes;
+    outlier, the one that a tensor would have if its first channel were OUTLIER times as large. E4M3's exponent takes
+    most of the second: only what is below a 250th of the largest of the other channels vanishes."""
 
     @property
     def by_tiles(self) -> bool:
         """Whether activations and gradients are quantised by tiles as they are, which fused kernels do."""
-        return self.activation == self.gradient == "tile" and not self.coarse
+        return self.activation == self.gradient == "tile" and not self.coarse and self.scaling == "own"
 
     def quantised(self, x: Tensor, power_of_two: bool = False) -> Operand:
         """An activation [..., K] as rows of an operand."""
@@ -61,9 +65,19 @@ class FP8Recipe:
 
     def _quantised(self, x: Tensor, group: Group, power_of_two: bool = False) -> Operand:
         x = round_mantissa(x.detach(), 2) if self.coarse else x
-        return backends.quantise(x, group, self.power_of_two or power_of_two)
+        return self.scaled(x, group, power_of_two)
+
+    def scaled(self, x: Tensor, group: Group, power_of_two: bool = False) -> Operand:
+        """The operand of x, by the recipe's factors."""
+        if self.scaling == "own" or not x.numel():
+            return backends.quantise(x, group, self.power_of_two or power_of_two)
+        if self.scaling == "none":
+            return quantise_by(x, x.new_ones((), dtype=torch.float32))
+        largest = torch.maximum(x.detach().abs().amax((-2, -1)), OUTLIER * x.detach()[..., 0].abs().amax(-1))
+        return quantise_by(x, factor(largest.float()))
 
 
+OUTLIER = 1000.0
 PAPER = FP8Recipe()
 FP8_RECIPES = {
     "paper": PAPER,
@@ -72,10 +86,12 @@ FP8_RECIPES = {
     "per-tensor": FP8Recipe(activation="tensor", gradient="tensor", weight="tensor"),
     "short-sums": FP8Recipe(bits=14),
     "coarse": FP8Recipe(coarse=True),
+    "unscaled": FP8Recipe("tensor", "tensor", "tensor", scaling="none"),
+    "outlier": FP8Recipe("tensor", "tensor", "tensor", scaling="outlier"),
 }
 """Values of the key `fp8`: the paper's recipe; all factors powers of two (as in V3.1); the variant that diverged (V3
-App. B.2); one factor per tensor, which elsewhere needed E5M2 for gradients; the accumulator of an H800; and a control
-with twice the rounding error."""
+App. B.2); one factor per tensor, which elsewhere needed E5M2 for gradients; the accumulator of an H800; and controls:
+twice the rounding error, no factors, and one channel that takes the range of all others."""
 Count = Counts | None
 
 
@@ -115,7 +131,7 @@ class TokenTiles(NamedTuple):
 
 def token_tiles(x: Tensor, recipe: FP8Recipe, count: Count = None, power_of_two: bool = False) -> TokenTiles:
     """For an activation that was saved in higher precision than FP8."""
-    return TokenTiles(_along_tokens(x, recipe.activation, recipe.power_of_two or power_of_two, count))
+    return TokenTiles(_along_tokens(x, recipe, recipe.activation, power_of_two, count))
 
 
 def weight_gradient(
@@ -131,11 +147,11 @@ def weight_gradient(
     if isinstance(dy, TokenTiles):
         left = dy.operand
     else:
-        left = _along_tokens(dy, recipe.gradient, recipe.power_of_two or dy_powers, count)
+        left = _along_tokens(dy, recipe, recipe.gradient, dy_powers, count)
     if isinstance(x, TokenTiles):
         right = x.operand
     else:
-        right = _along_tokens(x, recipe.activation, recipe.power_of_two or x_powers, count)
+        right = _along_tokens(x, recipe, recipe.activation, x_powers, count)
     if recipe.bits is not None:
         assert not isinstance(count, DeviceCounts), "a product for every group needs the counts"
         ends = None if count is None else [-(-tokens // TILE) for tokens in count]
@@ -147,12 +163,12 @@ def weight_gradient(
     return backends.grouped_wgrad(left, right, count)
 
 
-def _along_tokens(x: Operand | Tensor, group: Group, power_of_two: bool, count: Count) -> Operand:
+def _along_tokens(x: Operand | Tensor, recipe: FP8Recipe, group: Group, power_of_two: bool, count: Count) -> Operand:
     """TokenTiles, in tiles (or the recipe's groups) along the tokens, those of every expert filled up to 128."""
     if isinstance(x, Operand) and group == "tile":
-        return backends.retile(x, count, power_of_two)
+        return backends.retile(x, count, recipe.power_of_two or power_of_two)
     values = x.dequantise() if isinstance(x, Operand) else x
-    return backends.quantise(emulation.pad_groups(values, count).t(), group, power_of_two)
+    return recipe.scaled(emulation.pad_groups(values, count).t(), group, power_of_two)
 
 
 def _columns(operand: Operand, numbers: list[int] | None) -> list[Operand]:

@@ -111,6 +111,14 @@ def quantise(x_MK: Tensor, group: Group = "tile", power_of_two: bool = False) ->
     return Operand(out.to(torch.float8_e4m3fn), scale_MJ)
 
 
+def quantise_by(x_MK: Tensor, scale: Tensor) -> Operand:
+    """The operand of a matrix with one given factor, or of a stack [..., M, K] with one for each matrix; what is larger
+    than 448 factors becomes 448."""
+    scale_MJ = scale[..., None, None].expand(*x_MK.shape[:-1], -(-x_MK.shape[-1] // TILE)).contiguous()
+    ratio = (x_MK.detach().float() / scale[..., None, None]).clamp_(-E4M3_MAX, E4M3_MAX)
+    return Operand(ratio.to(torch.float8_e4m3fn), scale_MJ)
+
+
 def factor(amax: Tensor, power_of_two: bool = False) -> Tensor:
     """The scaling factor of a group whose largest magnitude is `amax`: amax / 448, optionally rounded up to a power of
     two; 1 for zeros, never below the smallest normal float32, and NaN for a group that is not finite."""
