@@ -12,8 +12,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,8 @@ from bessemer.dist import groups
 from bessemer.dist.chunk import Overlapped, Serial
 from bessemer.dist.executor import Executor, Work
 from bessemer.dist.schedules import schedule
-from bessemer.dist.stage import PhaseOutput, Phases
-from bessemer.dist.table import Step
+from bessemer.dist.stage import PhaseOutput, Phases, Slice
+from bessemer.dist.table import Action, Step
 from bessemer.dist.timeline import Costs, simulate
 from bessemer.model.deferred import gradient
 
@@ -55,13 +56,13 @@ class _Asleep(torch.autograd.Function):
     """x; sleeps in forward and in backward, and for the weight's gradient, which a store may defer."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, seconds: float) -> Tensor:
         ctx.weight, ctx.seconds = weight, seconds
         time.sleep(seconds)
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
         def later() -> Tensor:
             time.sleep(ctx.seconds)
             return torch.zeros_like(ctx.weight)
@@ -74,13 +75,13 @@ class _Exchange(torch.autograd.Function):
     """x; sleeps in forward and in backward, as an exchange of tokens does."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
+    def forward(ctx, x: Tensor, seconds: float) -> Tensor:
         ctx.seconds = seconds
         time.sleep(seconds)
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         time.sleep(ctx.seconds)
         return dy.clone(), None
 
@@ -115,7 +116,7 @@ class _Watched(Executor):
         self._waited, self._receive = 0.0, self.channels.receive
         self.channels.receive = self._watched  # type: ignore[method-assign]
 
-    def _watched(self, needed: Any) -> Tensor:
+    def _watched(self, needed: Action) -> Tensor:
         began = time.perf_counter()
         x = self._receive(needed)
         self._waited += time.perf_counter() - began
@@ -127,18 +128,20 @@ class _Watched(Executor):
         self.spans.append((began, time.perf_counter(), self._waited))
 
 
-def _on_a_rank(rank: int, store: str, ranks: int, micro: int, unit: float, cases: Sequence[Case], answers: Any) -> None:
+def _on_a_rank(
+    rank: int, store: str, ranks: int, micro: int, unit: float, cases: Sequence[Case], answers: SimpleQueue
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     groups.begin(300)
     for number, case in enumerate(cases):
         table = schedule(case.schedule, ranks, micro)
-        slices: dict[Any, Any] = {
+        slices = {
             (lane, stage): SleepingStage(stage, table.stages, unit, case.exchange)
             for lane, stage in table.slices_on(rank)
         }
         streams = Overlapped(torch.device("cpu")) if case.overlap else Serial()
-        one = _Watched(table, rank, slices, [range(ranks)], streams=streams)
+        one = _Watched(table, rank, cast(dict[tuple[int, int], Slice], slices), [range(ranks)], streams=streams)
         work = [[_work() for _ in range(table.per_lane)] for _ in range(table.lanes)]
         dist.barrier()
         one.run(work)
