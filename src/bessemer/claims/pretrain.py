@@ -135,11 +135,17 @@ def measure(job: ArmJob, folder: Path) -> dict[str, float]:
     if not job.arms:
         return {}
     if job.arm == SPEED:
-        from bessemer.claims.pretrain_speed import ratios
+        from bessemer.claims import pretrain_speed
+        from bessemer.train.setup import model_config
 
-        return ratios(job.shape, job.seed)
+        made = {arm: recipe(arm, job.seed, job.shape) for arm in pretrain_speed.ARMS}
+        return pretrain_speed.ratios({arm: model_config(one, _stage(one).model) for arm, one in made.items()}, job.seed)
     from bessemer.claims.pretrain_measures import numbers
 
-    config = recipe(job.arm, job.seed, job.shape).stage("pretrain")
+    return numbers(folder, _stage(recipe(job.arm, job.seed, job.shape)))
+
+
+def _stage(made: Recipe) -> PretrainConfig:
+    config = made.stage("pretrain")
     assert isinstance(config, PretrainConfig)
-    return numbers(folder, config)
+    return config

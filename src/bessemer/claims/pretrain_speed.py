@@ -8,22 +8,22 @@ import time
 
 import torch
 
-from bessemer.claims import pretrain
-from bessemer.config.training import PretrainConfig
 from bessemer.data.batch import Batch
+from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
-from bessemer.train import setup
 from bessemer.train.objective import next_token
 
 ROUNDS, STEPS = 7, 3
 ARMS = ("ref", "ref'", "DACT", "MHA")
 
 
-def ratios(shape: str, seed: int) -> dict[str, float]:
+def ratios(shapes: dict[str, ModelConfig], seed: int) -> dict[str, float]:
     """`ref/DACT`: tokens a second of the reference over those of DACT; `MHA/ref`: seconds a step of MHA over those of
     the reference; `ref/ref`: of the reference over another's of its kind. Medians over rounds; forward and backward."""
     torch.set_num_threads(1)
-    networks = {arm: _network(arm, shape, seed) for arm in ARMS}
+    networks = {
+        arm: Transformer(cfg).initialise(seed).to_compute(torch.bfloat16).train() for arm, cfg in shapes.items()
+    }
     tokens = torch.randint(networks["ref"].cfg.vocab_size, (8, 256), generator=torch.Generator().manual_seed(seed))
     loss = torch.ones(tokens.shape)
     loss[:, 0] = 0
@@ -36,13 +36,6 @@ def ratios(shape: str, seed: int) -> dict[str, float]:
         return statistics.median(seconds[one] / seconds[other] for seconds in rounds)
 
     return {"ref/DACT": over("DACT", "ref"), "MHA/ref": over("MHA", "ref"), "ref/ref": over("ref'", "ref")}
-
-
-def _network(arm: str, shape: str, seed: int) -> Transformer:
-    made = pretrain.recipe(arm, seed, shape)
-    config = made.stage("pretrain")
-    assert isinstance(config, PretrainConfig)
-    return Transformer(setup.model_config(made, config.model)).initialise(seed).to_compute(torch.bfloat16).train()
 
 
 def _seconds(model: Transformer, batch: Batch) -> float:
