@@ -12,7 +12,7 @@ INSTALL := $(PIP) --require-hashes --no-deps -r requirements.lock && $(PIP) --no
 .PHONY: demo test lint types coverage clean
 
 demo: $(VENV)/.demo
-	$(BIN)/bessemer run recipes/tiny.toml
+	$(BIN)/bessemer run tiny
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # one core per test process: OpenMP threads that share cores stall

@@ -13,6 +13,7 @@ import pytest
 from bessemer.config.recipe import STAGES
 from bessemer.config.table import StageConfig
 from bessemer.errors import UserError
+from bessemer.eval.shots import Shots
 from bessemer.pipeline.stage import KINDS, Stage
 
 HEAVY = ("torch", "numpy", "pydantic", "matplotlib", "tokenizers", "bessemer.config", "bessemer.pipeline")
@@ -187,11 +188,13 @@ def test_eval(call, stub, model):
     facts = json.loads(out)
     assert status == 0 and facts["model"] == str(model) and facts["rows"][0]["pass_at_1_interval"] == [0.4, 0.6]
     options = {"samples": 4, "problems": 5, "k": 2, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 9, "seed": 3}
+    options["shots"] = Shots()
     assert seen == [(model, {"names": ["countdown", "logic"], **options})]
     status, out, _ = call("eval", model, "--task", "countdown", "--lm-eval", "a, b", "--include", "here", "--limit", 7)
     assert seen[1:] == [
-        (model, {"names": ["countdown"]}), (model, {"names": ["a", "b"], "include": Path("here"), "limit": 7})
-    ]  # fmt: skip
+        (model, {"names": ["countdown"], "shots": Shots()}),
+        (model, {"names": ["a", "b"], "include": Path("here"), "limit": 7}),
+    ]
     assert status == 0 and "50.0 %" in out and "40.0 - 60.0" in out and "25.0 %" in out and "75.0 %" in out
     assert "pass@4" in out and out.count("pass@1") == 1, "an accuracy of lm-eval is no pass@1"
     assert re.search(r"lm-eval\s+task +model +n +shots +metric +value", out)

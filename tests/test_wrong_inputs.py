@@ -57,7 +57,7 @@ eval runs/tiny --task jsonl:empty.jsonl | empty.jsonl holds no problem
 eval --suite r1 --answers nosuch | --answers nosuch: no such file or folder
 placement runs/tiny --gpus 2 | name a task with --task
 plan latin.toml --cluster 8xH800 | save it as UTF-8
-plan v9 | known: moonlight, servable, small, tiny, v2-lite, v3
+plan v9 | no model or recipe "v9": 
 plan v3 --cluster 2048 | such as 2048xH800
 data build latin.toml | latin.toml, line 1 is not UTF-8 text (byte 0xe9); save it as UTF-8
 data build dir | dir is a directory; name the recipe itself

@@ -315,7 +315,7 @@ def test_a_critic_costs_another_network_s_updates_and_values():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("v4", "--cluster", "8xH100"), 'no model "v4"'),
+        (("v4", "--cluster", "8xH100"), 'no model or recipe "v4"'),
         (("v3", "--cluster", "8xH900"), "did you mean"),
         (("v3", "--cluster", "0xH800"), "at least one device"),
         (("moonlight", "--cluster", "8xH100"), "no budget"),

@@ -19,6 +19,7 @@ from bessemer.precision import cuda_start
 
 # Each registers its commands, in the order in which --help shows them.
 from bessemer.cli import runs  # noqa: F401  isort: skip
+from bessemer.cli import recipes  # noqa: F401  isort: skip
 from bessemer.cli import compare  # noqa: F401  isort: skip
 from bessemer.cli import talk  # noqa: F401  isort: skip
 from bessemer.cli import models  # noqa: F401  isort: skip

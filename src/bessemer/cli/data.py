@@ -14,7 +14,9 @@ app.add_typer(data, name="data")
 
 @data.command()
 def build(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A data recipe, such as recipes/data.toml.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A data recipe: a file, or data for the built-in one.")
+    ],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override table.key or SOURCE.key; may be repeated."),
@@ -24,9 +26,11 @@ def build(
 ) -> None:
     """Read, filter, deduplicate, decontaminate and tokenise; finished jobs are skipped."""
     from bessemer.config import places
+    from bessemer.config.builtin import find_recipe
     from bessemer.curate import report
     from bessemer.pipeline import curation
 
+    recipe = find_recipe(recipe, data=True)
     loaded = curation.load(recipe, set_ or [])
     folder = out or Path("data") / loaded.name
     try:

@@ -24,7 +24,9 @@ class ShotChoice(StrEnum):
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/tiny.toml.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A recipe: a file, or the name of a built-in one, such as tiny.")
+    ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="STAGE.KEY=VALUE", help="Override a key; may be repeated.")
     ] = None,
@@ -305,18 +307,3 @@ def check_used(what_for: str, used: object, options: dict[str, Any]) -> None:
     if not used and (given := chosen(options)):
         name = next(iter(given)).replace("max_new_tokens", "max_tokens").replace("_", "-")
         raise UserError(f"--{name} has no effect without {what_for}; add {what_for}, or leave it out")
-
-
-@app.command()
-def keys(
-    kind: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[KIND]", help="A stage kind, or data for a data recipe. Default: all keys of a training recipe."
-        ),
-    ] = None,
-) -> None:
-    """Every key a recipe may have, its default and what it does."""
-    from bessemer.config.help import describe_keys
-
-    print(describe_keys(kind))

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from bessemer.config.builtin import find_recipe
 from bessemer.config.places import read_text
 from bessemer.config.table import ConfigTable, nearest, validate
 from bessemer.config.units import Bytes, Tokens
@@ -144,9 +145,9 @@ class Curation(ConfigTable):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Curation:
-        path = Path(path)
+        path = find_recipe(path, data=True)
         try:
-            values = tomllib.loads(read_text(path, "recipe", "an example is recipes/data.toml"))
+            values = tomllib.loads(read_text(path, "recipe", "an example is the built-in recipe data"))
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{path}: not valid TOML: {error}") from None
         if "stage" in values:

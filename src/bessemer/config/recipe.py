@@ -2,7 +2,8 @@
 
     name, seed | [model] | [layout] | [[stage]] ...
 
-`Recipe.load(path, overrides)` returns a validated recipe or raises a UserError that names file, table and key.
+`Recipe.load(path, overrides)` returns a validated recipe or raises a UserError that names file, table and key. The path
+may be the name of a recipe that comes with the package.
 Overrides are the `--set` arguments: `stage.key=value` with the stage's name, `model.key=value`, `layout.key=value`,
 `seed=8`. A stage with `like = "other"` has that earlier stage's keys where it sets none of its own. The [model] table
 stays a plain dictionary here; the stages that build a model check it (`Stage.resolve`) before anything runs.
@@ -19,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny
 
+from bessemer.config.builtin import NAME, builtin_recipes, find_recipe
 from bessemer.config.data import CorpusConfig, ExamplesConfig, ImportConfig, RejectConfig
 from bessemer.config.evaluation import EvalConfig, LongEvalConfig
 from bessemer.config.places import read_text
@@ -52,7 +54,6 @@ def stage_config(kind: object, where: str) -> type[StageConfig]:
     return STAGES[kind]
 
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _RESERVED = ("model", "layout", "stage", "name", "seed")  # words with a meaning of their own in --set
 
 
@@ -117,7 +118,7 @@ class Recipe(Head):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
-        path = Path(path)
+        path = find_recipe(path)
         text = read_text(path, "recipe", _nearby(path))
         recipe = cls.parse(text, overrides, where=str(path))
         return recipe.model_copy(update={"folder": os.path.abspath(path.parent / (recipe.folder or "."))})
@@ -149,7 +150,7 @@ class Recipe(Head):
         _check_refs(stages, where)
         layout = validate(LayoutConfig, data.get("layout", {}), f"{where}: [layout]")
         head = validate(Head, {key: data[key] for key in keys(Head) if key in data}, where)
-        if not _NAME.fullmatch(head.name):
+        if not NAME.fullmatch(head.name):
             raise UserError(f'{where}: name is "{head.name}"; use letters, digits, "-" and "_" (it names a folder)')
         return cls.model_construct(**dict(head), layout=layout, stages=stages)
 
@@ -232,7 +233,7 @@ def _stage(table: dict[str, Any], number: int, where: str) -> StageConfig:
 def _check_names(stages: list[StageConfig], where: str) -> None:
     seen: set[str] = set()
     for stage in stages:
-        if not _NAME.fullmatch(stage.name):
+        if not NAME.fullmatch(stage.name):
             raise UserError(f'{where}: a stage is named "{stage.name}"; use letters, digits, "-" and "_"')
         if stage.name in _RESERVED:
             raise UserError(
@@ -310,9 +311,8 @@ def _value(override: str, text: str) -> object:
 
 
 def _nearby(path: Path) -> str:
-    folders = [path.parent, Path("recipes")]
-    recipes = sorted({str(file) for folder in folders if folder.is_dir() for file in folder.glob("*.toml")})
-    return f"available recipes: {', '.join(recipes)}" if recipes else "give the path of a .toml file"
+    here = sorted(map(str, path.parent.glob("*.toml")))
+    return f"available recipes: {', '.join([*here, *builtin_recipes()])}"
 
 
 def _pairs(table: dict[str, Any]) -> list[str]:

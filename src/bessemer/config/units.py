@@ -15,7 +15,14 @@ from bisect import bisect_right
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, GetCoreSchemaHandler, PlainSerializer, PlainValidator
+from pydantic import (
+    BeforeValidator,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+    PlainValidator,
+    WithJsonSchema,
+)
 from pydantic_core import CoreSchema, core_schema
 
 from bessemer.errors import UserError
@@ -26,6 +33,13 @@ _TIME = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 TOKENS_HELP = 'a whole number of tokens such as 200000, "200K", "8M" or "1.5B"'
 SECONDS_HELP = 'a duration such as "90s", "8m", "1h30m", or a number of seconds'
 POINTS_HELP = 'a number, or points in consumed tokens such as [["0", 0.0], ["200K", 3e-3], ["8M", 3e-4]]'
+_TOKENS_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "number", "minimum": 0},
+        {"type": "string", "pattern": r"^\s*[0-9][0-9_]*(\.[0-9]+)?(e[0-9]+)?\s*[KMBTkmbt]?\s*$"},
+    ]
+}
+_NUMBER_SCHEMA = {"type": "number"}
 COSINE = "cosine"
 """The third element of a point that is reached by half a cosine instead of a straight line."""
 
@@ -167,6 +181,15 @@ class Points:
             cls, serialization=core_schema.plain_serializer_function_ser_schema(lambda points: points.plain())
         )
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return _points_schema()
+
+
+def _points_schema() -> dict[str, Any]:
+    pair = {"prefixItems": [_TOKENS_SCHEMA, _NUMBER_SCHEMA, {"const": COSINE}], "minItems": 2, "maxItems": 3}
+    return {"anyOf": [_NUMBER_SCHEMA, {"type": "array", "minItems": 1, "items": {"type": "array"} | pair}]}
+
 
 class Steps(Points):
     """`Points` without interpolation: each value holds until the next point, so rows have 128 or 256 tokens and nothing
@@ -190,8 +213,9 @@ def _weight(value: Points | float | list[Any]) -> float | Points:
 Weight = Annotated[
     float | Points, PlainValidator(_weight),
     PlainSerializer(lambda value: value.plain() if isinstance(value, Points) else value),
+    WithJsonSchema(_points_schema()),
 ]  # fmt: skip
 """A number, or points in consumed tokens; a number stays one."""
-Tokens = Annotated[int, BeforeValidator(parse_tokens)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Seconds = Annotated[float, BeforeValidator(parse_seconds)]
+Tokens = Annotated[int, BeforeValidator(parse_tokens), WithJsonSchema(_TOKENS_SCHEMA)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"type": ["integer", "string"]})]
+Seconds = Annotated[float, BeforeValidator(parse_seconds), WithJsonSchema({"type": ["number", "string"]})]

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
+from bessemer.config.builtin import PREFIX, builtin_recipes
 from bessemer.config.data import CorpusConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
@@ -237,9 +238,10 @@ def resolve(name: str, given: PlanConfig) -> tuple[str, ModelConfig, PlanConfig,
     if name in PRESETS:
         return name, preset(name, **given.model), given.over(published(name)), None
     path = Path(name)
-    if path.suffix != ".toml" and not path.exists():
-        raise UserError(f'no model "{name}": {nearest(name, list(PRESETS))} (or the path of a recipe, such as my.toml)')
-    recipe = Recipe.load(path)
+    if path.suffix != ".toml" and not path.exists() and name.removeprefix(PREFIX) not in builtin_recipes():
+        known = nearest(name, [*{*PRESETS, *builtin_recipes()}])
+        raise UserError(f'no model or recipe "{name}": {known} (or the path of a recipe, such as my.toml)')
+    recipe = Recipe.load(name)
     settings, cfg, length = pretraining(recipe, given.model)
     return recipe.name, cfg, given.over(of_recipe(recipe, settings, length)), recipe
 

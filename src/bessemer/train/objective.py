@@ -23,7 +23,7 @@ Shapes: B rows, T tokens of a row, D hidden, N tokens, V vocabulary, C tokens of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -116,7 +116,7 @@ class NextToken:
     """
 
     def __call__(self, model: Transformer | CausalLM, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
-        out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=mtp_lambda > 0, **batch.routed)
+        out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=mtp_lambda > 0)
         return self.of(out, model.head_weight, batch, mtp_lambda, balance_alpha)
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
@@ -125,9 +125,8 @@ class NextToken:
         tokens = batch.predicted(1)[1].sum()
         metrics = {"loss": main.detach()}
         total = main
-        ahead = replace(batch, tokens_BT=batch.extras.get("mtp_tokens_BT", batch.tokens_BT))
         for k, hidden in enumerate(out.mtp_hidden, start=1):
-            depth = predicting(hidden, weight_VD, ahead, 1 + k)
+            depth = predicting(hidden, weight_VD, batch, 1 + k)
             metrics[f"mtp_{k}"] = depth.detach()
             total = total + mtp_lambda / len(out.mtp_hidden) * depth
         balance = out.balance * balance_weight(batch, 1.0)

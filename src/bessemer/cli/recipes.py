@@ -1,0 +1,87 @@
+"""Commands on recipes: those that come with the package, one of your own, every key."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bessemer.cli.common import AsJson, app, print_json
+from bessemer.errors import UserError
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The recipes that come with the package: bessemer run NAME."""
+    from bessemer.config.builtin import builtin_recipes, purpose
+    from bessemer.config.table import nearest
+
+    training, data = builtin_recipes(), builtin_recipes(data=True)
+    known = training | data
+    if name is not None:
+        if name not in known:
+            raise UserError(f'no built-in recipe "{name}"; {nearest(name, list(known))}')
+        text = known[name].read_text("utf-8")
+        print_json({"name": name, "file": str(known[name]), "text": text}) if as_json else print(text, end="")
+        return
+    commands = {**dict.fromkeys(training, "bessemer run"), **dict.fromkeys(data, "bessemer data build")}
+    if as_json:
+        facts = {
+            one: {"command": f"{command} {one}", "for": purpose(known[one]), "file": str(known[one])}
+            for one, command in commands.items()
+        }
+        print_json(facts)
+        return
+    width = max(len(f"{command} {one}") for one, command in commands.items())
+    for one, command in commands.items():
+        print(f"{f'{command} {one}':<{width}}  {purpose(known[one])}")
+    print("\nbessemer recipes NAME prints one; bessemer init FILE.toml --from NAME begins one of your own with it")
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="The recipe to write; its stem names the run.")],
+    source: Annotated[
+        str,
+        typer.Option("--from", metavar="NAME", help="The built-in recipe to begin from; bessemer recipes lists them."),
+    ] = "tiny",
+) -> None:
+    """Write a recipe of your own, from a built-in one. Files beside that one that it names come along."""
+    from bessemer.config.builtin import write_own
+
+    written = write_own(file, source)
+    print(*written, sep="\n")
+
+
+@app.command()
+def keys(
+    kind: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[KIND]", help="A stage kind, or data for a data recipe. Default: all keys of a training recipe."
+        ),
+    ] = None,
+    json_schema: Annotated[
+        bool,
+        typer.Option("--json-schema", help="A JSON schema of recipes, by which editors complete and check them."),
+    ] = False,
+) -> None:
+    """Every key a recipe may have, its default and what it does."""
+    if not json_schema:
+        from bessemer.config.help import describe_keys
+
+        print(describe_keys(kind))
+        return
+    from bessemer.config.help import DATA
+    from bessemer.config.json_schema import data_recipe_schema, recipe_schema
+
+    if kind == DATA:
+        print_json(data_recipe_schema())
+    elif kind is not None:
+        raise UserError(f'--json-schema describes whole recipes; leave "{kind}" out, or write {DATA} for data recipes')
+    else:
+        from bessemer.model.config import PRESETS, ModelConfig
+
+        print_json(recipe_schema(ModelConfig, list(PRESETS)))

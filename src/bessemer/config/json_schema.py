@@ -1,0 +1,79 @@
+"""JSON schemas of recipes, by which editors complete keys, show their help and mark what is wrong.
+
+A schema is looser than `Recipe.load`: it sees no other table, so it cannot tell whether a stage that is named exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from bessemer.config.curation import Curation
+from bessemer.config.recipe import STAGES, Head, LayoutConfig
+from bessemer.config.table import ConfigTable, StageConfig, keys
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+Schema = dict[str, Any]
+
+
+def recipe_schema(network: type[BaseModel], presets: list[str]) -> Schema:
+    """Of training recipes. `network` is the class of the table [model], in which `preset` may stand for the rest."""
+    defs: Schema = {}
+    model = _schema(network, defs)
+    model.pop("required", None)
+    model["properties"]["preset"] = {"enum": presets, "description": "A published or small shape; other keys override."}
+    head = _schema(Head, defs)
+    head["properties"] |= {"model": model, "layout": _schema(LayoutConfig, defs), "stage": _stages(defs)}
+    head["required"] = ["name", "stage"]
+    return {"$schema": DIALECT, "title": "A recipe of Bessemer"} | head | {"$defs": defs}
+
+
+def data_recipe_schema() -> Schema:
+    """Of the recipes of `bessemer data build`."""
+    defs: Schema = {}
+    table = _schema(Curation, defs)
+    return {"$schema": DIALECT, "title": "A data recipe of Bessemer"} | table | {"$defs": defs}
+
+
+def _stages(defs: Schema) -> Schema:
+    every = sorted({key for config in STAGES.values() for key in _names(config)})
+    cases: list[Schema] = [
+        {"if": {"properties": {"kind": {"const": kind}}, "required": ["kind"]}, "then": _stage(kind, config, defs)}
+        for kind, config in STAGES.items()
+    ]
+    # the kind of the stage that this one is `like` stands in another table
+    cases.append({"if": {"not": {"required": ["kind"]}}, "then": {"propertyNames": {"enum": every}}})
+    one = {
+        "type": "object",
+        "properties": {"kind": {"enum": list(STAGES), "description": StageConfig.model_fields["kind"].description}},
+        "anyOf": [{"required": ["kind"]}, {"required": ["like"]}],
+        "allOf": cases,
+    }
+    return {"type": "array", "minItems": 1, "items": one}
+
+
+def _stage(kind: str, config: type[StageConfig], defs: Schema) -> Schema:
+    """What a stage requires it may have by `like`."""
+    table = _schema(config, defs)
+    table["properties"]["kind"] = {"const": kind}
+    required = [key for key in table.pop("required", []) if key != "kind"]
+    if required:
+        table |= {"if": {"not": {"required": ["like"]}}, "then": {"required": required}}
+    defs[f"stage {kind}"] = table
+    return {"$ref": f"#/$defs/stage {kind}"}
+
+
+def _schema(table: type[BaseModel], defs: Schema) -> Schema:
+    """The schema of one table; the tables inside it go to `defs`."""
+    schema = table.model_json_schema(by_alias=True)
+    defs |= schema.pop("$defs", {})
+    schema.pop("title", None)
+    if issubclass(table, ConfigTable):
+        for old, new in table.renamed.items():
+            schema["properties"][old] = schema["properties"][new] | {"deprecated": True, "description": f"Now {new}."}
+    return schema
+
+
+def _names(config: type[StageConfig]) -> set[str]:
+    return {*keys(config), *config.renamed}

@@ -1,0 +1,171 @@
+"""Recipes of the package by name, a recipe of one's own, the schema for editors, and the wheel outside the clone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from bessemer.config import json_schema
+from bessemer.config.builtin import builtin_recipes, find_recipe, purpose, write_own
+from bessemer.config.recipe import Recipe
+from bessemer.errors import UserError
+from bessemer.model.config import PRESETS, ModelConfig
+
+ROOT = Path(__file__).parents[1]
+NAMES = [*builtin_recipes()]
+
+
+def test_every_recipe_of_the_repository_has_a_name():
+    files = [*ROOT.glob("recipes/*.toml"), *ROOT.glob("examples/*.toml")]
+    assert {file.stem for file in files} == {*NAMES, *builtin_recipes(data=True)}
+    assert builtin_recipes(data=True).keys() == {"data"}
+    for name in NAMES:
+        assert os.path.samefile(find_recipe(name), next(file for file in files if file.stem == name))
+        assert 10 < len(purpose(find_recipe(name))) < 160
+
+
+def test_a_name_that_could_mean_two_things_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()  # a folder is no recipe
+    assert Recipe.load("tiny").name == "tiny"
+    (tmp_path / "tiny.toml").write_text('name = "mine"\n[[stage]]\nkind = "corpus"\nparts = { a = "fables-en" }\n')
+    with pytest.raises(UserError, match=r"write \./tiny\.toml or builtin:tiny"):
+        Recipe.load("tiny")
+    assert Recipe.load("./tiny.toml").name == "mine"
+    assert Recipe.load("builtin:tiny").name == "tiny"
+    with pytest.raises(UserError, match='no recipe "zer": did you mean "zero"'):
+        Recipe.load("zer")
+    with pytest.raises(UserError, match='no built-in recipe "tinny"; did you mean "tiny"'):
+        Recipe.load("builtin:tinny")
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+    mine = tmp_path / "mine.toml"
+    assert write_own(mine, "remainder") == [mine, tmp_path / "remainder.py"]
+    recipe = Recipe.load(mine)
+    assert recipe.name == "mine" and recipe.stages == Recipe.load("remainder").stages
+    with pytest.raises(UserError, match=r"mine\.toml exists"):
+        write_own(mine, "tiny")
+    with pytest.raises(UserError, match=r"remainder\.py exists"):
+        write_own(tmp_path / "other.toml", "remainder")
+    assert not (tmp_path / "other.toml").exists()
+    for name in ("my recipe.toml", "mine", "mine.json"):
+        with pytest.raises(UserError, match="whose stem has letters"):
+            write_own(tmp_path / name, "tiny")
+    with pytest.raises(UserError, match='no built-in recipe "tinny"'):
+        write_own(tmp_path / "new.toml", "tinny")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_own(tmp_path / "nowhere" / "new.toml", "tiny")
+
+
+SCHEMA = json_schema.recipe_schema(ModelConfig, list(PRESETS))
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+
+def faults(text: str) -> list[str]:
+    return ["/".join(map(str, fault.absolute_path)) for fault in VALIDATOR.iter_errors(tomllib.loads(text))]
+
+
+def test_the_schema_is_one():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_schema_takes_every_recipe(name):
+    assert faults(find_recipe(name).read_text("utf-8")) == []
+    assert faults(Recipe.load(name).to_toml()) == []  # with all defaults written out, as in a run
+
+
+GOOD = """
+name = "good"
+[model]
+preset = "tiny"
+dim = 64
+[[stage]]
+kind = "pretrain"
+name = "base"
+tokens = "1.5M"
+lr = [["0", 0.0], ["1M", 1e-3, "cosine"]]
+[[stage]]
+kind = "rl"
+tasks = ["countdown"]
+lr = 1e-3
+[[stage]]
+name = "again"
+like = "rl"
+rollouts = 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where"),
+    [
+        ("GOOD", "GOOD", None),
+        ('tasks = ["countdown"]', "", "stage/1"),  # required, except through `like`
+        ("rollouts = 2", "rollout = 2", None),  # a table of another stage's kind: the schema does not know which
+        ("rollouts = 2", "roll = 2", "stage/2"),
+        ("dim = 64", "dims = 64", "model"),
+        ('"1.5M"', '"1.5Z"', "stage/0/tokens"),
+        ('"cosine"', '"sine"', "stage/0/lr"),
+        ("lr = 1e-3", 'lr = "fast"', "stage/1/lr"),
+        ('kind = "rl"', 'kind = "rlhf"', "stage/1/kind"),
+        ('kind = "rl"', "", "stage/1"),
+        ("[model]", "[layout]\npp = 0\n[model]", "layout/pp"),
+        ("[model]", "[models]", ""),
+    ],
+)
+def test_the_schema_finds_what_is_wrong(old, new, where):
+    found = faults(GOOD.replace(old, new, 1))
+    assert found == [] if where is None else where in found
+
+
+def test_the_schema_of_data_recipes():
+    validator = jsonschema.Draft202012Validator(json_schema.data_recipe_schema())
+    good = tomllib.loads(find_recipe("data", data=True).read_text("utf-8"))
+    assert list(validator.iter_errors(good)) == []
+    assert list(validator.iter_errors(good | {"sauce": []}))
+
+
+def test_the_wheel_outside_the_clone(tmp_path):
+    """Built and installed as pip does it, next to the libraries of this environment; the clone is not on its path."""
+    tree = tmp_path / "tree"  # the build leaves its own files behind
+    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=tree, check=True, capture_output=True, timeout=200)
+    (wheel,) = tmp_path.glob("bessemer-*.whl")
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    (site / "libraries.pth").write_text(str(Path(pytest.__file__).parents[1]))
+    install = ["-m", "pip", "--python", python, "install", "-q", "--ignore-installed", "--no-deps", "--no-index", wheel]
+    subprocess.run([sys.executable, *install], check=True, timeout=200)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    environment = {"PATH": f"{python.parent}:/usr/bin:/bin", "HOME": str(tmp_path)}
+
+    def bessemer(*words: str) -> str:
+        done = subprocess.run(
+            [python.parent / "bessemer", *words],
+            cwd=empty,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    facts = json.loads(bessemer("recipes", "--json"))
+    assert facts.keys() == {*NAMES, "data"}
+    assert all(Path(one["file"]).is_relative_to(site) for one in facts.values())
+    assert bessemer("init", "mine.toml", "--from", "remainder") == "mine.toml\nremainder.py\n"
+    assert "no fault found" in bessemer("run", "mine.toml", "--dry-run")
